@@ -44,7 +44,7 @@ def _end_on_sigterm() -> None:
 def _redact_uncaught_exceptions() -> None:
     """Prints uncaught exceptions redacted as logs are: Python's own report would repeat whatever they hold."""
 
-    def tell(
+    def print_redacted(
         kind: type[BaseException],
         exc: BaseException | None,
         trace: TracebackType | None,
@@ -55,20 +55,20 @@ def _redact_uncaught_exceptions() -> None:
         text = "".join([where, *traceback.format_exception(kind, exc, trace)])
         sys.stderr.write(redact_text(text, 2 * TRACEBACK_CHARS) + "\n")
 
-    def of_a_thread(failed: threading.ExceptHookArgs) -> None:
+    def report_thread_exception(failed: threading.ExceptHookArgs) -> None:
         if failed.exc_type is not SystemExit:
-            tell(failed.exc_type, failed.exc_value, failed.exc_traceback, "In a thread:\n")
+            print_redacted(failed.exc_type, failed.exc_value, failed.exc_traceback, "In a thread:\n")
 
-    def of_a_finalizer(failed: sys.UnraisableHookArgs) -> None:
-        tell(failed.exc_type, failed.exc_value, failed.exc_traceback, f"{failed.err_msg or 'Ignored'}:\n")
+    def report_unraisable(failed: sys.UnraisableHookArgs) -> None:
+        print_redacted(failed.exc_type, failed.exc_value, failed.exc_traceback, f"{failed.err_msg or 'Ignored'}:\n")
 
-    sys.excepthook = tell
-    threading.excepthook = of_a_thread
-    sys.unraisablehook = of_a_finalizer
+    sys.excepthook = print_redacted
+    threading.excepthook = report_thread_exception
+    sys.unraisablehook = report_unraisable
 
 
 def _run_alone() -> int:
-    from adapter import __version__, logs  # noqa: PLC0415 -- these take a second on a busy machine: see _obey_at_once
+    from adapter import __version__, logs  # noqa: PLC0415 -- these take a second on a busy machine: see _end_on_sigterm
     from adapter.environment import read_settings  # noqa: PLC0415
     from adapter.errors import SettingsError  # noqa: PLC0415
     from adapter.eventloop import run_fast  # noqa: PLC0415

@@ -298,12 +298,12 @@ def _die_with_parent(parent: int) -> Callable[[], None] | None:
         return None
     libc = ctypes.CDLL(None, use_errno=True)  # loaded here: after the fork only a bare call is safe
 
-    def tie() -> None:
+    def set_death_signal() -> None:
         libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
         if os.getppid() != parent:  # it died in between, and no signal will come
             os._exit(1)
 
-    return tie
+    return set_death_signal
 
 
 async def _ignore_error(_: Exception) -> None:

@@ -333,9 +333,9 @@ class History(Protocol):
     """Reading streams back."""
 
     def read(
-        self, stream: str, subject: str, *, after: int = 0, since_ms: int | None = None, most: int | None = None
+        self, stream: str, subject: str, *, after: int = 0, since_ms: int | None = None, limit: int | None = None
     ) -> AsyncIterator[Stored]:
-        """Messages of `subject`, oldest first, after a sequence or since a time; the first `most` of them.
+        """Messages of `subject`, oldest first, after a sequence or since a time; the first `limit` of them.
 
         Raises Temporary.
         """

@@ -227,9 +227,9 @@ def stale_files(root: Path = ROOT) -> list[Path]:
     """Generated files that are absent, stale, or no longer generated."""
     files = generated_files(root)
     stale = [path for path, text in files.items() if not _is_current(root / path, text)]
-    left = [path.relative_to(root) for path in (root / "schemas").glob("*.json")]
+    remaining = [path.relative_to(root) for path in (root / "schemas").glob("*.json")]
     types = [] if types_stamp(files) in _read_text(root / TYPES) else [TYPES]
-    return sorted({*stale, *types, *(path for path in left if path not in files)})
+    return sorted({*stale, *types, *(path for path in remaining if path not in files)})
 
 
 def main(arguments: Sequence[str]) -> int:

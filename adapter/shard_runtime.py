@@ -82,7 +82,7 @@ class ShardRuntime(NamedTuple):
         on_delivery: Callable[[Delivery], None],
         on_reset: Callable[[], Awaitable[None]] = _nothing,
     ) -> None:
-        def take(delivery: Delivery) -> None:
+        def take_delivery(delivery: Delivery) -> None:
             if delivery.redelivered:
                 self.metrics.nats_redeliveries.labels(consumer=label).inc()
             try:
@@ -104,7 +104,7 @@ class ShardRuntime(NamedTuple):
             check=check,
             turn=turn,
         )
-        await consumer.run(take, on_reset)
+        await consumer.run(take_delivery, on_reset)
 
     def _route(self, delivery: Delivery) -> None:
         self.spawn(self._route_delivery(delivery))

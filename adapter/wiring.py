@@ -32,7 +32,7 @@ from adapter.inbound.dispatcher import DispatchDeps
 from adapter.inbound.download import DownloadDeps
 from adapter.inbound.inbox import PublishDeps
 from adapter.inbound.journal import Journal
-from adapter.inbound.recall import Recall
+from adapter.inbound.recall import QuoteResolver
 from adapter.inbound.sessions import InboundDeps
 from adapter.inbound.triage import Triage
 from adapter.jetstream import topology
@@ -151,7 +151,7 @@ class Replica:
             metrics,
         )
         self.control = self._new_control()
-        self.recall = Recall(self.conversations, connections.history, names, clock, metrics)
+        self.recall = QuoteResolver(self.conversations, connections.history, names, clock, metrics)
         self.inbound = self._inbound_deps()
         self.outbound = self._outbound_deps()
         self.supervisor = Supervisor(

@@ -29,16 +29,16 @@ class Replica:
         self.clock = FakeClock()
         self.health = Health(clock=self.clock.monotonic)
         self.metrics = Metrics()
-        self.link = SimpleNamespace(up=True, probe=self._probe, api=self._api)
-        self.publisher = SimpleNamespace(waiting_s=0.0, hurdle="WECHAT_IN: full")
-        self.leases = SimpleNamespace(valid=True, hurdle="refused")
+        self.link = SimpleNamespace(is_connected=True, probe=self._probe, api_request=self._api)
+        self.publisher = SimpleNamespace(waiting_s=0.0, last_error="WECHAT_IN: full")
+        self.leases = SimpleNamespace(is_valid=True, last_error="refused")
         self.silence: Exception | None = None
         self.absent: list[str] = []
         self.altered: dict[str, list[Difference]] = {}
         self.incomplete: list[str] = []
         self.paused = False
         self.looks = 0
-        self.watch = HealthMonitor(
+        self.monitor = HealthMonitor(
             link=cast(Any, self.link),
             bus=cast(Any, self.publisher),
             media_bus=cast(Any, self.publisher),
@@ -51,8 +51,8 @@ class Replica:
             clock=self.clock,
             metrics=self.metrics,
         )
-        self.watch.on_started()
-        self.task = asyncio.create_task(self.watch.check_jetstream_forever())
+        self.monitor.on_started()
+        self.task = asyncio.create_task(self.monitor.check_jetstream_forever())
 
     @property
     def problem(self) -> str:
@@ -71,11 +71,11 @@ class Replica:
 
     # as the inspector -------------------------------------------------------------------------------
 
-    async def look(self, _: object) -> list[str]:
+    async def inspect_streams(self, _: object) -> list[str]:
         self.looks += 1
         return self.absent
 
-    def messages(self, _: str) -> int:
+    def message_count(self, _: str) -> int:
         return 10
 
 
@@ -92,11 +92,11 @@ def nothing_stored(replica: Replica) -> None:
 
 
 def no_lease(replica: Replica) -> None:
-    replica.leases.valid = False
+    replica.leases.is_valid = False
 
 
 def well(replica: Replica) -> None:
-    replica.silence, replica.publisher.waiting_s, replica.leases.valid = None, 0.0, True
+    replica.silence, replica.publisher.waiting_s, replica.leases.is_valid = None, 0.0, True
 
 
 @pytest.mark.parametrize(
@@ -129,7 +129,7 @@ async def test_a_problem_counts_once_it_has_lasted(trouble: Any, said: str) -> N
 async def test_a_lost_connection_is_no_problem_of_jetstream() -> None:
     """It has a check of its own."""
     replica = Replica()
-    replica.link.up = False
+    replica.link.is_connected = False
     await asyncio.sleep(60)
     assert (replica.problem, replica.looks) == ("", 0)
 
@@ -145,10 +145,10 @@ async def test_what_is_gone_or_lacks_keys_is_told_and_waited_for() -> None:
         " incomplete: KV_wechat_bindings; restore from the backup",
     )
     waits = [
-        asyncio.create_task(replica.watch.wait_complete(["WECHAT_OUT", name]))
+        asyncio.create_task(replica.monitor.wait_complete(["WECHAT_OUT", name]))
         for name in ("WECHAT_IN", "KV_wechat_bindings")
     ]
-    await replica.watch.wait_complete(["WECHAT_OUT"])
+    await replica.monitor.wait_complete(["WECHAT_OUT"])
     assert not any(wait.done() for wait in waits)
     assert replica.metrics.nats_streams_missing._value.get() == 2
     assert replica.metrics.nats_consumer_pending.labels(consumer="out")._value.get() == 6  # 10 stored, 4 in hand
@@ -166,7 +166,7 @@ async def test_what_was_changed_is_told_as_long_as_it_is_so() -> None:
     (check,) = (check for check in replica.health.check_ready() if check.name == "streams")
     assert (check.ok, check.detail) == (False, "altered: WECHAT_IN (republish); `wechat-nats doctor --fix`")
     assert replica.metrics.nats_streams_altered._value.get() == 1
-    await replica.watch.wait_complete(["WECHAT_IN"])
+    await replica.monitor.wait_complete(["WECHAT_IN"])
     replica.altered = {}
     await asyncio.sleep(2 * CHECK_S)
     assert all(check.ok for check in replica.health.check_ready())

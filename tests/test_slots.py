@@ -16,13 +16,13 @@ class Work:
         self._slots = slots
         self.began: list[str] = []
         self.working: list[str] = []
-        self.most = 0
+        self.limit = 0
 
     async def do(self, sandbox: str, took_s: float) -> None:
         async with self._slots.slot(sandbox):
             self.began.append(sandbox)
             self.working.append(sandbox)
-            self.most = max(self.most, len(self.working))
+            self.limit = max(self.limit, len(self.working))
             try:
                 await asyncio.sleep(took_s)
             finally:
@@ -45,7 +45,7 @@ async def test_those_who_wait_take_turns() -> None:
         for sandbox in ("a", "a", "a", "b", "c", "b"):
             group.create_task(work.do(sandbox, 1))
     assert work.began == ["a", "a", "b", "c", "a", "b"]
-    assert work.most == 1
+    assert work.limit == 1
 
 
 async def test_who_is_stopped_gives_the_slot_back_also_while_waiting_for_it() -> None:

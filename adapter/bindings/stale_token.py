@@ -73,7 +73,7 @@ async def publish_login_event(bindings: Bindings, events: Events, binding: Bindi
         event = binding.event("recovered")
     await events.publish_binding_event(event, cause=str(binding.since_ms))
 
-    def told(now: Binding) -> Binding | None:
+    def without_mark(now: Binding) -> Binding | None:
         return msgspec.structs.replace(now, event_pending=False) if now == binding else None
 
-    return await bindings.update(binding.bot, told) or binding
+    return await bindings.update(binding.bot, without_mark) or binding

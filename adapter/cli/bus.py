@@ -269,10 +269,10 @@ def _unreachable_failure(settings: Settings, why: Exception | None) -> str:
 def _error_collector(errors: deque[Exception]) -> Callable[[Exception], Coroutine[Any, Any, None]]:
     """Keeps complaints, which nats-py would log with a traceback; what matters surfaces where it is awaited."""
 
-    async def hear(exc: Exception) -> None:
+    async def collect_error(exc: Exception) -> None:
         errors.append(exc)
 
-    return hear
+    return collect_error
 
 
 def permission_violations(errors: Iterable[Exception]) -> list[tuple[str, str]]:

@@ -204,7 +204,7 @@ async def _check_tokens(bus: Bus, settings: Settings) -> Check:
         found = await count_stored_tokens(StreamHistory(await _adapter_connection(bus, settings)), bus.names, sealer)
     except Temporary:
         return Check("tokens", "ok", "this user cannot read how they are stored; adapters look at their start")
-    said = ", ".join(f"{count} {_SEALED[how]}" for how, count in sorted(found.items())) or "none yet"
+    said = ", ".join(f"{count} {_SEALED[sealing]}" for sealing, count in sorted(found.items())) or "none yet"
     if not sealer.is_enabled and found["open"]:
         return Check("tokens", "warn", f"{said}: set WECHAT_NATS_TOKEN_KEY, for adapters and for this command.")
     if not sealer.is_enabled and found["foreign"]:  # whoever operates the bus need not have the key
@@ -244,7 +244,7 @@ async def query_adapters(bus: Bus, wait_s: float = PING_S) -> Adapters:
     versions: set[str] = set()
     nobody = False
 
-    async def heard(msg: Msg) -> None:
+    async def on_reply(msg: Msg) -> None:
         nonlocal nobody
         if (msg.headers or {}).get("Status") == "503":
             nobody = True  # the server's word that nobody has subscribed
@@ -256,7 +256,7 @@ async def query_adapters(bus: Bus, wait_s: float = PING_S) -> Adapters:
         ids.add(str(pong.get("id")))
         versions.add(str(pong.get("version")))
 
-    await bus.nc.subscribe(inbox, cb=heard)
+    await bus.nc.subscribe(inbox, cb=on_reply)
     await bus.nc.publish(ping, b"", reply=inbox)
     await asyncio.sleep(wait_s)
     bus.raise_if_forbidden(ping)

@@ -57,13 +57,13 @@ async def login(
     view = _JsonView() if json else _UrlView() if url else _View(png)
     news = asyncio.Event()
 
-    async def heard(_: Msg) -> None:
+    async def on_event(_: Msg) -> None:
         news.set()
 
     async with connected_bus(lasting=True) as bus:
-        told = bus.names.event(asked.sandbox, "login")
-        await bus.nc.subscribe(told, cb=heard)
-        await bus.check_subscribed(told)
+        event_subject = bus.names.event(asked.sandbox, "login")
+        await bus.nc.subscribe(event_subject, cb=on_event)
+        await bus.check_subscribed(event_subject)
         first = await bus.request_service("login.start", asked, Login, START_S)
         with until_signalled() as stop:
             code = await run_until_stopped(stop, _run(_LoginFollower(bus, view, news, png=asked.png), first, bus))
@@ -126,11 +126,11 @@ class _LoginFollower:
         """The state after a line was typed, or after something else has happened."""
         if self._line is None:
             self._line = asyncio.create_task(self._read_line())
-        heard = asyncio.create_task(self._changed.wait())
+        changed = asyncio.create_task(self._changed.wait())
         try:
-            await asyncio.wait({self._line, heard}, timeout=REFRESH_S, return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait({self._line, changed}, timeout=REFRESH_S, return_when=asyncio.FIRST_COMPLETED)
         finally:
-            heard.cancel()
+            changed.cancel()
         if not self._line.done():
             return await self._status(now)
         line, self._line = self._line.result(), None

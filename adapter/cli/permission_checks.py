@@ -67,9 +67,18 @@ def foreign_grants(names: Names) -> Grants:
     """What no sandbox may do: subjects that are read, or only asked, so that trying them changes nothing."""
     ask = [names.svc(verb) for verb in ("bindings.list", "replay", "window", "replay.doctor", "window.doctor")]
     api = ["INFO", "STREAM.NAMES", *(f"STREAM.INFO.{s}" for s in streams(names)), f"DIRECT.GET.{names.stream_in}"]
-    hear = [names.live("*"), names.event("*", "*"), names.inbox("*"), f"{names.out_plain}.>", names.svc(">")]
-    hear += [f"$KV.{names.bindings}.>", "$KV.>", "$O.>", "$SRV.>", "$JS.API.>", "_INBOX.>", f"{names.prefix}.>", ">"]
-    return Grants((*ask, *(f"$JS.API.{verb}" for verb in api), "$SRV.INFO"), tuple(hear))
+    subscribe = [names.live("*"), names.event("*", "*"), names.inbox("*"), f"{names.out_plain}.>", names.svc(">")]
+    subscribe += [
+        f"$KV.{names.bindings}.>",
+        "$KV.>",
+        "$O.>",
+        "$SRV.>",
+        "$JS.API.>",
+        "_INBOX.>",
+        f"{names.prefix}.>",
+        ">",
+    ]
+    return Grants((*ask, *(f"$JS.API.{verb}" for verb in api), "$SRV.INFO"), tuple(subscribe))
 
 
 async def _check_strangers(user: User | None, bus: Bus, settings: Settings) -> list[Check]:

@@ -64,9 +64,11 @@ async def send(
     except msgspec.ValidationError as exc:  # an adapter would make a dead letter of it
         raise Failed(USAGE, f"{exc}.") from None
     async with connected_bus() as bus:
-        told = bus.names.receipt(sandbox, command_id)
-        receipts = await bus.nc.subscribe(told)
-        await bus.check_subscribed(*() if no_wait else (told,))  # before anything can happen to the command
+        receipt_subject = bus.names.receipt(sandbox, command_id)
+        receipts = await bus.nc.subscribe(receipt_subject)
+        await bus.check_subscribed(
+            *() if no_wait else (receipt_subject,)
+        )  # before anything can happen to the command
         before = await _store(bus, sandbox, command_id, body)
         if no_wait:
             return _print_stored(command, json)

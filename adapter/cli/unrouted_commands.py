@@ -22,8 +22,8 @@ async def count_unrouted(link: ManagedConnection, names: Names) -> int:
     return sum((await count_by_subject(link, names.stream_out, names.out("*"))).values())
 
 
-async def republish_unrouted(link: ManagedConnection, bus: Bus, most: int) -> None:
-    """Publishes `most` of them again, oldest first, which the transform takes to their shard; then they are settled.
+async def republish_unrouted(link: ManagedConnection, bus: Bus, limit: int) -> None:
+    """Publishes `limit` of them again, oldest first, which the transform takes to their shard; then they are settled.
 
     The id of a copy follows from the original, so that one that is repeated is stored once; it names the command as
     it was called before, and says since when it waits, so that it expires when that would have. Where the server does
@@ -42,22 +42,22 @@ async def republish_unrouted(link: ManagedConnection, bus: Bus, most: int) -> No
     wanted = topology.Wanted("astray", config, stream=names.stream_out)
     await topology.create_resource(link, wanted)
     found: asyncio.Queue[Delivery] = asyncio.Queue()
-    left: dict[str, str] = {}
+    remaining: dict[str, str] = {}
     reading = asyncio.get_running_loop().create_task(
         Consumer(link, wanted, room=100).run(found.put_nowait, _ignore_reset)
     )
     try:
-        for _ in range(most):
+        for _ in range(limit):
             async with asyncio.timeout(ANSWER_S):
                 delivery = await found.get()
-            if delivery.subject in left:
+            if delivery.subject in remaining:
                 continue
             try:
                 await bus.store(delivery.subject, delivery.data, _copy_headers(delivery))
             except Failed as exc:
                 if exc.code != NO:
                     raise
-                left[delivery.subject] = str(exc)
+                remaining[delivery.subject] = str(exc)
             else:
                 await delivery.ack()
         await bus.nc.flush()
@@ -65,8 +65,8 @@ async def republish_unrouted(link: ManagedConnection, bus: Bus, most: int) -> No
         raise Failed(UNREACHABLE, "The commands were not all published again: use --fix once more.") from None
     finally:
         reading.cancel()
-    if left:
-        raise Failed(NO, "; ".join(f"{subject}: {why}" for subject, why in left.items()))
+    if remaining:
+        raise Failed(NO, "; ".join(f"{subject}: {why}" for subject, why in remaining.items()))
 
 
 def _copy_headers(delivery: Delivery) -> dict[str, str]:

@@ -212,13 +212,13 @@ class Console(Listener):
         if (match := _LETTER.fullmatch(request.path)) and form.get("do") in ("retry", "drop"):
             seq = int(match[1])
             if form["do"] == "retry":
-                told = f"Letter {seq} is stored again on {self._run_in_loop(desk.retry_dead_letter(seq))}."
+                notice = f"Letter {seq} is stored again on {self._run_in_loop(desk.retry_dead_letter(seq))}."
             else:
                 self._run_in_loop(desk.drop_dead_letter(seq))
-                told = f"Letter {seq} is dropped."
+                notice = f"Letter {seq} is dropped."
             log.info("console.dead_letter", sequence=seq, action=form["do"])
             return self._render_page(
-                request, "dead", here="/dead", dead=self._run_in_loop(desk.dead_letters(None)), told=told
+                request, "dead", here="/dead", dead=self._run_in_loop(desk.dead_letters(None)), notice=notice
             )
         return self._problem_page(request, "404 Not Found", "Not here", "There is no such page.")
 
@@ -246,7 +246,7 @@ class Console(Listener):
             "platform": self._run_in_loop(self._service.platform_status())
             if proof and "platform" not in values
             else SIGNED_OUT,
-            "told": "",
+            "notice": "",
             "refresh_s": 0,
             "now_ms": self._now_ms(),
         }

@@ -78,11 +78,11 @@ class ConversationActor:
         if self._task is None:
             self._task = asyncio.get_running_loop().create_task(self._run())
 
-    def on_inbound(self, heard: rules.InboundReceived) -> asyncio.Future[None]:
+    def on_inbound(self, inbound: rules.InboundReceived) -> asyncio.Future[None]:
         """The user wrote: done once the conversation knows it. It raises LeaseLost, and what the rules raise."""
-        self._undispatched[heard.bot] = heard.sequence
+        self._undispatched[inbound.bot] = inbound.sequence
         done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self.put(heard, done)
+        self.put(inbound, done)
         return done
 
     def refresh_bot(self) -> None:

@@ -82,10 +82,10 @@ class Conversations:
         actor = await shard.conversation(binding, user)
         shard.on_inbound(binding, user)
         auto_typing = binding.options.auto_typing
-        heard = InboundReceived(
+        inbound = InboundReceived(
             message, token, binding.bot, written_ms, sequence, received_ms, show_typing=auto_typing
         )
-        done = actor.on_inbound(heard)
+        done = actor.on_inbound(inbound)
         done.add_done_callback(_retrieve_exception)
         await asyncio.sleep(0)  # mostly it does nothing else: a timeout would cost as much as what it does
         if not done.done():

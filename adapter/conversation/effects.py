@@ -67,11 +67,15 @@ class EffectRunner:
             case _:
                 pass  # the first command of the queue does not wait for it
 
-    async def end_crashed(self, command: QueuedCommand, crash: Exception, told: CommandResult | None = None) -> None:
-        """`told`: what could not be told of it. What may be on the phone is not called dead."""
+    async def end_crashed(
+        self, command: QueuedCommand, crash: Exception, undelivered: CommandResult | None = None
+    ) -> None:
+        """`undelivered`: its result that could not be published. What may be on the phone is not called dead."""
         result = CommandResult("dead_lettered", "crashed", type(crash).__name__)
-        if told is not None and told.may_be_sent:
-            result = CommandResult(told.outcome, message_ids=told.message_ids, attempts=told.attempts)
+        if undelivered is not None and undelivered.may_be_sent:
+            result = CommandResult(
+                undelivered.outcome, message_ids=undelivered.message_ids, attempts=undelivered.attempts
+            )
         if await self._perform_until_done(rules.PublishReceipt(command, result)) is None:
             await self._perform_until_done(rules.Acknowledge(command))
 

@@ -577,22 +577,24 @@ def _without_copies(
 
 
 def _on_inbound_received(
-    conversation: Conversation, heard: InboundReceived, now_ms: int, effects: list[Effect]
+    conversation: Conversation, inbound: InboundReceived, now_ms: int, effects: list[Effect]
 ) -> Conversation:
-    if conversation.record.dispatched_to.get(heard.bot, 0) >= heard.sequence:  # read back from the journal once more
+    if (
+        conversation.record.dispatched_to.get(inbound.bot, 0) >= inbound.sequence
+    ):  # read back from the journal once more
         return conversation
     record = window.on_inbound(
         conversation.record,
-        message=heard.message,
-        token=heard.token,
-        bot=heard.bot,
+        message=inbound.message,
+        token=inbound.token,
+        bot=inbound.bot,
         now_ms=now_ms,
-        received_ms=now_ms if heard.received_ms is None else min(now_ms, heard.received_ms),
-        written_ms=heard.written_ms,
+        received_ms=now_ms if inbound.received_ms is None else min(now_ms, inbound.received_ms),
+        written_ms=inbound.written_ms,
         in_flight=int(conversation.activity is Activity.SENDING),
-        sequence=heard.sequence,
+        sequence=inbound.sequence,
     )
-    if heard.show_typing:
+    if inbound.show_typing:
         effects.append(SetTyping(None, is_on=True))
         record = msgspec.structs.replace(record, typing=True)
     return _replaced(conversation, record=record, typing_due=False, last_answer=None)
@@ -646,8 +648,8 @@ def _on_answer(
             effects.append(CheckSession())
             return _replaced(conversation, activity=Activity.CHECKING_SESSION, last_answer=result)
         case Rejected(result):
-            if progress is not None and (apart := _split_merged(conversation, progress.commands[-1])):
-                return apart
+            if progress is not None and (split_head := _split_merged(conversation, progress.commands[-1])):
+                return split_head
             return _end_first(conversation, result, effects)
     return conversation
 
@@ -754,10 +756,10 @@ def _end_commands(
     """
     progress, shared = conversation.record.head, None
     for command in commands:
-        told = result
+        published = result
         if progress is not None and progress.has_command(command.ref.sequence):
-            shared = told = conversation.head_result or reconcile_with_progress(result, progress, command)
-        effects.append(PublishReceipt(command, told))
+            shared = published = conversation.head_result or reconcile_with_progress(result, progress, command)
+        effects.append(PublishReceipt(command, published))
     effects += [Acknowledge(command) for command in commands]
     is_first = bool(commands) and commands[0] is conversation.queue[0]
     conversation = _without_commands(conversation, {command.sequence for command in commands})

@@ -67,7 +67,7 @@ class Uploads:
         problems: list[Temporary | Unreadable] = []
         read = _recording_problems(await self._open_source(part), problems)
         try:
-            measured = await self._measure(read)
+            measured = await self._measure_content(read)
             found = identify(measured.head, part.name)
             async with self._transfers.slot(sandbox):
                 return await self._cdn.upload(
@@ -101,7 +101,7 @@ class Uploads:
         self._check_size(stored.size)
         return partial(self._objects.read, stored)
 
-    async def _measure(self, read: Read) -> _Measured:
+    async def _measure_content(self, read: Read) -> _Measured:
         """One pass over the bytes. Raises Refused("media"), Temporary, Unreadable."""
         digest, size, head = hashlib.md5(usedforsecurity=False), 0, b""
         async with contextlib.aclosing(read()) as pieces:

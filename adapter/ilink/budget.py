@@ -81,8 +81,8 @@ class ByteBudget:
         """Does `work` in the thread."""
         return await asyncio.get_running_loop().run_in_executor(self._thread, lambda: work(*args, **kwargs))
 
-    async def unpack(self, reply: Reply, most: int) -> Reply:
-        """The answer, of at most `most` bytes, with its body unpacked, and a share unless it is small.
+    async def unpack(self, reply: Reply, limit: int) -> Reply:
+        """The answer, of at most `limit` bytes, with its body unpacked, and a share unless it is small.
 
         Raises Uncertain("unreadable").
         """
@@ -92,15 +92,15 @@ class ByteBudget:
                 if not encoding:
                     return reply
                 with contextlib.suppress(Oversized):
-                    return reply._replace(body=_unpack_body(encoding, reply.body, min(SMALL, most)))
-            return await complete_with_grace(self._unpack_large(reply, encoding, most), GRACE_S)
+                    return reply._replace(body=_unpack_body(encoding, reply.body, min(SMALL, limit)))
+            return await complete_with_grace(self._unpack_large(reply, encoding, limit), GRACE_S)
         except UnpackFailed as exc:
             raise Uncertain("unreadable", str(exc)) from exc
 
-    async def _unpack_large(self, reply: Reply, encoding: str, most: int) -> Reply:
-        share = reply.share or await self.reserve(len(reply.body) + (most if encoding else 0))
+    async def _unpack_large(self, reply: Reply, encoding: str, limit: int) -> Reply:
+        share = reply.share or await self.reserve(len(reply.body) + (limit if encoding else 0))
         try:
-            body = await self.run_in_thread(_unpack_body, encoding, reply.body, most) if encoding else reply.body
+            body = await self.run_in_thread(_unpack_body, encoding, reply.body, limit) if encoding else reply.body
         except BaseException:
             share.release()
             raise
@@ -124,8 +124,8 @@ class ByteBudget:
                 return
 
 
-def _unpack_body(encoding: str, body: bytes, most: int) -> bytes:
-    unpacker = Unpacker(encoding, most)
+def _unpack_body(encoding: str, body: bytes, limit: int) -> bytes:
+    unpacker = Unpacker(encoding, limit)
     plain = unpacker.feed(body)
     unpacker.finish()
     return plain

@@ -282,12 +282,12 @@ SOURCE = "source"
 
 async def _encrypt_pieces(read: Read, key: bytes, size: int) -> Pieces:
     """The body of an upload. Raises Temporary("source"), Refused("media") for a source that is not as announced."""
-    work, left = Encryption(key), size
+    work, remaining = Encryption(key), size
     try:
         async with contextlib.aclosing(read()) as pieces:
             async for piece in pieces:
-                left -= len(piece)
-                if left < 0:
+                remaining -= len(piece)
+                if remaining < 0:
                     break
                 if cipher := work.update(piece):
                     yield cipher
@@ -295,7 +295,7 @@ async def _encrypt_pieces(read: Read, key: bytes, size: int) -> Pieces:
         raise Temporary(SOURCE, exc.detail or exc.reason) from exc
     except Unreadable as exc:
         raise Refused("media", f"The media cannot be read: {exc.detail}") from exc
-    if left:
+    if remaining:
         raise Refused("media", f"The media have not the announced size of {size} bytes.")
     yield work.finish()
 

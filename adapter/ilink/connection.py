@@ -46,12 +46,12 @@ class Connection(asyncio.Protocol):
         "_head_read",
         "_headers",
         "_keeps",
-        "_left",
+        "_limit",
         "_loop",
-        "_most",
         "_parser",
         "_problem",
         "_read",
+        "_remaining",
         "_share",
         "_status",
         "_transport",
@@ -74,7 +74,7 @@ class Connection(asyncio.Protocol):
         """When it strikes, by the loop's clock."""
         self._share: asyncio.Future[Share] | None
         """What a large answer takes of the budget."""
-        self._most: int
+        self._limit: int
         self._headers: dict[str, str]
         self._body: bytes | bytearray
         self._problem: AdapterError | None
@@ -93,16 +93,16 @@ class Connection(asyncio.Protocol):
         """Whether nothing has come in answer to the last request."""
         return self._read == 0
 
-    async def send_request(self, request: bytes, timeout_s: float, most: int) -> Reply:
+    async def send_request(self, request: bytes, timeout_s: float, limit: int) -> Reply:
         """Sends the request and reads its answer, packed as it came. Cancelled, or without a good answer, the
         connection is closed. How long a large answer waits for its share of the budget does not count.
 
         Raises TimeoutError; Temporary: it was closed already; Uncertain("network"): no or half an answer came, or
-        what is no HTTP; Uncertain("unreadable"): more than `most` bytes.
+        what is no HTTP; Uncertain("unreadable"): more than `limit` bytes.
         """
         if self._transport is None or self._transport.is_closing():
             raise Temporary("network", "the connection is closed")
-        self._reset_reply(most)
+        self._reset_reply(limit)
         self._answer = answer = self._loop.create_future()
         self._start_clock(timeout_s)
         self._transport.write(request)
@@ -155,14 +155,14 @@ class Connection(asyncio.Protocol):
             self._keeps = False
             if not self._ended:  # else it is what follows the answer that is none
                 self._finish_with_error(self._problem or Uncertain("network", type(exc).__name__))
-        around = self._read - CHUNK_BYTES * (self._most - self._left)
+        around = self._read - CHUNK_BYTES * (self._limit - self._remaining)
         if self._problem is None and not self._ended and around > HEAD_BYTES:
             self._problem = Uncertain("network", f"what is around the body exceeds {HEAD_BYTES} bytes")
         if self._problem is not None:
             self._finish_with_error(self._problem)
         elif self._ended:
             self._finish_with_reply()
-        elif self._share is None and self._most - self._left > SMALL:
+        elif self._share is None and self._limit - self._remaining > SMALL:
             self._reserve_share()
 
     def eof_received(self) -> None:
@@ -209,8 +209,8 @@ class Connection(asyncio.Protocol):
         """A piece of the body."""
         if self._ended:
             return
-        self._left -= len(body)
-        if self._left >= 0:
+        self._remaining -= len(body)
+        if self._remaining >= 0:
             if not self._body:
                 self._body = body
             elif isinstance(self._body, bytearray):
@@ -218,7 +218,7 @@ class Connection(asyncio.Protocol):
             else:
                 self._body = bytearray(self._body) + body  # not a list: a server may send a byte a piece
         elif self._problem is None:
-            self._problem = Uncertain("unreadable", f"the answer exceeds {self._most} bytes")
+            self._problem = Uncertain("unreadable", f"the answer exceeds {self._limit} bytes")
 
     def on_message_complete(self) -> None:
         """An answer has ended, or one of status 1xx, which is none."""
@@ -230,12 +230,12 @@ class Connection(asyncio.Protocol):
 
     # -----------------------------------------------------------------------------------------------------------
 
-    def _reset_reply(self, most: int) -> None:
+    def _reset_reply(self, limit: int) -> None:
         """Before the next answer."""
         self._headers = {}
         self._body = b""
         self._share = None
-        self._most = self._left = most
+        self._limit = self._remaining = limit
         self._read = self._status = 0
         self._head_read = self._ended = False
         self._framed = True
@@ -248,10 +248,15 @@ class Connection(asyncio.Protocol):
     def _reserve_share(self) -> None:
         """Reads on once there is room for a large answer: as large as it says to be, or may be, and unpacked."""
         assert self._transport is not None
-        told = self._headers.get("content-length", "")
-        exact = "transfer-encoding" not in self._headers and told.isascii() and told.isdigit() and len(told) < 10
-        packed = min(int(told), self._most) if exact else self._most
-        unpacked = self._most if "content-encoding" in self._headers else 0
+        content_length = self._headers.get("content-length", "")
+        exact = (
+            "transfer-encoding" not in self._headers
+            and content_length.isascii()
+            and content_length.isdigit()
+            and len(content_length) < 10
+        )
+        packed = min(int(content_length), self._limit) if exact else self._limit
+        unpacked = self._limit if "content-encoding" in self._headers else 0
         self._share = share = self._budget.reserve(packed + unpacked)
         if not share.done():
             self._deadline.cancel()

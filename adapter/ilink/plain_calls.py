@@ -38,7 +38,7 @@ class Line:
         self._budget = budget
         self._closing = closing
         self._check: Callable[[], None] | None = None
-        self._left = False
+        self._remaining = False
         """Whether a byte of the last request may have left."""
         self._stream: httpcore.AsyncNetworkStream | None = None
         self.is_usable = True
@@ -51,18 +51,18 @@ class Line:
     ) -> Reply:
         """Connects, where there is no connection, and asks. The time that a large answer waits for its share of the
         budget counts. Raises as Transport.exchange."""
-        self._check, self._left, self.is_silent = check, False, True
+        self._check, self._remaining, self.is_silent = check, False, True
         try:
             async with TolerantTimeout(timeout_s):
                 return await self._stream_request(url, request)
         except TimeoutError as exc:
-            if self._left:
+            if self._remaining:
                 raise
             raise Temporary("network", "TimeoutError") from exc
         except httpx.LocalProtocolError as exc:  # it is no HTTP: nothing of it was written
             raise Temporary("network", type(exc).__name__) from exc
         except (httpx.TransportError, httpx.InvalidURL, OSError) as exc:  # OSError: of TLS, which anyio lets pass
-            raise (Uncertain if self._left else Temporary)("network", type(exc).__name__) from exc
+            raise (Uncertain if self._remaining else Temporary)("network", type(exc).__name__) from exc
         finally:
             self._check = None
             self.idle_since = asyncio.get_running_loop().time()
@@ -88,16 +88,16 @@ class Line:
             await response.aclose()
         return Reply(response.status_code, dict(response.headers), body, share=share)
 
-    async def _read(self, response: httpx.Response, most: int) -> tuple[bytes, Share | None]:
+    async def _read(self, response: httpx.Response, limit: int) -> tuple[bytes, Share | None]:
         """Raises Uncertain("unreadable") for an answer that is too large."""
         read, share, pieces = bytearray(), None, 0
         try:
             async for piece in response.aiter_raw():
                 read += piece
-                if len(read) > most:
-                    raise Uncertain("unreadable", f"the answer exceeds {most} bytes")
+                if len(read) > limit:
+                    raise Uncertain("unreadable", f"the answer exceeds {limit} bytes")
                 if share is None and len(read) > SMALL:
-                    share = await self._budget.reserve(most * (2 if "content-encoding" in response.headers else 1))
+                    share = await self._budget.reserve(limit * (2 if "content-encoding" in response.headers else 1))
                 pieces += 1
                 if pieces % PIECES == 0:
                     await asyncio.sleep(0)
@@ -114,7 +114,7 @@ class Line:
         elif event == "http11.send_request_headers.started" and about["request"].method != b"CONNECT":
             if self._check is not None:
                 self._check()
-            self._left = True
+            self._remaining = True
 
     async def _close(self) -> None:
         await self._transport.aclose()

@@ -26,11 +26,11 @@ class Oversized(UnpackFailed):
 
 
 class Unpacker:
-    """Unpacks one answer of at most `most` bytes. Everything raises UnpackFailed."""
+    """Unpacks one answer of at most `limit` bytes. Everything raises UnpackFailed."""
 
-    def __init__(self, encoding: str, most: int) -> None:
-        self._left = most
-        self._most = most
+    def __init__(self, encoding: str, limit: int) -> None:
+        self._remaining = limit
+        self._limit = limit
         self._begun = False
         self._members = 0
         self._ended = False
@@ -45,7 +45,7 @@ class Unpacker:
 
     def feed(self, piece: bytes) -> bytes:
         """What these bytes stand for."""
-        return b"".join(self.unpack(piece, self._most + 1))
+        return b"".join(self.unpack(piece, self._limit + 1))
 
     def unpack(self, piece: bytes, at_once: int) -> Iterator[bytes]:
         """What these bytes stand for, in pieces of at most `at_once` bytes."""
@@ -54,9 +54,9 @@ class Unpacker:
             yield self._count_bytes(piece)
             return
         for start in range(0, len(piece), BLOCK):
-            left, plain = piece[start : start + BLOCK], b""
-            while left or len(plain) == at_once:  # the decompressor may hold what had no room
-                plain, left = self._unpack_step(left, at_once)
+            remaining, plain = piece[start : start + BLOCK], b""
+            while remaining or len(plain) == at_once:  # the decompressor may hold what had no room
+                plain, remaining = self._unpack_step(remaining, at_once)
                 if plain:
                     yield self._count_bytes(plain)
 
@@ -85,13 +85,13 @@ class Unpacker:
                     raise UnpackFailed("The answer is packed in too many members.")
                 self._work = zlib.decompressobj(_GZIP)
         try:
-            plain = self._work.decompress(packed, min(at_once, self._left + 1))
+            plain = self._work.decompress(packed, min(at_once, self._remaining + 1))
         except zlib.error:
             raise UnpackFailed("The answer cannot be unpacked.") from None
         return plain, self._work.unconsumed_tail or self._work.unused_data
 
     def _count_bytes(self, plain: bytes) -> bytes:
-        self._left -= len(plain)
-        if self._left < 0:
-            raise Oversized(f"the answer exceeds {self._most} bytes")
+        self._remaining -= len(plain)
+        if self._remaining < 0:
+            raise Oversized(f"the answer exceeds {self._limit} bytes")
         return plain

@@ -26,7 +26,7 @@ from adapter.dedup import DedupWindow
 from adapter.errors import AdapterError, Crashed, LeaseLost
 from adapter.inbound import inbox
 from adapter.inbound.bot_journal import BotJournal
-from adapter.inbound.download import DownloadDeps, Got, Missing, download, filled
+from adapter.inbound.download import DownloadDeps, DownloadResult, MediaUnavailable, download, with_media
 from adapter.inbound.inbox import AddressedMessage, PublishDeps
 from adapter.inbound.journal import Journal, JournalRecord, Written
 from adapter.inbound.triage import Sorted, Triage
@@ -528,8 +528,8 @@ class Dispatcher:
             )
             self._told([first])
             return
-        most = 1 if self._is_one_by_one else PIPELINE
-        waiting = islice(self._waiting, most)
+        limit = 1 if self._is_one_by_one else PIPELINE
+        waiting = islice(self._waiting, limit)
         ready = list(takewhile(lambda one: _is_ready(one) and not self._is_anothers(one.heard), waiting))
         try:
             await inbox.publish([_with_media(one) for one in ready], self._publishing)
@@ -632,10 +632,10 @@ class Dispatcher:
         found = await asyncio.gather(*(self._fetch(waiting, fetch) for fetch in said.fetches))
         items = list(said.items)
         for fetch, got in zip(said.fetches, found, strict=True):
-            items[fetch.item] = filled(items[fetch.item], got)
+            items[fetch.item] = with_media(items[fetch.item], got)
         return items
 
-    async def _fetch(self, waiting: PendingMessage, fetch: MediaRef) -> Got:
+    async def _fetch(self, waiting: PendingMessage, fetch: MediaRef) -> DownloadResult:
         """One item's media. While the bus is away nobody misses them, so that time does not count."""
         while True:
             left_s = waiting.until - self._clock.monotonic()
@@ -643,12 +643,12 @@ class Dispatcher:
                 async with asyncio.timeout(max(0.0, left_s)):
                     return await download(waiting.heard, fetch, self._deps.downloading)
             except TimeoutError:
-                missing = Missing("timeout", again=True)
-            except Missing as exc:
+                missing = MediaUnavailable("timeout", again=True)
+            except MediaUnavailable as exc:
                 missing = exc
             if missing.reason not in ("timeout", "store") or not missing.again or not await self._bus_was_away():
                 log.info("media.missing", bot=self.bot, reason=missing.reason)
-                return Got(reason=missing.reason)
+                return DownloadResult(reason=missing.reason)
             waiting.until = self._clock.monotonic() + self._deps.media_wait_s
 
     async def _bus_was_away(self) -> bool:

@@ -36,7 +36,7 @@ class DownloadDeps(NamedTuple):
     """Downloads and uploads at once."""
 
 
-class Missing(Exception):
+class MediaUnavailable(Exception):
     """The bytes cannot be had now. `reason` is one of contract.MediaReason."""
 
     def __init__(self, reason: str, *, again: bool) -> None:
@@ -46,7 +46,7 @@ class Missing(Exception):
         """Another attempt may succeed."""
 
 
-class Got(NamedTuple):
+class DownloadResult(NamedTuple):
     """What became of one item's media."""
 
     media: contract.Media | None = None
@@ -54,13 +54,13 @@ class Got(NamedTuple):
     reason: str = ""
 
 
-async def download(message: AddressedMessage, fetch: MediaRef, deps: DownloadDeps) -> Got:
+async def download(message: AddressedMessage, fetch: MediaRef, deps: DownloadDeps) -> DownloadResult:
     """An item's media, tried a few times. Raises Missing."""
     failures = 0
     while True:
         try:
             return await _download_once(message, fetch, deps)
-        except Missing as exc:
+        except MediaUnavailable as exc:
             failures += 1
             if not exc.again or failures == ATTEMPTS:
                 raise
@@ -68,11 +68,11 @@ async def download(message: AddressedMessage, fetch: MediaRef, deps: DownloadDep
             failures += 1
             log.exception("media.crashed", bot=message.bot)
             if failures == ATTEMPTS:
-                raise Missing("unavailable", again=False) from exc
+                raise MediaUnavailable("unavailable", again=False) from exc
         await deps.clock.sleep(backoff(failures, first_s=0.5))
 
 
-async def _download_once(message: AddressedMessage, fetch: MediaRef, deps: DownloadDeps) -> Got:
+async def _download_once(message: AddressedMessage, fetch: MediaRef, deps: DownloadDeps) -> DownloadResult:
     """Raises Missing."""
     item = message.said.items[fetch.item]
     name = f"{message.sandbox}/in/{digest(message.id.encode())}-{fetch.item}"
@@ -87,17 +87,17 @@ async def _download_once(message: AddressedMessage, fetch: MediaRef, deps: Downl
                 name, recording.of(whole) if recording else whole, mime=kind.mime, title=title
             )
         except Temporary as exc:
-            raise Missing("store", again=True) from exc
+            raise MediaUnavailable("store", again=True) from exc
         except BusRefused as exc:
             log.error("media.refused", code=exc.code, detail=exc.detail)
-            raise Missing("store", again=False) from exc
-    got = Got(described(stored, kind, title, _duration_of(item)))
+            raise MediaUnavailable("store", again=False) from exc
+    got = DownloadResult(media_from_object(stored, kind, title, _duration_of(item)))
     if recording is None or not media.is_silk(recording.data):
         return got
     return await _with_wav(f"{name}.wav", recording.data, got, deps)
 
 
-async def _with_wav(name: str, silk: bytes, got: Got, deps: DownloadDeps) -> Got:
+async def _with_wav(name: str, silk: bytes, got: DownloadResult, deps: DownloadDeps) -> DownloadResult:
     """With the recording as others can play it, where it can be converted and stored."""
     assert got.media is not None
     length_ms = got.media.duration_ms or media.silk_duration_ms(silk)
@@ -112,25 +112,25 @@ async def _with_wav(name: str, silk: bytes, got: Got, deps: DownloadDeps) -> Got
     except (Temporary, BusRefused) as exc:
         log.warning("media.wav_store_failed", reason=exc.reason)
         return got
-    return got._replace(wav=described(stored, kind, title, media.wav_duration_ms(wav)))
+    return got._replace(wav=media_from_object(stored, kind, title, media.wav_duration_ms(wav)))
 
 
 class _Copy:
-    """A copy of bytes that pass; empty where they are more than `most`."""
+    """A copy of bytes that pass; empty where they are more than `limit`."""
 
-    def __init__(self, most: int) -> None:
+    def __init__(self, limit: int) -> None:
         self.data = b""
         """Set once all have passed."""
-        self._most = most
+        self._limit = limit
 
     async def of(self, pieces: Pieces) -> Pieces:
         kept, size = bytearray(), 0
         async for piece in pieces:
             size += len(piece)
-            if size <= self._most:
+            if size <= self._limit:
                 kept += piece
             yield piece
-        self.data = bytes(kept) if size <= self._most else b""
+        self.data = bytes(kept) if size <= self._limit else b""
 
 
 async def _pieces(sandbox: str, fetch: MediaRef, deps: DownloadDeps) -> Pieces:
@@ -143,9 +143,9 @@ async def _pieces(sandbox: str, fetch: MediaRef, deps: DownloadDeps) -> Pieces:
             async for piece in plain:
                 yield piece
     except Refused as exc:
-        raise Missing(exc.reason, again=exc.reason == "unavailable") from exc
+        raise MediaUnavailable(exc.reason, again=exc.reason == "unavailable") from exc
     except Temporary as exc:
-        raise Missing("unavailable", again=True) from exc
+        raise MediaUnavailable("unavailable", again=True) from exc
 
 
 async def _head(pieces: Pieces) -> bytes:
@@ -172,7 +172,7 @@ def _duration_of(item: InboundItem) -> int | None:
     return item.duration_ms if isinstance(item, contract.VoiceItem | contract.VideoItem) else None
 
 
-def described(stored: StoredObject, kind: media.Kind, name: str, duration_ms: int | None) -> contract.Media:
+def media_from_object(stored: StoredObject, kind: media.Kind, name: str, duration_ms: int | None) -> contract.Media:
     """An object as messages name it."""
     return contract.Media(
         object=stored.name,
@@ -186,7 +186,7 @@ def described(stored: StoredObject, kind: media.Kind, name: str, duration_ms: in
     )
 
 
-def filled(item: InboundItem, got: Got) -> InboundItem:
+def with_media(item: InboundItem, got: DownloadResult) -> InboundItem:
     """The item with what became of its media."""
     if isinstance(item, contract.VoiceItem):
         length_ms = item.duration_ms if item.duration_ms or got.media is None else got.media.duration_ms

@@ -19,7 +19,7 @@ from adapter.contract import Inbound
 from adapter.conversation.conversations import Conversations
 from adapter.errors import BusRefused, Temporary
 from adapter.events import Events
-from adapter.inbound.recall import Recall, ids_header
+from adapter.inbound.recall import QuoteResolver, ids_header
 from adapter.metrics import Metrics
 from adapter.names import H_JOURNAL, H_MSG_ID, H_SCHEMA, Names, digest
 from adapter.ports import Bus, History, InboundMessage, Message, PubAck
@@ -56,7 +56,7 @@ class PublishDeps(NamedTuple):
     history: History
     bindings: Bindings
     conversations: Conversations
-    recall: Recall
+    recall: QuoteResolver
     events: Events
     leases: Leases
     clock: Clock

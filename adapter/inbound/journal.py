@@ -125,7 +125,7 @@ class Journal:
         try:
             return (await self._bus.publish(message)).seq
         except Conflict:
-            read = self._history.read(self._names.stream_journal, message.subject, after=expected, most=1)
+            read = self._history.read(self._names.stream_journal, message.subject, after=expected, limit=1)
             async for stored in read:
                 if stored.data == payload:
                     return stored.seq
@@ -155,19 +155,19 @@ class Journal:
         return Written(stored.seq, owner, record, stored.time_ms)
 
 
-def parts_of(messages: Sequence[bytes], most: int) -> Iterator[tuple[list[bytes], bool]]:
-    """The messages of an answer in parts of at most `most` bytes; whether a part's last one goes on in the next."""
+def parts_of(messages: Sequence[bytes], limit: int) -> Iterator[tuple[list[bytes], bool]]:
+    """The messages of an answer in parts of at most `limit` bytes; whether a part's last one goes on in the next."""
     part: list[bytes] = []
     size = 0
     for message in messages:
         rest = message
-        while len(rest) + MESSAGE_BYTES > most:
+        while len(rest) + MESSAGE_BYTES > limit:
             if part:
                 yield part, False
                 part, size = [], 0
-            yield [rest[: most - MESSAGE_BYTES]], True
-            rest = rest[most - MESSAGE_BYTES :]
-        if part and size + len(rest) + MESSAGE_BYTES > most:
+            yield [rest[: limit - MESSAGE_BYTES]], True
+            rest = rest[limit - MESSAGE_BYTES :]
+        if part and size + len(rest) + MESSAGE_BYTES > limit:
             yield part, False
             part, size = [], 0
         part.append(rest)

@@ -31,7 +31,7 @@ MAX_IDS = 32
 """Items of one message whose ids are kept: a header has an end."""
 
 
-class Recall:
+class QuoteResolver:
     """Finds what is quoted."""
 
     def __init__(
@@ -86,7 +86,7 @@ class Recall:
                 found, first = None, read_from
                 since_ms = self._clock.now_ms() - span_ms
                 inbox = self._names.inbox(sandbox)
-                async for stored in self._history.read(self._names.stream_in, inbox, since_ms=since_ms, most=left):
+                async for stored in self._history.read(self._names.stream_in, inbox, since_ms=since_ms, limit=left):
                     if stored.seq >= read_from:
                         break
                     first, left = min(first, stored.seq), left - 1

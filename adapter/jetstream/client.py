@@ -158,14 +158,14 @@ class BusClient(Client):
         await self._send_command(PING_PROTO)
         await self._flush_pending()
 
-    async def subscribe_raw(self, subject: str, take: RawCallback) -> None:
-        """Subscribes; `take` is called as messages are read. What it raises goes to `error_cb`."""
+    async def subscribe_raw(self, subject: str, on_raw_message: RawCallback) -> None:
+        """Subscribes; `on_raw_message` is called as messages are read. What it raises goes to `error_cb`."""
 
         async def on_message(msg: Msg) -> None:
             raise AssertionError("passed by")
 
-        heard = await self.subscribe(subject, cb=on_message, pending_msgs_limit=0, pending_bytes_limit=0)
-        self._raw_callbacks[heard._id] = take
+        subscription = await self.subscribe(subject, cb=on_message, pending_msgs_limit=0, pending_bytes_limit=0)
+        self._raw_callbacks[subscription._id] = on_raw_message
 
     async def parse_headers(self, raw: bytes) -> dict[str, str]:
         """What they say; the server's own word is called `Status`, its reason `Description`."""
@@ -191,8 +191,8 @@ class BusClient(Client):
         return found or None
 
     async def _process_msg(self, sid: int, subject: bytes, reply: bytes, data: bytes, headers: Any) -> None:
-        take = self._raw_callbacks.get(sid)
-        if take is None:
+        on_raw_message = self._raw_callbacks.get(sid)
+        if on_raw_message is None:
             if self._admit is None or self._admit(
                 subject.decode(errors="replace"), reply.decode(errors="replace"), len(data)
             ):
@@ -201,7 +201,7 @@ class BusClient(Client):
         self.stats["in_msgs"] += 1
         self.stats["in_bytes"] += len(data)
         try:
-            take(subject.decode(), data, headers or b"")
+            on_raw_message(subject.decode(), data, headers or b"")
         except Exception as exc:  # noqa: BLE001 - as nats-py does: the connection outlives whoever listens
             await self._error_cb(exc)
 

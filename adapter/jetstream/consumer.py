@@ -201,12 +201,12 @@ class Consumer:
         return await self.get_info()
 
     async def _pull(self, nc: Client, epoch: int, on_delivery: Callable[[Delivery], None]) -> None:
-        heard = asyncio.get_running_loop().time()
+        last_message_at = asyncio.get_running_loop().time()
         broken = ""
 
         async def on_message(msg: Msg) -> None:
-            nonlocal heard, broken
-            heard = asyncio.get_running_loop().time()
+            nonlocal last_message_at, broken
+            last_message_at = asyncio.get_running_loop().time()
             if broken:  # what comes now would overtake what got lost
                 return
             status = None if msg.reply.startswith(DELIVERED) else (msg.headers or {}).get("Status")
@@ -223,7 +223,7 @@ class Consumer:
                 while self.link.epoch == epoch and self.link.nc is nc:
                     if broken:
                         raise Temporary("consumer_broken", broken)
-                    left_s = heard + SILENT_S - asyncio.get_running_loop().time()
+                    left_s = last_message_at + SILENT_S - asyncio.get_running_loop().time()
                     if left_s <= 0:
                         raise Temporary("consumer_silent")
                     self._wake.clear()

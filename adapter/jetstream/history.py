@@ -32,25 +32,26 @@ async def read_stream(
     after: int = 0,
     since_ms: int | None = None,
     page: int = 200,
-    most: int | None = None,
+    limit: int | None = None,
     replicated: bool = False,
 ) -> AsyncGenerator[Stored, None]:
-    """The messages of `subject` (may hold wildcards), oldest first, after a sequence or since a time; at most `most`.
+    """The messages of `subject` (may hold wildcards), oldest first, after a sequence or since a time; at most
+    `limit`.
 
     Any server of a cluster answers, also one that lags: `replicated` asks the leader at the end whether that was all.
     Raises Temporary.
     """
     where: dict[str, Any] = {"seq": after + 1} if since_ms is None else {"start_time": _rfc3339(since_ms)}
-    left = sys.maxsize if most is None else most
-    while left:
-        found, more, asked = 0, False, min(page, left)
+    remaining = sys.maxsize if limit is None else limit
+    while remaining:
+        found, more, asked = 0, False, min(page, remaining)
         query = {**where, "next_by_subj": subject, "batch": asked, "max_bytes": PAGE_BYTES}
         async for stored in direct_get(link, stream, query):
             found += 1
             more = stored.headers.get("Nats-Num-Pending", "0") != "0"  # the server's word: it ends by size, too
             where = {"seq": stored.seq + 1}
             yield stored
-        left -= found
+        remaining -= found
         if more or found == asked:
             continue
         if not replicated or await next_from_leader(link, stream, subject, where) is None:
@@ -66,10 +67,10 @@ class StreamHistory:
         self._replicated = replicated
 
     def read(
-        self, stream: str, subject: str, *, after: int = 0, since_ms: int | None = None, most: int | None = None
+        self, stream: str, subject: str, *, after: int = 0, since_ms: int | None = None, limit: int | None = None
     ) -> AsyncIterator[Stored]:
         return read_stream(
-            self._link, stream, subject, after=after, since_ms=since_ms, most=most, replicated=self._replicated
+            self._link, stream, subject, after=after, since_ms=since_ms, limit=limit, replicated=self._replicated
         )
 
     async def read_last(self, stream: str, subject: str) -> Stored | None:

@@ -196,7 +196,7 @@ class ManagedConnection:
     async def _connect(self) -> BusClient:
         self._lost = lost = asyncio.Event()
         refused: list[tuple[str, str]] = []
-        heard = ""
+        last_error = ""
 
         async def on_closed() -> None:
             lost.set()
@@ -206,8 +206,8 @@ class ManagedConnection:
 
         async def on_error(exc: Exception) -> None:
             # runs inside the read loop: must not raise or wait
-            nonlocal heard
-            heard = self.down_reason = str(exc)[:200] or type(exc).__name__
+            nonlocal last_error
+            last_error = self.down_reason = str(exc)[:200] or type(exc).__name__
             if does := permission_violation(exc):
                 refused.append(does)
             # while it is away, every attempt fails; that is said elsewhere, as is what forbids the first connection
@@ -224,7 +224,7 @@ class ManagedConnection:
                     error_cb=on_error,
                 )
         except TimeoutError:
-            raise Temporary("bus_timeout", heard or f"no answer within {CONNECT_S:g} s") from None
+            raise Temporary("bus_timeout", last_error or f"no answer within {CONNECT_S:g} s") from None
         try:
             for action in self._on_connect:
                 await action(nc)

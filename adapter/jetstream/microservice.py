@@ -124,10 +124,10 @@ class Services:
             return subject not in plain or _is_reply_allowed(reply) or self._refuse_reply("")
         if not _is_reply_allowed(reply, sandbox):
             return self._refuse_reply(sandbox)
-        verdict = shares.try_admit(sandbox, size)
-        if verdict == "taken":
+        admission = shares.try_admit(sandbox, size)
+        if admission == "taken":
             return True
-        self._metrics.service_refusals.labels(reason=verdict).inc()
+        self._metrics.service_refusals.labels(reason=admission).inc()
         if shares.count_refusal(sandbox):
             headers = {H_ERROR: BUSY.format(count=self._max_per_sandbox), H_ERROR_CODE: "429"}
             if nc.enqueue_publish(reply, b"", "", headers):

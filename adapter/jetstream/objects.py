@@ -249,19 +249,19 @@ class ObjectStore:
 
     async def _read_chunks(self, name: str, ident: str, size: int) -> Pieces:
         """The first `size` bytes of the pieces of `ident`. Raises Temporary, Unreadable."""
-        left, after = size, 0
-        while left > 0:
+        remaining, after = size, 0
+        while remaining > 0:
             found = False
             async with contextlib.aclosing(self._chunks_after(ident, after)) as pieces:
                 async for piece in pieces:
                     found, after = True, piece.seq
-                    left -= len(piece.data)
-                    if left < 0:
+                    remaining -= len(piece.data)
+                    if remaining < 0:
                         break
                     yield piece.data
-                    if not left:
+                    if not remaining:
                         break
-            if not found or left < 0:
+            if not found or remaining < 0:
                 raise Unreadable("object", f"{name}: pieces are gone or too many")
 
     async def _chunks_after(self, ident: str, after: int) -> AsyncGenerator[Stored, None]:

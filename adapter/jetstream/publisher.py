@@ -132,22 +132,22 @@ class Publisher:
         Raises LeaseLost.
         """
         loop, now, alone = asyncio.get_running_loop(), self._clock.monotonic(), not self._outstanding
-        taken, subject = [], ""
+        entries, subject = [], ""
         for message in messages:
             if message.subject != subject:  # those of a batch have mostly the same
                 subject, stream = message.subject, self._stream_of(message.subject)
-            taken.append(self._add_outstanding(message, stream, loop.create_future(), now))
+            entries.append(self._add_outstanding(message, stream, loop.create_future(), now))
         try:
-            await self._write_all(taken, alone=alone)
+            await self._write_all(entries, alone=alone)
             acks: list[PubAck | BusRefused] = []
-            for entry in taken:
+            for entry in entries:
                 try:
                     acks.append(await entry.future)
                 except BusRefused as exc:
                     acks.append(exc)
             return acks
         finally:
-            for entry in taken:
+            for entry in entries:
                 if entry.number in self._outstanding:
                     self._remove_outstanding(entry)
 
@@ -187,8 +187,8 @@ class Publisher:
 
     def _reject_oversized(self, entry: _Outstanding) -> None:
         """Refuses what the server would end the connection for."""
-        message, most = entry.message, self._link.max_payload
-        if len(message.payload) > most // 2 and len(message.payload) + _headers_size(message.headers) > most:
+        message, limit = entry.message, self._link.max_payload
+        if len(message.payload) > limit // 2 and len(message.payload) + _headers_size(message.headers) > limit:
             self._refuse(entry, BusRefused(0, f"{len(message.payload)} bytes exceed the server's max_payload"))
             self._link.recheck_max_payload()
         elif len(message.subject) > MAX_SUBJECT // 4 and len(message.subject.encode()) > MAX_SUBJECT:
@@ -272,21 +272,21 @@ class Publisher:
             await self._clock.sleep(0.05)
         return entry.future.done()
 
-    async def _write_all(self, taken: Sequence[_Outstanding], *, alone: bool) -> None:
+    async def _write_all(self, entries: Sequence[_Outstanding], *, alone: bool) -> None:
         """Writes them in this order; where a stream's flow stops, its others follow once it is mended.
 
         `alone`: nothing else is on its way, so that there is nothing to wait for that could be written with them.
         """
-        passed: Callable[[], None] | None = None
+        passed_check: Callable[[], None] | None = None
         """The fence that let the one before through, and nothing else has run since."""
         posted: BusClient | None = None
-        for entry in taken:
+        for entry in entries:
             if entry.stream.name in self._interrupted_streams or entry.writes or entry.future.done():
                 continue
             ensure_owner = entry.message.ensure_owner
-            if not self._check_preconditions(entry, None if ensure_owner is passed else ensure_owner):
+            if not self._check_preconditions(entry, None if ensure_owner is passed_check else ensure_owner):
                 continue
-            passed, nc = ensure_owner, self._nc
+            passed_check, nc = ensure_owner, self._nc
             if (
                 nc is not None
                 and nc is self._link.nc
@@ -295,7 +295,7 @@ class Publisher:
                 posted = nc
             else:
                 await self._publish(entry)
-                passed = None
+                passed_check = None
         if posted is not None and alone:
             posted.flush_now()
         elif posted is not None:

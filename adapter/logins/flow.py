@@ -70,10 +70,10 @@ class _ScanRequest(NamedTuple):
 class LoginFlow:
     """Drives one login from where its record stands to its end."""
 
-    def __init__(self, login: str, deps: LoginDeps, told: dict[str, int]) -> None:
+    def __init__(self, login: str, deps: LoginDeps, published_steps: dict[str, int]) -> None:
         self._login = login
         self._deps = deps
-        self._published_steps = told
+        self._published_steps = published_steps
         self._requests: dict[int, _ScanRequest] = {}
         """By the number of the code."""
         self._sent_digits: dict[int, str] = {}
@@ -124,11 +124,11 @@ class LoginFlow:
                 await self._deps.clock.sleep(0.5)
 
     async def _fail_login(self, reason: str, detail: str) -> None:
-        def failed(record: LoginRecord) -> LoginRecord | None:
+        def with_failure(record: LoginRecord) -> LoginRecord | None:
             step = self._deps.registry.next_step
             return None if record.is_over else step(record, status="failed", reason=reason, detail=detail)
 
-        await self._update_record(failed)
+        await self._update_record(with_failure)
 
     def _expire_if_due(self, record: LoginRecord) -> LoginRecord | None:
         if record.is_over or record.token:
@@ -237,12 +237,12 @@ class LoginFlow:
         self._failures = 0
         replaced = False
 
-        def replace(record: LoginRecord) -> LoginRecord | None:
+        def with_new_code(record: LoginRecord) -> LoginRecord | None:
             nonlocal replaced
             replaced = record.status == "wait" and not record.token  # nobody scanned meanwhile
             return registry.with_code(self._login, record, code) if replaced else None
 
-        await self._update_record(replace)
+        await self._update_record(with_new_code)
         if replaced:
             self._deps.metrics.qr_refreshes.inc()
 
@@ -272,7 +272,7 @@ class LoginFlow:
                 await self._fail_login("url", exc.detail)
                 return
 
-        def move(record: LoginRecord) -> LoginRecord | None:
+        def with_base_url(record: LoginRecord) -> LoginRecord | None:
             code = code_of(record, asked.code.number)
             if code is None or record.token:
                 return None
@@ -280,7 +280,7 @@ class LoginFlow:
                 return self._deps.registry.next_step(record, status="scanned", codes=[code], base_url=base_url)
             return structs.replace(record, base_url=base_url) if record.base_url != base_url else None
 
-        await self._update_record(move)
+        await self._update_record(with_base_url)
 
     def _already_bound(self, record: LoginRecord, number: int) -> LoginRecord | None:
         """iLink does not say which bot; where there is one, it is that."""
@@ -300,13 +300,13 @@ class LoginFlow:
             await self._fail_login(exc.reason, exc.detail)
             return
 
-        def take(record: LoginRecord) -> LoginRecord | None:
+        def with_credentials(record: LoginRecord) -> LoginRecord | None:
             if code_of(record, number) is None or record.token:
                 return None
             token = deps.sealer.seal(bind_context(record.sandbox, scan.bot), scan.token)
             return structs.replace(record, token=token, bot=scan.bot, user=scan.user, bot_base_url=base_url)
 
-        await self._update_record(take)
+        await self._update_record(with_credentials)
 
     # the end ----------------------------------------------------------------------------------------
 
@@ -341,13 +341,13 @@ class LoginFlow:
         binding = self._find_bound(record, request)
         bound = {"bot": binding.bot, "user": binding.user} if binding else _PENDING
 
-        def confirmed(now: LoginRecord) -> LoginRecord | None:
+        def with_confirmation(now: LoginRecord) -> LoginRecord | None:
             if now.is_over:
                 return None
             warning = {"detail": _WARNING.format(now.former_user)} if now.former_user else {}
             return deps.registry.next_step(now, status="confirmed", **{**warning, **bound})
 
-        await self._update_record(confirmed)
+        await self._update_record(with_confirmation)
 
     async def _note_former_user(self, record: LoginRecord) -> None:
         """Stores who is bound to the sandbox, or was last, if that is another person: once the bind is carried out

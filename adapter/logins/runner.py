@@ -57,11 +57,11 @@ class LoginRunner:
         task = asyncio.get_running_loop().create_task(self._run_flow(login), name=f"login.{login[:6]}")
         self._tasks[login] = task
 
-        def ended(done: asyncio.Task[None]) -> None:
+        def on_done(done: asyncio.Task[None]) -> None:
             if self._tasks.get(login) is done:
                 del self._tasks[login]
 
-        task.add_done_callback(ended)
+        task.add_done_callback(on_done)
 
     async def _run_flow(self, login: str) -> None:
         while True:

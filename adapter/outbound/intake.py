@@ -79,7 +79,7 @@ class CommandIntake:
             while (first := backlog.next(subject)) and not self._draining.is_set():
                 last = backlog.last(subject)
                 try:
-                    read = self._history.read(self._names.stream_out, subject, after=first - 1, most=PAGE)
+                    read = self._history.read(self._names.stream_out, subject, after=first - 1, limit=PAGE)
                     page = [stored async for stored in read]
                 except Temporary as exc:
                     log.warning("command.retrying", subject=subject, reason=exc.reason)

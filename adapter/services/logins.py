@@ -64,27 +64,29 @@ class LoginService:
         asked = read_request(data, LoginVerify, self._metrics)
         digits = self._registry.seal_digits(asked.login, asked.code)
 
-        def take(record: LoginRecord) -> LoginRecord:
+        def with_digits(record: LoginRecord) -> LoginRecord:
             if record.is_over:
                 raise Refused("invalid", f"This login is over: {record.status}.")
             if record.status != "need_verify_code":
                 raise Refused("invalid", "No digits are asked for: wait until the status is need_verify_code.")
             return structs.replace(record, digits=digits)
 
-        return self._encode_answer(asked.login, await self._registry.update(asked.login, take), with_png=False)
+        return self._encode_answer(asked.login, await self._registry.update(asked.login, with_digits), with_png=False)
 
     async def cancel(self, data: bytes) -> bytes:
         """Ends a login. One that is over stays as it ended."""
         asked = read_request(data, LoginQuery, self._metrics)
 
-        def end(record: LoginRecord) -> LoginRecord | None:
+        def as_cancelled(record: LoginRecord) -> LoginRecord | None:
             if record.is_over:
                 return None
             if record.token:
                 raise Refused("invalid", "The user has confirmed already and the bot is being bound; unbind it.")
             return self._registry.next_step(record, status="cancelled")
 
-        return self._encode_answer(asked.login, await self._registry.update(asked.login, end), with_png=False)
+        return self._encode_answer(
+            asked.login, await self._registry.update(asked.login, as_cancelled), with_png=False
+        )
 
     def _encode_answer(self, login: str, record: LoginRecord, *, with_png: bool) -> bytes:
         return msgspec.json.encode(self._registry.to_login(login, record, with_png=with_png))

@@ -13,7 +13,7 @@ import msgspec
 from adapter import media
 from adapter.contract import Media, MediaPiece, MediaQuery
 from adapter.errors import BusRefused, Refused, Unreadable
-from adapter.inbound.download import described
+from adapter.inbound.download import media_from_object
 from adapter.metrics import Metrics
 from adapter.names import H_NEXT, H_SHA256, H_SIZE, MAX_SEQ, check_sandbox
 from adapter.ports import PartialObjects, SandboxRequest, SandboxResponse
@@ -90,7 +90,7 @@ class MediaService:
             )
         kind = media.identify(head, stored.title)
         name = stored.title or media.file_name(kind.mime.partition("/")[0], kind.suffix)
-        return described(stored, kind, name, media.wav_duration_ms(head))
+        return media_from_object(stored, kind, name, media.wav_duration_ms(head))
 
     def _check_size(self, piece: MediaPiece, size: int, end: int) -> None:
         if end > self._max_bytes:

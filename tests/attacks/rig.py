@@ -93,8 +93,8 @@ class Outcome(NamedTuple):
     def late(self) -> list[str]:
         """The victim's inbound p99, where it is too long."""
         p99 = percentile(self.during.inbound, 99)
-        most = max(INBOUND_MS, INBOUND_TIMES * percentile(self.quiet.inbound, 99))
-        return [f"inbound p99 {p99:.0f} ms"] if p99 > most else []
+        limit = max(INBOUND_MS, INBOUND_TIMES * percentile(self.quiet.inbound, 99))
+        return [f"inbound p99 {p99:.0f} ms"] if p99 > limit else []
 
     def row(self) -> str:
         """A row of `HEAD`."""
@@ -414,7 +414,7 @@ def _ended(server: asyncio.subprocess.Process, adapters: list[AdapterProcess]) -
 
 
 @contextlib.asynccontextmanager
-async def sampled(pids: list[int], most: dict[int, float]) -> AsyncIterator[None]:
+async def sampled(pids: list[int], limit: dict[int, float]) -> AsyncIterator[None]:
     """Keeps the largest resident memory of processes, in MiB, while entered."""
 
     async def sample() -> None:
@@ -422,7 +422,7 @@ async def sampled(pids: list[int], most: dict[int, float]) -> AsyncIterator[None
             for pid in pids:
                 with contextlib.suppress(OSError, ValueError):  # it has ended, which is told elsewhere
                     pages = int(Path(f"/proc/{pid}/statm").read_text().split()[1])  # noqa: ASYNC240 -- no disk
-                    most[pid] = max(most.get(pid, 0.0), pages * 4096 / (1 << 20))
+                    limit[pid] = max(limit.get(pid, 0.0), pages * 4096 / (1 << 20))
             await asyncio.sleep(SAMPLED_S)
 
     sampling = asyncio.create_task(sample())

@@ -102,16 +102,16 @@ async def test_headers_count_against_the_largest_message(rig: Rig, over: int) ->
 class Reloaded(EmbeddedNats):
     """A server whose limit for messages an operator changes while it runs, which it tells to new clients only."""
 
-    async def limit(self, most: int) -> None:
+    async def limit(self, limit: int) -> None:
         config = self.folder / "nats-server.conf"
         lines = [line for line in config.read_text().splitlines() if not line.startswith("max_payload")]
-        config.write_text("\n".join([*lines, f"max_payload: {most}", ""]))
+        config.write_text("\n".join([*lines, f"max_payload: {limit}", ""]))
         os.kill(self.pid, signal.SIGHUP)
 
         async def told() -> bool:
             nc = await nats.connect(self.url)
             try:
-                return nc.max_payload == most
+                return nc.max_payload == limit
             finally:
                 await nc.close()
 

@@ -129,7 +129,7 @@ class NewServer(OldServer):
         super().__init__(topology.API_LEVEL)
         self.refused = refused
         self.created: list[str] = []
-        self.at_once = self.most = 0
+        self.at_once = self.limit = 0
 
     async def api_request(
         self, verb: str, body: dict[str, Any] | None = None, timeout_s: float = 5.0
@@ -139,7 +139,7 @@ class NewServer(OldServer):
         if ".CREATE." not in verb:
             raise BusRefused(NO_STREAM, "stream not found")
         self.at_once += 1
-        self.most = max(self.most, self.at_once)
+        self.limit = max(self.limit, self.at_once)
         await asyncio.sleep(0)
         self.at_once -= 1
         self.created.append(verb)
@@ -156,7 +156,7 @@ async def test_what_is_missing_is_created_some_at_a_time_and_streams_first() -> 
     kinds = [verb.partition(".")[0] for verb in server.created]
     assert kinds == ["STREAM"] * len(streams) + ["CONSUMER"] * len(consumers)
     assert {verb.rpartition(".")[2] for verb in server.created} == {each.name for each in [*streams, *consumers]}
-    assert server.most == topology.CREATED_AT_ONCE
+    assert server.limit == topology.CREATED_AT_ONCE
 
 
 async def test_what_is_created_one_after_the_other_reserves_its_room_last_too() -> None:
@@ -309,9 +309,9 @@ async def test_commands_and_dead_letters_end_at_their_size_and_leave_room_for_th
         refused = [answer for answer in answers if isinstance(answer, BusRefused)]
         assert refused == answers[-len(refused) :]
         assert {answer.code for answer in refused} == {STORE_FAILED}
-        for name, most in ((NAMES.stream_out, 5 << 20), (NAMES.stream_dead, 1 << 20)):
+        for name, limit in ((NAMES.stream_out, 5 << 20), (NAMES.stream_dead, 1 << 20)):
             state = (await rig.link.api_request(f"STREAM.INFO.{name}"))["state"]
-            assert most - 2 * len(payload) < state["bytes"] <= most
+            assert limit - 2 * len(payload) < state["bytes"] <= limit
         await rig.publisher.publish(Message("in", NAMES.inbox("s1"), b"x", {}))
 
 

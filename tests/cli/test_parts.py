@@ -162,9 +162,9 @@ class Forgetful(BusClient):
 @pytest.mark.parametrize(
     "ask",
     [
-        lambda bus: bus.ask("login.status", LoginQuery(login="l"), LoginQuery),
+        lambda bus: bus.request_service("login.status", LoginQuery(login="l"), LoginQuery),
         lambda bus: bus.request("x", b""),
-        lambda bus: bus.api("INFO"),
+        lambda bus: bus.api_request("INFO"),
         lambda bus: bus.store("x", b"", {}),
     ],
     ids=["an adapter", "the server", "JetStream", "a stream"],

@@ -346,7 +346,7 @@ class Explorer:
         """Commands and parts in a message."""
         return [self._parts[text] for text in message.split("|")[2].split(MERGE_SEPARATOR)]
 
-    def explore(self, world: World, *, most: int = 2_000_000) -> int:
+    def explore(self, world: World, *, limit: int = 2_000_000) -> int:
         """Every state that can be reached; how many there are. Each of them can come to an end."""
         seen: set[bytes] = {_key(world)}
         todo: list[tuple[World, Course | None]] = [(world, None)]
@@ -354,7 +354,7 @@ class Explorer:
             now, course = todo.pop()
             for move, after in self._step_all(now, course):
                 if (key := _key(after)) not in seen:
-                    assert len(seen) < most, "the world is too large to be explored"
+                    assert len(seen) < limit, "the world is too large to be explored"
                     seen.add(key)
                     todo.append((after, (move, course)))
         return len(seen)

@@ -25,7 +25,7 @@ from adapter.inbound.dispatcher import DispatchDeps
 from adapter.inbound.download import DownloadDeps
 from adapter.inbound.inbox import PublishDeps
 from adapter.inbound.journal import Journal, JournalRecord, Written
-from adapter.inbound.recall import Recall
+from adapter.inbound.recall import QuoteResolver
 from adapter.inbound.sessions import InboundDeps
 from adapter.inbound.triage import Triage
 from adapter.metrics import Metrics
@@ -96,7 +96,7 @@ class Bench:
         self.processors: dict[int, ShardCommandProcessor] = {}
         """By shard: those that work here."""
         self.conversations = Conversations(self.store, self.open_shard, self.clock, POLICY)
-        self.recall = Recall(self.conversations, self.bus, self.names, self.clock, self.metrics)
+        self.recall = QuoteResolver(self.conversations, self.bus, self.names, self.clock, self.metrics)
         self.events = Events(self.bus, self.names, self.clock, self.metrics)
         self.receipts = Receipts(self.events, self.bus, self.names)
         self.sealer: Sealer = sealer or (world.sealer if world else Sealer(()))

@@ -105,10 +105,10 @@ class FakeBus:
     # History
 
     async def read(
-        self, stream: str, subject: str, *, after: int = 0, since_ms: int | None = None, most: int | None = None
+        self, stream: str, subject: str, *, after: int = 0, since_ms: int | None = None, limit: int | None = None
     ) -> AsyncIterator[Stored]:
         await asyncio.sleep(0)
-        left = len(self.kept) if most is None else most
+        left = len(self.kept) if limit is None else limit
         if self.unreadable:
             self.unreadable -= 1
             raise Temporary("bus_down")

@@ -44,7 +44,7 @@ class FakeCdn:
         """The references of all downloads."""
         self.running = 0
         """Downloads at once, now and at most."""
-        self.most = 0
+        self.limit = 0
 
     def has(self, reference: str, *answers: Piece) -> None:
         self.answers[reference] = deque(answers)
@@ -52,7 +52,7 @@ class FakeCdn:
     async def download(self, fetch: MediaRef) -> Pieces:
         self.fetched.append(fetch.reference)
         self.running += 1
-        self.most = max(self.most, self.running)
+        self.limit = max(self.limit, self.running)
         try:
             await asyncio.sleep(0.01)
             script = self.answers[fetch.reference]

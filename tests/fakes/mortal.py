@@ -31,10 +31,10 @@ class MortalBus:
         return acks
 
     async def read(
-        self, stream: str, subject: str, *, after: int = 0, since_ms: int | None = None, most: int | None = None
+        self, stream: str, subject: str, *, after: int = 0, since_ms: int | None = None, limit: int | None = None
     ) -> AsyncIterator[Stored]:
         await self._life.goes_on()
-        async for stored in self._bus.read(stream, subject, after=after, since_ms=since_ms, most=most):
+        async for stored in self._bus.read(stream, subject, after=after, since_ms=since_ms, limit=limit):
             yield stored
         await self._life.goes_on()
 

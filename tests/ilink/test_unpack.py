@@ -39,8 +39,8 @@ PACKED: dict[str, Callable[[bytes], bytes]] = {
 }
 
 
-def unpacked(encoding: str, *pieces: bytes, most: int = MOST) -> bytes:
-    unpacker = Unpacker(encoding, most)
+def unpacked(encoding: str, *pieces: bytes, limit: int = MOST) -> bytes:
+    unpacker = Unpacker(encoding, limit)
     whole = b"".join([unpacker.feed(piece) for piece in pieces])
     unpacker.finish()
     return whole
@@ -56,9 +56,9 @@ def test_an_answer_is_the_same_however_it_is_packed_and_cut(encoding: str) -> No
 
 @pytest.mark.parametrize("encoding", PACKED)
 def test_an_answer_that_is_too_large_is_refused_and_one_that_just_fits_is_not(encoding: str) -> None:
-    assert unpacked(encoding, PACKED[encoding](TEXT), most=len(TEXT)) == TEXT
+    assert unpacked(encoding, PACKED[encoding](TEXT), limit=len(TEXT)) == TEXT
     with pytest.raises(UnpackFailed, match="exceeds"):
-        unpacked(encoding, PACKED[encoding](TEXT), most=len(TEXT) - 1)
+        unpacked(encoding, PACKED[encoding](TEXT), limit=len(TEXT) - 1)
 
 
 def test_a_bomb_is_never_unpacked() -> None:
@@ -93,9 +93,9 @@ def test_an_answer_of_several_gzip_members_is_read_whole(end: bytes) -> None:
     whole = TEXT + TEXT[:7] + TEXT
     assert unpacked("gzip", packed) == whole
     assert unpacked("gzip", *(packed[at : at + 1] for at in range(len(packed)))) == whole
-    assert unpacked("gzip", packed, most=len(whole)) == whole
+    assert unpacked("gzip", packed, limit=len(whole)) == whole
     with pytest.raises(UnpackFailed, match="exceeds"):
-        unpacked("gzip", packed, most=len(whole) - 1)
+        unpacked("gzip", packed, limit=len(whole) - 1)
 
 
 def test_a_last_gzip_member_that_is_cut_is_not_taken_for_an_end() -> None:
@@ -123,4 +123,4 @@ def test_what_is_unpacked_comes_in_pieces_of_a_bounded_size(encoding: str, at_on
 @given(st.sampled_from(sorted(PACKED)), st.lists(st.binary(max_size=200), max_size=20))
 def test_whatever_comes_is_bytes_or_a_refusal(encoding: str, pieces: list[bytes]) -> None:
     with contextlib.suppress(UnpackFailed):
-        assert len(unpacked(encoding, *pieces, most=10_000)) <= 10_000
+        assert len(unpacked(encoding, *pieces, limit=10_000)) <= 10_000

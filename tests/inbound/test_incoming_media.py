@@ -261,7 +261,7 @@ async def test_pictures_are_fetched_four_at_a_time_and_told_in_order(poller: Pol
     for number in range(9, 1, -1):
         gates[number].set()
     await asyncio.sleep(1)
-    assert (said(bench), len(bench.cdn.fetched), bench.cdn.most) == ([], 9, 4)
+    assert (said(bench), len(bench.cdn.fetched), bench.cdn.limit) == ([], 9, 4)
     gates[1].set()
     await asyncio.sleep(1)
     assert said(bench) == ["+"] * 9

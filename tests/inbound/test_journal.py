@@ -303,11 +303,11 @@ async def test_what_another_replica_stores_late_may_come_between_two_parts_of_a_
 
 
 @pytest.mark.parametrize("most", [100, 163, 164, 165, 1000])
-def test_parts_of_an_answer_hold_all_of_it_and_are_no_larger_than_a_record(most: int) -> None:
+def test_parts_of_an_answer_hold_all_of_it_and_are_no_larger_than_a_record(limit: int) -> None:
     messages = [b"a" * 10, b"b" * 100, b"c" * 350, b"d", b"e" * 99, b"f" * 101, b""]
     whole, piece = [], b""
-    for part, goes_on in parts_of(messages, most):
-        assert sum(len(one) + MESSAGE_BYTES for one in part) <= most
+    for part, goes_on in parts_of(messages, limit):
+        assert sum(len(one) + MESSAGE_BYTES for one in part) <= limit
         part[0] = piece + part[0]
         piece = part.pop() if goes_on else b""
         whole += part

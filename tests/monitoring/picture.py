@@ -107,10 +107,10 @@ def draw_lines(axes: Axes, one: Shown, began: float) -> None:
     handles = [
         mpl.lines.Line2D([], [], color=COLORS[number % len(COLORS)], linewidth=2) for number in range(len(shown_of))
     ]
-    most = 6
-    words = [words for words, _ in shown_of][:most]
+    limit = 6
+    words = [words for words, _ in shown_of][:limit]
     axes.legend(
-        handles[:most],
+        handles[:limit],
         words,
         loc="upper left",
         fontsize=5.5,
