@@ -34,61 +34,61 @@ async def run(
         raise
 
 
-async def run_replica(parts: Replica, stop: asyncio.Event, on_ready: Callable[[], None] | None = None) -> None:
+async def run_replica(replica: Replica, stop: asyncio.Event, on_ready: Callable[[], None] | None = None) -> None:
     """As `run`. Raises SettingsError, in a group, too."""
-    with ProbeServer(parts.settings.http_addr, parts.health, parts.metrics) as probes, parts.console():
+    with ProbeServer(replica.settings.http_addr, replica.health, replica.metrics) as probes, replica.console():
         async with asyncio.TaskGroup() as group:
             background: list[asyncio.Task[None]] = []
 
-            def begin(loop: Coroutine[Any, Any, None], name: str) -> asyncio.Task[None]:
+            def start_loop(loop: Coroutine[Any, Any, None], name: str) -> asyncio.Task[None]:
                 background.append(group.create_task(loop, name=name))
                 return background[-1]
 
-            begin(parts.health_monitor.heartbeat_forever(), "heartbeat")
-            begin(parts.health_monitor.check_jetstream_forever(), "jetstream")
-            for name, loop in parts.connections.loops():
-                begin(loop, name)
+            start_loop(replica.health_monitor.heartbeat_forever(), "heartbeat")
+            start_loop(replica.health_monitor.check_jetstream_forever(), "jetstream")
+            for name, loop in replica.connections.loops():
+                start_loop(loop, name)
             try:
-                if await run_preflight(parts, stop):
-                    leasing = begin(parts.leases.run(), "leases")
-                    begin(parts.bindings.run(), "bindings")
-                    begin(parts.logins.run(), "logins")
-                    running_logins = begin(parts.login_runner.run(), "logins.run")
-                    following = group.create_task(parts.supervisor.run(), name="supervisor")
-                    parts.health_monitor.on_started()
-                    log.info("adapter.started", instance=parts.instance, version=__version__, http=probes.port)
+                if await run_preflight(replica, stop):
+                    leasing = start_loop(replica.leases.run(), "leases")
+                    start_loop(replica.bindings.run(), "bindings")
+                    start_loop(replica.logins.run(), "logins")
+                    running_logins = start_loop(replica.login_runner.run(), "logins.run")
+                    following = group.create_task(replica.supervisor.run(), name="supervisor")
+                    replica.health_monitor.on_started()
+                    log.info("adapter.started", instance=replica.instance, version=__version__, http=probes.port)
                     if on_ready is not None:
                         on_ready()
                     await stop.wait()
-                    await _drain(parts, following, running_logins, leasing)
+                    await _drain(replica, following, running_logins, leasing)
             finally:
                 for task in background:
                     task.cancel()
-                parts.routing.cancel_all()
-                await parts.texts.close()
-                await parts.connections.close()
-    log.info("adapter.stopped", instance=parts.instance)
+                replica.routing.cancel_all()
+                await replica.texts.close()
+                await replica.connections.close()
+    log.info("adapter.stopped", instance=replica.instance)
 
 
 async def _drain(
-    parts: Replica, following: asyncio.Task[None], running_logins: asyncio.Task[None], leasing: asyncio.Task[None]
+    replica: Replica, following: asyncio.Task[None], running_logins: asyncio.Task[None], leasing: asyncio.Task[None]
 ) -> None:
-    parts.health.draining = True
-    log.info("adapter.draining", polls=len(parts.supervisor.sessions))
+    replica.health.draining = True
+    log.info("adapter.draining", polls=len(replica.supervisor.sessions))
     try:
-        async with asyncio.timeout(max(1.0, parts.settings.drain_s - 1.0)):
+        async with asyncio.timeout(max(1.0, replica.settings.drain_s - 1.0)):
             try:
-                await parts.leases.drain()  # the lease may run out meanwhile, and polls are cut then
+                await replica.leases.drain()  # the lease may run out meanwhile, and polls are cut then
             finally:
                 following.cancel()
-            await parts.supervisor.drain(max(0.5, parts.settings.drain_s - RELEASE_S))
+            await replica.supervisor.drain(max(0.5, replica.settings.drain_s - RELEASE_S))
             running_logins.cancel()  # logins go on until another replica may take them
             await asyncio.wait([running_logins])
             leasing.cancel()  # a renewal after this would write the key that is given back
             await asyncio.wait([leasing])
-            await parts.leases.release_all()
+            await replica.leases.release_all()
     except TimeoutError:
-        log.warning("drain.timed_out", drain_s=parts.settings.drain_s)
+        log.warning("drain.timed_out", drain_s=replica.settings.drain_s)
 
 
 def _raise_file_limit(capacity: int) -> None:

@@ -31,7 +31,7 @@ class Connections:
         self.lease_link = ManagedConnection(settings, f"{client} leases")
         # Media and what sandboxes read again have one too: no message waits behind their megabytes.
         self.media_link = ManagedConnection(settings, f"{client} media")
-        self.media_link.on_connect(_pause)
+        self.media_link.on_connect(_enable_read_pauses)
         # What sandboxes ask comes over others: whatever they send, and however much, JetStream's are not cut for it.
         self.service_link = ManagedConnection(settings, f"{client} services")
         self.upload_link = ManagedConnection(settings, f"{client} uploads")
@@ -65,7 +65,7 @@ class Connections:
         """The same, over the connection of media."""
         return KvBucket(self.media_link, self.media_bus, name, replicated=self._replicated)
 
-    async def up(self) -> None:
+    async def wait_connected(self) -> None:
         """Returns once JetStream's connection is there, and those over which sandboxes ask."""
         for link in (self.service_link, self.upload_link, self.link):
             await link.wait_connected()
@@ -86,5 +86,5 @@ class Connections:
         await self.cdn.close()
 
 
-async def _pause(nc: BusClient) -> None:
+async def _enable_read_pauses(nc: BusClient) -> None:
     nc.pauses = True

@@ -15,31 +15,31 @@ from adapter.wiring import Replica
 log = structlog.get_logger()
 
 
-async def run_preflight(parts: Replica, stop: asyncio.Event) -> bool:
+async def run_preflight(replica: Replica, stop: asyncio.Event) -> bool:
     """Waits for the connection and verifies the streams; False when told to stop meanwhile. Raises SettingsError."""
-    parts.metrics.tokens_sealed.set(1 if parts.sealer.is_enabled else 0)
-    if not parts.sealer.is_enabled:
+    replica.metrics.tokens_sealed.set(1 if replica.sealer.is_enabled else 0)
+    if not replica.sealer.is_enabled:
         log.warning("tokens.unsealed", detail="Set WECHAT_NATS_TOKEN_KEY, so that bot tokens are sealed at rest.")
-    parts.health.phase = "connecting to NATS"
+    replica.health.phase = "connecting to NATS"
     stopping = asyncio.ensure_future(stop.wait())
     epoch = 0
     try:
         while not stop.is_set():
-            up = asyncio.ensure_future(parts.connections.up())
+            up = asyncio.ensure_future(replica.connections.wait_connected())
             await asyncio.wait([up, stopping], return_when=asyncio.FIRST_COMPLETED)
             up.cancel()
             if stop.is_set():
                 break
-            if epoch != parts.connections.link.epoch:
-                epoch = parts.connections.link.epoch
-                await _log_missing_permissions(parts)
-            parts.health.phase = "verifying streams"
+            if epoch != replica.connections.link.epoch:
+                epoch = replica.connections.link.epoch
+                await _log_missing_permissions(replica)
+            replica.health.phase = "verifying streams"
             try:
-                await topology.ensure_topology(parts.connections.link, parts.names, parts.settings)
-                await _check_tokens(parts)
+                await topology.ensure_topology(replica.connections.link, replica.names, replica.settings)
+                await _check_tokens(replica)
             except Temporary as exc:
                 log.warning("streams.unverified", reason=exc.reason, detail=exc.detail)
-                await parts.clock.sleep(0.5)
+                await replica.clock.sleep(0.5)
             else:
                 return True
         return False
@@ -47,25 +47,25 @@ async def run_preflight(parts: Replica, stop: asyncio.Event) -> bool:
         stopping.cancel()
 
 
-async def _log_missing_permissions(parts: Replica) -> None:
+async def _log_missing_permissions(replica: Replica) -> None:
     """Logs what the server says that this user lacks. A missing right to subscribe has held up the connection."""
     try:
-        answer = await parts.connections.link.request(USER_INFO, b"", timeout_s=2.0)
+        answer = await replica.connections.link.request(USER_INFO, b"", timeout_s=2.0)
         may = user_of(answer.data).granted
     except (Temporary, *UNDECODABLE):
         return  # a user who may not ask: what is missing is told when it is tried
-    if lacks := may.missing(required(parts.names, parts.settings.nats_inbox_prefix)):
+    if lacks := may.missing(required(replica.names, replica.settings.nats_inbox_prefix)):
         said = ", ".join(lacks[:8])
         log.error("permissions.missing", lacks=said, count=len(lacks), detail="`wechat-nats doctor` tells more.")
 
 
-async def _check_tokens(parts: Replica) -> None:
+async def _check_tokens(replica: Replica) -> None:
     """Raises SettingsError where tokens lie open although there is a key, Temporary."""
-    found = await count_stored_tokens(parts.connections.history, parts.names, parts.sealer)
-    if found["open"] and parts.sealer.is_enabled and not parts.settings.allow_unsealed:
+    found = await count_stored_tokens(replica.connections.history, replica.names, replica.sealer)
+    if found["open"] and replica.sealer.is_enabled and not replica.settings.allow_unsealed:
         raise SettingsError(
             "tokens_unsealed",
-            f"{found['open']} bot tokens lie unsealed in {parts.names.bindings}, although WECHAT_NATS_TOKEN_KEY is"
+            f"{found['open']} bot tokens lie unsealed in {replica.names.bindings}, although WECHAT_NATS_TOKEN_KEY is"
             " set. `wechat-nats doctor --fix` seals them; WECHAT_NATS_ALLOW_UNSEALED=true starts all the same.",
         )
     if found["foreign"]:

@@ -119,10 +119,10 @@ async def test_a_command_that_the_bus_does_not_let_route_holds_up_no_end(tmp_pat
     """Its copy is written until a stream takes it: the replica had given everything back, and never ended."""
     async with EmbeddedNats(tmp_path / "nats", free_port()) as server:
         variables = {"NATS_URL": server.url, "WECHAT_NATS_HTTP_ADDR": f"127.0.0.1:{free_port()}"}
-        parts, stop, ready = Replica(read_settings(variables)), asyncio.Event(), asyncio.Event()
-        running = asyncio.create_task(run_replica(parts, stop, ready.set))
+        replica, stop, ready = Replica(read_settings(variables)), asyncio.Event(), asyncio.Event()
+        running = asyncio.create_task(run_replica(replica, stop, ready.set))
         await ready.wait()
-        copy = parts.routing.spawn(parts.connections.bus.publish(Message("out", "of.no.stream", b"", {})))
+        copy = replica.routing.spawn(replica.connections.bus.publish(Message("out", "of.no.stream", b"", {})))
         stop.set()
         await running
         assert copy.cancelled()
@@ -156,17 +156,17 @@ class Loop:
         self.ready = threading.Event()
         self._stop = asyncio.Event()
         settings = read_settings({"NATS_URL": url, "WECHAT_NATS_HTTP_ADDR": f"127.0.0.1:{self.port}"})
-        self.parts = Replica(settings)
+        self.replica = Replica(settings)
         self.late_s = 0.0
         """How far the probes' clock was put forward."""
-        self.parts.health.clock = lambda: time.monotonic() + self.late_s
+        self.replica.health.clock = lambda: time.monotonic() + self.late_s
         self.loop = asyncio.new_event_loop()
         self.thread = threading.Thread(target=self._run, name="adapter")
         self.thread.start()
 
     def _run(self) -> None:
         asyncio.set_event_loop(self.loop)
-        self.loop.run_until_complete(run_replica(self.parts, self._stop, self.ready.set))
+        self.loop.run_until_complete(run_replica(self.replica, self._stop, self.ready.set))
         self.loop.close()
 
     def stop(self) -> None:
