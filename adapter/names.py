@@ -196,11 +196,11 @@ class Names:
 
     def bot_released(self) -> str:
         """Where replicas tell each other that a bot was given back; below what is closed to sandboxes."""
-        return f"{self.prefix}.kv.freed"
+        return f"{self.prefix}.kv.bot_released"
 
     def replica_status(self) -> str:
         """Where all replicas are asked who they are; closed to sandboxes, too."""
-        return f"{self.prefix}.kv.roll"
+        return f"{self.prefix}.kv.replica_status"
 
     def svc(self, verb: str) -> str:
         return f"{self.prefix}.svc.{verb}"

@@ -239,8 +239,8 @@ REPLIES = [
     *(
         "wechat.ctl.bind",
         "wechat.ctl.unbind",
-        "wechat.kv.freed",
-        "wechat.kv.roll",
+        "wechat.kv.bot_released",
+        "wechat.kv.replica_status",
         "wechat.raw.7.x",
         "wechat.dead.WECHAT_OUT",
     ),
