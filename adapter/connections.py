@@ -26,22 +26,22 @@ class Connections:
 
     def __init__(self, settings: Settings, names: Names, instance: str, clock: Clock, metrics: Metrics) -> None:
         client = f"wechat-nats/{__version__} {instance}"
-        self.link = ManagedConnection(settings, client)
+        self.connection = ManagedConnection(settings, client)
         # Leases have a connection of their own: a renewal never waits behind bulk data.
-        self.lease_link = ManagedConnection(settings, f"{client} leases")
+        self.lease_connection = ManagedConnection(settings, f"{client} leases")
         # Media and what sandboxes read again have one too: no message waits behind their megabytes.
-        self.media_link = ManagedConnection(settings, f"{client} media")
-        self.media_link.on_connect(_enable_read_pauses)
+        self.media_connection = ManagedConnection(settings, f"{client} media")
+        self.media_connection.on_connect(_enable_read_pauses)
         # What sandboxes ask comes over others: whatever they send, and however much, JetStream's are not cut for it.
-        self.service_link = ManagedConnection(settings, f"{client} services")
-        self.upload_link = ManagedConnection(settings, f"{client} uploads")
-        self.bus = Publisher(self.link, clock, metrics)
-        self.media_bus = Publisher(self.media_link, clock, metrics)
+        self.service_connection = ManagedConnection(settings, f"{client} services")
+        self.upload_connection = ManagedConnection(settings, f"{client} uploads")
+        self.bus = Publisher(self.connection, clock, metrics)
+        self.media_bus = Publisher(self.media_connection, clock, metrics)
         self._replicated = settings.replicas > 1
-        self.history = StreamHistory(self.link, replicated=self._replicated)
-        self.bulk_history = StreamHistory(self.media_link, replicated=self._replicated)
-        self.core = CoreNats(self.link, names)
-        self.objects = ObjectStore(self.media_link, self.media_bus, names.media)
+        self.history = StreamHistory(self.connection, replicated=self._replicated)
+        self.bulk_history = StreamHistory(self.media_connection, replicated=self._replicated)
+        self.core = CoreNats(self.connection, names)
+        self.objects = ObjectStore(self.media_connection, self.media_bus, names.media)
         self.chat = ILink(
             metrics,
             default_base_url=settings.ilink_base_url,
@@ -59,24 +59,24 @@ class Connections:
         )
 
     def bucket(self, name: str) -> KvBucket:
-        return KvBucket(self.link, self.bus, name, replicated=self._replicated)
+        return KvBucket(self.connection, self.bus, name, replicated=self._replicated)
 
     def bulk_bucket(self, name: str) -> KvBucket:
         """The same, over the connection of media."""
-        return KvBucket(self.media_link, self.media_bus, name, replicated=self._replicated)
+        return KvBucket(self.media_connection, self.media_bus, name, replicated=self._replicated)
 
     async def wait_connected(self) -> None:
         """Returns once JetStream's connection is there, and those over which sandboxes ask."""
-        for link in (self.service_link, self.upload_link, self.link):
-            await link.wait_connected()
+        for connection in (self.service_connection, self.upload_connection, self.connection):
+            await connection.wait_connected()
 
     def loops(self) -> Iterator[tuple[str, Coroutine[Any, Any, None]]]:
         """What keeps the connections to NATS, and what is written over them, by name."""
-        yield "link", self.link.run()
-        yield "lease_link", self.lease_link.run()
-        yield "media_link", self.media_link.run()
-        yield "service_link", self.service_link.run()
-        yield "upload_link", self.upload_link.run()
+        yield "connection", self.connection.run()
+        yield "lease_connection", self.lease_connection.run()
+        yield "media_connection", self.media_connection.run()
+        yield "service_connection", self.service_connection.run()
+        yield "upload_connection", self.upload_connection.run()
         yield "publisher", self.bus.run()
         yield "media_publisher", self.media_bus.run()
 

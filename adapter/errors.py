@@ -91,7 +91,7 @@ class BusRefused(AdapterError):
         self.code = code
 
     @property
-    def full(self) -> bool:
+    def is_full(self) -> bool:
         """The stream has no room, for this subject or at all: there may be some later."""
         return self.code == STORE_FAILED
 

@@ -152,7 +152,7 @@ class Events:
             try:
                 return await self._bus.publish(message)
             except BusRefused as exc:
-                if not exc.full:
+                if not exc.is_full:
                     raise
                 failures += 1
                 log.error("event.retrying", stream=message.stream, detail=exc.detail, failures=failures)

@@ -37,7 +37,7 @@ class HealthMonitor:
     def __init__(
         self,
         *,
-        link: ManagedConnection,
+        connection: ManagedConnection,
         bus: Publisher,
         media_bus: Publisher,
         inspector: Inspector,
@@ -50,7 +50,7 @@ class HealthMonitor:
         metrics: Metrics,
     ) -> None:
         """`evict_idle` lets go of what nobody needs any more."""
-        self._link = link
+        self._connection = connection
         self._bus = bus
         self._media_bus = media_bus
         self._inspector = inspector
@@ -87,8 +87,8 @@ class HealthMonitor:
             await asyncio.sleep(TICK_S)
             metrics.event_loop_lag.observe(max(0.0, loop.time() - due))
             self._health.record_heartbeat()
-            metrics.nats_connected.set(1 if self._link.is_connected else 0)
-            if self._link.is_connected:
+            metrics.nats_connected.set(1 if self._connection.is_connected else 0)
+            if self._connection.is_connected:
                 self._health.on_nats_restored()
             else:
                 self._health.on_nats_lost()
@@ -104,16 +104,16 @@ class HealthMonitor:
         rounds = 0
         while True:
             await self._clock.sleep(CHECK_S)
-            if not (self._health.started and self._link.is_connected):
+            if not (self._health.started and self._connection.is_connected):
                 continue  # the connection is what failed: it has its own check and its own grace
             rounds += 1
             try:
-                await self._link.probe()
+                await self._connection.probe()
                 if rounds % 2 == 1 or not self._health.jetstream_ok:  # what is back may have come back incomplete
                     await self._check_streams()
                     await self._check_consumers()
             except (Temporary, BusRefused) as exc:
-                if self._link.is_connected:
+                if self._connection.is_connected:
                     self._report_problem(f"JetStream does not answer: {exc.detail or exc.reason}"[:200])
             else:
                 self._report_problem(self._current_problem()[:200])
@@ -133,7 +133,7 @@ class HealthMonitor:
 
     async def _check_streams(self) -> None:
         """Raises Temporary, BusRefused."""
-        missing = await self._inspector.inspect_streams(self._link)
+        missing = await self._inspector.inspect_streams(self._connection)
         incomplete = self._inspector.incomplete
         self._missing = {*missing, *incomplete}
         self._metrics.nats_streams_missing.set(len(self._missing))
@@ -152,7 +152,7 @@ class HealthMonitor:
             ("control", names.stream_ctl, topology.CONTROL),
         ):
             try:
-                info = await self._link.api_request(f"CONSUMER.INFO.{stream}.{consumer}")
+                info = await self._connection.api_request(f"CONSUMER.INFO.{stream}.{consumer}")
             except BusRefused as exc:  # deleted by an operator; its owner makes it again
                 log.warning("consumer.missing", consumer=consumer, detail=exc.detail)
                 continue

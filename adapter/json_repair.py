@@ -46,10 +46,10 @@ def without_controls(text: bytes) -> bytes:
     """JSON with the control characters in its strings escaped, as they should have been."""
     if not _CONTROL.search(text):
         return text
-    return _STRINGS.sub(lambda found: found[1] + _CONTROL.sub(_escaped, found[2]), text)
+    return _STRINGS.sub(lambda found: found[1] + _CONTROL.sub(_escape_control, found[2]), text)
 
 
-def _escaped(control: re.Match[bytes]) -> bytes:
+def _escape_control(control: re.Match[bytes]) -> bytes:
     return _ESCAPED[control[0][0]]
 
 

@@ -30,12 +30,12 @@ async def run_preflight(replica: Replica, stop: asyncio.Event) -> bool:
             up.cancel()
             if stop.is_set():
                 break
-            if epoch != replica.connections.link.epoch:
-                epoch = replica.connections.link.epoch
+            if epoch != replica.connections.connection.epoch:
+                epoch = replica.connections.connection.epoch
                 await _log_missing_permissions(replica)
             replica.health.phase = "verifying streams"
             try:
-                await topology.ensure_topology(replica.connections.link, replica.names, replica.settings)
+                await topology.ensure_topology(replica.connections.connection, replica.names, replica.settings)
                 await _check_tokens(replica)
             except Temporary as exc:
                 log.warning("streams.unverified", reason=exc.reason, detail=exc.detail)
@@ -50,7 +50,7 @@ async def run_preflight(replica: Replica, stop: asyncio.Event) -> bool:
 async def _log_missing_permissions(replica: Replica) -> None:
     """Logs what the server says that this user lacks. A missing right to subscribe has held up the connection."""
     try:
-        answer = await replica.connections.link.request(USER_INFO, b"", timeout_s=2.0)
+        answer = await replica.connections.connection.request(USER_INFO, b"", timeout_s=2.0)
         may = user_of(answer.data).granted
     except (Temporary, *UNDECODABLE):
         return  # a user who may not ask: what is missing is told when it is tried

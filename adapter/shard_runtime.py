@@ -30,14 +30,14 @@ MAX_IN_FLIGHT = 512
 """Commands delivered and not yet settled, per consumer; of shards: asked for at once."""
 
 
-async def _nothing() -> None:
+async def _on_reset_ignored() -> None:
     return None
 
 
 class ShardRuntime(NamedTuple):
     """Implements supervisor.ShardWork."""
 
-    link: ManagedConnection
+    connection: ManagedConnection
     outbound: OutboundDeps
     router: Router
     control: Control
@@ -80,7 +80,7 @@ class ShardRuntime(NamedTuple):
         name: str,
         label: str,
         on_delivery: Callable[[Delivery], None],
-        on_reset: Callable[[], Awaitable[None]] = _nothing,
+        on_reset: Callable[[], Awaitable[None]] = _on_reset_ignored,
     ) -> None:
         def take_delivery(delivery: Delivery) -> None:
             if delivery.redelivered:
@@ -96,7 +96,7 @@ class ShardRuntime(NamedTuple):
         turn = self.outbound.conversation.turns.wait_turn
         confirm_acks = label == "control"  # `bound_yet` waits for it
         consumer = Consumer(
-            self.link,
+            self.connection,
             wanted,
             room=MAX_IN_FLIGHT,
             until_acked=until_acked,

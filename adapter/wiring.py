@@ -124,8 +124,8 @@ class Replica:
         self.bindings = Bindings(connections.bucket(names.bindings), self.sealer.is_same_secret, unbound_s=unbound_s)
         self.conversation_store = ConversationStore(connections.bucket(names.conversations), unserved_s=unbound_s)
         self.leases = Leases(
-            LeaderKvBucket(connections.lease_link, names.members, ttl_s=max(60, int(settings.lease_s * 15))),
-            LeaderKvBucket(connections.lease_link, names.claims),
+            LeaderKvBucket(connections.lease_connection, names.members, ttl_s=max(60, int(settings.lease_s * 15))),
+            LeaderKvBucket(connections.lease_connection, names.claims),
             clock,
             metrics,
             instance=self.instance,
@@ -169,7 +169,7 @@ class Replica:
         self.login_runner = LoginRunner(self._login_deps())
         self.handlers = self._register_services()
         metrics.bindings_capacity.set(settings.capacity)
-        connections.link.on_connect(self._count_connect)
+        connections.connection.on_connect(self._count_connect)
         connections.core.respond(
             self.names.replica_status(), lambda data: replica_status.status_reply(data, self._status)
         )
@@ -178,7 +178,7 @@ class Replica:
         )
 
     async def _count_connect(self, _: object) -> None:
-        if self.connections.link.epoch:
+        if self.connections.connection.epoch:
             self.metrics.nats_reconnects.inc()
 
     async def publish_bot_released(self, bot: str = "") -> None:
@@ -210,7 +210,7 @@ class Replica:
         )
 
         async def writable() -> None:
-            await self.connections.link.wait_connected()
+            await self.connections.connection.wait_connected()
             await self.connections.bus.wait_writable(poll_streams)
             await self.health_monitor.wait_complete(poll_streams)
 
@@ -228,7 +228,7 @@ class Replica:
             metrics=self.metrics,
             session_changed=self._session_changed,
             writable=writable,
-            part_bytes=lambda: self.connections.link.max_payload // 2,
+            part_bytes=lambda: self.connections.connection.max_payload // 2,
             taking=asyncio.Semaphore(MAX_CONCURRENT_TAKEOVERS),
             turns=self.turns,
             starts=RateLimiter(STARTS_PER_S),
@@ -332,7 +332,7 @@ class Replica:
 
     def _new_health_monitor(self) -> HealthMonitor:
         return HealthMonitor(
-            link=self.connections.link,
+            connection=self.connections.connection,
             bus=self.connections.bus,
             media_bus=self.connections.media_bus,
             inspector=self.inspector,
@@ -347,7 +347,7 @@ class Replica:
 
     def _shard_loops(self) -> ShardRuntime:
         return ShardRuntime(
-            link=self.connections.link,
+            connection=self.connections.connection,
             outbound=self.outbound,
             router=self.router,
             control=self.control,
@@ -395,10 +395,14 @@ class Replica:
             "window": queries.query_window_of_sandbox,
         }
         serve = partial(Services, names=names, metrics=metrics, version=__version__, instance=self.instance)
-        serve(connections.service_link, handlers=handlers, of_sandbox=of_sandbox)
+        serve(connections.service_connection, handlers=handlers, of_sandbox=of_sandbox)
         uploads = {"media.put": store.put}
         serve(
-            connections.upload_link, handlers={}, of_sandbox=uploads, service=UPLOADS, of_one=MAX_UPLOADS_PER_SANDBOX
+            connections.upload_connection,
+            handlers={},
+            of_sandbox=uploads,
+            service=UPLOADS,
+            of_one=MAX_UPLOADS_PER_SANDBOX,
         )
         return handlers
 
@@ -436,7 +440,7 @@ class Replica:
 
     async def _wait_for_pending_binds(self) -> None:
         """Returns once the control commands stored so far have taken effect. Raises Temporary: it takes too long."""
-        await wait_all_settled(self.connections.link, self.names.stream_ctl, topology.CONTROL, self.clock)
+        await wait_all_settled(self.connections.connection, self.names.stream_ctl, topology.CONTROL, self.clock)
         await self.clock.sleep(0.05)  # the news of the last one are on their way
 
     # for people -------------------------------------------------------------------------------------

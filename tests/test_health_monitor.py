@@ -29,7 +29,7 @@ class Replica:
         self.clock = FakeClock()
         self.health = Health(clock=self.clock.monotonic)
         self.metrics = Metrics()
-        self.link = SimpleNamespace(is_connected=True, probe=self._probe, api_request=self._api)
+        self.connection = SimpleNamespace(is_connected=True, probe=self._probe, api_request=self._api)
         self.publisher = SimpleNamespace(waiting_s=0.0, last_error="WECHAT_IN: full")
         self.leases = SimpleNamespace(is_valid=True, last_error="refused")
         self.silence: Exception | None = None
@@ -39,7 +39,7 @@ class Replica:
         self.paused = False
         self.looks = 0
         self.monitor = HealthMonitor(
-            link=cast(Any, self.link),
+            connection=cast(Any, self.connection),
             bus=cast(Any, self.publisher),
             media_bus=cast(Any, self.publisher),
             inspector=cast(Any, self),
@@ -129,7 +129,7 @@ async def test_a_problem_counts_once_it_has_lasted(trouble: Any, said: str) -> N
 async def test_a_lost_connection_is_no_problem_of_jetstream() -> None:
     """It has a check of its own."""
     replica = Replica()
-    replica.link.is_connected = False
+    replica.connection.is_connected = False
     await asyncio.sleep(60)
     assert (replica.problem, replica.looks) == ("", 0)
 

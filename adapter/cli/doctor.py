@@ -117,9 +117,9 @@ def _server_name(bus: Bus) -> str:
 
 async def _adapter_connection(bus: Bus, settings: Settings) -> ManagedConnection:
     """The connection at hand as the adapter's own kind, without its loop that reconnects."""
-    link = ManagedConnection(settings, "doctor")
-    await link.adopt_client(bus.nc)
-    return link
+    connection = ManagedConnection(settings, "doctor")
+    await connection.adopt_client(bus.nc)
+    return connection
 
 
 async def _check_api_level(bus: Bus, settings: Settings) -> Check:
@@ -310,20 +310,20 @@ async def _check_backlog(bus: Bus, check: str, stream: str, state: State, advice
 
 async def _fix_topology(bus: Bus, settings: Settings, *, quiet: bool) -> None:
     """Creates and alters. Raises Failed at the first that the server refuses."""
-    link = await _adapter_connection(bus, settings)
+    connection = await _adapter_connection(bus, settings)
     try:
-        missing, different = await topology.inspect_topology(link, bus.names, settings)
+        missing, different = await topology.inspect_topology(connection, bus.names, settings)
         for wanted in missing:
             _say_unless_quiet(f"creating {wanted.description} {wanted.name}", quiet)
-            await topology.create_resource(link, wanted)
+            await topology.create_resource(connection, wanted)
         for d in different:
             _say_unless_quiet(f"changing {d.name}: {d.field} from {_short(d.found)} to {_short(d.wanted)}", quiet)
         for d in {d.name: d for d in different}.values():
-            await topology.alter_stream(link, bus.names, settings, d)
-        await _reseal_tokens(link, bus, settings, quiet=quiet)
-        if count := await unrouted_commands.count_unrouted(link, bus.names):
+            await topology.alter_stream(connection, bus.names, settings, d)
+        await _reseal_tokens(connection, bus, settings, quiet=quiet)
+        if count := await unrouted_commands.count_unrouted(connection, bus.names):
             _say_unless_quiet(f"publishing {count} commands again that were stored where no adapter looks", quiet)
-            await unrouted_commands.republish_unrouted(link, bus, count)
+            await unrouted_commands.republish_unrouted(connection, bus, count)
     except BusRefused as exc:
         by_hand = "" if exc.code in topology.NO_ROOM else "; this has to be changed by hand"
         raise Failed(NO, f"The server refused: {exc.detail}{by_hand}.") from exc
@@ -333,15 +333,15 @@ async def _fix_topology(bus: Bus, settings: Settings, *, quiet: bool) -> None:
         raise Failed(UNREACHABLE, f"JetStream did not answer ({exc.detail}): try again.") from exc
 
 
-async def _reseal_tokens(link: ManagedConnection, bus: Bus, settings: Settings, *, quiet: bool) -> None:
+async def _reseal_tokens(connection: ManagedConnection, bus: Bus, settings: Settings, *, quiet: bool) -> None:
     """Raises BusRefused, Temporary, Failed."""
-    sealer, history = Sealer(settings.token_key), StreamHistory(link)
+    sealer, history = Sealer(settings.token_key), StreamHistory(connection)
     found = await count_stored_tokens(history, bus.names, sealer)
     if not sealer.is_enabled or not (count := found["open"] + found["older"]):
         return
     _say_unless_quiet(f"sealing {count} bot tokens with the first key", quiet)
     try:
-        await reseal_tokens(history, LeaderKvBucket(link, bus.names.bindings), bus.names, sealer)
+        await reseal_tokens(history, LeaderKvBucket(connection, bus.names.bindings), bus.names, sealer)
     except Refused as exc:
         raise Failed(NO, exc.detail) from exc
 

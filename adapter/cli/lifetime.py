@@ -25,13 +25,13 @@ def until_signalled() -> Iterator[asyncio.Event]:
     assert task is not None
     stop = asyncio.Event()
 
-    def signalled() -> None:
+    def on_signal() -> None:
         if stop.is_set():
             task.cancel()
         stop.set()
 
     for number in SIGNALS:
-        loop.add_signal_handler(number, signalled)
+        loop.add_signal_handler(number, on_signal)
     try:
         yield stop
     finally:

@@ -91,15 +91,17 @@ def to_queued_command(names: Names, stored: Stored, *, bodies: bool) -> QueuedCo
 async def _read(bus: Bus, sandbox: str | None) -> list[Stored]:
     """What may be of the sandbox, or all, oldest first. Raises Failed."""
     names, stream = bus.names, bus.names.stream_out
-    link = ManagedConnection(bus.settings, "queue")
-    await link.adopt_client(bus.nc)
+    connection = ManagedConnection(bus.settings, "queue")
+    await connection.adopt_client(bus.nc)
 
     async def read() -> list[Stored]:
         mine = f"{names.out_plain}.>" if sandbox is None else f"{names.out_plain}.{shard_of(sandbox)}.{sandbox}"
-        return [stored for subject in (mine, names.out_plain) async for stored in read_stream(link, stream, subject)]
+        return [
+            stored for subject in (mine, names.out_plain) async for stored in read_stream(connection, stream, subject)
+        ]
 
     try:
-        await bus.unless_forbidden(f"$JS.API.STREAM.INFO.{stream}", link.api_request(f"STREAM.INFO.{stream}"))
+        await bus.unless_forbidden(f"$JS.API.STREAM.INFO.{stream}", connection.api_request(f"STREAM.INFO.{stream}"))
         found = await bus.unless_forbidden(f"$JS.API.DIRECT.GET.{stream}", read())
     except BusRefused as exc:
         raise Failed(UNREACHABLE, missing_stream_failure(stream) if exc.code == NO_STREAM else exc.detail) from None

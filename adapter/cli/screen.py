@@ -24,7 +24,7 @@ class Screen:
         self._prompted = False
 
     @property
-    def prompting(self) -> bool:
+    def is_prompting(self) -> bool:
         """Whether the terminal itself shows what is typed, after the prompt."""
         return self._may_prompt
 
@@ -34,7 +34,7 @@ class Screen:
             self._write(self._label("you"))
             self._prompted = True
 
-    def typed(self) -> None:
+    def on_line_typed(self) -> None:
         """The user has ended the line with the prompt."""
         self._prompted = False
 

@@ -40,9 +40,9 @@ def _read(
             *whole, rest = (rest + block).split(b"\n")
             for line in whole:
                 room.acquire()
-                hand_over(_decoded(line))
+                hand_over(_decode_line(line))
         if rest:
-            hand_over(_decoded(rest))
+            hand_over(_decode_line(rest))
         hand_over(None)
 
 
@@ -54,5 +54,5 @@ def _read_block(fd: int) -> bytes:
         return b""
 
 
-def _decoded(line: bytes) -> str:
+def _decode_line(line: bytes) -> str:
     return line.removesuffix(b"\r").decode(errors="replace")

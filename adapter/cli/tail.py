@@ -79,10 +79,10 @@ async def _listen(bus: Bus, arrivals: MessageQueue, sandbox: str, events: bool, 
 
 
 async def _subscribe_live(bus: Bus, arrivals: MessageQueue, source: Source) -> None:
-    async def arrived(msg: Msg) -> None:
+    async def on_message(msg: Msg) -> None:
         await arrivals.put((source.kind, msg))
 
-    await bus.nc.subscribe(source.live, cb=arrived)
+    await bus.nc.subscribe(source.live, cb=on_message)
 
 
 async def _replay_stored(bus: Bus, arrivals: MessageQueue, source: Source, since_ms: int) -> None:

@@ -74,7 +74,7 @@ class Chat:
     async def _talk(self, lines: AsyncIterator[str]) -> int:
         self._stage.screen.prompt()
         async for line in lines:
-            self._stage.screen.typed()
+            self._stage.screen.on_line_typed()
             if line.strip():
                 await self.say(line)
             else:
@@ -85,7 +85,7 @@ class Chat:
         """The user writes `line` on the phone."""
         await self._free_slots.acquire()
         screen = self._stage.screen
-        if not screen.prompting:
+        if not screen.is_prompting:
             screen.show("you", line)
         self.said += 1
         self._stage.simulator.say(self._stage.bot.user, line)

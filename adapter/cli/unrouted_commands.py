@@ -17,12 +17,12 @@ from adapter.names import H_COMMAND, H_MSG_ID, H_SEQUENCE, H_SINCE_MS, Names, di
 SECOND_NS = 1_000_000_000
 
 
-async def count_unrouted(link: ManagedConnection, names: Names) -> int:
+async def count_unrouted(connection: ManagedConnection, names: Names) -> int:
     """How many there are. Raises Temporary, BusRefused."""
-    return sum((await count_by_subject(link, names.stream_out, names.out("*"))).values())
+    return sum((await count_by_subject(connection, names.stream_out, names.out("*"))).values())
 
 
-async def republish_unrouted(link: ManagedConnection, bus: Bus, limit: int) -> None:
+async def republish_unrouted(connection: ManagedConnection, bus: Bus, limit: int) -> None:
     """Publishes `limit` of them again, oldest first, which the transform takes to their shard; then they are settled.
 
     The id of a copy follows from the original, so that one that is repeated is stored once; it names the command as
@@ -40,11 +40,11 @@ async def republish_unrouted(link: ManagedConnection, bus: Bus, limit: int) -> N
         "inactive_threshold": 60 * SECOND_NS,
     }
     wanted = topology.Wanted("astray", config, stream=names.stream_out)
-    await topology.create_resource(link, wanted)
+    await topology.create_resource(connection, wanted)
     found: asyncio.Queue[Delivery] = asyncio.Queue()
     remaining: dict[str, str] = {}
     reading = asyncio.get_running_loop().create_task(
-        Consumer(link, wanted, room=100).run(found.put_nowait, _ignore_reset)
+        Consumer(connection, wanted, room=100).run(found.put_nowait, _ignore_reset)
     )
     try:
         for _ in range(limit):

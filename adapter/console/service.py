@@ -81,7 +81,7 @@ class ConsoleService:
     async def find_bindings(self, wanted: BindingFilter) -> BindingsPage:
         """Those that need a login first, then by sandbox."""
         every = list(self._deps.bindings)
-        matching = await asyncio.to_thread(_matching, every, wanted)  # thousands would hold up the loop
+        matching = await asyncio.to_thread(_matches_filter, every, wanted)  # thousands would hold up the loop
         pages = max(1, -(-len(matching) // PAGE))
         first = (min(max(1, wanted.page), pages) - 1) * PAGE
         rows = await self._rows(matching[first : first + PAGE])
@@ -212,7 +212,7 @@ class ConsoleService:
         return ShownLogin(self._guard.login_handle(login.login), login, picture)
 
 
-def _matching(every: list[Binding], wanted: BindingFilter) -> list[Binding]:
+def _matches_filter(every: list[Binding], wanted: BindingFilter) -> list[Binding]:
     words = wanted.words.strip().lower()
     found = [
         binding

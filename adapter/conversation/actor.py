@@ -20,7 +20,7 @@ from adapter.conversation import rules
 from adapter.conversation.effects import EffectRunner
 from adapter.conversation.memory import ConversationMemory
 from adapter.conversation.rules import Activity, Conversation, QueuedCommand
-from adapter.conversation.shard import ConversationDeps, Shard
+from adapter.conversation.shard import ConversationDeps, ShardPort
 from adapter.conversation.work import OutstandingWork
 from adapter.errors import BusRefused, LeaseLost, Temporary
 
@@ -42,7 +42,7 @@ class _Mail(NamedTuple):
 class ConversationActor:
     """One conversation at work."""
 
-    def __init__(self, conversation: Conversation, revision: int, shard: Shard, deps: ConversationDeps) -> None:
+    def __init__(self, conversation: Conversation, revision: int, shard: ShardPort, deps: ConversationDeps) -> None:
         self._memory = ConversationMemory(conversation, revision, shard, deps.store)
         self._shard = shard
         self._deps = deps

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from adapter.conversation import rules
 from adapter.conversation.memory import ConversationMemory
 from adapter.conversation.rules import Activity, CommandResult, QueuedCommand
-from adapter.conversation.shard import ConversationDeps, Shard
+from adapter.conversation.shard import ConversationDeps, ShardPort
 from adapter.conversation.work import OutstandingWork, repeat_until_done
 
 _WAITS = (Activity.LOADING, Activity.UPLOADING, Activity.AWAITING_SLOT, Activity.CHECKING_SESSION)
@@ -19,7 +19,7 @@ class EffectRunner:
     def __init__(
         self,
         memory: ConversationMemory,
-        shard: Shard,
+        shard: ShardPort,
         deps: ConversationDeps,
         work: OutstandingWork,
         put: Callable[[rules.Input], None],

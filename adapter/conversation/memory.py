@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from adapter.conversation import rules
 from adapter.conversation.rules import Conversation
-from adapter.conversation.shard import Shard
+from adapter.conversation.shard import ShardPort
 from adapter.conversation.store import ConversationStore
 from adapter.errors import Conflict
 
@@ -12,7 +12,7 @@ from adapter.errors import Conflict
 class ConversationMemory:
     """The only writer of the record, but for an owner before us whose last write was on its way."""
 
-    def __init__(self, state: Conversation, revision: int, shard: Shard, store: ConversationStore) -> None:
+    def __init__(self, state: Conversation, revision: int, shard: ShardPort, store: ConversationStore) -> None:
         self.state = state
         self._revision = revision
         self._stored = state.record

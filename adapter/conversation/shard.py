@@ -16,7 +16,7 @@ from adapter.slots import FairSlots
 from adapter.timing import Clock, PerTickLimiter
 
 
-class Shard(Protocol):
+class ShardPort(Protocol):
     """What a conversation needs of the shard that it belongs to."""
 
     def ensure_owner(self) -> None:

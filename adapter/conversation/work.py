@@ -10,7 +10,7 @@ import structlog
 from adapter.conversation import rules
 from adapter.conversation.memory import ConversationMemory
 from adapter.conversation.rules import CommandResult
-from adapter.conversation.shard import ConversationDeps, Shard
+from adapter.conversation.shard import ConversationDeps, ShardPort
 from adapter.conversation.uploads import StoreAway
 from adapter.crashes import ATTEMPTS
 from adapter.errors import AdapterError, LeaseLost, Refused, SessionExpired, Temporary, Throttled, Uncertain
@@ -26,7 +26,7 @@ WorkEffect: TypeAlias = rules.Post | rules.RequestSlot | rules.Load | rules.Uplo
 
 
 async def repeat_until_done(
-    what: str, work: Callable[[], Awaitable[None]], sandbox: str, shard: Shard, clock: Clock
+    what: str, work: Callable[[], Awaitable[None]], sandbox: str, shard: ShardPort, clock: Clock
 ) -> Exception | None:
     """Tries until it is done. What raises what nobody expects is tried a few times, and then returned."""
     crashes = failures = 0
@@ -63,7 +63,7 @@ class OutstandingWork:
     def __init__(
         self,
         memory: ConversationMemory,
-        shard: Shard,
+        shard: ShardPort,
         deps: ConversationDeps,
         put: Put,
     ) -> None:

@@ -126,7 +126,7 @@ async def _publish_all(messages: Sequence[Message], deps: PublishDeps) -> list[P
     """Stores them, and waits where the stream is full, which it is only if somebody changed what it discards."""
     acks = await deps.bus.publish_all(messages)
     failures = 0
-    while full := [number for number, ack in enumerate(acks) if isinstance(ack, BusRefused) and ack.full]:
+    while full := [number for number, ack in enumerate(acks) if isinstance(ack, BusRefused) and ack.is_full]:
         failures += 1
         log.error("inbound.full", waiting=len(full), failures=failures)
         await deps.clock.sleep(backoff(failures, first_s=0.5, longest_s=10.0))

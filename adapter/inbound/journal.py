@@ -131,7 +131,7 @@ class Journal:
                     return stored.seq
             raise
         except BusRefused as exc:
-            if exc.full:
+            if exc.is_full:
                 raise Temporary("journal_full", exc.detail) from exc  # an operator has to make room
             raise
 

@@ -41,9 +41,9 @@ def updates_subject_of(bucket: str) -> str:
     return f"{bucket.rpartition('_')[0]}.kv.{bucket}"
 
 
-async def get_from_leader(link: ManagedConnection, stream: str, subject: str) -> Entry | None:
+async def get_from_leader(connection: ManagedConnection, stream: str, subject: str) -> Entry | None:
     """The last value of a key as the stream's leader has it, never a follower that lags. Raises Temporary."""
-    message = await message_from_leader(link, stream, {"last_by_subj": subject}, timeout_s=2)
+    message = await message_from_leader(connection, stream, {"last_by_subj": subject}, timeout_s=2)
     if message is None:
         return None
     return Entry(subject.split(".", 2)[2], None if _is_gone(message) else (message.data or b""), message.seq)
@@ -52,8 +52,8 @@ async def get_from_leader(link: ManagedConnection, stream: str, subject: str) ->
 class LeaderKvBucket:
     """Implements ports.LeaderBucket."""
 
-    def __init__(self, link: ManagedConnection, name: str, *, ttl_s: int | None = None) -> None:
-        self._link = link
+    def __init__(self, connection: ManagedConnection, name: str, *, ttl_s: int | None = None) -> None:
+        self._connection = connection
         self._name = name
         self._stream = f"KV_{name}"
         self._ttl_s = ttl_s
@@ -64,7 +64,7 @@ class LeaderKvBucket:
         self._read_at = NEVER
 
     async def get(self, key: str) -> Entry | None:
-        return await get_from_leader(self._link, self._stream, f"$KV.{self._name}.{key}")
+        return await get_from_leader(self._connection, self._stream, f"$KV.{self._name}.{key}")
 
     async def write(self, key: str, value: bytes | None, revision: int) -> int:
         headers = {H_EXPECTED: str(revision)}
@@ -72,7 +72,7 @@ class LeaderKvBucket:
             headers[TTL] = f"{self._ttl_s}s"
         if value is None:
             headers[OPERATION] = "DEL"
-        msg = await self._link.request(f"$KV.{self._name}.{key}", value or b"", timeout_s=1, headers=headers)
+        msg = await self._connection.request(f"$KV.{self._name}.{key}", value or b"", timeout_s=1, headers=headers)
         ack = decode_reply(msg.data, _Ack, f"a write to {self._name}")
         if ack.error is not None:
             problem = write_error_of(ack.error)
@@ -82,11 +82,11 @@ class LeaderKvBucket:
     async def list_entries(self) -> list[Entry]:
         every = f"$KV.{self._name}.>"
         now = asyncio.get_running_loop().time()
-        newest = await read_last(self._link, self._stream, every)
+        newest = await read_last(self._connection, self._stream, every)
         if newest is not None and newest.seq == self._known_to and now - self._read_at < RELOAD_S:
             return self._known
         found = {}
-        async for stored in read_stream(self._link, self._stream, every, page=PAGE):
+        async for stored in read_stream(self._connection, self._stream, every, page=PAGE):
             found[stored.subject] = stored
         self._known = [_entry(self._name, stored) for stored in found.values()]
         self._known_to = max((stored.seq for stored in found.values()), default=0)
@@ -101,12 +101,14 @@ class KvBucket:
     who may do something is asked of the leader then.
     """
 
-    def __init__(self, link: ManagedConnection, publisher: Publisher, name: str, *, replicated: bool = False) -> None:
+    def __init__(
+        self, connection: ManagedConnection, publisher: Publisher, name: str, *, replicated: bool = False
+    ) -> None:
         self.name = name
         self._replicated = replicated
         self.updates_subject = updates_subject_of(name)
         self.stream = f"KV_{name}"
-        self.link = link
+        self.connection = connection
         self._publisher = publisher
 
     def subject(self, key: str) -> str:
@@ -114,8 +116,8 @@ class KvBucket:
 
     async def get(self, key: str) -> Entry | None:
         if self._replicated:
-            return await get_from_leader(self.link, self.stream, self.subject(key))
-        stored = await read_last(self.link, self.stream, self.subject(key))
+            return await get_from_leader(self.connection, self.stream, self.subject(key))
+        stored = await read_last(self.connection, self.stream, self.subject(key))
         return None if stored is None else _entry(self.name, stored)
 
     async def update(self, key: str, value: bytes, revision: int, *, ttl_s: int = 0) -> int:
@@ -139,14 +141,15 @@ class KvBucket:
         try:
             return (await self._publisher.publish(Message("kv", self.subject(key), value, headers))).seq
         except BusRefused as exc:
-            if not exc.full:
+            if not exc.is_full:
                 raise
             raise Temporary("bucket_full", f"{self.name}: {exc.detail}") from exc  # an operator has to make room
 
     async def list_prefix(self, first: str) -> list[Entry]:
         subject = self.subject(f"{first}.>")
         found = [
-            _entry(self.name, stored) async for stored in read_stream(self.link, self.stream, subject, page=PAGE)
+            _entry(self.name, stored)
+            async for stored in read_stream(self.connection, self.stream, subject, page=PAGE)
         ]
         return [entry for entry in found if entry.value is not None]
 
@@ -163,18 +166,18 @@ class KvBucket:
         Entries may come twice, never older than one seen before.
         """
         watcher = _Watcher(self, on_entry)
-        self.link.on_connect(watcher.subscribe)
-        if self.link.nc is not None:
+        self.connection.on_connect(watcher.subscribe)
+        if self.connection.nc is not None:
             try:
-                await watcher.subscribe(self.link.nc)
-                await self.link.nc.flush()
+                await watcher.subscribe(self.connection.nc)
+                await self.connection.nc.flush()
             except NatsError as exc:  # it is going down; the next one subscribes at its start
                 log.info("bucket.watch_failed", bucket=self.name, reason=type(exc).__name__)
         epoch = -1
         while True:
             try:
-                await self.link.wait_connected()
-                force, epoch = epoch != self.link.epoch, self.link.epoch
+                await self.connection.wait_connected()
+                force, epoch = epoch != self.connection.epoch, self.connection.epoch
                 read = await watcher.reload_if_stale(force=force)
             except Temporary as exc:
                 log.warning("bucket.unread", bucket=self.name, reason=exc.reason)
@@ -186,12 +189,12 @@ class KvBucket:
 
     async def _wait_until_stale(self, epoch: int, seconds: float) -> None:
         """Until there is another client, or the time is over."""
-        await self.link.changed.wait_until(lambda: self.link.epoch != epoch, seconds)
+        await self.connection.changed.wait_until(lambda: self.connection.epoch != epoch, seconds)
 
     async def stream_state(self) -> tuple[int, int]:
         """How many keys there are, deleted ones too, and the newest sequence. Raises Temporary."""
         try:
-            info = await self.link.api_request(f"STREAM.INFO.{self.stream}")
+            info = await self.connection.api_request(f"STREAM.INFO.{self.stream}")
         except BusRefused as exc:
             raise Temporary("bus_refused", exc.detail) from exc
         return int(info["state"]["messages"]), int(info["state"]["last_seq"])
@@ -241,7 +244,7 @@ class _Watcher:
             return False
         self._top, self._is_complete, self._read_at = max(self._top, newest), True, NEVER
         there, read_to = set(), 0
-        async for stored in read_stream(bucket.link, bucket.stream, bucket.subject(">"), page=PAGE):
+        async for stored in read_stream(bucket.connection, bucket.stream, bucket.subject(">"), page=PAGE):
             entry = _entry(bucket.name, stored)
             there.add(entry.key)
             read_to = stored.seq

@@ -99,7 +99,7 @@ class Consumer:
 
     def __init__(
         self,
-        link: ManagedConnection,
+        connection: ManagedConnection,
         wanted: Wanted,
         *,
         room: int,
@@ -108,7 +108,7 @@ class Consumer:
         check: Callable[[], None] = lambda: None,
         turn: Callable[[], Awaitable[None]] | None = None,
     ) -> None:
-        self.link = link
+        self.connection = connection
         self.name = wanted.name
         self._wanted = wanted
         self._stream = wanted.stream
@@ -136,11 +136,11 @@ class Consumer:
     async def acknowledge(self, reply: str) -> None:
         """Acknowledges a delivery. Raises Temporary."""
         if not self._confirm_acks:
-            await self.link.publish(reply, b"+ACK")
+            await self.connection.publish(reply, b"+ACK")
             return
         while True:
             try:
-                await self.link.request(reply, b"+ACK", CONFIRM_S)
+                await self.connection.request(reply, b"+ACK", CONFIRM_S)
             except Temporary as exc:
                 if exc.reason != "bus_timeout":
                     raise
@@ -153,7 +153,7 @@ class Consumer:
             self._wake.set()
 
     async def get_info(self) -> dict[str, Any]:
-        return await self.link.api_request(f"CONSUMER.INFO.{self._stream}.{self.name}")
+        return await self.connection.api_request(f"CONSUMER.INFO.{self._stream}.{self.name}")
 
     async def run(self, on_delivery: Callable[[Delivery], None], on_reset: Callable[[], Awaitable[None]]) -> None:
         """Delivers until cancelled. `on_reset` is awaited between each reset and the first delivery after it: what
@@ -161,10 +161,10 @@ class Consumer:
         """
         failures = 0
         while True:
-            await self.link.wait_connected()
-            epoch = self.link.epoch
+            await self.connection.wait_connected()
+            epoch = self.connection.epoch
             try:
-                nc = self.link.client()
+                nc = self.connection.client()
                 self._check()
                 info = await self._get_or_create()
                 self._created_ms = unix_ms(info["created"])
@@ -174,7 +174,7 @@ class Consumer:
                     )
                 self._check()
                 self._redelivered_to = max(self._redelivered_to, int(info["delivered"]["stream_seq"]))
-                info = await self.link.api_request(f"CONSUMER.RESET.{self._stream}.{self.name}")
+                info = await self.connection.api_request(f"CONSUMER.RESET.{self._stream}.{self.name}")
                 # not what is delivered: a pull of somebody else may have taken some before the answer was made
                 self._last_delivery = int(info["ack_floor"]["consumer_seq"])
                 self._in_flight = self._requested = 0
@@ -196,7 +196,7 @@ class Consumer:
         except BusRefused as exc:
             if exc.code != NO_CONSUMER:
                 raise
-        await topology.create_resource(self.link, self._wanted)
+        await topology.create_resource(self.connection, self._wanted)
         log.error("consumer.recreated", consumer=self.name, stream=self._stream)
         return await self.get_info()
 
@@ -216,11 +216,11 @@ class Consumer:
             if broken or status in ("408", "409"):
                 self._wake.set()
 
-        down = asyncio.get_running_loop().create_task(self.link.wait_disconnected(epoch))
+        down = asyncio.get_running_loop().create_task(self.connection.wait_disconnected(epoch))
         down.add_done_callback(lambda _: self._wake.set())
         try:
-            async with self.link.temporary_inbox(nc, on_message) as inbox:
-                while self.link.epoch == epoch and self.link.nc is nc:
+            async with self.connection.temporary_inbox(nc, on_message) as inbox:
+                while self.connection.epoch == epoch and self.connection.nc is nc:
                     if broken:
                         raise Temporary("consumer_broken", broken)
                     left_s = last_message_at + SILENT_S - asyncio.get_running_loop().time()
@@ -272,19 +272,19 @@ class Consumer:
             "expires": int(EXPIRES_S * 1e9),
             "idle_heartbeat": int(HEARTBEAT_S * 1e9),
         }
-        await self.link.publish(
+        await self.connection.publish(
             f"$JS.API.CONSUMER.MSG.NEXT.{self._stream}.{self.name}", msgspec.json.encode(body), reply=inbox
         )
 
 
-async def wait_all_settled(link: ManagedConnection, stream: str, name: str, clock: Clock) -> None:
+async def wait_all_settled(connection: ManagedConnection, stream: str, name: str, clock: Clock) -> None:
     """Returns once nothing is left to be delivered by a consumer, or to be acknowledged.
 
     Raises Temporary: that is not so within ten seconds or so, or an operator has deleted the consumer.
     """
     for _ in range(100):
         try:
-            info = await link.api_request(f"CONSUMER.INFO.{stream}.{name}")
+            info = await connection.api_request(f"CONSUMER.INFO.{stream}.{name}")
         except BusRefused as exc:
             raise Temporary(f"{name}_missing", exc.detail) from exc
         if not info["num_pending"] and not info["num_ack_pending"]:

@@ -21,12 +21,12 @@ log = structlog.get_logger()
 class CoreNats:
     """Implements ports.CoreBus and ports.AllReplicas."""
 
-    def __init__(self, link: ManagedConnection, names: Names) -> None:
-        self._link = link
+    def __init__(self, connection: ManagedConnection, names: Names) -> None:
+        self._connection = connection
         self._names = names
 
     async def publish(self, subject: str, payload: bytes, headers: dict[str, str]) -> None:
-        await self._link.publish(subject, payload, headers=headers)
+        await self._connection.publish(subject, payload, headers=headers)
 
     def subscribe(self, subject: str, on_message: Callable[[bytes], None]) -> None:
         """Subscribes, on each connection anew; what is published while there is none is missed."""
@@ -50,7 +50,7 @@ class CoreNats:
         async def subscribe(nc: Client) -> None:
             await nc.subscribe(subject, cb=receive)
 
-        self._link.on_connect(subscribe)
+        self._connection.on_connect(subscribe)
 
     async def query_replicas(self, subject: str, payload: bytes, *, count: int, within_s: float) -> list[bytes]:
         answers: list[bytes] = []
@@ -62,8 +62,8 @@ class CoreNats:
             if len(answers) >= count or "Status" in (msg.headers or {}):
                 enough.set()
 
-        async with self._link.temporary_inbox(self._link.client(), receive) as inbox:
-            await self._link.publish(subject, payload, reply=inbox)
+        async with self._connection.temporary_inbox(self._connection.client(), receive) as inbox:
+            await self._connection.publish(subject, payload, reply=inbox)
             await wait_event(enough, within_s)
         return answers
 
@@ -85,7 +85,9 @@ class CoreNats:
             },
         }
         try:
-            await self._link.api_request(f"CONSUMER.CREATE.{stream}.{sandbox}.{self._names.inbox(sandbox)}", body)
+            await self._connection.api_request(
+                f"CONSUMER.CREATE.{stream}.{sandbox}.{self._names.inbox(sandbox)}", body
+            )
         except BusRefused as exc:
             if exc.code != CONSUMER_EXISTS:  # perhaps as its reader has changed it: theirs
                 raise Refused("invalid", f"The durable consumer cannot be made: {exc.detail}") from exc
@@ -93,8 +95,8 @@ class CoreNats:
     async def move_durable(self, sandbox: str, after: int) -> None:
         consumer = f"{self._names.stream_in}.{sandbox}"
         try:
-            await self._link.api_request(f"CONSUMER.INFO.{consumer}")  # a reset of none is not answered
-            await self._link.api_request(f"CONSUMER.RESET.{consumer}", {"seq": after + 1})
+            await self._connection.api_request(f"CONSUMER.INFO.{consumer}")  # a reset of none is not answered
+            await self._connection.api_request(f"CONSUMER.RESET.{consumer}", {"seq": after + 1})
         except BusRefused as exc:
             if exc.code != NO_CONSUMER:  # a reader has made it deliver only what is new: nobody may move that
                 log.warning("durable.move_failed", sandbox=sandbox, detail=exc.detail)

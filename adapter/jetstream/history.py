@@ -25,7 +25,7 @@ SUBJECTS_AT_ONCE = 256
 
 
 async def read_stream(
-    link: ManagedConnection,
+    connection: ManagedConnection,
     stream: str,
     subject: str,
     *,
@@ -46,7 +46,7 @@ async def read_stream(
     while remaining:
         found, more, asked = 0, False, min(page, remaining)
         query = {**where, "next_by_subj": subject, "batch": asked, "max_bytes": PAGE_BYTES}
-        async for stored in direct_get(link, stream, query):
+        async for stored in direct_get(connection, stream, query):
             found += 1
             more = stored.headers.get("Nats-Num-Pending", "0") != "0"  # the server's word: it ends by size, too
             where = {"seq": stored.seq + 1}
@@ -54,7 +54,7 @@ async def read_stream(
         remaining -= found
         if more or found == asked:
             continue
-        if not replicated or await next_from_leader(link, stream, subject, where) is None:
+        if not replicated or await next_from_leader(connection, stream, subject, where) is None:
             return
         await asyncio.sleep(0.05)
 
@@ -62,21 +62,27 @@ async def read_stream(
 class StreamHistory:
     """Implements ports.Archive by direct get. `replicated`: the streams lie on several servers."""
 
-    def __init__(self, link: ManagedConnection, *, replicated: bool = False) -> None:
-        self._link = link
+    def __init__(self, connection: ManagedConnection, *, replicated: bool = False) -> None:
+        self._connection = connection
         self._replicated = replicated
 
     def read(
         self, stream: str, subject: str, *, after: int = 0, since_ms: int | None = None, limit: int | None = None
     ) -> AsyncIterator[Stored]:
         return read_stream(
-            self._link, stream, subject, after=after, since_ms=since_ms, limit=limit, replicated=self._replicated
+            self._connection,
+            stream,
+            subject,
+            after=after,
+            since_ms=since_ms,
+            limit=limit,
+            replicated=self._replicated,
         )
 
     async def read_last(self, stream: str, subject: str) -> Stored | None:
         if self._replicated:
-            return await _from_leader(self._link, stream, {"last_by_subj": subject})
-        return await read_last(self._link, stream, subject)
+            return await _from_leader(self._connection, stream, {"last_by_subj": subject})
+        return await read_last(self._connection, stream, subject)
 
     async def read_last_of_each(self, stream: str, subjects: Sequence[str]) -> list[Stored]:
         found: list[Stored] = []
@@ -84,7 +90,7 @@ class StreamHistory:
             page = subjects[start : start + SUBJECTS_AT_ONCE]
             while True:
                 newest = await self._newest_sequence(stream) if self._replicated else 0
-                messages, up_to = await read_last_of_each(self._link, stream, page)
+                messages, up_to = await read_last_of_each(self._connection, stream, page)
                 if up_to >= newest:
                     break
                 await asyncio.sleep(0.05)  # a server that lags answered
@@ -92,14 +98,14 @@ class StreamHistory:
         return found
 
     async def _newest_sequence(self, stream: str) -> int:
-        newest = await _from_leader(self._link, stream, {"last_by_subj": ">"})
+        newest = await _from_leader(self._connection, stream, {"last_by_subj": ">"})
         return newest.seq if newest else 0
 
     async def count_by_subject(self, stream: str, subject: str) -> dict[str, int]:
-        return await count_by_subject(self._link, stream, subject)
+        return await count_by_subject(self._connection, stream, subject)
 
     async def read_newest(self, stream: str, subject: str, *, count: int, before: int | None = None) -> list[Stored]:
-        state = (await self._link.api_request(f"STREAM.INFO.{stream}"))["state"]
+        state = (await self._connection.api_request(f"STREAM.INFO.{stream}"))["state"]
         first, last = int(state["first_seq"]), int(state["last_seq"])
         end = last + 1 if before is None else min(before, last + 1)
         width = count
@@ -107,7 +113,9 @@ class StreamHistory:
             start = max(first, end - width)
             found: deque[Stored] = deque(maxlen=count)
             async with contextlib.aclosing(
-                read_stream(self._link, stream, subject, after=start - 1, page=count, replicated=self._replicated)
+                read_stream(
+                    self._connection, stream, subject, after=start - 1, page=count, replicated=self._replicated
+                )
             ) as messages:
                 async for stored in messages:
                     if stored.seq >= end:
@@ -118,20 +126,20 @@ class StreamHistory:
             width *= 4  # only what was deleted lay there
 
     async def get(self, stream: str, seq: int) -> Stored | None:
-        stored = await direct_get_one(self._link, stream, {"seq": seq})
+        stored = await direct_get_one(self._connection, stream, {"seq": seq})
         if stored is None and self._replicated:  # a server that lags may have answered
-            return await _from_leader(self._link, stream, {"seq": seq})
+            return await _from_leader(self._connection, stream, {"seq": seq})
         return stored
 
     async def delete(self, stream: str, seq: int, *, erase: bool = False) -> None:
         try:
-            await self._link.api_request(f"STREAM.MSG.DELETE.{stream}", {"seq": seq, "no_erase": not erase})
+            await self._connection.api_request(f"STREAM.MSG.DELETE.{stream}", {"seq": seq, "no_erase": not erase})
         except BusRefused as exc:
             if exc.code not in MESSAGE_GONE:
                 raise Temporary("bus_refused", exc.detail) from exc
 
     async def purge(self, stream: str, subject: str, *, keep: int) -> None:
-        await self._link.api_request(f"STREAM.PURGE.{stream}", {"filter": subject, "keep": keep})
+        await self._connection.api_request(f"STREAM.PURGE.{stream}", {"filter": subject, "keep": keep})
 
 
 def _rfc3339(time_ms: int) -> str:
@@ -139,57 +147,61 @@ def _rfc3339(time_ms: int) -> str:
     return moment.strftime("%Y-%m-%dT%H:%M:%S.%fZ")
 
 
-async def count_by_subject(link: ManagedConnection, stream: str, subject: str) -> dict[str, int]:
+async def count_by_subject(connection: ManagedConnection, stream: str, subject: str) -> dict[str, int]:
     """Messages per subject under a wildcard. Raises Temporary, BusRefused where there is no such stream."""
     found: dict[str, int] = {}
     while True:
-        answer = await link.api_request(f"STREAM.INFO.{stream}", {"subjects_filter": subject, "offset": len(found)})
+        answer = await connection.api_request(
+            f"STREAM.INFO.{stream}", {"subjects_filter": subject, "offset": len(found)}
+        )
         page = (answer["state"].get("subjects") or {}) if answer.get("state") else {}
         found |= page
         if not page or len(found) >= int(answer.get("total", 0)):
             return found
 
 
-async def read_last(link: ManagedConnection, stream: str, subject: str) -> Stored | None:
+async def read_last(connection: ManagedConnection, stream: str, subject: str) -> Stored | None:
     """The newest message of one subject. Raises Temporary."""
-    return await direct_get_one(link, stream, {"last_by_subj": subject})
+    return await direct_get_one(connection, stream, {"last_by_subj": subject})
 
 
-async def direct_get(link: ManagedConnection, stream: str, body: dict[str, Any]) -> AsyncGenerator[Stored, None]:
+async def direct_get(
+    connection: ManagedConnection, stream: str, body: dict[str, Any]
+) -> AsyncGenerator[Stored, None]:
     """What any replica answers to a direct get (ADR-31), perhaps less than the leader has. Raises Temporary, also
     where one of the answers is missing: each names the one before."""
-    with link.open_request() as request:
-        await link.publish(f"$JS.API.DIRECT.GET.{stream}", msgspec.json.encode(body), reply=request.reply)
+    with connection.open_request() as request:
+        await connection.publish(f"$JS.API.DIRECT.GET.{stream}", msgspec.json.encode(body), reply=request.reply)
         last_seq = 0
-        while (stored := _decode_after(last_seq, await link.next_reply(request))) is not None:
+        while (stored := _decode_after(last_seq, await connection.next_reply(request))) is not None:
             last_seq = stored.seq
             yield stored
 
 
 async def read_last_of_each(
-    link: ManagedConnection, stream: str, subjects: Sequence[str]
+    connection: ManagedConnection, stream: str, subjects: Sequence[str]
 ) -> tuple[list[Stored], int]:
     """The newest message of each subject that has one, and the sequence up to which the server that answered knows
     the stream. Raises Temporary, also where one of the answers is missing."""
     found: list[Stored] = []
-    with link.open_request() as request:
+    with connection.open_request() as request:
         body = msgspec.json.encode({"multi_last": subjects, "batch": len(subjects)})
-        await link.publish(f"$JS.API.DIRECT.GET.{stream}", body, reply=request.reply)
+        await connection.publish(f"$JS.API.DIRECT.GET.{stream}", body, reply=request.reply)
         last_seq = 0
-        while (stored := _decode_after(last_seq, answer := await link.next_reply(request))) is not None:
+        while (stored := _decode_after(last_seq, answer := await connection.next_reply(request))) is not None:
             last_seq = stored.seq
             found.append(stored)
     if "Nats-UpTo-Sequence" in answer.headers:
         return found, int(answer.headers["Nats-UpTo-Sequence"])
     if found:
         return found, max(stored.seq for stored in found)
-    newest = await read_last(link, stream, ">")  # nothing was found: how much does this server know?
+    newest = await read_last(connection, stream, ">")  # nothing was found: how much does this server know?
     return found, newest.seq if newest else 0
 
 
-async def direct_get_one(link: ManagedConnection, stream: str, body: dict[str, Any]) -> Stored | None:
+async def direct_get_one(connection: ManagedConnection, stream: str, body: dict[str, Any]) -> Stored | None:
     """As direct_get, for one message. Raises Temporary."""
-    return _decode_stored(await link.request(f"$JS.API.DIRECT.GET.{stream}", msgspec.json.encode(body)))
+    return _decode_stored(await connection.request(f"$JS.API.DIRECT.GET.{stream}", msgspec.json.encode(body)))
 
 
 def _decode_after(last_seq: int, answer: Reply) -> Stored | None:
@@ -216,23 +228,25 @@ def _decode_stored(answer: Reply) -> Stored | None:
 
 
 async def next_from_leader(
-    link: ManagedConnection, stream: str, subject: str, where: dict[str, Any]
+    connection: ManagedConnection, stream: str, subject: str, where: dict[str, Any]
 ) -> Stored | None:
     """The first message of a subject after a sequence or time, as the stream's leader has it. Raises Temporary."""
-    return await _from_leader(link, stream, {**where, "next_by_subj": subject})
+    return await _from_leader(connection, stream, {**where, "next_by_subj": subject})
 
 
-async def _from_leader(link: ManagedConnection, stream: str, query: dict[str, Any]) -> Stored | None:
+async def _from_leader(connection: ManagedConnection, stream: str, query: dict[str, Any]) -> Stored | None:
     """Without its headers. Raises Temporary."""
-    message = await message_from_leader(link, stream, query)
+    message = await message_from_leader(connection, stream, query)
     return None if message is None else Stored(message.subject, message.seq, {}, message.data or b"")
 
 
 async def message_from_leader(
-    link: ManagedConnection, stream: str, query: dict[str, Any], *, timeout_s: float = 5.0
+    connection: ManagedConnection, stream: str, query: dict[str, Any], *, timeout_s: float = 5.0
 ) -> LeaderMessage | None:
     """One message as the stream's leader has it; None: there is none. Raises Temporary."""
-    msg = await link.request(f"$JS.API.STREAM.MSG.GET.{stream}", msgspec.json.encode(query), timeout_s=timeout_s)
+    msg = await connection.request(
+        f"$JS.API.STREAM.MSG.GET.{stream}", msgspec.json.encode(query), timeout_s=timeout_s
+    )
     answer = decode_reply(msg.data, _MsgGet, "STREAM.MSG.GET")
     if answer.message is None:
         error = answer.error or ApiError(description="neither a message nor an error")

@@ -34,14 +34,14 @@ class Inspector:
         """Those of a stream when it was last seen."""
         return self._message_counts.get(stream, 0)
 
-    async def inspect_streams(self, link: ManagedConnection) -> list[str]:
+    async def inspect_streams(self, connection: ManagedConnection) -> list[str]:
         """The names of the streams that are missing. Raises Temporary."""
         missing, incomplete = [], []
         for wanted in self._wanted:
             name = wanted.name
             at_least = self._minimum_keys.get(name, int)()  # before asking: there may be more then
             try:
-                info = await link.api_request(f"STREAM.INFO.{name}")
+                info = await connection.api_request(f"STREAM.INFO.{name}")
             except BusRefused as exc:
                 if exc.code != NO_STREAM:
                     raise Temporary("bus_refused", exc.detail) from exc

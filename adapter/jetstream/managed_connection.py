@@ -164,7 +164,7 @@ class ManagedConnection:
                 said = exc.detail if isinstance(exc, Temporary) else str(exc)
                 self.down_reason = said[:200] or type(exc).__name__
                 wait_s = backoff(failures, first_s=0.05, longest_s=1.0)
-                log.warning("bus.unreachable", link=self.name, reason=self.down_reason, wait_s=wait_s)
+                log.warning("bus.unreachable", connection=self.name, reason=self.down_reason, wait_s=wait_s)
                 await asyncio.sleep(wait_s)
                 continue
             failures = 0
@@ -179,7 +179,7 @@ class ManagedConnection:
                 self._connected_at = asyncio.get_running_loop().time()
                 self._answered_at, self._unanswered = self._connected_at, 0
                 self._servers = _servers_for_reconnect(self._servers, nc)
-                log.info("bus.connected", link=self.name, epoch=self.epoch)
+                log.info("bus.connected", connection=self.name, epoch=self.epoch)
                 self.changed.notify_all()
                 # nats-py does not always call closed_cb: when its own closing fails, it only stays closed
                 while not (nc.is_closed or is_cancelled() or await wait_event(self._lost, 0.2)):
@@ -191,7 +191,7 @@ class ManagedConnection:
                 with contextlib.suppress(NatsError, OSError, TimeoutError):
                     async with asyncio.timeout(2):
                         await nc.close()
-            log.warning("bus.lost", link=self.name, reason=self.down_reason)
+            log.warning("bus.lost", connection=self.name, reason=self.down_reason)
 
     async def _connect(self) -> BusClient:
         self._lost = lost = asyncio.Event()
@@ -212,7 +212,7 @@ class ManagedConnection:
                 refused.append(does)
             # while it is away, every attempt fails; that is said elsewhere, as is what forbids the first connection
             say = log.warning if does and self.epoch else log.info if self.is_connected else log.debug
-            say("bus.error", link=self.name, reason=type(exc).__name__, detail=self.down_reason)
+            say("bus.error", connection=self.name, reason=type(exc).__name__, detail=self.down_reason)
 
         nc = BusClient()
         try:

@@ -60,7 +60,7 @@ class Services:
 
     def __init__(
         self,
-        link: ManagedConnection,
+        connection: ManagedConnection,
         names: Names,
         handlers: Mapping[str, Handler],
         metrics: Metrics,
@@ -84,7 +84,7 @@ class Services:
         """Of verbs on subjects of sandboxes that have places of their own."""
         self._answers: set[asyncio.Task[None]] = set()
         self._refusals = RefusalLog()
-        link.on_connect(self._register)
+        connection.on_connect(self._register)
 
     async def _register(self, nc: BusClient) -> None:
         shares = RequestQuota(self._max_per_sandbox)

@@ -64,8 +64,8 @@ class _Meta(msgspec.Struct):
 class ObjectStore:
     """Implements ports.Objects and ports.PartialObjects."""
 
-    def __init__(self, link: ManagedConnection, publisher: Publisher, bucket: str) -> None:
-        self._link = link
+    def __init__(self, connection: ManagedConnection, publisher: Publisher, bucket: str) -> None:
+        self._connection = connection
         self._publisher = publisher
         self._bucket = bucket
         self._stream = f"OBJ_{bucket}"
@@ -91,13 +91,13 @@ class ObjectStore:
             return b"", 0
         subject = self._chunk_subject(stored.ident)
         body = {"seq": after + 1, "next_by_subj": subject, "batch": 1}  # of a batch it says whether there is more
-        found = await direct_get_one(self._link, self._stream, body)
+        found = await direct_get_one(self._connection, self._stream, body)
         if found is not None:
             return found.data, found.seq if int(found.headers.get("Nats-Num-Pending", "0")) else 0
-        found_late = await next_from_leader(self._link, self._stream, subject, {"seq": after + 1})
+        found_late = await next_from_leader(self._connection, self._stream, subject, {"seq": after + 1})
         if found_late is None:
             raise Unreadable("object", f"{stored.name}: no piece after {after}")
-        more = await next_from_leader(self._link, self._stream, subject, {"seq": found_late.seq + 1})
+        more = await next_from_leader(self._connection, self._stream, subject, {"seq": found_late.seq + 1})
         return found_late.data, found_late.seq if more else 0
 
     async def put(self, name: str, pieces: Pieces, *, mime: str = "", title: str = "") -> StoredObject:
@@ -126,7 +126,7 @@ class ObjectStore:
             raise Refused("invalid", "The upload is complete already: take another id.")
         subject = self._chunk_subject(_upload_ident(name))
         for attempt in range(APPEND_ATTEMPTS):
-            before = await read_last(self._link, self._stream, subject)
+            before = await read_last(self._connection, self._stream, subject)
             size = int(before.headers.get(H_OFFSET, "0")) + len(before.data) if before else 0
             if end <= size:
                 return size
@@ -239,7 +239,7 @@ class ObjectStore:
     async def _delete_chunks(self, ident: str) -> None:
         """Deletes pieces; what cannot be deleted now goes when it is as old as the store keeps things."""
         try:
-            await self._link.api_request(
+            await self._connection.api_request(
                 f"STREAM.PURGE.{self._stream}", {"filter": self._chunk_subject(ident)}, PURGE_S
             )
         except AdapterError as exc:
@@ -268,20 +268,20 @@ class ObjectStore:
         """Some pieces after a sequence; none where there are no more."""
         subject, found = self._chunk_subject(ident), False
         body = {"seq": after + 1, "next_by_subj": subject, "batch": PAGE}
-        async with contextlib.aclosing(direct_get(self._link, self._stream, body)) as pieces:
+        async with contextlib.aclosing(direct_get(self._connection, self._stream, body)) as pieces:
             async for piece in pieces:
                 found = True
                 yield piece
         if not found:  # perhaps a replica answered that lags: its leader knows
-            late = await next_from_leader(self._link, self._stream, subject, {"seq": after + 1})
+            late = await next_from_leader(self._connection, self._stream, subject, {"seq": after + 1})
             if late is not None:
                 yield late
 
     async def _read_meta(self, name: str) -> _Meta | None:
         subject = self._meta_subject(name)
-        stored = await read_last(self._link, self._stream, subject)
+        stored = await read_last(self._connection, self._stream, subject)
         if stored is None:
-            stored = await next_from_leader(self._link, self._stream, subject, {"seq": 1})
+            stored = await next_from_leader(self._connection, self._stream, subject, {"seq": 1})
         if stored is None:
             return None
         try:
@@ -295,7 +295,7 @@ class ObjectStore:
             try:
                 return await self._read_meta(name)
             except Temporary:
-                await self._link.wait_connected()
+                await self._connection.wait_connected()
                 await asyncio.sleep(0.1)
 
     def _chunk_subject(self, ident: str) -> str:

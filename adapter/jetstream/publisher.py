@@ -78,10 +78,10 @@ class _StreamState:
 
 
 class Publisher:
-    """Stores messages through one link; waits, also for hours, until their streams have them."""
+    """Stores messages over one connection; waits, also for hours, until their streams have them."""
 
-    def __init__(self, link: ManagedConnection, clock: Clock, metrics: Metrics) -> None:
-        self._link = link
+    def __init__(self, connection: ManagedConnection, clock: Clock, metrics: Metrics) -> None:
+        self._connection = connection
         self._clock = clock
         self._metrics = metrics
         self._streams: dict[str, _StreamState] = {}
@@ -98,7 +98,7 @@ class Publisher:
         """Over which acknowledgements are heard."""
         self._prefix = ""
         self._stored: dict[str, tuple[CounterValue, HistogramValue]] = {}
-        link.on_connect(self._subscribe)
+        connection.on_connect(self._subscribe)
 
     @property
     def waiting_s(self) -> float:
@@ -187,10 +187,10 @@ class Publisher:
 
     def _reject_oversized(self, entry: _Outstanding) -> None:
         """Refuses what the server would end the connection for."""
-        message, limit = entry.message, self._link.max_payload
+        message, limit = entry.message, self._connection.max_payload
         if len(message.payload) > limit // 2 and len(message.payload) + _headers_size(message.headers) > limit:
             self._refuse(entry, BusRefused(0, f"{len(message.payload)} bytes exceed the server's max_payload"))
-            self._link.recheck_max_payload()
+            self._connection.recheck_max_payload()
         elif len(message.subject) > MAX_SUBJECT // 4 and len(message.subject.encode()) > MAX_SUBJECT:
             self._refuse(entry, BusRefused(0, "The subject is too long."))
 
@@ -217,7 +217,7 @@ class Publisher:
     async def _recover(self, stream: _StreamState) -> None:
         """Sends the oldest message alone until it is answered, then all others in order."""
         while stream.name in self._interrupted_streams:
-            await self._link.wait_connected()
+            await self._connection.wait_connected()
             stream.interruption.clear()
             oldest = next(iter(stream.outstanding.values()), None)
             if oldest is not None:
@@ -243,10 +243,10 @@ class Publisher:
         while True:
             await asyncio.sleep(ACK_TIMEOUT_S / 2)
             waiting = [s for s in self._streams.values() if self._waited_s(s.outstanding) >= STALLED_S]
-            if not waiting or not self._link.is_connected:
+            if not waiting or not self._connection.is_connected:
                 continue
             with contextlib.suppress(Temporary, BusRefused):
-                await self._link.probe()
+                await self._connection.probe()
             now = self._clock.monotonic()
             for stream in waiting:
                 if stream.name not in self._interrupted_streams or (
@@ -289,7 +289,7 @@ class Publisher:
             passed_check, nc = ensure_owner, self._nc
             if (
                 nc is not None
-                and nc is self._link.nc
+                and nc is self._connection.nc
                 and nc.enqueue_publish(*_publish_arguments(entry.message, f"{self._prefix}{entry.number}"))
             ):
                 posted = nc
@@ -328,7 +328,7 @@ class Publisher:
         return True
 
     async def _publish(self, entry: _Outstanding) -> None:
-        nc = self._link.nc
+        nc = self._connection.nc
         if nc is None:
             self._interrupt(entry.stream)
             return

@@ -267,20 +267,20 @@ def differences(wanted: Wanted, found: dict[str, Any]) -> list[Difference]:
     return out
 
 
-async def api_level(link: ManagedConnection) -> int:
+async def api_level(connection: ManagedConnection) -> int:
     """JetStream's API level. Raises Temporary, BusRefused (JetStream off or not permitted)."""
-    info = await link.api_request("INFO")
+    info = await connection.api_request("INFO")
     return int((info.get("api") or {}).get("level", 0))
 
 
 async def inspect_topology(
-    link: ManagedConnection, names: Names, settings: Settings
+    connection: ManagedConnection, names: Names, settings: Settings
 ) -> tuple[list[Wanted], list[Difference]]:
     """What is missing, in the order in which it is to be created, and what differs. Raises Temporary, BusRefused."""
     missing: list[Wanted] = []
     different: list[Difference] = []
     for wanted in wanted_streams(names, settings):
-        found = await _stream_config(link, wanted.name)
+        found = await _stream_config(connection, wanted.name)
         if found is None:
             missing.append(wanted)
         else:
@@ -290,19 +290,19 @@ async def inspect_topology(
     present = {
         (stream, name)
         for stream in (names.stream_out, names.stream_ctl)
-        for name in await _consumer_names(link, stream)
+        for name in await _consumer_names(connection, stream)
     }
     missing += [w for w in wanted_consumers(names) if (w.stream, w.name) not in present]
     return missing, different
 
 
-async def paused_consumers(link: ManagedConnection, names: Names) -> list[str]:
+async def paused_consumers(connection: ManagedConnection, names: Names) -> list[str]:
     """The adapter's consumers that somebody has paused. Raises Temporary."""
     wanted = wanted_consumers(names)
 
     async def info(consumer: Wanted) -> dict[str, Any]:
         try:
-            return await link.api_request(f"CONSUMER.INFO.{consumer.stream}.{consumer.name}")
+            return await connection.api_request(f"CONSUMER.INFO.{consumer.stream}.{consumer.name}")
         except BusRefused:  # it is missing, which is told as such
             return {}
 
@@ -310,7 +310,7 @@ async def paused_consumers(link: ManagedConnection, names: Names) -> list[str]:
     return [consumer.name for consumer, its in zip(wanted, found, strict=True) if its.get("paused")]
 
 
-async def create_resource(link: ManagedConnection, wanted: Wanted) -> None:
+async def create_resource(connection: ManagedConnection, wanted: Wanted) -> None:
     """Creates a stream or a consumer. Raises Temporary, BusRefused.
 
     A stream's sequences begin at the time in milliseconds. One that is made again after it was deleted begins above
@@ -320,10 +320,10 @@ async def create_resource(link: ManagedConnection, wanted: Wanted) -> None:
     if not wanted.stream:
         config = wanted.config if wanted.from_one else wanted.config | {"first_seq": time.time_ns() // 1_000_000}
         try:
-            await link.api_request(f"STREAM.CREATE.{wanted.name}", config, timeout_s=15)
+            await connection.api_request(f"STREAM.CREATE.{wanted.name}", config, timeout_s=15)
         except BusRefused as exc:
             if exc.code in NO_ROOM:  # also said of one that another replica was faster to create
-                if await _stream_config(link, wanted.name) is not None:
+                if await _stream_config(connection, wanted.name) is not None:
                     return
                 raise BusRefused(exc.code, f"{exc.detail.partition(' ')[2]}: {MORE_ROOM}") from exc
             if exc.code != NAME_IN_USE:  # another replica was faster, with another first sequence
@@ -331,26 +331,28 @@ async def create_resource(link: ManagedConnection, wanted: Wanted) -> None:
         return
     body = {"stream_name": wanted.stream, "config": wanted.config, "action": "create"}
     try:
-        await link.api_request(f"CONSUMER.CREATE.{wanted.stream}.{wanted.name}", body, timeout_s=15)
+        await connection.api_request(f"CONSUMER.CREATE.{wanted.stream}.{wanted.name}", body, timeout_s=15)
     except BusRefused as exc:
         if exc.code != CONSUMER_EXISTS:  # another replica was faster
             raise
 
 
-async def alter_stream(link: ManagedConnection, names: Names, settings: Settings, difference: Difference) -> None:
+async def alter_stream(
+    connection: ManagedConnection, names: Names, settings: Settings, difference: Difference
+) -> None:
     """Makes one stream as it should be (doctor --fix). Raises Temporary, BusRefused."""
-    found = await _stream_config(link, difference.name) or {}
+    found = await _stream_config(connection, difference.name) or {}
     (wanted,) = [w for w in wanted_streams(names, settings) if w.name == difference.name]
-    await link.api_request(f"STREAM.UPDATE.{difference.name}", {**found, **wanted.config}, timeout_s=15)
+    await connection.api_request(f"STREAM.UPDATE.{difference.name}", {**found, **wanted.config}, timeout_s=15)
 
 
-async def ensure_topology(link: ManagedConnection, names: Names, settings: Settings) -> list[Difference]:
+async def ensure_topology(connection: ManagedConnection, names: Names, settings: Settings) -> list[Difference]:
     """Creates what is missing and returns the harmless differences.
 
     Raises SettingsError for a server that is too old and for differences that would break a guarantee, Temporary.
     """
     try:
-        level = await api_level(link)
+        level = await api_level(connection)
     except BusRefused as exc:
         raise SettingsError("jetstream", f"JetStream is not available to this user: {exc.detail}") from exc
     except Temporary as exc:
@@ -360,14 +362,14 @@ async def ensure_topology(link: ManagedConnection, names: Names, settings: Setti
         raise Temporary(exc.reason, f"JetStream does not answer ({exc.detail}): {why}") from exc
     if level < API_LEVEL:
         raise SettingsError("server_too_old", f"JetStream API level {level}; nats-server 2.14 or newer is needed.")
-    missing, different = await inspect_topology(link, names, settings)
+    missing, different = await inspect_topology(connection, names, settings)
     made = [wanted for wanted in missing if not wanted.stream]
     # apart, since what is created at once is not created in order
-    await _create_all(link, [wanted for wanted in made if not wanted.reserves_space])
+    await _create_all(connection, [wanted for wanted in made if not wanted.reserves_space])
     for wanted in made:
         if wanted.reserves_space:
-            await _create_all(link, [wanted])
-    await _create_all(link, [wanted for wanted in missing if wanted.stream])
+            await _create_all(connection, [wanted])
+    await _create_all(connection, [wanted for wanted in missing if wanted.stream])
     if broken := [d for d in different if d.critical]:
         lines = [f"stream {d.name}: {d.field} is {d.found!r}, must be {d.wanted!r}" for d in broken]
         raise SettingsError("stream_differs", "; ".join(lines) + ". `wechat-nats doctor --fix` changes it.")
@@ -376,11 +378,13 @@ async def ensure_topology(link: ManagedConnection, names: Names, settings: Setti
     return different
 
 
-async def _create_all(link: ManagedConnection, missing: list[Wanted]) -> None:
+async def _create_all(connection: ManagedConnection, missing: list[Wanted]) -> None:
     """Creates streams, or consumers, some at a time. Raises SettingsError, Temporary."""
     for first in range(0, len(missing), CREATED_AT_ONCE):
         some = missing[first : first + CREATED_AT_ONCE]
-        outcomes = await asyncio.gather(*(create_resource(link, wanted) for wanted in some), return_exceptions=True)
+        outcomes = await asyncio.gather(
+            *(create_resource(connection, wanted) for wanted in some), return_exceptions=True
+        )
         for wanted, failure in zip(some, outcomes, strict=True):
             if isinstance(failure, BusRefused):
                 why = f"{wanted.description} {wanted.name} cannot be created: {failure.detail}"
@@ -391,10 +395,10 @@ async def _create_all(link: ManagedConnection, missing: list[Wanted]) -> None:
                 log.info("stream.created", stream=wanted.name)
 
 
-async def _stream_config(link: ManagedConnection, stream: str) -> dict[str, Any] | None:
+async def _stream_config(connection: ManagedConnection, stream: str) -> dict[str, Any] | None:
     """A stream's configuration; None: it is missing."""
     try:
-        answer = await link.api_request(f"STREAM.INFO.{stream}")
+        answer = await connection.api_request(f"STREAM.INFO.{stream}")
     except BusRefused as exc:
         if exc.code == NO_STREAM:
             return None
@@ -403,11 +407,11 @@ async def _stream_config(link: ManagedConnection, stream: str) -> dict[str, Any]
     return config
 
 
-async def _consumer_names(link: ManagedConnection, stream: str) -> list[str]:
+async def _consumer_names(connection: ManagedConnection, stream: str) -> list[str]:
     found: list[str] = []
     while True:
         try:
-            answer = await link.api_request(f"CONSUMER.NAMES.{stream}", {"offset": len(found)})
+            answer = await connection.api_request(f"CONSUMER.NAMES.{stream}", {"offset": len(found)})
         except BusRefused as exc:
             if exc.code == NO_STREAM:
                 return []

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from adapter.conversation.actor import ConversationActor
 from adapter.conversation.record import ConversationRecord
 from adapter.conversation.rules import Conversation
-from adapter.conversation.shard import ConversationDeps, Shard
+from adapter.conversation.shard import ConversationDeps, ShardPort
 
 _UNKNOWN = "\0"
 
@@ -21,7 +21,7 @@ def unknown_user(bot: str) -> str:
 class OpenConversations:
     """Reads conversations from the bucket as they are needed, and keeps them as long as they have something to do."""
 
-    def __init__(self, shard: Shard, deps: ConversationDeps, draining: asyncio.Event) -> None:
+    def __init__(self, shard: ShardPort, deps: ConversationDeps, draining: asyncio.Event) -> None:
         self._shard = shard
         self._deps = deps
         self._draining = draining

@@ -47,25 +47,25 @@ class Bus:
         self.server.kill()
 
     async def connected(self, group: asyncio.TaskGroup, name: str = "test") -> ManagedConnection:
-        """A link that lives as long as the group."""
-        link = ManagedConnection(self.settings, name)
-        group.create_task(link.run())
-        await link.wait_connected(PATIENCE_S)
-        return link
+        """A connection that lives as long as the group."""
+        connection = ManagedConnection(self.settings, name)
+        group.create_task(connection.run())
+        await connection.wait_connected(PATIENCE_S)
+        return connection
 
     async def client(self) -> Client:
         return await nats.connect(self.server.url)
 
 
 class Rig:
-    """A link with its publisher and history."""
+    """A connection with its publisher and history."""
 
-    def __init__(self, bus: Bus, link: ManagedConnection, group: asyncio.TaskGroup) -> None:
+    def __init__(self, bus: Bus, connection: ManagedConnection, group: asyncio.TaskGroup) -> None:
         self.bus = bus
-        self.link = link
+        self.connection = connection
         self.metrics = Metrics()
-        self.publisher = Publisher(link, SystemClock(), self.metrics)
-        self.history = StreamHistory(link)
+        self.publisher = Publisher(connection, SystemClock(), self.metrics)
+        self.history = StreamHistory(connection)
         self._group = group
         self._tasks: list[asyncio.Task[None]] = []
 
@@ -80,11 +80,11 @@ class Rig:
             task.cancel()
 
     def bucket(self, name: str = NAMES.conversations) -> KvBucket:
-        return KvBucket(self.link, self.publisher, name)
+        return KvBucket(self.connection, self.publisher, name)
 
     async def first(self, stream: str) -> int:
         """The first sequence of a stream."""
-        state: dict[str, int] = (await self.link.api_request(f"STREAM.INFO.{stream}"))["state"]
+        state: dict[str, int] = (await self.connection.api_request(f"STREAM.INFO.{stream}"))["state"]
         return state["first_seq"]
 
     async def read(self, stream: str, subject: str, **where: Any) -> list[bytes]:
@@ -94,14 +94,17 @@ class Rig:
 @contextlib.asynccontextmanager
 async def rig_on(bus: Bus, *, streams: bool = True) -> AsyncIterator[Rig]:
     async with asyncio.TaskGroup() as group:
-        link = ManagedConnection(bus.settings, "test")
-        rig = Rig(bus, link, group)
-        rig.spawn(link.run())
+        connection = ManagedConnection(bus.settings, "test")
+        rig = Rig(bus, connection, group)
+        rig.spawn(connection.run())
         rig.spawn(rig.publisher.run())
-        await link.wait_connected(PATIENCE_S)
+        await connection.wait_connected(PATIENCE_S)
         if streams:
             await asyncio.gather(
-                *(topology.create_resource(link, wanted) for wanted in topology.wanted_streams(NAMES, bus.settings))
+                *(
+                    topology.create_resource(connection, wanted)
+                    for wanted in topology.wanted_streams(NAMES, bus.settings)
+                )
             )
         yield rig
         rig.stop()
@@ -138,6 +141,6 @@ async def control(rig: Rig, *texts: str) -> None:
     """Makes the consumer of control commands, and stores such texts for it."""
     for wanted in topology.wanted_consumers(NAMES):
         if wanted.name == topology.CONTROL:
-            await topology.create_resource(rig.link, wanted)
+            await topology.create_resource(rig.connection, wanted)
     for text in texts:
         await rig.publisher.publish(Message("ctl", NAMES.bind, text.encode(), {}))

@@ -71,7 +71,7 @@ class Twice:
 
 
 async def test_a_write_whose_answer_got_lost_is_known_again(rig: Rig) -> None:
-    bucket = KvBucket(rig.link, Twice(rig.publisher), NAMES.conversations)  # type: ignore[arg-type]
+    bucket = KvBucket(rig.connection, Twice(rig.publisher), NAMES.conversations)  # type: ignore[arg-type]
     written = await bucket.update(KEY, b"1", 0)
     assert await bucket.get(KEY) == Entry(KEY, b"1", written)
     await rig.bucket().update(KEY, b"other", written)
@@ -134,8 +134,8 @@ async def looks(rig: Rig, bucket: KvBucket) -> Callable[[int], Awaitable[None]]:
         nonlocal found
         found += 1
 
-    assert rig.link.nc is not None
-    await rig.link.nc.subscribe(f"$JS.API.STREAM.INFO.{bucket.stream}", cb=on_message)
+    assert rig.connection.nc is not None
+    await rig.connection.nc.subscribe(f"$JS.API.STREAM.INFO.{bucket.stream}", cb=on_message)
 
     async def more(count: int) -> None:
         wanted = found + count
@@ -154,8 +154,8 @@ async def test_a_follower_finds_what_no_news_told_it(rig: Rig, lost: str) -> Non
         bucket.updates_subject,
         "elsewhere" if lost == "every news" else bucket.updates_subject,
     )
-    assert rig.link.nc is not None
-    subscribe = rig.link.nc.subscribe
+    assert rig.connection.nc is not None
+    subscribe = rig.connection.nc.subscribe
 
     async def but_some(subject: str, *, cb: Callable[[Msg], Awaitable[None]], **options: Any) -> Any:
         numbers = itertools.count(1)
@@ -167,7 +167,7 @@ async def test_a_follower_finds_what_no_news_told_it(rig: Rig, lost: str) -> Non
 
         return await subscribe(subject, cb=on_message if subject.startswith(news) else cb, **options)
 
-    rig.link.nc.subscribe = but_some  # type: ignore[assignment,method-assign]
+    rig.connection.nc.subscribe = but_some  # type: ignore[assignment,method-assign]
     rig.spawn(bucket.watch(lambda entry: seen.update({entry.key: entry}), on_loaded=loaded.set, reload_s=0.05))
     await until(loaded.is_set, "it has read")
     first = {key: await bucket.update(key, b"1", 0) for key in ("a", "b")}
@@ -246,7 +246,7 @@ async def test_a_follower_reads_again_what_it_could_not_read_to_the_end(
 
 
 async def test_a_bucket_of_leases_answers_from_the_leader_and_fails_in_time(rig: Rig) -> None:
-    bucket = LeaderKvBucket(rig.link, NAMES.members, ttl_s=60)
+    bucket = LeaderKvBucket(rig.connection, NAMES.members, ttl_s=60)
     assert await bucket.get("r1") is None
     first = await bucket.write("r1", b"1", 0)
     with pytest.raises(Conflict):
@@ -267,7 +267,7 @@ async def test_a_bucket_of_leases_answers_from_the_leader_and_fails_in_time(rig:
 
 
 async def test_many_members_are_read_whole(rig: Rig) -> None:
-    bucket = LeaderKvBucket(rig.link, NAMES.claims)
+    bucket = LeaderKvBucket(rig.connection, NAMES.claims)
     await asyncio.gather(*(bucket.write(str(number), b"x", 0) for number in range(SHARDS)))
     assert len(await bucket.list_entries()) == SHARDS
 
@@ -275,7 +275,7 @@ async def test_many_members_are_read_whole(rig: Rig) -> None:
 async def test_a_register_is_read_anew_when_it_has_changed_and_now_and_then(
     rig: Rig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    bucket, other = (LeaderKvBucket(rig.link, NAMES.members, ttl_s=60) for _ in range(2))
+    bucket, other = (LeaderKvBucket(rig.connection, NAMES.members, ttl_s=60) for _ in range(2))
     first = await other.write("1", b"x", 0)
     second = await other.write("2", b"y", 0)
     known = await bucket.list_entries()
@@ -283,7 +283,7 @@ async def test_a_register_is_read_anew_when_it_has_changed_and_now_and_then(
     assert await bucket.list_entries() is known, "nothing has changed"
     third = await other.write("1", b"z", first)
     assert sorted(await bucket.list_entries()) == [Entry("1", b"z", third), Entry("2", b"y", second)]
-    await LeaderKvBucket(rig.link, NAMES.members, ttl_s=1).write("2", b"y", second)
+    await LeaderKvBucket(rig.connection, NAMES.members, ttl_s=1).write("2", b"y", second)
     monkeypatch.setattr("adapter.jetstream.buckets.RELOAD_S", 0.1)
 
     async def noticed() -> bool:
@@ -303,7 +303,7 @@ async def test_nobody_empties_a_bucket(rig: Rig, name: str) -> None:
         ("MSG.DELETE", {"seq": kept.revision}, 10057),
     ):
         with pytest.raises(BusRefused) as refused:
-            await rig.link.api_request(f"STREAM.{verb}.{bucket.stream}", body)
+            await rig.connection.api_request(f"STREAM.{verb}.{bucket.stream}", body)
         assert refused.value.code == code
     with pytest.raises(BusRefused, match="rollup not permitted"):  # as `nats kv purge` writes it
         await rig.publisher.publish(
@@ -353,8 +353,8 @@ async def test_a_follower_tells_nothing_of_keys_that_a_bucket_has_lost(rig: Rig)
     rig.spawn(bucket.watch(seen.append, reload_s=0.05))
     first = Entry("a", b"1", await bucket.update("a", b"1", 0))
     await until(lambda: seen == [first], "it is seen")
-    await rig.link.api_request(f"STREAM.DELETE.{bucket.stream}")
-    await topology.ensure_topology(rig.link, NAMES, rig.bus.settings)
+    await rig.connection.api_request(f"STREAM.DELETE.{bucket.stream}")
+    await topology.ensure_topology(rig.connection, NAMES, rig.bus.settings)
     await more(3)
     assert seen == [first]
     second = Entry("a", b"2", await bucket.update("a", b"2", 0))

@@ -37,7 +37,7 @@ class Reader:
         self.resets = 0
         self.on_reset: Callable[[], None] = lambda: None
         wanted = topology.wanted_consumer(NAMES, name)
-        self.consumer = Consumer(rig.link, wanted, room=room, confirm_acks=confirm_acks, check=check, turn=turn)
+        self.consumer = Consumer(rig.connection, wanted, room=room, confirm_acks=confirm_acks, check=check, turn=turn)
         self.task = rig.spawn(self.consumer.run(self.got.append, self._reset))
 
     async def _reset(self) -> None:
@@ -56,7 +56,7 @@ class Reader:
 async def test_of_two_message_ids_the_one_by_which_the_server_drops_repeats_counts(rig: Rig, more: str) -> None:
     """Else a receipt would bear an id under which a repeat is another command."""
     await control(rig)
-    nc = rig.link.client()
+    nc = rig.connection.client()
     for other in ("b", "c"):
         head = f"NATS/1.0\r\n{more}Nats-Msg-Id: a\r\nNats-Msg-Id: {other}\r\n\r\n".encode()
         await nc._send_command(b"HPUB %s %d %d\r\n%s\r\n" % (NAMES.bind.encode(), len(head), len(head), head))
@@ -98,7 +98,7 @@ async def test_what_has_come_is_delivered_in_its_turn_and_not_after_the_pull_has
     await until(lambda: asked == 2, "the next one waits")
     assert reader.texts == ["0"]
     rig.bus.kill()
-    await until(lambda: not rig.link.is_connected, "the break is noticed")
+    await until(lambda: not rig.connection.is_connected, "the break is noticed")
     await rig.bus.start()
     await until(lambda: asked == 3 and reader.resets == 2, "the next pull's first one waits, too")
     for _ in range(len(texts) + 1):
@@ -110,7 +110,7 @@ async def test_what_has_come_is_delivered_in_its_turn_and_not_after_the_pull_has
 async def test_all_is_settled_once_the_last_delivery_is_acknowledged(rig: Rig) -> None:
     await control(rig, "0", "1")
     clock = SystemClock()
-    waiting = asyncio.create_task(wait_all_settled(rig.link, NAMES.stream_ctl, topology.CONTROL, clock))
+    waiting = asyncio.create_task(wait_all_settled(rig.connection, NAMES.stream_ctl, topology.CONTROL, clock))
     reader = Reader(rig)
     await reader.have(2)
     await reader.got[0].ack()
@@ -119,7 +119,7 @@ async def test_all_is_settled_once_the_last_delivery_is_acknowledged(rig: Rig) -
     await reader.got[1].ack()
     await waiting
     with pytest.raises(Temporary, match="router_missing"):
-        await wait_all_settled(rig.link, NAMES.stream_out, topology.ROUTER, clock)
+        await wait_all_settled(rig.connection, NAMES.stream_out, topology.ROUTER, clock)
 
 
 async def test_a_delivery_with_a_status_among_its_headers_is_one_as_any_other(rig: Rig) -> None:
@@ -214,10 +214,10 @@ async def test_a_delivery_that_got_lost_on_its_way_comes_again_before_what_is_af
     await control(rig, "0")
     reader = Reader(rig, room=1)
     await reader.have(1)
-    stolen = rig.link.client().new_inbox()
-    thief = await rig.link.client().subscribe(stolen)
+    stolen = rig.connection.client().new_inbox()
+    thief = await rig.connection.client().subscribe(stolen)
     await rig.publisher.publish(Message("ctl", NAMES.bind, b"1", {}))
-    await rig.link.publish(
+    await rig.connection.publish(
         f"$JS.API.CONSUMER.MSG.NEXT.{NAMES.stream_ctl}.{topology.CONTROL}", b'{"batch":1}', reply=stolen
     )
     assert (await thief.next_msg(timeout=30)).data == b"1"
@@ -258,21 +258,21 @@ async def test_what_a_pull_of_another_takes_before_the_reset_is_answered_comes_a
     """A server under load delivers first, and then says in its answer how much it has delivered."""
     monkeypatch.setattr("adapter.jetstream.consumer.HEARTBEAT_S", 0.2)
     await control(rig, "0", "1")
-    thief = await rig.link.client().subscribe(rig.link.client().new_inbox())
+    thief = await rig.connection.client().subscribe(rig.connection.client().new_inbox())
     pull = f"$JS.API.CONSUMER.MSG.NEXT.{NAMES.stream_ctl}.{topology.CONTROL}"
-    api, resets = rig.link.api_request, 0
+    api, resets = rig.connection.api_request, 0
 
     async def slow(verb: str, *args: Any, **kwargs: Any) -> dict[str, Any]:
         nonlocal resets
         answer = await api(verb, *args, **kwargs)
         resets += verb.startswith("CONSUMER.RESET")
         if resets == 1 and verb.startswith("CONSUMER.RESET"):
-            await rig.link.publish(pull, b'{"batch":2}', reply=thief.subject)
+            await rig.connection.publish(pull, b'{"batch":2}', reply=thief.subject)
             assert [(await thief.next_msg(timeout=30)).data for _ in range(2)] == [b"0", b"1"]
             return await api(verb.replace("RESET", "INFO"))
         return answer
 
-    monkeypatch.setattr(rig.link, "api_request", slow)
+    monkeypatch.setattr(rig.connection, "api_request", slow)
     reader = Reader(rig)
     await reader.have(2)
     assert reader.texts == ["0", "1"]
@@ -329,7 +329,7 @@ async def test_what_happens_at_a_reset_is_over_before_the_first_delivery(rig: Ri
         await asyncio.sleep(0.05)
         order.append("read")
 
-    consumer = Consumer(rig.link, topology.wanted_consumer(NAMES, topology.CONTROL), room=8)
+    consumer = Consumer(rig.connection, topology.wanted_consumer(NAMES, topology.CONTROL), room=8)
     rig.spawn(consumer.run(lambda delivery: order.append(delivery.data.decode()), on_reset))
     await until(lambda: len(order) == 3, "the delivery")
     assert order == ["reset", "read", "0"]
@@ -344,7 +344,7 @@ async def test_a_consumer_that_is_deleted_is_made_again_and_takes_nothing_for_ne
     while len(await rig.read(NAMES.stream_ctl, NAMES.bind)) > 1:
         await asyncio.sleep(0.01)
     first.task.cancel()
-    await rig.link.api_request(f"CONSUMER.DELETE.{NAMES.stream_ctl}.{topology.CONTROL}")
+    await rig.connection.api_request(f"CONSUMER.DELETE.{NAMES.stream_ctl}.{topology.CONTROL}")
     heir = Reader(rig)
     await heir.have(1)
     await control(rig, "2")
@@ -355,35 +355,35 @@ async def test_a_consumer_that_is_deleted_is_made_again_and_takes_nothing_for_ne
 async def test_a_consumer_that_is_paused_is_told_when_it_is_read(rig: Rig) -> None:
     await control(rig, "0")
     pause = f"CONSUMER.PAUSE.{NAMES.stream_ctl}.{topology.CONTROL}"
-    await rig.link.api_request(pause, {"pause_until": "2999-01-01T00:00:00Z"})
+    await rig.connection.api_request(pause, {"pause_until": "2999-01-01T00:00:00Z"})
     with capture_logs() as logs:
         reader = Reader(rig)
         await until(lambda: reader.resets > 0, "it is read")
     assert [line["event"] for line in logs] == ["consumer.paused"]
-    await rig.link.api_request(pause, {})
+    await rig.connection.api_request(pause, {})
     await reader.have(1)
 
 
 async def test_a_stream_made_again_goes_on_above_its_old_sequences(rig: Rig) -> None:
     await control(rig, "0", "1")
     last = await rig.history.read_last(NAMES.stream_ctl, NAMES.bind)
-    await rig.link.api_request(f"STREAM.DELETE.{NAMES.stream_ctl}")
-    await topology.ensure_topology(rig.link, NAMES, rig.bus.settings)
+    await rig.connection.api_request(f"STREAM.DELETE.{NAMES.stream_ctl}")
+    await topology.ensure_topology(rig.connection, NAMES, rig.bus.settings)
     assert last is not None
     assert await rig.first(NAMES.stream_ctl) > last.seq
 
 
 async def test_a_durable_is_made_once_and_left_as_its_reader_has_it(rig: Rig) -> None:
-    core = CoreNats(rig.link, NAMES)
+    core = CoreNats(rig.connection, NAMES)
     await core.make_durable("s1", 0)
     await core.make_durable("s1", 0)
     verb = f"CONSUMER.INFO.{NAMES.stream_in}.s1"
-    info = await rig.link.api_request(verb)
+    info = await rig.connection.api_request(verb)
     assert (info["config"]["filter_subject"], info["config"]["ack_policy"]) == (NAMES.inbox("s1"), "explicit")
     changed = {"stream_name": NAMES.stream_in, "action": "update", "config": {**info["config"], "max_ack_pending": 7}}
-    await rig.link.api_request(f"CONSUMER.CREATE.{NAMES.stream_in}.s1.{NAMES.inbox('s1')}", changed)
+    await rig.connection.api_request(f"CONSUMER.CREATE.{NAMES.stream_in}.s1.{NAMES.inbox('s1')}", changed)
     await core.make_durable("s1", 0)
-    assert (await rig.link.api_request(verb))["config"]["max_ack_pending"] == 7
+    assert (await rig.connection.api_request(verb))["config"]["max_ack_pending"] == 7
 
 
 async def pulled(rig: Rig) -> list[bytes]:
@@ -408,7 +408,7 @@ async def say(rig: Rig, *texts: str) -> int:
 
 
 async def test_a_durable_is_moved_past_what_was_said_and_stays_as_its_reader_has_it(rig: Rig) -> None:
-    core = CoreNats(rig.link, NAMES)
+    core = CoreNats(rig.connection, NAMES)
     last = await say(rig, "a", "b")
     await core.move_durable("s1", last)  # there is none: nothing waits for an answer that never comes
     await core.make_durable("s1", 0)
@@ -424,7 +424,7 @@ async def test_a_durable_is_moved_past_what_was_said_and_stays_as_its_reader_has
 
 
 async def test_a_durable_begins_where_its_person_does(rig: Rig) -> None:
-    core = CoreNats(rig.link, NAMES)
+    core = CoreNats(rig.connection, NAMES)
     last = await say(rig, "a", "b")
     await core.make_durable("s1", last)
     await core.make_durable("s1", 0)
@@ -438,8 +438,8 @@ async def test_a_durable_begins_where_its_person_does(rig: Rig) -> None:
 async def test_a_durable_that_its_reader_has_made_deliver_only_what_is_new_is_left_alone(rig: Rig) -> None:
     config = {"name": "s1", "durable_name": "s1", "filter_subject": NAMES.inbox("s1"), "ack_policy": "explicit"}
     body = {"stream_name": NAMES.stream_in, "config": config | {"deliver_policy": "new"}}
-    await rig.link.api_request(f"CONSUMER.CREATE.{NAMES.stream_in}.s1.{NAMES.inbox('s1')}", body)
+    await rig.connection.api_request(f"CONSUMER.CREATE.{NAMES.stream_in}.s1.{NAMES.inbox('s1')}", body)
     with capture_logs() as logs:
-        await CoreNats(rig.link, NAMES).move_durable("s1", await say(rig, "a"))
+        await CoreNats(rig.connection, NAMES).move_durable("s1", await say(rig, "a"))
     assert [line["event"] for line in logs] == ["durable.move_failed"]
     assert await pulled(rig) == [b"a"]

@@ -67,7 +67,7 @@ def with_large_commands(bus: Bus) -> None:
 async def test_what_is_large_is_read_whole_and_never_more_at_once_than_a_server_lets_wait(rig: Rig) -> None:
     """It cuts off who lets too much wait, and after the next connect all of it would come again."""
     large = [bytes([number]) * 700_000 for number in range(12)]
-    large.append(b"x" * (rig.link.max_payload - 12))  # with what belongs to it more than a pull brings
+    large.append(b"x" * (rig.connection.max_payload - 12))  # with what belongs to it more than a pull brings
     await rig.publisher.publish_all([Message("out", NAMES.out("s1"), data, {}) for data in large])
     asked: list[Msg] = []
 
@@ -77,14 +77,14 @@ async def test_what_is_large_is_read_whole_and_never_more_at_once_than_a_server_
     async def nothing() -> None:
         return None
 
-    assert rig.link.nc is not None
+    assert rig.connection.nc is not None
     for verb in (f"DIRECT.GET.{NAMES.stream_out}", f"CONSUMER.MSG.NEXT.{NAMES.stream_out}.*"):
-        await rig.link.nc.subscribe(f"$JS.API.{verb}", cb=on_message)
+        await rig.connection.nc.subscribe(f"$JS.API.{verb}", cb=on_message)
     assert await rig.read(NAMES.stream_out, NAMES.out_shard(shard_of("s1"))) == large
 
     name = topology.out_consumer(shard_of("s1"))
-    await topology.create_resource(rig.link, topology.wanted_consumer(NAMES, name))
-    consumer = Consumer(rig.link, topology.wanted_consumer(NAMES, name), room=512, until_acked=False)
+    await topology.create_resource(rig.connection, topology.wanted_consumer(NAMES, name))
+    consumer = Consumer(rig.connection, topology.wanted_consumer(NAMES, name), room=512, until_acked=False)
     got: list[bytes] = []
     rig.spawn(consumer.run(lambda delivery: got.append(delivery.data), nothing))
     await until(lambda: len(got) == len(large), "all are delivered")
@@ -139,13 +139,13 @@ async def test_a_replicated_history_ends_where_the_leader_has_no_more(
                 return
 
     monkeypatch.setattr("adapter.jetstream.history.direct_get", lagging)
-    asking = StreamHistory(rig.link, replicated=True)
+    asking = StreamHistory(rig.connection, replicated=True)
     found = [stored.data async for stored in asking.read(NAMES.stream_ctl, NAMES.bind)]
     assert (found, asked) == ([b"0", b"1", b"2"], 2)
 
 
 async def test_a_history_that_asks_the_leader_ends_as_one_that_does_not(rig: Rig) -> None:
-    asking = StreamHistory(rig.link, replicated=True)
+    asking = StreamHistory(rig.connection, replicated=True)
     await control(rig, *(str(number) for number in range(450)))
     first = await rig.first(NAMES.stream_ctl)
     moment_ms = SystemClock().now_ms() + 1000

@@ -15,35 +15,35 @@ async def test_an_inspector_names_streams_that_are_gone_and_buckets_that_lack_ke
     for key in ("a", "b"):
         await bucket.update(key, b"x", 0)
         written += 1
-    assert (await inspector.inspect_streams(rig.link), inspector.incomplete) == ([], [])
+    assert (await inspector.inspect_streams(rig.connection), inspector.incomplete) == ([], [])
     assert inspector.message_count(bucket.stream) == 2
-    await rig.link.api_request(f"STREAM.DELETE.{bucket.stream}")
-    assert (await inspector.inspect_streams(rig.link), inspector.incomplete) == ([bucket.stream], [])
-    await topology.ensure_topology(rig.link, NAMES, rig.bus.settings)
+    await rig.connection.api_request(f"STREAM.DELETE.{bucket.stream}")
+    assert (await inspector.inspect_streams(rig.connection), inspector.incomplete) == ([bucket.stream], [])
+    await topology.ensure_topology(rig.connection, NAMES, rig.bus.settings)
     with capture_logs() as logs:
-        assert (await inspector.inspect_streams(rig.link), inspector.incomplete) == ([], [bucket.stream])
+        assert (await inspector.inspect_streams(rig.connection), inspector.incomplete) == ([], [bucket.stream])
     assert [(line["event"], line["keys"], line["at_least"]) for line in logs] == [("bucket.incomplete", 0, 2)]
     for key in ("a", "b"):
         await bucket.update(key, b"x", 0)
-    assert (await inspector.inspect_streams(rig.link), inspector.incomplete) == ([], [])
+    assert (await inspector.inspect_streams(rig.connection), inspector.incomplete) == ([], [])
 
 
 async def test_an_inspector_tells_what_was_changed_once_and_not_an_operators_own_limits(rig: Rig) -> None:
     inspector = Inspector(NAMES, rig.bus.settings, at_least={})
-    config = (await rig.link.api_request(f"STREAM.INFO.{NAMES.stream_out}"))["config"]
+    config = (await rig.connection.api_request(f"STREAM.INFO.{NAMES.stream_out}"))["config"]
     changed = {key: value for key, value in config.items() if key != "subject_transform"}
-    await rig.link.api_request(f"STREAM.UPDATE.{NAMES.stream_out}", changed | {"max_msgs_per_subject": 7})
-    bucket = (await rig.link.api_request(f"STREAM.INFO.KV_{NAMES.bindings}"))["config"]
-    await rig.link.api_request(f"STREAM.UPDATE.KV_{NAMES.bindings}", bucket | {"max_age": 3600 * topology.NS})
+    await rig.connection.api_request(f"STREAM.UPDATE.{NAMES.stream_out}", changed | {"max_msgs_per_subject": 7})
+    bucket = (await rig.connection.api_request(f"STREAM.INFO.KV_{NAMES.bindings}"))["config"]
+    await rig.connection.api_request(f"STREAM.UPDATE.KV_{NAMES.bindings}", bucket | {"max_age": 3600 * topology.NS})
     with capture_logs() as logs:
         for _ in range(2):
-            assert await inspector.inspect_streams(rig.link) == []
+            assert await inspector.inspect_streams(rig.connection) == []
     assert [(line["stream"], line["field"]) for line in logs if line["event"] == "stream.altered"] == [
         (NAMES.stream_out, "subject_transform"),
         (f"KV_{NAMES.bindings}", "max_age"),
     ]
     assert list(inspector.altered) == [NAMES.stream_out, f"KV_{NAMES.bindings}"]
     for name, before in ((NAMES.stream_out, config), (f"KV_{NAMES.bindings}", bucket)):
-        await rig.link.api_request(f"STREAM.UPDATE.{name}", before)
-    await inspector.inspect_streams(rig.link)
+        await rig.connection.api_request(f"STREAM.UPDATE.{name}", before)
+    await inspector.inspect_streams(rig.connection)
     assert inspector.altered == {}

@@ -69,7 +69,7 @@ async def test_a_batch_is_stored_once_and_in_order(rig: Rig, lossy: Lossy, place
     for stream in SUBJECTS:
         stored = await rig.read(stream, ">")
         assert stored == [b"%d" % number for number in range(2 * BATCH)], stream
-    assert rig.link.epoch == 1
+    assert rig.connection.epoch == 1
 
 
 @pytest.mark.parametrize("place", range(BATCH))
@@ -89,7 +89,7 @@ async def test_a_key_is_made_changed_and_deleted_once(rig: Rig, lossy: Lossy, pl
 
 
 async def test_a_write_to_a_lease_fails_in_time_and_has_taken_place(rig: Rig, lossy: Lossy) -> None:
-    bucket = LeaderKvBucket(rig.link, NAMES.claims)
+    bucket = LeaderKvBucket(rig.connection, NAMES.claims)
     loss = lose_ack(lossy, f"KV_{NAMES.claims}")
     with pytest.raises(Temporary):
         await bucket.write("1", b"me", 0)
@@ -103,7 +103,7 @@ async def test_a_write_to_a_lease_fails_in_time_and_has_taken_place(rig: Rig, lo
 @pytest.mark.parametrize("place", [0, 2, 5])
 async def test_an_object_is_stored_once(rig: Rig, lossy: Lossy, place: int) -> None:
     """At a piece, and at its description, which comes last."""
-    data, store = content(5 * CHUNK), ObjectStore(rig.link, rig.publisher, NAMES.media)
+    data, store = content(5 * CHUNK), ObjectStore(rig.connection, rig.publisher, NAMES.media)
     loss = lose_ack(lossy, f"OBJ_{NAMES.media}", skip=place)
     async with asyncio.timeout(PATIENCE_S):
         stored = await store.put("s1/in/a", pieces_of(data))
@@ -122,7 +122,7 @@ async def test_a_settled_control_command_counts_as_settled(rig: Rig, lossy: Loss
     for delivery in reader.got:
         await delivery.ack()
     async with asyncio.timeout(PATIENCE_S):
-        await wait_all_settled(rig.link, NAMES.stream_ctl, topology.CONTROL, SystemClock())
+        await wait_all_settled(rig.connection, NAMES.stream_ctl, topology.CONTROL, SystemClock())
     assert all(loss.has_happened for loss in losses)
     assert reader.texts == ["first", "second"]
 
@@ -158,7 +158,7 @@ async def test_a_request_fails_in_time_and_the_next_is_answered(rig: Rig, lossy:
         assert [type(failure) for failure in failures] == [Temporary] * len(requests)
         assert all(loss.has_happened for loss in losses)
         await asyncio.gather(*(request() for request in requests))
-    assert rig.link.epoch == 1
+    assert rig.connection.epoch == 1
 
 
 @pytest.mark.parametrize("place", range(BATCH + 1))

@@ -23,21 +23,21 @@ from tests.e2e.waiting import until
 
 
 async def test_a_cancellation_that_is_swallowed_while_it_connects_still_ends_the_link(bus: Bus) -> None:
-    """nats-py does so in places; the link ran on, and the process that should end waited for it."""
-    link, connecting = ManagedConnection(bus.settings, "test"), asyncio.Event()
+    """nats-py does so in places; the connection ran on, and the process that should end waited for it."""
+    connection, connecting = ManagedConnection(bus.settings, "test"), asyncio.Event()
 
     async def swallow(_: Client) -> None:
         connecting.set()
         with contextlib.suppress(asyncio.CancelledError):
             await asyncio.Event().wait()
 
-    link.on_connect(swallow)
-    running = asyncio.get_running_loop().create_task(link.run())
+    connection.on_connect(swallow)
+    running = asyncio.get_running_loop().create_task(connection.run())
     await connecting.wait()
     running.cancel()
     done, _ = await asyncio.wait([running], timeout=PATIENCE_S)
     assert done, "it ends"
-    assert not link.is_connected
+    assert not connection.is_connected
 
 
 async def why_not(url: str) -> list[str]:
@@ -87,7 +87,7 @@ async def test_an_answer_that_nobody_can_read_is_an_outage_and_no_end(rig: Rig, 
     await nc.subscribe("$JS.API.STRANGER", cb=answer)
     await nc.flush()
     with pytest.raises(Temporary, match="bus_unreadable"):
-        await rig.link.api_request("STRANGER")
+        await rig.connection.api_request("STRANGER")
     await nc.close()
 
 
@@ -98,8 +98,8 @@ async def test_an_answer_about_a_lease_that_nobody_can_read_is_an_outage_and_no_
     async def request(*_: Any, **__: Any) -> Reply:
         return Reply(said, {})
 
-    monkeypatch.setattr(rig.link, "request", request)
-    bucket = LeaderKvBucket(rig.link, NAMES.members)
+    monkeypatch.setattr(rig.connection, "request", request)
+    bucket = LeaderKvBucket(rig.connection, NAMES.members)
     with pytest.raises(Temporary):
         await bucket.get("me")
     if said != b"{}":
@@ -109,17 +109,17 @@ async def test_an_answer_about_a_lease_that_nobody_can_read_is_an_outage_and_no_
 
 async def test_who_asks_for_a_connection_that_is_being_made_does_not_spoil_it(rig: Rig) -> None:
     rig.bus.kill()
-    await until(lambda: not rig.link.is_connected, "the connection is gone")
+    await until(lambda: not rig.connection.is_connected, "the connection is gone")
 
     async def ask() -> None:
         while True:
             with contextlib.suppress(Temporary):
-                rig.link.client()
+                rig.connection.client()
             await asyncio.sleep(0)
 
     rig.spawn(ask())
     await rig.bus.start()
-    await rig.link.wait_connected(PATIENCE_S)
+    await rig.connection.wait_connected(PATIENCE_S)
     for _ in range(20):
-        await rig.link.api_request("INFO")
-    assert rig.link.epoch == 2
+        await rig.connection.api_request("INFO")
+    assert rig.connection.epoch == 2

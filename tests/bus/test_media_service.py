@@ -111,7 +111,7 @@ class Place(NamedTuple):
     """An adapter's part of the bus, and where it is."""
 
     url: str
-    link: ManagedConnection
+    connection: ManagedConnection
     store: ObjectStore
     metrics: Metrics
     group: asyncio.TaskGroup
@@ -123,23 +123,23 @@ class Place(NamedTuple):
 async def place(tmp_path: Path, request: pytest.FixtureRequest) -> AsyncIterator[Place]:
     async with server_with_users(tmp_path, request.param) as url, asyncio.TaskGroup() as group:
         settings = Settings(nats_url=(url,), nats_user="adapter", nats_password="adapter")
-        link, metrics = ManagedConnection(settings, "test"), Metrics()
-        publisher = Publisher(link, SystemClock(), metrics)
-        store = ObjectStore(link, publisher, NAMES.media)
-        offer(link, store, metrics)
-        tasks = [group.create_task(link.run()), group.create_task(publisher.run())]
-        await link.wait_connected(PATIENCE_S)
+        connection, metrics = ManagedConnection(settings, "test"), Metrics()
+        publisher = Publisher(connection, SystemClock(), metrics)
+        store = ObjectStore(connection, publisher, NAMES.media)
+        offer(connection, store, metrics)
+        tasks = [group.create_task(connection.run()), group.create_task(publisher.run())]
+        await connection.wait_connected(PATIENCE_S)
         for wanted in topology.wanted_streams(NAMES, settings):
-            await topology.create_resource(link, wanted)
-        yield Place(url, link, store, metrics, group, request.param)
+            await topology.create_resource(connection, wanted)
+        yield Place(url, connection, store, metrics, group, request.param)
         for task in tasks:
             task.cancel()
 
 
-def offer(link: ManagedConnection, store: ObjectStore, metrics: Metrics) -> None:
+def offer(connection: ManagedConnection, store: ObjectStore, metrics: Metrics) -> None:
     media = MediaService(store, metrics, max_bytes=MAX_BYTES)
     of_sandbox = {"media.get": media.get, "media.put": media.put}
-    Services(link, NAMES, {}, metrics, version="1.0.0", instance="i", of_sandbox=of_sandbox)
+    Services(connection, NAMES, {}, metrics, version="1.0.0", instance="i", of_sandbox=of_sandbox)
 
 
 class Sandbox:
@@ -280,7 +280,7 @@ async def test_a_sandbox_with_an_illegal_name_has_nothing(place: Place) -> None:
 
 async def test_a_piece_that_is_gone_is_absent(place: Place, s1: Sandbox) -> None:
     await place.store.put("s1/in/x", one(BYTES))
-    await place.link.api_request(f"STREAM.PURGE.{STREAM}", {"filter": f"$O.{NAMES.media}.C.>"})
+    await place.connection.api_request(f"STREAM.PURGE.{STREAM}", {"filter": f"$O.{NAMES.media}.C.>"})
     with pytest.raises(LookupError, match="404"):
         await s1.get("s1/in/x")
 
@@ -302,7 +302,7 @@ async def test_the_store_itself_is_closed(place: Place, s1: Sandbox) -> None:
     stored = await place.store.put("s2/in/x", one(SECRET))
     meta = base64.urlsafe_b64encode(b"s2/in/x").decode()
     chunks, named = f"$O.{NAMES.media}.C.{stored.ident}", f"$O.{NAMES.media}.M.{meta}"
-    before = await place.link.api_request(f"STREAM.INFO.{STREAM}")
+    before = await place.connection.api_request(f"STREAM.INFO.{STREAM}")
     push = {"stream_name": STREAM, "config": {"deliver_subject": "_INBOX_s1.x", "ack_policy": "none"}}
     last = msgspec.json.encode({"last_by_subj": chunks})
     for subject, payload in [
@@ -320,7 +320,7 @@ async def test_the_store_itself_is_closed(place: Place, s1: Sandbox) -> None:
         (named, b'{"deleted":true}'),
     ]:
         await s1.forbidden(subject, payload)
-    assert (await place.link.api_request(f"STREAM.INFO.{STREAM}"))["state"] == before["state"]
+    assert (await place.connection.api_request(f"STREAM.INFO.{STREAM}"))["state"] == before["state"]
     assert await place.store.get_info("s2/in/x") == stored
 
 
@@ -410,8 +410,8 @@ async def test_a_sandbox_brings_media(place: Place, s1: Sandbox, size: int) -> N
     assert stored is not None
     assert b"".join([piece async for piece in place.store.read(stored)]) == BYTES[:size]
     assert await s1.get("s1/out/report-1") == BYTES[:size]
-    assert place.link.nc is not None
-    theirs = await place.link.nc.jetstream().object_store(NAMES.media)
+    assert place.connection.nc is not None
+    theirs = await place.connection.nc.jetstream().object_store(NAMES.media)
     assert (await theirs.get("s1/out/report-1")).data == BYTES[:size]
 
 
@@ -446,13 +446,13 @@ async def test_any_replica_takes_any_piece_even_at_once(place: Place, s1: Sandbo
     """Two more replicas, and every piece is asked three times at the same moment."""
     tasks = []
     for _ in range(2):
-        link = ManagedConnection(
+        connection = ManagedConnection(
             Settings(nats_url=(place.url,), nats_user="adapter", nats_password="adapter"), "other"
         )
-        publisher = Publisher(link, SystemClock(), place.metrics)
-        offer(link, ObjectStore(link, publisher, NAMES.media), place.metrics)
-        tasks += [place.group.create_task(link.run()), place.group.create_task(publisher.run())]
-        await link.wait_connected(PATIENCE_S)
+        publisher = Publisher(connection, SystemClock(), place.metrics)
+        offer(connection, ObjectStore(connection, publisher, NAMES.media), place.metrics)
+        tasks += [place.group.create_task(connection.run()), place.group.create_task(publisher.run())]
+        await connection.wait_connected(PATIENCE_S)
     for offset in range(0, 400_000, 40_000):
         last = {"last": "true"} if offset == 360_000 else {}
         answers = await asyncio.gather(
@@ -506,7 +506,7 @@ async def test_a_repeated_last_piece_is_answered_without_reading_the_object(plac
     subject = place.store._chunk_subject(_upload_ident("s1/out/u"))
     first = await sequence_after(place, subject, 0)
     second = await sequence_after(place, subject, first)
-    await place.link.api_request(f"STREAM.MSG.DELETE.{STREAM}", {"seq": second, "no_erase": True}, PATIENCE_S)
+    await place.connection.api_request(f"STREAM.MSG.DELETE.{STREAM}", {"seq": second, "no_erase": True}, PATIENCE_S)
     again = await s1.ask_put("u", BYTES[262_144:300_000], 262_144, last="true", sha256=made.sha256)
     assert media_of(again) == made
     again = await s1.ask_put("u", BYTES[262_144:300_000], 262_144, last="true", name="other.bin")
@@ -515,7 +515,7 @@ async def test_a_repeated_last_piece_is_answered_without_reading_the_object(plac
 
 async def sequence_after(place: Place, subject: str, after: int) -> int:
     """The sequence of the next piece."""
-    found = await direct_get_one(place.link, STREAM, {"seq": after + 1, "next_by_subj": subject, "batch": 1})
+    found = await direct_get_one(place.connection, STREAM, {"seq": after + 1, "next_by_subj": subject, "batch": 1})
     assert found is not None
     return found.seq
 

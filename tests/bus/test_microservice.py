@@ -45,7 +45,7 @@ async def serve(bus: Bus, group: asyncio.TaskGroup) -> tuple[ManagedConnection, 
     async def bug(data: bytes) -> bytes:
         raise RuntimeError("SECRET")
 
-    link = ManagedConnection(bus.settings, "service")
+    connection = ManagedConnection(bus.settings, "service")
     handlers: dict[str, Handler] = {
         "echo": echo,
         "not.bound": not_bound,
@@ -53,10 +53,10 @@ async def serve(bus: Bus, group: asyncio.TaskGroup) -> tuple[ManagedConnection, 
         "away": away,
         "bug": bug,
     }
-    Services(link, NAMES, handlers, Metrics(), version="1.2.3", instance="r1")
-    task = group.create_task(link.run())
-    await link.wait_connected(PATIENCE_S)
-    return link, task
+    Services(connection, NAMES, handlers, Metrics(), version="1.2.3", instance="r1")
+    task = group.create_task(connection.run())
+    await connection.wait_connected(PATIENCE_S)
+    return connection, task
 
 
 async def test_services_answer_and_errors_say_what_to_do_in_headers(bus: Bus) -> None:
@@ -85,10 +85,10 @@ async def test_requests_without_an_inbox_are_counted_and_said_once(bus: Bus) -> 
         return data
 
     async with asyncio.TaskGroup() as group:
-        link, metrics = ManagedConnection(bus.settings, "service"), Metrics()
-        Services(link, NAMES, {"echo": echo}, metrics, version="1.0.0", instance="r", of_sandbox={"own": own})
-        task = group.create_task(link.run())
-        await link.wait_connected(PATIENCE_S)
+        connection, metrics = ManagedConnection(bus.settings, "service"), Metrics()
+        Services(connection, NAMES, {"echo": echo}, metrics, version="1.0.0", instance="r", of_sandbox={"own": own})
+        task = group.create_task(connection.run())
+        await connection.wait_connected(PATIENCE_S)
         nc = await bus.client()
         with capture_logs() as logs:
             for _ in range(many):
@@ -124,10 +124,10 @@ async def test_the_answers_of_a_sandbox_go_to_inboxes_of_its_own(bus: Bus, inbox
         answers.append(msg.data)
 
     async with asyncio.TaskGroup() as group:
-        link, metrics = ManagedConnection(bus.settings, "service"), Metrics()
-        Services(link, NAMES, {}, metrics, version="1.0.0", instance="r", of_sandbox={"own": own})
-        task = group.create_task(link.run())
-        await link.wait_connected(PATIENCE_S)
+        connection, metrics = ManagedConnection(bus.settings, "service"), Metrics()
+        Services(connection, NAMES, {}, metrics, version="1.0.0", instance="r", of_sandbox={"own": own})
+        task = group.create_task(connection.run())
+        await connection.wait_connected(PATIENCE_S)
         nc = await bus.client()
         await nc.subscribe(inbox, cb=hear)
         await nc.publish(NAMES.svc("own.s1"), b"", reply=inbox)
@@ -140,10 +140,10 @@ async def test_the_answers_of_a_sandbox_go_to_inboxes_of_its_own(bus: Bus, inbox
 
 async def test_services_are_there_again_after_a_kill(bus: Bus) -> None:
     async with asyncio.TaskGroup() as group:
-        link, task = await serve(bus, group)
+        connection, task = await serve(bus, group)
         bus.kill()
         await bus.start()
-        await until(lambda: link.epoch == 2, "it is connected again")
+        await until(lambda: connection.epoch == 2, "it is connected again")
         assert (await answer_of(bus, "echo", b"again"))[0] == b"again"
         task.cancel()
 
@@ -158,16 +158,16 @@ async def test_an_answer_that_comes_after_its_connection_is_no_crash(bus: Bus) -
 
     gone = asyncio.Event()
     async with asyncio.TaskGroup() as group:
-        link = ManagedConnection(bus.settings, "service")
-        Services(link, NAMES, {"slow": slow}, Metrics(), version="1.0.0", instance="r1")
-        task = group.create_task(link.run())
-        await link.wait_connected(PATIENCE_S)
+        connection = ManagedConnection(bus.settings, "service")
+        Services(connection, NAMES, {"slow": slow}, Metrics(), version="1.0.0", instance="r1")
+        task = group.create_task(connection.run())
+        await connection.wait_connected(PATIENCE_S)
         nc = await bus.client()
         await nc.publish(NAMES.svc("slow"), b"", reply=nc.new_inbox())
         await held.wait()
         bus.kill()
         await bus.start()
-        await until(lambda: link.epoch == 2, "it is connected again")
+        await until(lambda: connection.epoch == 2, "it is connected again")
         with capture_logs() as logs:
             gone.set()
             await until(lambda: any(one["event"] == "service.unanswered" for one in logs), "it is said")
@@ -207,10 +207,10 @@ async def test_a_sandbox_that_asks_without_end_leaves_room_for_the_others(bus: B
         refusals[(msg.headers or {}).get(H_ERROR_CODE, "")] += 1
 
     async with asyncio.TaskGroup() as group:
-        link, metrics = ManagedConnection(bus.settings, "service"), Metrics()
-        Services(link, NAMES, {}, metrics, version="1.0.0", instance="r1", of_sandbox={"slow": slow})
-        task = group.create_task(link.run())
-        await link.wait_connected(PATIENCE_S)
+        connection, metrics = ManagedConnection(bus.settings, "service"), Metrics()
+        Services(connection, NAMES, {}, metrics, version="1.0.0", instance="r1", of_sandbox={"slow": slow})
+        task = group.create_task(connection.run())
+        await connection.wait_connected(PATIENCE_S)
         nc = await bus.client()
         inbox = nc.new_inbox()
         await nc.subscribe(inbox, cb=on_answer)
@@ -249,11 +249,11 @@ async def test_replays_are_read_a_few_at_a_time_and_what_waits_takes_no_room(bus
         answers[msg.data.decode()] += 1
 
     async with asyncio.TaskGroup() as group:
-        link, metrics = ManagedConnection(bus.settings, "service"), Metrics()
+        connection, metrics = ManagedConnection(bus.settings, "service"), Metrics()
         of_sandbox = {"replay": replay, "window": window}
-        Services(link, NAMES, {}, metrics, version="1.0.0", instance="r1", of_sandbox=of_sandbox)
-        task = group.create_task(link.run())
-        await link.wait_connected(PATIENCE_S)
+        Services(connection, NAMES, {}, metrics, version="1.0.0", instance="r1", of_sandbox=of_sandbox)
+        task = group.create_task(connection.run())
+        await connection.wait_connected(PATIENCE_S)
         nc = await bus.client()
         inbox = nc.new_inbox()
         await nc.subscribe(inbox, cb=on_answer)

@@ -1,4 +1,4 @@
-"""Questions over a link: their answers in order, and none for ever."""
+"""Requests over a connection: their replies in order, and none for ever."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ async def server(tmp_path: Path) -> AsyncIterator[EmbeddedNats]:
 
 
 @pytest.fixture
-async def link(server: EmbeddedNats) -> AsyncIterator[ManagedConnection]:
-    link = ManagedConnection(Settings(nats_url=(server.url,)), "test")
+async def connection(server: EmbeddedNats) -> AsyncIterator[ManagedConnection]:
+    connection = ManagedConnection(Settings(nats_url=(server.url,)), "test")
     async with asyncio.TaskGroup() as group:
-        running = group.create_task(link.run())
-        await link.wait_connected(10)
-        yield link
+        running = group.create_task(connection.run())
+        await connection.wait_connected(10)
+        yield connection
         running.cancel()
 
 
@@ -54,42 +54,42 @@ async def echo(server: EmbeddedNats) -> AsyncIterator[Client]:
 
 
 @pytest.mark.usefixtures("echo")
-async def test_each_gets_its_own_answers_in_their_order(link: ManagedConnection) -> None:
+async def test_each_gets_its_own_answers_in_their_order(connection: ManagedConnection) -> None:
     async def ask(name: bytes) -> None:
-        with link.open_request() as question:
-            await link.publish("echo", name, reply=question.reply)
-            answers = [await link.next_reply(question) for _ in range(3)]
+        with connection.open_request() as question:
+            await connection.publish("echo", name, reply=question.reply)
+            answers = [await connection.next_reply(question) for _ in range(3)]
         assert [answer.data for answer in answers] == [name + b"0", name + b"1", name + b"2"]
         assert [answer.headers["N"] for answer in answers] == ["0", "1", "2"]
 
     await asyncio.gather(*(ask(b"%d." % number) for number in range(200)))
-    assert not link._multiplexer.pending
+    assert not connection._multiplexer.pending
 
 
 @pytest.mark.usefixtures("echo")
-async def test_answers_that_come_when_nobody_asks_any_more_are_let_go(link: ManagedConnection) -> None:
-    assert (await link.request("echo", b"a")).data == b"a0"
-    assert (await link.request("echo", b"b")).data == b"b0"
+async def test_answers_that_come_when_nobody_asks_any_more_are_let_go(connection: ManagedConnection) -> None:
+    assert (await connection.request("echo", b"a")).data == b"a0"
+    assert (await connection.request("echo", b"b")).data == b"b0"
 
 
-async def test_where_nobody_listens_it_is_said_at_once(link: ManagedConnection) -> None:
+async def test_where_nobody_listens_it_is_said_at_once(connection: ManagedConnection) -> None:
     with pytest.raises(Temporary, match="no responders"):
-        await link.request("nobody", b"")
+        await connection.request("nobody", b"")
 
 
 @pytest.mark.usefixtures("echo")
-async def test_where_nobody_answers_the_time_ends_it(link: ManagedConnection) -> None:
+async def test_where_nobody_answers_the_time_ends_it(connection: ManagedConnection) -> None:
     with pytest.raises(Temporary) as raised:
-        await link.request("silence", b"", timeout_s=0.05)
+        await connection.request("silence", b"", timeout_s=0.05)
     assert raised.value.reason == "bus_timeout"
-    assert not link._multiplexer.pending
+    assert not connection._multiplexer.pending
 
 
 @pytest.mark.usefixtures("echo")
-async def test_a_lost_connection_ends_what_waits(link: ManagedConnection, server: EmbeddedNats) -> None:
+async def test_a_lost_connection_ends_what_waits(connection: ManagedConnection, server: EmbeddedNats) -> None:
     """It could wait out its time, but nothing can come any more."""
-    asking = asyncio.create_task(link.request("silence", b"", timeout_s=3600))
-    await until(lambda: bool(link._multiplexer.pending), "it is asked")
+    asking = asyncio.create_task(connection.request("silence", b"", timeout_s=3600))
+    await until(lambda: bool(connection._multiplexer.pending), "it is asked")
     server.kill()
     with pytest.raises(Temporary) as raised:
         await asking
@@ -97,13 +97,13 @@ async def test_a_lost_connection_ends_what_waits(link: ManagedConnection, server
 
 
 @pytest.mark.usefixtures("echo")
-async def test_a_cancellation_that_meets_the_answer_is_not_forgotten(link: ManagedConnection) -> None:
+async def test_a_cancellation_that_meets_the_answer_is_not_forgotten(connection: ManagedConnection) -> None:
     """As it is by nats-py's request in Python 3.11, for its wait_for: a loop would then run on for ever."""
-    asking = asyncio.create_task(link.request("silence", b""))
-    await until(lambda: bool(link._multiplexer.pending), "it is asked")
-    (question,) = link._multiplexer.pending.values()
+    asking = asyncio.create_task(connection.request("silence", b""))
+    await until(lambda: bool(connection._multiplexer.pending), "it is asked")
+    (question,) = connection._multiplexer.pending.values()
     question.append_reply(b"", b"")
     asking.cancel()
     with pytest.raises(asyncio.CancelledError):
         await asking
-    assert not link._multiplexer.pending
+    assert not connection._multiplexer.pending

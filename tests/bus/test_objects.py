@@ -37,11 +37,11 @@ async def whole(store: Objects, stored: StoredObject) -> bytes:
 
 @pytest.fixture
 def store(rig: Rig) -> ObjectStore:
-    return ObjectStore(rig.link, rig.publisher, NAMES.media)
+    return ObjectStore(rig.connection, rig.publisher, NAMES.media)
 
 
 async def theirs(rig: Rig) -> TheirStore:
-    client = rig.link.nc
+    client = rig.connection.nc
     assert client is not None
     return await client.jetstream().object_store(NAMES.media)
 
@@ -132,11 +132,13 @@ async def test_there_is_none_where_it_is_deleted_or_never_was(rig: Rig, store: O
 async def test_a_link_to_elsewhere_is_no_object(rig: Rig, store: ObjectStore) -> None:
     """Others may make links in a store; who reads one by us must not get what it points to."""
     await store.put("s2/secret", pieces_of(b"abc"))
-    assert rig.link.nc is not None
+    assert rig.connection.nc is not None
     name = base64.urlsafe_b64encode(b"s1/x").decode()
-    link = {"link": {"bucket": NAMES.media, "name": "s2/secret"}}
-    meta = msgspec.json.encode({"name": "s1/x", "bucket": NAMES.media, "nuid": "", "size": 0, "options": link})
-    await rig.link.nc.jetstream().publish(f"$O.{NAMES.media}.M.{name}", meta)
+    meta_options = {"link": {"bucket": NAMES.media, "name": "s2/secret"}}
+    meta = msgspec.json.encode(
+        {"name": "s1/x", "bucket": NAMES.media, "nuid": "", "size": 0, "options": meta_options}
+    )
+    await rig.connection.nc.jetstream().publish(f"$O.{NAMES.media}.M.{name}", meta)
     assert await store.get_info("s1/x") is None
 
 
@@ -196,7 +198,7 @@ async def test_a_source_is_asked_no_faster_than_the_bus_takes(rig: Rig, store: O
             yield content(CHUNK, number)
 
     task = asyncio.create_task(store.put("s1/x", source()))
-    await until(lambda: not rig.link.is_connected, "the bus is away")
+    await until(lambda: not rig.connection.is_connected, "the bus is away")
     await until(lambda: len(rig.publisher._outstanding) == OUTSTANDING, "the room is full")
     assert 20 < given <= 20 + OUTSTANDING + 2
     await rig.bus.start()
@@ -237,8 +239,10 @@ async def test_a_full_store_refuses_and_keeps_nothing(bus: Bus) -> None:
     async with rig_on(bus, streams=False) as rig:
         settings = bus.settings
         (wanted,) = [w for w in topology.wanted_streams(NAMES, settings) if w.name == STREAM]
-        await topology.create_resource(rig.link, wanted._replace(config=wanted.config | {"max_bytes": 5 * CHUNK}))
-        store = ObjectStore(rig.link, rig.publisher, NAMES.media)
+        await topology.create_resource(
+            rig.connection, wanted._replace(config=wanted.config | {"max_bytes": 5 * CHUNK})
+        )
+        store = ObjectStore(rig.connection, rig.publisher, NAMES.media)
         with pytest.raises(BusRefused):
             await store.put("s1/large", pieces_of(content(20 * CHUNK)))
         stored = await store.put("s1/x", pieces_of(content(CHUNK)))
@@ -248,7 +252,7 @@ async def test_a_full_store_refuses_and_keeps_nothing(bus: Bus) -> None:
 async def test_a_bus_that_is_away_is_temporary_for_readers(rig: Rig, store: ObjectStore) -> None:
     stored = await store.put("s1/x", pieces_of(content(CHUNK)))
     rig.bus.kill()
-    await until(lambda: not rig.link.is_connected, "the bus is away")
+    await until(lambda: not rig.connection.is_connected, "the bus is away")
     for work in (store.get_info("s1/x"), whole(store, stored), store.read_piece(stored, 0)):
         with pytest.raises(Temporary):
             await work

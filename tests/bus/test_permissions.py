@@ -45,10 +45,10 @@ async def server(tmp_path: Path, request: pytest.FixtureRequest) -> AsyncIterato
 async def with_streams(server: Guarded) -> Player:
     """Makes the streams; returns the witness."""
     witness = await server.connect(WITNESS)
-    link = ManagedConnection(Settings(), "test")
-    await link.adopt_client(witness.nc)
+    connection = ManagedConnection(Settings(), "test")
+    await connection.adopt_client(witness.nc)
     for wanted in topology.wanted_streams(NAMES, Settings(in_max_bytes=-1, media_store_bytes=-1)):
-        await topology.create_resource(link, wanted)
+        await topology.create_resource(connection, wanted)
     return witness
 
 
@@ -181,12 +181,12 @@ async def test_what_the_server_forbids_is_a_warning_in_the_log(tmp_path: Path) -
         settings = read_settings({"NATS_URL": server.url, **server.users["adapter"].environ})
         foreign = msgspec.structs.replace(settings, nats_inbox_prefix="_INBOX")
         with capture_logs() as logs:
-            async with linked(foreign) as link:
-                await until(lambda: "may not subscribe _inbox." in link.down_reason, "it is told")
-                assert "set NATS_INBOX_PREFIX" in link.down_reason
-                assert not link.is_connected
-            async with linked(settings) as link:
-                await (await link.wait_connected(30)).publish("not.ours", b"")
+            async with linked(foreign) as connection:
+                await until(lambda: "may not subscribe _inbox." in connection.down_reason, "it is told")
+                assert "set NATS_INBOX_PREFIX" in connection.down_reason
+                assert not connection.is_connected
+            async with linked(settings) as connection:
+                await (await connection.wait_connected(30)).publish("not.ours", b"")
                 await until(lambda: any("not.ours" in str(line.get("detail")) for line in logs), "it is told")
         told = {(line["event"], line["log_level"]) for line in logs if line["log_level"] != "info"}
         assert told >= {("bus.unreachable", "warning"), ("bus.error", "warning")}

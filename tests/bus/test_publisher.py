@@ -73,30 +73,30 @@ async def test_kills_of_the_server_cost_neither_a_message_nor_the_order(rig: Rig
 
 
 async def test_one_too_large_is_refused_and_the_others_of_its_batch_are_stored(rig: Rig) -> None:
-    large = Message("event", NAMES.event("s1", "receipt"), b"x" * (rig.link.max_payload + 1), {})
+    large = Message("event", NAMES.event("s1", "receipt"), b"x" * (rig.connection.max_payload + 1), {})
     acks = await rig.publisher.publish_all([event(0), large, event(1)])
     assert [isinstance(ack, BusRefused) for ack in acks] == [False, True, False]
     with pytest.raises(BusRefused):
         await rig.publisher.publish(large)
-    assert rig.link.epoch == 1, "the connection was not spent on it"
+    assert rig.connection.epoch == 1, "the connection was not spent on it"
 
 
 async def test_a_subject_that_would_break_the_connection_is_refused(rig: Rig) -> None:
     with pytest.raises(BusRefused):
         await rig.publisher.publish(Message("event", NAMES.event("x" * 4000, "receipt"), b"x", {}))
     await rig.publisher.publish(Message("event", NAMES.event("x" * 3000, "receipt"), b"x", {}))
-    assert rig.link.epoch == 1
+    assert rig.connection.epoch == 1
 
 
 @pytest.mark.parametrize("over", [-2000, -200, -20, 0, 20])
 async def test_headers_count_against_the_largest_message(rig: Rig, over: int) -> None:
     """Refused here or stored there, never a connection broken by the server."""
     headers = {H_MSG_ID: "x" * 100, "traceparent": "é" * 50}
-    message = Message("event", NAMES.event("s1", "receipt"), b"x" * (rig.link.max_payload + over), headers)
+    message = Message("event", NAMES.event("s1", "receipt"), b"x" * (rig.connection.max_payload + over), headers)
     (ack,) = await rig.publisher.publish_all([message])
     assert isinstance(ack, PubAck | BusRefused)
     await rig.publisher.publish(event(1))
-    assert rig.link.epoch == 1
+    assert rig.connection.epoch == 1
 
 
 class Reloaded(EmbeddedNats):
@@ -133,21 +133,21 @@ async def test_a_limit_for_messages_that_is_lowered_holds_up_nothing_and_is_noti
 ) -> None:
     assert isinstance(reloaded.server, Reloaded)
     async with rig_on(reloaded) as rig:
-        largest = rig.link.max_payload
+        largest = rig.connection.max_payload
         message = Message("event", NAMES.event("s1", "receipt"), b"x" * 2000, {H_MSG_ID: "e0" * 100})
         await reloaded.server.limit(2048)  # with its headers it has more
         acks = await asyncio.wait_for(rig.publisher.publish_all([event(1), message, event(2)]), PATIENCE_S)
         assert [isinstance(ack, BusRefused) for ack in acks] == [False, True, False]
-        assert rig.link.epoch == 2, "the server has ended the first connection, and no other"
+        assert rig.connection.epoch == 2, "the server has ended the first connection, and no other"
         await reloaded.server.limit(largest)
-        rig.link._recheck_s = 0.1  # the next test shows how long that is
+        rig.connection._recheck_s = 0.1  # the next test shows how long that is
 
         async def taken() -> bool:
             (ack,) = await rig.publisher.publish_all([message])
             return isinstance(ack, PubAck)
 
         await eventually(taken, "it is taken again")
-        assert rig.link.epoch == 3
+        assert rig.connection.epoch == 3
 
 
 async def test_a_limit_for_messages_that_stays_low_is_doubted_less_and_less(
@@ -163,7 +163,7 @@ async def test_a_limit_for_messages_that_stays_low_is_doubted_less_and_less(
 
         async def renewed() -> bool:
             await rig.publisher.publish_all([message])
-            return rig.link.epoch >= 6
+            return rig.connection.epoch >= 6
 
         await eventually(renewed, "the limit is doubted four times")
         assert asyncio.get_running_loop().time() - began > 0.1 + 0.2 + 0.4 + 0.8
@@ -200,7 +200,7 @@ async def test_a_message_for_no_stream_waits_for_one(rig: Rig) -> None:
     waiting = asyncio.create_task(rig.publisher.publish(Message("event", "late.1", b"x", {})))
     await asyncio.sleep(0.3)
     assert not waiting.done()
-    await rig.link.api_request("STREAM.CREATE.LATE", {"name": "LATE", "subjects": ["late.*"]})
+    await rig.connection.api_request("STREAM.CREATE.LATE", {"name": "LATE", "subjects": ["late.*"]})
     async with asyncio.timeout(PATIENCE_S):
         assert (await waiting).seq == 1
     assert rig.metrics.value("nats_publish_total", stream="event", outcome="retried") >= 1
@@ -223,7 +223,7 @@ async def others_go_on(rig: Rig, first: int = 0) -> None:
 async def test_a_stream_that_is_deleted_holds_up_what_is_written_to_it_and_nothing_else(rig: Rig) -> None:
     (wanted,) = [w for w in topology.wanted_streams(NAMES, rig.bus.settings) if w.name == NAMES.stream_event]
     await others_go_on(rig)
-    await rig.link.api_request(f"STREAM.DELETE.{NAMES.stream_event}")
+    await rig.connection.api_request(f"STREAM.DELETE.{NAMES.stream_event}")
     waiting = asyncio.create_task(rig.publisher.publish_all([event(0), event(1)]))
     with capture_logs() as logs:
         await until(lambda: any(line["event"] == "publish.retrying" for line in logs), "it says that it waits")
@@ -232,7 +232,7 @@ async def test_a_stream_that_is_deleted_holds_up_what_is_written_to_it_and_nothi
         await others_go_on(rig, 20)
         assert [task.done() for task in (waiting, later, writable)] == [False] * 3
         assert rig.publisher.last_error == "WECHAT_EVENT: no stream takes it, or none has a leader"
-        await topology.create_resource(rig.link, wanted)
+        await topology.create_resource(rig.connection, wanted)
         async with asyncio.timeout(PATIENCE_S):
             await asyncio.gather(waiting, later, writable)
     assert await rig.read(NAMES.stream_event, ">") == [b"0", b"1", b"2"]
@@ -241,15 +241,17 @@ async def test_a_stream_that_is_deleted_holds_up_what_is_written_to_it_and_nothi
 
 
 async def test_a_stream_that_is_full_refuses_and_the_others_go_on(rig: Rig) -> None:
-    config = (await rig.link.api_request(f"STREAM.INFO.{NAMES.stream_event}"))["config"]
+    config = (await rig.connection.api_request(f"STREAM.INFO.{NAMES.stream_event}"))["config"]
     await rig.publisher.publish(event(0))
-    await rig.link.api_request(f"STREAM.UPDATE.{NAMES.stream_event}", config | {"discard": "new", "max_bytes": 200})
+    await rig.connection.api_request(
+        f"STREAM.UPDATE.{NAMES.stream_event}", config | {"discard": "new", "max_bytes": 200}
+    )
     large = msgspec.structs.replace(event(1), payload=b"x" * 200)
     (refused,) = await rig.publisher.publish_all([large])
     assert isinstance(refused, BusRefused)
-    assert refused.full
+    assert refused.is_full
     await others_go_on(rig)
-    await rig.link.api_request(f"STREAM.UPDATE.{NAMES.stream_event}", config)
+    await rig.connection.api_request(f"STREAM.UPDATE.{NAMES.stream_event}", config)
     await rig.publisher.publish(large)
 
 
@@ -262,10 +264,10 @@ async def test_a_stream_without_a_leader_holds_up_what_is_written_to_it_and_noth
             async with rig_on(bus, streams=False) as rig:
                 for wanted in topology.wanted_streams(NAMES, bus.settings):
                     if wanted.name in OTHERS:
-                        await topology.create_resource(rig.link, wanted)
+                        await topology.create_resource(rig.connection, wanted)
                     elif wanted.name == NAMES.stream_event:
                         await topology.create_resource(
-                            rig.link, wanted._replace(config=wanted.config | {"num_replicas": 1})
+                            rig.connection, wanted._replace(config=wanted.config | {"num_replicas": 1})
                         )
             dying = await cluster.leader(NAMES.stream_event)
             bus.settings = msgspec.structs.replace(
@@ -287,7 +289,7 @@ async def test_a_stream_without_a_leader_holds_up_what_is_written_to_it_and_noth
 
 async def test_a_caller_who_is_cancelled_leaves_nothing_behind(rig: Rig) -> None:
     rig.bus.kill()
-    await until(lambda: not rig.link.is_connected, "the break is noticed")
+    await until(lambda: not rig.connection.is_connected, "the break is noticed")
     waiting = asyncio.create_task(rig.publisher.publish(event(1)))
     await asyncio.sleep(0.1)
     waiting.cancel()
@@ -304,7 +306,7 @@ async def test_what_waits_for_the_bus_is_not_written_after_its_writer_lost_the_r
     ensure_owner = Fence(lost_from=float("inf"))
     await rig.publisher.publish(msgspec.structs.replace(event(0), ensure_owner=ensure_owner))
     rig.bus.kill()
-    await until(lambda: not rig.link.is_connected, "the break is noticed")
+    await until(lambda: not rig.connection.is_connected, "the break is noticed")
     waiting = asyncio.create_task(
         rig.publisher.publish_all([msgspec.structs.replace(event(1), ensure_owner=ensure_owner), event(2)])
     )
@@ -328,10 +330,10 @@ async def test_what_waited_so_long_that_a_repeat_of_it_may_be_forgotten_is_writt
 ) -> None:
     """Another replica has stored the same by then, and the stream drops an id for five minutes."""
     ahead, ensure_owner = Ahead(), Fence(lost_from=0)
-    publisher = Publisher(rig.link, ahead, rig.metrics)
+    publisher = Publisher(rig.connection, ahead, rig.metrics)
     running = asyncio.create_task(publisher.run())
     rig.bus.kill()
-    await until(lambda: not rig.link.is_connected, "the break is noticed")
+    await until(lambda: not rig.connection.is_connected, "the break is noticed")
     waiting = asyncio.create_task(
         publisher.publish(msgspec.structs.replace(event(0), ensure_owner_if_delayed=ensure_owner))
     )

@@ -46,10 +46,10 @@ async def server(folder: Path, authority: Authority, *, first: bool, more: str =
 
 @contextlib.asynccontextmanager
 async def linked(settings: Settings) -> AsyncIterator[ManagedConnection]:
-    link = ManagedConnection(settings, "test")
-    task = asyncio.create_task(link.run())
+    connection = ManagedConnection(settings, "test")
+    task = asyncio.create_task(connection.run())
     try:
-        yield link
+        yield connection
     finally:
         task.cancel()
         await asyncio.wait([task])
@@ -63,8 +63,8 @@ async def test_a_link_with_a_certificate_of_its_own(tmp_path: Path, first: bool)
         settings = Settings(
             nats_url=(url,), nats_ca=str(authority.file), nats_cert=str(cert), nats_key=str(key), nats_tls_first=first
         )
-        async with linked(settings) as link:
-            nc = await link.wait_connected(30)
+        async with linked(settings) as connection:
+            nc = await connection.wait_connected(30)
             subscription = await nc.subscribe("greeting")
             await nc.publish("greeting", b"hello")
             assert (await subscription.next_msg(timeout=10)).data == b"hello"
@@ -79,9 +79,9 @@ async def test_a_server_of_another_authority_is_not_believed(tmp_path: Path) -> 
     cert, key = other.issue("adapter")
     async with server(folders[0], authority, first=False) as url:
         settings = Settings(nats_url=(url,), nats_ca=str(other.file), nats_cert=str(cert), nats_key=str(key))
-        async with linked(settings) as link:
-            await until(lambda: link.down_reason != "not connected yet", "it has tried")
-            assert not link.is_connected
+        async with linked(settings) as connection:
+            await until(lambda: connection.down_reason != "not connected yet", "it has tried")
+            assert not connection.is_connected
 
 
 @pytest.mark.parametrize("by", ["the URL", "the authority"])
@@ -105,9 +105,9 @@ async def test_who_asks_for_tls_tells_nothing_to_a_server_that_does_not_offer_it
             settings = Settings(nats_url=(f"tls://{address}",))
         else:
             settings = Settings(nats_url=(f"nats://{address}",), nats_ca=str(Authority(tmp_path).file))
-        async with linked(replace(settings, nats_user="me", nats_password="not to be heard")) as link:
-            await until(lambda: link.is_connected or "SSL" in link.down_reason, "it has tried")
-            assert not link.is_connected
+        async with linked(replace(settings, nats_user="me", nats_password="not to be heard")) as connection:
+            await until(lambda: connection.is_connected or "SSL" in connection.down_reason, "it has tried")
+            assert not connection.is_connected
     assert heard
     assert b"not to be heard" not in heard
 
@@ -117,8 +117,8 @@ async def test_who_asks_for_tls_has_it_of_a_server_that_leaves_it_open(tmp_path:
     cert, key = authority.issue("adapter")
     async with server(tmp_path, authority, first=False, more="allow_non_tls: true") as url:
         settings = Settings(nats_url=(url,), nats_ca=str(authority.file), nats_cert=str(cert), nats_key=str(key))
-        async with linked(settings) as link:
-            nc = await link.wait_connected(30)
+        async with linked(settings) as connection:
+            nc = await connection.wait_connected(30)
             assert nc._transport is not None
             assert nc._transport._io_writer.get_extra_info("ssl_object") is not None  # type: ignore[attr-defined]
 
@@ -129,16 +129,17 @@ async def test_certificates_that_are_exchanged_serve_at_the_next_connection(tmp_
     cert, key = authority.issue("adapter")
     async with server(tmp_path, authority, first=False) as url:
         settings = Settings(nats_url=(url,), nats_ca=str(authority.file), nats_cert=str(cert), nats_key=str(key))
-        async with linked(settings) as link:
-            await link.wait_connected(30)
+        async with linked(settings) as connection:
+            await connection.wait_connected(30)
             cert.write_text("this is no certificate")
-            await link.client().close()
+            await connection.client().close()
             await until(
-                lambda: not link.is_connected and "PEM" in link.down_reason.upper(), "it reads the file again"
+                lambda: not connection.is_connected and "PEM" in connection.down_reason.upper(),
+                "it reads the file again",
             )
             authority.issue("adapter")
 
             async def connected() -> bool:
-                return link.is_connected
+                return connection.is_connected
 
             await eventually(connected, "it connects by the new one")

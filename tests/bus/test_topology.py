@@ -29,17 +29,19 @@ from tests.bus.rig import NAMES, PATIENCE_S, Bus, Rig, rig_on
 
 async def test_what_is_missing_is_created_and_then_nothing_differs(bus: Bus) -> None:
     async with rig_on(bus, streams=False) as rig:
-        assert await topology.ensure_topology(rig.link, NAMES, bus.settings) == []
-        missing, different = await topology.inspect_topology(rig.link, NAMES, bus.settings)
+        assert await topology.ensure_topology(rig.connection, NAMES, bus.settings) == []
+        missing, different = await topology.inspect_topology(rig.connection, NAMES, bus.settings)
         assert (missing, different) == ([], [])
-        revision = await rig.link.api_request(f"STREAM.INFO.{NAMES.stream_out}")
-        assert await topology.ensure_topology(rig.link, NAMES, bus.settings) == []
-        assert (await rig.link.api_request(f"STREAM.INFO.{NAMES.stream_out}"))["created"] == revision["created"]
+        revision = await rig.connection.api_request(f"STREAM.INFO.{NAMES.stream_out}")
+        assert await topology.ensure_topology(rig.connection, NAMES, bus.settings) == []
+        assert (await rig.connection.api_request(f"STREAM.INFO.{NAMES.stream_out}"))["created"] == revision["created"]
 
 
 async def test_replicas_that_start_at_once_do_not_hinder_each_other(bus: Bus) -> None:
     async with rig_on(bus, streams=False) as rig:
-        results = await asyncio.gather(*(topology.ensure_topology(rig.link, NAMES, bus.settings) for _ in range(3)))
+        results = await asyncio.gather(
+            *(topology.ensure_topology(rig.connection, NAMES, bus.settings) for _ in range(3))
+        )
         assert results == [[], [], []]
 
 
@@ -56,7 +58,7 @@ class TightNats(EmbeddedNats):
 
 
 class Watched(ManagedConnection):
-    """A link that knows how many streams are being created while one is asked for that reserves its room."""
+    """A connection that knows how many streams are being created while one is asked for that reserves its room."""
 
     def __init__(self, settings: Settings) -> None:
         super().__init__(settings, "test")
@@ -83,11 +85,11 @@ async def tight_link(data_dir: Path) -> AsyncIterator[tuple[Watched, Settings]]:
     server = TightNats(data_dir)
     await server.start()
     settings = Settings(nats_url=(server.url,), in_max_bytes=1 << 30, media_store_bytes=1 << 30)
-    link = Watched(settings)
-    running = asyncio.create_task(link.run())
+    connection = Watched(settings)
+    running = asyncio.create_task(connection.run())
     try:
-        await link.wait_connected(PATIENCE_S)
-        yield link, settings
+        await connection.wait_connected(PATIENCE_S)
+        yield connection, settings
     finally:
         running.cancel()
         await asyncio.wait([running])
@@ -96,17 +98,17 @@ async def tight_link(data_dir: Path) -> AsyncIterator[tuple[Watched, Settings]]:
 
 async def test_a_stream_that_another_replica_was_faster_to_create_needs_no_room_of_its_own(tmp_path: Path) -> None:
     """Of replicas that started together some ended, and asked for more storage."""
-    async with tight_link(tmp_path) as (link, settings):
-        await topology.ensure_topology(link, NAMES, settings)
+    async with tight_link(tmp_path) as (connection, settings):
+        await topology.ensure_topology(connection, NAMES, settings)
         for wanted in topology.wanted_streams(NAMES, settings):
-            await topology.create_resource(link, wanted)  # by whoever has looked before they were there
+            await topology.create_resource(connection, wanted)  # by whoever has looked before they were there
 
 
 async def test_what_reserves_its_room_is_created_after_all_that_does_not(tmp_path: Path) -> None:
     """A server without a byte left creates no stream, be it empty: whether it had room depended on who was faster."""
-    async with tight_link(tmp_path) as (link, settings):
-        await topology.ensure_topology(link, NAMES, settings)
-        assert link.beside == [0, 0, 0, 0]
+    async with tight_link(tmp_path) as (connection, settings):
+        await topology.ensure_topology(connection, NAMES, settings)
+        assert connection.beside == [0, 0, 0, 0]
 
 
 class OldServer(ManagedConnection):
@@ -179,13 +181,15 @@ async def test_the_first_that_cannot_be_created_is_named_and_none_is_left_on_its
 async def test_a_stream_that_would_break_a_guarantee_stops_the_start_with_a_sentence(bus: Bus) -> None:
     async with rig_on(bus, streams=False) as rig:
         config = {"name": NAMES.stream_out, "subjects": ["wechat.out", "wechat.out.*"], "retention": "limits"}
-        await rig.link.api_request(f"STREAM.CREATE.{NAMES.stream_out}", config)
+        await rig.connection.api_request(f"STREAM.CREATE.{NAMES.stream_out}", config)
         with pytest.raises(SettingsError) as caught:
-            await topology.ensure_topology(rig.link, NAMES, bus.settings)
+            await topology.ensure_topology(rig.connection, NAMES, bus.settings)
         assert caught.value.reason == "stream_differs"
         for word in (NAMES.stream_out, "retention", "workqueue", "doctor --fix"):
             assert word in caught.value.detail
-        assert (await rig.link.api_request(f"STREAM.INFO.{NAMES.stream_out}"))["config"]["retention"] == "limits"
+        assert (await rig.connection.api_request(f"STREAM.INFO.{NAMES.stream_out}"))["config"][
+            "retention"
+        ] == "limits"
 
 
 async def test_a_bucket_that_could_be_emptied_stops_the_start_until_it_is_mended_with_its_keys(bus: Bus) -> None:
@@ -193,31 +197,31 @@ async def test_a_bucket_that_could_be_emptied_stops_the_start_until_it_is_mended
     async with rig_on(bus, streams=False) as rig:
         (wanted,) = [w for w in topology.wanted_streams(NAMES, bus.settings) if w.name == f"KV_{NAMES.conversations}"]
         usual = {"allow_rollup_hdrs": True, "deny_purge": False, "allow_msg_ttl": False}
-        await rig.link.api_request(f"STREAM.CREATE.{wanted.name}", wanted.config | usual)
+        await rig.connection.api_request(f"STREAM.CREATE.{wanted.name}", wanted.config | usual)
         kept = await rig.bucket(NAMES.conversations).update("s1.u1", b"1", 0)
         with pytest.raises(
             SettingsError, match=r"deny_purge is False, must be True; .*allow_msg_ttl is False, must be True"
         ):
-            await topology.ensure_topology(rig.link, NAMES, bus.settings)
-        _, different = await topology.inspect_topology(rig.link, NAMES, bus.settings)
-        await topology.alter_stream(rig.link, NAMES, bus.settings, different[0])
-        assert await topology.ensure_topology(rig.link, NAMES, bus.settings) == []
+            await topology.ensure_topology(rig.connection, NAMES, bus.settings)
+        _, different = await topology.inspect_topology(rig.connection, NAMES, bus.settings)
+        await topology.alter_stream(rig.connection, NAMES, bus.settings, different[0])
+        assert await topology.ensure_topology(rig.connection, NAMES, bus.settings) == []
         assert await rig.bucket(NAMES.conversations).update("s1.u1", b"2", kept, ttl_s=60) > kept
 
 
 async def test_an_operators_own_limits_are_only_told_and_never_changed(bus: Bus) -> None:
     async with rig_on(bus, streams=False) as rig:
         (wanted,) = [w for w in topology.wanted_streams(NAMES, bus.settings) if w.name == NAMES.stream_in]
-        await rig.link.api_request(f"STREAM.CREATE.{wanted.name}", {**wanted.config, "max_msgs_per_subject": 7})
+        await rig.connection.api_request(f"STREAM.CREATE.{wanted.name}", {**wanted.config, "max_msgs_per_subject": 7})
         with capture_logs() as logs:
-            (difference,) = await topology.ensure_topology(rig.link, NAMES, bus.settings)
+            (difference,) = await topology.ensure_topology(rig.connection, NAMES, bus.settings)
         assert (difference.field, difference.found, difference.critical) == ("max_msgs_per_subject", 7, False)
         assert "stream.differs" in [line["event"] for line in logs]
-        info = await rig.link.api_request(f"STREAM.INFO.{wanted.name}")
+        info = await rig.connection.api_request(f"STREAM.INFO.{wanted.name}")
         assert info["config"]["max_msgs_per_subject"] == 7
 
-        await topology.alter_stream(rig.link, NAMES, bus.settings, difference)
-        assert await topology.ensure_topology(rig.link, NAMES, bus.settings) == []
+        await topology.alter_stream(rig.connection, NAMES, bus.settings, difference)
+        assert await topology.ensure_topology(rig.connection, NAMES, bus.settings) == []
 
 
 @pytest.mark.parametrize("level", [None, 0, 3])
@@ -288,7 +292,7 @@ async def test_what_is_too_large_to_be_a_command_is_refused_to_its_publisher(bus
     """A command as large as the setting says, with headers as long as the server takes, is stored."""
     settings = msgspec.structs.replace(bus.settings, max_command_bytes=1024)
     async with rig_on(bus, streams=False) as rig:
-        await topology.ensure_topology(rig.link, NAMES, settings)
+        await topology.ensure_topology(rig.connection, NAMES, settings)
         headers = {"long": "x" * (topology.HEADER_BYTES - 64)}
         largest = Message("out", NAMES.out("s1"), b"x" * 1024, headers)
         await rig.publisher.publish(largest)
@@ -301,7 +305,7 @@ async def test_commands_and_dead_letters_end_at_their_size_and_leave_room_for_th
     settings = msgspec.structs.replace(bus.settings, in_max_bytes=10 << 20)
     payload = bytes(256 * 1024)
     async with rig_on(bus, streams=False) as rig:
-        await topology.ensure_topology(rig.link, NAMES, settings)
+        await topology.ensure_topology(rig.connection, NAMES, settings)
         dead = [await rig.publisher.publish(Message("dead", NAMES.dead_letters("X"), payload, {})) for _ in range(10)]
         assert await rig.first(NAMES.stream_dead) > dead[0].seq
         out = [Message("out", NAMES.out(f"s{number}"), payload, {}) for number in range(25)]
@@ -310,7 +314,7 @@ async def test_commands_and_dead_letters_end_at_their_size_and_leave_room_for_th
         assert refused == answers[-len(refused) :]
         assert {answer.code for answer in refused} == {STORE_FAILED}
         for name, limit in ((NAMES.stream_out, 5 << 20), (NAMES.stream_dead, 1 << 20)):
-            state = (await rig.link.api_request(f"STREAM.INFO.{name}"))["state"]
+            state = (await rig.connection.api_request(f"STREAM.INFO.{name}"))["state"]
             assert limit - 2 * len(payload) < state["bytes"] <= limit
         await rig.publisher.publish(Message("in", NAMES.inbox("s1"), b"x", {}))
 
@@ -328,12 +332,12 @@ async def test_what_a_flooded_stream_does_not_take_in_is_written_again(tmp_path:
     """A copy by the router was refused for good, and its service told that the sandbox's queue was full."""
     async with Hurried(tmp_path / "nats") as server, asyncio.TaskGroup() as group:
         settings = Settings(nats_url=(server.url,), in_max_bytes=-1, media_store_bytes=-1)
-        link, metrics = ManagedConnection(settings, "test"), Metrics()
-        publisher = Publisher(link, SystemClock(), metrics)
-        running = [group.create_task(loop) for loop in (link.run(), publisher.run())]
-        await link.wait_connected(PATIENCE_S)
+        connection, metrics = ManagedConnection(settings, "test"), Metrics()
+        publisher = Publisher(connection, SystemClock(), metrics)
+        running = [group.create_task(loop) for loop in (connection.run(), publisher.run())]
+        await connection.wait_connected(PATIENCE_S)
         (wanted,) = [w for w in topology.wanted_streams(NAMES, settings) if w.name == NAMES.stream_out]
-        await topology.create_resource(link, wanted)
+        await topology.create_resource(connection, wanted)
         copies = [Message("out", NAMES.out("s1"), b"x", {H_MSG_ID: str(number)}) for number in range(500)]
         answers = await publisher.publish_all(copies)
         assert not [answer for answer in answers if isinstance(answer, BusRefused)]

@@ -76,13 +76,16 @@ async def bus(settings: Settings, request: pytest.FixtureRequest) -> AsyncIterat
     """A connection to a NATS with all streams, and no adapter. Its 130 consumers are there for modules that say
     `CONSUMERS = True`: most commands have nothing to do with them, and the server takes a second to make them."""
     async with connected_bus(settings) as found:
-        link = ManagedConnection(settings, "test")
-        await link.adopt_client(found.nc)
+        connection = ManagedConnection(settings, "test")
+        await connection.adopt_client(found.nc)
         if getattr(request.module, "CONSUMERS", False):
-            await topology.ensure_topology(link, found.names, settings)
+            await topology.ensure_topology(connection, found.names, settings)
         else:
             await asyncio.gather(
-                *(topology.create_resource(link, each) for each in topology.wanted_streams(found.names, settings))
+                *(
+                    topology.create_resource(connection, each)
+                    for each in topology.wanted_streams(found.names, settings)
+                )
             )
         yield found
 

@@ -86,17 +86,19 @@ async def test_credentials_that_break_under_a_running_link_are_read_again_until_
         good = (tmp_path / "jwt/creds/adapter.creds").read_bytes()
         file.write_bytes(good)
         settings = Settings(nats_url=(server.url,), nats_creds=str(file), nats_inbox_prefix="_INBOX_adapter")
-        async with linked(settings) as link:
-            await link.wait_connected(30)
+        async with linked(settings) as connection:
+            await connection.wait_connected(30)
             file.write_bytes(UNUSABLE[broken][1])
-            await link.client().close()
-            await until(lambda: link.down_reason.startswith("NATS_CREDS cannot be used"), "it reads the file again")
+            await connection.client().close()
+            await until(
+                lambda: connection.down_reason.startswith("NATS_CREDS cannot be used"), "it reads the file again"
+            )
             swap = tmp_path / "next"
             swap.write_bytes(good)
             os.replace(swap, file)
 
             async def up() -> bool:
-                return link.is_connected
+                return connection.is_connected
 
             await eventually(up, "it connects by what is there now")
 
@@ -106,7 +108,7 @@ async def test_an_authority_is_read_again_too(tmp_path: Path) -> None:
     settings = Settings(nats_url=("nats://127.0.0.1:1",), nats_ca=str(authority.file))
     good = authority.file.read_bytes()
     authority.file.write_bytes(b"garbage")
-    async with linked(settings) as link:
-        await until(lambda: link.down_reason.startswith("NATS_CA"), "it names what it cannot read")
+    async with linked(settings) as connection:
+        await until(lambda: connection.down_reason.startswith("NATS_CA"), "it names what it cannot read")
         authority.file.write_bytes(good)
-        await until(lambda: "NATS_CA" not in link.down_reason, "it goes on by what is there now")
+        await until(lambda: "NATS_CA" not in connection.down_reason, "it goes on by what is there now")

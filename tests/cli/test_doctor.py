@@ -132,11 +132,11 @@ async def test_commands_that_were_stored_without_the_transform_are_brought_to_th
     assert "publishing 3 commands again" in (await cli("doctor", "--fix")).out
     result = await cli("doctor", "--json")
     assert (states(result)["streams"], "commands astray" in states(result)) == ("ok", False)
-    link = ManagedConnection(bus.settings, "test")
-    await link.adopt_client(bus.nc)
+    connection = ManagedConnection(bus.settings, "test")
+    await connection.adopt_client(bus.nc)
     found = [
         (stored.subject, stored.data, stored.headers["Wechat-Command"], stored.headers.get("traceparent"))
-        async for stored in StreamHistory(link).read(names.stream_out, names.out(">"))
+        async for stored in StreamHistory(connection).read(names.stream_out, names.out(">"))
     ]
     assert found == [
         (f"wechat.out.{shard_of('s1')}.s1", b"one", str(first.seq), None),
@@ -152,9 +152,9 @@ async def test_commands_brought_back_wait_since_they_were_stored_first(cli: Comm
     await bus.api_request(f"STREAM.UPDATE.{names.stream_out}", config | {"subject_transform": None})
     await bus.store(names.out("s1"), b'{"text":"now or never","expires_in_s":0.5}', {})
     await bus.store(names.out("s1"), b'{"text":"a copy"}', {H_SINCE_MS: "1234"})
-    link = ManagedConnection(bus.settings, "test")
-    await link.adopt_client(bus.nc)
-    history = StreamHistory(link)
+    connection = ManagedConnection(bus.settings, "test")
+    await connection.adopt_client(bus.nc)
+    history = StreamHistory(connection)
     before = [stored async for stored in history.read(names.stream_out, names.out("s1"))]
     assert "publishing 2 commands again" in (await cli("doctor", "--fix")).out
     after = [stored async for stored in history.read(names.stream_out, names.out(">"))]
@@ -403,9 +403,9 @@ async def bound(bus: Bus, *tokens: str, start_cursor: str | None = None) -> None
 
 
 async def stored_bindings(bus: Bus) -> list[Binding]:
-    link = ManagedConnection(bus.settings, "test")
-    await link.adopt_client(bus.nc)
-    found = StreamHistory(link).read(f"KV_{bus.names.bindings}", f"$KV.{bus.names.bindings}.>")
+    connection = ManagedConnection(bus.settings, "test")
+    await connection.adopt_client(bus.nc)
+    found = StreamHistory(connection).read(f"KV_{bus.names.bindings}", f"$KV.{bus.names.bindings}.>")
     return [msgspec.json.decode(stored.data, type=Binding) async for stored in found]
 
 

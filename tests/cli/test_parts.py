@@ -134,7 +134,7 @@ def test_no_colours_and_no_prompt_without_a_terminal() -> None:
     screen.prompt()
     screen.show("you", "hello")
     assert out.getvalue() == "you".ljust(LABEL) + "hello\n"
-    assert not screen.prompting
+    assert not screen.is_prompting
 
 
 def test_on_a_terminal_news_replace_the_prompt() -> None:
@@ -144,7 +144,7 @@ def test_on_a_terminal_news_replace_the_prompt() -> None:
     screen.prompt()
     screen.show("phone", "news")
     screen.prompt()
-    screen.typed()
+    screen.on_line_typed()
     screen.show("phone", "more")
     assert out.getvalue().count("you") == 2
     assert out.getvalue().count("\r\x1b[K") == 1

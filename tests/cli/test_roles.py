@@ -40,9 +40,9 @@ class Scene:
 async def scene(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Scene]:
     async with guarded(tmp_path) as server:
         witness = await server.connect(WITNESS)
-        link = ManagedConnection(Settings(), "test")
-        await link.adopt_client(witness.nc)
-        await topology.ensure_topology(link, NAMES, Settings(in_max_bytes=-1, media_store_bytes=-1))
+        connection = ManagedConnection(Settings(), "test")
+        await connection.adopt_client(witness.nc)
+        await topology.ensure_topology(connection, NAMES, Settings(in_max_bytes=-1, media_store_bytes=-1))
         monkeypatch.setenv("NATS_URL", server.url)
         yield Scene(server, witness, monkeypatch)
 

@@ -124,7 +124,7 @@ class Visitors:
 
 def subscriptions(adapter: Replica) -> int:
     """0 while there is no connection. Each reading of a stream has one for as long as it lasts."""
-    return len(adapter.connections.link.nc._subs) if adapter.connections.link.nc is not None else 0
+    return len(adapter.connections.connection.nc._subs) if adapter.connections.connection.nc is not None else 0
 
 
 def forget_the_last(adapter: Replica) -> None:

@@ -192,7 +192,7 @@ async def test_who_has_the_connections_of_the_services_cut_cuts_nothing_else(tmp
                 return not any(isinstance(one, BaseException) for one in answers)
 
             await eventually(both_answer, "both services answer")
-            lost = {line["link"].rpartition(" ")[2] for line in adapter.lines("bus.lost")}
+            lost = {line["connection"].rpartition(" ")[2] for line in adapter.lines("bus.lost")}
             assert lost == {"services", "uploads"}
         finally:
             await made.close()

@@ -70,12 +70,12 @@ async def put_by_us(made: World, name: str, data: bytes) -> None:
     async def pieces() -> Pieces:
         yield data
 
-    link = ManagedConnection(Settings(nats_url=(made.server.url,)), "test")
-    publisher = Publisher(link, SystemClock(), Metrics())
+    connection = ManagedConnection(Settings(nats_url=(made.server.url,)), "test")
+    publisher = Publisher(connection, SystemClock(), Metrics())
     async with asyncio.TaskGroup() as group:
-        running = [group.create_task(link.run()), group.create_task(publisher.run())]
-        await link.wait_connected()
-        await ObjectStore(link, publisher, NAMES.media).put(name, pieces())
+        running = [group.create_task(connection.run()), group.create_task(publisher.run())]
+        await connection.wait_connected()
+        await ObjectStore(connection, publisher, NAMES.media).put(name, pieces())
         for task in running:
             task.cancel()
 
