@@ -38,11 +38,11 @@ class MortalBus:
             yield stored
         await self._life.goes_on()
 
-    async def last(self, stream: str, subject: str) -> Stored | None:
+    async def read_last(self, stream: str, subject: str) -> Stored | None:
         await self._life.goes_on()
         return await self._bus.read_last(stream, subject)
 
-    async def last_of_each(self, stream: str, subjects: Sequence[str]) -> list[Stored]:
+    async def read_last_of_each(self, stream: str, subjects: Sequence[str]) -> list[Stored]:
         await self._life.goes_on()
         found = await self._bus.read_last_of_each(stream, subjects)
         await self._life.goes_on()
@@ -52,7 +52,7 @@ class MortalBus:
         await self._life.goes_on()
         return await self._bus.get(stream, seq)
 
-    async def counts(self, stream: str, subject: str) -> dict[str, int]:
+    async def count_by_subject(self, stream: str, subject: str) -> dict[str, int]:
         await self._life.goes_on()
         return await self._bus.count_by_subject(stream, subject)
 
@@ -79,7 +79,7 @@ class MortalBucket(FakeBucket):
         await self._life.goes_on()
         return await self._bucket.get(key)
 
-    async def below(self, first: str) -> list[Entry]:
+    async def list_prefix(self, first: str) -> list[Entry]:
         await self._life.goes_on()
         found = await self._bucket.list_prefix(first)
         await self._life.goes_on()

@@ -117,7 +117,7 @@ from adapter.outbound.text_worker import TextWorker
 
 async def main():
     worker = TextWorker()
-    await worker.render(["a"])
+    await worker.render_plain(["a"])
     print(worker._process.pid, flush=True)
     os._exit(1)
 
