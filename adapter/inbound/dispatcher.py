@@ -332,7 +332,7 @@ class Dispatcher:
         before: to look for the next one of a bot the server passes over those of all others. Raises Temporary."""
         sequence = self._records[0].written.record.last_heard if self._inherited is None else self._inherited
         found: list[Written] = []
-        while sequence > known_to and (written := await self._needs.journal.get(self.bot, sequence)) is not None:
+        while sequence > known_to and (written := await self._deps.journal.get(self.bot, sequence)) is not None:
             found.append(written)
             sequence = written.record.last_heard
         return found[::-1]
