@@ -634,7 +634,7 @@ async def test_a_read_that_fails_while_a_new_owner_catches_up_is_made_again() ->
             nonlocal failures
             async for stored in read(stream, subject, **where):
                 yield stored
-                if failures and "JOURNAL" in stream and not where.get("most") and len(heir.chat.asked) > 1:
+                if failures and "JOURNAL" in stream and not where.get("limit") and len(heir.chat.asked) > 1:
                     failures -= 1
                     raise Temporary("bus_down")
 

@@ -302,7 +302,7 @@ async def test_what_another_replica_stores_late_may_come_between_two_parts_of_a_
     await task
 
 
-@pytest.mark.parametrize("most", [100, 163, 164, 165, 1000])
+@pytest.mark.parametrize("limit", [100, 163, 164, 165, 1000])
 def test_parts_of_an_answer_hold_all_of_it_and_are_no_larger_than_a_record(limit: int) -> None:
     messages = [b"a" * 10, b"b" * 100, b"c" * 350, b"d", b"e" * 99, b"f" * 101, b""]
     whole, piece = [], b""
