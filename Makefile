@@ -93,7 +93,7 @@ check: install
 	@found=$$($(BIN)/lint-imports --no-logo 2>&1) || { echo "$$found" >&2; exit 1; }
 	@$(BIN)/python -m adapter.schema --check
 	@$(BIN)/python -m tests.bus.roles --check
-	@found=$$($(BIN)/pytest -q -p no:cacheprovider tests/test_docs.py </dev/null 2>&1) || { echo "$$found" >&2; exit 1; }
+	@found=$$($(BIN)/pytest -q -p no:cacheprovider tests/test_docs.py tests/test_words.py </dev/null 2>&1) || { echo "$$found" >&2; exit 1; }
 
 format: install
 	@$(BIN)/ruff format .

@@ -61,7 +61,7 @@ def build() -> App:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs one command and returns its exit code (`exits.EXIT_CODES`)."""
+    """Runs one command and returns its exit code (`exit_codes.EXIT_CODES`)."""
     _have_streams()
     _silence_libraries()
     try:

@@ -55,7 +55,7 @@ class DownloadResult(NamedTuple):
 
 
 async def download(message: AddressedMessage, fetch: MediaRef, deps: DownloadDeps) -> DownloadResult:
-    """An item's media, tried a few times. Raises Missing."""
+    """An item's media, tried a few times. Raises MediaUnavailable."""
     failures = 0
     while True:
         try:
@@ -73,7 +73,7 @@ async def download(message: AddressedMessage, fetch: MediaRef, deps: DownloadDep
 
 
 async def _download_once(message: AddressedMessage, fetch: MediaRef, deps: DownloadDeps) -> DownloadResult:
-    """Raises Missing."""
+    """Raises MediaUnavailable."""
     item = message.said.items[fetch.item]
     name = f"{message.sandbox}/in/{digest(message.id.encode())}-{fetch.item}"
     recording = _Copy(media.SILK_MAX_BYTES) if isinstance(item, contract.VoiceItem) else None
@@ -136,7 +136,7 @@ class _Copy:
 async def _pieces(sandbox: str, fetch: MediaRef, deps: DownloadDeps) -> Pieces:
     """The plain bytes, once there is a place for their transfer.
 
-    Raises Missing: whatever else comes out of storing them is the object store's.
+    Raises MediaUnavailable: whatever else comes out of storing them is the object store's.
     """
     try:
         async with deps.transfers.slot(sandbox), contextlib.aclosing(deps.cdn.download(fetch)) as plain:

@@ -42,7 +42,7 @@ PLATFORM = ""
 MAX_IN_FLIGHT_PER_SANDBOX = 32
 """Requests on the subjects of one sandbox in hand; more are refused."""
 MAX_REPLAYS = 4
-"""Replays that are read at once, each of another sandbox. More wait, and take none of the places of AT_ONCE."""
+"""Replays that are read at once, each of another sandbox. More wait, and take none of the places of MAX_IN_FLIGHT."""
 COSTS = {"replay": 32, "media.get": 2, "media.put": 8}
 """What a request takes of a sandbox's share in a second, as so many of the others: their time, roughly."""
 UPLOADS, MAX_UPLOADS_PER_SANDBOX = f"{SERVICE}-uploads", 8
