@@ -17,7 +17,7 @@ from adapter.simulator.parameters import GARBLED
 HTML = b"<html><head><title>%d</title></head><body><h1>%d</h1><hr>nginx</body></html>"
 
 
-def nothing(written: bool, outcome: str) -> None:
+def ignore_outcome(written: bool, outcome: str) -> None:
     """For answers that nobody needs to know the fate of."""
 
 
@@ -31,7 +31,7 @@ class Answer(Struct, kw_only=True):
     outcome: str = "answered"
     cut: bool = False
     """Reset the connection instead of writing."""
-    settle: Callable[[bool, str], None] = nothing
+    settle: Callable[[bool, str], None] = ignore_outcome
 
 
 def json_answer(value: Any, *, status: int = 200) -> Answer:
@@ -66,7 +66,7 @@ def garble(answer: Answer, kind: str) -> None:
         raise ValueError(f"unknown kind {kind}, there are {', '.join(GARBLED)}")
 
 
-def cut(request: web.Request) -> None:
+def reset_connection(request: web.Request) -> None:
     """Resets the connection."""
     transport = request.transport
     if transport is None:
@@ -100,7 +100,7 @@ async def dribble(request: web.Request, answer: Answer, rule: FaultRule, clock: 
     return response
 
 
-async def hang(rule: FaultRule, clock: Clock) -> None:
+async def stay_silent(rule: FaultRule, clock: Clock) -> None:
     """Says nothing for `hang_ms`, or until the client gives up (fault `F5`)."""
     if "hang_ms" in rule.params:
         await clock.sleep(float(rule.params["hang_ms"]) / 1000)

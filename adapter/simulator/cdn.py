@@ -46,7 +46,7 @@ class Cdn:
         if upload is None or request.query.get("filekey") != upload.filekey:
             return failure(400, "invalid encrypted_param")
         bot = self._world.bots[upload.bot]
-        if rule := self._world.faults.take("F24", "cdn/upload", bot.id, upload.user):
+        if rule := self._world.faults.strike("F24", "cdn/upload", bot.id, upload.user):
             return broken_upload(request, rule)
         if request.content_type != "application/octet-stream":
             self._world.violate("wrong_content_type", "cdn/upload", bot)
@@ -56,14 +56,14 @@ class Cdn:
         if limit and len(data) > limit and "taskid" not in request.query:
             return web.Response(status=500)
         faults = self._world.faults
-        if rule := faults.take("F5", "cdn/upload", bot.id, upload.user):
-            await answers.hang(rule, self._world.clock)
-        reset = faults.take("F6", "cdn/upload", bot.id, upload.user)
+        if rule := faults.strike("F5", "cdn/upload", bot.id, upload.user):
+            await answers.stay_silent(rule, self._world.clock)
+        reset = faults.strike("F6", "cdn/upload", bot.id, upload.user)
         if reset is None or reset.params.get("when") == "after":
             plain = await asyncio.to_thread(look_inside, data, upload.key)
             reference = self._media.receive(upload, data, plain)
         if reset is not None:
-            answers.cut(request)
+            answers.reset_connection(request)
             return web.Response()
         return web.Response(headers={"x-encrypted-param": reference})
 
@@ -71,15 +71,15 @@ class Cdn:
         blob = self._media.blobs.get(param)
         if blob is None or not self._is_served(blob):
             return web.Response(status=400, text="invalid encrypted_param")
-        if rule := self._take("F25", blob):
+        if rule := self._strike_download("F25", blob):
             return broken_download(blob, rule)
         answer = answers.Answer(body=blob.data, content_type="application/octet-stream")
-        if rule := self._take("F4", blob):
+        if rule := self._strike_download("F4", blob):
             return await answers.dribble(request, answer, rule, self._world.clock)
-        if rule := self._take("F5", blob):
-            await answers.hang(rule, self._world.clock)
-        if self._take("F6", blob):
-            answers.cut(request)
+        if rule := self._strike_download("F5", blob):
+            await answers.stay_silent(rule, self._world.clock)
+        if self._strike_download("F6", blob):
+            answers.reset_connection(request)
             return web.Response()
         return await stream(request, blob.data)
 
@@ -88,9 +88,9 @@ class Cdn:
         settings = self._world.settings_of(self._world.bots[blob.bot])
         return blob.downloadable or settings.own_download == "served"
 
-    def _take(self, fault: str, blob: Blob) -> FaultRule | None:
+    def _strike_download(self, fault: str, blob: Blob) -> FaultRule | None:
         """A fault that strikes a download."""
-        return self._world.faults.take(fault, "cdn/download", blob.bot, self._world.bots[blob.bot].user)
+        return self._world.faults.strike(fault, "cdn/download", blob.bot, self._world.bots[blob.bot].user)
 
 
 async def stream(request: web.Request, data: bytes) -> web.StreamResponse:
@@ -120,7 +120,7 @@ def broken_upload(request: web.Request, rule: FaultRule) -> web.Response:
         message = str(rule.params.get("message", "illegal content"))
         return failure(int(rule.params.get("status", 400)), message, rule.params.get("code", -5102031))
     if kind == "down":
-        answers.cut(request)
+        answers.reset_connection(request)
     status = 200 if kind in ("no_header", "down") else int(rule.params.get("status", 500))
     return web.Response(status=status)
 

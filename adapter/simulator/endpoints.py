@@ -66,7 +66,7 @@ class Endpoints:
         cursor = call.body.get("get_updates_buf", "")
         if not isinstance(cursor, str):
             return self.malformed(call, "get_updates_buf must be a string")
-        if rule := world.faults.take("F18", call.endpoint, bot.id, bot.user):
+        if rule := world.faults.strike("F18", call.endpoint, bot.id, bot.user):
             self._inbox.replay(bot, int(rule.params.get("last", 1)))
         start = self._inbox.start(bot, cursor)
         if start is None:
@@ -103,7 +103,7 @@ class Endpoints:
         user, bot, world = call.body.get("ilink_user_id"), call.bot, self._world
         if not isinstance(user, str) or not user:
             return no_ticket(-2)
-        if rule := world.faults.take("F26", call.endpoint, bot.id, user):
+        if rule := world.faults.strike("F26", call.endpoint, bot.id, user):
             return no_ticket(int(rule.params.get("ret", -4)), rule.params)
         window = bot.windows.get(user)
         if window is None or window.opened_ms is None:
@@ -265,18 +265,18 @@ class Endpoints:
         if settings.idle_style == "bare" and not poll.batch:
             return body
         body["msgs"] = [msgspec.Raw(entry.raw) for entry in poll.batch]
-        if poll.batch and (rule := faults.take("F20", "getupdates", bot.id, bot.user)):
+        if poll.batch and (rule := faults.strike("F20", "getupdates", bot.id, bot.user)):
             body["msgs"] = out_of_order(poll.batch, str(rule.params.get("order", "reversed")))
         poll.record.next_cursor = self._inbox.next_cursor(bot, poll)
         body["sync_buf"] = "CAES"
         body["get_updates_buf"] = poll.record.next_cursor
         if settings.hint_ms is not None:
             body["longpolling_timeout_ms"] = settings.hint_ms
-        if poll.batch and (rule := faults.take("F19", "getupdates", bot.id, bot.user)):
+        if poll.batch and (rule := faults.strike("F19", "getupdates", bot.id, bot.user)):
             poll.record.next_cursor = body["get_updates_buf"] = ""
             if rule.params.get("cursor", "empty") == "absent":
                 del body["get_updates_buf"]
-        if rule := faults.take("F21", "getupdates", bot.id, bot.user):
+        if rule := faults.strike("F21", "getupdates", bot.id, bot.user):
             body["longpolling_timeout_ms"] = rule.params.get("hint", 0)
         return body
 

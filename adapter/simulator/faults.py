@@ -116,7 +116,7 @@ class Faults:
         self.rules = kept
         return removed
 
-    def take(
+    def strike(
         self,
         fault: str,
         endpoint: str,

@@ -24,12 +24,12 @@ class Inbox:
         """Queues a message. With `fill`, what it and its items lack is added in iLink's form, and a key
         whose value is None is left out; without, it goes out exactly as it is."""
         if fill:
-            message = self._filled(self._template(bot) | message)
+            message = self._complete_message(self._template(bot) | message)
         if message.get("message_type", 1) == 1:
             self._open_window(bot, message)
         entry = self._append(bot, message)
         self._world.counts["injected"] += 1
-        rule = self._world.faults.take("F16", "inject", bot.id, entry.user)
+        rule = self._world.faults.strike("F16", "inject", bot.id, entry.user)
         if rule is not None:
             change = str(rule.params.get("change", "same"))
             self.repeat(bot, entry.message_id, change, float(rule.params.get("delay_s", 0)))
@@ -42,7 +42,7 @@ class Inbox:
         original = self._entry(bot, message_id)
 
         def again() -> None:
-            self._append(bot, self._changed(bot, msgspec.json.decode(original.raw), change))
+            self._append(bot, self._with_changes(bot, msgspec.json.decode(original.raw), change))
             self._world.counts["repeated"] += 1
 
         if delay_s > 0:
@@ -91,7 +91,7 @@ class Inbox:
         while not poll.verdict:
             if bot.dead:
                 poll.verdict = "stale"
-            elif batch := self._take(bot, poll.start):
+            elif batch := self._next_entries(bot, poll.start):
                 poll.batch = batch
                 return
             elif self.closing or (left_s := deadline_s - clock.elapsed_s()) <= 0:
@@ -180,7 +180,7 @@ class Inbox:
             "parent_id": 0,
         }
 
-    def _filled(self, message: Json) -> Json:
+    def _complete_message(self, message: Json) -> Json:
         """Without the keys that are None, and with what each item has: the times of the message, an id of its own,
         and two lists that are empty."""
         message = {key: value for key, value in message.items() if value is not None}
@@ -235,7 +235,7 @@ class Inbox:
                 return entry
         raise SimulatorError("no such message, or no longer remembered")
 
-    def _changed(self, bot: Bot, message: Json, change: str) -> Json:
+    def _with_changes(self, bot: Bot, message: Json, change: str) -> Json:
         fresh = self._template(bot)
         if change in ("ids", "all"):
             message["seq"] = fresh["seq"]
@@ -258,18 +258,18 @@ class Inbox:
             message["message_id"] = 0 if change == "zero_message_id" else ""
         return message
 
-    def _take(self, bot: Bot, start: int) -> list[Entry]:
+    def _next_entries(self, bot: Bot, start: int) -> list[Entry]:
         settings = self._world.settings_of(bot)
         limit = settings.batch_max or len(bot.log)
         if settings.cursor_mode == "cursor_replay":
-            return self._after(bot, start, limit)
+            return self._entries_after(bot, start, limit)
         batch = [bot.pending.popleft() for _ in range(min(limit, len(bot.pending)))]
         for entry in batch:
             entry.in_flight = True
         self._world.counts["in_flight"] += len(batch)
         return batch
 
-    def _after(self, bot: Bot, start: int, limit: int) -> list[Entry]:
+    def _entries_after(self, bot: Bot, start: int, limit: int) -> list[Entry]:
         if bot.rewound_to is not None:
             start, bot.rewound_to = min(start, bot.rewound_to), None
         if start >= bot.last_position:

@@ -71,7 +71,7 @@ class Logins:
         self.codes[qr.code] = qr
         while len(self.codes) > CODES_KEPT:
             self.codes.pop(next(iter(self.codes)))
-        world.clock.schedule(world.settings.qr_ttl_s, lambda: self._outlive(qr))
+        world.clock.schedule(world.settings.qr_ttl_s, lambda: self._expire_if_over(qr))
         return {
             "ret": 0,
             "qrcode": qr.code,
@@ -87,15 +87,15 @@ class Logins:
         if qr is None:
             return json_answer({"ret": 0, "status": "expired"})
         qr.polls += 1
-        if struck := self._struck(qr, verify_code):
+        if struck := self._fault_answer(qr, verify_code):
             return json_answer(struck)
         if verify_code and qr.status == "need_verifycode":
             self._check(qr, verify_code)
-        elif not await self._news(qr, second=second, edge=edge) and edge is not None:
+        elif not await self._wait_for_news(qr, second=second, edge=edge) and edge is not None:
             return gateway_timeout(edge)
         if qr.redirected and not second:
             return json_answer(self._redirect(qr, urls[1]))
-        return self._tell(qr, urls[1] if second else urls[0])
+        return self._answer_status(qr, urls[1] if second else urls[0])
 
     def user(self, code: str) -> str:
         """Who has scanned; "" for nobody yet, or no such code."""
@@ -104,7 +104,7 @@ class Logins:
     def scan(self, code: str, user: str | None = None) -> QrRecord:
         """A phone scans. One code serves one user, who may scan it again and is where they were; a user bound
         to a listed token needs no new bot."""
-        qr = self._live(code)
+        qr = self._live_code(code)
         if qr.user and qr.user != user:
             raise SimulatorError("somebody else has scanned this code")
         if qr.user:
@@ -122,7 +122,7 @@ class Logins:
 
     def require_verify(self, code: str, verify_code: str) -> QrRecord:
         """The phone shows digits that the client must send; before a scan, they are asked for at the scan."""
-        qr = self._live(code)
+        qr = self._live_code(code)
         if qr.status == "wait":
             qr.verify_code_for_scan = verify_code
         else:
@@ -132,7 +132,7 @@ class Logins:
 
     def confirm(self, code: str, user: str | None = None) -> QrRecord:
         """The user agrees on the phone, after a scan if there was none: a new bot is born."""
-        qr = self._live(code)
+        qr = self._live_code(code)
         if qr.status == "wait":
             self.scan(code, user)
         elif user is not None and user != qr.user:
@@ -152,7 +152,7 @@ class Logins:
 
     def redirect(self, code: str) -> QrRecord:
         """From now on the first host sends the client to the second one."""
-        qr = self._live(code)
+        qr = self._live_code(code)
         qr.redirected = True
         qr.wake()
         return qr.record()
@@ -168,17 +168,17 @@ class Logins:
             raise SimulatorError("no such QR code")
         return self.codes[code]
 
-    def _live(self, code: str) -> Qr:
+    def _live_code(self, code: str) -> Qr:
         qr = self._find(code)
         if qr.status in ("expired", "confirmed", "verify_code_blocked"):
             raise SimulatorError(f"the code is {qr.status}")
         return qr
 
-    def _outlive(self, qr: Qr) -> None:
+    def _expire_if_over(self, qr: Qr) -> None:
         if qr.status not in ("confirmed", "binded_redirect"):
             qr.change("expired")
 
-    async def _news(self, qr: Qr, *, second: bool, edge: FaultRule | None) -> bool:
+    async def _wait_for_news(self, qr: Qr, *, second: bool, edge: FaultRule | None) -> bool:
         """Waits until there is something to tell; False: the hold was over before. `told` alone would not do:
         with two polls, the one that is answered first sets it, and the other had not heard either."""
         clock, began = self._world.clock, qr.status
@@ -206,7 +206,7 @@ class Logins:
         if qr.wrong_codes >= self._world.settings.verify_attempts:
             qr.change("verify_code_blocked")
 
-    def _tell(self, qr: Qr, base_url: str) -> Answer:
+    def _answer_status(self, qr: Qr, base_url: str) -> Answer:
         """The status as it stands; told once it is written."""
         status = qr.status
 
@@ -221,7 +221,7 @@ class Logins:
     def _redirect(self, qr: Qr, second_url: str) -> Json:
         answer: Json = {"ret": 0, "status": "scaned_but_redirect"}
         host: str | None = second_url.partition("://")[2]
-        if rule := self._take("F23", qr, lambda rule: "redirect_host" in rule.params):
+        if rule := self._strike("F23", qr, lambda rule: "redirect_host" in rule.params):
             host = rule.params["redirect_host"]
         if host is None:
             qr.redirected = False
@@ -240,17 +240,17 @@ class Logins:
             "ilink_user_id": qr.bot.user,
             "baseurl": base_url,
         }
-        if rule := self._take("F23", qr, lambda rule: "baseurl" in rule.params):
+        if rule := self._strike("F23", qr, lambda rule: "baseurl" in rule.params):
             answer["baseurl"] = rule.params["baseurl"]
-        if self._take("F27", qr, lambda rule: rule.params["kind"] == "no_bot_id"):
+        if self._strike("F27", qr, lambda rule: rule.params["kind"] == "no_bot_id"):
             del answer["ilink_bot_id"]
         return answer
 
-    def _struck(self, qr: Qr, verify_code: str) -> Json | None:
+    def _fault_answer(self, qr: Qr, verify_code: str) -> Json | None:
         """Fault `F27`, by `kind`: `expired`, `blocked`, `wrong_code`; `no_bot_id` strikes in `_credentials`."""
         demanded = bool(verify_code) and qr.status == "need_verifycode"
         kinds = ("expired", "blocked", "wrong_code") if demanded else ("expired", "blocked")
-        rule = self._take("F27", qr, lambda rule: rule.params["kind"] in kinds)
+        rule = self._strike("F27", qr, lambda rule: rule.params["kind"] in kinds)
         if rule is None:
             return None
         match rule.params["kind"]:
@@ -262,5 +262,5 @@ class Logins:
                 qr.change("verify_code_blocked")
         return {"ret": 0, "status": qr.status}
 
-    def _take(self, fault: str, qr: Qr, fits: Callable[[FaultRule], bool]) -> FaultRule | None:
-        return self._world.faults.take(fault, "get_qrcode_status", "", qr.user, fits)
+    def _strike(self, fault: str, qr: Qr, fits: Callable[[FaultRule], bool]) -> FaultRule | None:
+        return self._world.faults.strike(fault, "get_qrcode_status", "", qr.user, fits)

@@ -101,7 +101,7 @@ class Media:
         if upload is None:
             self._world.violate("wrong_upload", "getuploadurl", bot)
             return {"ret": -2}
-        self._watch(bot, body)
+        self._note_careless(bot, body)
         if settings.upload_ret:
             return {"ret": settings.upload_ret}
         if upload.media_type == MEDIA_TYPES["voice"] and settings.voice_sends == "refused":
@@ -180,7 +180,7 @@ class Media:
         if url not in ("full", "param", "both"):
             raise SimulatorError("url: full, param or both")
         number, name = ITEMS[kind]
-        payload = {"media": self._inbound_media(bot, sealed.data, sealed.key, url), **about(kind, sealed)}
+        payload = {"media": self._inbound_media(bot, sealed.data, sealed.key, url), **media_fields(kind, sealed)}
         if kind in ("image", "video"):
             payload |= self._thumbnail(bot, sealed.key, url)
         write_key(payload, kind, sealed)
@@ -222,7 +222,7 @@ class Media:
             self.uploads.popitem(last=False)
         return param
 
-    def _watch(self, bot: Bot, body: Json) -> None:
+    def _note_careless(self, bot: Bot, body: Json) -> None:
         """What careful clients do not do with a request that is good enough."""
         if body.get("no_need_thumb") is not True:
             self._world.violate("thumb_wanted", "getuploadurl", bot)
@@ -332,7 +332,7 @@ def take_sample(sample: str) -> tuple[str, bytes]:
     return name, make()
 
 
-def about(kind: str, sealed: Sealed) -> Json:
+def media_fields(kind: str, sealed: Sealed) -> Json:
     """The fields beside `media` that inbound payloads carry."""
     fields: dict[str, Json] = {
         "image": {"mid_size": len(sealed.data)},

@@ -78,10 +78,10 @@ class Outbox:
     def send(self, bot: Bot, message: Json) -> Verdict:
         """Everything that `sendmessage` does between reading the request and writing the answer."""
         user = str(message.get("to_user_id") or "")
-        self._watch(bot, message)
+        self._note_careless(bot, message)
         verdict = (
-            self._struck(bot, user)
-            or self._malformed(bot, message)
+            self._fault_verdict(bot, user)
+            or self._malformed_verdict(bot, message)
             or self._unknown_peer(bot, user)
             or self._not_started(bot)
             or self._duplicate(bot, user, message)
@@ -113,7 +113,7 @@ class Outbox:
         for hear in self._world.listeners:
             hear(user, shown)
 
-    def _watch(self, bot: Bot, message: Json) -> None:
+    def _note_careless(self, bot: Bot, message: Json) -> None:
         """Requests that a careful client does not make, whatever the answer is."""
         items = message.get("item_list")
         faults = {
@@ -127,9 +127,9 @@ class Outbox:
         for kind in (kind for kind, found in faults.items() if found):
             self._world.violate(kind, "sendmessage", bot)
 
-    def _struck(self, bot: Bot, user: str) -> Verdict | None:
+    def _fault_verdict(self, bot: Bot, user: str) -> Verdict | None:
         """Faults `F11` and `F12`: -2, or another code, without a cause that the client could have seen."""
-        if rule := self._world.faults.take("F11", "sendmessage", bot.id, user):
+        if rule := self._world.faults.strike("F11", "sendmessage", bot.id, user):
             texts = rule.params.get("errmsgs") or [rule.params.get("errmsg", "prepare failed")]
             code, field = int(rule.params.get("code", -2)), str(rule.params.get("field", "ret"))
             return refusal(code, "F11", texts[(rule.struck - 1) % len(texts)], field)
@@ -140,7 +140,7 @@ class Outbox:
                     return self._penalise(rule, user)
                 del rule.state[user]
                 return None
-        begun = self._world.faults.take(
+        begun = self._world.faults.strike(
             "F12", "sendmessage", bot.id, user, lambda rule: self._is_burst(bot, user, rule)
         )
         return self._penalise(begun, user) if begun else None
@@ -157,25 +157,25 @@ class Outbox:
         rule.state[user] = self._world.clock.now_ms() + penalty_ms
         return refusal(-2, "F12", rule.params.get("errmsg", "rate limited"))
 
-    def _malformed(self, bot: Bot, message: Json) -> Verdict | None:
+    def _malformed_verdict(self, bot: Bot, message: Json) -> Verdict | None:
         items, settings = message.get("item_list"), self._world.settings_of(bot)
         if not isinstance(items, list) or not items:
-            return self._incomplete(bot, "empty_item_list")
+            return self._incomplete_verdict(bot, "empty_item_list")
         if len(items) > 1 and settings.several_items == "refused":
             return refusal(-2, "several_items", "unknown error")
         for item in items:
             kind = item.get("type") if isinstance(item, dict) else None
             payload = PAYLOADS.get(kind) if type(kind) is int else None
             if payload is None or not _is_object(item, payload):
-                return self._incomplete(bot, "malformed_item")
+                return self._incomplete_verdict(bot, "malformed_item")
             text = item["text_item"].get("text") if kind == 1 else None
             if kind == 1 and (not isinstance(text, str) or (not text and settings.incomplete_sends == "-14")):
-                return self._incomplete(bot, "malformed_item")
+                return self._incomplete_verdict(bot, "malformed_item")
         if len(text_of(items).encode()) > settings.max_text_bytes:
             return refusal(-2, "text_too_long", "prepare failed")
         return None
 
-    def _incomplete(self, bot: Bot, why: str) -> Verdict:
+    def _incomplete_verdict(self, bot: Bot, why: str) -> Verdict:
         """-2, or what one project saw: the answer to a dead token, although the session lives."""
         if self._world.settings_of(bot).incomplete_sends == "-14":
             return Verdict(body=stale_body(self._world, bot), why=why)
@@ -225,7 +225,7 @@ class Outbox:
             return None
         if not token:
             self._world.violate("missing_context_token", "sendmessage", bot)
-            return self._tokenless(settings.tokenless)
+            return self._tokenless_verdict(settings.tokenless)
         if self._world.is_void(token):
             return refusal(-2, "context_token", "prepare failed")
         issued_ms = window.context_tokens.get(token)
@@ -237,7 +237,7 @@ class Outbox:
             return refusal(-2, "context_token", "prepare failed")
         return None
 
-    def _tokenless(self, mode: str) -> Verdict | None:
+    def _tokenless_verdict(self, mode: str) -> Verdict | None:
         if mode == "refuse":
             return refusal(-2, "tokenless", "prepare failed")
         return Verdict(body={}, why="tokenless") if mode == "drop" else None
@@ -253,12 +253,12 @@ class Outbox:
         if any(item["type"] == 3 for item in message["item_list"]) and settings.voice_sends != "shown":
             self._remember(window, message, message_id)
             return self._success(bot, "voice", message_id)
-        if self._silenced(bot, window, message):
+        if self._is_silenced(bot, window, message):
             return self._success(bot, "strict_client_id", message_id)
-        if dropped := self._dropped(bot, user, message, message_id):
+        if dropped := self._dropped_verdict(bot, user, message, message_id):
             return dropped
         self._remember(window, message, message_id)
-        if late := self._world.faults.take("F15", "sendmessage", bot.id, user):
+        if late := self._world.faults.strike("F15", "sendmessage", bot.id, user):
             delay_s = float(late.params.get("delay_s", 60))
             self._world.clock.schedule(delay_s, lambda: self.release(bot, user, message, message_id))
             return self._success(bot, "F15", message_id)
@@ -280,7 +280,7 @@ class Outbox:
             body = {"ret": 0} | body
         return Verdict(body=body, why=why, message_id=message_id)
 
-    def _silenced(self, bot: Bot, window: Window, message: Json) -> bool:
+    def _is_silenced(self, bot: Bot, window: Window, message: Json) -> bool:
         token = str(message.get("context_token") or "")
         if self._world.settings_of(bot).strict_client_id and token in window.silenced:
             return True
@@ -288,10 +288,10 @@ class Outbox:
             window.silenced.add(token)
         return False
 
-    def _dropped(self, bot: Bot, user: str, message: Json, message_id: str) -> Verdict | None:
+    def _dropped_verdict(self, bot: Bot, user: str, message: Json, message_id: str) -> Verdict | None:
         """Faults `F13` and `F14`: success without an id, as a rule with nothing on the phone."""
         for fault in ("F13", "F14"):
-            if rule := self._world.faults.take(fault, "sendmessage", bot.id, user):
+            if rule := self._world.faults.strike(fault, "sendmessage", bot.id, user):
                 if rule.params.get("shown", False):
                     self._remember(bot.window(user), message, message_id)  # on the phone, it is never shown again
                     self.release(bot, user, message, message_id)

@@ -44,7 +44,7 @@ def run(arguments: Sequence[str] | None = None) -> int:
         settings = reading.read(
             {name: value for name, value in given.items() if value is not None}, SimulatorSettings
         )
-        asyncio.run(serve(settings, lambda simulator: tell(simulator, port_file), bots=bots))
+        asyncio.run(serve(settings, lambda simulator: announce_ready(simulator, port_file), bots=bots))
     except OSError as exc:
         sys.stderr.write(f"cannot start: {exc}\n")
         return 1
@@ -96,7 +96,7 @@ def explanations() -> dict[str, str]:
     }
 
 
-def tell(simulator: Simulator, port_file: Path | None) -> None:
+def announce_ready(simulator: Simulator, port_file: Path | None) -> None:
     """One JSON line for whoever has started this process, and the port file in one piece."""
     if port_file is not None:
         partial = port_file.with_name(port_file.name + ".part")

@@ -18,7 +18,7 @@ def read(values: Json, kind: type[T]) -> T:
     try:
         return msgspec.convert(values, kind, strict=False)
     except msgspec.ValidationError as exc:
-        raise SimulatorError(_told(str(exc), kind)) from exc
+        raise SimulatorError(_explain(str(exc), kind)) from exc
 
 
 def call(method: Callable[..., Any], values: Json) -> Any:
@@ -40,7 +40,7 @@ def _arguments_of(function: Callable[..., Any]) -> type[Struct] | None:
     return msgspec.defstruct("Arguments", fields, kw_only=True, forbid_unknown_fields=True)
 
 
-def _told(problem: str, kind: type[Struct]) -> str:
+def _explain(problem: str, kind: type[Struct]) -> str:
     """msgspec's words in the order of ours: first the name, at last what there is to choose from."""
     problem, _, place = problem.partition(" - at `$.")
     name = place.rstrip("`")

@@ -39,14 +39,14 @@ def png(width: int = 64, height: int = 48, seed: int = 0) -> bytes:
     raw = b"".join(b"\0" + rows[(y // 8 + seed) % 4] for y in range(height))
     head = struct.pack(">IIBBBBB", width, height, 2, 3, 0, 0, 0)
     comment = b"Comment\0" + str(seed).encode()
-    chunks = [(b"IHDR", head), (b"PLTE", PALETTE), (b"tEXt", comment), (b"IDAT", stored(raw)), (b"IEND", b"")]
+    chunks = [(b"IHDR", head), (b"PLTE", PALETTE), (b"tEXt", comment), (b"IDAT", zlib_stored(raw)), (b"IEND", b"")]
     return b"\x89PNG\r\n\x1a\n" + b"".join(
         struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
         for name, data in chunks
     )
 
 
-def stored(data: bytes) -> bytes:
+def zlib_stored(data: bytes) -> bytes:
     """A zlib stream that compresses nothing, so that every version of zlib agrees on it."""
     starts = range(0, max(len(data), 1), 65_535)
     blocks = (

@@ -15,7 +15,7 @@ from adapter.simulator.login import Logins
 from adapter.simulator.outbox import stale_body, text_of
 from adapter.simulator.parameters import GARBLED
 from adapter.simulator.records import Json
-from adapter.simulator.watch import Watch
+from adapter.simulator.watch import ClientWatch
 from adapter.simulator.world import Bot, World
 
 LOGIN_METHODS = {"get_bot_qrcode": ("GET", "POST"), "get_qrcode_status": ("GET",)}
@@ -82,7 +82,7 @@ def read_body(endpoint: str, raw: bytes) -> Json | None:
 class Server:
     """Answers the paths below `/ilink/bot/`; any other is 404."""
 
-    def __init__(self, world: World, endpoints: Endpoints, logins: Logins, watch: Watch) -> None:
+    def __init__(self, world: World, endpoints: Endpoints, logins: Logins, watch: ClientWatch) -> None:
         self._world = world
         self._endpoints = endpoints
         self._logins = logins
@@ -104,10 +104,10 @@ class Server:
         start_ms = self._world.clock.exact_ms()
         bot = self._bot(request)
         body = read_body(endpoint, await read_bytes(request)) if request.method == "POST" else {}
-        self._watch.look(request, endpoint, bot, body)
+        self._watch.record_request(request, endpoint, bot, body)
         visit = Visit(request, endpoint, bot, body, start_ms, second=second)
         visit.user = self._user(visit)
-        answer = await self._struck(visit)
+        answer = await self._fault_answer(visit)
         if answer is None:
             answer = await self._process(visit)
             if visit.edge is not None and answer.outcome != "F2":
@@ -137,7 +137,7 @@ class Server:
         if endpoint in LOGIN_METHODS:
             return await self._login(visit)
         if bot is None or self._is_stale(visit, bot):
-            return self._stale(visit)
+            return self._stale_answer(visit)
         call = Call(endpoint, bot, visit.body or {}, visit.start_ms, visit.edge)
         if visit.body is None:
             return self._endpoints.malformed(call, "invalid json")
@@ -175,9 +175,9 @@ class Server:
             return str(rule.params.get("text", "")) in said
 
         faults = ("F8", "F9", "F10")
-        return any(world.faults.take(fault, visit.endpoint, bot.id, visit.user, fits) for fault in faults)
+        return any(world.faults.strike(fault, visit.endpoint, bot.id, visit.user, fits) for fault in faults)
 
-    def _stale(self, visit: Visit) -> Answer:
+    def _stale_answer(self, visit: Visit) -> Answer:
         """-14, noted with the bot; a client that goes on calling after the first one is noted too."""
         bot = visit.bot
         if bot is None:
@@ -191,10 +191,10 @@ class Server:
         self._endpoints.record_unprocessed(call, answer, "stale")
         return answer
 
-    async def _struck(self, visit: Visit) -> Answer | None:
+    async def _fault_answer(self, visit: Visit) -> Answer | None:
         """The faults `F1` to `F6`, before anything is processed. What strikes later is in `visit`."""
         for fault in ("F1", "F2", "F3", "F4", "F5", "F6"):
-            rule = self._world.faults.take(fault, visit.endpoint, visit.bot_id, visit.user)
+            rule = self._world.faults.strike(fault, visit.endpoint, visit.bot_id, visit.user)
             if rule is None:
                 continue
             if fault == "F2":
@@ -204,7 +204,7 @@ class Server:
             if fault == "F4" or late:
                 visit.late = rule
                 return None
-            answer = self._broken(visit, rule)
+            answer = self._broken_answer(visit, rule)
             await self._pause(rule, answer)
             return None if fault == "F5" and "hang_ms" in rule.params else answer
         return None
@@ -214,7 +214,7 @@ class Server:
         pause_ms = float(rule.params.get("after_ms", 0))
         try:
             if rule.fault == "F5":
-                await answers.hang(rule, self._world.clock)
+                await answers.stay_silent(rule, self._world.clock)
             elif pause_ms:
                 await self._world.clock.sleep(pause_ms / 1000)
         except BaseException:  # the client has hung up
@@ -223,7 +223,7 @@ class Server:
         if rule.fault == "F5":
             answer.settle(False, "F5")
 
-    def _broken(self, visit: Visit, rule: FaultRule) -> Answer:
+    def _broken_answer(self, visit: Visit, rule: FaultRule) -> Answer:
         """The answer that a fault gives in place of processing."""
         if rule.fault == "F1":
             default = self._world.rng.choice((500, 502, 503, 504))
@@ -247,11 +247,11 @@ class Server:
         answer.content_type = answer.content_type or self._world.settings_of(visit.bot).json_type
         try:
             if rule is not None and rule.fault == "F5":
-                await answers.hang(rule, self._world.clock)
+                await answers.stay_silent(rule, self._world.clock)
             if rule is not None and rule.fault == "F3":
                 answers.garble(answer, self._kind(rule))
             if answer.cut or (rule is not None and rule.fault == "F6"):
-                answers.cut(request)
+                answers.reset_connection(request)
                 consumed = rule is not None and bool(rule.params.get("consumed", False))
                 answer.settle(consumed, "F6" if rule is not None else answer.outcome)
                 return web.Response()

@@ -33,7 +33,7 @@ from adapter.simulator.records import (
 from adapter.simulator.server import Server
 from adapter.simulator.settings import SimulatorSettings
 from adapter.simulator.site import Site, raise_file_limit, tls_context
-from adapter.simulator.watch import Watch
+from adapter.simulator.watch import ClientWatch
 from adapter.simulator.world import Bot, World
 
 
@@ -48,7 +48,7 @@ class Simulator:
         self.world = World(settings or SimulatorSettings())
         self.inbox = Inbox(self.world)
         self.logins = Logins(self.world)
-        self.watch = Watch(self.world)
+        self.watch = ClientWatch(self.world)
         self.media = Media(self.world, lambda: self.cdn_url)
         outbox = Outbox(self.world, self.media)
         endpoints = Endpoints(self.world, self.inbox, outbox, self.media)

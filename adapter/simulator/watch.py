@@ -13,7 +13,7 @@ REQUESTS_KEPT = 1_000
 TOKENS_LISTED = 10
 
 
-class Watch:
+class ClientWatch:
     """The last requests, and a look at each of them."""
 
     def __init__(self, world: World) -> None:
@@ -21,7 +21,7 @@ class Watch:
         self.requests: deque[RequestRecord] = deque(maxlen=REQUESTS_KEPT)
         self._last_uin = ""
 
-    def look(self, request: web.Request, endpoint: str, bot: Bot | None, body: Json | None) -> None:
+    def record_request(self, request: web.Request, endpoint: str, bot: Bot | None, body: Json | None) -> None:
         """Notes one request of the API; `body` None: it could not be read, or there is none."""
         headers = {k: v for k, v in request.headers.items() if k.lower() != "authorization"}
         at_ms = self._world.clock.exact_ms()
