@@ -53,7 +53,7 @@ def run_fast(main: Coroutine[Any, Any, T]) -> T:
 async def _with_garbage_collection(main: Coroutine[Any, Any, T]) -> T:
     """`main`, while garbage is looked for in small pieces."""
 
-    async def look() -> None:
+    async def collect_garbage() -> None:
         least, times = sys.getallocatedblocks(), 0
         while True:
             for _ in range(LOOKS):
@@ -67,7 +67,7 @@ async def _with_garbage_collection(main: Coroutine[Any, Any, T]) -> T:
                 gc.collect(1 if MIDDLE and times % EVERYTHING else 2)
                 least = sys.getallocatedblocks()
 
-    looking = asyncio.create_task(look(), name="garbage")
+    looking = asyncio.create_task(collect_garbage(), name="garbage")
     try:
         return await main
     finally:

@@ -41,8 +41,8 @@ async def read_binding_events(
 ) -> AsyncIterator[tuple[int, contract.BindingEvent]]:
     """What was told of a sandbox's bindings, and its sequence: after a sequence or since a time, without what others
     have written there. Raises Temporary."""
-    told = history.read(names.stream_event, names.event(sandbox, "binding"), after=after, since_ms=since_ms)
-    async for stored in told:
+    stored_events = history.read(names.stream_event, names.event(sandbox, "binding"), after=after, since_ms=since_ms)
+    async for stored in stored_events:
         try:
             event = msgspec.json.decode(stored.data, type=contract.BindingEvent)
         except UNDECODABLE:

@@ -80,9 +80,9 @@ def grants(names: Names, role: Role, sandbox: str = TAG) -> Grants:
             return Grants(publish, (names.receipts("*"), _inbox_subjects("service")))
         case "sandbox":
             shares = imports(names, role, sandbox)
-            heard = [share.subject for share in shares if share.kind == "stream"]
-            asked = [share.subject for share in shares if share.kind == "service"]
-            return Grants(tuple(asked), (*heard, f"{inbox(role, sandbox)}.>"))
+            stream_subjects = [share.subject for share in shares if share.kind == "stream"]
+            request_subjects = [share.subject for share in shares if share.kind == "service"]
+            return Grants(tuple(request_subjects), (*stream_subjects, f"{inbox(role, sandbox)}.>"))
 
 
 def imports(names: Names, role: Role, sandbox: str = "*") -> list[Share]:

@@ -107,8 +107,8 @@ async def shield_with_grace(work: Coroutine[Any, Any, T], grace_s: float) -> T:
         await done
     except asyncio.CancelledError:
         if not task.done():
-            _, late = await asyncio.wait([task], timeout=grace_s)
-            for straggler in late:
+            _, unfinished = await asyncio.wait([task], timeout=grace_s)
+            for straggler in unfinished:
                 straggler.cancel()
         if task.done() and not task.cancelled():
             task.exception()  # seen here: the cancellation is what the caller learns

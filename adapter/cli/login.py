@@ -55,10 +55,10 @@ async def login(
         sandbox=sandbox, options=Options(durable=durable, auto_typing=auto_typing), png=png is not None
     )
     view = _JsonView() if json else _UrlView() if url else _View(png)
-    news = asyncio.Event()
+    has_event = asyncio.Event()
 
     async def on_event(_: Msg) -> None:
-        news.set()
+        has_event.set()
 
     async with connected_bus(lasting=True) as bus:
         event_subject = bus.names.event(asked.sandbox, "login")
@@ -66,7 +66,9 @@ async def login(
         await bus.check_subscribed(event_subject)
         first = await bus.request_service("login.start", asked, Login, START_S)
         with until_signalled() as stop:
-            code = await run_until_stopped(stop, _run(_LoginFollower(bus, view, news, png=asked.png), first, bus))
+            code = await run_until_stopped(
+                stop, _run(_LoginFollower(bus, view, has_event, png=asked.png), first, bus)
+            )
     return INTERRUPTED if code is None else code
 
 
@@ -85,10 +87,10 @@ async def _run(following: _LoginFollower, first: Login, bus: Bus) -> int:
 class _LoginFollower:
     """A login that was started here."""
 
-    def __init__(self, bus: Bus, view: _View, news: asyncio.Event, *, png: bool) -> None:
+    def __init__(self, bus: Bus, view: _View, has_event: asyncio.Event, *, png: bool) -> None:
         self._bus = bus
         self._view = view
-        self._changed = news
+        self._changed = has_event
         self._png = png
         self._lines = stdin.lines()
         self._line: asyncio.Task[str | None] | None = None

@@ -822,15 +822,15 @@ def _expire_commands(conversation: Conversation, now_ms: int, effects: list[Effe
     def expires_ms(one: QueuedCommand) -> float:
         return together_ms if one in group else one.expires_ms
 
-    late = [one for one in conversation.queue if expires_ms(one) <= now_ms]
-    sent = [one for one in late if one not in group and one.ref.id in conversation.record.recent]
+    overdue = [one for one in conversation.queue if expires_ms(one) <= now_ms]
+    sent = [one for one in overdue if one not in group and one.ref.id in conversation.record.recent]
     effects += [Acknowledge(one, is_duplicate=True) for one in sent]
     conversation = _without_commands(conversation, {one.sequence for one in sent})
-    late = [one for one in late if one not in sent]
-    if late and late[0] is conversation.queue[0]:
+    overdue = [one for one in overdue if one not in sent]
+    if overdue and overdue[0] is conversation.queue[0]:
         conversation = _replaced(conversation, activity=Activity.IDLE, content=None)
     conversation = _end_commands(
-        conversation, late, CommandResult("refused", "expired", "It was not sent in time."), effects
+        conversation, overdue, CommandResult("refused", "expired", "It was not sent in time."), effects
     )
     return _replaced(conversation, earliest_expiry_ms=min(map(expires_ms, conversation.queue), default=math.inf))
 

@@ -43,8 +43,8 @@ class Share:
     def shrink(self, size: int) -> None:
         """Gives back what is more than `size` bytes."""
         if size < self.size:
-            freed, self.size = self.size - size, size
-            self._budget.return_bytes(freed)
+            surplus, self.size = self.size - size, size
+            self._budget.return_bytes(surplus)
 
     def release(self) -> None:
         """Gives it back."""

@@ -64,12 +64,12 @@ class PendingRequest:
         if not self._replies:
             loop = asyncio.get_running_loop()
             self._waiter = waiter = loop.create_future()
-            late = loop.call_later(timeout_s, self._wake)
+            timer = loop.call_later(timeout_s, self._wake)
             try:
                 if self._number in self._multiplexer.pending:
                     await waiter
             finally:
-                late.cancel()
+                timer.cancel()
                 self._waiter = None
             if not self._replies:
                 if self._number not in self._multiplexer.pending:

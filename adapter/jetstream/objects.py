@@ -273,9 +273,9 @@ class ObjectStore:
                 found = True
                 yield piece
         if not found:  # perhaps a replica answered that lags: its leader knows
-            late = await next_from_leader(self._connection, self._stream, subject, {"seq": after + 1})
-            if late is not None:
-                yield late
+            newer = await next_from_leader(self._connection, self._stream, subject, {"seq": after + 1})
+            if newer is not None:
+                yield newer
 
     async def _read_meta(self, name: str) -> _Meta | None:
         subject = self._meta_subject(name)

@@ -108,7 +108,7 @@ def wanted_streams(names: Names, settings: Settings) -> list[Wanted]:
         critical = (*critical, "allow_direct")  # everything that is stored is read back by it
         return Wanted(name, {"name": name, "duplicate_window": DUPLICATE_WINDOW_NS, **common, **config}, critical)
 
-    def bucket(name: str, *, news: bool = False, expires: bool = False, max_age: int = 0) -> Wanted:
+    def bucket(name: str, *, republished: bool = False, expires: bool = False, max_age: int = 0) -> Wanted:
         config: dict[str, Any] = {
             "subjects": [f"$KV.{name}.>"],
             "max_msgs_per_subject": 1,
@@ -124,7 +124,7 @@ def wanted_streams(names: Names, settings: Settings) -> list[Wanted]:
             critical.append("allow_msg_ttl")
         if not max_age:  # what it holds is nowhere else: tokens, places, windows
             critical.append("max_age")
-        if news:
+        if republished:
             config["republish"] = {"src": f"$KV.{name}.>", "dest": f"{updates_subject_of(name)}.>"}
             critical.append("republish")
         return stream(f"KV_{name}", tuple(critical), **config)
@@ -194,11 +194,11 @@ def wanted_streams(names: Names, settings: Settings) -> list[Wanted]:
             deny_purge=True,
             allow_msg_ttl=True,
         ),
-        bucket(names.bindings, news=True, expires=True),
+        bucket(names.bindings, republished=True, expires=True),
         bucket(names.conversations, expires=True),
         bucket(names.members, expires=True),
         bucket(names.claims),
-        bucket(names.logins, news=True, max_age=24 * HOUR_NS),
+        bucket(names.logins, republished=True, max_age=24 * HOUR_NS),
         stream(
             f"OBJ_{names.media}",
             ("subjects", "retention", "allow_rollup_hdrs"),
