@@ -1,4 +1,5 @@
-"""Every metric, in one class with its own registry; beside `tallies` the only file that imports prometheus_client.
+"""Every metric, in one class with its own registry; beside `fast_metrics` the only file that imports
+prometheus_client.
 
 Labels are enums, listed in the help text. Never a label: bot, user, sandbox, subject, id, URL, error text.
 """
