@@ -461,7 +461,7 @@ class Replica:
             names=self.names,
             policy=self.policy.window,
             clock=self.clock,
-            living=lambda: self.leases.living_count,
+            living_count=lambda: self.leases.living_count,
         )
         return Console(settings.console_addr, settings.console_token, deps)
 

@@ -165,7 +165,7 @@ class Console(Listener):
             return self._problem_page(request, "409 Conflict", "That did not work", exc.detail or exc.reason)
 
     def _answer_get(self, request: Request) -> Response:
-        desk = self._service
+        service = self._service
         if request.path == "/":
             page = request.query.get("page", "1")
             state = request.query.get("state", "")
@@ -174,22 +174,22 @@ class Console(Listener):
                 state=state if state in ("active", "needs_login") else "",
                 page=int(page) if _NUMBER.fullmatch(page) else 1,
             )
-            found = self._run_in_loop(desk.find_bindings(wanted))
+            found = self._run_in_loop(service.find_bindings(wanted))
             wanted = wanted._replace(page=min(max(1, wanted.page), found.pages))
             return self._render_page(request, "bindings", found=found, wanted=wanted, refresh_s=REFRESH_S)
         if request.path == "/dead":
             before = request.query.get("before", "")
-            letters = self._run_in_loop(desk.dead_letters(int(before) if _NUMBER.fullmatch(before) else None))
+            letters = self._run_in_loop(service.dead_letters(int(before) if _NUMBER.fullmatch(before) else None))
             return self._render_page(request, "dead", dead=letters)
         if request.path == "/logins":
             return self._logins_page(request)
         if (match := _LOGIN.fullmatch(request.path)) and not match[2]:
-            shown = self._run_in_loop(desk.shown_login(match[1]))
+            shown = self._run_in_loop(service.shown_login(match[1]))
             return self._render_page(request, "login", here="/logins", shown=shown, refresh_s=REFRESH_S)
         return self._problem_page(request, "404 Not Found", "Not here", "There is no such page.")
 
     def _answer_post(self, request: Request) -> Response:
-        desk, form = self._service, request.form
+        service, form = self._service, request.form
         if request.path == "/signout":
             self._auth.sign_out(request.session, self._now_ms() // 1000)
             return see_other("/", cookie("", 0, secure=request.secure))
@@ -197,28 +197,28 @@ class Console(Listener):
             sandbox = form.get("sandbox", "").strip()
             options = Options(durable="durable" in form, auto_typing="auto_typing" in form)
             try:
-                handle = self._run_in_loop(desk.start_login(sandbox, options))
+                handle = self._run_in_loop(service.start_login(sandbox, options))
             except (Refused, Temporary) as exc:
                 return self._logins_page(request, sandbox, exc.detail or exc.reason, "400 Bad Request")
             return see_other(f"/logins/{handle}")
         if (match := _LOGIN.fullmatch(request.path)) and match[2]:
             action = (
-                desk.verify_login(match[1], form.get("digits", ""))
+                service.verify_login(match[1], form.get("digits", ""))
                 if match[2] == "/verify"
-                else desk.cancel_login(match[1])
+                else service.cancel_login(match[1])
             )
             self._run_in_loop(action)
             return see_other(f"/logins/{match[1]}")
         if (match := _LETTER.fullmatch(request.path)) and form.get("do") in ("retry", "drop"):
             seq = int(match[1])
             if form["do"] == "retry":
-                notice = f"Letter {seq} is stored again on {self._run_in_loop(desk.retry_dead_letter(seq))}."
+                notice = f"Letter {seq} is stored again on {self._run_in_loop(service.retry_dead_letter(seq))}."
             else:
-                self._run_in_loop(desk.drop_dead_letter(seq))
+                self._run_in_loop(service.drop_dead_letter(seq))
                 notice = f"Letter {seq} is dropped."
             log.info("console.dead_letter", sequence=seq, action=form["do"])
             return self._render_page(
-                request, "dead", here="/dead", dead=self._run_in_loop(desk.dead_letters(None)), notice=notice
+                request, "dead", here="/dead", dead=self._run_in_loop(service.dead_letters(None)), notice=notice
             )
         return self._problem_page(request, "404 Not Found", "Not here", "There is no such page.")
 

@@ -58,21 +58,21 @@ class ConsoleDeps(NamedTuple):
     names: Names
     policy: window.WindowPolicy
     clock: Clock
-    living: Callable[[], int]
+    living_count: Callable[[], int]
     """How many replicas live."""
 
 
 class ConsoleService:
     """Every method may raise Refused, or Temporary while the bus is away."""
 
-    def __init__(self, deps: ConsoleDeps, guard: ConsoleAuth) -> None:
+    def __init__(self, deps: ConsoleDeps, auth: ConsoleAuth) -> None:
         self._deps = deps
-        self._guard = guard
+        self._auth = auth
         self._slots = asyncio.Semaphore(MAX_IN_FLIGHT)
 
     async def platform_status(self) -> Platform:
         deps = self._deps
-        expected = deps.living()
+        expected = deps.living_count()
         replicas = await replica_status.query_replicas(deps.replicas, deps.names.replica_status(), [], expected)
         return Platform(
             replicas, expected, await self._dead_count(), sum(1 for _, record in deps.registry if not record.is_over)
@@ -81,7 +81,7 @@ class ConsoleService:
     async def find_bindings(self, wanted: BindingFilter) -> BindingsPage:
         """Those that need a login first, then by sandbox."""
         every = list(self._deps.bindings)
-        matching = await asyncio.to_thread(_matches_filter, every, wanted)  # thousands would hold up the loop
+        matching = await asyncio.to_thread(_filter_bindings, every, wanted)  # thousands would hold up the loop
         pages = max(1, -(-len(matching) // PAGE))
         first = (min(max(1, wanted.page), pages) - 1) * PAGE
         rows = await self._rows(matching[first : first + PAGE])
@@ -123,7 +123,7 @@ class ConsoleService:
         """Those that are not over, the newest first."""
         found = [
             OpenLogin(
-                self._guard.login_handle(login), record.sandbox, record.status, record.changed_ms, record.until_ms
+                self._auth.login_handle(login), record.sandbox, record.status, record.changed_ms, record.until_ms
             )
             for login, record in self._deps.registry
             if not record.is_over
@@ -133,7 +133,7 @@ class ConsoleService:
     async def start_login(self, sandbox: str, options: Options) -> str:
         """Begins a login; its handle."""
         login = await self._bounded("login.start", LoginStart(sandbox=sandbox, options=options))
-        return self._guard.login_handle(login.login)
+        return self._auth.login_handle(login.login)
 
     async def shown_login(self, handle: str) -> ShownLogin:
         return self._to_shown_login(await self._bounded("login.status", LoginQuery(login=self._login_id(handle))))
@@ -152,7 +152,7 @@ class ConsoleService:
         bots = [binding.bot for binding in bindings]
         records = await asyncio.gather(*(self._record(binding) for binding in bindings))
         replicas = await replica_status.query_replicas(
-            deps.replicas, deps.names.replica_status(), bots, deps.living()
+            deps.replicas, deps.names.replica_status(), bots, deps.living_count()
         )
         polls = {bot: polling for present in replicas for bot, polling in present.polls.items()}
         now_ms = deps.clock.now_ms()
@@ -200,7 +200,7 @@ class ConsoleService:
     def _login_id(self, handle: str) -> str:
         """The id of a login. Raises Refused("not_found")."""
         for login, _ in self._deps.registry:
-            if self._guard.login_handle(login) == handle:
+            if self._auth.login_handle(login) == handle:
                 return login
         raise Refused("not_found", "There is no such login, or it has been over for a while.")
 
@@ -209,10 +209,10 @@ class ConsoleService:
 
     def _to_shown_login(self, login: Login) -> ShownLogin:
         picture = html_element(login.qrcode_url) if login.qrcode_url and login.status == "wait" else ""
-        return ShownLogin(self._guard.login_handle(login.login), login, picture)
+        return ShownLogin(self._auth.login_handle(login.login), login, picture)
 
 
-def _matches_filter(every: list[Binding], wanted: BindingFilter) -> list[Binding]:
+def _filter_bindings(every: list[Binding], wanted: BindingFilter) -> list[Binding]:
     words = wanted.words.strip().lower()
     found = [
         binding

@@ -91,7 +91,7 @@ class Office:
             names=self.bench.names,
             policy=WINDOW,
             clock=self.clock,
-            living=lambda: self.living,
+            living_count=lambda: self.living,
         )
 
     async def sign_in(self) -> None:
@@ -196,17 +196,17 @@ async def test_who_tries_many_tokens_has_to_wait(office: Office) -> None:
 
 
 def test_a_session_ends_and_cannot_be_made_up() -> None:
-    guard, now_s = ConsoleAuth(TOKEN), 1_700_000_000
-    session = guard.new_session(now_s, "a")
-    assert guard.is_valid_session(session, now_s + SESSION_S - 1)
-    assert not guard.is_valid_session(session, now_s + SESSION_S)
+    auth, now_s = ConsoleAuth(TOKEN), 1_700_000_000
+    session = auth.new_session(now_s, "a")
+    assert auth.is_valid_session(session, now_s + SESSION_S - 1)
+    assert not auth.is_valid_session(session, now_s + SESSION_S)
     assert not ConsoleAuth("another token of some length").is_valid_session(session, now_s)
     later = f"{now_s + 10 * SESSION_S:x}.{session.partition('.')[2]}"
     for forged in ("", ".", "x", later, session[:-1], session + "0", f"{session}é"):
-        assert not guard.is_valid_session(forged, now_s)
-    assert guard.is_form_proof(session, guard.form_proof(session))
-    assert not guard.is_form_proof(session, guard.form_proof(guard.new_session(now_s, "b")))
-    assert not guard.is_form_proof(session, "")
+        assert not auth.is_valid_session(forged, now_s)
+    assert auth.is_form_proof(session, auth.form_proof(session))
+    assert not auth.is_form_proof(session, auth.form_proof(auth.new_session(now_s, "b")))
+    assert not auth.is_form_proof(session, "")
 
 
 async def test_a_form_of_another_site_or_session_does_nothing(office: Office) -> None:
