@@ -55,7 +55,7 @@ class ShardRuntime(NamedTuple):
     def on_failed(self, name: str, detail: str) -> None:
         self.health.report_failed_loop(name, detail)
 
-    def consume_forever(self, shard: int, processor: ShardCommandProcessor) -> list[Coroutine[Any, Any, None]]:
+    def consumer_loops(self, shard: int, processor: ShardCommandProcessor) -> list[Coroutine[Any, Any, None]]:
         out = topology.out_consumer(shard)
         work = [
             self._run_with_restarts(out, lambda: self._run_consumer(shard, out, "out", processor.intake.on_delivery))

@@ -36,7 +36,7 @@ class ShardWork(Protocol):
     def on_failed(self, name: str, detail: str) -> None:
         """Something that must run died for good: only a restart of the process helps."""
 
-    def consume_forever(self, shard: int, processor: ShardCommandProcessor) -> list[Coroutine[Any, Any, None]]:
+    def consumer_loops(self, shard: int, processor: ShardCommandProcessor) -> list[Coroutine[Any, Any, None]]:
         """The pull loops that belong to a shard. What is parked is loaded before the first delivery."""
 
 
@@ -290,7 +290,7 @@ class Supervisor:
         processor = self._shards[shard] = self._work.new_processor(shard)
         self._opened.notify_all()
         loop = asyncio.get_running_loop()
-        self._consumers[shard] = [loop.create_task(work) for work in self._work.consume_forever(shard, processor)]
+        self._consumers[shard] = [loop.create_task(work) for work in self._work.consumer_loops(shard, processor)]
         for task in self._consumers[shard]:
             task.add_done_callback(self._report)
 
