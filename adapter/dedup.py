@@ -101,8 +101,7 @@ class Seen:
     `kept`: those that are stored already.
     """
 
-    def __init__(self, kept: Iterable[str] = (), *, skew_ms: int = 0) -> None:
-        self._skew_ms = skew_ms
+    def __init__(self, kept: Iterable[str] = ()) -> None:
         self._lines = "\n"
         """Each record between line ends."""
         self._messages = self._words = b""
@@ -130,7 +129,7 @@ class Seen:
         if bytes.fromhex(said) not in self._words:
             return False
         probe = _Known(*keys.hashed, keys.sent_at_ms, 0)
-        return any(_same(probe, known, self._skew_ms) for known in self._with(probe.said))
+        return any(_same(probe, known) for known in self._with(probe.said))
 
     def _with(self, said: str) -> Iterator[_Known]:
         """The records with these words, by their hash."""
@@ -214,8 +213,7 @@ class Seen:
 class Batch:
     """The messages of one answer of iLink, which may be thousands, and are looked up among themselves."""
 
-    def __init__(self, *, skew_ms: int = 0) -> None:
-        self._skew_ms = skew_ms
+    def __init__(self) -> None:
         self._messages: set[str] = set()
         self._by_said: dict[str, list[Keys]] = {}
 
@@ -228,7 +226,7 @@ class Batch:
         if alike is None:
             return False
         probe = _Known(*keys.hashed, keys.sent_at_ms, 0)
-        return any(_same(probe, _Known(*other.hashed, other.sent_at_ms, 0), self._skew_ms) for other in alike)
+        return any(_same(probe, _Known(*other.hashed, other.sent_at_ms, 0)) for other in alike)
 
     def add(self, keys: Keys) -> None:
         message, _, _, said = keys.hashed
@@ -237,17 +235,17 @@ class Batch:
         self._by_said.setdefault(said, []).append(keys)
 
 
-def _same(new: _Known, old: _Known, skew_ms: int) -> bool:
+def _same(new: _Known, old: _Known) -> bool:
     """Whether `new`, with the words of `old`, is `old` again: ids first, then the time of writing."""
     if new.client and new.client == old.client:
         return True
     if not new.message and not new.client and new.seq and new.seq == old.seq:
         return True
+    if not new.sent_at_ms:
+        return False
     apart_ms = abs(new.sent_at_ms - old.sent_at_ms)
-    if new.sent_at_ms and apart_ms <= skew_ms:
-        return True
     nameless = not (new.message and old.message) and not (new.client and old.client)
-    return nameless and bool(new.sent_at_ms) and apart_ms < NEAR_MS
+    return apart_ms == 0 or (nameless and apart_ms < NEAR_MS)
 
 
 def _parse(record: str) -> _Known:

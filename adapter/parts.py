@@ -246,7 +246,6 @@ class Parts:
                 read_message,
                 self.turns.next,
                 groups_as_direct=settings.groups_as_direct,
-                skew_ms=settings.duplicate_skew_ms,
             ),
             publishing=Publishing(
                 bus=connections.bus,

@@ -143,9 +143,6 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     Else it becomes a dead letter: iLink is not known to put bots in groups, nor where an answer would go.
     """
 
-    duplicate_skew_ms: AtLeast0 = 0
-    """Milliseconds by which the times of two copies of one message may differ. Too many swallow a repeated "ok"."""
-
     capacity: AtLeast1 = 10000
     """Bindings that this replica serves at most; the rest waits for another replica."""
 

@@ -42,8 +42,6 @@ class Triage(NamedTuple):
     """Waits for the next turn of the event loop."""
     groups_as_direct: bool
     """What was written in a group is told as if it were written to the bot alone."""
-    skew_ms: int
-    """By how much the times of two copies of a message may differ."""
 
     async def sort(
         self, bot: str, messages: list[bytes], place: str, first: int, seen: Seen, seen_at_ms: int
@@ -53,7 +51,7 @@ class Triage(NamedTuple):
         `place` and `first`: of the answer, see JournalRecord. `seen_at_ms`: when it came.
         """
         found: list[Sorted] = []
-        batch = Batch(skew_ms=self.skew_ms)
+        batch = Batch()
         work = 0
         for index, raw in enumerate(messages):
             work += 1 + len(raw) // 1024

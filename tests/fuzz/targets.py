@@ -160,11 +160,11 @@ def message(data: bytes) -> None:
     assert msgspec.json.decode(msgspec.json.encode(told), type=Inbound) == told
     assert all(0 <= fetch.item < len(said.items) for fetch in said.fetches)
     token_of(said.user).encode("ascii")
-    seen = Seen(skew_ms=1000)
+    seen = Seen()
     seen.add(said.keys, 1)
     if said.keys.message or said.sent_at_ms:
         assert seen.has(said.keys)
-        assert Seen(seen.records(), skew_ms=1000).has(said.keys)
+        assert Seen(seen.records()).has(said.keys)
     assert len(seen.records()) == 1
 
 

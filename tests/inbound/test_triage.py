@@ -22,7 +22,7 @@ from tests.inbound.pollers import BOT, USER, polls, raw, texts
 
 VIRTUAL_TIME = True
 
-TRIAGE = Triage(read_message, Turns(4).next, groups_as_direct=False, skew_ms=0)
+TRIAGE = Triage(read_message, Turns(4).next, groups_as_direct=False)
 
 
 async def judged(*answers: list[bytes], triage: Triage = TRIAGE, place: str = "") -> list[list[str]]:
