@@ -242,11 +242,7 @@ class Parts:
         settings, connections = self.settings, self.connections
         return Dispatching(
             journal=journal,
-            triage=Triage(
-                read_message,
-                self.turns.next,
-                groups_as_direct=settings.groups_as_direct,
-            ),
+            triage=Triage(read_message, self.turns.next),
             publishing=Publishing(
                 bus=connections.bus,
                 history=connections.history,

@@ -137,12 +137,6 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     `needs_login` is told after the last one, or within a minute if it comes later; one that succeeds takes it back.
     """
 
-    groups_as_direct: bool = False
-    """Tell what was written in a group (`group_id`) as if it were written to the bot alone.
-
-    Else it becomes a dead letter: iLink is not known to put bots in groups, nor where an answer would go.
-    """
-
     capacity: AtLeast1 = 10000
     """Bindings that this replica serves at most; the rest waits for another replica."""
 

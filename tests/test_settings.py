@@ -47,7 +47,6 @@ def test_an_empty_variable_counts_as_absent() -> None:
         ("WECHAT_NATS_SEND_GAP_MS", "0", "send_gap_ms", 0),
         ("WECHAT_NATS_WINDOW_HOURS", "22.5", "window_hours", 22.5),
         ("WECHAT_NATS_STALE_RETRY_S", "1,2.5", "stale_retry_s", (1.0, 2.5)),
-        ("WECHAT_NATS_GROUPS_AS_DIRECT", "true", "groups_as_direct", True),
         ("NATS_TLS_FIRST", "true", "nats_tls_first", True),
         ("WECHAT_NATS_NOTIFY", "0", "notify", False),
         ("WECHAT_NATS_IN_MAX_BYTES", "-1", "in_max_bytes", -1),

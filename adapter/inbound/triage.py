@@ -40,8 +40,6 @@ class Triage(NamedTuple):
     read_message: Callable[[bytes], Said]
     turn: Callable[[], Awaitable[None]]
     """Waits for the next turn of the event loop."""
-    groups_as_direct: bool
-    """What was written in a group is told as if it were written to the bot alone."""
 
     async def sort(
         self, bot: str, messages: list[bytes], place: str, first: int, seen: Seen, seen_at_ms: int
@@ -80,7 +78,7 @@ class Triage(NamedTuple):
         if seen.has(said.keys) or batch.has(said.keys):
             return Sorted(index, raw, said, "duplicate")
         batch.add(said.keys)
-        if said.group and not self.groups_as_direct:
+        if said.group:
             # an answer might go to the group, or to one of it who is not the bot's user
             return Sorted(index, raw, said, "group", "It was written in a group.")
         return Sorted(index, raw, said, "new")

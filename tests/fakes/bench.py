@@ -344,7 +344,7 @@ class Bench:
         def changed(kind: type[Any], made: Any) -> Any:
             return made._replace(**{name: changes.pop(name) for name in list(changes) if name in kind._fields})
 
-        triage = Triage(read_message, Turns(4).next, groups_as_direct=False)
+        triage = Triage(read_message, Turns(4).next)
         publishing = Publishing(
             bus=self.bus,
             history=self.bus,
