@@ -92,9 +92,6 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     Secret. Without one, tokens are stored as they are.
     """
 
-    allow_unsealed: bool = False
-    """Start although a key is set and tokens lie unsealed in the bucket; `wechat-nats doctor --fix` seals them."""
-
     notify: bool = True
     """Tell iLink when polling starts and stops (notifystart, notifystop)."""
 

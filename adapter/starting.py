@@ -62,11 +62,11 @@ async def _look_at_permissions(parts: Parts) -> None:
 async def _check_tokens(parts: Parts) -> None:
     """Raises SettingsError where tokens lie open although there is a key, Temporary."""
     found = await tokens_at_rest(parts.connections.history, parts.names, parts.sealer)
-    if found["open"] and parts.sealer.seals and not parts.settings.allow_unsealed:
+    if found["open"] and parts.sealer.seals:
         raise SettingsError(
             "tokens_unsealed",
             f"{found['open']} bot tokens lie unsealed in {parts.names.bindings}, although WECHAT_NATS_TOKEN_KEY is"
-            " set. `wechat-nats doctor --fix` seals them; WECHAT_NATS_ALLOW_UNSEALED=true starts all the same.",
+            " set. `wechat-nats doctor --fix` seals them.",
         )
     if found["foreign"]:
         log.error("tokens.unopenable", tokens=found["foreign"], detail="They are sealed with a key that is not set.")
