@@ -39,7 +39,7 @@ from adapter.jetstream.buckets import LeaderKvBucket
 from adapter.jetstream.consumer import all_settled
 from adapter.jetstream.inspector import Inspector
 from adapter.jetstream.microservice import UPLOADS, UPLOADS_OF_ONE, Handler, Services
-from adapter.logins.flow import LoginNeeds
+from adapter.logins.flow import REFRESH_S, LoginNeeds
 from adapter.logins.registry import LoginRegistry
 from adapter.logins.runner import LoginRunner
 from adapter.metrics import Metrics
@@ -91,10 +91,11 @@ BEAT_S = 0.1
 
 
 class Parts:
-    """All of one replica, put together. `app` runs it."""
+    """All of one replica, put together. `app` runs it; tests give it shorter waits."""
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: Settings, *, login_refresh_s: float = REFRESH_S) -> None:
         self.settings = settings
+        self._login_refresh_s = login_refresh_s
         self.instance = settings.instance or socket.gethostname()
         self.names = names = Names(settings.prefix)
         self.clock = clock = SystemClock()
@@ -353,9 +354,7 @@ class Parts:
     def _serve(self) -> dict[str, Handler]:
         """Answers `wechat.svc.*`; the handlers of what is asked of no single sandbox."""
         settings, connections, names, metrics = self.settings, self.connections, self.names, self.metrics
-        login = LoginService(
-            connections.chat, self.logins, self.bindings, self.sealer, metrics, login_s=settings.login_s
-        )
+        login = LoginService(connections.chat, self.logins, self.bindings, self.sealer, metrics)
         # any server may answer: what is asked for changes little, and a flood of questions slows no command
         queries = Queries(
             self.bindings,
@@ -404,8 +403,7 @@ class Parts:
             clock=self.clock,
             metrics=self.metrics,
             names=self.names,
-            refresh_s=self.settings.login_refresh_s,
-            codes=self.settings.login_codes,
+            refresh_s=self._login_refresh_s,
         )
 
     async def _open_shard(self, sandbox: str) -> ConversationShard | None:

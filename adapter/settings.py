@@ -170,15 +170,6 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     typing_max_s: Annotated[float, Meta(gt=0)] = 300.0
     """Longest time, in seconds, that the bot is shown typing without being told again."""
 
-    login_s: Annotated[float, Meta(gt=0)] = 480.0
-    """Seconds that a QR login may take in all."""
-
-    login_refresh_s: Annotated[float, Meta(gt=0)] = 50.0
-    """Seconds after which a QR code that nobody scanned is replaced; iLink's live one to two minutes."""
-
-    login_codes: AtLeast1 = 3
-    """QR codes of one login that iLink may let expire or block before it counts as expired."""
-
     in_max_per_sandbox: AtLeast1 = 10000
     """Inbound messages kept per sandbox; the oldest go first."""
 

@@ -163,7 +163,6 @@ def environ_of(url: str, sim: Simulator) -> dict[str, str]:
         "WECHAT_NATS_PARK_HOURS": str(AGE_S / 3600),
         "WECHAT_NATS_UNBOUND_HOURS": "0.03",
         "WECHAT_NATS_TYPING_MAX_S": "20",
-        "WECHAT_NATS_LOGIN_S": "60",
         "WECHAT_NATS_IN_MAX_AGE_H": str(AGE_S / 3600),
         "WECHAT_NATS_IN_MAX_PER_SANDBOX": "50",
         "WECHAT_NATS_TOKEN_KEY": base64.b64encode(bytes(32)).decode(),

@@ -149,7 +149,7 @@ async def test_a_user_who_has_a_bot_of_the_sandbox_keeps_it(tmp_path: Path) -> N
 
 
 async def test_a_login_that_nobody_scans_gets_new_codes_and_the_one_before_still_counts(tmp_path: Path) -> None:
-    async with world(tmp_path, environ={"WECHAT_NATS_LOGIN_REFRESH_S": "1"}, **FAST) as made:
+    async with world(tmp_path, parts={"login_refresh_s": 1}, **FAST) as made:
         nc = await ready(made, await made.add_adapter())
         login = await start(nc)
         await until(lambda: len(made.sim.qrcodes()) == 3, "two codes more")

@@ -114,6 +114,7 @@ class Scene(NamedTuple):
 
 @contextlib.asynccontextmanager
 async def scene(folder: Path, environ: dict[str, str] | None = None, **settings: Any) -> AsyncIterator[Scene]:
+    """`settings`: as of `world`."""
     port = free_port()
     async with world(folder, environ=environ, **settings) as made:
         adapter = await made.add_adapter(WECHAT_NATS_HTTP_ADDR=f"127.0.0.1:{port}")
@@ -256,7 +257,7 @@ async def test_pain_08_a_login_is_renewed_over_the_bus_and_starts_afresh(tmp_pat
 
 
 async def test_pain_09_a_code_is_renewed_before_it_dies_and_every_step_is_told(tmp_path: Path) -> None:
-    async with scene(tmp_path, {"WECHAT_NATS_LOGIN_REFRESH_S": "1"}, qr_hold_ms=200) as s:
+    async with scene(tmp_path, parts={"login_refresh_s": 1}, qr_hold_ms=200) as s:
         login: Login = await ask(s.nc, "login.start", Login, sandbox="s2")
         await until(lambda: len(s.made.sim.qrcodes()) >= 2, "a second code is there")
 
