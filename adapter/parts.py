@@ -51,7 +51,7 @@ from adapter.outbound.sessions import BotSessions, Pollers
 from adapter.outbound.text_worker import TextWorker
 from adapter.outbound.typing_indicator import TypingDeps
 from adapter.probes import Health
-from adapter.records import Binding
+from adapter.records import UNBOUND_S, Binding
 from adapter.replicas import rollcall
 from adapter.replicas.leases import Leases
 from adapter.replicas.rollcall import Polling, Present
@@ -93,9 +93,10 @@ BEAT_S = 0.1
 class Parts:
     """All of one replica, put together. `app` runs it; tests give it shorter waits."""
 
-    def __init__(self, settings: Settings, *, login_refresh_s: float = REFRESH_S) -> None:
+    def __init__(self, settings: Settings, *, login_refresh_s: float = REFRESH_S, unbound_s: int = UNBOUND_S) -> None:
         self.settings = settings
         self._login_refresh_s = login_refresh_s
+        self._unbound_s = unbound_s
         self.instance = settings.instance or socket.gethostname()
         self.names = names = Names(settings.prefix)
         self.clock = clock = SystemClock()
@@ -121,7 +122,6 @@ class Parts:
         self.uploads = Uploads(
             connections.cdn, connections.objects, clock, self.transfers, max_bytes=settings.media_max_bytes
         )
-        unbound_s = max(1, int(settings.unbound_hours * 3600))
         self.bindings = Bindings(connections.bucket(names.bindings), self.sealer.same, unbound_s=unbound_s)
         self.conversation_store = ConversationStore(connections.bucket(names.conversations), unserved_s=unbound_s)
         self.leases = Leases(
@@ -233,7 +233,7 @@ class Parts:
             spread_s=lambda: len(self.supervisor.sessions) / POLLS_PER_S,
             stale_retry_s=settings.stale_retry_s,
             notify=settings.notify,
-            keep_s=settings.unbound_hours * 3600,
+            keep_s=self._unbound_s,
             is_idle=self._is_idle,
             tell_freed=self.tell_freed,
             grace_s=self.grace_s,

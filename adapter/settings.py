@@ -161,12 +161,6 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     media_store_bytes: Annotated[int, Meta(ge=-1)] = 10737418240
     """Size of the object store in bytes. -1: as large as the server allows."""
 
-    unbound_hours: Annotated[float, Meta(gt=0)] = 72.0
-    """Hours for which a bot's place and window are kept after it was unbound: bound again in time, it goes on there.
-
-    iLink repeats messages for an hour or so, and a user's window is open for a day.
-    """
-
     typing_max_s: Annotated[float, Meta(gt=0)] = 300.0
     """Longest time, in seconds, that the bot is shown typing without being told again."""
 

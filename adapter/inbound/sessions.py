@@ -71,7 +71,7 @@ class Incoming(NamedTuple):
     """Pauses between the tries of a token that iLink has refused (-14)."""
     notify: bool
     """Whether iLink is told that polling starts and stops."""
-    keep_s: float
+    keep_s: int
     """How long an unbound bot's journal is kept."""
     is_idle: Callable[[str, str], Awaitable[bool]]
     """Whether a replica, by incarnation, and all others that live say that they have no poller of a bot; no answer is

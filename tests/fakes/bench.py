@@ -35,7 +35,7 @@ from adapter.outbound.receipts import Receipts
 from adapter.outbound.sessions import BotSessions
 from adapter.outbound.typing_indicator import TypingDeps
 from adapter.ports import Account, Stored
-from adapter.records import Binding
+from adapter.records import UNBOUND_S, Binding
 from adapter.seal import Sealer
 from adapter.slots import FairSlots
 from adapter.timing import Beat, Pace, Turns
@@ -50,7 +50,6 @@ LIMITS = Limits(command_bytes=262_144, text_chars=4000, parts=10, park_ms=72 * 3
 WINDOW = WindowPolicy(sends=10, hours=23.0, cooldown_s=3600.0, low=0)
 GAP_S = 1.5
 POLICY = SendPolicy(window=WINDOW, gap_ms=int(GAP_S * 1000), attempts=3, merge_chars=0)
-UNBOUND_S = 72 * 3600
 MEDIA_BYTES = 100_000
 
 
@@ -325,7 +324,7 @@ class Bench:
             spread_s=lambda: 0.0,
             stale_retry_s=(5.0, 30.0, 300.0),
             notify=True,
-            keep_s=3600.0,
+            keep_s=3600,
             is_idle=is_idle,
             tell_freed=tell_freed,
             grace_s=10.0,
