@@ -93,8 +93,16 @@ BEAT_S = 0.1
 class Parts:
     """All of one replica, put together. `app` runs it; tests give it shorter waits."""
 
-    def __init__(self, settings: Settings, *, login_refresh_s: float = REFRESH_S, unbound_s: int = UNBOUND_S) -> None:
+    def __init__(
+        self,
+        settings: Settings,
+        *,
+        stale_retry_s: Sequence[float] = poller.STALE_RETRY_S,
+        login_refresh_s: float = REFRESH_S,
+        unbound_s: int = UNBOUND_S,
+    ) -> None:
         self.settings = settings
+        self._stale_retry_s = stale_retry_s
         self._login_refresh_s = login_refresh_s
         self._unbound_s = unbound_s
         self.instance = settings.instance or socket.gethostname()
@@ -200,7 +208,7 @@ class Parts:
     # what has many parts ----------------------------------------------------------------------------
 
     def _incoming(self) -> Incoming:
-        settings, names = self.settings, self.names
+        names = self.names
         poll_streams = (
             *(names.stream_in, names.stream_journal),
             *(f"KV_{bucket}" for bucket in (names.bindings, names.conversations)),
@@ -231,8 +239,7 @@ class Parts:
             starts=Pace(STARTS_PER_S),
             beat=Beat(BEAT_S),
             spread_s=lambda: len(self.supervisor.sessions) / POLLS_PER_S,
-            stale_retry_s=settings.stale_retry_s,
-            notify=settings.notify,
+            stale_retry_s=self._stale_retry_s,
             keep_s=self._unbound_s,
             is_idle=self._is_idle,
             tell_freed=self.tell_freed,
@@ -289,9 +296,7 @@ class Parts:
             receipts=self.receipts,
             events=self.events,
             history=connections.history,
-            sessions=BotSessions(
-                self.bindings, connections.chat, account, self._pollers, self.clock, ask=settings.notify
-            ),
+            sessions=BotSessions(self.bindings, connections.chat, account, self._pollers, self.clock),
             typing=TypingDeps(
                 chat=connections.chat,
                 bindings=self.bindings,

@@ -92,9 +92,6 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     Secret. Without one, tokens are stored as they are.
     """
 
-    notify: bool = True
-    """Tell iLink when polling starts and stops (notifystart, notifystop)."""
-
     poll_margin_ms: AtLeast0 = 7000
     """Milliseconds added to the server's hold for the client's poll timeout. Too few cut polls about to deliver."""
 
@@ -127,12 +124,6 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
 
     cooldown_s: Seconds = 3600.0
     """Seconds without an inbound message after which one probe is sent to a throttled user (-2); 0: never."""
-
-    stale_retry_s: tuple[Annotated[float, Meta(ge=0)], ...] = (5.0, 30.0, 300.0)
-    """Pauses in seconds, separated by commas, between attempts to revive a stale token (-14; HTTP 401, 403 to polls).
-
-    `needs_login` is told after the last one, or within a minute if it comes later; one that succeeds takes it back.
-    """
 
     capacity: AtLeast1 = 10000
     """Bindings that this replica serves at most; the rest waits for another replica."""

@@ -55,8 +55,6 @@ def _type(info: msgspec.inspect.Type) -> Object:
     match info:
         case msgspec.inspect.LiteralType(values=values):
             return {"enum": list(values)}
-        case msgspec.inspect.BoolType():
-            return {"type": "boolean"}
         case msgspec.inspect.IntType() | msgspec.inspect.FloatType():
             kind = "integer" if isinstance(info, msgspec.inspect.IntType) else "number"
             names = {"ge": "minimum", "gt": "exclusiveMinimum", "le": "maximum"}
@@ -65,8 +63,6 @@ def _type(info: msgspec.inspect.Type) -> Object:
             }
         case msgspec.inspect.StrType(pattern=str(pattern)):
             return {"type": "string", "pattern": pattern.replace(r"\Z", "$")}
-        case msgspec.inspect.VarTupleType(item_type=msgspec.inspect.FloatType()):
-            return {"type": "string", "pattern": r"^[0-9.]+(,[0-9.]+)*$"}
         case msgspec.inspect.StrType(max_length=int(longest)):
             return {"type": "string", "maxLength": longest}
         case msgspec.inspect.StrType() | msgspec.inspect.VarTupleType():

@@ -26,7 +26,7 @@ from adapter.contract import (
 )
 from adapter.simulator import FaultRule
 from tests.e2e.test_bindings import ask, changes
-from tests.e2e.world import NAMES, AdapterProcess, World, eventually, stream, until, world
+from tests.e2e.world import NAMES, SOON, AdapterProcess, World, eventually, stream, until, world
 
 FAST: dict[str, Any] = {"qr_hold_ms": 300, "token_death_delay_s": 0}
 
@@ -286,7 +286,7 @@ async def test_two_replicas_take_one_confirmation_also_when_the_owner_dies(tmp_p
 
 
 async def test_what_was_parked_for_a_user_is_sent_by_the_bot_of_their_next_login(tmp_path: Path) -> None:
-    async with world(tmp_path, **FAST) as made:
+    async with world(tmp_path, parts=SOON, **FAST) as made:
         nc = await ready(made, await made.add_adapter())
         old = made.sim.add_bot()
         await made.bind(nc, "s1", old)

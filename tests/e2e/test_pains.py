@@ -20,7 +20,7 @@ from nats.aio.client import Client
 
 from adapter.contract import FINAL_OUTCOMES, BindingEvent, ImageItem, Inbound, Login, Receipt, VoiceItem
 from adapter.simulator import BotRecord, FaultRule, samples
-from tests.e2e.world import NAMES, AdapterProcess, World, eventually, free_port, stream, until, world
+from tests.e2e.world import NAMES, SOON, AdapterProcess, World, eventually, free_port, stream, until, world
 
 
 class Scene(NamedTuple):
@@ -221,7 +221,7 @@ async def test_pain_06_a_throttle_is_not_prolonged_by_retries(tmp_path: Path) ->
 
 
 async def test_pain_07_a_dead_login_is_told_and_nothing_is_called_any_more(tmp_path: Path) -> None:
-    async with scene(tmp_path) as s:
+    async with scene(tmp_path, parts=SOON) as s:
         await s.says("hello")
         s.made.sim.kill_token(s.bot.bot)
         event = BindingEvent(**(await s.event("binding", change="needs_login")))
@@ -235,7 +235,7 @@ async def test_pain_07_a_dead_login_is_told_and_nothing_is_called_any_more(tmp_p
 
 
 async def test_pain_08_a_login_is_renewed_over_the_bus_and_starts_afresh(tmp_path: Path) -> None:
-    async with scene(tmp_path) as s:
+    async with scene(tmp_path, parts=SOON) as s:
         await s.says("hello")
         s.made.sim.kill_token(s.bot.bot)
         await s.event("binding", change="needs_login")

@@ -307,6 +307,8 @@ class World:
         return found
 
 
+SOON = {"stale_retry_s": (0.2, 0.4, 0.6)}
+"""As `parts`: a dead token needs a login after a second."""
 TOKEN_KEY = base64.b64encode(bytes(range(32))).decode()
 
 
@@ -326,7 +328,6 @@ def environ_of(url: str, sim: Simulator) -> dict[str, str]:
         "WECHAT_NATS_SEND_GAP_MS": "0",
         "WECHAT_NATS_HTTP_ADDR": "127.0.0.1:0",
         "WECHAT_NATS_LEASE_S": "2",
-        "WECHAT_NATS_STALE_RETRY_S": "0.2,0.4,0.6",
         "WECHAT_NATS_DRAIN_S": "20",
     }
 

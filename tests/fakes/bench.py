@@ -25,6 +25,7 @@ from adapter.inbound.dispatcher import Dispatching
 from adapter.inbound.download import Downloading
 from adapter.inbound.inbox import Publishing
 from adapter.inbound.journal import Journal, JournalRecord, Written
+from adapter.inbound.poller import STALE_RETRY_S
 from adapter.inbound.recall import Recall
 from adapter.inbound.sessions import Incoming
 from adapter.inbound.triage import Triage
@@ -115,8 +116,6 @@ class Bench:
         """Bots of which an owner before may have stored something that the conversations have not heard."""
         self.stale: set[str] = set()
         """Bots whose tokens are being tried again."""
-        self.asks_sessions = True
-        """Whether notifystart is asked after -14 to a send."""
         self.polled_at: dict[str, float] = {}
         """When a poll of a bot was last answered."""
         self.asked_bound = 0
@@ -229,9 +228,7 @@ class Bench:
             history=self.bus,
             texts=self.texts,
             claims=self.claims_bucket,
-            sessions=BotSessions(
-                self.bindings, self.chat, self._account, lambda: self, self.clock, ask=self.asks_sessions
-            ),
+            sessions=BotSessions(self.bindings, self.chat, self._account, lambda: self, self.clock),
             typing=self.typing(),
             names=self.names,
             limits=self.limits,
@@ -322,8 +319,7 @@ class Bench:
             starts=Pace(2000),
             beat=Beat(0.1),
             spread_s=lambda: 0.0,
-            stale_retry_s=(5.0, 30.0, 300.0),
-            notify=True,
+            stale_retry_s=STALE_RETRY_S,
             keep_s=3600,
             is_idle=is_idle,
             tell_freed=tell_freed,
