@@ -25,6 +25,7 @@ from adapter.conversation.uploads import Uploads
 from adapter.conversation.window import WindowPolicy
 from adapter.errors import Temporary
 from adapter.events import Events
+from adapter.ilink.cdn import TRANSFERS
 from adapter.ilink.translate import read_message
 from adapter.inbound import poller
 from adapter.inbound.dispatcher import Dispatching
@@ -73,10 +74,11 @@ RELEASE_S = 5.0
 """The part of the drain time that is kept for giving the shards back."""
 TAKING = 32
 """Bots that are taken over at the same time."""
-SLOT_SHARES = 8
-"""Into how many shares the requests are divided that may be out at once; a sandbox has one of them."""
-TRANSFER_SHARES = 4
-"""The same of downloads and uploads."""
+SENDS = 256
+"""Sends that may be out at once: iLink answers one in a fraction of a second, so that these are more than a replica's
+CPU brings out."""
+SENDS_PER_SANDBOX = SENDS // 8
+TRANSFERS_PER_SANDBOX = TRANSFERS // 4
 PER_ROUND = 64
 """What goes on in one round of the event loop: answers that bring something, commands as they come and at each step
 of a lane, polls after a pause or a failure. Where five thousand answers came at once to a process with a quarter of a
@@ -124,9 +126,7 @@ class Parts:
         self.limits = _limits(settings)
         self.sealer = Sealer(settings.token_key)
         self.texts = TextWorker()
-        self.transfers = FairSlots(
-            settings.media_transfers, share=max(1, settings.media_transfers // TRANSFER_SHARES)
-        )
+        self.transfers = FairSlots(TRANSFERS, share=TRANSFERS_PER_SANDBOX)
         self.uploads = Uploads(
             connections.cdn, connections.objects, clock, self.transfers, max_bytes=settings.media_max_bytes
         )
@@ -283,7 +283,7 @@ class Parts:
                 store=self.conversation_store,
                 chat=connections.chat,
                 uploads=self.uploads,
-                slots=FairSlots(settings.max_sends, share=max(1, settings.max_sends // SLOT_SHARES)),
+                slots=FairSlots(SENDS, share=SENDS_PER_SANDBOX),
                 policy=self.policy,
                 clock=self.clock,
                 metrics=self.metrics,

@@ -92,9 +92,6 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     Secret. Without one, tokens are stored as they are.
     """
 
-    poll_margin_ms: AtLeast0 = 7000
-    """Milliseconds added to the server's hold for the client's poll timeout. Too few cut polls about to deliver."""
-
     send_gap_ms: AtLeast0 = 1500
     """Least pause between two sends to one user, in milliseconds. Shorter provokes iLink's throttling (-2)."""
 
@@ -103,9 +100,6 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
 
     window_hours: Annotated[float, Meta(gt=0, le=24)] = 23.0
     """Hours after an inbound message in which sends are tried. iLink closes at 24; the rest is safety."""
-
-    max_sends: AtLeast1 = 256
-    """Sends in flight at once, over all users of the replica."""
 
     send_timeout_s: Annotated[float, Meta(gt=0)] = 15.0
     """Seconds until a send without answer counts as uncertain."""
@@ -142,9 +136,6 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
 
     media_wait_s: Annotated[float, Meta(gt=0)] = 60.0
     """Seconds that a message waits for the download of its media; then it goes on without them."""
-
-    media_transfers: AtLeast1 = 8
-    """Downloads and uploads at once, over all users of the replica; a sandbox has a quarter of them, one at least."""
 
     media_hours: Annotated[float, Meta(ge=1)] = 168.0
     """Hours that media are kept in the object store."""

@@ -358,8 +358,7 @@ async def test_pain_13_a_crash_loses_nothing_and_repeats_nothing(tmp_path: Path)
 
 
 async def test_pain_14_a_poll_that_hangs_for_ever_is_noticed_and_its_connection_renewed(tmp_path: Path) -> None:
-    environ = {"WECHAT_NATS_POLL_MARGIN_MS": "100"}
-    async with scene(tmp_path, environ, hint_ms=5000) as s:
+    async with scene(tmp_path, hint_ms=500) as s:
         await s.says("hello")
         s.made.sim.set_fault(FaultRule(fault="F5", bot=s.bot.bot, endpoint="getupdates", count=3))
         s.made.sim.cut_polls(s.bot.bot)

@@ -424,7 +424,6 @@ class Untouched:
             base_url=f"{BASE}/c2c",
             allowed_hosts=(),
             max_bytes=100,
-            transfers=1,
             network=CheckedNetwork(Resolver((), look_up=look_up), afresh=True, inner=self.wire),
         )
 
@@ -490,7 +489,6 @@ async def test_media_of_a_host_that_leads_inside_are_not_fetched(untouched: Unto
         base_url=f"{BASE}/c2c",
         allowed_hosts=(),
         max_bytes=100,
-        transfers=1,
         network=network,
     )
     with pytest.raises(Temporary):
