@@ -16,7 +16,7 @@ from adapter.bindings.registry import Bindings, account_of
 from adapter.connections import Connections
 from adapter.console.desk import Needs
 from adapter.console.server import Console
-from adapter.conversation.commands import Limits
+from adapter.conversation.commands import TYPING_MS, Limits
 from adapter.conversation.conversations import Conversations, ConversationShard
 from adapter.conversation.rules import SendPolicy
 from adapter.conversation.shard import ConversationDeps
@@ -123,7 +123,7 @@ class Parts:
             at_least={names.bindings: lambda: len(self.bindings)},
         )
         self.policy = _policy(settings)
-        self.limits = _limits(settings)
+        self.limits = Limits(park_ms=int(settings.park_hours * 3_600_000))
         self.sealer = Sealer(settings.token_key)
         self.texts = TextWorker()
         self.transfers = FairSlots(TRANSFERS, share=TRANSFERS_PER_SANDBOX)
@@ -276,7 +276,7 @@ class Parts:
         )
 
     def _outbound(self) -> OutboundDeps:
-        settings, connections = self.settings, self.connections
+        connections = self.connections
         account = partial(account_of, sealer=self.sealer)
         return OutboundDeps(
             conversation=ConversationDeps(
@@ -304,7 +304,7 @@ class Parts:
                 account=account,
                 stale=self._is_stale,
                 check=self.leases.check,
-                longest_s=settings.typing_max_s,
+                longest_s=TYPING_MS / 1000,
             ),
             names=self.names,
             limits=self.limits,
@@ -478,20 +478,8 @@ def _policy(settings: Settings) -> SendPolicy:
         window=WindowPolicy(
             sends=settings.sends_per_window,
             hours=settings.window_hours,
-            cooldown_s=settings.cooldown_s,
             reserve=settings.reserve_sends,
         ),
         gap_ms=settings.send_gap_ms,
-        attempts=settings.send_attempts,
         merge_chars=settings.merge_chars,
-    )
-
-
-def _limits(settings: Settings) -> Limits:
-    return Limits(
-        settings.max_command_bytes,
-        settings.text_max_chars,
-        settings.max_parts,
-        int(settings.park_hours * 3_600_000),
-        int(settings.typing_max_s * 1000),
     )

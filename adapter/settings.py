@@ -71,9 +71,6 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     replicas: Literal[1, 3, 5] = 1
     """Copies of streams and buckets in the NATS cluster. With 1, a lost NATS disk loses messages."""
 
-    storage: Literal["file", "memory"] = "file"
-    """Where JetStream keeps streams and buckets. `memory` loses everything with the server: for tests."""
-
     instance: Annotated[str, Meta(pattern=r"^[A-Za-z0-9_.-]{0,128}\Z")] = ""
     """Name of this replica, unique among them; empty: made from the host name."""
 
@@ -104,26 +101,11 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     send_timeout_s: Annotated[float, Meta(gt=0)] = 15.0
     """Seconds until a send without answer counts as uncertain."""
 
-    send_attempts: AtLeast1 = 8
-    """Attempts of one send while the answers say that nothing was taken (5xx); after them (2 min.) a dead letter."""
-
-    text_max_chars: Annotated[int, Meta(ge=1, le=16384)] = 4000
-    """Longest part of a split text, in characters; never above 16,384 bytes of UTF-8 either."""
-
-    max_parts: AtLeast1 = 10
-    """Most parts of a split text; a longer text is refused as `too_long`."""
-
     park_hours: Annotated[float, Meta(gt=0)] = 72.0
     """Hours that a parked command may wait for its user; longer: refused as `expired`."""
 
-    cooldown_s: Seconds = 3600.0
-    """Seconds without an inbound message after which one probe is sent to a throttled user (-2); 0: never."""
-
     capacity: AtLeast1 = 10000
     """Bindings that this replica serves at most; the rest waits for another replica."""
-
-    max_command_bytes: Annotated[int, Meta(ge=1024)] = 262144
-    """Largest command read from the bus, in bytes; a larger one becomes a dead letter."""
 
     merge_chars: AtLeast0 = 3000
     """Parked texts of one user are sent as one message up to so many characters; 0: each on its own."""
@@ -142,9 +124,6 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
 
     media_store_bytes: Annotated[int, Meta(ge=-1)] = 10737418240
     """Size of the object store in bytes. -1: as large as the server allows."""
-
-    typing_max_s: Annotated[float, Meta(gt=0)] = 300.0
-    """Longest time, in seconds, that the bot is shown typing without being told again."""
 
     in_max_per_sandbox: AtLeast1 = 10000
     """Inbound messages kept per sandbox; the oldest go first."""

@@ -162,7 +162,6 @@ def environ_of(url: str, sim: Simulator) -> dict[str, str]:
         "WECHAT_NATS_SEND_GAP_MS": "200",
         "WECHAT_NATS_WINDOW_HOURS": str(WINDOW_S / 3600),
         "WECHAT_NATS_PARK_HOURS": str(AGE_S / 3600),
-        "WECHAT_NATS_TYPING_MAX_S": "20",
         "WECHAT_NATS_IN_MAX_AGE_H": str(AGE_S / 3600),
         "WECHAT_NATS_IN_MAX_PER_SANDBOX": "50",
         "WECHAT_NATS_TOKEN_KEY": base64.b64encode(bytes(32)).decode(),

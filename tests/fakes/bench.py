@@ -47,8 +47,8 @@ from tests.fakes.media import FakeCdn, FakeObjects
 from tests.fakes.replicas import FakeLeases
 from tests.fakes.texts import FakeTexts
 
-LIMITS = Limits(command_bytes=262_144, text_chars=4000, parts=10, park_ms=72 * 3_600_000)
-WINDOW = WindowPolicy(sends=10, hours=23.0, cooldown_s=3600.0, low=0)
+LIMITS = Limits(park_ms=72 * 3_600_000)
+WINDOW = WindowPolicy(sends=10, hours=23.0, low=0)
 GAP_S = 1.5
 POLICY = SendPolicy(window=WINDOW, gap_ms=int(GAP_S * 1000), attempts=3, merge_chars=0)
 MEDIA_BYTES = 100_000
