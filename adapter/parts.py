@@ -107,7 +107,7 @@ class Parts:
         self._stale_retry_s = stale_retry_s
         self._login_refresh_s = login_refresh_s
         self._unbound_s = unbound_s
-        self.instance = settings.instance or socket.gethostname()
+        self.instance = socket.gethostname()
         self.names = names = Names(settings.prefix)
         self.clock = clock = SystemClock()
         self.metrics = metrics = Metrics()

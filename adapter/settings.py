@@ -71,9 +71,6 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     replicas: Literal[1, 3, 5] = 1
     """Copies of streams and buckets in the NATS cluster. With 1, a lost NATS disk loses messages."""
 
-    instance: Annotated[str, Meta(pattern=r"^[A-Za-z0-9_.-]{0,128}\Z")] = ""
-    """Name of this replica, unique among them; empty: made from the host name."""
-
     ilink_base_url: str = "https://ilinkai.weixin.qq.com"
     """iLink API base, used where a binding names none, and for QR codes."""
 

@@ -28,7 +28,6 @@ ELSEWHERE = frozenset(
     {"WECHAT_NATS_TOKEN_KEY", "WECHAT_NATS_DRAIN_S", "WECHAT_NATS_HTTP_ADDR"}  # have values of their own
     | {"WECHAT_NATS_CONSOLE_ADDR", "WECHAT_NATS_CONSOLE_TOKEN"}  # so do these
     | {"WECHAT_NATS_DATA_DIR"}  # for `--embedded` only
-    | {"WECHAT_NATS_INSTANCE"}  # the same for all pods would make them one replica
 )
 """Variables of the program that `settings` does not take."""
 

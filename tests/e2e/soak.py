@@ -503,10 +503,7 @@ async def run(folder: Path, *, seed: int, minutes: float, bots: int) -> Result:
         ports: dict[str, int] = {}
         for name in ("adapter 1", "adapter 2", "helper"):
             ports[name] = free_port()
-            own = {
-                "WECHAT_NATS_HTTP_ADDR": f"127.0.0.1:{ports[name]}",
-                "WECHAT_NATS_INSTANCE": name.replace(" ", "-"),
-            }
+            own = {"WECHAT_NATS_HTTP_ADDR": f"127.0.0.1:{ports[name]}"}
             adapters[name] = AdapterProcess(environ | own, folder / f"{name}.log", PARTS)
             stack.push_async_callback(end, adapters[name])
         helper = adapters.pop("helper")

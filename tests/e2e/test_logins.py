@@ -258,9 +258,9 @@ async def test_a_login_survives_its_owner(tmp_path: Path, when: str) -> None:
 
 async def test_two_replicas_take_one_confirmation_also_when_the_owner_dies(tmp_path: Path) -> None:
     async with world(tmp_path, **FAST) as made:
-        first = await made.add_adapter(WECHAT_NATS_INSTANCE="first")
+        first = await made.add_adapter()
         nc = await ready(made, first)
-        second = await made.add_adapter(WECHAT_NATS_INSTANCE="second")
+        second = await made.add_adapter()
         await until(lambda: b"adapter.started" in second.log.read_bytes(), "the second runs")
         logins = [await start(nc, f"s{n}") for n in range(6)]
         codes = [record.qrcode for record in made.sim.qrcodes()]
