@@ -75,10 +75,10 @@ RELEASE_S = 5.0
 TAKING = 32
 """Bots that are taken over at the same time."""
 SENDS = 256
-"""Sends that may be out at once: iLink answers one in a fraction of a second, so that these are more than a replica's
-CPU brings out."""
-SENDS_PER_SANDBOX = SENDS // 8
-TRANSFERS_PER_SANDBOX = TRANSFERS // 4
+"""Sends that may be out at once. They bound sockets and memory while iLink is slow; when it answers in a quarter of a
+second, they are a thousand sends a second."""
+SENDS_PER_SANDBOX, TRANSFERS_PER_SANDBOX = SENDS // 8, TRANSFERS // 4
+"""What one sandbox may have out, so that slow answers to its bots do not hold up the others."""
 PER_ROUND = 64
 """What goes on in one round of the event loop: answers that bring something, commands as they come and at each step
 of a lane, polls after a pause or a failure. Where five thousand answers came at once to a process with a quarter of a

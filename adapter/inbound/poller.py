@@ -36,8 +36,8 @@ HOLD_MS = 35_000
 INSTANT_S = 0.5
 """An answer sooner than this that brings nothing new was no long poll: its server is not hammered."""
 STALE_RETRY_S = (5.0, 30.0, 300.0)
-"""Pauses between the tries of a token that iLink has refused (ilink-protocol 5.4): a hiccup is over after the first,
-and the last one finds a token that came back once the user was told to log in."""
+"""Pauses between the tries of a token that iLink has refused (ilink-protocol 5.4). They are few: most such tokens
+stay dead. The last try comes after `needs_login` was told."""
 NOTIFY_S = 1.5
 """The first poll does not wait longer for iLink's answer to notifystart: it is best effort
 (docs/reference/ilink-protocol.md, "Online state")."""
