@@ -44,7 +44,7 @@ TYPING_MS = 300_000
 """How long the bot is shown typing without being told again, so that an agent that died does not type for ever; a
 command to show it has expired at this age."""
 TEXT_CHARS = 4000
-"""Longest part of a split text: in every script fewer bytes than iLink takes (ilink-protocol 10.1)."""
+"""Longest part of a split text: in every script fewer bytes than iLink takes (split.MAX_BYTES)."""
 PARTS = 10
 """Most parts of a split text: as many as a window has sends."""
 

@@ -21,7 +21,7 @@ Closed: TypeAlias = Literal["", "window_closed", "quota", "throttled", "reserved
 SENT_KEPT = 32
 """Times of sends kept per window: more than the budget."""
 COOLDOWN_S = 3600.0
-"""A throttle by rate is over after about an hour without attempts; each attempt extends it (ilink-protocol 5.2)."""
+"""A throttle by rate is over after about an hour without attempts; each attempt extends it."""
 CLOCK_ERROR_MS = 300_000
 """A message that seems older than this when it comes tells of a wrong clock: polls that hang bring it sooner. Else a
 clock that is behind would count the sends of all windows against each new one, for ever. A send that seems to leave

@@ -30,7 +30,7 @@ from adapter.timing import Clock, backoff, finish
 log = structlog.get_logger()
 
 REFRESH_S = 50.0
-"""After so long a code that nobody scanned is replaced: iLink's live for one to two minutes (ilink-protocol 8)."""
+"""After so long a code that nobody scanned is replaced: iLink's live for one to two minutes."""
 PAUSE_S = 1.0
 """Between two requests about one code (docs/reference/ilink-protocol.md, "Login")."""
 BOUND_S = 30.0

@@ -30,7 +30,7 @@ TELL_MS = 240_000
 CODES = 2
 """Codes of a login that iLink is asked about: the newest, and the previous one, which somebody may be scanning."""
 DEAD_CODES = 3
-"""So many codes of a login may expire or be blocked, then it ends, as with the official client (ilink-protocol 8)."""
+"""So many codes of a login may expire or be blocked, then it ends, as with the official client."""
 PATIENCE_S = 0.05
 LAG_S = 0.3
 """A login that was started a moment ago may not yet be in every copy of the bucket."""

@@ -17,7 +17,7 @@ from adapter.seal import Sealer
 from adapter.services.requests import START_S, read_request
 
 LOGIN_S = 480.0
-"""How long a login may take in all: as long as with the official client (ilink-protocol 8)."""
+"""How long a login may take in all: as long as with the official client."""
 OPEN_PER_SANDBOX = 20
 """Each login that is open costs long polls; more than this is a platform that starts them in a loop."""
 
