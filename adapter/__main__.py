@@ -75,7 +75,7 @@ def _run_alone() -> int:
 
     try:
         settings = read_settings(os.environ)
-        logs.configure(settings.log, version=__version__, instance=settings.instance)
+        logs.configure(settings.log, version=__version__)
         run_fast(_serve(settings))
     except SettingsError as exc:
         sys.stderr.write(f"{exc.detail}\n")

@@ -46,7 +46,6 @@ class Connections:
             metrics,
             default_base_url=settings.ilink_base_url,
             allowed_hosts=settings.allowed_hosts,
-            poll_margin_s=settings.poll_margin_ms / 1000,
             send_timeout_s=settings.send_timeout_s,
         )
         self.cdn = CdnClient(
@@ -55,7 +54,6 @@ class Connections:
             base_url=settings.cdn_base_url,
             allowed_hosts=settings.allowed_hosts,
             max_bytes=settings.media_max_bytes,
-            transfers=settings.media_transfers,
         )
 
     def bucket(self, name: str) -> KvBucket:

@@ -15,6 +15,8 @@ from msgspec import Meta
 from adapter.names import H_LAST, H_NAME, H_NEXT, H_OFFSET, H_SHA256, H_SIZE, H_UPLOAD, SANDBOX_PATTERN
 
 SCHEMA_VERSION = "1"
+COMMAND_BYTES = 256 * 1024
+"""Largest command, in bytes: with its headers it fits what a server takes of a sandbox. Media go by object."""
 
 _HEADERS = {
     "upload": H_UPLOAD,

@@ -101,8 +101,7 @@ class DedupWindow:
     `kept`: those that are stored already.
     """
 
-    def __init__(self, kept: Iterable[str] = (), *, skew_ms: int = 0) -> None:
-        self._skew_ms = skew_ms
+    def __init__(self, kept: Iterable[str] = ()) -> None:
         self._lines = "\n"
         """Each record between line ends."""
         self._messages = self._content_hashes = b""
@@ -130,7 +129,7 @@ class DedupWindow:
         if bytes.fromhex(content) not in self._content_hashes:
             return False
         probe = _ParsedFingerprint(*keys.hashed, keys.sent_at_ms, 0)
-        return any(_is_same_message(probe, known, self._skew_ms) for known in self._known_with_content(probe.content))
+        return any(_is_same_message(probe, known) for known in self._known_with_content(probe.content))
 
     def _known_with_content(self, content: str) -> Iterator[_ParsedFingerprint]:
         """The records with these words, by their hash."""
@@ -214,8 +213,7 @@ class DedupWindow:
 class BatchDedup:
     """The messages of one answer of iLink, which may be thousands, and are looked up among themselves."""
 
-    def __init__(self, *, skew_ms: int = 0) -> None:
-        self._skew_ms = skew_ms
+    def __init__(self) -> None:
         self._messages: set[str] = set()
         self._by_content: dict[str, list[MessageKeys]] = {}
 
@@ -228,10 +226,7 @@ class BatchDedup:
         if alike is None:
             return False
         probe = _ParsedFingerprint(*keys.hashed, keys.sent_at_ms, 0)
-        return any(
-            _is_same_message(probe, _ParsedFingerprint(*other.hashed, other.sent_at_ms, 0), self._skew_ms)
-            for other in alike
-        )
+        return any(_is_same_message(probe, _ParsedFingerprint(*other.hashed, other.sent_at_ms, 0)) for other in alike)
 
     def add(self, keys: MessageKeys) -> None:
         message, _, _, content = keys.hashed
@@ -240,17 +235,17 @@ class BatchDedup:
         self._by_content.setdefault(content, []).append(keys)
 
 
-def _is_same_message(new: _ParsedFingerprint, old: _ParsedFingerprint, skew_ms: int) -> bool:
+def _is_same_message(new: _ParsedFingerprint, old: _ParsedFingerprint) -> bool:
     """Whether `new`, with the words of `old`, is `old` again: ids first, then the time of writing."""
     if new.client and new.client == old.client:
         return True
     if not new.message and not new.client and new.seq and new.seq == old.seq:
         return True
+    if not new.sent_at_ms:
+        return False
     apart_ms = abs(new.sent_at_ms - old.sent_at_ms)
-    if new.sent_at_ms and apart_ms <= skew_ms:
-        return True
     nameless = not (new.message and old.message) and not (new.client and old.client)
-    return nameless and bool(new.sent_at_ms) and apart_ms < SAME_TIME_MS
+    return apart_ms == 0 or (nameless and apart_ms < SAME_TIME_MS)
 
 
 def _parse_fingerprint(record: str) -> _ParsedFingerprint:

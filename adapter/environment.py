@@ -75,11 +75,10 @@ def _parse_value(field: str, kind: Any, raw: str) -> Any:
     if field == "token_key":
         return tuple(_token_key(part) for part in _split_list(raw))
     info = msgspec.inspect.type_info(kind)
-    many = isinstance(info, msgspec.inspect.VarTupleType)
-    plain: Any = raw if not many else _split_list(raw)
+    plain: Any = _split_list(raw) if isinstance(info, msgspec.inspect.VarTupleType) else raw
     try:
         value = msgspec.convert(plain, kind, strict=False)
-        if not all(math.isfinite(v) for v in (value if many else [value]) if isinstance(v, float)):
+        if isinstance(value, float) and not math.isfinite(value):
             raise ValueError("not finite")
     except (msgspec.ValidationError, ValueError) as exc:
         raise ValueError(f"expected {_describe_type(info)}{_describe_value(field, raw)}") from exc
@@ -215,8 +214,6 @@ def _describe_type(info: msgspec.inspect.Type) -> str:
             return "a number" + _describe_bounds(info)
         case msgspec.inspect.StrType(pattern=str(pattern)):
             return "text that matches " + pattern.replace(r"\Z", "$")
-        case msgspec.inspect.VarTupleType(item_type=item):
-            return f"{_describe_type(item)}, several separated by commas"
         case _:
             return "text"
 

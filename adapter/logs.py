@@ -66,7 +66,6 @@ def configure(
     stream: BinaryIO | None = None,
     *,
     version: str = "",
-    instance: str = "",
     console: bool | None = None,
 ) -> None:
     """Sends structlog's events and, from WARNING on, those of the standard library to `stream` (default: stdout).
@@ -74,7 +73,7 @@ def configure(
     `console` asks for lines for people instead of JSON; None: if `stream` is a terminal. May be called again.
     """
     out = stream if stream is not None else sys.stdout.buffer
-    service = {"service.name": SERVICE, "service.version": version, "service.instance.id": instance}
+    service = {"service.name": SERVICE, "service.version": version}
     people = out.isatty() if console is None else console
     render: list[Processor] = (
         [redact, _to_console]

@@ -62,11 +62,11 @@ async def _log_missing_permissions(replica: Replica) -> None:
 async def _check_tokens(replica: Replica) -> None:
     """Raises SettingsError where tokens lie open although there is a key, Temporary."""
     found = await count_stored_tokens(replica.connections.history, replica.names, replica.sealer)
-    if found["open"] and replica.sealer.is_enabled and not replica.settings.allow_unsealed:
+    if found["open"] and replica.sealer.is_enabled:
         raise SettingsError(
             "tokens_unsealed",
             f"{found['open']} bot tokens lie unsealed in {replica.names.bindings}, although WECHAT_NATS_TOKEN_KEY is"
-            " set. `wechat-nats doctor --fix` seals them; WECHAT_NATS_ALLOW_UNSEALED=true starts all the same.",
+            " set. `wechat-nats doctor --fix` seals them.",
         )
     if found["foreign"]:
         log.error("tokens.unopenable", tokens=found["foreign"], detail="They are sealed with a key that is not set.")

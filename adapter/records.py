@@ -17,6 +17,10 @@ from adapter.contract import (
     Options,
 )
 
+UNBOUND_S = 72 * 3600
+"""How long a bot's place and its users' windows are kept after it was unbound: bound again in time, it goes on there.
+iLink repeats messages for an hour or so, and a user's window is open for a day."""
+
 
 class Binding(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """Bucket `bindings`, key: the bot. Which sandbox a bot serves, and how it is reached."""

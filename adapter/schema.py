@@ -20,7 +20,7 @@ import msgspec
 from adapter.contract import MESSAGES, SCHEMA_VERSION, ReplayPage, ReplayQuery
 from adapter.names import H_MSG_ID, H_REPLY_TO, H_SCHEMA, H_TRACEPARENT, SANDBOX_PATTERN, Names
 from adapter.permissions import FILES, server_config
-from adapter.settings import SECRETS, Settings, variable_of
+from adapter.settings import GROUPS, SECRETS, Settings, variable_of
 
 ROOT = Path(__file__).parents[1]
 DIALECT = "https://json-schema.org/draft/2020-12/schema"
@@ -193,11 +193,13 @@ def settings_table() -> list[SettingRow]:
 
 
 def settings_markdown() -> str:
-    """`settings_table` as `SETTINGS_PAGE` shows it."""
-    lines = ["| variable | default | meaning |", "|---|---|---|"]
-    for variable, default, meaning in settings_table():
+    """`settings_table` as `SETTINGS_PAGE` shows it: a table for each group."""
+    lines = []
+    for field, (variable, default, meaning) in zip(Settings.__struct_fields__, settings_table(), strict=True):
+        if field in GROUPS:
+            lines += ["", f"## {GROUPS[field]}", "", "| variable | default | meaning |", "|---|---|---|"]
         lines.append(f"| `{variable}` | {f'`{default}`' if default else 'empty'} | {meaning} |")
-    return "\n".join(lines) + "\n"
+    return "\n".join(lines) + "\n\n"
 
 
 def generated_files(root: Path = ROOT) -> dict[Path, str]:

@@ -23,14 +23,22 @@ CREDENTIALS = (
     "nats_key",
 )
 """The fields by which a NATS server knows its client, and the client its server."""
+GROUPS = {
+    "nats_url": "Connections",
+    "sends_per_window": "For the platform: what users and sandboxes get",
+    "token_key": "For operators: keys, room, replicas and what is shown of them",
+    "allowed_hosts": "For tests, the simulator and `--embedded`",
+}
+"""Who turns which settings: the first field of each group, and its title in the reference."""
 _PASSWORD = re.compile(r"//[^/@,\s]*@")
 AtLeast0 = Annotated[int, Meta(ge=0)]
 AtLeast1 = Annotated[int, Meta(ge=1)]
-Seconds = Annotated[float, Meta(ge=0)]
 
 
 class Settings(msgspec.Struct, frozen=True, kw_only=True):
     """How one replica runs. Made by `read_settings`; a test may build it directly."""
+
+    # connections ---------------------------------------------------------------------------------------
 
     nats_url: tuple[str, ...] = ("nats://127.0.0.1:4222",)
     """NATS servers, separated by commas; `tls://` in one turns TLS on for all."""
@@ -68,95 +76,34 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     prefix: Annotated[str, Meta(pattern=r"^[a-z][a-z0-9_-]{0,31}\Z")] = "wechat"
     """First token of every subject, prefix of streams and buckets. Another prefix is another, empty bus."""
 
-    replicas: Literal[1, 3, 5] = 1
-    """Copies of streams and buckets in the NATS cluster. With 1, a lost NATS disk loses messages."""
-
-    storage: Literal["file", "memory"] = "file"
-    """Where JetStream keeps streams and buckets. `memory` loses everything with the server: for tests."""
-
-    instance: Annotated[str, Meta(pattern=r"^[A-Za-z0-9_.-]{0,128}\Z")] = ""
-    """Name of this replica, unique among them; empty: made from the host name."""
-
     ilink_base_url: str = "https://ilinkai.weixin.qq.com"
     """iLink API base, used where a binding names none, and for QR codes."""
 
     cdn_base_url: str = "https://novac2c.cdn.weixin.qq.com/c2c"
     """Base of iLink's media URLs."""
 
-    allowed_hosts: tuple[str, ...] = ()
-    """Extra `host` or `host:port` that may be called, also by plain http and on loopback: for simulator and tests."""
-
-    token_key: tuple[bytes, ...] = ()
-    """Keys that seal bot tokens at rest, separated by commas: 32 bytes each, in base64. The first seals, all open.
-
-    Secret. Without one, tokens are stored as they are.
-    """
-
-    allow_unsealed: bool = False
-    """Start although a key is set and tokens lie unsealed in the bucket; `wechat-nats doctor --fix` seals them."""
-
-    notify: bool = True
-    """Tell iLink when polling starts and stops (notifystart, notifystop)."""
-
-    poll_margin_ms: AtLeast0 = 7000
-    """Milliseconds added to the server's hold for the client's poll timeout. Too few cut polls about to deliver."""
-
-    send_gap_ms: AtLeast0 = 1500
-    """Least pause between two sends to one user, in milliseconds. Shorter provokes iLink's throttling (-2)."""
+    # platform ------------------------------------------------------------------------------------------
 
     sends_per_window: AtLeast0 = 10
     """Sends after an inbound message before commands are parked; 0: do not count."""
 
+    reserve_sends: AtLeast0 = 0
+    """Sends of each window kept back for answers: a command with `optional` is refused before it takes one."""
+
     window_hours: Annotated[float, Meta(gt=0, le=24)] = 23.0
     """Hours after an inbound message in which sends are tried. iLink closes at 24; the rest is safety."""
-
-    max_sends: AtLeast1 = 256
-    """Sends in flight at once, over all users of the replica."""
-
-    send_timeout_s: Annotated[float, Meta(gt=0)] = 15.0
-    """Seconds until a send without answer counts as uncertain."""
-
-    send_attempts: AtLeast1 = 8
-    """Attempts of one send while the answers say that nothing was taken (5xx); after them (2 min.) a dead letter."""
-
-    text_max_chars: Annotated[int, Meta(ge=1, le=16384)] = 4000
-    """Longest part of a split text, in characters; never above 16,384 bytes of UTF-8 either."""
-
-    max_parts: AtLeast1 = 10
-    """Most parts of a split text; a longer text is refused as `too_long`."""
 
     park_hours: Annotated[float, Meta(gt=0)] = 72.0
     """Hours that a parked command may wait for its user; longer: refused as `expired`."""
 
-    cooldown_s: Seconds = 3600.0
-    """Seconds without an inbound message after which one probe is sent to a throttled user (-2); 0: never."""
+    send_gap_ms: AtLeast0 = 1500
+    """Least pause between two sends to one user, in milliseconds. Shorter provokes iLink's throttling (-2)."""
 
-    stale_retry_s: tuple[Annotated[float, Meta(ge=0)], ...] = (5.0, 30.0, 300.0)
-    """Pauses in seconds, separated by commas, between attempts to revive a stale token (-14; HTTP 401, 403 to polls).
-
-    `needs_login` is told after the last one, or within a minute if it comes later; one that succeeds takes it back.
-    """
-
-    groups_as_direct: bool = False
-    """Tell what was written in a group (`group_id`) as if it were written to the bot alone.
-
-    Else it becomes a dead letter: iLink is not known to put bots in groups, nor where an answer would go.
-    """
-
-    duplicate_skew_ms: AtLeast0 = 0
-    """Milliseconds by which the times of two copies of one message may differ. Too many swallow a repeated "ok"."""
-
-    capacity: AtLeast1 = 10000
-    """Bindings that this replica serves at most; the rest waits for another replica."""
-
-    max_command_bytes: Annotated[int, Meta(ge=1024)] = 262144
-    """Largest command read from the bus, in bytes; a larger one becomes a dead letter."""
+    send_timeout_s: Annotated[float, Meta(gt=0)] = 15.0
+    """Seconds until a send without answer counts as uncertain."""
 
     merge_chars: AtLeast0 = 3000
     """Parked texts of one user are sent as one message up to so many characters; 0: each on its own."""
-
-    reserve_sends: AtLeast0 = 0
-    """Sends of each window kept back for answers: a command with `optional` is refused before it takes one."""
 
     media_max_bytes: Annotated[int, Meta(ge=1)] = 104857600
     """Largest media, in bytes, both ways. A larger one is announced without its bytes, or refused."""
@@ -164,41 +111,11 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     media_wait_s: Annotated[float, Meta(gt=0)] = 60.0
     """Seconds that a message waits for the download of its media; then it goes on without them."""
 
-    media_transfers: AtLeast1 = 8
-    """Downloads and uploads at once, over all users of the replica; a sandbox has a quarter of them, one at least."""
-
     media_hours: Annotated[float, Meta(ge=1)] = 168.0
     """Hours that media are kept in the object store."""
 
-    media_store_bytes: Annotated[int, Meta(ge=-1)] = 10737418240
-    """Size of the object store in bytes. -1: as large as the server allows."""
-
-    unbound_hours: Annotated[float, Meta(gt=0)] = 72.0
-    """Hours for which a bot's place and window are kept after it was unbound: bound again in time, it goes on there.
-
-    iLink repeats messages for an hour or so, and a user's window is open for a day.
-    """
-
-    typing_max_s: Annotated[float, Meta(gt=0)] = 300.0
-    """Longest time, in seconds, that the bot is shown typing without being told again."""
-
-    login_s: Annotated[float, Meta(gt=0)] = 480.0
-    """Seconds that a QR login may take in all."""
-
-    login_refresh_s: Annotated[float, Meta(gt=0)] = 50.0
-    """Seconds after which a QR code that nobody scanned is replaced; iLink's live one to two minutes."""
-
-    login_codes: AtLeast1 = 3
-    """QR codes of one login that iLink may let expire or block before it counts as expired."""
-
     in_max_per_sandbox: AtLeast1 = 10000
     """Inbound messages kept per sandbox; the oldest go first."""
-
-    in_max_bytes: Annotated[int, Meta(ge=-1)] = 10737418240
-    """Size of the inbound stream in bytes; the oldest messages go first. -1: as large as the server allows.
-
-    Commands have half of it in a stream of their own, dead letters a tenth.
-    """
 
     in_max_age_h: Annotated[float, Meta(gt=0)] = 72.0
     """Hours that inbound messages are kept for durable readers and replay."""
@@ -206,10 +123,33 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     out_max_per_sandbox: AtLeast1 = 10000
     """Unsent commands kept per sandbox; one more is refused to its publisher."""
 
+    # operators -----------------------------------------------------------------------------------------
+
+    token_key: tuple[bytes, ...] = ()
+    """Keys that seal bot tokens at rest, separated by commas: 32 bytes each, in base64. The first seals, all open.
+
+    Secret. Without one, tokens are stored as they are.
+    """
+
+    replicas: Literal[1, 3, 5] = 1
+    """Copies of streams and buckets in the NATS cluster. With 1, a lost NATS disk loses messages."""
+
+    in_max_bytes: Annotated[int, Meta(ge=-1)] = 10737418240
+    """Size of the inbound stream in bytes; the oldest messages go first. -1: as large as the server allows.
+
+    Commands have half of it in a stream of their own, dead letters a tenth.
+    """
+
+    media_store_bytes: Annotated[int, Meta(ge=-1)] = 10737418240
+    """Size of the object store in bytes. -1: as large as the server allows."""
+
+    capacity: AtLeast1 = 10000
+    """Bindings that this replica serves at most; the rest waits for another replica."""
+
     lease_s: Annotated[float, Meta(ge=0.5)] = 4.0
     """Seconds of silence after which a replica loses its shards to the others."""
 
-    drain_s: Seconds = 50.0
+    drain_s: Annotated[float, Meta(ge=0)] = 50.0
     """Longest time between SIGTERM and exit, in seconds; longer than a long poll, so that no poll has to be cut."""
 
     http_addr: str = "127.0.0.1:9464"
@@ -221,11 +161,16 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     console_token: str = ""
     """What the console asks for: 16 characters or more; secret."""
 
-    data_dir: Annotated[str, Meta(min_length=1)] = "./data"
-    """Where `--embedded` keeps its JetStream."""
-
     log: Literal["debug", "info", "warning", "error"] = "info"
     """Least severity that is logged."""
+
+    # tests and the simulator ---------------------------------------------------------------------------
+
+    allowed_hosts: tuple[str, ...] = ()
+    """Extra `host` or `host:port` that may be called, also by plain http and on loopback: for simulator and tests."""
+
+    data_dir: Annotated[str, Meta(min_length=1)] = "./data"
+    """Where `--embedded` keeps its JetStream."""
 
     def __repr__(self) -> str:
         """All fields, except that secrets that are set read `***`: a repr ends in logs and tracebacks."""

@@ -16,7 +16,7 @@ from adapter.bindings.registry import Bindings, account_of
 from adapter.connections import Connections
 from adapter.console.server import Console
 from adapter.console.service import ConsoleDeps
-from adapter.conversation.commands import Limits
+from adapter.conversation.commands import TYPING_MS, Limits
 from adapter.conversation.conversations import Conversations, ConversationShard
 from adapter.conversation.rules import SendPolicy
 from adapter.conversation.shard import ConversationDeps
@@ -26,6 +26,7 @@ from adapter.conversation.window import WindowPolicy
 from adapter.errors import Temporary
 from adapter.events import Events
 from adapter.health_monitor import HealthMonitor
+from adapter.ilink.cdn import TRANSFERS
 from adapter.ilink.translate import read_message
 from adapter.inbound import poller
 from adapter.inbound.dispatcher import DispatchDeps
@@ -40,7 +41,7 @@ from adapter.jetstream.buckets import LeaderKvBucket
 from adapter.jetstream.consumer import wait_all_settled
 from adapter.jetstream.inspector import Inspector
 from adapter.jetstream.microservice import MAX_UPLOADS_PER_SANDBOX, UPLOADS, Handler, Services
-from adapter.logins.flow import LoginDeps
+from adapter.logins.flow import REFRESH_S, LoginDeps
 from adapter.logins.registry import LoginRegistry
 from adapter.logins.runner import LoginRunner
 from adapter.metrics import Metrics
@@ -52,7 +53,7 @@ from adapter.outbound.sessions import BotSessions, Pollers
 from adapter.outbound.text_worker import TextWorker
 from adapter.outbound.typing_indicator import TypingDeps
 from adapter.probes import Health
-from adapter.records import Binding
+from adapter.records import UNBOUND_S, Binding
 from adapter.replicas import replica_status
 from adapter.replicas.leases import Leases
 from adapter.replicas.replica_status import PollerStatus, ReplicaStatus
@@ -73,10 +74,11 @@ RELEASE_S = 5.0
 """The part of the drain time that is kept for giving the shards back."""
 MAX_CONCURRENT_TAKEOVERS = 32
 """Bots that are taken over at the same time."""
-SLOT_SHARES = 8
-"""Into how many shares the requests are divided that may be out at once; a sandbox has one of them."""
-TRANSFER_SHARES = 4
-"""The same of downloads and uploads."""
+SENDS = 256
+"""Sends that may be out at once. They bound sockets and memory while iLink is slow; when it answers in a quarter of a
+second, they are a thousand sends a second."""
+SENDS_PER_SANDBOX, TRANSFERS_PER_SANDBOX = SENDS // 8, TRANSFERS // 4
+"""What one sandbox may have out, so that slow answers to its bots do not hold up the others."""
 PER_TICK = 64
 """What goes on in one round of the event loop: answers that bring something, commands as they come and at each step
 of a conversation, polls after a pause or a failure. Where five thousand answers came at once to a process with a
@@ -91,11 +93,21 @@ WAKEUP_S = 0.1
 
 
 class Replica:
-    """All of one replica, put together. `app` runs it."""
+    """All of one replica, put together. `app` runs it; tests give it shorter waits."""
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(
+        self,
+        settings: Settings,
+        *,
+        stale_retry_s: Sequence[float] = poller.STALE_RETRY_S,
+        login_refresh_s: float = REFRESH_S,
+        unbound_s: int = UNBOUND_S,
+    ) -> None:
         self.settings = settings
-        self.instance = settings.instance or socket.gethostname()
+        self._stale_retry_s = stale_retry_s
+        self._login_refresh_s = login_refresh_s
+        self._unbound_s = unbound_s
+        self.instance = socket.gethostname()
         self.names = names = Names(settings.prefix)
         self.clock = clock = SystemClock()
         self.metrics = metrics = Metrics()
@@ -111,16 +123,13 @@ class Replica:
             at_least={names.bindings: lambda: len(self.bindings)},
         )
         self.policy = _send_policy(settings)
-        self.limits = _command_limits(settings)
+        self.limits = Limits(park_ms=int(settings.park_hours * 3_600_000))
         self.sealer = Sealer(settings.token_key)
         self.texts = TextWorker()
-        self.transfers = FairSlots(
-            settings.media_transfers, share=max(1, settings.media_transfers // TRANSFER_SHARES)
-        )
+        self.transfers = FairSlots(TRANSFERS, share=TRANSFERS_PER_SANDBOX)
         self.uploads = Uploads(
             connections.cdn, connections.objects, clock, self.transfers, max_bytes=settings.media_max_bytes
         )
-        unbound_s = max(1, int(settings.unbound_hours * 3600))
         self.bindings = Bindings(connections.bucket(names.bindings), self.sealer.is_same_secret, unbound_s=unbound_s)
         self.conversation_store = ConversationStore(connections.bucket(names.conversations), unserved_s=unbound_s)
         self.leases = Leases(
@@ -203,7 +212,7 @@ class Replica:
     # what has many parts ----------------------------------------------------------------------------
 
     def _inbound_deps(self) -> InboundDeps:
-        settings, names = self.settings, self.names
+        names = self.names
         poll_streams = (
             *(names.stream_in, names.stream_journal),
             *(f"KV_{bucket}" for bucket in (names.bindings, names.conversations)),
@@ -234,9 +243,8 @@ class Replica:
             starts=RateLimiter(STARTS_PER_S),
             beat=WakeupBatcher(WAKEUP_S),
             spread_s=lambda: len(self.supervisor.sessions) / POLLS_PER_S,
-            stale_retry_s=settings.stale_retry_s,
-            notify=settings.notify,
-            keep_s=settings.unbound_hours * 3600,
+            stale_retry_s=self._stale_retry_s,
+            keep_s=self._unbound_s,
             is_idle=self._is_idle_elsewhere,
             tell_freed=self.publish_bot_released,
             grace_s=self.grace_s,
@@ -246,12 +254,7 @@ class Replica:
         settings, connections = self.settings, self.connections
         return DispatchDeps(
             journal=journal,
-            triage=Triage(
-                read_message,
-                self.turns.wait_turn,
-                groups_as_direct=settings.groups_as_direct,
-                skew_ms=settings.duplicate_skew_ms,
-            ),
+            triage=Triage(read_message, self.turns.wait_turn),
             publishing=PublishDeps(
                 bus=connections.bus,
                 history=connections.history,
@@ -277,14 +280,14 @@ class Replica:
         )
 
     def _outbound_deps(self) -> OutboundDeps:
-        settings, connections = self.settings, self.connections
+        connections = self.connections
         account = partial(account_of, sealer=self.sealer)
         return OutboundDeps(
             conversation=ConversationDeps(
                 store=self.conversation_store,
                 chat=connections.chat,
                 uploads=self.uploads,
-                slots=FairSlots(settings.max_sends, share=max(1, settings.max_sends // SLOT_SHARES)),
+                slots=FairSlots(SENDS, share=SENDS_PER_SANDBOX),
                 policy=self.policy,
                 clock=self.clock,
                 metrics=self.metrics,
@@ -297,9 +300,7 @@ class Replica:
             receipts=self.receipts,
             events=self.events,
             history=connections.history,
-            sessions=BotSessions(
-                self.bindings, connections.chat, account, self._new_pollers, self.clock, ask=settings.notify
-            ),
+            sessions=BotSessions(self.bindings, connections.chat, account, self._new_pollers, self.clock),
             typing=TypingDeps(
                 chat=connections.chat,
                 bindings=self.bindings,
@@ -307,7 +308,7 @@ class Replica:
                 account=account,
                 stale=self._is_stale,
                 check=self.leases.ensure_owned,
-                longest_s=settings.typing_max_s,
+                longest_s=TYPING_MS / 1000,
             ),
             names=self.names,
             limits=self.limits,
@@ -362,9 +363,7 @@ class Replica:
     def _register_services(self) -> dict[str, Handler]:
         """Answers `wechat.svc.*`; the handlers of what is asked of no single sandbox."""
         settings, connections, names, metrics = self.settings, self.connections, self.names, self.metrics
-        login = LoginService(
-            connections.chat, self.logins, self.bindings, self.sealer, metrics, login_s=settings.login_s
-        )
+        login = LoginService(connections.chat, self.logins, self.bindings, self.sealer, metrics)
         # any server may answer: what is asked for changes little, and a flood of questions slows no command
         queries = Queries(
             self.bindings,
@@ -419,8 +418,7 @@ class Replica:
             clock=self.clock,
             metrics=self.metrics,
             names=self.names,
-            refresh_s=self.settings.login_refresh_s,
-            codes=self.settings.login_codes,
+            refresh_s=self._login_refresh_s,
         )
 
     async def _open_shard(self, sandbox: str) -> ConversationShard | None:
@@ -490,20 +488,8 @@ def _send_policy(settings: Settings) -> SendPolicy:
         window=WindowPolicy(
             sends=settings.sends_per_window,
             hours=settings.window_hours,
-            cooldown_s=settings.cooldown_s,
             reserve=settings.reserve_sends,
         ),
         gap_ms=settings.send_gap_ms,
-        attempts=settings.send_attempts,
         merge_chars=settings.merge_chars,
-    )
-
-
-def _command_limits(settings: Settings) -> Limits:
-    return Limits(
-        settings.max_command_bytes,
-        settings.text_max_chars,
-        settings.max_parts,
-        int(settings.park_hours * 3_600_000),
-        int(settings.typing_max_s * 1000),
     )

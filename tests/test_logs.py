@@ -33,7 +33,7 @@ def captured() -> Iterator[Capture]:
     root = logging.getLogger()
     handlers, level = list(root.handlers), root.level
     out = Capture()
-    logs.configure("debug", out, version="1.2.3", instance="pod-0")
+    logs.configure("debug", out, version="1.2.3")
     yield out
     structlog.reset_defaults()
     root.handlers[:] = handlers
@@ -50,7 +50,6 @@ def test_a_line_has_the_names_of_the_log_model(captured: Capture) -> None:
         "body": "poll.failed",
         "service.name": "wechat-nats",
         "service.version": "1.2.3",
-        "service.instance.id": "pod-0",
         "sandbox": "s1",
         "reason": "timeout",
         "wait_s": 1.5,

@@ -77,7 +77,6 @@ def demo_settings(nats_url: str, ilink_url: str) -> Settings:
         allowed_hosts=(urlsplit(ilink_url).netloc,),
         token_key=(secrets.token_bytes(32),),
         send_gap_ms=0,
-        poll_margin_ms=2000,
         lease_s=1.0,
         drain_s=DRAIN_S,
         http_addr="127.0.0.1:0",

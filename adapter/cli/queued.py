@@ -74,7 +74,7 @@ async def drop(*seqs: Annotated[int, Parameter(help="Numbers, as `queue ls` show
 
 
 def to_queued_command(names: Names, stored: Stored, *, bodies: bool) -> QueuedCommand:
-    body = salvage_ids(stored.data, Limits(len(stored.data), text_chars=0, parts=0, park_ms=0))
+    body = salvage_ids(stored.data, Limits(command_bytes=len(stored.data), park_ms=0))
     routed, msg_id = stored.headers.get(H_COMMAND, ""), stored.headers.get(H_MSG_ID, "")
     plain = stored.subject == names.out_plain
     return QueuedCommand(

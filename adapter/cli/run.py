@@ -52,7 +52,7 @@ def run(
     With --embedded NATS_URL does not count: the adapter uses the server that it starts.
     """
     settings = settings_here()
-    logs.configure(settings.log, version=__version__, instance=settings.instance)
+    logs.configure(settings.log, version=__version__)
     return run_fast(_run(settings, embedded=embedded, port=port))
 
 

@@ -12,6 +12,7 @@ import msgspec
 from msgspec.structs import replace
 
 from adapter.contract import (
+    COMMAND_BYTES,
     CommandId,
     Outbound,
     OutFile,
@@ -40,16 +41,21 @@ MERGE_SEPARATOR = "\n\n"
 
 
 TYPING_MS = 300_000
-"""Age at which a command to show that the bot types has expired."""
+"""How long the bot is shown typing without being told again, so that an agent that died does not type for ever; a
+command to show it has expired at this age."""
+TEXT_CHARS = 4000
+"""Longest part of a split text: in every script fewer bytes than iLink takes (split.MAX_BYTES)."""
+PARTS = 10
+"""Most parts of a split text: as many as a window has sends."""
 
 
 class Limits(NamedTuple):
-    """The settings that bound a command."""
+    """What bounds a command."""
 
-    command_bytes: int
-    text_chars: int
-    parts: int
     park_ms: int
+    command_bytes: int = COMMAND_BYTES
+    text_chars: int = TEXT_CHARS
+    parts: int = PARTS
     typing_ms: int = TYPING_MS
 
 

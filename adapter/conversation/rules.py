@@ -72,6 +72,8 @@ MERGED_AT_ONCE = 32
 """Texts in one merged message, at most: as many ids as a record remembers."""
 RECEIPTS_PER_STEP = 16
 """Commands that are parked or refused in one step: a message of the user waits no longer than for these."""
+ATTEMPTS = 8
+"""They take two minutes: what iLink does not take by then holds up the user's other commands no longer."""
 REPEAT_PAUSE_MS = 1000
 """Before a request is made once more that got no answer, or -14 while the session is alive."""
 GROUP_WAIT_MS = 10_000
@@ -86,10 +88,10 @@ class SendPolicy(NamedTuple):
     window: WindowPolicy
     gap_ms: int
     """Least time between two requests to one user."""
-    attempts: int
-    """How often one request is made while iLink's answers say that nothing was taken."""
     merge_chars: int
     """Parked texts are sent as one message up to so many characters; 0: each on its own."""
+    attempts: int = ATTEMPTS
+    """How often one request is made while iLink's answers say that nothing was taken."""
 
 
 class Activity(enum.Enum):

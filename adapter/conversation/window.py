@@ -8,7 +8,6 @@ probe after a long cool-down.
 
 from __future__ import annotations
 
-import math
 from typing import Literal, NamedTuple, TypeAlias
 
 import msgspec
@@ -21,6 +20,8 @@ Closed: TypeAlias = Literal["", "window_closed", "quota", "throttled", "reserved
 
 SENT_KEPT = 32
 """Times of sends kept per window: more than the budget."""
+COOLDOWN_S = 3600.0
+"""A throttle by rate is over after about an hour without attempts; each attempt extends it."""
 CLOCK_ERROR_MS = 300_000
 """A message that seems older than this when it comes tells of a wrong clock: polls that hang bring it sooner. Else a
 clock that is behind would count the sends of all windows against each new one, for ever. A send that seems to leave
@@ -33,8 +34,8 @@ class WindowPolicy(NamedTuple):
     sends: int
     """Budget after an inbound message; 0: not counted."""
     hours: float
-    cooldown_s: float
-    """After -2: one probe after so long; 0: never."""
+    cooldown_s: float = COOLDOWN_S
+    """After -2: one probe after so long."""
     reserve: int = 0
     """How many of `sends` no command with `optional` may take."""
     low: int = 3
@@ -108,8 +109,8 @@ def closes_at_ms(window: SendWindow, policy: WindowPolicy) -> int:
 
 
 def probes_at_ms(window: SendWindow, policy: WindowPolicy) -> float:
-    """When time alone lets the next send through (the probe after -2); inf: only the user can."""
-    return window.throttled_at_ms + policy.cooldown_s * 1000 if policy.cooldown_s > 0 else math.inf
+    """When time alone lets the next send through (the probe after -2)."""
+    return window.throttled_at_ms + policy.cooldown_s * 1000
 
 
 def _is_unexpired(record: ConversationRecord, now_ms: int, policy: WindowPolicy) -> bool:

@@ -27,6 +27,8 @@ SLOWEST = 4096
 its user waits for it, and others for its place."""
 GRACE_S = 10.0
 """A message waits a minute for its media. In that time the places of several slow downloads are to come free."""
+TRANSFERS = 8
+"""Downloads and uploads at once, over all users of a replica: each takes CPU, and more would hold up messages."""
 ATTEMPTS = 3
 PIECE = 64 * 1024
 PARAM = "x-encrypted-param"
@@ -35,7 +37,7 @@ Read = Callable[[], Pieces]
 
 
 class CdnClient:
-    """Implements ports.Cdn. `transfers`: how many downloads and uploads its callers have at once."""
+    """Implements ports.Cdn."""
 
     def __init__(
         self,
@@ -45,7 +47,6 @@ class CdnClient:
         base_url: str,
         allowed_hosts: tuple[str, ...],
         max_bytes: int,
-        transfers: int,
         stall_s: float = STALL_S,
         grace_s: float = GRACE_S,
         network: CheckedNetwork | None = None,
@@ -59,7 +60,7 @@ class CdnClient:
         self._grace_s = grace_s
         transport = httpx.AsyncHTTPTransport(  # no proxy: those in the environment are for iLink's API
             verify=ssl.create_default_context(),
-            limits=httpx.Limits(max_connections=None, max_keepalive_connections=transfers, keepalive_expiry=KEPT_S),
+            limits=httpx.Limits(max_connections=None, max_keepalive_connections=TRANSFERS, keepalive_expiry=KEPT_S),
         )
         self._client = httpx.AsyncClient(
             transport=with_checked_network(transport, network or CheckedNetwork(Resolver(allowed_hosts), fresh=True)),

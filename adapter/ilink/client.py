@@ -31,6 +31,8 @@ T = TypeVar("T")
 HOT = ("getupdates", "sendmessage", "notifystart")
 """The endpoints whose cost decides that of a platform: one for each idle bot, two for each message, and one right
 before the first poll of each bot that is taken over, whose connection is then there."""
+POLL_MARGIN_S = 7.0
+"""Added to the time for which the server holds a poll: fewer seconds cut polls that are about to bring something."""
 UPLOAD_URL_S = 15.0
 ASK_S = 10.0
 """The official client's timeout of getconfig, sendtyping and the notifications."""
@@ -46,8 +48,8 @@ class ILink:
         *,
         default_base_url: str,
         allowed_hosts: tuple[str, ...],
-        poll_margin_s: float,
         send_timeout_s: float,
+        poll_margin_s: float = POLL_MARGIN_S,
         look_up: LookUpHost = resolve_host,
     ) -> None:
         self._metrics = metrics

@@ -315,7 +315,7 @@ class Dispatcher:
         Temporary."""
         journal, triage = self._journal, self._deps.triage
         known = await self._deps.journal.get(self.bot, journal.seen_at) if journal.seen_at else None
-        seen, left = DedupWindow(known.record.seen or () if known else (), skew_ms=triage.skew_ms), []
+        seen, left = DedupWindow(known.record.seen or () if known else ()), []
         for written in await self._earlier(journal.seen_to):
             record = written.record
             if written.sequence > self._done_to:

@@ -35,6 +35,9 @@ HOLD_MS = 35_000
 """How long the server is taken to hold a poll, as long as it gives no hint; the client waits a margin longer."""
 INSTANT_S = 0.5
 """An answer sooner than this that brings nothing new was no long poll: its server is not hammered."""
+STALE_RETRY_S = (5.0, 30.0, 300.0)
+"""Pauses between the tries of a token that iLink has refused. They are few: most such tokens
+stay dead. The last try comes after `needs_login` was told."""
 NOTIFY_S = 1.5
 """The first poll does not wait longer for iLink's answer to notifystart: it is best effort
 (docs/reference/ilink-protocol.md, "Online state")."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import functools
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Any, Literal, NamedTuple, TypeAlias
 
 import structlog
@@ -67,11 +67,9 @@ class InboundDeps(NamedTuple):
     """Bots for which nothing has come poll again together."""
     spread_s: Callable[[], float]
     """Over how long polls are spread that could all start again at the same moment."""
-    stale_retry_s: tuple[float, ...]
+    stale_retry_s: Sequence[float]
     """Pauses between the tries of a token that iLink has refused (-14)."""
-    notify: bool
-    """Whether iLink is told that polling starts and stops."""
-    keep_s: float
+    keep_s: int
     """How long an unbound bot's journal is kept."""
     is_idle: Callable[[str, str], Awaitable[bool]]
     """Whether a replica, by incarnation, and all others that live say that they have no poller of a bot; no answer is
@@ -187,7 +185,7 @@ def check_owned(deps: InboundDeps, binding: Binding) -> None:
 async def notify(session: Session, deps: InboundDeps, *, start: bool, even_stale: bool = False) -> None:
     """Best effort: iLink tracks who is online. Not for a token that is known to be dead."""
     binding = deps.bindings.get(session.bot) or session.served
-    if not deps.notify or binding is None or not (even_stale or binding.state == "active"):
+    if binding is None or not (even_stale or binding.state == "active"):
         return
     try:
         await deps.chat.notify(session.account(binding, deps.sealer), start=start)

@@ -176,7 +176,7 @@ async def give_back(session: Session, journal: BotJournal, deps: InboundDeps) ->
     while True:
         ends = unbound and deps.bindings.get(session.bot) is None and journal.is_dispatched
         try:
-            await journal.give_back(ttl_s=int(deps.keep_s) if ends else 0)
+            await journal.give_back(ttl_s=deps.keep_s if ends else 0)
             if ends:
                 await journal.delete_older()  # or the one before would be the last again once this one goes
             break

@@ -40,10 +40,6 @@ class Triage(NamedTuple):
     read_message: Callable[[bytes], InboundMessage]
     turn: Callable[[], Awaitable[None]]
     """Waits for the next turn of the event loop."""
-    groups_as_direct: bool
-    """What was written in a group is told as if it were written to the bot alone."""
-    skew_ms: int
-    """By how much the times of two copies of a message may differ."""
 
     async def sort(
         self, bot: str, messages: list[bytes], place: str, first: int, seen: DedupWindow, seen_at_ms: int
@@ -53,7 +49,7 @@ class Triage(NamedTuple):
         `place` and `first`: of the answer, see JournalRecord. `seen_at_ms`: when it came.
         """
         found: list[Sorted] = []
-        batch = BatchDedup(skew_ms=self.skew_ms)
+        batch = BatchDedup()
         work = 0
         for index, raw in enumerate(messages):
             work += 1 + len(raw) // 1024
@@ -84,7 +80,7 @@ class Triage(NamedTuple):
         if seen.is_repeat(said.keys) or batch.is_repeat(said.keys):
             return Sorted(index, raw, said, "duplicate")
         batch.add(said.keys)
-        if said.group and not self.groups_as_direct:
+        if said.group:
             # an answer might go to the group, or to one of it who is not the bot's user
             return Sorted(index, raw, said, "group", "It was written in a group.")
         return Sorted(index, raw, said, "new")

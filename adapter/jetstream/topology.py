@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import msgspec
 import structlog
 
+from adapter.contract import COMMAND_BYTES
 from adapter.errors import BusRefused, SettingsError, Temporary
 from adapter.jetstream.api_replies import ACCOUNT_FULL, CONSUMER_EXISTS, NO_STREAM
 from adapter.jetstream.buckets import updates_subject_of
@@ -101,7 +102,7 @@ class Difference(NamedTuple):
 
 def wanted_streams(names: Names, settings: Settings) -> list[Wanted]:
     """Every stream, those of the buckets included."""
-    common = {"num_replicas": settings.replicas, "storage": settings.storage, "allow_direct": True}
+    common = {"num_replicas": settings.replicas, "storage": "file", "allow_direct": True}
     prefix = names.prefix
 
     def stream(name: str, critical: tuple[str, ...], **config: Any) -> Wanted:
@@ -151,7 +152,7 @@ def wanted_streams(names: Names, settings: Settings) -> list[Wanted]:
             discard_new_per_subject=True,
             max_msgs_per_subject=settings.out_max_per_sandbox,
             max_age=0,  # a command waits here until it has its final receipt; only the adapter expires it
-            max_msg_size=settings.max_command_bytes + HEADER_BYTES,
+            max_msg_size=COMMAND_BYTES + HEADER_BYTES,
             max_bytes=_share_of_inbound_bytes(settings, OUT_PART),
             duplicate_window=OUT_DUPLICATE_WINDOW_NS,
             subject_transform={

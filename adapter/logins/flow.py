@@ -29,6 +29,8 @@ from adapter.timing import Clock, backoff, shield_with_grace
 
 log = structlog.get_logger()
 
+REFRESH_S = 50.0
+"""After so long a code that nobody scanned is replaced: iLink's live for one to two minutes."""
 PAUSE_S = 1.0
 """Between two requests about one code (docs/reference/ilink-protocol.md, "Login")."""
 BOUND_S = 30.0
@@ -54,8 +56,6 @@ class LoginDeps(NamedTuple):
     names: Names
     refresh_s: float
     """A code that nobody scanned is replaced after so long."""
-    codes: int
-    """How many codes of a login may expire or be blocked before it ends."""
 
 
 class _ScanRequest(NamedTuple):
@@ -258,9 +258,7 @@ class LoginFlow:
             case "binded_redirect":
                 await self._update_record(lambda record: self._already_bound(record, number))
             case _:
-                await self._update_record(
-                    lambda record: registry.apply_scan(record, number, asked.digits, scan, limit=self._deps.codes)
-                )
+                await self._update_record(lambda record: registry.apply_scan(record, number, asked.digits, scan))
 
     async def _on_redirected(self, asked: _ScanRequest, host: str) -> None:
         """The same code goes on at another host; without one, where it is."""

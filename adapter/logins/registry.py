@@ -29,6 +29,8 @@ KEEP_ENDED_MS = 240_000
 """A login that is over is told once more by a new owner only while the stream would drop the repeat."""
 CODES = 2
 """Codes of a login that iLink is asked about: the newest, and the previous one, which somebody may be scanning."""
+DEAD_CODES = 3
+"""So many codes of a login may expire or be blocked, then it ends, as with the official client."""
 PATIENCE_S = 0.05
 LAG_S = 0.3
 """A login that was started a moment ago may not yet be in every copy of the bucket."""
@@ -202,13 +204,10 @@ class LoginRegistry:
         codes = [*record.codes, self._seal_code(login, number, code)][-CODES:]
         return self.next_step(record, status="wait", number=number, codes=codes, digits="")
 
-    def apply_scan(
-        self, record: LoginRecord, number: int, sent: str, scan: Scan, *, limit: int
-    ) -> LoginRecord | None:
+    def apply_scan(self, record: LoginRecord, number: int, sent: str, scan: Scan) -> LoginRecord | None:
         """What an answer about code `number` makes of a login; None: nothing. `sent`: the digits sent, as sealed.
 
-        What ends a login well and where it goes on is not decided here. `limit`: so many codes may expire or be
-        blocked.
+        What ends a login well and where it goes on is not decided here.
         """
         code = code_of(record, number)
         if code is None:
@@ -224,17 +223,17 @@ class LoginRegistry:
             case "need_verifycode" if record.status != "need_verify_code":
                 return self.next_step(record, status="need_verify_code", codes=[code])
             case "expired" | "verify_code_blocked":
-                return self._without_code(record, code, blocked=scan.status == "verify_code_blocked", limit=limit)
+                return self._without_code(record, code, blocked=scan.status == "verify_code_blocked")
             case _:
                 return None
 
-    def _without_code(self, record: LoginRecord, code: LoginCode, *, blocked: bool, limit: int) -> LoginRecord:
+    def _without_code(self, record: LoginRecord, code: LoginCode, *, blocked: bool) -> LoginRecord:
         """A code is dead. Only the end of the newest one counts: the one before it was replaced already."""
         codes = [other for other in record.codes if other.number != code.number]
         if codes and code.number != record.number:
             return structs.replace(record, codes=codes)
         ended = record.ended + 1
-        if ended < limit:
+        if ended < DEAD_CODES:
             return structs.replace(record, status="wait", codes=codes, ended=ended, digits="", reason="", detail="")
         if blocked:
             return self.next_step(record, status="failed", ended=ended, reason="blocked",

@@ -43,16 +43,12 @@ class BotSessions:
         account: Callable[[Binding], Account],
         pollers: Callable[[], Pollers],
         clock: Clock,
-        *,
-        ask: bool,
     ) -> None:
-        """`ask`: iLink may be asked by notifystart."""
         self._bindings = bindings
         self._chat = chat
         self._account = account
         self._pollers = pollers
         self._clock = clock
-        self._ask = ask
 
     def is_recovering(self, bot: str) -> bool:
         return self._pollers().is_stale(bot)
@@ -71,15 +67,14 @@ class BotSessions:
         binding = self._bindings.get(bot)
         if binding is None or binding.state == "needs_login" or self.is_recovering(bot):
             return False
-        if self._ask:
-            try:
-                await self._chat.notify(self._account(binding), start=True)
-            except (SessionExpired, Temporary, Uncertain):
-                pass
-            except Refused:
-                return True  # an answer all the same: iLink did not say -14
-            else:
-                return True
+        try:
+            await self._chat.notify(self._account(binding), start=True)
+        except (SessionExpired, Temporary, Uncertain):
+            pass
+        except Refused:
+            return True  # an answer all the same: iLink did not say -14
+        else:
+            return True
         return await self._polls(bot)
 
     async def _polls(self, bot: str) -> bool:

@@ -132,7 +132,7 @@ def serve(source: BinaryIO, sink: BinaryIO) -> None:
 def _do(job: Job) -> list[str]:
     if job.texts is not None:
         return [to_plain(text) for text in job.texts]
-    return [salvage_ids(job.body, Limits(len(job.body), text_chars=0, parts=0, park_ms=0)).id or ""]
+    return [salvage_ids(job.body, Limits(command_bytes=len(job.body), park_ms=0)).id or ""]
 
 
 if __name__ == "__main__":

@@ -16,6 +16,8 @@ from adapter.records import LoginRecord
 from adapter.seal import Sealer
 from adapter.services.requests import START_S, read_request
 
+LOGIN_S = 480.0
+"""How long a login may take in all: as long as with the official client."""
 OPEN_PER_SANDBOX = 20
 """Each login that is open costs long polls; more than this is a platform that starts them in a loop."""
 
@@ -30,15 +32,12 @@ class LoginService:
         bindings: Bindings,
         sealer: Sealer,
         metrics: Metrics,
-        *,
-        login_s: float,
     ) -> None:
         self._logins = logins
         self._registry = registry
         self._bindings = bindings
         self._sealer = sealer
         self._metrics = metrics
-        self._login_s = login_s
 
     async def start(self, data: bytes) -> bytes:
         """Fetches the first code and stores the login; its shard's owner goes on from there."""
@@ -51,7 +50,7 @@ class LoginService:
                 "invalid", f"{OPEN_PER_SANDBOX} logins of this sandbox are open; cancel some by login.cancel."
             )
         code = await fetch_code(self._logins, tokens_of(self._bindings.of_sandbox(asked.sandbox), self._sealer))
-        login, record = await self._registry.create(asked, code, login_s=self._login_s)
+        login, record = await self._registry.create(asked, code, login_s=LOGIN_S)
         return self._encode_answer(login, record, with_png=asked.png)
 
     async def status(self, data: bytes) -> bytes:

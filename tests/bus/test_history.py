@@ -16,7 +16,7 @@ from adapter.jetstream.history import StreamHistory, direct_get
 from adapter.names import shard_of
 from adapter.ports import Message, PubAck, Stored
 from adapter.timing import SystemClock
-from tests.bus.rig import NAMES, Bus, Rig, control, event
+from tests.bus.rig import NAMES, Rig, control, event
 from tests.e2e.waiting import until
 
 
@@ -58,14 +58,10 @@ async def test_a_purge_keeps_the_newest_over_all_subjects_of_a_wildcard(rig: Rig
     assert await rig.read(NAMES.stream_event, NAMES.event("s1", "receipt")) == [b"1"]
 
 
-@pytest.fixture
-def with_large_commands(bus: Bus) -> None:
-    bus.settings = msgspec.structs.replace(bus.settings, max_command_bytes=1024 * 1024)
-
-
-@pytest.mark.usefixtures("with_large_commands")
 async def test_what_is_large_is_read_whole_and_never_more_at_once_than_a_server_lets_wait(rig: Rig) -> None:
     """It cuts off who lets too much wait, and after the next connect all of it would come again."""
+    config = (await rig.connection.api_request(f"STREAM.INFO.{NAMES.stream_out}"))["config"]
+    await rig.connection.api_request(f"STREAM.UPDATE.{NAMES.stream_out}", config | {"max_msg_size": -1})
     large = [bytes([number]) * 700_000 for number in range(12)]
     large.append(b"x" * (rig.connection.max_payload - 12))  # with what belongs to it more than a pull brings
     await rig.publisher.publish_all([Message("out", NAMES.out("s1"), data, {}) for data in large])

@@ -13,6 +13,7 @@ import nats
 import pytest
 from structlog.testing import capture_logs
 
+from adapter.contract import COMMAND_BYTES
 from adapter.embedded import EmbeddedNats
 from adapter.errors import STORE_FAILED, BusRefused, SettingsError
 from adapter.jetstream import topology
@@ -289,15 +290,15 @@ async def test_a_sandbox_whose_queue_is_full_is_refused_and_others_are_not(bus: 
 
 
 async def test_what_is_too_large_to_be_a_command_is_refused_to_its_publisher(bus: Bus) -> None:
-    """A command as large as the setting says, with headers as long as the server takes, is stored."""
-    settings = msgspec.structs.replace(bus.settings, max_command_bytes=1024)
+    """The largest command, with headers as long as the server takes, is stored."""
     async with rig_on(bus, streams=False) as rig:
-        await topology.ensure_topology(rig.connection, NAMES, settings)
+        await topology.ensure_topology(rig.connection, NAMES, bus.settings)
         headers = {"long": "x" * (topology.HEADER_BYTES - 64)}
-        largest = Message("out", NAMES.out("s1"), b"x" * 1024, headers)
+        largest = Message("out", NAMES.out("s1"), b"x" * COMMAND_BYTES, headers)
         await rig.publisher.publish(largest)
+        too_large = msgspec.structs.replace(largest, payload=bytes(COMMAND_BYTES + topology.HEADER_BYTES))
         with pytest.raises(BusRefused, match="message size exceeds maximum allowed"):
-            await rig.publisher.publish(msgspec.structs.replace(largest, payload=bytes(1024 + topology.HEADER_BYTES)))
+            await rig.publisher.publish(too_large)
 
 
 async def test_commands_and_dead_letters_end_at_their_size_and_leave_room_for_the_rest(bus: Bus) -> None:

@@ -28,7 +28,6 @@ ELSEWHERE = frozenset(
     {"WECHAT_NATS_TOKEN_KEY", "WECHAT_NATS_DRAIN_S", "WECHAT_NATS_HTTP_ADDR"}  # have values of their own
     | {"WECHAT_NATS_CONSOLE_ADDR", "WECHAT_NATS_CONSOLE_TOKEN"}  # so do these
     | {"WECHAT_NATS_DATA_DIR"}  # for `--embedded` only
-    | {"WECHAT_NATS_INSTANCE"}  # the same for all pods would make them one replica
 )
 """Variables of the program that `settings` does not take."""
 
@@ -55,8 +54,6 @@ def _type(info: msgspec.inspect.Type) -> Object:
     match info:
         case msgspec.inspect.LiteralType(values=values):
             return {"enum": list(values)}
-        case msgspec.inspect.BoolType():
-            return {"type": "boolean"}
         case msgspec.inspect.IntType() | msgspec.inspect.FloatType():
             kind = "integer" if isinstance(info, msgspec.inspect.IntType) else "number"
             names = {"ge": "minimum", "gt": "exclusiveMinimum", "le": "maximum"}
@@ -65,8 +62,6 @@ def _type(info: msgspec.inspect.Type) -> Object:
             }
         case msgspec.inspect.StrType(pattern=str(pattern)):
             return {"type": "string", "pattern": pattern.replace(r"\Z", "$")}
-        case msgspec.inspect.VarTupleType(item_type=msgspec.inspect.FloatType()):
-            return {"type": "string", "pattern": r"^[0-9.]+(,[0-9.]+)*$"}
         case msgspec.inspect.StrType(max_length=int(longest)):
             return {"type": "string", "maxLength": longest}
         case msgspec.inspect.StrType() | msgspec.inspect.VarTupleType():

@@ -169,16 +169,12 @@ def test_settings_reach_the_program_as_they_are_written(tmp_path: Path) -> None:
         "WECHAT_NATS_IN_MAX_BYTES": 107374182400,
         "WECHAT_NATS_MEDIA_STORE_BYTES": -1,
         "WECHAT_NATS_WINDOW_HOURS": 22.5,
-        "WECHAT_NATS_STALE_RETRY_S": "1,2.5",
-        "WECHAT_NATS_NOTIFY": False,
         "WECHAT_NATS_LOG": "debug",
     }
     read = read_settings(env_of(adapter_of(rendered({"settings": settings, "drainSeconds": 90.5}))))
     assert read.in_max_bytes == 107374182400
     assert read.media_store_bytes == -1
     assert read.window_hours == 22.5
-    assert read.stale_retry_s == (1.0, 2.5)
-    assert read.notify is False
     assert (read.log, read.drain_s, read.http_addr) == ("debug", 90.5, ":9464")
 
 

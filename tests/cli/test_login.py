@@ -37,15 +37,9 @@ async def sim() -> AsyncIterator[Simulator]:
         yield running
 
 
-@pytest.fixture
-def refresh_s() -> float:
-    return 50.0
-
-
 @pytest.fixture(autouse=True)
-async def adapter(server: EmbeddedNats, sim: Simulator, refresh_s: float) -> AsyncIterator[None]:
-    settings = msgspec.structs.replace(demo_settings(server.url, sim.url), login_refresh_s=refresh_s)
-    async with adapter_running(settings, start_s=START_S, drain_s=START_S):
+async def adapter(server: EmbeddedNats, sim: Simulator) -> AsyncIterator[None]:
+    async with adapter_running(demo_settings(server.url, sim.url), start_s=START_S, drain_s=START_S):
         yield
 
 
@@ -131,10 +125,10 @@ async def test_another_person_than_before_is_noticed(sim: Simulator) -> None:
     assert f"Another person than before has scanned the code: {first.user} ".encode() in out
 
 
-@pytest.mark.parametrize("refresh_s", [1.0])
-async def test_the_url_alone_for_a_program_that_draws_it(sim: Simulator, refresh_s: float) -> None:
+async def test_the_url_alone_for_a_program_that_draws_it(sim: Simulator) -> None:
     """Also of the next code."""
     async with started("login", "s1", "--url") as process:
+        sim.expire(await code_of(sim))
         await until(lambda: len(sim.qrcodes()) >= 2)
         sim.confirm(sim.qrcodes()[1].qrcode)
         out, err = await process.communicate()

@@ -71,9 +71,7 @@ class Office:
         self.ilink = FakeLogins(self.bench.clock)
         sealer = Sealer(())
         self.registry = LoginRegistry(FakeBucket("login"), sealer, self.bench.clock, self.bench.metrics)
-        service = LoginService(
-            self.ilink, self.registry, self.bench.bindings, sealer, self.bench.metrics, login_s=480.0
-        )
+        service = LoginService(self.ilink, self.registry, self.bench.bindings, sealer, self.bench.metrics)
         self.living = 1
         self.deps = ConsoleDeps(
             bindings=self.bench.bindings,

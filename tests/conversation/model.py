@@ -28,7 +28,7 @@ from adapter.ports import Uploaded
 
 HOUR_MS = 3_600_000
 POLICY = SendPolicy(
-    window=WindowPolicy(sends=2, hours=23.0, cooldown_s=0.0, low=0), gap_ms=0, attempts=2, merge_chars=100
+    window=WindowPolicy(sends=2, hours=23.0, cooldown_s=1e9, low=0), gap_ms=0, attempts=2, merge_chars=100
 )
 BOT = Bot("b1@im.bot", is_usable=True)
 BOTS = {"b1": BOT, "dead": Bot(BOT.id, is_usable=False), "b2": Bot("b2@im.bot", is_usable=True), "none": None}

@@ -25,7 +25,7 @@ from adapter.names import H_SEQUENCE, H_SINCE_MS
 
 NOW = 1_789_000_000_000
 HOUR = 3_600_000
-LIMITS = Limits(command_bytes=262_144, text_chars=4000, parts=10, park_ms=72 * HOUR)
+LIMITS = Limits(park_ms=72 * HOUR)
 
 
 def read(

@@ -56,6 +56,8 @@ STAYS_S = (30.0, 120.0)
 VISIT_EVERY_S = 6.0
 HELPER_EVERY_S, HELPER_STAYS_S = 240.0, 40.0
 WINDOW_S = 108.0
+PARTS = {"stale_retry_s": (1, 2, 4), "unbound_s": 108}
+"""What the adapters are made with."""
 
 BOUNDS = (
     # In 20 minutes some 4,500 messages and commands and 100 visitors go through each adapter: the least leak that
@@ -158,12 +160,8 @@ def environ_of(url: str, sim: Simulator) -> dict[str, str]:
         "WECHAT_NATS_CDN_BASE_URL": f"{sim.url}/c2c",
         "WECHAT_NATS_ALLOWED_HOSTS": "127.0.0.1",
         "WECHAT_NATS_SEND_GAP_MS": "200",
-        "WECHAT_NATS_STALE_RETRY_S": "1,2,4",
         "WECHAT_NATS_WINDOW_HOURS": str(WINDOW_S / 3600),
         "WECHAT_NATS_PARK_HOURS": str(AGE_S / 3600),
-        "WECHAT_NATS_UNBOUND_HOURS": "0.03",
-        "WECHAT_NATS_TYPING_MAX_S": "20",
-        "WECHAT_NATS_LOGIN_S": "60",
         "WECHAT_NATS_IN_MAX_AGE_H": str(AGE_S / 3600),
         "WECHAT_NATS_IN_MAX_PER_SANDBOX": "50",
         "WECHAT_NATS_TOKEN_KEY": base64.b64encode(bytes(32)).decode(),
@@ -505,11 +503,8 @@ async def run(folder: Path, *, seed: int, minutes: float, bots: int) -> Result:
         ports: dict[str, int] = {}
         for name in ("adapter 1", "adapter 2", "helper"):
             ports[name] = free_port()
-            own = {
-                "WECHAT_NATS_HTTP_ADDR": f"127.0.0.1:{ports[name]}",
-                "WECHAT_NATS_INSTANCE": name.replace(" ", "-"),
-            }
-            adapters[name] = AdapterProcess(environ | own, folder / f"{name}.log")
+            own = {"WECHAT_NATS_HTTP_ADDR": f"127.0.0.1:{ports[name]}"}
+            adapters[name] = AdapterProcess(environ | own, folder / f"{name}.log", PARTS)
             stack.push_async_callback(end, adapters[name])
         helper = adapters.pop("helper")
         del ports["helper"]

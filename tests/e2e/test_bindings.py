@@ -141,7 +141,7 @@ async def test_unbind_of_a_whole_sandbox_stops_its_polls_and_refuses_its_command
 
 async def test_what_an_unbinding_leaves_is_gone_in_time_and_nothing_else(tmp_path: Path) -> None:
     """Of one that was unbound, and of one that has moved away."""
-    async with world(tmp_path, environ={"WECHAT_NATS_UNBOUND_HOURS": "0.0006"}) as made:
+    async with world(tmp_path, parts={"unbound_s": 2}) as made:
         nc = await started(made)
         sandboxes = ("unbound", "moves", "stays")
         for sandbox in sandboxes:

@@ -11,7 +11,7 @@ import msgspec
 from adapter.contract import FINAL_OUTCOMES, Receipt
 from adapter.names import shard_of
 from adapter.simulator import FaultRule
-from tests.e2e.world import NAMES, World, eventually, free_port, stream, until, world
+from tests.e2e.world import NAMES, SOON, World, eventually, free_port, stream, until, world
 
 
 async def final_of(made: World, ident: str) -> Receipt:
@@ -114,7 +114,7 @@ async def test_f13_success_without_an_id_is_unconfirmed_and_never_sent_again(tmp
 async def test_f9_a_dead_token_ends_in_needs_login_with_few_calls_and_the_parked_wait_for_a_new_bot(
     tmp_path: Path,
 ) -> None:
-    async with world(tmp_path) as made:
+    async with world(tmp_path, parts=SOON) as made:
         await made.add_adapter()
         nc = await made.nc()
         bot = made.sim.add_bot()

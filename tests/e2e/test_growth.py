@@ -51,8 +51,8 @@ async def simulator() -> AsyncIterator[str]:
 
 @contextlib.asynccontextmanager
 async def adapter_of(settings: Settings) -> AsyncIterator[Replica]:
-    """In this process, so that it can be looked into."""
-    adapter, stop, ready = Replica(settings), asyncio.Event(), asyncio.Event()
+    """In this process, so that it can be looked into. What it keeps of unbound bots goes after a second."""
+    adapter, stop, ready = Replica(settings, unbound_s=1), asyncio.Event(), asyncio.Event()
     running = asyncio.create_task(run_replica(adapter, stop, ready.set))
     try:
         await ready.wait()
@@ -170,7 +170,6 @@ async def test_what_comes_and_goes_leaves_nothing_in_the_adapter(tmp_path: Path)
             cdn_base_url=f"{sim}/c2c",
             allowed_hosts=("127.0.0.1",),
             send_gap_ms=0,
-            unbound_hours=0.0001,
             http_addr="127.0.0.1:0",
             drain_s=5,
         )

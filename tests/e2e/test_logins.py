@@ -26,7 +26,7 @@ from adapter.contract import (
 )
 from adapter.simulator import FaultRule
 from tests.e2e.test_bindings import ask, changes
-from tests.e2e.world import NAMES, AdapterProcess, World, eventually, stream, until, world
+from tests.e2e.world import NAMES, SOON, AdapterProcess, World, eventually, stream, until, world
 
 FAST: dict[str, Any] = {"qr_hold_ms": 300, "token_death_delay_s": 0}
 
@@ -149,7 +149,7 @@ async def test_a_user_who_has_a_bot_of_the_sandbox_keeps_it(tmp_path: Path) -> N
 
 
 async def test_a_login_that_nobody_scans_gets_new_codes_and_the_one_before_still_counts(tmp_path: Path) -> None:
-    async with world(tmp_path, environ={"WECHAT_NATS_LOGIN_REFRESH_S": "1"}, **FAST) as made:
+    async with world(tmp_path, parts={"login_refresh_s": 1}, **FAST) as made:
         nc = await ready(made, await made.add_adapter())
         login = await start(nc)
         await until(lambda: len(made.sim.qrcodes()) == 3, "two codes more")
@@ -258,9 +258,9 @@ async def test_a_login_survives_its_owner(tmp_path: Path, when: str) -> None:
 
 async def test_two_replicas_take_one_confirmation_also_when_the_owner_dies(tmp_path: Path) -> None:
     async with world(tmp_path, **FAST) as made:
-        first = await made.add_adapter(WECHAT_NATS_INSTANCE="first")
+        first = await made.add_adapter()
         nc = await ready(made, first)
-        second = await made.add_adapter(WECHAT_NATS_INSTANCE="second")
+        second = await made.add_adapter()
         await until(lambda: b"adapter.started" in second.log.read_bytes(), "the second runs")
         logins = [await start(nc, f"s{n}") for n in range(6)]
         codes = [record.qrcode for record in made.sim.qrcodes()]
@@ -286,7 +286,7 @@ async def test_two_replicas_take_one_confirmation_also_when_the_owner_dies(tmp_p
 
 
 async def test_what_was_parked_for_a_user_is_sent_by_the_bot_of_their_next_login(tmp_path: Path) -> None:
-    async with world(tmp_path, **FAST) as made:
+    async with world(tmp_path, parts=SOON, **FAST) as made:
         nc = await ready(made, await made.add_adapter())
         old = made.sim.add_bot()
         await made.bind(nc, "s1", old)

@@ -10,10 +10,9 @@ from nats.aio.client import Client
 
 from adapter.contract import BindingEvent
 from adapter.simulator import BotRecord, FaultRule
-from tests.e2e.world import NAMES, World, eventually, stream, until, world
+from tests.e2e.world import NAMES, SOON, World, eventually, stream, until, world
 
-SCHEDULE = {"WECHAT_NATS_STALE_RETRY_S": "0.2,0.4,0.6"}
-LATE = {"WECHAT_NATS_STALE_RETRY_S": "0.2,0.4,60"}
+LATE = {"stale_retry_s": (0.2, 0.4, 60)}
 """A last try that comes more than a minute after the first -14, as with the default."""
 
 
@@ -57,7 +56,7 @@ def since(before: dict[str, int], after: dict[str, int]) -> dict[str, int]:
 
 
 async def test_f9_costs_exactly_the_scheduled_calls_on_every_endpoint(tmp_path: Path) -> None:
-    async with world(tmp_path, environ=SCHEDULE) as made:
+    async with world(tmp_path, parts=SOON) as made:
         nc, bot = await made.begun()
         await until(lambda: made.sim.polls(bot.bot).now == 1, "a poll is held")
         before = counts(made, bot.bot)
@@ -84,11 +83,10 @@ def _refuse_sends(made: World, bot: BotRecord) -> None:
     made.sim.set_fault(FaultRule(fault="F9", endpoint="msg/notifystart", bot=bot.bot))
 
 
-@pytest.mark.parametrize("evidence", ["notifystart", "poll", "poll-alone"])
+@pytest.mark.parametrize("evidence", ["notifystart", "poll"])
 async def test_minus_14_on_one_message_refuses_it_and_nothing_else(tmp_path: Path, evidence: str) -> None:
     """15.3: so iLink answers to a message that it does not like, too, while the session lives."""
-    environ = SCHEDULE | {"WECHAT_NATS_NOTIFY": "false" if evidence == "poll-alone" else "true"}
-    async with world(tmp_path, environ=environ) as made:
+    async with world(tmp_path, parts=SOON) as made:
         nc, bot = await made.begun()
         made.sim.set_fault(FaultRule(fault="F10", params={"text": "cursed"}))
         if evidence == "poll":
@@ -111,7 +109,7 @@ async def test_minus_14_on_one_message_refuses_it_and_nothing_else(tmp_path: Pat
 
 @pytest.mark.parametrize("status", [401, 403])
 async def test_polls_that_http_forbids_end_in_a_login_as_a_dead_token_does(tmp_path: Path, status: int) -> None:
-    async with world(tmp_path, environ=SCHEDULE) as made:
+    async with world(tmp_path, parts=SOON) as made:
         nc, bot = await made.begun()
         await until(lambda: made.sim.polls(bot.bot).now == 1, "a poll is held")
         made.sim.set_fault(FaultRule(fault="F1", endpoint="getupdates", bot=bot.bot, params={"status": status}))
@@ -127,7 +125,7 @@ async def test_polls_that_http_forbids_end_in_a_login_as_a_dead_token_does(tmp_p
 
 
 async def test_a_firewall_that_forbids_one_poll_costs_no_login(tmp_path: Path) -> None:
-    async with world(tmp_path, environ=SCHEDULE) as made:
+    async with world(tmp_path, parts=SOON) as made:
         nc, bot = await made.begun()
         rule = {"fault": "F1", "endpoint": "getupdates", "bot": bot.bot, "count": 1, "params": {"status": 403}}
         made.sim.set_fault(msgspec.convert(rule, FaultRule))
@@ -141,7 +139,7 @@ async def test_a_firewall_that_forbids_one_poll_costs_no_login(tmp_path: Path) -
 
 async def test_minus_14_on_every_send_refuses_each_while_polls_go_on(tmp_path: Path) -> None:
     """-14 to sends, also to notifystart: the poll is the proof. Each command costs two requests, and is refused."""
-    async with world(tmp_path, environ=SCHEDULE) as made:
+    async with world(tmp_path, parts=SOON) as made:
         nc, bot = await made.begun()
         _refuse_sends(made, bot)
         for number in range(3):
@@ -170,7 +168,7 @@ async def _log_in_again(made: World, nc: Client, user: str, waiting: list[str]) 
 
 
 async def test_the_same_bot_with_a_new_token_gets_what_was_parked_too(tmp_path: Path) -> None:
-    async with world(tmp_path, environ=SCHEDULE) as made:
+    async with world(tmp_path, parts=SOON) as made:
         nc, bot = await made.begun()
         made.sim.kill_token(bot.bot)
         await told(nc, "needs_login")
@@ -195,7 +193,7 @@ async def _lost(made: World) -> tuple[Client, BotRecord]:
 
 async def test_needs_login_is_told_before_the_last_try_and_a_bind_need_not_wait_for_it(tmp_path: Path) -> None:
     """The last try is a minute away when the word is given."""
-    async with world(tmp_path, environ=LATE) as made:
+    async with world(tmp_path, parts=LATE) as made:
         nc, bot = await _lost(made)
         made.sim.revive_token(bot.bot)
         await made.bind(nc, "s1", bot)
@@ -207,7 +205,7 @@ async def test_needs_login_is_told_before_the_last_try_and_a_bind_need_not_wait_
 @pytest.mark.slow
 async def test_a_last_try_that_succeeds_needs_no_login(tmp_path: Path) -> None:
     """It comes 56 s after the one before, and finds the token alive."""
-    async with world(tmp_path, environ={"WECHAT_NATS_STALE_RETRY_S": "0.2,0.4,56"}) as made:
+    async with world(tmp_path, parts={"stale_retry_s": (0.2, 0.4, 56)}) as made:
         nc, bot = await _lost(made)
         made.sim.revive_token(bot.bot)
         await made.settle(nc)

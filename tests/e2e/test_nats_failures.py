@@ -455,7 +455,7 @@ async def test_bindings_that_are_lost_with_an_owner_are_served_again_once_they_a
         await operator(made, "backup", str(tmp_path / "saved"))
         adapter.signal(signal.SIGSTOP)
         assert (await ask(nc, f"STREAM.DELETE.{bucket}")).get("success")
-        fresh = await made.add_adapter(WECHAT_NATS_HTTP_ADDR=f"127.0.0.1:{free_port()}", WECHAT_NATS_INSTANCE="fresh")
+        fresh = await made.add_adapter(WECHAT_NATS_HTTP_ADDR=f"127.0.0.1:{free_port()}")
         await until(lambda: fresh.said("lease.expired") == 1, "it has taken everything over")
         adapter.signal(signal.SIGCONT)
 

@@ -20,7 +20,7 @@ from nats.aio.client import Client
 
 from adapter.contract import FINAL_OUTCOMES, BindingEvent, ImageItem, Inbound, Login, Receipt, VoiceItem
 from adapter.simulator import BotRecord, FaultRule, samples
-from tests.e2e.world import NAMES, AdapterProcess, World, eventually, free_port, stream, until, world
+from tests.e2e.world import NAMES, SOON, AdapterProcess, World, eventually, free_port, stream, until, world
 
 
 class Scene(NamedTuple):
@@ -114,6 +114,7 @@ class Scene(NamedTuple):
 
 @contextlib.asynccontextmanager
 async def scene(folder: Path, environ: dict[str, str] | None = None, **settings: Any) -> AsyncIterator[Scene]:
+    """`settings`: as of `world`."""
     port = free_port()
     async with world(folder, environ=environ, **settings) as made:
         adapter = await made.add_adapter(WECHAT_NATS_HTTP_ADDR=f"127.0.0.1:{port}")
@@ -220,7 +221,7 @@ async def test_pain_06_a_throttle_is_not_prolonged_by_retries(tmp_path: Path) ->
 
 
 async def test_pain_07_a_dead_login_is_told_and_nothing_is_called_any_more(tmp_path: Path) -> None:
-    async with scene(tmp_path) as s:
+    async with scene(tmp_path, parts=SOON) as s:
         await s.says("hello")
         s.made.sim.kill_token(s.bot.bot)
         event = BindingEvent(**(await s.event("binding", change="needs_login")))
@@ -234,7 +235,7 @@ async def test_pain_07_a_dead_login_is_told_and_nothing_is_called_any_more(tmp_p
 
 
 async def test_pain_08_a_login_is_renewed_over_the_bus_and_starts_afresh(tmp_path: Path) -> None:
-    async with scene(tmp_path) as s:
+    async with scene(tmp_path, parts=SOON) as s:
         await s.says("hello")
         s.made.sim.kill_token(s.bot.bot)
         await s.event("binding", change="needs_login")
@@ -256,7 +257,7 @@ async def test_pain_08_a_login_is_renewed_over_the_bus_and_starts_afresh(tmp_pat
 
 
 async def test_pain_09_a_code_is_renewed_before_it_dies_and_every_step_is_told(tmp_path: Path) -> None:
-    async with scene(tmp_path, {"WECHAT_NATS_LOGIN_REFRESH_S": "1"}, qr_hold_ms=200) as s:
+    async with scene(tmp_path, parts={"login_refresh_s": 1}, qr_hold_ms=200) as s:
         login: Login = await ask(s.nc, "login.start", Login, sandbox="s2")
         await until(lambda: len(s.made.sim.qrcodes()) >= 2, "a second code is there")
 
@@ -357,8 +358,7 @@ async def test_pain_13_a_crash_loses_nothing_and_repeats_nothing(tmp_path: Path)
 
 
 async def test_pain_14_a_poll_that_hangs_for_ever_is_noticed_and_its_connection_renewed(tmp_path: Path) -> None:
-    environ = {"WECHAT_NATS_POLL_MARGIN_MS": "100"}
-    async with scene(tmp_path, environ, hint_ms=5000) as s:
+    async with scene(tmp_path, hint_ms=500) as s:
         await s.says("hello")
         s.made.sim.set_fault(FaultRule(fault="F5", bot=s.bot.bot, endpoint="getupdates", count=3))
         s.made.sim.cut_polls(s.bot.bot)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import contextlib
+import json
 import os
 import random
 import re
@@ -45,10 +46,11 @@ NAMES = Names()
 
 
 class AdapterProcess:
-    """`wechat-nats run` as an operator starts it; its log goes to a file."""
+    """`wechat-nats run` as an operator starts it; its log goes to a file. `parts`: other arguments of `Parts`."""
 
-    def __init__(self, environ: dict[str, str], log: Path) -> None:
+    def __init__(self, environ: dict[str, str], log: Path, parts: dict[str, Any] | None = None) -> None:
         self._environ = environ
+        self._program = ["tests.e2e.replica", json.dumps(parts)] if parts else ["adapter", "run"]
         self.log = log
         self.process: asyncio.subprocess.Process | None = None
         self._starting = asyncio.Lock()
@@ -62,8 +64,7 @@ class AdapterProcess:
                 self.process = await asyncio.create_subprocess_exec(
                     sys.executable,
                     "-m",
-                    "adapter",
-                    "run",
+                    *self._program,
                     env={**os.environ, **self._environ},
                     stdout=out,
                     stderr=out,
@@ -137,7 +138,9 @@ def time_ms(line: dict[str, Any]) -> float:
 class World:
     """Everything that runs. Made by `world`."""
 
-    def __init__(self, folder: Path, sim: Simulator, url: str, environ: dict[str, str]) -> None:
+    def __init__(
+        self, folder: Path, sim: Simulator, url: str, environ: dict[str, str], parts: dict[str, Any] | None = None
+    ) -> None:
         self.folder = folder
         self.sim = sim
         self.url = url
@@ -153,6 +156,7 @@ class World:
         self.sent: dict[str, list[str]] = defaultdict(list)
         """The ids of each sandbox's commands, in order; the text is made of the id."""
         self._environ = environ
+        self._parts = parts or {}
 
     @property
     def server(self) -> EmbeddedNats:
@@ -182,7 +186,8 @@ class World:
         )
 
     async def add_adapter(self, **environ: str) -> AdapterProcess:
-        adapter = AdapterProcess(self._environ | environ, self.folder / f"adapter-{len(self.adapters)}.log")
+        log = self.folder / f"adapter-{len(self.adapters)}.log"
+        adapter = AdapterProcess(self._environ | environ, log, self._parts)
         self.adapters.append(adapter)
         await adapter.start()
         return adapter
@@ -302,6 +307,8 @@ class World:
         return found
 
 
+SOON = {"stale_retry_s": (0.2, 0.4, 0.6)}
+"""As `parts`: a dead token needs a login after a second."""
 TOKEN_KEY = base64.b64encode(bytes(range(32))).decode()
 
 
@@ -321,7 +328,6 @@ def environ_of(url: str, sim: Simulator) -> dict[str, str]:
         "WECHAT_NATS_SEND_GAP_MS": "0",
         "WECHAT_NATS_HTTP_ADDR": "127.0.0.1:0",
         "WECHAT_NATS_LEASE_S": "2",
-        "WECHAT_NATS_STALE_RETRY_S": "0.2,0.4,0.6",
         "WECHAT_NATS_DRAIN_S": "20",
     }
 
@@ -331,11 +337,15 @@ async def world(
     folder: Path,
     *,
     environ: dict[str, str] | None = None,
+    parts: dict[str, Any] | None = None,
     clustered: bool = False,
     bus: EmbeddedNats | NatsCluster | None = None,
     **settings: Any,
 ) -> AsyncIterator[World]:
-    """A server or a cluster of three (or `bus`, not entered yet), a simulator (with `settings`), no adapter yet."""
+    """A server or a cluster of three (or `bus`, not entered yet), a simulator (with `settings`), no adapter yet.
+
+    `parts`: what the adapters are made with (see `replica`).
+    """
     async with contextlib.AsyncExitStack() as stack:
         sim = await stack.enter_async_context(Simulator(fast(**settings)))
         if bus is None:
@@ -344,7 +354,7 @@ async def world(
         await stack.enter_async_context(server)
         replicas = {"WECHAT_NATS_REPLICAS": "3" if isinstance(server, NatsCluster) else "1"}
         settings_of_adapter = environ_of(server.url, sim) | replicas
-        made = World(folder, sim, server.url, settings_of_adapter | SMALL | (environ or {}))
+        made = World(folder, sim, server.url, settings_of_adapter | SMALL | (environ or {}), parts)
         if isinstance(server, NatsCluster):
             made.nodes = server
         else:

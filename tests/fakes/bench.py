@@ -25,6 +25,7 @@ from adapter.inbound.dispatcher import DispatchDeps
 from adapter.inbound.download import DownloadDeps
 from adapter.inbound.inbox import PublishDeps
 from adapter.inbound.journal import Journal, JournalRecord, Written
+from adapter.inbound.poller import STALE_RETRY_S
 from adapter.inbound.recall import QuoteResolver
 from adapter.inbound.sessions import InboundDeps
 from adapter.inbound.triage import Triage
@@ -35,7 +36,7 @@ from adapter.outbound.receipts import Receipts
 from adapter.outbound.sessions import BotSessions
 from adapter.outbound.typing_indicator import TypingDeps
 from adapter.ports import Account, Stored
-from adapter.records import Binding
+from adapter.records import UNBOUND_S, Binding
 from adapter.seal import Sealer
 from adapter.slots import FairSlots
 from adapter.timing import PerTickLimiter, RateLimiter, WakeupBatcher
@@ -46,11 +47,10 @@ from tests.fakes.media import FakeCdn, FakeObjects
 from tests.fakes.replicas import FakeLeases
 from tests.fakes.texts import FakeTexts
 
-LIMITS = Limits(command_bytes=262_144, text_chars=4000, parts=10, park_ms=72 * 3_600_000)
-WINDOW = WindowPolicy(sends=10, hours=23.0, cooldown_s=3600.0, low=0)
+LIMITS = Limits(park_ms=72 * 3_600_000)
+WINDOW = WindowPolicy(sends=10, hours=23.0, low=0)
 GAP_S = 1.5
 POLICY = SendPolicy(window=WINDOW, gap_ms=int(GAP_S * 1000), attempts=3, merge_chars=0)
-UNBOUND_S = 72 * 3600
 MEDIA_BYTES = 100_000
 
 
@@ -116,8 +116,6 @@ class Bench:
         """Bots of which an owner before may have stored something that the conversations have not heard."""
         self.stale: set[str] = set()
         """Bots whose tokens are being tried again."""
-        self.asks_sessions = True
-        """Whether notifystart is asked after -14 to a send."""
         self.polled_at: dict[str, float] = {}
         """When a poll of a bot was last answered."""
         self.asked_bound = 0
@@ -232,9 +230,7 @@ class Bench:
             history=self.bus,
             texts=self.texts,
             claims=self.claims_bucket,
-            sessions=BotSessions(
-                self.bindings, self.chat, self._account, lambda: self, self.clock, ask=self.asks_sessions
-            ),
+            sessions=BotSessions(self.bindings, self.chat, self._account, lambda: self, self.clock),
             typing=self.typing(),
             names=self.names,
             limits=self.limits,
@@ -325,9 +321,8 @@ class Bench:
             starts=RateLimiter(2000),
             beat=WakeupBatcher(0.1),
             spread_s=lambda: 0.0,
-            stale_retry_s=(5.0, 30.0, 300.0),
-            notify=True,
-            keep_s=3600.0,
+            stale_retry_s=STALE_RETRY_S,
+            keep_s=3600,
             is_idle=is_idle,
             tell_freed=tell_freed,
             grace_s=10.0,
@@ -346,7 +341,7 @@ class Bench:
         def changed(kind: type[Any], made: Any) -> Any:
             return made._replace(**{name: changes.pop(name) for name in list(changes) if name in kind._fields})
 
-        triage = Triage(read_message, PerTickLimiter(4).wait_turn, groups_as_direct=False, skew_ms=0)
+        triage = Triage(read_message, PerTickLimiter(4).wait_turn)
         publishing = PublishDeps(
             bus=self.bus,
             history=self.bus,

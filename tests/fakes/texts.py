@@ -27,4 +27,4 @@ class FakeTexts:
 
     async def find_id(self, body: bytes) -> str:
         await asyncio.sleep(0)
-        return salvage_ids(body, Limits(len(body), text_chars=0, parts=0, park_ms=0)).id or ""
+        return salvage_ids(body, Limits(command_bytes=len(body), park_ms=0)).id or ""

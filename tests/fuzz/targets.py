@@ -160,11 +160,11 @@ def message(data: bytes) -> None:
     assert msgspec.json.decode(msgspec.json.encode(told), type=Inbound) == told
     assert all(0 <= fetch.item < len(said.items) for fetch in said.fetches)
     to_subject_token(said.user).encode("ascii")
-    seen = DedupWindow(skew_ms=1000)
+    seen = DedupWindow()
     seen.add(said.keys, 1)
     if said.keys.message or said.sent_at_ms:
         assert seen.is_repeat(said.keys)
-        assert DedupWindow(seen.fingerprints(), skew_ms=1000).is_repeat(said.keys)
+        assert DedupWindow(seen.fingerprints()).is_repeat(said.keys)
     assert len(seen.fingerprints()) == 1
 
 

@@ -432,7 +432,6 @@ class Untouched:
             base_url=f"{BASE}/c2c",
             allowed_hosts=(),
             max_bytes=100,
-            transfers=1,
             network=CheckedNetwork(Resolver((), look_up=look_up), fresh=True, inner=self.wire),
         )
 
@@ -498,7 +497,6 @@ async def test_media_of_a_host_that_leads_inside_are_not_fetched(untouched: Unto
         base_url=f"{BASE}/c2c",
         allowed_hosts=(),
         max_bytes=100,
-        transfers=1,
         network=network,
     )
     with pytest.raises(Temporary):

@@ -48,7 +48,6 @@ class Rig:
         options: dict[str, Any] = {
             "base_url": sim.cdn_url,
             "allowed_hosts": (host,),
-            "transfers": 2,
             "max_bytes": LARGEST,
         } | changes
         self.cdn = CdnClient(self.ilink, self.metrics, **options)

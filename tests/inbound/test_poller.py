@@ -440,16 +440,6 @@ async def test_ilink_is_told_of_the_start_again_ever_more_seldom_until_it_answer
     assert told == [0, 1, 2, 2, 3, 3, 3, 3, *[4] * 11]
 
 
-async def test_ilink_is_told_of_no_start_and_no_end_where_the_setting_says_so() -> None:
-    bench = await ready(None)
-    session, task = tended(bench, notify=False)
-    await asyncio.sleep(200)
-    session.leave(now=True)
-    await task
-    assert bench.chat.asked == ["", ""]
-    assert bench.chat.notified == []
-
-
 async def test_ilink_is_told_of_the_start_and_the_end_and_need_not_answer() -> None:
     bench = await ready()
     bench.chat.notify_fails = Temporary("timeout")

@@ -22,7 +22,7 @@ from tests.inbound.pollers import BOT, USER, polls, raw, texts
 
 VIRTUAL_TIME = True
 
-TRIAGE = Triage(read_message, PerTickLimiter(4).wait_turn, groups_as_direct=False, skew_ms=0)
+TRIAGE = Triage(read_message, PerTickLimiter(4).wait_turn)
 
 
 async def judged(*answers: list[bytes], triage: Triage = TRIAGE, place: str = "") -> list[list[str]]:
@@ -143,12 +143,6 @@ async def test_what_was_written_in_a_group_is_kept_and_told_to_nobody() -> None:
     actors = list(bench.processors[next(iter(bench.processors))])
     assert [(actor.state.user, actor.state.record.token) for actor in actors] == [(USER, "token-3")]
     assert set(bench.conversation_bucket.entries) <= {conversation_key("s1", USER)}
-
-
-async def test_what_was_written_in_a_group_is_told_where_a_setting_says_so() -> None:
-    bench = await ready(batch(raw("to all", group_id="7@chatroom")))
-    await polls(bench, groups_as_direct=True)
-    assert (texts(bench), bench.bus.found("DEAD")) == (["to all"], [])
 
 
 async def test_a_message_at_which_the_translator_raises_is_crashed_and_the_others_judged() -> None:

@@ -14,14 +14,14 @@ from structlog.testing import capture_logs
 from adapter.bindings.control import Control
 from adapter.contract import Bind, BindingEvent, Login, LoginEvent, LoginQuery, LoginStart, LoginVerify
 from adapter.errors import BusRefused, Refused, Temporary
-from adapter.logins.flow import LoginDeps
-from adapter.logins.registry import LoginRegistry
+from adapter.logins.flow import REFRESH_S, LoginDeps
+from adapter.logins.registry import DEAD_CODES, LoginRegistry
 from adapter.logins.runner import LoginRunner
 from adapter.names import H_MSG_ID, shard_of
 from adapter.ports import Entry, Message, QrCode, Scan
 from adapter.records import LoginRecord
 from adapter.seal import Sealer
-from adapter.services.logins import OPEN_PER_SANDBOX, LoginService
+from adapter.services.logins import LOGIN_S, OPEN_PER_SANDBOX, LoginService
 from adapter.simulator import samples
 from tests.fakes import Bench, FakeBucket, FakeDelivery, FakeLogins
 
@@ -29,7 +29,6 @@ VIRTUAL_TIME = True
 
 BOT, USER, TOKEN = "b1@im.bot", "u1@im.wechat", "b1@im.bot:SECRET"
 CONFIRMED = Scan("confirmed", bot=BOT, user=USER, token=TOKEN, base_url="https://ilinkai.wechat.com")
-LOGIN_S, REFRESH_S, CODES = 480.0, 50.0, 3
 
 
 class Doors:
@@ -56,12 +55,9 @@ class Doors:
                 metrics=self.bench.metrics,
                 names=self.bench.names,
                 refresh_s=REFRESH_S,
-                codes=CODES,
             )
         )
-        self.service = LoginService(
-            self.ilink, self.registry, self.bench.bindings, self.sealer, self.bench.metrics, login_s=LOGIN_S
-        )
+        self.service = LoginService(self.ilink, self.registry, self.bench.bindings, self.sealer, self.bench.metrics)
         self.control = Control(
             bindings=self.bench.bindings,
             events=self.bench.events,
@@ -237,27 +233,27 @@ async def test_too_many_wrong_digits_cost_the_code() -> None:
     """Three times, and the login has failed."""
     doors = Doors()
     login = await doors.start()
-    for number in range(1, CODES + 1):
+    for number in range(1, DEAD_CODES + 1):
         doors.ilink.happens(f"q{number}", "need_verifycode")
         await asyncio.sleep(2)
         await doors.verify(login, "1")
         doors.ilink.happens(f"q{number}", "verify_code_blocked")
         await asyncio.sleep(2)
     now = await doors.status(login)
-    assert (now.status, now.reason, now.code) == ("failed", "blocked", CODES)
-    assert doors.bench.metrics.value("qr_refreshes_total") == CODES - 1
+    assert (now.status, now.reason, now.code) == ("failed", "blocked", DEAD_CODES)
+    assert doors.bench.metrics.value("qr_refreshes_total") == DEAD_CODES - 1
     assert doors.counted("failed") == 1
 
 
 async def test_three_expired_codes_are_an_expired_login() -> None:
     doors = Doors()
     login = await doors.start()
-    for number in range(1, CODES + 1):
+    for number in range(1, DEAD_CODES + 1):
         doors.ilink.happens(f"q{number}", "expired")
         await asyncio.sleep(3)
     assert doors.told() == [("wait", 1, ""), ("wait", 2, ""), ("wait", 3, ""), ("expired", 3, "codes")]
     assert (await doors.status(login)).status == "expired"
-    assert len(doors.ilink.tokens) == CODES
+    assert len(doors.ilink.tokens) == DEAD_CODES
     assert doors.counted("expired") == 1
 
 
@@ -351,8 +347,8 @@ async def test_the_verdict_on_digits_is_not_that_on_those_sent_after_them() -> N
     await doors.verify(login, "2")
     record = doors.record(login)
     for late in ("need_verifycode", "scaned"):
-        assert doors.registry.apply_scan(record, 1, "1", Scan(late), limit=CODES) is None
-    told = doors.registry.apply_scan(record, 1, "2", Scan("need_verifycode"), limit=CODES)
+        assert doors.registry.apply_scan(record, 1, "1", Scan(late)) is None
+    told = doors.registry.apply_scan(record, 1, "2", Scan("need_verifycode"))
     assert told is not None
     assert (told.reason, told.digits) == ("wrong_code", "")
 

@@ -61,7 +61,7 @@ def values(series: Series) -> list[float]:
 async def shown(folder: Path, *, seconds: float) -> AsyncIterator[list[Shown]]:
     """Two adapters under a mixed load for so long, scraped by a real Prometheus; what every panel shows of that."""
     ports = [free_port(), free_port()]
-    environ = {"WECHAT_NATS_CAPACITY": "40", "WECHAT_NATS_SEND_ATTEMPTS": "3"}
+    environ = {"WECHAT_NATS_CAPACITY": "40"}
     async with contextlib.AsyncExitStack() as stack:
         made = await stack.enter_async_context(world(folder, environ=environ, hold_ms=2000))
         nc = await made.nc()

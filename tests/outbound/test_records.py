@@ -10,8 +10,8 @@ from structlog.testing import capture_logs
 
 from adapter.conversation.record import VERSION
 from adapter.names import conversation_key
+from adapter.records import UNBOUND_S
 from tests.fakes import Bench
-from tests.fakes.bench import UNBOUND_S
 from tests.outbound.shards import BOT, USER, outcomes, ready, user_writes
 
 VIRTUAL_TIME = True

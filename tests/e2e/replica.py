@@ -1,0 +1,30 @@
+"""A replica as `wechat-nats run` runs it, with other arguments of `Replica`, such as waits that are shorter.
+
+`python -m tests.e2e.replica '{"login_refresh_s": 1}'`: by name, as JSON.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from typing import Any
+
+from adapter import __version__, logs
+from adapter.app import run_replica
+from adapter.cli.lifetime import until_signalled
+from adapter.environment import read_settings
+from adapter.eventloop import run_fast
+from adapter.settings import Settings
+from adapter.wiring import Replica
+
+
+async def _run(settings: Settings, arguments: dict[str, Any]) -> None:
+    with until_signalled() as stop:
+        await run_replica(Replica(settings, **arguments), stop)
+
+
+if __name__ == "__main__":
+    settings = read_settings(os.environ)
+    logs.configure(settings.log, version=__version__)
+    run_fast(_run(settings, json.loads(sys.argv[1])))
