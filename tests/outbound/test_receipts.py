@@ -118,12 +118,12 @@ async def test_the_last_receipt_of_a_command_can_be_asked_for() -> None:
 
 async def test_a_sandboxs_receipts_are_bounded_and_anothers_stay(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(receipts, "KEPT", 5)
-    monkeypatch.setattr(receipts, "PURGED_EACH", 4)
+    monkeypatch.setattr(receipts, "PURGED_EACH", 1)
     bench = Bench()
     await bench.receipts.publish(ref(99), CommandResult("accepted"), Address("s2"), Window(), {})
     for number in range(9):
         await tell(bench, ref(number))
-    assert [sequence for sequence, _ in told(bench)] == [99, *range(3, 9)]
+    assert [sequence for sequence, _ in told(bench)] == [99, *range(4, 9)]
 
 
 async def test_a_purge_that_fails_keeps_no_receipt_away(monkeypatch: pytest.MonkeyPatch) -> None:
