@@ -1095,6 +1095,8 @@ def _first_group(conversation: Conversation) -> tuple[QueuedCommand, ...]:
     progress, queue = conversation.record.head, conversation.queue
     if progress is None or not queue or not progress.has_command(queue[0].ref.sequence):
         return queue[:1]
+    if len(progress.commands) == 1:
+        return queue[:1]
     return tuple(one for one in queue[:MERGED_AT_ONCE] if progress.has_command(one.ref.sequence))
 
 

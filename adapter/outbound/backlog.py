@@ -1,7 +1,7 @@
 """Fair shares: which of a shard's commands are taken into memory, and which stay on the bus for now.
 
-All are delivered, so that none waits behind a sandbox that has sent thousands. Of those beyond a share only the
-sequence is kept; they are read back in order as those before them are settled.
+All are delivered, so that none waits behind a sandbox that has sent thousands. Of those for which there
+is no room only the sequence is kept; they are read back in order as those before them are settled.
 """
 
 from __future__ import annotations
@@ -13,9 +13,10 @@ from typing import NamedTuple
 from adapter.ports import Delivery
 
 SHARE, SHARE_BYTES = 16, 128 * 1024
-"""What a sandbox may always have in hand: commands, and bytes of them (one is taken, however large it is)."""
+"""What a sandbox may have in memory although others fill the room: commands, and bytes of them (one is taken, however
+large it is)."""
 ROOM, ROOM_BYTES = 512, 8 * 1024 * 1024
-"""As long as a shard has less in hand than this, a sandbox may have more than its share."""
+"""As long as a shard has less in memory than this, a sandbox may have more than its share."""
 PAGE = 32
 """Commands read back at once."""
 
@@ -57,7 +58,7 @@ class Backlog:
     def takes(self, delivery: Delivery) -> bool:
         """Takes a new command in hand; False: it waits on the bus, behind others of its sandbox."""
         subject = delivery.subject
-        if subject in self._left or not self._in_share(subject):
+        if subject in self._left or not self._has_room(subject):
             self._left.setdefault(subject, {})[delivery.seq] = _without_data(delivery)
             return False
         self._hold(delivery)

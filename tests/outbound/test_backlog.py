@@ -29,18 +29,27 @@ def full(backlog: Backlog, sandbox: str = "s1", *, first: int = 1) -> None:
         assert backlog.takes(delivery(seq, sandbox=sandbox))
 
 
-def test_a_sandbox_gets_its_share_whatever_another_one_has_sent() -> None:
+def crowded() -> Backlog:
+    """Another sandbox has all the room that is no share of others."""
     backlog = Backlog()
+    for seq in range(50_000, 50_000 + ROOM):
+        assert backlog.takes(delivery(seq, sandbox="crowd"))
+    return backlog
+
+
+def test_a_sandbox_gets_its_share_whatever_another_one_has_sent() -> None:
+    backlog = crowded()
+    assert not backlog.takes(delivery(60_000, sandbox="crowd"))
     full(backlog)
     assert not backlog.takes(delivery(100))
     full(backlog, "s2", first=200)
     assert not backlog.takes(delivery(300, sandbox="s2"))
-    assert backlog.waiting == 2
+    assert backlog.waiting == 3
     assert backlog.oldest_ms() == 100
 
 
 def test_a_share_is_also_one_of_bytes_and_one_command_always_fits() -> None:
-    backlog = Backlog()
+    backlog = crowded()
     assert backlog.takes(delivery(1, size=10 * SHARE_BYTES))
     assert not backlog.takes(delivery(2, size=1))
     assert backlog.settle(1) == "wechat.out.1.s1"
@@ -48,7 +57,7 @@ def test_a_share_is_also_one_of_bytes_and_one_command_always_fits() -> None:
 
 
 def test_what_came_behind_one_that_waits_waits_too() -> None:
-    backlog = Backlog()
+    backlog = crowded()
     full(backlog)
     assert not backlog.takes(delivery(20))
     backlog.settle(1)
@@ -57,7 +66,7 @@ def test_what_came_behind_one_that_waits_waits_too() -> None:
 
 
 def test_what_waits_keeps_no_data_and_gets_it_back() -> None:
-    backlog = Backlog()
+    backlog = crowded()
     full(backlog)
     left = delivery(20, headers={"a": "b"})
     backlog.takes(left)
@@ -69,7 +78,7 @@ def test_what_waits_keeps_no_data_and_gets_it_back() -> None:
 
 
 def test_one_that_waits_and_comes_again_is_acked_by_its_newest_delivery() -> None:
-    backlog = Backlog()
+    backlog = crowded()
     full(backlog)
     backlog.takes(delivery(20))
     again = [delivery(seq, redelivered=True) for seq in (20, 21)]
@@ -77,24 +86,20 @@ def test_one_that_waits_and_comes_again_is_acked_by_its_newest_delivery() -> Non
     assert backlog.take_back(again[0].subject, 20, b"", {}) is again[0]
 
 
-def test_reading_back_begins_when_half_a_share_is_free_and_fills_the_room() -> None:
+def test_reading_back_begins_when_half_the_room_is_free() -> None:
     backlog = Backlog()
     full(backlog, "s2", first=10_000)
-    full(backlog)
-    for seq in range(100, 1000):
-        backlog.takes(delivery(seq))
-    taken = 0
-    while (first := backlog.next("wechat.out.1.s1")) is not None:
-        backlog.take_back("wechat.out.1.s1", first, b"", {})
-        taken += 1
-    assert taken == ROOM - 2 * SHARE
+    taken = [seq for seq in range(1, 1000) if backlog.takes(delivery(seq))]
+    assert len(taken) == ROOM - SHARE
+    assert backlog.next("wechat.out.1.s1") is None
     full(backlog, "s3", first=20_000)  # whose share is there all the same
-    wants = [seq for seq in range(1, SHARE + 1) if backlog.settle(seq)]
-    assert wants == []  # single ones are not worth it
+    wants = [seq for seq in taken if backlog.settle(seq)]
+    assert wants[0] == ROOM // 2 + SHARE  # single ones are not worth it
+    assert backlog.next("wechat.out.1.s1") == taken[-1] + 1
 
 
 def test_what_the_stream_has_no_more_is_forgotten() -> None:
-    backlog = Backlog()
+    backlog = crowded()
     full(backlog)
     for seq in (20, 21, 22, 23):
         backlog.takes(delivery(seq))
@@ -157,13 +162,13 @@ async def test_all_of_a_flood_is_worked_off_in_order_also_while_the_bus_stumbles
 async def test_commands_that_an_operator_purged_are_not_waited_for() -> None:
     bench, shard = await two_users()
     bench.chat.took_s = 1.0
-    deliveries = [bench.command(f"t{number}") for number in range(SHARE + 10)]
+    deliveries = [bench.command(f"t{number}") for number in range(ROOM + 10)]
     for one in deliveries:
         shard.intake.on_delivery(one)
-    purged = {one.seq for one in deliveries[SHARE : SHARE + 5]}
+    purged = {one.seq for one in deliveries[ROOM : ROOM + 5]}
     bench.bus.kept = [kept for kept in bench.bus.kept if kept.stored.seq not in purged]
     await asyncio.sleep(600)
-    assert len(bench.bus.receipts()) == SHARE + 5
+    assert len(bench.bus.receipts()) == ROOM + 5
     assert shard.queue_depths(Counter()) == (0, None)
 
 
@@ -171,16 +176,16 @@ async def test_a_command_that_the_bus_does_not_show_for_a_moment_is_not_overtake
     """As a cluster may do that is losing its leaders."""
     bench, shard = await two_users()
     bench.chat.took_s = 0.1
-    deliveries = [bench.command(f"t{number}", headers={H_MSG_ID: f"c{number}"}) for number in range(SHARE + 10)]
+    deliveries = [bench.command(f"t{number}", headers={H_MSG_ID: f"c{number}"}) for number in range(ROOM + 10)]
     for one in deliveries:
         shard.intake.on_delivery(one)
-    (late,) = [kept for kept in bench.bus.kept if kept.stored.seq == deliveries[SHARE].seq]
+    (late,) = [kept for kept in bench.bus.kept if kept.stored.seq == deliveries[ROOM].seq]
     place = bench.bus.kept.index(late)
     bench.bus.kept.remove(late)
     await asyncio.sleep(MISSING_CONFIRM_S / 2)
     bench.bus.kept.insert(place, late)
     await asyncio.sleep(600)
-    assert [receipt.command for receipt in bench.bus.receipts()] == [f"c{number}" for number in range(SHARE + 10)]
+    assert [receipt.command for receipt in bench.bus.receipts()] == [f"c{number}" for number in range(ROOM + 10)]
 
 
 async def test_commands_that_cannot_be_read_are_told_also_when_they_had_to_wait() -> None:

@@ -16,6 +16,7 @@ from adapter import logs
 from adapter.conversation import rules
 from adapter.names import H_REASON, H_SUBJECT
 from adapter.outbound import reading
+from adapter.outbound.backlog import ROOM
 from adapter.outbound.processor import ShardCommandProcessor
 from adapter.ports import Account, Content, Message
 from tests.fakes import Bench, FakeDelivery
@@ -296,16 +297,16 @@ async def test_commands_wait_while_the_account_cannot_be_opened() -> None:
 
 
 async def test_reading_back_that_crashes_is_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of commands beyond the share of a sandbox."""
+    """Of commands beyond the room of a shard."""
     bench, processor = await ready(gap_ms=0)
     bugs = Bugs(5)
     calling(lambda bench, _: bench.bus, "read", always)(monkeypatch, bench, processor, bugs)
-    for number in range(20):
+    for number in range(ROOM + 10):
         processor.intake.on_delivery(bench.command(f"t{number}", id=f"c{number}"))
     await asyncio.sleep(60)
     assert bugs.left == 0
     assert bench.chat.texts == [f"t{number}" for number in range(10)]  # the window's ten sends
-    assert len(parked(bench)) == 10
+    assert len(parked(bench)) == ROOM
 
 
 async def test_a_receipt_that_cannot_be_written_at_all_holds_up_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
