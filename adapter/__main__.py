@@ -50,7 +50,7 @@ def _redact_uncaught_exceptions() -> None:
         trace: TracebackType | None,
         where: str = "",
     ) -> None:
-        from adapter.logs import TRACEBACK_CHARS, redact_text  # noqa: PLC0415 -- see _run_alone
+        from adapter.observability.logs import TRACEBACK_CHARS, redact_text  # noqa: PLC0415 -- see _run_alone
 
         text = "".join([where, *traceback.format_exception(kind, exc, trace)])
         sys.stderr.write(redact_text(text, 2 * TRACEBACK_CHARS) + "\n")
@@ -68,10 +68,11 @@ def _redact_uncaught_exceptions() -> None:
 
 
 def _run_alone() -> int:
-    from adapter import __version__, logs  # noqa: PLC0415 -- these take a second on a busy machine: see _end_on_sigterm
+    from adapter import __version__  # noqa: PLC0415 -- these take a second on a busy machine: see _end_on_sigterm
     from adapter.environment import read_settings  # noqa: PLC0415
     from adapter.errors import SettingsError  # noqa: PLC0415
-    from adapter.eventloop import run_fast  # noqa: PLC0415
+    from adapter.observability import logs  # noqa: PLC0415 -- these take a second on a busy machine: see _end_on_sigterm
+    from adapter.replica.eventloop import run_fast  # noqa: PLC0415
 
     try:
         settings = read_settings(os.environ)
@@ -86,7 +87,7 @@ def _run_alone() -> int:
 async def _serve(settings: Settings) -> None:
     import asyncio  # noqa: PLC0415
 
-    from adapter import app  # noqa: PLC0415 -- settings are told first, even where this fails
+    from adapter.replica import app  # noqa: PLC0415 -- settings are told first, even where this fails
 
     stop = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):

@@ -7,10 +7,10 @@ from typing import Literal, NamedTuple, Protocol, TypeAlias
 
 import msgspec
 
-from adapter.contract import InboundItem, Quote
-from adapter.dedup import MessageKeys
+from adapter.content.dedup import MessageKeys
+from adapter.content.quotes import Reference
+from adapter.contract.messages import InboundItem, Quote
 from adapter.errors import BusRefused
-from adapter.quotes import Reference
 
 # iLink ----------------------------------------------------------------------------------------------
 

@@ -12,7 +12,7 @@ from itertools import pairwise
 from types import ModuleType
 from typing import Any, TypeAlias
 
-from adapter.tasks import TaskSet
+from adapter.kit.tasks import TaskSet
 
 TABLES = (dict, set, list, deque)
 

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from adapter.dedup import (
+from adapter.content.dedup import (
     KEEP_AT_MOST,
     KEEP_LONG,
     KEEP_MS,
@@ -22,7 +22,7 @@ from adapter.dedup import (
     MessageKeys,
     bot_of,
 )
-from adapter.names import digest
+from adapter.contract.names import digest
 
 NOW = 1_789_000_000_000
 MINUTE = 60_000

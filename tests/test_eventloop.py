@@ -8,12 +8,12 @@ import sys
 
 import pytest
 
-from adapter.eventloop import MIDDLE
+from adapter.replica.eventloop import MIDDLE
 
 GARBAGE = """
 import asyncio, gc, json, sys, weakref
-from adapter import eventloop
-from adapter.eventloop import run_fast
+from adapter.replica import eventloop
+from adapter.replica.eventloop import run_fast
 
 eventloop.MIDDLE = sys.argv[1:] == ["middle"]
 

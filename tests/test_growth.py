@@ -9,22 +9,22 @@ import re
 from hypothesis import given
 from hypothesis import strategies as st
 
-from adapter.contract import Options
+from adapter.contract.messages import Options
+from adapter.contract.names import Names, escape_token, from_subject_token, to_subject_token
 from adapter.conversation.commands import MediaPart
 from adapter.conversation.uploads import READY_S
 from adapter.errors import Refused, SessionExpired
 from adapter.ilink.budget import ByteBudget
 from adapter.ilink.connection import Connection
 from adapter.inbound.sessions import Session
-from adapter.names import Names, escape_token, from_subject_token, to_subject_token
 from adapter.outbound.processor import ShardCommandProcessor
 from adapter.outbound.typing_tickets import NO_TICKET_S, TICKET_S
+from adapter.ownership.membership import DEAD_KEPT
 from adapter.ports import Account
-from adapter.replicas.membership import DEAD_KEPT
 from tests.fakes import Bench, Wire
 from tests.growth import tables
 from tests.outbound.shards import BOT, USER, outcomes, user_writes
-from tests.replicas.cluster import LEASE_S, Cluster
+from tests.ownership.cluster import LEASE_S, Cluster
 
 VIRTUAL_TIME = True
 

@@ -9,12 +9,12 @@ from typing import Any, cast
 import pytest
 from structlog.testing import capture_logs
 
+from adapter.contract.names import Names
 from adapter.errors import BusRefused, Temporary
-from adapter.health_monitor import CHECK_S, HealthMonitor
 from adapter.jetstream.topology import Difference
-from adapter.metrics import Metrics
-from adapter.names import Names
-from adapter.probes import BUS_GRACE_S, Health
+from adapter.observability.metrics import Metrics
+from adapter.replica.health_monitor import CHECK_S, HealthMonitor
+from adapter.replica.probes import BUS_GRACE_S, Health
 from tests.fakes import FakeClock
 
 VIRTUAL_TIME = True

@@ -17,9 +17,9 @@ import msgspec
 import pytest
 
 import adapter
-from adapter import headers, json_repair, logs, names
 from adapter.cli import dead, login, output
 from adapter.console import server
+from adapter.contract import headers, names
 from adapter.conversation import commands
 from adapter.conversation import split as split_rules
 from adapter.conversation.commands import Limits
@@ -27,7 +27,9 @@ from adapter.conversation.split import is_open, split, to_plain
 from adapter.errors import Refused, Unreadable
 from adapter.ilink import cipher, protocol, urls
 from adapter.jetstream import client
+from adapter.kit import json_repair
 from adapter.logins import registry
+from adapter.observability import logs
 from tests.hostile import TEXTS
 
 ROOT = Path(adapter.__file__).parent

@@ -14,8 +14,8 @@ from typing import Any
 import pytest
 import structlog
 
-from adapter import logs
-from adapter.contract import Bind
+from adapter.contract.messages import Bind
+from adapter.observability import logs
 
 TOKEN = "b0f5860fdecb@im.bot:0600abcdCANARY"
 CONTEXT = "AARzJWCANARY+x/y="

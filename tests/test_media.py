@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from adapter import media
-from adapter.media import Kind, file_name, identify, silk_duration_ms, silk_to_wav, wav_duration_ms
+from adapter.content import media
+from adapter.content.media import Kind, file_name, identify, silk_duration_ms, silk_to_wav, wav_duration_ms
 from adapter.simulator import samples
 
 SILK = samples.silk(1.0)

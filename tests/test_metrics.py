@@ -12,8 +12,8 @@ from prometheus_client import CollectorRegistry, Metric, generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
 from adapter import __version__
-from adapter.fast_metrics import Counter, Histogram
-from adapter.metrics import Metrics
+from adapter.observability.fast_metrics import Counter, Histogram
+from adapter.observability.metrics import Metrics
 
 LIBRARY = ("process_", "python_gc_")
 

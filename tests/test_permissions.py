@@ -6,9 +6,10 @@ import re
 
 import pytest
 
+from adapter.cli.schema import ROOT
+from adapter.contract.names import Names
 from adapter.errors import Refused
-from adapter.names import Names
-from adapter.permissions import (
+from adapter.security.permissions import (
     ROLES,
     Allowed,
     Grants,
@@ -20,7 +21,6 @@ from adapter.permissions import (
     overlaps,
     server_config,
 )
-from adapter.schema import ROOT
 
 NAMES = Names()
 

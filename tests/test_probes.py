@@ -13,9 +13,9 @@ from typing import Any
 import pytest
 
 from adapter.errors import SettingsError
-from adapter.metrics import Metrics
-from adapter.probes import Health, ProbeServer
-from adapter.web import MAX_CONNECTIONS
+from adapter.kit.web import MAX_CONNECTIONS
+from adapter.observability.metrics import Metrics
+from adapter.replica.probes import Health, ProbeServer
 
 DIRECT = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 

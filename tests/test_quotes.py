@@ -8,8 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from adapter.contract import FileItem, ImageItem, Quote, TextItem, UnsupportedItem, VoiceItem
-from adapter.quotes import (
+from adapter.content.quotes import (
     MAX_TEXT,
     Part,
     QuotedText,
@@ -20,6 +19,7 @@ from adapter.quotes import (
     quoted_text_of,
     resolve_quote,
 )
+from adapter.contract.messages import FileItem, ImageItem, Quote, TextItem, UnsupportedItem, VoiceItem
 
 
 def md5(text: str) -> str:

@@ -22,13 +22,13 @@ from typing import Any, NamedTuple, TypeAlias
 import msgspec
 import pytest
 
-from adapter.contract import FINAL_OUTCOMES, BindingEvent, Receipt
+from adapter.contract.messages import FINAL_OUTCOMES, BindingEvent, Receipt
+from adapter.contract.names import shard_of
+from adapter.contract.records import Binding
 from adapter.conversation.record import ConversationRecord
 from adapter.errors import LeaseLost, Refused, SessionExpired, Temporary, Throttled, Uncertain
-from adapter.names import shard_of
 from adapter.outbound.processor import ShardCommandProcessor
 from adapter.ports import Accepted, Entry
-from adapter.records import Binding
 from tests.fakes import LIMITS, Bench, FakeBucket, FakeChat, FakeDelivery, Life, Sent, VirtualLoop
 from tests.fakes.mortal import Command, mortal
 

@@ -13,8 +13,8 @@ import msgspec
 import pytest
 from jsonschema import Draft202012Validator  # type: ignore[import-untyped]
 
-from adapter import schema
-from adapter.names import Names
+from adapter.cli import schema
+from adapter.contract.names import Names
 from adapter.settings import Settings, variable_of
 
 SCHEMAS = schema.ROOT / "schemas"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 
-from adapter.slots import FairSlots
+from adapter.kit.slots import FairSlots
 
 VIRTUAL_TIME = True
 

@@ -11,12 +11,12 @@ import msgspec
 import pytest
 
 from adapter.bindings.registry import Bindings
+from adapter.contract.names import SHARDS, shard_of
+from adapter.contract.records import Binding
 from adapter.inbound.poller import tend
 from adapter.inbound.sessions import HERE_S, Session, State
-from adapter.names import SHARDS, shard_of
 from adapter.ports import Entry
-from adapter.records import Binding
-from adapter.supervisor import Supervisor
+from adapter.replica.supervisor import Supervisor
 from tests.fakes import Bench, FakeLeases, batch, ready, settle
 from tests.inbound.pollers import BOT, raw
 

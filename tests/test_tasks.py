@@ -9,7 +9,7 @@ import weakref
 
 import pytest
 
-from adapter.tasks import SingleFlight, TaskSet
+from adapter.kit.tasks import SingleFlight, TaskSet
 
 VIRTUAL_TIME = True
 

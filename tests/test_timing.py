@@ -13,7 +13,7 @@ import pytest
 import uvloop
 from structlog.testing import capture_logs
 
-from adapter.timing import (
+from adapter.kit.timing import (
     PerTickLimiter,
     RateLimiter,
     TolerantTimeout,

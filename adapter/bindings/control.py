@@ -13,17 +13,26 @@ import msgspec
 import structlog
 from msgspec import structs
 
-from adapter import contract
 from adapter.bindings.registry import Bindings
-from adapter.contract import Bind, BindingChange, BindingEvent, ControlAnswer, Unbind
+from adapter.contract import messages as contract
+from adapter.contract.messages import Bind, BindingChange, BindingEvent, ControlAnswer, Unbind
+from adapter.contract.names import (
+    H_ERROR,
+    H_ERROR_CODE,
+    H_MSG_ID,
+    H_REPLY_TO,
+    H_SCHEMA,
+    Names,
+    check_sandbox,
+    is_inbox,
+)
+from adapter.contract.records import Binding
 from adapter.errors import UNDECODABLE, AdapterError, LeaseLost, Refused, Temporary, Unreadable
-from adapter.events import PERSON_CHANGES, Events, last_person_change, read_binding_events
-from adapter.metrics import Metrics
-from adapter.names import H_ERROR, H_ERROR_CODE, H_MSG_ID, H_REPLY_TO, H_SCHEMA, Names, check_sandbox, is_inbox
+from adapter.kit.timing import Clock, backoff
+from adapter.observability.events import PERSON_CHANGES, Events, last_person_change, read_binding_events
+from adapter.observability.metrics import Metrics
 from adapter.ports import Chat, CoreBus, Delivery, History
-from adapter.records import Binding
-from adapter.seal import Sealer, bind_context, cursor_context
-from adapter.timing import Clock, backoff
+from adapter.security.seal import Sealer, bind_context, cursor_context
 
 log = structlog.get_logger()
 

@@ -7,11 +7,11 @@ from collections.abc import AsyncIterator
 
 import msgspec
 
+from adapter.contract.names import Names
+from adapter.contract.records import Binding
 from adapter.errors import UNDECODABLE, Conflict, Refused
-from adapter.names import Names
 from adapter.ports import History, LeaderBucket, Stored
-from adapter.records import Binding
-from adapter.seal import Sealer, Sealing, cursor_context
+from adapter.security.seal import Sealer, Sealing, cursor_context
 
 
 async def count_stored_tokens(history: History, names: Names, sealer: Sealer) -> Counter[Sealing]:

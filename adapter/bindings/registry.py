@@ -7,12 +7,12 @@ from collections.abc import Callable, Iterator
 import msgspec
 import structlog
 
+from adapter.contract.names import SHARDS, from_subject_token, shard_of, to_subject_token
+from adapter.contract.records import Binding
 from adapter.errors import UNDECODABLE, Conflict
-from adapter.names import SHARDS, from_subject_token, shard_of, to_subject_token
+from adapter.kit.timing import ChangeSignal
 from adapter.ports import Account, Bucket, Entry
-from adapter.records import Binding
-from adapter.seal import Sealer
-from adapter.timing import ChangeSignal
+from adapter.security.seal import Sealer
 
 log = structlog.get_logger()
 

@@ -10,9 +10,9 @@ import msgspec
 import structlog
 
 from adapter.bindings.registry import Bindings
-from adapter.events import Events
-from adapter.records import Binding
-from adapter.timing import Clock
+from adapter.contract.records import Binding
+from adapter.kit.timing import Clock
+from adapter.observability.events import Events
 
 log = structlog.get_logger()
 

@@ -15,8 +15,8 @@ from cyclopts import App, CycloptsError
 
 from adapter import __version__
 from adapter.cli import backup, bindings, dead, demo, doctor, login, output, permissions, queued, run, send, tail
+from adapter.cli.embedded import EmbeddedFailed
 from adapter.cli.exit_codes import EXIT_CODES, INTERRUPTED, NO, OK, USAGE, Failed
-from adapter.embedded import EmbeddedFailed
 from adapter.errors import AdapterError, SettingsError
 
 HELP = "The bridge between WeChat (iLink bots) and NATS."

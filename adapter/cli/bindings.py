@@ -17,7 +17,7 @@ from adapter.cli import output
 from adapter.cli.bus import Bus, connected_bus
 from adapter.cli.exit_codes import NO, OK, TIMEOUT, UNREACHABLE, USAGE, Failed
 from adapter.cli.options import AutoTyping, Durable, Json, Keep, MaybeSandbox, RequestId, Sandbox, Timeout, new_id
-from adapter.contract import (
+from adapter.contract.messages import (
     SCHEMA_VERSION,
     Bind,
     BindingInfo,
@@ -27,8 +27,8 @@ from adapter.contract import (
     Options,
     Unbind,
 )
+from adapter.contract.names import H_MSG_ID, H_REPLY_TO, H_SCHEMA
 from adapter.errors import UNDECODABLE
-from adapter.names import H_MSG_ID, H_REPLY_TO, H_SCHEMA
 
 COLUMNS = ("sandbox", "bot", "user", "state", "since", "reason")
 STYLES = {"active": "green", "needs_login": "red"}

@@ -23,12 +23,12 @@ from nats.js import JetStreamContext, api
 from nats.js.errors import APIError, NoStreamResponseError, NotFoundError, ServiceUnavailableError
 
 from adapter.cli.exit_codes import NO, UNREACHABLE, Failed
+from adapter.contract.names import H_ERROR, H_ERROR_CODE, Names
 from adapter.environment import read_settings
 from adapter.errors import STORE_FAILED, UNDECODABLE, Temporary
 from adapter.jetstream.client import BusClient, permission_violation
 from adapter.jetstream.managed_connection import connect_options
-from adapter.names import H_ERROR, H_ERROR_CODE, Names
-from adapter.permissions import grants, overlaps
+from adapter.security.permissions import grants, overlaps
 from adapter.settings import CREDENTIALS, Settings
 
 CONNECT_S = 5.0

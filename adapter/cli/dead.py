@@ -19,10 +19,10 @@ from adapter.cli import output
 from adapter.cli.bus import Bus, JetStreamGone, connected_bus, missing_stream_failure, sequence_from
 from adapter.cli.exit_codes import NO, OK, UNREACHABLE, USAGE, Failed
 from adapter.cli.options import Json
-from adapter.dead_letters import DeadLetter, dead_letter_of, retry_message
+from adapter.contract.names import H_MSG_ID, Names
 from adapter.errors import UNDECODABLE
 from adapter.jetstream.api_replies import NO_STREAM
-from adapter.names import H_MSG_ID, Names
+from adapter.services.dead_letters import DeadLetter, dead_letter_of, retry_message
 
 app = App(name="dead", help="Messages that could not be handled: list, show, try again, delete.")
 

@@ -11,16 +11,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 from urllib.parse import urlsplit
 
-from adapter import __version__, logs
+from adapter import __version__
 from adapter.cli.bindings import request
 from adapter.cli.bus import Bus, connected_bus
+from adapter.cli.embedded import EmbeddedNats
 from adapter.cli.exit_codes import NO, OK, Failed
 from adapter.cli.lifetime import adapter_running, run_until_stopped, until_signalled, while_alive
 from adapter.cli.options import flag
 from adapter.cli.screen import Screen
 from adapter.cli.stdin import lines
-from adapter.contract import Bind
-from adapter.embedded import EmbeddedNats
+from adapter.contract.messages import Bind
+from adapter.observability import logs
 from adapter.settings import Settings
 
 if TYPE_CHECKING:

@@ -23,7 +23,7 @@ from adapter.jetstream import topology
 from adapter.jetstream.buckets import LeaderKvBucket
 from adapter.jetstream.history import StreamHistory
 from adapter.jetstream.managed_connection import ManagedConnection
-from adapter.seal import Sealer, Sealing
+from adapter.security.seal import Sealer, Sealing
 from adapter.settings import Settings
 
 SERVICE = "wechat-nats"

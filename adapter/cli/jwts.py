@@ -1,4 +1,4 @@
-"""NATS's decentralised JWTs for the roles of `adapter.permissions`: an operator, accounts and users, and their keys.
+"""NATS's decentralised JWTs for the roles of `adapter.security.permissions`: operator, accounts, users, keys.
 
 Format: version 2 of https://github.com/nats-io/jwt; signed with ed25519 by the key of whoever is above.
 """
@@ -14,9 +14,19 @@ from typing import Any, NamedTuple
 import msgspec
 import nkeys
 
+from adapter.contract.names import Names
 from adapter.errors import Refused
-from adapter.names import Names
-from adapter.permissions import ACCOUNT_OF, SANDBOX_PAYLOAD, WECHAT, Grants, Role, Share, exports, grants, imports
+from adapter.security.permissions import (
+    ACCOUNT_OF,
+    SANDBOX_PAYLOAD,
+    WECHAT,
+    Grants,
+    Role,
+    Share,
+    exports,
+    grants,
+    imports,
+)
 
 OPERATOR, ACCOUNT, USER = nkeys.PREFIX_BYTE_OPERATOR, nkeys.PREFIX_BYTE_ACCOUNT, nkeys.PREFIX_BYTE_USER
 DAY_S = 86_400
@@ -131,7 +141,7 @@ def creds(jwt: str, key: Key) -> str:
 
 
 class Accounts(NamedTuple):
-    """The accounts of `adapter.permissions`, by name, and the key above them."""
+    """The accounts of `adapter.security.permissions`, by name, and the key above them."""
 
     operator: Key
     keys: dict[str, Key]

@@ -8,8 +8,8 @@ import signal
 from collections.abc import AsyncIterator, Coroutine, Iterator
 from typing import Any, TypeVar
 
+from adapter.cli.embedded import EmbeddedNats
 from adapter.cli.exit_codes import NO, TIMEOUT, UNREACHABLE, Failed
-from adapter.embedded import EmbeddedNats
 from adapter.settings import Settings
 
 T = TypeVar("T")
@@ -61,7 +61,7 @@ async def run_until_stopped(stop: asyncio.Event, work: Coroutine[Any, Any, int])
 @contextlib.asynccontextmanager
 async def adapter_running(settings: Settings, *, start_s: float, drain_s: float) -> AsyncIterator[asyncio.Task[None]]:
     """The adapter in this process, ready; drained at the end of the block. Raises Failed if it does not start."""
-    from adapter import app  # noqa: PLC0415 -- other commands start faster without it
+    from adapter.replica import app  # noqa: PLC0415 -- other commands start faster without it
 
     stop, ready = asyncio.Event(), asyncio.Event()
     task = asyncio.create_task(app.run(settings, stop=stop, on_ready=ready.set))

@@ -20,8 +20,8 @@ from adapter.cli.bus import Bus, connected_bus
 from adapter.cli.exit_codes import INTERRUPTED, NO, OK, UNREACHABLE, USAGE, Failed
 from adapter.cli.lifetime import run_until_stopped, until_signalled
 from adapter.cli.options import AutoTyping, Durable, Json, Sandbox, flag
-from adapter.contract import CHECKING, FINAL_STATUSES, Login, LoginQuery, LoginStart, LoginVerify, Options
-from adapter.timing import wait_event
+from adapter.contract.messages import CHECKING, FINAL_STATUSES, Login, LoginQuery, LoginStart, LoginVerify, Options
+from adapter.kit.timing import wait_event
 
 START_S = 20.0
 REFRESH_S = 3.0

@@ -9,8 +9,8 @@ from uuid import uuid4
 
 from cyclopts import Parameter
 
+from adapter.contract.names import check_sandbox
 from adapter.errors import Refused
-from adapter.names import check_sandbox
 
 _UNITS_S = {"s": 1, "m": 60, "h": 3600, "d": 86400}
 _DURATION = re.compile(r"(\d+(?:\.\d+)?)([smhd])")

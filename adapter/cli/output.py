@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from adapter.logs import UNSEEN
+from adapter.observability.logs import UNSEEN
 
 _UNPRINTABLE = re.compile(f"[\x00-\x1f{UNSEEN}]")
 _UNPRINTABLE_IN_JSON = re.compile(f"[{UNSEEN}]")

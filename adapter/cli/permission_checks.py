@@ -11,9 +11,9 @@ from nats.errors import Error as NatsError
 from adapter.cli.bus import Bus, connected_bus, permission_violations
 from adapter.cli.checks import Check
 from adapter.cli.exit_codes import NO, Failed
+from adapter.contract.names import Names
 from adapter.errors import UNDECODABLE
-from adapter.names import Names
-from adapter.permissions import USER_INFO, Grants, User, grants, required, streams, user_of
+from adapter.security.permissions import USER_INFO, Grants, User, grants, required, streams, user_of
 from adapter.settings import Settings
 
 WHERE = "see helm/nats/ and `wechat-nats permissions`"

@@ -15,9 +15,9 @@ from adapter.cli.bus import Bus, connected_bus, settings_here
 from adapter.cli.exit_codes import NO, OK, USAGE, Failed
 from adapter.cli.jwts import Key
 from adapter.cli.options import Sandbox, flag
+from adapter.contract.names import Names
 from adapter.errors import Refused
-from adapter.names import Names
-from adapter.permissions import ACCOUNT_OF, OWN_ACCOUNTS, ROLES, SANDBOX, SYSTEM, WECHAT, Role, server_config
+from adapter.security.permissions import ACCOUNT_OF, OWN_ACCOUNTS, ROLES, SANDBOX, SYSTEM, WECHAT, Role, server_config
 
 app = App(name="permissions", help="Make the NATS users of adapter, platform, services, operators and sandboxes.")
 

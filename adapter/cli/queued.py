@@ -14,12 +14,12 @@ from adapter.cli import output
 from adapter.cli.bus import Bus, JetStreamGone, connected_bus, missing_stream_failure
 from adapter.cli.exit_codes import NO, OK, UNREACHABLE, USAGE, Failed
 from adapter.cli.options import Json, MaybeSandbox, flag
+from adapter.contract.names import H_COMMAND, H_MSG_ID, Names, shard_of
 from adapter.conversation.commands import Limits, command_id, salvage_ids
 from adapter.errors import BusRefused, Temporary
 from adapter.jetstream.api_replies import NO_STREAM
 from adapter.jetstream.history import read_stream
 from adapter.jetstream.managed_connection import ManagedConnection
-from adapter.names import H_COMMAND, H_MSG_ID, Names, shard_of
 from adapter.ports import Stored
 
 app = App(name="queue", help="Commands that wait to be sent: list, delete.")

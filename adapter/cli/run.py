@@ -14,15 +14,16 @@ import msgspec
 import structlog
 from cyclopts import App, Parameter
 
-from adapter import __version__, logs
+from adapter import __version__
 from adapter.cli import output
 from adapter.cli.bus import URL_FILE, settings_here
+from adapter.cli.embedded import EmbeddedNats, write_private
 from adapter.cli.exit_codes import OK, USAGE, Failed
 from adapter.cli.lifetime import until_signalled, while_alive
 from adapter.cli.options import flag
-from adapter.embedded import EmbeddedNats, write_private
 from adapter.environment import read_settings
-from adapter.eventloop import run_fast
+from adapter.observability import logs
+from adapter.replica.eventloop import run_fast
 from adapter.settings import CREDENTIALS, Settings
 
 log = structlog.get_logger()
@@ -57,7 +58,7 @@ def run(
 
 
 async def _run(settings: Settings, *, embedded: bool, port: int) -> int:
-    from adapter import app  # noqa: PLC0415 -- other commands start faster without it
+    from adapter.replica import app  # noqa: PLC0415 -- other commands start faster without it
 
     with until_signalled() as stop:
         if not embedded:
@@ -127,7 +128,7 @@ def schema(
     check: Annotated[bool, flag("Write nothing; exit code 1 if a file is stale.")] = False,
 ) -> int:
     """Write the JSON Schemas and the AsyncAPI document of the bus, in a checkout; or print one of them."""
-    from adapter import schema as made  # noqa: PLC0415 -- other commands start faster without it
+    from adapter.cli import schema as made  # noqa: PLC0415 -- other commands start faster without it
 
     if message is not None:
         names = [*made.DOCUMENTED, "asyncapi"]

@@ -16,9 +16,9 @@ from adapter.cli import output
 from adapter.cli.bus import Bus, connected_bus, sequence_from
 from adapter.cli.exit_codes import NO, OK, TIMEOUT, UNREACHABLE, USAGE, Failed
 from adapter.cli.options import Json, RequestId, Sandbox, Timeout, flag, new_id
-from adapter.contract import FINAL_OUTCOMES, SCHEMA_VERSION, Outbound, Receipt
+from adapter.contract.messages import FINAL_OUTCOMES, SCHEMA_VERSION, Outbound, Receipt
+from adapter.contract.names import H_MSG_ID, H_SCHEMA
 from adapter.errors import UNDECODABLE
-from adapter.names import H_MSG_ID, H_SCHEMA
 
 _OPTION = re.compile(r"--[a-z][a-z-]*")
 

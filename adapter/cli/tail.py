@@ -16,9 +16,9 @@ from adapter.cli.bus import Bus, connected_bus, replay
 from adapter.cli.exit_codes import OK, TIMEOUT, USAGE, Failed
 from adapter.cli.options import Age, Json, MaybeSandbox, flag, moment
 from adapter.cli.send import describe
-from adapter.contract import Inbound, Receipt
+from adapter.content.quotes import kind_of
+from adapter.contract.messages import Inbound, Receipt
 from adapter.errors import UNDECODABLE
-from adapter.quotes import kind_of
 
 MessageQueue = asyncio.Queue[tuple[str, Msg]]
 INBOUND, EVENT = "inbound", "event"

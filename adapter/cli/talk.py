@@ -14,10 +14,10 @@ from adapter.cli.bus import Bus
 from adapter.cli.exit_codes import NO, OK, TIMEOUT, Failed
 from adapter.cli.screen import Screen
 from adapter.cli.send import describe
-from adapter.contract import FINAL_OUTCOMES, Inbound, Outbound, Receipt
-from adapter.names import H_MSG_ID
+from adapter.contract.messages import FINAL_OUTCOMES, Inbound, Outbound, Receipt
+from adapter.contract.names import H_MSG_ID
+from adapter.kit.timing import raise_if_cancelled
 from adapter.simulator import BotRecord, Simulator
-from adapter.timing import raise_if_cancelled
 
 SANDBOX = "demo"
 UNANSWERED = 5

@@ -6,13 +6,13 @@ import asyncio
 
 from adapter.cli.bus import ANSWER_S, Bus
 from adapter.cli.exit_codes import NO, UNREACHABLE, Failed
+from adapter.contract.headers import forwardable_headers
+from adapter.contract.names import H_COMMAND, H_MSG_ID, H_SEQUENCE, H_SINCE_MS, Names, digest
 from adapter.conversation.commands import original_position
-from adapter.headers import forwardable_headers
 from adapter.jetstream import topology
 from adapter.jetstream.consumer import Consumer, Delivery
 from adapter.jetstream.history import count_by_subject
 from adapter.jetstream.managed_connection import ManagedConnection
-from adapter.names import H_COMMAND, H_MSG_ID, H_SEQUENCE, H_SINCE_MS, Names, digest
 
 SECOND_NS = 1_000_000_000
 

@@ -10,7 +10,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from adapter import __version__
-from adapter.logs import escape_invisible
+from adapter.observability.logs import escape_invisible
 
 PLENTY = 3
 """Sends left from which on nobody needs to worry."""

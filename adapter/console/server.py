@@ -19,10 +19,10 @@ from adapter.console.auth import SESSION_S, ConsoleAuth
 from adapter.console.pages import Pages
 from adapter.console.service import ConsoleDeps, ConsoleService
 from adapter.console.view import BindingFilter, Platform
-from adapter.contract import Options
+from adapter.contract.messages import Options
 from adapter.errors import AdapterError, Refused, Temporary
+from adapter.kit.web import Listener
 from adapter.settings import split_addr
-from adapter.web import Listener
 
 log = structlog.get_logger()
 

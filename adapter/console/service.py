@@ -21,19 +21,19 @@ from adapter.console.view import (
     Row,
     ShownLogin,
 )
-from adapter.contract import Login, LoginQuery, LoginStart, LoginVerify, Options
+from adapter.contract.messages import Login, LoginQuery, LoginStart, LoginVerify, Options
+from adapter.contract.names import Names
+from adapter.contract.records import Binding
 from adapter.conversation import window
 from adapter.conversation.record import ConversationRecord
 from adapter.conversation.store import ConversationStore
-from adapter.dead_letters import dead_letter_of, is_command, original_subject, retry_message
 from adapter.errors import Refused, Temporary
+from adapter.kit.timing import Clock
 from adapter.logins.qr import html_element
 from adapter.logins.registry import LoginRegistry
-from adapter.names import Names
+from adapter.ownership import replica_status
 from adapter.ports import AllReplicas, Archive, Bus, Stored
-from adapter.records import Binding
-from adapter.replicas import replica_status
-from adapter.timing import Clock
+from adapter.services.dead_letters import dead_letter_of, is_command, original_subject, retry_message
 
 log = structlog.get_logger()
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from adapter.contract import BindingInfo, Login, Window
-from adapter.dead_letters import DeadLetter
-from adapter.replicas.replica_status import ReplicaStatus
+from adapter.contract.messages import BindingInfo, Login, Window
+from adapter.ownership.replica_status import ReplicaStatus
+from adapter.services.dead_letters import DeadLetter
 
 PAGE = 50
 """Bindings, or dead letters, on a page."""

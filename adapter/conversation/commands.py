@@ -11,7 +11,7 @@ from typing import Any, Literal, NamedTuple, TypeAlias
 import msgspec
 from msgspec.structs import replace
 
-from adapter.contract import (
+from adapter.contract.messages import (
     COMMAND_BYTES,
     CommandId,
     Outbound,
@@ -21,10 +21,10 @@ from adapter.contract import (
     OutVideo,
     OutVoice,
 )
+from adapter.contract.names import H_SEQUENCE, H_SINCE_MS, check_sandbox, is_sandbox
 from adapter.conversation import split
 from adapter.errors import UNDECODABLE, Refused, Unreadable
-from adapter.json_repair import without_halves
-from adapter.names import H_SEQUENCE, H_SINCE_MS, check_sandbox, is_sandbox
+from adapter.kit.json_repair import without_halves
 
 _PEER = re.compile(r"[!-~]{0,128}")
 """A bot's or user's id: it becomes part of a subject."""

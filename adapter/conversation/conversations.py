@@ -8,16 +8,16 @@ from typing import Protocol
 
 import structlog
 
-from adapter import contract
+from adapter.contract import messages as contract
+from adapter.contract.records import Binding
 from adapter.conversation import window
 from adapter.conversation.actor import ConversationActor
 from adapter.conversation.record import ConversationRecord, SentText
 from adapter.conversation.rules import InboundReceived, SendPolicy
 from adapter.conversation.store import ConversationStore
 from adapter.errors import LeaseLost, Temporary
-from adapter.records import Binding
-from adapter.tasks import TaskSet
-from adapter.timing import Clock
+from adapter.kit.tasks import TaskSet
+from adapter.kit.timing import Clock
 
 log = structlog.get_logger()
 

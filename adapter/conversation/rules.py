@@ -47,7 +47,8 @@ from typing import Literal, NamedTuple, TypeAlias
 
 import msgspec
 
-from adapter.contract import Outcome
+from adapter.content.quotes import placeholder_summary
+from adapter.contract.messages import Outcome
 from adapter.conversation import window
 from adapter.conversation.commands import MERGE_SEPARATOR, MediaPart, Part, client_id
 from adapter.conversation.record import (
@@ -63,7 +64,6 @@ from adapter.conversation.record import (
 from adapter.conversation.split import MAX_BYTES, is_open
 from adapter.conversation.window import WindowPolicy
 from adapter.ports import Content, Uploaded
-from adapter.quotes import placeholder_summary
 
 MAX_RESENDS = 1
 """A request without an answer is repeated so often, with the same client_id: WeChat shows it once

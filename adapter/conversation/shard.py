@@ -10,10 +10,10 @@ from adapter.conversation.commands import Part
 from adapter.conversation.rules import Bot, CommandResult, Conversation, QueuedCommand, SendPolicy
 from adapter.conversation.store import ConversationStore
 from adapter.conversation.uploads import Uploads
-from adapter.metrics import Metrics
+from adapter.kit.slots import FairSlots
+from adapter.kit.timing import Clock, PerTickLimiter
+from adapter.observability.metrics import Metrics
 from adapter.ports import Account, Chat
-from adapter.slots import FairSlots
-from adapter.timing import Clock, PerTickLimiter
 
 
 class ShardPort(Protocol):

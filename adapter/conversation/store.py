@@ -5,9 +5,9 @@ from __future__ import annotations
 import msgspec
 import structlog
 
+from adapter.contract.names import conversation_key, user_of_key
 from adapter.conversation.record import VERSION, ConversationRecord
 from adapter.errors import UNDECODABLE, Temporary
-from adapter.names import conversation_key, user_of_key
 from adapter.ports import Bucket, Entry
 
 log = structlog.get_logger()

@@ -9,12 +9,12 @@ from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple
 
+from adapter.content.media import HEAD, file_name, identify
 from adapter.conversation.commands import MediaPart
 from adapter.errors import AdapterError, Refused, Temporary, Unreadable
-from adapter.media import HEAD, file_name, identify
+from adapter.kit.slots import FairSlots
+from adapter.kit.timing import Clock
 from adapter.ports import Account, Cdn, MediaKind, Objects, Pieces, Uploaded
-from adapter.slots import FairSlots
-from adapter.timing import Clock
 
 READY_KEPT = 1000
 """Uploads that are remembered for a repeat of their request."""

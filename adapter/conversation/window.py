@@ -12,7 +12,7 @@ from typing import Literal, NamedTuple, TypeAlias
 
 import msgspec
 
-from adapter.contract import Window
+from adapter.contract.messages import Window
 from adapter.conversation.record import ConversationRecord, SendProgress, SendWindow, WindowPhase
 
 Closed: TypeAlias = Literal["", "window_closed", "quota", "throttled", "reserved"]

@@ -12,10 +12,10 @@ from adapter.conversation.memory import ConversationMemory
 from adapter.conversation.rules import CommandResult
 from adapter.conversation.shard import ConversationDeps, ShardPort
 from adapter.conversation.uploads import StoreAway
-from adapter.crashes import ATTEMPTS
 from adapter.errors import AdapterError, LeaseLost, Refused, SessionExpired, Temporary, Throttled, Uncertain
-from adapter.tasks import TaskSet
-from adapter.timing import Clock, backoff
+from adapter.kit.crashes import ATTEMPTS
+from adapter.kit.tasks import TaskSet
+from adapter.kit.timing import Clock, backoff
 
 log = structlog.get_logger()
 

@@ -17,7 +17,7 @@ from typing import ParamSpec, TypeVar
 from adapter.errors import Uncertain
 from adapter.ilink.protocol import Reply
 from adapter.ilink.unpack import Oversized, Unpacker, UnpackFailed
-from adapter.timing import complete_with_grace
+from adapter.kit.timing import complete_with_grace
 
 P = ParamSpec("P")
 T = TypeVar("T")

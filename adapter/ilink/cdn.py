@@ -17,7 +17,7 @@ from adapter.ilink.cipher import BLOCK, KEY_BYTES, Decryption, Encryption, ciphe
 from adapter.ilink.client import ILink
 from adapter.ilink.network import CONNECT_S, KEPT_S, CheckedNetwork, Resolver, with_checked_network
 from adapter.ilink.unpack import PACKED, PLAIN, Oversized, Unpacker, UnpackFailed
-from adapter.metrics import Metrics
+from adapter.observability.metrics import Metrics
 from adapter.ports import Account, MediaKind, MediaRef, Pieces, Uploaded
 
 STALL_S = 30.0

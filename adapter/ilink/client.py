@@ -20,9 +20,9 @@ from adapter.ilink.plain_calls import PlainCalls
 from adapter.ilink.protocol import Reply, Request
 from adapter.ilink.tls import ResumingContext
 from adapter.ilink.wire import THROTTLED
-from adapter.metrics import Metrics
+from adapter.kit.timing import complete_with_grace
+from adapter.observability.metrics import Metrics
 from adapter.ports import Accepted, Account, Content, MediaKind, Polled, QrCode, Scan
-from adapter.timing import complete_with_grace
 
 log = structlog.get_logger()
 

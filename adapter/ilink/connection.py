@@ -15,7 +15,7 @@ import httptools
 from adapter.errors import AdapterError, Temporary, Uncertain
 from adapter.ilink.budget import SMALL, ByteBudget, Share
 from adapter.ilink.protocol import Reply
-from adapter.timing import Deadline
+from adapter.kit.timing import Deadline
 
 HEAD_BYTES = 65_536
 """Longest head of an answer that is read, trailers included."""

@@ -21,8 +21,8 @@ from adapter.ilink.network import KEPT_S, TLS_S, CheckedNetwork, Resolver, has_m
 from adapter.ilink.protocol import Reply, Request
 from adapter.ilink.tls import ResumingContext
 from adapter.ilink.transport import HEADERS, Base, Transport
-from adapter.tasks import TaskSet
-from adapter.timing import TolerantTimeout
+from adapter.kit.tasks import TaskSet
+from adapter.kit.timing import TolerantTimeout
 
 log = structlog.get_logger()
 

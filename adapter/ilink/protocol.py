@@ -14,15 +14,15 @@ from urllib.parse import quote
 import msgspec
 
 from adapter import __version__
+from adapter.content.quotes import as_id
 from adapter.errors import Refused, SessionExpired, Temporary, Throttled, Uncertain
 from adapter.ilink import wire
 from adapter.ilink.cipher import cipher_size, write_key
 from adapter.ilink.paging import WHOLE_BYTES, pages_of, read_page
 from adapter.ilink.urls import PLAIN_URL, URL_CHARS
-from adapter.json_repair import as_utf8, without_controls, without_halves
-from adapter.logs import HIDDEN, hide_secrets
+from adapter.kit.json_repair import as_utf8, without_controls, without_halves
+from adapter.observability.logs import HIDDEN, hide_secrets
 from adapter.ports import Accepted, MediaKind, Polled, QrCode, Scan, ScanStatus, Share, Uploaded
-from adapter.quotes import as_id
 
 AGENT = f"wechat-nats/{__version__}"
 CHANNEL_VERSION = "2.4.9"

@@ -6,10 +6,10 @@ from typing import Any, TypeAlias, TypeVar
 
 import msgspec
 
-from adapter.contract import Quote
+from adapter.content.quotes import Part, Reference, as_id, placeholder_summary, resolve_quote
+from adapter.contract.messages import Quote
 from adapter.errors import UNDECODABLE
 from adapter.ilink import wire
-from adapter.quotes import Part, Reference, as_id, placeholder_summary, resolve_quote
 
 T = TypeVar("T")
 Quoted: TypeAlias = tuple[Quote, Reference]

@@ -11,17 +11,17 @@ from typing import Any, NamedTuple, Protocol, TypeVar
 
 import msgspec
 
-from adapter import contract
-from adapter.dedup import MessageKeys
+from adapter.content.dedup import MessageKeys
+from adapter.content.media import NO_NAMES
+from adapter.content.quotes import as_id, kind_of
+from adapter.contract import messages as contract
+from adapter.contract.names import digest
 from adapter.errors import UNDECODABLE, Refused, Unreadable
 from adapter.ilink import wire
 from adapter.ilink.cipher import read_key
 from adapter.ilink.references import Quoted, ident_of, read_reference, transcript_of
-from adapter.json_repair import as_utf8, decode_fields
-from adapter.media import NO_NAMES
-from adapter.names import digest
+from adapter.kit.json_repair import as_utf8, decode_fields
 from adapter.ports import InboundMessage, MediaRef
-from adapter.quotes import as_id, kind_of
 
 S = TypeVar("S", bound=msgspec.Struct)
 

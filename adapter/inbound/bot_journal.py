@@ -9,13 +9,13 @@ from typing import NamedTuple, Protocol
 import msgspec
 import structlog
 
+from adapter.contract.names import digest
+from adapter.contract.records import Binding
 from adapter.errors import Conflict, LeaseLost, Refused, Temporary
 from adapter.inbound.journal import Journal, JournalRecord, Written, parts_of
-from adapter.names import digest
+from adapter.ownership.leases import Leases
 from adapter.ports import Polled
-from adapter.records import Binding
-from adapter.replicas.leases import Leases
-from adapter.seal import Sealer, cursor_context
+from adapter.security.seal import Sealer, cursor_context
 
 log = structlog.get_logger()
 

@@ -19,10 +19,11 @@ import msgspec
 import structlog
 
 from adapter.bindings.registry import Bindings
-from adapter.contract import InboundItem
+from adapter.content.dedup import DedupWindow
+from adapter.contract.messages import InboundItem
+from adapter.contract.names import H_JOURNAL, H_MSG_ID
+from adapter.contract.records import Binding
 from adapter.conversation.actor import ConversationActor
-from adapter.crashes import ATTEMPTS, retry_on_bug
-from adapter.dedup import DedupWindow
 from adapter.errors import AdapterError, Crashed, LeaseLost
 from adapter.inbound import inbox
 from adapter.inbound.bot_journal import BotJournal
@@ -30,11 +31,10 @@ from adapter.inbound.download import DownloadDeps, DownloadResult, MediaUnavaila
 from adapter.inbound.inbox import AddressedMessage, PublishDeps
 from adapter.inbound.journal import Journal, JournalRecord, Written
 from adapter.inbound.triage import Sorted, Triage
-from adapter.names import H_JOURNAL, H_MSG_ID
+from adapter.kit.crashes import ATTEMPTS, retry_on_bug
+from adapter.kit.tasks import TaskSet
+from adapter.kit.timing import ChangeSignal, backoff
 from adapter.ports import InboundMessage, MediaRef
-from adapter.records import Binding
-from adapter.tasks import TaskSet
-from adapter.timing import ChangeSignal, backoff
 
 log = structlog.get_logger()
 

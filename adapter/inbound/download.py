@@ -9,15 +9,16 @@ from typing import NamedTuple
 import msgspec
 import structlog
 
-from adapter import contract, media
-from adapter.contract import InboundItem
+from adapter.content import media
+from adapter.content.quotes import kind_of
+from adapter.contract import messages as contract
+from adapter.contract.messages import InboundItem
+from adapter.contract.names import digest
 from adapter.errors import BusRefused, Refused, Temporary
 from adapter.inbound.inbox import AddressedMessage
-from adapter.names import digest
+from adapter.kit.slots import FairSlots
+from adapter.kit.timing import Clock, backoff
 from adapter.ports import Cdn, MediaRef, Objects, Pieces, StoredObject
-from adapter.quotes import kind_of
-from adapter.slots import FairSlots
-from adapter.timing import Clock, backoff
 
 log = structlog.get_logger()
 

@@ -13,18 +13,18 @@ from typing import NamedTuple, TypeVar
 import msgspec
 import structlog
 
-from adapter import contract
 from adapter.bindings.registry import Bindings
-from adapter.contract import Inbound
+from adapter.contract import messages as contract
+from adapter.contract.messages import Inbound
+from adapter.contract.names import H_JOURNAL, H_MSG_ID, H_SCHEMA, Names, digest
 from adapter.conversation.conversations import Conversations
 from adapter.errors import BusRefused, Temporary
-from adapter.events import Events
 from adapter.inbound.recall import QuoteResolver, ids_header
-from adapter.metrics import Metrics
-from adapter.names import H_JOURNAL, H_MSG_ID, H_SCHEMA, Names, digest
+from adapter.kit.timing import Clock, backoff
+from adapter.observability.events import Events
+from adapter.observability.metrics import Metrics
+from adapter.ownership.leases import Leases
 from adapter.ports import Bus, History, InboundMessage, Message, PubAck
-from adapter.replicas.leases import Leases
-from adapter.timing import Clock, backoff
 
 log = structlog.get_logger()
 

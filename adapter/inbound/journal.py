@@ -13,10 +13,10 @@ from typing import NamedTuple
 import msgspec
 import structlog
 
+from adapter.contract.names import H_EXPECTED, Names
 from adapter.errors import UNDECODABLE, BusRefused, Conflict, Refused, Temporary
-from adapter.names import H_EXPECTED, Names
 from adapter.ports import Bus, History, Message, Stored
-from adapter.seal import Sealer, journal_context
+from adapter.security.seal import Sealer, journal_context
 
 log = structlog.get_logger()
 

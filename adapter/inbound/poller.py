@@ -15,14 +15,14 @@ import msgspec
 import structlog
 
 from adapter.bindings.stale_token import mark_active, mark_needs_login, publish_login_event, should_report_needs_login
+from adapter.contract.records import Binding
 from adapter.errors import AdapterError, BusRefused, LeaseLost, SessionExpired, Temporary
 from adapter.inbound.bot_journal import Answer, BotJournal
 from adapter.inbound.inbox import retry
 from adapter.inbound.sessions import InboundDeps, Session, check_owned, notify, rebound, wait_until
 from adapter.inbound.taking import give_back, take
+from adapter.kit.timing import backoff, shield_with_grace, wait_event
 from adapter.ports import Polled
-from adapter.records import Binding
-from adapter.timing import backoff, shield_with_grace, wait_event
 
 log = structlog.get_logger()
 

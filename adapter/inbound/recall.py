@@ -9,15 +9,15 @@ from collections.abc import Sequence
 import msgspec
 import structlog
 
-from adapter.contract import Inbound
+from adapter.content.dedup import MessageKeys
+from adapter.content.quotes import QuotedText, quoted_text_of, resolve_quote
+from adapter.contract.messages import Inbound
+from adapter.contract.names import H_IDS, H_MSG_ID, Names, escape_token
 from adapter.conversation.conversations import Conversations
-from adapter.dedup import MessageKeys
 from adapter.errors import UNDECODABLE
-from adapter.metrics import Metrics
-from adapter.names import H_IDS, H_MSG_ID, Names, escape_token
+from adapter.kit.timing import Clock
+from adapter.observability.metrics import Metrics
 from adapter.ports import History, InboundMessage, Stored
-from adapter.quotes import QuotedText, quoted_text_of, resolve_quote
-from adapter.timing import Clock
 
 log = structlog.get_logger()
 

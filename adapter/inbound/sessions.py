@@ -10,19 +10,19 @@ from typing import Any, Literal, NamedTuple, TypeAlias
 import structlog
 
 from adapter.bindings.registry import Bindings, account_of
+from adapter.contract.names import shard_of
+from adapter.contract.records import Binding
 from adapter.conversation.conversations import Conversations
 from adapter.errors import AdapterError
-from adapter.events import Events
 from adapter.inbound.bot_journal import BotJournal
 from adapter.inbound.dispatcher import DispatchDeps, Dispatcher
 from adapter.inbound.journal import Journal
-from adapter.metrics import Metrics
-from adapter.names import shard_of
+from adapter.kit.timing import ChangeSignal, Clock, PerTickLimiter, RateLimiter, WakeupBatcher
+from adapter.observability.events import Events
+from adapter.observability.metrics import Metrics
+from adapter.ownership.leases import Leases
 from adapter.ports import Account, Chat
-from adapter.records import Binding
-from adapter.replicas.leases import Leases
-from adapter.seal import Sealer
-from adapter.timing import ChangeSignal, Clock, PerTickLimiter, RateLimiter, WakeupBatcher
+from adapter.security.seal import Sealer
 
 log = structlog.get_logger()
 

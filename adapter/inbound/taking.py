@@ -10,13 +10,13 @@ from functools import partial
 
 import structlog
 
+from adapter.contract.records import Binding
 from adapter.errors import BusRefused, Conflict, LeaseLost, Temporary
 from adapter.inbound.bot_journal import BotJournal
 from adapter.inbound.dispatcher import Dispatcher
 from adapter.inbound.journal import JournalRecord, Written
 from adapter.inbound.sessions import InboundDeps, Session, check_owned, notify
-from adapter.records import Binding
-from adapter.timing import backoff, wait_any
+from adapter.kit.timing import backoff, wait_any
 
 log = structlog.get_logger()
 

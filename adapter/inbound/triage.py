@@ -9,9 +9,9 @@ from typing import NamedTuple
 import msgspec
 import structlog
 
-from adapter.crashes import retry_on_bug_now
-from adapter.dedup import BatchDedup, DedupWindow
+from adapter.content.dedup import BatchDedup, DedupWindow
 from adapter.errors import Crashed, Unreadable
+from adapter.kit.crashes import retry_on_bug_now
 from adapter.ports import InboundMessage
 
 log = structlog.get_logger()

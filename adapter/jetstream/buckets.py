@@ -15,12 +15,12 @@ from nats.aio.client import Client
 from nats.aio.msg import Msg
 from nats.errors import Error as NatsError
 
+from adapter.contract.names import H_EXPECTED
 from adapter.errors import BusRefused, Conflict, Temporary
 from adapter.jetstream.api_replies import ApiReply, decode_reply, write_error_of
 from adapter.jetstream.history import LeaderMessage, message_from_leader, read_last, read_stream
 from adapter.jetstream.managed_connection import ManagedConnection
 from adapter.jetstream.publisher import Publisher
-from adapter.names import H_EXPECTED
 from adapter.ports import Entry, Message, Stored
 
 log = structlog.get_logger()

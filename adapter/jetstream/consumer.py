@@ -30,7 +30,7 @@ from adapter.jetstream import topology
 from adapter.jetstream.api_replies import NO_CONSUMER, unix_ms
 from adapter.jetstream.managed_connection import ManagedConnection
 from adapter.jetstream.topology import Wanted
-from adapter.timing import Clock, backoff, wait_event
+from adapter.kit.timing import Clock, backoff, wait_event
 
 log = structlog.get_logger()
 

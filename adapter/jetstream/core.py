@@ -9,11 +9,11 @@ import structlog
 from nats.aio.client import Client
 from nats.aio.msg import Msg
 
+from adapter.contract.names import Names, is_inbox
 from adapter.errors import BusRefused, Refused
 from adapter.jetstream.api_replies import CONSUMER_EXISTS, NO_CONSUMER
 from adapter.jetstream.managed_connection import ManagedConnection
-from adapter.names import Names, is_inbox
-from adapter.timing import wait_event
+from adapter.kit.timing import wait_event
 
 log = structlog.get_logger()
 

@@ -7,11 +7,11 @@ from typing import Any
 
 import structlog
 
+from adapter.contract.names import Names
 from adapter.errors import BusRefused, Temporary
 from adapter.jetstream.api_replies import NO_STREAM
 from adapter.jetstream.managed_connection import ManagedConnection
 from adapter.jetstream.topology import Difference, Wanted, differences, wanted_streams
-from adapter.names import Names
 from adapter.settings import Settings
 
 log = structlog.get_logger()

@@ -13,16 +13,16 @@ from nats.errors import ConnectionClosedError
 from nats.micro.request import Request
 from nats.micro.service import EndpointConfig, Service
 
-from adapter.contract import SCHEMA_VERSION
+from adapter.contract.messages import SCHEMA_VERSION
+from adapter.contract.names import H_ERROR, H_ERROR_CODE, H_SCHEMA, Names, is_inbox
 from adapter.errors import AdapterError, Refused, Temporary
 from adapter.jetstream.client import BusClient
 from adapter.jetstream.managed_connection import ManagedConnection
 from adapter.jetstream.shares import RefusalLog, RequestQuota
-from adapter.metrics import Metrics
-from adapter.names import H_ERROR, H_ERROR_CODE, H_SCHEMA, Names, is_inbox
-from adapter.permissions import inbox
+from adapter.kit.slots import FairSlots
+from adapter.observability.metrics import Metrics
 from adapter.ports import SandboxRequest, SandboxResponse
-from adapter.slots import FairSlots
+from adapter.security.permissions import inbox
 
 log = structlog.get_logger()
 

@@ -20,12 +20,12 @@ from typing import Any
 import msgspec
 import structlog
 
+from adapter.content.media import HEAD
+from adapter.contract.names import H_EXPECTED, H_MSG_ID, H_OFFSET
 from adapter.errors import UNDECODABLE, AdapterError, BusRefused, Conflict, Refused, Temporary, Unreadable
 from adapter.jetstream.history import direct_get, direct_get_one, next_from_leader, read_last
 from adapter.jetstream.managed_connection import ManagedConnection
 from adapter.jetstream.publisher import Publisher
-from adapter.media import HEAD
-from adapter.names import H_EXPECTED, H_MSG_ID, H_OFFSET
 from adapter.ports import Message, Pieces, PubAck, Stored, StoredObject
 
 log = structlog.get_logger()

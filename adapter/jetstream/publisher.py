@@ -19,15 +19,15 @@ import structlog
 from nats.errors import BadHeaderError, BadSubjectError, MaxPayloadError
 from nats.errors import Error as NatsError
 
+from adapter.contract.names import stream_of
 from adapter.errors import AdapterError, BusRefused, LeaseLost, Temporary
-from adapter.fast_metrics import CounterValue, HistogramValue
 from adapter.jetstream.api_replies import ApiError, write_error_of
 from adapter.jetstream.client import BusClient, has_no_responders
 from adapter.jetstream.managed_connection import ManagedConnection
-from adapter.metrics import Metrics
-from adapter.names import stream_of
+from adapter.kit.timing import ChangeSignal, Clock, wait_event
+from adapter.observability.fast_metrics import CounterValue, HistogramValue
+from adapter.observability.metrics import Metrics
 from adapter.ports import Message, PubAck
-from adapter.timing import ChangeSignal, Clock, wait_event
 
 log = structlog.get_logger()
 

@@ -14,12 +14,12 @@ from typing import Any, NamedTuple
 import msgspec
 import structlog
 
-from adapter.contract import COMMAND_BYTES
+from adapter.contract.messages import COMMAND_BYTES
+from adapter.contract.names import SHARDS, Names
 from adapter.errors import BusRefused, SettingsError, Temporary
 from adapter.jetstream.api_replies import ACCOUNT_FULL, CONSUMER_EXISTS, NO_STREAM
 from adapter.jetstream.buckets import updates_subject_of
 from adapter.jetstream.managed_connection import ManagedConnection
-from adapter.names import SHARDS, Names
 from adapter.settings import Settings
 
 log = structlog.get_logger()

@@ -13,19 +13,19 @@ import msgspec
 import structlog
 from msgspec import structs
 
-from adapter import contract
 from adapter.bindings.registry import Bindings
-from adapter.contract import Bind, BindingEvent
+from adapter.contract import messages as contract
+from adapter.contract.messages import Bind, BindingEvent
+from adapter.contract.names import H_MSG_ID, H_SCHEMA, Names, shard_of
+from adapter.contract.records import Binding, LoginCode, LoginRecord
 from adapter.errors import BusRefused, Refused, Temporary
-from adapter.events import Events, read_binding_events, read_last_person_change
+from adapter.kit.timing import Clock, backoff, shield_with_grace
 from adapter.logins.registry import ADVICE, KEEP_ENDED_MS, LoginRegistry, code_of, event_of, fetch_code, tokens_of
-from adapter.metrics import Metrics
-from adapter.names import H_MSG_ID, H_SCHEMA, Names, shard_of
+from adapter.observability.events import Events, read_binding_events, read_last_person_change
+from adapter.observability.metrics import Metrics
+from adapter.ownership.leases import Leases
 from adapter.ports import Bus, History, Logins, Message, QrCode, Scan
-from adapter.records import Binding, LoginCode, LoginRecord
-from adapter.replicas.leases import Leases
-from adapter.seal import Sealer, bind_context
-from adapter.timing import Clock, backoff, shield_with_grace
+from adapter.security.seal import Sealer, bind_context
 
 log = structlog.get_logger()
 

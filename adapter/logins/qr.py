@@ -14,8 +14,8 @@ from typing import NamedTuple
 
 import segno
 
+from adapter.content.media import identify
 from adapter.errors import Temporary
-from adapter.media import identify
 
 QUIET = 4
 """Light modules around the code, as the standard asks for."""

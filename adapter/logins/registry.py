@@ -14,14 +14,14 @@ import msgspec
 import structlog
 from msgspec import structs
 
-from adapter.contract import CHECKING, Login, LoginEvent, LoginStart
+from adapter.contract.messages import CHECKING, Login, LoginEvent, LoginStart
+from adapter.contract.records import Binding, LoginCode, LoginRecord
 from adapter.errors import UNDECODABLE, Conflict, Refused
+from adapter.kit.timing import ChangeSignal, Clock
 from adapter.logins.qr import check_content, png_base64, terminal_text
-from adapter.metrics import Metrics
+from adapter.observability.metrics import Metrics
 from adapter.ports import Bucket, Entry, Logins, QrCode, Scan
-from adapter.records import Binding, LoginCode, LoginRecord
-from adapter.seal import Sealer, login_context
-from adapter.timing import ChangeSignal, Clock
+from adapter.security.seal import Sealer, login_context
 
 log = structlog.get_logger()
 

@@ -9,10 +9,10 @@ import asyncio
 
 import structlog
 
+from adapter.contract.names import shard_of
 from adapter.errors import LeaseLost, Refused
+from adapter.kit.timing import wait_any
 from adapter.logins.flow import LoginDeps, LoginFlow, end_all
-from adapter.names import shard_of
-from adapter.timing import wait_any
 
 log = structlog.get_logger()
 

@@ -8,14 +8,14 @@ from typing import TypeVar
 
 import structlog
 
-from adapter import contract
+from adapter.contract import messages as contract
 from adapter.conversation.rules import CommandResult, QueuedCommand
-from adapter.crashes import ATTEMPTS
 from adapter.errors import AdapterError, Crashed
+from adapter.kit.crashes import ATTEMPTS
+from adapter.kit.tasks import TaskSet
+from adapter.kit.timing import backoff, wait_event
 from adapter.outbound.ledger import CommandLedger
 from adapter.outbound.receipts import Address
-from adapter.tasks import TaskSet
-from adapter.timing import backoff, wait_event
 
 log = structlog.get_logger()
 

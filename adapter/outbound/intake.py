@@ -10,15 +10,15 @@ import asyncio
 
 import structlog
 
+from adapter.contract.names import Names
 from adapter.errors import Temporary
-from adapter.metrics import Metrics
-from adapter.names import Names
+from adapter.kit.tasks import TaskSet
+from adapter.kit.timing import Clock, wait_event
+from adapter.observability.metrics import Metrics
 from adapter.outbound.backlog import PAGE
 from adapter.outbound.ledger import CommandLedger
 from adapter.outbound.reading import MISSING_CONFIRM_S, CommandReader
 from adapter.ports import Archive, Delivery
-from adapter.tasks import TaskSet
-from adapter.timing import Clock, wait_event
 
 log = structlog.get_logger()
 

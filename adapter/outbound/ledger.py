@@ -11,15 +11,15 @@ from collections.abc import Callable
 
 import structlog
 
-from adapter import contract
+from adapter.contract import messages as contract
+from adapter.contract.names import H_COMMAND, H_TRACEPARENT, Names
 from adapter.conversation.rules import CommandResult, QueuedCommand
-from adapter.events import Events
-from adapter.metrics import Metrics
-from adapter.names import H_COMMAND, H_TRACEPARENT, Names
+from adapter.kit.timing import Clock
+from adapter.observability.events import Events
+from adapter.observability.metrics import Metrics
 from adapter.outbound.backlog import Backlog
 from adapter.outbound.receipts import Address, Receipts
 from adapter.ports import Archive, Delivery
-from adapter.timing import Clock
 
 log = structlog.get_logger()
 

@@ -16,21 +16,21 @@ from typing import NamedTuple
 import msgspec
 
 from adapter.bindings.registry import Bindings
+from adapter.content.dedup import bot_of
+from adapter.contract.records import Binding
 from adapter.conversation import rules
 from adapter.conversation.commands import Command
 from adapter.conversation.record import ConversationRecord
 from adapter.conversation.rules import CommandResult
 from adapter.conversation.store import ConversationStore
-from adapter.dedup import bot_of
 from adapter.errors import Crashed, Refused
+from adapter.kit.tasks import TaskSet
 from adapter.outbound.endings import CommandEndings
 from adapter.outbound.ledger import CommandLedger
 from adapter.outbound.open_conversations import OpenConversations, unknown_user
 from adapter.outbound.reading import ReadCommand
 from adapter.outbound.receipts import Address, Receipts, StoredReceipt, is_final, result_of
 from adapter.outbound.shard import Sessions
-from adapter.records import Binding
-from adapter.tasks import TaskSet
 
 CATCH_UP_S = 30.0
 """So long a command waits for what the bot's owner before has stored. One whose bot cannot be taken, as without the

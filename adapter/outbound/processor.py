@@ -10,8 +10,10 @@ from typing import NamedTuple
 
 import structlog
 
-from adapter import contract
 from adapter.bindings.registry import Bindings
+from adapter.contract import messages as contract
+from adapter.contract.names import Names
+from adapter.contract.records import Binding
 from adapter.conversation import rules, window
 from adapter.conversation.actor import ConversationActor
 from adapter.conversation.commands import Limits
@@ -19,8 +21,8 @@ from adapter.conversation.record import ConversationRecord
 from adapter.conversation.rules import CommandResult, Conversation
 from adapter.conversation.shard import ConversationDeps
 from adapter.errors import Crashed
-from adapter.events import Events
-from adapter.names import Names
+from adapter.kit.tasks import TaskSet
+from adapter.observability.events import Events
 from adapter.outbound.endings import CommandEndings, Draining
 from adapter.outbound.intake import CommandIntake
 from adapter.outbound.ledger import CommandLedger
@@ -31,10 +33,8 @@ from adapter.outbound.receipts import Address, Receipts
 from adapter.outbound.shard import OwnedShard, Sessions, ShardLease
 from adapter.outbound.trials import Trials
 from adapter.outbound.typing_indicator import TypingDeps, TypingIndicators
+from adapter.ownership.leases import Leases
 from adapter.ports import Account, Archive, Bucket, TextReader
-from adapter.records import Binding
-from adapter.replicas.leases import Leases
-from adapter.tasks import TaskSet
 
 log = structlog.get_logger()
 

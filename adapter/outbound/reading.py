@@ -14,7 +14,8 @@ from typing import NamedTuple
 
 import structlog
 
-from adapter import contract
+from adapter.contract import messages as contract
+from adapter.contract.names import H_COMMAND, H_COPIED_AGAIN, H_MSG_ID, UNROUTED, Names
 from adapter.conversation.commands import (
     Command,
     Limits,
@@ -32,13 +33,12 @@ from adapter.conversation.commands import (
 from adapter.conversation.record import CommandRef
 from adapter.conversation.rules import CommandResult, QueuedCommand
 from adapter.errors import LeaseLost, Refused, Temporary, Unreadable
-from adapter.metrics import Metrics
-from adapter.names import H_COMMAND, H_COPIED_AGAIN, H_MSG_ID, UNROUTED, Names
+from adapter.kit.tasks import TaskSet
+from adapter.kit.timing import Clock, wait_event
+from adapter.observability.metrics import Metrics
 from adapter.outbound.receipts import Address
 from adapter.outbound.trials import OWNERS, Trials
 from adapter.ports import Archive, Delivery, TextReader
-from adapter.tasks import TaskSet
-from adapter.timing import Clock, wait_event
 
 log = structlog.get_logger()
 

@@ -13,13 +13,13 @@ from typing import NamedTuple
 import msgspec
 import structlog
 
-from adapter import contract
-from adapter.contract import Receipt
+from adapter.contract import messages as contract
+from adapter.contract.messages import Receipt
+from adapter.contract.names import Names
 from adapter.conversation.record import CommandRef
 from adapter.conversation.rules import CommandResult
 from adapter.errors import UNDECODABLE, BusRefused, Conflict, Temporary
-from adapter.events import Events
-from adapter.names import Names
+from adapter.observability.events import Events
 from adapter.ports import History, Stored
 
 log = structlog.get_logger()

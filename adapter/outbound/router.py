@@ -12,19 +12,19 @@ from weakref import WeakValueDictionary
 
 import structlog
 
-from adapter import contract
+from adapter.contract import messages as contract
+from adapter.contract.headers import forwardable_headers
+from adapter.contract.names import H_COMMAND, H_COPIED_AGAIN, H_MSG_ID, H_SEQUENCE, H_SINCE_MS, UNROUTED, Names
 from adapter.conversation.commands import Limits, command_id, decode_command, salvage_ids, sandbox_of
 from adapter.conversation.record import CommandRef
 from adapter.conversation.rules import CommandResult
-from adapter.crashes import ATTEMPTS, PAUSE_S, retry_on_bug, retry_on_bug_now
 from adapter.errors import AdapterError, BusRefused, Crashed, LeaseLost, Refused, Temporary, Unreadable
-from adapter.events import Events
-from adapter.headers import forwardable_headers
-from adapter.metrics import Metrics
-from adapter.names import H_COMMAND, H_COPIED_AGAIN, H_MSG_ID, H_SEQUENCE, H_SINCE_MS, UNROUTED, Names
+from adapter.kit.crashes import ATTEMPTS, PAUSE_S, retry_on_bug, retry_on_bug_now
+from adapter.kit.timing import Clock
+from adapter.observability.events import Events
+from adapter.observability.metrics import Metrics
 from adapter.outbound.receipts import Address, Receipts, is_final
 from adapter.ports import Bus, Delivery, Message
-from adapter.timing import Clock
 
 log = structlog.get_logger()
 

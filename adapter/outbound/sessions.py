@@ -6,10 +6,10 @@ from collections.abc import Callable
 from typing import Protocol
 
 from adapter.bindings.registry import Bindings
+from adapter.contract.records import Binding
 from adapter.errors import Refused, SessionExpired, Temporary, Uncertain
+from adapter.kit.timing import Clock
 from adapter.ports import Account, Chat
-from adapter.records import Binding
-from adapter.timing import Clock
 
 LOOK_S = 0.2
 CATCH_UP_LOOK_S = 0.05

@@ -8,23 +8,23 @@ from typing import Protocol
 
 import structlog
 
-from adapter import contract
 from adapter.bindings.registry import Bindings
+from adapter.contract import messages as contract
+from adapter.contract.records import Binding
 from adapter.conversation import rules
 from adapter.conversation.commands import Part
 from adapter.conversation.rules import Bot, CommandResult, Conversation, QueuedCommand
 from adapter.errors import Crashed, LeaseLost, Refused
-from adapter.events import Events
+from adapter.kit.tasks import TaskSet
+from adapter.kit.timing import wait_any
+from adapter.observability.events import Events
 from adapter.outbound.endings import CommandEndings
 from adapter.outbound.ledger import CommandLedger
 from adapter.outbound.reading import BodyLoader
 from adapter.outbound.receipts import Address
 from adapter.outbound.typing_indicator import TypingIndicators
+from adapter.ownership.leases import Leases
 from adapter.ports import Account
-from adapter.records import Binding
-from adapter.replicas.leases import Leases
-from adapter.tasks import TaskSet
-from adapter.timing import wait_any
 
 log = structlog.get_logger()
 

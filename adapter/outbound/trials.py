@@ -10,9 +10,9 @@ from __future__ import annotations
 
 import msgspec
 
+from adapter.contract.records import Reading
 from adapter.errors import UNDECODABLE, BusRefused, Temporary
 from adapter.ports import Bucket, Delivery
-from adapter.records import Reading
 
 OWNERS = 3
 """Owners that a command may end once it is suspected, that one among them which noted no single command."""

@@ -14,12 +14,12 @@ from typing import NamedTuple
 import structlog
 
 from adapter.bindings.registry import Bindings
-from adapter.crashes import ATTEMPTS, PAUSE_S
+from adapter.contract.records import Binding
 from adapter.errors import AdapterError, Crashed, LeaseLost, Refused, SessionExpired, Temporary
+from adapter.kit.crashes import ATTEMPTS, PAUSE_S
+from adapter.kit.timing import Clock, backoff, wait_event
 from adapter.outbound.typing_tickets import REST_S, Tickets
 from adapter.ports import Account, Chat
-from adapter.records import Binding
-from adapter.timing import Clock, backoff, wait_event
 
 log = structlog.get_logger()
 

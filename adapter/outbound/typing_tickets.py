@@ -7,8 +7,8 @@ from collections.abc import Callable, Collection
 from weakref import WeakValueDictionary
 
 from adapter.errors import Refused, SessionExpired, Temporary
+from adapter.kit.timing import Clock, backoff
 from adapter.ports import Account, Chat
-from adapter.timing import Clock, backoff
 
 TICKET_S = 600.0
 """How long a ticket is used, as by two other clients; the official one uses it for up to a day."""

@@ -6,14 +6,14 @@ import msgspec
 from msgspec import structs
 
 from adapter.bindings.registry import Bindings
-from adapter.contract import LoginQuery, LoginStart, LoginVerify
+from adapter.contract.messages import LoginQuery, LoginStart, LoginVerify
+from adapter.contract.names import check_sandbox
+from adapter.contract.records import LoginRecord
 from adapter.errors import Refused, Temporary
 from adapter.logins.registry import LoginRegistry, fetch_code, tokens_of
-from adapter.metrics import Metrics
-from adapter.names import check_sandbox
+from adapter.observability.metrics import Metrics
 from adapter.ports import Logins
-from adapter.records import LoginRecord
-from adapter.seal import Sealer
+from adapter.security.seal import Sealer
 from adapter.services.requests import START_S, read_request
 
 LOGIN_S = 480.0

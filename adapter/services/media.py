@@ -10,15 +10,15 @@ from urllib.parse import unquote
 
 import msgspec
 
-from adapter import media
-from adapter.contract import Media, MediaPiece, MediaQuery
+from adapter.content import media
+from adapter.contract.messages import Media, MediaPiece, MediaQuery
+from adapter.contract.names import H_NEXT, H_SHA256, H_SIZE, MAX_SEQ, check_sandbox
 from adapter.errors import BusRefused, Refused, Unreadable
 from adapter.inbound.download import media_from_object
-from adapter.metrics import Metrics
-from adapter.names import H_NEXT, H_SHA256, H_SIZE, MAX_SEQ, check_sandbox
+from adapter.kit.slots import FairSlots
+from adapter.observability.metrics import Metrics
 from adapter.ports import PartialObjects, SandboxRequest, SandboxResponse
 from adapter.services.requests import invalid_request, read_request
-from adapter.slots import FairSlots
 
 PIECE_MIN, PIECE_MAX = 16 * 1024, 512 * 1024
 """Pieces of an upload; the last may be shorter. Well below a message's usual limit of 1 MiB."""

@@ -10,7 +10,7 @@ from typing import TypeVar
 import msgspec
 
 from adapter.bindings.registry import Bindings
-from adapter.contract import (
+from adapter.contract.messages import (
     BindingsPage,
     BindingsQuery,
     ReceiptQuery,
@@ -19,17 +19,17 @@ from adapter.contract import (
     ReplayQuery,
     WindowQuery,
 )
+from adapter.contract.names import MAX_SEQ, Names, check_sandbox
+from adapter.contract.records import Binding
 from adapter.conversation import window
 from adapter.conversation.store import ConversationStore
 from adapter.errors import Refused, Temporary
-from adapter.events import read_last_person_change
-from adapter.metrics import Metrics
-from adapter.names import MAX_SEQ, Names, check_sandbox
+from adapter.kit.timing import Clock
+from adapter.observability.events import read_last_person_change
+from adapter.observability.metrics import Metrics
 from adapter.outbound.receipts import Receipts
 from adapter.ports import History, SandboxRequest, SandboxResponse
-from adapter.records import Binding
 from adapter.services.requests import START_S, read_request
-from adapter.timing import Clock
 
 S = TypeVar("S", WindowQuery, ReceiptQuery, ReplayQuery)
 REPLAY_BYTES = 512 * 1024

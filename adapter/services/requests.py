@@ -7,7 +7,7 @@ from typing import TypeVar
 import msgspec
 
 from adapter.errors import UNDECODABLE, Refused
-from adapter.metrics import Metrics
+from adapter.observability.metrics import Metrics
 
 Q = TypeVar("Q", bound=msgspec.Struct)
 

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 
 import msgspec
 
-from adapter.contract import FINAL_OUTCOMES
+from adapter.contract.messages import FINAL_OUTCOMES
 from tests.attacks.rig import NAMES, WITNESS, Rig
 from tests.hostile import TEXTS
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator
 
-from adapter.names import H_OFFSET, H_UPLOAD
+from adapter.contract.names import H_OFFSET, H_UPLOAD
 from adapter.services.media import PIECE_MAX
 from tests.attacks.rig import ATTACKER, NAMES, Rig, publish
 

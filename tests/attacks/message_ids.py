@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from adapter.names import H_MSG_ID
+from adapter.contract.names import H_MSG_ID
 from tests.attacks.rig import ATTACKER, NAMES, Rig, publish
 
 LONG = 60_000

@@ -31,8 +31,8 @@ import nkeys
 from nats.aio.msg import Msg
 
 import tests.attacks as suite
-from adapter.contract import FINAL_OUTCOMES, Inbound, Receipt
-from adapter.names import H_MSG_ID
+from adapter.contract.messages import FINAL_OUTCOMES, Inbound, Receipt
+from adapter.contract.names import H_MSG_ID
 from adapter.simulator import Simulator
 from tests.bus.guarded import NAMES as NAMES  # noqa: PLC0414
 from tests.bus.guarded import WITNESS as WITNESS  # noqa: PLC0414

@@ -28,11 +28,11 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from nats.aio.client import Client
 from nats.aio.msg import Msg
 
-from adapter.embedded import find_server
+from adapter.cli.embedded import find_server
+from adapter.contract.names import SHARDS, to_subject_token
+from adapter.contract.records import Binding, Claim
 from adapter.inbound.journal import VERSION, JournalRecord
-from adapter.names import SHARDS, to_subject_token
-from adapter.records import Binding, Claim
-from adapter.seal import Sealer
+from adapter.security.seal import Sealer
 from tests.e2e.waiting import eventually, free_port
 
 STAYS_S = 6.0

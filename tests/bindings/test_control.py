@@ -12,13 +12,13 @@ from structlog.testing import capture_logs
 
 from adapter.bindings.control import DELETE_ATTEMPTS, Control
 from adapter.bindings.registry import Bindings
-from adapter.contract import Bind, ControlAnswer
+from adapter.contract.messages import Bind, ControlAnswer
+from adapter.contract.names import H_ERROR, H_ERROR_CODE, H_MSG_ID, H_REPLY_TO, to_subject_token
+from adapter.contract.records import Binding
 from adapter.errors import BusRefused, Refused, Temporary
 from adapter.ilink.wire import OPAQUE_CHARS
-from adapter.names import H_ERROR, H_ERROR_CODE, H_MSG_ID, H_REPLY_TO, to_subject_token
 from adapter.ports import Entry, Message
-from adapter.records import Binding
-from adapter.seal import Sealer, cursor_context
+from adapter.security.seal import Sealer, cursor_context
 from tests.fakes import Bench, Failing, FakeDelivery
 
 VIRTUAL_TIME = True

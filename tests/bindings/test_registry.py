@@ -9,8 +9,8 @@ import pytest
 from structlog.testing import capture_logs
 
 from adapter.bindings.registry import Bindings, is_new_token
-from adapter.names import to_subject_token
-from adapter.records import Binding
+from adapter.contract.names import to_subject_token
+from adapter.contract.records import Binding
 from tests.fakes import FakeBucket, settle
 
 VIRTUAL_TIME = True

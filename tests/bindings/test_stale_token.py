@@ -8,11 +8,11 @@ from typing import Any
 import pytest
 
 from adapter.bindings.stale_token import mark_active, publish_login_event
-from adapter.contract import BindingEvent, BindingState
+from adapter.contract.messages import BindingEvent, BindingState
+from adapter.contract.records import Binding
 from adapter.errors import Temporary
 from adapter.inbound.sessions import Session
 from adapter.ports import Account, Entry, Message, Polled
-from adapter.records import Binding
 from tests.fakes import Bench, batch, ready
 from tests.inbound.pollers import BOT, STALE, USER, Poller, raw, tended, texts
 

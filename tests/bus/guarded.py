@@ -13,11 +13,11 @@ from pathlib import Path
 from typing import NamedTuple
 
 from adapter.cli import jwts, permissions
-from adapter.embedded import find_server
+from adapter.cli.embedded import find_server
+from adapter.cli.schema import EXAMPLES, ROOT
+from adapter.contract.names import Names
 from adapter.jetstream.client import BusClient
-from adapter.names import Names
-from adapter.permissions import ACCOUNT_OF, FILES, WECHAT, Grants, inbox
-from adapter.schema import EXAMPLES, ROOT
+from adapter.security.permissions import ACCOUNT_OF, FILES, WECHAT, Grants, inbox
 from tests.e2e.waiting import until
 
 NAMES = Names()

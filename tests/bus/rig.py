@@ -11,18 +11,18 @@ from typing import Any
 import nats
 from nats.aio.client import Client
 
-from adapter.embedded import EmbeddedNats
+from adapter.cli.embedded import EmbeddedNats
+from adapter.contract.names import H_MSG_ID, Names
 from adapter.errors import LeaseLost
 from adapter.jetstream import topology
 from adapter.jetstream.buckets import KvBucket
 from adapter.jetstream.history import StreamHistory
 from adapter.jetstream.managed_connection import ManagedConnection
 from adapter.jetstream.publisher import Publisher
-from adapter.metrics import Metrics
-from adapter.names import H_MSG_ID, Names
+from adapter.kit.timing import SystemClock
+from adapter.observability.metrics import Metrics
 from adapter.ports import Message
 from adapter.settings import Settings
-from adapter.timing import SystemClock
 
 NAMES = Names()
 PATIENCE_S = 30.0

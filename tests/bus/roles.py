@@ -1,7 +1,7 @@
 """The table of roles in `helm/nats/README.md`: what is expected of each, row by row. `test_permissions.py` proves it.
 
 `python -m tests.bus.roles` writes the table, `--check` only says whether it is stale (exit status 1).
-Written by hand and apart from `adapter/permissions.py`, so that a subject too many there is noticed here.
+Written by hand and apart from `adapter/security/permissions.py`, so that a subject too many there is noticed here.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import sys
 from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
-from adapter.schema import ROOT
+from adapter.cli.schema import ROOT
 
 README = ROOT / "helm" / "nats" / "README.md"
 START, END = "<!-- roles -->\n", "<!-- /roles -->"

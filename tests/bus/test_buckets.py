@@ -12,12 +12,12 @@ import msgspec
 import pytest
 from nats.aio.msg import Msg
 
+from adapter.contract.names import SHARDS, conversation_key
 from adapter.errors import BusRefused, Conflict, Temporary
 from adapter.jetstream import topology
 from adapter.jetstream.buckets import KvBucket, LeaderKvBucket
 from adapter.jetstream.history import direct_get
 from adapter.jetstream.publisher import Publisher
-from adapter.names import SHARDS, conversation_key
 from adapter.ports import Entry, Message, PubAck, Stored
 from tests.bus.rig import NAMES, STATUS, Rig, event
 from tests.e2e.waiting import eventually, until

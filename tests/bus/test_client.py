@@ -19,7 +19,7 @@ from nats.aio.transport import TcpTransport
 from nats.errors import Error as NatsError
 from nats.errors import MaxPayloadError
 
-from adapter.embedded import EmbeddedNats
+from adapter.cli.embedded import EmbeddedNats
 from adapter.jetstream.client import BusClient, has_no_responders
 
 WORD = st.text(st.characters(codec="utf-8"), max_size=12)

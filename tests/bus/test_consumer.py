@@ -9,13 +9,13 @@ from typing import Any
 import pytest
 from structlog.testing import capture_logs
 
+from adapter.contract.names import H_MSG_ID
 from adapter.errors import Temporary
 from adapter.jetstream import topology
 from adapter.jetstream.consumer import Consumer, Delivery, wait_all_settled
 from adapter.jetstream.core import CoreNats
-from adapter.names import H_MSG_ID
+from adapter.kit.timing import SystemClock
 from adapter.ports import Message
-from adapter.timing import SystemClock
 from tests.bus.rig import NAMES, PATIENCE_S, STATUS, Fence, Rig, control
 from tests.e2e.waiting import eventually, until
 

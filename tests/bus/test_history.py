@@ -10,12 +10,12 @@ import msgspec
 import pytest
 from nats.aio.msg import Msg
 
+from adapter.contract.names import shard_of
 from adapter.jetstream import topology
 from adapter.jetstream.consumer import Consumer
 from adapter.jetstream.history import StreamHistory, direct_get
-from adapter.names import shard_of
+from adapter.kit.timing import SystemClock
 from adapter.ports import Message, PubAck, Stored
-from adapter.timing import SystemClock
 from tests.bus.rig import NAMES, Rig, control, event
 from tests.e2e.waiting import until
 

@@ -8,14 +8,14 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 import msgspec
 import pytest
 
+from adapter.contract.names import H_MSG_ID
 from adapter.errors import Temporary
 from adapter.jetstream import topology
 from adapter.jetstream.buckets import LeaderKvBucket
 from adapter.jetstream.consumer import wait_all_settled
 from adapter.jetstream.objects import CHUNK, ObjectStore
-from adapter.names import H_MSG_ID
+from adapter.kit.timing import SystemClock
 from adapter.ports import Entry, Message, PubAck
-from adapter.timing import SystemClock
 from tests.bus.rig import NAMES, PATIENCE_S, Bus, Rig, control, event, rig_on
 from tests.bus.test_consumer import Reader
 from tests.bus.test_objects import content, count, pieces_of, whole

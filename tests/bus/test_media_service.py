@@ -24,21 +24,21 @@ from nats.errors import Error as NatsError
 from nats.js.object_store import ObjectStore as TheirStore
 from structlog.testing import capture_logs
 
-from adapter.contract import Media
-from adapter.embedded import find_server
+from adapter.cli.embedded import find_server
+from adapter.contract.messages import Media
+from adapter.contract.names import H_ERROR_CODE, H_LAST, H_NAME, H_NEXT, H_OFFSET, H_SHA256, H_SIZE, H_UPLOAD, Names
 from adapter.jetstream import topology
 from adapter.jetstream.history import direct_get_one
 from adapter.jetstream.managed_connection import ManagedConnection
 from adapter.jetstream.microservice import Services
 from adapter.jetstream.objects import ObjectStore, _upload_ident
 from adapter.jetstream.publisher import Publisher
-from adapter.metrics import Metrics
-from adapter.names import H_ERROR_CODE, H_LAST, H_NAME, H_NEXT, H_OFFSET, H_SHA256, H_SIZE, H_UPLOAD, Names
+from adapter.kit.timing import SystemClock
+from adapter.observability.metrics import Metrics
 from adapter.ports import Pieces
 from adapter.services.media import PIECE_MAX, PIECE_MIN, MediaService
 from adapter.settings import Settings
 from adapter.simulator import samples
-from adapter.timing import SystemClock
 from tests.bus.guarded import ports_of
 from tests.bus.rig import PATIENCE_S
 from tests.e2e.waiting import until

@@ -11,12 +11,12 @@ import pytest
 from nats.aio.msg import Msg
 from structlog.testing import capture_logs
 
+from adapter.contract.names import H_ERROR, H_ERROR_CODE, H_SCHEMA
 from adapter.errors import Refused, Temporary
 from adapter.jetstream.managed_connection import ManagedConnection
 from adapter.jetstream.microservice import MAX_IN_FLIGHT_PER_SANDBOX, MAX_REPLAYS, Handler, Services
 from adapter.jetstream.shares import REFUSALS_PER_S
-from adapter.metrics import Metrics
-from adapter.names import H_ERROR, H_ERROR_CODE, H_SCHEMA
+from adapter.observability.metrics import Metrics
 from adapter.ports import SandboxRequest, SandboxResponse
 from tests.bus.rig import NAMES, PATIENCE_S, Bus
 from tests.e2e.waiting import until

@@ -11,7 +11,7 @@ import pytest
 from nats.aio.client import Client
 from nats.aio.msg import Msg
 
-from adapter.embedded import EmbeddedNats
+from adapter.cli.embedded import EmbeddedNats
 from adapter.errors import Temporary
 from adapter.jetstream.managed_connection import ManagedConnection
 from adapter.settings import Settings

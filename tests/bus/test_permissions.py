@@ -15,12 +15,12 @@ import pytest
 from nats.aio.msg import Msg
 from structlog.testing import capture_logs
 
+from adapter.cli.schema import channels
+from adapter.contract.names import H_NAME, H_UPLOAD
 from adapter.environment import read_settings
 from adapter.jetstream import topology
 from adapter.jetstream.managed_connection import ManagedConnection
-from adapter.names import H_NAME, H_UPLOAD
-from adapter.permissions import ROLES, covers, grants, streams
-from adapter.schema import channels
+from adapter.security.permissions import ROLES, covers, grants, streams
 from adapter.services.media import PIECE_MAX
 from adapter.settings import Settings
 from tests.bus import roles

@@ -14,14 +14,14 @@ import nats
 import pytest
 from structlog.testing import capture_logs
 
-from adapter.embedded import EmbeddedNats
+from adapter.cli.embedded import EmbeddedNats
+from adapter.contract.names import H_MSG_ID
 from adapter.errors import BusRefused, LeaseLost
 from adapter.jetstream import topology
 from adapter.jetstream.publisher import DELAYED_PUBLISH_S, Publisher
-from adapter.names import H_MSG_ID
+from adapter.kit.timing import SystemClock
 from adapter.ports import Message, PubAck
 from adapter.settings import Settings
-from adapter.timing import SystemClock
 from tests.bus.rig import NAMES, PATIENCE_S, Bus, Fence, Rig, event, rig_on
 from tests.e2e.cluster import NatsCluster
 from tests.e2e.memory import in_memory

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from msgspec.structs import replace
 
-from adapter.embedded import find_server
+from adapter.cli.embedded import find_server
 from adapter.jetstream.managed_connection import ManagedConnection
 from adapter.settings import Settings
 from tests.authority import Authority

@@ -13,18 +13,18 @@ import nats
 import pytest
 from structlog.testing import capture_logs
 
-from adapter.contract import COMMAND_BYTES
-from adapter.embedded import EmbeddedNats
+from adapter.cli.embedded import EmbeddedNats
+from adapter.contract.messages import COMMAND_BYTES
+from adapter.contract.names import H_COMMAND, H_MSG_ID, SHARDS, shard_of
 from adapter.errors import STORE_FAILED, BusRefused, SettingsError
 from adapter.jetstream import topology
 from adapter.jetstream.api_replies import NO_STREAM
 from adapter.jetstream.managed_connection import ManagedConnection
 from adapter.jetstream.publisher import Publisher
-from adapter.metrics import Metrics
-from adapter.names import H_COMMAND, H_MSG_ID, SHARDS, shard_of
+from adapter.kit.timing import SystemClock
+from adapter.observability.metrics import Metrics
 from adapter.ports import Message
 from adapter.settings import Settings
-from adapter.timing import SystemClock
 from tests.bus.rig import NAMES, PATIENCE_S, Bus, Rig, rig_on
 
 

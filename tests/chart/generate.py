@@ -16,7 +16,7 @@ from typing import Any, get_type_hints
 
 import msgspec
 
-from adapter.schema import settings_table
+from adapter.cli.schema import settings_table
 from adapter.settings import PREFIX, Settings, variable_of
 from tests.chart.helm import CHART, ROOT, Object
 

@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 import yaml
 
+from adapter.contract.names import Names
 from adapter.environment import read_settings
 from adapter.jetstream.topology import reserved_bytes
-from adapter.names import Names
 from adapter.settings import Settings
 from tests.chart.helm import (
     CHART,
@@ -105,7 +105,7 @@ def test_keda_asks_for_metrics_that_there_are() -> None:
 
 
 def exposed() -> set[str]:
-    from adapter.metrics import Metrics
+    from adapter.observability.metrics import Metrics
 
     body, _ = Metrics().expose("")
     return set(re.findall(r"^# TYPE (\w+)", body.decode(), re.MULTILINE))

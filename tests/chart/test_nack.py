@@ -5,9 +5,9 @@ from __future__ import annotations
 import msgspec
 import pytest
 
+from adapter.contract.names import Names
 from adapter.environment import read_settings
 from adapter.jetstream import topology
-from adapter.names import Names
 from adapter.settings import Settings, variable_of
 from tests.chart.helm import (
     Object,

@@ -14,7 +14,7 @@ import structlog
 
 from adapter.cli import main
 from adapter.cli.bus import Bus, connected_bus
-from adapter.embedded import EmbeddedNats
+from adapter.cli.embedded import EmbeddedNats
 from adapter.environment import read_settings
 from adapter.jetstream import topology
 from adapter.jetstream.managed_connection import ManagedConnection

@@ -10,8 +10,17 @@ import msgspec
 from nats.aio.msg import Msg
 
 from adapter.cli.bus import Bus
-from adapter.contract import Bind, BindingInfo, BindingsPage, BindingsQuery, ControlAnswer, Outbound, Receipt, Unbind
-from adapter.names import H_ERROR, H_ERROR_CODE, H_REPLY_TO
+from adapter.contract.messages import (
+    Bind,
+    BindingInfo,
+    BindingsPage,
+    BindingsQuery,
+    ControlAnswer,
+    Outbound,
+    Receipt,
+    Unbind,
+)
+from adapter.contract.names import H_ERROR, H_ERROR_CODE, H_REPLY_TO
 
 PAGE = 2
 

@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 
-from adapter.app import run
 from adapter.cli.bus import Bus, connected_bus
-from adapter.embedded import EmbeddedNats
+from adapter.cli.embedded import EmbeddedNats
+from adapter.replica.app import run
 from adapter.settings import Settings
 from tests.bus.guarded import guarded
 from tests.cli.conftest import Command

@@ -11,8 +11,8 @@ import msgspec
 import pytest
 
 from adapter.cli.bus import Bus
-from adapter.contract import Bind, BindingInfo, ControlAnswer, Unbind
-from adapter.names import H_MSG_ID, H_REPLY_TO
+from adapter.contract.messages import Bind, BindingInfo, ControlAnswer, Unbind
+from adapter.contract.names import H_MSG_ID, H_REPLY_TO
 from tests.cli.conftest import Command
 from tests.cli.process import started
 from tests.cli.standin import answering

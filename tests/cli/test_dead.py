@@ -10,8 +10,7 @@ from nats.js import api
 from adapter.cli.bus import Bus, connected_bus, sequence_from
 from adapter.cli.dead import mask_secrets
 from adapter.cli.exit_codes import UNREACHABLE, Failed
-from adapter.dead_letters import original_subject
-from adapter.names import (
+from adapter.contract.names import (
     H_COMMAND,
     H_DETAIL,
     H_MSG_ID,
@@ -23,6 +22,7 @@ from adapter.names import (
     H_TRACEPARENT,
     Names,
 )
+from adapter.services.dead_letters import original_subject
 from adapter.settings import Settings
 from tests.cli.conftest import Command
 

@@ -14,15 +14,15 @@ import pytest
 
 from adapter.cli import permission_checks
 from adapter.cli.bus import Bus, connected_bus
-from adapter.contract import BindingInfo
-from adapter.embedded import EmbeddedNats
+from adapter.cli.embedded import EmbeddedNats
+from adapter.contract.messages import BindingInfo
+from adapter.contract.names import H_SINCE_MS, shard_of, to_subject_token
+from adapter.contract.records import Binding
 from adapter.environment import read_settings
 from adapter.errors import Refused
 from adapter.jetstream.history import StreamHistory
 from adapter.jetstream.managed_connection import ManagedConnection
-from adapter.names import H_SINCE_MS, shard_of, to_subject_token
-from adapter.records import Binding
-from adapter.seal import Sealer, cursor_context
+from adapter.security.seal import Sealer, cursor_context
 from tests.bus.guarded import Guarded, guarded
 from tests.cli.conftest import Command, Result
 from tests.cli.process import started

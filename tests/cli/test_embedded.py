@@ -13,9 +13,9 @@ import pytest
 from nats.errors import Error as NatsError
 
 from adapter.cli.bus import settings_here
+from adapter.cli.embedded import EmbeddedFailed, EmbeddedNats, find_server, server_config, server_version
 from adapter.cli.exit_codes import Failed
 from adapter.cli.run import KEY_FILE, _with_token_key
-from adapter.embedded import EmbeddedFailed, EmbeddedNats, find_server, server_config, server_version
 from adapter.errors import SettingsError
 from adapter.settings import Settings
 from tests.cli.process import alive, until

@@ -17,10 +17,10 @@ import msgspec
 import pytest
 
 from adapter.cli.demo import demo_settings
+from adapter.cli.embedded import EmbeddedNats
 from adapter.cli.lifetime import adapter_running
 from adapter.cli.login import _View
-from adapter.contract import Login
-from adapter.embedded import EmbeddedNats
+from adapter.contract.messages import Login
 from adapter.logins.qr import DARK_ON_LIGHT, PLAIN, terminal_text
 from adapter.logins.qr import png_base64 as picture
 from adapter.simulator import FaultRule, Simulator, SimulatorSettings, samples

@@ -20,7 +20,7 @@ from adapter.cli.lifetime import run_until_stopped
 from adapter.cli.output import complain, json_line, printable, with_defaults
 from adapter.cli.screen import LABEL, Screen
 from adapter.cli.stdin import lines
-from adapter.contract import BindingInfo, LoginQuery, Receipt
+from adapter.contract.messages import BindingInfo, LoginQuery, Receipt
 from adapter.jetstream.client import BusClient
 from adapter.settings import Settings
 from tests.hostile import UNSEEN_CHARS

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from adapter.cli.bus import Bus
-from adapter.names import H_COMMAND, H_MSG_ID
+from adapter.contract.names import H_COMMAND, H_MSG_ID
 from tests.cli.conftest import Command
 
 

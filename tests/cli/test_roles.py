@@ -10,7 +10,7 @@ import pytest
 
 from adapter.cli.bus import connected_bus
 from adapter.cli.exit_codes import Failed
-from adapter.contract import BindingsPage, BindingsQuery
+from adapter.contract.messages import BindingsPage, BindingsQuery
 from adapter.jetstream import topology
 from adapter.jetstream.managed_connection import ManagedConnection
 from adapter.settings import Settings

@@ -9,8 +9,8 @@ import msgspec
 import pytest
 
 from adapter.cli.bus import Bus
-from adapter.contract import Outbound, Receipt
-from adapter.names import H_MSG_ID, H_SCHEMA
+from adapter.contract.messages import Outbound, Receipt
+from adapter.contract.names import H_MSG_ID, H_SCHEMA
 from tests.cli.conftest import Command
 from tests.cli.process import started
 from tests.cli.standin import answering

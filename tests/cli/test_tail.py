@@ -9,9 +9,9 @@ from pathlib import Path
 import msgspec
 
 from adapter.cli.bus import Bus, connected_bus
+from adapter.cli.embedded import EmbeddedNats
 from adapter.cli.options import moment, seconds
-from adapter.contract import BindingEvent, Inbound, Receipt, TextItem, UnsupportedItem
-from adapter.embedded import EmbeddedNats
+from adapter.contract.messages import BindingEvent, Inbound, Receipt, TextItem, UnsupportedItem
 from adapter.settings import Settings
 from tests.cli.conftest import Command, Result
 from tests.cli.process import started

@@ -10,8 +10,8 @@ import pytest
 
 from adapter.cli.bus import Bus
 from adapter.cli.demo import demo_settings
+from adapter.cli.embedded import EmbeddedNats
 from adapter.cli.lifetime import adapter_running
-from adapter.embedded import EmbeddedNats
 from adapter.simulator import Simulator, SimulatorSettings
 from tests.cli.conftest import Command
 

@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 
 from adapter.cli.bus import connected_bus
+from adapter.cli.embedded import EmbeddedNats
 from adapter.cli.exit_codes import UNREACHABLE, Failed
-from adapter.embedded import EmbeddedNats
-from adapter.schema import DOCUMENTED
+from adapter.cli.schema import DOCUMENTED
 from adapter.settings import Settings
 from tests.cli.conftest import Command
 from tests.cli.process import started

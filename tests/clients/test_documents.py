@@ -7,7 +7,7 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
-from adapter import schema
+from adapter.cli import schema
 
 ASYNCAPI = schema.ROOT / "schemas" / "asyncapi.json"
 

@@ -17,8 +17,8 @@ import pytest_asyncio
 from nats.aio.client import Client
 from nats.aio.msg import Msg
 
-from adapter.contract import Outbound
-from adapter.embedded import EmbeddedNats
+from adapter.cli.embedded import EmbeddedNats
+from adapter.contract.messages import Outbound
 from adapter.simulator import Simulator
 from tests.bus.guarded import guarded
 from tests.cli.test_doctor import WithoutJetStream

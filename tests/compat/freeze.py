@@ -10,9 +10,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from adapter import schema
-from adapter.contract import SCHEMA_VERSION
-from adapter.names import Names
+from adapter.cli import schema
+from adapter.contract.messages import SCHEMA_VERSION
+from adapter.contract.names import Names
 from tests.compat.rules import breaks
 
 HERE = Path(__file__).parent

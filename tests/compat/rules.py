@@ -1,7 +1,7 @@
 """What may change within one version of the contract: optional fields may come, the adapter may take more, no more.
 
-Compares JSON Schemas as `adapter.schema` writes them. A change is judged by who reads the message: readers of what
-the adapter sends (`sent`) must find all that was promised; the adapter must take all that it took.
+Compares JSON Schemas as `adapter.cli.schema` writes them. A change is judged by who reads the message: readers
+of what the adapter sends (`sent`) must find all that was promised; the adapter must take all that it took.
 """
 
 from __future__ import annotations

@@ -10,8 +10,8 @@ from typing import Any
 import msgspec
 import pytest
 
-from adapter import schema
-from adapter.contract import SCHEMA_VERSION
+from adapter.cli import schema
+from adapter.contract.messages import SCHEMA_VERSION
 from tests.compat.freeze import HERE, NOW, found_breaks, is_sent
 from tests.compat.rules import breaks
 

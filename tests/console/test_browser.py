@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from adapter.contract import Options
+from adapter.contract.messages import Options
 from tests.e2e.world import World, free_port, until, world
 
 pytestmark = pytest.mark.slow

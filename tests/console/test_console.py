@@ -15,18 +15,18 @@ from typing import Any
 import httpx
 import msgspec
 import pytest
+from adapter.ownership.replica_status import PollerStatus, ReplicaStatus, StatusRequest
 from structlog.testing import capture_logs
 
 from adapter.console.auth import SESSION_S, WRONG_A_MINUTE, ConsoleAuth
 from adapter.console.server import MAX_BODY, MAX_IN_FLIGHT, Console, is_loopback
 from adapter.console.service import ConsoleDeps
+from adapter.contract.names import H_DETAIL, H_MSG_ID, H_REASON, H_SUBJECT, H_TIME_MS
 from adapter.conversation.record import VERSION
 from adapter.errors import BusRefused, SettingsError, Temporary
 from adapter.logins.registry import LoginRegistry
-from adapter.names import H_DETAIL, H_MSG_ID, H_REASON, H_SUBJECT, H_TIME_MS
 from adapter.ports import QrCode
-from adapter.replicas.replica_status import PollerStatus, ReplicaStatus, StatusRequest
-from adapter.seal import Sealer
+from adapter.security.seal import Sealer
 from adapter.services.logins import LoginService
 from adapter.simulator import samples
 from tests.fakes import WINDOW, Bench, FakeBucket, FakeClock, FakeLogins

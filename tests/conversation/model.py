@@ -11,7 +11,7 @@ from typing import Any, NamedTuple, TypeAlias
 
 import msgspec
 
-from adapter.contract import FINAL_OUTCOMES
+from adapter.contract.messages import FINAL_OUTCOMES
 from adapter.conversation import rules
 from adapter.conversation.commands import MERGE_SEPARATOR, MediaPart, Part
 from adapter.conversation.record import CommandRef, ConversationRecord

@@ -7,7 +7,9 @@ from typing import Any
 import msgspec
 import pytest
 
-from adapter.contract import Outbound
+from adapter.contract.headers import HEADERS_KEPT, forwardable_headers
+from adapter.contract.messages import Outbound
+from adapter.contract.names import H_SEQUENCE, H_SINCE_MS
 from adapter.conversation.commands import (
     Command,
     Limits,
@@ -20,8 +22,6 @@ from adapter.conversation.commands import (
     sandbox_of,
 )
 from adapter.errors import Refused, Unreadable
-from adapter.headers import HEADERS_KEPT, forwardable_headers
-from adapter.names import H_SEQUENCE, H_SINCE_MS
 
 NOW = 1_789_000_000_000
 HOUR = 3_600_000

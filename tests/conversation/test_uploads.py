@@ -11,8 +11,8 @@ import pytest
 from adapter.conversation.commands import MediaPart
 from adapter.conversation.uploads import READY_S, StoreAway
 from adapter.errors import Refused, SessionExpired, Temporary, Unreadable
+from adapter.kit.slots import FairSlots
 from adapter.ports import Account
-from adapter.slots import FairSlots
 from tests.fakes import MEDIA_BYTES, Bench, Carried
 
 VIRTUAL_TIME = True

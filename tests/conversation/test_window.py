@@ -7,7 +7,7 @@ from typing import Any
 import msgspec
 import pytest
 
-from adapter.contract import Window
+from adapter.contract.messages import Window
 from adapter.conversation import window
 from adapter.conversation.record import ConversationRecord, SendProgress, SendWindow, WindowPhase
 from adapter.conversation.window import CLOCK_ERROR_MS, SENT_KEPT, WindowPolicy

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import msgspec
 from nats.aio.client import Client
 
-from adapter.contract import FINAL_OUTCOMES, Inbound, Receipt
+from adapter.contract.messages import FINAL_OUTCOMES, Inbound, Receipt
 from tests.e2e.reading import NAMES, Listener, Live, stream
 
 if TYPE_CHECKING:

@@ -14,7 +14,7 @@ import msgspec
 import nats
 from nats.errors import Error as NatsError
 
-from adapter.embedded import find_server
+from adapter.cli.embedded import find_server
 from tests.e2e.waiting import eventually, free_port
 
 

@@ -10,8 +10,8 @@ import msgspec
 from nats.aio.client import Client
 from nats.aio.msg import Msg
 
-from adapter.contract import Inbound
-from adapter.names import Names
+from adapter.contract.messages import Inbound
+from adapter.contract.names import Names
 
 NAMES = Names()
 

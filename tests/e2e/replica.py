@@ -10,13 +10,14 @@ import os
 import sys
 from typing import Any
 
-from adapter import __version__, logs
-from adapter.app import run_replica
+from adapter import __version__
 from adapter.cli.lifetime import until_signalled
 from adapter.environment import read_settings
-from adapter.eventloop import run_fast
+from adapter.observability import logs
+from adapter.replica.app import run_replica
+from adapter.replica.eventloop import run_fast
+from adapter.replica.wiring import Replica
 from adapter.settings import Settings
-from adapter.wiring import Replica
 
 
 async def _run(settings: Settings, arguments: dict[str, Any]) -> None:

@@ -34,12 +34,12 @@ import nats
 from nats.aio.client import Client
 from nats.aio.msg import Msg
 
-from adapter.contract import FINAL_OUTCOMES, Bind, ControlAnswer, Login, Options, Receipt, Unbind
-from adapter.dedup import KEEP_AT_MOST
-from adapter.embedded import EmbeddedNats
+from adapter.cli.embedded import EmbeddedNats
+from adapter.content.dedup import KEEP_AT_MOST
+from adapter.contract.messages import FINAL_OUTCOMES, Bind, ControlAnswer, Login, Options, Receipt, Unbind
+from adapter.contract.names import Names
 from adapter.environment import read_settings
 from adapter.jetstream import topology
-from adapter.names import Names
 from tests.e2e.flatness import MIB, Bound, Series, Verdict, cpu_s, judge, of_process, picture, table
 from tests.e2e.waiting import eventually, free_port, until
 from tests.e2e.world import AdapterProcess

@@ -8,7 +8,7 @@ from typing import Any
 import msgspec
 from nats.aio.client import Client
 
-from adapter.contract import (
+from adapter.contract.messages import (
     Bind,
     BindingEvent,
     BindingsPage,
@@ -18,7 +18,7 @@ from adapter.contract import (
     Window,
     WindowQuery,
 )
-from adapter.names import to_subject_token
+from adapter.contract.names import to_subject_token
 from tests.e2e.world import NAMES, World, eventually, stream, until, world
 
 

@@ -8,8 +8,8 @@ from pathlib import Path
 import httpx
 import msgspec
 
-from adapter.contract import FINAL_OUTCOMES, Receipt
-from adapter.names import shard_of
+from adapter.contract.messages import FINAL_OUTCOMES, Receipt
+from adapter.contract.names import shard_of
 from adapter.simulator import FaultRule
 from tests.e2e.world import NAMES, SOON, World, eventually, free_port, stream, until, world
 

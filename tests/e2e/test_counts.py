@@ -8,7 +8,7 @@ from pathlib import Path
 import msgspec
 from nats.aio.client import Client
 
-from adapter.contract import FINAL_OUTCOMES
+from adapter.contract.messages import FINAL_OUTCOMES
 from adapter.simulator import FaultRule
 from tests.e2e.scrape import by_label, scrape
 from tests.e2e.world import NAMES, World, eventually, free_port, stream, until, world

@@ -22,12 +22,12 @@ import nats
 import pytest
 from nats.aio.client import Client
 
-from adapter.app import run_replica
-from adapter.contract import FINAL_OUTCOMES, Bind, ControlAnswer, Options, Receipt, Unbind
-from adapter.embedded import EmbeddedNats
-from adapter.names import SHARDS, Names, shard_of
+from adapter.cli.embedded import EmbeddedNats
+from adapter.contract.messages import FINAL_OUTCOMES, Bind, ControlAnswer, Options, Receipt, Unbind
+from adapter.contract.names import SHARDS, Names, shard_of
+from adapter.replica.app import run_replica
+from adapter.replica.wiring import Replica
 from adapter.settings import Settings
-from adapter.wiring import Replica
 from tests.e2e.waiting import eventually, free_port, until
 from tests.growth import census, growing
 

@@ -15,13 +15,13 @@ import httpx
 import nats
 import pytest
 
-from adapter.app import run_replica
-from adapter.embedded import EmbeddedNats
+from adapter.cli.embedded import EmbeddedNats
 from adapter.environment import read_settings
 from adapter.ports import Message
-from adapter.probes import STUCK_S
+from adapter.replica.app import run_replica
+from adapter.replica.probes import STUCK_S
+from adapter.replica.wiring import Replica
 from adapter.simulator import FaultRule, Simulator
-from adapter.wiring import Replica
 from tests.e2e.waiting import eventually, free_port
 from tests.e2e.world import AdapterProcess
 

@@ -11,9 +11,9 @@ import nats
 import pytest
 from nats.aio.client import Client
 
-from adapter.contract import FINAL_OUTCOMES
-from adapter.names import H_LAST, H_UPLOAD, shard_of
-from adapter.records import Reading
+from adapter.contract.messages import FINAL_OUTCOMES
+from adapter.contract.names import H_LAST, H_UPLOAD, shard_of
+from adapter.contract.records import Reading
 from adapter.simulator import Simulator
 from tests.bus.guarded import guarded
 from tests.e2e.world import NAMES, World, audit, environ_of, eventually, fast, free_port, stream, until, world

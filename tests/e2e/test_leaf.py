@@ -8,7 +8,7 @@ import msgspec
 import nats
 from nats.aio.client import Client
 
-from adapter.contract import Inbound, Options
+from adapter.contract.messages import Inbound, Options
 from tests.e2e.cluster import NatsCluster, Node
 from tests.e2e.world import NAMES, World, eventually, free_port, world
 

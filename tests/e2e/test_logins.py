@@ -12,7 +12,7 @@ import pytest
 from nats.aio.client import Client
 from nats.errors import Error as NatsError
 
-from adapter.contract import (
+from adapter.contract.messages import (
     BindingEvent,
     BindingsPage,
     BindingsQuery,

@@ -8,7 +8,7 @@ import msgspec
 import pytest
 from nats.aio.client import Client
 
-from adapter.contract import BindingEvent
+from adapter.contract.messages import BindingEvent
 from adapter.simulator import BotRecord, FaultRule
 from tests.e2e.world import NAMES, SOON, World, eventually, stream, until, world
 

@@ -14,7 +14,17 @@ import pysilk
 import pytest
 from nats.aio.client import Client
 
-from adapter.contract import FileItem, ImageItem, Inbound, InboundItem, Media, Options, TextItem, VideoItem, VoiceItem
+from adapter.contract.messages import (
+    FileItem,
+    ImageItem,
+    Inbound,
+    InboundItem,
+    Media,
+    Options,
+    TextItem,
+    VideoItem,
+    VoiceItem,
+)
 from adapter.simulator import FaultRule, samples
 from tests.e2e.world import NAMES, World, eventually, stream, until, world
 

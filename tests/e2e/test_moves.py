@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from adapter.embedded import EmbeddedNats
+from adapter.cli.embedded import EmbeddedNats
 from tests.e2e.waiting import eventually, free_port, until
 from tests.e2e.world import NAMES, audit, world
 

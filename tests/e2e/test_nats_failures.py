@@ -20,9 +20,9 @@ from nats.aio.client import Client
 from nats.js import JetStreamContext
 from nats.js.errors import APIError
 
-from adapter.contract import ImageItem, Inbound, Login, LoginQuery
-from adapter.embedded import EmbeddedNats
-from adapter.names import SHARDS, shard_of
+from adapter.cli.embedded import EmbeddedNats
+from adapter.contract.messages import ImageItem, Inbound, Login, LoginQuery
+from adapter.contract.names import SHARDS, shard_of
 from tests.e2e.lossy import Lossy
 from tests.e2e.test_bindings import ask as service
 from tests.e2e.test_logins import newest, reaches, start

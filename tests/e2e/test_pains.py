@@ -18,7 +18,7 @@ import httpx
 import msgspec
 from nats.aio.client import Client
 
-from adapter.contract import FINAL_OUTCOMES, BindingEvent, ImageItem, Inbound, Login, Receipt, VoiceItem
+from adapter.contract.messages import FINAL_OUTCOMES, BindingEvent, ImageItem, Inbound, Login, Receipt, VoiceItem
 from adapter.simulator import BotRecord, FaultRule, samples
 from tests.e2e.world import NAMES, SOON, AdapterProcess, World, eventually, free_port, stream, until, world
 

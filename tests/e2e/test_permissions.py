@@ -22,9 +22,9 @@ import pytest
 from nats.aio.client import Client
 from nats.aio.msg import Msg
 
-from adapter.contract import BindingsPage, Inbound, Login, Media, ReplayPage, Unbind, Window
-from adapter.names import H_ERROR, H_ERROR_CODE, H_LAST, H_MSG_ID, H_NAME, H_UPLOAD
-from adapter.permissions import streams
+from adapter.contract.messages import BindingsPage, Inbound, Login, Media, ReplayPage, Unbind, Window
+from adapter.contract.names import H_ERROR, H_ERROR_CODE, H_LAST, H_MSG_ID, H_NAME, H_UPLOAD
+from adapter.security.permissions import streams
 from adapter.simulator import Simulator, samples
 from tests import canary
 from tests.bus.guarded import NAMES, TEMPLATES, WITNESS, Guarded, Player, guarded

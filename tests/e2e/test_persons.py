@@ -10,7 +10,7 @@ import msgspec
 import pytest
 from nats.aio.client import Client
 
-from adapter.contract import Inbound, Options, Receipt, ReplayPage, ReplayQuery, Unbind
+from adapter.contract.messages import Inbound, Options, Receipt, ReplayPage, ReplayQuery, Unbind
 from adapter.simulator import BotRecord
 from tests.e2e.test_bindings import ask
 from tests.e2e.world import NAMES, World, eventually, stream, until, world

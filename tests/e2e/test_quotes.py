@@ -9,7 +9,7 @@ from typing import Any
 import msgspec
 from nats.aio.client import Client
 
-from adapter.contract import Inbound, Quote
+from adapter.contract.messages import Inbound, Quote
 from adapter.simulator.kinds import QUOTED_ID, text_item
 from tests.e2e.test_commands import final_of
 from tests.e2e.world import NAMES, World, eventually, stream, world

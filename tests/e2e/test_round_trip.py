@@ -9,7 +9,7 @@ import msgspec
 import pytest
 from nats.aio.client import Client
 
-from adapter.contract import FileItem, ImageItem, Inbound, TextItem, VideoItem, VoiceItem
+from adapter.contract.messages import FileItem, ImageItem, Inbound, TextItem, VideoItem, VoiceItem
 from adapter.simulator import samples
 from adapter.simulator.media import KEY_FORMS
 from tests.e2e.test_pains import fetch

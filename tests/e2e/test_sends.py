@@ -16,16 +16,16 @@ import pytest
 from nats.aio.client import Client
 from nats.js.errors import KeyNotFoundError
 
+from adapter.contract.names import conversation_key
 from adapter.conversation.record import ConversationRecord
 from adapter.jetstream.managed_connection import ManagedConnection
 from adapter.jetstream.objects import ObjectStore
 from adapter.jetstream.publisher import Publisher
-from adapter.metrics import Metrics
-from adapter.names import conversation_key
+from adapter.kit.timing import SystemClock
+from adapter.observability.metrics import Metrics
 from adapter.ports import Pieces
 from adapter.settings import Settings
 from adapter.simulator import BotRecord, FaultRule, samples
-from adapter.timing import SystemClock
 from tests.e2e.test_commands import final_of
 from tests.e2e.world import NAMES, World, audit, eventually, until, world
 

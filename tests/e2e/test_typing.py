@@ -9,7 +9,7 @@ from typing import Any
 import msgspec
 from nats.aio.client import Client
 
-from adapter.contract import Options
+from adapter.contract.messages import Options
 from adapter.simulator import BotRecord, FaultRule
 from tests.e2e.test_commands import final_of
 from tests.e2e.world import NAMES, World, until, world

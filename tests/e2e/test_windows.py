@@ -9,7 +9,7 @@ import msgspec
 import pytest
 from nats.aio.client import Client
 
-from adapter.contract import Window, WindowEvent, WindowQuery
+from adapter.contract.messages import Window, WindowEvent, WindowQuery
 from adapter.simulator import FaultRule
 from tests.e2e.world import NAMES, World, eventually, stream, world
 

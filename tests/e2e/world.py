@@ -28,9 +28,9 @@ import msgspec
 import nats
 from nats.aio.client import Client
 
-from adapter.contract import FINAL_OUTCOMES, Bind, ControlAnswer, Receipt
-from adapter.embedded import EmbeddedNats
-from adapter.names import Names
+from adapter.cli.embedded import EmbeddedNats
+from adapter.contract.messages import FINAL_OUTCOMES, Bind, ControlAnswer, Receipt
+from adapter.contract.names import Names
 from adapter.simulator import BotRecord, Simulator, SimulatorSettings
 from tests import canary
 from tests.e2e.audit import Audit

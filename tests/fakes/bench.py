@@ -9,8 +9,10 @@ from typing import Any
 
 import msgspec
 
-from adapter import media
 from adapter.bindings.registry import Bindings
+from adapter.content import media
+from adapter.contract.names import Names, conversation_key, shard_of
+from adapter.contract.records import UNBOUND_S, Binding
 from adapter.conversation.commands import Limits
 from adapter.conversation.conversations import Conversations
 from adapter.conversation.record import ConversationRecord, SendWindow
@@ -19,7 +21,6 @@ from adapter.conversation.shard import ConversationDeps
 from adapter.conversation.store import ConversationStore
 from adapter.conversation.uploads import Uploads
 from adapter.conversation.window import WindowPolicy
-from adapter.events import Events
 from adapter.ilink.translate import read_message
 from adapter.inbound.dispatcher import DispatchDeps
 from adapter.inbound.download import DownloadDeps
@@ -29,17 +30,16 @@ from adapter.inbound.poller import STALE_RETRY_S
 from adapter.inbound.recall import QuoteResolver
 from adapter.inbound.sessions import InboundDeps
 from adapter.inbound.triage import Triage
-from adapter.metrics import Metrics
-from adapter.names import Names, conversation_key, shard_of
+from adapter.kit.slots import FairSlots
+from adapter.kit.timing import PerTickLimiter, RateLimiter, WakeupBatcher
+from adapter.observability.events import Events
+from adapter.observability.metrics import Metrics
 from adapter.outbound.processor import OutboundDeps, ShardCommandProcessor
 from adapter.outbound.receipts import Receipts
 from adapter.outbound.sessions import BotSessions
 from adapter.outbound.typing_indicator import TypingDeps
 from adapter.ports import Account, Stored
-from adapter.records import UNBOUND_S, Binding
-from adapter.seal import Sealer
-from adapter.slots import FairSlots
-from adapter.timing import PerTickLimiter, RateLimiter, WakeupBatcher
+from adapter.security.seal import Sealer
 from tests.fakes.bus import FakeBucket, FakeBus, FakeCoreBus, FakeDelivery, Kept
 from tests.fakes.clock import FakeClock
 from tests.fakes.ilink import FakeChat

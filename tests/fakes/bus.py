@@ -8,10 +8,10 @@ from typing import NamedTuple
 
 import msgspec
 
-from adapter.contract import BindingEvent, Inbound, Receipt
+from adapter.contract.messages import BindingEvent, Inbound, Receipt
+from adapter.contract.names import H_EXPECTED, H_MSG_ID, Names
 from adapter.errors import BusRefused, Conflict, Temporary
 from adapter.jetstream.publisher import DELAYED_PUBLISH_S
-from adapter.names import H_EXPECTED, H_MSG_ID, Names
 from adapter.ports import Entry, Message, PubAck, Stored
 from tests.fakes.clock import FakeClock
 

@@ -12,8 +12,8 @@ import msgspec
 
 from adapter.errors import Refused, Uncertain
 from adapter.ilink import urls
+from adapter.kit.timing import ChangeSignal
 from adapter.ports import Accepted, Account, Content, Polled, QrCode, Scan, ScanStatus, Uploaded
-from adapter.timing import ChangeSignal
 from tests.fakes.clock import EPOCH_MS, FakeClock
 
 

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from adapter.errors import BusRefused
 from adapter.ports import Accepted, Account, Content, Entry, Message, PubAck, Stored
-from adapter.seal import Sealer
+from adapter.security.seal import Sealer
 from tests.fakes import Bench, FakeBucket, FakeBus, FakeCdn, FakeChat, FakeClock, FakeDelivery, FakeObjects, Life
 
 

@@ -5,10 +5,11 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Iterable
 
+from adapter.ownership.leases import Leases
+
+from adapter.contract.names import SHARDS
 from adapter.errors import LeaseLost
-from adapter.names import SHARDS
-from adapter.replicas.leases import Leases
-from adapter.timing import ChangeSignal
+from adapter.kit.timing import ChangeSignal
 
 
 class FakeLeases(Leases):

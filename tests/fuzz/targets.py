@@ -18,9 +18,20 @@ from urllib.parse import urlsplit
 import httpx
 import msgspec
 
-from adapter import contract, logs, media
 from adapter.console import server
-from adapter.contract import Bind, Inbound, MediaPiece, MediaQuery, Unbind
+from adapter.content import media
+from adapter.content.dedup import DedupWindow
+from adapter.contract import messages as contract
+from adapter.contract.headers import HEADER_CHARS, HEADERS_KEPT, forwardable_headers
+from adapter.contract.messages import Bind, Inbound, MediaPiece, MediaQuery, Unbind
+from adapter.contract.names import (
+    Names,
+    conversation_key,
+    from_subject_token,
+    is_inbox,
+    to_subject_token,
+    user_of_key,
+)
 from adapter.conversation.commands import (
     Limits,
     client_id,
@@ -31,9 +42,7 @@ from adapter.conversation.commands import (
     sandbox_of,
 )
 from adapter.conversation.split import MAX_BYTES, is_open, split, to_plain
-from adapter.dedup import DedupWindow
 from adapter.errors import AdapterError, Refused, Temporary, Uncertain, Unreadable
-from adapter.headers import HEADER_CHARS, HEADERS_KEPT, forwardable_headers
 from adapter.ilink import protocol, urls
 from adapter.ilink.addresses import is_public
 from adapter.ilink.budget import ByteBudget
@@ -43,9 +52,9 @@ from adapter.ilink.protocol import Reply
 from adapter.ilink.translate import read_message
 from adapter.ilink.unpack import Unpacker, UnpackFailed
 from adapter.logins.qr import check_content, html_element, terminal_text
-from adapter.names import Names, conversation_key, from_subject_token, is_inbox, to_subject_token, user_of_key
+from adapter.observability import logs
 from adapter.ports import Scan
-from adapter.seal import Sealer
+from adapter.security.seal import Sealer
 from tests.fakes import Wire
 
 ROOT = Path(__file__).parents[2]

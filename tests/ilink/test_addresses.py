@@ -32,7 +32,7 @@ from adapter.ilink.network import (
     resolve_host,
     with_checked_network,
 )
-from adapter.metrics import Metrics
+from adapter.observability.metrics import Metrics
 from adapter.ports import Account, MediaRef, Pieces
 from tests.e2e.waiting import free_port
 

@@ -20,7 +20,7 @@ from adapter.ilink.hot_calls import HotCalls
 from adapter.ilink.plain_calls import PlainCalls
 from adapter.ilink.protocol import ANSWER_BYTES, OTHER_BYTES, Reply, Request
 from adapter.ilink.tls import ResumingContext
-from adapter.metrics import Metrics
+from adapter.observability.metrics import Metrics
 from adapter.ports import Account
 from tests.e2e.waiting import until
 from tests.fakes import Wire

@@ -12,7 +12,7 @@ import pytest
 from adapter.errors import AdapterError, SessionExpired, Temporary, Uncertain
 from adapter.ilink.client import ILink
 from adapter.ilink.protocol import HOLD_MS, Reply, Request
-from adapter.metrics import Metrics
+from adapter.observability.metrics import Metrics
 from adapter.ports import Account
 
 BASE = "https://ilinkai.weixin.qq.com"

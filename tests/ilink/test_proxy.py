@@ -13,7 +13,7 @@ import pytest
 from adapter.errors import LeaseLost, Temporary, Uncertain
 from adapter.ilink.client import ILink
 from adapter.ilink.network import proxy_of
-from adapter.metrics import Metrics
+from adapter.observability.metrics import Metrics
 from adapter.ports import Account
 from tests.authority import Authority
 from tests.e2e.waiting import free_port, until

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from adapter.contract import (
+from adapter.contract.messages import (
     FileItem,
     ImageItem,
     InboundItem,

@@ -28,7 +28,7 @@ from adapter.ilink.network import Resolver
 from adapter.ilink.plain_calls import PlainCalls
 from adapter.ilink.protocol import AGENT, Reply, Request
 from adapter.ilink.tls import ResumingContext
-from adapter.metrics import Metrics
+from adapter.observability.metrics import Metrics
 from adapter.ports import Account
 from tests.authority import Authority
 from tests.e2e.waiting import free_port, until

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from adapter.embedded import find_server
+from adapter.cli.embedded import find_server
 from tests.image.podman import IMAGE, NATS_IMAGE, ROOT, CannotRun, build, podman, prepare
 
 CANARY = "canary-5b1f3c"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from typing import Any
 
-from adapter.contract import FileItem, ImageItem, Inbound, TextItem, VideoItem, VoiceItem
+from adapter.contract.messages import FileItem, ImageItem, Inbound, TextItem, VideoItem, VoiceItem
 from adapter.inbound.poller import tend
 from adapter.inbound.sessions import Session
 from adapter.simulator import samples

@@ -10,13 +10,13 @@ import msgspec
 import pytest
 from structlog.testing import capture_logs
 
-from adapter.contract import Options, UnsupportedItem
+from adapter.contract.messages import Options, UnsupportedItem
+from adapter.contract.names import H_JOURNAL, H_MSG_ID, conversation_key, shard_of
 from adapter.errors import BusRefused, LeaseLost, Temporary
 from adapter.inbound.bot_journal import SEEN_AGAIN, SEEN_UNKEPT
 from adapter.inbound.dispatcher import BACKLOG, BACKLOG_BYTES
 from adapter.inbound.inbox import LARGE
 from adapter.inbound.journal import JournalRecord
-from adapter.names import H_JOURNAL, H_MSG_ID, conversation_key, shard_of
 from adapter.ports import Message, Polled, Stored
 from tests.fakes import EPOCH_MS, Bench, batch, ready, settle
 from tests.inbound.downloads import NOTHING, PNG, heir_to, image, run, said, words

@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 from structlog.testing import capture_logs
 
-from adapter import contract
-from adapter.contract import FileItem, ImageItem, VideoItem, VoiceItem
+from adapter.contract import messages as contract
+from adapter.contract.messages import FileItem, ImageItem, VideoItem, VoiceItem
 from adapter.errors import BusRefused, Refused, Temporary
+from adapter.kit.slots import FairSlots
 from adapter.simulator import samples
-from adapter.slots import FairSlots
 from tests.fakes import EPOCH_MS, FakeChat, batch, raw_message, ready
 from tests.inbound.downloads import BOT, PNG, USER, WAIT_S, heir_to, image, run, said, words
 from tests.inbound.pollers import Poller, tended

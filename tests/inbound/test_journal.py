@@ -8,12 +8,12 @@ import msgspec
 import pytest
 from structlog.testing import capture_logs
 
+from adapter.contract.names import H_EXPECTED
 from adapter.conversation.actor import ConversationActor
 from adapter.errors import STORE_FAILED, BusRefused, Conflict, Temporary
 from adapter.inbound.journal import MESSAGE_BYTES, JournalRecord, parts_of
-from adapter.names import H_EXPECTED
 from adapter.ports import Message, Polled, PubAck
-from adapter.seal import Sealer, cursor_context
+from adapter.security.seal import Sealer, cursor_context
 from tests.fakes import Bench, batch, ready
 from tests.inbound.downloads import NOTHING, heir_to, run
 from tests.inbound.pollers import BOT, Poller, polls, raw, tended, texts

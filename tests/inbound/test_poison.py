@@ -13,15 +13,15 @@ import msgspec
 import pytest
 import structlog
 
-from adapter import logs
-from adapter.contract import TextItem
+from adapter.contract.messages import TextItem
+from adapter.contract.names import H_REASON, H_SUBJECT
+from adapter.contract.records import Binding
 from adapter.conversation.actor import ConversationActor
 from adapter.ilink.translate import read_message
 from adapter.inbound.poller import tend
 from adapter.inbound.sessions import Session
-from adapter.names import H_REASON, H_SUBJECT
+from adapter.observability import logs
 from adapter.ports import InboundMessage, Message, Polled, PubAck
-from adapter.records import Binding
 from tests.fakes import Bench, Failing, FakeChat, batch, raw_message, ready
 from tests.inbound.downloads import PNG, image, said
 from tests.inbound.pollers import Poller, raw, tended, texts

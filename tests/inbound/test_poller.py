@@ -18,9 +18,9 @@ from adapter.errors import Refused, Temporary
 from adapter.ilink.translate import read_message
 from adapter.inbound.poller import AFTER_CUT_S, HOLD_MS, LONGEST_HOLD_MS, tend
 from adapter.inbound.sessions import HERE_S, Session
+from adapter.kit.timing import PerTickLimiter, RateLimiter, complete_with_grace
 from adapter.ports import Account, InboundMessage, Message, Polled
-from adapter.seal import Sealer
-from adapter.timing import PerTickLimiter, RateLimiter, complete_with_grace
+from adapter.security.seal import Sealer
 from tests.fakes import FakeClock, Rounds, batch, ready
 from tests.inbound.pollers import BOT, STALE, Poller, polls, raw, tended, texts
 

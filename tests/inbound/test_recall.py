@@ -9,14 +9,14 @@ from typing import Any
 import msgspec
 import pytest
 
-from adapter.contract import FileItem, ImageItem, Inbound, Quote, TextItem, Window
+from adapter.content.dedup import MessageKeys
+from adapter.content.quotes import Part, Reference
+from adapter.contract.messages import FileItem, ImageItem, Inbound, Quote, TextItem, Window
+from adapter.contract.names import H_IDS, H_MSG_ID
 from adapter.conversation.record import SentText
-from adapter.dedup import MessageKeys
 from adapter.inbound.inbox import QUOTES_S, AddressedMessage, publish
 from adapter.inbound.recall import SEARCHED
-from adapter.names import H_IDS, H_MSG_ID
 from adapter.ports import InboundMessage, Stored
-from adapter.quotes import Part, Reference
 from tests.fakes import Bench, batch, raw_message, ready, settle
 from tests.inbound.pollers import polls
 

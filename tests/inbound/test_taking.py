@@ -13,7 +13,7 @@ from adapter.inbound.poller import poll_forever, tend
 from adapter.inbound.sessions import Session
 from adapter.inbound.taking import take
 from adapter.ports import Message, Polled
-from adapter.seal import Sealer, cursor_context
+from adapter.security.seal import Sealer, cursor_context
 from tests.fakes import Bench, Failing, FakeLeases, batch, ready, settle
 from tests.inbound.downloads import heir_to, image
 from tests.inbound.pollers import BOT, Poller, polls, raw, tended, texts

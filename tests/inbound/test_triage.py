@@ -7,15 +7,15 @@ from typing import Any
 import pytest
 from structlog.testing import capture_logs
 
-from adapter.contract import UnsupportedItem
-from adapter.crashes import ATTEMPTS
-from adapter.dedup import DedupWindow
+from adapter.content.dedup import DedupWindow
+from adapter.contract.messages import UnsupportedItem
+from adapter.contract.names import conversation_key
 from adapter.errors import BusRefused
 from adapter.ilink.translate import read_message
 from adapter.inbound.triage import Triage
-from adapter.names import conversation_key
+from adapter.kit.crashes import ATTEMPTS
+from adapter.kit.timing import PerTickLimiter
 from adapter.ports import InboundMessage
-from adapter.timing import PerTickLimiter
 from tests.fakes import EPOCH_MS, Rounds, batch, ready
 from tests.inbound.downloads import NOTHING
 from tests.inbound.pollers import BOT, USER, polls, raw, texts

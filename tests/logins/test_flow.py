@@ -12,15 +12,15 @@ import pytest
 from structlog.testing import capture_logs
 
 from adapter.bindings.control import Control
-from adapter.contract import Bind, BindingEvent, Login, LoginEvent, LoginQuery, LoginStart, LoginVerify
+from adapter.contract.messages import Bind, BindingEvent, Login, LoginEvent, LoginQuery, LoginStart, LoginVerify
+from adapter.contract.names import H_MSG_ID, shard_of
+from adapter.contract.records import LoginRecord
 from adapter.errors import BusRefused, Refused, Temporary
 from adapter.logins.flow import REFRESH_S, LoginDeps
 from adapter.logins.registry import DEAD_CODES, LoginRegistry
 from adapter.logins.runner import LoginRunner
-from adapter.names import H_MSG_ID, shard_of
 from adapter.ports import Entry, Message, QrCode, Scan
-from adapter.records import LoginRecord
-from adapter.seal import Sealer
+from adapter.security.seal import Sealer
 from adapter.services.logins import LOGIN_S, OPEN_PER_SANDBOX, LoginService
 from adapter.simulator import samples
 from tests.fakes import Bench, FakeBucket, FakeDelivery, FakeLogins

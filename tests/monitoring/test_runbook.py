@@ -11,9 +11,9 @@ import yaml
 from cyclopts import CycloptsError
 
 from adapter.cli import build
+from adapter.contract.names import Names
 from adapter.jetstream import topology
-from adapter.metrics import Metrics
-from adapter.names import Names
+from adapter.observability.metrics import Metrics
 from adapter.settings import Settings
 from tests.monitoring.test_alerts import alerts, promtool
 from tests.monitoring.tools import ROOT, RUNBOOK, missing_in

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from adapter.contract import FINAL_OUTCOMES, Receipt
+from adapter.contract.messages import FINAL_OUTCOMES, Receipt
 from adapter.errors import SessionExpired, Throttled, Uncertain
 from adapter.outbound.processor import ShardCommandProcessor
 from adapter.ports import Accepted

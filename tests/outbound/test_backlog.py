@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from adapter.names import H_MSG_ID, shard_of
+from adapter.contract.names import H_MSG_ID, shard_of
 from adapter.outbound.backlog import ROOM, SHARE, SHARE_BYTES, Backlog
 from adapter.outbound.processor import ShardCommandProcessor
 from adapter.outbound.reading import MISSING_CONFIRM_S

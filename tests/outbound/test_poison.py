@@ -12,9 +12,9 @@ from typing import Any, NamedTuple
 import pytest
 import structlog
 
-from adapter import logs
+from adapter.contract.names import H_REASON, H_SUBJECT
 from adapter.conversation import rules
-from adapter.names import H_REASON, H_SUBJECT
+from adapter.observability import logs
 from adapter.outbound import reading
 from adapter.outbound.backlog import ROOM
 from adapter.outbound.processor import ShardCommandProcessor

@@ -10,8 +10,8 @@ import msgspec
 import pytest
 from structlog.testing import capture_logs
 
+from adapter.contract.names import H_MSG_ID, H_SEQUENCE, UNROUTED
 from adapter.errors import BusRefused, Refused, Temporary
-from adapter.names import H_MSG_ID, H_SEQUENCE, UNROUTED
 from adapter.outbound.ledger import ENDED_KEPT
 from adapter.outbound.processor import ShardCommandProcessor
 from adapter.ports import Accepted, Message

@@ -9,11 +9,11 @@ from typing import Any
 import msgspec
 import pytest
 
+from adapter.contract.names import H_MSG_ID, shard_of
+from adapter.contract.records import Reading
 from adapter.errors import BusRefused, Refused, Temporary
-from adapter.names import H_MSG_ID, shard_of
 from adapter.outbound.processor import ShardCommandProcessor
 from adapter.outbound.trials import OWNERS
-from adapter.records import Reading
 from tests.fakes import Bench, Failing, FakeDelivery, settle
 from tests.outbound.shards import USER, finals, outcomes, parked, ready
 from tests.outbound.test_backlog import OTHER, two_users

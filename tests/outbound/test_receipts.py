@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 
-from adapter.contract import Receipt, Window
+from adapter.contract.messages import Receipt, Window
+from adapter.contract.names import H_MSG_ID
 from adapter.conversation.record import CommandRef
 from adapter.conversation.rules import CommandResult
 from adapter.errors import Temporary
-from adapter.names import H_MSG_ID
 from adapter.outbound import receipts
 from adapter.outbound.receipts import Address
 from adapter.ports import Message

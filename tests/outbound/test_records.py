@@ -8,9 +8,9 @@ import msgspec
 import pytest
 from structlog.testing import capture_logs
 
+from adapter.contract.names import conversation_key
+from adapter.contract.records import UNBOUND_S
 from adapter.conversation.record import VERSION
-from adapter.names import conversation_key
-from adapter.records import UNBOUND_S
 from tests.fakes import Bench
 from tests.outbound.shards import BOT, USER, outcomes, ready, user_writes
 

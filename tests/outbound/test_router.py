@@ -9,9 +9,9 @@ from typing import Any
 import msgspec
 import pytest
 
-from adapter.contract import Receipt
+from adapter.contract.messages import Receipt
+from adapter.contract.names import H_COMMAND, H_MSG_ID, H_SEQUENCE, H_SINCE_MS, UNROUTED
 from adapter.errors import BusRefused, LeaseLost
-from adapter.names import H_COMMAND, H_MSG_ID, H_SEQUENCE, H_SINCE_MS, UNROUTED
 from adapter.outbound.router import Router
 from adapter.ports import Message, PubAck
 from tests.fakes import LIMITS, Bench, FakeBus, FakeDelivery

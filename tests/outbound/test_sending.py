@@ -9,8 +9,8 @@ from itertools import pairwise
 import pytest
 from structlog.testing import capture_logs
 
+from adapter.contract.names import shard_of
 from adapter.errors import Temporary
-from adapter.names import shard_of
 from adapter.ports import Accepted
 from tests.fakes import GAP_S, Bench, Failing
 from tests.outbound.shards import (

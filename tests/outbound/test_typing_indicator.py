@@ -10,12 +10,12 @@ import msgspec
 import pytest
 from structlog.testing import capture_logs
 
-from adapter.contract import Options
+from adapter.contract.messages import Options
+from adapter.contract.records import Binding
 from adapter.errors import Refused, SessionExpired, Temporary, Throttled
 from adapter.outbound.processor import ShardCommandProcessor
 from adapter.outbound.typing_indicator import DOUBT_S, HIDES, RENEW_S
 from adapter.outbound.typing_tickets import TICKET_S
-from adapter.records import Binding
 from tests.fakes import Bench, FakeDelivery, settle
 from tests.outbound.shards import BOT, USER, outcomes, parked, user_writes
 

@@ -7,7 +7,7 @@ from typing import Any
 import msgspec
 import pytest
 
-from adapter.contract import BindingsPage, ReplayPage, Window
+from adapter.contract.messages import BindingsPage, ReplayPage, Window
 from adapter.conversation.record import VERSION
 from adapter.errors import Refused, Temporary
 from adapter.ports import SandboxRequest

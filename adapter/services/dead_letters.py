@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 import msgspec
 
-from adapter.names import H_DETAIL, H_MSG_ID, H_REASON, H_SEQUENCE, H_SINCE_MS, H_SUBJECT, H_TIME_MS, Names
+from adapter.contract.names import H_DETAIL, H_MSG_ID, H_REASON, H_SEQUENCE, H_SINCE_MS, H_SUBJECT, H_TIME_MS, Names
 from adapter.ports import Message
 
 DEAD_LETTER_HEADERS = frozenset({H_SUBJECT, H_REASON, H_DETAIL, H_SEQUENCE, H_TIME_MS})

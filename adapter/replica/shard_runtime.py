@@ -9,18 +9,18 @@ from typing import Any, NamedTuple
 import structlog
 
 from adapter.bindings.control import Control
+from adapter.contract.names import Names
 from adapter.errors import LeaseLost
 from adapter.jetstream import topology
 from adapter.jetstream.consumer import Consumer
 from adapter.jetstream.managed_connection import ManagedConnection
-from adapter.metrics import Metrics
-from adapter.names import Names
+from adapter.kit.timing import Clock, run_with_restarts
+from adapter.observability.metrics import Metrics
 from adapter.outbound.processor import OutboundDeps, ShardCommandProcessor
 from adapter.outbound.router import Router
+from adapter.ownership.leases import Leases
 from adapter.ports import Delivery
-from adapter.probes import Health
-from adapter.replicas.leases import Leases
-from adapter.timing import Clock, run_with_restarts
+from adapter.replica.probes import Health
 
 log = structlog.get_logger()
 

@@ -14,8 +14,8 @@ from prometheus_client import CollectorRegistry, Gauge, GCCollector, ProcessColl
 from prometheus_client.exposition import choose_encoder
 
 from adapter import __version__
-from adapter.contract import FINAL_OUTCOMES, FINAL_STATUSES, SCHEMA_VERSION
-from adapter.fast_metrics import Counter, Histogram
+from adapter.contract.messages import FINAL_OUTCOMES, FINAL_STATUSES, SCHEMA_VERSION
+from adapter.observability.fast_metrics import Counter, Histogram
 
 NAMESPACE = "wechat_adapter"
 

@@ -8,11 +8,9 @@ from collections.abc import AsyncIterator, Callable, Iterable, Mapping
 import msgspec
 import structlog
 
-from adapter import contract
-from adapter.errors import UNDECODABLE, BusRefused, Conflict
-from adapter.headers import forwardable_headers
-from adapter.metrics import Metrics
-from adapter.names import (
+from adapter.contract import messages as contract
+from adapter.contract.headers import forwardable_headers
+from adapter.contract.names import (
     H_DETAIL,
     H_EXPECTED,
     H_MSG_ID,
@@ -26,8 +24,10 @@ from adapter.names import (
     H_TRACEPARENT,
     Names,
 )
+from adapter.errors import UNDECODABLE, BusRefused, Conflict
+from adapter.kit.timing import Clock, backoff
+from adapter.observability.metrics import Metrics
 from adapter.ports import Bus, History, Message, PubAck
-from adapter.timing import Clock, backoff
 
 log = structlog.get_logger()
 

@@ -1,6 +1,6 @@
 """Writes what is generated from the code: `schemas/`, the table of settings, and `helm/nats/*.conf`.
 
-`python -m adapter.schema` writes, `python -m adapter.schema --check` only says what differs (exit status 1).
+`python -m adapter.cli.schema` writes; with `--check` it only says what differs (exit status 1).
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from typing import Any, NamedTuple
 
 import msgspec
 
-from adapter.contract import MESSAGES, SCHEMA_VERSION, ReplayPage, ReplayQuery
-from adapter.names import H_MSG_ID, H_REPLY_TO, H_SCHEMA, H_TRACEPARENT, SANDBOX_PATTERN, Names
-from adapter.permissions import FILES, server_config
+from adapter.contract.messages import MESSAGES, SCHEMA_VERSION, ReplayPage, ReplayQuery
+from adapter.contract.names import H_MSG_ID, H_REPLY_TO, H_SCHEMA, H_TRACEPARENT, SANDBOX_PATTERN, Names
+from adapter.security.permissions import FILES, server_config
 from adapter.settings import GROUPS, SECRETS, Settings, variable_of
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 DIALECT = "https://json-schema.org/draft/2020-12/schema"
 DOCUMENTED: dict[str, type[msgspec.Struct]] = {**MESSAGES, "replay_query": ReplayQuery, "replay_page": ReplayPage}
 """Every message that has a file here, by its name."""
@@ -237,7 +237,7 @@ def stale_files(root: Path = ROOT) -> list[Path]:
 def main(arguments: Sequence[str]) -> int:
     """Exit status."""
     if list(arguments) not in ([], ["--check"]):
-        sys.stderr.write("usage: python -m adapter.schema [--check]\n")
+        sys.stderr.write("usage: python -m adapter.cli.schema [--check]\n")
         return 2
     changes = stale_files()
     if arguments:

@@ -6,6 +6,7 @@ from collections.abc import Coroutine, Iterator
 from typing import Any
 
 from adapter import __version__
+from adapter.contract.names import Names
 from adapter.ilink.cdn import CdnClient
 from adapter.ilink.client import ILink
 from adapter.jetstream.buckets import KvBucket
@@ -15,10 +16,9 @@ from adapter.jetstream.history import StreamHistory
 from adapter.jetstream.managed_connection import ManagedConnection
 from adapter.jetstream.objects import ObjectStore
 from adapter.jetstream.publisher import Publisher
-from adapter.metrics import Metrics
-from adapter.names import Names
+from adapter.kit.timing import Clock
+from adapter.observability.metrics import Metrics
 from adapter.settings import Settings
-from adapter.timing import Clock
 
 
 class Connections:

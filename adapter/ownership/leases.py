@@ -13,13 +13,13 @@ import hashlib
 import msgspec
 import structlog
 
+from adapter.contract.names import SHARDS
+from adapter.contract.records import Claim
 from adapter.errors import UNDECODABLE, Conflict, LeaseLost, Temporary
-from adapter.metrics import Metrics
-from adapter.names import SHARDS
+from adapter.kit.timing import Clock, raise_if_cancelled, wait_event
+from adapter.observability.metrics import Metrics
+from adapter.ownership.membership import Membership
 from adapter.ports import Entry, LeaderBucket
-from adapter.records import Claim
-from adapter.replicas.membership import Membership
-from adapter.timing import Clock, raise_if_cancelled, wait_event
 
 log = structlog.get_logger()
 

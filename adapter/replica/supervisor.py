@@ -10,13 +10,13 @@ from typing import Any, Protocol
 import structlog
 
 from adapter.bindings.registry import Bindings
+from adapter.contract.names import SHARDS, shard_of
+from adapter.contract.records import Binding
 from adapter.inbound.sessions import Session, State
-from adapter.metrics import PARKED, STATES, Metrics
-from adapter.names import SHARDS, shard_of
+from adapter.kit.timing import ChangeSignal, Clock, wait_any
+from adapter.observability.metrics import PARKED, STATES, Metrics
 from adapter.outbound.processor import ShardCommandProcessor
-from adapter.records import Binding
-from adapter.replicas.leases import Leases
-from adapter.timing import ChangeSignal, Clock, wait_any
+from adapter.ownership.leases import Leases
 
 log = structlog.get_logger()
 

@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping
 from itertools import islice
 
-from adapter.names import H_SINCE_MS
+from adapter.contract.names import H_SINCE_MS
 
 _HEADER = re.compile(r"[A-Za-z0-9_.-]{1,64}")
 _SERVERS = ("nats-", "kv-", "status", "description")

@@ -7,7 +7,7 @@ from typing import Annotated
 import msgspec
 from msgspec import Meta
 
-from adapter.contract import (
+from adapter.contract.messages import (
     FINAL_STATUSES,
     BindingChange,
     BindingEvent,
@@ -27,7 +27,7 @@ class Binding(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
 
     sandbox: str
     bot: str
-    token: Annotated[str, Meta(description="The bot's token, sealed; see adapter/seal.py.")]
+    token: Annotated[str, Meta(description="The bot's token, sealed; see adapter/security/seal.py.")]
     user: str = ""
     base_url: str = ""
     options: Options = Options()

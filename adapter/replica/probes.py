@@ -11,8 +11,8 @@ from typing import Any
 import msgspec
 import structlog
 
-from adapter.metrics import Metrics
-from adapter.web import Listener
+from adapter.kit.web import Listener
+from adapter.observability.metrics import Metrics
 
 log = structlog.get_logger()
 

@@ -8,8 +8,8 @@ from typing import Literal, NamedTuple
 
 import msgspec
 
-from adapter import contract
-from adapter.contract import Quote
+from adapter.contract import messages as contract
+from adapter.contract.messages import Quote
 
 MAX_TEXT = 65_536
 """Characters in which a part is looked for: bounds the work, and is more than WeChat lets anybody write."""

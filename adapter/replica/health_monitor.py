@@ -7,17 +7,17 @@ from collections.abc import Callable, Iterable
 
 import structlog
 
+from adapter.contract.names import Names
 from adapter.errors import BusRefused, Temporary
 from adapter.jetstream import topology
 from adapter.jetstream.inspector import Inspector
 from adapter.jetstream.managed_connection import ManagedConnection
 from adapter.jetstream.publisher import Publisher
-from adapter.metrics import Metrics
-from adapter.names import Names
-from adapter.probes import BUS_GRACE_S, Health
-from adapter.replicas.leases import Leases
-from adapter.supervisor import Supervisor
-from adapter.timing import ChangeSignal, Clock
+from adapter.kit.timing import ChangeSignal, Clock
+from adapter.observability.metrics import Metrics
+from adapter.ownership.leases import Leases
+from adapter.replica.probes import BUS_GRACE_S, Health
+from adapter.replica.supervisor import Supervisor
 
 log = structlog.get_logger()
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from adapter.replicas.replica_status import PollerStatus, ReplicaStatus, is_idle
+from adapter.ownership.replica_status import PollerStatus, ReplicaStatus, is_idle
 
 BOT = "b1@im.bot"
 

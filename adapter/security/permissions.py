@@ -15,8 +15,8 @@ from typing import Literal, NamedTuple, TypeAlias
 
 import msgspec
 
+from adapter.contract.names import Names, check_sandbox
 from adapter.errors import Refused
-from adapter.names import Names, check_sandbox
 
 Role: TypeAlias = Literal["adapter", "operator", "platform", "service", "sandbox"]
 ROLES: tuple[Role, ...] = ("adapter", "operator", "platform", "service", "sandbox")

@@ -10,12 +10,14 @@ from functools import partial
 
 import structlog
 
-from adapter import __version__, media
+from adapter import __version__
 from adapter.bindings.control import Control
 from adapter.bindings.registry import Bindings, account_of
-from adapter.connections import Connections
 from adapter.console.server import Console
 from adapter.console.service import ConsoleDeps
+from adapter.content import media
+from adapter.contract.names import Names
+from adapter.contract.records import UNBOUND_S, Binding
 from adapter.conversation.commands import TYPING_MS, Limits
 from adapter.conversation.conversations import Conversations, ConversationShard
 from adapter.conversation.rules import SendPolicy
@@ -24,8 +26,6 @@ from adapter.conversation.store import ConversationStore
 from adapter.conversation.uploads import Uploads
 from adapter.conversation.window import WindowPolicy
 from adapter.errors import Temporary
-from adapter.events import Events
-from adapter.health_monitor import HealthMonitor
 from adapter.ilink.cdn import TRANSFERS
 from adapter.ilink.translate import read_message
 from adapter.inbound import poller
@@ -41,32 +41,33 @@ from adapter.jetstream.buckets import LeaderKvBucket
 from adapter.jetstream.consumer import wait_all_settled
 from adapter.jetstream.inspector import Inspector
 from adapter.jetstream.microservice import MAX_UPLOADS_PER_SANDBOX, UPLOADS, Handler, Services
+from adapter.kit.slots import FairSlots
+from adapter.kit.tasks import TaskSet
+from adapter.kit.timing import PerTickLimiter, RateLimiter, SystemClock, WakeupBatcher
 from adapter.logins.flow import REFRESH_S, LoginDeps
 from adapter.logins.registry import LoginRegistry
 from adapter.logins.runner import LoginRunner
-from adapter.metrics import Metrics
-from adapter.names import Names
+from adapter.observability.events import Events
+from adapter.observability.metrics import Metrics
 from adapter.outbound.processor import OutboundDeps
 from adapter.outbound.receipts import Receipts
 from adapter.outbound.router import Router
 from adapter.outbound.sessions import BotSessions, Pollers
 from adapter.outbound.text_worker import TextWorker
 from adapter.outbound.typing_indicator import TypingDeps
-from adapter.probes import Health
-from adapter.records import UNBOUND_S, Binding
-from adapter.replicas import replica_status
-from adapter.replicas.leases import Leases
-from adapter.replicas.replica_status import PollerStatus, ReplicaStatus
-from adapter.seal import Sealer
+from adapter.ownership import replica_status
+from adapter.ownership.leases import Leases
+from adapter.ownership.replica_status import PollerStatus, ReplicaStatus
+from adapter.replica.connections import Connections
+from adapter.replica.health_monitor import HealthMonitor
+from adapter.replica.probes import Health
+from adapter.replica.shard_runtime import ShardRuntime
+from adapter.replica.supervisor import Supervisor
+from adapter.security.seal import Sealer
 from adapter.services.logins import LoginService
 from adapter.services.media import MediaService
 from adapter.services.queries import Queries
 from adapter.settings import Settings
-from adapter.shard_runtime import ShardRuntime
-from adapter.slots import FairSlots
-from adapter.supervisor import Supervisor
-from adapter.tasks import TaskSet
-from adapter.timing import PerTickLimiter, RateLimiter, SystemClock, WakeupBatcher
 
 log = structlog.get_logger()
 

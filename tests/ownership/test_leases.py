@@ -9,11 +9,11 @@ from functools import partial
 import pytest
 from structlog.testing import capture_logs
 
+from adapter.contract.names import SHARDS
 from adapter.errors import LeaseLost, Temporary
-from adapter.names import SHARDS
+from adapter.ownership.membership import HOLDER_FRACTION
 from adapter.ports import Entry
-from adapter.replicas.membership import HOLDER_FRACTION
-from tests.replicas.cluster import LEASE_S, Cluster, Store
+from tests.ownership.cluster import LEASE_S, Cluster, Store
 
 VIRTUAL_TIME = True
 

@@ -17,11 +17,11 @@ from typing import NamedTuple
 import msgspec
 import structlog
 
+from adapter.contract.records import Member
 from adapter.errors import UNDECODABLE, Conflict, LeaseLost, Temporary
-from adapter.metrics import Metrics
+from adapter.kit.timing import ChangeSignal, Clock
+from adapter.observability.metrics import Metrics
 from adapter.ports import LeaderBucket
-from adapter.records import Member
-from adapter.timing import ChangeSignal, Clock
 
 log = structlog.get_logger()
 

@@ -9,8 +9,8 @@ import structlog
 from adapter.bindings.key_rotation import count_stored_tokens
 from adapter.errors import UNDECODABLE, SettingsError, Temporary
 from adapter.jetstream import topology
-from adapter.permissions import USER_INFO, required, user_of
-from adapter.wiring import Replica
+from adapter.replica.wiring import Replica
+from adapter.security.permissions import USER_INFO, required, user_of
 
 log = structlog.get_logger()
 

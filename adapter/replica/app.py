@@ -12,10 +12,10 @@ import structlog
 
 from adapter import __version__
 from adapter.errors import SettingsError
-from adapter.preflight import run_preflight
-from adapter.probes import ProbeServer
+from adapter.replica.preflight import run_preflight
+from adapter.replica.probes import ProbeServer
+from adapter.replica.wiring import RELEASE_S, Replica
 from adapter.settings import Settings
-from adapter.wiring import RELEASE_S, Replica
 
 log = structlog.get_logger()
 

@@ -6,9 +6,9 @@ import asyncio
 from collections.abc import Callable
 
 from adapter.errors import Conflict, Temporary
-from adapter.metrics import Metrics
+from adapter.observability.metrics import Metrics
+from adapter.ownership.leases import Leases
 from adapter.ports import Entry
-from adapter.replicas.leases import Leases
 from tests.fakes import FakeClock, Life
 
 LEASE_S = 4.0

@@ -1,0 +1,1 @@
+"""What a replica says of its work: metrics, logs, and events for sandboxes and platforms."""
