@@ -48,7 +48,7 @@ class JournalRecord(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tru
     first: int = 0
     """Which message of the answer the first one is."""
     seen: list[str] | None = None
-    """What was seen lately (lines of adapter.dedup), up to `done_to`; None: an older record has it."""
+    """What was seen lately (lines of `content.dedup`), up to `done_to`; None: an older record has it."""
     seen_at: int = 0
     """Sequence of the newest record before this one that has `seen`; 0: there is none."""
     seen_to: int = 0

@@ -95,7 +95,7 @@ async def test_ctrl_c_in_the_terminal_does_not_reach_it() -> None:
 async def test_it_dies_with_a_parent_that_is_killed(tmp_path: Path) -> None:
     script = (
         "import asyncio, pathlib, sys\n"
-        "from adapter.embedded import EmbeddedNats\n"
+        "from adapter.cli.embedded import EmbeddedNats\n"
         "async def main():\n"
         "    async with EmbeddedNats(pathlib.Path(sys.argv[1])) as server:\n"
         "        print(server.pid, flush=True)\n"
