@@ -126,10 +126,12 @@ async def test_replicas_of_the_past_are_forgotten() -> None:
         await asyncio.sleep(3 * LEASE_S)
         await other.kill()
         await asyncio.sleep(4 * LEASE_S)
-    assert {name: size for name, size in tables(first.leases).items() if name in ("_seen", "_since", "_live")} == {
+    assert {
+        name: size for name, size in tables(first.leases).items() if name in ("_sightings", "_first_seen_at", "_live")
+    } == {
         "_live": 1,
-        "_seen": 1,
-        "_since": 1,
+        "_sightings": 1,
+        "_first_seen_at": 1,
     }
     assert len(first.leases._known_dead) == 20
     for number in range(DEAD_KEPT):
