@@ -15,7 +15,6 @@ from typing import Any
 import httpx
 import msgspec
 import pytest
-from adapter.ownership.replica_status import PollerStatus, ReplicaStatus, StatusRequest
 from structlog.testing import capture_logs
 
 from adapter.console.auth import SESSION_S, WRONG_A_MINUTE, ConsoleAuth
@@ -25,6 +24,7 @@ from adapter.contract.names import H_DETAIL, H_MSG_ID, H_REASON, H_SUBJECT, H_TI
 from adapter.conversation.record import VERSION
 from adapter.errors import BusRefused, SettingsError, Temporary
 from adapter.logins.registry import LoginRegistry
+from adapter.ownership.replica_status import PollerStatus, ReplicaStatus, StatusRequest
 from adapter.ports import QrCode
 from adapter.security.seal import Sealer
 from adapter.services.logins import LoginService

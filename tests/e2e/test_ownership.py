@@ -12,11 +12,11 @@ from typing import Any, NamedTuple
 
 import msgspec
 import pytest
-from adapter.ownership.leases import rank
 from nats.aio.client import Client
 
 from adapter.contract.names import SHARDS
 from adapter.contract.records import Claim
+from adapter.ownership.leases import rank
 from tests.e2e.audit import Said, audit
 from tests.e2e.hole import Hole
 from tests.e2e.reading import NAMES, stream

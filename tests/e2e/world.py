@@ -46,7 +46,7 @@ NAMES = Names()
 
 
 class AdapterProcess:
-    """`wechat-nats run` as an operator starts it; its log goes to a file. `parts`: other arguments of `Parts`."""
+    """`wechat-nats run` as an operator starts it; its log goes to a file. `parts`: other arguments of `Replica`."""
 
     def __init__(self, environ: dict[str, str], log: Path, parts: dict[str, Any] | None = None) -> None:
         self._environ = environ

@@ -5,11 +5,10 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Iterable
 
-from adapter.ownership.leases import Leases
-
 from adapter.contract.names import SHARDS
 from adapter.errors import LeaseLost
 from adapter.kit.timing import ChangeSignal
+from adapter.ownership.leases import Leases
 
 
 class FakeLeases(Leases):
