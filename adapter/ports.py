@@ -437,6 +437,9 @@ class TextReader(Protocol):
     async def find_id(self, body: bytes) -> str:
         """The id that the body of a command names; "": it names none, or cannot be read. Raises Temporary."""
 
+    async def close(self) -> None:
+        """Ends what is being read."""
+
 
 # The bus: objects -----------------------------------------------------------------------------------
 

@@ -75,7 +75,7 @@ def bind(bindings: Bindings, count: int) -> None:
 
 
 @pytest.fixture
-def bench() -> Bench:
+async def bench() -> Bench:
     bench = Bench()
     bind(bench.bindings, BOTS)
     assert len(bench.bindings) == BOTS

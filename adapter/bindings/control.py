@@ -22,16 +22,15 @@ from adapter.contract.names import (
     H_MSG_ID,
     H_REPLY_TO,
     H_SCHEMA,
-    Names,
     check_sandbox,
     is_inbox,
 )
 from adapter.contract.records import Binding
 from adapter.errors import UNDECODABLE, AdapterError, LeaseLost, Refused, Temporary, Unreadable
 from adapter.kit.timing import Clock, backoff
-from adapter.observability.events import PERSON_CHANGES, Events, last_person_change, read_binding_events
+from adapter.observability.events import PERSON_CHANGES, BusAccess, last_person_change, read_binding_events
 from adapter.observability.metrics import Metrics
-from adapter.ports import Chat, CoreBus, Delivery, History
+from adapter.ports import Chat, CoreBus, Delivery
 from adapter.security.seal import Sealer, bind_context, cursor_context
 
 log = structlog.get_logger()
@@ -53,25 +52,23 @@ class Control:
     def __init__(
         self,
         *,
+        access: BusAccess,
         bindings: Bindings,
-        events: Events,
         chat: Chat,
         sealer: Sealer,
         core: CoreBus,
-        history: History,
-        names: Names,
         check: Callable[[], None],
         wait_complete: Callable[[], Awaitable[object]],
         clock: Clock,
         metrics: Metrics,
     ) -> None:
         self._bindings = bindings
-        self._events = events
+        self._events = access.events
         self._chat = chat
         self._sealer = sealer
         self._core = core
-        self._history = history
-        self._names = names
+        self._history = access.history
+        self._names = access.names
         self._ensure_owner = check
         """Raises LeaseLost where this replica may not carry commands out at this moment: one that was stopped, or cut
         off, has commands in hand that another has carried out since, and later ones with them."""

@@ -22,7 +22,6 @@ from adapter.console.view import (
     ShownLogin,
 )
 from adapter.contract.messages import Login, LoginQuery, LoginStart, LoginVerify, Options
-from adapter.contract.names import Names
 from adapter.contract.records import Binding
 from adapter.conversation import window
 from adapter.conversation.record import ConversationRecord
@@ -31,8 +30,9 @@ from adapter.errors import Refused, Temporary
 from adapter.kit.timing import Clock
 from adapter.logins.qr import html_element
 from adapter.logins.registry import LoginRegistry
+from adapter.observability.events import BusAccess
 from adapter.ownership import replica_status
-from adapter.ports import AllReplicas, Archive, Bus, Stored
+from adapter.ports import AllReplicas, Stored
 from adapter.services.dead_letters import dead_letter_of, is_command, original_subject, retry_message
 
 log = structlog.get_logger()
@@ -49,13 +49,11 @@ class ConsoleDeps(NamedTuple):
 
     bindings: Bindings
     conversations: ConversationStore
-    history: Archive
-    bus: Bus
+    access: BusAccess
     replicas: AllReplicas
     registry: LoginRegistry
     services: Mapping[str, Callable[[bytes], Awaitable[bytes]]]
     """The handlers of `wechat.svc.*`, by verb: a login is asked for as anybody asks."""
-    names: Names
     policy: window.WindowPolicy
     clock: Clock
     living_count: Callable[[], int]
@@ -73,7 +71,8 @@ class ConsoleService:
     async def platform_status(self) -> Platform:
         deps = self._deps
         expected = deps.living_count()
-        replicas = await replica_status.query_replicas(deps.replicas, deps.names.replica_status(), [], expected)
+        subject = deps.access.names.replica_status()
+        replicas = await replica_status.query_replicas(deps.replicas, subject, [], expected)
         return Platform(
             replicas, expected, await self._dead_count(), sum(1 for _, record in deps.registry if not record.is_over)
         )
@@ -90,14 +89,12 @@ class ConsoleService:
 
     async def dead_letters(self, before: int | None) -> DeadPage:
         """Dead letters, newest first; `before`: older than this one."""
-        deps = self._deps
-        stored = await deps.history.read_newest(
-            deps.names.stream_dead, deps.names.dead_letters("*"), count=PAGE + 1, before=before
-        )
+        history, names = self._deps.access.history, self._deps.access.names
+        stored = await history.read_newest(names.stream_dead, names.dead_letters("*"), count=PAGE + 1, before=before)
         shown, more = stored[:PAGE], stored[PAGE:]
         letters = [dead_letter_of(one.seq, one.subject, one.headers, size=len(one.data)) for one in shown]
         return DeadPage(
-            [(letter, is_command(deps.names, original_subject(deps.names, letter.subject))) for letter in letters],
+            [(letter, is_command(names, original_subject(names, letter.subject))) for letter in letters],
             await self._dead_count(),
             shown[-1].seq if more else None,
         )
@@ -106,18 +103,18 @@ class ConsoleService:
         """Stores a dead command again, then deletes the letter; where it went."""
         deps = self._deps
         letter = await self._read_dead_letter(seq)
-        message = retry_message(deps.names, seq, letter.headers, letter.data)
+        message = retry_message(deps.access.names, seq, letter.headers, letter.data)
         if message is None:
             raise Refused("invalid", "It is no command: what a user wrote cannot be tried again, they have to write.")
         async with asyncio.timeout(STORE_S):
-            await deps.bus.publish(message)
-        await deps.history.delete(deps.names.stream_dead, seq)
+            await deps.access.bus.publish(message)
+        await deps.access.history.delete(deps.access.names.stream_dead, seq)
         return message.subject
 
     async def drop_dead_letter(self, seq: int) -> None:
         """Deletes a dead letter for good."""
         await self._read_dead_letter(seq)
-        await self._deps.history.delete(self._deps.names.stream_dead, seq)
+        await self._deps.access.history.delete(self._deps.access.names.stream_dead, seq)
 
     async def open_logins(self) -> list[OpenLogin]:
         """Those that are not over, the newest first."""
@@ -152,7 +149,7 @@ class ConsoleService:
         bots = [binding.bot for binding in bindings]
         records = await asyncio.gather(*(self._record(binding) for binding in bindings))
         replicas = await replica_status.query_replicas(
-            deps.replicas, deps.names.replica_status(), bots, deps.living_count()
+            deps.replicas, deps.access.names.replica_status(), bots, deps.living_count()
         )
         polls = {bot: polling for present in replicas for bot, polling in present.polls.items()}
         now_ms = deps.clock.now_ms()
@@ -188,11 +185,11 @@ class ConsoleService:
                 return None
 
     async def _dead_count(self) -> int:
-        names = self._deps.names
-        return sum((await self._deps.history.count_by_subject(names.stream_dead, names.dead_letters("*"))).values())
+        history, names = self._deps.access.history, self._deps.access.names
+        return sum((await history.count_by_subject(names.stream_dead, names.dead_letters("*"))).values())
 
     async def _read_dead_letter(self, seq: int) -> Stored:
-        stored = await self._deps.history.get(self._deps.names.stream_dead, seq)
+        stored = await self._deps.access.history.get(self._deps.access.names.stream_dead, seq)
         if stored is None:
             raise Refused("not_found", f"There is no dead letter {seq} (any more).")
         return stored

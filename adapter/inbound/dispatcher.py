@@ -504,7 +504,7 @@ class Dispatcher:
         await bindings.update(binding.bot, with_user)
         for other in older:  # WeChat has killed it: one user has one bot
             detail = "The user is served by another bot now."
-            await self._publishing.events.publish_binding_event(other.event("replaced", detail=detail))
+            await self._publishing.access.events.publish_binding_event(other.event("replaced", detail=detail))
             await bindings.remove(other.bot)
 
     # publishing -------------------------------------------------------------------------------------
@@ -597,7 +597,7 @@ class Dispatcher:
     async def _published(self, suspects: Sequence[PendingMessage]) -> tuple[set[str], set[str]]:
         """Of the messages in the inboxes since the first suspect was stored: where in the journal they are, and their
         ids. Raises Temporary."""
-        names, history = self._publishing.names, self._publishing.history
+        names, history = self._publishing.access.names, self._publishing.access.history
         first = suspects[0].record.written
         if not first.time_ms:
             first = await self._deps.journal.get(self.bot, first.sequence) or first

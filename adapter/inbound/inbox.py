@@ -16,15 +16,15 @@ import structlog
 from adapter.bindings.registry import Bindings
 from adapter.contract import messages as contract
 from adapter.contract.messages import Inbound
-from adapter.contract.names import H_JOURNAL, H_MSG_ID, H_SCHEMA, Names, digest
+from adapter.contract.names import H_JOURNAL, H_MSG_ID, H_SCHEMA, digest
 from adapter.conversation.conversations import Conversations
 from adapter.errors import BusRefused, Temporary
 from adapter.inbound.recall import QuoteResolver, ids_header
 from adapter.kit.timing import Clock, backoff
-from adapter.observability.events import Events
+from adapter.observability.events import BusAccess
 from adapter.observability.metrics import Metrics
 from adapter.ownership.leases import Leases
-from adapter.ports import Bus, History, InboundMessage, Message, PubAck
+from adapter.ports import InboundMessage, Message, PubAck
 
 log = structlog.get_logger()
 
@@ -52,16 +52,13 @@ class AddressedMessage(msgspec.Struct, frozen=True, gc=False):
 class PublishDeps(NamedTuple):
     """What publishing messages needs."""
 
-    bus: Bus
-    history: History
+    access: BusAccess
     bindings: Bindings
     conversations: Conversations
     recall: QuoteResolver
-    events: Events
     leases: Leases
     clock: Clock
     metrics: Metrics
-    names: Names
     ensure_owner: Callable[[], None] | None = None
     """Asked before each write. Raises LeaseLost."""
 
@@ -124,13 +121,13 @@ async def _publish_part(heard: Sequence[AddressedMessage], deps: PublishDeps) ->
 
 async def _publish_all(messages: Sequence[Message], deps: PublishDeps) -> list[PubAck | BusRefused]:
     """Stores them, and waits where the stream is full, which it is only if somebody changed what it discards."""
-    acks = await deps.bus.publish_all(messages)
+    acks = await deps.access.bus.publish_all(messages)
     failures = 0
     while full := [number for number, ack in enumerate(acks) if isinstance(ack, BusRefused) and ack.is_full]:
         failures += 1
         log.error("inbound.full", waiting=len(full), failures=failures)
         await deps.clock.sleep(backoff(failures, first_s=0.5, longest_s=10.0))
-        again = await deps.bus.publish_all([messages[number] for number in full])
+        again = await deps.access.bus.publish_all([messages[number] for number in full])
         for number, ack in zip(full, again, strict=True):
             acks[number] = ack
     return acks
@@ -169,7 +166,8 @@ def _message(one: AddressedMessage, shown: contract.Window, deps: PublishDeps) -
         H_JOURNAL: one.place,
         **ids_header(one.said),
     }
-    return Message("in", deps.names.inbox(one.sandbox), msgspec.json.encode(inbound), headers, deps.ensure_owner)
+    subject = deps.access.names.inbox(one.sandbox)
+    return Message("in", subject, msgspec.json.encode(inbound), headers, deps.ensure_owner)
 
 
 async def _window(sandbox: str, bot: str, user: str, deps: PublishDeps) -> contract.Window:
@@ -188,7 +186,7 @@ async def _publish_stub(one: AddressedMessage, message: Message, deps: PublishDe
         whole, text="", quote=None, items=[contract.UnsupportedItem(type=0, reason="too_large")]
     )
     try:
-        await deps.bus.publish(msgspec.structs.replace(message, payload=msgspec.json.encode(stub)))
+        await deps.access.bus.publish(msgspec.structs.replace(message, payload=msgspec.json.encode(stub)))
     except BusRefused as exc:
         log.error("inbound.lost_to_dead_letters", bot=one.bot, detail=exc.detail)
 
@@ -197,10 +195,10 @@ async def dead_letter(
     bot: str, sandbox: str, raw: bytes, why: str, deps: PublishDeps, *, reason: str = "unreadable"
 ) -> None:
     """Keeps what iLink sent as a dead letter. `sandbox` "": the bot is bound to none."""
-    await deps.events.publish_dead_letter(
+    await deps.access.events.publish_dead_letter(
         "IN",
         raw,
-        subject=deps.names.inbox(sandbox) if sandbox else "",
+        subject=deps.access.names.inbox(sandbox) if sandbox else "",
         headers={},
         reason=reason if sandbox else "not_bound",
         detail=why,

@@ -60,7 +60,7 @@ async def tend(session: Session, deps: InboundDeps) -> None:
         await _tend(session, deps)
     finally:
         if session.journal is not None:
-            await shield_with_grace(give_back(session, session.journal, deps), deps.grace_s)
+            await shield_with_grace(give_back(session, session.journal, deps), deps.waits.grace_s)
 
 
 async def _tend(session: Session, deps: InboundDeps) -> None:
@@ -96,7 +96,7 @@ async def _serve(session: Session, deps: InboundDeps) -> None:
     journal = session.journal or await take(session, deps)
     if journal is None:
         return
-    await wait_event(session.cut, deps.starts.reserve_delay_s())
+    await wait_event(session.cut, deps.pacing.starts.reserve_delay_s())
     if not session.leaving:
         await _announce(session, deps)
     await poll_forever(session, journal, deps)
@@ -160,14 +160,14 @@ async def poll_forever(session: Session, journal: BotJournal, deps: InboundDeps)
         hold_ms = polled.hold_ms
         is_new = polled.cursor not in (None, journal.cursor)
         if polled.messages:
-            await deps.turns.wait_turn()
+            await deps.pacing.turns.wait_turn()
             serves = deps.bindings.get(session.bot)
             sandbox = serves.sandbox if serves is not None else ""
             await _store(session, Answer(polled, sandbox, deps.clock.now_ms()), journal, deps)
         else:
             if polled.cursor is not None and is_new:
                 journal.cursor, lately.note_at = polled.cursor, lately.note_at or began
-            await deps.beat.wait_for_batch()
+            await deps.pacing.wakeups.wait_for_batch()
         if polled.share is not None:
             polled.share.release()
         if lately.note_at or not journal.is_noted:
@@ -204,7 +204,7 @@ async def _store(session: Session, answer: Answer, journal: BotJournal, deps: In
         if lost is not None:
             await retry(partial(journal.store_late, record), deps.clock)
     if lost is not None:
-        await deps.tell_freed(session.bot)
+        await deps.others.publish_released(session.bot)
         raise lost
 
 
@@ -222,14 +222,14 @@ async def _note(journal: BotJournal, lately: _Lately, deps: InboundDeps) -> None
 
 async def _failed(session: Session, exc: Temporary, lately: _Lately, deps: InboundDeps) -> None:
     """A poll failed: waits before the next one."""
-    await deps.turns.wait_turn()  # iLink may have closed all connections at once
+    await deps.pacing.turns.wait_turn()  # iLink may have closed all connections at once
     lately.failures += 1
     deps.metrics.polls.labels(outcome="error").inc()
     wait_s = exc.retry_after_s or backoff(lately.failures, first_s=0.5, longest_s=30.0)
     if lately.failures.bit_count() == 1:  # at 1, 2, 4 …: thousands fail together where iLink is away
         log.warning("poll.failed", bot=session.bot, reason=exc.reason, detail=exc.detail, failures=lately.failures)
     await wait_event(session.cut, wait_s + deps.clock.jitter(wait_s / 2))
-    await deps.turns.wait_turn()
+    await deps.pacing.turns.wait_turn()
 
 
 async def _unanswered(session: Session, lately: _Lately, waited_ms: int, deps: InboundDeps) -> None:
@@ -238,7 +238,7 @@ async def _unanswered(session: Session, lately: _Lately, waited_ms: int, deps: I
         session.cut.clear()
         # iLink may hear of the new poll before it sees the old connection end, and calls that two at once
         await wait_event(session.cut, AFTER_CUT_S)
-        await deps.turns.wait_turn()
+        await deps.pacing.turns.wait_turn()
         return
     lately.timeouts += 1
     lately.hold_ms = min(LONGEST_HOLD_MS, 2 * waited_ms)
@@ -266,11 +266,11 @@ async def _wait_for_turn(session: Session, deps: InboundDeps) -> Binding | None:
     """
     while not session.leaving:
         session.state = "paused"  # seen only where something has to be waited for
-        await deps.writable()
+        await deps.gate.wait_writable()
         if not deps.leases.is_valid:
             await wait_until(session, deps.leases.changed, lambda: deps.leases.is_valid)
-            await wait_event(session.cut, deps.clock.jitter(deps.spread_s()))
-            await deps.turns.wait_turn()
+            await wait_event(session.cut, deps.clock.jitter(deps.pacing.spread_s()))
+            await deps.pacing.turns.wait_turn()
             session.answered = deps.clock.monotonic()
             continue
         binding = deps.bindings.get(session.bot)
@@ -323,7 +323,7 @@ async def recover(
     if binding is None or binding.state == "needs_login":
         return None
     session.stale, session.state = True, "error"
-    deps.session_changed(binding)
+    deps.on_session_changed(binding)
     log.warning("session.stale", bot=session.bot, sandbox=binding.sandbox, detail=exc.detail)
     advice = "iLink refuses the bot's token; it is tried again shortly, then a login is needed."
     since = deps.clock.monotonic()
@@ -331,7 +331,7 @@ async def recover(
     try:
         refusals = failures = 0
         while True:
-            pause_s = deps.stale_retry_s[refusals] if refusals < len(deps.stale_retry_s) else None
+            pause_s = deps.waits.stale_retry_s[refusals] if refusals < len(deps.waits.stale_retry_s) else None
             late = not failures and should_report_needs_login(pause_s, deps.clock.monotonic() - since)
             if late and binding.state == "active":
                 lost = await _lose(session, binding, exc.detail, deps)
@@ -360,7 +360,7 @@ async def recover(
     finally:
         session.stale = False
         if now := deps.bindings.get(session.bot):
-            deps.session_changed(now)
+            deps.on_session_changed(now)
 
 
 async def _lose(session: Session, binding: Binding, detail: str, deps: InboundDeps) -> Binding | None:
@@ -391,7 +391,7 @@ async def _try_again(
     session: Session, binding: Binding, cursor: str, hold_ms: int, deps: InboundDeps
 ) -> Polled | None:
     """notifystart, then one poll; None where nobody answers. Raises SessionExpired, LeaseLost, Refused."""
-    await deps.writable()
+    await deps.gate.wait_writable()
     await notify(session, deps, start=True, even_stale=True)
     try:
         return await _poll_once(session, binding, cursor, hold_ms, deps)

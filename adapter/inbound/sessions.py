@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import functools
-from collections.abc import Awaitable, Callable, Sequence
-from typing import Any, Literal, NamedTuple, TypeAlias
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, NamedTuple, Protocol, TypeAlias
 
 import structlog
 
@@ -38,47 +38,94 @@ TURN_S = 0.01
 State: TypeAlias = Literal["starting", "polling", "paused", "needs_login", "error", "draining"]
 
 
-class InboundDeps(NamedTuple):
-    """What a poller needs."""
+class Pacing(NamedTuple):
+    """What keeps thousands of bots from doing the same at once, which would hold up the event loop and the lease."""
 
-    chat: Chat
-    journal: Journal
-    dispatching: DispatchDeps
-    conversations: Conversations
-    bindings: Bindings
-    leases: Leases
-    events: Events
-    sealer: Sealer
-    clock: Clock
-    metrics: Metrics
-    session_changed: Callable[[Binding], None]
-    """Called once a bot may send again, or not any more (Session.is_stale, is_catching_up)."""
-    writable: Callable[[], Awaitable[None]]
-    """Returns when the bus takes what a poll may bring; none starts before."""
-    part_bytes: Callable[[], int]
-    """The most that one journal record may hold."""
-    taking: asyncio.Semaphore
-    """Bounds how many bots are taken at once: thousands would hold up the event loop, and with it the lease."""
+    takeovers: asyncio.Semaphore
+    """Bounds how many bots are taken at once."""
     turns: PerTickLimiter
-    """Spreads what many bots do once they may go on, or have answers, for the same reason."""
+    """Spreads what many bots do once they may go on, or have answers."""
     starts: RateLimiter
     """Spreads the first polls. Those that began together end together, and would begin together for ever."""
-    beat: WakeupBatcher
+    wakeups: WakeupBatcher
     """Bots for which nothing has come poll again together."""
     spread_s: Callable[[], float]
     """Over how long polls are spread that could all start again at the same moment."""
+
+
+class PollerWaits(NamedTuple):
+    """How long a poller waits for what."""
+
     stale_retry_s: Sequence[float]
     """Pauses between the tries of a token that iLink has refused (-14)."""
     keep_s: int
     """How long an unbound bot's journal is kept."""
-    is_idle: Callable[[str, str], Awaitable[bool]]
-    """Whether a replica, by incarnation, and all others that live say that they have no poller of a bot; no answer is
-    a no. Raises Temporary."""
-    tell_freed: Callable[[str], Awaitable[None]]
-    """Tells the other replicas that a bot was given back, or has a late record; one that misses it finds out by
-    itself. Never raises."""
     grace_s: float
     """How long what is in hand may take to be stored once the service stops."""
+
+
+class PollGate(Protocol):
+    """Whether the bus takes what a poll may bring."""
+
+    async def wait_writable(self) -> None:
+        """Returns when it does; no poll starts before."""
+
+    def record_bytes(self) -> int:
+        """The most that one journal record may hold."""
+
+
+class OtherReplicas(Protocol):
+    """What a poller asks of the other replicas, and tells them."""
+
+    async def is_idle(self, incarnation: str, bot: str) -> bool:
+        """Whether a replica, by incarnation, and all others that live say that they have no poller of a bot; no
+        answer is a no. Raises Temporary."""
+
+    async def publish_released(self, bot: str) -> None:
+        """Says that a bot was given back, or has a late record; one that misses it finds out by itself. Never
+        raises."""
+
+
+class InboundDeps(NamedTuple):
+    """What a poller needs, beside what its dispatcher does."""
+
+    chat: Chat
+    sealer: Sealer
+    dispatching: DispatchDeps
+    pacing: Pacing
+    waits: PollerWaits
+    gate: PollGate
+    others: OtherReplicas
+    on_session_changed: Callable[[Binding], None]
+    """Called once a bot may send again, or not any more (Session.is_stale, is_catching_up)."""
+
+    @property
+    def journal(self) -> Journal:
+        return self.dispatching.journal
+
+    @property
+    def bindings(self) -> Bindings:
+        return self.dispatching.bindings
+
+    @property
+    def conversations(self) -> Conversations:
+        return self.dispatching.publishing.conversations
+
+    @property
+    def leases(self) -> Leases:
+        return self.dispatching.publishing.leases
+
+    @property
+    def events(self) -> Events:
+        return self.dispatching.publishing.access.events
+
+    @property
+    def clock(self) -> Clock:
+        return self.dispatching.publishing.clock
+
+    @property
+    def metrics(self) -> Metrics:
+        return self.dispatching.publishing.metrics
 
 
 class Session:

@@ -42,7 +42,7 @@ async def take(session: Session, deps: InboundDeps) -> BotJournal | None:
             return None
         check_owned(deps, binding)
         session.freed.clear()
-        async with deps.taking:
+        async with deps.pacing.takeovers:
             journal = await _take_once(session, binding, deps)
         if journal is not None:
             _begin_dispatch(session, journal, deps)
@@ -68,7 +68,7 @@ async def _take_once(session: Session, binding: Binding, deps: InboundDeps) -> B
         return None
     session.account(binding, deps.sealer)
     journal = BotJournal(
-        binding.bot, deps.journal, deps.leases, last, deps.part_bytes, partial(_on_written, session, deps)
+        binding.bot, deps.journal, deps.leases, last, deps.gate.record_bytes, partial(_on_written, session, deps)
     )
     journal.begin_at(binding, deps.sealer)
     session.begun_at = binding.start_cursor
@@ -115,7 +115,7 @@ def _caught_up(session: Session, deps: InboundDeps) -> None:
     if session.is_catching_up:
         session.is_catching_up = False
         if binding := deps.bindings.get(session.bot):
-            deps.session_changed(binding)
+            deps.on_session_changed(binding)
 
 
 async def _is_outdated(bot: str, deps: InboundDeps) -> bool:
@@ -125,7 +125,7 @@ async def _is_outdated(bot: str, deps: InboundDeps) -> bool:
     One that begins to poll as it is asked writes its name anew once its next write fails. Raises Temporary.
     """
     last = await deps.journal.last(bot)
-    if last is None or not last.owner or not await deps.is_idle(last.owner, bot):
+    if last is None or not last.owner or not await deps.others.is_idle(last.owner, bot):
         return False
     log.error("journal.outdated", bot=bot, owner=last.owner, detail="It lives and does not poll the bot.")
     record, sequence = last.record, last.sequence
@@ -176,7 +176,7 @@ async def give_back(session: Session, journal: BotJournal, deps: InboundDeps) ->
     while True:
         ends = unbound and deps.bindings.get(session.bot) is None and journal.is_dispatched
         try:
-            await journal.give_back(ttl_s=deps.keep_s if ends else 0)
+            await journal.give_back(ttl_s=deps.waits.keep_s if ends else 0)
             if ends:
                 await journal.delete_older()  # or the one before would be the last again once this one goes
             break
@@ -186,6 +186,6 @@ async def give_back(session: Session, journal: BotJournal, deps: InboundDeps) ->
             failures += 1
             log.warning("bot.unreleased", bot=session.bot, reason=exc.reason, failures=failures)
             await deps.clock.sleep(backoff(failures, first_s=0.1, longest_s=2.0))
-    await deps.tell_freed(session.bot)
+    await deps.others.publish_released(session.bot)
     if unbound or (session.lingering and deps.leases.is_alone):
         await notify(session, deps, start=False)  # else the next owner has told iLink already that it polls

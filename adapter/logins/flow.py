@@ -16,15 +16,15 @@ from msgspec import structs
 from adapter.bindings.registry import Bindings
 from adapter.contract import messages as contract
 from adapter.contract.messages import Bind, BindingEvent
-from adapter.contract.names import H_MSG_ID, H_SCHEMA, Names, shard_of
+from adapter.contract.names import H_MSG_ID, H_SCHEMA, shard_of
 from adapter.contract.records import Binding, LoginCode, LoginRecord
 from adapter.errors import BusRefused, Refused, Temporary
 from adapter.kit.timing import Clock, backoff, shield_with_grace
 from adapter.logins.registry import ADVICE, KEEP_ENDED_MS, LoginRegistry, code_of, event_of, fetch_code, tokens_of
-from adapter.observability.events import Events, read_binding_events, read_last_person_change
+from adapter.observability.events import BusAccess, read_binding_events, read_last_person_change
 from adapter.observability.metrics import Metrics
 from adapter.ownership.leases import Leases
-from adapter.ports import Bus, History, Logins, Message, QrCode, Scan
+from adapter.ports import Logins, Message, QrCode, Scan
 from adapter.security.seal import Sealer, bind_context
 
 log = structlog.get_logger()
@@ -47,13 +47,10 @@ class LoginDeps(NamedTuple):
     registry: LoginRegistry
     bindings: Bindings
     leases: Leases
-    bus: Bus
-    history: History
-    events: Events
+    access: BusAccess
     sealer: Sealer
     clock: Clock
     metrics: Metrics
-    names: Names
     refresh_s: float
     """A code that nobody scanned is replaced after so long."""
 
@@ -111,7 +108,7 @@ class LoginFlow:
             return
         old = self._deps.clock.now_ms() - record.changed_ms > KEEP_ENDED_MS
         if self._login in self._published_steps or not old:
-            await self._deps.events.publish_login_event(event_of(self._login, record), step=record.step)
+            await self._deps.access.events.publish_login_event(event_of(self._login, record), step=record.step)
         self._published_steps[self._login] = record.step
 
     async def _update_record(self, make: Callable[[LoginRecord], LoginRecord | None]) -> None:
@@ -324,7 +321,8 @@ class LoginFlow:
             )
             headers = {H_MSG_ID: request, H_SCHEMA: contract.SCHEMA_VERSION}
             try:
-                await deps.bus.publish(Message("ctl", deps.names.bind, msgspec.json.encode(bind), headers))
+                command = Message("ctl", deps.access.names.bind, msgspec.json.encode(bind), headers)
+                await deps.access.bus.publish(command)
             except BusRefused as exc:
                 log.error("login.unbound", login=self._login[:6], sandbox=record.sandbox, detail=exc.detail)
                 await self._fail_login("bus", "The bus did not take the bind command; start another login.")
@@ -354,7 +352,7 @@ class LoginFlow:
         users = {binding.user for binding in deps.bindings.of_sandbox(record.sandbox)}
         while not users:
             try:
-                last = await read_last_person_change(deps.history, deps.names, record.sandbox)
+                last = await read_last_person_change(deps.access.history, deps.access.names, record.sandbox)
                 users = {last.user if last is not None else ""}
             except Temporary as exc:
                 log.warning("login.retrying", login=self._login[:6], reason=exc.reason)
@@ -378,9 +376,11 @@ class LoginFlow:
 
     async def _find_refusal(self, record: LoginRecord, request: str) -> BindingEvent | None:
         """The event that says that the bind command was refused."""
-        deps, since_ms = self._deps, record.changed_ms - 60_000
+        access, since_ms = self._deps.access, record.changed_ms - 60_000
         try:
-            async for _, event in read_binding_events(deps.history, deps.names, record.sandbox, since_ms=since_ms):
+            async for _, event in read_binding_events(
+                access.history, access.names, record.sandbox, since_ms=since_ms
+            ):
                 if event.request == request and event.change == "refused":
                     return event
         except Temporary as exc:

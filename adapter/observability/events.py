@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import AsyncIterator, Callable, Iterable, Mapping
+from typing import NamedTuple
 
 import msgspec
 import structlog
@@ -27,7 +28,7 @@ from adapter.contract.names import (
 from adapter.errors import UNDECODABLE, BusRefused, Conflict
 from adapter.kit.timing import Clock, backoff
 from adapter.observability.metrics import Metrics
-from adapter.ports import Bus, History, Message, PubAck
+from adapter.ports import Archive, Bus, History, Message, PubAck
 
 log = structlog.get_logger()
 
@@ -194,3 +195,12 @@ class Events:
                 await self._bus.publish(Message("dead", subject_to, data[:65536], kept))
             except BusRefused as exc:  # full, perhaps: what comes after it must not suffer
                 log.error("dead_letter.refused", stream=stream, sandbox=sandbox, detail=exc.detail)
+
+
+class BusAccess(NamedTuple):
+    """How a loop reaches the bus: what it publishes, reads back and tells, and the names of all that is there."""
+
+    bus: Bus
+    history: Archive
+    events: Events
+    names: Names

@@ -12,7 +12,6 @@ import structlog
 
 from adapter.bindings.registry import Bindings
 from adapter.contract import messages as contract
-from adapter.contract.names import Names
 from adapter.contract.records import Binding
 from adapter.conversation import rules, window
 from adapter.conversation.actor import ConversationActor
@@ -22,7 +21,7 @@ from adapter.conversation.rules import CommandResult, Conversation
 from adapter.conversation.shard import ConversationDeps
 from adapter.errors import Crashed
 from adapter.kit.tasks import TaskSet
-from adapter.observability.events import Events
+from adapter.observability.events import BusAccess
 from adapter.outbound.endings import CommandEndings, Draining
 from adapter.outbound.intake import CommandIntake
 from adapter.outbound.ledger import CommandLedger
@@ -34,7 +33,7 @@ from adapter.outbound.shard import OwnedShard, Sessions, ShardLease
 from adapter.outbound.trials import Trials
 from adapter.outbound.typing_indicator import TypingDeps, TypingIndicators
 from adapter.ownership.leases import Leases
-from adapter.ports import Account, Archive, Bucket, TextReader
+from adapter.ports import Account, Bucket, TextReader
 
 log = structlog.get_logger()
 
@@ -44,22 +43,26 @@ CANCEL_GRACE_S = 1.0
 """For what is cancelled to end."""
 
 
+class ReadingDeps(NamedTuple):
+    """What reading commands takes."""
+
+    texts: TextReader
+    limits: Limits
+    claims: Bucket
+    """Where it is noted what an owner is reading, see Trials."""
+
+
 class OutboundDeps(NamedTuple):
     """What the shards of a replica need."""
 
+    access: BusAccess
     conversation: ConversationDeps
+    reading: ReadingDeps
+    receipts: Receipts
     bindings: Bindings
     leases: Leases
-    receipts: Receipts
-    events: Events
-    history: Archive
-    texts: TextReader
-    claims: Bucket
-    """Where it is noted what an owner is reading, see Trials."""
     sessions: Sessions
     typing: TypingDeps
-    names: Names
-    limits: Limits
     account: Callable[[Binding], Account]
     """Raises Refused("token_key")."""
     wait_for_pending_binds: Callable[[], Awaitable[None]]
@@ -77,7 +80,8 @@ class ShardCommandProcessor:
         self._lease = ShardLease(shard, deps.leases, self._draining)
         self.typing = TypingIndicators(shard, deps.typing)
         clock, metrics = deps.conversation.clock, deps.conversation.metrics
-        self.commands = CommandLedger(deps.receipts, deps.events, deps.history, deps.names, clock, metrics)
+        access = deps.access
+        self.commands = CommandLedger(deps.receipts, access.events, access.history, access.names, clock, metrics)
         self._endings = CommandEndings(self.commands, self._lease.check, self._draining, self._tasks)
 
         def shown(state: Conversation) -> contract.Window:
@@ -89,25 +93,25 @@ class ShardCommandProcessor:
             deps.sessions,
             deps.account,
             self.commands,
-            BodyLoader(deps.history, deps.names, deps.limits, deps.texts, clock),
+            BodyLoader(access.history, access.names, deps.reading.limits, deps.reading.texts, clock),
             self._endings,
             self.typing,
-            deps.events,
+            access.events,
             shown,
             self._tasks,
         )
         self._conversations = OpenConversations(self.owned, deps.conversation, self._draining)
         reader = CommandReader(
-            deps.limits,
+            deps.reading.limits,
             metrics,
-            deps.texts,
-            Trials(deps.claims, shard) if shard in deps.leases.inherited else None,
+            deps.reading.texts,
+            Trials(deps.reading.claims, shard) if shard in deps.leases.inherited else None,
             self._lease.check,
             self._draining,
             self._tasks,
         )
         self.intake = CommandIntake(
-            self.commands, reader, deps.history, deps.names, clock, metrics, self._draining, self._tasks
+            self.commands, reader, access.history, access.names, clock, metrics, self._draining, self._tasks
         )
         self.placement = CommandPlacement(
             self._conversations,

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
+from typing import Protocol
 
 import msgspec
 import structlog
 
-from adapter.errors import UNDECODABLE
-from adapter.ports import AllReplicas
+from adapter.contract.names import Names
+from adapter.errors import UNDECODABLE, Temporary
+from adapter.ownership.leases import Leases
+from adapter.ports import AllReplicas, CoreBus
 
 log = structlog.get_logger()
 
@@ -70,3 +73,29 @@ async def query_replicas(
     return sorted(
         (msgspec.json.decode(data, type=ReplicaStatus) for data in answers), key=lambda present: present.instance
     )
+
+
+class ReplicaBus(AllReplicas, CoreBus, Protocol):
+    """Reaches all replicas at once."""
+
+
+class OtherReplicas:
+    """What this replica asks of the others, and tells them."""
+
+    def __init__(self, core: ReplicaBus, names: Names, leases: Leases) -> None:
+        self._core = core
+        self._names = names
+        self._leases = leases
+
+    async def is_idle(self, incarnation: str, bot: str) -> bool:
+        """Whether a replica and all others that live say that they have no poller of a bot. Raises Temporary."""
+        subject, expected = self._names.replica_status(), self._leases.living_count
+        there = await query_replicas(self._core, subject, [bot], expected)
+        return is_idle(there, incarnation, bot, self._leases.other_incarnations)
+
+    async def publish_released(self, bot: str = "") -> None:
+        """Tells every replica, at most once, that a bot was given back; without a bot: a shard."""
+        try:
+            await self._core.publish(self._names.bot_released(), bot.encode(), {})
+        except Temporary as exc:
+            log.info("bot.publish_skipped", bot=bot, reason=exc.reason)

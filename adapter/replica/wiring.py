@@ -7,6 +7,7 @@ import contextlib
 import socket
 from collections.abc import Sequence
 from functools import partial
+from typing import NamedTuple
 
 import structlog
 
@@ -25,7 +26,6 @@ from adapter.conversation.shard import ConversationDeps
 from adapter.conversation.store import ConversationStore
 from adapter.conversation.uploads import Uploads
 from adapter.conversation.window import WindowPolicy
-from adapter.errors import Temporary
 from adapter.ilink.cdn import TRANSFERS
 from adapter.ilink.translate import read_message
 from adapter.inbound import poller
@@ -34,7 +34,7 @@ from adapter.inbound.download import DownloadDeps
 from adapter.inbound.inbox import PublishDeps
 from adapter.inbound.journal import Journal
 from adapter.inbound.recall import QuoteResolver
-from adapter.inbound.sessions import InboundDeps
+from adapter.inbound.sessions import InboundDeps, Pacing, PollerWaits
 from adapter.inbound.triage import Triage
 from adapter.jetstream import topology
 from adapter.jetstream.buckets import LeaderKvBucket
@@ -43,13 +43,13 @@ from adapter.jetstream.inspector import Inspector
 from adapter.jetstream.microservice import MAX_UPLOADS_PER_SANDBOX, UPLOADS, Handler, Services
 from adapter.kit.slots import FairSlots
 from adapter.kit.tasks import TaskSet
-from adapter.kit.timing import PerTickLimiter, RateLimiter, SystemClock, WakeupBatcher
+from adapter.kit.timing import Clock, PerTickLimiter, RateLimiter, SystemClock, WakeupBatcher
 from adapter.logins.flow import REFRESH_S, LoginDeps
 from adapter.logins.registry import LoginRegistry
 from adapter.logins.runner import LoginRunner
-from adapter.observability.events import Events
+from adapter.observability.events import BusAccess, Events
 from adapter.observability.metrics import Metrics
-from adapter.outbound.processor import OutboundDeps
+from adapter.outbound.processor import OutboundDeps, ReadingDeps
 from adapter.outbound.receipts import Receipts
 from adapter.outbound.router import Router
 from adapter.outbound.sessions import BotSessions, Pollers
@@ -57,7 +57,8 @@ from adapter.outbound.text_worker import TextWorker
 from adapter.outbound.typing_indicator import TypingDeps
 from adapter.ownership import replica_status
 from adapter.ownership.leases import Leases
-from adapter.ownership.replica_status import PollerStatus, ReplicaStatus
+from adapter.ownership.replica_status import OtherReplicas, PollerStatus, ReplicaStatus
+from adapter.ports import TextReader
 from adapter.replica.connections import Connections
 from adapter.replica.health_monitor import HealthMonitor
 from adapter.replica.probes import Health
@@ -93,8 +94,18 @@ WAKEUP_S = 0.1
 """Longest time between an empty answer and the bot's next poll: the polls of that time go out together."""
 
 
+class Edges(NamedTuple):
+    """What a replica reaches beyond itself; a test puts fakes here."""
+
+    clock: Clock
+    metrics: Metrics
+    connections: Connections
+    leases: Leases
+    texts: TextReader
+
+
 class Replica:
-    """All of one replica, put together. `app` runs it; tests give it shorter waits."""
+    """All of one replica, put together. `app` runs it; tests give it shorter waits, and fakes for what it reaches."""
 
     def __init__(
         self,
@@ -103,170 +114,101 @@ class Replica:
         stale_retry_s: Sequence[float] = poller.STALE_RETRY_S,
         login_refresh_s: float = REFRESH_S,
         unbound_s: int = UNBOUND_S,
+        edges: Edges | None = None,
     ) -> None:
         self.settings = settings
-        self._stale_retry_s = stale_retry_s
-        self._login_refresh_s = login_refresh_s
-        self._unbound_s = unbound_s
         self.instance = socket.gethostname()
         self.names = names = Names(settings.prefix)
-        self.clock = clock = SystemClock()
-        self.metrics = metrics = Metrics()
         self.health = Health()
-        self.grace_s = max(1.0, settings.drain_s - RELEASE_S)
         self.turns = PerTickLimiter(PER_TICK)
         self.routing = TaskSet(_log_crash)
         """Commands on plain `wechat.out` in hand; what is cut at the end comes to the next owner."""
-        self.connections = connections = Connections(settings, names, self.instance, clock, metrics)
-        self.inspector = Inspector(
-            names,
-            settings,
-            at_least={names.bindings: lambda: len(self.bindings)},
-        )
+        edges = edges or _real_edges(settings, names, self.instance)
+        self.clock, self.metrics, self.connections, self.leases, self.texts = edges
+        clock, metrics, connections = self.clock, self.metrics, self.connections
+
         self.policy = _send_policy(settings)
         self.limits = Limits(park_ms=int(settings.park_hours * 3_600_000))
         self.sealer = Sealer(settings.token_key)
-        self.texts = TextWorker()
-        self.transfers = FairSlots(TRANSFERS, share=TRANSFERS_PER_SANDBOX)
-        self.uploads = Uploads(
-            connections.cdn, connections.objects, clock, self.transfers, max_bytes=settings.media_max_bytes
+        self.access = BusAccess(
+            connections.bus, connections.history, Events(connections.bus, names, clock, metrics), names
         )
+        self.receipts = Receipts(self.access.events, connections.history, names)
         self.bindings = Bindings(connections.bucket(names.bindings), self.sealer.is_same_secret, unbound_s=unbound_s)
+        self.others = OtherReplicas(connections.core, names, self.leases)
+        self.inspector = Inspector(names, settings, at_least={names.bindings: lambda: len(self.bindings)})
+
         self.conversation_store = ConversationStore(connections.bucket(names.conversations), unserved_s=unbound_s)
-        self.leases = Leases(
-            LeaderKvBucket(connections.lease_connection, names.members, ttl_s=max(60, int(settings.lease_s * 15))),
-            LeaderKvBucket(connections.lease_connection, names.claims),
-            clock,
-            metrics,
-            instance=self.instance,
-            lease_s=settings.lease_s,
-        )
-        self.events = Events(connections.bus, names, clock, metrics)
-        self.receipts = Receipts(self.events, connections.history, names)
-        self.conversations = Conversations(
-            self.conversation_store,
-            self._open_shard,
-            clock,
-            self.policy,
-        )
-        self.router = Router(
-            connections.bus,
-            self.receipts,
-            self.events,
-            names,
-            self.limits,
-            lambda: self.leases.ensure_owned(0),
-            lambda: 0 in self.leases.owned,
-            clock,
-            metrics,
-        )
-        self.control = self._new_control()
+        self.conversations = Conversations(self.conversation_store, self._open_shard, clock, self.policy)
         self.recall = QuoteResolver(self.conversations, connections.history, names, clock, metrics)
-        self.inbound = self._inbound_deps()
+        self.transfers = FairSlots(TRANSFERS, share=TRANSFERS_PER_SANDBOX)
+        self.inbound = self._inbound_deps(
+            PollerWaits(stale_retry_s, keep_s=unbound_s, grace_s=max(1.0, settings.drain_s - RELEASE_S))
+        )
         self.outbound = self._outbound_deps()
+        self.router = self._new_router()
+        self.control = self._new_control()
         self.supervisor = Supervisor(
             bindings=self.bindings,
             leases=self.leases,
             tend=lambda session: poller.tend(session, self.inbound),
             work=self._shard_loops(),
-            tell_freed=self.publish_bot_released,
+            tell_freed=self.others.publish_released,
             clock=clock,
             metrics=metrics,
             capacity=settings.capacity,
         )
         self.health_monitor = self._new_health_monitor()
         self.logins = LoginRegistry(connections.bucket(names.logins), self.sealer, clock, metrics)
-        self.login_runner = LoginRunner(self._login_deps())
+        self.login_runner = LoginRunner(self._login_deps(login_refresh_s))
         self.handlers = self._register_services()
+
         metrics.bindings_capacity.set(settings.capacity)
         connections.connection.on_connect(self._count_connect)
-        connections.core.respond(
-            self.names.replica_status(), lambda data: replica_status.status_reply(data, self._status)
-        )
+        connections.core.respond(names.replica_status(), lambda data: replica_status.status_reply(data, self._status))
         connections.core.subscribe(
-            self.names.bot_released(), lambda data: self.supervisor.released(data.decode("utf-8", "replace"))
+            names.bot_released(), lambda data: self.supervisor.released(data.decode("utf-8", "replace"))
         )
 
     async def _count_connect(self, _: object) -> None:
         if self.connections.connection.epoch:
             self.metrics.nats_reconnects.inc()
 
-    async def publish_bot_released(self, bot: str = "") -> None:
-        """Tells every replica, at most once."""
-        try:
-            await self.connections.core.publish(self.names.bot_released(), bot.encode(), {})
-        except Temporary as exc:
-            log.info("bot.publish_skipped", bot=bot, reason=exc.reason)
-
-    async def _is_idle_elsewhere(self, incarnation: str, bot: str) -> bool:
-        """Raises Temporary."""
-        there = await replica_status.query_replicas(
-            self.connections.core, self.names.replica_status(), [bot], self.leases.living_count
-        )
-        return replica_status.is_idle(there, incarnation, bot, self.leases.other_incarnations)
-
-    async def _wait_media_writable(self) -> None:
-        """As `InboundDeps.writable`, for what is to be stored with its media."""
-        await self.inbound.writable()
-        await self.health_monitor.wait_complete([f"OBJ_{self.names.media}"])
-
     # what has many parts ----------------------------------------------------------------------------
 
-    def _inbound_deps(self) -> InboundDeps:
-        names = self.names
-        poll_streams = (
-            *(names.stream_in, names.stream_journal),
-            *(f"KV_{bucket}" for bucket in (names.bindings, names.conversations)),
-        )
-
-        async def writable() -> None:
-            await self.connections.connection.wait_connected()
-            await self.connections.bus.wait_writable(poll_streams)
-            await self.health_monitor.wait_complete(poll_streams)
-
-        journal = Journal(self.connections.bus, self.connections.history, names, self.sealer)
+    def _inbound_deps(self, waits: PollerWaits) -> InboundDeps:
+        journal = Journal(self.connections.bus, self.connections.history, self.names, self.sealer)
+        gate = _PollGate(self)
         return InboundDeps(
             chat=self.connections.chat,
-            journal=journal,
-            dispatching=self._dispatch_deps(journal),
-            conversations=self.conversations,
-            bindings=self.bindings,
-            leases=self.leases,
-            events=self.events,
             sealer=self.sealer,
-            clock=self.clock,
-            metrics=self.metrics,
-            session_changed=self._session_changed,
-            writable=writable,
-            part_bytes=lambda: self.connections.connection.max_payload // 2,
-            taking=asyncio.Semaphore(MAX_CONCURRENT_TAKEOVERS),
-            turns=self.turns,
-            starts=RateLimiter(STARTS_PER_S),
-            beat=WakeupBatcher(WAKEUP_S),
-            spread_s=lambda: len(self.supervisor.sessions) / POLLS_PER_S,
-            stale_retry_s=self._stale_retry_s,
-            keep_s=self._unbound_s,
-            is_idle=self._is_idle_elsewhere,
-            tell_freed=self.publish_bot_released,
-            grace_s=self.grace_s,
+            dispatching=self._dispatch_deps(journal, gate),
+            pacing=Pacing(
+                takeovers=asyncio.Semaphore(MAX_CONCURRENT_TAKEOVERS),
+                turns=self.turns,
+                starts=RateLimiter(STARTS_PER_S),
+                wakeups=WakeupBatcher(WAKEUP_S),
+                spread_s=lambda: len(self.supervisor.sessions) / POLLS_PER_S,
+            ),
+            waits=waits,
+            gate=gate,
+            others=self.others,
+            on_session_changed=self._on_session_changed,
         )
 
-    def _dispatch_deps(self, journal: Journal) -> DispatchDeps:
-        settings, connections = self.settings, self.connections
+    def _dispatch_deps(self, journal: Journal, gate: _PollGate) -> DispatchDeps:
+        connections = self.connections
         return DispatchDeps(
             journal=journal,
             triage=Triage(read_message, self.turns.wait_turn),
             publishing=PublishDeps(
-                bus=connections.bus,
-                history=connections.history,
+                access=self.access,
                 bindings=self.bindings,
                 conversations=self.conversations,
                 recall=self.recall,
-                events=self.events,
                 leases=self.leases,
                 clock=self.clock,
                 metrics=self.metrics,
-                names=self.names,
             ),
             bindings=self.bindings,
             downloading=DownloadDeps(
@@ -276,56 +218,69 @@ class Replica:
                 self.clock,
                 self.transfers,
             ),
-            media_wait_s=settings.media_wait_s,
-            media_writable=self._wait_media_writable,
+            media_wait_s=self.settings.media_wait_s,
+            media_writable=gate.wait_media_writable,
         )
 
     def _outbound_deps(self) -> OutboundDeps:
-        connections = self.connections
+        connections, clock = self.connections, self.clock
         account = partial(account_of, sealer=self.sealer)
         return OutboundDeps(
+            access=self.access,
             conversation=ConversationDeps(
                 store=self.conversation_store,
                 chat=connections.chat,
-                uploads=self.uploads,
+                uploads=Uploads(
+                    connections.cdn,
+                    connections.objects,
+                    clock,
+                    self.transfers,
+                    max_bytes=self.settings.media_max_bytes,
+                ),
                 slots=FairSlots(SENDS, share=SENDS_PER_SANDBOX),
                 policy=self.policy,
-                clock=self.clock,
+                clock=clock,
                 metrics=self.metrics,
                 turns=self.turns,
             ),
-            texts=self.texts,
-            claims=connections.bucket(self.names.claims),
+            reading=ReadingDeps(self.texts, self.limits, connections.bucket(self.names.claims)),
+            receipts=self.receipts,
             bindings=self.bindings,
             leases=self.leases,
-            receipts=self.receipts,
-            events=self.events,
-            history=connections.history,
-            sessions=BotSessions(self.bindings, connections.chat, account, self._new_pollers, self.clock),
+            sessions=BotSessions(self.bindings, connections.chat, account, self._pollers, clock),
             typing=TypingDeps(
                 chat=connections.chat,
                 bindings=self.bindings,
-                clock=self.clock,
+                clock=clock,
                 account=account,
-                stale=self._is_stale,
+                stale=lambda bot: self._pollers().is_stale(bot),
                 check=self.leases.ensure_owned,
                 longest_s=TYPING_MS / 1000,
             ),
-            names=self.names,
-            limits=self.limits,
             account=account,
             wait_for_pending_binds=self._wait_for_pending_binds,
         )
 
+    def _new_router(self) -> Router:
+        return Router(
+            self.connections.bus,
+            self.receipts,
+            self.access.events,
+            self.names,
+            self.limits,
+            lambda: self.leases.ensure_owned(0),
+            lambda: 0 in self.leases.owned,
+            self.clock,
+            self.metrics,
+        )
+
     def _new_control(self) -> Control:
         return Control(
+            access=self.access,
             bindings=self.bindings,
-            events=self.events,
             chat=self.connections.chat,
             sealer=self.sealer,
             core=self.connections.core,
-            history=self.connections.history,
-            names=self.names,
             check=lambda: self.leases.ensure_owned(0),
             wait_complete=lambda: self.health_monitor.wait_complete([f"KV_{self.names.bindings}"]),
             clock=self.clock,
@@ -340,7 +295,7 @@ class Replica:
             inspector=self.inspector,
             leases=self.leases,
             supervisor=self.supervisor,
-            evict_idle=self._evict_idle,
+            evict_idle=self.supervisor.evict_idle,
             names=self.names,
             health=self.health,
             clock=self.clock,
@@ -369,7 +324,7 @@ class Replica:
         queries = Queries(
             self.bindings,
             ConversationStore(connections.bulk_bucket(names.conversations)),
-            Receipts(self.events, connections.bulk_history, names),
+            Receipts(self.access.events, connections.bulk_history, names),
             connections.bulk_history,
             names,
             self.policy.window,
@@ -406,36 +361,29 @@ class Replica:
         )
         return handlers
 
-    def _login_deps(self) -> LoginDeps:
+    def _login_deps(self, refresh_s: float) -> LoginDeps:
         return LoginDeps(
             logins=self.connections.chat,
             registry=self.logins,
             bindings=self.bindings,
             leases=self.leases,
-            bus=self.connections.bus,
-            history=self.connections.history,
-            events=self.events,
+            access=self.access,
             sealer=self.sealer,
             clock=self.clock,
             metrics=self.metrics,
-            names=self.names,
-            refresh_s=self._login_refresh_s,
+            refresh_s=refresh_s,
         )
+
+    # what is known once all is put together -----------------------------------------------------------
 
     async def _open_shard(self, sandbox: str) -> ConversationShard | None:
         return await self.supervisor.open_shard(sandbox)
 
-    def _session_changed(self, binding: Binding) -> None:
+    def _on_session_changed(self, binding: Binding) -> None:
         self.supervisor.session_changed(binding)
 
-    def _new_pollers(self) -> Pollers:
+    def _pollers(self) -> Pollers:
         return self.supervisor
-
-    def _is_stale(self, bot: str) -> bool:
-        return self.supervisor.is_stale(bot)
-
-    def _evict_idle(self) -> None:
-        self.supervisor.evict_idle()
 
     async def _wait_for_pending_binds(self) -> None:
         """Returns once the control commands stored so far have taken effect. Raises Temporary: it takes too long."""
@@ -452,12 +400,10 @@ class Replica:
         deps = ConsoleDeps(
             bindings=self.bindings,
             conversations=self.conversation_store,
-            history=self.connections.history,
-            bus=self.connections.bus,
+            access=self.access,
             replicas=self.connections.core,
             registry=self.logins,
             services=self.handlers,
-            names=self.names,
             policy=self.policy.window,
             clock=self.clock,
             living_count=lambda: self.leases.living_count,
@@ -494,3 +440,40 @@ def _send_policy(settings: Settings) -> SendPolicy:
         gap_ms=settings.send_gap_ms,
         merge_chars=settings.merge_chars,
     )
+
+
+class _PollGate:
+    """Implements sessions.PollGate."""
+
+    def __init__(self, replica: Replica) -> None:
+        self._replica = replica
+
+    async def wait_writable(self) -> None:
+        replica, names = self._replica, self._replica.names
+        buckets = (names.bindings, names.conversations)
+        streams = [names.stream_in, names.stream_journal, *(f"KV_{bucket}" for bucket in buckets)]
+        await replica.connections.connection.wait_connected()
+        await replica.connections.bus.wait_writable(streams)
+        await replica.health_monitor.wait_complete(streams)
+
+    async def wait_media_writable(self) -> None:
+        """As `wait_writable`, for what is to be stored with its media."""
+        await self.wait_writable()
+        await self._replica.health_monitor.wait_complete([f"OBJ_{self._replica.names.media}"])
+
+    def record_bytes(self) -> int:
+        return self._replica.connections.connection.max_payload // 2
+
+
+def _real_edges(settings: Settings, names: Names, instance: str) -> Edges:
+    clock, metrics = SystemClock(), Metrics()
+    connections = Connections(settings, names, instance, clock, metrics)
+    leases = Leases(
+        LeaderKvBucket(connections.lease_connection, names.members, ttl_s=max(60, int(settings.lease_s * 15))),
+        LeaderKvBucket(connections.lease_connection, names.claims),
+        clock,
+        metrics,
+        instance=instance,
+        lease_s=settings.lease_s,
+    )
+    return Edges(clock, metrics, connections, leases, TextWorker())

@@ -37,13 +37,11 @@ class Platform:
         """The bucket of bindings lacks nothing."""
         self.complete.set()
         self.control = Control(
+            access=self.bench.access,
             bindings=self.bench.bindings,
-            events=self.bench.events,
             chat=self.bench.chat,
             sealer=sealer or self.bench.sealer,
             core=self.bench.core,
-            history=self.bench.bus,
-            names=self.bench.names,
             check=lambda: self.bench.leases.ensure_owned(0),
             wait_complete=self.complete.wait,
             clock=self.bench.clock,

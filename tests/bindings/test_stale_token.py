@@ -359,7 +359,7 @@ async def test_however_a_recovery_ends_the_lanes_look_again(end: str) -> None:
     def session_changed(binding: Binding) -> None:
         told.append((binding.sandbox, session.stale))
 
-    session, task = tended(bench, session_changed=session_changed)
+    session, task = tended(bench, on_session_changed=session_changed)
     await asyncio.sleep(6 if end == "bound anew" else 1)
     assert (session.stale, len(bench.chat.asked)) == (True, 2 if end == "bound anew" else 1)
     if end == "bound anew":

@@ -76,8 +76,7 @@ class Office:
         self.deps = ConsoleDeps(
             bindings=self.bench.bindings,
             conversations=self.bench.store,
-            history=self.bench.bus,
-            bus=self.bench.bus,
+            access=self.bench.access,
             replicas=self.replicas,
             registry=self.registry,
             services={
@@ -86,7 +85,6 @@ class Office:
                 "login.verify": service.verify,
                 "login.cancel": service.cancel,
             },
-            names=self.bench.names,
             policy=WINDOW,
             clock=self.clock,
             living_count=lambda: self.living,

@@ -129,7 +129,7 @@ def subscriptions(adapter: Replica) -> int:
 
 def forget_the_last(adapter: Replica) -> None:
     """Empties what is bounded by a number that is higher than what happens here: the last so many of a kind."""
-    adapter.uploads._ready.clear()
+    adapter.outbound.conversation.uploads._ready.clear()
     adapter.control._settled_sequences.clear()
     adapter.control._recently_read.clear()
     for shard in adapter.supervisor._shards.values():

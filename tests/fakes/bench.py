@@ -9,37 +9,25 @@ from typing import Any
 
 import msgspec
 
-from adapter.bindings.registry import Bindings
 from adapter.content import media
 from adapter.contract.names import Names, conversation_key, shard_of
-from adapter.contract.records import UNBOUND_S, Binding
+from adapter.contract.records import Binding
 from adapter.conversation.commands import Limits
-from adapter.conversation.conversations import Conversations
 from adapter.conversation.record import ConversationRecord, SendWindow
 from adapter.conversation.rules import SendPolicy
-from adapter.conversation.shard import ConversationDeps
-from adapter.conversation.store import ConversationStore
-from adapter.conversation.uploads import Uploads
 from adapter.conversation.window import WindowPolicy
-from adapter.ilink.translate import read_message
 from adapter.inbound.dispatcher import DispatchDeps
-from adapter.inbound.download import DownloadDeps
-from adapter.inbound.inbox import PublishDeps
-from adapter.inbound.journal import Journal, JournalRecord, Written
-from adapter.inbound.poller import STALE_RETRY_S
-from adapter.inbound.recall import QuoteResolver
+from adapter.inbound.journal import JournalRecord, Written
 from adapter.inbound.sessions import InboundDeps
-from adapter.inbound.triage import Triage
 from adapter.kit.slots import FairSlots
-from adapter.kit.timing import PerTickLimiter, RateLimiter, WakeupBatcher
-from adapter.observability.events import Events
 from adapter.observability.metrics import Metrics
 from adapter.outbound.processor import OutboundDeps, ShardCommandProcessor
-from adapter.outbound.receipts import Receipts
-from adapter.outbound.sessions import BotSessions
+from adapter.outbound.sessions import Pollers
 from adapter.outbound.typing_indicator import TypingDeps
-from adapter.ports import Account, Stored
-from adapter.security.seal import Sealer
+from adapter.ports import Stored
+from adapter.replica.connections import Connections
+from adapter.replica.wiring import Edges, Replica
+from adapter.settings import Settings
 from tests.fakes.bus import FakeBucket, FakeBus, FakeCoreBus, FakeDelivery, Kept
 from tests.fakes.clock import FakeClock
 from tests.fakes.ilink import FakeChat
@@ -54,8 +42,71 @@ POLICY = SendPolicy(window=WINDOW, gap_ms=int(GAP_S * 1000), attempts=3, merge_c
 MEDIA_BYTES = 100_000
 
 
-DISPATCH = {*DispatchDeps._fields, *Triage._fields, *PublishDeps._fields} - set(InboundDeps._fields)
-"""What `inbound_deps` passes on to `dispatch_deps`."""
+class FakeConnection:
+    """A connection to NATS that is never there: what needs it is not run."""
+
+    epoch, max_payload = 0, 1024 * 1024
+
+    def on_connect(self, action: object) -> None: ...
+
+
+class FakeConnections(Connections):
+    """What a replica reaches, in memory."""
+
+    def __init__(self, bench: Bench) -> None:
+        connection: Any = FakeConnection()
+        self.connection = self.lease_connection = self.media_connection = connection
+        self.service_connection = self.upload_connection = connection
+        bus: Any = bench.bus
+        self.bus = self.media_bus = self.history = self.bulk_history = bus
+        ports: Any = (bench.chat, bench.cdn, bench.objects, bench.core)
+        self.chat, self.cdn, self.objects, self.core = ports
+        names = bench.names
+        self._buckets: dict[str, Any] = {
+            names.bindings: bench.bindings_bucket,
+            names.conversations: bench.conversation_bucket,
+            names.claims: bench.claims_bucket,
+            names.logins: FakeBucket("login"),
+        }
+
+    def bucket(self, name: str) -> Any:
+        return self._buckets[name]
+
+    def bulk_bucket(self, name: str) -> Any:
+        return self._buckets[name]
+
+
+class FakeGate:
+    """Implements sessions.PollGate."""
+
+    def __init__(self, bus_up: asyncio.Event, record_bytes: int) -> None:
+        self._bus_up = bus_up
+        self._record_bytes = record_bytes
+
+    async def wait_writable(self) -> None:
+        await self._bus_up.wait()
+
+    def record_bytes(self) -> int:
+        return self._record_bytes
+
+
+class FakeReplica(Replica):
+    """The production wiring. Its shards and pollers are the test's."""
+
+    def __init__(self, bench: Bench, settings: Settings, edges: Edges) -> None:
+        self._bench = bench
+        super().__init__(settings, edges=edges)
+
+    async def _open_shard(self, sandbox: str) -> ShardCommandProcessor | None:
+        return await self._bench.open_shard(sandbox)
+
+    def _pollers(self) -> Pollers:
+        return self._bench
+
+    async def _wait_for_pending_binds(self) -> None:
+        self._bench.asked_bound += 1
+        if self._bench.wait_for_pending_binds is not None:
+            await self._bench.wait_for_pending_binds()
 
 
 class Bench:
@@ -68,7 +119,7 @@ class Bench:
         incarnation: str = "me-1",
         limits: Limits = LIMITS,
         metrics: Metrics | None = None,
-        sealer: Sealer | None = None,
+        token_key: tuple[bytes, ...] = (),
     ) -> None:
         self.clock: FakeClock = world.clock if world else FakeClock()
         self.names = Names()
@@ -81,27 +132,27 @@ class Bench:
         self.cdn: FakeCdn = world.cdn if world else FakeCdn()
         self.objects: FakeObjects = world.objects if world else FakeObjects(self.bus.writes)
         self.claims_bucket: FakeBucket = world.claims_bucket if world else FakeBucket("claim", self.bus.writes)
-        self.texts = FakeTexts()
-        self.transfers = FairSlots(16, share=16)
-        self.uploads = Uploads(self.cdn, self.objects, self.clock, self.transfers, max_bytes=MEDIA_BYTES)
         self.core = FakeCoreBus()
-        self.metrics = metrics or Metrics()
         self.leases = FakeLeases(incarnation)
-        self.bindings = Bindings(self.bindings_bucket, unbound_s=UNBOUND_S)
+        self.metrics = metrics or Metrics()
+        self.texts = FakeTexts()
+        self.token_key: tuple[bytes, ...] = token_key or (world.token_key if world else ())
+        settings = Settings(token_key=self.token_key, merge_chars=0, media_max_bytes=MEDIA_BYTES)
+        edges = Edges(self.clock, self.metrics, FakeConnections(self), self.leases, self.texts)
+        self.replica = FakeReplica(self, settings, edges)
+        self.bindings = self.replica.bindings
         for entry in self.bindings_bucket.entries.values():
             self.bindings._apply_entry(entry)
         self.bindings_bucket._followers.append(self.bindings._apply_entry)
         self.bindings.is_loaded = True
-        self.store = ConversationStore(self.conversation_bucket, unserved_s=UNBOUND_S)
         self.processors: dict[int, ShardCommandProcessor] = {}
         """By shard: those that work here."""
-        self.conversations = Conversations(self.store, self.open_shard, self.clock, POLICY)
-        self.recall = QuoteResolver(self.conversations, self.bus, self.names, self.clock, self.metrics)
-        self.events = Events(self.bus, self.names, self.clock, self.metrics)
-        self.receipts = Receipts(self.events, self.bus, self.names)
-        self.sealer: Sealer = sealer or (world.sealer if world else Sealer(()))
-        self.journal = Journal(self.bus, self.bus, self.names, self.sealer)
         self.limits = limits
+        self.access, self.receipts = self.replica.access, self.replica.receipts
+        self.events, self.sealer = self.replica.access.events, self.replica.sealer
+        self.store, self.conversations = self.replica.conversation_store, self.replica.conversations
+        self.recall, self.journal = self.replica.recall, self.replica.inbound.journal
+        self.transfers, self.uploads = self.replica.transfers, self.replica.outbound.conversation.uploads
         self.bus_up = asyncio.Event()
         self.bus_up.set()
         self.changed_sessions: list[str] = []
@@ -203,57 +254,17 @@ class Bench:
 
     def outbound(self, **changes: Any) -> OutboundDeps:
         """`changes`: of the dependencies, of the send policy, or of the window's."""
-
-        async def wait_for_pending_binds() -> None:
-            self.asked_bound += 1
-            if self.wait_for_pending_binds is not None:
-                await self.wait_for_pending_binds()
-
         window = WINDOW._replace(**{k: changes.pop(k) for k in list(changes) if k in WindowPolicy._fields})
         policy = POLICY._replace(window=window)
         policy = policy._replace(**{k: changes.pop(k) for k in list(changes) if k in SendPolicy._fields})
-        deps = OutboundDeps(
-            conversation=ConversationDeps(
-                store=self.store,
-                chat=self.chat,
-                uploads=self.uploads,
-                slots=FairSlots(8, share=8),
-                policy=policy,
-                clock=self.clock,
-                metrics=self.metrics,
-                turns=PerTickLimiter(4),
-            ),
-            bindings=self.bindings,
-            leases=self.leases,
-            receipts=self.receipts,
-            events=self.events,
-            history=self.bus,
-            texts=self.texts,
-            claims=self.claims_bucket,
-            sessions=BotSessions(self.bindings, self.chat, self._account, lambda: self, self.clock),
-            typing=self.typing(),
-            names=self.names,
-            limits=self.limits,
-            account=self._account,
-            wait_for_pending_binds=wait_for_pending_binds,
-        )
-        return deps._replace(**changes)
+        deps = self.replica.outbound
+        return deps._replace(
+            conversation=deps.conversation._replace(policy=policy, slots=FairSlots(8, share=8)),
+            reading=deps.reading._replace(limits=self.limits),
+        )._replace(**changes)
 
     def typing(self, **changes: Any) -> TypingDeps:
-        deps = TypingDeps(
-            chat=self.chat,
-            bindings=self.bindings,
-            clock=self.clock,
-            account=self._account,
-            stale=self.is_stale,
-            check=self.leases.ensure_owned,
-            longest_s=300.0,
-        )
-        return deps._replace(**changes)
-
-    @staticmethod
-    def _account(binding: Binding) -> Account:
-        return Account(binding.bot, binding.token, binding.base_url)
+        return self.replica.outbound.typing._replace(**changes)
 
     def is_stale(self, bot: str) -> bool:
         return bot in self.stale
@@ -292,82 +303,57 @@ class Bench:
             self.processor(sandbox)
         return self.processors.get(number)
 
+    # sessions.OtherReplicas, as the poller meets them ------------------------------------------------
+
+    async def publish_released(self, bot: str = "") -> None:
+        self.freed.append(bot)
+
+    async def is_idle(self, incarnation: str, bot: str) -> bool:
+        return (incarnation, bot) in self.idle
+
     def inbound_deps(self, **changes: Any) -> InboundDeps:
-        async def tell_freed(bot: str) -> None:
-            self.freed.append(bot)
+        """`changes`: of the dependencies, or of any struct in them."""
+        deps = self.replica.inbound
 
-        async def is_idle(owner: str, bot: str) -> bool:
-            return (owner, bot) in self.idle
+        def changed(made: Any, **others: Any) -> Any:
+            return made._replace(**others | {k: changes.pop(k) for k in list(changes) if k in made._fields})
 
-        async def writable() -> None:
-            await self.bus_up.wait()
-
-        incoming = InboundDeps(
-            chat=self.chat,
-            journal=self.journal,
-            dispatching=self.dispatch_deps(**{name: changes.pop(name) for name in list(changes) if name in DISPATCH}),
-            conversations=self.conversations,
-            bindings=self.bindings,
-            leases=self.leases,
-            events=self.events,
-            sealer=self.sealer,
-            clock=self.clock,
-            metrics=self.metrics,
-            session_changed=lambda binding: self.changed_sessions.append(binding.sandbox),
-            writable=writable,
-            part_bytes=lambda: 512 * 1024,
-            taking=asyncio.Semaphore(4),
-            turns=PerTickLimiter(4),
-            starts=RateLimiter(2000),
-            beat=WakeupBatcher(0.1),
-            spread_s=lambda: 0.0,
-            stale_retry_s=STALE_RETRY_S,
-            keep_s=3600,
-            is_idle=is_idle,
-            tell_freed=tell_freed,
-            grace_s=10.0,
+        pacing = changed(deps.pacing, spread_s=lambda: 0.0)
+        waits = changed(deps.waits, keep_s=3600, grace_s=10.0)
+        made: InboundDeps = changed(
+            deps,
+            pacing=pacing,
+            waits=waits,
+            gate=FakeGate(self.bus_up, changes.pop("record_bytes", 512 * 1024)),
+            others=self,
+            on_session_changed=lambda binding: self.changed_sessions.append(binding.sandbox),
+            dispatching=self.dispatch_deps(**changes),
         )
-        return incoming._replace(**changes)
+        return made
 
     def dispatch_deps(self, **changes: Any) -> DispatchDeps:
-        """`changes`: of the dependencies, of the triage, or of the publishing."""
+        """`changes`: of the dependencies, or of any struct in them; what is of no such struct is passed over."""
+        deps = self.replica.inbound.dispatching
 
         async def to_wav(silk: bytes) -> bytes | None:
             return media.silk_to_wav(silk)  # no thread: time must not jump meanwhile
 
-        async def media_writable() -> None:
-            await self.bus_up.wait()
+        def changed(made: Any, **others: Any) -> Any:
+            return made._replace(**others | {k: changes[k] for k in changes if k in made._fields})
 
-        def changed(kind: type[Any], made: Any) -> Any:
-            return made._replace(**{name: changes.pop(name) for name in list(changes) if name in kind._fields})
-
-        triage = Triage(read_message, PerTickLimiter(4).wait_turn)
-        publishing = PublishDeps(
-            bus=self.bus,
-            history=self.bus,
-            bindings=self.bindings,
-            conversations=self.conversations,
-            recall=self.recall,
-            events=self.events,
-            leases=self.leases,
-            clock=self.clock,
-            metrics=self.metrics,
-            names=self.names,
+        made: DispatchDeps = changed(
+            deps,
+            triage=changed(deps.triage),
+            publishing=changed(deps.publishing),
+            downloading=changed(deps.downloading, to_wav=to_wav, transfers=FairSlots(16, share=16)),
+            media_writable=FakeGate(self.bus_up, 0).wait_writable,
         )
-        return DispatchDeps(
-            journal=self.journal,
-            triage=changed(Triage, triage),
-            publishing=changed(PublishDeps, publishing),
-            bindings=self.bindings,
-            downloading=DownloadDeps(self.cdn, self.objects, to_wav, self.clock, self.transfers),
-            media_wait_s=60.0,
-            media_writable=media_writable,
-        )._replace(**changes)
+        return made
 
 
-async def ready(*script: Any, sealer: Sealer | None = None, **binding: Any) -> Bench:
+async def ready(*script: Any, token_key: tuple[bytes, ...] = (), **binding: Any) -> Bench:
     """A bound bot, whose polls will bring the script."""
-    bench = Bench(sealer=sealer)
+    bench = Bench(token_key=token_key)
     await bench.bind(**binding)
     bench.bus.writes.clear()
     bench.chat.polls.extend(script)

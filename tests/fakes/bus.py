@@ -319,6 +319,10 @@ class FakeCoreBus:
     async def publish(self, subject: str, payload: bytes, headers: dict[str, str]) -> None:
         self.published.append((subject, payload, headers))
 
+    def subscribe(self, subject: str, on_message: object) -> None: ...
+
+    def respond(self, subject: str, make: object) -> None: ...
+
     async def make_durable(self, sandbox: str, after: int) -> None:
         self.durables.append(sandbox)
         self.made_after.append(after)

@@ -7,7 +7,6 @@ from typing import NamedTuple
 
 from adapter.errors import BusRefused
 from adapter.ports import Accepted, Account, Content, Entry, Message, PubAck, Stored
-from adapter.security.seal import Sealer
 from tests.fakes import Bench, FakeBucket, FakeBus, FakeCdn, FakeChat, FakeClock, FakeDelivery, FakeObjects, Life
 
 
@@ -150,7 +149,7 @@ class World(NamedTuple):
     numbers: Iterator[int]
     deliveries: list[FakeDelivery]
     claims_bucket: FakeBucket
-    sealer: Sealer
+    token_key: tuple[bytes, ...]
 
 
 def mortal(world: Bench, number: int, life: Life) -> Bench:
@@ -166,6 +165,6 @@ def mortal(world: Bench, number: int, life: Life) -> Bench:
         numbers=world.numbers,
         deliveries=world.deliveries,
         claims_bucket=world.claims_bucket,
-        sealer=world.sealer,
+        token_key=world.token_key,
     )
     return Bench(reached, incarnation=f"r{number}", metrics=world.metrics)  # type: ignore[arg-type]

@@ -28,3 +28,5 @@ class FakeTexts:
     async def find_id(self, body: bytes) -> str:
         await asyncio.sleep(0)
         return salvage_ids(body, Limits(command_bytes=len(body), park_ms=0)).id or ""
+
+    async def close(self) -> None: ...

@@ -333,15 +333,15 @@ async def test_a_silent_download_holds_up_no_other_bot(poller: Poller) -> None:
     """Also where all that a sandbox may fetch at once hangs."""
     bench = await ready(batch(*(image(number) for number in range(1, 5))))
     await bench.bind("s2", "b2@im.bot", "u2@im.wechat")
-    bench.transfers = FairSlots(4, share=2)
+    transfers = FairSlots(4, share=2)
     for number in range(1, 5):
         bench.cdn.has(f"p{number}", None)
     bench.cdn.has("p7", PNG)
-    poller(bench)
+    poller(bench, transfers=transfers)
     await asyncio.sleep(1)
-    bench.chat = FakeChat(bench.clock)
-    bench.chat.polls.append(batch(image(7, from_user_id="u2@im.wechat")))
-    other = run(bench, bot="b2@im.bot")
+    chat = FakeChat(bench.clock)
+    chat.polls.append(batch(image(7, from_user_id="u2@im.wechat")))
+    other = run(bench, bot="b2@im.bot", chat=chat, transfers=transfers)
     await asyncio.sleep(1)
     assert said(bench) == ["+"]
     assert bench.cdn.fetched == ["p1", "p2", "p7"]

@@ -84,9 +84,9 @@ async def test_a_record_is_sealed_and_the_next_owner_opens_it_with_an_older_key(
     """A cursor holds the bot's token, and a message somebody's words."""
     sealer = Sealer((bytes(32),))
     start = sealer.seal(cursor_context(BOT), given) if given else None
-    bench = await ready(batch(raw("secret"), cursor="b"), sealer=sealer, start_cursor=start)
+    bench = await ready(batch(raw("secret"), cursor="b"), token_key=(bytes(32),), start_cursor=start)
     heir = heir_to(bench)
-    heir = Bench(bench, incarnation="heir-1", sealer=Sealer((b"\1" * 32, bytes(32))))
+    heir = Bench(bench, incarnation="heir-1", token_key=(b"\1" * 32, bytes(32)))
     heir.leases.proven_dead.add("me-1")
     with capture_logs() as logs:
         await polls(bench)
@@ -99,7 +99,7 @@ async def test_a_record_is_sealed_and_the_next_owner_opens_it_with_an_older_key(
 
 
 async def test_a_record_that_was_moved_to_another_bot_or_owner_is_not_taken_for_its_own() -> None:
-    bench = await ready(sealer=Sealer((bytes(32),)))
+    bench = await ready(token_key=(bytes(32),))
     await bench.journal.append(BOT, JournalRecord(cursor="mine"), "me-1", 0)
     (stored,) = bench.bus.found("JOURNAL")
     version, _, sealed = msgspec.msgpack.decode(stored.data)
@@ -166,8 +166,8 @@ def lose_answer(bench: Bench, times: int = 1) -> None:
 
 async def test_a_record_that_was_stored_without_an_answer_is_stored_and_told_once() -> None:
     """Whatever its seal, and also where nothing in a message tells it from the same words once more."""
-    sealer = Sealer((bytes(32),))
-    bench = await ready(batch(raw("ok", **NOTHING), cursor=None), batch(raw("two", 2), cursor="c"), sealer=sealer)
+    script = batch(raw("ok", **NOTHING), cursor=None), batch(raw("two", 2), cursor="c")
+    bench = await ready(*script, token_key=(bytes(32),))
     lose_answer(bench, 2)
     await polls(bench)
     assert texts(bench) == ["ok", "two"]
@@ -238,7 +238,7 @@ async def test_the_memory_of_a_large_answer_is_given_back_once_it_is_stored(poll
 async def test_a_message_larger_than_a_record_is_told_whole_and_in_its_place() -> None:
     words = [raw("one", 1), raw("a" * 5000, 2), raw("three", 3)]
     bench = await ready(batch(*words, raw("b" * 3000, 4)), batch(raw("a" * 5000, 2), raw("five", 5), cursor="c"))
-    await polls(bench, part_bytes=lambda: 1000)
+    await polls(bench, record_bytes=1000)
     assert texts(bench) == ["one", "a" * 5000, "three", "b" * 3000, "five"]
     assert all(sum(map(len, one.record.messages)) <= 1000 for one in await bench.written())
 
@@ -254,13 +254,13 @@ async def test_a_message_in_several_records_is_told_whole_by_the_next_owner(reco
             await asyncio.Event().wait()
 
     bench.bus.on_publish = dies
-    replica = run(bench, part_bytes=lambda: 1000)
+    replica = run(bench, record_bytes=1000)
     await asyncio.sleep(5)
     await replica.die()
     bench.bus.on_publish = None
     heir = heir_to(bench)
     heir.chat.polls.append(answer)
-    await polls(heir, part_bytes=lambda: 1000)
+    await polls(heir, record_bytes=1000)
     assert texts(bench) == ["one", "a" * 3000, "three"]
 
 
@@ -272,7 +272,7 @@ async def test_what_is_known_to_be_done_ends_with_no_beginning_of_a_message() ->
         await asyncio.Event().wait()
 
     bench.conversation_bucket.on_write = away
-    replica = run(bench, part_bytes=lambda: 1000)
+    replica = run(bench, record_bytes=1000)
     await asyncio.sleep(5)
     await replica.die()
     bench.conversation_bucket.on_write = None

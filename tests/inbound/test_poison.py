@@ -208,10 +208,10 @@ async def test_another_bot_is_not_held_up_meanwhile() -> None:
         await asyncio.sleep(0.01)  # until the first pause between two tries
     began = bench.clock.monotonic()
     other = Bench(bench)
-    other.chat = FakeChat(bench.clock)
-    other.chat.polls.append(batch(raw("hello", 7, from_user_id="u2@im.wechat"), cursor="b"))
+    chat = FakeChat(bench.clock)
+    chat.polls.append(batch(raw("hello", 7, from_user_id="u2@im.wechat"), cursor="b"))
     second = Session("b2@im.bot")
-    twin = asyncio.get_running_loop().create_task(tend(second, other.inbound_deps()))
+    twin = asyncio.get_running_loop().create_task(tend(second, other.inbound_deps(chat=chat)))
     while not texts(bench):
         await asyncio.sleep(0.01)
     assert bench.clock.monotonic() - began < 0.5

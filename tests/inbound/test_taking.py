@@ -110,7 +110,7 @@ async def test_who_waits_for_an_owner_holds_up_no_other_bot() -> None:
     bench = await ready()
     await writes(bench, "other-1")
     await bench.bind(sandbox="s2", bot="b2@im.bot", user="u2@im.wechat")
-    deps = bench.inbound_deps(taking=asyncio.Semaphore(1))
+    deps = bench.inbound_deps(takeovers=asyncio.Semaphore(1))
     sessions = [Session(BOT), Session("b2@im.bot")]
     tasks = [asyncio.get_running_loop().create_task(tend(session, deps)) for session in sessions]
     await asyncio.sleep(5)
@@ -133,7 +133,7 @@ async def test_a_poller_that_waits_for_the_lease_hardly_looks_at_it_and_leaves_a
 
     bench.leases = Counted()
     session = Session(BOT)
-    task = asyncio.create_task(tend(session, bench.inbound_deps()))
+    task = asyncio.create_task(tend(session, bench.inbound_deps(leases=bench.leases)))
     await asyncio.sleep(1)
     bench.leases.has_lease = False
     session.cut_off()
@@ -355,10 +355,10 @@ async def test_a_bot_is_given_back_also_where_the_bus_refuses_it_at_first(proble
 
 async def test_who_cannot_open_the_token_leaves_the_journal_as_it_is() -> None:
     sealer = Sealer((bytes(32),))
-    bench = await ready(sealer=sealer, token=sealer.seal(BOT, "secret"))
+    bench = await ready(token_key=(bytes(32),), token=sealer.seal(BOT, "secret"))
     await polls(bench)
     before = await bench.written()
-    stranger = Bench(bench, incarnation="other-1", sealer=Sealer((b"\1" * 32,)))
+    stranger = Bench(bench, incarnation="other-1", token_key=(b"\1" * 32,))
     stranger.leases.proven_dead.add("me-1")
     with pytest.raises(Refused):
         await take(Session(BOT), stranger.inbound_deps())
@@ -418,7 +418,7 @@ async def test_a_start_cursor_counts_once_however_often_it_is_sealed() -> None:
     """A bot that is bound anew with it, perhaps to another sandbox, told everything since to that one."""
     sealer = Sealer((bytes(32),))
     given = [sealer.seal(cursor_context(BOT), word) for word in ("given", "given", "another")]
-    bench = await ready(batch(raw(), cursor="b"), sealer=sealer, start_cursor=given[0])
+    bench = await ready(batch(raw(), cursor="b"), token_key=(bytes(32),), start_cursor=given[0])
     await polls(bench)
     await bench.bindings.remove(BOT)
     await bench.bind("s2", start_cursor=given[1])

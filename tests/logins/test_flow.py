@@ -47,25 +47,20 @@ class Doors:
                 registry=self.registry,
                 bindings=self.bench.bindings,
                 leases=self.bench.leases,
-                bus=self.bench.bus,
-                history=self.bench.bus,
-                events=self.bench.events,
+                access=self.bench.access,
                 sealer=self.sealer,
                 clock=self.clock,
                 metrics=self.bench.metrics,
-                names=self.bench.names,
                 refresh_s=REFRESH_S,
             )
         )
         self.service = LoginService(self.ilink, self.registry, self.bench.bindings, self.sealer, self.bench.metrics)
         self.control = Control(
+            access=self.bench.access,
             bindings=self.bench.bindings,
-            events=self.bench.events,
             chat=self.bench.chat,
             sealer=self.sealer,
             core=self.bench.core,
-            history=self.bench.bus,
-            names=self.bench.names,
             check=lambda: None,
             wait_complete=lambda: asyncio.sleep(0),
             clock=self.clock,
