@@ -1,21 +1,31 @@
-# make demo    a conversation on this machine: server, simulated WeChat, adapter and echo agent
-# make test    every check and every test but the slow ones
-# make slow    the slow ones
-# make chaos   a quarter of an hour in which everything goes wrong, and a table of what came of it
-# make soak    half an hour of steady traffic: nothing may grow; a table and a plot
-# make attacks  what one sandbox can do to another, attack by attack: a table
-# make bench   what the bridge costs, beside one that promises nothing
-# make fuzz    foreign bytes into every reader, guided by coverage, for FUZZ_S seconds each; installs the fuzzer
-# make docs    the documentation as a site in dist/docs, all links checked
-# make audit   known vulnerabilities in what is locked; needs an index that has advisories
-# make image-test  the image, built and run: needs root and Debian, and installs buildah and podman
-# make alerts-test  every alert, fired by a real fault in a real Prometheus; takes two to five minutes
+# make test         what to run before each commit: check, unit, integration and most of system
+# make check        format, lint, types, import contracts, generated files
+#
+# The tiers of the tests; .ci/run runs all of them. How long each takes is in tests/README.md.
+# make unit         no server, no connection
+# make integration  one part against a real nats-server, or over real sockets
+# make system       whole adapters as processes, also what takes long
+# make ops          chart, image's files, alerts, console in a browser, clients of others; skips what cannot be installed
+# make load         chaos, attacks and load, each in its short form
+#
+# make image-test   the image, built and run: needs root and Debian, and installs buildah and podman
+# make alerts-test  every alert, fired by a real fault in a real Prometheus
+# make console-test the console in a headless Chromium; pictures in .pytest_cache/console/
+# make bench        what the bridge costs, beside one that promises nothing
+# make chaos        a quarter of an hour in which everything goes wrong, and a table of what came of it
+# make soak         half an hour of steady traffic: nothing may grow; a table and a plot
+# make attacks      what one sandbox can do to another, attack by attack: a table
+# make fuzz         foreign bytes into every reader, guided by coverage, for FUZZ_S seconds each; installs the fuzzer
+# make audit        known vulnerabilities in what is locked; needs an index that has advisories
+#
+# make demo         a conversation on this machine: server, simulated WeChat, adapter and echo agent
+# make format       the code as `make check` wants it
+# make generate     schemas/, helm/nats/ and the table of settings, from the code
 # make dashboard-picture  helm/dashboard.png, from what a real Prometheus answers under load
-# make format  the code as `make check` wants it
-# make generate  schemas/, helm/nats/ and the table of settings, from the code
-# make console-test  the console in a headless Chromium; pictures in .pytest_cache/console/
-# make npm     what some tests take from npm, into tests/npm/
-# make clean   everything that make and the tests have made
+# make dist         what a release consists of, into dist/release/; see docs/howto/release.md
+# make docs         the documentation as a site in dist/docs, all links checked
+# make npm          what some tests take from npm, into tests/npm/
+# make clean        everything that make and the tests have made
 #
 # Needs git, make and Python 3.11 or newer. The rest is installed into this directory (.tools/, .venv/).
 
@@ -33,25 +43,41 @@ NPM_STAMP := $(NPM)/node_modules/.installed
 # An environment that is there is kept, whichever Python it has. The last one is the newest, not yet among the tested.
 PYTHONS := $(BIN)/python python3 python3.14 python3.13 python3.12 python3.11 python3.15
 
-.PHONY: demo test check tests slow fuzz audit chaos chaos-short soak attacks attacks-short bench docs docs-tools image-test alerts-test dashboard-picture console-test format generate npm clean install
+.PHONY: test check unit integration system ops load slow image-test alerts-test console-test bench chaos soak attacks fuzz \
+  audit demo format generate dashboard-picture docs docs-tools dist npm clean install
 .DEFAULT_GOAL := test
 
 demo: install
 	@exec $(BIN)/wechat-nats demo
 
-test: check tests
+# More at a time than a small machine has cores: most tests wait for processes and timers.
+pytest = $(BIN)/pytest -n 4 --dist worksteal
 
-# More at a time than a small machine has cores: most of them wait.
-tests: install
-	@$(BIN)/pytest -n 3 --dist worksteal -m 'not slow' </dev/null
+test: check
+	@$(pytest) -m '(unit or integration or system) and not slow' </dev/null
+
+unit: install
+	@$(BIN)/pytest -n 2 --dist worksteal -m unit </dev/null
+
+integration: install
+	@$(pytest) -m integration </dev/null
+
+system: install
+	@$(pytest) --timeout 600 -m system </dev/null
+
+ops: install
+	@$(BIN)/pytest -n 2 --dist loadfile --timeout 900 -m ops </dev/null
+
+# What `make test` leaves out.
+slow: install
+	@$(BIN)/pytest -n 2 --dist loadfile --timeout 900 -m 'slow or ops or load' </dev/null
+
+load: install
+	@$(BIN)/pytest -n 2 --dist loadfile --timeout 900 -m load </dev/null
 
 # 15 minutes in all. SEED, MODE (cursor_replay, or ack_on_delivery: iLink forgets what it has delivered).
 chaos: install
 	@$(BIN)/python -m tests.e2e.chaos --minutes 15 --bots 500 --seed $(or $(SEED),1) --mode $(or $(MODE),cursor_replay)
-
-# Its short form, which `make slow` holds, too.
-chaos-short: install
-	@$(BIN)/pytest -q -rP --timeout 900 -m slow tests/e2e/test_chaos.py </dev/null
 
 # SOAK_MINUTES, SEED. Less than about 20 minutes judge nothing that is kept by its age.
 soak: install
@@ -60,13 +86,6 @@ soak: install
 # ATTACKS: some of them by name; ATTACK_S: seconds of each; SEED.
 attacks: install
 	@$(BIN)/python -m tests.attacks --seconds $(or $(ATTACK_S),15) --seed $(or $(SEED),1) $(ATTACKS)
-
-# Its short form, which `make slow` holds, too.
-attacks-short: install
-	@$(BIN)/pytest -q -rP --timeout 900 -m slow tests/attacks/test_short.py </dev/null
-
-slow: install
-	@$(BIN)/pytest -n 2 --dist loadfile --timeout 900 -m slow </dev/null || [ $$? = 5 ] # 5: there is none
 
 bench: install
 	@$(BIN)/python -m tests.bench
@@ -134,7 +153,18 @@ environment = exec </dev/null 1>&2; uv=$$(command -v uv || echo .tools/bin/uv); 
 	  --group $(1) --group dev --python $(BIN)/python --no-python-downloads
 
 console-test: install
-	@$(BIN)/pytest --timeout 900 -m slow tests/console </dev/null
+	@$(BIN)/pytest --timeout 900 tests/console/test_browser.py </dev/null
+
+RELEASE := dist/release
+# Wheel, source archive, chart, list of packages (SBOM) and checksums; signed by hand.
+dist: install
+	@rm -rf $(RELEASE) && mkdir -p $(RELEASE)
+	@uv=$$(command -v uv || echo .tools/bin/uv); \
+	"$$uv" build --quiet --out-dir $(RELEASE) && rm -f $(RELEASE)/.gitignore && \
+	"$$uv" export --quiet --frozen --no-dev --extra cli --extra voice --format cyclonedx1.5 \
+	  --output-file $(RELEASE)/sbom.cdx.json >/dev/null
+	@$(BIN)/python -c 'from tests.chart.helm import CHART, helm; helm("package", str(CHART), "--destination", "$(RELEASE)")'
+	@cd $(RELEASE) && sha256sum -- * >SHA256SUMS && cat SHA256SUMS
 
 npm: $(NPM_STAMP)
 	@:

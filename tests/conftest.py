@@ -1,7 +1,7 @@
-"""Which loop a test gets (modules that say `VIRTUAL_TIME = True`: one whose clock jumps; `LOOPS`: each of those in
-turn), pollers that end with their test, and what npm brings.
+"""Which tier a test belongs to, which loop it gets, pollers that end with their test, and what npm brings.
 
-And no test may print a secret: see tests/canary.py.
+A module with `VIRTUAL_TIME = True` gets a loop whose clock jumps, one with `LOOPS` each of those in turn. No test may
+print a secret (tests/canary.py), and none of the tier `unit` may open a connection.
 """
 
 from __future__ import annotations
@@ -11,7 +11,9 @@ import fcntl
 import os
 import shutil
 import signal
+import socket
 import subprocess
+import sys
 from collections.abc import AsyncIterator, Callable, Generator, Mapping
 from pathlib import Path
 from typing import Any
@@ -45,8 +47,67 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
 
 ROOT = Path(__file__).parents[1]
 NPM = ROOT / "tests" / "npm"
+TIERS = {
+    "tests/attacks": "load",
+    "tests/e2e/test_chaos.py": "load",
+    "tests/e2e/test_load.py": "load",
+    "tests/e2e/test_storm.py": "load",
+    "tests/e2e": "system",
+    "tests/bus": "integration",
+    "tests/cli": "integration",
+    "tests/console/test_browser.py": "ops",
+    "tests/console": "integration",
+    "tests/ilink/test_addresses.py": "integration",
+    "tests/ilink/test_budget.py": "integration",
+    "tests/ilink/test_cdn.py": "integration",
+    "tests/ilink/test_client.py": "integration",
+    "tests/ilink/test_hostile_answers.py": "integration",
+    "tests/ilink/test_proxy.py": "integration",
+    "tests/ilink/test_transport.py": "integration",
+    "tests/simulator": "integration",
+    "tests/test_probes.py": "integration",
+    "tests/chart": "ops",
+    "tests/clients": "ops",
+    "tests/foreign": "ops",
+    "tests/image": "ops",
+    "tests/monitoring/test_runbook.py": "unit",
+    "tests/monitoring": "ops",
+    "tests": "unit",
+}
+"""Tier by folder or file; the longest path counts. tests/README.md says what each tier is."""
+running: list[str] = []
+"""The tier of the test that runs."""
 UNREACHABLE = ("ENOTFOUND", "EAI_AGAIN", "ECONNREFUSED", "ETIMEDOUT", "ENETUNREACH")
 """What npm says when there is no network."""
+
+
+def tier_of(path: Path) -> str:
+    """The tier of a test file."""
+    relative = path.relative_to(ROOT)
+    return next(TIERS[each.as_posix()] for each in (relative, *relative.parents) if each.as_posix() in TIERS)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        item.add_marker(tier_of(item.path))
+
+
+def forbid_connections(event: str, arguments: tuple[Any, ...]) -> None:
+    """Of the tier `unit`: no server, no connection. Unix sockets are asyncio's own."""
+    if running == ["unit"] and event in ("socket.bind", "socket.connect") and arguments[0].family != socket.AF_UNIX:
+        raise RuntimeError(f"{event} in a test of the tier `unit`; see TIERS in tests/conftest.py")
+
+
+sys.addaudithook(forbid_connections)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, Any, Any]:
+    running.append(tier_of(item.path))
+    try:
+        return (yield)
+    finally:
+        running.clear()
 
 
 def pytest_asyncio_loop_factories(
