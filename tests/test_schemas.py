@@ -67,7 +67,7 @@ def test_no_description_has_the_indentation_of_its_docstring() -> None:
 
 def test_generating_twice_gives_the_same_bytes() -> None:
     """In another process too, where hashes of strings are others."""
-    code = "from adapter import schema; print(schema.generated_files())"
+    code = "from adapter.cli import schema; print(schema.generated_files())"
     runs = {
         subprocess.run(
             [sys.executable, "-c", code],
