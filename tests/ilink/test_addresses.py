@@ -34,7 +34,7 @@ from adapter.ilink.network import (
 )
 from adapter.observability.metrics import Metrics
 from adapter.ports import Account, MediaRef, Pieces
-from tests.e2e.waiting import free_port
+from tests.e2e.waiting import free_port, until
 
 HOST = "ilinkai.weixin.qq.com"
 BASE = f"https://{HOST}"
@@ -529,6 +529,7 @@ async def test_a_proxy_of_the_environment_may_be_inside_and_resolves_for_itself(
     async with server:
         with pytest.raises(Temporary):
             await ilink.poll(ACCOUNT, "", 1000)
+        await until(lambda: bool(connects), "the proxy has read what it was asked")
         await ilink.close()
     assert connects[0].startswith(f"CONNECT {HOST}:443 ".encode())
     assert set(asked) == {("proxy.internal", port)}
