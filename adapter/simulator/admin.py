@@ -5,7 +5,7 @@ import base64
 import inspect
 import io
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Annotated, Any, Literal
 
 import msgspec
 from aiohttp import web
@@ -14,9 +14,6 @@ from msgspec import Meta
 from adapter.simulator import reading
 from adapter.simulator.faults import FaultRule
 from adapter.simulator.records import Json, SimulatorError
-
-if TYPE_CHECKING:
-    from adapter.simulator.simulator import Simulator
 
 READS = (
     "bots calls faults inbound media now online phone polls qrcodes requests sends settings stats typing violations"
@@ -35,7 +32,8 @@ Count = Annotated[int, Meta(ge=0, le=1_000_000)]
 class Admin:
     """Maps paths to methods of the simulator. Answers 400 with `{"error": …}` for what cannot be."""
 
-    def __init__(self, simulator: "Simulator") -> None:
+    def __init__(self, simulator: Any) -> None:
+        """`simulator`: the Simulator whose methods these are. Its module imports this one."""
         self._simulator = simulator
         self._methods: dict[str, Callable[..., Any]] = {
             name: getattr(self, f"_{name}", None) or getattr(simulator, name)
