@@ -281,14 +281,6 @@ def test_more_at_once_than_are_remembered_leave_the_newest() -> None:
     assert seen.is_repeat(many[5])
 
 
-def test_the_same_record_is_kept_once() -> None:
-    """A catch-up reads messages that the cursor knows already."""
-    seen = DedupWindow()
-    record = seen.add(OK, NOW)
-    seen.add_fingerprint(record, NOW)
-    assert seen.fingerprints() == [record]
-
-
 def test_other_words_under_the_same_seq_are_another_message() -> None:
     """A server may give each the same; by one id for both the bus would drop the second."""
     first, again = say(message="", client=""), say(message="", client="", sent_at_ms=NOW + MINUTE)

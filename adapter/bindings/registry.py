@@ -175,10 +175,3 @@ class Bindings:
 def account_of(binding: Binding, sealer: Sealer) -> Account:
     """How a bot is called. Raises Refused("token_key")."""
     return Account(binding.bot, sealer.open(binding.bot, binding.token), binding.base_url)
-
-
-def is_new_token(before: Binding | None, after: Binding | None) -> bool:
-    """Whether iLink may judge the bot's token differently now: it is a new one, or was found alive."""
-    if before is None or after is None or before.token != after.token:
-        return True
-    return before.state == "needs_login" and after.state == "active"

@@ -156,11 +156,6 @@ class DedupWindow:
         self._forget_old(now_ms)
         return records
 
-    def add_fingerprint(self, record: str, now_ms: int) -> None:
-        """Remembers a message by its record, as found on the bus."""
-        self._insert([record])
-        self._forget_old(now_ms)
-
     def _insert(self, records: Iterable[str]) -> None:
         """Adds the records that are not there yet."""
         hashed = {record: _hashes(record) for record in records}

@@ -1,12 +1,10 @@
-"""The background tasks of an owner, and requests that several callers share."""
+"""The background tasks of an owner."""
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Coroutine
-from typing import Any, Generic, TypeVar
-
-T = TypeVar("T")
+from typing import Any
 
 
 class TaskSet:
@@ -46,33 +44,3 @@ class TaskSet:
         self._running.discard(task)
         if not task.cancelled() and (exc := task.exception()) is not None:
             self._on_failure(exc)
-
-
-class SingleFlight(Generic[T]):
-    """Coalesces requests: callers that come at about the same time share one, which starts after each of them called.
-    Who comes while one is out shares the next."""
-
-    def __init__(self, ask: Callable[[], Coroutine[Any, Any, T]]) -> None:
-        self._operation = ask
-        self._running: asyncio.Task[T] | None = None
-        self._next: asyncio.Task[T] | None = None
-
-    async def result(self) -> T:
-        """Raises what the question raised."""
-        if self._next is None:
-            self._next = asyncio.get_running_loop().create_task(self._run_after(self._running))
-            self._next.add_done_callback(_retrieve_exception)
-        return await asyncio.shield(self._next)
-
-    async def _run_after(self, before: asyncio.Task[T] | None) -> T:
-        if before is not None:
-            await asyncio.wait((before,))
-            del before  # its failure would be held by that of this one, and so on for as long as all fail
-        self._running, self._next = self._next, None
-        return await self._operation()
-
-
-def _retrieve_exception(task: asyncio.Task[Any]) -> None:
-    """Those who asked have its failure; where all have gone, nobody wants it."""
-    if not task.cancelled():
-        task.exception()

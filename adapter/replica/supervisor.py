@@ -384,11 +384,6 @@ class Supervisor:
 
     # memory and metrics -----------------------------------------------------------------------------
 
-    def is_served(self, bot: str) -> bool:
-        """Whether this replica works for a bot, by the leases or by a poll that it has yet to end."""
-        binding = self._bindings.get(bot)
-        return bot in self.sessions or (binding is not None and shard_of(binding.sandbox) in self._leases.owned)
-
     def evict_idle(self) -> None:
         """Lets go of what is known of users whom nothing waits for."""
         for shard in self._shards.values():

@@ -5,10 +5,9 @@ from __future__ import annotations
 import asyncio
 
 import msgspec
-import pytest
 from structlog.testing import capture_logs
 
-from adapter.bindings.registry import Bindings, is_new_token
+from adapter.bindings.registry import Bindings
 from adapter.contract.names import to_subject_token
 from adapter.contract.records import Binding
 from tests.fakes import FakeBucket, settle
@@ -82,25 +81,3 @@ async def test_an_unbind_that_meets_another_write_removes_what_that_one_wrote() 
     assert others == []
     assert bindings.get(BOT) is None
     assert bucket.entries[to_subject_token(BOT)].value is None
-
-
-LOST = msgspec.structs.replace(BOUND, state="needs_login")
-
-
-@pytest.mark.parametrize(
-    ("before", "after", "anew"),
-    [
-        (None, BOUND, True),
-        (BOUND, None, True),
-        (BOUND, msgspec.structs.replace(BOUND, token="new"), True),
-        (LOST, msgspec.structs.replace(LOST, token="new"), True),
-        (LOST, BOUND, True),
-        (BOUND, LOST, False),
-        (BOUND, msgspec.structs.replace(BOUND, request="another"), False),
-    ],
-    ids=["bound", "unbound", "new-token", "new-token-of-a-lost-login", "found-alive", "found-dead", "said-again"],
-)
-def test_a_token_is_judged_anew_where_ilink_may_think_of_it_differently(
-    before: Binding | None, after: Binding | None, anew: bool
-) -> None:
-    assert is_new_token(before, after) is anew
