@@ -7,14 +7,12 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from adapter.errors import Refused, SessionExpired, Temporary, Throttled, Uncertain
 from adapter.outbound.processor import ShardCommandProcessor
 from adapter.outbound.reading import MISSING_CONFIRM_S
 from adapter.ports import Accepted
-from tests.fakes import GAP_S, Bench, FakeDelivery, VirtualLoop
+from tests.fakes import GAP_S, Bench, FakeDelivery
 from tests.outbound.shards import BOT, USER, finals, outcomes, parked, ready, user_writes
 
 VIRTUAL_TIME = True
@@ -580,57 +578,3 @@ async def test_media_of_another_sandbox_are_out_of_reach() -> None:
     await asyncio.sleep(5)
     assert outcomes(bench) == [("c1", "refused", "invalid")]
     assert bench.objects.reads == 0
-
-
-# by chance -----------------------------------------------------------------------------------------------
-
-
-def in_virtual_time(test: Callable[[], Any]) -> None:
-    with asyncio.Runner(loop_factory=VirtualLoop) as runner:
-        runner.run(test())
-
-
-LENGTHS = st.lists(st.integers(1, 900), min_size=1, max_size=40)
-ANSWERS = st.lists(st.sampled_from(["ok", "ok", "ok", "lost", "throttled", "refused", "down", "stale"]), max_size=30)
-STEPS: dict[str, Exception] = {
-    "lost": TIMEOUT,
-    "throttled": THROTTLED,
-    "refused": Refused("rejected", "no"),
-    "down": Temporary("network"),
-    "stale": SessionExpired("needs_login", "stale", errcode=-14),
-}
-
-
-@settings(max_examples=60)
-@given(lengths=LENGTHS, answers=ANSWERS, crash=st.integers(0, 60), dead=st.booleans())
-def test_whatever_happens_each_is_told_once_and_seen_at_most_once(
-    lengths: list[int], answers: list[str], crash: int, dead: bool
-) -> None:
-    """Texts of any length, any answers, a crash anywhere: what is told as accepted is on the phone once, in order."""
-
-    async def run() -> None:
-        texts = [f"{number}:".ljust(length, "x") for number, length in enumerate(lengths)]
-        bench, shard = await waiting(*texts)
-        if dead:
-            bench.chat.notify_fails, bench.chat.poll_is_stale = STEPS["stale"], True
-        for answer in answers:
-            bench.chat.sends.append(STEPS.get(answer) or Accepted("m", 0, None, ""))
-        await crash_and_take_over(bench, shard, crash)
-        heir = Bench(bench, incarnation="heir-2")
-        third = heir.processor(merge_chars=CHARS)
-        bench.redeliver(third)
-        for _ in range(80):
-            await heir.bind()  # a login was lost, perhaps
-            await user_writes(heir)
-            await asyncio.sleep(700)
-        third.stop()
-        ends = finals(bench)
-        assert sorted(receipt.command for receipt in ends) == sorted(f"c{number}" for number in range(len(texts)))
-        seen = shown(bench)
-        accepted = {receipt.command for receipt in ends if receipt.outcome == "accepted"}
-        numbers = [texts.index(text) for text in seen]
-        assert len(set(numbers)) == len(numbers)
-        assert accepted <= {f"c{number}" for number in numbers}
-        assert numbers == sorted(numbers)
-
-    in_virtual_time(run)
