@@ -219,7 +219,7 @@ class BotJournal:
         last = await self._journal.last(self.bot)
         if last is None:
             raise Temporary("journal_lost", f"The journal of {self.bot} is gone: restore it from the backup.")
-        if last.sequence != self.sequence:
+        if last.sequence < self.sequence:
             raise LeaseLost("journal_set_back", self.bot)
         return []
 

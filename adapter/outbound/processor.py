@@ -166,11 +166,7 @@ class ShardCommandProcessor:
     def on_unbound(self, gone: Binding) -> None:
         """A bot serves its sandbox no more: its user's record is stored once more, also where it was not read yet."""
         if gone.user:
-            self._tasks.spawn(self._refresh(gone))
-
-    async def _refresh(self, gone: Binding) -> None:
-        actor = await self._endings.retry(gone.sandbox, lambda: self.conversation(gone, gone.user))
-        actor.refresh_bot()
+            self._tasks.spawn(self._endings.retry(gone.sandbox, lambda: self.wake(gone)))
 
     async def _move(self, binding: Binding, unknown: ConversationActor) -> None:
         """The user of a bot became known: their conversation gets what was kept under no name."""
