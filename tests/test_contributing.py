@@ -1,4 +1,4 @@
-"""What CONTRIBUTING.md and the map of the code name is there: files of the adapter, and what is in them."""
+"""What the documents name is there: files of the adapter and of the tests, and what is in them."""
 
 from __future__ import annotations
 
@@ -7,9 +7,12 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[1]
+from tests.test_docs import PAGES, ROOT
+
 SECTION = (ROOT / "CONTRIBUTING.md").read_text().partition("## Where does it happen")[2].partition("\n## ")[0]
 PLACES = sorted(set(re.findall(r"`([a-z_/]+\.py)(?:::(\w+))?`", SECTION)))
+NAMED = re.compile(r"(?<![\w./*-])((?:[\w.-]+/)*[\w-]+\.py(?=::)|(?:adapter|tests)/[\w./-]*[\w/])(?:::(\w+)(…?))?")
+"""A path below `adapter/` or `tests/`, or a file with a name in it, which `…` may cut short."""
 MAP = (ROOT / "docs/code-map.md").read_text().partition("```\nadapter/\n")[2].partition("\nhelm/")[0]
 
 
@@ -32,3 +35,37 @@ def test_the_map_of_the_code_has_the_files_that_there_are() -> None:
         absent += [name for name in names if not (folder / name).exists()]
     assert seen > 50
     assert absent == []
+
+
+def lost_names(page: Path, text: str) -> list[str]:
+    """Paths and names in a text of a page that are nowhere. A path may begin at the checkout, in `adapter/`, in
+    `tests/` or beside the page."""
+    lost, boundary = [], r"\b"
+    for found in NAMED.finditer(text):
+        path, name, rest = found.groups()
+        files = [base / path for base in (ROOT, ROOT / "adapter", ROOT / "tests", page.parent)]
+        files = [file for file in files if file.exists()]
+        if name:
+            definition = re.compile(rf"^ *(?:async def |def |class )?{name}{'' if rest else boundary}", re.MULTILINE)
+            files = [file for file in files if definition.search(file.read_text("utf-8"))]
+        if not files:
+            lost.append(found.group())
+    return lost
+
+
+@pytest.mark.parametrize("page", PAGES, ids=[str(page.relative_to(ROOT)) for page in PAGES])
+def test_what_a_page_names_is_there(page: Path) -> None:
+    assert lost_names(page, page.read_text("utf-8")) == []
+
+
+@pytest.mark.parametrize(
+    ("text", "count"),
+    [
+        ("`adapter/gone.py`", 1),
+        ("`tests/gone/`", 1),
+        ("`test_docs.py::test_gone`", 1),
+        ("`conversation/rules.py::step`, `tests/test_docs.py::test_links_…`, `adapter/ilink/`", 0),
+    ],
+)
+def test_a_name_that_is_gone_would_be_found(text: str, count: int) -> None:
+    assert len(lost_names(ROOT / "README.md", text)) == count
