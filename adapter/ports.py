@@ -268,7 +268,7 @@ class Cdn(Protocol):
 
 
 class Message(msgspec.Struct, frozen=True):
-    """Something to store in a stream. `stream` is its label in the metrics: in, event, parked, dead, out."""
+    """Something to store in a stream. `stream` is its label in the metrics: in, journal, event, dead, out …"""
 
     stream: str
     subject: str

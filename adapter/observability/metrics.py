@@ -272,7 +272,7 @@ class Metrics:
         )
 
     def _make_bus(self) -> None:
-        streams = ["in", "event", "parked", "dead", "out", "kv", "raw", "media", "ctl"]
+        streams = ["in", "journal", "event", "dead", "out", "kv", "media", "ctl"]
         self.nats_connected = self._gauge("nats_connected", "1 while connected to NATS, else 0.")
         self.nats_reconnects = self._counter("nats_reconnects", "Connections to NATS made again after a loss.")
         self.nats_publish = self._counter(
