@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import random
 import signal
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -35,11 +36,10 @@ async def test_a_replica_that_comes_later_gets_its_share_at_poll_boundaries(tmp_
         assert found.faults() == []
         assert made.sim.violations(kind="concurrent_polls") == []
         assert "polls.cancelled" not in first.log.read_text()
-        assert {record.outcome for bot in made.bots.values() for record in made.sim.polls(bot.bot).records} <= {
-            "messages",
-            "empty",
-            "",
-        }
+        outcomes = Counter(record.outcome for bot in made.bots.values() for record in made.sim.polls(bot.bot).records)
+        cut = outcomes.pop("disconnected", 0)
+        assert outcomes.keys() <= {"messages", "empty", ""}
+        assert cut <= BOTS // 10, "only of a bot whose answer came in the middle of the handing over"
 
         for adapter in (first, second):  # a rolling restart
             loading = asyncio.create_task(
