@@ -17,7 +17,7 @@ from nats.aio.client import Client
 from adapter.simulator import FaultRule
 from tests.e2e.scrape import scrape
 from tests.e2e.waiting import eventually, free_port, until
-from tests.e2e.world import NAMES, World, world
+from tests.e2e.world import NAMES, SOON, World, world
 from tests.monitoring.servers import Prometheus, Series
 from tests.monitoring.tools import DASHBOARD
 
@@ -63,7 +63,7 @@ async def shown(folder: Path, *, seconds: float) -> AsyncIterator[list[Shown]]:
     ports = [free_port(), free_port()]
     environ = {"WECHAT_NATS_CAPACITY": "40"}
     async with contextlib.AsyncExitStack() as stack:
-        made = await stack.enter_async_context(world(folder, environ=environ, hold_ms=2000))
+        made = await stack.enter_async_context(world(folder, environ=environ, parts=SOON, hold_ms=2000))
         nc = await made.nc()
         stack.push_async_callback(nc.close)
         prometheus = await stack.enter_async_context(Prometheus(folder / "prometheus", ports))

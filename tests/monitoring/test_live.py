@@ -22,7 +22,7 @@ from prometheus_client import CollectorRegistry, Gauge, start_http_server
 from adapter.simulator import FaultRule
 from tests.e2e.scrape import scrape
 from tests.e2e.waiting import eventually, free_port, until
-from tests.e2e.world import NAMES, AdapterProcess, World, world
+from tests.e2e.world import NAMES, SOON, AdapterProcess, World, world
 from tests.monitoring.servers import Alertmanager, Prometheus, Webhook
 from tests.monitoring.test_alerts import alerts
 from tests.monitoring.tools import need
@@ -300,7 +300,7 @@ async def test_every_alert_fires_from_a_real_fault_and_is_told_and_ends(tmp_path
     ports = [free_port(), free_port()]
     environ = {"WECHAT_NATS_LEASE_S": "8", "WECHAT_NATS_CAPACITY": str(CAPACITY)}
     async with contextlib.AsyncExitStack() as stack:
-        made = await stack.enter_async_context(world(tmp_path, environ=environ))
+        made = await stack.enter_async_context(world(tmp_path, environ=environ, parts=SOON))
         webhook = await stack.enter_async_context(Webhook())
         alertmanager = await stack.enter_async_context(Alertmanager(tmp_path / "alertmanager", webhook.url))
         await made.add_adapter(WECHAT_NATS_HTTP_ADDR=f"127.0.0.1:{ports[0]}")
