@@ -295,8 +295,8 @@ class Model:
         self.bots = {user: f"{user}b0@im.bot" for user in USERS}
         self.tokens = 0
         self.wrote: dict[str, list[int]] = defaultdict(list)
-        self.journal: dict[str, tuple[str, int]] = {}
-        """By bot: who wrote last, and when."""
+        self.journal: dict[str, tuple[str, str, int]] = {}
+        """By bot: who wrote last, to which sandbox, and when."""
         self.deaths = 0
         self.unsaved = 0
         """How often a replica ended while nobody could write down what it knew."""
@@ -401,14 +401,15 @@ class Model:
                 await self._replace(binding.sandbox, bot, name)
                 await self.world.bindings.update(bot, lambda now: msgspec.structs.replace(now, user=name))
         self.wrote[bot].append(len(self.chat.sent))
-        self.journal[bot] = name, self.world.clock.now_ms()
+        self.journal[bot] = name, binding.sandbox, self.world.clock.now_ms()
         await self._hear(bot)
 
     async def _hear(self, bot: str) -> None:
-        """What the dispatcher tells of a bot's last message, and once more the next owner's."""
-        name, said_ms = self.journal[bot]
+        """What the dispatcher tells of a bot's last message, and once more the next owner's. What was said to
+        another sandbox opens no window in this one."""
+        name, sandbox, said_ms = self.journal[bot]
         binding = self.world.bindings.get(bot)
-        if binding is None:
+        if binding is None or binding.sandbox != sandbox:
             return
         conversations = self.owner.benches[binding.sandbox].conversations
         with contextlib.suppress(Temporary, LeaseLost):
