@@ -4,11 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import structlog
+
 from adapter.conversation import rules
 from adapter.conversation.memory import ConversationMemory
 from adapter.conversation.rules import Activity, CommandResult, QueuedCommand
 from adapter.conversation.shard import ConversationDeps, ShardPort
 from adapter.conversation.work import OutstandingWork, repeat_until_done
+
+log = structlog.get_logger()
 
 _WAITS = (Activity.LOADING, Activity.UPLOADING, Activity.AWAITING_SLOT, Activity.CHECKING_SESSION)
 
@@ -32,7 +36,23 @@ class EffectRunner:
         self._unreceipted: set[int] = set()
         """Sequences of commands whose receipts could not even be made: they are not acknowledged."""
 
-    async def apply_event(self, event: rules.Input) -> None:
+    async def handle_event(self, event: rules.Input) -> None:
+        """One step. An input that makes the rules raise ends the commands that it is about as dead letters."""
+        try:
+            await self._apply_event(event)
+        except Exception as exc:
+            log.exception("conversation.crashed", sandbox=self._memory.state.sandbox, input=type(event).__name__)
+            if isinstance(event, rules.Stored):  # they are in no queue yet
+                for command in event.commands:
+                    await self._end_crashed(command, exc)
+            elif isinstance(event, rules.Answer) and self._memory.state.activity is Activity.SENDING:
+                await self._apply_event(rules.Unanswered())  # no other answer comes
+            else:
+                await self._apply_event(rules.Crashed(type(exc).__name__))
+                if isinstance(event, rules.InboundReceived):  # its sender counts on it that it is stored
+                    await self._apply_event(event)
+
+    async def _apply_event(self, event: rules.Input) -> None:
         """What the rules make of an input, and all that follows from it, but for what is out then."""
         now_ms = self._deps.clock.now_ms()
         self._memory.state, effects = rules.step(self._memory.state, event, now_ms, self._deps.policy)
@@ -57,17 +77,17 @@ class EffectRunner:
                     self._put(rules.Crashed(type(crash).__name__, command.sequence))
                     return
                 if result.reason != "crashed":
-                    await self.end_crashed(command, crash, result)
+                    await self._end_crashed(command, crash, result)
                 self._unreceipted.add(command.sequence)  # ended just now, or not at all
                 self._shard.release_body(command)  # those behind it need its share of the memory
             case rules.SetTyping(rules.QueuedCommand() as command):  # it is in the queue no more
-                await self.end_crashed(command, crash)
+                await self._end_crashed(command, crash)
             case rules.RequestSlot() | rules.Load() | rules.Upload() | rules.CheckSession() | rules.Post():
                 self._put(rules.Crashed(type(crash).__name__))
             case _:
                 pass  # the first command of the queue does not wait for it
 
-    async def end_crashed(
+    async def _end_crashed(
         self, command: QueuedCommand, crash: Exception, undelivered: CommandResult | None = None
     ) -> None:
         """`undelivered`: its result that could not be published. What may be on the phone is not called dead."""

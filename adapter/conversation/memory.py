@@ -30,9 +30,13 @@ class ConversationMemory:
         now, stored = self.state.record, self._stored
         return (now.dispatched_to, now.window.id, now.token) == (stored.dispatched_to, stored.window.id, stored.token)
 
-    def stored_dispatched_to(self, bot: str) -> int:
-        """Up to where in a bot's journal the stored record says that everything is dispatched."""
-        return self._stored.dispatched_to.get(bot, 0)
+    def has_dispatched_to(self, bot: str, sequence: int) -> bool:
+        """Whether the inbox has everything of a bot's journal up to a sequence."""
+        return self.state.record.dispatched_to.get(bot, 0) >= sequence
+
+    def is_stored_to(self, bot: str, sequence: int) -> bool:
+        """Whether the stored record says so."""
+        return self._stored.dispatched_to.get(bot, 0) >= sequence
 
     @property
     def has_record(self) -> bool:

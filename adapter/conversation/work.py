@@ -173,7 +173,7 @@ class OutstandingWork:
         except StoreAway:
             raise
         except AdapterError as exc:
-            self._put_if_awaited(self._as_answer(exc, "media"))
+            self._put_if_awaited(_as_answer(exc, self._memory, self._deps, "media"))
         else:
             self._put_if_awaited(rules.UploadDone(content))
 
@@ -192,40 +192,43 @@ class OutstandingWork:
             )
             answer = rules.Accepted(accepted.message_id, accepted.ret, accepted.errcode, accepted.errmsg)
         except AdapterError as exc:
-            answer = self._as_answer(exc)
+            answer = _as_answer(exc, self._memory, self._deps)
         except Exception:  # a bug: it may have left
             log.exception("send.crashed", bot=self._memory.serving_bot, sandbox=state.sandbox)
         finally:
             self.release_slot()
         self._put(answer)
 
-    def _as_answer(self, exc: AdapterError, reason: str = "") -> rules.Answer:
-        """What a failed request, or upload, is to the rules. `reason`: of a refusal."""
-        bot, sandbox, progress = self._memory.serving_bot, self._memory.state.sandbox, self._memory.state.record.head
-        said = {"ret": exc.ret, "errcode": exc.errcode, "errmsg": exc.errmsg} if isinstance(exc, Refused) else {}
-        failure = type(exc).__name__
-        log.info("send.failed", bot=bot, sandbox=sandbox, failure=failure, reason=exc.reason, **said)
-        if isinstance(exc, Refused):
-            attempts = progress.attempts if progress else 0
-            reason = reason or exc.reason
-            result = CommandResult("refused", reason, exc.detail, (), attempts, exc.ret, exc.errcode, exc.errmsg)
-            match exc:
-                case SessionExpired():
-                    return rules.TokenRejected(result._replace(reason="needs_login"))
-                case Throttled():
-                    return rules.Throttled(result._replace(reason="throttled"))
-                case _:
-                    return rules.Rejected(result)
-        if isinstance(exc, LeaseLost):
-            return rules.NotTaken("The lease was lost.", int(LEASE_PAUSE_S * 1000), is_unreached=True)
-        self._deps.metrics.outbound_retries.labels(reason=exc.reason).inc()
-        if isinstance(exc, Uncertain):
-            return rules.Unanswered()
-        pause_s = backoff(self._memory.state.failures + 1)
-        if isinstance(exc, Temporary) and exc.retry_after_s:
-            pause_s = exc.retry_after_s
-        pause_ms = int((pause_s + self._deps.clock.jitter(pause_s / 4)) * 1000)
-        return rules.NotTaken(exc.detail, pause_ms, is_unreached=exc.reason == "network")
+
+def _as_answer(
+    exc: AdapterError, memory: ConversationMemory, deps: ConversationDeps, reason: str = ""
+) -> rules.Answer:
+    """What a failed request, or upload, is to the rules. `reason`: of a refusal."""
+    bot, state, progress = memory.serving_bot, memory.state, memory.state.record.head
+    said = {"ret": exc.ret, "errcode": exc.errcode, "errmsg": exc.errmsg} if isinstance(exc, Refused) else {}
+    failure = type(exc).__name__
+    log.info("send.failed", bot=bot, sandbox=state.sandbox, failure=failure, reason=exc.reason, **said)
+    if isinstance(exc, Refused):
+        attempts = progress.attempts if progress else 0
+        reason = reason or exc.reason
+        result = CommandResult("refused", reason, exc.detail, (), attempts, exc.ret, exc.errcode, exc.errmsg)
+        match exc:
+            case SessionExpired():
+                return rules.TokenRejected(result._replace(reason="needs_login"))
+            case Throttled():
+                return rules.Throttled(result._replace(reason="throttled"))
+            case _:
+                return rules.Rejected(result)
+    if isinstance(exc, LeaseLost):
+        return rules.NotTaken("The lease was lost.", int(LEASE_PAUSE_S * 1000), is_unreached=True)
+    deps.metrics.outbound_retries.labels(reason=exc.reason).inc()
+    if isinstance(exc, Uncertain):
+        return rules.Unanswered()
+    pause_s = backoff(state.failures + 1)
+    if isinstance(exc, Temporary) and exc.retry_after_s:
+        pause_s = exc.retry_after_s
+    pause_ms = int((pause_s + deps.clock.jitter(pause_s / 4)) * 1000)
+    return rules.NotTaken(exc.detail, pause_ms, is_unreached=exc.reason == "network")
 
 
 def report_crash(exc: BaseException) -> None:

@@ -210,7 +210,7 @@ class Dispatcher:
         whole = 0
         """Records behind which no message goes on."""
         for number, opened in enumerate(self._unsaved, 1):
-            if not all(actor.is_stored_to(self.bot, opened.written.sequence) for actor in opened.actors):
+            if not all(actor.memory.is_stored_to(self.bot, opened.written.sequence) for actor in opened.actors):
                 break
             if not opened.written.record.is_continued:  # the next owner needs the beginning, too
                 whole = number
@@ -466,7 +466,7 @@ class Dispatcher:
                     await self._end_as_dead_letter(one.said.raw, one.sandbox, one.said)
             else:
                 actors.append(actor)
-                if not (opened.is_left_over and actor.has_dispatched_to(self.bot, sequence)):
+                if not (opened.is_left_over and actor.memory.has_dispatched_to(self.bot, sequence)):
                     continue
             heard = [one for one in heard if one.said.user != user]
         opened.actors = actors

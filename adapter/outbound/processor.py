@@ -29,7 +29,7 @@ from adapter.outbound.open_conversations import OpenConversations
 from adapter.outbound.placement import CommandPlacement
 from adapter.outbound.reading import BodyLoader, CommandReader
 from adapter.outbound.receipts import Address, Receipts
-from adapter.outbound.shard import OwnedShard, Sessions, ShardLease
+from adapter.outbound.shard import OwnedShard, Sessions, ShardBots, ShardLease
 from adapter.outbound.trials import Trials
 from adapter.outbound.typing_indicator import TypingDeps, TypingIndicators
 from adapter.ownership.leases import Leases
@@ -89,9 +89,8 @@ class ShardCommandProcessor:
 
         self.owned = OwnedShard(
             self._lease,
-            deps.bindings,
+            ShardBots(deps.bindings, deps.sessions, deps.account),
             deps.sessions,
-            deps.account,
             self.commands,
             BodyLoader(access.history, access.names, deps.reading.limits, deps.reading.texts, clock),
             self._endings,
@@ -219,7 +218,7 @@ class ShardCommandProcessor:
     def evict_idle(self) -> None:
         """Lets go of what is read back when it is needed."""
         self._conversations.evict_idle()
-        self.owned.forget_unbound()
+        self.owned.bots.forget_unbound()
         self.typing.evict_idle()
 
     def queue_depths(self, parked: Counter[str]) -> tuple[int, int | None]:

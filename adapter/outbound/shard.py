@@ -72,15 +72,65 @@ class ShardLease:
         self._lost = True
 
 
+class ShardBots:
+    """The bots that serve the users of a shard, and how each is called."""
+
+    def __init__(self, bindings: Bindings, sessions: Sessions, open_account: Callable[[Binding], Account]) -> None:
+        """`open_account` raises Refused("token_key")."""
+        self._bindings = bindings
+        self._sessions = sessions
+        self._open_account = open_account
+        self._accounts: dict[str, tuple[Binding, Account]] = {}
+
+    def binding_of(self, bot: str) -> Binding | None:
+        return self._bindings.get(bot)
+
+    def serving(self, sandbox: str, user: str, bot: str) -> Bot | None:
+        """The bot that serves the user now; `bot`: the one that did last."""
+        found = self._bindings.of_user(sandbox, user) if user else []
+        if not found:
+            binding = self._bindings.get(bot)
+            if binding is None or binding.sandbox != sandbox:
+                return None
+            found = [binding]
+        best = next((binding for binding in found if self._is_usable(binding)), found[0])
+        return Bot(best.bot, self._is_usable(best))
+
+    def _is_usable(self, binding: Binding) -> bool:
+        if binding.state == "needs_login" or self._sessions.is_recovering(binding.bot):
+            return False
+        try:
+            self.account(binding.sandbox, binding.bot)
+        except Refused:  # its token cannot be opened
+            return False
+        except Exception:  # a bug, and no command's: they wait, and it is looked at again
+            log.exception("account.crashed", bot=binding.bot)
+            return False
+        return True
+
+    def account(self, sandbox: str, bot: str) -> Account:
+        """How a bot of the sandbox is called. Raises Refused."""
+        binding = self._bindings.get(bot)
+        if binding is None or binding.sandbox != sandbox:
+            raise Refused("not_bound", "The bot serves this sandbox no more.")
+        known = self._accounts.get(bot)
+        if known is None or known[0] is not binding:  # a token is opened once, not for each send
+            known = self._accounts[bot] = binding, self._open_account(binding)
+        return known[1]
+
+    def forget_unbound(self) -> None:
+        """Lets go of the accounts of bots that are bound no more."""
+        self._accounts = {bot: known for bot, known in self._accounts.items() if self._bindings.get(bot)}
+
+
 class OwnedShard:
     """Implements actor.Shard."""
 
     def __init__(
         self,
         lease: ShardLease,
-        bindings: Bindings,
+        bots: ShardBots,
         sessions: Sessions,
-        open_account: Callable[[Binding], Account],
         ledger: CommandLedger,
         bodies: BodyLoader,
         endings: CommandEndings,
@@ -89,12 +139,9 @@ class OwnedShard:
         shown: Callable[[Conversation], contract.Window],
         tasks: TaskSet,
     ) -> None:
-        """`open_account` raises Refused("token_key")."""
         self._lease = lease
-        self._bindings = bindings
+        self.bots = bots
         self._sessions = sessions
-        self._open_account = open_account
-        self._accounts: dict[str, tuple[Binding, Account]] = {}
         self._ledger = ledger
         self._bodies = bodies
         self._endings = endings
@@ -110,35 +157,10 @@ class OwnedShard:
         await self._lease.wait()
 
     def bot_of(self, sandbox: str, user: str, bot: str) -> Bot | None:
-        found = self._bindings.of_user(sandbox, user) if user else []
-        if not found:
-            binding = self._bindings.get(bot)
-            if binding is None or binding.sandbox != sandbox:
-                return None
-            found = [binding]
-        best = next((binding for binding in found if self._is_usable(binding)), found[0])
-        return Bot(best.bot, self._is_usable(best))
-
-    def _is_usable(self, binding: Binding) -> bool:
-        if binding.state == "needs_login" or self._sessions.is_recovering(binding.bot):
-            return False
-        try:
-            self.account_of(binding.sandbox, binding.bot)
-        except Refused:  # its token cannot be opened
-            return False
-        except Exception:  # a bug, and no command's: they wait, and it is looked at again
-            log.exception("account.crashed", bot=binding.bot)
-            return False
-        return True
+        return self.bots.serving(sandbox, user, bot)
 
     def account_of(self, sandbox: str, bot: str) -> Account:
-        binding = self._bindings.get(bot)
-        if binding is None or binding.sandbox != sandbox:
-            raise Refused("not_bound", "The bot serves this sandbox no more.")
-        known = self._accounts.get(bot)
-        if known is None or known[0] is not binding:  # a token is opened once, not for each send
-            known = self._accounts[bot] = binding, self._open_account(binding)
-        return known[1]
+        return self.bots.account(sandbox, bot)
 
     async def is_session_alive(self, bot: str) -> bool:
         return await self._sessions.is_alive(bot)
@@ -166,7 +188,7 @@ class OwnedShard:
         self._ledger.release_body(command)
 
     def set_typing(self, state: Conversation, command: QueuedCommand | None, *, is_on: bool) -> None:
-        binding = self._bindings.get(state.bot.id) if state.bot else None
+        binding = self.bots.binding_of(state.bot.id) if state.bot else None
         if binding is None:
             if command is not None:
                 gone = CommandResult("refused", "not_bound", "The bot serves this sandbox no more.")
@@ -205,7 +227,3 @@ class OwnedShard:
             result = CommandResult("dead_lettered", exc.reason, exc.detail)
         bot = state.bot.id if state.bot else state.record.bot
         await self._endings.end(command, result, Address(state.sandbox, bot, state.user), self._shown(state))
-
-    def forget_unbound(self) -> None:
-        """Lets go of the accounts of bots that are bound no more."""
-        self._accounts = {bot: known for bot, known in self._accounts.items() if self._bindings.get(bot)}

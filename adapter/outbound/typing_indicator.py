@@ -46,6 +46,15 @@ class TypingDeps(NamedTuple):
     longest_s: float
 
 
+class HideRetry:
+    """The attempts to hide that failed."""
+
+    def __init__(self) -> None:
+        self.failures = 0
+        self.not_before = 0.0
+        """Monotonic time before which no other attempt is made, whatever wakes the indicator."""
+
+
 class Indicator:
     """The typing indicator of a bot as one user sees it, and as they should."""
 
@@ -62,14 +71,11 @@ class Indicator:
         """Status 1 may have taken effect, and nothing has hidden it."""
         self.shown_at: float | None = None
         """When iLink last took a status 1; None: it is not known to be shown."""
-        self.failed_hides = 0
-        self.hide_at = 0.0
-        """Monotonic time before which no other try to hide it is made, whatever wakes this."""
+        self.hide_retry = HideRetry()
         self.shows: list[asyncio.Future[None]] = []
         """Commands that wait until it is shown, or hidden."""
         self.hides: list[asyncio.Future[None]] = []
         self.wake = asyncio.Event()
-        self.task: asyncio.Task[None] | None = None
 
     def is_open(self) -> bool:
         """Whether anything is left to do."""
@@ -175,14 +181,14 @@ class IndicatorRunner:
 
     async def _hide(self, indicator: Indicator, account: Account) -> float:
         ticket, now = self._tickets.of(indicator.bot, indicator.user), self._deps.clock.monotonic()
-        if indicator.maybe_visible and now < indicator.hide_at and not self.draining:
-            return indicator.hide_at - now
+        if indicator.maybe_visible and now < indicator.hide_retry.not_before and not self.draining:
+            return indicator.hide_retry.not_before - now
         if indicator.maybe_visible or (indicator.hides and not (ticket.hidden and now < ticket.used_at + REST_S)):
             value = await self._tickets.get(account, indicator.user, indicator.context_token)
             await self._tickets.use(
                 account, indicator.user, value, indicator.context_token, on=False, check=self._check
             )
-            indicator.maybe_visible, indicator.shown_at, indicator.failed_hides = False, None, 0
+            indicator.maybe_visible, indicator.shown_at, indicator.hide_retry = False, None, HideRetry()
         _done(indicator.hides)
         return 0.0
 
@@ -204,12 +210,13 @@ class IndicatorRunner:
         if not indicator.maybe_visible:
             _fail(indicator.hides, exc)
             return 0.0
-        indicator.failed_hides += 1
-        if indicator.failed_hides < HIDES:
-            pause_s = max(least_s, backoff(indicator.failed_hides, first_s=2.0))
-            indicator.hide_at = self._deps.clock.monotonic() + pause_s
+        retry = indicator.hide_retry
+        retry.failures += 1
+        if retry.failures < HIDES:
+            pause_s = max(least_s, backoff(retry.failures, first_s=2.0))
+            retry.not_before = self._deps.clock.monotonic() + pause_s
             return pause_s
-        log.warning("typing.stuck", bot=indicator.bot, attempts=indicator.failed_hides)
+        log.warning("typing.stuck", bot=indicator.bot, attempts=retry.failures)
         _fail(indicator.hides, exc)
         indicator.maybe_visible = False
         return 0.0
@@ -229,6 +236,7 @@ class TypingIndicators:
     def __init__(self, shard: int, deps: TypingDeps) -> None:
         self._deps = deps
         self._indicators: dict[tuple[str, str], Indicator] = {}
+        self._tasks: dict[Indicator, asyncio.Task[None]] = {}
         self._known: set[tuple[str, str]] = set()
         """Bots and users to whom it was shown or hidden here: nothing of an owner before is left on their phones."""
         self._tickets = Tickets(deps.chat, deps.clock)
@@ -299,24 +307,17 @@ class TypingIndicators:
         for indicator in list(self._indicators.values()):
             indicator.wanted = False
             self._wake_or_start(indicator)
-        if tasks := self._tasks():
-            await asyncio.wait(tasks, timeout=seconds)
+        if self._tasks:
+            await asyncio.wait(list(self._tasks.values()), timeout=seconds)
         self.stop()
 
     def stop(self) -> None:
         """Ends everything now; the next owner hides what is shown."""
         self._runner.draining = True
-        for task in self._tasks():
+        for task in self._tasks.values():
             task.cancel()
 
     # one indicator --------------------------------------------------------------------------------------
-
-    def _tasks(self) -> list[asyncio.Task[None]]:
-        return [
-            indicator.task
-            for indicator in self._indicators.values()
-            if indicator.task is not None and not indicator.task.done()
-        ]
 
     def _indicator(self, binding: Binding, user: str, context_token: str) -> Indicator:
         key = binding.bot, user
@@ -327,11 +328,12 @@ class TypingIndicators:
 
     def _wake_or_start(self, indicator: Indicator) -> None:
         indicator.wake.set()
-        if indicator.task is None:
-            indicator.task = asyncio.get_running_loop().create_task(self._run(indicator))
-            indicator.task.add_done_callback(lambda task: self._ended(indicator, task))
+        if indicator not in self._tasks:
+            task = self._tasks[indicator] = asyncio.get_running_loop().create_task(self._run(indicator))
+            task.add_done_callback(lambda ended: self._ended(indicator, ended))
 
     def _ended(self, indicator: Indicator, task: asyncio.Task[None]) -> None:
+        del self._tasks[indicator]
         if self._indicators.get((indicator.bot, indicator.user)) is indicator:
             del self._indicators[indicator.bot, indicator.user]
         if task.cancelled():
