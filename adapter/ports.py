@@ -434,9 +434,6 @@ class TextReader(Protocol):
     async def render_plain(self, texts: Sequence[str]) -> list[str]:
         """Markdown as plain text (split.to_plain). Raises Refused("too_long") for what takes too long, Temporary."""
 
-    async def find_id(self, body: bytes) -> str:
-        """The id that the body of a command names; "": it names none, or cannot be read. Raises Temporary."""
-
     async def close(self) -> None:
         """Ends what is being read."""
 

@@ -142,18 +142,6 @@ class Claim(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     owner: str = ""
 
 
-class Reading(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """Bucket `claims`, key: `reading.` and the shard. What the shard's owner is reading of the commands that were
-    delivered to the owner before, which died."""
-
-    seq: int = 0
-    """Of the one command, in WECHAT_OUT; 0: any of them, or none where `owners` is 0."""
-    time_ms: int = 0
-    """When it was stored: sequences of a stream that was made anew may be the same."""
-    owners: int = 0
-    """How many have begun to read it since it may have ended one."""
-
-
 class Member(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """Bucket `members`, key: the incarnation. Renewed as long as it lives."""
 

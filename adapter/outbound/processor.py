@@ -30,10 +30,9 @@ from adapter.outbound.placement import CommandPlacement
 from adapter.outbound.reading import BodyLoader, CommandReader
 from adapter.outbound.receipts import Address, Receipts
 from adapter.outbound.shard import OwnedShard, Sessions, ShardBots, ShardLease
-from adapter.outbound.trials import Trials
 from adapter.outbound.typing_indicator import TypingDeps, TypingIndicators
 from adapter.ownership.leases import Leases
-from adapter.ports import Account, Bucket, TextReader
+from adapter.ports import Account, TextReader
 
 log = structlog.get_logger()
 
@@ -48,8 +47,6 @@ class ReadingDeps(NamedTuple):
 
     texts: TextReader
     limits: Limits
-    claims: Bucket
-    """Where it is noted what an owner is reading, see Trials."""
 
 
 class OutboundDeps(NamedTuple):
@@ -104,8 +101,6 @@ class ShardCommandProcessor:
             deps.reading.limits,
             metrics,
             deps.reading.texts,
-            Trials(deps.reading.claims, shard) if shard in deps.leases.inherited else None,
-            self._lease.check,
             self._draining,
             self._tasks,
         )

@@ -32,12 +32,11 @@ from adapter.conversation.commands import (
 )
 from adapter.conversation.record import CommandRef
 from adapter.conversation.rules import CommandResult, QueuedCommand
-from adapter.errors import LeaseLost, Refused, Temporary, Unreadable
+from adapter.errors import Refused, Temporary, Unreadable
 from adapter.kit.tasks import TaskSet
 from adapter.kit.timing import Clock, wait_event
 from adapter.observability.metrics import Metrics
 from adapter.outbound.receipts import Address
-from adapter.outbound.trials import OWNERS, Trials
 from adapter.ports import Archive, Delivery, TextReader
 
 log = structlog.get_logger()
@@ -66,23 +65,15 @@ class CommandReader:
         limits: Limits,
         metrics: Metrics,
         texts: TextReader,
-        trials: Trials | None,
-        ensure_owner: Callable[[], None],
         draining: asyncio.Event,
         tasks: TaskSet,
     ) -> None:
-        """`trials`: the owner before died, perhaps of a command that was delivered to it."""
         self.on_command: Callable[[ReadCommand], None] = _ignore
         self.on_unreadable: Callable[[QueuedCommand, CommandResult, Address], None] = _ignore
         """Called with what cannot be carried out, and how it ends."""
         self._limits = limits
         self._metrics = metrics
         self._texts = texts
-        self._trials = trials
-        self._ensure_owner = ensure_owner
-        self._trying = asyncio.Lock()
-        self._untried: set[int] = set()
-        """Sequences of what waits for its trial."""
         self._unread: dict[str, deque[Delivery]] = {}
         """By subject, in order: commands of which one takes its time to be read, and those behind it."""
         self._draining = draining
@@ -91,11 +82,10 @@ class CommandReader:
     def stop(self) -> None:
         """Hands on nothing any more."""
         self.on_command = self.on_unreadable = _ignore
-        self._ensure_owner = _ignore  # no cycle is left for the garbage collector
 
     def put(self, delivery: Delivery) -> None:
         """Reads a command, behind those of its sandbox that are being read."""
-        if delivery.subject in self._unread or (self._trials and delivery.redelivered):
+        if delivery.subject in self._unread:
             self._read_later(delivery)
         else:
             self._read(delivery)
@@ -149,11 +139,9 @@ class CommandReader:
         # the subject of a receipt of a longer name would break the connection
         self.on_unreadable(placeholder, result, Address(sandbox if len(sandbox) <= MAX_NAME else UNROUTED))
 
-    # what takes its time, or ends whoever reads it -----------------------------------------------------
+    # what takes its time -------------------------------------------------------------------------------
 
     def _read_later(self, delivery: Delivery) -> None:
-        if self._trials and delivery.redelivered:
-            self._untried.add(delivery.seq)
         if delivery.subject in self._unread:
             self._unread[delivery.subject].append(delivery)
             return
@@ -165,17 +153,12 @@ class CommandReader:
         unread = self._unread[subject]
         while unread and not self._draining.is_set():
             try:
-                if unread[0].seq in self._untried:
-                    assert self._trials is not None
-                    await self._try(unread, self._trials)
-                else:
-                    await self._read_slowly(unread)
-            except (Temporary, LeaseLost) as exc:
+                await self._read_slowly(unread)
+            except Temporary as exc:
                 log.warning("command.retrying", subject=subject, reason=exc.reason)
                 await wait_event(self._draining, 0.5)
             except Exception as exc:  # a bug: the others go on
                 log.exception("command.crashed", subject=subject, sequence=unread[0].seq)
-                self._untried.discard(unread[0].seq)
                 result = CommandResult("dead_lettered", "crashed", type(exc).__name__)
                 self._end_unread(unread.popleft(), contract.Outbound(), result)
         del self._unread[subject]
@@ -192,37 +175,6 @@ class CommandReader:
                     said = exc
         self._read(unread[0], said)  # if it raises, it is the first one that is at fault
         unread.popleft()
-
-    async def _try(self, unread: deque[Delivery], trials: Trials) -> None:
-        """Reads the first one, of which the owner before may have died, and those behind it where one note is enough
-        for all. Raises Temporary, LeaseLost."""
-        async with self._trying:
-            self._ensure_owner()
-            may_read = await trials.begin(unread[0])
-            while True:
-                sequence = unread[0].seq
-                await (self._read_slowly(unread) if may_read else self._end_as_unreadable(unread))
-                self._untried.discard(sequence)
-                if not (trials.is_of_all and unread and unread[0].seq in self._untried):
-                    break
-            while not self._untried and not self._draining.is_set():
-                try:
-                    self._ensure_owner()
-                    await trials.end()
-                    return
-                except (Temporary, LeaseLost) as exc:
-                    log.warning("command.retrying", sequence=sequence, reason=exc.reason)
-                    await wait_event(self._draining, 0.5)
-
-    async def _end_as_unreadable(self, unread: deque[Delivery]) -> None:
-        """Ends the first one, which nobody can read; also its id is looked for elsewhere. Raises Temporary."""
-        ident = await self._texts.find_id(unread[0].data)
-        delivery = unread.popleft()
-        log.error("command.dead_lettered", subject=delivery.subject, sequence=delivery.seq, owners=OWNERS)
-        detail = f"Whoever read it ended before it was read, {OWNERS} times in a row."
-        self._end_unread(
-            delivery, contract.Outbound(id=ident or None), CommandResult("dead_lettered", "crashed", detail)
-        )
 
 
 class BodyLoader:

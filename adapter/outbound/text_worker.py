@@ -1,4 +1,4 @@
-"""Reads what may take long, or end whoever reads it, in a process of its own.
+"""Reads texts that may take long in a process of its own.
 
 A call that does not come back would hold the event loop, and every lease with it. Run as a module, it is that
 process.
@@ -16,7 +16,6 @@ from typing import BinaryIO
 import msgspec
 import structlog
 
-from adapter.conversation.commands import Limits, salvage_ids
 from adapter.conversation.split import to_plain
 from adapter.errors import Refused, Temporary
 
@@ -30,15 +29,8 @@ _SIZE = 4
 """Bytes before each message, which say its length."""
 
 
-class Job(msgspec.Struct, frozen=True, kw_only=True):
-    """What the process is to do: render texts, or else find the id in the body of a command."""
-
-    texts: list[str] | None = None
-    body: bytes = b""
-
-
 class _Failed(Exception):
-    """The job did not end in time, or ended the process."""
+    """The texts were not read in time, or ended the process."""
 
 
 class TextWorker:
@@ -53,17 +45,10 @@ class TextWorker:
 
     async def render_plain(self, texts: Sequence[str]) -> list[str]:
         try:
-            return await self._do(Job(texts=list(texts)))
+            return await self._do(texts)
         except _Failed:
             detail = "Reading it as Markdown does not end: send it with format markdown, or as a file."
             raise Refused("too_long", detail) from None
-
-    async def find_id(self, body: bytes) -> str:
-        try:
-            (ident,) = await self._do(Job(body=body))
-        except _Failed:
-            return ""
-        return ident
 
     async def close(self) -> None:
         """Ends the process."""
@@ -71,9 +56,9 @@ class TextWorker:
             self._kill()
             await process.wait()
 
-    async def _do(self, job: Job) -> list[str]:
+    async def _do(self, texts: Sequence[str]) -> list[str]:
         """Raises _Failed, Temporary."""
-        message = msgspec.msgpack.encode(job)
+        message = msgspec.msgpack.encode(texts)
         async with self._turn:
             for _ in range(ATTEMPTS):
                 try:
@@ -123,16 +108,10 @@ async def _started() -> Process:
 def serve(source: BinaryIO, sink: BinaryIO) -> None:
     """Does jobs until there are no more."""
     while head := source.read(_SIZE):
-        job = msgspec.msgpack.decode(source.read(int.from_bytes(head)), type=Job)
-        message = msgspec.msgpack.encode(_do(job))
+        texts = msgspec.msgpack.decode(source.read(int.from_bytes(head)), type=list[str])
+        message = msgspec.msgpack.encode([to_plain(text) for text in texts])
         sink.write(len(message).to_bytes(_SIZE) + message)
         sink.flush()
-
-
-def _do(job: Job) -> list[str]:
-    if job.texts is not None:
-        return [to_plain(text) for text in job.texts]
-    return [salvage_ids(job.body, Limits(command_bytes=len(job.body), park_ms=0)).id or ""]
 
 
 if __name__ == "__main__":

@@ -48,8 +48,6 @@ class Leases(Membership):
         """Owned shards that another replica should have: to be handed over by `release`."""
         self.orphans: set[int] = set()
         """Shards that no living replica owned when this one last looked."""
-        self.inherited: set[int] = set()
-        """Owned shards whose owner before died, or was cut off."""
         self._claims = claims
         self._claim_revisions: dict[int, int] = {}
         self._release_unconfirmed: set[int] = set()
@@ -156,7 +154,6 @@ class Leases(Membership):
         """It is this replica's no more; the revision of its claim."""
         self.owned.discard(shard)
         self.surplus.discard(shard)
-        self.inherited.discard(shard)
         self._metrics.shards_owned.set(len(self.owned))
         self.changed.notify_all()
         return self._claim_revisions.pop(shard)
@@ -192,8 +189,6 @@ class Leases(Membership):
         if self.draining:
             return False
         mine = msgspec.json.encode(Claim(owner=self.incarnation))
-        if owner != self.incarnation:  # else the try whose answer was lost has seen it
-            (self.inherited.add if owner else self.inherited.discard)(shard)
         if owner == self.incarnation and shard not in self._release_unconfirmed:
             self._claim_revisions[shard] = revision  # a claim of ours whose answer was lost
         else:
@@ -252,7 +247,6 @@ class Leases(Membership):
     def _forget_all(self) -> None:
         self.owned.clear()
         self.surplus.clear()
-        self.inherited.clear()
         self._claim_revisions.clear()
         self._release_unconfirmed.clear()
         self._deadline = 0.0

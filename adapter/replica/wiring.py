@@ -243,7 +243,7 @@ class Replica:
                 metrics=self.metrics,
                 turns=self.turns,
             ),
-            reading=ReadingDeps(self.texts, self.limits, connections.bucket(self.names.claims)),
+            reading=ReadingDeps(self.texts, self.limits),
             receipts=self.receipts,
             bindings=self.bindings,
             leases=self.leases,

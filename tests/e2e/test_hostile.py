@@ -13,10 +13,9 @@ from nats.aio.client import Client
 
 from adapter.contract.messages import FINAL_OUTCOMES
 from adapter.contract.names import H_LAST, H_UPLOAD, shard_of
-from adapter.contract.records import Reading
 from adapter.simulator import Simulator
 from tests.bus.guarded import guarded
-from tests.e2e.world import NAMES, World, audit, environ_of, eventually, fast, free_port, stream, until, world
+from tests.e2e.world import NAMES, World, audit, environ_of, eventually, fast, free_port, until, world
 
 BAD = "bad"
 GOOD = next(name for name in (f"good{number}" for number in range(10_000)) if shard_of(name) == shard_of(BAD))
@@ -234,45 +233,4 @@ async def test_a_text_that_takes_long_to_read_holds_up_nobody(tmp_path: Path) ->
         assert [adapter.said(event) for event in LOST] == [0, 0, 0]
         await made.command(nc, BAD, "after all")
         await until(lambda: "answer after all" in made.phone_texts(BAD), "the bad one goes on")
-        await nc.close()
-
-
-async def test_a_command_that_ends_four_replicas_is_given_to_no_fifth(tmp_path: Path) -> None:
-    """Each is killed while it reads it. What is behind it goes on."""
-    async with world(tmp_path, quota=0) as made:
-        adapter = await made.add_adapter()
-        nc = await both(made)
-        made.say(BAD, "hello")
-        await made.settle(nc)  # iLink gives what it has given with an empty cursor to no other poll
-        shard = shard_of(BAD)
-        text = MEAN["brackets"]
-        ack = await nc.jetstream().publish(
-            NAMES.out(BAD), msgspec.json.encode({"text": text, "format": "plain", "id": "killer"})
-        )
-        await made.command(nc, BAD, "behind it")
-
-        async def is_delivered() -> bool:
-            info = await nc.jetstream().consumer_info(NAMES.stream_out, f"out-{shard:03d}")
-            return bool(info.num_ack_pending)
-
-        await eventually(is_delivered, "it is delivered")
-        await adapter.kill()
-        for sequence, owners in ((0, 1), (ack.seq, 2), (ack.seq, 3)):  # the first note names no single command
-            adapter = await made.add_adapter()
-
-            async def is_read(sequence: int = sequence, owners: int = owners) -> bool:
-                found = await stream(nc, f"KV_{NAMES.claims}", f"$KV.{NAMES.claims}.reading.{shard}")
-                noted = [msgspec.json.decode(data, type=Reading) for _, data in found]
-                return (sequence, owners) in [(reading.seq, reading.owners) for reading in noted]
-
-            await eventually(is_read, f"{owners} owners have noted that they read it")
-            await adapter.kill()
-        await made.add_adapter()
-        await is_told(made, nc, {"killer"}, ("dead_lettered",))
-        await until(lambda: "answer behind it" in made.phone_texts(BAD), "what is behind it is sent")
-        await is_served(made, nc, "after all")
-        (letter,) = [data for _, data in await stream(nc, NAMES.stream_dead, NAMES.dead_letters("*"))]
-        assert msgspec.json.decode(letter)["text"] == text
-        finals = [r for r in await made.receipts(nc) if r.command == "killer" and r.outcome in FINAL_OUTCOMES]
-        assert [(receipt.outcome, receipt.reason) for receipt in finals] == [("dead_lettered", "crashed")]
         await nc.close()

@@ -42,6 +42,8 @@ class FakeBus:
         """So many more reads fail."""
         self.read_back = 0
         """Messages read since the start."""
+        self._subjects: set[str] = set()
+        """All that were ever stored to: most receipts are the first of theirs, and nothing is looked for."""
         self._names = names
         self._clock = clock
         self._ids: dict[tuple[str, str], int] = {}
@@ -80,8 +82,9 @@ class FakeBus:
     def _conflict(self, message: Message) -> Conflict | None:
         if (expected := message.headers.get(H_EXPECTED)) is None:
             return None
-        last = [kept.stored.seq for kept in self.kept if kept.stored.subject == message.subject]
-        return None if int(expected) == (last[-1] if last else 0) else Conflict(10071, "wrong last sequence")
+        of_subject = reversed(self.kept) if message.subject in self._subjects else ()
+        last = next((kept.stored.seq for kept in of_subject if kept.stored.subject == message.subject), 0)
+        return None if int(expected) == last else Conflict(10071, "wrong last sequence")
 
     def _store(self, message: Message) -> PubAck:
         stream = self.stream_of(message.subject)
@@ -95,6 +98,7 @@ class FakeBus:
             self._ids[stream, ident] = seq
         now_ms = self._clock.now_ms()
         self.kept.append(Kept(stream, Stored(subject, seq, headers, payload, now_ms), now_ms))
+        self._subjects.add(subject)
         self.writes.append(label)
         return seq
 
@@ -152,7 +156,9 @@ class FakeBus:
             self.erased.append((stream, seq))
         if self.on_delete is not None:
             await self.on_delete()
-        self.kept = [kept for kept in self.kept if (kept.stream, kept.stored.seq) != (stream, seq)]
+        at = (at for at, kept in enumerate(self.kept) if (kept.stream, kept.stored.seq) == (stream, seq))
+        if (found := next(at, None)) is not None:
+            del self.kept[found]
 
     async def purge(self, stream: str, subject: str, *, keep: int) -> None:
         await asyncio.sleep(0)

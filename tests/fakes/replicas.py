@@ -21,7 +21,6 @@ class FakeLeases(Leases):
         self.has_lease = True
         self.has_no_peers = True
         self.surplus = set()
-        self.inherited = set()
         self.orphans = set()
         self.membership_epoch = 0
         self.proven_dead: set[str] = set()

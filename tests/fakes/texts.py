@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Callable, Sequence
 
-from adapter.conversation.commands import Limits, salvage_ids
 from adapter.conversation.split import to_plain
 
 
@@ -24,9 +23,5 @@ class FakeTexts:
                 await self.on_render(text)
             self.rendered.append(text)
         return [to_plain(text) for text in texts]
-
-    async def find_id(self, body: bytes) -> str:
-        await asyncio.sleep(0)
-        return salvage_ids(body, Limits(command_bytes=len(body), park_ms=0)).id or ""
 
     async def close(self) -> None: ...

@@ -10,7 +10,7 @@ import pytest
 from structlog.testing import capture_logs
 
 from adapter.contract.names import SHARDS
-from adapter.errors import LeaseLost, Temporary
+from adapter.errors import LeaseLost
 from adapter.ownership.membership import HOLDER_FRACTION
 from adapter.ports import Entry
 from tests.ownership.cluster import LEASE_S, Cluster, Store
@@ -385,36 +385,6 @@ async def test_a_claim_whose_answer_got_lost_is_adopted(cluster: Cluster) -> Non
     alone.claims.deaf = False
     await cluster.run(3)
     assert alone.working == set(range(SHARDS))
-
-
-async def test_whose_owner_died_is_known_and_whose_owner_gave_it_back_is_not(cluster: Cluster) -> None:
-    first, second = cluster.start(), cluster.start()
-    await cluster.run(5)
-    theirs = set(second.working)
-    assert first.leases.inherited == second.leases.inherited == set()
-    lost: list[int] = []
-
-    def lose_answer() -> None:
-        if len(lost) < len(theirs):
-            lost.append(1)
-            raise Temporary("bus_timeout")
-
-    first.claims.on_write = lose_answer
-    await second.kill()
-    await cluster.run(10)
-    assert len(lost) == len(theirs)
-    assert first.working == set(range(SHARDS))
-    assert first.leases.inherited == theirs
-
-    third = cluster.start()
-    await cluster.run(12)
-    assert third.working
-    assert third.leases.inherited == set()
-    assert first.leases.inherited == theirs - third.working
-    await first.leave()
-    await cluster.run(5)
-    assert third.working == set(range(SHARDS))
-    assert third.leases.inherited == set()
 
 
 async def test_a_write_that_lands_late_makes_nobody_owner_twice(cluster: Cluster) -> None:

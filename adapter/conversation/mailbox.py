@@ -1,0 +1,103 @@
+"""The inputs of one conversation, worked off in their order by one task, which ends when none is left."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from collections.abc import Awaitable, Callable
+from typing import NamedTuple
+
+import structlog
+
+from adapter.conversation import rules
+from adapter.errors import LeaseLost
+from adapter.kit.timing import PerTickLimiter
+
+log = structlog.get_logger()
+
+
+class _Mail(NamedTuple):
+    event: rules.Input
+    done: asyncio.Future[None] | None
+    is_wanted: Callable[[], bool] | None
+
+
+class Mailbox:
+    """An input that is put after `stop` is not handled: its waiter gets LeaseLost."""
+
+    def __init__(
+        self,
+        sandbox: str,
+        handle: Callable[[rules.Input], Awaitable[None]],
+        on_empty: Callable[[], None],
+        turns: PerTickLimiter,
+    ) -> None:
+        """`on_empty`: called when the task ends since no input is left."""
+        self._sandbox = sandbox
+        self._handle = handle
+        self._on_empty = on_empty
+        self._turns = turns
+        self._mails: deque[_Mail] = deque()
+        self._task: asyncio.Task[None] | None = None
+        self.is_stopped = False
+
+    @property
+    def is_busy(self) -> bool:
+        """An input is being handled, or waits for its turn."""
+        return self._task is not None
+
+    def put(
+        self,
+        event: rules.Input,
+        done: asyncio.Future[None] | None = None,
+        is_wanted: Callable[[], bool] | None = None,
+    ) -> None:
+        """Queues an input. `done` is set once what follows from it has happened, but for what is out then.
+        `is_wanted`: asked as its turn comes; None: it always is."""
+        if self.is_stopped:
+            _fail_waiter(done, self._sandbox)
+            return
+        self._mails.append(_Mail(event, done, is_wanted))
+        if self._task is None:
+            self._task = asyncio.get_running_loop().create_task(self._run())
+
+    async def wait_empty(self, timeout_s: float | None = None) -> None:
+        """Returns once the task has ended, or after the timeout."""
+        if self._task is not None:
+            await asyncio.wait([self._task], timeout=timeout_s)
+
+    def stop(self) -> None:
+        """Drops what waits, and cancels what is being handled, unless that is the caller."""
+        self.is_stopped = True
+        if self._task is not None and self._task is not asyncio.current_task():
+            self._task.cancel()
+        for mail in self._mails:
+            _fail_waiter(mail.done, self._sandbox)
+        self._mails.clear()
+
+    async def _run(self) -> None:
+        done: asyncio.Future[None] | None = None
+        try:
+            while self._mails:
+                await self._turns.wait_turn()
+                event, done, is_wanted = self._mails.popleft()
+                if is_wanted is not None and not is_wanted():
+                    continue
+                try:
+                    await self._handle(event)
+                except Exception as exc:  # the inputs behind it are handled all the same
+                    log.exception("conversation.crashed", sandbox=self._sandbox, input=type(event).__name__)
+                    if done is not None and not done.done():
+                        done.set_exception(exc)
+                if done is not None and not done.done():
+                    done.set_result(None)
+        finally:
+            self._task = None
+            _fail_waiter(done, self._sandbox)
+        if not self.is_stopped:
+            self._on_empty()
+
+
+def _fail_waiter(done: asyncio.Future[None] | None, sandbox: str) -> None:
+    if done is not None and not done.done():
+        done.set_exception(LeaseLost("shard_lost", sandbox))
