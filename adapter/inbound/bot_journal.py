@@ -23,7 +23,11 @@ SEEN_UNKEPT = 33
 """So many messages that are new since the journal has all that were seen lately, and it is written to it again."""
 
 SEEN_AGAIN = 64
-"""After so many records it is written again in any case: the stream keeps twice as many of a bot."""
+"""After so many records it is written again in any case."""
+
+
+RECORDS_KEPT = 2 * SEEN_AGAIN
+"""Records of one bot that the stream keeps."""
 
 
 class Progress(Protocol):
@@ -87,6 +91,10 @@ class BotJournal:
         self.last_heard = record.last_heard
         self._since_seen = 0
         """Records since that one, by this owner."""
+        self._older: list[int] = []
+        """Sequences of the newest records but one, as far as this owner knows them, oldest first."""
+        self._inherited = self.last_heard
+        """The newest record with messages that an earlier owner may have left; 0: none."""
         if last is not None:
             self._point_at(last)
 
@@ -132,7 +140,7 @@ class BotJournal:
 
     async def note(self) -> None:
         """Stores who polls, and from where, without messages. Raises Temporary, LeaseLost."""
-        await self._append(self._record())
+        await self._append(self._record(new=1))
 
     async def give_back(self, *, ttl_s: int = 0) -> None:
         """Takes this replica's name out, also while its lease is not valid: it lives, so that nobody else would.
@@ -223,6 +231,22 @@ class BotJournal:
             raise LeaseLost("journal_set_back", self.bot)
         return []
 
+    async def delete_needless(self) -> None:
+        """Deletes the records that no later owner reads: all before the newest one, once everything is dispatched and
+        what was seen lately is stored. What people wrote stays no longer than that. Raises Temporary."""
+        if self._stored_done_to < self.last_heard or self.seen_to < self.last_heard:
+            return
+        while self._inherited and (found := await self._journal.get(self.bot, self._inherited)) is not None:
+            self._older.insert(0, self._inherited)
+            self._inherited = found.record.last_heard
+        self._inherited = 0
+        needed = [sequence for sequence in self._older if sequence == self.seen_at]
+        while self._older:
+            if self._older[-1] not in needed:
+                await self._journal.delete(self._older[-1])
+            self._older.pop()
+        self._older = needed
+
     async def delete_older(self) -> None:
         """Deletes all records but the newest. Raises Temporary."""
         async for written in self._journal.after(self.bot, 0):
@@ -270,6 +294,8 @@ class BotJournal:
             return
 
     def _point_at(self, written: Written) -> None:
+        if self.sequence and self.sequence != written.sequence:
+            self._older = [*self._older[1 - RECORDS_KEPT :], self.sequence]
         self.sequence = written.sequence
         self._since_seen += 1
         if written.record.seen is not None:

@@ -216,6 +216,10 @@ async def _note(journal: BotJournal, lately: _Lately, deps: InboundDeps) -> None
         lately.note_at = 0.0
     elif now - (lately.note_at or now) > NOTED_WITHIN_S:
         await retry(journal.note, deps.clock)
+        try:
+            await journal.delete_needless()
+        except Temporary as exc:  # the next note tries again
+            log.warning("journal.not_trimmed", bot=journal.bot, reason=exc.reason)
     else:
         lately.note_at = lately.note_at or now
 

@@ -18,7 +18,7 @@ from adapter.inbound.dispatcher import BACKLOG, BACKLOG_BYTES
 from adapter.inbound.inbox import LARGE
 from adapter.inbound.journal import JournalRecord
 from adapter.ports import Message, Polled, Stored
-from tests.fakes import EPOCH_MS, Bench, batch, ready, settle
+from tests.fakes import EPOCH_MS, Bench, Failing, batch, ready, settle
 from tests.inbound.downloads import NOTHING, PNG, heir_to, image, run, said, words
 from tests.inbound.pollers import BOT, USER, Poller, polls, raw, tended, texts
 
@@ -690,8 +690,9 @@ async def test_what_was_seen_is_written_once_for_many_messages_and_remembered_by
 
 
 async def test_what_was_seen_is_written_again_before_the_stream_lets_it_go() -> None:
-    """An idle bot's cursors are records, too."""
+    """An idle bot's cursors are records, too, and the bus may refuse to delete them."""
     bench = await ready(batch(words(1)), *(batch(cursor=f"c{number}") for number in range(600)))
+    bench.bus.on_delete = Failing(1000, Temporary("bus_timeout"))
     replica = run(bench)
     await asyncio.sleep(600 * 35)
     written = await bench.written()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections import deque
 
 import msgspec
 import pytest
@@ -74,6 +75,39 @@ async def test_a_stream_without_room_is_waited_for() -> None:
     bench.bus.refuse = lambda _: refusals.pop() if refusals and bench.chat.asked else None
     await polls(bench)
     assert texts(bench) == ["hello"]
+
+
+@pytest.mark.parametrize("is_crashed", [False, True], ids=["the same owner", "a crash before the quiet"])
+async def test_a_quiet_bots_messages_leave_the_journal_and_repeats_are_known_all_the_same(
+    *, is_crashed: bool
+) -> None:
+    words = [batch(raw(f"word {n}", n), cursor=f"c{n}") for n in range(40)]
+    quiet = [batch(cursor=None), None] * 4  # iLink ends a poll without messages, and one is lost
+    bench = await ready(*words, *([] if is_crashed else quiet))
+    session, task = tended(bench)
+    await asyncio.sleep(30)
+    assert sum(bool(written.record.messages) for written in await bench.written()) == 40
+    if is_crashed:
+        task.cancel()
+        await asyncio.wait([task])
+        bench = heir_to(bench)
+        bench.chat.polls = deque([batch(raw("word 40", 40), cursor="c40"), *quiet])
+        session, task = tended(bench)
+    told = 41 if is_crashed else 40
+    await asyncio.sleep(200)
+    last = await bench.last_record()
+    assert (last.messages, last.cursor, len(last.seen or ())) == ([], f"c{told - 1}", told)
+    assert not any(written.record.messages for written in await bench.written())
+    bench.bus.forget_ids()
+    session.leave(now=True)
+    await task
+    bench = heir_to(bench)
+    bench.chat.polls = deque([batch(raw("word 3", 3), raw("new", 50), cursor="z")])
+    session, task = tended(bench)
+    await asyncio.sleep(60)
+    assert texts(bench) == [*(f"word {n}" for n in range(told)), "new"]
+    session.leave(now=True)
+    await task
 
 
 # sealing -------------------------------------------------------------------------------------------------
