@@ -1,4 +1,4 @@
-"""Reads commands: validates a message of `wechat.out`, splits it into parts, merges texts. Pure."""
+"""Reads commands: validates a message of `wechat.out` and splits it into parts. Pure."""
 
 from __future__ import annotations
 
@@ -27,30 +27,30 @@ from adapter.errors import UNDECODABLE, Refused, Unreadable
 from adapter.kit.json_repair import without_halves
 
 _PEER = re.compile(r"[!-~]{0,128}")
-"""A bot's or user's id: it becomes part of a subject."""
+"""Id of a bot or user, which becomes part of a subject."""
 _VALUE = re.compile(r"""value ['"]""")
-"""Behind it msgspec quotes a text that it does not take, to the end or to the path in backquotes."""
+"""Where msgspec begins to quote a text that it rejects, up to the end or to the path in backquotes."""
 ID_CHARS = 128
-"""Characters of a command's id (contract.CommandId)."""
+"""Most characters of a command's id (contract.CommandId)."""
 MAX_NAME = 128
-"""Characters of a file name."""
+"""Most characters of a file name."""
 _UNSEEN = ("Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp")
-"""Unicode categories that a file name is rid of."""
+"""Unicode categories that are removed from file names."""
 MERGE_SEPARATOR = "\n\n"
-"""Between merged texts: a blank line, which ends a paragraph and a list in Markdown and reads well without it."""
+"""A blank line between merged texts: it ends a paragraph and a list in Markdown and reads well in plain text."""
 
 
 TYPING_MS = 300_000
-"""How long the bot is shown typing without being told again, so that an agent that died does not type for ever; a
-command to show it has expired at this age."""
+"""How long the typing indicator stays without a new command, so that it ends when an agent dies. A command to show it
+expires at this age."""
 TEXT_CHARS = 4000
-"""Longest part of a split text: in every script fewer bytes than iLink takes (split.MAX_BYTES)."""
+"""Longest part of a split text. In every script it has fewer bytes than iLink takes (split.MAX_BYTES)."""
 PARTS = 10
-"""Most parts of a split text: as many as a window has sends."""
+"""Most parts of a split text: the sends of a window."""
 
 
 class Limits(NamedTuple):
-    """What bounds a command."""
+    """Limits for commands."""
 
     park_ms: int
     command_bytes: int = COMMAND_BYTES
@@ -64,13 +64,13 @@ class MediaPart(NamedTuple):
 
     kind: Literal["image", "video", "file"]
     name: str
-    """As the user shall see it; "" where the sandbox names none."""
+    """File name to show; "" if the sandbox gives none."""
     object: str
-    """"" where the bytes are here."""
+    """"" if `data` has the bytes."""
     data: bytes
 
     def __repr__(self) -> str:
-        return f"MediaPart({self.kind!r})"  # what is in it never gets into a log or traceback
+        return f"MediaPart({self.kind!r})"  # keeps the content out of logs and tracebacks
 
 
 Part: TypeAlias = str | MediaPart
@@ -78,34 +78,34 @@ Part: TypeAlias = str | MediaPart
 
 
 class Command(NamedTuple):
-    """A command that can be carried out. `parts`: the texts and media to send, one request each."""
+    """A valid command. `parts`: the texts and media to send, one request each."""
 
     id: str
     client: str
-    """Base of the client_ids of its parts: the same whenever this command is sent again, another for any other."""
+    """Base of the client_ids of its parts, the same in every attempt and unique to the command."""
     sandbox: str
     bot: str
-    """"" where the sandbox's only bot is meant."""
+    """"" for the sandbox's only bot."""
     user: str
-    """"" where the bot's user is meant."""
+    """"" for the bot's user."""
     parts: list[Part]
     when_closed: Literal["park", "refuse"]
     sequence: int
-    """As it was stored first: of a router's copy, the original's."""
+    """Sequence at which it was first stored. For a copy by the router it is that of the original."""
     stored_ms: int
-    """When it was stored first, likewise."""
+    """Time at which it was first stored, likewise."""
     expires_ms: int
-    """Unsent by then, it is refused."""
+    """A command that is unsent at this time is refused."""
     typing: Literal["", "on", "off"] = ""
-    """Instead of parts: show or hide that the bot types."""
+    """Show or hide the typing indicator; such a command has no parts."""
     optional: bool = False
-    """It takes none of the sends that are kept back."""
+    """It may not use the reserved sends."""
     reply_to: str = ""
-    """The inbound message that it answers."""
+    """Id of the inbound message that it answers."""
 
     @property
     def kind(self) -> Literal["text", "media", "typing", "unreadable"]:
-        """For the metrics; media with captions are media."""
+        """Metrics label. Media with captions are media."""
         if self.typing:
             return "typing"
         if any(isinstance(part, MediaPart) for part in self.parts):
@@ -114,23 +114,23 @@ class Command(NamedTuple):
 
 
 def command_id(body_id: str | None, routed_id: str, msg_id: str, seq: int) -> str:
-    """The idempotency key: the body's, else the one that the router found, else Nats-Msg-Id, else the sequence."""
+    """The idempotency key: the body's id, else the one from the router, else Nats-Msg-Id, else the sequence."""
     return body_id or _bounded_id(routed_id) or _bounded_id(msg_id) or str(seq)
 
 
 def _bounded_id(ident: str) -> str:
-    """An id as records have room for: cut off alone, two long ones that begin alike would be one, and the second
-    command be dropped as a repeat."""
+    """An id of at most ID_CHARS. A hash replaces the cut-off end, since two long ids with the same beginning must
+    stay different."""
     if len(ident) <= ID_CHARS:
         return ident
     return f"{ident[: ID_CHARS - 33]}~{hashlib.blake2b(ident.encode(), digest_size=16).hexdigest()}"
 
 
 def decode_command(data: bytes, limits: Limits) -> Outbound:
-    """The message's fields; a `sandbox` of another form than a sandbox's is kept, for the readers to refuse.
+    """Decodes the fields of a command. A malformed `sandbox` is kept, so that the command can be refused.
 
-    Half an emoji, as programs in JavaScript and Python leave it where they cut a text, costs no more than itself.
-    Raises Unreadable for what is too large, no JSON, or otherwise not of the schema.
+    A lone surrogate, as JavaScript and Python leave it where they cut a text, is replaced. Raises Unreadable for a
+    body that is too large, no JSON, or does not match the schema.
     """
     if len(data) > limits.command_bytes:
         raise Unreadable("too_large", f"{len(data)} bytes; at most {limits.command_bytes} are read.")
@@ -145,7 +145,7 @@ def decode_command(data: bytes, limits: Limits) -> Outbound:
 
 
 def _decode_misaddressed(data: bytes) -> Outbound | None:
-    """A body that is right but for the form of its `sandbox`: a wrong address is refused, and no dead letter."""
+    """A body that is valid except for the form of its `sandbox`. It is refused instead of becoming a dead letter."""
     try:
         fields = msgspec.json.decode(data, type=dict[str, msgspec.Raw])
         sandbox = msgspec.json.decode(fields.pop("sandbox"), type=str)
@@ -156,8 +156,8 @@ def _decode_misaddressed(data: bytes) -> Outbound | None:
 
 
 def salvage_ids(data: bytes, limits: Limits) -> Outbound:
-    """What a body that is no command says of itself: `id` and `sandbox`, each where it is one. Under another name its
-    publisher would wait for the receipt in vain."""
+    """The `id` and `sandbox` of a body that is no valid command, each if it is valid itself. They go into the
+    receipt, since its publisher waits for a receipt with that id."""
     if len(data) > limits.command_bytes:
         return Outbound()
     try:
@@ -177,7 +177,7 @@ def _string_field(fields: Mapping[str, msgspec.Raw], name: str, kind: Any) -> st
 
 
 def sandbox_of(body: Outbound) -> str:
-    """The sandbox that a command on plain `wechat.out` names. Raises Refused("invalid")."""
+    """The sandbox of a command on plain `wechat.out`. Raises Refused("invalid")."""
     if not body.sandbox:
         raise Refused("invalid", "A command on plain wechat.out names its sandbox.")
     return check_sandbox(body.sandbox)

@@ -1,4 +1,4 @@
-"""The conversations of a replica, as the side sees them that hears the users."""
+"""The conversations of a replica, as the inbound side uses them."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ from adapter.kit.timing import Clock
 log = structlog.get_logger()
 
 HEARD_WITHIN_S = 1.0
-"""No inbox waits longer for a conversation, which may wait for a receipt that cannot be stored."""
+"""Longest wait of an inbox for a conversation, which itself may wait for a receipt that cannot be stored."""
 WOKEN_AT_ONCE = 8
-"""Conversations read at once after a start or a take-over; thousands would hold up what people wait for."""
+"""Conversations loaded at the same time after a start or a take-over, so that thousands do not hold up other work."""
 
 
 class ConversationShard(Protocol):
-    """A shard that this replica works for."""
+    """A shard that this replica owns."""
 
     async def conversation(self, binding: Binding, user: str) -> ConversationActor:
         """Raises Temporary."""
@@ -37,14 +37,14 @@ class ConversationShard(Protocol):
         """Raises Temporary."""
 
     def on_inbound(self, binding: Binding, user: str) -> None:
-        """The user writes: iLink may have a typing ticket for them now."""
+        """The user wrote, so iLink may have a typing ticket for them."""
 
     def record_in_memory(self, sandbox: str, user: str) -> ConversationRecord | None:
-        """The record as the conversation knows it; None where it was not read."""
+        """The record in memory; None: the conversation is not loaded."""
 
 
 class Conversations:
-    """Tells conversations that their users wrote, and what is known of them."""
+    """Gives inbound messages to conversations, and answers questions about their records."""
 
     def __init__(
         self,
@@ -55,7 +55,7 @@ class Conversations:
     ) -> None:
         self._store = store
         self._open_shard = open_shard
-        """The shard of a sandbox, once it works; None where another replica owns it."""
+        """The shard of a sandbox once it works; None: another replica owns it."""
         self._clock = clock
         self._policy = policy
         self._to_wake: dict[str, Binding] = {}
@@ -72,9 +72,9 @@ class Conversations:
         received_ms: int | None = None,
         sequence: int,
     ) -> ConversationActor:
-        """The user wrote: returns their conversation once it knows it. One that is held up, as by a receipt that
-        cannot be stored, is waited for a second, and told in its turn. `sequence`: of the journal record that has the
-        message. Raises Temporary, LeaseLost.
+        """Gives a message of the user to their conversation, and returns the conversation once it has processed the
+        message, or after HEARD_WITHIN_S if it is held up; it then processes the message later. `sequence`: that of
+        the message's journal record. Raises Temporary, LeaseLost.
         """
         shard = await self._open_shard(binding.sandbox)
         if shard is None:
@@ -87,21 +87,21 @@ class Conversations:
         )
         done = actor.on_inbound(inbound)
         done.add_done_callback(_retrieve_exception)
-        await asyncio.sleep(0)  # mostly it does nothing else: a timeout would cost as much as what it does
+        await asyncio.sleep(0)  # usually enough, and cheaper than a timeout
         if not done.done():
             await asyncio.wait([done], timeout=HEARD_WITHIN_S)
         if done.done():
             done.result()
         else:
-            done.cancel()  # it is heard all the same, and nobody waits for it
+            done.cancel()  # the message stays in the mailbox; only the wait ends
         return actor
 
     async def shown_window(self, sandbox: str, bot: str, user: str) -> contract.Window:
-        """What may be sent to the user now. Raises Temporary."""
+        """The user's send window. Raises Temporary."""
         return window.visible_window(await self._record(sandbox, user), self._clock.now_ms(), self._policy.window)
 
     async def find_sent(self, sandbox: str, user: str, ids: Sequence[str]) -> SentText | None:
-        """What was sent to the user lately under one of iLink's ids. Raises Temporary."""
+        """The recently sent message with one of these iLink ids. Raises Temporary."""
         record = await self._record(sandbox, user)
         return next((sent for sent in record.sent if sent.id in ids), None)
 
@@ -114,7 +114,7 @@ class Conversations:
         return (await self._store.load(sandbox, user))[0]
 
     def wake_soon(self, binding: Binding) -> None:
-        """The bot is polled here from now on: has its conversation look at what changed meanwhile."""
+        """Has the bot's conversation check in the background what changed before this replica polled the bot."""
         self._to_wake[binding.bot] = binding
         if len(self._waking) < WOKEN_AT_ONCE:
             self._waking.spawn(self._wake_all())
@@ -137,7 +137,7 @@ class Conversations:
 
 
 def _retrieve_exception(done: asyncio.Future[None]) -> None:
-    """What it raised is nobody's to hear where the dispatcher was cancelled."""
+    """Marks an exception as seen when the dispatcher that waited was cancelled."""
     if not done.cancelled():
         done.exception()
 

@@ -1,4 +1,4 @@
-"""Makes the steps of a conversation, and carries their effects out in order."""
+"""Applies inputs to a conversation, and carries out their effects in order."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _WAITS = (Activity.LOADING, Activity.UPLOADING, Activity.AWAITING_SLOT, Activity
 
 
 class EffectRunner:
-    """An effect that raises what nobody expects, several times, ends the command that it was for."""
+    """Runs effects. One that raises an unexpected error several times ends its command."""
 
     def __init__(
         self,
@@ -34,26 +34,26 @@ class EffectRunner:
         self._work = work
         self._put = put
         self._unreceipted: set[int] = set()
-        """Sequences of commands whose receipts could not even be made: they are not acknowledged."""
+        """Sequences of commands whose receipts could not be made; they are not acknowledged."""
 
     async def handle_event(self, event: rules.Input) -> None:
-        """One step. An input that makes the rules raise ends the commands that it is about as dead letters."""
+        """Processes one input. If the rules raise on it, its commands end as dead letters."""
         try:
             await self._apply_event(event)
         except Exception as exc:
             log.exception("conversation.crashed", sandbox=self._memory.state.sandbox, input=type(event).__name__)
-            if isinstance(event, rules.Stored):  # they are in no queue yet
+            if isinstance(event, rules.Stored):  # they are not in the queue
                 for command in event.commands:
                     await self._end_crashed(command, exc)
             elif isinstance(event, rules.Answer) and self._memory.state.activity is Activity.SENDING:
-                await self._apply_event(rules.Unanswered())  # no other answer comes
+                await self._apply_event(rules.Unanswered())  # the request gets no other answer
             else:
                 await self._apply_event(rules.Crashed(type(exc).__name__))
-                if isinstance(event, rules.InboundReceived):  # its sender counts on it that it is stored
+                if isinstance(event, rules.InboundReceived):  # the dispatcher relies on it being stored
                     await self._apply_event(event)
 
     async def _apply_event(self, event: rules.Input) -> None:
-        """What the rules make of an input, and all that follows from it, but for what is out then."""
+        """Applies one input and carries out its effects. Long ones go on in the background (OutstandingWork)."""
         now_ms = self._deps.clock.now_ms()
         self._memory.state, effects = rules.step(self._memory.state, event, now_ms, self._deps.policy)
         if self._memory.state.activity not in _WAITS:
@@ -67,30 +67,30 @@ class EffectRunner:
                 self._work.release_slot()
                 self._put(rules.NotTaken("", 0, is_unreached=True))
                 self._put(rules.Crashed(type(crash).__name__))
-                return  # a request must not leave that is not stored
+                return  # a request must not be made before it is stored
 
     async def _on_effect_crashed(self, effect: rules.Effect, crash: Exception) -> None:
-        """What a bug keeps from being done: the command that it was for ends as a dead letter."""
+        """Ends the command of an effect that a bug prevents, as a dead letter."""
         match effect:
             case rules.PublishReceipt(command, result):
-                if result.outcome == "parked":  # it is in the queue yet
+                if result.outcome == "parked":  # the command is still in the queue
                     self._put(rules.Crashed(type(crash).__name__, command.sequence))
                     return
                 if result.reason != "crashed":
                     await self._end_crashed(command, crash, result)
-                self._unreceipted.add(command.sequence)  # ended just now, or not at all
-                self._shard.release_body(command)  # those behind it need its share of the memory
-            case rules.SetTyping(rules.QueuedCommand() as command):  # it is in the queue no more
+                self._unreceipted.add(command.sequence)  # ended by `_end_crashed`, or not at all
+                self._shard.release_body(command)  # frees its share of the memory for other commands
+            case rules.SetTyping(rules.QueuedCommand() as command):  # the command is no longer in the queue
                 await self._end_crashed(command, crash)
             case rules.RequestSlot() | rules.Load() | rules.Upload() | rules.CheckSession() | rules.Post():
                 self._put(rules.Crashed(type(crash).__name__))
             case _:
-                pass  # the first command of the queue does not wait for it
+                pass  # the head does not wait for this effect
 
     async def _end_crashed(
         self, command: QueuedCommand, crash: Exception, undelivered: CommandResult | None = None
     ) -> None:
-        """`undelivered`: its result that could not be published. What may be on the phone is not called dead."""
+        """`undelivered`: the result that could not be published. A command that may be sent is no dead letter."""
         result = CommandResult("dead_lettered", "crashed", type(crash).__name__)
         if undelivered is not None and undelivered.may_be_sent:
             result = CommandResult(
@@ -100,7 +100,7 @@ class EffectRunner:
             await self._perform_until_done(rules.Acknowledge(command))
 
     async def _perform_until_done(self, effect: rules.Effect) -> Exception | None:
-        """None once it is done; what it raised several times, if that is a bug."""
+        """None: done. The exception, if a bug raised it in every attempt."""
         return await repeat_until_done(
             type(effect).__name__,
             lambda: self._perform_effect(effect),
@@ -117,7 +117,7 @@ class EffectRunner:
                 await self._memory.save()
             case rules.PublishReceipt(command, result):
                 if not result.is_sent:
-                    shard.ensure_owner()  # only the owner may say so: the next one may have more luck
+                    shard.ensure_owner()  # another owner may still send it
                 await shard.publish_receipt(command, result, state)
             case rules.Acknowledge(command, is_duplicate):
                 if command.sequence not in self._unreceipted:

@@ -1,4 +1,4 @@
-"""The state of one conversation in memory, and its record in the bucket."""
+"""The state of one conversation in memory, and its stored record."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from adapter.errors import Conflict
 
 
 class ConversationMemory:
-    """The only writer of the record, but for an owner before us whose last write was on its way."""
+    """The only writer of the record, except for a last write of the previous owner that was on its way."""
 
     def __init__(self, state: Conversation, revision: int, shard: ShardPort, store: ConversationStore) -> None:
         self.state = state
@@ -21,31 +21,31 @@ class ConversationMemory:
 
     @property
     def is_dirty(self) -> bool:
-        """The record was not stored as it is known here."""
+        """The record differs from the stored one."""
         return self.state.record != self._stored
 
     @property
     def is_inbound_stored(self) -> bool:
-        """The record was stored with all that the user said as it is known here."""
+        """The stored record has everything that inbound messages changed."""
         now, stored = self.state.record, self._stored
         return (now.dispatched_to, now.window.id, now.token) == (stored.dispatched_to, stored.window.id, stored.token)
 
     def has_dispatched_to(self, bot: str, sequence: int) -> bool:
-        """Whether the inbox has everything of a bot's journal up to a sequence."""
+        """Whether the inbox has all messages of the user up to a sequence of the bot's journal."""
         return self.state.record.dispatched_to.get(bot, 0) >= sequence
 
     def is_stored_to(self, bot: str, sequence: int) -> bool:
-        """Whether the stored record says so."""
+        """Whether the stored record has that, too."""
         return self._stored.dispatched_to.get(bot, 0) >= sequence
 
     @property
     def has_record(self) -> bool:
-        """There is one in the bucket."""
+        """The bucket has a record."""
         return bool(self._revision)
 
     @property
     def serving_bot(self) -> str:
-        """Over which messages are sent; the last one where none serves the user."""
+        """The bot to send with; the last one if none serves the user."""
         return self.state.bot.id if self.state.bot else self.state.record.bot
 
     async def save(self) -> None:
@@ -59,7 +59,7 @@ class ConversationMemory:
             except Conflict:
                 self._shard.ensure_owner()
                 stored, self._revision = await store.load(state.sandbox, state.user)
-                self._shard.ensure_owner()  # the answer may be late, and the record that of an owner after us
+                self._shard.ensure_owner()  # the read may be slow, and the record that of a new owner
                 self.state = rules.adopt_inbound(self.state, stored)
             else:
                 self._stored = record

@@ -1,40 +1,40 @@
 """The rules of one conversation as a pure function: `step(conversation, input) -> conversation, effects`.
 
-No clock, no I/O, no awaits: what happens comes in as an input, what is to be done goes out as effects, which the
-actor carries out in their order. All decisions about a user's commands are here and nowhere else.
+The function has no clock, no I/O and no awaits. An input says what happened. The effects say what to do, and the
+actor carries them out in their order. Every decision about a user's commands is made in this module.
 
-The commands of a user form one queue, in the order in which they were stored. Only its first one (with those that are
-merged into it) is worked on. What it does is the conversation's activity:
+The commands of a user form one queue, in the order of their sequences. Only the head of the queue is worked on: the
+first command, with the commands that are merged into its message. `Activity` says what is under way for the head:
 
-    activity          on                  goes to
+    activity          input               next activity
     ----------------  ------------------  -------------------------------------------------------------------
-    IDLE              (queue, may send)   LOADING (body not in memory), UPLOADING (media not on the CDN yet),
+    IDLE              (send allowed)      LOADING (body not in memory), UPLOADING (media not on the CDN),
                                           AWAITING_SLOT, SENDING (slot granted: Save, then Post)
-                      (queue, may not)    IDLE: each command is parked or refused, once
+                      (send blocked)      IDLE: each command is parked or refused, once
     LOADING           Loaded              IDLE
     UPLOADING         UploadDone          IDLE
-                      NotTaken, Rejected, as of SENDING
+                      NotTaken, Rejected, as in SENDING
                       TokenRejected
-    AWAITING_SLOT     SlotGranted         IDLE, which goes on to SENDING at once
-    SENDING           Accepted            IDLE (next part, or the command ends: accepted, accepted_unconfirmed)
-                      Unanswered          IDLE (once more with the same client_id; then the command ends: uncertain)
-                      NotTaken            IDLE (again after a pause; after many the command ends: dead_lettered)
-                      Throttled (-2)      IDLE, window throttled; in a second window the command ends: refused
-                      Rejected            IDLE, the command ends: refused; merged ones go one by one
+    AWAITING_SLOT     SlotGranted         IDLE, then SENDING in the same step
+    SENDING           Accepted            IDLE: next part, or the command ends (accepted, accepted_unconfirmed)
+                      Unanswered          IDLE: one repeat with the same client_id, then the command ends (uncertain)
+                      NotTaken            IDLE: retry after a pause; after many retries it ends (dead_lettered)
+                      Throttled (-2)      IDLE: the window is throttled; in a second window the command ends (refused)
+                      Rejected            IDLE: the command ends (refused); merged commands are sent one by one
                       TokenRejected (-14) CHECKING_SESSION
-    CHECKING_SESSION  SessionChecked      IDLE: alive: once more, then refused; dead: the bot needs a login
-    any               Stored              same; the queue is longer
-                      InboundReceived     same; a new window, which the actor stores within a second
-                      Dispatched          same; how far the inbox has everything, stored so, too
-                      Bound               same; to no bot: every command that is not being sent ends, and the record
-                                          is stored so that it goes in time (Save)
-                      Deadline            same; what expired ends, what waited for time goes on
-                      Rested              same; the record is stored (Save)
-                      Ended               IDLE; what was merged with a command that the owner before ended ends, too
-                      Crashed             IDLE, the command ends: dead_lettered
+    CHECKING_SESSION  SessionChecked      IDLE: session alive: one retry, then refused; dead: the bot needs a login
+    any               Stored              unchanged; commands join the queue
+                      InboundReceived     unchanged; a new window opens, which the actor stores within a second
+                      Dispatched          unchanged; the record learns how far the inbox is complete
+                      Bound               unchanged; without a bot every command that is not being sent ends, and the
+                                          record is stored with a time to live (Save)
+                      Deadline            unchanged; expired commands end, and the queue is examined again
+                      Rested              unchanged; the record is stored (Save)
+                      Ended               IDLE: commands merged with one that the previous owner ended end like it
+                      Crashed             IDLE: the command ends (dead_lettered)
 
-docs/explanation/conversation.md has the same as a diagram. Why a queue waits (`Conversation.reason`): window_closed,
-quota, throttled, needs_login; see `window.send_blocker`.
+`Conversation.reason` says why a queue waits: window_closed, quota, throttled or needs_login (`window.send_blocker`).
+docs/explanation/conversation.md has the diagram.
 """
 
 from __future__ import annotations
@@ -66,48 +66,48 @@ from adapter.conversation.window import WindowPolicy
 from adapter.ports import Content, Uploaded
 
 MAX_RESENDS = 1
-"""A request without an answer is repeated so often, with the same client_id: WeChat shows it once
+"""Repeats of a request that got no answer. They have the same client_id, so WeChat shows the message once
 (docs/reference/ilink-protocol.md, "sendmessage")."""
 MERGED_AT_ONCE = 32
-"""Texts in one merged message, at most: as many ids as a record remembers."""
+"""Most texts in one merged message. A record remembers as many ids."""
 RECEIPTS_PER_STEP = 16
-"""Commands that are parked or refused in one step: a message of the user waits no longer than for these."""
+"""Most commands that are parked or refused in one step, so that an inbound message waits for no more than these."""
 ATTEMPTS = 8
-"""They take two minutes: what iLink does not take by then holds up the user's other commands no longer."""
+"""They take two minutes. A command that iLink does not take by then must not hold up the user's other commands."""
 REPEAT_PAUSE_MS = 1000
-"""Before a request is made once more that got no answer, or -14 while the session is alive."""
+"""Pause before the repeat of a request that got no answer, or got -14 while the session is alive."""
 GROUP_WAIT_MS = 10_000
-"""After a take-over the commands of a merged message come again within this time, or are gone."""
+"""After a take-over, commands of a merged message that are not redelivered within this time are gone."""
 LOGIN_CHECK_MS = 60_000
-"""While a queue waits for a login, the binding is looked at so often, should its news have got lost."""
+"""Interval at which a queue that waits for a login checks the binding, in case its update was lost."""
 
 
 class SendPolicy(NamedTuple):
-    """The settings that sending follows."""
+    """Settings of sending."""
 
     window: WindowPolicy
     gap_ms: int
     """Least time between two requests to one user."""
     merge_chars: int
-    """Parked texts are sent as one message up to so many characters; 0: each on its own."""
+    """Most characters of a message merged from parked texts; 0: no merging."""
     attempts: int = ATTEMPTS
-    """How often one request is made while iLink's answers say that nothing was taken."""
+    """Requests for one part that iLink may fail to take before the command is given up."""
 
 
 class Activity(enum.Enum):
-    """What is under way for the first command of the queue."""
+    """What is under way for the head of the queue."""
 
     IDLE = "idle"
     LOADING = "loading"
-    """Bodies are read back from the bus."""
+    """Bodies are being read from the bus."""
     UPLOADING = "uploading"
-    """Media are on their way to the CDN."""
+    """Media are being uploaded to the CDN."""
     AWAITING_SLOT = "awaiting_slot"
-    """The requests of others use up what may be out at once."""
+    """The limit of concurrent requests is reached."""
     SENDING = "sending"
     """A request is out."""
     CHECKING_SESSION = "checking_session"
-    """iLink said -14 to a request: whether the session is alive is being asked."""
+    """iLink answered -14; a probe finds out whether the session is alive."""
 
 
 class Bot(NamedTuple):
@@ -115,11 +115,11 @@ class Bot(NamedTuple):
 
     id: str
     is_usable: bool
-    """False: its token is refused (-14); nothing is sent before it is alive again, or another bot takes its place."""
+    """False: iLink refuses the bot's token (-14). Nothing is sent until iLink takes it again or the bot changes."""
 
 
 class CommandResult(NamedTuple):
-    """What became of a command, in the terms of the receipt; outcome `parked` is not final."""
+    """Result of a command in the terms of its receipt. The outcome `parked` is not final."""
 
     outcome: Outcome
     reason: str = ""
@@ -132,36 +132,36 @@ class CommandResult(NamedTuple):
 
     @property
     def is_sent(self) -> bool:
-        """iLink took all of it."""
+        """iLink accepted all parts."""
         return self.outcome in ("accepted", "accepted_unconfirmed")
 
     @property
     def may_be_sent(self) -> bool:
-        """It may be on the phone."""
+        """The message may be on the user's phone."""
         return self.is_sent or self.outcome == "uncertain"
 
 
 class QueuedCommand(msgspec.Struct, frozen=True, kw_only=True):
-    """A command that waits for its turn."""
+    """A command in the queue."""
 
     sequence: int
-    """Of the stored message: what is acknowledged, and read back."""
+    """Stream sequence of the message, used to acknowledge it and to read it again."""
     ref: CommandRef
-    """Its identity: of a router's copy, the original's."""
+    """Identity of the command. For a copy by the router it is that of the original."""
     client_id_base: str
     kind: str = "unreadable"
-    """For the metrics: text, media, typing, or unreadable for what is no command."""
+    """Metrics label: text, media, typing; unreadable for a message that is no command."""
     parts: list[Part] | None = None
-    """One request each; None: the body is on the bus alone."""
+    """One request each; None: the body is only on the bus."""
     part_count: int = 0
     chars: int = 0
-    """Length of its text, if that is its only part; else 0."""
+    """Length of the text if the text is the only part, else 0."""
     expires_ms: int = 0
     when_closed: Literal["park", "refuse"] = "park"
     optional: bool = False
     typing: Literal["", "on", "off"] = ""
     parked: bool = False
-    """Its sender was told that it waits."""
+    """The sandbox has a receipt `parked` for it."""
 
     def __repr__(self) -> str:
         return f"QueuedCommand({self.sequence})"  # no text gets into a log or traceback
@@ -172,45 +172,45 @@ class Conversation(msgspec.Struct, frozen=True, kw_only=True):
 
     sandbox: str
     user: str
-    """"" while nobody knows the user of the sandbox's bot: nothing can be sent, and the commands wait."""
+    """"" while the user of the sandbox's bot is unknown; the commands wait."""
     record: ConversationRecord = ConversationRecord()
     bot: Bot | None = None
     """None: no bot of the sandbox serves the user."""
     queue: tuple[QueuedCommand, ...] = ()
-    """In the order of their sequences; those that are parked come first."""
+    """In the order of sequences. Parked commands come first."""
     activity: Activity = Activity.IDLE
     holds_slot: bool = False
     content: Content | None = None
-    """What the request that is out holds, or the uploaded media of the next one."""
+    """Content of the request under way, or the uploaded media of the next request."""
     not_before_ms: int = 0
-    """No request leaves before: the pace, or the pause after a failure."""
+    """Earliest time of the next request: the send gap, or the pause after a failure."""
     failures: int = 0
-    """Of the first command's requests, in a row, that iLink did not take."""
+    """Consecutive requests for the head that iLink did not take."""
     token_rejections: int = 0
-    """How often iLink said -14 to the first command while the session was alive."""
+    """Times that iLink answered -14 for the head while the session was alive."""
     head_result: CommandResult | None = None
-    """How the owner before ended a command of the message that was being sent; the others in it end so, too."""
+    """Result with which the previous owner ended a command of the message under way; the others in it share it."""
     group_due_ms: int = 0
-    """After a take-over the commands of one message come again one by one; they are waited for up to here."""
+    """Until when the missing commands of a merged message are awaited after a take-over."""
     merge_barrier: int = 0
-    """What has a sequence up to this is not merged: iLink refused it so."""
+    """Commands up to this sequence are not merged, since iLink refused them merged."""
     reason: str = ""
-    """Why the queue waits; "": it does not."""
+    """Why the queue waits; "" if it does not."""
     earliest_expiry_ms: float = math.inf
-    """No command of the queue expires before."""
+    """Earliest expiry of a command in the queue."""
     has_unpublished: bool = False
-    """Commands that are to be parked or refused are left for the next step."""
+    """Commands remain to be parked or refused in the next step."""
     typing_due: bool = False
-    """Something was sent, or has to wait, since the user wrote: typing is hidden once nothing can be sent now."""
+    """A send or a wait followed the user's last message: typing is hidden as soon as nothing more can be sent."""
     last_answer: CommandResult | None = None
-    """iLink's words to the request that made the queue wait."""
+    """iLink's answer to the request after which the queue waits."""
 
 
 # inputs -----------------------------------------------------------------------------------------------
 
 
 class Stored(NamedTuple):
-    """Commands of this conversation were stored, or it became known that they are for this user."""
+    """Commands for this user were stored, or stored commands turned out to be for this user."""
 
     commands: tuple[QueuedCommand, ...]
 
@@ -219,38 +219,38 @@ class InboundReceived(NamedTuple):
     """The user wrote."""
 
     message: str
-    """Its id on the bus."""
+    """Message id on the bus."""
     token: str
-    """The context token; "" where iLink gave none."""
+    """Context token; "" if iLink gave none."""
     bot: str
     written_ms: int
-    """By WeChat's clock; 0: unknown."""
+    """WeChat's clock; 0: unknown."""
     sequence: int
-    """Of the journal record that has the message."""
+    """Sequence of the journal record with the message."""
     received_ms: int | None = None
-    """When iLink handed it over, which may be long ago; None: now."""
+    """When iLink delivered the message, possibly long ago; None: now."""
     show_typing: bool = False
 
 
 class Dispatched(NamedTuple):
-    """The inbox has everything of the user that the bot's journal has up to a sequence."""
+    """The inbox has all messages of the user up to this sequence of the bot's journal."""
 
     bot: str
     sequence: int
 
 
 class Bound(NamedTuple):
-    """The user is served by this bot now; None: by none of the sandbox."""
+    """The bot that serves the user changed; None: no bot of the sandbox does."""
 
     bot: Bot | None
 
 
 class SlotGranted(NamedTuple):
-    """A request may leave."""
+    """One request may be made."""
 
 
 class Loaded(NamedTuple):
-    """Bodies were read back: parts by sequence; None: the command is gone from the bus."""
+    """Bodies were read: parts by sequence; None: the command is gone from the bus."""
 
     parts: Mapping[int, list[Part] | None]
 
@@ -262,7 +262,7 @@ class UploadDone(NamedTuple):
 
 
 class Accepted(NamedTuple):
-    """iLink took the request. `message_id` "": iLink gave none, and has often dropped the message
+    """iLink accepted the request. Without a `message_id` iLink has often dropped the message
     (docs/reference/ilink-protocol.md, "Success without a message id")."""
 
     message_id: str
@@ -272,11 +272,11 @@ class Accepted(NamedTuple):
 
 
 class Unanswered(NamedTuple):
-    """The request left, and no answer came that can be read."""
+    """The request was sent, and no readable answer came."""
 
 
 class NotTaken(NamedTuple):
-    """iLink took nothing, for now. `is_unreached`: the request did not even leave."""
+    """iLink did not take the request for now. `is_unreached`: the request was never sent."""
 
     detail: str
     pause_ms: int
@@ -284,54 +284,54 @@ class NotTaken(NamedTuple):
 
 
 class Throttled(NamedTuple):
-    """iLink said -2; `result` has its words."""
+    """iLink answered -2, with the details in `result`."""
 
     result: CommandResult
 
 
 class Rejected(NamedTuple):
-    """iLink will not take it."""
+    """iLink refused the request for good."""
 
     result: CommandResult
 
 
 class TokenRejected(NamedTuple):
-    """iLink said -14."""
+    """iLink answered -14."""
 
     result: CommandResult
 
 
 Answer: TypeAlias = Accepted | Unanswered | NotTaken | Throttled | Rejected | TokenRejected
-"""To a request; the last four without Throttled also to an upload."""
+"""Answer to a request. An upload has the same ones except Accepted, Unanswered and Throttled."""
 
 
 class SessionChecked(NamedTuple):
-    """Whether the bot's session is alive, after a -14."""
+    """Result of the probe after a -14."""
 
     is_alive: bool
 
 
 class Deadline(NamedTuple):
-    """Time has passed; see `next_deadline_ms`."""
+    """A deadline passed (`next_deadline_ms`)."""
 
 
 class Rested(NamedTuple):
-    """Nothing has happened for a while: what is known is to be stored, so that it can be let go."""
+    """The conversation was idle for a while: the state is stored so that memory can drop it."""
 
 
 class Ended(NamedTuple):
-    """The owner before stored this final receipt of a command that it was sending."""
+    """The previous owner stored this final receipt for a command of the message under way."""
 
     sequence: int
     result: CommandResult
 
 
 class Crashed(NamedTuple):
-    """Working on a command raised what nobody expects, several times."""
+    """Work on a command raised an unexpected error several times."""
 
     detail: str
     sequence: int = 0
-    """Of a command that could not be parked; 0: it was the first one."""
+    """Sequence of a command that could not be parked; 0: the head."""
 
 
 Input: TypeAlias = (
@@ -355,71 +355,71 @@ Input: TypeAlias = (
 
 
 class Save(NamedTuple):
-    """Store the record; nothing that follows is done before."""
+    """Store the record before any later effect."""
 
 
 class RequestSlot(NamedTuple):
-    """Ask for leave to have a request out; the answer is SlotGranted."""
+    """Request a slot for one request; the answer is SlotGranted."""
 
 
 class ReleaseSlot(NamedTuple):
-    """Give it back."""
+    """Release the slot."""
 
 
 class Load(NamedTuple):
-    """Read bodies back; the answer is Loaded."""
+    """Read bodies from the bus; the answer is Loaded."""
 
     sequences: list[int]
 
 
 class Upload(NamedTuple):
-    """Bring media to the CDN; the answer is UploadDone or an Answer."""
+    """Upload media to the CDN; the answer is UploadDone or an Answer."""
 
     client_id: str
     media: MediaPart
 
 
 class Post(NamedTuple):
-    """Make the request, which gives the slot back in the end; the answer is an Answer."""
+    """Make the request, which releases the slot at its end; the answer is an Answer."""
 
     client_id: str
     content: Content
 
 
 class CheckSession(NamedTuple):
-    """Find out whether the bot's session is alive; the answer is SessionChecked."""
+    """Probe the bot's session; the answer is SessionChecked."""
 
 
 class PublishReceipt(NamedTuple):
-    """Store a receipt."""
+    """Publish a receipt."""
 
     command: QueuedCommand
     result: CommandResult
 
 
 class Acknowledge(NamedTuple):
-    """The command has ended: take it off the bus. `is_duplicate`: it was sent before, and has no receipt."""
+    """Remove an ended command from the bus. `is_duplicate`: it was sent earlier and gets no receipt."""
 
     command: QueuedCommand
     is_duplicate: bool = False
 
 
 class ReleaseBody(NamedTuple):
-    """The body of a command that waits is not kept in memory any more."""
+    """Drop the body of a waiting command from memory."""
 
     command: QueuedCommand
 
 
 class SetTyping(NamedTuple):
-    """Show or hide that the bot types: for a command, which then ends by itself, or None: for the user's message, or
-    since the answer was sent."""
+    """Show or hide the typing indicator. With `command` None the cause is an inbound message or a sent answer;
+    otherwise the command ends on its own."""
 
     command: QueuedCommand | None
     is_on: bool
 
 
 class Announce(NamedTuple):
-    """Tell the sandbox that the window changed."""
+    """Publish a window event."""
 
     change: Literal["opened", "low", "closed"]
     reason: str
@@ -447,7 +447,7 @@ Effect: TypeAlias = (
 def step(
     conversation: Conversation, event: Input, now_ms: int, policy: SendPolicy
 ) -> tuple[Conversation, list[Effect]]:
-    """The conversation after `event`, and what is to be done for it, in this order."""
+    """The conversation after `event`, and the effects to carry out in this order."""
     effects: list[Effect] = []
     conversation = _apply_event(conversation, event, now_ms, policy, effects)
     conversation = _advance_queue(conversation, now_ms, policy, effects)
@@ -464,8 +464,8 @@ def step(
 
 
 def _with_one_save(effects: list[Effect]) -> list[Effect]:
-    """The record is stored once, right before the request, else at the end: a send that has ended in memory must not
-    be forgotten before its receipts are stored."""
+    """Moves Save right before the request, or else to the end: a send that ended in memory must stay in the stored
+    record until its receipts are stored."""
     others = [effect for effect in effects if not isinstance(effect, Save)]
     if len(others) == len(effects):
         return effects
@@ -474,9 +474,9 @@ def _with_one_save(effects: list[Effect]) -> list[Effect]:
 
 
 def next_deadline_ms(conversation: Conversation, now_ms: int, policy: SendPolicy) -> float:
-    """When the conversation has to be looked at again although nothing happens; inf: never."""
+    """When the next Deadline is due; inf: never."""
     record, due = conversation.record, conversation.earliest_expiry_ms
-    is_sending = conversation.activity is Activity.SENDING  # the window is told of once that has ended
+    is_sending = conversation.activity is Activity.SENDING  # the window is announced once the request has ended
     if record.announced in ("open", "low") and conversation.bot is not None and not is_sending:
         due = min(due, window.closes_at_ms(record.window, policy.window))
     if not conversation.queue or conversation.activity is not Activity.IDLE:
@@ -501,21 +501,21 @@ def _replaced(conversation: Conversation, **changes: object) -> Conversation:
 def _apply_event(
     conversation: Conversation, event: Input, now_ms: int, policy: SendPolicy, effects: list[Effect]
 ) -> Conversation:
-    """What an input changes by itself; `_advance_queue` decides what follows from it."""
+    """The direct changes of an input. `_advance_queue` decides what follows."""
     activity = conversation.activity
     match event:
         case Stored(commands):
             commands = _without_copies(conversation, commands, effects)
             if not commands:
                 return conversation
-            effects += [ReleaseBody(one) for one in commands if one.parked]  # by the owner before
+            effects += [ReleaseBody(one) for one in commands if one.parked]  # by the previous owner
             commands = tuple(msgspec.structs.replace(one, parts=None) if one.parked else one for one in commands)
             queue = (*conversation.queue, *commands)
             if conversation.queue and commands[0].sequence < conversation.queue[-1].sequence:
                 begun = _first_group(conversation) if _is_begun(conversation) else ()
                 rest = [one for one in queue if one not in begun]
                 queue = (*begun, *sorted(rest, key=lambda one: one.sequence))
-                if queue[0] is not conversation.queue[0]:  # what it waits for is not the first one's
+                if queue[0] is not conversation.queue[0]:  # the activity belonged to the former head
                     conversation = _replaced(conversation, activity=Activity.IDLE, content=None)
             earliest_ms = min(conversation.earliest_expiry_ms, *(one.expires_ms for one in commands))
             return _replaced(conversation, queue=queue, earliest_expiry_ms=earliest_ms)
@@ -540,13 +540,13 @@ def _apply_event(
         case Ended(sequence, result):
             return _on_ended(conversation, sequence, result)
         case Crashed() if activity is Activity.SENDING:
-            pass  # what is out ends by its answer
+            pass  # the answer to the request under way ends the command
         case Crashed(detail, sequence) if sequence and [one.sequence for one in conversation.queue[:1]] != [sequence]:
             ended = [one for one in conversation.queue if one.sequence == sequence]
             return _end_commands(conversation, ended, CommandResult("dead_lettered", "crashed", detail), effects)
         case Crashed(detail):
             group = _group_to_send(conversation, policy) if activity is Activity.LOADING else ()
-            if len(group) > 1 and conversation.record.head is None:  # each is read by itself: one is at fault
+            if len(group) > 1 and conversation.record.head is None:  # one of them is at fault: each is loaded alone
                 return _replaced(conversation, activity=Activity.IDLE, merge_barrier=group[-1].sequence)
             return _end_first(conversation, CommandResult("dead_lettered", "crashed", detail), effects)
         case Deadline():
@@ -559,7 +559,7 @@ def _apply_event(
 
 
 def _is_begun(conversation: Conversation) -> bool:
-    """Whether a request of the first command may have left: none goes before it any more."""
+    """Whether a request for the head may have been sent; then no command is put before it."""
     progress, first = conversation.record.head, conversation.queue[0]
     if conversation.activity in (Activity.SENDING, Activity.CHECKING_SESSION):
         return True
@@ -569,7 +569,7 @@ def _is_begun(conversation: Conversation) -> bool:
 def _without_copies(
     conversation: Conversation, commands: tuple[QueuedCommand, ...], effects: list[Effect]
 ) -> tuple[QueuedCommand, ...]:
-    """Drops what the router copied once more while the copy before it waits: both are the same command."""
+    """Drops a copy by the router while an earlier copy of the same command is in the queue."""
     if all(one.sequence == one.ref.sequence for one in commands):
         return commands
     known = {one.ref for one in conversation.queue}
@@ -581,9 +581,7 @@ def _without_copies(
 def _on_inbound_received(
     conversation: Conversation, inbound: InboundReceived, now_ms: int, effects: list[Effect]
 ) -> Conversation:
-    if (
-        conversation.record.dispatched_to.get(inbound.bot, 0) >= inbound.sequence
-    ):  # read back from the journal once more
+    if conversation.record.dispatched_to.get(inbound.bot, 0) >= inbound.sequence:  # the journal is replayed
         return conversation
     record = window.on_inbound(
         conversation.record,
@@ -603,8 +601,8 @@ def _on_inbound_received(
 
 
 def note_dispatched(conversation: Conversation, bot: str, sequence: int) -> Conversation:
-    """What `Dispatched` changes, from which nothing else follows."""
-    if conversation.record.dispatched_to.get(bot, 0) >= sequence:  # read back from the journal once more
+    """The change by `Dispatched`, which causes no effects."""
+    if conversation.record.dispatched_to.get(bot, 0) >= sequence:  # the journal is replayed
         return conversation
     others = [(name, to) for name, to in conversation.record.dispatched_to.items() if name != bot]
     dispatched_to = dict([*others[1 - DISPATCHED_BOTS_KEPT :], (bot, sequence)])
@@ -630,7 +628,7 @@ def _on_loaded(
 def _on_answer(
     conversation: Conversation, answer: Answer, now_ms: int, policy: SendPolicy, effects: list[Effect]
 ) -> Conversation:
-    """To a request, which was counted, or to an upload, which was not."""
+    """An answer to a request was counted before; an answer to an upload was not."""
     progress, was_sent = conversation.record.head, conversation.activity is Activity.SENDING
     conversation = _replaced(conversation, activity=Activity.IDLE, last_answer=None)
     if was_sent and progress is not None:
@@ -646,7 +644,7 @@ def _on_answer(
     match answer:
         case NotTaken():
             return _retry_or_give_up(conversation, answer, now_ms, policy, effects)
-        case TokenRejected(result):  # a question, not a verdict: a malformed body is answered so, too
+        case TokenRejected(result):  # not proof of a dead session: iLink answers a malformed body with -14, too
             effects.append(CheckSession())
             return _replaced(conversation, activity=Activity.CHECKING_SESSION, last_answer=result)
         case Rejected(result):
@@ -677,7 +675,7 @@ def _on_accepted(
 
 
 def _remember_sent(record: ConversationRecord, message_id: str, content: Content) -> ConversationRecord:
-    """The record with the beginning of what iLink took under an id."""
+    """Remembers the beginning of a sent text under iLink's id."""
     if isinstance(content, str):
         kind, text = "text", content[:SENT_TEXT_CHARS]
     else:
@@ -689,9 +687,9 @@ def _remember_sent(record: ConversationRecord, message_id: str, content: Content
 def _on_throttled(
     conversation: Conversation, progress: SendProgress, result: CommandResult, now_ms: int, effects: list[Effect]
 ) -> Conversation:
-    """-2: quiet until the user writes. Refused again in another window, the command itself is at fault.
+    """-2: nothing is sent until the user writes. A command that is throttled in a second window is itself at fault.
 
-    Of merged commands the first goes alone the next time, so that each fault is found.
+    The first command of a merged message is sent alone next time, so that the command at fault is found.
     """
     is_second = progress.throttled_in_window not in ("", progress.counted_in_window)
     record = window.record_throttled(conversation.record, progress, now_ms)
@@ -703,7 +701,7 @@ def _on_throttled(
 
 
 def _split_merged(conversation: Conversation, last: CommandRef) -> Conversation | None:
-    """Takes merged commands apart of which nothing may have been sent: those up to `last` are sent by themselves."""
+    """Splits a merged message of which nothing may have been sent. The commands up to `last` are then sent alone."""
     progress = conversation.record.head
     if progress is None or len(progress.commands) == 1 or progress.is_partially_sent:
         return None
@@ -719,11 +717,11 @@ def _split_merged(conversation: Conversation, last: CommandRef) -> Conversation 
 def _on_session_checked(
     conversation: Conversation, now_ms: int, effects: list[Effect], *, is_alive: bool
 ) -> Conversation:
-    """Alive: the command is tried once more, then refused. Dead: it waits for the login."""
+    """Session alive: the command is retried once, then refused. Session dead: the queue waits for a login."""
     answer = conversation.last_answer or CommandResult("refused")
     conversation = _replaced(conversation, activity=Activity.IDLE, last_answer=None)
     if not is_alive:
-        effects.append(Save())  # a login may take hours, and the next bot repeats nothing unanswered
+        effects.append(Save())  # a login may take hours, and another bot repeats no unanswered request
         bot = conversation.bot._replace(is_usable=False) if conversation.bot else None
         return _replaced(conversation, bot=bot, last_answer=answer)
     if conversation.token_rejections:
@@ -734,7 +732,7 @@ def _on_session_checked(
 def _retry_or_give_up(
     conversation: Conversation, answer: NotTaken, now_ms: int, policy: SendPolicy, effects: list[Effect]
 ) -> Conversation:
-    """iLink took nothing. What did not even leave waits as long as the command; else a number of attempts."""
+    """A command that could not reach iLink is retried until it expires; any other, for a number of attempts."""
     failures = conversation.failures + 1
     conversation = _pause_until(_replaced(conversation, failures=failures), now_ms + answer.pause_ms)
     if answer.is_unreached or failures < policy.attempts * conversation.queue[0].part_count:
@@ -752,9 +750,9 @@ def _pause_until(conversation: Conversation, until_ms: int) -> Conversation:
 def _end_commands(
     conversation: Conversation, commands: Sequence[QueuedCommand], result: CommandResult, effects: list[Effect]
 ) -> Conversation:
-    """Ends commands: all receipts before the first acknowledgement, so that whoever goes on after a crash finds them.
+    """Ends commands with `result`, unless the progress of the send under way tells more.
 
-    What the send under way has reached counts more than `result`.
+    All receipts come before the first acknowledgement, so that a new owner finds them after a crash.
     """
     progress, shared = conversation.record.head, None
     for command in commands:
@@ -769,12 +767,12 @@ def _end_commands(
         return _reset_progress(conversation) if is_first else conversation
     ended = {command.ref.sequence for command in commands}
     if shared.may_be_sent and any(one.sequence not in ended for one in progress.commands):
-        return _replaced(conversation, head_result=shared)  # the others come yet: after a take-over one by one
+        return _replaced(conversation, head_result=shared)  # the others are redelivered after the take-over
     return _close_head(conversation, may_be_sent=shared.may_be_sent)
 
 
 def _close_head(conversation: Conversation, *, may_be_sent: bool) -> Conversation:
-    """The send under way has ended. Not `may_be_sent`: with the same id a command may be tried again."""
+    """Ends the send under way. Not `may_be_sent`: a command with the same id may be tried again."""
     record = conversation.record
     ids = [one.id for one in record.head.commands] if may_be_sent and record.head else []
     recent = [*(one for one in record.recent if one not in ids), *ids][-RECENT_COMMANDS:]
@@ -783,7 +781,7 @@ def _close_head(conversation: Conversation, *, may_be_sent: bool) -> Conversatio
 
 
 def _reset_progress(conversation: Conversation) -> Conversation:
-    """What is known of the first command's requests does not hold for the next one's."""
+    """Forgets the progress of the former head."""
     return _replaced(
         conversation,
         content=None,
@@ -796,13 +794,13 @@ def _reset_progress(conversation: Conversation) -> Conversation:
 
 
 def _end_first(conversation: Conversation, result: CommandResult, effects: list[Effect]) -> Conversation:
-    """Ends the first command, with those that are in one message with it."""
+    """Ends the first command and those merged into its message."""
     conversation = _replaced(conversation, activity=Activity.IDLE, content=None)
     return _end_commands(conversation, _first_group(conversation), result, effects)
 
 
 def _on_ended(conversation: Conversation, sequence: int, result: CommandResult) -> Conversation:
-    """Those that were merged with it share its outcome, unless nothing was sent of them."""
+    """Commands of the same message share the outcome, unless nothing of the message was sent."""
     progress = conversation.record.head
     if progress is None or not progress.has_command(sequence):
         return conversation
@@ -812,7 +810,7 @@ def _on_ended(conversation: Conversation, sequence: int, result: CommandResult) 
 
 
 def _expire_commands(conversation: Conversation, now_ms: int, effects: list[Effect]) -> Conversation:
-    """Ends what waited too long. Commands of one message that may have been sent expire together, with the last."""
+    """Ends expired commands. Commands of a message that may have been sent expire together, with the last of them."""
     group = _first_group(conversation)
     progress = conversation.record.head
     together_ms: float = max((one.expires_ms for one in group), default=0)
@@ -838,7 +836,7 @@ def _expire_commands(conversation: Conversation, now_ms: int, effects: list[Effe
 
 
 def _end_unbound(conversation: Conversation, effects: list[Effect]) -> Conversation:
-    """Ends what waits for a user whom no bot serves any more; what is being sent ends by its answer."""
+    """Ends the commands of a user whom no bot serves any more. The request under way ends by its answer."""
     under_way = _first_group(conversation) if conversation.activity is Activity.SENDING else ()
     ended = [one for one in conversation.queue if one not in under_way]
     if not under_way:
@@ -847,10 +845,10 @@ def _end_unbound(conversation: Conversation, effects: list[Effect]) -> Conversat
 
 
 def reconcile_with_progress(result: CommandResult, progress: SendProgress, command: QueuedCommand) -> CommandResult:
-    """What is told of a command that ends, given what was tried of it before.
+    """The result to publish for a command that ends with `result`, given its progress.
 
-    A request that got no answer may have been taken: then it cannot be called refused. And all may have been taken,
-    only that nobody could be told of it in time.
+    A command with an unanswered request cannot be called refused: iLink may have taken it. Every part may have been
+    accepted although the receipt was not published in time.
     """
     if result.is_sent:
         return result
@@ -860,12 +858,12 @@ def reconcile_with_progress(result: CommandResult, progress: SendProgress, comma
     result = result._replace(message_ids=tuple(progress.message_ids), attempts=attempts)
     if not progress.unanswered_attempts or result.outcome == "uncertain":
         return result
-    detail = f"It may have been sent: an earlier request got no answer. Later: {result.detail}"
+    detail = f"An earlier request got no answer, so the message may have been sent. Last answer: {result.detail}"
     return result._replace(outcome="uncertain", reason="", detail=detail)
 
 
 def _accepted_result(progress: SendProgress) -> CommandResult:
-    """iLink has taken every part."""
+    """The result when iLink accepted every part."""
     return CommandResult(
         "accepted_unconfirmed" if progress.unconfirmed else "accepted",
         message_ids=tuple(progress.message_ids),
@@ -882,9 +880,9 @@ def _accepted_result(progress: SendProgress) -> CommandResult:
 def _advance_queue(
     conversation: Conversation, now_ms: int, policy: SendPolicy, effects: list[Effect]
 ) -> Conversation:
-    """Goes on with the queue as far as nothing has to be waited for."""
+    """Works on the queue until something has to be awaited."""
     if conversation.activity is Activity.IDLE and conversation.record.head is not None:
-        # while its request was out it did not expire
+        # a command does not expire while its request is under way
         expiries = [one.expires_ms for one in _first_group(conversation)]
         earliest_ms = min([conversation.earliest_expiry_ms, *expiries])
         conversation = _replaced(conversation, earliest_expiry_ms=earliest_ms)
@@ -896,7 +894,7 @@ def _advance_queue(
     while conversation.activity is Activity.IDLE and conversation.queue:
         first, progress = conversation.queue[0], conversation.record.head
         if progress is not None and not progress.has_command(first.ref.sequence):
-            # the owner before ended it, without having stored that
+            # the previous owner ended it and did not store that
             conversation = _close_head(conversation, may_be_sent=progress.is_partially_sent)
             continue
         if ended := _end_without_sending(conversation, first, progress, effects):
@@ -923,7 +921,7 @@ def _advance_queue(
 
 
 def _is_group_incomplete(conversation: Conversation) -> bool:
-    """Whether commands are missing that are in the message which may have been sent."""
+    """Whether commands of a message that may have been sent are not redelivered yet."""
     progress = conversation.record.head
     if progress is None or not progress.is_partially_sent:
         return False
@@ -933,7 +931,7 @@ def _is_group_incomplete(conversation: Conversation) -> bool:
 def _end_without_sending(
     conversation: Conversation, first: QueuedCommand, progress: SendProgress | None, effects: list[Effect]
 ) -> Conversation | None:
-    """Ends the first command where nothing has to be sent for that; None: something has."""
+    """Ends the first command if nothing has to be sent for it; None: something has."""
     if first.typing:
         if not (_is_usable(conversation) and conversation.user):
             return None
@@ -942,7 +940,7 @@ def _end_without_sending(
         if first.typing == "off":
             return conversation
         if not conversation.record.typing:
-            effects.append(Save())  # the next owner has to know that something may have to be hidden
+            effects.append(Save())  # a new owner has to know that typing may be visible
         record = msgspec.structs.replace(conversation.record, typing=True)
         return _replaced(conversation, record=record, typing_due=False)
     if progress is None:
@@ -956,7 +954,7 @@ def _end_without_sending(
     is_repeatable = progress.unanswered_attempts <= MAX_RESENDS and progress.bot == bot
     if not progress.unanswered_attempts or is_repeatable:
         return None
-    # over another bot it would be another message on the phone
+    # through another bot it would be a second message on the phone
     detail = "iLink gave no answer that can be read, and is not asked again: that might show it twice."
     return _end_first(conversation, CommandResult("uncertain", "", detail), effects)
 
@@ -966,8 +964,8 @@ def _is_usable(conversation: Conversation) -> bool:
 
 
 def _blocked_reason(conversation: Conversation, first: QueuedCommand, now_ms: int, policy: SendPolicy) -> str:
-    """Why the first command may not be sent now; "" if it may. Before its first request, all its parts must fit; a
-    repeat was counted already."""
+    """Why the first command may not be sent now; "" if it may. All its parts must fit before its first request. A
+    repeat was counted before."""
     if not _is_usable(conversation):
         return "needs_login"
     if first.typing:
@@ -981,7 +979,7 @@ def _blocked_reason(conversation: Conversation, first: QueuedCommand, now_ms: in
 
 
 def _park_waiting(conversation: Conversation, reason: str, effects: list[Effect]) -> Conversation:
-    """The queue waits: parks each command that was not parked, or refuses it where it does not want to wait."""
+    """Parks each new command of a queue that waits, or refuses it if its author does not want it parked."""
     queue, answer = conversation.queue, conversation.last_answer or CommandResult("parked")
     start = len(queue)
     while start and not queue[start - 1].parked:
@@ -1010,7 +1008,7 @@ def _park_waiting(conversation: Conversation, reason: str, effects: list[Effect]
 
 
 def _send_next(conversation: Conversation, now_ms: int, policy: SendPolicy, effects: list[Effect]) -> Conversation:
-    """The next request for the first command, or what has to come before it."""
+    """Makes the next request for the first command, or the step that has to come before it."""
     group = _group_to_send(conversation, policy)
     if missing := [one.sequence for one in group if one.parts is None]:
         effects.append(Load(missing))
@@ -1054,9 +1052,9 @@ def _send_next(conversation: Conversation, now_ms: int, policy: SendPolicy, effe
 
 
 def _group_to_send(conversation: Conversation, policy: SendPolicy) -> tuple[QueuedCommand, ...]:
-    """The first command and those whose texts may go in the same message, as far as their lengths tell.
+    """The first command and the parked texts after it that fit into its message by their lengths.
 
-    A message that may have been sent holds the same ones again.
+    A message that may have been sent is repeated with the same commands.
     """
     first, progress = conversation.queue[0], conversation.record.head
     if progress is not None:
@@ -1078,7 +1076,7 @@ def _is_mergeable(command: QueuedCommand) -> bool:
 
 
 def _mergeable_prefix(group: tuple[QueuedCommand, ...]) -> tuple[QueuedCommand, ...]:
-    """Those that really go together, now that their texts are known."""
+    """The commands that fit into one message by their texts."""
     size = 0
     for count, one in enumerate(group):
         text = _only_text(one)
@@ -1091,7 +1089,7 @@ def _mergeable_prefix(group: tuple[QueuedCommand, ...]) -> tuple[QueuedCommand, 
 
 
 def _first_group(conversation: Conversation) -> tuple[QueuedCommand, ...]:
-    """The first command, and those that are in one message with it."""
+    """The first command and those merged into its message."""
     progress, queue = conversation.record.head, conversation.queue
     if progress is None or not queue or not progress.has_command(queue[0].ref.sequence):
         return queue[:1]
@@ -1117,7 +1115,7 @@ def _without_commands(conversation: Conversation, sequences: set[int]) -> Conver
 
 
 def _note_service(conversation: Conversation, effects: list[Effect]) -> Conversation:
-    """The record of a user whom no bot serves goes in time; that of one who is served again stays."""
+    """Marks the record of a user whom no bot serves, which gives it a time to live, and unmarks it."""
     is_unserved = conversation.bot is None
     if not conversation.user or conversation.record.unserved == is_unserved:
         return conversation
@@ -1128,7 +1126,7 @@ def _note_service(conversation: Conversation, effects: list[Effect]) -> Conversa
 def _announce_window(
     conversation: Conversation, now_ms: int, policy: SendPolicy, effects: list[Effect]
 ) -> Conversation:
-    """Tells the sandbox of a changed window, once no request is out that may count against it or not."""
+    """Announces a changed window once no request is under way that may count against it."""
     record = conversation.record
     if conversation.bot is None or conversation.activity is Activity.SENDING or not record.window.opened_ms:
         return conversation
@@ -1143,7 +1141,7 @@ def _announce_window(
 
 
 def adopt_inbound(conversation: Conversation, stored: ConversationRecord) -> Conversation:
-    """What the shard's owner before stored last, which may have heard more of the user: window and token."""
+    """Takes over window and token from the record that the previous owner stored last, if they are newer."""
     record, known, opened = conversation.record, conversation.record.window, stored.window
     if opened.id == known.id or opened.sequence < known.sequence:
         return conversation

@@ -1,4 +1,4 @@
-"""What conversations need of their shard and of the replica."""
+"""What a conversation needs from its shard (`ShardPort`) and from the replica (`ConversationDeps`)."""
 
 from __future__ import annotations
 
@@ -17,51 +17,51 @@ from adapter.ports import Account, Chat
 
 
 class ShardPort(Protocol):
-    """What a conversation needs of the shard that it belongs to."""
+    """The shard of a conversation."""
 
     def ensure_owner(self) -> None:
-        """Raises LeaseLost unless this replica may work for the shard at this moment."""
+        """Raises LeaseLost unless this replica owns the shard now."""
 
     async def wait_owned(self) -> None:
-        """Returns when it may again, or after some seconds."""
+        """Returns when the replica may own the shard again, or after some seconds."""
 
     def bot_of(self, sandbox: str, user: str, bot: str) -> Bot | None:
-        """The bot that serves the user now; `bot`: the one that did last."""
+        """The bot that serves the user now. `bot`: the last one."""
 
     def account_of(self, sandbox: str, bot: str) -> Account:
-        """How a bot of the sandbox is called. Raises Refused."""
+        """The iLink account of a bot of the sandbox. Raises Refused."""
 
     async def is_session_alive(self, bot: str) -> bool:
-        """Whether iLink takes the bot's token elsewhere, although it said -14 to a send. Raises Temporary."""
+        """Whether iLink accepts the bot's token in another call after a -14. Raises Temporary."""
 
     async def wait_caught_up(self, bot: str) -> None:
-        """Returns once the conversations have heard what a bot's owner before has stored: a send counts in the window
-        that the user's last message opened."""
+        """Returns once the conversations know the messages that the bot's previous owner stored, since a send counts
+        in the window that the user's last message opened."""
 
     def is_catching_up(self, bot: str) -> bool:
-        """Whether that is still to be waited for."""
+        """Whether `wait_caught_up` would wait."""
 
     async def load_bodies(self, sandbox: str, sequences: Sequence[int]) -> dict[int, list[Part] | None]:
-        """Parts of commands, read back from the bus; None: it has the command no more. Raises Temporary."""
+        """Reads the parts of commands from the bus; None: the bus does not have the command. Raises Temporary."""
 
     async def publish_receipt(self, command: QueuedCommand, result: CommandResult, state: Conversation) -> None:
         """Raises Temporary, LeaseLost."""
 
     async def acknowledge(self, command: QueuedCommand, *, is_duplicate: bool = False) -> None:
-        """The command has ended."""
+        """Removes an ended command from the bus."""
 
     def release_body(self, command: QueuedCommand) -> None:
-        """Its body is not held in memory any more."""
+        """Drops the body of a command from memory."""
 
     def set_typing(self, state: Conversation, command: QueuedCommand | None, *, is_on: bool) -> None:
-        """Shows or hides that the bot types."""
+        """Shows or hides the typing indicator."""
 
     def announce(self, state: Conversation, effect: rules.Announce) -> None:
         """Publishes a window event, in the background."""
 
 
 class ConversationDeps(NamedTuple):
-    """What every conversation of a replica needs."""
+    """Dependencies of all conversations of a replica."""
 
     store: ConversationStore
     chat: Chat

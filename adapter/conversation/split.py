@@ -1,4 +1,4 @@
-"""Splits long texts into parts, and turns Markdown into plain text. Pure."""
+"""Splits long texts into parts, and converts Markdown to plain text. Pure."""
 
 from __future__ import annotations
 
@@ -10,22 +10,22 @@ from markdown_it import MarkdownIt
 from markdown_it.token import Token
 
 MAX_BYTES = 16_384
-"""iLink refuses a longer text (docs/reference/ilink-protocol.md, "Known numbers")."""
+"""Longest text that iLink accepts (docs/reference/ilink-protocol.md, "Known numbers")."""
 
 _FENCE = re.compile(r"(`{3,6}|~{3,6}(?!~))([^`\n]*)")
-"""A longer fence than anybody needs is text: it would have to be repeated in every part."""
+"""A fence of more than six marks counts as text, since it would be repeated in every part."""
 _INFO_CHARS = 32
-"""Characters behind a fence's marks that are repeated."""
+"""Most characters of a fence's info string that are repeated."""
 _CLOSING_ROOM = 8
-"""For a line break and the marks of the fence that may be open at the end of a part."""
+"""Room for a line break and the closing marks of a fence at the end of a part."""
 
 _SENTENCE = re.compile(r"(?<=[.!?…])\s+|(?<=[。！？；])")
 
 
 def split(text: str, max_chars: int, max_bytes: int = MAX_BYTES) -> list[str]:
-    """`text` in as few parts as fit, cut at paragraphs, then lines, then sentences, then words.
+    """Splits `text` into as few parts as fit, at paragraphs, else lines, sentences or words.
 
-    A code fence that is cut is closed at the end of the part and opened again in the next. Each part costs a send.
+    A code fence that is cut is closed at the end of the part and reopened in the next. Each part costs a send.
     """
     if _is_within_limits(text, max_chars, max_bytes):
         return [text]
@@ -43,7 +43,7 @@ def split(text: str, max_chars: int, max_bytes: int = MAX_BYTES) -> list[str]:
         piece, rest = rest[:cut], rest[cut:]
         part = opening + piece.rstrip("\n" if fence else " \n")
         fence = _open_fence(piece, fence)
-        # at a line's start, spaces mean something
+        # spaces at the start of a line are significant
         rest = rest.lstrip("\n" if fence or piece.endswith("\n") else " \n")
         if fence:
             part += "\n" + _fence_marker(fence)
@@ -53,7 +53,7 @@ def split(text: str, max_chars: int, max_bytes: int = MAX_BYTES) -> list[str]:
 
 
 def is_open(text: str) -> bool:
-    """Whether a code fence is still open at its end: what is put behind it would become code."""
+    """Whether the text ends inside a code fence, so that appended text would become code."""
     return bool(_open_fence(text, ""))
 
 
@@ -62,12 +62,12 @@ def _is_within_limits(text: str, max_chars: int, max_bytes: int) -> bool:
 
 
 def _cut_position(text: str, chars: int, size: int) -> int:
-    """Where to cut: the last good place within the limits, at least one character in."""
+    """The last good place to cut within the limits, at least one character in."""
     limit = min(chars, len(text))
     while len(text[:limit].encode()) > size:
         limit -= max(1, (len(text[:limit].encode()) - size) // 4)
     head = text[:limit]
-    least = limit // 3  # better a cut line than many tiny parts
+    least = limit // 3  # rather cut a line than make many tiny parts
     for mark in ("\n\n", "\n"):
         at = head.rfind(mark)
         if at > least:
@@ -80,7 +80,7 @@ def _cut_position(text: str, chars: int, size: int) -> int:
 
 
 def _open_fence(piece: str, fence: str) -> str:
-    """The fence line that is open at the end of `piece`; "" when none is."""
+    """The fence line that is open at the end of `piece`; "": none."""
     for line in map(str.strip, piece.split("\n")):
         if fence:
             if line.startswith(_fence_marker(fence)) and not line.strip(fence[0]):
@@ -96,32 +96,32 @@ def _fence_marker(fence: str) -> str:
 
 _MARKDOWN = MarkdownIt("commonmark").enable(["table", "strikethrough"])
 _BLOCKS = MarkdownIt("commonmark").enable(["table"]).disable("inline")
-"""Reads paragraphs, lists and tables, and leaves what is in them to `_MARKDOWN`."""
+"""Parses paragraphs, lists and tables; `_MARKDOWN` parses their content."""
 _MARK = re.compile(r"[\[\]!*_~`<&\\]")
 _MARKS_READ = 5000
-"""Marks of a text that are read; what follows is shown as it is. Each may cost as much as a hundred words."""
+"""Most marks of a text that are parsed; the rest stays as it is. A mark can cost as much as a hundred words."""
 _MARKS_AT_ONCE = re.compile(r"(?:[^\[\]!*_~`<&\\]*[\[\]!*_~`<&\\]){100}")
-"""A hundred marks, the most of a paragraph that are read at once: unmatched brackets and stars cost the square of
-their number."""
+"""A hundred marks, the most that are parsed together in a paragraph: the cost of unmatched brackets and stars grows
+with the square of their number."""
 _HEAD = re.compile(r"[\s>*+\-0-9.)]*+")
-"""What nests a line, as far as it may."""
+"""The longest possible prefix of a line that opens nested containers."""
 _NESTED: int = _MARKDOWN.options["maxNesting"]
-"""Containers in each other that are read; the parser drops what lies deeper."""
+"""Deepest nesting that is parsed; the parser drops what is deeper."""
 _CELLS_READ = 50_000
-"""Lines of a text times what may nest each, or divide it into cells: about a second of work."""
+"""Lines of a text times the containers or table cells of each: about a second of work."""
 _GROWTH = 8
-"""By how much a text may grow: an address is repeated wherever its name stands."""
+"""Largest growth of a text: a link's address is repeated wherever its name stands."""
 
 
 _STOP = re.compile(r"[\n!#$%&*+\-:<=>@\[\]\\^_`{}~]")
-"""Where the parser stops to look."""
+"""Characters at which the parser stops."""
 _NAME = re.compile(r"(?://|mailto:)[^\s/:]*[^\x00-\x7F]", re.IGNORECASE)
-"""A host that is no ASCII: it is encoded, which takes the square of its length."""
+"""A host that is not ASCII; encoding it takes the square of its length."""
 _QUICK_CHARS, _QUICK_STOPS, _QUICK_CELLS = 8000, 600, 1000
 
 
 def is_quick(text: str) -> bool:
-    """Whether `to_plain` takes a few milliseconds, twenty at the worst: as most answers of agents do."""
+    """Whether `to_plain` takes a few milliseconds, at most twenty, as for most agents' answers."""
     return (
         len(text) <= _QUICK_CHARS
         and len(_STOP.findall(text)) <= _QUICK_STOPS
@@ -131,9 +131,9 @@ def is_quick(text: str) -> bool:
 
 
 def to_plain(text: str) -> str:
-    """Markdown as plain text: what a reader would see, without the marks; links keep their address.
+    """Converts Markdown to plain text: what a reader would see, without the marks. Links keep their address.
 
-    A text that costs more to read than anybody writes, or is nested deeper than is read, stays as it is.
+    A text that is too expensive or too deeply nested stays as it is.
     """
     if _estimate_cells(text) > _CELLS_READ:
         return text
@@ -181,14 +181,14 @@ def to_plain(text: str) -> str:
 
 
 def _estimate_cells(text: str) -> int:
-    """What a text may hold at most of lines in containers, and of cells of tables."""
+    """Upper bound of the lines in containers and the table cells of a text."""
     lines = text.replace("\r", "\n").split("\n")
     nested = max(len(head[0]) for line in lines if (head := _HEAD.match(line)))
     return len(lines) * (1 + min(nested, _NESTED) + max(line.count("|") for line in lines))
 
 
 def _read(text: str, env: dict[str, Any]) -> Iterator[str]:
-    """What is in a paragraph, in pieces that end at a line, a word, or somewhere. `env`: the links that are named."""
+    """The content of a paragraph in pieces that end at a line or a word if possible. `env`: link definitions."""
     start = 0
     while start < len(text):
         marks = _MARKS_AT_ONCE.match(text, start)

@@ -17,16 +17,16 @@ from adapter.kit.timing import Clock
 from adapter.ports import Account, Cdn, MediaKind, Objects, Pieces, Uploaded
 
 READY_KEPT = 1000
-"""Uploads that are remembered for a repeat of their request."""
+"""Most uploads that are remembered for a repeat of their request."""
 READY_S = 3600.0
-"""How long an upload is good for a repeat of its request: how long iLink's references live is not known."""
+"""How long an upload is reused. The lifetime of iLink's references is not known."""
 PIECE = 64 * 1024
 
 Read = Callable[[], Pieces]
 
 
 class StoreAway(Temporary):
-    """The object store cannot be read now; the CDN is not at fault."""
+    """The object store is not readable now; the CDN is not at fault."""
 
 
 class _Measured(NamedTuple):
@@ -36,7 +36,7 @@ class _Measured(NamedTuple):
 
 
 class Uploads:
-    """Uploads the media of parts; a repeat of a request in the same process reuses the upload."""
+    """Uploads media of parts. A repeated request in the same process reuses its upload."""
 
     def __init__(self, cdn: Cdn, objects: Objects, clock: Clock, transfers: FairSlots, *, max_bytes: int) -> None:
         self._cdn = cdn
@@ -47,9 +47,9 @@ class Uploads:
         self._ready: OrderedDict[tuple[str, str], tuple[float, Uploaded]] = OrderedDict()
 
     async def upload_media(self, ident: str, part: MediaPart, account: Account, sandbox: str, user: str) -> Uploaded:
-        """The part's media, ready to be named in a message. `ident`: the request's client_id.
+        """Uploads the part's media and returns the reference for a message. `ident`: the request's client_id.
 
-        Raises Refused("media"), SessionExpired, StoreAway, Temporary (iLink could not be reached).
+        Raises Refused("media"), SessionExpired, StoreAway, Temporary (iLink is unreachable).
         """
         key = (account.bot, ident)
         known = self._ready.get(key)
@@ -102,7 +102,7 @@ class Uploads:
         return partial(self._objects.read, stored)
 
     async def _measure_content(self, read: Read) -> _Measured:
-        """One pass over the bytes. Raises Refused("media"), Temporary, Unreadable."""
+        """Reads the content once. Raises Refused("media"), Temporary, Unreadable."""
         digest, size, head = hashlib.md5(usedforsecurity=False), 0, b""
         async with contextlib.aclosing(read()) as pieces:
             async for piece in pieces:
@@ -119,12 +119,12 @@ class Uploads:
 
 
 def _media_kind_of(part: MediaPart, mime: str) -> MediaKind:
-    """What a part is sent as: the kind that it names, or a file if its content is no picture or video."""
+    """The kind to send a part as: its own, or file if the content is no such picture or video."""
     return part.kind if mime.startswith(f"{part.kind}/") else "file"
 
 
 def _recording_problems(read: Read, problems: list[Temporary | Unreadable]) -> Read:
-    """`read`, its failures noted (who uploads may wrap them), and closed with what reads it."""
+    """`read`, with its failures recorded, since the uploader may wrap them, and closed together with its reader."""
 
     async def watched() -> Pieces:
         problems.clear()

@@ -1,9 +1,8 @@
 """iLink's send window as pure functions: may something be sent to this user now?
 
-What is known of the window is in docs/reference/ilink-protocol.md, "Refused sends" and "Context tokens".
-
-`open` for so many sends and hours after each inbound message; after -2 `throttled` until the next one, or until one
-probe after a long cool-down.
+Each inbound message opens the window for a number of sends and hours. After -2 the window is throttled until the next
+inbound message, or until a probe after a long cool-down succeeds. docs/reference/ilink-protocol.md has what is known
+of the window ("Refused sends", "Context tokens").
 """
 
 from __future__ import annotations
@@ -16,40 +15,40 @@ from adapter.contract.messages import Window
 from adapter.conversation.record import ConversationRecord, SendProgress, SendWindow, WindowPhase
 
 Closed: TypeAlias = Literal["", "window_closed", "quota", "throttled", "reserved"]
-"""Why nothing may be sent; "" when it may."""
+"""Why nothing may be sent; "" if it may."""
 
 SENT_KEPT = 32
-"""Times of sends kept per window: more than the budget."""
+"""Send times kept for a window; more than its budget."""
 COOLDOWN_S = 3600.0
-"""A throttle by rate is over after about an hour without attempts; each attempt extends it."""
+"""iLink's throttle ends after about an hour without attempts; each attempt extends it."""
 CLOCK_ERROR_MS = 300_000
-"""A message that seems older than this when it comes tells of a wrong clock: polls that hang bring it sooner. Else a
-clock that is behind would count the sends of all windows against each new one, for ever. A send that seems to leave
-so much later than now tells of one that was ahead."""
+"""Largest plausible age of a message on arrival, and largest plausible lead of a send time. Beyond it one of the
+clocks is wrong. With a slow clock here, the sends of all windows would count against each new window for ever."""
 
 
 class WindowPolicy(NamedTuple):
-    """The settings that the window follows."""
+    """Settings of the window."""
 
     sends: int
-    """Budget after an inbound message; 0: not counted."""
+    """Budget after an inbound message; 0: no limit."""
     hours: float
     cooldown_s: float = COOLDOWN_S
-    """After -2: one probe after so long."""
+    """Time after -2 until a probe may be sent."""
     reserve: int = 0
-    """How many of `sends` no command with `optional` may take."""
+    """Sends of the budget that commands with `optional` may not use."""
     low: int = 3
-    """Few are left when so many are; 0: never."""
+    """Remaining sends at which the window is low; 0: never."""
 
     def budget(self, *, optional: bool = False) -> int:
-        """Sends of a window for a command."""
+        """Sends of a window that a command may use."""
         return max(0, self.sends - self.reserve) if optional else self.sends
 
 
 def send_blocker(
     record: ConversationRecord, now_ms: int, policy: WindowPolicy, *, needed: int = 1, optional: bool = False
 ) -> Closed:
-    """Why `needed` sends do not fit now; "" if they do. What needs more than the whole budget fits a fresh window."""
+    """Why `needed` sends do not fit now; "" if they do. A command that exceeds the whole budget fits a fresh
+    window."""
     window = record.window
     if not _is_unexpired(record, now_ms, policy):
         return "window_closed"
@@ -64,7 +63,7 @@ def send_blocker(
 
 
 def phase(record: ConversationRecord, now_ms: int, policy: WindowPolicy) -> tuple[WindowPhase, Closed]:
-    """How the window stands for the sandbox, and why it is closed. A probe that -2 allows does not make it open."""
+    """The phase as the sandbox sees it, and why it is closed. A possible probe after -2 does not make it open."""
     if not _is_unexpired(record, now_ms, policy):
         return "closed", "window_closed"
     if record.window.throttled_at_ms:
@@ -74,11 +73,11 @@ def phase(record: ConversationRecord, now_ms: int, policy: WindowPolicy) -> tupl
     left = policy.sends - record.window.sends_used
     if left <= 0:
         return "closed", "quota"
-    return ("low" if left <= policy.low < policy.sends else "open"), ""  # low from the start is no news
+    return ("low" if left <= policy.low < policy.sends else "open"), ""  # low from the start is no change
 
 
 def phase_change(announced: WindowPhase, current: WindowPhase) -> Literal["", "opened", "low", "closed"]:
-    """The event that a sandbox needs which knows `announced`; "": none."""
+    """The event for a sandbox that knows the phase `announced`; "" if there is none."""
     match announced, current:
         case "open" | "low", "closed":
             return "closed"
@@ -86,7 +85,7 @@ def phase_change(announced: WindowPhase, current: WindowPhase) -> Literal["", "o
             return "opened"
         case "open", "low":
             return "low"
-        case _:  # a new window after a low one: the message that opened it tells
+        case _:  # a new window after a low one: the inbound message has it
             return ""
 
 
@@ -109,7 +108,7 @@ def closes_at_ms(window: SendWindow, policy: WindowPolicy) -> int:
 
 
 def probes_at_ms(window: SendWindow, policy: WindowPolicy) -> float:
-    """When time alone lets the next send through (the probe after -2)."""
+    """When the probe after -2 may be sent."""
     return window.throttled_at_ms + policy.cooldown_s * 1000
 
 
@@ -132,12 +131,12 @@ def on_inbound(
     in_flight: int,
     sequence: int,
 ) -> ConversationRecord:
-    """The user wrote: opens a new window, unless this message, or a later one, opened the present one already.
+    """Opens a new window, unless this message or a later one opened the current window before.
 
-    A message without a token keeps the one before. The server's window opened when the user wrote (`written_ms`,
-    WeChat's clock; 0: unknown), so what was sent since counts against it, and so do requests in flight, which the
-    server may see after the message. A -2 to what left after that speaks of the new window already; a time in whole
-    seconds may be any moment of its second.
+    A message without a token leaves the known token. iLink's window opened when the user wrote (`written_ms`,
+    WeChat's clock; 0: unknown). Sends since that time count against it, and so do requests in flight, which iLink may
+    process after the message. A -2 to a send since that time belongs to the new window. A time in whole seconds may
+    be any moment of its second.
     """
     window = record.window
     if sequence < window.sequence:
@@ -165,10 +164,10 @@ def on_inbound(
 
 
 def record_attempt(record: ConversationRecord, progress: SendProgress, now_ms: int) -> ConversationRecord:
-    """A request is about to leave: counts it first, so that a crash errs on the safe side.
+    """Counts a request before it is sent, so that a crash never leads to an uncounted send.
 
-    A repeat was counted, unless the user wrote since: if the first one got lost, it is this one that counts. The time
-    of the repeat is kept, since whether the user wrote since may not be known yet.
+    A repeat was counted before, unless the user has written since; then the repeat may be the request that iLink
+    counts in the new window. The time of the repeat is kept, since a message of the user may still be on its way.
     """
     window = record.window
     is_new = not progress.unanswered_attempts or progress.counted_in_window != window.id
@@ -186,9 +185,9 @@ def record_attempt(record: ConversationRecord, progress: SendProgress, now_ms: i
 
 
 def undo_attempt(record: ConversationRecord, progress: SendProgress) -> ConversationRecord:
-    """iLink took nothing: the send does not count, unless a request before it got no answer.
+    """Takes the last request back, since iLink took nothing. It stays counted if a request before it got no answer.
 
-    `progress` is the record's, perhaps with what the answer said.
+    `progress` is that of the record, possibly with details of the answer.
     """
     progress = msgspec.structs.replace(progress, unanswered_attempts=progress.unanswered_attempts - 1)
     if progress.unanswered_attempts:
@@ -202,7 +201,7 @@ def undo_attempt(record: ConversationRecord, progress: SendProgress) -> Conversa
 
 
 def record_throttled(record: ConversationRecord, progress: SendProgress, now_ms: int) -> ConversationRecord:
-    """iLink said -2 to the last request. If the user wrote since, it speaks of the window before."""
+    """Records a -2 to the last request. If the user has written since, the -2 belongs to the former window."""
     sent_at_ms = record.window.sent_at_ms
     left_ms = sent_at_ms[-1] if sent_at_ms else now_ms
     is_present = progress.counted_in_window == record.window.id
@@ -213,13 +212,13 @@ def record_throttled(record: ConversationRecord, progress: SendProgress, now_ms:
 
 
 def record_answer_time(record: ConversationRecord, now_ms: int) -> ConversationRecord:
-    """The last request has ended, in an answer or none: iLink may have counted it at any moment up to now."""
+    """Moves the time of the last request to its end: iLink may have counted it at any moment until then."""
     window = msgspec.structs.replace(record.window, sent_at_ms=[*record.window.sent_at_ms[:-1], now_ms])
     return msgspec.structs.replace(record, window=window)
 
 
 def record_accepted(record: ConversationRecord, progress: SendProgress, now_ms: int) -> ConversationRecord:
-    """iLink took the last request: whatever -2 meant, it is over."""
+    """Records that iLink accepted the last request, which ends a throttle."""
     record = record_answer_time(record, now_ms)
     window = msgspec.structs.replace(record.window, throttled_at_ms=0)
     return msgspec.structs.replace(record, window=window, head=progress)

@@ -1,8 +1,17 @@
-"""From a bot's journal to inboxes and conversations: each message once, in order, behind the poll and beside it.
+"""Dispatches the records of a bot's journal: each message to its inbox once and in order, beside the next poll.
 
-A record is sorted, its users' conversations are told, its media are fetched ahead, and what is ready is published in
-its order. A message waits for its media a bounded time, and holds up only its own bot's messages. What is not done
-when a replica ends is in the journal: the next owner reads on from where inboxes and conversations have everything.
+A record goes through these steps. Each step can be repeated, and what a replica leaves undone is in the journal.
+
+1. Triage. The messages are translated, and duplicates are dropped. Messages for no inbox become dead letters. 2.
+Conversations. The user's conversation gets token and window first, so that a fast answer finds them. 3. Media. Up to
+AHEAD messages download their media at once. A message waits for its media for a bounded time, and delays only later
+messages of its own bot. 4. Publishing. Messages that are ready are published in order. 5. Closing. When all messages
+of a record are published, the conversations note its sequence. `done_to` is the sequence up to which they have also
+stored it; the poller writes it into the journal.
+
+A new owner starts with `catch_up`. It reads the records behind `done_to` and drops the messages that the inbox has.
+Such records are "left over". The poller calls `offer` for each new record, and stops polling while `has_room` is
+false. A dispatcher never writes to the journal, and never publishes without the lease (`_fence`).
 """
 
 from __future__ import annotations
@@ -39,25 +48,25 @@ from adapter.ports import InboundMessage, MediaRef
 log = structlog.get_logger()
 
 AHEAD = 4
-"""Messages of one bot whose media are downloaded at once."""
+"""Messages of one bot that download their media at the same time."""
 PIPELINE = 256
-"""Messages stored at once; bounds the memory of a huge answer."""
+"""Most messages in one batch of publishes; bounds the memory that a huge answer takes."""
 BACKLOG = 64
-"""Records that are not dispatched, at which the poller stops."""
+"""Records that are not dispatched at which the poller pauses."""
 BACKLOG_BYTES = 1024 * 1024
-"""The same of their messages."""
+"""Bytes of such records at which the poller pauses."""
 CUT_S = 1.0
-"""For what is cancelled to end."""
+"""Time for cancelled tasks to end."""
 LEASE_PAUSE_S = 0.2
 STORED_LOOK_S = 0.1
 CLOCKS_APART_MS = 60_000
-"""By how much the clocks of two servers may differ."""
+"""Largest difference between the clocks of two servers."""
 UNSAVED = 256
-"""Records of whose conversations it is known what is stored."""
+"""Most dispatched records that wait for their conversations to be stored."""
 
 
 class DispatchDeps(NamedTuple):
-    """What every dispatcher of a replica needs."""
+    """Dependencies of all dispatchers of a replica."""
 
     journal: Journal
     triage: Triage
@@ -65,13 +74,13 @@ class DispatchDeps(NamedTuple):
     bindings: Bindings
     downloading: DownloadDeps
     media_wait_s: float
-    """How long a message waits for its media, from its arrival on."""
+    """How long a message waits for its media after its arrival."""
     media_writable: Callable[[], Awaitable[None]]
-    """Returns when the bus takes messages and their media."""
+    """Returns when the bus accepts messages and media."""
 
 
 class PendingMessage:
-    """A message that is not in its inbox yet."""
+    """A message that is not known to be in its inbox."""
 
     __slots__ = ("crashes", "heard", "is_suspect", "record", "until", "work")
 
@@ -79,11 +88,11 @@ class PendingMessage:
         self.heard = heard
         self.record = record
         self.until = until
-        """Monotonic time at which it goes on without the media that are missing."""
+        """Monotonic time at which it is published without its missing media."""
         self.is_suspect = is_suspect
-        """It may be in its inbox already."""
+        """It may be in its inbox: it is left over, or a publish failed with a lost lease."""
         self.crashes = 0
-        """How often the code has raised on it."""
+        """Publishes of this message alone that raised an unexpected error."""
         self.work: asyncio.Task[list[InboundItem]] | None = None
 
 
@@ -107,25 +116,25 @@ class Open:
         self.written = written
         self.size = sum(map(len, written.record.messages))
         self.is_left_over = is_left_over
-        """By an owner before: some of it may be in the inbox."""
+        """A previous owner stored it and may have published some of it."""
         self.whole: list[bytes] | None = None
-        """Its messages, with what earlier records have of them."""
+        """Its messages, completed by the pieces in earlier records."""
         self.found: list[Sorted] | None = None
         self.added = 0
-        """Messages of it that count as seen since."""
+        """Messages that it added to the dedup window."""
         self.is_sorted = False
         self.left = 0
-        """Its messages that are not in their inbox."""
+        """Messages that are not in their inbox."""
         self.actors: list[ConversationActor] = []
-        """The conversations that heard it."""
+        """Conversations of its users."""
         self.crashes = 0
 
 
 class Dispatcher:
-    """One bot's. Implements bot_journal.Progress. One task while something waits, none otherwise."""
+    """Dispatches for one bot. Implements bot_journal.Progress. Has a task only while there is work."""
 
     def __init__(self, journal: BotJournal, deps: DispatchDeps, on_caught_up: Callable[[], None]) -> None:
-        """`on_caught_up`: called once the conversations have heard what the owner before left over."""
+        """`on_caught_up`: called once the conversations know the records that the previous owner left over."""
         self.bot = journal.bot
         self._journal = journal
         self._deps = deps
@@ -134,31 +143,32 @@ class Dispatcher:
         self._on_caught_up = on_caught_up
         self.is_catching_up = False
         self._seen: DedupWindow | None = None
-        """Read back when a message comes: most bots that are taken over have none for long."""
+        """Loaded with the first message, since most bots are silent for long after a take-over."""
         self._inherited: int | None = None
-        """Sequence of the newest record of earlier owners that has messages; None: the first one of ours names it."""
+        """Sequence of the newest record with messages of earlier owners; None: the first record of this owner has
+        it."""
         self._records: deque[Open] = deque()
-        """Not sorted yet."""
+        """Records that are not triaged."""
         self._open: deque[Open] = deque()
-        """All that are not dispatched, in order."""
+        """All records that are not dispatched, in order."""
         self._waiting: deque[PendingMessage] = deque()
         self._unsaved: deque[Open] = deque()
-        """Dispatched, while it is not known that the conversations are stored."""
+        """Dispatched records whose conversations are not known to be stored."""
         self._done_to = journal.done_to
         self._pieces: dict[tuple[str, int], bytes] = {}
-        """Beginnings of messages that go on in a later record, by where they stand in which answer of iLink: what
-        another replica stores late may come in between."""
+        """Beginnings of messages that continue in a later record, by iLink's answer and the message's number in it.
+        A late record of another replica may lie between the two."""
         self.changed = ChangeSignal()
         self._tasks = TaskSet(partial(_crashed, self.bot))
         self._task: asyncio.Task[None] | None = None
         self._is_one_by_one = False
-        """Messages are published singly, since the code raised on several."""
+        """Publish single messages, since a batch raised an unexpected error."""
         self._stopped = False
 
-    # what the poller says ---------------------------------------------------------------------------
+    # for the poller -------------------------------------------------------------------------------
 
     def catch_up(self) -> None:
-        """Dispatches what the owner before has stored and not dispatched."""
+        """Dispatches what the previous owner stored and did not dispatch."""
         self._inherited = self._journal.last_heard
         if self._journal.last_heard > self._journal.done_to:
             self.is_catching_up = True
@@ -167,7 +177,7 @@ class Dispatcher:
             self._on_caught_up()
 
     def offer(self, written: Written) -> None:
-        """The next record with messages, once it is stored."""
+        """Takes the next stored record with messages."""
         if self._stopped:
             return
         opened = Open(written)
@@ -176,18 +186,18 @@ class Dispatcher:
         self._wake()
 
     def has_room(self) -> bool:
-        """Whether another record may come; `changed` tells."""
+        """Whether the poller may go on; `changed` notifies."""
         is_full = len(self._open) >= BACKLOG or sum(one.size for one in self._open) >= BACKLOG_BYTES
         return self._stopped or not is_full
 
     @property
     def is_done(self) -> bool:
-        """The inboxes have everything; `changed` tells."""
+        """Whether all messages are in their inboxes; `changed` notifies."""
         return not self._open and not self.is_catching_up
 
     async def drain(self, seconds: float) -> bool:
-        """Waits a little for what is nearly done, and ends; whether the inboxes have everything. The rest is in the
-        journal."""
+        """Stops after at most `seconds` for what is nearly done. Returns whether all messages are in their inboxes;
+        the journal has the others."""
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(seconds):
                 await self.changed.wait_until(lambda: self._stopped or self.is_done)
@@ -199,7 +209,7 @@ class Dispatcher:
         return is_done
 
     def stop(self) -> None:
-        """The bot is lost, or given away: everything ends now."""
+        """Stops at once, since the bot is lost or given away."""
         self._stopped = True
         self._tasks.cancel_all()
         self.changed.notify_all()
@@ -208,18 +218,18 @@ class Dispatcher:
 
     def done_to(self) -> int:
         whole = 0
-        """Records behind which no message goes on."""
+        """Dispatched records at whose end no message continues."""
         for number, opened in enumerate(self._unsaved, 1):
             if not all(actor.memory.is_stored_to(self.bot, opened.written.sequence) for actor in opened.actors):
                 break
-            if not opened.written.record.is_continued:  # the next owner needs the beginning, too
+            if not opened.written.record.is_continued:  # a new owner needs the beginning of the message, too
                 whole = number
         for _ in range(whole):
             self._done_to = self._unsaved.popleft().written.sequence
         return self._done_to
 
     async def stored(self, seconds: float) -> None:
-        """Waits until the conversations have stored what was dispatched, or so long."""
+        """Waits at most `seconds` for the conversations to store what was dispatched."""
         until = self._clock.monotonic() + seconds
         self.done_to()
         while self._unsaved and self._clock.monotonic() < until:
@@ -227,7 +237,7 @@ class Dispatcher:
             self.done_to()
 
     async def remember(self) -> None:
-        """Reads back what was seen lately where no message has come yet. Raises Temporary."""
+        """Loads the dedup window if no message has done so. Raises Temporary."""
         if self._seen is None:
             if self._inherited is None and not self._records:
                 self._inherited = self._journal.last_heard
@@ -244,7 +254,7 @@ class Dispatcher:
         lines = seen.fingerprints()
         return lines[: len(lines) - later]
 
-    # the work ---------------------------------------------------------------------------------------
+    # dispatching ------------------------------------------------------------------------------------
 
     def _fence(self) -> None:
         """Raises LeaseLost."""
@@ -267,7 +277,7 @@ class Dispatcher:
                     continue
                 except LeaseLost:
                     for waiting in self._waiting:
-                        waiting.is_suspect = True  # it may have been stored all the same
+                        waiting.is_suspect = True  # the publish may have succeeded
                     await self._wait_for_lease()
                     pause_s = LEASE_PAUSE_S
                 except AdapterError as exc:
@@ -283,14 +293,14 @@ class Dispatcher:
             self._task = None
 
     async def _wait_for_lease(self) -> None:
-        """Returns when it may be ours again; where it is not, everything ends."""
+        """Returns when the lease may be valid again; stops the dispatcher if it is another incarnation's."""
         leases = self._publishing.leases
         await leases.changed.wait_until(lambda: self._stopped or leases.is_valid, 1.0)
         if leases.incarnation != self._journal.owner:
             self.stop()
 
     async def _turn(self) -> None:
-        """One step. Raises Temporary, LeaseLost, BusRefused."""
+        """One unit of work. Raises Temporary, LeaseLost, BusRefused."""
         if self._seen is None:
             await self._read_back()
         if self._records:
@@ -311,7 +321,7 @@ class Dispatcher:
             self._on_caught_up()
 
     async def _read_back(self) -> None:
-        """Reads the records of earlier owners: what was seen lately, and what is left over, which comes first. Raises
+        """Loads the dedup window from earlier owners' records, and puts the left-over ones before all others. Raises
         Temporary."""
         journal, triage = self._journal, self._deps.triage
         known = await self._deps.journal.get(self.bot, journal.seen_at) if journal.seen_at else None
@@ -328,8 +338,8 @@ class Dispatcher:
         self._open.extendleft(reversed(left))
 
     async def _earlier(self, known_to: int) -> list[Written]:
-        """The records with messages that earlier owners stored behind a sequence, oldest first. Each names the one
-        before: to look for the next one of a bot the server passes over those of all others. Raises Temporary."""
+        """The records with messages that earlier owners stored behind a sequence, oldest first. They are read
+        backwards by `last_heard`, since a search by subject would scan the records of all bots. Raises Temporary."""
         sequence = self._records[0].written.record.last_heard if self._inherited is None else self._inherited
         found: list[Written] = []
         while sequence > known_to and (written := await self._deps.journal.get(self.bot, sequence)) is not None:
@@ -338,10 +348,10 @@ class Dispatcher:
         return found[::-1]
 
     def _whole(self, record: JournalRecord) -> list[bytes]:
-        """The messages of a record with what earlier ones have of them; one that goes on is kept until it ends."""
+        """The messages of a record, each with its pieces from earlier records. An unfinished last message is kept."""
         begun = self._pieces.pop((record.place, record.first), b"")
         messages = list(record.messages)
-        if record.is_rest:  # else iLink gave the answer once more
+        if record.is_rest:  # otherwise iLink repeated the answer
             messages[0] = begun + messages[0]
         if record.is_continued:
             last = messages.pop()
@@ -349,8 +359,8 @@ class Dispatcher:
         return messages
 
     async def _sort(self, opened: Open) -> None:
-        """Sorts a record's messages; those for the inbox wait from then on. May be repeated until it returns. Raises
-        Temporary, LeaseLost, BusRefused."""
+        """Triages a record and queues its messages for the inbox. Can be repeated if it raises Temporary, LeaseLost
+        or BusRefused."""
         record = opened.written.record
         assert self._seen is not None
         if opened.whole is None:
@@ -403,7 +413,7 @@ class Dispatcher:
         return AddressedMessage(said, sandbox, self.bot, record.received_ms, said.keys.id_for(self.bot), place)
 
     async def _set_aside(self, one: Sorted, binding: Binding | None) -> None:
-        """What is for no inbox."""
+        """Counts a message for no inbox, or makes it a dead letter."""
         kind = one.said.kind if one.said else "unsupported"
         match one.outcome:
             case "echo":
@@ -431,15 +441,14 @@ class Dispatcher:
         await inbox.dead_letter(self.bot, sandbox, raw, why, self._publishing, reason=reason)
 
     async def _end_as_dead_letter(self, raw: bytes, sandbox: str, said: InboundMessage | None) -> None:
-        """The code raises on it at every try."""
+        """Gives up a message on which the code raises at every attempt."""
         self._fence()
         crashed = Crashed()
         self._count(said.kind if said else "unsupported", "dead_lettered")
         await inbox.dead_letter(self.bot, sandbox, raw, crashed.detail, self._publishing, reason=crashed.reason)
 
     async def _find_binding(self) -> Binding | None:
-        """The bot's binding; None only where the bus has none: the news of a new one may be on their way. Raises
-        Temporary."""
+        """The bot's binding; None: the bus has none, even if asked directly. Raises Temporary."""
         bindings = self._deps.bindings
         if bindings.get(self.bot) is None:
             await bindings.refresh(self.bot)
@@ -450,11 +459,11 @@ class Dispatcher:
     async def _update_conversations(
         self, binding: Binding, opened: Open, heard: list[AddressedMessage]
     ) -> list[AddressedMessage]:
-        """Tells each user's conversation, so that a fast answer finds token and window; those that may not be in the
-        inbox. Raises Temporary, LeaseLost."""
+        """Gives token and window to the users' conversations. Returns the messages that may be missing in the inbox.
+        Raises Temporary, LeaseLost."""
         sequence = opened.written.sequence
         if opened.written.record.sandbox not in ("", binding.sandbox):
-            return heard  # the bot has moved: what was said before opens no window there
+            return heard  # messages from before the bot moved open no window in the new sandbox
         actors: list[ConversationActor] = []
         for user in dict.fromkeys(one.said.user for one in heard):
             theirs = [one for one in heard if one.said.user == user]
@@ -489,7 +498,7 @@ class Dispatcher:
         )
 
     async def _learn_user(self, binding: Binding, user: str) -> None:
-        """The binding named no user: this is who they are. An older bot of theirs in the sandbox is replaced. Raises
+        """Adds the user to a binding without one, and removes an older bot of the same user in the sandbox. Raises
         Temporary."""
         bindings = self._deps.bindings
         bound = bindings.of_sandbox(binding.sandbox)
@@ -502,7 +511,7 @@ class Dispatcher:
             return msgspec.structs.replace(now, user=user, in_after=known.in_after, out_after=known.out_after)
 
         await bindings.update(binding.bot, with_user)
-        for other in older:  # WeChat has killed it: one user has one bot
+        for other in older:  # WeChat has disabled it: one user has one bot
             detail = "The user is served by another bot now."
             await self._publishing.access.events.publish_binding_event(other.event("replaced", detail=detail))
             await bindings.remove(other.bot)
@@ -510,8 +519,8 @@ class Dispatcher:
     # publishing -------------------------------------------------------------------------------------
 
     async def _publish_ready(self) -> None:
-        """Publishes the messages that are ready, in their order; where the first one is not, waits for its media, or
-        for another record."""
+        """Publishes the messages that are ready, in order. If the first one is not, waits for its media or for
+        another record."""
         self._fetch_ahead()
         first = self._waiting[0]
         if not _is_ready(first):
@@ -538,18 +547,17 @@ class Dispatcher:
         except Exception:
             if len(ready) == 1:
                 first.crashes += 1
-                first.work = None  # it may be what raised
+                first.work = None  # the downloaded media may be at fault
             self._is_one_by_one = True
             raise
         if not first.record.is_left_over:
             took_s = (self._clock.now_ms() - first.heard.received_ms) / 1000
-            # the objective is about messages, not about batches
+            # the objective counts messages, not batches
             self._publishing.metrics.inbound_publish_duration.observe(max(0.0, took_s), len(ready))
         self._told(ready)
 
     def _is_anothers(self, heard: AddressedMessage) -> bool:
-        """Whether the bot was taken from the sandbox, and somebody else has it: they must not see what this user
-        wrote."""
+        """Whether the message's sandbox has only bots of other users by now, who must not see the message."""
         bindings = self._deps.bindings
         serves = bindings.get(self.bot)
         if serves is not None and serves.sandbox == heard.sandbox:
@@ -558,7 +566,7 @@ class Dispatcher:
         return bool(bound) and all(one.user not in ("", heard.said.user) for one in bound)
 
     def _told(self, some: Sequence[PendingMessage]) -> None:
-        """The first ones that wait are in the inbox, or dead letters."""
+        """Removes the first messages of the queue, which are in the inbox or dead letters."""
         for one in some:
             self._waiting.popleft()
             one.record.left -= 1
@@ -566,7 +574,7 @@ class Dispatcher:
         self._close_done()
 
     def _close_done(self) -> None:
-        """Ends records of which everything is in the inboxes."""
+        """Closes the records whose messages are all in their inboxes."""
         done = list(takewhile(lambda opened: opened.is_sorted and not opened.left, self._open))
         for opened in done:
             self._open.popleft()
@@ -575,16 +583,17 @@ class Dispatcher:
             self._unsaved.append(opened)
             opened.whole = opened.found = None
             told = JournalRecord(is_continued=opened.written.record.is_continued)
-            opened.written = opened.written._replace(record=told)  # without its messages: the bot may be silent
+            # frees the messages, since the bot may be silent for long
+            opened.written = opened.written._replace(record=told)
             if len(self._unsaved) > UNSAVED:
                 self._unsaved.popleft()
         self.changed.notify_all()
 
     async def _drop_published(self) -> None:
-        """Looks which messages are in their inbox: a crash, or a pause of the lease, came between that and the news
-        of it. Raises Temporary, LeaseLost."""
+        """Drops the messages that are in their inbox, after a crash or a lost lease left that open. Raises Temporary,
+        LeaseLost."""
         suspects = [waiting for waiting in self._waiting if waiting.is_suspect]
-        self._fence()  # else the owner of now may publish after this look
+        self._fence()  # otherwise a new owner may publish after this read
         places, ids = await self._published(suspects)
         for waiting in suspects:
             waiting.is_suspect = False
@@ -595,8 +604,8 @@ class Dispatcher:
         self._close_done()
 
     async def _published(self, suspects: Sequence[PendingMessage]) -> tuple[set[str], set[str]]:
-        """Of the messages in the inboxes since the first suspect was stored: where in the journal they are, and their
-        ids. Raises Temporary."""
+        """Journal positions and ids of the messages in the inboxes since the first suspect was stored. Raises
+        Temporary."""
         names, history = self._publishing.access.names, self._publishing.access.history
         first = suspects[0].record.written
         if not first.time_ms:
@@ -605,7 +614,7 @@ class Dispatcher:
         places, ids = set(), set()
         for sandbox, count in Counter(one.heard.sandbox for one in suspects).items():
             subject = names.inbox(sandbox)
-            # mostly it is one message, and the newest there: to read more the server passes over all other inboxes
+            # usually one message, the newest in its inbox: to read more, the server scans all other inboxes
             newest = await history.read_last_of_each(names.stream_in, [subject]) if count == 1 else []
             found = {stored.headers.get(H_JOURNAL, "") for stored in newest}
             if any(one.heard.place in found for one in suspects if one.heard.sandbox == sandbox):
@@ -619,7 +628,7 @@ class Dispatcher:
     # media ------------------------------------------------------------------------------------------
 
     def _fetch_ahead(self) -> None:
-        """Starts downloads, the oldest messages first."""
+        """Starts downloads for the oldest messages."""
         busy = sum(1 for waiting in self._waiting if waiting.work is not None and not waiting.work.done())
         for waiting in self._waiting:
             if busy >= AHEAD or waiting.is_suspect or self._stopped:
@@ -634,7 +643,7 @@ class Dispatcher:
         self.changed.notify_all()
 
     async def _fetch_all(self, waiting: PendingMessage) -> list[InboundItem]:
-        """The items of a message with their media, or with why they are missing."""
+        """The items of a message, with their media or the reason why media are missing."""
         said = waiting.heard.said
         found = await asyncio.gather(*(self._fetch(waiting, fetch) for fetch in said.fetches))
         items = list(said.items)
@@ -643,7 +652,7 @@ class Dispatcher:
         return items
 
     async def _fetch(self, waiting: PendingMessage, fetch: MediaRef) -> DownloadResult:
-        """One item's media. While the bus is away nobody misses them, so that time does not count."""
+        """Downloads the media of one item. Time in which the bus is unavailable does not count."""
         while True:
             left_s = waiting.until - self._clock.monotonic()
             try:
@@ -659,19 +668,19 @@ class Dispatcher:
             waiting.until = self._clock.monotonic() + self._deps.media_wait_s
 
     async def _bus_was_away(self) -> bool:
-        """Waits until the bus is there; whether it was not."""
+        """Waits until the bus is available. Returns whether it was not."""
         began = self._clock.monotonic()
         await self._deps.media_writable()
         return self._clock.monotonic() > began + 0.01
 
 
 def _is_ready(waiting: PendingMessage) -> bool:
-    """Whether it waits for no media."""
+    """Whether the message waits for no media."""
     return not waiting.heard.said.fetches or (waiting.work is not None and waiting.work.done())
 
 
 def _with_media(waiting: PendingMessage) -> AddressedMessage:
-    """The message as it is told. Raises what the download raised that nobody expects."""
+    """The message to publish. Re-raises an unexpected error of the download."""
     if waiting.work is None:
         return waiting.heard
     said = msgspec.structs.replace(waiting.heard.said, items=waiting.work.result())

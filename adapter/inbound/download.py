@@ -1,4 +1,4 @@
-"""Downloads one item's media from iLink's CDN into the object store, finds its type, and converts a voice to WAV."""
+"""Downloads the media of one item from iLink's CDN to the object store, detects their type, converts voice to WAV."""
 
 from __future__ import annotations
 
@@ -26,19 +26,19 @@ ATTEMPTS = 3
 
 
 class DownloadDeps(NamedTuple):
-    """What a download needs."""
+    """Dependencies of a download."""
 
     cdn: Cdn
     objects: Objects
     to_wav: Callable[[bytes], Awaitable[bytes | None]]
-    """A SILK recording as WAV, made in a thread; None where it cannot be converted."""
+    """Converts a SILK recording to WAV in a thread; None: it cannot be converted."""
     clock: Clock
     transfers: FairSlots
-    """Downloads and uploads at once."""
+    """Limits concurrent downloads and uploads."""
 
 
 class MediaUnavailable(Exception):
-    """The bytes cannot be had now. `reason` is one of contract.MediaReason."""
+    """The media cannot be downloaded now. `reason` is one of contract.MediaReason."""
 
     def __init__(self, reason: str, *, again: bool) -> None:
         super().__init__(reason)
@@ -48,7 +48,7 @@ class MediaUnavailable(Exception):
 
 
 class DownloadResult(NamedTuple):
-    """What became of one item's media."""
+    """The media of one item, or the reason why they are missing."""
 
     media: contract.Media | None = None
     wav: contract.Media | None = None
@@ -56,7 +56,7 @@ class DownloadResult(NamedTuple):
 
 
 async def download(message: AddressedMessage, fetch: MediaRef, deps: DownloadDeps) -> DownloadResult:
-    """An item's media, tried a few times. Raises MediaUnavailable."""
+    """Downloads the media of one item in a few attempts. Raises MediaUnavailable."""
     failures = 0
     while True:
         try:
@@ -99,7 +99,7 @@ async def _download_once(message: AddressedMessage, fetch: MediaRef, deps: Downl
 
 
 async def _with_wav(name: str, silk: bytes, got: DownloadResult, deps: DownloadDeps) -> DownloadResult:
-    """With the recording as others can play it, where it can be converted and stored."""
+    """Adds the recording as WAV if it can be converted and stored."""
     assert got.media is not None
     length_ms = got.media.duration_ms or media.silk_duration_ms(silk)
     got = got._replace(media=msgspec.structs.replace(got.media, duration_ms=length_ms))
@@ -117,11 +117,11 @@ async def _with_wav(name: str, silk: bytes, got: DownloadResult, deps: DownloadD
 
 
 class _Copy:
-    """A copy of bytes that pass; empty where they are more than `limit`."""
+    """Copies the bytes of a stream; empty if they exceed `limit`."""
 
     def __init__(self, limit: int) -> None:
         self.data = b""
-        """Set once all have passed."""
+        """Set at the end of the stream."""
         self._limit = limit
 
     async def of(self, pieces: Pieces) -> Pieces:
@@ -135,9 +135,9 @@ class _Copy:
 
 
 async def _pieces(sandbox: str, fetch: MediaRef, deps: DownloadDeps) -> Pieces:
-    """The plain bytes, once there is a place for their transfer.
+    """The decrypted bytes, read in a transfer slot.
 
-    Raises MediaUnavailable: whatever else comes out of storing them is the object store's.
+    Raises MediaUnavailable for every error of the CDN, so that other errors are those of the object store.
     """
     try:
         async with deps.transfers.slot(sandbox), contextlib.aclosing(deps.cdn.download(fetch)) as plain:
@@ -174,7 +174,7 @@ def _duration_of(item: InboundItem) -> int | None:
 
 
 def media_from_object(stored: StoredObject, kind: media.Kind, name: str, duration_ms: int | None) -> contract.Media:
-    """An object as messages name it."""
+    """A stored object in the form of the contract."""
     return contract.Media(
         object=stored.name,
         name=name,
@@ -188,7 +188,7 @@ def media_from_object(stored: StoredObject, kind: media.Kind, name: str, duratio
 
 
 def with_media(item: InboundItem, got: DownloadResult) -> InboundItem:
-    """The item with what became of its media."""
+    """The item with the result of its download."""
     if isinstance(item, contract.VoiceItem):
         length_ms = item.duration_ms if item.duration_ms or got.media is None else got.media.duration_ms
         return msgspec.structs.replace(item, media=got.media, wav=got.wav, reason=got.reason, duration_ms=length_ms)

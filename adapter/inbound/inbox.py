@@ -1,6 +1,6 @@
-"""Messages of users into the inboxes of sandboxes: what a message says on the bus, and what is done when it refuses.
+"""Publishes users' messages to the inboxes of sandboxes.
 
-Whatever was heard, something of it is on the bus in the end: the message, a stub of it, or a dead letter.
+Each message ends on the bus: as itself, as a stub if the bus refuses its size, or as a dead letter.
 """
 
 from __future__ import annotations
@@ -31,26 +31,26 @@ log = structlog.get_logger()
 T = TypeVar("T")
 
 QUOTES_S = 2.0
-"""How long the quotes of messages that are stored together are looked up; then they are told without their words."""
+"""Longest search for the quotes in messages that are published together; then quotes have no text."""
 LARGE = 64 * 1024
-"""Bytes of a message as iLink sent it: no text of a phone has so many, and no bus refuses fewer."""
+"""Size of a message as iLink sent it. No text from a phone is larger, and every bus accepts this much."""
 
 
 class AddressedMessage(msgspec.Struct, frozen=True, gc=False):
-    """A message of a user for the sandbox that it was said to."""
+    """A user's message with the sandbox that gets it."""
 
     said: InboundMessage
     sandbox: str
     bot: str
     received_ms: int
     id: str
-    """Its id on the bus."""
+    """Message id on the bus."""
     place: str
-    """Which record of the journal it is of, and where it stands in there."""
+    """Journal record and index of the message in it."""
 
 
 class PublishDeps(NamedTuple):
-    """What publishing messages needs."""
+    """Dependencies of publishing messages."""
 
     access: BusAccess
     bindings: Bindings
@@ -60,11 +60,11 @@ class PublishDeps(NamedTuple):
     clock: Clock
     metrics: Metrics
     ensure_owner: Callable[[], None] | None = None
-    """Asked before each write. Raises LeaseLost."""
+    """Called before each write. Raises LeaseLost."""
 
 
 def without_media(said: InboundMessage, reason: str) -> InboundMessage:
-    """The message as it is told when nobody fetches its media; `reason` is one of contract.MediaReason."""
+    """The message without a download of its media; `reason` is one of contract.MediaReason."""
     items = list(said.items)
     for fetch in said.fetches:
         items[fetch.item] = msgspec.structs.replace(items[fetch.item], reason=reason)
@@ -72,13 +72,13 @@ def without_media(said: InboundMessage, reason: str) -> InboundMessage:
 
 
 async def publish(heard: Sequence[AddressedMessage], deps: PublishDeps) -> None:
-    """Stores messages in this order, pipelined. Raises LeaseLost.
+    """Publishes messages in this order, pipelined. Raises LeaseLost.
 
-    A large one by itself: the bus may refuse it for its size, and its stub is to have its place.
+    A large message is published alone: if the bus refuses its size, its stub keeps its place in the order.
     """
     heard, until = list(heard), asyncio.get_running_loop().time() + QUOTES_S
     for number, one in enumerate(heard):
-        if one.said.reference is not None:  # looked up only now: a quote is rare
+        if one.said.reference is not None:  # quotes are rare
             heard[number] = await _with_quote(one, heard[:number], until, deps)
     start = 0
     for number, one in enumerate(heard):
@@ -90,7 +90,7 @@ async def publish(heard: Sequence[AddressedMessage], deps: PublishDeps) -> None:
 
 
 async def _publish_part(heard: Sequence[AddressedMessage], deps: PublishDeps) -> None:
-    """Messages that the bus is asked to store at once; those that it refuses come last, as stubs."""
+    """Publishes messages together. Stubs of those that the bus refuses follow at the end."""
     if not heard:
         return
     shown: dict[tuple[str, str, str], contract.Window] = {}
@@ -120,7 +120,8 @@ async def _publish_part(heard: Sequence[AddressedMessage], deps: PublishDeps) ->
 
 
 async def _publish_all(messages: Sequence[Message], deps: PublishDeps) -> list[PubAck | BusRefused]:
-    """Stores them, and waits where the stream is full, which it is only if somebody changed what it discards."""
+    """Publishes messages, and retries while the stream is full, which happens only if its discard policy was
+    changed."""
     acks = await deps.access.bus.publish_all(messages)
     failures = 0
     while full := [number for number, ack in enumerate(acks) if isinstance(ack, BusRefused) and ack.is_full]:
@@ -136,7 +137,7 @@ async def _publish_all(messages: Sequence[Message], deps: PublishDeps) -> list[P
 async def _with_quote(
     one: AddressedMessage, before: Sequence[AddressedMessage], until: float, deps: PublishDeps
 ) -> AddressedMessage:
-    """`before`: what came in the same answer, and is on no bus yet. `until`: the time of the loop."""
+    """`before`: messages of the same answer, which are not on the bus yet. `until`: a time of the loop's clock."""
     earlier = [other.said for other in before if other.sandbox == one.sandbox]
     try:
         async with asyncio.timeout_at(until):
@@ -171,7 +172,7 @@ def _message(one: AddressedMessage, shown: contract.Window, deps: PublishDeps) -
 
 
 async def _window(sandbox: str, bot: str, user: str, deps: PublishDeps) -> contract.Window:
-    """What the sandbox may still send to the user: nothing once the bot serves it no longer."""
+    """The window of the user; empty once the bot serves another sandbox."""
     binding = deps.bindings.get(bot)
     if binding is None or binding.sandbox != sandbox:
         return contract.Window(remaining=0)
@@ -179,7 +180,7 @@ async def _window(sandbox: str, bot: str, user: str, deps: PublishDeps) -> contr
 
 
 async def _publish_stub(one: AddressedMessage, message: Message, deps: PublishDeps) -> None:
-    """The bus refuses this message for its size: the reader learns of it, the bytes go to the dead letters."""
+    """Handles a message whose size the bus refuses: a dead letter keeps the bytes, and the inbox gets a stub."""
     await dead_letter(one.bot, one.sandbox, one.said.raw, "The bus refuses a message of this size.", deps)
     whole = msgspec.json.decode(message.payload, type=Inbound)
     stub = msgspec.structs.replace(
@@ -194,7 +195,7 @@ async def _publish_stub(one: AddressedMessage, message: Message, deps: PublishDe
 async def dead_letter(
     bot: str, sandbox: str, raw: bytes, why: str, deps: PublishDeps, *, reason: str = "unreadable"
 ) -> None:
-    """Keeps what iLink sent as a dead letter. `sandbox` "": the bot is bound to none."""
+    """Keeps a message as a dead letter. `sandbox` "": the bot has no sandbox."""
     await deps.access.events.publish_dead_letter(
         "IN",
         raw,
@@ -208,8 +209,8 @@ async def dead_letter(
 
 
 async def retry(work: Callable[[], Awaitable[T]], clock: Clock) -> T:
-    """What is in hand is tried until it is done, also where the bus refuses it: iLink may count it as delivered, and
-    whoever had the bucket refuse what is written can have it take that again. Raises LeaseLost.
+    """Retries until the work succeeds, even if the bus refuses the write: iLink may not deliver the messages again,
+    and an operator can lift a limit. Raises LeaseLost.
     """
     failures = 0
     while True:

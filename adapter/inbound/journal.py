@@ -1,8 +1,9 @@
-"""The journal: what iLink handed over for each bot, and who polls it, one record after the other.
+"""The journal: for each bot, what iLink delivered and which replica polls, as a sequence of records.
 
-Stream WECHAT_JOURNAL, subject `wechat.journal.<bot>`. Each record is written by compare-and-set on its subject's last
-sequence. So a record is checkpoint and fence at once: it has iLink's cursor and the owner's name, and whoever has
-written since makes the next write of the owner before fail. Nothing of an answer is told before its record is stored.
+Stream WECHAT_JOURNAL, subject `wechat.journal.<bot>`. Each record is written by compare-and-set on the last sequence
+of its subject. It is a checkpoint, since it has iLink's cursor, and a fence, since it has the owner's name: a write
+by another replica makes the next write of the previous owner fail. An answer is published only after its record is
+stored.
 """
 
 from __future__ import annotations
@@ -21,56 +22,56 @@ from adapter.security.seal import Sealer, journal_context
 log = structlog.get_logger()
 
 VERSION = 1
-"""Of a record's form. A replica leaves a bot alone whose last record has a higher one."""
+"""Version of a record's form. A replica leaves a bot alone whose last record has a higher version."""
 MESSAGE_BYTES = 64
-"""What a message takes in a record beside its own bytes, at most."""
+"""Upper bound of a message's overhead in a record."""
 
 
 class JournalRecord(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """One answer of iLink that has messages, a part of one, or a change of who polls the bot. Sealed where it is
-    stored: iLink's cursor holds the bot's token."""
+    """One answer of iLink with messages, a part of one, or a change of the owner. Stored sealed, since iLink's cursor
+    contains the bot's token."""
 
     cursor: str = ""
-    """iLink's, for the next poll."""
+    """iLink's cursor for the next poll."""
     start: str | None = None
-    """Digest of the start cursor that a bind request named and that was applied; "" is the start of all."""
+    """Digest of the start cursor from the bind request that was applied last; "" is the start of all."""
     sandbox: str = ""
-    """Which the bot served as iLink answered, and which is told; "": none."""
+    """The sandbox that the bot served when iLink answered, which gets the messages; "": none."""
     received_ms: int = 0
     messages: list[bytes] = []
-    """As iLink sent them."""
+    """The messages as iLink sent them."""
     is_continued: bool = False
-    """The last message goes on in the next record: it is larger than one."""
+    """The last message continues in the next record, since it is too large for one."""
     is_rest: bool = False
-    """The first message is the rest of one that began in an earlier record."""
+    """The first message is the rest of one from an earlier record."""
     place: str = ""
-    """Names the answer, by a digest of its cursor; "": it had none."""
+    """Identity of the answer, a digest of its cursor; "": it had none."""
     first: int = 0
-    """Which message of the answer the first one is."""
+    """Index in the answer of the first message."""
     seen: list[str] | None = None
-    """What was seen lately (lines of `content.dedup`), up to `done_to`; None: an older record has it."""
+    """The dedup window (lines of `content.dedup`) up to `done_to`; None: an older record has it."""
     seen_at: int = 0
-    """Sequence of the newest record before this one that has `seen`; 0: there is none."""
+    """Sequence of the newest record before this one with `seen`; 0: none."""
     seen_to: int = 0
-    """Up to where in the journal that one knows what was seen."""
+    """Sequence up to which that record's `seen` is complete."""
     done_to: int = 0
-    """Sequence up to which inboxes and conversations are known to have everything."""
+    """Sequence up to which inboxes and conversations have all messages."""
     last_heard: int = 0
-    """Sequence of the newest record before this one that has messages; 0: there is none."""
+    """Sequence of the newest record before this one with messages; 0: none."""
 
     def __repr__(self) -> str:
-        return f"JournalRecord(messages={len(self.messages)})"  # neither texts nor tokens get into a log
+        return f"JournalRecord(messages={len(self.messages)})"  # keeps texts and tokens out of logs
 
 
 class Written(NamedTuple):
-    """A record where it is stored."""
+    """A stored record."""
 
     sequence: int
     owner: str
-    """Incarnation of the replica that polls the bot; "": nobody does."""
+    """Incarnation of the replica that polls the bot; "": none."""
     record: JournalRecord
     time_ms: int = 0
-    """When the stream stored it, by the server's clock; 0: not known."""
+    """When the stream stored it, by the server's clock; 0: unknown."""
 
 
 class Journal:
@@ -83,18 +84,18 @@ class Journal:
         self._sealer = sealer
 
     async def last(self, bot: str) -> Written | None:
-        """A bot's newest record, as the stream's leader has it. Raises Temporary."""
+        """A bot's newest record, read from the stream's leader. Raises Temporary."""
         stored = await self._history.read_last(self._names.stream_journal, self._names.journal(bot))
         return None if stored is None else self._read(bot, stored)
 
     async def get(self, bot: str, sequence: int) -> Written | None:
-        """A bot's record; None where it is gone. Raises Temporary."""
+        """A bot's record; None: it is gone. Raises Temporary."""
         stored = await self._history.get(self._names.stream_journal, sequence)
         return None if stored is None else self._read(bot, stored)
 
     async def after(self, bot: str, sequence: int) -> AsyncIterator[Written]:
-        """The records behind a sequence, oldest first: for few bots, since the server passes over those of all
-        others. Raises Temporary."""
+        """The records behind a sequence, oldest first. Only for few bots, since the server scans the records of all
+        others, too. Raises Temporary."""
         subject = self._names.journal(bot)
         async for stored in self._history.read(self._names.stream_journal, subject, after=sequence):
             yield self._read(bot, stored)
@@ -109,11 +110,11 @@ class Journal:
         ensure_owner: Callable[[], None] | None = None,
         ttl_s: int = 0,
     ) -> int:
-        """Stores a record if the bot's newest one still has the sequence `expected` (0: there is none); its own.
+        """Stores a record if the bot's newest record has the sequence `expected` (0: none). Returns its sequence.
 
-        A write whose answer got lost is known again where its own repeat meets it: no two have the same bytes in the
-        same place. `ttl_s`: the server removes it after so long; 0: never. Raises Conflict, Temporary, BusRefused
-        (the record is too large), and what `ensure_owner` raises.
+        A write whose answer was lost is recognised on its retry by its bytes, which are unique at their place.
+        `ttl_s`: time to live; 0: no limit. Raises Conflict, Temporary, BusRefused (the record is too large), and what
+        `ensure_owner` raises.
         """
         body = msgspec.msgpack.encode(record)
         sealed = self._sealer.seal_bytes(journal_context(bot, VERSION, owner), body)
@@ -140,8 +141,8 @@ class Journal:
         await self._history.delete(self._names.stream_journal, sequence)
 
     def _read(self, bot: str, stored: Stored) -> Written:
-        """A record that cannot be opened or read counts as an empty one of its owner. Raises Temporary for one of a
-        later version: the replica that wrote it knows better."""
+        """A record that cannot be opened or decoded counts as an empty one of its owner. Raises Temporary for a
+        record of a later version."""
         owner = ""
         try:
             version, owner, sealed = msgspec.msgpack.decode(stored.data, type=tuple[int, str, bytes])
@@ -156,7 +157,8 @@ class Journal:
 
 
 def parts_of(messages: Sequence[bytes], limit: int) -> Iterator[tuple[list[bytes], bool]]:
-    """The messages of an answer in parts of at most `limit` bytes; whether a part's last one goes on in the next."""
+    """Splits the messages of an answer into parts of at most `limit` bytes. Yields each part, and whether its last
+    message continues in the next part."""
     part: list[bytes] = []
     size = 0
     for message in messages:

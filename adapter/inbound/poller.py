@@ -1,7 +1,19 @@
-"""One bot's answers from iLink to its journal. Knows neither HTTP nor NATS.
+"""Polls iLink for one bot and stores each answer in the bot's journal. Knows neither HTTP nor NATS.
 
-An answer that has messages is stored before the next poll, which acknowledges it to iLink; what it means is the
-dispatcher's, beside that poll. What arrived is stored even while the service stops.
+The supervisor runs `tend` for each bot of the replica's shards. A poller goes through these steps:
+
+1. It takes the bot (`taking.take`): once no other replica polls it, its journal gets this replica's name.
+2. It announces itself to iLink (notifystart), and polls in a loop (`poll_forever`).
+3. An answer with messages is stored in the journal before the next poll, which acknowledges it to iLink. The
+   dispatcher does the rest beside that poll. The poller pauses while the dispatcher has a backlog, while the bus does
+   not accept writes, and while the lease is not valid.
+4. When iLink refuses the token (-14), `recover` retries a few times and then marks the binding `needs_login`. The
+   poller then waits for another binding.
+5. When it has to leave, or the binding or the shard is gone, it gives the bot back (`taking.give_back`).
+
+A poll that waits is cut only for a reason that cannot wait, since iLink may count an answer as delivered that nobody
+reads. An answer that arrived is always stored, even if the service stops or the bot is lost: a new owner dispatches
+it then (`BotJournal.store_late`).
 """
 
 from __future__ import annotations
@@ -27,34 +39,35 @@ from adapter.ports import Polled
 log = structlog.get_logger()
 
 LONGEST_HOLD_MS = 60_000
-"""Up to here a server whose poll was not answered in time is given twice the time, whatever it hints: cut again and
-again, a poll may lose what is just being written into it (docs/reference/ilink-protocol.md, "Rules for a client")."""
+"""Longest hold that is assumed after client timeouts. A poll that timed out gets twice the time, whatever the server
+hints: a poll that is cut again and again may lose the answer that is just being written
+(docs/reference/ilink-protocol.md, "Rules for a client")."""
 ON_TIME_MS = 5_000
-"""An idle poll that is answered no later than this behind the hold that was hinted at shows: the hint is right."""
+"""An idle poll answered at most this long after the hinted hold confirms the hint."""
 HOLD_MS = 35_000
-"""How long the server is taken to hold a poll, as long as it gives no hint; the client waits a margin longer."""
+"""Assumed hold of a poll until the server gives a hint. The client waits a margin longer."""
 INSTANT_S = 0.5
-"""An answer sooner than this that brings nothing new was no long poll: its server is not hammered."""
+"""An answer without news within this time was no long poll. The poller then slows down."""
 STALE_RETRY_S = (5.0, 30.0, 300.0)
-"""Pauses between the tries of a token that iLink has refused. They are few: most such tokens
-stay dead. The last try comes after `needs_login` was told."""
+"""Pauses between retries of a token that iLink has refused. They are few, since most such tokens stay dead. The last
+retry comes after the event `needs_login`."""
 NOTIFY_S = 1.5
-"""The first poll does not wait longer for iLink's answer to notifystart: it is best effort
-(docs/reference/ilink-protocol.md, "Online state")."""
+"""Longest wait for iLink's answer to notifystart, which is best effort (docs/reference/ilink-protocol.md, "Online
+state")."""
 AFTER_CUT_S = 0.2
-"""Between the end of a poll that was cut and the bot's next one."""
+"""Pause between a poll that was cut and the bot's next poll."""
 NOTED_WITHIN_S = 60.0
-"""So long after the last message the journal is told of a cursor that came without one and what is dispatched."""
+"""Time after the last message until the journal gets a cursor that came without messages, and the dispatched
+sequence."""
 DEAD_PATH_AFTER = 3
-"""Client timeouts in a row, without any answer, after which the connection counts as dead
+"""Consecutive client timeouts without any answer after which the connection counts as dead
 (docs/reference/ilink-protocol.md, "getupdates")."""
 
 
 async def tend(session: Session, deps: InboundDeps) -> None:
     """Serves one bot until it is told to leave, or its binding or shard is gone. One unit of work: never raises.
 
-    Whoever ends it says so to the session and waits: cancelled, it drops the batch in hand, which iLink may count as
-    delivered.
+    It is ended by `Session.leave`. Cancellation would drop a batch that iLink may count as delivered.
     """
     try:
         await _tend(session, deps)
@@ -72,7 +85,7 @@ async def _tend(session: Session, deps: InboundDeps) -> None:
         except LeaseLost as exc:
             log.info("poller.fenced", bot=session.bot, reason=exc.reason)
             if session.dispatcher is not None:
-                session.dispatcher.stop()  # it may be somebody else's to tell by now
+                session.dispatcher.stop()  # another replica may dispatch by now
             return
         except AdapterError as exc:
             failures += 1
@@ -82,7 +95,7 @@ async def _tend(session: Session, deps: InboundDeps) -> None:
             failures += 1
             session.state = "error"
             log.exception("poller.crashed", bot=session.bot, failures=failures)
-            if session.dispatcher is not None:  # what is known of the journal may be at fault: it is read anew
+            if session.dispatcher is not None:  # the cached journal state may be at fault: it is read again
                 session.dispatcher.stop()
             session.journal = None
         if deps.bindings.get(session.bot) is None:
@@ -110,25 +123,25 @@ async def _announce(session: Session, deps: InboundDeps) -> None:
 
 
 class _Lately(msgspec.Struct):
-    """How a bot's polls have gone since the last one that went otherwise."""
+    """State of the polling loop."""
 
     failures: int = 0
     timeouts: int = 0
-    """Without any answer."""
+    """Consecutive polls without any answer."""
     hold_ms: int = 0
-    """How long the server may hold a poll at least, by what was not answered; 0: as long as it hints."""
+    """Longest hold of the server that client timeouts suggest; 0: the server's hint is right."""
     unannounced: int = 0
-    """Answered, while iLink has not answered that it knows of the polls."""
+    """Answered polls since notifystart was tried in vain."""
     instants: int = 0
-    """Answered at once, with nothing new."""
+    """Consecutive polls answered at once without news."""
     note_at: float = 0.0
-    """Monotonic time of the first poll since which the journal does not say all that is known; 0: it does."""
+    """Monotonic time since which the journal lacks a newer cursor or dispatched sequence; 0: it is up to date."""
     overlong: int = 0
-    """Characters of the cursor, too long to be kept, that the last answer with a cursor had; 0: it was kept."""
+    """Length of the last answered cursor, if it was too long to keep; else 0."""
 
 
 async def poll_forever(session: Session, journal: BotJournal, deps: InboundDeps) -> None:
-    """Polls until told to leave or the binding is gone. Raises LeaseLost, Refused, Temporary."""
+    """Polls until the poller must leave or the binding is gone. Raises LeaseLost, Refused, Temporary."""
     lately, hold_ms = _Lately(), HOLD_MS
     session.answered = session.answered or deps.clock.monotonic()
     while (binding := await _wait_for_turn(session, deps)) is not None:
@@ -177,19 +190,19 @@ async def poll_forever(session: Session, journal: BotJournal, deps: InboundDeps)
         if lately.instants > 1:
             await wait_event(session.cut, 0.25 + deps.clock.jitter(0.25))
         if not session.announced and not session.leaving:
-            # one project had its sends refused until iLink knew, and others never tell it: ever more seldom
+            # one client had its sends refused until iLink knew of the bot, others never notify: retry ever more
+            # rarely
             lately.unannounced += 1
             if lately.unannounced.bit_count() == 1:
                 await _announce(session, deps)
-        del polled  # it may be large, and the next poll waits for long
+        del polled  # frees a large answer during the next poll
         if session.dispatcher is not None and not session.dispatcher.has_room():
             await wait_until(session, session.dispatcher.changed, session.dispatcher.has_room)
 
 
 async def _store(session: Session, answer: Answer, journal: BotJournal, deps: InboundDeps) -> None:
-    """Puts an answer into the journal. A lease that is only paused is waited for. Where the bot was lost, the owner
-    of now finds it there all the same: iLink may count it as delivered, and give it to nobody else. Raises
-    LeaseLost."""
+    """Stores an answer in the journal, after the end of a pause of the lease if there is one. If the bot was lost,
+    the answer is stored under the new owner's name, since iLink may not deliver it again. Raises LeaseLost."""
     lost: LeaseLost | None = None
     for record in journal.records_of(answer):
         while lost is None:
@@ -209,8 +222,8 @@ async def _store(session: Session, answer: Answer, journal: BotJournal, deps: In
 
 
 async def _note(journal: BotJournal, lately: _Lately, deps: InboundDeps) -> None:
-    """Stores a cursor that no message came with, and that everything is dispatched, once that has waited for long.
-    Raises LeaseLost, Temporary."""
+    """Stores a cursor that came without messages, and the dispatched sequence, after NOTED_WITHIN_S. Raises
+    LeaseLost, Temporary."""
     now = deps.clock.monotonic()
     if journal.is_noted:
         lately.note_at = 0.0
@@ -225,22 +238,22 @@ async def _note(journal: BotJournal, lately: _Lately, deps: InboundDeps) -> None
 
 
 async def _failed(session: Session, exc: Temporary, lately: _Lately, deps: InboundDeps) -> None:
-    """A poll failed: waits before the next one."""
+    """Waits after a failed poll."""
     await deps.pacing.turns.wait_turn()  # iLink may have closed all connections at once
     lately.failures += 1
     deps.metrics.polls.labels(outcome="error").inc()
     wait_s = exc.retry_after_s or backoff(lately.failures, first_s=0.5, longest_s=30.0)
-    if lately.failures.bit_count() == 1:  # at 1, 2, 4 …: thousands fail together where iLink is away
+    if lately.failures.bit_count() == 1:  # at 1, 2, 4 …: thousands of polls fail together while iLink is down
         log.warning("poll.failed", bot=session.bot, reason=exc.reason, detail=exc.detail, failures=lately.failures)
     await wait_event(session.cut, wait_s + deps.clock.jitter(wait_s / 2))
     await deps.pacing.turns.wait_turn()
 
 
 async def _unanswered(session: Session, lately: _Lately, waited_ms: int, deps: InboundDeps) -> None:
-    """A poll was cut, or had no answer in time, `waited_ms` and the client's margin."""
+    """Handles a poll that was cut, or got no answer within `waited_ms` and the client's margin."""
     if session.cut.is_set():
         session.cut.clear()
-        # iLink may hear of the new poll before it sees the old connection end, and calls that two at once
+        # iLink may see the new poll before the old connection ends, and report two pollers
         await wait_event(session.cut, AFTER_CUT_S)
         await deps.pacing.turns.wait_turn()
         return
@@ -253,23 +266,23 @@ async def _unanswered(session: Session, lately: _Lately, waited_ms: int, deps: I
 
 
 def _record_answer(session: Session, polled: Polled, lately: _Lately, deps: InboundDeps) -> None:
-    """Notes that iLink has answered."""
+    """Records that iLink answered."""
     lately.failures = lately.timeouts = 0
     session.answered = session.polled_at = deps.clock.monotonic()
     (deps.metrics.polls_full if polled.messages else deps.metrics.polls_empty).inc()
-    if polled.overlong and not lately.overlong:  # iLink may give the same messages at each poll, and none after them
+    if polled.overlong and not lately.overlong:  # iLink may repeat the same messages for ever
         log.error("poll.cursor_too_long", bot=session.bot, characters=polled.overlong)
     if polled.overlong or polled.cursor:
         lately.overlong = polled.overlong
 
 
 async def _wait_for_turn(session: Session, deps: InboundDeps) -> Binding | None:
-    """What to poll with, once the bus takes what is written, the lease is valid and no login is needed.
+    """The binding to poll with, once the bus accepts writes, the lease is valid and no login is needed.
 
-    None: the session must leave, or the bot is bound no more. Raises Temporary.
+    None: the poller must leave, or the bot is no longer bound. Raises Temporary.
     """
     while not session.leaving:
-        session.state = "paused"  # seen only where something has to be waited for
+        session.state = "paused"  # visible only while something is awaited
         await deps.gate.wait_writable()
         if not deps.leases.is_valid:
             await wait_until(session, deps.leases.changed, lambda: deps.leases.is_valid)
@@ -302,7 +315,8 @@ async def _poll_once(
     session.polling = task = asyncio.current_task()
     try:
         polled = await deps.chat.poll(account, cursor, hold_ms)
-        if task is not None and task.cancelling() and not session.was_cut():  # else the answer came just before
+        # otherwise the answer came just before the cut
+        if task is not None and task.cancelling() and not session.was_cut():
             raise asyncio.CancelledError
         return polled
     except asyncio.CancelledError:
@@ -316,12 +330,11 @@ async def _poll_once(
 async def recover(
     session: Session, exc: SessionExpired, cursor: str, hold_ms: int, deps: InboundDeps
 ) -> Polled | None:
-    """-14: everything of this bot rests; a few spaced tries, and in time `needs_login`.
+    """Handles -14: the bot neither polls nor sends except for a few spaced retries, and then needs a login.
 
-    What is known of -14 is in docs/reference/ilink-protocol.md, "Stale token".
-    The tries that are left after `needs_login` go on quietly: one that succeeds makes the binding active again.
-    Returns the answer of the poll that went through; None when polling should go on from where it was, since the
-    binding changed or still needs a login. Raises LeaseLost, Refused.
+    docs/reference/ilink-protocol.md, "Stale token", has what is known of -14. Retries after `needs_login` raise no
+    event unless one succeeds, which makes the binding active again. Returns the answer of a successful poll; None:
+    the binding changed or still needs a login. Raises LeaseLost, Refused.
     """
     binding = deps.bindings.get(session.bot)
     if binding is None or binding.state == "needs_login":
@@ -354,13 +367,13 @@ async def recover(
             except SessionExpired:
                 refusals, failures = refusals + 1, 0
                 continue
-            if polled is None:  # an outage says nothing about the token
+            if polled is None:  # no answer tells nothing about the token
                 failures += 1
                 hold_ms = min(LONGEST_HOLD_MS, 2 * hold_ms)  # or the server may hold longer
                 session.cut.clear()
                 continue
             await _regain(session, binding, deps)
-            return polled  # also where it was bound anew meanwhile: iLink may count this as delivered
+            return polled  # even after a new bind: iLink may not deliver this answer again
     finally:
         session.stale = False
         if now := deps.bindings.get(session.bot):
@@ -368,7 +381,8 @@ async def recover(
 
 
 async def _lose(session: Session, binding: Binding, detail: str, deps: InboundDeps) -> Binding | None:
-    """The binding once it needs a login, and that was told; None where it is another one, or the session must leave.
+    """The binding, marked `needs_login` with its event published; None: the binding changed, or the poller must
+    leave.
 
     Raises LeaseLost.
     """
@@ -382,11 +396,12 @@ async def _lose(session: Session, binding: Binding, detail: str, deps: InboundDe
 
 
 async def _regain(session: Session, binding: Binding, deps: InboundDeps) -> None:
-    """iLink takes the token again: the binding says so, unless it was made anew. Raises LeaseLost."""
+    """iLink accepts the token again: marks the binding active unless it was replaced. Raises LeaseLost."""
     log.info("session.recovered", bot=session.bot)
     session.stale = False
     if binding.state == "needs_login":
-        await retry(partial(mark_active, deps.bindings, deps.clock, binding), deps.clock)  # the next turn tells it
+        # the next poll publishes the event
+        await retry(partial(mark_active, deps.bindings, deps.clock, binding), deps.clock)
     else:
         await retry(partial(deps.events.publish_binding_event, binding.event("recovered")), deps.clock)
 
@@ -394,7 +409,7 @@ async def _regain(session: Session, binding: Binding, deps: InboundDeps) -> None
 async def _try_again(
     session: Session, binding: Binding, cursor: str, hold_ms: int, deps: InboundDeps
 ) -> Polled | None:
-    """notifystart, then one poll; None where nobody answers. Raises SessionExpired, LeaseLost, Refused."""
+    """notifystart, then one poll; None: no answer. Raises SessionExpired, LeaseLost, Refused."""
     await deps.gate.wait_writable()
     await notify(session, deps, start=True, even_stale=True)
     try:
@@ -407,7 +422,7 @@ async def _try_again(
 async def _retry_here(
     session: Session, work: Callable[[], Awaitable[Binding | None]], deps: InboundDeps
 ) -> Binding | None:
-    """As `retry`, for what the next owner can do as well: None where the session must leave meanwhile."""
+    """As `retry`, for work that the next owner can also do; None: the poller must leave."""
 
     async def attempt() -> Binding | None:
         try:
@@ -421,6 +436,6 @@ async def _retry_here(
 
 
 async def _lose_owned(binding: Binding, deps: InboundDeps) -> Binding | None:
-    """`mark_needs_login`, unless somebody else may poll by now, who knows better. Raises Temporary, LeaseLost."""
+    """`mark_needs_login`, unless another replica may poll by now. Raises Temporary, LeaseLost."""
     check_owned(deps, binding)
     return await mark_needs_login(deps.bindings, deps.clock, binding)

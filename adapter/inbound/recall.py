@@ -1,4 +1,5 @@
-"""Finds the words of a quote that names only an id: the user's own in the inbox, the bot's in the conversation."""
+"""Finds the text of a quote that has only an id: a user's message in the inbox, a bot's in the conversation
+record."""
 
 from __future__ import annotations
 
@@ -22,17 +23,17 @@ from adapter.ports import History, InboundMessage, Stored
 log = structlog.get_logger()
 
 READINGS = 2
-"""Inboxes that are read back at once: 10,000 messages cost a third of a second of this machine's time."""
+"""Inboxes searched at the same time. 10,000 messages take a third of a second."""
 SPANS_MS = tuple(minutes * 60_000 for minutes in (5, 60, 6 * 60, 36 * 60, 365 * 24 * 60))
-"""How far back a quoted message is looked for, one span after the other: most are of the last minutes."""
+"""Spans that are searched one after the other; most quoted messages are minutes old."""
 SEARCHED = 2000
-"""Messages of an inbox among which it is looked for."""
+"""Messages of an inbox that are searched at most."""
 MAX_IDS = 32
-"""Items of one message whose ids are kept: a header has an end."""
+"""Items of one message whose ids are kept in the header."""
 
 
 class QuoteResolver:
-    """Finds what is quoted."""
+    """Finds quoted messages."""
 
     def __init__(
         self, conversations: Conversations, history: History, names: Names, clock: Clock, metrics: Metrics
@@ -47,10 +48,10 @@ class QuoteResolver:
     async def resolve(
         self, sandbox: str, bot: str, said: InboundMessage, before: Sequence[InboundMessage] = ()
     ) -> InboundMessage:
-        """`said` with the words that it quotes, as far as they can be found. Raises Temporary.
+        """`said` with the text that it quotes, if that can be found. Raises Temporary.
 
-        Only words of the same user in the same sandbox are shown. `before`: the user's messages that may not be in
-        the inbox yet.
+        Only messages of the same user in the same sandbox are found. `before`: messages of the user that may not be
+        in the inbox yet.
         """
         reference = said.reference
         if said.quote is None or reference is None:
@@ -65,7 +66,7 @@ class QuoteResolver:
         return self._with_words(said, words)
 
     def leave(self, said: InboundMessage) -> InboundMessage:
-        """`said` with what iLink tells of the words that it quotes."""
+        """`said` with what iLink itself says of the quoted message."""
         return self._with_words(said, None)
 
     def _with_words(self, said: InboundMessage, words: QuotedText | None) -> InboundMessage:
@@ -79,7 +80,7 @@ class QuoteResolver:
         return QuotedText(sent.text, sent.kind, "bot") if sent else None
 
     async def _find_heard(self, ids: Sequence[str], sandbox: str, user: str) -> QuotedText | None:
-        """The newest message in the sandbox's inbox that has one of the ids, or an item with it."""
+        """The newest message in the inbox that has, or has an item with, one of the ids."""
         left, read_from, endings = SEARCHED, sys.maxsize, tuple(map(_ending, ids))
         async with self._readings:
             for span_ms in SPANS_MS:
@@ -100,7 +101,7 @@ class QuoteResolver:
 
 
 def _words_in(stored: Stored, item: int | None, sandbox: str, user: str) -> QuotedText | None:
-    """What a stored message says, or one of its items, if it is the user's."""
+    """The text of a stored message, or of one of its items, if the message is the user's."""
     try:
         inbound = msgspec.json.decode(stored.data, type=Inbound)
     except UNDECODABLE as exc:
@@ -112,7 +113,7 @@ def _words_in(stored: Stored, item: int | None, sandbox: str, user: str) -> Quot
 
 
 def ids_header(said: InboundMessage) -> dict[str, str]:
-    """The header that lets an item be found by its id; none where no item has one of its own."""
+    """The header by which items are found by their ids; none if no item has an id of its own."""
     if not any(said.item_ids):
         return {}
     named = [f"{n}:{escape_token(ident)}" for n, ident in enumerate(said.item_ids[:MAX_IDS]) if 0 < len(ident) <= 64]
@@ -120,7 +121,7 @@ def ids_header(said: InboundMessage) -> dict[str, str]:
 
 
 def _ending(ident: str) -> str:
-    """How the bus names a message of iLink's id, whichever bot it was said to."""
+    """The end of the bus id of a message with this iLink id, which is the same for all bots."""
     return MessageKeys(ident, "", "", "", 0, "").id_for("")[len("in:") :]
 
 

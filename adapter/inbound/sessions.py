@@ -1,4 +1,4 @@
-"""A poller's dependencies (`InboundDeps`), and its state as others see it (`Session`)."""
+"""A poller's dependencies (`InboundDeps`), and the state that it shares with others (`Session`)."""
 
 from __future__ import annotations
 
@@ -27,67 +27,67 @@ from adapter.security.seal import Sealer
 log = structlog.get_logger()
 
 HERE_S = 0.2
-"""A poll that is cut gets so long to bring what has arrived already: after a pause of the whole process it may lie in
+"""Time for a poll that is cut to bring an answer that has arrived. After a pause of the process the answer may lie in
 the socket, and iLink may count it as delivered."""
 LOOK_S = 30.0
-"""How long a poller waits for a change; it looks again then all the same. Thousands that looked each second took an
-eighth of a core while NATS was away."""
+"""Longest wait for a change notification; then the condition is checked again. A second instead took an eighth of a
+core for thousands of bots while NATS was down."""
 TURN_S = 0.01
-"""Until the loop has looked at its sockets again. Not 0, which uvloop takes for "before that"."""
+"""Time for the loop to read its sockets. uvloop runs a timer of 0 before that."""
 
 State: TypeAlias = Literal["starting", "polling", "paused", "needs_login", "error", "draining"]
 
 
 class Pacing(NamedTuple):
-    """What keeps thousands of bots from doing the same at once, which would hold up the event loop and the lease."""
+    """Spreads the work of thousands of bots, which would otherwise hold up the event loop and the lease."""
 
     takeovers: asyncio.Semaphore
     """Bounds how many bots are taken at once."""
     turns: PerTickLimiter
     """Spreads what many bots do once they may go on, or have answers."""
     starts: RateLimiter
-    """Spreads the first polls. Those that began together end together, and would begin together for ever."""
+    """Spreads the first polls. Polls that begin together end together, and would begin together for ever."""
     wakeups: WakeupBatcher
-    """Bots for which nothing has come poll again together."""
+    """Groups the next polls of bots that got no message."""
     spread_s: Callable[[], float]
-    """Over how long polls are spread that could all start again at the same moment."""
+    """Time over which polls that could all start at the same moment are spread."""
 
 
 class PollerWaits(NamedTuple):
-    """How long a poller waits for what."""
+    """Times that a poller waits."""
 
     stale_retry_s: Sequence[float]
-    """Pauses between the tries of a token that iLink has refused (-14)."""
+    """Pauses between retries of a token that iLink has refused (-14)."""
     keep_s: int
-    """How long an unbound bot's journal is kept."""
+    """Seconds for which the journal of an unbound bot is kept."""
     grace_s: float
-    """How long what is in hand may take to be stored once the service stops."""
+    """Time to store an answer that arrived when the service stops."""
 
 
 class PollGate(Protocol):
-    """Whether the bus takes what a poll may bring."""
+    """Whether the bus accepts what a poll may bring."""
 
     async def wait_writable(self) -> None:
-        """Returns when it does; no poll starts before."""
+        """Returns when the bus accepts writes; no poll starts before."""
 
     def record_bytes(self) -> int:
-        """The most that one journal record may hold."""
+        """Largest journal record."""
 
 
 class OtherReplicas(Protocol):
-    """What a poller asks of the other replicas, and tells them."""
+    """A poller's calls to the other replicas."""
 
     async def is_idle(self, incarnation: str, bot: str) -> bool:
-        """Whether a replica, by incarnation, and all others that live say that they have no poller of a bot; no
-        answer is a no. Raises Temporary."""
+        """Whether the replica with this incarnation and all other living ones report that they have no poller for the
+        bot. A missing answer counts as no. Raises Temporary."""
 
     async def publish_released(self, bot: str) -> None:
-        """Says that a bot was given back, or has a late record; one that misses it finds out by itself. Never
+        """Announces that a bot was released or has a late record. A replica that misses it finds out later. Never
         raises."""
 
 
 class InboundDeps(NamedTuple):
-    """What a poller needs, beside what its dispatcher does."""
+    """Dependencies of a poller, beside those of its dispatcher."""
 
     chat: Chat
     sealer: Sealer
@@ -97,7 +97,7 @@ class InboundDeps(NamedTuple):
     gate: PollGate
     others: OtherReplicas
     on_session_changed: Callable[[Binding], None]
-    """Called once a bot may send again, or not any more (Session.is_stale, is_catching_up)."""
+    """Called when a bot may send again, or may not any more (Session.is_stale, is_catching_up)."""
 
     @property
     def journal(self) -> Journal:
@@ -129,95 +129,94 @@ class InboundDeps(NamedTuple):
 
 
 class Session:
-    """The state of one bot's poller, shared with the supervisor, the sender and the metrics."""
+    """The state of one bot's poller, shared with supervisor, sender and metrics."""
 
     def __init__(self, bot: str) -> None:
         self.bot = bot
         self.state: State = "starting"
         self.stale = False
-        """iLink said -14 and the recovery runs: nothing may be sent."""
+        """iLink answered -14 and the recovery runs; nothing may be sent."""
         self.is_catching_up = True
-        """What an owner before has stored may not be known to the conversations yet."""
+        """The conversations may not know yet what the previous owner stored."""
         self.journal: BotJournal | None = None
-        """Once the bot is taken."""
+        """Set once the bot is taken."""
         self.dispatcher: Dispatcher | None = None
-        """Since the first message."""
+        """Set with the first message."""
         self.is_handed_over = False
-        """What is stored from now on is the next owner's to dispatch."""
+        """The shard was handed over; records stored from now on are dispatched by the next owner."""
         self.has_undispatched = False
-        """Something was stored since: no long poll may keep the next owner waiting."""
+        """A record was stored since; no long poll may keep the next owner waiting."""
         self.answered = 0.0
-        """Monotonic time since which iLink owes an answer to a poll: that of the last one, or of what ended a
+        """Monotonic time since which iLink owes an answer to a poll: the time of the last answer, or of the end of a
         pause."""
         self.polled_at = 0.0
-        """Monotonic time of the last answer of iLink to a poll."""
+        """Monotonic time of iLink's last answer to a poll."""
         self.announced = False
-        """iLink has answered that it knows that the bot is polled."""
+        """iLink has confirmed that the bot is polled."""
         self.leaving = False
-        """Ends at the next poll boundary."""
+        """The poller ends at the next poll boundary."""
         self.told = ChangeSignal()
-        """Notified once it is to leave."""
+        """Notified when the poller has to leave."""
         self.served: Binding | None = None
-        """What was last served: an unbound bot's end is told to iLink with it, unless its token was dead."""
+        """The last binding. The end of an unbound bot is announced to iLink with it, unless its token was dead."""
         self.begun_at: str | None = None
-        """The start cursor, as the binding has it, that was looked at last."""
+        """The start cursor of the binding that was applied last."""
         self.lingering = False
-        """The shard was handed over while a poll waits: what it brings is stored here, then the bot is given back."""
+        """The shard was handed over while a poll waits. Its answer is stored, then the bot is released."""
         self.freed = asyncio.Event()
-        """The replica that had the bot says that it has given it back."""
+        """Set when the replica that had the bot reports its release."""
         self.has_late = False
-        """Another replica may have stored something for the bot under this one's name (BotJournal.store_late)."""
+        """Another replica may have stored a record under this replica's name (BotJournal.store_late)."""
         self.cut = asyncio.Event()
         """Set by `cut_off`."""
         self.polling: asyncio.Task[Any] | None = None
-        """The poller, while its poll waits."""
+        """The poller's task while its poll waits."""
         self._cutting = False
         self._for_lease = False
-        """It is cut since the lease was lost, and for nothing else."""
+        """The lost lease is the only reason for the cut."""
         self._account: tuple[Binding, Account] | None = None
 
     def account(self, binding: Binding, sealer: Sealer) -> Account:
-        """As account_of, and a token is opened once, not for each poll. Raises Refused("token_key")."""
+        """As account_of, but opens a token once instead of for each poll. Raises Refused("token_key")."""
         if self._account is None or self._account[0] is not binding:
             self._account = binding, account_of(binding, sealer)
         return self._account[1]
 
     def must_leave(self) -> bool:
-        """`leaving`, for a look after an await: a type checker holds the attribute to be what it was before."""
+        """`leaving`, read after an await, where a type checker would assume the earlier value."""
         return self.leaving
 
     def leave(self, *, now: bool) -> None:
-        """Asks the poller to end: at the next boundary, which a pause is, or `now`, cutting a poll that waits."""
+        """Asks the poller to end at the next boundary or pause; with `now` also cuts a poll that waits."""
         self.leaving = True
         self.told.notify_all()
         if now or self.polling is None:
             self.cut_off()
 
     def cut_off(self, *, for_lease: bool = False) -> None:
-        """Ends a pause that waits, and a poll, which gets a moment (`DELAYED_GRACE_S`)."""
+        """Ends a pause, and a poll after HERE_S."""
         self._for_lease = for_lease and (self._for_lease or not self.cut.is_set())
         self.cut.set()
         if self.polling is not None:
             loop = asyncio.get_running_loop()
-            # behind whatever is due by then: an answer that was read but has not woken the poller would be dropped,
-            # and one that came while the loop was held up: uvloop calls its timers before it reads
+            # Behind everything that is due by then. Otherwise an answer would be dropped that was read but has not
+            # woken the poller, or that came while the loop was held up: uvloop runs timers before it reads sockets.
             end = functools.partial(loop.call_soon, self._end_poll)
             loop.call_later(HERE_S, lambda: loop.call_later(TURN_S, end))
 
     def spare(self) -> None:
-        """The lease is valid again, and was nobody else's: a poll that was to be cut for it alone, and was not yet,
-        goes on."""
+        """Withdraws a cut whose only reason was the lease, which is valid again and was never another replica's."""
         if self._for_lease and not self._cutting:
             self.cut.clear()
 
     def _end_poll(self) -> None:
-        """Ends the poll that waits by now, also one that began after the cut: while `cut` is set, it is meant."""
+        """Ends the poll that waits now, even one that began after the cut, since `cut` is still set."""
         if self.polling is not None and self.cut.is_set() and not self._cutting:
             self._cutting = True
             self.polling.cancel()
 
     def was_cut(self) -> bool:
-        """Whether the poller was cancelled by `cut_off` alone, for its poll; it goes on then."""
+        """Whether `cut_off` was the only reason for which the poller was cancelled; then it goes on."""
         if not self._cutting or self.polling is None:
             return False
         self._cutting = False
@@ -230,7 +229,7 @@ def check_owned(deps: InboundDeps, binding: Binding) -> None:
 
 
 async def notify(session: Session, deps: InboundDeps, *, start: bool, even_stale: bool = False) -> None:
-    """Best effort: iLink tracks who is online. Not for a token that is known to be dead."""
+    """Tells iLink that polling starts or stops. Best effort, and not for a token that is known to be dead."""
     binding = deps.bindings.get(session.bot) or session.served
     if binding is None or not (even_stale or binding.state == "active"):
         return
@@ -242,14 +241,14 @@ async def notify(session: Session, deps: InboundDeps, *, start: bool, even_stale
 
 
 def rebound(binding: Binding, deps: InboundDeps) -> Callable[[], bool]:
-    """Whether the bot's binding is another than `binding` by now."""
+    """Whether the bot's binding differs from `binding` by now."""
     return lambda: deps.bindings.get(binding.bot) != binding
 
 
 async def wait_until(
     session: Session, condition: ChangeSignal, holds: Callable[[], bool], timeout_s: float | None = None
 ) -> None:
-    """Waits until `holds()`, the session must leave, or `timeout_s` seconds have passed."""
+    """Waits until `holds()`, the poller must leave, or `timeout_s` seconds have passed."""
     async with asyncio.timeout(timeout_s):
         while not (session.must_leave() or holds()):
             await condition.wait_until(lambda: session.must_leave() or holds(), LOOK_S, also=session.told)

@@ -1,7 +1,7 @@
-"""Taking a bot from the replica that polled it before, and giving it back.
+"""Takes a bot from the replica that polled it before, and releases it.
 
-The owner's name in the journal is the epoch of the fence: whoever writes it makes every write of the owner before
-fail.
+The owner's name in the journal is the epoch of the fence: once a new name is written, every write of the previous
+owner fails.
 """
 
 from __future__ import annotations
@@ -21,17 +21,17 @@ from adapter.kit.timing import backoff, wait_any
 log = structlog.get_logger()
 
 ASKED_EVERY = 12
-"""Looks at a bot that another replica holds, after which all are asked: some 30 s, in which most polls of bots that
-are handed over end, so that few of thousands ask."""
+"""Attempts to take a bot after which all replicas are asked for its poller. They last some 30 s, in which most polls
+of bots that are handed over end, so that few of thousands ask."""
 DISPATCH_S = 1.0
-"""For what is nearly dispatched when a bot is given back: who takes it next finds the rest in the journal. A bot that
-is bound no more is taken by nobody: its media get their time."""
+"""Time for what is nearly dispatched when a bot is released. The next owner finds the rest in the journal. An unbound
+bot has no next owner, so its media get their full time."""
 STORED_S = 10.0
-"""For the conversations of an unbound bot to store what was dispatched; else its journal stays."""
+"""Time for the conversations of an unbound bot to store what was dispatched; otherwise its journal stays."""
 
 
 async def take(session: Session, deps: InboundDeps) -> BotJournal | None:
-    """Writes this replica's name into the bot's journal, once nobody else can be polling; None if told to leave.
+    """Writes this replica's name into the bot's journal, once no other replica can be polling; None: it must leave.
 
     Raises Temporary, LeaseLost, Refused.
     """
@@ -47,20 +47,20 @@ async def take(session: Session, deps: InboundDeps) -> BotJournal | None:
         if journal is not None:
             _begin_dispatch(session, journal, deps)
             return journal
-        _caught_up(session, deps)  # somebody else who lives has dispatched what there was
+        _caught_up(session, deps)  # the living owner has dispatched what there was
         looks += 1
         if looks % ASKED_EVERY == 0 and await _is_outdated(session.bot, deps):
             continue
         wait_s = backoff(looks, first_s=0.1, longest_s=4.0)
         await wait_any(session.cut.wait(), session.freed.wait(), timeout_s=wait_s + deps.clock.jitter(wait_s / 2))
-        session.cut.clear()  # what it was set for is looked at again
+        session.cut.clear()  # the loop checks the reason again
     return None
 
 
 async def _take_once(session: Session, binding: Binding, deps: InboundDeps) -> BotJournal | None:
-    """None: the poller of another replica has not stopped yet, or the journal changed meanwhile.
+    """None: the poller of another replica has not stopped, or the journal changed meanwhile.
 
-    Raises Temporary, Refused("token_key"): who cannot open the bot's token leaves its journal as it is.
+    Raises Temporary, Refused("token_key"). A replica that cannot open the bot's token does not change the journal.
     """
     last = await deps.journal.last(binding.bot)
     me = deps.leases.incarnation
@@ -91,7 +91,7 @@ def _begin_dispatch(session: Session, journal: BotJournal, deps: InboundDeps) ->
 
 
 def _dispatcher(session: Session, journal: BotJournal, deps: InboundDeps) -> Dispatcher:
-    """The bot's; made with its first message, since most bots that are taken over have none for long."""
+    """The bot's dispatcher, made with the first message, since most bots are silent for long after a take-over."""
     if session.dispatcher is None:
         session.dispatcher = Dispatcher(journal, deps.dispatching, partial(_on_caught_up, session, deps))
         journal.progress = session.dispatcher
@@ -119,15 +119,15 @@ def _caught_up(session: Session, deps: InboundDeps) -> None:
 
 
 async def _is_outdated(bot: str, deps: InboundDeps) -> bool:
-    """Asks whether anybody polls the bot at all, and takes the owner's name out of the journal where nobody does.
+    """Removes the owner's name from the journal if no replica polls the bot. Returns whether it did.
 
-    The name may be old: the journal was restored, or lost its last writes with a disk. Nobody would give it back.
-    One that begins to poll as it is asked writes its name anew once its next write fails. Raises Temporary.
+    The name may be outdated after a restore or the loss of the last writes; then nobody would ever release the bot. A
+    replica that starts to poll meanwhile writes its name again when its next write fails. Raises Temporary.
     """
     last = await deps.journal.last(bot)
     if last is None or not last.owner or not await deps.others.is_idle(last.owner, bot):
         return False
-    log.error("journal.outdated", bot=bot, owner=last.owner, detail="It lives and does not poll the bot.")
+    log.error("journal.outdated", bot=bot, owner=last.owner, detail="The owner is alive and does not poll the bot.")
     record, sequence = last.record, last.sequence
     disowned = JournalRecord(
         cursor=record.cursor,
@@ -145,7 +145,8 @@ async def _is_outdated(bot: str, deps: InboundDeps) -> bool:
 
 
 async def _dispatched(session: Session, dispatcher: Dispatcher, deps: InboundDeps) -> None:
-    """An unbound bot's media get their time, unless it is bound again, or the service stops: the journal has them."""
+    """Waits for the media of an unbound bot, until it is bound again or the service stops; the journal has the
+    rest."""
 
     def is_over() -> bool:
         return dispatcher.is_done or session.lingering or deps.bindings.get(session.bot) is not None
@@ -159,9 +160,9 @@ async def _dispatched(session: Session, dispatcher: Dispatcher, deps: InboundDep
 
 
 async def give_back(session: Session, journal: BotJournal, deps: InboundDeps) -> None:
-    """Takes this replica's name out of the journal, so that the next owner need not wait for a lease to run out.
+    """Removes this replica's name from the journal, so that the next owner need not wait for the lease to expire.
 
-    As long as this replica lives nobody else may take it: it tries until it is done.
+    Retries until it succeeds, since no other replica can take the bot while this replica lives.
     """
     session.state = "draining"
     unbound = deps.bindings.get(session.bot) is None
@@ -178,14 +179,14 @@ async def give_back(session: Session, journal: BotJournal, deps: InboundDeps) ->
         try:
             await journal.give_back(ttl_s=deps.waits.keep_s if ends else 0)
             if ends:
-                await journal.delete_older()  # or the one before would be the last again once this one goes
+                await journal.delete_older()  # otherwise an older one is last when it expires
             break
         except LeaseLost:
             return
-        except (Temporary, BusRefused) as exc:  # the bus is away, or a follower knew less than the leader
+        except (Temporary, BusRefused) as exc:  # the bus is down, or a follower lagged behind the leader
             failures += 1
             log.warning("bot.unreleased", bot=session.bot, reason=exc.reason, failures=failures)
             await deps.clock.sleep(backoff(failures, first_s=0.1, longest_s=2.0))
     await deps.others.publish_released(session.bot)
     if unbound or (session.lingering and deps.leases.is_alone):
-        await notify(session, deps, start=False)  # else the next owner has told iLink already that it polls
+        await notify(session, deps, start=False)  # otherwise the next owner has already told iLink that it polls

@@ -1,4 +1,4 @@
-"""Which of the messages of a journal record are new, and the user's own: the others are counted, or dead letters."""
+"""Decides which messages of a journal record are new and from the bot's user. Others are counted or dead letters."""
 
 from __future__ import annotations
 
@@ -17,25 +17,25 @@ from adapter.ports import InboundMessage
 log = structlog.get_logger()
 
 TURN = 64
-"""Messages, or KiB, that are read in one turn."""
+"""Messages, or KiB, read in one turn of the event loop."""
 
 
 class Sorted(NamedTuple):
-    """What one message of a record is."""
+    """The decision about one message of a record."""
 
     number: int
-    """Where it stands in the record."""
+    """Index in the record."""
     raw: bytes
     said: InboundMessage | None
-    """None where it cannot be read."""
+    """None: the message is unreadable."""
     outcome: str
     """new, duplicate, echo, group, unreadable or crashed."""
     detail: str = ""
-    """Why it is a dead letter."""
+    """Reason for the dead letter."""
 
 
 class Triage(NamedTuple):
-    """What reading messages takes."""
+    """Translates messages and filters out duplicates, echoes and group messages."""
 
     read_message: Callable[[bytes], InboundMessage]
     turn: Callable[[], Awaitable[None]]
@@ -44,9 +44,9 @@ class Triage(NamedTuple):
     async def sort(
         self, bot: str, messages: list[bytes], place: str, first: int, seen: DedupWindow, seen_at_ms: int
     ) -> list[Sorted]:
-        """Judges each message by those before it; what is new counts as seen from then on.
+        """Decides about each message, given those before it, and adds new ones to `seen`.
 
-        `place` and `first`: of the answer, see JournalRecord. `seen_at_ms`: when it came.
+        `place`, `first`: position of the answer, see JournalRecord. `seen_at_ms`: time of arrival.
         """
         found: list[Sorted] = []
         batch = BatchDedup()
@@ -75,12 +75,12 @@ class Triage(NamedTuple):
             return Sorted(index, raw, None, "unreadable", exc.detail)
         if not said.keys.message and place:
             said = msgspec.structs.replace(said, keys=said.keys.with_position(place, number))
-        if said.echo or said.user == bot:  # some echoes name no type
+        if said.echo or said.user == bot:  # some echoes have no type
             return Sorted(index, raw, said, "echo")
         if seen.is_repeat(said.keys) or batch.is_repeat(said.keys):
             return Sorted(index, raw, said, "duplicate")
         batch.add(said.keys)
         if said.group:
-            # an answer might go to the group, or to one of it who is not the bot's user
-            return Sorted(index, raw, said, "group", "It was written in a group.")
+            # an answer might go to the group, or to a member who is not the bot's user
+            return Sorted(index, raw, said, "group", "The message is from a group.")
         return Sorted(index, raw, said, "new")
