@@ -1,9 +1,13 @@
-"""Carries out what `rules.step` decides for one conversation, and feeds what comes of it back.
+"""The actor of one conversation: it applies inputs by `rules.step` and carries out the effects.
 
-Everything that a conversation waits for (a message of the user, a binding, a slot, an upload, an answer, time) is an
-input in its mailbox. One task works the mailbox off and ends when it is empty. What is out (a request, an upload, a
-read-back) has one task of its own, so that a message of the user is heard although a request hangs. The actor is the
-only writer of the conversation's record.
+Everything that happens to a conversation is an input in its mailbox: a message of the user, a stored command, a
+change of the binding, a slot, an upload, an answer, a deadline. One task processes the mailbox and ends when it is
+empty; an idle conversation has no task. A request, an upload or a read of bodies runs in a task of its own
+(`OutstandingWork`), so that an inbound message is processed while a request hangs. Its result is another input.
+
+Placement and dispatcher call `put`, `on_inbound` and `note_dispatched`. The shard ends the actor with `try_stop` when
+it is idle, `drain` when the shard is handed over, and `stop` when the shard is lost. The actor is the only writer of
+the conversation's record, and never acts without the shard's lease.
 """
 
 from __future__ import annotations
@@ -26,10 +30,10 @@ from adapter.errors import BusRefused, LeaseLost, Temporary
 log = structlog.get_logger()
 
 LONGEST_TIMER_S = 3600.0
-"""The clock is looked at again after so long: it may be set, and the machine may sleep."""
+"""Longest timer, since the clock may be set and the machine may sleep."""
 SHORTEST_TIMER_S = 0.01
 STORED_WITHIN_S = 1.0
-"""What the user said is stored after so long: once for all that is said until then, and the inbox has by then."""
+"""Delay before an inbound message is stored in the record. It covers later messages and their `dispatched_to`."""
 
 
 class _Alarm:
@@ -44,7 +48,7 @@ class _Alarm:
         return self._handle is not None
 
     def set(self, in_s: float) -> None:
-        """`in_s`: infinite for never."""
+        """`in_s`: seconds from now; inf: never."""
         self.cancel()
         if in_s < math.inf:
             in_s = min(LONGEST_TIMER_S, max(SHORTEST_TIMER_S, in_s))
@@ -61,7 +65,7 @@ class _Alarm:
 
 
 class ConversationActor:
-    """One conversation at work."""
+    """Processes the inputs of one conversation."""
 
     def __init__(self, conversation: Conversation, revision: int, shard: ShardPort, deps: ConversationDeps) -> None:
         self.memory = ConversationMemory(conversation, revision, shard, deps.store)
@@ -72,15 +76,15 @@ class ConversationActor:
         self._mailbox = Mailbox(conversation.sandbox, effects.handle_event, self._on_empty, deps.turns)
         self._deadline = _Alarm(self._on_deadline)
         self._store_alarm = _Alarm(self._store_inbound)
-        """Set while what the user said is not stored."""
+        """Set while the record lacks an inbound message."""
         self._undispatched: dict[str, int] = {}
-        """By bot: the newest sequence of its journal that was heard and is not in the inbox as a whole."""
+        """By bot: sequence of its newest record with messages of the user that are not all in the inbox."""
 
     @property
     def state(self) -> Conversation:
         return self.memory.state
 
-    # what others say --------------------------------------------------------------------------------
+    # for others -------------------------------------------------------------------------------------
 
     def put(
         self,
@@ -92,30 +96,30 @@ class ConversationActor:
         self._mailbox.put(event, done, is_wanted)
 
     def on_inbound(self, inbound: rules.InboundReceived) -> asyncio.Future[None]:
-        """The user wrote: done once the conversation knows it. It raises LeaseLost, and what the rules raise."""
+        """Queues a message of the user. The future is done once it is processed; fails with LeaseLost or a bug."""
         self._undispatched[inbound.bot] = inbound.sequence
         done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self.put(inbound, done)
         return done
 
     def refresh_bot(self) -> None:
-        """Looks which bot serves the user now."""
+        """Checks which bot serves the user now."""
         state = self.state
         self.put(rules.Bound(self._shard.bot_of(state.sandbox, state.user, state.record.bot)))
 
     def note_dispatched(self, bot: str, sequence: int) -> None:
-        """The inbox has everything that the user said up to a sequence of the bot's journal."""
+        """Notes that the inbox has all messages of the user up to a sequence of the bot's journal."""
         if self._undispatched.get(bot, 0) <= sequence:
             self._undispatched.pop(bot, None)
-        if self._mailbox.is_busy:  # behind what it has heard
+        if self._mailbox.is_busy:  # keeps the order of the inputs
             self.put(rules.Dispatched(bot, sequence))
         elif not self._mailbox.is_stopped:
             self.memory.state = rules.note_dispatched(self.state, bot, sequence)
             self._store_soon()
 
     async def hand_over(self) -> tuple[QueuedCommand, ...]:
-        """Ends the conversation behind what its mailbox holds, and hands over its commands, in order. Cut off, a
-        receipt that cannot be stored yet would be lost."""
+        """Stops after the mailbox is processed, and returns the commands in order. A sudden stop would lose a receipt
+        that cannot be stored yet."""
         try:
             while self._mailbox.is_busy:
                 await self._mailbox.wait_empty()
@@ -124,8 +128,8 @@ class ConversationActor:
             self.stop()
 
     def try_stop(self) -> bool:
-        """Ends the conversation if nothing waits, is out or is due, to be read back when it is needed. What was not
-        stored is stored first, which takes a call more."""
+        """Stops if nothing waits, is under way or is due. An unsaved record is stored first; then another call is
+        needed."""
         if self.tasks or self.state.queue or self._deadline.is_set or self._undispatched:
             return False
         if self.memory.is_dirty:
@@ -136,13 +140,13 @@ class ConversationActor:
 
     @property
     def tasks(self) -> int:
-        """How many work for it."""
+        """Number of tasks that work for the conversation."""
         return self._work.tasks + self._mailbox.is_busy
 
     async def drain(self, grace_s: float) -> None:
-        """Starts no request any more; one that is out gets `grace_s` seconds. Then the record is stored."""
+        """Starts no more requests, gives the current one `grace_s` seconds, stores the record, and stops."""
         await self._work.drain(grace_s)
-        await self._mailbox.wait_empty(grace_s)  # the answer is worked off, its receipt published
+        await self._mailbox.wait_empty(grace_s)  # the answer is processed and its receipt published
         is_wanted = self.memory.has_record or not self.memory.is_inbound_stored
         if is_wanted and self.memory.is_dirty and not self._mailbox.is_stopped:
             try:
@@ -155,7 +159,7 @@ class ConversationActor:
         self.stop()
 
     def stop(self) -> None:
-        """The shard is lost, or given away: everything ends now."""
+        """Stops at once, since the shard is lost or handed over."""
         self._mailbox.stop()
         self._deadline.cancel()
         self._store_alarm.cancel()
@@ -171,7 +175,7 @@ class ConversationActor:
             self._store_alarm.set(STORED_WITHIN_S)
 
     def _store_inbound(self) -> None:
-        """Stores what the user said, unless a send has stored it meanwhile."""
+        """Stores an inbound message, unless a send has stored it meanwhile."""
         if not self.memory.is_inbound_stored:
             self.put(rules.Rested())
 

@@ -1,4 +1,5 @@
-"""What a conversation has out: one request to sendmessage, and one wait for something else."""
+"""Work of a conversation that takes time: at most one request to sendmessage, and at most one wait for another
+input."""
 
 from __future__ import annotations
 
@@ -22,18 +23,18 @@ log = structlog.get_logger()
 LEASE_PAUSE_S = 0.2
 
 WorkEffect: TypeAlias = rules.Post | rules.RequestSlot | rules.Load | rules.Upload | rules.CheckSession
-"""What takes its time; its answer is an input."""
+"""Effects that take time; their result is an input."""
 
 
 async def repeat_until_done(
     what: str, work: Callable[[], Awaitable[None]], sandbox: str, shard: ShardPort, clock: Clock
 ) -> Exception | None:
-    """Tries until it is done. What raises what nobody expects is tried a few times, and then returned."""
+    """Retries until the work succeeds. Returns the exception of a bug that raises in every attempt."""
     crashes = failures = 0
     while True:
         try:
             await work()
-        except LeaseLost:  # paused: it may come back; lost: somebody stops us
+        except LeaseLost:  # a paused lease may come back; if it is lost, the shard stops the actor
             await shard.wait_owned()
             await clock.sleep(LEASE_PAUSE_S)
         except AdapterError as exc:
@@ -54,11 +55,11 @@ class Put(Protocol):
     """Queues an input in the mailbox."""
 
     def __call__(self, event: rules.Input, *, is_wanted: Callable[[], bool] | None = None) -> None:
-        """`is_wanted`: asked as its turn comes; None: it always is."""
+        """`is_wanted`: checked when the input's turn comes; None: always wanted."""
 
 
 class OutstandingWork:
-    """Feeds what comes of it back into the mailbox."""
+    """Runs effects in the background and puts their results into the mailbox."""
 
     def __init__(
         self,
@@ -72,22 +73,22 @@ class OutstandingWork:
         self._deps = deps
         self._put = put
         self._request = TaskSet(report_crash)
-        """At most one: a request to sendmessage."""
+        """At most one request to sendmessage."""
         self._wait = TaskSet(report_crash)
-        """At most one: an upload, a read-back, a wait for a slot, a question whether the session is alive. A new one
-        ends the one before."""
+        """At most one upload, read of bodies, wait for a slot or probe of the session. A new one cancels the one
+        before."""
         self._wait_number = 0
-        """Of the wait that counts: what another one brought is not worked off."""
+        """Number of the current wait; results of earlier ones are dropped."""
         self._draining = False
         self._slots_held = 0
-        """Granted, and not given back yet."""
+        """Slots granted and not released."""
 
     @property
     def tasks(self) -> int:
         return len(self._wait) + len(self._request)
 
     def cancel_wait(self) -> None:
-        """The conversation does not wait for it any more."""
+        """Cancels the wait, whose result is not wanted any more."""
         self._wait.cancel_all()
         self._wait_number += 1
 
@@ -103,7 +104,7 @@ class OutstandingWork:
             self._deps.slots.release(self._memory.state.sandbox)
 
     async def drain(self, grace_s: float) -> None:
-        """Starts nothing any more; a request that is out gets `grace_s` seconds."""
+        """Starts nothing more, and gives the current request `grace_s` seconds."""
         self._draining = True
         self._wait.cancel_all()
         await self._request.wait_ended(grace_s)
@@ -142,7 +143,7 @@ class OutstandingWork:
             self._wait.spawn(run())
 
     def _put_if_awaited(self, event: rules.Input) -> None:
-        """Of the wait that runs: by the time that it is worked off, another command may have begun to wait."""
+        """Queues a result unless another wait has begun when its turn comes."""
         number = self._wait_number
         self._put(event, is_wanted=lambda: number == self._wait_number)
 
@@ -165,7 +166,7 @@ class OutstandingWork:
         self._put_if_awaited(rules.SessionChecked(await self._shard.is_session_alive(self._memory.serving_bot)))
 
     async def _upload(self, upload: rules.Upload) -> None:
-        """Raises what nobody expects."""
+        """Uploads media. Raises unexpected errors."""
         try:
             sandbox, user = self._memory.state.sandbox, self._memory.state.user
             account = self._shard.account_of(sandbox, self._memory.serving_bot)
@@ -178,7 +179,7 @@ class OutstandingWork:
             self._put_if_awaited(rules.UploadDone(content))
 
     async def _post(self, post: rules.Post) -> None:
-        """Makes the request, and gives its slot back."""
+        """Makes the request and releases its slot."""
         state = self._memory.state
         answer: rules.Answer = rules.Unanswered()
         try:
@@ -193,7 +194,7 @@ class OutstandingWork:
             answer = rules.Accepted(accepted.message_id, accepted.ret, accepted.errcode, accepted.errmsg)
         except AdapterError as exc:
             answer = _as_answer(exc, self._memory, self._deps)
-        except Exception:  # a bug: it may have left
+        except Exception:  # a bug: the request may have been sent
             log.exception("send.crashed", bot=self._memory.serving_bot, sandbox=state.sandbox)
         finally:
             self.release_slot()
@@ -203,7 +204,7 @@ class OutstandingWork:
 def _as_answer(
     exc: AdapterError, memory: ConversationMemory, deps: ConversationDeps, reason: str = ""
 ) -> rules.Answer:
-    """What a failed request, or upload, is to the rules. `reason`: of a refusal."""
+    """The input for a failed request or upload. `reason`: replaces the reason of a refusal."""
     bot, state, progress = memory.serving_bot, memory.state, memory.state.record.head
     said = {"ret": exc.ret, "errcode": exc.errcode, "errmsg": exc.errmsg} if isinstance(exc, Refused) else {}
     failure = type(exc).__name__

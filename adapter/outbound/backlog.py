@@ -1,7 +1,7 @@
-"""Fair shares: which of a shard's commands are taken into memory, and which stay on the bus for now.
+"""Decides which delivered commands of a shard are held in memory, by fair shares of the sandboxes.
 
-All are delivered, so that none waits behind a sandbox that has sent thousands. Of those for which there
-is no room only the sequence is kept; they are read back in order as those before them are settled.
+All commands are delivered, so that none waits behind a sandbox that has sent thousands. Of a command without room
+only the sequence is kept. Its data are read from the bus in order, as earlier commands end.
 """
 
 from __future__ import annotations
@@ -13,12 +13,12 @@ from typing import NamedTuple
 from adapter.ports import Delivery
 
 SHARE, SHARE_BYTES = 16, 128 * 1024
-"""What a sandbox may have in memory although others fill the room: commands, and bytes of them (one is taken, however
-large it is)."""
+"""Share of a sandbox even if the room is full: commands, and bytes of them. One command is always held, however
+large."""
 ROOM, ROOM_BYTES = 512, 8 * 1024 * 1024
-"""As long as a shard has less in memory than this, a sandbox may have more than its share."""
+"""While a shard holds less than this, a sandbox may exceed its share."""
 PAGE = 32
-"""Commands read back at once."""
+"""Most commands read from the bus at once."""
 
 
 class _Held(NamedTuple):
@@ -27,28 +27,28 @@ class _Held(NamedTuple):
 
 
 class Backlog:
-    """What waits and what is in hand for one shard. Sandboxes are keyed by the subject of their stored commands."""
+    """Held and waiting commands of one shard, by the subject of the stored commands."""
 
     def __init__(self) -> None:
         self._held: dict[int, _Held] = {}
-        """In hand, by sequence."""
+        """Commands in memory, by sequence."""
         self._count: Counter[str] = Counter()
         self._bytes: Counter[str] = Counter()
         self._total_bytes = 0
         self._left: dict[str, dict[int, Delivery]] = {}
-        """Delivered, not in hand and without their data: by subject and sequence, in order."""
+        """Waiting deliveries without their data, by subject and sequence, in order."""
 
     @property
     def waiting(self) -> int:
-        """Commands that are delivered and not in hand."""
+        """Number of waiting commands."""
         return sum(len(left) for left in self._left.values())
 
     def oldest_ms(self) -> int | None:
-        """When the oldest of them was stored."""
+        """When the oldest waiting command was stored."""
         return min((next(iter(left.values())).time_ms for left in self._left.values()), default=None)
 
     def came_again(self, delivery: Delivery) -> bool:
-        """Whether the command waits already; then its newest delivery is the one that counts."""
+        """Replaces the delivery of a waiting command by its redelivery. Returns whether the command waits."""
         left = self._left.get(delivery.subject, {})
         if delivery.seq not in left:
             return False
@@ -56,7 +56,7 @@ class Backlog:
         return True
 
     def takes(self, delivery: Delivery) -> bool:
-        """Takes a new command in hand; False: it waits on the bus, behind others of its sandbox."""
+        """Holds a new command if there is room. False: it waits behind others of its sandbox."""
         subject = delivery.subject
         if subject in self._left or not self._has_room(subject):
             self._left.setdefault(subject, {})[delivery.seq] = _without_data(delivery)
@@ -65,16 +65,16 @@ class Backlog:
         return True
 
     def next(self, subject: str) -> int | None:
-        """The sequence of the first command that waits, if there is room for it."""
+        """Sequence of the subject's first waiting command, if there is room for it."""
         left = self._left.get(subject)
         return next(iter(left)) if left and self._has_room(subject) else None
 
     def last(self, subject: str) -> int:
-        """The sequence of the last one that waits; 0: none does."""
+        """Sequence of the subject's last waiting command; 0: none."""
         return next(reversed(self._left.get(subject, {})), 0)
 
     def take_back(self, subject: str, seq: int, data: bytes, headers: dict[str, str]) -> Delivery | None:
-        """Takes a waiting command in hand; None if it does not wait any more."""
+        """Holds a waiting command with its data; None: it does not wait any more."""
         delivery = self._drop(subject, seq)
         if delivery is not None:
             delivery.data, delivery.headers = data, headers
@@ -82,16 +82,16 @@ class Backlog:
         return delivery
 
     def missing(self, subject: str, found: set[int], up_to: int) -> list[int]:
-        """Those that wait up to a sequence, and that are not among what the stream had."""
+        """Waiting commands up to a sequence that the stream did not have."""
         return [seq for seq in self._left.get(subject, {}) if seq <= up_to and seq not in found]
 
     def forget(self, subject: str, gone: Iterable[int]) -> None:
-        """These do not wait any more."""
+        """Drops waiting commands."""
         for seq in gone:
             self._drop(subject, seq)
 
     def settle(self, seq: int) -> str:
-        """Counts one less in hand; the subject of which more should be read back now, or ""."""
+        """Releases a held command. Returns the subject to read from the bus now, or ""."""
         held = self._held.pop(seq, None)
         if held is None:
             return ""
@@ -102,7 +102,7 @@ class Backlog:
             del self._count[held.subject], self._bytes[held.subject]
         if (subject := held.subject) not in self._left:
             return ""
-        # for every single one it would be read too often
+        # reading for each single command would read too often
         half_share = self._count[subject] <= SHARE // 2 and self._bytes[subject] <= SHARE_BYTES // 2
         half_room = len(self._held) <= ROOM // 2 and self._total_bytes <= ROOM_BYTES // 2
         return subject if half_share or half_room else ""

@@ -1,4 +1,4 @@
-"""How commands of one shard end outside of their conversations, and how work for them is repeated."""
+"""Ends commands of a shard outside of conversations, and retries work for them."""
 
 from __future__ import annotations
 
@@ -23,16 +23,16 @@ T = TypeVar("T")
 
 
 class Draining(Exception):
-    """The service stops: what is in flight stays unacknowledged, and comes again to the next owner."""
+    """The replica stops. Commands in flight stay unacknowledged and are redelivered to the next owner."""
 
 
 class CommandEndings:
-    """Ends commands that no conversation has."""
+    """Ends commands that are in no conversation."""
 
     def __init__(
         self, ledger: CommandLedger, ensure_owner: Callable[[], None], draining: asyncio.Event, tasks: TaskSet
     ) -> None:
-        """`ensure_owner` raises LeaseLost where this replica may not work for the shard."""
+        """`ensure_owner` raises LeaseLost unless this replica owns the shard."""
         self._ledger = ledger
         self._ensure_owner = ensure_owner
         self._draining = draining
@@ -48,7 +48,7 @@ class CommandEndings:
         address: Address,
         shown: contract.Window = contract.Window(),  # noqa: B008 - frozen
     ) -> None:
-        """Stores the final receipt and acknowledges the command. Raises Draining, Crashed."""
+        """Publishes the final receipt, then acknowledges the command. Raises Draining, Crashed."""
 
         async def publish() -> None:
             self._ensure_owner()
@@ -58,7 +58,7 @@ class CommandEndings:
         await self._ledger.acknowledge(command)
 
     async def retry(self, sandbox: str, work: Callable[[], Awaitable[T]]) -> T:
-        """Tries until it is done. Raises Draining; Crashed at a bug that stays."""
+        """Retries until the work succeeds. Raises Draining; Crashed for a bug that raises in every attempt."""
         failures = crashes = 0
         while True:
             failures += 1

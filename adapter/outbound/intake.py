@@ -1,7 +1,6 @@
-"""Takes the commands of one shard off the bus.
+"""Takes the commands of one shard from their consumer.
 
-All commands of the shard are delivered, so that none waits behind a sandbox that has sent thousands. Beyond a share
-per sandbox only the sequence is kept; the command is read back when those before it have ended, or wait.
+Commands without room in memory (`Backlog`) wait as sequences, and are read from the bus in order as others end.
 """
 
 from __future__ import annotations
@@ -24,7 +23,7 @@ log = structlog.get_logger()
 
 
 class CommandIntake:
-    """The deliveries of one shard."""
+    """Processes the deliveries of one shard."""
 
     def __init__(
         self,
@@ -46,16 +45,16 @@ class CommandIntake:
         self._draining = draining
         self._tasks = tasks
         self._reading: set[str] = set()
-        """Subjects of which commands are being read back."""
+        """Subjects whose backlog is being read."""
         ledger.on_room = self._read_on
 
     def stop(self) -> None:
-        """Hands on nothing any more."""
+        """Passes on no more commands."""
         self._reader.stop()
         self._ledger.on_room = _ignore
 
     def on_delivery(self, delivery: Delivery) -> None:
-        """A command arrived, or arrived again."""
+        """Processes a delivery or redelivery."""
         if self._ledger.has_ended(delivery):
             self._tasks.spawn(delivery.ack())
         elif not (self._ledger.renew(delivery) or self._ledger.backlog.came_again(delivery)):
@@ -72,7 +71,7 @@ class CommandIntake:
             self._tasks.spawn(self._read_backlog(subject))
 
     async def _read_backlog(self, subject: str) -> None:
-        """Accepts what had to wait on the bus, in order, as far as there is room."""
+        """Accepts the waiting commands of a subject in order, as far as there is room."""
         backlog, clock = self._ledger.backlog, self._clock
         missing_since: float | None = None
         try:
@@ -85,7 +84,7 @@ class CommandIntake:
                     log.warning("command.retrying", subject=subject, reason=exc.reason)
                     await wait_event(self._draining, 0.5)
                     continue
-                except Exception:  # a bug; what waits there is not left behind
+                except Exception:  # a bug; the backlog must not be left behind
                     log.exception("command.crashed", subject=subject)
                     await wait_event(self._draining, 0.5)
                     continue
@@ -104,7 +103,7 @@ class CommandIntake:
                     if delivery := backlog.take_back(subject, stored.seq, stored.data, stored.headers):
                         started = clock.monotonic()
                         self._accept(delivery)
-                        # reading takes its time (Markdown above all), and all others live in the same loop
+                        # reading takes time (above all Markdown), and the event loop is shared
                         await asyncio.sleep(3 * (clock.monotonic() - started))
         finally:
             self._reading.discard(subject)

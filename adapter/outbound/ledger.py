@@ -1,7 +1,7 @@
-"""The commands of one shard that are delivered and have not ended: their bodies, receipts and acknowledgements.
+"""The delivered commands of one shard that have not ended: their bodies, receipts and acknowledgements.
 
-A command stays in WECHAT_OUT, unacknowledged, until its final receipt is stored. Bodies are held up to a share per
-sandbox (`Backlog`); what waits for its user gives its body back, and is read anew when its turn comes.
+A command stays unacknowledged in WECHAT_OUT until its final receipt is stored. Bodies are held up to a share for each
+sandbox (`Backlog`). A parked command releases its body, which is read from the bus when its turn comes.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ from adapter.ports import Archive, Delivery
 log = structlog.get_logger()
 
 ENDED_KEPT = 256
-"""Commands remembered as ended: what comes again of the last moment needs no look at the receipts."""
+"""Ended commands that are remembered, so that a redelivery shortly afterwards needs no search for the receipt."""
 
 
 class _Entry:
-    """A command that is delivered and has not ended."""
+    """A delivered command that has not ended."""
 
     __slots__ = ("delivery", "headers", "parked_at_ms", "parked_ms", "receipt")
 
@@ -37,13 +37,13 @@ class _Entry:
         trace = delivery.headers.get(H_TRACEPARENT)
         self.headers = {H_TRACEPARENT: trace} if trace else {}
         self.receipt = 0
-        """Sequence of its last receipt."""
+        """Sequence of the newest receipt."""
         self.parked_at_ms = 0
         self.parked_ms = 0
-        """How long it was parked before its body was read back."""
+        """Total time parked before the body was read again."""
 
     def end_parking(self, now_ms: int) -> int:
-        """It waits for its user no more; how long it has, in all."""
+        """Ends the wait for the user. Returns the total time parked."""
         if self.parked_at_ms:
             self.parked_ms += max(0, now_ms - self.parked_at_ms)
             self.parked_at_ms = 0
@@ -51,7 +51,7 @@ class _Entry:
 
 
 class CommandLedger:
-    """What is in flight of one shard."""
+    """The commands in flight of one shard."""
 
     def __init__(
         self,
@@ -64,7 +64,7 @@ class CommandLedger:
     ) -> None:
         self.backlog = Backlog()
         self.on_room: Callable[[str], None] = lambda subject: None
-        """Called with a subject of which more may be read back."""
+        """Called with a subject whose backlog has room."""
         self._receipts = receipts
         self._events = events
         self._history = history
@@ -74,23 +74,23 @@ class CommandLedger:
         self._entries: dict[int, _Entry] = {}
         """By sequence."""
         self._ended: OrderedDict[int, int] = OrderedDict()
-        """Sequences, and when each was stored: one without the other is a command of a stream that was made anew."""
+        """Sequence and stored time. The time distinguishes commands of a stream that was recreated."""
 
     def add(self, delivery: Delivery) -> None:
-        """A command is worked on from now on."""
+        """Adds a command that is being worked on."""
         self._entries[delivery.seq] = _Entry(delivery)
 
     def adopt_receipt(self, command: QueuedCommand, receipt: int) -> None:
-        """The owner before stored this receipt of it last, which is not final."""
+        """Takes over the newest receipt that the previous owner stored, which is not final."""
         if entry := self._entries.get(command.sequence):
             entry.receipt = receipt
 
     def has_ended(self, delivery: Delivery) -> bool:
-        """Whether it ended a moment ago, and only its acknowledgement got lost."""
+        """Whether the command ended a moment ago and only its acknowledgement was lost."""
         return self._ended.get(delivery.seq) == delivery.time_ms
 
     def renew(self, delivery: Delivery) -> bool:
-        """Whether the command is known; its newest delivery is the one that counts."""
+        """Replaces the delivery of a known command by its redelivery. Returns whether the command is known."""
         if (entry := self._entries.get(delivery.seq)) is None:
             return False
         delivery.data, delivery.headers = entry.delivery.data, entry.delivery.headers
@@ -98,7 +98,7 @@ class CommandLedger:
         return True
 
     async def acknowledge(self, command: QueuedCommand, *, is_duplicate: bool = False) -> None:
-        """The command has ended. `is_duplicate`: without a receipt of its own."""
+        """Removes an ended command from the bus. `is_duplicate`: it gets no receipt of its own."""
         if is_duplicate:
             log.info("command.duplicate", command=command.ref.id)
             self._metrics.outbound_messages.child(command.kind, "duplicate", "none").inc()
@@ -111,7 +111,7 @@ class CommandLedger:
         await entry.delivery.ack()
 
     def release_body(self, command: QueuedCommand) -> None:
-        """Its body is not held in memory any more."""
+        """Drops the body of a command from memory."""
         if entry := self._entries.get(command.sequence):
             entry.delivery.data, entry.delivery.headers = b"", {}
             entry.parked_at_ms = entry.parked_at_ms or self._clock.now_ms()
@@ -122,14 +122,14 @@ class CommandLedger:
             self.on_room(subject)
 
     def end_parking(self, sequence: int) -> None:
-        """It waits for its user no more."""
+        """Ends the wait for the user."""
         if entry := self._entries.get(sequence):
             entry.end_parking(self._clock.now_ms())
 
     async def publish_receipt(
         self, command: QueuedCommand, result: CommandResult, address: Address, shown: contract.Window
     ) -> None:
-        """Stores a receipt; of a dead letter, that first. Raises Temporary."""
+        """Publishes a receipt, and before that the dead letter if it is one. Raises Temporary."""
         entry = self._entries.get(command.sequence)
         if result.outcome == "dead_lettered":
             await self._publish_dead_letter(command, result, address.sandbox, entry)
@@ -165,7 +165,7 @@ class CommandLedger:
         )
 
     def depth(self) -> tuple[int, int | None]:
-        """How many commands are in flight, and when the oldest was stored that is not parked."""
+        """Number of commands in flight, and when the oldest one that is not parked was stored."""
         stored_ms = [entry.delivery.time_ms for entry in self._entries.values() if not entry.parked_at_ms]
         if (waiting_ms := self.backlog.oldest_ms()) is not None:
             stored_ms.append(waiting_ms)

@@ -19,21 +19,21 @@ def unknown_user(bot: str) -> str:
 
 
 class OpenConversations:
-    """Reads conversations from the bucket as they are needed, and keeps them as long as they have something to do."""
+    """Loads conversations from the bucket when they are needed, and keeps them while they have work."""
 
     def __init__(self, shard: ShardPort, deps: ConversationDeps, draining: asyncio.Event) -> None:
         self._shard = shard
         self._deps = deps
         self._draining = draining
         self._actors: dict[str, dict[str, ConversationActor]] = {}
-        """By sandbox and user; by `unknown_user` of the bot while its user is not known."""
+        """By sandbox and user. `unknown_user` of the bot stands for a user that is not known."""
         self._loading: dict[tuple[str, str], asyncio.Future[None]] = {}
 
     def __iter__(self) -> Iterator[ConversationActor]:
         return iter([actor for actors in self._actors.values() for actor in actors.values()])
 
     def get(self, sandbox: str, user: str) -> ConversationActor | None:
-        """None where it was not read."""
+        """None: it is not loaded."""
         return self._actors.get(sandbox, {}).get(user)
 
     def of_sandbox(self, sandbox: str) -> list[ConversationActor]:
@@ -42,7 +42,7 @@ class OpenConversations:
     async def open(
         self, sandbox: str, user: str, bot: str = "", *, known: tuple[ConversationRecord, int] | None = None
     ) -> ConversationActor:
-        """The conversation, read from the bucket the first time. `known`: its record, where that was read just now.
+        """The conversation, loaded if it is not in memory. `known`: its record and revision, if they were just read.
         Raises Temporary."""
         key = user or unknown_user(bot)
         while (actor := self.get(sandbox, key)) is None:
@@ -60,7 +60,7 @@ class OpenConversations:
                 )
                 actor = ConversationActor(state, revision, self._shard, self._deps)
                 self._actors.setdefault(sandbox, {})[key] = actor
-                if self._draining.is_set():  # none begins any more
+                if self._draining.is_set():  # no conversation starts any more
                     actor.stop()
             finally:
                 del self._loading[sandbox, key]
@@ -68,11 +68,11 @@ class OpenConversations:
         return actor
 
     def take_unknown(self, sandbox: str, bot: str) -> ConversationActor | None:
-        """The conversation that a bot had whose user was not known; it is in here no more."""
+        """Removes and returns the conversation that a bot had before its user was known."""
         return self._actors.get(sandbox, {}).pop(unknown_user(bot), None)
 
     def evict_idle(self) -> None:
-        """Lets go of conversations for which nothing waits and nothing is due; they are read back when needed."""
+        """Drops conversations without work; they are loaded again when needed."""
         for sandbox, actors in list(self._actors.items()):
             for key in [key for key, actor in actors.items() if actor.try_stop()]:
                 del actors[key]
@@ -82,4 +82,4 @@ class OpenConversations:
     def stop(self) -> None:
         for actor in self:
             actor.stop()
-        self._actors.clear()  # no cycle is left for the garbage collector
+        self._actors.clear()  # breaks reference cycles

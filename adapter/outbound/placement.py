@@ -1,7 +1,7 @@
 """Finds the conversation that each command of a shard is for.
 
-After a take-over the commands come again. Which of them has ended is asked of their receipts, in batches; which one
-was being sent, and to whom, of the records of the sandbox's conversations. All else was never begun.
+After a take-over the commands are redelivered. Their receipts say which of them have ended, and are read in batches.
+The records of the sandbox's conversations say which one was being sent, and to whom. The others were never started.
 """
 
 from __future__ import annotations
@@ -33,28 +33,28 @@ from adapter.outbound.receipts import Address, Receipts, StoredReceipt, is_final
 from adapter.outbound.shard import Sessions
 
 CATCH_UP_S = 30.0
-"""So long a command waits for what the bot's owner before has stored. One whose bot cannot be taken, as without the
-key of its token, must reach its end."""
+"""Longest wait of a command for the messages that the bot's previous owner stored. A bot may never be taken, for
+instance without the key of its token, and its commands must still end."""
 
 
 class _Before(NamedTuple):
-    """What the owner before left of the commands of a sandbox."""
+    """What the previous owner stored about the commands of a sandbox."""
 
     receipts: dict[int, StoredReceipt]
-    """The last of each command, by the commands' sequences."""
+    """The newest receipt of each command, by the command's sequence."""
     records: dict[str, tuple[ConversationRecord, int]]
-    """By user; with their revisions."""
+    """Records and revisions, by user."""
     known: set[int]
     """Sequences that were looked up."""
 
     def user_of_head(self, sequence: int) -> str | None:
-        """To whom a command was being sent; None: to nobody."""
+        """The user to whom a command was being sent; None: none."""
         heads = ((user, record.head) for user, (record, _) in self.records.items() if record.head)
         return next((user for user, head in heads if head.has_command(sequence)), None)
 
 
 class CommandPlacement:
-    """Hands the commands of one shard to their conversations."""
+    """Passes the commands of one shard to their conversations."""
 
     def __init__(
         self,
@@ -78,10 +78,10 @@ class CommandPlacement:
         self._wait_for_pending_binds = wait_for_pending_binds
         self._tasks = tasks
         self._unplaced: dict[str, deque[ReadCommand]] = {}
-        """Per sandbox, in order: commands whose conversation is not known yet, and those behind them."""
+        """By sandbox, in order: commands whose conversation is not known yet, and those behind them."""
 
     def put(self, read: ReadCommand) -> None:
-        """Hands a command to its conversation at once where that is known; else behind the others of its sandbox."""
+        """Passes a command to its conversation if that is known, or queues it behind others of its sandbox."""
         sandbox = read.command.sandbox
         if sandbox not in self._unplaced:
             if not read.redelivered:
@@ -98,7 +98,7 @@ class CommandPlacement:
         self._unplaced[sandbox].append(read)
 
     async def _place_all(self, sandbox: str) -> None:
-        """Hands the commands of a sandbox to their conversations, in order."""
+        """Passes the queued commands of a sandbox to their conversations, in order."""
         waiting, before, one_by_one = self._unplaced[sandbox], _Before({}, {}, set()), False
         while waiting:
             asked = [waiting[0]] if one_by_one else waiting
@@ -106,7 +106,7 @@ class CommandPlacement:
                 await self._endings.retry(sandbox, partial(self._look_up, sandbox, asked, before))
                 await self._endings.retry(sandbox, partial(self._place, waiting[0], before))
             except Crashed as exc:
-                if not one_by_one:  # which one is at fault shows then
+                if not one_by_one:  # one by one, to find the command at fault shows then
                     one_by_one = True
                     continue
                 await self._end_crashed(waiting[0], exc)
@@ -114,18 +114,18 @@ class CommandPlacement:
         del self._unplaced[sandbox]
 
     async def _end_crashed(self, read: ReadCommand, exc: Crashed) -> None:
-        """What cannot be handed to its conversation ends. The owner before may have sent it."""
+        """Ends a command that cannot be placed. The previous owner may have sent it."""
         command, result = read.command, CommandResult("dead_lettered", exc.reason, exc.detail)
         if read.redelivered:
             result = result._replace(outcome="uncertain", reason="")
-        with contextlib.suppress(Crashed):  # without a receipt it comes again to the next owner
+        with contextlib.suppress(Crashed):  # without a receipt it is redelivered to the next owner
             await self._endings.end(read.queued, result, Address(command.sandbox, command.bot, command.user))
 
     async def _look_up(self, sandbox: str, waiting: Iterable[ReadCommand], before: _Before) -> None:
-        """What the owner before did with those commands that were delivered before. Raises Temporary."""
+        """Loads what the previous owner stored about redelivered commands. Raises Temporary."""
         first = next(iter(waiting))
         if not first.redelivered or first.queued.ref.sequence in before.known:
-            return  # those behind it are looked up when their turn comes, together
+            return  # those behind it are looked up together when their turn comes
         refs = [read.queued.ref for read in waiting if read.redelivered]
         refs = [ref for ref in refs if ref.sequence not in before.known]
         records = await self._store.load_sandbox(sandbox)
@@ -143,7 +143,7 @@ class CommandPlacement:
         before.known.update(ref.sequence for ref in refs)
 
     async def _place(self, read: ReadCommand, before: _Before) -> None:
-        """Raises Temporary."""
+        """Places one command. Raises Temporary."""
         command, queued, sequence = read.command, read.queued, read.queued.ref.sequence
         sent_to = before.user_of_head(sequence) if read.redelivered else None
         if stored := before.receipts.get(sequence):
@@ -152,7 +152,7 @@ class CommandPlacement:
                 return
             self._ledger.adopt_receipt(queued, stored.sequence)
             queued = msgspec.structs.replace(queued, parked=True)
-        if sent_to is not None:  # whatever is bound now
+        if sent_to is not None:  # even if another bot is bound now
             actor = await self._conversations.open(command.sandbox, sent_to, known=before.records.get(sent_to))
         else:
             try:
@@ -161,7 +161,7 @@ class CommandPlacement:
                 result = CommandResult("refused", exc.reason, exc.detail)
                 await self._endings.end(queued, result, Address(command.sandbox, command.bot, command.user))
                 return
-            # else it is judged by a window in which the user's last words are missing, and refused
+            # before that, the window may lack the user's last messages, and the command would be refused
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(CATCH_UP_S):
                     await self._sessions.wait_caught_up(binding.bot)
@@ -170,29 +170,29 @@ class CommandPlacement:
         actor.put(rules.Stored((queued,)))
 
     async def _find_person(self, command: Command) -> Binding:
-        """The binding that a command is meant for. Raises Temporary; Refused also where another person was meant:
-        each would see what was meant for the other."""
+        """The binding that a command is meant for. Raises Temporary, and Refused even if another person is bound now,
+        who must not see it."""
         try:
             binding = _find_binding(command, self._bindings)
         except Refused:
             await self._wait_for_pending_binds()
             binding = _find_binding(command, self._bindings)
         if _is_older(command, binding):
-            raise Refused("not_bound", "The person who was bound as it was stored is not bound now: name the `user`.")
+            raise Refused("not_bound", "Another person was bound when the command was stored: name the `user`.")
         if not _is_answer_to(command, binding):
             authors = await self._find_authors(command)
             if authors and (command.user or binding.user) not in authors:
                 raise Refused(
-                    "other_user", "It answers another person than it goes to: name the `user` of the message."
+                    "other_user", "The command answers a message of another person: name the `user` of that message."
                 )
         return binding
 
     async def _find_authors(self, command: Command) -> set[str]:
-        """Who may have written the message that a command answers; none: that is not known. Raises Temporary."""
+        """The users who may have written the message that a command answers; empty: unknown. Raises Temporary."""
         bot = bot_of(command.reply_to)
         records = await self._store.load_sandbox(command.sandbox)
         authors = {user for user, (record, _) in records.items() if record.bot == bot}
-        if binding := self._bindings.get(bot):  # it may serve another sandbox
+        if binding := self._bindings.get(bot):  # the bot may serve another sandbox
             authors.add(binding.user)
         return authors - {""}
 
@@ -210,21 +210,21 @@ def _find_binding(command: Command, bindings: Bindings) -> Binding:
         return bound[0]
     alive = [binding for binding in bound if binding.state == "active"]
     if len(alive) == 1 and {binding.user for binding in bound} == {alive[0].user or None}:
-        return alive[0]  # the others wait for a login of their user, which has taken place with this one
+        return alive[0]  # the others wait for a login, which their user has made with this bot
     raise Refused("ambiguous_bot", "The sandbox has several bots: name `bot` or `user`.")
 
 
 def _is_surely_for(command: Command, binding: Binding) -> bool:
-    """Whether a command is meant for the person of this binding, without a look at whom the sandbox served before."""
+    """Whether a command is surely meant for the person of this binding, without looking up earlier ones."""
     return _is_answer_to(command, binding) and not _is_older(command, binding)
 
 
 def _is_older(command: Command, binding: Binding) -> bool:
-    """Whether a command that names nobody was stored when another person was bound."""
+    """Whether a command without bot and user was stored when another person was bound."""
     return not (command.user or command.bot) and command.sequence <= binding.out_after
 
 
 def _is_answer_to(command: Command, binding: Binding) -> bool:
-    """Whether a command answers nothing, or what the person of this binding wrote to its bot."""
+    """Whether a command answers no message, or one of this binding's person to its bot."""
     bot = bot_of(command.reply_to)
     return not bot or (bot == binding.bot and command.user in ("", binding.user))

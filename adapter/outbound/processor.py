@@ -1,4 +1,4 @@
-"""One shard, as long as this replica owns it: its commands, its conversations, and its end."""
+"""One shard while this replica owns it: its commands, its conversations, and its end."""
 
 from __future__ import annotations
 
@@ -37,9 +37,9 @@ from adapter.ports import Account, TextReader
 log = structlog.get_logger()
 
 TYPING_DRAIN_S = 12.0
-"""At the end typing is hidden in this time, in which one call may hang, or with the next owner's first answer."""
+"""Time to hide typing indicators at the end, enough for one call that hangs. The next owner hides the others."""
 CANCEL_GRACE_S = 1.0
-"""For what is cancelled to end."""
+"""Time for cancelled tasks to end."""
 
 
 class ReadingDeps(NamedTuple):
@@ -67,7 +67,7 @@ class OutboundDeps(NamedTuple):
 
 
 class ShardCommandProcessor:
-    """Builds the parts of a shard, tells its conversations what changes, and ends them."""
+    """Builds the parts of a shard, passes changes on to its conversations, and stops them."""
 
     def __init__(self, shard: int, deps: OutboundDeps) -> None:
         self.shard = shard
@@ -121,31 +121,31 @@ class ShardCommandProcessor:
         reader.on_command = self.placement.put
         reader.on_unreadable = self._endings.end_soon
 
-    # what changes -------------------------------------------------------------------------------------
+    # changes ------------------------------------------------------------------------------------------
 
     def __iter__(self) -> Iterator[ConversationActor]:
         return iter(self._conversations)
 
     async def conversation(self, binding: Binding, user: str) -> ConversationActor:
-        """The conversation of a bot's user, read from the bucket the first time. Raises Temporary."""
+        """The conversation of a bot's user, loaded the first time. Raises Temporary."""
         return await self._conversations.open(binding.sandbox, user, binding.bot)
 
     def on_inbound(self, binding: Binding, user: str) -> None:
         self.typing.retry_ticket(binding.bot, user)
 
     def record_in_memory(self, sandbox: str, user: str) -> ConversationRecord | None:
-        """A record as its conversation knows it; None where it was not read."""
+        """The record in memory; None: the conversation is not loaded."""
         actor = self._conversations.get(sandbox, user)
         return actor.state.record if actor else None
 
     async def wake(self, binding: Binding) -> None:
-        """Reads the conversation of a bot that is polled here from now on: its window may have to be closed in time.
-        Raises Temporary."""
+        """Loads the conversation of a bot that this replica polls now, since its window may have to be closed in
+        time. Raises Temporary."""
         if binding.user:
             (await self.conversation(binding, binding.user)).refresh_bot()
 
     def on_binding(self, sandbox: str, bot: str, users: Collection[str]) -> None:
-        """A binding of the sandbox changed, or what is known of its token. `users`: whom it names, or did before."""
+        """Handles a changed binding, or a change of its token's state. `users`: its users before and after."""
         self.typing.rebound(sandbox)
         binding = self._deps.bindings.get(bot)
         if binding is not None and binding.sandbox == sandbox and binding.user:
@@ -158,12 +158,12 @@ class ShardCommandProcessor:
                 actor.refresh_bot()
 
     def on_unbound(self, gone: Binding) -> None:
-        """A bot serves its sandbox no more: its user's record is stored once more, also where it was not read yet."""
+        """Stores the record of a user without a bot, even if it is not loaded."""
         if gone.user:
             self._tasks.spawn(self._endings.retry(gone.sandbox, lambda: self.wake(gone)))
 
     async def _move(self, binding: Binding, unknown: ConversationActor) -> None:
-        """The user of a bot became known: their conversation gets what was kept under no name."""
+        """Moves the commands of a bot without a known user to the conversation of its user."""
         queue = await unknown.hand_over()
         if not queue:
             return
@@ -179,7 +179,7 @@ class ShardCommandProcessor:
     # the end ------------------------------------------------------------------------------------------
 
     async def drain(self, grace_s: float) -> None:
-        """Starts nothing new; requests that are out get `grace_s` seconds to end."""
+        """Starts nothing more, gives requests `grace_s` seconds, and stops."""
         self._draining.set()
         self._tasks.spawn(self.typing.drain(min(grace_s, TYPING_DRAIN_S)))
         await asyncio.gather(*(actor.drain(grace_s) for actor in self))
@@ -189,7 +189,7 @@ class ShardCommandProcessor:
         await self._tasks.wait_ended(CANCEL_GRACE_S)
 
     def stop(self) -> None:
-        """The shard is lost: everything ends now."""
+        """Stops at once, since the shard is lost."""
         self._lease.give_up()
         self._draining.set()
         self.typing.stop()
@@ -201,23 +201,24 @@ class ShardCommandProcessor:
 
     @property
     def tasks(self) -> int:
-        """How many tasks work here."""
+        """Number of tasks."""
         return len(self._tasks) + sum(actor.tasks for actor in self)
 
     @property
     def throttled_bots(self) -> set[str]:
-        """The bots whose users iLink takes no messages for (-2)."""
+        """Bots with a throttled window (-2)."""
         records = (actor.state.record for actor in self)
         return {record.bot for record in records if record.window.throttled_at_ms}
 
     def evict_idle(self) -> None:
-        """Lets go of what is read back when it is needed."""
+        """Drops state that can be loaded again."""
         self._conversations.evict_idle()
         self.owned.bots.forget_unbound()
         self.typing.evict_idle()
 
     def queue_depths(self, parked: Counter[str]) -> tuple[int, int | None]:
-        """Adds what is parked, by reason; commands in flight otherwise, and when the oldest of them was stored."""
+        """Adds the parked commands to `parked`, by reason. Returns the number of other commands in flight, and when
+        the oldest of them was stored."""
         waiting = 0
         for actor in self:
             count = sum(1 for one in actor.state.queue if one.parked) if actor.state.reason else 0

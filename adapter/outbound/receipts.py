@@ -1,7 +1,7 @@
-"""Stores receipts, each on its command's own subject, and finds those that the owner before stored.
+"""Publishes receipts, each on its command's own subject, and finds those of the previous owner.
 
-A receipt is written by compare-and-set on its subject: two owners of a command cannot tell two final ones. A final
-receipt of the same command that is there already counts as one's own.
+A receipt is written by compare-and-set on its subject, so that two owners of a command cannot publish two final ones.
+A final receipt of the same command that is already stored counts as one's own.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ from adapter.ports import History, Stored
 log = structlog.get_logger()
 
 KEPT, PURGED_EACH = 100_000, 10_000
-"""Receipts that are kept of a sandbox, and after about how many more the older ones are deleted. Each
-command's subject takes 0.36 KB of the server's memory; a purge of 110,000 takes some tens of milliseconds."""
+"""Receipts of a sandbox that are kept, and the average number of new ones after which older ones are purged. The
+subject of each command takes 0.36 KB of the server's memory. A purge of 110,000 takes tens of milliseconds."""
 
 
 class Address(NamedTuple):
-    """Whose command it is, and whom it is for."""
+    """Sandbox, bot and user of a command."""
 
     sandbox: str
     bot: str = ""
@@ -38,14 +38,14 @@ class Address(NamedTuple):
 
 
 class StoredReceipt(NamedTuple):
-    """A receipt, and its sequence in WECHAT_EVENT."""
+    """A receipt and its sequence in WECHAT_EVENT."""
 
     sequence: int
     receipt: Receipt
 
 
 class Receipts:
-    """Publishes receipts through Events and reads them back from WECHAT_EVENT."""
+    """Publishes receipts through Events, and reads them from WECHAT_EVENT."""
 
     def __init__(self, events: Events, history: History, names: Names) -> None:
         self._events = events
@@ -62,9 +62,9 @@ class Receipts:
         *,
         expected: int = 0,
     ) -> int:
-        """Stores a receipt; its sequence in WECHAT_EVENT. `headers`: the command's, whose trace goes on.
+        """Publishes a receipt. Returns its sequence in WECHAT_EVENT. `headers`: those of the command, for its trace.
 
-        `expected`: the sequence of the receipt before it, 0: there is none. Raises Temporary.
+        `expected`: sequence of the receipt before it; 0: none. Raises Temporary.
         """
         receipt = _receipt(ref, result, address, shown)
         while True:
@@ -74,14 +74,15 @@ class Receipts:
                 return sequence
             except Conflict:
                 last = await self._history.read_last(self._names.stream_event, self._subject(address.sandbox, ref.id))
-            own = (await self.find(address.sandbox, [ref])).get(ref.sequence)  # others may stand behind it
+            # receipts of other commands may follow it
+            own = (await self.find(address.sandbox, [ref])).get(ref.sequence)
             if own is not None and (is_final(own.receipt) or not is_final(receipt)):
                 return own.sequence
             expected = last.seq if last else 0
 
     async def _bound(self, sandbox: str) -> None:
-        """Deletes what a sandbox has beyond its bound, at about each 10,000th receipt: to count them for each sandbox
-        would cost memory for each that ever was."""
+        """Purges receipts beyond the limit at random, on average every 10,000th time. Counters would need memory for
+        every sandbox that ever existed."""
         if random.randrange(PURGED_EACH):
             return
         try:
@@ -90,7 +91,7 @@ class Receipts:
             log.warning("receipts.not_purged", sandbox=sandbox, reason=exc.reason)
 
     async def find(self, sandbox: str, refs: Iterable[CommandRef]) -> dict[int, StoredReceipt]:
-        """The last receipts of those commands that have one, by the commands' sequences. Raises Temporary."""
+        """The newest receipts of these commands, by the commands' sequences. Raises Temporary."""
         wanted: dict[str, list[CommandRef]] = {}
         for ref in refs:
             wanted.setdefault(self._subject(sandbox, ref.id), []).append(ref)
@@ -109,7 +110,7 @@ class Receipts:
         return found
 
     async def last(self, sandbox: str, command: str) -> Receipt | None:
-        """The newest receipt of the command with this id. Raises Temporary."""
+        """The newest receipt for this command id. Raises Temporary."""
         return _read(await self._history.read_last(self._names.stream_event, self._subject(sandbox, command)))
 
     def _subject(self, sandbox: str, command: str) -> str:
@@ -117,7 +118,7 @@ class Receipts:
 
 
 def result_of(receipt: Receipt) -> CommandResult:
-    """What a receipt tells, as the result of others that shared its message."""
+    """The result in a receipt, for commands that shared its message."""
     return CommandResult(
         receipt.outcome,
         receipt.reason,
@@ -151,7 +152,7 @@ def _receipt(ref: CommandRef, result: CommandResult, address: Address, shown: co
 
 
 def _read(stored: Stored | None) -> Receipt | None:
-    """None also for what somebody else wrote there."""
+    """None also for a message that is no receipt."""
     try:
         return msgspec.json.decode(stored.data, type=Receipt) if stored else None
     except UNDECODABLE:
@@ -167,9 +168,9 @@ def is_final(receipt: Receipt) -> bool:
 
 
 _ADVICE = {
-    "window_closed": "The user must write first; WeChat lets a bot speak only for a day after that.",
-    "quota": "It needs more sends than are left after the user's last message; they must write again.",
-    "reserved": "It is optional, and the sends that are left are kept back for answers.",
+    "window_closed": "The user must write first; WeChat lets a bot send only for a day after that.",
+    "quota": "The command needs more sends than are left after the user's last message; they must write again.",
+    "reserved": "The command is optional, and the sends that are left are reserved for answers.",
     "throttled": "iLink refuses more messages to this user until they write.",
     "needs_login": "The bot's token is dead; have the user scan a new QR code and bind the new bot.",
 }

@@ -1,4 +1,16 @@
-"""Copies what services publish on plain `wechat.out` to `wechat.out.<sandbox>`, in order. Owned with shard 0."""
+"""Copies commands from plain `wechat.out` to `wechat.out.<sandbox>`, in order.
+
+The owner of shard 0 runs the router; the wiring calls `route` for each delivery. A delivery takes these steps:
+
+1. Its sandbox and id are read. A command without a valid sandbox, or that is unreadable, ends here with a receipt or
+a dead letter. 2. It waits for its turn in its sandbox. One batch of copies is in flight for each sandbox: if the
+stream's leader fails, a copy may be lost while the new leader stores a later one. 3. The copy is published with the
+original's sequence, time and id in its headers, and the original is acknowledged.
+
+A copy gets its Nats-Msg-Id from the original, so that a copy after a crash is dropped as a duplicate. The stream may
+have forgotten that id after a pause of the lease. Such a copy is marked (H_COPIED_AGAIN), and its conversation drops
+it if it is one. The router never splits, merges or sends commands.
+"""
 
 from __future__ import annotations
 
@@ -30,7 +42,7 @@ log = structlog.get_logger()
 
 LEASE_LOOK_S = 0.2
 PIECE, PIECE_BYTES = 32, 32 * 1024
-"""Copies written in one piece, and bytes of them (one is taken, however large it is): what a server reads at once."""
+"""Most copies in one batch, and bytes of them; one copy is always taken. A server reads as much at once."""
 
 
 _CRASHED = CommandResult("dead_lettered", "crashed", Crashed().detail)
@@ -43,7 +55,7 @@ class _Copy(NamedTuple):
 
 
 class _Dead(NamedTuple):
-    """How a command ends that is not copied."""
+    """The end of a command that is not copied."""
 
     sandbox: str
     ident: str
@@ -51,7 +63,7 @@ class _Dead(NamedTuple):
 
 
 class _Turn:
-    """Whose turn it is to copy to a sandbox, and what waits for it, in order."""
+    """The queue of one sandbox, and the lock of its batch in flight."""
 
     def __init__(self) -> None:
         self.lock = asyncio.Lock()
@@ -61,7 +73,7 @@ class _Turn:
         self._waiting.append(copy)
 
     def piece(self) -> list[_Copy]:
-        """The next copies; none where others have taken them along."""
+        """The next batch; empty: other deliveries have taken the copies along."""
         piece: list[_Copy] = []
         size = 0
         while self._waiting and len(piece) < PIECE:
@@ -73,8 +85,7 @@ class _Turn:
 
 
 class Router:
-    """Handles one delivery. Of each sandbox one piece is out at a time: where the stream's leader goes, one copy may
-    get lost on its way, and another that was written later be stored by the next leader."""
+    """Copies commands to the subjects of their sandboxes."""
 
     def __init__(
         self,
@@ -94,7 +105,7 @@ class Router:
         self._names = names
         self._limits = limits
         self._check = check
-        """Raises LeaseLost where another replica may route at this moment."""
+        """Raises LeaseLost if another replica may route now."""
         self._owns = owns
         """Whether this replica may route again once its lease is valid."""
         self._clock = clock
@@ -105,12 +116,11 @@ class Router:
     async def route(self, delivery: Delivery) -> None:
         """Copies a command to its sandbox's subject, or ends it with a receipt; then settles it.
 
-        Raises LeaseLost where another replica has become the owner: the stream may have forgotten its copy.
+        Raises LeaseLost if another replica has become the owner.
 
-        The copy's Nats-Msg-Id is derived: ids are stream-wide, and a copy after a crash must not become a second
-        command. It follows from the words, too: a sandbox that guessed it could use it first, and the copy would be
-        dropped as a repeat. Nothing of the command stands in it: the server tells a stream's last id to every
-        publisher who expects another (Nats-Expected-Last-Msg-Id).
+        The copy's Nats-Msg-Id is a digest of position, id and body. Ids are unique in the stream, so a sandbox that
+        guessed the id could publish it first and have the copy dropped. The server shows a stream's last id to every
+        publisher that expects another one (Nats-Expected-Last-Msg-Id), so the id must not reveal the command.
         """
         try:
             read = self._read(delivery)
@@ -134,8 +144,8 @@ class Router:
                 await self._copy_apart(sandbox, piece)
 
     def _read_again(self, delivery: Delivery) -> tuple[str, _Copy] | _Dead:
-        """As `_read`, once that has raised; it ends a command on which it goes on raising, under the command's own id
-        where that can be told."""
+        """Retries `_read` after it raised. A command on which it raises in every attempt ends, under its own id if
+        that can be read."""
         try:
             read = partial(self._read, delivery)
             return retry_on_bug_now(read, "delivery.crashed", tries=ATTEMPTS - 1, sequence=delivery.seq)
@@ -151,7 +161,7 @@ class Router:
         return _Dead(body.sandbox or UNROUTED, ident, _CRASHED)
 
     def _read(self, delivery: Delivery) -> tuple[str, _Copy] | _Dead:
-        """A command's sandbox and its copy, or how it ends."""
+        """The sandbox and copy of a command, or its end."""
         body = contract.Outbound()
         try:
             body = decode_command(delivery.data, self._limits)
@@ -178,8 +188,8 @@ class Router:
         return sandbox, _Copy(delivery, ident, message)
 
     async def _copy_in_turn(self, sandbox: str, left: list[_Copy]) -> None:
-        """Copies what is left, also after a pause of the lease, however long: given up, it would come again behind
-        the next ones. Raises LeaseLost once another replica may route."""
+        """Copies a batch, even after a long pause of the lease: later commands must not overtake it. Raises LeaseLost
+        if another replica may route."""
         while True:
             try:
                 return await self._copy(sandbox, left)
@@ -188,7 +198,8 @@ class Router:
                 if not await self._is_lease_back():
                     raise
                 for copy in left:
-                    copy.message.headers[H_COPIED_AGAIN] = "1"  # the stream may have forgotten the first one's id
+                    # the stream may have forgotten the id of the first copy
+                    copy.message.headers[H_COPIED_AGAIN] = "1"
 
     async def _is_lease_back(self) -> bool:
         while self._owns():
@@ -201,8 +212,7 @@ class Router:
         return False
 
     async def _copy_apart(self, sandbox: str, piece: list[_Copy]) -> None:
-        """Copies what is left one after the other, since one of them made the code raise: one that does so at every
-        try ends."""
+        """Copies a batch one by one after it raised. A command that raises in every attempt ends."""
         await self._clock.sleep(PAUSE_S)
         for copy in piece.copy():
             try:
@@ -212,9 +222,10 @@ class Router:
                 await self._end_surely(copy.delivery, sandbox, copy.ident, _CRASHED)
 
     async def _copy(self, sandbox: str, left: list[_Copy]) -> None:
-        """Copies what is left, and takes out of it what need not be copied any more."""
+        """Copies a batch, and removes the finished copies from it."""
         for copy in left.copy():
-            if await self._has_ended(copy.delivery, sandbox, copy.ident):  # refused; now there may be room
+            # it was refused before; a copy now would be a second result
+            if await self._has_ended(copy.delivery, sandbox, copy.ident):
                 left.remove(copy)
                 await copy.delivery.ack()
         answers = await self._bus.publish_all([copy.message for copy in left])
@@ -230,11 +241,11 @@ class Router:
 
     async def _refuse(self, copy: _Copy, sandbox: str, answer: BusRefused, left: list[_Copy]) -> None:
         left.remove(copy)
-        detail = f"The sandbox's queue does not take it: {answer.detail}"
+        detail = f"The sandbox's queue refuses it: {answer.detail}"
         await self._end_surely(copy.delivery, sandbox, copy.ident, CommandResult("refused", "backlog", detail))
 
     async def _has_ended(self, delivery: Delivery, sandbox: str, ident: str) -> bool:
-        """Whether a command that was delivered before has had its receipt from here."""
+        """Whether a redelivered command has a final receipt from the router."""
         while delivery.redelivered:
             try:
                 found = await self._receipts.find(sandbox, [_ref(delivery, ident)])
@@ -245,7 +256,7 @@ class Router:
         return False
 
     async def _end_surely(self, delivery: Delivery, sandbox: str, ident: str, result: CommandResult) -> None:
-        """Ends a command. Where that raises at every try, it stays on the bus, unsettled, and comes again."""
+        """Ends a command. If that raises in every attempt, the command stays unsettled and is redelivered."""
         work = partial(self._end, delivery, sandbox, ident, result)
         try:
             await retry_on_bug(work, self._clock.sleep, "routing.crashed", sandbox=sandbox)
@@ -257,7 +268,7 @@ class Router:
             await delivery.ack()
             return
         if not delivery.redelivered:
-            self._metrics.outbound_taken.inc()  # a copy is counted where it arrives, what ends here is here
+            self._metrics.outbound_taken.inc()  # a copy is counted on its arrival
         if result.outcome == "dead_lettered":
             await self._events.publish_dead_letter(
                 "OUT",

@@ -1,4 +1,4 @@
-"""Whether a bot's session with iLink is alive, as its poller knows or `notifystart` tells."""
+"""Whether a bot's session with iLink is alive, by its poller or by `notifystart`."""
 
 from __future__ import annotations
 
@@ -14,27 +14,27 @@ from adapter.ports import Account, Chat
 LOOK_S = 0.2
 CATCH_UP_LOOK_S = 0.05
 POLLED_WITHIN_S = 90.0
-"""A bot that is not polled for so long, as while a stream is full, counts as not alive; it is looked at again."""
+"""A bot that is not polled for so long, for instance while a stream is full, counts as not alive for now."""
 
 
 class Pollers(Protocol):
     """The pollers of this replica."""
 
     def is_stale(self, bot: str) -> bool:
-        """Whether iLink has refused the bot's token, and it is being tried again."""
+        """Whether iLink has refused the bot's token and the poller retries it."""
 
     def is_catching_up(self, bot: str) -> bool:
-        """Whether the conversations may not have heard everything that an owner before has stored."""
+        """Whether the conversations may lack messages that the previous owner stored."""
 
     def poll_now(self, bot: str) -> None:
-        """Ends the bot's long poll, so that the next one shows what iLink thinks of its token."""
+        """Ends the bot's long poll, so that the next one tests the token."""
 
     def has_polled_since(self, bot: str, since: float) -> bool:
         """Whether a poll of the bot was answered after the monotonic time `since`."""
 
 
 class BotSessions:
-    """Implements processor.Sessions."""
+    """Implements shard.Sessions."""
 
     def __init__(
         self,
@@ -61,9 +61,9 @@ class BotSessions:
             await self._clock.sleep(CATCH_UP_LOOK_S)
 
     async def is_alive(self, bot: str) -> bool:
-        """-14 to one send is no proof: iLink answers so to a malformed body, too (docs/reference/ilink-protocol.md,
-        "Stale token"). `notifystart` is asked, and where it is refused or gives no answer, a poll that begins now.
-        If that is refused, its poller begins the recovery."""
+        """Tests the token after -14 to a send, which is no proof: iLink answers a malformed body with -14, too
+        (docs/reference/ilink-protocol.md, "Stale token"). If `notifystart` fails, a new poll decides, and its poller
+        starts the recovery if it is refused."""
         binding = self._bindings.get(bot)
         if binding is None or binding.state == "needs_login" or self.is_recovering(bot):
             return False
@@ -72,13 +72,13 @@ class BotSessions:
         except (SessionExpired, Temporary, Uncertain):
             pass
         except Refused:
-            return True  # an answer all the same: iLink did not say -14
+            return True  # any answer but -14
         else:
             return True
         return await self._polls(bot)
 
     async def _polls(self, bot: str) -> bool:
-        """Whether the token is taken in a poll that begins now. A poll that was out before is no proof."""
+        """Whether iLink accepts the token in a poll that begins now. An earlier poll is no proof."""
         pollers, since = self._pollers(), self._clock.monotonic()
         pollers.poll_now(bot)
         while not pollers.has_polled_since(bot, since):

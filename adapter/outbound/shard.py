@@ -1,4 +1,4 @@
-"""A shard as its conversations see it: who may send, over which bot, and what becomes of their commands."""
+"""The shard port of conversations: ownership, the bots that serve users, and the ends of commands."""
 
 from __future__ import annotations
 
@@ -29,27 +29,27 @@ from adapter.ports import Account
 log = structlog.get_logger()
 
 PAUSED_S = 5.0
-"""How long a wait for the lease lasts before it looks again."""
+"""Longest wait for the lease before it is checked again."""
 
 
 class Sessions(Protocol):
-    """What is known of the bots' sessions with iLink."""
+    """State of the bots' sessions with iLink."""
 
     def is_recovering(self, bot: str) -> bool:
-        """Whether a bot's token is being tried again: nothing may be sent for it."""
+        """Whether a refused token is being retried; nothing may be sent with it."""
 
     async def is_alive(self, bot: str) -> bool:
-        """Whether iLink takes the bot's token elsewhere. Raises Temporary."""
+        """Whether iLink accepts the bot's token in another call. Raises Temporary."""
 
     def is_catching_up(self, bot: str) -> bool:
-        """Whether the conversations may not have heard everything that an owner before has stored."""
+        """Whether the conversations may lack messages that the previous owner stored."""
 
     async def wait_caught_up(self, bot: str) -> None:
-        """Returns once they have."""
+        """Returns once the conversations have these messages."""
 
 
 class ShardLease:
-    """The right of this replica to work for one shard."""
+    """This replica's ownership of one shard."""
 
     def __init__(self, shard: int, leases: Leases, draining: asyncio.Event) -> None:
         self._shard = shard
@@ -58,22 +58,22 @@ class ShardLease:
         self._lost = False
 
     def check(self) -> None:
-        """Raises LeaseLost unless this replica may work for the shard at this moment."""
+        """Raises LeaseLost unless this replica owns the shard now."""
         if self._lost:
             raise LeaseLost("lease_lost", f"shard {self._shard}")
         self._leases.ensure_owned(self._shard)
 
     async def wait(self) -> None:
-        """Returns when it may again, or after some seconds."""
+        """Returns when the replica may own the shard again, or after some seconds."""
         await wait_any(self._leases.wait_owned(self._shard), self._draining.wait(), timeout_s=PAUSED_S)
 
     def give_up(self) -> None:
-        """It does not come back to who holds this."""
+        """Makes every later check fail."""
         self._lost = True
 
 
 class ShardBots:
-    """The bots that serve the users of a shard, and how each is called."""
+    """The bots that serve the users of a shard, and their iLink accounts."""
 
     def __init__(self, bindings: Bindings, sessions: Sessions, open_account: Callable[[Binding], Account]) -> None:
         """`open_account` raises Refused("token_key")."""
@@ -86,7 +86,7 @@ class ShardBots:
         return self._bindings.get(bot)
 
     def serving(self, sandbox: str, user: str, bot: str) -> Bot | None:
-        """The bot that serves the user now; `bot`: the one that did last."""
+        """The bot that serves the user now. `bot`: the last one."""
         found = self._bindings.of_user(sandbox, user) if user else []
         if not found:
             binding = self._bindings.get(bot)
@@ -103,28 +103,28 @@ class ShardBots:
             self.account(binding.sandbox, binding.bot)
         except Refused:  # its token cannot be opened
             return False
-        except Exception:  # a bug, and no command's: they wait, and it is looked at again
+        except Exception:  # a bug that no command caused: commands wait, and a timer checks again
             log.exception("account.crashed", bot=binding.bot)
             return False
         return True
 
     def account(self, sandbox: str, bot: str) -> Account:
-        """How a bot of the sandbox is called. Raises Refused."""
+        """The iLink account of a bot of the sandbox. Raises Refused."""
         binding = self._bindings.get(bot)
         if binding is None or binding.sandbox != sandbox:
-            raise Refused("not_bound", "The bot serves this sandbox no more.")
+            raise Refused("not_bound", "The bot no longer serves this sandbox.")
         known = self._accounts.get(bot)
-        if known is None or known[0] is not binding:  # a token is opened once, not for each send
+        if known is None or known[0] is not binding:  # opens a token once instead of for each send
             known = self._accounts[bot] = binding, self._open_account(binding)
         return known[1]
 
     def forget_unbound(self) -> None:
-        """Lets go of the accounts of bots that are bound no more."""
+        """Drops the accounts of unbound bots."""
         self._accounts = {bot: known for bot, known in self._accounts.items() if self._bindings.get(bot)}
 
 
 class OwnedShard:
-    """Implements actor.Shard."""
+    """Implements conversation.shard.ShardPort."""
 
     def __init__(
         self,
@@ -191,7 +191,7 @@ class OwnedShard:
         binding = self.bots.binding_of(state.bot.id) if state.bot else None
         if binding is None:
             if command is not None:
-                gone = CommandResult("refused", "not_bound", "The bot serves this sandbox no more.")
+                gone = CommandResult("refused", "not_bound", "The bot no longer serves this sandbox.")
                 self._endings.end_soon(command, gone, Address(state.sandbox, state.record.bot, state.user))
             return
         user, token = state.user, state.record.token
@@ -214,10 +214,10 @@ class OwnedShard:
         )
         which = f"{state.record.window.id}:{effect.change}:{effect.reason}:{state.record.window.sends_used}"
         ident = f"window:{state.sandbox}:{state.user}:{which}"
-        self._tasks.spawn(self._events.publish_window_event(event, msg_id=ident))  # no send waits for it
+        self._tasks.spawn(self._events.publish_window_event(event, msg_id=ident))  # sends do not wait for it
 
     async def _end_typing(self, command: QueuedCommand, state: Conversation, taken: asyncio.Future[None]) -> None:
-        """Ends a typing command once iLink took it, or did not."""
+        """Ends a typing command with iLink's answer."""
         result = CommandResult("accepted")
         try:
             await taken

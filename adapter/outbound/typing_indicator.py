@@ -1,7 +1,7 @@
-"""The typing indicator: shows a user that the bot types, and hides it (sendtyping, 11.2).
+"""The typing indicator: shows users that the bot types, and hides it (sendtyping, 11.2).
 
-A task per bot and user, as long as something is shown or to be hidden. No send waits for it. What is shown is known
-in memory alone: after a take-over it is hidden once more with the first answer (`hide_if_visible`).
+Each bot and user has a task while the indicator is shown or has to be hidden. Sends never wait for it. Its state is
+only in memory: after a take-over it is hidden once more with the first answer (`hide_if_visible`).
 """
 
 from __future__ import annotations
@@ -24,15 +24,15 @@ from adapter.ports import Account, Chat
 log = structlog.get_logger()
 
 RENEW_S = 5.0
-"""The official client's pace."""
+"""The pace of the official client."""
 DOUBT_S = 45.0
-"""After -14 to a call it is hidden so much later, unless the bot's poll, which ends before, has said the same."""
+"""Delay before hiding it again after -14, unless the bot's next poll gets -14, too."""
 HIDES = 5
-"""Attempts to hide before it is left to the next owner."""
+"""Attempts to hide it before that is left to the next owner."""
 
 
 class TypingDeps(NamedTuple):
-    """What the indicators need."""
+    """Dependencies of the indicators."""
 
     chat: Chat
     bindings: Bindings
@@ -40,40 +40,40 @@ class TypingDeps(NamedTuple):
     account: Callable[[Binding], Account]
     """Raises Refused("token_key")."""
     stale: Callable[[str], bool]
-    """Whether a bot's token is being tried again; meanwhile nothing may be called with it."""
+    """Whether a refused token of the bot is being retried; no call may be made with it."""
     check: Callable[[int], None]
-    """Raises LeaseLost when this replica may not work for the shard."""
+    """Raises LeaseLost unless this replica owns the shard."""
     longest_s: float
 
 
 class HideRetry:
-    """The attempts to hide that failed."""
+    """Failed attempts to hide it."""
 
     def __init__(self) -> None:
         self.failures = 0
         self.not_before = 0.0
-        """Monotonic time before which no other attempt is made, whatever wakes the indicator."""
+        """Monotonic time of the next attempt, even if something wakes the task earlier."""
 
 
 class Indicator:
-    """The typing indicator of a bot as one user sees it, and as they should."""
+    """The typing indicator for one user of a bot: what is shown and what should be shown."""
 
     def __init__(self, bot: str, user: str) -> None:
         self.bot = bot
         self.user = user
         self.binding: Binding | None = None
-        """The binding of the last call: with it typing is hidden after the bot was unbound."""
+        """The binding of the last call, with which it is hidden after the bot was unbound."""
         self.wanted = False
         self.until = 0.0
-        """Monotonic time at which it is hidden at the latest."""
+        """Monotonic time at which it has to be hidden."""
         self.context_token = ""
         self.maybe_visible = False
-        """Status 1 may have taken effect, and nothing has hidden it."""
+        """A status 1 may have taken effect, and no status 2 since."""
         self.shown_at: float | None = None
-        """When iLink last took a status 1; None: it is not known to be shown."""
+        """When iLink last took a status 1; None: unknown."""
         self.hide_retry = HideRetry()
         self.shows: list[asyncio.Future[None]] = []
-        """Commands that wait until it is shown, or hidden."""
+        """Commands that wait until it is shown or hidden."""
         self.hides: list[asyncio.Future[None]] = []
         self.wake = asyncio.Event()
 
@@ -83,7 +83,7 @@ class Indicator:
 
 
 class IndicatorRunner:
-    """Brings what a user sees to what is wanted."""
+    """Makes what a user sees match what is wanted."""
 
     def __init__(self, shard: int, deps: TypingDeps, tickets: Tickets) -> None:
         self.draining = False
@@ -92,7 +92,7 @@ class IndicatorRunner:
         self._check = partial(deps.check, shard)
 
     async def run(self, indicator: Indicator) -> None:
-        """Raises what stays a bug."""
+        """Runs until nothing is left to do. Raises a bug that raises in every attempt."""
         crashes = 0
         while indicator.is_open():
             indicator.wake.clear()
@@ -102,27 +102,27 @@ class IndicatorRunner:
             except Exception:
                 crashes += 1
                 if crashes == ATTEMPTS:
-                    raise  # what is shown is left to the next owner
+                    raise  # hiding it is left to the next owner
                 log.exception("typing.crashed", bot=indicator.bot)
                 wait_s = PAUSE_S
             if wait_s > 0:
                 await wait_event(indicator.wake, wait_s)
 
     async def _turn(self, indicator: Indicator) -> float:
-        """One step towards what is wanted; seconds until the next, unless it is woken."""
+        """Takes one step. Returns the seconds until the next one."""
         if indicator.wanted and self._deps.clock.monotonic() >= indicator.until:
             indicator.wanted = False
         if indicator.wanted:
-            _fail(indicator.hides, Refused("typing", "It was shown again before iLink hid it."))
+            _fail(indicator.hides, Refused("typing", "The indicator was shown again before iLink hid it."))
         else:
-            _fail(indicator.shows, Refused("typing", "It was over before iLink showed it."))
+            _fail(indicator.shows, Refused("typing", "The indicator was hidden again before iLink showed it."))
         try:
             account = self._account(indicator)
             if account is None:
                 return RENEW_S
             return await (self._show(indicator, account) if indicator.wanted else self._hide(indicator, account))
         except LeaseLost:
-            return REST_S  # the lease pauses, or is gone; then all of this ends
+            return REST_S  # the lease is paused, or it is lost and the shard stops
         except SessionExpired as exc:
             if not indicator.maybe_visible or self.draining or self._deps.bindings.get(indicator.bot) is None:
                 return await self._abandon(indicator, exc)
@@ -138,7 +138,8 @@ class IndicatorRunner:
             return await self._failed(indicator, Refused("typing", f"iLink could not be asked: {exc.reason}"))
 
     def _account(self, indicator: Indicator) -> Account | None:
-        """How the bot is called; None: not now. Raises Refused (it can be called no more), LeaseLost."""
+        """The bot's iLink account; None: no call is possible now. Raises Refused (never possible again),
+        LeaseLost."""
         found = self._deps.bindings.get(indicator.bot)
         if found is not None and (indicator.binding is None or found.sandbox == indicator.binding.sandbox):
             indicator.binding = found
@@ -150,7 +151,7 @@ class IndicatorRunner:
             stale = SessionExpired("needs_login", "The bot's token is stale.")
             if indicator.maybe_visible and found is not None and not self.draining:
                 _fail(indicator.hides, stale)
-                return None  # it may live again, and then it is hidden
+                return None  # hidden once the token works again
             raise stale
         self._check()
         return self._deps.account(indicator.binding)
@@ -166,8 +167,8 @@ class IndicatorRunner:
             return rest_s
         value = await self._tickets.get(account, indicator.user, indicator.context_token)
         if not indicator.wanted or self._deps.clock.monotonic() >= indicator.until:
-            return 0.0  # meanwhile it is over
-        was_visible, indicator.maybe_visible = indicator.maybe_visible, True  # it may take effect without an answer
+            return 0.0  # no longer wanted
+        was_visible, indicator.maybe_visible = indicator.maybe_visible, True  # may take effect without an answer
         try:
             await self._tickets.use(
                 account, indicator.user, value, indicator.context_token, on=True, check=self._check
@@ -192,10 +193,10 @@ class IndicatorRunner:
         _done(indicator.hides)
         return 0.0
 
-    # when it does not work --------------------------------------------------------------------------
+    # failures ------------ --------------------------------------------------------------------------
 
     async def _failed(self, indicator: Indicator, exc: Refused, *, least_s: float = 0.0) -> float:
-        """iLink did not do it. TypingDeps is given up, but what is shown must be hidden, `least_s` later or more."""
+        """Handles a refusal. Showing is given up; hiding is tried again after at least `least_s` seconds."""
         log.info(
             "typing.failed",
             bot=indicator.bot,
@@ -222,7 +223,7 @@ class IndicatorRunner:
         return 0.0
 
     async def _abandon(self, indicator: Indicator, exc: AdapterError) -> float:
-        """The bot cannot be called any more. What is shown is left to the next owner, unless the bot is gone."""
+        """Gives up, since the bot cannot be called any more. The next owner hides what is shown."""
         log.info("typing.abandoned", bot=indicator.bot, reason=exc.reason, maybe_visible=indicator.maybe_visible)
         _fail(indicator.shows, exc)
         _fail(indicator.hides, exc)
@@ -231,23 +232,23 @@ class IndicatorRunner:
 
 
 class TypingIndicators:
-    """The indicators of one shard, as long as this replica owns it."""
+    """The typing indicators of one shard while this replica owns it."""
 
     def __init__(self, shard: int, deps: TypingDeps) -> None:
         self._deps = deps
         self._indicators: dict[tuple[str, str], Indicator] = {}
         self._tasks: dict[Indicator, asyncio.Task[None]] = {}
         self._known: set[tuple[str, str]] = set()
-        """Bots and users to whom it was shown or hidden here: nothing of an owner before is left on their phones."""
+        """Bots and users with a call by this owner, so that nothing of a previous owner is left on their phones."""
         self._tickets = Tickets(deps.chat, deps.clock)
         self._runner = IndicatorRunner(shard, deps, self._tickets)
 
-    # what the conversations ask ---------------------------------------------------------------------
+    # for conversations -----------------------------------------------------------------------------
 
     def show(self, binding: Binding, user: str, context_token: str) -> asyncio.Future[None]:
-        """Shows it, for the time of the setting. The future is done once iLink took it.
+        """Shows it for the time of the setting. The future is done once iLink took it.
 
-        Fails with Refused, Crashed; cancelled where the service stops.
+        It fails with Refused or Crashed, and is cancelled when the service stops.
         """
         taken: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         if self._runner.draining:
@@ -258,7 +259,7 @@ class TypingIndicators:
         return taken
 
     def begin(self, binding: Binding, user: str, context_token: str) -> None:
-        """As `show`, for callers who do not need the outcome."""
+        """As `show`, for callers that do not need the outcome."""
         if self._runner.draining:
             return
         indicator = self._indicator(binding, user, context_token)
@@ -267,7 +268,7 @@ class TypingIndicators:
         self._wake_or_start(indicator)
 
     def hide(self, binding: Binding, user: str, context_token: str) -> asyncio.Future[None]:
-        """Hides it, whether or not it is shown. The future is that of `show`."""
+        """Hides it, even if it is not known to be shown. The future is as in `show`."""
         taken: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         indicator = self._indicator(binding, user, context_token)
         indicator.wanted = False
@@ -276,7 +277,7 @@ class TypingIndicators:
         return taken
 
     def hide_if_visible(self, binding: Binding, user: str, context_token: str, *, shown_before: bool) -> None:
-        """The answer was sent: hides it if it is shown. `shown_before`: an owner before may have left it shown."""
+        """Hides it after an answer if it is shown. `shown_before`: a previous owner may have left it shown."""
         indicator = self._indicators.get((binding.bot, user))
         if indicator is not None and indicator.wanted:
             indicator.wanted = False
@@ -287,22 +288,22 @@ class TypingIndicators:
             self._wake_or_start(indicator)
 
     def retry_ticket(self, bot: str, user: str) -> None:
-        """The user wrote: iLink may have a ticket for them now where it had none."""
+        """The user wrote, so iLink may have a ticket for them now."""
         self._tickets.retry(bot, user)
 
     def rebound(self, sandbox: str) -> None:
-        """A binding of the sandbox changed: whatever is shown for it is checked."""
+        """Checks the indicators of a sandbox after a binding changed."""
         for indicator in list(self._indicators.values()):
             if indicator.binding is None or indicator.binding.sandbox == sandbox:
                 self._wake_or_start(indicator)
 
     def evict_idle(self) -> None:
-        """Forgets what is of no use any more."""
+        """Drops state that is not needed any more."""
         self._known = {key for key in self._known if self._deps.bindings.get(key[0]) is not None}
         self._tickets.evict(self._indicators.keys(), self._deps.bindings.get)
 
     async def drain(self, seconds: float) -> None:
-        """Hides everything, as far as that can be done in time; the rest is left to the next owner."""
+        """Hides all indicators within `seconds`; the next owner hides the rest."""
         self._runner.draining = True
         for indicator in list(self._indicators.values()):
             indicator.wanted = False
@@ -312,7 +313,7 @@ class TypingIndicators:
         self.stop()
 
     def stop(self) -> None:
-        """Ends everything now; the next owner hides what is shown."""
+        """Stops at once; the next owner hides what is shown."""
         self._runner.draining = True
         for task in self._tasks.values():
             task.cancel()
@@ -345,7 +346,7 @@ class TypingIndicators:
 
     async def _run(self, indicator: Indicator) -> None:
         await self._runner.run(indicator)
-        del self._indicators[indicator.bot, indicator.user]  # at once: who comes next begins anew
+        del self._indicators[indicator.bot, indicator.user]  # at once, so that the next call starts a new one
 
 
 def _done(waiting: list[asyncio.Future[None]]) -> None:
