@@ -23,7 +23,7 @@ import structlog
 from hypothesis import HealthCheck, settings
 from nats.aio.client import Client
 
-from adapter.inbound.sessions import Session
+from adapter.inbound.bot_poller import BotPoller
 from adapter.jetstream.client import BusClient
 from tests import canary
 from tests.fakes import Bench, VirtualLoop
@@ -137,15 +137,15 @@ def pytest_runtest_makereport(
 @pytest.fixture
 async def poller() -> AsyncIterator[Poller]:
     """As `tended`, told to leave when the test is over."""
-    begun: list[tuple[Session, asyncio.Task[None]]] = []
+    begun: list[tuple[BotPoller, asyncio.Task[None]]] = []
 
-    def begin(bench: Bench, **changes: Any) -> Session:
+    def begin(bench: Bench, **changes: Any) -> BotPoller:
         begun.append(tended(bench, **changes))
         return begun[-1][0]
 
     yield begin
     for session, task in begun:
-        session.leave(now=True)
+        session.stop(immediately=True)
         await task
 
 

@@ -16,7 +16,7 @@ from adapter.conversation.uploads import READY_S
 from adapter.errors import Refused, SessionExpired
 from adapter.ilink.budget import ByteBudget
 from adapter.ilink.connection import Connection
-from adapter.inbound.sessions import Session
+from adapter.inbound.bot_poller import BotPoller
 from adapter.outbound.processor import ShardCommandProcessor
 from adapter.outbound.typing_tickets import NO_TICKET_S, TICKET_S
 from adapter.ownership.membership import DEAD_KEPT
@@ -168,14 +168,14 @@ async def test_what_has_ended_goes_without_the_garbage_collector() -> None:
     """Which looks at what is old once in hours: what refers to itself is in memory until then."""
 
     def there() -> int:
-        return sum(isinstance(thing, (ShardCommandProcessor, Session, Connection)) for thing in gc.get_objects())
+        return sum(isinstance(thing, (ShardCommandProcessor, BotPoller, Connection)) for thing in gc.get_objects())
 
     bench = Bench()
     gc.collect()
     gc.disable()
     try:
         before = there()
-        shard, session = ShardCommandProcessor(1, bench.outbound()), Session(BOT)
+        shard, session = ShardCommandProcessor(1, bench.outbound()), BotPoller(BOT)
         connection = Connection(ByteBudget())
         connection.connection_made(Wire())
         assert there() == before + 3

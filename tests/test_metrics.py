@@ -82,8 +82,8 @@ def test_counters_start_at_zero_and_read_back() -> None:
 
 def test_every_metric_owns_its_registry() -> None:
     one, other = Metrics(), Metrics()
-    one.outbound_taken.inc()
-    assert (one.value("outbound_taken_total"), other.value("outbound_taken_total")) == (1.0, 0.0)
+    one.outbound_received.inc()
+    assert (one.value("outbound_received_total"), other.value("outbound_received_total")) == (1.0, 0.0)
 
 
 def test_labels_are_exactly_those_of_the_metric() -> None:

@@ -19,9 +19,9 @@ import msgspec
 import pytest
 
 from adapter.errors import SessionExpired, Temporary
+from adapter.inbound.bot_poller import BotPoller
 from adapter.inbound.journal import JournalRecord
-from adapter.inbound.poller import tend
-from adapter.inbound.sessions import Session
+from adapter.inbound.poller import run_poller
 from adapter.ports import Account, Polled
 from adapter.simulator import samples
 from tests.fakes import EPOCH_MS, Bench, FakeChat, VirtualLoop, settle
@@ -132,7 +132,7 @@ class Replica:
 
     def __init__(self, bench: Bench) -> None:
         self.bench = bench
-        self.session: Session | None = None
+        self.session: BotPoller | None = None
         self.poller: asyncio.Task[None] | None = None
         self.goes_on = True
         bench.bindings.add_listener(self._changed)
@@ -143,17 +143,19 @@ class Replica:
     async def _keep(self) -> None:
         while self.goes_on:
             if self.bench.bindings.get(BOT) is not None:
-                self.session = Session(BOT)
-                self.poller = asyncio.get_running_loop().create_task(tend(self.session, self.bench.inbound_deps()))
+                self.session = BotPoller(BOT)
+                self.poller = asyncio.get_running_loop().create_task(
+                    run_poller(self.session, self.bench.inbound_deps())
+                )
                 await asyncio.wait([self.poller])
             await asyncio.sleep(0.2)
 
     def _changed(self, bot: str, before: Any, after: Any) -> None:
         if self.session is not None and self.goes_on:
             if after is None:
-                self.session.leave(now=True)
+                self.session.stop(immediately=True)
             elif before is not None and before.token != after.token:
-                self.session.cut_off()
+                self.session.cancel_poll()
 
     async def leave(self) -> None:
         self.goes_on = False
@@ -161,12 +163,12 @@ class Replica:
         if session is not None:
             session.is_handed_over = True
             if session.dispatcher is not None and not await session.dispatcher.drain(1.0):
-                session.leave(now=True)
+                session.stop(immediately=True)
         for processor in self.bench.processors.values():
             await processor.drain(1.0)
         if session is not None and self.poller is not None:
-            session.lingering = True
-            session.leave(now=False)
+            session.draining_after_handover = True
+            session.stop(immediately=False)
             await asyncio.wait([self.poller])
         self.bench.leases.owned.clear()
 
@@ -266,13 +268,13 @@ class Model:
         leases.has_lease = False
         leases.changed.notify_all()
         if session is not None:
-            session.cut_off(for_lease=True)
+            session.cancel_poll(for_lease=True)
 
         def back() -> None:
             leases.has_lease = bool(leases.owned)
             leases.changed.notify_all()
             if session is not None and leases.is_valid:
-                session.spare()
+                session.withdraw_cancel()
 
         self._later(seconds, back)
 

@@ -13,8 +13,8 @@ import pytest
 from adapter.bindings.registry import Bindings
 from adapter.contract.names import SHARDS, shard_of
 from adapter.contract.records import Binding
-from adapter.inbound.poller import tend
-from adapter.inbound.sessions import HERE_S, Session, State
+from adapter.inbound.bot_poller import ANSWER_GRACE_S, BotPoller, State
+from adapter.inbound.poller import run_poller
 from adapter.ports import Entry
 from adapter.replica.supervisor import Supervisor
 from tests.fakes import Bench, FakeLeases, batch, ready, settle
@@ -33,7 +33,7 @@ class NoWork:
         raise AssertionError(f"{name} is not asked for")
 
 
-async def no_poll(session: Session) -> None:
+async def no_poll(session: BotPoller) -> None:
     raise AssertionError(f"{session.bot} is not polled")
 
 
@@ -41,17 +41,17 @@ def supervisor(
     bench: Bench,
     *,
     leases: FakeLeases | None = None,
-    tend: Callable[[Session], Coroutine[Any, Any, None]] = no_poll,
+    run_poller: Callable[[BotPoller], Coroutine[Any, Any, None]] = no_poll,
     capacity: int = BOTS,
 ) -> Supervisor:
-    async def tell_freed() -> None: ...
+    async def publish_released() -> None: ...
 
     return Supervisor(
         bindings=bench.bindings,
         leases=leases or bench.leases,
-        tend=tend,
+        run_poller=run_poller,
         work=NoWork(),
-        tell_freed=tell_freed,
+        publish_released=publish_released,
         clock=bench.clock,
         metrics=bench.metrics,
         capacity=capacity,
@@ -85,9 +85,9 @@ async def bench() -> Bench:
 def poll(made: Supervisor, bench: Bench, *, every_state: bool = True) -> None:
     """Every binding has a poller; the states go round."""
     for number, binding in enumerate(bench.bindings):
-        session = made.sessions[binding.bot] = Session(binding.bot)
+        session = made.pollers[binding.bot] = BotPoller(binding.bot)
         session.state = STATES[number % len(STATES)] if every_state else "polling"
-        session.answered = bench.clock.monotonic() - (100.0 if number == 7 else 1.0)
+        session.unanswered_since = bench.clock.monotonic() - (100.0 if number == 7 else 1.0)
 
 
 async def test_ten_thousand_bindings_are_a_scrape_of_the_same_size(bench: Bench) -> None:
@@ -111,7 +111,7 @@ async def test_what_the_polls_of_a_bot_show_of_its_token(bench: Bench) -> None:
     made = supervisor(bench)
     binding = next(iter(bench.bindings))
     assert not made.has_polled_since(binding.bot, 0.0)
-    session = made.sessions[binding.bot] = Session(binding.bot)
+    session = made.pollers[binding.bot] = BotPoller(binding.bot)
     session.polled_at = 10.0
     assert [made.has_polled_since(binding.bot, since) for since in (5.0, 10.0, 15.0)] == [True, False, False]
     session.stale = True
@@ -123,10 +123,10 @@ async def test_the_bot_that_was_answered_longest_ago_is_seen_among_ten_thousand(
     poll(made, bench, every_state=False)
     made.observe(0)
     assert bench.metrics.value("oldest_poll_age_seconds") == pytest.approx(100.0)
-    made.sessions["000007@im.bot"].state = "needs_login"  # it is not polled, and that is told elsewhere
+    made.pollers["000007@im.bot"].state = "needs_login"  # it is not polled, and that is told elsewhere
     made.observe(0)
     assert bench.metrics.value("oldest_poll_age_seconds") == pytest.approx(1.0)
-    made.sessions["000007@im.bot"].state = "paused"  # nobody else tells that it should be
+    made.pollers["000007@im.bot"].state = "paused"  # nobody else tells that it should be
     made.observe(0)
     assert bench.metrics.value("oldest_poll_age_seconds") == pytest.approx(100.0)
 
@@ -138,14 +138,14 @@ async def test_a_bot_that_found_no_room_is_polled_once_there_is_some() -> None:
         await bench.bind(bot=bot)
     over = {bot: asyncio.Event() for bot in (first, second, third)}
 
-    async def tend(session: Session) -> None:
+    async def run_poller(session: BotPoller) -> None:
         await over[session.bot].wait()
 
-    made = supervisor(bench, tend=tend, capacity=1)
+    made = supervisor(bench, run_poller=run_poller, capacity=1)
     made._owned = set(range(SHARDS))
     for bot in (first, second, third):
         made._follow(bot)
-    assert set(made.sessions) == {first}
+    assert set(made.pollers) == {first}
     for gone in (first, second):
         await bench.bindings.remove(gone)
         over[gone].set()
@@ -153,7 +153,7 @@ async def test_a_bot_that_found_no_room_is_polled_once_there_is_some() -> None:
         for bot in made._dirty:
             made._follow(bot)
     await settle()
-    assert set(made.sessions) == {third}
+    assert set(made.pollers) == {third}
     over[third].set()
     await settle()
 
@@ -170,7 +170,7 @@ async def test_what_nobody_polls_is_counted(bench: Bench) -> None:
     assert bench.metrics.value("bindings_unowned") == sum(shard in mine | orphans for shard in shards)
     for binding in bench.bindings:
         if shard_of(binding.sandbox) in mine:
-            made.sessions[binding.bot] = Session(binding.bot)
+            made.pollers[binding.bot] = BotPoller(binding.bot)
     made.observe(0)
     assert bench.metrics.value("bindings_unowned") == sum(shard in orphans for shard in shards)
     leases.orphans = set()
@@ -183,9 +183,9 @@ async def test_who_is_polled_elsewhere_from_now_on_waits_for_no_pause(fields: di
     bench = Bench()
     await bench.bind()
     made = supervisor(bench)
-    session = made.sessions["b1@im.bot"] = Session("b1@im.bot")
+    session = made.pollers["b1@im.bot"] = BotPoller("b1@im.bot")
     await bench.bind(**fields)
-    assert session.cut.is_set()
+    assert session.poll_cancel.is_set()
 
 
 async def test_every_poll_is_cut_when_the_lease_runs_out(bench: Bench) -> None:
@@ -194,18 +194,18 @@ async def test_every_poll_is_cut_when_the_lease_runs_out(bench: Bench) -> None:
     made = supervisor(bench, leases=leases)
     poll(made, bench)
     made._follow_leases()
-    assert not any(session.cut.is_set() for session in made.sessions.values())
+    assert not any(session.poll_cancel.is_set() for session in made.pollers.values())
     leases.has_lease = False
     made._follow_leases()
-    assert all(session.cut.is_set() for session in made.sessions.values())
+    assert all(session.poll_cancel.is_set() for session in made.pollers.values())
 
 
 @pytest.mark.parametrize(
     ("back_s", "incarnation", "asked"),
     [
-        pytest.param(HERE_S / 2, "me-1", 1, id="at-once"),
-        pytest.param(HERE_S * 2, "me-1", 2, id="later"),
-        pytest.param(HERE_S / 2, "me-2", 2, id="as-another"),
+        pytest.param(ANSWER_GRACE_S / 2, "me-1", 1, id="at-once"),
+        pytest.param(ANSWER_GRACE_S * 2, "me-1", 2, id="later"),
+        pytest.param(ANSWER_GRACE_S / 2, "me-2", 2, id="as-another"),
     ],
 )
 async def test_a_lease_that_is_back_before_its_polls_were_cut_costs_none(
@@ -219,8 +219,8 @@ async def test_a_lease_that_is_back_before_its_polls_were_cut_costs_none(
     made = supervisor(bench, leases=leases)
     made._owned = set(leases.owned)
     made._follow_leases()
-    session = made.sessions["b1@im.bot"] = Session("b1@im.bot")
-    task = asyncio.create_task(tend(session, bench.inbound_deps()))
+    session = made.pollers["b1@im.bot"] = BotPoller("b1@im.bot")
+    task = asyncio.create_task(run_poller(session, bench.inbound_deps()))
     await asyncio.sleep(5)
     leases.has_lease = False
     made._follow_leases()
@@ -230,10 +230,10 @@ async def test_a_lease_that_is_back_before_its_polls_were_cut_costs_none(
     made._follow_leases()
     await asyncio.sleep(5)
     assert len(bench.chat.asked) == asked
-    session.cut_off()
+    session.cancel_poll()
     await asyncio.sleep(5)
     assert len(bench.chat.asked) == asked + 1
-    session.leave(now=True)
+    session.stop(immediately=True)
     await task
 
 
@@ -245,8 +245,8 @@ async def test_polls_that_still_wait_are_cut_when_the_lease_runs_out_also_while_
     made = supervisor(bench, leases=leases)
     made._owned = set(leases.owned)
     made._follow_leases()
-    session = made.sessions["b1@im.bot"] = Session("b1@im.bot")
-    made._pollers["b1@im.bot"] = asyncio.create_task(tend(session, bench.inbound_deps()))
+    session = made.pollers["b1@im.bot"] = BotPoller("b1@im.bot")
+    made._poller_tasks["b1@im.bot"] = asyncio.create_task(run_poller(session, bench.inbound_deps()))
     await asyncio.sleep(1)
     leases.owned.clear()
     leaving = asyncio.create_task(made.drain(60.0))
@@ -254,7 +254,7 @@ async def test_polls_that_still_wait_are_cut_when_the_lease_runs_out_also_while_
     assert bench.chat.polling == 1
     leases.has_lease = False
     leases.changed.notify_all()
-    await asyncio.sleep(HERE_S * 2)
+    await asyncio.sleep(ANSWER_GRACE_S * 2)
     assert bench.chat.polling == 0
     await leaving
 
@@ -267,7 +267,7 @@ async def test_every_poll_is_cut_where_the_lease_is_another_incarnations_since(b
     made._follow_leases()
     leases.incarnation = "me-2"
     made._follow_leases()
-    assert all(session.cut.is_set() for session in made.sessions.values())
+    assert all(session.poll_cancel.is_set() for session in made.pollers.values())
 
 
 # shards that are given away ------------------------------------------------------------------------------
@@ -331,7 +331,7 @@ async def test_what_is_stored_as_a_shard_is_given_away_waits_for_no_long_poll() 
     bench = await ready(None, batch(raw("meanwhile"), cursor="b"), None, None)
     shard, sending = shard_of("s1"), Sending()
     leases = bench.leases = Giving(owned={shard})
-    made = supervisor(bench, leases=leases, tend=lambda session: tend(session, bench.inbound_deps()))
+    made = supervisor(bench, leases=leases, run_poller=lambda session: run_poller(session, bench.inbound_deps()))
     made._owned = {shard}
     made._shards[shard] = sending  # type: ignore[assignment]
     made._start(BOT)

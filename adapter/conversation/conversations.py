@@ -21,9 +21,9 @@ from adapter.kit.timing import Clock
 
 log = structlog.get_logger()
 
-HEARD_WITHIN_S = 1.0
+INBOUND_WAIT_S = 1.0
 """Longest wait of an inbox for a conversation, which itself may wait for a receipt that cannot be stored."""
-WOKEN_AT_ONCE = 8
+MAX_WAKING = 8
 """Conversations loaded at the same time after a start or a take-over, so that thousands do not hold up other work."""
 
 
@@ -73,7 +73,7 @@ class Conversations:
         sequence: int,
     ) -> ConversationActor:
         """Gives a message of the user to their conversation, and returns the conversation once it has processed the
-        message, or after HEARD_WITHIN_S if it is held up; it then processes the message later. `sequence`: that of
+        message, or after INBOUND_WAIT_S if it is held up; it then processes the message later. `sequence`: that of
         the message's journal record. Raises Temporary, LeaseLost.
         """
         shard = await self._open_shard(binding.sandbox)
@@ -89,7 +89,7 @@ class Conversations:
         done.add_done_callback(_retrieve_exception)
         await asyncio.sleep(0)  # usually enough, and cheaper than a timeout
         if not done.done():
-            await asyncio.wait([done], timeout=HEARD_WITHIN_S)
+            await asyncio.wait([done], timeout=INBOUND_WAIT_S)
         if done.done():
             done.result()
         else:
@@ -116,7 +116,7 @@ class Conversations:
     def wake_soon(self, binding: Binding) -> None:
         """Has the bot's conversation check in the background what changed before this replica polled the bot."""
         self._to_wake[binding.bot] = binding
-        if len(self._waking) < WOKEN_AT_ONCE:
+        if len(self._waking) < MAX_WAKING:
             self._waking.spawn(self._wake_all())
 
     async def _wake_all(self) -> None:

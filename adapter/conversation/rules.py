@@ -508,16 +508,18 @@ def _apply_event(
             commands = _without_copies(conversation, commands, effects)
             if not commands:
                 return conversation
-            effects += [ReleaseBody(one) for one in commands if one.parked]  # by the previous owner
-            commands = tuple(msgspec.structs.replace(one, parts=None) if one.parked else one for one in commands)
+            effects += [ReleaseBody(command) for command in commands if command.parked]  # by the previous owner
+            commands = tuple(
+                msgspec.structs.replace(command, parts=None) if command.parked else command for command in commands
+            )
             queue = (*conversation.queue, *commands)
             if conversation.queue and commands[0].sequence < conversation.queue[-1].sequence:
                 begun = _first_group(conversation) if _is_begun(conversation) else ()
-                rest = [one for one in queue if one not in begun]
-                queue = (*begun, *sorted(rest, key=lambda one: one.sequence))
+                rest = [command for command in queue if command not in begun]
+                queue = (*begun, *sorted(rest, key=lambda command: command.sequence))
                 if queue[0] is not conversation.queue[0]:  # the activity belonged to the former head
                     conversation = _replaced(conversation, activity=Activity.IDLE, content=None)
-            earliest_ms = min(conversation.earliest_expiry_ms, *(one.expires_ms for one in commands))
+            earliest_ms = min(conversation.earliest_expiry_ms, *(command.expires_ms for command in commands))
             return _replaced(conversation, queue=queue, earliest_expiry_ms=earliest_ms)
         case Dispatched(bot, sequence):
             return note_dispatched(conversation, bot, sequence)
@@ -541,8 +543,10 @@ def _apply_event(
             return _on_ended(conversation, sequence, result)
         case Crashed() if activity is Activity.SENDING:
             pass  # the answer to the request under way ends the command
-        case Crashed(detail, sequence) if sequence and [one.sequence for one in conversation.queue[:1]] != [sequence]:
-            ended = [one for one in conversation.queue if one.sequence == sequence]
+        case Crashed(detail, sequence) if sequence and [command.sequence for command in conversation.queue[:1]] != [
+            sequence
+        ]:
+            ended = [command for command in conversation.queue if command.sequence == sequence]
             return _end_commands(conversation, ended, CommandResult("dead_lettered", "crashed", detail), effects)
         case Crashed(detail):
             group = _group_to_send(conversation, policy) if activity is Activity.LOADING else ()
@@ -570,12 +574,12 @@ def _without_copies(
     conversation: Conversation, commands: tuple[QueuedCommand, ...], effects: list[Effect]
 ) -> tuple[QueuedCommand, ...]:
     """Drops a copy by the router while an earlier copy of the same command is in the queue."""
-    if all(one.sequence == one.ref.sequence for one in commands):
+    if all(command.sequence == command.ref.sequence for command in commands):
         return commands
-    known = {one.ref for one in conversation.queue}
-    copies = [one for one in commands if one.sequence != one.ref.sequence and one.ref in known]
-    effects += [Acknowledge(one, is_duplicate=True) for one in copies]
-    return tuple(one for one in commands if one not in copies)
+    known = {command.ref for command in conversation.queue}
+    copies = [command for command in commands if command.sequence != command.ref.sequence and command.ref in known]
+    effects += [Acknowledge(command, is_duplicate=True) for command in copies]
+    return tuple(command for command in commands if command not in copies)
 
 
 def _on_inbound_received(
@@ -706,7 +710,7 @@ def _split_merged(conversation: Conversation, last: CommandRef) -> Conversation 
     if progress is None or len(progress.commands) == 1 or progress.is_partially_sent:
         return None
     first = msgspec.structs.replace(progress, commands=progress.commands[:1], digest="")
-    barrier = next((one.sequence for one in conversation.queue if one.ref == last), 0)
+    barrier = next((command.sequence for command in conversation.queue if command.ref == last), 0)
     return _replaced(
         conversation,
         record=msgspec.structs.replace(conversation.record, head=first),
@@ -766,7 +770,7 @@ def _end_commands(
     if progress is None or shared is None:
         return _reset_progress(conversation) if is_first else conversation
     ended = {command.ref.sequence for command in commands}
-    if shared.may_be_sent and any(one.sequence not in ended for one in progress.commands):
+    if shared.may_be_sent and any(command.sequence not in ended for command in progress.commands):
         return _replaced(conversation, head_result=shared)  # the others are redelivered after the take-over
     return _close_head(conversation, may_be_sent=shared.may_be_sent)
 
@@ -774,8 +778,8 @@ def _end_commands(
 def _close_head(conversation: Conversation, *, may_be_sent: bool) -> Conversation:
     """Ends the send under way. Not `may_be_sent`: a command with the same id may be tried again."""
     record = conversation.record
-    ids = [one.id for one in record.head.commands] if may_be_sent and record.head else []
-    recent = [*(one for one in record.recent if one not in ids), *ids][-RECENT_COMMANDS:]
+    ids = [command.id for command in record.head.commands] if may_be_sent and record.head else []
+    recent = [*(ident for ident in record.recent if ident not in ids), *ids][-RECENT_COMMANDS:]
     record = msgspec.structs.replace(record, head=None, recent=recent)
     return _reset_progress(_replaced(conversation, record=record))
 
@@ -813,20 +817,20 @@ def _expire_commands(conversation: Conversation, now_ms: int, effects: list[Effe
     """Ends expired commands. Commands of a message that may have been sent expire together, with the last of them."""
     group = _first_group(conversation)
     progress = conversation.record.head
-    together_ms: float = max((one.expires_ms for one in group), default=0)
+    together_ms: float = max((command.expires_ms for command in group), default=0)
     if conversation.activity in (Activity.SENDING, Activity.CHECKING_SESSION):
         together_ms = math.inf
     elif progress is None or not progress.is_partially_sent:
         group = ()
 
-    def expires_ms(one: QueuedCommand) -> float:
-        return together_ms if one in group else one.expires_ms
+    def expires_ms(command: QueuedCommand) -> float:
+        return together_ms if command in group else command.expires_ms
 
-    overdue = [one for one in conversation.queue if expires_ms(one) <= now_ms]
-    sent = [one for one in overdue if one not in group and one.ref.id in conversation.record.recent]
-    effects += [Acknowledge(one, is_duplicate=True) for one in sent]
-    conversation = _without_commands(conversation, {one.sequence for one in sent})
-    overdue = [one for one in overdue if one not in sent]
+    overdue = [command for command in conversation.queue if expires_ms(command) <= now_ms]
+    sent = [command for command in overdue if command not in group and command.ref.id in conversation.record.recent]
+    effects += [Acknowledge(command, is_duplicate=True) for command in sent]
+    conversation = _without_commands(conversation, {command.sequence for command in sent})
+    overdue = [command for command in overdue if command not in sent]
     if overdue and overdue[0] is conversation.queue[0]:
         conversation = _replaced(conversation, activity=Activity.IDLE, content=None)
     conversation = _end_commands(
@@ -838,7 +842,7 @@ def _expire_commands(conversation: Conversation, now_ms: int, effects: list[Effe
 def _end_unbound(conversation: Conversation, effects: list[Effect]) -> Conversation:
     """Ends the commands of a user whom no bot serves any more. The request under way ends by its answer."""
     under_way = _first_group(conversation) if conversation.activity is Activity.SENDING else ()
-    ended = [one for one in conversation.queue if one not in under_way]
+    ended = [command for command in conversation.queue if command not in under_way]
     if not under_way:
         conversation = _replaced(conversation, activity=Activity.IDLE, content=None)
     return _end_commands(conversation, ended, CommandResult("refused", "not_bound", "The bot was unbound."), effects)
@@ -883,7 +887,7 @@ def _advance_queue(
     """Works on the queue until something has to be awaited."""
     if conversation.activity is Activity.IDLE and conversation.record.head is not None:
         # a command does not expire while its request is under way
-        expiries = [one.expires_ms for one in _first_group(conversation)]
+        expiries = [command.expires_ms for command in _first_group(conversation)]
         earliest_ms = min([conversation.earliest_expiry_ms, *expiries])
         conversation = _replaced(conversation, earliest_expiry_ms=earliest_ms)
     if conversation.earliest_expiry_ms <= now_ms:
@@ -1010,7 +1014,7 @@ def _park_waiting(conversation: Conversation, reason: str, effects: list[Effect]
 def _send_next(conversation: Conversation, now_ms: int, policy: SendPolicy, effects: list[Effect]) -> Conversation:
     """Makes the next request for the first command, or the step that has to come before it."""
     group = _group_to_send(conversation, policy)
-    if missing := [one.sequence for one in group if one.parts is None]:
+    if missing := [command.sequence for command in group if command.parts is None]:
         effects.append(Load(missing))
         return _replaced(conversation, activity=Activity.LOADING)
     progress, bot = conversation.record.head, conversation.bot.id if conversation.bot else ""
@@ -1018,7 +1022,7 @@ def _send_next(conversation: Conversation, now_ms: int, policy: SendPolicy, effe
     digest = ""
     if len(group) > 1:
         group = _mergeable_prefix(group) if progress is None or len(progress.commands) == 1 else group
-        text = MERGE_SEPARATOR.join(_only_text(one) for one in group)
+        text = MERGE_SEPARATOR.join(_only_text(command) for command in group)
         parts, digest = [text], _text_digest(text) if len(group) > 1 else ""
     if progress is not None and (len(group), digest) != (len(progress.commands), progress.digest):
         if progress.is_partially_sent:
@@ -1026,7 +1030,7 @@ def _send_next(conversation: Conversation, now_ms: int, policy: SendPolicy, effe
             return _end_first(conversation, CommandResult("uncertain", "", detail), effects)
         progress = None
     if progress is None:
-        refs = [one.ref for one in group]
+        refs = [command.ref for command in group]
         progress = SendProgress(commands=refs, client_id_base=group[0].client_id_base, bot=bot, digest=digest)
     part = parts[progress.part]
     ident = client_id(progress.client_id_base, progress.part, len(group) - 1)
@@ -1062,12 +1066,12 @@ def _group_to_send(conversation: Conversation, policy: SendPolicy) -> tuple[Queu
     if not first.parked or first.sequence <= conversation.merge_barrier or not _is_mergeable(first):
         return (first,)
     group, chars, ids = [first], first.chars, {first.ref.id, *conversation.record.recent}
-    for one in conversation.queue[1:MERGED_AT_ONCE]:
-        chars += len(MERGE_SEPARATOR) + one.chars
-        if not one.parked or not _is_mergeable(one) or one.ref.id in ids or chars > policy.merge_chars:
+    for command in conversation.queue[1:MERGED_AT_ONCE]:
+        chars += len(MERGE_SEPARATOR) + command.chars
+        if not command.parked or not _is_mergeable(command) or command.ref.id in ids or chars > policy.merge_chars:
             break
-        ids.add(one.ref.id)
-        group.append(one)
+        ids.add(command.ref.id)
+        group.append(command)
     return tuple(group)
 
 
@@ -1078,8 +1082,8 @@ def _is_mergeable(command: QueuedCommand) -> bool:
 def _mergeable_prefix(group: tuple[QueuedCommand, ...]) -> tuple[QueuedCommand, ...]:
     """The commands that fit into one message by their texts."""
     size = 0
-    for count, one in enumerate(group):
-        text = _only_text(one)
+    for count, command in enumerate(group):
+        text = _only_text(command)
         size += len(text.encode()) + len(MERGE_SEPARATOR)
         if count and size > MAX_BYTES:
             return group[:count]
@@ -1095,7 +1099,7 @@ def _first_group(conversation: Conversation) -> tuple[QueuedCommand, ...]:
         return queue[:1]
     if len(progress.commands) == 1:
         return queue[:1]
-    return tuple(one for one in queue[:MERGED_AT_ONCE] if progress.has_command(one.ref.sequence))
+    return tuple(command for command in queue[:MERGED_AT_ONCE] if progress.has_command(command.ref.sequence))
 
 
 def _only_text(command: QueuedCommand) -> str:
@@ -1111,7 +1115,7 @@ def _without_commands(conversation: Conversation, sequences: set[int]) -> Conver
     queue = conversation.queue
     if len(sequences) == 1 and queue and queue[0].sequence in sequences:
         return _replaced(conversation, queue=queue[1:])
-    return _replaced(conversation, queue=tuple(one for one in queue if one.sequence not in sequences))
+    return _replaced(conversation, queue=tuple(command for command in queue if command.sequence not in sequences))
 
 
 def _note_service(conversation: Conversation, effects: list[Effect]) -> Conversation:

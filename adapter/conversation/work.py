@@ -16,11 +16,9 @@ from adapter.conversation.uploads import StoreAway
 from adapter.errors import AdapterError, LeaseLost, Refused, SessionExpired, Temporary, Throttled, Uncertain
 from adapter.kit.crashes import ATTEMPTS
 from adapter.kit.tasks import TaskSet
-from adapter.kit.timing import Clock, backoff
+from adapter.kit.timing import LEASE_RETRY_S, Clock, backoff
 
 log = structlog.get_logger()
-
-LEASE_PAUSE_S = 0.2
 
 WorkEffect: TypeAlias = rules.Post | rules.RequestSlot | rules.Load | rules.Upload | rules.CheckSession
 """Effects that take time; their result is an input."""
@@ -36,7 +34,7 @@ async def repeat_until_done(
             await work()
         except LeaseLost:  # a paused lease may come back; if it is lost, the shard stops the actor
             await shard.wait_owned()
-            await clock.sleep(LEASE_PAUSE_S)
+            await clock.sleep(LEASE_RETRY_S)
         except AdapterError as exc:
             failures += 1
             log.warning("conversation.retrying", sandbox=sandbox, work=what, reason=exc.reason)
@@ -221,7 +219,7 @@ def _as_answer(
             case _:
                 return rules.Rejected(result)
     if isinstance(exc, LeaseLost):
-        return rules.NotTaken("The lease was lost.", int(LEASE_PAUSE_S * 1000), is_unreached=True)
+        return rules.NotTaken("The lease was lost.", int(LEASE_RETRY_S * 1000), is_unreached=True)
     deps.metrics.outbound_retries.labels(reason=exc.reason).inc()
     if isinstance(exc, Uncertain):
         return rules.Unanswered()

@@ -19,14 +19,14 @@ from adapter.security.seal import Sealer, cursor_context
 
 log = structlog.get_logger()
 
-SEEN_UNKEPT = 33
+SNAPSHOT_AFTER_NEW = 33
 """So many messages that are new since the journal has all that were seen lately, and it is written to it again."""
 
-SEEN_AGAIN = 64
+SNAPSHOT_AFTER_RECORDS = 64
 """After so many records it is written again in any case."""
 
 
-RECORDS_KEPT = 2 * SEEN_AGAIN
+RECORDS_KEPT = 2 * SNAPSHOT_AFTER_RECORDS
 """Records of one bot that the stream keeps."""
 
 
@@ -36,10 +36,10 @@ class Progress(Protocol):
     def done_to(self) -> int:
         """Sequence up to which inboxes and conversations have everything; 0: not known."""
 
-    async def remember(self) -> None:
+    async def load_dedup_window(self) -> None:
         """Reads back what was seen lately where it is not known yet. Raises Temporary."""
 
-    def seen_lately(self, *, new: int) -> list[str] | None:
+    def dedup_snapshot(self, *, new: int) -> list[str] | None:
         """All messages seen lately up to `done_to`; None where fewer than `new` are new since they were written, or
         they are not known."""
 
@@ -114,7 +114,7 @@ class BotJournal:
             self.done_to = max(self.done_to, self.progress.done_to())
         return self.last_heard <= self.done_to
 
-    def begin_at(self, binding: Binding, sealer: Sealer) -> None:
+    def apply_start_cursor(self, binding: Binding, sealer: Sealer) -> None:
         """Goes to the cursor that a bind request names, once; it is stored with the next record."""
         if binding.start_cursor is None:
             return
@@ -142,11 +142,11 @@ class BotJournal:
         """Stores who polls, and from where, without messages. Raises Temporary, LeaseLost."""
         await self._append(self._record(new=1))
 
-    async def give_back(self, *, ttl_s: int = 0) -> None:
+    async def release(self, *, ttl_s: int = 0) -> None:
         """Takes this replica's name out, also while its lease is not valid: it lives, so that nobody else would.
         `ttl_s`: the bot is bound no more, and its record goes after so long. Raises Temporary, LeaseLost."""
         if ttl_s and self.progress is not None:
-            await self.progress.remember()  # no older record stays
+            await self.progress.load_dedup_window()  # no older record stays
         await self._append(self._record(new=0 if ttl_s else 1), owner="", ttl_s=ttl_s)
 
     async def store(self, record: JournalRecord) -> None:
@@ -253,15 +253,15 @@ class BotJournal:
             if written.sequence < self.sequence:
                 await self._journal.delete(written.sequence)
 
-    def _record(self, *, new: int = SEEN_UNKEPT) -> JournalRecord:
+    def _record(self, *, new: int = SNAPSHOT_AFTER_NEW) -> JournalRecord:
         if self.progress is not None:
             self.done_to = max(self.done_to, self.progress.done_to())
-        if self._since_seen >= SEEN_AGAIN:
+        if self._since_seen >= SNAPSHOT_AFTER_RECORDS:
             new = 0
         return JournalRecord(
             cursor=self.cursor,
             start=self.start,
-            seen=self.progress.seen_lately(new=new) if self.progress else None,
+            seen=self.progress.dedup_snapshot(new=new) if self.progress else None,
             seen_at=self.seen_at,
             seen_to=self.seen_to,
             done_to=self.done_to,

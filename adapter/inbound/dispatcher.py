@@ -11,7 +11,7 @@ stored it; the poller writes it into the journal.
 
 A new owner starts with `catch_up`. It reads the records behind `done_to` and drops the messages that the inbox has.
 Such records are "left over". The poller calls `offer` for each new record, and stops polling while `has_room` is
-false. A dispatcher never writes to the journal, and never publishes without the lease (`_fence`).
+false. A dispatcher never writes to the journal, and never publishes without the lease (`_ensure_owner`).
 """
 
 from __future__ import annotations
@@ -39,29 +39,28 @@ from adapter.inbound.bot_journal import BotJournal
 from adapter.inbound.download import DownloadDeps, DownloadResult, MediaUnavailable, download, with_media
 from adapter.inbound.inbox import AddressedMessage, PublishDeps
 from adapter.inbound.journal import Journal, JournalRecord, Written
-from adapter.inbound.triage import Sorted, Triage
+from adapter.inbound.triage import Triage, TriagedMessage
 from adapter.kit.crashes import ATTEMPTS, retry_on_bug
 from adapter.kit.tasks import TaskSet
-from adapter.kit.timing import ChangeSignal, backoff
+from adapter.kit.timing import LEASE_RETRY_S, ChangeSignal, backoff
 from adapter.ports import InboundMessage, MediaRef
 
 log = structlog.get_logger()
 
-AHEAD = 4
+CONCURRENT_DOWNLOADS = 4
 """Messages of one bot that download their media at the same time."""
-PIPELINE = 256
+PUBLISH_BATCH = 256
 """Most messages in one batch of publishes; bounds the memory that a huge answer takes."""
-BACKLOG = 64
+MAX_BACKLOG = 64
 """Records that are not dispatched at which the poller pauses."""
-BACKLOG_BYTES = 1024 * 1024
+MAX_BACKLOG_BYTES = 1024 * 1024
 """Bytes of such records at which the poller pauses."""
-CUT_S = 1.0
+CANCEL_GRACE_S = 1.0
 """Time for cancelled tasks to end."""
-LEASE_PAUSE_S = 0.2
-STORED_LOOK_S = 0.1
-CLOCKS_APART_MS = 60_000
+STORED_CHECK_S = 0.1
+CLOCK_SKEW_MS = 60_000
 """Largest difference between the clocks of two servers."""
-UNSAVED = 256
+MAX_UNSAVED = 256
 """Most dispatched records that wait for their conversations to be stored."""
 
 
@@ -82,10 +81,10 @@ class DispatchDeps(NamedTuple):
 class PendingMessage:
     """A message that is not known to be in its inbox."""
 
-    __slots__ = ("crashes", "heard", "is_suspect", "record", "until", "work")
+    __slots__ = ("crashes", "is_suspect", "message", "record", "until", "work")
 
-    def __init__(self, heard: AddressedMessage, record: Open, until: float, *, is_suspect: bool) -> None:
-        self.heard = heard
+    def __init__(self, message: AddressedMessage, record: OpenRecord, until: float, *, is_suspect: bool) -> None:
+        self.message = message
         self.record = record
         self.until = until
         """Monotonic time at which it is published without its missing media."""
@@ -96,19 +95,19 @@ class PendingMessage:
         self.work: asyncio.Task[list[InboundItem]] | None = None
 
 
-class Open:
+class OpenRecord:
     """A record that is being dispatched."""
 
     __slots__ = (
         "actors",
-        "added",
+        "added_keys",
         "crashes",
-        "found",
         "is_left_over",
-        "is_sorted",
-        "left",
+        "is_triaged",
+        "messages",
         "size",
-        "whole",
+        "triaged",
+        "unpublished",
         "written",
     )
 
@@ -117,13 +116,13 @@ class Open:
         self.size = sum(map(len, written.record.messages))
         self.is_left_over = is_left_over
         """A previous owner stored it and may have published some of it."""
-        self.whole: list[bytes] | None = None
+        self.messages: list[bytes] | None = None
         """Its messages, completed by the pieces in earlier records."""
-        self.found: list[Sorted] | None = None
-        self.added = 0
+        self.triaged: list[TriagedMessage] | None = None
+        self.added_keys = 0
         """Messages that it added to the dedup window."""
-        self.is_sorted = False
-        self.left = 0
+        self.is_triaged = False
+        self.unpublished = 0
         """Messages that are not in their inbox."""
         self.actors: list[ConversationActor] = []
         """Conversations of its users."""
@@ -138,7 +137,7 @@ class Dispatcher:
         self.bot = journal.bot
         self._journal = journal
         self._deps = deps
-        self._publishing = deps.publishing._replace(ensure_owner=self._fence)
+        self._publishing = deps.publishing._replace(ensure_owner=self._ensure_owner)
         self._clock = deps.publishing.clock
         self._on_caught_up = on_caught_up
         self.is_catching_up = False
@@ -147,12 +146,12 @@ class Dispatcher:
         self._inherited: int | None = None
         """Sequence of the newest record with messages of earlier owners; None: the first record of this owner has
         it."""
-        self._records: deque[Open] = deque()
+        self._records: deque[OpenRecord] = deque()
         """Records that are not triaged."""
-        self._open: deque[Open] = deque()
+        self._open: deque[OpenRecord] = deque()
         """All records that are not dispatched, in order."""
         self._waiting: deque[PendingMessage] = deque()
-        self._unsaved: deque[Open] = deque()
+        self._unsaved: deque[OpenRecord] = deque()
         """Dispatched records whose conversations are not known to be stored."""
         self._done_to = journal.done_to
         self._pieces: dict[tuple[str, int], bytes] = {}
@@ -180,14 +179,14 @@ class Dispatcher:
         """Takes the next stored record with messages."""
         if self._stopped:
             return
-        opened = Open(written)
+        opened = OpenRecord(written)
         self._records.append(opened)
         self._open.append(opened)
         self._wake()
 
     def has_room(self) -> bool:
         """Whether the poller may go on; `changed` notifies."""
-        is_full = len(self._open) >= BACKLOG or sum(one.size for one in self._open) >= BACKLOG_BYTES
+        is_full = len(self._open) >= MAX_BACKLOG or sum(opened.size for opened in self._open) >= MAX_BACKLOG_BYTES
         return self._stopped or not is_full
 
     @property
@@ -205,7 +204,7 @@ class Dispatcher:
         if not is_done:
             log.info("dispatch.abandoned", bot=self.bot, records=len(self._open))
         self.stop()
-        await self._tasks.wait_ended(CUT_S)
+        await self._tasks.wait_ended(CANCEL_GRACE_S)
         return is_done
 
     def stop(self) -> None:
@@ -228,26 +227,26 @@ class Dispatcher:
             self._done_to = self._unsaved.popleft().written.sequence
         return self._done_to
 
-    async def stored(self, seconds: float) -> None:
+    async def wait_stored(self, seconds: float) -> None:
         """Waits at most `seconds` for the conversations to store what was dispatched."""
         until = self._clock.monotonic() + seconds
         self.done_to()
         while self._unsaved and self._clock.monotonic() < until:
-            await self._clock.sleep(STORED_LOOK_S)
+            await self._clock.sleep(STORED_CHECK_S)
             self.done_to()
 
-    async def remember(self) -> None:
+    async def load_dedup_window(self) -> None:
         """Loads the dedup window if no message has done so. Raises Temporary."""
         if self._seen is None:
             if self._inherited is None and not self._records:
                 self._inherited = self._journal.last_heard
             await self._read_back()
 
-    def seen_lately(self, *, new: int) -> list[str] | None:
+    def dedup_snapshot(self, *, new: int) -> list[str] | None:
         seen = self._seen
         if seen is None or self.is_catching_up:
             return None
-        later = sum(opened.added for opened in (*self._unsaved, *self._open))
+        later = sum(opened.added_keys for opened in (*self._unsaved, *self._open))
         if seen.unsaved - later < new:
             return None
         seen.unsaved = later
@@ -256,7 +255,7 @@ class Dispatcher:
 
     # dispatching ------------------------------------------------------------------------------------
 
-    def _fence(self) -> None:
+    def _ensure_owner(self) -> None:
         """Raises LeaseLost."""
         if self._stopped:
             raise LeaseLost("dispatch_stopped", self.bot)
@@ -272,14 +271,14 @@ class Dispatcher:
         try:
             while not self._stopped and (self._records or self._waiting or self.is_catching_up):
                 try:
-                    await self._turn()
+                    await self._do_next()
                     failures = 0
                     continue
                 except LeaseLost:
                     for waiting in self._waiting:
                         waiting.is_suspect = True  # the publish may have succeeded
                     await self._wait_for_lease()
-                    pause_s = LEASE_PAUSE_S
+                    pause_s = LEASE_RETRY_S
                 except AdapterError as exc:
                     failures += 1
                     log.warning("dispatch.retrying", bot=self.bot, reason=exc.reason, failures=failures)
@@ -299,22 +298,22 @@ class Dispatcher:
         if leases.incarnation != self._journal.owner:
             self.stop()
 
-    async def _turn(self) -> None:
+    async def _do_next(self) -> None:
         """One unit of work. Raises Temporary, LeaseLost, BusRefused."""
         if self._seen is None:
             await self._read_back()
         if self._records:
-            await self._sort(self._records[0])
+            await self._triage(self._records[0])
             self._records.popleft()
             self._close_done()
         elif self.is_catching_up:
-            self._catch_up_ends()
+            self._finish_catch_up()
         elif self._waiting[0].is_suspect or self._waiting[-1].is_suspect:
             await self._drop_published()
         else:
             await self._publish_ready()
 
-    def _catch_up_ends(self) -> None:
+    def _finish_catch_up(self) -> None:
         if self.is_catching_up and not any(opened.is_left_over for opened in self._records):
             self.is_catching_up = False
             self.changed.notify_all()
@@ -326,18 +325,18 @@ class Dispatcher:
         journal, triage = self._journal, self._deps.triage
         known = await self._deps.journal.get(self.bot, journal.seen_at) if journal.seen_at else None
         seen, left = DedupWindow(known.record.seen or () if known else ()), []
-        for written in await self._earlier(journal.seen_to):
+        for written in await self._earlier_records(journal.seen_to):
             record = written.record
             if written.sequence > self._done_to:
-                left.append(Open(written, is_left_over=True))
+                left.append(OpenRecord(written, is_left_over=True))
                 continue
-            whole = self._whole(record)
-            await triage.sort(self.bot, whole, record.place, record.first, seen, record.received_ms)
+            whole = self._complete_messages(record)
+            await triage.classify(self.bot, whole, record.place, record.first, seen, record.received_ms)
         self._seen = seen
         self._records.extendleft(reversed(left))
         self._open.extendleft(reversed(left))
 
-    async def _earlier(self, known_to: int) -> list[Written]:
+    async def _earlier_records(self, known_to: int) -> list[Written]:
         """The records with messages that earlier owners stored behind a sequence, oldest first. They are read
         backwards by `last_heard`, since a search by subject would scan the records of all bots. Raises Temporary."""
         sequence = self._records[0].written.record.last_heard if self._inherited is None else self._inherited
@@ -347,7 +346,7 @@ class Dispatcher:
             sequence = written.record.last_heard
         return found[::-1]
 
-    def _whole(self, record: JournalRecord) -> list[bytes]:
+    def _complete_messages(self, record: JournalRecord) -> list[bytes]:
         """The messages of a record, each with its pieces from earlier records. An unfinished last message is kept."""
         begun = self._pieces.pop((record.place, record.first), b"")
         messages = list(record.messages)
@@ -358,64 +357,70 @@ class Dispatcher:
             self._pieces[record.place, record.first + len(messages)] = last
         return messages
 
-    async def _sort(self, opened: Open) -> None:
+    async def _triage(self, opened: OpenRecord) -> None:
         """Triages a record and queues its messages for the inbox. Can be repeated if it raises Temporary, LeaseLost
         or BusRefused."""
         record = opened.written.record
         assert self._seen is not None
-        if opened.whole is None:
-            opened.whole = self._whole(record)
-        if opened.found is None:
+        if opened.messages is None:
+            opened.messages = self._complete_messages(record)
+        if opened.triaged is None:
             known = self._seen.added_count
-            opened.found = await self._deps.triage.sort(
-                self.bot, opened.whole, record.place, record.first, self._seen, record.received_ms
+            opened.triaged = await self._deps.triage.classify(
+                self.bot, opened.messages, record.place, record.first, self._seen, record.received_ms
             )
-            opened.added = self._seen.added_count - known
+            opened.added_keys = self._seen.added_count - known
         binding = await self._find_binding()
         try:
-            await self._hand_out(opened, opened.found, binding)
+            await self._queue_messages(opened, opened.triaged, binding)
         except AdapterError:
             raise
         except Exception:
             opened.crashes += 1
             if opened.crashes < ATTEMPTS:
                 raise
-            log.exception("inbound.crashed", bot=self.bot, messages=len(opened.found))
-            for one in opened.found:
-                await self._end_as_dead_letter(one.raw, binding.sandbox if binding else "", one.said)
-        opened.is_sorted = True
-        self._catch_up_ends()
+            log.exception("inbound.crashed", bot=self.bot, messages=len(opened.triaged))
+            for message in opened.triaged:
+                await self._end_crashed(message.raw, binding.sandbox if binding else "", message.inbound)
+        opened.is_triaged = True
+        self._finish_catch_up()
 
-    async def _hand_out(self, opened: Open, found: Sequence[Sorted], binding: Binding | None) -> None:
-        """Raises Temporary, LeaseLost."""
-        heard: list[AddressedMessage] = []
+    async def _queue_messages(
+        self, opened: OpenRecord, triaged: Sequence[TriagedMessage], binding: Binding | None
+    ) -> None:
+        """Gives messages to their conversations and queues them, or ends them. Raises Temporary, LeaseLost."""
+        addressed: list[AddressedMessage] = []
         if binding is not None:
-            heard = [self._address_message(opened, one, binding) for one in found if one.outcome == "new"]
-            heard = await self._update_conversations(binding, opened, heard)
-        for one in found:
-            if one.outcome != "new" or binding is None:
-                await self._set_aside(one, binding)
-            elif one.said is not None and one.said.broken:
-                await self._dead_letter(binding, one.raw, one.said.broken)
+            addressed = [
+                self._address_message(opened, message, binding) for message in triaged if message.outcome == "new"
+            ]
+            addressed = await self._update_conversations(binding, opened, addressed)
+        for message in triaged:
+            if message.outcome != "new" or binding is None:
+                await self._end_unpublished(message, binding)
+            elif message.inbound is not None and message.inbound.broken:
+                await self._dead_letter(binding, message.raw, message.inbound.broken)
         until = self._clock.monotonic() + self._deps.media_wait_s
-        self._waiting.extend(PendingMessage(one, opened, until, is_suspect=opened.is_left_over) for one in heard)
-        opened.left = len(heard)
-        self._fetch_ahead()
+        self._waiting.extend(
+            PendingMessage(message, opened, until, is_suspect=opened.is_left_over) for message in addressed
+        )
+        opened.unpublished = len(addressed)
+        self._start_downloads()
 
-    def _address_message(self, opened: Open, one: Sorted, binding: Binding) -> AddressedMessage:
-        said = one.said
-        assert said is not None
-        if said.fetches and not binding.options.media:
-            said = inbox.without_media(said, "off")
-        place = f"{opened.written.sequence}.{one.number}"
+    def _address_message(self, opened: OpenRecord, triaged: TriagedMessage, binding: Binding) -> AddressedMessage:
+        inbound = triaged.inbound
+        assert inbound is not None
+        if inbound.fetches and not binding.options.media:
+            inbound = inbox.without_media(inbound, "off")
+        place = f"{opened.written.sequence}.{triaged.number}"
         record = opened.written.record
         sandbox = record.sandbox or binding.sandbox
-        return AddressedMessage(said, sandbox, self.bot, record.received_ms, said.keys.id_for(self.bot), place)
+        return AddressedMessage(inbound, sandbox, self.bot, record.received_ms, inbound.keys.id_for(self.bot), place)
 
-    async def _set_aside(self, one: Sorted, binding: Binding | None) -> None:
+    async def _end_unpublished(self, message: TriagedMessage, binding: Binding | None) -> None:
         """Counts a message for no inbox, or makes it a dead letter."""
-        kind = one.said.kind if one.said else "unsupported"
-        match one.outcome:
+        kind = message.inbound.kind if message.inbound else "unsupported"
+        match message.outcome:
             case "echo":
                 self._count(kind, "rejected")
             case "duplicate":
@@ -423,13 +428,15 @@ class Dispatcher:
                 log.info("inbound.duplicate", bot=self.bot)
             case "new":
                 self._count(kind, "unbound")
-                await self._dead_letter(None, one.raw, f"The bot {self.bot} was not bound as it came.")
+                await self._dead_letter(
+                    None, message.raw, f"The bot {self.bot} was not bound when the message arrived."
+                )
             case "crashed" | "group":
                 self._count(kind, "dead_lettered")
-                await self._dead_letter(binding, one.raw, one.detail, reason=one.outcome)
+                await self._dead_letter(binding, message.raw, message.detail, reason=message.outcome)
             case _:
                 self._count(kind, "dead_lettered")
-                await self._dead_letter(binding, one.raw, one.detail)
+                await self._dead_letter(binding, message.raw, message.detail)
 
     def _count(self, kind: str, outcome: str) -> None:
         inbox.count(self._publishing, kind, outcome)
@@ -440,11 +447,11 @@ class Dispatcher:
         sandbox = binding.sandbox if binding else ""
         await inbox.dead_letter(self.bot, sandbox, raw, why, self._publishing, reason=reason)
 
-    async def _end_as_dead_letter(self, raw: bytes, sandbox: str, said: InboundMessage | None) -> None:
+    async def _end_crashed(self, raw: bytes, sandbox: str, inbound: InboundMessage | None) -> None:
         """Gives up a message on which the code raises at every attempt."""
-        self._fence()
+        self._ensure_owner()
         crashed = Crashed()
-        self._count(said.kind if said else "unsupported", "dead_lettered")
+        self._count(inbound.kind if inbound else "unsupported", "dead_lettered")
         await inbox.dead_letter(self.bot, sandbox, raw, crashed.detail, self._publishing, reason=crashed.reason)
 
     async def _find_binding(self) -> Binding | None:
@@ -457,32 +464,32 @@ class Dispatcher:
     # conversations ----------------------------------------------------------------------------------
 
     async def _update_conversations(
-        self, binding: Binding, opened: Open, heard: list[AddressedMessage]
+        self, binding: Binding, opened: OpenRecord, addressed: list[AddressedMessage]
     ) -> list[AddressedMessage]:
         """Gives token and window to the users' conversations. Returns the messages that may be missing in the inbox.
         Raises Temporary, LeaseLost."""
         sequence = opened.written.sequence
         if opened.written.record.sandbox not in ("", binding.sandbox):
-            return heard  # messages from before the bot moved open no window in the new sandbox
+            return addressed  # messages from before the bot moved open no window in the new sandbox
         actors: list[ConversationActor] = []
-        for user in dict.fromkeys(one.said.user for one in heard):
-            theirs = [one for one in heard if one.said.user == user]
-            tell = partial(self._update_conversation, binding, user, theirs, sequence)
+        for user in dict.fromkeys(message.inbound.user for message in addressed):
+            messages = [message for message in addressed if message.inbound.user == user]
+            tell = partial(self._update_conversation, binding, user, messages, sequence)
             try:
                 actor = await retry_on_bug(tell, self._clock.sleep, "inbound.crashed", bot=self.bot)
             except Crashed:
-                for one in theirs:
-                    await self._end_as_dead_letter(one.said.raw, one.sandbox, one.said)
+                for message in messages:
+                    await self._end_crashed(message.inbound.raw, message.sandbox, message.inbound)
             else:
                 actors.append(actor)
                 if not (opened.is_left_over and actor.memory.has_dispatched_to(self.bot, sequence)):
                     continue
-            heard = [one for one in heard if one.said.user != user]
+            addressed = [message for message in addressed if message.inbound.user != user]
         opened.actors = actors
-        return heard
+        return addressed
 
     async def _update_conversation(
-        self, binding: Binding, user: str, theirs: list[AddressedMessage], sequence: int
+        self, binding: Binding, user: str, messages: list[AddressedMessage], sequence: int
     ) -> ConversationActor:
         """Raises Temporary, LeaseLost."""
         if not binding.user:
@@ -490,10 +497,10 @@ class Dispatcher:
         return await self._publishing.conversations.on_inbound(
             self._deps.bindings.get(self.bot) or binding,
             user,
-            message=theirs[-1].id,
-            token=next((one.said.context_token for one in reversed(theirs) if one.said.context_token), ""),
-            written_ms=theirs[-1].said.sent_at_ms,
-            received_ms=theirs[-1].received_ms,
+            message=messages[-1].id,
+            token=next((one.inbound.context_token for one in reversed(messages) if one.inbound.context_token), ""),
+            written_ms=messages[-1].inbound.sent_at_ms,
+            received_ms=messages[-1].received_ms,
             sequence=sequence,
         )
 
@@ -519,29 +526,31 @@ class Dispatcher:
     # publishing -------------------------------------------------------------------------------------
 
     async def _publish_ready(self) -> None:
-        """Publishes the messages that are ready, in order. If the first one is not, waits for its media or for
+        """Publishes the messages that are ready, in order. If the first pending is not, waits for its media or for
         another record."""
-        self._fetch_ahead()
+        self._start_downloads()
         first = self._waiting[0]
         if not _is_ready(first):
             await self.changed.wait_until(lambda: bool(self._records) or self._stopped or _is_ready(first))
             return
         if first.crashes >= ATTEMPTS:
-            await self._end_as_dead_letter(first.heard.said.raw, first.heard.sandbox, first.heard.said)
-            self._told([first])
+            await self._end_crashed(first.message.inbound.raw, first.message.sandbox, first.message.inbound)
+            self._remove_finished([first])
             return
-        if self._is_anothers(first.heard):
-            self._count(first.heard.said.kind, "unbound")
+        if self._belongs_to_another(first.message):
+            self._count(first.message.inbound.kind, "unbound")
             await self._dead_letter(
-                None, first.heard.said.raw, "Somebody else has its sandbox by now.", reason="not_bound"
+                None, first.message.inbound.raw, "The sandbox serves another user by now.", reason="not_bound"
             )
-            self._told([first])
+            self._remove_finished([first])
             return
-        limit = 1 if self._is_one_by_one else PIPELINE
+        limit = 1 if self._is_one_by_one else PUBLISH_BATCH
         waiting = islice(self._waiting, limit)
-        ready = list(takewhile(lambda one: _is_ready(one) and not self._is_anothers(one.heard), waiting))
+        ready = list(
+            takewhile(lambda pending: _is_ready(pending) and not self._belongs_to_another(pending.message), waiting)
+        )
         try:
-            await inbox.publish([_with_media(one) for one in ready], self._publishing)
+            await inbox.publish([_with_media(pending) for pending in ready], self._publishing)
         except AdapterError:
             raise
         except Exception:
@@ -551,41 +560,41 @@ class Dispatcher:
             self._is_one_by_one = True
             raise
         if not first.record.is_left_over:
-            took_s = (self._clock.now_ms() - first.heard.received_ms) / 1000
+            took_s = (self._clock.now_ms() - first.message.received_ms) / 1000
             # the objective counts messages, not batches
             self._publishing.metrics.inbound_publish_duration.observe(max(0.0, took_s), len(ready))
-        self._told(ready)
+        self._remove_finished(ready)
 
-    def _is_anothers(self, heard: AddressedMessage) -> bool:
+    def _belongs_to_another(self, message: AddressedMessage) -> bool:
         """Whether the message's sandbox has only bots of other users by now, who must not see the message."""
         bindings = self._deps.bindings
         serves = bindings.get(self.bot)
-        if serves is not None and serves.sandbox == heard.sandbox:
+        if serves is not None and serves.sandbox == message.sandbox:
             return False
-        bound = bindings.of_sandbox(heard.sandbox)
-        return bool(bound) and all(one.user not in ("", heard.said.user) for one in bound)
+        bound = bindings.of_sandbox(message.sandbox)
+        return bool(bound) and all(binding.user not in ("", message.inbound.user) for binding in bound)
 
-    def _told(self, some: Sequence[PendingMessage]) -> None:
+    def _remove_finished(self, finished: Sequence[PendingMessage]) -> None:
         """Removes the first messages of the queue, which are in the inbox or dead letters."""
-        for one in some:
+        for pending in finished:
             self._waiting.popleft()
-            one.record.left -= 1
+            pending.record.unpublished -= 1
         self._is_one_by_one = self._is_one_by_one and bool(self._waiting)
         self._close_done()
 
     def _close_done(self) -> None:
         """Closes the records whose messages are all in their inboxes."""
-        done = list(takewhile(lambda opened: opened.is_sorted and not opened.left, self._open))
+        done = list(takewhile(lambda opened: opened.is_triaged and not opened.unpublished, self._open))
         for opened in done:
             self._open.popleft()
             for actor in opened.actors:
                 actor.note_dispatched(self.bot, opened.written.sequence)
             self._unsaved.append(opened)
-            opened.whole = opened.found = None
-            told = JournalRecord(is_continued=opened.written.record.is_continued)
+            opened.messages = opened.triaged = None
+            emptied = JournalRecord(is_continued=opened.written.record.is_continued)
             # frees the messages, since the bot may be silent for long
-            opened.written = opened.written._replace(record=told)
-            if len(self._unsaved) > UNSAVED:
+            opened.written = opened.written._replace(record=emptied)
+            if len(self._unsaved) > MAX_UNSAVED:
                 self._unsaved.popleft()
         self.changed.notify_all()
 
@@ -593,31 +602,31 @@ class Dispatcher:
         """Drops the messages that are in their inbox, after a crash or a lost lease left that open. Raises Temporary,
         LeaseLost."""
         suspects = [waiting for waiting in self._waiting if waiting.is_suspect]
-        self._fence()  # otherwise a new owner may publish after this read
-        places, ids = await self._published(suspects)
+        self._ensure_owner()  # otherwise a new owner may publish after this read
+        places, ids = await self._find_published(suspects)
         for waiting in suspects:
             waiting.is_suspect = False
-            if waiting.heard.place in places or waiting.heard.id in ids:
-                log.info("inbound.recovered", bot=self.bot, place=waiting.heard.place)
+            if waiting.message.place in places or waiting.message.id in ids:
+                log.info("inbound.recovered", bot=self.bot, place=waiting.message.place)
                 self._waiting.remove(waiting)
-                waiting.record.left -= 1
+                waiting.record.unpublished -= 1
         self._close_done()
 
-    async def _published(self, suspects: Sequence[PendingMessage]) -> tuple[set[str], set[str]]:
+    async def _find_published(self, suspects: Sequence[PendingMessage]) -> tuple[set[str], set[str]]:
         """Journal positions and ids of the messages in the inboxes since the first suspect was stored. Raises
         Temporary."""
         names, history = self._publishing.access.names, self._publishing.access.history
         first = suspects[0].record.written
         if not first.time_ms:
             first = await self._deps.journal.get(self.bot, first.sequence) or first
-        since_ms = first.time_ms - CLOCKS_APART_MS
+        since_ms = first.time_ms - CLOCK_SKEW_MS
         places, ids = set(), set()
-        for sandbox, count in Counter(one.heard.sandbox for one in suspects).items():
+        for sandbox, count in Counter(pending.message.sandbox for pending in suspects).items():
             subject = names.inbox(sandbox)
-            # usually one message, the newest in its inbox: to read more, the server scans all other inboxes
+            # usually pending message, the newest in its inbox: to read more, the server scans all other inboxes
             newest = await history.read_last_of_each(names.stream_in, [subject]) if count == 1 else []
             found = {stored.headers.get(H_JOURNAL, "") for stored in newest}
-            if any(one.heard.place in found for one in suspects if one.heard.sandbox == sandbox):
+            if any(pending.message.place in found for pending in suspects if pending.message.sandbox == sandbox):
                 places |= found
                 continue
             async for stored in history.read(names.stream_in, subject, since_ms=since_ms):
@@ -627,47 +636,47 @@ class Dispatcher:
 
     # media ------------------------------------------------------------------------------------------
 
-    def _fetch_ahead(self) -> None:
+    def _start_downloads(self) -> None:
         """Starts downloads for the oldest messages."""
         busy = sum(1 for waiting in self._waiting if waiting.work is not None and not waiting.work.done())
         for waiting in self._waiting:
-            if busy >= AHEAD or waiting.is_suspect or self._stopped:
+            if busy >= CONCURRENT_DOWNLOADS or waiting.is_suspect or self._stopped:
                 return
-            if waiting.work is None and waiting.heard.said.fetches:
-                waiting.work = self._tasks.spawn(self._fetch_all(waiting))
-                waiting.work.add_done_callback(self._on_fetched)
+            if waiting.work is None and waiting.message.inbound.fetches:
+                waiting.work = self._tasks.spawn(self._download_media(waiting))
+                waiting.work.add_done_callback(self._on_downloaded)
                 busy += 1
 
-    def _on_fetched(self, _: object) -> None:
-        self._fetch_ahead()
+    def _on_downloaded(self, _: object) -> None:
+        self._start_downloads()
         self.changed.notify_all()
 
-    async def _fetch_all(self, waiting: PendingMessage) -> list[InboundItem]:
+    async def _download_media(self, waiting: PendingMessage) -> list[InboundItem]:
         """The items of a message, with their media or the reason why media are missing."""
-        said = waiting.heard.said
-        found = await asyncio.gather(*(self._fetch(waiting, fetch) for fetch in said.fetches))
-        items = list(said.items)
-        for fetch, got in zip(said.fetches, found, strict=True):
-            items[fetch.item] = with_media(items[fetch.item], got)
+        inbound = waiting.message.inbound
+        found = await asyncio.gather(*(self._download_item(waiting, fetch) for fetch in inbound.fetches))
+        items = list(inbound.items)
+        for fetch, result in zip(inbound.fetches, found, strict=True):
+            items[fetch.item] = with_media(items[fetch.item], result)
         return items
 
-    async def _fetch(self, waiting: PendingMessage, fetch: MediaRef) -> DownloadResult:
+    async def _download_item(self, waiting: PendingMessage, fetch: MediaRef) -> DownloadResult:
         """Downloads the media of one item. Time in which the bus is unavailable does not count."""
         while True:
             left_s = waiting.until - self._clock.monotonic()
             try:
                 async with asyncio.timeout(max(0.0, left_s)):
-                    return await download(waiting.heard, fetch, self._deps.downloading)
+                    return await download(waiting.message, fetch, self._deps.downloading)
             except TimeoutError:
                 missing = MediaUnavailable("timeout", again=True)
             except MediaUnavailable as exc:
                 missing = exc
-            if missing.reason not in ("timeout", "store") or not missing.again or not await self._bus_was_away():
+            if missing.reason not in ("timeout", "store") or not missing.again or not await self._wait_for_bus():
                 log.info("media.missing", bot=self.bot, reason=missing.reason)
                 return DownloadResult(reason=missing.reason)
             waiting.until = self._clock.monotonic() + self._deps.media_wait_s
 
-    async def _bus_was_away(self) -> bool:
+    async def _wait_for_bus(self) -> bool:
         """Waits until the bus is available. Returns whether it was not."""
         began = self._clock.monotonic()
         await self._deps.media_writable()
@@ -676,15 +685,15 @@ class Dispatcher:
 
 def _is_ready(waiting: PendingMessage) -> bool:
     """Whether the message waits for no media."""
-    return not waiting.heard.said.fetches or (waiting.work is not None and waiting.work.done())
+    return not waiting.message.inbound.fetches or (waiting.work is not None and waiting.work.done())
 
 
 def _with_media(waiting: PendingMessage) -> AddressedMessage:
     """The message to publish. Re-raises an unexpected error of the download."""
     if waiting.work is None:
-        return waiting.heard
-    said = msgspec.structs.replace(waiting.heard.said, items=waiting.work.result())
-    return msgspec.structs.replace(waiting.heard, said=said)
+        return waiting.message
+    inbound = msgspec.structs.replace(waiting.message.inbound, items=waiting.work.result())
+    return msgspec.structs.replace(waiting.message, inbound=inbound)
 
 
 def _crashed(bot: str, exc: BaseException) -> None:

@@ -75,7 +75,7 @@ async def download(message: AddressedMessage, fetch: MediaRef, deps: DownloadDep
 
 async def _download_once(message: AddressedMessage, fetch: MediaRef, deps: DownloadDeps) -> DownloadResult:
     """Raises MediaUnavailable."""
-    item = message.said.items[fetch.item]
+    item = message.inbound.items[fetch.item]
     name = f"{message.sandbox}/in/{digest(message.id.encode())}-{fetch.item}"
     recording = _Copy(media.SILK_MAX_BYTES) if isinstance(item, contract.VoiceItem) else None
     async with contextlib.aclosing(_pieces(message.sandbox, fetch, deps)) as pieces:

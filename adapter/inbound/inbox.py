@@ -39,7 +39,7 @@ LARGE = 64 * 1024
 class AddressedMessage(msgspec.Struct, frozen=True, gc=False):
     """A user's message with the sandbox that gets it."""
 
-    said: InboundMessage
+    inbound: InboundMessage
     sandbox: str
     bot: str
     received_ms: int
@@ -63,60 +63,60 @@ class PublishDeps(NamedTuple):
     """Called before each write. Raises LeaseLost."""
 
 
-def without_media(said: InboundMessage, reason: str) -> InboundMessage:
+def without_media(inbound: InboundMessage, reason: str) -> InboundMessage:
     """The message without a download of its media; `reason` is one of contract.MediaReason."""
-    items = list(said.items)
-    for fetch in said.fetches:
+    items = list(inbound.items)
+    for fetch in inbound.fetches:
         items[fetch.item] = msgspec.structs.replace(items[fetch.item], reason=reason)
-    return msgspec.structs.replace(said, items=items, fetches=())
+    return msgspec.structs.replace(inbound, items=items, fetches=())
 
 
-async def publish(heard: Sequence[AddressedMessage], deps: PublishDeps) -> None:
+async def publish(addressed: Sequence[AddressedMessage], deps: PublishDeps) -> None:
     """Publishes messages in this order, pipelined. Raises LeaseLost.
 
     A large message is published alone: if the bus refuses its size, its stub keeps its place in the order.
     """
-    heard, until = list(heard), asyncio.get_running_loop().time() + QUOTES_S
-    for number, one in enumerate(heard):
-        if one.said.reference is not None:  # quotes are rare
-            heard[number] = await _with_quote(one, heard[:number], until, deps)
+    addressed, until = list(addressed), asyncio.get_running_loop().time() + QUOTES_S
+    for number, message in enumerate(addressed):
+        if message.inbound.reference is not None:  # quotes are rare
+            addressed[number] = await _with_quote(message, addressed[:number], until, deps)
     start = 0
-    for number, one in enumerate(heard):
-        if len(one.said.raw) > LARGE:
-            for part in (heard[start:number], [one]):
+    for number, message in enumerate(addressed):
+        if len(message.inbound.raw) > LARGE:
+            for part in (addressed[start:number], [message]):
                 await _publish_part(part, deps)
             start = number + 1
-    await _publish_part(heard[start:], deps)
+    await _publish_part(addressed[start:], deps)
 
 
-async def _publish_part(heard: Sequence[AddressedMessage], deps: PublishDeps) -> None:
+async def _publish_part(addressed: Sequence[AddressedMessage], deps: PublishDeps) -> None:
     """Publishes messages together. Stubs of those that the bus refuses follow at the end."""
-    if not heard:
+    if not addressed:
         return
-    shown: dict[tuple[str, str, str], contract.Window] = {}
+    windows: dict[tuple[str, str, str], contract.Window] = {}
     messages = []
-    for one in heard:
-        to = one.sandbox, one.bot, one.said.user
-        if to not in shown:
-            shown[to] = await _window(*to, deps)
-        messages.append(_message(one, shown[to], deps))
+    for item in addressed:
+        recipient = item.sandbox, item.bot, item.inbound.user
+        if recipient not in windows:
+            windows[recipient] = await _window(*recipient, deps)
+        messages.append(_message(item, windows[recipient], deps))
     acks = await _publish_all(messages, deps)
     now_ms = deps.clock.now_ms()
     stored: Counter[tuple[str, bool]] = Counter()
     refused: list[tuple[AddressedMessage, Message, BusRefused]] = []
-    for one, message, ack in zip(heard, messages, acks, strict=True):
+    for item, message, ack in zip(addressed, messages, acks, strict=True):
         if isinstance(ack, BusRefused):
-            refused.append((one, message, ack))
+            refused.append((item, message, ack))
             continue
-        stored[one.said.kind, ack.duplicate] += 1
-        if one.said.sent_at_ms:
-            deps.metrics.inbound_age.observe(max(0, now_ms - one.said.sent_at_ms) / 1000)
+        stored[item.inbound.kind, ack.duplicate] += 1
+        if item.inbound.sent_at_ms:
+            deps.metrics.inbound_age.observe(max(0, now_ms - item.inbound.sent_at_ms) / 1000)
     for (kind, duplicate), times in stored.items():
         deps.metrics.inbound_messages.child(kind, "duplicate" if duplicate else "published").inc(times)
-    for one, message, refusal in refused:
-        count(deps, one.said.kind, "publish_failed")
-        log.error("inbound.refused", bot=one.bot, code=refusal.code, detail=refusal.detail)
-        await _publish_stub(one, message, deps)
+    for item, message, refusal in refused:
+        count(deps, item.inbound.kind, "publish_failed")
+        log.error("inbound.refused", bot=item.bot, code=refusal.code, detail=refusal.detail)
+        await _publish_stub(item, message, deps)
 
 
 async def _publish_all(messages: Sequence[Message], deps: PublishDeps) -> list[PubAck | BusRefused]:
@@ -135,39 +135,41 @@ async def _publish_all(messages: Sequence[Message], deps: PublishDeps) -> list[P
 
 
 async def _with_quote(
-    one: AddressedMessage, before: Sequence[AddressedMessage], until: float, deps: PublishDeps
+    addressed: AddressedMessage, before: Sequence[AddressedMessage], until: float, deps: PublishDeps
 ) -> AddressedMessage:
     """`before`: messages of the same answer, which are not on the bus yet. `until`: a time of the loop's clock."""
-    earlier = [other.said for other in before if other.sandbox == one.sandbox]
+    earlier = [other.inbound for other in before if other.sandbox == addressed.sandbox]
     try:
         async with asyncio.timeout_at(until):
-            said = await retry(lambda: deps.recall.resolve(one.sandbox, one.bot, one.said, earlier), deps.clock)
+            inbound = await retry(
+                lambda: deps.recall.resolve(addressed.sandbox, addressed.bot, addressed.inbound, earlier), deps.clock
+            )
     except TimeoutError:
-        log.info("quote.not_found", bot=one.bot)
-        said = deps.recall.leave(one.said)
-    return msgspec.structs.replace(one, said=said)
+        log.info("quote.not_found", bot=addressed.bot)
+        inbound = deps.recall.without_search(addressed.inbound)
+    return msgspec.structs.replace(addressed, inbound=inbound)
 
 
-def _message(one: AddressedMessage, shown: contract.Window, deps: PublishDeps) -> Message:
+def _message(addressed: AddressedMessage, window: contract.Window, deps: PublishDeps) -> Message:
     inbound = Inbound(
-        id=one.id,
-        sandbox=one.sandbox,
-        bot=one.bot,
-        user=one.said.user,
-        sent_at_ms=one.said.sent_at_ms,
-        received_at_ms=one.received_ms,
-        text=one.said.text,
-        items=one.said.items,
-        quote=one.said.quote,
-        window=shown,
+        id=addressed.id,
+        sandbox=addressed.sandbox,
+        bot=addressed.bot,
+        user=addressed.inbound.user,
+        sent_at_ms=addressed.inbound.sent_at_ms,
+        received_at_ms=addressed.received_ms,
+        text=addressed.inbound.text,
+        items=addressed.inbound.items,
+        quote=addressed.inbound.quote,
+        window=window,
     )
     headers = {
         H_MSG_ID: inbound.id,
         H_SCHEMA: contract.SCHEMA_VERSION,
-        H_JOURNAL: one.place,
-        **ids_header(one.said),
+        H_JOURNAL: addressed.place,
+        **ids_header(addressed.inbound),
     }
-    subject = deps.access.names.inbox(one.sandbox)
+    subject = deps.access.names.inbox(addressed.sandbox)
     return Message("in", subject, msgspec.json.encode(inbound), headers, deps.ensure_owner)
 
 
@@ -179,9 +181,11 @@ async def _window(sandbox: str, bot: str, user: str, deps: PublishDeps) -> contr
     return await retry(lambda: deps.conversations.shown_window(sandbox, bot, user), deps.clock)
 
 
-async def _publish_stub(one: AddressedMessage, message: Message, deps: PublishDeps) -> None:
+async def _publish_stub(addressed: AddressedMessage, message: Message, deps: PublishDeps) -> None:
     """Handles a message whose size the bus refuses: a dead letter keeps the bytes, and the inbox gets a stub."""
-    await dead_letter(one.bot, one.sandbox, one.said.raw, "The bus refuses a message of this size.", deps)
+    await dead_letter(
+        addressed.bot, addressed.sandbox, addressed.inbound.raw, "The bus refuses a message of this size.", deps
+    )
     whole = msgspec.json.decode(message.payload, type=Inbound)
     stub = msgspec.structs.replace(
         whole, text="", quote=None, items=[contract.UnsupportedItem(type=0, reason="too_large")]
@@ -189,7 +193,7 @@ async def _publish_stub(one: AddressedMessage, message: Message, deps: PublishDe
     try:
         await deps.access.bus.publish(msgspec.structs.replace(message, payload=msgspec.json.encode(stub)))
     except BusRefused as exc:
-        log.error("inbound.lost_to_dead_letters", bot=one.bot, detail=exc.detail)
+        log.error("inbound.lost_to_dead_letters", bot=addressed.bot, detail=exc.detail)
 
 
 async def dead_letter(

@@ -22,11 +22,11 @@ from adapter.ports import History, InboundMessage, Stored
 
 log = structlog.get_logger()
 
-READINGS = 2
+CONCURRENT_SEARCHES = 2
 """Inboxes searched at the same time. 10,000 messages take a third of a second."""
 SPANS_MS = tuple(minutes * 60_000 for minutes in (5, 60, 6 * 60, 36 * 60, 365 * 24 * 60))
 """Spans that are searched one after the other; most quoted messages are minutes old."""
-SEARCHED = 2000
+MAX_SEARCHED = 2000
 """Messages of an inbox that are searched at most."""
 MAX_IDS = 32
 """Items of one message whose ids are kept in the header."""
@@ -43,46 +43,48 @@ class QuoteResolver:
         self._names = names
         self._clock = clock
         self._metrics = metrics
-        self._readings = asyncio.Semaphore(READINGS)
+        self._searches = asyncio.Semaphore(CONCURRENT_SEARCHES)
 
     async def resolve(
-        self, sandbox: str, bot: str, said: InboundMessage, before: Sequence[InboundMessage] = ()
+        self, sandbox: str, bot: str, inbound: InboundMessage, before: Sequence[InboundMessage] = ()
     ) -> InboundMessage:
-        """`said` with the text that it quotes, if that can be found. Raises Temporary.
+        """`inbound` with the text that it quotes, if that can be found. Raises Temporary.
 
         Only messages of the same user in the same sandbox are found. `before`: messages of the user that may not be
         in the inbox yet.
         """
-        reference = said.reference
-        if said.quote is None or reference is None:
-            return said
+        reference = inbound.reference
+        if inbound.quote is None or reference is None:
+            return inbound
         words = None
         if reference.ids:
             words = (
-                _find_said(reference.ids, said.user, before)
-                or await self._find_sent(reference.ids, sandbox, said.user)
-                or await self._find_heard(reference.ids, sandbox, said.user)
+                _find_in_batch(reference.ids, inbound.user, before)
+                or await self._find_sent(reference.ids, sandbox, inbound.user)
+                or await self._find_in_inbox(reference.ids, sandbox, inbound.user)
             )
-        return self._with_words(said, words)
+        return self._with_words(inbound, words)
 
-    def leave(self, said: InboundMessage) -> InboundMessage:
-        """`said` with what iLink itself says of the quoted message."""
-        return self._with_words(said, None)
+    def without_search(self, inbound: InboundMessage) -> InboundMessage:
+        """`inbound` with what iLink itself says of the quoted message."""
+        return self._with_words(inbound, None)
 
-    def _with_words(self, said: InboundMessage, words: QuotedText | None) -> InboundMessage:
-        assert said.quote is not None
-        assert said.reference is not None
+    def _with_words(self, inbound: InboundMessage, words: QuotedText | None) -> InboundMessage:
+        assert inbound.quote is not None
+        assert inbound.reference is not None
         self._metrics.quotes.labels(outcome=words.said_by if words else "unknown").inc()
-        return msgspec.structs.replace(said, quote=resolve_quote(said.quote, said.reference, words), reference=None)
+        return msgspec.structs.replace(
+            inbound, quote=resolve_quote(inbound.quote, inbound.reference, words), reference=None
+        )
 
     async def _find_sent(self, ids: Sequence[str], sandbox: str, user: str) -> QuotedText | None:
         sent = await self._conversations.find_sent(sandbox, user, ids)
         return QuotedText(sent.text, sent.kind, "bot") if sent else None
 
-    async def _find_heard(self, ids: Sequence[str], sandbox: str, user: str) -> QuotedText | None:
+    async def _find_in_inbox(self, ids: Sequence[str], sandbox: str, user: str) -> QuotedText | None:
         """The newest message in the inbox that has, or has an item with, one of the ids."""
-        left, read_from, endings = SEARCHED, sys.maxsize, tuple(map(_ending, ids))
-        async with self._readings:
+        left, read_from, endings = MAX_SEARCHED, sys.maxsize, tuple(map(_ending, ids))
+        async with self._searches:
             for span_ms in SPANS_MS:
                 found, first = None, read_from
                 since_ms = self._clock.now_ms() - span_ms
@@ -93,14 +95,14 @@ class QuoteResolver:
                     first, left = min(first, stored.seq), left - 1
                     item = _item_named(ids, stored)
                     if item is not None or stored.headers.get(H_MSG_ID, "").endswith(endings):
-                        found = _words_in(stored, item, sandbox, user) or found
+                        found = _text_of(stored, item, sandbox, user) or found
                 if found is not None or not left:
                     return found
                 read_from = first
         return None
 
 
-def _words_in(stored: Stored, item: int | None, sandbox: str, user: str) -> QuotedText | None:
+def _text_of(stored: Stored, item: int | None, sandbox: str, user: str) -> QuotedText | None:
     """The text of a stored message, or of one of its items, if the message is the user's."""
     try:
         inbound = msgspec.json.decode(stored.data, type=Inbound)
@@ -112,11 +114,13 @@ def _words_in(stored: Stored, item: int | None, sandbox: str, user: str) -> Quot
     return quoted_text_of(inbound.text, inbound.items, item)
 
 
-def ids_header(said: InboundMessage) -> dict[str, str]:
+def ids_header(inbound: InboundMessage) -> dict[str, str]:
     """The header by which items are found by their ids; none if no item has an id of its own."""
-    if not any(said.item_ids):
+    if not any(inbound.item_ids):
         return {}
-    named = [f"{n}:{escape_token(ident)}" for n, ident in enumerate(said.item_ids[:MAX_IDS]) if 0 < len(ident) <= 64]
+    named = [
+        f"{n}:{escape_token(ident)}" for n, ident in enumerate(inbound.item_ids[:MAX_IDS]) if 0 < len(ident) <= 64
+    ]
     return {H_IDS: " ".join(named)} if named else {}
 
 
@@ -128,18 +132,18 @@ def _ending(ident: str) -> str:
 def _item_named(ids: Sequence[str], stored: Stored) -> int | None:
     for named in stored.headers.get(H_IDS, "").split():
         number, _, ident = named.partition(":")
-        if ident in {escape_token(one) for one in ids} and number.isdecimal():
+        if ident in {escape_token(quoted) for quoted in ids} and number.isdecimal():
             return int(number)
     return None
 
 
-def _find_said(ids: Sequence[str], user: str, before: Sequence[InboundMessage]) -> QuotedText | None:
-    for said in reversed(before):
-        if said.user != user:
+def _find_in_batch(ids: Sequence[str], user: str, before: Sequence[InboundMessage]) -> QuotedText | None:
+    for inbound in reversed(before):
+        if inbound.user != user:
             continue
-        for number, ident in enumerate(said.item_ids):
+        for number, ident in enumerate(inbound.item_ids):
             if ident and ident in ids:
-                return quoted_text_of(said.text, said.items, number)
-        if said.keys.message in ids and said.keys.message:
-            return quoted_text_of(said.text, said.items)
+                return quoted_text_of(inbound.text, inbound.items, number)
+        if inbound.keys.message in ids and inbound.keys.message:
+            return quoted_text_of(inbound.text, inbound.items)
     return None

@@ -20,13 +20,13 @@ TURN = 64
 """Messages, or KiB, read in one turn of the event loop."""
 
 
-class Sorted(NamedTuple):
+class TriagedMessage(NamedTuple):
     """The decision about one message of a record."""
 
     number: int
     """Index in the record."""
     raw: bytes
-    said: InboundMessage | None
+    inbound: InboundMessage | None
     """None: the message is unreadable."""
     outcome: str
     """new, duplicate, echo, group, unreadable or crashed."""
@@ -41,14 +41,14 @@ class Triage(NamedTuple):
     turn: Callable[[], Awaitable[None]]
     """Waits for the next turn of the event loop."""
 
-    async def sort(
+    async def classify(
         self, bot: str, messages: list[bytes], place: str, first: int, seen: DedupWindow, seen_at_ms: int
-    ) -> list[Sorted]:
+    ) -> list[TriagedMessage]:
         """Decides about each message, given those before it, and adds new ones to `seen`.
 
         `place`, `first`: position of the answer, see JournalRecord. `seen_at_ms`: time of arrival.
         """
-        found: list[Sorted] = []
+        found: list[TriagedMessage] = []
         batch = BatchDedup()
         work = 0
         for index, raw in enumerate(messages):
@@ -56,31 +56,31 @@ class Triage(NamedTuple):
             while work > TURN:
                 work -= TURN
                 await self.turn()
-            judge = partial(self._judge, bot, index, raw, place, first + index, seen, batch)
+            classify_one = partial(self._classify_one, bot, index, raw, place, first + index, seen, batch)
             try:
-                found.append(retry_on_bug_now(judge, "inbound.crashed", bot=bot))
+                found.append(retry_on_bug_now(classify_one, "inbound.crashed", bot=bot))
             except Crashed as exc:
-                found.append(Sorted(index, raw, None, "crashed", exc.detail))
-        fresh = [one.said.keys for one in found if one.said is not None and one.outcome in ("new", "group")]
+                found.append(TriagedMessage(index, raw, None, "crashed", exc.detail))
+        fresh = [one.inbound.keys for one in found if one.inbound is not None and one.outcome in ("new", "group")]
         if fresh:
             seen.add_all(fresh, seen_at_ms)
         return found
 
-    def _judge(
+    def _classify_one(
         self, bot: str, index: int, raw: bytes, place: str, number: int, seen: DedupWindow, batch: BatchDedup
-    ) -> Sorted:
+    ) -> TriagedMessage:
         try:
-            said = self.read_message(raw)
+            inbound = self.read_message(raw)
         except Unreadable as exc:
-            return Sorted(index, raw, None, "unreadable", exc.detail)
-        if not said.keys.message and place:
-            said = msgspec.structs.replace(said, keys=said.keys.with_position(place, number))
-        if said.echo or said.user == bot:  # some echoes have no type
-            return Sorted(index, raw, said, "echo")
-        if seen.is_repeat(said.keys) or batch.is_repeat(said.keys):
-            return Sorted(index, raw, said, "duplicate")
-        batch.add(said.keys)
-        if said.group:
+            return TriagedMessage(index, raw, None, "unreadable", exc.detail)
+        if not inbound.keys.message and place:
+            inbound = msgspec.structs.replace(inbound, keys=inbound.keys.with_position(place, number))
+        if inbound.echo or inbound.user == bot:  # some echoes have no type
+            return TriagedMessage(index, raw, inbound, "echo")
+        if seen.is_repeat(inbound.keys) or batch.is_repeat(inbound.keys):
+            return TriagedMessage(index, raw, inbound, "duplicate")
+        batch.add(inbound.keys)
+        if inbound.group:
             # an answer might go to the group, or to a member who is not the bot's user
-            return Sorted(index, raw, said, "group", "The message is from a group.")
-        return Sorted(index, raw, said, "new")
+            return TriagedMessage(index, raw, inbound, "group", "The message is from a group.")
+        return TriagedMessage(index, raw, inbound, "new")

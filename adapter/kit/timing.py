@@ -21,6 +21,8 @@ DELAYED_GRACE_S = 1.0
 """Longest time that reading what is in the sockets then takes, even of thousands."""
 READ_GRACE_S = 0.1
 """The same where it was called in time: the process may have been stopped until just now all the same."""
+LEASE_RETRY_S = 0.2
+"""Pause before work that was interrupted by a lost lease is tried again."""
 
 log = structlog.get_logger()
 

@@ -186,8 +186,8 @@ class Metrics:
         )
 
     def _make_outbound(self) -> None:
-        self.outbound_taken = self._counter(
-            "outbound_taken",
+        self.outbound_received = self._counter(
+            "outbound_received",
             "Commands taken from the outbound stream, each at most once: what was on its way as a shard changed "
             "hands is counted by neither replica.",
         )

@@ -15,7 +15,7 @@ from adapter.ports import Delivery
 SHARE, SHARE_BYTES = 16, 128 * 1024
 """Share of a sandbox even if the room is full: commands, and bytes of them. One command is always held, however
 large."""
-ROOM, ROOM_BYTES = 512, 8 * 1024 * 1024
+MAX_HELD, MAX_HELD_BYTES = 512, 8 * 1024 * 1024
 """While a shard holds less than this, a sandbox may exceed its share."""
 PAGE = 32
 """Most commands read from the bus at once."""
@@ -35,45 +35,45 @@ class Backlog:
         self._count: Counter[str] = Counter()
         self._bytes: Counter[str] = Counter()
         self._total_bytes = 0
-        self._left: dict[str, dict[int, Delivery]] = {}
+        self._waiting: dict[str, dict[int, Delivery]] = {}
         """Waiting deliveries without their data, by subject and sequence, in order."""
 
     @property
     def waiting(self) -> int:
         """Number of waiting commands."""
-        return sum(len(left) for left in self._left.values())
+        return sum(len(waiting) for waiting in self._waiting.values())
 
     def oldest_ms(self) -> int | None:
         """When the oldest waiting command was stored."""
-        return min((next(iter(left.values())).time_ms for left in self._left.values()), default=None)
+        return min((next(iter(waiting.values())).time_ms for waiting in self._waiting.values()), default=None)
 
-    def came_again(self, delivery: Delivery) -> bool:
+    def renew(self, delivery: Delivery) -> bool:
         """Replaces the delivery of a waiting command by its redelivery. Returns whether the command waits."""
-        left = self._left.get(delivery.subject, {})
-        if delivery.seq not in left:
+        waiting = self._waiting.get(delivery.subject, {})
+        if delivery.seq not in waiting:
             return False
-        left[delivery.seq] = _without_data(delivery)
+        waiting[delivery.seq] = _without_data(delivery)
         return True
 
-    def takes(self, delivery: Delivery) -> bool:
+    def admit(self, delivery: Delivery) -> bool:
         """Holds a new command if there is room. False: it waits behind others of its sandbox."""
         subject = delivery.subject
-        if subject in self._left or not self._has_room(subject):
-            self._left.setdefault(subject, {})[delivery.seq] = _without_data(delivery)
+        if subject in self._waiting or not self._has_room(subject):
+            self._waiting.setdefault(subject, {})[delivery.seq] = _without_data(delivery)
             return False
         self._hold(delivery)
         return True
 
     def next(self, subject: str) -> int | None:
         """Sequence of the subject's first waiting command, if there is room for it."""
-        left = self._left.get(subject)
-        return next(iter(left)) if left and self._has_room(subject) else None
+        waiting = self._waiting.get(subject)
+        return next(iter(waiting)) if waiting and self._has_room(subject) else None
 
     def last(self, subject: str) -> int:
         """Sequence of the subject's last waiting command; 0: none."""
-        return next(reversed(self._left.get(subject, {})), 0)
+        return next(reversed(self._waiting.get(subject, {})), 0)
 
-    def take_back(self, subject: str, seq: int, data: bytes, headers: dict[str, str]) -> Delivery | None:
+    def reload(self, subject: str, seq: int, data: bytes, headers: dict[str, str]) -> Delivery | None:
         """Holds a waiting command with its data; None: it does not wait any more."""
         delivery = self._drop(subject, seq)
         if delivery is not None:
@@ -83,7 +83,7 @@ class Backlog:
 
     def missing(self, subject: str, found: set[int], up_to: int) -> list[int]:
         """Waiting commands up to a sequence that the stream did not have."""
-        return [seq for seq in self._left.get(subject, {}) if seq <= up_to and seq not in found]
+        return [seq for seq in self._waiting.get(subject, {}) if seq <= up_to and seq not in found]
 
     def forget(self, subject: str, gone: Iterable[int]) -> None:
         """Drops waiting commands."""
@@ -100,18 +100,18 @@ class Backlog:
         self._total_bytes -= held.size
         if not self._count[held.subject]:
             del self._count[held.subject], self._bytes[held.subject]
-        if (subject := held.subject) not in self._left:
+        if (subject := held.subject) not in self._waiting:
             return ""
         # reading for each single command would read too often
-        half_share = self._count[subject] <= SHARE // 2 and self._bytes[subject] <= SHARE_BYTES // 2
-        half_room = len(self._held) <= ROOM // 2 and self._total_bytes <= ROOM_BYTES // 2
-        return subject if half_share or half_room else ""
+        is_half_of_share = self._count[subject] <= SHARE // 2 and self._bytes[subject] <= SHARE_BYTES // 2
+        is_half_empty = len(self._held) <= MAX_HELD // 2 and self._total_bytes <= MAX_HELD_BYTES // 2
+        return subject if is_half_of_share or is_half_empty else ""
 
     def _in_share(self, subject: str) -> bool:
         return self._count[subject] < SHARE and self._bytes[subject] < SHARE_BYTES
 
     def _has_room(self, subject: str) -> bool:
-        return self._in_share(subject) or (len(self._held) < ROOM and self._total_bytes < ROOM_BYTES)
+        return self._in_share(subject) or (len(self._held) < MAX_HELD and self._total_bytes < MAX_HELD_BYTES)
 
     def _hold(self, delivery: Delivery) -> None:
         size = len(delivery.data)
@@ -121,10 +121,10 @@ class Backlog:
         self._total_bytes += size
 
     def _drop(self, subject: str, seq: int) -> Delivery | None:
-        left = self._left.get(subject, {})
-        delivery = left.pop(seq, None)
-        if not left:
-            self._left.pop(subject, None)
+        waiting = self._waiting.get(subject, {})
+        delivery = waiting.pop(seq, None)
+        if not waiting:
+            self._waiting.pop(subject, None)
         return delivery
 
 

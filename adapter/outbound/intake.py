@@ -46,7 +46,7 @@ class CommandIntake:
         self._tasks = tasks
         self._reading: set[str] = set()
         """Subjects whose backlog is being read."""
-        ledger.on_room = self._read_on
+        ledger.on_room = self._read_backlog_soon
 
     def stop(self) -> None:
         """Passes on no more commands."""
@@ -57,15 +57,15 @@ class CommandIntake:
         """Processes a delivery or redelivery."""
         if self._ledger.has_ended(delivery):
             self._tasks.spawn(delivery.ack())
-        elif not (self._ledger.renew(delivery) or self._ledger.backlog.came_again(delivery)):
+        elif not (self._ledger.renew(delivery) or self._ledger.backlog.renew(delivery)):
             if not delivery.redelivered:
-                self._metrics.outbound_taken.inc()
-            if self._ledger.backlog.takes(delivery):
+                self._metrics.outbound_received.inc()
+            if self._ledger.backlog.admit(delivery):
                 self._accept(delivery)
             elif self._ledger.backlog.next(delivery.subject) is not None:
-                self._read_on(delivery.subject)
+                self._read_backlog_soon(delivery.subject)
 
-    def _read_on(self, subject: str) -> None:
+    def _read_backlog_soon(self, subject: str) -> None:
         if subject not in self._reading and not self._draining.is_set():
             self._reading.add(subject)
             self._tasks.spawn(self._read_backlog(subject))
@@ -100,7 +100,7 @@ class CommandIntake:
                 for stored in page:
                     if self._draining.is_set() or not backlog.next(subject):
                         break
-                    if delivery := backlog.take_back(subject, stored.seq, stored.data, stored.headers):
+                    if delivery := backlog.reload(subject, stored.seq, stored.data, stored.headers):
                         started = clock.monotonic()
                         self._accept(delivery)
                         # reading takes time (above all Markdown), and the event loop is shared

@@ -37,7 +37,7 @@ CATCH_UP_S = 30.0
 instance without the key of its token, and its commands must still end."""
 
 
-class _Before(NamedTuple):
+class _PreviousOwner(NamedTuple):
     """What the previous owner stored about the commands of a sandbox."""
 
     receipts: dict[int, StoredReceipt]
@@ -99,12 +99,12 @@ class CommandPlacement:
 
     async def _place_all(self, sandbox: str) -> None:
         """Passes the queued commands of a sandbox to their conversations, in order."""
-        waiting, before, one_by_one = self._unplaced[sandbox], _Before({}, {}, set()), False
+        waiting, previous, one_by_one = self._unplaced[sandbox], _PreviousOwner({}, {}, set()), False
         while waiting:
             asked = [waiting[0]] if one_by_one else waiting
             try:
-                await self._endings.retry(sandbox, partial(self._look_up, sandbox, asked, before))
-                await self._endings.retry(sandbox, partial(self._place, waiting[0], before))
+                await self._endings.retry(sandbox, partial(self._look_up, sandbox, asked, previous))
+                await self._endings.retry(sandbox, partial(self._place, waiting[0], previous))
             except Crashed as exc:
                 if not one_by_one:  # one by one, to find the command at fault shows then
                     one_by_one = True
@@ -121,42 +121,42 @@ class CommandPlacement:
         with contextlib.suppress(Crashed):  # without a receipt it is redelivered to the next owner
             await self._endings.end(read.queued, result, Address(command.sandbox, command.bot, command.user))
 
-    async def _look_up(self, sandbox: str, waiting: Iterable[ReadCommand], before: _Before) -> None:
+    async def _look_up(self, sandbox: str, waiting: Iterable[ReadCommand], previous: _PreviousOwner) -> None:
         """Loads what the previous owner stored about redelivered commands. Raises Temporary."""
         first = next(iter(waiting))
-        if not first.redelivered or first.queued.ref.sequence in before.known:
+        if not first.redelivered or first.queued.ref.sequence in previous.known:
             return  # those behind it are looked up together when their turn comes
         refs = [read.queued.ref for read in waiting if read.redelivered]
-        refs = [ref for ref in refs if ref.sequence not in before.known]
+        refs = [ref for ref in refs if ref.sequence not in previous.known]
         records = await self._store.load_sandbox(sandbox)
         heads = {user: record.head.commands for user, (record, _) in records.items() if record.head}
         asked = {ref.sequence: ref for ref in (*refs, *(ref for head in heads.values() for ref in head))}
         receipts = await self._receipts.find(sandbox, asked.values())
         for user, head in heads.items():
-            if user not in before.records:
+            if user not in previous.records:
                 actor = await self._conversations.open(sandbox, user, known=records[user])
                 for ref in head:
                     if (stored := receipts.get(ref.sequence)) and is_final(stored.receipt):
                         actor.put(rules.Ended(ref.sequence, result_of(stored.receipt)))
-        before.receipts.update(receipts)
-        before.records.update(records)
-        before.known.update(ref.sequence for ref in refs)
+        previous.receipts.update(receipts)
+        previous.records.update(records)
+        previous.known.update(ref.sequence for ref in refs)
 
-    async def _place(self, read: ReadCommand, before: _Before) -> None:
+    async def _place(self, read: ReadCommand, previous: _PreviousOwner) -> None:
         """Places one command. Raises Temporary."""
         command, queued, sequence = read.command, read.queued, read.queued.ref.sequence
-        sent_to = before.user_of_head(sequence) if read.redelivered else None
-        if stored := before.receipts.get(sequence):
+        sent_to = previous.user_of_head(sequence) if read.redelivered else None
+        if stored := previous.receipts.get(sequence):
             if is_final(stored.receipt):
                 await self._ledger.acknowledge(queued)
                 return
             self._ledger.adopt_receipt(queued, stored.sequence)
             queued = msgspec.structs.replace(queued, parked=True)
         if sent_to is not None:  # even if another bot is bound now
-            actor = await self._conversations.open(command.sandbox, sent_to, known=before.records.get(sent_to))
+            actor = await self._conversations.open(command.sandbox, sent_to, known=previous.records.get(sent_to))
         else:
             try:
-                binding = await self._find_person(command)
+                binding = await self._find_recipient(command)
             except Refused as exc:
                 result = CommandResult("refused", exc.reason, exc.detail)
                 await self._endings.end(queued, result, Address(command.sandbox, command.bot, command.user))
@@ -166,10 +166,12 @@ class CommandPlacement:
                 async with asyncio.timeout(CATCH_UP_S):
                     await self._sessions.wait_caught_up(binding.bot)
             user = command.user or binding.user
-            actor = await self._conversations.open(command.sandbox, user, binding.bot, known=before.records.get(user))
+            actor = await self._conversations.open(
+                command.sandbox, user, binding.bot, known=previous.records.get(user)
+            )
         actor.put(rules.Stored((queued,)))
 
-    async def _find_person(self, command: Command) -> Binding:
+    async def _find_recipient(self, command: Command) -> Binding:
         """The binding that a command is meant for. Raises Temporary, and Refused even if another person is bound now,
         who must not see it."""
         try:

@@ -24,9 +24,10 @@ from adapter.ports import History, Stored
 
 log = structlog.get_logger()
 
-KEPT, PURGED_EACH = 100_000, 10_000
-"""Receipts of a sandbox that are kept, and the average number of new ones after which older ones are purged. The
-subject of each command takes 0.36 KB of the server's memory. A purge of 110,000 takes tens of milliseconds."""
+RECEIPTS_KEPT = 100_000
+"""Receipts that a sandbox keeps. The subject of each command takes 0.36 KB of the server's memory."""
+PURGE_EVERY = 10_000
+"""Average number of receipts between two purges. A purge of 110,000 receipts takes tens of milliseconds."""
 
 
 class Address(NamedTuple):
@@ -70,7 +71,7 @@ class Receipts:
         while True:
             try:
                 sequence = await self._events.publish_receipt(receipt, headers=headers, expected=expected)
-                await self._bound(address.sandbox)
+                await self._purge_sometimes(address.sandbox)
                 return sequence
             except Conflict:
                 last = await self._history.read_last(self._names.stream_event, self._subject(address.sandbox, ref.id))
@@ -80,13 +81,13 @@ class Receipts:
                 return own.sequence
             expected = last.seq if last else 0
 
-    async def _bound(self, sandbox: str) -> None:
+    async def _purge_sometimes(self, sandbox: str) -> None:
         """Purges receipts beyond the limit at random, on average every 10,000th time. Counters would need memory for
         every sandbox that ever existed."""
-        if random.randrange(PURGED_EACH):
+        if random.randrange(PURGE_EVERY):
             return
         try:
-            await self._history.purge(self._names.stream_event, self._names.receipts(sandbox), keep=KEPT)
+            await self._history.purge(self._names.stream_event, self._names.receipts(sandbox), keep=RECEIPTS_KEPT)
         except (Temporary, BusRefused) as exc:
             log.warning("receipts.not_purged", sandbox=sandbox, reason=exc.reason)
 

@@ -32,7 +32,7 @@ from adapter.conversation.record import CommandRef
 from adapter.conversation.rules import CommandResult
 from adapter.errors import AdapterError, BusRefused, Crashed, LeaseLost, Refused, Temporary, Unreadable
 from adapter.kit.crashes import ATTEMPTS, PAUSE_S, retry_on_bug, retry_on_bug_now
-from adapter.kit.timing import Clock
+from adapter.kit.timing import LEASE_RETRY_S, Clock
 from adapter.observability.events import Events
 from adapter.observability.metrics import Metrics
 from adapter.outbound.receipts import Address, Receipts, is_final
@@ -40,8 +40,7 @@ from adapter.ports import Bus, Delivery, Message
 
 log = structlog.get_logger()
 
-LEASE_LOOK_S = 0.2
-PIECE, PIECE_BYTES = 32, 32 * 1024
+BATCH, BATCH_BYTES = 32, 32 * 1024
 """Most copies in one batch, and bytes of them; one copy is always taken. A server reads as much at once."""
 
 
@@ -54,7 +53,7 @@ class _Copy(NamedTuple):
     message: Message
 
 
-class _Dead(NamedTuple):
+class _Ending(NamedTuple):
     """The end of a command that is not copied."""
 
     sandbox: str
@@ -62,7 +61,7 @@ class _Dead(NamedTuple):
     result: CommandResult
 
 
-class _Turn:
+class _SandboxQueue:
     """The queue of one sandbox, and the lock of its batch in flight."""
 
     def __init__(self) -> None:
@@ -72,16 +71,16 @@ class _Turn:
     def add(self, copy: _Copy) -> None:
         self._waiting.append(copy)
 
-    def piece(self) -> list[_Copy]:
+    def batch(self) -> list[_Copy]:
         """The next batch; empty: other deliveries have taken the copies along."""
-        piece: list[_Copy] = []
+        batch: list[_Copy] = []
         size = 0
-        while self._waiting and len(piece) < PIECE:
+        while self._waiting and len(batch) < BATCH:
             size += len(self._waiting[0].message.payload)
-            if piece and size > PIECE_BYTES:
+            if batch and size > BATCH_BYTES:
                 break
-            piece.append(self._waiting.popleft())
-        return piece
+            batch.append(self._waiting.popleft())
+        return batch
 
 
 class Router:
@@ -110,7 +109,7 @@ class Router:
         """Whether this replica may route again once its lease is valid."""
         self._clock = clock
         self._metrics = metrics
-        self._turns: WeakValueDictionary[str, _Turn] = WeakValueDictionary()
+        self._queues: WeakValueDictionary[str, _SandboxQueue] = WeakValueDictionary()
         """By sandbox."""
 
     async def route(self, delivery: Delivery) -> None:
@@ -126,24 +125,24 @@ class Router:
             read = self._read(delivery)
         except Exception:
             log.exception("delivery.crashed", sequence=delivery.seq)
-            read = self._read_again(delivery)
-        if isinstance(read, _Dead):
-            await self._end_surely(delivery, *read)
+            read = self._retry_read(delivery)
+        if isinstance(read, _Ending):
+            await self._end_or_abandon(delivery, *read)
             return
         sandbox, copy = read
-        turn = self._turns.setdefault(sandbox, _Turn())
-        turn.add(copy)
-        async with turn.lock:
-            piece = turn.piece()
+        queue = self._queues.setdefault(sandbox, _SandboxQueue())
+        queue.add(copy)
+        async with queue.lock:
+            batch = queue.batch()
             try:
-                await self._copy_in_turn(sandbox, piece)
+                await self._copy_batch(sandbox, batch)
             except AdapterError:
                 raise
             except Exception:
                 log.exception("routing.crashed", sandbox=sandbox)
-                await self._copy_apart(sandbox, piece)
+                await self._copy_one_by_one(sandbox, batch)
 
-    def _read_again(self, delivery: Delivery) -> tuple[str, _Copy] | _Dead:
+    def _retry_read(self, delivery: Delivery) -> tuple[str, _Copy] | _Ending:
         """Retries `_read` after it raised. A command on which it raises in every attempt ends, under its own id if
         that can be read."""
         try:
@@ -158,9 +157,9 @@ class Router:
         except Exception:
             log.exception("delivery.crashed", sequence=delivery.seq)
             ident = body.id or str(delivery.seq)
-        return _Dead(body.sandbox or UNROUTED, ident, _CRASHED)
+        return _Ending(body.sandbox or UNROUTED, ident, _CRASHED)
 
-    def _read(self, delivery: Delivery) -> tuple[str, _Copy] | _Dead:
+    def _read(self, delivery: Delivery) -> tuple[str, _Copy] | _Ending:
         """The sandbox and copy of a command, or its end."""
         body = contract.Outbound()
         try:
@@ -172,7 +171,7 @@ class Router:
             body = salvage_ids(delivery.data, self._limits) if dead else body
             told_to = (body.sandbox if dead else None) or UNROUTED
             result = CommandResult("dead_lettered" if dead else "refused", exc.reason, exc.detail)
-            return _Dead(told_to, _command_id(delivery, body), result)
+            return _Ending(told_to, _command_id(delivery, body), result)
         ident = _command_id(delivery, body)
         which = f"{delivery.seq}:{delivery.time_ms}:{ident}:".encode()
         words = hashlib.blake2b(which + delivery.data, digest_size=16).hexdigest()
@@ -187,7 +186,7 @@ class Router:
         message = Message("out", self._names.out(sandbox), delivery.data, headers, ensure_owner=self._check)
         return sandbox, _Copy(delivery, ident, message)
 
-    async def _copy_in_turn(self, sandbox: str, left: list[_Copy]) -> None:
+    async def _copy_batch(self, sandbox: str, left: list[_Copy]) -> None:
         """Copies a batch, even after a long pause of the lease: later commands must not overtake it. Raises LeaseLost
         if another replica may route."""
         while True:
@@ -206,20 +205,20 @@ class Router:
             try:
                 self._check()
             except LeaseLost:
-                await self._clock.sleep(LEASE_LOOK_S)
+                await self._clock.sleep(LEASE_RETRY_S)
             else:
                 return True
         return False
 
-    async def _copy_apart(self, sandbox: str, piece: list[_Copy]) -> None:
+    async def _copy_one_by_one(self, sandbox: str, batch: list[_Copy]) -> None:
         """Copies a batch one by one after it raised. A command that raises in every attempt ends."""
         await self._clock.sleep(PAUSE_S)
-        for copy in piece.copy():
+        for copy in batch.copy():
             try:
                 alone = partial(self._copy, sandbox, [copy])
                 await retry_on_bug(alone, self._clock.sleep, "routing.crashed", tries=ATTEMPTS - 1, sandbox=sandbox)
             except Crashed:
-                await self._end_surely(copy.delivery, sandbox, copy.ident, _CRASHED)
+                await self._end_or_abandon(copy.delivery, sandbox, copy.ident, _CRASHED)
 
     async def _copy(self, sandbox: str, left: list[_Copy]) -> None:
         """Copies a batch, and removes the finished copies from it."""
@@ -242,7 +241,7 @@ class Router:
     async def _refuse(self, copy: _Copy, sandbox: str, answer: BusRefused, left: list[_Copy]) -> None:
         left.remove(copy)
         detail = f"The sandbox's queue refuses it: {answer.detail}"
-        await self._end_surely(copy.delivery, sandbox, copy.ident, CommandResult("refused", "backlog", detail))
+        await self._end_or_abandon(copy.delivery, sandbox, copy.ident, CommandResult("refused", "backlog", detail))
 
     async def _has_ended(self, delivery: Delivery, sandbox: str, ident: str) -> bool:
         """Whether a redelivered command has a final receipt from the router."""
@@ -255,7 +254,7 @@ class Router:
                 await self._clock.sleep(0.5)
         return False
 
-    async def _end_surely(self, delivery: Delivery, sandbox: str, ident: str, result: CommandResult) -> None:
+    async def _end_or_abandon(self, delivery: Delivery, sandbox: str, ident: str, result: CommandResult) -> None:
         """Ends a command. If that raises in every attempt, the command stays unsettled and is redelivered."""
         work = partial(self._end, delivery, sandbox, ident, result)
         try:
@@ -268,7 +267,7 @@ class Router:
             await delivery.ack()
             return
         if not delivery.redelivered:
-            self._metrics.outbound_taken.inc()  # a copy is counted on its arrival
+            self._metrics.outbound_received.inc()  # a copy is counted on its arrival
         if result.outcome == "dead_lettered":
             await self._events.publish_dead_letter(
                 "OUT",

@@ -74,7 +74,7 @@ async def _drain(
     replica: Replica, following: asyncio.Task[None], running_logins: asyncio.Task[None], leasing: asyncio.Task[None]
 ) -> None:
     replica.health.draining = True
-    log.info("adapter.draining", polls=len(replica.supervisor.sessions))
+    log.info("adapter.draining", polls=len(replica.supervisor.pollers))
     try:
         async with asyncio.timeout(max(1.0, replica.settings.drain_s - 1.0)):
             try:

@@ -12,7 +12,8 @@ import structlog
 from adapter.bindings.registry import Bindings
 from adapter.contract.names import SHARDS, shard_of
 from adapter.contract.records import Binding
-from adapter.inbound.sessions import Session, State
+from adapter.inbound.bot_poller import BotPoller, State
+from adapter.inbound.taking import DISPATCH_DRAIN_S
 from adapter.kit.timing import ChangeSignal, Clock, wait_any
 from adapter.observability.metrics import PARKED, STATES, Metrics
 from adapter.outbound.processor import ShardCommandProcessor
@@ -20,8 +21,6 @@ from adapter.ownership.leases import Leases
 
 log = structlog.get_logger()
 
-DISPATCH_S = 1.0
-"""For what is nearly dispatched when a shard is handed over; the rest is in the journal, for the next owner."""
 HANDED_AT_ONCE = 16
 """Shards handed over at once: their users wait for the requests that are out, the others need not."""
 SEND_GRACE_S = 20.0
@@ -48,26 +47,26 @@ class Supervisor:
         *,
         bindings: Bindings,
         leases: Leases,
-        tend: Callable[[Session], Coroutine[Any, Any, None]],
+        run_poller: Callable[[BotPoller], Coroutine[Any, Any, None]],
         work: ShardWork,
-        tell_freed: Callable[[], Awaitable[None]],
+        publish_released: Callable[[], Awaitable[None]],
         clock: Clock,
         metrics: Metrics,
         capacity: int,
     ) -> None:
-        self.sessions: dict[str, Session] = {}
+        self.pollers: dict[str, BotPoller] = {}
         self.in_hand = 0
         """Commands in hand when last observed."""
         self._bindings = bindings
         self._leases = leases
-        self._tend = tend
+        self._run_poller = run_poller
         self._work = work
-        self._tell_freed = tell_freed
+        self._publish_released = publish_released
         """Tells the other replicas that a shard was given back. Never raises."""
         self._clock = clock
         self._metrics = metrics
         self._capacity = capacity
-        self._pollers: dict[str, asyncio.Task[None]] = {}
+        self._poller_tasks: dict[str, asyncio.Task[None]] = {}
         self._shards: dict[int, ShardCommandProcessor] = {}
         self._opened = ChangeSignal()
         self._consumers: dict[int, list[asyncio.Task[None]]] = {}
@@ -109,37 +108,37 @@ class Supervisor:
         without a bot: a shard."""
         if not bot:
             self._leases.claim_now()
-        if session := self.sessions.get(bot):
-            session.has_late = True
-            session.freed.set()
+        if poller := self.pollers.get(bot):
+            poller.may_have_late_record = True
+            poller.bot_released.set()
 
     def is_stale(self, bot: str) -> bool:
-        session = self.sessions.get(bot)
-        return session is not None and session.stale
+        poller = self.pollers.get(bot)
+        return poller is not None and poller.stale
 
     def is_catching_up(self, bot: str) -> bool:
-        session = self.sessions.get(bot)
-        if session is None:  # it begins soon, unless there are too many
+        poller = self.pollers.get(bot)
+        if poller is None:  # it begins soon, unless there are too many
             return self._wanted(bot) and bot not in self._crowded
-        return session.is_catching_up
+        return poller.is_catching_up
 
     def poll_now(self, bot: str) -> None:
         """Ends the bot's long poll, so that the next one shows what iLink thinks of its token."""
-        if session := self.sessions.get(bot):
-            session.cut_off()
+        if poller := self.pollers.get(bot):
+            poller.cancel_poll()
 
     def has_polled_since(self, bot: str, since: float) -> bool:
         """Whether a poll of the bot was answered after the monotonic time `since`."""
-        session = self.sessions.get(bot)
-        return session is not None and not session.stale and session.polled_at > since
+        poller = self.pollers.get(bot)
+        return poller is not None and not poller.stale and poller.polled_at > since
 
     def polls(self, bots: Sequence[str]) -> dict[str, tuple[State, float | None]]:
         """How those of `bots` that are polled here fare, and seconds since iLink answered (None: not yet)."""
         now = self._clock.monotonic()
-        found = {bot: session for bot in bots if (session := self.sessions.get(bot)) is not None}
+        found = {bot: poller for bot in bots if (poller := self.pollers.get(bot)) is not None}
         return {
-            bot: (session.state, now - session.answered if session.answered else None)
-            for bot, session in found.items()
+            bot: (poller.state, now - poller.unanswered_since if poller.unanswered_since else None)
+            for bot, poller in found.items()
         }
 
     # following --------------------------------------------------------------------------------------
@@ -157,9 +156,9 @@ class Supervisor:
             and (shard := self._shards.get(shard_of(before.sandbox)))
         ):
             shard.on_unbound(before)
-        session = self.sessions.get(bot)
-        if session is not None and (after is None or (before is not None and _is_elsewhere(before, after))):
-            session.cut_off()  # what it polls with is worth nothing any more
+        poller = self.pollers.get(bot)
+        if poller is not None and (after is None or (before is not None and _is_elsewhere(before, after))):
+            poller.cancel_poll()  # what it polls with is worth nothing any more
         self._changed.notify_all()
 
     async def run(self) -> None:
@@ -198,8 +197,8 @@ class Supervisor:
         self._follow_validity()
         if self._departures != self._leases.membership_epoch:
             self._departures = self._leases.membership_epoch
-            for session in self.sessions.values():
-                session.freed.set()
+            for poller in self.pollers.values():
+                poller.bot_released.set()
         for shard in self._leases.surplus - self._leaving.keys():
             leaving = asyncio.get_running_loop().create_task(self._hand_over(shard), name=f"leave.{shard}")
             self._leaving[shard] = leaving
@@ -218,11 +217,11 @@ class Supervisor:
         now_as = self._leases.incarnation if self._leases.is_valid else ""
         if self._valid_as not in ("", now_as):
             self._paused_as = self._valid_as
-            for session in self.sessions.values():
-                session.cut_off(for_lease=True)  # stop before anybody else may start; what was learned is kept
+            for poller in self.pollers.values():
+                poller.cancel_poll(for_lease=True)  # stop before anybody else may start; what was learned is kept
         elif now_as not in ("", self._valid_as) and now_as == self._paused_as:
-            for session in self.sessions.values():
-                session.spare()  # nobody has taken anything: they revoke the incarnation first
+            for poller in self.pollers.values():
+                poller.withdraw_cancel()  # nobody has taken anything: they revoke the incarnation first
         self._valid_as = now_as
 
     async def _follow_validity_forever(self) -> None:
@@ -238,31 +237,31 @@ class Supervisor:
         return shard in self._owned and shard not in self._leaving
 
     def _follow(self, bot: str) -> None:
-        session = self.sessions.get(bot)
-        if session is None:
+        poller = self.pollers.get(bot)
+        if poller is None:
             if self._wanted(bot):
-                if len(self.sessions) < self._capacity:
+                if len(self.pollers) < self._capacity:
                     self._start(bot)
                 else:
                     self._crowded.add(bot)
             return
         binding = self._bindings.get(bot)
         if binding is None:
-            session.leave(now=True)
+            poller.stop(immediately=True)
         elif not self._wanted(bot):
             # moved or handed over: at the boundary, so that the poll's answer is not lost; shard lost: at once
-            moved = session.served is not None and session.served.sandbox != binding.sandbox
-            session.leave(now=not session.lingering and not moved)
+            moved = poller.last_binding is not None and poller.last_binding.sandbox != binding.sandbox
+            poller.stop(immediately=not poller.draining_after_handover and not moved)
 
     def _start(self, bot: str) -> None:
-        session = self.sessions[bot] = Session(bot)
-        task = asyncio.get_running_loop().create_task(self._tend(session), name=f"poller.{bot}")
-        self._pollers[bot] = task
+        poller = self.pollers[bot] = BotPoller(bot)
+        task = asyncio.get_running_loop().create_task(self._run_poller(poller), name=f"poller.{bot}")
+        self._poller_tasks[bot] = task
 
         def ended(done: asyncio.Task[None]) -> None:
-            if self.sessions.get(bot) is session:
-                del self.sessions[bot]
-                del self._pollers[bot]
+            if self.pollers.get(bot) is poller:
+                del self.pollers[bot]
+                del self._poller_tasks[bot]
             if not done.cancelled() and (exc := done.exception()):
                 log.error("poller.crashed", bot=bot, exc_info=exc)
             if self._wanted(bot):
@@ -327,24 +326,24 @@ class Supervisor:
                 raise
         if not self._draining:  # else all have been told already: thousands of bots, and a shard after the other
             for binding in self._bindings.of_shard(shard):
-                if session := self.sessions.get(binding.bot):
-                    session.lingering = True
-                    session.leave(now=session.has_undispatched)
+                if poller := self.pollers.get(binding.bot):
+                    poller.draining_after_handover = True
+                    poller.stop(immediately=poller.has_undispatched)
         await self._leases.release(shard)
-        await self._tell_freed()
+        await self._publish_released()
 
     async def _end_dispatch(self, shard: int) -> None:
         """Polls may go on and store what they bring; to dispatch it is the next owner's."""
         bots = [binding.bot for binding in self._bindings.of_shard(shard)]
-        sessions = [session for bot in bots if (session := self.sessions.get(bot)) is not None]
+        pollers = [poller for bot in bots if (poller := self.pollers.get(bot)) is not None]
 
-        async def end(session: Session) -> None:
-            if session.dispatcher is not None and not await session.dispatcher.drain(DISPATCH_S):
-                session.leave(now=True)  # what is left over waits for nothing but the next owner
+        async def end(poller: BotPoller) -> None:
+            if poller.dispatcher is not None and not await poller.dispatcher.drain(DISPATCH_DRAIN_S):
+                poller.stop(immediately=True)  # what is left over waits for nothing but the next owner
 
-        for session in sessions:
-            session.is_handed_over = True
-        await asyncio.gather(*(end(session) for session in sessions))
+        for poller in pollers:
+            poller.is_handed_over = True
+        await asyncio.gather(*(end(poller) for poller in pollers))
 
     # leaving ----------------------------------------------------------------------------------------
 
@@ -363,19 +362,19 @@ class Supervisor:
             for task in leaving:
                 task.cancel()
             await asyncio.wait(leaving)
-        for session in self.sessions.values():
-            session.lingering = True
-            session.leave(now=False)
+        for poller in self.pollers.values():
+            poller.draining_after_handover = True
+            poller.stop(immediately=False)
         grace_s = max(1.0, seconds - 1.0)
         while owned := sorted(self._leases.owned):  # a claim that was on its way may still land
             await asyncio.gather(*(self._give_away(shard, grace_s) for shard in owned))
-        left = set(self._pollers.values())
+        left = set(self._poller_tasks.values())
         if left:
             _, left = await asyncio.wait(left, timeout=max(0.1, deadline - self._clock.monotonic()))
         if left:
             log.info("polls.cancelled", polls=len(left))
-            for session in self.sessions.values():
-                session.leave(now=True)
+            for poller in self.pollers.values():
+                poller.stop(immediately=True)
             _, left = await asyncio.wait(left, timeout=3.0)
         for task in left:
             task.cancel()
@@ -393,7 +392,7 @@ class Supervisor:
         """Sets the gauges that are counted rather than kept. `tasks`: of the whole event loop."""
         self._observe_polls()
         self._observe_commands()
-        pollers, conversations = len(self._pollers), sum(shard.tasks for shard in self._shards.values())
+        pollers, conversations = len(self._poller_tasks), sum(shard.tasks for shard in self._shards.values())
         for kind, count in (
             ("poller", pollers),
             ("conversation", conversations),
@@ -405,18 +404,18 @@ class Supervisor:
         metrics, now = self._metrics, self._clock.monotonic()
         throttled = {bot for shard in self._shards.values() for bot in shard.throttled_bots}
         states = Counter(
-            "throttled" if session.state == "polling" and session.bot in throttled else str(session.state)
-            for session in self.sessions.values()
+            "throttled" if poller.state == "polling" and poller.bot in throttled else str(poller.state)
+            for poller in self.pollers.values()
         )
         for state in STATES:
             metrics.bindings.labels(state=state).set(states[state])
-        polled = [s for s in self.sessions.values() if s.state in ("polling", "error", "paused")]
-        ages = [now - session.answered for session in polled if session.answered]
+        polled = [s for s in self.pollers.values() if s.state in ("polling", "error", "paused")]
+        ages = [now - poller.unanswered_since for poller in polled if poller.unanswered_since]
         metrics.oldest_poll_age.set(max(ages, default=0.0))
         # Shards that nobody owns are told by every replica: each may be the only one that is left to tell.
         open_to_us = self._owned | self._leases.orphans
         everything = len(open_to_us) == SHARDS
-        unpolled = (binding for binding in self._bindings if binding.bot not in self.sessions)
+        unpolled = (binding for binding in self._bindings if binding.bot not in self.pollers)
         unowned = sum(1 for binding in unpolled if everything or shard_of(binding.sandbox) in open_to_us)
         metrics.bindings_unowned.set(unowned)
 

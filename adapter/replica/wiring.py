@@ -29,12 +29,12 @@ from adapter.conversation.window import WindowPolicy
 from adapter.ilink.cdn import TRANSFERS
 from adapter.ilink.translate import read_message
 from adapter.inbound import poller
+from adapter.inbound.bot_poller import InboundDeps, Pacing, PollerWaits
 from adapter.inbound.dispatcher import DispatchDeps
 from adapter.inbound.download import DownloadDeps
 from adapter.inbound.inbox import PublishDeps
 from adapter.inbound.journal import Journal
 from adapter.inbound.recall import QuoteResolver
-from adapter.inbound.sessions import InboundDeps, Pacing, PollerWaits
 from adapter.inbound.triage import Triage
 from adapter.jetstream import topology
 from adapter.jetstream.buckets import LeaderKvBucket
@@ -151,9 +151,9 @@ class Replica:
         self.supervisor = Supervisor(
             bindings=self.bindings,
             leases=self.leases,
-            tend=lambda session: poller.tend(session, self.inbound),
+            run_poller=lambda bot_poller: poller.run_poller(bot_poller, self.inbound),
             work=self._shard_loops(),
-            tell_freed=self.others.publish_released,
+            publish_released=self.others.publish_released,
             clock=clock,
             metrics=metrics,
             capacity=settings.capacity,
@@ -188,7 +188,7 @@ class Replica:
                 turns=self.turns,
                 starts=RateLimiter(STARTS_PER_S),
                 wakeups=WakeupBatcher(WAKEUP_S),
-                spread_s=lambda: len(self.supervisor.sessions) / POLLS_PER_S,
+                spread_s=lambda: len(self.supervisor.pollers) / POLLS_PER_S,
             ),
             waits=waits,
             gate=gate,
@@ -420,7 +420,7 @@ class Replica:
             incarnation=self.leases.incarnation,
             version=__version__,
             shards=len(self.leases.owned),
-            bots=len(self.supervisor.sessions),
+            bots=len(self.supervisor.pollers),
             draining=self.health.draining,
             polls=polls,
         )

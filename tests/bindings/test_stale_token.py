@@ -11,7 +11,7 @@ from adapter.bindings.stale_token import mark_active, publish_login_event
 from adapter.contract.messages import BindingEvent, BindingState
 from adapter.contract.records import Binding
 from adapter.errors import Temporary
-from adapter.inbound.sessions import Session
+from adapter.inbound.bot_poller import BotPoller
 from adapter.ports import Account, Entry, Message, Polled
 from tests.fakes import Bench, batch, ready
 from tests.inbound.pollers import BOT, STALE, USER, Poller, raw, tended, texts
@@ -116,7 +116,7 @@ async def test_a_binding_that_a_send_found_dead_is_not_tried_by_the_poller_too(p
     bench = await ready(STALE)
     session = poller(bench)
     await bench.bind(state="needs_login")
-    session.cut.clear()
+    session.poll_cancel.clear()
     await asyncio.sleep(3600)
     assert len(bench.chat.asked) <= 1
     assert changes(bench) == []
@@ -156,7 +156,7 @@ async def test_a_new_token_ends_the_recovery_of_the_old_one(poller: Poller) -> N
     session = poller(bench)
     await asyncio.sleep(1)
     await bench.bind(token="new")
-    session.cut_off()
+    session.cancel_poll()
     await asyncio.sleep(1)
     assert bench.chat.tokens[-1] == "new"
     assert changes(bench) == ["stale"]
@@ -173,7 +173,7 @@ async def test_a_token_bound_anew_polls_again_after_needs_login(poller: Poller) 
     assert bench.chat.tokens == ["new"]
 
 
-async def in_its_last_try(*script: Any) -> tuple[Bench, asyncio.Event, asyncio.Task[None], Session]:
+async def in_its_last_try(*script: Any) -> tuple[Bench, asyncio.Event, asyncio.Task[None], BotPoller]:
     """A bot that needs a login by our word, and whose last poll with the old token waits for what is set."""
     bench, answered = await ready(STALE, STALE, STALE), asyncio.Event()
     poll = bench.chat.poll
@@ -197,7 +197,7 @@ async def test_what_the_last_try_brings_is_told_also_where_the_bot_was_bound_ane
     await bench.bind()
     answered.set()
     await asyncio.sleep(5)
-    session.leave(now=True)
+    session.stop(immediately=True)
     await task
     assert texts(bench) == ["late"]
 
@@ -214,7 +214,7 @@ async def test_what_the_last_try_brings_is_told_also_where_the_bus_is_away_for_a
     bench.bindings_bucket.get = read  # type: ignore[method-assign]
     answered.set()
     await asyncio.sleep(5)
-    session.leave(now=True)
+    session.stop(immediately=True)
     await task
     assert texts(bench) == ["late"]
     assert changes(bench)[2:] == ["recovered"]
@@ -237,7 +237,7 @@ async def test_that_a_login_lives_again_is_told_also_where_the_bus_is_away_for_a
     untellable(bench, "recovered")
     answered.set()
     await asyncio.sleep(5)
-    session.leave(now=True)
+    session.stop(immediately=True)
     await task
     assert changes(bench)[2:] == ["recovered"]
 
@@ -247,7 +247,7 @@ async def test_that_a_login_is_lost_is_told_and_tried_on_also_where_the_bus_is_a
     untellable(bench, "needs_login")
     session, task = tended(bench)
     await asyncio.sleep(360)
-    session.leave(now=True)
+    session.stop(immediately=True)
     await task
     assert changes(bench) == ["stale", "needs_login", "recovered"]
     assert texts(bench) == ["hello"]
@@ -272,7 +272,7 @@ async def test_a_login_that_cannot_be_called_lost_does_not_hold_up_who_leaves(aw
     else:
         bench.bus.on_publish = fail_events
     await asyncio.sleep(100)
-    session.leave(now=True)
+    session.stop(immediately=True)
     await asyncio.sleep(2)
     assert task.done()
     assert changes(bench) == ["stale"]
@@ -291,7 +291,7 @@ async def test_who_lost_the_bot_while_the_bus_was_away_does_not_end_its_login() 
     bench.bindings_bucket.on_write = write
     await asyncio.sleep(340)
     bench.leases.owned.clear()
-    session.leave(now=True)
+    session.stop(immediately=True)
     heir = Bench(bench, incarnation="heir-1")
     heir.leases.proven_dead.add("me-1")
     second, next_task = tended(heir)
@@ -299,7 +299,7 @@ async def test_who_lost_the_bot_while_the_bus_was_away_does_not_end_its_login() 
     away.clear()
     await asyncio.sleep(5)
     assert (task.done(), second.state, changes(bench)) == (True, "polling", ["stale"])
-    second.leave(now=True)
+    second.stop(immediately=True)
     await next_task
 
 
@@ -364,15 +364,15 @@ async def test_however_a_recovery_ends_the_lanes_look_again(end: str) -> None:
     assert (session.stale, len(bench.chat.asked)) == (True, 2 if end == "bound anew" else 1)
     if end == "bound anew":
         await bench.bind(token="new")
-        session.cut_off()
+        session.cancel_poll()
     elif end == "moved":
         await bench.bind("s2")
-        session.leave(now=False)
+        session.stop(immediately=False)
     else:
         bench.leases.has_lease = False
     await asyncio.sleep(10)
     assert told == [("s1", False), ("s1", True), ("s2" if end == "moved" else "s1", False)]
-    session.leave(now=True)
+    session.stop(immediately=True)
     await task
 
 
@@ -380,7 +380,7 @@ async def test_leaving_cuts_a_recovery_short() -> None:
     bench = await ready(*[STALE] * 10)
     session, task = tended(bench)
     await asyncio.sleep(20)
-    session.leave(now=True)
+    session.stop(immediately=True)
     await asyncio.sleep(5)
     assert task.done()
     assert changes(bench) == ["stale"]

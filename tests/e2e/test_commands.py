@@ -171,7 +171,7 @@ async def test_receipts_add_up_and_no_secret_or_text_is_in_log_or_metrics(tmp_pa
             await eventually(counted, "two are parked and nothing is in flight")
             ready = await http.get(f"http://127.0.0.1:{port}/readyz")
         settled = values["outbound_messages_total"] + values["outbound_parked"] + values["outbound_in_flight"]
-        assert settled == values["outbound_taken_total"] == 14
+        assert settled == values["outbound_received_total"] == 14
         assert ready.status_code == 200
         log = adapter.log.read_text()
         await nc.close()

@@ -89,7 +89,7 @@ async def test_what_was_taken_is_what_ended_waits_or_is_in_hand_over_all_replica
         outcomes = by_label(values, "outbound_messages_total", "outcome")
         assert sum(outcomes.values()) + values["outbound_parked"] == taken
         # what was delivered to one replica while it gave the shard away, neither counts as taken
-        assert first < values["outbound_taken_total"] <= taken
+        assert first < values["outbound_received_total"] <= taken
         assert set(outcomes) == OUTCOMES | {"duplicate"}
         assert outcomes.pop("duplicate") == 2
         told = Counter(receipt.outcome for receipt in await made.receipts(nc))

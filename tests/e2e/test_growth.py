@@ -119,7 +119,7 @@ class Visitors:
         adapter = self.adapter
         adapter.supervisor.evict_idle()
         keys, _ = await adapter.connections.bucket(adapter.names.bindings).stream_state()
-        return not (keys or adapter.supervisor.sessions)
+        return not (keys or adapter.supervisor.pollers)
 
 
 def subscriptions(adapter: Replica) -> int:

@@ -16,9 +16,9 @@ from adapter.conversation.commands import Limits
 from adapter.conversation.record import ConversationRecord, SendWindow
 from adapter.conversation.rules import SendPolicy
 from adapter.conversation.window import WindowPolicy
+from adapter.inbound.bot_poller import InboundDeps
 from adapter.inbound.dispatcher import DispatchDeps
 from adapter.inbound.journal import JournalRecord, Written
-from adapter.inbound.sessions import InboundDeps
 from adapter.kit.slots import FairSlots
 from adapter.observability.metrics import Metrics
 from adapter.outbound.processor import OutboundDeps, ShardCommandProcessor

@@ -6,8 +6,8 @@ import asyncio
 from typing import Any
 
 from adapter.contract.messages import FileItem, ImageItem, Inbound, TextItem, VideoItem, VoiceItem
-from adapter.inbound.poller import tend
-from adapter.inbound.sessions import Session
+from adapter.inbound.bot_poller import BotPoller
+from adapter.inbound.poller import run_poller
 from adapter.simulator import samples
 from tests.fakes import Bench, raw_message, settle
 
@@ -32,11 +32,11 @@ class Replica:
 
     def __init__(self, bench: Bench, bot: str, **changes: Any) -> None:
         self.bench = bench
-        self.session = Session(bot)
-        self.poller = asyncio.get_running_loop().create_task(tend(self.session, bench.inbound_deps(**changes)))
+        self.session = BotPoller(bot)
+        self.poller = asyncio.get_running_loop().create_task(run_poller(self.session, bench.inbound_deps(**changes)))
 
     async def leave(self) -> None:
-        self.session.leave(now=True)
+        self.session.stop(immediately=True)
         await self.poller
 
     async def die(self) -> None:

@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 
 from adapter.errors import SessionExpired
-from adapter.inbound.poller import poll_forever, tend
-from adapter.inbound.sessions import Session
-from adapter.inbound.taking import take
+from adapter.inbound.bot_poller import BotPoller
+from adapter.inbound.poller import poll_forever, run_poller
+from adapter.inbound.taking import take_bot
 from tests.fakes import Bench, EndOfScript, raw_message
 
 BOT, USER = "b1@im.bot", "u1@im.wechat"
@@ -23,12 +23,12 @@ def raw(text: str = "hello", number: int = 1, **fields: Any) -> bytes:
     return raw_message(number, {"type": 1, "text_item": {"text": text}}, **fields)
 
 
-async def polls(bench: Bench, **changes: Any) -> Session:
+async def polls(bench: Bench, **changes: Any) -> BotPoller:
     """Polls until the script ends."""
     bench.chat.script_ends = True
-    session = Session(BOT)
+    session = BotPoller(BOT)
     deps = bench.inbound_deps(**changes)
-    journal = await take(session, deps)
+    journal = await take_bot(session, deps)
     assert journal is not None
     bench.bus.writes.clear()
     with pytest.raises(EndOfScript):
@@ -37,19 +37,19 @@ async def polls(bench: Bench, **changes: Any) -> Session:
     return session
 
 
-async def dispatched(session: Session) -> None:
+async def dispatched(session: BotPoller) -> None:
     """Waits until everything that was stored is in the inboxes."""
     if (dispatcher := session.dispatcher) is not None:
         await dispatcher.changed.wait_until(lambda: dispatcher.is_done)
 
 
-def tended(bench: Bench, **changes: Any) -> tuple[Session, asyncio.Task[None]]:
+def tended(bench: Bench, **changes: Any) -> tuple[BotPoller, asyncio.Task[None]]:
     """A poller as the supervisor runs it."""
-    session = Session(BOT)
-    return session, asyncio.get_running_loop().create_task(tend(session, bench.inbound_deps(**changes)))
+    session = BotPoller(BOT)
+    return session, asyncio.get_running_loop().create_task(run_poller(session, bench.inbound_deps(**changes)))
 
 
-Poller = Callable[..., Session]
+Poller = Callable[..., BotPoller]
 """The fixture `poller` of conftest.py."""
 
 

@@ -13,8 +13,8 @@ from structlog.testing import capture_logs
 from adapter.contract.messages import Options, UnsupportedItem
 from adapter.contract.names import H_JOURNAL, H_MSG_ID, conversation_key, shard_of
 from adapter.errors import BusRefused, LeaseLost, Temporary
-from adapter.inbound.bot_journal import SEEN_AGAIN, SEEN_UNKEPT
-from adapter.inbound.dispatcher import BACKLOG, BACKLOG_BYTES
+from adapter.inbound.bot_journal import SNAPSHOT_AFTER_NEW, SNAPSHOT_AFTER_RECORDS
+from adapter.inbound.dispatcher import MAX_BACKLOG, MAX_BACKLOG_BYTES
 from adapter.inbound.inbox import LARGE
 from adapter.inbound.journal import JournalRecord
 from adapter.ports import Message, Polled, Stored
@@ -289,7 +289,7 @@ async def test_a_message_for_a_bot_that_was_bound_anew_is_told_though_the_news_a
     session, task = tended(bench)
     await asyncio.sleep(5)
     assert (texts(bench), bench.bus.found("DEAD")) == (["in time"], [])
-    session.leave(now=True)
+    session.stop(immediately=True)
     await task
 
 
@@ -333,7 +333,7 @@ async def test_what_waited_while_its_sandbox_went_to_somebody_else_is_not_told_t
     session, task = tended(bench)
     await asyncio.sleep(1)
     await bench.bindings.remove(BOT)
-    session.leave(now=True)
+    session.stop(immediately=True)
     await asyncio.sleep(1)
     await bench.bind("s1", bot="b2@im.bot", user="u2@im.wechat")
     gate.set()
@@ -389,7 +389,7 @@ async def test_a_bot_that_is_lost_is_told_nothing_any_more_and_leaves_nothing_be
     dispatcher = session.dispatcher
     assert dispatcher is not None
     bench.leases.has_lease, bench.leases.incarnation = False, "me-2"
-    session.leave(now=True)
+    session.stop(immediately=True)
     await asyncio.sleep(5)
     gate.set()
     await asyncio.sleep(100)
@@ -421,7 +421,7 @@ async def test_a_bot_that_another_took_is_told_nothing_any_more(poller: Poller) 
 
 @pytest.mark.parametrize(
     ("answers", "characters", "polled"),
-    [(BACKLOG + 9, 1, BACKLOG), (9, BACKLOG_BYTES // 2, 2)],
+    [(MAX_BACKLOG + 9, 1, MAX_BACKLOG), (9, MAX_BACKLOG_BYTES // 2, 2)],
     ids=["records", "bytes"],
 )
 async def test_the_poller_stops_at_so_much_that_is_not_dispatched(
@@ -431,7 +431,7 @@ async def test_the_poller_stops_at_so_much_that_is_not_dispatched(
     bench = await ready(batch(image(0), cursor="c0"), *script)
     gate = asyncio.Event()
     bench.cdn.has("p0", gate, PNG)
-    poller(bench, media_wait_s=1000, record_bytes=4 * BACKLOG_BYTES)
+    poller(bench, media_wait_s=1000, record_bytes=4 * MAX_BACKLOG_BYTES)
     await asyncio.sleep(200)
     stored = sum(1 for one in await bench.written() if one.record.messages)
     assert (stored in (polled, polled + 1), said(bench)) == (True, [])
@@ -443,7 +443,7 @@ async def test_the_poller_stops_at_so_much_that_is_not_dispatched(
 @pytest.mark.parametrize("now", [False, True], ids=["at a boundary", "at once"])
 async def test_a_poller_that_waits_for_room_leaves_all_the_same(now: bool) -> None:
     """As where its bot was moved to a shard of another replica, where nothing of it can be told here any more."""
-    bench = await ready(*[batch(raw("x", number), cursor=f"c{number}") for number in range(BACKLOG + 9)])
+    bench = await ready(*[batch(raw("x", number), cursor=f"c{number}") for number in range(MAX_BACKLOG + 9)])
     bench.leases.owned.discard(shard_of("s2"))
     gate = asyncio.Event()
     hear = bench.conversations.on_inbound
@@ -455,10 +455,10 @@ async def test_a_poller_that_waits_for_room_leaves_all_the_same(now: bool) -> No
     bench.conversations.on_inbound = waits  # type: ignore[method-assign]
     session, task = tended(bench)
     await asyncio.sleep(100)
-    assert (len(bench.chat.asked), bench.chat.polling) == (BACKLOG, 0)
+    assert (len(bench.chat.asked), bench.chat.polling) == (MAX_BACKLOG, 0)
     await bench.bind("s2")
     gate.set()
-    session.leave(now=now)
+    session.stop(immediately=now)
     await asyncio.sleep(5)
     assert task.done()
     assert (await bench.written())[-1].owner == ""
@@ -657,7 +657,7 @@ async def test_the_journal_says_how_far_all_is_done_once_the_conversations_are_s
     assert [one.record.done_to for one in await bench.written()] == [0, 0, 0]
     hold.set()
     await asyncio.sleep(5)
-    session.leave(now=True)
+    session.stop(immediately=True)
     await asyncio.sleep(5)
     last = (await bench.written())[-1]
     assert (last.owner, last.record.done_to, last.record.last_heard) == ("", last.sequence - 1, last.sequence - 1)
@@ -666,7 +666,7 @@ async def test_the_journal_says_how_far_all_is_done_once_the_conversations_are_s
 # what was seen -------------------------------------------------------------------------------------------
 
 
-MANY = 3 * SEEN_UNKEPT + 5
+MANY = 3 * SNAPSHOT_AFTER_NEW + 5
 
 
 async def test_what_was_seen_is_written_once_for_many_messages_and_remembered_by_an_heir() -> None:
@@ -697,13 +697,13 @@ async def test_what_was_seen_is_written_again_before_the_stream_lets_it_go() -> 
     await asyncio.sleep(600 * 35)
     written = await bench.written()
     seen = [number for number, one in enumerate(written) if one.record.seen is not None]
-    assert len(written) > 2 * SEEN_AGAIN
-    assert len(written) - seen[-1] <= SEEN_AGAIN
+    assert len(written) > 2 * SNAPSHOT_AFTER_RECORDS
+    assert len(written) - seen[-1] <= SNAPSHOT_AFTER_RECORDS
     await replica.leave()
 
 
 async def test_what_waits_as_what_was_seen_is_written_does_not_count_as_seen() -> None:
-    many = [words(number) for number in range(10, 10 + 2 * SEEN_UNKEPT)]
+    many = [words(number) for number in range(10, 10 + 2 * SNAPSHOT_AFTER_NEW)]
     failures = [Temporary("network")] * 2
     bench = await ready(batch(*many), batch(image(1), words(2), cursor="c"), *failures, batch(words(3), cursor="d"))
     bench.cdn.has("p1", None)
@@ -759,8 +759,8 @@ async def test_what_a_poll_brings_after_the_hand_over_is_the_next_owners_to_tell
     bench = await ready(batch(words(1), cursor="b"))
 
     def handed_over() -> Polled:
-        session.is_handed_over = session.lingering = True
-        session.leave(now=False)
+        session.is_handed_over = session.draining_after_handover = True
+        session.stop(immediately=False)
         return batch(words(2), cursor="c")
 
     bench.chat.polls.append(handed_over)

@@ -370,7 +370,7 @@ async def test_a_message_goes_to_the_sandbox_that_it_was_said_to(change: str) ->
         await bench.bind("s2")
     else:
         await bench.bindings.remove(BOT)
-        session.leave(now=True)
+        session.stop(immediately=True)
         await asyncio.sleep(20)
     gate.set()
     await asyncio.sleep(1)
@@ -378,7 +378,7 @@ async def test_a_message_goes_to_the_sandbox_that_it_was_said_to(change: str) ->
     assert {stored.subject for stored in bench.bus.found("IN")} == {"wechat.inbox.s1"}
     assert [inbound.sandbox for inbound in bench.bus.inbound()] == ["s1", "s1"]
     assert bench.bus.inbound()[0].window.remaining == 0
-    session.leave(now=True)
+    session.stop(immediately=True)
     await task
 
 
@@ -403,7 +403,7 @@ async def test_media_that_are_not_wanted_any_more_are_not_fetched(poller: Poller
     await asyncio.sleep(1)
     await bench.bind(options=OFF)
     bench.chat.polls.append(batch(image(2), cursor="c"))
-    session.cut_off()
+    session.cancel_poll()
     await asyncio.sleep(WAIT_S)
     assert (said(bench), bench.cdn.fetched) == (["timeout", "off"], ["p1"])
 

@@ -166,17 +166,17 @@ async def test_what_nobody_can_read_in_a_journal_is_told_and_written_over(value:
     again = batch(raw("one", 1), raw("two", 2), cursor="c")
     with capture_logs() as logs:
         if when == "before it is taken":
-            session.leave(now=True)
+            session.stop(immediately=True)
             await task
         bench.bus.put(bench.names.journal(BOT), value, {})
         bench.chat.polls += [again, batch(raw("three", 3), cursor="d")]
-        session.cut_off()
+        session.cancel_poll()
         await asyncio.sleep(5)
         session, task = tended(bench)
         await asyncio.sleep(30)
     assert texts(bench) == ["one", "two", "three"]
     assert "journal.unreadable" in [entry["event"] for entry in logs]
-    session.leave(now=True)
+    session.stop(immediately=True)
     await task
 
 
@@ -328,11 +328,11 @@ async def test_what_another_replica_stores_late_may_come_between_two_parts_of_a_
     assert texts(bench) == ["two"]
     await bench.journal.append(BOT, halves[1], "me-1", (await bench.written())[-1].sequence)
     bench.chat.polls.append(batch(raw("four", 4), cursor="d"))
-    session.has_late = True
-    session.cut_off()
+    session.may_have_late_record = True
+    session.cancel_poll()
     await asyncio.sleep(5)
     assert texts(bench) == ["two", "a" * 500, "three", "four"]
-    session.leave(now=True)
+    session.stop(immediately=True)
     await task
 
 

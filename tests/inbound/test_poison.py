@@ -18,8 +18,8 @@ from adapter.contract.names import H_REASON, H_SUBJECT
 from adapter.contract.records import Binding
 from adapter.conversation.actor import ConversationActor
 from adapter.ilink.translate import read_message
-from adapter.inbound.poller import tend
-from adapter.inbound.sessions import Session
+from adapter.inbound.bot_poller import BotPoller
+from adapter.inbound.poller import run_poller
 from adapter.observability import logs
 from adapter.ports import InboundMessage, Message, Polled, PubAck
 from tests.fakes import Bench, Failing, FakeChat, batch, raw_message, ready
@@ -210,8 +210,8 @@ async def test_another_bot_is_not_held_up_meanwhile() -> None:
     other = Bench(bench)
     chat = FakeChat(bench.clock)
     chat.polls.append(batch(raw("hello", 7, from_user_id="u2@im.wechat"), cursor="b"))
-    second = Session("b2@im.bot")
-    twin = asyncio.get_running_loop().create_task(tend(second, other.inbound_deps(chat=chat)))
+    second = BotPoller("b2@im.bot")
+    twin = asyncio.get_running_loop().create_task(run_poller(second, other.inbound_deps(chat=chat)))
     while not texts(bench):
         await asyncio.sleep(0.01)
     assert bench.clock.monotonic() - began < 0.5
@@ -219,7 +219,7 @@ async def test_another_bot_is_not_held_up_meanwhile() -> None:
     await asyncio.sleep(10)
     assert [reason for reason, _, _ in dead(bench)] == ["crashed"]
     for one, ended in ((session, task), (second, twin)):
-        one.leave(now=True)
+        one.stop(immediately=True)
         await ended
 
 

@@ -16,8 +16,8 @@ from structlog.testing import capture_logs
 
 from adapter.errors import Refused, Temporary
 from adapter.ilink.translate import read_message
-from adapter.inbound.poller import AFTER_CUT_S, HOLD_MS, LONGEST_HOLD_MS, tend
-from adapter.inbound.sessions import HERE_S, Session
+from adapter.inbound.bot_poller import ANSWER_GRACE_S, BotPoller
+from adapter.inbound.poller import AFTER_CANCEL_S, HOLD_MS, LONGEST_HOLD_MS, run_poller
 from adapter.kit.timing import PerTickLimiter, RateLimiter, complete_with_grace
 from adapter.ports import Account, InboundMessage, Message, Polled
 from adapter.security.seal import Sealer
@@ -171,7 +171,7 @@ async def test_an_answer_ends_the_count_of_polls_without_one() -> None:
     assert bench.chat.recycled == 0
 
 
-@pytest.mark.parametrize("pause_s", [5.0, HERE_S / 2], ids=["a pause", "over before the polls have ended"])
+@pytest.mark.parametrize("pause_s", [5.0, ANSWER_GRACE_S / 2], ids=["a pause", "over before the polls have ended"])
 async def test_answers_that_come_at_once_are_stored_a_few_in_each_round_of_the_event_loop(pause_s: float) -> None:
     """Thousands in one would take longer than the lease, which is lost then. So would as many polls after a pause."""
     bench, bots = await ready(), [f"b{number}@im.bot" for number in range(20)]
@@ -193,12 +193,12 @@ async def test_answers_that_come_at_once_are_stored_a_few_in_each_round_of_the_e
     for number, bot in enumerate(bots):
         await bench.bind(f"s{number}", bot, bot.replace("bot", "wechat"))
     deps = bench.inbound_deps(turns=PerTickLimiter(3), read_message=read)
-    sessions = [Session(bot) for bot in bots]
-    tasks = [asyncio.create_task(tend(session, deps)) for session in sessions]
+    sessions = [BotPoller(bot) for bot in bots]
+    tasks = [asyncio.create_task(run_poller(session, deps)) for session in sessions]
     await asyncio.sleep(5)
     bench.leases.has_lease = False
     for session in sessions:
-        session.cut_off()
+        session.cancel_poll()
     rounds.seen["polls"].clear()
     await asyncio.sleep(pause_s)
     bench.leases.has_lease = True
@@ -211,7 +211,7 @@ async def test_answers_that_come_at_once_are_stored_a_few_in_each_round_of_the_e
         assert rounds.seen[what].total() == len(bots)
         assert max(rounds.seen[what].values()) <= 6  # two of those rounds may fall into one of these
     for session in sessions:
-        session.leave(now=True)
+        session.stop(immediately=True)
     await asyncio.wait(tasks)
 
 
@@ -238,8 +238,8 @@ async def test_polls_that_fail_together_begin_again_a_few_in_each_round_of_the_l
     for number, bot in enumerate(bots):
         await bench.bind(f"s{number}", bot, bot.replace("bot", "wechat"))
     deps = bench.inbound_deps(turns=PerTickLimiter(3))
-    sessions = [Session(bot) for bot in bots]
-    tasks = [asyncio.create_task(tend(session, deps)) for session in sessions]
+    sessions = [BotPoller(bot) for bot in bots]
+    tasks = [asyncio.create_task(run_poller(session, deps)) for session in sessions]
     await asyncio.sleep(5)
     bench.clock.jitter = jitter  # type: ignore[assignment, method-assign]
     gone.set()
@@ -248,7 +248,7 @@ async def test_polls_that_fail_together_begin_again_a_few_in_each_round_of_the_l
         assert rounds.seen[what].total() == len(bots)
         assert max(rounds.seen[what].values()) <= 6  # two of those rounds may fall into one of these
     for session in sessions:
-        session.leave(now=True)
+        session.stop(immediately=True)
     await asyncio.wait(tasks)
 
 
@@ -266,22 +266,22 @@ async def test_bots_for_which_nothing_came_poll_again_together() -> None:
         return Polled([], cursor, hold_ms)
 
     bench.chat.poll = poll  # type: ignore[method-assign]
-    sessions = [Session(BOT), Session("b2@im.bot")]
-    tasks = [asyncio.create_task(tend(session, deps)) for session in sessions]
+    sessions = [BotPoller(BOT), BotPoller("b2@im.bot")]
+    tasks = [asyncio.create_task(run_poller(session, deps)) for session in sessions]
     await asyncio.sleep(45)
     assert len(asked) == 4
     assert asked[2] == asked[3]
     for session in sessions:
-        session.leave(now=True)
+        session.stop(immediately=True)
     await asyncio.wait(tasks)
 
 
 async def test_bots_that_start_together_are_polled_one_after_the_other_and_leave_at_once() -> None:
     bench = await ready()
-    sessions = [Session(BOT)]
+    sessions = [BotPoller(BOT)]
     for number in range(2, 6):
         await bench.bind(f"s{number}", f"b{number}@im.bot", f"u{number}@im.wechat")
-        sessions.append(Session(f"b{number}@im.bot"))
+        sessions.append(BotPoller(f"b{number}@im.bot"))
     deps = bench.inbound_deps(starts=RateLimiter(0.1))
     asked: list[str] = []
 
@@ -291,7 +291,7 @@ async def test_bots_that_start_together_are_polled_one_after_the_other_and_leave
         return None
 
     bench.chat.poll = poll  # type: ignore[method-assign]
-    tasks = [asyncio.create_task(tend(session, deps)) for session in sessions]
+    tasks = [asyncio.create_task(run_poller(session, deps)) for session in sessions]
     started = []
     for _ in range(3):
         await asyncio.sleep(9.9)
@@ -299,7 +299,7 @@ async def test_bots_that_start_together_are_polled_one_after_the_other_and_leave
         await asyncio.sleep(0.1)
     assert started == [(1, 1), (2, 2), (3, 3)]
     for session in sessions:
-        session.leave(now=True)
+        session.stop(immediately=True)
     async with asyncio.timeout(1):
         await asyncio.wait(tasks)
     assert bench.chat.notified.count(True) == 4, "who had to wait is not said to have begun"
@@ -320,7 +320,7 @@ async def test_a_lease_that_pauses_cuts_the_poll_and_one_that_resumes_polls_on(p
     await asyncio.sleep(1)
     assert bench.chat.polling == 1
     bench.leases.has_lease = False
-    session.cut_off()
+    session.cancel_poll()
     await asyncio.sleep(20)
     assert (bench.chat.polling, session.state) == (0, "paused")
     bench.leases.has_lease = True
@@ -335,12 +335,12 @@ async def test_a_poll_that_was_cut_has_a_moment_to_end_at_ilink_before_the_next(
     bench = await ready()
     session = poller(bench)
     await asyncio.sleep(1)
-    session.cut_off()
+    session.cancel_poll()
     cut = bench.clock.monotonic()
     await asyncio.sleep(1)
     assert bench.chat.polling == 1
     (_, again) = bench.chat.polled_at
-    assert again - cut >= HERE_S + AFTER_CUT_S
+    assert again - cut >= ANSWER_GRACE_S + AFTER_CANCEL_S
 
 
 async def test_after_an_outage_polls_start_spread_over_a_time_that_grows_with_their_number(poller: Poller) -> None:
@@ -355,7 +355,7 @@ async def test_after_an_outage_polls_start_spread_over_a_time_that_grows_with_th
     await asyncio.sleep(5)
     before = len(bench.chat.polled_at)
     bench.leases.has_lease = False
-    session.cut_off()
+    session.cancel_poll()
     await asyncio.sleep(8)
     bench.leases.has_lease = True
     back = bench.clock.monotonic()
@@ -381,7 +381,7 @@ async def test_an_answer_that_has_arrived_when_its_poll_is_cut_is_stored() -> No
     session, task = tended(bench)
     while not bench.chat.polling:
         await asyncio.sleep(0)
-    session.leave(now=True)
+    session.stop(immediately=True)
     await task
     assert texts(bench) == ["hello"]
     assert (await bench.last_record()).cursor == "b"
@@ -447,8 +447,8 @@ async def test_ilink_is_told_of_the_start_and_the_end_and_need_not_answer() -> N
     await asyncio.sleep(1)
     assert bench.chat.notified == [True]
     assert bench.chat.asked == [""]
-    session.lingering = True
-    session.leave(now=True)
+    session.draining_after_handover = True
+    session.stop(immediately=True)
     await task
     assert bench.chat.notified == [True, False]
     assert (await bench.written())[-1].owner == ""
@@ -459,8 +459,8 @@ async def test_ilink_is_not_told_of_an_end_where_another_replica_goes_on() -> No
     bench.leases.has_no_peers = False
     session, task = tended(bench)
     await asyncio.sleep(1)
-    session.lingering = True
-    session.leave(now=True)
+    session.draining_after_handover = True
+    session.stop(immediately=True)
     await task
     assert bench.chat.notified == [True]
     assert (await bench.written())[-1].owner == ""
@@ -472,7 +472,7 @@ async def test_leaving_at_a_boundary_lets_the_poll_deliver() -> None:
     session, task = tended(bench)
     await asyncio.sleep(0.01)
     assert bench.chat.polling == 1
-    session.leave(now=False)
+    session.stop(immediately=False)
     await task
     assert texts(bench) == ["last words"]
     assert ((await bench.written())[-1].owner, (await bench.last_record()).cursor) == ("", "b")
@@ -491,7 +491,7 @@ async def test_stopping_stores_the_batch_in_hand() -> None:
     bench.bus.on_publish = slow
     session, task = tended(bench)
     await asyncio.sleep(1)
-    session.leave(now=True)
+    session.stop(immediately=True)
     await asyncio.sleep(1)
     assert not task.done()
     release.set()
@@ -506,7 +506,7 @@ async def test_unbinding_ends_the_poll_at_once_and_keeps_what_came_late() -> Non
     session, task = tended(bench)
     await asyncio.sleep(1)
     await bench.bindings.remove(BOT)
-    session.leave(now=True)
+    session.stop(immediately=True)
     await asyncio.sleep(5)
     assert task.done()
     assert bench.chat.polling == 0
@@ -517,7 +517,7 @@ async def test_a_new_token_is_used_at_once(poller: Poller) -> None:
     session = poller(bench)
     await asyncio.sleep(1)
     await bench.bind(token="new")
-    session.cut_off()  # the supervisor does, when it sees the change
+    session.cancel_poll()  # the supervisor does, when it sees the change
     await asyncio.sleep(1)
     assert bench.chat.tokens == [f"{BOT}:t", "new"]
 
@@ -542,7 +542,7 @@ async def test_a_cursor_too_long_to_keep_is_told_once_until_one_is_kept(poller: 
         await asyncio.sleep(10)
         assert session.state == "error"
         bench.chat.polls.extend([batch(cursor="c"), long])
-        session.cut_off()
+        session.cancel_poll()
         await asyncio.sleep(10)
     told = [entry for entry in logs if entry["event"] == "poll.cursor_too_long"]
     assert told == [{"event": "poll.cursor_too_long", "log_level": "error", "bot": BOT, "characters": 70_000}] * 2
@@ -571,7 +571,7 @@ async def test_a_bug_ends_no_poller() -> None:
         await asyncio.sleep(30)
     assert texts(bench) == ["hello"]
     assert "poller.crashed" in [line["event"] for line in logs]
-    session.leave(now=True)
+    session.stop(immediately=True)
     await task
 
 
@@ -580,8 +580,8 @@ async def test_a_pause_after_a_failure_is_a_boundary() -> None:
     bench = await ready(Temporary("http_4xx", "HTTP 429", retry_after_s=300.0))
     session, task = tended(bench)
     await asyncio.sleep(60)
-    session.lingering = True
-    session.leave(now=False)
+    session.draining_after_handover = True
+    session.stop(immediately=False)
     began = bench.clock.monotonic()
     await task
     assert bench.clock.monotonic() - began < 1.0
@@ -597,8 +597,8 @@ async def test_an_answer_that_was_read_when_the_cut_is_due_is_kept() -> None:
     session, task = tended(bench)
     await asyncio.sleep(5)
     loop = asyncio.get_running_loop()
-    loop.call_later(HERE_S, answer.set_result, batch(raw("late")))
-    session.leave(now=True)  # its time is over in the same turn of the loop
+    loop.call_later(ANSWER_GRACE_S, answer.set_result, batch(raw("late")))
+    session.stop(immediately=True)  # its time is over in the same turn of the loop
     await task
     assert texts(bench) == ["late"]
 
@@ -609,16 +609,16 @@ async def test_an_answer_that_is_still_being_read_when_its_poll_is_cut_is_kept()
 
     async def poll(account: Account, cursor: str, hold_ms: int) -> Polled:
         async def read() -> Polled:
-            await asyncio.sleep(HERE_S + 2)
+            await asyncio.sleep(ANSWER_GRACE_S + 2)
             return batch(raw("large"))
 
         return await complete_with_grace(read(), 5.0)
 
     bench.chat.poll = poll  # type: ignore[method-assign]
     session, task = tended(bench)
-    while session.polling is None:
+    while session.poll_task is None:
         await asyncio.sleep(0)
-    session.leave(now=True)
+    session.stop(immediately=True)
     await task
     assert texts(bench) == ["large"]
 
@@ -628,20 +628,20 @@ def test_an_answer_that_came_while_the_loop_was_busy_is_read_before_the_poll_is_
     new_loop: Callable[[], asyncio.AbstractEventLoop],
 ) -> None:
     """A busy machine holds a process up between two reads; uvloop calls what is due by then before it reads on."""
-    session = Session("b1")
+    session = BotPoller("b1")
     (ours, ilink), (busy, waker) = socket.socketpair(), socket.socketpair()
 
     def hold_up() -> None:
         busy.recv(1)
         ilink.send(b"hi")
-        time.sleep(HERE_S * 2)  # stands for the others, who have the processor
+        time.sleep(ANSWER_GRACE_S * 2)  # stands for the others, who have the processor
 
     async def poll() -> bytes:
         loop = asyncio.get_running_loop()
         reader, writer = await asyncio.open_connection(sock=ours)
         loop.add_reader(busy, hold_up)
-        session.polling = asyncio.current_task()
-        session.cut_off()
+        session.poll_task = asyncio.current_task()
+        session.cancel_poll()
         waker.send(b"!")
         try:
             return await reader.readexactly(2)
@@ -657,9 +657,9 @@ async def test_what_nobody_polls_grows_old_while_its_poller_begins_again_and_aga
     bench = await ready(*[Refused("url", "may not be called")] * 100)
     session = poller(bench)
     await asyncio.sleep(1)
-    first = session.answered
+    first = session.unanswered_since
     await asyncio.sleep(300)
-    assert session.answered == first
+    assert session.unanswered_since == first
 
 
 async def test_no_secret_reaches_the_log_or_the_bus() -> None:
@@ -669,7 +669,7 @@ async def test_no_secret_reaches_the_log_or_the_bus() -> None:
     with capture_logs() as logs:
         session, task = tended(bench)
         await asyncio.sleep(60)
-        session.leave(now=True)
+        session.stop(immediately=True)
         await task
     assert "SECRET" not in str(logs)
     assert "my secret text" not in str(logs)

@@ -15,7 +15,7 @@ from adapter.contract.messages import FileItem, ImageItem, Inbound, Quote, TextI
 from adapter.contract.names import H_IDS, H_MSG_ID
 from adapter.conversation.record import SentText
 from adapter.inbound.inbox import QUOTES_S, AddressedMessage, publish
-from adapter.inbound.recall import SEARCHED
+from adapter.inbound.recall import MAX_SEARCHED
 from adapter.ports import InboundMessage, Stored
 from tests.fakes import Bench, batch, raw_message, ready, settle
 from tests.inbound.pollers import polls
@@ -222,7 +222,7 @@ async def test_a_quote_reads_no_more_than_so_many_messages() -> None:
     assert (await quote_of(bench, says(message="43", quotes="41"))).text == "hello"
     assert bench.bus.read_back - read < 10
     assert await quote_of(bench, says(message="44", quotes="40")) == Quote(id="40")
-    assert bench.bus.read_back - read <= SEARCHED + 20
+    assert bench.bus.read_back - read <= MAX_SEARCHED + 20
 
 
 @pytest.mark.parametrize("hours", [0, 2, 12, 60])

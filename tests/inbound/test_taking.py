@@ -8,10 +8,10 @@ import pytest
 from structlog.testing import capture_logs
 
 from adapter.errors import AdapterError, BusRefused, LeaseLost, Refused, Temporary
+from adapter.inbound.bot_poller import BotPoller
 from adapter.inbound.journal import JournalRecord
-from adapter.inbound.poller import poll_forever, tend
-from adapter.inbound.sessions import Session
-from adapter.inbound.taking import take
+from adapter.inbound.poller import poll_forever, run_poller
+from adapter.inbound.taking import take_bot
 from adapter.ports import Message, Polled
 from adapter.security.seal import Sealer, cursor_context
 from tests.fakes import Bench, Failing, FakeLeases, batch, ready, settle
@@ -42,7 +42,7 @@ async def test_a_new_owner_waits_until_the_old_one_has_stopped(poller: Poller) -
     await asyncio.sleep(30)
     assert bench.chat.asked == []
     await writes(bench, "", cursor="c")
-    session.freed.set()
+    session.bot_released.set()
     await asyncio.sleep(1)
     assert bench.chat.asked == ["c"]
 
@@ -63,7 +63,7 @@ async def test_a_new_owner_takes_over_from_one_that_is_proven_dead(poller: Polle
     session = poller(bench)
     await asyncio.sleep(5)
     bench.leases.proven_dead.add("other-1")
-    session.freed.set()
+    session.bot_released.set()
     await asyncio.sleep(1)
     assert (bench.chat.asked, await owner_of(bench)) == (["b"], "me-1")
 
@@ -74,7 +74,7 @@ async def test_a_bot_bound_anew_while_another_has_it_is_not_asked_for_without_a_
     session = poller(bench)
     await asyncio.sleep(5)
     asked = bench.leases.asked_dead
-    session.cut_off()
+    session.cancel_poll()
     await asyncio.sleep(60)
     assert 5 < bench.leases.asked_dead - asked < 60
 
@@ -111,12 +111,12 @@ async def test_who_waits_for_an_owner_holds_up_no_other_bot() -> None:
     await writes(bench, "other-1")
     await bench.bind(sandbox="s2", bot="b2@im.bot", user="u2@im.wechat")
     deps = bench.inbound_deps(takeovers=asyncio.Semaphore(1))
-    sessions = [Session(BOT), Session("b2@im.bot")]
-    tasks = [asyncio.get_running_loop().create_task(tend(session, deps)) for session in sessions]
+    sessions = [BotPoller(BOT), BotPoller("b2@im.bot")]
+    tasks = [asyncio.get_running_loop().create_task(run_poller(session, deps)) for session in sessions]
     await asyncio.sleep(5)
     assert len(bench.chat.asked) == 1
     for session in sessions:
-        session.leave(now=True)
+        session.stop(immediately=True)
     await asyncio.gather(*tasks)
 
 
@@ -132,17 +132,17 @@ async def test_a_poller_that_waits_for_the_lease_hardly_looks_at_it_and_leaves_a
             return self.has_lease
 
     bench.leases = Counted()
-    session = Session(BOT)
-    task = asyncio.create_task(tend(session, bench.inbound_deps(leases=bench.leases)))
+    session = BotPoller(BOT)
+    task = asyncio.create_task(run_poller(session, bench.inbound_deps(leases=bench.leases)))
     await asyncio.sleep(1)
     bench.leases.has_lease = False
-    session.cut_off()
+    session.cancel_poll()
     await asyncio.sleep(1)
     assert session.state == "paused"
     looks = 0
     await asyncio.sleep(60)
     assert looks < 15
-    session.leave(now=False)
+    session.stop(immediately=False)
     before = bench.clock.monotonic()
     await asyncio.wait([task])
     assert bench.clock.monotonic() - before < 0.1
@@ -176,7 +176,7 @@ async def test_nothing_is_caught_up_with_where_nothing_is_left_over(poller: Poll
     bench = await ready(batch(raw()))
     first, task = tended(bench)
     await asyncio.sleep(5)
-    first.leave(now=True)
+    first.stop(immediately=True)
     await task
     session = poller(bench)
     await asyncio.sleep(1)
@@ -197,7 +197,7 @@ async def test_a_bot_that_is_bound_again_waits_for_no_media_of_before() -> None:
     session, task = tended(bench)
     await asyncio.sleep(1)
     await bench.bindings.remove(BOT)
-    session.leave(now=True)
+    session.stop(immediately=True)
     await asyncio.sleep(1)
     await bench.bind("s2")
     began = bench.clock.monotonic()
@@ -221,8 +221,8 @@ async def test_a_fenced_poller_ends_quietly_and_gives_nothing_back() -> None:
 async def test_what_was_polled_for_a_bot_that_another_took_is_stored_for_that_one() -> None:
     """iLink may give it to nobody else; never the cursor."""
     bench = await ready(batch(raw("late"), cursor="zombie"))
-    session, deps = Session(BOT), bench.inbound_deps()
-    journal = await take(session, deps)
+    session, deps = BotPoller(BOT), bench.inbound_deps()
+    journal = await take_bot(session, deps)
     assert journal is not None
     await writes(bench, "other-1")
     with pytest.raises(LeaseLost):
@@ -259,11 +259,11 @@ async def frozen_with(bench: Bench, *batches: Polled, heir: Bench | None, given:
         heir.chat.polls.extend([batch(*given, cursor="b"), None, None])
         heirs = tended(heir)
         await asyncio.sleep(60)
-        heirs[0].has_late = bench.freed == [BOT]  # as the supervisor says
+        heirs[0].may_have_late_record = bench.freed == [BOT]  # as the supervisor says
     await asyncio.sleep(100)
     for one in (heirs, (session, task)):
         if one is not None:
-            one[0].leave(now=True)
+            one[0].stop(immediately=True)
             await one[1]
 
 
@@ -289,8 +289,8 @@ async def test_a_late_record_is_told_by_the_owner_of_now_at_its_next_poll(poller
     session = poller(bench)
     await asyncio.sleep(1)
     await writes(bench, "me-1", raw("late"), cursor="")
-    session.has_late = True
-    session.cut_off()
+    session.may_have_late_record = True
+    session.cancel_poll()
     await asyncio.sleep(5)
     assert texts(bench) == ["late", "three"]
 
@@ -334,7 +334,7 @@ async def test_a_journal_that_was_set_back_ends_the_poller_which_names_itself_an
     session, task = tended(bench)
     await asyncio.sleep(1)
     assert (await owner_of(bench), bench.chat.asked[-1], texts(bench)) == ("me-1", "old", ["hello"])
-    session.leave(now=True)
+    session.stop(immediately=True)
     await task
 
 
@@ -348,7 +348,7 @@ async def test_a_bot_is_given_back_also_where_the_bus_refuses_it_at_first(proble
     session, task = tended(bench)
     await settle()
     bench.bus.on_publish = refuses = Failing(3, problem)
-    session.leave(now=True)
+    session.stop(immediately=True)
     await task
     assert (refuses.left, await owner_of(bench)) == (0, "")
 
@@ -361,7 +361,7 @@ async def test_who_cannot_open_the_token_leaves_the_journal_as_it_is() -> None:
     stranger = Bench(bench, incarnation="other-1", token_key=(b"\1" * 32,))
     stranger.leases.proven_dead.add("me-1")
     with pytest.raises(Refused):
-        await take(Session(BOT), stranger.inbound_deps())
+        await take_bot(BotPoller(BOT), stranger.inbound_deps())
     assert await bench.written() == before
 
 
@@ -370,7 +370,7 @@ async def test_the_end_of_a_bot_leaves_one_record_that_goes_in_time() -> None:
     session, task = tended(bench)
     await asyncio.sleep(5)
     await bench.bindings.remove(BOT)
-    session.leave(now=True)
+    session.stop(immediately=True)
     await task
     (stored,) = bench.bus.found("JOURNAL")
     assert stored.headers["Nats-TTL"] == "3600s"
@@ -386,13 +386,13 @@ async def test_what_was_told_before_the_end_of_a_bot_is_a_repeat_for_its_next_sa
     await asyncio.sleep(30)
     told = len(texts(bench))
     if moved:
-        session.leave(now=True)
+        session.stop(immediately=True)
         await task
         bench = heir_to(bench)
         session, task = tended(bench)
         await asyncio.sleep(5)
     await bench.bindings.remove(BOT)
-    session.leave(now=True)
+    session.stop(immediately=True)
     await task
     bench.bus.forget_ids()
     await bench.bind("s2")
@@ -400,7 +400,7 @@ async def test_what_was_told_before_the_end_of_a_bot_is_a_repeat_for_its_next_sa
     session, task = tended(bench)
     await asyncio.sleep(5)
     assert (told, len(texts(bench))) == (40, 40)
-    session.leave(now=True)
+    session.stop(immediately=True)
     await task
 
 
@@ -445,14 +445,14 @@ async def test_a_start_cursor_bound_while_the_bot_is_polled_is_used_once_and_at_
     await asyncio.sleep(5)
     await bench.bind(start_cursor="given")
     bench.chat.polls.append(batch(raw("two", 2), cursor="c"))
-    session.cut_off()
+    session.cancel_poll()
     await asyncio.sleep(5)
-    session.leave(now=True)
+    session.stop(immediately=True)
     await task
     assert bench.chat.asked == ["", "b", "given", "c"]
     heir, task = tended(bench)
     await asyncio.sleep(5)
-    heir.leave(now=True)
+    heir.stop(immediately=True)
     await task
     assert bench.chat.asked[4:] == ["c"]
 
@@ -464,7 +464,7 @@ async def test_a_bot_is_given_back_also_while_the_lease_is_paused() -> None:
     await asyncio.sleep(2)
     bench.leases.has_lease = False
     bench.leases.changed.notify_all()
-    session.leave(now=True)
+    session.stop(immediately=True)
     await asyncio.sleep(2)
     assert task.done()
     assert (await bench.written())[-1].owner == ""

@@ -29,7 +29,7 @@ async def judged(*answers: list[bytes], triage: Triage = TRIAGE, place: str = ""
     """What the messages of answers are, one answer after the other. `place`: of all of them; "": one of its own."""
     seen, found = DedupWindow(), []
     for number, answer in enumerate(answers):
-        judgements = await triage.sort(BOT, answer, place or f"c{number}", 0, seen, EPOCH_MS)
+        judgements = await triage.classify(BOT, answer, place or f"c{number}", 0, seen, EPOCH_MS)
         assert [one.raw for one in judgements] == answer
         assert [one.number for one in judgements] == list(range(len(answer)))
         found.append([one.outcome for one in judgements])

@@ -94,8 +94,8 @@ async def _are_seen(prometheus: Prometheus, adapters: int) -> bool:
 
 async def _scraped(prometheus: Prometheus, ports: list[int]) -> bool:
     """Whether Prometheus has the number of commands taken that the adapters have now."""
-    found = await prometheus.query("sum(wechat_adapter_outbound_taken_total)")
-    return bool(found) and found[0].samples[0][1] == (await scrape(*ports))["outbound_taken_total"]
+    found = await prometheus.query("sum(wechat_adapter_outbound_received_total)")
+    return bool(found) and found[0].samples[0][1] == (await scrape(*ports))["outbound_received_total"]
 
 
 async def load(made: World, nc: Client, seconds: float) -> None:

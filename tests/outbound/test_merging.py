@@ -128,7 +128,7 @@ async def test_they_count_each_once() -> None:
     await user_writes(bench)
     await asyncio.sleep(30)
     messages = bench.metrics.value("outbound_messages_total", kind="text", outcome="accepted", reason="none")
-    assert messages == bench.metrics.value("outbound_taken_total") == 3
+    assert messages == bench.metrics.value("outbound_received_total") == 3
 
 
 async def test_without_the_setting_each_goes_alone() -> None:

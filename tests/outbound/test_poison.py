@@ -16,7 +16,7 @@ from adapter.contract.names import H_REASON, H_SUBJECT
 from adapter.conversation import rules
 from adapter.observability import logs
 from adapter.outbound import reading
-from adapter.outbound.backlog import ROOM
+from adapter.outbound.backlog import MAX_HELD
 from adapter.outbound.processor import ShardCommandProcessor
 from adapter.ports import Account, Content, Message
 from tests.fakes import Bench, FakeDelivery
@@ -301,12 +301,12 @@ async def test_reading_back_that_crashes_is_tried_again(monkeypatch: pytest.Monk
     bench, processor = await ready(gap_ms=0)
     bugs = Bugs(5)
     calling(lambda bench, _: bench.bus, "read", always)(monkeypatch, bench, processor, bugs)
-    for number in range(ROOM + 10):
+    for number in range(MAX_HELD + 10):
         processor.intake.on_delivery(bench.command(f"t{number}", id=f"c{number}"))
     await asyncio.sleep(60)
     assert bugs.left == 0
     assert bench.chat.texts == [f"t{number}" for number in range(10)]  # the window's ten sends
-    assert len(parked(bench)) == ROOM
+    assert len(parked(bench)) == MAX_HELD
 
 
 async def test_a_receipt_that_cannot_be_written_at_all_holds_up_nobody(monkeypatch: pytest.MonkeyPatch) -> None:

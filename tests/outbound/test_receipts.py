@@ -117,8 +117,8 @@ async def test_the_last_receipt_of_a_command_can_be_asked_for() -> None:
 
 
 async def test_a_sandboxs_receipts_are_bounded_and_anothers_stay(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(receipts, "KEPT", 5)
-    monkeypatch.setattr(receipts, "PURGED_EACH", 1)
+    monkeypatch.setattr(receipts, "RECEIPTS_KEPT", 5)
+    monkeypatch.setattr(receipts, "PURGE_EVERY", 1)
     bench = Bench()
     await bench.receipts.publish(ref(99), CommandResult("accepted"), Address("s2"), Window(), {})
     for number in range(9):
@@ -127,7 +127,7 @@ async def test_a_sandboxs_receipts_are_bounded_and_anothers_stay(monkeypatch: py
 
 
 async def test_a_purge_that_fails_keeps_no_receipt_away(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(receipts, "PURGED_EACH", 1)
+    monkeypatch.setattr(receipts, "PURGE_EVERY", 1)
     bench = Bench()
 
     async def purge(*_: object, **__: object) -> None:

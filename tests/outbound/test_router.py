@@ -313,14 +313,14 @@ async def test_what_ends_here_is_counted_as_taken_and_what_is_copied_is_not() ->
     bench = Bench()
     routed = router(bench)
     await routed.route(plain(bench, sandbox="s1", text="hi"))
-    assert bench.metrics.value("outbound_taken_total") == 0
+    assert bench.metrics.value("outbound_received_total") == 0
     broken = plain(bench, b"{")
     await routed.route(broken)
     broken.redelivered = True
     await routed.route(broken)
     dead = {"kind": "unreadable", "outcome": "dead_lettered", "reason": "unreadable"}
     assert bench.metrics.value("outbound_messages_total", **dead) == 1
-    assert bench.metrics.value("outbound_taken_total") == 1
+    assert bench.metrics.value("outbound_received_total") == 1
 
 
 async def test_one_that_was_cut_off_makes_no_second_copy() -> None:

@@ -1,4 +1,4 @@
-"""A poller's dependencies (`InboundDeps`), and the state that it shares with others (`Session`)."""
+"""A poller's dependencies (`InboundDeps`), and the state that it shares with others (`BotPoller`)."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ from adapter.security.seal import Sealer
 
 log = structlog.get_logger()
 
-HERE_S = 0.2
+ANSWER_GRACE_S = 0.2
 """Time for a poll that is cut to bring an answer that has arrived. After a pause of the process the answer may lie in
 the socket, and iLink may count it as delivered."""
-LOOK_S = 30.0
+CHECK_S = 30.0
 """Longest wait for a change notification; then the condition is checked again. A second instead took an eighth of a
 core for thousands of bots while NATS was down."""
 TURN_S = 0.01
@@ -128,7 +128,7 @@ class InboundDeps(NamedTuple):
         return self.dispatching.publishing.metrics
 
 
-class Session:
+class BotPoller:
     """The state of one bot's poller, shared with supervisor, sender and metrics."""
 
     def __init__(self, bot: str) -> None:
@@ -146,33 +146,33 @@ class Session:
         """The shard was handed over; records stored from now on are dispatched by the next owner."""
         self.has_undispatched = False
         """A record was stored since; no long poll may keep the next owner waiting."""
-        self.answered = 0.0
+        self.unanswered_since = 0.0
         """Monotonic time since which iLink owes an answer to a poll: the time of the last answer, or of the end of a
         pause."""
         self.polled_at = 0.0
         """Monotonic time of iLink's last answer to a poll."""
-        self.announced = False
+        self.is_announced = False
         """iLink has confirmed that the bot is polled."""
-        self.leaving = False
+        self.stopping = False
         """The poller ends at the next poll boundary."""
-        self.told = ChangeSignal()
-        """Notified when the poller has to leave."""
-        self.served: Binding | None = None
+        self.stop_requested = ChangeSignal()
+        """Notified when the poller has to stop."""
+        self.last_binding: Binding | None = None
         """The last binding. The end of an unbound bot is announced to iLink with it, unless its token was dead."""
-        self.begun_at: str | None = None
+        self.applied_start_cursor: str | None = None
         """The start cursor of the binding that was applied last."""
-        self.lingering = False
+        self.draining_after_handover = False
         """The shard was handed over while a poll waits. Its answer is stored, then the bot is released."""
-        self.freed = asyncio.Event()
+        self.bot_released = asyncio.Event()
         """Set when the replica that had the bot reports its release."""
-        self.has_late = False
+        self.may_have_late_record = False
         """Another replica may have stored a record under this replica's name (BotJournal.store_late)."""
-        self.cut = asyncio.Event()
-        """Set by `cut_off`."""
-        self.polling: asyncio.Task[Any] | None = None
+        self.poll_cancel = asyncio.Event()
+        """Set by `cancel_poll`."""
+        self.poll_task: asyncio.Task[Any] | None = None
         """The poller's task while its poll waits."""
-        self._cutting = False
-        self._for_lease = False
+        self._is_cancelling_poll = False
+        self._is_cancelled_for_lease = False
         """The lost lease is the only reason for the cut."""
         self._account: tuple[Binding, Account] | None = None
 
@@ -182,45 +182,45 @@ class Session:
             self._account = binding, account_of(binding, sealer)
         return self._account[1]
 
-    def must_leave(self) -> bool:
-        """`leaving`, read after an await, where a type checker would assume the earlier value."""
-        return self.leaving
+    def must_stop(self) -> bool:
+        """`stopping`, read after an await, where a type checker would assume the earlier value."""
+        return self.stopping
 
-    def leave(self, *, now: bool) -> None:
-        """Asks the poller to end at the next boundary or pause; with `now` also cuts a poll that waits."""
-        self.leaving = True
-        self.told.notify_all()
-        if now or self.polling is None:
-            self.cut_off()
+    def stop(self, *, immediately: bool) -> None:
+        """Asks the poller to end at the next boundary or pause; with `immediately` also cancels a poll that waits."""
+        self.stopping = True
+        self.stop_requested.notify_all()
+        if immediately or self.poll_task is None:
+            self.cancel_poll()
 
-    def cut_off(self, *, for_lease: bool = False) -> None:
+    def cancel_poll(self, *, for_lease: bool = False) -> None:
         """Ends a pause, and a poll after HERE_S."""
-        self._for_lease = for_lease and (self._for_lease or not self.cut.is_set())
-        self.cut.set()
-        if self.polling is not None:
+        self._is_cancelled_for_lease = for_lease and (self._is_cancelled_for_lease or not self.poll_cancel.is_set())
+        self.poll_cancel.set()
+        if self.poll_task is not None:
             loop = asyncio.get_running_loop()
             # Behind everything that is due by then. Otherwise an answer would be dropped that was read but has not
             # woken the poller, or that came while the loop was held up: uvloop runs timers before it reads sockets.
             end = functools.partial(loop.call_soon, self._end_poll)
-            loop.call_later(HERE_S, lambda: loop.call_later(TURN_S, end))
+            loop.call_later(ANSWER_GRACE_S, lambda: loop.call_later(TURN_S, end))
 
-    def spare(self) -> None:
+    def withdraw_cancel(self) -> None:
         """Withdraws a cut whose only reason was the lease, which is valid again and was never another replica's."""
-        if self._for_lease and not self._cutting:
-            self.cut.clear()
+        if self._is_cancelled_for_lease and not self._is_cancelling_poll:
+            self.poll_cancel.clear()
 
     def _end_poll(self) -> None:
-        """Ends the poll that waits now, even one that began after the cut, since `cut` is still set."""
-        if self.polling is not None and self.cut.is_set() and not self._cutting:
-            self._cutting = True
-            self.polling.cancel()
+        """Ends the poll that waits now, even one that began after the cut, since `poll_cancel` is still set."""
+        if self.poll_task is not None and self.poll_cancel.is_set() and not self._is_cancelling_poll:
+            self._is_cancelling_poll = True
+            self.poll_task.cancel()
 
-    def was_cut(self) -> bool:
-        """Whether `cut_off` was the only reason for which the poller was cancelled; then it goes on."""
-        if not self._cutting or self.polling is None:
+    def was_poll_cancelled(self) -> bool:
+        """Whether `cancel_poll` was the only reason for which the poller was cancelled; then it goes on."""
+        if not self._is_cancelling_poll or self.poll_task is None:
             return False
-        self._cutting = False
-        return self.polling.uncancel() == 0
+        self._is_cancelling_poll = False
+        return self.poll_task.uncancel() == 0
 
 
 def check_owned(deps: InboundDeps, binding: Binding) -> None:
@@ -228,16 +228,16 @@ def check_owned(deps: InboundDeps, binding: Binding) -> None:
     deps.leases.ensure_owned(shard_of(binding.sandbox))
 
 
-async def notify(session: Session, deps: InboundDeps, *, start: bool, even_stale: bool = False) -> None:
+async def notify(poller: BotPoller, deps: InboundDeps, *, start: bool, even_stale: bool = False) -> None:
     """Tells iLink that polling starts or stops. Best effort, and not for a token that is known to be dead."""
-    binding = deps.bindings.get(session.bot) or session.served
+    binding = deps.bindings.get(poller.bot) or poller.last_binding
     if binding is None or not (even_stale or binding.state == "active"):
         return
     try:
-        await deps.chat.notify(session.account(binding, deps.sealer), start=start)
-        session.announced = start
+        await deps.chat.notify(poller.account(binding, deps.sealer), start=start)
+        poller.is_announced = start
     except AdapterError as exc:
-        log.info("notify.failed", bot=session.bot, start=start, reason=exc.reason)
+        log.info("notify.failed", bot=poller.bot, start=start, reason=exc.reason)
 
 
 def rebound(binding: Binding, deps: InboundDeps) -> Callable[[], bool]:
@@ -246,9 +246,9 @@ def rebound(binding: Binding, deps: InboundDeps) -> Callable[[], bool]:
 
 
 async def wait_until(
-    session: Session, condition: ChangeSignal, holds: Callable[[], bool], timeout_s: float | None = None
+    poller: BotPoller, condition: ChangeSignal, holds: Callable[[], bool], timeout_s: float | None = None
 ) -> None:
-    """Waits until `holds()`, the poller must leave, or `timeout_s` seconds have passed."""
+    """Waits until `holds()`, the poller must stop, or `timeout_s` seconds have passed."""
     async with asyncio.timeout(timeout_s):
-        while not (session.must_leave() or holds()):
-            await condition.wait_until(lambda: session.must_leave() or holds(), LOOK_S, also=session.told)
+        while not (poller.must_stop() or holds()):
+            await condition.wait_until(lambda: poller.must_stop() or holds(), CHECK_S, also=poller.stop_requested)
