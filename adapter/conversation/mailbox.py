@@ -1,4 +1,4 @@
-"""The inputs of one conversation, worked off in their order by one task, which ends when none is left."""
+"""The inputs of one conversation, processed in order by one task, which ends when no input is left."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class _Mail(NamedTuple):
 
 
 class Mailbox:
-    """An input that is put after `stop` is not handled: its waiter gets LeaseLost."""
+    """Queues inputs and processes them. After `stop` it accepts no input: the waiter gets LeaseLost."""
 
     def __init__(
         self,
@@ -32,7 +32,7 @@ class Mailbox:
         on_empty: Callable[[], None],
         turns: PerTickLimiter,
     ) -> None:
-        """`on_empty`: called when the task ends since no input is left."""
+        """`on_empty`: called when the task ends because no input is left."""
         self._sandbox = sandbox
         self._handle = handle
         self._on_empty = on_empty
@@ -43,7 +43,7 @@ class Mailbox:
 
     @property
     def is_busy(self) -> bool:
-        """An input is being handled, or waits for its turn."""
+        """An input is being processed or waits."""
         return self._task is not None
 
     def put(
@@ -52,8 +52,8 @@ class Mailbox:
         done: asyncio.Future[None] | None = None,
         is_wanted: Callable[[], bool] | None = None,
     ) -> None:
-        """Queues an input. `done` is set once what follows from it has happened, but for what is out then.
-        `is_wanted`: asked as its turn comes; None: it always is."""
+        """Queues an input. `done` is set once its effects are carried out, except for those that run in the
+        background. `is_wanted`: checked when the input's turn comes; None: always wanted."""
         if self.is_stopped:
             _fail_waiter(done, self._sandbox)
             return
@@ -67,7 +67,7 @@ class Mailbox:
             await asyncio.wait([self._task], timeout=timeout_s)
 
     def stop(self) -> None:
-        """Drops what waits, and cancels what is being handled, unless that is the caller."""
+        """Drops waiting inputs, and cancels the task unless it is the caller."""
         self.is_stopped = True
         if self._task is not None and self._task is not asyncio.current_task():
             self._task.cancel()
@@ -85,7 +85,7 @@ class Mailbox:
                     continue
                 try:
                     await self._handle(event)
-                except Exception as exc:  # the inputs behind it are handled all the same
+                except Exception as exc:  # the next inputs are processed
                     log.exception("conversation.crashed", sandbox=self._sandbox, input=type(event).__name__)
                     if done is not None and not done.done():
                         done.set_exception(exc)

@@ -1,7 +1,7 @@
-"""Which IP addresses iLink's hosts may resolve to: public ones only, against SSRF. No I/O.
+"""Which IP addresses iLink's hosts may resolve to: only public ones, against SSRF. No I/O.
 
-A name on the allow-list says nothing about where it leads: whoever answers for it in DNS, or stands between us and
-DNS, could make the adapter talk to its neighbours, such as a cloud's metadata service (169.254.169.254).
+An allowed name does not imply an allowed address: an attacker who controls DNS could make the adapter connect to its
+neighbours, such as a cloud's metadata service (169.254.169.254).
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 from ipaddress import IPv4Address, IPv6Address, IPv6Network, ip_address, ip_network
 
 _NAT64 = IPv6Network("64:ff9b::/96")
-"""RFC 6052: where networks without IPv4 reach IPv4 addresses, which are in the last 32 bits."""
+"""RFC 6052: prefix with which IPv6-only networks reach IPv4 addresses; the last 32 bits are the IPv4 address."""
 _UNICAST = IPv6Network("2000::/3")
 _NOT_PUBLIC = tuple(
     ip_network(network)
@@ -22,11 +22,11 @@ _NOT_PUBLIC = tuple(
         "3fff::/20",  # RFC 9637: for documents
     )
 )
-"""What Python's table of its release may call public."""
+"""Networks that the table in a Python release may call public."""
 
 
 def is_public(text: str) -> bool:
-    """Whether an address is one of the public internet; False for what is no address, or has a scope."""
+    """Whether an address is on the public internet. False for text that is no address, or has a scope."""
     try:
         address = ip_address(text)
     except ValueError:
@@ -44,13 +44,13 @@ def is_public(text: str) -> bool:
 
 
 def _embedded_ipv4(address: IPv6Address) -> IPv4Address | None:
-    """The IPv4 address that such an address leads to; None where it is one of its own."""
+    """The IPv4 address in an IPv6 address; None: it has none."""
     if address in _NAT64:
         return IPv4Address(int(address) & 0xFFFF_FFFF)
     return address.ipv4_mapped
 
 
 def is_exempt(host: str, port: int, allowed_hosts: tuple[str, ...]) -> bool:
-    """Whether an operator allowed this host by name, wherever it leads: a simulator, or a proxy of their own."""
+    """Whether an operator allowed this host by name with any address, such as a simulator or a proxy."""
     shown = f"[{host}]" if ":" in host else host
     return not {host, shown, f"{shown}:{port}"}.isdisjoint(allowed_hosts)

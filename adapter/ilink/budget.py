@@ -1,8 +1,8 @@
-"""Bounds what large answers of iLink take of the process: memory, and the event loop's time.
+"""Bounds the memory and event loop time that large answers of iLink take.
 
-An answer of SMALL bytes, as nearly all are, is read and unpacked at once and counts for nothing. A larger one waits
-for a share of one budget before it is read on, first come, first served, and keeps it until its messages are stored.
-What is done with its bytes is done in a thread, one answer after the other.
+An answer up to SMALL bytes, as nearly all are, is read and unpacked at once and needs no share. A larger one waits
+for a share of one budget before it is read further, first come, first served, and holds it until its messages are
+stored. Large answers are processed in a thread, one after the other.
 """
 
 from __future__ import annotations
@@ -23,15 +23,15 @@ P = ParamSpec("P")
 T = TypeVar("T")
 
 SMALL = 65_536
-"""Bytes of an answer that needs no share. A message has about a thousand."""
+"""Largest answer without a share. A message has about a thousand bytes."""
 BUDGET = 64 << 20
 """Bytes of all larger answers in flight."""
 GRACE_S = 5.0
-"""How long an answer that has come is worked on after its request was cancelled: iLink may count it as delivered."""
+"""Time to process an answer that arrived before its request was cancelled, since iLink may count it as delivered."""
 
 
 class Share:
-    """A part of the budget, held until it is released, or nothing refers to it any more. Implements ports.Share."""
+    """A part of the budget, held until it is released or garbage collected. Implements ports.Share."""
 
     __slots__ = ("_budget", "_loop", "size")
 
@@ -41,24 +41,24 @@ class Share:
         self.size = size
 
     def shrink(self, size: int) -> None:
-        """Gives back what is more than `size` bytes."""
+        """Returns what exceeds `size` bytes."""
         if size < self.size:
             surplus, self.size = self.size - size, size
             self._budget.return_bytes(surplus)
 
     def release(self) -> None:
-        """Gives it back."""
+        """Returns the share."""
         self.shrink(0)
 
     def __del__(self) -> None:
-        """In whatever thread the last reference ends."""
+        """Releases the share, in whichever thread the last reference ends."""
         if self.size:
-            with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits any more
+            with contextlib.suppress(RuntimeError):  # the loop is closed: nothing waits for the budget
                 self._loop.call_soon_threadsafe(self._budget.return_bytes, self.size)
 
 
 class ByteBudget:
-    """Bytes that are shared. A share that is larger than the whole is the whole."""
+    """A shared number of bytes. A share that exceeds the budget gets the whole budget."""
 
     def __init__(self, size: int = BUDGET) -> None:
         self.size = self.free = size
@@ -66,23 +66,23 @@ class ByteBudget:
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="answers")
 
     def reserve(self, size: int) -> asyncio.Future[Share]:
-        """A share of `size` bytes, now or once there is room. A future that is cancelled takes none."""
+        """A share of `size` bytes, as soon as there is room. A cancelled future takes none."""
         share: asyncio.Future[Share] = asyncio.get_running_loop().create_future()
         self._waiters.append((min(size, self.size), share))
         self._grant_waiters()
         return share
 
     def return_bytes(self, size: int) -> None:
-        """Takes bytes back. For shares."""
+        """Takes bytes back from a share."""
         self.free += size
         self._grant_waiters()
 
     async def run_in_thread(self, work: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
-        """Does `work` in the thread."""
+        """Runs `work` in the thread."""
         return await asyncio.get_running_loop().run_in_executor(self._thread, lambda: work(*args, **kwargs))
 
     async def unpack(self, reply: Reply, limit: int) -> Reply:
-        """The answer, of at most `limit` bytes, with its body unpacked, and a share unless it is small.
+        """The answer with its body unpacked to at most `limit` bytes, and with a share unless it is small.
 
         Raises Uncertain("unreadable").
         """
@@ -108,7 +108,7 @@ class ByteBudget:
         return reply._replace(body=body, share=share)
 
     def close(self) -> None:
-        """Ends the thread once it has nothing in hand."""
+        """Ends the thread after its current work."""
         self._thread.shutdown(wait=False, cancel_futures=True)
 
     def _grant_waiters(self) -> None:

@@ -1,4 +1,4 @@
-"""iLink's CDN over HTTP: encrypted media down and up, piece by piece, never a whole file in memory."""
+"""iLink's CDN over HTTP: downloads and uploads encrypted media in pieces, never a whole file in memory."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ from adapter.observability.metrics import Metrics
 from adapter.ports import Account, MediaKind, MediaRef, Pieces, Uploaded
 
 STALL_S = 30.0
-"""A transfer ends when no byte has moved for so long."""
+"""A transfer ends when no byte has moved for this long."""
 SLOWEST = 4096
-"""Bytes a second. A transfer that takes longer for what it has moved, beyond STALL_S up and GRACE_S down, ends, too:
-its user waits for it, and others for its place."""
+"""Bytes a second. A transfer that is slower ends, apart from STALL_S for an upload and GRACE_S for a download: its
+user waits for it, and other transfers for its slot."""
 GRACE_S = 10.0
-"""A message waits a minute for its media. In that time the places of several slow downloads are to come free."""
+"""A message waits a minute for its media. In that time several slow downloads have to release their slots."""
 TRANSFERS = 8
-"""Downloads and uploads at once, over all users of a replica: each takes CPU, and more would hold up messages."""
+"""Concurrent transfers of a replica, for all users. Each takes CPU time, and more would delay messages."""
 ATTEMPTS = 3
 PIECE = 64 * 1024
 PARAM = "x-encrypted-param"
@@ -58,7 +58,7 @@ class CdnClient:
         self._max_bytes = max_bytes
         self._stall_s = stall_s
         self._grace_s = grace_s
-        transport = httpx.AsyncHTTPTransport(  # no proxy: those in the environment are for iLink's API
+        transport = httpx.AsyncHTTPTransport(  # no proxy: the environment's proxies are for iLink's API
             verify=ssl.create_default_context(),
             limits=httpx.Limits(max_connections=None, max_keepalive_connections=TRANSFERS, keepalive_expiry=KEPT_S),
         )
@@ -67,7 +67,7 @@ class CdnClient:
             timeout=httpx.Timeout(stall_s, connect=CONNECT_S),
             follow_redirects=False,
             trust_env=False,
-            # not even asked for: a small answer must not unpack into a huge one
+            # compression is not requested: a small answer must not unpack into a huge one
             headers={"User-Agent": protocol.AGENT, "Accept-Encoding": "identity"},
         )
 
@@ -106,7 +106,7 @@ class CdnClient:
             try:
                 urls.check_link(url, self._allowed_hosts)
             except Refused as exc:
-                raise Refused("media", f"iLink named a place that may not be called. {exc.detail}") from None
+                raise Refused("media", f"iLink gave an upload URL that is not allowed. {exc.detail}") from None
             reference = await self._post(url, key, size, read)
             moved[0] = size
         return Uploaded(kind, name, size, cipher_size(size), reference, key)
@@ -152,14 +152,14 @@ class CdnClient:
                         async for piece in pieces:
                             yield piece
                     return
-                if "transfer-encoding" not in response.headers:  # beside chunks it does not count (RFC 9112, 6.3)
+                if "transfer-encoding" not in response.headers:  # chunks override it (RFC 9112, 6.3)
                     self._check_length(response.headers.get("content-length", ""), encrypted=encrypted)
                 async with contextlib.aclosing(self._body_pieces(response)) as pieces:
                     async for piece in pieces:
                         yield piece
 
     async def _body_pieces(self, response: httpx.Response) -> Pieces:
-        """The body as it comes. Raises TimeoutError. The time of who takes the pieces does not count."""
+        """The body as it arrives. Raises TimeoutError. The consumer's time does not count."""
         clock = asyncio.get_running_loop().time
         pieces, size, waited_s = response.aiter_raw(), 0, 0.0
         while True:
@@ -173,7 +173,7 @@ class CdnClient:
             yield piece
 
     async def _unpack_pieces(self, response: httpx.Response, encoding: str, *, encrypted: bool) -> Pieces:
-        """The body of an answer that was packed on the way, unasked."""
+        """The body of an answer that is compressed although that was not requested."""
         unpacker = Unpacker(encoding, self._max_body_bytes(encrypted=encrypted))
         try:
             async with contextlib.aclosing(self._body_pieces(response)) as received:
@@ -188,7 +188,7 @@ class CdnClient:
 
     def _check_length(self, length: str, *, encrypted: bool) -> None:
         if not (length.isascii() and length.isdigit()):
-            return  # not told: the bytes are counted as they come
+            return  # unknown: the bytes are counted as they arrive
         if int(length) > self._max_body_bytes(encrypted=encrypted):
             raise self._too_large()
         if encrypted and int(length) % BLOCK:
@@ -203,7 +203,7 @@ class CdnClient:
     # up ---------------------------------------------------------------------------------------------
 
     async def _post(self, url: str, key: bytes, size: int, read: Read) -> str:
-        """The reference. No pause between the attempts, as the official client."""
+        """Uploads and returns the reference. Retries without pauses, as the official client does."""
         failures = 0
         while True:
             try:
@@ -219,7 +219,7 @@ class CdnClient:
     async def _post_once(self, url: str, key: bytes, size: int, read: Read) -> str:
         headers = {
             "Content-Type": "application/octet-stream",
-            # h11 holds the body to it, and httpx sends no chunks then; the CDN compares it with `filesize`
+            # h11 checks the body against it, httpx then sends no chunks, and the CDN compares it with `filesize`
             "Content-Length": str(cipher_size(size)),
         }
         with self._counted_request("cdn_upload"):
@@ -243,7 +243,7 @@ class CdnClient:
 
     @contextlib.contextmanager
     def _counted_transfer(self, direction: str) -> Iterator[list[int]]:
-        """Counts one transfer; the list holds its plain bytes."""
+        """Counts one transfer. The list holds the number of plain bytes."""
         metrics, started, moved, outcome = self._metrics, time.monotonic(), [0], "failed"
         try:
             yield moved
@@ -255,7 +255,7 @@ class CdnClient:
 
     @contextlib.contextmanager
     def _counted_request(self, endpoint: str) -> Iterator[None]:
-        """Counts one request, and translates what httpx raises. Raises Temporary for it."""
+        """Counts one request, and turns httpx's errors into Temporary."""
         started, outcome = time.monotonic(), "network"
         try:
             yield
@@ -278,11 +278,12 @@ class CdnClient:
 
 
 SOURCE = "source"
-"""Reason of a failure of what is uploaded, not of the CDN."""
+"""Reason of an error that is the source's, not the CDN's."""
 
 
 async def _encrypt_pieces(read: Read, key: bytes, size: int) -> Pieces:
-    """The body of an upload. Raises Temporary("source"), Refused("media") for a source that is not as announced."""
+    """The body of an upload. Raises Temporary("source"), Refused("media") if the source differs from what was
+    announced."""
     work, remaining = Encryption(key), size
     try:
         async with contextlib.aclosing(read()) as pieces:
@@ -302,7 +303,7 @@ async def _encrypt_pieces(read: Read, key: bytes, size: int) -> Pieces:
 
 
 def _transfer_timeout_s(grace_s: float, size: int) -> float:
-    """How long a transfer of so many bytes may take."""
+    """Longest time for a transfer of `size` bytes."""
     return grace_s + size / SLOWEST
 
 

@@ -1,7 +1,7 @@
-"""How iLink encrypts media: AES-128-ECB with PKCS#7, piece by piece, and how keys are written.
+"""iLink's media encryption: AES-128-ECB with PKCS#7 in pieces, and the encodings of keys.
 
-docs/reference/ilink-protocol.md, "Encryption", has the table of keys. ECB is what the phones read; nothing
-of ours is protected by it.
+docs/reference/ilink-protocol.md, "Encryption", has the table of keys. The phones require ECB; the adapter's own data
+are not protected by it.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ _HEX_KEY = re.compile(r"[0-9a-fA-F]{32}")
 
 
 def cipher_size(size: int) -> int:
-    """Bytes that so many plain bytes become: the padding always adds 1 to 16."""
+    """Size of `size` plain bytes after encryption: the padding always adds 1 to 16 bytes."""
     return (size // BLOCK + 1) * BLOCK
 
 
 class Encryption:
-    """Plain pieces in, encrypted ones out; `finish` once, for the rest and the padding."""
+    """Encrypts pieces; call `finish` once for the rest and the padding."""
 
     def __init__(self, key: bytes) -> None:
         self._padder = PKCS7(BLOCK * 8).padder()
@@ -41,7 +41,7 @@ class Encryption:
 
 
 class Decryption:
-    """Encrypted pieces in, plain ones out; `finish` once. What came out before it fails is worth nothing."""
+    """Decrypts pieces; call `finish` once. If it fails, the earlier output is invalid."""
 
     def __init__(self, key: bytes) -> None:
         self._cipher = _cipher(key).decryptor()
@@ -51,7 +51,7 @@ class Decryption:
         return self._unpadder.update(self._cipher.update(piece))
 
     def finish(self) -> bytes:
-        """Raises Refused("corrupt"): a cut or foreign file, or another key."""
+        """Raises Refused("corrupt") for a truncated or foreign file, or a wrong key."""
         try:
             rest = self._unpadder.update(self._cipher.finalize())
             return rest + self._unpadder.finalize()
@@ -60,11 +60,11 @@ class Decryption:
 
 
 def read_key(aes_key: str | None, hex_key: str | None = None) -> bytes | None:
-    """The key of inbound media; None where there is none, so that the bytes are plain.
+    """The key of inbound media; None: the media are not encrypted.
 
-    `hex_key` is `image_item.aeskey`, preferred; `aes_key` is `media.aes_key`: base64 of the 16 bytes or of their hex
-    text, in either alphabet and with or without padding, as Node takes it, on which the official client runs. Raises
-    Refused("corrupt") where no form fits.
+    `hex_key` is `image_item.aeskey` and preferred. `aes_key` is `media.aes_key`: base64 of the 16 bytes or of their
+    hex text, in either alphabet, with or without padding, as Node accepts it, on which the official client runs.
+    Raises Refused("corrupt") if no form fits.
     """
     if hex_key and _HEX_KEY.fullmatch(hex_key):
         return bytes.fromhex(hex_key)
@@ -82,7 +82,7 @@ def read_key(aes_key: str | None, hex_key: str | None = None) -> bytes | None:
 
 
 def write_key(key: bytes) -> str:
-    """`media.aes_key` of an outbound item: base64 of the hex text (44 characters), which phones need."""
+    """`media.aes_key` of an outbound item: base64 of the hex text (44 characters), as phones require it."""
     return base64.b64encode(key.hex().encode()).decode()
 
 

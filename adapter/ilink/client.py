@@ -1,4 +1,16 @@
-"""iLink's API calls: builds requests and reads answers by `protocol`, sends by a `transport`, counts both."""
+"""iLink's API calls: builds requests and reads answers by `protocol`, and sends them by a transport.
+
+`ILink` implements ports.Chat and ports.Logins, which pollers, conversations and logins call. A call does four things:
+build a `Request` (`protocol`), check the base URL (`urls`), exchange it (`HotCalls` for the three frequent endpoints
+without a proxy, else `PlainCalls`), and read the `Reply` (`protocol`). Every call is counted once with its outcome.
+
+Errors say what the caller may do. Temporary: nothing was taken, try again. Uncertain: a send may have been taken.
+SessionExpired: the token is refused (-14). Throttled: -2. Refused: do not try again. Only a send can be Uncertain;
+the other calls may always be repeated, and a poll without an answer in time is None.
+
+The client never retries a call (only the QR code is asked for with GET if POST is refused), never waits for the send
+window, and never logs tokens or texts.
+"""
 
 from __future__ import annotations
 
@@ -29,10 +41,10 @@ log = structlog.get_logger()
 T = TypeVar("T")
 
 HOT = ("getupdates", "sendmessage", "notifystart")
-"""The endpoints whose cost decides that of a platform: one for each idle bot, two for each message, and one right
-before the first poll of each bot that is taken over, whose connection is then there."""
+"""Frequent endpoints, which decide the cost of a platform: one for each idle bot, two for each message, and one
+before the first poll of a bot that is taken over, whose connection the poll then uses."""
 POLL_MARGIN_S = 7.0
-"""Added to the time for which the server holds a poll: fewer seconds cut polls that are about to bring something."""
+"""Added to the server's hold. A shorter margin cuts polls that are about to bring an answer."""
 UPLOAD_URL_S = 15.0
 ASK_S = 10.0
 """The official client's timeout of getconfig, sendtyping and the notifications."""
@@ -65,7 +77,7 @@ class ILink:
         self._hot = HotCalls(tls=tls, budget=self._budget, resolver=resolver)
         self._plain = PlainCalls(tls=tls, budget=self._budget, resolver=resolver)
         self._fresh_connection_bots: set[str] = set()
-        """Bots whose connections seem dead: their next call gets a new one."""
+        """Bots whose connections seem dead; their next call uses a new one."""
 
     def check_base_url(self, url: str) -> str:
         return urls.check_url(url, self._allowed_hosts)
@@ -80,7 +92,7 @@ class ILink:
                 polled = protocol.read_updates(reply, polled_s=polled_s)
             else:
                 box = [reply]
-                del reply  # an error would keep it, and who waits before the next try the error
+                del reply  # otherwise a stored exception would keep the large answer in memory
                 polled = await self._read_updates_in_thread(box, polled_s)
         except TimeoutError:
             self._count_request("getupdates", "timeout")
@@ -95,7 +107,7 @@ class ILink:
         return polled
 
     async def _read_updates_in_thread(self, box: list[Reply], polled_s: float) -> Polled:
-        """Empties the box; see protocol.read_updates. Cancelled, it goes on for a moment."""
+        """Takes the reply out of the box, and reads it in a thread. Goes on for a moment when it is cancelled."""
         reply = box.pop()
         share, reply = reply.share, reply._replace(share=None)
         try:
@@ -130,7 +142,7 @@ class ILink:
         except TimeoutError as exc:
             self._count_request("sendmessage", "timeout")
             raise Uncertain("timeout", f"no answer within {self._send_timeout_s:g} s") from exc
-        except LeaseLost:  # of `check`: iLink was not asked
+        except LeaseLost:  # from `check`: no request was made
             raise
         except AdapterError as exc:
             self._count_request("sendmessage", _outcome_label(exc))
@@ -152,7 +164,7 @@ class ILink:
         key: bytes,
         cdn_base_url: str,
     ) -> str:
-        """getuploadurl. Raises SessionExpired, Refused("media"), Temporary: it may always be repeated."""
+        """getuploadurl, which may always be repeated. Raises SessionExpired, Refused("media"), Temporary."""
         request = protocol.upload_request(
             account.token,
             random.getrandbits(32),
@@ -186,7 +198,7 @@ class ILink:
     async def _call_repeatable(
         self, account: Account, request: Request, read: Callable[[Reply], T], timeout_s: float = ASK_S
     ) -> T:
-        """A call that may be repeated: no answer is Temporary, too. Raises what `read` raises."""
+        """A call that may be repeated, so that a missing answer is Temporary, too. Raises what `read` raises."""
         endpoint, started = request.endpoint, time.monotonic()
         try:
             answer = read(await self._post(account, request, timeout_s))
@@ -205,7 +217,7 @@ class ILink:
         return answer
 
     async def fetch_code(self, tokens: Sequence[str]) -> QrCode:
-        """Always from the default base (docs/reference/ilink-protocol.md, "Hosts")."""
+        """Requests a code, always from the default base URL (docs/reference/ilink-protocol.md, "Hosts")."""
         request = protocol.qrcode_request(random.getrandbits(32), tokens)
         started = time.monotonic()
         try:
@@ -228,7 +240,7 @@ class ILink:
         return code
 
     async def read_code(self, handle: str, base_url: str, verify_code: str) -> Scan | None:
-        """None: a timeout, a network or gateway error, or nothing readable."""
+        """None: a timeout, a network or gateway error, or an unreadable answer."""
         request = protocol.qrcode_status_request(handle, verify_code)
         timeout_s = protocol.HOLD_MS / 1000 + self._poll_margin_s
         try:
@@ -247,7 +259,7 @@ class ILink:
         return urls.redirect_url(host, base_url or self._default_base_url, self._allowed_hosts)
 
     async def recycle(self, bot: str) -> None:
-        """The bot's next call resolves and connects anew."""
+        """Makes the bot's next call resolve and connect again."""
         self._fresh_connection_bots.add(bot)
 
     async def close(self) -> None:
@@ -259,7 +271,7 @@ class ILink:
     async def _post(
         self, account: Account, request: Request, timeout_s: float, check: Callable[[], None] | None = None
     ) -> Reply:
-        """Raises TimeoutError, Temporary (it did not leave), Uncertain (it left), Refused("url")."""
+        """Raises TimeoutError, Temporary (not sent), Uncertain (sent), Refused("url")."""
         fresh = account.bot in self._fresh_connection_bots
         self._fresh_connection_bots.discard(account.bot)
         reply = await self._exchange(account.base_url, request, timeout_s, fresh=fresh, check=check)
@@ -284,7 +296,7 @@ class ILink:
 
 
 def _forget_frames(exc: BaseException | None) -> None:
-    """Drops what functions had in hand that an error has come through, such as a large answer."""
+    """Clears the local variables of the frames that an exception came through, such as a large answer."""
     while exc is not None:
         traceback.clear_frames(exc.__traceback__)
         exc = exc.__cause__ or exc.__context__

@@ -1,6 +1,6 @@
-"""One HTTP/1.1 connection without pipelining: a request, its whole answer, the next request. httptools parses.
+"""One HTTP/1.1 connection without pipelining: a request, its answer, the next request. httptools parses.
 
-Names, TLS and pooling are `transport`'s. No redirects, no cookies, no retries.
+Name resolution, TLS and pooling are in `transport`. No redirects, no cookies, no retries.
 """
 
 from __future__ import annotations
@@ -18,22 +18,22 @@ from adapter.ilink.protocol import Reply
 from adapter.kit.timing import Deadline
 
 HEAD_BYTES = 65_536
-"""Longest head of an answer that is read, trailers included."""
+"""Longest head of an answer, trailers included."""
 CHUNK_BYTES = 16
-"""A byte of the body may take so many with what says how long a chunk is."""
+"""Allowed chunk overhead for each byte of the body."""
 PARSER_LENIENCIES = {
     "lenient_headers": True,
     "lenient_optional_cr_before_lf": True,
     "lenient_spaces_after_chunk_size": True,
     "lenient_chunked_length": True,
 }
-"""What a client has to read, or may: folded headers, lines that end in LF, a length beside chunks, which count (RFC
-9112, 5.2, 2.2, 6.3). iLink may count as delivered what is in such an answer. They are dangerous only to a proxy,
-which passes on what it has read."""
+"""Deviations that a client must or may accept: folded headers, lines that end in LF, a length beside chunks, which
+the chunks override (RFC 9112, 5.2, 2.2, 6.3). iLink may count the messages in such an answer as delivered. The
+deviations are dangerous only in a proxy, which passes them on."""
 
 
 class Connection(asyncio.Protocol):
-    """Implements asyncio.Protocol for one peer, and `httptools`' callbacks."""
+    """An asyncio.Protocol for one peer, with httptools' callbacks."""
 
     __slots__ = (
         "_answer",
@@ -67,13 +67,13 @@ class Connection(asyncio.Protocol):
         self._answer: asyncio.Future[Reply] | None = None
         self._keeps = True
         self.idle_since = 0.0
-        """When its last answer ended, by the loop's clock."""
+        """End of the last answer, by the loop's clock."""
         self.tls: ssl.SSLObject | None = None
         self._deadline: Deadline
         self._due: float
-        """When it strikes, by the loop's clock."""
+        """When the deadline expires, by the loop's clock."""
         self._share: asyncio.Future[Share] | None
-        """What a large answer takes of the budget."""
+        """Share of the budget for a large answer."""
         self._limit: int
         self._headers: dict[str, str]
         self._body: bytes | bytearray
@@ -85,20 +85,20 @@ class Connection(asyncio.Protocol):
 
     @property
     def is_usable(self) -> bool:
-        """Whether the next request may go over it."""
+        """Whether the connection can carry another request."""
         return self._keeps and self._transport is not None and not self._transport.is_closing()
 
     @property
     def is_silent(self) -> bool:
-        """Whether nothing has come in answer to the last request."""
+        """Whether no byte came in answer to the last request."""
         return self._read == 0
 
     async def send_request(self, request: bytes, timeout_s: float, limit: int) -> Reply:
-        """Sends the request and reads its answer, packed as it came. Cancelled, or without a good answer, the
-        connection is closed. How long a large answer waits for its share of the budget does not count.
+        """Sends the request and reads its answer, still compressed. Closes the connection if it is cancelled or
+        fails. The wait of a large answer for its share of the budget does not count.
 
-        Raises TimeoutError; Temporary: it was closed already; Uncertain("network"): no or half an answer came, or
-        what is no HTTP; Uncertain("unreadable"): more than `limit` bytes.
+        Raises TimeoutError; Temporary: the connection was closed before; Uncertain("network"): no answer, a part of
+        one, or invalid HTTP; Uncertain("unreadable"): more than `limit` bytes.
         """
         if self._transport is None or self._transport.is_closing():
             raise Temporary("network", "the connection is closed")
@@ -114,37 +114,37 @@ class Connection(asyncio.Protocol):
             raise
         finally:
             self._deadline.cancel()
-            del self._deadline  # it refers to this object
+            del self._deadline  # breaks a reference cycle
             if (share := self._share) is not None and not share.cancel():
                 share.result().release()
             self._share, self._body = None, b""
             self._answer = None
-            del answer  # where it holds an error, that refers to this frame
+            del answer  # an error in it refers to this frame
             self.idle_since = self._loop.time()
 
     def abort(self) -> None:
-        """Closes it at once."""
+        """Closes the connection at once."""
         self._keeps = False
         if self._transport is not None:
             self._transport.abort()
 
     def close(self) -> None:
-        """Closes it in the way that TLS asks for."""
+        """Closes the connection as TLS requires."""
         self._keeps = False
         if self._transport is not None:
             self._transport.close()
 
-    # what the loop calls -------------------------------------------------------------------------------------
+    # for the event loop -------------------------------------------------------------------------------------
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        """The connection stands. The parser refers to this object: one that never stands has none."""
+        """The connection is open. The parser refers to this object, so it is made only now."""
         self._parser = httptools.HttpResponseParser(self)
         self._parser.set_dangerous_leniencies(**PARSER_LENIENCIES)
         self._transport = cast(asyncio.Transport, transport)  # uvloop's are of no class of asyncio's
         self.tls = transport.get_extra_info("ssl_object")
 
     def data_received(self, data: bytes) -> None:
-        """A piece of the answer; what comes unasked ends the connection, since nobody knows what it answers."""
+        """Takes a piece of the answer. Data without a request close the connection."""
         if self._answer is None or self._answer.done():
             self.abort()
             return
@@ -153,7 +153,7 @@ class Connection(asyncio.Protocol):
             self._parser.feed_data(data)
         except httptools.HttpParserError as exc:
             self._keeps = False
-            if not self._ended:  # else it is what follows the answer that is none
+            if not self._ended:  # otherwise only data after the answer are invalid
                 self._finish_with_error(self._problem or Uncertain("network", type(exc).__name__))
         around = self._read - CHUNK_BYTES * (self._limit - self._remaining)
         if self._problem is None and not self._ended and around > HEAD_BYTES:
@@ -166,14 +166,14 @@ class Connection(asyncio.Protocol):
             self._reserve_share()
 
     def eof_received(self) -> None:
-        """The server closes; so does this side, and `connection_lost` follows."""
+        """The server closes its side, so this side closes, too; `connection_lost` follows."""
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """An answer of unknown length ends with its connection; any other is lost with it."""
+        """Finishes an answer that the end of the connection delimits; any other unfinished answer is lost."""
         self._keeps = False
-        if self._transport is None:  # TLS never stood
+        if self._transport is None:  # the TLS handshake failed
             return
-        waits = self._share is not None and not self._share.done()  # there may have been more
+        waits = self._share is not None and not self._share.done()  # unread data may remain
         if exc is None and self._head_read and not self._framed and not waits:
             self._finish_with_reply()
         else:
@@ -181,23 +181,23 @@ class Connection(asyncio.Protocol):
                 Uncertain("network", type(exc).__name__ if exc else "the server closed the connection")
             )
         self._transport = None
-        del self._parser  # it refers to this object, and both would wait for the garbage collector
+        del self._parser  # breaks a reference cycle
 
-    # what the parser calls -----------------------------------------------------------------------------------
+    # for the parser ------------------------------------------------------------------------------------------
 
     def on_message_begin(self) -> None:
-        """Another head: after one of status 1xx, or after the answer, where it belongs to nothing."""
+        """Starts another head: after an answer with status 1xx, or after the answer, where it is unexpected."""
         if self._ended:
             self._keeps = False
 
     def on_header(self, name: bytes, value: bytes) -> None:
-        """The first of a name counts. A trailer may not change what the head says (RFC 9110, 6.5.1)."""
+        """Keeps the first header of a name. A trailer may not change the head (RFC 9110, 6.5.1)."""
         if self._head_read:
             return
         self._headers.setdefault(name.decode("latin-1").lower(), value.decode("latin-1"))
 
     def on_headers_complete(self) -> None:
-        """The head is read."""
+        """The head is complete."""
         if self._ended:
             return
         self._status = self._parser.get_status_code()
@@ -206,7 +206,7 @@ class Connection(asyncio.Protocol):
             self._framed = "content-length" in self._headers or "transfer-encoding" in self._headers
 
     def on_body(self, body: bytes) -> None:
-        """A piece of the body."""
+        """Takes a piece of the body."""
         if self._ended:
             return
         self._remaining -= len(body)
@@ -221,7 +221,7 @@ class Connection(asyncio.Protocol):
             self._problem = Uncertain("unreadable", f"the answer exceeds {self._limit} bytes")
 
     def on_message_complete(self) -> None:
-        """An answer has ended, or one of status 1xx, which is none."""
+        """An answer is complete; one with status 1xx does not count."""
         if not self._head_read:
             self._headers = {}
         elif not self._ended:
@@ -231,7 +231,7 @@ class Connection(asyncio.Protocol):
     # -----------------------------------------------------------------------------------------------------------
 
     def _reset_reply(self, limit: int) -> None:
-        """Before the next answer."""
+        """Prepares for the next answer."""
         self._headers = {}
         self._body = b""
         self._share = None
@@ -246,7 +246,8 @@ class Connection(asyncio.Protocol):
         self._deadline = Deadline(self._loop, seconds, self._on_deadline)
 
     def _reserve_share(self) -> None:
-        """Reads on once there is room for a large answer: as large as it says to be, or may be, and unpacked."""
+        """Pauses reading until there is room for a large answer: its announced or largest size, and its unpacked
+        size."""
         assert self._transport is not None
         content_length = self._headers.get("content-length", "")
         exact = (

@@ -1,8 +1,9 @@
-"""getupdates and sendmessage, over connections of our own that are cheap with thousands of parked polls.
+"""The frequent calls (client.HOT) over own connections, which stay cheap with thousands of parked polls.
 
-A bot costs a poll every half minute, a message a poll and a send, so the cost of one request decides that of a
-platform: these calls use no HTTP client library (docs/decisions/0034-own-connections-to-ilink.md has the figures).
-Libraries resolve, connect and parse. All other calls, and these through a proxy, are `plain_calls`.
+A bot costs a poll every half minute, a message a poll and a send, so the cost of one request decides the cost of a
+platform. These calls therefore use no HTTP client library (docs/decisions/0034-own-connections-to-ilink.md has the
+figures), only libraries that resolve, connect and parse. All other calls, and these through a proxy, are
+`plain_calls`.
 """
 
 from __future__ import annotations
@@ -23,13 +24,13 @@ from adapter.ilink.tls import ResumingContext
 from adapter.ilink.transport import HEADERS, Base, Transport
 
 STAGGER_S = 0.25
-"""The next address of a name is tried after so long without an answer of the one before (RFC 8305, 5)."""
+"""Delay before the next address of a name is tried (RFC 8305, 5)."""
 
 _ALWAYS = "".join(f"{name}: {value}\r\n" for name, value in HEADERS.items())
 
 
 class HotCalls(Transport[Connection]):
-    """POST requests, without a proxy."""
+    """POST requests without a proxy."""
 
     def __init__(self, *, tls: ResumingContext, budget: ByteBudget, resolver: Resolver) -> None:
         super().__init__(tls=tls, budget=budget)
@@ -68,16 +69,16 @@ class HotCalls(Transport[Connection]):
         except BaseException as exc:
             if transport is not None:
                 transport.abort()
-            if not isinstance(exc, OSError | ssl.CertificateError):  # also TimeoutError
+            if not isinstance(exc, OSError | ssl.CertificateError):  # includes TimeoutError
                 raise
             self._tls.forget_session(origin.host)
-            exc.__traceback__ = None  # in it is who keeps it: both would wait for the garbage collector
+            exc.__traceback__ = None  # breaks a reference cycle
             raise Temporary("network", type(exc).__name__) from exc
         return connection
 
 
 def _encode_request(request: Request, base: Base, *, close: bool) -> bytes:
-    """Raises Temporary for what would be another request than is meant."""
+    """Raises Temporary for headers that would form another request."""
     headers, body = request.headers, request.body
     lines = "".join([f"{name}: {value}\r\n" for name, value in headers.items()])
     if lines.count("\n") != len(headers) or lines.count("\r") != len(headers) or "\0" in lines:
@@ -89,13 +90,13 @@ def _encode_request(request: Request, base: Base, *, close: bool) -> bytes:
 
 
 async def _connect_tcp(addresses: list[str], port: int) -> asyncio.Transport:
-    """A connection to whichever of the addresses answers first. Raises OSError.
+    """Connects to the address that answers first. Raises OSError.
 
-    Nobody listens to it yet: uvloop does not tell a protocol whose task is cancelled meanwhile, which would know its
-    transport, as that knows it, and wait for the garbage collector.
+    The protocol is set later: if the task is cancelled meanwhile, uvloop does not notify the protocol, and protocol
+    and transport would be a reference cycle.
     """
     loop = asyncio.get_running_loop()
-    if len(addresses) == 1:  # no race: the loop's own way takes half of the CPU
+    if len(addresses) == 1:  # a single address needs no race, and half of the CPU
         transport, _ = await loop.create_connection(asyncio.Protocol, addresses[0], port)
     else:
         infos: list[aiohappyeyeballs.AddrInfoType] = [
@@ -117,8 +118,8 @@ async def _connect_tcp(addresses: list[str], port: int) -> asyncio.Transport:
 async def _start_tls(
     transport: asyncio.Transport, protocol: asyncio.Protocol, tls: ssl.SSLContext, host: str
 ) -> asyncio.Transport:
-    """What speaks TLS over a connection, for `protocol` from now on. Raises OSError, ssl.CertificateError."""
+    """Starts TLS on a connection, for `protocol`. Raises OSError, ssl.CertificateError."""
     encrypted = await asyncio.get_running_loop().start_tls(transport, protocol, tls, server_hostname=host)
-    if encrypted is None:  # it was lost meanwhile
+    if encrypted is None:  # the connection was lost meanwhile
         raise ConnectionResetError
     return encrypted

@@ -1,8 +1,8 @@
-"""Connections to iLink's hosts: resolves a name once, checks each address, and connects to one of these.
+"""Connections to iLink's hosts: resolves a name once, checks each address, and connects to one of them.
 
-Whatever speaks HTTP connects through `addresses_of`: a check of the name before the request would be worth nothing,
-since the name may lead elsewhere a moment later (DNS rebinding). The name itself stays in SNI, in the check of the
-certificate and in the header Host.
+Every HTTP client connects through `addresses_of`. A check of the name before the request would be useless, since the
+name may resolve differently a moment later (DNS rebinding). SNI, the certificate check and the Host header still have
+the name.
 """
 
 from __future__ import annotations
@@ -28,24 +28,25 @@ log = structlog.get_logger()
 LookUpHost = Callable[[str, int], Awaitable[list[str]]]
 
 CONNECT_S = 10.0
-"""Longest time until a connection stands, without its TLS."""
+"""Longest time to open a connection, without TLS."""
 TLS_S = 30.0
-"""Longer than CONNECT_S, since a process that starts with thousands of bots is busy with as many handshakes."""
+"""Longer than CONNECT_S, since a process that starts with thousands of bots makes as many handshakes."""
 RESOLVED_S = 10.0
-"""A name is asked for again after so long."""
+"""Time after which a name is resolved again."""
 KEPT_S = 20.0
-"""An idle connection is kept for so long: shorter than what servers allow, so that no request meets a closing one."""
+"""Time for which an idle connection is kept. It is shorter than what servers allow, so that no request meets a
+closing connection."""
 NEXT_S = 2.0
-"""An address that does not answer holds up the next one no longer."""
+"""Longest time for an address before the next one is tried."""
 
 
 class NotPublic(OSError):
-    """The host has an address that may not be called."""
+    """The host has an address that is not allowed."""
 
 
 async def resolve_host(host: str, port: int) -> list[str]:
-    """What the system resolves a name to. Raises OSError."""
-    flags = getattr(socket, "AI_ADDRCONFIG", 0)  # no addresses of a kind that this machine has none of
+    """Resolves a name with the system's resolver. Raises OSError."""
+    flags = getattr(socket, "AI_ADDRCONFIG", 0)  # only address families that this machine has
     found = await asyncio.get_running_loop().getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=flags)
     return list(dict.fromkeys(str(sockaddr[0]) for *_, sockaddr in found))
 
@@ -53,9 +54,9 @@ async def resolve_host(host: str, port: int) -> list[str]:
 async def addresses_of(
     host: str, port: int, allowed_hosts: tuple[str, ...], *, look_up: LookUpHost = resolve_host
 ) -> list[str]:
-    """Where to connect to for a host, in order of preference. Raises NotPublic, OSError.
+    """The addresses of a host, in order of preference. Raises NotPublic, OSError.
 
-    A host of `allowed_hosts` may be anywhere; of any other all addresses must be public.
+    A host in `allowed_hosts` may have any address; any other host must have only public ones.
     """
     found = await look_up(host, port)
     if not found:
@@ -67,14 +68,14 @@ async def addresses_of(
             "address.refused",
             host=host,
             address=wrong[0],
-            detail="It is not public. Where this is meant, WECHAT_NATS_ALLOWED_HOSTS names the host.",
+            detail="The address is not public. To allow it, name the host in WECHAT_NATS_ALLOWED_HOSTS.",
         )
         raise NotPublic(f"{host} leads to {wrong[0]}, which is not public")
     return found
 
 
 class Resolver:
-    """Where names lead, by `addresses_of`: each is asked for once for all who want to know, and again in time."""
+    """Resolves names by `addresses_of`, once for all concurrent callers, and again after RESOLVED_S."""
 
     def __init__(self, allowed_hosts: tuple[str, ...], *, look_up: LookUpHost = resolve_host) -> None:
         self._allowed_hosts = allowed_hosts
@@ -82,7 +83,7 @@ class Resolver:
         self._lookups: dict[tuple[str, int], tuple[float, asyncio.Task[list[str] | Exception]]] = {}
 
     async def addresses(self, host: str, port: int, *, fresh: bool = False) -> list[str]:
-        """`fresh`: asked for now. Raises Temporary("network")."""
+        """`fresh`: resolve now. Raises Temporary("network")."""
         loop = asyncio.get_running_loop()
         since, asking = self._lookups.get((host, port), (0.0, None))
         if asking is None or fresh or (asking.done() and loop.time() - since > RESOLVED_S):
@@ -96,7 +97,7 @@ class Resolver:
         raise Temporary("network", type(found).__name__)
 
     async def _resolve(self, host: str, port: int) -> list[str] | Exception:
-        """An error is returned: many wait for the same, and each raises its own."""
+        """Returns an error instead of raising it, since many callers await the same task."""
         try:
             return await addresses_of(host, port, self._allowed_hosts, look_up=self._look_up)
         except (OSError, UnicodeError) as exc:
@@ -104,15 +105,15 @@ class Resolver:
 
 
 def proxies() -> tuple[str, ...]:
-    """The proxies of the environment, which an operator named, as `host:port`."""
+    """The proxies in the environment, as `host:port`."""
     found = [urlsplit(url if "://" in url else f"//{url}") for url in urllib.request.getproxies().values()]
     ports = {"https": 443}
     return tuple(f"{url.hostname}:{url.port or ports.get(url.scheme, 80)}" for url in found if url.hostname)
 
 
-@functools.lru_cache(maxsize=256)  # the same few at every request
+@functools.lru_cache(maxsize=256)  # few different URLs
 def proxy_of(base_url: str) -> str:
-    """The URL of the proxy that the environment names for one of iLink's, which was checked; "" for none."""
+    """URL of the proxy that the environment has for a checked base URL; "": none."""
     parts = urlsplit(base_url)
     url = urllib.request.getproxies().get(parts.scheme, "")
     if not url or urllib.request.proxy_bypass(parts.hostname or ""):
@@ -121,7 +122,7 @@ def proxy_of(base_url: str) -> str:
 
 
 class CheckedNetwork(httpcore.AsyncNetworkBackend):
-    """httpcore's way to the network, with a `Resolver` in it. `fresh`: names are resolved for each connection."""
+    """A network backend of httpcore with a `Resolver`. `fresh`: names are resolved for each connection."""
 
     def __init__(self, resolver: Resolver, *, fresh: bool, inner: httpcore.AsyncNetworkBackend | None = None) -> None:
         self._resolver = resolver
@@ -136,7 +137,7 @@ class CheckedNetwork(httpcore.AsyncNetworkBackend):
         local_address: str | None = None,
         socket_options: Iterable[httpcore.SOCKET_OPTION] | None = None,
     ) -> httpcore.AsyncNetworkStream:
-        """Raises ConnectError, ConnectTimeout. `timeout` is that of TLS, too."""
+        """Raises ConnectError, ConnectTimeout. `timeout` also applies to TLS."""
         timeout = CONNECT_S if timeout is None else min(CONNECT_S, timeout)
         try:
             async with asyncio.timeout(timeout):
@@ -158,7 +159,7 @@ class CheckedNetwork(httpcore.AsyncNetworkBackend):
         timeout: float | None = None,
         socket_options: Iterable[httpcore.SOCKET_OPTION] | None = None,
     ) -> httpcore.AsyncNetworkStream:
-        """Never: no URL leads there."""
+        """Always raises: no URL leads to a Unix socket."""
         raise httpcore.ConnectError("no sockets of this machine")
 
     async def sleep(self, seconds: float) -> None:
@@ -167,9 +168,9 @@ class CheckedNetwork(httpcore.AsyncNetworkBackend):
 
 
 def with_checked_network(transport: httpx.AsyncHTTPTransport, network: CheckedNetwork) -> httpx.AsyncHTTPTransport:
-    """`transport`, connecting through `network`; through a proxy, it is the proxy that resolves.
+    """`transport`, connecting through `network`. Through a proxy, the proxy resolves names.
 
-    httpx has no parameter for it. Where it is built otherwise one day, this fails at the first use, not silently.
+    httpx has no parameter for it. If its internals change, this fails at the first use.
     """
     pool = transport._pool
     assert isinstance(pool, httpcore.AsyncConnectionPool)
@@ -179,8 +180,8 @@ def with_checked_network(transport: httpx.AsyncHTTPTransport, network: CheckedNe
 
 
 def has_more(response: httpx.Response) -> bool:
-    """Whether bytes have come behind an answer that was read to its end. httpcore would take them for the next one,
-    which may be another bot's. It tells nobody, nor does anyio of what TLS has yet to decrypt."""
+    """Whether bytes follow an answer that was read to its end. httpcore would take them as the next answer, possibly
+    for another bot, and reports neither them nor bytes that TLS has not decrypted."""
     stream: Any = response.stream
     connection = stream._httpcore_stream._stream._connection
     unread = getattr(connection._network_stream._stream, "_read_bio", None)

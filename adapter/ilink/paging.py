@@ -1,5 +1,4 @@
-"""Cuts a list of messages into pages without reading it: a page of messages is in memory, and the list as it came.
-Pure."""
+"""Cuts a JSON list of messages into pages without decoding it, so that memory has one page of messages. Pure."""
 
 from __future__ import annotations
 
@@ -10,32 +9,32 @@ import msgspec
 
 MESSAGES = 1000
 PAGE_BYTES = 262_144
-"""A page ends with the message that reaches one of the two."""
+"""A page ends with the message that reaches one of the two limits."""
 WHOLE_BYTES = 32_768
-"""A list of so many bytes is a page as it is."""
+"""A list up to this size is one page."""
 
 _STRING = rb'"(?:[^"\\]++|\\.)*+"'
 _BETWEEN = re.compile(rb'(?:[^"\[\]{},]++|%b)*+([\[\]{},])' % _STRING, re.DOTALL)
-"""To the next bracket or comma."""
+"""Up to the next bracket or comma."""
 _WITHIN = re.compile(rb'(?:[^"\[\]{}]++|%b)*+([\[\]{}])' % _STRING, re.DOTALL)
-"""To the next bracket."""
+"""Up to the next bracket."""
 _PAGE = msgspec.json.Decoder(list[msgspec.Raw])
 
 
 def pages_of(messages: bytes) -> Iterator[list[bytes]]:
-    """The elements of a JSON list, which is valid, a page at a time; where they are to be cut is found at once."""
+    """The elements of a valid JSON list in pages. The ends of all pages are found first."""
     ends = _page_ends(messages)
     starts = [1, *(end + 1 for end in ends)]
     return (read_page(b"[%b]" % messages[start:end]) for start, end in zip(starts, ends, strict=False))
 
 
 def read_page(page: bytes) -> list[bytes]:
-    """The elements of a JSON list, which is valid."""
+    """The elements of a valid JSON list."""
     return [bytes(raw) for raw in _PAGE.decode(page)]
 
 
 def _page_ends(messages: bytes) -> list[int]:
-    """Where each page ends: at a comma, or the list's last bracket."""
+    """The end of each page: a comma, or the list's last bracket."""
     ends, start, count, depth, at = [], 1, 0, 0, 1
     while found := (_WITHIN if depth else _BETWEEN).match(messages, at):
         at = found.end()

@@ -1,7 +1,7 @@
-"""Calls to iLink over httpx: all but the hot ones, and through a proxy those, too.
+"""Calls to iLink over httpx: all except the hot ones, and those through a proxy.
 
-httpx walks its whole pool at every request. So each connection is a pool of its own, of which `transport` keeps those
-that are idle: ten thousand notifications or parked polls cost ten thousand times one.
+httpx walks its whole pool at every request. Each connection is therefore a pool of its own, and `transport` keeps the
+idle ones: ten thousand notifications or parked polls cost ten thousand times one.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ from adapter.kit.timing import TolerantTimeout
 log = structlog.get_logger()
 
 PIECES = 64
-"""After so many pieces of an answer others have their turn: a server may send a byte a piece."""
+"""Pieces of an answer after which the event loop gets a turn, since a server may send one byte at a time."""
 
 
 class Line:
-    """A connection of httpx, made for its first request, and anew where the server has closed it since."""
+    """A connection of httpx, opened for its first request, and reopened if the server has closed it."""
 
     def __init__(self, transport: httpx.AsyncHTTPTransport, budget: ByteBudget, closing: TaskSet) -> None:
         self._transport = transport
@@ -39,7 +39,7 @@ class Line:
         self._closing = closing
         self._check: Callable[[], None] | None = None
         self._remaining = False
-        """Whether a byte of the last request may have left."""
+        """Whether a byte of the last request may have been sent."""
         self._stream: httpcore.AsyncNetworkStream | None = None
         self.is_usable = True
         self.is_silent = True
@@ -49,8 +49,8 @@ class Line:
     async def send_request(
         self, url: str, request: Request, timeout_s: float, check: Callable[[], None] | None
     ) -> Reply:
-        """Connects, where there is no connection, and asks. The time that a large answer waits for its share of the
-        budget counts. Raises as Transport.exchange."""
+        """Connects if necessary, sends the request and reads the answer. The wait of a large answer for its share of
+        the budget counts. Raises as Transport.exchange."""
         self._check, self._remaining, self.is_silent = check, False, True
         try:
             async with TolerantTimeout(timeout_s):
@@ -59,16 +59,17 @@ class Line:
             if self._remaining:
                 raise
             raise Temporary("network", "TimeoutError") from exc
-        except httpx.LocalProtocolError as exc:  # it is no HTTP: nothing of it was written
+        except httpx.LocalProtocolError as exc:  # not valid HTTP: nothing was written
             raise Temporary("network", type(exc).__name__) from exc
-        except (httpx.TransportError, httpx.InvalidURL, OSError) as exc:  # OSError: of TLS, which anyio lets pass
+        # OSError: from TLS, which anyio lets through
+        except (httpx.TransportError, httpx.InvalidURL, OSError) as exc:
             raise (Uncertain if self._remaining else Temporary)("network", type(exc).__name__) from exc
         finally:
             self._check = None
             self.idle_since = asyncio.get_running_loop().time()
 
     def close(self) -> None:
-        """Closes it soon."""
+        """Closes the connection in the background."""
         self.is_usable = False
         self._closing.spawn(self._close())
 
@@ -89,7 +90,7 @@ class Line:
         return Reply(response.status_code, dict(response.headers), body, share=share)
 
     async def _read(self, response: httpx.Response, limit: int) -> tuple[bytes, Share | None]:
-        """Raises Uncertain("unreadable") for an answer that is too large."""
+        """Raises Uncertain("unreadable") if the answer is too large."""
         read, share, pieces = bytearray(), None, 0
         try:
             async for piece in response.aiter_raw():
@@ -108,7 +109,7 @@ class Line:
         return bytes(read), share
 
     async def _on_trace_event(self, event: str, about: dict[str, Any]) -> None:
-        """How far the request is, as httpcore tells it."""
+        """Records the progress of the request, as httpcore reports it."""
         if event == "connection.connect_tcp.complete":
             self._stream = about["return_value"]
         elif event == "http11.send_request_headers.started" and about["request"].method != b"CONNECT":
@@ -118,12 +119,12 @@ class Line:
 
     async def _close(self) -> None:
         await self._transport.aclose()
-        if self._stream is not None:  # httpcore forgets one whose TLS is cancelled
+        if self._stream is not None:  # httpcore leaks one whose TLS handshake is cancelled
             await self._stream.aclose()
 
 
 class PlainCalls(Transport[Line]):
-    """Any request, through the proxy that the environment names for it, if it names one."""
+    """Any request, through the proxy in the environment if there is one."""
 
     def __init__(self, *, tls: ResumingContext, budget: ByteBudget, resolver: Resolver) -> None:
         super().__init__(tls=tls, budget=budget)
@@ -135,7 +136,7 @@ class PlainCalls(Transport[Line]):
         await self._closing.wait_ended()
 
     async def _open(self, base: Base, timeout_s: float, *, fresh: bool) -> Line:
-        """Connects to nothing yet."""
+        """Makes a connection object; it connects with its first request."""
         transport = httpx.AsyncHTTPTransport(
             verify=self._tls,
             trust_env=False,

@@ -1,6 +1,6 @@
-"""Which bytes to send to iLink and what an answer means. No I/O, no clock.
+"""Builds requests to iLink and interprets its answers. No I/O, no clock.
 
-docs/reference/ilink-protocol.md has what is known, "Endpoints" call by call, and how certain it is.
+docs/reference/ilink-protocol.md has what is known of each call ("Endpoints"), and how certain it is.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from adapter.ports import Accepted, MediaKind, Polled, QrCode, Scan, ScanStatus,
 
 AGENT = f"wechat-nats/{__version__}"
 CHANNEL_VERSION = "2.4.9"
-"""The official client whose behaviour this one follows."""
+"""Version of the official client whose behaviour this one follows."""
 APP_CLIENT_VERSION = str(2 << 16 | 4 << 8 | 9)
 
 _BOM = b"\xef\xbb\xbf"
@@ -34,54 +34,55 @@ _BOM = b"\xef\xbb\xbf"
 A = TypeVar("A", bound=wire.WireReply)
 
 ANSWER_BYTES = 4 << 20
-"""Largest answer to a poll, unpacked: some thousand messages, which have a kilobyte each as they are seen."""
+"""Largest unpacked answer to a poll: some thousand messages of about a kilobyte."""
 OTHER_BYTES = 262_144
-"""Largest answer to anything else: a QR code that is a picture has a fourth of it."""
+"""Largest answer to any other call. A QR code as a picture has a quarter of it."""
 REPAIRED_BYTES = 1 << 20
-"""An invalid answer to a poll that is larger is not repaired."""
+"""Largest invalid answer to a poll that is repaired."""
 REPAIRED_AT_ONCE_BYTES = 8_192
-"""One to anything else; and what takes no more than some milliseconds, at its worst."""
+"""Largest invalid answer to any other call that is repaired, and largest one that is repaired in the event loop,
+which takes some milliseconds."""
 WORDS_CHARS = 200
-"""Longest words of iLink's that are told."""
+"""Most characters of iLink's error text that are passed on."""
 WORDS_BYTES = 4096
-"""Longest that are read where they are no text."""
+"""Largest error text that is decoded if it is no string."""
 HINT_BYTES = 32
-"""Longest number that is a hint."""
+"""Longest hint that is read as a number."""
 SECRET_CHARS = 6
-"""What is shorter guards nothing, and would be found in the middle of words."""
+"""A shorter string is no secret, and would be found inside words."""
 ID_CHARS = 128
-"""Longest id of a message that counts as one; a uint64 has 20."""
+"""Longest message id; a uint64 has 20 digits."""
 QR_CHARS = 4096
-"""Longest text that is taken for the content of a QR code; a code of capitals and digits holds 4,296."""
+"""Longest content of a QR code; a code of capitals and digits holds 4,296 characters."""
 QR_PICTURE_CHARS = 65_536
-"""Longest `data:` URL, which is a picture of a code."""
+"""Longest `data:` URL with a picture of a code."""
 QRCODE_PATH = "/ilink/bot/get_bot_qrcode?bot_type=3"
 TOKENS_LISTED = 10
-"""Longest `local_token_list`."""
+"""Most tokens in `local_token_list`."""
 STATUSES: tuple[str, ...] = get_args(ScanStatus)
 
 HOLD_MS = 35_000
 HOLD_RANGE_MS = (5_000, 60_000)
-"""The server's hint for the next poll is clamped to this; 0 and less mean no hint."""
+"""Limits of the server's hint for the next poll; 0 and less mean no hint."""
 
 IDLE_S = 1.0
-"""What is answered sooner was not idle."""
+"""A poll answered sooner was not idle."""
 IDLE_AFTER_S = 10.0
-"""An answer without content that comes later in a poll says that there was nothing to tell."""
+"""An answer without content after this time of a poll means that there were no messages."""
 EDGE_TIMEOUT = 524
 GATEWAY_ERRORS = (502, 504)
-"""The request may have reached iLink behind the gateway."""
+"""Gateway statuses after which iLink may have received the request."""
 FORBIDDEN = (401, 403)
-"""How HTTP says that a token does not count, or what stands before iLink that it lets nobody through. iLink itself
-says -14."""
+"""HTTP statuses for a refused token, or for a gateway in front of iLink that blocks the request. iLink itself answers
+-14."""
 NO_POST = (404, 405, 501)
-"""How a server says that it does not know the method, or not for this path."""
+"""HTTP statuses of a server that does not support the method for this path."""
 TRY_AGAIN = (408, 425, 429)
-"""Statuses of refusals that pass: the request was not looked at (RFC 9110, RFC 8470, RFC 6585)."""
+"""HTTP statuses of temporary refusals: the request was not processed (RFC 9110, RFC 8470, RFC 6585)."""
 
 
 class Request(NamedTuple):
-    """One request. Its headers, body and path hold secrets."""
+    """One request. Headers, body and path contain secrets."""
 
     endpoint: str
     path: str
@@ -89,11 +90,11 @@ class Request(NamedTuple):
     body: bytes
     method: str = "POST"
     secrets: tuple[str, ...] = ()
-    """What no word of its answer may tell: see `_decode`."""
+    """Strings that are removed from the error text of the answer (`_decode`)."""
     repeatable: bool = True
-    """Whether it does no harm to ask it twice."""
+    """Whether the request may be repeated."""
     largest: int = OTHER_BYTES
-    """Bytes of the largest answer that is read, unpacked."""
+    """Largest unpacked answer in bytes."""
 
 
 class Reply(NamedTuple):
@@ -104,11 +105,12 @@ class Reply(NamedTuple):
     """Names in lower case."""
     body: bytes
     secrets: tuple[str, ...] = ()
-    """Those of its request."""
+    """The secrets of its request."""
     share: Share | None = None
-    """What a large one takes of the memory for all."""
+    """Share of the memory budget that a large answer holds."""
     tells_tokens: bool = False
-    """Its words may hold secrets that its request has not, such as users' context tokens: no long word is told."""
+    """The error text may have secrets that the request does not have, such as context tokens: long words are
+    removed."""
 
 
 def uin(number: int) -> str:
@@ -125,7 +127,7 @@ _POST_HEADERS = {
 
 
 def _request(name: str, token: str, number: int, body: dict[str, Any], *, secret: str = "") -> Request:
-    """`secret`: what is one beside the token."""
+    """`secret`: a secret in the body beside the token."""
     headers = {**_POST_HEADERS, "X-WECHAT-UIN": uin(number), "Authorization": f"Bearer {token}"}
     body["base_info"] = {"channel_version": CHANNEL_VERSION, "bot_agent": AGENT}
     secrets = (token, token.rpartition(":")[2], secret)
@@ -133,7 +135,7 @@ def _request(name: str, token: str, number: int, body: dict[str, Any], *, secret
 
 
 def updates_request(token: str, cursor: str, number: int) -> Request:
-    """getupdates; `cursor` is "" at the start. iLink's have the bot's token in them, in base64."""
+    """getupdates. `cursor` is "" at the start; iLink's cursors contain the bot's token in base64."""
     request = _request("getupdates", token, number, {"get_updates_buf": cursor}, secret=cursor)
     return request._replace(largest=ANSWER_BYTES)
 
@@ -141,7 +143,7 @@ def updates_request(token: str, cursor: str, number: int) -> Request:
 def message_request(
     token: str, number: int, item: dict[str, Any], *, user: str, client_id: str, context_token: str
 ) -> Request:
-    """sendmessage with one item, in the official shape. `context_token`: "" is left out."""
+    """sendmessage with one item, in the official form. An empty `context_token` is omitted."""
     msg: dict[str, Any] = {
         "from_user_id": "",
         "to_user_id": user,
@@ -161,7 +163,7 @@ def text_item(text: str) -> dict[str, Any]:
 
 
 def media_item(media: Uploaded) -> dict[str, Any]:
-    """The official least shape; any field more was linked to messages that vanished."""
+    """The minimal official form. Additional fields were linked to messages that vanished."""
     link = {"encrypt_query_param": media.reference, "aes_key": write_key(media.key), "encrypt_type": 1}
     match media.kind:
         case "image":
@@ -174,13 +176,13 @@ def media_item(media: Uploaded) -> dict[str, Any]:
 
 
 MEDIA_TYPES: dict[MediaKind, int] = {"image": 1, "video": 2, "file": 3}
-"""`media_type` of getuploadurl, numbered otherwise than the items."""
+"""`media_type` of getuploadurl, whose numbers differ from those of items."""
 
 
 def upload_request(
     token: str, number: int, *, user: str, kind: MediaKind, size: int, md5: str, filekey: str, key: bytes
 ) -> Request:
-    """getuploadurl. `size` and `md5` (lower-case hex) are of the plain bytes, `filekey` is 32 hex digits."""
+    """getuploadurl. `size` and `md5` (lower-case hex) describe the plain bytes; `filekey` is 32 hex digits."""
     body = {
         "filekey": filekey,
         "media_type": MEDIA_TYPES[kind],
@@ -195,7 +197,7 @@ def upload_request(
 
 
 def read_upload_url(reply: Reply, *, cdn_base_url: str, filekey: str) -> str:
-    """Where to upload, not checked yet. Raises SessionExpired (-14), Refused("media"), Temporary."""
+    """The upload URL, unchecked. Raises SessionExpired (-14), Refused("media"), Temporary."""
     _check_error_codes(reply)
     if 400 <= reply.status < 500 and reply.status not in TRY_AGAIN:
         raise Refused("media", f"HTTP {reply.status}")
@@ -214,7 +216,7 @@ def read_upload_url(reply: Reply, *, cdn_base_url: str, filekey: str) -> str:
 
 
 def download_url(cdn_base_url: str, reference: str) -> str:
-    """Where media lie that iLink names by a reference alone."""
+    """The URL of media that iLink names only by a reference."""
     return f"{cdn_base_url}/download?encrypted_query_param={quote(reference, safe='')}"
 
 
@@ -223,7 +225,7 @@ _LONG = re.compile(r"[A-Za-z0-9+/=_%-]{24,}")
 
 
 def cdn_refusal(status: int, headers: Mapping[str, str]) -> Refused:
-    """A 4xx of an upload, with the CDN's words: printable, short, without what may be a key."""
+    """The refusal (4xx) of an upload with the CDN's error text: printable, short, and without possible keys."""
     said = [headers.get("x-error-code", ""), headers.get("x-error-message", "")]
     words = _LONG.sub("…", _CONTROL.sub(" ", " ".join(said))).strip()[:200]
     return Refused("media", f"The CDN refused the upload: HTTP {status} {words}".strip())
@@ -249,19 +251,19 @@ def notify_request(token: str, number: int, *, start: bool) -> Request:
 
 
 def qrcode_request(number: int, tokens: Sequence[str]) -> Request:
-    """get_bot_qrcode: without authorization and base_info. `tokens`: newest first; the first ten count."""
+    """get_bot_qrcode, without authorization and base_info. `tokens`: newest first; the first ten are sent."""
     body = msgspec.json.encode({"local_token_list": list(tokens[:TOKENS_LISTED])})
     headers = {**_POST_HEADERS, "X-WECHAT-UIN": uin(number)}
     return Request("get_bot_qrcode", QRCODE_PATH, headers, body)
 
 
 def qrcode_get_request() -> Request:
-    """get_bot_qrcode as older clients ask for it: without a body, so without the tokens."""
+    """get_bot_qrcode as GET, as older clients use it: without a body, and so without tokens."""
     return Request("get_bot_qrcode", QRCODE_PATH, _APP_HEADERS, b"", "GET")
 
 
 def qrcode_status_request(handle: str, verify_code: str) -> Request:
-    """get_qrcode_status: a GET with the app headers alone. `verify_code`: "" where none is asked for."""
+    """get_qrcode_status: a GET with only the app headers. `verify_code`: "" if none is required."""
     path = f"/ilink/bot/get_qrcode_status?qrcode={quote(handle, safe='')}"
     if verify_code:
         path += f"&verify_code={quote(verify_code, safe='')}"
@@ -269,7 +271,7 @@ def qrcode_status_request(handle: str, verify_code: str) -> Request:
 
 
 def hold_ms(hint: object) -> int:
-    """The server's hint for the next poll, clamped; HOLD_MS where it is no positive number."""
+    """The server's hint for the next poll within HOLD_RANGE_MS; HOLD_MS if the hint is no positive number."""
     if isinstance(hint, str):
         hint = int(hint) if hint.isascii() and hint.isdigit() and len(hint) < 10 else 0
     if isinstance(hint, bool) or not isinstance(hint, int | float) or not hint > 0:
@@ -279,10 +281,10 @@ def hold_ms(hint: object) -> int:
 
 
 def read_updates(reply: Reply, *, polled_s: float) -> Polled:
-    """Raises SessionExpired (-14, FORBIDDEN), and Temporary for the rest: a poll may always be repeated.
+    """Raises SessionExpired (-14, FORBIDDEN), and Temporary otherwise, since a poll may always be repeated.
 
-    524 late in a poll is the edge's way to say "nothing yet", and so is an empty body, which all clients
-    tolerate: an empty answer. `polled_s`: its length.
+    524 late in a poll is how the edge ends an idle poll, and an empty body is accepted by all clients: both are an
+    empty answer. `polled_s`: duration of the poll.
     """
     reply = reply._replace(tells_tokens=True)
     _check_error_codes(reply)
@@ -309,7 +311,7 @@ def read_updates(reply: Reply, *, polled_s: float) -> Polled:
             return Polled(messages, kept, hold, overlong, pages, reply.share)
         case wire.STALE_TOKEN:
             raise _session_expired(updates)
-        case -1 if polled_s >= IDLE_S:  # one client's reading: an idle timeout
+        case -1 if polled_s >= IDLE_S:  # an idle timeout, as one client interprets it
             return Polled([], None, HOLD_MS)
         case wire.THROTTLED:
             raise Temporary("ret_2", _error_text(updates))
@@ -318,7 +320,7 @@ def read_updates(reply: Reply, *, polled_s: float) -> Polled:
 
 
 def is_read_at_once(reply: Reply) -> bool:
-    """Whether an answer to a poll that is not large is read in no time: it need not be repaired, or is short."""
+    """Whether an answer that is not large decodes quickly: it is short, or needs no repair."""
     if len(reply.body) <= REPAIRED_AT_ONCE_BYTES:
         return True
     try:
@@ -329,7 +331,7 @@ def is_read_at_once(reply: Reply) -> bool:
 
 
 def _first_and_rest(messages: bytes) -> tuple[list[bytes], Iterator[list[bytes]] | None]:
-    """The first page, and those after it. Raises Temporary for what is no list."""
+    """The first page, and the pages after it. Raises Temporary if it is no list."""
     if messages in (b"[]", b"null"):
         return [], None
     if not messages.startswith(b"["):
@@ -341,8 +343,8 @@ def _first_and_rest(messages: bytes) -> tuple[list[bytes], Iterator[list[bytes]]
 
 
 def read_sent(reply: Reply) -> Accepted:
-    """Raises SessionExpired (-14), Throttled (-2, -12), Refused for other codes, Temporary where nothing was taken,
-    Uncertain where something may have been (gateway errors, unreadable answers)."""
+    """Raises SessionExpired (-14), Throttled (-2, -12), Refused for other codes, Temporary if nothing was taken, and
+    Uncertain if something may have been taken (gateway errors, unreadable answers)."""
     _check_error_codes(reply, sent=True)
     if reply.status in (*GATEWAY_ERRORS, EDGE_TIMEOUT):
         raise Uncertain("http_5xx", f"HTTP {reply.status} from a gateway")
@@ -358,7 +360,7 @@ def read_sent(reply: Reply) -> Accepted:
     match sent.code:
         case 0:
             ident = as_id(sent.message_id)
-            # what is no uint64 may be words, or larger than a receipt has room for
+            # any other text is no id, and may be too long for a receipt
             is_number = ident.isascii() and ident.isdigit() and len(ident) <= ID_CHARS
             return Accepted(ident if is_number else "", sent.ret, sent.errcode, _server_message(sent))
         case wire.STALE_TOKEN:
@@ -372,7 +374,7 @@ def read_sent(reply: Reply) -> Accepted:
 
 
 def read_notified(reply: Reply) -> None:
-    """Raises SessionExpired, Temporary. Best effort: the caller logs and goes on."""
+    """Raises SessionExpired, Temporary. The caller logs errors, since the call is best effort."""
     _check_error_codes(reply)
     _check_status(reply)
     if not reply.body.strip():
@@ -385,7 +387,7 @@ def read_notified(reply: Reply) -> None:
 
 
 def read_ticket(reply: Reply) -> str:
-    """Raises SessionExpired (-14), Refused("typing") for other codes, Temporary where nobody answered usefully."""
+    """Raises SessionExpired (-14), Refused("typing") for other codes, Temporary without a usable answer."""
     _check_error_codes(reply)
     _check_status(reply)
     config = _decode_or_temporary(reply, wire.Config)
@@ -403,7 +405,7 @@ def read_ticket(reply: Reply) -> str:
 
 
 def read_typing(reply: Reply) -> None:
-    """Raises SessionExpired (-14), Refused("typing") for other codes, Temporary where nobody answered usefully."""
+    """Raises SessionExpired (-14), Refused("typing") for other codes, Temporary without a usable answer."""
     _check_error_codes(reply)
     _check_status(reply)
     answer = _decode_or_temporary(reply if reply.body else reply._replace(body=b"{}"), wire.WireReply)
@@ -414,7 +416,7 @@ def read_typing(reply: Reply) -> None:
 
 
 def read_qrcode(reply: Reply) -> QrCode:
-    """Raises Temporary for everything that is no code. What is in a picture is not looked at."""
+    """Raises Temporary for any answer without a code. The content of a picture is not checked."""
     answer = _read_login(reply, wire.QrCode)
     handle, url = answer.qrcode or "", answer.qrcode_img_content or ""
     longest = QR_PICTURE_CHARS if url.startswith("data:") else QR_CHARS
@@ -424,7 +426,7 @@ def read_qrcode(reply: Reply) -> QrCode:
 
 
 def read_qrcode_status(reply: Reply) -> Scan:
-    """An unknown status is `wait`. Raises Temporary where there is none: the caller asks again."""
+    """An unknown status counts as `wait`. Raises Temporary without a status; the caller asks again."""
     answer = _read_login(reply, wire.QrStatus)
     if answer.status not in STATUSES:
         return Scan("wait")
@@ -442,7 +444,7 @@ def _read_login(reply: Reply, kind: type[A]) -> A:
     _check_status(reply)
     try:
         answer = _decode(reply, kind)
-    except ValueError:  # its text may quote the answer, which holds a token
+    except ValueError:  # its text may quote the answer, which has a token
         raise Temporary("unreadable", "the answer cannot be read") from None
     if answer.code:
         raise Temporary("ret_other", f"iLink answered {answer.code}")
@@ -450,7 +452,7 @@ def _read_login(reply: Reply, kind: type[A]) -> A:
 
 
 def _decode_or_temporary(reply: Reply, kind: type[A]) -> A:
-    """As `_decode`, of what may be asked again. Raises Temporary for what is no answer."""
+    """As `_decode`, for calls that may be repeated. Raises Temporary for an unreadable answer."""
     try:
         return _decode(reply, kind)
     except ValueError as exc:
@@ -458,16 +460,16 @@ def _decode_or_temporary(reply: Reply, kind: type[A]) -> A:
 
 
 def _decode(reply: Reply, kind: type[A]) -> A:
-    """An answer, in whose words is nothing of the request's secrets. Raises ValueError for what is none.
+    """Decodes an answer, and removes the request's secrets from its error text. Raises ValueError.
 
-    What one text or number makes unreadable would cost the whole answer, at every repeat. So half a surrogate pair
-    (an emoji that somebody cut), and what is no UTF-8, is read as the replacement character, a control character as
-    if it were escaped, and a number in quotes as a number, as protobuf's JSON writes the long ones.
+    One bad text or number would cost the whole answer at every repeat. So a lone surrogate (a cut emoji) and invalid
+    UTF-8 become the replacement character, a control character is read as if it were escaped, and a number in quotes
+    is read as a number, as protobuf's JSON writes long ones.
     """
     try:
         try:
             answer = msgspec.json.decode(reply.body, type=kind)
-        except ValueError:  # UnicodeDecodeError, too
+        except ValueError:  # includes UnicodeDecodeError
             if len(reply.body) > (REPAIRED_BYTES if kind is wire.Updates else REPAIRED_AT_ONCE_BYTES):
                 raise
             mended = without_controls(without_halves(as_utf8(reply.body.removeprefix(_BOM))))
@@ -491,7 +493,7 @@ def _decode_error_text(said: bytes) -> str:
 
 
 def _check_error_codes(reply: Reply, *, sent: bool = False) -> None:
-    """A dead token, and of what is `sent` a throttle, count beside any status. Raises SessionExpired, Throttled."""
+    """Finds -14, and for `sent` a throttle, in an answer with an error status. Raises SessionExpired, Throttled."""
     if 200 <= reply.status < 300 or reply.body[:1] != b"{":
         return
     try:
@@ -516,7 +518,7 @@ def _check_status(reply: Reply) -> None:
 
 
 def retry_after(headers: Mapping[str, str]) -> float | None:
-    """Seconds of a Retry-After header, at most 300; None where it has none or a date."""
+    """Seconds in the Retry-After header, at most 300; None: the header is missing or a date."""
     value = headers.get("retry-after", "")
     return min(float(value), 300.0) if value.isascii() and value.isdigit() else None
 
@@ -526,7 +528,7 @@ def _error_text(answer: wire.WireReply) -> str:
 
 
 def _server_message(answer: wire.WireReply) -> str:
-    """iLink's own, which go onto the bus: without what looks like a secret, should it quote the request."""
+    """iLink's error text, which goes onto the bus, without anything that looks like a secret."""
     said = bytes(answer.errmsg)
     return "" if said == b"null" else hide_secrets(msgspec.json.decode(said, type=str))
 

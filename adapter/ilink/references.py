@@ -1,4 +1,4 @@
-"""The quote on an item, in all shapes that iLink has given it, pure. No I/O, no clock."""
+"""Reads the quote on an item, in all known shapes. Pure."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class _Ident(msgspec.Struct):
 
 
 class _Quoted(msgspec.Struct):
-    """A quoted item: often only its id."""
+    """A quoted item, which often has only an id."""
 
     type: int | None = None
     msg_id: int | str | None = None
@@ -36,7 +36,7 @@ class _Quoted(msgspec.Struct):
 
 
 def read_reference(raw: bytes) -> Quoted | None:
-    """What is quoted, and where to look for the rest; None where nothing is. Never raises."""
+    """The quote, and where to find the rest of its text; None: no quote. Never raises."""
     ref = _decode_or_none(raw, wire.RefMessage) if raw not in (b"", b"null") else None
     if ref is None:
         return None
@@ -60,7 +60,7 @@ def read_reference(raw: bytes) -> Quoted | None:
 
 
 def ident_of(raw: bytes) -> object:
-    """What an item that cannot be read says to be its id; None where it says none."""
+    """The id of an unreadable item; None: it has none."""
     item = _decode_or_none(raw, _Ident)
     return item.msg_id if item else None
 
@@ -79,13 +79,13 @@ def _text_of(item: _Quoted) -> str:
 
 
 def transcript_of(voice: wire.VoicePayload) -> str:
-    """WeChat's speech-to-text, in either place where it may stand; "" if none."""
+    """WeChat's speech-to-text from either of its two places; "": none."""
     nested = voice.text_item.get("text") if isinstance(voice.text_item, dict) else ""
     return next((text for text in map(_text_or_empty, (voice.text, nested)) if text), "")
 
 
 def _text_or_empty(value: object) -> str:
-    """A text, which may have been written as a number; "" for what is neither."""
+    """A text, possibly written as a number; "" for any other type."""
     is_text = isinstance(value, (str, int, float)) and not isinstance(value, bool)
     return str(value) if is_text else ""
 
@@ -103,5 +103,5 @@ def _read_part(partial: wire.PartialText | None) -> Part | None:
 
 
 def _describe_span(part: Part | None) -> str:
-    """How the part begins and ends: all that there is to show where nothing of it is known."""
+    """Beginning and end of the quoted part, shown if its text is unknown."""
     return f"{part.start}…{part.end}" if part is not None else ""

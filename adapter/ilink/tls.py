@@ -1,7 +1,7 @@
 """A TLS context that resumes sessions (RFC 8446, 2.2).
 
-Thousands of bots talk to one host. With a chain of three certificates a resumed session takes half of a handshake's
-CPU, a third of the host's, and 20 KiB less memory for as long as the connection stands.
+Thousands of bots connect to one host. With a chain of three certificates, a resumed session takes half of a
+handshake's CPU time here, a third of it on the host, and 20 KiB less memory for each connection.
 """
 
 from __future__ import annotations
@@ -11,15 +11,15 @@ from typing import Self
 
 
 class ResumingContext(ssl.SSLContext):
-    """As `ssl.create_default_context`, with a session of each host, with which any number of connections begin."""
+    """As `ssl.create_default_context`, with one session for each host, which all new connections resume."""
 
     _sessions: dict[str, ssl.SSLSession]
 
     def __new__(cls) -> Self:
         made = super().__new__(cls, ssl.PROTOCOL_TLS_CLIENT)
-        made.verify_flags = ssl.create_default_context().verify_flags  # stricter from Python 3.13 on
+        made.verify_flags = ssl.create_default_context().verify_flags  # stricter since Python 3.13
         made.load_default_certs()
-        made.set_alpn_protocols(["http/1.1"])  # as httpcore does once it connects
+        made.set_alpn_protocols(["http/1.1"])  # as httpcore sets it when it connects
         made._sessions = {}
         return made
 
@@ -31,7 +31,7 @@ class ResumingContext(ssl.SSLContext):
         server_hostname: str | bytes | None = None,
         session: ssl.SSLSession | None = None,
     ) -> ssl.SSLObject:
-        """As event loops call it, and anyio, which know nothing of sessions."""
+        """Called by event loops and by anyio, which do not pass sessions."""
         if isinstance(server_hostname, bytes):
             server_hostname = server_hostname.decode("ascii")
         if server_hostname is not None:
@@ -39,14 +39,14 @@ class ResumingContext(ssl.SSLContext):
         return super().wrap_bio(incoming, outgoing, server_side, server_hostname, session)
 
     def store_session(self, host: str, used: ssl.SSLObject) -> None:
-        """Keeps the session of a connection over which an answer came; in TLS 1.3 it comes with that.
+        """Stores the session of a connection after an answer, with which TLS 1.3 sends it.
 
-        One that was resumed is not kept again: so certificates are looked at anew when the host's ticket has run out,
+        A resumed session is not stored again, so that certificates are checked again when the host's ticket expires,
         after a week at most.
         """
         if not used.session_reused and used.session is not None:
             self._sessions[host] = used.session
 
     def forget_session(self, host: str) -> None:
-        """The next connection begins afresh, should the host stumble over a session that it does not know."""
+        """Makes the next connection start a new session, in case the host fails on the stored one."""
         self._sessions.pop(host, None)

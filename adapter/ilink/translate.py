@@ -1,4 +1,4 @@
-"""iLink's inbound messages in the words of the bus, pure. No I/O, no clock.
+"""Translates iLink's inbound messages into the contract's items. Pure.
 
 docs/reference/ilink-protocol.md, "Messages", has their fields.
 """
@@ -29,22 +29,22 @@ _PLAIN = msgspec.json.Decoder(wire.PlainMessage)
 _WHOLE = msgspec.json.Decoder(wire.Message, strict=False)
 _ITEM = msgspec.json.Decoder(wire.Item, strict=False)
 MAX_ID = 128
-"""A longer user id is none: it would not fit into a subject."""
+"""A longer user id is invalid, since it does not fit into a subject."""
 NOBODY = ("", "0")
-"""User ids that are none: unset ones."""
+"""User ids of unset fields."""
 CHATROOM_SUFFIX = "@chatroom"
-"""How the ids of groups end."""
+"""Suffix of group ids."""
 LARGEST = 262_144
-"""Bytes of the largest message that is read: sixteen times what WeChat is known to send as a text."""
+"""Largest message that is decoded, in bytes: sixteen times the longest text that WeChat is known to send."""
 MOST_ITEMS = 1000
 FIELD_BYTES = 2 * wire.OPAQUE_CHARS
-"""Longest field that is read of a message that is larger: a context token may have so many."""
+"""Longest field that is read of a larger message; a context token may be as long."""
 _LONG = collections.defaultdict(lambda: b"null", group_id=b'"?"')
-"""What stands for a field that is longer: a group whose id is not read is one."""
+"""Replacement of longer fields. A group whose id is not read still counts as a group."""
 MAX_FILE_NAME = 255
-"""Characters; no phone's file system allows longer ones."""
+"""Characters; phones' file systems allow no longer names."""
 PASSING = frozenset({"create_time_ms", "update_time_ms", "msg_id", "is_completed"})
-"""What may differ when iLink says an item again."""
+"""Fields that may differ when iLink repeats an item."""
 PAYLOADS = {
     wire.TEXT: "text_item",
     wire.IMAGE: "image_item",
@@ -52,16 +52,16 @@ PAYLOADS = {
     wire.FILE: "file_item",
     wire.VIDEO: "video_item",
 }
-"""The field of an item that holds what its type says."""
+"""The field of an item with the content for its type."""
 IDLE = frozenset({"button_item_list", "at_bot_username_list"})
-"""Lists of an item that say nothing as long as they are empty, as they have always been."""
+"""Lists of an item that are meaningless while they are empty, as they have always been."""
 
 
 def read_message(raw: bytes) -> InboundMessage:
     """Translates one message, with defaults for fields of a wrong type.
 
-    Its work is bounded: of a message that is too large, or has too many items, only who wrote it is read. Raises
-    Unreadable for what is no JSON object or names no user, unless it is an echo.
+    The work is bounded: of a message that is too large or has too many items, only the head is read. Raises
+    Unreadable for a message that is no JSON object or has no user, unless it is an echo.
     """
     if len(raw) > LARGEST:
         return _read_head(raw, raw, f"The message has {len(raw)} bytes.")
@@ -72,7 +72,7 @@ def read_message(raw: bytes) -> InboundMessage:
 
 
 def _read_plain(raw: bytes, message: wire.PlainMessage) -> InboundMessage:
-    """The short way for what nearly all messages are: the same as `_read_whole`, in half the time."""
+    """Fast path for nearly all messages, with the same result as `_read_whole` in half the time."""
     user = message.from_user_id
     if user in NOBODY or len(user) > MAX_ID:
         user = _sender_of(message)
@@ -150,14 +150,14 @@ def _read_whole(raw: bytes) -> InboundMessage:
 
 
 def _metric_kind(items: list[contract.InboundItem]) -> str:
-    """The kind that counts in the metrics: text wherever there is some, else that of the first media."""
+    """Kind for the metrics: text if there is any, else that of the first media."""
     found = [kind for item in items if (kind := kind_of(item)) != "unsupported"]
     return "text" if "text" in found else next(iter(found), "unsupported")
 
 
 class _TranslatedItem(NamedTuple):
-    """An item, the text that it adds to the message's, what it quotes, the media that belong to it, its id, its part
-    of `content_of`, and the paths of what is of a wrong type ("": all of it)."""
+    """A translated item: its text, quote, media and id, its part of `content_of`, and the paths of fields with a
+    wrong type ("": the whole item)."""
 
     item: contract.InboundItem
     text: str = ""
@@ -184,7 +184,7 @@ def _read_item(raw: msgspec.Raw, index: int) -> _TranslatedItem:
 
 
 def _decode_fast(raw: bytes, decoder: msgspec.json.Decoder[S], kind: type[S]) -> tuple[S, list[str]]:
-    """As `decode_fields`, in a fraction of the time where all fits. Raises UNDECODABLE."""
+    """As `decode_fields`, but fast if all fields fit. Raises UNDECODABLE."""
     try:
         return decoder.decode(raw), []
     except UNDECODABLE:
@@ -227,7 +227,7 @@ class _Payload(Protocol):
 
 
 def _read_media(payload: _Payload, index: int, name: str = "") -> tuple[MediaRef | None, str]:
-    """Where the bytes are; else None and why nobody can fetch them."""
+    """The location of the media; or None and the reason why they cannot be downloaded."""
     try:
         media = msgspec.convert(payload.media, wire.Media)
     except msgspec.ValidationError:
@@ -243,7 +243,7 @@ def _read_media(payload: _Payload, index: int, name: str = "") -> tuple[MediaRef
 
 
 def _key_or_none(value: object) -> str | None:
-    """A key of another type is no key, but it says that the bytes are encrypted: it decodes to nothing."""
+    """A key of a wrong type still says that the bytes are encrypted, so it becomes an invalid key."""
     return value if isinstance(value, str) or value is None else "?"
 
 
@@ -252,19 +252,20 @@ def _text_or_empty(value: object) -> str:
 
 
 def _duration_ms(value: object) -> int | None:
-    """Milliseconds; None for what cannot be a duration."""
+    """Milliseconds; None: no valid duration."""
     if isinstance(value, str) and value.isascii() and value.isdigit() and len(value) < 16:
         value = int(value)
     return value if isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**53 else None
 
 
 def _context_token(given: object) -> str:
-    """A context token, as far as there is one that the bus has room for: its bot would wait for ever to store it."""
+    """The context token; "" if it is missing or too long for the bus, which would refuse its record for ever."""
     return given if isinstance(given, str) and len(given) <= wire.OPAQUE_CHARS else ""
 
 
 def _read_head(raw: bytes, readable: bytes, why: str) -> InboundMessage:
-    """A message that is too large to be read: told as unsupported, kept whole as a dead letter."""
+    """Translates the head of a message that is too large; the message becomes an unsupported item and a dead
+    letter."""
     try:
         unread = msgspec.structs.asdict(msgspec.json.decode(readable, type=wire.RawHead))
         found = {name: bytes(value) if len(value) <= FIELD_BYTES else _LONG[name] for name, value in unread.items()}
@@ -290,7 +291,7 @@ def _read_head(raw: bytes, readable: bytes, why: str) -> InboundMessage:
 
 
 def _sender_of(message: wire.PlainMessage | wire.Message) -> str:
-    """Raises Unreadable where nobody is named, unless it is an echo."""
+    """Raises Unreadable if there is no sender, unless the message is an echo."""
     user = message.from_user_id or ""
     if message.message_type != wire.BOT and (user in NOBODY or len(user) > MAX_ID):
         raise Unreadable("unreadable", "The message names no sender.")
@@ -298,24 +299,24 @@ def _sender_of(message: wire.PlainMessage | wire.Message) -> str:
 
 
 def _is_group(message: wire.Head, user: str) -> bool:
-    """Whether it was not written to the bot alone; an empty id means that it was, and so would 0."""
+    """Whether the message is from a group. An empty id, or 0, means a direct chat."""
     return message.group_id not in (None, "", 0, "0") or user.endswith(CHATROOM_SUFFIX)
 
 
 def _time_ms(value: object) -> int:
-    """Unix milliseconds; 0 for what cannot be a time."""
+    """Unix milliseconds; 0: no valid time."""
     return value if isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**53 else 0
 
 
 def keys_of(message: wire.Head, user: str, sent_at_ms: int, content: str) -> MessageKeys:
-    """The layered keys of 7.3; absent, empty and 0 ids count as none."""
+    """The layered keys of 7.3. Absent, empty and 0 ids count as none."""
     return MessageKeys(
         as_id(message.message_id), as_id(message.client_id), as_id(message.seq), user, sent_at_ms, content
     )
 
 
 def content_of(raw: bytes) -> str:
-    """What the user said: the items without their ids and times."""
+    """The content of the items without their ids and times."""
     try:
         items = msgspec.json.decode(raw).get("item_list") or []
     except (*UNDECODABLE, AttributeError):
@@ -335,7 +336,7 @@ def _encode_bare(item: object) -> bytes:
 
 
 def _without_volatile_fields(item: object) -> object:
-    """An item without what may differ when iLink says it again; a ready-made URL holds the id of a task."""
+    """An item without the fields that may differ when iLink repeats it. A complete URL contains a task id."""
     if not isinstance(item, dict):
         return item
     bare = {k: v for k, v in item.items() if k not in PASSING and (v or k not in IDLE)}

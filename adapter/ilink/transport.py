@@ -1,7 +1,7 @@
-"""Exchanges requests with iLink over kept connections, shared by all bots.
+"""Exchanges requests with iLink over kept connections, which all bots share.
 
-`HotCalls` and `PlainCalls` say what a connection is. Here is what both have in common: which one a request goes
-over, when one is closed, and what is asked once more.
+This is the common part of `HotCalls` and `PlainCalls`, which define what a connection is: it chooses the connection
+for a request, closes idle ones, and repeats requests that met a closed connection.
 """
 
 from __future__ import annotations
@@ -21,15 +21,15 @@ from adapter.ilink.protocol import AGENT, Reply, Request
 from adapter.ilink.tls import ResumingContext
 
 STALE_S = 1.0
-"""What ends sooner without an answer, over a connection that was kept: the server had closed it when the
-request came. Some close after each answer, and announce it in none."""
+"""A request over a kept connection that ends without an answer within this time met a connection that the server had
+closed before. Some servers close after each answer without announcing it."""
 PORTS = {"http": 80, "https": 443}
 HEADERS = {"User-Agent": AGENT, "Accept": "*/*", "Accept-Encoding": "gzip, deflate"}
-"""Of every request."""
+"""Headers of every request."""
 
 
 class Origin(NamedTuple):
-    """What a connection leads to."""
+    """The endpoint of a connection."""
 
     scheme: str
     host: str
@@ -37,48 +37,48 @@ class Origin(NamedTuple):
 
 
 class Base(NamedTuple):
-    """A base URL, taken apart."""
+    """A parsed base URL."""
 
     url: str
     origin: Origin
     path: str
     host: str
-    """The header."""
+    """Value of the Host header."""
 
 
 class Line(Protocol):
-    """What requests go over, one after the other."""
+    """A connection that carries one request at a time."""
 
     idle_since: float
-    """When its last answer ended, by the loop's clock."""
+    """End of the last answer, by the loop's clock."""
 
     @property
     def is_usable(self) -> bool:
-        """Whether the next request may go over it."""
+        """Whether the connection can carry another request."""
 
     @property
     def is_silent(self) -> bool:
-        """Whether nothing has come in answer to the last request, or no whole head of an answer."""
+        """Whether no byte, or no complete head, came in answer to the last request."""
 
     @property
     def tls(self) -> ssl.SSLObject | None:
-        """That of the connection, once it stands."""
+        """The connection's TLS object, once it is open."""
 
     def close(self) -> None:
-        """Closes it, at once or soon."""
+        """Closes the connection, at once or soon."""
 
 
 L = TypeVar("L", bound=Line)
 
 
 class Transport(ABC, Generic[L]):
-    """Exchanges a request for its answer. Follows no redirects, and keeps no cookies."""
+    """Exchanges requests for answers. Follows no redirects and keeps no cookies."""
 
     def __init__(self, *, tls: ResumingContext, budget: ByteBudget) -> None:
         self._tls = tls
         self._budget = budget
         self._idle: dict[Origin, list[L]] = {}
-        """The one that was used last is used first, so that those that are not needed grow old and are closed."""
+        """The connection used last is taken first, so that surplus ones stay idle and are closed."""
         self._cleanup_timer: asyncio.TimerHandle | None = None
 
     async def exchange(
@@ -90,11 +90,11 @@ class Transport(ABC, Generic[L]):
         fresh: bool = False,
         check: Callable[[], None] | None = None,
     ) -> Reply:
-        """`fresh`: over a connection of its own, to a name that is resolved anew. `check`: see ports.Chat.
+        """`fresh`: use a new connection, and resolve the name again. `check`: see ports.Chat.
 
-        A repeatable request that met a stale connection is sent once more, over a fresh connection.
-        Cancelled once the answer is there, it works on that for a moment more: see budget.GRACE_S.
-        Raises TimeoutError, Temporary("network") (it did not leave), Uncertain (it left, or may have).
+        Repeats a repeatable request once over a new connection if the kept one was closed. When it is cancelled after
+        the answer arrived, it processes the answer for up to budget.GRACE_S.
+        Raises TimeoutError, Temporary("network") (not sent), Uncertain (sent, or possibly sent).
         """
         base = _parse_base_url(base_url)
         clock = asyncio.get_running_loop().time
@@ -109,7 +109,7 @@ class Transport(ABC, Generic[L]):
             if kept is None:
                 self._tls.forget_session(base.origin.host)
                 raise
-            self._close_idle(base.origin, began)  # it may be as dead, and a repeat is to meet another
+            self._close_idle(base.origin, began)  # older connections are probably dead, too
             closed = isinstance(exc, Uncertain) and line.is_silent and clock() - began < STALE_S
             if not (closed and request.repeatable):
                 raise
@@ -131,7 +131,7 @@ class Transport(ABC, Generic[L]):
         return await self._budget.unpack(reply, request.largest)
 
     async def close(self) -> None:
-        """Closes all connections that are kept."""
+        """Closes all idle connections."""
         if self._cleanup_timer is not None:
             self._cleanup_timer.cancel()
             self._cleanup_timer = None
@@ -155,7 +155,7 @@ class Transport(ABC, Generic[L]):
         *,
         fresh: bool,
     ) -> Awaitable[Reply]:
-        """The answer, packed as it came. Calls `check` before the request leaves. Raises as `exchange`."""
+        """The answer, still compressed. Calls `check` before it sends the request. Raises as `exchange`."""
 
     def _take_idle(self, origin: Origin) -> L | None:
         idle = self._idle.get(origin)
@@ -171,7 +171,7 @@ class Transport(ABC, Generic[L]):
             self._cleanup_timer = asyncio.get_running_loop().call_later(KEPT_S, self._close_unused)
 
     def _close_unused(self) -> None:
-        """Closes what was not used for long."""
+        """Closes connections that were idle for KEPT_S."""
         loop = asyncio.get_running_loop()
         self._cleanup_timer = None
         for origin in list(self._idle):
@@ -180,7 +180,7 @@ class Transport(ABC, Generic[L]):
             self._cleanup_timer = loop.call_later(KEPT_S / 4, self._close_unused)
 
     def _close_idle(self, origin: Origin, since: float) -> None:
-        """Closes what was not used after `since`, by the loop's clock."""
+        """Closes connections that were idle since `since`, by the loop's clock."""
         idle = self._idle.get(origin, [])
         old = sum(line.idle_since <= since for line in idle)
         for line in idle[:old]:
@@ -190,9 +190,9 @@ class Transport(ABC, Generic[L]):
             self._idle.pop(origin, None)
 
 
-@functools.lru_cache(maxsize=256)  # the same few at every request
+@functools.lru_cache(maxsize=256)  # few different URLs
 def _parse_base_url(url: str) -> Base:
-    """Takes a URL apart that was checked."""
+    """Parses a checked URL."""
     parts = urlsplit(url)
     scheme, host = parts.scheme, parts.hostname or ""
     port = parts.port or PORTS[scheme]

@@ -1,4 +1,4 @@
-"""Decompresses answers (Content-Encoding) with a bound on their size: a few bytes can stand for gigabytes. No I/O."""
+"""Decompresses answers (Content-Encoding) up to a bound, since a few bytes can expand to gigabytes. No I/O."""
 
 from __future__ import annotations
 
@@ -7,18 +7,19 @@ from collections.abc import Iterator
 
 _GZIP, _ZLIB, _BARE = 31, 15, -15
 _MEMBER = b"\x1f\x8b"
-"""How a gzip member begins (RFC 1952, 2.3.1)."""
+"""Start of a gzip member (RFC 1952, 2.3.1)."""
 MEMBERS = 4096
-"""Most gzip members of an answer: each costs a decompressor. Tools that write several make one for some 64 KiB."""
+"""Most gzip members of an answer, each of which costs a decompressor. Tools that write several use some 64 KiB
+each."""
 BLOCK = 65_536
-"""Packed bytes given to a decompressor at once; it copies what is left of them at the end of each member."""
+"""Compressed bytes given to a decompressor at once. It copies the remaining ones at the end of each member."""
 PLAIN = ("", "identity", "none", "utf-8")
-"""Not packed. The last two are no encodings, but servers are seen to say so, and browsers to overlook it."""
+"""Values for an uncompressed body. The last two are no encodings, but some servers send them."""
 PACKED = ("gzip", "x-gzip", "deflate")
 
 
 class UnpackFailed(Exception):
-    """The answer is too large, or cannot be unpacked; the text says which."""
+    """The answer is too large or cannot be decompressed; the text says which."""
 
 
 class Oversized(UnpackFailed):
@@ -26,7 +27,7 @@ class Oversized(UnpackFailed):
 
 
 class Unpacker:
-    """Unpacks one answer of at most `limit` bytes. Everything raises UnpackFailed."""
+    """Decompresses one answer of at most `limit` bytes. All methods raise UnpackFailed."""
 
     def __init__(self, encoding: str, limit: int) -> None:
         self._remaining = limit
@@ -34,40 +35,40 @@ class Unpacker:
         self._begun = False
         self._members = 0
         self._ended = False
-        """Whether what follows is nothing of the answer."""
+        """Whether the remaining bytes are not part of the answer."""
         self._raw = b""
-        """The first bytes of a deflate, as long as nobody knows whether it has zlib's head (RFC 9110, 8.4.1.2); the
-        first byte after a gzip member."""
+        """The first bytes of a deflate body until it is known whether it has a zlib header (RFC 9110, 8.4.1.2), or
+        the first byte after a gzip member."""
         self._encoding = encoding.strip().lower()
         if self._encoding not in (*PLAIN, *PACKED):
             raise UnpackFailed("The answer is packed in a way that was not asked for.")
         self._work = zlib.decompressobj(_GZIP) if "gzip" in self._encoding else None
 
     def feed(self, piece: bytes) -> bytes:
-        """What these bytes stand for."""
+        """The decompressed bytes."""
         return b"".join(self.unpack(piece, self._limit + 1))
 
     def unpack(self, piece: bytes, at_once: int) -> Iterator[bytes]:
-        """What these bytes stand for, in pieces of at most `at_once` bytes."""
+        """The decompressed bytes, in pieces of at most `at_once` bytes."""
         self._begun = self._begun or bool(piece)
         if self._encoding in PLAIN:
             yield self._count_bytes(piece)
             return
         for start in range(0, len(piece), BLOCK):
             remaining, plain = piece[start : start + BLOCK], b""
-            while remaining or len(plain) == at_once:  # the decompressor may hold what had no room
+            while remaining or len(plain) == at_once:  # the decompressor may hold more output
                 plain, remaining = self._unpack_step(remaining, at_once)
                 if plain:
                     yield self._count_bytes(plain)
 
     def finish(self) -> None:
-        """The answer has ended: what is packed in it must have, too."""
+        """Ends the answer. Compressed data must be complete."""
         packed = self._begun and self._encoding not in PLAIN
         if packed and (self._work is None or not self._work.eof):
             raise UnpackFailed("The packed answer ends early.")
 
     def _unpack_step(self, packed: bytes, at_once: int) -> tuple[bytes, bytes]:
-        """Some of what the bytes stand for, and those that are left to unpack."""
+        """Some decompressed bytes, and the compressed bytes that remain."""
         if self._work is None or self._work.eof:
             packed, self._raw = self._raw + packed, b""
             if len(packed) < 2:

@@ -1,7 +1,7 @@
-"""Which URLs may be called: iLink's own hosts by https, and what an operator allowed. No I/O.
+"""Which URLs may be called: https URLs of iLink's hosts, and hosts that an operator allowed. No I/O.
 
-The hosts are those of docs/reference/ilink-protocol.md, "Hosts". Answers to polls, logins and uploads hold URLs.
-Where a name resolves to is checked later, see `addresses`.
+docs/reference/ilink-protocol.md, "Hosts", has the hosts. Answers to polls, logins and uploads contain URLs. Resolved
+addresses are checked later by `addresses`.
 """
 
 from __future__ import annotations
@@ -13,19 +13,19 @@ from urllib.parse import urlsplit
 from adapter.errors import Refused
 
 HOST_SUFFIXES = (".weixin.qq.com", ".wechat.com")
-"""Hosts that may be called beside the configured ones."""
+"""Suffixes of hosts that may always be called."""
 URL_CHARS = 8192
-"""Longest URL that is called; that of an upload holds a long parameter."""
+"""Longest URL that is called. Upload URLs have a long parameter."""
 PLAIN_URL = re.compile(r"[!-~]+")
 _HOST_PORT = re.compile(r"([A-Za-z0-9.-]+|\[[0-9A-Fa-f:.]+\])(:\d{1,5})?")
 _HOST = re.compile(r"[a-z0-9-]+(\.[a-z0-9-]+)+")
 
 
-@functools.lru_cache(maxsize=1024)  # the same few at every request
+@functools.lru_cache(maxsize=1024)  # few different URLs
 def check_url(url: str, allowed_hosts: tuple[str, ...]) -> str:
-    """`url` without a trailing slash, if it may be called. Raises Refused("url").
+    """`url` without a trailing slash if it may be called. Raises Refused("url").
 
-    https and a host under HOST_SUFFIXES; `allowed_hosts` (host or host:port) may be anything, also plain http.
+    It has to be https with a host under HOST_SUFFIXES. Hosts in `allowed_hosts` (host or host:port) may use http.
     """
     if any(c in url for c in "@?#\\"):
         raise Refused("url", "A base URL is https://host[/path], without credentials or a query.")
@@ -34,7 +34,7 @@ def check_url(url: str, allowed_hosts: tuple[str, ...]) -> str:
 
 
 def check_link(url: str, allowed_hosts: tuple[str, ...]) -> str:
-    """`url` as it is, with its query, if it may be called: the same rules. Raises Refused("url")."""
+    """`url` unchanged, with its query, if it may be called by the same rules. Raises Refused("url")."""
     if any(c in url.partition("?")[0] for c in "@\\") or "#" in url:
         raise Refused("url", "A link is https://host/path, without credentials.")
     _check_host(url, allowed_hosts)
@@ -58,7 +58,7 @@ def _check_host(url: str, allowed_hosts: tuple[str, ...]) -> None:
 
 
 def redirect_url(host: str, base_url: str, allowed_hosts: tuple[str, ...]) -> str:
-    """Where a redirected login goes on: by https, or as `base_url` where that is a simulator.
+    """The base URL of a redirected login: https, or http if `base_url` is that of a simulator.
 
     Raises Refused("url").
     """

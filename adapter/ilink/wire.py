@@ -1,4 +1,4 @@
-"""iLink's JSON under iLink's names. Everything is optional: the server omits unset fields and adds unknown ones.
+"""iLink's JSON under its own names. All fields are optional: the server omits unset fields and adds unknown ones.
 
 docs/reference/ilink-protocol.md, "Endpoints" and "Messages", has the tables of fields.
 """
@@ -12,12 +12,11 @@ import msgspec
 STALE_TOKEN: Final = -14
 THROTTLED: Final = -2
 RATE_LIMITED: Final = -12
-"""One project's report of a second rate limit code."""
+"""Second rate limit code, reported by one project."""
 
 OPAQUE_CHARS: Final = 131_072
-"""Longest cursor and context token that count: some 130 characters are seen, and the bus has room for no more
-than a message holds, which is 1 MiB: a character may take six bytes of a record, and four of what is sealed a third
-more."""
+"""Longest cursor and context token that are kept. Some 130 characters are usual. The bus has room for 1 MiB in a
+message: a character may take six bytes of a record, and sealing adds a third."""
 
 USER: Final = 1
 BOT: Final = 2
@@ -31,7 +30,7 @@ VIDEO: Final = 5
 
 
 class WireReply(msgspec.Struct, kw_only=True):
-    """What every answer may carry. Either of `ret` and `errcode` may hold the code."""
+    """Fields of every answer. Either `ret` or `errcode` may have the code."""
 
     ret: int | None = None
     errcode: int | None = None
@@ -39,15 +38,15 @@ class WireReply(msgspec.Struct, kw_only=True):
 
     @property
     def code(self) -> int:
-        """The code that counts: 0 is success. A stale token counts wherever it stands, and so does a throttle."""
+        """The decisive code; 0 is success. A stale token or a throttle in either field is decisive."""
         codes = (self.ret, self.errcode)
         known = (code for code in (STALE_TOKEN, THROTTLED, RATE_LIMITED) if code in codes)
         return next(known, self.errcode or self.ret or 0)
 
 
 class Updates(WireReply, kw_only=True):
-    """Answer of getupdates. Messages stay raw, so that one broken message does not spoil the batch, and their list,
-    so that a million of them are no million objects."""
+    """Answer of getupdates. The list of messages stays raw, so that a broken message does not spoil the batch, and a
+    million messages do not become a million objects."""
 
     msgs: msgspec.Raw = msgspec.Raw(b"null")
     get_updates_buf: str | int | None = None
@@ -55,14 +54,14 @@ class Updates(WireReply, kw_only=True):
 
 
 class Sent(WireReply, kw_only=True):
-    """Answer of sendmessage. `message_id` is a uint64 as number or string. Any: in another form it is none, and not
-    a reason to send again what was taken."""
+    """Answer of sendmessage. `message_id` is a uint64 as number or string. Its type is Any, since another form must
+    not make an accepted send fail."""
 
     message_id: Any = None
 
 
 class UploadUrl(WireReply, kw_only=True):
-    """Answer of getuploadurl; usually only the first is filled."""
+    """Answer of getuploadurl. Usually only the first field is set."""
 
     upload_full_url: str | None = None
     upload_param: str | None = None
@@ -75,7 +74,7 @@ class Config(WireReply, kw_only=True):
 
 
 class QrCode(WireReply, kw_only=True):
-    """Answer of get_bot_qrcode. `qrcode_img_content` is a URL to encode; one client takes it for an image."""
+    """Answer of get_bot_qrcode. `qrcode_img_content` is the URL to encode; one client treats it as an image."""
 
     qrcode: str | None = None
     qrcode_img_content: str | None = None
@@ -97,7 +96,7 @@ class TextPayload(msgspec.Struct):
 
 
 class Media(msgspec.Struct):
-    """Where media are, and the key to them. Any: a wrong type costs the media, not the message."""
+    """Location and key of media. The types are Any, since a wrong type must cost the media only, not the message."""
 
     encrypt_query_param: Any = None
     aes_key: Any = None
@@ -105,7 +104,7 @@ class Media(msgspec.Struct):
 
 
 class ImagePayload(msgspec.Struct):
-    """4.3. `aeskey` is hex, and preferred to the one in `media`."""
+    """4.3. `aeskey` is hex, and preferred to the key in `media`."""
 
     media: Any = None
     aeskey: Any = None
@@ -140,7 +139,7 @@ class PartialText(msgspec.Struct):
 
 
 class RefMessage(msgspec.Struct):
-    """A quote. What cannot be read of it is lost, never the message that quotes: each field is read alone."""
+    """A quote. Each field is decoded alone, so that an unreadable one does not cost the message."""
 
     title: Any = None
     message_item: msgspec.Raw = msgspec.Raw(b"null")
@@ -149,7 +148,7 @@ class RefMessage(msgspec.Struct):
 
 
 class Item(msgspec.Struct):
-    """One item of a message. To protobuf, null is the same as unset."""
+    """One item of a message. In protobuf, null is the same as unset."""
 
     type: int | None = None
     msg_id: int | str | None = None
@@ -162,7 +161,7 @@ class Item(msgspec.Struct):
 
 
 Nothing: TypeAlias = Annotated[list[Any], msgspec.Meta(max_length=0)] | None
-"""A list that has never been seen with anything in it."""
+"""A list that has only been seen empty."""
 
 
 class PlainText(msgspec.Struct, forbid_unknown_fields=True):
@@ -170,8 +169,8 @@ class PlainText(msgspec.Struct, forbid_unknown_fields=True):
 
 
 class PlainItem(msgspec.Struct, forbid_unknown_fields=True):
-    """An item that is text and nothing else, as nearly all are; with both lists, and an id such as
-    `v1:14778023042603769070`, in what several projects have captured from summer 2026 on."""
+    """An item that is only a text, as nearly all are. Several projects have captured both lists, and ids such as
+    `v1:14778023042603769070`, since summer 2026."""
 
     type: Literal[1]
     text_item: PlainText
@@ -184,7 +183,7 @@ class PlainItem(msgspec.Struct, forbid_unknown_fields=True):
 
 
 class Head(msgspec.Struct, kw_only=True):
-    """What an inbound message says beside its sender and its items."""
+    """Fields of an inbound message except sender and items."""
 
     message_id: int | str | None = None
     client_id: str | int | None = None
@@ -197,21 +196,21 @@ class Head(msgspec.Struct, kw_only=True):
 
 
 class PlainMessage(Head, kw_only=True):
-    """A message of one plain item, as nearly all are."""
+    """A message with one plain item, as nearly all are."""
 
     from_user_id: str
     item_list: tuple[PlainItem]
 
 
 class Message(Head, kw_only=True):
-    """An inbound message, whatever is in it."""
+    """Any inbound message."""
 
     from_user_id: str | None = None
     item_list: list[msgspec.Raw] | None = None
 
 
 class RawHead(msgspec.Struct):
-    """Who wrote a message, and which it is, unread."""
+    """Sender and ids of a message, undecoded."""
 
     message_id: msgspec.Raw = msgspec.Raw(b"null")
     client_id: msgspec.Raw = msgspec.Raw(b"null")

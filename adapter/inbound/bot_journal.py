@@ -1,4 +1,19 @@
-"""One bot's journal as the replica writes it that polls the bot: taken, gone on with, given back."""
+"""The journal of one bot, as its owner writes it.
+
+A replica owns a bot while the newest record of its journal has the replica's incarnation. `BotJournal` continues from
+the newest record (`last`), and writes each record by compare-and-set on the sequence that it knows:
+
+- `note` stores owner, cursor and the dispatched sequence, without messages. It takes the bot.
+- `records_of` splits an answer into records, and `store` stores one of them.
+- `release` stores a record without an owner.
+
+If a write conflicts, `adopt_late` reads the records behind the known one. Records under this replica's own name are
+late answers of a replica that lost the bot (`store_late`), or an own write whose answer was lost; the journal
+continues behind them. A record under another name means that the bot is lost: LeaseLost.
+
+The poller and `taking` are the callers. The journal never reads messages; `Progress`, which is the dispatcher, says
+how far they are dispatched, and which dedup window to store.
+"""
 
 from __future__ import annotations
 
@@ -20,41 +35,40 @@ from adapter.security.seal import Sealer, cursor_context
 log = structlog.get_logger()
 
 SNAPSHOT_AFTER_NEW = 33
-"""So many messages that are new since the journal has all that were seen lately, and it is written to it again."""
+"""New messages since the last stored dedup window after which it is stored again."""
 
 SNAPSHOT_AFTER_RECORDS = 64
-"""After so many records it is written again in any case."""
-
+"""Records since the last stored dedup window after which it is stored again."""
 
 RECORDS_KEPT = 2 * SNAPSHOT_AFTER_RECORDS
-"""Records of one bot that the stream keeps."""
+"""Most records of one bot that the stream keeps."""
 
 
 class Progress(Protocol):
-    """How far what the journal has was dispatched."""
+    """Progress of dispatching the journal's records."""
 
     def done_to(self) -> int:
-        """Sequence up to which inboxes and conversations have everything; 0: not known."""
+        """Sequence up to which inboxes and conversations have all messages; 0: unknown."""
 
     async def load_dedup_window(self) -> None:
-        """Reads back what was seen lately where it is not known yet. Raises Temporary."""
+        """Loads the dedup window if it is not loaded. Raises Temporary."""
 
     def dedup_snapshot(self, *, new: int) -> list[str] | None:
-        """All messages seen lately up to `done_to`; None where fewer than `new` are new since they were written, or
-        they are not known."""
+        """The dedup window up to `done_to`; None: fewer than `new` messages are new since it was stored, or it is not
+        loaded."""
 
 
 class Answer(NamedTuple):
-    """What iLink answered to a poll, and what is known of it."""
+    """An answer of iLink to a poll."""
 
     polled: Polled
     sandbox: str
-    """Which the bot served then."""
+    """The sandbox that the bot served then."""
     received_ms: int
 
 
 class BotJournal:
-    """The records of one bot, whose owner this replica is."""
+    """The journal of one bot that this replica owns."""
 
     def __init__(
         self,
@@ -65,8 +79,8 @@ class BotJournal:
         part_bytes: Callable[[], int],
         on_written: Callable[[Written], None],
     ) -> None:
-        """`last`: its newest record. `part_bytes`: the most that a record may hold. `on_written` is told of each
-        record with messages, in order."""
+        """`last`: the newest record. `part_bytes`: the largest record. `on_written`: called with each stored record
+        that has messages, in order."""
         self.bot = bot
         self.owner = leases.incarnation
         self._journal = journal
@@ -74,27 +88,27 @@ class BotJournal:
         self._part_bytes = part_bytes
         self._on_written = on_written
         self.progress: Progress | None = None
-        """Set once something was dispatched."""
+        """Set with the first dispatched message."""
         record = last.record if last else JournalRecord()
         self.cursor = record.cursor
-        """iLink's, for the next poll; it may be newer than the one that is stored."""
+        """iLink's cursor for the next poll. It may be newer than the stored one."""
         self.start = record.start
         self.sequence = last.sequence if last else 0
-        """Of the newest record."""
+        """Sequence of the newest record."""
         self._stored_cursor = record.cursor
         self.done_to = self._stored_done_to = record.done_to
-        """Sequence up to which inboxes and conversations are known to have everything."""
+        """Sequence up to which inboxes and conversations have all messages."""
         self.seen_at = record.seen_at
-        """Sequence of the newest record that has what was seen lately; 0: there is none."""
+        """Sequence of the newest record with a dedup window; 0: none."""
         self.seen_to = record.seen_to
-        """Up to where in the journal that one knows it."""
+        """Sequence up to which that window is complete."""
         self.last_heard = record.last_heard
         self._since_seen = 0
-        """Records since that one, by this owner."""
+        """Own records since that one."""
         self._older: list[int] = []
-        """Sequences of the newest records but one, as far as this owner knows them, oldest first."""
+        """Known sequences of the records before the newest one, oldest first."""
         self._inherited = self.last_heard
-        """The newest record with messages that an earlier owner may have left; 0: none."""
+        """Sequence of the newest record with messages of an earlier owner; 0: none."""
         if last is not None:
             self._point_at(last)
 
@@ -104,18 +118,19 @@ class BotJournal:
 
     @property
     def is_noted(self) -> bool:
-        """Whether the newest record says all that is known: a next owner has nothing to look for."""
+        """Whether the newest record has the cursor and the dispatched sequence, so that a new owner need not
+        search."""
         return self.is_cursor_stored and not (self._stored_done_to < self.last_heard and self.is_dispatched)
 
     @property
     def is_dispatched(self) -> bool:
-        """Whether inboxes and conversations are known to have everything."""
+        """Whether inboxes and conversations have all messages."""
         if self.progress is not None:
             self.done_to = max(self.done_to, self.progress.done_to())
         return self.last_heard <= self.done_to
 
     def apply_start_cursor(self, binding: Binding, sealer: Sealer) -> None:
-        """Goes to the cursor that a bind request names, once; it is stored with the next record."""
+        """Goes to the cursor of a bind request, once. The next record stores it."""
         if binding.start_cursor is None:
             return
         try:
@@ -128,10 +143,10 @@ class BotJournal:
             self.cursor, self.start = start, mark
 
     def ensure_owner(self) -> None:
-        """Raises LeaseLost where this replica may not write for the bot at this moment.
+        """Raises LeaseLost unless this replica may write for the bot now.
 
-        The owner that the journal names may write as long as it lives, also for a shard that it has handed over:
-        nobody takes the bot before.
+        The owner in the journal may write while it is alive, even if it has handed the shard over, since no other
+        replica takes the bot before its release.
         """
         if not self._leases.is_valid or self._leases.incarnation != self.owner:
             raise LeaseLost("lease_lost", self.bot)
@@ -139,18 +154,18 @@ class BotJournal:
     # writing ----------------------------------------------------------------------------------------
 
     async def note(self) -> None:
-        """Stores who polls, and from where, without messages. Raises Temporary, LeaseLost."""
+        """Stores owner and cursor without messages. Raises Temporary, LeaseLost."""
         await self._append(self._record(new=1))
 
     async def release(self, *, ttl_s: int = 0) -> None:
-        """Takes this replica's name out, also while its lease is not valid: it lives, so that nobody else would.
-        `ttl_s`: the bot is bound no more, and its record goes after so long. Raises Temporary, LeaseLost."""
+        """Removes the owner, even while the lease is not valid, since no other replica takes the bot of a living one.
+        `ttl_s`: time to live of the record of an unbound bot. Raises Temporary, LeaseLost."""
         if ttl_s and self.progress is not None:
-            await self.progress.load_dedup_window()  # no older record stays
+            await self.progress.load_dedup_window()  # the older records are deleted
         await self._append(self._record(new=0 if ttl_s else 1), owner="", ttl_s=ttl_s)
 
     async def store(self, record: JournalRecord) -> None:
-        """Stores one of `records_of`. Raises Temporary, LeaseLost, BusRefused."""
+        """Stores a record of `records_of`. Raises Temporary, LeaseLost, BusRefused."""
         pointed = self._record()
         await self._append(
             msgspec.structs.replace(
@@ -166,7 +181,7 @@ class BotJournal:
         self.cursor = record.cursor
 
     def records_of(self, answer: Answer) -> Iterator[JournalRecord]:
-        """An answer as records, a page of it at a time; the last one moves the cursor."""
+        """Splits an answer into records, one page at a time. The last record moves the cursor."""
         polled, first = answer.polled, 0
         place = digest(polled.cursor.encode()) if polled.cursor else ""
         pages: Iterable[list[bytes]] = polled.pages or ()
@@ -192,8 +207,8 @@ class BotJournal:
             yield msgspec.structs.replace(before, cursor=polled.cursor or self.cursor)
 
     async def store_late(self, record: JournalRecord) -> None:
-        """Stores what iLink handed over to this replica after another one has taken the bot: iLink may give it to
-        nobody else. The owner of now finds it as its own. Raises Temporary."""
+        """Stores a record of a bot that another replica has taken, under that owner's name, since iLink may not
+        deliver the messages again. Raises Temporary."""
         while True:
             last = await self._journal.last(self.bot)
             owner, sequence, base = (last.owner, last.sequence, last.record) if last else ("", 0, JournalRecord())
@@ -214,8 +229,8 @@ class BotJournal:
             return
 
     async def adopt_late(self) -> list[Written]:
-        """Goes on behind what another replica has stored late under this one's name, and returns it; or what this one
-        has stored without an answer. Raises LeaseLost where it is somebody else's by now, Temporary."""
+        """Continues behind records that were stored under this replica's name without its knowledge, and returns
+        them. Raises LeaseLost if another replica owns the bot, Temporary."""
         found = [written async for written in self._journal.after(self.bot, self.sequence)]
         if any(written.owner != self.owner for written in found):
             raise LeaseLost("bot_taken", self.bot)
@@ -248,7 +263,7 @@ class BotJournal:
         self._older = needed
 
     async def delete_older(self) -> None:
-        """Deletes all records but the newest. Raises Temporary."""
+        """Deletes all records except the newest. Raises Temporary."""
         async for written in self._journal.after(self.bot, 0):
             if written.sequence < self.sequence:
                 await self._journal.delete(written.sequence)
@@ -310,7 +325,7 @@ class BotJournal:
 
 
 def _is_same(one: JournalRecord, other: JournalRecord) -> bool:
-    """Whether both are the same part of the same answer."""
+    """Whether both records are the same part of the same answer."""
 
     def part(record: JournalRecord) -> tuple[str, int, int, list[bytes]]:
         return record.place, record.first, record.received_ms, record.messages

@@ -1,7 +1,7 @@
-"""Key-value buckets by direct get, and compare-and-set on the key's last sequence.
+"""Key-value buckets with direct get, and compare-and-set on the last sequence of a key.
 
-nats-py's own bucket is not used: its watch is deaf for 15 s after a server restart, and it cannot write
-with a revision through our publisher. The data is the same as any KV client's.
+nats-py's own bucket is not used: its watch misses changes for 15 s after a server restart, and it cannot write with a
+revision through the publisher. Other KV clients can read and write the same data.
 """
 
 from __future__ import annotations
@@ -30,19 +30,19 @@ TTL = "Nats-TTL"
 MARKER = "Nats-Marker-Reason"
 PAGE = 500
 RELOAD_S = 5.0
-"""A bucket of leases whose newest entry is known is read no more often: only what has gone by its age would show."""
+"""Shortest interval between two complete reads of a lease bucket without a new entry; they only find expired keys."""
 RELOAD_WATCH_S = 300.0
-"""A bucket that is followed is read no more often, as long as no news is missing."""
+"""Shortest interval between two complete reads of a watched bucket without a missed update."""
 NEVER = -math.inf
 
 
 def updates_subject_of(bucket: str) -> str:
-    """Where the server republishes what it has stored in a bucket; the bucket's name follows the prefix."""
+    """Subject to which the server republishes the entries of a bucket; it starts with the prefix of the name."""
     return f"{bucket.rpartition('_')[0]}.kv.{bucket}"
 
 
 async def get_from_leader(connection: ManagedConnection, stream: str, subject: str) -> Entry | None:
-    """The last value of a key as the stream's leader has it, never a follower that lags. Raises Temporary."""
+    """The last value of a key, read from the stream's leader instead of a lagging follower. Raises Temporary."""
     message = await message_from_leader(connection, stream, {"last_by_subj": subject}, timeout_s=2)
     if message is None:
         return None
@@ -57,10 +57,10 @@ class LeaderKvBucket:
         self._name = name
         self._stream = f"KV_{name}"
         self._ttl_s = ttl_s
-        """Only collects garbage: keys of replicas that are long gone."""
+        """Time to live of keys; it only removes keys of replicas that ended long ago."""
         self._known: list[Entry] = []
         self._known_to = 0
-        """The newest sequence when they were read."""
+        """Newest sequence at the last complete read."""
         self._read_at = NEVER
 
     async def get(self, key: str) -> Entry | None:
@@ -95,10 +95,10 @@ class LeaderKvBucket:
 
 
 class KvBucket:
-    """Implements ports.Bucket. Keys are made by `names.to_subject_token` and `names.conversation_key`.
+    """Implements ports.Bucket. `names.to_subject_token` and `names.conversation_key` make the keys.
 
-    `replicated`: it lies on several servers, any of which answers a direct get, also one that lags; what decides
-    who may do something is asked of the leader then.
+    `replicated`: the bucket has several servers, any of which may answer a direct get, even a lagging one. Reads that
+    decide about ownership then go to the leader.
     """
 
     def __init__(
@@ -143,7 +143,7 @@ class KvBucket:
         except BusRefused as exc:
             if not exc.is_full:
                 raise
-            raise Temporary("bucket_full", f"{self.name}: {exc.detail}") from exc  # an operator has to make room
+            raise Temporary("bucket_full", f"{self.name}: {exc.detail}") from exc  # until an operator makes room
 
     async def list_prefix(self, first: str) -> list[Entry]:
         subject = self.subject(f"{first}.>")
@@ -160,10 +160,9 @@ class KvBucket:
         on_loaded: Callable[[], None] | None = None,
         reload_s: float = 30.0,
     ) -> None:
-        """News come from the subject that the server republishes to once a value is stored (the plain subject
-        would also show writes that were refused). Everything is read again after each connect, and where a look
-        every `reload_s` seconds shows that something is missing, so that nothing lost on the way stays lost.
-        Entries may come twice, never older than one seen before.
+        """Updates arrive on the subject to which the server republishes stored values; the plain subject would also
+        have refused writes. The bucket is read completely after each connect, and when a check every `reload_s`
+        seconds finds a missed update. An entry may come twice, but never after a newer one.
         """
         watcher = _Watcher(self, on_entry)
         self.connection.on_connect(watcher.subscribe)
@@ -171,7 +170,7 @@ class KvBucket:
             try:
                 await watcher.subscribe(self.connection.nc)
                 await self.connection.nc.flush()
-            except NatsError as exc:  # it is going down; the next one subscribes at its start
+            except NatsError as exc:  # the client is closing; the next one subscribes when it connects
                 log.info("bucket.watch_failed", bucket=self.name, reason=type(exc).__name__)
         epoch = -1
         while True:
@@ -188,11 +187,11 @@ class KvBucket:
             await self._wait_until_stale(epoch, reload_s)
 
     async def _wait_until_stale(self, epoch: int, seconds: float) -> None:
-        """Until there is another client, or the time is over."""
+        """Returns when there is another client, or after `seconds`."""
         await self.connection.changed.wait_until(lambda: self.connection.epoch != epoch, seconds)
 
     async def stream_state(self) -> tuple[int, int]:
-        """How many keys there are, deleted ones too, and the newest sequence. Raises Temporary."""
+        """Number of keys, including deleted ones, and the newest sequence. Raises Temporary."""
         try:
             info = await self.connection.api_request(f"STREAM.INFO.{self.stream}")
         except BusRefused as exc:
@@ -201,22 +200,22 @@ class KvBucket:
 
 
 class _Watcher:
-    """What one follower knows of a bucket."""
+    """The state of one watcher of a bucket."""
 
     def __init__(self, bucket: KvBucket, on_entry: Callable[[Entry], None]) -> None:
         self._bucket = bucket
         self._on_entry = on_entry
         self._revisions: dict[str, int] = {}
-        """Of every key, deleted ones too."""
+        """Revision of every key, including deleted ones."""
         self._top = 0
-        """The newest sequence that was heard of."""
+        """Newest sequence seen."""
         self._is_complete = False
-        """Nothing up to there is missing, as far as news and the last reading tell."""
+        """No update up to `_top` was missed."""
         self._read_at = NEVER
-        """When it was last read to the end."""
+        """Time of the last complete read."""
 
     async def subscribe(self, nc: Client) -> None:
-        """For each client: hears the news."""
+        """Subscribes to the updates. Called for each client."""
         await nc.subscribe(self._bucket.updates_subject + ".>", cb=self._on_update)
 
     async def _on_update(self, msg: Msg) -> None:
@@ -233,7 +232,8 @@ class _Watcher:
             self._on_entry(entry)
 
     async def reload_if_stale(self, *, force: bool) -> bool:
-        """Reads everything, if it must be read `force`, was not for long, or something is missing; whether it did.
+        """Reads the bucket if `force`, if it was not read for long, or if an update was missed. Returns whether it
+        did.
 
         Raises Temporary.
         """
@@ -249,14 +249,15 @@ class _Watcher:
             there.add(entry.key)
             read_to = stored.seq
             self._apply_entry(entry)
-        self._is_complete = self._is_complete and (not keys or read_to >= newest)  # else a server answered that lags
+        # otherwise a lagging server answered
+        self._is_complete = self._is_complete and (not keys or read_to >= newest)
         for key in [key for key in self._revisions if key not in there]:
             await self._confirm_removed(key)
         self._read_at = now
         return True
 
     async def _confirm_removed(self, key: str) -> None:
-        """A key was not read: it has gone by its age, or the server that answered lags. Raises Temporary."""
+        """Forgets a key that was not read, if it has expired; a lagging server may also miss it. Raises Temporary."""
         revision = self._revisions[key]
         if await self._bucket.get(key) is None and self._revisions[key] == revision:
             del self._revisions[key]

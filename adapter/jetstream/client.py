@@ -1,8 +1,8 @@
-"""nats-py's client with a fast path for what each message of the bridge passes: a publish and its acknowledgement.
+"""nats-py's client with a fast path for publishes and their acknowledgements.
 
-nats-py takes four coroutines and a check of each header for a publish, and a message, a queue and a task for an
-acknowledgement: a quarter of what a message in a batch costs. Whatever is unusual takes nats-py's own path. The parts
-of it that are used here are not public: `pyproject.toml` bounds its version.
+For a publish nats-py takes four coroutines and checks each header; for an acknowledgement it takes a message, a queue
+and a task. Together that is a quarter of the cost of a message in a batch. Unusual messages take nats-py's own path.
+The fast path uses parts of nats-py that are not public, so `pyproject.toml` bounds its version.
 """
 
 from __future__ import annotations
@@ -19,30 +19,31 @@ from nats.aio.transport import TcpTransport
 from nats.protocol.parser import Parser
 
 _HEADERS = re.compile(r"(?:[!#$%&'*+\-.^_`|~0-9A-Za-z]+: (?! )[ -~]*(?<! )\r\n)+")
-"""Those that need no look: a name and printable ASCII, without spaces around it that nats-py would take away."""
+"""Headers that need no further check: names and printable ASCII values without spaces around them, which nats-py
+would strip."""
 
 _PLAIN = re.compile(rb"NATS/1\.0(?: (\d{3}) ([!-~][ -~]*))?\r\n((?:%b)?)\r\n" % _HEADERS.pattern.encode())
-"""Status and reason, where it is the server's own word, and the lines of the headers."""
+"""Status and reason, if they are the server's own, and the header lines."""
 
 _IDS = re.compile(rb"\r\nNats-Msg-Id:([^\r]*)")
 
 _VIOLATION = re.compile(r'permissions violation for (publish|subscription) to "([^"]+)"')
 
 RawCallback = Callable[[str, bytes, bytes], None]
-"""Subject, payload and headers, as they are written, of a message that came; see `has_no_responders` and
-`parse_headers`."""
+"""Subject, payload and raw headers of a message; see `has_no_responders` and `parse_headers`."""
 Admission = Callable[[str, str, int], bool]
-"""Whether a message is wanted, by its subject, its reply subject and the size of its payload."""
+"""Decides by subject, reply subject and payload size whether a message is accepted."""
 
 
 PIECE = 8 * 1024
 """Bytes that are parsed at once on a connection that pauses."""
 WORK_S = 0.001
-"""After so much parsing it pauses, four times as long: a flood takes a fifth of the event loop's time, not all."""
+"""Parsing time after which the connection pauses for four times as long, so that a flood takes a fifth of the event
+loop's time."""
 
 
 class _Parser(Parser):
-    """May pause, so that others have their turn: nats-py parses all that has come, whatever else there is to do."""
+    """Can pause for other tasks, while nats-py parses everything that has arrived."""
 
     _worked_s = 0.0
 
@@ -60,7 +61,7 @@ class _Parser(Parser):
 
 
 class BusClient(Client):
-    """One connection. `publish` writes what nats-py's does; what is for `subscribe_raw` passes neither a queue nor a
+    """One connection. `publish` writes what nats-py's does. Messages for `subscribe_raw` skip nats-py's queue and
     task."""
 
     def __init__(self) -> None:
@@ -69,18 +70,17 @@ class BusClient(Client):
         self._raw_callbacks: dict[int, RawCallback] = {}
         self._admit: Admission | None = None
         self.pauses = False
-        """Whether what comes may take a part of the event loop's time only."""
+        """Whether incoming messages may take only a part of the event loop's time."""
 
     def set_admission(self, admit: Admission) -> None:
-        """For a connection on which strangers write: it pauses, and asks `admit` about each message that is not for
-        `subscribe_raw`, before anything is done with it."""
+        """Makes a connection that other clients write to pause, and call `admit` before it processes a message that
+        is not for `subscribe_raw`."""
         self._admit = admit
         self.pauses = True
 
     async def _process_info(self, info: dict[str, Any], initial_connection: bool = False) -> None:
-        """Encrypts where we were told to: nats-py asks the greeting alone, which whoever is in between may write.
-
-        With a server that has no TLS the handshake fails, before it is told who we are.
+        """Enforces TLS if it is configured. nats-py trusts the server's greeting alone, which an attacker in between
+        may write. With a server that has no TLS the handshake fails before the credentials are sent.
         """
         if initial_connection and "tls" in self.options and not self.options["tls_handshake_first"]:
             info["tls_required"] = True
@@ -95,7 +95,7 @@ class BusClient(Client):
             await super().publish(subject, payload, reply, headers)
 
     def enqueue_publish(self, subject: str, payload: bytes, reply: str, headers: dict[str, str] | None) -> bool:
-        """Puts a publish behind what is to be written; False where nats-py has to look at it: nothing is done then.
+        """Queues a publish. False: nothing is queued, and nats-py has to handle it.
 
         It is written after `flush_soon` or `flush_now`.
         """
@@ -113,73 +113,75 @@ class BusClient(Client):
         return True
 
     def flush_soon(self) -> None:
-        """What was posted is written in one piece with what others post in this turn of the loop."""
+        """Writes queued publishes together with others of this turn of the event loop."""
         if self._flush_queue is not None and self._flush_queue.empty():
             self._flush_queue.put_nowait(asyncio.get_running_loop().create_future())
 
     def flush_now(self) -> None:
-        """What was posted is written at once.
+        """Writes queued publishes at once.
 
-        For who waits for its answer, and knows that nothing else is on its way: whether the server keeps up is not
-        looked at.
+        For callers that wait for the answer while nothing else is outstanding. It does not check whether the server
+        keeps up.
         """
         if self._status != self.CONNECTED or not isinstance(self._transport, TcpTransport):
             self.flush_soon()
             return
         try:
             self._transport.write(b"".join(self._pending))  # type: ignore[no-untyped-call]
-        except (OSError, RuntimeError):  # it is closing: nats-py's own writer deals with that
+        except (OSError, RuntimeError):  # the connection is closing, which nats-py's writer handles
             self.flush_soon()
             return
         self._pending = []
         self._pending_data_size = 0
 
     async def _process_connect_init(self) -> None:
-        """Logs in. Raises ConnectionResetError, too, where uvloop has a word of its own for a socket that broke."""
+        """Logs in. Turns the error that uvloop raises for a broken socket into ConnectionResetError."""
         try:
             await super()._process_connect_init()
         except RuntimeError as exc:
             raise ConnectionResetError(str(exc)) from exc
 
     async def _close(self, status: int, do_cbs: bool = True) -> None:
-        """Closes also what broke with something left to write: nats-py fails there, before it has ended its tasks."""
+        """Closes a connection that broke with unwritten data. nats-py fails on it before it has ended its tasks."""
         try:
             await super()._close(status, do_cbs)
-        except (OSError, RuntimeError, TypeError, AttributeError):  # uvloop's; asyncio's in Python 3.13, and 3.12
+        # from uvloop, and from asyncio in Python 3.13 and 3.12
+        except (OSError, RuntimeError, TypeError, AttributeError):
             self._pending = []
             self._pending_data_size = 0
-            self._status = self.DISCONNECTED  # else nothing seems left to do
+            self._status = self.DISCONNECTED  # otherwise nats-py does nothing
             await super()._close(status, do_cbs)
 
     async def _send_ping(self, future: asyncio.Future[bool] | None = None) -> None:
-        """Behind what is to be written: nats-py's own overtakes it, so that a subscription may not be there after a
-        `flush`, and what another client publishes then passes it by."""
+        """Sends the ping after queued data. nats-py's ping overtakes them, so that a subscription might not exist
+        after a `flush` and miss a message."""
         self._pongs.append(future or asyncio.get_running_loop().create_future())
         await self._send_command(PING_PROTO)
         await self._flush_pending()
 
     async def subscribe_raw(self, subject: str, on_raw_message: RawCallback) -> None:
-        """Subscribes; `on_raw_message` is called as messages are read. What it raises goes to `error_cb`."""
+        """Subscribes. `on_raw_message` is called while messages are read; its errors go to `error_cb`."""
 
         async def on_message(msg: Msg) -> None:
-            raise AssertionError("passed by")
+            raise AssertionError("raw subscriptions skip this callback")
 
         subscription = await self.subscribe(subject, cb=on_message, pending_msgs_limit=0, pending_bytes_limit=0)
         self._raw_callbacks[subscription._id] = on_raw_message
 
     async def parse_headers(self, raw: bytes) -> dict[str, str]:
-        """What they say; the server's own word is called `Status`, its reason `Description`."""
+        """Decodes raw headers. The server's status is called `Status`, its reason `Description`."""
         return await self._process_headers(raw) or {}
 
     async def _process_headers(self, headers: bytes | None) -> dict[str, str] | None:
-        """Of several ids the first: by that the server drops repeats."""
+        """Takes the first of several ids, by which the server drops duplicates."""
         found = await self._read_headers(headers)
         if found and headers and headers.count(b"Nats-Msg-Id") > 1 and (first := _IDS.search(headers)):
             found["Nats-Msg-Id"] = first[1].decode(errors="replace").strip()
         return found
 
     async def _read_headers(self, headers: bytes | None) -> dict[str, str] | None:
-        """nats-py looks at each letter of each name, and twice where the server says a word of its own."""
+        """Fast path for plain headers. nats-py checks each letter of each name, and twice if the server adds a
+        status."""
         plain = _PLAIN.fullmatch(headers) if headers else None
         if plain is None:
             return await super()._process_headers(headers)
@@ -202,7 +204,7 @@ class BusClient(Client):
         self.stats["in_bytes"] += len(data)
         try:
             on_raw_message(subject.decode(), data, headers or b"")
-        except Exception as exc:  # noqa: BLE001 - as nats-py does: the connection outlives whoever listens
+        except Exception as exc:  # noqa: BLE001 - as nats-py does: a callback must not end the connection
             await self._error_cb(exc)
 
 
@@ -213,12 +215,12 @@ def permission_violation(exc: Exception) -> tuple[str, str] | None:
 
 
 def has_no_responders(headers: bytes) -> bool:
-    """Whether a server says that nobody listens to what was sent."""
+    """Whether the server reports that no subscriber exists for the subject."""
     return headers.startswith(b"NATS/1.0 503")
 
 
 def _publish_command(subject: str, reply: str, headers: dict[str, str] | None, payload: bytes) -> bytes | None:
-    """The line of the protocol and what follows it; None for what nats-py has to look at."""
+    """The protocol line and its payload; None: nats-py has to handle it."""
     if not _is_plain(subject) or (reply and not _is_plain(reply)):
         return None
     if headers is None:

@@ -1,17 +1,16 @@
 """The pull loop of a durable consumer that has one owner at a time.
 
-At each start and after each connect the consumer is reset: everything unacknowledged comes again, at once and in
-stream order, so that nothing lost on its way can overtake or hide. In a cluster a delivery can get lost without a
-break, when the consumer's leader dies: the sequence numbers of deliveries and heartbeats show the gap, and the
-consumer is reset, too.
+At each start and after each connect the consumer is reset: all unacknowledged messages are redelivered at once, in
+stream order, so that a lost delivery can neither be overtaken nor stay hidden. In a cluster a delivery can also be
+lost when the consumer's leader dies. The sequence numbers of deliveries and heartbeats show the gap, and the consumer
+is reset, too.
 
-They do not show a reset by somebody else, who then takes as much as the owner had taken. So a replica that is not
-sure to be the owner neither resets nor pulls, and checks again between the two: a reset that reached the server late
-is then followed by no pull. Pulls that a former owner left, frozen or cut off without a trace, take deliveries until
-they expire, also from a consumer that is reset.
+They do not show a reset by another replica that then takes as many messages as this one had. So a replica without a
+valid lease neither resets nor pulls, and it checks again between the two: a late reset is then followed by no pull.
+Pulls of a former owner that is frozen or cut off take deliveries until they expire, even after a reset.
 
-A consumer that an operator has deleted is made again. What was stored before that may have been delivered by the one
-that is gone, which took that knowledge with it.
+A consumer that an operator has deleted is created again. Messages stored before that may have been delivered by the
+deleted one.
 """
 
 from __future__ import annotations
@@ -35,18 +34,19 @@ from adapter.kit.timing import Clock, backoff, wait_event
 log = structlog.get_logger()
 
 EXPIRES_S = 10.0
-"""When a pull ends: so long the pulls of a frozen owner go on taking. The least that such heartbeats allow."""
+"""Duration of a pull, and so the time for which the pulls of a frozen owner take deliveries. It is the shortest one
+for these heartbeats."""
 HEARTBEAT_S = 5.0
 SILENT_S = 15.0
-"""After so long without a delivery or a heartbeat the server is taken to have forgotten the pull."""
+"""Time without a delivery or a heartbeat after which the server has forgotten the pull."""
 PULL_BYTES = 1024 * 1024
-"""What a pull brings at most: a server cuts off a client that lets 64 MB wait, and after the next connect all of it
-would come again, and the client be cut off again."""
+"""Most bytes of a pull. A server closes the connection of a client with 64 MB pending; after the next connect all of
+it would be redelivered, and the connection closed again."""
 CONFIRM_S = 1.0
-"""An acknowledgement that is not confirmed so soon is repeated."""
+"""Time without a confirmation after which an acknowledgement is repeated."""
 LOST = "a delivery got lost"
 DELIVERED = "$JS.ACK."
-"""How the reply subject of a delivery begins. Its headers are a stranger's, and may say anything: `Status: 409`."""
+"""Start of the reply subject of a delivery. Its headers are the author's, and may contain a `Status`."""
 
 
 class Delivery:
@@ -66,7 +66,7 @@ class Delivery:
 
     def __init__(self, consumer: Consumer, msg: Msg, redelivered_to: int, made_ms: int) -> None:
         tokens = msg.reply.split(".")
-        base = 2 if len(tokens) < 11 else 4  # newer servers may put domain and account hash in front
+        base = 2 if len(tokens) < 11 else 4  # newer servers may add domain and account hash
         self._consumer = consumer
         self._reply = msg.reply
         self.subject = msg.subject
@@ -74,13 +74,13 @@ class Delivery:
         self.headers: dict[str, str] = msg.headers or {}
         self.seq = int(tokens[base + 3])
         self.number = int(tokens[base + 4])
-        """Of the consumer's deliveries since its last reset."""
+        """Number of the delivery since the last reset of the consumer."""
         self.time_ms = int(tokens[base + 5]) // 1_000_000
         self.redelivered = self.seq <= redelivered_to or self.time_ms <= made_ms
-        """It was delivered before, so that its outcome may be on the bus already."""
+        """It was delivered before, so its outcome may be on the bus already."""
 
     async def ack(self) -> None:
-        """Settles it. An ack that gets lost comes back as a delivery after the next connect."""
+        """Acknowledges the message. After a lost acknowledgement it is redelivered with the next connect."""
         self._consumer.on_acked()
         try:
             await self._consumer.acknowledge(self._reply)
@@ -89,12 +89,12 @@ class Delivery:
 
 
 class Consumer:
-    """The pull loop of one durable. `room` bounds what is delivered and not yet acknowledged, or where not
-    `until_acked`, what is asked for: whoever takes the deliveries bounds them then. `confirm_acks`: each is repeated
-    until the server confirms it, for who asks whether all is settled.
+    """The pull loop of one durable consumer. `room` bounds the deliveries that are not acknowledged. Without
+    `until_acked` it bounds the requested ones, and the receiver bounds the others. `confirm_acks`: acknowledgements
+    are repeated until the server confirms them, for callers that check whether all is settled.
 
-    `check` raises LeaseLost when this replica may not read it at this moment. `turn` is awaited before each delivery:
-    nats-py hands on all that has come in one round of the event loop.
+    `check` raises LeaseLost unless this replica may read now. `turn` is awaited before each delivery, since nats-py
+    passes on everything that has arrived in one turn of the event loop.
     """
 
     def __init__(
@@ -121,11 +121,11 @@ class Consumer:
         self._requested = 0
         self._pull_bytes = PULL_BYTES
         self._last_delivery = 0
-        """Of the last delivery."""
+        """Number of the last delivery."""
         self._redelivered_to = 0
-        """What is up to here may have been delivered before. The server forgets it at a reset."""
+        """Stream sequence up to which messages may have been delivered before. The server forgets it at a reset."""
         self._created_ms = 0
-        """When the consumer was made; what was stored earlier may have been delivered by one before it."""
+        """Creation time of the consumer. An earlier consumer may have delivered older messages."""
         self._wake = asyncio.Event()
 
     def on_acked(self) -> None:
@@ -156,8 +156,8 @@ class Consumer:
         return await self.connection.api_request(f"CONSUMER.INFO.{self._stream}.{self.name}")
 
     async def run(self, on_delivery: Callable[[Delivery], None], on_reset: Callable[[], Awaitable[None]]) -> None:
-        """Delivers until cancelled. `on_reset` is awaited between each reset and the first delivery after it: what
-        was acknowledged before the reset has left its traces elsewhere by then, and all else is delivered.
+        """Delivers until cancelled. `on_reset` is awaited between a reset and the first delivery after it. The
+        outcomes of messages that were acknowledged before are stored then, and all other messages are delivered.
         """
         failures = 0
         while True:
@@ -175,13 +175,13 @@ class Consumer:
                 self._check()
                 self._redelivered_to = max(self._redelivered_to, int(info["delivered"]["stream_seq"]))
                 info = await self.connection.api_request(f"CONSUMER.RESET.{self._stream}.{self.name}")
-                # not what is delivered: a pull of somebody else may have taken some before the answer was made
+                # not the delivered sequence: another replica's pull may have taken some messages meanwhile
                 self._last_delivery = int(info["ack_floor"]["consumer_seq"])
                 self._in_flight = self._requested = 0
                 await on_reset()
                 failures = 0
                 await self._pull(nc, epoch, on_delivery)
-            except LeaseLost:  # paused: it may come back; lost: the owner of this loop ends it
+            except LeaseLost:  # a paused lease may come back; if it is lost, the owner ends this loop
                 log.debug("consumer.fenced", consumer=self.name)
                 await asyncio.sleep(0.1)
             except (Temporary, BusRefused) as exc:
@@ -190,7 +190,7 @@ class Consumer:
                 await asyncio.sleep(backoff(failures, first_s=0.2, longest_s=3.0))
 
     async def _get_or_create(self) -> dict[str, Any]:
-        """What the server says of it; made again where it is missing. Raises Temporary, BusRefused (no stream)."""
+        """The consumer's info. Creates the consumer if it is missing. Raises Temporary, BusRefused (no stream)."""
         try:
             return await self.get_info()
         except BusRefused as exc:
@@ -207,11 +207,11 @@ class Consumer:
         async def on_message(msg: Msg) -> None:
             nonlocal last_message_at, broken
             last_message_at = asyncio.get_running_loop().time()
-            if broken:  # what comes now would overtake what got lost
+            if broken:  # later messages must not overtake the lost one
                 return
             status = None if msg.reply.startswith(DELIVERED) else (msg.headers or {}).get("Status")
             if status is None and self._wait_turn is not None:
-                await self._wait_turn()  # a pull that ends meanwhile takes its subscription with it, and this task
+                await self._wait_turn()  # the end of the pull also ends the subscription and this task
             broken = self._deliver(msg, on_delivery) if status is None else self._on_status(status, msg.headers or {})
             if broken or status in ("408", "409"):
                 self._wake.set()
@@ -236,21 +236,21 @@ class Consumer:
             down.cancel()
 
     def _deliver(self, msg: Msg, on_delivery: Callable[[Delivery], None]) -> str:
-        """Hands a delivery on; or why the pull is broken."""
+        """Passes a delivery on. Returns why the pull is broken, or ""."""
         delivery = Delivery(self, msg, self._redelivered_to, self._created_ms)
         if delivery.number != self._last_delivery + 1:
             return LOST
         self._last_delivery = delivery.number
         self._requested = max(0, self._requested - 1)
         self._in_flight += 1
-        self._redelivered_to = max(self._redelivered_to, delivery.seq)  # a server that is killed may forget it
+        self._redelivered_to = max(self._redelivered_to, delivery.seq)  # a killed server may forget it
         on_delivery(delivery)
         if not self._until_acked:
             self._free_slot()
         return ""
 
     def _on_status(self, status: str, headers: dict[str, str]) -> str:
-        """Notes what the server says of a pull; why it is broken, or ""."""
+        """Processes a status of the pull. Returns why the pull is broken, or ""."""
         if status == "100":  # a heartbeat
             return LOST if int(headers.get("Nats-Last-Consumer", "0")) > self._last_delivery else ""
         if status not in ("408", "409"):
@@ -259,7 +259,7 @@ class Consumer:
         said = headers.get("Description", "")
         if "Exceeds MaxBytes" in said:
             if int(headers.get("Nats-Pending-Bytes", "0")) >= self._pull_bytes:
-                self._pull_bytes *= 2  # not even the first message had room
+                self._pull_bytes *= 2  # the first message did not fit
             return ""
         return said or status if status == "409" and "Batch Completed" not in said else ""
 
@@ -278,9 +278,9 @@ class Consumer:
 
 
 async def wait_all_settled(connection: ManagedConnection, stream: str, name: str, clock: Clock) -> None:
-    """Returns once nothing is left to be delivered by a consumer, or to be acknowledged.
+    """Returns when a consumer has nothing left to deliver or to acknowledge.
 
-    Raises Temporary: that is not so within ten seconds or so, or an operator has deleted the consumer.
+    Raises Temporary if that takes more than about ten seconds, or if the consumer was deleted.
     """
     for _ in range(100):
         try:

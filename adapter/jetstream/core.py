@@ -1,4 +1,4 @@
-"""Core NATS: publishing without storage and asking all replicas. Also makes the durable consumers of sandboxes."""
+"""Core NATS: unstored publishes and queries to all replicas. Also creates the durable consumers of sandboxes."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class CoreNats:
         await self._connection.publish(subject, payload, headers=headers)
 
     def subscribe(self, subject: str, on_message: Callable[[bytes], None]) -> None:
-        """Subscribes, on each connection anew; what is published while there is none is missed."""
+        """Subscribes on every connection. Messages that arrive while there is none are lost."""
 
         async def receive(msg: Msg) -> None:
             on_message(msg.data)
@@ -37,7 +37,7 @@ class CoreNats:
         self._on_each(subject, receive)
 
     def respond(self, subject: str, make: Callable[[bytes], bytes | None]) -> None:
-        """Answers what is asked of all replicas there, to inboxes only; None: not at all."""
+        """Answers queries to all replicas, if the reply subject is an inbox; None: no answer."""
 
         async def receive(msg: Msg) -> None:
             made = make(msg.data) if is_inbox(msg.reply) else None
@@ -57,7 +57,7 @@ class CoreNats:
         enough = asyncio.Event()
 
         async def receive(msg: Msg) -> None:
-            if "Status" not in (msg.headers or {}):  # else the server says that nobody listens
+            if "Status" not in (msg.headers or {}):  # otherwise the server reports no subscribers
                 answers.append(msg.data)
             if len(answers) >= count or "Status" in (msg.headers or {}):
                 enough.set()
@@ -89,14 +89,15 @@ class CoreNats:
                 f"CONSUMER.CREATE.{stream}.{sandbox}.{self._names.inbox(sandbox)}", body
             )
         except BusRefused as exc:
-            if exc.code != CONSUMER_EXISTS:  # perhaps as its reader has changed it: theirs
+            if exc.code != CONSUMER_EXISTS:  # its reader may have changed it
                 raise Refused("invalid", f"The durable consumer cannot be made: {exc.detail}") from exc
 
     async def move_durable(self, sandbox: str, after: int) -> None:
         consumer = f"{self._names.stream_in}.{sandbox}"
         try:
-            await self._connection.api_request(f"CONSUMER.INFO.{consumer}")  # a reset of none is not answered
+            # a reset of a missing consumer gets no answer
+            await self._connection.api_request(f"CONSUMER.INFO.{consumer}")
             await self._connection.api_request(f"CONSUMER.RESET.{consumer}", {"seq": after + 1})
         except BusRefused as exc:
-            if exc.code != NO_CONSUMER:  # a reader has made it deliver only what is new: nobody may move that
+            if exc.code != NO_CONSUMER:  # a consumer that its reader made for new messages only cannot be moved
                 log.warning("durable.move_failed", sandbox=sandbox, detail=exc.detail)

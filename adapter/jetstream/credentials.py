@@ -1,7 +1,7 @@
-"""Reads the files of credentials and certificates for each connection: they may be exchanged while the service runs.
+"""Reads the files of credentials and certificates before each connection, since they may change while the service
+runs.
 
-nats-py would read them in the midst of its handshake, raise whatever its parsers raise, and look for the JWT in a
-file without one for ever. So they are read and checked here.
+nats-py would read them during its handshake, raise any error of its parsers, and hang on a file without a JWT.
 """
 
 from __future__ import annotations
@@ -21,7 +21,8 @@ JWT, SEED = "BEGIN NATS USER JWT", "BEGIN USER NKEY SEED"
 
 
 def credential_options(settings: Settings) -> dict[str, Any]:
-    """nats-py's options for who we are. Raises Temporary, which names the setting: the file may be mended."""
+    """nats-py's options for the credentials. Raises Temporary with the setting's name, since the file may be
+    repaired."""
     options: dict[str, Any] = {
         "user": settings.nats_user,
         "password": settings.nats_password,
@@ -41,11 +42,11 @@ def credential_options(settings: Settings) -> dict[str, Any]:
 
 
 def tls_context(settings: Settings) -> ssl.SSLContext:
-    """Whom we believe, and our own certificate. Raises Temporary, as `credential_options` does."""
+    """The TLS context with trusted CAs and the client certificate. Raises Temporary, as `credential_options` does."""
     ca, cert, key = settings.nats_ca, settings.nats_cert, settings.nats_key
     try:
         context = ssl.create_default_context(cafile=ca or None)
-    except OSError as exc:  # an SSLError is one
+    except OSError as exc:  # includes SSLError
         raise _unusable_file("NATS_CA", ca, exc) from None
     if cert:
         try:
@@ -65,7 +66,7 @@ def _read_file(setting: str, path: str) -> str:
 
 
 def _line_below(lines: list[str], mark: str) -> str:
-    """The line below the one that holds `mark`; "" if there is none."""
+    """The line below the one that contains `mark`; "": there is none."""
     return next((below for line, below in itertools.pairwise(lines) if mark in line), "")
 
 
@@ -77,5 +78,5 @@ def _check_seed(setting: str, path: str, seed: str) -> None:
 
 
 def _unusable_file(setting: str, path: str, why: object) -> Temporary:
-    """`why` holds nothing of what is in the file."""
+    """`why` must not contain the file's content."""
     return Temporary("bus_credentials", f"{setting} cannot be used ({path}: {why})")

@@ -1,4 +1,4 @@
-"""Reading streams back: from any server by direct get, or from the stream's leader where it decides something."""
+"""Reads streams: from any server by direct get, or from the stream's leader where a decision depends on it."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from adapter.ports import Stored
 PAGE_BYTES = 1024 * 1024
 """As `consumer.PULL_BYTES`."""
 SUBJECTS_AT_ONCE = 256
-"""Of which the newest messages are asked for in one request; a server takes 1,024 (ADR-31)."""
+"""Most subjects whose newest messages are requested at once; a server accepts 1,024 (ADR-31)."""
 
 
 async def read_stream(
@@ -35,11 +35,11 @@ async def read_stream(
     limit: int | None = None,
     replicated: bool = False,
 ) -> AsyncGenerator[Stored, None]:
-    """The messages of `subject` (may hold wildcards), oldest first, after a sequence or since a time; at most
+    """The messages of `subject` (may have wildcards), oldest first, after a sequence or since a time; at most
     `limit`.
 
-    Any server of a cluster answers, also one that lags: `replicated` asks the leader at the end whether that was all.
-    Raises Temporary.
+    Any server of a cluster answers, even a lagging one. With `replicated` the leader confirms at the end that there
+    are no more. Raises Temporary.
     """
     where: dict[str, Any] = {"seq": after + 1} if since_ms is None else {"start_time": _rfc3339(since_ms)}
     remaining = sys.maxsize if limit is None else limit
@@ -48,7 +48,7 @@ async def read_stream(
         query = {**where, "next_by_subj": subject, "batch": asked, "max_bytes": PAGE_BYTES}
         async for stored in direct_get(connection, stream, query):
             found += 1
-            more = stored.headers.get("Nats-Num-Pending", "0") != "0"  # the server's word: it ends by size, too
+            more = stored.headers.get("Nats-Num-Pending", "0") != "0"  # a batch also ends by size
             where = {"seq": stored.seq + 1}
             yield stored
         remaining -= found
@@ -60,7 +60,7 @@ async def read_stream(
 
 
 class StreamHistory:
-    """Implements ports.Archive by direct get. `replicated`: the streams lie on several servers."""
+    """Implements ports.Archive by direct get. `replicated`: the streams have several servers."""
 
     def __init__(self, connection: ManagedConnection, *, replicated: bool = False) -> None:
         self._connection = connection
@@ -93,7 +93,7 @@ class StreamHistory:
                 messages, up_to = await read_last_of_each(self._connection, stream, page)
                 if up_to >= newest:
                     break
-                await asyncio.sleep(0.05)  # a server that lags answered
+                await asyncio.sleep(0.05)  # a lagging server answered
             found += messages
         return found
 
@@ -123,11 +123,11 @@ class StreamHistory:
                     found.append(stored)
             if found or start <= first:
                 return list(reversed(found))
-            width *= 4  # only what was deleted lay there
+            width *= 4  # all messages in the range were deleted
 
     async def get(self, stream: str, seq: int) -> Stored | None:
         stored = await direct_get_one(self._connection, stream, {"seq": seq})
-        if stored is None and self._replicated:  # a server that lags may have answered
+        if stored is None and self._replicated:  # a lagging server may have answered
             return await _from_leader(self._connection, stream, {"seq": seq})
         return stored
 
@@ -148,7 +148,7 @@ def _rfc3339(time_ms: int) -> str:
 
 
 async def count_by_subject(connection: ManagedConnection, stream: str, subject: str) -> dict[str, int]:
-    """Messages per subject under a wildcard. Raises Temporary, BusRefused where there is no such stream."""
+    """Messages by subject under a wildcard. Raises Temporary, BusRefused (no such stream)."""
     found: dict[str, int] = {}
     while True:
         answer = await connection.api_request(
@@ -168,8 +168,8 @@ async def read_last(connection: ManagedConnection, stream: str, subject: str) ->
 async def direct_get(
     connection: ManagedConnection, stream: str, body: dict[str, Any]
 ) -> AsyncGenerator[Stored, None]:
-    """What any replica answers to a direct get (ADR-31), perhaps less than the leader has. Raises Temporary, also
-    where one of the answers is missing: each names the one before."""
+    """Any server's answers to a direct get (ADR-31), possibly fewer than the leader has. Raises Temporary, even if
+    one answer is missing: each names the previous one."""
     with connection.open_request() as request:
         await connection.publish(f"$JS.API.DIRECT.GET.{stream}", msgspec.json.encode(body), reply=request.reply)
         last_seq = 0
@@ -181,8 +181,8 @@ async def direct_get(
 async def read_last_of_each(
     connection: ManagedConnection, stream: str, subjects: Sequence[str]
 ) -> tuple[list[Stored], int]:
-    """The newest message of each subject that has one, and the sequence up to which the server that answered knows
-    the stream. Raises Temporary, also where one of the answers is missing."""
+    """The newest message of each subject, and the sequence up to which the answering server knows the stream. Raises
+    Temporary, even if one answer is missing."""
     found: list[Stored] = []
     with connection.open_request() as request:
         body = msgspec.json.encode({"multi_last": subjects, "batch": len(subjects)})
@@ -195,7 +195,7 @@ async def read_last_of_each(
         return found, int(answer.headers["Nats-UpTo-Sequence"])
     if found:
         return found, max(stored.seq for stored in found)
-    newest = await read_last(connection, stream, ">")  # nothing was found: how much does this server know?
+    newest = await read_last(connection, stream, ">")  # nothing found: up to which sequence does this server know?
     return found, newest.seq if newest else 0
 
 
@@ -205,7 +205,7 @@ async def direct_get_one(connection: ManagedConnection, stream: str, body: dict[
 
 
 def _decode_after(last_seq: int, answer: Reply) -> Stored | None:
-    """As `_decode_stored`, of one answer of several. Raises Temporary, also where one between it and `last_seq` is
+    """As `_decode_stored`, for one of several answers. Raises Temporary, even if the answer after `last_seq` is
     missing."""
     stored = _decode_stored(answer)
     if answer.headers.get("Nats-Last-Sequence", str(last_seq)) != str(last_seq):
@@ -214,10 +214,9 @@ def _decode_after(last_seq: int, answer: Reply) -> Stored | None:
 
 
 def _decode_stored(answer: Reply) -> Stored | None:
-    """An answer to a direct get; None: there is nothing, or nothing more. Raises Temporary."""
+    """Decodes an answer to a direct get; None: no message, or no more. Raises Temporary."""
     headers = answer.headers
-    # A message has the server's word for its sequence; its own headers, of which one may be called Status,
-    # are whatever somebody wrote.
+    # The server adds the sequence to a message. The message's own headers, such as Status, are its author's.
     status = None if "Nats-Sequence" in headers else headers.get("Status", "none")
     if status in ("404", "204"):
         return None
@@ -230,12 +229,12 @@ def _decode_stored(answer: Reply) -> Stored | None:
 async def next_from_leader(
     connection: ManagedConnection, stream: str, subject: str, where: dict[str, Any]
 ) -> Stored | None:
-    """The first message of a subject after a sequence or time, as the stream's leader has it. Raises Temporary."""
+    """The first message of a subject after a sequence or time, from the stream's leader. Raises Temporary."""
     return await _from_leader(connection, stream, {**where, "next_by_subj": subject})
 
 
 async def _from_leader(connection: ManagedConnection, stream: str, query: dict[str, Any]) -> Stored | None:
-    """Without its headers. Raises Temporary."""
+    """The message without its headers. Raises Temporary."""
     message = await message_from_leader(connection, stream, query)
     return None if message is None else Stored(message.subject, message.seq, {}, message.data or b"")
 
@@ -243,20 +242,20 @@ async def _from_leader(connection: ManagedConnection, stream: str, query: dict[s
 async def message_from_leader(
     connection: ManagedConnection, stream: str, query: dict[str, Any], *, timeout_s: float = 5.0
 ) -> LeaderMessage | None:
-    """One message as the stream's leader has it; None: there is none. Raises Temporary."""
+    """One message from the stream's leader; None: there is none. Raises Temporary."""
     msg = await connection.request(
         f"$JS.API.STREAM.MSG.GET.{stream}", msgspec.json.encode(query), timeout_s=timeout_s
     )
     answer = decode_reply(msg.data, _MsgGet, "STREAM.MSG.GET")
     if answer.message is None:
         error = answer.error or ApiError(description="neither a message nor an error")
-        if error.code != 404 or error.err_code == NO_STREAM:  # where there is no stream, or no leader: no proof
+        if error.code != 404 or error.err_code == NO_STREAM:  # without a stream or a leader there is no proof
             raise Temporary("bus_busy", error.description[:200])
     return answer.message
 
 
 class LeaderMessage(msgspec.Struct):
-    """As STREAM.MSG.GET has it: headers and time as they are written."""
+    """A message of STREAM.MSG.GET; headers and time are raw."""
 
     seq: int
     subject: str = ""

@@ -1,4 +1,4 @@
-"""Checks the streams while the service runs: deleted, changed, or emptied?"""
+"""Checks while the service runs whether streams were deleted, changed or emptied."""
 
 from __future__ import annotations
 
@@ -18,34 +18,34 @@ log = structlog.get_logger()
 
 
 class Inspector:
-    """The state of the streams when they were last checked."""
+    """The state of the streams at the last check."""
 
     def __init__(self, names: Names, settings: Settings, *, at_least: Mapping[str, Callable[[], int]]) -> None:
-        """`at_least` says by bucket how many keys were surely written, and not deleted."""
+        """`at_least`: by bucket, the number of keys that were surely written and not deleted."""
         self._wanted = wanted_streams(names, settings)
         self._minimum_keys = {f"KV_{bucket}": count for bucket, count in at_least.items()}
         self.altered: dict[str, list[Difference]] = {}
-        """What somebody changed, by stream, of what breaks a guarantee, when it was last seen."""
+        """By stream: differences that break a guarantee, at the last check."""
         self.incomplete: list[str] = []
-        """Buckets, by their streams, that lacked keys when they were last seen. Marks of deletions count as keys."""
+        """Streams of buckets that lacked keys at the last check. Delete markers count as keys."""
         self._message_counts: dict[str, int] = {}
 
     def message_count(self, stream: str) -> int:
-        """Those of a stream when it was last seen."""
+        """Messages of a stream at the last check."""
         return self._message_counts.get(stream, 0)
 
     async def inspect_streams(self, connection: ManagedConnection) -> list[str]:
-        """The names of the streams that are missing. Raises Temporary."""
+        """Checks all streams. Returns the missing ones. Raises Temporary."""
         missing, incomplete = [], []
         for wanted in self._wanted:
             name = wanted.name
-            at_least = self._minimum_keys.get(name, int)()  # before asking: there may be more then
+            at_least = self._minimum_keys.get(name, int)()  # before the request, after which there may be more
             try:
                 info = await connection.api_request(f"STREAM.INFO.{name}")
             except BusRefused as exc:
                 if exc.code != NO_STREAM:
                     raise Temporary("bus_refused", exc.detail) from exc
-                said = "Restore it from the backup; `wechat-nats doctor --fix` creates it, empty."
+                said = "Restore the stream from the backup; `wechat-nats doctor --fix` creates an empty one."
                 log.error("stream.missing", stream=name, detail=said)
                 missing.append(name)
                 continue
@@ -58,7 +58,7 @@ class Inspector:
         return missing
 
     def _compare_config(self, wanted: Wanted, config: dict[str, Any]) -> None:
-        """What stops a start is told here, once: a service that runs goes on as well as it can."""
+        """Logs a new difference that would prevent a start. A running service continues as well as it can."""
         broken = [difference for difference in differences(wanted, config) if difference.critical]
         if broken == self.altered.get(wanted.name, []):
             return

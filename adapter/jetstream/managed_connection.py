@@ -1,9 +1,8 @@
-"""One NATS connection that is remade after every break, and the requests over it.
+"""One NATS connection that is replaced after every break, and the requests over it.
 
-nats-py's own reconnect is switched off on purpose: it replays what was written while the connection was
-gone, ahead of what was lost just before, and so breaks the order of messages; and any -ERR but two closes
-the client for good. Here a break of any kind has one consequence: a new client, after which the publisher
-resends in order and the consumers are reset.
+nats-py's own reconnect is switched off on purpose. It replays what was written while the connection was gone, ahead
+of what was lost just before, and so breaks the order of messages. Most errors (-ERR) close its client for good. Here
+every break leads to a new client; the publisher then resends in order, and consumers are reset.
 """
 
 from __future__ import annotations
@@ -32,19 +31,19 @@ log = structlog.get_logger()
 
 CONNECT_S = 6.0
 SUSPECT_AFTER_S = 4.0
-"""A server that has answered nothing for so long, though asked, is left for another one. An election may take as
-long, and then moving gains nothing and loses little; a server that is cut off from the others never answers."""
+"""Time without any answer after which another server is tried. A leader election may take as long; moving then
+neither helps nor harms. A server that is cut off from the cluster never answers."""
 
 RECHECK_S = 10.0
-"""A connection so old may not know that its server takes larger messages again."""
+"""Age at which a connection may miss that its server's max_payload was raised again."""
 LONGEST_RECHECK_S = 320.0
-"""Where it does not, this is asked less and less: each time costs what any break of the connection does."""
+"""Longest such age. It doubles each time that the limit is unchanged, since each check breaks the connection."""
 
 
 def connect_options(settings: Settings, name: str, servers: list[str]) -> dict[str, Any]:
-    """nats-py's options out of the settings that NATS users know. `servers` are tried in this order.
+    """nats-py's options from the settings, which have the names that NATS users know. `servers` are tried in order.
 
-    Raises Temporary where a file of credentials or certificates cannot be used.
+    Raises Temporary if a file of credentials or certificates cannot be used.
     """
     options: dict[str, Any] = {
         "servers": servers,
@@ -52,8 +51,8 @@ def connect_options(settings: Settings, name: str, servers: list[str]) -> dict[s
         "name": name,
         "allow_reconnect": False,
         "connect_timeout": 2,
-        "reconnect_time_wait": 0.1,  # also between the servers of the first connect
-        "ping_interval": 2,  # a partition swallows packets: nothing else tells that nobody is there
+        "reconnect_time_wait": 0.1,  # also applies between the servers of the first connect
+        "ping_interval": 2,  # only pings detect a network partition
         "max_outstanding_pings": 2,
         "pending_size": 16 * 1024 * 1024,
         "inbox_prefix": settings.nats_inbox_prefix.encode(),
@@ -66,7 +65,7 @@ def connect_options(settings: Settings, name: str, servers: list[str]) -> dict[s
 
 
 class ManagedConnection:
-    """A connection by name. `run` keeps it; `nc` is None while it is down; `epoch` counts the clients made."""
+    """A named connection. `run` maintains it; `nc` is None while it is down; `epoch` counts its clients."""
 
     def __init__(self, settings: Settings, name: str) -> None:
         self.name = name
@@ -75,7 +74,7 @@ class ManagedConnection:
         self.down_reason = "not connected yet"
         self.max_payload = 1024 * 1024
         self._largest_max_payload = 0
-        """The largest `max_payload` of any connection."""
+        """Largest `max_payload` of any connection so far."""
         self._connected_at = 0.0
         self._recheck_s = RECHECK_S
         self.changed = ChangeSignal()
@@ -84,13 +83,13 @@ class ManagedConnection:
         self._answered_at = 0.0
         self._patience = 1
         self._unanswered = 0
-        """Requests in a row that nobody answered."""
+        """Consecutive requests without an answer."""
         self._multiplexer = RequestMultiplexer()
         self._on_connect: list[Callable[[BusClient], Awaitable[None]]] = [self._multiplexer.subscribe]
         self._lost: asyncio.Event = asyncio.Event()
 
     def on_connect(self, action: Callable[[BusClient], Awaitable[None]]) -> None:
-        """Registers what each new client needs (subscriptions); runs before anybody else may use it."""
+        """Registers setup, such as subscriptions, that runs for each new client before its use."""
         self._on_connect.append(action)
 
     @property
@@ -98,12 +97,12 @@ class ManagedConnection:
         return self.nc is not None and not self.nc.is_closed
 
     async def wait_connected(self, timeout_s: float | None = None) -> Client:
-        """The client, once there is one. Raises Temporary("bus_down") after `timeout_s` seconds."""
+        """The client, as soon as there is one. Raises Temporary("bus_down") after `timeout_s` seconds."""
         await self.changed.wait_until(lambda: self.is_connected, timeout_s)
         return self.client()
 
     async def wait_disconnected(self, epoch: int) -> None:
-        """Returns once the client of `epoch` is gone."""
+        """Returns when the client of `epoch` is closed."""
         await self.changed.wait_until(lambda: self.epoch != epoch or self.nc is None)
 
     def client(self) -> Client:
@@ -111,18 +110,17 @@ class ManagedConnection:
         if self.nc is not None and not self.nc.is_closed:
             return self.nc
         if self.nc is not None:
-            self._lost.set()  # without one, the next is on its way, and must not be given up for this
+            self._lost.set()  # without a client the next one is being made, and must not be given up
         raise Temporary("bus_down", self.down_reason)
 
     async def probe(self) -> None:
-        """Asks JetStream for a sign of life, as every request does; see `_record_answered`. Raises Temporary,
-        BusRefused."""
+        """Makes a request to JetStream, whose answer `_record_answered` counts. Raises Temporary, BusRefused."""
         await self.api_request("INFO", timeout_s=1.0)
 
     def _record_answered(self, answered: bool) -> None:
-        """Whether a request was answered, by a server that knows a leader. One through which none is, is left for
-        another: it may be cut off from the others, though not from us. Where nobody answers, moving helps nothing and
-        is done less and less.
+        """Records whether a server with a known leader answered a request. A server through which none is answered is
+        left for another, since it may be cut off from the cluster. If no server answers, moving does not help and
+        happens ever more rarely.
         """
         now = asyncio.get_running_loop().time()
         if answered:
@@ -135,8 +133,8 @@ class ManagedConnection:
             self._lost.set()
 
     def recheck_max_payload(self) -> None:
-        """Something is larger than `max_payload`. Where that was more once, a new connection is made to ask again: a
-        server that takes larger messages after a reload says so to new clients only.
+        """Called when a message exceeds `max_payload`. If the limit was larger before, a new connection is made,
+        since a server announces a raised limit only to new clients.
         """
         if self.max_payload >= self._largest_max_payload or not self.is_connected or self._lost.is_set():
             return
@@ -148,13 +146,13 @@ class ManagedConnection:
             self._lost.set()
 
     async def adopt_client(self, nc: BusClient) -> None:
-        """Takes a client that somebody else keeps and closes, instead of `run`."""
+        """Uses a client that the caller maintains and closes, instead of `run`."""
         for action in self._on_connect:
             await action(nc)
         self.nc = nc
 
     async def run(self) -> None:
-        """Connects, again and again, until cancelled; closes the client then."""
+        """Connects again and again until cancelled, then closes the client."""
         failures = 0
         while not is_cancelled():
             try:
@@ -181,7 +179,7 @@ class ManagedConnection:
                 self._servers = _servers_for_reconnect(self._servers, nc)
                 log.info("bus.connected", connection=self.name, epoch=self.epoch)
                 self.changed.notify_all()
-                # nats-py does not always call closed_cb: when its own closing fails, it only stays closed
+                # nats-py does not always call closed_cb: if its closing fails, the client only stays closed
                 while not (nc.is_closed or is_cancelled() or await wait_event(self._lost, 0.2)):
                     pass
             finally:
@@ -202,21 +200,22 @@ class ManagedConnection:
             lost.set()
 
         async def on_lame_duck() -> None:
-            lost.set()  # the server asks to move; nats-py would stay until it is cut off
+            lost.set()  # the server asks clients to move; nats-py would stay until the end
 
         async def on_error(exc: Exception) -> None:
-            # runs inside the read loop: must not raise or wait
+            # runs inside the read loop, so it must not raise or wait
             nonlocal last_error
             last_error = self.down_reason = str(exc)[:200] or type(exc).__name__
             if does := permission_violation(exc):
                 refused.append(does)
-            # while it is away, every attempt fails; that is said elsewhere, as is what forbids the first connection
+            # while the server is down, every attempt fails; that is logged elsewhere, as is a forbidden first
+            # connection
             say = log.warning if does and self.epoch else log.info if self.is_connected else log.debug
             say("bus.error", connection=self.name, reason=type(exc).__name__, detail=self.down_reason)
 
         nc = BusClient()
         try:
-            async with asyncio.timeout(CONNECT_S):  # connect() tries for ever where nobody listens
+            async with asyncio.timeout(CONNECT_S):  # connect() tries for ever if no server listens
                 await nc.connect(
                     **connect_options(self._settings, self.name, self._servers),
                     closed_cb=on_closed,
@@ -237,9 +236,9 @@ class ManagedConnection:
         return nc
 
     def _check_subscriptions(self, refused: Iterable[str]) -> None:
-        """Raises Temporary where the first connection may not hear what it has to: it shall not look as if it served.
+        """Raises Temporary if the first connection lacks a permission to subscribe, so that it does not seem to work.
 
-        A later one goes on with what is left to it: what a server forbids a service that runs is told by the log.
+        Later connections continue with the subscriptions that they get, and the log reports the others.
         """
         subjects = list(refused)
         if not subjects or self.epoch:
@@ -252,18 +251,18 @@ class ManagedConnection:
     async def request(
         self, subject: str, payload: bytes, timeout_s: float = 5.0, headers: dict[str, str] | None = None
     ) -> Reply:
-        """Raises Temporary when nobody answers."""
+        """Raises Temporary if no answer comes."""
         with self.open_request() as request:
             await self.publish(subject, payload, reply=request.reply, headers=headers)
             return await self.next_reply(request, timeout_s)
 
     def open_request(self) -> PendingRequest:
-        """For whoever wants more than one answer. It ends with its connection. Raises Temporary("bus_down")."""
+        """A request with several replies. It ends with its connection. Raises Temporary("bus_down")."""
         self.client()
         return self._multiplexer.new_request()
 
     async def next_reply(self, request: PendingRequest, timeout_s: float = 5.0) -> Reply:
-        """The next one. Raises Temporary when nobody answers."""
+        """The next reply. Raises Temporary if none comes."""
         try:
             answer = await request.next_reply(timeout_s)
         except TimeoutError:
@@ -290,7 +289,7 @@ class ManagedConnection:
 
     @contextlib.asynccontextmanager
     async def temporary_inbox(self, nc: Client, on_message: Callable[[Msg], Awaitable[None]]) -> AsyncIterator[str]:
-        """An inbox of its own on one client, for as long as the block lasts. Raises Temporary."""
+        """An inbox on one client for the duration of the block. Raises Temporary."""
         inbox = nc.new_inbox()
         try:
             subscription = await nc.subscribe(inbox, cb=on_message, pending_msgs_limit=0, pending_bytes_limit=0)
@@ -299,13 +298,13 @@ class ManagedConnection:
         try:
             yield inbox
         finally:
-            with contextlib.suppress(NatsError):  # a client that is gone has no subscriptions either
+            with contextlib.suppress(NatsError):  # a closed client has no subscriptions
                 await subscription.unsubscribe()
 
     async def publish(
         self, subject: str, payload: bytes, *, reply: str = "", headers: dict[str, str] | None = None
     ) -> None:
-        """At most once, nothing awaited from the server. Raises Temporary."""
+        """Publishes at most once, without an acknowledgement. Raises Temporary."""
         try:
             await self.client().publish(subject, payload, reply=reply, headers=headers)
         except NatsError as exc:
@@ -313,7 +312,7 @@ class ManagedConnection:
 
 
 def _servers_for_reconnect(servers: list[str], nc: Client) -> list[str]:
-    """The next connection is to another server, if there is one: this one will have been lost, or left."""
+    """The order for the next connect: the current server comes last, since it was lost or left."""
     at = nc.connected_url
     here = [url for url in servers if at is not None and at.netloc and url.endswith(at.netloc)] or servers[:1]
     return [*(url for url in servers if url not in here), *here]

@@ -1,4 +1,4 @@
-"""The NATS micro service `wechat-nats`, registered anew with each connection."""
+"""The NATS micro service `wechat-nats`, which is registered with each connection."""
 
 from __future__ import annotations
 
@@ -32,30 +32,29 @@ SandboxHandler = Callable[[SandboxRequest], Awaitable[SandboxResponse]]
 RequestHandler = Callable[[Request], Awaitable[None]]
 Responder = Callable[[Request], Awaitable[SandboxResponse]]
 IMPORTED_REPLY = "_R_."
-"""What the server makes of the inbox of a request that comes from another account."""
+"""Prefix that the server gives to the inbox of a request from another account."""
 SHARED_INBOXES = ("_INBOX.", f"{inbox('operator')}.", f"{inbox('service')}.")
-"""Inboxes of clients that know no roles, and of those who may ask on the subject of any sandbox."""
+"""Inboxes of clients without a role, and of roles that may ask for any sandbox."""
 MAX_IN_FLIGHT = 256
-"""Requests that are being answered; more wait."""
+"""Most platform requests that are processed at the same time; others wait."""
 PLATFORM = ""
-"""Whom requests on subjects of no sandbox count for."""
+"""Key for requests on subjects without a sandbox."""
 MAX_IN_FLIGHT_PER_SANDBOX = 32
-"""Requests on the subjects of one sandbox in hand; more are refused."""
+"""Most requests of one sandbox that are processed at the same time; others are refused."""
 MAX_REPLAYS = 4
-"""Replays that are read at once, each of another sandbox. More wait, and take none of the places of MAX_IN_FLIGHT."""
+"""Most replays that are read at the same time, each for another sandbox. Others wait, outside of MAX_IN_FLIGHT."""
 COSTS = {"replay": 32, "media.get": 2, "media.put": 8}
-"""What a request takes of a sandbox's share in a second, as so many of the others: their time, roughly."""
+"""Cost of a request in the sandbox's share of a second, relative to others; roughly its time."""
 UPLOADS, MAX_UPLOADS_PER_SANDBOX = f"{SERVICE}-uploads", 8
-"""The service whose requests have half a megabyte, and how many of one sandbox are in hand."""
+"""The service whose requests have up to half a megabyte, and the most of one sandbox that are processed at once."""
 BUSY = "{count} requests of this sandbox, or too many bytes of all, are in hand: ask again after their answers."
 
 
 class Services:
-    """Answers `wechat.svc.<verb>` as one of a queue group, and `wechat.svc.<verb>.<sandbox>` for `of_sandbox`.
+    """Answers `wechat.svc.<verb>` as a member of a queue group, and `wechat.svc.<verb>.<sandbox>` for `of_sandbox`.
 
-    Handlers raise Refused (400, 404) or Temporary (503); 429: too many at once. Answers go to inboxes only: the
-    server does not check the reply subject of a publisher, who could make the adapter write where they themselves
-    may not.
+    Handlers raise Refused (400, 404) or Temporary (503); 429 means too many requests. Answers go only to inboxes: the
+    server does not check a publisher's reply subject, which could make the adapter write where the publisher may not.
     """
 
     def __init__(
@@ -81,7 +80,7 @@ class Services:
         self._max_per_sandbox = of_one
         self._slots = FairSlots(MAX_IN_FLIGHT, share=MAX_IN_FLIGHT)
         self._slots_by_verb = {"replay": FairSlots(MAX_REPLAYS, share=1)}
-        """Of verbs on subjects of sandboxes that have places of their own."""
+        """Slots of verbs that have their own."""
         self._answers: set[asyncio.Task[None]] = set()
         self._refusals = RefusalLog()
         connection.on_connect(self._register)
@@ -118,7 +117,7 @@ class Services:
         reply: str,
         size: int,
     ) -> bool:
-        """Judges a message before it is read. Those on subjects of sandboxes have their share; see RequestQuota."""
+        """Decides about a message before it is read. Sandboxes have shares (RequestQuota)."""
         verb, _, sandbox = subject.rpartition(".")
         if verb not in shared:
             return subject not in plain or _is_reply_allowed(reply) or self._refuse_reply("")
@@ -140,13 +139,12 @@ class Services:
         return False
 
     async def _answer_platform(self, handler: Responder, request: Request) -> None:
-        """Answers beside the others of its verb: one that waits for iLink must not hold up the next."""
+        """Answers in a task of its own, so that a slow request does not delay the next one."""
         await self._slots.acquire(PLATFORM)
         self._spawn(self._answer_and_release(handler, request))
 
     async def _answer_sandbox(self, shares: RequestQuota, verb: str, handler: Responder, request: Request) -> None:
-        """As `_answer_platform`, of a request that was admitted; nothing waits here, so that nothing piles up before
-        it."""
+        """As `_answer_platform`, for an admitted request. Nothing is awaited here, so that no queue builds up."""
 
         async def answer() -> None:
             sandbox = _sandbox_of(request)
@@ -160,7 +158,7 @@ class Services:
         self._spawn(answer())
 
     async def _answer_and_release(self, handler: Responder, request: Request) -> None:
-        """Gives the room back."""
+        """Answers, and releases the slot."""
         try:
             await _respond(handler, request)
         finally:
@@ -193,7 +191,7 @@ async def _respond(handler: Responder, request: Request) -> None:
         )
     except AdapterError as exc:
         await request.respond_error("500", _header_text(exc.detail or exc.reason))
-    except ConnectionClosedError:  # nobody waits for it any more, see `_on_answer_done`
+    except ConnectionClosedError:  # the caller is gone, see `_on_answer_done`
         raise
     except Exception:  # nats-py would send the exception's repr to the caller
         log.exception("service.crashed")
@@ -206,7 +204,7 @@ def _sandbox_of(request: Request) -> str:
 
 
 def _is_reply_allowed(reply: str, sandbox: str = "") -> bool:
-    """Whether an answer may go there; of a sandbox's request, its own inboxes, and those of who asks for any."""
+    """Whether an answer may go to `reply`: for a sandbox, its own inboxes and those of roles that may ask for any."""
     if reply.startswith(IMPORTED_REPLY):
         return True
     return is_inbox(reply) and (not sandbox or reply.startswith((*SHARED_INBOXES, f"{inbox('sandbox', sandbox)}.")))

@@ -1,7 +1,7 @@
-"""Requests over one inbox of a client, each with one answer or many.
+"""Requests with one or many replies over one inbox of a client.
 
-nats-py's own ways cost a subscription with a task for each, or know of one answer only and take a stranger's header
-`Status` for the server's word. A start makes thousands.
+nats-py needs a subscription and a task for each request with many replies, or supports only one reply and takes a
+header `Status` of another client for the server's. A start makes thousands of requests.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ class Reply(NamedTuple):
 
     data: bytes
     headers: dict[str, str]
-    """The server's own word is called `Status`, as in nats-py."""
+    """The server's status is called `Status`, as in nats-py."""
     no_responders: bool = False
-    """A server says that nobody listens to what was asked."""
+    """The server reports that no subscriber exists for the subject."""
 
 
 class PendingRequest:
-    """`with multiplexer.new_request() as request`: what comes for `request.reply`, in its order, until the block
+    """`with multiplexer.new_request() as request` collects the replies to `request.reply`, in order, until the block
     ends."""
 
     def __init__(self, multiplexer: RequestMultiplexer, number: str, reply: str) -> None:
@@ -51,7 +51,7 @@ class PendingRequest:
         self._wake()
 
     def fail(self) -> None:
-        """Nothing more can come."""
+        """Ends the request, since no more replies can come."""
         self._multiplexer.pending.pop(self._number, None)
         self._wake()
 
@@ -60,7 +60,7 @@ class PendingRequest:
             self._waiter.set_result(None)
 
     async def next_reply(self, timeout_s: float) -> Reply:
-        """The next one. Raises Temporary("bus_down"), TimeoutError."""
+        """The next reply. Raises Temporary("bus_down"), TimeoutError."""
         if not self._replies:
             loop = asyncio.get_running_loop()
             self._waiter = waiter = loop.create_future()
@@ -82,7 +82,7 @@ class PendingRequest:
 
 
 class RequestMultiplexer:
-    """The open requests of one connection, told apart by the last token of the reply subject."""
+    """The open requests of one connection, by the last token of the reply subject."""
 
     def __init__(self) -> None:
         self.pending: dict[str, PendingRequest] = {}
@@ -91,13 +91,13 @@ class RequestMultiplexer:
         self._numbers = itertools.count(1)
 
     async def subscribe(self, nc: BusClient) -> None:
-        """For each new client, before anybody asks."""
+        """Called for each new client before its use."""
         self.client = nc
         self._prefix = nc.new_inbox() + "."
         await nc.subscribe_raw(self._prefix + "*", self._on_reply)
 
     def fail_all(self) -> None:
-        """The client is gone, and with it every answer that has not come."""
+        """Fails all requests, since the client is closed."""
         for request in list(self.pending.values()):
             request.fail()
 
@@ -107,5 +107,5 @@ class RequestMultiplexer:
 
     def _on_reply(self, subject: str, data: bytes, headers: bytes) -> None:
         request = self.pending.get(subject[len(self._prefix) :])
-        if request is not None:  # else it came too late
+        if request is not None:  # otherwise it is late
             request.append_reply(data, headers)

@@ -1,8 +1,8 @@
-"""The object store on its stream, in the layout of every NATS client (ADR-20): pieces of an object on one subject,
-its name, size and digest on another.
+"""The object store on its stream, in the layout of every NATS client (ADR-20): the chunks of an object on one
+subject, its name, size and digest on another.
 
-nats-py's own store is not used: it publishes one awaited piece at a time, and reading hangs for ever when pieces are
-gone. What is written here is read by `nats object get` and the like, and the other way round.
+nats-py's own store is not used: it publishes one awaited chunk at a time, and a read hangs for ever if chunks are
+gone. `nats object get` and similar tools read these objects, and the adapter reads theirs.
 """
 
 from __future__ import annotations
@@ -31,22 +31,23 @@ from adapter.ports import Message, Pieces, PubAck, Stored, StoredObject
 log = structlog.get_logger()
 
 CHUNK = 128 * 1024
-"""Bytes of a piece, as other clients have it."""
+"""Size of a chunk, as in other clients."""
 OUTSTANDING = 8
-"""Pieces of one object that are written and not acknowledged: all of it that is in memory."""
+"""Unacknowledged chunks of one object, which is all of it that is in memory."""
 OUTSTANDING_IN_ALL = 16
-"""2 MiB: what a slow bus takes within the publisher's patience, so that nothing is sent twice for nothing."""
+"""2 MiB: a slow bus acknowledges as much before the publisher sends it again."""
 PAGE = 8
-"""Pieces asked for at once."""
+"""Chunks read at once."""
 SETTLE_S, PURGE_S = 2.0, 5.0
-"""How long failure waits for pieces on their way, and for their deletion."""
+"""How long a failed upload waits for its chunks in flight, and for their deletion."""
 DIGEST = "SHA-256="
 APPEND_S = 5.0
 APPEND_ATTEMPTS = 5
 
 
 class _Meta(msgspec.Struct):
-    """What the meta subject holds, under the names of ADR-20; zeros too: nats-py waits for ever without them."""
+    """Content of the meta subject, with the names of ADR-20. Zeros are written, too, since nats-py hangs without
+    them."""
 
     name: str
     bucket: str = ""
@@ -90,7 +91,7 @@ class ObjectStore:
         if not stored.size:
             return b"", 0
         subject = self._chunk_subject(stored.ident)
-        body = {"seq": after + 1, "next_by_subj": subject, "batch": 1}  # of a batch it says whether there is more
+        body = {"seq": after + 1, "next_by_subj": subject, "batch": 1}  # a batch says whether there are more
         found = await direct_get_one(self._connection, self._stream, body)
         if found is not None:
             return found.data, found.seq if int(found.headers.get("Nats-Num-Pending", "0")) else 0
@@ -112,18 +113,18 @@ class ObjectStore:
             return await self._store_meta(
                 name, ident, size=size, chunks=chunks, digest=digest, mime=mime, title=title
             )
-        except BusRefused:  # cancelled, it may have its name: then the pieces must stay
+        except BusRefused:  # after a cancellation the meta may be stored, so the chunks must stay
             await self._delete_chunks(ident)
             raise
 
-    # coming in pieces -------------------------------------------------------------------------------
+    # uploads in pieces ------------------------------------------------------------------------------
 
     async def append(self, name: str, offset: int, piece: bytes) -> int:
-        """Each is stored by compare-and-set on the one before: any replica may take it, at the same time too."""
+        """Stores a piece by compare-and-set on the one before, so that any replica can take it, even concurrently."""
         end = offset + len(piece)
         done = await self.get_info(name)
         if done is not None and end > done.size:
-            raise Refused("invalid", "The upload is complete already: take another id.")
+            raise Refused("invalid", "The upload is already complete: use another id.")
         subject = self._chunk_subject(_upload_ident(name))
         for attempt in range(APPEND_ATTEMPTS):
             before = await read_last(self._connection, self._stream, subject)
@@ -138,10 +139,10 @@ class ObjectStore:
                 except TimeoutError as exc:
                     raise Temporary("bus_timeout", "The piece is not stored yet: send it again.") from exc
                 except Conflict:
-                    pass  # another one was stored meanwhile, or what we read is old
+                    pass  # another piece was stored meanwhile, or the read was outdated
                 else:
                     return end
-            await asyncio.sleep(0.05 * attempt)  # a gap, or the replica that answered lags
+            await asyncio.sleep(0.05 * attempt)  # there is a gap, or a lagging server answered
         raise Refused("invalid", f"Bytes {offset} to {end} do not follow: go on at {size}.")
 
     async def complete_upload(
@@ -187,7 +188,7 @@ class ObjectStore:
     # writing ----------------------------------------------------------------------------------------
 
     async def _store_chunks(self, ident: str, pieces: Pieces) -> tuple[int, int, bytes]:
-        """Size, number of chunks and digest of what was stored."""
+        """Stores the chunks. Returns size, number of chunks and digest."""
         digest, size, chunks = hashlib.sha256(), 0, 0
         waiting: deque[asyncio.Task[PubAck]] = deque()
         try:
@@ -197,7 +198,7 @@ class ObjectStore:
                 digest.update(chunk)
                 size += len(chunk)
                 chunks += 1
-                # the id: what is sent again after a break must not be stored twice
+                # the id drops a duplicate that is sent again after a break
                 message = Message("media", self._chunk_subject(ident), chunk, {H_MSG_ID: f"{ident}.{chunks}"})
                 await self._chunk_slots.acquire()
                 task = asyncio.create_task(self._publisher.publish(message))
@@ -206,7 +207,7 @@ class ObjectStore:
             while waiting:
                 await waiting.popleft()
         finally:
-            if waiting:  # a piece on its way might be stored after the purge
+            if waiting:  # a chunk in flight might be stored after the purge
                 await asyncio.wait(waiting, timeout=SETTLE_S)
             for task in waiting:
                 task.cancel()
@@ -216,7 +217,7 @@ class ObjectStore:
     async def _store_meta(
         self, name: str, ident: str, *, size: int, chunks: int, digest: bytes, mime: str, title: str
     ) -> StoredObject:
-        """Makes the pieces of `ident` the object `name`, and drops those that it had before."""
+        """Makes the chunks of `ident` the object `name`, and deletes its former chunks."""
         before = await self._read_meta_with_retry(name)
         meta = _Meta(
             name=name,
@@ -237,7 +238,7 @@ class ObjectStore:
         return StoredObject(name, ident, size, digest.hex(), title)
 
     async def _delete_chunks(self, ident: str) -> None:
-        """Deletes pieces; what cannot be deleted now goes when it is as old as the store keeps things."""
+        """Deletes chunks. Those that cannot be deleted now expire with the store's age limit."""
         try:
             await self._connection.api_request(
                 f"STREAM.PURGE.{self._stream}", {"filter": self._chunk_subject(ident)}, PURGE_S
@@ -248,7 +249,7 @@ class ObjectStore:
     # reading ----------------------------------------------------------------------------------------
 
     async def _read_chunks(self, name: str, ident: str, size: int) -> Pieces:
-        """The first `size` bytes of the pieces of `ident`. Raises Temporary, Unreadable."""
+        """The first `size` bytes of the chunks of `ident`. Raises Temporary, Unreadable."""
         remaining, after = size, 0
         while remaining > 0:
             found = False
@@ -265,14 +266,14 @@ class ObjectStore:
                 raise Unreadable("object", f"{name}: pieces are gone or too many")
 
     async def _chunks_after(self, ident: str, after: int) -> AsyncGenerator[Stored, None]:
-        """Some pieces after a sequence; none where there are no more."""
+        """Some chunks after a sequence; none if there are no more."""
         subject, found = self._chunk_subject(ident), False
         body = {"seq": after + 1, "next_by_subj": subject, "batch": PAGE}
         async with contextlib.aclosing(direct_get(self._connection, self._stream, body)) as pieces:
             async for piece in pieces:
                 found = True
                 yield piece
-        if not found:  # perhaps a replica answered that lags: its leader knows
+        if not found:  # a lagging server may have answered
             newer = await next_from_leader(self._connection, self._stream, subject, {"seq": after + 1})
             if newer is not None:
                 yield newer
@@ -306,12 +307,12 @@ class ObjectStore:
 
 
 def _upload_ident(name: str) -> str:
-    """Names the pieces of an upload: every replica has to find the same ones."""
+    """Id of the chunks of an upload, which every replica derives from the name."""
     return hashlib.blake2b(name.encode(), digest_size=11).hexdigest()
 
 
 async def _rechunk(pieces: Pieces) -> Pieces:
-    """The same bytes in chunks of CHUNK, the last one shorter."""
+    """The same bytes in chunks of CHUNK; the last one is shorter."""
     rest = bytearray()
     async for piece in pieces:
         rest += piece
@@ -323,7 +324,7 @@ async def _rechunk(pieces: Pieces) -> Pieces:
 
 
 def _digest_hex(digest: str) -> str:
-    """SHA-256 as lower-case hex; "" where an object has none."""
+    """SHA-256 as lower-case hex; "" if the object has none."""
     kind, _, text = digest.partition("=")
     try:
         return base64.urlsafe_b64decode(text).hex() if kind.upper() == "SHA-256" else ""

@@ -1,9 +1,17 @@
-"""Publishing to streams: pipelined, acknowledged, and in order even when the connection breaks.
+"""Publishes to streams: pipelined, acknowledged, and in order even when the connection breaks.
 
-What is outstanding is kept by stream, in the order of the calls. Normally everything is written at once. After a
-break, a missing ack or "no responders", the flow to that stream stops: its oldest outstanding message is sent alone
-until it is answered, and only then the stream's others follow in order. So a message never overtakes an earlier one
-for the same stream, the stream drops repeats by Nats-Msg-Id, and a stream that takes nothing holds up no other.
+A call of `publish` or `publish_all` returns when the stream has acknowledged the messages, however long that takes.
+Unacknowledged messages are kept by stream, in the order of the calls. A stream is in one of two states:
+
+- Flowing: each message is written at once. Acknowledgements arrive in any order.
+- Interrupted, after a broken connection, a missing acknowledgement or "no responders": `_recover` alone writes to the
+  stream. It sends the oldest message alone until that is answered, then the others in order.
+
+So a message never overtakes an earlier one of the same stream, the stream drops duplicates by Nats-Msg-Id, and one
+stream that accepts nothing does not delay the others.
+
+Before each write `ensure_owner` checks the lease; the publisher never retries without it. It gives up a message only
+if it can never be written (too large, invalid subject) or the stream refuses it: BusRefused, Conflict.
 """
 
 from __future__ import annotations
@@ -32,17 +40,18 @@ from adapter.ports import Message, PubAck
 log = structlog.get_logger()
 
 ACK_TIMEOUT_S = 1.0
-"""Longer than any ack of a healthy server here, shorter than a leader election."""
+"""Longer than an acknowledgement of a healthy server, shorter than a leader election."""
 STALLED_S = 2.0
-"""A write that waits longer is said to wait, and the server is asked whether it is cut off from the others."""
+"""Wait of a write after which the log reports it, and the server is probed for being cut off from the cluster."""
 WARN_AGAIN_S = 30.0
-"""How often that is said again."""
+"""Interval between two such log entries."""
 
 DELAYED_PUBLISH_S = 240.0
-"""A write that waits longer is late: less than a stream's window for ids (topology.DUPLICATE_WINDOW_NS)."""
+"""Wait after which a write counts as delayed; shorter than the stream's duplicate window
+(topology.DUPLICATE_WINDOW_NS)."""
 NO_ACK = "no acknowledgement"
 MAX_SUBJECT = 3072
-"""A server ends the connection over a line of more than 4,096 bytes, and would do so at every repeat."""
+"""Longest subject. A server closes the connection over a line of more than 4,096 bytes, at every retry."""
 
 
 class _PublishReply(PubAck):
@@ -63,60 +72,60 @@ class _Outstanding(msgspec.Struct):
 
 
 class _StreamState:
-    """What is written to one stream and not answered yet."""
+    """Unacknowledged messages of one stream."""
 
     def __init__(self, name: str) -> None:
         self.name = name
         self.outstanding: dict[int, _Outstanding] = {}
-        """By number, which is the order of the calls."""
+        """By number, in the order of the calls."""
         self.last_error = NO_ACK
-        """Why its oldest write waits, in words for an operator."""
+        """Why the oldest write waits, for operators."""
         self.interruption = asyncio.Event()
         self.recovery: asyncio.Task[None] | None = None
         self.warned_at = 0.0
-        """When the log last said that it waits; 0: not since it flowed."""
+        """When the log last reported that the stream waits; 0: not since it was flowing."""
 
 
 class Publisher:
-    """Stores messages over one connection; waits, also for hours, until their streams have them."""
+    """Publishes messages over one connection, and waits until their streams have them."""
 
     def __init__(self, connection: ManagedConnection, clock: Clock, metrics: Metrics) -> None:
         self._connection = connection
         self._clock = clock
         self._metrics = metrics
         self._streams: dict[str, _StreamState] = {}
-        """By the beginning of their subjects, see `_stream_of`."""
+        """By the first two tokens of the subject (`_stream_of`)."""
         self._outstanding: dict[int, _Outstanding] = {}
-        """Those of all streams."""
+        """Unacknowledged messages of all streams."""
         self._numbers = itertools.count()
         self._interrupted_streams: set[str] = set()
-        """The streams to which `_recover` alone writes."""
+        """Names of interrupted streams."""
         self._resumed = ChangeSignal()
         self._interrupted = asyncio.Event()
         self._decode = msgspec.json.Decoder(_PublishReply)
         self._nc: BusClient | None = None
-        """Over which acknowledgements are heard."""
+        """The client that receives the acknowledgements."""
         self._prefix = ""
         self._stored: dict[str, tuple[CounterValue, HistogramValue]] = {}
         connection.on_connect(self._subscribe)
 
     @property
     def waiting_s(self) -> float:
-        """How long the oldest write has been waiting for its acknowledgement; 0 where none waits."""
+        """How long the oldest write has waited for its acknowledgement; 0: none waits."""
         return self._waited_s(self._outstanding)
 
     @property
     def last_error(self) -> str:
-        """Which stream the oldest write waits for, and why, in words for an operator."""
+        """The stream of the oldest write, and why it waits, for operators."""
         oldest = next(iter(self._outstanding.values()), None)
         return f"{oldest.stream.name}: {oldest.stream.last_error}" if oldest else ""
 
     async def wait_writable(self, streams: Iterable[str]) -> None:
-        """Returns when these take what is written: at once, unless a write to one waits for longer than it should."""
+        """Returns when none of these streams is interrupted."""
         await self._resumed.wait_until(lambda: self._interrupted_streams.isdisjoint(streams))
 
     async def publish(self, message: Message) -> PubAck:
-        """Returns once the stream has it, however long the bus is away. Raises Conflict, BusRefused, LeaseLost."""
+        """Returns when the stream has the message. Raises Conflict, BusRefused, LeaseLost."""
         alone = not self._outstanding
         future, now = asyncio.get_running_loop().create_future(), self._clock.monotonic()
         entry = self._add_outstanding(message, self._stream_of(message.subject), future, now)
@@ -127,14 +136,14 @@ class Publisher:
             self._remove_outstanding(entry)
 
     async def publish_all(self, messages: Sequence[Message]) -> list[PubAck | BusRefused]:
-        """Stores all of them, those of a stream in this order, pipelined; a refusal stands in the place of its ack.
+        """Publishes all messages, pipelined, those of one stream in this order. A refusal takes the place of an ack.
 
         Raises LeaseLost.
         """
         loop, now, alone = asyncio.get_running_loop(), self._clock.monotonic(), not self._outstanding
         entries, subject = [], ""
         for message in messages:
-            if message.subject != subject:  # those of a batch have mostly the same
+            if message.subject != subject:  # a batch usually has one subject
                 subject, stream = message.subject, self._stream_of(message.subject)
             entries.append(self._add_outstanding(message, stream, loop.create_future(), now))
         try:
@@ -154,7 +163,7 @@ class Publisher:
     def _add_outstanding(
         self, message: Message, stream: _StreamState, future: asyncio.Future[PubAck], now: float
     ) -> _Outstanding:
-        """In the order of the calls; what can never be written is refused at once."""
+        """Adds a message in the order of the calls. A message that can never be written is refused at once."""
         number = next(self._numbers)
         entry = _Outstanding(number, message, stream, future, now)
         self._outstanding[number] = stream.outstanding[number] = entry
@@ -162,7 +171,7 @@ class Publisher:
         return entry
 
     def _stream_of(self, subject: str) -> _StreamState:
-        """The stream of a subject, told by its first two tokens."""
+        """The stream of a subject, by its first two tokens."""
         end = subject.find(".", subject.find(".") + 1)
         key = subject if end < 0 else subject[:end]
         found = self._streams.get(key)
@@ -171,22 +180,22 @@ class Publisher:
         return found
 
     def _remove_outstanding(self, entry: _Outstanding) -> None:
-        """It has its answer, or nobody wants it any more."""
+        """Removes a message that is answered or not wanted any more."""
         if self._outstanding.pop(entry.number, None) is not None:
             del entry.stream.outstanding[entry.number]
 
     def _refuse(self, entry: _Outstanding, problem: AdapterError) -> None:
         self._remove_outstanding(entry)
-        if not entry.future.done():  # else its caller was cancelled
+        if not entry.future.done():  # otherwise the caller was cancelled
             entry.future.set_exception(problem)
 
     def _waited_s(self, outstanding: dict[int, _Outstanding]) -> float:
-        """How long the oldest has been waiting; 0 where there is none."""
+        """How long the oldest message has waited; 0: there is none."""
         oldest = next(iter(outstanding.values()), None)
         return max(0.0, self._clock.monotonic() - oldest.requested_at) if oldest else 0.0
 
     def _reject_oversized(self, entry: _Outstanding) -> None:
-        """Refuses what the server would end the connection for."""
+        """Refuses a message for which the server would close the connection."""
         message, limit = entry.message, self._connection.max_payload
         if len(message.payload) > limit // 2 and len(message.payload) + _headers_size(message.headers) > limit:
             self._refuse(entry, BusRefused(0, f"{len(message.payload)} bytes exceed the server's max_payload"))
@@ -195,7 +204,7 @@ class Publisher:
             self._refuse(entry, BusRefused(0, "The subject is too long."))
 
     async def run(self) -> None:
-        """Watches the acks and mends the flow to each stream, until cancelled."""
+        """Detects overdue acknowledgements and recovers interrupted streams, until cancelled."""
         async with asyncio.TaskGroup() as group:
             group.create_task(self._warn_if_stalled_forever())
             while True:
@@ -210,7 +219,7 @@ class Publisher:
                 await wait_event(self._interrupted, ACK_TIMEOUT_S / 2)
 
     def _is_ack_overdue(self, stream: _StreamState) -> bool:
-        """Tells whether an ack is overdue: what has its ack is outstanding no more, so the oldest write shows it."""
+        """Whether the oldest written message waits too long for its acknowledgement."""
         oldest = next((entry for entry in stream.outstanding.values() if entry.writes), None)
         return oldest is not None and self._clock.monotonic() - oldest.sent_at > ACK_TIMEOUT_S
 
@@ -224,7 +233,7 @@ class Publisher:
                 await self._write(oldest)
                 if not await self._wait_answered(oldest):
                     continue
-            # what is added while this is written comes after it: written here too, so that numbers stay in order
+            # messages added meanwhile are written here, too, so that the order is kept
             last = -1
             while fresh := [entry for number, entry in stream.outstanding.items() if number > last]:
                 for entry in fresh:
@@ -239,7 +248,7 @@ class Publisher:
                 log.info("publish.resumed", stream=stream.name)
 
     async def _warn_if_stalled_forever(self) -> None:
-        """Says which streams take nothing, and looks whether another server would take it."""
+        """Logs streams that accept nothing, and probes whether another server would accept."""
         while True:
             await asyncio.sleep(ACK_TIMEOUT_S / 2)
             waiting = [s for s in self._streams.values() if self._waited_s(s.outstanding) >= STALLED_S]
@@ -258,7 +267,7 @@ class Publisher:
                 stream.warned_at = now
 
     async def _wait_answered(self, entry: _Outstanding) -> bool:
-        """Waits for the answer to a message that was sent alone; False where it does not come."""
+        """Waits for the answer to a message that was sent alone. False: none came."""
         stream = entry.stream
         stumble = asyncio.ensure_future(stream.interruption.wait())
         waiting: set[asyncio.Future[Any]] = {entry.future, stumble}
@@ -273,12 +282,12 @@ class Publisher:
         return entry.future.done()
 
     async def _write_all(self, entries: Sequence[_Outstanding], *, alone: bool) -> None:
-        """Writes them in this order; where a stream's flow stops, its others follow once it is mended.
+        """Writes messages in this order. Those of an interrupted stream are left to `_recover`.
 
-        `alone`: nothing else is on its way, so that there is nothing to wait for that could be written with them.
+        `alone`: nothing else is outstanding, so the messages are flushed at once.
         """
         passed_check: Callable[[], None] | None = None
-        """The fence that let the one before through, and nothing else has run since."""
+        """The `ensure_owner` that passed last; valid while no other code has run."""
         posted: BusClient | None = None
         for entry in entries:
             if entry.stream.name in self._interrupted_streams or entry.writes or entry.future.done():
@@ -302,14 +311,14 @@ class Publisher:
             posted.flush_soon()
 
     async def _write(self, entry: _Outstanding) -> None:
-        """Writes one, also once more: this server may take less than the one before."""
+        """Writes one message, possibly again. The current server may have a smaller limit."""
         if not entry.future.done():
             self._reject_oversized(entry)
         if not entry.future.done() and self._check_preconditions(entry, entry.message.ensure_owner):
             await self._publish(entry)
 
     def _check_preconditions(self, entry: _Outstanding, ensure_owner: Callable[[], None] | None) -> bool:
-        """Whether it may be written, which then counts as done."""
+        """Whether the message may be written; if so, counts it as written."""
         now, ensure_owner_if_delayed = self._clock.monotonic(), entry.message.ensure_owner_if_delayed
         try:
             if ensure_owner is not None:
@@ -335,7 +344,7 @@ class Publisher:
         try:
             await nc.publish(*_publish_arguments(entry.message, f"{self._prefix}{entry.number}"))
         except (BadHeaderError, BadSubjectError, MaxPayloadError, UnicodeError) as exc:
-            # It can never be written, and what waits behind it must not wait for ever.
+            # it can never be written, and must not block the messages behind it
             self._metrics.nats_publish.labels(stream=entry.message.stream, outcome="refused").inc()
             self._refuse(entry, BusRefused(0, f"The client refuses it: {type(exc).__name__}"))
         except NatsError as exc:
@@ -387,7 +396,7 @@ class Publisher:
         took.observe(self._clock.monotonic() - entry.first_sent_at)
 
     def _stored_metrics(self, stream: str) -> tuple[CounterValue, HistogramValue]:
-        """What is stored, and how long that took. Kept: to find them in the metrics takes longer than to count."""
+        """The metrics of a stream, cached since the lookup takes longer than the count."""
         found = self._stored.get(stream)
         if found is None:
             ok = self._metrics.nats_publish.labels(stream=stream, outcome="ok")
@@ -396,7 +405,7 @@ class Publisher:
 
 
 def _publish_arguments(message: Message, reply: str) -> tuple[str, bytes, str, dict[str, str] | None]:
-    """As nats-py's `publish` takes it."""
+    """Arguments of nats-py's `publish`."""
     return message.subject, message.payload, reply, message.headers or None
 
 

@@ -1,8 +1,8 @@
-"""What each sandbox may ask of the services, so that one that asks without end takes no room and no time from others.
+"""Quotas of sandboxes at the services, so that one that floods them takes neither slots nor time from others.
 
-The server hands on whatever a sandbox publishes, at any rate. So a request is judged by its subject before anything
-else is done with it: so many of a sandbox are in hand at once, and begun in a second. One beyond is refused, and
-where refusals would cost too much, dropped.
+The server delivers whatever a sandbox publishes, at any rate. So a request is checked by its subject before it is
+processed. A sandbox has a number of requests in flight, and starts a number in a second. Requests beyond that are
+refused, and dropped where refusals would cost too much.
 """
 
 from __future__ import annotations
@@ -16,34 +16,34 @@ import structlog
 log = structlog.get_logger()
 
 PER_S = 256
-"""Requests of one sandbox that are begun in a second, or fewer that cost more; the others wait for the next."""
+"""Requests of one sandbox that start in a second; fewer if they cost more. Others wait for the next second."""
 REFUSALS_PER_S = 64
-"""Requests of one sandbox that are answered with 429 in a second; beyond that nothing is said."""
+"""Requests of one sandbox that are answered with 429 in a second; others get no answer."""
 MAX_IN_FLIGHT_BYTES = 64 * 1024 * 1024
-"""Of all requests in hand."""
+"""Bytes of all requests in flight."""
 
 LOG_EVERY_S = 60.0
-"""Between two lines about the requests of one sandbox that have no inbox."""
+"""Interval between two log lines about a sandbox's requests without an inbox."""
 MAX_LOGGED_SANDBOXES = 1000
-"""Sandboxes of which there is a line each in that time; the rest have one together."""
+"""Most sandboxes with a log line of their own in that time; the others share one."""
 
 Verdict: TypeAlias = Literal["taken", "busy", "full"]
 
 
 class RequestQuota:
-    """The requests in hand of one connection; it ends with it. All times are those of the running loop."""
+    """The requests in flight of one connection. All times are those of the running loop."""
 
     def __init__(self, of_one: int) -> None:
         self._max_per_sandbox = of_one
         self._in_flight: Counter[str] = Counter()
         self._held_bytes = 0
         self._second_ends_at = 0.0
-        """When the counts below end."""
+        """When the counts below are reset."""
         self._started_count: Counter[str] = Counter()
         self._refused_count: Counter[str] = Counter()
 
     def try_admit(self, sandbox: str, size: int) -> Verdict:
-        """Whether a request of so many bytes may come in; one that is taken has to be given back."""
+        """Whether a request of `size` bytes is admitted. An admitted one has to be released."""
         if self._in_flight[sandbox] >= self._max_per_sandbox:
             return "busy"
         if self._held_bytes + size > MAX_IN_FLIGHT_BYTES:
@@ -53,20 +53,20 @@ class RequestQuota:
         return "taken"
 
     def release(self, sandbox: str, size: int) -> None:
-        """A request has its answer."""
+        """Releases an answered request."""
         self._held_bytes -= size
         self._in_flight[sandbox] -= 1
         if not self._in_flight[sandbox]:
             del self._in_flight[sandbox]
 
     def count_refusal(self, sandbox: str) -> bool:
-        """Whether this sandbox is still told that it asks too much; counts it."""
+        """Counts a refusal. Returns whether it is still answered."""
         self._begin_second()
         self._refused_count[sandbox] += 1
         return self._refused_count[sandbox] <= REFUSALS_PER_S
 
     async def wait_turn(self, sandbox: str, cost: int = 1) -> None:
-        """Returns when the next request of a sandbox may begin."""
+        """Returns when the sandbox's next request may start."""
         while True:
             self._begin_second()
             if self._started_count[sandbox] < PER_S:
@@ -86,14 +86,14 @@ class RequestQuota:
 
 
 class RefusalLog:
-    """Requests without an inbox to answer to: the first of a sandbox is said at once, others with their count."""
+    """Logs requests without an inbox: the first of a sandbox at once, later ones with their number."""
 
     def __init__(self) -> None:
         self._seen: dict[str, tuple[float, int]] = {}
-        """Until when nothing is said of a sandbox, the soonest first, and how many were refused since."""
+        """By sandbox: end of the silence, earliest first, and the number refused since."""
 
     def count_refusal(self, sandbox: str) -> None:
-        """One more was refused; `sandbox`: "" for requests that are of none."""
+        """Counts a refusal. `sandbox`: "" for requests without one."""
         now = asyncio.get_running_loop().time()
         if sandbox not in self._seen and len(self._seen) >= MAX_LOGGED_SANDBOXES:
             soonest = next(iter(self._seen))

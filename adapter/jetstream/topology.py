@@ -1,8 +1,8 @@
-"""The streams, buckets and consumers that the bridge needs: what they should be, what is there, what differs.
+"""The streams, buckets and consumers of the bridge: their configuration, and its comparison with the server.
 
-Missing ones are created, existing ones are verified and never altered silently: a difference that would break
-a guarantee stops the start with a sentence, other differences (an operator's own limits) are only reported;
-`wechat-nats doctor --fix` changes them.
+Missing ones are created. Existing ones are verified and never changed silently: a difference that breaks a guarantee
+stops the start with a message, and other differences (an operator's own limits) are logged. `wechat-nats doctor
+--fix` changes them.
 """
 
 from __future__ import annotations
@@ -26,36 +26,39 @@ log = structlog.get_logger()
 
 NAME_IN_USE = 10058
 NO_ROOM = (ACCOUNT_FULL, 10047)
-"""What a stream reserves is more than the account, or the server, has left."""
+"""Errors for a stream that reserves more than the account or the server has left."""
 MORE_ROOM = (
     "lower WECHAT_NATS_IN_MAX_BYTES (of which streams reserve 1.6 times as much when they are made) and"
     " WECHAT_NATS_MEDIA_STORE_BYTES (once), or give JetStream more storage (max_file_store, or the account's limit)"
 )
 API_LEVEL = 4
-"""nats-server 2.14: consumer reset. Older servers accept newer options silently, so it is asked at the start."""
+"""API level of nats-server 2.14, with consumer reset. Older servers silently accept newer options, so it is
+checked."""
 NS = 1_000_000_000
 HOUR_NS = 3600 * NS
 DUPLICATE_WINDOW_NS = 300 * NS
 OUT_DUPLICATE_WINDOW_NS = 15 * NS
-"""Of commands: the server keeps their ids in memory, for up to three windows, and a sandbox may make each as long as
-all headers may be. It covers a publisher who repeats what was not acknowledged, and a router that takes over; later
-repeats are the adapter's to drop."""
+"""Duplicate window of commands. The server keeps their ids in memory for up to three windows, and a sandbox may make
+each id as long as all headers. The window covers a publisher that repeats an unacknowledged command, and a router
+after a take-over. The adapter drops later duplicates itself."""
 HEADER_BYTES = 64 * 1024
-"""The longest headers of a message that a server stores."""
+"""Longest headers of a message that a server stores."""
 OUT_PART, DEAD_PART = 2, 10
-"""Commands have half of what inbound messages have, dead letters a tenth. One sandbox cannot have all of the former:
-its share is `out_max_per_sandbox` of the largest commands, 3 GiB of 5 by default."""
+"""Commands have half of the bytes of inbound messages, dead letters a tenth. One sandbox cannot use all bytes of
+commands: its share is `out_max_per_sandbox` of the largest commands, 3 GiB of 5 by default."""
 OUT_ACK_WAIT_NS = 3600 * NS
-"""Long on purpose: what is unacknowledged comes back by a consumer reset, at take-over and after each connect."""
+"""Long on purpose: unacknowledged commands are redelivered by a consumer reset, at take-over and after each
+connect."""
 
 EVENTS_KEPT = 100_000
-"""Events of one kind and sandbox: one that has thousands of commands refused must not fill the disk with it. Receipts
-have a subject for each command; outbound/receipts.py bounds them."""
+"""Events of one kind and sandbox that are kept. A sandbox with thousands of refused commands must not fill the disk.
+Receipts have a subject for each command; outbound/receipts.py bounds them."""
 CREATED_AT_ONCE = 16
-"""Each waits for a disk, in a cluster for those of a majority: one after the other, the 130 consumers of a cluster
-took 37 s where they take 13 so, and those of one server 3.7 s and 2.1 (on a busy machine)."""
+"""Resources that are created at the same time. Each waits for a disk, in a cluster for a majority of disks. One by
+one, the 130 consumers take 37 s in a cluster instead of 13 s, and 3.7 s on one server instead of 2.1 s (on a busy
+machine)."""
 JOURNAL_RECORDS = 128
-"""Of a bot: twice of what a poller runs ahead of its dispatcher."""
+"""Records of a bot: twice as many as a poller may be ahead of its dispatcher."""
 OUT_UNSETTLED = 100_000
 """Commands of a shard that are delivered and not settled: the full queues of ten sandboxes."""
 
@@ -64,34 +67,34 @@ CONTROL = "control"
 
 
 def out_consumer(shard: int) -> str:
-    """Name of the durable consumer of one shard's commands."""
+    """Name of the durable consumer for one shard's commands."""
     return f"out-{shard:03d}"
 
 
 class Wanted(NamedTuple):
-    """A stream or consumer as it should be. `critical`: fields whose difference breaks a guarantee."""
+    """A stream or consumer with its configuration. `critical`: fields whose difference breaks a guarantee."""
 
     name: str
     config: dict[str, Any]
     critical: tuple[str, ...] = ()
     from_one: bool = False
-    """Its sequences begin at 1, see `create_resource`."""
+    """Its sequences start at 1, see `create_resource`."""
     stream: str = ""
-    """Which a consumer reads; "" for a stream."""
+    """The stream of a consumer; "" for a stream."""
 
     @property
     def description(self) -> str:
-        """In words."""
+        """Description for operators."""
         return f"consumer of {self.stream}" if self.stream else "stream"
 
     @property
     def reserves_space(self) -> bool:
-        """Whether the server sets room aside for it."""
+        """Whether the server reserves space for it."""
         return int(self.config.get("max_bytes", -1)) > 0
 
 
 class Difference(NamedTuple):
-    """A field of a stream that is not as it should be."""
+    """A field of a stream that differs."""
 
     name: str
     field: str
@@ -101,12 +104,12 @@ class Difference(NamedTuple):
 
 
 def wanted_streams(names: Names, settings: Settings) -> list[Wanted]:
-    """Every stream, those of the buckets included."""
+    """All streams, including those of buckets."""
     common = {"num_replicas": settings.replicas, "storage": "file", "allow_direct": True}
     prefix = names.prefix
 
     def stream(name: str, critical: tuple[str, ...], **config: Any) -> Wanted:
-        critical = (*critical, "allow_direct")  # everything that is stored is read back by it
+        critical = (*critical, "allow_direct")  # all reads use it
         return Wanted(name, {"name": name, "duplicate_window": DUPLICATE_WINDOW_NS, **common, **config}, critical)
 
     def bucket(name: str, *, republished: bool = False, expires: bool = False, max_age: int = 0) -> Wanted:
@@ -123,7 +126,7 @@ def wanted_streams(names: Names, settings: Settings) -> list[Wanted]:
         critical = ["subjects", "max_msgs_per_subject", "deny_purge"]
         if expires:  # a write with a TTL is refused otherwise
             critical.append("allow_msg_ttl")
-        if not max_age:  # what it holds is nowhere else: tokens, places, windows
+        if not max_age:  # its data are nowhere else: tokens, bindings, windows
             critical.append("max_age")
         if republished:
             config["republish"] = {"src": f"$KV.{name}.>", "dest": f"{updates_subject_of(name)}.>"}
@@ -151,7 +154,7 @@ def wanted_streams(names: Names, settings: Settings) -> list[Wanted]:
             discard="new",
             discard_new_per_subject=True,
             max_msgs_per_subject=settings.out_max_per_sandbox,
-            max_age=0,  # a command waits here until it has its final receipt; only the adapter expires it
+            max_age=0,  # a command stays until its final receipt; only the adapter expires it
             max_msg_size=COMMAND_BYTES + HEADER_BYTES,
             max_bytes=_share_of_inbound_bytes(settings, OUT_PART),
             duplicate_window=OUT_DUPLICATE_WINDOW_NS,
@@ -183,7 +186,7 @@ def wanted_streams(names: Names, settings: Settings) -> list[Wanted]:
             discard="old",
             max_age=30 * 24 * HOUR_NS,
             max_bytes=_share_of_inbound_bytes(settings, DEAD_PART),
-        )._replace(from_one=True),  # operators type them, and nothing remembers them
+        )._replace(from_one=True),  # operators type its sequences, and nothing stores them
         stream(
             names.stream_journal,
             ("subjects", "retention", "discard", "max_age", "deny_purge", "allow_msg_ttl"),
@@ -191,7 +194,7 @@ def wanted_streams(names: Names, settings: Settings) -> list[Wanted]:
             retention="limits",
             discard="old",
             max_msgs_per_subject=JOURNAL_RECORDS,
-            max_age=0,  # the last record of a bot is its place at iLink
+            max_age=0,  # the last record of a bot has its cursor
             deny_purge=True,
             allow_msg_ttl=True,
         ),
@@ -214,17 +217,17 @@ def wanted_streams(names: Names, settings: Settings) -> list[Wanted]:
 
 
 def _share_of_inbound_bytes(settings: Settings, part: int) -> int:
-    """Bytes of a stream that has a part of what inbound messages have; -1: as many as the server allows."""
+    """Bytes of a stream with a part of those of inbound messages; -1: the server's limit."""
     return settings.in_max_bytes // part if settings.in_max_bytes > 0 else -1
 
 
 def reserved_bytes(names: Names, settings: Settings) -> int:
-    """What the streams reserve of a server's storage when they are made, on each server that has a copy."""
+    """Storage that the streams reserve when they are created, on each server with a copy."""
     return sum(wanted.config["max_bytes"] for wanted in wanted_streams(names, settings) if wanted.reserves_space)
 
 
 def wanted_consumers(names: Names) -> list[Wanted]:
-    """Every durable consumer of the adapter. One owner pulls each (leases), so the ack wait is long."""
+    """All durable consumers of the adapter. Each has one owner (leases), so the ack wait is long."""
     common = {
         "ack_policy": "explicit",
         "deliver_policy": "all",
@@ -253,13 +256,13 @@ def wanted_consumers(names: Names) -> list[Wanted]:
 
 
 def wanted_consumer(names: Names, name: str) -> Wanted:
-    """How a consumer of the adapter should be."""
+    """The configuration of one of the adapter's consumers."""
     (wanted,) = [w for w in wanted_consumers(names) if w.name == name]
     return wanted
 
 
 def differences(wanted: Wanted, found: dict[str, Any]) -> list[Difference]:
-    """The fields of `wanted` that differ in what the server has; fields that it adds do not count."""
+    """Fields of `wanted` that differ on the server. Fields that the server adds do not count."""
     out = []
     for field, value in wanted.config.items():
         there = found.get(field)
@@ -277,7 +280,7 @@ async def api_level(connection: ManagedConnection) -> int:
 async def inspect_topology(
     connection: ManagedConnection, names: Names, settings: Settings
 ) -> tuple[list[Wanted], list[Difference]]:
-    """What is missing, in the order in which it is to be created, and what differs. Raises Temporary, BusRefused."""
+    """Missing resources in the order of their creation, and the differences. Raises Temporary, BusRefused."""
     missing: list[Wanted] = []
     different: list[Difference] = []
     for wanted in wanted_streams(names, settings):
@@ -286,7 +289,7 @@ async def inspect_topology(
             missing.append(wanted)
         else:
             different += differences(wanted, found)
-    # A server without a byte left creates nothing more; where what is largest does not fit, nothing is reserved.
+    # A full server creates nothing more. If the largest stream does not fit, no storage is reserved.
     missing.sort(key=lambda wanted: (wanted.reserves_space, -wanted.config.get("max_bytes", 0)))
     present = {
         (stream, name)
@@ -298,13 +301,13 @@ async def inspect_topology(
 
 
 async def paused_consumers(connection: ManagedConnection, names: Names) -> list[str]:
-    """The adapter's consumers that somebody has paused. Raises Temporary."""
+    """The adapter's consumers that are paused. Raises Temporary."""
     wanted = wanted_consumers(names)
 
     async def info(consumer: Wanted) -> dict[str, Any]:
         try:
             return await connection.api_request(f"CONSUMER.INFO.{consumer.stream}.{consumer.name}")
-        except BusRefused:  # it is missing, which is told as such
+        except BusRefused:  # missing ones are reported elsewhere
             return {}
 
     found = await asyncio.gather(*(info(consumer) for consumer in wanted))
@@ -314,43 +317,43 @@ async def paused_consumers(connection: ManagedConnection, names: Names) -> list[
 async def create_resource(connection: ManagedConnection, wanted: Wanted) -> None:
     """Creates a stream or a consumer. Raises Temporary, BusRefused.
 
-    A stream's sequences begin at the time in milliseconds. One that is made again after it was deleted begins above
-    those of the one before, so that a sequence or revision that somebody remembers (a reader, a cursor, this
-    adapter) never means another message.
+    The sequences of a stream start at the time in milliseconds. A stream that is recreated after a deletion starts
+    above the former sequences, so that a remembered sequence or revision (of a reader, a cursor, the adapter) never
+    means another message.
     """
     if not wanted.stream:
         config = wanted.config if wanted.from_one else wanted.config | {"first_seq": time.time_ns() // 1_000_000}
         try:
             await connection.api_request(f"STREAM.CREATE.{wanted.name}", config, timeout_s=15)
         except BusRefused as exc:
-            if exc.code in NO_ROOM:  # also said of one that another replica was faster to create
+            if exc.code in NO_ROOM:  # also the error if another replica created it first
                 if await _stream_config(connection, wanted.name) is not None:
                     return
                 raise BusRefused(exc.code, f"{exc.detail.partition(' ')[2]}: {MORE_ROOM}") from exc
-            if exc.code != NAME_IN_USE:  # another replica was faster, with another first sequence
+            if exc.code != NAME_IN_USE:  # another replica created it first
                 raise
         return
     body = {"stream_name": wanted.stream, "config": wanted.config, "action": "create"}
     try:
         await connection.api_request(f"CONSUMER.CREATE.{wanted.stream}.{wanted.name}", body, timeout_s=15)
     except BusRefused as exc:
-        if exc.code != CONSUMER_EXISTS:  # another replica was faster
+        if exc.code != CONSUMER_EXISTS:  # another replica created it first
             raise
 
 
 async def alter_stream(
     connection: ManagedConnection, names: Names, settings: Settings, difference: Difference
 ) -> None:
-    """Makes one stream as it should be (doctor --fix). Raises Temporary, BusRefused."""
+    """Changes one stream to its configuration (doctor --fix). Raises Temporary, BusRefused."""
     found = await _stream_config(connection, difference.name) or {}
     (wanted,) = [w for w in wanted_streams(names, settings) if w.name == difference.name]
     await connection.api_request(f"STREAM.UPDATE.{difference.name}", {**found, **wanted.config}, timeout_s=15)
 
 
 async def ensure_topology(connection: ManagedConnection, names: Names, settings: Settings) -> list[Difference]:
-    """Creates what is missing and returns the harmless differences.
+    """Creates missing resources, and returns the harmless differences.
 
-    Raises SettingsError for a server that is too old and for differences that would break a guarantee, Temporary.
+    Raises Temporary, and SettingsError if the server is too old or a difference would break a guarantee.
     """
     try:
         level = await api_level(connection)
@@ -365,7 +368,7 @@ async def ensure_topology(connection: ManagedConnection, names: Names, settings:
         raise SettingsError("server_too_old", f"JetStream API level {level}; nats-server 2.14 or newer is needed.")
     missing, different = await inspect_topology(connection, names, settings)
     made = [wanted for wanted in missing if not wanted.stream]
-    # apart, since what is created at once is not created in order
+    # one after the other, since concurrent creations have no order
     await _create_all(connection, [wanted for wanted in made if not wanted.reserves_space])
     for wanted in made:
         if wanted.reserves_space:
@@ -380,7 +383,7 @@ async def ensure_topology(connection: ManagedConnection, names: Names, settings:
 
 
 async def _create_all(connection: ManagedConnection, missing: list[Wanted]) -> None:
-    """Creates streams, or consumers, some at a time. Raises SettingsError, Temporary."""
+    """Creates streams or consumers, some at a time. Raises SettingsError, Temporary."""
     for first in range(0, len(missing), CREATED_AT_ONCE):
         some = missing[first : first + CREATED_AT_ONCE]
         outcomes = await asyncio.gather(
@@ -397,7 +400,7 @@ async def _create_all(connection: ManagedConnection, missing: list[Wanted]) -> N
 
 
 async def _stream_config(connection: ManagedConnection, stream: str) -> dict[str, Any] | None:
-    """A stream's configuration; None: it is missing."""
+    """The configuration of a stream; None: it is missing."""
     try:
         answer = await connection.api_request(f"STREAM.INFO.{stream}")
     except BusRefused as exc:

@@ -1,6 +1,11 @@
-"""Reads the commands of one shard: what they say, and how those end that nobody can carry out.
+"""Reads the commands of one shard: decodes and validates them, and ends those that are invalid.
 
-Text that takes its time is read in another process, and the other sandboxes do not wait for it.
+`CommandReader.put` gets each accepted delivery from the intake. A valid command goes to `on_command`, and an invalid
+one to `on_unreadable` with the receipt that it ends with. Commands of a sandbox keep their order. A long Markdown
+text is rendered in another process (TextReader); only later commands of the same sandbox wait for it. The reader
+decides nothing about windows and publishes nothing.
+
+`BodyLoader` reads the bodies of parked commands again when their turn comes.
 """
 
 from __future__ import annotations
@@ -42,23 +47,23 @@ from adapter.ports import Archive, Delivery, TextReader
 log = structlog.get_logger()
 
 MAX_NAME = 64
-"""Characters of a sandbox's name (names.SANDBOX_PATTERN)."""
+"""Most characters of a sandbox's name (names.SANDBOX_PATTERN)."""
 MISSING_CONFIRM_S = 10.0
-"""What waits on the bus and is missing there for so long is gone. A cluster that is losing its leaders may not show
-all that it has, and what is taken for gone is overtaken."""
+"""Time after which a waiting command that the stream does not have is gone. A cluster that is losing its leaders may
+not show all messages, and later commands overtake one that is taken for gone."""
 
 
 class ReadCommand(NamedTuple):
-    """A command that can be carried out."""
+    """A valid command."""
 
     command: Command
     queued: QueuedCommand
     redelivered: bool
-    """It, or another copy of it, was delivered before: somebody may have worked on it."""
+    """The command or another copy of it was delivered before, so a previous owner may have worked on it."""
 
 
 class CommandReader:
-    """Reads each command once, those of a sandbox in order."""
+    """Reads each command once, and those of a sandbox in order."""
 
     def __init__(
         self,
@@ -70,21 +75,21 @@ class CommandReader:
     ) -> None:
         self.on_command: Callable[[ReadCommand], None] = _ignore
         self.on_unreadable: Callable[[QueuedCommand, CommandResult, Address], None] = _ignore
-        """Called with what cannot be carried out, and how it ends."""
+        """Called with an invalid command and its result."""
         self._limits = limits
         self._metrics = metrics
         self._texts = texts
         self._unread: dict[str, deque[Delivery]] = {}
-        """By subject, in order: commands of which one takes its time to be read, and those behind it."""
+        """By subject, in order: commands whose text takes time to render, and those behind them."""
         self._draining = draining
         self._tasks = tasks
 
     def stop(self) -> None:
-        """Hands on nothing any more."""
+        """Passes on no more commands."""
         self.on_command = self.on_unreadable = _ignore
 
     def put(self, delivery: Delivery) -> None:
-        """Reads a command, behind those of its sandbox that are being read."""
+        """Reads a command, after those of its sandbox that are being read."""
         if delivery.subject in self._unread:
             self._read_later(delivery)
         else:
@@ -128,7 +133,7 @@ class CommandReader:
         self._end_unread(delivery, body, result)
 
     def _end_unread(self, delivery: Delivery, body: contract.Outbound, result: CommandResult) -> None:
-        """Ends what cannot be carried out. `body`: what is known of it."""
+        """Ends an invalid command. `body`: the fields that could be read."""
         sandbox = delivery.subject.rpartition(".")[2]
         sequence, stored_ms = original_position(delivery.headers, delivery.seq, delivery.time_ms)
         self._metrics.schema_violations.labels(kind="out").inc()
@@ -136,10 +141,10 @@ class CommandReader:
         placeholder = QueuedCommand(
             sequence=delivery.seq, ref=ref, client_id_base=client_id_base(sandbox, sequence, stored_ms)
         )
-        # the subject of a receipt of a longer name would break the connection
+        # a longer name in the subject of a receipt would break the connection
         self.on_unreadable(placeholder, result, Address(sandbox if len(sandbox) <= MAX_NAME else UNROUTED))
 
-    # what takes its time -------------------------------------------------------------------------------
+    # slow texts ----------------------------------------------------------------------------------------
 
     def _read_later(self, delivery: Delivery) -> None:
         if delivery.subject in self._unread:
@@ -149,7 +154,7 @@ class CommandReader:
         self._tasks.spawn(self._read_in_order(delivery.subject))
 
     async def _read_in_order(self, subject: str) -> None:
-        """Others do not wait for it."""
+        """Reads the queued commands of a subject without delaying other subjects."""
         unread = self._unread[subject]
         while unread and not self._draining.is_set():
             try:
@@ -157,28 +162,28 @@ class CommandReader:
             except Temporary as exc:
                 log.warning("command.retrying", subject=subject, reason=exc.reason)
                 await wait_event(self._draining, 0.5)
-            except Exception as exc:  # a bug: the others go on
+            except Exception as exc:  # a bug: the next commands are read
                 log.exception("command.crashed", subject=subject, sequence=unread[0].seq)
                 result = CommandResult("dead_lettered", "crashed", type(exc).__name__)
                 self._end_unread(unread.popleft(), contract.Outbound(), result)
         del self._unread[subject]
 
     async def _read_slowly(self, unread: deque[Delivery]) -> None:
-        """Reads the first one. Raises Temporary, as long as it is not read."""
+        """Reads the first command of the queue. Raises Temporary if it has to be tried again."""
         said: contract.Outbound | Refused | None = None
-        with contextlib.suppress(Unreadable):  # which is told below
+        with contextlib.suppress(Unreadable):  # `_read` handles it
             body = decode_command(unread[0].data, self._limits)
             if is_slow(body, self._limits):
                 try:
                     said = with_texts(body, await self._texts.render_plain(texts_of(body)))
                 except Refused as exc:
                     said = exc
-        self._read(unread[0], said)  # if it raises, it is the first one that is at fault
+        self._read(unread[0], said)  # an error here belongs to the first command
         unread.popleft()
 
 
 class BodyLoader:
-    """Reads the bodies of commands back that were not kept in memory."""
+    """Reads bodies from the bus that are not in memory."""
 
     def __init__(self, history: Archive, names: Names, limits: Limits, texts: TextReader, clock: Clock) -> None:
         self._history = history
@@ -187,13 +192,13 @@ class BodyLoader:
         self._texts = texts
         self._clock = clock
         self._missing = (-math.inf, -math.inf)
-        """Monotonic times between which commands were missing on the bus: of many that are gone only the first one
-        takes long."""
+        """Span of monotonic time in which commands were missing on the bus, so that only the first of many missing
+        ones takes long."""
 
     async def load(self, sandbox: str, sequences: Sequence[int]) -> dict[int, list[Part] | None]:
-        """Parts of commands, read back from the bus; None: it has the command no more.
+        """Reads the parts of commands from the bus; None: the bus does not have the command any more.
 
-        Raises Temporary, also as long as one may only not be shown.
+        Raises Temporary, also while a missing command may only be hidden.
         """
         parts: dict[int, list[Part] | None] = {}
         now = self._clock.monotonic()
@@ -206,7 +211,7 @@ class BodyLoader:
             if is_slow(body, self._limits):
                 try:
                     body = with_texts(body, await self._texts.render_plain(texts_of(body)))
-                except Refused:  # it was read once
+                except Refused:  # it was readable before
                     parts[sequence] = None
                     continue
             command = read_command(body, sandbox=sandbox, ident="", sequence=0, time_ms=0, limits=self._limits)

@@ -1,7 +1,6 @@
-"""Reads texts that may take long in a process of its own.
+"""Renders texts that may take long in a process of its own, which is this module run as a script.
 
-A call that does not come back would hold the event loop, and every lease with it. Run as a module, it is that
-process.
+A call that does not return would block the event loop, and the renewal of every lease with it.
 """
 
 from __future__ import annotations
@@ -22,20 +21,21 @@ from adapter.errors import Refused, Temporary
 log = structlog.get_logger()
 
 LIMIT_S = 10.0
-"""For one job. All texts that a command may hold take a second or two, of which a busy machine makes more."""
+"""Time for one job. All texts of a command take a second or two, and more on a busy machine."""
 ATTEMPTS = 2
-"""A process may be killed by somebody who means another; one that ends twice is ended by what it reads."""
+"""Attempts with a new process. One process may have been killed by accident; the text is at fault if two end."""
 _SIZE = 4
-"""Bytes before each message, which say its length."""
+"""Bytes of the length before each message."""
 
 
 class _Failed(Exception):
-    """The texts were not read in time, or ended the process."""
+    """The texts were not rendered in time, or ended the process."""
 
 
 class TextWorker:
-    """Implements ports.TextReader: one process, started at the first job, for one job at a time, first come, first
-    served. It is killed at the limit, and started anew for the next job.
+    """Implements ports.TextReader with one process, which takes one job at a time, first come, first served.
+
+    The process starts with the first job. It is killed at the limit, and another one starts with the next job.
     """
 
     def __init__(self) -> None:
@@ -47,7 +47,7 @@ class TextWorker:
         try:
             return await self._do(texts)
         except _Failed:
-            detail = "Reading it as Markdown does not end: send it with format markdown, or as a file."
+            detail = "The text takes too long to read as Markdown: send it with format markdown, or as a file."
             raise Refused("too_long", detail) from None
 
     async def close(self) -> None:
@@ -94,7 +94,8 @@ class TextWorker:
 
 
 async def _started() -> Process:
-    """Without our secrets, and out of reach of a terminal's ctrl-C. It ends when nobody writes to it any more."""
+    """Starts the process without the adapter's secrets and in a session of its own, so that ctrl-C does not reach it.
+    It ends when its input is closed."""
     environ = {"PYTHONPATH": os.pathsep.join(sys.path)}
     command = (sys.executable, "-P", "-m", __name__)
     try:
@@ -106,7 +107,7 @@ async def _started() -> Process:
 
 
 def serve(source: BinaryIO, sink: BinaryIO) -> None:
-    """Does jobs until there are no more."""
+    """Does jobs until the input ends."""
     while head := source.read(_SIZE):
         texts = msgspec.msgpack.decode(source.read(int.from_bytes(head)), type=list[str])
         message = msgspec.msgpack.encode([to_plain(text) for text in texts])

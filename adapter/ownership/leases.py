@@ -1,7 +1,18 @@
-"""Which shards this replica owns: exactly one owner each, always (docs/explanation/ownership.md).
+"""Which shards this replica owns. Each shard has at most one owner (docs/explanation/ownership.md).
 
-One renewed key per incarnation of a replica (`membership`), and one claim per shard that is written only when its
-owner changes.
+A replica has one key in `wechat_members`, which it renews (`membership`), and each shard has one claim in
+`wechat_claims`, which is written only when its owner changes. `run` repeats one round:
+
+1. Observe which members are alive.
+2. Find surplus shards: owned ones for which a living member has a higher rank. The supervisor hands them over and
+   calls `release`.
+3. Check the own claims. One that was deleted is restored; one that another replica has is given up at once.
+4. Claim free shards with the highest rank here: without an owner, or with one whose lease is proven to be over
+   (`revoke_if_expired`).
+
+`ensure_owned` is called right before each poll, send and publish. It is true only while the lease is valid. A replica
+whose key was revoked gives up all shards and joins again as another incarnation. Claims are written by
+compare-and-set, so that only one of two replicas gets a shard. No clock of another machine is used.
 """
 
 from __future__ import annotations
@@ -24,14 +35,14 @@ from adapter.ports import Entry, LeaderBucket
 log = structlog.get_logger()
 
 
-@functools.lru_cache(maxsize=8192)  # asked for all shards and members at each look
+@functools.lru_cache(maxsize=8192)  # called for all shards and members in each round
 def rank(member: str, shard: int) -> bytes:
-    """Rendezvous hashing: the live member with the highest rank should own the shard."""
+    """Rank for rendezvous hashing. The living member with the highest rank should own the shard."""
     return hashlib.blake2b(f"{member}|{shard}".encode(), digest_size=8).digest()
 
 
 class Leases(Membership):
-    """The shards in `owned` are this replica's while `is_valid`."""
+    """The claims of shards. This replica owns the shards in `owned` while `is_valid`."""
 
     def __init__(
         self,
@@ -45,30 +56,31 @@ class Leases(Membership):
     ) -> None:
         super().__init__(members, clock, metrics, instance=instance, lease_s=lease_s)
         self.surplus: set[int] = set()
-        """Owned shards that another replica should have: to be handed over by `release`."""
+        """Owned shards that another replica should own; `release` hands them over."""
         self.orphans: set[int] = set()
-        """Shards that no living replica owned when this one last looked."""
+        """Shards without a living owner in the last round."""
         self._claims = claims
         self._claim_revisions: dict[int, int] = {}
         self._release_unconfirmed: set[int] = set()
-        """Released, but perhaps the write did not land, or lands late: only another write settles it."""
+        """Released shards whose write may have failed or may still land; only another write settles that."""
         self._claim_soon = asyncio.Event()
 
     def ensure_owned(self, shard: int) -> None:
-        """Raises LeaseLost unless this replica may poll and send for `shard` at this moment."""
+        """Raises LeaseLost unless this replica may poll and send for `shard` now."""
         if shard not in self.owned or not self.is_valid:
             raise LeaseLost("lease_lost", f"shard {shard}")
 
     async def wait_owned(self, shard: int, timeout_s: float | None = None) -> None:
-        """Returns once `check` would let it pass, or after `timeout_s` seconds."""
+        """Returns when `ensure_owned` would pass, or after `timeout_s` seconds."""
         await self.changed.wait_until(lambda: self.is_valid and shard in self.owned, timeout_s)
 
     async def run(self) -> None:
-        """Joins, renews, claims, until cancelled. Joins anew, as another incarnation, when it was revoked."""
+        """Joins, renews and claims until cancelled. Joins again as another incarnation after a revocation."""
         while True:
             await self._join()
             try:
-                # a task of its own: before Python 3.13 a group that fails as it is cancelled forgets that it was
+                # a separate task: before Python 3.13 a group that fails while it is cancelled forgets the
+                # cancellation
                 await asyncio.get_running_loop().create_task(self._hold_incarnation(), name="leases.hold")
             except* LeaseLost:
                 log.error("lease.revoked", incarnation=self.incarnation, shards=len(self.owned))
@@ -77,14 +89,14 @@ class Leases(Membership):
             raise_if_cancelled()
 
     async def _hold_incarnation(self) -> None:
-        """Renews and claims as one incarnation. Raises LeaseLost, in a group."""
+        """Renews and claims as one incarnation. Raises a group with LeaseLost."""
         async with asyncio.TaskGroup() as group:
             group.create_task(self._renew_forever(), name="leases.renew")
             group.create_task(self._watch_forever(), name="leases.watch")
             group.create_task(self._claim_forever(), name="leases.claim")
 
     def claim_now(self) -> None:
-        """Another replica says that it has given shards back: no need to wait for the next round."""
+        """Starts the next round at once, since another replica has released shards."""
         self._claim_soon.set()
 
     async def _claim_forever(self) -> None:
@@ -105,7 +117,8 @@ class Leases(Membership):
         return max(names, key=lambda name: rank(name, shard), default="")
 
     def _find_surplus(self) -> None:
-        """What is owned and should be another's, who has lived for a lease: one that flaps moves nothing."""
+        """Finds surplus shards. A member counts after it has lived for a lease, so that an unstable one moves
+        nothing."""
         grown = [
             name for name in self._live if self._sightings[name].since - self._first_seen_at[name] >= self._lease_s
         ]
@@ -116,7 +129,7 @@ class Leases(Membership):
             self.changed.notify_all()
 
     async def _check_claims(self, claims: dict[str, Entry]) -> None:
-        """An operator may delete claims, or another hand change them: what is owned is put back, or given up."""
+        """Restores claims that were deleted or overwritten, and gives up those that another replica has."""
         gone = []
         for shard in sorted(self.owned):
             entry, revision = claims.get(str(shard)), self._claim_revisions[shard]
@@ -132,26 +145,26 @@ class Leases(Membership):
     async def _restore_claim(self, shard: int) -> None:
         mine = msgspec.json.encode(Claim(owner=self.incarnation))
         try:
-            entry = await self._claims.get(str(shard))  # the reading may be older than our claim
+            entry = await self._claims.get(str(shard))  # the list may be older than the claim
             if _decode_claim(entry) is not None or shard not in self.owned:
                 return
             revision = await self._claims.write(str(shard), mine, entry.revision if entry else 0)
         except (Temporary, Conflict):
-            return  # the next round sees whose it is now
-        log.error("claim.restored", shard=shard, detail="Its key was deleted or overwritten, or its bucket.")
+            return  # the next round finds the owner
+        log.error("claim.restored", shard=shard, detail="The claim, or its bucket, was deleted or overwritten.")
         if shard in self.owned:
             self._claim_revisions[shard] = revision
-        else:  # given back meanwhile, at a revision that was no more
+        else:  # released meanwhile, with an outdated revision
             self._release_unconfirmed.add(shard)
 
     def _on_claim_lost(self, shard: int) -> None:
-        """Another replica has the claim: this one stops at once."""
+        """Gives up a shard at once, since another replica has its claim."""
         log.error("claim.lost", shard=shard)
         self._metrics.lease_changes.labels(reason="lost").inc()
         self._remove_owned(shard)
 
     def _remove_owned(self, shard: int) -> int:
-        """It is this replica's no more; the revision of its claim."""
+        """Removes a shard from the owned ones. Returns the revision of its claim."""
         self.owned.discard(shard)
         self.surplus.discard(shard)
         self._metrics.shards_owned.set(len(self.owned))
@@ -172,11 +185,11 @@ class Leases(Membership):
             if claim is not None:
                 self._absent_since.pop(f"claim {shard}", None)
             elif self.other_incarnations and not self._is_long_absent(f"claim {shard}"):
-                continue  # deleted, perhaps: its owner puts it back
+                continue  # it may have been deleted: its owner restores it
             if self._highest_ranked(eligible, shard) == self.incarnation:
                 if not owner or owner == self.incarnation or await self.revoke_if_expired(owner):
                     wanted.append((shard, owner, revision))
-            elif owner == self.incarnation:  # of a claim, or a release, that landed late
+            elif owner == self.incarnation:  # a claim or a release landed late
                 await self._write_released(shard, revision)
         results = await asyncio.gather(*(self._claim_shard(*item) for item in wanted))
         self.orphans = orphans - self.owned
@@ -190,12 +203,12 @@ class Leases(Membership):
             return False
         mine = msgspec.json.encode(Claim(owner=self.incarnation))
         if owner == self.incarnation and shard not in self._release_unconfirmed:
-            self._claim_revisions[shard] = revision  # a claim of ours whose answer was lost
+            self._claim_revisions[shard] = revision  # an own claim whose answer was lost
         else:
             try:
                 self._claim_revisions[shard] = await self._claims.write(str(shard), mine, revision)
             except (Temporary, Conflict):
-                return False  # somebody was faster, or the answer got lost: the next round sees which
+                return False  # another replica was faster, or the answer was lost: the next round finds out
         self.owned.add(shard)
         self._release_unconfirmed.discard(shard)
         self._metrics.lease_changes.labels(
@@ -203,10 +216,10 @@ class Leases(Membership):
         ).inc()
         return True
 
-    # leaving --------------------------------------------------------------------------------------
+    # release --------------------------------------------------------------------------------------
 
     async def drain(self) -> None:
-        """Tells the others that this replica claims nothing any more."""
+        """Announces that this replica claims no more shards."""
         self.draining = True
         try:
             await self._renew()
@@ -214,21 +227,19 @@ class Leases(Membership):
             log.warning("lease.unrenewed", reason=exc.reason)
 
     async def release(self, shard: int) -> None:
-        """Gives one shard back, after nothing is sent for it any more; polls that wait end at their boundary."""
+        """Releases a shard after its last send. Polls that wait end at their boundary."""
         if shard not in self.owned:
             return
         self._release_unconfirmed.add(
             shard
-        )  # before the write leaves: until it has an answer the claim may still name us
+        )  # before the write: until its answer the claim may still name this replica
         await self._write_released(shard, self._remove_owned(shard))
 
     async def _write_released(self, shard: int, revision: int) -> None:
         try:
             await self._claims.write(str(shard), msgspec.json.encode(Claim()), revision)
         except Conflict:
-            self._release_unconfirmed.discard(
-                shard
-            )  # an earlier write of ours, or another owner: not ours in any case
+            self._release_unconfirmed.discard(shard)  # an earlier own write landed, or another owner claimed it
         except Temporary as exc:
             log.warning("shard.unreleased", shard=shard, reason=exc.reason)
         else:
@@ -236,7 +247,7 @@ class Leases(Membership):
             self._metrics.lease_changes.labels(reason="released").inc()
 
     async def release_all(self) -> None:
-        """Gives the shards that are left and the membership back, after nothing is polled or sent any more."""
+        """Releases the remaining shards and the membership after the last poll and send."""
         await asyncio.gather(*(self.release(shard) for shard in sorted(self.owned)))
         self._forget_all()
         try:
@@ -256,7 +267,7 @@ class Leases(Membership):
 
 
 def _decode_claim(entry: Entry | None) -> Claim | None:
-    """None where there is no claim, not even of nobody: this program deletes none, and writes nothing else there."""
+    """None: there is no claim, not even an empty one. Only others delete claims or write anything else."""
     try:
         return msgspec.json.decode(entry.value, type=Claim) if entry and entry.value else None
     except UNDECODABLE:

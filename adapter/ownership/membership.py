@@ -1,9 +1,9 @@
-"""Which replicas live: this one's key, which it renews, and the keys of the others, as they are observed from here.
+"""Which replicas are alive: this replica's key, which it renews, and the other replicas' keys as observed here.
 
-No wall clocks are compared: an observer calls a member dead when its key kept one revision for `lease_s` seconds
-on the observer's own monotonic clock while reads, and its own renewals, worked all along; it then revokes that key
-by compare-and-set, and only then takes the shards (`leases`). The holder stops on a timer of its own well before
-that, counted from the time at which it *sent* its last good renewal.
+No wall clocks are compared. An observer calls a member dead when its key kept one revision for `lease_s` seconds on
+the observer's own monotonic clock, while its own reads and renewals worked all along. It then revokes that key by
+compare-and-set, and only then takes the shards (`leases`). The holder stops well before that on a timer of its own,
+counted from the time at which it *sent* its last successful renewal.
 """
 
 from __future__ import annotations
@@ -26,75 +26,76 @@ from adapter.ports import LeaderBucket
 log = structlog.get_logger()
 
 DEAD_KEPT = 1000
-"""Members known to be dead, and keys known to be absent, that are remembered."""
+"""Most members known to be dead, and keys known to be absent, that are remembered."""
 OBSERVE_FRACTION = 1 / 8
-"""Pause between two looks at who lives, as a part of the lease."""
+"""Interval between two observations, as a fraction of the lease."""
 SHORTEST_S = 0.05
-"""Shortest pause between two looks: clocks may differ by a hair over when a lease ends."""
+"""Shortest interval between two observations, since clocks may differ slightly about the end of a lease."""
 MIN_OWN_RENEWALS = 4
-"""Whose key stood still while this replica renewed its own so often, as often as each does in a lease, could have
-renewed too: a failure here is no reason to wait for them any longer than a lease."""
+"""Own renewals after which a silent member counts as able to renew: each member renews as often in a lease. Failures
+of this replica then no longer extend the wait for that member."""
 HOLDER_FRACTION = 0.8
-"""The holder stops after this part of the lease; the rest is for clocks that run apart and answers on their way."""
+"""Fraction of the lease after which the holder stops. The rest allows for clocks that differ and answers in
+flight."""
 
 
 class Sighting(NamedTuple):
-    """A member's key, as this replica observes it."""
+    """A member's key as observed here."""
 
     revision: int
     since: float
-    """Monotonic time at which this revision was first seen, or the observation began again."""
+    """Monotonic time at which this revision was first seen, or the observation restarted."""
     renewals: int
-    """Of this replica's own key when the revision was first seen."""
+    """Own renewals when the revision was first seen."""
 
 
 NEVER = Sighting(0, 0.0, 0)
 
 
 class Membership:
-    """This replica, one incarnation after the other, and what it knows of the others; `Leases` adds the shards."""
+    """This replica's incarnations, and what it knows of the other replicas; `Leases` adds the shards."""
 
     def __init__(
         self, members: LeaderBucket, clock: Clock, metrics: Metrics, *, instance: str, lease_s: float
     ) -> None:
         self.owned: set[int] = set()
-        """This replica's shards, as long as `is_valid`."""
+        """Shards of this replica while `is_valid`."""
         self.changed = ChangeSignal()
         """Notified when shards come or go, and when the lease pauses or resumes."""
         self.incarnation = ""
         self.membership_epoch = 0
-        """Counts members that went or fell silent: who waits for something of theirs looks again."""
+        """Counts members that left or fell silent, after which waits for them are checked again."""
         self.draining = False
         self.last_error = "no answer yet"
-        """Why the last renewal that failed did, in words for an operator."""
+        """Cause of the last failed renewal, for operators."""
         self._members = members
         self._clock = clock
         self._metrics = metrics
         self._instance = instance
         self._lease_s = lease_s
         self._revision = 0
-        """Of this incarnation's key among the members."""
+        """Revision of this incarnation's key."""
         self._renewing = asyncio.Lock()
         self._deadline = 0.0
-        """Monotonic time up to which the lease is valid."""
+        """Monotonic time at which the lease ends."""
         self._renewed_at = 0.0
-        """When the last good renewal was answered."""
+        """When the last successful renewal was answered."""
         self._renewals = 0
-        """How many there were."""
+        """Number of successful renewals."""
         self._paused = True
         self._sightings: dict[str, Sighting] = {}
-        """Of each member's key."""
+        """By member."""
         self._first_seen_at: dict[str, float] = {}
         """When each living member was first seen."""
         self._live: dict[str, Member] = {}
         self._last_read_at = 0.0
         self._known_dead: set[str] = set()
         self._absent_since: dict[str, float] = {}
-        """Members and claims without a trace, and since when: their bucket may be gone while their owner lives."""
+        """Members and claims without a key, and since when. The bucket may be gone while the owner is alive."""
 
     @property
     def is_valid(self) -> bool:
-        """Whether what is owned may be used right now."""
+        """Whether the owned shards may be used now."""
         return self._clock.monotonic() < self._deadline
 
     async def _join(self) -> None:
@@ -109,7 +110,7 @@ class Membership:
                 await self._clock.sleep(0.2)
         log.info("lease.joined", incarnation=self.incarnation)
 
-    # my own key -----------------------------------------------------------------------------------
+    # the own key -----------------------------------------------------------------------------------
 
     async def _renew_forever(self) -> None:
         failures = 0
@@ -117,7 +118,7 @@ class Membership:
             try:
                 await self._renew()
                 failures = 0
-            except (Temporary, Conflict) as exc:  # Conflict: a write landed of which we did not hear in time
+            except (Temporary, Conflict) as exc:  # Conflict: an earlier write landed without an answer
                 failures += 1
                 self._on_renewal_failed(exc, failures)
             await self._clock.sleep(self._lease_s / 4 if self.is_valid else 0.1)
@@ -128,8 +129,8 @@ class Membership:
             log.warning("lease.unrenewed", reason=exc.reason, detail=exc.detail)
 
     async def _renew(self) -> None:
-        """Raises Temporary, LeaseLost when another replica revoked this incarnation."""
-        async with self._renewing:  # who leaves renews once more, perhaps as a renewal is out
+        """Raises Temporary, and LeaseLost if another replica revoked this incarnation."""
+        async with self._renewing:  # `drain` may renew while a renewal is in flight
             await self._renew_once()
 
     async def _renew_once(self) -> None:
@@ -138,16 +139,14 @@ class Membership:
         try:
             self._revision = await self._members.write(self.incarnation, value, self._revision)
         except (Temporary, Conflict):
-            # A lost answer is ambiguous: the write may have landed. The key is ours alone, so its revision is
-            # ours if it is still there; a tombstone means that we were revoked.
+            # After a lost answer the write may have landed. Only this replica writes the key, so its revision is
+            # valid if the key exists; a tombstone means that the incarnation was revoked.
             entry = await self._members.get(self.incarnation)
             if self._revision and (entry is None or entry.value is None):
                 raise LeaseLost("lease_revoked") from None
             self._revision = entry.revision if entry else 0
             raise
-        ran_out = (
-            not self.is_valid
-        )  # on a busy loop also without a pause: this answer was read before the timer's turn
+        ran_out = not self.is_valid  # also without a pause, if a busy loop reads this answer before the timer fires
         self._renewed_at, self._deadline = self._clock.monotonic(), sent + self._lease_s * HOLDER_FRACTION
         self._renewals += 1
         if (self._paused or ran_out) and self.is_valid:
@@ -156,7 +155,7 @@ class Membership:
             self.changed.notify_all()
 
     async def _watch_forever(self) -> None:
-        """Tells everybody at the moment when the lease runs out, on its own timer: a renewal may hang."""
+        """Announces the end of the lease at once, on a timer of its own, since a renewal may hang."""
         while True:
             left_s = self._deadline - self._clock.monotonic()
             if left_s > 0:
@@ -171,7 +170,7 @@ class Membership:
     # the others -----------------------------------------------------------------------------------
 
     def _next_look_s(self) -> float:
-        """Until the next look: at the latest when the lease of a member that keeps silent is over."""
+        """Seconds until the next observation: at the latest the end of a silent member's lease."""
         now = self._clock.monotonic()
         others = [
             self._sightings[name].since + self._lease_s - now for name in self._live if name != self.incarnation
@@ -179,9 +178,9 @@ class Membership:
         return max(SHORTEST_S, min([OBSERVE_FRACTION * self._lease_s, *(left_s for left_s in others if left_s > 0)]))
 
     async def _observe_members(self) -> None:
-        """Reads who lives. Blind for a while, it starts every observation again, and so it does when it could not
-        renew: of a bucket without a leader the others still read what nobody can write. That may happen time and
-        again, so not for those who had their `MIN_OWN_RENEWALS`."""
+        """Reads which members are alive. After a gap in its reads, or in its own renewals, all observations restart,
+        since others can still read a bucket without a leader, but not write it. Members for which `MIN_OWN_RENEWALS`
+        have passed are not observed again, as such a gap may recur."""
         entries = await self._members.list_entries()
         now = self._clock.monotonic()
         patience_s = self._lease_s / 4 + 1.0
@@ -199,7 +198,7 @@ class Membership:
             if self._sightings.get(entry.key, NEVER).revision != entry.revision:
                 self._sightings[entry.key] = Sighting(entry.revision, now, self._renewals)
             if now - self._sightings[entry.key].since < self._lease_s:
-                with contextlib.suppress(*UNDECODABLE):  # somebody else's key is no member
+                with contextlib.suppress(*UNDECODABLE):  # another program's key is no member
                     live[entry.key] = msgspec.json.decode(entry.value, type=Member)
         if self._live.keys() - live.keys():
             self.membership_epoch += 1
@@ -217,16 +216,16 @@ class Membership:
 
     @property
     def living_count(self) -> int:
-        """How many replicas live, this one included, as far as is known here."""
+        """Number of living replicas as known here, including this one."""
         return len(self._live.keys() | {self.incarnation})
 
     @property
     def other_incarnations(self) -> set[str]:
-        """The other incarnations that live, as far as is known here."""
+        """Other living incarnations as known here."""
         return self._live.keys() - {self.incarnation}
 
     async def revoke_if_expired(self, incarnation: str) -> bool:
-        """Whether it is proven that `incarnation` does nothing any more. Revokes it if its lease ran out."""
+        """Whether `incarnation` is proven to do nothing more. Revokes it if its lease has expired."""
         if incarnation in self._known_dead:
             return True
         if incarnation == self.incarnation or incarnation in self._live:
@@ -234,7 +233,7 @@ class Membership:
         try:
             entry = await self._members.get(incarnation)
             if entry is None and not self._is_long_absent(f"member {incarnation}"):
-                return False  # its bucket is gone, perhaps: it learns that at its next renewal, or stops at its timer
+                return False  # the bucket may be gone: the member notices at its next renewal, or stops by its timer
             if entry is not None and entry.value is not None:
                 seen = self._sightings.get(incarnation, NEVER)
                 if seen.revision != entry.revision or self._clock.monotonic() - seen.since < self._lease_s:
@@ -242,16 +241,16 @@ class Membership:
                 await self._members.write(incarnation, None, entry.revision)
                 log.warning("lease.expired", incarnation=incarnation)
         except (Temporary, Conflict):
-            return False  # it renewed meanwhile, another one revoked it, or we do not know: look again later
+            return False  # renewed or revoked meanwhile, or unknown: the next round checks again
         if len(self._known_dead) >= DEAD_KEPT:
-            self._known_dead.clear()  # they are found dead again
+            self._known_dead.clear()  # found again when needed
         self._known_dead.add(incarnation)
         self._absent_since.pop(f"member {incarnation}", None)
         return True
 
     def _is_long_absent(self, what: str) -> bool:
-        """Whether it has been absent for a lease, which is as long as an owner that lives may take to notice."""
+        """Whether a key has been absent for a lease, in which a living owner notices that."""
         now = self._clock.monotonic()
         if len(self._absent_since) > DEAD_KEPT:
-            self._absent_since.clear()  # they are missed again
+            self._absent_since.clear()  # found again when needed
         return now - self._absent_since.setdefault(what, now) >= self._lease_s

@@ -1,4 +1,4 @@
-"""Asks all replicas at once who they are and what they poll, since no bucket is written at each poll."""
+"""Asks all replicas for their identity and their pollers, since polls write no bucket."""
 
 from __future__ import annotations
 
@@ -16,24 +16,26 @@ from adapter.ports import AllReplicas, CoreBus
 log = structlog.get_logger()
 
 QUERY_TIMEOUT_S = 0.7
-"""A slower replica is left out: it may be dead without anybody knowing yet."""
+"""A slower replica is left out; it may be dead without a sign of it yet."""
 
 
 class StatusRequest(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """Asks every replica who it is, and how it polls these bots."""
+    """Asks every replica for its identity and the state of its pollers for these bots."""
 
     bots: list[str] = []
 
 
 class PollerStatus(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """How one bot is polled. `ago_ms`: since iLink last answered, if it has; so no clocks are compared."""
+    """State of a bot's poller. `ago_ms`: time since iLink's last answer, a duration so that no clocks are
+    compared."""
 
     state: str
     ago_ms: int | None = None
 
 
 class ReplicaStatus(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """What a replica answers. `polls`: by bot, those of the call that it polls, or has yet to give back."""
+    """A replica's answer. `polls`: pollers of the requested bots, including those that have yet to release the
+    bot."""
 
     instance: str
     incarnation: str = ""
@@ -45,7 +47,7 @@ class ReplicaStatus(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tru
 
 
 def status_reply(data: bytes, about: Callable[[Sequence[str]], ReplicaStatus]) -> bytes | None:
-    """A replica's answer to a call; None for one that cannot be read."""
+    """A replica's answer to a request; None: the request is unreadable."""
     try:
         asked = msgspec.json.decode(data, type=StatusRequest)
     except UNDECODABLE as exc:
@@ -55,10 +57,10 @@ def status_reply(data: bytes, about: Callable[[Sequence[str]], ReplicaStatus]) -
 
 
 def is_idle(there: Collection[ReplicaStatus], incarnation: str, bot: str, others: Collection[str]) -> bool:
-    """Whether a replica and all `others` that live, by incarnation, have answered that none of them polls a bot.
+    """Whether a replica and all `others` that are alive, by incarnation, report that they do not poll a bot.
 
-    Where the record is wrong the last poll of one that it does not name may still wait. A version that does not say
-    which incarnation it is proves nothing.
+    If the record is wrong, a replica that it does not name may still have a poll. A version that does not report its
+    incarnation proves nothing.
     """
     asked = {present.incarnation: present for present in there}
     return all(name in asked and bot not in asked[name].polls for name in {incarnation, *others})
@@ -67,7 +69,7 @@ def is_idle(there: Collection[ReplicaStatus], incarnation: str, bot: str, others
 async def query_replicas(
     replicas: AllReplicas, subject: str, bots: Sequence[str], expected: int
 ) -> list[ReplicaStatus]:
-    """The replicas that answer in time, by name; does not wait once `expected` have. Raises Temporary."""
+    """The replicas that answer in time, by name. Returns early when `expected` have answered. Raises Temporary."""
     payload = msgspec.json.encode(StatusRequest(bots=list(bots)))
     answers = await replicas.query_replicas(subject, payload, count=expected, within_s=QUERY_TIMEOUT_S)
     return sorted(
@@ -80,7 +82,7 @@ class ReplicaBus(AllReplicas, CoreBus, Protocol):
 
 
 class OtherReplicas:
-    """What this replica asks of the others, and tells them."""
+    """This replica's queries and announcements to the others."""
 
     def __init__(self, core: ReplicaBus, names: Names, leases: Leases) -> None:
         self._core = core
@@ -88,7 +90,7 @@ class OtherReplicas:
         self._leases = leases
 
     async def is_idle(self, incarnation: str, bot: str) -> bool:
-        """Whether a replica and all others that live say that they have no poller of a bot. Raises Temporary."""
+        """Whether a replica and all other living ones report that they have no poller of a bot. Raises Temporary."""
         subject, expected = self._names.replica_status(), self._leases.living_count
         there = await query_replicas(self._core, subject, [bot], expected)
         return is_idle(there, incarnation, bot, self._leases.other_incarnations)
