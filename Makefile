@@ -161,7 +161,7 @@ dist: install
 	@rm -rf $(RELEASE) && mkdir -p $(RELEASE)
 	@uv=$$(command -v uv || echo .tools/bin/uv); \
 	"$$uv" build --quiet --out-dir $(RELEASE) && rm -f $(RELEASE)/.gitignore && \
-	"$$uv" export --quiet --frozen --no-dev --extra cli --extra voice --format cyclonedx1.5 \
+	"$$uv" export --quiet --frozen --no-dev --all-extras --format cyclonedx1.5 \
 	  --output-file $(RELEASE)/sbom.cdx.json >/dev/null
 	@$(BIN)/python -c 'from tests.chart.helm import CHART, helm; helm("package", str(CHART), "--destination", "$(RELEASE)")'
 	@cd $(RELEASE) && sha256sum -- * >SHA256SUMS && cat SHA256SUMS

@@ -1,7 +1,8 @@
-"""The command `wechat-nats`. Everything is in `adapter.cli`; only `run` also works where its extra is missing."""
+"""The command `wechat-nats`: all of it is in `adapter.cli`. A plain `run` also works without cyclopts."""
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import signal
 import sys
@@ -19,14 +20,11 @@ def main() -> None:
     """Ends the process with the exit code of the command (`wechat-nats --help` lists them)."""
     _end_on_sigterm()
     _redact_uncaught_exceptions()
+    if sys.argv[1:] == ["run"] and importlib.util.find_spec("cyclopts") is None:
+        sys.exit(_run_alone())
     try:
-        from adapter.cli import main as cli  # noqa: PLC0415 -- an extra
-    except ModuleNotFoundError as exc:
-        if sys.argv[1:] == ["run"]:
-            sys.exit(_run_alone())
-        sys.stderr.write(f"{exc.name} is not installed: install wechat-nats[cli]. (`run` works without it.)\n")
-        sys.exit(2)
-    except KeyboardInterrupt:  # the import takes a second on a busy machine
+        from adapter.cli import main as cli  # noqa: PLC0415 -- a ctrl-C is not to be met by a traceback
+    except KeyboardInterrupt:
         sys.exit(130)
     sys.exit(cli())
 

@@ -9,30 +9,68 @@ import io
 import logging
 import os
 import sys
-
-import structlog
-from cyclopts import App, CycloptsError
+from typing import TYPE_CHECKING
 
 from adapter import __version__
-from adapter.cli import backup, bindings, dead, demo, doctor, login, output, permissions, queued, run, send, tail
-from adapter.cli.embedded import EmbeddedFailed
 from adapter.cli.exit_codes import EXIT_CODES, INTERRUPTED, NO, OK, USAGE, Failed
 from adapter.errors import AdapterError, SettingsError
 
+if TYPE_CHECKING:
+    from cyclopts import App, CycloptsError
+
 HELP = "The bridge between WeChat (iLink bots) and NATS."
 CONNECTION = """\
-The bus is found by NATS_URL (default nats://127.0.0.1:4222), NATS_CREDS, NATS_NKEY, NATS_USER, NATS_PASSWORD,
-NATS_TOKEN, NATS_CA, NATS_CERT, NATS_KEY, NATS_TLS_FIRST, NATS_INBOX_PREFIX and WECHAT_NATS_PREFIX."""
+The bus is found by NATS_URL (default nats://127.0.0.1:4222), NATS_CREDS,
+NATS_NKEY, NATS_USER, NATS_PASSWORD, NATS_TOKEN, NATS_CA, NATS_CERT, NATS_KEY,
+NATS_TLS_FIRST, NATS_INBOX_PREFIX and WECHAT_NATS_PREFIX."""
+
+COMMANDS = {
+    "demo": ("demo:demo", "Chat with an echo agent: simulated WeChat, real bus."),
+    "run": ("run:run", "Run the adapter; with --embedded also a NATS server."),
+    "login": ("login:login", "Show a QR code: whoever scans it talks to this sandbox."),
+    "bind": ("bindings:bind", "Let a bot serve a sandbox."),
+    "unbind": ("bindings:unbind", "Let a bot, or every bot of a sandbox, serve it no longer."),
+    "bindings": ("bindings:bindings", "List which bots serve which sandboxes."),
+    "send": ("send:send", "Send a text to a sandbox's user and wait for the receipt."),
+    "tail": ("tail:tail", "Print messages as they come."),
+    "queue": ("queued:app", "Commands that wait to be sent: list, delete."),
+    "dead": ("dead:app", "Messages that could not be handled: list, show, retry, delete."),
+    "doctor": ("doctor:doctor", "Check NATS, permissions, streams, adapters and bindings."),
+    "backup": ("backup:backup", "Copy every stream and bucket to files."),
+    "restore": ("backup:restore", "Bring the streams and buckets of a backup back."),
+    "permissions": ("permissions:app", "Make the NATS users of adapter, platform and sandboxes."),
+    "simulator": ("run:simulator", "Serve a simulated iLink: bots, phones, faults."),
+    "schema": ("run:schema", "Print or write the JSON Schemas of the bus."),
+}
+"""Where each command is, below this package, and its line of the help. A module is imported when its command
+is called: all of them together take a second."""
 
 NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 """Of a file that takes nothing more."""
 
 
+def help_text() -> str:
+    """What `wechat-nats --help` prints, in 80 columns."""
+    commands = "\n".join(f"  {name:<11}  {summary}" for name, (_, summary) in COMMANDS.items())
+    return f"""\
+Usage: wechat-nats COMMAND
+
+{HELP}
+
+Commands (wechat-nats COMMAND --help says more):
+{commands}
+
+{CONNECTION}
+
+{EXIT_CODES}"""
+
+
 def build() -> App:
     """The application with all its commands."""
+    from cyclopts import App  # noqa: PLC0415 -- --help and --version start faster without it
+
     app = App(
         name="wechat-nats",
-        help=HELP,
         help_epilogue=f"{CONNECTION}\n\n{EXIT_CODES}",
         version=__version__,
         help_format="markdown",
@@ -41,46 +79,28 @@ def build() -> App:
         print_error=False,
         result_action="return_value",
     )
-    app.command(demo.demo)
-    app.command(run.run)
-    app.command(login.login)
-    app.command(bindings.bind)
-    app.command(bindings.unbind)
-    app.command(bindings.bindings)
-    app.command(send.send)
-    app.command(tail.tail)
-    app.command(queued.app)
-    app.command(dead.app)
-    app.command(doctor.doctor)
-    app.command(backup.backup)
-    app.command(backup.restore)
-    app.command(permissions.app)
-    app.command(run.simulator)
-    app.command(run.schema)
+    for name, (place, _) in COMMANDS.items():
+        app.command(f"{__name__}.{place}", name=name)
     return app
 
 
 def main(argv: list[str] | None = None) -> int:
     """Runs one command and returns its exit code (`exit_codes.EXIT_CODES`)."""
     _have_streams()
-    _silence_libraries()
     try:
-        result = build()(sys.argv[1:] if argv is None else argv)
+        result = _call(sys.argv[1:] if argv is None else argv)
         sys.stdout.flush()
-    except CycloptsError as exc:
-        output.complain(f"{_sentence(exc)} See --help.")
-        return USAGE
     except Failed as exc:
-        output.complain(str(exc))
+        _complain(str(exc))
         return exc.code
     except SettingsError as exc:
-        output.complain(exc.detail)
+        _complain(exc.detail)
         return USAGE
-    except (EmbeddedFailed, AdapterError) as exc:
-        output.complain(exc.detail or exc.reason)
+    except AdapterError as exc:
+        _complain(exc.detail or exc.reason)
         return NO
     except UnicodeError:  # of standard input, or of an argument, whose wrong bytes Python has as surrogates
-        output.complain("What it was given is not UTF-8.")
+        _complain("What it was given is not UTF-8.")
         return USAGE
     except (KeyboardInterrupt, asyncio.CancelledError):
         return INTERRUPTED
@@ -95,9 +115,35 @@ def main(argv: list[str] | None = None) -> int:
             raise
         _is_output_closed()
         with contextlib.suppress(OSError):  # that may be the same file
-            output.complain(f"What it says cannot be written: {exc.strerror}.")
+            _complain(f"What it says cannot be written: {exc.strerror}.")
         return NO
     return result if isinstance(result, int) else OK
+
+
+def _call(argv: list[str]) -> object:
+    """What the command returns. Raises Failed where it is called wrongly."""
+    if argv == ["--version"]:
+        print(__version__)
+        return OK
+    if argv in ([], ["--help"], ["-h"]):
+        print(help_text())
+        return OK
+    try:
+        from cyclopts import CycloptsError  # noqa: PLC0415 -- --help and --version start faster without it
+    except ModuleNotFoundError as exc:
+        sys.stderr.write(f"wechat-nats: {exc.name} is left out here: of the commands only a plain `run` works.\n")
+        return USAGE
+    _silence_libraries()
+    try:
+        return build()(argv)
+    except CycloptsError as exc:
+        raise Failed(USAGE, f"{_sentence(exc)} See --help.") from None
+
+
+def _complain(text: str) -> None:
+    from adapter.cli import output  # noqa: PLC0415 -- --help starts faster without it
+
+    output.complain(text)
 
 
 def _sentence(exc: CycloptsError) -> str:
@@ -118,6 +164,8 @@ def _have_streams() -> None:
 
 def _silence_libraries() -> None:
     """The adapter's modules log; a command speaks for itself. `run` and `demo` set up logs of their own."""
+    import structlog  # noqa: PLC0415 -- --help starts faster without it
+
     structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(logging.CRITICAL))
     logging.getLogger("nats").setLevel(logging.CRITICAL + 1)
     logging.getLogger("asyncio").setLevel(logging.CRITICAL + 1)

