@@ -22,7 +22,9 @@ HELP = "The bridge between WeChat (iLink bots) and NATS."
 CONNECTION = """\
 The bus is found by NATS_URL (default nats://127.0.0.1:4222), NATS_CREDS,
 NATS_NKEY, NATS_USER, NATS_PASSWORD, NATS_TOKEN, NATS_CA, NATS_CERT, NATS_KEY,
-NATS_TLS_FIRST, NATS_INBOX_PREFIX and WECHAT_NATS_PREFIX."""
+NATS_TLS_FIRST, NATS_INBOX_PREFIX and WECHAT_NATS_PREFIX. What they do not say
+is taken from a context of the command `nats`: --context NAME, NATS_CONTEXT, or
+@selected as the name for the one that `nats context select` has chosen."""
 
 COMMANDS = {
     "demo": ("demo:demo", "Chat with an echo agent: simulated WeChat, real bus."),
@@ -88,7 +90,7 @@ def main(argv: list[str] | None = None) -> int:
     """Runs one command and returns its exit code (`exit_codes.EXIT_CODES`)."""
     _have_streams()
     try:
-        result = _call(sys.argv[1:] if argv is None else argv)
+        result = _call(_take_context(sys.argv[1:] if argv is None else argv))
         sys.stdout.flush()
     except Failed as exc:
         _complain(str(exc))
@@ -118,6 +120,19 @@ def main(argv: list[str] | None = None) -> int:
             _complain(f"What it says cannot be written: {exc.strerror}.")
         return NO
     return result if isinstance(result, int) else OK
+
+
+def _take_context(argv: list[str]) -> list[str]:
+    """`argv` without `--context NAME`, which sets NATS_CONTEXT for this process. Raises Failed."""
+    options = argv[: argv.index("--")] if "--" in argv else argv
+    for at, option in enumerate(options):
+        name, joined, value = option.partition("=")
+        if name == "--context":
+            if not joined and at + 1 == len(options):
+                raise Failed(USAGE, "--context needs the name of a context.")
+            os.environ["NATS_CONTEXT"] = value if joined else options[at + 1]
+            return argv[:at] + argv[at + (1 if joined else 2) :]
+    return argv
 
 
 def _call(argv: list[str]) -> object:

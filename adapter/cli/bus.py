@@ -22,6 +22,7 @@ from nats.errors import Error as NatsError
 from nats.js import JetStreamContext, api
 from nats.js.errors import APIError, NoStreamResponseError, NotFoundError, ServiceUnavailableError
 
+from adapter.cli.contexts import with_context
 from adapter.cli.exit_codes import NO, UNREACHABLE, Failed
 from adapter.contract.names import H_ERROR, H_ERROR_CODE, Names
 from adapter.environment import read_settings
@@ -186,16 +187,17 @@ class Bus:
 
 
 def settings_here() -> Settings:
-    """The settings of this process. Where they say nothing of a server: that of `run --embedded`, if its data folder
-    is here. Raises SettingsError."""
-    settings = read_settings(os.environ)
-    if os.environ.get("NATS_URL", "").strip() or any(getattr(settings, field) for field in CREDENTIALS):
+    """The settings of this process, and of the context that NATS_CONTEXT names. Where they say nothing of a server:
+    that of `run --embedded`, if its data folder is here. Raises SettingsError."""
+    environ = with_context(os.environ)
+    settings = read_settings(environ)
+    if "NATS_URL" in environ or any(getattr(settings, field) for field in CREDENTIALS):
         return settings
     try:
         url = (Path(settings.data_dir) / URL_FILE).read_text(encoding="utf-8")
     except OSError:
         return settings
-    return read_settings({**os.environ, "NATS_URL": url})
+    return read_settings({**environ, "NATS_URL": url})
 
 
 @contextlib.asynccontextmanager
