@@ -65,8 +65,8 @@ async def _run(settings: Settings, *, embedded: bool, port: int) -> int:
             await app.run(settings, stop=stop)
             return OK
         folder = Path(settings.data_dir)
-        settings = _with_token_key(settings, folder)
         async with EmbeddedNats(folder / "nats", port, _embedded_token(folder)) as server:
+            settings = _with_token_key(settings, folder)
             _write_private_file(folder / URL_FILE, server.url)
             log.info("nats.started", url_file=str(folder / URL_FILE), folder=str(server.folder))
             await while_alive(app.run(embedded_settings(settings, server.url), stop=stop), server)
@@ -97,12 +97,12 @@ def _write_private_file(path: Path, text: str) -> None:
 
 
 def _with_token_key(settings: Settings, folder: Path) -> Settings:
-    """The settings with a key that seals tokens: theirs, else the folder's own, made at the server's first start.
+    """The settings with a key that seals tokens: theirs, else the folder's own, made once its server has started.
 
     A server that has run without a key goes on so: its tokens lie open, which is said at the start. Raises Failed.
     """
     path = folder / KEY_FILE
-    if settings.token_key or (not path.exists() and (folder / "nats").exists()):
+    if settings.token_key or (not path.exists() and (folder / URL_FILE).exists()):
         return settings
     if not path.exists():
         _write_private_file(path, base64.b64encode(secrets.token_bytes(32)).decode())

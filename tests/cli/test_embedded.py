@@ -12,13 +12,13 @@ import nats
 import pytest
 from nats.errors import Error as NatsError
 
-from adapter.cli.bus import settings_here
+from adapter.cli.bus import URL_FILE, settings_here
 from adapter.cli.embedded import EmbeddedFailed, EmbeddedNats, find_server, server_config, server_version
 from adapter.cli.exit_codes import Failed
 from adapter.cli.run import KEY_FILE, _with_token_key
 from adapter.errors import SettingsError
 from adapter.settings import Settings
-from tests.cli.process import alive, until
+from tests.cli.process import alive, started, until
 
 
 async def test_it_answers_on_a_free_port_and_leaves_nothing() -> None:
@@ -204,7 +204,7 @@ def test_the_first_start_makes_a_key_that_only_its_owner_reads_and_keeps_it(tmp_
     folder = tmp_path / "data"
     first = _with_token_key(Settings(), folder)
     assert (folder / KEY_FILE).stat().st_mode & 0o777 == 0o600
-    (folder / "nats").mkdir()
+    (folder / URL_FILE).touch()
     assert len(first.token_key[0]) == 32
     assert _with_token_key(Settings(), folder) == first
     assert _with_token_key(Settings(), tmp_path / "other") != first
@@ -217,8 +217,24 @@ def test_a_key_of_the_settings_is_the_one_that_counts(tmp_path: Path) -> None:
 
 
 def test_a_server_that_ran_without_a_key_goes_on_so(tmp_path: Path) -> None:
-    (tmp_path / "nats").mkdir()
+    (tmp_path / URL_FILE).touch()
     assert _with_token_key(Settings(), tmp_path) == Settings()
+
+
+async def test_a_start_that_fails_leaves_no_key_and_the_next_one_makes_it(tmp_path: Path) -> None:
+    async with EmbeddedNats() as other:
+        port = other.url.rpartition(":")[2]
+        async with started(
+            "run", "--embedded", "--port", port, env={"WECHAT_NATS_DATA_DIR": str(tmp_path)}
+        ) as process:
+            _, err = await process.communicate()
+    assert process.returncode == 1
+    assert b"address already in use" in err
+    assert os.listdir(tmp_path) == ["nats"]
+    environ = {"WECHAT_NATS_DATA_DIR": str(tmp_path), "WECHAT_NATS_HTTP_ADDR": "127.0.0.1:0"}
+    async with started("run", "--embedded", "--port", port, env=environ):
+        await until((tmp_path / URL_FILE).exists)
+        assert (tmp_path / KEY_FILE).exists()
 
 
 def test_a_key_that_cannot_be_written_is_named(tmp_path: Path) -> None:
