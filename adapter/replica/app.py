@@ -12,6 +12,7 @@ import structlog
 
 from adapter import __version__
 from adapter.errors import SettingsError
+from adapter.replica import service_manager
 from adapter.replica.preflight import run_preflight
 from adapter.replica.probes import ProbeServer
 from adapter.replica.wiring import RELEASE_S, Replica
@@ -57,6 +58,7 @@ async def run_replica(replica: Replica, stop: asyncio.Event, on_ready: Callable[
                     following = group.create_task(replica.supervisor.run(), name="supervisor")
                     replica.health_monitor.on_started()
                     log.info("adapter.started", instance=replica.instance, version=__version__, http=probes.port)
+                    service_manager.notify(service_manager.READY)
                     if on_ready is not None:
                         on_ready()
                     await stop.wait()
@@ -74,6 +76,7 @@ async def _drain(
     replica: Replica, following: asyncio.Task[None], running_logins: asyncio.Task[None], leasing: asyncio.Task[None]
 ) -> None:
     replica.health.draining = True
+    service_manager.notify(service_manager.STOPPING)
     log.info("adapter.draining", polls=len(replica.supervisor.pollers))
     try:
         async with asyncio.timeout(max(1.0, replica.settings.drain_s - 1.0)):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import socket
 import sys
 from asyncio.subprocess import PIPE
 from pathlib import Path
@@ -195,6 +196,30 @@ def test_commands_find_its_address_where_nothing_else_is_said(
         if name and (name != "NATS_PASSWORD" or variable == "NATS_USER"):
             monkeypatch.setenv(name, value)
     assert (settings_here().nats_url == ("nats://a1@127.0.0.1:4333",)) is found
+
+
+async def test_systemd_is_told_when_it_is_ready_and_when_it_stops(tmp_path: Path) -> None:
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager:
+        manager.bind(f"\0{tmp_path}")  # an abstract one, since the path of a file is limited to 107 bytes
+        manager.setblocking(False)
+        environ = {"WECHAT_NATS_DATA_DIR": str(tmp_path), "WECHAT_NATS_HTTP_ADDR": "127.0.0.1:0"}
+        environ["NOTIFY_SOCKET"] = f"@{tmp_path}"
+        async with started("run", "--embedded", "--port", "0", env=environ, stderr=None) as process:
+            loop = asyncio.get_running_loop()
+            assert await loop.sock_recv(manager, 100) == b"READY=1"
+            process.terminate()
+            assert await loop.sock_recv(manager, 100) == b"STOPPING=1"
+            assert await process.wait() == 0
+
+
+async def test_a_manager_that_is_gone_stops_nothing(tmp_path: Path) -> None:
+    environ = {"WECHAT_NATS_DATA_DIR": str(tmp_path), "WECHAT_NATS_HTTP_ADDR": "127.0.0.1:0"}
+    environ["NOTIFY_SOCKET"] = str(tmp_path / "absent")
+    with (tmp_path / "log").open("wb") as out:
+        async with started("run", "--embedded", "--port", "0", env=environ, stdout=out, stderr=out) as process:
+            await until(lambda: b"service_manager.unreachable" in (tmp_path / "log").read_bytes())
+            process.terminate()
+            assert await process.wait() == 0
 
 
 # the key beside it --------------------------------------------------------------------------------------
