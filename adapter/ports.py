@@ -384,6 +384,9 @@ class Bucket(Protocol):
     async def get(self, key: str) -> Entry | None:
         """None if the key never was. Raises Temporary."""
 
+    async def get_all(self, keys: Sequence[str]) -> list[Entry]:
+        """As `get`, of many, without those that never were. Raises Temporary."""
+
     async def update(self, key: str, value: bytes, revision: int, *, ttl_s: int = 0) -> int:
         """Writes if the revision still is `revision` (0: the key never was); the new one. A write whose answer got
         lost is known again where its own repeat meets it. With `ttl_s` the key is gone after so many seconds, unless

@@ -1,5 +1,5 @@
 /* Messages of the bus, generated from the JSON Schemas here by `make generate`; do not edit.
-   Of: 45ebdb5ce372cedb8b69640c31edb6f1a88185aa4a8ef2c3d87ab00ece8a2b0e */
+   Of: f385d5e5b794329ea55b1ed284e2aa0f71c938aeed1ec7e6bd5b0e232c5cfbf2 */
 
 /**
  * How a binding behaves.
@@ -773,9 +773,6 @@ export interface Unbind {
    * Name of a sandbox.
    */
   sandbox: string;
-  /**
-   * Default: all bots of the sandbox.
-   */
   bot?: string | null;
   id?: string | null;
   /**

@@ -1,13 +1,14 @@
 """Control commands (bind, unbind): applied to the bucket, published as events, answered. Never calls the supervisor.
 
-One consumer on WECHAT_CTL, owned with shard 0, so commands take effect in the order in which they were stored.
+One consumer on WECHAT_CTL, owned with shard 0. Commands that touch the same sandbox or bot take effect in the order
+in which they were stored; others go on at the same time.
 """
 
 from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import Awaitable, Callable, Collection
+from collections.abc import Awaitable, Callable, Collection, Iterable, Mapping
 
 import msgspec
 import structlog
@@ -24,6 +25,7 @@ from adapter.contract.names import (
     H_SCHEMA,
     check_sandbox,
     is_inbox,
+    is_sandbox,
 )
 from adapter.contract.records import Binding
 from adapter.errors import UNDECODABLE, AdapterError, LeaseLost, Refused, Temporary, Unreadable
@@ -40,10 +42,13 @@ MAX_BYTES = 262_144
 MAX_BUGS = 5
 """A command on which the adapter has crashed so often is put aside."""
 DELETE_ATTEMPTS = 5
+MAX_BATCH = 256
+"""Commands that are looked at together; those of different sandboxes and bots are carried out at the same time."""
 SETTLED_KEPT = 1000
 """Sequences of commands that are carried out, remembered in case they are delivered again."""
 READ_KEPT = 1000
 """Sandboxes whose bots are known for sure; of others they are read again."""
+_BIND, _UNBIND = msgspec.json.Decoder(Bind), msgspec.json.Decoder(Unbind)
 
 
 class Control:
@@ -93,23 +98,71 @@ class Control:
         self._queue[delivery.seq] = delivery
 
     async def run(self) -> None:
-        """Carries out one command after another, until cancelled. What is left then comes to the next owner, and to
-        this one, should it be that again."""
+        """Carries out one batch of commands after another, until cancelled. What is left then comes to the next
+        owner, and to this one, should it be that again."""
         self._recently_read.clear()
         try:
             while True:
-                number = await self._numbers.get()
-                if (
-                    number not in self._settled_sequences
-                ):  # carried out again, an old bind would undo the unbind after it
-                    await self._wait_bucket_complete()
-                    await self._process(number)
-                await self._secure_delete(self._queue[number])
-                self._settled_sequences.append(number)
-                await self._queue.pop(number).ack()
+                batch = [await self._numbers.get()]
+                while len(batch) < MAX_BATCH and not self._numbers.empty():
+                    batch.append(self._numbers.get_nowait())
+                if len(self._recently_read) >= READ_KEPT:
+                    self._recently_read.clear()
+                keys = await self._read_keys(batch)
+                async with asyncio.TaskGroup() as group:
+                    for numbers in independent(keys):
+                        group.create_task(self._process_in_order(numbers))
         finally:
             self._numbers = asyncio.Queue()
             self._queue.clear()
+
+    async def _read_keys(self, batch: Collection[int]) -> dict[int, set[str]]:
+        """The sandboxes and bots that each command of a batch touches, once what is known of them is read anew."""
+        failures = 0
+        while True:
+            try:
+                await self._refresh(batch)
+                return {number: self._keys_of(number) for number in batch}
+            except Temporary as exc:
+                log.warning("control.retrying", reason=exc.reason)
+            failures += 1
+            await self._clock.sleep(backoff(failures, first_s=0.2, longest_s=5.0))
+
+    def _keys_of(self, number: int) -> set[str]:
+        command = self._peek(number)
+        if command is None:
+            return {"unreadable"}
+        bound = self._bindings.get(command.bot) if command.bot else None
+        sandboxes = {command.sandbox} | ({bound.sandbox} if bound is not None else set())
+        return {f"sandbox {sandbox}" for sandbox in sandboxes} | ({f"bot {command.bot}"} if command.bot else set())
+
+    def _peek(self, number: int) -> Bind | Unbind | None:
+        """A command of the queue; None: it cannot be read."""
+        try:
+            return self._decode(self._queue[number])
+        except Unreadable:
+            return None
+
+    def _decode(self, delivery: Delivery) -> Bind | Unbind:
+        """Raises Unreadable."""
+        if len(delivery.data) > MAX_BYTES:
+            raise Unreadable("too_large", f"At most {MAX_BYTES} bytes are read.")
+        try:
+            command: Bind | Unbind = (_BIND if delivery.subject == self._names.bind else _UNBIND).decode(
+                delivery.data
+            )
+        except UNDECODABLE as exc:
+            raise Unreadable("unreadable", str(exc)[:200]) from exc
+        return structs.replace(command, id=command.id or delivery.headers.get(H_MSG_ID, "")[:128] or None)
+
+    async def _process_in_order(self, numbers: Iterable[int]) -> None:
+        for number in numbers:
+            if number not in self._settled_sequences:  # carried out again, an old bind would undo the unbind after it
+                await self._wait_bucket_complete()
+                await self._process(number)
+            await self._secure_delete(self._queue[number])
+            self._settled_sequences.append(number)
+            await self._queue.pop(number).ack()
 
     async def _process(self, number: int) -> None:
         """One unit of work. A command that the adapter crashes on is put aside; an absent bus is waited for."""
@@ -117,6 +170,8 @@ class Control:
         while True:
             delivery = self._queue[number]
             try:
+                if failures:  # what the batch has read may be old by now
+                    await self._refresh([number])
                 self._ensure_owner()
                 if bugs < MAX_BUGS:
                     await self._apply_and_answer(delivery)
@@ -134,16 +189,14 @@ class Control:
 
     async def _apply_and_answer(self, delivery: Delivery) -> None:
         """One command: applied and answered. Raises Temporary, LeaseLost."""
-        request = delivery.headers.get(H_MSG_ID, "")[:128]
         try:
-            if len(delivery.data) > MAX_BYTES:
-                raise Unreadable("too_large", f"At most {MAX_BYTES} bytes are read.")
-            answer = await self._apply_request(delivery, request)
+            command = self._decode(delivery)
         except Unreadable as exc:
             self._metrics.schema_violations.labels(kind="ctl").inc()
             await self._dead_letter(delivery, exc)
             return
-        await self._send_answer(delivery, answer)
+        work = self.bind(command) if isinstance(command, Bind) else self.unbind(command)
+        await self._send_answer(delivery, await self._answer_or_refuse(work, command))
 
     async def _secure_delete(self, delivery: Delivery) -> None:
         """A bind holds a token, which a mere ack would leave on the server's disk.
@@ -181,19 +234,6 @@ class Control:
         )
         await self._send_answer(delivery, ControlAnswer(ok=False, id=request, error=exc.detail))
 
-    async def _apply_request(self, delivery: Delivery, request: str) -> ControlAnswer:
-        """Raises Unreadable, Temporary, LeaseLost."""
-        try:
-            if delivery.subject == self._names.bind:
-                bind = msgspec.json.decode(delivery.data, type=Bind)
-                bind = structs.replace(bind, id=bind.id or request or None)
-                return await self._answer_or_refuse(self.bind(bind), bind)
-            unbind = msgspec.json.decode(delivery.data, type=Unbind)
-            unbind = structs.replace(unbind, id=unbind.id or request or None)
-            return await self._answer_or_refuse(self.unbind(unbind), unbind)
-        except UNDECODABLE as exc:
-            raise Unreadable("unreadable", str(exc)[:200]) from exc
-
     async def _answer_or_refuse(self, work: Awaitable[ControlAnswer], command: Bind | Unbind) -> ControlAnswer:
         try:
             return await work
@@ -219,9 +259,7 @@ class Control:
         token = self._open_token(command)
         if command.base_url:
             self._chat.check_base_url(command.base_url)
-        await self._bindings.refresh(command.bot)
         before = self._bindings.get(command.bot)
-        await self._refresh_sandbox(command.sandbox)
         bound = self._bindings.of_sandbox(command.sandbox)
         binding = await self._with_start_sequences(
             self._new_binding(command, token, before), bound, keep=command.keep_undelivered
@@ -231,7 +269,6 @@ class Control:
         replaced = [b for b in bound if binding.user and b.user == binding.user and b.bot != command.bot]
         new = before is None or not self._is_unchanged(before, binding)
         if before is not None and before.sandbox != command.sandbox:  # after a crash nobody knows it any more
-            await self._refresh_sandbox(before.sandbox)
             replay_after = self._replay_start(before.sandbox, [before])
             await self._publish_binding_event(
                 before, "unbound", command.id, reason="moved", replay_after=replay_after
@@ -326,9 +363,6 @@ class Control:
     async def unbind(self, command: Unbind) -> ControlAnswer:
         """Unbinds a bot, or all bots of a sandbox; none bound is no error. Raises Refused, Temporary, LeaseLost."""
         check_sandbox(command.sandbox)
-        if command.bot:
-            await self._bindings.refresh(command.bot)
-        await self._refresh_sandbox(command.sandbox)
         bound = [b for b in self._bindings.of_sandbox(command.sandbox) if command.bot in (None, "", b.bot)]
         replay_after = self._replay_start(command.sandbox, [] if command.keep_undelivered else bound)
         for binding in bound:
@@ -338,17 +372,26 @@ class Control:
             await self._skip_undelivered(command.sandbox)
         return ControlAnswer(ok=True, id=command.id or "", bindings=[binding.info() for binding in bound])
 
-    async def _refresh_sandbox(self, sandbox: str) -> None:
-        """Reads a sandbox's bots anew, once: who had the control commands before may have bound one of which this
-        replica has not heard. Raises Temporary."""
-        if sandbox in self._recently_read:
-            return
+    async def _refresh(self, numbers: Iterable[int]) -> None:
+        """Reads anew the bots that commands name, and once the sandboxes that they touch: the owner before may have
+        bound bots of which this replica has not heard. Raises Temporary."""
+        commands = [command for number in numbers if (command := self._peek(number)) is not None]
+        bots = {command.bot for command in commands if command.bot}
+        await self._bindings.refresh(*bots)
+        before = {binding.sandbox for bot in bots if (binding := self._bindings.get(bot)) is not None}
+        sandboxes = (before | {command.sandbox for command in commands}).difference(self._recently_read)
+        subjects = {self._names.event(sandbox, "binding"): sandbox for sandbox in sandboxes if is_sandbox(sandbox)}
+        told = await self._history.read_last_of_each(self._names.stream_event, [*subjects])
+        for subject in subjects.keys() - {stored.subject for stored in told}:
+            self._recently_read[subjects[subject]] = None  # of most, where many are bound
+        for stored in told:
+            await self._read_sandbox(subjects[stored.subject])
+
+    async def _read_sandbox(self, sandbox: str) -> None:
+        """Raises Temporary."""
         events = [event async for _, event in read_binding_events(self._history, self._names, sandbox)]
         known = {binding.bot for binding in self._bindings.of_sandbox(sandbox)}
-        for bot in {event.bot for event in events if event.change == "bound"} - known:
-            await self._bindings.refresh(bot)
-        if len(self._recently_read) >= READ_KEPT:
-            self._recently_read.clear()
+        await self._bindings.refresh(*{event.bot for event in events if event.change == "bound"} - known)
         self._recently_read[sandbox] = last_person_change(events)
 
     def _sealed_start_cursor(self, command: Bind, before: Binding | None) -> str | None:
@@ -397,6 +440,25 @@ class Control:
             await self._core.publish(reply_to, msgspec.json.encode(answer), headers)
         except AdapterError as exc:
             log.info("control.unanswered", reason=exc.reason)
+
+
+def independent(keys: Mapping[int, Collection[str]]) -> list[list[int]]:
+    """The numbers in groups of which no two share a key, each in the order of `keys`. Each has one key at least."""
+    above: dict[str, str] = {}
+
+    def group_of(key: str) -> str:
+        while (higher := above.setdefault(key, key)) != key:
+            key = higher
+        return key
+
+    for wanted in keys.values():
+        first, *others = wanted
+        for other in others:
+            above[group_of(other)] = group_of(first)
+    groups: dict[str, list[int]] = {}
+    for number, wanted in keys.items():
+        groups.setdefault(group_of(next(iter(wanted))), []).append(number)
+    return [*groups.values()]
 
 
 def _is_same_person(one: Binding | BindingEvent, other: Binding) -> bool:

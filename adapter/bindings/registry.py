@@ -73,11 +73,13 @@ class Bindings:
     async def put(self, binding: Binding, ensure_owner: Callable[[], None] = lambda: None) -> None:
         """Writes a binding, whatever was there. `ensure_owner`: asked after each look at what is there; what is
         written after it is refused by the revision if somebody else has written since."""
+        _, revision = self._by_bot.get(binding.bot, (None, 0))
         while True:
-            entry = await self._bucket.get(to_subject_token(binding.bot))
             ensure_owner()
-            if await self._write_if_unchanged(binding, entry.revision if entry else 0):
+            if await self._write_if_unchanged(binding, revision):
                 return
+            entry = await self._bucket.get(to_subject_token(binding.bot))
+            revision = entry.revision if entry else 0
 
     async def update(self, bot: str, make: Callable[[Binding], Binding | None]) -> Binding | None:
         """Changes a binding, if it exists, and returns the new one; `make` gets the newest, and None leaves it."""
@@ -114,10 +116,9 @@ class Bindings:
             self._apply_entry(Entry(to_subject_token(bot), None, revision))
             return
 
-    async def refresh(self, bot: str) -> None:
-        """Reads one binding anew."""
-        entry = await self._bucket.get(to_subject_token(bot))
-        if entry is not None:
+    async def refresh(self, *bots: str) -> None:
+        """Reads bindings anew. Raises Temporary."""
+        for entry in await self._bucket.get_all([to_subject_token(bot) for bot in bots]):
             self._apply_entry(entry)
 
     async def _write_if_unchanged(self, binding: Binding, revision: int) -> bool:

@@ -343,7 +343,7 @@ class Unbind(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """Let a bot, or every bot of a sandbox, serve it no longer. Subject: wechat.ctl.unbind."""
 
     sandbox: SandboxId
-    bot: Annotated[str | None, Meta(description="Default: all bots of the sandbox.")] = None
+    bot: Annotated[str, Meta(max_length=128, description="Default: all bots of the sandbox.")] | None = None
     id: CommandId | None = None
     keep_undelivered: KeepUndelivered = False
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import structlog
 from nats.aio.client import Client
@@ -18,7 +18,7 @@ from nats.errors import Error as NatsError
 from adapter.contract.names import H_EXPECTED
 from adapter.errors import BusRefused, Conflict, Temporary
 from adapter.jetstream.api_replies import ApiReply, decode_reply, write_error_of
-from adapter.jetstream.history import LeaderMessage, message_from_leader, read_last, read_stream
+from adapter.jetstream.history import LeaderMessage, StreamHistory, message_from_leader, read_last, read_stream
 from adapter.jetstream.managed_connection import ManagedConnection
 from adapter.jetstream.publisher import Publisher
 from adapter.ports import Entry, Message, Stored
@@ -119,6 +119,16 @@ class KvBucket:
             return await get_from_leader(self.connection, self.stream, self.subject(key))
         stored = await read_last(self.connection, self.stream, self.subject(key))
         return None if stored is None else _entry(self.name, stored)
+
+    async def get_all(self, keys: Sequence[str]) -> list[Entry]:
+        if not keys:
+            return []
+        if len(keys) == 1:
+            entry = await self.get(keys[0])
+            return [] if entry is None else [entry]
+        history = StreamHistory(self.connection, replicated=self._replicated)
+        found = await history.read_last_of_each(self.stream, [self.subject(key) for key in keys])
+        return [_entry(self.name, stored) for stored in found]
 
     async def update(self, key: str, value: bytes, revision: int, *, ttl_s: int = 0) -> int:
         try:

@@ -42,6 +42,18 @@ async def test_a_bucket_tells_what_is_there_below_a_token(rig: Rig) -> None:
     assert await bucket.list_prefix("s1") == [Entry(KEY, b"1", first)]
 
 
+@pytest.mark.parametrize("replicated", [False, True])
+async def test_a_bucket_gives_many_keys_at_once(rig: Rig, replicated: bool) -> None:
+    bucket = KvBucket(rig.connection, rig.publisher, NAMES.bindings, replicated=replicated)
+    assert await bucket.get_all([]) == []
+    assert await bucket.get_all(["k1", "k2"]) == []
+    written = [Entry(f"k{i}", b"%d" % i, await bucket.update(f"k{i}", b"%d" % i, 0)) for i in range(600)]
+    gone = Entry("k7", None, await bucket.delete("k7"))
+    found = await bucket.get_all(["never", *(entry.key for entry in written)])
+    assert sorted(found, key=lambda entry: entry.revision) == [*written[:7], *written[8:], gone]
+    assert await bucket.get_all(["k3"]) == [written[3]]
+
+
 async def test_a_bucket_compares_and_sets(rig: Rig) -> None:
     bucket = rig.bucket()
     assert await bucket.get(KEY) is None

@@ -223,6 +223,9 @@ class FakeBucket:
         await asyncio.sleep(0)
         return self.entries.get(key)
 
+    async def get_all(self, keys: Sequence[str]) -> list[Entry]:
+        return [entry for key in keys if (entry := await self.get(key)) is not None]
+
     async def list_prefix(self, first: str) -> list[Entry]:
         await asyncio.sleep(0)
         found = [entry for key, entry in self.entries.items() if key.startswith(f"{first}.")]
