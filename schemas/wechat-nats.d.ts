@@ -1,5 +1,5 @@
 /* Messages of the bus, generated from the JSON Schemas here by `make generate`; do not edit.
-   Of: f385d5e5b794329ea55b1ed284e2aa0f71c938aeed1ec7e6bd5b0e232c5cfbf2 */
+   Of: 61e5088b1228a1906dd587326f85fa0e5240fdc0461f6b2c2061c08b31430cfd */
 
 /**
  * How a binding behaves.
@@ -52,6 +52,10 @@ export interface Bind {
    * What the person before wrote, and the sandbox has not read, is delivered all the same. Default: an unbind of the last person, and a bind of another one, move the durable consumer, and the beginning of a replay, past it.
    */
   keep_undelivered?: boolean;
+  /**
+   * Whether iLink is asked first if it takes the token; one that it refuses (-14) is not bound (`stale_token`). Default: where the bind takes the place of a bot or token that works. false: never, and ids are taken as they are.
+   */
+  check?: boolean | null;
 }
 /**
  * Something happened to a binding. Subject: wechat.event.<sandbox>.binding.
@@ -140,6 +144,14 @@ export interface ControlAnswer {
    * Bots of the same user that this bind replaced.
    */
   replaced?: string[];
+  /**
+   * The sandbox that the bot has served until now, if another.
+   */
+  moved_from?: string;
+  /**
+   * iLink has been asked, and has not refused the token.
+   */
+  checked?: boolean;
   /**
    * One sentence that says what to do.
    */

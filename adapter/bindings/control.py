@@ -28,11 +28,20 @@ from adapter.contract.names import (
     is_sandbox,
 )
 from adapter.contract.records import Binding
-from adapter.errors import UNDECODABLE, AdapterError, LeaseLost, Refused, Temporary, Unreadable
+from adapter.errors import (
+    UNDECODABLE,
+    AdapterError,
+    LeaseLost,
+    Refused,
+    SessionExpired,
+    Temporary,
+    Uncertain,
+    Unreadable,
+)
 from adapter.kit.timing import Clock, backoff
 from adapter.observability.events import PERSON_CHANGES, BusAccess, last_person_change, read_binding_events
 from adapter.observability.metrics import Metrics
-from adapter.ports import Chat, CoreBus, Delivery
+from adapter.ports import Account, Chat, CoreBus, Delivery
 from adapter.security.seal import Sealer, bind_context, cursor_context
 
 log = structlog.get_logger()
@@ -42,6 +51,9 @@ MAX_BYTES = 262_144
 MAX_BUGS = 5
 """A command on which the adapter has crashed so often is put aside."""
 DELETE_ATTEMPTS = 5
+BOT_SUFFIX, USER_SUFFIX = "@im.bot", "@im.wechat"
+CHECK_S = 5.0
+"""How long iLink may take to say whether a token is alive: the commands stored later wait."""
 MAX_BATCH = 256
 """Commands that are looked at together; those of different sandboxes and bots are carried out at the same time."""
 SETTLED_KEPT = 1000
@@ -261,12 +273,12 @@ class Control:
             self._chat.check_base_url(command.base_url)
         before = self._bindings.get(command.bot)
         bound = self._bindings.of_sandbox(command.sandbox)
-        binding = await self._with_start_sequences(
-            self._new_binding(command, token, before), bound, keep=command.keep_undelivered
-        )
+        binding = self._new_binding(command, token, before)
+        replaced = [b for b in bound if binding.user and b.user == binding.user and b.bot != command.bot]
+        is_checked = await self._check_token(command, token, [*replaced, *([before] if before is not None else [])])
+        binding = await self._with_start_sequences(binding, bound, keep=command.keep_undelivered)
         if command.options.durable:
             await self._core.make_durable(command.sandbox, binding.in_after)
-        replaced = [b for b in bound if binding.user and b.user == binding.user and b.bot != command.bot]
         new = before is None or not self._is_unchanged(before, binding)
         if before is not None and before.sandbox != command.sandbox:  # after a crash nobody knows it any more
             replay_after = self._replay_start(before.sandbox, [before])
@@ -285,8 +297,42 @@ class Control:
             )  # first: a crash in between repeats it, and loses nothing
             await self._bindings.remove(other.bot, self._ensure_owner)
         return ControlAnswer(
-            ok=True, id=command.id or "", bindings=[binding.info()], replaced=[other.bot for other in replaced]
+            ok=True,
+            id=command.id or "",
+            bindings=[binding.info()],
+            replaced=[other.bot for other in replaced],
+            moved_from=before.sandbox if before is not None and before.sandbox != command.sandbox else "",
+            checked=is_checked,
         )
+
+    async def _check_token(self, command: Bind, token: str, displaced: Collection[Binding]) -> bool:
+        """Whether iLink says that it takes the token; False: it was not asked, or gave no answer. `notifystart` asks:
+        unlike a poll it takes no messages. Raises Refused, before anything has changed."""
+        is_risky = any(
+            known.state == "active"
+            and not (known.bot == command.bot and self._sealer.is_same_secret(known.bot, known.token, token))
+            for known in displaced
+        )
+        if command.check is False or not (command.check or is_risky):
+            return False
+        try:
+            async with asyncio.timeout(CHECK_S):
+                await self._chat.notify(Account(command.bot, token, command.base_url or ""), start=True)
+        except SessionExpired:
+            raise Refused(
+                "stale_token", "iLink refuses this token (-14): what was bound before is as it was."
+            ) from None
+        except Refused:
+            return True  # an answer all the same: iLink did not say -14
+        except (Temporary, Uncertain, TimeoutError):
+            if is_risky:
+                raise Refused(
+                    "unchecked",
+                    "iLink gives no answer about this token, which would take the place of one that works: try again"
+                    " later, or bind it unchecked.",
+                ) from None
+            return False
+        return True
 
     def _open_token(self, command: Bind) -> str:
         """The bot's token; a bind that a login has stored holds it sealed, for this bot and sandbox.
@@ -296,6 +342,8 @@ class Control:
         token = self._sealer.open(bind_context(command.sandbox, command.bot), command.bot_token)
         if any(ord(c) < 33 or ord(c) > 126 for c in command.bot + token + (command.user or "")):
             raise Refused("invalid", "Bot, token and user are printable ASCII without spaces.")
+        if command.check is not False:
+            check_ids(command.bot, token, command.user or "")
         return token
 
     def _new_binding(self, command: Bind, token: str, before: Binding | None) -> Binding:
@@ -440,6 +488,19 @@ class Control:
             await self._core.publish(reply_to, msgspec.json.encode(answer), headers)
         except AdapterError as exc:
             log.info("control.unanswered", reason=exc.reason)
+
+
+def check_ids(bot: str, token: str, user: str) -> None:
+    """What all of iLink's ids have had so far. Raises Refused("invalid")."""
+    if not bot.endswith(BOT_SUFFIX):
+        raise Refused("invalid", f"A bot's id ends with {BOT_SUFFIX}; bind it unchecked if iLink has others by now.")
+    if user and not user.endswith(USER_SUFFIX):
+        raise Refused(
+            "invalid", f"A user's id ends with {USER_SUFFIX}; bind it unchecked if iLink has others by now."
+        )
+    owner = token.partition(":")[0]
+    if owner.endswith(BOT_SUFFIX) and owner != bot:
+        raise Refused("invalid", "The token is another bot's: it begins with the id of its bot.")
 
 
 def independent(keys: Mapping[int, Collection[str]]) -> list[list[int]]:

@@ -5,18 +5,18 @@ from __future__ import annotations
 import asyncio
 import getpass
 import sys
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, TypeVar
 
 import msgspec
 from cyclopts import Parameter
-from nats.aio.subscription import Subscription
-from nats.errors import Error as NatsError
+from nats.aio.msg import Msg
 
-from adapter.cli import output
+from adapter.cli import bulk, output
 from adapter.cli.bus import Bus, connected_bus
 from adapter.cli.exit_codes import NO, OK, TIMEOUT, UNREACHABLE, USAGE, Failed
-from adapter.cli.options import AutoTyping, Durable, Json, Keep, MaybeSandbox, RequestId, Sandbox, Timeout, new_id
+from adapter.cli.options import AutoTyping, Durable, Json, Keep, MaybeSandbox, MaybeTimeout, RequestId, flag, new_id
 from adapter.contract.messages import (
     SCHEMA_VERSION,
     Bind,
@@ -31,14 +31,41 @@ from adapter.contract.names import H_MSG_ID, H_REPLY_TO, H_SCHEMA
 from adapter.errors import UNDECODABLE
 
 COLUMNS = ("sandbox", "bot", "user", "state", "since", "reason")
+R = TypeVar("R", bound=bulk.Row)
 STYLES = {"active": "green", "needs_login": "red"}
 
 
+ROWS_UNDER_WAY = 256
+"""Requests of `--from` that may wait for their answers."""
+
+
+class BindRow(bulk.Row):
+    """A row of `bind --from`. What it leaves out is as the options of the command say."""
+
+    token: str
+    user: str | None = None
+    base_url: str | None = None
+    cursor: str | None = None
+    durable: bool | None = None
+    auto_typing: bool | None = None
+    keep: bool | None = None
+    id: str | None = None
+
+
+class UnbindRow(bulk.Row):
+    """A row of `unbind --from`."""
+
+    keep: bool | None = None
+    id: str | None = None
+
+
 async def bind(
-    sandbox: Sandbox,
-    bot: Annotated[str, Parameter(help="iLink's bot id, …@im.bot.")],
+    sandbox: MaybeSandbox = None,
+    bot: Annotated[str | None, Parameter(help="iLink's bot id, …@im.bot.")] = None,
     /,
     *,
+    rows: bulk.Source = None,
+    failed: bulk.FailedFile = None,
     token: Annotated[
         str | None,
         Parameter(allow_leading_hyphen=True, help="Only `-`: read the bot's token from standard input."),
@@ -53,8 +80,12 @@ async def bind(
     durable: Durable = False,
     auto_typing: AutoTyping = False,
     keep: Keep = False,
+    yes: Annotated[bool, flag("Move bots that serve another sandbox, without asking.", name=["--yes", "-y"])] = False,
+    no_check: Annotated[
+        bool, flag("Take ids as they are and do not ask iLink whether it takes the token: while iLink is away.")
+    ] = False,
     request_id: RequestId = None,
-    timeout: Timeout = 10.0,
+    timeout: MaybeTimeout = None,
     json: Json = False,
 ) -> int:
     """Let a bot serve a sandbox.
@@ -62,41 +93,135 @@ async def bind(
     The bot's token comes from a file, from standard input, or is asked for without echo; it is never an argument,
     since every user of a machine can read those. Nor is a cursor of iLink's, in which the token stands. The request
     is stored even while no adapter runs (exit code 4 then).
+
+    iLink is asked first whether it takes the token; one that it refuses is not bound, and what was bound stays.
+
+    With --from, rows have the columns sandbox, bot and token, and may have user, base_url, cursor, durable,
+    auto_typing, keep and id. Those of one sandbox or bot are carried out in order, all others at the same time.
     """
-    asked = Bind(
-        sandbox=sandbox,
-        bot=bot,
-        bot_token=_read_token(token, token_file),
-        id=request_id or new_id(),
-        base_url=base_url,
-        user=user,
-        cursor=_read_cursor(cursor, cursor_file),
-        options=Options(durable=durable, auto_typing=auto_typing),
-        keep_undelivered=keep,
-    )
-    async with connected_bus() as bus:
-        answer = await request(bus, bus.names.bind, asked, timeout)
-    return _print_answer(answer, "bound", json)
+
+    def asked(row: BindRow) -> Bind:
+        return Bind(
+            sandbox=row.sandbox,
+            bot=row.bot or "",
+            bot_token=row.token,
+            id=row.id or new_id(),
+            base_url=row.base_url or base_url,
+            user=row.user,
+            cursor=row.cursor,
+            options=Options(
+                durable=durable if row.durable is None else row.durable,
+                auto_typing=auto_typing if row.auto_typing is None else row.auto_typing,
+            ),
+            keep_undelivered=keep if row.keep is None else row.keep,
+            check=not no_check,
+        )
+
+    if rows is not None:
+        _check_alone(sandbox, bot, token, token_file, user, cursor, cursor_file, request_id)
+        found = bulk.read_rows(rows, BindRow)
+        return await _run_rows(found, asked, "bound", failed, timeout, json, may_move=yes)
+    if sandbox is None or bot is None:
+        raise Failed(USAGE, "Name a sandbox and a bot, or give --from.")
+    secret, at = _read_token(token, token_file), _read_cursor(cursor, cursor_file)
+    row = BindRow(sandbox=sandbox, bot=bot, token=secret, user=user, cursor=at, id=request_id)
+    return await _run_one(asked(row), "bound", timeout, json, may_move=yes)
 
 
 async def unbind(
-    sandbox: Sandbox,
+    sandbox: MaybeSandbox = None,
     bot: Annotated[str | None, Parameter(help="Bot to unbind; default: every bot of the sandbox.")] = None,
     /,
     *,
+    rows: bulk.Source = None,
+    failed: bulk.FailedFile = None,
     keep: Keep = False,
     request_id: RequestId = None,
-    timeout: Timeout = 10.0,
+    timeout: MaybeTimeout = None,
     json: Json = False,
 ) -> int:
     """Let a bot, or every bot of a sandbox, serve it no longer.
 
     What its person wrote and the sandbox has not read is passed over then, by its durable consumer and by replay.
+    With --from, rows have the column sandbox, and may have bot, keep and id.
     """
-    asked = Unbind(sandbox=sandbox, bot=bot, id=request_id or new_id(), keep_undelivered=keep)
+
+    def asked(row: UnbindRow) -> Unbind:
+        kept = keep if row.keep is None else row.keep
+        return Unbind(sandbox=row.sandbox, bot=row.bot, id=row.id or new_id(), keep_undelivered=kept)
+
+    if rows is not None:
+        _check_alone(sandbox, bot, request_id)
+        return await _run_rows(bulk.read_rows(rows, UnbindRow), asked, "unbound", failed, timeout, json)
+    if sandbox is None:
+        raise Failed(USAGE, "Name a sandbox, or give --from.")
+    return await _run_one(asked(UnbindRow(sandbox=sandbox, bot=bot, id=request_id)), "unbound", timeout, json)
+
+
+def _check_alone(*others: object) -> None:
+    """Raises Failed."""
+    if any(other is not None for other in others):
+        raise Failed(USAGE, "With --from, sandboxes, bots and all that is their own stand in the rows.")
+
+
+async def _run_one(
+    asked: Bind | Unbind, done: str, timeout_s: float | None, json: bool, *, may_move: bool = True
+) -> int:
     async with connected_bus() as bus:
-        answer = await request(bus, bus.names.unbind, asked, timeout)
-    return _print_answer(answer, "unbound", json)
+        requests = await ControlRequests.open(bus)
+        if isinstance(asked, Bind) and not may_move:
+            serves = (await _serving(bus, asked.bot)).get(asked.bot, asked.sandbox)
+            if serves != asked.sandbox and not _confirm(f"{asked.bot} serves {serves}: move it to {asked.sandbox}?"):
+                raise Failed(NO, f"{asked.bot} serves {serves}: give --yes to move it.")
+        answer = await requests.request(asked, timeout_s or 10.0)
+    if answer.ok and isinstance(asked, Bind) and asked.check and not answer.checked and not json:
+        output.complain("iLink gave no answer: whether it takes the token is not known.")
+    return _print_answer(answer, done, json)
+
+
+async def _run_rows(
+    rows: bulk.Rows[R],
+    asked: Callable[[R], Bind | Unbind],
+    done: str,
+    failed: Path | None,
+    timeout_s: float | None,
+    json: bool,
+    *,
+    may_move: bool = True,
+) -> int:
+    async with connected_bus(lasting=True) as bus:
+        requests = await ControlRequests.open(bus)
+        serving = {} if may_move else await _serving(bus)
+
+        async def run_row(row: R) -> None:
+            serves = serving.get(row.bot or "", row.sandbox)
+            if serves != row.sandbox:
+                raise Failed(NO, f"{row.bot} serves {serves}: give --yes to move it.")
+            answer = await requests.request(asked(row), timeout_s or 60.0)
+            if json:
+                output.json_line(answer)
+            if not answer.ok:
+                raise Failed(NO, answer.error or "The adapter refused without a reason.")
+
+        return await bulk.run_rows(rows, run_row, done=done, failed_file=failed, limit=ROWS_UNDER_WAY)
+
+
+async def _serving(bus: Bus, bot: str | None = None) -> dict[str, str]:
+    """The sandbox that a bot, or each bot, serves; nothing while no adapter runs. Raises Failed."""
+    try:
+        return {info.bot: info.sandbox for info in await all_bindings(bus, bot=bot)}
+    except Failed as exc:
+        if exc.code != UNREACHABLE:
+            raise
+        return {}
+
+
+def _confirm(question: str) -> bool:
+    """False where nobody can be asked."""
+    if not (sys.stdin.isatty() and sys.stderr.isatty()):
+        return False
+    print(f"{output.printable(question)} [y/N] ", end="", file=sys.stderr, flush=True)
+    return sys.stdin.readline().strip().lower() in ("y", "yes")
 
 
 async def bindings(*, sandbox: MaybeSandbox = None, json: Json = False) -> int:
@@ -111,12 +236,13 @@ async def bindings(*, sandbox: MaybeSandbox = None, json: Json = False) -> int:
     return OK
 
 
-async def all_bindings(bus: Bus, sandbox: str | None = None) -> list[BindingInfo]:
+async def all_bindings(bus: Bus, sandbox: str | None = None, bot: str | None = None) -> list[BindingInfo]:
     """Every page of wechat.svc.bindings.list. Raises Failed."""
     found: list[BindingInfo] = []
     after = ""
     while True:
-        page = await bus.request_service("bindings.list", BindingsQuery(sandbox=sandbox, after=after), BindingsPage)
+        query = BindingsQuery(sandbox=sandbox, bot=bot, after=after)
+        page = await bus.request_service("bindings.list", query, BindingsPage)
         found += page.bindings
         if not page.next:
             return found
@@ -165,34 +291,45 @@ def _reason_text(exc: OSError | UnicodeDecodeError) -> str:
     return exc.strerror or "unknown" if isinstance(exc, OSError) else "it is not UTF-8"
 
 
-async def request(bus: Bus, subject: str, asked: Bind | Unbind, timeout_s: float) -> ControlAnswer:
-    """Stores the request and waits for the adapter's answer. Raises Failed."""
-    inbox = bus.nc.new_inbox()
-    answers = await bus.nc.subscribe(inbox)
-    await bus.check_subscribed(inbox)
-    headers = {H_MSG_ID: asked.id or "", H_REPLY_TO: inbox, H_SCHEMA: SCHEMA_VERSION}
-    ack = await bus.store(subject, msgspec.json.encode(asked), headers)
-    if ack.duplicate:
-        raise Failed(TIMEOUT, f"Request {asked.id} was stored before: `wechat-nats bindings` shows what holds now.")
-    return await _send_control(answers, timeout_s)
+class ControlRequests:
+    """Stores control commands and hears their answers, of any number at a time. Made by `open`."""
 
+    def __init__(self, bus: Bus) -> None:
+        self._bus = bus
+        self._inbox = bus.nc.new_inbox()
+        self._answers: dict[str, asyncio.Future[bytes]] = {}
+        """By the subject at which each is awaited."""
 
-async def _send_control(answers: Subscription, timeout_s: float) -> ControlAnswer:
-    try:
-        async with asyncio.timeout(timeout_s):
-            msg = await answers.next_msg(timeout=None)
-    except TimeoutError:
-        raise Failed(
-            TIMEOUT, f"Stored; no adapter answered in {timeout_s:g} s, takes effect when one runs."
-        ) from None
-    except NatsError:
-        raise Failed(
-            UNREACHABLE, "Stored, but the connection broke before the answer; takes effect anyway."
-        ) from None
-    try:
-        return msgspec.json.decode(msg.data, type=ControlAnswer)
-    except UNDECODABLE:
-        raise Failed(NO, "The adapter's answer cannot be read: are both of the same version?") from None
+    @classmethod
+    async def open(cls, bus: Bus) -> ControlRequests:
+        """Raises Failed."""
+        requests = cls(bus)
+        await bus.nc.subscribe(f"{requests._inbox}.*", cb=requests._on_answer)
+        await bus.check_subscribed(requests._inbox)
+        return requests
+
+    async def _on_answer(self, msg: Msg) -> None:
+        answer = self._answers.get(msg.subject)
+        if answer is not None and not answer.done():
+            answer.set_result(msg.data)
+
+    async def request(self, asked: Bind | Unbind, timeout_s: float) -> ControlAnswer:
+        """Stores a command and waits for the adapter's answer. Raises Failed."""
+        bus, reply_to = self._bus, f"{self._inbox}.{len(self._answers)}"
+        answer = self._answers[reply_to] = asyncio.get_running_loop().create_future()
+        headers = {H_MSG_ID: asked.id or "", H_REPLY_TO: reply_to, H_SCHEMA: SCHEMA_VERSION}
+        subject = bus.names.bind if isinstance(asked, Bind) else bus.names.unbind
+        ack = await bus.store(subject, msgspec.json.encode(asked), headers)
+        if ack.duplicate:
+            said = f"Request {asked.id} was stored before: `wechat-nats bindings` shows what holds now."
+            raise Failed(TIMEOUT, said)
+        await asyncio.wait({answer}, timeout=timeout_s)
+        if not answer.done():
+            raise Failed(TIMEOUT, f"Stored; no adapter answered in {timeout_s:g} s, takes effect when one runs.")
+        try:
+            return msgspec.json.decode(answer.result(), type=ControlAnswer)
+        except UNDECODABLE:
+            raise Failed(NO, "The adapter's answer cannot be read: are both of the same version?") from None
 
 
 def _print_answer(answer: ControlAnswer, done: str, json: bool) -> int:
@@ -202,6 +339,8 @@ def _print_answer(answer: ControlAnswer, done: str, json: bool) -> int:
         _table(answer.bindings, empty="Nothing was bound.")
         for bot in answer.replaced:
             output.say(f"replaced  {output.printable(bot)}")
+        if answer.moved_from:
+            output.say(f"moved     from {answer.moved_from}")
         if answer.bindings:
             output.say(f"{done}.")
     else:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 from urllib.parse import urlsplit
 
 from adapter import __version__
-from adapter.cli.bindings import request
+from adapter.cli.bindings import ControlRequests
 from adapter.cli.bus import Bus, connected_bus
 from adapter.cli.embedded import EmbeddedNats
 from adapter.cli.exit_codes import NO, OK, Failed
@@ -88,7 +88,7 @@ def demo_settings(nats_url: str, ilink_url: str) -> Settings:
 
 async def _bind(bus: Bus, sandbox: str, bot: BotRecord) -> None:
     asked = Bind(sandbox=sandbox, bot=bot.bot, bot_token=bot.token, user=bot.user, id="demo")
-    answer = await request(bus, bus.names.bind, asked, PATIENCE_S)
+    answer = await (await ControlRequests.open(bus)).request(asked, PATIENCE_S)
     if not answer.ok:
         raise Failed(NO, f"The bot could not be bound: {answer.error}")
 

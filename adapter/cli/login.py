@@ -1,4 +1,4 @@
-"""`login`: a QR code on the terminal that binds the person who scans it to a sandbox."""
+"""`login`: a QR code on the terminal that binds the person who scans it to a sandbox, or codes for many sandboxes."""
 
 from __future__ import annotations
 
@@ -9,17 +9,18 @@ import os
 import re
 import sys
 import time
+from collections import defaultdict
 from pathlib import Path
 from typing import Annotated
 
 from cyclopts import Parameter
 from nats.aio.msg import Msg
 
-from adapter.cli import output, stdin
+from adapter.cli import bulk, output, stdin
 from adapter.cli.bus import Bus, connected_bus
 from adapter.cli.exit_codes import INTERRUPTED, NO, OK, UNREACHABLE, USAGE, Failed
 from adapter.cli.lifetime import run_until_stopped, until_signalled
-from adapter.cli.options import AutoTyping, Durable, Json, Sandbox, flag
+from adapter.cli.options import AutoTyping, Durable, Json, MaybeSandbox, flag
 from adapter.contract.messages import CHECKING, FINAL_STATUSES, Login, LoginQuery, LoginStart, LoginVerify, Options
 from adapter.kit.timing import wait_event
 
@@ -29,16 +30,30 @@ REFRESH_S = 3.0
 EXPIRY_GRACE_S = 30.0
 """How long beyond a login's end an adapter that is away is waited for."""
 GOOD = ("confirmed", "already_bound")
+ROWS_UNDER_WAY = 500
+"""Logins of `--from` that are open at the same time: each costs the adapter a long poll."""
 _COLOURS = re.compile(r"\x1b\[[0-9;]*m")
 _DIGITS = re.compile(r"[0-9]{1,12}")
 
 
+class LoginRow(bulk.Row):
+    """A row of `login --from`. What it leaves out is as the options of the command say."""
+
+    durable: bool | None = None
+    auto_typing: bool | None = None
+
+
 async def login(
-    sandbox: Sandbox,
+    sandbox: MaybeSandbox = None,
     /,
     *,
+    rows: bulk.Source = None,
+    failed: bulk.FailedFile = None,
     url: Annotated[bool, flag("Print only the text of each code, which is a URL.")] = False,
-    png: Annotated[Path | None, Parameter(help="Write each code as PNG to this file instead of drawing it.")] = None,
+    png: Annotated[
+        Path | None,
+        Parameter(help="Write each code as PNG to this file; with --from: to <sandbox>.png in this folder."),
+    ] = None,
     auto_typing: AutoTyping = False,
     durable: Durable = False,
     json: Json = False,
@@ -48,27 +63,54 @@ async def login(
     A code that nobody scans is replaced by a new one. Digits that the phone shows are read from standard input.
     Exit code 0 once the bot is bound, or if the user has a bot of this sandbox already. Ctrl-C cancels the login.
     The codes are secrets until the login is over.
+
+    With --from, rows have the column sandbox, and may have durable and auto_typing; --png, --url or --json says where
+    the codes go. A login for which the phone shows digits fails then: do it alone.
     """
     if url and (png is not None or json):
         raise Failed(USAGE, "Give --url alone.")
-    asked = LoginStart(
-        sandbox=sandbox, options=Options(durable=durable, auto_typing=auto_typing), png=png is not None
-    )
-    view = _JsonView() if json else _UrlView() if url else _View(png)
-    has_event = asyncio.Event()
+    if (sandbox is None) == (rows is None):
+        raise Failed(USAGE, "Name a sandbox, or give --from.")
+    if rows is not None and not (url or png or json):
+        raise Failed(
+            USAGE, "With --from, give --png with a folder, --url or --json: so many codes fit on no terminal."
+        )
+    has_event: defaultdict[str, asyncio.Event] = defaultdict(asyncio.Event)
 
-    async def on_event(_: Msg) -> None:
-        has_event.set()
+    async def on_event(msg: Msg) -> None:
+        has_event[msg.subject.split(".")[-2]].set()
+
+    async def run_row(row: LoginRow, view: _View, *, asks_digits: bool = False) -> int:
+        options = Options(
+            durable=durable if row.durable is None else row.durable,
+            auto_typing=auto_typing if row.auto_typing is None else row.auto_typing,
+        )
+        start = LoginStart(sandbox=row.sandbox, options=options, png=png is not None)
+        first = await bus.request_service("login.start", start, Login, START_S)
+        following = _LoginFollower(bus, view, has_event[row.sandbox], png=start.png, asks_digits=asks_digits)
+        return await _run(following, first, bus)
+
+    def view_of(row: LoginRow) -> _View:
+        picture = None if png is None else png / f"{row.sandbox}.png"
+        return _JsonView() if json else _UrlView(label=row.sandbox) if url else _View(picture, label=row.sandbox)
 
     async with connected_bus(lasting=True) as bus:
-        event_subject = bus.names.event(asked.sandbox, "login")
+        event_subject = bus.names.event(sandbox or "*", "login")
         await bus.nc.subscribe(event_subject, cb=on_event)
         await bus.check_subscribed(event_subject)
-        first = await bus.request_service("login.start", asked, Login, START_S)
-        with until_signalled() as stop:
-            code = await run_until_stopped(
-                stop, _run(_LoginFollower(bus, view, has_event, png=asked.png), first, bus)
+        if rows is not None:
+            work = bulk.run_rows(
+                bulk.read_rows(rows, LoginRow),
+                lambda row: run_row(row, view_of(row)),
+                done="logged in",
+                failed_file=failed,
+                limit=ROWS_UNDER_WAY,
             )
+        else:
+            view = _JsonView() if json else _UrlView() if url else _View(png)
+            work = run_row(LoginRow(sandbox=sandbox or ""), view, asks_digits=True)
+        with until_signalled() as stop:
+            code = await run_until_stopped(stop, work)
     return INTERRUPTED if code is None else code
 
 
@@ -87,11 +129,14 @@ async def _run(following: _LoginFollower, first: Login, bus: Bus) -> int:
 class _LoginFollower:
     """A login that was started here."""
 
-    def __init__(self, bus: Bus, view: _View, has_event: asyncio.Event, *, png: bool) -> None:
+    def __init__(
+        self, bus: Bus, view: _View, has_event: asyncio.Event, *, png: bool, asks_digits: bool = True
+    ) -> None:
         self._bus = bus
         self._view = view
         self._changed = has_event
         self._png = png
+        self._asks_digits = asks_digits
         self._lines = stdin.lines()
         self._line: asyncio.Task[str | None] | None = None
 
@@ -102,6 +147,8 @@ class _LoginFollower:
                 self._view.show(now)
                 if now.status in FINAL_STATUSES:
                     return now
+                if now.status == "need_verify_code" and not self._asks_digits:
+                    raise Failed(NO, "The phone shows digits: log this one in alone.")
                 wants_digits = now.status == "need_verify_code" and now.reason != CHECKING
                 now = await (self._enter_digits(now) if wants_digits else self._next_state(now))
         finally:
@@ -155,8 +202,10 @@ class _LoginFollower:
 class _View:
     """Shows a login to a person."""
 
-    def __init__(self, png: Path | None = None) -> None:
+    def __init__(self, png: Path | None = None, *, label: str = "") -> None:
+        """`label`: the sandbox, where there are several."""
         self._png = png
+        self.label = f"{label}  " if label else ""
         self._shown: tuple[str, int, str] | None = None
         self._code = 0
 
@@ -174,7 +223,7 @@ class _View:
         """A new code."""
         if self._png is not None and now.qrcode_png:
             _write(self._png, base64.b64decode(now.qrcode_png))
-            output.say(f"Code {now.code} is in {self._png}.")
+            self.say(f"Code {now.code} is in {self._png}.")
         else:
             text = now.qrcode_text
             output.say(text if sys.stdout.isatty() else _COLOURS.sub("", text))
@@ -198,7 +247,7 @@ class _View:
                 pass
 
     def say(self, text: str) -> None:
-        output.say(text)
+        output.say(self.label + text)
 
     def prompt(self, text: str) -> None:
         """A question that is answered on the same line."""
@@ -209,10 +258,10 @@ class _UrlView(_View):
     """Codes on standard output, one URL a line; the rest on standard error."""
 
     def show_code(self, now: Login) -> None:
-        output.say(output.printable(now.qrcode_url))
+        output.say(self.label + output.printable(now.qrcode_url))
 
     def say(self, text: str) -> None:
-        print(text, file=sys.stderr, flush=True)
+        print(self.label + text, file=sys.stderr, flush=True)
 
 
 class _JsonView(_View):

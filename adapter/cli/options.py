@@ -34,7 +34,7 @@ def _positive(_: object, value: float | None) -> None:
         raise ValueError("Expected a number above 0.")
 
 
-def flag(text: str, *, name: str | None = None) -> Parameter:
+def flag(text: str, *, name: str | list[str] | None = None) -> Parameter:
     """An option without a value and without a negative form."""
     return Parameter(name=name, negative="", show_default=False, help=text)
 
@@ -46,6 +46,10 @@ Durable = Annotated[bool, flag("Create a durable consumer for the sandbox.")]
 AutoTyping = Annotated[bool, flag("Show that the bot types from each message to the answer.")]
 Keep = Annotated[bool, flag("Leave to the sandbox what the person before wrote and it has not read yet.")]
 Timeout = Annotated[float, Parameter(validator=_positive, help="Seconds to wait for the outcome.")]
+MaybeTimeout = Annotated[
+    float | None,
+    Parameter(validator=_positive, help="Seconds to wait for the outcome; default: 10, with --from 60."),
+]
 Age = Annotated[str | None, Parameter(validator=_legal_age, help="Start this long ago: 30s, 10m, 2h, 3d.")]
 RequestId = Annotated[
     str | None,

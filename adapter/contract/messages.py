@@ -333,6 +333,14 @@ class Bind(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     ] = None
     options: Options = Options()
     keep_undelivered: KeepUndelivered = False
+    check: Annotated[
+        bool | None,
+        Meta(
+            description="Whether iLink is asked first if it takes the token; one that it refuses (-14) is not bound"
+            " (`stale_token`). Default: where the bind takes the place of a bot or token that works. false: never,"
+            " and ids are taken as they are."
+        ),
+    ] = None
 
     def __repr__(self) -> str:
         # a token never gets into a log or traceback
@@ -373,6 +381,8 @@ class ControlAnswer(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tru
         list[BindingInfo], Meta(description="What is bound now (bind) or was until now (unbind).")
     ] = []
     replaced: Annotated[list[str], Meta(description="Bots of the same user that this bind replaced.")] = []
+    moved_from: Annotated[str, Meta(description="The sandbox that the bot has served until now, if another.")] = ""
+    checked: Annotated[bool, Meta(description="iLink has been asked, and has not refused the token.")] = False
     error: Annotated[str, Meta(description="One sentence that says what to do.")] = ""
 
 

@@ -318,6 +318,7 @@ class LoginFlow:
                 base_url=record.bot_base_url or None,
                 user=record.user or None,
                 options=record.options,
+                check=False,  # iLink has just given it
             )
             headers = {H_MSG_ID: request, H_SCHEMA: contract.SCHEMA_VERSION}
             try:

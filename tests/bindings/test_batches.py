@@ -41,7 +41,7 @@ async def test_a_bind_that_waits_for_the_bus_does_not_hold_up_those_of_other_san
     platform.bench.bindings_bucket.on_write = on_write
     first, same, other = (
         platform.publish("bind", msgspec.json.encode({"sandbox": sandbox, "bot": bot, "bot_token": "t"}))
-        for sandbox, bot in (("s0", "b0"), ("s0", "b2"), ("s1", "b1"))
+        for sandbox, bot in (("s0", "b0@im.bot"), ("s0", "b2@im.bot"), ("s1", "b1@im.bot"))
     )
     await asyncio.sleep(10)
     assert (first.acks, same.acks, other.acks) == (0, 0, 1)
@@ -63,10 +63,10 @@ async def _outcome(seed: int, pause_s: float) -> tuple[object, object]:
 
     platform.bench.bindings_bucket.on_write = on_write
     for number in range(60):
-        sandbox, bot = f"s{chance.randrange(12)}", f"b{chance.randrange(16)}"
+        sandbox, bot = f"s{chance.randrange(12)}", f"b{chance.randrange(16)}@im.bot"
         body = {"sandbox": sandbox, "id": f"r{number}"}
         if chance.random() < 0.7:
-            user = f"u{chance.randrange(3)}" if chance.random() < 0.8 else None
+            user = f"u{chance.randrange(3)}@im.wechat" if chance.random() < 0.8 else None
             platform.publish("bind", msgspec.json.encode(body | {"bot": bot, "bot_token": "t", "user": user}))
         else:
             platform.publish("unbind", msgspec.json.encode(body | ({"bot": bot} if chance.random() < 0.5 else {})))

@@ -82,10 +82,11 @@ class Platform:
         return msgspec.json.decode(payload, type=ControlAnswer)
 
     def publish_bind(self, bot: str = BOT) -> FakeDelivery:
-        return self.publish("bind", msgspec.json.encode({"sandbox": "s1", "bot": bot, "bot_token": TOKEN}))
+        return self.publish("bind", msgspec.json.encode({"sandbox": "s1", "bot": bot, "bot_token": f"{bot}:SECRET"}))
 
-    async def bind(self, **fields: Any) -> ControlAnswer:
-        return await self.say("bind", **{"sandbox": "s1", "bot": BOT, "bot_token": TOKEN, "user": USER, **fields})
+    async def bind(self, *, bot: str = BOT, **fields: Any) -> ControlAnswer:
+        token = f"{bot}:SECRET"
+        return await self.say("bind", **{"sandbox": "s1", "bot": bot, "bot_token": token, "user": USER, **fields})
 
     @property
     def bound(self) -> dict[str, str]:
@@ -787,7 +788,9 @@ async def test_a_command_that_breaks_the_adapter_is_put_aside_and_the_next_one_g
 
     platform.bench.bindings_bucket.on_write = bug
     with capture_logs() as logs:
-        bad = platform.publish("bind", msgspec.json.encode({"sandbox": "s1", "bot": "bad", "bot_token": "SECRET"}))
+        bad = platform.publish(
+            "bind", msgspec.json.encode({"sandbox": "s1", "bot": "bad@im.bot", "bot_token": "SECRET"})
+        )
         platform.publish("bind", msgspec.json.encode({"sandbox": "s1", "bot": BOT, "bot_token": TOKEN}))
         await asyncio.sleep(120)
     assert "control.crashed" in [line["event"] for line in logs]

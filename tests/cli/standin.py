@@ -31,7 +31,7 @@ class StandIn:
     def __init__(self, bus: Bus) -> None:
         self._bus = bus
         self.bindings: list[BindingInfo] = []
-        self.control = ControlAnswer(ok=True)
+        self.control = ControlAnswer(ok=True, checked=True)
         self.receipts: Callable[[Outbound], Sequence[Receipt]] = lambda _: []
         self.asked: list[Bind | Unbind] = []
         self.sent: list[Outbound] = []

@@ -224,3 +224,32 @@ async def test_an_error_of_the_service_is_1(cli: Command, bus: Bus) -> None:
         result = await cli("bindings")
     assert result.code == 1
     assert "This sandbox is not yours." in result.err
+
+
+async def test_a_token_that_ilink_did_not_look_at_is_said_to_be_unchecked(
+    cli: Command, bus: Bus, token_file: str
+) -> None:
+    async with answering(bus) as adapter:
+        adapter.control = ControlAnswer(ok=True, bindings=[BOUND])
+        arguments = ("bind", "s1", "bot1@im.bot", "--token-file", token_file)
+        assert "iLink gave no answer" in (await cli(*arguments)).err
+        assert (await cli(*arguments, "--no-check")).err == ""
+    assert [asked.check for asked in adapter.asked if isinstance(asked, Bind)] == [True, False]
+
+
+async def test_a_bot_is_moved_after_a_question(bus: Bus, token_file: str) -> None:
+    for answer, moved in (b"n\n", 0), (b"y\n", 1):
+        async with answering(bus) as adapter:
+            adapter.bindings = [BOUND]
+            main, terminal = pty.openpty()
+            arguments = ("bind", "s2", "bot1@im.bot", "--token-file", token_file)
+            async with started(*arguments, stdin=terminal, stderr=terminal) as process:
+                os.close(terminal)
+                said = b""
+                while b"[y/N]" not in said:
+                    said += await asyncio.to_thread(os.read, main, 1024)
+                assert b"bot1@im.bot serves s1: move it to s2?" in said
+                os.write(main, answer)
+                assert await process.wait() == 1 - moved
+            os.close(main)
+        assert len(adapter.asked) == moved

@@ -13,7 +13,7 @@ from adapter.cli.demo import demo_settings
 from adapter.cli.embedded import EmbeddedNats
 from adapter.cli.lifetime import adapter_running
 from adapter.simulator import Simulator, SimulatorSettings
-from tests.cli.conftest import Command
+from tests.cli.conftest import Command, Result
 
 START_S = 60.0
 
@@ -79,3 +79,30 @@ async def test_an_unreadable_command_can_be_looked_at_and_dropped(
     await events.next_msg(timeout=START_S)
     (letter,) = (await cli("dead", "ls", "--json")).rows
     assert (await cli("dead", "drop", str(letter["seq"]))).code == 0
+
+
+async def test_a_bot_that_serves_a_sandbox_is_moved_only_where_that_is_meant_and_no_wrong_token_takes_it_out(
+    cli: Command, adapter: asyncio.Task[None], simulator: Simulator, tmp_path: Path
+) -> None:
+    bot = simulator.add_bot()
+    token, wrong, rows = tmp_path / "token", tmp_path / "wrong", tmp_path / "rows"
+    token.write_text(bot.token)
+    wrong.write_text(f"{bot.bot}:wrong")
+    rows.write_text(f"sandbox,bot,token\ns3,{bot.bot},{bot.token}\n")
+
+    async def bind(sandbox: str, file: Path, *options: str) -> Result:
+        return await cli("bind", sandbox, bot.bot, "--token-file", str(file), *options)
+
+    refused = await bind("s1", wrong)
+    assert (refused.code, "-14" in refused.err) == (1, True)
+    assert (await bind("s1", token)).code == 0
+    assert "-14" in (await bind("s1", wrong)).err
+
+    asked = await bind("s2", token)
+    assert (asked.code, asked.err) == (1, f"wechat-nats: {bot.bot} serves s1: give --yes to move it.\n")
+    moved = await bind("s2", token, "--yes")
+    assert (moved.code, "moved     from s1" in moved.out) == (0, True)
+    assert "serves s2: give --yes" in (await cli("bind", "--from", str(rows))).err
+    assert (await cli("bind", "--from", str(rows), "--yes")).code == 0
+    listed = await cli("bindings", "--json")
+    assert [(row["sandbox"], row["bot"], row["state"]) for row in listed.rows] == [("s3", bot.bot, "active")]

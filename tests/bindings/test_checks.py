@@ -1,0 +1,110 @@
+"""What a bind is looked at for before it changes anything: ids, whose token it is, and whether iLink takes it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from adapter.errors import Refused, SessionExpired, Temporary
+from tests.bindings.test_control import BOT, TOKEN, USER, Platform
+
+VIRTUAL_TIME = True
+
+STALE, SILENT = SessionExpired("stale_token", "-14"), Temporary("ilink_unavailable")
+
+
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [
+        ({"bot": USER}, "@im.bot"),
+        ({"bot": "b1"}, "@im.bot"),
+        ({"user": BOT}, "@im.wechat"),
+        ({"user": "u1"}, "@im.wechat"),
+        ({"bot_token": "b2@im.bot:x"}, "another bot's"),
+    ],
+)
+async def test_what_cannot_be_a_bot_a_user_or_its_token_is_refused_unless_it_is_bound_unchecked(
+    fields: dict[str, str], said: str
+) -> None:
+    platform = Platform()
+    fields = {"bot": BOT, "bot_token": TOKEN, **fields}
+    refused = await platform.bind(**fields)
+    assert (refused.ok, said in refused.error, platform.bound) == (False, True, {})
+    assert "SECRET" not in refused.error
+    assert (await platform.bind(**fields, check=False)).ok
+
+
+@pytest.mark.parametrize("token", ["x", "no-bot:x", ":"])
+async def test_a_token_need_not_begin_with_a_bot(token: str) -> None:
+    assert (await Platform().bind(bot_token=token)).ok
+
+
+async def test_a_new_bot_is_not_asked_for_unless_the_bind_says_so() -> None:
+    platform = Platform()
+    answer = await platform.bind()
+    assert (answer.ok, answer.checked, platform.bench.chat.notified) == (True, False, [])
+    answer = await platform.bind(bot="b2@im.bot", user="u2@im.wechat", check=True)
+    assert (answer.ok, answer.checked, platform.bench.chat.notified) == (True, True, [True])
+
+
+async def test_a_dead_token_is_not_bound_where_the_bind_has_it_checked() -> None:
+    platform = Platform()
+    platform.bench.chat.notify_fails = STALE
+    answer = await platform.bind(check=True)
+    assert (answer.ok, "-14" in answer.error, platform.bound) == (False, True, {})
+    assert [(event.change, event.reason) for event in platform.bench.bus.events()] == [("refused", "stale_token")]
+
+
+@pytest.mark.parametrize("problem", [STALE, SILENT])
+@pytest.mark.parametrize(
+    "fields", [{"bot_token": f"{TOKEN}2"}, {"bot_token": f"{TOKEN}2", "sandbox": "s2"}, {"bot": "b2@im.bot"}]
+)
+async def test_a_working_bot_is_not_taken_out_by_a_token_that_ilink_does_not_take(
+    fields: dict[str, Any], problem: Exception
+) -> None:
+    """Neither its token, nor by another bot of its user."""
+    platform = Platform()
+    await platform.bind()
+    before, platform.bench.chat.notify_fails = platform.binding(), problem
+    assert not (await platform.bind(**fields)).ok
+    assert (platform.binding(), platform.bound) == (before, {BOT: "s1"})
+    assert (await platform.bind(**fields, check=False)).ok
+
+
+async def test_an_ilink_that_hangs_holds_up_the_next_command_for_seconds_only() -> None:
+    platform = Platform()
+    await platform.bind()
+    platform.bench.chat.notify_took_s = 3600.0
+    started = platform.bench.clock.monotonic()
+    platform.publish_bind("b2@im.bot")
+    delivery = platform.publish("bind", b'{"sandbox":"s1","bot":"b1@im.bot","bot_token":"t2"}')
+    while not delivery.acks:
+        await platform.bench.clock.sleep(0.1)
+    assert platform.bench.clock.monotonic() - started < 10
+    assert platform.binding().token == TOKEN
+
+
+@pytest.mark.parametrize("problem", [STALE, SILENT])
+async def test_where_nothing_works_the_bind_is_not_asked_for(problem: Exception) -> None:
+    """The login of the bot is lost, or the same token is bound again."""
+    platform = Platform()
+    await platform.bench.bind(token=TOKEN, state="needs_login", reason="stale_token")
+    platform.bench.chat.notify_fails = problem
+    assert (await platform.bind(bot_token=f"{TOKEN}2")).ok
+    assert (await platform.bind(bot_token=f"{TOKEN}2", sandbox="s2")).ok
+
+
+@pytest.mark.parametrize(("problem", "checked"), [(SILENT, False), (Refused("ilink", "-2"), True)])
+async def test_another_answer_than_14_binds_and_no_answer_is_said(problem: Exception, checked: bool) -> None:
+    platform = Platform()
+    platform.bench.chat.notify_fails = problem
+    answer = await platform.bind(check=True)
+    assert (answer.ok, answer.checked) == (True, checked)
+
+
+async def test_a_bind_says_from_where_it_has_moved_the_bot() -> None:
+    platform = Platform()
+    assert (await platform.bind()).moved_from == ""
+    assert (await platform.bind(sandbox="s2")).moved_from == "s1"
+    assert (await platform.bind(sandbox="s2", id="again")).moved_from == ""

@@ -1,0 +1,162 @@
+"""`bind`, `unbind` and `login` of many rows: `--from` and `--failed`."""
+
+from __future__ import annotations
+
+import stat
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import pytest
+
+from adapter.cli.bus import Bus
+from adapter.cli.demo import demo_settings
+from adapter.cli.embedded import EmbeddedNats
+from adapter.cli.lifetime import adapter_running
+from adapter.contract.messages import Bind, Unbind
+from adapter.simulator import Simulator, SimulatorSettings
+from tests.cli.conftest import Command
+from tests.cli.process import started, until
+from tests.cli.standin import answering
+
+HEADER = "sandbox,bot,token,user,durable\n"
+START_S = 60.0
+
+
+def write(path: Path, text: str) -> None:
+    path.write_text(text)
+
+
+@pytest.fixture
+def rows(tmp_path: Path) -> Path:
+    return tmp_path / "rows"
+
+
+async def test_rows_of_csv_are_bound_and_what_is_no_row_can_be_mended_and_run_again(
+    cli: Command, bus: Bus, rows: Path, tmp_path: Path
+) -> None:
+    failed = tmp_path / "failed.csv"
+    write(
+        rows,
+        HEADER + "s1,b1@im.bot,t1-secret,u1@im.wechat,\nS 2,b2@im.bot,t2-secret,,\ns3,b3@im.bot,t3-secret,,true\n",
+    )
+    async with answering(bus) as adapter:
+        result = await cli("bind", "--from", str(rows), "--failed", str(failed), "--auto-typing")
+        assert result.code == 2
+        assert (result.out, "2 bound, 1 failed" in result.err, "line 3 (S 2): " in result.err) == ("", True, True)
+        assert "secret" not in result.err
+        assert stat.S_IMODE(failed.stat().st_mode) == 0o600
+        header, row = failed.read_text().splitlines()
+        assert header == "sandbox,bot,token,user,durable,error"
+        assert row.startswith("S 2,b2@im.bot,t2-secret,,,")
+
+        write(failed, f"{header}\n{row.replace('S 2', 's2')}\n")
+        result = await cli("bind", "--from", str(failed), "--failed", str(failed))
+        assert (result.code, failed.read_text()) == (0, header + "\n")
+    binds = [asked for asked in adapter.asked if isinstance(asked, Bind)]
+    assert sorted((bind.sandbox, bind.bot, bind.bot_token, bind.user) for bind in binds) == [
+        ("s1", "b1@im.bot", "t1-secret", "u1@im.wechat"),
+        ("s2", "b2@im.bot", "t2-secret", None),
+        ("s3", "b3@im.bot", "t3-secret", None),
+    ]
+    assert {bind.sandbox: (bind.options.durable, bind.options.auto_typing) for bind in binds} == {
+        "s1": (False, True),
+        "s3": (True, True),
+        "s2": (False, False),
+    }
+
+
+async def test_rows_of_json_come_from_standard_input_too(bus: Bus) -> None:
+    async with answering(bus) as adapter, started("unbind", "--from", "-", "--json") as process:
+        out, err = await process.communicate(b'{"sandbox":"s1","bot":"b1@im.bot"}\n\n{"sandbox":"s2","keep":true}\n')
+    assert (process.returncode, out.count(b'{"ok":true')) == (0, 2)
+    assert b"2 unbound, 0 failed" in err
+    asked = [each for each in adapter.asked if isinstance(each, Unbind)]
+    assert sorted((each.sandbox, each.bot, each.keep_undelivered) for each in asked) == [
+        ("s1", "b1@im.bot", False),
+        ("s2", None, True),
+    ]
+
+
+async def test_rows_of_one_sandbox_or_bot_are_stored_in_order(cli: Command, bus: Bus, rows: Path) -> None:
+    """Also where a hundred others are on their way at the same time."""
+    lines = [f'{{"sandbox":"s{i % 3}","bot":"b{i % 4}@im.bot","token":"t{i}"}}\n' for i in range(300)]
+    write(rows, "".join(lines))
+    async with answering(bus) as adapter:
+        assert (await cli("bind", "--from", str(rows))).code == 0
+    for of in ("sandbox", "bot"):
+        for name in {getattr(asked, of) for asked in adapter.asked}:
+            tokens = [
+                each.bot_token for each in adapter.asked if isinstance(each, Bind) and getattr(each, of) == name
+            ]
+            assert tokens == sorted(tokens, key=lambda token: int(token[1:]))
+    assert len(adapter.asked) == 300
+
+
+async def test_without_an_adapter_all_is_stored_and_4(cli: Command, bus: Bus, rows: Path, tmp_path: Path) -> None:
+    write(rows, '{"sandbox":"s1","bot":"b1@im.bot","token":"t"}\nno json\n')
+    failed = tmp_path / "failed"
+    result = await cli("bind", "--from", str(rows), "--failed", str(failed), "--timeout", "0.1")
+    assert (result.code, "Stored; no adapter answered" in result.err) == (1, True)
+    assert [line.count('"error":') for line in failed.read_text().splitlines()] == [1, 1]
+    assert (await bus.js.stream_info(bus.names.stream_ctl)).state.messages == 1
+    write(rows, '{"sandbox":"s1","bot":"b1@im.bot","token":"t"}\n')
+    assert (await cli("bind", "--from", str(rows), "--timeout", "0.1")).code == 4
+
+
+async def test_what_ctrl_c_leaves_undone_is_in_the_file(bus: Bus, rows: Path, tmp_path: Path) -> None:
+    write(rows, "".join(f'{{"sandbox":"s{i}","bot":"b{i}@im.bot","token":"t"}}\n' for i in range(300)))
+    failed = tmp_path / "failed"
+    async with started("bind", "--from", str(rows), "--failed", str(failed)) as process:
+        while (await bus.js.stream_info(bus.names.stream_ctl)).state.messages < 256:
+            pass
+        process.send_signal(2)
+        await process.wait()
+    assert process.returncode == 130
+    assert len(failed.read_text().splitlines()) == 300
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("bind", "s1", "--from", "rows"), "stand in the rows"),
+        (("bind", "s1"), "Name a sandbox and a bot"),
+        (("unbind",), "Name a sandbox"),
+        (("login", "--from", "rows"), "--png with a folder"),
+        (("login",), "Name a sandbox"),
+        (("bind", "--from", "/nowhere"), "Cannot read the rows"),
+    ],
+)
+async def test_rows_and_names_exclude_each_other(cli: Command, arguments: tuple[str, ...], said: str) -> None:
+    result = await cli(*arguments)
+    assert (result.code, said in result.err) == (2, True)
+
+
+@pytest.fixture
+async def sim() -> AsyncIterator[Simulator]:
+    async with Simulator(SimulatorSettings(hold_ms=300, hint_ms=300, qr_hold_ms=300)) as running:
+        yield running
+
+
+async def test_many_scan_at_once_and_one_whose_phone_shows_digits_is_left_over(
+    server: EmbeddedNats, sim: Simulator, rows: Path, tmp_path: Path
+) -> None:
+    write(rows, "sandbox\ns1\ns2\ns3\n")
+    folder, failed = tmp_path / "codes", tmp_path / "failed"
+    folder.mkdir()
+    async with (
+        adapter_running(demo_settings(server.url, sim.url), start_s=START_S, drain_s=START_S),
+        started("login", "--from", str(rows), "--png", str(folder), "--failed", str(failed)) as process,
+    ):
+        await until(lambda: len(sim.qrcodes()) == 3 and len([*folder.iterdir()]) == 3)
+        codes = [code.qrcode for code in sim.qrcodes()]
+        sim.require_verify(codes[1], "4711")
+        for code in codes:
+            sim.scan(code)
+        for code in (codes[0], codes[2]):
+            sim.confirm(code)
+        out, err = await process.communicate()
+    assert process.returncode == 1
+    assert b"2 logged in, 1 failed" in err
+    assert b"The phone shows digits" in err
+    assert out.count(b" serves s") == 2
+    assert len(failed.read_text().splitlines()) == 2
