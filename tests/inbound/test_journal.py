@@ -99,14 +99,14 @@ async def test_a_quiet_bots_messages_leave_the_journal_and_repeats_are_known_all
     assert (last.messages, last.cursor, len(last.seen or ())) == ([], f"c{told - 1}", told)
     assert not any(written.record.messages for written in await bench.written())
     bench.bus.forget_ids()
-    session.leave(now=True)
+    session.stop(immediately=True)
     await task
     bench = heir_to(bench)
     bench.chat.polls = deque([batch(raw("word 3", 3), raw("new", 50), cursor="z")])
     session, task = tended(bench)
     await asyncio.sleep(60)
     assert texts(bench) == [*(f"word {n}" for n in range(told)), "new"]
-    session.leave(now=True)
+    session.stop(immediately=True)
     await task
 
 
