@@ -1,4 +1,4 @@
-"""Writes what is generated from the code: `schemas/`, the table of settings, and `helm/nats/*.conf`.
+"""Writes what is generated from the code: `schemas/`, the pages of messages and settings, and `helm/nats/*.conf`.
 
 `python -m adapter.cli.schema` writes; with `--check` it only says what differs (exit status 1).
 """
@@ -32,6 +32,16 @@ TYPES = Path("schemas/wechat-nats.d.ts")
 """TypeScript types, made of the JSON Schemas by tests/npm/types.mjs: here they are only checked."""
 EXAMPLES = ("s1", "s2")
 """The sandboxes in the configurations of `helm/nats/`."""
+SAMPLES = Path("schemas/samples/valid")
+ODD_SAMPLES = ("unknown-field", "nulls")
+"""Samples that show what a reader has to bear, not what a message has."""
+MESSAGES_PAGE = Path("docs/reference/messages.md")
+MESSAGES_HEAD = """\
+# Messages
+
+Every message of the bus, once. [Messages of the bus](../../schemas/README.md) says what you can rely on; the JSON
+Schemas beside that page say which fields are optional, and what each means.
+"""
 SETTINGS_PAGE = Path("docs/reference/settings.md")
 SETTINGS_START, SETTINGS_END = "<!-- settings -->\n", "<!-- /settings -->"
 
@@ -202,12 +212,34 @@ def settings_markdown() -> str:
     return "\n".join(lines) + "\n\n"
 
 
+def messages_markdown() -> str:
+    """`MESSAGES_PAGE`: of each message where it is, what it is, and its fullest sample."""
+    listed = channels(Names())
+    text = MESSAGES_HEAD
+    for name, kind in DOCUMENTED.items():
+        subjects = [f"`{channel.subject}`" for channel in listed if channel.message == name]
+        subjects += [f"the answer to `{channel.subject}`" for channel in listed if channel.answer == name]
+        where = ", ".join(subjects).replace("{", "<").replace("}", ">")
+        about = "Headers; the payload are bytes." if name in RAW else _first_sentence(kind)
+        samples = [file for file in (ROOT / SAMPLES).glob(f"{name}-*.json") if not file.stem.endswith(ODD_SAMPLES)]
+        fullest = max(samples, key=lambda file: (file.stem.endswith("-full"), file.stat().st_size, file.name))
+        sample = json.dumps(json.loads(fullest.read_bytes()), indent=2, ensure_ascii=False)
+        text += f"\n## {name}\n\n{where}\n\n{about}\n\n```json\n{sample}\n```\n"
+    return text
+
+
+def _first_sentence(kind: type[msgspec.Struct]) -> str:
+    sentence = " ".join((kind.__doc__ or "").split()).partition(". ")[0].removesuffix(".")
+    return sentence.replace("<", "&lt;") + "."
+
+
 def generated_files(root: Path = ROOT) -> dict[Path, str]:
     """Path below `root` and text of every generated file."""
     files = {Path("schemas") / f"{name}.json": _document_text(json_schema(name)) for name in DOCUMENTED}
     files[Path("schemas/asyncapi.json")] = _document_text(asyncapi())
     for own_accounts, file in FILES.items():
         files[Path("helm/nats") / file] = server_config(Names(), EXAMPLES, own_accounts=own_accounts)
+    files[MESSAGES_PAGE] = messages_markdown()
     page = (root / SETTINGS_PAGE).read_text(encoding="utf-8")
     before, start, rest = page.partition(SETTINGS_START)
     _, end, after = rest.partition(SETTINGS_END)

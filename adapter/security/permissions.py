@@ -58,6 +58,11 @@ class Share(NamedTuple):
     """The answer has several messages."""
 
 
+SHADOW = Share("service", "$JS.API.INFO")
+"""An account without JetStream answers every request to `$JS.API` with an error, also one that it imports, unless it
+imports this one, too. No user may publish it."""
+
+
 def inbox(role: Role, sandbox: str = "") -> str:
     """The inbox prefix of a role (setting NATS_INBOX_PREFIX); of a sandbox, its own."""
     return f"_INBOX_{sandbox or role}"
@@ -81,7 +86,7 @@ def grants(names: Names, role: Role, sandbox: str = TAG) -> Grants:
         case "sandbox":
             shares = imports(names, role, sandbox)
             stream_subjects = [share.subject for share in shares if share.kind == "stream"]
-            request_subjects = [share.subject for share in shares if share.kind == "service"]
+            request_subjects = [share.subject for share in shares if share.kind == "service" and share != SHADOW]
             return Grants(tuple(request_subjects), (*stream_subjects, f"{inbox(role, sandbox)}.>"))
 
 
@@ -90,12 +95,15 @@ def imports(names: Names, role: Role, sandbox: str = "*") -> list[Share]:
     if role == "sandbox":
         # an acknowledgement has just so many tokens; with more, these could be domain and account of another's
         pull = f"$JS.API.CONSUMER.MSG.NEXT.{names.stream_in}.{sandbox}"
+        look = f"$JS.API.CONSUMER.INFO.{names.stream_in}.{sandbox}"  # JetStream clients ask for it before they pull
         verbs = ("media.get", "media.put", "receipt", "replay", "window")
         return [
             Share("stream", names.live(sandbox)),
             Share("stream", names.event(sandbox, ">")),
             Share("service", names.out(sandbox)),
             *(Share("service", names.svc(f"{verb}.{sandbox}")) for verb in verbs),
+            SHADOW,
+            Share("service", look),
             Share("service", pull, many=True),
             Share("service", f"$JS.ACK.{names.stream_in}.{sandbox}.*.*.*.*.*"),
         ]

@@ -163,7 +163,7 @@ API: list[tuple[str, dict[str, str]]] = [
     ("$JS.API.DIRECT.GET.<stream>.wechat.x", {"adapter": ALL, "operator": READ}),
     ("$JS.API.CONSUMER.NAMES.<stream>", {"adapter": ALL, "operator": ALL}),
     ("$JS.API.CONSUMER.LIST.<stream>", {"operator": ALL}),
-    ("$JS.API.CONSUMER.INFO.<stream>.<sandbox>", {"adapter": ALL, "operator": ALL}),
+    ("$JS.API.CONSUMER.INFO.<stream>.<sandbox>", {"adapter": ALL, "operator": ALL, "own": OWN}),
     ("$JS.API.CONSUMER.CREATE.<stream>", {"operator": READ}),
     ("$JS.API.CONSUMER.CREATE.<stream>.<sandbox>", {"adapter": PULLED, "operator": READ}),
     (

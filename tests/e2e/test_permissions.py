@@ -274,6 +274,7 @@ async def test_no_reply_subject_makes_others_write_where_a_sandbox_may_not(scene
             (NAMES.svc("window.s1"), b"{}"),
             (NAMES.out("s1"), evil),
             (f"$JS.API.CONSUMER.MSG.NEXT.{NAMES.stream_in}.s1", b'{"batch":1,"no_wait":true}'),
+            (f"$JS.API.CONSUMER.INFO.{NAMES.stream_in}.s1", b""),
             (f"$JS.ACK.{NAMES.stream_in}.s1.1.1.1.1.0", b"+NXT"),
         ]:
             await s1.nc.publish(subject, body, reply=reply)
@@ -285,7 +286,8 @@ async def test_no_reply_subject_makes_others_write_where_a_sandbox_may_not(scene
     assert world.phone_texts("s2") == []
     consumer = await scene.witness.nc.jetstream().consumer_info(NAMES.stream_in, "s1")
     assert consumer.delivered is not None
-    assert consumer.delivered.consumer_seq > 10, "pulls have brought something"  # the server refuses the others
+    # the server refuses a pull whose reply nobody hears; in an account of its own hardly any of these is heard
+    assert consumer.delivered.consumer_seq > (1 if scene.server.each else 10), "pulls have brought something"
     foreign = s2.got[heard:]
     if scene.server.each:
         assert foreign == []
