@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
-from collections.abc import Callable, Coroutine
-from typing import Any, NamedTuple, get_args
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Coroutine, Iterable
+from typing import Any, get_args
 
 import msgspec
 import pytest
 
-from adapter.bindings.registry import Bindings
-from adapter.contract.names import SHARDS, shard_of
+from adapter.contract.names import SHARDS, shard_of, to_subject_token
 from adapter.contract.records import Binding
 from adapter.inbound.bot_poller import ANSWER_GRACE_S, BotPoller, State
 from adapter.inbound.poller import run_poller
-from adapter.ports import Entry
+from adapter.inbound.pollers import ANSWER_GRACE_S, Session, State
+from adapter.outbound.processor import ShardCommandProcessor
 from adapter.replica.supervisor import Supervisor
 from tests.fakes import Bench, FakeLeases, batch, ready, settle
 from tests.inbound.pollers import BOT, raw
@@ -26,11 +26,44 @@ BOTS = 10_000
 STATES: tuple[State, ...] = get_args(State)
 
 
-class NoWork:
-    """Implements ShardWork: no shard is ever opened here."""
+class Shard:
+    """In place of a shard's processor: what it is told of changes nothing, and its requests have ended at once."""
 
-    def __getattr__(self, name: str) -> Any:
-        raise AssertionError(f"{name} is not asked for")
+    tasks = 0
+
+    def __init__(self, throttled_bots: Iterable[str] = ()) -> None:
+        self.throttled_bots = set(throttled_bots)
+        self.answered = asyncio.Event()
+        self.answered.set()
+
+    def queue_depths(self, parked: Counter[str]) -> tuple[int, int | None]:
+        return 0, None
+
+    async def drain(self, grace_s: float) -> None:
+        await self.answered.wait()
+
+    def on_binding(self, sandbox: str, bot: str, users: Collection[str]) -> None: ...
+
+    def on_unbound(self, before: Binding) -> None: ...
+
+    def stop(self) -> None: ...
+
+
+class Work:
+    """Implements ShardWork with the same processor for every shard."""
+
+    def __init__(self, shard: Shard) -> None:
+        self._shard: Any = shard
+
+    def new_processor(self, shard: int) -> ShardCommandProcessor:
+        made: ShardCommandProcessor = self._shard
+        return made
+
+    def on_failed(self, name: str, detail: str) -> None:
+        raise AssertionError(f"{name} failed: {detail}")
+
+    def consumer_loops(self, shard: int, processor: ShardCommandProcessor) -> list[Coroutine[Any, Any, None]]:
+        return []
 
 
 async def no_poll(session: BotPoller) -> None:
@@ -43,6 +76,7 @@ def supervisor(
     leases: FakeLeases | None = None,
     run_poller: Callable[[BotPoller], Coroutine[Any, Any, None]] = no_poll,
     capacity: int = BOTS,
+    shard: Shard | None = None,
 ) -> Supervisor:
     async def publish_released() -> None: ...
 
@@ -50,7 +84,7 @@ def supervisor(
         bindings=bench.bindings,
         leases=leases or bench.leases,
         run_poller=run_poller,
-        work=NoWork(),
+        work=Work(shard or Shard()),
         publish_released=publish_released,
         clock=bench.clock,
         metrics=bench.metrics,
@@ -58,27 +92,32 @@ def supervisor(
     )
 
 
-class Throttled(NamedTuple):
-    """A shard of which the metrics ask."""
+@pytest.fixture
+async def following() -> AsyncIterator[Callable[[Supervisor], Awaitable[asyncio.Task[None]]]]:
+    """Has a supervisor follow leases and bindings until the test is over."""
+    begun: list[asyncio.Task[None]] = []
 
-    throttled_bots: set[str]
-    tasks: int = 0
+    async def begin(made: Supervisor) -> asyncio.Task[None]:
+        begun.append(asyncio.create_task(made.run()))
+        await settle()
+        return begun[-1]
 
-    def queue_depths(self, parked: Counter[str]) -> tuple[int, int | None]:
-        return 0, None
+    yield begin
+    for task in begun:
+        task.cancel()
+    await asyncio.gather(*begun, return_exceptions=True)
 
 
-def bind(bindings: Bindings, count: int) -> None:
+Following = Callable[[Supervisor], Awaitable[asyncio.Task[None]]]
+
+
+def bound(count: int) -> Bench:
+    """A bench with so many bindings."""
+    bench = Bench()
     for number in range(count):
         binding = Binding(sandbox=f"s{number}", bot=f"{number:06}@im.bot", user=f"u{number}", token="t")
-        bindings._apply_entry(Entry(f"{number:06}", msgspec.json.encode(binding), number + 1))
-
-
-@pytest.fixture
-async def bench() -> Bench:
-    bench = Bench()
-    bind(bench.bindings, BOTS)
-    assert len(bench.bindings) == BOTS
+        bench.bindings_bucket.put(to_subject_token(binding.bot), msgspec.json.encode(binding))
+    assert len(bench.bindings) == count
     return bench
 
 
@@ -90,11 +129,12 @@ def poll(made: Supervisor, bench: Bench, *, every_state: bool = True) -> None:
         session.unanswered_since = bench.clock.monotonic() - (100.0 if number == 7 else 1.0)
 
 
-async def test_ten_thousand_bindings_are_a_scrape_of_the_same_size(bench: Bench) -> None:
-    made = supervisor(bench)
-    made._shards[0] = Throttled({f"{number:06}@im.bot" for number in range(60)})  # type: ignore[assignment]
+async def test_ten_thousand_bindings_are_a_scrape_of_the_same_size(following: Following) -> None:
+    bench = bound(BOTS)
+    made = supervisor(bench, shard=Shard(f"{number:06}@im.bot" for number in range(60)))
     empty = bench.metrics.expose()[0]
     poll(made, bench)
+    await following(made)
     made.observe(30_000)
     body = bench.metrics.expose()[0]
     samples = [line for line in body.decode().splitlines() if not line.startswith("#")]
@@ -106,8 +146,9 @@ async def test_ten_thousand_bindings_are_a_scrape_of_the_same_size(bench: Bench)
     assert bench.metrics.value("tasks", kind="other") == 30_000
 
 
-async def test_what_the_polls_of_a_bot_show_of_its_token(bench: Bench) -> None:
+async def test_what_the_polls_of_a_bot_show_of_its_token() -> None:
     """Only what was answered since counts."""
+    bench = bound(1)
     made = supervisor(bench)
     binding = next(iter(bench.bindings))
     assert not made.has_polled_since(binding.bot, 0.0)
@@ -118,7 +159,8 @@ async def test_what_the_polls_of_a_bot_show_of_its_token(bench: Bench) -> None:
     assert not made.has_polled_since(binding.bot, 5.0)
 
 
-async def test_the_bot_that_was_answered_longest_ago_is_seen_among_ten_thousand(bench: Bench) -> None:
+async def test_the_bot_that_was_answered_longest_ago_is_seen_among_ten_thousand() -> None:
+    bench = bound(BOTS)
     made = supervisor(bench)
     poll(made, bench, every_state=False)
     made.observe(0)
@@ -131,7 +173,7 @@ async def test_the_bot_that_was_answered_longest_ago_is_seen_among_ten_thousand(
     assert bench.metrics.value("oldest_poll_age_seconds") == pytest.approx(100.0)
 
 
-async def test_a_bot_that_found_no_room_is_polled_once_there_is_some() -> None:
+async def test_a_bot_that_found_no_room_is_polled_once_there_is_some(following: Following) -> None:
     bench = Bench()
     first, second, third = ("b1@im.bot", "b2@im.bot", "b3@im.bot")
     for bot in (first, second, third):
@@ -142,29 +184,23 @@ async def test_a_bot_that_found_no_room_is_polled_once_there_is_some() -> None:
         await over[session.bot].wait()
 
     made = supervisor(bench, run_poller=run_poller, capacity=1)
-    made._owned = set(range(SHARDS))
-    for bot in (first, second, third):
-        made._follow(bot)
+    await following(made)
     assert set(made.pollers) == {first}
     for gone in (first, second):
         await bench.bindings.remove(gone)
         over[gone].set()
         await settle()
-        for bot in made._dirty:
-            made._follow(bot)
-    await settle()
     assert set(made.pollers) == {third}
-    over[third].set()
-    await settle()
 
 
-async def test_what_nobody_polls_is_counted(bench: Bench) -> None:
+async def test_what_nobody_polls_is_counted(following: Following) -> None:
     """Bindings of owned shards without a poller, and all those of shards that no replica owns."""
+    bench = bound(500)
     mine, orphans = set(range(0, SHARDS, 4)), set(range(1, SHARDS, 4))
     leases = FakeLeases(owned=mine)
     leases.orphans = orphans
-    made = supervisor(bench, leases=leases)
-    made._owned = mine
+    made = supervisor(bench, leases=leases, capacity=0)
+    await following(made)
     shards = [shard_of(binding.sandbox) for binding in bench.bindings]
     made.observe(0)
     assert bench.metrics.value("bindings_unowned") == sum(shard in mine | orphans for shard in shards)
@@ -172,7 +208,7 @@ async def test_what_nobody_polls_is_counted(bench: Bench) -> None:
         if shard_of(binding.sandbox) in mine:
             made.pollers[binding.bot] = BotPoller(binding.bot)
     made.observe(0)
-    assert bench.metrics.value("bindings_unowned") == sum(shard in orphans for shard in shards)
+    assert bench.metrics.value("bindings_unowned") == sum(shard in orphans for shard in shards) > 0
     leases.orphans = set()
     made.observe(0)
     assert bench.metrics.value("bindings_unowned") == 0
@@ -188,15 +224,26 @@ async def test_who_is_polled_elsewhere_from_now_on_waits_for_no_pause(fields: di
     assert session.poll_cancel.is_set()
 
 
-async def test_every_poll_is_cut_when_the_lease_runs_out(bench: Bench) -> None:
-    """Somebody else may poll a moment later."""
-    leases = FakeLeases(owned=())
-    made = supervisor(bench, leases=leases)
+@pytest.mark.parametrize(
+    ("lost", "seen_s"),
+    [({"has_lease": False}, 0.0), ({"incarnation": "me-2"}, 1.1)],
+    ids=["run-out", "anothers-since"],
+)
+async def test_every_poll_is_cut_when_the_lease_is_lost(
+    lost: dict[str, Any], seen_s: float, following: Following
+) -> None:
+    """Somebody else may poll a moment later. Another incarnation's lease tells that the one before was revoked while
+    the loop was held up."""
+    bench = bound(50)
+    made = supervisor(bench)
     poll(made, bench)
-    made._follow_leases()
+    await following(made)
     assert not any(session.poll_cancel.is_set() for session in made.pollers.values())
-    leases.has_lease = False
-    made._follow_leases()
+    for name, value in lost.items():
+        setattr(bench.leases, name, value)
+    bench.leases.changed.notify_all()
+    await settle()
+    await asyncio.sleep(seen_s)
     assert all(session.poll_cancel.is_set() for session in made.pollers.values())
 
 
@@ -209,45 +256,41 @@ async def test_every_poll_is_cut_when_the_lease_runs_out(bench: Bench) -> None:
     ],
 )
 async def test_a_lease_that_is_back_before_its_polls_were_cut_costs_none(
-    back_s: float, incarnation: str, asked: int
+    back_s: float, incarnation: str, asked: int, following: Following
 ) -> None:
     """As where a process was held up for longer than its lease, and the answer to its renewal lay there. Another
     incarnation's is not the one that was lost, which was revoked."""
     bench = Bench()
     await bench.bind()
     leases = bench.leases
-    made = supervisor(bench, leases=leases)
-    made._owned = set(leases.owned)
-    made._follow_leases()
-    session = made.pollers["b1@im.bot"] = BotPoller("b1@im.bot")
-    task = asyncio.create_task(run_poller(session, bench.inbound_deps()))
+    made = supervisor(bench, run_poller=lambda session: run_poller(session, bench.inbound_deps()))
+    await following(made)
     await asyncio.sleep(5)
     leases.has_lease = False
-    made._follow_leases()
+    leases.changed.notify_all()
     await asyncio.sleep(back_s)
     leases.has_lease, leases.incarnation = True, incarnation
     leases.changed.notify_all()
-    made._follow_leases()
     await asyncio.sleep(5)
     assert len(bench.chat.asked) == asked
-    session.cancel_poll()
+    made.poll_now(BOT)
     await asyncio.sleep(5)
     assert len(bench.chat.asked) == asked + 1
-    session.stop(immediately=True)
-    await task
+    await bench.bindings.remove(BOT)
+    await asyncio.sleep(5)
+    assert not made.pollers
 
 
-async def test_polls_that_still_wait_are_cut_when_the_lease_runs_out_also_while_the_replica_leaves() -> None:
+async def test_polls_are_cut_when_the_lease_runs_out_also_while_the_replica_leaves(following: Following) -> None:
     """They may wait for half a minute, and who takes over a dead replica's bots waits for none of them."""
     bench = Bench()
     await bench.bind()
     leases = bench.leases
-    made = supervisor(bench, leases=leases)
-    made._owned = set(leases.owned)
-    made._follow_leases()
-    session = made.pollers["b1@im.bot"] = BotPoller("b1@im.bot")
-    made._poller_tasks["b1@im.bot"] = asyncio.create_task(run_poller(session, bench.inbound_deps()))
+    made = supervisor(bench, run_poller=lambda session: run_poller(session, bench.inbound_deps()))
+    run = await following(made)
     await asyncio.sleep(1)
+    run.cancel()
+    await asyncio.wait([run])
     leases.owned.clear()
     leaving = asyncio.create_task(made.drain(60.0))
     await asyncio.sleep(5)
@@ -259,97 +302,80 @@ async def test_polls_that_still_wait_are_cut_when_the_lease_runs_out_also_while_
     await leaving
 
 
-async def test_every_poll_is_cut_where_the_lease_is_another_incarnations_since(bench: Bench) -> None:
-    """It was revoked, and the loop was held up meanwhile: others may poll."""
-    leases = FakeLeases(owned=())
-    made = supervisor(bench, leases=leases)
-    poll(made, bench)
-    made._follow_leases()
-    leases.incarnation = "me-2"
-    made._follow_leases()
-    assert all(session.poll_cancel.is_set() for session in made.pollers.values())
-
-
 # shards that are given away ------------------------------------------------------------------------------
 
 
-class Sending:
-    """In place of a shard's sender: one request is out until `answered`."""
-
-    def __init__(self) -> None:
-        self.answered = asyncio.Event()
-
-    async def drain(self, grace_s: float) -> None:
-        await self.answered.wait()
-
-    def rebound(self, sandbox: str, *, anew: bool) -> None: ...
-
-
 class Giving(FakeLeases):
-    """Owns one shard until it is released."""
+    """Owns the shard of s1 until it is released."""
 
     released = False
+
+    def __init__(self) -> None:
+        super().__init__(owned={shard_of("s1")})
+
+    def rebalance(self) -> None:
+        """Another replica should have the shard."""
+        self.surplus = set(self.owned)
+        self.changed.notify_all()
 
     async def release(self, shard: int) -> None:
         self.released = True
         self.owned.discard(shard)
+        self.surplus = set()
 
 
-async def handing_over(bench: Bench) -> tuple[Supervisor, Giving, Sending, int]:
+async def handing_over(following: Following) -> tuple[Supervisor, Giving, Shard, asyncio.Task[None]]:
     """A replica whose only shard goes to another one, which waits for a request that is out."""
-    shard, sending = shard_of("s1"), Sending()
-    leases = Giving(owned={shard})
-    made = supervisor(bench, leases=leases)
-    made._owned = {shard}
-    made._shards[shard] = sending  # type: ignore[assignment]
-    leases.surplus = {shard}
-    made._follow_leases()
+    shard, leases = Shard(), Giving()
+    made = supervisor(Bench(), leases=leases, shard=shard)
+    run = await following(made)
+    shard.answered.clear()
+    leases.rebalance()
     await settle()
     assert not leases.released
-    return made, leases, sending, shard
+    return made, leases, shard, run
 
 
-async def test_who_stops_while_it_gives_a_shard_away_gives_it_only_once_its_requests_have_ended() -> None:
-    made, leases, sending, _ = await handing_over(Bench())
+async def test_a_shard_is_given_away_after_its_requests_have_ended_also_by_who_stops(following: Following) -> None:
+    made, leases, shard, run = await handing_over(following)
+    run.cancel()
     stopping = asyncio.create_task(made.drain(60.0))
     await asyncio.sleep(30)
     assert not leases.released
-    sending.answered.set()
+    shard.answered.set()
     await stopping
     assert leases.released
 
 
-async def test_messages_need_not_wait_for_the_requests_of_a_shard_that_is_given_away() -> None:
-    made, _, sending, _ = await handing_over(Bench())
+async def test_messages_need_not_wait_for_the_requests_of_a_shard_that_is_given_away(following: Following) -> None:
+    made, _, shard, _ = await handing_over(following)
     async with asyncio.timeout(1.0):
         assert await made.open_shard("s1") is None
-    sending.answered.set()
+    shard.answered.set()
     await settle()
 
 
-async def test_what_is_stored_as_a_shard_is_given_away_waits_for_no_long_poll() -> None:
+async def test_what_is_stored_as_a_shard_is_given_away_waits_for_no_long_poll(following: Following) -> None:
     bench = await ready(None, batch(raw("meanwhile"), cursor="b"), None, None)
-    shard, sending = shard_of("s1"), Sending()
-    leases = bench.leases = Giving(owned={shard})
-    made = supervisor(bench, leases=leases, run_poller=lambda session: run_poller(session, bench.inbound_deps()))
-    made._owned = {shard}
-    made._shards[shard] = sending  # type: ignore[assignment]
-    made._start(BOT)
+    shard, leases = Shard(), Giving()
+    made = supervisor(bench, leases=leases, shard=shard, run_poller=lambda session: run_poller(session, bench.inbound_deps()))
+    await following(made)
+    shard.answered.clear()
     await asyncio.sleep(34.5)
-    leases.surplus = {shard}
-    made._follow_leases()
+    leases.rebalance()
     await asyncio.sleep(1.0)
     assert ((await bench.written())[-1].record.messages, bench.chat.polling) == ([raw("meanwhile")], 1)
-    sending.answered.set()
+    shard.answered.set()
     await asyncio.sleep(1.0)
     assert ((await bench.written())[-1].owner, bench.chat.polling) == ("", 0)
 
 
-async def test_a_bot_whose_poller_has_not_begun_may_have_something_to_catch_up_with() -> None:
-    bench = await ready()
-    made = supervisor(bench)
+async def test_a_bot_whose_poller_has_not_begun_may_have_something_to_catch_up_with(following: Following) -> None:
+    bench = Bench()
+    made = supervisor(bench, capacity=0)
+    await bench.bind()
     assert not made.is_catching_up(BOT)  # another replica's
-    made._owned = {shard_of("s1")}
-    assert made.is_catching_up(BOT)
-    made._crowded.add(BOT)
-    assert not made.is_catching_up(BOT)
+    await following(made)
+    assert not made.is_catching_up(BOT)  # there is no room for it
+    await bench.bind(bot="b2@im.bot")
+    assert made.is_catching_up("b2@im.bot")

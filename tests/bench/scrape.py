@@ -12,8 +12,7 @@ import statistics
 import time
 from collections.abc import Callable
 
-from tests.fakes import Bench
-from tests.test_supervisor import BOTS, bind, poll, supervisor
+from tests.test_supervisor import BOTS, bound, poll, supervisor
 
 RUNS = 50
 
@@ -29,8 +28,7 @@ def median_ms(work: Callable[[], object]) -> float:
 
 
 async def main() -> None:
-    bench = Bench()
-    bind(bench.bindings, BOTS)
+    bench = bound(BOTS)
     made = supervisor(bench)
     poll(made, bench)
     made.observe(3 * BOTS)
