@@ -133,16 +133,16 @@ async def test_replicas_of_the_past_are_forgotten() -> None:
         "_sightings": 1,
         "_first_seen_at": 1,
     }
-    assert len(first.leases._known_dead) == 20
+    assert tables(first.leases)["_known_dead"] == 20
     for number in range(DEAD_KEPT):
         assert not await first.leases.revoke_if_expired(f"past-{number}")
     await asyncio.sleep(LEASE_S)
     for number in range(DEAD_KEPT):
         assert await first.leases.revoke_if_expired(f"past-{number}")
-    assert len(first.leases._known_dead) <= DEAD_KEPT
+    assert tables(first.leases)["_known_dead"] <= DEAD_KEPT
     for number in range(2 * DEAD_KEPT):
         assert not await first.leases.revoke_if_expired(f"lost-{number}")
-    assert len(first.leases._absent_since) <= DEAD_KEPT + 1
+    assert tables(first.leases)["_absent_since"] <= DEAD_KEPT + 1
 
 
 # uploads -------------------------------------------------------------------------------------------------
@@ -154,7 +154,7 @@ async def test_uploads_are_kept_as_long_as_they_may_be_used_again() -> None:
     for number in range(USERS):
         await bench.uploads.upload_media(f"c-{number}", MediaPart("file", "a.txt", "", b"hello"), account, "s1", USER)
         await asyncio.sleep(READY_S / 10)
-    assert len(bench.uploads._ready) == 10
+    assert tables(bench.uploads)["_ready"] == 10
     assert bench.cdn.asked == USERS
 
 

@@ -150,8 +150,8 @@ async def test_what_is_gone_or_lacks_keys_is_told_and_waited_for() -> None:
     ]
     await replica.monitor.wait_complete(["WECHAT_OUT"])
     assert not any(wait.done() for wait in waits)
-    assert replica.metrics.nats_streams_missing._value.get() == 2
-    assert replica.metrics.nats_consumer_pending.labels(consumer="out")._value.get() == 6  # 10 stored, 4 in hand
+    assert replica.metrics.value("nats_streams_missing") == 2
+    assert replica.metrics.value("nats_consumer_pending", consumer="out") == 6  # 10 stored, 4 in hand
     replica.absent, replica.incomplete = [], []
     await asyncio.sleep(2 * CHECK_S)
     assert all(check.ok for check in replica.health.check_ready())
@@ -165,12 +165,12 @@ async def test_what_was_changed_is_told_as_long_as_it_is_so() -> None:
     await asyncio.sleep(2 * CHECK_S)
     (check,) = (check for check in replica.health.check_ready() if check.name == "streams")
     assert (check.ok, check.detail) == (False, "altered: WECHAT_IN (republish); `wechat-nats doctor --fix`")
-    assert replica.metrics.nats_streams_altered._value.get() == 1
+    assert replica.metrics.value("nats_streams_altered") == 1
     await replica.monitor.wait_complete(["WECHAT_IN"])
     replica.altered = {}
     await asyncio.sleep(2 * CHECK_S)
     assert all(check.ok for check in replica.health.check_ready())
-    assert replica.metrics.nats_streams_altered._value.get() == 0
+    assert replica.metrics.value("nats_streams_altered") == 0
 
 
 async def test_what_is_back_is_looked_at_at_once() -> None:

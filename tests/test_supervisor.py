@@ -14,7 +14,6 @@ from adapter.contract.names import SHARDS, shard_of, to_subject_token
 from adapter.contract.records import Binding
 from adapter.inbound.bot_poller import ANSWER_GRACE_S, BotPoller, State
 from adapter.inbound.poller import run_poller
-from adapter.inbound.pollers import ANSWER_GRACE_S, Session, State
 from adapter.outbound.processor import ShardCommandProcessor
 from adapter.replica.supervisor import Supervisor
 from tests.fakes import Bench, FakeLeases, batch, ready, settle
@@ -358,7 +357,9 @@ async def test_messages_need_not_wait_for_the_requests_of_a_shard_that_is_given_
 async def test_what_is_stored_as_a_shard_is_given_away_waits_for_no_long_poll(following: Following) -> None:
     bench = await ready(None, batch(raw("meanwhile"), cursor="b"), None, None)
     shard, leases = Shard(), Giving()
-    made = supervisor(bench, leases=leases, shard=shard, run_poller=lambda session: run_poller(session, bench.inbound_deps()))
+    made = supervisor(
+        bench, leases=leases, shard=shard, run_poller=lambda session: run_poller(session, bench.inbound_deps())
+    )
     await following(made)
     shard.answered.clear()
     await asyncio.sleep(34.5)

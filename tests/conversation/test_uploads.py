@@ -11,8 +11,8 @@ import pytest
 from adapter.conversation.commands import MediaPart
 from adapter.conversation.uploads import READY_S, StoreAway
 from adapter.errors import Refused, SessionExpired, Temporary, Unreadable
-from adapter.kit.slots import FairSlots
 from adapter.ports import Account
+from adapter.replica.wiring import TRANSFERS_PER_SANDBOX
 from tests.fakes import MEDIA_BYTES, Bench, Carried
 
 VIRTUAL_TIME = True
@@ -176,17 +176,16 @@ async def test_a_damaged_object_is_refused(when: str) -> None:
 
 async def test_a_sandbox_whose_uploads_hang_holds_up_no_other() -> None:
     bench = Bench()
-    bench.uploads._transfers = FairSlots(4, share=2)
     hanging = asyncio.Event()
     bench.cdn.hold["hanging"] = hanging
     uploads = [
         asyncio.create_task(bench.uploads.upload_media(f"c-{number}", part(), ACCOUNT, "bad", "hanging"))
-        for number in range(6)
+        for number in range(TRANSFERS_PER_SANDBOX + 4)
     ]
     await asyncio.sleep(1)
     async with asyncio.timeout(1):
         await bench.uploads.upload_media("c-0", part(), ACCOUNT._replace(bot="b2@im.bot"), "good", USER)
-    assert bench.cdn.asked == 3
+    assert bench.cdn.asked == TRANSFERS_PER_SANDBOX + 1
     hanging.set()
     await asyncio.gather(*uploads)
-    assert len(bench.cdn.uploads) == 7
+    assert len(bench.cdn.uploads) == TRANSFERS_PER_SANDBOX + 5

@@ -143,11 +143,13 @@ class Bench:
         self.bindings = self.replica.bindings
         for entry in self.bindings_bucket.entries.values():
             self.bindings._apply_entry(entry)
-        self.bindings_bucket._followers.append(self.bindings._apply_entry)
+        self.bindings_bucket.followers.append(self.bindings._apply_entry)
         self.bindings.is_loaded = True
         self.processors: dict[int, ShardCommandProcessor] = {}
         """By shard: those that work here."""
         self.limits = limits
+        self.slots = FairSlots(8, share=8)
+        """For requests."""
         self.access, self.receipts = self.replica.access, self.replica.receipts
         self.events, self.sealer = self.replica.access.events, self.replica.sealer
         self.store, self.conversations = self.replica.conversation_store, self.replica.conversations
@@ -259,7 +261,7 @@ class Bench:
         policy = policy._replace(**{k: changes.pop(k) for k in list(changes) if k in SendPolicy._fields})
         deps = self.replica.outbound
         return deps._replace(
-            conversation=deps.conversation._replace(policy=policy, slots=FairSlots(8, share=8)),
+            conversation=deps.conversation._replace(policy=policy, slots=self.slots),
             reading=deps.reading._replace(limits=self.limits),
         )._replace(**changes)
 

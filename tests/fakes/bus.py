@@ -69,7 +69,7 @@ class FakeBus:
             if message.ensure_owner_if_delayed is not None and self._clock.monotonic() - began > DELAYED_PUBLISH_S:
                 message.ensure_owner_if_delayed()
             acks.append(
-                self.refuse(message) or self._repeat(message) or self._conflict(message) or self._store(message)
+                self.refuse(message) or self._repeat(message) or self._conflict(message) or self.store(message)
             )
         return acks
 
@@ -86,7 +86,7 @@ class FakeBus:
         last = next((kept.stored.seq for kept in of_subject if kept.stored.subject == message.subject), 0)
         return None if int(expected) == last else Conflict(10071, "wrong last sequence")
 
-    def _store(self, message: Message) -> PubAck:
+    def store(self, message: Message) -> PubAck:
         stream = self.stream_of(message.subject)
         return PubAck(stream=stream, seq=self.put(message.subject, message.payload, message.headers, message.stream))
 
@@ -216,7 +216,7 @@ class FakeBucket:
         self.ttls: dict[str, int] = {}
         """In seconds, of keys and marks of deletions that were written to be gone in time. Nothing goes here."""
         self._revision = 0
-        self._followers: list[Callable[[Entry], None]] = []
+        self.followers: list[Callable[[Entry], None]] = []
 
     async def get(self, key: str) -> Entry | None:
         self.reads += 1
@@ -264,7 +264,7 @@ class FakeBucket:
         self.ttls.pop(key, None)
         entry = self.entries[key] = Entry(key, value, self._revision)
         self.journal.append(self.label)
-        for follower in self._followers:
+        for follower in self.followers:
             follower(entry)
         return self._revision
 
@@ -274,7 +274,7 @@ class FakeBucket:
         *,
         on_loaded: Callable[[], None] | None = None,
     ) -> None:
-        self._followers.append(on_entry)
+        self.followers.append(on_entry)
         for entry in list(self.entries.values()):
             on_entry(entry)
         if on_loaded is not None:

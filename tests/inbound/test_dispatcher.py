@@ -19,6 +19,7 @@ from adapter.inbound.inbox import LARGE
 from adapter.inbound.journal import JournalRecord
 from adapter.ports import Message, Polled, Stored
 from tests.fakes import EPOCH_MS, Bench, Failing, batch, ready, settle
+from tests.growth import tables
 from tests.inbound.downloads import NOTHING, PNG, heir_to, image, run, said, words
 from tests.inbound.pollers import BOT, USER, Poller, polls, raw, tended, texts
 
@@ -281,7 +282,7 @@ async def test_a_message_for_a_bot_that_was_bound_anew_is_told_though_the_news_a
         (key,) = bench.bindings_bucket.entries
         value = bench.bindings_bucket.entries[key].value
         bench.bindings_bucket.put(key, None)
-        platform.bindings_bucket._followers.clear()
+        platform.bindings_bucket.followers.clear()
         bench.bindings_bucket.put(key, value)
         return batch(raw("in time"))
 
@@ -809,7 +810,7 @@ async def test_a_bot_that_is_silent_leaves_nothing_to_look_for_and_no_conversati
     last = (await bench.written())[-1].record
     assert (last.messages, last.done_to) == ([], last.last_heard)
     assert replica.session.dispatcher is not None
-    assert not replica.session.dispatcher._unsaved
+    assert tables(replica.session.dispatcher)["_unsaved"] == 0
     written = len(await bench.written())
     await asyncio.sleep(300)
     assert len(await bench.written()) == written

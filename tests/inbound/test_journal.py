@@ -185,7 +185,7 @@ async def test_what_nobody_can_read_in_a_journal_is_told_and_written_over(value:
 
 def lose_answer(bench: Bench, times: int = 1) -> None:
     """The next records with messages are stored, and nobody hears of it: the lease has paused by then."""
-    store, left = bench.bus._store, times
+    store, left = bench.bus.store, times
 
     def lossy(message: Message) -> PubAck:
         nonlocal left
@@ -195,7 +195,7 @@ def lose_answer(bench: Bench, times: int = 1) -> None:
             raise Temporary("no_answer")
         return ack
 
-    bench.bus._store = lossy  # type: ignore[method-assign]
+    bench.bus.store = lossy  # type: ignore[method-assign]
 
 
 async def test_a_record_that_was_stored_without_an_answer_is_stored_and_told_once() -> None:
@@ -212,7 +212,7 @@ async def test_a_record_that_was_stored_without_an_answer_is_stored_and_told_onc
 async def test_a_repeat_of_a_write_meets_the_first_one() -> None:
     """The publisher repeats what was not acknowledged, byte for byte."""
     bench = await ready()
-    store, others = bench.bus._store, [1]
+    store, others = bench.bus.store, [1]
 
     def lossy(message: Message) -> PubAck:
         ack = store(message)
@@ -222,7 +222,7 @@ async def test_a_repeat_of_a_write_meets_the_first_one() -> None:
             raise Conflict(10071, "wrong last sequence")
         return ack
 
-    bench.bus._store = lossy  # type: ignore[method-assign]
+    bench.bus.store = lossy  # type: ignore[method-assign]
     assert await bench.journal.append(BOT, JournalRecord(cursor="b"), "me-1", 0) == 1
     assert len(await bench.written()) == 1
 

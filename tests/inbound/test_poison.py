@@ -182,7 +182,7 @@ async def test_ilinks_repeats_of_the_others_are_still_known(fault: Fault, poller
 
 async def test_a_fault_after_the_message_is_on_the_bus_makes_no_dead_letter_of_it(poller: Poller) -> None:
     bench = await ready(batch(raw("one", 1), BAD, raw("three", 3), cursor="b"))
-    store, bugs = bench.bus._store, Bugs(ALWAYS)
+    store, bugs = bench.bus.store, Bugs(ALWAYS)
 
     def stored_all_the_same(message: Message) -> PubAck:
         ack = store(message)
@@ -190,7 +190,7 @@ async def test_a_fault_after_the_message_is_on_the_bus_makes_no_dead_letter_of_i
             bugs.strike()
         return ack
 
-    bench.bus._store = stored_all_the_same  # type: ignore[method-assign]
+    bench.bus.store = stored_all_the_same  # type: ignore[method-assign]
     poller(bench)
     await asyncio.sleep(60)
     assert texts(bench) == ["one", WORDS, "three"]

@@ -614,7 +614,7 @@ async def test_a_crash_after_the_bind_was_carried_out_does_not_bind_again() -> N
     assert doors.bench.bindings.get(BOT) is not None
     await doors.stop()
     doors.bucket.on_write = None
-    doors.bench.bus._ids.clear()
+    doors.bench.bus.forget_ids()
     heir = Doors(doors, incarnation="heir-1")
     await asyncio.sleep(3)
     now = await heir.status(login)

@@ -33,6 +33,16 @@ async def user_writes(bench: Bench, *, bot: str = BOT, user: str = USER) -> None
     await bench.wrote(f"in:{bench.clock.now_ms()}", bot=bot, user=user)
 
 
+def free_slots(bench: Bench) -> int:
+    """How many requests more may be out at once."""
+    taken = 0
+    while bench.slots.try_acquire("probe"):
+        taken += 1
+    for _ in range(taken):
+        bench.slots.release("probe")
+    return taken
+
+
 def finals(bench: Bench) -> list[Receipt]:
     return [receipt for receipt in bench.bus.receipts() if receipt.outcome in FINAL_OUTCOMES]
 

@@ -205,4 +205,4 @@ async def test_stopping_leaves_what_waits_to_the_next_owner() -> None:
     bench.chat.hold_sends["u1@im.wechat"].set()
     await shard.drain(5.0)
     assert len(bench.bus.receipts()) <= 1
-    assert not shard._tasks
+    assert shard.tasks == 0

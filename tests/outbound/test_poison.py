@@ -20,7 +20,8 @@ from adapter.outbound.backlog import MAX_HELD
 from adapter.outbound.processor import ShardCommandProcessor
 from adapter.ports import Account, Content, Message
 from tests.fakes import Bench, FakeDelivery
-from tests.outbound.shards import BOT, STALE, USER, finals, parked, ready, user_writes
+from tests.growth import tables
+from tests.outbound.shards import BOT, STALE, USER, finals, free_slots, parked, ready, user_writes
 
 VIRTUAL_TIME = True
 
@@ -152,7 +153,7 @@ STEPS = [
     Step("finals", calling(lambda bench, _: bench.receipts, "find", asked_of_bad), TEXT, UNCERTAIN, redelivered=True),
     Step("rules", calling(lambda *_: rules, "step", is_first_bad), outlives=0),
     Step("record", calling(lambda bench, _: bench.store, "save", of_bad)),
-    Step("slot", calling(lambda _, p: p._deps.conversation.slots, "try_acquire", always), times=3),
+    Step("slot", calling(lambda bench, _: bench.slots, "try_acquire", always), times=3),
     Step("upload", calling(lambda bench, _: bench.cdn, "upload", always), FILE),
     Step("object", calling(lambda bench, _: bench.objects, "get_info", always), OBJECT),
     Step("before-it-leaves", calling(CHAT, "send", is_bad_send), TEXT, UNCERTAIN, outlives=1),
@@ -233,7 +234,7 @@ async def three_commands(
 def check_nothing_is_left(bench: Bench, processor: ShardCommandProcessor, deliveries: list[FakeDelivery]) -> None:
     assert processor.commands.depth() == (0, None)
     assert processor.tasks == 0
-    assert processor._deps.conversation.slots._free == 8
+    assert free_slots(bench) == 8
     assert [one.acks for one in deliveries] == [1, 1, 1]
     assert bench.chat.overlaps == 0
     assert len({sent.client_id for sent in bench.chat.sent if sent.text == WORDS}) <= 1
@@ -321,7 +322,7 @@ async def test_a_receipt_that_cannot_be_written_at_all_holds_up_nobody(monkeypat
     assert ended(bench) == [("after", *SENT)]
     assert bad.acks == 0
     assert processor.tasks == 0
-    assert not processor.commands.backlog._held
+    assert tables(processor.commands.backlog)["_held"] == 0
     processor.stop()
     bugs.left = 0
     heir = Bench(bench, incarnation="heir-1")
@@ -351,7 +352,7 @@ async def test_the_request_that_is_out_ends_by_its_answer_though_a_message_canno
     assert bench.chat.texts == [WORDS, "after"]
     assert bench.chat.overlaps == 0
     assert ended(bench) == [(WORDS, *SENT), ("after", *SENT)]
-    assert processor._deps.conversation.slots._free == 8
+    assert free_slots(bench) == 8
 
 
 # what is parked ----------------------------------------------------------------------------------------------

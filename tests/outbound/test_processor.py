@@ -16,6 +16,7 @@ from adapter.outbound.ledger import ENDED_KEPT
 from adapter.outbound.processor import ShardCommandProcessor
 from adapter.ports import Accepted, Message
 from tests.fakes import GAP_S, Bench, Failing, FakeDelivery, settle
+from tests.growth import tables
 from tests.outbound.shards import BOT, THROTTLED, TIMEOUT, USER, finals, outcomes, parked, ready, user_writes
 
 VIRTUAL_TIME = True
@@ -84,7 +85,7 @@ async def test_what_was_settled_long_ago_is_looked_up_and_not_remembered() -> No
     for delivery in (first, *deliveries):
         shard.intake.on_delivery(delivery)
         await asyncio.sleep(2)
-    assert len(shard.commands._ended) == ENDED_KEPT
+    assert tables(shard.commands)["_ended"] == ENDED_KEPT
     for delivery in (first, *deliveries):
         shard.intake.on_delivery(delivery.again())
     await asyncio.sleep(60)

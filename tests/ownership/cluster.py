@@ -126,7 +126,8 @@ class Replica:
         self.life = Life()
         self.members, self.claims = Line(cluster.members, self.life), Line(cluster.claims, self.life)
         self.clock = OwnClock(self.life, rate, ahead_s)
-        self.leases = Leases(self.members, self.claims, self.clock, Metrics(), instance=name, lease_s=LEASE_S)
+        self.metrics = Metrics()
+        self.leases = Leases(self.members, self.claims, self.clock, self.metrics, instance=name, lease_s=LEASE_S)
         self.task = asyncio.get_running_loop().create_task(self._run())
 
     async def _run(self) -> None:

@@ -37,7 +37,7 @@ async def test_who_waits_for_a_shard_is_told_when_it_is_there(cluster: Cluster) 
     waiting = asyncio.create_task(alone.leases.wait_owned(5))
     await cluster.run(2)
     assert waiting.done()
-    assert alone.leases._metrics.value("shards_owned") == SHARDS
+    assert alone.metrics.value("shards_owned") == SHARDS
 
 
 async def test_shards_that_nobody_could_claim_are_orphans_until_somebody_can(cluster: Cluster) -> None:
@@ -123,7 +123,7 @@ async def test_a_replica_that_flaps_moves_nothing(cluster: Cluster) -> None:
         await flapping.kill()
         await cluster.run(LEASE_S * 2)
     assert first.working == set(range(SHARDS))
-    assert first.leases._metrics.value("lease_changes_total", reason="released") == 0
+    assert first.metrics.value("lease_changes_total", reason="released") == 0
 
 
 async def test_a_release_that_lands_late_frees_nothing_that_was_claimed_again(cluster: Cluster) -> None:
@@ -578,7 +578,8 @@ async def test_who_is_told_to_end_at_the_moment_of_its_revocation_ends(steps: in
     replica = cluster.start()
     await cluster.run(2)
     revoked = asyncio.Event()
-    cluster.members.write(replica.leases.incarnation, None, replica.leases._revision)
+    member = replica.leases.incarnation
+    cluster.members.write(member, None, cluster.members.entries[member].revision)
     replica.members.on_get = revoked.set
     await revoked.wait()
     for _ in range(steps):
