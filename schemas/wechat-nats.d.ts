@@ -1,8 +1,8 @@
 /* Messages of the bus, generated from the JSON Schemas here by `make generate`; do not edit.
-   Of: 61e5088b1228a1906dd587326f85fa0e5240fdc0461f6b2c2061c08b31430cfd */
+   Of: 6013387a58d4ff01862aa63ec5328d428293e537c6ecec1ac2c650cb08edaee0 */
 
 /**
- * How a binding behaves.
+ * Options of a binding.
  */
 export interface Options {
   /**
@@ -10,16 +10,16 @@ export interface Options {
    */
   durable?: boolean;
   /**
-   * Show that the bot types from each inbound message to the answer.
+   * Show the typing indicator from each inbound message to the answer.
    */
   auto_typing?: boolean;
   /**
-   * Download what the user sends; false: only say that it came.
+   * Download the user's media; false: messages only mention them.
    */
   media?: boolean;
 }
 /**
- * Let a bot serve a sandbox. Subject: wechat.ctl.bind. Idempotent by `id`.
+ * Bind a bot to a sandbox. Subject: wechat.ctl.bind. Idempotent by `id`.
  */
 export interface Bind {
   /**
@@ -44,12 +44,12 @@ export interface Bind {
   base_url?: string | null;
   user?: string | null;
   /**
-   * Where to poll from; default: where it was, or the start. A secret: the bot's token stands in iLink's cursors.
+   * Cursor to poll from; default: the current one, or the start. A secret: iLink's cursors contain the bot's token.
    */
   cursor?: string | null;
   options?: Options;
   /**
-   * What the person before wrote, and the sandbox has not read, is delivered all the same. Default: an unbind of the last person, and a bind of another one, move the durable consumer, and the beginning of a replay, past it.
+   * Deliver what the former person wrote and the sandbox has not read. Default: an unbind of the last person, and a bind of another one, move the durable consumer and the start of a replay past it.
    */
   keep_undelivered?: boolean;
   /**
@@ -58,18 +58,18 @@ export interface Bind {
   check?: boolean | null;
 }
 /**
- * Something happened to a binding. Subject: wechat.event.<sandbox>.binding.
+ * A binding changed. Subject: wechat.event.<sandbox>.binding.
  */
 export interface BindingEvent {
   sandbox: string;
   bot: string;
   /**
-   * replaced: another bot of the same user took its place. refused: a bind was not carried out. stale: iLink said -14 and the short recovery runs. needs_login: it failed; scan a new QR code. recovered: iLink takes the token again, also after needs_login.
+   * replaced: another bot of the same user took its place. refused: a bind was refused. stale: iLink answered -14, and the token is retried for a short time. needs_login: the retries failed; scan a new QR code. recovered: iLink accepts the token again, also after needs_login.
    */
   change: "bound" | "needs_login" | "recovered" | "refused" | "replaced" | "stale" | "unbound";
   user?: string;
   /**
-   * refused: a word for why. unbound: moved, where the bot went to another sandbox. stale and needs_login: iLink's words, if any.
+   * refused: a word for the cause. unbound: moved, if the bot went to another sandbox. stale and needs_login: iLink's error text, if any.
    */
   reason?: string;
   /**
@@ -81,13 +81,13 @@ export interface BindingEvent {
    */
   request?: string;
   /**
-   * bound, unbound: replay begins after this sequence. Absent: nothing is replayed, since nobody is bound now.
+   * bound, unbound: a replay begins after this sequence. Absent: nothing is replayed, since no person is bound now.
    */
   replay_after?: number | null;
   at_ms?: number;
 }
 /**
- * A binding without its token: the answer of wechat.svc.bindings.get and .list, and of bind.
+ * A binding without its token: answer of wechat.svc.bindings.get and .list, and of bind.
  */
 export interface BindingInfo {
   sandbox: string;
@@ -100,7 +100,7 @@ export interface BindingInfo {
    */
   reason?: string;
   /**
-   * When it came into this state.
+   * Start of this state.
    */
   since_ms?: number;
   options?: Options;
@@ -111,7 +111,7 @@ export interface BindingInfo {
 export interface BindingsPage {
   bindings: BindingInfo[];
   /**
-   * Ask again with `after` set to this; empty: that was all.
+   * Value of `after` for the next page; empty: this is the last.
    */
   next?: string;
 }
@@ -122,22 +122,22 @@ export interface BindingsQuery {
   sandbox?: string | null;
   bot?: string | null;
   /**
-   * Continue after this bot: `next` of the page before.
+   * Continue after this bot: `next` of the previous page.
    */
   after?: string;
   /**
-   * Most bindings of a page.
+   * Page size.
    */
   limit?: number;
 }
 /**
- * Answer to bind and unbind, sent to the header Reply-To once the outcome is stored.
+ * Answer to bind and unbind, sent to the header Reply-To when the outcome is stored.
  */
 export interface ControlAnswer {
   ok: boolean;
   id?: string;
   /**
-   * What is bound now (bind) or was until now (unbind).
+   * Current bindings (bind), or removed ones (unbind).
    */
   bindings?: BindingInfo[];
   /**
@@ -163,17 +163,17 @@ export interface ControlAnswer {
 export interface FileItem {
   kind: "file";
   /**
-   * As the sender calls it.
+   * File name from the sender.
    */
   name?: string;
   media?: Media | null;
   /**
-   * Why the bytes are missing: too_large, timeout, unavailable (the CDN refused or failed), corrupt (they cannot be decrypted), reference (none, or one that may not be followed), off (the binding's option), store (the bus did not take them); empty where they are there.
+   * Why the bytes are missing: too_large, timeout, unavailable (the CDN refused or failed), corrupt (they cannot be decrypted), reference (missing, or not allowed), off (the binding's option), store (the bus did not accept them); empty if they are there.
    */
   reason?: string;
 }
 /**
- * Bytes in the object store `wechat_media`. A sandbox reads its own by wechat.svc.media.get.<sandbox>.
+ * An object in the store `wechat_media`. A sandbox reads its objects by wechat.svc.media.get.<sandbox>.
  */
 export interface Media {
   /**
@@ -181,11 +181,11 @@ export interface Media {
    */
   object: string;
   /**
-   * A file name: the sender's, else one made for its type.
+   * File name from the sender, or generated for the type.
    */
   name?: string;
   /**
-   * Type, found by content.
+   * Type, detected from the content.
    */
   mime?: string;
   /**
@@ -197,15 +197,15 @@ export interface Media {
    */
   sha256?: string;
   /**
-   * Pixels, where known.
+   * Pixels, if known.
    */
   width?: number | null;
   /**
-   * Pixels, where known.
+   * Pixels, if known.
    */
   height?: number | null;
   /**
-   * Where known.
+   * If known.
    */
   duration_ms?: number | null;
 }
@@ -216,12 +216,12 @@ export interface ImageItem {
   kind: "image";
   media?: Media | null;
   /**
-   * Why the bytes are missing: too_large, timeout, unavailable (the CDN refused or failed), corrupt (they cannot be decrypted), reference (none, or one that may not be followed), off (the binding's option), store (the bus did not take them); empty where they are there.
+   * Why the bytes are missing: too_large, timeout, unavailable (the CDN refused or failed), corrupt (they cannot be decrypted), reference (missing, or not allowed), off (the binding's option), store (the bus did not accept them); empty if they are there.
    */
   reason?: string;
 }
 /**
- * What the user quoted.
+ * The quoted message.
  */
 export interface Quote {
   /**
@@ -229,15 +229,15 @@ export interface Quote {
    */
   id?: string;
   /**
-   * The quoted text or a summary, as far as it is known.
+   * The quoted text or a summary, if known.
    */
   text?: string;
   /**
-   * Whose words; empty: not known.
+   * The quoted author; empty: unknown.
    */
   said_by?: "" | "bot" | "user";
   /**
-   * What was quoted: text, image, voice, file, video; empty: not known.
+   * Quoted kind: text, image, voice, file, video; empty: unknown.
    */
   kind?: string;
 }
@@ -258,7 +258,7 @@ export interface UnsupportedItem {
    */
   type: number;
   /**
-   * Why: kind, malformed or too_large.
+   * The cause: kind, malformed or too_large.
    */
   reason?: string;
 }
@@ -270,7 +270,7 @@ export interface VideoItem {
   duration_ms?: number | null;
   media?: Media | null;
   /**
-   * Why the bytes are missing: too_large, timeout, unavailable (the CDN refused or failed), corrupt (they cannot be decrypted), reference (none, or one that may not be followed), off (the binding's option), store (the bus did not take them); empty where they are there.
+   * Why the bytes are missing: too_large, timeout, unavailable (the CDN refused or failed), corrupt (they cannot be decrypted), reference (missing, or not allowed), off (the binding's option), store (the bus did not accept them); empty if they are there.
    */
   reason?: string;
 }
@@ -289,11 +289,11 @@ export interface VoiceItem {
    */
   media?: Media | null;
   /**
-   * The same as WAV, where it could be converted.
+   * The recording as WAV, if it could be converted.
    */
   wav?: Media | null;
   /**
-   * Why the bytes are missing: too_large, timeout, unavailable (the CDN refused or failed), corrupt (they cannot be decrypted), reference (none, or one that may not be followed), off (the binding's option), store (the bus did not take them); empty where they are there.
+   * Why the bytes are missing: too_large, timeout, unavailable (the CDN refused or failed), corrupt (they cannot be decrypted), reference (missing, or not allowed), off (the binding's option), store (the bus did not accept them); empty if they are there.
    */
   reason?: string;
 }
@@ -302,20 +302,20 @@ export interface VoiceItem {
  */
 export interface Window {
   /**
-   * Sends left; 0 also when time is over or WeChat takes no more; null: sends are not counted. Each part of a long text, each media item and each caption is one.
+   * Sends left; 0 also if the window is over or WeChat accepts no more; null: sends are not counted. Each part of a long text, each media item and each caption is a send.
    */
   remaining?: number | null;
   /**
-   * How many of `remaining` are kept back for answers: no command with `optional` takes them.
+   * Sends of `remaining` that are reserved for answers: commands with `optional` get none.
    */
   reserved?: number;
   /**
-   * When the window closes; null: no window is open.
+   * When the window closes; null: it is not open.
    */
   closes_at_ms?: number | null;
 }
 /**
- * What a user said to the bot of one sandbox. Subject: wechat.in.<sandbox>.
+ * A user's message to the bot of one sandbox. Subject: wechat.in.<sandbox>.
  */
 export interface Inbound {
   /**
@@ -345,11 +345,11 @@ export interface Inbound {
   window?: Window;
 }
 /**
- * Answer of wechat.svc.login.*: a QR login and its code, which is a secret until the login is over.
+ * Answer of wechat.svc.login.*: a QR login with its code, which is a secret until the login is over.
  */
 export interface Login {
   /**
-   * Its id, for login.status, .verify and .cancel.
+   * Id for login.status, .verify and .cancel.
    */
   login: string;
   sandbox: string;
@@ -359,15 +359,15 @@ export interface Login {
    */
   code?: number;
   /**
-   * The text to encode as a QR code, or a `data:` URL of a picture of it; empty when over.
+   * The text to encode as a QR code, or a `data:` URL of its picture; empty at the end.
    */
   qrcode_url?: string;
   /**
-   * The code drawn for a terminal, dark on light by ANSI colours; of a picture, a sentence.
+   * The code drawn for a terminal, dark on light by ANSI colours; for a picture, a sentence.
    */
   qrcode_text?: string;
   /**
-   * The code as PNG, base64, where asked for; empty for a picture in another format.
+   * The code as base64 PNG, if requested; empty for a picture in another format.
    */
   qrcode_png?: string;
   /**
@@ -377,11 +377,11 @@ export interface Login {
   bot?: string;
   user?: string;
   /**
-   * confirmed: who was bound to the sandbox before, if that is another person than who scanned.
+   * confirmed: the person bound to the sandbox before, if it is not the one who scanned.
    */
   former_user?: string;
   /**
-   * need_verify_code: wrong_code; in an answer also checking, while digits are not judged yet. expired: time, or codes (too many expired). failed: blocked (too many wrong digits), bus, url, or why the bind was refused.
+   * need_verify_code: wrong_code; in an answer also checking, while digits are being checked. expired: time, or codes (too many expired). failed: blocked (too many wrong digits), bus, url, or why the bind was refused.
    */
   reason?: string;
   /**
@@ -390,27 +390,27 @@ export interface Login {
   detail?: string;
 }
 /**
- * A step of a QR login. Subject: wechat.event.<sandbox>.login. Never holds the code: it is a secret.
+ * A step of a QR login. Subject: wechat.event.<sandbox>.login. It never contains the code, which is a secret.
  */
 export interface LoginEvent {
   login: string;
   sandbox: string;
   /**
-   * wait: a code is (or a new code is now) to be scanned, see `code`. scanned: to be confirmed on the phone. need_verify_code: send the digits shown on the phone by login.verify. confirmed: the bot is bound. already_bound: this user is served by a bot of the sandbox already. expired, failed, cancelled: it is over.
+   * wait: a code, or a new one, is to be scanned, see `code`. scanned: to be confirmed on the phone. need_verify_code: send the digits shown on the phone by login.verify. confirmed: the bot is bound. already_bound: a bot of the sandbox already serves this user. expired, failed, cancelled: the login is over.
    */
   status: "already_bound" | "cancelled" | "confirmed" | "expired" | "failed" | "need_verify_code" | "scanned" | "wait";
   /**
-   * Number of the QR code, from 1; a higher one: ask login.status for it.
+   * Number of the QR code, from 1; request a new one by login.status.
    */
   code?: number;
   bot?: string;
   user?: string;
   /**
-   * confirmed: who was bound to the sandbox before, if that is another person than who scanned.
+   * confirmed: the person bound to the sandbox before, if it is not the one who scanned.
    */
   former_user?: string;
   /**
-   * need_verify_code: wrong_code; in an answer also checking, while digits are not judged yet. expired: time, or codes (too many expired). failed: blocked (too many wrong digits), bus, url, or why the bind was refused.
+   * need_verify_code: wrong_code; in an answer also checking, while digits are being checked. expired: time, or codes (too many expired). failed: blocked (too many wrong digits), bus, url, or why the bind was refused.
    */
   reason?: string;
   /**
@@ -425,7 +425,7 @@ export interface LoginEvent {
 export interface LoginQuery {
   login: string;
   /**
-   * Answer with the code as PNG, too.
+   * Also return the code as PNG.
    */
   png?: boolean;
 }
@@ -439,7 +439,7 @@ export interface LoginStart {
   sandbox: string;
   options?: Options;
   /**
-   * Answer with the code as PNG, too.
+   * Also return the code as PNG.
    */
   png?: boolean;
 }
@@ -454,7 +454,7 @@ export interface LoginVerify {
   code: string;
 }
 /**
- * Headers of the answer of wechat.svc.media.get.<sandbox>; the payload are the bytes of the piece.
+ * Headers of the answer of wechat.svc.media.get.<sandbox>, whose payload is the piece.
  */
 export interface MediaBytes {
   /**
@@ -462,21 +462,21 @@ export interface MediaBytes {
    */
   "Wechat-Size": number;
   /**
-   * Of the whole object, lower-case hex.
+   * Hash of the whole object, lower-case hex.
    */
   "Wechat-Sha256": string;
   /**
-   * Ask again with `after` set to this; absent: it was the last.
+   * `after` for the next piece; absent: this is the last.
    */
   "Wechat-Next"?: number | null;
 }
 /**
- * Headers of wechat.svc.media.put.<sandbox>; the payload are the bytes of the piece, 16 KiB (but for the last)
- * to 512 KiB. The answer is a Media, whole after the last piece. A piece may be repeated.
+ * Headers of wechat.svc.media.put.<sandbox>, whose payload is a piece of 16 KiB (the last may be shorter) to 512
+ * KiB. The answer is a Media, complete after the last piece. A piece may be repeated.
  */
 export interface MediaPiece {
   /**
-   * Your id of the upload, new for each.
+   * Your unique id of the upload.
    */
   "Wechat-Upload": string;
   /**
@@ -484,7 +484,7 @@ export interface MediaPiece {
    */
   "Wechat-Offset"?: number;
   /**
-   * It is the last piece.
+   * This is the last piece.
    */
   "Wechat-Last"?: boolean;
   /**
@@ -492,12 +492,12 @@ export interface MediaPiece {
    */
   "Wechat-Name"?: string;
   /**
-   * Of the whole; on the last piece: checked if given.
+   * Hash of the whole, on the last piece; checked if given.
    */
   "Wechat-Sha256"?: string;
 }
 /**
- * Request of wechat.svc.media.get.<sandbox>: the next piece of an object. The answer's payload are its bytes.
+ * Request of wechat.svc.media.get.<sandbox>: the next piece of an object, which is the answer's payload.
  */
 export interface MediaQuery {
   /**
@@ -505,7 +505,7 @@ export interface MediaQuery {
    */
   object: string;
   /**
-   * 0, then the header Wechat-Next of the answer before.
+   * 0, then the header Wechat-Next of the previous answer.
    */
   after?: number;
 }
@@ -515,11 +515,11 @@ export interface MediaQuery {
 export interface OutFile {
   kind: "file";
   /**
-   * An object of this sandbox; only its `object` (and `name`) count.
+   * An object of this sandbox; only `object` and `name` are used.
    */
   media?: Media | null;
   /**
-   * The bytes themselves, for small ones, instead of `media`.
+   * The bytes of a small item, instead of `media`.
    */
   data?: string | null;
   /**
@@ -527,7 +527,7 @@ export interface OutFile {
    */
   name?: string;
   /**
-   * Text sent before it, as a message of its own.
+   * Text sent before the item as a message of its own.
    */
   caption?: string;
 }
@@ -537,11 +537,11 @@ export interface OutFile {
 export interface OutImage {
   kind: "image";
   /**
-   * An object of this sandbox; only its `object` (and `name`) count.
+   * An object of this sandbox; only `object` and `name` are used.
    */
   media?: Media | null;
   /**
-   * The bytes themselves, for small ones, instead of `media`.
+   * The bytes of a small item, instead of `media`.
    */
   data?: string | null;
   /**
@@ -549,7 +549,7 @@ export interface OutImage {
    */
   name?: string;
   /**
-   * Text sent before it, as a message of its own.
+   * Text sent before the item as a message of its own.
    */
   caption?: string;
 }
@@ -566,11 +566,11 @@ export interface OutText {
 export interface OutVideo {
   kind: "video";
   /**
-   * An object of this sandbox; only its `object` (and `name`) count.
+   * An object of this sandbox; only `object` and `name` are used.
    */
   media?: Media | null;
   /**
-   * The bytes themselves, for small ones, instead of `media`.
+   * The bytes of a small item, instead of `media`.
    */
   data?: string | null;
   /**
@@ -578,21 +578,21 @@ export interface OutVideo {
    */
   name?: string;
   /**
-   * Text sent before it, as a message of its own.
+   * Text sent before the item as a message of its own.
    */
   caption?: string;
 }
 /**
- * Audio to send. It arrives as a file: WeChat shows no voice bubble of a bot.
+ * Audio to send. It arrives as a file, since WeChat shows no voice messages of bots.
  */
 export interface OutVoice {
   kind: "voice";
   /**
-   * An object of this sandbox; only its `object` (and `name`) count.
+   * An object of this sandbox; only `object` and `name` are used.
    */
   media?: Media | null;
   /**
-   * The bytes themselves, for small ones, instead of `media`.
+   * The bytes of a small item, instead of `media`.
    */
   data?: string | null;
   /**
@@ -600,12 +600,13 @@ export interface OutVoice {
    */
   name?: string;
   /**
-   * Text sent before it, as a message of its own.
+   * Text sent before the item as a message of its own.
    */
   caption?: string;
 }
 /**
- * A command: send this. Subject: wechat.out.<sandbox>, or wechat.out with `sandbox`. Least: {"text":"hi"}.
+ * A command to send a message. Subject: wechat.out.<sandbox>, or wechat.out with `sandbox`. Least:
+ * {"text":"hi"}.
  */
 export interface Outbound {
   /**
@@ -613,15 +614,15 @@ export interface Outbound {
    */
   id?: string | null;
   /**
-   * Needed on plain wechat.out; elsewhere it must equal the subject's.
+   * Required on plain wechat.out; elsewhere it must equal the sandbox in the subject.
    */
   sandbox?: string | null;
   /**
-   * Needed only where the sandbox has several bots.
+   * Required only if the sandbox has several bots.
    */
   bot?: string | null;
   /**
-   * Default: the bot's user. An answer names the `user` of the message that it answers: another person may be bound by then.
+   * Default: the bot's user. An answer names the `user` of the message that it answers, since another person may be bound by then.
    */
   user?: string | null;
   /**
@@ -630,11 +631,11 @@ export interface Outbound {
   text?: string | null;
   items?: (OutText | OutImage | OutVideo | OutFile | OutVoice)[] | null;
   /**
-   * Id of the inbound message that this answers. One of another person than the command goes to has it refused (other_user).
+   * Id of the inbound message that this answers. The command is refused (other_user) if that message is from another person than the command goes to.
    */
   reply_to?: string | null;
   /**
-   * While nothing may be sent: wait for the user's next message, or refuse at once.
+   * If nothing may be sent now: wait for the user's next message, or refuse at once.
    */
   when_closed?: "park" | "refuse";
   expires_in_s?: number | null;
@@ -643,16 +644,16 @@ export interface Outbound {
    */
   format?: "markdown" | "plain";
   /**
-   * A progress report: refused at once where it would take one of the sends that are kept back for answers (`reserved`), or where none is left.
+   * A progress report: refused at once if it would use one of the sends that are reserved for answers (`reserved`), or if none is left.
    */
   optional?: boolean;
   /**
-   * Instead of text and items: show or hide that the bot types.
+   * Instead of text and items: show or hide the typing indicator.
    */
   typing?: ("off" | "on") | null;
 }
 /**
- * What became of a command. Exactly one final receipt each; `parked` is not final.
+ * The result of a command. Each command gets exactly one final receipt; `parked` is not final.
  *
  * Subject: wechat.event.<sandbox>.receipt.<command>, where `<command>` is its id: letters, digits, `-` and `_` stay,
  * each other byte becomes =XX (upper-case hex).
@@ -663,15 +664,15 @@ export interface Receipt {
    */
   command: string;
   /**
-   * UNROUTED where the command named none.
+   * UNROUTED if the command has none.
    */
   sandbox: string;
   /**
-   * The command's sequence in WECHAT_OUT, as its publisher was told: an id may come again.
+   * The command's sequence in WECHAT_OUT, as in its publish ack; an id may be used again.
    */
   sequence?: number;
   /**
-   * accepted: iLink answered with a message id. accepted_unconfirmed: success without an id, often dropped, never resent. refused: will not be sent. uncertain: it left and no answer came, also after one repeat with the same id. dead_lettered: unreadable, or every attempt failed; see WECHAT_DEAD. parked (not final): waits for the user or the login.
+   * accepted: iLink answered with a message id. accepted_unconfirmed: success without an id; WeChat often drops it, and it is never resent. refused: will not be sent. uncertain: sent without an answer, also after one repeat with the same id. dead_lettered: unreadable, or every attempt failed; see WECHAT_DEAD. parked (not final): waits for the user or the login.
    */
   outcome: "accepted" | "accepted_unconfirmed" | "dead_lettered" | "parked" | "refused" | "uncertain";
   /**
@@ -689,15 +690,15 @@ export interface Receipt {
    */
   message_ids?: string[];
   /**
-   * As iLink answered.
+   * From iLink's answer.
    */
   ret?: number | null;
   /**
-   * As iLink answered.
+   * From iLink's answer.
    */
   errcode?: number | null;
   /**
-   * As iLink answered.
+   * From iLink's answer.
    */
   errmsg?: string;
   window?: Window;
@@ -710,16 +711,17 @@ export interface Receipt {
    */
   received_at_ms?: number;
   /**
-   * When this receipt was made.
+   * When this receipt was created.
    */
   at_ms?: number;
 }
 /**
- * Request of wechat.svc.receipt.<sandbox>, and for the platform of wechat.svc.receipt: the last of a command.
+ * Request of wechat.svc.receipt.<sandbox>, and for the platform of wechat.svc.receipt: a command's last
+ * receipt.
  */
 export interface ReceiptQuery {
   /**
-   * Needed where the subject names none; one that differs from the subject's is refused.
+   * Required if the subject has none. It must not differ from the subject's.
    */
   sandbox?: string | null;
   /**
@@ -736,7 +738,7 @@ export interface Replayed {
    */
   seq: number;
   /**
-   * An inbound message, as it was.
+   * The inbound message, unchanged.
    */
   message: {
     [k: string]: unknown;
@@ -748,7 +750,7 @@ export interface Replayed {
 export interface ReplayPage {
   messages: Replayed[];
   /**
-   * Ask again with `after` set to this; 0: that was all.
+   * Value of `after` for the next page; 0: this is the last.
    */
   next?: number;
 }
@@ -757,7 +759,7 @@ export interface ReplayPage {
  */
 export interface ReplayQuery {
   /**
-   * Needed where the subject names none; one that differs from the subject's is refused.
+   * Required if the subject has none. It must not differ from the subject's.
    */
   sandbox?: string | null;
   /**
@@ -765,20 +767,20 @@ export interface ReplayQuery {
    */
   after?: number;
   /**
-   * Messages stored since then, in milliseconds; only where `after` is 0.
+   * Messages stored since this time, in milliseconds; only if `after` is 0.
    */
   since_ms?: number | null;
   /**
-   * Also what persons wrote who were bound before those of now; else it is passed over.
+   * Include messages of persons who were bound before the current ones.
    */
   former?: boolean;
   /**
-   * Most messages of a page.
+   * Page size.
    */
   limit?: number;
 }
 /**
- * Let a bot, or every bot of a sandbox, serve it no longer. Subject: wechat.ctl.unbind.
+ * Unbind a bot, or all bots of a sandbox. Subject: wechat.ctl.unbind.
  */
 export interface Unbind {
   /**
@@ -788,19 +790,19 @@ export interface Unbind {
   bot?: string | null;
   id?: string | null;
   /**
-   * What the person before wrote, and the sandbox has not read, is delivered all the same. Default: an unbind of the last person, and a bind of another one, move the durable consumer, and the beginning of a replay, past it.
+   * Deliver what the former person wrote and the sandbox has not read. Default: an unbind of the last person, and a bind of another one, move the durable consumer and the start of a replay past it.
    */
   keep_undelivered?: boolean;
 }
 /**
- * What may be sent to a user changed. Subject: wechat.event.<sandbox>.window.
+ * The send window of a user changed. Subject: wechat.event.<sandbox>.window.
  */
 export interface WindowEvent {
   sandbox: string;
   bot: string;
   user: string;
   /**
-   * opened: something can be sent again, since the user wrote, or since WeChat takes messages again. low: few sends are left, told once per window. closed: `remaining` is 0.
+   * opened: sends are possible again, since the user wrote or WeChat accepts messages again. low: few sends are left, once per window. closed: `remaining` is 0.
    */
   change: "closed" | "low" | "opened";
   /**
@@ -815,11 +817,11 @@ export interface WindowEvent {
  */
 export interface WindowQuery {
   /**
-   * Needed where the subject names none; one that differs from the subject's is refused.
+   * Required if the subject has none. It must not differ from the subject's.
    */
   sandbox?: string | null;
   /**
-   * Needed only where the sandbox has several bots.
+   * Required only if the sandbox has several bots.
    */
   bot?: string | null;
   /**

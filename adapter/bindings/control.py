@@ -1,4 +1,4 @@
-"""Control commands (bind, unbind): applied to the bucket, published as events, answered. Never calls the supervisor.
+"""Control commands (bind, unbind): changes bindings, publishes events, answers. Never calls the supervisor.
 
 One consumer on WECHAT_CTL, owned with shard 0. Commands that touch the same sandbox or bot take effect in the order
 in which they were stored; others go on at the same time.
@@ -47,9 +47,9 @@ from adapter.security.seal import Sealer, bind_context, cursor_context
 log = structlog.get_logger()
 
 MAX_BYTES = 262_144
-"""A larger command is put aside. A bind names a cursor, which may be as long as any that a poll brings."""
+"""Largest command; a larger one becomes a dead letter. A bind has a cursor, as long as any that a poll brings."""
 MAX_BUGS = 5
-"""A command on which the adapter has crashed so often is put aside."""
+"""Crashes on a command after which it becomes a dead letter."""
 DELETE_ATTEMPTS = 5
 BOT_SUFFIX, USER_SUFFIX = "@im.bot", "@im.wechat"
 CHECK_S = 5.0
@@ -57,7 +57,7 @@ CHECK_S = 5.0
 MAX_BATCH = 256
 """Commands that are looked at together; those of different sandboxes and bots are carried out at the same time."""
 SETTLED_KEPT = 1000
-"""Sequences of commands that are carried out, remembered in case they are delivered again."""
+"""Sequences of completed commands that are remembered in case of a redelivery."""
 READ_KEPT = 1000
 """Sandboxes whose bots are known for sure; of others they are read again."""
 _BIND, _UNBIND = msgspec.json.Decoder(Bind), msgspec.json.Decoder(Unbind)
@@ -87,24 +87,25 @@ class Control:
         self._history = access.history
         self._names = access.names
         self._ensure_owner = check
-        """Raises LeaseLost where this replica may not carry commands out at this moment: one that was stopped, or cut
-        off, has commands in hand that another has carried out since, and later ones with them."""
+        """Raises LeaseLost unless this replica may process commands now. A replica that was stopped or cut off may
+        have commands in flight that another has processed since, together with later ones."""
         self._wait_bucket_complete = wait_complete
-        """Returns once the bucket of bindings lacks nothing: what is written before would go where it is restored."""
+        """Returns when the bucket of bindings is complete; a write before that would be overwritten by its
+        restore."""
         self._clock = clock
         self._metrics = metrics
         self._numbers: asyncio.Queue[int] = asyncio.Queue()
         self._queue: dict[int, Delivery] = {}
-        """The newest delivery of each command in the queue: the one whose ack counts."""
+        """The newest delivery of each queued command, whose acknowledgement counts."""
         self._settled_sequences: deque[int] = deque(maxlen=SETTLED_KEPT)
         self._can_delete = True
         """Whether the last bind could be erased."""
         self._recently_read: dict[str, BindingEvent | None] = {}
-        """Sandboxes whose bots were read since this replica carries commands out: what is bound since, it binds. The
-        last event of a person who was bound or unbound there."""
+        """Sandboxes whose bots were read since this replica processes commands, with the last event by which a person
+        was bound or unbound there."""
 
     def enqueue(self, delivery: Delivery) -> None:
-        """Queues a command, once: it is delivered again after each connect until its ack has arrived."""
+        """Queues a command once. It is redelivered after each connect until its acknowledgement arrives."""
         if delivery.seq not in self._queue:
             self._numbers.put_nowait(delivery.seq)
         self._queue[delivery.seq] = delivery
@@ -177,7 +178,7 @@ class Control:
             await self._queue.pop(number).ack()
 
     async def _process(self, number: int) -> None:
-        """One unit of work. A command that the adapter crashes on is put aside; an absent bus is waited for."""
+        """One unit of work. A command that crashes becomes a dead letter; a missing bus is waited for."""
         failures = bugs = 0
         while True:
             delivery = self._queue[number]
@@ -211,10 +212,10 @@ class Control:
         await self._send_answer(delivery, await self._answer_or_refuse(work, command))
 
     async def _secure_delete(self, delivery: Delivery) -> None:
-        """A bind holds a token, which a mere ack would leave on the server's disk.
+        """Erases a bind, whose token an acknowledgement alone would leave on the server's disk.
 
-        A stream without a leader is waited for. What fails may also not be permitted: after a bind that could not be
-        erased there is one try each, so that the commands behind it do not wait.
+        Waits for a stream without a leader. Other failures may mean a missing permission, so after a bind that could
+        not be erased each later one gets only one attempt, and the commands behind it do not wait.
         """
         if delivery.subject != self._names.bind:
             return
@@ -263,7 +264,7 @@ class Control:
             return ControlAnswer(ok=False, id=command.id or "", error=exc.detail)
 
     async def bind(self, command: Bind) -> ControlAnswer:
-        """Binds a bot to a sandbox; another bot of the same user there is replaced.
+        """Binds a bot to a sandbox. Another bot of the same user there is replaced.
 
         Raises Refused, Temporary, LeaseLost.
         """
@@ -289,12 +290,12 @@ class Control:
         if new:
             await self._bindings.put(binding, self._ensure_owner)
         if new or (before is not None and command.id and before.request == command.id):
-            # told again where a crash may have come before the telling: the stream drops the repeat
+            # published again in case of a crash before the event: the stream drops a duplicate
             await self._publish_binding_event(binding, "bound", command.id, replay_after=binding.in_after)
         for other in replaced:
             await self._publish_binding_event(
                 other, "replaced", command.id
-            )  # first: a crash in between repeats it, and loses nothing
+            )  # first, so that a crash in between repeats it
             await self._bindings.remove(other.bot, self._ensure_owner)
         return ControlAnswer(
             ok=True,
@@ -335,9 +336,9 @@ class Control:
         return True
 
     def _open_token(self, command: Bind) -> str:
-        """The bot's token; a bind that a login has stored holds it sealed, for this bot and sandbox.
+        """The bot's token. A bind from a login has it sealed, for this bot and sandbox.
 
-        Raises Refused, also for a bot or user that nobody could be called by.
+        Raises Refused, also for a bot or user with an invalid id.
         """
         token = self._sealer.open(bind_context(command.sandbox, command.bot), command.bot_token)
         if any(ord(c) < 33 or ord(c) > 126 for c in command.bot + token + (command.user or "")):
@@ -347,7 +348,7 @@ class Control:
         return token
 
     def _new_binding(self, command: Bind, token: str, before: Binding | None) -> Binding:
-        """What a bind makes of the bot's binding `before`."""
+        """The binding that a bind makes of the bot's binding `before`."""
         known = before.user if before is not None and before.sandbox == command.sandbox else ""
         return Binding(
             sandbox=command.sandbox,
@@ -362,8 +363,8 @@ class Control:
         )
 
     async def _with_start_sequences(self, binding: Binding, bound: list[Binding], *, keep: bool) -> Binding:
-        """`binding` with the sequences behind which its person's messages and commands begin. Where no other bot is
-        `bound` to the sandbox, its durable consumer goes on behind what persons before have written.
+        """`binding` with the sequences behind which its person's messages and commands begin. If no other bot is
+        `bound` to the sandbox, its durable consumer skips what former persons have written.
 
         Raises Temporary.
         """
@@ -378,7 +379,7 @@ class Control:
             for subject in (
                 names.out_plain,
                 names.out_of_sandbox(sandbox),
-            ):  # in the order in which the router copies
+            ):  # in the router's order
                 out_after = max(out_after, await self._last_seq(names.stream_out, subject))
         kept_after = last.replay_after if last is not None else 0
         if is_alone and (keep or is_again) and kept_after is not None:
@@ -390,12 +391,12 @@ class Control:
         return structs.replace(binding, in_after=in_after, out_after=out_after)
 
     def _replay_start(self, sandbox: str, gone: Collection[Binding] = ()) -> int | None:
-        """Where a replay begins once `gone` are bound no more; None: nobody is then."""
+        """Sequence behind which a replay begins once `gone` are unbound; None: no person is bound then."""
         stays = [binding for binding in self._bindings.of_sandbox(sandbox) if binding not in gone]
         return min((binding.in_after for binding in stays), default=None)
 
     async def _skip_undelivered(self, sandbox: str, gone: Collection[Binding] = ()) -> None:
-        """Moves the sandbox's durable consumer behind all that was written, where nobody but `gone` is bound.
+        """Moves the sandbox's durable consumer behind all stored messages if no bot except `gone` is bound.
 
         Raises Temporary.
         """
@@ -409,7 +410,8 @@ class Control:
         return last.seq if last is not None else 0
 
     async def unbind(self, command: Unbind) -> ControlAnswer:
-        """Unbinds a bot, or all bots of a sandbox; none bound is no error. Raises Refused, Temporary, LeaseLost."""
+        """Unbinds a bot, or all bots of a sandbox. An unbound one is no error. Raises Refused, Temporary,
+        LeaseLost."""
         check_sandbox(command.sandbox)
         bound = [b for b in self._bindings.of_sandbox(command.sandbox) if command.bot in (None, "", b.bot)]
         replay_after = self._replay_start(command.sandbox, [] if command.keep_undelivered else bound)
@@ -443,7 +445,8 @@ class Control:
         self._recently_read[sandbox] = last_person_change(events)
 
     def _sealed_start_cursor(self, command: Bind, before: Binding | None) -> str | None:
-        """Sealed; but the text of the binding before where it names the same cursor, which counts once."""
+        """The sealed cursor. If it is the same as in the binding before, that one's text, since a cursor counts
+        once."""
         context, bound = cursor_context(command.bot), before.start_cursor if before is not None else None
         if not command.cursor:
             return command.cursor
@@ -452,7 +455,8 @@ class Control:
         return self._sealer.seal(context, command.cursor)
 
     def _is_unchanged(self, before: Binding, after: Binding) -> bool:
-        """Whether a bind changes nothing, so that the poller is left alone. After a dead token it always does."""
+        """Whether a bind changes nothing, so that the poller goes on. After a dead token it always changes
+        something."""
         if before.state != "active" or not self._sealer.is_same_secret(before.bot, before.token, after.token):
             return False
         unimportant = {"token": "", "since_ms": 0, "request": "", "event_pending": False}
@@ -474,7 +478,8 @@ class Control:
         log.info("binding.changed", change=change, sandbox=binding.sandbox, bot=binding.bot)
 
     async def _send_answer(self, delivery: Delivery, answer: ControlAnswer) -> None:
-        """To the header Reply-To, which must be an inbox: the adapter writes nowhere else for a stranger."""
+        """Answers to the header Reply-To, which must be an inbox, since the adapter could be made to write
+        anywhere."""
         reply_to = delivery.headers.get(H_REPLY_TO, "")
         if not is_inbox(reply_to):
             return
@@ -523,5 +528,5 @@ def independent(keys: Mapping[int, Collection[str]]) -> list[list[int]]:
 
 
 def _is_same_person(one: Binding | BindingEvent, other: Binding) -> bool:
-    """Whether both are of the same person. A bot serves one person, whose name may not be known yet."""
+    """Whether both belong to the same person. A bot serves one person, who may not be known yet."""
     return one.user == other.user if one.user and other.user else one.bot == other.bot

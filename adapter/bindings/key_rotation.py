@@ -1,4 +1,4 @@
-"""Counts how the tokens of bindings are stored, and seals those that are open or sealed with an old key."""
+"""Counts how tokens of bindings are stored, and seals those that are open or sealed with an old key."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from adapter.security.seal import Sealer, Sealing, cursor_context
 
 
 async def count_stored_tokens(history: History, names: Names, sealer: Sealer) -> Counter[Sealing]:
-    """How many tokens are stored in each way. Raises Temporary."""
+    """Number of tokens by their sealing. Raises Temporary."""
     return Counter(
         [
             sealer.sealing_of(text)
@@ -26,7 +26,7 @@ async def count_stored_tokens(history: History, names: Names, sealer: Sealer) ->
 
 
 async def reseal_tokens(history: History, bucket: LeaderBucket, names: Names, sealer: Sealer) -> int:
-    """Seals with the first key what is not; how many. What somebody else writes meanwhile is left as it is.
+    """Seals all tokens with the first key. Returns the number of changes. Concurrent writes have priority.
 
     Raises Temporary, Refused (no key is set, or a token cannot be opened).
     """
@@ -56,10 +56,10 @@ async def _stored_bindings(history: History, names: Names) -> AsyncIterator[tupl
         try:
             binding = msgspec.json.decode(stored.data, type=Binding)
         except UNDECODABLE:
-            continue  # nobody is served by it: adapter/bindings/registry.py says so, and goes on
+            continue  # unreadable: the registry logs and ignores it
         yield stored, binding
 
 
 def _sealed_fields(binding: Binding) -> list[str]:
-    """The bot's token, and the cursor to begin at, in which it stands as well."""
+    """The fields with the bot's token: the token, and the start cursor, which contains it."""
     return [binding.token, *([binding.start_cursor] if binding.start_cursor else [])]

@@ -1,4 +1,4 @@
-"""Which bot serves which sandbox: the bucket of bindings cached in memory, and compare-and-set changes to it."""
+"""Which bot serves which sandbox: the bucket of bindings in memory, and compare-and-set changes to it."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ log = structlog.get_logger()
 
 
 class Bindings:
-    """Every binding of the platform; each replica holds them all."""
+    """All bindings of the platform. Each replica holds all of them."""
 
     def __init__(
         self,
@@ -27,13 +27,13 @@ class Bindings:
         *,
         unbound_s: int = 0,
     ) -> None:
-        """`unbound_s`: seconds for which the mark of an unbinding is kept; 0: for ever."""
+        """`unbound_s`: time to live of the delete marker of a binding; 0: no limit."""
         self.changed = ChangeSignal()
         self.is_loaded = False
         """False until the bucket was read once; before that, a missing binding means nothing."""
         self._bucket = bucket
         self._same_token = same_token
-        """Whether two stored tokens of a bot are the same token, perhaps sealed again: then nothing has changed."""
+        """Whether two stored tokens of a bot are the same token, even if sealed again; then nothing has changed."""
         self._unbound_s = unbound_s
         self._by_bot: dict[str, tuple[Binding, int]] = {}
         self._by_shard: list[dict[str, dict[str, Binding]]] = [{} for _ in range(SHARDS)]
@@ -41,11 +41,11 @@ class Bindings:
         self._listeners: list[Callable[[str, Binding | None, Binding | None], None]] = []
 
     def add_listener(self, on_change: Callable[[str, Binding | None, Binding | None], None]) -> None:
-        """`on_change(bot, before, after)` is called at once at every change."""
+        """Calls `on_change(bot, before, after)` at every change."""
         self._listeners.append(on_change)
 
     async def run(self) -> None:
-        """Keeps in step with the bucket, until cancelled."""
+        """Follows the bucket until cancelled."""
         await self._bucket.watch(self._apply_entry, on_loaded=self._on_loaded)
 
     def get(self, bot: str) -> Binding | None:
@@ -57,11 +57,11 @@ class Bindings:
         return list(self._by_shard[shard_of(sandbox)].get(sandbox, {}).values())
 
     def of_user(self, sandbox: str, user: str) -> list[Binding]:
-        """Those of a sandbox that name a user, in the order of bot ids: one, but for a moment after a login."""
+        """Bindings of a sandbox with this user, in the order of bot ids; several only shortly after a login."""
         return [one for one in self._by_shard[shard_of(sandbox)].get(sandbox, {}).values() if one.user == user]
 
     def of_shard(self, shard: int) -> list[Binding]:
-        """Those of its sandboxes."""
+        """Bindings of the shard's sandboxes."""
         return [binding for of_sandbox in self._by_shard[shard].values() for binding in of_sandbox.values()]
 
     def __iter__(self) -> Iterator[Binding]:
@@ -82,7 +82,7 @@ class Bindings:
             revision = entry.revision if entry else 0
 
     async def update(self, bot: str, make: Callable[[Binding], Binding | None]) -> Binding | None:
-        """Changes a binding, if it exists, and returns the new one; `make` gets the newest, and None leaves it."""
+        """Changes an existing binding and returns it. `make` gets the newest one, and returns None to leave it."""
         while True:
             entry = await self._bucket.get(to_subject_token(bot))
             if entry is None or entry.value is None:
@@ -91,7 +91,7 @@ class Bindings:
             try:
                 before = msgspec.json.decode(entry.value, type=Binding)
             except UNDECODABLE:
-                return None  # as if there were none: a bind overwrites it
+                return None  # counts as missing: a bind overwrites it
             after = make(before)
             if after is None:
                 return None
@@ -99,8 +99,8 @@ class Bindings:
                 return after
 
     async def remove(self, bot: str, ensure_owner: Callable[[], None] = lambda: None) -> None:
-        """Deletes a binding; one that is not there is no error. One that the bucket has lost leaves its mark all the
-        same, for those who remember it. `ensure_owner`: as of `put`."""
+        """Deletes a binding; a missing one is no error. A binding that the bucket lost still gets a delete marker,
+        for replicas that have it in memory. `ensure_owner`: as for `put`."""
         while True:
             entry = await self._bucket.get(to_subject_token(bot))
             ensure_owner()
@@ -126,7 +126,7 @@ class Bindings:
         try:
             written = await self._bucket.update(to_subject_token(binding.bot), value, revision)
         except Conflict:
-            return False  # somebody else wrote: look again
+            return False  # written meanwhile: read again
         self._apply_entry(Entry(to_subject_token(binding.bot), value, written))
         return True
 
@@ -139,7 +139,7 @@ class Bindings:
     def _apply_entry(self, entry: Entry) -> None:
         try:
             bot = from_subject_token(entry.key)
-        except ValueError:  # somebody else's key
+        except ValueError:  # another program's key
             log.error("binding.unreadable", key=entry.key[:64])
             return
         before, revision = self._by_bot.get(bot, (None, 0))
@@ -174,5 +174,5 @@ class Bindings:
 
 
 def account_of(binding: Binding, sealer: Sealer) -> Account:
-    """How a bot is called. Raises Refused("token_key")."""
+    """The iLink account of a binding. Raises Refused("token_key")."""
     return Account(binding.bot, sealer.open(binding.bot, binding.token), binding.base_url)

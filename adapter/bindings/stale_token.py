@@ -1,7 +1,8 @@
-"""A binding whose token iLink refuses (-14): marking it `needs_login`, taking that back, and the events of both.
+"""A binding whose token iLink refuses (-14): marks it `needs_login`, marks it active again, and publishes both
+events.
 
-Each change is marked in the binding until its event is on the bus. The retries before it are the poller's and the
-conversation's.
+A change is marked in the binding (`event_pending`) until its event is published. Pollers and conversations retry the
+token before.
 """
 
 from __future__ import annotations
@@ -17,16 +18,17 @@ from adapter.observability.events import Events
 log = structlog.get_logger()
 
 LOGIN_WITHIN_S = 55.0
-"""A token that is refused for so long needs a login, whatever tries are left: people wait for an answer."""
+"""Time for which a token is refused after which a login is needed, even if retries remain, since users wait."""
 
 
 def should_report_needs_login(pause_s: float | None, passed_s: float) -> bool:
-    """Whether to say so at a -14 that comes `passed_s` after the first; `pause_s`: until the next try, if any."""
+    """Whether to mark the binding at a -14 `passed_s` seconds after the first. `pause_s`: until the next retry, if
+    any."""
     return pause_s is None or passed_s + pause_s > LOGIN_WITHIN_S
 
 
 async def mark_needs_login(bindings: Bindings, clock: Clock, binding: Binding) -> Binding | None:
-    """Marks a binding `needs_login`, which is yet to be told; None where it is so, or was bound anew.
+    """Marks a binding `needs_login` with a pending event; None: it is marked, or was bound again.
 
     Raises Temporary.
     """
@@ -46,7 +48,7 @@ async def mark_needs_login(bindings: Bindings, clock: Clock, binding: Binding) -
 
 
 async def mark_active(bindings: Bindings, clock: Clock, binding: Binding) -> Binding | None:
-    """iLink takes the token again: ends `needs_login`, which is yet to be told; None where it was bound anew.
+    """Marks a binding active with a pending event, since iLink accepts its token again; None: it was bound again.
 
     Raises Temporary.
     """
@@ -60,9 +62,9 @@ async def mark_active(bindings: Bindings, clock: Clock, binding: Binding) -> Bin
 
 
 async def publish_login_event(bindings: Bindings, events: Events, binding: Binding, detail: str = "") -> Binding:
-    """Tells that a login is lost, or back, where the binding is marked for it; the binding without the mark.
+    """Publishes the pending event of a binding, and returns the binding without the mark.
 
-    The mark outlives a crash, and a bus that is away, between the change and its event. Raises Temporary.
+    The mark survives a crash, or an outage of the bus, between the change and its event. Raises Temporary.
     """
     if not binding.event_pending:
         return binding

@@ -1,1 +1,1 @@
-"""What a message is, wherever it comes from: what tells it from others, what it quotes, what its media are."""
+"""What a message is, independent of its source: identity, quotes and media."""

@@ -1,7 +1,7 @@
-"""Which inbound messages are repeats. Pure; the state is in the bot's journal.
+"""Detects duplicate inbound messages. Pure; the state is in the bot's journal.
 
-iLink repeats messages from 1 s to an hour later, with some or all ids changed, and never says so; a user who
-says "ok" twice must be heard twice (docs/reference/ilink-protocol.md, "Redelivery" and "Rules for a client").
+iLink repeats messages between 1 s and an hour later, with some or all ids changed and without a sign. A user who
+writes "ok" twice must be heard twice (docs/reference/ilink-protocol.md, "Redelivery" and "Rules for a client").
 """
 
 from __future__ import annotations
@@ -14,22 +14,22 @@ import msgspec
 
 KEEP_MS = 24 * 3600 * 1000
 KEEP_LONG = 200
-"""Messages remembered per bot for so long: about 15 kB in its journal."""
+"""Messages of a bot that are remembered for KEEP_MS: about 15 kB in its journal."""
 RECENT_MS = 75 * 60 * 1000
-"""What was seen since is remembered beyond these: iLink repeats up to an hour later, a page at a time."""
+"""Time for which messages are remembered beyond KEEP_LONG: iLink repeats up to an hour later, a page at a time."""
 KEEP_AT_MOST = 600
-"""Bounds the record of a user who never rests to about 50 kB."""
+"""Most messages that are remembered of a busy user: about 50 kB."""
 HASH = 6
 """Bytes of a hash in a record."""
 _BLANK = hashlib.blake2b(digest_size=HASH)
 _NAMELESS = bytes(HASH)
-"""In an index, for a message without an id."""
+"""Entry of an index for a message without an id."""
 SAME_TIME_MS = 1000
-"""Two messages without any id are one if their times are nearer than this."""
+"""Two messages without any id are the same if their times differ by less than this."""
 
 
 class MessageKeys(msgspec.Struct, frozen=True, gc=False):
-    """What identifies an inbound message; "" where iLink gave none."""
+    """Identity of an inbound message; "" for what iLink did not give."""
 
     message: str
     client: str
@@ -38,7 +38,7 @@ class MessageKeys(msgspec.Struct, frozen=True, gc=False):
     sent_at_ms: int
     content: str
     hashed: tuple[str, str, str, str] = ("", "", "", "")
-    """The ids and what was said, each of a bounded size; follows from the rest."""
+    """Ids and content with a bounded size, derived from the other fields."""
 
     def __post_init__(self) -> None:
         message, client, seq = self.message, self.client, self.seq
@@ -51,9 +51,9 @@ class MessageKeys(msgspec.Struct, frozen=True, gc=False):
         msgspec.structs.force_setattr(self, "hashed", hashed)
 
     def id_for(self, bot: str) -> str:
-        """The message's id on the bus and its Nats-Msg-Id: the first layer that is known, never a random one.
+        """The message's id on the bus and its Nats-Msg-Id: the first known layer, never random.
 
-        A `seq` need not be unique: other words under the same one are another message.
+        A `seq` need not be unique: another content with the same one is another message.
         """
         layers = (("m", self.message), ("c", self.client), ("s", self.seq and f"{self.seq}-{self.hashed[3]}"))
         for letter, value in layers:
@@ -64,9 +64,9 @@ class MessageKeys(msgspec.Struct, frozen=True, gc=False):
         return f"in:{bot}:f{_hash_of(f'{self.user}|{self.sent_at_ms}|{self.content}')}"
 
     def with_position(self, cursor: str, number: int) -> MessageKeys:
-        """With its place among iLink's answers for an id, where it has neither an id nor a time.
+        """Adds the position in iLink's answer as an id, if the message has neither an id nor a time.
 
-        `cursor`: the answer's, which comes again with the same page. `number`: where it stands in there.
+        `cursor`: that of the answer, which is the same when the page is repeated. `number`: index in the answer.
         """
         if self.message or self.client or self.seq or self.sent_at_ms:
             return self
@@ -79,7 +79,7 @@ class MessageKeys(msgspec.Struct, frozen=True, gc=False):
 
 
 def bot_of(ident: str) -> str:
-    """The bot to which an inbound message was said, by the message's id on the bus; "" for another id."""
+    """The bot that received an inbound message, from its id on the bus; "" for any other id."""
     kind, _, rest = ident.partition(":")
     bot, colon, _ = rest.partition(":")
     return bot if kind == "in" and colon else ""
@@ -95,34 +95,34 @@ class _ParsedFingerprint(NamedTuple):
 
 
 class DedupWindow:
-    """The messages of one bot that were taken lately, oldest first.
+    """The recent messages of one bot, oldest first.
 
-    Kept as one text and searched as such: thousands of bots have one each, and objects would take ten times as much.
-    `kept`: those that are stored already.
+    The state is one text and searched as such: each of thousands of bots has one, and objects would take ten times
+    the memory. `kept`: the stored lines.
     """
 
     def __init__(self, kept: Iterable[str] = ()) -> None:
         self._lines = "\n"
-        """Each record between line ends."""
+        """All records, each between line ends."""
         self._messages = self._content_hashes = b""
-        """The hashes of each record's id, and of its words, packed: what is not in there need not be looked for in
-        the lines, which takes ten times as long."""
+        """Packed hashes of each record's id and content. A hash that is missing here need not be searched in the
+        lines, which takes ten times as long."""
         self._count = 0
         self._oldest_ms = 0
-        """No record was seen before this time."""
+        """Time of the oldest record."""
         self.unsaved = 0
-        """How many are not among those kept."""
+        """Number of records that are not stored."""
         self.added_count = 0
-        """Counts what was new to it."""
+        """Number of messages added so far."""
         self._insert(kept)
         self.unsaved = 0
 
     def fingerprints(self) -> list[str]:
-        """The state as it is stored."""
+        """The state in its stored form."""
         return self._lines.split()
 
     def is_repeat(self, keys: MessageKeys) -> bool:
-        """Tells whether this is a repeat of a message taken before."""
+        """Whether this is a repeat of a remembered message."""
         message, _, _, content = keys.hashed
         if message and bytes.fromhex(message) in self._messages and f"\n{message}|" in self._lines:
             return True
@@ -132,7 +132,7 @@ class DedupWindow:
         return any(_is_same_message(probe, known) for known in self._known_with_content(probe.content))
 
     def _known_with_content(self, content: str) -> Iterator[_ParsedFingerprint]:
-        """The records with these words, by their hash."""
+        """The records with this content, by its hash."""
         marker, at = f"|{content}|", -1
         while (at := self._lines.find(marker, at + 1)) >= 0:
             line = self._lines[self._lines.rindex("\n", 0, at) + 1 : self._lines.index("\n", at)]
@@ -140,24 +140,24 @@ class DedupWindow:
                 yield known
 
     def add(self, keys: MessageKeys, now_ms: int) -> str:
-        """Remembers a message that it has not; returns its record."""
+        """Remembers a new message. Returns its record."""
         return self.add_all([keys], now_ms)[0]
 
     def add_all(self, many: Sequence[MessageKeys], now_ms: int) -> list[str]:
-        """Remembers messages that it has not, which costs little more than one: all is copied once. Their records."""
+        """Remembers new messages. One copy for all makes it cheap. Returns their records."""
         records = [keys.fingerprint(now_ms) for keys in many]
         self._append(
             {
                 record: keys.hashed
                 for record, keys in zip(records, many, strict=True)
-                if keys.message or not self._contains(record, keys.hashed)  # one with an id would be a repeat
+                if keys.message or not self._contains(record, keys.hashed)  # with an id it would be a repeat
             }
         )
         self._forget_old(now_ms)
         return records
 
     def _insert(self, records: Iterable[str]) -> None:
-        """Adds the records that are not there yet."""
+        """Adds records that are missing."""
         hashed = {record: _hashes(record) for record in records}
         self._append({record: hashes for record, hashes in hashed.items() if not self._contains(record, hashes)})
 
@@ -165,7 +165,7 @@ class DedupWindow:
         return bytes.fromhex(hashes[3]) in self._content_hashes and f"\n{record}\n" in self._lines
 
     def _append(self, records: dict[str, tuple[str, str, str, str]]) -> None:
-        """Records and the hashes in them."""
+        """Appends records with their hashes."""
         if not records:
             return
         self._lines += "\n".join([*records, ""])
@@ -191,7 +191,7 @@ class DedupWindow:
             self._forget(count, end)
 
     def _end_of(self, count: int) -> int:
-        """Where the oldest `count` records end."""
+        """The end of the oldest `count` records."""
         end = 0
         for _ in range(count):
             end = self._lines.index("\n", end + 1)
@@ -206,7 +206,7 @@ class DedupWindow:
 
 
 class BatchDedup:
-    """The messages of one answer of iLink, which may be thousands, and are looked up among themselves."""
+    """The messages of one answer of iLink, possibly thousands, for lookups among themselves."""
 
     def __init__(self) -> None:
         self._messages: set[str] = set()
@@ -231,7 +231,7 @@ class BatchDedup:
 
 
 def _is_same_message(new: _ParsedFingerprint, old: _ParsedFingerprint) -> bool:
-    """Whether `new`, with the words of `old`, is `old` again: ids first, then the time of writing."""
+    """Whether `new`, with the content of `old`, is the same message: ids first, then the time of writing."""
     if new.client and new.client == old.client:
         return True
     if not new.message and not new.client and new.seq and new.seq == old.seq:
@@ -249,18 +249,18 @@ def _parse_fingerprint(record: str) -> _ParsedFingerprint:
 
 
 def _is_plain(ident: str) -> bool:
-    """Whether a header of NATS holds it as it is: of other spaces than one in the middle it makes one, or none."""
+    """Whether a NATS header keeps the id as it is; it collapses or strips other spaces than single inner ones."""
     return ident.isascii() and ident.isprintable() and " " not in ident
 
 
 def _hash_of(text: str) -> str:
-    hashed = _BLANK.copy()  # cheaper than another one
+    hashed = _BLANK.copy()  # cheaper than a new one
     hashed.update(text.encode())
     return hashed.hexdigest()
 
 
 def _hashes(record: str) -> tuple[str, str, str, str]:
-    """The hashes in a record. Raises ValueError for what is no record: a search would meet it later, halfway."""
+    """The hashes in a record. Raises ValueError for an invalid record, before a later search meets it."""
     message, client, seq, content, _, _ = _parse_fingerprint(record)
     if len(bytes.fromhex(content)) != HASH or (message and len(bytes.fromhex(message)) != HASH):
         raise ValueError("not a hash")

@@ -1,4 +1,4 @@
-"""Identifies media: type, size of a picture, length of a recording; converts WeChat's voice format to WAV. No I/O."""
+"""Identifies media (type, picture size, duration) and converts WeChat's voice format to WAV. No I/O."""
 
 from __future__ import annotations
 
@@ -23,19 +23,19 @@ HAS_VOICE = pysilk is not None
 """Whether SILK is converted to WAV."""
 
 HEAD = 64 * 1024
-"""The first bytes of a file; `identify` needs no more."""
+"""First bytes of a file, which are enough for `identify`."""
 SILK_MAX_BYTES = 5_000_000
 SILK_RATE = 24_000
 SILK_MARK = b"#!SILK_V3"
 SILK_FRAME_MS = 20
 SILK_FRAME_MAX = SILK_RATE // 1000 * 2 * SILK_FRAME_MS
-"""More bytes than a frame of WeChat's ever has, and than the decoder takes."""
+"""Above the size of any frame of WeChat's, and above what the decoder accepts."""
 SILK_MAX_FRAMES = 10 * 60 * 1000 // SILK_FRAME_MS
-"""Ten minutes; WeChat records one. Tiny frames must not become gigabytes."""
+"""Ten minutes, where WeChat records one. Tiny frames must not become gigabytes."""
 
 OCTETS = "application/octet-stream"
 _USUAL = {"audio/x-wav": "audio/wav"}
-"""The names that browsers and other programs know, where filetype says an older one."""
+"""Common names of types for which filetype returns an older one."""
 _OFFICE = "application/vnd.openxmlformats-officedocument"
 _BY_NAME = {
     "text/plain": {
@@ -53,25 +53,25 @@ _BY_NAME = {
         ".xlsx": f"{_OFFICE}.spreadsheetml.sheet",
     },
 }
-"""Types that only a name tells apart; it is believed only where the content does not say otherwise."""
+"""Types that only a file name distinguishes. The name counts only if the content does not contradict it."""
 
 NO_NAMES = (".", "..")
-"""What a sender may call a file, and is a folder for whoever stores it under that name."""
+"""File names that are folders for whoever stores the file."""
 
 
 class Kind(NamedTuple):
-    """What a file is."""
+    """The type of a file."""
 
     mime: str
     width: int | None
     height: int | None
-    """Pixels as shown; None where the head does not tell."""
+    """Pixels as shown; None: unknown from the head."""
     suffix: str
-    """With its dot; "" for bytes of no known type."""
+    """With its dot; "" for an unknown type."""
 
 
 def identify(head: bytes, name: str = "") -> Kind:
-    """What a file is that begins with `head` (HEAD bytes of it, or all). `name` is the sender's."""
+    """The type of a file that starts with `head` (HEAD bytes, or all of it). `name`: from the sender."""
     head = head[:HEAD]
     mime, suffix = _mime_by_content(head)
     width, height = _pixel_size(head) if mime.startswith("image/") else (None, None)
@@ -82,43 +82,43 @@ def identify(head: bytes, name: str = "") -> Kind:
 
 
 def file_name(kind: str, suffix: str) -> str:
-    """A name for media whose sender gave none: `image.jpg`, `voice.silk`. `kind`: an item's, or the first word of a
-    type; those that say little to people (`application`) make a `file`."""
+    """A name for media without one: `image.jpg`, `voice.silk`. `kind`: an item's kind, or the first word of a type. A
+    kind that means little to people (`application`) becomes `file`."""
     return f"{kind if kind in ('image', 'video', 'voice', 'audio') else 'file'}{suffix}"
 
 
 def is_silk(head: bytes) -> bool:
-    """WeChat puts a byte 2 before the mark of the format (docs/reference/ilink-protocol.md, "Voice")."""
+    """WeChat puts a byte 2 before the format's mark (docs/reference/ilink-protocol.md, "Voice")."""
     return head.removeprefix(b"\x02").startswith(SILK_MARK)
 
 
 def silk_duration_ms(data: bytes) -> int | None:
-    """Length of a whole SILK recording; None for what is none, or longer than SILK_MAX_FRAMES."""
+    """Duration of a complete SILK recording; None: it is none, or longer than SILK_MAX_FRAMES."""
     count = sum(1 for _ in islice(_silk_frames(data), SILK_MAX_FRAMES + 1)) if is_silk(data) else None
     return None if count is None or count > SILK_MAX_FRAMES else count * SILK_FRAME_MS
 
 
 def wav_duration_ms(data: bytes) -> int | None:
-    """Length of a WAV recording, by its head alone; None for what is none."""
+    """Duration of a WAV recording, from its header; None: it is none."""
     try:
         with wave.open(io.BytesIO(data)) as recording:
             frames, rate = recording.getnframes(), recording.getframerate()
-    except (wave.Error, EOFError, struct.error, RuntimeError):  # the last one: of parts that reach beyond the end
+    except (wave.Error, EOFError, struct.error, RuntimeError):  # RuntimeError: a chunk exceeds the file
         return None
     return int(frames * 1000 / rate) if rate else None
 
 
 def silk_to_wav(data: bytes) -> bytes | None:
-    """A SILK recording as WAV: 24 kHz, 16 bits, one channel. Takes up to seconds: to be run in a thread.
+    """Converts SILK to WAV: 24 kHz, 16 bits, one channel. Takes up to seconds, so it runs in a thread.
 
-    None where the extra `voice` is not installed, and for what is broken, too large or too long.
+    None: the extra `voice` is not installed, or the recording is broken, too large or too long.
     """
     if pysilk is None or len(data) > SILK_MAX_BYTES or not is_silk(data):
         return None
     frames = list(_silk_frames(data))
     if not 0 < len(frames) <= SILK_MAX_FRAMES:
         return None
-    # only whole frames of a legal size reach the decoder, which is C and believes what it is told
+    # the decoder is C code without checks, so it gets only complete frames of a valid size
     source = io.BytesIO(SILK_MARK + b"".join(struct.pack("<h", len(frame)) + frame for frame in frames))
     sound = io.BytesIO()
     try:
@@ -135,7 +135,7 @@ def silk_to_wav(data: bytes) -> bytes | None:
 
 
 def _silk_frames(data: bytes) -> Iterator[bytes]:
-    """The frames of a SILK recording: each after its length, up to the end, a negative length or a broken frame."""
+    """The frames of a SILK recording, up to its end, a negative length or a broken frame."""
     at = len(SILK_MARK) + data.startswith(b"\x02")
     while at + 2 <= len(data):
         (size,) = struct.unpack_from("<h", data, at)
@@ -157,7 +157,7 @@ def _mime_by_content(head: bytes) -> tuple[str, str]:
 
 
 def _is_text(head: bytes) -> bool:
-    """UTF-8 without control characters; a character that the head cuts off does no harm."""
+    """Whether it is UTF-8 without control characters. The head may end within a character."""
     try:
         text = codecs.getincrementaldecoder("utf-8")().decode(head)
     except UnicodeDecodeError:

@@ -1,4 +1,4 @@
-"""What a user quotes: which message is meant, which part of it, and what stands for media. Pure."""
+"""Quotes: the quoted message, the quoted part of it, and summaries of media. Pure."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from adapter.contract import messages as contract
 from adapter.contract.messages import Quote
 
 MAX_TEXT = 65_536
-"""Characters in which a part is looked for: bounds the work, and is more than WeChat lets anybody write."""
+"""Characters in which a part is searched, which bounds the work. WeChat allows no longer texts."""
 
 
 class Part(NamedTuple):
-    """iLink's `partial_text`: where the part begins and ends, and its MD5 as lower-case hex ("": none given)."""
+    """iLink's `partial_text`: beginning and end of the part, and its MD5 as lower-case hex ("": none)."""
 
     start: str
     end: str
@@ -26,13 +26,13 @@ class Part(NamedTuple):
 
 
 class Reference(NamedTuple):
-    """The message that a quote points to, as iLink names it."""
+    """The quoted message, as iLink identifies it."""
 
     ids: tuple[str, ...]
-    """Ids under which it may be known, best first; none: it cannot be looked up."""
+    """Its possible ids, best first; empty: it cannot be looked up."""
     part: Part | None
     text: str
-    """Its words, where iLink gave them; "" where they have to be looked up."""
+    """Its text from iLink; "": it has to be looked up."""
 
 
 class QuotedText(NamedTuple):
@@ -44,8 +44,8 @@ class QuotedText(NamedTuple):
 
 
 def as_id(value: object) -> str:
-    """An id of iLink as text, losslessly; "" for what is none (absent, 0, not a number or a text)."""
-    if type(value) is int:  # as most are
+    """An iLink id as text, without loss; "" for no id (absent, 0, neither number nor text)."""
+    if type(value) is int:  # the usual case
         return str(value) if value else ""
     if value is None or isinstance(value, bool) or not isinstance(value, (int, str)):
         return ""
@@ -54,10 +54,10 @@ def as_id(value: object) -> str:
 
 
 def choose_part(text: str, part: Part) -> str | None:
-    """The part of `text` that is quoted; None where it is not to be found.
+    """The quoted part of `text`; None: it is not found.
 
-    The end is counted over the whole text or from just after the start: the MD5 decides which is meant, and
-    without one the whole text counts first. Occurrences are numbered from 0 and do not overlap.
+    The end is counted over the whole text or from just after the start. The MD5 decides which is meant; without one
+    the whole text is tried first. Occurrences are numbered from 0 and do not overlap.
     """
     text = text[:MAX_TEXT]
     begin = _find_occurrence(text, part.start, part.start_index, 0)
@@ -74,9 +74,9 @@ def choose_part(text: str, part: Part) -> str | None:
 
 
 def _find_occurrence(text: str, wanted: str, number: int, since: int) -> int | None:
-    """Where the `number`-th occurrence of `wanted` begins, looked for from `since`."""
+    """Position of the `number`-th occurrence of `wanted` after `since`."""
     if not wanted or not 0 <= number <= len(text) // len(wanted):
-        return None  # more than there can be: a short quote is no endless search
+        return None  # more than possible: bounds the search
     at = since - len(wanted)
     for _ in range(number + 1):
         at = text.find(wanted, at + len(wanted))
@@ -90,9 +90,9 @@ def _md5(text: str) -> str:
 
 
 def cut_to_part(text: str, part: Part | None) -> str:
-    """The quoted part of `text`, or all of it where no part is meant or found.
+    """The quoted part of `text`, or the whole text if no part is meant or found.
 
-    A part whose start is all of it, as its MD5 shows, needs no text to be told.
+    If the MD5 shows that the start is the whole part, no text is needed.
     """
     if part is None:
         return text
@@ -103,12 +103,12 @@ def cut_to_part(text: str, part: Part | None) -> str:
 
 
 def placeholder_summary(kind: str, name: str = "") -> str:
-    """Stands for what has no text of its own; "" for a kind that has no summary."""
+    """Summary of an item without text; "" for a kind without one."""
     return f"[{kind}] {name}".rstrip() if kind in ("image", "voice", "file", "video") else ""
 
 
 def quoted_text_of(text: str, items: Sequence[contract.InboundItem], item: int | None = None) -> QuotedText:
-    """What a user said: the whole message, or only one of its items."""
+    """The content of a user's message, or of one of its items."""
     meant = items if item is None else items[item : item + 1]
     if item is not None:
         text = _item_text(meant[0]) if meant else ""
@@ -119,7 +119,7 @@ def quoted_text_of(text: str, items: Sequence[contract.InboundItem], item: int |
 
 
 def kind_of(item: contract.InboundItem) -> str:
-    """Its tag on the bus."""
+    """The item's tag on the bus."""
     return str(item.__struct_config__.tag)
 
 
@@ -138,7 +138,7 @@ def _item_summary(item: contract.InboundItem) -> str:
 
 
 def resolve_quote(quote: Quote, reference: Reference, words: QuotedText | None) -> Quote:
-    """The quote with what was found out. iLink's own words count more than ours, ours more than its title."""
+    """The quote with what was found. iLink's own text has priority, then the found one, then the title."""
     known = quote if words is None else msgspec.structs.replace(quote, kind=words.kind, said_by=words.said_by)
     text = reference.text or (words.text if words else "")
     shown = cut_to_part(text, reference.part)

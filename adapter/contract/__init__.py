@@ -1,1 +1,1 @@
-"""What lies on the bus: messages that others read and write, subjects and headers, and records of our own."""
+"""The data on the bus: public messages, subjects and headers, and the adapter's own records."""

@@ -1,8 +1,8 @@
 """Messages of the bus: the source of `schemas/`. No I/O, no clock.
 
-Fields ending in `_ms` are Unix milliseconds. Ids are strings, since iLink's uint64 exceeds 2^53.
-Unknown fields are ignored on reading, so optional fields may be added; any other change is a new major
-version, told by the header `Wechat-Schema`.
+Fields ending in `_ms` are Unix milliseconds. Ids are strings, since iLink's uint64 exceeds 2^53. Readers ignore
+unknown fields, so optional fields may be added. Any other change is a new major version, which the header
+`Wechat-Schema` has.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from adapter.contract.names import H_LAST, H_NAME, H_NEXT, H_OFFSET, H_SHA256, H
 
 SCHEMA_VERSION = "1"
 COMMAND_BYTES = 256 * 1024
-"""Largest command, in bytes: with its headers it fits what a server takes of a sandbox. Media go by object."""
+"""Largest command in bytes. With its headers it fits into the largest message of a sandbox. Media go by object."""
 
 _HEADERS = {
     "upload": H_UPLOAD,
@@ -38,15 +38,15 @@ class Window(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     remaining: Annotated[
         int | None,
         Meta(
-            description="Sends left; 0 also when time is over or WeChat takes no more; null: sends"
-            " are not counted. Each part of a long text, each media item and each caption is one."
+            description="Sends left; 0 also if the window is over or WeChat accepts no more; null: sends are not"
+            " counted. Each part of a long text, each media item and each caption is a send."
         ),
     ] = None
     reserved: Annotated[
         int,
-        Meta(description="How many of `remaining` are kept back for answers: no command with `optional` takes them."),
+        Meta(description="Sends of `remaining` that are reserved for answers: commands with `optional` get none."),
     ] = 0
-    closes_at_ms: Annotated[int | None, Meta(description="When the window closes; null: no window is open.")] = None
+    closes_at_ms: Annotated[int | None, Meta(description="When the window closes; null: it is not open.")] = None
 
 
 # Inbound ---------------------------------------------------------------------------------------------
@@ -59,24 +59,24 @@ class TextItem(msgspec.Struct, frozen=True, kw_only=True, tag_field="kind", tag=
 
 
 class Media(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """Bytes in the object store `wechat_media`. A sandbox reads its own by wechat.svc.media.get.<sandbox>."""
+    """An object in the store `wechat_media`. A sandbox reads its objects by wechat.svc.media.get.<sandbox>."""
 
     object: Annotated[str, Meta(min_length=1, max_length=200, description="Its name: <sandbox>/…")]
-    name: Annotated[str, Meta(description="A file name: the sender's, else one made for its type.")] = ""
-    mime: Annotated[str, Meta(description="Type, found by content.")] = ""
+    name: Annotated[str, Meta(description="File name from the sender, or generated for the type.")] = ""
+    mime: Annotated[str, Meta(description="Type, detected from the content.")] = ""
     size: Annotated[int, Meta(description="Bytes.")] = 0
     sha256: Annotated[str, Meta(description="Lower-case hex.")] = ""
-    width: Annotated[int | None, Meta(description="Pixels, where known.")] = None
-    height: Annotated[int | None, Meta(description="Pixels, where known.")] = None
-    duration_ms: Annotated[int | None, Meta(description="Where known.")] = None
+    width: Annotated[int | None, Meta(description="Pixels, if known.")] = None
+    height: Annotated[int | None, Meta(description="Pixels, if known.")] = None
+    duration_ms: Annotated[int | None, Meta(description="If known.")] = None
 
 
 MediaReason = Annotated[
     str,
     Meta(
         description="Why the bytes are missing: too_large, timeout, unavailable (the CDN refused or failed), corrupt"
-        " (they cannot be decrypted), reference (none, or one that may not be followed), off (the binding's option),"
-        " store (the bus did not take them); empty where they are there."
+        " (they cannot be decrypted), reference (missing, or not allowed), off (the binding's option), store (the bus"
+        " did not accept them); empty if they are there."
     ),
 ]
 
@@ -94,14 +94,14 @@ class VoiceItem(msgspec.Struct, frozen=True, kw_only=True, tag_field="kind", tag
     transcript: Annotated[str, Meta(description="WeChat's speech-to-text; may be wrong, may be empty.")] = ""
     duration_ms: int | None = None
     media: Annotated[Media | None, Meta(description="As recorded, usually SILK.")] = None
-    wav: Annotated[Media | None, Meta(description="The same as WAV, where it could be converted.")] = None
+    wav: Annotated[Media | None, Meta(description="The recording as WAV, if it could be converted.")] = None
     reason: MediaReason = ""
 
 
 class FileItem(msgspec.Struct, frozen=True, kw_only=True, tag_field="kind", tag="file", omit_defaults=True):
     """A file."""
 
-    name: Annotated[str, Meta(description="As the sender calls it.")] = ""
+    name: Annotated[str, Meta(description="File name from the sender.")] = ""
     media: Media | None = None
     reason: MediaReason = ""
 
@@ -120,23 +120,23 @@ class UnsupportedItem(
     """Something that the adapter cannot translate (yet)."""
 
     type: Annotated[int, Meta(description="iLink's item type; 0: unknown.")]
-    reason: Annotated[str, Meta(description="Why: kind, malformed or too_large.")] = "kind"
+    reason: Annotated[str, Meta(description="The cause: kind, malformed or too_large.")] = "kind"
 
 
 InboundItem: TypeAlias = TextItem | ImageItem | VoiceItem | FileItem | VideoItem | UnsupportedItem
 
 
 class Quote(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """What the user quoted."""
+    """The quoted message."""
 
     id: Annotated[str, Meta(description="iLink's id of the quoted message; empty if it gave none.")] = ""
-    text: Annotated[str, Meta(description="The quoted text or a summary, as far as it is known.")] = ""
-    said_by: Annotated[Literal["", "user", "bot"], Meta(description="Whose words; empty: not known.")] = ""
-    kind: Annotated[str, Meta(description="What was quoted: text, image, voice, file, video; empty: not known.")] = ""
+    text: Annotated[str, Meta(description="The quoted text or a summary, if known.")] = ""
+    said_by: Annotated[Literal["", "user", "bot"], Meta(description="The quoted author; empty: unknown.")] = ""
+    kind: Annotated[str, Meta(description="Quoted kind: text, image, voice, file, video; empty: unknown.")] = ""
 
 
 class Inbound(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """What a user said to the bot of one sandbox. Subject: wechat.in.<sandbox>."""
+    """A user's message to the bot of one sandbox. Subject: wechat.in.<sandbox>."""
 
     id: Annotated[str, Meta(description="Unique; also the Nats-Msg-Id.")]
     sandbox: SandboxId
@@ -161,13 +161,11 @@ class OutText(msgspec.Struct, frozen=True, kw_only=True, tag_field="kind", tag="
 
 class _OutMedia(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     media: Annotated[
-        Media | None, Meta(description="An object of this sandbox; only its `object` (and `name`) count.")
+        Media | None, Meta(description="An object of this sandbox; only `object` and `name` are used.")
     ] = None
-    data: Annotated[bytes | None, Meta(description="The bytes themselves, for small ones, instead of `media`.")] = (
-        None
-    )
+    data: Annotated[bytes | None, Meta(description="The bytes of a small item, instead of `media`.")] = None
     name: Annotated[str, Meta(max_length=255, description="File name that the user sees.")] = ""
-    caption: Annotated[str, Meta(description="Text sent before it, as a message of its own.")] = ""
+    caption: Annotated[str, Meta(description="Text sent before the item as a message of its own.")] = ""
 
 
 class OutImage(_OutMedia, frozen=True, kw_only=True, tag_field="kind", tag="image", omit_defaults=True):
@@ -183,14 +181,15 @@ class OutFile(_OutMedia, frozen=True, kw_only=True, tag_field="kind", tag="file"
 
 
 class OutVoice(_OutMedia, frozen=True, kw_only=True, tag_field="kind", tag="voice", omit_defaults=True):
-    """Audio to send. It arrives as a file: WeChat shows no voice bubble of a bot."""
+    """Audio to send. It arrives as a file, since WeChat shows no voice messages of bots."""
 
 
 OutItem: TypeAlias = OutText | OutImage | OutVideo | OutFile | OutVoice
 
 
 class Outbound(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """A command: send this. Subject: wechat.out.<sandbox>, or wechat.out with `sandbox`. Least: {"text":"hi"}."""
+    """A command to send a message. Subject: wechat.out.<sandbox>, or wechat.out with `sandbox`. Least:
+    {"text":"hi"}."""
 
     id: Annotated[
         CommandId | None,
@@ -198,14 +197,14 @@ class Outbound(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     ] = None
     sandbox: Annotated[
         SandboxId | None,
-        Meta(description="Needed on plain wechat.out; elsewhere it must equal the subject's."),
+        Meta(description="Required on plain wechat.out; elsewhere it must equal the sandbox in the subject."),
     ] = None
-    bot: Annotated[str | None, Meta(description="Needed only where the sandbox has several bots.")] = None
+    bot: Annotated[str | None, Meta(description="Required only if the sandbox has several bots.")] = None
     user: Annotated[
         str | None,
         Meta(
-            description="Default: the bot's user. An answer names the `user` of the message that it answers: another"
-            " person may be bound by then."
+            description="Default: the bot's user. An answer names the `user` of the message that it answers, since"
+            " another person may be bound by then."
         ),
     ] = None
     text: Annotated[str | None, Meta(description="Short form of one text item.")] = None
@@ -213,16 +212,16 @@ class Outbound(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     reply_to: Annotated[
         str | None,
         Meta(
-            description="Id of the inbound message that this answers. One of another person than the command goes to"
-            " has it refused (other_user)."
+            description="Id of the inbound message that this answers. The command is refused (other_user) if that"
+            " message is from another person than the command goes to."
         ),
     ] = None
     when_closed: Annotated[
         Literal["park", "refuse"],
-        Meta(description="While nothing may be sent: wait for the user's next message, or refuse at once."),
+        Meta(description="If nothing may be sent now: wait for the user's next message, or refuse at once."),
     ] = "park"
     expires_in_s: (
-        Annotated[float, Meta(gt=0, description="Seconds from storing; unsent by then: refused.")] | None
+        Annotated[float, Meta(gt=0, description="Seconds after storing; if unsent by then, it is refused.")] | None
     ) = None
     format: Annotated[
         Literal["markdown", "plain"], Meta(description="plain: Markdown is turned into plain text.")
@@ -230,12 +229,12 @@ class Outbound(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     optional: Annotated[
         bool,
         Meta(
-            description="A progress report: refused at once where it would take one of the sends that are kept back"
-            " for answers (`reserved`), or where none is left."
+            description="A progress report: refused at once if it would use one of the sends that are reserved for"
+            " answers (`reserved`), or if none is left."
         ),
     ] = False
     typing: Annotated[
-        Literal["on", "off"] | None, Meta(description="Instead of text and items: show or hide that the bot types.")
+        Literal["on", "off"] | None, Meta(description="Instead of text and items: show or hide the typing indicator.")
     ] = None
 
 
@@ -244,24 +243,24 @@ FINAL_OUTCOMES = ("accepted", "accepted_unconfirmed", "refused", "uncertain", "d
 
 
 class Receipt(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """What became of a command. Exactly one final receipt each; `parked` is not final.
+    """The result of a command. Each command gets exactly one final receipt; `parked` is not final.
 
     Subject: wechat.event.<sandbox>.receipt.<command>, where `<command>` is its id: letters, digits, `-` and `_` stay,
     each other byte becomes =XX (upper-case hex).
     """
 
     command: Annotated[str, Meta(description="The command's id.")]
-    sandbox: Annotated[str, Meta(description="UNROUTED where the command named none.")]
+    sandbox: Annotated[str, Meta(description="UNROUTED if the command has none.")]
     sequence: Annotated[
         int,
-        Meta(description="The command's sequence in WECHAT_OUT, as its publisher was told: an id may come again."),
+        Meta(description="The command's sequence in WECHAT_OUT, as in its publish ack; an id may be used again."),
     ] = 0
     outcome: Annotated[
         Outcome,
         Meta(
-            description="accepted: iLink answered with a message id. accepted_unconfirmed: success without an id,"
-            " often dropped, never resent. refused: will not be sent. uncertain: it left and no answer came, also"
-            " after one repeat with the same id. dead_lettered: unreadable, or every attempt failed; see"
+            description="accepted: iLink answered with a message id. accepted_unconfirmed: success without an id;"
+            " WeChat often drops it, and it is never resent. refused: will not be sent. uncertain: sent without an"
+            " answer, also after one repeat with the same id. dead_lettered: unreadable, or every attempt failed; see"
             " WECHAT_DEAD. parked (not final): waits for the user or the login."
         ),
     ]
@@ -277,44 +276,43 @@ class Receipt(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     bot: str = ""
     user: str = ""
     message_ids: Annotated[list[str], Meta(description="iLink's ids, one per message sent.")] = []
-    ret: Annotated[int | None, Meta(description="As iLink answered.")] = None
-    errcode: Annotated[int | None, Meta(description="As iLink answered.")] = None
-    errmsg: Annotated[str, Meta(description="As iLink answered.")] = ""
+    ret: Annotated[int | None, Meta(description="From iLink's answer.")] = None
+    errcode: Annotated[int | None, Meta(description="From iLink's answer.")] = None
+    errmsg: Annotated[str, Meta(description="From iLink's answer.")] = ""
     window: Window = Window()
     attempts: Annotated[int, Meta(description="Requests to sendmessage for this command.")] = 0
     received_at_ms: Annotated[
         int, Meta(description="When the command was stored, on `wechat.out` or its sandbox's subject.")
     ] = 0
-    at_ms: Annotated[int, Meta(description="When this receipt was made.")] = 0
+    at_ms: Annotated[int, Meta(description="When this receipt was created.")] = 0
 
 
 # Bindings --------------------------------------------------------------------------------------------
 
 
 class Options(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """How a binding behaves."""
+    """Options of a binding."""
 
     durable: Annotated[
         bool, Meta(description="Create the durable pull consumer <sandbox> on WECHAT_IN for this sandbox.")
     ] = False
     auto_typing: Annotated[
-        bool, Meta(description="Show that the bot types from each inbound message to the answer.")
+        bool, Meta(description="Show the typing indicator from each inbound message to the answer.")
     ] = False
-    media: Annotated[bool, Meta(description="Download what the user sends; false: only say that it came.")] = True
+    media: Annotated[bool, Meta(description="Download the user's media; false: messages only mention them.")] = True
 
 
 KeepUndelivered = Annotated[
     bool,
     Meta(
-        description="What the person before wrote, and the sandbox has not read, is delivered all the same. Default:"
-        " an unbind of the last person, and a bind of another one, move the durable consumer, and the beginning of a"
-        " replay, past it."
+        description="Deliver what the former person wrote and the sandbox has not read. Default: an unbind of the"
+        " last person, and a bind of another one, move the durable consumer and the start of a replay past it."
     ),
 ]
 
 
 class Bind(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """Let a bot serve a sandbox. Subject: wechat.ctl.bind. Idempotent by `id`."""
+    """Bind a bot to a sandbox. Subject: wechat.ctl.bind. Idempotent by `id`."""
 
     sandbox: SandboxId
     bot: Annotated[str, Meta(min_length=1, max_length=128, description="iLink's bot id, …@im.bot.")]
@@ -327,8 +325,8 @@ class Bind(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     cursor: Annotated[
         str | None,
         Meta(
-            description="Where to poll from; default: where it was, or the start."
-            " A secret: the bot's token stands in iLink's cursors."
+            description="Cursor to poll from; default: the current one, or the start. A secret: iLink's cursors"
+            " contain the bot's token."
         ),
     ] = None
     options: Options = Options()
@@ -343,12 +341,12 @@ class Bind(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     ] = None
 
     def __repr__(self) -> str:
-        # a token never gets into a log or traceback
+        # keeps the token out of logs and tracebacks
         return f"Bind(sandbox={self.sandbox!r}, bot={self.bot!r}, id={self.id!r})"
 
 
 class Unbind(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """Let a bot, or every bot of a sandbox, serve it no longer. Subject: wechat.ctl.unbind."""
+    """Unbind a bot, or all bots of a sandbox. Subject: wechat.ctl.unbind."""
 
     sandbox: SandboxId
     bot: Annotated[str, Meta(max_length=128, description="Default: all bots of the sandbox.")] | None = None
@@ -360,7 +358,7 @@ BindingState: TypeAlias = Literal["active", "needs_login"]
 
 
 class BindingInfo(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """A binding without its token: the answer of wechat.svc.bindings.get and .list, and of bind."""
+    """A binding without its token: answer of wechat.svc.bindings.get and .list, and of bind."""
 
     sandbox: str
     bot: str
@@ -368,17 +366,17 @@ class BindingInfo(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True)
     base_url: str = ""
     state: BindingState = "active"
     reason: Annotated[str, Meta(description="Why it needs a login; empty otherwise.")] = ""
-    since_ms: Annotated[int, Meta(description="When it came into this state.")] = 0
+    since_ms: Annotated[int, Meta(description="Start of this state.")] = 0
     options: Options = Options()
 
 
 class ControlAnswer(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """Answer to bind and unbind, sent to the header Reply-To once the outcome is stored."""
+    """Answer to bind and unbind, sent to the header Reply-To when the outcome is stored."""
 
     ok: bool
     id: str = ""
     bindings: Annotated[
-        list[BindingInfo], Meta(description="What is bound now (bind) or was until now (unbind).")
+        list[BindingInfo], Meta(description="Current bindings (bind), or removed ones (unbind).")
     ] = []
     replaced: Annotated[list[str], Meta(description="Bots of the same user that this bind replaced.")] = []
     moved_from: Annotated[str, Meta(description="The sandbox that the bot has served until now, if another.")] = ""
@@ -390,24 +388,24 @@ BindingChange: TypeAlias = Literal["bound", "replaced", "unbound", "refused", "s
 
 
 class BindingEvent(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """Something happened to a binding. Subject: wechat.event.<sandbox>.binding."""
+    """A binding changed. Subject: wechat.event.<sandbox>.binding."""
 
     sandbox: str
     bot: str
     change: Annotated[
         BindingChange,
         Meta(
-            description="replaced: another bot of the same user took its place. refused: a bind was not carried out."
-            " stale: iLink said -14 and the short recovery runs. needs_login: it failed; scan a new QR code."
-            " recovered: iLink takes the token again, also after needs_login."
+            description="replaced: another bot of the same user took its place. refused: a bind was refused. stale:"
+            " iLink answered -14, and the token is retried for a short time. needs_login: the retries failed; scan a"
+            " new QR code. recovered: iLink accepts the token again, also after needs_login."
         ),
     ]
     user: str = ""
     reason: Annotated[
         str,
         Meta(
-            description="refused: a word for why. unbound: moved, where the bot went to another sandbox. stale and"
-            " needs_login: iLink's words, if any."
+            description="refused: a word for the cause. unbound: moved, if the bot went to another sandbox. stale and"
+            " needs_login: iLink's error text, if any."
         ),
     ] = ""
     detail: Annotated[str, Meta(description="One sentence that says what to do.")] = ""
@@ -415,15 +413,15 @@ class BindingEvent(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True
     replay_after: Annotated[
         int | None,
         Meta(
-            description="bound, unbound: replay begins after this sequence. Absent: nothing is replayed, since nobody"
-            " is bound now."
+            description="bound, unbound: a replay begins after this sequence. Absent: nothing is replayed, since no"
+            " person is bound now."
         ),
     ] = None
     at_ms: int = 0
 
 
 class WindowEvent(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """What may be sent to a user changed. Subject: wechat.event.<sandbox>.window."""
+    """The send window of a user changed. Subject: wechat.event.<sandbox>.window."""
 
     sandbox: str
     bot: str
@@ -431,8 +429,8 @@ class WindowEvent(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True)
     change: Annotated[
         Literal["opened", "low", "closed"],
         Meta(
-            description="opened: something can be sent again, since the user wrote, or since WeChat takes messages"
-            " again. low: few sends are left, told once per window. closed: `remaining` is 0."
+            description="opened: sends are possible again, since the user wrote or WeChat accepts messages again."
+            " low: few sends are left, once per window. closed: `remaining` is 0."
         ),
     ]
     reason: Annotated[str, Meta(description="Why it closed: window_closed (time), quota, throttled.")] = ""
@@ -441,18 +439,18 @@ class WindowEvent(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True)
 
 
 CHECKING = "checking"
-"""Reason in an answer while digits are not judged yet."""
+"""Reason in an answer while digits are being checked."""
 LoginStatus: TypeAlias = Literal[
     "wait", "scanned", "need_verify_code", "confirmed", "already_bound", "expired", "failed", "cancelled"
 ]
 FINAL_STATUSES = ("confirmed", "already_bound", "expired", "failed", "cancelled")
-"""Of a login that is over."""
+"""Statuses of a finished login."""
 
 
 LoginReason = Annotated[
     str,
     Meta(
-        description="need_verify_code: wrong_code; in an answer also checking, while digits are not judged yet."
+        description="need_verify_code: wrong_code; in an answer also checking, while digits are being checked."
         " expired: time, or codes (too many expired). failed: blocked (too many wrong digits), bus, url, or why the"
         " bind was refused."
     ),
@@ -461,27 +459,25 @@ LoginReason = Annotated[
 
 FormerUser = Annotated[
     str,
-    Meta(description="confirmed: who was bound to the sandbox before, if that is another person than who scanned."),
+    Meta(description="confirmed: the person bound to the sandbox before, if it is not the one who scanned."),
 ]
 
 
 class LoginEvent(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """A step of a QR login. Subject: wechat.event.<sandbox>.login. Never holds the code: it is a secret."""
+    """A step of a QR login. Subject: wechat.event.<sandbox>.login. It never contains the code, which is a secret."""
 
     login: str
     sandbox: str
     status: Annotated[
         LoginStatus,
         Meta(
-            description="wait: a code is (or a new code is now) to be scanned, see `code`. scanned: to be"
-            " confirmed on the phone. need_verify_code: send the digits shown on the phone by login.verify."
-            " confirmed: the bot is bound. already_bound: this user is served by a bot of the sandbox already."
-            " expired, failed, cancelled: it is over."
+            description="wait: a code, or a new one, is to be scanned, see `code`. scanned: to be confirmed on the"
+            " phone. need_verify_code: send the digits shown on the phone by login.verify. confirmed: the bot is"
+            " bound. already_bound: a bot of the sandbox already serves this user. expired, failed, cancelled: the"
+            " login is over."
         ),
     ]
-    code: Annotated[
-        int, Meta(description="Number of the QR code, from 1; a higher one: ask login.status for it.")
-    ] = 1
+    code: Annotated[int, Meta(description="Number of the QR code, from 1; request a new one by login.status.")] = 1
     bot: str = ""
     user: str = ""
     former_user: FormerUser = ""
@@ -498,14 +494,14 @@ class LoginStart(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
 
     sandbox: SandboxId
     options: Options = Options()
-    png: Annotated[bool, Meta(description="Answer with the code as PNG, too.")] = False
+    png: Annotated[bool, Meta(description="Also return the code as PNG.")] = False
 
 
 class LoginQuery(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """Request of wechat.svc.login.status and .cancel."""
 
     login: Annotated[str, Meta(min_length=1, max_length=64)]
-    png: Annotated[bool, Meta(description="Answer with the code as PNG, too.")] = False
+    png: Annotated[bool, Meta(description="Also return the code as PNG.")] = False
 
 
 class LoginVerify(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -516,22 +512,22 @@ class LoginVerify(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True)
 
 
 class Login(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """Answer of wechat.svc.login.*: a QR login and its code, which is a secret until the login is over."""
+    """Answer of wechat.svc.login.*: a QR login with its code, which is a secret until the login is over."""
 
-    login: Annotated[str, Meta(description="Its id, for login.status, .verify and .cancel.")]
+    login: Annotated[str, Meta(description="Id for login.status, .verify and .cancel.")]
     sandbox: str
     status: LoginStatus
     code: Annotated[int, Meta(description="Number of the QR code, from 1.")] = 1
     qrcode_url: Annotated[
         str,
-        Meta(description="The text to encode as a QR code, or a `data:` URL of a picture of it; empty when over."),
+        Meta(description="The text to encode as a QR code, or a `data:` URL of its picture; empty at the end."),
     ] = ""
     qrcode_text: Annotated[
         str,
-        Meta(description="The code drawn for a terminal, dark on light by ANSI colours; of a picture, a sentence."),
+        Meta(description="The code drawn for a terminal, dark on light by ANSI colours; for a picture, a sentence."),
     ] = ""
     qrcode_png: Annotated[
-        str, Meta(description="The code as PNG, base64, where asked for; empty for a picture in another format.")
+        str, Meta(description="The code as base64 PNG, if requested; empty for a picture in another format.")
     ] = ""
     expires_at_ms: Annotated[int, Meta(description="When the whole login ends.")] = 0
     bot: str = ""
@@ -542,32 +538,30 @@ class Login(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
 
 
 class MediaQuery(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """Request of wechat.svc.media.get.<sandbox>: the next piece of an object. The answer's payload are its bytes."""
+    """Request of wechat.svc.media.get.<sandbox>: the next piece of an object, which is the answer's payload."""
 
     object: Annotated[str, Meta(min_length=1, max_length=200, description="`media.object` of an item.")]
-    after: Annotated[int, Meta(ge=0, description="0, then the header Wechat-Next of the answer before.")] = 0
+    after: Annotated[int, Meta(ge=0, description="0, then the header Wechat-Next of the previous answer.")] = 0
 
 
 class MediaBytes(msgspec.Struct, frozen=True, kw_only=True, rename=_HEADERS.get):
-    """Headers of the answer of wechat.svc.media.get.<sandbox>; the payload are the bytes of the piece."""
+    """Headers of the answer of wechat.svc.media.get.<sandbox>, whose payload is the piece."""
 
     size: Annotated[int, Meta(ge=0, description="Bytes of the whole object.")]
-    sha256: Annotated[str, Meta(description="Of the whole object, lower-case hex.")]
-    next: Annotated[int | None, Meta(description="Ask again with `after` set to this; absent: it was the last.")] = (
-        None
-    )
+    sha256: Annotated[str, Meta(description="Hash of the whole object, lower-case hex.")]
+    next: Annotated[int | None, Meta(description="`after` for the next piece; absent: this is the last.")] = None
 
 
 class MediaPiece(msgspec.Struct, frozen=True, kw_only=True, rename=_HEADERS.get):
-    """Headers of wechat.svc.media.put.<sandbox>; the payload are the bytes of the piece, 16 KiB (but for the last)
-    to 512 KiB. The answer is a Media, whole after the last piece. A piece may be repeated."""
+    """Headers of wechat.svc.media.put.<sandbox>, whose payload is a piece of 16 KiB (the last may be shorter) to 512
+    KiB. The answer is a Media, complete after the last piece. A piece may be repeated."""
 
-    upload: Annotated[str, Meta(pattern=r"^[A-Za-z0-9_-]{1,64}$", description="Your id of the upload, new for each.")]
+    upload: Annotated[str, Meta(pattern=r"^[A-Za-z0-9_-]{1,64}$", description="Your unique id of the upload.")]
     offset: Annotated[int, Meta(ge=0, description="Bytes before this piece; the first has 0.")] = 0
-    last: Annotated[bool, Meta(description="It is the last piece.")] = False
+    last: Annotated[bool, Meta(description="This is the last piece.")] = False
     name: Annotated[str, Meta(max_length=1000, description="File name, percent-encoded; on the last piece.")] = ""
     sha256: Annotated[
-        str, Meta(pattern=r"^([0-9a-f]{64})?$", description="Of the whole; on the last piece: checked if given.")
+        str, Meta(pattern=r"^([0-9a-f]{64})?$", description="Hash of the whole, on the last piece; checked if given.")
     ] = ""
 
 
@@ -576,20 +570,20 @@ class BindingsQuery(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tru
 
     sandbox: str | None = None
     bot: str | None = None
-    after: Annotated[str, Meta(description="Continue after this bot: `next` of the page before.")] = ""
-    limit: Annotated[int, Meta(ge=1, le=1000, description="Most bindings of a page.")] = 500
+    after: Annotated[str, Meta(description="Continue after this bot: `next` of the previous page.")] = ""
+    limit: Annotated[int, Meta(ge=1, le=1000, description="Page size.")] = 500
 
 
 class BindingsPage(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """Answer of wechat.svc.bindings.list and .get, in the order of bot ids."""
 
     bindings: list[BindingInfo]
-    next: Annotated[str, Meta(description="Ask again with `after` set to this; empty: that was all.")] = ""
+    next: Annotated[str, Meta(description="Value of `after` for the next page; empty: this is the last.")] = ""
 
 
 SandboxAsked = Annotated[
     SandboxId | None,
-    Meta(description="Needed where the subject names none; one that differs from the subject's is refused."),
+    Meta(description="Required if the subject has none. It must not differ from the subject's."),
 ]
 
 
@@ -597,12 +591,13 @@ class WindowQuery(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True)
     """Request of wechat.svc.window.<sandbox>, and for the platform of wechat.svc.window."""
 
     sandbox: SandboxAsked = None
-    bot: Annotated[str | None, Meta(description="Needed only where the sandbox has several bots.")] = None
+    bot: Annotated[str | None, Meta(description="Required only if the sandbox has several bots.")] = None
     user: Annotated[str | None, Meta(description="Default: the bot's user.")] = None
 
 
 class ReceiptQuery(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """Request of wechat.svc.receipt.<sandbox>, and for the platform of wechat.svc.receipt: the last of a command."""
+    """Request of wechat.svc.receipt.<sandbox>, and for the platform of wechat.svc.receipt: a command's last
+    receipt."""
 
     sandbox: SandboxAsked = None
     command: CommandId
@@ -614,26 +609,26 @@ class ReplayQuery(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True)
     sandbox: SandboxAsked = None
     after: Annotated[int, Meta(ge=0, description="Stream sequence; messages after it.")] = 0
     since_ms: Annotated[
-        int | None, Meta(description="Messages stored since then, in milliseconds; only where `after` is 0.")
+        int | None, Meta(description="Messages stored since this time, in milliseconds; only if `after` is 0.")
     ] = None
     former: Annotated[
-        bool, Meta(description="Also what persons wrote who were bound before those of now; else it is passed over.")
+        bool, Meta(description="Include messages of persons who were bound before the current ones.")
     ] = False
-    limit: Annotated[int, Meta(ge=1, le=500, description="Most messages of a page.")] = 100
+    limit: Annotated[int, Meta(ge=1, le=500, description="Page size.")] = 100
 
 
 class Replayed(msgspec.Struct, frozen=True, kw_only=True):
     """One message of a replay."""
 
     seq: Annotated[int, Meta(description="Stream sequence: the header Nats-Sequence of the live message.")]
-    message: Annotated[msgspec.Raw, Meta(description="An inbound message, as it was.")]
+    message: Annotated[msgspec.Raw, Meta(description="The inbound message, unchanged.")]
 
 
 class ReplayPage(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """Answer of wechat.svc.replay.<sandbox>, oldest first."""
 
     messages: list[Replayed]
-    next: Annotated[int, Meta(description="Ask again with `after` set to this; 0: that was all.")] = 0
+    next: Annotated[int, Meta(description="Value of `after` for the next page; 0: this is the last.")] = 0
 
 
 MESSAGES: dict[str, type[msgspec.Struct]] = {
@@ -660,4 +655,4 @@ MESSAGES: dict[str, type[msgspec.Struct]] = {
     "receipt_query": ReceiptQuery,
     "window": Window,
 }
-"""What goes over the bus, by the name of its file in `schemas/`."""
+"""Messages of the bus, by the name of their file in `schemas/`."""

@@ -1,4 +1,4 @@
-"""Subjects, streams, buckets, headers and keys of the bus, and what ids may be part of them. No I/O, no clock."""
+"""Subjects, streams, buckets, headers and keys of the bus, and the ids in them. No I/O, no clock."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from urllib.parse import unquote_to_bytes
 from adapter.errors import Refused
 
 SHARDS = 128
-"""Sandboxes are spread over so many shards by the server's `partition()`; fixed, since it is in stored subjects."""
+"""Shards of the server's `partition()` over the sandboxes. The number is fixed, since stored subjects contain it."""
 
 UNROUTED = "UNROUTED"
-"""Stands for the sandbox in receipts of commands that name none. No sandbox may have upper-case letters."""
+"""The sandbox in receipts of commands without one. Sandbox names have no upper-case letters."""
 
 SANDBOX_PATTERN = r"^[a-z0-9_-]{1,64}$"
 _SANDBOX = re.compile(SANDBOX_PATTERN)
@@ -23,14 +23,14 @@ H_SCHEMA = "Wechat-Schema"
 H_MSG_ID = "Nats-Msg-Id"
 H_REPLY_TO = "Reply-To"
 H_EXPECTED = "Nats-Expected-Last-Subject-Sequence"
-"""Compare-and-set: the stream refuses a message if its subject's last one has another sequence (0: there is none)."""
+"""Compare-and-set: the stream refuses a message if the subject's last sequence is another (0: no message)."""
 H_TRACEPARENT = "traceparent"
 H_COMMAND = "Wechat-Command"
-"""Set by the router on its copy: the id of the command on plain `wechat.out`."""
+"""On the router's copy: the id of the command on plain `wechat.out`."""
 H_SINCE_MS = "Wechat-Since-Ms"
-"""Set by the router on its copy: when the command was stored on plain `wechat.out`."""
+"""On the router's copy: when the command was stored on plain `wechat.out`."""
 H_COPIED_AGAIN = "Wechat-Copied-Again"
-"""Set by the router on a copy before which there may have been another of the same command."""
+"""On a router's copy that may follow another copy of the same command."""
 H_REASON = "Wechat-Reason"
 H_DETAIL = "Wechat-Detail"
 H_SUBJECT = "Wechat-Subject"
@@ -38,16 +38,15 @@ H_SEQUENCE = "Wechat-Sequence"
 H_TIME_MS = "Wechat-Time-Ms"
 H_SANDBOX = "Wechat-Sandbox"
 H_JOURNAL = "Wechat-Journal"
-"""On inbound messages: which record of the adapter's journal they are of, and where they stand in it. Readers ignore
-it."""
+"""On inbound messages: the record in the adapter's journal, and the index in it. Readers ignore it."""
 H_IDS = "Wechat-Ids"
 """On inbound messages: iLink's ids of its items, for later quotes. Readers ignore it."""
 H_NEXT = "Wechat-Next"
-"""On pieces of an object: ask again with `after` set to this; absent on the last one."""
+"""On pieces of an object: value of `after` for the next request; absent on the last piece."""
 H_SIZE = "Wechat-Size"
-"""On pieces of an object: bytes of the whole."""
+"""On pieces of an object: size of the whole in bytes."""
 H_SHA256 = "Wechat-Sha256"
-"""On pieces of an object: lower-case hex of the whole."""
+"""On pieces of an object: hash of the whole as lower-case hex."""
 H_UPLOAD = "Wechat-Upload"
 H_OFFSET = "Wechat-Offset"
 H_LAST = "Wechat-Last"
@@ -57,18 +56,18 @@ H_ERROR_CODE = "Nats-Service-Error-Code"
 
 
 def is_sandbox(name: str) -> bool:
-    """Whether it is a legal sandbox id, and thus a token of subjects."""
-    return _SANDBOX.fullmatch(name) is not None  # to match() with its $, a line end behind it would be none
+    """Whether it is a valid sandbox name, and so a token of subjects."""
+    return _SANDBOX.fullmatch(name) is not None  # match() with $ would accept a line end
 
 
 def check_sandbox(name: str) -> str:
-    """`name`, if it is a legal sandbox id. Raises Refused("invalid"): a wrong id is never rewritten."""
-    if _SANDBOX.fullmatch(name) is None:  # each command passes here
+    """`name` if it is a valid sandbox name. Raises Refused("invalid"); an invalid name is never changed."""
+    if _SANDBOX.fullmatch(name) is None:  # called for each command
         raise Refused("invalid", f"A sandbox id matches {SANDBOX_PATTERN}; lower case, no dots.")
     return name
 
 
-@functools.lru_cache(maxsize=32_768)  # at each poll and message; a byte takes its time
+@functools.lru_cache(maxsize=32_768)  # called for each poll and message
 def shard_of(sandbox: str) -> int:
     """The shard of a sandbox: 32-bit FNV-1a modulo SHARDS, as nats-server's `partition(128,1)` computes it."""
     h = 2166136261
@@ -80,11 +79,11 @@ def shard_of(sandbox: str) -> int:
 _INBOX = re.compile(r"_INBOX[^\s.*>\x00]*(\.[^\s.*>\x00]+)+")
 MAX_INBOX = 256
 MAX_SEQ = 2**63 - 1
-"""No stream has more messages."""
+"""Largest sequence of a stream."""
 
 
 def is_inbox(subject: str) -> bool:
-    """Whether an answer may be sent there on behalf of a stranger, who else could make the adapter write anywhere."""
+    """Whether a foreign client's request may be answered there, since it must not make the adapter write anywhere."""
     return len(subject) <= MAX_INBOX and subject.isascii() and bool(_INBOX.fullmatch(subject))
 
 
@@ -92,18 +91,18 @@ _ESCAPED = re.compile(r"[^A-Za-z0-9_-]+")
 
 
 def escape_token(text: str) -> str:
-    """`text` as one subject token and bucket key: letters, digits, `-` and `_` stay, the rest becomes =XX (hex)."""
+    """`text` as a subject token and bucket key: letters, digits, `-` and `_` stay, other bytes become =XX (hex)."""
     return _ESCAPED.sub(lambda found: "".join(f"={byte:02X}" for byte in found[0].encode()), text)
 
 
 @functools.lru_cache(maxsize=32_768)
 def to_subject_token(text: str) -> str:
-    """As `escape_token`, cached: for bots and users, not for what comes once, such as the id of a message."""
+    """As `escape_token`, cached: for bots and users, not for unique values such as message ids."""
     return escape_token(text)
 
 
 def from_subject_token(token: str) -> str:
-    """The inverse of `escape_token`. Raises ValueError for what it never made."""
+    """The inverse of `escape_token`. Raises ValueError for any other text."""
     text = unquote_to_bytes(token.replace("=", "%")).decode()
     if to_subject_token(text) != token:
         raise ValueError("not a name that was escaped")
@@ -111,12 +110,12 @@ def from_subject_token(token: str) -> str:
 
 
 def digest(data: bytes) -> str:
-    """A short name for bytes, the same wherever they are seen."""
+    """A short stable identifier of bytes."""
     return hashlib.blake2b(data, digest_size=12).hexdigest()
 
 
 def conversation_key(sandbox: str, user: str) -> str:
-    """Key of one sandbox and one user."""
+    """Key of one user of one sandbox."""
     return f"{sandbox}.{to_subject_token(user)}"
 
 
@@ -126,7 +125,7 @@ def user_of_key(key: str) -> str:
 
 
 def stream_of(subject: str) -> str:
-    """The stream that stores a subject, also those of buckets and of the object store."""
+    """The stream that stores a subject, including those of buckets and of the object store."""
     first, _, rest = subject.partition(".")
     second = rest.partition(".")[0]
     if first in ("$KV", "$O"):
@@ -135,7 +134,7 @@ def stream_of(subject: str) -> str:
 
 
 class Names:
-    """Every subject, stream and bucket under one prefix (setting WECHAT_NATS_PREFIX)."""
+    """All subjects, streams and buckets under one prefix (setting WECHAT_NATS_PREFIX)."""
 
     def __init__(self, prefix: str = "wechat") -> None:
         self.prefix = prefix
@@ -157,49 +156,49 @@ class Names:
         self.out_plain = f"{prefix}.out"
 
     def inbox(self, sandbox: str) -> str:
-        """Where the adapter stores inbound messages; the server republishes them to `live`."""
+        """Subject of stored inbound messages; the server republishes them to `live`."""
         return f"{self.prefix}.inbox.{sandbox}"
 
     def live(self, sandbox: str) -> str:
-        """What a sandbox subscribes to."""
+        """Subject that a sandbox subscribes to."""
         return f"{self.prefix}.in.{sandbox}"
 
     def out(self, sandbox: str) -> str:
-        """Where a sandbox publishes its commands."""
+        """Subject to which a sandbox publishes its commands."""
         return f"{self.prefix}.out.{sandbox}"
 
     def out_shard(self, shard: int) -> str:
-        """Filter of the commands of one shard, as stored (after the stream's subject transform)."""
+        """Filter for the stored commands of one shard (after the stream's subject transform)."""
         return f"{self.prefix}.out.{shard}.*"
 
     def out_of_sandbox(self, sandbox: str) -> str:
-        """The commands of one sandbox, as stored."""
+        """The stored commands of one sandbox."""
         return f"{self.prefix}.out.{shard_of(sandbox)}.{sandbox}"
 
     def event(self, sandbox: str, kind: str) -> str:
         return f"{self.prefix}.event.{sandbox}.{kind}"
 
     def receipt(self, sandbox: str, command: str) -> str:
-        """Where the receipts of one command are stored, whose id may be anything, also `*`."""
+        """Subject of the receipts of one command. Its id may be any text, even `*`."""
         return f"{self.prefix}.event.{sandbox}.receipt.{escape_token(command)}"
 
     def receipts(self, sandbox: str) -> str:
-        """Where the receipts of all commands of a sandbox are stored, which may be `*`."""
+        """Subject of the receipts of all commands of a sandbox, which may be `*`."""
         return f"{self.prefix}.event.{sandbox}.receipt.*"
 
     def journal(self, bot: str) -> str:
-        """What iLink handed over for a bot, and who polls it. No shard is in it: a bot that moves keeps its fence."""
+        """Subject of a bot's journal. It contains no shard, so that a bot that moves keeps its fence."""
         return f"{self.prefix}.journal.{to_subject_token(bot)}"
 
     def dead_letters(self, stream: str) -> str:
         return f"{self.prefix}.dead.{stream}"
 
     def bot_released(self) -> str:
-        """Where replicas tell each other that a bot was given back; below what is closed to sandboxes."""
+        """Subject on which replicas announce released bots; sandboxes have no access."""
         return f"{self.prefix}.kv.bot_released"
 
     def replica_status(self) -> str:
-        """Where all replicas are asked who they are; closed to sandboxes, too."""
+        """Subject of requests to all replicas; sandboxes have no access."""
         return f"{self.prefix}.kv.replica_status"
 
     def svc(self, verb: str) -> str:

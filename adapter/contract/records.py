@@ -1,4 +1,4 @@
-"""What the adapter keeps in its buckets: private, not part of the contract."""
+"""Records in the adapter's buckets. They are private, not part of the contract."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from adapter.contract.messages import (
 )
 
 UNBOUND_S = 72 * 3600
-"""How long a bot's place and its users' windows are kept after it was unbound: bound again in time, it goes on there.
-iLink repeats messages for an hour or so, and a user's window is open for a day."""
+"""Seconds for which a bot's position and its users' windows are kept after an unbind, so that it continues if it is
+bound again. iLink repeats messages for about an hour, and a user's window is open for a day."""
 
 
 class Binding(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """Bucket `bindings`, key: the bot. Which sandbox a bot serves, and how it is reached."""
+    """Bucket `bindings`, key: the bot. The sandbox that a bot serves, and how to call the bot."""
 
     sandbox: str
     bot: str
@@ -36,13 +36,14 @@ class Binding(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     since_ms: int = 0
     request: str = ""
     start_cursor: str | None = None
-    """A cursor given by the bind request, to be used once; sealed."""
+    """Start cursor of the bind request, used once; sealed."""
     in_after: int = 0
-    """Sequence in WECHAT_IN up to which the sandbox's messages are of persons who were bound before."""
+    """Sequence in WECHAT_IN up to which the sandbox's messages belong to former persons."""
     out_after: int = 0
-    """Sequence in WECHAT_OUT up to which commands that name nobody were meant for those; 0: there were none."""
+    """Sequence in WECHAT_OUT up to which commands without a user were meant for former persons; 0: there were
+    none."""
     event_pending: bool = False
-    """The event of its login's loss, or return, may not be stored yet: whoever polls the bot tells it."""
+    """The event of a lost or recovered login may not be stored yet; the bot's poller publishes it."""
 
     def __repr__(self) -> str:
         return (
@@ -50,7 +51,7 @@ class Binding(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
         )
 
     def info(self) -> BindingInfo:
-        """What others may see of it."""
+        """The public part of the binding."""
         return BindingInfo(
             sandbox=self.sandbox,
             bot=self.bot,
@@ -71,7 +72,7 @@ class Binding(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
         request: str = "",
         replay_after: int | None = None,
     ) -> BindingEvent:
-        """Something happened to it."""
+        """An event of this binding."""
         return BindingEvent(
             sandbox=self.sandbox,
             bot=self.bot,
@@ -85,7 +86,7 @@ class Binding(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
 
 
 class LoginCode(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """One QR code of a login. Handle and URL are sealed: who has them can fetch the token."""
+    """One QR code of a login. Handle and URL are sealed, since they give access to the token."""
 
     number: int
     handle: str
@@ -97,34 +98,34 @@ class LoginCode(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
 
 
 class LoginRecord(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """Bucket `logins`, key: the login's id. A QR login; its secrets are gone once it is over."""
+    """Bucket `logins`, key: the login's id. A QR login, without its secrets once it is over."""
 
     sandbox: str
     options: Options = Options()
     status: LoginStatus = "wait"
     step: int = 1
-    """Rises whenever there is something to tell: the event of a step is published once."""
+    """Number of steps with an event; the event of each step is published once."""
     number: int = 0
-    """Of the newest code, from 1."""
+    """Number of the newest code, from 1."""
     codes: list[LoginCode] = []
-    """Codes that may still be scanned, oldest first: the newest and the one before it. A code that was scanned is
-    alone. Empty: a new one is to be fetched."""
+    """Codes that may be scanned, oldest first: the newest and the one before it, or only the scanned one. Empty: a
+    new code has to be fetched."""
     ended: int = 0
-    """Codes that expired or were blocked; a code that was replaced before that does not count."""
+    """Codes that expired or were blocked; codes that were replaced before do not count."""
     base_url: str = ""
-    """Where the codes are asked for; "": the service's default."""
+    """Base URL of the requests about the codes; "": the service's default."""
     digits: str = ""
-    """What the phone shows, sealed: sent, and not judged yet."""
+    """Digits from the phone, sealed: sent, and not checked yet."""
     until_ms: int = 0
     changed_ms: int = 0
-    """When `step` rose last."""
+    """Time of the last step."""
     bot: str = ""
     user: str = ""
     token: str = ""
-    """Of a bot that was confirmed and is to be bound: sealed for the bind command."""
+    """Token of the confirmed bot, sealed for the bind command."""
     bot_base_url: str = ""
     former_user: str = ""
-    """Who was bound to the sandbox before that bot, if it was another person than `user`."""
+    """The person bound to the sandbox before, if it is another one than `user`."""
     reason: str = ""
     detail: str = ""
 
@@ -137,13 +138,13 @@ class LoginRecord(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True)
 
 
 class Claim(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """Bucket `claims`, key: the shard. Which incarnation owns it; "" when it was released."""
+    """Bucket `claims`, key: the shard. The incarnation that owns it; "" after its release."""
 
     owner: str = ""
 
 
 class Member(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """Bucket `members`, key: the incarnation. Renewed as long as it lives."""
+    """Bucket `members`, key: the incarnation. Renewed while the replica is alive."""
 
     instance: str
     draining: bool = False

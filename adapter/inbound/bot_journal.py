@@ -247,8 +247,8 @@ class BotJournal:
         return []
 
     async def delete_needless(self) -> None:
-        """Deletes the records that no later owner reads: all before the newest one, once everything is dispatched and
-        what was seen lately is stored. What people wrote stays no longer than that. Raises Temporary."""
+        """Deletes the records that no later owner reads: all before the newest one, once every message is dispatched
+        and the dedup window is stored. Messages stay in the journal no longer than that. Raises Temporary."""
         if self._stored_done_to < self.last_heard or self.seen_to < self.last_heard:
             return
         while self._inherited and (found := await self._journal.get(self.bot, self._inherited)) is not None:

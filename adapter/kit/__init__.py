@@ -1,1 +1,1 @@
-"""Tools that know nothing of WeChat or NATS: time, tasks, fair shares, repeats after a crash, a web server."""
+"""Tools that know neither WeChat nor NATS: time, tasks, fair shares, retries after a crash, a web server."""

@@ -1,6 +1,6 @@
-"""Handles bugs that one message or command brings out: a few tries, the traceback in the log, then `Crashed`.
+"""Handles bugs that one message or command triggers: a few attempts, tracebacks in the log, then `Crashed`.
 
-An exception that is no AdapterError is a bug. The message that causes it must end, and the next one go on.
+An exception that is no AdapterError is a bug. The message that triggers it must end, and the next one must go on.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ T = TypeVar("T")
 
 ATTEMPTS = 3
 PAUSE_S = 1.0
-"""Between two tries."""
+"""Pause between two attempts."""
 
 
 async def retry_on_bug(
@@ -43,7 +43,7 @@ async def retry_on_bug(
 
 
 def retry_on_bug_now(work: Callable[[], T], event: str, *, tries: int = ATTEMPTS, **fields: Any) -> T:
-    """As `retry_on_bug`, without a pause: what comes behind must not overtake."""
+    """As `retry_on_bug`, without a pause, so that later messages cannot overtake."""
     for _ in range(tries):
         try:
             return work()

@@ -1,4 +1,4 @@
-"""Bounds what is done at once, with a fair share for each sandbox: sends, transfers of media, requests."""
+"""Bounds concurrent work, with fair shares for sandboxes: sends, media transfers, requests."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ from collections.abc import AsyncIterator
 
 
 class FairSlots:
-    """As many slots as may be used; a sandbox that waits takes its turn after the other sandboxes that do."""
+    """A number of slots. Waiting sandboxes take turns."""
 
     def __init__(self, slots: int, *, share: int) -> None:
-        """`share`: how many a sandbox may have."""
+        """`share`: most slots of one sandbox."""
         self._free = slots
         self._share = share
         self._used: Counter[str] = Counter()
         self._waiting: OrderedDict[str, deque[asyncio.Future[None]]] = OrderedDict()
 
     def try_acquire(self, sandbox: str) -> bool:
-        """Takes a slot where there is one and nobody else waits for it."""
+        """Takes a slot if one is free and no other caller waits for it."""
         if self._free and self._used[sandbox] < self._share and sandbox not in self._waiting:
             self._use_slot(sandbox)
             return True
@@ -39,7 +39,7 @@ class FairSlots:
             raise
 
     def release(self, sandbox: str) -> None:
-        """Gives a slot back."""
+        """Releases a slot."""
         self._free += 1
         self._used[sandbox] -= 1
         if not self._used[sandbox]:
@@ -48,7 +48,7 @@ class FairSlots:
 
     @contextlib.asynccontextmanager
     async def slot(self, sandbox: str) -> AsyncIterator[None]:
-        """Waits for a slot, and has it while entered."""
+        """Waits for a slot, and holds it while entered."""
         await self.acquire(sandbox)
         try:
             yield
@@ -60,7 +60,7 @@ class FairSlots:
         self._used[sandbox] += 1
 
     def _grant_free_slots(self) -> None:
-        """Hands free slots to those who wait, one sandbox after the other."""
+        """Gives free slots to waiting sandboxes in turn."""
         for _ in range(len(self._waiting)):
             if not self._free:
                 return

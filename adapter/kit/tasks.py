@@ -8,11 +8,11 @@ from typing import Any
 
 
 class TaskSet:
-    """The running tasks of one owner. asyncio itself holds tasks weakly, and reports their failures late."""
+    """The running tasks of one owner. asyncio holds tasks only weakly, and reports their failures late."""
 
     def __init__(self, on_failure: Callable[[BaseException], None]) -> None:
-        """`on_failure` is told what a task raised, unless it was cancelled. No method of the owner, which would then
-        outlive its last use until the garbage collector comes."""
+        """`on_failure` gets the exceptions of tasks, except cancellations. It must not be a method of the owner,
+        which would become a reference cycle."""
         self._on_failure = on_failure
         self._running: set[asyncio.Task[Any]] = set()
 
@@ -26,7 +26,8 @@ class TaskSet:
         return task
 
     async def wait_ended(self, within_s: float | None = None) -> bool:
-        """Waits until all have ended, also those begun meanwhile; whether they have after `within_s` seconds."""
+        """Waits until all tasks have ended, including new ones. Returns whether they have within `within_s`
+        seconds."""
         loop = asyncio.get_running_loop()
         deadline = None if within_s is None else loop.time() + within_s
         while self._running:

@@ -1,4 +1,4 @@
-"""Clock, backoff, timeouts, and what tasks wait for. A test replaces the clock. Imports nothing of ours."""
+"""Clock, backoff, timeouts and signals. Tests replace the clock. Imports no other module of the adapter."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ import structlog
 T = TypeVar("T")
 
 DELAYED_TIMER_S = 0.1
-"""A timer that is later than this was held up: by a stop of the process, or by much work."""
+"""Delay at which a timer was held up, by a stop of the process or by much work."""
 DELAYED_GRACE_S = 1.0
-"""Longest time that reading what is in the sockets then takes, even of thousands."""
+"""Longest time to read all sockets then, even thousands."""
 READ_GRACE_S = 0.1
-"""The same where it was called in time: the process may have been stopped until just now all the same."""
+"""The same for a timer in time, since the process may have been stopped just before."""
 LEASE_RETRY_S = 0.2
 """Pause before work that was interrupted by a lost lease is tried again."""
 
@@ -28,18 +28,18 @@ log = structlog.get_logger()
 
 
 class Clock(Protocol):
-    """Time and chance, so that a test owns both."""
+    """Time and randomness, which tests control."""
 
     def now_ms(self) -> int:
-        """Wall clock, Unix milliseconds: for time stamps and the user's window, never for leases."""
+        """Wall clock in Unix milliseconds: for time stamps and windows, never for leases."""
 
     def monotonic(self) -> float:
-        """Seconds that only go forward, also while the process is stopped."""
+        """Monotonic seconds, which also advance while the process is stopped."""
 
     async def sleep(self, seconds: float) -> None: ...
 
     def jitter(self, seconds: float) -> float:
-        """A random part of `seconds`, so that many do not act at once."""
+        """A random part of `seconds`, so that many callers do not act together."""
 
 
 class SystemClock:
@@ -58,16 +58,17 @@ class SystemClock:
 
 
 def backoff(failures: int, *, first_s: float = 1.0, longest_s: float = 60.0) -> float:
-    """Seconds to wait after so many failures in a row: doubling from `first_s` up to `longest_s`."""
+    """Pause after `failures` in a row: it doubles from `first_s` up to `longest_s`."""
     return min(longest_s, first_s * 2.0 ** min(max(failures, 1) - 1, 30))
 
 
 async def run_with_restarts(
     run: Callable[[], Coroutine[Any, Any, None]], name: str, clock: Clock, *, restarts: int, steady_s: float
 ) -> Exception:
-    """Runs an endless loop, again when it crashes; the last crash after more than `restarts` in a row.
+    """Runs an endless loop, and restarts it after a crash. Returns the last crash after more than `restarts` in a
+    row.
 
-    A run of `steady_s` seconds or more begins a new count.
+    A run of `steady_s` seconds or more restarts the count.
     """
     crashes = 0
     while True:
@@ -84,27 +85,27 @@ async def run_with_restarts(
 
 
 def is_cancelled() -> bool:
-    """Whether this task was cancelled, even if what it awaited swallowed the CancelledError, as nats-py does while it
+    """Whether this task was cancelled, even if an awaited call swallowed the CancelledError, as nats-py does while it
     connects and flushes."""
     task = asyncio.current_task()
     return task is not None and task.cancelling() > 0
 
 
 def raise_if_cancelled() -> None:
-    """Raises CancelledError if this task was cancelled; see `is_cancelled`."""
+    """Raises CancelledError if this task was cancelled, see `is_cancelled`."""
     if is_cancelled():
         raise asyncio.CancelledError
 
 
 async def shield_with_grace(work: Coroutine[Any, Any, T], grace_s: float) -> T:
-    """Awaits `work`. Cancelled meanwhile, or before (in a `finally`), gives it `grace_s` more seconds, then re-raises
-    the cancellation."""
+    """Awaits `work`. After a cancellation, even an earlier one (in a `finally`), gives it `grace_s` more seconds, and
+    re-raises the cancellation."""
     loop = asyncio.get_running_loop()
     task, done = loop.create_task(work), loop.create_future()
-    # asyncio.shield costs as much again as the task: what is in hand is finished with every message
+    # not asyncio.shield, which doubles the cost, and this runs for every message
     task.add_done_callback(lambda _: None if done.done() else done.set_result(None))
     try:
-        if is_cancelled():  # nobody cancels a task again that is ending
+        if is_cancelled():  # the ending task is not cancelled again
             raise asyncio.CancelledError
         await done
     except asyncio.CancelledError:
@@ -113,14 +114,14 @@ async def shield_with_grace(work: Coroutine[Any, Any, T], grace_s: float) -> T:
             for straggler in unfinished:
                 straggler.cancel()
         if task.done() and not task.cancelled():
-            task.exception()  # seen here: the cancellation is what the caller learns
+            task.exception()  # marks it as seen: the caller gets the cancellation
         raise
     return task.result()
 
 
 async def complete_with_grace(work: Coroutine[Any, Any, T], grace_s: float) -> T:
-    """Awaits `work`. Cancelled meanwhile, gives it `grace_s` more seconds: what it returns by then counts for more
-    than the cancellation, which the caller finds by `is_cancelled`."""
+    """Awaits `work`. After a cancellation, gives it `grace_s` more seconds. A result within that time has priority
+    over the cancellation, which the caller finds by `is_cancelled`."""
     task = asyncio.get_running_loop().create_task(work)
     try:
         return await asyncio.shield(task)
@@ -135,8 +136,8 @@ async def complete_with_grace(work: Coroutine[Any, Any, T], grace_s: float) -> T
 
 
 class Deadline:
-    """Calls `over` a moment after `seconds` have passed. A process that was stopped finds its time over and the
-    answer in the socket at once, and uvloop looks at the time first: the answer would be dropped."""
+    """Calls `over` shortly after `seconds`. When a stopped process continues, the deadline has passed and the answer
+    is in the socket; uvloop runs timers first, so the delay lets the answer be read."""
 
     __slots__ = ("_due", "_loop", "_on_expired", "_timer")
 
@@ -147,7 +148,7 @@ class Deadline:
         self._timer = loop.call_at(self._due, self._on_due)
 
     def cancel(self) -> None:
-        """It is not called any more."""
+        """Prevents the call."""
         self._timer.cancel()
 
     def _on_due(self) -> None:
@@ -156,7 +157,7 @@ class Deadline:
 
 
 class TolerantTimeout:
-    """asyncio.timeout that lets an answer be read that has arrived, see Deadline. For one `async with`."""
+    """asyncio.timeout that lets an arrived answer be read, see Deadline. For one `async with`."""
 
     __slots__ = ("_deadline", "_limit", "_loop", "_seconds")
 
@@ -180,7 +181,7 @@ class TolerantTimeout:
 
 
 async def wait_event(event: asyncio.Event, timeout_s: float | None) -> bool:
-    """Waits until `event` is set or `timeout_s` seconds have passed; tells whether it is set."""
+    """Waits until `event` is set or `timeout_s` seconds have passed. Returns whether it is set."""
     if event.is_set():
         return True
     with contextlib.suppress(TimeoutError):
@@ -190,7 +191,7 @@ async def wait_event(event: asyncio.Event, timeout_s: float | None) -> bool:
 
 
 async def wait_any(*waits: Coroutine[Any, Any, object], timeout_s: float) -> None:
-    """Waits until one of them has ended or `timeout_s` seconds have passed; then all are cancelled."""
+    """Waits until one of them has ended or `timeout_s` seconds have passed, then cancels all."""
     tasks = [asyncio.ensure_future(wait) for wait in waits]
     try:
         await asyncio.wait(tasks, timeout=timeout_s, return_when=asyncio.FIRST_COMPLETED)
@@ -200,15 +201,15 @@ async def wait_any(*waits: Coroutine[Any, Any, object], timeout_s: float) -> Non
 
 
 class WakeupBatcher:
-    """Batches waiters into common wake-ups: thousands of small steps cost less in a row than one by one, where each
-    wakes the process with cold caches."""
+    """Groups waiters into common wake-ups. Thousands of small steps in a row cost less than one by one, where each
+    finds cold caches."""
 
     def __init__(self, period_s: float) -> None:
         self._period_s = period_s
         self._waiters: list[asyncio.Future[None]] = []
 
     async def wait_for_batch(self) -> None:
-        """Waits for the next wake-up, a period away at most."""
+        """Waits for the next wake-up, at most a period."""
         loop = asyncio.get_running_loop()
         if not self._waiters:
             loop.call_later(self._period_s, self._wake_batch)
@@ -231,7 +232,7 @@ class RateLimiter:
         self._free_at = 0.0
 
     def reserve_delay_s(self) -> float:
-        """How long the next one is to wait; 0 where few have come lately."""
+        """Delay of the next one; 0 if the rate is below the limit."""
         now = asyncio.get_running_loop().time()
         at = max(now, self._free_at)
         self._free_at = at + self._step_s
@@ -239,8 +240,8 @@ class RateLimiter:
 
 
 class PerTickLimiter:
-    """Lets at most `per_round` tasks go on in each iteration of the event loop, first come, first served: what
-    thousands do in one iteration holds up all others, and with them the lease."""
+    """Lets at most `per_round` tasks continue in each turn of the event loop, first come, first served. Thousands in
+    one turn would hold up all others, and the lease."""
 
     def __init__(self, per_round: int) -> None:
         self._per_tick = per_round
@@ -248,7 +249,7 @@ class PerTickLimiter:
         self._waiters: deque[asyncio.Future[None]] = deque()
 
     async def wait_turn(self) -> None:
-        """Waits for the caller's turn, which is now where few have come in this round."""
+        """Waits for the caller's turn, which is now while the limit is not reached."""
         if self._waiters or not self._remaining:
             waiter = asyncio.get_running_loop().create_future()
             self._waiters.append(waiter)
@@ -259,7 +260,7 @@ class PerTickLimiter:
         self._remaining -= 1
 
     def _begin_tick(self) -> None:
-        """The next iteration of the loop."""
+        """Starts the next turn of the event loop."""
         self._remaining = self._per_tick
         while self._remaining and self._waiters:
             waiter = self._waiters.popleft()
@@ -271,13 +272,13 @@ class PerTickLimiter:
 
 
 class ChangeSignal:
-    """A condition variable; one event loop needs no lock for it. `notify_all` wakes all that wait in `wait_until`."""
+    """A condition variable for one event loop, without a lock. `notify_all` wakes all callers of `wait_until`."""
 
     def __init__(self) -> None:
         self._waiters: set[asyncio.Future[None]] = set()
 
     def notify_all(self) -> None:
-        """Wakes everybody who waits now."""
+        """Wakes all current waiters."""
         for waiter in self._waiters:
             if not waiter.done():
                 waiter.set_result(None)
@@ -286,7 +287,8 @@ class ChangeSignal:
     async def wait_until(
         self, holds: Callable[[], bool], timeout_s: float | None = None, *, also: ChangeSignal | None = None
     ) -> bool:
-        """Waits until `holds()` is true at a change, here or at `also`; False after `timeout_s` seconds."""
+        """Waits for a notification, here or at `also`, after which `holds()` is true; False after `timeout_s`
+        seconds."""
         if holds():
             return True
         try:

@@ -1,4 +1,4 @@
-"""A threaded HTTP server of the standard library, for what must answer while the event loop is stuck."""
+"""A threaded HTTP server of the standard library, which answers even if the event loop is stuck."""
 
 from __future__ import annotations
 
@@ -20,19 +20,18 @@ log = structlog.get_logger()
 
 
 MAX_CONNECTIONS = 128
-"""Connections. For one more the oldest is closed: who sends a byte now and then must not keep others out, nor take a
-thread for each of thousands."""
+"""Most connections; one more closes the oldest, so that slow clients neither block others nor take a thread each."""
 
 
 class _Request(WSGIRequestHandler):
     timeout = 10  # seconds that a silent client may hold a thread
 
     def log_message(self, format: str, *args: Any) -> None:  # noqa: A002
-        """Logs nothing: requests come every few seconds."""
+        """Logs nothing, since requests come every few seconds."""
 
 
 class _Server(socketserver.ThreadingMixIn, WSGIServer):
-    """Its threads end with the process."""
+    """A server whose threads end with the process."""
 
     daemon_threads = True
     block_on_close = False
@@ -43,23 +42,23 @@ class _Server(socketserver.ThreadingMixIn, WSGIServer):
         super().__init__(*args)
 
     def server_bind(self) -> None:
-        """Without the DNS look-up of HTTPServer, which may take seconds."""
+        """Skips HTTPServer's DNS lookup, which may take seconds."""
         socketserver.TCPServer.server_bind(self)
         self.server_name, self.server_port = str(self.server_address[0]), int(self.server_address[1])
         self.setup_environ()
 
     def process_request(self, request: Any, client_address: Any) -> None:
-        """In a thread; makes room for it first."""
+        """Makes room, then handles the request in a thread."""
         if len(self._connections) >= MAX_CONNECTIONS:
-            oldest, *_ = list(self._connections)  # a copy: threads take theirs out
+            oldest, *_ = list(self._connections)  # a copy, since threads remove theirs
             self._connections.pop(oldest, None)
-            with contextlib.suppress(OSError):  # it has just ended by itself
+            with contextlib.suppress(OSError):  # it may have ended meanwhile
                 oldest.shutdown(socket.SHUT_RDWR)
         self._connections[request] = None
         super().process_request(request, client_address)
 
     def shutdown_request(self, request: Any) -> None:
-        """It is over, in its thread."""
+        """Ends a request, in its thread."""
         self._connections.pop(request, None)
         super().shutdown_request(request)
 
@@ -72,13 +71,13 @@ class _Server6(_Server):
 
 
 class Listener:
-    """Serves a WSGI application at the address of a setting while entered; port 0 takes a free one, see `url`.
+    """Serves a WSGI application at the address of a setting while entered. Port 0 takes a free one, see `url`.
 
-    Entering raises SettingsError if the address cannot be had.
+    Entering raises SettingsError if the address is not available.
     """
 
     def __init__(self, setting: str, addr: str, app: WSGIApplication) -> None:
-        """`setting`: the field of Settings that `addr` is from."""
+        """`setting`: the field of Settings with `addr`."""
         self._setting = setting
         self._addr = addr
         self._app = app
@@ -113,7 +112,7 @@ class Listener:
 
     @property
     def url(self) -> str:
-        """Base URL, without a slash at its end; loopback for a listener on all interfaces."""
+        """Base URL without a trailing slash; loopback for a listener on all interfaces."""
         host = split_addr(self._addr)[0]
         if host in ("", "0.0.0.0", "::"):
             host = "127.0.0.1" if host != "::" else "::1"

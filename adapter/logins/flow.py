@@ -1,6 +1,16 @@
-"""One QR login from its first code to its bot: asks iLink about the codes and carries the answers into the record.
+"""One QR login from its first code to its bot.
 
-All state is in the record, so another owner goes on from there.
+`LoginRunner` runs a `LoginFlow` for each open login of an owned shard. The flow repeats these steps until the record
+is final:
+
+1. Publish the record's step as an event, if it is not published. 2. Keep one request to iLink for each code that may
+be scanned (`_sync_requests`), and fetch a new code when the newest one is old. 3. Apply the answers to the record by
+compare-and-set: scanned, digits needed, redirected, expired, confirmed. 4. After a confirmation, store the
+credentials first, since iLink may not give them again. Then publish a bind command and wait until it is carried out
+or refused (`_bind`).
+
+All state is in the record, so another owner continues from there. The flow never writes a binding itself, and never
+logs a code, digits or a token.
 """
 
 from __future__ import annotations
@@ -30,18 +40,18 @@ from adapter.security.seal import Sealer, bind_context
 log = structlog.get_logger()
 
 REFRESH_S = 50.0
-"""After so long a code that nobody scanned is replaced: iLink's live for one to two minutes."""
+"""Age at which an unscanned code is replaced; iLink's codes live for one to two minutes."""
 PAUSE_S = 1.0
-"""Between two requests about one code (docs/reference/ilink-protocol.md, "Login")."""
+"""Pause between two requests about one code (docs/reference/ilink-protocol.md, "Login")."""
 BOUND_S = 30.0
-"""How long a login waits for its bind command to be carried out."""
+"""Longest wait for the bind command to take effect."""
 GRACE_S = 5.0
-"""For storing an answer when the task must end."""
+"""Time to store an answer when the task has to end."""
 LONGEST_ID, LONGEST_TOKEN = 128, 1024
 
 
 class LoginDeps(NamedTuple):
-    """What the loop needs."""
+    """Dependencies of the loop."""
 
     logins: Logins
     registry: LoginRegistry
@@ -52,11 +62,11 @@ class LoginDeps(NamedTuple):
     clock: Clock
     metrics: Metrics
     refresh_s: float
-    """A code that nobody scanned is replaced after so long."""
+    """Age at which an unscanned code is replaced."""
 
 
 class _ScanRequest(NamedTuple):
-    """A request about a code that is out. `digits`: as sealed in the record."""
+    """A request about a code. `digits`: as sealed in the record."""
 
     code: LoginCode
     base_url: str
@@ -65,20 +75,20 @@ class _ScanRequest(NamedTuple):
 
 
 class LoginFlow:
-    """Drives one login from where its record stands to its end."""
+    """Continues one login from its record to its end."""
 
     def __init__(self, login: str, deps: LoginDeps, published_steps: dict[str, int]) -> None:
         self._login = login
         self._deps = deps
         self._published_steps = published_steps
         self._requests: dict[int, _ScanRequest] = {}
-        """By the number of the code."""
+        """By number of the code."""
         self._sent_digits: dict[int, str] = {}
-        """The digits that went with the last request about each code: asking the same again waits a second."""
+        """Digits of the last request about each code. A repeat with the same ones waits a second."""
         self._fetch: asyncio.Task[QrCode] | None = None
         self._failures = 0
         self._fetch_at = 0.0
-        """Monotonic; no code is fetched before."""
+        """Monotonic time before which no code is fetched."""
 
     async def run(self) -> None:
         """Raises LeaseLost."""
@@ -103,7 +113,7 @@ class LoginFlow:
                 await end_all([self._fetch])
 
     async def _publish_step(self, record: LoginRecord) -> None:
-        """Publishes the step, once per owner; the stream drops what the owner before has told."""
+        """Publishes the step, once per owner. The stream drops it if the previous owner has published it."""
         if self._published_steps.get(self._login) == record.step:
             return
         old = self._deps.clock.now_ms() - record.changed_ms > KEEP_ENDED_MS
@@ -135,20 +145,20 @@ class LoginFlow:
     # requests ---------------------------------------------------------------------------------------
 
     async def _sync_requests(self, record: LoginRecord) -> None:
-        """Lets exactly those requests be out that the record asks for.
+        """Keeps exactly those requests in flight that the record needs.
 
-        While digits are awaited nothing is asked, as the official client does: what a request without them would
-        count for is not known.
+        While digits are awaited no request is made, as in the official client: how iLink treats a request without
+        them is unknown.
         """
         silent = record.status == "need_verify_code" and not record.digits
         wanted = {} if silent else {code.number: code for code in record.codes}
         if silent:
-            self._sent_digits.clear()  # the digits that come are sent at once, also the same again
+            self._sent_digits.clear()  # the next digits are sent at once, even if they are the same
         await self._cancel_requests(
             {
                 number
                 for number, asked in self._requests.items()
-                if asked.task.done()  # its answer is taken first
+                if asked.task.done()  # its answer is processed first
                 or (number in wanted and (asked.base_url, asked.digits) == (record.base_url, record.digits))
             }
         )
@@ -179,7 +189,7 @@ class LoginFlow:
         return await fetch_code(deps.logins, tokens_of(deps.bindings.of_sandbox(sandbox), deps.sealer))
 
     def _fetch_due_s(self, record: LoginRecord) -> float | None:
-        """Seconds until a new code is to be fetched; None: not before something else happens."""
+        """Seconds until a new code is fetched; None: something else has to happen first."""
         if record.status != "wait":
             return None
         clock, newest = self._deps.clock, code_of(record, record.number)
@@ -189,7 +199,7 @@ class LoginFlow:
         return max(0.0, due_s, self._fetch_at - clock.monotonic())
 
     async def _wait_for_event(self, record: LoginRecord) -> None:
-        """Until an answer is there, the record has changed, or it is time for something."""
+        """Waits for an answer, a changed record, or the next deadline."""
         registry, clock = self._deps.registry, self._deps.clock
         due_s = self._fetch_due_s(record) if self._fetch is None else None
         left_s = max(0.0, (record.until_ms - clock.now_ms()) / 1000)
@@ -207,7 +217,7 @@ class LoginFlow:
     # answers ----------------------------------------------------------------------------------------
 
     async def _process_answers(self) -> None:
-        """Carries the answers that are there into the record. Raises LeaseLost."""
+        """Applies the answers that have arrived. Raises LeaseLost."""
         for number, asked in list(self._requests.items()):
             if asked.task.done():
                 del self._requests[number]
@@ -236,7 +246,7 @@ class LoginFlow:
 
         def with_new_code(record: LoginRecord) -> LoginRecord | None:
             nonlocal replaced
-            replaced = record.status == "wait" and not record.token  # nobody scanned meanwhile
+            replaced = record.status == "wait" and not record.token  # not scanned meanwhile
             return registry.with_code(self._login, record, code) if replaced else None
 
         await self._update_record(with_new_code)
@@ -258,7 +268,7 @@ class LoginFlow:
                 await self._update_record(lambda record: registry.apply_scan(record, number, asked.digits, scan))
 
     async def _on_redirected(self, asked: _ScanRequest, host: str) -> None:
-        """The same code goes on at another host; without one, where it is."""
+        """Continues the same code at another host, or at the current one if none is given."""
         base_url = asked.base_url
         if host:
             try:
@@ -278,7 +288,7 @@ class LoginFlow:
         await self._update_record(with_base_url)
 
     def _already_bound(self, record: LoginRecord, number: int) -> LoginRecord | None:
-        """iLink does not say which bot; where there is one, it is that."""
+        """iLink does not say which bot it means; if the sandbox has one, it is that."""
         if code_of(record, number) is None or record.token:
             return None
         bound = [b for b in self._deps.bindings.of_sandbox(record.sandbox) if b.state == "active"]
@@ -286,7 +296,7 @@ class LoginFlow:
         return self._deps.registry.next_step(record, status="already_bound", bot=bot, user=user)
 
     async def _on_confirmed(self, number: int, scan: Scan) -> None:
-        """The credentials are stored first: iLink may not give them a second time."""
+        """Stores the credentials first, since iLink may not give them again."""
         deps = self._deps
         try:
             _check_credentials(scan)
@@ -303,10 +313,10 @@ class LoginFlow:
 
         await self._update_record(with_credentials)
 
-    # the end ----------------------------------------------------------------------------------------
+    # binding ----------------------------------------------------------------------------------------
 
     async def _bind(self, record: LoginRecord) -> None:
-        """Hands the bot to the control commands, which alone write bindings, and waits for the outcome."""
+        """Publishes the bind command, since only control commands write bindings, and waits for the outcome."""
         deps, request = self._deps, f"login:{self._login}"
         if self._find_bound(record, request) is None:
             await self._note_former_user(record)
@@ -347,8 +357,8 @@ class LoginFlow:
         await self._update_record(with_confirmation)
 
     async def _note_former_user(self, record: LoginRecord) -> None:
-        """Stores who is bound to the sandbox, or was last, if that is another person: once the bind is carried out
-        nobody can tell."""
+        """Stores the person who is or was last bound to the sandbox, if it is another one. After the bind that cannot
+        be found out."""
         deps, user = self._deps, record.user
         users = {binding.user for binding in deps.bindings.of_sandbox(record.sandbox)}
         while not users:
@@ -362,7 +372,7 @@ class LoginFlow:
             await self._update_record(lambda now: structs.replace(now, former_user=min(others)))
 
     def _find_bound(self, record: LoginRecord, request: str) -> Binding | None:
-        """What the bind command has made, also where it said nothing new."""
+        """The binding that the bind command made, even if it changed nothing."""
         for binding in self._deps.bindings.of_sandbox(record.sandbox):
             if binding.request == request or (binding.bot == record.bot and self._same_token(binding, record)):
                 return binding
@@ -376,7 +386,7 @@ class LoginFlow:
             return False
 
     async def _find_refusal(self, record: LoginRecord, request: str) -> BindingEvent | None:
-        """The event that says that the bind command was refused."""
+        """The event with which the bind command was refused."""
         access, since_ms = self._deps.access, record.changed_ms - 60_000
         try:
             async for _, event in read_binding_events(
@@ -391,13 +401,13 @@ class LoginFlow:
 
 _PENDING = {
     "reason": "bind_pending",
-    "detail": "The bind command is stored and takes effect once the adapter gets to it; a binding event tells.",
+    "detail": "The bind command is stored and will take effect; a binding event reports the outcome.",
 }
 _WARNING = f"{ADVICE['confirmed']} Another person than before has scanned the code: {{}} was bound to this sandbox."
 
 
 def _check_credentials(scan: Scan) -> None:
-    """Raises Refused for credentials that nobody could be bound with."""
+    """Raises Refused for credentials that no bind could use."""
     if not scan.bot:
         raise Refused("no_bot_id", "iLink confirmed the login without naming the bot; start another one.")
     if not scan.token:
@@ -408,7 +418,7 @@ def _check_credentials(scan: Scan) -> None:
 
 
 async def end_all(tasks: Collection[asyncio.Task[Any]]) -> None:
-    """Cancels tasks and waits for their end; what they had to say is not wanted any more."""
+    """Cancels tasks and waits for their end. Their results are dropped."""
     for task in tasks:
         task.cancel()
     if tasks:

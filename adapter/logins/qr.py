@@ -1,6 +1,6 @@
 """A QR code as a picture and for a terminal: dark on light, with the quiet zone that scanners need.
 
-The content is a text to encode, or a `data:` URL of a picture that is the code already and is shown as it is.
+The content is a text to encode, or the `data:` URL of a picture of a code, which is shown as it is.
 """
 
 from __future__ import annotations
@@ -18,15 +18,15 @@ from adapter.content.media import identify
 from adapter.errors import Temporary
 
 QUIET = 4
-"""Light modules around the code, as the standard asks for."""
+"""Light modules around the code, as the standard requires."""
 PIXELS = 8
-"""Pixels of a module in the picture."""
+"""Pixels of a module in a picture."""
 DARK_ON_LIGHT, PLAIN = "\x1b[38;5;16;48;5;231m", "\x1b[0m"
-"""Black on white whatever the terminal's colours: many scanners do not read a light code on a dark ground."""
+"""Black on white for any colours of the terminal: many scanners cannot read a light code on a dark ground."""
 
 PICTURES = ("image/png", "image/jpeg", "image/gif", "image/webp")
 PICTURE_PIXELS = 4096
-"""Most in a row or column of a picture that is shown: a few bytes can stand for gigabytes."""
+"""Most pixels in a row or column of a picture, since a few bytes can expand to gigabytes."""
 _DATA_URL = re.compile(r"data:[a-z0-9.+-]+/[a-z0-9.+-]+(?:;[a-z0-9=._-]+)*;base64,([A-Za-z0-9+/]+={0,2})")
 
 _HALVES = {(False, False): " ", (True, False): "▀", (False, True): "▄", (True, True): "█"}
@@ -41,18 +41,18 @@ class Picture(NamedTuple):
 
 
 def check_content(content: str) -> None:
-    """Raises Temporary for what can be shown as no code."""
+    """Raises Temporary for content that no code can show."""
     try:
         if picture_of(content) is None:
             _make_qr(content)
     except segno.DataOverflowError:
-        detail = f"iLink gave no QR code: its {len(content)} bytes fit into none."
+        detail = f"iLink gave no QR code: {len(content)} bytes do not fit into one."
         raise Temporary("unreadable", detail) from None
 
 
 @lru_cache(maxsize=64)
 def picture_of(content: str) -> Picture | None:
-    """The picture that a content is; None for a text to encode. Raises Temporary for what is neither."""
+    """The picture in a content; None: it is a text to encode. Raises Temporary for invalid content."""
     if not content.startswith("data:"):
         return None
     found = _DATA_URL.fullmatch(content)
@@ -68,7 +68,7 @@ def picture_of(content: str) -> Picture | None:
 
 @lru_cache(maxsize=64)
 def terminal_text(content: str) -> str:
-    """Lines of half blocks, two modules high each, in colours of their own; of a picture, a sentence."""
+    """Lines of half blocks, two modules high each, in fixed colours; for a picture, a sentence."""
     if picture := picture_of(content):
         return (
             f"iLink gave this code as a picture ({picture.mime}): `wechat-nats login` writes a PNG to a file with "
@@ -86,7 +86,7 @@ def terminal_text(content: str) -> str:
 
 @lru_cache(maxsize=64)
 def png_base64(content: str) -> str:
-    """The picture, in base64; "" for one that iLink gave in another format."""
+    """The picture in base64; "" if iLink gave it in another format."""
     if picture := picture_of(content):
         return base64.b64encode(picture.content).decode() if picture.mime == "image/png" else ""
     out = io.BytesIO()
@@ -96,7 +96,7 @@ def png_base64(content: str) -> str:
 
 @lru_cache(maxsize=64)
 def html_element(content: str) -> str:
-    """The picture as an element to put into a page: as large as its box, dark on light in a dark page, too."""
+    """An HTML element with the picture, as large as its box, dark on light even on a dark page."""
     if picture := picture_of(content):
         data = base64.b64encode(picture.content).decode()
         return f'<img src="data:{picture.mime};base64,{data}" alt="QR code">'

@@ -1,7 +1,7 @@
-"""QR logins: the bucket in memory, how a login may change, and what answers and events say of it.
+"""QR logins: the bucket in memory, the allowed changes of a login, and its answers and events.
 
-Every change is a compare-and-set on the login's record, so any replica may answer; only the owner of the sandbox's
-shard asks iLink and publishes each step (`flow`).
+Every change is a compare-and-set on the login's record, so any replica may answer requests. Only the owner of the
+sandbox's shard asks iLink and publishes the steps (`flow`).
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ from adapter.security.seal import Sealer, login_context
 log = structlog.get_logger()
 
 KEEP_ENDED_MS = 240_000
-"""A login that is over is told once more by a new owner only while the stream would drop the repeat."""
+"""Time for which a new owner publishes the end of a login again; the stream drops the duplicate for as long."""
 CODES = 2
-"""Codes of a login that iLink is asked about: the newest, and the previous one, which somebody may be scanning."""
+"""Codes of a login about which iLink is asked: the newest, and the one before it, which someone may be scanning."""
 DEAD_CODES = 3
-"""So many codes of a login may expire or be blocked, then it ends, as with the official client."""
+"""Expired or blocked codes after which a login ends, as in the official client."""
 PATIENCE_S = 0.05
 LAG_S = 0.3
-"""A login that was started a moment ago may not yet be in every copy of the bucket."""
+"""Time for which a new login may be missing in some copies of the bucket."""
 _ID = re.compile(r"[A-Za-z0-9_-]{1,64}")
 
 ADVICE = {
@@ -49,7 +49,7 @@ ADVICE = {
 
 
 class LoginRegistry:
-    """Every login that is not over, and those that ended a moment ago; each replica holds them all."""
+    """Every open login, and those that ended recently. Each replica holds all of them."""
 
     def __init__(self, bucket: Bucket, sealer: Sealer, clock: Clock, metrics: Metrics) -> None:
         self.changed = ChangeSignal()
@@ -62,7 +62,7 @@ class LoginRegistry:
         self._records: dict[str, tuple[LoginRecord, int]] = {}
 
     async def run(self) -> None:
-        """Keeps in step with the bucket, until cancelled."""
+        """Follows the bucket until cancelled."""
         await self._bucket.watch(self._apply_entry, on_loaded=self._notify)
 
     def get(self, login: str) -> LoginRecord | None:
@@ -73,11 +73,11 @@ class LoginRegistry:
         return iter([(login, record) for login, (record, _) in self._records.items()])
 
     def count_open(self, sandbox: str) -> int:
-        """How many logins of a sandbox are not over."""
+        """Number of open logins of a sandbox."""
         return sum(1 for _, record in self if record.sandbox == sandbox and not record.is_over)
 
     def forget_ended(self) -> None:
-        """Forgets what ended long enough ago."""
+        """Drops logins that ended long enough ago."""
         horizon_ms = self._clock.now_ms() - KEEP_ENDED_MS
         gone = [login for login, record in self if record.is_over and record.changed_ms < horizon_ms]
         for login in gone:
@@ -88,7 +88,7 @@ class LoginRegistry:
         return (await self._read(login))[0]
 
     async def create(self, start: LoginStart, code: QrCode, *, login_s: float) -> tuple[str, LoginRecord]:
-        """Begins a login; returns its id and record. Raises BusRefused."""
+        """Starts a login. Returns its id and record. Raises BusRefused."""
         login, now_ms = secrets.token_urlsafe(18), self._clock.now_ms()
         record = LoginRecord(
             sandbox=start.sandbox,
@@ -105,7 +105,7 @@ class LoginRegistry:
         return login, record
 
     async def update(self, login: str, make: Callable[[LoginRecord], LoginRecord | None]) -> LoginRecord:
-        """Changes a login; `make` sees the newest record and may return None for "leave it". The record that holds.
+        """Changes a login. `make` gets the newest record, and returns None to leave it. Returns the valid record.
 
         Raises Refused("not_found"), what `make` raises, Temporary.
         """
@@ -117,8 +117,8 @@ class LoginRegistry:
             value = msgspec.json.encode(after)
             try:
                 written = await self._bucket.update(login, value, revision)
-            except Conflict:  # somebody else wrote: look again
-                if await self._bucket.get(login) is None:  # its bucket was made anew
+            except Conflict:  # written meanwhile: read again
+                if await self._bucket.get(login) is None:  # the bucket was recreated
                     self._records.pop(login, None)
                 await self._clock.sleep(PATIENCE_S)
                 continue
@@ -131,7 +131,7 @@ class LoginRegistry:
             return after
 
     async def _read(self, login: str) -> tuple[LoginRecord, int]:
-        """What is known here may be newer than the copy of the bucket that was asked, and the other way round."""
+        """The newer of the record in memory and that of the bucket, whose answering copy may lag."""
         if not _ID.fullmatch(login):
             raise _not_found()
         for pause_s in (LAG_S, 0.0):
@@ -142,7 +142,7 @@ class LoginRegistry:
             known = self._records.get(login)
             if known is not None and (entry is None or known[1] >= entry.revision):
                 return known
-            if entry is not None and entry.value is not None:  # over for long: not kept here
+            if entry is not None and entry.value is not None:  # ended long ago: not in memory
                 return msgspec.json.decode(entry.value, type=LoginRecord), entry.revision
             await self._clock.sleep(pause_s)
         raise _not_found()
@@ -193,21 +193,21 @@ class LoginRegistry:
     # steps ------------------------------------------------------------------------------------------
 
     def next_step(self, record: LoginRecord, **changes: object) -> LoginRecord:
-        """The record after a step that is told as an event. The last step removes the secrets."""
+        """The record after a step that has an event. The last step removes the secrets."""
         fields = {"reason": "", "detail": "", **changes, "step": record.step + 1, "changed_ms": self._clock.now_ms()}
         after = structs.replace(record, **fields)
         return structs.replace(after, codes=[], digits="", token="") if after.is_over else after
 
     def with_code(self, login: str, record: LoginRecord, code: QrCode) -> LoginRecord:
-        """The record with a new code; this one and the previous one may be scanned."""
+        """The record with a new code. This code and the one before it may be scanned."""
         number = record.number + 1
         codes = [*record.codes, self._seal_code(login, number, code)][-CODES:]
         return self.next_step(record, status="wait", number=number, codes=codes, digits="")
 
     def apply_scan(self, record: LoginRecord, number: int, sent: str, scan: Scan) -> LoginRecord | None:
-        """What an answer about code `number` makes of a login; None: nothing. `sent`: the digits sent, as sealed.
+        """Applies an answer about code `number`; None: nothing changes. `sent`: the digits that were sent, as sealed.
 
-        What ends a login well and where it goes on is not decided here.
+        A confirmation and a redirect are handled elsewhere.
         """
         code = code_of(record, number)
         if code is None:
@@ -217,9 +217,9 @@ class LoginRegistry:
                 return self.next_step(record, status="scanned", codes=[code], digits="")
             case "need_verifycode" if sent:
                 if record.digits != sent:
-                    return None  # other digits are on their way
+                    return None  # other digits were sent meanwhile
                 return self.next_step(record, status="need_verify_code", codes=[code], digits="", reason="wrong_code",
-                                 detail="These were not the digits shown on the phone; send them again.")  # fmt: skip
+                                 detail="The digits are not those shown on the phone; send them again.")  # fmt: skip
             case "need_verifycode" if record.status != "need_verify_code":
                 return self.next_step(record, status="need_verify_code", codes=[code])
             case "expired" | "verify_code_blocked":
@@ -228,7 +228,7 @@ class LoginRegistry:
                 return None
 
     def _without_code(self, record: LoginRecord, code: LoginCode, *, blocked: bool) -> LoginRecord:
-        """A code is dead. Only the end of the newest one counts: the one before it was replaced already."""
+        """Removes a dead code. Only the end of the newest one counts, since the other was already replaced."""
         codes = [other for other in record.codes if other.number != code.number]
         if codes and code.number != record.number:
             return structs.replace(record, codes=codes)
@@ -241,7 +241,7 @@ class LoginRegistry:
         return self.next_step(record, status="expired", ended=ended, reason="codes",
                          detail=f"{ended} codes expired without being confirmed; start another login.")  # fmt: skip
 
-    # what is said -----------------------------------------------------------------------------------
+    # answers and events -----------------------------------------------------------------------------
 
     def to_login(self, login: str, record: LoginRecord, *, with_png: bool) -> Login:
         """Raises Refused("token_key")."""
@@ -276,12 +276,12 @@ def _not_found() -> Refused:
 
 
 def code_of(record: LoginRecord, number: int) -> LoginCode | None:
-    """The code `number`, if it still counts."""
+    """The code `number`, if it is still valid."""
     return next((code for code in record.codes if code.number == number), None)
 
 
 def event_of(login: str, record: LoginRecord) -> LoginEvent:
-    """The event of a step: what everybody may know of it."""
+    """The event of a step, without secrets."""
     return LoginEvent(
         login=login,
         sandbox=record.sandbox,
@@ -299,7 +299,7 @@ def event_of(login: str, record: LoginRecord) -> LoginEvent:
 def tokens_of(bound: Iterable[Binding], sealer: Sealer) -> list[str]:
     """Tokens of the bots that a scanning user should keep, newest first: iLink's `local_token_list`.
 
-    A dead one is none of them: its user needs a new bot, not the word that they have one.
+    Dead ones are left out, since their user needs a new bot instead of `already_bound`.
     """
     tokens = []
     for binding in sorted(bound, key=lambda binding: binding.since_ms, reverse=True):

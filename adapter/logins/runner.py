@@ -1,6 +1,6 @@
-"""Runs the QR logins of this replica's shards, a task each, until they are over.
+"""Runs the open QR logins of this replica's shards, each in a task.
 
-Only the owner of the shard asks iLink (`flow`), so that exactly one takes a confirmation.
+Only the shard's owner asks iLink (`flow`), so that exactly one replica processes a confirmation.
 """
 
 from __future__ import annotations
@@ -18,16 +18,16 @@ log = structlog.get_logger()
 
 
 class LoginRunner:
-    """Keeps a task per login of an owned shard."""
+    """Maintains a task for each open login of an owned shard."""
 
     def __init__(self, deps: LoginDeps) -> None:
         self._deps = deps
         self._tasks: dict[str, asyncio.Task[None]] = {}
         self._published_steps: dict[str, int] = {}
-        """The step of each login that was told last. The flows write it, so it stays the same dict."""
+        """The last published step of each login. The flows write to this dict, so it is never replaced."""
 
     async def run(self) -> None:
-        """Until cancelled; then what is in hand is stored."""
+        """Runs until cancelled; then answers that have arrived are stored."""
         bindings = self._deps.bindings
         try:
             await bindings.changed.wait_until(lambda: bindings.is_loaded)
@@ -68,15 +68,15 @@ class LoginRunner:
             try:
                 await LoginFlow(login, self._deps, self._published_steps).run()
                 return
-            except (LeaseLost, Refused) as exc:  # Refused: somebody has deleted the record
+            except (LeaseLost, Refused) as exc:  # Refused: the record was deleted
                 log.info("login.abandoned", login=login[:6], reason=exc.reason)
                 return
-            except Exception:  # a bug: this login rests, and the others go on
+            except Exception:  # a bug: this login pauses, and the others go on
                 log.exception("login.crashed", login=login[:6])
             await self._deps.clock.sleep(5.0)
 
     async def _wait_for_change(self) -> None:
-        """Until something may have to start or end."""
+        """Waits until a login may have to start or end."""
         registry, leases = self._deps.registry, self._deps.leases
         version, owned, valid = registry.version, set(leases.owned), leases.is_valid
         await wait_any(

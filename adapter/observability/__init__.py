@@ -1,1 +1,1 @@
-"""What a replica says of its work: metrics, logs, and events for sandboxes and platforms."""
+"""What a replica reports about its work: metrics, logs, and events for sandboxes and platforms."""

@@ -1,4 +1,5 @@
-"""Publishes events, receipts among them, and dead letters. Each method returns once the stream has stored it."""
+"""Publishes events, including receipts, and dead letters. Each method returns when the stream has stored the
+message."""
 
 from __future__ import annotations
 
@@ -34,14 +35,14 @@ log = structlog.get_logger()
 
 MAX_HEADER = 512
 PERSON_CHANGES = ("bound", "unbound")
-"""Changes of a binding by which a person comes or goes."""
+"""Changes of a binding by which its person changes."""
 
 
 async def read_binding_events(
     history: History, names: Names, sandbox: str, *, after: int = 0, since_ms: int | None = None
 ) -> AsyncIterator[tuple[int, contract.BindingEvent]]:
-    """What was told of a sandbox's bindings, and its sequence: after a sequence or since a time, without what others
-    have written there. Raises Temporary."""
+    """A sandbox's binding events with their sequences, after a sequence or since a time. Messages that are no such
+    events are skipped. Raises Temporary."""
     stored_events = history.read(names.stream_event, names.event(sandbox, "binding"), after=after, since_ms=since_ms)
     async for stored in stored_events:
         try:
@@ -52,12 +53,12 @@ async def read_binding_events(
 
 
 def last_person_change(events: Iterable[contract.BindingEvent]) -> contract.BindingEvent | None:
-    """The last one, the oldest coming first, by which a person was bound or unbound."""
+    """The last event, in order of time, by which a person was bound or unbound."""
     return next((event for event in reversed([*events]) if event.change in PERSON_CHANGES), None)
 
 
 async def read_last_person_change(history: History, names: Names, sandbox: str) -> contract.BindingEvent | None:
-    """As `last_person_change`, of a sandbox. Raises Temporary."""
+    """As `last_person_change`, for a sandbox. Raises Temporary."""
     return last_person_change([event async for _, event in read_binding_events(history, names, sandbox)])
 
 
@@ -78,7 +79,7 @@ class Events:
         cause: str = "",
         ensure_owner_if_delayed: Callable[[], None] | None = None,
     ) -> None:
-        """Something happened to a binding. The same again of the same cause, or request, is one event.
+        """Publishes a binding event. The same event for the same cause or request is a duplicate.
 
         `ensure_owner_if_delayed`: see Message; it may raise LeaseLost."""
         event = msgspec.structs.replace(event, at_ms=self._clock.now_ms())
@@ -93,22 +94,22 @@ class Events:
         )
 
     async def publish_login_event(self, event: contract.LoginEvent, *, step: int) -> None:
-        """A step of a QR login, once: the same step again is dropped by the stream."""
+        """Publishes a step of a QR login. The stream drops the same step as a duplicate."""
         await self._publish_event(event.sandbox, "login", msgspec.json.encode(event), f"login:{event.login}:{step}")
 
     async def publish_window_event(self, event: contract.WindowEvent, *, msg_id: str) -> None:
-        """What may be sent to a user changed. `msg_id` is the same for the same change of the same window."""
+        """Publishes a changed window. `msg_id` identifies the change of the window."""
         event = msgspec.structs.replace(event, at_ms=self._clock.now_ms())
         await self._publish_event(event.sandbox, "window", msgspec.json.encode(event), msg_id)
 
     async def publish_receipt(self, receipt: contract.Receipt, *, headers: Mapping[str, str], expected: int) -> int:
-        """What became of a command; its sequence. `headers` are the command's: its trace goes on in its receipts.
+        """Publishes a receipt. Returns its sequence. `headers`: the command's, whose trace continues in the receipt.
 
-        `expected` is the sequence of the subject's last receipt, 0: there is none. Raises Conflict.
+        `expected`: sequence of the subject's last receipt; 0: none. Raises Conflict.
         """
         receipt = msgspec.structs.replace(receipt, at_ms=self._clock.now_ms())
         trace = forwardable_headers({H_TRACEPARENT: headers[H_TRACEPARENT]}) if H_TRACEPARENT in headers else {}
-        # two of one command with the same `expected` must meet the comparison, which comes after that of ids
+        # no message id: two receipts with the same `expected` must meet the comparison, which comes after that of ids
         ident = f"receipt:{receipt.sandbox}:{receipt.sequence}:{receipt.received_at_ms}:{expected}:{receipt.outcome}"
         kept = {H_MSG_ID: ident, H_SCHEMA: contract.SCHEMA_VERSION, H_EXPECTED: str(expected), **trace}
         subject = self._names.receipt(receipt.sandbox, receipt.command)
@@ -130,7 +131,7 @@ class Events:
         msg_id: str,
         ensure_owner_if_delayed: Callable[[], None] | None = None,
     ) -> None:
-        """What the stream refuses for good is logged."""
+        """A refusal by the stream is logged."""
         headers = {H_MSG_ID: msg_id, H_SCHEMA: contract.SCHEMA_VERSION}
         try:
             await self._publish_until_stored(
@@ -146,8 +147,8 @@ class Events:
             log.error("event.refused", sandbox=sandbox, kind=kind, detail=exc.detail)
 
     async def _publish_until_stored(self, message: Message) -> PubAck:
-        """Waits where the stream is full, which only an operator's own limits can make it: a command that ends
-        without a receipt is one that got lost. Raises BusRefused."""
+        """Retries while the stream is full, which only an operator's own limits can cause, since a command must not
+        end without its receipt. Raises BusRefused."""
         failures = 0
         while True:
             try:
@@ -172,7 +173,7 @@ class Events:
         seq: int = 0,
         sandbox: str = "",
     ) -> None:
-        """Keeps the original bytes and headers for a person. `stream`: OUT, IN or CTL; `seq`: in it, 0: none."""
+        """Keeps the original bytes and headers for an operator. `stream`: OUT, IN or CTL; `seq`: in it, 0: none."""
         kept = {k: v[:MAX_HEADER] for k, v in forwardable_headers(headers).items() if k != H_REPLY_TO}
         kept |= {
             H_MSG_ID: msg_id,
@@ -190,15 +191,15 @@ class Events:
         try:
             await self._bus.publish(Message("dead", subject_to, data, kept))
         except BusRefused:
-            # Larger than a message may be: its head, so that a person sees at least what it was.
+            # too large for a message: the beginning shows at least what it was
             try:
                 await self._bus.publish(Message("dead", subject_to, data[:65536], kept))
-            except BusRefused as exc:  # full, perhaps: what comes after it must not suffer
+            except BusRefused as exc:  # the stream may be full: later messages must not wait for it
                 log.error("dead_letter.refused", stream=stream, sandbox=sandbox, detail=exc.detail)
 
 
 class BusAccess(NamedTuple):
-    """How a loop reaches the bus: what it publishes, reads back and tells, and the names of all that is there."""
+    """Access to the bus for loops: publishing, reading, events, and names."""
 
     bus: Bus
     history: Archive

@@ -1,7 +1,8 @@
-"""Logging: one JSON line per event on stdout, without secrets or message text. Imports nothing of ours.
+"""Logging: one JSON line per event on stdout, without secrets or message text. Imports no other module of the
+adapter.
 
-Field names follow OpenTelemetry's log model: `timestamp`, `severity_text`, `body` (the event), `service.*`, then
-the event's own. Tokens and texts must not be fields at all; the redaction is the net below, not the rule.
+Field names follow OpenTelemetry's log model: `timestamp`, `severity_text`, `body` (the event), `service.*`, then the
+event's own. Tokens and texts must not be fields at all; redaction is only a safety net.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from structlog.typing import EventDict, Processor, WrappedLogger
 
 SERVICE = "wechat-nats"
 FOREIGN_CHARS = 200
-"""Longest text in a field; longer is cut, since it is most likely somebody else's."""
+"""Longest text in a field. A longer text is probably foreign, and is cut."""
 TRACEBACK_CHARS = 8000
 HIDDEN = "***"
 
@@ -32,7 +33,7 @@ _SECRET_NAMES = (
 )
 _SECRET_KEY = re.compile(rf"(?:{_SECRET_NAMES}|.*_(?:token|password|secret))\Z", re.IGNORECASE)
 _PACKED = "QGltLmJvdD|BpbS5ib3Q6|AaW0uYm90O"
-"""`@im.bot:` in base64, by where in the text it stands: a bot's token follows, as in iLink's cursors."""
+"""`@im.bot:` in base64 at each possible offset: a bot's token follows, as in iLink's cursors."""
 _SECRET_TEXT = tuple(
     (re.compile(pattern, re.IGNORECASE), replacement)
     for pattern, replacement in (
@@ -40,13 +41,13 @@ _SECRET_TEXT = tuple(
         (r"\b(Bearer|Basic)\s+[^\s\"',]+", rf"\1 {HIDDEN}"),
         (r"AARzJW[0-9a-z+/=_-]*", HIDDEN),
         (rf"(?:{_PACKED})[0-9a-z+/=_-]*", HIDDEN),
-        # {"text": "…"}, {'text': '…'}, Bind(bot_token='…'); a text that was cut has no closing quote.
+        # {"text": "…"}, {'text': '…'}, Bind(bot_token='…'); a text that was cut has no closing quote
         (
             rf"((?:\b|_)(?:{_SECRET_NAMES})\\*[\"']?\s*[:=]\s*b?)"
             r"(?:\\*\"(?:\\.|[^\"\\])*\"?|'(?:\\.|[^'\\])*'?)",
             rf"\1{HIDDEN}",
         ),
-        # also one without a query: else each that begins within it would be read to its end
+        # also matches without a query; otherwise every start within it would be searched to the end
         (r"\b(https?://[^\s?\"'<>]+)(?:\?[^\s\"'<>]+)?", lambda m: m[1] + (f"?{HIDDEN}" if m[0] != m[1] else "")),
         (r"//[^\s/@\"']+@", f"//{HIDDEN}@"),
         (r"\bS[ACNOUX][A-Z2-7]{56}\b", HIDDEN),
@@ -54,11 +55,12 @@ _SECRET_TEXT = tuple(
     )
 )
 UNSEEN = "\x7f-\x9f\u00ad\u034f\u061c\u180e\u200b-\u200f\u2028-\u202e\u2060-\u206f\ufeff\U000e0000-\U000e0fff"
-"""As in a regular expression: what moves a cursor, changes directions, or is not seen (tags, zero width)."""
+"""For a regular expression: characters that move the cursor, change the direction or are invisible (tags, zero
+width)."""
 _CONTROLS = re.compile(f"[\x00-\x08\x0b-\x1f{UNSEEN}]")
-"""What moves a terminal's cursor, and what nobody sees; a traceback keeps its lines."""
+"""Characters that move a terminal's cursor or are invisible; a traceback keeps its lines."""
 _HARMLESS = re.compile(rf"(?!.*(?:AARzJW|eyJ|{_PACKED}))[a-z0-9_.@-]{{0,40}}\Z", re.IGNORECASE | re.ASCII)
-"""Names, ids and words: most of what is logged, and nothing that a pattern above could match."""
+"""Names, ids and words, which are most logged values, and match no pattern above."""
 
 
 def configure(
@@ -70,7 +72,7 @@ def configure(
 ) -> None:
     """Sends structlog's events and, from WARNING on, those of the standard library to `stream` (default: stdout).
 
-    `console` asks for lines for people instead of JSON; None: if `stream` is a terminal. May be called again.
+    `console` selects lines for people instead of JSON; None: if `stream` is a terminal. May be called again.
     """
     out = stream if stream is not None else sys.stdout.buffer
     service = {"service.name": SERVICE, "service.version": version}
@@ -102,8 +104,8 @@ def configure(
 
 
 def _strip_exception_texts(_logger: WrappedLogger, _method: str, event: EventDict) -> EventDict:
-    """Shows where and of which types an exception and its causes were raised, the first cause first. What exceptions
-    say is left out where the event tells of a bug (`….crashed`): it may be the text of the message in hand."""
+    """Shows where and with which types an exception and its causes were raised, the first cause first. The texts of
+    exceptions are left out for bugs (`….crashed`), since they may contain the text of a message."""
     if not str(event.get("event")).endswith(".crashed") or not (info := event.pop("exc_info", None)):
         return event
     exc = info if isinstance(info, BaseException) else sys.exc_info()[1]
@@ -117,7 +119,8 @@ def _strip_exception_texts(_logger: WrappedLogger, _method: str, event: EventDic
 
 
 def redact(_logger: WrappedLogger, _method: str, event: EventDict) -> EventDict:
-    """The last processor before rendering: hides by key and by pattern, cuts long text, leaves only plain values."""
+    """The last processor before rendering: hides secrets by key and by pattern, cuts long text, makes values
+    plain."""
     return {
         key: _to_plain_value(value, key, TRACEBACK_CHARS if key in ("exception", "stack") else FOREIGN_CHARS)
         for key, value in event.items()
@@ -125,7 +128,7 @@ def redact(_logger: WrappedLogger, _method: str, event: EventDict) -> EventDict:
 
 
 def redact_text(text: str, longest: int = FOREIGN_CHARS) -> str:
-    """`text` without what looks like a secret, at most `longest` characters of it, its controls made visible."""
+    """`text` without anything that looks like a secret, cut to `longest` characters, with visible controls."""
     if _HARMLESS.match(text):
         return text
     text = text[: 2 * TRACEBACK_CHARS]  # bounds the work, not the result
@@ -136,12 +139,12 @@ def redact_text(text: str, longest: int = FOREIGN_CHARS) -> str:
 
 
 def escape_invisible(text: str) -> str:
-    """`text` with what nobody sees, or moves a cursor, escaped; its lines and tabs stay."""
+    """`text` with invisible and cursor-moving characters escaped; lines and tabs stay."""
     return _CONTROLS.sub(lambda m: f"\\x{ord(m[0]):02x}", text)
 
 
 def hide_secrets(text: str) -> str:
-    """`text` with stars for what looks like a secret."""
+    """`text` with stars for anything that looks like a secret."""
     for pattern, replacement in _SECRET_TEXT:
         text = pattern.sub(replacement, text)
     return text
@@ -171,7 +174,7 @@ def _to_plain_value(value: Any, key: str, longest: int, depth: int = 0) -> Any:
 
 
 def _common_fields(service: Mapping[str, str]) -> Processor:
-    """Puts the common fields first, under the names of the log model."""
+    """Puts the common fields first, with the names of the log model."""
 
     def shape(_logger: WrappedLogger, _method: str, event: EventDict) -> EventDict:
         return {
@@ -197,7 +200,7 @@ def _to_console(logger: WrappedLogger, method: str, event: EventDict) -> bytes:
 
 
 class _Forward(logging.Handler):
-    """Passes what libraries log to structlog, so that it is shaped and redacted like everything else."""
+    """Passes the log records of libraries to structlog, which shapes and redacts them."""
 
     def emit(self, record: logging.LogRecord) -> None:
         try:

@@ -81,13 +81,13 @@ async def _drain(
     try:
         async with asyncio.timeout(max(1.0, replica.settings.drain_s - 1.0)):
             try:
-                await replica.leases.drain()  # the lease may run out meanwhile, and polls are cut then
+                await replica.leases.drain()  # the lease may end meanwhile; then polls are cut
             finally:
                 following.cancel()
             await replica.supervisor.drain(max(0.5, replica.settings.drain_s - RELEASE_S))
-            running_logins.cancel()  # logins go on until another replica may take them
+            running_logins.cancel()  # logins run until another replica may take them
             await asyncio.wait([running_logins])
-            leasing.cancel()  # a renewal after this would write the key that is given back
+            leasing.cancel()  # a later renewal would write the deleted key again
             await asyncio.wait([leasing])
             await replica.leases.release_all()
     except TimeoutError:
@@ -95,9 +95,9 @@ async def _drain(
 
 
 def _raise_file_limit(capacity: int) -> None:
-    """Raises the limit of open files as far as it goes: a bot needs one for its poll, and one for a send."""
+    """Raises the limit of open files as far as possible: a bot needs one for its poll and one for a send."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    with contextlib.suppress(OSError, ValueError):  # not ours to raise: the warning below says what that means
+    with contextlib.suppress(OSError, ValueError):  # not permitted: the warning below shows the consequence
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
         soft = hard
     if soft != resource.RLIM_INFINITY and soft < 2 * capacity + 100:

@@ -1,4 +1,4 @@
-"""A replica's connections to NATS and iLink, and the clients that need nothing but these."""
+"""A replica's connections to NATS and iLink, and the clients that need only these."""
 
 from __future__ import annotations
 
@@ -22,17 +22,17 @@ from adapter.settings import Settings
 
 
 class Connections:
-    """Nothing is connected before the `loops` run."""
+    """Nothing is connected until the `loops` run."""
 
     def __init__(self, settings: Settings, names: Names, instance: str, clock: Clock, metrics: Metrics) -> None:
         client = f"wechat-nats/{__version__} {instance}"
         self.connection = ManagedConnection(settings, client)
-        # Leases have a connection of their own: a renewal never waits behind bulk data.
+        # leases have a connection of their own, so that a renewal never waits behind bulk data
         self.lease_connection = ManagedConnection(settings, f"{client} leases")
-        # Media and what sandboxes read again have one too: no message waits behind their megabytes.
+        # so have media and replays, so that no message waits behind their megabytes
         self.media_connection = ManagedConnection(settings, f"{client} media")
         self.media_connection.on_connect(_enable_read_pauses)
-        # What sandboxes ask comes over others: whatever they send, and however much, JetStream's are not cut for it.
+        # sandboxes' requests use others, so that a flood never ends JetStream's connection
         self.service_connection = ManagedConnection(settings, f"{client} services")
         self.upload_connection = ManagedConnection(settings, f"{client} uploads")
         self.bus = Publisher(self.connection, clock, metrics)
@@ -60,16 +60,16 @@ class Connections:
         return KvBucket(self.connection, self.bus, name, replicated=self._replicated)
 
     def bulk_bucket(self, name: str) -> KvBucket:
-        """The same, over the connection of media."""
+        """A bucket over the connection of media."""
         return KvBucket(self.media_connection, self.media_bus, name, replicated=self._replicated)
 
     async def wait_connected(self) -> None:
-        """Returns once JetStream's connection is there, and those over which sandboxes ask."""
+        """Returns when JetStream's connection and those of the services are connected."""
         for connection in (self.service_connection, self.upload_connection, self.connection):
             await connection.wait_connected()
 
     def loops(self) -> Iterator[tuple[str, Coroutine[Any, Any, None]]]:
-        """What keeps the connections to NATS, and what is written over them, by name."""
+        """The loops that maintain the connections to NATS and write to them, by name."""
         yield "connection", self.connection.run()
         yield "lease_connection", self.lease_connection.run()
         yield "media_connection", self.media_connection.run()

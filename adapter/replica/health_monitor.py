@@ -22,17 +22,17 @@ from adapter.replica.supervisor import Supervisor
 log = structlog.get_logger()
 
 TICK_S = 0.5
-"""Between two beats."""
+"""Interval between two heartbeats."""
 OBSERVED_EVERY = 8
-"""Ticks between two counts of what is there: with thousands of bots each takes milliseconds."""
+"""Ticks between two counts of pollers and commands, each of which takes milliseconds with thousands of bots."""
 EVICTED_EVERY = 60
-"""Ticks between two clean-ups of what nobody needs any more."""
+"""Ticks between two clean-ups of idle state."""
 CHECK_S = 2.0
-"""Between two looks at JetStream; at streams and consumers every other time."""
+"""Interval between two checks of JetStream. Every second check includes streams and consumers."""
 
 
 class HealthMonitor:
-    """Two loops: a heartbeat of the event loop, and one that asks JetStream, whose answers may take long."""
+    """Runs two loops: a heartbeat of the event loop, and checks of JetStream, whose answers may take long."""
 
     def __init__(
         self,
@@ -49,7 +49,7 @@ class HealthMonitor:
         clock: Clock,
         metrics: Metrics,
     ) -> None:
-        """`evict_idle` lets go of what nobody needs any more."""
+        """`evict_idle` drops idle state."""
         self._connection = connection
         self._bus = bus
         self._media_bus = media_bus
@@ -62,24 +62,24 @@ class HealthMonitor:
         self._clock = clock
         self._metrics = metrics
         self._healthy_at = clock.monotonic()
-        """When JetStream was last in order."""
+        """Time of the last check without a problem."""
         self._missing: set[str] = set()
-        """Streams that were deleted, and buckets that lacked keys, when it was last looked."""
+        """Deleted streams, and buckets that lacked keys, at the last check."""
         self._checked = ChangeSignal()
         self._paused: dict[str, str] = {}
-        """Consumers that an operator has paused, of those that are looked at, and their streams."""
+        """Checked consumers that an operator has paused, with their streams."""
 
     async def wait_complete(self, streams: Iterable[str]) -> None:
-        """Returns when these are there, with all their keys as far as that is known."""
+        """Returns when these streams exist with all their keys, as far as known."""
         await self._checked.wait_until(lambda: self._missing.isdisjoint(streams))
 
     def on_started(self) -> None:
-        """Called once the service has started, on streams that were found in order."""
+        """Called when the service has started with verified streams."""
         self._health.jetstream_ok = self._health.started = True
         self._healthy_at = self._clock.monotonic()
 
     async def heartbeat_forever(self) -> None:
-        """Forever: tells the probes that the loop lives, and sets the gauges that are sampled."""
+        """Reports heartbeats to the probes, and sets the sampled gauges, until cancelled."""
         loop, metrics = asyncio.get_running_loop(), self._metrics
         ticks = 0
         while True:
@@ -100,16 +100,16 @@ class HealthMonitor:
                 self._evict_idle()
 
     async def check_jetstream_forever(self) -> None:
-        """Forever: checks that JetStream answers and takes what is written, and that its streams exist."""
+        """Checks until cancelled that JetStream answers and accepts writes, and that its streams exist."""
         rounds = 0
         while True:
             await self._clock.sleep(CHECK_S)
             if not (self._health.started and self._connection.is_connected):
-                continue  # the connection is what failed: it has its own check and its own grace
+                continue  # a lost connection has its own check and grace time
             rounds += 1
             try:
                 await self._connection.probe()
-                if rounds % 2 == 1 or not self._health.jetstream_ok:  # what is back may have come back incomplete
+                if rounds % 2 == 1 or not self._health.jetstream_ok:  # after an outage something may be missing
                     await self._check_streams()
                     await self._check_consumers()
             except (Temporary, BusRefused) as exc:
@@ -119,13 +119,13 @@ class HealthMonitor:
                 self._report_problem(self._current_problem()[:200])
 
     def _current_problem(self) -> str:
-        """What keeps this replica from work although JetStream answers, in words; "": nothing."""
+        """Why this replica cannot work although JetStream answers; "": it can."""
         if self._bus.waiting_s > BUS_GRACE_S:
             return f"JetStream takes nothing for {self._bus.last_error}"
         return "" if self._leases.is_valid else f"the lease cannot be renewed: {self._leases.last_error}"
 
     def _report_problem(self, problem: str) -> None:
-        """A problem counts once it has lasted: an election takes seconds, and this replica keeps what it has."""
+        """Reports a problem after BUS_GRACE_S, since an election takes seconds and this replica keeps its shards."""
         now = self._clock.monotonic()
         self._healthy_at = self._healthy_at if problem else now
         if not problem or now - self._healthy_at > BUS_GRACE_S:
@@ -153,7 +153,7 @@ class HealthMonitor:
         ):
             try:
                 info = await self._connection.api_request(f"CONSUMER.INFO.{stream}.{consumer}")
-            except BusRefused as exc:  # deleted by an operator; its owner makes it again
+            except BusRefused as exc:  # deleted by an operator; its owner recreates it
                 log.warning("consumer.missing", consumer=consumer, detail=exc.detail)
                 continue
             self._note_paused(consumer, stream, paused=bool(info.get("paused")))

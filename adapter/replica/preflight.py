@@ -1,4 +1,4 @@
-"""Checks before a replica serves: permissions of its NATS user, its streams, how tokens are stored."""
+"""Checks before a replica serves: the permissions of its NATS user, its streams, and sealed tokens."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ log = structlog.get_logger()
 
 
 async def run_preflight(replica: Replica, stop: asyncio.Event) -> bool:
-    """Waits for the connection and verifies the streams; False when told to stop meanwhile. Raises SettingsError."""
+    """Waits for the connection and verifies the streams. False: it was stopped meanwhile. Raises SettingsError."""
     replica.metrics.tokens_sealed.set(1 if replica.sealer.is_enabled else 0)
     if not replica.sealer.is_enabled:
         log.warning("tokens.unsealed", detail="Set WECHAT_NATS_TOKEN_KEY, so that bot tokens are sealed at rest.")
@@ -51,27 +51,27 @@ async def run_preflight(replica: Replica, stop: asyncio.Event) -> bool:
 
 
 async def _log_missing_permissions(replica: Replica) -> None:
-    """Logs what the server says that this user lacks. A missing right to subscribe has held up the connection."""
+    """Logs the permissions that the server's answer lacks. A missing right to subscribe prevents the connection."""
     try:
         answer = await replica.connections.connection.request(USER_INFO, b"", timeout_s=2.0)
         may = user_of(answer.data).granted
     except (Temporary, *UNDECODABLE):
-        return  # a user who may not ask: what is missing is told when it is tried
+        return  # not permitted to ask: missing permissions show when they are needed
     if lacks := may.missing(required(replica.names, replica.settings.nats_inbox_prefix)):
         said = ", ".join(lacks[:8])
-        log.error("permissions.missing", lacks=said, count=len(lacks), detail="`wechat-nats doctor` tells more.")
+        log.error("permissions.missing", lacks=said, count=len(lacks), detail="`wechat-nats doctor` lists them.")
 
 
 async def _check_tokens(replica: Replica) -> None:
-    """Raises SettingsError where tokens lie open although there is a key, Temporary."""
+    """Raises Temporary, and SettingsError if there are unsealed tokens although a key is set."""
     found = await count_stored_tokens(replica.connections.history, replica.names, replica.sealer)
     if found["open"] and replica.sealer.is_enabled:
         raise SettingsError(
             "tokens_unsealed",
-            f"{found['open']} bot tokens lie unsealed in {replica.names.bindings}, although WECHAT_NATS_TOKEN_KEY is"
+            f"{found['open']} bot tokens in {replica.names.bindings} are unsealed, although WECHAT_NATS_TOKEN_KEY is"
             " set. `wechat-nats doctor --fix` seals them.",
         )
     if found["foreign"]:
-        log.error("tokens.unopenable", tokens=found["foreign"], detail="They are sealed with a key that is not set.")
+        log.error("tokens.unopenable", tokens=found["foreign"], detail="Their key is not set.")
     if found["older"]:
         log.info("tokens.older_key", tokens=found["older"], detail="`wechat-nats doctor --fix` seals them anew.")

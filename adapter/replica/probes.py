@@ -1,5 +1,5 @@
-"""Serves /metrics, /livez, /readyz and /startupz, from a thread of its own: a stuck event loop is the very thing that
-/livez has to report. Reads, never changes.
+"""Serves /metrics, /livez, /readyz and /startupz from a thread of its own, since /livez has to report a stuck event
+loop. Only reads state.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ from adapter.observability.metrics import Metrics
 log = structlog.get_logger()
 
 STUCK_S = 30.0
-"""A heartbeat older than this means that the event loop is stuck."""
+"""Age of a heartbeat at which the event loop counts as stuck."""
 BUS_GRACE_S = 10.0
-"""A NATS outage of up to this length leaves the replica ready: it keeps its bindings and reconnects."""
+"""Longest NATS outage during which the replica stays ready: it keeps its bindings and reconnects."""
 
 
 class Check(msgspec.Struct, frozen=True, kw_only=True):
-    """One line of an answer. `since_ms`: Unix milliseconds of the last change of `ok`, as far as it is known."""
+    """One line of an answer. `since_ms`: Unix milliseconds of the last known change of `ok`."""
 
     name: str
     ok: bool
@@ -32,7 +32,7 @@ class Check(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class _Flag:
-    """An attribute of Health that is true or false, and since when."""
+    """A boolean attribute of Health with the time of its last change."""
 
     def __set_name__(self, owner: type[Health], name: str) -> None:
         self._name = name
@@ -46,48 +46,48 @@ class _Flag:
 
 
 class Health:
-    """The health of this replica: set by the event loop at any time, read by the probe thread.
+    """The health of this replica. The event loop sets it, and the probe thread reads it.
 
-    `clock` gives monotonic seconds. NATS and iLink never decide about life: restarting thousands of long polls heals
-    neither. Nothing here knows single bindings.
+    `clock` gives monotonic seconds. NATS and iLink never affect liveness, since a restart of thousands of long polls
+    repairs neither. Single bindings do not count.
     """
 
     started = _Flag()
-    """Connected once, nothing forbidden of what it hears, streams and buckets verified, loops running."""
+    """The first connection succeeded with all subscriptions, streams and buckets are verified, and loops run."""
     draining = _Flag()
-    """SIGTERM was received: take nothing new."""
+    """SIGTERM was received."""
     jetstream_ok = _Flag()
-    """JetStream answered when it was last asked."""
+    """JetStream answered the last check."""
 
     def __init__(self, *, clock: Callable[[], float] = time.monotonic) -> None:
         self.clock = clock
         self.phase = "starting"
-        """What the start waits for, in words; shown until `started`."""
+        """What the start waits for, for operators; shown until `started`."""
         self.nats_down_since: float | None = None
-        """`clock()` when the connection was lost; None while connected. See `on_nats_lost` and `on_nats_restored`."""
+        """`clock()` when the connection was lost; None while it is connected."""
         self.missing = ""
-        """Streams and buckets that are not there any more, in words."""
+        """Streams and buckets that were deleted, for operators."""
         self.incomplete = ""
-        """Buckets that lack keys which were not deleted, in words."""
+        """Buckets that lack keys which were not deleted, for operators."""
         self.altered = ""
-        """Those that are not as they must be any more, with what was changed, in words."""
+        """Streams that were changed, and how, for operators."""
         self.paused: list[str] = []
-        """Consumers that deliver nothing, each behind its stream."""
+        """Paused consumers with their streams."""
         self._jetstream_problem = "JetStream does not answer"
         self._created_at = self._heartbeat_at = self._responsive_since = self._connected_since = clock()
         self.flags = dict.fromkeys(("started", "draining", "jetstream_ok"), (False, self._created_at))
-        """Each of them, and `clock()` when it changed last."""
+        """Each flag, and `clock()` at its last change."""
         self._failed_loops: dict[str, tuple[str, float]] = {}
 
     def record_heartbeat(self) -> None:
-        """Called by the event loop again and again, far more often than STUCK_S."""
+        """Called by the event loop far more often than every STUCK_S seconds."""
         now = self.clock()
         if now - self._heartbeat_at >= STUCK_S:
             self._responsive_since = now
         self._heartbeat_at = now
 
     def report_failed_loop(self, name: str, detail: str) -> None:
-        """Says that the loop `name` died for good: only a restart helps. `detail` holds no secret."""
+        """Reports that a loop ended for good, so that only a restart helps. `detail` must not contain secrets."""
         self._failed_loops = {**self._failed_loops, name: (detail, self.clock())}
 
     def on_nats_lost(self) -> None:
@@ -96,14 +96,14 @@ class Health:
             self.nats_down_since = self.clock()
 
     def on_nats_restored(self) -> None:
-        """Ends it."""
+        """Ends the outage."""
         if self.nats_down_since is not None:
             if self.clock() - self.nats_down_since > BUS_GRACE_S:
                 self._connected_since = self.clock()
             self.nats_down_since = None
 
     def set_jetstream_problem(self, problem: str) -> None:
-        """What is wrong with JetStream, in words; "": nothing."""
+        """Sets what is wrong with JetStream, for operators; "": nothing."""
         self._jetstream_problem = problem or self._jetstream_problem
         self.jetstream_ok = not problem
 
@@ -149,7 +149,7 @@ class Health:
         ]
 
     def _stream_problems(self) -> str:
-        """What is wrong with them, and what helps, in words; "": nothing."""
+        """What is wrong with the streams and what helps, for operators; "": nothing."""
         troubles = (
             ("deleted", self.missing, "restore from the backup, or create empty by `wechat-nats doctor --fix`"),
             ("incomplete", self.incomplete, "restore from the backup"),
@@ -160,13 +160,13 @@ class Health:
         return "; ".join(said)
 
     def _check(self, name: str, ok: bool, since: float, detail: str = "", *, always: bool = False) -> Check:
-        """`since` on our clock. The detail explains a failure; `always` shows it with success too."""
+        """`since` is a time of `clock`. The detail explains a failure; `always` shows it on success, too."""
         since_ms = int((time.time() - (self.clock() - since)) * 1000)
         return Check(name=name, ok=ok, since_ms=since_ms, detail=detail if always or not ok else "")
 
 
 class ProbeServer(Listener):
-    """Serves at `addr` while entered; see Listener."""
+    """Serves at `addr` while it is entered; see Listener."""
 
     def __init__(self, addr: str, health: Health, metrics: Metrics) -> None:
         super().__init__("http_addr", addr, self._serve)

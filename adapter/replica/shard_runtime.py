@@ -1,4 +1,5 @@
-"""What runs for each shard that this replica owns: consumers, the router, control commands."""
+"""The loops of each shard that this replica owns: its consumer, and for shard 0 the router and the control
+commands."""
 
 from __future__ import annotations
 
@@ -25,9 +26,9 @@ from adapter.replica.probes import Health
 log = structlog.get_logger()
 
 RESTARTS, STEADY_S = 5, 60.0
-"""A loop may crash so often in a row; one that ran so long before is in order."""
+"""Crashes in a row after which a loop counts as broken, and the run time after which a crash starts a new row."""
 MAX_IN_FLIGHT = 512
-"""Commands delivered and not yet settled, per consumer; of shards: asked for at once."""
+"""Commands of a consumer that are delivered and not settled; for shards, commands that are requested at once."""
 
 
 async def _on_reset_ignored() -> None:
@@ -42,7 +43,7 @@ class ShardRuntime(NamedTuple):
     router: Router
     control: Control
     spawn: Callable[[Coroutine[Any, Any, None]], object]
-    """Runs what must not end with its shard: the routing of a command that is in hand."""
+    """Runs work that must not end with its shard: the routing of a command in flight."""
     leases: Leases
     names: Names
     health: Health
@@ -60,7 +61,7 @@ class ShardRuntime(NamedTuple):
         work = [
             self._run_with_restarts(out, lambda: self._run_consumer(shard, out, "out", processor.intake.on_delivery))
         ]
-        if shard == 0:  # the router and the control commands go with it: one owner each
+        if shard == 0:  # the owner of shard 0 also runs router and control
             work += [
                 self._run_with_restarts(
                     "router", lambda: self._run_consumer(shard, topology.ROUTER, "router", self._route)
@@ -70,7 +71,7 @@ class ShardRuntime(NamedTuple):
         return work
 
     async def _run_with_restarts(self, name: str, run: Callable[[], Coroutine[Any, Any, None]]) -> None:
-        """Restarts a loop that crashed; one that goes on crashing fails /livez."""
+        """Restarts a loop that crashed. One that keeps crashing fails /livez."""
         last = await run_with_restarts(run, name, self.clock, restarts=RESTARTS, steady_s=STEADY_S)
         self.on_failed(name, f"crashed {RESTARTS + 1} times in a row: {type(last).__name__}")
 
@@ -87,14 +88,14 @@ class ShardRuntime(NamedTuple):
                 self.metrics.nats_redeliveries.labels(consumer=label).inc()
             try:
                 on_delivery(delivery)
-            except Exception:  # a bug: the message stays, unsettled, and the others go on
+            except Exception:  # a bug: the message stays unsettled, and others are delivered
                 log.exception("delivery.crashed", consumer=name, sequence=delivery.seq)
 
-        # a shard bounds by itself what it takes in hand: else one sandbox could fill its consumer
+        # a shard bounds its deliveries itself; otherwise one sandbox could fill its consumer
         until_acked, check = label != "out", lambda: self.leases.ensure_owned(shard)
         wanted = topology.wanted_consumer(self.names, name)
         turn = self.outbound.conversation.turns.wait_turn
-        confirm_acks = label == "control"  # `bound_yet` waits for it
+        confirm_acks = label == "control"  # `wait_for_pending_binds` relies on it
         consumer = Consumer(
             self.connection,
             wanted,
@@ -114,7 +115,7 @@ class ShardRuntime(NamedTuple):
             await self.router.route(delivery)
         except LeaseLost as exc:
             log.info("routing.fenced", reason=exc.reason)
-        except Exception:  # a bug: the message stays, unsettled, and the others go on
+        except Exception:  # a bug: the message stays unsettled, and others are delivered
             log.exception("delivery.crashed", consumer=topology.ROUTER, sequence=delivery.seq)
 
     async def _consume_commands(self, shard: int) -> None:

@@ -1,4 +1,20 @@
-"""Reconciles what runs with what should run: a poller per binding of an owned shard, a sender per owned shard."""
+"""Starts and stops the pollers and shards of a replica as leases and bindings change.
+
+`run` reconciles what runs with what should run. Each owned shard has a `ShardCommandProcessor` with its consumers,
+and each binding of an owned shard has a poller. Bindings that changed are collected in `_dirty` and followed in
+batches; changes of the leases are followed in every round:
+
+- A new shard is opened, and its bots are polled.
+- A lost shard is dropped at once.
+- A surplus shard, which another replica should own, is handed over in this order: its consumers stop, its dispatchers
+  end, its requests in flight end, the claim is released. A poll that waits is not cut; it stores its answer, and the
+  next owner dispatches it.
+- When the lease pauses, polls are cancelled. When it is valid again without a change of owner, the cancellation is
+  withdrawn.
+
+`drain` hands over all shards when the replica stops. The supervisor never writes to the bus itself, and never moves a
+claim except by `Leases.release`.
+"""
 
 from __future__ import annotations
 
@@ -22,9 +38,9 @@ from adapter.ownership.leases import Leases
 log = structlog.get_logger()
 
 HANDED_AT_ONCE = 16
-"""Shards handed over at once: their users wait for the requests that are out, the others need not."""
+"""Shards that are handed over at the same time. Users of these wait for the requests in flight; the others do not."""
 SEND_GRACE_S = 20.0
-"""How long a hand-over waits for the requests that are out; longer than a send may take."""
+"""Time for requests in flight during a hand-over; longer than a send may take."""
 
 
 class ShardWork(Protocol):
@@ -33,10 +49,10 @@ class ShardWork(Protocol):
     def new_processor(self, shard: int) -> ShardCommandProcessor: ...
 
     def on_failed(self, name: str, detail: str) -> None:
-        """Something that must run died for good: only a restart of the process helps."""
+        """A required loop ended for good, so that only a restart of the process helps."""
 
     def consumer_loops(self, shard: int, processor: ShardCommandProcessor) -> list[Coroutine[Any, Any, None]]:
-        """The pull loops that belong to a shard. What is parked is loaded before the first delivery."""
+        """The pull loops of a shard. What is parked is loaded before the first delivery."""
 
 
 class Supervisor:
@@ -56,13 +72,13 @@ class Supervisor:
     ) -> None:
         self.pollers: dict[str, BotPoller] = {}
         self.in_hand = 0
-        """Commands in hand when last observed."""
+        """Commands in flight at the last observation."""
         self._bindings = bindings
         self._leases = leases
         self._run_poller = run_poller
         self._work = work
         self._publish_released = publish_released
-        """Tells the other replicas that a shard was given back. Never raises."""
+        """Announces to the other replicas that a shard was released. Never raises."""
         self._clock = clock
         self._metrics = metrics
         self._capacity = capacity
@@ -73,7 +89,7 @@ class Supervisor:
         self._loads: dict[int, asyncio.Task[None]] = {}
         self._dirty: set[str] = set()
         self._crowded: set[str] = set()
-        """Bots that found no room here: looked at again when a poller ends."""
+        """Bots without room here, which are tried again when a poller ends."""
         self._owned: set[int] = set()
         self._changed = ChangeSignal()
         self._leaving: dict[int, asyncio.Task[None]] = {}
@@ -82,20 +98,20 @@ class Supervisor:
         self._departures = 0
         self._draining = False
         self._valid_as = ""
-        """The incarnation whose lease was valid at the last look, "" where none was."""
+        """The incarnation whose lease was valid at the last check; "": none."""
         self._paused_as = ""
-        """The incarnation whose lease was lost last."""
+        """The incarnation that last lost its lease."""
         bindings.add_listener(self._on_binding)
 
-    # what others ask --------------------------------------------------------------------------------
+    # for others ------------------------------------------------------------------------------------
 
     def session_changed(self, binding: Binding) -> None:
-        """The bot's token is tried again, or not any more: its conversations may have to wait."""
+        """A refused token is retried, or no longer: the bot's conversations are notified."""
         if shard := self._shards.get(shard_of(binding.sandbox)):
             shard.on_binding(binding.sandbox, binding.bot, {binding.user})
 
     async def open_shard(self, sandbox: str) -> ShardCommandProcessor | None:
-        """The shard of a sandbox, once it works; None where it is not this replica's (any more)."""
+        """The shard of a sandbox once it works; None: this replica does not own it."""
         shard = shard_of(sandbox)
         while shard not in self._shards:
             if shard not in self._leases.owned or shard in self._leaving or self._draining:
@@ -104,8 +120,8 @@ class Supervisor:
         return self._shards[shard]
 
     def released(self, bot: str) -> None:
-        """Another replica has given a bot back, which may be polled here, or has stored something late for it; or
-        without a bot: a shard."""
+        """Another replica has released a bot, or has stored a late record for it, or, without a bot, has released a
+        shard."""
         if not bot:
             self._leases.claim_now()
         if poller := self.pollers.get(bot):
@@ -118,12 +134,12 @@ class Supervisor:
 
     def is_catching_up(self, bot: str) -> bool:
         poller = self.pollers.get(bot)
-        if poller is None:  # it begins soon, unless there are too many
+        if poller is None:  # it starts soon, unless there is no room
             return self._wanted(bot) and bot not in self._crowded
         return poller.is_catching_up
 
     def poll_now(self, bot: str) -> None:
-        """Ends the bot's long poll, so that the next one shows what iLink thinks of its token."""
+        """Ends the bot's long poll, so that the next one tests the token."""
         if poller := self.pollers.get(bot):
             poller.cancel_poll()
 
@@ -133,7 +149,7 @@ class Supervisor:
         return poller is not None and not poller.stale and poller.polled_at > since
 
     def polls(self, bots: Sequence[str]) -> dict[str, tuple[State, float | None]]:
-        """How those of `bots` that are polled here fare, and seconds since iLink answered (None: not yet)."""
+        """State of those of `bots` that are polled here, and seconds since iLink's last answer (None: none yet)."""
         now = self._clock.monotonic()
         found = {bot: poller for bot in bots if (poller := self.pollers.get(bot)) is not None}
         return {
@@ -141,7 +157,7 @@ class Supervisor:
             for bot, poller in found.items()
         }
 
-    # following --------------------------------------------------------------------------------------
+    # reconciliation ---------------------------------------------------------------------------------
 
     def _on_binding(self, bot: str, before: Binding | None, after: Binding | None) -> None:
         self._dirty.add(bot)
@@ -158,11 +174,11 @@ class Supervisor:
             shard.on_unbound(before)
         poller = self.pollers.get(bot)
         if poller is not None and (after is None or (before is not None and _is_elsewhere(before, after))):
-            poller.cancel_poll()  # what it polls with is worth nothing any more
+            poller.cancel_poll()  # it polls with an outdated token or URL
         self._changed.notify_all()
 
     async def run(self) -> None:
-        """Until cancelled; then `drain` ends what runs."""
+        """Reconciles until cancelled; `drain` then stops what runs."""
         await self._bindings.changed.wait_until(lambda: self._bindings.is_loaded)
         self._dirty.update(binding.bot for binding in self._bindings)
         while True:
@@ -172,7 +188,7 @@ class Supervisor:
                 for number, bot in enumerate(sorted(bots)):
                     self._follow(bot)
                     if number % 200 == 199:
-                        await asyncio.sleep(0)  # thousands at once must not hold up the renewal
+                        await asyncio.sleep(0)  # thousands must not delay the renewal
             await self._wait()
 
     async def _wait(self) -> None:
@@ -218,10 +234,10 @@ class Supervisor:
         if self._valid_as not in ("", now_as):
             self._paused_as = self._valid_as
             for poller in self.pollers.values():
-                poller.cancel_poll(for_lease=True)  # stop before anybody else may start; what was learned is kept
+                poller.cancel_poll(for_lease=True)  # stop before another replica may start
         elif now_as not in ("", self._valid_as) and now_as == self._paused_as:
             for poller in self.pollers.values():
-                poller.withdraw_cancel()  # nobody has taken anything: they revoke the incarnation first
+                poller.withdraw_cancel()  # no shard was taken: that would revoke the incarnation first
         self._valid_as = now_as
 
     async def _follow_validity_forever(self) -> None:
@@ -306,7 +322,7 @@ class Supervisor:
             processor.stop()
 
     async def _hand_over(self, shard: int) -> None:
-        """To a replica that should have the shard. Sends first, then the claim; polls end at their boundaries."""
+        """Hands a shard over: requests end first, then the claim is released; polls end at their boundaries."""
         async with self._handing:
             try:
                 await self._give_away(shard, SEND_GRACE_S)
@@ -322,9 +338,9 @@ class Supervisor:
             try:
                 await processor.drain(grace_s)
             except asyncio.CancelledError:
-                self._shards[shard] = processor  # `drain` waits for its requests before it gives the shard away
+                self._shards[shard] = processor  # `drain` ends its requests and releases it
                 raise
-        if not self._draining:  # else all have been told already: thousands of bots, and a shard after the other
+        if not self._draining:  # otherwise `_drain` has stopped all pollers
             for binding in self._bindings.of_shard(shard):
                 if poller := self.pollers.get(binding.bot):
                     poller.draining_after_handover = True
@@ -333,22 +349,23 @@ class Supervisor:
         await self._publish_released()
 
     async def _end_dispatch(self, shard: int) -> None:
-        """Polls may go on and store what they bring; to dispatch it is the next owner's."""
+        """Ends the dispatchers. Polls go on and store their answers, which the next owner dispatches."""
         bots = [binding.bot for binding in self._bindings.of_shard(shard)]
         pollers = [poller for bot in bots if (poller := self.pollers.get(bot)) is not None]
 
         async def end(poller: BotPoller) -> None:
             if poller.dispatcher is not None and not await poller.dispatcher.drain(DISPATCH_DRAIN_S):
-                poller.stop(immediately=True)  # what is left over waits for nothing but the next owner
+                poller.stop(immediately=True)  # the next owner can dispatch the rest at once
 
         for poller in pollers:
             poller.is_handed_over = True
         await asyncio.gather(*(end(poller) for poller in pollers))
 
-    # leaving ----------------------------------------------------------------------------------------
+    # draining ---------------------------------------------------------------------------------------
 
     async def drain(self, seconds: float) -> None:
-        """Ends everything in order: no new commands, sends in flight end, polls end at their boundary or are cut."""
+        """Stops everything in order: no new commands, requests in flight end, polls end at their boundary or are
+        cut."""
         self._draining = True
         following = asyncio.get_running_loop().create_task(self._follow_validity_forever())
         try:
@@ -366,7 +383,7 @@ class Supervisor:
             poller.draining_after_handover = True
             poller.stop(immediately=False)
         grace_s = max(1.0, seconds - 1.0)
-        while owned := sorted(self._leases.owned):  # a claim that was on its way may still land
+        while owned := sorted(self._leases.owned):  # a claim in flight may still land
             await asyncio.gather(*(self._give_away(shard, grace_s) for shard in owned))
         left = set(self._poller_tasks.values())
         if left:
@@ -384,12 +401,12 @@ class Supervisor:
     # memory and metrics -----------------------------------------------------------------------------
 
     def evict_idle(self) -> None:
-        """Lets go of what is known of users whom nothing waits for."""
+        """Drops state that can be loaded again."""
         for shard in self._shards.values():
             shard.evict_idle()
 
     def observe(self, tasks: int) -> None:
-        """Sets the gauges that are counted rather than kept. `tasks`: of the whole event loop."""
+        """Sets the gauges that are counted. `tasks`: tasks of the whole event loop."""
         self._observe_polls()
         self._observe_commands()
         pollers, conversations = len(self._poller_tasks), sum(shard.tasks for shard in self._shards.values())
@@ -412,7 +429,7 @@ class Supervisor:
         polled = [s for s in self.pollers.values() if s.state in ("polling", "error", "paused")]
         ages = [now - poller.unanswered_since for poller in polled if poller.unanswered_since]
         metrics.oldest_poll_age.set(max(ages, default=0.0))
-        # Shards that nobody owns are told by every replica: each may be the only one that is left to tell.
+        # every replica reports shards without an owner, since it may be the only one left
         open_to_us = self._owned | self._leases.orphans
         everything = len(open_to_us) == SHARDS
         unpolled = (binding for binding in self._bindings if binding.bot not in self.pollers)
@@ -431,12 +448,12 @@ class Supervisor:
         metrics.outbound_oldest_pending.set(max(0.0, (now_ms - oldest_ms) / 1000))
 
     def _report(self, task: asyncio.Task[None]) -> None:
-        """A shard that cannot be opened, worked or handed over needs a restart of the process: /livez fails."""
+        """Reports a shard that cannot be opened, worked or handed over: /livez fails, since only a restart helps."""
         if not task.cancelled() and (exc := task.exception()):
             log.error("task.crashed", task=task.get_name(), exc_info=exc)
             self._work.on_failed(task.get_name(), f"crashed: {type(exc).__name__}")
 
 
 def _is_elsewhere(before: Binding, after: Binding) -> bool:
-    """Whether a bot is polled with another token now, or in another place."""
+    """Whether token or base URL of a bot changed."""
     return (before.token, before.base_url) != (after.token, after.base_url)

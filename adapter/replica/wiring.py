@@ -1,4 +1,4 @@
-"""The composition root: builds the loops of a replica on its connections. Nothing below knows both."""
+"""The composition root: builds the loops of a replica on its connections. No other module knows both."""
 
 from __future__ import annotations
 
@@ -73,29 +73,29 @@ from adapter.settings import Settings
 log = structlog.get_logger()
 
 RELEASE_S = 5.0
-"""The part of the drain time that is kept for giving the shards back."""
+"""Part of the drain time that is reserved for releasing the shards."""
 MAX_CONCURRENT_TAKEOVERS = 32
 """Bots that are taken over at the same time."""
 SENDS = 256
-"""Sends that may be out at once. They bound sockets and memory while iLink is slow; when it answers in a quarter of a
-second, they are a thousand sends a second."""
+"""Most requests to sendmessage in flight. They bound sockets and memory while iLink is slow. With answers in a
+quarter of a second they allow a thousand sends a second."""
 SENDS_PER_SANDBOX, TRANSFERS_PER_SANDBOX = SENDS // 8, TRANSFERS // 4
-"""What one sandbox may have out, so that slow answers to its bots do not hold up the others."""
+"""Share of one sandbox, so that slow answers to its bots do not delay others."""
 PER_TICK = 64
-"""What goes on in one round of the event loop: answers that bring something, commands as they come and at each step
-of a conversation, polls after a pause or a failure. Where five thousand answers came at once to a process with a
-quarter of a core, a round took longer than the lease, which was lost again and again."""
+"""Steps in one turn of the event loop: answers with messages, commands and the steps of their conversations, polls
+after a pause or a failure. Without a limit, five thousand answers in a process with a quarter of a core made a turn
+longer than the lease, which was lost again and again."""
 STARTS_PER_S = 3000
-"""First polls per second, at most: what iLink sees of a start, and again whenever these polls end together. A dead
-replica's bots must be polled within six seconds, most of which pass before another replica may take them."""
+"""Most first polls in a second, at a start and whenever these polls end together. A dead replica's bots must be
+polled within six seconds, most of which pass before another replica may take them."""
 POLLS_PER_S = 1000
-"""About how many polls start per second after an outage."""
+"""Approximate rate of polls after an outage."""
 WAKEUP_S = 0.1
-"""Longest time between an empty answer and the bot's next poll: the polls of that time go out together."""
+"""Longest time between an empty answer and the bot's next poll; polls of that time start together."""
 
 
 class Edges(NamedTuple):
-    """What a replica reaches beyond itself; a test puts fakes here."""
+    """External dependencies of a replica; tests replace them with fakes."""
 
     clock: Clock
     metrics: Metrics
@@ -105,7 +105,7 @@ class Edges(NamedTuple):
 
 
 class Replica:
-    """All of one replica, put together. `app` runs it; tests give it shorter waits, and fakes for what it reaches."""
+    """All parts of one replica. `app` runs it; tests give it shorter waits and fake edges."""
 
     def __init__(
         self,
@@ -122,7 +122,7 @@ class Replica:
         self.health = Health()
         self.turns = PerTickLimiter(PER_TICK)
         self.routing = TaskSet(_log_crash)
-        """Commands on plain `wechat.out` in hand; what is cut at the end comes to the next owner."""
+        """Commands on plain `wechat.out` in flight. Those cut at the end are redelivered to the next owner."""
         edges = edges or _real_edges(settings, names, self.instance)
         self.clock, self.metrics, self.connections, self.leases, self.texts = edges
         clock, metrics, connections = self.clock, self.metrics, self.connections
@@ -174,7 +174,7 @@ class Replica:
         if self.connections.connection.epoch:
             self.metrics.nats_reconnects.inc()
 
-    # what has many parts ----------------------------------------------------------------------------
+    # parts -------------------------------------------------------------------------------------
 
     def _inbound_deps(self, waits: PollerWaits) -> InboundDeps:
         journal = Journal(self.connections.bus, self.connections.history, self.names, self.sealer)
@@ -317,10 +317,10 @@ class Replica:
         )
 
     def _register_services(self) -> dict[str, Handler]:
-        """Answers `wechat.svc.*`; the handlers of what is asked of no single sandbox."""
+        """Registers `wechat.svc.*`. Returns the handlers for requests without a sandbox."""
         settings, connections, names, metrics = self.settings, self.connections, self.names, self.metrics
         login = LoginService(connections.chat, self.logins, self.bindings, self.sealer, metrics)
-        # any server may answer: what is asked for changes little, and a flood of questions slows no command
+        # any server may answer: these data change little, and a flood of requests must not delay commands
         queries = Queries(
             self.bindings,
             ConversationStore(connections.bulk_bucket(names.conversations)),
@@ -374,7 +374,7 @@ class Replica:
             refresh_s=refresh_s,
         )
 
-    # what is known once all is put together -----------------------------------------------------------
+    # calls between the parts --------------------------------------------------------------------------
 
     async def _open_shard(self, sandbox: str) -> ConversationShard | None:
         return await self.supervisor.open_shard(sandbox)
@@ -386,14 +386,15 @@ class Replica:
         return self.supervisor
 
     async def _wait_for_pending_binds(self) -> None:
-        """Returns once the control commands stored so far have taken effect. Raises Temporary: it takes too long."""
+        """Returns when the control commands stored so far have taken effect. Raises Temporary if that takes too
+        long."""
         await wait_all_settled(self.connections.connection, self.names.stream_ctl, topology.CONTROL, self.clock)
-        await self.clock.sleep(0.05)  # the news of the last one are on their way
+        await self.clock.sleep(0.05)  # the update of the last one may be in flight
 
-    # for people -------------------------------------------------------------------------------------
+    # for operators ----------------------------------------------------------------------------------
 
     def console(self) -> contextlib.AbstractContextManager[object]:
-        """Serves operators while entered; nothing where the settings do not ask for it."""
+        """Serves operators while it is entered, if the settings enable it."""
         settings = self.settings
         if not settings.console_addr:
             return contextlib.nullcontext()
@@ -443,7 +444,7 @@ def _send_policy(settings: Settings) -> SendPolicy:
 
 
 class _PollGate:
-    """Implements sessions.PollGate."""
+    """Implements bot_poller.PollGate."""
 
     def __init__(self, replica: Replica) -> None:
         self._replica = replica
@@ -457,7 +458,7 @@ class _PollGate:
         await replica.health_monitor.wait_complete(streams)
 
     async def wait_media_writable(self) -> None:
-        """As `wait_writable`, for what is to be stored with its media."""
+        """As `wait_writable`, for messages with media."""
         await self.wait_writable()
         await self._replica.health_monitor.wait_complete([f"OBJ_{self._replica.names.media}"])
 

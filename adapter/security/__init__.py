@@ -1,1 +1,1 @@
-"""What keeps secrets and subjects apart: tokens sealed where they are stored, and the permissions of each role."""
+"""Secrets and permissions: tokens sealed at rest, and the permissions of each role."""

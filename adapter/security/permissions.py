@@ -1,11 +1,11 @@
-"""Who may do what on the bus: the roles, what each may publish and subscribe, and the exports between accounts.
+"""Permissions on the bus: the roles, the subjects of each, and the exports between accounts. No I/O.
 
-The source of the configurations in `helm/nats/`, of the JWTs that `wechat-nats permissions` makes, and of what
-`doctor` misses. No I/O.
+The configurations in `helm/nats/`, the JWTs of `wechat-nats permissions` and the checks of `doctor` come from this
+module.
 
-Streams, buckets, adapter and operators are in one account. Everybody else is in another and reaches only what is
-imported there: within an account the server does not check the reply subject of a request against permissions, so
-that it could be made to write anywhere; between accounts a reply goes back to the asker's account.
+Streams, buckets, adapter and operators are in one account. All others are in another account, and reach only what it
+imports. Within an account the server does not check the reply subject of a request against permissions, so a request
+could make it write anywhere. Between accounts a reply goes to the requester's account.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ Role: TypeAlias = Literal["adapter", "operator", "platform", "service", "sandbox
 ROLES: tuple[Role, ...] = ("adapter", "operator", "platform", "service", "sandbox")
 
 SYSTEM, WECHAT, PLATFORM, SERVICE, SANDBOX = "SYS", "WECHAT", "PLATFORM", "SERVICE", "SANDBOX"
-"""Names of the accounts. An account of one sandbox has the sandbox's name, which is in lower case."""
+"""Names of the accounts. A sandbox's own account has its name, which is in lower case."""
 
 ACCOUNT_OF: dict[Role, str] = {
     "adapter": WECHAT,
@@ -32,17 +32,17 @@ ACCOUNT_OF: dict[Role, str] = {
     "sandbox": SANDBOX,
 }
 TAG = "{{tag(sandbox)}}"
-"""Stands for the sandbox in the template of a signing key; a user's JWT has the tag `sandbox:<name>`."""
+"""The sandbox in the template of a signing key; a user's JWT has the tag `sandbox:<name>`."""
 USER_INFO = "$SYS.REQ.USER.INFO"
-"""Where the server says what a user may do."""
+"""Subject on which the server reports a user's permissions."""
 
 
 SANDBOX_PAYLOAD = 528 * 1024
-"""Bytes of a message of a sandbox, headers included: a whole piece of media, and none of a server's full megabyte."""
+"""Largest message of a sandbox, headers included: a piece of media fits, the server's full megabyte does not."""
 
 
 class Grants(NamedTuple):
-    """Subjects that a role may publish and subscribe. All else is closed."""
+    """Subjects that a role may publish and subscribe; all others are denied."""
 
     publish: tuple[str, ...]
     subscribe: tuple[str, ...]
@@ -52,7 +52,7 @@ class Share(NamedTuple):
     """A subject of WECHAT that another account imports."""
 
     kind: Literal["stream", "service"]
-    """stream: WECHAT publishes there. service: the importer publishes, WECHAT may answer."""
+    """stream: WECHAT publishes there. service: the importer publishes, and WECHAT may answer."""
     subject: str
     many: bool = False
     """The answer has several messages."""
@@ -64,12 +64,12 @@ imports this one, too. No user may publish it."""
 
 
 def inbox(role: Role, sandbox: str = "") -> str:
-    """The inbox prefix of a role (setting NATS_INBOX_PREFIX); of a sandbox, its own."""
+    """The inbox prefix of a role, or of one sandbox (setting NATS_INBOX_PREFIX)."""
     return f"_INBOX_{sandbox or role}"
 
 
 def grants(names: Names, role: Role, sandbox: str = TAG) -> Grants:
-    """What a role may do. `sandbox` matters for the role of that name only."""
+    """The permissions of a role. `sandbox` matters only for that role."""
     match role:
         case "adapter":
             return Grants(_adapter_publishes(names), _adapter_subscribes(names))
@@ -91,9 +91,9 @@ def grants(names: Names, role: Role, sandbox: str = TAG) -> Grants:
 
 
 def imports(names: Names, role: Role, sandbox: str = "*") -> list[Share]:
-    """What the account of a role outside of WECHAT imports; for one sandbox, or for all that share an account."""
+    """The imports of a role's account outside of WECHAT, for one sandbox, or for all in one account."""
     if role == "sandbox":
-        # an acknowledgement has just so many tokens; with more, these could be domain and account of another's
+        # an acknowledgement has exactly this many tokens; more could be domain and account of another
         pull = f"$JS.API.CONSUMER.MSG.NEXT.{names.stream_in}.{sandbox}"
         look = f"$JS.API.CONSUMER.INFO.{names.stream_in}.{sandbox}"  # JetStream clients ask for it before they pull
         verbs = ("media.get", "media.put", "receipt", "replay", "window")
@@ -110,13 +110,13 @@ def imports(names: Names, role: Role, sandbox: str = "*") -> list[Share]:
     granted = grants(names, role)
     shares = [Share("service", subject) for subject in granted.publish]
     shares += [Share("stream", subject) for subject in granted.subscribe if subject != _inbox_subjects(role)]
-    if role == "platform":  # the answer to bind and unbind goes to an inbox that a header names
+    if role == "platform":  # answers to bind and unbind go to the inbox in a header
         shares.append(Share("stream", _inbox_subjects(role)))
     return shares
 
 
 def exports(names: Names) -> dict[Share, list[Role]]:
-    """What WECHAT exports, and to which roles. No subject holds another: a server refuses that in a JWT."""
+    """WECHAT's exports with their roles. No subject contains another, which a server refuses in a JWT."""
     wanted = [(share, role) for role in ROLES if ACCOUNT_OF[role] != WECHAT for share in imports(names, role)]
     found: dict[Share, list[Role]] = {}
     for share, role in wanted:
@@ -128,12 +128,12 @@ def exports(names: Names) -> dict[Share, list[Role]]:
 
 
 def streams(names: Names) -> tuple[str, ...]:
-    """Every stream, those of buckets and objects included."""
+    """All streams, including those of buckets and objects."""
     return (*_plain_streams(names), *(f"KV_{bucket}" for bucket in buckets(names)), f"OBJ_{names.media}")
 
 
 def buckets(names: Names) -> tuple[str, ...]:
-    """Every key-value bucket."""
+    """All key-value buckets."""
     return (
         *(names.bindings, names.conversations, names.members),
         *(names.claims, names.logins),
@@ -168,7 +168,7 @@ def _adapter_publishes(names: Names) -> tuple[str, ...]:
             names.replica_status(),
             names.out_plain,
             names.unbind,
-        ),  # for the console: who is there, and dead commands again
+        ),  # for the console: replica status, and retries of dead commands
         *(f"{prefix}.journal.>", names.dead_letters("*")),
         *(f"$KV.{bucket}.>" for bucket in buckets(names)),
         f"$O.{names.media}.>",
@@ -184,13 +184,13 @@ def _adapter_publishes(names: Names) -> tuple[str, ...]:
         ),
         *(f"$JS.ACK.{stream}.>" for stream in _pulled_streams(names)),
         *(_inbox_subjects("operator"), _inbox_subjects("platform"), "_R_.>"),
-        # what `doctor` asks under this user
+        # requests of `doctor` under this user
         *(USER_INFO, "$SRV.PING.>", names.svc("bindings.list"), _inbox_subjects("adapter")),
     )
 
 
 def _pulled_streams(names: Names) -> tuple[str, str]:
-    """The streams with consumers of the adapter."""
+    """Streams with consumers of the adapter."""
     return names.stream_out, names.stream_ctl
 
 
@@ -208,7 +208,7 @@ def _operator_publishes(names: Names) -> tuple[str, ...]:
         *_api_subjects(*(f"CONSUMER.CREATE.{stream}{rest}" for stream in readable for rest in ("", ".>"))),
         *_api_subjects(*(f"DIRECT.GET.{stream}{rest}" for stream in readable for rest in ("", ".>"))),
         *_api_subjects(*(f"STREAM.MSG.GET.{stream}" for stream in readable)),
-        *_api_subjects(f"DIRECT.GET.{names.stream_out}"),  # of a work queue there may be no other consumer
+        *_api_subjects(f"DIRECT.GET.{names.stream_out}"),  # a work queue allows no other consumer
         *_api_subjects(*(f"STREAM.MSG.DELETE.{stream}" for stream in (names.stream_dead, names.stream_out))),
         *_api_subjects(f"STREAM.PURGE.{media}"),
         *(f"$JS.FC.{stream}.>" for stream in readable),
@@ -221,7 +221,7 @@ def _operator_publishes(names: Names) -> tuple[str, ...]:
 
 
 def covers(pattern: str, subject: str) -> bool:
-    """Whether `pattern` matches all that `subject` (which may hold wildcards) matches."""
+    """Whether `pattern` matches everything that `subject` (may have wildcards) matches."""
     ours, theirs = pattern.split("."), subject.split(".")
     for number, token in enumerate(ours):
         if token == ">":
@@ -232,7 +232,7 @@ def covers(pattern: str, subject: str) -> bool:
 
 
 def overlaps(pattern: str, subject: str) -> bool:
-    """Whether some subject is matched by both."""
+    """Whether some subject matches both."""
     ours, theirs = pattern.split("."), subject.split(".")
     for one, other in zip(ours, theirs, strict=False):
         if ">" in (one, other):
@@ -243,30 +243,30 @@ def overlaps(pattern: str, subject: str) -> bool:
 
 
 class Allowed(NamedTuple):
-    """What a user may publish, or subscribe. No `allow`: everything that is not denied."""
+    """What a user may publish or subscribe. Without `allow`, everything that is not denied."""
 
     allow: tuple[str, ...] = ()
     deny: tuple[str, ...] = ()
 
     def allows_all_of(self, subject: str) -> bool:
-        """Whether nothing that `subject` matches is closed."""
+        """Whether all of `subject` is allowed."""
         allowed = not self.allow or any(covers(pattern, subject) for pattern in self.allow)
         return allowed and not any(overlaps(pattern, subject) for pattern in self.deny)
 
     def allows_some_of(self, subject: str) -> bool:
-        """Whether something that `subject` matches is open."""
+        """Whether some of `subject` is allowed."""
         allowed = not self.allow or any(overlaps(pattern, subject) for pattern in self.allow)
         return allowed and not any(covers(pattern, subject) for pattern in self.deny)
 
 
 class Permissions(NamedTuple):
-    """What the server says of a user."""
+    """A user's permissions as the server reports them."""
 
     publish: Allowed = Allowed()
     subscribe: Allowed = Allowed()
 
     def missing(self, wanted: Grants) -> list[str]:
-        """What of `wanted` this user may not do, as `publish <subject>` and `subscribe <subject>`."""
+        """The parts of `wanted` that this user lacks, as `publish <subject>` and `subscribe <subject>`."""
         lacks = [f"publish {subject}" for subject in wanted.publish if not self.publish.allows_all_of(subject)]
         return lacks + [
             f"subscribe {subject}" for subject in wanted.subscribe if not self.subscribe.allows_all_of(subject)
@@ -284,7 +284,7 @@ class _Both(msgspec.Struct):
 
 
 class User(msgspec.Struct):
-    """What the server says of the user of a connection."""
+    """The user of a connection as the server reports it."""
 
     account: str = ""
     permissions: _Both = msgspec.field(default_factory=_Both)
@@ -300,12 +300,12 @@ class _Info(msgspec.Struct):
 
 
 def user_of(answer: bytes) -> User:
-    """Reads the answer to USER_INFO. Raises errors.UNDECODABLE."""
+    """Decodes the answer to USER_INFO. Raises errors.UNDECODABLE."""
     return msgspec.json.decode(answer, type=_Info).data
 
 
 def required(names: Names, inbox_prefix: str) -> Grants:
-    """The rights without which no adapter works, whatever its own inbox prefix and those of others."""
+    """The rights that every adapter needs, with any inbox prefix."""
     of_adapter = grants(names, "adapter")
     asked_here = {USER_INFO, "$SRV.PING.>", names.svc("bindings.list"), "_R_.>"}
     publish = [s for s in of_adapter.publish if not s.startswith("_INBOX") and s not in asked_here]
@@ -328,12 +328,12 @@ HEAD = """\
 
 
 FILES = {False: "accounts.conf", True: "accounts-each.conf"}
-"""The configurations in `helm/nats/`, by whether each sandbox has an account of its own."""
+"""The configurations in `helm/nats/`, by whether each sandbox has its own account."""
 OWN_ACCOUNTS = "--own-accounts"
 
 
 def variable(role: str, sandbox: str = "") -> str:
-    """The environment variable of the server that holds a user's password."""
+    """The server's environment variable with a user's password."""
     return f"PASSWORD_{sandbox.replace('-', '_') or role}".upper()
 
 

@@ -1,7 +1,7 @@
-"""Encryption of secrets at rest, above all bot tokens: AES-256-GCM with a key from the settings; plain without one.
+"""Encryption of secrets at rest, above all bot tokens: AES-256-GCM with a key from the settings; without one, plain.
 
-Form: `s1.<key id>.<base64url of nonce and ciphertext>`; the bot's id is authenticated with it, so that a sealed token
-cannot be moved to another bot. Of several keys the first seals and all open, which is how a key is rotated.
+Form: `s1.<key id>.<base64url of nonce and ciphertext>`. The bot's id is authenticated, so that a sealed token cannot
+be moved to another bot. The first of several keys seals, and all open, for key rotation.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from adapter.errors import Refused
 MARK = "s1."
 _KEY_ID_CHARS = 8
 Sealing: TypeAlias = Literal["sealed", "older", "open", "foreign"]
-"""With the first key; with another of ours; not at all; with a key that is not ours."""
+"""Sealed with the first key; with another known key; not sealed; sealed with an unknown key."""
 
 
 class Sealer:
-    """Seals and opens tokens with the keys of WECHAT_NATS_TOKEN_KEY. `bot` names what a secret belongs to."""
+    """Seals and opens tokens with the keys of WECHAT_NATS_TOKEN_KEY. `bot` identifies the owner of a secret."""
 
     def __init__(self, keys: tuple[bytes, ...]) -> None:
         self._keys = {_key_id(key): AESGCM(key) for key in keys}
@@ -31,7 +31,7 @@ class Sealer:
 
     @property
     def is_enabled(self) -> bool:
-        """False where no key is set and tokens are stored as they are."""
+        """False: no key is set, and tokens are stored as they are."""
         return bool(self._keys)
 
     def sealing_of(self, stored: str) -> Sealing:
@@ -44,7 +44,7 @@ class Sealer:
         return "sealed" if key_id == self._first else "older"
 
     def is_same_secret(self, bot: str, one: str, other: str) -> bool:
-        """Whether two stored tokens of a bot are the same one, sealed at another time or with another key."""
+        """Whether two stored tokens of a bot are the same, even if sealed at another time or with another key."""
         if one == other:
             return True
         try:
@@ -60,7 +60,7 @@ class Sealer:
         return f"{MARK}{self._first}.{base64.urlsafe_b64encode(nonce + sealed).decode()}"
 
     def seal_bytes(self, context: str, data: bytes) -> bytes:
-        """As `seal`, of bytes that may be large: without base64."""
+        """As `seal`, without base64, for bytes that may be large."""
         if not self._first:
             return data
         nonce = secrets.token_bytes(12)
@@ -68,7 +68,7 @@ class Sealer:
         return f"{MARK}{self._first}.".encode() + nonce + sealed
 
     def open_bytes(self, context: str, stored: bytes) -> bytes:
-        """Raises Refused("token_key") when no key of ours opens it."""
+        """Raises Refused("token_key") if no known key opens it."""
         if not stored.startswith(MARK.encode()):
             return stored
         head = len(MARK) + _KEY_ID_CHARS
@@ -82,7 +82,7 @@ class Sealer:
             raise Refused("token_key", "What is sealed was changed, or belongs elsewhere.") from exc
 
     def open(self, bot: str, stored: str) -> str:
-        """Raises Refused("token_key") when no key of ours opens it."""
+        """Raises Refused("token_key") if no known key opens it."""
         if not stored.startswith(MARK):
             return stored
         key_id, _, body = stored.removeprefix(MARK).partition(".")
@@ -96,22 +96,22 @@ class Sealer:
 
 
 def bind_context(sandbox: str, bot: str) -> str:
-    """What the token in a stored bind command belongs to: it is worth nothing in a bind to another sandbox."""
+    """Context of the token in a stored bind command, so that it is useless in a bind to another sandbox."""
     return f"bind {sandbox} {bot}"
 
 
 def cursor_context(bot: str) -> str:
-    """What the start cursor of a binding belongs to. It is sealed, too: the bot's token stands in it, in base64."""
+    """Context of a binding's start cursor, which is sealed since it contains the bot's token in base64."""
     return f"cursor {bot}"
 
 
 def journal_context(bot: str, version: int, owner: str) -> str:
-    """What a journal record belongs to: a bot, and what stands in clear beside it."""
+    """Context of a journal record: the bot, and the plain fields beside the sealed ones."""
     return f"journal {bot} {version} {owner}"
 
 
 def login_context(login: str, what: str) -> str:
-    """What a secret in a login's record belongs to."""
+    """Context of a secret in a login's record."""
     return f"login {login} {what}"
 
 

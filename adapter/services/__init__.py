@@ -1,1 +1,1 @@
-"""What is answered on `wechat.svc`."""
+"""The requests on `wechat.svc`."""

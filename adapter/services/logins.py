@@ -1,4 +1,4 @@
-"""`wechat.svc.login.*`: starts QR logins, says how they stand, takes digits, ends them. Any replica answers."""
+"""`wechat.svc.login.*`: starts QR logins, reports their state, takes digits, cancels. Any replica answers."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from adapter.security.seal import Sealer
 from adapter.services.requests import START_S, read_request
 
 LOGIN_S = 480.0
-"""How long a login may take in all: as long as with the official client."""
+"""Longest duration of a login, as in the official client."""
 OPEN_PER_SANDBOX = 20
-"""Each login that is open costs long polls; more than this is a platform that starts them in a loop."""
+"""Most open logins of a sandbox. Each costs long polls; more than this is a loop in the platform."""
 
 
 class LoginService:
@@ -40,7 +40,7 @@ class LoginService:
         self._metrics = metrics
 
     async def start(self, data: bytes) -> bytes:
-        """Fetches the first code and stores the login; its shard's owner goes on from there."""
+        """Fetches the first code and stores the login. The shard's owner continues it."""
         asked = read_request(data, LoginStart, self._metrics)
         check_sandbox(asked.sandbox)
         if not await self._bindings.changed.wait_until(lambda: self._bindings.is_loaded, START_S):
@@ -54,12 +54,12 @@ class LoginService:
         return self._encode_answer(login, record, with_png=asked.png)
 
     async def status(self, data: bytes) -> bytes:
-        """How a login stands; also for a day after its end."""
+        """The state of a login, up to a day after its end."""
         asked = read_request(data, LoginQuery, self._metrics)
         return self._encode_answer(asked.login, await self._registry.read(asked.login), with_png=asked.png)
 
     async def verify(self, data: bytes) -> bytes:
-        """Takes the digits that the phone shows, where they are asked for."""
+        """Takes the digits that the phone shows, if they are needed."""
         asked = read_request(data, LoginVerify, self._metrics)
         digits = self._registry.seal_digits(asked.login, asked.code)
 
@@ -73,7 +73,7 @@ class LoginService:
         return self._encode_answer(asked.login, await self._registry.update(asked.login, with_digits), with_png=False)
 
     async def cancel(self, data: bytes) -> bytes:
-        """Ends a login. One that is over stays as it ended."""
+        """Ends a login. A finished one stays as it is."""
         asked = read_request(data, LoginQuery, self._metrics)
 
         def as_cancelled(record: LoginRecord) -> LoginRecord | None:

@@ -1,7 +1,7 @@
 """Media for sandboxes, in pieces: `wechat.svc.media.get.<sandbox>` and `wechat.svc.media.put.<sandbox>`.
 
-Who may publish on the subject of a sandbox may ask for its objects: those whose names begin with `<sandbox>/`. A
-request needs none before it, so any replica answers any piece.
+A client that may publish on a sandbox's subject may access its objects: those whose names start with `<sandbox>/`.
+Requests do not depend on each other, so any replica answers any piece.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from adapter.ports import PartialObjects, SandboxRequest, SandboxResponse
 from adapter.services.requests import invalid_request, read_request
 
 PIECE_MIN, PIECE_MAX = 16 * 1024, 512 * 1024
-"""Pieces of an upload; the last may be shorter. Well below a message's usual limit of 1 MiB."""
+"""Sizes of an upload's pieces; the last may be shorter. They stay well below a message's usual limit of 1 MiB."""
 COMPLETING = 4
-"""Uploads that are read back for their digest at once; those of one sandbox one after the other."""
+"""Uploads whose digest is computed at the same time; those of one sandbox one by one."""
 NAME_MAX = 255
 
 
@@ -59,7 +59,7 @@ class MediaService:
         return SandboxResponse(piece, headers)
 
     async def put(self, asked: SandboxRequest) -> SandboxResponse:
-        """media.put: takes a piece. Raises Refused("invalid"), Temporary, BusRefused (the store is full)."""
+        """media.put: stores a piece. Raises Refused("invalid"), Temporary, BusRefused (the store is full)."""
         sandbox = check_sandbox(asked.sandbox)
         try:
             piece = msgspec.convert(asked.headers, MediaPiece, strict=False)
@@ -100,7 +100,7 @@ class MediaService:
 
 
 def _file_name(encoded: str) -> str:
-    """A file name out of a header: no folders, nothing that cannot be printed; "" for what is none."""
+    """A file name from a header, without folders and unprintable characters; "" for an invalid one."""
     name = unquote(encoded).replace("\\", "/").rpartition("/")[2]
     name = "".join(c for c in name if c.isprintable())[:NAME_MAX]
     return "" if name in media.NO_NAMES else name
@@ -111,5 +111,5 @@ def _encode_answer(answer: Media) -> SandboxResponse:
 
 
 def _not_found() -> Refused:
-    """The same for what is not there and what belongs to others."""
+    """The same error for missing objects and those of other sandboxes."""
     return Refused("not_found", "There is no such object of this sandbox.")

@@ -1,6 +1,6 @@
-"""Read-only requests of `wechat.svc.*`: bindings, windows, replay. Never answers with a token.
+"""Read-only requests of `wechat.svc.*`: bindings, windows, receipts, replay. Answers never contain a token.
 
-A sandbox asks on a subject of its own, so that the server decides who may; the platform names one in the body.
+A sandbox asks on a subject of its own, so that the server checks its permission. The platform names one in the body.
 """
 
 from __future__ import annotations
@@ -33,9 +33,9 @@ from adapter.services.requests import START_S, read_request
 
 S = TypeVar("S", WindowQuery, ReceiptQuery, ReplayQuery)
 REPLAY_BYTES = 512 * 1024
-"""A page of a replay stays well below a message's usual limit of 1 MiB."""
+"""Page size of a replay, well below a message's usual limit of 1 MiB."""
 MAX_TIME_MS = 253_402_300_799_999
-"""The last one that has a date: 9999-12-31."""
+"""The last time with a date: 9999-12-31."""
 
 
 class Queries:
@@ -87,7 +87,7 @@ class Queries:
         return await self._answer_window(_require_sandbox(read_request(data, WindowQuery, self._metrics)))
 
     async def query_window_of_sandbox(self, asked: SandboxRequest) -> SandboxResponse:
-        """window.<sandbox>: the same, of a user of this sandbox. Raises Refused, Temporary."""
+        """window.<sandbox>: the same for a user of this sandbox. Raises Refused, Temporary."""
         return SandboxResponse(await self._answer_window(self._read_sandbox_query(asked, WindowQuery)), {})
 
     async def query_receipt(self, data: bytes) -> bytes:
@@ -95,7 +95,7 @@ class Queries:
         return await self._answer_receipt(_require_sandbox(read_request(data, ReceiptQuery, self._metrics)))
 
     async def query_receipt_of_sandbox(self, asked: SandboxRequest) -> SandboxResponse:
-        """receipt.<sandbox>: the same, of a command of this sandbox. Raises Refused, Temporary."""
+        """receipt.<sandbox>: the same for a command of this sandbox. Raises Refused, Temporary."""
         return SandboxResponse(await self._answer_receipt(self._read_sandbox_query(asked, ReceiptQuery)), {})
 
     async def query_replay(self, data: bytes) -> bytes:
@@ -103,7 +103,7 @@ class Queries:
         return await self._answer_replay(_require_sandbox(read_request(data, ReplayQuery, self._metrics)))
 
     async def query_replay_of_sandbox(self, asked: SandboxRequest) -> SandboxResponse:
-        """replay.<sandbox>: the same, of this sandbox. Raises Refused, Temporary."""
+        """replay.<sandbox>: the same for this sandbox. Raises Refused, Temporary."""
         return SandboxResponse(await self._answer_replay(self._read_sandbox_query(asked, ReplayQuery)), {})
 
     async def _answer_window(self, query: WindowQuery) -> bytes:
@@ -147,7 +147,7 @@ class Queries:
         return msgspec.json.encode(ReplayPage(messages=messages, next=messages[-1].seq if more else 0))
 
     async def _replay_starts_after(self, sandbox: str) -> int | None:
-        """The sequence in WECHAT_IN up to which the sandbox's messages are of former persons; None: all are.
+        """The sequence in WECHAT_IN up to which the sandbox's messages belong to former persons; None: all do.
 
         Raises Temporary.
         """
@@ -159,7 +159,7 @@ class Queries:
         return last.replay_after if last is not None else 0
 
     def _find_bindings(self, sandbox: str | None, bot: str | None) -> list[Binding]:
-        """What is bound under these names, all that are given. Raises Refused("not_bound")."""
+        """The bindings that match all given names. Raises Refused("not_bound")."""
         one = self._bindings.get(bot) if bot is not None else None
         found = self._bindings.of_sandbox(sandbox or "") if bot is None else [one] if one else []
         found = [binding for binding in found if sandbox in (None, binding.sandbox)]
@@ -168,7 +168,7 @@ class Queries:
         return found
 
     def _read_sandbox_query(self, asked: SandboxRequest, kind: type[S]) -> S:
-        """The question, of the sandbox in its subject. Raises Refused("invalid")."""
+        """The request, for the sandbox in its subject. Raises Refused("invalid")."""
         sandbox = check_sandbox(asked.sandbox)
         query = read_request(asked.data, kind, self._metrics)
         if query.sandbox not in (None, sandbox):

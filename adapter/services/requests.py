@@ -12,11 +12,11 @@ from adapter.observability.metrics import Metrics
 Q = TypeVar("Q", bound=msgspec.Struct)
 
 START_S = 5.0
-"""How long a replica that has just started is waited for."""
+"""Longest wait for a replica that has just started."""
 
 
 def read_request(data: bytes, kind: type[Q], metrics: Metrics) -> Q:
-    """An empty request has no fields. Raises Refused("invalid"), which is counted."""
+    """Decodes a request; an empty one has no fields. Raises Refused("invalid"), which is counted."""
     try:
         return msgspec.json.decode(data or b"{}", type=kind)
     except UNDECODABLE as exc:
@@ -24,6 +24,6 @@ def read_request(data: bytes, kind: type[Q], metrics: Metrics) -> Q:
 
 
 def invalid_request(exc: Exception, metrics: Metrics) -> Refused:
-    """What is raised for a request that does not fit its schema; counts it."""
+    """The error for a request that does not match its schema; counts it."""
     metrics.schema_violations.labels(kind="svc").inc()
     return Refused("invalid", str(exc)[:200])
