@@ -1,5 +1,5 @@
 /* Messages of the bus, generated from the JSON Schemas here by `make generate`; do not edit.
-   Of: 6013387a58d4ff01862aa63ec5328d428293e537c6ecec1ac2c650cb08edaee0 */
+   Of: c6c0abc9f08b2cde6e00b3124e79feb093e09740ac7374de67b94ffdfbbba71f */
 
 /**
  * Options of a binding.
@@ -671,6 +671,10 @@ export interface Receipt {
    * The command's sequence in WECHAT_OUT, as in its publish ack; an id may be used again.
    */
   sequence?: number;
+  /**
+   * As the command named it; empty where it is not known.
+   */
+  reply_to?: string;
   /**
    * accepted: iLink answered with a message id. accepted_unconfirmed: success without an id; WeChat often drops it, and it is never resent. refused: will not be sent. uncertain: sent without an answer, also after one repeat with the same id. dead_lettered: unreadable, or every attempt failed; see WECHAT_DEAD. parked (not final): waits for the user or the login.
    */

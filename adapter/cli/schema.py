@@ -348,7 +348,10 @@ def _headers() -> dict[str, Any]:
                 "description": "Id; JetStream drops a repeat within five minutes, of a command within 15 s.",
             },
             H_REPLY_TO: {"type": "string", "description": "Inbox for the answer to bind and unbind."},
-            H_TRACEPARENT: {"type": "string", "description": "W3C trace context, passed through."},
+            H_TRACEPARENT: {
+                "type": "string",
+                "description": "W3C Trace Context; a command's is that of its receipts.",
+            },
         },
     }
 

@@ -1,16 +1,19 @@
-"""The headers of a command that are kept when it is copied. Pure."""
+"""The headers of a command that are kept when it is copied, and the trace context of messages. Pure."""
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections.abc import Mapping
 from itertools import islice
 
-from adapter.contract.names import H_SINCE_MS
+from adapter.contract.names import H_SINCE_MS, H_TRACEPARENT
 
 _HEADER = re.compile(r"[A-Za-z0-9_.-]{1,64}")
 _SERVERS = ("nats-", "kv-", "status", "description")
 """Prefixes of the server's own headers."""
+_TRACEPARENT = re.compile(r"00-(?!0{32})[0-9a-f]{32}-(?!0{16})[0-9a-f]{16}-[0-9a-f]{2}")
+"""W3C Trace Context, version 00: neither id is all zeros."""
 HEADERS_KEPT = 32
 HEADER_CHARS = 1024
 
@@ -29,3 +32,24 @@ def forwardable_headers(headers: Mapping[str, str]) -> dict[str, str]:
     if len(kept) > HEADERS_KEPT and H_SINCE_MS in kept:  # the router's headers come last
         kept = {H_SINCE_MS: kept[H_SINCE_MS], **kept}
     return dict(islice(kept.items(), HEADERS_KEPT))
+
+
+def derive_traceparent(trace: str, span: str = "") -> str:
+    """A W3C traceparent that follows from two ids: a write that is repeated has the same bytes.
+
+    It says "sampled": tracers that follow their parent would record nothing of an agent's work otherwise.
+    """
+    trace_id = hashlib.blake2b(trace.encode(), digest_size=16).hexdigest()
+    return f"00-{trace_id}-{hashlib.blake2b((span or trace).encode(), digest_size=8).hexdigest()}-01"
+
+
+def author_traceparent(headers: Mapping[str, str]) -> str:
+    """The traceparent of whoever wrote a message; "" where there is none, or none that a tracer would take."""
+    found = headers.get(H_TRACEPARENT, "")
+    return found if _TRACEPARENT.fullmatch(found) else ""
+
+
+def command_traceparent(author: str, sandbox: str, sequence: int, stored_ms: int, reply_to: str) -> str:
+    """The traceparent of a command's receipts: the author's, else one in the trace of the message that it answers."""
+    span = f"command:{sandbox}:{sequence}:{stored_ms}"
+    return author or derive_traceparent(reply_to or span, span)

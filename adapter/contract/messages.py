@@ -255,6 +255,7 @@ class Receipt(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
         int,
         Meta(description="The command's sequence in WECHAT_OUT, as in its publish ack; an id may be used again."),
     ] = 0
+    reply_to: Annotated[str, Meta(description="As the command named it; empty where it is not known.")] = ""
     outcome: Annotated[
         Outcome,
         Meta(

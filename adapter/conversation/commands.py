@@ -156,8 +156,8 @@ def _decode_misaddressed(data: bytes) -> Outbound | None:
 
 
 def salvage_ids(data: bytes, limits: Limits) -> Outbound:
-    """The `id` and `sandbox` of a body that is no valid command, each if it is valid itself. They go into the
-    receipt, since its publisher waits for a receipt with that id."""
+    """The `id`, `sandbox` and `reply_to` of a body that is no valid command, each if it is valid itself. They go into
+    the receipt, since its publisher waits for a receipt with that id."""
     if len(data) > limits.command_bytes:
         return Outbound()
     try:
@@ -165,7 +165,11 @@ def salvage_ids(data: bytes, limits: Limits) -> Outbound:
     except UNDECODABLE:
         return Outbound()
     sandbox = _string_field(fields, "sandbox", str)
-    return Outbound(id=_string_field(fields, "id", CommandId), sandbox=sandbox if is_sandbox(sandbox or "") else None)
+    return Outbound(
+        id=_string_field(fields, "id", CommandId),
+        sandbox=sandbox if is_sandbox(sandbox or "") else None,
+        reply_to=_string_field(fields, "reply_to", str),
+    )
 
 
 def _string_field(fields: Mapping[str, msgspec.Raw], name: str, kind: Any) -> str | None:

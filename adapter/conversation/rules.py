@@ -160,6 +160,8 @@ class QueuedCommand(msgspec.Struct, frozen=True, kw_only=True):
     when_closed: Literal["park", "refuse"] = "park"
     optional: bool = False
     typing: Literal["", "on", "off"] = ""
+    reply_to: str = ""
+    """The inbound message that it answers; "" for none, and for what is too long to be one."""
     parked: bool = False
     """The sandbox has a receipt `parked` for it."""
 

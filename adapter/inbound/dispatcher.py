@@ -399,7 +399,7 @@ class Dispatcher:
             if message.outcome != "new" or binding is None:
                 await self._end_unpublished(message, binding)
             elif message.inbound is not None and message.inbound.broken:
-                await self._dead_letter(binding, message.raw, message.inbound.broken)
+                await self._dead_letter(binding, message.raw, message.inbound, message.inbound.broken)
         until = self._clock.monotonic() + self._deps.media_wait_s
         self._waiting.extend(
             PendingMessage(message, opened, until, is_suspect=opened.is_left_over) for message in addressed
@@ -429,30 +429,38 @@ class Dispatcher:
             case "new":
                 self._count(kind, "unbound")
                 await self._dead_letter(
-                    None, message.raw, f"The bot {self.bot} was not bound when the message arrived."
+                    None, message.raw, message.inbound, f"The bot {self.bot} was not bound when the message arrived."
                 )
             case "crashed" | "group":
                 self._count(kind, "dead_lettered")
-                await self._dead_letter(binding, message.raw, message.detail, reason=message.outcome)
+                await self._dead_letter(binding, message.raw, message.inbound, message.detail, reason=message.outcome)
             case _:
                 self._count(kind, "dead_lettered")
-                await self._dead_letter(binding, message.raw, message.detail)
+                await self._dead_letter(binding, message.raw, message.inbound, message.detail)
 
     def _count(self, kind: str, outcome: str) -> None:
         inbox.count(self._publishing, kind, outcome)
 
     async def _dead_letter(
-        self, binding: Binding | None, raw: bytes, why: str, *, reason: str = "unreadable"
+        self,
+        binding: Binding | None,
+        raw: bytes,
+        inbound: InboundMessage | None,
+        why: str,
+        *,
+        reason: str = "unreadable",
     ) -> None:
-        sandbox = binding.sandbox if binding else ""
-        await inbox.dead_letter(self.bot, sandbox, raw, why, self._publishing, reason=reason)
+        sandbox, message = binding.sandbox if binding else "", inbound.keys.id_for(self.bot) if inbound else ""
+        await inbox.dead_letter(self.bot, sandbox, raw, why, self._publishing, reason=reason, message=message)
 
     async def _end_crashed(self, raw: bytes, sandbox: str, inbound: InboundMessage | None) -> None:
         """Gives up a message on which the code raises at every attempt."""
         self._ensure_owner()
         crashed = Crashed()
         self._count(inbound.kind if inbound else "unsupported", "dead_lettered")
-        await inbox.dead_letter(self.bot, sandbox, raw, crashed.detail, self._publishing, reason=crashed.reason)
+        message = inbound.keys.id_for(self.bot) if inbound else ""
+        why, reason = crashed.detail, crashed.reason
+        await inbox.dead_letter(self.bot, sandbox, raw, why, self._publishing, reason=reason, message=message)
 
     async def _find_binding(self) -> Binding | None:
         """The bot's binding; None: the bus has none, even if asked directly. Raises Temporary."""
@@ -539,9 +547,8 @@ class Dispatcher:
             return
         if self._belongs_to_another(first.message):
             self._count(first.message.inbound.kind, "unbound")
-            await self._dead_letter(
-                None, first.message.inbound.raw, "The sandbox serves another user by now.", reason="not_bound"
-            )
+            inbound, why = first.message.inbound, "The sandbox serves another user by now."
+            await self._dead_letter(None, inbound.raw, inbound, why, reason="not_bound")
             self._remove_finished([first])
             return
         limit = 1 if self._is_one_by_one else PUBLISH_BATCH

@@ -15,8 +15,9 @@ import structlog
 
 from adapter.bindings.registry import Bindings
 from adapter.contract import messages as contract
+from adapter.contract.headers import derive_traceparent
 from adapter.contract.messages import Inbound
-from adapter.contract.names import H_JOURNAL, H_MSG_ID, H_SCHEMA, digest
+from adapter.contract.names import H_JOURNAL, H_MSG_ID, H_SCHEMA, H_TRACEPARENT, digest
 from adapter.conversation.conversations import Conversations
 from adapter.errors import BusRefused, Temporary
 from adapter.inbound.recall import QuoteResolver, ids_header
@@ -109,6 +110,8 @@ async def _publish_part(addressed: Sequence[AddressedMessage], deps: PublishDeps
             refused.append((item, message, ack))
             continue
         stored[item.inbound.kind, ack.duplicate] += 1
+        place = item.place
+        log.debug("inbound.published", sandbox=item.sandbox, message=item.id, place=place, sequence=ack.seq)
         if item.inbound.sent_at_ms:
             deps.metrics.inbound_age.observe(max(0, now_ms - item.inbound.sent_at_ms) / 1000)
     for (kind, duplicate), times in stored.items():
@@ -167,6 +170,7 @@ def _message(addressed: AddressedMessage, window: contract.Window, deps: Publish
         H_MSG_ID: inbound.id,
         H_SCHEMA: contract.SCHEMA_VERSION,
         H_JOURNAL: addressed.place,
+        H_TRACEPARENT: derive_traceparent(inbound.id),
         **ids_header(addressed.inbound),
     }
     subject = deps.access.names.inbox(addressed.sandbox)
@@ -183,9 +187,8 @@ async def _window(sandbox: str, bot: str, user: str, deps: PublishDeps) -> contr
 
 async def _publish_stub(addressed: AddressedMessage, message: Message, deps: PublishDeps) -> None:
     """Handles a message whose size the bus refuses: a dead letter keeps the bytes, and the inbox gets a stub."""
-    await dead_letter(
-        addressed.bot, addressed.sandbox, addressed.inbound.raw, "The bus refuses a message of this size.", deps
-    )
+    why = "The bus refuses a message of this size."
+    await dead_letter(addressed.bot, addressed.sandbox, addressed.inbound.raw, why, deps, message=addressed.id)
     whole = msgspec.json.decode(message.payload, type=Inbound)
     stub = msgspec.structs.replace(
         whole, text="", quote=None, items=[contract.UnsupportedItem(type=0, reason="too_large")]
@@ -197,14 +200,22 @@ async def _publish_stub(addressed: AddressedMessage, message: Message, deps: Pub
 
 
 async def dead_letter(
-    bot: str, sandbox: str, raw: bytes, why: str, deps: PublishDeps, *, reason: str = "unreadable"
+    bot: str,
+    sandbox: str,
+    raw: bytes,
+    why: str,
+    deps: PublishDeps,
+    *,
+    reason: str = "unreadable",
+    message: str = "",
 ) -> None:
-    """Keeps a message as a dead letter. `sandbox` "": the bot has no sandbox."""
+    """Keeps a message as a dead letter. `sandbox` "": the bot has no sandbox. `message`: its id on the bus, if it has
+    one."""
     await deps.access.events.publish_dead_letter(
         "IN",
         raw,
         subject=deps.access.names.inbox(sandbox) if sandbox else "",
-        headers={},
+        headers={H_TRACEPARENT: derive_traceparent(message)} if message else {},
         reason=reason if sandbox else "not_bound",
         detail=why,
         msg_id=f"dead:{bot}:{digest(raw)}",

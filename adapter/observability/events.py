@@ -4,14 +4,14 @@ message."""
 from __future__ import annotations
 
 import itertools
-from collections.abc import AsyncIterator, Callable, Iterable, Mapping
+from collections.abc import AsyncIterator, Callable, Iterable
 from typing import NamedTuple
 
 import msgspec
 import structlog
 
 from adapter.contract import messages as contract
-from adapter.contract.headers import forwardable_headers
+from adapter.contract.headers import author_traceparent, derive_traceparent, forwardable_headers
 from adapter.contract.names import (
     H_DETAIL,
     H_EXPECTED,
@@ -97,21 +97,25 @@ class Events:
         """Publishes a step of a QR login. The stream drops the same step as a duplicate."""
         await self._publish_event(event.sandbox, "login", msgspec.json.encode(event), f"login:{event.login}:{step}")
 
-    async def publish_window_event(self, event: contract.WindowEvent, *, msg_id: str) -> None:
-        """Publishes a changed window. `msg_id` identifies the change of the window."""
+    async def publish_window_event(self, event: contract.WindowEvent, *, msg_id: str, message: str) -> None:
+        """Publishes a changed window. `msg_id` identifies the change of the window. `message` opened the window."""
         event = msgspec.structs.replace(event, at_ms=self._clock.now_ms())
-        await self._publish_event(event.sandbox, "window", msgspec.json.encode(event), msg_id)
+        await self._publish_event(event.sandbox, "window", msgspec.json.encode(event), msg_id, message=message)
 
-    async def publish_receipt(self, receipt: contract.Receipt, *, headers: Mapping[str, str], expected: int) -> int:
-        """Publishes a receipt. Returns its sequence. `headers`: the command's, whose trace continues in the receipt.
+    async def publish_receipt(self, receipt: contract.Receipt, *, traceparent: str, expected: int) -> int:
+        """Publishes a receipt. Returns its sequence. `traceparent`: of the command, whose trace continues in the receipt.
 
         `expected`: sequence of the subject's last receipt; 0: none. Raises Conflict.
         """
         receipt = msgspec.structs.replace(receipt, at_ms=self._clock.now_ms())
-        trace = forwardable_headers({H_TRACEPARENT: headers[H_TRACEPARENT]}) if H_TRACEPARENT in headers else {}
         # no message id: two receipts with the same `expected` must meet the comparison, which comes after that of ids
         ident = f"receipt:{receipt.sandbox}:{receipt.sequence}:{receipt.received_at_ms}:{expected}:{receipt.outcome}"
-        kept = {H_MSG_ID: ident, H_SCHEMA: contract.SCHEMA_VERSION, H_EXPECTED: str(expected), **trace}
+        kept = {
+            H_MSG_ID: ident,
+            H_SCHEMA: contract.SCHEMA_VERSION,
+            H_EXPECTED: str(expected),
+            H_TRACEPARENT: traceparent,
+        }
         subject = self._names.receipt(receipt.sandbox, receipt.command)
         try:
             ack = await self._publish_until_stored(Message("event", subject, msgspec.json.encode(receipt), kept))
@@ -121,6 +125,15 @@ class Events:
             log.error("event.refused", sandbox=receipt.sandbox, kind="receipt", detail=exc.detail)
             return 0
         self._metrics.receipts.child(receipt.outcome).inc()
+        log.debug(
+            "receipt.stored",
+            sandbox=receipt.sandbox,
+            command=receipt.command,
+            outcome=receipt.outcome,
+            reason=receipt.reason,
+            sequence=ack.seq,
+            reply_to=receipt.reply_to,
+        )
         return ack.seq
 
     async def _publish_event(
@@ -129,10 +142,16 @@ class Events:
         kind: str,
         payload: bytes,
         msg_id: str,
+        *,
+        message: str = "",
         ensure_owner_if_delayed: Callable[[], None] | None = None,
     ) -> None:
-        """A refusal by the stream is logged."""
-        headers = {H_MSG_ID: msg_id, H_SCHEMA: contract.SCHEMA_VERSION}
+        """A refusal by the stream is logged. `message`: the inbound message that the event is about, if any."""
+        headers = {
+            H_MSG_ID: msg_id,
+            H_SCHEMA: contract.SCHEMA_VERSION,
+            H_TRACEPARENT: derive_traceparent(message or msg_id, msg_id),
+        }
         try:
             await self._publish_until_stored(
                 Message(
@@ -182,6 +201,7 @@ class Events:
             H_DETAIL: detail[:MAX_HEADER].encode("ascii", "replace").decode().replace("\n", " "),
             H_SEQUENCE: str(seq),
             H_TIME_MS: str(self._clock.now_ms()),
+            H_TRACEPARENT: author_traceparent(headers) or derive_traceparent(msg_id),
         }
         if sandbox:
             kept[H_SANDBOX] = sandbox

@@ -12,6 +12,7 @@ from collections.abc import Callable
 import structlog
 
 from adapter.contract import messages as contract
+from adapter.contract.headers import author_traceparent, command_traceparent
 from adapter.contract.names import H_COMMAND, H_TRACEPARENT, Names
 from adapter.conversation.rules import CommandResult, QueuedCommand
 from adapter.kit.timing import Clock
@@ -30,12 +31,12 @@ ENDED_KEPT = 256
 class _Entry:
     """A delivered command that has not ended."""
 
-    __slots__ = ("delivery", "headers", "parked_at_ms", "parked_ms", "receipt")
+    __slots__ = ("delivery", "parked_at_ms", "parked_ms", "receipt", "traceparent")
 
     def __init__(self, delivery: Delivery) -> None:
         self.delivery = delivery
-        trace = delivery.headers.get(H_TRACEPARENT)
-        self.headers = {H_TRACEPARENT: trace} if trace else {}
+        self.traceparent = author_traceparent(delivery.headers)
+        """Its author's; kept after its body is released."""
         self.receipt = 0
         """Sequence of the newest receipt."""
         self.parked_at_ms = 0
@@ -131,10 +132,13 @@ class CommandLedger:
     ) -> None:
         """Publishes a receipt, and before that the dead letter if it is one. Raises Temporary."""
         entry = self._entries.get(command.sequence)
+        author, ref = entry.traceparent if entry else "", command.ref
+        trace = command_traceparent(author, address.sandbox, ref.sequence, ref.stored_ms, command.reply_to)
         if result.outcome == "dead_lettered":
-            await self._publish_dead_letter(command, result, address.sandbox, entry)
-        headers, expected = (entry.headers, entry.receipt) if entry else ({}, 0)
-        receipt = await self._receipts.publish(command.ref, result, address, shown, headers, expected=expected)
+            await self._publish_dead_letter(command, result, address.sandbox, entry, trace)
+        receipt = await self._receipts.publish(
+            ref, result, address, shown, trace, reply_to=command.reply_to, expected=entry.receipt if entry else 0
+        )
         if result.outcome == "parked":
             if entry:
                 entry.receipt = receipt
@@ -148,7 +152,7 @@ class CommandLedger:
         metrics.outbound_duration.child("failed" if failed else "settled").observe(took_s)
 
     async def _publish_dead_letter(
-        self, command: QueuedCommand, result: CommandResult, sandbox: str, entry: _Entry | None
+        self, command: QueuedCommand, result: CommandResult, sandbox: str, entry: _Entry | None, trace: str
     ) -> None:
         data, headers = (entry.delivery.data, entry.delivery.headers) if entry else (b"", {})
         if not data and (stored := await self._history.get(self._names.stream_out, command.sequence)):
@@ -157,7 +161,7 @@ class CommandLedger:
             "OUT",
             data,
             subject=self._names.out(sandbox),
-            headers=headers | {H_COMMAND: command.ref.id},
+            headers=headers | {H_COMMAND: command.ref.id, H_TRACEPARENT: trace},
             reason=result.reason,
             detail=result.detail,
             msg_id=f"dead:{command.client_id_base}",

@@ -48,6 +48,8 @@ log = structlog.get_logger()
 
 MAX_NAME = 64
 """Most characters of a sandbox's name (names.SANDBOX_PATTERN)."""
+MAX_REPLY_TO = 256
+"""Most characters of an inbound message's id: a bot's name, and iLink's id of it or a digest."""
 MISSING_CONFIRM_S = 10.0
 """Time after which a waiting command that the stream does not have is gone. A cluster that is losing its leaders may
 not show all messages, and later commands overtake one that is taken for gone."""
@@ -139,7 +141,10 @@ class CommandReader:
         self._metrics.schema_violations.labels(kind="out").inc()
         ref = CommandRef(sequence=sequence, stored_ms=stored_ms, id=_command_id(delivery, body))
         placeholder = QueuedCommand(
-            sequence=delivery.seq, ref=ref, client_id_base=client_id_base(sandbox, sequence, stored_ms)
+            sequence=delivery.seq,
+            ref=ref,
+            client_id_base=client_id_base(sandbox, sequence, stored_ms),
+            reply_to=_bounded(body.reply_to or ""),
         )
         # a longer name in the subject of a receipt would break the connection
         self.on_unreadable(placeholder, result, Address(sandbox if len(sandbox) <= MAX_NAME else UNROUTED))
@@ -227,6 +232,10 @@ class BodyLoader:
 def _ignore(*_: object) -> None: ...
 
 
+def _bounded(reply_to: str) -> str:
+    return reply_to if len(reply_to) <= MAX_REPLY_TO else ""
+
+
 def _queued(command: Command, sequence: int) -> QueuedCommand:
     only = command.parts[0] if len(command.parts) == 1 else None
     return QueuedCommand(
@@ -241,6 +250,7 @@ def _queued(command: Command, sequence: int) -> QueuedCommand:
         when_closed=command.when_closed,
         optional=command.optional,
         typing=command.typing,
+        reply_to=_bounded(command.reply_to),
     )
 
 

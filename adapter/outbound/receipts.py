@@ -7,7 +7,7 @@ A final receipt of the same command that is already stored counts as one's own.
 from __future__ import annotations
 
 import random
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import msgspec
@@ -59,18 +59,19 @@ class Receipts:
         result: CommandResult,
         address: Address,
         shown: contract.Window,
-        headers: Mapping[str, str],
+        traceparent: str,
         *,
+        reply_to: str = "",
         expected: int = 0,
     ) -> int:
-        """Publishes a receipt. Returns its sequence in WECHAT_EVENT. `headers`: those of the command, for its trace.
+        """Publishes a receipt. Returns its sequence in WECHAT_EVENT. `reply_to`: the message that it is about.
 
         `expected`: sequence of the receipt before it; 0: none. Raises Temporary.
         """
-        receipt = _receipt(ref, result, address, shown)
+        receipt = msgspec.structs.replace(_receipt(ref, result, address, shown), reply_to=reply_to)
         while True:
             try:
-                sequence = await self._events.publish_receipt(receipt, headers=headers, expected=expected)
+                sequence = await self._events.publish_receipt(receipt, traceparent=traceparent, expected=expected)
                 await self._purge_sometimes(address.sandbox)
                 return sequence
             except Conflict:

@@ -25,7 +25,7 @@ from weakref import WeakValueDictionary
 import structlog
 
 from adapter.contract import messages as contract
-from adapter.contract.headers import forwardable_headers
+from adapter.contract.headers import author_traceparent, command_traceparent, forwardable_headers
 from adapter.contract.names import H_COMMAND, H_COPIED_AGAIN, H_MSG_ID, H_SEQUENCE, H_SINCE_MS, UNROUTED, Names
 from adapter.conversation.commands import Limits, command_id, decode_command, salvage_ids, sandbox_of
 from adapter.conversation.record import CommandRef
@@ -280,7 +280,9 @@ class Router:
                 sandbox=sandbox,
             )
         address = Address(sandbox)
-        await self._receipts.publish(_ref(delivery, ident), result, address, contract.Window(), delivery.headers)
+        author = author_traceparent(delivery.headers)
+        trace = command_traceparent(author, sandbox, delivery.seq, delivery.time_ms, "")
+        await self._receipts.publish(_ref(delivery, ident), result, address, contract.Window(), trace)
         self._metrics.outbound_messages.child("unreadable", result.outcome, result.reason or "none").inc()
         await delivery.ack()
 

@@ -214,7 +214,8 @@ class OwnedShard:
         )
         which = f"{state.record.window.id}:{effect.change}:{effect.reason}:{state.record.window.sends_used}"
         ident = f"window:{state.sandbox}:{state.user}:{which}"
-        self._tasks.spawn(self._events.publish_window_event(event, msg_id=ident))  # sends do not wait for it
+        told = self._events.publish_window_event(event, msg_id=ident, message=state.record.window.id)
+        self._tasks.spawn(told)  # sends do not wait for it
 
     async def _end_typing(self, command: QueuedCommand, state: Conversation, taken: asyncio.Future[None]) -> None:
         """Ends a typing command with iLink's answer."""

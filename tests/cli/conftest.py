@@ -14,13 +14,19 @@ import structlog
 
 from adapter.cli import main
 from adapter.cli.bus import Bus, connected_bus
+from adapter.cli.demo import demo_settings
 from adapter.cli.embedded import EmbeddedNats
+from adapter.cli.lifetime import adapter_running
 from adapter.environment import read_settings
 from adapter.jetstream import topology
 from adapter.jetstream.managed_connection import ManagedConnection
 from adapter.settings import Settings
+from adapter.simulator import Simulator, SimulatorSettings
 from tests import canary
 from tests.e2e.memory import SMALL, in_memory
+
+START_S = 60.0
+"""For an adapter to start, and to stop."""
 
 
 class Result(NamedTuple):
@@ -102,3 +108,15 @@ def cli(capsys: pytest.CaptureFixture[str]) -> Command:
         return Result(code, said.out, said.err)
 
     return run
+
+
+@pytest.fixture
+async def simulator() -> AsyncIterator[Simulator]:
+    async with Simulator(SimulatorSettings(hold_ms=300, hint_ms=300)) as running:
+        yield running
+
+
+@pytest.fixture
+async def adapter(server: EmbeddedNats, simulator: Simulator) -> AsyncIterator[asyncio.Task[None]]:
+    async with adapter_running(demo_settings(server.url, simulator.url), start_s=START_S, drain_s=START_S) as task:
+        yield task

@@ -3,31 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
 from pathlib import Path
 
-import pytest
-
 from adapter.cli.bus import Bus
-from adapter.cli.demo import demo_settings
 from adapter.cli.embedded import EmbeddedNats
-from adapter.cli.lifetime import adapter_running
-from adapter.simulator import Simulator, SimulatorSettings
-from tests.cli.conftest import Command, Result
-
-START_S = 60.0
-
-
-@pytest.fixture
-async def simulator() -> AsyncIterator[Simulator]:
-    async with Simulator(SimulatorSettings(hold_ms=300, hint_ms=300)) as running:
-        yield running
-
-
-@pytest.fixture
-async def adapter(server: EmbeddedNats, simulator: Simulator) -> AsyncIterator[asyncio.Task[None]]:
-    async with adapter_running(demo_settings(server.url, simulator.url), start_s=START_S, drain_s=START_S) as task:
-        yield task
+from adapter.simulator import Simulator
+from tests.cli.conftest import START_S, Command, Result
 
 
 async def test_bind_send_look_and_unbind(

@@ -10,6 +10,7 @@ import msgspec
 import pytest
 from structlog.testing import capture_logs
 
+from adapter.contract.headers import derive_traceparent
 from adapter.contract.names import H_MSG_ID, H_SEQUENCE, UNROUTED
 from adapter.errors import BusRefused, Refused, Temporary
 from adapter.outbound.ledger import ENDED_KEPT
@@ -144,27 +145,33 @@ async def test_a_receipt_says_what_ilink_said_and_what_is_left() -> None:
 
 async def test_each_receipt_goes_on_with_the_trace_of_its_command() -> None:
     bench, shard = await ready(is_open=False, merge_chars=100)
-    shard.intake.on_delivery(bench.command("a", headers={"traceparent": "00-a", "b3": "1"}))
-    shard.intake.on_delivery(bench.command("b"))
+    authors, message = f"00-{'a' * 32}-{'b' * 16}-00", "in:bot1@im.bot:m1"
+    shard.intake.on_delivery(bench.command("a", headers={"traceparent": authors, "b3": "1"}, reply_to=message))
+    shard.intake.on_delivery(bench.command("b", reply_to=message))
     shard.intake.on_delivery(bench.command("c", headers={"traceparent": "00-c"}))
-    shard.intake.on_delivery(bench.command("d", headers={"traceparent": "x" * 1025}))
+    shard.intake.on_delivery(bench.command("d", headers={"traceparent": f"{authors}-more"}, reply_to="m" * 300))
     await asyncio.sleep(30)
     await user_writes(bench)
     await asyncio.sleep(30)
-    told = [stored.headers.get("traceparent") for stored in bench.bus.found("EVENT") if "receipt" in stored.subject]
+    told = [stored.headers["traceparent"] for stored in bench.bus.found("EVENT") if "receipt" in stored.subject]
     assert bench.chat.texts == ["a\n\nb\n\nc\n\nd"]
-    assert told == ["00-a", None, "00-c", None] * 2
+    assert told[:4] == told[4:]  # those of `parked`, and the final ones
+    assert (told[0], told[1][:36]) == (authors, derive_traceparent(message)[:36])
+    assert len({trace[:36] for trace in told}) == 4
+    assert [receipt.reply_to for receipt in bench.bus.receipts()] == [message, message, "", ""] * 2
     assert not any("b3" in stored.headers for stored in bench.bus.found("EVENT"))
 
 
 async def test_a_dead_letter_holds_the_original_before_its_receipt() -> None:
     bench, shard = await ready()
     bench.chat.sends.extend([Temporary("http_5xx")] * 3)
-    shard.intake.on_delivery(bench.command("hi", id="c1", headers={"traceparent": "00-1"}))
+    shard.intake.on_delivery(bench.command("hi", id="c1", headers={"traceparent": "00-1", "b3": "1"}))
     await asyncio.sleep(60)
     (dead,) = bench.bus.found("DEAD")
     assert msgspec.json.decode(dead.data) == {"text": "hi", "id": "c1"}
-    assert dead.headers["traceparent"] == "00-1"
+    assert dead.headers["b3"] == "1"
+    told = [stored.headers["traceparent"] for stored in bench.bus.found("EVENT") if "receipt" in stored.subject]
+    assert {dead.headers["traceparent"]} == set(told)
     assert bench.bus.writes[-2:] == ["dead", "event"]
 
 

@@ -25,7 +25,7 @@ def ref(number: int, ident: str = "") -> CommandRef:
 
 async def tell(bench: Bench, which: CommandRef, outcome: str = "accepted", *, expected: int = 0) -> int:
     result = CommandResult(outcome)  # type: ignore[arg-type]
-    return await bench.receipts.publish(which, result, TO, Window(), {}, expected=expected)
+    return await bench.receipts.publish(which, result, TO, Window(), "", expected=expected)
 
 
 def told(bench: Bench) -> list[tuple[int, str]]:
@@ -120,7 +120,7 @@ async def test_a_sandboxs_receipts_are_bounded_and_anothers_stay(monkeypatch: py
     monkeypatch.setattr(receipts, "RECEIPTS_KEPT", 5)
     monkeypatch.setattr(receipts, "PURGE_EVERY", 1)
     bench = Bench()
-    await bench.receipts.publish(ref(99), CommandResult("accepted"), Address("s2"), Window(), {})
+    await bench.receipts.publish(ref(99), CommandResult("accepted"), Address("s2"), Window(), "")
     for number in range(9):
         await tell(bench, ref(number))
     assert [sequence for sequence, _ in told(bench)] == [99, *range(4, 9)]
