@@ -1,5 +1,5 @@
 /* Messages of the bus, generated from the JSON Schemas here by `make generate`; do not edit.
-   Of: c6c0abc9f08b2cde6e00b3124e79feb093e09740ac7374de67b94ffdfbbba71f */
+   Of: 5e099dc01496602a9c43056b5b4b50b8134594d1e25ce98635d80e0194d3d562 */
 
 /**
  * Options of a binding.
@@ -131,13 +131,13 @@ export interface BindingsQuery {
   limit?: number;
 }
 /**
- * Answer to bind and unbind, sent to the header Reply-To when the outcome is stored.
+ * Answer to bind, unbind and erase, sent to the header Reply-To when the outcome is stored.
  */
 export interface ControlAnswer {
   ok: boolean;
   id?: string;
   /**
-   * Current bindings (bind), or removed ones (unbind).
+   * Current bindings (bind), or removed ones (unbind, erase).
    */
   bindings?: BindingInfo[];
   /**
@@ -153,9 +153,60 @@ export interface ControlAnswer {
    */
   checked?: boolean;
   /**
+   * erase: how many messages were found of each kind, and erased.
+   */
+  counts?: {
+    [k: string]: number;
+  };
+  /**
+   * erase: how many are there all the same; empty: nothing is left.
+   */
+  left?: {
+    [k: string]: number;
+  };
+  /**
    * One sentence that says what to do.
    */
   error?: string;
+}
+/**
+ * Unbind a person, and erase everything of theirs. Subject: wechat.ctl.erase. It may be repeated.
+ */
+export interface Erase {
+  /**
+   * The WeChat user, …@im.wechat.
+   */
+  user: string;
+  /**
+   * Default: of all sandboxes.
+   */
+  sandbox?: string | null;
+  id?: string | null;
+  /**
+   * Only count what there is, and leave the person bound.
+   */
+  dry_run?: boolean;
+}
+/**
+ * A person was erased in a sandbox. Subject: wechat.event.<sandbox>.erased.
+ */
+export interface ErasedEvent {
+  sandbox: string;
+  /**
+   * SHA-256 of the user's id, lower-case hex: the id itself is gone.
+   */
+  person: string;
+  /**
+   * How many messages of each kind were erased.
+   */
+  counts: {
+    [k: string]: number;
+  };
+  /**
+   * Id of the request.
+   */
+  request?: string;
+  at_ms?: number;
 }
 /**
  * A file.

@@ -1,4 +1,4 @@
-"""Control commands (bind, unbind): changes bindings, publishes events, answers. Never calls the supervisor.
+"""Control commands (bind, unbind, erase): changes bindings, publishes events, answers. Never calls the supervisor.
 
 One consumer on WECHAT_CTL, owned with shard 0. Commands that touch the same sandbox or bot take effect in the order
 in which they were stored; others go on at the same time.
@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 from collections import deque
 from collections.abc import Awaitable, Callable, Collection, Iterable, Mapping
+from typing import TypeAlias
 
 import msgspec
 import structlog
@@ -16,7 +17,7 @@ from msgspec import structs
 
 from adapter.bindings.registry import Bindings
 from adapter.contract import messages as contract
-from adapter.contract.messages import Bind, BindingChange, BindingEvent, ControlAnswer, Unbind
+from adapter.contract.messages import Bind, BindingChange, BindingEvent, ControlAnswer, Erase, Unbind
 from adapter.contract.names import (
     H_ERROR,
     H_ERROR_CODE,
@@ -38,6 +39,7 @@ from adapter.errors import (
     Uncertain,
     Unreadable,
 )
+from adapter.kit.tasks import TaskSet
 from adapter.kit.timing import Clock, backoff
 from adapter.observability.events import PERSON_CHANGES, BusAccess, last_person_change, read_binding_events
 from adapter.observability.metrics import Metrics
@@ -60,11 +62,15 @@ SETTLED_KEPT = 1000
 """Sequences of completed commands that are remembered in case of a redelivery."""
 READ_KEPT = 1000
 """Sandboxes whose bots are known for sure; of others they are read again."""
-_BIND, _UNBIND = msgspec.json.Decoder(Bind), msgspec.json.Decoder(Unbind)
+_BIND, _UNBIND, _ERASE = msgspec.json.Decoder(Bind), msgspec.json.Decoder(Unbind), msgspec.json.Decoder(Erase)
+
+ControlCommand: TypeAlias = Bind | Unbind | Erase
+EraseUnbound: TypeAlias = Callable[[Erase, Collection[str], asyncio.Lock], Awaitable[ControlAnswer]]
+"""Erases a person whose bots, given by name, are unbound. The lock is held while no command may be carried out."""
 
 
 class Control:
-    """Applies bind and unbind."""
+    """Applies bind, unbind and erase."""
 
     def __init__(
         self,
@@ -76,6 +82,7 @@ class Control:
         core: CoreBus,
         check: Callable[[], None],
         wait_complete: Callable[[], Awaitable[object]],
+        erase: EraseUnbound,
         clock: Clock,
         metrics: Metrics,
     ) -> None:
@@ -92,6 +99,10 @@ class Control:
         self._wait_bucket_complete = wait_complete
         """Returns when the bucket of bindings is complete; a write before that would be overwritten by its
         restore."""
+        self._erase_person = erase
+        self._erasing = TaskSet(lambda exc: log.error("task.crashed", task="erase", exc_info=exc))
+        self._turn = asyncio.Lock()
+        """Held while commands are processed."""
         self._clock = clock
         self._metrics = metrics
         self._numbers: asyncio.Queue[int] = asyncio.Queue()
@@ -122,10 +133,11 @@ class Control:
                 if len(self._recently_read) >= READ_KEPT:
                     self._recently_read.clear()
                 keys = await self._read_keys(batch)
-                async with asyncio.TaskGroup() as group:
+                async with self._turn, asyncio.TaskGroup() as group:
                     for numbers in independent(keys):
                         group.create_task(self._process_in_order(numbers))
         finally:
+            self._erasing.cancel_all()
             self._numbers = asyncio.Queue()
             self._queue.clear()
 
@@ -135,7 +147,10 @@ class Control:
         while True:
             try:
                 await self._refresh(batch)
-                return {number: self._keys_of(number) for number in batch}
+                keys = {number: self._keys_of(number) for number in batch}
+                if any(isinstance(self._peek(number), Erase) for number in batch):
+                    return {number: {"erase"} for number in batch}  # it may touch whatever the others bind
+                return keys
             except Temporary as exc:
                 log.warning("control.retrying", reason=exc.reason)
             failures += 1
@@ -143,27 +158,31 @@ class Control:
 
     def _keys_of(self, number: int) -> set[str]:
         command = self._peek(number)
-        if command is None:
+        if command is None or isinstance(command, Erase):
             return {"unreadable"}
         bound = self._bindings.get(command.bot) if command.bot else None
         sandboxes = {command.sandbox} | ({bound.sandbox} if bound is not None else set())
         return {f"sandbox {sandbox}" for sandbox in sandboxes} | ({f"bot {command.bot}"} if command.bot else set())
 
-    def _peek(self, number: int) -> Bind | Unbind | None:
+    def _peek(self, number: int) -> ControlCommand | None:
         """A command of the queue; None: it cannot be read."""
         try:
             return self._decode(self._queue[number])
         except Unreadable:
             return None
 
-    def _decode(self, delivery: Delivery) -> Bind | Unbind:
+    def _decode(self, delivery: Delivery) -> ControlCommand:
         """Raises Unreadable."""
         if len(delivery.data) > MAX_BYTES:
             raise Unreadable("too_large", f"At most {MAX_BYTES} bytes are read.")
         try:
-            command: Bind | Unbind = (_BIND if delivery.subject == self._names.bind else _UNBIND).decode(
-                delivery.data
-            )
+            match delivery.subject.rpartition(".")[2]:
+                case "bind":
+                    command: ControlCommand = _BIND.decode(delivery.data)
+                case "unbind":
+                    command = _UNBIND.decode(delivery.data)
+                case _:
+                    command = _ERASE.decode(delivery.data)
         except UNDECODABLE as exc:
             raise Unreadable("unreadable", str(exc)[:200]) from exc
         return structs.replace(command, id=command.id or delivery.headers.get(H_MSG_ID, "")[:128] or None)
@@ -208,16 +227,20 @@ class Control:
             self._metrics.schema_violations.labels(kind="ctl").inc()
             await self._dead_letter(delivery, exc)
             return
+        if isinstance(command, Erase):
+            await self.begin_erase(command, delivery)
+            return
         work = self.bind(command) if isinstance(command, Bind) else self.unbind(command)
         await self._send_answer(delivery, await self._answer_or_refuse(work, command))
 
     async def _secure_delete(self, delivery: Delivery) -> None:
-        """Erases a bind, whose token an acknowledgement alone would leave on the server's disk.
+        """Erases a bind or an erase command from the server's disk, where an acknowledgement alone would leave it: a
+        bind holds a token, and an erase command names the person to forget.
 
         Waits for a stream without a leader. Other failures may mean a missing permission, so after a bind that could
         not be erased each later one gets only one attempt, and the commands behind it do not wait.
         """
-        if delivery.subject != self._names.bind:
+        if delivery.subject == self._names.unbind:
             return
         tries = DELETE_ATTEMPTS if self._can_delete else 1
         for failures in range(1, tries + 1):
@@ -234,7 +257,7 @@ class Control:
 
     async def _dead_letter(self, delivery: Delivery, exc: Unreadable) -> None:
         request = delivery.headers.get(H_MSG_ID, "")[:128]
-        is_secret = delivery.subject == self._names.bind
+        is_secret = delivery.subject != self._names.unbind
         await self._events.publish_dead_letter(
             "CTL",
             b"" if is_secret else delivery.data,
@@ -422,10 +445,32 @@ class Control:
             await self._skip_undelivered(command.sandbox)
         return ControlAnswer(ok=True, id=command.id or "", bindings=[binding.info() for binding in bound])
 
+    async def begin_erase(self, command: Erase, delivery: Delivery) -> None:
+        """Unbinds a person's bots, and erases what there is beside later commands: those do not wait for it.
+
+        Raises Temporary, LeaseLost.
+        """
+        bound = [b for b in self._bindings if b.user == command.user and command.sandbox in (None, b.sandbox)]
+        for binding in [] if command.dry_run else bound:
+            await self.unbind(Unbind(sandbox=binding.sandbox, bot=binding.bot, id=command.id))
+            self._recently_read.pop(binding.sandbox, None)  # it has the person's name
+
+        async def finish() -> None:
+            try:
+                answer = await self._erase_person(command, [binding.bot for binding in bound], self._turn)
+            except AdapterError as exc:
+                log.warning("person.not_erased", reason=exc.reason)
+                error = f"It is not finished ({exc.reason}): erase again."
+                answer = ControlAnswer(ok=False, id=command.id or "", error=error)
+            await self._send_answer(delivery, structs.replace(answer, bindings=[binding.info() for binding in bound]))
+
+        self._erasing.spawn(finish())
+
     async def _refresh(self, numbers: Iterable[int]) -> None:
         """Reads anew the bots that commands name, and once the sandboxes that they touch: the owner before may have
         bound bots of which this replica has not heard. Raises Temporary."""
-        commands = [command for number in numbers if (command := self._peek(number)) is not None]
+        found = (self._peek(number) for number in numbers)
+        commands = [command for command in found if isinstance(command, Bind | Unbind)]
         bots = {command.bot for command in commands if command.bot}
         await self._bindings.refresh(*bots)
         before = {binding.sandbox for bot in bots if (binding := self._bindings.get(bot)) is not None}

@@ -35,6 +35,8 @@ COMMANDS = {
     "bindings": ("bindings:bindings", "List which bots serve which sandboxes."),
     "send": ("send:send", "Send a text to a sandbox's user and wait for the receipt."),
     "tail": ("tail:tail", "Print messages as they come."),
+    "erase": ("persons:erase", "Unbind a person, and erase everything of theirs."),
+    "export": ("persons:export", "Print everything of one person as JSON lines."),
     "trace": ("trace:trace", "Tell the story of one message or command."),
     "queue": ("queued:app", "Commands that wait to be sent: list, delete."),
     "dead": ("dead:app", "Messages that could not be handled: list, show, retry, delete."),

@@ -24,6 +24,7 @@ from adapter.contract.messages import (
     BindingsPage,
     BindingsQuery,
     ControlAnswer,
+    Erase,
     Options,
     Unbind,
 )
@@ -313,13 +314,13 @@ class ControlRequests:
         if answer is not None and not answer.done():
             answer.set_result(msg.data)
 
-    async def request(self, asked: Bind | Unbind, timeout_s: float) -> ControlAnswer:
+    async def request(self, asked: Bind | Unbind | Erase, timeout_s: float) -> ControlAnswer:
         """Stores a command and waits for the adapter's answer. Raises Failed."""
         bus, reply_to = self._bus, f"{self._inbox}.{len(self._answers)}"
         answer = self._answers[reply_to] = asyncio.get_running_loop().create_future()
         headers = {H_MSG_ID: asked.id or "", H_REPLY_TO: reply_to, H_SCHEMA: SCHEMA_VERSION}
-        subject = bus.names.bind if isinstance(asked, Bind) else bus.names.unbind
-        ack = await bus.store(subject, msgspec.json.encode(asked), headers)
+        subjects = {Bind: bus.names.bind, Unbind: bus.names.unbind, Erase: bus.names.erase}
+        ack = await bus.store(subjects[type(asked)], msgspec.json.encode(asked), headers)
         if ack.duplicate:
             said = f"Request {asked.id} was stored before: `wechat-nats bindings` shows what holds now."
             raise Failed(TIMEOUT, said)

@@ -90,9 +90,11 @@ def channels(names: Names) -> list[Channel]:
         ),
         Channel("binding", names.event(sandbox, "binding"), "binding_event", "send", "A binding changed."),
         Channel("window_change", names.event(sandbox, "window"), "window_event", "send", "The window changed."),
+        Channel("erased", names.event(sandbox, "erased"), "erased_event", "send", "A person was erased."),
         Channel("login", names.event(sandbox, "login"), "login_event", "send", "A step of a QR login."),
         Channel("bind", names.bind, "bind", "receive", "Let a bot serve a sandbox.", "control_answer", by_header),
         Channel("unbind", names.unbind, "unbind", "receive", "End that.", "control_answer", by_header),
+        Channel("erase", names.erase, "erase", "receive", "Erase a person.", "control_answer", by_header),
         service("bindings_list", "bindings.list", "bindings_query", "Which bindings there are.", "bindings_page"),
         service(
             "bindings_get", "bindings.get", "bindings_query", "The bindings of one bot or sandbox.", "bindings_page"
@@ -347,7 +349,7 @@ def _headers() -> dict[str, Any]:
                 "type": "string",
                 "description": "Id; JetStream drops a repeat within five minutes, of a command within 15 s.",
             },
-            H_REPLY_TO: {"type": "string", "description": "Inbox for the answer to bind and unbind."},
+            H_REPLY_TO: {"type": "string", "description": "Inbox for the answer to bind, unbind and erase."},
             H_TRACEPARENT: {
                 "type": "string",
                 "description": "W3C Trace Context; a command's is that of its receipts.",

@@ -355,6 +355,18 @@ class Unbind(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     keep_undelivered: KeepUndelivered = False
 
 
+class Erase(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """Unbind a person, and erase everything of theirs. Subject: wechat.ctl.erase. It may be repeated."""
+
+    user: Annotated[str, Meta(min_length=1, max_length=128, description="The WeChat user, …@im.wechat.")]
+    sandbox: Annotated[SandboxId | None, Meta(description="Default: of all sandboxes.")] = None
+    id: CommandId | None = None
+    dry_run: Annotated[bool, Meta(description="Only count what there is, and leave the person bound.")] = False
+
+    def __repr__(self) -> str:
+        return f"Erase(sandbox={self.sandbox!r}, id={self.id!r})"  # whom it names is to be forgotten
+
+
 BindingState: TypeAlias = Literal["active", "needs_login"]
 
 
@@ -372,16 +384,22 @@ class BindingInfo(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True)
 
 
 class ControlAnswer(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """Answer to bind and unbind, sent to the header Reply-To when the outcome is stored."""
+    """Answer to bind, unbind and erase, sent to the header Reply-To when the outcome is stored."""
 
     ok: bool
     id: str = ""
     bindings: Annotated[
-        list[BindingInfo], Meta(description="Current bindings (bind), or removed ones (unbind).")
+        list[BindingInfo], Meta(description="Current bindings (bind), or removed ones (unbind, erase).")
     ] = []
     replaced: Annotated[list[str], Meta(description="Bots of the same user that this bind replaced.")] = []
     moved_from: Annotated[str, Meta(description="The sandbox that the bot has served until now, if another.")] = ""
     checked: Annotated[bool, Meta(description="iLink has been asked, and has not refused the token.")] = False
+    counts: Annotated[
+        dict[str, int], Meta(description="erase: how many messages were found of each kind, and erased.")
+    ] = {}
+    left: Annotated[
+        dict[str, int], Meta(description="erase: how many are there all the same; empty: nothing is left.")
+    ] = {}
     error: Annotated[str, Meta(description="One sentence that says what to do.")] = ""
 
 
@@ -436,6 +454,16 @@ class WindowEvent(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True)
     ]
     reason: Annotated[str, Meta(description="Why it closed: window_closed (time), quota, throttled.")] = ""
     window: Window = Window()
+    at_ms: int = 0
+
+
+class ErasedEvent(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """A person was erased in a sandbox. Subject: wechat.event.<sandbox>.erased."""
+
+    sandbox: str
+    person: Annotated[str, Meta(description="SHA-256 of the user's id, lower-case hex: the id itself is gone.")]
+    counts: Annotated[dict[str, int], Meta(description="How many messages of each kind were erased.")]
+    request: Annotated[str, Meta(description="Id of the request.")] = ""
     at_ms: int = 0
 
 
@@ -638,11 +666,13 @@ MESSAGES: dict[str, type[msgspec.Struct]] = {
     "receipt": Receipt,
     "bind": Bind,
     "unbind": Unbind,
+    "erase": Erase,
     "control_answer": ControlAnswer,
     "binding_event": BindingEvent,
     "bindings_query": BindingsQuery,
     "bindings_page": BindingsPage,
     "window_event": WindowEvent,
+    "erased_event": ErasedEvent,
     "login_event": LoginEvent,
     "login_start": LoginStart,
     "login_query": LoginQuery,

@@ -114,6 +114,11 @@ def digest(data: bytes) -> str:
     return hashlib.blake2b(data, digest_size=12).hexdigest()
 
 
+def media_prefix(sandbox: str, user: str) -> str:
+    """How the objects begin that hold what a person sent: whose they are can be told after the message is gone."""
+    return f"{sandbox}/in/{digest(user.encode())}-"
+
+
 def conversation_key(sandbox: str, user: str) -> str:
     """Key of one user of one sandbox."""
     return f"{sandbox}.{to_subject_token(user)}"
@@ -153,6 +158,7 @@ class Names:
         self.media = f"{prefix}_media"
         self.bind = f"{prefix}.ctl.bind"
         self.unbind = f"{prefix}.ctl.unbind"
+        self.erase = f"{prefix}.ctl.erase"
         self.out_plain = f"{prefix}.out"
 
     def inbox(self, sandbox: str) -> str:

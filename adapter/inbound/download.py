@@ -13,7 +13,7 @@ from adapter.content import media
 from adapter.content.quotes import kind_of
 from adapter.contract import messages as contract
 from adapter.contract.messages import InboundItem
-from adapter.contract.names import digest
+from adapter.contract.names import digest, media_prefix
 from adapter.errors import BusRefused, Refused, Temporary
 from adapter.inbound.inbox import AddressedMessage
 from adapter.kit.slots import FairSlots
@@ -76,7 +76,7 @@ async def download(message: AddressedMessage, fetch: MediaRef, deps: DownloadDep
 async def _download_once(message: AddressedMessage, fetch: MediaRef, deps: DownloadDeps) -> DownloadResult:
     """Raises MediaUnavailable."""
     item = message.inbound.items[fetch.item]
-    name = f"{message.sandbox}/in/{digest(message.id.encode())}-{fetch.item}"
+    name = f"{media_prefix(message.sandbox, message.inbound.user)}{digest(message.id.encode())}-{fetch.item}"
     recording = _Copy(media.SILK_MAX_BYTES) if isinstance(item, contract.VoiceItem) else None
     async with contextlib.aclosing(_pieces(message.sandbox, fetch, deps)) as pieces:
         head = await _head(pieces)

@@ -137,8 +137,8 @@ class Journal:
             raise
 
     async def delete(self, sequence: int) -> None:
-        """Raises Temporary."""
-        await self._history.delete(self._names.stream_journal, sequence)
+        """Deletes one, and has it overwritten. Raises Temporary."""
+        await self._history.delete(self._names.stream_journal, sequence, erase=True)
 
     def _read(self, bot: str, stored: Stored) -> Written:
         """A record that cannot be opened or decoded counts as an empty one of its owner. Raises Temporary for a

@@ -166,7 +166,7 @@ def wanted_streams(names: Names, settings: Settings) -> list[Wanted]:
         stream(
             names.stream_ctl,
             ("subjects", "retention"),
-            subjects=[names.bind, names.unbind],
+            subjects=[names.bind, names.unbind, names.erase],
             retention="workqueue",
         ),
         stream(

@@ -102,6 +102,12 @@ class Events:
         event = msgspec.structs.replace(event, at_ms=self._clock.now_ms())
         await self._publish_event(event.sandbox, "window", msgspec.json.encode(event), msg_id, message=message)
 
+    async def publish_erased_event(self, event: contract.ErasedEvent) -> None:
+        """A person was erased in a sandbox."""
+        event = msgspec.structs.replace(event, at_ms=self._clock.now_ms())
+        msg_id = f"erased:{event.sandbox}:{event.person}:{event.request or event.at_ms}"
+        await self._publish_event(event.sandbox, "erased", msgspec.json.encode(event), msg_id)
+
     async def publish_receipt(self, receipt: contract.Receipt, *, traceparent: str, expected: int) -> int:
         """Publishes a receipt. Returns its sequence. `traceparent`: of the command, whose trace continues in the receipt.
 

@@ -71,6 +71,13 @@ class OpenConversations:
         """Removes and returns the conversation that a bot had before its user was known."""
         return self._actors.get(sandbox, {}).pop(unknown_user(bot), None)
 
+    def forget_unserved(self, sandbox: str) -> None:
+        """Lets go of what is known of users whom no bot served: who is served again is read back, since their record
+        may have been erased."""
+        actors = self._actors.get(sandbox, {})
+        for key in [key for key, actor in actors.items() if actor.state.record.unserved and actor.try_stop()]:
+            del actors[key]
+
     def evict_idle(self) -> None:
         """Drops conversations without work; they are loaded again when needed."""
         for sandbox, actors in list(self._actors.items()):

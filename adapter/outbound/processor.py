@@ -148,6 +148,8 @@ class ShardCommandProcessor:
         """Handles a changed binding, or a change of its token's state. `users`: its users before and after."""
         self.typing.rebound(sandbox)
         binding = self._deps.bindings.get(bot)
+        if binding is not None and binding.sandbox == sandbox:
+            self._conversations.forget_unserved(sandbox)
         if binding is not None and binding.sandbox == sandbox and binding.user:
             unknown = self._conversations.take_unknown(sandbox, bot)
             if unknown is not None:

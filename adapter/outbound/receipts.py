@@ -64,7 +64,8 @@ class Receipts:
         reply_to: str = "",
         expected: int = 0,
     ) -> int:
-        """Publishes a receipt. Returns its sequence in WECHAT_EVENT. `reply_to`: the message that it is about.
+        """Publishes a receipt. Returns its sequence in WECHAT_EVENT. `reply_to`: the message that the
+        command answers.
 
         `expected`: sequence of the receipt before it; 0: none. Raises Temporary.
         """

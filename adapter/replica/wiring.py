@@ -67,6 +67,7 @@ from adapter.replica.supervisor import Supervisor
 from adapter.security.seal import Sealer
 from adapter.services.logins import LoginService
 from adapter.services.media import MediaService
+from adapter.services.persons import RELEASE_WAIT_S, Erasure
 from adapter.services.queries import Queries
 from adapter.settings import Settings
 
@@ -283,8 +284,20 @@ class Replica:
             core=self.connections.core,
             check=lambda: self.leases.ensure_owned(0),
             wait_complete=lambda: self.health_monitor.wait_complete([f"KV_{self.names.bindings}"]),
+            erase=self._new_erasure().run,
             clock=self.clock,
             metrics=self.metrics,
+        )
+
+    def _new_erasure(self) -> Erasure:
+        buckets = (self.names.conversations, self.names.logins)
+        return Erasure(
+            self.access,
+            self.bindings,
+            {f"KV_{name}": self.connections.bucket(name) for name in buckets},
+            self.leases,
+            self.clock,
+            released_s=self.settings.media_wait_s + RELEASE_WAIT_S,
         )
 
     def _new_health_monitor(self) -> HealthMonitor:

@@ -79,7 +79,9 @@ def grants(names: Names, role: Role, sandbox: str = TAG) -> Grants:
             )
         case "platform":
             asks = (names.svc("bindings.*"), names.svc("login.*"), names.svc("window"), names.svc("receipt"))
-            return Grants((names.bind, names.unbind, *asks), (names.event("*", ">"), _inbox_subjects("platform")))
+            return Grants(
+                (names.bind, names.unbind, names.erase, *asks), (names.event("*", ">"), _inbox_subjects("platform"))
+            )
         case "service":
             publish = (names.out_plain, names.svc("window"), names.svc("receipt"), names.svc("media.put.*"))
             return Grants(publish, (names.receipts("*"), _inbox_subjects("service")))
@@ -110,7 +112,7 @@ def imports(names: Names, role: Role, sandbox: str = "*") -> list[Share]:
     granted = grants(names, role)
     shares = [Share("service", subject) for subject in granted.publish]
     shares += [Share("stream", subject) for subject in granted.subscribe if subject != _inbox_subjects(role)]
-    if role == "platform":  # answers to bind and unbind go to the inbox in a header
+    if role == "platform":  # answers to bind, unbind and erase go to the inbox in a header
         shares.append(Share("stream", _inbox_subjects(role)))
     return shares
 
@@ -156,8 +158,8 @@ def _api_subjects(*verbs: str) -> tuple[str, ...]:
 
 
 def _purged_streams(names: Names) -> tuple[str, ...]:
-    """Streams of which the adapter deletes single messages."""
-    return names.stream_ctl, names.stream_journal, names.stream_dead
+    """Streams of which the adapter deletes single messages: a person's, above all."""
+    return (*_plain_streams(names), f"OBJ_{names.media}")
 
 
 def _adapter_publishes(names: Names) -> tuple[str, ...]:
@@ -202,7 +204,7 @@ def _operator_publishes(names: Names) -> tuple[str, ...]:
     media = f"OBJ_{names.media}"
     readable = (names.stream_in, names.stream_event, names.stream_dead, media)
     return (
-        *(names.bind, names.unbind, names.out_plain, names.out("*"), names.svc(">"), "$SRV.>"),
+        *(names.bind, names.unbind, names.erase, names.out_plain, names.out("*"), names.svc(">"), "$SRV.>"),
         *_api_subjects("INFO", "STREAM.NAMES", "STREAM.LIST", "STREAM.INFO.*"),
         *_api_subjects("CONSUMER.NAMES.*", "CONSUMER.LIST.*", "CONSUMER.INFO.*.*"),
         *_api_subjects(*(f"CONSUMER.CREATE.{stream}{rest}" for stream in readable for rest in ("", ".>"))),

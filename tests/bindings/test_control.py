@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import base64
+from collections.abc import Collection
 from typing import Any
 
 import msgspec
 import pytest
 from structlog.testing import capture_logs
 
-from adapter.bindings.control import DELETE_ATTEMPTS, Control
+from adapter.bindings.control import DELETE_ATTEMPTS, Control, EraseUnbound
 from adapter.bindings.registry import Bindings
-from adapter.contract.messages import Bind, ControlAnswer
+from adapter.contract.messages import Bind, ControlAnswer, Erase
 from adapter.contract.names import H_ERROR, H_ERROR_CODE, H_MSG_ID, H_REPLY_TO, to_subject_token
 from adapter.contract.records import Binding
 from adapter.errors import BusRefused, Refused, Temporary
@@ -31,7 +32,9 @@ INBOX = "_INBOX.abc.1"
 class Platform:
     """Publishes control commands, and looks at what comes of them."""
 
-    def __init__(self, bench: Bench | None = None, sealer: Sealer | None = None) -> None:
+    def __init__(
+        self, bench: Bench | None = None, sealer: Sealer | None = None, erase: EraseUnbound | None = None
+    ) -> None:
         self.bench = bench or Bench()
         self.complete = asyncio.Event()
         """The bucket of bindings lacks nothing."""
@@ -44,11 +47,16 @@ class Platform:
             core=self.bench.core,
             check=lambda: self.bench.leases.ensure_owned(0),
             wait_complete=self.complete.wait,
+            erase=erase or self.erase,
             clock=self.bench.clock,
             metrics=self.bench.metrics,
         )
         self.deliveries: list[FakeDelivery] = []
         self.task = asyncio.get_running_loop().create_task(self.control.run())
+
+    async def erase(self, command: Erase, unbound: Collection[str], turn: asyncio.Lock) -> ControlAnswer:
+        """Nothing was there."""
+        return ControlAnswer(ok=True, id=command.id or "")
 
     async def starts_again(self) -> None:
         """Loses the commands, and has them again."""

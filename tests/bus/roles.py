@@ -26,6 +26,7 @@ STREAMS = (
 )
 BUCKETS = tuple(stream.removeprefix("KV_") for stream in STREAMS if stream.startswith("KV_"))
 SANDBOX = "<sandbox>"
+EVENTS = ("binding", "login", "window", "erased")
 
 
 class Row(NamedTuple):
@@ -55,7 +56,8 @@ SUBJECTS = [
         ("wechat.out.<sandbox>", "adapter operator own"),
         ("wechat.ctl.bind", "adapter operator platform"),
         ("wechat.ctl.unbind", "adapter operator platform"),
-        *((f"wechat.event.<sandbox>.{kind}", "adapter") for kind in ("receipt.c", "binding", "login", "window")),
+        ("wechat.ctl.erase", "operator platform"),
+        *((f"wechat.event.<sandbox>.{kind}", "adapter") for kind in ("receipt.c", *EVENTS)),
         ("wechat.journal.b", "adapter"),
         ("wechat.dead.WECHAT_OUT", "adapter"),
         ("wechat.kv.bot_released", "adapter"),
@@ -101,7 +103,7 @@ SUBJECTS = [
         ("wechat.ctl.*", ""),
         ("wechat.event.<sandbox>.receipt.c", "operator platform service own"),
         ("wechat.event.<sandbox>.receipt.*", "operator platform service own"),
-        *((f"wechat.event.<sandbox>.{kind}", "operator platform own") for kind in ("binding", "login", "window")),
+        *((f"wechat.event.<sandbox>.{kind}", "operator platform own") for kind in EVENTS),
         ("wechat.event.*.>", "operator platform"),
         ("wechat.event.*.receipt.*", "operator platform service"),
         ("wechat.journal.>", ""),
@@ -138,6 +140,7 @@ ALL, PULLED, PURGED, READ, OWN = (
     "WECHAT_IN WECHAT_EVENT WECHAT_DEAD OBJ_wechat_media",
     "WECHAT_IN",
 )
+ERASED = " ".join(stream for stream in STREAMS if not stream.startswith("KV_"))
 
 API: list[tuple[str, dict[str, str]]] = [
     ("$JS.API.INFO", {"adapter": ALL, "operator": ALL}),
@@ -151,7 +154,7 @@ API: list[tuple[str, dict[str, str]]] = [
     ("$JS.API.STREAM.MSG.GET.<stream>", {"adapter": ALL, "operator": READ}),
     (
         "$JS.API.STREAM.MSG.DELETE.<stream>",
-        {"adapter": "WECHAT_CTL WECHAT_JOURNAL WECHAT_DEAD", "operator": "WECHAT_DEAD WECHAT_OUT"},
+        {"adapter": ERASED, "operator": "WECHAT_DEAD WECHAT_OUT"},
     ),
     ("$JS.API.STREAM.SNAPSHOT.<stream>", {}),
     ("$JS.API.STREAM.RESTORE.<stream>", {}),

@@ -196,6 +196,8 @@ class FakeBus:
 
 def matches(pattern: str, subject: str) -> bool:
     wanted, found = pattern.split("."), subject.split(".")
+    if wanted[-1] == ">":
+        wanted, found = wanted[:-1], found[: len(wanted) - 1] if len(found) >= len(wanted) else []
     return len(wanted) == len(found) and all(a in ("*", b) for a, b in zip(wanted, found, strict=True))
 
 

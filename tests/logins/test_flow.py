@@ -12,7 +12,16 @@ import pytest
 from structlog.testing import capture_logs
 
 from adapter.bindings.control import Control
-from adapter.contract.messages import Bind, BindingEvent, Login, LoginEvent, LoginQuery, LoginStart, LoginVerify
+from adapter.contract.messages import (
+    Bind,
+    BindingEvent,
+    ControlAnswer,
+    Login,
+    LoginEvent,
+    LoginQuery,
+    LoginStart,
+    LoginVerify,
+)
 from adapter.contract.names import H_MSG_ID, shard_of
 from adapter.contract.records import LoginRecord
 from adapter.errors import BusRefused, Refused, Temporary
@@ -29,6 +38,10 @@ VIRTUAL_TIME = True
 
 BOT, USER, TOKEN = "b1@im.bot", "u1@im.wechat", "b1@im.bot:SECRET"
 CONFIRMED = Scan("confirmed", bot=BOT, user=USER, token=TOKEN, base_url="https://ilinkai.wechat.com")
+
+
+async def _nobody_erases(*_: object) -> ControlAnswer:
+    raise AssertionError("no login asks for it")
 
 
 class Doors:
@@ -63,6 +76,7 @@ class Doors:
             core=self.bench.core,
             check=lambda: None,
             wait_complete=lambda: asyncio.sleep(0),
+            erase=_nobody_erases,
             clock=self.clock,
             metrics=self.bench.metrics,
         )

@@ -1,0 +1,115 @@
+"""`erase` and `export`: everything that the bus has of one person."""
+
+from __future__ import annotations
+
+import base64
+from typing import Annotated, Any
+
+import msgspec
+from cyclopts import Parameter
+from nats.js import api
+
+from adapter.cli import output
+from adapter.cli.bindings import ControlRequests
+from adapter.cli.bus import connected_bus
+from adapter.cli.dead import mask_secrets
+from adapter.cli.exit_codes import NO, OK, UNREACHABLE, Failed
+from adapter.cli.options import Json, MaybeSandbox, RequestId, flag, new_id
+from adapter.contract.messages import ControlAnswer, Erase
+from adapter.contract.names import Names
+from adapter.contract.records import Binding, LoginRecord
+from adapter.errors import UNDECODABLE, BusRefused, Temporary
+from adapter.jetstream.history import StreamHistory
+from adapter.jetstream.managed_connection import ManagedConnection
+from adapter.services.persons import Found, PersonSearch
+
+User = Annotated[str, Parameter(help="The WeChat user, …@im.wechat.")]
+ERASE_S = 600.0
+
+
+async def erase(
+    *,
+    user: User,
+    sandbox: MaybeSandbox = None,
+    dry_run: Annotated[bool, flag("Only count what there is: nobody is unbound, and nothing erased.")] = False,
+    request_id: RequestId = None,
+    timeout: Annotated[float, Parameter(help="Seconds to wait for the outcome.")] = ERASE_S,
+    json: Json = False,
+) -> int:
+    """Unbind a person, and erase everything of theirs from streams and buckets.
+
+    An adapter does it, beside its other work, and answers with the counts. It may be repeated. Exit code 1: something
+    is left, erase again; 4: no answer came in time, which also means that. Backups are not touched.
+    """
+    asked = Erase(user=user, sandbox=sandbox, id=request_id or new_id(), dry_run=dry_run)
+    async with connected_bus() as bus:
+        answer = await (await ControlRequests.open(bus)).request(asked, timeout)
+    if json:
+        output.json_line(answer)
+    else:
+        _print(answer)
+    if answer.error and not json:
+        output.complain(answer.error)
+    return OK if answer.ok else NO
+
+
+async def export(*, user: User, sandbox: MaybeSandbox = None) -> int:
+    """Print everything of one person as JSON, a line for each message or record.
+
+    It reads buckets that are closed to operators: run it with the adapter's credentials. What opens something
+    (tokens, keys) is masked. Of the journal, which is sealed, only sequences and sizes are shown: its messages are
+    those of the inbox. The lines hold what people wrote: guard them as such.
+    """
+    async with connected_bus() as bus:
+        names, connection = bus.names, ManagedConnection(bus.settings, "export")
+        await connection.adopt_client(bus.nc)
+
+        async def print_all() -> None:
+            async for found in PersonSearch(StreamHistory(connection), names, user, sandbox).find():
+                output.json_line(msgspec.json.encode(_as_line(names, found)))
+
+        try:
+            await bus.unless_forbidden("$JS.API.DIRECT.GET", print_all())
+        except (BusRefused, Temporary) as exc:
+            raise Failed(UNREACHABLE, f"Not all could be read: {exc.detail or exc.reason}.") from None
+    return OK
+
+
+def _print(answer: ControlAnswer) -> None:
+    rows = [(kind, count, answer.left.get(kind, 0)) for kind, count in sorted(answer.counts.items())]
+    rows += [(kind, 0, count) for kind, count in sorted(answer.left.items()) if kind not in answer.counts]
+    output.table(("kind", "found", "left"), rows, empty="Nothing is there of this person.")
+    for info in answer.bindings:
+        output.say(output.printable(f"unbound  {info.sandbox}  {info.bot}"))
+
+
+def _as_line(names: Names, found: Found) -> dict[str, Any]:
+    stored = found.stored
+    line = {
+        "kind": found.kind,
+        "stream": found.stream,
+        "sequence": stored.seq,
+        "subject": stored.subject,
+        "stored_ms": stored.time_ms,
+        "sandbox": found.sandbox,
+        "size": len(stored.data),
+    }
+    return line | ({} if found.kind == "journal" else {"content": _content(names, found)})
+
+
+def _content(names: Names, found: Found) -> Any:
+    data = found.stored.data
+    match found.kind:
+        case "binding":
+            return msgspec.to_builtins(msgspec.json.decode(data, type=Binding).info())
+        case "login":
+            login = msgspec.json.decode(data, type=LoginRecord)
+            return {"sandbox": login.sandbox, "status": login.status, "bot": login.bot, "user": login.user}
+        case "media" if ".C." in found.stored.subject:
+            return base64.b64encode(data).decode()
+        case _:
+            text = mask_secrets(names, api.RawStreamMsg(subject=found.stored.subject, data=data))
+            try:
+                return msgspec.json.decode(text)
+            except UNDECODABLE:
+                return text

@@ -1,0 +1,93 @@
+"""erase: the person's bots are unbound first; then it goes on beside other commands, and names nobody afterwards."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Collection
+
+import msgspec
+import pytest
+
+from adapter.contract.messages import ControlAnswer, Erase
+from adapter.errors import Temporary
+from tests.bindings.test_control import BOT, USER, Platform
+
+VIRTUAL_TIME = True
+
+
+class Eraser:
+    """Counts one message, once it may."""
+
+    def __init__(self) -> None:
+        self.asked: list[tuple[Erase, list[str], bool]] = []
+        self.may_end = asyncio.Event()
+        self.may_end.set()
+        self.failure: Exception | None = None
+
+    async def __call__(self, command: Erase, unbound: Collection[str], turn: asyncio.Lock) -> ControlAnswer:
+        self.asked.append((command, list(unbound), turn.locked()))
+        await self.may_end.wait()
+        if self.failure is not None:
+            raise self.failure
+        return ControlAnswer(ok=True, id=command.id or "", counts={"message": 1})
+
+
+async def bound(eraser: Eraser) -> Platform:
+    """The person has a bot in two sandboxes, and somebody else has one."""
+    platform = Platform(erase=eraser)
+    await platform.bind()
+    await platform.bind(sandbox="s2", bot="b2@im.bot")
+    await platform.bind(sandbox="s2", bot="b3@im.bot", user="other@im.wechat")
+    return platform
+
+
+async def test_a_persons_bots_are_unbound_before_what_is_theirs_is_erased() -> None:
+    eraser = Eraser()
+    platform = await bound(eraser)
+    answer = await platform.say("erase", user=USER, id="e1")
+    assert (answer.ok, answer.id, answer.counts) == (True, "e1", {"message": 1})
+    assert [info.bot for info in answer.bindings] == [BOT, "b2@im.bot"]
+    assert platform.bound == {"b3@im.bot": "s2"}
+    ((command, unbound, _),) = eraser.asked
+    assert (command.user, command.id, unbound) == (USER, "e1", [BOT, "b2@im.bot"])
+    assert platform.bench.bus.erased[-1] == ("WECHAT_CTL", 4)  # the request names the person
+
+
+async def test_one_sandbox_alone_and_a_dry_run_unbinds_nobody() -> None:
+    eraser = Eraser()
+    platform = await bound(eraser)
+    await platform.say("erase", user=USER, sandbox="s2", dry_run=True)
+    assert set(platform.bound) == {BOT, "b2@im.bot", "b3@im.bot"}
+    await platform.say("erase", user=USER, sandbox="s2")
+    assert set(platform.bound) == {BOT, "b3@im.bot"}
+
+
+async def test_later_commands_do_not_wait_for_an_erasure() -> None:
+    eraser = Eraser()
+    eraser.may_end.clear()
+    platform = await bound(eraser)
+    delivery = platform.publish("erase", msgspec.json.encode({"user": USER, "id": "e1"}))
+    await asyncio.sleep(1)
+    assert delivery.acks == 1
+    assert (await platform.bind(sandbox="s3", bot="b4@im.bot", user="third@im.wechat")).ok
+    eraser.may_end.set()
+    await asyncio.sleep(1)
+    assert msgspec.json.decode(platform.bench.core.published[-1][1], type=ControlAnswer).id == "e1"
+
+
+async def test_one_that_fails_on_the_way_says_that_it_is_to_be_repeated() -> None:
+    eraser = Eraser()
+    eraser.failure = Temporary("bus_timeout")
+    platform = await bound(eraser)
+    answer = await platform.say("erase", user=USER)
+    assert (answer.ok, answer.error) == (False, "It is not finished (bus_timeout): erase again.")
+
+
+@pytest.mark.parametrize("body", [b"no json", b'{"user":""}', b'{"sandbox":"s1"}'])
+async def test_what_cannot_be_read_becomes_a_dead_letter_without_its_words(body: bytes) -> None:
+    platform = Platform()
+    platform.publish("erase", body)
+    await asyncio.sleep(1)
+    (letter,) = platform.bench.bus.found("DEAD")
+    assert letter.data == b""
+    assert USER not in repr(Erase(user=USER))

@@ -1,0 +1,161 @@
+"""`erase` and `export`: after a real adapter has served two people, nothing of one is left, and all of the other."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+
+import msgspec
+import pytest
+
+from adapter.cli.bus import Bus
+from adapter.contract.messages import ErasedEvent
+from adapter.contract.names import to_subject_token
+from adapter.contract.records import LoginRecord
+from adapter.jetstream import topology
+from adapter.jetstream.history import read_stream
+from adapter.jetstream.managed_connection import ManagedConnection
+from adapter.ports import Stored
+from adapter.settings import Settings
+from adapter.simulator import BotRecord, Simulator, samples
+from tests.cli.conftest import Command
+
+KINDS = {"conversation", "login", "message", "event", "receipt", "dead_letter", "media", "journal"}
+"""All that is there once a person's bots are unbound and their commands have ended."""
+
+
+async def everything(bus: Bus, settings: Settings) -> list[Stored]:
+    """What is in all streams, but for the marks of deleted keys."""
+    connection = ManagedConnection(settings, "test")
+    await connection.adopt_client(bus.nc)
+    found: list[Stored] = []
+    for wanted in topology.wanted_streams(bus.names, settings):
+        found += [stored async for stored in read_stream(connection, wanted.name, ">")]
+    return [stored for stored in found if "KV-Operation" not in stored.headers]
+
+
+def naming(stored: list[Stored], *words: str) -> list[Stored]:
+    """Those that have one of the words in subject, headers or body."""
+
+    def text(one: Stored) -> str:
+        return f"{one.subject} {one.headers} {one.data.decode(errors='replace')}"
+
+    return [
+        one for one in stored if any(word in text(one) or to_subject_token(word) in one.subject for word in words)
+    ]
+
+
+async def serve(
+    cli: Command, simulator: Simulator, bus: Bus, tmp_path: Path, sandbox: str, *, bot: BotRecord | None = None
+) -> BotRecord:
+    """A person writes, sends a picture and is answered; one command is dead, one login is known."""
+    bot = bot or simulator.add_bot()
+    token = tmp_path / sandbox
+    token.write_text(bot.token)
+    assert (await cli("bind", sandbox, bot.bot, "--token-file", str(token), "--user", bot.user)).code == 0
+    simulator.say(bot.user, f"secret of {sandbox}")
+    assert (await cli("tail", sandbox, "--all", "--count", "1", "--timeout", "60")).code == 0
+    simulator.say_media(bot.bot, "image", samples.png(20, 10))
+    assert (await cli("tail", sandbox, "--all", "--count", "2", "--timeout", "60")).code == 0
+    assert (await cli("send", sandbox, f"answer for {sandbox}")).code == 0
+    assert (await cli("send", sandbox, "x", "--id", f"typed-{sandbox}", "--when-closed", "refuse")).code == 0
+    await bus.js.publish(
+        bus.names.out(sandbox), msgspec.json.encode({"id": f"dead-{sandbox}", "text": 1, "user": bot.user})
+    )
+    login = LoginRecord(sandbox=sandbox, status="confirmed", bot=bot.bot, user=bot.user)
+    await bus.js.publish(f"$KV.{bus.names.logins}.login-{sandbox}", msgspec.json.encode(login))
+    while not any(
+        letter["seq"] for letter in (await cli("dead", "ls", "--json")).rows if sandbox in letter["subject"]
+    ):
+        await asyncio.sleep(0.05)
+    return bot
+
+
+async def test_nothing_of_an_erased_person_is_left_and_all_of_another(
+    cli: Command, adapter: asyncio.Task[None], simulator: Simulator, bus: Bus, settings: Settings, tmp_path: Path
+) -> None:
+    gone = await serve(cli, simulator, bus, tmp_path, "s1")
+    stays = await serve(cli, simulator, bus, tmp_path, "s2")
+    words = (gone.user, gone.bot, "secret of s1", "answer for s1")
+    others = (stays.user, stays.bot, "secret of s2", "answer for s2")
+    of_others = {(one.subject, one.seq) for one in naming(await everything(bus, settings), *others)}
+
+    counted = await cli("erase", "--user", gone.user, "--dry-run", "--json")
+    assert (counted.code, counted.rows[0]["left"]) == (0, {})
+    assert KINDS | {"binding"} == set(counted.rows[0]["counts"])
+    assert len(naming(await everything(bus, settings), *words)) >= sum(counted.rows[0]["counts"].values()) - 2
+    assert [row["bot"] for row in (await cli("bindings", "--sandbox", "s1", "--json")).rows] == [gone.bot]
+
+    parked = await cli("send", "s1", "too much", "--id", "parked", "--timeout", "0.01")  # it may be on its way
+    assert parked.code in (0, 4)
+    for number in range(5):
+        simulator.say(stays.user, f"meanwhile {number}")
+    erased = await cli("erase", "--user", gone.user, "--id", "request-1", "--json")
+    (answer,) = erased.rows
+    assert (erased.code, answer["ok"], answer["left"]) == (0, True, {})
+    assert set(answer["counts"]) == KINDS
+    assert [info["bot"] for info in answer["bindings"]] == [gone.bot]
+    left = await everything(bus, settings)
+    assert naming(left, *words) == []
+    kept = {(one.subject, one.seq) for one in naming(left, *others)}
+    assert {subject for subject, _ in of_others - kept} <= {
+        f"$KV.{bus.names.conversations}.s2.{to_subject_token(stays.user)}"
+    }
+    (audit,) = [one for one in left if one.subject == bus.names.event("s1", "erased")]
+    event = msgspec.json.decode(audit.data, type=ErasedEvent)
+    assert (event.request, event.counts["message"], len(event.person)) == ("request-1", 2, 64)
+
+    again = await cli("erase", "--user", gone.user)
+    assert (again.code, again.out) == (0, "Nothing is there of this person.\n")
+    simulator.say(stays.user, "still here")
+    (last,) = (await cli("tail", "s2", "--all", "--count", "8", "--timeout", "60", "--json")).rows[7:]
+    assert last["text"] == "still here"
+
+
+async def test_a_person_who_comes_back_after_an_erasure_begins_anew(
+    cli: Command, adapter: asyncio.Task[None], simulator: Simulator, bus: Bus, settings: Settings, tmp_path: Path
+) -> None:
+    bot = await serve(cli, simulator, bus, tmp_path, "s1")
+    assert (await cli("erase", "--user", bot.user)).code == 0
+    token = tmp_path / "again"
+    token.write_text(bot.token)
+    assert (await cli("bind", "s1", bot.bot, "--token-file", str(token), "--user", bot.user)).code == 0
+    simulator.say(bot.user, "back again")
+    (row,) = (await cli("tail", "s1", "--all", "--count", "1", "--timeout", "60", "--json")).rows
+    assert row["text"] == "back again"
+    assert (await cli("send", "s1", "welcome")).code == 0
+    assert naming(await everything(bus, settings), "secret of s1", "answer for s1") == []
+
+
+async def test_one_sandbox_of_a_person_is_erased_and_the_other_stays(
+    cli: Command, adapter: asyncio.Task[None], simulator: Simulator, bus: Bus, settings: Settings, tmp_path: Path
+) -> None:
+    bot = await serve(cli, simulator, bus, tmp_path, "s1")
+    await serve(cli, simulator, bus, tmp_path, "s2", bot=simulator.add_bot(user=bot.user))
+    erased = await cli("erase", "--user", bot.user, "--sandbox", "s1", "--json")
+    assert (erased.code, erased.rows[0]["counts"]["message"]) == (0, 2)
+    left = await everything(bus, settings)
+    assert naming(left, "secret of s1", "answer for s1") == []
+    assert naming(left, "secret of s2")
+    assert [row["sandbox"] for row in (await cli("bindings", "--json")).rows] == ["s2"]
+
+
+async def test_an_export_has_every_message_and_no_secret(
+    cli: Command, adapter: asyncio.Task[None], simulator: Simulator, bus: Bus, tmp_path: Path
+) -> None:
+    bot = await serve(cli, simulator, bus, tmp_path, "s1")
+    await serve(cli, simulator, bus, tmp_path, "s2")
+    exported = await cli("export", "--user", bot.user)
+    counted = (await cli("erase", "--user", bot.user, "--dry-run", "--json")).rows[0]["counts"]
+    assert {kind: sum(row["kind"] == kind for row in exported.rows) for kind in counted} == counted
+    assert [row["content"]["text"] for row in exported.rows if row["kind"] == "message"][:1] == ["secret of s1"]
+    assert bot.token not in exported.out
+    assert "secret of s2" not in exported.out
+    assert exported.out.count('"token":"***"') == 1  # of the conversation
+
+
+@pytest.mark.parametrize("command", ["erase", "export"])
+async def test_nobody_is_named_in_what_a_stranger_asks(cli: Command, bus: Bus, command: str) -> None:
+    """Without an adapter an erasure waits on the bus, and an export finds nothing."""
+    result = await cli(command, "--user", "nobody@im.wechat", *(["--timeout", "0.5"] if command == "erase" else []))
+    assert (result.code, result.out) == ((4, "") if command == "erase" else (0, ""))

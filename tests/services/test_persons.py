@@ -1,0 +1,122 @@
+"""An erasure that is cut, that meets owners who are not done, and that must not take a journal in use."""
+
+from __future__ import annotations
+
+import asyncio
+
+import msgspec
+import pytest
+
+from adapter.contract.messages import ControlAnswer, Erase
+from adapter.contract.names import H_COMMAND, H_MSG_ID, H_SANDBOX
+from adapter.errors import Temporary
+from adapter.services.persons import Erasure
+from tests.fakes import Bench
+
+VIRTUAL_TIME = True
+
+USER, BOT = "u1@im.wechat", "b1@im.bot"
+
+
+class Owners:
+    """Of whom those in `dead` do nothing any more."""
+
+    def __init__(self, *dead: str) -> None:
+        self.dead = dead
+
+    async def revoke_if_expired(self, incarnation: str) -> bool:
+        return incarnation in self.dead
+
+
+class Place:
+    """A bus with what one person has left, and a little of another."""
+
+    def __init__(self, owner: str = "", *dead: str) -> None:
+        self.bench = bench = Bench()
+        names = bench.names
+        for user, bot in ((USER, BOT), ("u2@im.wechat", "b2@im.bot")):
+            about = msgspec.json.encode({"user": user, "bot": bot, "sandbox": "s1", "command": f"c-{user}"})
+            bench.bus.put(names.inbox("s1"), about, {})
+            bench.bus.put(names.receipt("s1", f"c-{user}"), about, {})
+            bench.bus.put(names.event("s1", "binding"), msgspec.json.encode({"bot": bot, "sandbox": "s1"}), {})
+            bench.bus.put(names.dead_letters("WECHAT_IN"), b"raw", {H_MSG_ID: f"dead:{bot}:x", H_SANDBOX: "s1"})
+            command = {H_COMMAND: f"c-{user}", H_SANDBOX: "s1"}
+            bench.bus.put(names.dead_letters("WECHAT_OUT"), b"{", command)
+            bench.bus.put(names.journal(bot), msgspec.msgpack.encode((1, "", b"sealed")), {})
+            bench.bus.put(names.journal(bot), msgspec.msgpack.encode((1, owner, b"sealed")), {})
+        self.turn = asyncio.Lock()
+        self.erasure = Erasure(bench.access, bench.bindings, {}, Owners(*dead), bench.clock, released_s=90)
+
+    async def erase(self, sandbox: str | None = None) -> ControlAnswer:
+        return await self.erasure.run(Erase(user=USER, sandbox=sandbox), [BOT], self.turn)
+
+    @property
+    def kept(self) -> int:
+        """Messages on the bus, but for the event that tells of the erasure."""
+        return sum(not kept.stored.subject.endswith(".erased") for kept in self.bench.bus.kept)
+
+
+ALL = {"message": 1, "receipt": 1, "event": 1, "dead_letter": 2, "journal": 2}
+
+
+async def test_what_is_theirs_goes_overwritten_and_the_rest_stays() -> None:
+    place = Place()
+    answer = await place.erase()
+    assert (answer.ok, answer.counts, answer.left) == (True, ALL, {})
+    assert place.kept == 7
+    assert len(place.bench.bus.erased) == 7
+
+
+@pytest.mark.parametrize("done", range(7))
+async def test_one_that_was_cut_is_finished_by_the_next(done: int) -> None:
+    place = Place()
+
+    async def fail_after_some() -> None:
+        if len(place.bench.bus.erased) > done:
+            raise Temporary("bus_timeout")
+
+    place.bench.bus.on_delete = fail_after_some
+    with pytest.raises(Temporary):
+        await place.erase()
+    assert place.kept == 14 - done
+    place.bench.bus.on_delete = None
+    assert (await place.erase()).ok
+    assert place.kept == 7
+
+
+async def test_an_owner_who_polls_is_waited_for_and_nothing_goes_before_it_has_ended() -> None:
+    """Without what names the bot its journal would not be found by the next run."""
+    place = Place("owner-1")
+    began = place.bench.clock.monotonic()
+    with pytest.raises(Temporary, match="bot_in_use"):
+        await place.erase()
+    assert place.bench.clock.monotonic() - began >= 90
+    assert place.kept == 14
+    place.bench.bus.put(place.bench.names.journal(BOT), msgspec.msgpack.encode((1, "", b"sealed")), {})
+    assert (await place.erase()).ok
+    assert place.kept == 7
+
+
+async def test_the_journal_of_a_dead_owner_goes_too() -> None:
+    place = Place("owner-1", "owner-1")
+    assert (await place.erase()).ok
+    assert place.kept == 7
+
+
+async def test_a_bot_that_was_bound_again_keeps_its_journal() -> None:
+    """A poller whose newest record is deleted loses its place, and stops."""
+    place = Place()
+    await place.bench.bind(bot=BOT, user="u3@im.wechat")
+    with pytest.raises(Temporary, match="bot_in_use"):
+        await place.erase()
+    assert place.kept == 14
+
+
+async def test_a_journal_is_deleted_only_while_nobody_may_bind() -> None:
+    place = Place()
+    async with place.turn:
+        erasing = asyncio.create_task(place.erase())
+        await asyncio.sleep(5)
+        assert not erasing.done()
+        assert place.kept == 14
+    assert (await erasing).ok
