@@ -33,6 +33,7 @@ COMMANDS = {
     "bind": ("bindings:bind", "Let a bot serve a sandbox."),
     "unbind": ("bindings:unbind", "Let a bot, or every bot of a sandbox, serve it no longer."),
     "bindings": ("bindings:bindings", "List which bots serve which sandboxes."),
+    "agent": ("agent:agent", "Let an agent of your own answer a sandbox's people."),
     "send": ("send:send", "Send a text to a sandbox's user and wait for the receipt."),
     "tail": ("tail:tail", "Print messages as they come."),
     "erase": ("persons:erase", "Unbind a person, and erase everything of theirs."),

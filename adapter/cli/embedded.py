@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import ctypes
 import fcntl
 import importlib.metadata
 import json
@@ -20,7 +19,7 @@ import subprocess
 import sys
 import sysconfig
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -30,6 +29,7 @@ import nats
 from nats.errors import Error as NatsError
 
 from adapter.errors import AdapterError, SettingsError
+from adapter.kit.children import die_with_parent
 
 OLDEST_SERVER = (2, 14)
 """API level 4, which the consumers of the outbound stream need."""
@@ -41,7 +41,6 @@ NAME = "wechat-embedded"
 HOST = "127.0.0.1"
 START_S = 30.0
 """Until JetStream answers."""
-_PR_SET_PDEATHSIG = 1
 
 
 class EmbeddedFailed(AdapterError):
@@ -211,7 +210,7 @@ class EmbeddedNats:
                 stderr=log,
                 start_new_session=True,
                 pass_fds=[lock.fileno()],
-                preexec_fn=_die_with_parent(os.getpid()),  # noqa: PLW1509 -- two bare system calls, no locks
+                preexec_fn=die_with_parent(os.getpid()),  # noqa: PLW1509 -- two bare system calls, no locks
             )
 
     def _lock_store(self, lock: int) -> None:
@@ -290,20 +289,6 @@ jetstream {{
   limits {{ default_max_consumers: {MAX_CONSUMERS} }}
 }}
 """
-
-
-def _die_with_parent(parent: int) -> Callable[[], None] | None:
-    """What the child does before it becomes nats-server: tie its life to `parent` (Linux only)."""
-    if sys.platform != "linux":
-        return None
-    libc = ctypes.CDLL(None, use_errno=True)  # loaded here: after the fork only a bare call is safe
-
-    def set_death_signal() -> None:
-        libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-        if os.getppid() != parent:  # it died in between, and no signal will come
-            os._exit(1)
-
-    return set_death_signal
 
 
 async def _ignore_error(_: Exception) -> None:

@@ -39,7 +39,7 @@ def until_signalled() -> Iterator[asyncio.Event]:
             loop.remove_signal_handler(number)
 
 
-async def run_until_stopped(stop: asyncio.Event, work: Coroutine[Any, Any, int]) -> int | None:
+async def run_until_stopped(stop: asyncio.Event, work: Coroutine[Any, Any, T]) -> T | None:
     """What `work` returns; None if `stop` came first, after `work` was cancelled and has cleaned up."""
     task = asyncio.create_task(work)
     stopped = asyncio.create_task(stop.wait())

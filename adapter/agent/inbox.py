@@ -1,0 +1,198 @@
+"""What a sandbox's durable consumer delivers, for a client that may pull and acknowledge, and nothing else.
+
+Each delivery stays open, and is kept alive at the server, until `finish` acknowledges it. A delivery that comes again
+while it is open, or after it was finished, is nothing new. Deliveries are handed out in the order of the stream.
+
+The server delivers again what nobody acknowledged after ACK_WAIT_S, and goes on with newer messages meanwhile. Where
+there may be such, since a connection broke and a delivery is missing behind it, or a process before died, nothing is
+handed out for that time: the order holds.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import heapq
+import itertools
+from collections.abc import Callable
+from typing import Any, get_args
+
+import msgspec
+import structlog
+from nats.aio.client import Client
+from nats.aio.msg import Msg
+from nats.aio.subscription import Subscription
+from nats.errors import Error as NatsError
+
+from adapter.contract.messages import Inbound, InboundItem
+from adapter.contract.names import Names
+from adapter.errors import UNDECODABLE
+from adapter.kit.timing import wait_event
+
+log = structlog.get_logger()
+
+ACK_WAIT_S = 30.0
+"""After so long the server delivers again what nobody kept alive."""
+KEEP_ALIVE_S = 10.0
+EXPIRES_S = 30.0
+"""When a pull ends."""
+TICK_S = 1.0
+IN_FLIGHT = 256
+"""Messages that may be open at once: of all users, since they share the consumer."""
+GATHER_S = 0.2
+"""How long redeliveries are gathered: the server may give them out of order."""
+PULL_BYTES = 8 * 1024 * 1024
+FINISHED_KEPT = 4096
+"""Finished messages that are known when their acknowledgement got lost."""
+KINDS = {str(kind.__struct_config__.tag) for kind in get_args(InboundItem)}
+ACK = "$JS.ACK."
+"""How the reply subject of a delivery begins. What has another one is a word of the server's."""
+
+
+def read_inbound(data: bytes) -> Inbound:
+    """The message, without items of kinds that this version does not know. Raises errors.UNDECODABLE."""
+    try:
+        return msgspec.json.decode(data, type=Inbound)
+    except msgspec.ValidationError:
+        fields = msgspec.json.decode(data, type=dict[str, Any])
+        fields["items"] = [item for item in fields["items"] if item["kind"] in KINDS]
+        return msgspec.convert(fields, Inbound)
+
+
+class Delivery:
+    """One message in work."""
+
+    __slots__ = ("ack_subject", "inbound", "seq")
+
+    def __init__(self, inbound: Inbound, seq: int, ack_subject: str) -> None:
+        self.inbound = inbound
+        self.seq = seq
+        self.ack_subject = ack_subject
+
+    def __lt__(self, other: Delivery) -> bool:
+        return self.seq < other.seq
+
+
+class Inbox:
+    """The deliveries of one sandbox. `run` has to run beside `next_delivery`."""
+
+    def __init__(self, nc: Client, names: Names, sandbox: str, check: Callable[[], None]) -> None:
+        """`check` raises where the server forbids what is done here."""
+        self._nc = nc
+        self._pull_subject = f"$JS.API.CONSUMER.MSG.NEXT.{names.stream_in}.{sandbox}"
+        self._check = check
+        self._open: dict[int, Delivery] = {}
+        self._finished: dict[int, None] = {}
+        self._ready: list[Delivery] = []
+        self._changed = asyncio.Event()
+        self._last_number = 0
+        """Of the last delivery, as the consumer counts them."""
+        self._reconnects = 0
+        self._held_until = 0.0
+        self._kept_alive_at = 0.0
+
+    async def run(self) -> None:
+        """Pulls until cancelled. Raises what `check` raises, and NatsError once the connection is closed for good."""
+        inbox = self._nc.new_inbox()
+        pulled = await self._nc.subscribe(f"{inbox}.*")
+        try:
+            for number in itertools.count():
+                await self._pull(pulled, f"{inbox}.{number}")
+        finally:  # what is given back must not come here once more
+            with contextlib.suppress(NatsError):
+                await pulled.unsubscribe()
+
+    async def _pull(self, pulled: Subscription, reply: str) -> None:
+        """One request, and what comes of it. It ends with the connection, too: the server forgets it then."""
+        loop = asyncio.get_running_loop()
+        reconnects, wanted = self._nc.stats["reconnects"], IN_FLIGHT - len(self._open)
+        if wanted > 0:
+            body = {"batch": wanted, "max_bytes": PULL_BYTES, "expires": int(EXPIRES_S * 1e9)}
+            await self._nc.publish(self._pull_subject, msgspec.json.encode(body), reply=reply)
+        until = loop.time() + (EXPIRES_S + TICK_S if wanted > 0 else 0)
+        while True:
+            self._check()
+            await self._keep_alive()
+            try:
+                msg = await pulled.next_msg(timeout=TICK_S)
+            except TimeoutError:
+                if loop.time() > until or self._nc.stats["reconnects"] != reconnects:
+                    return
+                continue
+            if msg.reply.startswith(ACK):
+                await self._take(msg)
+                wanted -= 1
+                if wanted == 0:
+                    return
+            elif msg.subject == reply and (status := (msg.headers or {}).get("Status")) != "100":
+                if status == "503":
+                    log.warning("sandbox.no_consumer", detail="Bind the sandbox with the option `durable`.")
+                if status != "408":  # there is none, or it is gone: no hurry
+                    await asyncio.sleep(TICK_S)
+                return
+
+    async def _take(self, msg: Msg) -> None:
+        delivered = msg.metadata
+        seq, number = delivered.sequence.stream, delivered.sequence.consumer
+        if self._reconnects != self._nc.stats["reconnects"]:
+            self._reconnects = self._nc.stats["reconnects"]
+            if number > self._last_number + 1:
+                self.hold("A delivery got lost with the connection.")
+        if (delivered.num_delivered or 1) > 1:
+            self._held_until = max(self._held_until, asyncio.get_running_loop().time() + GATHER_S)
+        self._last_number = number
+        if seq in self._finished:
+            await self._nc.publish(msg.reply, b"+ACK")
+        elif delivery := self._open.get(seq):
+            delivery.ack_subject = msg.reply
+        else:
+            try:
+                inbound = read_inbound(msg.data)
+            except UNDECODABLE:
+                log.error("sandbox.unreadable", sequence=seq, detail="A message of a later version is passed over.")
+                await self._nc.publish(msg.reply, b"+TERM")
+                return
+            self._open[seq] = Delivery(inbound, seq, msg.reply)
+            heapq.heappush(self._ready, self._open[seq])
+            self._changed.set()
+
+    async def _keep_alive(self) -> None:
+        now = asyncio.get_running_loop().time()
+        if now - self._kept_alive_at < KEEP_ALIVE_S or not self._nc.is_connected:
+            return
+        self._kept_alive_at = now
+        for seq in sorted(self._open):
+            await self._nc.publish(self._open[seq].ack_subject, b"+WPI")
+
+    async def next_delivery(self) -> Delivery:
+        """The oldest that nobody has been given yet."""
+        while True:
+            held_s = self._held_until - asyncio.get_running_loop().time()
+            if self._ready and held_s <= 0:
+                return heapq.heappop(self._ready)
+            self._changed.clear()
+            await wait_event(self._changed, max(held_s, TICK_S))
+
+    def hold(self, reason: str) -> None:
+        """Hands nothing out until what others have not acknowledged was delivered again."""
+        self._held_until = asyncio.get_running_loop().time() + ACK_WAIT_S + TICK_S
+        log.info("sandbox.held", seconds=ACK_WAIT_S, detail=reason)
+
+    async def finish(self, delivery: Delivery) -> None:
+        """Acknowledges it. Where that gets lost, it is delivered again, and acknowledged then."""
+        del self._open[delivery.seq]
+        self._finished[delivery.seq] = None
+        if len(self._finished) > FINISHED_KEPT:
+            del self._finished[next(iter(self._finished))]
+        await self._nc.publish(delivery.ack_subject, b"+ACK")
+
+    async def give_back(self) -> bool:
+        """Has the server deliver all that is open to somebody else, at once and in order; whether it knows that."""
+        try:
+            for seq in sorted(self._open):
+                await self._nc.publish(self._open[seq].ack_subject, b"-NAK")
+            await self._nc.flush(timeout=2)
+            return True
+        except (NatsError, TimeoutError) as exc:
+            log.info("sandbox.not_given_back", messages=len(self._open), reason=type(exc).__name__)
+            return False

@@ -1,0 +1,95 @@
+"""An agent that is a program: the message's text goes to its standard input, what it prints is the answer.
+
+There is no shell, and nothing that a user wrote becomes part of the command.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import shlex
+import signal
+from asyncio.subprocess import PIPE, Process
+
+import msgspec
+
+from adapter.agent.sandbox import Message
+from adapter.errors import SettingsError, Temporary
+from adapter.kit.children import die_with_parent
+
+GRACE_S = 3.0
+"""Between SIGTERM and SIGKILL."""
+CUT = "…"
+OURS = ("NATS_", "WECHAT_NATS_")
+"""How the variables begin that a program does not inherit: what a user writes may have it print all that it knows."""
+
+
+class Program:
+    """Runs a program for each message. Calling it raises Temporary("exit_code"), ("timeout"), ("not_started")."""
+
+    def __init__(self, command: str, *, timeout_s: float, max_output: int) -> None:
+        """`command` is split as a shell does. `max_output`: bytes; what is beyond is cut. Raises SettingsError."""
+        try:
+            self._command = shlex.split(command)
+        except ValueError as exc:
+            raise SettingsError("invalid_settings", f"The program cannot be read: {exc}.") from None
+        if not self._command:
+            raise SettingsError("invalid_settings", "The program is empty.")
+        self._timeout_s = timeout_s
+        self._max_output = max_output
+
+    async def __call__(self, message: Message, session: str) -> str:
+        process = await self._start(message, session)
+        try:
+            async with asyncio.timeout(self._timeout_s):
+                output = await self._converse(process, message.text)
+                if len(output) > self._max_output:
+                    return output[: self._max_output].decode(errors="ignore") + CUT
+                code = await process.wait()
+        except TimeoutError:
+            raise Temporary("timeout", f"The program took more than {self._timeout_s:g} s.") from None
+        finally:
+            await _end(process)
+        if code:
+            raise Temporary("exit_code", f"The program ended with exit code {code}.")
+        return output.decode(errors="replace")
+
+    async def _start(self, message: Message, session: str) -> Process:
+        """Standard error stays ours: the program's own log."""
+        inherited = {name: value for name, value in os.environ.items() if not name.startswith(OURS)}
+        given = {"WECHAT_MESSAGE": msgspec.json.encode(message.inbound).decode(), "WECHAT_SESSION": session}
+        try:
+            return await asyncio.create_subprocess_exec(
+                *self._command,
+                stdin=PIPE,
+                stdout=PIPE,
+                env=inherited | given,
+                start_new_session=True,
+                preexec_fn=die_with_parent(os.getpid()),
+            )
+        except OSError as exc:
+            raise Temporary("not_started", f"The program does not start: {exc.strerror}.") from exc
+
+    async def _converse(self, process: Process, text: str) -> bytes:
+        """What it prints, up to one byte more than is allowed."""
+        assert process.stdin is not None
+        assert process.stdout is not None
+        process.stdin.write(text.encode(errors="replace"))
+        process.stdin.close()  # a program that does not read its input is none of our business
+        output = b""
+        while len(output) <= self._max_output and (block := await process.stdout.read(65536)):
+            output += block
+        return output
+
+
+async def _end(process: Process) -> None:
+    """Ends a program that still runs, and what it has started in its group."""
+    for number in (signal.SIGTERM, signal.SIGKILL):
+        if process.returncode is not None:
+            return
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, number)
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(GRACE_S):
+                await process.wait()

@@ -1,0 +1,302 @@
+"""A sandbox as a Python program has it: the messages of its users, and the answers to them."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import hashlib
+import os
+from collections import deque
+from collections.abc import AsyncIterator, Awaitable, Callable, Hashable, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Literal, Self
+from urllib.parse import quote
+from uuid import uuid4
+
+import msgspec
+from nats.errors import Error as NatsError
+from nats.errors import ConnectionClosedError, NoRespondersError
+from nats.js import JetStreamContext
+from nats.js.errors import APIError, NoStreamResponseError, ServiceUnavailableError
+
+from adapter.agent.inbox import Delivery, Inbox
+from adapter.contract.messages import COMMAND_BYTES, SCHEMA_VERSION, Inbound, Media, Outbound, OutItem, OutText
+from adapter.contract.names import (
+    H_ERROR,
+    H_ERROR_CODE,
+    H_LAST,
+    H_NAME,
+    H_NEXT,
+    H_OFFSET,
+    H_SCHEMA,
+    H_SHA256,
+    H_UPLOAD,
+    Names,
+    check_sandbox,
+)
+from adapter.environment import read_settings
+from adapter.errors import STORE_FAILED, AdapterError, Refused, Temporary, Unreadable
+from adapter.jetstream.client import BusClient, permission_violation
+from adapter.jetstream.managed_connection import connect_options
+from adapter.kit.timing import backoff
+from adapter.security.permissions import inbox as inbox_prefix
+from adapter.settings import Settings
+
+ANSWER_S = 5.0
+CONNECT_S = 6.0
+TOO_MANY_REQUESTS = 10167
+"""JetStream's `err_code` where others send more than the stream takes in."""
+FULL_S = 60.0
+"""Between two tries to store a command where there is no room for it."""
+PIECE_BYTES = 256 * 1024
+BUSY = ("429", "503")
+"""Codes of a service that answers later."""
+ANY_PREFIX = "_INBOX"
+"""The inbox prefix of settings that say nothing of it; no sandbox with permissions may use it."""
+
+Handler = Callable[["Message"], Awaitable[None]]
+
+
+class Message:
+    """What a user wrote, and the answers to it."""
+
+    def __init__(self, sandbox: Sandbox, delivery: Delivery) -> None:
+        self.inbound: Inbound = delivery.inbound
+        """The message as it is on the bus: items, quote, window and the rest."""
+        self.delivery = delivery
+        self._sandbox = sandbox
+        self._replies = 0
+
+    @property
+    def id(self) -> str:
+        return self.inbound.id
+
+    @property
+    def user(self) -> str:
+        return self.inbound.user
+
+    @property
+    def text(self) -> str:
+        """All text and transcripts; "" for a picture alone."""
+        return self.inbound.text
+
+    async def reply(self, text: str = "", items: Sequence[OutItem] = (), *, optional: bool = False) -> str:
+        """Stores an answer and returns the command's id, which is made of the message's id and the reply's number.
+
+        A message that is delivered again after a crash has the same ids, so that each answer is sent once. Waits for
+        as long as the bus is away. `optional`: a progress report, see `Outbound`.
+        Raises Refused("too_large") above 256 KiB, Refused("forbidden").
+        """
+        self._replies += 1
+        number = "" if self._replies == 1 else f"-{self._replies}"
+        parts = [*([OutText(text=text)] if text else []), *items] if items else None
+        command = Outbound(
+            id=f"agent-{self.id}{number}",
+            user=self.user,
+            reply_to=self.id,
+            text=None if items else text,
+            items=parts,
+            optional=optional,
+        )
+        await self._sandbox.send(command)
+        return command.id or ""
+
+    async def typing(self, state: Literal["on", "off"] = "on") -> None:
+        """Shows the user that an answer is in work, for five minutes or until there is one; at most once."""
+        await self._sandbox.publish(Outbound(user=self.user, reply_to=self.id, typing=state))
+
+
+class Sandbox:
+    """The connection of one sandbox, under its own permissions. `async with` opens and closes it.
+
+    Connects by `settings`, by default those of the environment (NATS_URL, NATS_CREDS, NATS_NKEY, …), and comes back
+    after each break. The sandbox has to be bound with the option `durable`; until it is, there are no messages.
+    What goes wrong for good, such as a missing permission, is raised where messages are awaited.
+    """
+
+    def __init__(self, name: str, settings: Settings | None = None, *, running_file: Path | None = None) -> None:
+        """`running_file` is there while it is open. If it is there before, a process died with messages in work, and
+        newer ones wait for these to come again: half a minute. Raises Refused("invalid"), SettingsError."""
+        self.name = check_sandbox(name)
+        settings = settings or read_settings(os.environ)
+        if settings.nats_inbox_prefix == ANY_PREFIX:
+            settings = msgspec.structs.replace(settings, nats_inbox_prefix=inbox_prefix("sandbox", name))
+        self._settings = settings
+        self._names = Names(settings.prefix)
+        self._errors: deque[Exception] = deque(maxlen=100)
+        self._nc = BusClient()
+        self._js: JetStreamContext = self._nc.jetstream(timeout=ANSWER_S)
+        self._inbox = Inbox(self._nc, self._names, name, self._raise_if_forbidden)
+        self._pulling: asyncio.Task[None] | None = None
+        self._running_file = running_file
+
+    async def __aenter__(self) -> Self:
+        """Raises Temporary("bus_down"), OSError of the file."""
+
+        async def on_error(exc: Exception) -> None:
+            self._errors.append(exc)
+
+        options = connect_options(self._settings, f"sandbox {self.name}", list(self._settings.nats_url))
+        try:
+            async with asyncio.timeout(CONNECT_S):
+                await self._nc.connect(**options | {"max_reconnect_attempts": 1, "error_cb": on_error})
+        except (NatsError, OSError, TimeoutError) as exc:
+            said = str(self._errors[-1] if self._errors else exc)
+            raise Temporary("bus_down", f"NATS is not reachable: {said}") from exc
+        # only now: with a wrong password the first connect would go on for ever
+        self._nc.options |= {"allow_reconnect": True, "max_reconnect_attempts": -1, "reconnect_time_wait": 0.5}
+        if self._running_file is not None:
+            if self._running_file.exists():
+                self._inbox.hold("A process before has not given its messages back.")
+            self._running_file.parent.mkdir(parents=True, exist_ok=True)
+            self._running_file.touch()
+        self._pulling = asyncio.create_task(self._inbox.run())
+        return self
+
+    async def __aexit__(
+        self, exc_type: type[BaseException] | None, exc: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._pulling is not None:
+            self._pulling.cancel()
+            await asyncio.wait({self._pulling})
+        if await self._inbox.give_back() and self._running_file is not None:
+            self._running_file.unlink(missing_ok=True)
+        with contextlib.suppress(NatsError, OSError, TimeoutError):
+            await self._nc.close()
+
+    async def __aiter__(self) -> AsyncIterator[Message]:
+        """The messages, one after the other. Each is acknowledged when the next one is asked for: a loop that is left
+        before has the message delivered again."""
+        while True:
+            message = await self._next()
+            yield message
+            await self._inbox.finish(message.delivery)
+
+    async def run(self, handler: Handler, *, lane: Callable[[Message], Hashable] = lambda m: m.user) -> None:
+        """Handles messages until cancelled: those of one lane (by default: of one user) one after the other, those of
+        different lanes at once. Each is acknowledged when its handler has returned. What a handler raises is raised
+        here, and its message is delivered again."""
+        lanes: dict[Hashable, deque[Message]] = {}
+
+        async def work(key: Hashable) -> None:
+            while lanes[key]:
+                await handler(lanes[key][0])
+                await self._inbox.finish(lanes[key].popleft().delivery)
+            del lanes[key]
+
+        try:
+            async with asyncio.TaskGroup() as group:
+                while True:
+                    message = await self._next()
+                    key = lane(message)
+                    if key in lanes:
+                        lanes[key].append(message)
+                    else:
+                        lanes[key] = deque([message])
+                        group.create_task(work(key))
+        except ExceptionGroup as several:
+            raise several.exceptions[0] from None
+
+    async def _next(self) -> Message:
+        assert self._pulling is not None, "Open the sandbox by `async with`."
+        waiting = asyncio.create_task(self._inbox.next_delivery())
+        try:
+            await asyncio.wait({waiting, self._pulling}, return_when=asyncio.FIRST_COMPLETED)
+            if not waiting.done():
+                self._pulling.result()
+            return Message(self, await waiting)
+        except ConnectionClosedError as exc:
+            raise closed(exc) from exc
+        finally:
+            waiting.cancel()
+
+    async def send(self, command: Outbound) -> None:
+        """Stores a command and returns once the bus has confirmed it; tries for as long as that takes. The command
+        needs an id, which makes the tries one. Raises Refused("too_large"), Refused("forbidden"), Temporary("bus_down"),
+        APIError."""
+        payload = msgspec.json.encode(command)
+        if len(payload) > COMMAND_BYTES:
+            raise Refused("too_large", f"The command has {len(payload)} bytes; {COMMAND_BYTES} fit.")
+        failures = 0
+        while True:
+            failures += 1
+            wait_s = backoff(failures, first_s=0.2, longest_s=5.0)
+            try:
+                await self._js.publish(self._names.out(self.name), payload, headers={H_SCHEMA: SCHEMA_VERSION})
+                return
+            except (TimeoutError, NoRespondersError, NoStreamResponseError):
+                self._raise_if_forbidden()
+            except ConnectionClosedError as exc:
+                raise closed(exc) from exc
+            except APIError as exc:
+                if exc.err_code == STORE_FAILED:
+                    wait_s = FULL_S
+                elif exc.err_code != TOO_MANY_REQUESTS and not isinstance(exc, ServiceUnavailableError):
+                    raise
+            await asyncio.sleep(wait_s)
+
+    async def publish(self, command: Outbound) -> None:
+        """Sends a command of which nothing depends, at most once. Raises NatsError."""
+        await self._nc.publish(self._names.out(self.name), msgspec.json.encode(command))
+
+    async def read_media(self, media: Media) -> bytes:
+        """The bytes of an item of a message. Raises Refused, Temporary, Unreadable."""
+        data, after = b"", 0
+        while True:
+            query = {"object": media.object, "after": after}
+            answer, headers = await self._request(f"media.get.{self.name}", msgspec.json.encode(query), {})
+            data += answer
+            if H_NEXT not in headers:
+                break
+            after = int(headers[H_NEXT])
+        if hashlib.sha256(data).hexdigest() != headers.get(H_SHA256):
+            raise Unreadable("corrupt", "The bytes of the object are not those that were stored.")
+        return data
+
+    async def put_media(self, data: bytes, name: str = "") -> Media:
+        """Brings bytes for an item of an answer: `OutImage(media=await sandbox.put_media(png, "chart.png"))`.
+        Raises Refused, Temporary."""
+        upload, stored = uuid4().hex, b""
+        for offset in range(0, max(len(data), 1), PIECE_BYTES):
+            headers = {H_UPLOAD: upload, H_OFFSET: str(offset)}
+            if offset + PIECE_BYTES >= len(data):
+                headers |= {H_LAST: "true", H_NAME: quote(name), H_SHA256: hashlib.sha256(data).hexdigest()}
+            stored, _ = await self._request(f"media.put.{self.name}", data[offset : offset + PIECE_BYTES], headers)
+        return msgspec.json.decode(stored, type=Media)
+
+    async def _request(self, verb: str, payload: bytes, headers: dict[str, str]) -> tuple[bytes, dict[str, Any]]:
+        """A request to the adapter, made again where no answer came. Raises Refused, Temporary."""
+        failures = 0
+        while True:
+            try:
+                msg = await self._nc.request(self._names.svc(verb), payload, timeout=ANSWER_S * 2, headers=headers)
+            except (TimeoutError, NatsError) as exc:
+                self._raise_if_forbidden()
+                failures += 1
+                if failures == 5:
+                    raise Temporary("no_answer", f"No adapter answers {verb}.") from exc
+                await asyncio.sleep(backoff(failures))
+                continue
+            answered = msg.headers or {}
+            if H_ERROR not in answered:
+                return msg.data, answered
+            if answered.get(H_ERROR_CODE) not in BUSY or failures == 5:
+                raise Refused("refused", answered[H_ERROR])
+            failures += 1
+            await asyncio.sleep(backoff(failures))
+
+    def _raise_if_forbidden(self) -> None:
+        for exc in self._errors:
+            if violation := permission_violation(exc):
+                raise forbidden(*violation)
+
+
+def closed(exc: ConnectionClosedError) -> AdapterError:
+    """After its server refused it, nats-py does not come back."""
+    return Temporary("bus_down", f"NATS has closed the connection: {exc}")
+
+
+def forbidden(does: str, subject: str) -> AdapterError:
+    verb = "publish to" if does == "publish" else "hear"
+    return Refused("forbidden", f"This NATS user may not {verb} {subject}: use the credentials of the sandbox.")

@@ -1,0 +1,119 @@
+"""An agent behind HTTP: a signed POST for each message, as Standard Webhooks has them; the response is the answer.
+
+A request is made again, with the same `webhook-id`, after a failed connection, a timeout, 429 and 5xx.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import binascii
+import hashlib
+import hmac
+import time
+
+import httpx
+import msgspec
+
+from adapter.agent.sandbox import Message
+from adapter.errors import UNDECODABLE, Refused, SettingsError, Temporary
+from adapter.kit.timing import backoff
+
+SECRET_PREFIX = "whsec_"
+GIVE_UP_S = 3600.0
+"""After so long a message is given up, and its user told so: their next ones wait behind it."""
+
+
+class Reply(msgspec.Struct):
+    """A JSON response."""
+
+    reply: str = ""
+
+
+def read_secret(text: str) -> bytes:
+    """The key of `whsec_<base64>`. Raises SettingsError."""
+    try:
+        key = base64.b64decode(text.removeprefix(SECRET_PREFIX), validate=True)
+    except (binascii.Error, ValueError):
+        key = b""
+    if not text.startswith(SECRET_PREFIX) or len(key) < 24:
+        raise SettingsError(
+            "invalid_settings",
+            'The secret is whsec_ and base64 of 24 bytes or more: echo "whsec_$(openssl rand -base64 32)".',
+        )
+    return key
+
+
+def sign(key: bytes, message_id: str, timestamp: int, body: bytes) -> str:
+    """The header `webhook-signature`."""
+    signed = f"{message_id}.{timestamp}.".encode() + body
+    return "v1," + base64.b64encode(hmac.digest(key, signed, hashlib.sha256)).decode()
+
+
+class Webhook:
+    """Asks a URL for each answer. Calling it raises Refused for a response that a repeat does not better, and
+    Temporary after GIVE_UP_S."""
+
+    def __init__(self, http: httpx.AsyncClient, url: str, key: bytes, *, timeout_s: float, max_output: int) -> None:
+        """`max_output`: bytes of a response."""
+        self._http = http
+        self._url = url
+        self._key = key
+        self._timeout_s = timeout_s
+        self._max_output = max_output
+
+    async def __call__(self, message: Message, session: str) -> str:
+        event = {"type": "wechat.message", "session": session, "data": message.inbound}
+        body = msgspec.json.encode(event)
+        failures, began = 0, time.monotonic()
+        while True:
+            try:
+                return await self._post(message.id, body)
+            except Temporary as exc:
+                failures += 1
+                wait_s = exc.retry_after_s or backoff(failures)
+                if time.monotonic() + wait_s - began > GIVE_UP_S:
+                    raise
+                await asyncio.sleep(wait_s)
+
+    async def _post(self, message_id: str, body: bytes) -> str:
+        timestamp = int(time.time())
+        headers = {
+            "content-type": "application/json",
+            "webhook-id": message_id,
+            "webhook-timestamp": str(timestamp),
+            "webhook-signature": sign(self._key, message_id, timestamp, body),
+        }
+        try:
+            async with asyncio.timeout(self._timeout_s):
+                async with self._http.stream("POST", self._url, content=body, headers=headers) as response:
+                    _check_status(response)
+                    return self._read_answer(response, await self._read_body(response))
+        except (httpx.TransportError, httpx.DecodingError, TimeoutError) as exc:
+            raise Temporary("unreachable", type(exc).__name__) from exc
+
+    async def _read_body(self, response: httpx.Response) -> bytes:
+        body = b""
+        async for block in response.aiter_bytes():
+            body += block
+            if len(body) > self._max_output:
+                raise Refused("too_large", f"The response has more than {self._max_output} bytes.")
+        return body
+
+    def _read_answer(self, response: httpx.Response, body: bytes) -> str:
+        if response.headers.get("content-type", "").partition(";")[0].strip() != "application/json":
+            return body.decode(errors="replace")
+        try:
+            return msgspec.json.decode(body or b"{}", type=Reply).reply
+        except UNDECODABLE:
+            raise Refused("response", 'The response is no JSON such as {"reply": "…"}.') from None
+
+
+def _check_status(response: httpx.Response) -> None:
+    """Raises Temporary, Refused."""
+    status = response.status_code
+    if status == 429 or status >= 500:
+        after = response.headers.get("retry-after", "")
+        raise Temporary("status", f"HTTP {status}", retry_after_s=float(after) if after.isdigit() else None)
+    if not response.is_success:
+        raise Refused("status", f"HTTP {status}")

@@ -1,0 +1,324 @@
+"""`wechat-nats agent` as a process, with a real nats-server, adapter and simulator, and the deaths of each."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import contextlib
+import hmac
+import json
+import os
+import secrets
+import signal
+import sys
+import time
+from asyncio.subprocess import Process
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from aiohttp import web
+from aiohttp.test_utils import TestServer
+from nats.aio.client import Client
+
+from adapter.contract.messages import Options
+from tests.cli.process import alive
+from tests.e2e.world import NAMES, World, until, world
+
+ACK_WAIT_S = 3
+"""Less than the 30 s of the server's default, so that tests need not wait for it."""
+
+PROGRAM = """
+import json, os, pathlib, sys, time
+text, folder = sys.stdin.read(), pathlib.Path(sys.argv[1])
+with (folder / "runs").open("a") as runs:
+    runs.write(json.dumps({"pid": os.getpid(), "text": text, "session": os.environ["WECHAT_SESSION"]}) + "\\n")
+word = text.partition(" ")[0]
+while word == "wait" and not (folder / "go").exists():
+    time.sleep(0.01)
+if word == "fail":
+    sys.exit(3)
+if word == "flood":
+    print("x" * 1_000_000)
+if word == "environment":
+    print(*sorted(name for name in os.environ if "NATS" in name), json.loads(os.environ["WECHAT_MESSAGE"])["user"])
+if word != "quiet":
+    print("done:", text)
+"""
+
+
+class Agent:
+    """The command; without `--http` with a program that waits for the file `go` where its text says so."""
+
+    def __init__(self, made: World, *options: str, **environ: str) -> None:
+        self.folder = made.folder / "agent"
+        self.folder.mkdir()
+        script = self.folder / "program.py"
+        script.write_text(PROGRAM)
+        program = [] if "--http" in options else [f"--exec={sys.executable} '{script}' '{self.folder}'"]
+        self._options = [*program, *options]
+        self._environ = {"NATS_URL": made.url, "WECHAT_NATS_DATA_DIR": str(self.folder), **environ}
+        self.log = self.folder / "log"
+        self.process: Process | None = None
+
+    async def start(self) -> None:
+        with self.log.open("ab") as out:
+            self.process = await asyncio.create_subprocess_exec(
+                *(sys.executable, "-m", "adapter", "agent", "s1", *self._options),
+                env={**os.environ, **self._environ},
+                stdin=asyncio.subprocess.DEVNULL,
+                stdout=out,
+                stderr=out,
+            )
+
+    async def end(self, number: int = signal.SIGTERM) -> int:
+        assert self.process is not None
+        if self.process.returncode is None:
+            self.process.send_signal(number)
+        return await self.process.wait()
+
+    @property
+    def runs(self) -> list[dict[str, str]]:
+        with contextlib.suppress(FileNotFoundError):
+            return [json.loads(line) for line in (self.folder / "runs").read_text().splitlines()]
+        return []
+
+    def go(self) -> None:
+        (self.folder / "go").touch()
+
+
+@contextlib.asynccontextmanager
+async def agent_running(folder: Path, *options: str, **environ: str) -> AsyncIterator[tuple[World, Agent]]:
+    """One adapter, sandbox s1 with the user of a bot, and the command for it."""
+    async with world(folder) as made:
+        await made.add_adapter()
+        nc = await made.nc()
+        await made.bind(nc, "s1", made.sim.add_bot(), options=Options(durable=True))
+        await shorten_ack_wait(nc)
+        await nc.close()
+        agent = Agent(made, *options, **environ)
+        await agent.start()
+        try:
+            yield made, agent
+        except BaseException:
+            print(agent.log.read_text(), agent.runs)
+            raise
+        finally:
+            await agent.end(signal.SIGKILL)
+
+
+async def shorten_ack_wait(nc: Client) -> None:
+    info = await nc.jetstream().consumer_info(NAMES.stream_in, "s1")
+    info.config.ack_wait = ACK_WAIT_S
+    await nc.jetstream().add_consumer(NAMES.stream_in, info.config)
+
+
+async def shows(made: World, *texts: str) -> None:
+    """The phone of the user shows these, and nothing else, in this order."""
+    await until(lambda: len(made.phone_texts("s1")) >= len(texts), f"the phone shows {texts}")
+    assert made.phone_texts("s1") == list(texts)
+
+
+async def settled(made: World) -> None:
+    """Every message is acknowledged."""
+    nc = await made.nc()
+
+    async def open_messages() -> int:
+        info = await nc.jetstream().consumer_info(NAMES.stream_in, "s1")
+        return (info.num_pending or 0) + (info.num_ack_pending or 0)
+
+    async with asyncio.timeout(60):
+        while await open_messages():
+            await asyncio.sleep(0.05)
+    await nc.close()
+
+
+async def test_answers_come_in_order_and_steer_by_two_words(tmp_path: Path) -> None:
+    async with agent_running(tmp_path, "--max-output", "100", "--state", str(tmp_path / "state")) as (made, agent):
+        for text in ("one", "fail now", "quiet", "flood", "environment", "/new", "two"):
+            made.say("s1", text)
+        answers = [
+            "done: one",
+            "That did not work. Please try again.",
+            "x" * 100 + "…",
+            f"{made.bots['s1'].user}\ndone: environment",
+            "A new conversation begins.",
+            "done: two",
+        ]
+        await shows(made, *answers)
+        made.say("s1", "/stop")
+        await shows(made, *answers, "There is nothing to stop.")
+        await settled(made)
+        sessions = [run["session"] for run in agent.runs]
+        assert len(set(sessions[:5])) == 1
+        assert sessions[5] not in sessions[:5]
+        assert await agent.end() == 0
+        await agent.start()
+        made.say("s1", "three")
+        await until(lambda: len(agent.runs) == 7, "the program runs")
+        assert agent.runs[6]["session"] == sessions[5]
+        assert "done" not in agent.log.read_text()
+        assert "exit code 3" in agent.log.read_text()
+
+
+async def test_stop_ends_the_run_under_way_and_what_waits_goes_on(tmp_path: Path) -> None:
+    async with agent_running(tmp_path) as (made, agent):
+        made.say("s1", "wait for it")
+        await until(lambda: len(agent.runs) == 1, "the program runs")
+        made.say("s1", "next")
+        made.say("s1", "/stop")
+        await until(lambda: len(made.phone_texts("s1")) == 2, "both are answered")
+        assert sorted(made.phone_texts("s1")) == ["Stopped.", "done: next"]
+        assert not alive(int(agent.runs[0]["pid"]))
+        await settled(made)
+
+
+async def test_a_program_that_takes_too_long_is_ended(tmp_path: Path) -> None:
+    async with agent_running(tmp_path, "--timeout", "0.5") as (made, agent):
+        made.say("s1", "wait for it")
+        await shows(made, "That did not work. Please try again.")
+        assert not alive(int(agent.runs[0]["pid"]))
+        assert '"reason":"timeout"' in agent.log.read_text()
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM], ids=["kill -9", "SIGTERM"])
+async def test_what_was_in_work_when_the_command_died_is_answered_once(tmp_path: Path, number: int) -> None:
+    async with agent_running(tmp_path) as (made, agent):
+        made.say("s1", "wait for it")
+        made.say("s1", "second")
+        await until(lambda: len(agent.runs) == 1, "the program runs")
+        await agent.end(number)
+        await until(lambda: not alive(int(agent.runs[0]["pid"])), "its program ends with it")
+        agent.go()
+        await agent.start()
+        await shows(made, "done: wait for it", "done: second")
+        await settled(made)
+        await shows(made, "done: wait for it", "done: second")
+
+
+async def test_an_adapter_that_dies_meanwhile_loses_and_doubles_nothing(tmp_path: Path) -> None:
+    async with agent_running(tmp_path) as (made, agent):
+        made.say("s1", "wait for it")
+        await until(lambda: len(agent.runs) == 1, "the program runs")
+        await made.adapters[0].kill()
+        agent.go()
+        made.say("s1", "second")
+        await made.adapters[0].start()
+        await shows(made, "done: wait for it", "done: second")
+        await settled(made)
+        await shows(made, "done: wait for it", "done: second")
+
+
+async def test_a_server_that_dies_meanwhile_loses_and_doubles_nothing(tmp_path: Path) -> None:
+    async with agent_running(tmp_path) as (made, agent):
+        made.say("s1", "wait for it")
+        made.say("s1", "second")
+        await until(lambda: len(agent.runs) == 1, "the program runs")
+        made.server.kill()
+        agent.go()
+        await until(lambda: not alive(int(agent.runs[0]["pid"])), "the program ends while there is no bus")
+        await made.server.start()
+        made.say("s1", "third")
+        await shows(made, "done: wait for it", "done: second", "done: third")
+        await settled(made)
+        await shows(made, "done: wait for it", "done: second", "done: third")
+
+
+class Receiver:
+    """A webhook. `responses` are given one after the other, and then an answer to each text."""
+
+    def __init__(self) -> None:
+        self.key = secrets.token_bytes(32)
+        self.requests: list[web.Request] = []
+        self.events: list[dict[str, Any]] = []
+        self.responses: list[web.Response] = []
+        self.gate = asyncio.Event()
+        self.gate.set()
+        self.url = ""
+
+    @property
+    def secret(self) -> str:
+        return f"whsec_{base64.b64encode(self.key).decode()}"
+
+    async def on_request(self, request: web.Request) -> web.Response:
+        body = await request.read()
+        ident, timestamp = request.headers["webhook-id"], request.headers["webhook-timestamp"]
+        mac = hmac.new(self.key, f"{ident}.{timestamp}.{body.decode()}".encode(), "sha256").digest()
+        assert request.headers["webhook-signature"] == f"v1,{base64.b64encode(mac).decode()}"
+        assert abs(int(timestamp) - time.time()) < 60
+        self.requests.append(request)
+        self.events.append(json.loads(body))
+        await self.gate.wait()
+        if self.responses:
+            return self.responses.pop(0)
+        return web.json_response({"reply": f"done: {self.events[-1]['data']['text']}"})
+
+    @property
+    def texts(self) -> list[str]:
+        return [event["data"]["text"] for event in self.events]
+
+
+@pytest.fixture
+async def receiver() -> AsyncIterator[Receiver]:
+    made = Receiver()
+    app = web.Application()
+    app.router.add_post("/agent", made.on_request)
+    async with TestServer(app) as server:
+        made.url = str(server.make_url("/agent"))
+        yield made
+
+
+async def test_a_url_answers_now_later_or_after_it_was_asked_again(tmp_path: Path, receiver: Receiver) -> None:
+    receiver.responses = [
+        web.Response(status=503),
+        web.Response(status=429, headers={"retry-after": "1"}),
+        web.json_response({"reply": "first"}),
+        web.Response(text="plain"),
+        web.Response(status=202),
+        web.Response(status=404),
+        web.json_response(["no", "such", "thing"]),
+    ]
+    environ = {"WECHAT_WEBHOOK_SECRET": receiver.secret}
+    async with agent_running(tmp_path, "--http", receiver.url, **environ) as (made, agent):
+        for text in ("1", "2", "3", "4", "5", "6"):
+            made.say("s1", text)
+        sorry = "That did not work. Please try again."
+        await shows(made, "first", "plain", sorry, sorry, "done: 6")
+        await settled(made)
+        assert receiver.texts == ["1", "1", "1", "2", "3", "4", "5", "6"]
+        ids = [request.headers["webhook-id"] for request in receiver.requests]
+        assert len(set(ids[:3])) == 1
+        assert ids[0] == receiver.events[0]["data"]["id"]
+        assert len(set(ids)) == 6
+        assert len({event["session"] for event in receiver.events}) == 1
+        assert receiver.secret not in agent.log.read_text()
+
+
+@pytest.mark.parametrize("victim", ["command", "server", "receiver"])
+async def test_a_url_is_asked_again_after_a_death_and_answers_once(
+    tmp_path: Path, receiver: Receiver, victim: str
+) -> None:
+    environ = {"WECHAT_WEBHOOK_SECRET": receiver.secret}
+    async with agent_running(tmp_path, "--http", receiver.url, **environ) as (made, agent):
+        receiver.gate.clear()
+        made.say("s1", "one")
+        made.say("s1", "two")
+        await until(lambda: len(receiver.requests) == 1, "it is asked")
+        if victim == "command":
+            await agent.end(signal.SIGKILL)
+        elif victim == "server":
+            made.server.kill()
+        else:
+            transport = receiver.requests[0].transport
+            assert transport is not None
+            transport.abort()
+        receiver.gate.set()
+        if victim == "command":
+            await agent.start()
+        elif victim == "server":
+            await made.server.start()
+        await shows(made, "done: one", "done: two")
+        await settled(made)
+        await shows(made, "done: one", "done: two")
+        assert receiver.texts == (["one", "two"] if victim == "server" else ["one", "one", "two"])

@@ -1,0 +1,137 @@
+"""`adapter.agent` as a sandbox's program uses it, under the permissions that are shipped."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import hashlib
+import secrets
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from adapter.agent import Message, Sandbox
+from adapter.contract.messages import ImageItem, Options, OutFile
+from adapter.environment import read_settings
+from adapter.errors import Refused
+from adapter.settings import Settings
+from adapter.simulator import BotRecord, Simulator
+from tests.bus.guarded import guarded
+from tests.e2e.world import World, environ_of, fast, until
+
+
+class Place:
+    """A bridge in which s1 has two users."""
+
+    def __init__(self, world: World, users: list[BotRecord], settings: dict[str, Settings]) -> None:
+        self.world = world
+        self.users = users
+        self.settings = settings
+        """By sandbox: its own rights, and no word of an inbox prefix."""
+
+    def texts(self, user: BotRecord) -> list[str]:
+        return [shown.text for shown in self.world.sim.phone(user.user)]
+
+
+@pytest.fixture(params=["passwords", "jwt-each"])
+async def place(tmp_path: Path, request: pytest.FixtureRequest) -> AsyncIterator[Place]:
+    async with guarded(tmp_path, request.param) as server, Simulator(fast()) as sim:
+        world = World(tmp_path, sim, server.url, environ_of(server.url, sim) | server.users["adapter"].environ)
+        try:
+            await world.add_adapter()
+            platform = await server.connect("platform")
+            users = [sim.add_bot(), sim.add_bot()]
+            for bot in users:
+                assert (await world.bind(platform.nc, "s1", bot, options=Options(durable=True))).ok
+            environs = {name: {"NATS_URL": server.url, **server.users[name].environ} for name in ("s1", "s2")}
+            for environ in environs.values():
+                del environ["NATS_INBOX_PREFIX"]
+            yield Place(world, users, {name: read_settings(environ) for name, environ in environs.items()})
+        finally:
+            await world.close()
+
+
+@contextlib.asynccontextmanager
+async def beside(work: Any) -> AsyncIterator[asyncio.Task[None]]:
+    task = asyncio.create_task(work)
+    try:
+        yield task
+    finally:
+        task.cancel()
+        await asyncio.wait({task})
+
+
+async def test_users_have_their_answers_in_order_and_wait_for_nobody(place: Place) -> None:
+    slow, quick = place.users
+    gate = asyncio.Event()
+
+    async def handle(message: Message) -> None:
+        if message.text == "slow":
+            await message.typing()
+            await gate.wait()
+        await message.reply(f"1 {message.text}")
+        await message.reply(f"2 {message.text}")
+
+    async with Sandbox("s1", place.settings["s1"]) as sandbox, beside(sandbox.run(handle)) as running:
+        for text in ("slow", "next"):
+            place.world.sim.say(slow.bot, text)
+        for text in ("a", "b", "c"):
+            place.world.sim.say(quick.bot, text)
+        await until(lambda: len(place.texts(quick)) == 6, "the other user is answered")
+        assert place.texts(quick) == ["1 a", "2 a", "1 b", "2 b", "1 c", "2 c"]
+        assert place.texts(slow) == []
+        gate.set()
+        await until(lambda: len(place.texts(slow)) == 4, "the first one is, too")
+        assert place.texts(slow) == ["1 slow", "2 slow", "1 next", "2 next"]
+        assert not running.done()
+
+
+async def test_media_come_and_go(place: Place) -> None:
+    user, sent = place.users[0], secrets.token_bytes(600_000)
+    place.world.sim.say_media(user.bot, "image", b"\x89PNG\r\n\x1a\n" + sent)
+    async with Sandbox("s1", place.settings["s1"]) as sandbox:
+        async for message in sandbox:
+            (item,) = message.inbound.items
+            assert isinstance(item, ImageItem)
+            assert item.media is not None
+            assert await sandbox.read_media(item.media) == b"\x89PNG\r\n\x1a\n" + sent
+            media = await sandbox.put_media(sent, "back again.bin")
+            assert (media.size, media.name) == (len(sent), "back again.bin")
+            await message.reply("Here:", [OutFile(media=media)])
+            break
+        await until(lambda: len(place.world.sim.phone(user.user)) == 2, "the phone shows it")
+        text, file = place.world.sim.phone(user.user)
+        assert text.text == "Here:"
+        assert [view.md5 for view in file.media] == [hashlib.md5(sent).hexdigest()]
+        with pytest.raises(Refused, match="no such object"):
+            await sandbox.read_media(type(media)(object="s1/out/nothing"))
+
+
+async def test_another_sandbox_is_closed_and_that_is_said(place: Place) -> None:
+    async with Sandbox("s1", place.settings["s2"]) as sandbox:
+        with pytest.raises(Refused, match="This NATS user may not"):
+            await anext(aiter(sandbox))
+
+
+async def test_a_message_is_answered_again_under_the_same_ids_until_it_was_finished(place: Place) -> None:
+    user = place.users[0]
+    place.world.sim.say(user.bot, "hello")
+    ids: list[list[str]] = []
+    for _ in range(2):  # a program that dies after its answers, and one that lives on
+        async with Sandbox("s1", place.settings["s1"]) as sandbox:
+            async for message in sandbox:
+                ids.append([await message.reply("one"), await message.reply("two")])
+                break
+    async with Sandbox("s1", place.settings["s1"]) as sandbox:
+
+        async def echo() -> None:
+            async for message in sandbox:
+                await message.reply(f"at last: {message.text}")
+
+        async with beside(echo()):
+            place.world.sim.say(user.bot, "next")
+            await until(lambda: "at last: next" in place.texts(user), "the next one is answered")
+    assert ids[0] == ids[1]
+    assert place.texts(user) == ["one", "two", "at last: next"]
