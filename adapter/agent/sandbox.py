@@ -15,8 +15,8 @@ from urllib.parse import quote
 from uuid import uuid4
 
 import msgspec
-from nats.errors import Error as NatsError
 from nats.errors import ConnectionClosedError, NoRespondersError
+from nats.errors import Error as NatsError
 from nats.js import JetStreamContext
 from nats.js.errors import APIError, NoStreamResponseError, ServiceUnavailableError
 
@@ -213,7 +213,7 @@ class Sandbox:
 
     async def send(self, command: Outbound) -> None:
         """Stores a command and returns once the bus has confirmed it; tries for as long as that takes. The command
-        needs an id, which makes the tries one. Raises Refused("too_large"), Refused("forbidden"), Temporary("bus_down"),
+        needs an id, which makes the tries one. Raises Refused (too_large, forbidden), Temporary("bus_down"),
         APIError."""
         payload = msgspec.json.encode(command)
         if len(payload) > COMMAND_BYTES:
