@@ -18,7 +18,8 @@
 # make fuzz         foreign bytes into every reader, guided by coverage, for FUZZ_S seconds each; installs the fuzzer
 # make audit        known vulnerabilities in what is locked; needs an index that has advisories
 #
-# make demo         a conversation on this machine: server, simulated WeChat, adapter and echo agent
+# make demo         a conversation on this machine: server, simulated WeChat, adapter and an agent that echoes;
+#                   AGENT='program arguments' answers instead
 # make format       the code as `make check` wants it
 # make generate     schemas/, helm/nats/ and the table of settings, from the code
 # make dashboard-picture  helm/dashboard.png, from what a real Prometheus answers under load
@@ -48,7 +49,7 @@ PYTHONS := $(BIN)/python python3 python3.14 python3.13 python3.12 python3.11 pyt
 .DEFAULT_GOAL := test
 
 demo: install
-	@exec $(BIN)/wechat-nats demo
+	@exec $(BIN)/wechat-nats demo $${AGENT:+--exec "$$AGENT"}
 
 # More at a time than a small machine has cores: most tests wait for processes and timers.
 pytest = $(BIN)/pytest -n 4 --dist worksteal

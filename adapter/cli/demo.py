@@ -11,7 +11,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 from urllib.parse import urlsplit
 
+from cyclopts import Parameter
+
 from adapter import __version__
+from adapter.agent import Message, Sandbox
+from adapter.agent.program import Program
+from adapter.agent.runner import Runner, Sessions
+from adapter.cli.agent import MAX_OUTPUT, Exec
 from adapter.cli.bindings import ControlRequests
 from adapter.cli.bus import Bus, connected_bus
 from adapter.cli.embedded import EmbeddedNats
@@ -20,7 +26,7 @@ from adapter.cli.lifetime import adapter_running, run_until_stopped, until_signa
 from adapter.cli.options import flag
 from adapter.cli.screen import Screen
 from adapter.cli.stdin import lines
-from adapter.contract.messages import Bind
+from adapter.contract.messages import Bind, Options
 from adapter.observability import logs
 from adapter.settings import Settings
 
@@ -28,6 +34,9 @@ if TYPE_CHECKING:
     from adapter.simulator import BotRecord
 
 PATIENCE_S = 30.0
+AGENT_S = 600.0
+"""What a program has for an answer."""
+REPLY_CHARS = 2000
 DRAIN_S = 5.0
 HOLD_MS = 1000
 """How long the simulated iLink holds a poll; an adapter that stops waits for its end."""
@@ -35,27 +44,32 @@ HOLD_MS = 1000
 
 async def demo(
     *,
+    program: Exec = None,
+    echo: Annotated[
+        bool, Parameter(negative="--no-echo", show_default=False, help="Without an agent: attach one yourself.")
+    ] = True,
     verbose: Annotated[bool, flag("The adapter's log goes to standard error.")] = False,
 ) -> int:
-    """Chat as a WeChat user with an echo agent, through a real bus.
+    """Chat as a WeChat user with an agent, through a real bus: one that echoes, or a program of yours.
 
-    Starts NATS in a temporary folder, a simulated iLink, the adapter and an agent. You type as the WeChat user; each
+    Starts NATS in a temporary folder, a simulated iLink, the adapter and the agent. You type as the WeChat user; each
     step of a message and of its answer is shown. Lines may also be piped in: at the end of the input it waits for
     the last answers and ends. Exit code 0 then, and after ctrl-C too, which is how a chat ends.
     """
     screen = Screen(sys.stdout, prompting=sys.stdin is not None and sys.stdin.isatty())
     with until_signalled() as stop, _log(screen, verbose):
-        code = await run_until_stopped(stop, _demo(screen))
+        code = await run_until_stopped(stop, _demo(screen, program, echo))
     if code is None:
         screen.note("")
     return OK if code is None else code
 
 
-async def _demo(screen: Screen) -> int:
+async def _demo(screen: Screen, program: str | None, echo: bool) -> int:
     """From nothing to the end of the conversation. Cleans up after itself, however it ends."""
     from adapter.cli.talk import SANDBOX, Chat, TalkDeps  # noqa: PLC0415
     from adapter.simulator import Simulator, SimulatorSettings  # noqa: PLC0415
 
+    answer = Program(program, timeout_s=AGENT_S, max_output=MAX_OUTPUT) if program is not None else _echo
     async with contextlib.AsyncExitStack() as stack:
         nats = await stack.enter_async_context(EmbeddedNats())
         simulator = await stack.enter_async_context(Simulator(SimulatorSettings(hold_ms=HOLD_MS, hint_ms=HOLD_MS)))
@@ -64,9 +78,21 @@ async def _demo(screen: Screen) -> int:
         bus = await stack.enter_async_context(connected_bus(settings))
         bot = simulator.add_bot()
         await _bind(bus, SANDBOX, bot)
-        screen.note(f"NATS at {nats.url}, sandbox {SANDBOX}. You are a WeChat user: write. ctrl-C ends.\n")
-        talk = Chat(TalkDeps(bus, simulator, bot, screen, PATIENCE_S))
-        return await while_alive(talk.run(lines()), nats, adapter)
+        screen.note(f"NATS at {nats.url}, sandbox {SANDBOX}. You are a WeChat user: write. ctrl-C ends.")
+        agent = None
+        if program is not None or echo:
+            screen.note("Another agent: wechat-nats demo --exec 'PROGRAM', or --no-echo.\n")
+            sandbox = await stack.enter_async_context(Sandbox(SANDBOX, settings))
+            agent = Runner(sandbox, answer, Sessions(SANDBOX)).run()
+        else:
+            screen.note(f"Your agent: NATS_URL={nats.url} wechat-nats agent {SANDBOX} --exec 'PROGRAM'\n")
+        patience_s = PATIENCE_S if agent is not None and program is None else PATIENCE_S + AGENT_S
+        talk = Chat(TalkDeps(bus, simulator, bot, screen, patience_s))
+        return await while_alive(talk.run(lines(), agent), nats, adapter)
+
+
+async def _echo(message: Message, _session: str) -> str:
+    return f"You said: {message.text}"[:REPLY_CHARS]
 
 
 def demo_settings(nats_url: str, ilink_url: str) -> Settings:
@@ -87,7 +113,8 @@ def demo_settings(nats_url: str, ilink_url: str) -> Settings:
 
 
 async def _bind(bus: Bus, sandbox: str, bot: BotRecord) -> None:
-    asked = Bind(sandbox=sandbox, bot=bot.bot, bot_token=bot.token, user=bot.user, id="demo")
+    options = Options(durable=True)
+    asked = Bind(sandbox=sandbox, bot=bot.bot, bot_token=bot.token, user=bot.user, id="demo", options=options)
     answer = await (await ControlRequests.open(bus)).request(asked, PATIENCE_S)
     if not answer.ok:
         raise Failed(NO, f"The bot could not be bound: {answer.error}")

@@ -10,7 +10,7 @@ from adapter.cli.output import pad, printable
 
 WIDTH, LABEL = 80, 18
 """Columns of a line, and of its label."""
-COLOURS = {"you": "36", "echo agent": "35", "receipt": "32", "phone": "1;36", "problem": "1;31"}
+COLOURS = {"you": "36", "wechat.out.demo": "35", "receipt": "32", "phone": "1;36", "problem": "1;31"}
 OTHER = "2"
 
 

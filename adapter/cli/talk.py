@@ -1,11 +1,11 @@
-"""The conversation of `demo`: a simulated phone on one side, an echo agent on the other, the bus in between."""
+"""The conversation of `demo`: a simulated phone on one side, an agent on the other, the bus in between."""
 
 from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator
-from typing import NamedTuple
+from collections.abc import AsyncIterator, Coroutine
+from typing import Any, NamedTuple
 
 import msgspec
 from nats.aio.msg import Msg
@@ -15,7 +15,6 @@ from adapter.cli.exit_codes import NO, OK, TIMEOUT, Failed
 from adapter.cli.screen import Screen
 from adapter.cli.send import describe
 from adapter.contract.messages import FINAL_OUTCOMES, Inbound, Outbound, Receipt
-from adapter.contract.names import H_MSG_ID
 from adapter.kit.timing import raise_if_cancelled
 from adapter.simulator import BotRecord, Simulator
 
@@ -23,7 +22,6 @@ SANDBOX = "demo"
 UNANSWERED = 5
 """Lines that may be on their way at once. Fewer than the sends of a window: each line opens it anew, but ten lines
 in one go leave room for ten answers only, and more would be parked until the next."""
-REPLY_CHARS = 2000
 
 
 class TalkDeps(NamedTuple):
@@ -43,9 +41,7 @@ class Chat:
     def __init__(self, stage: TalkDeps) -> None:
         self._stage = stage
         self._free_slots = asyncio.Semaphore(UNANSWERED)
-        self._stored: dict[str, asyncio.Event] = {}
         self._receipts: asyncio.Queue[Receipt] = asyncio.Queue()
-        self._inbound: asyncio.Queue[Inbound] = asyncio.Queue()
         self._progressed = asyncio.Condition()
         self._moved_at = time.monotonic()
         self.said = 0
@@ -57,13 +53,14 @@ class Chat:
         """Lines without an answer."""
         return self.said - self.answered - self.failed
 
-    async def run(self, lines: AsyncIterator[str]) -> int:
-        """Holds the conversation until the lines end and all are answered. Raises Failed if it stands still."""
+    async def run(self, lines: AsyncIterator[str], agent: Coroutine[Any, Any, None] | None) -> int:
+        """Holds the conversation, beside `agent` if it is ours, until the lines end and all are answered. Raises
+        Failed if it stands still, and what the agent raises."""
         await self._listen()
         try:
             async with asyncio.TaskGroup() as group:
-                loops = (self._agent_forever(), self._receipts_forever(), self._wait_progress())
-                tasks = [group.create_task(loop) for loop in loops]
+                loops = (agent, self._receipts_forever(), self._wait_progress())
+                tasks = [group.create_task(loop) for loop in loops if loop is not None]
                 code = await self._talk(lines)
                 for task in tasks:
                     task.cancel()
@@ -98,53 +95,45 @@ class Chat:
         return NO if self.failed else OK
 
     async def _listen(self) -> None:
-        names = self._stage.bus.names
-        await self._stage.bus.nc.subscribe(names.live(SANDBOX), cb=self._on_inbound)
-        await self._stage.bus.nc.subscribe(names.receipts(SANDBOX), cb=self._on_receipt)
-        await self._stage.bus.nc.flush()
+        names, nc = self._stage.bus.names, self._stage.bus.nc
+        await nc.subscribe(names.live(SANDBOX), cb=self._on_inbound)
+        await nc.subscribe(names.out(SANDBOX), cb=self._on_command)
+        await nc.subscribe(names.receipts(SANDBOX), cb=self._on_receipt)
+        await nc.flush()
         raise_if_cancelled()
 
     async def _on_inbound(self, msg: Msg) -> None:
-        self._inbound.put_nowait(msgspec.json.decode(msg.data, type=Inbound))
+        message = msgspec.json.decode(msg.data, type=Inbound)
+        left = message.window.remaining
+        budget = "" if left is None else f", {left} sends left"
+        self._stage.screen.show(msg.subject, f'"{message.text}"  (id {message.id[-12:]}{budget})')
+        await self._progress()
 
-    async def _on_receipt(self, msg: Msg) -> None:
-        self._receipts.put_nowait(msgspec.json.decode(msg.data, type=Receipt))
-
-    async def _agent_forever(self) -> None:
-        """What an agent is: it reads its subject and publishes its answers."""
-        names, screen = self._stage.bus.names, self._stage.screen
-        while True:
-            message = await self._inbound.get()
-            left = message.window.remaining
-            budget = "" if left is None else f", {left} sends left"
-            screen.show(names.live(SANDBOX), f'"{message.text}"  (id {message.id[-12:]}{budget})')
-            text = f"You said: {message.text}"[:REPLY_CHARS]
-            reply = Outbound(id=f"echo-{message.id}", user=message.user, text=text, reply_to=message.id)
-            screen.show("echo agent", f'"{reply.text}"')
-            await self._send(reply)
-            screen.show(names.out(SANDBOX), "→ stored")
-            self._stored[reply.id or ""].set()
+    async def _on_command(self, msg: Msg) -> None:
+        command = msgspec.json.decode(msg.data, type=Outbound)
+        if command.typing == "off":  # the agent is done, and has nothing to say
+            await self._close(True)
+        elif not command.typing:
+            said = f'"{command.text}"' if command.text else f"{len(command.items or [])} items"
+            self._stage.screen.show(msg.subject, said)
             await self._progress()
 
-    async def _send(self, reply: Outbound) -> None:
-        self._stored[reply.id or ""] = asyncio.Event()
-        bus = self._stage.bus
-        await bus.store(bus.names.out(SANDBOX), msgspec.json.encode(reply), {H_MSG_ID: reply.id or ""})
+    async def _on_receipt(self, msg: Msg) -> None:
+        receipt = msgspec.json.decode(msg.data, type=Receipt)
+        if receipt.reason != "typing" and (receipt.message_ids or receipt.outcome != "accepted"):
+            self._receipts.put_nowait(receipt)
 
     async def _receipts_forever(self) -> None:
         """Shows what became of each answer, then what the phone shows of it."""
         screen = self._stage.screen
         while True:
             receipt = await self._receipts.get()
-            if receipt.command not in self._stored:
-                continue
-            await self._stored[receipt.command].wait()  # a receipt may be faster than the stream's acknowledgement
             screen.show("receipt", describe(receipt))
             if receipt.outcome == "accepted":
                 for message_id in receipt.message_ids:
                     screen.show("phone", await self._on_phone(message_id))
             if receipt.outcome in FINAL_OUTCOMES:
-                await self._close(receipt)
+                await self._close(receipt.outcome == "accepted")
 
     async def _on_phone(self, message_id: str) -> str:
         """The text of a message, once the phone shows it. Waits as long as `_wait_progress` allows."""
@@ -154,13 +143,12 @@ class Chat:
                     return shown.text
             await asyncio.sleep(0.01)
 
-    async def _close(self, receipt: Receipt) -> None:
-        del self._stored[receipt.command]
-        if receipt.outcome == "accepted":
-            self.answered += 1
-        else:
-            self.failed += 1
-        self._free_slots.release()
+    async def _close(self, good: bool) -> None:
+        """A line is dealt with, unless that was one answer more to a line that is closed."""
+        if self.open:
+            self.answered += good
+            self.failed += not good
+            self._free_slots.release()
         await self._progress()
         if self.open == 0:
             self._stage.screen.prompt()

@@ -61,15 +61,13 @@ async def test_a_line_in_a_pipe_comes_back_to_the_phone(temporary: Path) -> None
     assert [label for label, _ in entries(out)] == [
         "you",
         "wechat.in.demo",
-        "echo agent",
         "wechat.out.demo",
         "receipt",
         "phone",
     ]
     assert said(out, "you") == ["hello"]
     assert re.fullmatch(r'"hello"  \(id \S+, 10 sends left\)', said(out, "wechat.in.demo")[0])
-    assert said(out, "echo agent") == ['"You said: hello"']
-    assert said(out, "wechat.out.demo") == ["→ stored"]
+    assert said(out, "wechat.out.demo") == ['"You said: hello"']
     assert re.fullmatch(r"accepted  \(message id \d+\)", said(out, "receipt")[0])
     assert said(out, "phone") == ["You said: hello"]
     assert b"\x1b" not in out
@@ -83,6 +81,34 @@ async def test_more_lines_at_once_than_a_window_has_sends(temporary: Path) -> No
         assert (process.returncode, err) == (0, b"")
     assert said(out, "you") == sentences
     assert said(out, "phone") == [f"You said: {text}" for text in sentences]
+
+
+async def test_a_program_answers_instead(temporary: Path) -> None:
+    """Also where it has nothing to say, and where what it was given is one of the words that steer it."""
+    program = "sed -e /quiet/d -e s/hello/bye/"
+    async with started("demo", "--exec", program) as process:
+        out, err = await process.communicate(b"hello\nquiet\n/new\n")
+        assert (process.returncode, err) == (0, b"")
+    assert said(out, "phone") == ["bye", "A new conversation begins."]
+    assert os.listdir(temporary) == []
+
+
+async def test_an_agent_of_ones_own_is_attached_by_the_line_that_is_printed(temporary: Path, tmp_path: Path) -> None:
+    async with started("demo", "--no-echo") as process:
+        out = await shown(process, b"PROGRAM'\n\n")
+        (line,) = [line for line in out.decode().splitlines() if line.startswith("Your agent: ")]
+        variable, command, *arguments = line.removeprefix("Your agent: ").replace("PROGRAM", "cat").split(" ")
+        assert command == "wechat-nats"
+        name, _, url = variable.partition("=")
+        environ = {name: url, "WECHAT_NATS_DATA_DIR": str(tmp_path)}
+        async with started(*(argument.strip("'") for argument in arguments), env=environ) as agent:
+            assert process.stdin is not None
+            process.stdin.write(HELLO)
+            await shown(process, b"phone             hello")
+            agent.send_signal(15)
+            assert await agent.wait() == 0
+        process.stdin.close()
+        assert await process.wait() == 0
 
 
 @pytest.mark.parametrize("given", [b"", b"\n\n"], ids=["nothing", "empty lines"])
