@@ -18,7 +18,7 @@ from nats.aio.client import Client
 from nats.aio.msg import Msg
 
 from adapter.cli.embedded import EmbeddedNats
-from adapter.contract.messages import Outbound
+from adapter.contract.messages import Options, Outbound
 from adapter.simulator import Simulator
 from tests.bus.guarded import guarded
 from tests.cli.test_doctor import WithoutJetStream
@@ -59,22 +59,22 @@ async def test_python(bridge: World, tmp_path: Path) -> None:
     await converse(bridge, examples.python(tmp_path))
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/tutorial.md", "schemas/README.md"])
+@pytest.mark.parametrize("page", ["README.md", "docs/tutorial.md", "docs/howto/agent.md", "schemas/README.md"])
 async def test_the_agent_on_a_page_answers(bridge: World, tmp_path: Path, page: str) -> None:
-    """As it is printed, but for the server and the sandbox's name."""
+    """As it is printed, but for the sandbox's name."""
     sandbox = page.partition(".")[0].replace("/", "-").lower()
     (printed,) = [
         one
         for one in re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), re.DOTALL)
-        if "nats.connect(" in one
+        if "asyncio.run(" in one
     ]
-    program = re.sub(r"nats\.connect\(.*?\)", f'nats.connect("{bridge.url}")', printed).replace("s1", sandbox)
-    (tmp_path / "agent.py").write_text(program)
+    (tmp_path / "agent.py").write_text(printed.replace("s1", sandbox))
     nc = await bridge.nc()
     bot = bridge.sim.add_bot()
-    await bridge.bind(nc, sandbox, bot)
+    await bridge.bind(nc, sandbox, bot, options=Options(durable=True))
     commands = await listening(nc, sandbox)
-    async with Language(page, tmp_path, {"agent": (sys.executable, str(tmp_path / "agent.py"))}).run("agent"):
+    agent = Language(page, tmp_path, {"agent": (sys.executable, str(tmp_path / "agent.py"))})
+    async with agent.run("agent", NATS_URL=bridge.url):
 
         async def answered() -> bool:
             bridge.sim.say(bot.user, "hello")  # until it listens: it hears what is said from then on
