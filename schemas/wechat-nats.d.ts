@@ -1,5 +1,5 @@
 /* Messages of the bus, generated from the JSON Schemas here by `make generate`; do not edit.
-   Of: 5e099dc01496602a9c43056b5b4b50b8134594d1e25ce98635d80e0194d3d562 */
+   Of: a8e3754be81b0904a4d39f73d92dcb3ac0563065a74a1d53dea1c4169f7940dc */
 
 /**
  * Options of a binding.
@@ -87,6 +87,61 @@ export interface BindingEvent {
   at_ms?: number;
 }
 /**
+ * How a bot fares now. Times are Unix milliseconds, 0: never, or not known.
+ */
+export interface BindingHealth {
+  /**
+   * not_polled: no replica polls it. failing: for a minute iLink has answered no poll, or the answer cannot be stored. unknown: a replica gave no answer. paused: NATS or the lease is away. retrying: the last poll failed. draining: its replica gives it back. starting: its replica takes it.
+   */
+  status:
+    "draining" | "failing" | "needs_login" | "not_polled" | "paused" | "polling" | "retrying" | "starting" | "unknown";
+  /**
+   * Why, in a few words.
+   */
+  detail?: string;
+  /**
+   * Which polls it.
+   */
+  replica?: string;
+  /**
+   * When iLink last answered a poll.
+   */
+  answered_ms?: number;
+  /**
+   * When its user wrote last.
+   */
+  inbound_ms?: number;
+  /**
+   * When something was last sent in the user's window.
+   */
+  sent_ms?: number;
+  /**
+   * What may be sent now; null where it was never open.
+   */
+  window?: Window | null;
+  /**
+   * What is kept of its user was written by a newer version, and is not read.
+   */
+  is_unread?: boolean;
+}
+/**
+ * What may still be sent to the user before they write again.
+ */
+export interface Window {
+  /**
+   * Sends left; 0 also if the window is over or WeChat accepts no more; null: sends are not counted. Each part of a long text, each media item and each caption is a send.
+   */
+  remaining?: number | null;
+  /**
+   * Sends of `remaining` that are reserved for answers: commands with `optional` get none.
+   */
+  reserved?: number;
+  /**
+   * When the window closes; null: it is not open.
+   */
+  closes_at_ms?: number | null;
+}
+/**
  * A binding without its token: answer of wechat.svc.bindings.get and .list, and of bind.
  */
 export interface BindingInfo {
@@ -104,6 +159,10 @@ export interface BindingInfo {
    */
   since_ms?: number;
   options?: Options;
+  /**
+   * Only where the request asks for it.
+   */
+  health?: BindingHealth | null;
 }
 /**
  * Answer of wechat.svc.bindings.list and .get, in the order of bot ids.
@@ -129,6 +188,10 @@ export interface BindingsQuery {
    * Page size.
    */
   limit?: number;
+  /**
+   * Say how each bot fares; all replicas are asked. Only of .list.
+   */
+  health?: boolean;
 }
 /**
  * Answer to bind, unbind and erase, sent to the header Reply-To when the outcome is stored.
@@ -347,23 +410,6 @@ export interface VoiceItem {
    * Why the bytes are missing: too_large, timeout, unavailable (the CDN refused or failed), corrupt (they cannot be decrypted), reference (missing, or not allowed), off (the binding's option), store (the bus did not accept them); empty if they are there.
    */
   reason?: string;
-}
-/**
- * What may still be sent to the user before they write again.
- */
-export interface Window {
-  /**
-   * Sends left; 0 also if the window is over or WeChat accepts no more; null: sends are not counted. Each part of a long text, each media item and each caption is a send.
-   */
-  remaining?: number | null;
-  /**
-   * Sends of `remaining` that are reserved for answers: commands with `optional` get none.
-   */
-  reserved?: number;
-  /**
-   * When the window closes; null: it is not open.
-   */
-  closes_at_ms?: number | null;
 }
 /**
  * A user's message to the bot of one sandbox. Subject: wechat.in.<sandbox>.

@@ -5,9 +5,11 @@ from __future__ import annotations
 import asyncio
 import getpass
 import sys
+import time
 from collections.abc import Callable
+from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Annotated, TypeVar
+from typing import Annotated, Literal, TypeVar
 
 import msgspec
 from cyclopts import Parameter
@@ -18,22 +20,27 @@ from adapter.cli.bus import Bus, connected_bus
 from adapter.cli.exit_codes import NO, OK, TIMEOUT, UNREACHABLE, USAGE, Failed
 from adapter.cli.options import AutoTyping, Durable, Json, Keep, MaybeSandbox, MaybeTimeout, RequestId, flag, new_id
 from adapter.contract.messages import (
+    BOT_STATUSES,
     SCHEMA_VERSION,
     Bind,
+    BindingHealth,
     BindingInfo,
     BindingsPage,
     BindingsQuery,
+    BotStatus,
     ControlAnswer,
     Erase,
     Options,
     Unbind,
 )
-from adapter.contract.names import H_MSG_ID, H_REPLY_TO, H_SCHEMA
+from adapter.contract.names import H_MSG_ID, H_REPLY_TO, H_SCHEMA, is_sandbox
 from adapter.errors import UNDECODABLE
 
 COLUMNS = ("sandbox", "bot", "user", "state", "since", "reason")
+HEALTH_COLUMNS = ("sandbox", "bot", "user", "state", "last poll", "user wrote", "window", "why")
+TROUBLE: tuple[BotStatus, ...] = ("not_polled", "failing", "needs_login", "unknown", "paused")
 R = TypeVar("R", bound=bulk.Row)
-STYLES = {"active": "green", "needs_login": "red"}
+STYLES = {"active": "green", "polling": "green", "needs_login": "red", "not_polled": "red", "failing": "red"}
 
 
 ROWS_UNDER_WAY = 256
@@ -225,24 +232,68 @@ def _confirm(question: str) -> bool:
     return sys.stdin.readline().strip().lower() in ("y", "yes")
 
 
-async def bindings(*, sandbox: MaybeSandbox = None, json: Json = False) -> int:
-    """List which bots serve which sandboxes. Tokens are never shown."""
+async def bindings(
+    *,
+    sandbox: Annotated[str | None, Parameter(help="Only this sandbox, or with * and ? those that match.")] = None,
+    user: Annotated[str | None, Parameter(help="Only this user, or with * and ? those that match.")] = None,
+    state: Annotated[
+        tuple[BotStatus | Literal["trouble"], ...],
+        Parameter(help="Only bots in this state; trouble: all that is not as it should be. May be repeated."),
+    ] = (),
+    json: Json = False,
+) -> int:
+    """List which bots serve which sandboxes, and how they fare, the worst first. Tokens are never shown.
+
+    All replicas are asked how they poll their bots. States: not_polled (no replica polls it), failing (no answer from
+    iLink for a minute), needs_login, unknown (a replica gave no answer), paused (NATS is away), retrying, draining,
+    starting, polling.
+    """
+    wanted = {each for one in state for each in (TROUBLE if one == "trouble" else (one,))}
     async with connected_bus() as bus:
-        found = await all_bindings(bus, sandbox)
+        exact = sandbox if sandbox is not None and is_sandbox(sandbox) else None
+        every = await all_bindings(bus, exact, health=True)
+    found = [
+        info
+        for info in every
+        if fnmatchcase(info.sandbox, sandbox or "*")
+        and fnmatchcase(info.user, user or "*")
+        and (not wanted or status_of(info) in wanted)
+    ]
+    found.sort(key=lambda info: (BOT_STATUSES.index(status_of(info)), info.sandbox, info.bot))
     if json:
         for info in found:
             output.json_line(info)
     else:
-        _table(found, empty="Nothing is bound." if sandbox is None else f"Nothing is bound to {sandbox}.")
+        is_filtered = bool(sandbox or user or state)
+        empty = "Nothing is bound." if not is_filtered else "Nothing matches." if not exact else ""
+        output.table(
+            HEALTH_COLUMNS, map(_health_row, found), styles=STYLES, empty=empty or f"Nothing is bound to {exact}."
+        )
     return OK
 
 
-async def all_bindings(bus: Bus, sandbox: str | None = None, bot: str | None = None) -> list[BindingInfo]:
+def status_of(info: BindingInfo) -> BotStatus:
+    return info.health.status if info.health is not None else "unknown"
+
+
+def _health_row(info: BindingInfo) -> tuple[str, ...]:
+    health = info.health or BindingHealth(status="unknown")
+    window = "-" if health.window is None else "closed"
+    if health.window is not None and health.window.closes_at_ms:
+        count = "open" if health.window.remaining is None else f"{health.window.remaining} left"
+        window = f"{count}, {output.span(health.window.closes_at_ms - time.time() * 1000)}"
+    polled, wrote = (output.ago(ms) for ms in (health.answered_ms, health.inbound_ms))
+    return info.sandbox, info.bot, info.user or "-", health.status, polled, wrote, window, health.detail
+
+
+async def all_bindings(
+    bus: Bus, sandbox: str | None = None, bot: str | None = None, *, health: bool = False
+) -> list[BindingInfo]:
     """Every page of wechat.svc.bindings.list. Raises Failed."""
     found: list[BindingInfo] = []
     after = ""
     while True:
-        query = BindingsQuery(sandbox=sandbox, bot=bot, after=after)
+        query = BindingsQuery(sandbox=sandbox, bot=bot, after=after, health=health)
         page = await bus.request_service("bindings.list", query, BindingsPage)
         found += page.bindings
         if not page.next:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-from collections import Counter
 from typing import Annotated, Any, NamedTuple
 
 import msgspec
@@ -13,11 +12,12 @@ from nats.errors import Error as NatsError
 
 from adapter.bindings.key_rotation import count_stored_tokens, reseal_tokens
 from adapter.cli import output, permission_checks, unrouted_commands
-from adapter.cli.bindings import all_bindings
+from adapter.cli.bindings import TROUBLE, all_bindings, status_of
 from adapter.cli.bus import Bus, connected_bus, permission_violations, settings_here
 from adapter.cli.checks import Check, State
 from adapter.cli.exit_codes import NO, OK, UNREACHABLE, Failed
 from adapter.cli.options import Json, MaybeSandbox, flag
+from adapter.contract.messages import BOT_STATUSES, BotStatus
 from adapter.errors import UNDECODABLE, BusRefused, Refused, Temporary
 from adapter.jetstream import topology
 from adapter.jetstream.buckets import LeaderKvBucket
@@ -37,6 +37,8 @@ _SEALED: dict[Sealing, str] = {
     "open": "not sealed",
     "foreign": "sealed with a key that is not set here",
 }
+NAMED = 3
+"""Bots that are named of each that is in trouble."""
 RESTORE = "restore it from the backup"
 STYLES = {"ok": "green", "warn": "yellow", "fail": "bold red"}
 
@@ -287,16 +289,29 @@ async def _check_adapters(bus: Bus) -> Check:
 
 async def _check_bindings(bus: Bus) -> Check:
     try:
-        states = Counter(info.state for info in await all_bindings(bus))
+        every = await all_bindings(bus, health=True)
         stored = (await bus.api_request(f"STREAM.INFO.KV_{bus.names.bindings}")).get("state") or {}
     except Failed as exc:
         return Check("bindings", "fail", str(exc))
-    if (lost := states.total() - int(stored.get("messages", 0))) > 0:  # of a stream that is missing: all
+    if (lost := len(every) - int(stored.get("messages", 0))) > 0:  # of a stream that is missing: all
         return Check("bindings", "fail", f"{lost} that adapters know are not in KV_{bus.names.bindings}: {RESTORE}.")
-    said = ", ".join(f"{count} {state}" for state, count in sorted(states.items())) or "none yet"
-    if states["needs_login"]:
-        return Check("bindings", "warn", f"{said}: those users must scan a new QR code.")
+    bots_of: dict[BotStatus, list[str]] = {status: [] for status in BOT_STATUSES}
+    for info in every:
+        bots_of[status_of(info)].append(info.bot)
+    parts = [f"{len(bots)} {status}{_named(status, bots)}" for status, bots in bots_of.items() if bots]
+    said = "; ".join(parts) or "none yet"
+    if bots_of["not_polled"] or bots_of["failing"]:
+        return Check("bindings", "fail", f"{said}. See `wechat-nats bindings --state trouble`.")
+    if any(bots_of[status] for status in TROUBLE):
+        advice = "; who needs a login has to scan a new QR code" if bots_of["needs_login"] else ""
+        return Check("bindings", "warn", f"{said}. See `wechat-nats bindings --state trouble`{advice}.")
     return Check("bindings", "ok", said)
+
+
+def _named(status: BotStatus, bots: list[str]) -> str:
+    if status not in TROUBLE:
+        return ""
+    return f" ({', '.join(bots[:NAMED])}{', …' if len(bots) > NAMED else ''})"
 
 
 async def _check_backlog(bus: Bus, check: str, stream: str, state: State, advice: str) -> Check:

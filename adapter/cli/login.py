@@ -80,35 +80,32 @@ async def login(
     async def on_event(msg: Msg) -> None:
         has_event[msg.subject.split(".")[-2]].set()
 
-    async def run_row(row: LoginRow, view: _View, *, asks_digits: bool = False) -> int:
+    async def begin(row: LoginRow) -> Login:
         options = Options(
             durable=durable if row.durable is None else row.durable,
             auto_typing=auto_typing if row.auto_typing is None else row.auto_typing,
         )
         start = LoginStart(sandbox=row.sandbox, options=options, png=png is not None)
-        first = await bus.request_service("login.start", start, Login, START_S)
-        following = _LoginFollower(bus, view, has_event[row.sandbox], png=start.png, asks_digits=asks_digits)
-        return await _run(following, first, bus)
+        return await bus.request_service("login.start", start, Login, START_S)
 
-    def view_of(row: LoginRow) -> _View:
+    async def run_row(row: LoginRow) -> None:
         picture = None if png is None else png / f"{row.sandbox}.png"
-        return _JsonView() if json else _UrlView(label=row.sandbox) if url else _View(picture, label=row.sandbox)
+        label = row.sandbox
+        view = _JsonView() if json else _UrlView(label=label) if url else _View(picture, label=label)
+        first, changed = await begin(row), has_event[row.sandbox]
+        await _run(_LoginFollower(bus, view, changed, png=png is not None, asks_digits=False), first, bus)
 
     async with connected_bus(lasting=True) as bus:
         event_subject = bus.names.event(sandbox or "*", "login")
         await bus.nc.subscribe(event_subject, cb=on_event)
         await bus.check_subscribed(event_subject)
-        if rows is not None:
-            work = bulk.run_rows(
-                bulk.read_rows(rows, LoginRow),
-                lambda row: run_row(row, view_of(row)),
-                done="logged in",
-                failed_file=failed,
-                limit=ROWS_UNDER_WAY,
-            )
+        if sandbox is None:
+            found = bulk.read_rows(rows or Path("-"), LoginRow)
+            work = bulk.run_rows(found, run_row, done="logged in", failed_file=failed, limit=ROWS_UNDER_WAY)
         else:
             view = _JsonView() if json else _UrlView() if url else _View(png)
-            work = run_row(LoginRow(sandbox=sandbox or ""), view, asks_digits=True)
+            first = await begin(LoginRow(sandbox=sandbox))
+            work = _run(_LoginFollower(bus, view, has_event[sandbox], png=png is not None), first, bus)
         with until_signalled() as stop:
             code = await run_until_stopped(stop, work)
     return INTERRUPTED if code is None else code

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import re
 import sys
+import time
 from collections.abc import Iterable, Sequence
 from datetime import UTC, datetime
 from typing import Any
@@ -38,6 +39,18 @@ def pad(text: str, width: int) -> str:
 def clock(ms: int) -> str:
     """Local date and time of Unix milliseconds; "-" for 0."""
     return datetime.fromtimestamp(ms / 1000, UTC).astimezone().strftime("%Y-%m-%d %H:%M:%S") if ms else "-"
+
+
+def span(ms: float) -> str:
+    """A duration in its largest unit: 40 s, 12 min, 21 h, 3 d."""
+    seconds = int(abs(ms)) // 1000
+    unit, length = next(((u, n) for u, n in (("d", 86400), ("h", 3600), ("min", 60)) if seconds >= n), ("s", 1))
+    return f"{seconds // length} {unit}"
+
+
+def ago(ms: int) -> str:
+    """How long ago a time in Unix milliseconds was; "-" for 0."""
+    return f"{span(time.time() * 1000 - ms)} ago" if ms else "-"
 
 
 def json_line(value: object) -> None:

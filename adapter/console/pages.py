@@ -10,8 +10,20 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from adapter import __version__
+from adapter.contract.messages import BotStatus
 from adapter.observability.logs import escape_invisible
 
+STATUS_NAMES: dict[BotStatus, str] = {
+    "not_polled": "not polled",
+    "failing": "failing",
+    "needs_login": "needs a login",
+    "unknown": "not known",
+    "paused": "paused",
+    "retrying": "retrying",
+    "draining": "draining",
+    "starting": "starting",
+    "polling": "active",
+}
 PLENTY = 3
 """Sends left from which on nobody needs to worry."""
 
@@ -31,6 +43,7 @@ class Pages:
         self._templates.filters |= {"age": age, "moment": moment, "size": size, "count": count, "iso": iso}
         self._templates.tests["past"] = lambda value, now_ms: value <= now_ms
         self._templates.globals |= {"version": __version__, "query": query, "svg": Markup, "plenty": PLENTY}
+        self._templates.globals["status_names"] = STATUS_NAMES
 
     def render(self, page: str, **values: Any) -> bytes:
         """`page`: the template's name without its suffix."""

@@ -19,7 +19,7 @@ from adapter.console.auth import SESSION_S, ConsoleAuth
 from adapter.console.pages import Pages
 from adapter.console.service import ConsoleDeps, ConsoleService
 from adapter.console.view import BindingFilter, Platform
-from adapter.contract.messages import Options
+from adapter.contract.messages import BOT_STATUSES, Options
 from adapter.errors import AdapterError, Refused, Temporary
 from adapter.kit.web import Listener
 from adapter.settings import split_addr
@@ -171,7 +171,7 @@ class Console(Listener):
             state = request.query.get("state", "")
             wanted = BindingFilter(
                 words=request.query.get("q", "")[:100],
-                state=state if state in ("active", "needs_login") else "",
+                state=state if state in BOT_STATUSES else "",
                 page=int(page) if _NUMBER.fullmatch(page) else 1,
             )
             found = self._run_in_loop(service.find_bindings(wanted))

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import math
+from collections import Counter
 from collections.abc import Awaitable, Callable, Mapping
 from typing import NamedTuple, TypeVar
 
 import msgspec
-import structlog
 
 from adapter.bindings.registry import Bindings
 from adapter.console.auth import ConsoleAuth
@@ -18,28 +19,32 @@ from adapter.console.view import (
     DeadPage,
     OpenLogin,
     Platform,
-    Row,
     ShownLogin,
 )
-from adapter.contract.messages import Login, LoginQuery, LoginStart, LoginVerify, Options
+from adapter.contract.messages import (
+    BOT_STATUSES,
+    BotStatus,
+    Login,
+    LoginQuery,
+    LoginStart,
+    LoginVerify,
+    Options,
+)
 from adapter.contract.records import Binding
-from adapter.conversation import window
-from adapter.conversation.record import ConversationRecord
-from adapter.conversation.store import ConversationStore
-from adapter.errors import Refused, Temporary
+from adapter.errors import Refused
 from adapter.kit.timing import Clock
 from adapter.logins.qr import html_element
 from adapter.logins.registry import LoginRegistry
 from adapter.observability.events import BusAccess
-from adapter.ownership import replica_status
-from adapter.ports import AllReplicas, Stored
+from adapter.ownership.replica_status import query_replicas
+from adapter.ports import Stored
+from adapter.services import health
 from adapter.services.dead_letters import dead_letter_of, is_command, original_subject, retry_message
-
-log = structlog.get_logger()
+from adapter.services.health import HealthDeps
 
 S = TypeVar("S", bound=msgspec.Struct)
-MAX_IN_FLIGHT = 16
-"""Records that are read at the same time."""
+STATUSES_S = 3.0
+"""For so long it is not asked again how all bots fare."""
 STORE_S = 10.0
 """A dead command that is not stored again within this long is left as it is."""
 
@@ -48,16 +53,12 @@ class ConsoleDeps(NamedTuple):
     """What the console is given."""
 
     bindings: Bindings
-    conversations: ConversationStore
+    health: HealthDeps
     access: BusAccess
-    replicas: AllReplicas
     registry: LoginRegistry
     services: Mapping[str, Callable[[bytes], Awaitable[bytes]]]
     """The handlers of `wechat.svc.*`, by verb: a login is asked for as anybody asks."""
-    policy: window.WindowPolicy
     clock: Clock
-    living_count: Callable[[], int]
-    """How many replicas live."""
 
 
 class ConsoleService:
@@ -66,26 +67,36 @@ class ConsoleService:
     def __init__(self, deps: ConsoleDeps, auth: ConsoleAuth) -> None:
         self._deps = deps
         self._auth = auth
-        self._slots = asyncio.Semaphore(MAX_IN_FLIGHT)
+        self._status_of: dict[str, BotStatus] = {}
+        self._asked_at = -math.inf
+        """Monotonic time when all replicas were asked for it."""
 
     async def platform_status(self) -> Platform:
         deps = self._deps
-        expected = deps.living_count()
-        subject = deps.access.names.replica_status()
-        replicas = await replica_status.query_replicas(deps.replicas, subject, [], expected)
+        expected = deps.health.living_count()
+        replicas = await query_replicas(deps.health.replicas, deps.health.subject, [], expected)
         return Platform(
             replicas, expected, await self._dead_count(), sum(1 for _, record in deps.registry if not record.is_over)
         )
 
     async def find_bindings(self, wanted: BindingFilter) -> BindingsPage:
-        """Those that need a login first, then by sandbox."""
+        """Those that are in the worst way first, then by sandbox."""
         every = list(self._deps.bindings)
-        matching = await asyncio.to_thread(_filter_bindings, every, wanted)  # thousands would hold up the loop
+        status_of = await self._statuses(every)
+        # thousands would hold up the loop
+        matching = await asyncio.to_thread(_filter_bindings, every, wanted, status_of)
         pages = max(1, -(-len(matching) // PAGE))
         first = (min(max(1, wanted.page), pages) - 1) * PAGE
-        rows = await self._rows(matching[first : first + PAGE])
-        lost = sum(1 for binding in every if binding.state == "needs_login")
-        return BindingsPage(rows, len(matching), pages, len(every), lost)
+        rows = await health.describe(matching[first : first + PAGE], self._deps.health)
+        return BindingsPage(rows, len(matching), pages, len(every), Counter(status_of.values()))
+
+    async def _statuses(self, every: list[Binding]) -> dict[str, BotStatus]:
+        """By bot. All replicas are asked, but not for each page that is open."""
+        now = self._deps.clock.monotonic()
+        if now - self._asked_at > STATUSES_S:
+            found = await health.statuses(every, self._deps.health)
+            self._status_of, self._asked_at = {bot: one.status for bot, one in found.items()}, now
+        return {binding.bot: self._status_of.get(binding.bot, "starting") for binding in every}
 
     async def dead_letters(self, before: int | None) -> DeadPage:
         """Dead letters, newest first; `before`: older than this one."""
@@ -144,46 +155,6 @@ class ConsoleService:
 
     # ------------------------------------------------------------------------------------------------
 
-    async def _rows(self, bindings: list[Binding]) -> list[Row]:
-        deps = self._deps
-        bots = [binding.bot for binding in bindings]
-        records = await asyncio.gather(*(self._record(binding) for binding in bindings))
-        replicas = await replica_status.query_replicas(
-            deps.replicas, deps.access.names.replica_status(), bots, deps.living_count()
-        )
-        polls = {bot: polling for present in replicas for bot, polling in present.polls.items()}
-        now_ms = deps.clock.now_ms()
-        rows = []
-        for binding, found in zip(bindings, records, strict=True):
-            record = found or ConversationRecord()
-            polling = polls.get(binding.bot)
-            ago_ms = polling.ago_ms if polling else None
-            rows.append(
-                Row(
-                    binding=binding.info(),
-                    is_readable=found is not None,
-                    window=window.visible_window(record, now_ms, deps.policy) if record.window.opened_ms else None,
-                    inbound_ms=record.window.opened_ms,
-                    sent_ms=record.window.sent_at_ms[-1] if record.window.sent_at_ms else 0,
-                    polling=polling.state if polling else "",
-                    polled_ms=now_ms - ago_ms if ago_ms is not None else None,
-                )
-            )
-        return rows
-
-    async def _record(self, binding: Binding) -> ConversationRecord | None:
-        """None: only a newer version can read it. Raises Temporary."""
-        if not binding.user:
-            return ConversationRecord()
-        async with self._slots:
-            try:
-                return (await self._deps.conversations.load(binding.sandbox, binding.user))[0]
-            except Temporary as exc:
-                if exc.reason != "record_too_new":
-                    raise
-                log.info("console.unread", sandbox=binding.sandbox, reason=exc.reason)
-                return None
-
     async def _dead_count(self) -> int:
         history, names = self._deps.access.history, self._deps.access.names
         return sum((await history.count_by_subject(names.stream_dead, names.dead_letters("*"))).values())
@@ -209,12 +180,14 @@ class ConsoleService:
         return ShownLogin(self._auth.login_handle(login.login), login, picture)
 
 
-def _filter_bindings(every: list[Binding], wanted: BindingFilter) -> list[Binding]:
+def _filter_bindings(
+    every: list[Binding], wanted: BindingFilter, status_of: Mapping[str, BotStatus]
+) -> list[Binding]:
     words = wanted.words.strip().lower()
     found = [
         binding
         for binding in every
-        if wanted.state in ("", binding.state)
+        if wanted.state in ("", status_of[binding.bot])
         and any(words in text.lower() for text in (binding.sandbox, binding.bot, binding.user))
     ]
-    return sorted(found, key=lambda binding: (binding.state == "active", binding.sandbox, binding.bot))
+    return sorted(found, key=lambda each: (BOT_STATUSES.index(status_of[each.bot]), each.sandbox, each.bot))

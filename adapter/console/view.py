@@ -2,28 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import NamedTuple
 
-from adapter.contract.messages import BindingInfo, Login, Window
+from adapter.contract.messages import BindingInfo, BotStatus, Login
 from adapter.ownership.replica_status import ReplicaStatus
 from adapter.services.dead_letters import DeadLetter
 
 PAGE = 50
 """Bindings, or dead letters, on a page."""
-
-
-class Row(NamedTuple):
-    """A binding and how its user and its poller are. Times are Unix milliseconds, 0: never, None: not known."""
-
-    binding: BindingInfo
-    is_readable: bool
-    """False: a newer version wrote what is kept of its user, which is not shown."""
-    window: Window | None
-    inbound_ms: int
-    sent_ms: int
-    polling: str
-    """How it is polled, in the poller's words; "" where no replica says that it polls it."""
-    polled_ms: int | None
 
 
 class BindingFilter(NamedTuple):
@@ -32,19 +19,20 @@ class BindingFilter(NamedTuple):
     words: str = ""
     """Part of a sandbox, bot or user."""
     state: str = ""
-    """active or needs_login; "" for all."""
+    """A status; "" for all."""
     page: int = 1
 
 
 class BindingsPage(NamedTuple):
     """Bindings as they are asked for, and all in numbers."""
 
-    rows: list[Row]
+    rows: list[BindingInfo]
+    """With their health."""
     matching: int
     pages: int
     bindings: int
-    lost: int
-    """Bindings that need a login."""
+    states: Mapping[BotStatus, int]
+    """How many bots are how."""
 
 
 class Platform(NamedTuple):

@@ -7,7 +7,7 @@ unknown fields, so optional fields may be added. Any other change is a new major
 
 from __future__ import annotations
 
-from typing import Annotated, Literal, TypeAlias
+from typing import Annotated, Literal, TypeAlias, get_args
 
 import msgspec
 from msgspec import Meta
@@ -370,6 +370,35 @@ class Erase(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
 BindingState: TypeAlias = Literal["active", "needs_login"]
 
 
+BotStatus: TypeAlias = Literal[
+    "not_polled", "failing", "needs_login", "unknown", "paused", "retrying", "draining", "starting", "polling"
+]
+"""In a word how a bot fares, what is worst first."""
+BOT_STATUSES: tuple[BotStatus, ...] = get_args(BotStatus)
+
+
+class BindingHealth(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """How a bot fares now. Times are Unix milliseconds, 0: never, or not known."""
+
+    status: Annotated[
+        BotStatus,
+        Meta(
+            description="not_polled: no replica polls it. failing: for a minute iLink has answered no poll, or the"
+            " answer cannot be stored. unknown: a replica gave no answer. paused: NATS or the lease is away."
+            " retrying: the last poll failed. draining: its replica gives it back. starting: its replica takes it."
+        ),
+    ]
+    detail: Annotated[str, Meta(description="Why, in a few words.")] = ""
+    replica: Annotated[str, Meta(description="Which polls it.")] = ""
+    answered_ms: Annotated[int, Meta(description="When iLink last answered a poll.")] = 0
+    inbound_ms: Annotated[int, Meta(description="When its user wrote last.")] = 0
+    sent_ms: Annotated[int, Meta(description="When something was last sent in the user's window.")] = 0
+    window: Annotated[Window | None, Meta(description="What may be sent now; null where it was never open.")] = None
+    is_unread: Annotated[
+        bool, Meta(description="What is kept of its user was written by a newer version, and is not read.")
+    ] = False
+
+
 class BindingInfo(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """A binding without its token: answer of wechat.svc.bindings.get and .list, and of bind."""
 
@@ -381,6 +410,7 @@ class BindingInfo(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True)
     reason: Annotated[str, Meta(description="Why it needs a login; empty otherwise.")] = ""
     since_ms: Annotated[int, Meta(description="Start of this state.")] = 0
     options: Options = Options()
+    health: Annotated[BindingHealth | None, Meta(description="Only where the request asks for it.")] = None
 
 
 class ControlAnswer(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -601,6 +631,9 @@ class BindingsQuery(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tru
     bot: str | None = None
     after: Annotated[str, Meta(description="Continue after this bot: `next` of the previous page.")] = ""
     limit: Annotated[int, Meta(ge=1, le=1000, description="Page size.")] = 500
+    health: Annotated[bool, Meta(description="Say how each bot fares; all replicas are asked. Only of .list.")] = (
+        False
+    )
 
 
 class BindingsPage(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):

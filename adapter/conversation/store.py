@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import msgspec
 import structlog
 
@@ -25,6 +27,18 @@ class ConversationStore:
         """The record and its revision; an empty record and 0 if there is none. Raises Temporary."""
         entry = await self._bucket.get(conversation_key(sandbox, user))
         return _record_in(entry), entry.revision if entry else 0
+
+    async def load_all(self, whose: Sequence[tuple[str, str]]) -> dict[tuple[str, str], ConversationRecord | None]:
+        """The records that there are of users, by sandbox and user; None: only a newer version can read it. Raises
+        Temporary."""
+        names = {conversation_key(*each): each for each in whose}
+        found: dict[tuple[str, str], ConversationRecord | None] = {}
+        for entry in await self._bucket.get_all([*names]):
+            try:
+                found[names[entry.key]] = _record_in(entry)
+            except Temporary:
+                found[names[entry.key]] = None
+        return found
 
     async def load_sandbox(self, sandbox: str) -> dict[str, tuple[ConversationRecord, int]]:
         """The records of a sandbox with their revisions, by user. Raises Temporary."""

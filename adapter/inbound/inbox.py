@@ -101,7 +101,7 @@ async def _publish_part(addressed: Sequence[AddressedMessage], deps: PublishDeps
         if recipient not in windows:
             windows[recipient] = await _window(*recipient, deps)
         messages.append(_message(item, windows[recipient], deps))
-    acks = await _publish_all(messages, deps)
+    acks = await _publish_all(messages, addressed[0].bot, deps)
     now_ms = deps.clock.now_ms()
     stored: Counter[tuple[str, bool]] = Counter()
     refused: list[tuple[AddressedMessage, Message, BusRefused]] = []
@@ -122,14 +122,14 @@ async def _publish_part(addressed: Sequence[AddressedMessage], deps: PublishDeps
         await _publish_stub(item, message, deps)
 
 
-async def _publish_all(messages: Sequence[Message], deps: PublishDeps) -> list[PubAck | BusRefused]:
+async def _publish_all(messages: Sequence[Message], bot: str, deps: PublishDeps) -> list[PubAck | BusRefused]:
     """Publishes messages, and retries while the stream is full, which happens only if its discard policy was
     changed."""
     acks = await deps.access.bus.publish_all(messages)
     failures = 0
     while full := [number for number, ack in enumerate(acks) if isinstance(ack, BusRefused) and ack.is_full]:
         failures += 1
-        log.error("inbound.full", waiting=len(full), failures=failures)
+        log.error("inbound.full", bot=bot, waiting=len(full), failures=failures)
         await deps.clock.sleep(backoff(failures, first_s=0.5, longest_s=10.0))
         again = await deps.access.bus.publish_all([messages[number] for number in full])
         for number, ack in zip(full, again, strict=True):
@@ -145,7 +145,9 @@ async def _with_quote(
     try:
         async with asyncio.timeout_at(until):
             inbound = await retry(
-                lambda: deps.recall.resolve(addressed.sandbox, addressed.bot, addressed.inbound, earlier), deps.clock
+                lambda: deps.recall.resolve(addressed.sandbox, addressed.bot, addressed.inbound, earlier),
+                deps.clock,
+                addressed.bot,
             )
     except TimeoutError:
         log.info("quote.not_found", bot=addressed.bot)
@@ -182,7 +184,7 @@ async def _window(sandbox: str, bot: str, user: str, deps: PublishDeps) -> contr
     binding = deps.bindings.get(bot)
     if binding is None or binding.sandbox != sandbox:
         return contract.Window(remaining=0)
-    return await retry(lambda: deps.conversations.shown_window(sandbox, bot, user), deps.clock)
+    return await retry(lambda: deps.conversations.shown_window(sandbox, bot, user), deps.clock, bot)
 
 
 async def _publish_stub(addressed: AddressedMessage, message: Message, deps: PublishDeps) -> None:
@@ -223,7 +225,7 @@ async def dead_letter(
     )
 
 
-async def retry(work: Callable[[], Awaitable[T]], clock: Clock) -> T:
+async def retry(work: Callable[[], Awaitable[T]], clock: Clock, bot: str) -> T:
     """Retries until the work succeeds, even if the bus refuses the write: iLink may not deliver the messages again,
     and an operator can lift a limit. Raises LeaseLost.
     """
@@ -233,7 +235,7 @@ async def retry(work: Callable[[], Awaitable[T]], clock: Clock) -> T:
             return await work()
         except (Temporary, BusRefused) as exc:
             failures += 1
-            log.warning("inbound.retrying", reason=exc.reason, detail=exc.detail, failures=failures)
+            log.warning("inbound.retrying", bot=bot, reason=exc.reason, detail=exc.detail, failures=failures)
             longest_s = 1.0 if isinstance(exc, Temporary) else 10.0
             await clock.sleep(backoff(failures, first_s=0.05, longest_s=longest_s))
 

@@ -147,7 +147,7 @@ async def poll_forever(poller: BotPoller, journal: BotJournal, deps: InboundDeps
     while (binding := await _wait_for_turn(poller, deps)) is not None:
         if poller.may_have_late_record:
             poller.may_have_late_record = False
-            await retry(journal.adopt_late, deps.clock)
+            await retry(journal.adopt_late, deps.clock, poller.bot)
         if poller.applied_start_cursor != binding.start_cursor:
             poller.applied_start_cursor = binding.start_cursor
             journal.apply_start_cursor(binding, deps.sealer)
@@ -207,7 +207,7 @@ async def _store(poller: BotPoller, answer: Answer, journal: BotJournal, deps: I
     for record in journal.records_of(answer):
         while lost is None:
             try:
-                await retry(partial(journal.store, record), deps.clock)
+                await retry(partial(journal.store, record), deps.clock, poller.bot)
                 break
             except LeaseLost as exc:
                 await deps.leases.changed.wait_until(lambda: deps.leases.is_valid)
@@ -215,7 +215,7 @@ async def _store(poller: BotPoller, answer: Answer, journal: BotJournal, deps: I
                     log.warning("inbound.fenced", bot=poller.bot, reason=exc.reason)
                     lost = exc
         if lost is not None:
-            await retry(partial(journal.store_late, record), deps.clock)
+            await retry(partial(journal.store_late, record), deps.clock, poller.bot)
     if lost is not None:
         await deps.others.publish_released(poller.bot)
         raise lost
@@ -228,7 +228,7 @@ async def _store_cursor_if_due(journal: BotJournal, stats: _PollStats, deps: Inb
     if journal.is_noted:
         stats.note_at = 0.0
     elif now - (stats.note_at or now) > NOTED_WITHIN_S:
-        await retry(journal.note, deps.clock)
+        await retry(journal.note, deps.clock, journal.bot)
         try:
             await journal.delete_needless()
         except Temporary as exc:  # the next note tries again
@@ -403,9 +403,9 @@ async def _on_recovered(poller: BotPoller, binding: Binding, deps: InboundDeps) 
     poller.stale = False
     if binding.state == "needs_login":
         # the next poll publishes the event
-        await retry(partial(mark_active, deps.bindings, deps.clock, binding), deps.clock)
+        await retry(partial(mark_active, deps.bindings, deps.clock, binding), deps.clock, poller.bot)
     else:
-        await retry(partial(deps.events.publish_binding_event, binding.event("recovered")), deps.clock)
+        await retry(partial(deps.events.publish_binding_event, binding.event("recovered")), deps.clock, poller.bot)
 
 
 async def _retry_token(
@@ -434,7 +434,7 @@ async def _retry_unless_stopping(
                 return None
             raise
 
-    return await retry(attempt, deps.clock)
+    return await retry(attempt, deps.clock, poller.bot)
 
 
 async def _mark_needs_login_if_owned(binding: Binding, deps: InboundDeps) -> Binding | None:

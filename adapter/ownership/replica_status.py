@@ -42,6 +42,7 @@ class ReplicaStatus(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tru
     version: str
     shards: int
     bots: int
+    capacity: int = 0
     draining: bool = False
     polls: dict[str, PollerStatus] = {}
 

@@ -65,6 +65,7 @@ from adapter.replica.probes import Health
 from adapter.replica.shard_runtime import ShardRuntime
 from adapter.replica.supervisor import Supervisor
 from adapter.security.seal import Sealer
+from adapter.services.health import HealthDeps
 from adapter.services.logins import LoginService
 from adapter.services.media import MediaService
 from adapter.services.persons import RELEASE_WAIT_S, Erasure
@@ -334,9 +335,19 @@ class Replica:
         settings, connections, names, metrics = self.settings, self.connections, self.names, self.metrics
         login = LoginService(connections.chat, self.logins, self.bindings, self.sealer, metrics)
         # any server may answer: these data change little, and a flood of requests must not delay commands
+        conversations = ConversationStore(connections.bulk_bucket(names.conversations))
+        self.health_deps = HealthDeps(
+            replicas=connections.core,
+            subject=names.replica_status(),
+            living_count=lambda: self.leases.living_count,
+            conversations=conversations,
+            policy=self.policy.window,
+            clock=self.clock,
+        )
         queries = Queries(
             self.bindings,
-            ConversationStore(connections.bulk_bucket(names.conversations)),
+            self.health_deps,
+            conversations,
             Receipts(self.access.events, connections.bulk_history, names),
             connections.bulk_history,
             names,
@@ -413,14 +424,11 @@ class Replica:
             return contextlib.nullcontext()
         deps = ConsoleDeps(
             bindings=self.bindings,
-            conversations=self.conversation_store,
+            health=self.health_deps,
             access=self.access,
-            replicas=self.connections.core,
             registry=self.logins,
             services=self.handlers,
-            policy=self.policy.window,
             clock=self.clock,
-            living_count=lambda: self.leases.living_count,
         )
         return Console(settings.console_addr, settings.console_token, deps)
 
@@ -435,6 +443,7 @@ class Replica:
             version=__version__,
             shards=len(self.leases.owned),
             bots=len(self.supervisor.pollers),
+            capacity=self.settings.capacity,
             draining=self.health.draining,
             polls=polls,
         )

@@ -29,6 +29,7 @@ from adapter.observability.events import read_last_person_change
 from adapter.observability.metrics import Metrics
 from adapter.outbound.receipts import Receipts
 from adapter.ports import History, SandboxRequest, SandboxResponse
+from adapter.services.health import HealthDeps, describe
 from adapter.services.requests import START_S, read_request
 
 S = TypeVar("S", WindowQuery, ReceiptQuery, ReplayQuery)
@@ -44,6 +45,7 @@ class Queries:
     def __init__(
         self,
         bindings: Bindings,
+        health: HealthDeps,
         conversations: ConversationStore,
         receipts: Receipts,
         history: History,
@@ -53,6 +55,7 @@ class Queries:
         metrics: Metrics,
     ) -> None:
         self._bindings = bindings
+        self._health = health
         self._conversations = conversations
         self._receipts = receipts
         self._history = history
@@ -62,7 +65,7 @@ class Queries:
         self._metrics = metrics
 
     async def list_bindings(self, data: bytes) -> bytes:
-        """bindings.list"""
+        """bindings.list. Raises Temporary."""
         query = read_request(data, BindingsQuery, self._metrics)
         found = sorted(
             (b for b in self._bindings if query.sandbox in (None, b.sandbox) and query.bot in (None, b.bot)),
@@ -70,9 +73,8 @@ class Queries:
         )
         page = [binding for binding in found if binding.bot > query.after][: query.limit]
         more = bool(page) and page[-1].bot != found[-1].bot
-        return msgspec.json.encode(
-            BindingsPage(bindings=[binding.info() for binding in page], next=page[-1].bot if more else "")
-        )
+        infos = await describe(page, self._health) if query.health else [binding.info() for binding in page]
+        return msgspec.json.encode(BindingsPage(bindings=infos, next=page[-1].bot if more else ""))
 
     async def get_bindings(self, data: bytes) -> bytes:
         """bindings.get: by bot, or all of a sandbox. Raises Refused("not_bound")."""

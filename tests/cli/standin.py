@@ -12,9 +12,11 @@ from nats.aio.msg import Msg
 from adapter.cli.bus import Bus
 from adapter.contract.messages import (
     Bind,
+    BindingHealth,
     BindingInfo,
     BindingsPage,
     BindingsQuery,
+    BotStatus,
     ControlAnswer,
     Outbound,
     Receipt,
@@ -23,6 +25,12 @@ from adapter.contract.messages import (
 from adapter.contract.names import H_ERROR, H_ERROR_CODE, H_REPLY_TO
 
 PAGE = 2
+
+
+def with_health(info: BindingInfo) -> BindingInfo:
+    """As a test says it, or all is well."""
+    status: BotStatus = "needs_login" if info.state == "needs_login" else "polling"
+    return msgspec.structs.replace(info, health=info.health or BindingHealth(status=status))
 
 
 class StandIn:
@@ -71,7 +79,7 @@ class StandIn:
             return
         query = msgspec.json.decode(msg.data, type=BindingsQuery)
         found = [b for b in self.bindings if query.sandbox in (None, b.sandbox) and b.bot > query.after]
-        page = found[:PAGE]
+        page = [with_health(info) for info in found[:PAGE]] if query.health else found[:PAGE]
         more = page[-1].bot if len(found) > PAGE else ""
         await msg.respond(msgspec.json.encode(BindingsPage(bindings=page, next=more)))
 

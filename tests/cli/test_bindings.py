@@ -5,13 +5,23 @@ from __future__ import annotations
 import asyncio
 import os
 import pty
+import time
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import pytest
 
 from adapter.cli.bus import Bus
-from adapter.contract.messages import Bind, BindingInfo, ControlAnswer, Unbind
+from adapter.contract.messages import (
+    Bind,
+    BindingHealth,
+    BindingInfo,
+    BotStatus,
+    ControlAnswer,
+    Unbind,
+    Window,
+)
 from adapter.contract.names import H_MSG_ID, H_REPLY_TO
 from tests.cli.conftest import Command
 from tests.cli.process import started
@@ -198,11 +208,50 @@ async def test_bindings_come_in_pages_and_are_shown_whole(cli: Command, bus: Bus
     async with answering(bus) as adapter:
         adapter.bindings = [BindingInfo(sandbox=f"s{i % 2}", bot=f"bot{i}@im.bot") for i in range(5)]
         result = await cli("bindings", "--json")
-        assert [row["bot"] for row in result.rows] == [f"bot{i}@im.bot" for i in range(5)]
+        assert [row["bot"] for row in result.rows] == [f"bot{i}@im.bot" for i in (0, 2, 4, 1, 3)]
         assert result.rows[0]["state"] == "active"
         result = await cli("bindings", "--sandbox", "s1")
-    assert result.out.splitlines()[0].split() == ["SANDBOX", "BOT", "USER", "STATE", "SINCE", "REASON"]
+    assert result.out.splitlines()[0].split("  ")[:2] == ["SANDBOX", "BOT"]
     assert [line.split()[1] for line in result.out.splitlines()[1:]] == ["bot1@im.bot", "bot3@im.bot"]
+
+
+def bot(number: int, status: BotStatus, sandbox: str = "s1", **health: Any) -> BindingInfo:
+    """A bot as the adapter says that it fares."""
+    return BindingInfo(
+        sandbox=sandbox,
+        bot=f"b{number}@im.bot",
+        user=f"u{number}@im.wechat",
+        health=BindingHealth(status=status, **health),
+    )
+
+
+async def test_bindings_are_shown_with_what_runs_the_worst_first(cli: Command, bus: Bus) -> None:
+    now_ms = int(time.time() * 1000)
+    window = Window(remaining=7, closes_at_ms=now_ms + 3 * 3600_000 + 5000)
+    async with answering(bus) as adapter:
+        adapter.bindings = [
+            bot(1, "polling", answered_ms=now_ms - 3000, inbound_ms=now_ms - 120_000, window=window),
+            bot(2, "not_polled", "team-a", detail="no capacity: add replicas"),
+            bot(3, "failing", "team-b", answered_ms=now_ms - 4 * 60_000, window=Window(remaining=0)),
+            bot(4, "retrying", "team-b"),
+        ]
+        shown = (await cli("bindings")).out.splitlines()
+        assert [line.split()[1] for line in shown[1:]] == ["b2@im.bot", "b3@im.bot", "b4@im.bot", "b1@im.bot"]
+        assert "no capacity: add replicas" in shown[1]
+        assert "4 min ago  -           closed" in shown[2]
+        assert "2 min ago   7 left, 3 h" in shown[4]
+        for options, bots in [
+            (("--state", "trouble"), [2, 3]),
+            (("--state", "retrying", "--state", "polling"), [4, 1]),
+            (("--sandbox", "team-*"), [2, 3, 4]),
+            (("--sandbox", "team-b", "--user", "*4@*"), [4]),
+            (("--user", "u1@im.wechat"), [1]),
+            (("--user", "nobody"), []),
+        ]:
+            rows = (await cli("bindings", "--json", *options)).rows
+            assert [row["bot"] for row in rows] == [f"b{number}@im.bot" for number in bots]
+        assert (await cli("bindings", "--user", "nobody")).out == "Nothing matches.\n"
+        assert (await cli("bindings", "--state", "wrong")).code == 2
 
 
 async def test_no_bindings_is_no_error(cli: Command, bus: Bus) -> None:

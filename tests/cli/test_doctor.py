@@ -15,7 +15,7 @@ import pytest
 from adapter.cli import permission_checks
 from adapter.cli.bus import Bus, connected_bus
 from adapter.cli.embedded import EmbeddedNats
-from adapter.contract.messages import BindingInfo
+from adapter.contract.messages import BindingHealth, BindingInfo, BotStatus
 from adapter.contract.names import H_SINCE_MS, shard_of, to_subject_token
 from adapter.contract.records import Binding
 from adapter.environment import read_settings
@@ -60,7 +60,7 @@ async def test_with_an_adapter_all_is_well(cli: Command, bus: Bus) -> None:
     assert "fail" not in result.out
     assert re.search(r"\bnats-server [0-9]+\.[0-9]+\.[0-9]+, 127\.0\.0\.1:", result.out)
     assert "1 running, version 0.1.0" in result.out
-    assert "1 active" in result.out
+    assert "1 polling" in result.out
 
 
 async def test_warnings_do_not_fail(cli: Command, bus: Bus) -> None:
@@ -71,6 +71,25 @@ async def test_warnings_do_not_fail(cli: Command, bus: Bus) -> None:
         result = await cli("doctor", "--json")
     assert result.code == 0
     assert (states(result)["bindings"], states(result)["dead letters"]) == ("warn", "warn")
+
+
+@pytest.mark.parametrize(
+    ("status", "code", "state"),
+    [("not_polled", 1, "fail"), ("failing", 1, "fail"), ("paused", 0, "warn"), ("retrying", 0, "ok")],
+)
+async def test_bots_in_trouble_are_named_and_those_that_nobody_polls_fail(
+    cli: Command, bus: Bus, status: BotStatus, code: int, state: str
+) -> None:
+    async with answering(bus) as adapter:
+        health = BindingHealth(status=status)
+        adapter.bindings = [BindingInfo(sandbox="s1", bot=f"b{number}@im.bot", health=health) for number in range(5)]
+        for info in adapter.bindings:
+            await bus.store(f"$KV.{bus.names.bindings}.{to_subject_token(info.bot)}", b"{}", {})
+        result = await cli("doctor", "--json")
+    assert (result.code, states(result)["bindings"]) == (code, state)
+    (said,) = [row["say"] for row in result.rows if row["check"] == "bindings"]
+    assert said.startswith(f"5 {status}")
+    assert ("(b0@im.bot, b1@im.bot, b2@im.bot, …)" in said) is (state != "ok")
 
 
 async def test_bindings_that_the_bucket_has_lost_fail(cli: Command, bus: Bus) -> None:

@@ -5,8 +5,12 @@ from __future__ import annotations
 import asyncio
 from pathlib import Path
 
+import msgspec
+
 from adapter.cli.bus import Bus
+from adapter.cli.demo import demo_settings
 from adapter.cli.embedded import EmbeddedNats
+from adapter.cli.lifetime import adapter_running
 from adapter.simulator import Simulator
 from tests.cli.conftest import START_S, Command, Result
 
@@ -36,6 +40,8 @@ async def test_bind_send_look_and_unbind(
 
     listed = await cli("bindings", "--json")
     assert [(row["sandbox"], row["bot"], row["state"]) for row in listed.rows] == [("s1", bot.bot, "active")]
+    health = listed.rows[0]["health"]
+    assert (health["status"], health["answered_ms"] > 0, health["inbound_ms"] > 0) == ("polling", True, True)
     assert bot.token not in bound.out + listed.out
 
     assert (await cli("doctor", "--json")).code == 0
@@ -87,3 +93,22 @@ async def test_a_bot_that_serves_a_sandbox_is_moved_only_where_that_is_meant_and
     assert (await cli("bind", "--from", str(rows), "--yes")).code == 0
     listed = await cli("bindings", "--json")
     assert [(row["sandbox"], row["bot"], row["state"]) for row in listed.rows] == [("s3", bot.bot, "active")]
+
+
+async def test_a_bot_for_which_no_replica_has_room_is_named_and_fails_the_doctor(
+    cli: Command, server: EmbeddedNats, simulator: Simulator, tmp_path: Path
+) -> None:
+    settings = msgspec.structs.replace(demo_settings(server.url, simulator.url), capacity=1)
+    bots = [simulator.add_bot() for _ in range(2)]
+    rows = tmp_path / "rows"
+    rows.write_text("sandbox,bot,token\n" + "".join(f"s{n},{bot.bot},{bot.token}\n" for n, bot in enumerate(bots)))
+    async with adapter_running(settings, start_s=START_S, drain_s=START_S):
+        assert (await cli("bind", "--from", str(rows))).code == 0
+        async with asyncio.timeout(START_S):
+            while not (await cli("bindings", "--state", "polling", "--json")).rows:
+                pass
+        (row,) = (await cli("bindings", "--state", "trouble", "--json")).rows
+        assert (row["health"]["status"], "WECHAT_NATS_CAPACITY" in row["health"]["detail"]) == ("not_polled", True)
+        doctor = await cli("doctor", "--json")
+        (said,) = [check["say"] for check in doctor.rows if check["check"] == "bindings"]
+        assert (doctor.code, f"1 not_polled ({row['bot']})" in said) == (1, True)

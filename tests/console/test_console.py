@@ -27,6 +27,7 @@ from adapter.logins.registry import LoginRegistry
 from adapter.ownership.replica_status import PollerStatus, ReplicaStatus, StatusRequest
 from adapter.ports import QrCode
 from adapter.security.seal import Sealer
+from adapter.services.health import HealthDeps
 from adapter.services.logins import LoginService
 from adapter.simulator import samples
 from tests.fakes import WINDOW, Bench, FakeBucket, FakeClock, FakeLogins
@@ -75,9 +76,15 @@ class Office:
         self.living = 1
         self.deps = ConsoleDeps(
             bindings=self.bench.bindings,
-            conversations=self.bench.store,
+            health=HealthDeps(
+                replicas=self.replicas,
+                subject=self.bench.names.replica_status(),
+                living_count=lambda: self.living,
+                conversations=self.bench.store,
+                policy=WINDOW,
+                clock=self.clock,
+            ),
             access=self.bench.access,
-            replicas=self.replicas,
             registry=self.registry,
             services={
                 "login.start": service.start,
@@ -85,9 +92,7 @@ class Office:
                 "login.verify": service.verify,
                 "login.cancel": service.cancel,
             },
-            policy=WINDOW,
             clock=self.clock,
-            living_count=lambda: self.living,
         )
 
     async def sign_in(self) -> None:
@@ -336,8 +341,9 @@ async def test_a_binding_with_all_that_is_known_of_it(office: Office) -> None:
     ("fields", "polling", "words"),
     [
         ({"state": "needs_login", "reason": "stale_token"}, None, ("needs a login", "stale_token")),
-        ({}, None, ("not polled", "no replica says that it polls it")),
-        ({}, PollerStatus(state="error"), ("failing",)),
+        ({}, None, ("not polled", "no replica polls it", "1</b><span>not polled")),
+        ({}, PollerStatus(state="error"), ("failing", "1</b><span>failing")),
+        ({}, PollerStatus(state="error", ago_ms=5000), ("retrying", "5 s ago")),
         ({}, PollerStatus(state="paused"), ("paused",)),
         ({}, PollerStatus(state="polling"), ("active", "waiting")),
     ],
@@ -385,13 +391,14 @@ async def test_a_hundred_bindings_come_in_pages_the_lost_ones_first(office: Offi
     for number in range(120):
         state = "needs_login" if number == 110 else "active"
         await office.bench.bind(f"s{number:03d}", f"b{number}@im.bot", f"u{number}@im.wechat", state=state)
+        office.replicas.polls[f"b{number}@im.bot"] = PollerStatus(state="polling")
     page = (await office.browser.get("/")).text
     assert re.findall(r"<b>(s\d+)</b>", page) == ["s110", *(f"s{number:03d}" for number in range(49))]
     assert "Page 1 of 3" in page
     page = (await office.browser.get("/?page=99")).text
     assert re.findall(r"<b>(s\d+)</b>", page)[-1] == "s119"
     assert "Page 3 of 3" in page
-    found = (await office.browser.get("/", params={"q": "U11", "state": "active"})).text
+    found = (await office.browser.get("/", params={"q": "U11", "state": "polling"})).text
     assert len(re.findall(r"<b>(s\d+)</b>", found)) == 10  # u11, u111 … u119, and not the lost one
     assert "10 bindings of 120" in found
     for query in ("page=x", "page=-1", "state=wrong"):
@@ -597,10 +604,10 @@ async def test_a_fault_of_ours_is_logged_and_ends_one_page_only(
     await office.sign_in()
     await office.bench.bind("s1")
 
-    async def load(sandbox: str, user: str) -> None:
-        raise KeyError(user)
+    async def load_all(whose: object) -> None:
+        raise KeyError(whose)
 
-    monkeypatch.setattr(office.deps.conversations, "load", load)
+    monkeypatch.setattr(office.bench.store, "load_all", load_all)
     with capture_logs() as logs:
         answer = await office.browser.get("/")
     assert answer.status_code == 500

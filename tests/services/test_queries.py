@@ -11,6 +11,7 @@ from adapter.contract.messages import BindingsPage, ReplayPage, Window
 from adapter.conversation.record import VERSION
 from adapter.errors import Refused, Temporary
 from adapter.ports import SandboxRequest
+from adapter.services.health import HealthDeps
 from adapter.services.queries import REPLAY_BYTES, Queries
 from tests.fakes import WINDOW, Bench
 
@@ -19,9 +20,25 @@ VIRTUAL_TIME = True
 BOT, USER = "b1@im.bot", "u1@im.wechat"
 
 
+class Nobody:
+    """Implements AllReplicas: none answers."""
+
+    async def query_replicas(self, subject: str, payload: bytes, *, count: int, within_s: float) -> list[bytes]:
+        return []
+
+
 def queries(bench: Bench) -> Queries:
+    health = HealthDeps(Nobody(), "", lambda: 1, bench.store, WINDOW, bench.clock)
     return Queries(
-        bench.bindings, bench.store, bench.receipts, bench.bus, bench.names, WINDOW, bench.clock, bench.metrics
+        bench.bindings,
+        health,
+        bench.store,
+        bench.receipts,
+        bench.bus,
+        bench.names,
+        WINDOW,
+        bench.clock,
+        bench.metrics,
     )
 
 
@@ -67,6 +84,14 @@ async def test_a_page_after_the_end_is_empty() -> None:
     page = await listed(await crowd(3), after="b999@im.bot")
     assert (page.bindings, page.next) == ([], "")
     assert (await listed(Bench())).bindings == []
+
+
+async def test_how_bots_fare_is_said_where_that_is_asked() -> None:
+    bench = await crowd(3)
+    assert [info.health for info in (await listed(bench)).bindings] == [None] * 3
+    page = await listed(bench, health=True, limit=2)
+    assert [info.health and info.health.status for info in page.bindings] == ["unknown"] * 2
+    assert page.next == "b001@im.bot"
 
 
 async def test_the_list_can_be_filtered() -> None:

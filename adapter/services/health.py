@@ -1,0 +1,101 @@
+"""How bots fare now: what the replica that polls each says, asked of all at once, and the window of its user."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+from msgspec import structs
+
+from adapter.contract.messages import BindingHealth, BindingInfo, BotStatus
+from adapter.contract.records import Binding
+from adapter.conversation import window
+from adapter.conversation.record import ConversationRecord
+from adapter.conversation.store import ConversationStore
+from adapter.kit.timing import Clock
+from adapter.ownership.replica_status import PollerStatus, query_replicas
+from adapter.ports import AllReplicas
+
+BOTS_PER_REQUEST = 1000
+"""Their ids, and what a replica says of them, stay well below the 1 MiB that a message may have."""
+FAILING_MS = 60_000
+"""Polls that have failed for less are only repeated: an idle poll takes half of it."""
+_OF_POLLER: dict[str, BotStatus] = {
+    "starting": "starting",
+    "polling": "polling",
+    "paused": "paused",
+    "draining": "draining",
+    "needs_login": "needs_login",
+}
+
+
+class HealthDeps(NamedTuple):
+    """What telling the health of bots needs."""
+
+    replicas: AllReplicas
+    subject: str
+    """Where replicas are asked."""
+    living_count: Callable[[], int]
+    conversations: ConversationStore
+    policy: window.WindowPolicy
+    clock: Clock
+
+
+async def statuses(bindings: Sequence[Binding], deps: HealthDeps) -> dict[str, BindingHealth]:
+    """By bot, without what is known of users. Raises Temporary."""
+    found: dict[str, BindingHealth] = {}
+    for start in range(0, len(bindings), BOTS_PER_REQUEST):
+        page = bindings[start : start + BOTS_PER_REQUEST]
+        expected = deps.living_count()
+        replicas = await query_replicas(deps.replicas, deps.subject, [binding.bot for binding in page], expected)
+        polls = {bot: (each.instance, poller) for each in replicas for bot, poller in each.polls.items()}
+        absence: tuple[BotStatus, str] = "not_polled", "no replica polls it"
+        if len(replicas) < expected:
+            absence = "unknown", f"{expected - len(replicas)} of {expected} replicas gave no answer"
+        elif any(each.capacity and each.bots >= each.capacity for each in replicas):
+            absence = "not_polled", "no capacity: add replicas, or raise WECHAT_NATS_CAPACITY"
+        now_ms = deps.clock.now_ms()
+        for binding in page:
+            instance, poller = polls.get(binding.bot, ("", None))
+            status, detail = _status(binding, poller, absence)
+            ago_ms = poller.ago_ms if poller is not None else None
+            answered_ms = now_ms - ago_ms if ago_ms is not None else 0
+            found[binding.bot] = BindingHealth(
+                status=status, detail=detail, replica=instance, answered_ms=answered_ms
+            )
+    return found
+
+
+def _status(binding: Binding, poller: PollerStatus | None, absence: tuple[BotStatus, str]) -> tuple[BotStatus, str]:
+    """In a word, and why. `absence`: of a bot that no replica polls."""
+    if binding.state == "needs_login":
+        return "needs_login", binding.reason
+    if poller is None:
+        return absence
+    if poller.state != "error":
+        return _OF_POLLER.get(poller.state, "unknown"), ""
+    if poller.ago_ms is None or poller.ago_ms >= FAILING_MS:
+        return "failing", "iLink answers no poll, or it cannot be stored: poll.failed, poller.failed in the log"
+    return "retrying", "the last poll failed"
+
+
+async def describe(bindings: Sequence[Binding], deps: HealthDeps) -> list[BindingInfo]:
+    """Bindings with their health, in this order. Raises Temporary."""
+    found = await statuses(bindings, deps)
+    records = await deps.conversations.load_all([(each.sandbox, each.user) for each in bindings if each.user])
+    now_ms = deps.clock.now_ms()
+    infos = []
+    for binding in bindings:
+        record = records.get((binding.sandbox, binding.user), ConversationRecord())
+        health = found[binding.bot]
+        if record is None:
+            health = structs.replace(health, is_unread=True)
+        elif record.window.opened_ms:
+            health = structs.replace(
+                health,
+                inbound_ms=record.window.opened_ms,
+                sent_ms=record.window.sent_at_ms[-1] if record.window.sent_at_ms else 0,
+                window=window.visible_window(record, now_ms, deps.policy),
+            )
+        infos.append(structs.replace(binding.info(), health=health))
+    return infos

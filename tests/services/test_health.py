@@ -1,0 +1,118 @@
+"""How bots fare: what replicas say of them, gathered, and what is kept of their users."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+import pytest
+
+from adapter.contract.messages import BindingInfo
+from adapter.conversation.record import VERSION
+from adapter.ownership.replica_status import PollerStatus, ReplicaStatus, StatusRequest
+from adapter.services.health import BOTS_PER_REQUEST, FAILING_MS, HealthDeps, describe, statuses
+from tests.fakes import WINDOW, Bench
+
+VIRTUAL_TIME = True
+
+BOT, USER = "b1@im.bot", "u1@im.wechat"
+
+
+class Replicas:
+    """Implements AllReplicas: each answers of the bots that it polls."""
+
+    def __init__(self, *polls: dict[str, PollerStatus], capacity: int = 100) -> None:
+        self.polls = polls
+        self.capacity = capacity
+        self.requests: list[int] = []
+
+    async def query_replicas(self, subject: str, payload: bytes, *, count: int, within_s: float) -> list[bytes]:
+        asked = msgspec.json.decode(payload, type=StatusRequest).bots
+        self.requests.append(len(asked))
+        answers = [
+            ReplicaStatus(
+                instance=f"r{number}",
+                version="1",
+                shards=1,
+                bots=len(polls),
+                capacity=self.capacity,
+                polls={bot: poller for bot, poller in polls.items() if bot in asked},
+            )
+            for number, polls in enumerate(self.polls, 1)
+        ]
+        return [msgspec.json.encode(answer) for answer in answers]
+
+
+async def described(bench: Bench, replicas: Replicas, living: int | None = None) -> list[BindingInfo]:
+    living = len(replicas.polls) if living is None else living
+    deps = HealthDeps(replicas, "", lambda: living, bench.store, WINDOW, bench.clock)
+    return await describe(list(bench.bindings), deps)
+
+
+@pytest.mark.parametrize(
+    ("fields", "poller", "status", "detail"),
+    [
+        ({}, PollerStatus(state="polling", ago_ms=5), "polling", ""),
+        ({}, PollerStatus(state="starting"), "starting", ""),
+        ({}, PollerStatus(state="of a newer version"), "unknown", ""),
+        ({}, PollerStatus(state="error", ago_ms=FAILING_MS - 1), "retrying", "the last poll failed"),
+        ({}, PollerStatus(state="error", ago_ms=FAILING_MS), "failing", "iLink answers no poll"),
+        ({}, PollerStatus(state="error"), "failing", "iLink answers no poll"),
+        ({"state": "needs_login", "reason": "stale_token"}, None, "needs_login", "stale_token"),
+        ({}, None, "not_polled", "no replica polls it"),
+    ],
+)
+async def test_a_bot_fares_as_the_replica_that_polls_it_says(
+    fields: dict[str, Any], poller: PollerStatus | None, status: str, detail: str
+) -> None:
+    bench = Bench()
+    await bench.bind(**fields)
+    (info,) = await described(bench, Replicas({}, {BOT: poller} if poller else {}))
+    assert info.health is not None
+    assert (info.health.status, info.health.replica) == (status, "r2" if poller else "")
+    assert info.health.detail.startswith(detail)
+
+
+async def test_where_a_replica_is_silent_it_is_not_known_whether_a_bot_is_polled() -> None:
+    bench = Bench()
+    await bench.bind()
+    (info,) = await described(bench, Replicas({}), living=2)
+    assert info.health is not None
+    assert (info.health.status, info.health.detail) == ("unknown", "1 of 2 replicas gave no answer")
+
+
+async def test_a_bot_for_which_there_is_no_room_says_so() -> None:
+    bench = Bench()
+    for number in (1, 2):
+        await bench.bind(f"s{number}", f"b{number}@im.bot", f"u{number}@im.wechat")
+    first, second = await described(bench, Replicas({BOT: PollerStatus(state="polling")}, capacity=1))
+    assert first.health is not None
+    assert second.health is not None
+    assert (first.health.status, second.health.status) == ("polling", "not_polled")
+    assert "WECHAT_NATS_CAPACITY" in second.health.detail
+
+
+async def test_what_is_kept_of_the_user_is_told() -> None:
+    bench = Bench()
+    for number in (1, 2, 3):
+        await bench.bind(f"s{number}", f"b{number}@im.bot", f"u{number}@im.wechat")
+    heard_ms = bench.clock.now_ms() - 60_000
+    bench.hears("s1", "u1@im.wechat", sends_used=2, opened_ms=heard_ms, sent_at_ms=[heard_ms + 5])
+    bench.hears("s2", "u2@im.wechat", v=VERSION + 1)
+    one, newer, never = [info.health for info in await described(bench, Replicas({}))]
+    assert one is not None
+    assert newer is not None
+    assert never is not None
+    assert (one.inbound_ms, one.sent_ms, one.window and one.window.remaining) == (heard_ms, heard_ms + 5, 8)
+    assert (newer.is_unread, newer.window) == (True, None)
+    assert (never.is_unread, never.inbound_ms, never.window) == (False, 0, None)
+
+
+async def test_thousands_of_bots_are_asked_for_in_pieces() -> None:
+    bench = Bench()
+    for number in range(BOTS_PER_REQUEST + 1):
+        await bench.bind(f"s{number}", f"b{number}@im.bot", f"u{number}@im.wechat")
+    replicas = Replicas({})
+    deps = HealthDeps(replicas, "", lambda: 1, bench.store, WINDOW, bench.clock)
+    assert len(await statuses(list(bench.bindings), deps)) == BOTS_PER_REQUEST + 1
+    assert replicas.requests == [BOTS_PER_REQUEST, 1]
