@@ -151,7 +151,7 @@ async def run_rows(
 
 
 async def _report_forever(total: int, finished: set[int], failures: dict[int, Failed]) -> None:
-    is_terminal = sys.stderr.isatty()
+    is_terminal = output.can_style(sys.stderr)
     try:
         while True:
             await asyncio.sleep(TICK_S if is_terminal else LINE_S)

@@ -143,23 +143,31 @@ class Bus:
         self, verb: str, request: msgspec.Struct, answer: type[S], timeout_s: float = ANSWER_S
     ) -> S:
         """A request to an adapter. Raises Failed."""
-        subject = self.names.svc(verb)
-        reply = await self._reply(
-            subject,
-            msgspec.json.encode(request),
-            f"No adapter answered on {subject} within {timeout_s:g} s: run `wechat-nats doctor`.",
-            nobody="No adapter runs on this bus: start one with `wechat-nats run`.",
-            timeout_s=timeout_s,
-        )
-        headers = reply.headers or {}
-        if code := headers.get(H_ERROR_CODE):
-            raise Failed(NO, f"{headers.get(H_ERROR) or 'The adapter refused'} (code {code}).")
+        reply = await self.service_reply(verb, msgspec.json.encode(request), timeout_s)
         try:
             return msgspec.json.decode(reply.data, type=answer)
         except UNDECODABLE:
             raise Failed(
                 NO, f"The adapter's answer to {verb} cannot be read: are both of the same version?"
             ) from None
+
+    async def service_reply(
+        self, verb: str, payload: bytes, timeout_s: float, headers: dict[str, str] | None = None
+    ) -> Msg:
+        """An adapter's answer as it came, errors excepted. Raises Failed."""
+        subject = self.names.svc(verb)
+        reply = await self._reply(
+            subject,
+            payload,
+            f"No adapter answered on {subject} within {timeout_s:g} s: run `wechat-nats doctor`.",
+            nobody="No adapter runs on this bus: start one with `wechat-nats run`.",
+            timeout_s=timeout_s,
+            headers=headers,
+        )
+        found = reply.headers or {}
+        if code := found.get(H_ERROR_CODE):
+            raise Failed(NO, f"{found.get(H_ERROR) or 'The adapter refused'} (code {code}).")
+        return reply
 
     async def request(self, subject: str, payload: bytes) -> Msg:
         """A request to the server itself. Raises Failed."""
@@ -174,11 +182,19 @@ class Bus:
         return answer
 
     async def _reply(
-        self, subject: str, payload: bytes, silent: str, *, nobody: str = "", timeout_s: float = ANSWER_S
+        self,
+        subject: str,
+        payload: bytes,
+        silent: str,
+        *,
+        nobody: str = "",
+        timeout_s: float = ANSWER_S,
+        headers: dict[str, str] | None = None,
     ) -> Msg:
         """`silent` is said where no answer comes, `nobody` where nobody listens. Raises Failed."""
         try:
-            return await self.unless_forbidden(subject, self.nc.request(subject, payload, timeout=timeout_s))
+            asking = self.nc.request(subject, payload, timeout=timeout_s, headers=headers)
+            return await self.unless_forbidden(subject, asking)
         except (NatsError, TimeoutError) as exc:
             if nobody and isinstance(exc, NoRespondersError):
                 raise Failed(UNREACHABLE, nobody) from None
@@ -286,7 +302,7 @@ async def sequence_from(bus: Bus, stream: str, subject: str, *, headers_only: bo
     """The messages that `stream` holds under `subject` right now, oldest first. Raises Failed."""
     subscription = await replay(bus, stream, subject, headers_only=headers_only)
     try:
-        if not await _any_waiting(subscription):
+        if not await has_waiting(subscription):
             return
         while True:
             msg = await subscription.next_msg(timeout=ANSWER_S)
@@ -299,7 +315,8 @@ async def sequence_from(bus: Bus, stream: str, subject: str, *, headers_only: bo
         await subscription.unsubscribe()
 
 
-async def _any_waiting(subscription: JetStreamContext.PushSubscription) -> bool:
+async def has_waiting(subscription: JetStreamContext.PushSubscription) -> bool:
+    """Whether the stream holds something for it."""
     info = await subscription.consumer_info()
     return bool(info.num_pending or (info.delivered and info.delivered.consumer_seq))
 

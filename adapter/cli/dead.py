@@ -26,7 +26,7 @@ from adapter.services.dead_letters import DeadLetter, dead_letter_of, retry_mess
 
 app = App(name="dead", help="Messages that could not be handled: list, show, try again, delete.")
 
-COLUMNS = ("seq", "stream", "subject", "reason", "time", "size")
+COLUMNS = ("seq", "time", "sandbox", "stream", "reason", "detail", "size")
 _SECRET_NAME = re.compile(r"token|secret|authorization|aes_?key", re.IGNORECASE)
 _QUOTE = re.compile("[\"']")
 MASK = "***"
@@ -45,7 +45,9 @@ async def list_dead_letters(
         for letter in letters:
             output.json_line(letter)
     else:
-        rows = [(x.seq, x.stream, x.subject, x.reason, output.clock(x.time_ms), x.size) for x in letters]
+        rows = [
+            (x.seq, output.clock(x.time_ms), x.sandbox or "-", x.stream, x.reason, x.detail, x.size) for x in letters
+        ]
         output.table(COLUMNS, rows, empty="No dead letters.")
     return OK
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import signal
-from collections.abc import AsyncIterator, Coroutine, Iterator
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
 from typing import Any, TypeVar
 
 from adapter.cli.embedded import EmbeddedNats
@@ -18,8 +18,11 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 @contextlib.contextmanager
-def until_signalled() -> Iterator[asyncio.Event]:
-    """An event that ctrl-C, SIGTERM or a closed terminal sets; a second signal cancels the current task."""
+def until_signalled(on_first: Callable[[], None] = lambda: None) -> Iterator[asyncio.Event]:
+    """An event that ctrl-C, SIGTERM or a closed terminal sets; a second signal cancels the current task.
+
+    `on_first` is called at the first.
+    """
     loop = asyncio.get_running_loop()
     task = asyncio.current_task()
     assert task is not None
@@ -28,6 +31,8 @@ def until_signalled() -> Iterator[asyncio.Event]:
     def on_signal() -> None:
         if stop.is_set():
             task.cancel()
+        else:
+            on_first()
         stop.set()
 
     for number in SIGNALS:

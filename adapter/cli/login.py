@@ -223,7 +223,7 @@ class _View:
             self.say(f"Code {now.code} is in {self._png}.")
         else:
             text = now.qrcode_text
-            output.say(text if sys.stdout.isatty() else _COLOURS.sub("", text))
+            output.say(text if output.can_style(sys.stdout) else _COLOURS.sub("", text))
 
     def show_state(self, now: Login) -> None:
         """A new state."""

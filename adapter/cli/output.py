@@ -6,12 +6,14 @@ Texts and names come from other people: nothing of theirs may move the cursor, c
 from __future__ import annotations
 
 import json
+import os
 import re
+import shutil
 import sys
 import time
 from collections.abc import Iterable, Sequence
 from datetime import UTC, datetime
-from typing import Any
+from typing import Any, TextIO
 
 import msgspec
 from rich.cells import cell_len
@@ -24,6 +26,8 @@ from adapter.observability.logs import UNSEEN
 _UNPRINTABLE = re.compile(f"[\x00-\x1f{UNSEEN}]")
 _UNPRINTABLE_IN_JSON = re.compile(f"[{UNSEEN}]")
 """What JSON may hold as it is; some of it moves the cursor, or ends a line for those who read lines."""
+NARROW = 8
+"""A terminal that has fewer columns for each column of a table gets its rows as blocks."""
 _NAMED = {"\n": "⏎", "\t": " ", "\r": ""}
 
 
@@ -53,6 +57,16 @@ def ago(ms: int) -> str:
     return f"{span(time.time() * 1000 - ms)} ago" if ms else "-"
 
 
+def can_style(stream: TextIO) -> bool:
+    """Whether a stream is a terminal whose cursor can be moved."""
+    return stream.isatty() and os.environ.get("TERM", "") not in ("dumb", "unknown")
+
+
+def can_colour(stream: TextIO) -> bool:
+    """As `can_style`, and nobody has asked for no colours (https://no-color.org)."""
+    return can_style(stream) and not os.environ.get("NO_COLOR")
+
+
 def json_line(value: object) -> None:
     """One JSON object on a line of its own, at once; bytes are JSON already. Controls in its texts are escaped."""
     raw = value if isinstance(value, bytes) else msgspec.json.encode(with_defaults(value))
@@ -78,8 +92,9 @@ def table(
     cells = [[printable(cell) for cell in row] for row in rows]
     if not cells:
         say(empty)
-    elif sys.stdout.isatty():
-        _rich(columns, cells, styles or {})
+    elif can_style(sys.stdout):
+        width = shutil.get_terminal_size().columns
+        (_stacked if width < NARROW * len(columns) else _rich)(columns, cells, styles or {})
     else:
         _aligned(columns, cells)
 
@@ -91,6 +106,15 @@ def _rich(columns: Sequence[str], cells: list[list[str]], styles: dict[str, str]
     for row in cells:
         grid.add_row(*(Text(cell, style=styles.get(cell, "")) for cell in row))
     Console(highlight=False).print(grid)
+
+
+def _stacked(columns: Sequence[str], cells: list[list[str]], styles: dict[str, str]) -> None:
+    """A block of lines for each row: a column of a few letters is read by nobody."""
+    console, label = Console(highlight=False), max(map(cell_len, columns))
+    for row in cells:
+        for column, cell in zip(columns, row, strict=True):
+            console.print(Text(pad(column, label + 2), style="bold") + Text(cell, style=styles.get(cell, "")))
+        console.print()
 
 
 def _aligned(columns: Sequence[str], cells: list[list[str]]) -> None:

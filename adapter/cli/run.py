@@ -7,6 +7,7 @@ import contextlib
 import json
 import re
 import secrets
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -60,7 +61,7 @@ def run(
 async def _run(settings: Settings, *, embedded: bool, port: int) -> int:
     from adapter.replica import app  # noqa: PLC0415 -- other commands start faster without it
 
-    with until_signalled() as stop:
+    with until_signalled(lambda: _say_draining(settings.drain_s)) as stop:
         if not embedded:
             await app.run(settings, stop=stop)
             return OK
@@ -71,6 +72,15 @@ async def _run(settings: Settings, *, embedded: bool, port: int) -> int:
             log.info("nats.started", url_file=str(folder / URL_FILE), folder=str(server.folder))
             await while_alive(app.run(embedded_settings(settings, server.url), stop=stop), server)
     return OK
+
+
+def _say_draining(drain_s: float) -> None:
+    """To the person whose ctrl-C it was; a supervisor reads the log."""
+    if sys.stderr.isatty():
+        output.complain(
+            f"Draining for {drain_s:g} s at most. Ctrl-C again ends it at once: what is being sent may end as"
+            " uncertain, and what iLink is handing over may be lost."
+        )
 
 
 def embedded_settings(settings: Settings, url: str) -> Settings:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import shutil
 from typing import TextIO
 
 from rich.cells import cell_len
 
-from adapter.cli.output import pad, printable
+from adapter.cli.output import can_colour, can_style, pad, printable
 
 WIDTH, LABEL = 80, 18
 """Columns of a line, and of its label."""
@@ -19,8 +20,9 @@ class Screen:
 
     def __init__(self, out: TextIO, *, prompting: bool) -> None:
         self._out = out
-        self._colours = out.isatty()
-        self._may_prompt = prompting and self._colours
+        self._colours = can_colour(out)
+        self._may_prompt = prompting and can_style(out)
+        self._width = min(WIDTH, shutil.get_terminal_size().columns) if out.isatty() else WIDTH
         self._prompted = False
 
     @property
@@ -41,7 +43,7 @@ class Screen:
     def show(self, label: str, text: str) -> None:
         """One entry, over several lines if it is long."""
         self._clear_prompt()
-        first, *more = _wrap(printable(text), WIDTH - LABEL) or [""]
+        first, *more = _wrap(printable(text), max(self._width - LABEL, LABEL)) or [""]
         self._write(f"{self._label(label)}{first}\n" + "".join(f"{' ' * LABEL}{line}\n" for line in more))
 
     def note(self, text: str) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import re
 import sys
+from pathlib import Path
 from typing import Annotated, Literal
 
 import msgspec
@@ -15,19 +16,35 @@ from nats.errors import Error as NatsError
 from adapter.cli import output
 from adapter.cli.bus import Bus, connected_bus, sequence_from
 from adapter.cli.exit_codes import NO, OK, TIMEOUT, UNREACHABLE, USAGE, Failed
+from adapter.cli.media import read_media, upload
 from adapter.cli.options import Json, RequestId, Sandbox, Timeout, flag, new_id
-from adapter.contract.messages import FINAL_OUTCOMES, SCHEMA_VERSION, Outbound, Receipt
+from adapter.contract.messages import (
+    FINAL_OUTCOMES,
+    SCHEMA_VERSION,
+    Outbound,
+    OutFile,
+    OutImage,
+    OutItem,
+    OutText,
+    Receipt,
+)
 from adapter.contract.names import H_MSG_ID, H_SCHEMA
 from adapter.errors import UNDECODABLE
 
+Content = tuple[type[OutImage] | type[OutFile], str, bytes]
+"""What is sent as what, its name, and its bytes."""
 _OPTION = re.compile(r"--[a-z][a-z-]*")
 
 
 async def send(
     sandbox: Sandbox,
-    text: Annotated[str, Parameter(allow_leading_hyphen=True, help="What to send; `-`: all of standard input.")],
+    text: Annotated[
+        str | None, Parameter(allow_leading_hyphen=True, help="What to send; `-`: all of standard input.")
+    ] = None,
     /,
     *,
+    file: Annotated[tuple[Path, ...], Parameter(help="Send this file after the text. May be repeated.")] = (),
+    image: Annotated[tuple[Path, ...], Parameter(help="Send this picture after the text. May be repeated.")] = (),
     user: Annotated[str | None, Parameter(help="Recipient; default: the bot's user.")] = None,
     bot: Annotated[str | None, Parameter(help="Needed only where the sandbox has several bots.")] = None,
     when_closed: Annotated[
@@ -43,15 +60,20 @@ async def send(
     timeout: Timeout = 60.0,
     json: Json = False,
 ) -> int:
-    """Send a text to a sandbox's user and wait for the receipt.
+    """Send a text, pictures or files to a sandbox's user and wait for the receipt.
 
     Exit code 0: accepted by WeChat, or parked until the user writes; 1: refused, uncertain, unconfirmed or
     dead-lettered; 4: stored, but no receipt in time.
     """
     command_id = request_id or new_id()
+    sent = [(OutImage, path) for path in image] + [(OutFile, path) for path in file]
+    if text is None and not sent:
+        raise Failed(USAGE, "There is nothing to send: give a text, --image or --file.")
+    said = None if text is None else _read_text(text)
+    contents = [(kind, path.name, read_media(path)) for kind, path in sent]
     command = Outbound(
         id=command_id,
-        text=_read_text(text),
+        text=said,
         user=user,
         bot=bot,
         when_closed=when_closed,
@@ -69,12 +91,24 @@ async def send(
         await bus.check_subscribed(
             *() if no_wait else (receipt_subject,)
         )  # before anything can happen to the command
+        if contents:
+            body = msgspec.json.encode(await _with_media(bus, sandbox, command, said, contents))
         before = await _store(bus, sandbox, command_id, body)
         if no_wait:
             return _print_stored(command, json)
         last = before or await _wait_outcome(receipts, command, timeout, wait_final)
     _print_receipt(last, json)
     return OK if last.outcome in ("accepted", "parked") else NO
+
+
+async def _with_media(
+    bus: Bus, sandbox: str, command: Outbound, said: str | None, contents: list[Content]
+) -> Outbound:
+    """The command with its media, which are brought first. Raises Failed."""
+    items: list[OutItem] = [] if said is None else [OutText(text=said)]
+    for kind, name, data in contents:
+        items.append(kind(media=await upload(bus, sandbox, name, data), name=name))
+    return msgspec.structs.replace(command, text=None, items=items)
 
 
 def _read_text(text: str) -> str:

@@ -4,24 +4,27 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import time
 from typing import Annotated, NamedTuple
 
 import msgspec
 from cyclopts import Parameter
 from nats.aio.msg import Msg
 from nats.errors import Error as NatsError
+from nats.js import JetStreamContext
 
 from adapter.cli import output
-from adapter.cli.bus import Bus, connected_bus, replay
+from adapter.cli.bus import Bus, connected_bus, has_waiting, replay
 from adapter.cli.exit_codes import OK, TIMEOUT, USAGE, Failed
 from adapter.cli.options import Age, Json, MaybeSandbox, flag, moment
 from adapter.cli.send import describe
 from adapter.content.quotes import kind_of
-from adapter.contract.messages import Inbound, Receipt
+from adapter.contract.messages import Inbound, InboundItem, Outbound, OutText, Receipt
 from adapter.errors import UNDECODABLE
 
-MessageQueue = asyncio.Queue[tuple[str, Msg]]
-INBOUND, EVENT = "inbound", "event"
+MessageQueue = asyncio.Queue[tuple[str, Msg] | None]
+"""Kinds and messages; None: that was all."""
+INBOUND, EVENT, COMMAND = "inbound", "event", "command"
 
 
 class Source(NamedTuple):
@@ -38,8 +41,12 @@ async def tail(
     /,
     *,
     events: Annotated[bool, flag("Show receipts and other events too.")] = False,
+    commands: Annotated[bool, flag("Show commands, with their texts, too, as they come.")] = False,
     since: Age = None,
     from_start: Annotated[bool, flag("Start with all that is stored.", name="--all")] = False,
+    follow: Annotated[
+        bool, flag("With --since or --all: go on with what comes. Else it always does.", name=["--follow", "-f"])
+    ] = False,
     count: Annotated[int | None, Parameter(help="End after so many messages (exit code 0).")] = None,
     timeout: Annotated[float | None, Parameter(help="With --count: give up after so many seconds.")] = None,
     json: Json = False,
@@ -47,35 +54,50 @@ async def tail(
     """Print messages as they come: time, sandbox, user, text.
 
     It reads beside the sandbox and takes nothing from it. With --json each line is the message as it is on the bus.
-    It ends by ctrl-C (exit code 130), or with --count.
+    With --since or --all it prints what is stored, in order, and ends, unless with --follow or --count. Otherwise it
+    ends by ctrl-C (exit code 130), or with --count.
     """
     if since and from_start:
         raise Failed(USAGE, "Give --since or --all, not both.")
     since_ms = moment(since) if since else 0 if from_start else None
+    goes_on = follow or count is not None or since_ms is None
+    if commands and not goes_on:
+        raise Failed(USAGE, "Commands are shown as they come: give --follow.")
     async with connected_bus(lasting=True) as bus:
         arrivals: MessageQueue = asyncio.Queue(maxsize=10_000)
-        await _listen(bus, arrivals, sandbox or "*", events, since_ms)
+        sources = _sources(bus, sandbox or "*", events=events, commands=commands)
+        stored = [] if since_ms is None else [source for source in sources if source.stream]
+        for source in sources:
+            if source not in stored:
+                await _subscribe_live(bus, arrivals, source)
+        await bus.check_subscribed(*(source.live for source in sources))
+        replaying = asyncio.create_task(_replay_stored(bus, arrivals, stored, since_ms or 0, follow=goes_on))
+        printing = asyncio.create_task(_print_until_end(arrivals, count, json))
         try:
             async with asyncio.timeout(timeout if count else None):
-                await _print_forever(arrivals, count, json)
+                await asyncio.wait({replaying, printing}, return_when=asyncio.FIRST_COMPLETED)
+                if replaying.done():
+                    await replaying
+                await printing
         except TimeoutError:
             raise Failed(TIMEOUT, f"Fewer than {count} messages within {timeout:g} s.") from None
+        finally:
+            replaying.cancel()
+            printing.cancel()
     return OK
 
 
-async def _listen(bus: Bus, arrivals: MessageQueue, sandbox: str, events: bool, since_ms: int | None) -> None:
-    """Subscribes, live or from the streams. Returns once nothing can be missed. Raises Failed."""
+def _sources(bus: Bus, sandbox: str, *, events: bool, commands: bool) -> list[Source]:
     names = bus.names
     sources = [Source(INBOUND, names.live(sandbox), names.stream_in, names.inbox(sandbox))]
     if events:
         subject = names.event(sandbox, ">")
         sources.append(Source(EVENT, subject, names.stream_event, subject))
-    for source in sources:
-        if since_ms is None:
-            await _subscribe_live(bus, arrivals, source)
-        else:
-            await _replay_stored(bus, arrivals, source, since_ms)
-    await bus.check_subscribed(*(source.live for source in sources))
+    if commands:
+        sources.append(Source(COMMAND, names.out(sandbox), "", ""))
+        if sandbox == "*":
+            sources.append(Source(COMMAND, names.out_plain, "", ""))
+    return sources
 
 
 async def _subscribe_live(bus: Bus, arrivals: MessageQueue, source: Source) -> None:
@@ -85,28 +107,54 @@ async def _subscribe_live(bus: Bus, arrivals: MessageQueue, source: Source) -> N
     await bus.nc.subscribe(source.live, cb=on_message)
 
 
-async def _replay_stored(bus: Bus, arrivals: MessageQueue, source: Source, since_ms: int) -> None:
-    subscription = await replay(bus, source.stream, source.stored, since_ms=since_ms or None)
+class _Reader:
+    """Reads what a stream holds, and then what comes."""
 
-    async def hand_on() -> None:
+    def __init__(self, kind: str, subscription: JetStreamContext.PushSubscription, *, is_behind: bool) -> None:
+        self.kind = kind
+        self.is_behind = is_behind
+        """The stream holds more that was stored before."""
+        self._subscription = subscription
+
+    async def next(self) -> Msg:
+        msg = await self._subscription.next_msg(timeout=None)
+        self.is_behind = self.is_behind and msg.metadata.num_pending > 0
+        return msg
+
+    async def run(self, arrivals: MessageQueue) -> None:
         with contextlib.suppress(NatsError):  # closed: the command ends
             while True:
-                await arrivals.put((source.kind, await subscription.next_msg(timeout=None)))
-
-    task = asyncio.create_task(hand_on())
-    _TASKS.add(task)
-    task.add_done_callback(_TASKS.discard)
+                await arrivals.put((self.kind, await self.next()))
 
 
-_TASKS: set[asyncio.Task[None]] = set()
-"""Held here, since the loop itself holds tasks only weakly."""
+async def _replay_stored(
+    bus: Bus, arrivals: MessageQueue, sources: list[Source], since_ms: int, *, follow: bool
+) -> None:
+    """Hands on what streams hold, in the order in which they have stored it, then what comes, or the end."""
+    readers = []
+    for source in sources:
+        subscription = await replay(bus, source.stream, source.stored, since_ms=since_ms or None)
+        readers.append(_Reader(source.kind, subscription, is_behind=await has_waiting(subscription)))
+    heads = {reader: await reader.next() for reader in readers if reader.is_behind}
+    while heads:
+        reader = min(heads, key=lambda each: heads[each].metadata.timestamp)
+        await arrivals.put((reader.kind, heads.pop(reader)))
+        if reader.is_behind:
+            heads[reader] = await reader.next()
+    if not follow:
+        await arrivals.put(None)
+        return
+    await asyncio.gather(*(reader.run(arrivals) for reader in readers))
 
 
-async def _print_forever(arrivals: MessageQueue, count: int | None, json: bool) -> None:
-    """Runs until cancelled, or until `count` messages are printed."""
+async def _print_until_end(arrivals: MessageQueue, count: int | None, json: bool) -> None:
+    """Runs until that was all, or until `count` messages are printed."""
     printed = 0
     while count is None or printed < count:
-        kind, msg = await arrivals.get()
+        arrived = await arrivals.get()
+        if arrived is None:
+            return
+        kind, msg = arrived
         if json:
             output.json_line(msg.data)
         else:
@@ -117,6 +165,8 @@ async def _print_forever(arrivals: MessageQueue, count: int | None, json: bool) 
 def _format_line(kind: str, msg: Msg) -> str:
     """One message for people; what cannot be read is named, not hidden."""
     try:
+        if kind == COMMAND:
+            return _format_command(msg.subject, msg.data)
         return _format_inbound(msg.data) if kind == INBOUND else _format_event(msg.subject, msg.data)
     except UNDECODABLE:
         return f"unreadable: {len(msg.data)} bytes on {output.printable(msg.subject)}"
@@ -124,7 +174,8 @@ def _format_line(kind: str, msg: Msg) -> str:
 
 def _format_inbound(data: bytes) -> str:
     message = msgspec.json.decode(data, type=Inbound)
-    said = message.text or "[" + ", ".join(kind_of(item) for item in message.items) + "]"
+    media = [_format_item(item) for item in message.items if kind_of(item) != "text"]
+    said = " ".join(filter(None, (message.text, *media)))
     head = f"{output.clock(message.received_at_ms)}  {message.sandbox}  {_short_user(message.user)}  "
     return head + output.printable(said)
 
@@ -138,11 +189,47 @@ def _format_event(subject: str, data: bytes) -> str:
         fields = msgspec.json.decode(data, type=dict[str, object])
         at_ms = at if isinstance(at := fields.get("at_ms"), int) else 0
         user = str(fields.get("user") or "")
-        rest = (
-            f"{k}={v}" for k, v in fields.items() if k not in ("sandbox", "user", "at_ms") and v not in ("", None)
-        )
-        said = " ".join(rest)
+        said = _words({name: value for name, value in fields.items() if name not in ("sandbox", "user", "at_ms")})
     return f"{output.clock(at_ms)}  {sandbox}  {_short_user(user)}  {kind}: {output.printable(said)}"
+
+
+def _format_item(item: InboundItem) -> str:
+    """A picture, file … by the object that `media get` fetches."""
+    media = getattr(item, "media", None)
+    return f"[{kind_of(item)} {media.object}]" if media is not None else f"[{kind_of(item)}]"
+
+
+def _format_command(subject: str, data: bytes) -> str:
+    command = msgspec.json.decode(data, type=Outbound)
+    sandbox = command.sandbox or subject.rpartition(".")[2]
+    parts = [command.text or ""] + [
+        item.text
+        if isinstance(item, OutText)
+        else f"{item.caption} [{item.__struct_config__.tag} {item.name}]".strip()
+        for item in command.items or ()
+    ]
+    said = " ".join(filter(None, parts)) or f"typing {command.typing}"
+    head = f"{output.clock(int(time.time() * 1000))}  {sandbox}  {_short_user(command.user or '-')}  "
+    return f"{head}→ {output.printable(said)}"
+
+
+def _words(value: object) -> str:
+    """What an event says, without the marks of its notation."""
+    match value:
+        case dict():
+            told = {name: each for name, each in value.items() if each is not False and each not in ("", None)}
+            return ", ".join(_field_words(str(name), each) for name, each in told.items())
+        case list():
+            return ", ".join(map(_words, value))
+        case _:
+            return str(value)
+
+
+def _field_words(name: str, value: object) -> str:
+    label = name.removesuffix("_ms").replace("_", " ")
+    if name.endswith("_ms") and isinstance(value, int):
+        return f"{label} {output.clock(value)}"
+    return label if value is True else f"{label} {_words(value)}"
 
 
 def _short_user(user: str) -> str:

@@ -75,7 +75,11 @@ def grants(names: Names, role: Role, sandbox: str = TAG) -> Grants:
             return Grants(_adapter_publishes(names), _adapter_subscribes(names))
         case "operator":
             return Grants(
-                _operator_publishes(names), (names.live("*"), names.event("*", ">"), _inbox_subjects("operator"))
+                _operator_publishes(names),
+                (
+                    *(names.live("*"), names.event("*", ">"), names.out_plain, names.out("*")),
+                    _inbox_subjects("operator"),
+                ),
             )
         case "platform":
             asks = (names.svc("bindings.*"), names.svc("login.*"), names.svc("window"), names.svc("receipt"))

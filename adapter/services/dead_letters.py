@@ -6,7 +6,17 @@ from collections.abc import Mapping
 
 import msgspec
 
-from adapter.contract.names import H_DETAIL, H_MSG_ID, H_REASON, H_SEQUENCE, H_SINCE_MS, H_SUBJECT, H_TIME_MS, Names
+from adapter.contract.names import (
+    H_DETAIL,
+    H_MSG_ID,
+    H_REASON,
+    H_SANDBOX,
+    H_SEQUENCE,
+    H_SINCE_MS,
+    H_SUBJECT,
+    H_TIME_MS,
+    Names,
+)
 from adapter.ports import Message
 
 DEAD_LETTER_HEADERS = frozenset({H_SUBJECT, H_REASON, H_DETAIL, H_SEQUENCE, H_TIME_MS})
@@ -19,6 +29,8 @@ class DeadLetter(msgspec.Struct, frozen=True, kw_only=True):
     seq: int
     stream: str
     subject: str
+    sandbox: str
+    """"" where it names none."""
     reason: str
     detail: str
     time_ms: int
@@ -33,11 +45,18 @@ def dead_letter_of(
         seq=seq,
         stream=subject.rpartition(".")[2],
         subject=headers.get(H_SUBJECT, ""),
+        sandbox=headers.get(H_SANDBOX, "") or _sandbox_in(headers.get(H_SUBJECT, "")),
         reason=headers.get(H_REASON, ""),
         detail=headers.get(H_DETAIL, ""),
         time_ms=_int_or_zero(headers.get(H_TIME_MS)) or stored_ms,
         size=size,
     )
+
+
+def _sandbox_in(subject: str) -> str:
+    """Of a subject that ends with it: of commands, and of messages in the inbox."""
+    tokens = subject.split(".")
+    return tokens[-1] if len(tokens) > 2 and tokens[1] in ("out", "inbox") else ""
 
 
 def original_subject(names: Names, stored: str) -> str:

@@ -7,6 +7,7 @@ import contextlib
 import io
 import json
 import os
+import re
 import sys
 from collections.abc import Awaitable, Callable
 from pathlib import Path
@@ -17,7 +18,7 @@ from rich.cells import cell_len
 
 from adapter.cli.bus import Bus
 from adapter.cli.lifetime import run_until_stopped
-from adapter.cli.output import complain, json_line, printable, with_defaults
+from adapter.cli.output import can_colour, can_style, complain, json_line, printable, table, with_defaults
 from adapter.cli.screen import LABEL, Screen
 from adapter.cli.stdin import lines
 from adapter.contract.messages import BindingInfo, LoginQuery, Receipt
@@ -178,3 +179,42 @@ async def test_ctrl_c_is_not_forgotten_while_an_answer_comes(ask: Callable[[Bus]
         return 0
 
     assert await run_until_stopped(stop, work()) is None
+
+
+@pytest.mark.parametrize(
+    ("environ", "styles", "colours"),
+    [
+        ({"TERM": "xterm"}, True, True),
+        ({"TERM": "xterm", "NO_COLOR": "1"}, True, False),
+        ({"TERM": "dumb"}, False, False),
+    ],
+)
+def test_a_terminal_gets_what_it_can_show_and_no_colours_where_nobody_wants_them(
+    monkeypatch: pytest.MonkeyPatch, environ: dict[str, str], styles: bool, colours: bool
+) -> None:
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    for name, value in environ.items():
+        monkeypatch.setenv(name, value)
+    assert (can_style(Terminal()), can_colour(Terminal())) == (styles, colours)
+    assert not can_style(io.StringIO())
+    out = Terminal()
+    screen = Screen(out, prompting=True)
+    screen.prompt()
+    screen.show("you", "hello")
+    assert ("\x1b[36m" in out.getvalue(), "\x1b[K" in out.getvalue()) == (colours, styles)
+    shown = Terminal()
+    monkeypatch.setattr(sys, "stdout", shown)
+    table(("a", "b"), [("x", "bad")], styles={"bad": "red"})
+    assert ("\x1b[31m" in shown.getvalue()) is colours
+    assert styles or "\x1b" not in shown.getvalue()
+
+
+def test_a_narrow_terminal_gets_a_block_for_each_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("NO_COLOR", "1")
+    monkeypatch.setenv("COLUMNS", "20")
+    shown = Terminal()
+    monkeypatch.setattr(sys, "stdout", shown)
+    table(("seq", "detail", "size"), [(1, "why it is", 7), (2, "-", 8)])
+    lines = [re.sub(r"\x1b\[[0-9;]*m", "", line).rstrip() for line in shown.getvalue().splitlines()]
+    assert lines == ["seq     1", "detail  why it is", "size    7", "", "seq     2", "detail  -", "size    8", ""]

@@ -11,7 +11,21 @@ import msgspec
 from adapter.cli.bus import Bus, connected_bus
 from adapter.cli.embedded import EmbeddedNats
 from adapter.cli.options import moment, seconds
-from adapter.contract.messages import BindingEvent, Inbound, Receipt, TextItem, UnsupportedItem
+from adapter.cli.output import clock
+from adapter.contract.messages import (
+    BindingEvent,
+    ImageItem,
+    Inbound,
+    Media,
+    Outbound,
+    OutImage,
+    OutText,
+    Receipt,
+    TextItem,
+    UnsupportedItem,
+    Window,
+    WindowEvent,
+)
 from adapter.settings import Settings
 from tests.cli.conftest import Command, Result
 from tests.cli.process import started
@@ -77,6 +91,11 @@ async def test_lines_for_people(cli: Command, bus: Bus) -> None:
     first, second = (await cli("tail", "--all", "--count", "2")).out.splitlines()
     assert first.endswith(r"  s1  o9cq80…user  two⏎lines \x1b[31mred\x1b[0m 你好")
     assert second.endswith("  s1  o9cq80…user  [unsupported]")
+    picture = ImageItem(media=Media(object="s1/in/abc-0", mime="image/png", size=7))
+    await arrive(bus, msgspec.structs.replace(inbound(3, "look"), items=[TextItem(text="look"), picture]))
+    *_, third = (await cli("tail", "--all")).out.splitlines()
+    assert third.endswith("  look [image s1/in/abc-0]")
+    assert third.startswith(clock(1_760_000_000_003))
 
 
 async def test_lines_of_json_move_no_cursor_and_stay_lines(cli: Command, bus: Bus) -> None:
@@ -96,8 +115,63 @@ async def test_events_too(cli: Command, bus: Bus) -> None:
         await bus.js.publish(bus.names.event("s1", "later"), odd)
     one, two, *odd_ones = (await cli("tail", "s1", "--events", "--all", "--count", "4")).out.splitlines()
     assert one.endswith("  s1  u  receipt: c1: refused  (expired)")
-    assert two.endswith("binding: bot=b change=bound")
+    assert two.endswith("binding: bot b, change bound")
     assert odd_ones == [f"unreadable: {size} bytes on wechat.event.s1.later" for size in (2, 13)]
+
+
+async def test_what_is_stored_is_printed_in_order_and_that_is_all_unless_it_is_followed(
+    cli: Command, bus: Bus
+) -> None:
+    assert (await cli("tail", "s1", "--all")).out == ""
+    for n in range(3):
+        await arrive(bus, inbound(n, f"text {n}"))
+        event = WindowEvent(sandbox="s1", bot="b", user="u", change="low", window=Window(remaining=n, reserved=1))
+        await bus.js.publish(bus.names.event("s1", "window"), msgspec.json.encode(event))
+    result = await cli("tail", "s1", "--all", "--events")
+    said = [line.partition("  s1  ")[2].split("  ", 1)[1] for line in result.out.splitlines()]
+    assert result.code == 0
+    assert said == [
+        "text 0",
+        "window: bot b, change low, window remaining 0, reserved 1",
+        "text 1",
+        "window: bot b, change low, window remaining 1, reserved 1",
+        "text 2",
+        "window: bot b, change low, window remaining 2, reserved 1",
+    ]
+    async with started("tail", "s1", "--all", "-f") as process:
+        assert process.stdout is not None
+        for n in range(3):
+            assert f"text {n}".encode() in await process.stdout.readline()
+        await arrive(bus, inbound(9, "later"))
+        assert b"later" in await process.stdout.readline()
+
+
+async def test_commands_with_their_texts_where_that_is_asked_for(cli: Command, bus: Bus) -> None:
+    result = await cli("tail", "--all", "--commands")
+    assert (result.code, "--follow" in result.err) == (2, True)
+    commands = [
+        Outbound(text="an answer\x1b", user="u1@im.wechat"),
+        Outbound(items=[OutText(text="look"), OutImage(name="cat.png", caption="a cat", data=b"x")]),
+        Outbound(typing="on"),
+    ]
+    async with started("tail", "s1", "--commands") as process:
+        assert process.stdout is not None
+        reading = asyncio.create_task(process.stdout.readline())
+        while not reading.done():
+            await bus.nc.publish(bus.names.out("s1"), b'{"text":"listening?"}')
+            await bus.nc.flush()
+            await asyncio.wait([reading], timeout=0.1)
+        for command in commands:
+            await bus.nc.publish(bus.names.out("s1"), msgspec.json.encode(command))
+        lines: list[str] = []
+        while len(lines) < 3:
+            line = (await process.stdout.readline()).decode()
+            lines += [line.strip()] if "listening?" not in line else []
+    assert [line.partition("→ ")[2] for line in lines] == [
+        r"an answer\x1b",
+        "look a cat [image cat.png]",
+        "typing on",
+    ]
 
 
 async def test_too_few_in_time_is_4(cli: Command, bus: Bus) -> None:

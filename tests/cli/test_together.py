@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import pty
+import signal
 from pathlib import Path
 
 import msgspec
@@ -13,6 +16,7 @@ from adapter.cli.embedded import EmbeddedNats
 from adapter.cli.lifetime import adapter_running
 from adapter.simulator import Simulator
 from tests.cli.conftest import START_S, Command, Result
+from tests.cli.process import started
 
 
 async def test_bind_send_look_and_unbind(
@@ -112,3 +116,53 @@ async def test_a_bot_for_which_no_replica_has_room_is_named_and_fails_the_doctor
         doctor = await cli("doctor", "--json")
         (said,) = [check["say"] for check in doctor.rows if check["check"] == "bindings"]
         assert (doctor.code, f"1 not_polled ({row['bot']})" in said) == (1, True)
+
+
+async def test_a_picture_and_a_file_are_sent_and_media_fetched(
+    cli: Command, adapter: asyncio.Task[None], simulator: Simulator, tmp_path: Path
+) -> None:
+    bot = simulator.add_bot()
+    token, picture, report, copy = (tmp_path / name for name in ("token", "cat.png", "report.pdf", "copy"))
+    token.write_text(bot.token)
+    png = b"\x89PNG\r\n\x1a\n" + bytes(600_000)
+    picture.write_bytes(png)
+    report.write_bytes(b"%PDF-1.4 report")
+    assert (await cli("bind", "s1", bot.bot, "--token-file", str(token), "--user", bot.user)).code == 0
+    simulator.say(bot.user, "hello")
+    await cli("tail", "s1", "--all", "--count", "1")
+
+    sent = await cli("send", "s1", "here", "--image", str(picture), "--file", str(report), "--json")
+    assert (sent.code, sent.rows[0]["outcome"], len(sent.rows[0]["message_ids"])) == (0, "accepted", 3)
+    assert [(each.text, len(each.media)) for each in simulator.phone(bot.user)] == [("here", 0), ("", 1), ("", 1)]
+    assert (await cli("send", "s1", "--file", str(tmp_path / "none"))).code == 2
+    assert (await cli("send", "s1")).code == 2
+
+    put = await cli("media", "put", "s1", str(picture), "--json")
+    name = put.rows[0]["object"]
+    assert (put.rows[0]["mime"], put.rows[0]["size"]) == ("image/png", len(png))
+    got = await cli("media", "get", name, str(copy))
+    assert (got.code, copy.read_bytes() == png) == (0, True)
+    again = await cli("media", "get", name, str(copy))
+    assert (again.code, "--force" in again.err) == (2, True)
+    assert (await cli("media", "get", name, str(copy), "--force")).code == 0
+    missing = await cli("media", "get", "s1/in/none", str(tmp_path / "missing"))
+    assert (missing.code, "no such object" in missing.err) == (1, True)
+    assert (await cli("media", "get", "Not a sandbox/x", "-")).code == 2
+
+
+async def test_ctrl_c_of_run_says_how_long_it_drains(server: EmbeddedNats) -> None:
+    main, terminal = pty.openpty()
+    env = {"WECHAT_NATS_HTTP_ADDR": "127.0.0.1:0", "WECHAT_NATS_DRAIN_S": "7"}
+    async with started("run", stderr=terminal, env=env) as process:
+        assert process.stdout is not None
+        while b"adapter.started" not in await process.stdout.readline():
+            pass
+        process.send_signal(signal.SIGINT)
+        said = b""
+        while b"Ctrl-C again" not in said:
+            said += await asyncio.to_thread(os.read, main, 1024)
+        assert b"Draining for 7 s at most." in said
+        await process.stdout.read()
+        assert await process.wait() == 0
+    os.close(main)
+    os.close(terminal)

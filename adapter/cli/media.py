@@ -1,0 +1,114 @@
+"""`media get/put`: bytes of a sandbox's object store, in pieces, by the adapter's service."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import sys
+from pathlib import Path
+from typing import Annotated
+from urllib.parse import quote
+from uuid import uuid4
+
+import msgspec
+from cyclopts import App, Parameter
+
+from adapter.cli import output
+from adapter.cli.bus import Bus, connected_bus
+from adapter.cli.exit_codes import NO, OK, USAGE, Failed
+from adapter.cli.options import Json, Sandbox, flag
+from adapter.contract.messages import Media, MediaQuery
+from adapter.contract.names import H_LAST, H_NAME, H_NEXT, H_OFFSET, H_SHA256, H_UPLOAD, is_sandbox
+
+app = App(name="media", help="Pictures, files and voice in the object store: fetch, bring.")
+
+PIECE = 256 * 1024
+PIECE_S = 30.0
+"""Patience with one piece; the last one of a large upload is read back for its digest."""
+
+
+@app.command
+async def get(
+    name: Annotated[str, Parameter(help="`media.object` of a message, as `tail` shows it: <sandbox>/…")],
+    to: Annotated[str, Parameter(allow_leading_hyphen=True, help="File to write; -: standard output.")],
+    /,
+    *,
+    force: Annotated[bool, flag("Overwrite the file.")] = False,
+) -> int:
+    """Fetch an object and check its digest. The bytes are what a person sent: treat them as private."""
+    sandbox = name.partition("/")[0]
+    if not is_sandbox(sandbox):
+        raise Failed(USAGE, "An object's name begins with its sandbox: <sandbox>/…")
+    async with connected_bus() as bus:
+        data = await _download(bus, sandbox, name)
+    if to == "-":
+        sys.stdout.buffer.write(data)
+        return OK
+    _write(to, data, may_overwrite=force)
+    output.say(f"{len(data):,} bytes are in {output.printable(to)}")
+    return OK
+
+
+def _write(to: str, data: bytes, *, may_overwrite: bool) -> None:
+    """Only its owner may read it. Raises Failed."""
+    create = os.O_TRUNC if may_overwrite else os.O_EXCL
+    try:
+        with os.fdopen(os.open(to, os.O_WRONLY | os.O_CREAT | create, 0o600), "wb") as file:
+            file.write(data)
+    except FileExistsError:
+        raise Failed(USAGE, f"{to} is there: give --force to overwrite it.") from None
+    except OSError as exc:
+        raise Failed(USAGE, f"Cannot write {to}: {exc.strerror}.") from None
+
+
+@app.command
+async def put(sandbox: Sandbox, file: Path, /, *, json: Json = False) -> int:
+    """Bring a file, for commands of the sandbox to name. `send --file` does both."""
+    data = read_media(file)
+    async with connected_bus() as bus:
+        media = await upload(bus, sandbox, file.name, data)
+    if json:
+        output.json_line(media)
+    else:
+        output.say(output.printable(f"{media.object}  {media.mime}, {media.size:,} bytes"))
+    return OK
+
+
+def read_media(file: Path) -> bytes:
+    """Raises Failed."""
+    try:
+        data = file.read_bytes()
+    except OSError as exc:
+        raise Failed(USAGE, f"Cannot read {file}: {exc.strerror}.") from None
+    if not data:
+        raise Failed(USAGE, f"{file} is empty.")
+    return data
+
+
+async def upload(bus: Bus, sandbox: str, name: str, data: bytes) -> Media:
+    """Raises Failed."""
+    ident = uuid4().hex
+    for offset in range(0, len(data), PIECE):
+        headers = {H_UPLOAD: ident, H_OFFSET: str(offset)}
+        if offset + PIECE >= len(data):
+            digest = hashlib.sha256(data).hexdigest()
+            headers |= {H_LAST: "true", H_NAME: quote(name, safe=""), H_SHA256: digest}
+        piece = data[offset : offset + PIECE]
+        reply = await bus.service_reply(f"media.put.{sandbox}", piece, PIECE_S, headers)
+    return msgspec.json.decode(reply.data, type=Media)
+
+
+async def _download(bus: Bus, sandbox: str, name: str) -> bytes:
+    """Raises Failed."""
+    data, after = bytearray(), 0
+    while True:
+        query = msgspec.json.encode(MediaQuery(object=name, after=after))
+        reply = await bus.service_reply(f"media.get.{sandbox}", query, PIECE_S)
+        data += reply.data
+        headers = reply.headers or {}
+        if H_NEXT not in headers:
+            break
+        after = int(headers[H_NEXT])
+    if hashlib.sha256(data).hexdigest() != headers.get(H_SHA256):
+        raise Failed(NO, "The bytes are not those that were stored: try again.")
+    return bytes(data)
