@@ -29,7 +29,7 @@ def _tools() -> None:
 
 @pytest.fixture(scope="session")
 def operators() -> dict[str, Object]:
-    """Closed JSON Schemas by kind: PodMonitor, PrometheusRule, ScaledObject. Made once: it takes seconds."""
+    """Closed JSON Schemas of the kinds of operators. Made once: it takes seconds."""
     script = Path(__file__).with_name("operators.py")
     digest = hashlib.sha256(script.read_bytes() + (ROOT / "uv.lock").read_bytes()).hexdigest()[:12]
     kept = tools() / f"operators-{digest}.json"

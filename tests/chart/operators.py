@@ -6,7 +6,7 @@ import sys
 from typing import Any
 
 from cloudcoil.models.keda.v1alpha1 import ScaledObject
-from cloudcoil.models.prometheus_operator.v1 import PodMonitor, PrometheusRule
+from cloudcoil.models.prometheus_operator.v1 import PodMonitor, PrometheusRule, ServiceMonitor
 
 
 def closed(node: Any) -> Any:
@@ -24,5 +24,5 @@ def closed(node: Any) -> Any:
 
 
 json.dump({model.__name__: closed(model.model_json_schema(by_alias=True)) for model in (
-    PodMonitor, PrometheusRule, ScaledObject,
+    PodMonitor, PrometheusRule, ScaledObject, ServiceMonitor,
 )}, sys.stdout)  # fmt: skip

@@ -160,6 +160,35 @@ def test_the_pod_monitor_finds_the_pods() -> None:
     assert (endpoint["port"], endpoint["path"]) == ("http", "/metrics")
 
 
+def test_the_service_has_the_ports_that_are_asked_for_and_its_monitor_finds_it() -> None:
+    values = CHART / "ci" / "service-values.yaml"
+    objects = rendered(values)
+    monitor, service, deployment = (one(objects, kind) for kind in ("ServiceMonitor", "Service", "Deployment"))
+    assert service["metadata"]["labels"].items() >= monitor["spec"]["selector"]["matchLabels"].items()
+    assert service["metadata"]["labels"][monitor["spec"]["jobLabel"]] == "wechat-nats"
+    assert monitor["metadata"]["labels"]["release"] == "prometheus"
+    (endpoint,) = monitor["spec"]["endpoints"]
+    assert (endpoint["port"], endpoint["path"], endpoint["interval"]) == ("http", "/metrics", "1m")
+    assert [(port["name"], port["port"]) for port in service["spec"]["ports"]] == [("http", 9464), ("console", 8080)]
+    (container,) = deployment["spec"]["template"]["spec"]["containers"]
+    ports = {port["name"]: port["containerPort"] for port in container["ports"]}
+    assert ports == {"http": 9464, "console": 9465}
+    assert {port["targetPort"] for port in service["spec"]["ports"]} == set(ports)
+    assert service["spec"]["selector"].items() <= deployment["spec"]["template"]["metadata"]["labels"].items()
+    env = {each["name"]: each.get("value") for each in container["env"]}
+    assert env["WECHAT_NATS_CONSOLE_ADDR"] == ":9465"
+    assert container["lifecycle"]["preStop"] == {"httpGet": {"path": "/livez", "port": "http"}}
+    _, console = one(objects, "NetworkPolicy")["spec"]["ingress"]
+    assert console["ports"] == [{"port": 9465, "protocol": "TCP"}]
+    for parts in ({"serviceMonitor": {"enabled": True}}, {}):
+        made = rendered({"console": {"existingSecret": "console"}, **parts})
+        assert len([each for each in made if each["kind"] == "Service"]) == len(parts)
+        (container,) = one(made, "Deployment")["spec"]["template"]["spec"]["containers"]
+        assert [port["name"] for port in container["ports"]] == ["http"]
+        env = {each["name"]: each.get("value") for each in container["env"]}
+        assert env["WECHAT_NATS_CONSOLE_ADDR"] == "127.0.0.1:9465"
+
+
 def test_what_is_said_of_monitoring_arrives() -> None:
     monitor = one(rendered(CHART / "ci" / "everything-values.yaml"), "PodMonitor")
     values = yaml.load((CHART / "ci" / "everything-values.yaml").read_text(), Loader)["podMonitor"]

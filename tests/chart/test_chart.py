@@ -38,7 +38,7 @@ CORE = {
     "ConfigMap", "Deployment", "HorizontalPodAutoscaler", "NetworkPolicy", "Pod", "PodDisruptionBudget", "Service",
     "ServiceAccount", "StatefulSet",
 }  # fmt: skip
-OPERATORS = {"PodMonitor", "PrometheusRule", "ScaledObject"}
+OPERATORS = {"PodMonitor", "PrometheusRule", "ScaledObject", "ServiceMonitor"}
 
 
 # valid ------------------------------------------------------------------------------------------------
@@ -265,6 +265,16 @@ REFUSALS: list[tuple[str, Object, str]] = [
         "two servers on one port",
         {"console": {"existingSecret": "s", "port": 9464}},
         "console.port: set another one than http.port, which is 9464 too.",
+    ),
+    (
+        "a Service for no console",
+        {"console": {"service": {"enabled": True}}},
+        "console.existingSecret: set the Secret with the token of the console that console.service makes reachable.",
+    ),
+    (
+        "two monitors",
+        {"podMonitor": {"enabled": True}, "serviceMonitor": {"enabled": True}},
+        "serviceMonitor.enabled: set it or podMonitor.enabled, not both, or each adapter is scraped twice.",
     ),
     (
         "a variable of the chart's",

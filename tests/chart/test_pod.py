@@ -233,7 +233,7 @@ def selectors(objects: list[Object]) -> list[Object]:
     found = []
     for made in objects:
         match made["kind"]:
-            case "Deployment" | "StatefulSet" | "PodDisruptionBudget" | "PodMonitor":
+            case "Deployment" | "StatefulSet" | "PodDisruptionBudget" | "PodMonitor" | "ServiceMonitor":
                 found.append(made["spec"]["selector"]["matchLabels"])
             case "NetworkPolicy":
                 found.append(made["spec"]["podSelector"]["matchLabels"])

@@ -166,7 +166,7 @@ WECHAT_NATS_TOKEN_KEY_FILE: {{ printf "/etc/wechat-nats/token-key/%s" .Values.to
 {{- end }}
 {{- with .Values.console }}
 {{- if .existingSecret }}
-WECHAT_NATS_CONSOLE_ADDR: {{ printf "127.0.0.1:%d" (int .port) | quote }}
+WECHAT_NATS_CONSOLE_ADDR: {{ printf "%s:%d" (ternary $.Values.http.address "127.0.0.1" .service.enabled) (int .port) | quote }}
 WECHAT_NATS_CONSOLE_TOKEN_FILE: {{ printf "/etc/wechat-nats/console/%s" .key | quote }}
 {{- end }}
 {{- end }}
@@ -261,4 +261,22 @@ volumeMounts:
 {{ $field }}: {{ if kindIs "string" . }}{{ . }}{{ else }}{{ toYaml . | nindent 2 }}{{ end }}
 {{- end }}
 {{- end }}
+{{- end }}
+
+{{- /* How Prometheus scrapes an adapter; of a PodMonitor or ServiceMonitor. */}}
+{{- define "wechat-nats.endpoints" -}}
+- port: http
+  path: /metrics
+  interval: {{ .interval }}
+  {{- with .scrapeTimeout }}
+  scrapeTimeout: {{ . }}
+  {{- end }}
+  {{- with .relabelings }}
+  relabelings:
+    {{- toYaml . | nindent 4 }}
+  {{- end }}
+  {{- with .metricRelabelings }}
+  metricRelabelings:
+    {{- toYaml . | nindent 4 }}
+  {{- end }}
 {{- end }}

@@ -32,6 +32,12 @@
 {{- $faults = append $faults "settings.WECHAT_NATS_REPLICAS: set 1 with evaluationNats.enabled, which is one server." }}
 {{- end }}
 {{- end }}
+{{- if and $v.console.service.enabled (not $v.console.existingSecret) }}
+{{- $faults = append $faults "console.existingSecret: set the Secret with the token of the console that console.service makes reachable." }}
+{{- end }}
+{{- if and $v.podMonitor.enabled $v.serviceMonitor.enabled }}
+{{- $faults = append $faults "serviceMonitor.enabled: set it or podMonitor.enabled, not both, or each adapter is scraped twice." }}
+{{- end }}
 {{- with $v.podDisruptionBudget }}
 {{- if and (not (kindIs "invalid" .maxUnavailable)) (not (kindIs "invalid" .minAvailable)) }}
 {{- $faults = append $faults "podDisruptionBudget: set maxUnavailable or minAvailable, not both." }}
