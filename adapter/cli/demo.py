@@ -78,14 +78,13 @@ async def _demo(screen: Screen, program: str | None, echo: bool) -> int:
         bus = await stack.enter_async_context(connected_bus(settings))
         bot = simulator.add_bot()
         await _bind(bus, SANDBOX, bot)
-        screen.note(f"NATS at {nats.url}, sandbox {SANDBOX}. You are a WeChat user: write. ctrl-C ends.")
-        agent = None
+        agent, hint = None, f"Your agent: NATS_URL={nats.url} wechat-nats agent {SANDBOX} --exec 'PROGRAM'"
         if program is not None or echo:
-            screen.note("Another agent: wechat-nats demo --exec 'PROGRAM', or --no-echo.\n")
             sandbox = await stack.enter_async_context(Sandbox(SANDBOX, settings))
             agent = Runner(sandbox, answer, Sessions(SANDBOX)).run()
-        else:
-            screen.note(f"Your agent: NATS_URL={nats.url} wechat-nats agent {SANDBOX} --exec 'PROGRAM'\n")
+            hint = "Another agent: wechat-nats demo --exec 'PROGRAM', or --no-echo."
+        screen.note(f"NATS at {nats.url}, sandbox {SANDBOX}. You are a WeChat user: write. ctrl-C ends.")
+        screen.note(f"{hint}\n")
         patience_s = PATIENCE_S if agent is not None and program is None else PATIENCE_S + AGENT_S
         talk = Chat(TalkDeps(bus, simulator, bot, screen, patience_s))
         return await while_alive(talk.run(lines(), agent), nats, adapter)

@@ -15,6 +15,8 @@ from adapter.settings import Settings
 T = TypeVar("T")
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+SERVER_END_S = 1.0
+"""Time for the end of a server to show: what it served may fail sooner."""
 
 
 @contextlib.contextmanager
@@ -96,13 +98,17 @@ async def while_alive(
     try:
         waits: set[asyncio.Task[Any]] = {task, ended} | ({adapter} if adapter else set())
         await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
+        if task.done() and not task.cancelled() and task.exception() is None:
+            return task.result()
+        await asyncio.wait({ended}, timeout=SERVER_END_S)
+        if ended.done():
+            where = "" if adapter else f": see {server.log_file}"  # the log of a demo goes with its server
+            raise Failed(UNREACHABLE, f"The embedded NATS server ended by itself{where}.")
         if task.done():
             return task.result()
-        if adapter is not None and adapter.done() and not ended.done():
+        if adapter is not None:
             adapter.result()  # its own error says more
-            raise Failed(NO, "The adapter ended by itself.")
-        where = "" if adapter else f": see {server.log_file}"  # the log of a demo goes with its server
-        raise Failed(UNREACHABLE, f"The embedded NATS server ended by itself{where}.")
+        raise Failed(NO, "The adapter ended by itself.")
     finally:
         ended.cancel()
         task.cancel()
