@@ -81,7 +81,7 @@ async def _demo(screen: Screen, program: str | None, echo: bool) -> int:
         agent, hint = None, f"Your agent: NATS_URL={nats.url} wechat-nats agent {SANDBOX} --exec 'PROGRAM'"
         if program is not None or echo:
             sandbox = await stack.enter_async_context(Sandbox(SANDBOX, settings))
-            agent = Runner(sandbox, answer, Sessions(SANDBOX)).run()
+            agent = Runner(sandbox, answer, Sessions(SANDBOX)).run
             hint = "Another agent: wechat-nats demo --exec 'PROGRAM', or --no-echo."
         screen.note(f"NATS at {nats.url}, sandbox {SANDBOX}. You are a WeChat user: write. ctrl-C ends.")
         screen.note(f"{hint}\n")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Coroutine
+from collections.abc import AsyncIterator, Callable, Coroutine
 from typing import Any, NamedTuple
 
 import msgspec
@@ -53,14 +53,14 @@ class Chat:
         """Lines without an answer."""
         return self.said - self.answered - self.failed
 
-    async def run(self, lines: AsyncIterator[str], agent: Coroutine[Any, Any, None] | None) -> int:
+    async def run(self, lines: AsyncIterator[str], agent: Callable[[], Coroutine[Any, Any, None]] | None) -> int:
         """Holds the conversation, beside `agent` if it is ours, until the lines end and all are answered. Raises
         Failed if it stands still, and what the agent raises."""
         await self._listen()
         try:
             async with asyncio.TaskGroup() as group:
-                loops = (agent, self._receipts_forever(), self._wait_progress())
-                tasks = [group.create_task(loop) for loop in loops if loop is not None]
+                loops = (agent, self._receipts_forever, self._wait_progress)
+                tasks = [group.create_task(loop()) for loop in loops if loop is not None]
                 code = await self._talk(lines)
                 for task in tasks:
                     task.cancel()
