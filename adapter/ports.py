@@ -356,8 +356,9 @@ class History(Protocol):
         """Deletes one message, with `erase` so that the disk does not hold it any more; one that is gone already is
         no error. Raises Temporary."""
 
-    async def purge(self, stream: str, subject: str, *, keep: int) -> None:
-        """Deletes all but the newest `keep` messages under a wildcard. Raises Temporary, BusRefused."""
+    async def purge(self, stream: str, subject: str, *, keep: int = 0, up_to: int = 0) -> None:
+        """Deletes all but the newest `keep` messages under a wildcard, or those up to a sequence. Raises Temporary,
+        BusRefused."""
 
 
 class Archive(History, Protocol):

@@ -1,5 +1,5 @@
 /* Messages of the bus, generated from the JSON Schemas here by `make generate`; do not edit.
-   Of: a8e3754be81b0904a4d39f73d92dcb3ac0563065a74a1d53dea1c4169f7940dc */
+   Of: ab78bcedde791da71ab791c361b218f81807a53eb263d09021f4f4d64d81b6e7 */
 
 /**
  * Options of a binding.
@@ -17,6 +17,10 @@ export interface Options {
    * Download the user's media; false: messages only mention them.
    */
   media?: boolean;
+  /**
+   * A bind of another person deletes all messages in the sandbox's inbox, unless another bot stays bound there. Excludes `keep_undelivered`.
+   */
+  fresh?: boolean;
 }
 /**
  * Bind a bot to a sandbox. Subject: wechat.ctl.bind. Idempotent by `id`.
@@ -894,6 +898,10 @@ export interface Unbind {
    * Deliver what the former person wrote and the sandbox has not read. Default: an unbind of the last person, and a bind of another one, move the durable consumer and the start of a replay past it.
    */
   keep_undelivered?: boolean;
+  /**
+   * Delete all messages in the sandbox's inbox. Refused with `keep_undelivered`, and if another bot stays bound.
+   */
+  purge?: boolean;
 }
 /**
  * The send window of a user changed. Subject: wechat.event.<sandbox>.window.

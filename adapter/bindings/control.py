@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 from collections import deque
 from collections.abc import Awaitable, Callable, Collection, Iterable, Mapping
-from typing import TypeAlias
+from typing import Protocol, TypeAlias
 
 import msgspec
 import structlog
@@ -65,8 +65,17 @@ READ_KEPT = 1000
 _BIND, _UNBIND, _ERASE = msgspec.json.Decoder(Bind), msgspec.json.Decoder(Unbind), msgspec.json.Decoder(Erase)
 
 ControlCommand: TypeAlias = Bind | Unbind | Erase
-EraseUnbound: TypeAlias = Callable[[Erase, Collection[str], asyncio.Lock], Awaitable[ControlAnswer]]
-"""Erases a person whose bots, given by name, are unbound. The lock is held while no command may be carried out."""
+
+
+class Eraser(Protocol):
+    """Erases persons."""
+
+    async def run(self, command: Erase, unbound: Collection[str], turn: asyncio.Lock) -> ControlAnswer:
+        """Erases a person whose bots, given by name, are unbound. `turn` is held while no command may be carried out.
+        Raises Temporary, BusRefused."""
+
+    async def wait_released(self, bots: Collection[str]) -> None:
+        """Returns once what was heard for unbound bots is in its inbox, or it takes too long. Raises Temporary."""
 
 
 class Control:
@@ -82,7 +91,7 @@ class Control:
         core: CoreBus,
         check: Callable[[], None],
         wait_complete: Callable[[], Awaitable[object]],
-        erase: EraseUnbound,
+        eraser: Eraser,
         clock: Clock,
         metrics: Metrics,
     ) -> None:
@@ -99,8 +108,8 @@ class Control:
         self._wait_bucket_complete = wait_complete
         """Returns when the bucket of bindings is complete; a write before that would be overwritten by its
         restore."""
-        self._erase_person = erase
-        self._erasing = TaskSet(lambda exc: log.error("task.crashed", task="erase", exc_info=exc))
+        self._eraser = eraser
+        self._tasks = TaskSet(_report)
         self._turn = asyncio.Lock()
         """Held while commands are processed."""
         self._clock = clock
@@ -137,7 +146,7 @@ class Control:
                     for numbers in independent(keys):
                         group.create_task(self._process_in_order(numbers))
         finally:
-            self._erasing.cancel_all()
+            self._tasks.cancel_all()
             self._numbers = asyncio.Queue()
             self._queue.clear()
 
@@ -292,6 +301,8 @@ class Control:
         Raises Refused, Temporary, LeaseLost.
         """
         check_sandbox(command.sandbox)
+        if command.keep_undelivered and command.options.fresh:
+            raise Refused("invalid", "`keep_undelivered` and the option `fresh` exclude each other.")
         token = self._open_token(command)
         if command.base_url:
             self._chat.check_base_url(command.base_url)
@@ -411,6 +422,8 @@ class Control:
             in_after = await self._last_seq(names.stream_in, names.inbox(sandbox))
             if in_after and is_alone and not keep:
                 await self._core.move_durable(sandbox, in_after)
+                if binding.options.fresh and not is_again:
+                    await self._history.purge(names.stream_in, names.inbox(sandbox), up_to=in_after)
         return structs.replace(binding, in_after=in_after, out_after=out_after)
 
     def _replay_start(self, sandbox: str, gone: Collection[Binding] = ()) -> int | None:
@@ -437,13 +450,36 @@ class Control:
         LeaseLost."""
         check_sandbox(command.sandbox)
         bound = [b for b in self._bindings.of_sandbox(command.sandbox) if command.bot in (None, "", b.bot)]
+        if command.purge and (command.keep_undelivered or self._replay_start(command.sandbox, bound) is not None):
+            raise Refused("invalid", "A purge keeps nothing, and no other bot may stay bound to the sandbox.")
         replay_after = self._replay_start(command.sandbox, [] if command.keep_undelivered else bound)
         for binding in bound:
             await self._publish_binding_event(binding, "unbound", command.id, replay_after=replay_after)
             await self._bindings.remove(binding.bot, self._ensure_owner)
         if not command.keep_undelivered:
             await self._skip_undelivered(command.sandbox)
+        if command.purge:
+            await self._purge_inbox(command.sandbox)
+            self._tasks.spawn(self._purge_late(command.sandbox, [binding.bot for binding in bound]))
         return ControlAnswer(ok=True, id=command.id or "", bindings=[binding.info() for binding in bound])
+
+    async def _purge_inbox(self, sandbox: str) -> None:
+        """Deletes what was written before those who are bound now; all, where nobody is. Raises Temporary."""
+        names = self._names
+        up_to = self._replay_start(sandbox)
+        if up_to is None:
+            up_to = await self._last_seq(names.stream_in, names.inbox(sandbox))
+        if up_to:
+            await self._history.purge(names.stream_in, names.inbox(sandbox), up_to=up_to)
+
+    async def _purge_late(self, sandbox: str, bots: Collection[str]) -> None:
+        """Purges once more: what waited for its media is published after its bot was unbound."""
+        try:
+            await self._eraser.wait_released(bots)
+            async with self._turn:
+                await self._purge_inbox(sandbox)
+        except AdapterError as exc:
+            log.warning("inbox.not_purged", sandbox=sandbox, reason=exc.reason)
 
     async def begin_erase(self, command: Erase, delivery: Delivery) -> None:
         """Unbinds a person's bots, and erases what there is beside later commands: those do not wait for it.
@@ -457,14 +493,14 @@ class Control:
 
         async def finish() -> None:
             try:
-                answer = await self._erase_person(command, [binding.bot for binding in bound], self._turn)
+                answer = await self._eraser.run(command, [binding.bot for binding in bound], self._turn)
             except AdapterError as exc:
                 log.warning("person.not_erased", reason=exc.reason)
                 error = f"It is not finished ({exc.reason}): erase again."
                 answer = ControlAnswer(ok=False, id=command.id or "", error=error)
             await self._send_answer(delivery, structs.replace(answer, bindings=[binding.info() for binding in bound]))
 
-        self._erasing.spawn(finish())
+        self._tasks.spawn(finish())
 
     async def _refresh(self, numbers: Iterable[int]) -> None:
         """Reads anew the bots that commands name, and once the sandboxes that they touch: the owner before may have
@@ -570,6 +606,10 @@ def independent(keys: Mapping[int, Collection[str]]) -> list[list[int]]:
     for number, wanted in keys.items():
         groups.setdefault(group_of(next(iter(wanted))), []).append(number)
     return [*groups.values()]
+
+
+def _report(exc: BaseException) -> None:
+    log.error("task.crashed", task="control", exc_info=exc)
 
 
 def _is_same_person(one: Binding | BindingEvent, other: Binding) -> bool:

@@ -18,7 +18,18 @@ from nats.aio.msg import Msg
 from adapter.cli import bulk, output
 from adapter.cli.bus import Bus, connected_bus
 from adapter.cli.exit_codes import NO, OK, TIMEOUT, UNREACHABLE, USAGE, Failed
-from adapter.cli.options import AutoTyping, Durable, Json, Keep, MaybeSandbox, MaybeTimeout, RequestId, flag, new_id
+from adapter.cli.options import (
+    AutoTyping,
+    Durable,
+    Fresh,
+    Json,
+    Keep,
+    MaybeSandbox,
+    MaybeTimeout,
+    RequestId,
+    flag,
+    new_id,
+)
 from adapter.contract.messages import (
     BOT_STATUSES,
     SCHEMA_VERSION,
@@ -56,6 +67,7 @@ class BindRow(bulk.Row):
     cursor: str | None = None
     durable: bool | None = None
     auto_typing: bool | None = None
+    fresh: bool | None = None
     keep: bool | None = None
     id: str | None = None
 
@@ -64,6 +76,7 @@ class UnbindRow(bulk.Row):
     """A row of `unbind --from`."""
 
     keep: bool | None = None
+    purge: bool | None = None
     id: str | None = None
 
 
@@ -87,6 +100,7 @@ async def bind(
     cursor_file: Annotated[Path | None, Parameter(help="Poll from iLink's cursor in this file.")] = None,
     durable: Durable = False,
     auto_typing: AutoTyping = False,
+    fresh: Fresh = False,
     keep: Keep = False,
     yes: Annotated[bool, flag("Move bots that serve another sandbox, without asking.", name=["--yes", "-y"])] = False,
     no_check: Annotated[
@@ -105,7 +119,8 @@ async def bind(
     iLink is asked first whether it takes the token; one that it refuses is not bound, and what was bound stays.
 
     With --from, rows have the columns sandbox, bot and token, and may have user, base_url, cursor, durable,
-    auto_typing, keep and id. Those of one sandbox or bot are carried out in order, all others at the same time.
+    auto_typing, fresh, keep and id. Those of one sandbox or bot are carried out in order, all others at the same
+    time.
     """
 
     def asked(row: BindRow) -> Bind:
@@ -120,6 +135,7 @@ async def bind(
             options=Options(
                 durable=durable if row.durable is None else row.durable,
                 auto_typing=auto_typing if row.auto_typing is None else row.auto_typing,
+                fresh=fresh if row.fresh is None else row.fresh,
             ),
             keep_undelivered=keep if row.keep is None else row.keep,
             check=not no_check,
@@ -144,6 +160,7 @@ async def unbind(
     rows: bulk.Source = None,
     failed: bulk.FailedFile = None,
     keep: Keep = False,
+    purge: Annotated[bool, flag("Delete what is in the sandbox's inbox; no bot may stay bound to it.")] = False,
     request_id: RequestId = None,
     timeout: MaybeTimeout = None,
     json: Json = False,
@@ -151,12 +168,18 @@ async def unbind(
     """Let a bot, or every bot of a sandbox, serve it no longer.
 
     What its person wrote and the sandbox has not read is passed over then, by its durable consumer and by replay.
-    With --from, rows have the column sandbox, and may have bot, keep and id.
+    With --purge it is deleted, and so is what was read. Commands that wait for the person are refused in any case.
+    With --from, rows have the column sandbox, and may have bot, keep, purge and id.
     """
 
     def asked(row: UnbindRow) -> Unbind:
-        kept = keep if row.keep is None else row.keep
-        return Unbind(sandbox=row.sandbox, bot=row.bot, id=row.id or new_id(), keep_undelivered=kept)
+        return Unbind(
+            sandbox=row.sandbox,
+            bot=row.bot,
+            id=row.id or new_id(),
+            keep_undelivered=keep if row.keep is None else row.keep,
+            purge=purge if row.purge is None else row.purge,
+        )
 
     if rows is not None:
         _check_alone(sandbox, bot, request_id)

@@ -20,7 +20,7 @@ from adapter.cli import bulk, output, stdin
 from adapter.cli.bus import Bus, connected_bus
 from adapter.cli.exit_codes import INTERRUPTED, NO, OK, UNREACHABLE, USAGE, Failed
 from adapter.cli.lifetime import run_until_stopped, until_signalled
-from adapter.cli.options import AutoTyping, Durable, Json, MaybeSandbox, flag
+from adapter.cli.options import AutoTyping, Durable, Fresh, Json, MaybeSandbox, flag
 from adapter.contract.messages import CHECKING, FINAL_STATUSES, Login, LoginQuery, LoginStart, LoginVerify, Options
 from adapter.kit.timing import wait_event
 
@@ -41,6 +41,7 @@ class LoginRow(bulk.Row):
 
     durable: bool | None = None
     auto_typing: bool | None = None
+    fresh: bool | None = None
 
 
 async def login(
@@ -56,6 +57,7 @@ async def login(
     ] = None,
     auto_typing: AutoTyping = False,
     durable: Durable = False,
+    fresh: Fresh = False,
     json: Json = False,
 ) -> int:
     """Show a QR code: whoever scans it with WeChat talks to this sandbox from then on.
@@ -64,8 +66,8 @@ async def login(
     Exit code 0 once the bot is bound, or if the user has a bot of this sandbox already. Ctrl-C cancels the login.
     The codes are secrets until the login is over.
 
-    With --from, rows have the column sandbox, and may have durable and auto_typing; --png, --url or --json says where
-    the codes go. A login for which the phone shows digits fails then: do it alone.
+    With --from, rows have the column sandbox, and may have durable, auto_typing and fresh; --png, --url or --json
+    says where the codes go. A login for which the phone shows digits fails then: do it alone.
     """
     if url and (png is not None or json):
         raise Failed(USAGE, "Give --url alone.")
@@ -84,6 +86,7 @@ async def login(
         options = Options(
             durable=durable if row.durable is None else row.durable,
             auto_typing=auto_typing if row.auto_typing is None else row.auto_typing,
+            fresh=fresh if row.fresh is None else row.fresh,
         )
         start = LoginStart(sandbox=row.sandbox, options=options, png=png is not None)
         return await bus.request_service("login.start", start, Login, START_S)

@@ -301,6 +301,13 @@ class Options(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
         bool, Meta(description="Show the typing indicator from each inbound message to the answer.")
     ] = False
     media: Annotated[bool, Meta(description="Download the user's media; false: messages only mention them.")] = True
+    fresh: Annotated[
+        bool,
+        Meta(
+            description="A bind of another person deletes all messages in the sandbox's inbox, unless another bot"
+            " stays bound there. Excludes `keep_undelivered`."
+        ),
+    ] = False
 
 
 KeepUndelivered = Annotated[
@@ -353,6 +360,13 @@ class Unbind(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     bot: Annotated[str, Meta(max_length=128, description="Default: all bots of the sandbox.")] | None = None
     id: CommandId | None = None
     keep_undelivered: KeepUndelivered = False
+    purge: Annotated[
+        bool,
+        Meta(
+            description="Delete all messages in the sandbox's inbox. Refused with `keep_undelivered`, and if another"
+            " bot stays bound."
+        ),
+    ] = False
 
 
 class Erase(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):

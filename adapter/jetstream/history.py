@@ -138,8 +138,9 @@ class StreamHistory:
             if exc.code not in MESSAGE_GONE:
                 raise Temporary("bus_refused", exc.detail) from exc
 
-    async def purge(self, stream: str, subject: str, *, keep: int) -> None:
-        await self._connection.api_request(f"STREAM.PURGE.{stream}", {"filter": subject, "keep": keep})
+    async def purge(self, stream: str, subject: str, *, keep: int = 0, up_to: int = 0) -> None:
+        bound = {"seq": up_to + 1} if up_to else {"keep": keep}
+        await self._connection.api_request(f"STREAM.PURGE.{stream}", {"filter": subject, **bound})
 
 
 def _rfc3339(time_ms: int) -> str:

@@ -285,7 +285,7 @@ class Replica:
             core=self.connections.core,
             check=lambda: self.leases.ensure_owned(0),
             wait_complete=lambda: self.health_monitor.wait_complete([f"KV_{self.names.bindings}"]),
-            erase=self._new_erasure().run,
+            eraser=self._new_erasure(),
             clock=self.clock,
             metrics=self.metrics,
         )

@@ -182,7 +182,7 @@ def _adapter_publishes(names: Names) -> tuple[str, ...]:
         *_api_subjects("CONSUMER.NAMES.*", "CONSUMER.INFO.*.*"),
         *_api_subjects(*(f"STREAM.{verb}.{stream}" for verb in ("CREATE", "UPDATE") for stream in streams(names))),
         *_api_subjects(*(f"STREAM.MSG.DELETE.{stream}" for stream in _purged_streams(names))),
-        *_api_subjects(f"STREAM.PURGE.{media}", f"STREAM.PURGE.{names.stream_event}"),
+        *_api_subjects(*(f"STREAM.PURGE.{stream}" for stream in (media, names.stream_event, names.stream_in))),
         *_api_subjects(f"CONSUMER.CREATE.{names.stream_in}.*.{names.inbox('*')}"),
         *_api_subjects(f"CONSUMER.RESET.{names.stream_in}.*"),
         *_api_subjects(

@@ -10,7 +10,8 @@ from __future__ import annotations
 import asyncio
 import hashlib
 from collections import Counter
-from collections.abc import AsyncIterator, Collection, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Mapping
+from functools import partial
 from typing import Literal, NamedTuple, Protocol, TypeAlias
 
 import msgspec
@@ -192,7 +193,8 @@ class Erasure:
         counts: dict[str, Counter[str]] = {}
         """By sandbox; "" for what is of none."""
         if not command.dry_run:
-            await self._wait_released(command, unbound)
+            await self.wait_released(unbound)
+            await self._wait_until(lambda: self._is_unserved(command))
         theirs = []
         async for found in self._search(command):
             counts.setdefault(found.sandbox, Counter())[found.kind] += 1
@@ -215,14 +217,15 @@ class Erasure:
     def _search(self, command: Erase) -> AsyncIterator[Found]:
         return PersonSearch(self._access.history, self._access.names, command.user, command.sandbox).find()
 
-    async def _wait_released(self, command: Erase, unbound: Collection[str]) -> None:
-        """Returns once the bots' owners have dispatched what they had and the records say that nobody serves the
-        person, or the time is over. Raises Temporary."""
+    async def wait_released(self, bots: Collection[str]) -> None:
+        """Returns once the owners of unbound bots have dispatched what they had and ended, or the time is over.
+        Raises Temporary."""
+        for bot in bots:
+            await self._wait_until(partial(self._is_released, bot))
+
+    async def _wait_until(self, holds: Callable[[], Awaitable[bool]]) -> None:
         until = self._clock.monotonic() + self._released_s
-        while self._clock.monotonic() < until:
-            released = [await self._is_released(bot) for bot in unbound]
-            if all(released) and await self._is_unserved(command):
-                return
+        while not await holds() and self._clock.monotonic() < until:
             await self._clock.sleep(LOOK_S)
 
     async def _is_released(self, bot: str) -> bool:
@@ -237,6 +240,7 @@ class Erasure:
         return not owner or await self._owners.revoke_if_expired(owner)
 
     async def _is_unserved(self, command: Erase) -> bool:
+        """Whether the records say that nobody serves the person: their owners write them no more."""
         names = self._access.names
         subject = f"$KV.{names.conversations}.{command.sandbox or '*'}.{to_subject_token(command.user)}"
         records = self._access.history.read(f"KV_{names.conversations}", subject)

@@ -11,7 +11,7 @@ import msgspec
 import pytest
 from structlog.testing import capture_logs
 
-from adapter.bindings.control import DELETE_ATTEMPTS, Control, EraseUnbound
+from adapter.bindings.control import DELETE_ATTEMPTS, Control, Eraser
 from adapter.bindings.registry import Bindings
 from adapter.contract.messages import Bind, ControlAnswer, Erase
 from adapter.contract.names import H_ERROR, H_ERROR_CODE, H_MSG_ID, H_REPLY_TO, to_subject_token
@@ -29,11 +29,20 @@ TOKEN = "b1@im.bot:SECRET"
 INBOX = "_INBOX.abc.1"
 
 
+class NoEraser:
+    """Nothing is there of anybody."""
+
+    async def run(self, command: Erase, unbound: Collection[str], turn: asyncio.Lock) -> ControlAnswer:
+        return ControlAnswer(ok=True, id=command.id or "")
+
+    async def wait_released(self, bots: Collection[str]) -> None: ...
+
+
 class Platform:
     """Publishes control commands, and looks at what comes of them."""
 
     def __init__(
-        self, bench: Bench | None = None, sealer: Sealer | None = None, erase: EraseUnbound | None = None
+        self, bench: Bench | None = None, sealer: Sealer | None = None, eraser: Eraser | None = None
     ) -> None:
         self.bench = bench or Bench()
         self.complete = asyncio.Event()
@@ -47,16 +56,12 @@ class Platform:
             core=self.bench.core,
             check=lambda: self.bench.leases.ensure_owned(0),
             wait_complete=self.complete.wait,
-            erase=erase or self.erase,
+            eraser=eraser or NoEraser(),
             clock=self.bench.clock,
             metrics=self.bench.metrics,
         )
         self.deliveries: list[FakeDelivery] = []
         self.task = asyncio.get_running_loop().create_task(self.control.run())
-
-    async def erase(self, command: Erase, unbound: Collection[str], turn: asyncio.Lock) -> ControlAnswer:
-        """Nothing was there."""
-        return ControlAnswer(ok=True, id=command.id or "")
 
     async def starts_again(self) -> None:
         """Loses the commands, and has them again."""

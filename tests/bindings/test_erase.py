@@ -10,12 +10,12 @@ import pytest
 
 from adapter.contract.messages import ControlAnswer, Erase
 from adapter.errors import Temporary
-from tests.bindings.test_control import BOT, USER, Platform
+from tests.bindings.test_control import BOT, USER, NoEraser, Platform
 
 VIRTUAL_TIME = True
 
 
-class Eraser:
+class SlowEraser(NoEraser):
     """Counts one message, once it may."""
 
     def __init__(self) -> None:
@@ -24,7 +24,7 @@ class Eraser:
         self.may_end.set()
         self.failure: Exception | None = None
 
-    async def __call__(self, command: Erase, unbound: Collection[str], turn: asyncio.Lock) -> ControlAnswer:
+    async def run(self, command: Erase, unbound: Collection[str], turn: asyncio.Lock) -> ControlAnswer:
         self.asked.append((command, list(unbound), turn.locked()))
         await self.may_end.wait()
         if self.failure is not None:
@@ -32,9 +32,9 @@ class Eraser:
         return ControlAnswer(ok=True, id=command.id or "", counts={"message": 1})
 
 
-async def bound(eraser: Eraser) -> Platform:
+async def bound(eraser: SlowEraser) -> Platform:
     """The person has a bot in two sandboxes, and somebody else has one."""
-    platform = Platform(erase=eraser)
+    platform = Platform(eraser=eraser)
     await platform.bind()
     await platform.bind(sandbox="s2", bot="b2@im.bot")
     await platform.bind(sandbox="s2", bot="b3@im.bot", user="other@im.wechat")
@@ -42,7 +42,7 @@ async def bound(eraser: Eraser) -> Platform:
 
 
 async def test_a_persons_bots_are_unbound_before_what_is_theirs_is_erased() -> None:
-    eraser = Eraser()
+    eraser = SlowEraser()
     platform = await bound(eraser)
     answer = await platform.say("erase", user=USER, id="e1")
     assert (answer.ok, answer.id, answer.counts) == (True, "e1", {"message": 1})
@@ -54,7 +54,7 @@ async def test_a_persons_bots_are_unbound_before_what_is_theirs_is_erased() -> N
 
 
 async def test_one_sandbox_alone_and_a_dry_run_unbinds_nobody() -> None:
-    eraser = Eraser()
+    eraser = SlowEraser()
     platform = await bound(eraser)
     await platform.say("erase", user=USER, sandbox="s2", dry_run=True)
     assert set(platform.bound) == {BOT, "b2@im.bot", "b3@im.bot"}
@@ -63,7 +63,7 @@ async def test_one_sandbox_alone_and_a_dry_run_unbinds_nobody() -> None:
 
 
 async def test_later_commands_do_not_wait_for_an_erasure() -> None:
-    eraser = Eraser()
+    eraser = SlowEraser()
     eraser.may_end.clear()
     platform = await bound(eraser)
     delivery = platform.publish("erase", msgspec.json.encode({"user": USER, "id": "e1"}))
@@ -76,7 +76,7 @@ async def test_later_commands_do_not_wait_for_an_erasure() -> None:
 
 
 async def test_one_that_fails_on_the_way_says_that_it_is_to_be_repeated() -> None:
-    eraser = Eraser()
+    eraser = SlowEraser()
     eraser.failure = Temporary("bus_timeout")
     platform = await bound(eraser)
     answer = await platform.say("erase", user=USER)

@@ -136,7 +136,7 @@ SUBJECTS = [
 ALL, PULLED, PURGED, READ, OWN = (
     "all",
     "WECHAT_OUT WECHAT_CTL",
-    "WECHAT_EVENT OBJ_wechat_media",
+    "WECHAT_IN WECHAT_EVENT OBJ_wechat_media",
     "WECHAT_IN WECHAT_EVENT WECHAT_DEAD OBJ_wechat_media",
     "WECHAT_IN",
 )

@@ -160,10 +160,11 @@ class FakeBus:
         if (found := next(at, None)) is not None:
             del self.kept[found]
 
-    async def purge(self, stream: str, subject: str, *, keep: int) -> None:
+    async def purge(self, stream: str, subject: str, *, keep: int = 0, up_to: int = 0) -> None:
         await asyncio.sleep(0)
         found = [kept for kept in self.kept if kept.stream == stream and matches(subject, kept.stored.subject)]
-        self.kept = [kept for kept in self.kept if kept not in found[:-keep]]
+        gone = [kept for kept in found if kept.stored.seq <= up_to] if up_to else found[: len(found) - keep]
+        self.kept = [kept for kept in self.kept if kept not in gone]
 
     # for tests
 

@@ -60,9 +60,9 @@ class MortalBus:
         await self._bus.delete(stream, seq, erase=erase)
         await self._life.goes_on()
 
-    async def purge(self, stream: str, subject: str, *, keep: int) -> None:
+    async def purge(self, stream: str, subject: str, *, keep: int = 0, up_to: int = 0) -> None:
         await self._life.goes_on()
-        await self._bus.purge(stream, subject, keep=keep)
+        await self._bus.purge(stream, subject, keep=keep, up_to=up_to)
 
 
 class MortalBucket(FakeBucket):

@@ -15,7 +15,6 @@ from adapter.bindings.control import Control
 from adapter.contract.messages import (
     Bind,
     BindingEvent,
-    ControlAnswer,
     Login,
     LoginEvent,
     LoginQuery,
@@ -32,16 +31,13 @@ from adapter.ports import Entry, Message, QrCode, Scan
 from adapter.security.seal import Sealer
 from adapter.services.logins import LOGIN_S, OPEN_PER_SANDBOX, LoginService
 from adapter.simulator import samples
+from tests.bindings.test_control import NoEraser
 from tests.fakes import Bench, FakeBucket, FakeDelivery, FakeLogins
 
 VIRTUAL_TIME = True
 
 BOT, USER, TOKEN = "b1@im.bot", "u1@im.wechat", "b1@im.bot:SECRET"
 CONFIRMED = Scan("confirmed", bot=BOT, user=USER, token=TOKEN, base_url="https://ilinkai.wechat.com")
-
-
-async def _nobody_erases(*_: object) -> ControlAnswer:
-    raise AssertionError("no login asks for it")
 
 
 class Doors:
@@ -76,7 +72,7 @@ class Doors:
             core=self.bench.core,
             check=lambda: None,
             wait_complete=lambda: asyncio.sleep(0),
-            erase=_nobody_erases,
+            eraser=NoEraser(),
             clock=self.clock,
             metrics=self.bench.metrics,
         )
