@@ -1,7 +1,7 @@
-"""Every metric, in one class with its own registry; beside `fast_metrics` the only file that imports
-prometheus_client.
+"""Every metric of the adapter, in one class with its own registry.
 
-Labels are enums, listed in the help text. Never a label: bot, user, sandbox, subject, id, URL, error text.
+Only this module and `fast_metrics` import prometheus_client. Labels are enums, and the help text lists their values.
+A bot, user, sandbox, subject, id, URL or error text is never a label.
 """
 
 from __future__ import annotations
@@ -74,9 +74,10 @@ _MESSAGE_S = (0.1, 0.25, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0, 60.0, 300.0, 900.0, 360
 
 
 class Metrics:
-    """Attributes are the names without prefix and unit; all children exist from the start, so that rates begin at 0.
+    """Each attribute is a metric, named without prefix and unit.
 
-    Safe to change in the event loop while another thread exposes them.
+    All children exist from the start, so rates begin at 0. The event loop may change
+    metrics while another thread exposes them.
     """
 
     def __init__(self) -> None:
@@ -86,7 +87,7 @@ class Metrics:
 
         self.build_info = Gauge(
             "build_info",
-            "Always 1; what runs: version of the program, Python, version of the bus schema.",
+            "Always 1. The labels give the versions of the adapter, of Python and of the bus schema.",
             ["version", "python", "schema_version"],
             namespace=NAMESPACE,
             registry=self.registry,
@@ -107,12 +108,12 @@ class Metrics:
         )
         self.tasks = self._gauge(
             "tasks",
-            "Tasks of the event loop; poller: one per bot, conversation: what sends and settles commands.",
+            "Tasks of the event loop. poller: one per bot; conversation: one per conversation that sends commands.",
             kind=TASKS,
         )
 
     def value(self, name: str, **labels: str) -> float:
-        """The sample `name` (without prefix, with `_total`, `_count` …), 0 where there is none: for tests."""
+        """Value of the sample `name` (without prefix, with `_total`, `_count` …), or 0 if missing. For tests."""
         return self.registry.get_sample_value(f"{NAMESPACE}_{name}", labels) or 0.0
 
     def expose(self, accept: str = "") -> tuple[bytes, str]:
@@ -126,40 +127,45 @@ class Metrics:
             "Bindings of this replica.",
             state=STATES,
         )
-        self.bindings_capacity = self._gauge("bindings_capacity", "Bindings that this replica serves at most.")
+        self.bindings_capacity = self._gauge(
+            "bindings_capacity", "Maximum number of bindings that this replica serves."
+        )
         self.bindings_unowned = self._gauge(
-            "bindings_unowned", "Bindings of shards that no replica owns, or beyond capacity: polled by nobody."
+            "bindings_unowned",
+            "Bindings that no replica polls: no replica owns their shard, or its owner is at capacity.",
         )
         self.tokens_sealed = self._gauge(
-            "tokens_sealed", "1 if bot tokens are sealed at rest; 0: no key is set, and they are stored as they are."
+            "tokens_sealed",
+            "1 if bot tokens are sealed at rest, 0 if no key is set and they are stored in plain text.",
         )
         self.shards_owned = self._gauge("shards_owned", "Shards of sandboxes that this replica owns.")
         self.lease_changes = self._counter(
             "lease_changes",
-            "Changes of the shards that this replica owns; lost: it could not renew, taken: from a dead replica.",
+            "Changes of the shards that this replica owns. lost: not renewed in time; taken: its owner died.",
             reason=["acquired", "released", "lost", "taken"],
         )
 
     def _make_upstream(self) -> None:
         self.polls = self._counter(
             "polls",
-            "Long polls of iLink; empty is the server's answer, client_timeout is none.",
+            "Long polls of iLink. empty: iLink answered without messages; client_timeout: iLink did not answer.",
             outcome=["messages", "empty", "client_timeout", "stale_token", "error"],
         )
         self.polls_full = self.polls.labels(outcome="messages")
         self.polls_empty = self.polls.labels(outcome="empty")
         self.oldest_poll_age = self._gauge(
-            "oldest_poll_age_seconds", "Longest time since a completed poll among the bindings that poll, or wait to."
+            "oldest_poll_age_seconds",
+            "Longest time since a completed poll, over the bindings that poll or wait to poll.",
         )
         self.upstream_requests = self._counter(
             "upstream_requests",
-            "Requests to iLink; ret_2 throttles, ret_14 is a stale token.",
+            "Requests to iLink. ret_2: iLink throttles; ret_14: the token is stale.",
             endpoint=ENDPOINTS,
             outcome=["ok", *UPSTREAM_FAILURES],
         )
         self.upstream_request_duration = self._histogram(
             "upstream_request_duration_seconds",
-            "Duration of requests to iLink, without the long poll.",
+            "Duration of requests to iLink other than long polls.",
             _CALL_S,
             endpoint=[endpoint for endpoint in ENDPOINTS if endpoint not in LONG_POLLS],
         )
@@ -173,28 +179,30 @@ class Metrics:
         )
         self.quotes = self._counter(
             "quotes",
-            "Quotes in inbound messages, by whose words were found; unknown: nobody's.",
+            "Quotes in inbound messages, by the author of the quoted message. unknown: the message was not found.",
             outcome=["user", "bot", "unknown"],
         )
         self.inbound_publish_duration = self._histogram(
             "inbound_publish_duration_seconds",
-            "Of each new message, from the answer of the poll to the stream's acknowledgement of its batch.",
+            "Time from the answer of a poll to the stream's acknowledgement, per new message.",
             _FAST_S,
         )
         self.inbound_age = self._histogram(
-            "inbound_age_seconds", "From WeChat's time of sending to the stream's acknowledgement.", _MESSAGE_S
+            "inbound_age_seconds",
+            "Time from WeChat's send time to the stream's acknowledgement, per message.",
+            _MESSAGE_S,
         )
 
     def _make_outbound(self) -> None:
         self.outbound_received = self._counter(
             "outbound_received",
-            "Commands taken from the outbound stream, each at most once: what was on its way as a shard changed "
-            "hands is counted by neither replica.",
+            "Commands received from the outbound stream. Each counts at most once. Commands in transit while a shard "
+            "changes owner are not counted.",
         )
         self.outbound_messages = self._counter(
             "outbound_messages",
-            "Commands with a final outcome; duplicate: a command seen before, not sent again; unreadable: refused or"
-            " put aside before anybody knew what it was.",
+            "Commands with a final outcome. duplicate: a repeated command that is not sent again; unreadable: a"
+            " command whose kind could not be read.",
             children=[
                 (kind, outcome, reason)
                 for kind in KINDS
@@ -212,15 +220,15 @@ class Metrics:
             reason=["none", *REFUSED, *DEAD],
         )
         self.outbound_in_flight = self._gauge(
-            "outbound_in_flight", "Commands taken that are neither parked nor settled."
+            "outbound_in_flight", "Received commands that are neither parked nor settled."
         )
         self.outbound_parked = self._gauge(
-            "outbound_parked", "Commands that wait for their user or a login, not for the service.", reason=PARKED
+            "outbound_parked", "Commands that wait for their user or for a login.", reason=PARKED
         )
         self.outbound_duration = self._histogram(
             "outbound_duration_seconds",
-            "From storing a command to its final outcome, without the time from parking it to its next turn; failed:"
-            " dead-lettered or uncertain, settled: the rest.",
+            "Time from the storage of a command to its final outcome, without the time parked. failed: dead-lettered"
+            " or uncertain; settled: every other outcome.",
             _MESSAGE_S,
             outcome=["settled", "failed"],
         )
@@ -228,15 +236,15 @@ class Metrics:
             "outbound_oldest_pending_seconds", "Age of the oldest command that is neither parked nor settled."
         )
         self.outbound_retries = self._counter(
-            "outbound_retries", "Sends repeated, by the failure of the attempt before.", reason=RETRIED
+            "outbound_retries", "Repeated sends, by the failure of the previous attempt.", reason=RETRIED
         )
         self.receipts = self._counter(
             "receipts",
-            "Receipts published; all but parked are final.",
+            "Published receipts. Every outcome except parked is final.",
             outcome=[*FINAL_OUTCOMES, "parked"],
         )
         self.dead_letters = self._counter(
-            "dead_letters", "Messages put aside for a person, by where they came from.", stream=["out", "in", "ctl"]
+            "dead_letters", "Dead letters, by the stream of the original message.", stream=["out", "in", "ctl"]
         )
         self.schema_violations = self._counter(
             "schema_violations", "Requests that do not fit their schema.", kind=["out", "ctl", "svc"]
@@ -246,63 +254,65 @@ class Metrics:
         directions, outcomes = ["in", "out"], ["ok", "failed"]
         self.media_transfers = self._counter(
             "media_transfers",
-            "Media downloaded from (in) or uploaded to (out) iLink's CDN.",
+            "Media files downloaded from (in) or uploaded to (out) iLink's CDN.",
             direction=directions,
             outcome=outcomes,
         )
-        self.media_bytes = self._counter("media_bytes", "Plain bytes of media transferred.", direction=directions)
+        self.media_bytes = self._counter(
+            "media_bytes", "Bytes of media transferred, counted before encryption.", direction=directions
+        )
         self.media_duration = self._histogram(
-            "media_duration_seconds", "Duration of a transfer.", _MESSAGE_S, direction=directions
+            "media_duration_seconds", "Duration of a media transfer.", _MESSAGE_S, direction=directions
         )
 
     def _make_logins(self) -> None:
         self.logins = self._counter(
             "logins",
-            "QR logins that ended; already_bound: the user has a bot of the sandbox.",
+            "QR logins that ended. already_bound: the user already has a bot of the sandbox.",
             outcome=FINAL_STATUSES,
         )
-        self.qr_refreshes = self._counter("qr_refreshes", "QR codes replaced by a new one during a login.")
+        self.qr_refreshes = self._counter("qr_refreshes", "QR codes renewed during a login.")
 
     def _make_services(self) -> None:
         self.service_refusals = self._counter(
             "service_refusals",
-            "Requests that were not looked at; busy: too many of one sandbox at once, full: too many bytes of all,"
-            " reply: they ask for an answer elsewhere than in an inbox of the asker.",
+            "Requests refused unread. busy: the sandbox has too many requests open; full: all open requests are too"
+            " large; reply: the reply subject is not an inbox of the client.",
             reason=["busy", "full", "reply"],
         )
 
     def _make_bus(self) -> None:
         streams = ["in", "journal", "event", "dead", "out", "kv", "media", "ctl"]
         self.nats_connected = self._gauge("nats_connected", "1 while connected to NATS, else 0.")
-        self.nats_reconnects = self._counter("nats_reconnects", "Connections to NATS made again after a loss.")
+        self.nats_reconnects = self._counter("nats_reconnects", "Reconnections to NATS.")
         self.nats_publish = self._counter(
             "nats_publish",
-            "Writes to JetStream; retried counts attempts, refused those given up.",
+            "Writes to JetStream. retried: repeated attempts; refused: writes given up.",
             stream=streams,
             outcome=["ok", "retried", "refused"],
         )
         self.nats_publish_oldest = self._gauge(
             "nats_publish_oldest_seconds",
-            "Age of the oldest write that its stream has not acknowledged, 0 if none. What writes there waits too.",
+            "Age of the oldest write that its stream has not acknowledged, or 0. Later writes to that stream wait.",
         )
         self.nats_streams_missing = self._gauge(
-            "nats_streams_missing", "Streams and buckets that were deleted, and buckets that lack keys."
+            "nats_streams_missing", "Streams and buckets that were deleted, and buckets that lost keys."
         )
         self.nats_streams_altered = self._gauge(
             "nats_streams_altered",
-            "Streams and buckets changed so that a guarantee is broken, and consumers that were paused.",
+            "Streams and buckets whose changed configuration breaks a guarantee, and paused consumers.",
         )
         self.nats_publish_duration = self._histogram(
-            "nats_publish_duration_seconds", "From a write to its acknowledgement.", _FAST_S, stream=streams
+            "nats_publish_duration_seconds", "Time from a write to its acknowledgement.", _FAST_S, stream=streams
         )
         self.nats_consumer_pending = self._gauge(
-            "nats_consumer_pending", "Messages that a consumer has yet to deliver.", consumer=CONSUMERS
+            "nats_consumer_pending", "Messages that the consumer has not delivered yet.", consumer=CONSUMERS
         )
         self.nats_consumer_ack_pending = self._gauge(
-            "nats_consumer_ack_pending", "Messages delivered and not acknowledged.", consumer=CONSUMERS
+            "nats_consumer_ack_pending", "Messages that were delivered and not acknowledged.", consumer=CONSUMERS
         )
         self.nats_redeliveries = self._counter(
-            "nats_redeliveries", "Messages that came again from a consumer.", consumer=CONSUMERS
+            "nats_redeliveries", "Messages that the consumer delivered again.", consumer=CONSUMERS
         )
 
     def _counter(
@@ -333,6 +343,6 @@ class Metrics:
 
 
 def _help(text: str, labels: dict[str, Sequence[str]]) -> str:
-    """`text` with the values of every label."""
+    """`text`, followed by the values of every label."""
     lists = (f" {label}: {', '.join(values)}." for label, values in labels.items())
     return text + "".join(lists)

@@ -1,7 +1,7 @@
-"""A server that behaves as Tencent's iLink does, for tests and for trying things out.
+"""An HTTP server that behaves like Tencent's iLink, for tests and for trying things out.
 
-Knows nothing of the adapter, so that the two cannot share a misunderstanding. What both follow is in
-docs/reference/ilink-protocol.md; a fault such as `F16` is a rule that README.md describes beside this code.
+The simulator imports nothing of the adapter, so that the two cannot share a misunderstanding. Both follow
+docs/reference/ilink-protocol.md. A fault such as `F16` is a rule; README.md beside this code lists the faults.
 """
 
 from adapter.simulator.faults import FAULTS, FaultRule

@@ -1,4 +1,5 @@
-"""The simulator's own API over HTTP: `POST /_sim/<method>` with the arguments as JSON, or `GET` to look."""
+"""The simulator's own HTTP API: `POST /_sim/<method>` with the arguments as JSON, or `GET` for methods that only
+read."""
 
 import asyncio
 import base64
@@ -26,14 +27,14 @@ KeyForm = Literal["usual", "hex", "raw_base64", "hex_base64", "none"]
 Url = Literal["both", "full", "param"]
 NotNegative = Annotated[int, Meta(ge=0)]
 Count = Annotated[int, Meta(ge=0, le=1_000_000)]
-"""Of what is made in one call, during which nothing else is served."""
+"""Number of objects made in one call. The server answers no other request during the call."""
 
 
 class Admin:
-    """Maps paths to methods of the simulator. Answers 400 with `{"error": …}` for what cannot be."""
+    """Maps paths to methods of the simulator. A call that is invalid gets HTTP 400 and `{"error": …}`."""
 
     def __init__(self, simulator: Any) -> None:
-        """`simulator`: the Simulator whose methods these are. Its module imports this one."""
+        """`simulator` is the Simulator whose methods are called; its module imports this one."""
         self._simulator = simulator
         self._methods: dict[str, Callable[..., Any]] = {
             name: getattr(self, f"_{name}", None) or getattr(simulator, name)
@@ -107,7 +108,7 @@ class Admin:
         return self._simulator.inject_many(to, messages, fill=fill)
 
     async def _media(self, reference: str, raw: bool = False) -> Any:
-        """With `raw`, the bytes themselves."""
+        """`raw` returns the bytes themselves."""
         content = await asyncio.to_thread(self._simulator.media_content, reference)
         if raw:
             return web.Response(body=io.BytesIO(content), content_type="application/octet-stream")

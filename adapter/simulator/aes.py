@@ -1,6 +1,6 @@
-"""AES-128-ECB with PKCS#7, for what users send and for judging what clients send.
+"""AES-128-ECB with PKCS#7 padding, for media of users and for checking what clients upload.
 
-By a library, since media of 100 MB must not take ten seconds; it lets other threads run meanwhile.
+A library does the work: it encrypts 100 MB in far less than the ten seconds of pure Python, without the GIL.
 """
 
 from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
@@ -9,7 +9,7 @@ BLOCK = 16
 
 
 def encrypt(plain: bytes, key: bytes) -> bytes:
-    """Always pads, by a whole block where `plain` fills its last one."""
+    """Always pads: a `plain` that fills its last block gets a whole block more."""
     padding = BLOCK - len(plain) % BLOCK
     encryptor = cipher(key).encryptor()
     return encryptor.update(plain) + encryptor.update(bytes([padding]) * padding) + encryptor.finalize()
@@ -28,7 +28,7 @@ def decrypt(data: bytes, key: bytes) -> bytes:
 
 
 def cipher(key: bytes) -> Cipher[modes.ECB]:
-    """Raises ValueError for a key of another length."""
+    """Raises ValueError unless the key has 16 bytes."""
     if len(key) != BLOCK:
         raise ValueError("the key must have 16 bytes")
     return Cipher(algorithms.AES(key), modes.ECB())

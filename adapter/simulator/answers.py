@@ -1,4 +1,4 @@
-"""Bytes on the wire: writing an answer whole, slowly, garbled or not at all (faults `F1` to `F6`)."""
+"""Writes an answer to the connection: whole, slowly, garbled or not at all (faults `F1` to `F6`)."""
 
 import asyncio
 import socket
@@ -18,40 +18,40 @@ HTML = b"<html><head><title>%d</title></head><body><h1>%d</h1><hr>nginx</body></
 
 
 def ignore_outcome(written: bool, outcome: str) -> None:
-    """For answers that nobody needs to know the fate of."""
+    """`settle` of an answer that needs no settling."""
 
 
 class Answer(Struct, kw_only=True):
-    """An answer about to be written. `settle` is called once: was it written whole, and what became of it."""
+    """An answer to write. `settle(written, outcome)` is called once, after the answer was written or lost."""
 
     body: bytes
     status: int = 200
     content_type: str = ""
-    """Empty: what `json_type` says."""
+    """An empty type stands for the setting `json_type`."""
     outcome: str = "answered"
     cut: bool = False
-    """Reset the connection instead of writing."""
+    """Whether the connection is reset instead."""
     settle: Callable[[bool, str], None] = ignore_outcome
 
 
 def json_answer(value: Any, *, status: int = 200) -> Answer:
-    """None makes an empty body."""
+    """`value` None makes an empty body."""
     return Answer(body=b"" if value is None else msgspec.json.encode(value), status=status)
 
 
 def error_page(rule: FaultRule, status: int) -> Answer:
-    """What a gateway in front of iLink sends (faults `F1`, `F2`)."""
+    """The error page of a gateway in front of iLink (faults `F1`, `F2`)."""
     body = str(rule.params["body"]).encode() if "body" in rule.params else HTML % (status, status)
     return Answer(body=body, status=status, content_type="text/html", outcome=rule.fault)
 
 
 def gateway_timeout(rule: FaultRule) -> Answer:
-    """What the edge says of a poll that it has cut (fault `F2`)."""
+    """The error page of the edge for a poll that it cut (fault `F2`)."""
     return error_page(rule, int(rule.params.get("status", 524)))
 
 
 def garble(answer: Answer, kind: str) -> None:
-    """Spoils a good answer in one of the ways of fault `F3`."""
+    """Spoils an answer in one of the ways of fault `F3`."""
     if kind == "malformed":
         answer.body = b'{"ret":0,,"msgs":[{]}'
     elif kind == "truncated":
@@ -78,7 +78,7 @@ def reset_connection(request: web.Request) -> None:
 
 
 async def write(request: web.Request, answer: Answer) -> web.StreamResponse:
-    """Raises ConnectionError where the client has gone before the last byte was handed over."""
+    """Raises ConnectionError if the client closed the connection before the last byte was handed over."""
     response = web.Response(body=answer.body, status=answer.status, content_type=answer.content_type)
     await response.prepare(request)
     await response.write_eof()
@@ -86,7 +86,7 @@ async def write(request: web.Request, answer: Answer) -> web.StreamResponse:
 
 
 async def dribble(request: web.Request, answer: Answer, rule: FaultRule, clock: Clock) -> web.StreamResponse:
-    """Headers at once, then the body in small pieces (fault `F4`)."""
+    """Writes the headers at once and the body in small pieces (fault `F4`)."""
     size = max(int(rule.params.get("chunk", 1)), 1)
     pause_s = float(rule.params.get("pause_ms", 200)) / 1000
     response = web.StreamResponse(status=answer.status)
@@ -101,7 +101,7 @@ async def dribble(request: web.Request, answer: Answer, rule: FaultRule, clock: 
 
 
 async def stay_silent(rule: FaultRule, clock: Clock) -> None:
-    """Says nothing for `hang_ms`, or until the client gives up (fault `F5`)."""
+    """Waits `hang_ms`, or until the client gives up (fault `F5`)."""
     if "hang_ms" in rule.params:
         await clock.sleep(float(rule.params["hang_ms"]) / 1000)
     else:

@@ -1,6 +1,7 @@
-"""The CDN over HTTP: `/c2c/upload`, `/c2c/download`, with the faults `F24` (uploads) and `F25` (downloads).
+"""The CDN over HTTP: `/c2c/upload` and `/c2c/download`, with the faults `F24` (uploads) and `F25` (downloads).
 
-The faults `F4` to `F6` strike downloads, `F5` and `F6` uploads."""
+The faults `F4` to `F6` strike downloads, and `F5` and `F6` strike uploads.
+"""
 
 import asyncio
 
@@ -16,7 +17,7 @@ PIECE = 256 * 1024
 
 
 class Cdn:
-    """Wants no iLink headers, and notes a token that is sent all the same."""
+    """The CDN requires no iLink headers. A token in a request is noted as a violation."""
 
     def __init__(self, world: World, media: Media) -> None:
         self._world = world
@@ -34,7 +35,7 @@ class Cdn:
         return web.Response(status=404)
 
     def _param(self, request: web.Request, action: str) -> str:
-        """What the URL names; a plus in it that is not quoted reads as a space, which no parameter has."""
+        """The parameter in the URL. An unquoted plus reads as a space, which no parameter contains."""
         param = request.query.get("encrypted_query_param", "")
         if " " in param:
             self._world.violate("unquoted_param", f"cdn/{action}", None)
@@ -84,17 +85,17 @@ class Cdn:
         return await stream(request, blob.data)
 
     def _is_served(self, blob: Blob) -> bool:
-        """Of what a bot has uploaded its own download may be refused."""
+        """Whether the bot may download `blob`: a setting can refuse a bot its own uploads."""
         settings = self._world.settings_of(self._world.bots[blob.bot])
         return blob.downloadable or settings.own_download == "served"
 
     def _strike_download(self, fault: str, blob: Blob) -> FaultRule | None:
-        """A fault that strikes a download."""
+        """The rule by which `fault` strikes this download, or None."""
         return self._world.faults.strike(fault, "cdn/download", blob.bot, self._world.bots[blob.bot].user)
 
 
 async def stream(request: web.Request, data: bytes) -> web.StreamResponse:
-    """Piece by piece, so that 100 MB hold nobody up."""
+    """Writes in pieces, so that 100 MB do not delay other requests."""
     response = web.StreamResponse()
     response.content_type = "application/octet-stream"
     response.content_length = len(data)
@@ -114,7 +115,7 @@ def failure(status: int, message: str, code: int | None = None) -> web.Response:
 
 
 def broken_upload(request: web.Request, rule: FaultRule) -> web.Response:
-    """Fault `F24`, by `kind`: `rejected`, `error`, `no_header`, `down`."""
+    """The answer of fault `F24`, by `kind`: `rejected`, `error`, `no_header`, `down`."""
     kind = rule.params.get("kind", "error")
     if kind == "rejected":
         message = str(rule.params.get("message", "illegal content"))
@@ -126,7 +127,7 @@ def broken_upload(request: web.Request, rule: FaultRule) -> web.Response:
 
 
 def broken_download(blob: Blob, rule: FaultRule) -> web.Response:
-    """Fault `F25`, by `kind`: `status`, `wrong_key`, `odd_length`."""
+    """The answer of fault `F25`, by `kind`: `status`, `wrong_key`, `odd_length`."""
     kind = rule.params.get("kind", "status")
     if kind == "wrong_key":
         return web.Response(body=encrypt(b"something else", bytes(16)), content_type="application/octet-stream")

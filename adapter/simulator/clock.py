@@ -1,4 +1,4 @@
-"""Time that a test owns: real by default, moved forward by `advance`."""
+"""A clock that tests control: it follows real time by default, and `advance` moves it forward."""
 
 import asyncio
 import time
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 @dataclass(slots=True, eq=False)
 class Timer:
-    """An action that is due once; `due_s` counts everything advanced, and the real seconds unless it `stands`."""
+    """An action that is due once. `due_s` counts advanced time, and also real time unless the timer `stands`."""
 
     due_s: float
     action: Callable[[], None]
@@ -17,7 +17,7 @@ class Timer:
 
 
 class Clock:
-    """Business time in Unix milliseconds, and timers that real time or `advance` sets off."""
+    """Business time in Unix milliseconds, and timers that fire in real time or by `advance`."""
 
     def __init__(self, frozen_at_ms: int | None = None) -> None:
         self._frozen_at_ms = frozen_at_ms
@@ -27,7 +27,7 @@ class Clock:
         self._timers: set[Timer] = set()
 
     def exact_ms(self) -> float:
-        """Never runs backwards, so that records can prove what came first."""
+        """Business time with fractions. It never runs backwards, so records show what came first."""
         if self._frozen_at_ms is not None:
             return self._frozen_at_ms + round(self._advanced_s * 1000, 3)
         return self._started_ms + (time.monotonic() - self._started_s + self._advanced_s) * 1000
@@ -36,12 +36,12 @@ class Clock:
         return int(self.exact_ms())
 
     def elapsed_s(self) -> float:
-        """Seconds since the start, advanced ones included; runs on while business time is frozen."""
+        """Seconds since the start, with the advanced ones. They go on while business time is frozen."""
         return time.monotonic() - self._started_s + self._advanced_s
 
     def schedule(self, delay_s: float, action: Callable[[], None]) -> Timer:
-        """Runs `action` in the event loop after `delay_s`, or within the `advance` that makes it due; nothing but
-        that does while business time is frozen."""
+        """Runs `action` in the event loop after `delay_s`, or within the `advance` that makes it due. While business
+        time is frozen, only `advance` makes it due."""
         return self._start(delay_s, action, stands=self._frozen_at_ms is not None)
 
     def cancel(self, timer: Timer) -> None:
@@ -50,7 +50,7 @@ class Clock:
             timer.handle.cancel()
 
     async def wait(self, woken: asyncio.Future[None], timeout_s: float) -> None:
-        """Returns when `woken` is done or the time is up, whichever is first."""
+        """Returns when `woken` is done or `timeout_s` is over, whichever is first."""
 
         def wake() -> None:
             if not woken.done():
@@ -66,10 +66,10 @@ class Clock:
         await self.wait(asyncio.get_running_loop().create_future(), delay_s)
 
     def advance(self, seconds: float) -> None:
-        """Moves time forward and runs what becomes due on the way, each at its own time."""
+        """Moves time forward, and runs each timer that becomes due at its own time."""
         if seconds < 0:
             raise ValueError("time runs forward only")
-        end_s = round(self._advanced_s + seconds, 6)  # a minute in tenths of a second is a minute
+        end_s = round(self._advanced_s + seconds, 6)  # 600 steps of 0.1 s add up to a minute
         while due := self._due(end_s):
             for at_s, timer in due:
                 self._advanced_s = max(self._advanced_s, at_s)
@@ -77,7 +77,7 @@ class Clock:
         self._advanced_s = end_s
 
     def close(self) -> None:
-        """Forgets every timer; nothing fires afterwards."""
+        """Discards every timer; none fires afterwards."""
         for timer in list(self._timers):
             self.cancel(timer)
 
@@ -90,7 +90,7 @@ class Clock:
         return timer
 
     def _due(self, end_s: float) -> list[tuple[float, Timer]]:
-        """What is due once `end_s` have been advanced, with how many of them it takes; earliest first."""
+        """The timers that are due once `end_s` are advanced, earliest first, each with the advance that it needs."""
         real_s = time.monotonic() - self._started_s
         at_s = ((timer.due_s - (0.0 if timer.stands else real_s), timer) for timer in self._timers)
         return sorted((due for due in at_s if due[0] <= end_s), key=lambda due: due[0])

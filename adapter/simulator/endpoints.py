@@ -1,4 +1,4 @@
-"""iLink's endpoints: a request that has passed authentication, and its answer."""
+"""The endpoints of iLink that need authentication: each takes a request and returns its answer."""
 
 import asyncio
 from collections.abc import Awaitable, Callable
@@ -18,7 +18,7 @@ from adapter.simulator.world import TICKETS_KEPT, Bot, Entry, Poll, World
 
 
 class Call(Struct):
-    """One authenticated request. `edge`: the rule (fault `F2`) that cuts it if it has no news."""
+    """One authenticated request. `edge` is the rule (fault `F2`) that cuts the poll if it has no news."""
 
     endpoint: str
     bot: Bot
@@ -31,14 +31,14 @@ Endpoint = Callable[[Call], Awaitable[Answer]]
 
 
 def malformed(world: World, endpoint: str, bot: Bot | None, reason: str) -> Answer:
-    """The answer to a request that cannot be read. The reason is among the violations: no text of iLink's is
-    known for it."""
+    """The answer to a request that cannot be read. iLink's text for it is unknown, so the reason goes to the
+    violations."""
     world.violate("malformed", endpoint, bot, reason)
     return json_answer({"ret": -2}, status=400 if world.settings_of(bot).malformed == "http400" else 200)
 
 
 def no_ticket(ret: int, params: Json | None = None) -> Answer:
-    """The answer of a getconfig that fails, with the text that the code was seen with, or `errmsg` of fault `F26`."""
+    """The answer of a getconfig that fails: the text observed with the code, or `errmsg` of fault `F26`."""
     errmsg = (params or {}).get("errmsg", {-2: "ilink_user_id required", -4: "GetTypingTicket rpc failed"}.get(ret))
     return json_answer({"ret": ret} if errmsg is None else {"ret": ret, "errmsg": errmsg})
 
@@ -76,7 +76,7 @@ class Endpoints:
         poll = self._inbox.open_poll(bot, cursor, start)
         try:
             await self._inbox.collect(bot, poll, self._hold_s(call))
-        except BaseException:  # the client has hung up: nothing may stay taken
+        except BaseException:  # the client hung up: its messages go back to the queue
             poll.hung_up = True
             self._inbox.close_poll(bot, poll, "disconnected", written=False)
             raise
@@ -148,7 +148,7 @@ class Endpoints:
         return self._notify(call.bot, online=False)
 
     def malformed(self, call: Call, reason: str) -> Answer:
-        """As the function of this name, and noted with the bot."""
+        """`malformed` for the bot of the call, recorded with the bot's calls."""
         answer = malformed(self._world, call.endpoint, call.bot, reason)
         if call.endpoint == "getupdates":
             self._inbox.refuse_poll(call.bot, "", "malformed")
@@ -157,7 +157,7 @@ class Endpoints:
         return answer
 
     def open_send(self, call: Call) -> SendRecord:
-        """Begins the record of an attempt, whatever becomes of it; the server closes it (`close_send`)."""
+        """Opens the record of a send attempt. The server closes it (`close_send`)."""
         message = call.body.get("msg")
         message = message if isinstance(message, dict) else {}
         user = str(message.get("to_user_id") or "")
@@ -183,7 +183,7 @@ class Endpoints:
         return record
 
     def close_send(self, record: SendRecord, answer: Answer | None, *, written: bool) -> None:
-        """`written` False: the bot never got the answer."""
+        """`written` is False if the bot did not get the answer."""
         if record.end_ms:
             return
         running = self._world.sending[record.user]
@@ -194,7 +194,7 @@ class Endpoints:
         record.status = answer.status if answer is not None and written else 0
 
     def record_unprocessed(self, call: Call, answer: Answer, why: str) -> None:
-        """Has an attempt recorded that is answered with `answer` without having been processed."""
+        """Records an attempt that gets `answer` without being processed."""
         if call.endpoint == "sendmessage":
             record = self.open_send(call)
             record.why = why
@@ -210,7 +210,7 @@ class Endpoints:
             answer.settle = settle
 
     def _notice_overlap(self, call: Call, record: SendRecord, older: list[SendRecord]) -> None:
-        """Like that of polls: counts unless the older senders turn out to have hung up just then."""
+        """Counts overlapping sends. As with polls, an older send does not count if its client hung up just before."""
         world = self._world
 
         def confirm() -> None:
@@ -225,7 +225,7 @@ class Endpoints:
     async def _latency(self, record: SendRecord, latency_ms: int) -> None:
         try:
             await self._world.clock.sleep(latency_ms / 1000)
-        except BaseException:  # the client has hung up, the send stands
+        except BaseException:  # the client hung up; the send stays valid
             self.close_send(record, None, written=False)
             raise
 
@@ -289,7 +289,7 @@ class Endpoints:
 
 
 def out_of_order(batch: list[Entry], order: str) -> list[Any]:
-    """The same messages in the same places, with `seq` and times dealt out backwards, or all alike (fault `F20`)."""
+    """The same messages in the same places, with `seq` and times reversed or all alike (fault `F20`)."""
     messages: list[Json] = [msgspec.json.decode(entry.raw) for entry in batch]
     keys = ("seq", "create_time_ms", "update_time_ms")
     stamps = [{key: message[key] for key in keys if key in message} for message in messages]

@@ -1,4 +1,4 @@
-"""Faults: which one strikes which request."""
+"""The fault rules in force, and the choice of the rule that strikes a request."""
 
 import random
 from collections.abc import Callable
@@ -43,16 +43,16 @@ FAULTS: dict[str, tuple[frozenset[str], int | None]] = {
     "F26": (frozenset({"getconfig"}), None),
     "F27": (frozenset({"get_qrcode_status"}), None),
 }
-"""By id: the endpoints that it can strike, and how often unless the rule says."""
+"""The endpoints that a fault can strike, and its default count, by fault id."""
 
 
 EDGE_MS = 16_000
-"""After this time the edge of some hosts cuts a poll (fault `F2`)."""
+"""Time after which the edge of some hosts cuts a poll (fault `F2`)."""
 
 
 class FaultRule(Struct, kw_only=True, forbid_unknown_fields=True):
-    """Strikes requests that match `endpoint`, `bot` and `user` (None: any), `count` times (None: see FAULTS;
-    -1: for ever), each with `probability`. `params` are the fault's own, see the README."""
+    """A rule strikes requests that match `endpoint`, `bot` and `user` (None matches any). It strikes `count` times
+    (None: the default in FAULTS; -1: without limit), each time with `probability`. README.md lists the `params`."""
 
     fault: str
     endpoint: str | None = None
@@ -63,18 +63,18 @@ class FaultRule(Struct, kw_only=True, forbid_unknown_fields=True):
     params: dict[str, Any] = field(default_factory=dict)
     id: int = 0
     struck: int = 0
-    """How often it has struck so far."""
+    """Number of times that the rule has struck."""
     state: dict[str, float] = field(default_factory=dict)
-    """What a fault with a memory (fault `F12`) remembers, by user."""
+    """State of a fault that keeps one (fault `F12`), by user."""
 
 
 def edge_s(rule: FaultRule) -> float:
-    """How long the edge lets a poll wait (fault `F2`)."""
+    """Time that the edge lets a poll wait (fault `F2`)."""
     return float(rule.params.get("after_ms", EDGE_MS)) / 1000
 
 
 class Faults:
-    """The rules in force, oldest first; chance comes from the simulator's seeded generator."""
+    """The rules in force, oldest first. Chance comes from the simulator's seeded generator."""
 
     def __init__(self, rng: random.Random) -> None:
         self.rules: list[FaultRule] = []
@@ -82,7 +82,7 @@ class Faults:
         self._last_id = 0
 
     def check(self, rule: FaultRule) -> None:
-        """Raises ValueError for a rule that could never strike, or not as it says."""
+        """Raises ValueError for a rule that could never strike as written."""
         if rule.fault not in FAULTS:
             raise ValueError(f"unknown fault {rule.fault}, there are {', '.join(FAULTS)}")
         endpoints, _ = FAULTS[rule.fault]
@@ -96,7 +96,7 @@ class Faults:
         parameters.check(rule.fault, rule.params)
 
     def add(self, rule: FaultRule) -> FaultRule:
-        """Puts a rule that was checked in force."""
+        """Puts a checked rule in force."""
         _, count = FAULTS[rule.fault]
         if rule.count is None:
             rule.count = -1 if count is None else count
@@ -106,7 +106,7 @@ class Faults:
         return rule
 
     def remove(self, rule_id: int | None = None, fault: str | None = None) -> int:
-        """Takes back one rule, all of one fault, or all. Returns how many."""
+        """Removes one rule, all rules of one fault, or all rules. Returns the number of removed rules."""
         kept = [
             rule
             for rule in self.rules
@@ -124,8 +124,8 @@ class Faults:
         user: str = "",
         fits: Callable[[FaultRule], bool] = lambda rule: True,
     ) -> FaultRule | None:
-        """The rule by which `fault` strikes now, already counted; None: it does not. A rule that does not fit what
-        is going on is passed over, and not counted."""
+        """Returns the rule by which `fault` strikes now, and counts the strike; None if no rule strikes. A rule that
+        `fits` rejects is skipped and not counted."""
         for rule in self.rules:
             if rule.fault == fault and rule.count != 0 and fits(rule) and self._strikes(rule, endpoint, bot, user):
                 rule.struck += 1
@@ -135,13 +135,13 @@ class Faults:
         return None
 
     def give_back(self, rule: FaultRule) -> None:
-        """A request that `rule` was taken for has been spared after all."""
+        """Takes back one count: the request that `rule` was chosen for was spared after all."""
         rule.struck -= 1
         if rule.count is not None and rule.count >= 0:
             rule.count += 1
 
     def find(self, fault: str, endpoint: str, bot: str, user: str = "") -> list[FaultRule]:
-        """Rules that match, whatever is left of their count; nothing is counted and chance is not asked."""
+        """The rules that match, whatever is left of their counts. Does not count, and does not draw chance."""
         return [r for r in self.rules if r.fault == fault and self._matches(r, endpoint, bot, user)]
 
     def _strikes(self, rule: FaultRule, endpoint: str, bot: str, user: str) -> bool:

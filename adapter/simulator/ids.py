@@ -1,4 +1,4 @@
-"""Identifiers in the forms that iLink uses, and the encodings that a server can check."""
+"""Identifiers in the forms of iLink, and the checks of encodings that a server can make."""
 
 import base64
 import binascii
@@ -15,13 +15,13 @@ PRODUCT = r"[A-Za-z0-9_.-]{1,32}/[A-Za-z0-9_.+-]{1,32}( \([ -'*-~]{1,64}\))?"
 BOT_AGENT = re.compile(f"{PRODUCT}( {PRODUCT})*")
 DEFAULT_BOT_AGENT = "OpenClaw"
 SEAL = 16
-"""Bytes that show who has issued a cursor."""
+"""Number of bytes that prove which server issued a cursor."""
 FIRST_MESSAGE_ID = 7497484083968569737
-"""Odd, and so is every later one: a client that reads ids as doubles gets every one of them wrong."""
+"""The first id is odd, and so are all later ones: a client that reads ids as doubles gets each of them wrong."""
 
 
 def new_user(rng: random.Random) -> str:
-    """Has an upper-case letter for sure: whoever lowercases ids is found out (T #243)."""
+    """Always contains an upper-case letter, so that a client that lowercases ids fails (T #243)."""
     return f"o9cq80{chars(rng, URL_SAFE, 21)}U@im.wechat"
 
 
@@ -38,13 +38,13 @@ def new_context_token(rng: random.Random) -> str:
 
 
 def new_client_id(rng: random.Random, user: str, position: int, at_ms: int) -> str:
-    """As WeChat names what a user sends: some 110 characters."""
+    """The client id that WeChat gives a user's message: some 110 characters."""
     name = user.partition("@")[0]
     return f"mmassistant_bypmsg_inbox_{rng.getrandbits(128):032x}mm{name}@weclaw_{position}_{at_ms // 1000}"
 
 
 def new_item_id(rng: random.Random) -> str:
-    """Of an item, and of nothing else: no other id is like it."""
+    """The id of an item; no other kind of id has its form."""
     return f"v1:{rng.getrandbits(64)}"
 
 
@@ -61,30 +61,31 @@ def chars(rng: random.Random, alphabet: str, length: int) -> str:
 
 
 def message_ids(rng: random.Random) -> "itertools.count[int]":
-    """Starts at a random place, so that two runs hardly ever meet."""
+    """Message ids from a random start, so that two runs rarely share an id."""
     return itertools.count(FIRST_MESSAGE_ID + 2 * rng.getrandbits(48), 2)
 
 
 def written(message_id: int | str, style: str, turn: int) -> int | str:
-    """As JSON number or string; `alternate`: a string at every odd `turn`. What is no number stays as it is."""
+    """The id as JSON number or string. `alternate` is a string at every odd `turn`. An id that is no number stays."""
     as_number = style == "number" or (style == "alternate" and turn % 2 == 0)
     return int(message_id) if as_number and str(message_id).isdecimal() else str(message_id)
 
 
 class Cursors:
-    """Opaque text of some 120 characters that only the server that issued it can read. The bot's token
-    stands in it, as in those of iLink that others have captured: whoever keeps or logs one keeps a secret."""
+    """Opaque text of some 120 characters that only the issuing server can read. It contains the bot's token, as
+    captured cursors of iLink do: a client that stores or logs a cursor stores or logs a secret."""
 
     def __init__(self, rng: random.Random) -> None:
         self._key = rng.randbytes(32)
 
     def write(self, bot: str, token: str, position: int, salt: int = 0) -> str:
-        """`position` counts the bot's messages so far; another `salt` gives other text of the same meaning."""
+        """`position` is the number of the bot's messages so far. Another `salt` gives other text of the same
+        meaning."""
         body = struct.pack(">QQ", position, salt) + token.encode()
         return base64.b64encode(body + self._seal(bot, body)).decode()
 
     def read(self, bot: str, cursor: str) -> int | None:
-        """The position, or None for garbage, another bot's cursor or another server's."""
+        """The position, or None for garbage and for the cursor of another bot or another server."""
         try:
             raw = base64.b64decode(cursor, validate=True)
         except (binascii.Error, ValueError):
@@ -98,7 +99,7 @@ class Cursors:
 
 
 def read_uin(header: str) -> int | None:
-    """The uint32 behind `X-WECHAT-UIN`, or None where it is not base64 of its plain decimal text."""
+    """The uint32 in `X-WECHAT-UIN`, or None unless the header is base64 of its decimal text."""
     try:
         text = base64.b64decode(header, validate=True).decode("ascii")
     except (binascii.Error, ValueError):
@@ -109,7 +110,7 @@ def read_uin(header: str) -> int | None:
 
 
 def read_version(header: str) -> tuple[int, int, int] | None:
-    """Major, minor and patch behind `iLink-App-ClientVersion`, or None; 0 is what broken builds sent."""
+    """Major, minor and patch in `iLink-App-ClientVersion`, or None. Broken clients sent 0."""
     if not header.isascii() or not header.isdigit() or len(header) > 8:
         return None
     number = int(header)
@@ -119,7 +120,7 @@ def read_version(header: str) -> tuple[int, int, int] | None:
 
 
 def is_bot_agent(value: object) -> bool:
-    """Whether it is in the User-Agent style that `bot_agent` has, or what the official client falls back to."""
+    """Whether `value` has the User-Agent style of `bot_agent`, or is the fallback of the official client."""
     if not isinstance(value, str):
         return False
     return value == DEFAULT_BOT_AGENT or (len(value.encode()) <= 256 and BOT_AGENT.fullmatch(value) is not None)

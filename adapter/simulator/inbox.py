@@ -1,4 +1,4 @@
-"""From the user to the bot: injected messages, cursors and long polls."""
+"""Messages from users to bots: the queues, the cursors and the long polls."""
 
 import asyncio
 import itertools
@@ -14,15 +14,15 @@ from adapter.simulator.world import Bot, Entry, Poll, World
 
 
 class Inbox:
-    """Every bot's queue of messages, and the polls that wait for them."""
+    """The queue of messages of every bot, and the polls that wait for them."""
 
     def __init__(self, world: World) -> None:
         self._world = world
         self.closing = False
 
     def inject(self, bot: Bot, message: Json, *, fill: bool = True) -> Entry:
-        """Queues a message. With `fill`, what it and its items lack is added in iLink's form, and a key
-        whose value is None is left out; without, it goes out exactly as it is."""
+        """Queues a message. `fill` adds the fields that the message and its items lack, in iLink's form, and drops
+        keys whose value is None. Without `fill` the message is sent exactly as given."""
         if fill:
             message = self._complete_message(self._template(bot) | message)
         if message.get("message_type", 1) == 1:
@@ -36,7 +36,7 @@ class Inbox:
         return entry
 
     def repeat(self, bot: Bot, message_id: str, change: str = "same", delay_s: float = 0.0) -> None:
-        """Queues an earlier message again after `delay_s`, with some of its ids changed (fault `F16`)."""
+        """Queues an earlier message again after `delay_s`, with the ids of `change` changed (fault `F16`)."""
         if change not in CHANGES:
             raise SimulatorError(f"unknown change {change}, there are {', '.join(sorted(CHANGES))}")
         original = self._entry(bot, message_id)
@@ -51,12 +51,12 @@ class Inbox:
             again()
 
     def find(self, bot: Bot, message_id: str) -> Json:
-        """An earlier message of the user. Raises SimulatorError."""
+        """An earlier message of the user. Raises SimulatorError if there is none."""
         message: Json = msgspec.json.decode(self._entry(bot, message_id).raw)
         return message
 
     def replay(self, bot: Bot, last: int) -> int:
-        """Puts the last delivered messages in front of the queue once more (fault `F18`). Returns how many."""
+        """Queues the last delivered messages again, in front (fault `F18`). Returns their number."""
         waiting = set(bot.pending)
         delivered = [e for e in bot.log if e.deliveries and not e.in_flight and e not in waiting]
         again = delivered[-last:] if last > 0 else []
@@ -68,7 +68,7 @@ class Inbox:
         return len(again)
 
     def open_poll(self, bot: Bot, cursor: str, start: int = 0) -> Poll:
-        """Notes a poll that begins; what becomes of others on the same token is a setting."""
+        """Registers a new poll. A setting decides about older polls on the same token."""
         world = self._world
         poll = Poll(PollRecord(start_ms=world.clock.exact_ms(), cursor=cursor), start)
         older = list(bot.polls)
@@ -85,7 +85,7 @@ class Inbox:
         return poll
 
     async def collect(self, bot: Bot, poll: Poll, hold_s: float) -> None:
-        """Waits until `poll` has a batch or a verdict; `empty` is the verdict when the time is up."""
+        """Waits until `poll` has a batch or a verdict. The verdict is `empty` when the time is over."""
         clock = self._world.clock
         deadline_s = clock.elapsed_s() + hold_s
         while not poll.verdict:
@@ -102,13 +102,13 @@ class Inbox:
                 poll.woken = None
 
     def end_poll(self, bot: Bot, poll: Poll) -> None:
-        """The poll is about to be answered, or its client is gone: it no longer counts as running."""
+        """Ends a poll that is about to be answered, or whose client is gone: it no longer counts as open."""
         if poll in bot.polls:
             bot.polls.remove(poll)
         poll.woken = None
 
     def close_poll(self, bot: Bot, poll: Poll, outcome: str, *, written: bool) -> None:
-        """Settles the batch: consumed if the answer was `written`, queued again if not."""
+        """Settles the batch: consumes it if the answer was `written`, and queues it again if not."""
         self.end_poll(bot, poll)
         if written:
             self._deliver(bot, poll.batch)
@@ -122,7 +122,7 @@ class Inbox:
             self._wake(bot)
 
     def refuse_poll(self, bot: Bot, cursor: str, outcome: str) -> None:
-        """Notes a poll that ends as it begins, and is no rival to others on the same token."""
+        """Records a poll that ends at once and does not compete with others on the same token."""
         now_ms = self._world.clock.exact_ms()
         bot.polls_total += 1
         self._remember(bot, PollRecord(start_ms=now_ms, end_ms=now_ms, cursor=cursor, outcome=outcome))
@@ -133,7 +133,7 @@ class Inbox:
             bot.poll_records.popleft()
 
     def start(self, bot: Bot, cursor: str) -> int | None:
-        """The position after which a poll with this cursor reads; None: the cursor is to be refused."""
+        """The position that a poll with this cursor reads from, or None if the cursor is refused."""
         position = self._world.cursors.read(bot.id, cursor) if cursor else 0
         if position is not None:
             return min(position, bot.last_position)
@@ -147,7 +147,7 @@ class Inbox:
                 return None
 
     def next_cursor(self, bot: Bot, poll: Poll) -> str:
-        """Changes with every message handed out, and on idle where the settings say so."""
+        """The next cursor differs after every delivered message, and after an empty poll if the settings say so."""
         settings = self._world.settings_of(bot)
         if poll.batch:
             position = poll.batch[-1].position
@@ -181,8 +181,8 @@ class Inbox:
         }
 
     def _complete_message(self, message: Json) -> Json:
-        """Without the keys that are None, and with what each item has: the times of the message, an id of its own,
-        and two lists that are empty."""
+        """The message without keys that are None. Each item gets the times of the message, an id and two empty
+        lists."""
         message = {key: value for key, value in message.items() if value is not None}
         times = {key: message[key] for key in ("create_time_ms", "update_time_ms") if key in message}
         if isinstance(items := message.get("item_list"), list):
@@ -193,7 +193,7 @@ class Inbox:
         return message
 
     def _open_window(self, bot: Bot, message: Json) -> None:
-        """The user spoke: 24 hours and ten sends from now on, whether or not a context token came along."""
+        """Opens the window for 24 hours and ten sends, with or without a context token in the message."""
         user = str(message.get("from_user_id") or bot.user)
         bot.heard_ms = self._world.clock.now_ms()
         if not bot.superseded:
@@ -301,7 +301,7 @@ class Inbox:
             bot.rewound_to = poll.batch[0].position - 1
 
     def _wake(self, bot: Bot) -> None:
-        """In ack mode one parked poll, at random, gets what is new; with cursors everybody reads."""
+        """Wakes parked polls for new messages: one at random in ack mode, all of them with cursors."""
         if self._world.settings_of(bot).cursor_mode == "cursor_replay":
             bot.wake()
             return
@@ -312,8 +312,8 @@ class Inbox:
                 lucky.woken.set_result(None)
 
     def _notice_overlap(self, bot: Bot, older: list[Poll]) -> None:
-        """Counts once it is certain that the older client had not just hung up: on another connection the
-        end of its poll may be read later than the beginning of its next one."""
+        """Counts an overlap once the older client cannot have hung up just before: the end of a poll on one
+        connection may be read later than the beginning of the next poll on another."""
         world = self._world
 
         def confirm() -> None:
@@ -333,7 +333,7 @@ def items_of(message: Json) -> list[Json]:
 
 
 def number(value: Any) -> int:
-    """0 for what is none: a message may have anything in its fields."""
+    """The integer in `value`, or 0 for any other value: a field of a message may hold anything."""
     try:
         return int(value or 0)
     except (ValueError, TypeError, OverflowError):
@@ -341,7 +341,7 @@ def number(value: Any) -> int:
 
 
 def record(bot: Bot, entry: Entry) -> InboundRecord:
-    """`entry` for the outside."""
+    """The public record of `entry`."""
     return InboundRecord(
         bot=bot.id,
         message_id=entry.message_id,

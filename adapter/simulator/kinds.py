@@ -9,19 +9,19 @@ from adapter.simulator.records import Json, SimulatorError
 
 QUOTED_ID = 7497484083968569737
 IDLE: Json = {"button_item_list": [], "at_bot_username_list": []}
-"""Two lists that every item has, and that nobody has seen with anything in them."""
+"""Two lists that every item has. Nobody has observed them with content."""
 EDGE = 8
-"""Characters at each end by which a part of a text is told."""
+"""Number of characters at each end that identify a part of a text."""
 TITLES = {2: "[Image]", 3: "[Voice]", 4: "[File]", 5: "[Video]"}
 
 
 class Quoted(NamedTuple):
-    """An earlier message, of the user or of the bot, as a quote refers to it."""
+    """An earlier message of the user or of the bot, as a quote refers to it."""
 
     id: int | str
-    """As `svr_id` names it."""
+    """The id in `svr_id`."""
     msg_id: int | str
-    """The same, as the quoted item has it."""
+    """The id in the quoted item."""
     item: Json
     at_ms: int
 
@@ -35,8 +35,8 @@ class Quoted(NamedTuple):
 
 
 class Makings(NamedTuple):
-    """What a message is made of. `media` makes an item of a kind; `carrier` is the kind of the item that has
-    the quote; `part` of the quoted text (None: its last word) is meant where it occurs for the `nth` time (from 0).
+    """The parts of a message. `media` makes the item of a kind. `carrier` is the kind of the item with the quote. The
+    quote means `part` of the quoted text (None: the last word), at its `nth` occurrence (from 0).
     """
 
     bot: str
@@ -71,12 +71,12 @@ def items(*kinds: str) -> Callable[[Makings], Json]:
 
 
 def changed(**fields: object) -> Callable[[Makings], Json]:
-    """A text message with other fields than usual; None leaves one out."""
+    """A text message with changed fields; None leaves a field out."""
     return lambda m: text(m.words) | fields
 
 
 def bot_echo(m: Makings) -> Json:
-    """What the bot said, come back to it."""
+    """A message of the bot that comes back to it."""
     return text(m.words) | {"message_type": 2, "from_user_id": m.bot, "to_user_id": m.user, "context_token": None}
 
 
@@ -91,23 +91,23 @@ def nested_transcript(m: Makings) -> Json:
 
 
 def full(m: Makings) -> Json:
-    """Until April 2026: all that the quoted message said."""
+    """Form of a quote until April 2026: the whole quoted message."""
     return {"title": m.quoted.title, "message_item": m.quoted.item | {"msg_id": m.quoted.msg_id}}
 
 
 def type_8(m: Makings) -> Json:
-    """From April 2026 for messages of bots: an id and no text (T #23)."""
+    """Form since April 2026 for messages of bots: an id without text (T #23)."""
     return {"title": "", "message_item": {"type": 8, "msg_id": m.quoted.msg_id, "is_completed": True}}
 
 
 def type_0(m: Makings) -> Json:
-    """By July 2026: times, an id and no text (T #222)."""
+    """Form observed in July 2026: times and an id, without text (T #222)."""
     times = {"create_time_ms": m.quoted.at_ms, "update_time_ms": m.quoted.at_ms}
     return {"message_item": {"type": 0, **times, "msg_id": m.quoted.msg_id, "is_completed": True} | IDLE}
 
 
 def svr_id(m: Makings) -> Json:
-    """From September 2026: nothing but the id."""
+    """Form since September 2026: only the id."""
     return {"svr_id": m.quoted.id}
 
 
@@ -117,7 +117,7 @@ def partial(m: Makings) -> Json:
 
 
 def partial_text(whole: str, part: str, nth: int = 0) -> Json:
-    """Where `part` stands in `whole`, by its first and last characters. Occurrences do not overlap."""
+    """The position of `part` in `whole`, by its first and last characters. Occurrences do not overlap."""
     places = [match.start() for match in re.finditer(f"(?={re.escape(part)})", whole)] if part else []
     if nth >= len(places):
         raise SimulatorError("the quoted text has no such part")
@@ -125,7 +125,7 @@ def partial_text(whole: str, part: str, nth: int = 0) -> Json:
     starts, ends = occurrences(whole, start), occurrences(whole, end)
     last = place + len(part) - len(end)
     if place not in starts or last not in ends:
-        raise SimulatorError("this part cannot be told by its first and last characters")
+        raise SimulatorError("the first and last characters do not identify this part")
     return {
         "start": start,
         "end": end,
@@ -172,9 +172,9 @@ KINDS: dict[str, Callable[[Makings], Json]] = {
     "quote_partial": quoting(partial),
     "quote_empty": quoting(lambda m: {}),
 }
-"""By name."""
+"""The makers of messages, by kind."""
 NEVER_SAID = Quoted(QUOTED_ID, str(QUOTED_ID), text_item("hello world"), 1_789_000_000_000)
-"""What a quote refers to that names no message."""
+"""Quoted message that never existed."""
 
 
 def of_kind(kind: str, makings: Makings) -> Json:

@@ -1,6 +1,6 @@
-"""The QR login as the server sees it: a state machine that a phone drives.
+"""The QR login on the server's side: a state machine that the phone drives.
 
-docs/reference/ilink-protocol.md, "Login", has its states.
+docs/reference/ilink-protocol.md, "Login", describes the states.
 """
 
 import asyncio
@@ -14,14 +14,14 @@ from adapter.simulator.records import Json, QrRecord, SimulatorError
 from adapter.simulator.world import Bot, World
 
 RESTING = frozenset({"wait", "scaned", "need_verifycode"})
-"""Statuses that are held back until they change, once they have been told."""
+"""Statuses that are told once. A later poll is held until the status changes."""
 CODES_KEPT = 10_000
 
 
 @dataclass(slots=True, eq=False)
 class Qr:
-    """One code. `told` is the status of the last answer that was written whole; a poll is held while its client
-    can know no other."""
+    """One code. `told` is the status of the last answer that was written whole; a poll is held while the client
+    cannot know another one."""
 
     code: str
     created_ms: int
@@ -58,7 +58,7 @@ class Qr:
 
 
 class Logins:
-    """All codes. The phone's side are `scan`, `confirm` and the like; the client's `create` and `status`."""
+    """All codes. The phone calls `scan`, `confirm` and the like; the client calls `create` and `status`."""
 
     def __init__(self, world: World) -> None:
         self._world = world
@@ -81,8 +81,8 @@ class Logins:
     async def status(
         self, code: str, verify_code: str, urls: tuple[str, str], *, second: bool, edge: FaultRule | None = None
     ) -> Answer:
-        """Waits for news, or the hold. `urls` are the first and the second host's; `second`: asked there;
-        `edge`: the rule (fault `F2`) that cuts a poll without news."""
+        """Waits for a change, or until the hold is over. `urls` are the base URLs of the first and the second host;
+        `second` says that the second was asked; `edge` is the rule (fault `F2`) that cuts a poll without news."""
         qr = self.codes.get(code)
         if qr is None:
             return json_answer({"ret": 0, "status": "expired"})
@@ -98,12 +98,12 @@ class Logins:
         return self._answer_status(qr, urls[1] if second else urls[0])
 
     def user(self, code: str) -> str:
-        """Who has scanned; "" for nobody yet, or no such code."""
+        """The user who scanned the code, or "" if nobody has or the code is unknown."""
         return self.codes[code].user if code in self.codes else ""
 
     def scan(self, code: str, user: str | None = None) -> QrRecord:
-        """A phone scans. One code serves one user, who may scan it again and is where they were; a user bound
-        to a listed token needs no new bot."""
+        """The phone scans. One code serves one user, who may scan it again without effect. A user whose bot's token
+        is listed needs no new bot."""
         qr = self._live_code(code)
         if qr.user and qr.user != user:
             raise SimulatorError("somebody else has scanned this code")
@@ -121,7 +121,7 @@ class Logins:
         return qr.record()
 
     def require_verify(self, code: str, verify_code: str) -> QrRecord:
-        """The phone shows digits that the client must send; before a scan, they are asked for at the scan."""
+        """The phone shows digits that the client must send. Before a scan, the scan asks for them."""
         qr = self._live_code(code)
         if qr.status == "wait":
             qr.verify_code_for_scan = verify_code
@@ -131,7 +131,7 @@ class Logins:
         return qr.record()
 
     def confirm(self, code: str, user: str | None = None) -> QrRecord:
-        """The user agrees on the phone, after a scan if there was none: a new bot is born."""
+        """The user agrees on the phone, which scans first if needed. The simulator makes a new bot."""
         qr = self._live_code(code)
         if qr.status == "wait":
             self.scan(code, user)
@@ -151,14 +151,14 @@ class Logins:
         return qr.record()
 
     def redirect(self, code: str) -> QrRecord:
-        """From now on the first host sends the client to the second one."""
+        """The first host sends the client to the second one from now on."""
         qr = self._live_code(code)
         qr.redirected = True
         qr.wake()
         return qr.record()
 
     def close(self) -> None:
-        """Answers every waiting poll with what there is."""
+        """Answers every waiting poll with the present status."""
         self.closing = True
         for qr in self.codes.values():
             qr.wake()
@@ -179,8 +179,8 @@ class Logins:
             qr.change("expired")
 
     async def _wait_for_news(self, qr: Qr, *, second: bool, edge: FaultRule | None) -> bool:
-        """Waits until there is something to tell; False: the hold was over before. `told` alone would not do:
-        with two polls, the one that is answered first sets it, and the other had not heard either."""
+        """Waits for a change of the status; returns False if the hold is over first. `told` alone is not enough: with
+        two polls, the answer to the first sets it, and the second has not heard the status either."""
         clock, began = self._world.clock, qr.status
         hold_s = self._world.settings.qr_hold_ms / 1000
         deadline_s = clock.elapsed_s() + (hold_s if edge is None else min(hold_s, edge_s(edge)))
@@ -207,7 +207,7 @@ class Logins:
             qr.change("verify_code_blocked")
 
     def _answer_status(self, qr: Qr, base_url: str) -> Answer:
-        """The status as it stands; told once it is written."""
+        """The present status, which counts as told once the answer is written."""
         status = qr.status
 
         def settle(written: bool, outcome: str) -> None:
@@ -247,7 +247,8 @@ class Logins:
         return answer
 
     def _fault_answer(self, qr: Qr, verify_code: str) -> Json | None:
-        """Fault `F27`, by `kind`: `expired`, `blocked`, `wrong_code`; `no_bot_id` strikes in `_credentials`."""
+        """The answer of fault `F27`, by `kind`: `expired`, `blocked`, `wrong_code`. `_credentials` handles
+        `no_bot_id`."""
         demanded = bool(verify_code) and qr.status == "need_verifycode"
         kinds = ("expired", "blocked", "wrong_code") if demanded else ("expired", "blocked")
         rule = self._strike("F27", qr, lambda rule: rule.params["kind"] in kinds)

@@ -19,16 +19,16 @@ LARGEST_MEDIUM = 200 * 2**20
 HEX_32 = re.compile("[0-9a-fA-F]{32}")
 ITEMS = {"image": (2, "image_item"), "voice": (3, "voice_item"), "file": (4, "file_item"), "video": (5, "video_item")}
 MEDIA_TYPES = {"image": 1, "video": 2, "file": 3, "voice": 4}
-"""`media_type` of an upload; item types are counted otherwise."""
+"""`media_type` of an upload. Item types have other numbers."""
 SENT_FIELDS = {"image": {"mid_size"}, "voice": set(), "file": {"file_name", "len"}, "video": {"video_size"}}
-"""What payloads of sent media hold beside `media`."""
+"""Fields beside `media` in the payload of sent media."""
 KEY_FORMS = ("usual", "hex", "raw_base64", "hex_base64", "none")
-"""Where an inbound key stands: as usual for its kind; `image_item.aeskey`; `media.aes_key` of 24 or of 44
-characters; or nowhere, with a blob in plain text."""
+"""Place of an inbound key: the usual one of the kind; `image_item.aeskey`; `media.aes_key` with 24 or with 44
+characters; or no key, with a blob in plain text."""
 
 
 class Upload(Struct, kw_only=True):
-    """What `getuploadurl` was told."""
+    """The fields of a `getuploadurl` request."""
 
     bot: str
     user: str
@@ -41,8 +41,8 @@ class Upload(Struct, kw_only=True):
 
 
 class Blob(Struct, kw_only=True):
-    """Bytes on the CDN. `key` None: plain. `media_type` 0: not a bot's, only those of users can be downloaded.
-    `plain` is the size and MD5 of the content, None where `key` does not open it."""
+    """Bytes on the CDN. `key` is None for plain bytes. `media_type` is 0 for media of users, the only ones that can
+    be downloaded. `plain` is the size and MD5 of the content, or None if `key` does not decrypt it."""
 
     bot: str
     data: bytes
@@ -56,7 +56,7 @@ class Blob(Struct, kw_only=True):
 
 
 class Sealed(NamedTuple):
-    """Content of a user, ready for the CDN."""
+    """Encrypted content of a user, ready for the CDN."""
 
     name: str
     size: int
@@ -72,7 +72,7 @@ def encrypted_size(size: int) -> int:
 
 
 def look_inside(data: bytes, key: bytes | None) -> tuple[int, str] | None:
-    """Size and MD5 of the content; None: the key does not fit. Takes its time with large media."""
+    """Size and MD5 of the content, or None if the key does not fit. Slow for large media."""
     try:
         plain = data if key is None else decrypt(data, key)
     except ValueError:
@@ -81,7 +81,7 @@ def look_inside(data: bytes, key: bytes | None) -> tuple[int, str] | None:
 
 
 class Media:
-    """All blobs, oldest first. `cdn_url` tells where they are reached."""
+    """All blobs, oldest first. `cdn_url` returns the base URL of the CDN."""
 
     def __init__(self, world: World, cdn_url: Callable[[], str]) -> None:
         self._world = world
@@ -112,7 +112,7 @@ class Media:
         return answer
 
     def receive(self, upload: Upload, data: bytes, plain: tuple[int, str] | None) -> str:
-        """Stores an upload, with what the registered key has shown to be in it. Returns its reference."""
+        """Stores an upload whose content under the registered key is `plain`. Returns its reference."""
         bot = self._world.bots[upload.bot]
         if plain != (upload.size, upload.md5.lower()):
             self._world.violate("wrong_ciphertext", "cdn/upload", bot)
@@ -120,7 +120,7 @@ class Media:
         return self._store(blob)
 
     def view(self, bot: Bot, item: Json) -> MediaView | None:
-        """How the phone fares with a media item that a bot has sent; None: no media."""
+        """What the phone makes of a media item from a bot, or None if the item has no media."""
         kind = next((kind for kind, (number, _) in ITEMS.items() if number == item.get("type")), None)
         if kind is None:
             return None
@@ -160,7 +160,8 @@ class Media:
         size: int | None = None,
         key_form: str = "usual",
     ) -> Sealed:
-        """Encrypts what a user sends: `content` or a sample, cut or filled up to `size` bytes. For any thread."""
+        """Encrypts what a user sends: `content` or a sample, cut or filled up to `size` bytes. Any thread may call
+        it."""
         if kind not in ITEMS or key_form not in KEY_FORMS:
             raise SimulatorError(f"kinds: {', '.join(ITEMS)}; key forms: {', '.join(KEY_FORMS)}")
         name = "file.bin"
@@ -206,7 +207,7 @@ class Media:
         return media
 
     def _addresses(self, upload: Upload, style: str) -> Json:
-        """Where the bytes may go: a whole URL, a parameter for one that the client makes, or both."""
+        """Addresses for the upload: a whole URL, a parameter for a URL that the client makes, or both."""
         param = self._expect(upload)
         full = (
             f"{self._cdn_url()}/upload?encrypted_query_param={quote(param, safe='')}"
@@ -223,14 +224,14 @@ class Media:
         return param
 
     def _note_careless(self, bot: Bot, body: Json) -> None:
-        """What careful clients do not do with a request that is good enough."""
+        """Records violations in a request that is otherwise valid."""
         if body.get("no_need_thumb") is not True:
             self._world.violate("thumb_wanted", "getuploadurl", bot)
         if any(str(body[name]) != str(body[name]).lower() for name in ("filekey", "rawfilemd5", "aeskey")):
             self._world.violate("upper_case_hex", "getuploadurl", bot)
 
     def _reference(self) -> str:
-        """Has `+`, `/` and `=` in it for sure: whoever does not quote it in a URL is noted (`unquoted_param`)."""
+        """Always contains `+`, `/` and `=`: a client that does not quote it in a URL is noted (`unquoted_param`)."""
         return f"{ids.chars(self._world.rng, ids.BASE64, 60)}+/=="
 
     def _store(self, blob: Blob) -> str:
@@ -244,7 +245,7 @@ class Media:
 
 
 def read_upload(bot: Bot, body: Json) -> Upload | None:
-    """None for a request that breaks a rule of 3.5."""
+    """The upload that the request describes, or None if it breaks a rule of the protocol file, "getuploadurl"."""
     texts = [body.get(name) for name in ("filekey", "rawfilemd5", "aeskey")]
     sizes = [body.get(name) for name in ("rawsize", "filesize", "media_type")]
     if not all(isinstance(text, str) and HEX_32.fullmatch(text) for text in texts):
@@ -268,7 +269,7 @@ def read_upload(bot: Bot, body: Json) -> Upload | None:
 
 
 def read_thumb(upload: Upload, body: Json) -> Upload | None:
-    """The upload of a thumbnail beside that of an image or a video; None: none is announced, or wrongly."""
+    """The upload of the thumbnail of an image or a video, or None if the request has no valid one."""
     if upload.media_type not in (MEDIA_TYPES["image"], MEDIA_TYPES["video"]):
         return None
     size, md5, padded = (body.get(f"thumb_{name}") for name in ("rawsize", "rawfilemd5", "filesize"))
@@ -287,7 +288,7 @@ def read_thumb(upload: Upload, body: Json) -> Upload | None:
 
 
 def open_blob(blob: Blob | None, key_text: Any) -> tuple[tuple[int, str] | None, str]:
-    """Size and MD5 of what the phone sees with this key, or why it sees nothing."""
+    """Size and MD5 of the content under this key, or None with the reason why the phone cannot show it."""
     if blob is None or blob.key is None:
         return None, "unknown_reference"
     if not isinstance(key_text, str) or len(key_text) != 44:
@@ -301,7 +302,10 @@ def open_blob(blob: Blob | None, key_text: Any) -> tuple[tuple[int, str] | None,
 
 
 def has_shape(kind: str, item: Json, payload: Json, media: Json) -> bool:
-    """Whether a sent item has the fields of 9.4 and no others; an MD5 of a file is let pass (T #10)."""
+    """Whether a sent item has exactly the fields of the protocol file, "Outbound items".
+
+    A file may also have an MD5 (T #10).
+    """
     allowed = SENT_FIELDS[kind] | {"media"}
     optional = {"md5"} if kind == "file" else set()
     return (
@@ -313,7 +317,7 @@ def has_shape(kind: str, item: Json, payload: Json, media: Json) -> bool:
 
 
 def sizes_agree(kind: str, payload: Json, blob: Blob) -> bool:
-    """Ciphertext bytes of images and videos, plaintext bytes as text of files."""
+    """Whether the sizes are right: ciphertext bytes for images and videos, plaintext bytes as text for files."""
     match kind:
         case "image":
             return payload.get("mid_size") == len(blob.data)
@@ -325,7 +329,7 @@ def sizes_agree(kind: str, payload: Json, blob: Blob) -> bool:
 
 
 def take_sample(sample: str) -> tuple[str, bytes]:
-    """File name and content."""
+    """File name and content of a sample."""
     if sample not in samples.SAMPLES:
         raise SimulatorError(f"unknown sample {sample}, there are {', '.join(samples.SAMPLES)}")
     name, make = samples.SAMPLES[sample]
@@ -333,7 +337,7 @@ def take_sample(sample: str) -> tuple[str, bytes]:
 
 
 def media_fields(kind: str, sealed: Sealed) -> Json:
-    """The fields beside `media` that inbound payloads carry."""
+    """The fields beside `media` in an inbound payload."""
     fields: dict[str, Json] = {
         "image": {"mid_size": len(sealed.data)},
         "voice": {"encode_type": 6, "bits_per_sample": 16, "sample_rate": 24000, "playtime": sealed.playtime_ms},
@@ -344,7 +348,7 @@ def media_fields(kind: str, sealed: Sealed) -> Json:
 
 
 def write_key(payload: Json, kind: str, sealed: Sealed) -> None:
-    """Images usually have the key as hex beside `media` and raw in it, all else as hex text."""
+    """Writes the key where its kind has it: beside `media` in hex and in it raw for images, as hex text otherwise."""
     if sealed.key is None:
         return
     form, usual = sealed.key_form, sealed.key_form == "usual"

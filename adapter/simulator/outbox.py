@@ -1,4 +1,4 @@
-"""From the bot to the user: what `sendmessage` answers, and what the phone shows."""
+"""Messages from bots to users: the answer of `sendmessage`, and the message on the phone."""
 
 import itertools
 from collections import deque
@@ -27,11 +27,11 @@ FIELDS = frozenset(
         *("item_list", "context_token", "run_id"),
     }
 )
-"""What a sent message may have."""
+"""The fields that a sent message may have."""
 
 
 class Verdict(Struct, kw_only=True):
-    """The outcome of one send. `body` None: an empty body. `why` as in `SendRecord`."""
+    """The outcome of one send. `body` None means an empty body. `why` is that of `SendRecord`."""
 
     body: Json | None
     why: str
@@ -50,14 +50,14 @@ def refusal(code: int, why: str, errmsg: str | None = None, field: str = "ret") 
 
 
 def stale_body(world: World, bot: Bot | None) -> Json:
-    """The answer to a token that is unknown, missing or dead."""
+    """The answer to a request whose token is unknown, missing or dead."""
     style = world.settings_of(bot).stale_style
     code = {"errcode": {"errcode": -14}, "ret": {"ret": -14}, "both": {"ret": -14, "errcode": -14}}[style]
     return {**code, "errmsg": "session timeout"}
 
 
 def text_of(items: Any) -> str:
-    """The texts of all items of a message, joined; "" for anything that has none."""
+    """The texts of all items of a message, joined, or "" if no item has a text."""
     if not isinstance(items, list):
         return ""
     texts = [i["text_item"].get("text") for i in items if isinstance(i, dict) and _is_object(i, "text_item")]
@@ -69,14 +69,14 @@ def _is_object(item: Json, key: str) -> bool:
 
 
 class Outbox:
-    """Judges sends in the order in which the server receives them; so do they appear on the phone."""
+    """Judges sends in the order in which they arrive. The phone shows them in the same order."""
 
     def __init__(self, world: World, media: Media) -> None:
         self._world = world
         self._media = media
 
     def send(self, bot: Bot, message: Json) -> Verdict:
-        """Everything that `sendmessage` does between reading the request and writing the answer."""
+        """Does everything of `sendmessage` between reading the request and writing the answer."""
         user = str(message.get("to_user_id") or "")
         self._note_careless(bot, message)
         verdict = (
@@ -114,7 +114,7 @@ class Outbox:
             hear(user, shown)
 
     def _note_careless(self, bot: Bot, message: Json) -> None:
-        """Requests that a careful client does not make, whatever the answer is."""
+        """Records violations, whatever the answer is."""
         items = message.get("item_list")
         faults = {
             "missing_client_id": not message.get("client_id"),
@@ -128,7 +128,7 @@ class Outbox:
             self._world.violate(kind, "sendmessage", bot)
 
     def _fault_verdict(self, bot: Bot, user: str) -> Verdict | None:
-        """Faults `F11` and `F12`: -2, or another code, without a cause that the client could have seen."""
+        """Faults `F11` and `F12`: -2 or another code, for a reason that the client cannot see."""
         if rule := self._world.faults.strike("F11", "sendmessage", bot.id, user):
             texts = rule.params.get("errmsgs") or [rule.params.get("errmsg", "prepare failed")]
             code, field = int(rule.params.get("code", -2)), str(rule.params.get("field", "ret"))
@@ -146,13 +146,13 @@ class Outbox:
         return self._penalise(begun, user) if begun else None
 
     def _is_burst(self, bot: Bot, user: str, rule: FaultRule) -> bool:
-        """Whether there were as many sends within `burst_s` as the rule waits for."""
+        """Whether the number of sends within `burst_s` has reached the burst of the rule."""
         since_ms = self._world.clock.exact_ms() - float(rule.params.get("burst_s", 1)) * 1000
         recent = itertools.takewhile(lambda send: send.start_ms >= since_ms, reversed(bot.sends))
         return sum(send.shown and send.user == user for send in recent) >= int(rule.params.get("burst", 0))
 
     def _penalise(self, rule: FaultRule, user: str) -> Verdict:
-        """Every attempt starts the penalty anew; only quiet ends it."""
+        """Every attempt restarts the penalty, so it ends only after a pause."""
         penalty_ms = float(rule.params.get("penalty_s", 3600)) * 1000
         rule.state[user] = self._world.clock.now_ms() + penalty_ms
         return refusal(-2, "F12", rule.params.get("errmsg", "rate limited"))
@@ -176,13 +176,13 @@ class Outbox:
         return None
 
     def _incomplete_verdict(self, bot: Bot, why: str) -> Verdict:
-        """-2, or what one project saw: the answer to a dead token, although the session lives."""
+        """-2, or the answer to a dead token, as one project saw it while the session lived."""
         if self._world.settings_of(bot).incomplete_sends == "-14":
             return Verdict(body=stale_body(self._world, bot), why=why)
         return refusal(-2, why, "unknown error")
 
     def _unknown_peer(self, bot: Bot, user: str) -> Verdict | None:
-        """-3 for what is no user id in exactly this spelling; a stranger has merely no window."""
+        """-3 if no user has this id in exactly this spelling. A known user who never wrote only lacks a window."""
         known = user in bot.windows or user == bot.user or user in self._world.by_user
         if not user.endswith("@im.wechat") or not known:
             return refusal(-3, "bad_user_id")
@@ -194,7 +194,7 @@ class Outbox:
         return None
 
     def _duplicate(self, bot: Bot, user: str, message: Json) -> Verdict | None:
-        """Success once more, but nothing new on the phone."""
+        """Success for a repeated message, which the phone does not show again."""
         client_id = str(message.get("client_id") or "")
         first_id = bot.window(user).client_ids.get(client_id) if client_id else None
         if first_id is None:
@@ -243,7 +243,7 @@ class Outbox:
         return Verdict(body={}, why="tokenless") if mode == "drop" else None
 
     def _accept(self, bot: Bot, user: str, message: Json) -> Verdict:
-        """Uses up one send of the window, and decides whether the phone gets it."""
+        """Uses up one send of the window, and decides whether the phone shows the message."""
         window, settings = bot.window(user), self._world.settings_of(bot)
         window.sent += 1
         message_id = self._message_id(bot, message)
@@ -266,7 +266,7 @@ class Outbox:
         return self._success(bot, "shown", message_id)
 
     def _message_id(self, bot: Bot, message: Json) -> str:
-        """A new one, or the client's own."""
+        """The id of the message: a new one, or the client's own."""
         own = str(message.get("message_id") or "")
         if self._world.settings_of(bot).client_message_id == "kept" and own.isascii() and own.isdigit():
             return own
@@ -275,7 +275,7 @@ class Outbox:
     def _success(self, bot: Bot, why: str, message_id: str) -> Verdict:
         body: Json = {"message_id": self._world.answered_id(message_id, bot)}
         style = self._world.settings_of(bot).send_ret_style
-        # by turns of two, so that ids of both types come with and without it
+        # changes every two answers, so that ids of both types come with and without it
         if style == "zero" or (style == "alternate" and bot.ids_answered % 4 < 2):
             body = {"ret": 0} | body
         return Verdict(body=body, why=why, message_id=message_id)
@@ -289,7 +289,7 @@ class Outbox:
         return False
 
     def _dropped_verdict(self, bot: Bot, user: str, message: Json, message_id: str) -> Verdict | None:
-        """Faults `F13` and `F14`: success without an id, as a rule with nothing on the phone."""
+        """Faults `F13` and `F14`: success without an id. By default the phone does not show the message."""
         for fault in ("F13", "F14"):
             if rule := self._world.faults.strike(fault, "sendmessage", bot.id, user):
                 if rule.params.get("shown", False):

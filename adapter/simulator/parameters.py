@@ -1,4 +1,4 @@
-"""What the `params` of a fault may be (README, Faults), so that none is misspelt in silence."""
+"""The `params` that each fault accepts (README, Faults). A misspelt parameter is an error."""
 
 from typing import Annotated, Any
 
@@ -19,7 +19,7 @@ CHANGES = frozenset(
         "all",
     }
 )
-"""What a repeated message differs in (fault `F16`). `ids`: all ids and the context token; `all`: the times too."""
+"""The changes of a repeated message (fault `F16`). `ids`: all ids and the context token; `all`: also the times."""
 
 Status = Annotated[int, Meta(ge=200, le=599)]
 Duration = Annotated[float, Meta(ge=0)]
@@ -50,13 +50,13 @@ PARAMETERS: dict[str, dict[str, Any]] = {
     "F26": {"ret": int, "errmsg": str | None},
     "F27": {"kind": ("expired", "blocked", "wrong_code", "no_bot_id")},
 }
-"""By fault and name: the type, or the words to choose from. Faults that are missing have none."""
+"""By fault and parameter: the type, or the accepted words. Other faults have no parameters."""
 NEEDED = {"F23": ("redirect_host", "baseurl"), "F27": ("kind",)}
-"""By fault: at least one of these, without which it would do nothing."""
+"""By fault: parameters of which at least one is required."""
 
 
 def check(fault: str, params: dict[str, Any]) -> None:
-    """Raises ValueError, with the name at fault."""
+    """Raises ValueError with the name of the wrong parameter."""
     known = PARAMETERS.get(fault, {})
     if unknown := params.keys() - known:
         raise ValueError(f"{fault} has no {', '.join(sorted(unknown))}; it has {', '.join(known) or 'no parameters'}")

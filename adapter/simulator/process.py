@@ -24,7 +24,7 @@ async def serve(
     *,
     bots: int = 0,
 ) -> None:
-    """Serves until cancelled, or until SIGTERM or SIGINT; calls `ready` once it listens."""
+    """Serves until it is cancelled or gets SIGTERM or SIGINT. Calls `ready` once it listens."""
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -36,7 +36,7 @@ async def serve(
 
 
 def run(arguments: Sequence[str] | None = None) -> int:
-    """The command. Returns its exit code: 0, or 2 for arguments that cannot be, 1 if it cannot listen."""
+    """Runs the command. Returns its exit code: 0, 1 if it cannot listen, 2 for invalid arguments."""
     parser = make_parser()
     given = vars(parser.parse_args(arguments))
     port_file, bots = given.pop("port_file"), given.pop("bots")
@@ -54,7 +54,7 @@ def run(arguments: Sequence[str] | None = None) -> int:
 
 
 def make_parser() -> argparse.ArgumentParser:
-    """One option per setting, of the same name."""
+    """The parser, with one option per setting of the same name."""
     parser = argparse.ArgumentParser(
         prog="wechat-nats simulator",
         usage="%(prog)s [--option VALUE ...]",
@@ -78,14 +78,14 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def count(text: str) -> int:
-    """Raises ValueError."""
+    """Reads a number that is not negative. Raises ValueError."""
     if (number := int(text)) < 0:
         raise ValueError
     return number
 
 
 def explanations() -> dict[str, str]:
-    """What the docstrings of the settings say, by name."""
+    """The docstrings of the settings, by name."""
     (struct,) = ast.parse(inspect.getsource(SimulatorSettings)).body
     assert isinstance(struct, ast.ClassDef)
     return {
@@ -97,7 +97,7 @@ def explanations() -> dict[str, str]:
 
 
 def announce_ready(simulator: Simulator, port_file: Path | None) -> None:
-    """One JSON line for whoever has started this process, and the port file in one piece."""
+    """Prints one JSON line for the parent process, and writes the port file at once."""
     if port_file is not None:
         partial = port_file.with_name(port_file.name + ".part")
         partial.write_text(str(simulator.port))

@@ -1,4 +1,4 @@
-"""Values from outside as what they should be. What is wrong is named, with what it could be."""
+"""Reads values from outside as typed values. An error names the value and what it may be."""
 
 import functools
 import inspect
@@ -14,7 +14,7 @@ T = TypeVar("T", bound=Struct)
 
 
 def read(values: Json, kind: type[T]) -> T:
-    """Numbers and truth may be in quotes, as they are in a query. Raises SimulatorError."""
+    """Accepts numbers and booleans in quotes, as a query has them. Raises SimulatorError."""
     try:
         return msgspec.convert(values, kind, strict=False)
     except msgspec.ValidationError as exc:
@@ -22,7 +22,7 @@ def read(values: Json, kind: type[T]) -> T:
 
 
 def call(method: Callable[..., Any], values: Json) -> Any:
-    """Calls `method` with `values`, held to its signature unless it takes any. Raises SimulatorError."""
+    """Calls `method` with `values`, which must fit its signature. Raises SimulatorError."""
     kind = _arguments_of(getattr(method, "__func__", method))
     return method(**(values if kind is None else structs.asdict(read(values, kind))))
 
@@ -41,7 +41,7 @@ def _arguments_of(function: Callable[..., Any]) -> type[Struct] | None:
 
 
 def _explain(problem: str, kind: type[Struct]) -> str:
-    """msgspec's words in the order of ours: first the name, at last what there is to choose from."""
+    """The message of msgspec in the simulator's order: the name, the problem, the accepted values."""
     problem, _, place = problem.partition(" - at `$.")
     name = place.rstrip("`")
     if "unknown field" in problem:

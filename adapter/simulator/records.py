@@ -1,4 +1,4 @@
-"""What the simulator remembers and tells: plain values, JSON over the admin API.
+"""The values that the simulator records and returns: plain values, which the admin API writes as JSON.
 
 Times ending `_ms` are Unix milliseconds of the simulator's clock, with fractions where order matters.
 """
@@ -11,11 +11,11 @@ Json = dict[str, Any]
 
 
 class SimulatorError(Exception):
-    """The caller of the simulator's own API asked for something that cannot be; the text says what."""
+    """A call of the simulator's own API is invalid; the text says why."""
 
 
 class BotRecord(Struct, frozen=True):
-    """Credentials as a QR login would have handed them out."""
+    """The credentials that a QR login hands out."""
 
     bot: str
     user: str
@@ -36,8 +36,8 @@ class InboundRecord(Struct, frozen=True, kw_only=True):
 
 
 class MediaView(Struct, frozen=True, kw_only=True):
-    """How a phone fares with a media item: `viewable`, or `why` not (`unknown_reference`, `short_key`,
-    `wrong_key`). Size and MD5 are those of the decrypted content."""
+    """What a phone makes of a media item: `viewable`, or `why` not (`unknown_reference`, `short_key`, `wrong_key`).
+    Size and MD5 are those of the decrypted content."""
 
     kind: str
     reference: str
@@ -94,7 +94,7 @@ class PollRecord(Struct, kw_only=True):
 
 
 class PollsView(Struct, frozen=True, kw_only=True):
-    """The latest polls of one bot, and counts over all of them. `most` is the greatest number at once."""
+    """The latest polls of one bot, and counts of all its polls. `most` is the greatest number at once."""
 
     records: list[PollRecord]
     total: int
@@ -104,7 +104,7 @@ class PollsView(Struct, frozen=True, kw_only=True):
 
 
 class CallView(Struct, frozen=True, kw_only=True):
-    """How often a bot called an endpoint, and when lately. `bot` is empty for calls without a known token."""
+    """Count and latest times of one bot's calls of an endpoint. `bot` is empty for calls without a known token."""
 
     bot: str
     endpoint: str
@@ -113,7 +113,7 @@ class CallView(Struct, frozen=True, kw_only=True):
 
 
 class Violation(Struct, frozen=True, kw_only=True):
-    """Something that a well-behaved client does not do; the request itself was answered as usual."""
+    """A mistake of a client that does not change the answer to its request."""
 
     kind: str
     endpoint: str
@@ -133,7 +133,7 @@ class RequestRecord(Struct, frozen=True, kw_only=True):
 
 
 class TypingView(Struct, frozen=True, kw_only=True):
-    """Whether a user sees "typing", and how often it was switched."""
+    """Whether a user sees "typing", and how often it went on and off."""
 
     on: bool
     on_calls: int
@@ -141,14 +141,14 @@ class TypingView(Struct, frozen=True, kw_only=True):
 
 
 class OnlineView(Struct, frozen=True, kw_only=True):
-    """Whether the bot said that it runs, and each change as [time in ms, online]."""
+    """Whether the bot reported that it runs, and each change as [time in ms, online]."""
 
     online: bool
     timeline: list[tuple[float, bool]]
 
 
 class QrRecord(Struct, frozen=True, kw_only=True):
-    """A QR login as it stands. `bot` is set once confirmed."""
+    """The present state of a QR login. `bot` is set once the user confirms."""
 
     qrcode: str
     status: str
@@ -159,8 +159,8 @@ class QrRecord(Struct, frozen=True, kw_only=True):
 
 
 class Stats(Struct, frozen=True, kw_only=True):
-    """Everything counted since the start. `pending` messages have been in no answer that was written whole,
-    `in_flight` are in one that is being written; `delivered` counts messages, `redelivered` repetitions."""
+    """Counts since the start. `pending` messages were in no answer that was written whole; `in_flight` messages are
+    in an answer that is being written. `delivered` counts messages, and `redelivered` their repetitions."""
 
     bots: int
     dead: int

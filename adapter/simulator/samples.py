@@ -1,6 +1,7 @@
-"""Small media made in code, the same bytes on every machine: no library of compression or of floats has a say.
+"""Small media files made in code. The bytes are the same on every machine: no compression library or floats are used.
 
-Each is whole enough for programs that read its kind; another `seed` makes other bytes. `blob` is for sizes.
+Each file is complete enough for programs that read its kind. Another `seed` makes other bytes. `blob` makes files of
+any size.
 """
 
 import base64
@@ -10,7 +11,7 @@ import zlib
 from collections.abc import Callable, Iterable
 
 PALETTE = bytes.fromhex("1aad19 ffffff 2e86de f39c12")
-"""Colours of pictures: red, green and blue of each."""
+"""Colours of pictures, each as red, green and blue."""
 SILK_HEAD = b"\x02#!SILK_V3"
 SILK_TENTH = base64.b64decode(
     "JwCY5A42qwLvYl2vVboGlg/P9F3yOHXLLa/wanKx4IeRum/aMFqdBQ85AI5LlhcwAFxTOXYzT32XUPcMJLKTO9WMKKZ/jM+s9KrZ"
@@ -18,22 +19,22 @@ SILK_TENTH = base64.b64decode(
     "o38tAIxcA6GlD1K7WH0VlzFEN6OPcVWAOU3ibIWEw+ZKh9dcHOOF8OGqx+cyF5T/fywAjFwDoaUPUrtYfRbCpO0A4RDrrvMpuB9a"
     "kWDe/RSqOgeuznbswyq7genLZj8="
 )
-"""A tenth of a second of a tone of 440 Hz: five SILK frames, each after its length."""
+"""A tenth of a second of a 440 Hz tone: five SILK frames, each after its length."""
 
 
 def blob(size: int, seed: int = 0) -> bytes:
-    """`size` bytes that no program takes for anything. 100 MB take 0.3 s."""
+    """`size` bytes in no known file format. 100 MB take 0.3 s."""
     return hashlib.shake_128(b"blob %d" % seed).digest(size)
 
 
 def text(size: int = 0) -> bytes:
-    """UTF-8 with characters of one to four bytes, of `size` bytes at least."""
+    """At least `size` bytes of UTF-8, with characters of one to four bytes."""
     line = "Hello, 你好, héllo, 😀\n".encode()
     return line * max(1, -(-size // len(line)))
 
 
 def png(width: int = 64, height: int = 48, seed: int = 0) -> bytes:
-    """Stripes in four colours. A pixel takes two bits, so 4000 by 3000 are 3 MB."""
+    """Stripes in four colours. A pixel takes two bits, so 4000 by 3000 pixels take 3 MB."""
     row_bytes = -(-width // 4)
     rows = [bytes([byte]) * row_bytes for byte in (0b00011011, 0b01101100, 0b10110001, 0b11000110)]
     raw = b"".join(b"\0" + rows[(y // 8 + seed) % 4] for y in range(height))
@@ -47,7 +48,7 @@ def png(width: int = 64, height: int = 48, seed: int = 0) -> bytes:
 
 
 def zlib_stored(data: bytes) -> bytes:
-    """A zlib stream that compresses nothing, so that every version of zlib agrees on it."""
+    """A zlib stream without compression, which is the same in every version of zlib."""
     starts = range(0, max(len(data), 1), 65_535)
     blocks = (
         struct.pack("<BHH", start + 65_535 >= len(data), len(part), len(part) ^ 0xFFFF) + part
@@ -58,9 +59,9 @@ def zlib_stored(data: bytes) -> bytes:
 
 
 def jpeg(width: int = 64, height: int = 48, seed: int = 0) -> bytes:
-    """One shade of grey, which `seed` chooses; two bits for each block of 8 by 8 pixels."""
+    """One shade of grey, chosen by `seed`. Each block of 8 by 8 pixels takes two bits."""
     blocks = -(-width // 8) * -(-height // 8)
-    # The first block: the code of a 7-bit difference, the shade, no waves. All others: no difference, no waves.
+    # First block: the code of a 7-bit difference, the shade, no waves. Other blocks: no difference, no waves.
     bits = "10" + f"{64 + seed % 64:07b}" + "0" + "00" * (blocks - 1)
     bits += "1" * (-len(bits) % 8)
     scan = int(bits, 2).to_bytes(len(bits) // 8).replace(b"\xff", b"\xff\x00")
@@ -85,9 +86,9 @@ def segment(marker: int, data: bytes) -> bytes:
 
 
 def gif(width: int = 64, height: int = 48, seed: int = 0) -> bytes:
-    """Stripes in four colours; a byte for each pixel."""
+    """Stripes in four colours, with one byte per pixel."""
     pixels = bytes((x // 8 + seed) % 4 for x in range(width)) * height
-    # Codes of eight bits, one per pixel: code 0x80 forgets the dictionary before codes would grow to nine.
+    # One code of eight bits per pixel: code 0x80 resets the dictionary before codes grow to nine bits.
     codes = b"".join(b"\x80" + pixels[start : start + 100] for start in range(0, len(pixels), 100)) + b"\x81"
     comment = str(seed).encode()
     parts = (codes[start : start + 255] for start in range(0, len(codes), 255))
@@ -104,7 +105,7 @@ def gif(width: int = 64, height: int = 48, seed: int = 0) -> bytes:
 
 
 def wav(seconds: float = 1.0, rate: int = 24_000) -> bytes:
-    """A triangle wave of about 440 Hz, 16 bits, one channel."""
+    """A triangle wave of about 440 Hz with 16 bits in one channel."""
     period = rate // 440
     wave = [abs(4 * n * 8000 // period - 16_000) - 8000 for n in range(period)]
     samples = round(seconds * rate)
@@ -119,12 +120,12 @@ def riff(kind: bytes, chunks: Iterable[tuple[bytes, bytes]]) -> bytes:
 
 
 def silk(seconds: float = 1.0) -> bytes:
-    """WeChat's voice format: a tone of 440 Hz, in tenths of a second, for decoders at 24 kHz."""
+    """WeChat's voice format: a 440 Hz tone in steps of 0.1 s, for decoders at 24 kHz."""
     return SILK_HEAD + SILK_TENTH * max(1, round(seconds * 10))
 
 
 def silk_ms(content: bytes) -> int:
-    """How long a voice is, at 20 ms a frame; 0 for what is no SILK."""
+    """Length of a voice, at 20 ms a frame; 0 for content that is not SILK."""
     place, frames = len(SILK_HEAD), 0
     while content.startswith(SILK_HEAD) and place + 2 <= len(content):
         place += 2 + int.from_bytes(content[place : place + 2], "little")
@@ -133,7 +134,7 @@ def silk_ms(content: bytes) -> int:
 
 
 def mp4(size: int = 1000, seconds: float = 1.5) -> bytes:
-    """A film that is long, but empty: no tracks, and `size` bytes that belong to none."""
+    """A long but empty film: it has no tracks, and `size` bytes that no track uses."""
     duration_ms = round(seconds * 1000)
     matrix = struct.pack(">9I", 0x10000, 0, 0, 0, 0x10000, 0, 0, 0, 0x40000000)
     header = struct.pack(">IIIIIIH10x", 0, 0, 0, 1000, duration_ms, 0x10000, 0x100) + matrix + bytes(24)
@@ -146,7 +147,7 @@ def box(name: bytes, data: bytes) -> bytes:
 
 
 def pdf(words: str = "Hello") -> bytes:
-    """One page with `words` (ASCII, no brackets) on it."""
+    """One page that shows `words` (ASCII without brackets)."""
     drawing = f"BT /F1 24 Tf 20 50 Td ({words}) Tj ET".encode("ascii")
     objects = [
         b"<< /Type /Catalog /Pages 2 0 R >>",
@@ -166,7 +167,7 @@ def pdf(words: str = "Hello") -> bytes:
 
 
 def archive(name: str = "hello.txt", content: bytes = b"Hello, iLink!\n") -> bytes:
-    """A ZIP file with one file in it, not compressed, of 1 January 1980."""
+    """A ZIP file with one uncompressed file, dated 1 January 1980."""
     raw_name = name.encode()
     facts = struct.pack(
         "<HHHHHIIIHH", 20, 0x800, 0, 0, 0x21, zlib.crc32(content), len(content), len(content), len(raw_name), 0
@@ -189,6 +190,6 @@ SAMPLES: dict[str, tuple[str, Callable[[], bytes]]] = {
     "blob": ("blob.bin", lambda: blob(1000)),
     "empty": ("empty.bin", lambda: b""),
 }
-"""By name: what a file with it is called, and its content."""
+"""The file name of each sample, and the function that makes its content."""
 OF_KIND = {"image": "png", "voice": "silk", "file": "pdf", "video": "mp4"}
 """The sample of each kind of media item."""

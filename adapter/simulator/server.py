@@ -1,4 +1,4 @@
-"""The HTTP server: paths, authentication, faults of the transport, and the answer's way back."""
+"""The HTTP server of the iLink API: paths, authentication, transport faults, and the writing of answers."""
 
 import re
 from typing import Any
@@ -23,9 +23,9 @@ PLAIN = {"ret": 0, "msgs": [], "get_updates_buf": ""}
 
 
 class Visit(Struct):
-    """One request on its way through. `user`: whom it is about, for faults that strike one user; `second`: it
-    came to the second listener; `edge` is the rule (fault `F2`) that cuts it if it waits in vain; `late` is the fault
-    that strikes after it has been processed."""
+    """One request in progress. `user` is the user that it concerns, for faults that strike one user; `second` says
+    that it came to the second listener; `edge` is the rule (fault `F2`) that cuts the poll if it waits in vain;
+    `late` is the fault that strikes after processing."""
 
     request: web.Request
     endpoint: str
@@ -43,13 +43,13 @@ class Visit(Struct):
 
 
 def endpoint_of(path: str) -> str:
-    """`getupdates` for `//ilink/bot/getupdates/`; "" for a path outside iLink."""
+    """`getupdates` for `//ilink/bot/getupdates/`, and "" for a path outside iLink."""
     plain = re.sub("/+", "/", path).strip("/")
     return plain.removeprefix("ilink/bot/") if plain.startswith("ilink/bot/") else ""
 
 
 async def read_bytes(request: web.Request) -> bytes:
-    """What was sent as body; what cannot be unpacked is as little JSON as what it stands for."""
+    """The body of the request. A body that cannot be decompressed is returned as bytes that are no JSON."""
     try:
         return await request.read()
     except web.RequestPayloadError:
@@ -57,7 +57,7 @@ async def read_bytes(request: web.Request) -> bytes:
 
 
 def read_json(raw: bytes) -> Json | None:
-    """None for what is no JSON object. An integer keeps all its digits; an empty body is no object."""
+    """The JSON object in `raw`, or None. Integers keep all their digits; an empty body is no object."""
     try:
         value: Any = without_nulls(msgspec.json.decode(raw))
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
@@ -66,7 +66,7 @@ def read_json(raw: bytes) -> Json | None:
 
 
 def without_nulls(value: Any) -> Any:
-    """In JSON that mirrors protobuf a field that is null is unset."""
+    """Drops fields that are null: in JSON that mirrors protobuf, null means unset."""
     if isinstance(value, dict):
         return {name: without_nulls(field) for name, field in value.items() if field is not None}
     if isinstance(value, list):
@@ -75,12 +75,12 @@ def without_nulls(value: Any) -> Any:
 
 
 def read_body(endpoint: str, raw: bytes) -> Json | None:
-    """As `read_json`; a QR code may also be asked for without a body."""
+    """Like `read_json`, but a QR code may be requested without a body."""
     return {} if endpoint in LOGIN_METHODS and not raw else read_json(raw)
 
 
 class Server:
-    """Answers the paths below `/ilink/bot/`; any other is 404."""
+    """Answers the paths below `/ilink/bot/`, and 404 for any other."""
 
     def __init__(self, world: World, endpoints: Endpoints, logins: Logins, watch: ClientWatch) -> None:
         self._world = world
@@ -88,13 +88,13 @@ class Server:
         self._logins = logins
         self._watch = watch
         self.urls: tuple[str, str] = ("", "")
-        """Base URL of the first and of the second listener."""
+        """Base URLs of the first and the second listener."""
 
     async def handle(self, request: web.Request) -> web.StreamResponse:
         return await self._handle(request, second=False)
 
     async def handle_second(self, request: web.Request) -> web.StreamResponse:
-        """A request to the listener for redirected logins."""
+        """Handles a request to the listener for redirected logins."""
         return await self._handle(request, second=True)
 
     async def _handle(self, request: web.Request, *, second: bool) -> web.StreamResponse:
@@ -128,7 +128,7 @@ class Server:
         return str(named or (visit.bot.user if visit.bot else ""))
 
     async def _process(self, visit: Visit) -> Answer:
-        """What a sound server does with a request."""
+        """Processes a request without regard to faults."""
         endpoint, bot = visit.endpoint, visit.bot
         if visit.request.method not in LOGIN_METHODS.get(endpoint, ("POST",)):
             answer = malformed(self._world, endpoint, bot, "wrong method")
@@ -156,7 +156,7 @@ class Server:
         return await self._logins.status(code, verify_code, self.urls, second=visit.second, edge=visit.edge)
 
     def _is_stale(self, visit: Visit, bot: Bot) -> bool:
-        """Dead, without the headers that authenticate, or struck by a fault `F8` to `F10`."""
+        """Whether the token is dead, its headers are missing, or a fault `F8` to `F10` strikes."""
         world, headers = self._world, visit.request.headers
         world.bury_idle(bot)
         if bot.dead:
@@ -178,7 +178,7 @@ class Server:
         return any(world.faults.strike(fault, visit.endpoint, bot.id, visit.user, fits) for fault in faults)
 
     def _stale_answer(self, visit: Visit) -> Answer:
-        """-14, noted with the bot; a client that goes on calling after the first one is noted too."""
+        """-14. Counts the answer with the bot, and records a violation if the client goes on calling."""
         bot = visit.bot
         if bot is None:
             self._world.violate("unknown_token", visit.endpoint, None)
@@ -192,7 +192,7 @@ class Server:
         return answer
 
     async def _fault_answer(self, visit: Visit) -> Answer | None:
-        """The faults `F1` to `F6`, before anything is processed. What strikes later is in `visit`."""
+        """The answer of a fault `F1` to `F6` that strikes before processing. Later faults are in `visit`."""
         for fault in ("F1", "F2", "F3", "F4", "F5", "F6"):
             rule = self._world.faults.strike(fault, visit.endpoint, visit.bot_id, visit.user)
             if rule is None:
@@ -210,21 +210,21 @@ class Server:
         return None
 
     async def _pause(self, rule: FaultRule, answer: Answer) -> None:
-        """Time that passes before a fault strikes: `after_ms`, or the hang of `F5`."""
+        """Waits before a fault strikes: `after_ms`, or `hang_ms` of `F5`."""
         pause_ms = float(rule.params.get("after_ms", 0))
         try:
             if rule.fault == "F5":
                 await answers.stay_silent(rule, self._world.clock)
             elif pause_ms:
                 await self._world.clock.sleep(pause_ms / 1000)
-        except BaseException:  # the client has hung up
+        except BaseException:  # the client hung up
             answer.settle(False, "disconnected")
             raise
         if rule.fault == "F5":
             answer.settle(False, "F5")
 
     def _broken_answer(self, visit: Visit, rule: FaultRule) -> Answer:
-        """The answer that a fault gives in place of processing."""
+        """The answer that a fault gives instead of processing."""
         if rule.fault == "F1":
             default = self._world.rng.choice((500, 502, 503, 504))
             answer = answers.error_page(rule, int(rule.params.get("status", default)))
@@ -242,7 +242,7 @@ class Server:
         return str(rule.params.get("kind") or self._world.rng.choice(GARBLED))
 
     async def _deliver(self, visit: Visit, answer: Answer) -> web.StreamResponse:
-        """Writes the answer, or what a late fault leaves of it, and tells its maker which."""
+        """Writes the answer, or what a late fault leaves of it, and calls its `settle`."""
         rule, request = visit.late, visit.request
         answer.content_type = answer.content_type or self._world.settings_of(visit.bot).json_type
         try:

@@ -1,4 +1,4 @@
-"""The simulator in one's own process: start it, drive the phones, look at what the bots did."""
+"""The simulator in the process of a test: starts it, drives the phones, and shows what the bots did."""
 
 import asyncio
 import ssl
@@ -40,8 +40,8 @@ from adapter.simulator.world import Bot, World
 class Simulator:
     """`async with Simulator(SimulatorSettings(hold_ms=200)) as sim:` serves on `sim.url`.
 
-    Wherever a bot is asked for, its id or its user's id will do. Everything here is also to be had over
-    HTTP (`admin`). Methods raise SimulatorError for what cannot be; call them in the event loop's thread.
+    A bot is given by its id or by its user's id. The admin API offers all of it over HTTP (`admin`). Methods raise
+    SimulatorError for invalid calls, and must be called in the event loop's thread.
     """
 
     def __init__(self, settings: SimulatorSettings | None = None) -> None:
@@ -79,12 +79,12 @@ class Simulator:
 
     @property
     def port(self) -> int:
-        """Where it listens, once started."""
+        """Port that the simulator listens on, once started."""
         return self._first.port
 
     @property
     def second_url(self) -> str:
-        """Base URL of the listener for redirected logins; "" until there is one."""
+        """Base URL of the listener for redirected logins, or "" before it opens."""
         return self._second.url
 
     @property
@@ -97,7 +97,7 @@ class Simulator:
         return f"{self.url}/_sim"
 
     async def start(self) -> None:
-        """Listens. Raises OSError if it cannot, SimulatorError for a certificate that cannot be used."""
+        """Starts to listen. Raises OSError if it cannot, and SimulatorError for an unusable certificate."""
         raise_file_limit()
         settings = self.world.settings
         self._tls = tls_context(settings.tls_cert, settings.tls_key)
@@ -111,7 +111,7 @@ class Simulator:
             raise
 
     async def stop(self) -> None:
-        """Answers parked polls with what there is, then closes."""
+        """Answers the parked polls, then closes."""
         self.inbox.closing = True
         self.logins.close()
         for bot in self.world.bots.values():
@@ -121,7 +121,7 @@ class Simulator:
         await asyncio.gather(self._first.close(), self._second.close())
 
     async def open_second_host(self) -> str:
-        """The base URL of the second listener, which opens now unless it is there."""
+        """Opens the second listener unless it is open, and returns its base URL."""
         if not self.url:
             raise SimulatorError("not started")
         try:
@@ -144,18 +144,18 @@ class Simulator:
     # Bots and time
 
     def add_bot(self, user: str | None = None, bot: str | None = None, token: str | None = None) -> BotRecord:
-        """As if a QR login had just happened; what is not given is made up."""
+        """Adds a bot as a QR login does. Arguments that are not given are made up."""
         return self.world.add_bot(user, bot, token).record()
 
     def add_bots(self, count: int) -> list[BotRecord]:
         return [self.world.add_bot().record() for _ in range(count)]
 
     def bots(self) -> list[BotRecord]:
-        """All that live, oldest first."""
+        """All living bots, oldest first."""
         return [bot.record() for bot in self.world.bots.values() if not bot.dead]
 
     def kill_token(self, bot: str) -> None:
-        """From now on -14, for parked polls too."""
+        """Kills the token: every request gets -14, and so do the parked polls."""
         self.world.kill(self.world.find(bot))
 
     def revive_token(self, bot: str) -> None:
@@ -167,7 +167,7 @@ class Simulator:
         return self.world.configure(bot, changes)
 
     def advance(self, seconds: float) -> int:
-        """Moves the clock; holds, delays and lifetimes that become due end now. Returns the new time in ms."""
+        """Moves the clock. Holds, delays and lifetimes that become due end now. Returns the new time in ms."""
         self.world.clock.advance(seconds)
         return self.world.clock.now_ms()
 
@@ -178,7 +178,7 @@ class Simulator:
     # The user writes
 
     def say(self, to: str, text: str, **overrides: Any) -> InboundRecord:
-        """The user writes `text`. `overrides` replace fields of the message; None leaves one out."""
+        """The user writes `text`. `overrides` replace fields of the message; None leaves a field out."""
         return self.inject(to, kinds.text(text) | overrides)
 
     def say_kind(
@@ -195,10 +195,10 @@ class Simulator:
         url: str = "both",
         **overrides: Any,
     ) -> InboundRecord:
-        """A message of one of `kinds.KINDS`; media have the content of a sample.
+        """The user sends a message of one of `kinds.KINDS`. Media have the content of a sample.
 
-        For quotes: `of` is the id of a message of the user or of one on the phone, `on` the kind of the item that
-        carries the quote, `part` what is quoted of a text, where it occurs for the `nth` time.
+        For quotes, `of` is the id of a message of the user or on the phone, and `on` is the kind of the item with the
+        quote. The quote means `part` of a text, at its `nth` occurrence.
         """
         bot = self.world.find(to)
 
@@ -223,9 +223,8 @@ class Simulator:
     ) -> InboundRecord:
         """The user sends an `image`, `voice`, `file` or `video`; `fields` are added to its payload.
 
-        Without content it is a sample, the usual one of its kind or that of `samples.SAMPLES`; with `size` the
-        content is cut or filled up to that many bytes. Takes a second for 100 MB, unless `media.seal` has been
-        called before (in a thread).
+        Without `content` it is a sample: the usual one of its kind, or one of `samples.SAMPLES`. `size` cuts or fills
+        the content to that many bytes. 100 MB take a second, unless a thread has called `media.seal` before.
         """
         bot = self.world.find(to)
         if not isinstance(content, Sealed):
@@ -233,35 +232,35 @@ class Simulator:
         return self.inject(to, {"item_list": [self.media.item(bot, kind, content, url, fields)]})
 
     def media_content(self, reference: str) -> bytes:
-        """What is behind the reference of an upload or of an inbound medium, decrypted."""
+        """The decrypted content behind the reference of an upload or of inbound media."""
         return self.media.plain(reference)
 
     def inject(self, to: str, message: Json, *, fill: bool = True) -> InboundRecord:
-        """Any message. With `fill`, fields that it lacks are added; without, it goes out as it is."""
+        """Queues any message. `fill` adds the fields that it lacks; without `fill` it is sent as given."""
         if not isinstance(message, dict):
             raise SimulatorError("a message is an object")
         bot = self.world.find(to)
         return inbox.record(bot, self.inbox.inject(bot, message, fill=fill))
 
     def inject_many(self, to: str, messages: Iterable[Json], *, fill: bool = True) -> list[InboundRecord]:
-        """Several messages, in one batch if a poll is parked (and `batch_max` allows)."""
+        """Queues several messages, which go into one batch if a poll is parked and `batch_max` allows."""
         return [self.inject(to, message, fill=fill) for message in messages]
 
     def flood(self, to: str, messages: int = 1000, size: int = 10_000) -> int:
-        """Many long texts at once. Returns the sum of their sizes in bytes."""
+        """Queues many long texts at once. Returns the sum of their sizes in bytes."""
         self.inject_many(to, (kinds.text(f"{n:08d}".ljust(size, "x")) for n in range(messages)))
         return messages * size
 
     def repeat(self, to: str, message_id: str, change: str = "same", delay_s: float = 0.0) -> None:
-        """The same message again, by its message id or client id; what may change: `parameters.CHANGES`."""
+        """Queues the message with this message id or client id again. `parameters.CHANGES` lists the changes."""
         self.inbox.repeat(self.world.find(to), message_id, change, delay_s)
 
     def replay(self, bot: str, last: int = 1) -> int:
-        """The last delivered messages are delivered once more, as they were. Returns how many."""
+        """Queues the last delivered messages again, unchanged. Returns their number."""
         return self.inbox.replay(self.world.find(bot), last)
 
     def _quoted(self, bot: Bot, message_id: str) -> kinds.Quoted:
-        """A message that the phone shows, of the bot or of the user."""
+        """A message of the bot or of the user that the phone shows."""
         for shown in reversed(self.world.phones.get(bot.user, ())):
             if message_id in (shown.message_id, shown.client_id) and shown.message_id:
                 own_ids = self.world.quoted_ids(shown.message_id, bot)
@@ -275,15 +274,15 @@ class Simulator:
     # What the bots did
 
     def phone(self, user: str) -> list[Shown]:
-        """What the user's phone shows of all bots, in order of receipt."""
+        """The messages of all bots that the user's phone shows, in order of receipt."""
         return sorted(self.world.phones.get(user, ()), key=lambda shown: shown.at_ms)
 
     def listen(self, hear: Callable[[str, Shown], None]) -> None:
-        """Calls `hear(user, shown)` for every message that appears on a phone from now on."""
+        """Calls `hear(user, shown)` for every later message on a phone."""
         self.world.listeners.append(hear)
 
     def inbound(self, bot: str) -> list[InboundRecord]:
-        """The bot's messages that are remembered, with the number of answers that carried each."""
+        """The remembered messages to the bot, each with the number of answers that carried it."""
         found = self.world.find(bot)
         return [inbox.record(found, entry) for entry in found.log]
 
@@ -302,16 +301,16 @@ class Simulator:
         )
 
     def calls(self, bot: str | None = None, endpoint: str | None = None) -> list[CallView]:
-        """How often which endpoint was called, for one bot or all."""
+        """Counts of calls by endpoint, of one bot or of all."""
         bots = [self.world.find(bot)] if bot else list(self.world.bots.values())
         return [view for found in bots for view in call_views(found, endpoint)]
 
     def requests(self, endpoint: str | None = None) -> list[RequestRecord]:
-        """Headers of the latest requests, `Authorization` left out."""
+        """Headers of the latest requests, without `Authorization`."""
         return [r for r in self.watch.requests if endpoint in (None, r.endpoint)]
 
     def violations(self, kind: str | None = None, bot: str | None = None) -> list[Violation]:
-        """Bad manners, oldest first; `stats` has the counts of those too old to be listed."""
+        """Recorded violations, oldest first. `stats` also counts those that are no longer listed."""
         bot_id = self.world.find(bot).id if bot else None
         return [v for v in self.world.violations if kind in (None, v.kind) and bot_id in (None, v.bot)]
 
@@ -352,7 +351,7 @@ class Simulator:
     # Faults
 
     def set_fault(self, rule: FaultRule) -> FaultRule:
-        """In force from the next request on."""
+        """Puts a rule in force from the next request on."""
         try:
             self.world.faults.check(rule)
         except ValueError as exc:
@@ -365,11 +364,11 @@ class Simulator:
         return list(self.world.faults.rules)
 
     def clear_faults(self, fault: str | None = None, rule_id: int | None = None) -> int:
-        """Takes back all rules, those of one fault, or one. Returns how many."""
+        """Removes all rules, the rules of one fault, or one rule. Returns the number of removed rules."""
         return self.world.faults.remove(rule_id, fault)
 
     def cut_polls(self, bot: str | None = None) -> int:
-        """Resets the connections of parked polls, of one bot or all, as a failing network does."""
+        """Resets the connections of parked polls, of one bot or of all, as a failing network does."""
         bots = [self.world.find(bot)] if bot else list(self.world.bots.values())
         cut = 0
         for found in bots:
@@ -397,7 +396,7 @@ class Simulator:
         return self.logins.redirect(qrcode)
 
     def qrcodes(self) -> list[QrRecord]:
-        """All logins that are remembered, oldest first."""
+        """All remembered logins, oldest first."""
         return [qr.record() for qr in self.logins.codes.values()]
 
 

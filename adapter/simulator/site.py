@@ -1,4 +1,4 @@
-"""One address that is listened on, with TLS if wanted; the files' limit; what a URL calls an address."""
+"""A listening address with optional TLS, the limit of open files, and the host name of an address in a URL."""
 
 import asyncio
 import logging
@@ -14,16 +14,16 @@ from adapter.simulator.records import SimulatorError
 LARGEST_BODY = 300 * 2**20
 BACKLOG = 4096
 KEEPALIVE_S = 3600.0
-"""Long, so that a request hardly ever meets a connection that is just being closed for idleness."""
+"""A long time, so that a request rarely meets a connection that is being closed for idleness."""
 
 BAD_REQUESTS = (web.RequestPayloadError, http_exceptions.HttpProcessingError)
-"""What a request is to blame for; its client is told."""
+"""Errors caused by the request; its client is told."""
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 
 def is_ours(record: logging.LogRecord) -> bool:
-    """Whether what aiohttp logs says something of the simulator, not of a request that nobody could read."""
+    """Whether a log record of aiohttp concerns the simulator, not a request that cannot be read."""
     return not (record.exc_info and isinstance(record.exc_info[1], BAD_REQUESTS))
 
 
@@ -32,19 +32,20 @@ log.addFilter(is_ours)
 
 
 class Site:
-    """Answers by the handler of the first path that fits."""
+    """Routes each request to the handler of the first matching path."""
 
     def __init__(self, handlers: Mapping[str, Handler]) -> None:
         self._handlers = handlers
         self._opening = asyncio.Lock()
         self._runner: web.AppRunner | None = None
         self.port = 0
-        """Where it listens, once open."""
+        """Port that the site listens on, once open."""
         self.url = ""
-        """Base URL for clients, without a slash at the end; "" until open."""
+        """Base URL for clients without a trailing slash, or "" until open."""
 
     async def open(self, host: str, port: int, public_url: str, tls: ssl.SSLContext | None) -> None:
-        """Listens, unless it does already. `public_url` "": made from the address. Raises OSError."""
+        """Starts to listen, unless it listens already. An empty `public_url` is made from the address. Raises
+        OSError."""
         async with self._opening:
             if self.url:
                 return
@@ -71,28 +72,28 @@ class Site:
 
 
 def tls_context(cert: str, key: str) -> ssl.SSLContext | None:
-    """None without a certificate. Raises SimulatorError for files that cannot be used."""
+    """The TLS context, or None without a certificate. Raises SimulatorError for unusable files."""
     if not cert:
         if key:
             raise SimulatorError("tls_key is of no use without tls_cert")
         return None
     context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
     try:
-        context.load_cert_chain(cert, key or None, password="")  # a key under a password must not ask for it
+        context.load_cert_chain(cert, key or None, password="")  # a password-protected key must not prompt
     except (OSError, ValueError) as exc:
         raise SimulatorError(f"tls_cert and tls_key: {exc}") from exc
     return context
 
 
 def url_host(host: str) -> str:
-    """`host` as it stands in a URL that one can call."""
+    """`host` in a form that a URL can contain."""
     if host in ("", "0.0.0.0", "::"):
         return "127.0.0.1"
     return f"[{host}]" if ":" in host else host
 
 
 def raise_file_limit() -> None:
-    """10,000 parked polls are 10,000 open sockets."""
+    """Raises the limit of open files: 10,000 parked polls need 10,000 sockets."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft != hard:
         with suppress(ValueError, OSError):

@@ -1,4 +1,4 @@
-"""What requests look like: headers checked and remembered. Fails the test, not the request."""
+"""Checks and records the headers of requests. A mistake becomes a violation; the answer stays the same."""
 
 from collections import deque
 from typing import Any
@@ -14,7 +14,7 @@ TOKENS_LISTED = 10
 
 
 class ClientWatch:
-    """The last requests, and a look at each of them."""
+    """The latest requests, and the checks of each request."""
 
     def __init__(self, world: World) -> None:
         self._world = world
@@ -22,7 +22,7 @@ class ClientWatch:
         self._last_uin = ""
 
     def record_request(self, request: web.Request, endpoint: str, bot: Bot | None, body: Json | None) -> None:
-        """Notes one request of the API; `body` None: it could not be read, or there is none."""
+        """Checks and records one request of the API. `body` is None if there is none, or if it cannot be read."""
         headers = {k: v for k, v in request.headers.items() if k.lower() != "authorization"}
         at_ms = self._world.clock.exact_ms()
         self.requests.append(
@@ -90,14 +90,14 @@ class ClientWatch:
         self._base_info(body.get("base_info"), endpoint, bot)
 
     def _login(self, request: web.Request, endpoint: str, bot: Bot | None) -> None:
-        """No token yet, and the one kind of bot that there is."""
+        """Checks a login request: no token, and the only known type of bot."""
         if "Authorization" in request.headers:
             self._world.violate("token_on_qrcode", endpoint, bot)
         if endpoint == "get_bot_qrcode" and request.query.get("bot_type") != "3":
             self._world.violate("wrong_bot_type", endpoint, bot)
 
     def _base_info(self, base_info: Any, endpoint: str, bot: Bot | None) -> None:
-        """2.3; `bot_agent` may be left out."""
+        """Checks `base_info`. `bot_agent` is optional."""
         if not isinstance(base_info, dict):
             self._world.violate("missing_base_info", endpoint, bot)
             return

@@ -1,4 +1,4 @@
-"""The state of the simulated iLink: users, bots, tokens, windows. No network here."""
+"""The state of the simulated iLink: users, bots, tokens and windows. This module knows no network."""
 
 import asyncio
 import random
@@ -23,7 +23,7 @@ from adapter.simulator.records import (
 from adapter.simulator.settings import AT_THE_START, FOR_ALL, SimulatorSettings
 
 IN_ALL = 200_000
-"""Records of one sort over all bots, so that 10,000 bots do not fill the memory."""
+"""Maximum number of records of one kind over all bots, so that 10,000 bots fit in memory."""
 CONTEXT_TOKENS_KEPT = 1_000
 VOID_TOKENS_KEPT = 20_000
 """Context tokens of superseded bots, over all bots."""
@@ -33,7 +33,7 @@ TICKETS_KEPT = 1_000
 
 @dataclass(slots=True, eq=False)
 class Entry:
-    """A message of a bot's log; `raw` is its JSON. `position` counts from 1."""
+    """A message in a bot's log. `raw` is its JSON, and `position` counts from 1."""
 
     position: int
     message_id: str
@@ -49,7 +49,7 @@ class Entry:
 
 @dataclass(slots=True, eq=False)
 class Poll:
-    """A `getupdates` in progress, which reads what follows `start`. `verdict`, once set, ends it without messages."""
+    """A `getupdates` in progress that reads from `start`. A `verdict`, once set, ends it without messages."""
 
     record: PollRecord
     start: int
@@ -61,7 +61,7 @@ class Poll:
 
 @dataclass(slots=True, eq=False)
 class Window:
-    """What one bot may send to one user, and what it shows there (sections 5.2, 6, 11.2)."""
+    """What one bot may send to one user, and what it has shown there."""
 
     opened_ms: int | None = None
     sent: int = 0
@@ -76,7 +76,7 @@ class Window:
 
 @dataclass(slots=True, eq=False)
 class Bot:
-    """One bot. Mostly idle, so whatever grows is made when first needed."""
+    """One bot. Most bots are idle, so containers are made when first needed."""
 
     id: str
     user: str
@@ -85,7 +85,7 @@ class Bot:
     superseded: bool = False
     stale_answers: int = 0
     heard_ms: int = 0
-    """When its user last wrote, or logged in."""
+    """Time of the user's last message or login."""
     settings: SimulatorSettings | None = None
     last_position: int = 0
     delivered_position: int = 0
@@ -115,14 +115,14 @@ class Bot:
         return self.windows.setdefault(user, Window())
 
     def wake(self) -> None:
-        """Has every parked poll look again."""
+        """Makes every parked poll look for messages again."""
         for poll in self.polls:
             if poll.woken is not None and not poll.woken.done():
                 poll.woken.set_result(None)
 
 
 class World:
-    """All of it, and the few acts that concern several bots at once."""
+    """The whole state, and the actions that concern several bots at once."""
 
     def __init__(self, settings: SimulatorSettings) -> None:
         self.settings = settings
@@ -146,7 +146,7 @@ class World:
         return bot.settings if bot is not None and bot.settings is not None else self.settings
 
     def configure(self, bot: str | None, changes: Json) -> SimulatorSettings:
-        """Changes knobs for all bots, or for one, which then no longer follows later changes for all."""
+        """Changes settings for all bots or for one. That bot then ignores later changes for all."""
         target = self.find(bot) if bot is not None else None
         present = structs.asdict(self.settings_of(target))
         settings = reading.read(present | changes, SimulatorSettings)
@@ -162,7 +162,7 @@ class World:
         return settings
 
     def add_bot(self, user: str | None = None, bot: str | None = None, token: str | None = None) -> Bot:
-        """As if `user` had just scanned a QR code; an older bot of theirs is superseded."""
+        """Adds a bot as if `user` had scanned a QR code. An older bot of the user is superseded."""
         bot_id = bot or ids.new_bot(self.rng)
         if bot_id in self.bots:
             raise SimulatorError(f"there is a bot {bot_id} already")
@@ -176,7 +176,7 @@ class World:
         return new
 
     def supersede(self, bot: Bot) -> None:
-        """Its context tokens are void at once, its token after the death delay."""
+        """Voids the bot's context tokens at once, and kills its token after the death delay."""
         bot.superseded = True
         for window in bot.windows.values():
             for token in window.context_tokens:
@@ -189,7 +189,7 @@ class World:
             self.clock.schedule(delay_s, lambda: self.kill(bot))
 
     def issue(self, bot: Bot, user: str, token: str) -> None:
-        """The context token of a message to `bot`; one that is superseded can do nothing with it."""
+        """Registers the context token of a message to `bot`. A token of a superseded bot is void at once."""
         if bot.superseded:
             self.void(token)
             return
@@ -201,7 +201,7 @@ class World:
             tokens.popitem(last=False)
 
     def void(self, token: str) -> None:
-        """From now on no bot can send with this context token."""
+        """Voids a context token: no bot can send with it."""
         self._void_tokens[token] = None
         while len(self._void_tokens) > VOID_TOKENS_KEPT:
             self._void_tokens.popitem(last=False)
@@ -210,47 +210,47 @@ class World:
         return token in self._void_tokens
 
     def bury_idle(self, bot: Bot) -> None:
-        """A token dies of its user's silence, where the settings say so."""
+        """Kills the token of a bot whose user has been silent for too long, if the settings say so."""
         longest_ms = self.settings_of(bot).idle_death_hours * 3_600_000
         if longest_ms and not bot.dead and self.clock.now_ms() - bot.heard_ms > longest_ms:
             self.kill(bot)
 
     def kill(self, bot: Bot) -> None:
-        """From now on its token is answered with -14, parked polls included."""
+        """Kills the bot's token: every request gets -14, and so do the parked polls."""
         bot.dead, bot.stale_answers = True, 0
         if bot.online:
             self.turn(bot, online=False)
         bot.wake()
 
     def turn(self, bot: Bot, *, online: bool) -> None:
-        """Notes that the bot runs, or no longer does."""
+        """Records that the bot runs, or that it stopped."""
         bot.online = online
         bot.online_timeline.append((self.clock.exact_ms(), online))
         del bot.online_timeline[: -self.records_limit()]
 
     def find(self, user_or_bot: str) -> Bot:
-        """The bot of this id, or the present bot of this user."""
+        """The bot with this id, or the present bot of this user. Raises SimulatorError."""
         found = self.bots.get(user_or_bot) or self.by_user.get(user_or_bot)
         if found is None:
             raise SimulatorError("no such bot or user")
         return found
 
     def answered_id(self, message_id: str, bot: Bot) -> int | str:
-        """An id for an answer of `sendmessage`, after `id_style`."""
+        """A message id in an answer of `sendmessage`, in the form of `id_style`."""
         bot.ids_answered += 1
         return ids.written(message_id, self.settings_of(bot).id_style, bot.ids_answered)
 
     def inbound_id(self, message_id: int | str, bot: Bot) -> int | str:
-        """An id for the bot's next inbound message, after `inbound_id_style`."""
+        """A message id in the bot's next inbound message, in the form of `inbound_id_style`."""
         return ids.written(message_id, self.settings_of(bot).inbound_id_style, bot.last_position + 1)
 
     def quoted_ids(self, message_id: int | str, bot: Bot) -> tuple[int | str, int | str]:
-        """The id of a quoted message as `svr_id`, and as the `msg_id` of the quoted item."""
+        """The id of a quoted message as `svr_id`, and as `msg_id` of the quoted item."""
         style = self.settings_of(bot).quoted_id_style
         return self.inbound_id(message_id, bot), ids.written(message_id, style, bot.last_position)
 
     def violate(self, kind: str, endpoint: str, bot: Bot | None, detail: str = "") -> None:
-        """Notes bad manners of a client. `detail` must hold no token and no text."""
+        """Records a violation. `detail` must not contain a token or message text."""
         self.violation_counts[kind] += 1
         self.violations.append(
             Violation(
@@ -263,7 +263,7 @@ class World:
         )
 
     def share(self, wanted: int, *, least: int = 20) -> int:
-        """How many records of one sort a bot may keep: fewer than `wanted` when there are many bots."""
+        """Number of records of one kind that a bot may keep: less than `wanted` if there are many bots."""
         return max(least, min(wanted, IN_ALL // max(len(self.bots), 1)))
 
     def records_limit(self) -> int:
