@@ -310,7 +310,10 @@ class Control:
         bound = self._bindings.of_sandbox(command.sandbox)
         binding = self._new_binding(command, token, before)
         replaced = [b for b in bound if binding.user and b.user == binding.user and b.bot != command.bot]
-        is_checked = await self._check_token(command, token, [*replaced, *([before] if before is not None else [])])
+        is_begun = before is not None and bool(command.id) and before.request == command.id
+        """The binding was written before a crash: to refuse the command now would leave the rest undone."""
+        displaced = [*replaced, *([before] if before is not None else [])]
+        is_checked = not is_begun and await self._check_token(command, token, displaced)
         binding = await self._with_start_sequences(binding, bound, keep=command.keep_undelivered)
         if command.options.durable:
             await self._core.make_durable(command.sandbox, binding.in_after)
@@ -323,7 +326,7 @@ class Control:
             await self._skip_undelivered(before.sandbox, [before])
         if new:
             await self._bindings.put(binding, self._ensure_owner)
-        if new or (before is not None and command.id and before.request == command.id):
+        if new or is_begun:
             # published again in case of a crash before the event: the stream drops a duplicate
             await self._publish_binding_event(binding, "bound", command.id, replay_after=binding.in_after)
         for other in replaced:

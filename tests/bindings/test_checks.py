@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from adapter.errors import Refused, SessionExpired, Temporary
+from adapter.ports import Message
 from tests.bindings.test_control import BOT, TOKEN, USER, Platform
 
 VIRTUAL_TIME = True
@@ -83,6 +84,24 @@ async def test_an_ilink_that_hangs_holds_up_the_next_command_for_seconds_only() 
         await platform.bench.clock.sleep(0.1)
     assert platform.bench.clock.monotonic() - started < 10
     assert platform.binding().token == TOKEN
+
+
+@pytest.mark.parametrize("problem", [STALE, SILENT])
+async def test_a_bind_that_has_begun_is_not_refused_when_it_goes_on(problem: Exception) -> None:
+    """The bus was away after the binding was written, and then iLink."""
+    platform = Platform()
+    await platform.bind()
+    failures = [Temporary("bus_down")]
+
+    async def on_publish(message: Message) -> None:
+        if message.stream == "event" and failures:
+            platform.bench.chat.notify_fails = problem
+            raise failures.pop()
+
+    platform.bench.bus.on_publish = on_publish
+    answer = await platform.bind(bot="b2@im.bot", id="r2")
+    assert (answer.ok, answer.replaced, platform.bound) == (True, [BOT], {"b2@im.bot": "s1"})
+    assert [change for *_, change in platform.changes] == ["bound", "bound", "replaced"]
 
 
 @pytest.mark.parametrize("problem", [STALE, SILENT])
