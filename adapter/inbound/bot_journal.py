@@ -90,44 +90,38 @@ class BotJournal:
         self.progress: Progress | None = None
         """Set with the first dispatched message."""
         record = last.record if last else JournalRecord()
+        self.sequence = last.sequence if last else 0
+        """Sequence of the newest record."""
+        self.stored = record.next_record(self.sequence)
+        """The next record, as far as it follows from the newest one."""
         self.cursor = record.cursor
         """iLink's cursor for the next poll. It may be newer than the stored one."""
         self.start = record.start
-        self.sequence = last.sequence if last else 0
-        """Sequence of the newest record."""
-        self._stored_cursor = record.cursor
-        self.done_to = self._stored_done_to = record.done_to
+        self.done_to = record.done_to
         """Sequence up to which inboxes and conversations have all messages."""
-        self.seen_at = record.seen_at
-        """Sequence of the newest record with a dedup window; 0: none."""
-        self.seen_to = record.seen_to
-        """Sequence up to which that window is complete."""
-        self.last_heard = record.last_heard
         self._since_seen = 0
-        """Own records since that one."""
+        """Own records since the newest one with a dedup window."""
         self._older: list[int] = []
         """Known sequences of the records before the newest one, oldest first."""
-        self._inherited = self.last_heard
-        """Sequence of the newest record with messages of an earlier owner; 0: none."""
-        if last is not None:
-            self._point_at(last)
+        self._inherited = record.last_heard
+        """Sequence of the newest record with messages that an earlier owner may have left, before `last`; 0: none."""
 
     @property
     def is_cursor_stored(self) -> bool:
-        return self.cursor == self._stored_cursor
+        return self.cursor == self.stored.cursor
 
     @property
     def is_noted(self) -> bool:
         """Whether the newest record has the cursor and the dispatched sequence, so that a new owner need not
         search."""
-        return self.is_cursor_stored and not (self._stored_done_to < self.last_heard and self.is_dispatched)
+        return self.is_cursor_stored and not (self.stored.done_to < self.stored.last_heard and self.is_dispatched)
 
     @property
     def is_dispatched(self) -> bool:
         """Whether inboxes and conversations have all messages."""
         if self.progress is not None:
             self.done_to = max(self.done_to, self.progress.done_to())
-        return self.last_heard <= self.done_to
+        return self.stored.last_heard <= self.done_to
 
     def apply_start_cursor(self, binding: Binding, sealer: Sealer) -> None:
         """Goes to the cursor of a bind request, once. The next record stores it."""
@@ -166,18 +160,7 @@ class BotJournal:
 
     async def store(self, record: JournalRecord) -> None:
         """Stores a record of `records_of`. Raises Temporary, LeaseLost, BusRefused."""
-        pointed = self._record()
-        await self._append(
-            msgspec.structs.replace(
-                record,
-                start=pointed.start,
-                seen=pointed.seen,
-                seen_at=pointed.seen_at,
-                seen_to=pointed.seen_to,
-                done_to=pointed.done_to,
-                last_heard=pointed.last_heard,
-            )
-        )
+        await self._append(record.placed_behind(self._record()))
         self.cursor = record.cursor
 
     def records_of(self, answer: Answer) -> Iterator[JournalRecord]:
@@ -211,17 +194,8 @@ class BotJournal:
         deliver the messages again. Raises Temporary."""
         while True:
             last = await self._journal.last(self.bot)
-            owner, sequence, base = (last.owner, last.sequence, last.record) if last else ("", 0, JournalRecord())
-            late = msgspec.structs.replace(
-                record,
-                cursor=base.cursor,
-                start=base.start,
-                seen=None,
-                seen_at=sequence if base.seen is not None else base.seen_at,
-                seen_to=base.done_to if base.seen is not None else base.seen_to,
-                done_to=base.done_to,
-                last_heard=sequence if base.messages else base.last_heard,
-            )
+            owner, sequence, newest = (last.owner, last.sequence, last.record) if last else ("", 0, JournalRecord())
+            late = msgspec.structs.replace(record.placed_behind(newest.next_record(sequence)), cursor=newest.cursor)
             try:
                 await self._journal.append(self.bot, late, owner, sequence)
             except Conflict:
@@ -249,13 +223,13 @@ class BotJournal:
     async def delete_needless(self) -> None:
         """Deletes the records that no later owner reads: all before the newest one, once every message is dispatched
         and the dedup window is stored. Messages stay in the journal no longer than that. Raises Temporary."""
-        if self._stored_done_to < self.last_heard or self.seen_to < self.last_heard:
+        if min(self.stored.done_to, self.stored.seen_to) < self.stored.last_heard:
             return
         while self._inherited and (found := await self._journal.get(self.bot, self._inherited)) is not None:
             self._older.insert(0, self._inherited)
             self._inherited = found.record.last_heard
         self._inherited = 0
-        needed = [sequence for sequence in self._older if sequence == self.seen_at]
+        needed = [sequence for sequence in self._older if sequence == self.stored.seen_at]
         while self._older:
             if self._older[-1] not in needed:
                 await self._journal.delete(self._older[-1])
@@ -273,14 +247,12 @@ class BotJournal:
             self.done_to = max(self.done_to, self.progress.done_to())
         if self._since_seen >= SNAPSHOT_AFTER_RECORDS:
             new = 0
-        return JournalRecord(
+        return msgspec.structs.replace(
+            self.stored,
             cursor=self.cursor,
             start=self.start,
             seen=self.progress.dedup_snapshot(new=new) if self.progress else None,
-            seen_at=self.seen_at,
-            seen_to=self.seen_to,
             done_to=self.done_to,
-            last_heard=self.last_heard,
         )
 
     async def _append(self, record: JournalRecord, *, owner: str | None = None, ttl_s: int = 0) -> None:
@@ -296,15 +268,14 @@ class BotJournal:
                 )
             except Conflict:
                 if any(_is_same(found.record, record) for found in await self.adopt_late()):
-                    self._stored_cursor = record.cursor
                     return
-                record = msgspec.structs.replace(
-                    record, seen_at=self.seen_at, seen_to=self.seen_to, last_heard=self.last_heard
+                base = msgspec.structs.replace(
+                    self.stored, start=record.start, seen=record.seen, done_to=record.done_to
                 )
+                record = record.placed_behind(base)
                 continue
             written = Written(sequence, self.owner, record)
             self._point_at(written)
-            self._stored_cursor, self._stored_done_to = record.cursor, record.done_to
             self._notify(written)
             return
 
@@ -312,12 +283,8 @@ class BotJournal:
         if self.sequence and self.sequence != written.sequence:
             self._older = [*self._older[1 - RECORDS_KEPT :], self.sequence]
         self.sequence = written.sequence
-        self._since_seen += 1
-        if written.record.seen is not None:
-            self.seen_at, self.seen_to = written.sequence, written.record.done_to
-            self._since_seen = 0
-        if written.record.messages:
-            self.last_heard = written.sequence
+        self.stored = written.record.next_record(written.sequence)
+        self._since_seen = 0 if written.record.seen is not None else self._since_seen + 1
 
     def _notify(self, written: Written) -> None:
         if written.record.messages:

@@ -168,8 +168,8 @@ class Dispatcher:
 
     def catch_up(self) -> None:
         """Dispatches what the previous owner stored and did not dispatch."""
-        self._inherited = self._journal.last_heard
-        if self._journal.last_heard > self._journal.done_to:
+        self._inherited = self._journal.stored.last_heard
+        if self._journal.stored.last_heard > self._journal.done_to:
             self.is_catching_up = True
             self._wake()
         else:
@@ -239,7 +239,7 @@ class Dispatcher:
         """Loads the dedup window if no message has done so. Raises Temporary."""
         if self._seen is None:
             if self._inherited is None and not self._records:
-                self._inherited = self._journal.last_heard
+                self._inherited = self._journal.stored.last_heard
             await self._read_back()
 
     def dedup_snapshot(self, *, new: int) -> list[str] | None:
@@ -323,9 +323,9 @@ class Dispatcher:
         """Loads the dedup window from earlier owners' records, and puts the left-over ones before all others. Raises
         Temporary."""
         journal, triage = self._journal, self._deps.triage
-        known = await self._deps.journal.get(self.bot, journal.seen_at) if journal.seen_at else None
+        known = await self._deps.journal.get(self.bot, journal.stored.seen_at) if journal.stored.seen_at else None
         seen, left = DedupWindow(known.record.seen or () if known else ()), []
-        for written in await self._earlier_records(journal.seen_to):
+        for written in await self._earlier_records(journal.stored.seen_to):
             record = written.record
             if written.sequence > self._done_to:
                 left.append(OpenRecord(written, is_left_over=True))

@@ -59,6 +59,30 @@ class JournalRecord(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tru
     last_heard: int = 0
     """Sequence of the newest record before this one with messages; 0: none."""
 
+    def next_record(self, sequence: int) -> JournalRecord:
+        """The record without messages that follows this one. `sequence`: of this record."""
+        has_window = self.seen is not None
+        return JournalRecord(
+            cursor=self.cursor,
+            start=self.start,
+            seen_at=sequence if has_window else self.seen_at,
+            seen_to=self.done_to if has_window else self.seen_to,
+            done_to=self.done_to,
+            last_heard=sequence if self.messages else self.last_heard,
+        )
+
+    def placed_behind(self, base: JournalRecord) -> JournalRecord:
+        """This record with all that `base` says of the records before it."""
+        return msgspec.structs.replace(
+            self,
+            start=base.start,
+            seen=base.seen,
+            seen_at=base.seen_at,
+            seen_to=base.seen_to,
+            done_to=base.done_to,
+            last_heard=base.last_heard,
+        )
+
     def __repr__(self) -> str:
         return f"JournalRecord(messages={len(self.messages)})"  # keeps texts and tokens out of logs
 

@@ -15,7 +15,7 @@ from adapter.errors import BusRefused, Conflict, LeaseLost, Temporary
 from adapter.inbound.bot_journal import BotJournal
 from adapter.inbound.bot_poller import BotPoller, InboundDeps, check_owned, notify
 from adapter.inbound.dispatcher import Dispatcher
-from adapter.inbound.journal import JournalRecord, Written
+from adapter.inbound.journal import Written
 from adapter.kit.timing import backoff, wait_any
 
 log = structlog.get_logger()
@@ -85,7 +85,7 @@ async def _try_take(poller: BotPoller, binding: Binding, deps: InboundDeps) -> B
 
 def _begin_dispatch(poller: BotPoller, journal: BotJournal, deps: InboundDeps) -> None:
     poller.journal, poller.dispatcher, poller.may_have_late_record = journal, None, False
-    if journal.last_heard > journal.done_to:
+    if journal.stored.last_heard > journal.done_to:
         poller.is_catching_up = True
         _open_dispatcher(poller, journal, deps).catch_up()
     else:
@@ -130,17 +130,8 @@ async def _clear_idle_owner(bot: str, deps: InboundDeps) -> bool:
     if last is None or not last.owner or not await deps.others.is_idle(last.owner, bot):
         return False
     log.error("journal.outdated", bot=bot, owner=last.owner, detail="The owner is alive and does not poll the bot.")
-    record, sequence = last.record, last.sequence
-    without_owner = JournalRecord(
-        cursor=record.cursor,
-        start=record.start,
-        seen_at=record.seen_at if record.seen is None else sequence,
-        seen_to=record.seen_to if record.seen is None else record.done_to,
-        done_to=record.done_to,
-        last_heard=sequence if record.messages else record.last_heard,
-    )
     try:
-        await deps.journal.append(bot, without_owner, "", sequence)
+        await deps.journal.append(bot, last.record.next_record(last.sequence), "", last.sequence)
     except Conflict:
         return False
     return True
