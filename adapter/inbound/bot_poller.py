@@ -15,7 +15,8 @@ from adapter.contract.records import Binding
 from adapter.conversation.conversations import Conversations
 from adapter.errors import AdapterError
 from adapter.inbound.bot_journal import BotJournal
-from adapter.inbound.dispatcher import DispatchDeps, Dispatcher
+from adapter.inbound.dispatch_state import DispatchDeps
+from adapter.inbound.dispatcher import Dispatcher
 from adapter.inbound.journal import Journal
 from adapter.kit.timing import ChangeSignal, Clock, PerTickLimiter, RateLimiter, WakeupBatcher
 from adapter.observability.events import Events

@@ -30,7 +30,7 @@ from adapter.ilink.cdn import TRANSFERS
 from adapter.ilink.translate import read_message
 from adapter.inbound import poller
 from adapter.inbound.bot_poller import InboundDeps, Pacing, PollerWaits
-from adapter.inbound.dispatcher import DispatchDeps
+from adapter.inbound.dispatch_state import DispatchDeps
 from adapter.inbound.download import DownloadDeps
 from adapter.inbound.inbox import PublishDeps
 from adapter.inbound.journal import Journal

@@ -17,7 +17,7 @@ from adapter.conversation.record import ConversationRecord, SendWindow
 from adapter.conversation.rules import SendPolicy
 from adapter.conversation.window import WindowPolicy
 from adapter.inbound.bot_poller import InboundDeps
-from adapter.inbound.dispatcher import DispatchDeps
+from adapter.inbound.dispatch_state import DispatchDeps
 from adapter.inbound.journal import JournalRecord, Written
 from adapter.kit.slots import FairSlots
 from adapter.observability.metrics import Metrics
