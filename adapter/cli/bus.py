@@ -29,7 +29,7 @@ from adapter.environment import read_settings
 from adapter.errors import STORE_FAILED, UNDECODABLE, Temporary
 from adapter.jetstream.client import BusClient, permission_violation
 from adapter.jetstream.managed_connection import connect_options
-from adapter.security.permissions import grants, overlaps
+from adapter.security.permissions import Role, grants, overlaps
 from adapter.settings import CREDENTIALS, Settings
 
 CONNECT_S = 5.0
@@ -87,9 +87,15 @@ class Bus:
             for wanted in subjects:
                 if f"{subject}.".startswith(f"{wanted.lower()}."):
                     verb = "publish to" if does == "publish" else "hear"
-                    open_to = grants(self.names, "operator").publish if does == "publish" else (">",)
-                    who = "an operator's" if any(overlaps(one, wanted) for one in open_to) else "an administrator's"
+                    who = self._whose_credentials(wanted) if does == "publish" else "an operator's"
                     raise Failed(NO, f"This user may not {verb} {wanted}: use {who} credentials.")
+
+    def _whose_credentials(self, subject: str) -> str:
+        roles: dict[Role, str] = {"operator": "an operator's", "adapter": "the adapter's"}
+        for role, whose in roles.items():
+            if any(overlaps(one, subject) for one in grants(self.names, role).publish):
+                return whose
+        return "an administrator's"
 
     async def unless_forbidden(self, subject: str, asking: Coroutine[Any, Any, T]) -> T:
         """What `asking` gives. What is forbidden gets no answer but a complaint on the side: then nobody waits.

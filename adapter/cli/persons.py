@@ -69,7 +69,7 @@ async def export(*, user: User, sandbox: MaybeSandbox = None) -> int:
                 output.json_line(msgspec.json.encode(_as_line(names, found)))
 
         try:
-            await bus.unless_forbidden("$JS.API.DIRECT.GET", print_all())
+            await bus.unless_forbidden(f"$JS.API.DIRECT.GET.KV_{names.bindings}", print_all())
         except (BusRefused, Temporary) as exc:
             raise Failed(UNREACHABLE, f"Not all could be read: {exc.detail or exc.reason}.") from None
     return OK
