@@ -16,7 +16,7 @@ ROOT = Path(adapter.__file__).parent
 
 WORDS = """
     Hand Lane LaneWork Settling Parked Ending Apart Stale Showing Peer Contexts Rules Spoken Words Said Heard Seen
-    Batch Keys Place Letter Waiter Waiting Downloads Got Missing Fetch Call Present Polling Link Question
+    Batch Keys Place Letter Waiter Waiting Downloads Got Missing Fetch Call Present Polling Question
     Questions Incoming Outgoing Dispatching Publishing Downloading Sending Fetching Tidying Needs Parts Turns Beat
     Pace Shared Tasks AnsweredWithin Desk Guard Asked Answered Recall Watch LATE_S GONE_S NEWS_MS AT_ONCE CHANCES
     HOLD afresh anew any_of as_ending bury census departures doubt_limit first_of hurdle hush is_dead in_doubt lit

@@ -102,7 +102,7 @@ async def _publish_part(addressed: Sequence[AddressedMessage], deps: PublishDeps
             windows[recipient] = await _window(*recipient, deps)
         messages.append(_message(item, windows[recipient], deps))
     acks = await _publish_all(messages, addressed[0].bot, deps)
-    now_ms = deps.clock.now_ms()
+    now_ms, spans = deps.clock.now_ms(), deps.access.events.spans
     stored: Counter[tuple[str, bool]] = Counter()
     refused: list[tuple[AddressedMessage, Message, BusRefused]] = []
     for item, message, ack in zip(addressed, messages, acks, strict=True):
@@ -112,6 +112,9 @@ async def _publish_part(addressed: Sequence[AddressedMessage], deps: PublishDeps
         stored[item.inbound.kind, ack.duplicate] += 1
         place = item.place
         log.debug("inbound.published", sandbox=item.sandbox, message=item.id, place=place, sequence=ack.seq)
+        if spans is not None:
+            journal, times_ms = int(place.partition(".")[0]), (item.received_ms, now_ms)
+            spans.record_publish(item.id, item.bot, item.sandbox, journal, times_ms)
         if item.inbound.sent_at_ms:
             deps.metrics.inbound_age.observe(max(0, now_ms - item.inbound.sent_at_ms) / 1000)
     for (kind, duplicate), times in stored.items():

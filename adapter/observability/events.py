@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import AsyncIterator, Callable, Iterable
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import msgspec
 import structlog
@@ -30,6 +30,9 @@ from adapter.errors import UNDECODABLE, BusRefused, Conflict
 from adapter.kit.timing import Clock, backoff
 from adapter.observability.metrics import Metrics
 from adapter.ports import Archive, Bus, History, Message, PubAck
+
+if TYPE_CHECKING:
+    from adapter.observability.spans import Spans
 
 log = structlog.get_logger()
 
@@ -65,7 +68,9 @@ async def read_last_person_change(history: History, names: Names, sandbox: str) 
 class Events:
     """Publishes to WECHAT_EVENT and WECHAT_DEAD."""
 
-    def __init__(self, bus: Bus, names: Names, clock: Clock, metrics: Metrics) -> None:
+    def __init__(self, bus: Bus, names: Names, clock: Clock, metrics: Metrics, spans: Spans | None = None) -> None:
+        self.spans = spans
+        """None: nobody asks for spans."""
         self._bus = bus
         self._names = names
         self._clock = clock

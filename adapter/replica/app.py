@@ -68,6 +68,8 @@ async def run_replica(replica: Replica, stop: asyncio.Event, on_ready: Callable[
                     task.cancel()
                 replica.routing.cancel_all()
                 await replica.texts.close()
+                if replica.spans is not None:
+                    await asyncio.to_thread(replica.spans.close)
                 await replica.connections.close()
     log.info("adapter.stopped", instance=replica.instance)
 
