@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 from collections import deque
 from collections.abc import Awaitable, Callable, Collection, Iterable, Mapping
+from itertools import takewhile
 from typing import Protocol, TypeAlias
 
 import msgspec
@@ -16,6 +17,7 @@ import structlog
 from msgspec import structs
 
 from adapter.bindings.registry import Bindings
+from adapter.bindings.token_checks import TokenChecks, Verdict
 from adapter.contract import messages as contract
 from adapter.contract.messages import Bind, BindingChange, BindingEvent, ControlAnswer, Erase, Unbind
 from adapter.contract.names import (
@@ -34,16 +36,14 @@ from adapter.errors import (
     AdapterError,
     LeaseLost,
     Refused,
-    SessionExpired,
     Temporary,
-    Uncertain,
     Unreadable,
 )
 from adapter.kit.tasks import TaskSet
 from adapter.kit.timing import Clock, backoff
 from adapter.observability.events import PERSON_CHANGES, BusAccess, last_person_change, read_binding_events
 from adapter.observability.metrics import Metrics
-from adapter.ports import Account, Chat, CoreBus, Delivery
+from adapter.ports import Chat, CoreBus, Delivery
 from adapter.security.seal import Sealer, bind_context, cursor_context
 
 log = structlog.get_logger()
@@ -54,9 +54,7 @@ MAX_BUGS = 5
 """Crashes on a command after which it becomes a dead letter."""
 DELETE_ATTEMPTS = 5
 BOT_SUFFIX, USER_SUFFIX = "@im.bot", "@im.wechat"
-CHECK_S = 5.0
-"""How long iLink may take to say whether a token is alive: the commands stored later wait."""
-MAX_BATCH = 256
+MAX_BATCH = 512
 """Commands that are looked at together; those of different sandboxes and bots are carried out at the same time."""
 SETTLED_KEPT = 1000
 """Sequences of completed commands that are remembered in case of a redelivery."""
@@ -114,7 +112,11 @@ class Control:
         """Held while commands are processed."""
         self._clock = clock
         self._metrics = metrics
-        self._numbers: asyncio.Queue[int] = asyncio.Queue()
+        self._waiting: list[int] = []
+        """Sequences of commands that are not begun, in the order in which they were stored."""
+        self._changed = asyncio.Event()
+        """There is a command more, or iLink's answer about a token."""
+        self._checks = TokenChecks(chat, sealer)
         self._queue: dict[int, Delivery] = {}
         """The newest delivery of each queued command, whose acknowledgement counts."""
         self._settled_sequences: deque[int] = deque(maxlen=SETTLED_KEPT)
@@ -127,7 +129,8 @@ class Control:
     def enqueue(self, delivery: Delivery) -> None:
         """Queues a command once. It is redelivered after each connect until its acknowledgement arrives."""
         if delivery.seq not in self._queue:
-            self._numbers.put_nowait(delivery.seq)
+            self._waiting.append(delivery.seq)
+            self._changed.set()
         self._queue[delivery.seq] = delivery
 
     async def run(self) -> None:
@@ -136,26 +139,40 @@ class Control:
         self._recently_read.clear()
         try:
             while True:
-                batch = [await self._numbers.get()]
-                while len(batch) < MAX_BATCH and not self._numbers.empty():
-                    batch.append(self._numbers.get_nowait())
-                if len(self._recently_read) >= READ_KEPT:
-                    self._recently_read.clear()
-                keys = await self._read_keys(batch)
-                async with self._turn, asyncio.TaskGroup() as group:
-                    for numbers in independent(keys):
-                        group.create_task(self._process_in_order(numbers))
+                await self._changed.wait()
+                self._changed.clear()
+                while chains := await self._next_chains():
+                    async with self._turn, asyncio.TaskGroup() as group:
+                        for numbers in chains:
+                            group.create_task(self._process_in_order(numbers))
         finally:
             self._tasks.cancel_all()
-            self._numbers = asyncio.Queue()
+            self._checks.forget_all()
+            self._waiting.clear()
             self._queue.clear()
 
-    async def _read_keys(self, batch: Collection[int]) -> dict[int, set[str]]:
-        """The sandboxes and bots that each command of a batch touches, once what is known of them is read anew."""
+    async def _next_chains(self) -> list[list[int]]:
+        """Commands that may be carried out at the same time, in chains of those that go one after another. A bind
+        whose token iLink is still asked for waits, and with it those stored later that touch the same."""
+        batch = self._waiting[:MAX_BATCH]
+        if not batch:
+            return []
+        if len(self._recently_read) >= READ_KEPT:
+            self._recently_read.clear()
+        seen = {n for n in batch if self._checks.is_known(n)}
+        pending = {n for n in batch if self._checks.is_pending(n, self._peek(n), self._changed.set)}
+        keys = await self._read_keys(batch, [n for n in batch if n not in pending & seen])
+        chains = [[*takewhile(lambda n: n not in pending, numbers)] for numbers in independent(keys)]
+        chosen = {number for numbers in chains for number in numbers}
+        self._waiting = [number for number in self._waiting if number not in chosen]
+        return [numbers for numbers in chains if numbers]
+
+    async def _read_keys(self, batch: Collection[int], unread: Collection[int]) -> dict[int, set[str]]:
+        """The sandboxes and bots that each command of a batch touches, once what those of `unread` touch is read."""
         failures = 0
         while True:
             try:
-                await self._refresh(batch)
+                await self._refresh(unread)
                 keys = {number: self._keys_of(number) for number in batch}
                 if any(isinstance(self._peek(number), Erase) for number in batch):
                     return {number: {"erase"} for number in batch}  # it may touch whatever the others bind
@@ -203,6 +220,7 @@ class Control:
                 await self._process(number)
             await self._secure_delete(self._queue[number])
             self._settled_sequences.append(number)
+            self._checks.forget(number)
             await self._queue.pop(number).ack()
 
     async def _process(self, number: int) -> None:
@@ -239,7 +257,7 @@ class Control:
         if isinstance(command, Erase):
             await self.begin_erase(command, delivery)
             return
-        work = self.bind(command) if isinstance(command, Bind) else self.unbind(command)
+        work = self.bind(command, delivery.seq) if isinstance(command, Bind) else self.unbind(command)
         await self._send_answer(delivery, await self._answer_or_refuse(work, command))
 
     async def _secure_delete(self, delivery: Delivery) -> None:
@@ -295,7 +313,7 @@ class Control:
             log.warning("binding.refused", sandbox=command.sandbox, bot=command.bot, reason=exc.reason)
             return ControlAnswer(ok=False, id=command.id or "", error=exc.detail)
 
-    async def bind(self, command: Bind) -> ControlAnswer:
+    async def bind(self, command: Bind, sequence: int = 0) -> ControlAnswer:
         """Binds a bot to a sandbox. Another bot of the same user there is replaced.
 
         Raises Refused, Temporary, LeaseLost.
@@ -313,7 +331,7 @@ class Control:
         is_begun = before is not None and bool(command.id) and before.request == command.id
         """The binding was written before a crash: to refuse the command now would leave the rest undone."""
         displaced = [*replaced, *([before] if before is not None else [])]
-        is_checked = not is_begun and await self._check_token(command, token, displaced)
+        is_checked = not is_begun and await self._check_token(command, token, displaced, sequence)
         binding = await self._with_start_sequences(binding, bound, keep=command.keep_undelivered)
         if command.options.durable:
             await self._core.make_durable(command.sandbox, binding.in_after)
@@ -343,9 +361,9 @@ class Control:
             checked=is_checked,
         )
 
-    async def _check_token(self, command: Bind, token: str, displaced: Collection[Binding]) -> bool:
-        """Whether iLink says that it takes the token; False: it was not asked, or gave no answer. `notifystart` asks:
-        unlike a poll it takes no messages. Raises Refused, before anything has changed."""
+    async def _check_token(self, command: Bind, token: str, displaced: Collection[Binding], sequence: int) -> bool:
+        """Whether iLink says that it takes the token; False: it was not asked, or gave no answer. Raises Refused,
+        before anything has changed."""
         is_risky = any(
             known.state == "active"
             and not (known.bot == command.bot and self._sealer.is_same_secret(known.bot, known.token, token))
@@ -353,24 +371,16 @@ class Control:
         )
         if command.check is False or not (command.check or is_risky):
             return False
-        try:
-            async with asyncio.timeout(CHECK_S):
-                await self._chat.notify(Account(command.bot, token, command.base_url or ""), start=True)
-        except SessionExpired:
+        verdict = await self._checks.verdict(sequence, command)
+        if verdict is Verdict.DEAD:
+            raise Refused("stale_token", "iLink refuses this token (-14): what was bound before is as it was.")
+        if verdict is Verdict.SILENT and is_risky:
             raise Refused(
-                "stale_token", "iLink refuses this token (-14): what was bound before is as it was."
-            ) from None
-        except Refused:
-            return True  # an answer all the same: iLink did not say -14
-        except (Temporary, Uncertain, TimeoutError):
-            if is_risky:
-                raise Refused(
-                    "unchecked",
-                    "iLink gives no answer about this token, which would take the place of one that works: try again"
-                    " later, or bind it unchecked.",
-                ) from None
-            return False
-        return True
+                "unchecked",
+                "iLink gives no answer about this token, which would take the place of one that works: try again"
+                " later, or bind it unchecked.",
+            )
+        return verdict is Verdict.TAKEN
 
     def _open_token(self, command: Bind) -> str:
         """The bot's token. A bind from a login has it sealed, for this bot and sandbox.

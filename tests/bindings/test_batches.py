@@ -63,9 +63,11 @@ async def _outcome(seed: int, pause_s: float) -> tuple[object, object]:
 
     platform.bench.bindings_bucket.on_write = on_write
     for number in range(60):
+        platform.bench.chat.notify_took_s = failing.random() * 2
         sandbox, bot = f"s{chance.randrange(12)}", f"b{chance.randrange(16)}@im.bot"
-        body = {"sandbox": sandbox, "id": f"r{number}"}
+        body: dict[str, object] = {"sandbox": sandbox, "id": f"r{number}"}
         if chance.random() < 0.7:
+            body |= {"check": chance.random() < 0.5}
             user = f"u{chance.randrange(3)}@im.wechat" if chance.random() < 0.8 else None
             platform.publish("bind", msgspec.json.encode(body | {"bot": bot, "bot_token": "t", "user": user}))
         else:

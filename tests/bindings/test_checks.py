@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import asyncio
 from typing import Any
 
+import msgspec
 import pytest
 
 from adapter.errors import Refused, SessionExpired, Temporary
 from adapter.ports import Message
 from tests.bindings.test_control import BOT, TOKEN, USER, Platform
+from tests.fakes import FakeDelivery
 
 VIRTUAL_TIME = True
 
@@ -71,6 +74,26 @@ async def test_a_working_bot_is_not_taken_out_by_a_token_that_ilink_does_not_tak
     assert not (await platform.bind(**fields)).ok
     assert (platform.binding(), platform.bound) == (before, {BOT: "s1"})
     assert (await platform.bind(**fields, check=False)).ok
+
+
+async def test_an_ilink_that_is_slow_about_one_token_holds_up_no_other_sandbox_or_bot() -> None:
+    """But those stored later for the same sandbox or bot wait, also where the bot is to leave the sandbox."""
+    platform = Platform()
+    await platform.bind(bot="b2@im.bot", sandbox="s2", user="u2@im.wechat", id="r0")
+    platform.bench.chat.notify_took_s = 3.0
+
+    def bind(sandbox: str, bot: str, **fields: object) -> FakeDelivery:
+        body = {"sandbox": sandbox, "bot": bot, "bot_token": f"{bot}:x", **fields}
+        return platform.publish("bind", msgspec.json.encode(body))
+
+    slow = bind("s1", "b2@im.bot", check=True)
+    left, joined = bind("s2", "b3@im.bot"), platform.publish("unbind", b'{"sandbox":"s1"}')
+    other = bind("s4", "b4@im.bot")
+    await asyncio.sleep(2)
+    assert [each.acks for each in (slow, left, joined, other)] == [0, 0, 0, 1]
+    await asyncio.sleep(2)
+    assert [each.acks for each in (slow, left, joined, other)] == [1, 1, 1, 1]
+    assert platform.bound == {"b3@im.bot": "s2", "b4@im.bot": "s4"}
 
 
 async def test_an_ilink_that_hangs_holds_up_the_next_command_for_seconds_only() -> None:

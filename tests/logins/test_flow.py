@@ -88,7 +88,7 @@ class Doors:
             for message in stored[done:] if self.controlled else []:
                 delivery = FakeDelivery(message.subject, message.data, seq=message.seq, time_ms=self.clock.now_ms())
                 self.control.enqueue(delivery)
-                await self.control._read_keys([message.seq])
+                await self.control._read_keys([message.seq], [message.seq])
                 await self.control._apply_and_answer(delivery)
                 done += 1
             await asyncio.sleep(0.05)
