@@ -6,7 +6,7 @@ import contextlib
 import secrets
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 from urllib.parse import urlsplit
@@ -24,8 +24,9 @@ from adapter.cli.embedded import EmbeddedNats
 from adapter.cli.exit_codes import NO, OK, Failed
 from adapter.cli.lifetime import adapter_running, run_until_stopped, until_signalled, while_alive
 from adapter.cli.options import flag
+from adapter.cli.output import can_style
 from adapter.cli.screen import Screen
-from adapter.cli.stdin import lines
+from adapter.cli.stdin import LineEditor, lines
 from adapter.contract.messages import Bind, Options
 from adapter.observability import logs
 from adapter.settings import Settings
@@ -56,15 +57,17 @@ async def demo(
     step of a message and of its answer is shown. Lines may also be piped in: at the end of the input it waits for
     the last answers and ends. Exit code 0 then, and after ctrl-C too, which is how a chat ends.
     """
-    screen = Screen(sys.stdout, prompting=sys.stdin is not None and sys.stdin.isatty())
+    prompting = sys.stdin is not None and sys.stdin.isatty()
+    editor = LineEditor() if prompting and can_style(sys.stdout) else None
+    screen = Screen(sys.stdout, prompting=prompting, editor=editor)
     with until_signalled() as stop, _log(screen, verbose):
-        code = await run_until_stopped(stop, _demo(screen, program, echo))
+        code = await run_until_stopped(stop, _demo(screen, program, echo, editor.lines() if editor else lines()))
     if code is None:
         screen.note("")
     return OK if code is None else code
 
 
-async def _demo(screen: Screen, program: str | None, echo: bool) -> int:
+async def _demo(screen: Screen, program: str | None, echo: bool, typed: AsyncIterator[str]) -> int:
     """From nothing to the end of the conversation. Cleans up after itself, however it ends."""
     from adapter.cli.talk import SANDBOX, Chat, TalkDeps  # noqa: PLC0415
     from adapter.simulator import Simulator, SimulatorSettings  # noqa: PLC0415
@@ -87,7 +90,7 @@ async def _demo(screen: Screen, program: str | None, echo: bool) -> int:
         screen.note(f"{hint}\n")
         patience_s = PATIENCE_S if agent is not None and program is None else PATIENCE_S + AGENT_S
         talk = Chat(TalkDeps(bus, simulator, bot, screen, patience_s))
-        return await while_alive(talk.run(lines(), agent), nats, adapter)
+        return await while_alive(talk.run(typed, agent), nats, adapter)
 
 
 async def _echo(message: Message, _session: str) -> str:

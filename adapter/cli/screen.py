@@ -8,6 +8,7 @@ from typing import TextIO
 from rich.cells import cell_len
 
 from adapter.cli.output import can_colour, can_style, pad, printable
+from adapter.cli.stdin import LineEditor
 
 WIDTH, LABEL = 80, 18
 """Columns of a line, and of its label."""
@@ -18,8 +19,10 @@ OTHER = "2"
 class Screen:
     """Writes lines of at most WIDTH columns. On a terminal it has colours and keeps a prompt below."""
 
-    def __init__(self, out: TextIO, *, prompting: bool) -> None:
+    def __init__(self, out: TextIO, *, prompting: bool, editor: LineEditor | None = None) -> None:
+        """`editor`: what shows the prompt, and reads behind it."""
         self._out = out
+        self._editor = editor
         self._colours = can_colour(out)
         self._may_prompt = prompting and can_style(out)
         self._width = min(WIDTH, shutil.get_terminal_size().columns) if out.isatty() else WIDTH
@@ -33,7 +36,8 @@ class Screen:
     def prompt(self) -> None:
         """Says that it is the user's turn, where somebody types."""
         if self._may_prompt and not self._prompted:
-            self._write(self._label("you"))
+            label = self._label("you")
+            self._write(label if self._editor is None else self._editor.prompt(label))
             self._prompted = True
 
     def on_line_typed(self) -> None:

@@ -6,6 +6,7 @@ import asyncio
 import os
 import pty
 import re
+import termios
 from asyncio.subprocess import Process
 from pathlib import Path
 from typing import Any
@@ -187,12 +188,18 @@ async def test_at_a_terminal_one_is_prompted_and_leaves_by_ctrl_c(temporary: Pat
     tty: dict[str, Any] = {"stdin": terminal, "stdout": terminal, "stderr": terminal}
     async with started("demo", **tty, preexec_fn=lambda: os.login_tty(terminal)) as process:
         os.close(terminal)
+        plain = termios.tcgetattr(main)
         await typed(main, b"You are a WeChat user", b"you")
         os.write(main, HELLO)
         seen = await typed(main, b"phone", b"You said: hello", b"you")
         assert seen.count(b"hello") == 4  # typed once, and shown by the bus, the agent and the phone
+        os.write(main, b"edted\x1b[D\x1b[D\x1b[Di\n")  # the left arrow
+        await typed(main, b"phone", b"You said: edited", b"you")
+        os.write(main, b"\x1b[A\x1b[A\n")  # the upper one
+        await typed(main, b"phone", b"You said: hello", b"you")
         os.write(main, b"\x03")
         assert await process.wait() == 0
+    assert termios.tcgetattr(main) == plain
     os.close(main)
     assert os.listdir(temporary) == []
 

@@ -20,7 +20,7 @@ from adapter.cli.bus import Bus
 from adapter.cli.lifetime import run_until_stopped
 from adapter.cli.output import can_colour, can_style, complain, json_line, printable, table, with_defaults
 from adapter.cli.screen import LABEL, Screen
-from adapter.cli.stdin import lines
+from adapter.cli.stdin import LineEditor, lines
 from adapter.contract.messages import BindingInfo, LoginQuery, Receipt
 from adapter.jetstream.client import BusClient
 from adapter.settings import Settings
@@ -63,7 +63,7 @@ async def test_lines_of_a_file_and_of_a_pipe(tmp_path: Path, given: bytes, expec
 async def test_a_reader_that_waits_does_not_keep_the_program() -> None:
     script = (
         "import asyncio\n"
-        "from adapter.cli.stdin import lines\n"
+        "from adapter.cli.stdin import LineEditor, lines\n"
         "async def main():\n"
         "    async for line in lines():\n"
         "        print(line)\n"
@@ -149,6 +149,22 @@ def test_on_a_terminal_news_replace_the_prompt() -> None:
     screen.show("phone", "more")
     assert out.getvalue().count("you") == 2
     assert out.getvalue().count("\r\x1b[K") == 1
+
+
+def test_news_show_again_what_is_being_typed() -> None:
+    class Typing(LineEditor):
+        def prompt(self, label: str) -> str:
+            asked.append(label)
+            return "" if len(asked) == 1 else f"{label}half a li"
+
+    asked: list[str] = []
+    out = Terminal()
+    screen = Screen(out, prompting=True, editor=Typing())
+    screen.prompt()
+    screen.show("phone", "news")
+    screen.prompt()
+    assert out.getvalue().endswith("half a li")
+    assert len(asked) == 2
 
 
 class Forgetful(BusClient):
