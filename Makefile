@@ -119,13 +119,14 @@ format: install
 	@$(BIN)/ruff format .
 	@$(BIN)/ruff check --fix .
 
+TYPES := schemas/examples/typescript/wechat-nats.d.ts
 generate: install
 	@$(BIN)/python -m adapter.cli.schema
 	@$(BIN)/python -m tests.bus.roles
 	@if command -v npm >/dev/null 2>&1; then \
 	  $(MAKE) npm && node $(NPM)/types.mjs schemas >$(NPM)/node_modules/.types && \
-	  mv $(NPM)/node_modules/.types schemas/wechat-nats.d.ts; \
-	else echo 'npm is missing: schemas/wechat-nats.d.ts is left as it is' >&2; fi
+	  mv $(NPM)/node_modules/.types $(TYPES); \
+	else echo 'npm is missing: $(TYPES) is left as it is' >&2; fi
 	@$(BIN)/python -m tests.chart.generate
 
 # FUZZ_S: seconds for each target; FUZZ: some of them.

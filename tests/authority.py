@@ -9,6 +9,9 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 
+HERE = [x509.IPAddress(ip_address("127.0.0.1")), x509.DNSName("localhost")]
+"""nats.js wants the name, also where it connects to the address."""
+
 
 class Authority:
     """Signs certificates into files."""
@@ -21,7 +24,7 @@ class Authority:
         self.file.write_bytes(self._signed(self.name, self.key, ca=True).public_bytes(serialization.Encoding.PEM))
 
     def issue(self, name: str) -> tuple[Path, Path]:
-        """Certificate and key; valid for 127.0.0.1."""
+        """Certificate and key; valid for 127.0.0.1 and localhost."""
         key = ec.generate_private_key(ec.SECP256R1())
         subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)])
         cert_file, key_file = self.folder / f"{name}.pem", self.folder / f"{name}-key.pem"
@@ -49,7 +52,7 @@ class Authority:
             .add_extension(x509.SubjectKeyIdentifier.from_public_key(key.public_key()), critical=False)
             .add_extension(whose, critical=False)
             .add_extension(_usage(ca=ca), critical=True)
-            .add_extension(x509.SubjectAlternativeName([x509.IPAddress(ip_address("127.0.0.1"))]), critical=False)
+            .add_extension(x509.SubjectAlternativeName(HERE), critical=False)
             .sign(self.key, hashes.SHA256())
         )
 

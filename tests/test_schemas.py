@@ -88,6 +88,7 @@ def test_a_stale_an_absent_and_a_leftover_file_are_named(tmp_path: Path) -> None
     for path, text in schema.generated_files(tmp_path).items():
         (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / path).write_text(text)
+    (tmp_path / schema.TYPES).parent.mkdir(parents=True)
     (tmp_path / schema.TYPES).write_text(schema.types_stamp(schema.generated_files(tmp_path)))
     assert schema.stale_files(tmp_path) == []
 
@@ -99,9 +100,9 @@ def test_a_stale_an_absent_and_a_leftover_file_are_named(tmp_path: Path) -> None
     assert [str(path) for path in schema.stale_files(tmp_path)] == [
         "docs/reference/settings.md",
         "schemas/bind.json",
+        "schemas/examples/typescript/wechat-nats.d.ts",
         "schemas/inbound.json",
         "schemas/left_over.json",
-        "schemas/wechat-nats.d.ts",
     ]
 
 

@@ -28,7 +28,7 @@ DOCUMENTED: dict[str, type[msgspec.Struct]] = {**MESSAGES, "replay_query": Repla
 """Every message that has a file here, by its name."""
 RAW = ("media_bytes", "media_piece")
 """Messages whose payload are bytes; their schema is that of their headers."""
-TYPES = Path("schemas/wechat-nats.d.ts")
+TYPES = Path("schemas/examples/typescript/wechat-nats.d.ts")
 """TypeScript types, made of the JSON Schemas by tests/npm/types.mjs: here they are only checked."""
 EXAMPLES = ("s1", "s2")
 """The sandboxes in the configurations of `helm/nats/`."""

@@ -81,22 +81,27 @@ class Language:
             await process.wait()
 
 
+PROGRAMS = ("echo", "onboard", "send")
+
+
+def copied(folder: Path, language: str) -> Path:
+    """Its programs out of the repository, as whoever starts from them has them."""
+    place = folder / f"{language}-copy"
+    shutil.copytree(EXAMPLES / language, place, ignore=shutil.ignore_patterns("__pycache__"))
+    return place
+
+
 def python(folder: Path) -> Language:
-    return Language(
-        "python", folder, {name: (sys.executable, str(EXAMPLES / "python" / f"{name}.py")) for name in names("py")}
-    )
+    place = copied(folder, "python")
+    return Language("python", folder, {name: (sys.executable, str(place / f"{name}.py")) for name in PROGRAMS})
 
 
 def typescript(folder: Path, npm: Path) -> Language:
-    """Compiled against the types in `schemas/`, with the packages of the lock file."""
-    place = folder / "schemas" / "examples" / "typescript"
-    shutil.copytree(EXAMPLES / "typescript", place)
-    shutil.copy(ROOT / "schemas" / "wechat-nats.d.ts", folder / "schemas")
-    (folder / "node_modules").symlink_to(npm / "node_modules")
+    """Compiled with the packages of the lock file."""
+    place = copied(folder, "typescript")
+    (place / "node_modules").symlink_to(npm / "node_modules")
     build("node", npm / "node_modules" / "typescript" / "bin" / "tsc", "--project", place)
-    return Language(
-        "typescript", folder, {name: ("node", str(place / "dist" / f"{name}.js")) for name in names("ts")}
-    )
+    return Language("typescript", folder, {name: ("node", str(place / "dist" / f"{name}.js")) for name in PROGRAMS})
 
 
 def c(folder: Path) -> Language:
@@ -107,9 +112,10 @@ def c(folder: Path) -> Language:
     ) if shutil.which("pkg-config") and shutil.which("cc") else None  # fmt: skip
     if flags is None or flags.returncode:
         pytest.skip("on Debian: apt-get install gcc libc6-dev pkg-config libnats-dev libcjson-dev")
-    for name in names("c"):
-        build("cc", *STRICT, EXAMPLES / "c" / f"{name}.c", "-o", folder / name, *flags.stdout.split())
-    return Language("c", folder, {name: (str(folder / name),) for name in names("c")})
+    place = copied(folder, "c")
+    for name in PROGRAMS:
+        build("cc", *STRICT, place / f"{name}.c", "-o", folder / name, *flags.stdout.split())
+    return Language("c", folder, {name: (str(folder / name),) for name in PROGRAMS})
 
 
 def go(folder: Path) -> Language:
@@ -117,23 +123,10 @@ def go(folder: Path) -> Language:
     if shutil.which("go") is None or not (GOCODE / "src/github.com/nats-io/nats.go").is_dir():
         pytest.skip("on Debian: apt-get install golang-go golang-github-nats-io-go-nats-dev")
     environ = {"GO111MODULE": "off", "GOPATH": str(GOCODE), "GOFLAGS": "-trimpath"}
-    commands = {}
-    for place in sorted((EXAMPLES / "go").iterdir()):
-        build("go", "vet", f"./{place.name}", cwd=place.parent, **environ)
-        build("go", "build", "-o", folder / place.name, f"./{place.name}", cwd=place.parent, **environ)
-        commands[place.name] = (str(folder / place.name),)
-    return Language("go", folder, commands)
-
-
-SHARED = ("server",)
-"""What examples of a language share."""
-
-
-def names(suffix: str) -> list[str]:
-    """The examples that there are in a language."""
-    found = sorted(path.stem for path in EXAMPLES.glob(f"*/*.{suffix}") if path.stem not in SHARED)
-    assert found == ["echo", "onboard", "send"]
-    return found
+    place, program = copied(folder, "go"), folder / "agents"
+    build("go", "vet", ".", cwd=place, **environ)
+    build("go", "build", "-o", program, ".", cwd=place, **environ)
+    return Language("go", folder, {name: (str(program), name) for name in PROGRAMS})
 
 
 def build(*command: str | Path, cwd: Path | None = None, **environ: str) -> None:

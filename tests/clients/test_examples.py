@@ -4,24 +4,27 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import re
 import sys
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import NamedTuple
 
 import msgspec
 import nats
+import nkeys
 import pytest
 import pytest_asyncio
 from nats.aio.client import Client
 from nats.aio.msg import Msg
+from nats.js.api import AckPolicy, ConsumerConfig
 
-from adapter.cli.embedded import EmbeddedNats
+from adapter.cli.embedded import EmbeddedNats, find_server
 from adapter.contract.messages import Options, Outbound
 from adapter.simulator import Simulator
+from tests.authority import Authority
 from tests.bus.guarded import guarded
-from tests.cli.test_doctor import WithoutJetStream
 from tests.clients import examples
 from tests.clients.examples import ROOT, Language
 from tests.e2e.waiting import free_port
@@ -106,27 +109,70 @@ async def test_c(bridge: World, tmp_path: Path) -> None:
     await converse(bridge, examples.c(tmp_path))
 
 
-async def test_each_needs_no_more_than_its_role_may(tmp_path: Path) -> None:
+def made(name: str, folder: Path, request: pytest.FixtureRequest) -> Language:
+    """The programs of a language. Skips where what it needs is missing."""
+    if name == "typescript":
+        return examples.typescript(folder, request.getfixturevalue("npm"))
+    build: Callable[[Path], Language] = {"python": examples.python, "c": examples.c, "go": examples.go}[name]
+    return build(folder)
+
+
+GO = pytest.param("go", marks=pytest.mark.slow)  # the first build of the client takes a minute
+
+
+@pytest.mark.parametrize("name", ["python", "typescript", "c", GO])
+@pytest.mark.parametrize("template", ["passwords", "jwt"])
+async def test_each_needs_no_more_than_its_role_may(
+    tmp_path: Path, request: pytest.FixtureRequest, name: str, template: str
+) -> None:
     """A server with the permissions that are shipped; the programs differ in their users only."""
-    async with guarded(tmp_path) as server, Simulator(fast(qr_hold_ms=300)) as sim:
+    language = made(name, tmp_path, request)
+    async with guarded(tmp_path, template) as server, Simulator(fast(qr_hold_ms=300)) as sim:
 
         def environ(name: str) -> dict[str, str]:
-            user = server.users[name]
-            login = f"{user.environ['NATS_USER']}:{user.environ['NATS_PASSWORD']}@"
-            return {"NATS_URL": server.url.replace("://", f"://{login}"), "NATS_INBOX_PREFIX": user.inbox}
+            return {"NATS_URL": server.url, **server.users[name].environ}
 
         bridge = World(tmp_path, sim, server.url, environ_of(server.url, sim) | server.users["adapter"].environ)
         try:
             await started(bridge)
             cast = Cast("s1", "s2", environ("platform"), environ("service"), environ("s1"))
-            await converse(bridge, examples.python(tmp_path), cast)
+            await converse(bridge, language, cast)
         finally:
             await bridge.close()
 
 
-@pytest.mark.slow  # the first build of the client takes a minute
+@pytest.mark.slow
 async def test_go(bridge: World, tmp_path: Path) -> None:
     await converse(bridge, examples.go(tmp_path))
+
+
+@pytest.mark.parametrize("name", ["python", "typescript", "c", GO])
+async def test_each_connects_by_tls_and_by_token_or_key(
+    tmp_path: Path, request: pytest.FixtureRequest, name: str
+) -> None:
+    """As the NATS tools do; only the C client cannot tell the public key from the seed."""
+    language = made(name, tmp_path, request)
+    authority = Authority(tmp_path)
+    (own, own_key), (cert, key) = authority.issue("server"), authority.issue("client")
+    pair = nkeys.from_seed(nkeys.encode_seed(os.urandom(32), nkeys.PREFIX_BYTE_USER))
+    (tmp_path / "seed").write_bytes(pair.seed)
+    tls = {"NATS_CA": str(authority.file), "NATS_CERT": str(cert), "NATS_KEY": str(key)}
+    asks = '{ token: "t1" }' if name == "c" else f"{{ users: [ {{ nkey: {pair.public_key.decode()} }} ] }}"
+    says = {"NATS_TOKEN": "t1"} if name == "c" else {"NATS_NKEY": str(tmp_path / "seed")}
+    port = free_port()
+    (tmp_path / "server.conf").write_text(
+        f'listen: "127.0.0.1:{port}"\nauthorization {asks}\n'
+        f'tls {{ cert_file: "{own}", key_file: "{own_key}", ca_file: "{authority.file}", verify: true }}\n'
+    )
+    server = await asyncio.create_subprocess_exec(
+        find_server(), "-c", tmp_path / "server.conf", stderr=asyncio.subprocess.DEVNULL
+    )
+    try:
+        async with language.run("echo", "s1", NATS_URL=f"tls://127.0.0.1:{port}", **says, **tls) as echo:
+            await echo.says("echo agent of s1: ready")
+    finally:
+        server.kill()
+        await server.wait()
 
 
 async def converse(bridge: World, language: Language, cast: Cast | None = None) -> None:
@@ -205,16 +251,16 @@ async def repeats(language: Language, folder: Path) -> None:
         receipt = {"command": tries[0], "outcome": "accepted"}
         await nc.publish(NAMES.receipt("s1", tries[0]), json.dumps(receipt).encode())
 
-    async def on_pull(msg: Msg) -> None:
-        said = {"id": "in-1", "user": "u1@im.wechat", "text": "hello", "items": [{"kind": "text", "text": "hello"}]}
-        if not published.get("wechat.out.s1"):
-            await nc.publish(msg.reply, json.dumps(said).encode(), reply="acks")
-
-    async with WithoutJetStream(folder) as server:
+    said = {"id": "in-1", "user": "u1@im.wechat", "text": "hello", "items": [{"kind": "text", "text": "hello"}]}
+    async with EmbeddedNats(folder) as server:
         nc = await nats.connect(server.url)
+        js = nc.jetstream()
+        await js.add_stream(name="WECHAT_IN", subjects=["wechat.inbox.*"])
+        durable = ConsumerConfig(durable_name="s1", ack_policy=AckPolicy.EXPLICIT, filter_subject="wechat.inbox.s1")
+        await js.add_consumer("WECHAT_IN", durable)
+        await js.publish("wechat.inbox.s1", json.dumps(said).encode())
         await nc.subscribe("wechat.out", cb=on_publish)
         await nc.subscribe("wechat.out.s1", cb=on_publish)
-        await nc.subscribe("$JS.API.CONSUMER.MSG.NEXT.WECHAT_IN.s1", cb=on_pull)
         await nc.flush()
         async with language.run("send", "s1", "hello", NATS_URL=server.url) as send:
             assert await send.ended() == 0, send.said

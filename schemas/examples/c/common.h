@@ -30,7 +30,7 @@ static inline const char *inbox_prefix(const char *otherwise)
     return prefix != NULL ? prefix : otherwise;
 }
 
-/* A connection to NATS_URL that comes back after each break. */
+/* A connection to NATS_URL, as README.md says, that comes back after each break. */
 static inline natsConnection *connected(const char *prefix)
 {
     natsOptions *options = NULL;
@@ -39,6 +39,17 @@ static inline natsConnection *connected(const char *prefix)
 
     must(natsOptions_Create(&options), "options");
     must(natsOptions_SetURL(options, url != NULL ? url : "nats://127.0.0.1:4222"), "NATS_URL");
+    if (getenv("NATS_CREDS") != NULL)
+        must(natsOptions_SetUserCredentialsFromFiles(options, getenv("NATS_CREDS"), NULL), "NATS_CREDS");
+    if (getenv("NATS_USER") != NULL)
+        must(natsOptions_SetUserInfo(options, getenv("NATS_USER"), getenv("NATS_PASSWORD")), "NATS_USER");
+    if (getenv("NATS_TOKEN") != NULL)
+        must(natsOptions_SetToken(options, getenv("NATS_TOKEN")), "NATS_TOKEN");
+    if (getenv("NATS_CA") != NULL)
+        must(natsOptions_LoadCATrustedCertificates(options, getenv("NATS_CA")), "NATS_CA");
+    if (getenv("NATS_CERT") != NULL)
+        must(natsOptions_LoadCertificatesChain(options, getenv("NATS_CERT"), getenv("NATS_KEY")), "NATS_CERT");
+    must(natsOptions_SetSecure(options, getenv("NATS_CA") != NULL || getenv("NATS_CERT") != NULL), "TLS");
     must(natsOptions_SetMaxReconnect(options, -1), "options");
     must(natsOptions_SetCustomInboxPrefix(options, prefix), "options");
     must(natsConnection_Connect(&nc, options), "connect");

@@ -36,50 +36,44 @@ static cJSON *answer(const char *sandbox, const cJSON *said)
 int main(int argc, char **argv)
 {
     const char *sandbox = argc > 1 ? argv[1] : "s1";
-    /* Asks for the next message; within 30 s there is one, or the word that there is none. In plain NATS, since a
-       sandbox need not be permitted anything else of JetStream. */
-    const char *ask = "{\"batch\":1,\"expires\":30000000000}";
     natsConnection *nc;
     jsCtx *js = NULL;
+    jsSubOptions consumer;
     natsSubscription *pulled = NULL;
-    char own[80], next[128], out[128], inbox[128];
+    natsMsgList list;
+    char own[80], inbox[128], out[128];
 
     snprintf(own, sizeof own, "_INBOX_%s", sandbox); /* the only inboxes that a sandbox may be permitted */
     nc = connected(inbox_prefix(own));
-    snprintf(inbox, sizeof inbox, "%s.%llx", inbox_prefix(own), (unsigned long long) nats_NowInNanoSeconds());
-    must(natsConnection_SubscribeSync(&pulled, nc, inbox), "inbox");
     must(natsConnection_JetStream(&js, nc, NULL), "JetStream");
-    snprintf(next, sizeof next, "$JS.API.CONSUMER.MSG.NEXT.WECHAT_IN.%s", sandbox);
-    snprintf(out, sizeof out, "wechat.out.%s", sandbox);
     printf("echo agent of %s: ready\n", sandbox);
     fflush(stdout);
+    snprintf(inbox, sizeof inbox, "wechat.inbox.%s", sandbox);
+    snprintf(out, sizeof out, "wechat.out.%s", sandbox);
+    jsSubOptions_Init(&consumer);
+    consumer.Stream = "WECHAT_IN";
+    consumer.Consumer = sandbox;
+    while (js_PullSubscribe(&pulled, js, inbox, sandbox, NULL, &consumer, NULL) != NATS_OK)
+        nats_Sleep(1000); /* not bound yet */
     while (!natsConnection_IsClosed(nc)) {
-        natsMsg *msg = NULL;
-        const char *status = NULL;
+        natsStatus status = natsSubscription_Fetch(&list, pulled, 1, 30000, NULL);
+        cJSON *said, *command;
 
-        natsConnection_PublishRequestString(nc, next, inbox, ask);
-        switch (natsSubscription_NextMsg(&msg, pulled, 35000)) {
-        case NATS_OK:
-            break;
-        case NATS_NO_RESPONDERS:
-            nats_Sleep(1000); /* not bound yet */
+        if (status != NATS_OK) {
+            if (status != NATS_TIMEOUT) /* else nothing was said */
+                nats_Sleep(1000);
             continue;
-        default:
-            continue; /* NATS was away */
         }
-        if (natsMsgHeader_Get(msg, "Status", &status) != NATS_OK) { /* else nothing was said */
-            cJSON *said = cJSON_ParseWithLength(natsMsg_GetData(msg), natsMsg_GetDataLength(msg));
-            cJSON *command = answer(sandbox, said);
-
-            store(js, out, command, text_of(command, "id"));
-            /* A crash before this line brings the message again, and the id keeps its answer single. */
-            must(natsConnection_PublishString(nc, natsMsg_GetReply(msg), "+ACK"), "ack");
-            printf("answered %s\n", text_of(said, "id"));
-            fflush(stdout);
-            cJSON_Delete(command);
-            cJSON_Delete(said);
-        }
-        natsMsg_Destroy(msg);
+        said = cJSON_ParseWithLength(natsMsg_GetData(list.Msgs[0]), natsMsg_GetDataLength(list.Msgs[0]));
+        command = answer(sandbox, said);
+        store(js, out, command, text_of(command, "id"));
+        /* A crash before this line brings the message again, and the id keeps its answer single. */
+        must(natsMsg_Ack(list.Msgs[0], NULL), "ack");
+        printf("answered %s\n", text_of(said, "id"));
+        fflush(stdout);
+        cJSON_Delete(command);
+        cJSON_Delete(said);
+        natsMsgList_Destroy(&list);
     }
     return 1;
 }

@@ -16,7 +16,7 @@ import sys
 import uuid
 from typing import Any
 
-import nats
+from bus import connect
 from nats.aio.client import Client
 from nats.errors import TimeoutError as NatsTimeoutError
 
@@ -73,10 +73,7 @@ async def ask(nc: Client, verb: str, request: dict[str, Any]) -> dict[str, Any]:
 
 
 async def main(verb: str, *arguments: str) -> int:
-    nc = await nats.connect(
-        os.environ.get("NATS_URL", "nats://127.0.0.1:4222"),
-        inbox_prefix=os.environ.get("NATS_INBOX_PREFIX", "_INBOX"),
-    )
+    nc = await connect("_INBOX")
     try:
         return await (bind(nc, *arguments) if verb == "bind" else login(nc, *arguments))
     finally:

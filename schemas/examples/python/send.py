@@ -9,37 +9,18 @@ from __future__ import annotations
 
 import asyncio
 import json
-import os
 import sys
 import uuid
 
-import nats
-from nats.errors import TimeoutError as NatsTimeoutError
-from nats.js.errors import APIError, NoStreamResponseError, ServiceUnavailableError
-
-TOO_MANY_REQUESTS = 10167
+from bus import connect, store
 
 
 async def main(sandbox: str, text: str) -> int:
-    nc = await nats.connect(
-        os.environ.get("NATS_URL", "nats://127.0.0.1:4222"),
-        inbox_prefix=os.environ.get("NATS_INBOX_PREFIX", "_INBOX"),
-        max_reconnect_attempts=-1,
-    )
-    js = nc.jetstream()
+    nc = await connect("_INBOX")
     receipts = await nc.subscribe(f"wechat.event.{sandbox}.receipt.*")
     await nc.flush()  # listen before you speak
     command = {"id": f"{sandbox}.send.{uuid.uuid4()}", "sandbox": sandbox, "text": text}
-    while True:
-        try:
-            await js.publish("wechat.out", json.dumps(command).encode(), headers={"Nats-Msg-Id": command["id"]})
-            break
-        except (NatsTimeoutError, NoStreamResponseError, ServiceUnavailableError):
-            await asyncio.sleep(1)  # not confirmed: once more, with the same id
-        except APIError as error:
-            if error.err_code != TOO_MANY_REQUESTS:
-                raise
-            await asyncio.sleep(1)  # not stored, since others send more than the stream takes in: the same
+    await store(nc, "wechat.out", command)
     async for msg in receipts.messages:
         receipt = json.loads(msg.data)
         if receipt["command"] != command["id"]:

@@ -10,10 +10,10 @@ import { once } from "node:events";
 import { createInterface } from "node:readline";
 
 import { jetstream } from "@nats-io/jetstream";
-import { connect, createInbox, headers, type NatsConnection } from "@nats-io/transport-node";
+import { createInbox, headers, type NatsConnection } from "@nats-io/transport-node";
 
-import type { Bind, ControlAnswer, Login, LoginQuery, LoginStart, LoginVerify } from "../../wechat-nats.d.ts";
-import { server } from "./server.js";
+import { connect } from "./bus.js";
+import type { Bind, ControlAnswer, Login, LoginQuery, LoginStart, LoginVerify } from "./wechat-nats.d.ts";
 
 const OVER = ["confirmed", "already_bound", "expired", "failed", "cancelled"];
 
@@ -50,7 +50,7 @@ async function login(nc: NatsConnection, sandbox: string): Promise<boolean> {
 }
 
 async function bind(nc: NatsConnection, sandbox: string, bot: string): Promise<boolean> {
-  const inbox = createInbox(inboxPrefix);
+  const inbox = createInbox(process.env.NATS_INBOX_PREFIX);
   const answers = nc.subscribe(inbox, { max: 1, timeout: 60_000 });
   const command: Bind = { sandbox, bot, bot_token: process.env.BOT_TOKEN ?? "", options: { durable: true } };
   const head = headers();
@@ -82,8 +82,7 @@ async function line(): Promise<string> {
 }
 
 const [verb, sandbox = "s1", bot = ""] = process.argv.slice(2);
-const inboxPrefix = process.env.NATS_INBOX_PREFIX ?? "_INBOX";
-const nc = await connect({ ...server, inboxPrefix });
+const nc = await connect("_INBOX");
 const done = verb === "bind" ? await bind(nc, sandbox, bot) : await login(nc, sandbox);
 await nc.close();
 process.exitCode = done ? 0 : 1;

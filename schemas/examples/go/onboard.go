@@ -1,13 +1,8 @@
-// A platform that gives a sandbox its WeChat user:
-//
-//	onboard login SANDBOX       shows a QR code; digits that the phone shows are typed here
-//	onboard bind SANDBOX BOT    a bot that you have; its token is in the environment, as BOT_TOKEN
-//
-// Exit code 0 once the bot is bound.
 package main
 
 import (
 	"bufio"
+	"context"
 	"encoding/json"
 	"fmt"
 	"log"
@@ -16,6 +11,7 @@ import (
 	"time"
 
 	"github.com/nats-io/nats.go"
+	"github.com/nats-io/nats.go/jetstream"
 )
 
 type options struct {
@@ -31,23 +27,20 @@ type login struct {
 	QRCodeText string `json:"qrcode_text"`
 }
 
-func main() {
-	url := os.Getenv("NATS_URL")
-	if url == "" {
-		url = nats.DefaultURL
-	}
-	nc, err := nats.Connect(url, inboxPrefix("_INBOX"))
-	if err != nil {
-		log.Fatal(err)
-	}
+// onboard is a platform that gives a sandbox its WeChat user:
+//
+//	onboard login SANDBOX       shows a QR code; digits that the phone shows are typed here
+//	onboard bind SANDBOX BOT    a bot that you have; its token is in the environment, as BOT_TOKEN
+//
+// Exit code 0 once the bot is bound.
+func onboard(arguments []string) {
+	nc, js := connect("_INBOX")
 	ok := false
 	switch {
-	case len(os.Args) == 3 && os.Args[1] == "login":
-		ok = logIn(nc, os.Args[2])
-	case len(os.Args) == 4 && os.Args[1] == "bind":
-		ok = bind(nc, os.Args[2], os.Args[3])
-	default:
-		log.Fatal("usage: onboard login SANDBOX | onboard bind SANDBOX BOT")
+	case len(arguments) == 2 && arguments[0] == "login":
+		ok = logIn(nc, arguments[1])
+	case len(arguments) == 3 && arguments[0] == "bind":
+		ok = bind(nc, js, arguments[1], arguments[2])
 	}
 	if !ok {
 		os.Exit(1)
@@ -56,9 +49,7 @@ func main() {
 
 func logIn(nc *nats.Conn, sandbox string) bool {
 	events, err := nc.SubscribeSync("wechat.event." + sandbox + ".login")
-	if err != nil {
-		log.Fatal(err)
-	}
+	must(err)
 	typed := bufio.NewReader(os.Stdin)
 	now := ask(nc, "login.start", map[string]any{"sandbox": sandbox, "options": options{Durable: true}})
 	code, shown := 0, ""
@@ -83,9 +74,7 @@ func logIn(nc *nats.Conn, sandbox string) bool {
 		case "need_verify_code":
 			if now.Reason != "checking" {
 				line, err := typed.ReadString('\n')
-				if err != nil {
-					log.Fatal(err)
-				}
+				must(err)
 				now = ask(nc, "login.verify", map[string]any{"login": now.Login, "code": strings.TrimSpace(line)})
 				continue
 			}
@@ -97,39 +86,26 @@ func logIn(nc *nats.Conn, sandbox string) bool {
 	}
 }
 
-func bind(nc *nats.Conn, sandbox, bot string) bool {
+func bind(nc *nats.Conn, js jetstream.JetStream, sandbox, bot string) bool {
 	inbox := nc.NewInbox()
 	answers, err := nc.SubscribeSync(inbox)
-	if err != nil {
-		log.Fatal(err)
-	}
+	must(err)
 	body, err := json.Marshal(map[string]any{
 		"sandbox": sandbox, "bot": bot, "bot_token": os.Getenv("BOT_TOKEN"), "options": options{Durable: true},
 	})
-	if err != nil {
-		log.Fatal(err)
-	}
+	must(err)
 	msg := nats.NewMsg("wechat.ctl.bind")
 	msg.Data = body
 	msg.Header.Set("Reply-To", inbox)
-	js, err := nc.JetStream()
-	if err != nil {
-		log.Fatal(err)
-	}
-	if _, err := js.PublishMsg(msg, nats.MsgId("bind."+inbox)); err != nil {
-		log.Fatal(err)
-	}
+	_, err = js.PublishMsg(context.Background(), msg, jetstream.WithMsgID("bind."+inbox))
+	must(err)
 	got, err := answers.NextMsg(time.Minute)
-	if err != nil {
-		log.Fatal(err) // the command is stored all the same
-	}
+	must(err) // the command is stored all the same
 	var answer struct {
 		OK    bool   `json:"ok"`
 		Error string `json:"error"`
 	}
-	if err := json.Unmarshal(got.Data, &answer); err != nil {
-		log.Fatal(err)
-	}
+	must(json.Unmarshal(got.Data, &answer))
 	if !answer.OK {
 		fmt.Println(answer.Error)
 		return false
@@ -141,27 +117,13 @@ func bind(nc *nats.Conn, sandbox, bot string) bool {
 // ask asks any adapter; ends the program with the sentence that it answers instead.
 func ask(nc *nats.Conn, verb string, request map[string]any) login {
 	body, err := json.Marshal(request)
-	if err != nil {
-		log.Fatal(err)
-	}
+	must(err)
 	msg, err := nc.Request("wechat.svc."+verb, body, 20*time.Second)
-	if err != nil {
-		log.Fatal(err)
-	}
+	must(err)
 	if text := msg.Header.Get("Nats-Service-Error"); text != "" {
 		log.Fatal(text)
 	}
 	var now login
-	if err := json.Unmarshal(msg.Data, &now); err != nil {
-		log.Fatal(err)
-	}
+	must(json.Unmarshal(msg.Data, &now))
 	return now
-}
-
-// inboxPrefix says where answers come back. With permissions each role has a place of its own.
-func inboxPrefix(otherwise string) nats.Option {
-	if prefix := os.Getenv("NATS_INBOX_PREFIX"); prefix != "" {
-		return nats.CustomInboxPrefix(prefix)
-	}
-	return nats.CustomInboxPrefix(otherwise)
 }

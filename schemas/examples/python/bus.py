@@ -1,0 +1,53 @@
+"""What the programs share: a connection as the NATS tools make it, and a publish until a message is stored."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import ssl
+from typing import Any
+
+import nats
+from nats.aio.client import Client
+from nats.errors import TimeoutError as NatsTimeoutError
+from nats.js.errors import APIError, NoStreamResponseError, ServiceUnavailableError
+
+TOO_MANY_REQUESTS = 10167
+
+
+async def connect(inbox_prefix: str) -> Client:
+    """Connects to NATS_URL, as README.md says; answers come back below NATS_INBOX_PREFIX, else `inbox_prefix`."""
+    env = os.environ.get
+    options: dict[str, Any] = {
+        "user_credentials": env("NATS_CREDS"),
+        "nkeys_seed": env("NATS_NKEY"),
+        "user": env("NATS_USER"),
+        "password": env("NATS_PASSWORD"),
+        "token": env("NATS_TOKEN"),
+    }
+    if env("NATS_CA") or env("NATS_CERT"):
+        options["tls"] = context = ssl.create_default_context(cafile=env("NATS_CA"))
+        if cert := env("NATS_CERT"):
+            context.load_cert_chain(cert, env("NATS_KEY"))
+    return await nats.connect(
+        env("NATS_URL", "nats://127.0.0.1:4222").split(","),
+        inbox_prefix=env("NATS_INBOX_PREFIX", inbox_prefix),
+        max_reconnect_attempts=-1,
+        **{option: value for option, value in options.items() if value},
+    )
+
+
+async def store(nc: Client, subject: str, command: dict[str, Any]) -> None:
+    """Publishes until the stream has confirmed. The id makes the repeats one."""
+    while True:
+        try:
+            headers = {"Nats-Msg-Id": command["id"]}
+            await nc.jetstream().publish(subject, json.dumps(command).encode(), headers=headers)
+            return
+        except (NatsTimeoutError, NoStreamResponseError, ServiceUnavailableError):
+            await asyncio.sleep(1)
+        except APIError as error:
+            if error.err_code != TOO_MANY_REQUESTS:
+                raise
+            await asyncio.sleep(1)  # others send more than the stream takes in

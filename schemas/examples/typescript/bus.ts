@@ -1,0 +1,56 @@
+// What the programs share: a connection as the NATS tools make it, and a publish until a message is stored.
+
+import { readFileSync } from "node:fs";
+import { setTimeout as sleep } from "node:timers/promises";
+
+import { jetstream } from "@nats-io/jetstream";
+import {
+  connect as dial,
+  credsAuthenticator,
+  nkeyAuthenticator,
+  type ConnectionOptions,
+  type NatsConnection,
+} from "@nats-io/transport-node";
+
+import type { Outbound } from "./wechat-nats.d.ts";
+
+/** Connects to NATS_URL, as README.md says; answers come back below NATS_INBOX_PREFIX, else `inboxPrefix`. */
+export async function connect(inboxPrefix: string): Promise<NatsConnection> {
+  const { NATS_URL, NATS_INBOX_PREFIX, NATS_CA, NATS_CERT, NATS_KEY } = process.env;
+  const servers = (NATS_URL ?? "nats://127.0.0.1:4222").split(",");
+  return dial({
+    servers: servers.map((url) => url.replace(/\/\/.*@/, "//")),
+    inboxPrefix: NATS_INBOX_PREFIX ?? inboxPrefix,
+    maxReconnectAttempts: -1,
+    ...identity(new URL(servers[0]!)),
+    ...(NATS_CA || NATS_CERT ? { tls: { caFile: NATS_CA, certFile: NATS_CERT, keyFile: NATS_KEY } } : {}),
+  });
+}
+
+/** Who asks; the client does not read user and password, or a token, from the URL by itself. */
+function identity({ username, password }: URL): ConnectionOptions {
+  const { NATS_CREDS, NATS_NKEY, NATS_USER, NATS_PASSWORD, NATS_TOKEN } = process.env;
+  if (NATS_CREDS) {
+    return { authenticator: credsAuthenticator(readFileSync(NATS_CREDS)) };
+  }
+  if (NATS_NKEY) {
+    return { authenticator: nkeyAuthenticator(new TextEncoder().encode(readFileSync(NATS_NKEY, "utf8").trim())) };
+  }
+  if (NATS_USER || password) {
+    return { user: NATS_USER ?? decodeURIComponent(username), pass: NATS_PASSWORD ?? decodeURIComponent(password) };
+  }
+  return NATS_TOKEN || username ? { token: NATS_TOKEN ?? decodeURIComponent(username) } : {};
+}
+
+/** Publishes until the stream has confirmed. The id makes the repeats one. */
+export async function store(nc: NatsConnection, subject: string, command: Outbound & { id: string }): Promise<void> {
+  for (;;) {
+    try {
+      await jetstream(nc).publish(subject, JSON.stringify(command), { msgID: command.id });
+      return;
+    } catch (error) {
+      console.error(`not stored yet: ${error}`);
+      await sleep(1000);
+    }
+  }
+}
