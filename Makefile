@@ -1,11 +1,12 @@
 # make test         what to run before each commit: check, unit, integration and most of system
 # make check        format, lint, types, import contracts, generated files
 #
-# The tiers of the tests; .ci/run runs make test, load and ops. How long each takes is in tests/README.md.
+# The tiers of the tests; .ci/run runs make test, load, ops and slow. How long each takes is in tests/README.md.
 # make unit         no server, no connection
 # make integration  one part against a real nats-server, or over real sockets
 # make system       whole adapters as processes, also what takes long
 # make ops          chart, image's files, alerts, console in a browser, clients of others; skips what cannot be installed
+# make slow         what `make test` leaves out of these three, since it takes minutes
 # make load         chaos, attacks and load, each in its short form
 #
 # make image-test   the image, built and run: needs root and Debian, and installs buildah and podman
@@ -69,9 +70,9 @@ system: install
 ops: install
 	@$(BIN)/pytest -n 2 --dist loadfile --timeout 900 -m ops </dev/null
 
-# What `make test` leaves out.
+# What `make test` leaves out of its tiers.
 slow: install
-	@$(BIN)/pytest -n 2 --dist loadfile --timeout 900 -m 'slow or ops or load' </dev/null
+	@$(BIN)/pytest -n 2 --dist loadfile --timeout 900 -m '(unit or integration or system) and slow' </dev/null
 
 load: install
 	@$(BIN)/pytest -n 2 --dist loadfile --timeout 900 -m load </dev/null

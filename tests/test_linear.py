@@ -159,12 +159,9 @@ def test_every_regular_expression_is_looked_at() -> None:
 
 
 def seconds(rule: Callable[[str], object], text: str) -> float:
-    best = 10.0
-    for _ in range(2):
-        began = time.process_time()
-        rule(text)
-        best = min(best, time.process_time() - began)
-    return best
+    began = time.process_time()
+    rule(text)
+    return time.process_time() - began
 
 
 @pytest.mark.parametrize("what", RULES)
@@ -172,8 +169,11 @@ def test_eight_times_the_text_takes_about_eight_times_as_long(what: str) -> None
     """The square would take sixty-four times as long. Generous, since machines are busy."""
     slow = {}
     for text, make in TEXTS.items():
-        once, eight = seconds(RULES[what], make(1500)), seconds(RULES[what], make(12_000))
-        if eight > 24 * max(once, 0.001):
+        for _ in range(2):  # a machine that is busy is busy once
+            once, eight = seconds(RULES[what], make(1500)), seconds(RULES[what], make(12_000))
+            if eight <= 24 * max(once, 0.001):
+                break
+        else:
             slow[text] = f"{once * 1000:.1f} ms, {eight * 1000:.1f} ms"
     assert slow == {}
 
@@ -200,7 +200,7 @@ def test_twice_the_text_takes_about_twice_the_steps(rule: Callable[[str], object
     for text, make in TEXTS.items():
         if rule is not to_plain and "half" in text:
             continue  # no decoder lets it pass, and it cannot be encoded
-        once, twice = steps(rule, make(1500)), steps(rule, make(3000))
+        once, twice = steps(rule, make(800)), steps(rule, make(1600))
         if twice > 2.5 * once + 1000:
             many[text] = (once, twice)
     assert many == {}

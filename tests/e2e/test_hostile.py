@@ -123,6 +123,7 @@ async def flood(made: World, nc: Client, idents: list[str], *, sandbox: str = BA
     await asyncio.gather(*acks)
 
 
+@pytest.mark.slow
 async def test_a_sandbox_with_thousands_of_commands_holds_up_nobody(tmp_path: Path) -> None:
     """Its user is sent one message in a minute, so its commands wait for days. The other sandbox of the shard is
     served at once, also after a crash, when all of them are delivered again."""

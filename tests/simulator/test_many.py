@@ -51,6 +51,7 @@ async def poll(host: str, port: int, token: str, turn: asyncio.Semaphore) -> lis
     return [str(message["message_id"]) for message in answer["msgs"]]
 
 
+@pytest.mark.slow
 async def test_ten_thousand_polls_are_parked_and_some_get_a_message(many_files: None) -> None:
     async with running("--hold-ms", "600000") as (url, process), httpx.AsyncClient(timeout=60) as http:
         bots = await admin(http, url, "add_bots", count=BOTS)
