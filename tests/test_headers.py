@@ -35,7 +35,7 @@ def test_what_is_derived_is_one_and_the_same_for_the_same_ids() -> None:
     assert made[:36] != derive_traceparent("in:b:m2")[:36]
 
 
-def test_a_command_is_in_its_authors_trace_or_in_that_of_the_message_it_answers_or_in_its_own() -> None:
+def test_the_trace_of_a_command_is_its_authors_or_its_questions_or_its_own() -> None:
     message = derive_traceparent("in:b:m1")
     assert command_traceparent(WHOLE, "s1", 1, 2, "in:b:m1") == WHOLE
     answers = [command_traceparent("", "s1", sequence, 2, "in:b:m1") for sequence in (1, 2)]

@@ -28,7 +28,7 @@ STALE, SILENT = SessionExpired("stale_token", "-14"), Temporary("ilink_unavailab
         ({"bot_token": "b2@im.bot:x"}, "another bot's"),
     ],
 )
-async def test_what_cannot_be_a_bot_a_user_or_its_token_is_refused_unless_it_is_bound_unchecked(
+async def test_an_impossible_bot_user_or_token_is_refused_unless_it_is_bound_unchecked(
     fields: dict[str, str], said: str
 ) -> None:
     platform = Platform()

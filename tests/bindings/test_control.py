@@ -155,7 +155,7 @@ async def test_a_bind_that_comes_again_after_a_crash_is_told_once() -> None:
     assert heir.bound == {BOT: "s1"}
 
 
-async def test_a_bind_that_was_stored_and_not_told_before_a_crash_is_told_when_it_comes_again() -> None:
+async def test_a_bind_stored_before_a_crash_is_told_when_the_command_comes_again() -> None:
     bench = Bench()
     await bench.bind(token=TOKEN, request="r1")
     platform = Platform(bench)
@@ -278,7 +278,7 @@ async def test_a_bind_may_name_the_longest_cursor_that_is_kept() -> None:
     assert platform.binding().start_cursor == "C" * OPAQUE_CHARS
 
 
-async def test_a_cursor_is_sealed_since_the_token_stands_in_it_and_is_the_same_one_when_it_is_bound_again() -> None:
+async def test_a_cursor_is_sealed_as_the_token_is_in_it_and_a_repeated_bind_keeps_it() -> None:
     sealer = Sealer((bytes(32),))
     platform = Platform(sealer=sealer)
     await platform.bind(cursor="CAES")
@@ -318,7 +318,7 @@ def heir(before: Platform) -> Platform:
     return Platform(bench)
 
 
-async def test_a_replica_that_has_just_taken_over_knows_the_bots_that_the_one_before_has_bound() -> None:
+async def test_a_replica_that_has_taken_over_knows_the_bots_that_the_one_before_bound() -> None:
     """Its own copy of the bucket may lag."""
     before = Platform()
     await before.bind()
@@ -329,7 +329,7 @@ async def test_a_replica_that_has_just_taken_over_knows_the_bots_that_the_one_be
     assert [entry.value for entry in before.bench.bindings_bucket.entries.values()] == [None, None]
 
 
-async def test_who_had_the_control_commands_before_and_has_them_again_knows_what_was_bound_meanwhile() -> None:
+async def test_an_owner_of_the_control_commands_once_more_knows_the_binds_in_between() -> None:
     other = Platform()
     await other.bind()
     platform = heir(other)
@@ -340,7 +340,7 @@ async def test_who_had_the_control_commands_before_and_has_them_again_knows_what
     assert [info.bot for info in answer.bindings] == [BOT, "b2@im.bot", "b3@im.bot"]
 
 
-async def test_what_another_has_carried_out_meanwhile_is_not_carried_out_when_one_has_the_commands_again() -> None:
+async def test_a_command_that_another_owner_has_carried_out_is_not_carried_out_again() -> None:
     """It was stopped with an unbind in hand; then the bot was unbound and bound again."""
     platform = Platform()
     await platform.bind()
@@ -358,7 +358,7 @@ async def test_what_another_has_carried_out_meanwhile_is_not_carried_out_when_on
 
 
 @pytest.mark.parametrize("verb", ["bind", "unbind"])
-async def test_one_that_was_cut_off_as_it_wrote_changes_nothing_that_another_has_written_since(verb: str) -> None:
+async def test_an_owner_cut_off_as_it_wrote_changes_nothing_that_another_has_written_since(verb: str) -> None:
     platform = Platform()
     await platform.bind()
 
@@ -393,7 +393,7 @@ async def test_one_that_was_cut_off_for_long_tells_nothing_that_is_over() -> Non
 
 
 @pytest.mark.parametrize(("verb", "last"), [("bind", 1), ("unbind", 2)])
-async def test_one_that_was_cut_off_as_it_read_changes_nothing_that_another_has_written_since(
+async def test_an_owner_cut_off_as_it_read_changes_nothing_that_another_has_written_since(
     verb: str, last: int
 ) -> None:
     """What it asked comes to the server once the path is there again, and is answered with what is new."""
@@ -428,7 +428,7 @@ async def test_what_a_bind_reads_does_not_grow_with_the_bots_of_its_sandbox() ->
     assert platform.bench.bus.read_back == before
 
 
-async def test_what_others_have_written_among_the_events_of_a_sandbox_stands_in_nobodys_way() -> None:
+async def test_foreign_messages_among_the_events_of_a_sandbox_stand_in_nobodys_way() -> None:
     platform = Platform()
     await platform.bench.bus.publish(Message("event", platform.bench.names.event("s1", "binding"), b"\xff", {}))
     assert (await platform.bind()).ok

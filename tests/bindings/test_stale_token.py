@@ -192,7 +192,7 @@ async def in_its_last_try(*script: Any) -> tuple[Bench, asyncio.Event, asyncio.T
     return bench, answered, task, session
 
 
-async def test_what_the_last_try_brings_is_told_also_where_the_bot_was_bound_anew_meanwhile() -> None:
+async def test_the_result_of_the_last_try_is_told_also_where_the_bot_was_bound_meanwhile() -> None:
     bench, answered, task, session = await in_its_last_try()
     await bench.bind()
     answered.set()
@@ -242,7 +242,7 @@ async def test_that_a_login_lives_again_is_told_also_where_the_bus_is_away_for_a
     assert changes(bench)[2:] == ["recovered"]
 
 
-async def test_that_a_login_is_lost_is_told_and_tried_on_also_where_the_bus_is_away_for_a_moment() -> None:
+async def test_a_lost_login_is_told_and_tried_on_also_where_the_bus_is_away_for_a_moment() -> None:
     bench = await ready(STALE, STALE, STALE, batch(raw()))
     untellable(bench, "needs_login")
     session, task = tended(bench)
@@ -304,7 +304,7 @@ async def test_who_lost_the_bot_while_the_bus_was_away_does_not_end_its_login() 
 
 
 @pytest.mark.parametrize(("state", "change"), [("needs_login", "needs_login"), ("active", "recovered")])
-async def test_a_crash_between_a_login_s_change_and_its_event_leaves_the_telling_to_the_next_owner(
+async def test_a_crash_between_a_login_and_its_event_leaves_the_event_to_the_next_owner(
     poller: Poller, state: BindingState, change: str
 ) -> None:
     bench = await ready(state=state, since_ms=7, event_pending=True)

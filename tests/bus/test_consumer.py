@@ -162,7 +162,7 @@ async def test_the_next_owner_gets_what_is_unsettled_in_order_and_is_told_so(rig
     assert [delivery.redelivered for delivery in heir.got] == [True] * 4 + [False]
 
 
-async def test_an_owner_that_is_cut_off_before_it_reads_still_knows_what_was_in_hand_before(rig: Rig) -> None:
+async def test_an_owner_cut_off_before_it_reads_knows_what_was_in_flight_before(rig: Rig) -> None:
     """The reset takes the server's memory of what was delivered; ours must outlast it."""
     await control(rig, "0", "1")
     first = Reader(rig)

@@ -128,7 +128,7 @@ async def reloaded(tmp_path: Path) -> AsyncIterator[Bus]:
     await made.server.stop()
 
 
-async def test_a_limit_for_messages_that_is_lowered_holds_up_nothing_and_is_noticed_when_it_is_back(
+async def test_a_lowered_limit_for_messages_holds_up_nothing_and_its_return_is_noticed(
     reloaded: Bus,
 ) -> None:
     assert isinstance(reloaded.server, Reloaded)
@@ -325,7 +325,7 @@ async def test_what_waits_for_the_bus_is_not_written_after_its_writer_lost_the_r
 
 
 @pytest.mark.parametrize("waits_s", [DELAYED_PUBLISH_S - 10, DELAYED_PUBLISH_S + 10], ids=["in-time", "late"])
-async def test_what_waited_so_long_that_a_repeat_of_it_may_be_forgotten_is_written_by_its_owner_alone(
+async def test_a_message_that_outwaited_the_dedup_window_is_written_by_its_owner_alone(
     rig: Rig, waits_s: float
 ) -> None:
     """Another replica has stored the same by then, and the stream drops an id for five minutes."""

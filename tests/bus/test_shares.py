@@ -35,7 +35,7 @@ async def test_so_many_bytes_of_all_are_in_hand_and_no_more() -> None:
     assert shares.try_admit("s2", 1) == "taken"
 
 
-async def test_a_sandbox_that_asks_faster_than_its_share_waits_for_the_next_second_and_others_do_not() -> None:
+async def test_a_sandbox_above_its_share_waits_for_the_next_second_and_others_do_not() -> None:
     shares, loop = RequestQuota(32), asyncio.get_running_loop()
     began = loop.time()
     for _ in range(PER_S):

@@ -193,7 +193,7 @@ async def test_a_stream_that_would_break_a_guarantee_stops_the_start_with_a_sent
         ] == "limits"
 
 
-async def test_a_bucket_that_could_be_emptied_stops_the_start_until_it_is_mended_with_its_keys(bus: Bus) -> None:
+async def test_a_bucket_that_may_lose_its_keys_stops_the_start_until_a_repair_keeps_them(bus: Bus) -> None:
     """As any other program makes one."""
     async with rig_on(bus, streams=False) as rig:
         (wanted,) = [w for w in topology.wanted_streams(NAMES, bus.settings) if w.name == f"KV_{NAMES.conversations}"]

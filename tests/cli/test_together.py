@@ -72,7 +72,7 @@ async def test_an_unreadable_command_can_be_looked_at_and_dropped(
     assert (await cli("dead", "drop", str(letter["seq"]))).code == 0
 
 
-async def test_a_bot_that_serves_a_sandbox_is_moved_only_where_that_is_meant_and_no_wrong_token_takes_it_out(
+async def test_a_bot_in_use_is_moved_only_on_purpose_and_never_lost_to_a_wrong_token(
     cli: Command, adapter: asyncio.Task[None], simulator: Simulator, tmp_path: Path
 ) -> None:
     bot = simulator.add_bot()

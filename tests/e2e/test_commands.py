@@ -111,7 +111,7 @@ async def test_f13_success_without_an_id_is_unconfirmed_and_never_sent_again(tmp
         await nc.close()
 
 
-async def test_f9_a_dead_token_ends_in_needs_login_with_few_calls_and_the_parked_wait_for_a_new_bot(
+async def test_f9_a_dead_token_needs_a_login_after_few_calls_and_parked_commands_wait(
     tmp_path: Path,
 ) -> None:
     async with world(tmp_path, parts=SOON) as made:

@@ -448,7 +448,7 @@ async def test_bots_whose_journal_names_a_replica_that_does_not_poll_them(tmp_pa
         await faultless(made, nc)
 
 
-async def test_bindings_that_are_lost_with_an_owner_are_served_again_once_they_are_restored(tmp_path: Path) -> None:
+async def test_bindings_lost_with_an_owner_are_served_again_once_they_are_restored(tmp_path: Path) -> None:
     """A replica that starts on an empty bucket knows nobody. Stopped, restored and started, all go on."""
     bucket = f"KV_{NAMES.bindings}"
     async with running(tmp_path) as (made, nc, adapter):
@@ -589,7 +589,7 @@ async def test_an_account_without_room_holds_everything_up_and_loses_nothing(tmp
         await eventually(adapter.is_ready, "it is ready again")
 
 
-async def test_a_disk_that_is_full_holds_everything_up_until_the_server_is_restarted_with_room(
+async def test_a_full_disk_holds_everything_up_until_the_server_is_restarted_with_room(
     tmp_path: Path,
 ) -> None:
     disk = tmp_path / "disk"

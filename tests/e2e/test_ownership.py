@@ -162,7 +162,7 @@ async def freeze_and_look(made: World, *, mode: str, frozen_s: float) -> None:
 
 
 @pytest.mark.parametrize("mode", ["cursor_replay", pytest.param("ack_on_delivery", marks=pytest.mark.slow)])
-async def test_a_replica_that_was_stopped_neither_polls_nor_sends_nor_moves_a_cursor_when_it_goes_on(
+async def test_a_replica_that_was_stopped_neither_polls_nor_sends_nor_moves_a_cursor_after(
     tmp_path: Path, mode: str
 ) -> None:
     """Until another has taken over; messages and commands for its bots lie in its sockets when it goes on."""
@@ -191,7 +191,7 @@ async def test_after_a_kill_9_the_others_poll_all_bots_and_no_bot_is_polled_twic
         await nc.close()
 
 
-async def test_one_that_leaves_while_nats_answers_it_nothing_stops_polling_before_the_other_takes_over(
+async def test_a_replica_that_leaves_without_nats_stops_polling_before_the_other_begins(
     tmp_path: Path,
 ) -> None:
     """To say that it leaves takes longer there than its lease lasts."""

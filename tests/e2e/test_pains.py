@@ -170,7 +170,7 @@ async def test_pain_03_success_without_a_message_id_is_told_apart_and_counted(tm
         assert metrics['outbound_messages_total{kind="text",outcome="accepted_unconfirmed",reason="none"}'] == 1
 
 
-async def test_pain_04_minus_2_is_one_state_with_the_raw_answer_and_ends_when_the_user_writes(tmp_path: Path) -> None:
+async def test_pain_04_minus_2_is_one_state_with_its_raw_answer_until_the_user_writes(tmp_path: Path) -> None:
     async with scene(tmp_path) as s:
         await s.says("hello")
         for number, errmsg in enumerate(("prepare failed", "unknown error", "rate limited", None)):

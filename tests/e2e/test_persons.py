@@ -108,7 +108,7 @@ async def test_the_next_person_meets_nothing_of_the_one_before(tmp_path: Path) -
 
 
 @pytest.mark.parametrize("keep", [False, True])
-async def test_what_was_kept_at_the_unbind_is_the_next_persons_only_where_the_bind_keeps_it(
+async def test_commands_kept_by_an_unbind_are_the_next_persons_only_if_the_bind_keeps_them(
     tmp_path: Path, keep: bool
 ) -> None:
     async with world(tmp_path) as made:
@@ -122,7 +122,7 @@ async def test_what_was_kept_at_the_unbind_is_the_next_persons_only_where_the_bi
         await nc.close()
 
 
-async def test_a_new_bot_of_the_same_person_loses_nothing_and_answers_what_was_said_to_the_old_one(
+async def test_a_new_bot_of_the_same_person_answers_what_was_said_to_the_old_one(
     tmp_path: Path,
 ) -> None:
     async with world(tmp_path, token_death_delay_s=0) as made:
@@ -139,7 +139,7 @@ async def test_a_new_bot_of_the_same_person_loses_nothing_and_answers_what_was_s
         await nc.close()
 
 
-async def test_a_person_who_comes_back_after_an_unbind_that_keeps_finds_everything_as_it_was(tmp_path: Path) -> None:
+async def test_a_person_who_comes_back_after_an_unbind_that_keeps_finds_all_as_it_was(tmp_path: Path) -> None:
     async with world(tmp_path) as made:
         nc, bot = await begun(made)
         await says(made, nc, "before")

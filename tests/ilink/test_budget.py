@@ -241,7 +241,7 @@ async def test_an_answer_that_is_not_large_is_repaired_elsewhere_where_that_take
 # polls -------------------------------------------------------------------------------------------------------
 
 
-async def test_an_answer_to_a_poll_is_read_up_to_a_limit_and_anything_else_up_to_a_lower_one(server: Server) -> None:
+async def test_an_answer_to_a_poll_may_be_larger_than_any_other_answer(server: Server) -> None:
     """Above it is no crash: whoever asks waits, and asks again."""
     base = server.url.removesuffix("/ilink/bot/x")
     ilink = ILink(

@@ -549,7 +549,7 @@ async def test_what_was_being_answered_is_not_asked_once_more(
     assert len(server.heads) == 2
 
 
-async def test_a_kept_connection_without_an_answer_makes_those_doubtful_that_lay_idle_with_it(
+async def test_a_kept_connection_without_an_answer_makes_idle_ones_of_its_age_doubtful(
     server: Server, transport: HotCalls | PlainCalls
 ) -> None:
     """A box on the way may have forgotten them all, without a word: the repeat of a send would be lost, too."""

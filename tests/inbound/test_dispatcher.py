@@ -803,7 +803,7 @@ async def test_a_bug_ends_no_bots_messages(poller: Poller) -> None:
     assert {"dispatch.crashed", "dispatch.retrying"} <= {line["event"] for line in logs}
 
 
-async def test_a_bot_that_is_silent_leaves_nothing_to_look_for_and_no_conversation_in_memory() -> None:
+async def test_a_silent_bot_leaves_nothing_to_replay_and_no_conversation_in_memory() -> None:
     bench = await ready(batch(words(1), cursor="c"), *[batch(cursor="c")] * 2000)
     replica = run(bench)
     await asyncio.sleep(300)

@@ -106,7 +106,7 @@ async def test_a_repeat_holds_also_what_the_bus_does_not_show_for_a_moment() -> 
     assert [outcome for _, outcome, _ in told(bench)] == ["accepted"] * 3
 
 
-async def test_an_expired_command_may_be_tried_again_also_where_one_behind_it_was_not_shown() -> None:
+async def test_an_expired_command_may_be_retried_also_where_one_behind_it_was_not_shown() -> None:
     bench, shard = await ready()
     bench.chat.sends.extend([Accepted("m1", 0, None, ""), THROTTLED])
     for ident in ("c1", "c2"):

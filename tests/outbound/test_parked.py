@@ -58,7 +58,7 @@ async def test_many_that_are_gone_hold_up_what_is_behind_them_once() -> None:
     assert bench.chat.texts == ["hi"]
 
 
-async def test_what_is_not_shown_for_a_moment_is_waited_for_also_where_another_one_is_gone_since_long() -> None:
+async def test_a_message_not_shown_yet_is_waited_for_also_where_another_is_long_gone() -> None:
     bench, shard = await ready(is_open=False)
     shard.intake.on_delivery(bench.command("gone"))
     await asyncio.sleep(5)

@@ -105,7 +105,7 @@ LATER = [{"v": VERSION + 1, "token": "AARz"}, {"v": VERSION + 1, "window": "of a
 
 
 @pytest.mark.parametrize("later", LATER, ids=["with more in it", "of another form"])
-async def test_a_record_of_a_later_version_is_left_alone_until_a_replica_comes_that_knows_it(
+async def test_a_record_of_a_later_version_is_left_to_a_replica_that_knows_it(
     later: dict[str, object], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """In the middle of an upgrade: a newer replica has handed its shard to this one. Others are served."""

@@ -125,7 +125,7 @@ async def test_a_command_that_needs_more_sends_than_are_left_is_told_so(when_clo
     assert receipt.detail.startswith("The command needs more sends than are left")
 
 
-async def test_minus_14_on_one_send_is_tried_once_more_and_then_refused_while_the_session_lives() -> None:
+async def test_minus_14_on_one_send_is_tried_once_more_while_the_session_lives() -> None:
     """A malformed body is answered so, too. The bot and what comes behind are none the worse for it."""
     bench, shard = await ready()
     bench.chat.sends.extend([STALE] * 2)

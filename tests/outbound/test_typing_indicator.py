@@ -375,7 +375,7 @@ async def test_a_renewal_that_ilink_refuses_is_tried_again_and_hidden_in_the_end
 
 
 @pytest.mark.parametrize("dead", [True, False])
-async def test_a_stale_token_ends_it_quietly_and_it_is_hidden_where_only_typing_was_told_so(dead: bool) -> None:
+async def test_a_stale_token_ends_typing_quietly_and_hides_it_where_only_typing_met_it(dead: bool) -> None:
     """By then the bot's poll has ended, too."""
     bench, shard = await ready()
     bench.chat.typing_answers.extend([True, STALE])
@@ -429,7 +429,7 @@ async def test_nothing_is_called_while_the_token_is_tried_again_and_it_is_hidden
     assert shown(bench)[-1] is False
 
 
-async def test_a_login_that_is_lost_calls_nothing_and_it_is_hidden_once_the_bot_lives_again() -> None:
+async def test_a_lost_login_calls_nothing_and_typing_is_hidden_once_the_bot_lives_again() -> None:
     bench, shard = await ready()
     shard.intake.on_delivery(bench.command(typing="on"))
     await asyncio.sleep(1)

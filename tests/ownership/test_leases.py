@@ -164,7 +164,7 @@ async def test_an_idle_replica_writes_one_key_per_quarter_of_a_lease(cluster: Cl
     assert cluster.claims.writes == before[1]
 
 
-async def test_what_replicas_write_grows_with_their_number_and_not_with_the_shards_they_own(cluster: Cluster) -> None:
+async def test_writes_grow_with_the_number_of_replicas_and_not_with_their_shards(cluster: Cluster) -> None:
     """Nor with the bots: a bot is written when something is said, never to be kept."""
     for _ in range(3):
         cluster.start()
@@ -175,7 +175,7 @@ async def test_what_replicas_write_grows_with_their_number_and_not_with_the_shar
     assert cluster.claims.writes == before[1]
 
 
-async def test_a_dead_replica_is_replaced_within_six_seconds_and_not_before_its_lease_ran_out(
+async def test_a_dead_replica_is_replaced_in_six_seconds_and_not_before_its_lease_ends(
     cluster: Cluster,
 ) -> None:
     first = cluster.start()
@@ -218,7 +218,7 @@ async def test_a_dead_replica_is_replaced_also_where_every_other_renewal_fails(c
 
 
 @pytest.mark.parametrize("later_s", [0.0, 0.13, 0.27, 0.41])
-async def test_a_dead_replica_is_found_out_when_its_lease_is_over_and_not_at_the_look_after_that(
+async def test_a_dead_replica_is_found_out_at_the_end_of_its_lease_and_not_a_look_later(
     cluster: Cluster, later_s: float
 ) -> None:
     first = cluster.start()
@@ -275,7 +275,7 @@ async def test_a_lease_counts_from_the_time_at_which_its_renewal_was_sent(cluste
     assert cluster.worked_for == SHARDS
 
 
-async def test_who_finds_the_lease_run_out_before_its_timer_does_is_told_when_it_is_renewed(cluster: Cluster) -> None:
+async def test_a_caller_that_finds_the_lease_ended_before_its_timer_hears_of_its_renewal(cluster: Cluster) -> None:
     """On a busy loop the answer is read before the timer has its turn, and what came before it has seen the gap."""
     replica = cluster.start()
     await cluster.run(2)

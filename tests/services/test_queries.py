@@ -293,7 +293,7 @@ async def test_a_replay_is_the_sandboxs_own_in_pages_that_end() -> None:
     assert third.next == 0
 
 
-async def test_pages_of_a_replay_since_a_time_go_on_where_the_question_still_names_the_time() -> None:
+async def test_pages_of_a_replay_go_on_where_the_question_still_names_its_start() -> None:
     bench = Bench()
     since_ms = bench.clock.now_ms()
     fill(bench, 15)
@@ -370,7 +370,7 @@ async def test_where_nobody_is_bound_now_the_last_unbind_says_what_is_replayed(
     assert numbers(await replayed(bench, former=True)) == [0, 1, 2]
 
 
-async def test_a_replica_that_has_not_read_the_bindings_yet_replays_nothing_that_may_be_anothers() -> None:
+async def test_a_replica_without_the_bindings_replays_nothing_that_may_be_anothers() -> None:
     bench = Bench()
     fill(bench, 3)
     bench.bindings.is_loaded = False

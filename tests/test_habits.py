@@ -1,0 +1,88 @@
+"""How tests are written: names that fit into a line, and no way into an object that is not public."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+TESTS = Path(__file__).parent
+NAME_CHARS = 80
+OF_NAMED_TUPLES = {"_asdict", "_fields", "_make", "_replace"}
+"""Public, in spite of their names."""
+
+PRIVATE = {
+    # nats-py offers no other way to what the client takes over from it, or to its socket
+    "bus/test_client.py": "_flush_queue _io_reader _io_writer _max_payload _pending _process_headers _ps _status"
+    " _transport",
+    "bus/test_tls.py": "_io_writer _transport",
+    "conftest.py": "_send_ping",
+    "e2e/test_growth.py": "_ended _ready _recently_read _settled_sequences _shards _subs",  # forgets what is bounded
+    # headers that no client writes
+    "bus/test_consumer.py": "_on_status _send_command",
+    "bus/test_publisher.py": "_interrupt _outstanding _recheck_s _send_command _stream_of",
+    # the moment at which a request is out, or a queue full, shows nowhere else
+    "bus/test_multiplexer.py": "_multiplexer",
+    "bus/test_objects.py": "_outstanding",
+    "ilink/test_budget.py": "_budget _thread _threads _waiters",
+    "ilink/test_transport.py": "_idle",
+    "outbound/test_text_worker.py": "_process _turn",
+    "ownership/test_leases.py": "_sightings",
+    # memory, which nothing else shows
+    "growth.py": "_lru_cache_wrapper _scheduled _timer_cancelled_count",
+    "test_growth.py": "_conversations _known _tickets",
+    "test_probes.py": "_connections _server",
+    # each regular expression, and each reader of foreign words, by itself
+    "test_linear.py": "_COLOURS _HEX_KEY _HOST _HOST_PORT _ID _IDS _INBOX _LETTER _LOGIN _NAME _PEER _PLAIN"
+    " _SECRET_NAME _STOP _UNPRINTABLE_IN_JSON _clean_file_name _describe_error _publish_command _up_to_secret",
+    # in place of the network, the bucket's watcher or the consumer
+    "fakes/bench.py": "_apply_entry",
+    "ilink/test_addresses.py": "_pool",
+    "ilink/test_client.py": "_hot _plain",
+    "logins/test_flow.py": "_apply_and_answer _read_keys",
+    "bus/test_media_service.py": "_chunk_subject _upload_ident",
+    "cli/test_embedded.py": "_with_token_key",
+    "cli/test_login.py": "_View",
+    "cli/test_tail.py": "_transport",  # asyncio's: a reader of its output that goes away
+    "foreign/drive_weilink.py": "_cdn _protocol",  # the other client's
+}
+"""What tests reach that is private to another object or module, by file, and why it has to be so."""
+
+
+def private(tree: ast.AST) -> Iterator[str]:
+    """Names with an underscore that are asked of anything but the test's own object, or imported."""
+    for node in ast.walk(tree):
+        match node:
+            case ast.Attribute(value=ast.Name(id="self" | "cls") | ast.Call(func=ast.Name(id="super"))):
+                continue
+            case ast.Attribute(attr=name):
+                names = [name]
+            case ast.ImportFrom(names=aliases):
+                names = [alias.name for alias in aliases]
+            case _:
+                continue
+        yield from (name for name in names if name.startswith("_") and not name.startswith("__"))
+
+
+def trees() -> Iterator[tuple[str, ast.AST]]:
+    for path in sorted(TESTS.rglob("*.py")):
+        if "node_modules" not in path.parts:
+            yield path.relative_to(TESTS).as_posix(), ast.parse(path.read_text("utf-8"))
+
+
+def test_what_is_private_is_left_alone() -> None:
+    found = {where: set(private(tree)) - OF_NAMED_TUPLES for where, tree in trees()}
+    assert {where: names for where, names in found.items() if names} == {
+        where: set(names.split()) for where, names in PRIVATE.items()
+    }
+
+
+def test_the_name_of_a_test_fits_into_a_line() -> None:
+    functions = (node for _, tree in trees() for node in ast.walk(tree))
+    names = [node.name for node in functions if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef))]
+    assert [name for name in names if name.startswith("test_") and len(name) > NAME_CHARS] == []
+
+
+def test_a_private_name_would_be_found() -> None:
+    source = "from a import _b, c\nself._d = super()._e\nf._g(__h__)\n"
+    assert list(private(ast.parse(source))) == ["_b", "_g"]
