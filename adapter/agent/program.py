@@ -14,14 +14,13 @@ from asyncio.subprocess import PIPE, Process
 
 import msgspec
 
-from adapter.agent.sandbox import Message
+from adapter.agent.runner import Answer, Turn, cut
 from adapter.errors import SettingsError, Temporary
 from adapter.kit.children import die_with_parent
 
 GRACE_S = 3.0
 """Between SIGTERM and SIGKILL."""
-CUT = "…"
-OURS = ("NATS_", "WECHAT_NATS_")
+OURS = ("NATS_", "WECHAT_NATS_", "AGENTS_NATS_")
 """How the variables begin that a program does not inherit: what a user writes may have it print all that it knows."""
 
 
@@ -39,26 +38,25 @@ class Program:
         self._timeout_s = timeout_s
         self._max_output = max_output
 
-    async def __call__(self, message: Message, session: str) -> str:
-        process = await self._start(message, session)
+    async def __call__(self, turn: Turn) -> Answer:
+        process = await self._start(turn)
         try:
             async with asyncio.timeout(self._timeout_s):
-                output = await self._converse(process, message.text)
-                if len(output) > self._max_output:
-                    return output[: self._max_output].decode(errors="ignore") + CUT
-                code = await process.wait()
+                output = await self._converse(process, turn.message.text)
+                code = 0 if len(output) > self._max_output else await process.wait()
         except TimeoutError:
             raise Temporary("timeout", f"The program took more than {self._timeout_s:g} s.") from None
         finally:
             await _end(process)
         if code:
             raise Temporary("exit_code", f"The program ended with exit code {code}.")
-        return output.decode(errors="replace")
+        return Answer(cut(output, self._max_output))
 
-    async def _start(self, message: Message, session: str) -> Process:
+    async def _start(self, turn: Turn) -> Process:
         """Standard error stays ours: the program's own log."""
         inherited = {name: value for name, value in os.environ.items() if not name.startswith(OURS)}
-        given = {"WECHAT_MESSAGE": msgspec.json.encode(message.inbound).decode(), "WECHAT_SESSION": session}
+        message = msgspec.json.encode(turn.message.inbound).decode()
+        given = {"WECHAT_MESSAGE": message, "WECHAT_SESSION": turn.session}
         try:
             return await asyncio.create_subprocess_exec(
                 *self._command,

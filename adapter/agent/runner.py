@@ -10,15 +10,20 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
-from collections.abc import Awaitable, Callable, Hashable
+import time
+from collections.abc import Awaitable, Callable, Hashable, Sequence
 from pathlib import Path
+from typing import NamedTuple
 from uuid import NAMESPACE_URL, uuid5
 
 import structlog
 from nats.errors import Error as NatsError
 
 from adapter.agent.sandbox import Message, Sandbox
-from adapter.errors import AdapterError
+from adapter.contract.messages import OutItem
+from adapter.contract.names import digest
+from adapter.errors import AdapterError, Temporary
+from adapter.kit.timing import backoff
 
 log = structlog.get_logger()
 
@@ -30,8 +35,51 @@ SORRY = "That did not work. Please try again."
 TYPING_AFTER_S, TYPING_S = 0.5, 240.0
 """When typing is shown, and again: WeChat's lasts for five minutes, and a quick answer needs none."""
 
-Agent = Callable[[Message, str], Awaitable[str]]
-"""Answers a message of a session. "": no answer now. Raises AdapterError, whose `reason` goes to the log."""
+GIVE_UP_S = 3600.0
+"""After so long a message is given up, and its user told so: their next ones wait behind it."""
+CUT = "…"
+
+
+class Answer(NamedTuple):
+    """What an agent has to say; nothing: no answer now."""
+
+    text: str = ""
+    items: tuple[OutItem, ...] = ()
+
+
+class Turn(NamedTuple):
+    """A message for an agent."""
+
+    message: Message
+    session: str
+    ask: Callable[[str, Sequence[OutItem], str], Awaitable[str]]
+    """Puts a question (text, items, its id) to the user, and returns the text of their next message."""
+
+
+Agent = Callable[[Turn], Awaitable[Answer]]
+"""Answers a message. Raises AdapterError, whose `reason` and `detail` go to the log."""
+
+
+def cut(output: bytes, most: int) -> str:
+    """Text of at most so many bytes, and a sign where there is more."""
+    if len(output) > most:
+        return output[:most].decode(errors="ignore") + CUT
+    return output.decode(errors="replace")
+
+
+async def until_answered(ask: Callable[[], Awaitable[Answer]]) -> Answer:
+    """What `ask` returns once it raises Temporary no more. Raises Temporary after GIVE_UP_S."""
+    failures, began = 0, time.monotonic()
+    while True:
+        try:
+            return await ask()
+        except Temporary as exc:
+            failures += 1
+            wait_s = exc.retry_after_s or backoff(failures)
+            if time.monotonic() + wait_s - began > GIVE_UP_S:
+                raise
+            log.info("agent.retrying", reason=exc.reason, detail=exc.detail, wait_s=wait_s)
+            await asyncio.sleep(wait_s)
 
 
 class Sessions:
@@ -63,16 +111,30 @@ class Runner:
         self._sandbox = sandbox
         self._agent = agent
         self._sessions = sessions
-        self._at_work: dict[str, asyncio.Task[str]] = {}
+        self._at_work: dict[str, asyncio.Future[Answer]] = {}
         """By user."""
+        self._questions: dict[str, asyncio.Future[str]] = {}
+        """What waits for the next message of a user."""
+        self._answered: set[str] = set()
+        """Ids of messages that were such answers, until they are finished."""
 
     async def run(self) -> None:
         """Runs until cancelled. Raises what `Sandbox.run` raises."""
-        await self._sandbox.run(self._handle, lane=_lane)
+        await self._sandbox.run(self._handle, lane=self._lane)
+
+    def _lane(self, message: Message) -> Hashable:
+        """What steers or answers waits for nobody."""
+        word, question = message.text.strip(), self._questions.get(message.user)
+        if question is not None and not question.done() and word not in (NEW, STOP):
+            question.set_result(message.text)
+            self._answered.add(message.id)
+        return message.user, word == STOP or (message.id in self._answered and message.id)
 
     async def _handle(self, message: Message) -> None:
         word = message.text.strip()
-        if word == STOP:
+        if message.id in self._answered:
+            self._answered.discard(message.id)
+        elif word == STOP:
             await message.reply(STOPPED if await self._stop(message.user) else IDLE)
         elif word == NEW:
             await message.reply(self._begin_session(message))
@@ -97,7 +159,17 @@ class Runner:
         return True
 
     async def _answer(self, message: Message) -> None:
-        task = asyncio.ensure_future(self._agent(message, self._sessions.session_of(message.user)))
+        async def ask(question: str, items: Sequence[OutItem], ident: str) -> str:
+            answer: asyncio.Future[str] = asyncio.get_running_loop().create_future()
+            self._questions[message.user] = answer
+            try:
+                await message.reply(question, items, key=f"q-{digest(ident.encode())}")
+                return await answer
+            finally:
+                del self._questions[message.user]
+
+        turn = Turn(message, self._sessions.session_of(message.user), ask)
+        task = asyncio.ensure_future(self._agent(turn))
         self._at_work[message.user] = task
         typing = asyncio.create_task(_type_forever(message))
         try:
@@ -107,24 +179,21 @@ class Runner:
             typing.cancel()
             await asyncio.wait({task, typing})
             del self._at_work[message.user]
-        if answer := "" if task.cancelled() else _answer_of(task, message):
-            await message.reply(answer)
+        answer = Answer() if task.cancelled() else _answer_of(task, message)
+        if answer.text.strip() or answer.items:
+            await message.reply(answer.text.strip(), answer.items)
         else:
             await message.typing("off")
 
 
-def _answer_of(task: asyncio.Future[str], message: Message) -> str:
+def _answer_of(task: asyncio.Future[Answer], message: Message) -> Answer:
     try:
-        return task.result().strip()
+        return task.result()
     except AdapterError as exc:
         log.warning("agent.failed", reason=exc.reason, detail=exc.detail, message=message.id)
     except Exception:
         log.exception("agent.crashed", message=message.id)
-    return SORRY
-
-
-def _lane(message: Message) -> Hashable:
-    return message.user, message.text.strip() == STOP
+    return Answer(SORRY)
 
 
 async def _type_forever(message: Message) -> None:

@@ -65,7 +65,7 @@ class Message:
         self.inbound: Inbound = delivery.inbound
         """The message as it is on the bus: items, quote, window and the rest."""
         self.delivery = delivery
-        self._sandbox = sandbox
+        self.sandbox = sandbox
         self._replies = 0
 
     @property
@@ -81,15 +81,18 @@ class Message:
         """All text and transcripts; "" for a picture alone."""
         return self.inbound.text
 
-    async def reply(self, text: str = "", items: Sequence[OutItem] = (), *, optional: bool = False) -> str:
+    async def reply(
+        self, text: str = "", items: Sequence[OutItem] = (), *, optional: bool = False, key: str = ""
+    ) -> str:
         """Stores an answer and returns the command's id, which is made of the message's id and the reply's number.
 
         A message that is delivered again after a crash has the same ids, so that each answer is sent once. Waits for
-        as long as the bus is away. `optional`: a progress report, see `Outbound`.
+        as long as the bus is away. `optional`: a progress report, see `Outbound`. `key` stands in the id instead of
+        the number: for what is not the same after a crash.
         Raises Refused("too_large") above 256 KiB, Refused("forbidden").
         """
-        self._replies += 1
-        number = "" if self._replies == 1 else f"-{self._replies}"
+        self._replies += not key
+        number = f"-{key}" if key else "" if self._replies == 1 else f"-{self._replies}"
         parts = [*([OutText(text=text)] if text else []), *items] if items else None
         command = Outbound(
             id=f"agent-{self.id}{number}",
@@ -99,12 +102,12 @@ class Message:
             items=parts,
             optional=optional,
         )
-        await self._sandbox.send(command)
+        await self.sandbox.send(command)
         return command.id or ""
 
     async def typing(self, state: Literal["on", "off"] = "on") -> None:
         """Shows the user that an answer is in work, for five minutes or until there is one; at most once."""
-        await self._sandbox.publish(Outbound(user=self.user, reply_to=self.id, typing=state))
+        await self.sandbox.publish(Outbound(user=self.user, reply_to=self.id, typing=state))
 
 
 class Sandbox:
@@ -133,19 +136,7 @@ class Sandbox:
 
     async def __aenter__(self) -> Self:
         """Raises Temporary("bus_down"), OSError of the file."""
-
-        async def on_error(exc: Exception) -> None:
-            self._errors.append(exc)
-
-        options = connect_options(self._settings, f"sandbox {self.name}", list(self._settings.nats_url))
-        try:
-            async with asyncio.timeout(CONNECT_S):
-                await self._nc.connect(**options | {"max_reconnect_attempts": 1, "error_cb": on_error})
-        except (NatsError, OSError, TimeoutError) as exc:
-            said = str(self._errors[-1] if self._errors else exc)
-            raise Temporary("bus_down", f"NATS is not reachable: {said}") from exc
-        # only now: with a wrong password the first connect would go on for ever
-        self._nc.options |= {"allow_reconnect": True, "max_reconnect_attempts": -1, "reconnect_time_wait": 0.5}
+        await connect(self._nc, self._settings, f"sandbox {self.name}", self._errors)
         if self._running_file is not None:
             if self._running_file.exists():
                 self._inbox.hold("A process before has not given its messages back.")
@@ -290,6 +281,25 @@ class Sandbox:
         for exc in self._errors:
             if violation := permission_violation(exc):
                 raise forbidden(*violation)
+
+
+async def connect(nc: BusClient, settings: Settings, name: str, errors: deque[Exception]) -> None:
+    """Connects; after a break the client comes back. What the server complains of is added to `errors`.
+
+    Raises Temporary("bus_down").
+    """
+
+    async def on_error(exc: Exception) -> None:
+        errors.append(exc)
+
+    options = connect_options(settings, name, list(settings.nats_url))
+    try:
+        async with asyncio.timeout(CONNECT_S):
+            await nc.connect(**options | {"max_reconnect_attempts": 1, "error_cb": on_error})
+    except (NatsError, OSError, TimeoutError) as exc:
+        raise Temporary("bus_down", f"NATS is not reachable: {errors[-1] if errors else exc}") from exc
+    # only now: with a wrong password the first connect would go on for ever
+    nc.options |= {"allow_reconnect": True, "max_reconnect_attempts": -1, "reconnect_time_wait": 0.5}
 
 
 def closed(exc: ConnectionClosedError) -> AdapterError:

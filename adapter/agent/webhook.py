@@ -15,13 +15,10 @@ import time
 import httpx
 import msgspec
 
-from adapter.agent.sandbox import Message
+from adapter.agent.runner import Answer, Turn, until_answered
 from adapter.errors import UNDECODABLE, Refused, SettingsError, Temporary
-from adapter.kit.timing import backoff
 
 SECRET_PREFIX = "whsec_"
-GIVE_UP_S = 3600.0
-"""After so long a message is given up, and its user told so: their next ones wait behind it."""
 
 
 class Reply(msgspec.Struct):
@@ -52,7 +49,7 @@ def sign(key: bytes, message_id: str, timestamp: int, body: bytes) -> str:
 
 class Webhook:
     """Asks a URL for each answer. Calling it raises Refused for a response that a repeat does not better, and
-    Temporary after GIVE_UP_S."""
+    Temporary where there was no other for long."""
 
     def __init__(self, http: httpx.AsyncClient, url: str, key: bytes, *, timeout_s: float, max_output: int) -> None:
         """`max_output`: bytes of a response."""
@@ -62,21 +59,12 @@ class Webhook:
         self._timeout_s = timeout_s
         self._max_output = max_output
 
-    async def __call__(self, message: Message, session: str) -> str:
-        event = {"type": "wechat.message", "session": session, "data": message.inbound}
+    async def __call__(self, turn: Turn) -> Answer:
+        event = {"type": "wechat.message", "session": turn.session, "data": turn.message.inbound}
         body = msgspec.json.encode(event)
-        failures, began = 0, time.monotonic()
-        while True:
-            try:
-                return await self._post(message.id, body)
-            except Temporary as exc:
-                failures += 1
-                wait_s = exc.retry_after_s or backoff(failures)
-                if time.monotonic() + wait_s - began > GIVE_UP_S:
-                    raise
-                await asyncio.sleep(wait_s)
+        return await until_answered(lambda: self._post(turn.message.id, body))
 
-    async def _post(self, message_id: str, body: bytes) -> str:
+    async def _post(self, message_id: str, body: bytes) -> Answer:
         timestamp = int(time.time())
         headers = {
             "content-type": "application/json",
@@ -88,7 +76,7 @@ class Webhook:
             async with asyncio.timeout(self._timeout_s):
                 async with self._http.stream("POST", self._url, content=body, headers=headers) as response:
                     _check_status(response)
-                    return self._read_answer(response, await self._read_body(response))
+                    return Answer(_read_answer(response, await self._read_body(response)))
         except (httpx.TransportError, httpx.DecodingError, TimeoutError) as exc:
             raise Temporary("unreachable", type(exc).__name__) from exc
 
@@ -100,13 +88,14 @@ class Webhook:
                 raise Refused("too_large", f"The response has more than {self._max_output} bytes.")
         return body
 
-    def _read_answer(self, response: httpx.Response, body: bytes) -> str:
-        if response.headers.get("content-type", "").partition(";")[0].strip() != "application/json":
-            return body.decode(errors="replace")
-        try:
-            return msgspec.json.decode(body or b"{}", type=Reply).reply
-        except UNDECODABLE:
-            raise Refused("response", 'The response is no JSON such as {"reply": "…"}.') from None
+
+def _read_answer(response: httpx.Response, body: bytes) -> str:
+    if response.headers.get("content-type", "").partition(";")[0].strip() != "application/json":
+        return body.decode(errors="replace")
+    try:
+        return msgspec.json.decode(body or b"{}", type=Reply).reply
+    except UNDECODABLE:
+        raise Refused("response", 'The response is no JSON such as {"reply": "…"}.') from None
 
 
 def _check_status(response: httpx.Response) -> None:

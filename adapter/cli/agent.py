@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+from collections import deque
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Annotated
@@ -14,13 +15,19 @@ from adapter import __version__
 from adapter.agent import Sandbox
 from adapter.agent.program import Program
 from adapter.agent.runner import Agent, Runner, Sessions
+from adapter.agent.sandbox import connect
 from adapter.cli.bus import connected_bus, settings_here
 from adapter.cli.exit_codes import NO, OK, USAGE, Failed
 from adapter.cli.lifetime import run_until_stopped, until_signalled
 from adapter.cli.options import Sandbox as SandboxName
 from adapter.cli.options import Timeout
+from adapter.environment import read_settings
+from adapter.jetstream.client import BusClient
 from adapter.observability import logs
+from adapter.settings import Settings
 
+AGENTS = "AGENTS_"
+"""Before the variables of the connection to agents: AGENTS_NATS_URL and the like."""
 SECRET = "WECHAT_WEBHOOK_SECRET"
 MAX_OUTPUT = 40_000
 """Bytes of an answer that fit into a command, whatever JSON makes of them."""
@@ -43,6 +50,12 @@ async def agent(
         str | None,
         Parameter(help=f"A URL: gets each message as a POST that is signed with {SECRET}, responds with the answer."),
     ] = None,
+    nats_agent: Annotated[
+        str | None,
+        Parameter(
+            help="NAME[/OWNER[/SESSION]] of an agent that speaks the Synadia agent protocol, see AGENTS_NATS_URL."
+        ),
+    ] = None,
     timeout: Annotated[Timeout, Parameter(help="Seconds that a program or a response may take.")] = 600.0,
     max_output: Annotated[
         int, Parameter(validator=validators.Number(gte=1, lte=MAX_OUTPUT), help="Most bytes of an answer.")
@@ -52,7 +65,7 @@ async def agent(
         Parameter(help="Folder for what survives a restart; default: agent-SANDBOX in WECHAT_NATS_DATA_DIR."),
     ] = None,
 ) -> int:
-    """Answer the users of a sandbox with a program or a URL: give --exec or --http.
+    """Answer the users of a sandbox with a program, a URL or an agent on NATS: --exec, --http or --nats-agent.
 
     The sandbox has to be bound with --durable. Messages of one user are answered one after the other, those of
     several at once; a message is acknowledged when its answer is stored. Users steer by /new, which begins a new
@@ -61,8 +74,8 @@ async def agent(
     Runs until SIGTERM or ctrl-C (exit code 0); what is in work then is delivered to the next start.
     """
     settings = settings_here()
-    if (program is None) == (http is None):
-        raise Failed(USAGE, "Give --exec or --http.")
+    if sum(kind is not None for kind in (program, http, nats_agent)) != 1:
+        raise Failed(USAGE, "Give one of --exec, --http and --nats-agent.")
     folder = state or Path(settings.data_dir) / f"agent-{sandbox}"
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -72,8 +85,10 @@ async def agent(
     async with contextlib.AsyncExitStack() as stack:
         if program is not None:
             answering: Agent = Program(program, timeout_s=timeout, max_output=max_output)
+        elif http is not None:
+            answering = await stack.enter_async_context(_webhook(http, timeout, max_output))
         else:
-            answering = await stack.enter_async_context(_webhook(http or "", timeout, max_output))
+            answering = await stack.enter_async_context(_nats_agent(nats_agent or "", settings, timeout, max_output))
         async with connected_bus(settings):
             pass  # says in a sentence why there is no connection
         logs.configure(settings.log, version=__version__)
@@ -95,6 +110,30 @@ async def _webhook(url: str, timeout_s: float, max_output: int) -> AsyncIterator
         raise Failed(USAGE, "Expected a URL that begins with https:// or http://.")
     async with httpx.AsyncClient(timeout=timeout_s) as client:
         yield Webhook(client, url, key, timeout_s=timeout_s, max_output=max_output)
+
+
+@contextlib.asynccontextmanager
+async def _nats_agent(address: str, settings: Settings, timeout_s: float, max_output: int) -> AsyncIterator[Agent]:
+    """Over a connection of its own, since a sandbox may not ask agents. Raises SettingsError, Failed, Temporary."""
+    try:
+        from synadia_ai.agents import Agents  # noqa: PLC0415 -- an extra
+    except ImportError:
+        raise Failed(USAGE, "Install wechat-nats[agents].") from None
+    from adapter.agent.nats_agent import NatsAgent  # noqa: PLC0415 -- needs the extra, too
+
+    if not 1 <= len(parts := address.split("/")) <= 3 or not all(parts):
+        raise Failed(USAGE, "Expected NAME, NAME/OWNER or NAME/OWNER/SESSION.")
+    environ = {
+        name.removeprefix(AGENTS): os.environ[name] for name in os.environ if name.startswith(f"{AGENTS}NATS_")
+    }
+    nc = BusClient()
+    await connect(nc, read_settings(environ) if environ else settings, "wechat-nats agent", deque(maxlen=100))
+    try:
+        agents = Agents(nc=nc)
+        yield NatsAgent(agents, address, timeout_s=timeout_s, max_output=max_output)
+        await agents.close()
+    finally:
+        await nc.close()
 
 
 def _secret() -> str:

@@ -14,9 +14,9 @@ from urllib.parse import urlsplit
 from cyclopts import Parameter
 
 from adapter import __version__
-from adapter.agent import Message, Sandbox
+from adapter.agent import Sandbox
 from adapter.agent.program import Program
-from adapter.agent.runner import Runner, Sessions
+from adapter.agent.runner import Answer, Runner, Sessions, Turn
 from adapter.cli.agent import MAX_OUTPUT, Exec
 from adapter.cli.bindings import ControlRequests
 from adapter.cli.bus import Bus, connected_bus
@@ -93,8 +93,8 @@ async def _demo(screen: Screen, program: str | None, echo: bool, typed: AsyncIte
         return await while_alive(talk.run(typed, agent), nats, adapter)
 
 
-async def _echo(message: Message, _session: str) -> str:
-    return f"You said: {message.text}"[:REPLY_CHARS]
+async def _echo(turn: Turn) -> Answer:
+    return Answer(f"You said: {turn.message.text}"[:REPLY_CHARS])
 
 
 def demo_settings(nats_url: str, ilink_url: str) -> Settings:

@@ -17,8 +17,8 @@ SECRET = f"whsec_{base64.b64encode(bytes(32)).decode()}"
 @pytest.mark.parametrize(
     ("arguments", "secret", "sentence"),
     [
-        ([], "", "Give --exec or --http."),
-        (["--exec", "true", "--http", "https://a.example"], SECRET, "Give --exec or --http."),
+        ([], "", "Give one of --exec, --http and --nats-agent."),
+        (["--exec", "true", "--http", "https://a.example"], SECRET, "Give one of --exec, --http and --nats-agent."),
         (["--exec", "printf 'no end"], "", "The program cannot be read: No closing quotation."),
         (["--exec", " "], "", "The program is empty."),
         (["--exec", "true", "--timeout", "0"], "", "Expected a number above 0."),
@@ -27,6 +27,8 @@ SECRET = f"whsec_{base64.b64encode(bytes(32)).decode()}"
         (["--http", "https://a.example"], "whsec_c2hvcnQ=", "The secret is whsec_"),
         (["--http", "https://a.example"], SECRET.removeprefix("whsec_"), "The secret is whsec_"),
         (["--http", "a.example"], SECRET, "Expected a URL"),
+        (["--nats-agent", "a/b/c/d"], "", "Expected NAME, NAME/OWNER or NAME/OWNER/SESSION."),
+        (["--nats-agent", "a//c"], "", "Expected NAME, NAME/OWNER or NAME/OWNER/SESSION."),
     ],
 )
 async def test_what_makes_no_sense_is_refused(

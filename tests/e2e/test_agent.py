@@ -49,14 +49,18 @@ if word != "quiet":
 
 
 class Agent:
-    """The command; without `--http` with a program that waits for the file `go` where its text says so."""
+    """The command; with nothing else, with a program that waits for the file `go` where its text says so."""
 
     def __init__(self, made: World, *options: str, **environ: str) -> None:
         self.folder = made.folder / "agent"
         self.folder.mkdir()
         script = self.folder / "program.py"
         script.write_text(PROGRAM)
-        program = [] if "--http" in options else [f"--exec={sys.executable} '{script}' '{self.folder}'"]
+        program = (
+            []
+            if {"--http", "--nats-agent"} & set(options)
+            else [f"--exec={sys.executable} '{script}' '{self.folder}'"]
+        )
         self._options = [*program, *options]
         self._environ = {"NATS_URL": made.url, "WECHAT_NATS_DATA_DIR": str(self.folder), **environ}
         self.log = self.folder / "log"

@@ -1,0 +1,134 @@
+"""An agent on NATS, by the Synadia agent protocol: it is discovered and prompted for each message.
+
+What it streams becomes one answer, which spends few sends. A question of its goes to the user, whose next message is
+the answer to it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import mimetypes
+from binascii import Error as Base64Error
+from collections.abc import Sequence
+from json import JSONDecodeError
+from typing import Any
+
+from nats.errors import Error as NatsError
+from synadia_ai.agents import (
+    Agent,
+    Agents,
+    Attachment,
+    DiscoverFilter,
+    Envelope,
+    NatsAgentError,
+    Query,
+    ResponseChunk,
+    StreamStalledError,
+)
+
+from adapter.agent.runner import Answer, Turn, cut, until_answered
+from adapter.agent.sandbox import Message
+from adapter.content.quotes import kind_of
+from adapter.contract.messages import Media, OutFile, OutImage, OutItem, OutVideo
+from adapter.errors import AdapterError, Refused, Temporary
+
+ITEMS = 10
+"""Attachments of an answer that are sent; a window has no more sends."""
+ROOM = 0.7
+"""The share of a message in which the bytes of attachments have to fit: base64 makes four of three."""
+KINDS: dict[str, type[OutImage | OutVideo | OutFile]] = {"image": OutImage, "video": OutVideo}
+"""By the first half of a type; all else is a file."""
+
+
+class NatsAgent:
+    """Prompts an agent for each answer. Calling it raises Refused, and Temporary where none was there for long."""
+
+    def __init__(self, agents: Agents, address: str, *, timeout_s: float, max_output: int) -> None:
+        """`address`: NAME[/OWNER[/SESSION]]. `timeout_s`: of the whole answer, also while a question is open."""
+        name, owner, session = [*address.split("/"), "", ""][:3]
+        self._agents = agents
+        self._filter = DiscoverFilter(agent=name, owner=owner or None, session_name=session or None)
+        self._timeout_s = timeout_s
+        self._max_output = max_output
+
+    async def __call__(self, turn: Turn) -> Answer:
+        async def ask() -> Answer:
+            try:
+                async with asyncio.timeout(self._timeout_s):
+                    return await self._prompt(await self._find(), turn)
+            except TimeoutError:
+                raise Refused("timeout", f"There was no answer within {self._timeout_s:g} s.") from None
+
+        return await until_answered(ask)
+
+    async def _find(self) -> Agent:
+        """Raises Temporary where there is none now, Refused where there are several."""
+        try:
+            found = {agent.prompt_subject: agent for agent in await self._agents.discover(filter=self._filter)}
+        except (NatsError, TimeoutError) as exc:
+            raise Temporary("unreachable", type(exc).__name__) from exc
+        if not found:
+            raise Temporary("no_agent", "No agent of this name is there.")
+        if len(found) > 1:
+            raise Refused("ambiguous", f"{len(found)} agents have this name: add /OWNER/SESSION.")
+        return next(iter(found.values()))
+
+    async def _prompt(self, agent: Agent, turn: Turn) -> Answer:
+        """Raises Temporary where the agent has gone away, Refused where it fails."""
+        message, text = turn.message, ""
+        items: list[OutItem] = []
+        prompt = message.text or f"[{', '.join(kind_of(item) for item in message.inbound.items)}]"
+        about: dict[str, Any] = {"wechat_session": turn.session, "wechat_user": message.user}
+        envelope = Envelope(prompt=prompt, **about)
+        try:
+            attached = await _attachments(message, agent)
+            stream = agent.prompt(envelope, attachments=attached, max_wait_s=self._timeout_s)
+            async with contextlib.aclosing(stream) as chunks:  # type: ignore[type-var]
+                async for chunk in chunks:
+                    if isinstance(chunk, Query):
+                        shown = await _items(message, chunk.attachments)
+                        await chunk.reply(await turn.ask(chunk.prompt, shown, chunk.id))
+                    elif isinstance(chunk, ResponseChunk):
+                        text += chunk.text
+                        items += await _items(message, chunk.attachments)
+        except (StreamStalledError, NatsError) as exc:
+            raise Temporary("unreachable", type(exc).__name__) from exc
+        except NatsAgentError as exc:
+            if isinstance(exc.__cause__, JSONDecodeError):  # the server's word that nobody listens has no JSON
+                raise Temporary("unreachable", "Nobody took the prompt.") from exc
+            raise Refused("agent_error", type(exc).__name__) from exc
+        return Answer(cut(text.encode(), self._max_output), tuple(items[:ITEMS]))
+
+
+async def _attachments(message: Message, agent: Agent) -> list[Attachment]:
+    """The user's media, as far as the agent takes them. Raises Temporary."""
+    endpoint = agent.prompt_endpoint
+    room = int((endpoint.max_payload_bytes or 0) * ROOM) - len(message.text.encode())
+    found = []
+    for item in message.inbound.items:
+        media: Media | None = getattr(item, "media", None)
+        if media is None or not endpoint.attachments_ok or media.size > room:
+            continue
+        room -= media.size
+        try:
+            found.append(Attachment.from_bytes(media.name or "file", await message.sandbox.read_media(media)))
+        except Refused as exc:  # it is gone by its age
+            raise Temporary("media", exc.detail) from exc
+    return found
+
+
+async def _items(message: Message, attachments: Sequence[Attachment] | None) -> list[OutItem]:
+    """What an agent attaches. Raises Refused, Temporary."""
+    items: list[OutItem] = []
+    for attachment in attachments or ():
+        kind = KINDS.get((mimetypes.guess_type(attachment.filename)[0] or "").partition("/")[0], OutFile)
+        try:
+            data = attachment.to_bytes()
+        except (Base64Error, ValueError):
+            raise Refused("agent_error", "An attachment is no base64.") from None
+        try:
+            items.append(kind(media=await message.sandbox.put_media(data, attachment.filename)))
+        except AdapterError as exc:
+            raise Refused("media", exc.detail) from exc
+    return items
