@@ -1,7 +1,7 @@
 """Control commands (bind, unbind, erase): changes bindings, publishes events, answers. Never calls the supervisor.
 
-One consumer on WECHAT_CTL, owned with shard 0. Commands that touch the same sandbox or bot take effect in the order
-in which they were stored; others go on at the same time.
+One consumer on WECHAT_CTL, owned with shard 0. Commands for the same sandbox or bot take effect in the order in which
+they were stored. Other commands are processed concurrently.
 """
 
 from __future__ import annotations
@@ -49,17 +49,17 @@ from adapter.security.seal import Sealer, bind_context, cursor_context
 log = structlog.get_logger()
 
 MAX_BYTES = 262_144
-"""Largest command; a larger one becomes a dead letter. A bind has a cursor, as long as any that a poll brings."""
+"""Largest command; a larger one becomes a dead letter. A bind may have the longest cursor that a poll returns."""
 MAX_BUGS = 5
 """Crashes on a command after which it becomes a dead letter."""
 DELETE_ATTEMPTS = 5
 BOT_SUFFIX, USER_SUFFIX = "@im.bot", "@im.wechat"
 MAX_BATCH = 512
-"""Commands that are looked at together; those of different sandboxes and bots are carried out at the same time."""
+"""Commands in one batch. Commands for different sandboxes and bots are processed concurrently."""
 SETTLED_KEPT = 1000
 """Sequences of completed commands that are remembered in case of a redelivery."""
 READ_KEPT = 1000
-"""Sandboxes whose bots are known for sure; of others they are read again."""
+"""Sandboxes whose bots are known to be complete. The bots of other sandboxes are read again."""
 _BIND, _UNBIND, _ERASE = msgspec.json.Decoder(Bind), msgspec.json.Decoder(Unbind), msgspec.json.Decoder(Erase)
 
 ControlCommand: TypeAlias = Bind | Unbind | Erase
@@ -69,11 +69,12 @@ class Eraser(Protocol):
     """Erases persons."""
 
     async def run(self, command: Erase, unbound: Collection[str], turn: asyncio.Lock) -> ControlAnswer:
-        """Erases a person whose bots, given by name, are unbound. `turn` is held while no command may be carried out.
-        Raises Temporary, BusRefused."""
+        """Erases a person whose bots `unbound` are unbound. Holds `turn` while no command may be processed. Raises
+        Temporary, BusRefused."""
 
     async def wait_released(self, bots: Collection[str]) -> None:
-        """Returns once what was heard for unbound bots is in its inbox, or it takes too long. Raises Temporary."""
+        """Returns once all received messages of unbound bots are in their inboxes, or after a timeout. Raises
+        Temporary."""
 
 
 class Control:
@@ -113,9 +114,9 @@ class Control:
         self._clock = clock
         self._metrics = metrics
         self._waiting: list[int] = []
-        """Sequences of commands that are not begun, in the order in which they were stored."""
+        """Sequences of commands that wait, in the order in which they were stored."""
         self._changed = asyncio.Event()
-        """There is a command more, or iLink's answer about a token."""
+        """Set when a command or iLink's answer about a token arrives."""
         self._checks = TokenChecks(chat, sealer)
         self._queue: dict[int, Delivery] = {}
         """The newest delivery of each queued command, whose acknowledgement counts."""
@@ -123,8 +124,7 @@ class Control:
         self._can_delete = True
         """Whether the last bind could be erased."""
         self._recently_read: dict[str, BindingEvent | None] = {}
-        """Sandboxes whose bots were read since this replica processes commands, with the last event by which a person
-        was bound or unbound there."""
+        """Sandboxes whose bots this replica has read as owner, with the last event that bound or unbound a person."""
 
     def enqueue(self, delivery: Delivery) -> None:
         """Queues a command once. It is redelivered after each connect until its acknowledgement arrives."""
@@ -134,8 +134,7 @@ class Control:
         self._queue[delivery.seq] = delivery
 
     async def run(self) -> None:
-        """Carries out one batch of commands after another, until cancelled. What is left then comes to the next
-        owner, and to this one, should it be that again."""
+        """Processes commands in batches until cancelled. The next owner gets the remaining commands."""
         self._recently_read.clear()
         try:
             while True:
@@ -152,8 +151,8 @@ class Control:
             self._queue.clear()
 
     async def _next_chains(self) -> list[list[int]]:
-        """Commands that may be carried out at the same time, in chains of those that go one after another. A bind
-        whose token iLink is still asked for waits, and with it those stored later that touch the same."""
+        """Takes commands that can run now. Chains run concurrently, and the commands of a chain in sequence. A bind
+        whose token check is pending waits, and so do later commands for the same sandbox or bot."""
         batch = self._waiting[:MAX_BATCH]
         if not batch:
             return []
@@ -168,14 +167,14 @@ class Control:
         return [numbers for numbers in chains if numbers]
 
     async def _read_keys(self, batch: Collection[int], unread: Collection[int]) -> dict[int, set[str]]:
-        """The sandboxes and bots that each command of a batch touches, once what those of `unread` touch is read."""
+        """The sandboxes and bots that each command of a batch touches. Reads those of `unread` first."""
         failures = 0
         while True:
             try:
                 await self._refresh(unread)
                 keys = {number: self._keys_of(number) for number in batch}
                 if any(isinstance(self._peek(number), Erase) for number in batch):
-                    return {number: {"erase"} for number in batch}  # it may touch whatever the others bind
+                    return {number: {"erase"} for number in batch}  # an erasure may touch any bot
                 return keys
             except Temporary as exc:
                 log.warning("control.retrying", reason=exc.reason)
@@ -191,7 +190,7 @@ class Control:
         return {f"sandbox {sandbox}" for sandbox in sandboxes} | ({f"bot {command.bot}"} if command.bot else set())
 
     def _peek(self, number: int) -> ControlCommand | None:
-        """A command of the queue; None: it cannot be read."""
+        """A queued command, or None if it is unreadable."""
         try:
             return self._decode(self._queue[number])
         except Unreadable:
@@ -215,7 +214,7 @@ class Control:
 
     async def _process_in_order(self, numbers: Iterable[int]) -> None:
         for number in numbers:
-            if number not in self._settled_sequences:  # carried out again, an old bind would undo the unbind after it
+            if number not in self._settled_sequences:  # processed again, an old bind would undo a later unbind
                 await self._wait_bucket_complete()
                 await self._process(number)
             await self._secure_delete(self._queue[number])
@@ -224,12 +223,12 @@ class Control:
             await self._queue.pop(number).ack()
 
     async def _process(self, number: int) -> None:
-        """One unit of work. A command that crashes becomes a dead letter; a missing bus is waited for."""
+        """Processes one command. Waits while the bus is away. A command that keeps crashing becomes a dead letter."""
         failures = bugs = 0
         while True:
             delivery = self._queue[number]
             try:
-                if failures:  # what the batch has read may be old by now
+                if failures:  # the data read for the batch may be outdated
                     await self._refresh([number])
                 self._ensure_owner()
                 if bugs < MAX_BUGS:
@@ -247,7 +246,7 @@ class Control:
             await self._clock.sleep(backoff(failures, first_s=0.2, longest_s=5.0))
 
     async def _apply_and_answer(self, delivery: Delivery) -> None:
-        """One command: applied and answered. Raises Temporary, LeaseLost."""
+        """Applies and answers a command. Raises Temporary, LeaseLost."""
         try:
             command = self._decode(delivery)
         except Unreadable as exc:
@@ -329,14 +328,14 @@ class Control:
         binding = self._new_binding(command, token, before)
         replaced = [b for b in bound if binding.user and b.user == binding.user and b.bot != command.bot]
         is_begun = before is not None and bool(command.id) and before.request == command.id
-        """The binding was written before a crash: to refuse the command now would leave the rest undone."""
+        """An earlier run wrote the binding and crashed. A refusal now would leave the command half done."""
         displaced = [*replaced, *([before] if before is not None else [])]
         is_checked = not is_begun and await self._check_token(command, token, displaced, sequence)
         binding = await self._with_start_sequences(binding, bound, keep=command.keep_undelivered)
         if command.options.durable:
             await self._core.make_durable(command.sandbox, binding.in_after)
         new = before is None or not self._is_unchanged(before, binding)
-        if before is not None and before.sandbox != command.sandbox:  # after a crash nobody knows it any more
+        if before is not None and before.sandbox != command.sandbox:  # first: a later put overwrites it
             replay_after = self._replay_start(before.sandbox, [before])
             await self._publish_binding_event(
                 before, "unbound", command.id, reason="moved", replay_after=replay_after
@@ -362,8 +361,8 @@ class Control:
         )
 
     async def _check_token(self, command: Bind, token: str, displaced: Collection[Binding], sequence: int) -> bool:
-        """Whether iLink says that it takes the token; False: it was not asked, or gave no answer. Raises Refused,
-        before anything has changed."""
+        """Whether iLink accepts the token; False if the token is not checked, or iLink does not answer. Raises
+        Refused before anything has changed."""
         is_risky = any(
             known.state == "active"
             and not (known.bot == command.bot and self._sealer.is_same_secret(known.bot, known.token, token))
@@ -373,12 +372,12 @@ class Control:
             return False
         verdict = await self._checks.verdict(sequence, command)
         if verdict is Verdict.DEAD:
-            raise Refused("stale_token", "iLink refuses this token (-14): what was bound before is as it was.")
+            raise Refused("stale_token", "iLink refuses this token (-14). Existing bindings are unchanged.")
         if verdict is Verdict.SILENT and is_risky:
             raise Refused(
                 "unchecked",
-                "iLink gives no answer about this token, which would take the place of one that works: try again"
-                " later, or bind it unchecked.",
+                "iLink does not answer about this token, and the bind would replace a working token. Try again later,"
+                " or bind without the check.",
             )
         return verdict is Verdict.TAKEN
 
@@ -410,8 +409,8 @@ class Control:
         )
 
     async def _with_start_sequences(self, binding: Binding, bound: list[Binding], *, keep: bool) -> Binding:
-        """`binding` with the sequences behind which its person's messages and commands begin. If no other bot is
-        `bound` to the sandbox, its durable consumer skips what former persons have written.
+        """`binding` with the sequences after which its person's messages and commands begin. If no other bot is
+        `bound` to the sandbox, its durable consumer skips the messages of former persons.
 
         Raises Temporary.
         """
@@ -440,12 +439,12 @@ class Control:
         return structs.replace(binding, in_after=in_after, out_after=out_after)
 
     def _replay_start(self, sandbox: str, gone: Collection[Binding] = ()) -> int | None:
-        """Sequence behind which a replay begins once `gone` are unbound; None: no person is bound then."""
+        """Sequence after which a replay begins once `gone` are unbound; None: no person is bound then."""
         stays = [binding for binding in self._bindings.of_sandbox(sandbox) if binding not in gone]
         return min((binding.in_after for binding in stays), default=None)
 
     async def _skip_undelivered(self, sandbox: str, gone: Collection[Binding] = ()) -> None:
-        """Moves the sandbox's durable consumer behind all stored messages if no bot except `gone` is bound.
+        """Moves the sandbox's durable consumer past all stored messages if no bot except `gone` is bound.
 
         Raises Temporary.
         """
@@ -459,7 +458,7 @@ class Control:
         return last.seq if last is not None else 0
 
     async def unbind(self, command: Unbind) -> ControlAnswer:
-        """Unbinds a bot, or all bots of a sandbox. An unbound one is no error. Raises Refused, Temporary,
+        """Unbinds a bot, or all bots of a sandbox. A missing binding is no error. Raises Refused, Temporary,
         LeaseLost."""
         check_sandbox(command.sandbox)
         bound = [b for b in self._bindings.of_sandbox(command.sandbox) if command.bot in (None, "", b.bot)]
@@ -477,7 +476,7 @@ class Control:
         return ControlAnswer(ok=True, id=command.id or "", bindings=[binding.info() for binding in bound])
 
     async def _purge_inbox(self, sandbox: str) -> None:
-        """Deletes what was written before those who are bound now; all, where nobody is. Raises Temporary."""
+        """Deletes the messages of former persons, or all messages if no person is bound. Raises Temporary."""
         names = self._names
         up_to = self._replay_start(sandbox)
         if up_to is None:
@@ -486,7 +485,7 @@ class Control:
             await self._history.purge(names.stream_in, names.inbox(sandbox), up_to=up_to)
 
     async def _purge_late(self, sandbox: str, bots: Collection[str]) -> None:
-        """Purges once more: what waited for its media is published after its bot was unbound."""
+        """Purges again, because a message that waits for its media is published after the unbind."""
         try:
             await self._eraser.wait_released(bots)
             async with self._turn:
@@ -495,29 +494,29 @@ class Control:
             log.warning("inbox.not_purged", sandbox=sandbox, reason=exc.reason)
 
     async def begin_erase(self, command: Erase, delivery: Delivery) -> None:
-        """Unbinds a person's bots, and erases what there is beside later commands: those do not wait for it.
+        """Unbinds a person's bots and starts the erasure. Later commands do not wait for it.
 
         Raises Temporary, LeaseLost.
         """
         bound = [b for b in self._bindings if b.user == command.user and command.sandbox in (None, b.sandbox)]
         for binding in [] if command.dry_run else bound:
             await self.unbind(Unbind(sandbox=binding.sandbox, bot=binding.bot, id=command.id))
-            self._recently_read.pop(binding.sandbox, None)  # it has the person's name
+            self._recently_read.pop(binding.sandbox, None)  # it contains the person's id
 
         async def finish() -> None:
             try:
                 answer = await self._eraser.run(command, [binding.bot for binding in bound], self._turn)
             except AdapterError as exc:
                 log.warning("person.not_erased", reason=exc.reason)
-                error = f"It is not finished ({exc.reason}): erase again."
+                error = f"The erasure is not complete ({exc.reason}): erase again."
                 answer = ControlAnswer(ok=False, id=command.id or "", error=error)
             await self._send_answer(delivery, structs.replace(answer, bindings=[binding.info() for binding in bound]))
 
         self._tasks.spawn(finish())
 
     async def _refresh(self, numbers: Iterable[int]) -> None:
-        """Reads anew the bots that commands name, and once the sandboxes that they touch: the owner before may have
-        bound bots of which this replica has not heard. Raises Temporary."""
+        """Reads the bots of commands, and each of their sandboxes once: the former owner may have bound bots that
+        this replica does not know yet. Raises Temporary."""
         found = (self._peek(number) for number in numbers)
         commands = [command for command in found if isinstance(command, Bind | Unbind)]
         bots = {command.bot for command in commands if command.bot}
@@ -527,7 +526,7 @@ class Control:
         subjects = {self._names.event(sandbox, "binding"): sandbox for sandbox in sandboxes if is_sandbox(sandbox)}
         told = await self._history.read_last_of_each(self._names.stream_event, [*subjects])
         for subject in subjects.keys() - {stored.subject for stored in told}:
-            self._recently_read[subjects[subject]] = None  # of most, where many are bound
+            self._recently_read[subjects[subject]] = None  # no event: the usual case when many are bound
         for stored in told:
             await self._read_sandbox(subjects[stored.subject])
 
@@ -539,8 +538,7 @@ class Control:
         self._recently_read[sandbox] = last_person_change(events)
 
     def _sealed_start_cursor(self, command: Bind, before: Binding | None) -> str | None:
-        """The sealed cursor. If it is the same as in the binding before, that one's text, since a cursor counts
-        once."""
+        """The sealed cursor. An unchanged cursor keeps its sealed text, because a cursor is applied only once."""
         context, bound = cursor_context(command.bot), before.start_cursor if before is not None else None
         if not command.cursor:
             return command.cursor
@@ -549,8 +547,8 @@ class Control:
         return self._sealer.seal(context, command.cursor)
 
     def _is_unchanged(self, before: Binding, after: Binding) -> bool:
-        """Whether a bind changes nothing, so that the poller goes on. After a dead token it always changes
-        something."""
+        """Whether a bind changes nothing, so that the poller continues. A bind after a dead token always counts as
+        a change."""
         if before.state != "active" or not self._sealer.is_same_secret(before.bot, before.token, after.token):
             return False
         unimportant = {"token": "", "since_ms": 0, "request": "", "event_pending": False}
@@ -572,8 +570,8 @@ class Control:
         log.info("binding.changed", change=change, sandbox=binding.sandbox, bot=binding.bot)
 
     async def _send_answer(self, delivery: Delivery, answer: ControlAnswer) -> None:
-        """Answers to the header Reply-To, which must be an inbox, since the adapter could be made to write
-        anywhere."""
+        """Answers to the subject in the header Reply-To. It must be an inbox, so that no client can make the adapter
+        write elsewhere."""
         reply_to = delivery.headers.get(H_REPLY_TO, "")
         if not is_inbox(reply_to):
             return
@@ -590,7 +588,7 @@ class Control:
 
 
 def check_ids(bot: str, token: str, user: str) -> None:
-    """What all of iLink's ids have had so far. Raises Refused("invalid")."""
+    """Checks the form that all known ids of iLink have. Raises Refused("invalid")."""
     if not bot.endswith(BOT_SUFFIX):
         raise Refused("invalid", f"A bot's id ends with {BOT_SUFFIX}; bind it unchecked if iLink has others by now.")
     if user and not user.endswith(USER_SUFFIX):
@@ -603,7 +601,7 @@ def check_ids(bot: str, token: str, user: str) -> None:
 
 
 def independent(keys: Mapping[int, Collection[str]]) -> list[list[int]]:
-    """The numbers in groups of which no two share a key, each in the order of `keys`. Each has one key at least."""
+    """Groups of numbers in the order of `keys`. Two groups share no key. Each number has at least one key."""
     above: dict[str, str] = {}
 
     def group_of(key: str) -> str:

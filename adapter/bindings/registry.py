@@ -71,8 +71,8 @@ class Bindings:
         return len(self._by_bot)
 
     async def put(self, binding: Binding, ensure_owner: Callable[[], None] = lambda: None) -> None:
-        """Writes a binding, whatever was there. `ensure_owner`: asked after each look at what is there; what is
-        written after it is refused by the revision if somebody else has written since."""
+        """Writes a binding over any existing one. `ensure_owner` is called after each read; the revision then refuses
+        the write if another replica has written since."""
         _, revision = self._by_bot.get(binding.bot, (None, 0))
         while True:
             ensure_owner()

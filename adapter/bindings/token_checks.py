@@ -1,7 +1,7 @@
-"""Asks iLink whether it takes the tokens that binds bring, ahead of the binds themselves.
+"""Checks at iLink whether the tokens of waiting binds are alive.
 
-`notifystart` asks: unlike a poll it takes no messages. A slow answer holds up its own bind, and those behind it that
-are of the same sandbox or bot, but no other.
+The check is a `notifystart`, which consumes no messages, unlike a poll. A slow answer delays its own bind and later
+commands for the same sandbox or bot, and no others.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from adapter.ports import Account, Chat
 from adapter.security.seal import Sealer, bind_context
 
 CHECK_S = 5.0
-"""How long iLink may take to answer."""
+"""Time limit of a check."""
 
 
 class Verdict(Enum):
-    """What iLink says of a token."""
+    """Result of a check."""
 
     TAKEN = "an answer that is not -14"
     DEAD = "-14"
@@ -28,7 +28,7 @@ class Verdict(Enum):
 
 
 class TokenChecks:
-    """The checks under way, by the sequence of their commands."""
+    """The running checks, by the sequence of their commands."""
 
     def __init__(self, chat: Chat, sealer: Sealer) -> None:
         self._chat = chat
@@ -36,7 +36,7 @@ class TokenChecks:
         self._running: dict[int, asyncio.Task[Verdict]] = {}
 
     def is_pending(self, sequence: int, command: object, on_done: Callable[[], None]) -> bool:
-        """Whether a bind waits for iLink's answer. iLink is asked at the first call; `on_done` tells of the end."""
+        """Whether a bind waits for its check. The first call starts the check, which calls `on_done` at its end."""
         if not isinstance(command, Bind) or not command.check:
             return False
         if sequence not in self._running:
@@ -45,16 +45,16 @@ class TokenChecks:
         return not self._running[sequence].done()
 
     def is_known(self, sequence: int) -> bool:
-        """Whether iLink was asked for a command, at an earlier look at it."""
+        """Whether the check of a command was started before."""
         return sequence in self._running
 
     async def verdict(self, sequence: int, command: Bind) -> Verdict:
-        """The answer that was asked for, or one that is asked for now."""
+        """The result of the running check, or of a new one."""
         running = self._running.get(sequence)
         return await (self._ask(command) if running is None else asyncio.shield(running))
 
     def forget(self, sequence: int) -> None:
-        """The command is done."""
+        """Ends the check of a finished command."""
         if (task := self._running.pop(sequence, None)) is not None:
             task.cancel()
 
@@ -72,6 +72,6 @@ class TokenChecks:
             return Verdict.DEAD
         except (Temporary, Uncertain, TimeoutError):
             return Verdict.SILENT
-        except Refused:  # by iLink, or here, which the bind is told too
+        except Refused:  # iLink refused something else, or the bind itself will fail
             return Verdict.TAKEN
         return Verdict.TAKEN

@@ -61,7 +61,7 @@ def last_person_change(events: Iterable[contract.BindingEvent]) -> contract.Bind
 
 
 async def read_last_person_change(history: History, names: Names, sandbox: str) -> contract.BindingEvent | None:
-    """As `last_person_change`, for a sandbox. Raises Temporary."""
+    """`last_person_change` of a sandbox. Raises Temporary."""
     return last_person_change([event async for _, event in read_binding_events(history, names, sandbox)])
 
 
@@ -70,7 +70,7 @@ class Events:
 
     def __init__(self, bus: Bus, names: Names, clock: Clock, metrics: Metrics, spans: Spans | None = None) -> None:
         self.spans = spans
-        """None: nobody asks for spans."""
+        """None: no collector is configured."""
         self._bus = bus
         self._names = names
         self._clock = clock

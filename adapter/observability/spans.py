@@ -1,8 +1,8 @@
 """Spans of polls, messages and commands for OpenTelemetry.
 
-Imported only where the variables of OpenTelemetry name a collector: the SDK is the extra `otel`. A span is made once
-its work is over, and its ids follow from the traceparents on the bus. So nothing is carried along, and an agent that
-goes on with a message's trace has its spans in the same trace.
+The module is imported only if the variables of OpenTelemetry name a collector, because the SDK is the extra `otel`. A
+span is created at the end of its work, and its ids are derived from the traceparents on the bus. The adapter thus
+carries no span along, and an agent that continues the trace of a message has its spans in the same trace.
 
     poll ─ store              a trace for each answer of iLink
     publish                   an inbound message; links to the poll
@@ -26,10 +26,10 @@ _SCOPE = InstrumentationScope("wechat-nats", __version__)
 
 
 class Spans:
-    """Hands spans to a processor. Times are Unix milliseconds; `journal` is the sequence of a journal record."""
+    """Passes spans to a processor. Times are Unix milliseconds; `journal` is the sequence of a journal record."""
 
     def __init__(self, processor: SpanProcessor, instance: str) -> None:
-        """`instance`: this replica's name. OTEL_SERVICE_NAME and OTEL_RESOURCE_ATTRIBUTES say the rest."""
+        """`instance`: this replica's name. OTEL_SERVICE_NAME and OTEL_RESOURCE_ATTRIBUTES give the rest."""
         self._processor = processor
         given, own = Resource.create(), {"service.instance.id": instance}
         if str(given.attributes.get("service.name", "")).startswith("unknown_service"):
@@ -37,18 +37,18 @@ class Spans:
         self._resource = given.merge(Resource(own))
 
     def close(self) -> None:
-        """Exports what is left; it may take seconds."""
+        """Exports the remaining spans, which may take seconds."""
         self._processor.shutdown()
 
     def record_poll(self, bot: str, sandbox: str, journal: int, times_ms: tuple[int, int, int]) -> None:
-        """`times_ms`: the poll began, was answered, the answer was stored."""
+        """`times_ms`: start of the poll, its answer, storage of the answer."""
         began_ms, received_ms, stored_ms = times_ms
         poll, about = _poll(bot, journal), {"wechat.bot": bot, "wechat.sandbox": sandbox}
         self._record("poll", poll, (began_ms, stored_ms), about, kind=SpanKind.CLIENT)
         self._record("store", _child(poll, "store"), (received_ms, stored_ms), about, parent=poll)
 
     def record_publish(self, message: str, bot: str, sandbox: str, journal: int, times_ms: tuple[int, int]) -> None:
-        """`times_ms`: the answer that had the message came, the message was published."""
+        """`times_ms`: arrival of the answer with the message, publication of the message."""
         about = {"wechat.bot": bot, "wechat.sandbox": sandbox, "wechat.message": message}
         links = [_poll(bot, journal)]
         self._record("publish", derive_traceparent(message), times_ms, about, links=links, kind=SpanKind.PRODUCER)
@@ -56,9 +56,9 @@ class Spans:
     def record_command(
         self, receipts: str, author: str, reply_to: str, about: Mapping[str, str], times_ms: tuple[int, int, int]
     ) -> None:
-        """`receipts`, `author`: traceparents of the receipts and of the author, "": none. `times_ms`: the command was
-        stored, its last request left (0: none), its final receipt was stored. `about` has `wechat.outcome`, and where
-        the command was parked `wechat.opened_by`: the message after which it could be sent."""
+        """`receipts`, `author`: traceparents of the receipts and of the author, or "". `times_ms`: storage of the
+        command, its last request (0: none), storage of its final receipt. `about` has `wechat.outcome`, and for a
+        parked command `wechat.opened_by`: the message that opened the window."""
         stored_ms, sent_ms, ended_ms = times_ms
         command = _child(author, about["wechat.command"]) if author else receipts
         parent = author or (derive_traceparent(reply_to) if reply_to else "")
@@ -112,7 +112,7 @@ def _context(traceparent: str) -> SpanContext:
 
 
 def exporting_spans(instance: str) -> Spans:
-    """Spans that go where the variables of OpenTelemetry say, by a thread of its own."""
+    """Spans that a thread exports to the target in the variables of OpenTelemetry."""
     from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter  # noqa: PLC0415
     from opentelemetry.sdk.trace.export import BatchSpanProcessor  # noqa: PLC0415
 

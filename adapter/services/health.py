@@ -1,4 +1,7 @@
-"""How bots fare now: what the replica that polls each says, asked of all at once, and the window of its user."""
+"""The present health of bots: the state that the polling replica reports, and the window of the user.
+
+One request asks all replicas.
+"""
 
 from __future__ import annotations
 
@@ -17,9 +20,9 @@ from adapter.ownership.replica_status import PollerStatus, query_replicas
 from adapter.ports import AllReplicas
 
 BOTS_PER_REQUEST = 1000
-"""Their ids, and what a replica says of them, stay well below the 1 MiB that a message may have."""
+"""Keeps request and answers well below the 1 MiB of a message."""
 FAILING_MS = 60_000
-"""Polls that have failed for less are only repeated: an idle poll takes half of it."""
+"""A bot counts as failing after this time without an answer. An idle poll takes half of it."""
 _OF_POLLER: dict[str, BotStatus] = {
     "starting": "starting",
     "polling": "polling",
@@ -30,11 +33,11 @@ _OF_POLLER: dict[str, BotStatus] = {
 
 
 class HealthDeps(NamedTuple):
-    """What telling the health of bots needs."""
+    """Dependencies of the functions of this module."""
 
     replicas: AllReplicas
     subject: str
-    """Where replicas are asked."""
+    """Subject of the request to all replicas."""
     living_count: Callable[[], int]
     conversations: ConversationStore
     policy: window.WindowPolicy
@@ -42,7 +45,7 @@ class HealthDeps(NamedTuple):
 
 
 async def statuses(bindings: Sequence[Binding], deps: HealthDeps) -> dict[str, BindingHealth]:
-    """By bot, without what is known of users. Raises Temporary."""
+    """Health by bot, without the data of users. Raises Temporary."""
     found: dict[str, BindingHealth] = {}
     for start in range(0, len(bindings), BOTS_PER_REQUEST):
         page = bindings[start : start + BOTS_PER_REQUEST]
@@ -67,7 +70,7 @@ async def statuses(bindings: Sequence[Binding], deps: HealthDeps) -> dict[str, B
 
 
 def _status(binding: Binding, poller: PollerStatus | None, absence: tuple[BotStatus, str]) -> tuple[BotStatus, str]:
-    """In a word, and why. `absence`: of a bot that no replica polls."""
+    """Status and detail of a bot. `absence` is the result for a bot that no replica polls."""
     if binding.state == "needs_login":
         return "needs_login", binding.reason
     if poller is None:
@@ -80,7 +83,7 @@ def _status(binding: Binding, poller: PollerStatus | None, absence: tuple[BotSta
 
 
 async def describe(bindings: Sequence[Binding], deps: HealthDeps) -> list[BindingInfo]:
-    """Bindings with their health, in this order. Raises Temporary."""
+    """Bindings with their health, in the given order. Raises Temporary."""
     found = await statuses(bindings, deps)
     records = await deps.conversations.load_all([(each.sandbox, each.user) for each in bindings if each.user])
     now_ms = deps.clock.now_ms()

@@ -1,8 +1,8 @@
-"""What the bus has of one person: found, counted, erased.
+"""Finds, counts and erases the data of one person on the bus.
 
-A person is a WeChat user. Their bots talk to nobody else, so that what names one of these bots is theirs, too. What
-is erased is deleted by sequence and overwritten on the server's disk, but for keys of buckets: these are replaced by
-a mark, and go from the disk when the server rewrites its file.
+A person is a WeChat user. Each bot serves one person, so data that name a bot of the person are also theirs. Messages
+are deleted by sequence and overwritten on the server's disk. Keys of buckets get a delete marker; their value leaves
+the disk when the server rewrites its file.
 """
 
 from __future__ import annotations
@@ -32,14 +32,14 @@ Kind: TypeAlias = Literal[
     "binding", "conversation", "login", "message", "event", "receipt", "command", "dead_letter", "media", "journal"
 ]
 MARK_S = 60
-"""How long the mark of a deleted conversation stays, whose key names the user."""
+"""Time to live of the delete marker of a conversation, whose key names the user."""
 LOOK_S = 0.5
 RELEASE_WAIT_S = 30.0
-"""For the owners of a person's bots and conversations to end with them, beside what media may take."""
+"""Time for the owners of a person's bots and conversations to release them, in addition to the wait for media."""
 
 
 class Found(NamedTuple):
-    """A message of a stream that is about the person."""
+    """A stored message about the person."""
 
     kind: Kind
     stream: str
@@ -49,7 +49,7 @@ class Found(NamedTuple):
 
 
 class _About(msgspec.Struct):
-    """What a message or record says of whom it is about."""
+    """The fields of a message or record that name a person or bot."""
 
     user: str | None = None
     former_user: str = ""
@@ -61,14 +61,14 @@ class _About(msgspec.Struct):
 
 
 class _Object(msgspec.Struct):
-    """What the object store says of an object."""
+    """The description of an object in the object store."""
 
     name: str = ""
     nuid: str = ""
 
 
 class PersonSearch:
-    """Reads streams and buckets for one person, of all sandboxes or of one."""
+    """Searches streams and buckets for one person, in all sandboxes or in one."""
 
     def __init__(self, history: History, names: Names, user: str, sandbox: str | None) -> None:
         self._history = history
@@ -77,12 +77,12 @@ class PersonSearch:
         self._sandbox = sandbox
         self._bots: set[str] = set()
         self._serving_elsewhere: set[str] = set()
-        """Bots of the person's that serve another sandbox: their journals are in use."""
+        """Bots of the person that serve another sandbox, so their journals are in use."""
         self._commands: set[tuple[str, str]] = set()
         """Sandbox and id of each command that has a receipt."""
 
     async def find(self) -> AsyncIterator[Found]:
-        """All there is, what names the person's bots first. Raises Temporary."""
+        """Everything about the person. Records that name their bots come first. Raises Temporary."""
         for kind, stream, subject in self._places():
             async for stored in self._history.read(stream, subject):
                 if found := self._judge(kind, stream, stored):
@@ -113,7 +113,7 @@ class PersonSearch:
     def _judge(self, kind: Kind, stream: str, stored: Stored) -> Found | None:
         try:
             about = msgspec.json.decode(stored.data, type=_About)
-        except UNDECODABLE:  # the mark of a deleted key, or what nobody can read
+        except UNDECODABLE:  # a delete marker, or unreadable
             return None
         tokens = stored.subject.split(".")
         sandbox = about.sandbox or (tokens[2] if kind == "conversation" else tokens[-1] if kind == "command" else "")
@@ -145,7 +145,7 @@ class PersonSearch:
         return any(f'"{name}"'.encode() in stored.data for name in (self._user, *self._bots))
 
     async def _find_media(self) -> AsyncIterator[Found]:
-        """Objects that hold what the person sent: of each the description, then its pieces."""
+        """The media that the person sent. Each description precedes its pieces."""
         names, stream = self._names, f"OBJ_{self._names.media}"
         async for stored in self._history.read(stream, f"$O.{names.media}.M.>"):
             try:
@@ -160,14 +160,14 @@ class PersonSearch:
 
 
 class Owners(Protocol):
-    """What is known of the replicas that poll bots."""
+    """Knowledge about the replicas that poll bots."""
 
     async def revoke_if_expired(self, incarnation: str) -> bool:
-        """Whether it is proven that a replica does nothing any more."""
+        """Whether a replica is proven to do nothing more."""
 
 
 class Erasure:
-    """Erases one person. What it leaves, as after a crash, the next run finds."""
+    """Erases one person. A later run finds what an interrupted run left."""
 
     def __init__(
         self,
@@ -179,7 +179,7 @@ class Erasure:
         *,
         released_s: float,
     ) -> None:
-        """`buckets`: those of conversations and logins, by their streams."""
+        """`buckets`: the buckets of conversations and logins, by stream name."""
         self._access = access
         self._bindings = bindings
         self._buckets = buckets
@@ -188,10 +188,10 @@ class Erasure:
         self._released_s = released_s
 
     async def run(self, command: Erase, unbound: Collection[str], turn: asyncio.Lock) -> ControlAnswer:
-        """Erases, or with `dry_run` counts. `unbound`: bots that served the person until now. `turn` is held while
-        nobody may bind. Raises Temporary, BusRefused."""
+        """Erases, or only counts with `dry_run`. `unbound`: bots that served the person until now. Holds `turn` while
+        no command may bind. Raises Temporary, BusRefused."""
         counts: dict[str, Counter[str]] = {}
-        """By sandbox; "" for what is of none."""
+        """By sandbox, or "" for data without a sandbox."""
         if not command.dry_run:
             await self.wait_released(unbound)
             await self._wait_until(lambda: self._is_unserved(command))
@@ -200,8 +200,8 @@ class Erasure:
             counts.setdefault(found.sandbox, Counter())[found.kind] += 1
             theirs.append(found._replace(stored=found.stored._replace(data=b"", headers={})))
         if not command.dry_run:
-            # what names the bots goes last, or a run that is cut would leave what nobody finds any more
-            theirs.sort(key=lambda found: found.kind != "journal")  # oldest first: the newest says who polls
+            # records that name the bots are deleted last, since an interrupted run would otherwise leave data unfound
+            theirs.sort(key=lambda found: found.kind != "journal")  # oldest first: the newest names the owner
             first = sum(found.kind == "journal" for found in theirs)
             for found in (*theirs[:first], *reversed(theirs[first:])):
                 await self._delete(found, turn)
@@ -218,8 +218,8 @@ class Erasure:
         return PersonSearch(self._access.history, self._access.names, command.user, command.sandbox).find()
 
     async def wait_released(self, bots: Collection[str]) -> None:
-        """Returns once the owners of unbound bots have dispatched what they had and ended, or the time is over.
-        Raises Temporary."""
+        """Returns once the owners of unbound bots have dispatched their messages and released the bots, or after a
+        timeout. Raises Temporary."""
         for bot in bots:
             await self._wait_until(partial(self._is_released, bot))
 
@@ -240,7 +240,7 @@ class Erasure:
         return not owner or await self._owners.revoke_if_expired(owner)
 
     async def _is_unserved(self, command: Erase) -> bool:
-        """Whether the records say that nobody serves the person: their owners write them no more."""
+        """Whether all records of the person are marked unserved, so that their owners no longer write them."""
         names = self._access.names
         subject = f"$KV.{names.conversations}.{command.sandbox or '*'}.{to_subject_token(command.user)}"
         records = self._access.history.read(f"KV_{names.conversations}", subject)
@@ -250,7 +250,7 @@ class Erasure:
         """Raises Temporary."""
         history, stored = self._access.history, found.stored
         if found.kind == "binding":
-            return  # whoever is bound still was bound again meanwhile
+            return  # a binding that still exists is a new one
         if bucket := self._buckets.get(found.stream):
             key = stored.subject.split(".", 2)[2]
             ttl_s = MARK_S if found.kind == "conversation" else 0
@@ -262,7 +262,7 @@ class Erasure:
         if found.kind != "journal":
             await history.delete(found.stream, stored.seq, erase=True)
             return
-        async with turn:  # a poller whose newest record is gone would stop
+        async with turn:  # a poller would stop if its newest record were deleted
             await self._bindings.refresh(found.bot)
             if self._bindings.get(found.bot) is not None or not await self._is_released(found.bot):
                 raise Temporary("bot_in_use", f"{found.bot} is bound, or its owner has not ended.")
@@ -278,4 +278,4 @@ class Erasure:
 
 
 def _advice(left: Mapping[str, int]) -> str:
-    return "Something is left, since it was written meanwhile: erase again." if left else ""
+    return "Some data were written during the erasure: erase again." if left else ""

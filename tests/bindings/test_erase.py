@@ -80,7 +80,7 @@ async def test_one_that_fails_on_the_way_says_that_it_is_to_be_repeated() -> Non
     eraser.failure = Temporary("bus_timeout")
     platform = await bound(eraser)
     answer = await platform.say("erase", user=USER)
-    assert (answer.ok, answer.error) == (False, "It is not finished (bus_timeout): erase again.")
+    assert (answer.ok, answer.error) == (False, "The erasure is not complete (bus_timeout): erase again.")
 
 
 @pytest.mark.parametrize("body", [b"no json", b'{"user":""}', b'{"sandbox":"s1"}'])
