@@ -29,7 +29,7 @@ from adapter.kit.json_repair import without_halves
 _PEER = re.compile(r"[!-~]{0,128}")
 """Id of a bot or user, which becomes part of a subject."""
 _VALUE = re.compile(r"""value ['"]""")
-"""Where msgspec begins to quote a text that it rejects, up to the end or to the path in backquotes."""
+"""The start of a rejected text that msgspec quotes, which ends at the path in backquotes or at the end."""
 ID_CHARS = 128
 """Most characters of a command's id (contract.CommandId)."""
 MAX_NAME = 128
@@ -91,17 +91,17 @@ class Command(NamedTuple):
     parts: list[Part]
     when_closed: Literal["park", "refuse"]
     sequence: int
-    """Sequence at which it was first stored. For a copy by the router it is that of the original."""
+    """Sequence at which the command was first stored. A copy by the router has the sequence of the original."""
     stored_ms: int
-    """Time at which it was first stored, likewise."""
+    """Time at which the command was first stored, also for a copy."""
     expires_ms: int
     """A command that is unsent at this time is refused."""
     typing: Literal["", "on", "off"] = ""
-    """Show or hide the typing indicator; such a command has no parts."""
+    """Shows or hides the typing indicator. A command with this field has no parts."""
     optional: bool = False
-    """It may not use the reserved sends."""
+    """The command may not use the reserved sends."""
     reply_to: str = ""
-    """Id of the inbound message that it answers."""
+    """Id of the inbound message that the command answers."""
 
     @property
     def kind(self) -> Literal["text", "media", "typing", "unreadable"]:
@@ -157,7 +157,7 @@ def _decode_misaddressed(data: bytes) -> Outbound | None:
 
 def salvage_ids(data: bytes, limits: Limits) -> Outbound:
     """The `id`, `sandbox` and `reply_to` of a body that is no valid command, each if it is valid itself. They go into
-    the receipt, since its publisher waits for a receipt with that id."""
+    the receipt, since the publisher waits for a receipt with that id."""
     if len(data) > limits.command_bytes:
         return Outbound()
     try:
@@ -188,9 +188,9 @@ def sandbox_of(body: Outbound) -> str:
 
 
 def original_position(headers: Mapping[str, str], sequence: int, time_ms: int) -> tuple[int, int]:
-    """Sequence and time under which a command was stored first: of a router's copy, those of the original.
+    """Sequence and time at which a command was first stored. A copy by the router has those of the original.
 
-    Only what is earlier counts: a sandbox writes headers as it likes, and harms its own commands alone.
+    Only earlier values count. A sandbox may write any headers, and harms only its own commands.
     """
     return _header_or(headers.get(H_SEQUENCE, ""), sequence), _header_or(headers.get(H_SINCE_MS, ""), time_ms)
 
@@ -200,20 +200,20 @@ def _header_or(header: str, own: int) -> int:
 
 
 def is_slow(body: Outbound, limits: Limits) -> bool:
-    """Whether it is Markdown to be read, which takes more than a few milliseconds (split.is_quick)."""
-    if body.format != "plain" or _is_longer(body, limits):  # the latter is refused unread
+    """Whether the command has Markdown that takes more than a few milliseconds to parse (split.is_quick)."""
+    if body.format != "plain" or _is_longer(body, limits):  # a longer text is refused unread
         return False
     return not split.is_quick("\n".join(texts_of(body)))
 
 
 def texts_of(body: Outbound) -> list[str]:
-    """Its text, or the texts and captions of its items."""
+    """The text of a command, or the texts and captions of its items."""
     items = body.items or [OutText(text=body.text or "")]
     return [item.text if isinstance(item, OutText) else item.caption for item in items]
 
 
 def with_texts(body: Outbound, texts: Sequence[str]) -> Outbound:
-    """The same command, which says `texts` (as `texts_of` names them) as they are."""
+    """The same command with `texts`, in the order of `texts_of`, to be sent unchanged."""
     if body.items is None:
         return replace(body, text=texts[0] if body.text is not None else None, format="markdown")
     items = [
@@ -224,21 +224,21 @@ def with_texts(body: Outbound, texts: Sequence[str]) -> Outbound:
 
 
 def with_plain_texts(body: Outbound, limits: Limits) -> Outbound:
-    """A command with plain texts as one that says what they say. Raises Refused("too_long")."""
-    if _is_longer(body, limits):  # known before anything is read: reading Markdown takes its time
+    """The same command with its Markdown converted to plain texts. Raises Refused("too_long")."""
+    if _is_longer(body, limits):  # checked before the slow parsing of Markdown
         raise _too_long(limits)
     return with_texts(body, [split.to_plain(text) for text in texts_of(body)])
 
 
 def _is_longer(body: Outbound, limits: Limits) -> bool:
-    """Whether its texts are longer than what could be sent of them, Markdown's marks included."""
+    """Whether the texts, with their Markdown marks, are longer than a command may send."""
     return sum(map(len, texts_of(body))) > limits.parts * limits.text_chars * 2
 
 
 def read_command(body: Outbound, *, sandbox: str, ident: str, sequence: int, time_ms: int, limits: Limits) -> Command:
     """The command, addressed to `sandbox` by its subject; `sequence` and `time_ms` are those of the original.
 
-    Plain texts are read as Markdown here, unless they were before (`with_plain_texts`). Raises Refused("invalid"),
+    Markdown is parsed here unless it was converted before (`with_plain_texts`). Raises Refused("invalid"),
     Refused("too_long").
     """
     check_sandbox(sandbox)
@@ -289,7 +289,7 @@ def _read_parts(body: Outbound, sandbox: str, limits: Limits) -> list[Part]:
 
 
 def _split_text(text: str, limits: Limits) -> list[str]:
-    """One text, cut. Raises Refused("invalid"), Refused("too_long")."""
+    """Splits one text. Raises Refused("invalid"), Refused("too_long")."""
     if len(text) > limits.parts * limits.text_chars:
         raise _too_long(limits)
     if not text.strip():
@@ -302,7 +302,7 @@ def _too_long(limits: Limits) -> Refused:
 
 
 def _read_media_part(item: OutImage | OutVideo | OutFile | OutVoice, sandbox: str) -> MediaPart:
-    """Raises Refused("invalid"): above all for an object of another sandbox."""
+    """Raises Refused("invalid"), for example for an object of another sandbox."""
     if (item.media is None) == (item.data is None):
         raise Refused("invalid", "A media item holds either media (an object) or data.")
     given = item.media.object if item.media else ""
@@ -319,7 +319,7 @@ def _read_media_part(item: OutImage | OutVideo | OutFile | OutVoice, sandbox: st
 
 
 def _clean_file_name(name: str) -> str:
-    """A file name without folders, control and invisible characters, its ending kept where it must be cut."""
+    """A file name without folders, control and invisible characters. A name that is too long keeps its ending."""
     name = "".join(c for c in re.split(r"[/\\]", name)[-1] if unicodedata.category(c) not in _UNSEEN).strip(" .")
     if len(name) <= MAX_NAME:
         return name
@@ -328,20 +328,20 @@ def _clean_file_name(name: str) -> str:
 
 
 def client_id_base(sandbox: str, sequence: int, stored_ms: int) -> str:
-    """The base of a command's client_ids, from what identifies it."""
+    """The base of a command's client_ids, derived from its identity."""
     return hashlib.blake2b(f"{sandbox}|{sequence}|{stored_ms}".encode(), digest_size=12).hexdigest()
 
 
 def client_id(base: str, part: int, merged: int = 0) -> str:
     """The client_id of one part: a repeat after a crash or a lost answer is the same message to WeChat.
 
-    `merged`: how many later commands are in it. Sent alone, the same command is another message.
+    `merged`: number of later commands in the message. The same command sent alone is another message.
     """
     return f"wechat-nats:{base}-{part}" + (f"+{merged}" if merged else "")
 
 
 def _describe_error(exc: Exception) -> str:
-    """The decoder's words without any of the text: types and paths, no values."""
+    """The message of the decoder with types and paths, but without values."""
     said = str(exc)
     if value := _VALUE.search(said):
         path = f" - at {said.rpartition(' - at ')[2]}" if said.endswith("`") else ""

@@ -24,7 +24,7 @@ log = structlog.get_logger()
 INBOUND_WAIT_S = 1.0
 """Longest wait of an inbox for a conversation, which itself may wait for a receipt that cannot be stored."""
 MAX_WAKING = 8
-"""Conversations loaded at the same time after a start or a take-over, so that thousands do not hold up other work."""
+"""Conversations loaded at the same time after a start or a takeover, so that thousands do not delay other work."""
 
 
 class ConversationShard(Protocol):
@@ -37,7 +37,7 @@ class ConversationShard(Protocol):
         """Raises Temporary."""
 
     def on_inbound(self, binding: Binding, user: str) -> None:
-        """The user wrote, so iLink may have a typing ticket for them."""
+        """Reports that the user wrote, so iLink may have a typing ticket for them."""
 
     def record_in_memory(self, sandbox: str, user: str) -> ConversationRecord | None:
         """The record in memory; None: the conversation is not loaded."""
@@ -73,7 +73,7 @@ class Conversations:
         sequence: int,
     ) -> ConversationActor:
         """Gives a message of the user to their conversation, and returns the conversation once it has processed the
-        message, or after INBOUND_WAIT_S if it is held up; it then processes the message later. `sequence`: that of
+        message, or after INBOUND_WAIT_S; a delayed conversation processes the message later. `sequence`: that of
         the message's journal record. Raises Temporary, LeaseLost.
         """
         shard = await self._open_shard(binding.sandbox)
@@ -114,7 +114,7 @@ class Conversations:
         return (await self._store.load(sandbox, user))[0]
 
     def wake_soon(self, binding: Binding) -> None:
-        """Has the bot's conversation check in the background what changed before this replica polled the bot."""
+        """Makes the bot's conversation check in the background what changed before this replica polled the bot."""
         self._to_wake[binding.bot] = binding
         if len(self._waking) < MAX_WAKING:
             self._waking.spawn(self._wake_all())

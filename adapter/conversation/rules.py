@@ -77,7 +77,7 @@ ATTEMPTS = 8
 REPEAT_PAUSE_MS = 1000
 """Pause before the repeat of a request that got no answer, or got -14 while the session is alive."""
 GROUP_WAIT_MS = 10_000
-"""After a take-over, commands of a merged message that are not redelivered within this time are gone."""
+"""After a takeover, commands of a merged message that are not redelivered within this time are gone."""
 LOGIN_CHECK_MS = 60_000
 """Interval at which a queue that waits for a login checks the binding, in case its update was lost."""
 
@@ -193,7 +193,7 @@ class Conversation(msgspec.Struct, frozen=True, kw_only=True):
     head_result: CommandResult | None = None
     """Result with which the previous owner ended a command of the message under way; the others in it share it."""
     group_due_ms: int = 0
-    """Until when the missing commands of a merged message are awaited after a take-over."""
+    """Until when the missing commands of a merged message are awaited after a takeover."""
     merge_barrier: int = 0
     """Commands up to this sequence are not merged, since iLink refused them merged."""
     reason: str = ""
@@ -773,7 +773,7 @@ def _end_commands(
         return _reset_progress(conversation) if is_first else conversation
     ended = {command.ref.sequence for command in commands}
     if shared.may_be_sent and any(command.sequence not in ended for command in progress.commands):
-        return _replaced(conversation, head_result=shared)  # the others are redelivered after the take-over
+        return _replaced(conversation, head_result=shared)  # the others are redelivered after the takeover
     return _close_head(conversation, may_be_sent=shared.may_be_sent)
 
 

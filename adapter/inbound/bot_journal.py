@@ -7,9 +7,9 @@ the newest record (`last`), and writes each record by compare-and-set on the seq
 - `records_of` splits an answer into records, and `store` stores one of them.
 - `release` stores a record without an owner.
 
-If a write conflicts, `adopt_late` reads the records behind the known one. Records under this replica's own name are
+If a write conflicts, `adopt_late` reads the records after the known one. Records under this replica's own name are
 late answers of a replica that lost the bot (`store_late`), or an own write whose answer was lost; the journal
-continues behind them. A record under another name means that the bot is lost: LeaseLost.
+continues after them. A record under another name means that the bot is lost: LeaseLost.
 
 The poller and `taking` are the callers. The journal never reads messages; `Progress`, which is the dispatcher, says
 how far they are dispatched, and which dedup window to store.
@@ -93,7 +93,7 @@ class BotJournal:
         self.sequence = last.sequence if last else 0
         """Sequence of the newest record."""
         self.stored = record.next_record(self.sequence)
-        """The next record, as far as it follows from the newest one."""
+        """The next record without messages, derived from the newest one."""
         self.cursor = record.cursor
         """iLink's cursor for the next poll. It may be newer than the stored one."""
         self.start = record.start
@@ -124,7 +124,7 @@ class BotJournal:
         return self.stored.last_heard <= self.done_to
 
     def apply_start_cursor(self, binding: Binding, sealer: Sealer) -> None:
-        """Goes to the cursor of a bind request, once. The next record stores it."""
+        """Applies the cursor of a bind request, once. The next record stores it."""
         if binding.start_cursor is None:
             return
         try:
@@ -203,7 +203,7 @@ class BotJournal:
             return
 
     async def adopt_late(self) -> list[Written]:
-        """Continues behind records that were stored under this replica's name without its knowledge, and returns
+        """Continues after records that were stored under this replica's name without its knowledge, and returns
         them. Raises LeaseLost if another replica owns the bot, Temporary."""
         found = [written async for written in self._journal.after(self.bot, self.sequence)]
         if any(written.owner != self.owner for written in found):
@@ -221,8 +221,8 @@ class BotJournal:
         return []
 
     async def delete_needless(self) -> None:
-        """Deletes the records that no later owner reads: all before the newest one, once every message is dispatched
-        and the dedup window is stored. Messages stay in the journal no longer than that. Raises Temporary."""
+        """Deletes all records before the newest one, once every message is dispatched and the dedup window is stored.
+        No later owner reads them. Raises Temporary."""
         if min(self.stored.done_to, self.stored.seen_to) < self.stored.last_heard:
             return
         while self._inherited and (found := await self._journal.get(self.bot, self._inherited)) is not None:

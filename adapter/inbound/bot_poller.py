@@ -40,12 +40,12 @@ State: TypeAlias = Literal["starting", "polling", "paused", "needs_login", "erro
 
 
 class Pacing(NamedTuple):
-    """Spreads the work of thousands of bots, which would otherwise hold up the event loop and the lease."""
+    """Spreads the work of thousands of bots, which would otherwise delay the event loop and the lease."""
 
     takeovers: asyncio.Semaphore
     """Bounds how many bots are taken at once."""
     turns: PerTickLimiter
-    """Spreads what many bots do once they may go on, or have answers."""
+    """Spreads the next steps of many bots that get answers or may continue at the same time."""
     starts: RateLimiter
     """Spreads the first polls. Polls that begin together end together, and would begin together for ever."""
     wakeups: WakeupBatcher
@@ -98,7 +98,7 @@ class InboundDeps(NamedTuple):
     gate: PollGate
     others: OtherReplicas
     on_session_changed: Callable[[Binding], None]
-    """Called when a bot may send again, or may not any more (Session.is_stale, is_catching_up)."""
+    """Called when a bot may or may no longer send (BotPoller.is_stale, is_catching_up)."""
 
     @property
     def journal(self) -> Journal:
@@ -174,11 +174,11 @@ class BotPoller:
         """The poller's task while its poll waits."""
         self._is_cancelling_poll = False
         self._is_cancelled_for_lease = False
-        """The lost lease is the only reason for the cut."""
+        """The lost lease is the only reason for the cancellation."""
         self._account: tuple[Binding, Account] | None = None
 
     def account(self, binding: Binding, sealer: Sealer) -> Account:
-        """As account_of, but opens a token once instead of for each poll. Raises Refused("token_key")."""
+        """`account_of`, which opens a token once instead of for each poll. Raises Refused("token_key")."""
         if self._account is None or self._account[0] is not binding:
             self._account = binding, account_of(binding, sealer)
         return self._account[1]
@@ -195,29 +195,29 @@ class BotPoller:
             self.cancel_poll()
 
     def cancel_poll(self, *, for_lease: bool = False) -> None:
-        """Ends a pause, and a poll after HERE_S."""
+        """Ends a pause at once, and a poll after ANSWER_GRACE_S."""
         self._is_cancelled_for_lease = for_lease and (self._is_cancelled_for_lease or not self.poll_cancel.is_set())
         self.poll_cancel.set()
         if self.poll_task is not None:
             loop = asyncio.get_running_loop()
-            # Behind everything that is due by then. Otherwise an answer would be dropped that was read but has not
-            # woken the poller, or that came while the loop was held up: uvloop runs timers before it reads sockets.
+            # After everything that is due by then. Otherwise an answer would be dropped that was read but has not
+            # woken the poller, or that arrived while the loop was busy: uvloop runs timers before it reads sockets.
             end = functools.partial(loop.call_soon, self._end_poll)
             loop.call_later(ANSWER_GRACE_S, lambda: loop.call_later(TURN_S, end))
 
     def withdraw_cancel(self) -> None:
-        """Withdraws a cut whose only reason was the lease, which is valid again and was never another replica's."""
+        """Withdraws a cancellation for the lease, which is valid again and never belonged to another replica."""
         if self._is_cancelled_for_lease and not self._is_cancelling_poll:
             self.poll_cancel.clear()
 
     def _end_poll(self) -> None:
-        """Ends the poll that waits now, even one that began after the cut, since `poll_cancel` is still set."""
+        """Ends the waiting poll, even one that began after `cancel_poll`, since `poll_cancel` is still set."""
         if self.poll_task is not None and self.poll_cancel.is_set() and not self._is_cancelling_poll:
             self._is_cancelling_poll = True
             self.poll_task.cancel()
 
     def was_poll_cancelled(self) -> bool:
-        """Whether `cancel_poll` was the only reason for which the poller was cancelled; then it goes on."""
+        """Whether only `cancel_poll` cancelled the poller, which then continues."""
         if not self._is_cancelling_poll or self.poll_task is None:
             return False
         self._is_cancelling_poll = False
@@ -242,7 +242,7 @@ async def notify(poller: BotPoller, deps: InboundDeps, *, start: bool, even_stal
 
 
 def rebound(binding: Binding, deps: InboundDeps) -> Callable[[], bool]:
-    """Whether the bot's binding differs from `binding` by now."""
+    """A condition: the bot's binding differs from `binding`."""
     return lambda: deps.bindings.get(binding.bot) != binding
 
 

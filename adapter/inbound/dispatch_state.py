@@ -1,4 +1,4 @@
-"""What a dispatcher works on: its dependencies, records, and messages on their way to an inbox."""
+"""The data of a dispatcher: its dependencies, records, and pending messages."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class PendingMessage:
         self.until = until
         """Monotonic time at which it is published without its missing media."""
         self.is_suspect = is_suspect
-        """It may be in its inbox: it is left over, or a publish failed with a lost lease."""
+        """The message may be in its inbox: it is left over, or its publish lost the lease."""
         self.crashes = 0
         """Publishes of this message alone that raised an unexpected error."""
         self.work: asyncio.Task[list[InboundItem]] | None = None
@@ -83,13 +83,13 @@ class OpenRecord:
         self.is_left_over = is_left_over
         """A previous owner stored it and may have published some of it."""
         self.messages: list[bytes] | None = None
-        """Its messages, completed by the pieces in earlier records."""
+        """The messages, completed by the pieces in earlier records."""
         self.triaged: list[TriagedMessage] | None = None
         self.added_keys = 0
-        """Messages that it added to the dedup window."""
+        """Messages that the record added to the dedup window."""
         self.is_triaged = False
         self.unpublished = 0
-        """Messages that are not in their inbox."""
+        """Messages of the record that are not in their inbox."""
         self.actors: list[ConversationActor] = []
-        """Conversations of its users."""
+        """Conversations of the users in the record."""
         self.crashes = 0

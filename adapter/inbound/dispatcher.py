@@ -2,14 +2,15 @@
 
 A record goes through these steps. Each step can be repeated, and what a replica leaves undone is in the journal.
 
-1. Triage. The messages are translated, and duplicates are dropped. Messages for no inbox become dead letters. 2.
-Conversations. The user's conversation gets token and window first, so that a fast answer finds them. 3. Media. Up to
-AHEAD messages download their media at once. A message waits for its media for a bounded time, and delays only later
-messages of its own bot. 4. Publishing. Messages that are ready are published in order. 5. Closing. When all messages
-of a record are published, the conversations note its sequence. `done_to` is the sequence up to which they have also
-stored it; the poller writes it into the journal.
+1. Triage. The messages are translated, and duplicates are dropped. Messages for no inbox become dead letters.
+2. Conversations. The user's conversation gets token and window first, so that a fast answer finds them.
+3. Media. A few messages download their media at once. A message waits for its media for a bounded time, and delays
+   only later messages of its own bot.
+4. Publishing. Messages that are ready are published in order.
+5. Closing. When all messages of a record are published, the conversations note its sequence. `done_to` is the
+   sequence up to which they have also stored it; the poller writes it into the journal.
 
-A new owner starts with `catch_up`. It reads the records behind `done_to` and drops the messages that the inbox has.
+A new owner starts with `catch_up`. It reads the records after `done_to` and drops the messages that the inbox has.
 Such records are "left over". The poller calls `offer` for each new record, and stops polling while `has_room` is
 false. A dispatcher never writes to the journal, and never publishes without the lease (`_ensure_owner`).
 """
@@ -70,7 +71,7 @@ class Dispatcher:
         self._on_caught_up = on_caught_up
         self.is_catching_up = False
         self._seen: DedupWindow | None = None
-        """Loaded with the first message, since most bots are silent for long after a take-over."""
+        """Loaded with the first message, since most bots are silent for long after a takeover."""
         self._inherited: int | None = None
         """Sequence of the newest record with messages of earlier owners; None: the first record of this owner has
         it."""
@@ -107,7 +108,7 @@ class Dispatcher:
             self._on_caught_up()
 
     def offer(self, written: Written) -> None:
-        """Takes the next stored record with messages."""
+        """Queues the next stored record with messages."""
         if self._stopped:
             return
         opened = OpenRecord(written)
@@ -116,18 +117,18 @@ class Dispatcher:
         self._wake()
 
     def has_room(self) -> bool:
-        """Whether the poller may go on; `changed` notifies."""
+        """Whether the poller may poll again. `changed` is notified of it."""
         is_full = len(self._open) >= MAX_BACKLOG or sum(opened.size for opened in self._open) >= MAX_BACKLOG_BYTES
         return self._stopped or not is_full
 
     @property
     def is_done(self) -> bool:
-        """Whether all messages are in their inboxes; `changed` notifies."""
+        """Whether all messages are in their inboxes. `changed` is notified of it."""
         return not self._open and not self.is_catching_up
 
     async def drain(self, seconds: float) -> bool:
-        """Stops after at most `seconds` for what is nearly done. Returns whether all messages are in their inboxes;
-        the journal has the others."""
+        """Stops after at most `seconds` for messages that are nearly published. Returns whether all messages are in
+        their inboxes; the journal has the others."""
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(seconds):
                 await self.changed.wait_until(lambda: self._stopped or self.is_done)
@@ -139,7 +140,7 @@ class Dispatcher:
         return is_done
 
     def stop(self) -> None:
-        """Stops at once, since the bot is lost or given away."""
+        """Stops at once, since the bot is lost or released."""
         self._stopped = True
         self._tasks.cancel_all()
         self.changed.notify_all()
@@ -159,7 +160,7 @@ class Dispatcher:
         return self._done_to
 
     async def wait_stored(self, seconds: float) -> None:
-        """Waits at most `seconds` for the conversations to store what was dispatched."""
+        """Waits at most `seconds` for the conversations to store the dispatched sequence."""
         until = self._clock.monotonic() + seconds
         self.done_to()
         while self._unsaved and self._clock.monotonic() < until:
@@ -376,8 +377,7 @@ class Dispatcher:
         self.changed.notify_all()
 
     async def _drop_published(self) -> None:
-        """Drops the messages that are in their inbox, after a crash or a lost lease left that open. Raises Temporary,
-        LeaseLost."""
+        """Drops suspect messages that are in their inbox. Raises Temporary, LeaseLost."""
         suspects = [waiting for waiting in self._waiting if waiting.is_suspect]
         self._ensure_owner()  # otherwise a new owner may publish after this read
         places, ids = await self._left_over.find_published(suspects)

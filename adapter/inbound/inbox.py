@@ -32,9 +32,9 @@ log = structlog.get_logger()
 T = TypeVar("T")
 
 QUOTES_S = 2.0
-"""Longest search for the quotes in messages that are published together; then quotes have no text."""
+"""Longest search for the quotes of a batch; later quotes have no text."""
 LARGE = 64 * 1024
-"""Size of a message as iLink sent it. No text from a phone is larger, and every bus accepts this much."""
+"""Size above which a message is published alone. No text from a phone is larger, and every bus accepts this much."""
 
 
 class AddressedMessage(msgspec.Struct, frozen=True, gc=False):

@@ -1,4 +1,4 @@
-"""The journal: for each bot, what iLink delivered and which replica polls, as a sequence of records.
+"""The journal: for each bot, a sequence of records with iLink's messages and the replica that polls.
 
 Stream WECHAT_JOURNAL, subject `wechat.journal.<bot>`. Each record is written by compare-and-set on the last sequence
 of its subject. It is a checkpoint, since it has iLink's cursor, and a fence, since it has the owner's name: a write
@@ -34,7 +34,7 @@ class JournalRecord(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tru
     cursor: str = ""
     """iLink's cursor for the next poll."""
     start: str | None = None
-    """Digest of the start cursor from the bind request that was applied last; "" is the start of all."""
+    """Digest of the start cursor that was applied last, from a bind request; "": none."""
     sandbox: str = ""
     """The sandbox that the bot served when iLink answered, which gets the messages; "": none."""
     received_ms: int = 0
@@ -43,11 +43,11 @@ class JournalRecord(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tru
     is_continued: bool = False
     """The last message continues in the next record, since it is too large for one."""
     is_rest: bool = False
-    """The first message is the rest of one from an earlier record."""
+    """The first message continues a message of an earlier record."""
     place: str = ""
     """Identity of the answer, a digest of its cursor; "": it had none."""
     first: int = 0
-    """Index in the answer of the first message."""
+    """Index of the first message in the answer."""
     seen: list[str] | None = None
     """The dedup window (lines of `content.dedup`) up to `done_to`; None: an older record has it."""
     seen_at: int = 0
@@ -72,7 +72,7 @@ class JournalRecord(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tru
         )
 
     def placed_behind(self, base: JournalRecord) -> JournalRecord:
-        """This record with all that `base` says of the records before it."""
+        """This record with the references of `base` to earlier records."""
         return msgspec.structs.replace(
             self,
             start=base.start,
@@ -118,8 +118,8 @@ class Journal:
         return None if stored is None else self._read(bot, stored)
 
     async def after(self, bot: str, sequence: int) -> AsyncIterator[Written]:
-        """The records behind a sequence, oldest first. Only for few bots, since the server scans the records of all
-        others, too. Raises Temporary."""
+        """The records after a sequence, oldest first. The server scans the records of all bots, so use it for few
+        bots. Raises Temporary."""
         subject = self._names.journal(bot)
         async for stored in self._history.read(self._names.stream_journal, subject, after=sequence):
             yield self._read(bot, stored)
@@ -161,7 +161,7 @@ class Journal:
             raise
 
     async def delete(self, sequence: int) -> None:
-        """Deletes one, and has it overwritten. Raises Temporary."""
+        """Deletes a record and overwrites it on the disk. Raises Temporary."""
         await self._history.delete(self._names.stream_journal, sequence, erase=True)
 
     def _read(self, bot: str, stored: Stored) -> Written:

@@ -1,6 +1,6 @@
-"""What earlier owners of a bot left in its journal: records that are not dispatched, and the messages lately seen.
+"""Reads the records of a bot's journal that earlier owners left undispatched, and the dedup window.
 
-A record may have been dispatched in part: the inbox says which of its messages it has.
+A record may be partly dispatched: the inbox shows which of its messages are published.
 """
 
 from __future__ import annotations
@@ -19,18 +19,18 @@ CLOCK_SKEW_MS = 60_000
 
 
 class LeftOver:
-    """Reads one bot's records back."""
+    """Reads the left-over records of one bot."""
 
     def __init__(self, journal: BotJournal, deps: DispatchDeps) -> None:
         self._journal = journal
         self._deps = deps
         self._pieces: dict[tuple[str, int], bytes] = {}
-        """Beginnings of messages that continue in a later record, by iLink's answer and the message's number in it.
-        A late record of another replica may lie between the two."""
+        """Beginnings of messages that continue in a later record, by answer and index. A late record of another
+        replica may lie between the two records."""
 
     async def read_back(self, newest: int, done_to: int) -> tuple[DedupWindow, list[OpenRecord]]:
         """The dedup window, and the left-over records, oldest first. `newest`: sequence of the newest record with
-        messages of earlier owners. `done_to`: sequence up to which all is dispatched. Raises Temporary."""
+        messages of earlier owners. `done_to`: sequence up to which everything is dispatched. Raises Temporary."""
         stored, triage = self._journal.stored, self._deps.triage
         known = await self._get(stored.seen_at) if stored.seen_at else None
         seen, left = DedupWindow(known.record.seen or () if known else ()), []
@@ -44,8 +44,8 @@ class LeftOver:
         return seen, left
 
     async def _earlier_records(self, sequence: int, known_to: int) -> list[Written]:
-        """The records with messages that earlier owners stored behind `known_to`, oldest first. They are read
-        backwards by `last_heard`, since a search by subject would scan the records of all bots. Raises Temporary."""
+        """The records with messages that earlier owners stored after `known_to`, oldest first. Follows `last_heard`
+        backwards, since a search by subject would scan the records of all bots. Raises Temporary."""
         found: list[Written] = []
         while sequence > known_to and (written := await self._get(sequence)) is not None:
             found.append(written)
@@ -78,7 +78,7 @@ class LeftOver:
         places, ids = set(), set()
         for sandbox, count in Counter(pending.message.sandbox for pending in suspects).items():
             subject = names.inbox(sandbox)
-            # usually one is pending, and is the newest in its inbox: to read more, the server scans all inboxes
+            # usually one message is pending and is the newest of its inbox; a longer read scans all inboxes
             newest = await history.read_last_of_each(names.stream_in, [subject]) if count == 1 else []
             found = {stored.headers.get(H_JOURNAL, "") for stored in newest}
             if any(pending.message.place in found for pending in suspects if pending.message.sandbox == sandbox):

@@ -1,4 +1,4 @@
-"""Who gets a bot's messages: the sandbox that it serves, and the conversations of its users."""
+"""The recipients of a bot's messages: the sandbox that it serves, and the conversations of its users."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class Recipients:
         self._rejects = rejects
 
     async def find_binding(self) -> Binding | None:
-        """The bot's binding; None: the bus has none, even if asked directly. Raises Temporary."""
+        """The bot's binding, or None if the bus has none, even when asked directly. Raises Temporary."""
         bindings = self._bindings
         if bindings.get(self._bot) is None:
             await bindings.refresh(self._bot)
@@ -107,7 +107,7 @@ class Recipients:
             await bindings.remove(other.bot)
 
     def belongs_to_another(self, message: AddressedMessage) -> bool:
-        """Whether the message's sandbox has only bots of other users by now, who must not see the message."""
+        """Whether the message's sandbox now has only bots of other users, who must not see the message."""
         bindings = self._bindings
         serves = bindings.get(self._bot)
         if serves is not None and serves.sandbox == message.sandbox:

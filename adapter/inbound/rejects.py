@@ -1,4 +1,4 @@
-"""The messages of a bot that reach no inbox: each is counted, and kept as a dead letter where that helps."""
+"""Ends messages that reach no inbox: each is counted, and some become dead letters."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ class Rejects:
         await inbox.dead_letter(self._bot, sandbox, raw, why, self._publishing, reason=reason, message=message)
 
     async def end_crashed(self, raw: bytes, sandbox: str, inbound: InboundMessage | None) -> None:
-        """Gives up a message on which the code raises at every attempt."""
+        """Ends a message on which the code raises in every attempt."""
         if self._publishing.ensure_owner is not None:
             self._publishing.ensure_owner()
         crashed = Crashed()

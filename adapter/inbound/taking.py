@@ -24,14 +24,14 @@ QUERY_EVERY = 12
 """Attempts to take a bot after which all replicas are asked for its poller. They last some 30 s, in which most polls
 of bots that are handed over end, so that few of thousands ask."""
 DISPATCH_DRAIN_S = 1.0
-"""Time for what is nearly dispatched when a bot is released. The next owner finds the rest in the journal. An unbound
-bot has no next owner, so its media get their full time."""
+"""Time to finish dispatching when a bot is released. The next owner finds the rest in the journal. An unbound bot has
+no next owner, so its media get their full time."""
 STORE_WAIT_S = 10.0
-"""Time for the conversations of an unbound bot to store what was dispatched; otherwise its journal stays."""
+"""Time for the conversations of an unbound bot to store the dispatched sequence; otherwise its journal stays."""
 
 
 async def take_bot(poller: BotPoller, deps: InboundDeps) -> BotJournal | None:
-    """Writes this replica's name into the bot's journal, once no other replica can be polling; None: it must stop.
+    """Writes this replica's name into the bot's journal, once no other replica can poll; None: the poller must stop.
 
     Raises Temporary, LeaseLost, Refused.
     """
@@ -47,7 +47,7 @@ async def take_bot(poller: BotPoller, deps: InboundDeps) -> BotJournal | None:
         if journal is not None:
             _begin_dispatch(poller, journal, deps)
             return journal
-        _mark_caught_up(poller, deps)  # the living owner has dispatched what there was
+        _mark_caught_up(poller, deps)  # the living owner has dispatched everything
         attempts += 1
         if attempts % QUERY_EVERY == 0 and await _clear_idle_owner(poller.bot, deps):
             continue
@@ -93,7 +93,7 @@ def _begin_dispatch(poller: BotPoller, journal: BotJournal, deps: InboundDeps) -
 
 
 def _open_dispatcher(poller: BotPoller, journal: BotJournal, deps: InboundDeps) -> Dispatcher:
-    """The bot's dispatcher, made with the first message, since most bots are silent for long after a take-over."""
+    """The bot's dispatcher, made with the first message, since most bots are silent for long after a takeover."""
     if poller.dispatcher is None:
         poller.dispatcher = Dispatcher(journal, deps.dispatching, partial(_on_caught_up, poller, deps))
         journal.progress = poller.dispatcher
@@ -172,7 +172,7 @@ async def release(poller: BotPoller, journal: BotJournal, deps: InboundDeps) -> 
         try:
             await journal.release(ttl_s=deps.waits.keep_s if ends else 0)
             if ends:
-                await journal.delete_older()  # otherwise an older one is last when it expires
+                await journal.delete_older()  # otherwise an older record becomes the newest when this one expires
             break
         except LeaseLost:
             return

@@ -40,14 +40,14 @@ DUPLICATE_WINDOW_NS = 300 * NS
 OUT_DUPLICATE_WINDOW_NS = 15 * NS
 """Duplicate window of commands. The server keeps their ids in memory for up to three windows, and a sandbox may make
 each id as long as all headers. The window covers a publisher that repeats an unacknowledged command, and a router
-after a take-over. The adapter drops later duplicates itself."""
+after a takeover. The adapter drops later duplicates itself."""
 HEADER_BYTES = 64 * 1024
 """Longest headers of a message that a server stores."""
 OUT_PART, DEAD_PART = 2, 10
 """Commands have half of the bytes of inbound messages, dead letters a tenth. One sandbox cannot use all bytes of
 commands: its share is `out_max_per_sandbox` of the largest commands, 3 GiB of 5 by default."""
 OUT_ACK_WAIT_NS = 3600 * NS
-"""Long on purpose: unacknowledged commands are redelivered by a consumer reset, at take-over and after each
+"""Long on purpose: unacknowledged commands are redelivered by a consumer reset, at takeover and after each
 connect."""
 
 EVENTS_KEPT = 100_000

@@ -1,6 +1,6 @@
 """Finds the conversation that each command of a shard is for.
 
-After a take-over the commands are redelivered. Their receipts say which of them have ended, and are read in batches.
+After a takeover the commands are redelivered. Their receipts say which of them have ended, and are read in batches.
 The records of the sandbox's conversations say which one was being sent, and to whom. The others were never started.
 """
 

@@ -1,7 +1,7 @@
 """The typing indicator: shows users that the bot types, and hides it (sendtyping, 11.2).
 
 Each bot and user has a task while the indicator is shown or has to be hidden. Sends never wait for it. Its state is
-only in memory: after a take-over it is hidden once more with the first answer (`hide_if_visible`).
+only in memory: after a takeover it is hidden once more with the first answer (`hide_if_visible`).
 """
 
 from __future__ import annotations

@@ -40,7 +40,7 @@ log = structlog.get_logger()
 HANDED_AT_ONCE = 16
 """Shards that are handed over at the same time. Users of these wait for the requests in flight; the others do not."""
 SEND_GRACE_S = 20.0
-"""Time for requests in flight during a hand-over; longer than a send may take."""
+"""Time for requests in flight during a handover; longer than a send may take."""
 
 
 class ShardWork(Protocol):

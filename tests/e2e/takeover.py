@@ -83,7 +83,7 @@ async def run(folder: Path, *, times: int, bots: int) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Measures take-overs.")
+    parser = argparse.ArgumentParser(description="Measures takeovers.")
     parser.add_argument("--times", type=int, default=10)
     parser.add_argument("--bots", type=int, default=200)
     given = parser.parse_args()

@@ -131,7 +131,7 @@ CASES = [
     Case(
         "BotsUnowned", "one replica knows of some", both("0x30", "0x5 3x20", "bindings_unowned"), 12, {"BotsUnowned"}
     ),
-    Case("BotsUnowned", "a take-over", both("0x30", "0x5 40x2 0x20", "bindings_unowned"), 12, set()),
+    Case("BotsUnowned", "a takeover", both("0x30", "0x5 40x2 0x20", "bindings_unowned"), 12, set()),
     Case("PollStalled", "one bot hangs", gauge("oldest_poll_age_seconds", "40x5 181+60x20"), 12, {"PollStalled"}),
     Case("PollStalled", "long polls", gauge("oldest_poll_age_seconds", "45x30"), 25, set()),
     Case(

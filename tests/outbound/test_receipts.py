@@ -1,4 +1,4 @@
-"""Receipts on their commands' subjects: one final for each, whoever tells it, and found again after a take-over."""
+"""Receipts on their commands' subjects: one final for each, whoever tells it, and found again after a takeover."""
 
 from __future__ import annotations
 
