@@ -524,10 +524,10 @@ class Control:
         before = {binding.sandbox for bot in bots if (binding := self._bindings.get(bot)) is not None}
         sandboxes = (before | {command.sandbox for command in commands}).difference(self._recently_read)
         subjects = {self._names.event(sandbox, "binding"): sandbox for sandbox in sandboxes if is_sandbox(sandbox)}
-        told = await self._history.read_last_of_each(self._names.stream_event, [*subjects])
-        for subject in subjects.keys() - {stored.subject for stored in told}:
+        last_events = await self._history.read_last_of_each(self._names.stream_event, [*subjects])
+        for subject in subjects.keys() - {stored.subject for stored in last_events}:
             self._recently_read[subjects[subject]] = None  # no event: the usual case when many are bound
-        for stored in told:
+        for stored in last_events:
             await self._read_sandbox(subjects[stored.subject])
 
     async def _read_sandbox(self, sandbox: str) -> None:

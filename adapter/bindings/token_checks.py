@@ -40,7 +40,7 @@ class TokenChecks:
         if not isinstance(command, Bind) or not command.check:
             return False
         if sequence not in self._running:
-            task = self._running[sequence] = asyncio.get_running_loop().create_task(self._ask(command))
+            task = self._running[sequence] = asyncio.get_running_loop().create_task(self._check(command))
             task.add_done_callback(lambda _: on_done())
         return not self._running[sequence].done()
 
@@ -51,7 +51,7 @@ class TokenChecks:
     async def verdict(self, sequence: int, command: Bind) -> Verdict:
         """The result of the running check, or of a new one."""
         running = self._running.get(sequence)
-        return await (self._ask(command) if running is None else asyncio.shield(running))
+        return await (self._check(command) if running is None else asyncio.shield(running))
 
     def forget(self, sequence: int) -> None:
         """Ends the check of a finished command."""
@@ -62,7 +62,7 @@ class TokenChecks:
         for sequence in list(self._running):
             self.forget(sequence)
 
-    async def _ask(self, command: Bind) -> Verdict:
+    async def _check(self, command: Bind) -> Verdict:
         try:
             token = self._sealer.open(bind_context(command.sandbox, command.bot), command.bot_token)
             base_url = self._chat.check_base_url(command.base_url) if command.base_url else ""

@@ -109,12 +109,12 @@ def placeholder_summary(kind: str, name: str = "") -> str:
 
 def quoted_text_of(text: str, items: Sequence[contract.InboundItem], item: int | None = None) -> QuotedText:
     """The content of a user's message, or of one of its items."""
-    meant = items if item is None else items[item : item + 1]
+    quoted = items if item is None else items[item : item + 1]
     if item is not None:
-        text = _item_text(meant[0]) if meant else ""
-    kind = next((kind for one in meant if (kind := kind_of(one)) != "unsupported"), "")
+        text = _item_text(quoted[0]) if quoted else ""
+    kind = next((kind for one in quoted if (kind := kind_of(one)) != "unsupported"), "")
     if not text:
-        text = next((shown for one in meant if (shown := _item_summary(one))), "")
+        text = next((shown for one in quoted if (shown := _item_summary(one))), "")
     return QuotedText(text, kind, "user")
 
 

@@ -342,8 +342,8 @@ def client_id(base: str, part: int, merged: int = 0) -> str:
 
 def _describe_error(exc: Exception) -> str:
     """The message of the decoder with types and paths, but without values."""
-    said = str(exc)
-    if value := _VALUE.search(said):
-        path = f" - at {said.rpartition(' - at ')[2]}" if said.endswith("`") else ""
-        said = f"{said[: value.start()]}value{path}"
-    return said[:200]
+    text = str(exc)
+    if value := _VALUE.search(text):
+        path = f" - at {text.rpartition(' - at ')[2]}" if text.endswith("`") else ""
+        text = f"{text[: value.start()]}value{path}"
+    return text[:200]

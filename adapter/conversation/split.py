@@ -148,9 +148,9 @@ def to_plain(text: str) -> str:
         match token.type:
             case "inline":
                 marks += 1 + len(_MARK.findall(token.content))
-                said = list(_read(token.content, env)) if marks <= _MARKS_READ else [token.content]
-                room -= sum(map(len, said))
-                out += said
+                texts = list(_read(token.content, env)) if marks <= _MARKS_READ else [token.content]
+                room -= sum(map(len, texts))
+                out += texts
             case "fence" | "code_block" | "html_block":
                 out.append(token.content.rstrip("\n") + "\n\n")
             case "hr":

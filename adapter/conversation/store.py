@@ -28,10 +28,10 @@ class ConversationStore:
         entry = await self._bucket.get(conversation_key(sandbox, user))
         return _record_in(entry), entry.revision if entry else 0
 
-    async def load_all(self, whose: Sequence[tuple[str, str]]) -> dict[tuple[str, str], ConversationRecord | None]:
+    async def load_all(self, users: Sequence[tuple[str, str]]) -> dict[tuple[str, str], ConversationRecord | None]:
         """The records that there are of users, by sandbox and user; None: only a newer version can read it. Raises
         Temporary."""
-        names = {conversation_key(*each): each for each in whose}
+        names = {conversation_key(*each): each for each in users}
         found: dict[tuple[str, str], ConversationRecord | None] = {}
         for entry in await self._bucket.get_all([*names]):
             try:

@@ -25,7 +25,7 @@ WorkEffect: TypeAlias = rules.Post | rules.RequestSlot | rules.Load | rules.Uplo
 
 
 async def repeat_until_done(
-    what: str, work: Callable[[], Awaitable[None]], sandbox: str, shard: ShardPort, clock: Clock
+    name: str, work: Callable[[], Awaitable[None]], sandbox: str, shard: ShardPort, clock: Clock
 ) -> Exception | None:
     """Retries until the work succeeds. Returns the exception of a bug that raises in every attempt."""
     crashes = failures = 0
@@ -37,11 +37,11 @@ async def repeat_until_done(
             await clock.sleep(LEASE_RETRY_S)
         except AdapterError as exc:
             failures += 1
-            log.warning("conversation.retrying", sandbox=sandbox, work=what, reason=exc.reason)
+            log.warning("conversation.retrying", sandbox=sandbox, work=name, reason=exc.reason)
             await clock.sleep(backoff(failures, first_s=0.2, longest_s=5.0))
         except Exception as exc:
             crashes += 1
-            log.exception("conversation.crashed", sandbox=sandbox, work=what, crashes=crashes)
+            log.exception("conversation.crashed", sandbox=sandbox, work=name, crashes=crashes)
             if crashes == ATTEMPTS:
                 return exc
             await clock.sleep(backoff(crashes, first_s=0.5))
@@ -204,9 +204,9 @@ def _as_answer(
 ) -> rules.Answer:
     """The input for a failed request or upload. `reason`: replaces the reason of a refusal."""
     bot, state, progress = memory.serving_bot, memory.state, memory.state.record.head
-    said = {"ret": exc.ret, "errcode": exc.errcode, "errmsg": exc.errmsg} if isinstance(exc, Refused) else {}
+    answer = {"ret": exc.ret, "errcode": exc.errcode, "errmsg": exc.errmsg} if isinstance(exc, Refused) else {}
     failure = type(exc).__name__
-    log.info("send.failed", bot=bot, sandbox=state.sandbox, failure=failure, reason=exc.reason, **said)
+    log.info("send.failed", bot=bot, sandbox=state.sandbox, failure=failure, reason=exc.reason, **answer)
     if isinstance(exc, Refused):
         attempts = progress.attempts if progress else 0
         reason = reason or exc.reason

@@ -226,8 +226,8 @@ _LONG = re.compile(r"[A-Za-z0-9+/=_%-]{24,}")
 
 def cdn_refusal(status: int, headers: Mapping[str, str]) -> Refused:
     """The refusal (4xx) of an upload with the CDN's error text: printable, short, and without possible keys."""
-    said = [headers.get("x-error-code", ""), headers.get("x-error-message", "")]
-    words = _LONG.sub("…", _CONTROL.sub(" ", " ".join(said))).strip()[:200]
+    texts = [headers.get("x-error-code", ""), headers.get("x-error-message", "")]
+    words = _LONG.sub("…", _CONTROL.sub(" ", " ".join(texts))).strip()[:200]
     return Refused("media", f"The CDN refused the upload: HTTP {status} {words}".strip())
 
 
@@ -476,8 +476,8 @@ def _decode(reply: Reply, kind: type[A]) -> A:
             answer = msgspec.json.decode(mended, type=kind, strict=False)
     except RecursionError as exc:
         raise ValueError("nested too deeply") from exc
-    if (said := bytes(answer.errmsg)) != b"null":
-        words = _decode_error_text(said)
+    if (errmsg := bytes(answer.errmsg)) != b"null":
+        words = _decode_error_text(errmsg)
         for secret in reply.secrets:
             if len(secret) >= SECRET_CHARS:
                 words = words.replace(secret, HIDDEN)
@@ -487,9 +487,9 @@ def _decode(reply: Reply, kind: type[A]) -> A:
     return answer
 
 
-def _decode_error_text(said: bytes) -> str:
-    is_text = said.startswith(b'"')
-    return str(msgspec.json.decode(as_utf8(said)) or "") if is_text or len(said) <= WORDS_BYTES else ""
+def _decode_error_text(errmsg: bytes) -> str:
+    is_text = errmsg.startswith(b'"')
+    return str(msgspec.json.decode(as_utf8(errmsg)) or "") if is_text or len(errmsg) <= WORDS_BYTES else ""
 
 
 def _check_error_codes(reply: Reply, *, sent: bool = False) -> None:
@@ -529,8 +529,8 @@ def _error_text(answer: wire.WireReply) -> str:
 
 def _server_message(answer: wire.WireReply) -> str:
     """iLink's error text, which goes onto the bus, without anything that looks like a secret."""
-    said = bytes(answer.errmsg)
-    return "" if said == b"null" else hide_secrets(msgspec.json.decode(said, type=str))
+    errmsg = bytes(answer.errmsg)
+    return "" if errmsg == b"null" else hide_secrets(msgspec.json.decode(errmsg, type=str))
 
 
 def _diagnostics(answer: wire.WireReply) -> dict[str, Any]:

@@ -202,11 +202,11 @@ def _translate_item(item: wire.Item, index: int) -> _TranslatedItem:
             return _TranslatedItem(contract.ImageItem(reason=reason), fetch=fetch)
         case wire.VOICE if item.voice_item is not None:
             voice = item.voice_item
-            said = transcript_of(voice)
+            transcript = transcript_of(voice)
             fetch, reason = _read_media(voice, index)
             length = _duration_ms(voice.playtime)
             return _TranslatedItem(
-                contract.VoiceItem(transcript=said, duration_ms=length, reason=reason), said, fetch=fetch
+                contract.VoiceItem(transcript=transcript, duration_ms=length, reason=reason), transcript, fetch=fetch
             )
         case wire.FILE if item.file_item is not None:
             name = _text_or_empty(item.file_item.file_name)[:MAX_FILE_NAME]

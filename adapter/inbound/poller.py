@@ -394,12 +394,12 @@ async def _mark_needs_login(poller: BotPoller, binding: Binding, detail: str, de
     lost = await _retry_unless_stopping(poller, partial(_mark_needs_login_if_owned, binding, deps), deps)
     if lost is None:
         return None
-    told = await _retry_unless_stopping(
+    marked_binding = await _retry_unless_stopping(
         poller, partial(publish_login_event, deps.bindings, deps.events, lost, detail), deps
     )
-    if told is not None:
-        poller.last_binding, poller.state = told, "needs_login"
-    return told
+    if marked_binding is not None:
+        poller.last_binding, poller.state = marked_binding, "needs_login"
+    return marked_binding
 
 
 async def _on_recovered(poller: BotPoller, binding: Binding, deps: InboundDeps) -> None:

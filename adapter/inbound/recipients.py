@@ -57,9 +57,9 @@ class Recipients:
         actors: list[ConversationActor] = []
         for user in dict.fromkeys(message.inbound.user for message in addressed):
             messages = [message for message in addressed if message.inbound.user == user]
-            tell = partial(self._update_conversation, binding, user, messages, sequence)
+            update = partial(self._update_conversation, binding, user, messages, sequence)
             try:
-                actor = await retry_on_bug(tell, self._publishing.clock.sleep, "inbound.crashed", bot=self._bot)
+                actor = await retry_on_bug(update, self._publishing.clock.sleep, "inbound.crashed", bot=self._bot)
             except Crashed:
                 for message in messages:
                     await self._rejects.end_crashed(message.inbound.raw, message.sandbox, message.inbound)

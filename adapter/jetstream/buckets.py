@@ -253,15 +253,15 @@ class _Watcher:
         if known and not force and now - self._read_at <= RELOAD_WATCH_S:
             return False
         self._top, self._is_complete, self._read_at = max(self._top, newest), True, NEVER
-        there, read_to = set(), 0
+        present, read_to = set(), 0
         async for stored in read_stream(bucket.connection, bucket.stream, bucket.subject(">"), page=PAGE):
             entry = _entry(bucket.name, stored)
-            there.add(entry.key)
+            present.add(entry.key)
             read_to = stored.seq
             self._apply_entry(entry)
         # otherwise a lagging server answered
         self._is_complete = self._is_complete and (not keys or read_to >= newest)
-        for key in [key for key in self._revisions if key not in there]:
+        for key in [key for key in self._revisions if key not in present]:
             await self._confirm_removed(key)
         self._read_at = now
         return True

@@ -256,12 +256,12 @@ class Consumer:
         if status not in ("408", "409"):
             return status
         self._requested = max(0, self._requested - int(headers.get("Nats-Pending-Messages", "0")))
-        said = headers.get("Description", "")
-        if "Exceeds MaxBytes" in said:
+        description = headers.get("Description", "")
+        if "Exceeds MaxBytes" in description:
             if int(headers.get("Nats-Pending-Bytes", "0")) >= self._pull_bytes:
                 self._pull_bytes *= 2  # the first message did not fit
             return ""
-        return said or status if status == "409" and "Batch Completed" not in said else ""
+        return description or status if status == "409" and "Batch Completed" not in description else ""
 
     async def _request_batch(self, inbox: str, batch: int) -> None:
         self._check()

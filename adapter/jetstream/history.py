@@ -41,20 +41,20 @@ async def read_stream(
     Any server of a cluster answers, even a lagging one. With `replicated` the leader confirms at the end that there
     are no more. Raises Temporary.
     """
-    where: dict[str, Any] = {"seq": after + 1} if since_ms is None else {"start_time": _rfc3339(since_ms)}
+    start: dict[str, Any] = {"seq": after + 1} if since_ms is None else {"start_time": _rfc3339(since_ms)}
     remaining = sys.maxsize if limit is None else limit
     while remaining:
         found, more, asked = 0, False, min(page, remaining)
-        query = {**where, "next_by_subj": subject, "batch": asked, "max_bytes": PAGE_BYTES}
+        query = {**start, "next_by_subj": subject, "batch": asked, "max_bytes": PAGE_BYTES}
         async for stored in direct_get(connection, stream, query):
             found += 1
             more = stored.headers.get("Nats-Num-Pending", "0") != "0"  # a batch also ends by size
-            where = {"seq": stored.seq + 1}
+            start = {"seq": stored.seq + 1}
             yield stored
         remaining -= found
         if more or found == asked:
             continue
-        if not replicated or await next_from_leader(connection, stream, subject, where) is None:
+        if not replicated or await next_from_leader(connection, stream, subject, start) is None:
             return
         await asyncio.sleep(0.05)
 
@@ -228,10 +228,10 @@ def _decode_stored(answer: Reply) -> Stored | None:
 
 
 async def next_from_leader(
-    connection: ManagedConnection, stream: str, subject: str, where: dict[str, Any]
+    connection: ManagedConnection, stream: str, subject: str, start: dict[str, Any]
 ) -> Stored | None:
     """The first message of a subject after a sequence or time, from the stream's leader. Raises Temporary."""
-    return await _from_leader(connection, stream, {**where, "next_by_subj": subject})
+    return await _from_leader(connection, stream, {**start, "next_by_subj": subject})
 
 
 async def _from_leader(connection: ManagedConnection, stream: str, query: dict[str, Any]) -> Stored | None:

@@ -45,8 +45,8 @@ class Inspector:
             except BusRefused as exc:
                 if exc.code != NO_STREAM:
                     raise Temporary("bus_refused", exc.detail) from exc
-                said = "Restore the stream from the backup; `wechat-nats doctor --fix` creates an empty one."
-                log.error("stream.missing", stream=name, detail=said)
+                detail = "Restore the stream from the backup; `wechat-nats doctor --fix` creates an empty one."
+                log.error("stream.missing", stream=name, detail=detail)
                 missing.append(name)
                 continue
             self._compare_config(wanted, info["config"])
@@ -63,8 +63,8 @@ class Inspector:
         if broken == self.altered.get(wanted.name, []):
             return
         for d in broken:
-            said = f"{d.field} is {d.found!r}, must be {d.wanted!r}. `wechat-nats doctor --fix` changes it."
-            log.error("stream.altered", stream=wanted.name, field=d.field, detail=said)
+            detail = f"{d.field} is {d.found!r}, must be {d.wanted!r}. `wechat-nats doctor --fix` changes it."
+            log.error("stream.altered", stream=wanted.name, field=d.field, detail=detail)
         if broken:
             self.altered[wanted.name] = broken
         else:

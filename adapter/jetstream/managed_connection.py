@@ -159,8 +159,8 @@ class ManagedConnection:
                 nc = await self._connect()
             except (Temporary, NatsError, OSError, TimeoutError) as exc:
                 failures += 1
-                said = exc.detail if isinstance(exc, Temporary) else str(exc)
-                self.down_reason = said[:200] or type(exc).__name__
+                reason = exc.detail if isinstance(exc, Temporary) else str(exc)
+                self.down_reason = reason[:200] or type(exc).__name__
                 wait_s = backoff(failures, first_s=0.05, longest_s=1.0)
                 log.warning("bus.unreachable", connection=self.name, reason=self.down_reason, wait_s=wait_s)
                 await asyncio.sleep(wait_s)
@@ -210,8 +210,8 @@ class ManagedConnection:
                 refused.append(does)
             # while the server is down, every attempt fails; that is logged elsewhere, as is a forbidden first
             # connection
-            say = log.warning if does and self.epoch else log.info if self.is_connected else log.debug
-            say("bus.error", connection=self.name, reason=type(exc).__name__, detail=self.down_reason)
+            log_error = log.warning if does and self.epoch else log.info if self.is_connected else log.debug
+            log_error("bus.error", connection=self.name, reason=type(exc).__name__, detail=self.down_reason)
 
         nc = BusClient()
         try:
@@ -245,8 +245,8 @@ class ManagedConnection:
             return
         inbox = any(subject.startswith(f"{self._settings.nats_inbox_prefix}.".lower()) for subject in subjects)
         advice = "set NATS_INBOX_PREFIX to _INBOX_adapter" if inbox else "run `wechat-nats doctor`"
-        said = subjects[0] + (f" and {len(subjects) - 1} more" if len(subjects) > 1 else "")
-        raise Temporary("bus_forbidden", f"this user may not subscribe {said}: {advice}, and see helm/nats/")
+        named = subjects[0] + (f" and {len(subjects) - 1} more" if len(subjects) > 1 else "")
+        raise Temporary("bus_forbidden", f"this user may not subscribe {named}: {advice}, and see helm/nats/")
 
     async def request(
         self, subject: str, payload: bytes, timeout_s: float = 5.0, headers: dict[str, str] | None = None
@@ -280,12 +280,12 @@ class ManagedConnection:
         self, verb: str, body: dict[str, Any] | None = None, timeout_s: float = 5.0
     ) -> dict[str, Any]:
         """A request to `$JS.API.<verb>`. Raises Temporary, Conflict, BusRefused."""
-        said = await self.request(
+        reply = await self.request(
             f"$JS.API.{verb}", msgspec.json.encode(body) if body is not None else b"", timeout_s
         )
-        if error := decode_reply(said.data, ApiReply, verb).error:
+        if error := decode_reply(reply.data, ApiReply, verb).error:
             raise error_of(error)
-        return decode_reply(said.data, dict[str, Any], verb)
+        return decode_reply(reply.data, dict[str, Any], verb)
 
     @contextlib.asynccontextmanager
     async def temporary_inbox(self, nc: Client, on_message: Callable[[Msg], Awaitable[None]]) -> AsyncIterator[str]:
@@ -314,5 +314,5 @@ class ManagedConnection:
 def _servers_for_reconnect(servers: list[str], nc: Client) -> list[str]:
     """The order for the next connect: the current server comes last, since it was lost or left."""
     at = nc.connected_url
-    here = [url for url in servers if at is not None and at.netloc and url.endswith(at.netloc)] or servers[:1]
-    return [*(url for url in servers if url not in here), *here]
+    current = [url for url in servers if at is not None and at.netloc and url.endswith(at.netloc)] or servers[:1]
+    return [*(url for url in servers if url not in current), *current]

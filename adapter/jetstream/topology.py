@@ -265,9 +265,9 @@ def differences(wanted: Wanted, found: dict[str, Any]) -> list[Difference]:
     """Fields of `wanted` that differ on the server. Fields that the server adds do not count."""
     out = []
     for field, value in wanted.config.items():
-        there = found.get(field)
-        if there != value and not (not value and not there):
-            out.append(Difference(wanted.name, field, value, there, field in wanted.critical))
+        actual = found.get(field)
+        if actual != value and not (not value and not actual):
+            out.append(Difference(wanted.name, field, value, actual, field in wanted.critical))
     return out
 
 

@@ -40,17 +40,17 @@ class LoginRunner:
     def _sync_flows(self) -> None:
         registry, leases = self._deps.registry, self._deps.leases
         registry.forget_ended()
-        mine = leases.owned if leases.is_valid else set()
+        owned = leases.owned if leases.is_valid else set()
         known = dict(registry)
         for login in self._published_steps.keys() - known.keys():
             del self._published_steps[login]
         for login, record in known.items():
             due = not record.is_over or self._published_steps.get(login) != record.step
-            if due and shard_of(record.sandbox) in mine and login not in self._tasks:
+            if due and shard_of(record.sandbox) in owned and login not in self._tasks:
                 self._start(login)
         for login, task in self._tasks.items():
             gone = known.get(login)
-            if (gone is None or shard_of(gone.sandbox) not in mine) and not task.cancelling():
+            if (gone is None or shard_of(gone.sandbox) not in owned) and not task.cancelling():
                 task.cancel()
 
     def _start(self, login: str) -> None:

@@ -97,23 +97,23 @@ class CommandReader:
         else:
             self._read(delivery)
 
-    def _read(self, delivery: Delivery, said: contract.Outbound | Refused | None = None) -> None:
-        """Reads a command. What cannot be carried out ends, whatever reading it raises.
+    def _read(self, delivery: Delivery, rendering: contract.Outbound | Refused | None = None) -> None:
+        """Reads a command. A command that cannot be read ends here, whatever the error.
 
-        `said`: the body with what its Markdown says, or why nobody can tell; None: that was not read yet.
+        `rendering`: the body with plain texts, or the error of the conversion; None: not converted yet.
         """
         sandbox = delivery.subject.rpartition(".")[2]
         sequence, stored_ms = original_position(delivery.headers, delivery.seq, delivery.time_ms)
         body = contract.Outbound()
         try:
             body = decode_command(delivery.data, self._limits)
-            if isinstance(said, Refused):
-                raise said
-            if said is None and is_slow(body, self._limits):
+            if isinstance(rendering, Refused):
+                raise rendering
+            if rendering is None and is_slow(body, self._limits):
                 self._read_later(delivery)
                 return
             command = read_command(
-                said or body,
+                rendering or body,
                 sandbox=sandbox,
                 ident=_command_id(delivery, body),
                 sequence=sequence,
@@ -175,15 +175,15 @@ class CommandReader:
 
     async def _read_slowly(self, unread: deque[Delivery]) -> None:
         """Reads the first command of the queue. Raises Temporary if it has to be tried again."""
-        said: contract.Outbound | Refused | None = None
+        rendering: contract.Outbound | Refused | None = None
         with contextlib.suppress(Unreadable):  # `_read` handles it
             body = decode_command(unread[0].data, self._limits)
             if is_slow(body, self._limits):
                 try:
-                    said = with_texts(body, await self._texts.render_plain(texts_of(body)))
+                    rendering = with_texts(body, await self._texts.render_plain(texts_of(body)))
                 except Refused as exc:
-                    said = exc
-        self._read(unread[0], said)  # an error here belongs to the first command
+                    rendering = exc
+        self._read(unread[0], rendering)  # an error here belongs to the first command
         unread.popleft()
 
 

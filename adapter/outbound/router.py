@@ -173,8 +173,8 @@ class Router:
             result = CommandResult("dead_lettered" if dead else "refused", exc.reason, exc.detail)
             return _Ending(told_to, _command_id(delivery, body), result)
         ident = _command_id(delivery, body)
-        which = f"{delivery.seq}:{delivery.time_ms}:{ident}:".encode()
-        words = hashlib.blake2b(which + delivery.data, digest_size=16).hexdigest()
+        identity = f"{delivery.seq}:{delivery.time_ms}:{ident}:".encode()
+        words = hashlib.blake2b(identity + delivery.data, digest_size=16).hexdigest()
         headers = forwardable_headers(delivery.headers) | {
             H_MSG_ID: f"routed:{words}",
             H_COMMAND: ident,

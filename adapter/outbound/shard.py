@@ -212,10 +212,10 @@ class OwnedShard:
             reason=effect.reason,
             window=self._shown(state),
         )
-        which = f"{state.record.window.id}:{effect.change}:{effect.reason}:{state.record.window.sends_used}"
-        ident = f"window:{state.sandbox}:{state.user}:{which}"
-        told = self._events.publish_window_event(event, msg_id=ident, message=state.record.window.id)
-        self._tasks.spawn(told)  # sends do not wait for it
+        identity = f"{state.record.window.id}:{effect.change}:{effect.reason}:{state.record.window.sends_used}"
+        ident = f"window:{state.sandbox}:{state.user}:{identity}"
+        publishing = self._events.publish_window_event(event, msg_id=ident, message=state.record.window.id)
+        self._tasks.spawn(publishing)  # sends do not wait for it
 
     async def _end_typing(self, command: QueuedCommand, state: Conversation, taken: asyncio.Future[None]) -> None:
         """Ends a typing command with iLink's answer."""

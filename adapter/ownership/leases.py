@@ -143,12 +143,12 @@ class Leases(Membership):
         await asyncio.gather(*(self._restore_claim(shard) for shard in gone))
 
     async def _restore_claim(self, shard: int) -> None:
-        mine = msgspec.json.encode(Claim(owner=self.incarnation))
+        claim = msgspec.json.encode(Claim(owner=self.incarnation))
         try:
             entry = await self._claims.get(str(shard))  # the list may be older than the claim
             if _decode_claim(entry) is not None or shard not in self.owned:
                 return
-            revision = await self._claims.write(str(shard), mine, entry.revision if entry else 0)
+            revision = await self._claims.write(str(shard), claim, entry.revision if entry else 0)
         except (Temporary, Conflict):
             return  # the next round finds the owner
         log.error("claim.restored", shard=shard, detail="The claim, or its bucket, was deleted or overwritten.")
@@ -201,12 +201,12 @@ class Leases(Membership):
     async def _claim_shard(self, shard: int, owner: str, revision: int) -> bool:
         if self.draining:
             return False
-        mine = msgspec.json.encode(Claim(owner=self.incarnation))
+        claim = msgspec.json.encode(Claim(owner=self.incarnation))
         if owner == self.incarnation and shard not in self._release_unconfirmed:
             self._claim_revisions[shard] = revision  # an own claim whose answer was lost
         else:
             try:
-                self._claim_revisions[shard] = await self._claims.write(str(shard), mine, revision)
+                self._claim_revisions[shard] = await self._claims.write(str(shard), claim, revision)
             except (Temporary, Conflict):
                 return False  # another replica was faster, or the answer was lost: the next round finds out
         self.owned.add(shard)

@@ -248,9 +248,9 @@ class Membership:
         self._absent_since.pop(f"member {incarnation}", None)
         return True
 
-    def _is_long_absent(self, what: str) -> bool:
+    def _is_long_absent(self, key: str) -> bool:
         """Whether a key has been absent for a lease, in which a living owner notices that."""
         now = self._clock.monotonic()
         if len(self._absent_since) > DEAD_KEPT:
             self._absent_since.clear()  # found again when needed
-        return now - self._absent_since.setdefault(what, now) >= self._lease_s
+        return now - self._absent_since.setdefault(key, now) >= self._lease_s

@@ -57,14 +57,14 @@ def status_reply(data: bytes, about: Callable[[Sequence[str]], ReplicaStatus]) -
     return msgspec.json.encode(about(asked.bots))
 
 
-def is_idle(there: Collection[ReplicaStatus], incarnation: str, bot: str, others: Collection[str]) -> bool:
+def is_idle(answers: Collection[ReplicaStatus], incarnation: str, bot: str, others: Collection[str]) -> bool:
     """Whether a replica and all `others` that are alive, by incarnation, report that they do not poll a bot.
 
     If the record is wrong, a replica that it does not name may still have a poll. A version that does not report its
     incarnation proves nothing.
     """
-    asked = {present.incarnation: present for present in there}
-    return all(name in asked and bot not in asked[name].polls for name in {incarnation, *others})
+    by_incarnation = {present.incarnation: present for present in answers}
+    return all(name in by_incarnation and bot not in by_incarnation[name].polls for name in {incarnation, *others})
 
 
 async def query_replicas(
@@ -93,8 +93,8 @@ class OtherReplicas:
     async def is_idle(self, incarnation: str, bot: str) -> bool:
         """Whether a replica and all other living ones report that they have no poller of a bot. Raises Temporary."""
         subject, expected = self._names.replica_status(), self._leases.living_count
-        there = await query_replicas(self._core, subject, [bot], expected)
-        return is_idle(there, incarnation, bot, self._leases.other_incarnations)
+        answers = await query_replicas(self._core, subject, [bot], expected)
+        return is_idle(answers, incarnation, bot, self._leases.other_incarnations)
 
     async def publish_released(self, bot: str = "") -> None:
         """Tells every replica, at most once, that a bot was given back; without a bot: a shard."""

@@ -58,8 +58,8 @@ async def _log_missing_permissions(replica: Replica) -> None:
     except (Temporary, *UNDECODABLE):
         return  # not permitted to ask: missing permissions show when they are needed
     if lacks := may.missing(required(replica.names, replica.settings.nats_inbox_prefix)):
-        said = ", ".join(lacks[:8])
-        log.error("permissions.missing", lacks=said, count=len(lacks), detail="`wechat-nats doctor` lists them.")
+        names = ", ".join(lacks[:8])
+        log.error("permissions.missing", lacks=names, count=len(lacks), detail="`wechat-nats doctor` lists them.")
 
 
 async def _check_tokens(replica: Replica) -> None:

@@ -155,9 +155,9 @@ class Health:
             ("incomplete", self.incomplete, "restore from the backup"),
             ("altered", self.altered, "`wechat-nats doctor --fix`"),
         )
-        said = [f"{what}: {which}; {what_helps}" for what, which, what_helps in troubles if which]
-        said += [f"paused: `nats consumer resume {consumer}`" for consumer in self.paused]
-        return "; ".join(said)
+        sentences = [f"{problem}: {names}; {advice}" for problem, names, advice in troubles if names]
+        sentences += [f"paused: `nats consumer resume {consumer}`" for consumer in self.paused]
+        return "; ".join(sentences)
 
     def _check(self, name: str, ok: bool, since: float, detail: str = "", *, always: bool = False) -> Check:
         """`since` is a time of `clock`. The detail explains a failure; `always` shows it on success, too."""

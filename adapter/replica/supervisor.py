@@ -135,7 +135,7 @@ class Supervisor:
     def is_catching_up(self, bot: str) -> bool:
         poller = self.pollers.get(bot)
         if poller is None:  # it starts soon, unless there is no room
-            return self._wanted(bot) and bot not in self._crowded
+            return self._is_wanted(bot) and bot not in self._crowded
         return poller.is_catching_up
 
     def poll_now(self, bot: str) -> None:
@@ -245,7 +245,7 @@ class Supervisor:
             self._follow_validity()
             await self._leases.changed.wait_until(lambda: self._leases.is_valid != bool(self._valid_as), 1.0)
 
-    def _wanted(self, bot: str) -> bool:
+    def _is_wanted(self, bot: str) -> bool:
         binding = self._bindings.get(bot)
         if binding is None or self._draining:
             return False
@@ -255,7 +255,7 @@ class Supervisor:
     def _follow(self, bot: str) -> None:
         poller = self.pollers.get(bot)
         if poller is None:
-            if self._wanted(bot):
+            if self._is_wanted(bot):
                 if len(self.pollers) < self._capacity:
                     self._start(bot)
                 else:
@@ -264,7 +264,7 @@ class Supervisor:
         binding = self._bindings.get(bot)
         if binding is None:
             poller.stop(immediately=True)
-        elif not self._wanted(bot):
+        elif not self._is_wanted(bot):
             # moved or handed over: at the boundary, so that the poll's answer is not lost; shard lost: at once
             moved = poller.last_binding is not None and poller.last_binding.sandbox != binding.sandbox
             poller.stop(immediately=not poller.draining_after_handover and not moved)
@@ -280,16 +280,16 @@ class Supervisor:
                 del self._poller_tasks[bot]
             if not done.cancelled() and (exc := done.exception()):
                 log.error("poller.crashed", bot=bot, exc_info=exc)
-            if self._wanted(bot):
-                asyncio.get_running_loop().call_later(0.2, self._again, bot)
+            if self._is_wanted(bot):
+                asyncio.get_running_loop().call_later(0.2, self._retry_start, bot)
             while self._crowded:
-                if self._wanted(waits := self._crowded.pop()):
-                    self._again(waits)
+                if self._is_wanted(waits := self._crowded.pop()):
+                    self._retry_start(waits)
                     break
 
         task.add_done_callback(ended)
 
-    def _again(self, bot: str) -> None:
+    def _retry_start(self, bot: str) -> None:
         self._dirty.add(bot)
         self._changed.notify_all()
 

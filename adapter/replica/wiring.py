@@ -514,7 +514,7 @@ def _real_edges(settings: Settings, names: Names, instance: str) -> Edges:
 
 def _exporting_spans(instance: str) -> Spans | None:
     """The spans, or None without a collector or without the extra `otel`."""
-    is_named = any(os.environ.get(f"OTEL_EXPORTER_OTLP_{which}ENDPOINT") for which in ("", "TRACES_"))
+    is_named = any(os.environ.get(f"OTEL_EXPORTER_OTLP_{signal}ENDPOINT") for signal in ("", "TRACES_"))
     is_off = os.environ.get("OTEL_SDK_DISABLED", "").lower() == "true"
     if not is_named or is_off or os.environ.get("OTEL_TRACES_EXPORTER", "otlp") != "otlp":
         return None

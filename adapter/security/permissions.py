@@ -228,24 +228,24 @@ def _operator_publishes(names: Names) -> tuple[str, ...]:
 
 def covers(pattern: str, subject: str) -> bool:
     """Whether `pattern` matches everything that `subject` (may have wildcards) matches."""
-    ours, theirs = pattern.split("."), subject.split(".")
-    for number, token in enumerate(ours):
+    pattern_tokens, tokens = pattern.split("."), subject.split(".")
+    for number, token in enumerate(pattern_tokens):
         if token == ">":
-            return len(theirs) > number
-        if len(theirs) <= number or theirs[number] == ">" or (token != "*" and token != theirs[number]):
+            return len(tokens) > number
+        if len(tokens) <= number or tokens[number] == ">" or (token != "*" and token != tokens[number]):
             return False
-    return len(ours) == len(theirs)
+    return len(pattern_tokens) == len(tokens)
 
 
 def overlaps(pattern: str, subject: str) -> bool:
     """Whether some subject matches both."""
-    ours, theirs = pattern.split("."), subject.split(".")
-    for one, other in zip(ours, theirs, strict=False):
+    pattern_tokens, tokens = pattern.split("."), subject.split(".")
+    for one, other in zip(pattern_tokens, tokens, strict=False):
         if ">" in (one, other):
             return True
         if one != other and "*" not in (one, other):
             return False
-    return len(ours) == len(theirs)
+    return len(pattern_tokens) == len(tokens)
 
 
 class Allowed(NamedTuple):
@@ -372,10 +372,10 @@ def _accounts_block(names: Names, sandboxes: Sequence[str], own_accounts: bool) 
         of_sandboxes = [(sandbox, [user], imports(names, "sandbox", sandbox)) for sandbox, user in users.items()]
     else:
         of_sandboxes = [(SANDBOX, list(users.values()), imports(names, "sandbox"))]
-    accounts += [_account_block(name, who, imports=map(_import, shares)) for name, who, shares in outside]
+    accounts += [_account_block(name, members, imports=map(_import, shares)) for name, members, shares in outside]
     accounts += [
-        _account_block(name, who, imports=map(_import, shares), max_payload=SANDBOX_PAYLOAD)
-        for name, who, shares in of_sandboxes
+        _account_block(name, members, imports=map(_import, shares), max_payload=SANDBOX_PAYLOAD)
+        for name, members, shares in of_sandboxes
     ]
     return "\n".join(["system_account: SYS", "", "accounts {", *accounts, "}", ""])
 

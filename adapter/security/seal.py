@@ -110,9 +110,9 @@ def journal_context(bot: str, version: int, owner: str) -> str:
     return f"journal {bot} {version} {owner}"
 
 
-def login_context(login: str, what: str) -> str:
+def login_context(login: str, field: str) -> str:
     """Context of a secret in a login's record."""
-    return f"login {login} {what}"
+    return f"login {login} {field}"
 
 
 def _key_id(key: bytes) -> str:

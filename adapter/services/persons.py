@@ -85,7 +85,7 @@ class PersonSearch:
         """Everything about the person. Records that name their bots come first. Raises Temporary."""
         for kind, stream, subject in self._places():
             async for stored in self._history.read(stream, subject):
-                if found := self._judge(kind, stream, stored):
+                if found := self._match(kind, stream, stored):
                     yield found
         async for stored in self._history.read(self._names.stream_dead, self._names.dead_letters("*")):
             if self._is_their_dead_letter(stored):
@@ -110,7 +110,7 @@ class PersonSearch:
             ("command", names.stream_out, names.out_plain),
         ]
 
-    def _judge(self, kind: Kind, stream: str, stored: Stored) -> Found | None:
+    def _match(self, kind: Kind, stream: str, stored: Stored) -> Found | None:
         try:
             about = msgspec.json.decode(stored.data, type=_About)
         except UNDECODABLE:  # a delete marker, or unreadable
@@ -195,21 +195,21 @@ class Erasure:
         if not command.dry_run:
             await self.wait_released(unbound)
             await self._wait_until(lambda: self._is_unserved(command))
-        theirs = []
+        messages = []
         async for found in self._search(command):
             counts.setdefault(found.sandbox, Counter())[found.kind] += 1
-            theirs.append(found._replace(stored=found.stored._replace(data=b"", headers={})))
+            messages.append(found._replace(stored=found.stored._replace(data=b"", headers={})))
         if not command.dry_run:
             # records that name the bots are deleted last, since an interrupted run would otherwise leave data unfound
-            theirs.sort(key=lambda found: found.kind != "journal")  # oldest first: the newest names the owner
-            first = sum(found.kind == "journal" for found in theirs)
-            for found in (*theirs[:first], *reversed(theirs[first:])):
+            messages.sort(key=lambda found: found.kind != "journal")  # oldest first: the newest names the owner
+            first = sum(found.kind == "journal" for found in messages)
+            for found in (*messages[:first], *reversed(messages[first:])):
                 await self._delete(found, turn)
         total = sum(counts.values(), Counter[str]())
         if command.dry_run:
             return ControlAnswer(ok=True, id=command.id or "", counts=dict(total))
         left = Counter[str]([found.kind async for found in self._search(command)])
-        await self._tell(command, counts, left)
+        await self._report(command, counts, left)
         return ControlAnswer(
             ok=not left, id=command.id or "", counts=dict(total), left=dict(left), error=_advice(left)
         )
@@ -268,7 +268,7 @@ class Erasure:
                 raise Temporary("bot_in_use", f"{found.bot} is bound, or its owner has not ended.")
             await history.delete(found.stream, stored.seq, erase=True)
 
-    async def _tell(self, command: Erase, counts: Mapping[str, Counter[str]], left: Mapping[str, int]) -> None:
+    async def _report(self, command: Erase, counts: Mapping[str, Counter[str]], left: Mapping[str, int]) -> None:
         person = hashlib.sha256(command.user.encode()).hexdigest()
         for sandbox, of_sandbox in counts.items():
             log.info("person.erased", person=person, sandbox=sandbox, counts=dict(of_sandbox), left=dict(left))
