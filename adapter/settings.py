@@ -84,8 +84,9 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
 
     # platform ------------------------------------------------------------------------------------------
 
-    sends_per_window: AtLeast0 = 10
-    """Sends after an inbound message before commands are parked; 0: do not count."""
+    sends_per_window: Annotated[int, Meta(ge=0, le=32)] = 10
+    """Sends after an inbound message before commands are parked, 32 at most; 0: do not count. Clients measured
+    that iLink refuses the eleventh (-2): do not raise it above 10."""
 
     reserve_sends: AtLeast0 = 0
     """Sends of each window kept back for answers: a command with `optional` is refused before it takes one."""
@@ -100,7 +101,8 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     """Least pause between two sends to one user, in milliseconds. Shorter provokes iLink's throttling (-2)."""
 
     send_timeout_s: Annotated[float, Meta(gt=0)] = 15.0
-    """Seconds until a send without answer counts as uncertain."""
+    """Seconds that a send waits for iLink's answer; then it is repeated once, and after that its command ends as
+    `uncertain`."""
 
     merge_chars: AtLeast0 = 3000
     """Parked texts of one user are sent as one message up to so many characters; 0: each on its own."""

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from adapter.conversation.window import SENT_KEPT
 from adapter.environment import read_settings
 from adapter.errors import SettingsError
 from adapter.settings import Settings, split_addr
@@ -67,6 +68,7 @@ def test_a_variable_is_read(variable: str, raw: str, field: str, value: object) 
         ("WECHAT_NATS_SEND_GAP_MS", "1.5", "expected a whole number, at least 0"),
         ("WECHAT_NATS_LEASE_S", "0.1", "expected a number, at least 0.5"),
         ("WECHAT_NATS_LEASE_S", "nan", "expected a number, at least 0.5"),
+        ("WECHAT_NATS_SENDS_PER_WINDOW", str(SENT_KEPT + 1), f"at most {SENT_KEPT}, got '33'"),
         ("WECHAT_NATS_WINDOW_HOURS", "25", "expected a number, above 0, at most 24"),
         ("WECHAT_NATS_DRAIN_S", "inf", "expected a number, at least 0"),
         ("NATS_TLS_FIRST", "perhaps", "expected true or false"),

@@ -18,7 +18,7 @@ Closed: TypeAlias = Literal["", "window_closed", "quota", "throttled", "reserved
 """Why nothing may be sent; "" if it may."""
 
 SENT_KEPT = 32
-"""Send times kept for a window; more than its budget."""
+"""Send times kept for a window: as many as the largest budget (settings.py, `sends_per_window`)."""
 COOLDOWN_S = 3600.0
 """iLink's throttle ends after about an hour without attempts; each attempt extends it."""
 CLOCK_ERROR_MS = 300_000
