@@ -163,7 +163,7 @@ class FakeBus:
     async def purge(self, stream: str, subject: str, *, keep: int = 0, up_to: int = 0) -> None:
         await asyncio.sleep(0)
         found = [kept for kept in self.kept if kept.stream == stream and matches(subject, kept.stored.subject)]
-        gone = [kept for kept in found if kept.stored.seq <= up_to] if up_to else found[: len(found) - keep]
+        gone = [kept for kept in found if kept.stored.seq <= up_to] if up_to else found[: max(0, len(found) - keep)]
         self.kept = [kept for kept in self.kept if kept not in gone]
 
     # for tests
