@@ -1,0 +1,110 @@
+"""A person is erased from a bus that several replicas share, while one of them dies, and from the server's disk."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+
+import msgspec
+from nats.aio.client import Client
+
+from adapter.contract.messages import ControlAnswer, Erase
+from adapter.simulator import BotRecord
+from tests.e2e.world import NAMES, World, eventually, stream, world
+
+STREAMS = (
+    *(NAMES.stream_in, NAMES.stream_out, NAMES.stream_ctl, NAMES.stream_event, NAMES.stream_dead),
+    *(NAMES.stream_journal, f"KV_{NAMES.conversations}", f"KV_{NAMES.logins}", f"OBJ_{NAMES.media}"),
+)
+
+
+async def naming(nc: Client, *words: str) -> list[str]:
+    """Subjects of what has one of the words in its body."""
+    found: list[str] = []
+    for name in STREAMS:
+        stored = await stream(nc, name, ">")
+        found += [subject for subject, data in stored if any(word.encode() in data for word in words)]
+    return found
+
+
+async def talked(made: World, nc: Client, sandboxes: int) -> dict[str, BotRecord]:
+    """Each sandbox's person has written and was answered, and waits for another answer."""
+    bots = {}
+    for number in range(sandboxes):
+        sandbox = f"s{number}"
+        bots[sandbox] = made.sim.add_bot()
+        assert (await made.bind(nc, sandbox, bots[sandbox])).ok
+        for text in ("one", "two", "three"):
+            made.say(sandbox, f"secret {text} of {sandbox}.")
+    await made.settle(nc)
+    for sandbox in bots:
+        await made.command(nc, sandbox, f"a-{sandbox}")
+    await made.settle(nc)
+    return bots
+
+
+async def erase(made: World, nc: Client, bot: BotRecord, ident: str) -> ControlAnswer:
+    return await made.control(nc, NAMES.erase, msgspec.json.encode(Erase(user=bot.user, id=ident)))
+
+
+async def test_a_person_is_erased_whichever_replica_has_them(tmp_path: Path) -> None:
+    """Conversations and bots are spread over three replicas; one alone carries the requests out."""
+    async with world(tmp_path) as made:
+        for _ in range(3):
+            await made.add_adapter()
+        nc = await made.nc()
+        bots = await talked(made, nc, 6)
+        for sandbox, bot in [*bots.items()][:3]:
+            answer = await erase(made, nc, bot, sandbox)
+            assert (answer.ok, answer.left, answer.counts["message"]) == (True, {}, 3), answer
+        gone = [word for s in ("s0", "s1", "s2") for word in (bots[s].user, bots[s].bot, f"of {s}.", f"answer a-{s}")]
+        assert await naming(nc, *gone) == []
+        for adapter in made.adapters:  # what they have in memory, they write as they stop
+            adapter.signal(15)
+            assert await adapter.ended() == 0
+        assert await naming(nc, *gone) == []
+        for sandbox in ("s3", "s4", "s5"):
+            assert len(await naming(nc, f"of {sandbox}.")) >= 3
+        await nc.close()
+
+
+async def test_an_erasure_that_its_replica_did_not_survive_is_finished_by_the_next_request(tmp_path: Path) -> None:
+    async with world(tmp_path) as made:
+        await made.add_adapter()
+        nc = await made.nc()
+        bots = await talked(made, nc, 2)
+        payload = msgspec.json.encode(Erase(user=bots["s0"].user, id="first"))
+        await nc.jetstream().publish(NAMES.erase, payload)
+
+        async def is_unbound() -> bool:
+            events = await stream(nc, NAMES.stream_event, NAMES.event("s0", "binding"))
+            return any(b'"unbound"' in data for _, data in events)
+
+        await eventually(is_unbound, "the person is unbound")
+        await made.adapters[0].kill()
+        await made.adapters[0].start()
+        answer = await erase(made, nc, bots["s0"], "second")
+        while not answer.ok:  # what the dead one polled is released once its lease has run out
+            await asyncio.sleep(1)
+            answer = await erase(made, nc, bots["s0"], f"again-{asyncio.get_running_loop().time()}")
+        assert await naming(nc, bots["s0"].user, bots["s0"].bot, "of s0.", "answer a-s0") == []
+        assert len(await naming(nc, "of s1.")) >= 3
+        await nc.close()
+
+
+async def test_what_an_erased_person_wrote_is_not_on_the_servers_disk(tmp_path: Path) -> None:
+    async with world(tmp_path) as made:
+        await made.add_adapter()
+        nc = await made.nc()
+        bots = await talked(made, nc, 2)
+        assert on_disk(made, b"of s0.")
+        assert (await erase(made, nc, bots["s0"], "e")).ok
+        assert on_disk(made, b"of s0.") == []
+        assert on_disk(made, b"of s1.")
+        await nc.close()
+
+
+def on_disk(made: World, word: bytes) -> list[str]:
+    """The files of the server that have a word."""
+    files = [path for path in made.server.folder.rglob("*") if path.is_file()]
+    return [str(path) for path in files if word in path.read_bytes()]
