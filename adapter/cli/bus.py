@@ -26,9 +26,12 @@ from adapter.cli.contexts import with_context
 from adapter.cli.exit_codes import NO, UNREACHABLE, Failed
 from adapter.contract.names import H_ERROR, H_ERROR_CODE, Names
 from adapter.environment import read_settings
-from adapter.errors import STORE_FAILED, UNDECODABLE, Temporary
+from adapter.errors import STORE_FAILED, UNDECODABLE, BusRefused, Temporary
+from adapter.jetstream.api_replies import NO_STREAM
 from adapter.jetstream.client import BusClient, permission_violation
-from adapter.jetstream.managed_connection import connect_options
+from adapter.jetstream.history import read_stream
+from adapter.jetstream.managed_connection import ManagedConnection, connect_options
+from adapter.ports import Stored
 from adapter.security.permissions import Role, grants, overlaps
 from adapter.settings import CREDENTIALS, Settings
 
@@ -178,6 +181,32 @@ class Bus:
     async def request(self, subject: str, payload: bytes) -> Msg:
         """A request to the server itself. Raises Failed."""
         return await self._reply(subject, payload, f"The server did not answer {subject}: may this user ask?")
+
+    async def read_stored(
+        self,
+        stream: str,
+        subject: str,
+        *,
+        since_ms: int | None = None,
+        keep: Callable[[Stored], bool] = lambda stored: True,
+    ) -> list[Stored]:
+        """What a stream holds under a subject, oldest first, as far as it is to be kept. Raises Failed."""
+        connection = ManagedConnection(self.settings, "cli")
+        await connection.adopt_client(self.nc)
+
+        async def read() -> list[Stored]:
+            found = read_stream(connection, stream, subject, since_ms=since_ms)
+            return [stored async for stored in found if keep(stored)]
+
+        try:
+            info = connection.api_request(f"STREAM.INFO.{stream}")
+            await self.unless_forbidden(f"$JS.API.STREAM.INFO.{stream}", info)
+            return await self.unless_forbidden(f"$JS.API.DIRECT.GET.{stream}", read())
+        except BusRefused as exc:
+            why = missing_stream_failure(stream) if exc.code == NO_STREAM else exc.detail
+            raise Failed(UNREACHABLE, why) from None
+        except Temporary as exc:
+            raise Failed(UNREACHABLE, f"Cannot read {stream}: {exc.detail or exc.reason}.") from None
 
     async def api_request(self, verb: str, body: dict[str, Any] | None = None) -> dict[str, Any]:
         """JetStream's answer to `$JS.API.<verb>`, errors included as {"error": …}. Raises Failed."""

@@ -14,12 +14,9 @@ from adapter.cli import output
 from adapter.cli.bus import Bus, JetStreamGone, connected_bus, missing_stream_failure
 from adapter.cli.exit_codes import NO, OK, UNREACHABLE, USAGE, Failed
 from adapter.cli.options import Json, MaybeSandbox, flag
-from adapter.contract.names import H_COMMAND, H_MSG_ID, Names, shard_of
+from adapter.contract.names import H_COMMAND, H_MSG_ID, Names
 from adapter.conversation.commands import Limits, command_id, salvage_ids
-from adapter.errors import BusRefused, Temporary
 from adapter.jetstream.api_replies import NO_STREAM
-from adapter.jetstream.history import read_stream
-from adapter.jetstream.managed_connection import ManagedConnection
 from adapter.ports import Stored
 
 app = App(name="queue", help="Commands that wait to be sent: list, delete.")
@@ -90,24 +87,10 @@ def to_queued_command(names: Names, stored: Stored, *, bodies: bool) -> QueuedCo
 
 async def _read(bus: Bus, sandbox: str | None) -> list[Stored]:
     """What may be of the sandbox, or all, oldest first. Raises Failed."""
-    names, stream = bus.names, bus.names.stream_out
-    connection = ManagedConnection(bus.settings, "queue")
-    await connection.adopt_client(bus.nc)
-
-    async def read() -> list[Stored]:
-        mine = f"{names.out_plain}.>" if sandbox is None else f"{names.out_plain}.{shard_of(sandbox)}.{sandbox}"
-        return [
-            stored for subject in (mine, names.out_plain) async for stored in read_stream(connection, stream, subject)
-        ]
-
-    try:
-        await bus.unless_forbidden(f"$JS.API.STREAM.INFO.{stream}", connection.api_request(f"STREAM.INFO.{stream}"))
-        found = await bus.unless_forbidden(f"$JS.API.DIRECT.GET.{stream}", read())
-    except BusRefused as exc:
-        raise Failed(UNREACHABLE, missing_stream_failure(stream) if exc.code == NO_STREAM else exc.detail) from None
-    except Temporary as exc:
-        raise Failed(UNREACHABLE, f"Cannot read {stream}: {exc.detail or exc.reason}.") from None
-    return sorted(found, key=lambda stored: stored.seq)
+    names = bus.names
+    mine = f"{names.out_plain}.>" if sandbox is None else names.out_of_sandbox(sandbox)
+    found = [await bus.read_stored(names.stream_out, subject) for subject in (mine, names.out_plain)]
+    return sorted((stored for some in found for stored in some), key=lambda stored: stored.seq)
 
 
 async def _drop_command(bus: Bus, seq: int) -> bool:
