@@ -302,8 +302,10 @@ class Replica:
 
     def _new_erasure(self) -> Erasure:
         buckets = (self.names.conversations, self.names.logins)
+        # it reads all streams: commands do not wait for it
+        access = self.access._replace(history=self.connections.bulk_history)
         return Erasure(
-            self.access,
+            access,
             self.bindings,
             {f"KV_{name}": self.connections.bucket(name) for name in buckets},
             self.leases,
