@@ -24,11 +24,12 @@ from adapter.cli.options import (
     Fresh,
     Json,
     Keep,
-    MaybeSandbox,
     MaybeTimeout,
     RequestId,
+    RowSandbox,
     flag,
     new_id,
+    repeated,
 )
 from adapter.contract.messages import (
     BOT_STATUSES,
@@ -81,7 +82,7 @@ class UnbindRow(bulk.Row):
 
 
 async def bind(
-    sandbox: MaybeSandbox = None,
+    sandbox: RowSandbox = None,
     bot: Annotated[str | None, Parameter(help="iLink's bot id, …@im.bot.")] = None,
     /,
     *,
@@ -153,7 +154,7 @@ async def bind(
 
 
 async def unbind(
-    sandbox: MaybeSandbox = None,
+    sandbox: RowSandbox = None,
     bot: Annotated[str | None, Parameter(help="Bot to unbind; default: every bot of the sandbox.")] = None,
     /,
     *,
@@ -261,7 +262,7 @@ async def bindings(
     user: Annotated[str | None, Parameter(help="Only this user, or with * and ? those that match.")] = None,
     state: Annotated[
         tuple[BotStatus | Literal["trouble"], ...],
-        Parameter(help="Only bots in this state; trouble: all that is not as it should be. May be repeated."),
+        repeated("Only bots in this state; trouble: all that is not as it should be. May be repeated."),
     ] = (),
     json: Json = False,
 ) -> int:

@@ -20,7 +20,7 @@ from adapter.cli import bulk, output, stdin
 from adapter.cli.bus import Bus, connected_bus
 from adapter.cli.exit_codes import INTERRUPTED, NO, OK, UNREACHABLE, USAGE, Failed
 from adapter.cli.lifetime import run_until_stopped, until_signalled
-from adapter.cli.options import AutoTyping, Durable, Fresh, Json, MaybeSandbox, flag
+from adapter.cli.options import AutoTyping, Durable, Fresh, Json, RowSandbox, flag
 from adapter.contract.messages import CHECKING, FINAL_STATUSES, Login, LoginQuery, LoginStart, LoginVerify, Options
 from adapter.kit.timing import wait_event
 
@@ -45,7 +45,7 @@ class LoginRow(bulk.Row):
 
 
 async def login(
-    sandbox: MaybeSandbox = None,
+    sandbox: RowSandbox = None,
     /,
     *,
     rows: bulk.Source = None,

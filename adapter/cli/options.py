@@ -39,8 +39,16 @@ def flag(text: str, *, name: str | list[str] | None = None) -> Parameter:
     return Parameter(name=name, negative="", show_default=False, help=text)
 
 
+def repeated(text: str) -> Parameter:
+    """An option that may be given several times, and has no form for none."""
+    return Parameter(negative="", show_default=False, help=text)
+
+
 Sandbox = Annotated[str, Parameter(validator=_legal_sandbox, help="Id of the sandbox.")]
 MaybeSandbox = Annotated[str | None, Parameter(validator=_legal_sandbox, help="Id of the sandbox; default: all.")]
+RowSandbox = Annotated[
+    str | None, Parameter(validator=_legal_sandbox, help="Id of the sandbox. With --from it stands in the rows.")
+]
 Json = Annotated[bool, flag("One JSON object per line.", name="--json")]
 Durable = Annotated[bool, flag("Create a durable consumer for the sandbox.")]
 AutoTyping = Annotated[bool, flag("Show that the bot types from each message to the answer.")]
