@@ -778,8 +778,10 @@ async def test_a_stream_that_is_full_holds_the_inbox_up_and_no_poll(poller: Poll
     bench = await ready(batch(words(1), cursor="b"), batch(words(2), cursor="c"))
     full = True
     bench.bus.refuse = lambda message: BusRefused(10077, "full") if full and message.stream == "in" else None
-    poller(bench)
-    await asyncio.sleep(60)
+    with capture_logs() as logs:
+        poller(bench)
+        await asyncio.sleep(60)
+    assert {line["bot"] for line in logs if line["event"] == "inbound.full"} == {"b1@im.bot"}
     assert (said(bench), bench.chat.asked) == ([], ["", "b", "c"])
     full = False
     await asyncio.sleep(20)
