@@ -72,7 +72,6 @@ async def fill(made: World) -> None:
         made.sim.kill_token(made.bots[f"agent-{number:03d}"].bot)
     for number in range(3):
         await nc.jetstream().publish("wechat.out.agent-000", b"{", headers={"Nats-Msg-Id": f"broken-{number}"})
-    await nc.close()
 
 
 async def outage(made: World) -> None:

@@ -29,10 +29,7 @@ async def running(
         records = [made.sim.add_bot() for _ in range(BOTS)]
         await asyncio.gather(*(made.bind(nc, f"s{number}", record) for number, record in enumerate(records)))
         await until(lambda: made.sim.stats().parked == BOTS, "all are polled")
-        try:
-            yield made, nc
-        finally:
-            await nc.close()
+        yield made, nc
 
 
 async def faultless(made: World, nc: Client) -> None:

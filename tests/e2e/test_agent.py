@@ -135,7 +135,6 @@ async def settled(made: World) -> None:
     async with asyncio.timeout(60):
         while await open_messages():
             await asyncio.sleep(0.05)
-    await nc.close()
 
 
 async def test_answers_come_in_order_and_steer_by_two_words(tmp_path: Path) -> None:

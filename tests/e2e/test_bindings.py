@@ -58,7 +58,6 @@ async def test_a_bind_sent_while_no_adapter_runs_takes_effect_when_one_starts(tm
         receipts = [receipt.outcome for receipt in await made.receipts(nc)]
         assert receipts[-1] == "accepted"
         assert "refused" not in receipts
-        await nc.close()
 
 
 async def test_an_entry_that_is_no_binding_stops_nobody(tmp_path: Path) -> None:
@@ -75,7 +74,6 @@ async def test_an_entry_that_is_no_binding_stops_nobody(tmp_path: Path) -> None:
             assert (await made.bind(nc, sandbox, each)).ok
         await until(lambda: all(made.sim.polls(one.bot).total for one in (bot, other)), "both are polled")
         assert made.adapters[0].said("binding.unreadable")
-        await nc.close()
 
 
 async def test_list_and_get_answer_without_tokens(tmp_path: Path) -> None:
@@ -93,7 +91,6 @@ async def test_list_and_get_answer_without_tokens(tmp_path: Path) -> None:
         assert b"token" not in one.data
         assert await ask(nc, "bindings.get", BindingsQuery(bot="nobody@im.bot"), BindingsPage) == "404"
         assert await ask(nc, "bindings.get", BindingsQuery(), BindingsPage) == "400"
-        await nc.close()
 
 
 async def test_a_new_bot_of_the_same_user_replaces_the_old_one_and_gets_what_was_parked(tmp_path: Path) -> None:
@@ -115,7 +112,6 @@ async def test_a_new_bot_of_the_same_user_replaces_the_old_one_and_gets_what_was
         page = await ask(nc, "bindings.list", BindingsQuery(), BindingsPage)
         assert [binding.bot for binding in page.bindings] == [new.bot]
         assert await changes(nc, "s1") in (["bound", "bound", "replaced"], ["bound", "stale", "bound", "replaced"])
-        await nc.close()
 
 
 async def test_unbind_of_a_whole_sandbox_stops_its_polls_and_refuses_its_commands(tmp_path: Path) -> None:
@@ -136,7 +132,6 @@ async def test_unbind_of_a_whole_sandbox_stops_its_polls_and_refuses_its_command
         await made.settle(nc)
         (receipt,) = await made.receipts(nc)
         assert (receipt.outcome, receipt.reason) == ("refused", "not_bound")
-        await nc.close()
 
 
 async def test_what_an_unbinding_leaves_is_gone_in_time_and_nothing_else(tmp_path: Path) -> None:
@@ -166,7 +161,6 @@ async def test_what_an_unbinding_leaves_is_gone_in_time_and_nothing_else(tmp_pat
 
         await eventually(unmarked, "so is the mark")
         assert made.adapters[0].said("bucket.incomplete") == 0
-        await nc.close()
 
 
 async def test_a_bot_that_moves_to_another_sandbox_takes_its_next_message_there(tmp_path: Path) -> None:
@@ -183,7 +177,6 @@ async def test_a_bot_that_moves_to_another_sandbox_takes_its_next_message_there(
         second = await stream(nc, NAMES.stream_in, NAMES.inbox("s2"))
         assert (len(first), len(second)) == (1, 1)
         assert made.sim.stats().poll_overlaps == 0
-        await nc.close()
 
 
 async def test_what_is_wrong_is_refused_with_a_sentence_and_an_event(tmp_path: Path) -> None:
@@ -197,7 +190,6 @@ async def test_what_is_wrong_is_refused_with_a_sentence_and_an_event(tmp_path: P
         assert not unreadable.ok
         assert await changes(nc, "s1") == ["refused"]
         assert len(await stream(nc, NAMES.stream_dead, NAMES.dead_letters("WECHAT_CTL"))) == 1
-        await nc.close()
 
 
 async def test_window_and_replay_can_be_asked(tmp_path: Path) -> None:
@@ -216,4 +208,3 @@ async def test_window_and_replay_can_be_asked(tmp_path: Path) -> None:
         page = msgspec.json.decode(answer.data)
         assert [entry["message"]["text"] for entry in page["messages"]] == ["message 0", "message 1"]
         assert page["next"] == page["messages"][-1]["seq"]
-        await nc.close()

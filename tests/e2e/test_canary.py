@@ -26,7 +26,6 @@ async def bridge(folder: Path, happens: Callable[[World, Client], Awaitable[obje
         assert adapter.process is not None
         assert b"adapter\0run" in canary.arguments(adapter.process.pid)
         await happens(made, nc)
-        await nc.close()
 
 
 async def nothing(_: World, __: Client) -> None: ...

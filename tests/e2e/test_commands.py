@@ -62,7 +62,6 @@ async def test_odd_commands_end_in_a_refusal_or_a_dead_letter_and_the_adapter_go
         )
         assert (await final_of(made, "good")).outcome == "accepted"
         assert made.adapters[0].running
-        await nc.close()
 
 
 async def test_the_least_command_works_on_both_subjects(tmp_path: Path) -> None:
@@ -74,7 +73,6 @@ async def test_the_least_command_works_on_both_subjects(tmp_path: Path) -> None:
         await until(lambda: len(made.sim.phone(bot.user)) == 2, "the second is shown")
         assert [shown.text for shown in made.sim.phone(bot.user)] == ["hi", "there"]
         assert (await final_of(made, str(first.seq))).outcome == "accepted"
-        await nc.close()
 
 
 async def test_eleven_answers_to_one_message_park_the_last_until_the_user_writes(tmp_path: Path) -> None:
@@ -94,7 +92,6 @@ async def test_eleven_answers_to_one_message_park_the_last_until_the_user_writes
         assert made.phone_texts("s1") == [f"answer c{n}" for n in range(12)]
         assert len(made.sim.phone(bot.user)) == 11, "the parked ones came in one message"
         assert made.sim.violations(kind="quota_exceeded") == []
-        await nc.close()
 
 
 async def test_f13_success_without_an_id_is_unconfirmed_and_never_sent_again(tmp_path: Path) -> None:
@@ -108,7 +105,6 @@ async def test_f13_success_without_an_id_is_unconfirmed_and_never_sent_again(tmp
         await made.command(nc, "s1", "c")
         assert (await final_of(made, "c")).outcome == "accepted_unconfirmed"
         assert len(made.sim.sends(bot.bot)) == 1
-        await nc.close()
 
 
 async def test_f9_a_dead_token_needs_a_login_after_few_calls_and_parked_commands_wait(
@@ -140,7 +136,6 @@ async def test_f9_a_dead_token_needs_a_login_after_few_calls_and_parked_commands
         made.say("s1", "I am back")
         await made.settle(nc)
         assert [shown.text for shown in made.sim.phone(bot.user)] == ["answer c"]
-        await nc.close()
 
 
 async def test_receipts_add_up_and_no_secret_or_text_is_in_log_or_metrics(tmp_path: Path) -> None:
@@ -225,4 +220,3 @@ async def test_a_command_that_an_operator_drops_holds_up_nobody(tmp_path: Path) 
         assert "answer k5" not in made.phone_texts("s1")
         finals = [receipt.command for receipt in await made.receipts(nc) if receipt.outcome in FINAL_OUTCOMES]
         assert sorted(finals) == ["k1", "k2", "k3", "k4", "k6"]
-        await nc.close()

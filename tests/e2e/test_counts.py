@@ -101,4 +101,3 @@ async def test_what_was_taken_is_what_ended_waits_or_is_in_hand_over_all_replica
         assert values['dead_letters_total{stream="out"}'] == len(dead) == 4
         assert values["bindings"] == BOTS
         assert values["bindings_unowned"] == 0
-        await nc.close()

@@ -47,4 +47,3 @@ async def test_a_crash_at_each_point_loses_and_doubles_nothing(tmp_path: Path, p
         await made.settle(nc, lossy=is_lost)
         told = [json.loads(body)["text"] for _, body in await stream(nc, NAMES.stream_in, NAMES.inbox("s1"))]
         assert told == [*([] if is_lost else TEXTS), "four"]
-        await nc.close()

@@ -107,7 +107,6 @@ async def test_headers_are_a_strangers_words(tmp_path: Path) -> None:
         await is_served(made, nc, "after all")
         finals = [r.command for r in await made.receipts(nc) if r.outcome in FINAL_OUTCOMES]
         assert len(finals) == len(set(finals))
-        await nc.close()
 
 
 async def flood(made: World, nc: Client, idents: list[str], *, sandbox: str = BAD) -> None:
@@ -139,7 +138,6 @@ async def test_a_sandbox_with_thousands_of_commands_holds_up_nobody(tmp_path: Pa
         await adapter.start()
         await is_served(made, nc, "after a crash")
         assert len(made.sim.phone(made.bots[BAD].user)) < 10
-        await nc.close()
 
 
 @pytest.mark.slow
@@ -234,4 +232,3 @@ async def test_a_text_that_takes_long_to_read_holds_up_nobody(tmp_path: Path) ->
         assert [adapter.said(event) for event in LOST] == [0, 0, 0]
         await made.command(nc, BAD, "after all")
         await until(lambda: "answer after all" in made.phone_texts(BAD), "the bad one goes on")
-        await nc.close()

@@ -87,7 +87,6 @@ async def test_a_sandbox_behind_a_leaf_node_is_told_answers_and_reads_again(tmp_
         assert [one["message"]["id"] for one in msgspec.json.decode(answer.data)["messages"]] == [message.id]
         pulls = await nc.jetstream(domain="hub").pull_subscribe_bind("s1", NAMES.stream_in)
         assert [msgspec.json.decode(msg.data)["id"] for msg in await pulls.fetch(1, timeout=10)] == [message.id]
-        await nc.close()
 
 
 async def test_an_adapter_on_a_leaf_node_says_where_it_belongs(tmp_path: Path) -> None:

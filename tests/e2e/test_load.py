@@ -38,7 +38,6 @@ async def start(made: World, bots: int = BOTS) -> None:
     records = [made.sim.add_bot() for _ in range(bots)]
     await asyncio.gather(*(made.bind(nc, f"sb{n:02d}", record) for n, record in enumerate(records)))
     await until(lambda: all(made.sim.polls(r.bot).total for r in records), "every bot is polled")
-    await nc.close()
 
 
 @pytest.mark.slow

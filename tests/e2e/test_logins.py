@@ -126,7 +126,6 @@ async def test_a_login_from_the_first_code_to_the_first_message(tmp_path: Path) 
         assert made.sim.violations() == []
         asked = made.sim.requests("get_qrcode_status")
         assert {request.method for request in asked} == {"GET"}
-        await nc.close()
 
 
 async def test_a_user_who_has_a_bot_of_the_sandbox_keeps_it(tmp_path: Path) -> None:
@@ -145,7 +144,6 @@ async def test_a_user_who_has_a_bot_of_the_sandbox_keeps_it(tmp_path: Path) -> N
         await reaches(nc, second, "scanned")
         await ask(nc, "login.cancel", LoginQuery(login=second.login), Login)
         assert await changes(nc, "s1") == ["bound"]
-        await nc.close()
 
 
 async def test_a_login_that_nobody_scans_gets_new_codes_and_the_one_before_still_counts(tmp_path: Path) -> None:
@@ -160,7 +158,6 @@ async def test_a_login_that_nobody_scans_gets_new_codes_and_the_one_before_still
         numbers = [event.code for event in await events(nc) if event.status == "wait"]
         assert numbers == list(range(1, len(numbers) + 1))
         assert len(numbers) >= 3
-        await nc.close()
 
 
 async def test_a_cancelled_login_asks_no_more_and_binds_nobody(tmp_path: Path) -> None:
@@ -186,7 +183,6 @@ async def test_a_cancelled_login_asks_no_more_and_binds_nobody(tmp_path: Path) -
             assert await ask(nc, "login.status", LoginQuery(login=stranger), Login) == "404"
         page = await ask(nc, "bindings.list", BindingsQuery(sandbox="s1"), BindingsPage)
         assert page.bindings == []
-        await nc.close()
 
 
 async def test_what_goes_wrong_on_the_way_is_survived_or_said(tmp_path: Path) -> None:
@@ -221,7 +217,6 @@ async def test_what_goes_wrong_on_the_way_is_survived_or_said(tmp_path: Path) ->
         assert await ask(nc, "login.start", LoginStart(sandbox="s5"), Login) == "503"
         page = await ask(nc, "bindings.list", BindingsQuery(), BindingsPage)
         assert [binding.sandbox for binding in page.bindings] == ["s1"]
-        await nc.close()
 
 
 @pytest.mark.parametrize("when", ["wait", "need_verify_code", "scanned"])
@@ -253,7 +248,6 @@ async def test_a_login_survives_its_owner(tmp_path: Path, when: str) -> None:
         assert done.bot == made.sim.bots()[0].bot
         assert await changes(nc, "s1") == ["bound"]
         assert [event.status for event in await events(nc)].count("confirmed") == 1
-        await nc.close()
 
 
 async def test_two_replicas_take_one_confirmation_also_when_the_owner_dies(tmp_path: Path) -> None:
@@ -282,7 +276,6 @@ async def test_two_replicas_take_one_confirmation_also_when_the_owner_dies(tmp_p
             told = [event.status for event in await events(nc, f"s{number}")]
             assert told.count("confirmed") == 1
             assert told[0] == "wait"
-        await nc.close()
 
 
 async def test_what_was_parked_for_a_user_is_sent_by_the_bot_of_their_next_login(tmp_path: Path) -> None:
@@ -312,7 +305,6 @@ async def test_what_was_parked_for_a_user_is_sent_by_the_bot_of_their_next_login
         page = await ask(nc, "bindings.list", BindingsQuery(), BindingsPage)
         assert [binding.bot for binding in page.bindings] == [done.bot]
         assert made.sim.polls(done.bot).records[0].cursor == ""
-        await nc.close()
 
 
 async def test_no_secret_of_a_login_is_in_a_log_an_event_or_on_disk(tmp_path: Path) -> None:

@@ -74,7 +74,6 @@ async def test_f9_costs_exactly_the_scheduled_calls_on_every_endpoint(tmp_path: 
         assert since(before, counts(made, bot.bot)) == {"getupdates": 3, "msg/notifystart": 3}
         await _log_in_again(made, nc, bot.user, ["c0", "c1", "c2", "c3"])
         assert since(before, counts(made, bot.bot)) == {"getupdates": 3, "msg/notifystart": 3}
-        await nc.close()
 
 
 def _refuse_sends(made: World, bot: BotRecord) -> None:
@@ -104,7 +103,6 @@ async def test_minus_14_on_one_message_refuses_it_and_nothing_else(tmp_path: Pat
         assert (refused.ret, refused.errcode, refused.errmsg, refused.attempts) == (None, -14, "session timeout", 2)
         assert texts(made, bot.user) == ["answer c0", "answer c1"]
         assert [event.change for event in await changes(nc)] == ["bound"]
-        await nc.close()
 
 
 @pytest.mark.parametrize("status", [401, 403])
@@ -121,7 +119,6 @@ async def test_polls_that_http_forbids_end_in_a_login_as_a_dead_token_does(tmp_p
         await parked(made, nc, 1)
         made.sim.clear_faults()
         await _log_in_again(made, nc, bot.user, ["c0"])
-        await nc.close()
 
 
 async def test_a_firewall_that_forbids_one_poll_costs_no_login(tmp_path: Path) -> None:
@@ -134,7 +131,6 @@ async def test_a_firewall_that_forbids_one_poll_costs_no_login(tmp_path: Path) -
         assert [event.change for event in await changes(nc)] == ["bound", "stale", "recovered"]
         made.say("s1", "still there?")
         await made.settle(nc)
-        await nc.close()
 
 
 async def test_minus_14_on_every_send_refuses_each_while_polls_go_on(tmp_path: Path) -> None:
@@ -154,7 +150,6 @@ async def test_minus_14_on_every_send_refuses_each_while_polls_go_on(tmp_path: P
         await made.settle(nc)
         assert texts(made, bot.user) == ["answer c3"]
         assert [event.change for event in await changes(nc)] == ["bound"]
-        await nc.close()
 
 
 async def _log_in_again(made: World, nc: Client, user: str, waiting: list[str]) -> None:
@@ -179,7 +174,6 @@ async def test_the_same_bot_with_a_new_token_gets_what_was_parked_too(tmp_path: 
         await made.bind(nc, "s1", bot)
         await made.settle(nc)
         assert texts(made, bot.user) == [f"answer c{number}" for number in range(3)]
-        await nc.close()
 
 
 async def _lost(made: World) -> tuple[Client, BotRecord]:
@@ -199,7 +193,6 @@ async def test_needs_login_is_told_before_the_last_try_and_a_bind_need_not_wait_
         await made.bind(nc, "s1", bot)
         await made.settle(nc)
         assert texts(made, bot.user) == ["answer c"]
-        await nc.close()
 
 
 @pytest.mark.slow
@@ -213,4 +206,3 @@ async def test_a_last_try_that_succeeds_needs_no_login(tmp_path: Path) -> None:
         assert texts(made, bot.user) == ["answer c"]
         made.say("s1", "still there?")
         await made.settle(nc)
-        await nc.close()

@@ -105,7 +105,6 @@ async def test_every_kind_key_and_url_is_byte_exact_and_in_order(tmp_path: Path)
             assert media.mime == mime
             assert await content_of(nc, media) == content
         assert made.sim.stats().violations == {}
-        await nc.close()
 
 
 async def test_a_voice_message_can_be_heard(tmp_path: Path) -> None:
@@ -129,7 +128,6 @@ async def test_a_voice_message_can_be_heard(tmp_path: Path) -> None:
         assert item.wav.duration_ms is not None
         assert abs(item.wav.duration_ms - 1000) <= 40
         assert (await content_of(nc, item.wav))[:4] == b"RIFF"
-        await nc.close()
 
 
 FAULTS: list[tuple[str, dict[str, Any], str]] = [
@@ -171,7 +169,6 @@ async def test_no_fault_of_the_cdn_holds_up_other_bots_polls_or_later_words(tmp_
             made.sim.say_media(made.bots[sandbox].bot, "image", samples.png())
             assert short((await told(nc, sandbox, 4))[3]) == "+"
         assert made.sim.stats().poll_overlaps == 0
-        await nc.close()
 
 
 async def test_a_silent_download_lets_the_same_bot_be_polled_and_later_words_come_in_order(tmp_path: Path) -> None:
@@ -190,7 +187,6 @@ async def test_a_silent_download_lets_the_same_bot_be_polled_and_later_words_com
         await told(nc, "s2", 1)
         messages = await told(nc, "s1", 6)
         assert [short(message) for message in messages] == ["timeout", *(f"word {number}" for number in range(5))]
-        await nc.close()
 
 
 async def test_kill_9_in_the_middle_of_a_download(tmp_path: Path) -> None:
@@ -212,7 +208,6 @@ async def test_kill_9_in_the_middle_of_a_download(tmp_path: Path) -> None:
             await told(nc, "s1", 2)
             made.sim.say(bot, "last")
             assert [short(message) for message in await told(nc, "s1", 3)] == ["+", "after", "last"]
-            await nc.close()
 
 
 @pytest.mark.slow
@@ -237,7 +232,6 @@ async def test_kill_9_again_and_again_while_pictures_come(tmp_path: Path) -> Non
         for expected, message in zip(said, messages, strict=True):
             found = message.text if isinstance(expected, str) else await content_of(nc, media_of(message.items[0]))
             assert found == expected
-        await nc.close()
 
 
 async def test_sigterm_leaves_a_slow_download_to_the_next_adapter(tmp_path: Path) -> None:
@@ -257,7 +251,6 @@ async def test_sigterm_leaves_a_slow_download_to_the_next_adapter(tmp_path: Path
         made.sim.clear_faults()
         await adapter.start()
         assert [short(message) for message in await told(nc, "s1", 2)] == ["+", "after"]
-        await nc.close()
 
 
 async def test_another_replica_takes_over_what_waits(tmp_path: Path) -> None:
@@ -273,7 +266,6 @@ async def test_another_replica_takes_over_what_waits(tmp_path: Path) -> None:
         await made.adapters[0].kill()
         made.sim.clear_faults()
         assert [short(message) for message in await told(nc, "s1", 2)] == ["+", "after"]
-        await nc.close()
 
 
 async def test_a_nats_outage_during_downloads_costs_no_picture(tmp_path: Path) -> None:
@@ -291,7 +283,6 @@ async def test_a_nats_outage_during_downloads_costs_no_picture(tmp_path: Path) -
         await made.server.start()
         messages = await told(nc, "s1", len(pictures))
         assert [await content_of(nc, media_of(message.items[0])) for message in messages] == pictures
-        await nc.close()
 
 
 @pytest.mark.parametrize("moved", [False, True], ids=["unbound", "moved"])
@@ -311,7 +302,6 @@ async def test_a_message_goes_to_the_sandbox_that_it_was_said_to(tmp_path: Path,
             await made.control(nc, NAMES.unbind, msgspec.json.encode({"sandbox": "s1"}))
         (message,) = await told(nc, "s1", 1)
         assert (short(message), message.sandbox, message.window.remaining) == ("timeout", "s1", 0)
-        await nc.close()
 
 
 async def test_a_binding_without_media_is_told_only_that_they_came(tmp_path: Path) -> None:
@@ -320,7 +310,6 @@ async def test_a_binding_without_media_is_told_only_that_they_came(tmp_path: Pat
         await start(made, nc, "s1", options=Options(media=False))
         made.sim.say_media(made.bots["s1"].bot, "image", samples.png())
         assert short((await told(nc, "s1", 1))[0]) == "off"
-        await nc.close()
 
 
 async def test_media_that_are_too_large_are_told_as_such(tmp_path: Path) -> None:
@@ -335,4 +324,3 @@ async def test_media_that_are_too_large_are_told_as_such(tmp_path: Path) -> None
         (item,) = large.items
         assert isinstance(item, FileItem)
         assert item.name == "large.bin"
-        await nc.close()

@@ -67,7 +67,6 @@ async def test_a_bus_moves_to_another_nats_with_all_that_waits(tmp_path: Path) -
             found = await audit(made, nc)
             assert found.faults() == []
             assert found.outcomes == {"accepted": 5}
-            await nc.close()
 
 
 async def test_keys_are_rotated_without_losing_a_bot(tmp_path: Path) -> None:
@@ -93,4 +92,3 @@ async def test_keys_are_rotated_without_losing_a_bot(tmp_path: Path) -> None:
         found = await audit(made, nc)
         assert found.faults() == []
         assert found.outcomes == {"accepted": 6}
-        await nc.close()

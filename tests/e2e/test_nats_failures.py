@@ -72,10 +72,7 @@ async def running(
         records = [made.sim.add_bot() for _ in range(bots)]
         await asyncio.gather(*(made.bind(nc, f"s{number}", record) for number, record in enumerate(records)))
         await until(lambda: made.sim.stats().parked == bots, "all are polled")
-        try:
-            yield made, nc, adapter
-        finally:
-            await nc.close()
+        yield made, nc, adapter
 
 
 async def ask(nc: Client, verb: str, body: dict[str, Any] | None = None) -> dict[str, Any]:
@@ -369,7 +366,6 @@ async def test_a_bot_whose_acknowledgement_gets_lost_is_polled_again(tmp_path: P
             made.say("s0", f"then {number}")
             await made.command(nc, "s0", f"c{number}")
         await faultless(made, nc)
-        await nc.close()
 
 
 async def test_a_command_whose_acknowledgement_gets_lost_is_sent_once(tmp_path: Path) -> None:
@@ -392,7 +388,6 @@ async def test_a_command_whose_acknowledgement_gets_lost_is_sent_once(tmp_path: 
 
         await eventually(empty, "it is settled")
         await faultless(made, nc)
-        await nc.close()
 
 
 async def test_a_stream_that_is_altered_takes_readiness_until_it_is_mended(tmp_path: Path) -> None:

@@ -158,7 +158,6 @@ async def freeze_and_look(made: World, *, mode: str, frozen_s: float) -> None:
     result = await audit(made, nc, may_be_late=meanwhile if mode == "ack_on_delivery" else set())
     assert result.faults() == []
     assert result.stored == sum(map(len, made.said.values()))
-    await nc.close()
 
 
 @pytest.mark.parametrize("mode", ["cursor_replay", pytest.param("ack_on_delivery", marks=pytest.mark.slow)])
@@ -188,7 +187,6 @@ async def test_after_a_kill_9_the_others_poll_all_bots_and_no_bot_is_polled_twic
         )
         assert set(pollers(made, since_ms=killed_ms).values()) == {two.second_host}
         assert made.sim.violations(kind="concurrent_polls") == []
-        await nc.close()
 
 
 async def test_a_replica_that_leaves_without_nats_stops_polling_before_the_other_begins(
@@ -209,7 +207,6 @@ async def test_a_replica_that_leaves_without_nats_stops_polling_before_the_other
             await until(lambda: made.sim.stats().parked == len(bots), "all are polled")
             assert made.sim.violations(kind="concurrent_polls") == []
             await two.first.kill()
-        await nc.close()
 
 
 async def test_eight_seconds_without_nats_keep_every_owner(tmp_path: Path) -> None:
@@ -238,4 +235,3 @@ async def test_eight_seconds_without_nats_keep_every_owner(tmp_path: Path) -> No
             assert len(times(adapter, "lease.paused")) == 1
             assert times(adapter, "lease.revoked") == []
         assert made.sim.violations(kind="concurrent_polls") == []
-        await nc.close()

@@ -121,10 +121,7 @@ async def scene(folder: Path, environ: dict[str, str] | None = None, **settings:
         nc = await made.nc()
         bot = made.sim.add_bot()
         await made.bind(nc, "s1", bot)
-        try:
-            yield Scene(made, nc, bot, adapter, port)
-        finally:
-            await nc.close()
+        yield Scene(made, nc, bot, adapter, port)
 
 
 async def test_pain_01_what_is_said_after_hours_of_silence_waits_for_the_user(tmp_path: Path) -> None:

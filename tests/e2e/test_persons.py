@@ -104,7 +104,6 @@ async def test_the_next_person_meets_nothing_of_the_one_before(tmp_path: Path) -
         assert right.outcome == "accepted"
         assert (await outcome(made, nc, "strange", reply_to="42")).outcome == "accepted"
         assert made.phone_texts("s1") == ["answer right", "answer strange"]
-        await nc.close()
 
 
 @pytest.mark.parametrize("keep", [False, True])
@@ -119,7 +118,6 @@ async def test_commands_kept_by_an_unbind_are_the_next_persons_only_if_the_bind_
         await made.bind(nc, "s1", made.sim.add_bot(), options=DURABLE, keep_undelivered=keep)
         kept = ["of the first one"] if keep else []
         assert (await replayed(nc), await delivered(nc)) == (kept, kept)
-        await nc.close()
 
 
 async def test_a_new_bot_of_the_same_person_answers_what_was_said_to_the_old_one(
@@ -136,7 +134,6 @@ async def test_a_new_bot_of_the_same_person_answers_what_was_said_to_the_old_one
         assert (await outcome(made, nc, "c1", reply_to=before.id)).outcome == "accepted"
         assert (await outcome(made, nc, "c2", reply_to=before.id, user=old.user)).outcome == "accepted"
         assert made.phone_texts("s1") == ["answer c1", "answer c2"]
-        await nc.close()
 
 
 async def test_a_person_who_comes_back_after_an_unbind_that_keeps_finds_all_as_it_was(tmp_path: Path) -> None:
@@ -147,7 +144,6 @@ async def test_a_person_who_comes_back_after_an_unbind_that_keeps_finds_all_as_i
         await made.bind(nc, "s1", bot, options=DURABLE)
         assert await replayed(nc) == ["before"]
         assert await delivered(nc) == ["before"]
-        await nc.close()
 
 
 @pytest.mark.parametrize("plain", [False, True], ids=["sandbox", "service"])
@@ -170,4 +166,3 @@ async def test_a_command_that_names_nobody_does_not_wait_for_the_next_person(tmp
         assert (receipt.outcome, receipt.reason) == ("refused", "not_bound")
         assert (await outcome(made, nc, "now")).outcome == "accepted"
         assert made.phone_texts("s1") == ["answer now"]
-        await nc.close()

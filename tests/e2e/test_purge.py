@@ -30,7 +30,6 @@ async def test_an_unbind_that_purges_leaves_no_message_and_no_command(tmp_path: 
         assert (await made.bind(nc, "s1", made.sim.add_bot(), options=Options(durable=True))).ok
         await says(made, nc, "of the second one")
         assert await replayed(nc, former=True) == await delivered(nc) == ["of the second one"]
-        await nc.close()
 
 
 async def test_a_fresh_sandbox_has_nothing_of_the_person_before(tmp_path: Path) -> None:
@@ -44,4 +43,3 @@ async def test_a_fresh_sandbox_has_nothing_of_the_person_before(tmp_path: Path) 
         made.said.clear()
         await says(made, nc, "of the second one")
         assert await replayed(nc, former=True) == await delivered(nc) == ["of the second one"]
-        await nc.close()

@@ -48,7 +48,6 @@ async def test_every_shape_of_a_quote_has_the_words_of_the_message_that_it_names
             quoted = await quote_in(made, nc, "s1", f"see {shape}")
             text = "world" if shape == "quote_partial" else "hello world"
             assert quoted == Quote(id=str(QUOTED_ID), text=text, said_by="user", kind="text"), shape
-        await nc.close()
 
 
 async def test_a_quote_of_an_answer_is_told_also_after_a_restart_and_to_no_other_sandbox(tmp_path: Path) -> None:
@@ -80,4 +79,3 @@ async def test_a_quote_of_an_answer_is_told_also_after_a_restart_and_to_no_other
         (secret,) = [record.message_id for record in made.sim.inbound(other.bot)[:1]]
         say_quote(made, bot.bot, "what was said to s2", secret)
         assert await quote_in(made, nc, "s1", "what was said to s2") == Quote(id=secret)
-        await nc.close()

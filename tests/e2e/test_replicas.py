@@ -59,7 +59,6 @@ async def test_a_replica_that_comes_later_gets_its_share_at_poll_boundaries(tmp_
         assert found.faults() == []
         assert made.sim.stats().duplicates_suppressed == 0, "no command was sent by both"
         assert "polls.cancelled" not in first.log.read_text() + second.log.read_text()
-        await nc.close()
 
 
 @pytest.mark.slow
@@ -79,4 +78,3 @@ async def test_a_cluster_that_loses_its_leader_and_a_replica_loses_nothing(tmp_p
         await loading
         await made.settle(nc)
         assert (await audit(made, nc)).faults() == []
-        await nc.close()

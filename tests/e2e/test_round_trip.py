@@ -72,7 +72,6 @@ async def test_each_kind_in_each_encoding_of_its_key(tmp_path: Path, kind: str) 
                 await arrived(made, nc, count)
                 await echo(made, nc, "s1", kind, made_of[kind])
         assert made.sim.stats().violations == {}
-        await nc.close()
 
 
 async def test_sizes_around_every_boundary(tmp_path: Path) -> None:
@@ -85,7 +84,6 @@ async def test_sizes_around_every_boundary(tmp_path: Path) -> None:
             await arrived(made, nc, number)
             await echo(made, nc, "s1", "file", content)
         assert made.sim.stats().violations == {}
-        await nc.close()
 
 
 async def test_thirty_megabytes(tmp_path: Path) -> None:
@@ -96,7 +94,6 @@ async def test_thirty_megabytes(tmp_path: Path) -> None:
         await arrived(made, nc, 1)
         await echo(made, nc, "s1", "file", content)
         assert made.sim.stats().violations == {}
-        await nc.close()
 
 
 async def test_texts_of_all_scripts(tmp_path: Path) -> None:
@@ -112,4 +109,3 @@ async def test_texts_of_all_scripts(tmp_path: Path) -> None:
             await nc.jetstream().publish(NAMES.out("s1"), msgspec.json.encode({"text": message.text}))
             await until(lambda number=number: len(made.sim.phone(user)) == number, "it is shown")  # type: ignore[misc]
         assert [shown.text for shown in made.sim.phone(made.bots["s1"].user)] == texts
-        await nc.close()

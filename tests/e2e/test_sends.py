@@ -125,7 +125,6 @@ async def test_media_of_every_kind_and_source_arrive_as_they_are(tmp_path: Path)
         receipt = await final_of(made, "c2")
         assert (receipt.outcome, len(receipt.message_ids), receipt.attempts) == ("accepted", 2, 2)
         assert made.sim.stats().violations == {}
-        await nc.close()
 
 
 async def test_media_of_other_sandboxes_and_absent_ones_are_refused(tmp_path: Path) -> None:
@@ -140,7 +139,6 @@ async def test_media_of_other_sandboxes_and_absent_ones_are_refused(tmp_path: Pa
             receipt = await final_of(made, ident)
             assert (receipt.outcome, receipt.reason, len(receipt.message_ids)) == ("refused", reason, count)
         assert seen(made, bot) == ["first"]
-        await nc.close()
 
 
 async def test_media_larger_than_allowed_are_refused(tmp_path: Path) -> None:
@@ -151,7 +149,6 @@ async def test_media_larger_than_allowed_are_refused(tmp_path: Path) -> None:
         receipt = await final_of(made, "c")
         assert (receipt.outcome, receipt.reason) == ("refused", "media")
         assert "too_large" in receipt.detail
-        await nc.close()
 
 
 F24: list[tuple[str, dict[str, Any], int, str, int]] = [
@@ -184,7 +181,6 @@ async def test_f24_uploads_are_tried_three_times_and_a_refusal_is_final(
             assert ("illegal content" in receipt.detail) == (params["kind"] == "rejected")
         assert rule.struck == failures
         assert seen(made, bot) == ["look", *([("file", "file.pdf", PDF)] if outcome == "accepted" else []), "after"]
-        await nc.close()
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM], ids=lambda number: number.name)
@@ -212,7 +208,6 @@ async def test_a_restart_between_two_parts_asks_for_neither_again(tmp_path: Path
         assert made.sim.stats().duplicates_suppressed == 0
         receipt = await final_of(made, "c")
         assert (receipt.outcome, len(receipt.message_ids), receipt.attempts) == ("accepted", 3, 3)
-        await nc.close()
 
 
 LOST: list[tuple[str, FaultRule]] = [
@@ -237,7 +232,6 @@ async def test_f5_f6_a_media_message_without_an_answer_is_repeated_and_seen_once
         assert len({attempt.client_id for attempt in made.sim.sends(bot.bot)}) == 1
         assert sum(call.count for call in made.sim.calls(bot.bot, "getuploadurl")) == 1
         assert (await final_of(made, "c")).outcome == "accepted"
-        await nc.close()
 
 
 async def test_captions_and_media_count_and_what_does_not_fit_is_parked_unread(tmp_path: Path) -> None:
@@ -258,7 +252,6 @@ async def test_captions_and_media_count_and_what_does_not_fit_is_parked_unread(t
         one = ("file", "file.pdf", PDF)
         assert seen(made, bot) == [entry for number in range(6) for entry in (f"{number}", one)]
         assert made.sim.stats().violations == {}
-        await nc.close()
 
 
 async def test_15_parked_texts_come_in_few_messages(tmp_path: Path) -> None:
@@ -276,7 +269,6 @@ async def test_15_parked_texts_come_in_few_messages(tmp_path: Path) -> None:
         await made.settle(nc)
         assert len(made.sim.phone(bot.user)) <= 2
         assert made.phone_texts("s1") == [f"answer c{number}" for number in range(15)]
-        await nc.close()
 
 
 @pytest.mark.slow
@@ -338,7 +330,6 @@ async def test_100_mb_pass_through_in_pieces(tmp_path: Path) -> None:
         (media,) = made.sim.phone(bot.user)[1].media
         assert (media.size, media.md5) == (size, hashlib.md5(data).hexdigest())
         assert grown < 40_000_000, f"{grown} bytes more"
-        await nc.close()
 
 
 def peak_rss(pid: int) -> int:

@@ -48,7 +48,6 @@ async def test_commands_show_and_hide_it_and_an_answer_ends_it(tmp_path: Path) -
         receipt = await final_of(made, "c")
         assert receipt.window.remaining == 9  # typing cost nothing of it
         assert made.sim.violations(kind="unknown_ticket") == []
-        await nc.close()
 
 
 async def test_a_bot_bound_so_types_from_each_message_to_its_answer(tmp_path: Path) -> None:
@@ -61,7 +60,6 @@ async def test_a_bot_bound_so_types_from_each_message_to_its_answer(tmp_path: Pa
         await until(lambda: not made.sim.typing(bot.user).on, "its answer hides it")
         made.say("s1", "and now")
         await until(lambda: made.sim.typing(bot.user).on, "the next message shows it again")
-        await nc.close()
 
 
 async def test_what_a_killed_adapter_left_shown_is_hidden_with_the_next_answer(tmp_path: Path) -> None:
@@ -77,7 +75,6 @@ async def test_what_a_killed_adapter_left_shown_is_hidden_with_the_next_answer(t
         await made.command(nc, "s1", "c")
         await until(lambda: not made.sim.typing(bot.user).on, "the next owner hides it")
         assert made.sim.typing(bot.user).off_calls == 1
-        await nc.close()
 
 
 async def test_sigterm_hides_it(tmp_path: Path) -> None:
@@ -90,7 +87,6 @@ async def test_sigterm_hides_it(tmp_path: Path) -> None:
         first.signal(signal.SIGTERM)
         assert await first.ended() == 0
         assert not made.sim.typing(bot.user).on
-        await nc.close()
 
 
 async def test_unbinding_hides_it(tmp_path: Path) -> None:
@@ -102,7 +98,6 @@ async def test_unbinding_hides_it(tmp_path: Path) -> None:
         await final_of(made, "on")
         await made.control(nc, NAMES.unbind, b'{"sandbox":"s1"}')
         await until(lambda: not made.sim.typing(bot.user).on, "it is hidden")
-        await nc.close()
 
 
 async def test_f5_and_f26_a_ticket_that_hangs_or_is_refused_delays_no_answer(tmp_path: Path) -> None:
@@ -132,4 +127,3 @@ async def test_f5_and_f26_a_ticket_that_hangs_or_is_refused_delays_no_answer(tmp
         receipts = [receipt.command for receipt in await made.receipts(nc)]
         assert "hangs" not in receipts  # the ticket was awaited all the while
         assert made.sim.typing(bot.user).on_calls == 0
-        await nc.close()

@@ -61,7 +61,6 @@ async def test_by_quota_and_by_minus_2(tmp_path: Path) -> None:
         await made.settle(nc)
         await comes(nc, OPENED, LOW, QUOTA, OPENED, ("closed", "throttled", 0), OPENED)
         assert made.sim.violations(kind="quota_exceeded") == []
-        await nc.close()
 
 
 async def test_by_time_while_nothing_happens(tmp_path: Path) -> None:
@@ -80,7 +79,6 @@ async def test_by_time_while_nothing_happens(tmp_path: Path) -> None:
             return [r.reason for r in await made.receipts(nc) if r.outcome == "parked"] == ["window_closed"]
 
         await eventually(is_parked, "the command waits")
-        await nc.close()
 
 
 @pytest.mark.slow
@@ -105,7 +103,6 @@ async def test_kill_minus_9_neither_hides_nor_repeats_anything(tmp_path: Path) -
         made.say("s1", "go on")
         await made.settle(nc)
         await comes(nc, OPENED, LOW, QUOTA, OPENED)
-        await nc.close()
 
 
 async def test_time_that_passes_while_nobody_runs_is_told(tmp_path: Path) -> None:
@@ -119,7 +116,6 @@ async def test_time_that_passes_while_nobody_runs_is_told(tmp_path: Path) -> Non
         await first.kill()
         await made.add_adapter()
         await comes(nc, OPENED, ("closed", "window_closed", 0))
-        await nc.close()
 
 
 async def test_a_progress_report_takes_no_send_that_is_kept_back_for_answers(tmp_path: Path) -> None:
@@ -147,4 +143,3 @@ async def test_a_progress_report_takes_no_send_that_is_kept_back_for_answers(tmp
         texts = [shown.text for shown in made.sim.phone(bot.user)]
         assert texts[-3:] == ["report 7", "answer c0", "answer c1"]
         await comes(nc, ("opened", "", 10), LOW, QUOTA)
-        await nc.close()

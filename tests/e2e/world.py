@@ -157,6 +157,7 @@ class World:
         """The ids of each sandbox's commands, in order; the text is made of the id."""
         self._environ = environ
         self._parts = parts or {}
+        self._clients: list[Client] = []
 
     @property
     def server(self) -> EmbeddedNats:
@@ -171,12 +172,12 @@ class World:
         return self.nodes
 
     async def nc(self) -> Client:
-        """A connection that survives restarts of the server."""
+        """A connection that survives restarts of the server; `close` ends it."""
 
         async def quiet(_: Exception) -> None:
             return None
 
-        return await nats.connect(
+        client = await nats.connect(
             self.url.split(","),
             max_reconnect_attempts=-1,
             reconnect_time_wait=0.1,
@@ -184,6 +185,8 @@ class World:
             error_cb=quiet,
             pending_size=1 << 24,
         )
+        self._clients.append(client)
+        return client
 
     async def add_adapter(self, **environ: str) -> AdapterProcess:
         log = self.folder / f"adapter-{len(self.adapters)}.log"
@@ -279,6 +282,8 @@ class World:
         raise TimeoutError(f"{said - len(stored)} messages are not on the bus, and not settled are {left}")
 
     async def close(self) -> None:
+        for client in self._clients:
+            await client.close()
         for adapter in self.adapters:
             if adapter.running:
                 await adapter.kill()
@@ -396,5 +401,4 @@ async def loaded(
     made.sim.clear_faults()
     await made.settle(nc)
     found = await audit(made, nc)
-    await nc.close()
     return found
