@@ -90,6 +90,7 @@ class Inbox:
         self._reconnects = 0
         self._held_until = 0.0
         self._kept_alive_at = 0.0
+        self._warned = False
 
     async def run(self) -> None:
         """Pulls until cancelled. Raises what `check` raises, and NatsError once the connection is closed for good."""
@@ -125,8 +126,9 @@ class Inbox:
                 if wanted == 0:
                     return
             elif msg.subject == reply and (status := (msg.headers or {}).get("Status")) != "100":
-                if status == "503":
-                    log.warning("sandbox.no_consumer", detail="Bind the sandbox with the option `durable`.")
+                if status == "503" and not self._warned:
+                    log.warning("sandbox.no_consumer", detail="Is the sandbox bound, with the option `durable`?")
+                    self._warned = True
                 if status != "408":  # there is none, or it is gone: no hurry
                     await asyncio.sleep(TICK_S)
                 return
@@ -171,7 +173,7 @@ class Inbox:
             if self._ready and held_s <= 0:
                 return heapq.heappop(self._ready)
             self._changed.clear()
-            await wait_event(self._changed, max(held_s, TICK_S))
+            await wait_event(self._changed, held_s if held_s > 0 else TICK_S)
 
     def hold(self, reason: str) -> None:
         """Hands nothing out until what others have not acknowledged was delivered again."""
@@ -187,12 +189,12 @@ class Inbox:
         await self._nc.publish(delivery.ack_subject, b"+ACK")
 
     async def give_back(self) -> bool:
-        """Has the server deliver all that is open to somebody else, at once and in order; whether it knows that."""
+        """Has the server deliver all that is open to somebody else, at once; whether nothing but that is to come."""
         try:
             for seq in sorted(self._open):
                 await self._nc.publish(self._open[seq].ack_subject, b"-NAK")
             await self._nc.flush(timeout=2)
-            return True
+            return asyncio.get_running_loop().time() >= self._held_until
         except (NatsError, TimeoutError) as exc:
             log.info("sandbox.not_given_back", messages=len(self._open), reason=type(exc).__name__)
             return False

@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import json
+import os
 import time
 from collections.abc import Awaitable, Callable, Hashable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 from uuid import NAMESPACE_URL, uuid5
 
+import msgspec
 import structlog
 from nats.errors import Error as NatsError
 
@@ -86,10 +87,12 @@ class Sessions:
     """The name of each user's session: a UUID, the same for as long as the user does not begin a new one."""
 
     def __init__(self, sandbox: str, file: Path | None = None) -> None:
-        """`file`: where the ids of the last `/new` are kept; None: nowhere. Raises OSError, ValueError."""
+        """`file`: where the ids of the last `/new` are kept; None: nowhere. Raises OSError, UNDECODABLE."""
         self._sandbox = sandbox
         self._file = file
-        self._begun: dict[str, str] = json.loads(file.read_text("utf-8")) if file and file.exists() else {}
+        self._begun: dict[str, str] = {}
+        if file is not None and file.exists():
+            self._begun = msgspec.json.decode(file.read_bytes(), type=dict[str, str])
 
     def session_of(self, user: str) -> str:
         return str(uuid5(NAMESPACE_URL, f"wechat-nats:{self._sandbox}:{user}:{self._begun.get(user, '')}"))
@@ -98,9 +101,11 @@ class Sessions:
         """Raises OSError; the session is the former one then."""
         begun = self._begun | {user: message_id}
         if self._file is not None:
-            written = self._file.with_suffix(".new")
-            written.write_text(json.dumps(begun), "utf-8")
-            written.replace(self._file)
+            with self._file.with_suffix(".new").open("wb") as file:
+                file.write(msgspec.json.encode(begun))
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(file.name, self._file)
         self._begun = begun
 
 

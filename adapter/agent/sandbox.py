@@ -15,8 +15,8 @@ from urllib.parse import quote
 from uuid import uuid4
 
 import msgspec
-from nats.errors import ConnectionClosedError, NoRespondersError
 from nats.errors import Error as NatsError
+from nats.errors import NoRespondersError
 from nats.js import JetStreamContext
 from nats.js.errors import APIError, NoStreamResponseError, ServiceUnavailableError
 
@@ -115,7 +115,8 @@ class Sandbox:
 
     Connects by `settings`, by default those of the environment (NATS_URL, NATS_CREDS, NATS_NKEY, …), and comes back
     after each break. The sandbox has to be bound with the option `durable`; until it is, there are no messages.
-    What goes wrong for good, such as a missing permission, is raised where messages are awaited.
+    What goes wrong for good is raised where messages are awaited: Refused("forbidden"), and NatsError once a server
+    has refused the connection.
     """
 
     def __init__(self, name: str, settings: Settings | None = None, *, running_file: Path | None = None) -> None:
@@ -197,15 +198,12 @@ class Sandbox:
             if not waiting.done():
                 self._pulling.result()
             return Message(self, await waiting)
-        except ConnectionClosedError as exc:
-            raise closed(exc) from exc
         finally:
             waiting.cancel()
 
     async def send(self, command: Outbound) -> None:
         """Stores a command and returns once the bus has confirmed it; tries for as long as that takes. The command
-        needs an id, which makes the tries one. Raises Refused (too_large, forbidden), Temporary("bus_down"),
-        APIError."""
+        needs an id, which makes the tries one. Raises Refused (too_large, forbidden), NatsError."""
         payload = msgspec.json.encode(command)
         if len(payload) > COMMAND_BYTES:
             raise Refused("too_large", f"The command has {len(payload)} bytes; {COMMAND_BYTES} fit.")
@@ -218,8 +216,6 @@ class Sandbox:
                 return
             except (TimeoutError, NoRespondersError, NoStreamResponseError):
                 self._raise_if_forbidden()
-            except ConnectionClosedError as exc:
-                raise closed(exc) from exc
             except APIError as exc:
                 if exc.err_code == STORE_FAILED:
                     wait_s = FULL_S
@@ -300,11 +296,6 @@ async def connect(nc: BusClient, settings: Settings, name: str, errors: deque[Ex
         raise Temporary("bus_down", f"NATS is not reachable: {errors[-1] if errors else exc}") from exc
     # only now: with a wrong password the first connect would go on for ever
     nc.options |= {"allow_reconnect": True, "max_reconnect_attempts": -1, "reconnect_time_wait": 0.5}
-
-
-def closed(exc: ConnectionClosedError) -> AdapterError:
-    """After its server refused it, nats-py does not come back."""
-    return Temporary("bus_down", f"NATS has closed the connection: {exc}")
 
 
 def forbidden(does: str, subject: str) -> AdapterError:

@@ -8,23 +8,29 @@ from collections import deque
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Annotated
+from urllib.parse import urlsplit
 
+import structlog
 from cyclopts import Parameter, validators
+from nats.errors import Error as NatsError
 
 from adapter import __version__
 from adapter.agent import Sandbox
 from adapter.agent.program import Program
 from adapter.agent.runner import Agent, Runner, Sessions
 from adapter.agent.sandbox import connect
-from adapter.cli.bus import connected_bus, settings_here
-from adapter.cli.exit_codes import NO, OK, USAGE, Failed
+from adapter.cli.bus import BROKE, connected_bus, settings_here
+from adapter.cli.exit_codes import NO, OK, UNREACHABLE, USAGE, Failed
 from adapter.cli.lifetime import run_until_stopped, until_signalled
 from adapter.cli.options import Sandbox as SandboxName
 from adapter.cli.options import Timeout
 from adapter.environment import read_settings
+from adapter.errors import UNDECODABLE
 from adapter.jetstream.client import BusClient
 from adapter.observability import logs
 from adapter.settings import Settings
+
+log = structlog.get_logger()
 
 AGENTS = "AGENTS_"
 """Before the variables of the connection to agents: AGENTS_NATS_URL and the like."""
@@ -80,7 +86,7 @@ async def agent(
     try:
         folder.mkdir(parents=True, exist_ok=True)
         sessions = Sessions(sandbox, folder / "sessions.json")
-    except (OSError, ValueError) as exc:
+    except (OSError, *UNDECODABLE) as exc:
         raise Failed(NO, f"Cannot use {folder}: {exc}.") from None
     async with contextlib.AsyncExitStack() as stack:
         if program is not None:
@@ -94,7 +100,11 @@ async def agent(
         logs.configure(settings.log, version=__version__)
         stop = stack.enter_context(until_signalled())
         connected = await stack.enter_async_context(Sandbox(sandbox, settings, running_file=folder / "running"))
-        await run_until_stopped(stop, Runner(connected, answering, sessions).run())
+        log.info("agent.started", sandbox=sandbox)
+        try:
+            await run_until_stopped(stop, Runner(connected, answering, sessions).run())
+        except NatsError:
+            raise Failed(UNREACHABLE, BROKE) from None
     return OK
 
 
@@ -106,8 +116,8 @@ async def _webhook(url: str, timeout_s: float, max_output: int) -> AsyncIterator
     from adapter.agent.webhook import Webhook, read_secret  # noqa: PLC0415
 
     key = read_secret(_secret())
-    if not url.startswith(("http://", "https://")):
-        raise Failed(USAGE, "Expected a URL that begins with https:// or http://.")
+    if urlsplit(url).scheme not in ("http", "https") or not urlsplit(url).hostname:
+        raise Failed(USAGE, "Expected a URL such as https://agent.example/wechat.")
     async with httpx.AsyncClient(timeout=timeout_s) as client:
         yield Webhook(client, url, key, timeout_s=timeout_s, max_output=max_output)
 

@@ -8,6 +8,7 @@ import contextlib
 import hmac
 import json
 import os
+import random
 import secrets
 import signal
 import sys
@@ -76,6 +77,10 @@ class Agent:
                 stderr=out,
             )
 
+    async def start_unless_running(self) -> None:
+        if self.process is None or self.process.returncode is not None:
+            await self.start()
+
     async def end(self, number: int = signal.SIGTERM) -> int:
         assert self.process is not None
         if self.process.returncode is None:
@@ -95,7 +100,7 @@ class Agent:
 @contextlib.asynccontextmanager
 async def agent_running(folder: Path, *options: str, **environ: str) -> AsyncIterator[tuple[World, Agent]]:
     """One adapter, sandbox s1 with the user of a bot, and the command for it."""
-    async with world(folder) as made:
+    async with world(folder, environ={"WECHAT_NATS_SENDS_PER_WINDOW": "0"}, quota=0) as made:
         await made.add_adapter()
         nc = await made.nc()
         await made.bind(nc, "s1", made.sim.add_bot(), options=Options(durable=True))
@@ -325,3 +330,43 @@ async def test_a_url_is_asked_again_after_a_death_and_answers_once(
         await settled(made)
         await shows(made, "done: one", "done: two")
         assert receiver.texts == (["one", "two"] if victim == "server" else ["one", "one", "two"])
+
+
+@pytest.mark.slow  # half a minute behind each kill -9 of the command
+async def test_whatever_dies_each_person_has_each_answer_once_and_in_order(tmp_path: Path) -> None:
+    rng = random.Random(int(os.environ.get("SEED", "7")))
+    async with agent_running(tmp_path) as (made, agent):
+        nc, first, other = await made.nc(), made.bots["s1"], made.sim.add_bot()
+        await made.bind(nc, "s1", other, options=Options(durable=True))
+        await nc.close()
+        users = [first, other]
+        said: dict[str, list[str]] = {user.user: [] for user in users}
+
+        async def talk() -> None:
+            for number in range(60):
+                user = rng.choice(users)
+                said[user.user].append(f"done: {number}")
+                made.sim.say(user.bot, str(number))
+                await asyncio.sleep(rng.uniform(0, 1.5))
+
+        async with asyncio.TaskGroup() as group:
+            talking = group.create_task(talk())
+            while not talking.done():
+                await asyncio.sleep(rng.uniform(0.2, 3))
+                match rng.choice(["command", "command", "terminated", "server", "adapter"]):
+                    case "command":
+                        await agent.end(signal.SIGKILL)
+                    case "terminated":
+                        await agent.end()
+                    case "server":
+                        made.server.kill()
+                        await made.server.start()
+                    case _:
+                        await made.adapters[0].kill()
+                await agent.start_unless_running()
+                await made.adapters[0].start()
+        for user, texts in said.items():
+            await until(lambda: len(made.sim.phone(user)) >= len(texts), "all are answered")  # noqa: B023
+        await settled(made)
+        for user, texts in said.items():
+            assert [shown.text for shown in made.sim.phone(user)] == texts

@@ -5,7 +5,10 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import hashlib
+import os
 import secrets
+import signal
+import sys
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -16,7 +19,6 @@ from adapter.agent import Message, Sandbox
 from adapter.contract.messages import ImageItem, Options, OutFile
 from adapter.environment import read_settings
 from adapter.errors import Refused
-from adapter.settings import Settings
 from adapter.simulator import BotRecord, Simulator
 from tests.bus.guarded import guarded
 from tests.e2e.world import World, environ_of, fast, until
@@ -25,11 +27,12 @@ from tests.e2e.world import World, environ_of, fast, until
 class Place:
     """A bridge in which s1 has two users."""
 
-    def __init__(self, world: World, users: list[BotRecord], settings: dict[str, Settings]) -> None:
+    def __init__(self, world: World, users: list[BotRecord], environs: dict[str, dict[str, str]]) -> None:
         self.world = world
         self.users = users
-        self.settings = settings
+        self.environs = environs
         """By sandbox: its own rights, and no word of an inbox prefix."""
+        self.settings = {name: read_settings(environ) for name, environ in environs.items()}
 
     def texts(self, user: BotRecord) -> list[str]:
         return [shown.text for shown in self.world.sim.phone(user.user)]
@@ -48,7 +51,7 @@ async def place(tmp_path: Path, request: pytest.FixtureRequest) -> AsyncIterator
             environs = {name: {"NATS_URL": server.url, **server.users[name].environ} for name in ("s1", "s2")}
             for environ in environs.values():
                 del environ["NATS_INBOX_PREFIX"]
-            yield Place(world, users, {name: read_settings(environ) for name, environ in environs.items()})
+            yield Place(world, users, environs)
         finally:
             await world.close()
 
@@ -135,3 +138,19 @@ async def test_a_message_is_answered_again_under_the_same_ids_until_it_was_finis
             await until(lambda: "at last: next" in place.texts(user), "the next one is answered")
     assert ids[0] == ids[1]
     assert place.texts(user) == ["one", "two", "at last: next"]
+
+
+async def test_the_command_needs_no_other_rights(place: Place, tmp_path: Path) -> None:
+    environ = {**os.environ, **place.environs["s1"], "WECHAT_NATS_DATA_DIR": str(tmp_path)}
+    program = (sys.executable, "-m", "adapter", "agent", "s1", "--exec", "tr a-z A-Z")
+    process = await asyncio.create_subprocess_exec(*program, env=environ)
+    try:
+        place.world.sim.say(place.users[0].bot, "hello")
+        await until(lambda: place.texts(place.users[0]) == ["HELLO"], "it is answered")
+        process.send_signal(signal.SIGTERM)
+        assert await process.wait() == 0
+        assert list((tmp_path / "agent-s1").iterdir()) == []
+    finally:
+        if process.returncode is None:
+            process.kill()
+        await process.wait()
