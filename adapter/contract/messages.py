@@ -357,7 +357,7 @@ class Unbind(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """Unbind a bot, or all bots of a sandbox. Subject: wechat.ctl.unbind."""
 
     sandbox: SandboxId
-    bot: Annotated[str, Meta(max_length=128, description="Default: all bots of the sandbox.")] | None = None
+    bot: Annotated[str, Meta(description="Default: all bots of the sandbox.")] | None = None
     id: CommandId | None = None
     keep_undelivered: KeepUndelivered = False
     purge: Annotated[

@@ -1,5 +1,5 @@
 /* Messages of the bus, generated from the JSON Schemas here by `make generate`; do not edit.
-   Of: ab78bcedde791da71ab791c361b218f81807a53eb263d09021f4f4d64d81b6e7 */
+   Of: be56770aee8601f637aee2ddbe8171480a28f3a02a250e12802b547ca1e71825 */
 
 /**
  * Options of a binding.
