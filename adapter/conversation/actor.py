@@ -59,9 +59,17 @@ class _Alarm:
             self._handle.cancel()
             self._handle = None
 
+    def stop(self) -> None:
+        """Never rings again, and lets go of the function."""
+        self.cancel()
+        self._ring = _ignore
+
     def _on_time(self) -> None:
         self._handle = None
         self._ring()
+
+
+def _ignore() -> None: ...
 
 
 class ConversationActor:
@@ -71,9 +79,9 @@ class ConversationActor:
         self.memory = ConversationMemory(conversation, revision, shard, deps.store)
         self._shard = shard
         self._deps = deps
-        self._work = OutstandingWork(self.memory, shard, deps, self.put)
-        effects = EffectRunner(self.memory, shard, deps, self._work, self.put)
-        self._mailbox = Mailbox(conversation.sandbox, effects.handle_event, self._on_empty, deps.turns)
+        self._mailbox = Mailbox(conversation.sandbox, self._on_empty, deps.turns)
+        self._work = OutstandingWork(self.memory, shard, deps, self._mailbox.put)
+        self._mailbox.handle = EffectRunner(self.memory, shard, deps, self._work, self._mailbox.put).handle_event
         self._deadline = _Alarm(self._on_deadline)
         self._store_alarm = _Alarm(self._store_inbound)
         """Set while the record lacks an inbound message."""
@@ -161,8 +169,8 @@ class ConversationActor:
     def stop(self) -> None:
         """Stops at once, since the shard is lost or handed over."""
         self._mailbox.stop()
-        self._deadline.cancel()
-        self._store_alarm.cancel()
+        self._deadline.stop()
+        self._store_alarm.stop()
         self._work.cancel()
 
     def _on_empty(self) -> None:

@@ -25,16 +25,11 @@ class _Mail(NamedTuple):
 class Mailbox:
     """Queues inputs and processes them. After `stop` it accepts no input: the waiter gets LeaseLost."""
 
-    def __init__(
-        self,
-        sandbox: str,
-        handle: Callable[[rules.Input], Awaitable[None]],
-        on_empty: Callable[[], None],
-        turns: PerTickLimiter,
-    ) -> None:
-        """`on_empty`: called when the task ends because no input is left."""
+    def __init__(self, sandbox: str, on_empty: Callable[[], None], turns: PerTickLimiter) -> None:
+        """`on_empty`: called when the task ends since no input is left."""
+        self.handle: Callable[[rules.Input], Awaitable[None]] = _ignore_input
+        """Processes an input."""
         self._sandbox = sandbox
-        self._handle = handle
         self._on_empty = on_empty
         self._turns = turns
         self._mails: deque[_Mail] = deque()
@@ -71,6 +66,8 @@ class Mailbox:
         self.is_stopped = True
         if self._task is not None and self._task is not asyncio.current_task():
             self._task.cancel()
+            self._task = None  # a task that has not begun never ends itself
+        self.handle, self._on_empty = _ignore_input, _ignore  # no cycle is left for the garbage collector
         for mail in self._mails:
             _fail_waiter(mail.done, self._sandbox)
         self._mails.clear()
@@ -81,10 +78,9 @@ class Mailbox:
             while self._mails:
                 await self._turns.wait_turn()
                 event, done, is_wanted = self._mails.popleft()
-                if is_wanted is not None and not is_wanted():
-                    continue
                 try:
-                    await self._handle(event)
+                    if is_wanted is None or is_wanted():
+                        await self.handle(event)
                 except Exception as exc:  # the next inputs are processed
                     log.exception("conversation.crashed", sandbox=self._sandbox, input=type(event).__name__)
                     if done is not None and not done.done():
@@ -96,6 +92,12 @@ class Mailbox:
             _fail_waiter(done, self._sandbox)
         if not self.is_stopped:
             self._on_empty()
+
+
+async def _ignore_input(_: rules.Input) -> None: ...
+
+
+def _ignore() -> None: ...
 
 
 def _fail_waiter(done: asyncio.Future[None] | None, sandbox: str) -> None:

@@ -149,7 +149,8 @@ class BotJournal:
 
     async def note(self) -> None:
         """Stores owner and cursor without messages. Raises Temporary, LeaseLost."""
-        await self._append(self._record(new=1))
+        has_all = self.stored.seen_to >= self.stored.last_heard
+        await self._append(self._record(new=1 if has_all else 0))
 
     async def release(self, *, ttl_s: int = 0) -> None:
         """Removes the owner, even while the lease is not valid, since no other replica takes the bot of a living one.
@@ -229,12 +230,10 @@ class BotJournal:
             self._older.insert(0, self._inherited)
             self._inherited = found.record.last_heard
         self._inherited = 0
-        needed = [sequence for sequence in self._older if sequence == self.stored.seen_at]
-        while self._older:
-            if self._older[-1] not in needed:
-                await self._journal.delete(self._older[-1])
-            self._older.pop()
-        self._older = needed
+        needed = self.stored.seen_at
+        for sequence in [sequence for sequence in self._older if sequence != needed]:
+            await self._journal.delete(sequence)
+            self._older.remove(sequence)
 
     async def delete_older(self) -> None:
         """Deletes all records except the newest. Raises Temporary."""

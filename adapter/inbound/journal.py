@@ -115,7 +115,8 @@ class Journal:
     async def get(self, bot: str, sequence: int) -> Written | None:
         """A bot's record; None: it is gone. Raises Temporary."""
         stored = await self._history.get(self._names.stream_journal, sequence)
-        return None if stored is None else self._read(bot, stored)
+        is_of_bot = stored is not None and stored.subject == self._names.journal(bot)
+        return self._read(bot, stored) if stored is not None and is_of_bot else None
 
     async def after(self, bot: str, sequence: int) -> AsyncIterator[Written]:
         """The records after a sequence, oldest first. The server scans the records of all bots, so use it for few

@@ -74,7 +74,7 @@ class MediaDownloads:
             except TimeoutError:
                 missing = MediaUnavailable("timeout", again=True)
             except MediaUnavailable as exc:
-                missing = exc
+                missing = MediaUnavailable(exc.reason, again=exc.again)  # `exc` has frames that hold it, and buffers
             if missing.reason not in ("timeout", "store") or not missing.again or not await self._wait_for_bus():
                 log.info("media.missing", bot=self._bot, reason=missing.reason)
                 return DownloadResult(reason=missing.reason)

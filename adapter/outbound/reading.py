@@ -182,7 +182,7 @@ class CommandReader:
                 try:
                     rendering = with_texts(body, await self._texts.render_plain(texts_of(body)))
                 except Refused as exc:
-                    rendering = exc
+                    rendering = Refused(exc.reason, exc.detail)  # `exc` has frames that hold it
         self._read(unread[0], rendering)  # an error here belongs to the first command
         unread.popleft()
 

@@ -21,6 +21,8 @@ GROWTH = 4
 """A collection runs when the blocks have grown by one part in so many since the last one."""
 LEAST_GROWTH = 100_000
 """Least growth in blocks that starts a collection: some 10 MB. A small process grows by a quarter with each burst."""
+LONGEST_S = 600.0
+"""Longest time without a collection: large buffers are no blocks, and cycles may hold some."""
 
 
 def run_fast(main: Coroutine[Any, Any, T]) -> T:
@@ -38,15 +40,16 @@ def run_fast(main: Coroutine[Any, Any, T]) -> T:
 
 
 async def _with_garbage_collection(main: Coroutine[Any, Any, T]) -> T:
-    """Runs `main`, and a collection whenever the allocated blocks have grown."""
+    """Runs `main`, and a collection when the allocated blocks have grown, or after LONGEST_S."""
 
     async def collect_forever() -> None:
-        collected = sys.getallocatedblocks()
+        loop = asyncio.get_running_loop()
         while True:
-            await asyncio.sleep(CHECK_S)
-            if sys.getallocatedblocks() > collected + max(collected // GROWTH, LEAST_GROWTH):
-                gc.collect()
-                collected = sys.getallocatedblocks()
+            collected, until = sys.getallocatedblocks(), loop.time() + LONGEST_S
+            limit = collected + max(collected // GROWTH, LEAST_GROWTH)
+            while sys.getallocatedblocks() <= limit and loop.time() < until:
+                await asyncio.sleep(CHECK_S)
+            gc.collect()
 
     collecting = asyncio.create_task(collect_forever(), name="garbage")
     try:

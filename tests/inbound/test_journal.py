@@ -110,6 +110,44 @@ async def test_a_quiet_bots_messages_leave_the_journal_and_repeats_are_known_all
     await task
 
 
+async def test_a_repeat_that_comes_last_leaves_the_journal_too() -> None:
+    quiet = [batch(cursor=None), None] * 4
+    word = raw("word 1", 1)
+    bench = await ready(batch(word, cursor="c1"), *quiet, batch(word, cursor="c2"), *quiet)
+    poller, task = tended(bench)
+    await asyncio.sleep(1200)
+    assert not any(written.record.messages for written in await bench.written())
+    poller.stop(immediately=True)
+    await task
+
+
+async def test_records_that_a_crash_kept_from_being_deleted_go_with_the_next_ones() -> None:
+    quiet = [batch(cursor=None), None] * 8
+    bench = await ready(*(batch(raw(f"word {n}", n), cursor=f"c{n}") for n in range(5)), *quiet)
+    deletions = 0
+
+    async def die_at_the_third() -> None:
+        nonlocal deletions
+        deletions += 1
+        if deletions > 2:
+            await asyncio.Event().wait()
+
+    bench.bus.on_delete = die_at_the_third
+    _, task = tended(bench)
+    await asyncio.sleep(120)
+    assert deletions == 3
+    bench.bus.on_delete = None
+    task.cancel()
+    await asyncio.wait([task])
+    heir = heir_to(bench)
+    heir.chat.polls = deque([batch(raw("word 40", 40), cursor="c40"), *quiet])
+    poller, task = tended(heir)
+    await asyncio.sleep(300)
+    assert not any(written.record.messages for written in await heir.written())
+    poller.stop(immediately=True)
+    await task
+
+
 # sealing -------------------------------------------------------------------------------------------------
 
 
