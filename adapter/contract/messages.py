@@ -1,6 +1,6 @@
 """Messages of the bus: the source of `schemas/`. No I/O, no clock.
 
-Fields ending in `_ms` are Unix milliseconds. Ids are strings, since iLink's uint64 exceeds 2^53. Readers ignore
+Fields ending in `_ms` are Unix milliseconds. Ids are strings, because iLink's uint64 exceeds 2^53. Readers ignore
 unknown fields, so optional fields may be added. Any other change is a new major version, which the header
 `Wechat-Schema` has.
 """
@@ -181,7 +181,7 @@ class OutFile(_OutMedia, frozen=True, kw_only=True, tag_field="kind", tag="file"
 
 
 class OutVoice(_OutMedia, frozen=True, kw_only=True, tag_field="kind", tag="voice", omit_defaults=True):
-    """Audio to send. It arrives as a file, since WeChat shows no voice messages of bots."""
+    """Audio to send. It arrives as a file, because WeChat shows no voice messages of bots."""
 
 
 OutItem: TypeAlias = OutText | OutImage | OutVideo | OutFile | OutVoice
@@ -203,7 +203,7 @@ class Outbound(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     user: Annotated[
         str | None,
         Meta(
-            description="Default: the bot's user. An answer names the `user` of the message that it answers, since"
+            description="Default: the bot's user. An answer names the `user` of the message that it answers, because"
             " another person may be bound by then."
         ),
     ] = None
@@ -476,7 +476,7 @@ class BindingEvent(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True
     replay_after: Annotated[
         int | None,
         Meta(
-            description="bound, unbound: a replay begins after this sequence. Absent: nothing is replayed, since no"
+            description="bound, unbound: a replay begins after this sequence. Absent: nothing is replayed, because no"
             " person is bound now."
         ),
     ] = None
@@ -492,7 +492,7 @@ class WindowEvent(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True)
     change: Annotated[
         Literal["opened", "low", "closed"],
         Meta(
-            description="opened: sends are possible again, since the user wrote or WeChat accepts messages again."
+            description="opened: sends are possible again, because the user wrote or WeChat accepts messages again."
             " low: few sends are left, once per window. closed: `remaining` is 0."
         ),
     ]

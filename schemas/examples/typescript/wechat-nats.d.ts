@@ -1,5 +1,5 @@
 /* Messages of the bus, generated from the JSON Schemas here by `make generate`; do not edit.
-   Of: be56770aee8601f637aee2ddbe8171480a28f3a02a250e12802b547ca1e71825 */
+   Of: 923df2a16299624e0edb04677af6a186684806939b7f2eee078c71d01fd38a8c */
 
 /**
  * Options of a binding.
@@ -85,7 +85,7 @@ export interface BindingEvent {
    */
   request?: string;
   /**
-   * bound, unbound: a replay begins after this sequence. Absent: nothing is replayed, since no person is bound now.
+   * bound, unbound: a replay begins after this sequence. Absent: nothing is replayed, because no person is bound now.
    */
   replay_after?: number | null;
   at_ms?: number;
@@ -684,7 +684,7 @@ export interface OutVideo {
   caption?: string;
 }
 /**
- * Audio to send. It arrives as a file, since WeChat shows no voice messages of bots.
+ * Audio to send. It arrives as a file, because WeChat shows no voice messages of bots.
  */
 export interface OutVoice {
   kind: "voice";
@@ -723,7 +723,7 @@ export interface Outbound {
    */
   bot?: string | null;
   /**
-   * Default: the bot's user. An answer names the `user` of the message that it answers, since another person may be bound by then.
+   * Default: the bot's user. An answer names the `user` of the message that it answers, because another person may be bound by then.
    */
   user?: string | null;
   /**
@@ -911,7 +911,7 @@ export interface WindowEvent {
   bot: string;
   user: string;
   /**
-   * opened: sends are possible again, since the user wrote or WeChat accepts messages again. low: few sends are left, once per window. closed: `remaining` is 0.
+   * opened: sends are possible again, because the user wrote or WeChat accepts messages again. low: few sends are left, once per window. closed: `remaining` is 0.
    */
   change: "closed" | "low" | "opened";
   /**
