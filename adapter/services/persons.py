@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 from collections import Counter
-from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Mapping, Sequence
 from functools import partial
 from typing import Literal, NamedTuple, Protocol, TypeAlias
 
@@ -76,8 +76,8 @@ class PersonSearch:
         self._user = user
         self._sandbox = sandbox
         self._bots: set[str] = set()
-        self._serving_elsewhere: set[str] = set()
-        """Bots of the person that serve another sandbox, so their journals are in use."""
+        self._serving_others: set[str] = set()
+        """Bots that serve another sandbox or another person, so their journals are in use."""
         self._commands: set[tuple[str, str]] = set()
         """Sandbox and id of each command that has a receipt."""
 
@@ -92,7 +92,7 @@ class PersonSearch:
                 yield Found("dead_letter", self._names.stream_dead, stored, stored.headers.get(H_SANDBOX, ""))
         async for found in self._find_media():
             yield found
-        for bot in sorted(self._bots - self._serving_elsewhere):
+        for bot in sorted(self._bots - self._serving_others):
             async for stored in self._history.read(self._names.stream_journal, self._names.journal(bot)):
                 yield Found("journal", self._names.stream_journal, stored, bot=bot)
 
@@ -117,13 +117,14 @@ class PersonSearch:
             return None
         tokens = stored.subject.split(".")
         sandbox = about.sandbox or (tokens[2] if kind == "conversation" else tokens[-1] if kind == "command" else "")
-        if self._sandbox not in (None, sandbox):
-            if kind == "binding":
-                self._serving_elsewhere.add(about.bot or "")
+        is_elsewhere = self._sandbox not in (None, sandbox)
+        if kind == "binding" and (is_elsewhere or about.user not in ("", self._user)):
+            self._serving_others.add(about.bot or "")
+        if is_elsewhere:
             return None
         is_theirs = self._user == about.user or kind == "conversation"
         if is_theirs:
-            self._bots |= {about.bot or "", *about.dispatched_to} - {""}
+            self._bots |= _bots_of_user(kind, tokens, about)
         elif not (
             about.former_user == self._user
             or (not about.user and {about.bot, bot_of(about.reply_to or "")} & self._bots)
@@ -157,6 +158,16 @@ class PersonSearch:
                 yield Found("media", stream, stored, sandbox)
                 async for piece in self._history.read(stream, f"$O.{names.media}.C.{described.nuid}"):
                     yield Found("media", stream, piece, sandbox)
+
+
+def _bots_of_user(kind: Kind, tokens: Sequence[str], about: _About) -> set[str]:
+    """The bots that a message or record shows to be its user's. A sandbox chooses user and bot of its commands, and
+    so also those of their receipts, of a conversation's record, and of its window events."""
+    if kind == "conversation":
+        return {*about.dispatched_to}
+    if kind == "command" or (kind == "event" and tokens[3] not in ("binding", "login")):
+        return set()
+    return {about.bot or ""} - {""}
 
 
 class Owners(Protocol):

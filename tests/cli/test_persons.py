@@ -88,6 +88,8 @@ async def test_nothing_of_an_erased_person_is_left_and_all_of_another(
 
     parked = await cli("send", "s1", "too much", "--id", "parked", "--timeout", "0.01")  # it may be on its way
     assert parked.code in (0, 4)
+    named = ("--user", gone.user, "--bot", stays.bot, "--when-closed", "refuse")
+    assert (await cli("send", "s2", "a sandbox may name anybody", *named)).code == 1
     for number in range(5):
         simulator.say(stays.user, f"meanwhile {number}")
     erased = await cli("erase", "--user", gone.user, "--id", "request-1", "--json")

@@ -103,6 +103,8 @@ class FakeBus:
         return seq
 
     def stream_of(self, subject: str) -> str:
+        if subject.startswith("$KV."):
+            return f"KV_{subject.split('.')[1]}"
         kind = subject.removeprefix(f"{self._names.prefix}.").partition(".")[0]
         return f"{self._names.prefix.upper()}_{'IN' if kind == 'inbox' else kind.upper()}"
 

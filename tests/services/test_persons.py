@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 
 import msgspec
 import pytest
 
 from adapter.contract.messages import ControlAnswer, Erase
-from adapter.contract.names import H_COMMAND, H_MSG_ID, H_SANDBOX
+from adapter.contract.names import H_COMMAND, H_MSG_ID, H_SANDBOX, Names, to_subject_token
 from adapter.errors import Temporary
 from adapter.services.persons import Erasure
 from tests.fakes import Bench
@@ -120,3 +121,50 @@ async def test_a_journal_is_deleted_only_while_nobody_may_bind() -> None:
         assert not erasing.done()
         assert place.kept == 14
     assert (await erasing).ok
+
+
+@pytest.mark.parametrize(
+    "place_of",
+    [
+        lambda names: names.receipt("s3", "r1"),
+        lambda names: names.out("s3"),
+        lambda names: f"$KV.{names.conversations}.s3.{to_subject_token(USER)}",
+        lambda names: names.event("s3", "window"),
+    ],
+    ids=["receipt", "command", "conversation", "window"],
+)
+async def test_a_sandbox_that_names_the_bot_of_another_person_erases_nothing_of_theirs(
+    place_of: Callable[[Names], str],
+) -> None:
+    """It chooses the user and the bot of its commands, and so those of all that the adapter stores about them."""
+    place = Place()
+    about: dict[str, object] = {"user": USER, "bot": "b2@im.bot", "sandbox": "s3", "command": "r1"}
+    if ".out." in place_of(place.bench.names):
+        about |= {"dispatched_to": {"b2@im.bot": 1}}  # the command as it was written
+    place.bench.bus.put(place_of(place.bench.names), msgspec.json.encode(about), {})
+    answer = await place.erase()
+    assert (answer.ok, answer.left) == (True, {})
+    assert sum(answer.counts.values()) == sum(ALL.values()) + 1
+    assert place.kept == 7
+
+
+async def test_the_bots_that_a_conversation_was_dispatched_from_are_theirs() -> None:
+    """Their messages may have expired before their journal."""
+    place = Place()
+    names = place.bench.names
+    about = {"bot": BOT, "dispatched_to": {"b4@im.bot": 7}}
+    place.bench.bus.put(
+        f"$KV.{names.conversations}.s1.{to_subject_token(USER)}", msgspec.json.encode(about | {"unserved": True}), {}
+    )
+    place.bench.bus.put(names.journal("b4@im.bot"), msgspec.msgpack.encode((1, "", b"sealed")), {})
+    assert (await place.erase()).counts == ALL | {"conversation": 1, "journal": 3}
+
+
+async def test_a_bot_that_serves_another_person_now_is_left_alone() -> None:
+    place = Place()
+    names = place.bench.names
+    binding = msgspec.json.encode({"user": "u3@im.wechat", "bot": BOT, "sandbox": "s1"})
+    place.bench.bus.put(f"$KV.{names.bindings}.{to_subject_token(BOT)}", binding, {})
+    answer = await place.erase()
+    assert (answer.ok, answer.counts) == (True, {kind: count for kind, count in ALL.items() if kind != "journal"})
+    assert place.kept == 7 + 2 + 1
