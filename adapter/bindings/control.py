@@ -327,7 +327,12 @@ class Control:
         bound = self._bindings.of_sandbox(command.sandbox)
         binding = self._new_binding(command, token, before)
         replaced = [b for b in bound if binding.user and b.user == binding.user and b.bot != command.bot]
-        is_begun = before is not None and bool(command.id) and before.request == command.id
+        is_begun = (
+            before is not None
+            and bool(command.id)
+            and before.request == command.id
+            and self._sealer.is_same_secret(before.bot, before.token, token)
+        )
         """An earlier run wrote the binding and crashed. A refusal now would leave the command half done."""
         displaced = [*replaced, *([before] if before is not None else [])]
         is_checked = not is_begun and await self._check_token(command, token, displaced, sequence)
