@@ -70,8 +70,10 @@ class TokenChecks:
                 await self._chat.notify(Account(command.bot, token, base_url), start=True)
         except SessionExpired:
             return Verdict.DEAD
-        except (Temporary, Uncertain, TimeoutError):
+        except Temporary as exc:
+            return Verdict.TAKEN if exc.reason == "ret_other" else Verdict.SILENT
+        except (Uncertain, TimeoutError):
             return Verdict.SILENT
-        except Refused:  # iLink refused something else, or the bind itself will fail
+        except Refused:  # the bind itself will fail
             return Verdict.TAKEN
         return Verdict.TAKEN

@@ -8,7 +8,7 @@ from typing import Any
 import msgspec
 import pytest
 
-from adapter.errors import Refused, SessionExpired, Temporary
+from adapter.errors import SessionExpired, Temporary
 from adapter.ports import Message
 from tests.bindings.test_control import BOT, TOKEN, USER, Platform
 from tests.fakes import FakeDelivery
@@ -16,6 +16,7 @@ from tests.fakes import FakeDelivery
 VIRTUAL_TIME = True
 
 STALE, SILENT = SessionExpired("stale_token", "-14"), Temporary("ilink_unavailable")
+OTHER = Temporary("ret_other", "iLink answered -2")
 
 
 @pytest.mark.parametrize(
@@ -146,12 +147,20 @@ async def test_where_nothing_works_the_bind_is_not_asked_for(problem: Exception)
     assert (await platform.bind(bot_token=f"{TOKEN}2", sandbox="s2")).ok
 
 
-@pytest.mark.parametrize(("problem", "checked"), [(SILENT, False), (Refused("ilink", "-2"), True)])
+@pytest.mark.parametrize(("problem", "checked"), [(SILENT, False), (OTHER, True)])
 async def test_another_answer_than_14_binds_and_no_answer_is_said(problem: Exception, checked: bool) -> None:
     platform = Platform()
     platform.bench.chat.notify_fails = problem
     answer = await platform.bind(check=True)
     assert (answer.ok, answer.checked) == (True, checked)
+
+
+async def test_a_working_token_is_replaced_where_ilink_gives_another_answer_than_14() -> None:
+    platform = Platform()
+    await platform.bind()
+    platform.bench.chat.notify_fails = OTHER
+    answer = await platform.bind(bot_token=f"{TOKEN}2")
+    assert (answer.ok, answer.checked, platform.binding().token) == (True, True, f"{TOKEN}2")
 
 
 async def test_a_bind_says_from_where_it_has_moved_the_bot() -> None:
