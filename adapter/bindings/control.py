@@ -422,6 +422,8 @@ class Control:
         for known in bound:
             if _is_same_person(known, binding):
                 return structs.replace(binding, in_after=known.in_after, out_after=known.out_after)
+        if binding.sandbox not in self._recently_read:  # an erasure in the same batch removed it
+            await self._read_sandbox(binding.sandbox)
         sandbox, last, names = binding.sandbox, self._recently_read[binding.sandbox], self._names
         is_alone = all(other.bot == binding.bot for other in bound)
         is_again = last is not None and _is_same_person(last, binding)

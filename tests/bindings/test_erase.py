@@ -7,6 +7,7 @@ from collections.abc import Collection
 
 import msgspec
 import pytest
+from structlog.testing import capture_logs
 
 from adapter.contract.messages import ControlAnswer, Erase
 from adapter.errors import Temporary
@@ -73,6 +74,21 @@ async def test_later_commands_do_not_wait_for_an_erasure() -> None:
     eraser.may_end.set()
     await asyncio.sleep(1)
     assert msgspec.json.decode(platform.bench.core.published[-1][1], type=ControlAnswer).id == "e1"
+
+
+async def test_a_bind_right_behind_an_erasure_knows_of_the_person_who_was_there() -> None:
+    """Both are read in one batch, and the erasure forgets what was read."""
+    platform = Platform(eraser=SlowEraser())
+    await platform.bind()
+    command = platform.bench.bus.put(platform.bench.names.out_of_sandbox("s1"), b'{"text":"for the first"}', {})
+    body = {"sandbox": "s1", "bot": "b9@im.bot", "bot_token": "t9", "user": "other@im.wechat"}
+    with capture_logs() as logs:
+        platform.publish("erase", msgspec.json.encode({"user": USER}))
+        bind = platform.publish("bind", msgspec.json.encode(body))
+        await asyncio.sleep(1)
+    assert (bind.acks, platform.bound) == (1, {"b9@im.bot": "s1"})
+    assert platform.binding("b9@im.bot").out_after == command
+    assert [log for log in logs if log["event"] == "control.crashed"] == []
 
 
 async def test_one_that_fails_on_the_way_says_that_it_is_to_be_repeated() -> None:
