@@ -20,6 +20,7 @@ from cyclopts import Parameter
 
 from adapter.cli import output
 from adapter.cli.exit_codes import NO, OK, USAGE, Failed
+from adapter.cli.private_files import open_private
 from adapter.contract.messages import SandboxId
 
 Source = Annotated[
@@ -178,7 +179,7 @@ def _write_failed(path: Path, found: Rows[R], errors: dict[int, str]) -> None:
     else:
         text.writelines(msgspec.json.encode(row).decode() + "\n" for row in failed)
     try:
-        with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w", encoding="utf-8") as file:
+        with os.fdopen(open_private(path), "w", encoding="utf-8") as file:
             file.write(text.getvalue())
     except OSError as exc:
         raise Failed(USAGE, f"Cannot write what failed to {path}: {exc.strerror}.") from None

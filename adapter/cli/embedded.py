@@ -28,6 +28,7 @@ import msgspec
 import nats
 from nats.errors import Error as NatsError
 
+from adapter.cli.private_files import open_private
 from adapter.errors import AdapterError, SettingsError
 from adapter.kit.children import die_with_parent
 
@@ -265,9 +266,7 @@ class EmbeddedNats:
 
 def write_private(path: Path, text: str) -> None:
     """Writes a file that only this user may read, also where it was there already. Raises OSError."""
-    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
-    with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-        os.fchmod(file.fileno(), 0o600)
+    with os.fdopen(open_private(path), "w", encoding="utf-8") as file:
         file.write(text)
 
 

@@ -21,6 +21,7 @@ from adapter.cli.bus import Bus, connected_bus
 from adapter.cli.exit_codes import INTERRUPTED, NO, OK, UNREACHABLE, USAGE, Failed
 from adapter.cli.lifetime import run_until_stopped, until_signalled
 from adapter.cli.options import AutoTyping, Durable, Fresh, Json, RowSandbox, flag
+from adapter.cli.private_files import open_private
 from adapter.contract.messages import CHECKING, FINAL_STATUSES, Login, LoginQuery, LoginStart, LoginVerify, Options
 from adapter.kit.timing import wait_event
 
@@ -279,7 +280,7 @@ class _JsonView(_View):
 def _write(path: Path, picture: bytes) -> None:
     """Only its owner may read it. Raises Failed."""
     try:
-        with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "wb") as file:
+        with os.fdopen(open_private(path), "wb") as file:
             file.write(picture)
     except OSError as exc:
         raise Failed(USAGE, f"Cannot write the code to {path}: {exc.strerror}.") from None

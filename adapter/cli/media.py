@@ -17,6 +17,7 @@ from adapter.cli import output
 from adapter.cli.bus import Bus, connected_bus
 from adapter.cli.exit_codes import NO, OK, USAGE, Failed
 from adapter.cli.options import Json, Sandbox, flag
+from adapter.cli.private_files import open_private
 from adapter.contract.messages import Media, MediaQuery
 from adapter.contract.names import H_LAST, H_NAME, H_NEXT, H_OFFSET, H_SHA256, H_UPLOAD, is_sandbox
 
@@ -53,7 +54,7 @@ def _write(to: str, data: bytes, *, may_overwrite: bool) -> None:
     """Only its owner may read it. Raises Failed."""
     create = os.O_TRUNC if may_overwrite else os.O_EXCL
     try:
-        with os.fdopen(os.open(to, os.O_WRONLY | os.O_CREAT | create, 0o600), "wb") as file:
+        with os.fdopen(open_private(to, create), "wb") as file:
             file.write(data)
     except FileExistsError:
         raise Failed(USAGE, f"{to} is there: give --force to overwrite it.") from None

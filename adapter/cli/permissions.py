@@ -15,6 +15,7 @@ from adapter.cli.bus import Bus, connected_bus, settings_here
 from adapter.cli.exit_codes import NO, OK, USAGE, Failed
 from adapter.cli.jwts import Key
 from adapter.cli.options import Sandbox, flag
+from adapter.cli.private_files import open_private
 from adapter.contract.names import Names
 from adapter.errors import Refused
 from adapter.security.permissions import ACCOUNT_OF, OWN_ACCOUNTS, ROLES, SANDBOX, SYSTEM, WECHAT, Role, server_config
@@ -243,8 +244,7 @@ def _private(file: Path, *, append: bool = False) -> Any:
     """Open for writing, in a folder that only this user can enter."""
     try:
         file.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        mode = os.O_WRONLY | os.O_CREAT | (os.O_APPEND if append else os.O_TRUNC)
-        return os.fdopen(os.open(file, mode, 0o600), "w", encoding="utf-8")
+        return os.fdopen(open_private(file, os.O_APPEND if append else os.O_TRUNC), "w", encoding="utf-8")
     except OSError as exc:
         raise Failed(NO, f"Cannot write {file}: {exc.strerror}.") from None
 

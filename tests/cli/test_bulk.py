@@ -35,6 +35,7 @@ async def test_rows_of_csv_are_bound_and_what_is_no_row_can_be_mended_and_run_ag
     cli: Command, bus: Bus, rows: Path, tmp_path: Path
 ) -> None:
     failed = tmp_path / "failed.csv"
+    failed.touch(0o644)
     write(
         rows,
         HEADER + "s1,b1@im.bot,t1-secret,u1@im.wechat,\nS 2,b2@im.bot,t2-secret,,\ns3,b3@im.bot,t3-secret,,true\n",

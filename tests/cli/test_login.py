@@ -142,6 +142,7 @@ async def test_the_url_alone_for_a_program_that_draws_it(sim: Simulator) -> None
 
 async def test_a_picture_that_only_its_owner_can_read(sim: Simulator, tmp_path: Path) -> None:
     picture = tmp_path / "code.png"
+    picture.touch(0o644)
     async with started("login", "s1", "--png", str(picture)) as process:
         shown = await read(process, b"Scan this code")
         assert b"code.png" in shown

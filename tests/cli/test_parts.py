@@ -8,6 +8,7 @@ import io
 import json
 import os
 import re
+import stat
 import sys
 from collections.abc import Awaitable, Callable
 from pathlib import Path
@@ -19,6 +20,7 @@ from rich.cells import cell_len
 from adapter.cli.bus import Bus
 from adapter.cli.lifetime import run_until_stopped
 from adapter.cli.output import can_colour, can_style, complain, json_line, printable, table, with_defaults
+from adapter.cli.private_files import open_private
 from adapter.cli.screen import LABEL, Screen
 from adapter.cli.stdin import LineEditor, lines
 from adapter.contract.messages import BindingInfo, LoginQuery, Receipt
@@ -234,3 +236,15 @@ def test_a_narrow_terminal_gets_a_block_for_each_row(monkeypatch: pytest.MonkeyP
     table(("seq", "detail", "size"), [(1, "why it is", 7), (2, "-", 8)])
     lines = [re.sub(r"\x1b\[[0-9;]*m", "", line).rstrip() for line in shown.getvalue().splitlines()]
     assert lines == ["seq     1", "detail  why it is", "size    7", "", "seq     2", "detail  -", "size    8", ""]
+
+
+def test_a_file_becomes_private_and_a_pipe_stays_as_it_is(tmp_path: Path) -> None:
+    """The latter may be /dev/null, which is everybody's."""
+    file, pipe = tmp_path / "file", tmp_path / "pipe"
+    file.touch(0o644)
+    os.mkfifo(pipe, 0o644)
+    reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
+    for path in (file, pipe):
+        os.close(open_private(path))
+    os.close(reader)
+    assert [stat.S_IMODE(path.stat().st_mode) for path in (file, pipe)] == [0o600, 0o644]
