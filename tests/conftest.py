@@ -16,7 +16,7 @@ import socket
 import subprocess
 import sys
 import zlib
-from collections.abc import AsyncIterator, Callable, Generator, Mapping
+from collections.abc import AsyncIterator, Callable, Generator, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,7 @@ from nats.aio.client import Client
 from adapter.inbound.bot_poller import BotPoller
 from adapter.jetstream.client import BusClient
 from tests import canary
+from tests.capture import Capture, capturing
 from tests.fakes import Bench, VirtualLoop
 from tests.inbound.pollers import Poller, tended
 
@@ -157,6 +158,13 @@ async def poller() -> AsyncIterator[Poller]:
     for session, task in begun:
         session.stop(immediately=True)
         await task
+
+
+@pytest.fixture
+def captured() -> Iterator[Capture]:
+    """Everything that is logged."""
+    with capturing() as out:
+        yield out
 
 
 @pytest.fixture(scope="session")

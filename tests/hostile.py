@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 
 Make = Callable[[int], str]
@@ -140,3 +141,19 @@ TEXTS: dict[str, Make] = {
 
 UNSEEN_CHARS = "\u00ad\u034f\u180e\u200b\u200d\u2060\u2064\ufeff\U000e0001\U000e0041\U000e01ef"
 """Zero width, tags, and what selects nothing: words in them are read by programs, and seen by nobody."""
+
+
+def steps(rule: Callable[[str], object], text: str) -> int:
+    """Functions called, those written in C included."""
+    calls = 0
+
+    def count(*_: object) -> None:
+        nonlocal calls
+        calls += 1
+
+    sys.setprofile(count)
+    try:
+        rule(text)
+    finally:
+        sys.setprofile(None)
+    return calls

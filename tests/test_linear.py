@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import ast
 import contextlib
-import sys
 import time
 from collections.abc import Callable
 from functools import partial
@@ -30,7 +29,7 @@ from adapter.jetstream import client
 from adapter.kit import json_repair
 from adapter.logins import registry
 from adapter.observability import logs
-from tests.hostile import TEXTS
+from tests.hostile import TEXTS, steps
 
 ROOT = Path(adapter.__file__).parent
 LIMITS = Limits(command_bytes=10**7, text_chars=4000, parts=10, park_ms=1000)
@@ -176,22 +175,6 @@ def test_eight_times_the_text_takes_about_eight_times_as_long(what: str) -> None
         else:
             slow[text] = f"{once * 1000:.1f} ms, {eight * 1000:.1f} ms"
     assert slow == {}
-
-
-def steps(rule: Callable[[str], object], text: str) -> int:
-    """Functions called, those written in C included."""
-    calls = 0
-
-    def count(*_: object) -> None:
-        nonlocal calls
-        calls += 1
-
-    sys.setprofile(count)
-    try:
-        rule(text)
-    finally:
-        sys.setprofile(None)
-    return calls
 
 
 @pytest.mark.parametrize("rule", [to_plain, is_open, partial(split, max_chars=400)], ids=["plain", "fence", "parts"])

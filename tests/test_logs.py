@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import base64
-import io
-import json
 import logging
 import re
 import warnings
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -16,29 +13,11 @@ import structlog
 
 from adapter.contract.messages import Bind
 from adapter.observability import logs
+from tests.capture import Capture
 
 TOKEN = "b0f5860fdecb@im.bot:0600abcdCANARY"
 CONTEXT = "AARzJWCANARY+x/y="
 SEED = "SUACANARY" + "A" * 49
-
-
-class Capture(io.BytesIO):
-    def lines(self) -> list[dict[str, Any]]:
-        return [json.loads(line) for line in self.getvalue().splitlines()]
-
-
-@pytest.fixture
-def captured() -> Iterator[Capture]:
-    """Everything that is logged at debug or above; the configuration before is restored."""
-    root = logging.getLogger()
-    handlers, level = list(root.handlers), root.level
-    out = Capture()
-    logs.configure("debug", out, version="1.2.3")
-    yield out
-    structlog.reset_defaults()
-    root.handlers[:] = handlers
-    root.setLevel(level)
-    logging.captureWarnings(False)
 
 
 def test_a_line_has_the_names_of_the_log_model(captured: Capture) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import sys
 import time
 
 import pytest
@@ -11,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from adapter.conversation.split import MAX_BYTES, is_quick, split, to_plain
-from tests.hostile import TEXTS, repeated
+from tests.hostile import TEXTS, repeated, steps
 
 FENCED = "```py\n" + "\n".join(f"    line({number})" for number in range(12)) + "\n```"
 
@@ -205,19 +204,9 @@ HOSTILE = [
 def test_reading_marks_that_lead_nowhere_takes_bounded_work(marks: str, many: int) -> None:
     """Some cost the square of their number, and the whole service waits meanwhile. Counted in calls, not in time."""
     text = (marks * many)[:many] + "\n\n" + "word " * ((80_000 - many) // 5)
-    calls = 0
-
-    def count(*_: object) -> None:
-        nonlocal calls
-        calls += 1
-
-    sys.setprofile(count)
-    try:
-        plain = to_plain(text)
-    finally:
-        sys.setprofile(None)
-    assert plain
-    assert calls < 4_500_000
+    plain: list[str] = []
+    assert steps(lambda text: plain.append(to_plain(text)), text) < 4_500_000
+    assert plain[0]
 
 
 def test_many_marks_in_one_paragraph_are_read_as_in_several() -> None:
@@ -284,18 +273,7 @@ def test_what_is_read_at_once_takes_few_steps(shape: str) -> None:
     """Whatever it holds: all others wait meanwhile. The longest of each kind that counts as quick."""
     make = SHAPES[shape]
     text = next((text for size in (8000, 4000, 2000, 1000, 500, 200, 50) if is_quick(text := make(size))), "")
-    calls = 0
-
-    def count(*_: object) -> None:
-        nonlocal calls
-        calls += 1
-
-    sys.setprofile(count)
-    try:
-        to_plain(text)
-    finally:
-        sys.setprofile(None)
-    assert calls < 400_000
+    assert steps(to_plain, text) < 400_000
 
 
 def test_an_answer_of_an_agent_is_read_at_once() -> None:

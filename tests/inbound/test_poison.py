@@ -3,15 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-import io
-import json
-import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import msgspec
 import pytest
-import structlog
 
 from adapter.contract.messages import TextItem
 from adapter.contract.names import H_REASON, H_SUBJECT
@@ -20,33 +16,18 @@ from adapter.conversation.actor import ConversationActor
 from adapter.ilink.translate import read_message
 from adapter.inbound.bot_poller import BotPoller
 from adapter.inbound.poller import run_poller
-from adapter.observability import logs
 from adapter.ports import InboundMessage, Message, Polled, PubAck
+from tests.capture import ALWAYS, WORDS, Bugs, Capture
 from tests.fakes import Bench, Failing, FakeChat, batch, raw_message, ready
 from tests.inbound.downloads import PNG, image, said
 from tests.inbound.pollers import Poller, raw, tended, texts
 
 VIRTUAL_TIME = True
 
-WORDS = "poison-words"
-"""The text of the message at fault. What is raised says it, and no log may."""
 BAD = raw(WORDS, 2)
-ALWAYS = 10**6
 
 Fault = Callable[[Bench, int], dict[str, Any]]
 """Makes a port raise so many times for the message at fault, and returns changes of `Bench.inbound_deps`."""
-
-
-class Bugs:
-    """Raises so many times, in the words of the message at fault."""
-
-    def __init__(self, times: int) -> None:
-        self.left = times
-
-    def strike(self) -> None:
-        if self.left > 0:
-            self.left -= 1
-            raise RuntimeError(f"a bug over {WORDS}")
 
 
 def is_bad(payload: bytes) -> bool:
@@ -113,28 +94,9 @@ def dead(bench: Bench) -> list[tuple[str, str, bytes]]:
     return [(stored.headers[H_REASON], stored.headers[H_SUBJECT], stored.data) for stored in bench.bus.found("DEAD")]
 
 
-@pytest.fixture
-def captured() -> Iterator[io.BytesIO]:
-    """Everything that is logged, as it is written."""
-    root = logging.getLogger()
-    handlers, level = list(root.handlers), root.level
-    out = io.BytesIO()
-    logs.configure("debug", out)
-    yield out
-    structlog.reset_defaults()
-    root.handlers[:] = handlers
-    root.setLevel(level)
-    logging.captureWarnings(False)
-
-
-def crashes(captured: io.BytesIO) -> list[dict[str, Any]]:
-    lines = [json.loads(line) for line in captured.getvalue().splitlines()]
-    return [line for line in lines if "exception" in line]
-
-
 @pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.__name__)
 async def test_the_message_at_fault_alone_becomes_a_dead_letter(
-    fault: Fault, poller: Poller, captured: io.BytesIO
+    fault: Fault, poller: Poller, captured: Capture
 ) -> None:
     bad = bad_of(fault)
     bench = await ready(batch(raw("one", 1), bad, raw("three", 3), cursor="b"), batch(raw("four", 4), cursor="c"))
@@ -147,8 +109,8 @@ async def test_the_message_at_fault_alone_becomes_a_dead_letter(
     kinds = ("unsupported", "text")
     counted = [bench.metrics.value("inbound_messages_total", kind=kind, outcome="dead_lettered") for kind in kinds]
     assert sum(counted) == 1
-    assert all(".py" in line["exception"] for line in crashes(captured))
-    assert 3 <= len(crashes(captured)) <= 4  # once for several, three times for it alone
+    assert all(".py" in line["exception"] for line in captured.crashes())
+    assert 3 <= len(captured.crashes()) <= 4  # once for several, three times for it alone
     assert WORDS.encode() not in captured.getvalue()
 
 
@@ -231,9 +193,7 @@ def bad_image(number: int) -> bytes:
     return raw_message(number, item, {"type": 1, "text_item": {"text": WORDS}})
 
 
-async def test_a_message_with_media_at_fault_alone_becomes_a_dead_letter(
-    poller: Poller, captured: io.BytesIO
-) -> None:
+async def test_a_message_with_media_at_fault_alone_becomes_a_dead_letter(poller: Poller, captured: Capture) -> None:
     bench = await ready(batch(image(1), bad_image(2), image(3), raw("four", 4), cursor="b"))
     for number in (1, 2, 3):
         bench.cdn.has(f"p{number}", PNG)
@@ -241,7 +201,7 @@ async def test_a_message_with_media_at_fault_alone_becomes_a_dead_letter(
     await asyncio.sleep(60)
     assert said(bench) == ["+", "+", "four"]
     assert dead(bench) == [("crashed", "wechat.inbox.s1", bad_image(2))]
-    assert 3 <= len(crashes(captured)) <= 4
+    assert 3 <= len(captured.crashes()) <= 4
     assert WORDS.encode() not in captured.getvalue()
 
 

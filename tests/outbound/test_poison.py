@@ -3,44 +3,25 @@
 from __future__ import annotations
 
 import asyncio
-import io
-import json
-import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import pytest
-import structlog
 
 from adapter.contract.names import H_REASON, H_SUBJECT
 from adapter.conversation import rules
-from adapter.observability import logs
 from adapter.outbound import reading
 from adapter.outbound.backlog import MAX_HELD
 from adapter.outbound.processor import ShardCommandProcessor
 from adapter.ports import Account, Content, Message
+from tests.capture import ALWAYS, WORDS, Bugs, Capture
 from tests.fakes import Bench, FakeDelivery
 from tests.growth import tables
 from tests.outbound.shards import BOT, STALE, USER, finals, free_slots, parked, ready, user_writes
 
 VIRTUAL_TIME = True
 
-WORDS = "poison-words"
-"""The text of the command at fault. What is raised says it, and no log may."""
-ALWAYS = 10**6
 OTHER_BOT, OTHER = "b2@im.bot", "u2@im.wechat"
-
-
-class Bugs:
-    """Raises so many times, in the words of the command at fault."""
-
-    def __init__(self, times: int) -> None:
-        self.left = times
-
-    def strike(self) -> None:
-        if self.left > 0:
-            self.left -= 1
-            raise RuntimeError(f"a bug over {WORDS}")
 
 
 Fault = Callable[[pytest.MonkeyPatch, Bench, ShardCommandProcessor, Bugs], None]
@@ -170,24 +151,6 @@ STEPS = [
 ]
 
 
-@pytest.fixture
-def captured() -> Iterator[io.BytesIO]:
-    """Everything that is logged, as it is written."""
-    root = logging.getLogger()
-    handlers, level = list(root.handlers), root.level
-    out = io.BytesIO()
-    logs.configure("debug", out)
-    yield out
-    structlog.reset_defaults()
-    root.handlers[:] = handlers
-    root.setLevel(level)
-    logging.captureWarnings(False)
-
-
-def crashes(captured: io.BytesIO) -> int:
-    return sum("exception" in json.loads(line) for line in captured.getvalue().splitlines())
-
-
 def dead(bench: Bench) -> list[tuple[str, str, bytes]]:
     return [(stored.headers[H_REASON], stored.headers[H_SUBJECT], stored.data) for stored in bench.bus.found("DEAD")]
 
@@ -242,7 +205,7 @@ def check_nothing_is_left(bench: Bench, processor: ShardCommandProcessor, delive
 
 @pytest.mark.parametrize("step", STEPS, ids=lambda step: step.name)
 async def test_the_command_at_fault_ends_and_the_others_go_on(
-    step: Step, captured: io.BytesIO, monkeypatch: pytest.MonkeyPatch
+    step: Step, captured: Capture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     bench, processor, deliveries = await three_commands(step, step.times, monkeypatch)
     own = [one for one in ended(bench) if one[0] != "other"]
@@ -251,7 +214,7 @@ async def test_the_command_at_fault_ends_and_the_others_go_on(
     others = [text for text in bench.chat.texts if text in ("before", "after")]
     assert others == ["before", "after"]
     assert dead(bench) == ([("crashed", "wechat.out.s1", deliveries[1].data)] if step.ending == DEAD else [])
-    assert crashes(captured) > 0
+    assert captured.crashes()
     assert WORDS.encode() not in captured.getvalue()
     check_nothing_is_left(bench, processor, deliveries)
 
