@@ -86,6 +86,7 @@ async def test_sizes_around_every_boundary(tmp_path: Path) -> None:
         assert made.sim.stats().violations == {}
 
 
+@pytest.mark.slow
 async def test_thirty_megabytes(tmp_path: Path) -> None:
     content = samples.blob(30 * MIB, seed=30)
     async with world(tmp_path) as made:

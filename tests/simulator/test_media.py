@@ -529,6 +529,7 @@ async def test_the_cdn_bears_with_slashes(client: Client) -> None:
     assert (await client.http.get(url.replace("/c2c/download", "/c2c//download/"))).status_code == 200
 
 
+@pytest.mark.slow
 async def test_100_mb_go_both_ways_while_polls_are_answered(client: Client) -> None:
     sim, user, size = client.sim, client.bot.user, 100 * 2**20
     sim.configure(hold_ms=1)
