@@ -146,6 +146,11 @@ def pytest_runtest_makereport(
 
 
 @pytest.fixture
+async def bench() -> Bench:
+    return Bench()
+
+
+@pytest.fixture
 async def poller() -> AsyncIterator[Poller]:
     """As `tended`, told to leave when the test is over."""
     begun: list[tuple[BotPoller, asyncio.Task[None]]] = []

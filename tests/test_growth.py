@@ -68,8 +68,7 @@ def test_every_text_has_a_name_of_its_own(text: str) -> None:
 # users ---------------------------------------------------------------------------------------------------
 
 
-async def test_users_who_were_unbound_leave_nothing_behind() -> None:
-    bench = Bench()
+async def test_users_who_were_unbound_leave_nothing_behind(bench: Bench) -> None:
     shard = bench.processor()
     await talk(bench, shard, 0, unbind=True)
     things = (shard, shard.typing, shard.commands, shard.intake, bench.bindings, shard._conversations)
@@ -85,8 +84,7 @@ async def test_users_who_were_unbound_leave_nothing_behind() -> None:
 # typing --------------------------------------------------------------------------------------------------
 
 
-async def test_tickets_are_kept_as_long_as_they_are_good_or_say_when_to_ask_again() -> None:
-    bench = Bench()
+async def test_tickets_are_kept_as_long_as_they_are_good_or_say_when_to_ask_again(bench: Bench) -> None:
     await bench.bind()
     bench.hears()
     shard = bench.processor()
@@ -101,8 +99,7 @@ async def test_tickets_are_kept_as_long_as_they_are_good_or_say_when_to_ask_agai
     assert len(shard.typing._tickets._known) == 0
 
 
-async def test_a_row_of_refused_tickets_is_not_forgotten_while_it_counts() -> None:
-    bench = Bench()
+async def test_a_row_of_refused_tickets_is_not_forgotten_while_it_counts(bench: Bench) -> None:
     await bench.bind()
     bench.hears()
     shard = bench.processor()
@@ -148,8 +145,7 @@ async def test_replicas_of_the_past_are_forgotten() -> None:
 # uploads -------------------------------------------------------------------------------------------------
 
 
-async def test_uploads_are_kept_as_long_as_they_may_be_used_again() -> None:
-    bench = Bench()
+async def test_uploads_are_kept_as_long_as_they_may_be_used_again(bench: Bench) -> None:
     account = Account(BOT, "secret", "")
     for number in range(USERS):
         await bench.uploads.upload_media(f"c-{number}", MediaPart("file", "a.txt", "", b"hello"), account, "s1", USER)

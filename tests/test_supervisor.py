@@ -172,8 +172,7 @@ async def test_the_bot_that_was_answered_longest_ago_is_seen_among_ten_thousand(
     assert bench.metrics.value("oldest_poll_age_seconds") == pytest.approx(100.0)
 
 
-async def test_a_bot_that_found_no_room_is_polled_once_there_is_some(following: Following) -> None:
-    bench = Bench()
+async def test_a_bot_that_found_no_room_is_polled_once_there_is_some(following: Following, bench: Bench) -> None:
     first, second, third = ("b1@im.bot", "b2@im.bot", "b3@im.bot")
     for bot in (first, second, third):
         await bench.bind(bot=bot)
@@ -214,8 +213,7 @@ async def test_what_nobody_polls_is_counted(following: Following) -> None:
 
 
 @pytest.mark.parametrize("fields", [{"token": "new"}, {"base_url": "https://ilinkai.wechat.com"}], ids=str)
-async def test_who_is_polled_elsewhere_from_now_on_waits_for_no_pause(fields: dict[str, str]) -> None:
-    bench = Bench()
+async def test_who_is_polled_elsewhere_from_now_on_waits_for_no_pause(fields: dict[str, str], bench: Bench) -> None:
     await bench.bind()
     made = supervisor(bench)
     session = made.pollers["b1@im.bot"] = BotPoller("b1@im.bot")
@@ -255,11 +253,10 @@ async def test_every_poll_is_cut_when_the_lease_is_lost(
     ],
 )
 async def test_a_lease_that_is_back_before_its_polls_were_cut_costs_none(
-    back_s: float, incarnation: str, asked: int, following: Following
+    back_s: float, incarnation: str, asked: int, following: Following, bench: Bench
 ) -> None:
     """As where a process was held up for longer than its lease, and the answer to its renewal lay there. Another
     incarnation's is not the one that was lost, which was revoked."""
-    bench = Bench()
     await bench.bind()
     leases = bench.leases
     made = supervisor(bench, run_poller=lambda session: run_poller(session, bench.inbound_deps()))
@@ -280,9 +277,10 @@ async def test_a_lease_that_is_back_before_its_polls_were_cut_costs_none(
     assert not made.pollers
 
 
-async def test_polls_are_cut_when_the_lease_runs_out_also_while_the_replica_leaves(following: Following) -> None:
+async def test_polls_are_cut_when_the_lease_runs_out_also_while_the_replica_leaves(
+    following: Following, bench: Bench
+) -> None:
     """They may wait for half a minute, and who takes over a dead replica's bots waits for none of them."""
-    bench = Bench()
     await bench.bind()
     leases = bench.leases
     made = supervisor(bench, run_poller=lambda session: run_poller(session, bench.inbound_deps()))
@@ -371,8 +369,9 @@ async def test_what_is_stored_as_a_shard_is_given_away_waits_for_no_long_poll(fo
     assert ((await bench.written())[-1].owner, bench.chat.polling) == ("", 0)
 
 
-async def test_a_bot_whose_poller_has_not_begun_may_have_something_to_catch_up_with(following: Following) -> None:
-    bench = Bench()
+async def test_a_bot_whose_poller_has_not_begun_may_have_something_to_catch_up_with(
+    following: Following, bench: Bench
+) -> None:
     made = supervisor(bench, capacity=0)
     await bench.bind()
     assert not made.is_catching_up(BOT)  # another replica's

@@ -30,8 +30,7 @@ def test_commands_that_share_a_key_go_in_order_in_one_group(keys: list[str], gro
     assert sorted(independent({number: set(each) for number, each in enumerate(keys)})) == groups
 
 
-async def test_a_bind_that_waits_for_the_bus_does_not_hold_up_those_of_other_sandboxes() -> None:
-    platform = Platform()
+async def test_a_bind_that_waits_for_the_bus_does_not_hold_up_those_of_other_sandboxes(platform: Platform) -> None:
     stuck = asyncio.Event()
 
     async def on_write(key: str) -> None:

@@ -30,9 +30,8 @@ OTHER = Temporary("ret_other", "iLink answered -2")
     ],
 )
 async def test_an_impossible_bot_user_or_token_is_refused_unless_it_is_bound_unchecked(
-    fields: dict[str, str], said: str
+    fields: dict[str, str], said: str, platform: Platform
 ) -> None:
-    platform = Platform()
     fields = {"bot": BOT, "bot_token": TOKEN, **fields}
     refused = await platform.bind(**fields)
     assert (refused.ok, said in refused.error, platform.bound) == (False, True, {})
@@ -45,16 +44,14 @@ async def test_a_token_need_not_begin_with_a_bot(token: str) -> None:
     assert (await Platform().bind(bot_token=token)).ok
 
 
-async def test_a_new_bot_is_not_asked_for_unless_the_bind_says_so() -> None:
-    platform = Platform()
+async def test_a_new_bot_is_not_asked_for_unless_the_bind_says_so(platform: Platform) -> None:
     answer = await platform.bind()
     assert (answer.ok, answer.checked, platform.bench.chat.notified) == (True, False, [])
     answer = await platform.bind(bot="b2@im.bot", user="u2@im.wechat", check=True)
     assert (answer.ok, answer.checked, platform.bench.chat.notified) == (True, True, [True])
 
 
-async def test_a_dead_token_is_not_bound_where_the_bind_has_it_checked() -> None:
-    platform = Platform()
+async def test_a_dead_token_is_not_bound_where_the_bind_has_it_checked(platform: Platform) -> None:
     platform.bench.chat.notify_fails = STALE
     answer = await platform.bind(check=True)
     assert (answer.ok, "-14" in answer.error, platform.bound) == (False, True, {})
@@ -66,10 +63,9 @@ async def test_a_dead_token_is_not_bound_where_the_bind_has_it_checked() -> None
     "fields", [{"bot_token": f"{TOKEN}2"}, {"bot_token": f"{TOKEN}2", "sandbox": "s2"}, {"bot": "b2@im.bot"}]
 )
 async def test_a_working_bot_is_not_taken_out_by_a_token_that_ilink_does_not_take(
-    fields: dict[str, Any], problem: Exception
+    fields: dict[str, Any], problem: Exception, platform: Platform
 ) -> None:
     """Neither its token, nor by another bot of its user."""
-    platform = Platform()
     await platform.bind()
     before, platform.bench.chat.notify_fails = platform.binding(), problem
     assert not (await platform.bind(**fields)).ok
@@ -77,9 +73,8 @@ async def test_a_working_bot_is_not_taken_out_by_a_token_that_ilink_does_not_tak
     assert (await platform.bind(**fields, check=False)).ok
 
 
-async def test_an_ilink_that_is_slow_about_one_token_holds_up_no_other_sandbox_or_bot() -> None:
+async def test_an_ilink_that_is_slow_about_one_token_holds_up_no_other_sandbox_or_bot(platform: Platform) -> None:
     """But those stored later for the same sandbox or bot wait, also where the bot is to leave the sandbox."""
-    platform = Platform()
     await platform.bind(bot="b2@im.bot", sandbox="s2", user="u2@im.wechat", id="r0")
     platform.bench.chat.notify_took_s = 3.0
 
@@ -97,8 +92,7 @@ async def test_an_ilink_that_is_slow_about_one_token_holds_up_no_other_sandbox_o
     assert platform.bound == {"b3@im.bot": "s2", "b4@im.bot": "s4"}
 
 
-async def test_an_ilink_that_hangs_holds_up_the_next_command_for_seconds_only() -> None:
-    platform = Platform()
+async def test_an_ilink_that_hangs_holds_up_the_next_command_for_seconds_only(platform: Platform) -> None:
     await platform.bind()
     platform.bench.chat.notify_took_s = 3600.0
     started = platform.bench.clock.monotonic()
@@ -111,9 +105,8 @@ async def test_an_ilink_that_hangs_holds_up_the_next_command_for_seconds_only() 
 
 
 @pytest.mark.parametrize("problem", [STALE, SILENT])
-async def test_a_bind_that_has_begun_is_not_refused_when_it_goes_on(problem: Exception) -> None:
+async def test_a_bind_that_has_begun_is_not_refused_when_it_goes_on(problem: Exception, platform: Platform) -> None:
     """The bus was away after the binding was written, and then iLink."""
-    platform = Platform()
     await platform.bind()
     failures = [Temporary("bus_down")]
 
@@ -138,9 +131,8 @@ async def test_a_request_id_that_is_used_again_lets_no_token_through_unchecked()
 
 
 @pytest.mark.parametrize("problem", [STALE, SILENT])
-async def test_where_nothing_works_the_bind_is_not_asked_for(problem: Exception) -> None:
+async def test_where_nothing_works_the_bind_is_not_asked_for(problem: Exception, platform: Platform) -> None:
     """The login of the bot is lost, or the same token is bound again."""
-    platform = Platform()
     await platform.bench.bind(token=TOKEN, state="needs_login", reason="stale_token")
     platform.bench.chat.notify_fails = problem
     assert (await platform.bind(bot_token=f"{TOKEN}2")).ok

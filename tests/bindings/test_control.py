@@ -115,8 +115,7 @@ class Platform:
         return binding
 
 
-async def test_a_bind_is_stored_told_and_answered() -> None:
-    platform = Platform()
+async def test_a_bind_is_stored_told_and_answered(platform: Platform) -> None:
     answer = await platform.bind(id="r1")
     assert (answer.ok, answer.id, answer.error) == (True, "r1", "")
     assert [(info.sandbox, info.bot, info.user, info.state) for info in answer.bindings] == [
@@ -128,14 +127,12 @@ async def test_a_bind_is_stored_told_and_answered() -> None:
     assert (event.sandbox, event.bot, event.user, event.change, event.request) == ("s1", BOT, USER, "bound", "r1")
 
 
-async def test_the_request_id_is_the_bodys_else_the_headers() -> None:
-    platform = Platform()
+async def test_the_request_id_is_the_bodys_else_the_headers(platform: Platform) -> None:
     assert (await platform.bind(headers={H_MSG_ID: "h1"})).id == "h1"
     assert (await platform.bind(id="r1", headers={H_MSG_ID: "h1"})).id == "r1"
 
 
-async def test_a_bind_that_says_nothing_new_disturbs_nobody() -> None:
-    platform = Platform()
+async def test_a_bind_that_says_nothing_new_disturbs_nobody(platform: Platform) -> None:
     await platform.bind(id="r1")
     revision = platform.bench.bindings_bucket.entries
     before = dict(revision)
@@ -145,9 +142,8 @@ async def test_a_bind_that_says_nothing_new_disturbs_nobody() -> None:
     assert platform.changes == [("s1", BOT, "bound")]
 
 
-async def test_a_bind_that_comes_again_after_a_crash_is_told_once() -> None:
+async def test_a_bind_that_comes_again_after_a_crash_is_told_once(platform: Platform) -> None:
     """It was applied, and the owner died before the ack."""
-    platform = Platform()
     await platform.bind(id="r1")
     heir = Platform(Bench(platform.bench, incarnation="heir-1"))
     await heir.bind(id="r1")
@@ -155,38 +151,33 @@ async def test_a_bind_that_comes_again_after_a_crash_is_told_once() -> None:
     assert heir.bound == {BOT: "s1"}
 
 
-async def test_a_bind_stored_before_a_crash_is_told_when_the_command_comes_again() -> None:
-    bench = Bench()
+async def test_a_bind_stored_before_a_crash_is_told_when_the_command_comes_again(bench: Bench) -> None:
     await bench.bind(token=TOKEN, request="r1")
     platform = Platform(bench)
     await platform.bind(id="r1")
     assert platform.changes == [("s1", BOT, "bound")]
 
 
-async def test_a_new_token_is_stored() -> None:
-    platform = Platform()
+async def test_a_new_token_is_stored(platform: Platform) -> None:
     await platform.bind()
     await platform.bind(bot_token="b1@im.bot:NEW")
     assert platform.binding().token == "b1@im.bot:NEW"
     assert [change for *_, change in platform.changes] == ["bound", "bound"]
 
 
-async def test_a_bind_makes_a_dead_login_live_even_with_the_same_token() -> None:
-    platform = Platform()
+async def test_a_bind_makes_a_dead_login_live_even_with_the_same_token(platform: Platform) -> None:
     await platform.bench.bind(token=TOKEN, state="needs_login", reason="stale_token")
     await platform.bind()
     assert (platform.binding().state, platform.binding().reason) == ("active", "")
 
 
-async def test_a_known_user_is_not_forgotten_by_a_bind_that_names_none() -> None:
-    platform = Platform()
+async def test_a_known_user_is_not_forgotten_by_a_bind_that_names_none(platform: Platform) -> None:
     await platform.bind()
     await platform.bind(user=None, bot_token="b1@im.bot:NEW")
     assert platform.binding().user == USER
 
 
-async def test_another_bot_of_the_same_user_replaces_the_old_one() -> None:
-    platform = Platform()
+async def test_another_bot_of_the_same_user_replaces_the_old_one(platform: Platform) -> None:
     await platform.bind()
     answer = await platform.bind(bot="b2@im.bot", bot_token="b2@im.bot:x", id="r2")
     assert answer.replaced == [BOT]
@@ -194,9 +185,8 @@ async def test_another_bot_of_the_same_user_replaces_the_old_one() -> None:
     assert platform.changes == [("s1", BOT, "bound"), ("s1", "b2@im.bot", "bound"), ("s1", BOT, "replaced")]
 
 
-async def test_the_new_bot_is_there_before_the_old_one_goes() -> None:
+async def test_the_new_bot_is_there_before_the_old_one_goes(platform: Platform) -> None:
     """Else what is parked for the user would find nobody, and be refused."""
-    platform = Platform()
     await platform.bind()
     gone: list[int] = []
     platform.bench.bindings.add_listener(
@@ -206,23 +196,20 @@ async def test_the_new_bot_is_there_before_the_old_one_goes() -> None:
     assert gone == [1]
 
 
-async def test_another_users_bot_stays() -> None:
-    platform = Platform()
+async def test_another_users_bot_stays(platform: Platform) -> None:
     await platform.bind()
     answer = await platform.bind(bot="b2@im.bot", bot_token="b2@im.bot:x", user="u2@im.wechat")
     assert answer.replaced == []
     assert platform.bound == {BOT: "s1", "b2@im.bot": "s1"}
 
 
-async def test_the_same_user_in_another_sandbox_stays() -> None:
-    platform = Platform()
+async def test_the_same_user_in_another_sandbox_stays(platform: Platform) -> None:
     await platform.bind()
     await platform.bind(sandbox="s2", bot="b2@im.bot", bot_token="b2@im.bot:x")
     assert platform.bound == {BOT: "s1", "b2@im.bot": "s2"}
 
 
-async def test_a_bot_that_moves_to_another_sandbox_leaves_the_first() -> None:
-    platform = Platform()
+async def test_a_bot_that_moves_to_another_sandbox_leaves_the_first(platform: Platform) -> None:
     await platform.bind(id="r1")
     await platform.bind(sandbox="s2", id="r2")
     assert platform.bound == {BOT: "s2"}
@@ -232,8 +219,9 @@ async def test_a_bot_that_moves_to_another_sandbox_leaves_the_first() -> None:
 
 
 @pytest.mark.parametrize("breaks_off", ["before", "after"])
-async def test_a_sandbox_is_told_once_that_its_bot_has_moved_also_where_that_breaks_off(breaks_off: str) -> None:
-    platform = Platform()
+async def test_a_sandbox_is_told_once_that_its_bot_has_moved_also_where_that_breaks_off(
+    breaks_off: str, platform: Platform
+) -> None:
     await platform.bind(id="r1")
     failures, update = [Temporary("bus_down")], platform.bench.bindings_bucket.update
 
@@ -251,9 +239,8 @@ async def test_a_sandbox_is_told_once_that_its_bot_has_moved_also_where_that_bre
     assert platform.changes == [("s1", BOT, "bound"), ("s1", BOT, "unbound"), ("s2", BOT, "bound")]
 
 
-async def test_while_bindings_are_lost_commands_wait() -> None:
+async def test_while_bindings_are_lost_commands_wait(platform: Platform) -> None:
     """What they would write would go once the bucket is restored."""
-    platform = Platform()
     platform.complete.clear()
     delivery = platform.publish("bind", msgspec.json.encode({"sandbox": "s1", "bot": BOT, "bot_token": TOKEN}))
     await asyncio.sleep(3600)
@@ -263,8 +250,7 @@ async def test_while_bindings_are_lost_commands_wait() -> None:
     assert (delivery.acks, platform.changes) == (1, [("s1", BOT, "bound")])
 
 
-async def test_options_and_cursor_are_kept() -> None:
-    platform = Platform()
+async def test_options_and_cursor_are_kept(platform: Platform) -> None:
     await platform.bind(options={"durable": True}, cursor="CAES", base_url="https://ilinkai.wechat.com/")
     binding = platform.binding()
     assert (binding.options.durable, binding.start_cursor) == (True, "CAES")
@@ -272,8 +258,7 @@ async def test_options_and_cursor_are_kept() -> None:
     assert platform.bench.core.durables == ["s1"]
 
 
-async def test_a_bind_may_name_the_longest_cursor_that_is_kept() -> None:
-    platform = Platform()
+async def test_a_bind_may_name_the_longest_cursor_that_is_kept(platform: Platform) -> None:
     await platform.bind(cursor="C" * OPAQUE_CHARS)
     assert platform.binding().start_cursor == "C" * OPAQUE_CHARS
 
@@ -291,8 +276,7 @@ async def test_a_cursor_is_sealed_as_the_token_is_in_it_and_a_repeated_bind_keep
     assert sealer.open(cursor_context(BOT), platform.binding().start_cursor or "") == "CAEX"
 
 
-async def test_an_unbind_of_one_bot_leaves_the_others() -> None:
-    platform = Platform()
+async def test_an_unbind_of_one_bot_leaves_the_others(platform: Platform) -> None:
     await platform.bind()
     await platform.bind(bot="b2@im.bot", bot_token="b2@im.bot:x", user="u2@im.wechat")
     answer = await platform.say("unbind", sandbox="s1", bot=BOT)
@@ -300,8 +284,7 @@ async def test_an_unbind_of_one_bot_leaves_the_others() -> None:
     assert platform.bound == {"b2@im.bot": "s1"}
 
 
-async def test_an_unbind_without_a_bot_takes_all_of_the_sandbox() -> None:
-    platform = Platform()
+async def test_an_unbind_without_a_bot_takes_all_of_the_sandbox(platform: Platform) -> None:
     await platform.bind()
     await platform.bind(bot="b2@im.bot", bot_token="b2@im.bot:x", user="u2@im.wechat")
     await platform.bind(sandbox="s2", bot="b3@im.bot", bot_token="b3@im.bot:x", user="u3@im.wechat")
@@ -340,9 +323,8 @@ async def test_an_owner_of_the_control_commands_once_more_knows_the_binds_in_bet
     assert [info.bot for info in answer.bindings] == [BOT, "b2@im.bot", "b3@im.bot"]
 
 
-async def test_a_command_that_another_owner_has_carried_out_is_not_carried_out_again() -> None:
+async def test_a_command_that_another_owner_has_carried_out_is_not_carried_out_again(platform: Platform) -> None:
     """It was stopped with an unbind in hand; then the bot was unbound and bound again."""
-    platform = Platform()
     await platform.bind()
     platform.bench.leases.has_lease = False
     unbind = platform.publish("unbind", b'{"sandbox":"s1"}')
@@ -358,8 +340,9 @@ async def test_a_command_that_another_owner_has_carried_out_is_not_carried_out_a
 
 
 @pytest.mark.parametrize("verb", ["bind", "unbind"])
-async def test_an_owner_cut_off_as_it_wrote_changes_nothing_that_another_has_written_since(verb: str) -> None:
-    platform = Platform()
+async def test_an_owner_cut_off_as_it_wrote_changes_nothing_that_another_has_written_since(
+    verb: str, platform: Platform
+) -> None:
     await platform.bind()
 
     async def cut_off(_: str) -> None:
@@ -373,9 +356,8 @@ async def test_an_owner_cut_off_as_it_wrote_changes_nothing_that_another_has_wri
     assert platform.bound == {BOT: "s9"}
 
 
-async def test_one_that_was_cut_off_for_long_tells_nothing_that_is_over() -> None:
+async def test_one_that_was_cut_off_for_long_tells_nothing_that_is_over(platform: Platform) -> None:
     """Another has told it, and the stream does not know that event's id any more."""
-    platform = Platform()
     await platform.bind()
 
     async def cut_off(_: Message) -> None:
@@ -394,10 +376,9 @@ async def test_one_that_was_cut_off_for_long_tells_nothing_that_is_over() -> Non
 
 @pytest.mark.parametrize(("verb", "last"), [("bind", 1), ("unbind", 2)])
 async def test_an_owner_cut_off_as_it_read_changes_nothing_that_another_has_written_since(
-    verb: str, last: int
+    verb: str, last: int, platform: Platform
 ) -> None:
     """What it asked comes to the server once the path is there again, and is answered with what is new."""
-    platform = Platform()
     await platform.bind()
     bucket, looks = platform.bench.bindings_bucket, 0
     read = bucket.get
@@ -418,8 +399,7 @@ async def test_an_owner_cut_off_as_it_read_changes_nothing_that_another_has_writ
     assert platform.bound == {BOT: "s9"}
 
 
-async def test_what_a_bind_reads_does_not_grow_with_the_bots_of_its_sandbox() -> None:
-    platform = Platform()
+async def test_what_a_bind_reads_does_not_grow_with_the_bots_of_its_sandbox(platform: Platform) -> None:
     await platform.bind()
     before = platform.bench.bus.read_back
     for number in range(20):
@@ -428,23 +408,20 @@ async def test_what_a_bind_reads_does_not_grow_with_the_bots_of_its_sandbox() ->
     assert platform.bench.bus.read_back == before
 
 
-async def test_foreign_messages_among_the_events_of_a_sandbox_stand_in_nobodys_way() -> None:
-    platform = Platform()
+async def test_foreign_messages_among_the_events_of_a_sandbox_stand_in_nobodys_way(platform: Platform) -> None:
     await platform.bench.bus.publish(Message("event", platform.bench.names.event("s1", "binding"), b"\xff", {}))
     assert (await platform.bind()).ok
     answer = await heir(platform).say("unbind", sandbox="s1")
     assert [info.bot for info in answer.bindings] == [BOT]
 
 
-async def test_an_unbind_of_nothing_is_no_error() -> None:
-    platform = Platform()
+async def test_an_unbind_of_nothing_is_no_error(platform: Platform) -> None:
     answer = await platform.say("unbind", sandbox="s1")
     assert (answer.ok, answer.bindings) == (True, [])
     assert platform.changes == []
 
 
-async def test_an_unbind_leaves_a_bot_that_serves_another_sandbox() -> None:
-    platform = Platform()
+async def test_an_unbind_leaves_a_bot_that_serves_another_sandbox(platform: Platform) -> None:
     await platform.bind(sandbox="s2")
     await platform.say("unbind", sandbox="s1", bot=BOT)
     assert platform.bound == {BOT: "s2"}
@@ -476,8 +453,7 @@ def kept_after(platform: Platform) -> list[int | None]:
     return [event.replay_after for event in platform.bench.bus.events()]
 
 
-async def test_an_unbind_moves_the_durable_consumer_on_and_leaves_nothing_to_replay() -> None:
-    platform = Platform()
+async def test_an_unbind_moves_the_durable_consumer_on_and_leaves_nothing_to_replay(platform: Platform) -> None:
     await platform.bind()
     last = writes(platform, 3)
     await platform.say("unbind", sandbox="s1")
@@ -485,8 +461,7 @@ async def test_an_unbind_moves_the_durable_consumer_on_and_leaves_nothing_to_rep
     assert kept_after(platform) == [0, None]
 
 
-async def test_an_unbind_that_keeps_moves_nothing() -> None:
-    platform = Platform()
+async def test_an_unbind_that_keeps_moves_nothing(platform: Platform) -> None:
     await platform.bind()
     writes(platform)
     await platform.say("unbind", sandbox="s1", keep_undelivered=True)
@@ -494,8 +469,7 @@ async def test_an_unbind_that_keeps_moves_nothing() -> None:
     assert kept_after(platform) == [0, 0]
 
 
-async def test_an_unbind_of_one_of_two_persons_costs_the_other_nothing() -> None:
-    platform = Platform()
+async def test_an_unbind_of_one_of_two_persons_costs_the_other_nothing(platform: Platform) -> None:
     await platform.bind()
     await platform.bind(**OTHER)
     last = writes(platform)
@@ -506,8 +480,7 @@ async def test_an_unbind_of_one_of_two_persons_costs_the_other_nothing() -> None
     assert kept_after(platform) == [0, 0, 0, None]
 
 
-async def test_an_unbind_that_was_carried_out_up_to_its_last_step_is_carried_on() -> None:
-    platform = Platform()
+async def test_an_unbind_that_was_carried_out_up_to_its_last_step_is_carried_on(platform: Platform) -> None:
     await platform.bind()
     last = writes(platform)
     move, failures = platform.bench.core.move_durable, [Temporary("bus_down")]
@@ -522,8 +495,7 @@ async def test_an_unbind_that_was_carried_out_up_to_its_last_step_is_carried_on(
     assert platform.bench.core.moved == [("s1", last)]
 
 
-async def test_a_bot_that_moves_away_leaves_nothing_undelivered_behind() -> None:
-    platform = Platform()
+async def test_a_bot_that_moves_away_leaves_nothing_undelivered_behind(platform: Platform) -> None:
     await platform.bind()
     last = writes(platform)
     await platform.bind(sandbox="s2")
@@ -531,8 +503,7 @@ async def test_a_bot_that_moves_away_leaves_nothing_undelivered_behind() -> None
     assert [event.replay_after for event in platform.bench.bus.events() if event.change == "unbound"] == [None]
 
 
-async def test_another_person_begins_behind_what_was_kept_of_the_one_before() -> None:
-    platform = Platform()
+async def test_another_person_begins_behind_what_was_kept_of_the_one_before(platform: Platform) -> None:
     await platform.bind()
     command, last = orders(platform), writes(platform)
     await platform.say("unbind", sandbox="s1", keep_undelivered=True)
@@ -544,8 +515,7 @@ async def test_another_person_begins_behind_what_was_kept_of_the_one_before() ->
     assert kept_after(platform) == [0, 0, last]
 
 
-async def test_another_person_gets_what_was_kept_where_the_bind_says_so_but_no_command() -> None:
-    platform = Platform()
+async def test_another_person_gets_what_was_kept_where_the_bind_says_so_but_no_command(platform: Platform) -> None:
     await platform.bind()
     command = orders(platform)
     writes(platform)
@@ -555,8 +525,7 @@ async def test_another_person_gets_what_was_kept_where_the_bind_says_so_but_no_c
     assert (binding.in_after, binding.out_after, platform.bench.core.moved) == (0, command, [])
 
 
-async def test_what_was_not_kept_does_not_come_back_with_a_bind_that_keeps() -> None:
-    platform = Platform()
+async def test_what_was_not_kept_does_not_come_back_with_a_bind_that_keeps(platform: Platform) -> None:
     await platform.bind()
     writes(platform)
     await platform.say("unbind", sandbox="s1")
@@ -575,9 +544,8 @@ AGAIN: list[tuple[str, dict[str, Any]]] = [
 @pytest.mark.parametrize("fields", [row[1] for row in AGAIN], ids=[row[0] for row in AGAIN])
 @pytest.mark.parametrize("taken_over", [False, True])
 async def test_the_same_person_again_goes_on_after_an_unbind_that_keeps(
-    fields: dict[str, Any], taken_over: bool
+    fields: dict[str, Any], taken_over: bool, platform: Platform
 ) -> None:
-    platform = Platform()
     writes(platform)  # of nobody of whom anything is known
     first = writes(platform)
     await platform.bind(options={"durable": True})
@@ -591,8 +559,7 @@ async def test_the_same_person_again_goes_on_after_an_unbind_that_keeps(
     assert [*platform.bench.core.moved, *(later.bench.core.moved if taken_over else [])] == [("s1", first)]
 
 
-async def test_a_person_who_is_bound_by_a_new_bot_keeps_everything() -> None:
-    platform = Platform()
+async def test_a_person_who_is_bound_by_a_new_bot_keeps_everything(platform: Platform) -> None:
     first = writes(platform)
     await platform.bind()
     orders(platform)
@@ -603,8 +570,7 @@ async def test_a_person_who_is_bound_by_a_new_bot_keeps_everything() -> None:
     assert platform.bench.core.moved == [("s1", first)]
 
 
-async def test_a_person_beside_another_disturbs_nothing_and_gets_no_command_of_before() -> None:
-    platform = Platform()
+async def test_a_person_beside_another_disturbs_nothing_and_gets_no_command_of_before(platform: Platform) -> None:
     await platform.bind()
     command, last = orders(platform), writes(platform)
     await platform.bind(**OTHER)
@@ -613,8 +579,7 @@ async def test_a_person_beside_another_disturbs_nothing_and_gets_no_command_of_b
     assert (platform.binding().in_after, platform.binding().out_after) == (0, 0)
 
 
-async def test_a_bot_that_turns_out_to_be_of_another_person_begins_anew() -> None:
-    platform = Platform()
+async def test_a_bot_that_turns_out_to_be_of_another_person_begins_anew(platform: Platform) -> None:
     await platform.bind()
     command, last = orders(platform), writes(platform)
     await platform.bind(user="u2@im.wechat")
@@ -622,8 +587,7 @@ async def test_a_bot_that_turns_out_to_be_of_another_person_begins_anew() -> Non
     assert platform.bench.core.moved == [("s1", last)]
 
 
-async def test_a_command_on_its_way_over_plain_wechat_out_is_of_the_person_before_too() -> None:
-    platform = Platform()
+async def test_a_command_on_its_way_over_plain_wechat_out_is_of_the_person_before_too(platform: Platform) -> None:
     await platform.bind()
     await platform.say("unbind", sandbox="s1")
     command = platform.bench.bus.put(platform.bench.names.out_plain, b"{}", {})
@@ -631,8 +595,7 @@ async def test_a_command_on_its_way_over_plain_wechat_out_is_of_the_person_befor
     assert platform.binding("b2@im.bot").out_after == command
 
 
-async def test_the_first_person_of_a_sandbox_gets_what_was_stored_before_the_bind() -> None:
-    platform = Platform()
+async def test_the_first_person_of_a_sandbox_gets_what_was_stored_before_the_bind(platform: Platform) -> None:
     orders(platform)
     await platform.bind()
     assert platform.binding().out_after == 0
@@ -652,9 +615,8 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
 
 @pytest.mark.parametrize(("fields", "reason"), [row[1:] for row in REFUSED], ids=[row[0] for row in REFUSED])
 async def test_a_bind_that_cannot_be_is_refused_with_an_event_and_an_answer(
-    fields: dict[str, Any], reason: str
+    fields: dict[str, Any], reason: str, platform: Platform
 ) -> None:
-    platform = Platform()
     answer = await platform.bind(headers={H_MSG_ID: "h1"}, **fields)
     assert (answer.ok, answer.id) == (False, "h1")
     assert answer.error
@@ -679,8 +641,7 @@ UNREADABLE = [
 
 
 @pytest.mark.parametrize("body", [row[1] for row in UNREADABLE], ids=[row[0] for row in UNREADABLE])
-async def test_what_is_no_bind_is_put_aside_without_its_secret_and_answered(body: bytes) -> None:
-    platform = Platform()
+async def test_what_is_no_bind_is_put_aside_without_its_secret_and_answered(body: bytes, platform: Platform) -> None:
     delivery = platform.publish("bind", body, headers={"Authorization": "SECRET"})
     await asyncio.sleep(1)
     assert delivery.acks == 1
@@ -693,16 +654,14 @@ async def test_what_is_no_bind_is_put_aside_without_its_secret_and_answered(body
     assert H_REPLY_TO not in dead.headers
 
 
-async def test_an_unbind_that_nobody_can_read_is_kept_whole() -> None:
+async def test_an_unbind_that_nobody_can_read_is_kept_whole(platform: Platform) -> None:
     """It holds no secret."""
-    platform = Platform()
     platform.publish("unbind", b'{"sandbox":5}')
     await asyncio.sleep(1)
     assert platform.bench.bus.found("DEAD")[0].data == b'{"sandbox":5}'
 
 
-async def test_a_consumer_that_cannot_be_made_refuses_the_bind() -> None:
-    platform = Platform()
+async def test_a_consumer_that_cannot_be_made_refuses_the_bind(platform: Platform) -> None:
 
     async def refuse(sandbox: str, after: int) -> None:
         raise Refused("invalid", "The durable consumer cannot be made.")
@@ -722,9 +681,8 @@ async def test_a_consumer_that_cannot_be_made_refuses_the_bind() -> None:
      "_INBOX.a\r\nPUB x 0", "_INBOX", "_INBOX.", "_INBOX..a", "_INBOX.a.", "_INBOX.ä", "inbox.a",
      "_INBOX." + "a" * 300],
 )  # fmt: skip
-async def test_an_answer_goes_to_an_inbox_or_nowhere(reply_to: str) -> None:
+async def test_an_answer_goes_to_an_inbox_or_nowhere(reply_to: str, platform: Platform) -> None:
     """The adapter may write where its caller may not: nobody borrows that."""
-    platform = Platform()
     body = msgspec.json.encode({"sandbox": "s1", "bot": BOT, "bot_token": TOKEN})
     delivery = platform.publish("bind", body, reply_to=reply_to)
     await asyncio.sleep(1)
@@ -733,8 +691,7 @@ async def test_an_answer_goes_to_an_inbox_or_nowhere(reply_to: str) -> None:
     assert platform.bound == {BOT: "s1"}
 
 
-async def test_an_answer_that_nobody_can_hear_is_no_failure() -> None:
-    platform = Platform()
+async def test_an_answer_that_nobody_can_hear_is_no_failure(platform: Platform) -> None:
 
     async def fail(subject: str, payload: bytes, headers: dict[str, str]) -> None:
         raise Temporary("bus_down")
@@ -748,8 +705,7 @@ async def test_an_answer_that_nobody_can_hear_is_no_failure() -> None:
 # order, repeats and trouble ------------------------------------------------------------------------------
 
 
-async def test_commands_take_effect_in_the_order_in_which_they_were_stored() -> None:
-    platform = Platform()
+async def test_commands_take_effect_in_the_order_in_which_they_were_stored(platform: Platform) -> None:
     for number in range(5):
         bind = {"sandbox": "s1", "bot": BOT, "bot_token": TOKEN, "id": f"b{number}"}
         platform.publish("bind", msgspec.json.encode(bind))
@@ -759,9 +715,8 @@ async def test_commands_take_effect_in_the_order_in_which_they_were_stored() -> 
     assert platform.bound == {}
 
 
-async def test_an_old_bind_that_comes_again_does_not_undo_the_unbind_after_it() -> None:
+async def test_an_old_bind_that_comes_again_does_not_undo_the_unbind_after_it(platform: Platform) -> None:
     """Its ack got lost with the connection, and everything unsettled comes again."""
-    platform = Platform()
     bind = platform.publish("bind", msgspec.json.encode({"sandbox": "s1", "bot": BOT, "bot_token": TOKEN}))
     platform.publish("unbind", b'{"sandbox":"s1"}')
     await asyncio.sleep(1)
@@ -772,8 +727,9 @@ async def test_an_old_bind_that_comes_again_does_not_undo_the_unbind_after_it() 
     assert repeated.acks == 1
 
 
-async def test_a_command_that_comes_again_while_it_waits_is_settled_by_its_newest_delivery() -> None:
-    platform = Platform()
+async def test_a_command_that_comes_again_while_it_waits_is_settled_by_its_newest_delivery(
+    platform: Platform,
+) -> None:
     bind = platform.publish("bind", msgspec.json.encode({"sandbox": "s1", "bot": BOT, "bot_token": TOKEN}))
     repeated = bind.again()
     platform.control.enqueue(repeated)
@@ -782,8 +738,7 @@ async def test_a_command_that_comes_again_while_it_waits_is_settled_by_its_newes
     assert platform.changes == [("s1", BOT, "bound")]
 
 
-async def test_a_bus_that_is_away_delays_a_command() -> None:
-    platform = Platform()
+async def test_a_bus_that_is_away_delays_a_command(platform: Platform) -> None:
     platform.bench.bindings_bucket.on_write = Failing(20, Temporary("bus_down"))
     delivery = platform.publish("bind", msgspec.json.encode({"sandbox": "s1", "bot": BOT, "bot_token": TOKEN}))
     await asyncio.sleep(300)
@@ -792,8 +747,7 @@ async def test_a_bus_that_is_away_delays_a_command() -> None:
     assert platform.bench.bus.found("DEAD") == []
 
 
-async def test_a_command_that_breaks_the_adapter_is_put_aside_and_the_next_one_goes() -> None:
-    platform = Platform()
+async def test_a_command_that_breaks_the_adapter_is_put_aside_and_the_next_one_goes(platform: Platform) -> None:
 
     async def bug(key: str) -> None:
         if key.startswith("bad"):
@@ -812,14 +766,12 @@ async def test_a_command_that_breaks_the_adapter_is_put_aside_and_the_next_one_g
     assert len(platform.bench.bus.found("DEAD")) == 1
 
 
-async def test_an_event_that_the_bus_refuses_stops_nothing() -> None:
-    platform = Platform()
+async def test_an_event_that_the_bus_refuses_stops_nothing(platform: Platform) -> None:
     platform.bench.bus.refuse = lambda message: BusRefused(10054, "too large") if message.stream == "event" else None
     assert (await platform.bind()).ok
 
 
-async def test_a_full_event_stream_is_waited_for() -> None:
-    platform = Platform()
+async def test_a_full_event_stream_is_waited_for(platform: Platform) -> None:
     full = BusRefused(10077, "maximum bytes exceeded")
     platform.bench.bus.refuse = lambda message: full if message.stream == "event" else None
     body = msgspec.json.encode({"sandbox": "s1", "bot": BOT, "bot_token": TOKEN, "user": USER})
@@ -832,9 +784,8 @@ async def test_a_full_event_stream_is_waited_for() -> None:
     assert platform.changes == [("s1", BOT, "bound")]
 
 
-async def test_a_binding_written_by_another_hand_meanwhile_is_overwritten() -> None:
+async def test_a_binding_written_by_another_hand_meanwhile_is_overwritten(platform: Platform) -> None:
     """The command is newer: `put` writes whatever was there."""
-    platform = Platform()
     raced = False
 
     async def race(key: str) -> None:
@@ -869,9 +820,8 @@ async def test_no_token_is_in_an_answer_an_event_a_log_or_a_repr() -> None:
         assert b"SECRET" not in data
 
 
-async def test_a_bind_is_erased_once_it_is_carried_out_or_refused() -> None:
+async def test_a_bind_is_erased_once_it_is_carried_out_or_refused(platform: Platform) -> None:
     """A mere ack would leave its token on the server's disk."""
-    platform = Platform()
     await platform.bind()
     await platform.say("unbind", sandbox="s1")
     await platform.bind(base_url="https://evil.example")
@@ -881,9 +831,8 @@ async def test_a_bind_is_erased_once_it_is_carried_out_or_refused() -> None:
     assert [delivery.acks for delivery in platform.deliveries] == [1, 1, 1, 1]
 
 
-async def test_a_bind_is_erased_once_its_stream_has_a_leader_again() -> None:
+async def test_a_bind_is_erased_once_its_stream_has_a_leader_again(platform: Platform) -> None:
     """Acknowledged at the first failure, it could not be erased any more, and its token would stay on the disk."""
-    platform = Platform()
 
     async def leaderless() -> None:
         if len(platform.bench.bus.erased) < 4:
@@ -900,9 +849,8 @@ async def test_a_bind_is_erased_once_its_stream_has_a_leader_again() -> None:
     assert [line["event"] for line in logs if line["log_level"] == "warning"] == []
 
 
-async def test_a_bind_that_cannot_be_erased_holds_up_nobody_for_long() -> None:
+async def test_a_bind_that_cannot_be_erased_holds_up_nobody_for_long(platform: Platform) -> None:
     """It may not be permitted: after the first such bind, the others get one try each, until one succeeds."""
-    platform = Platform()
 
     async def away() -> None:
         raise Temporary("bus_timeout")

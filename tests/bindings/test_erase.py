@@ -100,8 +100,7 @@ async def test_one_that_fails_on_the_way_says_that_it_is_to_be_repeated() -> Non
 
 
 @pytest.mark.parametrize("body", [b"no json", b'{"user":""}', b'{"sandbox":"s1"}'])
-async def test_what_cannot_be_read_becomes_a_dead_letter_without_its_words(body: bytes) -> None:
-    platform = Platform()
+async def test_what_cannot_be_read_becomes_a_dead_letter_without_its_words(body: bytes, platform: Platform) -> None:
     platform.publish("erase", body)
     await asyncio.sleep(1)
     (letter,) = platform.bench.bus.found("DEAD")

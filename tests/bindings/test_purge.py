@@ -36,8 +36,7 @@ def inbox(platform: Platform) -> list[str]:
     return [msgspec.json.decode(stored.data)["text"] for stored in platform.bench.bus.found("IN")]
 
 
-async def test_an_unbind_that_purges_leaves_nothing_in_the_inbox_of_its_sandbox() -> None:
-    platform = Platform()
+async def test_an_unbind_that_purges_leaves_nothing_in_the_inbox_of_its_sandbox(platform: Platform) -> None:
     await platform.bind()
     says(platform, "of the first one")
     says(platform, "elsewhere", "s2")
@@ -75,8 +74,9 @@ async def test_a_purge_that_fails_later_is_told_in_the_log_and_holds_up_nobody()
 
 
 @pytest.mark.parametrize("how", [{"bot": BOT}, {"keep_undelivered": True}], ids=["another-stays", "keep"])
-async def test_a_purge_that_would_take_what_is_to_stay_is_refused_and_nobody_is_unbound(how: dict[str, Any]) -> None:
-    platform = Platform()
+async def test_a_purge_that_would_take_what_is_to_stay_is_refused_and_nobody_is_unbound(
+    how: dict[str, Any], platform: Platform
+) -> None:
     await platform.bind()
     await platform.bind(**OTHER)
     says(platform, "stays")
@@ -85,8 +85,7 @@ async def test_a_purge_that_would_take_what_is_to_stay_is_refused_and_nobody_is_
     assert set(platform.bound) == {BOT, OTHER["bot"]}
 
 
-async def test_a_fresh_sandbox_loses_what_was_there_once_another_person_is_bound() -> None:
-    platform = Platform()
+async def test_a_fresh_sandbox_loses_what_was_there_once_another_person_is_bound(platform: Platform) -> None:
     await platform.bind(options=FRESH)
     says(platform, "of the first one")
     await platform.say("unbind", sandbox="s1", keep_undelivered=True)
@@ -97,9 +96,8 @@ async def test_a_fresh_sandbox_loses_what_was_there_once_another_person_is_bound
 
 
 @pytest.mark.parametrize("again", [{}, {"bot": "b9@im.bot"}], ids=["bot", "person"])
-async def test_the_same_person_loses_nothing(again: dict[str, Any]) -> None:
+async def test_the_same_person_loses_nothing(again: dict[str, Any], platform: Platform) -> None:
     """With the same bot or another, at once or after an unbind."""
-    platform = Platform()
     await platform.bind(options=FRESH)
     says(platform, "mine")
     await platform.bind(options=FRESH, user=USER, **again)
@@ -109,8 +107,7 @@ async def test_the_same_person_loses_nothing(again: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize("options", [{}, FRESH], ids=["not-fresh", "another-is-bound"])
-async def test_what_is_anothers_too_stays(options: dict[str, Any]) -> None:
-    platform = Platform()
+async def test_what_is_anothers_too_stays(options: dict[str, Any], platform: Platform) -> None:
     await platform.bind()
     says(platform, "stays")
     if not options:
@@ -119,7 +116,6 @@ async def test_what_is_anothers_too_stays(options: dict[str, Any]) -> None:
     assert inbox(platform) == ["stays"]
 
 
-async def test_fresh_and_keep_exclude_each_other() -> None:
-    platform = Platform()
+async def test_fresh_and_keep_exclude_each_other(platform: Platform) -> None:
     answer = await platform.bind(options=FRESH, keep_undelivered=True)
     assert (answer.ok, "exclude" in answer.error, platform.bound) == (False, True, {})

@@ -36,16 +36,14 @@ async def carried(bench: Bench, what: MediaPart, ident: str = "c-0") -> Carried:
     return bench.cdn.uploads[-1]
 
 
-async def test_bytes_are_measured_and_brought_as_they_are() -> None:
-    bench = Bench()
+async def test_bytes_are_measured_and_brought_as_they_are(bench: Bench) -> None:
     data = PNG * 7
     brought = await carried(bench, part(data, kind="image"))
     assert brought == Carried(BOT, USER, "image", "a.txt", data, hashlib.md5(data).hexdigest())
 
 
-async def test_an_object_is_read_piece_by_piece_twice() -> None:
+async def test_an_object_is_read_piece_by_piece_twice(bench: Bench) -> None:
     """Once to measure it and once to send it: it is never whole in memory."""
-    bench = Bench()
     bench.objects.stored["s1/x"] = PDF * 3
     brought = await carried(bench, part(stored="s1/x"))
     assert (brought.data, brought.md5) == (PDF * 3, hashlib.md5(PDF * 3).hexdigest())
@@ -92,8 +90,7 @@ async def test_what_has_no_name_gets_one_for_its_type(kind: Kind, data: bytes, n
     assert (await carried(Bench(), part(data, kind=kind, name=""))).name == name
 
 
-async def test_an_absent_object_is_refused() -> None:
-    bench = Bench()
+async def test_an_absent_object_is_refused(bench: Bench) -> None:
     with pytest.raises(Refused) as caught:
         await carried(bench, part(stored="s1/none"))
     assert caught.value.reason == "media"
@@ -101,8 +98,7 @@ async def test_an_absent_object_is_refused() -> None:
 
 
 @pytest.mark.parametrize("stored", ["", "s1/x"], ids=["bytes", "object"])
-async def test_what_is_too_large_is_refused_unread(stored: str) -> None:
-    bench = Bench()
+async def test_what_is_too_large_is_refused_unread(stored: str, bench: Bench) -> None:
     data = bytes(MEDIA_BYTES + 1)
     bench.objects.stored["s1/x"] = data
     with pytest.raises(Refused, match="too_large") as caught:
@@ -111,8 +107,7 @@ async def test_what_is_too_large_is_refused_unread(stored: str) -> None:
     assert (bench.objects.reads, bench.cdn.asked) == (0, 0)
 
 
-async def test_a_request_that_is_repeated_brings_nothing_again() -> None:
-    bench = Bench()
+async def test_a_request_that_is_repeated_brings_nothing_again(bench: Bench) -> None:
     first = await bench.uploads.upload_media("c-0", part(), ACCOUNT, "s1", USER)
     assert await bench.uploads.upload_media("c-0", part(), ACCOUNT, "s1", USER) == first
     assert bench.cdn.asked == 1
@@ -121,17 +116,15 @@ async def test_a_request_that_is_repeated_brings_nothing_again() -> None:
     assert bench.cdn.asked == 3
 
 
-async def test_an_upload_is_not_trusted_for_ever() -> None:
+async def test_an_upload_is_not_trusted_for_ever(bench: Bench) -> None:
     """Nobody knows how long iLink keeps it."""
-    bench = Bench()
     await bench.uploads.upload_media("c-0", part(), ACCOUNT, "s1", USER)
     await bench.clock.sleep(READY_S)
     await bench.uploads.upload_media("c-0", part(), ACCOUNT, "s1", USER)
     assert bench.cdn.asked == 2
 
 
-async def test_a_failed_upload_is_not_remembered() -> None:
-    bench = Bench()
+async def test_a_failed_upload_is_not_remembered(bench: Bench) -> None:
     bench.cdn.script.append(Temporary("network"))
     with pytest.raises(Temporary):
         await carried(bench, part())
@@ -141,8 +134,7 @@ async def test_a_failed_upload_is_not_remembered() -> None:
 @pytest.mark.parametrize(
     "problem", [Refused("media", "quota"), SessionExpired("needs_login"), Temporary("network")], ids=str
 )
-async def test_the_cdns_own_word_is_passed_on(problem: Exception) -> None:
-    bench = Bench()
+async def test_the_cdns_own_word_is_passed_on(problem: Exception, bench: Bench) -> None:
     bench.cdn.script.append(problem)
     with pytest.raises(type(problem)) as caught:
         await carried(bench, part())
@@ -150,8 +142,7 @@ async def test_the_cdns_own_word_is_passed_on(problem: Exception) -> None:
 
 
 @pytest.mark.parametrize("when", ["asked", "measured", "brought"])
-async def test_a_bus_that_is_away_is_told_from_a_cdn_that_is(when: str) -> None:
-    bench = Bench()
+async def test_a_bus_that_is_away_is_told_from_a_cdn_that_is(when: str, bench: Bench) -> None:
     bench.objects.stored["s1/x"] = PDF
     if when == "asked":
         bench.objects.away = 1
@@ -165,8 +156,7 @@ async def test_a_bus_that_is_away_is_told_from_a_cdn_that_is(when: str) -> None:
 
 
 @pytest.mark.parametrize("when", ["measured", "brought"])
-async def test_a_damaged_object_is_refused(when: str) -> None:
-    bench = Bench()
+async def test_a_damaged_object_is_refused(when: str, bench: Bench) -> None:
     bench.objects.stored["s1/x"] = PDF
     bench.objects.unreadable.extend([Unreadable("gone")] if when == "measured" else [None, Unreadable("gone")])
     with pytest.raises(Refused) as caught:
@@ -174,8 +164,7 @@ async def test_a_damaged_object_is_refused(when: str) -> None:
     assert caught.value.reason == "media"
 
 
-async def test_a_sandbox_whose_uploads_hang_holds_up_no_other() -> None:
-    bench = Bench()
+async def test_a_sandbox_whose_uploads_hang_holds_up_no_other(bench: Bench) -> None:
     hanging = asyncio.Event()
     bench.cdn.hold["hanging"] = hanging
     uploads = [

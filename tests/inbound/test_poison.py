@@ -160,8 +160,7 @@ async def test_a_fault_after_the_message_is_on_the_bus_makes_no_dead_letter_of_i
     assert bench.chat.asked == ["", "b"]
 
 
-async def test_another_bot_is_not_held_up_meanwhile() -> None:
-    bench = Bench()
+async def test_another_bot_is_not_held_up_meanwhile(bench: Bench) -> None:
     await bench.bind()
     await bench.bind("s2", "b2@im.bot", "u2@im.wechat")
     bench.chat.polls.append(batch(BAD, cursor="b"))

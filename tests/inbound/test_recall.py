@@ -61,8 +61,7 @@ async def quote_of(bench: Bench, said: InboundMessage) -> Quote:
     return quote
 
 
-async def test_a_users_own_message_is_found_in_the_inbox() -> None:
-    bench = Bench()
+async def test_a_users_own_message_is_found_in_the_inbox(bench: Bench) -> None:
     await hear(bench, says("hello", "41"), says("later", "42"))
     assert await quote_of(bench, says(message="43", quotes="41")) == Quote(
         id="41", text="hello", said_by="user", kind="text"
@@ -70,42 +69,36 @@ async def test_a_users_own_message_is_found_in_the_inbox() -> None:
     assert bench.metrics.value("quotes_total", outcome="user") == 1
 
 
-async def test_a_message_of_the_same_batch_is_found() -> None:
-    bench = Bench()
+async def test_a_message_of_the_same_batch_is_found(bench: Bench) -> None:
     quoted = says("hello", "41")
     quote = (await hear(bench, quoted, says(message="43", quotes="41")))[-1].quote
     assert quote == Quote(id="41", text="hello", said_by="user", kind="text")
 
 
-async def test_an_item_of_the_same_batch_is_found_behind_another_message() -> None:
-    bench = Bench()
+async def test_an_item_of_the_same_batch_is_found_behind_another_message(bench: Bench) -> None:
     picture = says("", "41", items=[FileItem(name="a.pdf")], item_ids=("77",))
     other = says("hello", "42", item_ids=("78",))
     quote = (await hear(bench, picture, other, says(message="43", quotes="77")))[-1].quote
     assert quote == Quote(id="77", text="[file] a.pdf", said_by="user", kind="file")
 
 
-async def test_a_message_of_another_user_in_the_same_batch_is_not_shown() -> None:
-    bench = Bench()
+async def test_a_message_of_another_user_in_the_same_batch_is_not_shown(bench: Bench) -> None:
     quote = (await hear(bench, says("secret", "41", user=OTHER), says(message="43", quotes="41")))[-1].quote
     assert quote == Quote(id="41")
 
 
-async def test_nothing_is_read_for_a_message_that_quotes_nothing() -> None:
-    bench = Bench()
+async def test_nothing_is_read_for_a_message_that_quotes_nothing(bench: Bench) -> None:
     bench.bus.unreadable = 1
     await hear(bench, says())
     assert bench.bus.unreadable == 1
 
 
-async def test_a_message_to_an_earlier_bot_of_the_user_is_found() -> None:
-    bench = Bench()
+async def test_a_message_to_an_earlier_bot_of_the_user_is_found(bench: Bench) -> None:
     await hear(bench, says("hello", "41"), bot="b0@im.bot")
     assert (await quote_of(bench, says(message="43", quotes="41"))).text == "hello"
 
 
-async def test_an_item_is_found_by_its_own_id() -> None:
-    bench = Bench()
+async def test_an_item_is_found_by_its_own_id(bench: Bench) -> None:
     items = [TextItem(text="look"), FileItem(name="a.pdf")]
     await hear(bench, says("look", "41", items=items, item_ids=("", "77")))
     (stored,) = bench.bus.found("IN")
@@ -116,41 +109,35 @@ async def test_an_item_is_found_by_its_own_id() -> None:
     assert (await quote_of(bench, says(message="44", quotes="41"))).text == "look"
 
 
-async def test_a_message_without_ids_of_its_items_has_no_such_header() -> None:
-    bench = Bench()
+async def test_a_message_without_ids_of_its_items_has_no_such_header(bench: Bench) -> None:
     await hear(bench, says(item_ids=("",)))
     assert H_IDS not in bench.bus.found("IN")[0].headers
 
 
-async def test_an_image_is_summed_up() -> None:
-    bench = Bench()
+async def test_an_image_is_summed_up(bench: Bench) -> None:
     await hear(bench, says("", "41", items=[ImageItem()]))
     assert await quote_of(bench, says(message="43", quotes="41")) == Quote(
         id="41", text="[image]", said_by="user", kind="image"
     )
 
 
-async def test_what_another_user_of_the_sandbox_wrote_is_not_shown() -> None:
-    bench = Bench()
+async def test_what_another_user_of_the_sandbox_wrote_is_not_shown(bench: Bench) -> None:
     await hear(bench, says("secret", "41", user=OTHER))
     assert await quote_of(bench, says(message="43", quotes="41")) == Quote(id="41")
 
 
-async def test_what_was_said_in_another_sandbox_is_not_shown() -> None:
-    bench = Bench()
+async def test_what_was_said_in_another_sandbox_is_not_shown(bench: Bench) -> None:
     await hear(bench, says("secret", "41"), sandbox="s2")
     assert await quote_of(bench, says(message="43", quotes="41")) == Quote(id="41")
     assert bench.metrics.value("quotes_total", outcome="unknown") == 1
 
 
-async def test_an_id_that_is_the_end_of_another_is_none_of_it() -> None:
-    bench = Bench()
+async def test_an_id_that_is_the_end_of_another_is_none_of_it(bench: Bench) -> None:
     await hear(bench, says("secret", "141"))
     assert await quote_of(bench, says(message="43", quotes="41")) == Quote(id="41")
 
 
-async def test_what_was_sent_is_found() -> None:
-    bench = Bench()
+async def test_what_was_sent_is_found(bench: Bench) -> None:
     bench.hears("s1", USER, sent=[SentText(id="51", kind="text", text="an answer")])
     await settle()
     assert await quote_of(bench, says(message="43", quotes="51")) == Quote(
@@ -159,30 +146,28 @@ async def test_what_was_sent_is_found() -> None:
 
 
 @pytest.mark.parametrize(("sandbox", "user"), [("s2", USER), ("s1", OTHER)])
-async def test_what_was_sent_from_another_sandbox_or_to_another_user_is_not_shown(sandbox: str, user: str) -> None:
-    bench = Bench()
+async def test_what_was_sent_from_another_sandbox_or_to_another_user_is_not_shown(
+    sandbox: str, user: str, bench: Bench
+) -> None:
     bench.hears(sandbox, user, sent=[SentText(id="51", kind="text", text="secret")])
     await settle()
     assert await quote_of(bench, says(message="43", quotes="51")) == Quote(id="51")
 
 
-async def test_a_part_of_what_was_sent_is_shown() -> None:
-    bench = Bench()
+async def test_a_part_of_what_was_sent_is_shown(bench: Bench) -> None:
     bench.hears("s1", USER, sent=[SentText(id="51", kind="text", text="hello hello")])
     await settle()
     assert (await quote_of(bench, says(message="43", quotes="51", part=Part("ello", "h", 0, 1, "")))).text == "ello h"
 
 
-async def test_what_cannot_be_read_now_is_asked_again() -> None:
-    bench = Bench()
+async def test_what_cannot_be_read_now_is_asked_again(bench: Bench) -> None:
     await hear(bench, says("hello", "41"))
     bench.bus.unreadable = 2
     assert (await quote_of(bench, says(message="43", quotes="41"))).text == "hello"
 
 
 @pytest.mark.parametrize("nonsense", [b"nonsense", b'{"sandbox":"\xff"}'])
-async def test_odd_records_cost_a_quote_its_words_and_nothing_else(nonsense: bytes) -> None:
-    bench = Bench()
+async def test_odd_records_cost_a_quote_its_words_and_nothing_else(nonsense: bytes, bench: Bench) -> None:
     bench.bus.put("wechat.inbox.s1", nonsense, {H_MSG_ID: f"in:{BOT}:m51"}, "in")
     heard = AddressedMessage(says(message="43", quotes="51"), "s1", BOT, 1, "i", "1.0")
     await publish([heard], bench.dispatch_deps().publishing)
@@ -212,9 +197,8 @@ def fill(bench: Bench, count: int, sandbox: str = "s1") -> None:
         bench.bus.put(f"wechat.inbox.{sandbox}", msgspec.json.encode(inbound), {H_MSG_ID: inbound.id}, "in")
 
 
-async def test_a_quote_reads_no_more_than_so_many_messages() -> None:
+async def test_a_quote_reads_no_more_than_so_many_messages(bench: Bench) -> None:
     """The newest hours first, so that what was said lately is found in any inbox."""
-    bench = Bench()
     fill(bench, 10_000)
     await asyncio.sleep(2 * 3600)
     await hear(bench, says("hello", "41"))
@@ -226,8 +210,7 @@ async def test_a_quote_reads_no_more_than_so_many_messages() -> None:
 
 
 @pytest.mark.parametrize("hours", [0, 2, 12, 60])
-async def test_a_quote_of_any_age_is_found_in_an_inbox_of_a_usual_size(hours: int) -> None:
-    bench = Bench()
+async def test_a_quote_of_any_age_is_found_in_an_inbox_of_a_usual_size(hours: int, bench: Bench) -> None:
     for _ in range(3):
         fill(bench, 100)
         await asyncio.sleep(4 * 3600)
@@ -251,9 +234,8 @@ def hang_reads(bench: Bench, subject: str) -> None:
     bench.bus.read = hanging  # type: ignore[method-assign, assignment]
 
 
-async def test_a_slow_history_costs_a_quote_its_words_and_its_bot_a_moment() -> None:
+async def test_a_slow_history_costs_a_quote_its_words_and_its_bot_a_moment(bench: Bench) -> None:
     """All quotes of an answer together; each says what iLink tells."""
-    bench = Bench()
     hang_reads(bench, "wechat.inbox.s1")
     began = asyncio.get_running_loop().time()
     quoting = [says(f"t{number}", str(number + 1), quotes="999") for number in range(20)]
@@ -264,8 +246,7 @@ async def test_a_slow_history_costs_a_quote_its_words_and_its_bot_a_moment() -> 
     assert bench.metrics.value("quotes_total", outcome="unknown") == 20
 
 
-async def test_a_slow_history_of_one_sandbox_holds_up_no_other_bots() -> None:
-    bench = Bench()
+async def test_a_slow_history_of_one_sandbox_holds_up_no_other_bots(bench: Bench) -> None:
     hang_reads(bench, "wechat.inbox.s1")
     slow = [asyncio.create_task(hear(bench, says(message=str(number), quotes="999"))) for number in range(1, 10)]
     await settle()
@@ -283,8 +264,7 @@ async def test_a_slow_history_of_one_sandbox_holds_up_no_other_bots() -> None:
     assert len(bench.bus.inbound()) == 11
 
 
-async def test_an_outage_of_the_history_holds_up_a_quote_for_a_moment() -> None:
-    bench = Bench()
+async def test_an_outage_of_the_history_holds_up_a_quote_for_a_moment(bench: Bench) -> None:
     await hear(bench, says("hello", "41"))
     bench.bus.unreadable = 10**6
     began = asyncio.get_running_loop().time()

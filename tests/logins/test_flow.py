@@ -135,8 +135,12 @@ class Doors:
         return self.bench.metrics.value("logins_total", outcome=outcome)
 
 
-async def test_a_code_that_is_a_picture_is_handed_on() -> None:
-    doors = Doors()
+@pytest.fixture
+async def doors() -> Doors:
+    return Doors()
+
+
+async def test_a_code_that_is_a_picture_is_handed_on(doors: Doors) -> None:
     content = base64.b64encode(samples.png(64, 64)).decode()
     doors.ilink.codes.append(QrCode("q1", f"data:image/png;base64,{content}"))
     login = await doors.start(png=True)
@@ -146,8 +150,7 @@ async def test_a_code_that_is_a_picture_is_handed_on() -> None:
     assert (await doors.status(login)).status == "confirmed"
 
 
-async def test_a_code_that_fits_no_qr_code_is_refused_in_words_and_another_is_fetched() -> None:
-    doors = Doors()
+async def test_a_code_that_fits_no_qr_code_is_refused_in_words_and_another_is_fetched(doors: Doors) -> None:
     doors.ilink.codes.append(QrCode("long", "https://q/" + "y" * 4000))
     with pytest.raises(Temporary, match="4010 bytes"):
         await doors.start()
@@ -158,8 +161,7 @@ async def test_a_code_that_fits_no_qr_code_is_refused_in_words_and_another_is_fe
     assert (now.status, now.code, now.qrcode_url) == ("wait", 2, "https://q/q2")
 
 
-async def test_a_login_goes_from_the_code_to_the_bot() -> None:
-    doors = Doors()
+async def test_a_login_goes_from_the_code_to_the_bot(doors: Doors) -> None:
     login = await doors.start()
     assert (login.status, login.code, login.qrcode_url) == ("wait", 1, "https://q/q1")
     assert login.qrcode_text
@@ -187,8 +189,7 @@ async def test_a_login_goes_from_the_code_to_the_bot() -> None:
     assert doors.counted("confirmed") == 1
 
 
-async def test_between_two_requests_about_a_code_is_a_second() -> None:
-    doors = Doors()
+async def test_between_two_requests_about_a_code_is_a_second(doors: Doors) -> None:
     await doors.start()
     doors.ilink.happens("q1", *[None] * 5)  # network errors: each is a `wait`
     await asyncio.sleep(10)
@@ -197,8 +198,7 @@ async def test_between_two_requests_about_a_code_is_a_second() -> None:
     assert doors.told() == [("wait", 1, "")]
 
 
-async def test_the_digits_of_the_phone_are_sent_at_once() -> None:
-    doors = Doors()
+async def test_the_digits_of_the_phone_are_sent_at_once(doors: Doors) -> None:
     login = await doors.start()
     with pytest.raises(Refused):
         await doors.verify(login, "4711")
@@ -221,8 +221,7 @@ async def test_the_digits_of_the_phone_are_sent_at_once() -> None:
     assert doors.told() == [("wait", 1, ""), ("need_verify_code", 1, ""), ("scanned", 1, "")]
 
 
-async def test_wrong_digits_are_asked_for_again_each_time() -> None:
-    doors = Doors()
+async def test_wrong_digits_are_asked_for_again_each_time(doors: Doors) -> None:
     login = await doors.start()
     doors.ilink.happens("q1", "need_verifycode")
     await asyncio.sleep(1)
@@ -236,9 +235,8 @@ async def test_wrong_digits_are_asked_for_again_each_time() -> None:
     assert doors.told() == [("wait", 1, ""), ("need_verify_code", 1, ""), again, again]
 
 
-async def test_too_many_wrong_digits_cost_the_code() -> None:
+async def test_too_many_wrong_digits_cost_the_code(doors: Doors) -> None:
     """Three times, and the login has failed."""
-    doors = Doors()
     login = await doors.start()
     for number in range(1, DEAD_CODES + 1):
         doors.ilink.happens(f"q{number}", "need_verifycode")
@@ -252,8 +250,7 @@ async def test_too_many_wrong_digits_cost_the_code() -> None:
     assert doors.counted("failed") == 1
 
 
-async def test_three_expired_codes_are_an_expired_login() -> None:
-    doors = Doors()
+async def test_three_expired_codes_are_an_expired_login(doors: Doors) -> None:
     login = await doors.start()
     for number in range(1, DEAD_CODES + 1):
         doors.ilink.happens(f"q{number}", "expired")
@@ -264,9 +261,8 @@ async def test_three_expired_codes_are_an_expired_login() -> None:
     assert doors.counted("expired") == 1
 
 
-async def test_a_code_that_nobody_scans_is_replaced_and_that_does_not_count() -> None:
+async def test_a_code_that_nobody_scans_is_replaced_and_that_does_not_count(doors: Doors) -> None:
     """The one before it is asked about until it has expired, and no code is asked about for ever."""
-    doors = Doors()
     login = await doors.start()
     started = doors.clock.monotonic()
     await asyncio.sleep(3.5 * REFRESH_S)
@@ -283,8 +279,7 @@ async def test_a_code_that_nobody_scans_is_replaced_and_that_does_not_count() ->
     assert now.code == 10
 
 
-async def test_whoever_scans_the_code_before_counts() -> None:
-    doors = Doors()
+async def test_whoever_scans_the_code_before_counts(doors: Doors) -> None:
     login = await doors.start()
     await asyncio.sleep(REFRESH_S + 5)
     doors.ilink.happens("q1", "scaned")
@@ -299,8 +294,7 @@ async def test_whoever_scans_the_code_before_counts() -> None:
     assert (await doors.status(login)).status == "confirmed"
 
 
-async def test_a_code_that_expires_after_the_scan_is_followed_by_another() -> None:
-    doors = Doors()
+async def test_a_code_that_expires_after_the_scan_is_followed_by_another(doors: Doors) -> None:
     login = await doors.start()
     doors.ilink.happens("q1", "scaned", "expired")
     await asyncio.sleep(5)
@@ -309,8 +303,7 @@ async def test_a_code_that_expires_after_the_scan_is_followed_by_another() -> No
     assert doors.told() == [("wait", 1, ""), ("scanned", 1, ""), ("wait", 2, "")]
 
 
-async def test_the_code_before_may_expire_after_its_scan_too() -> None:
-    doors = Doors()
+async def test_the_code_before_may_expire_after_its_scan_too(doors: Doors) -> None:
     login = await doors.start()
     await asyncio.sleep(REFRESH_S + 5)
     doors.ilink.happens("q1", "scaned", "expired")
@@ -320,8 +313,7 @@ async def test_the_code_before_may_expire_after_its_scan_too() -> None:
     assert doors.record(login).ended == 1
 
 
-async def test_a_code_that_comes_after_somebody_has_scanned_is_not_shown() -> None:
-    doors = Doors()
+async def test_a_code_that_comes_after_somebody_has_scanned_is_not_shown(doors: Doors) -> None:
     login = await doors.start()
     await asyncio.sleep(REFRESH_S - 5)
     doors.ilink.fetch_s = 8
@@ -333,8 +325,7 @@ async def test_a_code_that_comes_after_somebody_has_scanned_is_not_shown() -> No
     assert (now.status, now.code, now.qrcode_url) == ("scanned", 1, "https://q/q1")
 
 
-async def test_two_codes_that_are_confirmed_at_once_bind_one_bot() -> None:
-    doors = Doors()
+async def test_two_codes_that_are_confirmed_at_once_bind_one_bot(doors: Doors) -> None:
     login = await doors.start()
     await asyncio.sleep(REFRESH_S + 5)
     other = CONFIRMED._replace(bot="b2@im.bot", token="b2@im.bot:SECRET", user="u2@im.wechat")
@@ -346,8 +337,7 @@ async def test_two_codes_that_are_confirmed_at_once_bind_one_bot() -> None:
     assert [binding.bot for binding in doors.bench.bindings] == [BOT]
 
 
-async def test_the_verdict_on_digits_is_not_that_on_those_sent_after_them() -> None:
-    doors = Doors()
+async def test_the_verdict_on_digits_is_not_that_on_those_sent_after_them(doors: Doors) -> None:
     login = await doors.start()
     doors.ilink.happens("q1", "need_verifycode")
     await asyncio.sleep(1)
@@ -360,9 +350,8 @@ async def test_the_verdict_on_digits_is_not_that_on_those_sent_after_them() -> N
     assert (told.reason, told.digits) == ("wrong_code", "")
 
 
-async def test_a_redirected_code_is_asked_about_there() -> None:
+async def test_a_redirected_code_is_asked_about_there(doors: Doors) -> None:
     """Also by the next owner, and without a host where it is; another code afterwards, too."""
-    doors = Doors()
     login = await doors.start()
     doors.ilink.happens("q1", "scaned_but_redirect")
     await asyncio.sleep(2)
@@ -382,8 +371,7 @@ async def test_a_redirected_code_is_asked_about_there() -> None:
     assert (await heir.status(login)).code == 2
 
 
-async def test_redirects_in_a_circle_are_not_followed_faster_than_once_a_second() -> None:
-    doors = Doors()
+async def test_redirects_in_a_circle_are_not_followed_faster_than_once_a_second(doors: Doors) -> None:
     await doors.start()
     hosts = [Scan("scaned_but_redirect", redirect_host=f"{'ab'[n % 2]}.weixin.qq.com") for n in range(10)]
     doors.ilink.happens("q1", *hosts)
@@ -403,9 +391,8 @@ BAD = [
 
 
 @pytest.mark.parametrize(("scan", "reason"), [row[1:] for row in BAD], ids=[row[0] for row in BAD])
-async def test_what_cannot_be_used_fails_the_login(scan: Scan, reason: str) -> None:
+async def test_what_cannot_be_used_fails_the_login(scan: Scan, reason: str, doors: Doors) -> None:
     """And nobody is called or bound."""
-    doors = Doors()
     login = await doors.start()
     doors.ilink.happens("q1", scan)
     await asyncio.sleep(3)
@@ -429,9 +416,8 @@ async def test_a_long_token_fits_into_its_bind_when_it_is_sealed() -> None:
     assert binding.base_url == ""
 
 
-async def test_a_user_who_is_served_already_stays_so() -> None:
+async def test_a_user_who_is_served_already_stays_so(doors: Doors) -> None:
     """Only live tokens of the sandbox are listed, newest first."""
-    doors = Doors()
     await doors.bench.bind(bot="old@im.bot", user="u0@im.wechat", since_ms=1)
     await doors.bench.bind(bot="new@im.bot", user="u2@im.wechat", since_ms=3)
     await doors.bench.bind(bot="dead@im.bot", user="u3@im.wechat", since_ms=4, state="needs_login")
@@ -450,8 +436,7 @@ async def test_a_user_who_is_served_already_stays_so() -> None:
     assert doors.counted("already_bound") == 2
 
 
-async def test_a_code_that_cannot_be_fetched_is_tried_again_while_the_old_one_counts() -> None:
-    doors = Doors()
+async def test_a_code_that_cannot_be_fetched_is_tried_again_while_the_old_one_counts(doors: Doors) -> None:
     login = await doors.start()
     doors.ilink.codes += [Temporary("http_5xx"), Temporary("http_4xx", retry_after_s=20)]
     await asyncio.sleep(REFRESH_S + 15)
@@ -463,16 +448,14 @@ async def test_a_code_that_cannot_be_fetched_is_tried_again_while_the_old_one_co
     assert (await doors.status(login)).code == 2
 
 
-async def test_the_first_code_that_cannot_be_had_is_told_to_who_asked() -> None:
-    doors = Doors()
+async def test_the_first_code_that_cannot_be_had_is_told_to_who_asked(doors: Doors) -> None:
     doors.ilink.codes.append(Temporary("timeout", "iLink gave no QR code within 10 s."))
     with pytest.raises(Temporary, match="no QR code"):
         await doors.start()
     assert doors.bucket.entries == {}
 
 
-async def test_another_owner_goes_on_and_tells_nothing_twice() -> None:
-    doors = Doors()
+async def test_another_owner_goes_on_and_tells_nothing_twice(doors: Doors) -> None:
     login = await doors.start()
     doors.ilink.happens("q1", "scaned")
     await asyncio.sleep(2)
@@ -487,8 +470,7 @@ async def test_another_owner_goes_on_and_tells_nothing_twice() -> None:
     assert heir.told() == [("wait", 1, ""), ("scanned", 1, ""), ("confirmed", 1, "")]
 
 
-async def test_an_end_that_was_not_told_is_told_by_the_next_owner() -> None:
-    doors = Doors()
+async def test_an_end_that_was_not_told_is_told_by_the_next_owner(doors: Doors) -> None:
     doors.bench.leases.owned.clear()
     login = await doors.start()
     await doors.ask("cancel", LoginQuery(login=login.login))
@@ -501,8 +483,7 @@ async def test_an_end_that_was_not_told_is_told_by_the_next_owner() -> None:
 
 
 @pytest.mark.parametrize("loss", ["shard", "lease"])
-async def test_who_does_not_own_the_shard_does_not_ask(loss: str) -> None:
-    doors = Doors()
+async def test_who_does_not_own_the_shard_does_not_ask(loss: str, doors: Doors) -> None:
     await doors.start()
     await asyncio.sleep(5)
     assert doors.ilink.out == {"q1"}
@@ -520,8 +501,9 @@ async def test_who_does_not_own_the_shard_does_not_ask(loss: str) -> None:
 
 @pytest.mark.parametrize("crash", [False, True])
 @pytest.mark.parametrize("still_bound", [False, True])
-async def test_who_scans_in_the_place_of_another_person_is_told_as_such(still_bound: bool, crash: bool) -> None:
-    doors = Doors()
+async def test_who_scans_in_the_place_of_another_person_is_told_as_such(
+    still_bound: bool, crash: bool, doors: Doors
+) -> None:
     before = await doors.bench.bind(bot="b0@im.bot", user="u0@im.wechat")
     await doors.bench.events.publish_binding_event(before.event("bound"))
     if not still_bound:
@@ -548,8 +530,7 @@ async def test_who_scans_in_the_place_of_another_person_is_told_as_such(still_bo
 
 
 @pytest.mark.parametrize("case", ["again", "again-after-an-unbind", "new", "unknown-before", "unknown-now"])
-async def test_nobody_is_warned_of_who_is_no_other_person(case: str) -> None:
-    doors = Doors()
+async def test_nobody_is_warned_of_who_is_no_other_person(case: str, doors: Doors) -> None:
     if case != "new":
         user = "" if case == "unknown-before" else "u0@im.wechat" if case == "unknown-now" else USER
         before = await doors.bench.bind(bot="b0@im.bot", user=user)
@@ -592,8 +573,7 @@ async def test_a_crash_after_the_confirmation_loses_nobody() -> None:
     assert len(doors.ilink.asked) == asked
 
 
-async def test_a_crash_after_the_bind_binds_once() -> None:
-    doors = Doors()
+async def test_a_crash_after_the_bind_binds_once(doors: Doors) -> None:
     login = await doors.start()
     doors.controlled = False
     doors.ilink.happens("q1", CONFIRMED)
@@ -609,9 +589,8 @@ async def test_a_crash_after_the_bind_binds_once() -> None:
     assert len(bound) == 1
 
 
-async def test_a_crash_after_the_bind_was_carried_out_does_not_bind_again() -> None:
+async def test_a_crash_after_the_bind_was_carried_out_does_not_bind_again(doors: Doors) -> None:
     """Also when the stream has forgotten the first one by then."""
-    doors = Doors()
     login = await doors.start()
 
     async def hang(_: str) -> None:
@@ -632,8 +611,7 @@ async def test_a_crash_after_the_bind_was_carried_out_does_not_bind_again() -> N
     assert len(heir.binds()) == 1
 
 
-async def test_who_has_confirmed_cannot_be_cancelled_half_way() -> None:
-    doors = Doors()
+async def test_who_has_confirmed_cannot_be_cancelled_half_way(doors: Doors) -> None:
     login = await doors.start()
     doors.controlled = False
     doors.ilink.happens("q1", CONFIRMED)
@@ -643,8 +621,7 @@ async def test_who_has_confirmed_cannot_be_cancelled_half_way() -> None:
     assert (await doors.status(login)).qrcode_url == ""
 
 
-async def test_a_bind_that_nobody_carries_out_is_told_as_such() -> None:
-    doors = Doors()
+async def test_a_bind_that_nobody_carries_out_is_told_as_such(doors: Doors) -> None:
     login = await doors.start()
     doors.controlled = False
     doors.ilink.happens("q1", CONFIRMED)
@@ -653,8 +630,7 @@ async def test_a_bind_that_nobody_carries_out_is_told_as_such() -> None:
     assert (now.status, now.reason) == ("confirmed", "bind_pending")
 
 
-async def test_a_bind_that_is_refused_fails_the_login() -> None:
-    doors = Doors()
+async def test_a_bind_that_is_refused_fails_the_login(doors: Doors) -> None:
 
     async def refuse(sandbox: str, after: int) -> None:
         raise Refused("invalid", "The durable consumer cannot be made: full")
@@ -668,9 +644,8 @@ async def test_a_bind_that_is_refused_fails_the_login() -> None:
     assert "durable" in now.detail
 
 
-async def test_a_bind_that_is_refused_fails_the_login_also_of_a_bot_that_is_bound() -> None:
+async def test_a_bind_that_is_refused_fails_the_login_also_of_a_bot_that_is_bound(doors: Doors) -> None:
     """With its token of before, which iLink may take no more. Others' binds were refused, too."""
-    doors = Doors()
     await doors.bench.bind(bot=BOT, user=USER, token="of-before")
 
     async def refuse(sandbox: str, after: int) -> None:
@@ -687,8 +662,7 @@ async def test_a_bind_that_is_refused_fails_the_login_also_of_a_bot_that_is_boun
     assert (now.status, now.reason) == ("failed", "invalid")
 
 
-async def test_a_bus_that_does_not_take_the_bind_fails_the_login() -> None:
-    doors = Doors()
+async def test_a_bus_that_does_not_take_the_bind_fails_the_login(doors: Doors) -> None:
     login = await doors.start()
     doors.bench.bus.refuse = lambda message: BusRefused(10077, "full") if message.stream == "ctl" else None
     doors.ilink.happens("q1", CONFIRMED)
@@ -696,8 +670,7 @@ async def test_a_bus_that_does_not_take_the_bind_fails_the_login() -> None:
     assert (await doors.status(login)).reason == "bus"
 
 
-async def test_the_old_bot_of_the_user_is_replaced() -> None:
-    doors = Doors()
+async def test_the_old_bot_of_the_user_is_replaced(doors: Doors) -> None:
     await doors.bench.bind(bot="old@im.bot", user=USER)
     login = await doors.start()
     doors.ilink.happens("q1", CONFIRMED)
@@ -706,8 +679,7 @@ async def test_the_old_bot_of_the_user_is_replaced() -> None:
     assert [binding.bot for binding in doors.bench.bindings] == [BOT]
 
 
-async def test_a_cancelled_login_is_left_at_once() -> None:
-    doors = Doors()
+async def test_a_cancelled_login_is_left_at_once(doors: Doors) -> None:
     login = await doors.start()
     await asyncio.sleep(5)
     assert (await doors.ask("cancel", LoginQuery(login=login.login))).status == "cancelled"
@@ -720,8 +692,7 @@ async def test_a_cancelled_login_is_left_at_once() -> None:
         await doors.verify(login, "1")
 
 
-async def test_each_step_is_told_once_to_those_who_only_listen() -> None:
-    doors = Doors()
+async def test_each_step_is_told_once_to_those_who_only_listen(doors: Doors) -> None:
     steps: list[str] = []
 
     async def listen(message: Message) -> None:
@@ -738,8 +709,7 @@ async def test_each_step_is_told_once_to_those_who_only_listen() -> None:
     assert steps == [f"login:{login.login}:{step}" for login in (cancelled, bound) for step in (1, 2)]
 
 
-async def test_an_answer_that_cannot_be_stored_waits_for_the_bus() -> None:
-    doors = Doors()
+async def test_an_answer_that_cannot_be_stored_waits_for_the_bus(doors: Doors) -> None:
     login = await doors.start()
     await asyncio.sleep(1)
     failures = 3
@@ -758,8 +728,7 @@ async def test_an_answer_that_cannot_be_stored_waits_for_the_bus() -> None:
     assert (await doors.status(login)).status == "scanned"
 
 
-async def test_a_bug_in_one_login_leaves_the_others_alone() -> None:
-    doors = Doors()
+async def test_a_bug_in_one_login_leaves_the_others_alone(doors: Doors) -> None:
     first, second = await doors.start("s1"), await doors.start("s2")
     with capture_logs() as logs:
         doors.ilink.happens("q1", ValueError("bug"), "scaned")
@@ -786,8 +755,7 @@ QUESTIONS = [
 
 
 @pytest.mark.parametrize(("verb", "body", "reason"), QUESTIONS)
-async def test_a_question_that_has_no_answer_is_refused(verb: str, body: bytes, reason: str) -> None:
-    doors = Doors()
+async def test_a_question_that_has_no_answer_is_refused(verb: str, body: bytes, reason: str, doors: Doors) -> None:
     with pytest.raises(Refused) as caught:
         await getattr(doors.service, verb)(body)
     assert caught.value.reason == reason
@@ -795,9 +763,8 @@ async def test_a_question_that_has_no_answer_is_refused(verb: str, body: bytes, 
 
 
 @pytest.mark.parametrize("login", ["*", ">", "a.b", "a b", "é", "x" * 64 + "\n"])
-async def test_what_is_no_id_is_no_key_of_the_bucket(login: str) -> None:
+async def test_what_is_no_id_is_no_key_of_the_bucket(login: str, doors: Doors) -> None:
     """`*` would be answered with somebody's login."""
-    doors = Doors()
     await doors.start()
 
     async def never(key: str) -> Entry | None:
@@ -808,8 +775,7 @@ async def test_what_is_no_id_is_no_key_of_the_bucket(login: str) -> None:
         await doors.registry.read(login)
 
 
-async def test_logins_of_one_sandbox_are_bounded() -> None:
-    doors = Doors()
+async def test_logins_of_one_sandbox_are_bounded(doors: Doors) -> None:
     logins = [await doors.start() for _ in range(OPEN_PER_SANDBOX)]
     with pytest.raises(Refused, match="open"):
         await doors.start()
@@ -818,8 +784,7 @@ async def test_logins_of_one_sandbox_are_bounded() -> None:
     await doors.start()
 
 
-async def test_a_login_cannot_be_guessed() -> None:
-    doors = Doors()
+async def test_a_login_cannot_be_guessed(doors: Doors) -> None:
     idents = {(await doors.start(f"s{n}")).login for n in range(10)}
     assert len(idents) == 10
     assert all(len(base64.urlsafe_b64decode(ident)) == 18 for ident in idents)
@@ -858,8 +823,7 @@ async def test_a_bind_that_was_sealed_for_a_login_is_good_for_nothing_else() -> 
         assert caught.value.reason == "token_key"
 
 
-async def test_a_record_that_cannot_be_read_ends_no_other_login() -> None:
-    doors = Doors()
+async def test_a_record_that_cannot_be_read_ends_no_other_login(doors: Doors) -> None:
     await asyncio.sleep(0.1)
     for key, text in (("x" * 24, b"no login"), ("y" * 24, b'{"sandbox":"\xff"}')):
         doors.bucket.put(key, text)

@@ -358,8 +358,7 @@ async def test_a_receipt_waits_for_room_and_its_command_with_it() -> None:
     assert (len(bench.chat.sent), delivery.acks, outcomes(bench)) == (1, 1, [("c1", "accepted", "")])
 
 
-async def test_a_sandbox_without_a_bot_is_told_so() -> None:
-    bench = Bench()
+async def test_a_sandbox_without_a_bot_is_told_so(bench: Bench) -> None:
     shard = bench.processor()
     shard.intake.on_delivery(bench.command("hi", id="c1"))
     await asyncio.sleep(5)
@@ -367,9 +366,8 @@ async def test_a_sandbox_without_a_bot_is_told_so() -> None:
     assert bench.asked_bound == 1
 
 
-async def test_a_bind_that_was_stored_before_takes_effect_first() -> None:
+async def test_a_bind_that_was_stored_before_takes_effect_first(bench: Bench) -> None:
     """Bind, then send, without waiting for an answer: in that order they count. What follows waits its turn."""
-    bench = Bench()
     shard = bench.processor()
     bench.hears()
 
@@ -385,8 +383,7 @@ async def test_a_bind_that_was_stored_before_takes_effect_first() -> None:
     assert bench.chat.texts == ["one", "two"]
 
 
-async def test_a_bus_that_is_away_meanwhile_does_not_strand_the_sandbox() -> None:
-    bench = Bench()
+async def test_a_bus_that_is_away_meanwhile_does_not_strand_the_sandbox(bench: Bench) -> None:
     shard = bench.processor()
     bench.wait_for_pending_binds = Failing(3, Temporary("bus_down"))
     shard.intake.on_delivery(bench.command("hi", id="c1"))
@@ -438,9 +435,8 @@ async def test_what_was_being_sent_to_one_user_goes_to_no_other_after_a_crash() 
     assert outcomes(heir) == [("c1", "refused", "not_bound"), ("c2", "accepted", "")]
 
 
-async def test_what_comes_again_waits_for_no_control_command_where_its_bot_is_bound() -> None:
+async def test_what_comes_again_waits_for_no_control_command_where_its_bot_is_bound(bench: Bench) -> None:
     """Others may be bound for minutes, or control be paused."""
-    bench = Bench()
     await bench.bind()
     bench.hears()
     shard = bench.processor()
@@ -610,9 +606,8 @@ async def test_a_new_bot_of_the_same_user_gets_what_was_parked() -> None:
     assert [receipt.bot for receipt in finals(bench)] == ["b9@im.bot", "b9@im.bot"]
 
 
-async def test_the_lane_of_a_user_who_is_learned_later_keeps_its_order() -> None:
+async def test_the_lane_of_a_user_who_is_learned_later_keeps_its_order(bench: Bench) -> None:
     """Before a bot's first message nobody knows whom it serves."""
-    bench = Bench()
     await bench.bind(user="")
     shard = bench.processor()
     for number in range(3):
@@ -629,8 +624,7 @@ async def test_the_lane_of_a_user_who_is_learned_later_keeps_its_order() -> None
     assert [receipt.command for receipt in finals(bench)] == [f"c{number}" for number in range(5)]
 
 
-async def test_a_user_who_is_learned_while_a_command_is_being_parked() -> None:
-    bench = Bench()
+async def test_a_user_who_is_learned_while_a_command_is_being_parked(bench: Bench) -> None:
     await bench.bind(user="")
     shard = bench.processor()
     learned = False

@@ -32,32 +32,28 @@ def told(bench: Bench) -> list[tuple[int, str]]:
     return [(receipt.sequence, receipt.outcome) for receipt in bench.bus.receipts()]
 
 
-async def test_a_receipt_has_a_subject_of_its_own() -> None:
-    bench = Bench()
+async def test_a_receipt_has_a_subject_of_its_own(bench: Bench) -> None:
     await tell(bench, ref(1, "a/b c"))
     (stored,) = bench.bus.found("EVENT")
     assert stored.subject == "wechat.event.s1.receipt.a=2Fb=20c"
     assert H_MSG_ID in stored.headers, "without it readers take it for a stranger's"
 
 
-async def test_an_id_that_is_a_wildcard_is_a_name() -> None:
-    bench = Bench()
+async def test_an_id_that_is_a_wildcard_is_a_name(bench: Bench) -> None:
     await tell(bench, ref(1, "other"))
     await tell(bench, ref(2, "*"))
     assert bench.bus.found("EVENT")[-1].subject == "wechat.event.s1.receipt.=2A"
     assert await bench.receipts.last("s1", ">") is None
 
 
-async def test_two_owners_cannot_tell_two_finals() -> None:
-    bench = Bench()
+async def test_two_owners_cannot_tell_two_finals(bench: Bench) -> None:
     await tell(bench, ref(1), "accepted")
     await tell(bench, ref(1), "uncertain")
     await tell(bench, ref(1), "parked")  # late, behind the final one
     assert told(bench) == [(1, "accepted")]
 
 
-async def test_a_final_follows_parked_also_where_its_sequence_is_not_known_any_more() -> None:
-    bench = Bench()
+async def test_a_final_follows_parked_also_where_its_sequence_is_not_known_any_more(bench: Bench) -> None:
     parked = await tell(bench, ref(1), "parked")
     await tell(bench, ref(2), "parked")
     await tell(bench, ref(1), "accepted", expected=parked)
@@ -65,8 +61,7 @@ async def test_a_final_follows_parked_also_where_its_sequence_is_not_known_any_m
     assert told(bench) == [(1, "parked"), (2, "parked"), (1, "accepted"), (2, "accepted")]
 
 
-async def test_an_id_that_is_used_again_has_a_final_receipt_for_each_command() -> None:
-    bench = Bench()
+async def test_an_id_that_is_used_again_has_a_final_receipt_for_each_command(bench: Bench) -> None:
     await tell(bench, ref(1, "same"), "refused")
     await tell(bench, ref(2, "same"), "accepted")
     assert told(bench) == [(1, "refused"), (2, "accepted")]
@@ -75,9 +70,8 @@ async def test_an_id_that_is_used_again_has_a_final_receipt_for_each_command() -
         assert {sequence: stored.receipt.outcome for sequence, stored in found.items()} == outcomes
 
 
-async def test_two_commands_with_one_id_have_one_final_receipt_each() -> None:
+async def test_two_commands_with_one_id_have_one_final_receipt_each(bench: Bench) -> None:
     """Behind a final receipt stand those of the other command, and another owner tells of the first one late."""
-    bench = Bench()
     for number in (1, 2):
         await tell(bench, ref(number, "same"), "parked")
     for number in (1, 2):
@@ -89,16 +83,14 @@ async def test_two_commands_with_one_id_have_one_final_receipt_each() -> None:
     assert {stored.receipt.outcome for stored in found.values()} == {"accepted"}
 
 
-async def test_a_final_receipt_is_no_repeat_of_a_parked_one_that_nobody_knew_of() -> None:
+async def test_a_final_receipt_is_no_repeat_of_a_parked_one_that_nobody_knew_of(bench: Bench) -> None:
     """The owner before stored it late, with the same expectation: a server would take the second for the first."""
-    bench = Bench()
     await tell(bench, ref(1), "parked")
     await tell(bench, ref(1), "accepted")
     assert told(bench) == [(1, "parked"), (1, "accepted")]
 
 
-async def test_the_last_receipt_of_each_is_found_and_nothing_else() -> None:
-    bench = Bench()
+async def test_the_last_receipt_of_each_is_found_and_nothing_else(bench: Bench) -> None:
     await tell(bench, ref(1), "accepted")
     await tell(bench, ref(2), "parked")
     await bench.bus.publish(Message("event", bench.names.receipt("s1", "c3"), b"\xff", {}))
@@ -106,8 +98,7 @@ async def test_the_last_receipt_of_each_is_found_and_nothing_else() -> None:
     assert {sequence: stored.receipt.outcome for sequence, stored in found.items()} == {1: "accepted", 2: "parked"}
 
 
-async def test_the_last_receipt_of_a_command_can_be_asked_for() -> None:
-    bench = Bench()
+async def test_the_last_receipt_of_a_command_can_be_asked_for(bench: Bench) -> None:
     assert await bench.receipts.last("s1", "c1") is None
     await tell(bench, ref(1), "parked")
     await tell(bench, ref(1), "accepted")

@@ -65,9 +65,8 @@ def plain(
     )
 
 
-async def test_a_command_is_copied_to_its_sandbox_under_a_derived_id() -> None:
+async def test_a_command_is_copied_to_its_sandbox_under_a_derived_id(bench: Bench) -> None:
     """Ids are unique in the stream: with its own it would be dropped as a repeat of itself."""
-    bench = Bench()
     delivery = plain(bench, sandbox="s1", text="hi", headers={H_MSG_ID: "h1", "traceparent": "00-1"})
     await router(bench).route(delivery)
     (copy,) = bench.bus.found("OUT")
@@ -84,14 +83,14 @@ async def test_a_command_is_copied_to_its_sandbox_under_a_derived_id() -> None:
     [({"id": "c1"}, {H_MSG_ID: "h1"}, "c1"), ({}, {H_MSG_ID: "h1"}, "h1"), ({}, {}, "1")],
     ids=["body", "header", "sequence"],
 )
-async def test_the_copy_keeps_the_commands_id(body: dict[str, Any], headers: dict[str, str], ident: str) -> None:
-    bench = Bench()
+async def test_the_copy_keeps_the_commands_id(
+    body: dict[str, Any], headers: dict[str, str], ident: str, bench: Bench
+) -> None:
     await router(bench).route(plain(bench, sandbox="s1", text="hi", headers=headers, **body))
     assert bench.bus.found("OUT")[0].headers[H_COMMAND] == ident
 
 
-async def test_a_copy_after_a_crash_is_the_same_copy() -> None:
-    bench = Bench()
+async def test_a_copy_after_a_crash_is_the_same_copy(bench: Bench) -> None:
     delivery = plain(bench, sandbox="s1", text="hi")
     await router(bench).route(delivery)
     delivery.redelivered = True
@@ -113,9 +112,8 @@ async def test_the_id_of_a_copy_cannot_be_foretold_without_its_words() -> None:
 
 
 @pytest.mark.parametrize("with_heir", [False, True], ids=["here", "by the next owner"])
-async def test_a_copy_that_comes_late_expires_as_if_it_had_not(with_heir: bool) -> None:
+async def test_a_copy_that_comes_late_expires_as_if_it_had_not(with_heir: bool, bench: Bench) -> None:
     """While no adapter ran it waited on plain wechat.out, and its time began anew with the copy."""
-    bench = Bench()
     await bench.bind()
     bench.hears()
     late = plain(bench, sandbox="s1", id="c1", text="now or never", expires_in_s=60)
@@ -144,8 +142,9 @@ async def test_a_copy_that_comes_late_expires_as_if_it_had_not(with_heir: bool) 
     [({"text": "hi"}, "accepted"), ({"text": "hi", "typing": "on"}, "refused")],
     ids=["sent", "invalid"],
 )
-async def test_a_receipt_tells_when_the_command_was_stored_and_not_its_copy(body: Any, outcome: str) -> None:
-    bench = Bench()
+async def test_a_receipt_tells_when_the_command_was_stored_and_not_its_copy(
+    body: Any, outcome: str, bench: Bench
+) -> None:
     await bench.bind()
     bench.hears()
     late = plain(bench, sandbox="s1", id="c1", **body)
@@ -163,15 +162,13 @@ async def test_a_receipt_tells_when_the_command_was_stored_and_not_its_copy(body
     assert bench.bus.receipts() == [receipt], "it is found by it"
 
 
-async def test_two_commands_with_the_same_words_are_two() -> None:
-    bench = Bench()
+async def test_two_commands_with_the_same_words_are_two(bench: Bench) -> None:
     for _ in range(2):
         await router(bench).route(plain(bench, sandbox="s1", text="hi"))
     assert len(bench.bus.found("OUT")) == 2
 
 
-async def test_commands_keep_their_order() -> None:
-    bench = Bench()
+async def test_commands_keep_their_order(bench: Bench) -> None:
     routed = router(bench)
     await asyncio.gather(
         *(routed.route(plain(bench, sandbox=f"s{number % 2}", text=f"t{number}")) for number in range(20))
@@ -181,8 +178,7 @@ async def test_commands_keep_their_order() -> None:
 
 
 @pytest.mark.parametrize("seconds", [1, 60])
-async def test_a_pause_of_the_lease_lets_nothing_overtake(seconds: int) -> None:
-    bench = Bench()
+async def test_a_pause_of_the_lease_lets_nothing_overtake(seconds: int, bench: Bench) -> None:
     bench.leases.owned.add(0)
     routing = router(bench)
     deliveries = [plain(bench, sandbox="s1", text=text) for text in ("first", "second")]
@@ -195,9 +191,8 @@ async def test_a_pause_of_the_lease_lets_nothing_overtake(seconds: int) -> None:
     assert [delivery.acks for delivery in deliveries] == [1, 1]
 
 
-async def test_a_copy_waits_until_the_one_before_it_is_stored() -> None:
+async def test_a_copy_waits_until_the_one_before_it_is_stored(bench: Bench) -> None:
     """Out at once they could change places where the stream's leader goes; those of other sandboxes go on."""
-    bench = Bench()
     routed, leader = router(bench), asyncio.Event()
 
     async def lose_first(message: Message) -> None:
@@ -215,9 +210,8 @@ async def test_a_copy_waits_until_the_one_before_it_is_stored() -> None:
 
 
 @pytest.mark.parametrize(("size", "pieces"), [(1, [1, 32, 32, 32, 2]), (12_000, [1, *[2] * 49])])
-async def test_what_waits_for_its_turn_is_copied_in_pieces(size: int, pieces: list[int]) -> None:
+async def test_what_waits_for_its_turn_is_copied_in_pieces(size: int, pieces: list[int], bench: Bench) -> None:
     """One by one a flood for one sandbox would take a round trip each, and hold up what is behind it for others."""
-    bench = Bench()
     bench.bus = bus = InPieces(bench)
     routed = router(bench)
     commands = [plain(bench, sandbox="s1", text=f"{number:0{size}}") for number in range(99)]
@@ -227,8 +221,7 @@ async def test_what_waits_for_its_turn_is_copied_in_pieces(size: int, pieces: li
     assert [command.acks for command in commands] == [1] * 99
 
 
-async def test_of_a_piece_only_what_is_refused_ends() -> None:
-    bench = Bench()
+async def test_of_a_piece_only_what_is_refused_ends(bench: Bench) -> None:
     routed = router(bench)
     bench.bus.refuse = lambda message: BusRefused(10077, "") if message.payload.endswith(b'3"}') else None
     await asyncio.gather(*(routed.route(plain(bench, sandbox="s1", id=f"c{n}", text=f"{n}")) for n in range(6)))
@@ -252,8 +245,9 @@ ENDED: list[tuple[str, bytes, str, str, str]] = [
 @pytest.mark.parametrize(
     ("data", "outcome", "reason", "ident"), [row[1:] for row in ENDED], ids=[row[0] for row in ENDED]
 )
-async def test_what_goes_nowhere_has_a_receipt(data: bytes, outcome: str, reason: str, ident: str) -> None:
-    bench = Bench()
+async def test_what_goes_nowhere_has_a_receipt(
+    data: bytes, outcome: str, reason: str, ident: str, bench: Bench
+) -> None:
     delivery = plain(bench, data, headers={H_MSG_ID: "h1"})
     await router(bench).route(delivery)
     (receipt,) = bench.bus.receipts()
@@ -264,15 +258,13 @@ async def test_what_goes_nowhere_has_a_receipt(data: bytes, outcome: str, reason
     assert bench.metrics.value("schema_violations_total", kind="out") == 1
 
 
-async def test_what_cannot_be_read_is_told_to_the_sandbox_that_it_names() -> None:
-    bench = Bench()
+async def test_what_cannot_be_read_is_told_to_the_sandbox_that_it_names(bench: Bench) -> None:
     await router(bench).route(plain(bench, b'{"text":5,"sandbox":"s1","id":"c1"}', headers={H_MSG_ID: "h1"}))
     (receipt,) = bench.bus.receipts()
     assert (receipt.sandbox, receipt.command, receipt.outcome) == ("s1", "c1", "dead_lettered")
 
 
-async def test_a_queue_that_is_full_refuses_the_command() -> None:
-    bench = Bench()
+async def test_a_queue_that_is_full_refuses_the_command(bench: Bench) -> None:
     bench.bus.refuse = lambda message: BusRefused(10077, "maximum messages") if message.stream == "out" else None
     delivery = plain(bench, sandbox="s1", text="hi", id="c1")
     await router(bench).route(delivery)
@@ -281,9 +273,8 @@ async def test_a_queue_that_is_full_refuses_the_command() -> None:
     assert delivery.acks == 1
 
 
-async def test_what_was_refused_is_not_copied_when_it_comes_again_and_there_is_room() -> None:
+async def test_what_was_refused_is_not_copied_when_it_comes_again_and_there_is_room(bench: Bench) -> None:
     """The acknowledgement, or the replica, was lost behind the receipt: the command has ended all the same."""
-    bench = Bench()
     bench.bus.refuse = lambda message: BusRefused(10077, "maximum messages") if message.stream == "out" else None
     delivery = plain(bench, sandbox="s1", text="hi", id="c1")
     await router(bench).route(delivery)
@@ -295,8 +286,7 @@ async def test_what_was_refused_is_not_copied_when_it_comes_again_and_there_is_r
     assert delivery.acks == 2
 
 
-async def test_what_had_its_receipt_is_only_acked() -> None:
-    bench = Bench()
+async def test_what_had_its_receipt_is_only_acked(bench: Bench) -> None:
     delivery = plain(bench, b"hello")
     await router(bench).route(delivery)
     delivery.redelivered = True
@@ -308,9 +298,8 @@ async def test_what_had_its_receipt_is_only_acked() -> None:
     assert delivery.acks == 2
 
 
-async def test_what_ends_here_is_counted_as_taken_and_what_is_copied_is_not() -> None:
+async def test_what_ends_here_is_counted_as_taken_and_what_is_copied_is_not(bench: Bench) -> None:
     """The copy is counted by the shard that takes it: else the sum of outcomes would not be what was taken."""
-    bench = Bench()
     routed = router(bench)
     await routed.route(plain(bench, sandbox="s1", text="hi"))
     assert bench.metrics.value("outbound_received_total") == 0
@@ -323,9 +312,8 @@ async def test_what_ends_here_is_counted_as_taken_and_what_is_copied_is_not() ->
     assert bench.metrics.value("outbound_received_total") == 1
 
 
-async def test_one_that_was_cut_off_makes_no_second_copy() -> None:
+async def test_one_that_was_cut_off_makes_no_second_copy(bench: Bench) -> None:
     """The next owner has made one, and the stream may not know its id any more."""
-    bench = Bench()
 
     async def cut_off(_: Message) -> None:
         bench.leases.has_lease = False

@@ -62,9 +62,8 @@ async def test_the_distance_is_kept_also_where_nobody_answers() -> None:
     assert all(later - earlier >= GAP_S for earlier, later in pairwise(at))
 
 
-async def test_no_lane_waits_for_another() -> None:
+async def test_no_lane_waits_for_another(bench: Bench) -> None:
     """One user gets no answer, one is throttled, one has a closed window; the fourth notices nothing."""
-    bench = Bench()
     for number in range(1, 5):
         await bench.bind(bot=f"b{number}@im.bot", user=f"u{number}@im.wechat")
         if number != 3:
@@ -88,9 +87,8 @@ async def test_no_lane_waits_for_another() -> None:
 
 
 @pytest.mark.parametrize("users", [300, pytest.param(10_000, marks=pytest.mark.slow)])
-async def test_a_user_whose_request_hangs_holds_up_none_of_many_others(users: int) -> None:
+async def test_a_user_whose_request_hangs_holds_up_none_of_many_others(users: int, bench: Bench) -> None:
     """Over all shards, the hanging one first: the commands of all others are sent, and theirs once it is answered."""
-    bench = Bench()
     for number in range(users):
         await bench.bind(sandbox=f"s{number}", bot=f"b{number}@im.bot", user=f"u{number}@im.wechat")
         bench.hears(f"s{number}", f"u{number}@im.wechat", bot=f"b{number}@im.bot")
@@ -163,9 +161,8 @@ async def test_minus_14_on_a_send_and_on_notifystart_waits_for_the_login() -> No
     ("is_dead", "outcome"), [(False, ("refused", "rejected")), (True, ("parked", "needs_login"))]
 )
 async def test_where_notifystart_brings_no_answer_the_next_poll_decides(
-    is_dead: bool, outcome: tuple[str, str]
+    is_dead: bool, outcome: tuple[str, str], bench: Bench
 ) -> None:
-    bench = Bench()
     bench.chat.notify_fails = Temporary("timeout")
     await bench.bind()
     bench.hears()

@@ -230,8 +230,7 @@ async def test_a_bot_that_needs_a_login_is_not_called() -> None:
     assert bench.chat.tickets_asked == []
 
 
-async def test_nobody_bound_is_not_bound() -> None:
-    bench = Bench()
+async def test_nobody_bound_is_not_bound(bench: Bench) -> None:
     shard = bench.processor()
     shard.intake.on_delivery(bench.command(typing="on", id="on"))
     await asyncio.sleep(5)
@@ -578,9 +577,8 @@ async def test_the_next_owner_hides_what_was_left_shown() -> None:
     assert shown(bench) == [True, False]
 
 
-async def test_one_bots_calls_never_run_at_once() -> None:
+async def test_one_bots_calls_never_run_at_once(bench: Bench) -> None:
     """A bot has four connections; hanging ones must leave some to its messages."""
-    bench = Bench()
     await bench.bind()
     shard = bench.processor()
     bench.chat.ticket_took_s = 10.0

@@ -63,9 +63,8 @@ async def described(bench: Bench, replicas: Replicas, living: int | None = None)
     ],
 )
 async def test_a_bot_fares_as_the_replica_that_polls_it_says(
-    fields: dict[str, Any], poller: PollerStatus | None, status: str, detail: str
+    fields: dict[str, Any], poller: PollerStatus | None, status: str, detail: str, bench: Bench
 ) -> None:
-    bench = Bench()
     await bench.bind(**fields)
     (info,) = await described(bench, Replicas({}, {BOT: poller} if poller else {}))
     assert info.health is not None
@@ -73,16 +72,14 @@ async def test_a_bot_fares_as_the_replica_that_polls_it_says(
     assert info.health.detail.startswith(detail)
 
 
-async def test_where_a_replica_is_silent_it_is_not_known_whether_a_bot_is_polled() -> None:
-    bench = Bench()
+async def test_where_a_replica_is_silent_it_is_not_known_whether_a_bot_is_polled(bench: Bench) -> None:
     await bench.bind()
     (info,) = await described(bench, Replicas({}), living=2)
     assert info.health is not None
     assert (info.health.status, info.health.detail) == ("unknown", "1 of 2 replicas gave no answer")
 
 
-async def test_a_bot_for_which_there_is_no_room_says_so() -> None:
-    bench = Bench()
+async def test_a_bot_for_which_there_is_no_room_says_so(bench: Bench) -> None:
     for number in (1, 2):
         await bench.bind(f"s{number}", f"b{number}@im.bot", f"u{number}@im.wechat")
     first, second = await described(bench, Replicas({BOT: PollerStatus(state="polling")}, capacity=1))
@@ -92,8 +89,7 @@ async def test_a_bot_for_which_there_is_no_room_says_so() -> None:
     assert "WECHAT_NATS_CAPACITY" in second.health.detail
 
 
-async def test_what_is_kept_of_the_user_is_told() -> None:
-    bench = Bench()
+async def test_what_is_kept_of_the_user_is_told(bench: Bench) -> None:
     for number in (1, 2, 3):
         await bench.bind(f"s{number}", f"b{number}@im.bot", f"u{number}@im.wechat")
     heard_ms = bench.clock.now_ms() - 60_000
@@ -108,8 +104,7 @@ async def test_what_is_kept_of_the_user_is_told() -> None:
     assert (never.is_unread, never.inbound_ms, never.window) == (False, 0, None)
 
 
-async def test_thousands_of_bots_are_asked_for_in_pieces() -> None:
-    bench = Bench()
+async def test_thousands_of_bots_are_asked_for_in_pieces(bench: Bench) -> None:
     for number in range(BOTS_PER_REQUEST + 1):
         await bench.bind(f"s{number}", f"b{number}@im.bot", f"u{number}@im.wechat")
     replicas = Replicas({})

@@ -186,8 +186,7 @@ def asked_as(subject_ends: str, **body: Any) -> SandboxRequest:
 
 
 @pytest.mark.parametrize("body", [{}, {"sandbox": "s1"}], ids=["left out", "named too"])
-async def test_the_subject_says_whose_window_and_messages_are_asked_for(body: dict[str, Any]) -> None:
-    bench = Bench()
+async def test_the_subject_says_whose_window_and_messages_are_asked_for(body: dict[str, Any], bench: Bench) -> None:
     await bench.bind()
     await bench.bind(sandbox="s2", bot="b2@im.bot", user="u2@im.wechat")
     bench.hears(sends_used=4)
@@ -234,8 +233,7 @@ async def test_what_is_absent_and_what_is_others_look_the_same() -> None:
     assert len(said) == 1
 
 
-async def test_the_window_of_the_only_bot_needs_no_name() -> None:
-    bench = Bench()
+async def test_the_window_of_the_only_bot_needs_no_name(bench: Bench) -> None:
     await bench.bind()
     bench.hears(sends_used=4)
     answer = await queries(bench).query_window(ask(sandbox="s1"))
@@ -252,15 +250,13 @@ async def test_the_window_of_one_of_several_is_named_by_bot_or_user() -> None:
     assert msgspec.json.decode(by_bot, type=Window).remaining == 6
 
 
-async def test_the_window_of_a_user_who_never_wrote_is_closed() -> None:
-    bench = Bench()
+async def test_the_window_of_a_user_who_never_wrote_is_closed(bench: Bench) -> None:
     await bench.bind()
     answer = await queries(bench).query_window(ask(sandbox="s1"))
     assert msgspec.json.decode(answer, type=Window) == Window(remaining=0)
 
 
-async def test_a_window_that_time_has_closed_is_closed() -> None:
-    bench = Bench()
+async def test_a_window_that_time_has_closed_is_closed(bench: Bench) -> None:
     await bench.bind()
     bench.hears()
     await bench.clock.sleep(23 * 3600)
@@ -283,8 +279,7 @@ def numbers(page: ReplayPage) -> list[int]:
     return [msgspec.json.decode(replayed.message)["n"] for replayed in page.messages]
 
 
-async def test_a_replay_is_the_sandboxs_own_in_pages_that_end() -> None:
-    bench = Bench()
+async def test_a_replay_is_the_sandboxs_own_in_pages_that_end(bench: Bench) -> None:
     fill(bench, 25)
     first = await replayed(bench, limit=10)
     second = await replayed(bench, limit=10, after=first.next)
@@ -293,8 +288,7 @@ async def test_a_replay_is_the_sandboxs_own_in_pages_that_end() -> None:
     assert third.next == 0
 
 
-async def test_pages_of_a_replay_go_on_where_the_question_still_names_its_start() -> None:
-    bench = Bench()
+async def test_pages_of_a_replay_go_on_where_the_question_still_names_its_start(bench: Bench) -> None:
     since_ms = bench.clock.now_ms()
     fill(bench, 15)
     first = await replayed(bench, limit=10, since_ms=since_ms)
@@ -302,15 +296,13 @@ async def test_pages_of_a_replay_go_on_where_the_question_still_names_its_start(
     assert numbers(first) + numbers(second) == list(range(15))
 
 
-async def test_a_replay_that_fits_says_that_it_was_all() -> None:
-    bench = Bench()
+async def test_a_replay_that_fits_says_that_it_was_all(bench: Bench) -> None:
     fill(bench, 10)
     assert (await replayed(bench, limit=10)).next == 0
     assert (await replayed(Bench())).messages == []
 
 
-async def test_a_page_of_a_replay_stays_below_the_limit_of_a_message() -> None:
-    bench = Bench()
+async def test_a_page_of_a_replay_stays_below_the_limit_of_a_message(bench: Bench) -> None:
     fill(bench, 10, size=200_000)
     data = await queries(bench).query_replay(ask(sandbox="s1"))
     assert len(data) < REPLAY_BYTES + 200_000
@@ -319,16 +311,14 @@ async def test_a_page_of_a_replay_stays_below_the_limit_of_a_message() -> None:
     assert numbers(await replayed(bench, after=page.next)) == [2, 3]
 
 
-async def test_one_message_larger_than_a_page_is_a_page_of_its_own() -> None:
-    bench = Bench()
+async def test_one_message_larger_than_a_page_is_a_page_of_its_own(bench: Bench) -> None:
     fill(bench, 3, size=REPLAY_BYTES + 1)
     page = await replayed(bench)
     assert numbers(page) == [0]
     assert page.next
 
 
-async def test_a_replay_can_begin_at_a_time() -> None:
-    bench = Bench()
+async def test_a_replay_can_begin_at_a_time(bench: Bench) -> None:
     fill(bench, 3)
     await bench.clock.sleep(60)
     since_ms = bench.clock.now_ms()
@@ -336,8 +326,7 @@ async def test_a_replay_can_begin_at_a_time() -> None:
     assert numbers(await replayed(bench, since_ms=since_ms)) == [0, 1]
 
 
-async def test_a_replay_begins_behind_what_former_persons_wrote_unless_that_is_asked_for() -> None:
-    bench = Bench()
+async def test_a_replay_begins_behind_what_former_persons_wrote_unless_that_is_asked_for(bench: Bench) -> None:
     fill(bench, 3)
     await bench.bind(in_after=bench.bus.found("IN")[-1].seq)
     fill(bench, 2)
@@ -347,8 +336,7 @@ async def test_a_replay_begins_behind_what_former_persons_wrote_unless_that_is_a
     assert numbers(await replayed(bench, former=True, after=2)) == [1, 2, 0, 1]
 
 
-async def test_a_replay_for_several_persons_begins_where_the_first_of_them_was_bound() -> None:
-    bench = Bench()
+async def test_a_replay_for_several_persons_begins_where_the_first_of_them_was_bound(bench: Bench) -> None:
     fill(bench, 3)
     await bench.bind(in_after=2)
     await bench.bind(bot="b2@im.bot", user="u2@im.wechat", in_after=4)
@@ -357,9 +345,8 @@ async def test_a_replay_for_several_persons_begins_where_the_first_of_them_was_b
 
 @pytest.mark.parametrize(("kept_after", "found"), [(None, []), (0, [0, 1, 2]), (2, [1, 2])])
 async def test_where_nobody_is_bound_now_the_last_unbind_says_what_is_replayed(
-    kept_after: int | None, found: list[int]
+    kept_after: int | None, found: list[int], bench: Bench
 ) -> None:
-    bench = Bench()
     fill(bench, 3)
     binding = await bench.bind()
     await bench.events.publish_binding_event(binding.event("bound", replay_after=0))
@@ -370,8 +357,7 @@ async def test_where_nobody_is_bound_now_the_last_unbind_says_what_is_replayed(
     assert numbers(await replayed(bench, former=True)) == [0, 1, 2]
 
 
-async def test_a_replica_without_the_bindings_replays_nothing_that_may_be_anothers() -> None:
-    bench = Bench()
+async def test_a_replica_without_the_bindings_replays_nothing_that_may_be_anothers(bench: Bench) -> None:
     fill(bench, 3)
     bench.bindings.is_loaded = False
     with pytest.raises(Temporary) as caught:
@@ -379,8 +365,7 @@ async def test_a_replica_without_the_bindings_replays_nothing_that_may_be_anothe
     assert caught.value.reason == "starting"
 
 
-async def test_a_bus_that_is_away_is_told_as_such() -> None:
-    bench = Bench()
+async def test_a_bus_that_is_away_is_told_as_such(bench: Bench) -> None:
     bench.bus.unreadable = 1
     with pytest.raises(Temporary):
         await replayed(bench)
