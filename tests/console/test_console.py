@@ -114,7 +114,8 @@ class Office:
 
 
 @pytest.fixture
-async def office() -> AsyncIterator[Office]:
+async def guest() -> AsyncIterator[Office]:
+    """Nobody has signed in."""
     async with httpx.AsyncClient(trust_env=False, verify=False) as browser:
         made = Office(browser)
         made.bench.bindings.is_loaded = True
@@ -123,32 +124,39 @@ async def office() -> AsyncIterator[Office]:
             yield made
 
 
+@pytest.fixture
+async def office(guest: Office) -> Office:
+    """An operator has signed in."""
+    await guest.sign_in()
+    return guest
+
+
 # who gets in ----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("path", ["/", "/dead", "/logins", "/logins/" + "0" * 24, "/nowhere"])
-async def test_without_the_token_there_is_only_the_way_in(office: Office, path: str) -> None:
-    await office.bench.bind("sandbox-of-somebody")
-    answer = await office.browser.get(path)
+async def test_without_the_token_there_is_only_the_way_in(guest: Office, path: str) -> None:
+    await guest.bench.bind("sandbox-of-somebody")
+    answer = await guest.browser.get(path)
     assert answer.status_code == 401
     assert "Sign in" in answer.text
     assert "sandbox-of-somebody" not in answer.text
 
 
 @pytest.mark.parametrize("path", ["/logins", "/dead/1", "/signout", "/logins/" + "0" * 24 + "/cancel"])
-async def test_without_the_token_nothing_can_be_done(office: Office, path: str) -> None:
-    office.letter("wechat.out")
-    answer = await office.browser.post(
+async def test_without_the_token_nothing_can_be_done(guest: Office, path: str) -> None:
+    guest.letter("wechat.out")
+    answer = await guest.browser.post(
         path, data={"sandbox": "s1", "do": "drop", "proof": ConsoleAuth(TOKEN).form_proof("")}
     )
     assert answer.status_code == 403
-    assert len(office.bench.bus.found("DEAD")) == 1
-    assert list(office.registry) == []
+    assert len(guest.bench.bus.found("DEAD")) == 1
+    assert list(guest.registry) == []
 
 
-async def test_a_wrong_token_is_refused_and_logged_without_it(office: Office) -> None:
+async def test_a_wrong_token_is_refused_and_logged_without_it(guest: Office) -> None:
     with capture_logs() as logs:
-        answer = await office.browser.post("/signin", data={"token": "a wrong token, 长的"})
+        answer = await guest.browser.post("/signin", data={"token": "a wrong token, 长的"})
     assert answer.status_code == 401
     assert "This is not the token." in answer.text
     assert "Set-Cookie" not in answer.headers
@@ -156,18 +164,17 @@ async def test_a_wrong_token_is_refused_and_logged_without_it(office: Office) ->
     assert line == {"event": "console.refused", "log_level": "warning", "peer": "127.0.0.1"}
 
 
-async def test_the_cookie_is_kept_from_scripts_and_other_sites(office: Office) -> None:
-    answer = await office.browser.post("/signin", data={"token": TOKEN})
+async def test_the_cookie_is_kept_from_scripts_and_other_sites(guest: Office) -> None:
+    answer = await guest.browser.post("/signin", data={"token": TOKEN})
     cookie = answer.headers["Set-Cookie"]
     assert TOKEN not in cookie
     assert {"HttpOnly", "SameSite=Strict", "Path=/"} <= set(cookie.split("; "))
     assert "Secure" not in cookie
-    answer = await office.browser.post("/signin", data={"token": TOKEN}, headers={"X-Forwarded-Proto": "https"})
+    answer = await guest.browser.post("/signin", data={"token": TOKEN}, headers={"X-Forwarded-Proto": "https"})
     assert answer.headers["Set-Cookie"].endswith("; Secure")
 
 
 async def test_signing_out_ends_it_in_this_browser(office: Office) -> None:
-    await office.sign_in()
     assert (await office.browser.get("/")).status_code == 200
     answer = await office.post("/signout")
     assert "Max-Age=0" in answer.headers["Set-Cookie"]
@@ -175,7 +182,6 @@ async def test_signing_out_ends_it_in_this_browser(office: Office) -> None:
 
 
 async def test_signing_out_ends_it_for_who_kept_the_cookie(office: Office) -> None:
-    await office.sign_in()
     kept = office.browser.cookies["wechat_nats_console"]
     await office.sign_in()
     assert (await office.post("/signout")).status_code == 303
@@ -186,14 +192,14 @@ async def test_signing_out_ends_it_for_who_kept_the_cookie(office: Office) -> No
     assert (await office.browser.get("/", headers=headers)).status_code == 401
 
 
-async def test_who_tries_many_tokens_has_to_wait(office: Office) -> None:
+async def test_who_tries_many_tokens_has_to_wait(guest: Office) -> None:
     for _ in range(WRONG_A_MINUTE):
-        assert (await office.browser.post("/signin", data={"token": "wrong"})).status_code == 401
-    answer = await office.browser.post("/signin", data={"token": TOKEN})
+        assert (await guest.browser.post("/signin", data={"token": "wrong"})).status_code == 401
+    answer = await guest.browser.post("/signin", data={"token": TOKEN})
     assert (answer.status_code, answer.headers.get("Set-Cookie")) == (429, None)
     assert "wait a minute" in answer.text
-    office.clock.set_back_ms = -60_000
-    assert (await office.browser.post("/signin", data={"token": TOKEN})).status_code == 303
+    guest.clock.set_back_ms = -60_000
+    assert (await guest.browser.post("/signin", data={"token": TOKEN})).status_code == 303
 
 
 def test_a_session_ends_and_cannot_be_made_up() -> None:
@@ -211,7 +217,6 @@ def test_a_session_ends_and_cannot_be_made_up() -> None:
 
 
 async def test_a_form_of_another_site_or_session_does_nothing(office: Office) -> None:
-    await office.sign_in()
     seq = office.letter("wechat.out")
     proof = await office.proof()
     for proof_sent, headers in (
@@ -233,29 +238,28 @@ async def test_a_form_of_another_site_or_session_does_nothing(office: Office) ->
     assert office.bench.bus.found("DEAD") == []
 
 
-async def test_another_site_cannot_sign_somebody_in(office: Office) -> None:
-    answer = await office.browser.post("/signin", data={"token": TOKEN}, headers={"Origin": "https://evil.example"})
+async def test_another_site_cannot_sign_somebody_in(guest: Office) -> None:
+    answer = await guest.browser.post("/signin", data={"token": TOKEN}, headers={"Origin": "https://evil.example"})
     assert (answer.status_code, answer.headers.get("Set-Cookie")) == (403, None)
 
 
 @pytest.mark.parametrize("path", ["/", "/signin", "/nowhere"])
-async def test_every_answer_forbids_what_a_page_does_not_need(office: Office, path: str) -> None:
-    answer = await office.browser.get(path)
+async def test_every_answer_forbids_what_a_page_does_not_need(guest: Office, path: str) -> None:
+    answer = await guest.browser.get(path)
     policy = answer.headers["Content-Security-Policy"]
     assert "default-src 'none'" in policy
     assert "frame-ancestors 'none'" in policy
     assert "unsafe" not in policy
     (nonce,) = set(re.findall(r"'nonce-([^']+)'", policy))
     assert set(re.findall(r'nonce="([^"]+)"', answer.text)) == {nonce}
-    assert nonce not in (await office.browser.get(path)).text
+    assert nonce not in (await guest.browser.get(path)).text
     assert (answer.headers["Cache-Control"], answer.headers["X-Content-Type-Options"]) == ("no-store", "nosniff")
-    assert "http://" not in answer.text.replace(str(office.browser.base_url), "")
+    assert "http://" not in answer.text.replace(str(guest.browser.base_url), "")
     assert "https://" not in answer.text
 
 
 async def test_what_the_script_fetches_has_no_script_and_no_style(office: Office) -> None:
     """Its nonce would be another than that of the page which reads it."""
-    await office.sign_in()
     page = (await office.browser.get("/", headers={"X-Part": "1"})).text
     assert 'id="live"' in page
     assert "<style" not in page
@@ -263,19 +267,18 @@ async def test_what_the_script_fetches_has_no_script_and_no_style(office: Office
     assert "<style" in (await office.browser.get("/")).text
 
 
-async def test_strangers_who_send_slowly_take_nobodys_room(office: Office) -> None:
+async def test_strangers_who_send_slowly_take_nobodys_room(guest: Office) -> None:
     async with contextlib.AsyncExitStack() as opened:
         for _ in range(MAX_IN_FLIGHT + 1):
-            _, writer = await asyncio.open_connection("127.0.0.1", office.browser.base_url.port)
+            _, writer = await asyncio.open_connection("127.0.0.1", guest.browser.base_url.port)
             opened.callback(writer.close)
             writer.write(b"POST /signin HTTP/1.1\r\nHost: x\r\nContent-Length: 100\r\n\r\ntoken=")
             await writer.drain()
-        await office.sign_in()
+        await guest.sign_in()
 
 
 async def test_a_form_that_was_cut_does_nothing(office: Office) -> None:
     """Half a name is the name of another sandbox."""
-    await office.sign_in()
     form = f"proof={await office.proof()}&sandbox=s1"
     session = office.browser.cookies["wechat_nats_console"]
     reader, writer = await asyncio.open_connection("127.0.0.1", office.browser.base_url.port)
@@ -288,7 +291,6 @@ async def test_a_form_that_was_cut_does_nothing(office: Office) -> None:
 
 
 async def test_nonsense_is_refused(office: Office) -> None:
-    await office.sign_in()
     assert (await office.browser.put("/")).status_code == 405
     assert (await office.browser.post("/logins", content=b"x" * (MAX_BODY + 1))).status_code == 413
     assert (await office.browser.post("/logins", content=b"&".join([b"a=1"] * 100))).status_code == 400
@@ -306,17 +308,17 @@ def test_what_is_loopback(host: str, answer: bool) -> None:
     assert is_loopback(host) == answer
 
 
-async def test_an_address_beyond_this_machine_is_warned_of(office: Office) -> None:
-    with capture_logs() as logs, Console(":0", TOKEN, office.deps):
+async def test_an_address_beyond_this_machine_is_warned_of(guest: Office) -> None:
+    with capture_logs() as logs, Console(":0", TOKEN, guest.deps):
         pass
     assert "console.exposed" in [line["event"] for line in logs]
 
 
-async def test_an_address_that_cannot_be_had_stops_the_start(office: Office) -> None:
+async def test_an_address_that_cannot_be_had_stops_the_start(guest: Office) -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
-        console = Console(f"127.0.0.1:{taken.getsockname()[1]}", TOKEN, office.deps)
+        console = Console(f"127.0.0.1:{taken.getsockname()[1]}", TOKEN, guest.deps)
         with pytest.raises(SettingsError, match="WECHAT_NATS_CONSOLE_ADDR: expected an address"):
             console.__enter__()
 
@@ -325,7 +327,6 @@ async def test_an_address_that_cannot_be_had_stops_the_start(office: Office) -> 
 
 
 async def test_a_binding_with_all_that_is_known_of_it(office: Office) -> None:
-    await office.sign_in()
     await office.bench.bind("s1", "b1@im.bot", "u1@im.wechat", token="b1@im.bot:SECRET")
     heard_ms = office.bench.clock.now_ms() - 60_000
     office.bench.hears(sends_used=2, opened_ms=heard_ms, sent_at_ms=[heard_ms])
@@ -351,7 +352,6 @@ async def test_a_binding_with_all_that_is_known_of_it(office: Office) -> None:
 async def test_what_is_wrong_with_a_binding_is_said(
     office: Office, fields: dict[str, Any], polling: PollerStatus | None, words: tuple[str, ...]
 ) -> None:
-    await office.sign_in()
     await office.bench.bind("s1", **fields)
     if polling is not None:
         office.replicas.polls["b1@im.bot"] = polling
@@ -370,7 +370,6 @@ async def test_what_is_wrong_with_a_binding_is_said(
     ],
 )
 async def test_the_window_in_words(office: Office, context: dict[str, Any], words: str) -> None:
-    await office.sign_in()
     await office.bench.bind("s1")
     office.bench.hears(**context)
     assert words in (await office.browser.get("/")).text
@@ -378,7 +377,6 @@ async def test_the_window_in_words(office: Office, context: dict[str, Any], word
 
 async def test_a_record_of_a_newer_version_hides_no_other(office: Office) -> None:
     """In the middle of an upgrade."""
-    await office.sign_in()
     for number in (1, 2):
         await office.bench.bind(f"s{number}", f"b{number}@im.bot", f"u{number}@im.wechat")
         office.bench.hears(f"s{number}", f"u{number}@im.wechat", v=VERSION + number - 1)
@@ -387,7 +385,6 @@ async def test_a_record_of_a_newer_version_hides_no_other(office: Office) -> Non
 
 
 async def test_a_hundred_bindings_come_in_pages_the_lost_ones_first(office: Office) -> None:
-    await office.sign_in()
     for number in range(120):
         state = "needs_login" if number == 110 else "active"
         await office.bench.bind(f"s{number:03d}", f"b{number}@im.bot", f"u{number}@im.wechat", state=state)
@@ -406,7 +403,6 @@ async def test_a_hundred_bindings_come_in_pages_the_lost_ones_first(office: Offi
 
 
 async def test_empty_is_said_too(office: Office) -> None:
-    await office.sign_in()
     assert "No bindings yet" in (await office.browser.get("/")).text
     assert "No dead letters" in (await office.browser.get("/dead")).text
     await office.bench.bind("s1")
@@ -415,7 +411,6 @@ async def test_empty_is_said_too(office: Office) -> None:
 
 async def test_everything_that_is_foreign_is_escaped(office: Office) -> None:
     """iLink names bots and users, and anybody may have made a dead letter."""
-    await office.sign_in()
     await office.bench.bind("s1", f"b{NASTY}", f"u{NASTY}", state="needs_login", reason=NASTY)
     office.letter(f"wechat.out.{NASTY}", headers={H_REASON: NASTY, H_DETAIL: "a text of somebody"})
     for path in ("/", "/dead", f"/?q={NASTY}"):
@@ -431,7 +426,6 @@ async def test_everything_that_is_foreign_is_escaped(office: Office) -> None:
 
 @pytest.mark.parametrize("unseen", UNSEEN_CHARS)
 async def test_what_nobody_sees_is_shown(office: Office, unseen: str) -> None:
-    await office.sign_in()
     await office.bench.bind("s1", f"b{unseen}", f"u{unseen}", state="needs_login", reason=unseen)
     office.letter("wechat.out.s1", headers={H_REASON: f"<{unseen}>"})
     for path in ("/", "/dead", f"/?q={unseen}"):
@@ -441,7 +435,6 @@ async def test_what_nobody_sees_is_shown(office: Office, unseen: str) -> None:
 
 
 async def test_a_replica_that_does_not_answer_is_missed(office: Office) -> None:
-    await office.sign_in()
     assert "did not answer" not in (await office.browser.get("/")).text
     office.living = 2
     assert "1 of 2 replicas did not answer" in (await office.browser.get("/")).text
@@ -451,7 +444,6 @@ async def test_a_replica_that_does_not_answer_is_missed(office: Office) -> None:
 
 
 async def test_a_dead_command_is_stored_again_as_it_was(office: Office) -> None:
-    await office.sign_in()
     seq = office.letter("wechat.out.57.s1", b'{"text":"hi"}', {"traceparent": "00-1", H_MSG_ID: "dead:1"})
     page = (await office.browser.get("/dead")).text
     assert "unreadable" in page
@@ -465,7 +457,6 @@ async def test_a_dead_command_is_stored_again_as_it_was(office: Office) -> None:
 
 
 async def test_what_a_user_wrote_cannot_be_tried_again(office: Office) -> None:
-    await office.sign_in()
     seq = office.letter("wechat.inbox.s1")
     assert "Try again" not in (await office.browser.get("/dead")).text
     answer = await office.post(f"/dead/{seq}", do="retry")
@@ -475,7 +466,6 @@ async def test_what_a_user_wrote_cannot_be_tried_again(office: Office) -> None:
 
 
 async def test_a_letter_that_is_not_stored_again_stays(office: Office) -> None:
-    await office.sign_in()
     seq = office.letter("wechat.out.s1")
     office.bench.bus.refuse = lambda message: BusRefused(10077, "maximum messages per subject exceeded")
     answer = await office.post(f"/dead/{seq}", do="retry")
@@ -484,7 +474,6 @@ async def test_a_letter_that_is_not_stored_again_stays(office: Office) -> None:
 
 
 async def test_a_letter_is_dropped_once(office: Office) -> None:
-    await office.sign_in()
     seq = office.letter("wechat.out.s1")
     assert f"Letter {seq} is dropped." in (await office.post(f"/dead/{seq}", do="drop")).text
     answer = await office.post(f"/dead/{seq}", do="drop")
@@ -493,7 +482,6 @@ async def test_a_letter_is_dropped_once(office: Office) -> None:
 
 
 async def test_old_letters_are_found_by_leafing(office: Office) -> None:
-    await office.sign_in()
     for _ in range(60):
         office.letter("wechat.out.s1")
     page = (await office.browser.get("/dead")).text
@@ -509,7 +497,6 @@ async def test_old_letters_are_found_by_leafing(office: Office) -> None:
 
 
 async def test_a_login_shows_its_code_and_no_secret_in_the_address(office: Office) -> None:
-    await office.sign_in()
     answer = await office.post("/logins", sandbox="s1", durable="on")
     assert answer.status_code == 303
     ((login, record),) = list(office.registry)
@@ -530,7 +517,6 @@ async def test_a_login_shows_its_code_and_no_secret_in_the_address(office: Offic
 
 
 async def test_a_code_that_is_a_picture_is_shown_as_one(office: Office) -> None:
-    await office.sign_in()
     picture = f"data:image/jpeg;base64,{base64.b64encode(samples.jpeg(64, 64)).decode()}"
     office.ilink.codes.append(QrCode("q1", picture.replace("image/jpeg", "image/png;x=1")))
     place = (await office.post("/logins", sandbox="s1")).headers["Location"]
@@ -540,7 +526,6 @@ async def test_a_code_that_is_a_picture_is_shown_as_one(office: Office) -> None:
 
 
 async def test_a_wrong_name_is_explained_beside_the_form(office: Office) -> None:
-    await office.sign_in()
     answer = await office.post("/logins", sandbox="S.1")
     assert answer.status_code == 400
     assert 'value="S.1"' in answer.text
@@ -548,7 +533,6 @@ async def test_a_wrong_name_is_explained_beside_the_form(office: Office) -> None
 
 
 async def test_digits_are_handed_on_as_they_are_typed(office: Office) -> None:
-    await office.sign_in()
     place = (await office.post("/logins", sandbox="s1")).headers["Location"]
     answer = await office.post(f"{place}/verify", digits="4711")
     assert (answer.status_code, "No digits are asked for" in answer.text) == (400, True)
@@ -568,7 +552,6 @@ async def test_digits_are_handed_on_as_they_are_typed(office: Office) -> None:
 
 
 async def test_a_login_that_another_person_took_than_was_bound_before_says_so(office: Office) -> None:
-    await office.sign_in()
     place = (await office.post("/logins", sandbox="s1")).headers["Location"]
     ((login, _),) = list(office.registry)
     step = office.registry.next_step
@@ -578,7 +561,6 @@ async def test_a_login_that_another_person_took_than_was_bound_before_says_so(of
 
 
 async def test_any_replica_finds_a_login_by_its_address(office: Office) -> None:
-    await office.sign_in()
     place = (await office.post("/logins", sandbox="s1")).headers["Location"]
     with Console("127.0.0.1:0", TOKEN, office.deps) as other:
         answer = await office.browser.get(f"{other.url}{place}")
@@ -590,7 +572,6 @@ async def test_any_replica_finds_a_login_by_its_address(office: Office) -> None:
 
 
 async def test_a_bus_that_is_away_is_said_and_not_waited_for(office: Office) -> None:
-    await office.sign_in()
     await office.bench.bind("s1")
     office.replicas.away = True
     for path in ("/", "/dead", "/logins"):
@@ -601,7 +582,6 @@ async def test_a_bus_that_is_away_is_said_and_not_waited_for(office: Office) -> 
 async def test_a_fault_of_ours_is_logged_and_ends_one_page_only(
     office: Office, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    await office.sign_in()
     await office.bench.bind("s1")
 
     async def load_all(whose: object) -> None:

@@ -61,6 +61,11 @@ class Talk:
         return rules.next_deadline_ms(self.state, self.now_ms, self.policy) - self.now_ms
 
 
+@pytest.fixture
+def talk() -> Talk:
+    return Talk()
+
+
 def test_a_repeat_needs_no_room_in_a_window_that_it_is_counted_in() -> None:
     talk = Talk(used=1)
     talk.put(rules.Stored((command(1, "a", "b"),)))
@@ -72,8 +77,7 @@ def test_a_repeat_needs_no_room_in_a_window_that_it_is_counted_in() -> None:
     assert talk.posts() == ["wechat-nats:k1-0", "wechat-nats:k1-1", "wechat-nats:k1-1"]
 
 
-def test_the_rest_of_a_command_needs_room_for_one_send_only() -> None:
-    talk = Talk()
+def test_the_rest_of_a_command_needs_room_for_one_send_only(talk: Talk) -> None:
     talk.put(rules.Stored((command(1, "a", "b", "c"),)))
     talk.put(rules.Accepted("m1"))
     talk.put(rules.InboundReceived("in:2", "", BOT.id, 0, 2))
@@ -86,9 +90,8 @@ def test_the_rest_of_a_command_needs_room_for_one_send_only() -> None:
     assert talk.ends() == [(1, "parked", "quota")]
 
 
-def test_a_request_that_is_repeated_over_another_bot_is_that_bots() -> None:
+def test_a_request_that_is_repeated_over_another_bot_is_that_bots(talk: Talk) -> None:
     """-14 with nothing unanswered: the next bot begins anew, and then repeats its own request."""
-    talk = Talk()
     talk.put(rules.Stored((command(1),)))
     talk.put(rules.TokenRejected(REFUSED))
     talk.put(rules.SessionChecked(is_alive=False))
@@ -132,8 +135,7 @@ def test_no_text_is_in_a_repr() -> None:
     assert "secret" not in repr(Conversation(sandbox="s1", user="u1", queue=(command(1, "secret"),)))
 
 
-def test_requests_keep_their_distance_unless_the_clock_was_set_back() -> None:
-    talk = Talk()
+def test_requests_keep_their_distance_unless_the_clock_was_set_back(talk: Talk) -> None:
     talk.put(rules.Stored((command(1), command(2), command(3))))
     talk.put(rules.Accepted("m1"))
     assert talk.due_ms == 1500
@@ -176,8 +178,9 @@ def test_a_queue_that_waits_is_told_so_piece_by_piece() -> None:
     ],
     ids=["idle", "unbound", "login", "sending", "expires", "throttled", "unanswered", "not taken", "done"],
 )
-def test_a_conversation_is_looked_at_again_when_something_is_due(prepare: list[Input], due_ms: float) -> None:
-    talk = Talk()
+def test_a_conversation_is_looked_at_again_when_something_is_due(
+    prepare: list[Input], due_ms: float, talk: Talk
+) -> None:
     for event in prepare:
         talk.put(event)
     assert talk.due_ms == due_ms
@@ -229,8 +232,7 @@ def test_an_id_is_remembered_where_the_owner_before_may_have_sent_it(outcome: An
     assert talk.state.record.recent == [*recent, "c2"]
 
 
-def test_a_slot_that_is_not_needed_any_more_is_given_back() -> None:
-    talk = Talk()
+def test_a_slot_that_is_not_needed_any_more_is_given_back(talk: Talk) -> None:
     talk.state, _ = rules.step(talk.state, rules.Stored((command(1),)), NOW, POLICY)
     assert talk.state.activity is Activity.AWAITING_SLOT
     talk.put(rules.Bound(None))
@@ -239,9 +241,8 @@ def test_a_slot_that_is_not_needed_any_more_is_given_back() -> None:
     assert not talk.state.holds_slot
 
 
-def test_an_answer_without_a_request_changes_nothing() -> None:
+def test_an_answer_without_a_request_changes_nothing(talk: Talk) -> None:
     """Of what was given up: an upload, a read-back, a look at the session."""
-    talk = Talk()
     before = talk.state
     for event in (
         *(rules.Accepted("m"), rules.Unanswered(), rules.NotTaken("", 0), rules.Rejected(REFUSED)),
@@ -252,8 +253,7 @@ def test_an_answer_without_a_request_changes_nothing() -> None:
     assert talk.state == before
 
 
-def test_typing_is_hidden_once_nothing_can_be_sent_now() -> None:
-    talk = Talk()
+def test_typing_is_hidden_once_nothing_can_be_sent_now(talk: Talk) -> None:
     hide = rules.SetTyping(None, is_on=False)
     talk.put(rules.Stored((command(1), command(2))))
     assert hide not in talk.put(rules.Accepted("m1"))
@@ -273,8 +273,7 @@ def test_typing_is_hidden_once_nothing_can_be_sent_now() -> None:
     assert hide in talk.put(rules.Stored((command(3, when_closed="refuse"),)))
 
 
-def test_the_words_of_the_first_answer_without_an_id_are_told() -> None:
-    talk = Talk()
+def test_the_words_of_the_first_answer_without_an_id_are_told(talk: Talk) -> None:
     talk.put(rules.Stored((command(1, "a", "b", "c"),)))
     for answer in (rules.Accepted("m1", 0), rules.Accepted("", 1, 2, "queued"), rules.Accepted("m3", 0)):
         talk.put(answer)
@@ -317,8 +316,7 @@ def test_texts_are_merged_as_far_as_they_fit(texts: list[str], together: int) ->
     assert [one.content for one in effects if isinstance(one, rules.Post)] == ["\n\n".join(texts[:together])]
 
 
-def test_attempts_are_counted_anew_for_each_part() -> None:
-    talk = Talk()
+def test_attempts_are_counted_anew_for_each_part(talk: Talk) -> None:
     talk.put(rules.Stored((command(1, "a", "b"),)))
     away: list[Input] = [rules.NotTaken("away", 0)] * 3
     for answer in (*away, rules.Accepted("m1"), *away):
@@ -332,9 +330,8 @@ def test_attempts_are_counted_anew_for_each_part() -> None:
     assert talk.ends() == [(1, "dead_lettered", "unreachable")]
 
 
-def test_the_record_is_stored_between_parts_and_not_behind_the_last() -> None:
+def test_the_record_is_stored_between_parts_and_not_behind_the_last(talk: Talk) -> None:
     """A crash in the pause between two parts must not repeat the first; behind the last the receipt tells."""
-    talk = Talk()
     talk.put(rules.Stored((command(1, "a", "b"),)))
     assert rules.Save in map(type, talk.put(rules.Accepted("m1")))
     talk.put(rules.Deadline(), later_ms=1500)
@@ -342,8 +339,7 @@ def test_the_record_is_stored_between_parts_and_not_behind_the_last() -> None:
 
 
 @pytest.mark.parametrize("activity", [Activity.LOADING, Activity.UPLOADING, Activity.AWAITING_SLOT])
-def test_what_expires_before_its_request_leaves_room_for_the_next(activity: Activity) -> None:
-    talk = Talk()
+def test_what_expires_before_its_request_leaves_room_for_the_next(activity: Activity, talk: Talk) -> None:
     first = command(1, *([MEDIA] if activity is Activity.UPLOADING else []), expires_ms=NOW + 60)
     if activity is Activity.LOADING:
         first = msgspec.structs.replace(first, parts=None)
@@ -356,8 +352,7 @@ def test_what_expires_before_its_request_leaves_room_for_the_next(activity: Acti
     assert talk.posts() == ["wechat-nats:k2-0"]
 
 
-def test_minus_14_is_counted_anew_for_each_command() -> None:
-    talk = Talk()
+def test_minus_14_is_counted_anew_for_each_command(talk: Talk) -> None:
     for number in (1, 2):
         talk.put(rules.Stored((command(number),)), later_ms=1500)
         talk.put(rules.TokenRejected(REFUSED))
@@ -373,8 +368,7 @@ def test_minus_14_is_counted_anew_for_each_command() -> None:
     assert (last.errcode, last.errmsg) == (REFUSED.errcode, REFUSED.errmsg)
 
 
-def test_a_command_expires_behind_its_request_and_not_while_it_is_out() -> None:
-    talk = Talk()
+def test_a_command_expires_behind_its_request_and_not_while_it_is_out(talk: Talk) -> None:
     talk.put(rules.Stored((command(1, expires_ms=NOW + 60),)))
     talk.put(rules.Deadline(), later_ms=60)
     assert talk.ends() == []
@@ -384,8 +378,7 @@ def test_a_command_expires_behind_its_request_and_not_while_it_is_out() -> None:
     assert talk.ends() == [(1, "refused", "expired")]
 
 
-def test_a_parked_command_expires_in_time_though_another_one_did_while_it_was_out() -> None:
-    talk = Talk()
+def test_a_parked_command_expires_in_time_though_another_one_did_while_it_was_out(talk: Talk) -> None:
     talk.put(rules.Stored((command(1, expires_ms=NOW + 100), command(2, expires_ms=NOW + 60))))
     talk.put(rules.Deadline(), later_ms=60)
     assert talk.ends() == [(2, "refused", "expired")]
@@ -395,8 +388,7 @@ def test_a_parked_command_expires_in_time_though_another_one_did_while_it_was_ou
     assert talk.ends()[-1] == (1, "refused", "expired")
 
 
-def test_an_upload_for_who_was_unbound_is_sent_to_nobody() -> None:
-    talk = Talk()
+def test_an_upload_for_who_was_unbound_is_sent_to_nobody(talk: Talk) -> None:
     talk.put(rules.Stored((command(1, MEDIA),)))
     talk.put(rules.Bound(None))
     talk.put(rules.UploadDone(Uploaded("file", "f", 1, 1, "", b"")))
@@ -407,8 +399,7 @@ def test_an_upload_for_who_was_unbound_is_sent_to_nobody() -> None:
     assert [one for one in talk.effects if isinstance(one, rules.Post)] == [rules.Post("wechat-nats:k2-0", "t2")]
 
 
-def test_an_upload_that_ends_once_its_user_is_bound_again_is_no_other_commands() -> None:
-    talk = Talk()
+def test_an_upload_that_ends_once_its_user_is_bound_again_is_no_other_commands(talk: Talk) -> None:
     talk.put(rules.Stored((command(1, MEDIA),)))
     talk.put(rules.Bound(None))
     talk.put(rules.Bound(BOT))
@@ -435,8 +426,7 @@ def test_a_window_that_another_replica_opened_is_adopted_and_an_older_one_is_not
     assert rules.adopt_inbound(state, stored(NOW + 1, id="in:1")) is state
 
 
-def test_a_request_that_is_out_counts_in_the_window_that_another_replica_opened() -> None:
-    talk = Talk()
+def test_a_request_that_is_out_counts_in_the_window_that_another_replica_opened(talk: Talk) -> None:
     talk.put(rules.Stored((command(1),)))
     adopted = rules.adopt_inbound(talk.state, stored(NOW + 5, sends_used=0, sent_at_ms=[NOW + 1]))
     assert (adopted.record.window.sends_used, adopted.record.window.sent_at_ms) == (1, [NOW + 1, NOW])
@@ -459,8 +449,7 @@ def test_a_result_is_reconciled_with_what_was_tried() -> None:
     assert rules.reconcile_with_progress(accepted, taken, command(1)) is accepted
 
 
-def test_an_older_command_goes_behind_the_one_that_is_being_sent() -> None:
-    talk = Talk()
+def test_an_older_command_goes_behind_the_one_that_is_being_sent(talk: Talk) -> None:
     talk.put(rules.Stored((command(6),)))
     assert talk.state.activity is Activity.SENDING
     talk.put(rules.Stored((command(5),)))
@@ -470,8 +459,7 @@ def test_an_older_command_goes_behind_the_one_that_is_being_sent() -> None:
     assert [sequence for sequence, *_ in talk.ends()] == [6, 5]
 
 
-def test_no_timer_runs_for_the_end_of_a_window_while_a_request_is_out() -> None:
-    talk = Talk()
+def test_no_timer_runs_for_the_end_of_a_window_while_a_request_is_out(talk: Talk) -> None:
     talk.put(rules.Stored((command(1),)))
     assert talk.state.activity is Activity.SENDING
     assert rules.next_deadline_ms(talk.state, talk.now_ms + 86_400_000, talk.policy) > talk.now_ms + 86_400_000
