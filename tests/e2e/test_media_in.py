@@ -86,6 +86,15 @@ async def start(made: World, nc: Client, *sandboxes: str, **options: Any) -> Non
     await until(lambda: all(made.sim.polls(bot.bot).total for bot in made.bots.values()), "every bot is polled")
 
 
+async def hanging(made: World, bot: str, *behind: str) -> None:
+    """Its user sends a picture whose download does not end, and texts behind it."""
+    made.sim.set_fault(FaultRule(fault="F5", endpoint="cdn/download", bot=bot))
+    made.sim.say_media(bot, "image", samples.png())
+    for text in behind:
+        made.sim.say(bot, text)
+    await until(lambda: made.sim.faults()[0].struck == 1, "the download has begun")
+
+
 async def test_every_kind_key_and_url_is_byte_exact_and_in_order(tmp_path: Path) -> None:
     async with world(tmp_path) as made:
         nc = await made.nc()
@@ -176,9 +185,7 @@ async def test_a_silent_download_lets_the_same_bot_be_polled_and_later_words_com
         nc = await made.nc()
         await start(made, nc, "s1", "s2")
         bot = made.bots["s1"].bot
-        made.sim.set_fault(FaultRule(fault="F5", endpoint="cdn/download", bot=bot))
-        made.sim.say_media(bot, "image", samples.png())
-        await until(lambda: made.sim.faults()[0].struck == 1, "the download has begun")
+        await hanging(made, bot)
         for number in range(5):
             before = made.sim.polls(bot).total
             made.sim.say(bot, f"word {number}")
@@ -198,10 +205,7 @@ async def test_kill_9_in_the_middle_of_a_download(tmp_path: Path) -> None:
             await start(made, nc, "s1")
             (adapter,) = made.adapters
             bot = made.bots["s1"].bot
-            made.sim.set_fault(FaultRule(fault="F5", endpoint="cdn/download", bot=bot))
-            made.sim.say_media(bot, "image", samples.png())
-            made.sim.say(bot, "after")
-            await until(lambda: made.sim.faults()[0].struck == 1, "the download has begun")
+            await hanging(made, bot, "after")
             await adapter.kill()
             made.sim.clear_faults()
             await adapter.start()
@@ -241,10 +245,7 @@ async def test_sigterm_leaves_a_slow_download_to_the_next_adapter(tmp_path: Path
         await start(made, nc, "s1")
         (adapter,) = made.adapters
         bot = made.bots["s1"].bot
-        made.sim.set_fault(FaultRule(fault="F5", endpoint="cdn/download", bot=bot))
-        made.sim.say_media(bot, "image", samples.png())
-        made.sim.say(bot, "after")
-        await until(lambda: made.sim.faults()[0].struck == 1, "the download has begun")
+        await hanging(made, bot, "after")
         adapter.signal(signal.SIGTERM)
         assert await adapter.ended() == 0
         assert await inbox(nc, "s1") == []
@@ -258,10 +259,7 @@ async def test_another_replica_takes_over_what_waits(tmp_path: Path) -> None:
         nc = await made.nc()
         await start(made, nc, "s1")
         bot = made.bots["s1"].bot
-        made.sim.set_fault(FaultRule(fault="F5", endpoint="cdn/download", bot=bot))
-        made.sim.say_media(bot, "image", samples.png())
-        made.sim.say(bot, "after")
-        await until(lambda: made.sim.faults()[0].struck == 1, "the download has begun")
+        await hanging(made, bot, "after")
         await made.add_adapter()
         await made.adapters[0].kill()
         made.sim.clear_faults()
@@ -291,9 +289,7 @@ async def test_a_message_goes_to_the_sandbox_that_it_was_said_to(tmp_path: Path,
         nc = await made.nc()
         await start(made, nc, "s1")
         bot = made.bots["s1"]
-        made.sim.set_fault(FaultRule(fault="F5", endpoint="cdn/download", bot=bot.bot))
-        made.sim.say_media(bot.bot, "image", samples.png())
-        await until(lambda: made.sim.faults()[0].struck == 1, "the download has begun")
+        await hanging(made, bot.bot)
         if moved:
             await made.bind(nc, "s2", bot)
             made.sim.say(bot.bot, "hello s2")

@@ -37,6 +37,14 @@ def shown(bench: Bench) -> list[bool]:
     return [call.on for call in bench.chat.typing]
 
 
+async def showing() -> tuple[Bench, ShardCommandProcessor]:
+    """One bound user who is shown typing."""
+    bench, shard = await ready()
+    shard.intake.on_delivery(bench.command(typing="on"))
+    await asyncio.sleep(1)
+    return bench, shard
+
+
 # commands ------------------------------------------------------------------------------------------------
 
 
@@ -415,9 +423,7 @@ async def test_an_off_that_could_not_be_done_before_the_user_wrote_again_is_refu
 
 
 async def test_nothing_is_called_while_the_token_is_tried_again_and_it_is_hidden_after() -> None:
-    bench, shard = await ready()
-    shard.intake.on_delivery(bench.command(typing="on"))
-    await asyncio.sleep(1)
+    bench, shard = await showing()
     bench.stale.add(BOT)
     await asyncio.sleep(60)
     assert shown(bench) == [True]
@@ -429,9 +435,7 @@ async def test_nothing_is_called_while_the_token_is_tried_again_and_it_is_hidden
 
 
 async def test_a_lost_login_calls_nothing_and_typing_is_hidden_once_the_bot_lives_again() -> None:
-    bench, shard = await ready()
-    shard.intake.on_delivery(bench.command(typing="on"))
-    await asyncio.sleep(1)
+    bench, _ = await showing()
     await bench.bind(state="needs_login")
     await asyncio.sleep(3000)
     assert shown(bench) == [True]
@@ -441,9 +445,7 @@ async def test_a_lost_login_calls_nothing_and_typing_is_hidden_once_the_bot_live
 
 
 async def test_a_drain_does_not_wait_for_a_login() -> None:
-    bench, shard = await ready()
-    shard.intake.on_delivery(bench.command(typing="on"))
-    await asyncio.sleep(1)
+    bench, shard = await showing()
     await bench.bind(state="needs_login")
     before = bench.clock.monotonic()
     await shard.drain(44.0)
@@ -451,18 +453,14 @@ async def test_a_drain_does_not_wait_for_a_login() -> None:
 
 
 async def test_an_unbound_bot_hides_it_with_its_last_token() -> None:
-    bench, shard = await ready()
-    shard.intake.on_delivery(bench.command(typing="on"))
-    await asyncio.sleep(1)
+    bench, _ = await showing()
     await bench.bindings.remove(BOT)
     await asyncio.sleep(1)
     assert shown(bench) == [True, False]
 
 
 async def test_nothing_is_called_without_the_lease() -> None:
-    bench, shard = await ready()
-    shard.intake.on_delivery(bench.command(typing="on"))
-    await asyncio.sleep(1)
+    bench, shard = await showing()
     bench.leases.has_lease = False
     await asyncio.sleep(60)
     assert shown(bench) == [True]
@@ -545,9 +543,7 @@ async def test_a_message_during_the_answer_to_another_keeps_typing() -> None:
 
 
 async def test_a_drain_hides_everything() -> None:
-    bench, shard = await ready()
-    shard.intake.on_delivery(bench.command(typing="on"))
-    await asyncio.sleep(1)
+    bench, shard = await showing()
     await shard.drain(10.0)
     assert shown(bench) == [True, False]
 
@@ -565,9 +561,7 @@ async def test_a_drain_does_not_wait_long_for_an_ilink_that_hangs() -> None:
 
 
 async def test_the_next_owner_hides_what_was_left_shown() -> None:
-    bench, shard = await ready()
-    shard.intake.on_delivery(bench.command(typing="on"))
-    await asyncio.sleep(1)
+    bench, shard = await showing()
     shard.stop()  # as dead: nothing is hidden
     await settle()
     assert shown(bench) == [True]
@@ -591,9 +585,7 @@ async def test_one_bots_calls_never_run_at_once(bench: Bench) -> None:
 
 
 async def test_a_bot_that_moved_to_another_sandbox_is_hidden() -> None:
-    bench, shard = await ready()
-    shard.intake.on_delivery(bench.command(typing="on"))
-    await asyncio.sleep(1)
+    bench, _ = await showing()
 
     def moved(now: Binding) -> Binding:
         return msgspec.structs.replace(now, sandbox="s2")
