@@ -24,7 +24,6 @@ from synadia_ai.agents import (
     NatsAgentError,
     Query,
     ResponseChunk,
-    StreamStalledError,
 )
 
 from adapter.agent.runner import Answer, Turn, cut, until_answered
@@ -35,6 +34,9 @@ from adapter.errors import AdapterError, Refused, Temporary
 
 ITEMS = 10
 """Attachments of an answer that are sent; a window has no more sends."""
+SILENT_S = 90.0
+"""Between two signs of life: three of the protocol. Before the first one the prompt waits for those before it, and to
+prompt once more would make the queue longer."""
 ROOM = 0.7
 """The share of a message in which the bytes of attachments have to fit: base64 makes four of three."""
 KINDS: dict[str, type[OutImage | OutVideo | OutFile]] = {"image": OutImage, "video": OutVideo}
@@ -83,16 +85,18 @@ class NatsAgent:
         envelope = Envelope(prompt=prompt, **about)
         try:
             attached = await _attachments(message, agent)
-            stream = agent.prompt(envelope, attachments=attached, max_wait_s=self._timeout_s)
-            async with contextlib.aclosing(stream) as chunks:  # type: ignore[type-var]
+            stream = agent.prompt(envelope, attachments=attached, timeout=self._timeout_s, max_wait_s=self._timeout_s)
+            async with contextlib.aclosing(stream) as chunks, asyncio.timeout(None) as silence:  # type: ignore[type-var]
                 async for chunk in chunks:
+                    silence.reschedule(None)
                     if isinstance(chunk, Query):
                         shown = await _items(message, chunk.attachments)
                         await chunk.reply(await turn.ask(chunk.prompt, shown, chunk.id))
                     elif isinstance(chunk, ResponseChunk):
                         text += chunk.text
                         items += await _items(message, chunk.attachments)
-        except (StreamStalledError, NatsError) as exc:
+                    silence.reschedule(asyncio.get_running_loop().time() + SILENT_S)
+        except (TimeoutError, NatsError) as exc:
             raise Temporary("unreachable", type(exc).__name__) from exc
         except NatsAgentError as exc:
             if isinstance(exc.__cause__, JSONDecodeError):  # the server's word that nobody listens has no JSON

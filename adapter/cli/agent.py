@@ -20,6 +20,7 @@ from adapter.agent.program import Program
 from adapter.agent.runner import Agent, Runner, Sessions
 from adapter.agent.sandbox import connect
 from adapter.cli.bus import BROKE, connected_bus, settings_here
+from adapter.cli.contexts import with_context
 from adapter.cli.exit_codes import NO, OK, UNREACHABLE, USAGE, Failed
 from adapter.cli.lifetime import run_until_stopped, until_signalled
 from adapter.cli.options import Sandbox as SandboxName
@@ -136,8 +137,11 @@ async def _nats_agent(address: str, settings: Settings, timeout_s: float, max_ou
     environ = {
         name.removeprefix(AGENTS): os.environ[name] for name in os.environ if name.startswith(f"{AGENTS}NATS_")
     }
+    if environ:
+        folder = {name: os.environ[name] for name in ("XDG_CONFIG_HOME",) if name in os.environ}  # of contexts
+        settings = read_settings(with_context(environ | folder))
     nc = BusClient()
-    await connect(nc, read_settings(environ) if environ else settings, "wechat-nats agent", deque(maxlen=100))
+    await connect(nc, settings, "wechat-nats agent", deque(maxlen=100))
     try:
         agents = Agents(nc=nc)
         yield NatsAgent(agents, address, timeout_s=timeout_s, max_output=max_output)

@@ -303,7 +303,7 @@ async def test_a_url_answers_now_later_or_after_it_was_asked_again(tmp_path: Pat
         assert receiver.secret not in agent.log.read_text()
 
 
-@pytest.mark.parametrize("victim", ["command", "server", "receiver"])
+@pytest.mark.parametrize("victim", [pytest.param("command", marks=pytest.mark.slow), "server", "receiver"])
 async def test_a_url_is_asked_again_after_a_death_and_answers_once(
     tmp_path: Path, receiver: Receiver, victim: str
 ) -> None:

@@ -30,15 +30,22 @@ class Host:
     def __init__(self, nc: Client) -> None:
         self.prompts: list[Envelope] = []
         self.go = asyncio.Event()
-        self.service = AgentService(agent="tester", owner="wechat", session_name="main", nc=nc)
+        self.service = AgentService(
+            agent="tester", owner="wechat", session_name="main", nc=nc, max_concurrent_prompts=2
+        )
         self.service.on_prompt(self._on_prompt)
 
     async def _on_prompt(self, envelope: Envelope, stream: PromptStream) -> None:
         self.prompts.append(envelope)
         match envelope.prompt:
             case "ask":
-                answer = await stream.ask("Which one?", timeout=60)
-                await stream.send(f"You chose {answer.prompt}.")
+                asking = asyncio.create_task(stream.ask("Which one?", timeout=60))
+                ended = asyncio.create_task(self.go.wait())
+                await asyncio.wait({asking, ended}, return_when=asyncio.FIRST_COMPLETED)
+                ended.cancel()
+                if asking.done():
+                    await stream.send(f"You chose {asking.result().prompt}.")
+                asking.cancel()
             case "wait":
                 await self.go.wait()
                 await stream.send("done: wait")
@@ -118,7 +125,15 @@ async def test_media_go_both_ways(tmp_path: Path, server: EmbeddedNats) -> None:
         assert [(view.kind, view.md5) for view in picture.media] == [("image", hashlib.md5(PNG).hexdigest())]
 
 
-@pytest.mark.parametrize("victim", ["command", "bus", "agents' server", "agent"])
+@pytest.mark.parametrize(
+    "victim",
+    [
+        pytest.param("command", marks=pytest.mark.slow),  # newer messages wait for half a minute
+        "bus",
+        pytest.param("agents' server", marks=pytest.mark.slow),  # a silent agent is waited for, for a minute
+        "agent",
+    ],
+)
 async def test_after_a_death_the_prompt_is_answered_once(tmp_path: Path, server: EmbeddedNats, victim: str) -> None:
     options = ("--nats-agent", "tester/wechat/main", "--timeout", "120")
     environ = {"AGENTS_NATS_URL": server.url}
