@@ -33,7 +33,6 @@ EXPIRY_GRACE_S = 30.0
 GOOD = ("confirmed", "already_bound")
 ROWS_UNDER_WAY = 500
 """Logins of `--from` that are open at the same time: each costs the adapter a long poll."""
-_COLOURS = re.compile(r"\x1b\[[0-9;]*m")
 _DIGITS = re.compile(r"[0-9]{1,12}")
 
 
@@ -227,7 +226,7 @@ class _View:
             self.say(f"Code {now.code} is in {self._png}.")
         else:
             text = now.qrcode_text
-            output.say(text if output.can_style(sys.stdout) else _COLOURS.sub("", text))
+            output.say(text if output.can_style(sys.stdout) else stdin.COLOURS.sub("", text))
 
     def show_state(self, now: Login) -> None:
         """A new state."""

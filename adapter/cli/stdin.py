@@ -18,7 +18,7 @@ from queue import SimpleQueue
 BLOCK = 65536
 AHEAD = 1000
 """Lines read before somebody takes them."""
-_COLOURS = re.compile(r"\x1b\[[0-9;]*m")
+COLOURS = re.compile(r"\x1b\[[0-9;]*m")
 
 
 async def lines(fd: int = 0) -> AsyncIterator[str]:
@@ -47,7 +47,7 @@ class LineEditor:
         if self._is_reading:
             return label + self._buffer()
         self._is_reading = True
-        self._asked.put(_COLOURS.sub("\001\\g<0>\002", label))  # readline counts no column for what is so marked
+        self._asked.put(COLOURS.sub("\001\\g<0>\002", label))  # readline counts no column for what is so marked
         return ""
 
     async def lines(self) -> AsyncIterator[str]:

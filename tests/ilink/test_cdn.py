@@ -527,7 +527,7 @@ async def test_the_place_that_ilink_names_is_checked(rig: Rig) -> None:
     with pytest.raises(Refused) as caught:
         await other.upload(HELLO)
     assert caught.value.reason == "media"
-    assert "may not be called" in caught.value.detail
+    assert "is not allowed" in caught.value.detail
     await other.close()
 
 
