@@ -22,7 +22,7 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import BinaryIO, Self
 
 import msgspec
 import nats
@@ -144,7 +144,9 @@ class EmbeddedNats:
 
     async def start(self) -> None:
         """Returns once JetStream answers. Raises EmbeddedFailed, SettingsError."""
-        self._spawn(find_server(), self._write_config())
+        binary = find_server()
+        with self._lock_folder() as lock:
+            self._spawn(binary, self._write_config(), lock)
         try:
             async with asyncio.timeout(START_S):
                 self.url = (await self._read_listen_url()).replace("//", f"//{self._token}@" if self._token else "//")
@@ -187,23 +189,39 @@ class EmbeddedNats:
         if self._temporary and self._data_dir is not None:
             shutil.rmtree(self._data_dir, ignore_errors=True)
 
-    def _write_config(self) -> Path:
+    def _lock_folder(self) -> BinaryIO:
+        """The locked file. Two servers on one store would ruin it. The child inherits the lock, so it lasts as long
+        as the server."""
         if self._data_dir is None:
             self._data_dir = Path(tempfile.mkdtemp(prefix="wechat-nats-"))
         folder = self._data_dir = self._data_dir.resolve()
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            for stale in folder.glob("nats-server_*.ports"):
-                stale.unlink(missing_ok=True)
-            config = folder / "nats-server.conf"
-            write_private(config, server_config(folder, self._port or -1, self._token))
+            lock = (folder / "lock").open("ab")
         except OSError as exc:
-            raise EmbeddedFailed(f"Cannot write to {folder}: {exc.strerror}. Set WECHAT_NATS_DATA_DIR.") from exc
+            raise self._unwritable(exc) from exc
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            lock.close()
+            raise EmbeddedFailed(f"Another server uses {folder}: stop it, or set WECHAT_NATS_DATA_DIR.") from None
+        return lock
+
+    def _write_config(self) -> Path:
+        config = self.folder / "nats-server.conf"
+        try:
+            for stale in self.folder.glob("nats-server_*.ports"):
+                stale.unlink(missing_ok=True)
+            write_private(config, server_config(self.folder, self._port or -1, self._token))
+        except OSError as exc:
+            raise self._unwritable(exc) from exc
         return config
 
-    def _spawn(self, binary: Path, config: Path) -> None:
-        with self.log_file.open("ab") as log, (self.folder / "lock").open("ab") as lock:
-            self._lock_store(lock.fileno())
+    def _unwritable(self, exc: OSError) -> EmbeddedFailed:
+        return EmbeddedFailed(f"Cannot write to {self.folder}: {exc.strerror}. Set WECHAT_NATS_DATA_DIR.")
+
+    def _spawn(self, binary: Path, config: Path, lock: BinaryIO) -> None:
+        with self.log_file.open("ab") as log:
             self._process = subprocess.Popen(
                 [str(binary), "-c", str(config)],
                 stdin=subprocess.DEVNULL,
@@ -213,15 +231,6 @@ class EmbeddedNats:
                 pass_fds=[lock.fileno()],
                 preexec_fn=die_with_parent(os.getpid()),  # noqa: PLW1509 -- two bare system calls, no locks
             )
-
-    def _lock_store(self, lock: int) -> None:
-        """Two servers on one store would ruin it. The child inherits the lock, so it lasts as long as the server."""
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise EmbeddedFailed(
-                f"Another server uses {self.folder}: stop it, or set WECHAT_NATS_DATA_DIR."
-            ) from None
 
     async def _read_listen_url(self) -> str:
         """The server's own word for where it listens: its ports file, complete as soon as it parses."""

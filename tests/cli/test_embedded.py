@@ -22,6 +22,11 @@ from adapter.settings import Settings
 from tests.cli.process import alive, started, until
 
 
+def contents(folder: Path) -> dict[str, bytes]:
+    """The files in a folder."""
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
+
+
 async def test_it_answers_on_a_free_port_and_leaves_nothing() -> None:
     async with EmbeddedNats() as server:
         async with await nats.connect(server.url) as nc:
@@ -74,9 +79,11 @@ async def test_a_port_in_use_is_named_and_nothing_stays() -> None:
 
 async def test_two_servers_never_share_a_folder(tmp_path: Path) -> None:
     async with EmbeddedNats(tmp_path):
+        before = contents(tmp_path)
         with pytest.raises(EmbeddedFailed, match="Another server uses"):
-            async with EmbeddedNats(tmp_path):
+            async with EmbeddedNats(tmp_path, token="another"):
                 pass
+        assert contents(tmp_path) == before
     async with EmbeddedNats(tmp_path):
         pass
 

@@ -26,7 +26,7 @@ import time
 from collections import Counter, defaultdict
 from collections.abc import AsyncIterator, Coroutine
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import httpx
 import msgspec
@@ -138,9 +138,9 @@ class ProfiledNats(EmbeddedNats):
         path.write_text(f"prof_port: {self._profile.rpartition(':')[2]}\n{path.read_text()}")
         return path
 
-    def _spawn(self, binary: Path, config: Path) -> None:
+    def _spawn(self, binary: Path, config: Path, lock: BinaryIO) -> None:
         os.environ["GODEBUG"] = "memprofilerate=32768"  # so fine that no block is missed; Python does not read it
-        super()._spawn(binary, config)
+        super()._spawn(binary, config, lock)
 
     async def heap(self, http: httpx.AsyncClient) -> dict[str, float]:
         """Bytes. Its pools let go of what is unused at the second cleaning."""
