@@ -1,21 +1,21 @@
-"""Failures, named by what the caller does next. Imports nothing of ours."""
+"""Failures, named by what the caller does next. Imports no other module of the adapter."""
 
 from __future__ import annotations
 
 import msgspec
 
 UNDECODABLE = (msgspec.MsgspecError, UnicodeDecodeError, RecursionError)
-"""What msgspec raises for a stranger's bytes: no such type or no JSON, no UTF-8, nested too deep."""
+"""Errors of msgspec for foreign bytes: another type, invalid JSON or UTF-8, or nested too deep."""
 STORE_FAILED = 10077
-"""JetStream's `err_code` where a stream did not take a message: it is full (which JetStream calls 503 too), or the
-disk fails."""
+"""JetStream's `err_code` for a message that the stream did not store: the stream is full (also reported as 503), or
+the disk fails."""
 
 
 class AdapterError(Exception):
     """An expected failure; anything else is a bug.
 
-    `reason` is its log field and metric label (a short enum-like word), `detail` a sentence for people
-    that never holds a secret or a message's text.
+    `reason` is a short enum-like word for log field and metric label. `detail` is a sentence for people, without
+    secrets and message text.
     """
 
     def __init__(self, reason: str, detail: str = "") -> None:
@@ -33,11 +33,11 @@ class Temporary(AdapterError):
 
 
 class Uncertain(AdapterError):
-    """The request was sent and no usable answer came: it may have taken effect. Repeat only with the same id."""
+    """The request was sent without a usable answer, so it may have taken effect. Repeat it only with the same id."""
 
 
 class Refused(AdapterError):
-    """Trying again cannot help: give the command up. Carries iLink's raw answer where there was one."""
+    """A retry cannot help: end the command. Carries iLink's raw answer, if any."""
 
     def __init__(
         self,
@@ -55,28 +55,28 @@ class Refused(AdapterError):
 
 
 class Throttled(Refused):
-    """iLink said -2: stay quiet towards this user until they write
+    """iLink answered -2: send nothing to this user until they write
     (docs/reference/ilink-protocol.md, "Refused sends")."""
 
 
 class SessionExpired(Refused):
-    """iLink said -14, or HTTP forbids the poll: the bot's token is stale
+    """iLink answered -14, or HTTP refused the poll: the bot's token is stale
     (docs/reference/ilink-protocol.md, "Stale token")."""
 
 
 class Unreadable(AdapterError):
-    """The bytes are not what they should be: keep them for a person (dead letter) and go on."""
+    """The bytes are invalid: keep them as a dead letter and continue."""
 
 
 class Crashed(AdapterError):
-    """The code raised at every try: keep the message or command as a dead letter and go on."""
+    """The code raised in every attempt: keep the message or command as a dead letter and continue."""
 
     def __init__(self) -> None:
-        super().__init__("crashed", "The adapter failed on it at every try; the traceback is in its log.")
+        super().__init__("crashed", "The adapter failed in every attempt. Its log has the traceback.")
 
 
 class LeaseLost(AdapterError):
-    """Another replica owns this now, or may own it: stop polling and sending at once."""
+    """Another replica owns or may own this: stop polling and sending at once."""
 
 
 class SettingsError(AdapterError):
@@ -92,7 +92,7 @@ class BusRefused(AdapterError):
 
     @property
     def is_full(self) -> bool:
-        """The stream has no room, for this subject or at all: there may be some later."""
+        """Whether the stream has no room, for this subject or at all. There may be room later."""
         return self.code == STORE_FAILED
 
 

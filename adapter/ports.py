@@ -1,4 +1,4 @@
-"""The interfaces between the loops and the edges (iLink, NATS), each with the errors it may raise. No code."""
+"""The interfaces between the core and its edges (iLink, NATS), each with the errors that it may raise. No code."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from adapter.errors import BusRefused
 
 
 class Account(NamedTuple):
-    """How one bot is called. `token` is the secret, opened; `base_url` "" means the service's default."""
+    """A bot's account at iLink. `token` is the opened secret; a `base_url` of "" means the default of the service."""
 
     bot: str
     token: str
@@ -27,31 +27,32 @@ class Account(NamedTuple):
 
 
 class Share(Protocol):
-    """What an answer takes of the memory that all answers share."""
+    """The part of the shared memory budget that an answer uses."""
 
     def shrink(self, size: int) -> None:
-        """Gives back what is more than `size` bytes."""
+        """Releases the part above `size` bytes."""
 
     def release(self) -> None:
-        """Gives it back; otherwise it comes back once nothing refers to it any more."""
+        """Releases the share. Otherwise it is released once nothing refers to it."""
 
 
 class Polled(NamedTuple):
-    """A readable answer to a poll: raw messages in order, the new cursor (None: keep the old one), the next hold."""
+    """A readable answer to a poll: raw messages in order, the new cursor (None: keep the old one), and the next
+    hold."""
 
     messages: list[bytes]
     cursor: str | None
     hold_ms: int
     overlong: int = 0
-    """Characters of a new cursor that is too long to be kept, 0: there was none like that."""
+    """Length of a new cursor that is too long to keep; 0: none."""
     pages: Iterator[list[bytes]] | None = None
-    """The messages after these, a page at a time."""
+    """Later messages, one page at a time."""
     share: Share | None = None
-    """To be released once all messages are stored."""
+    """To release once all messages are stored."""
 
 
 class Accepted(NamedTuple):
-    """A send that iLink accepted; `message_id` is "" where it gave none."""
+    """A send that iLink accepted. `message_id` is "" if iLink gave none."""
 
     message_id: str
     ret: int | None
@@ -60,37 +61,37 @@ class Accepted(NamedTuple):
 
 
 class MediaRef(NamedTuple):
-    """Media of one inbound item, still on iLink's CDN (docs/reference/ilink-protocol.md, "Download")."""
+    """Media of one inbound item on iLink's CDN (docs/reference/ilink-protocol.md, "Download")."""
 
     item: int
-    """Index of its item in the message's `items`."""
+    """Index of the item in the message's `items`."""
     url: str
-    """Ready-made, "" where iLink gave none."""
+    """Complete URL, or "" if iLink gave none."""
     reference: str
-    """`encrypt_query_param`, to build a URL with; "" where iLink gave none."""
+    """`encrypt_query_param`, for making a URL, or "" if iLink gave none."""
     key: bytes | None
-    """16 bytes; None: the bytes are not encrypted."""
+    """Key of 16 bytes; None: the bytes are not encrypted."""
     name: str
-    """As the sender calls it; "" where iLink says nothing."""
+    """File name from the sender, or "" if iLink gave none."""
 
     def __repr__(self) -> str:
-        return f"MediaRef(item={self.item})"  # neither a key nor a link to the bytes gets into a log or traceback
+        return f"MediaRef(item={self.item})"  # keeps keys and links out of logs and tracebacks
 
 
 MediaKind: TypeAlias = Literal["image", "video", "file"]
-"""What media can be sent as."""
+"""Kinds of media that can be sent."""
 
 
 class Uploaded(NamedTuple):
-    """Media on iLink's CDN, ready to be named in a message (docs/reference/ilink-protocol.md, "Outbound items")."""
+    """Media on iLink's CDN, ready for a message (docs/reference/ilink-protocol.md, "Outbound items")."""
 
     kind: MediaKind
     name: str
     size: int
-    """Plain bytes."""
+    """Size of the plain content in bytes."""
     cipher_size: int
     reference: str
-    """The answer header `x-encrypted-param`."""
+    """Value of the answer header `x-encrypted-param`."""
     key: bytes
 
     def __repr__(self) -> str:
@@ -98,46 +99,46 @@ class Uploaded(NamedTuple):
 
 
 Content: TypeAlias = str | Uploaded
-"""What one message to a user holds: a text, or media."""
+"""Content of one message to a user: a text, or media."""
 
 Pieces: TypeAlias = AsyncGenerator[bytes, None]
-"""Bytes as they come. Who stops early closes them (`contextlib.aclosing`)."""
+"""Bytes in pieces. A consumer that stops early closes the generator (`contextlib.aclosing`)."""
 
 
 class InboundMessage(msgspec.Struct, frozen=True, gc=False):
-    """One inbound message, translated into the words of the bus."""
+    """An inbound message, translated to the terms of the bus."""
 
     keys: MessageKeys
     user: str
     sent_at_ms: int
-    """0 where iLink gave none."""
+    """0 if iLink gave none."""
     context_token: str
     text: str
     items: list[InboundItem]
     quote: Quote | None
     echo: bool
-    """It is the bot's own message, not the user's: not for the bus."""
+    """Whether the message is the bot's own, which is not published."""
     raw: bytes
     broken: str
-    """Why it could not be read whole, "" if it could; then `raw` belongs into the dead letters too."""
+    """Reason why the message could not be read completely, or "". If set, `raw` also goes to the dead letters."""
     kind: str
-    """text, image, voice, file, video or unsupported: for the metrics."""
+    """Metrics label: text, image, voice, file, video or unsupported."""
     fetches: tuple[MediaRef, ...] = ()
-    """Media that belong to `items`, in their order."""
+    """Media of `items`, in their order."""
     reference: Reference | None = None
-    """Where to look for the rest of `quote`."""
+    """Reference for resolving `quote`."""
     item_ids: tuple[str, ...] = ()
-    """iLink's ids of the items, in their order; "" for none of their own."""
+    """iLink's ids of the items, in their order; "" for an item without an id."""
     group: bool = False
-    """It was written in a group, or comes from one."""
+    """Whether the message comes from a group."""
 
 
 class QrCode(NamedTuple):
-    """A fresh QR code. Both are secrets until it is used up: the handle fetches the token."""
+    """A new QR code. Code and handle are secrets until the code is used, since the handle fetches the token."""
 
     handle: str
     url: str
-    """The text to encode."""
+    """Text to encode."""
 
     def __repr__(self) -> str:
         return "QrCode()"
@@ -153,11 +154,11 @@ ScanStatus = Literal[
     "binded_redirect",
     "confirmed",
 ]
-"""How a QR code stands, in iLink's words (docs/reference/ilink-protocol.md, "Login")."""
+"""Status of a QR code, in iLink's words (docs/reference/ilink-protocol.md, "Login")."""
 
 
 class Scan(NamedTuple):
-    """An answer about a QR code; what iLink left out is ""."""
+    """An answer about a QR code. Missing fields are ""."""
 
     status: ScanStatus
     redirect_host: str = ""
@@ -171,12 +172,12 @@ class Scan(NamedTuple):
 
 
 class Chat(Protocol):
-    """iLink."""
+    """The calls of iLink for a bot."""
 
     async def poll(self, account: Account, cursor: str, hold_ms: int) -> Polled | None:
-        """Waits for news after `cursor`; None: nobody answered in time.
+        """Waits for messages after `cursor`; None: no answer in time.
 
-        Raises Temporary, SessionExpired, Refused("url") (the base URL may not be called).
+        Raises Temporary, SessionExpired, Refused("url") (the base URL is not allowed).
         """
 
     async def send(
@@ -189,60 +190,60 @@ class Chat(Protocol):
         content: Content,
         check: Callable[[], None] | None = None,
     ) -> Accepted:
-        """One message. Media were uploaded for this user.
+        """Sends one message. Media must have been uploaded for this user.
 
-        `check` is called when the request is about to leave, since connecting takes its time; what it raises is
-        raised, and nothing has left.
+        `check` is called right before the request is written, because connecting takes time. If it raises, nothing is
+        sent.
 
-        Raises SessionExpired, Throttled, Refused, Temporary (nothing was taken), Uncertain (perhaps it was).
+        Raises SessionExpired, Throttled, Refused, Temporary (iLink did not accept it), Uncertain (it may have).
         """
 
     async def typing_ticket(self, account: Account, user: str, context_token: str) -> str:
-        """What showing the user that the bot types needs (docs/reference/ilink-protocol.md, "Typing").
+        """The ticket that `show_typing` needs (docs/reference/ilink-protocol.md, "Typing").
 
-        Raises SessionExpired, Temporary, Refused("typing") (there is none for this user now).
+        Raises SessionExpired, Temporary, Refused("typing") (no ticket is available for this user).
         """
 
     async def show_typing(self, account: Account, user: str, ticket: str, *, on: bool) -> None:
-        """Shows or hides that the bot types.
+        """Shows or hides the typing indicator.
 
-        Raises SessionExpired, Temporary, Refused("typing") (perhaps the ticket is too old).
+        Raises SessionExpired, Temporary, Refused("typing") (the ticket may be too old).
         """
 
     async def notify(self, account: Account, *, start: bool) -> None:
         """Tells iLink that polling starts or has stopped. Raises Temporary, SessionExpired, Refused."""
 
     async def recycle(self, bot: str) -> None:
-        """Drops the bot's connections; the next call connects anew."""
+        """Closes the bot's connections; the next call opens a new one."""
 
     def check_base_url(self, url: str) -> str:
-        """Raises Refused("url") for a base URL that may not be called."""
+        """Raises Refused("url") for a base URL that is not allowed."""
 
 
 class Logins(Protocol):
     """iLink's QR logins."""
 
     async def fetch_code(self, tokens: Sequence[str]) -> QrCode:
-        """A new code. `tokens`: the bots of which a user who scans keeps the one they have. Raises Temporary."""
+        """Fetches a new code. A user who scans keeps a bot whose token is in `tokens`. Raises Temporary."""
 
     async def read_code(self, handle: str, base_url: str, verify_code: str) -> Scan | None:
-        """Waits for news of a code at `base_url` ("": the default); None: no usable answer came, ask again.
+        """Waits for a change of a code at `base_url` ("": the default); None: no usable answer, ask again.
 
         Raises Refused("url").
         """
 
     def redirect_base_url(self, host: str, base_url: str) -> str:
-        """The base URL at `host`, which a code at `base_url` was redirected to. Raises Refused("url")."""
+        """The base URL at `host` to which a code at `base_url` was redirected. Raises Refused("url")."""
 
     def check_base_url(self, url: str) -> str:
-        """Raises Refused("url") for a base URL that may not be called."""
+        """Raises Refused("url") for a base URL that is not allowed."""
 
 
 class Cdn(Protocol):
-    """iLink's store of media. What passes here is plain; it is encrypted and decrypted on the way."""
+    """iLink's media store. Callers handle plain bytes; the implementation encrypts and decrypts."""
 
     def download(self, fetch: MediaRef) -> Pieces:
-        """The plain bytes. Only the end tells that they are right: use nothing before it.
+        """The plain bytes. They are verified at the end, so use none of them before the end.
 
         Raises Refused with a reason of contract.MediaReason (reference, unavailable, corrupt, too_large), Temporary.
         """
@@ -258,9 +259,9 @@ class Cdn(Protocol):
         md5: str,
         read: Callable[[], Pieces],
     ) -> Uploaded:
-        """Brings `size` plain bytes to the CDN; `read` starts from their beginning, and again for each attempt.
+        """Uploads `size` plain bytes to the CDN. `read` starts at their beginning, and is called for each attempt.
 
-        Raises Refused("media"), SessionExpired, Temporary (iLink could not be reached at all), what `read` raises.
+        Raises Refused("media"), SessionExpired, Temporary (iLink is unreachable), and what `read` raises.
         """
 
 
@@ -268,21 +269,21 @@ class Cdn(Protocol):
 
 
 class Message(msgspec.Struct, frozen=True):
-    """Something to store in a stream. `stream` is its label in the metrics: in, journal, event, dead, out …"""
+    """A message to store in a stream. `stream` is its metrics label: in, journal, event, dead, out …"""
 
     stream: str
     subject: str
     payload: bytes
     headers: dict[str, str]
     ensure_owner: Callable[[], None] | None = None
-    """Asked before each attempt to write it. Raises LeaseLost where this replica may not write it any more."""
+    """Called before each attempt to write. Raises LeaseLost if this replica may no longer write the message."""
     ensure_owner_if_delayed: Callable[[], None] | None = None
-    """As `ensure_owner`, for an attempt after the stream may have forgotten what another replica stored under its
-    id."""
+    """Like `ensure_owner`, for an attempt after the stream may have forgotten a message that another replica stored
+    with the same id."""
 
 
 class PubAck(msgspec.Struct):
-    """The stream has it. `seq` is its sequence; `duplicate`: it had it before."""
+    """The stream has stored the message. `seq` is its sequence; `duplicate`: the stream had stored it before."""
 
     stream: str = ""
     seq: int = 0
@@ -290,15 +291,15 @@ class PubAck(msgspec.Struct):
 
 
 class Bus(Protocol):
-    """Publishing to streams, to each in the order of the calls. Waits as long as the bus is away, or the stream."""
+    """Publishes to streams, in the order of the calls for each stream. Waits while the bus or the stream is away."""
 
     async def publish(self, message: Message) -> PubAck:
-        """Raises Conflict, BusRefused, and what the message's fence raises."""
+        """Raises Conflict, BusRefused, and what `ensure_owner` of the message raises."""
 
     async def publish_all(self, messages: Sequence[Message]) -> list[PubAck | BusRefused]:
-        """Stores all, those of a stream in this order, pipelined; a refusal stands in the place of its ack.
+        """Stores all messages, pipelined and in order for each stream. A refusal takes the place of an ack.
 
-        Raises what a message's fence raises: any part of the others is stored then.
+        Raises what `ensure_owner` of a message raises; some of the other messages may then be stored.
         """
 
 
@@ -310,69 +311,70 @@ class Delivery(Protocol):
     headers: dict[str, str]
     seq: int
     time_ms: int
-    """When the stream stored it."""
+    """Time at which the stream stored it."""
     redelivered: bool
-    """It was delivered before, so that its outcome may be on the bus already."""
+    """Whether it was delivered before, so that its outcome may be on the bus."""
 
     async def ack(self) -> None:
-        """Acknowledges it; if the ack is lost, it is delivered again."""
+        """Acknowledges it. If the acknowledgement is lost, it is delivered again."""
 
 
 class Stored(NamedTuple):
-    """A message read back from a stream."""
+    """A message read from a stream."""
 
     subject: str
     seq: int
     headers: dict[str, str]
     data: bytes
     time_ms: int = 0
-    """When the stream stored it, Unix milliseconds; 0 where that was not asked for."""
+    """Time at which the stream stored it, in Unix milliseconds; 0 if not requested."""
 
 
 class History(Protocol):
-    """Reading streams back."""
+    """Reads streams."""
 
     def read(
         self, stream: str, subject: str, *, after: int = 0, since_ms: int | None = None, limit: int | None = None
     ) -> AsyncIterator[Stored]:
-        """Messages of `subject`, oldest first, after a sequence or since a time; the first `limit` of them.
+        """The first `limit` messages of `subject` after a sequence or since a time, oldest first.
 
         Raises Temporary.
         """
 
     async def read_last(self, stream: str, subject: str) -> Stored | None:
-        """The newest message of one subject. Raises Temporary."""
+        """The newest message of a subject. Raises Temporary."""
 
     async def read_last_of_each(self, stream: str, subjects: Sequence[str]) -> list[Stored]:
-        """The newest message of each subject that has one, as new as the stream's leader has it. Raises Temporary."""
+        """The newest message of each subject, read from the stream's leader. Raises Temporary."""
 
     async def get(self, stream: str, seq: int) -> Stored | None:
-        """One message, as new as the stream's leader has it; None where there is none. Raises Temporary."""
+        """A message, read from the stream's leader, or None if there is none. Raises Temporary."""
 
     async def count_by_subject(self, stream: str, subject: str) -> dict[str, int]:
-        """Messages per subject under a wildcard. Raises Temporary, BusRefused where there is no such stream."""
+        """Number of messages per subject under a wildcard. Raises Temporary, BusRefused if the stream does not
+        exist."""
 
     async def delete(self, stream: str, seq: int, *, erase: bool = False) -> None:
-        """Deletes one message, with `erase` so that the disk does not hold it any more; one that is gone already is
-        no error. Raises Temporary."""
+        """Deletes a message. With `erase` the server also overwrites it on its disk. A missing message is no error.
+        Raises Temporary."""
 
     async def purge(self, stream: str, subject: str, *, keep: int = 0, up_to: int = 0) -> None:
-        """Deletes all but the newest `keep` messages under a wildcard, or those up to a sequence. Raises Temporary,
-        BusRefused."""
+        """Deletes the messages under a wildcard, except the newest `keep`, or those up to a sequence. Raises
+        Temporary, BusRefused."""
 
 
 class Archive(History, Protocol):
-    """The same, with paging from the newest on."""
+    """History with paging from the newest message on."""
 
     async def read_newest(self, stream: str, subject: str, *, count: int, before: int | None = None) -> list[Stored]:
-        """At most `count` messages, newest first; `before`: older than this sequence. Raises Temporary."""
+        """At most `count` messages, newest first, older than the sequence `before` if given. Raises Temporary."""
 
 
 # The bus: buckets -----------------------------------------------------------------------------------
 
 
 class Entry(NamedTuple):
-    """A key's last value. `value` is None where the key was deleted (its revision still counts)."""
+    """The last value of a key. `value` is None if the key was deleted; its revision still counts."""
 
     key: str
     value: bytes | None
@@ -380,31 +382,31 @@ class Entry(NamedTuple):
 
 
 class Bucket(Protocol):
-    """A key-value bucket. Writing waits as long as the bus is away."""
+    """A key-value bucket. Writes wait while the bus is away."""
 
     async def get(self, key: str) -> Entry | None:
-        """None if the key never was. Raises Temporary."""
+        """The entry of a key, or None if the key never existed. Raises Temporary."""
 
     async def get_all(self, keys: Sequence[str]) -> list[Entry]:
-        """As `get`, of many, without those that never were. Raises Temporary."""
+        """The entries of the keys that ever existed. Raises Temporary."""
 
     async def update(self, key: str, value: bytes, revision: int, *, ttl_s: int = 0) -> int:
-        """Writes if the revision still is `revision` (0: the key never was); the new one. A write whose answer got
-        lost is known again where its own repeat meets it. With `ttl_s` the key is gone after so many seconds, unless
-        it is written again.
+        """Writes the value if the key's revision is `revision` (0: the key never existed), and returns the new
+        revision. A retry recognises its own earlier write whose answer was lost. With `ttl_s` the key expires after
+        so many seconds unless it is written again.
 
         Raises Conflict, Temporary (the bucket is full).
         """
 
     async def delete(self, key: str, revision: int | None = None, *, ttl_s: int = 0) -> int:
-        """Deletes, if the revision still is `revision` where one is given; the new one. With `ttl_s` the mark of the
-        deletion is gone after so many seconds.
+        """Deletes the key if its revision is `revision`, or in any case for None. Returns the new revision. With
+        `ttl_s` the delete marker expires after so many seconds.
 
         Raises Conflict, Temporary (the bucket is full).
         """
 
     async def list_prefix(self, first: str) -> list[Entry]:
-        """All that is there whose key begins with the token `first` and a dot. Raises Temporary."""
+        """All entries whose key begins with the token `first` and a dot. Raises Temporary."""
 
     async def watch(
         self,
@@ -412,34 +414,35 @@ class Bucket(Protocol):
         *,
         on_loaded: Callable[[], None] | None = None,
     ) -> None:
-        """Calls `on_entry` for all that is there and every change (deleted keys too), until cancelled; `on_loaded`
-        after each complete reading. Of a key that is there no more, and was not deleted, nothing is told."""
+        """Calls `on_entry` for all entries and every change, including deletions, until cancelled. Calls `on_loaded`
+        after each complete read. A key that vanished without a deletion is not reported."""
 
 
 class LeaderBucket(Protocol):
-    """A bucket for leases: reads from the stream's leader, and waits for about a second at most."""
+    """A bucket for leases. It reads from the stream's leader, and waits for at most about a second."""
 
     async def get(self, key: str) -> Entry | None:
         """Raises Temporary."""
 
     async def write(self, key: str, value: bytes | None, revision: int) -> int:
-        """Writes, or deletes for None, at this revision. Raises Conflict, Temporary (ambiguous)."""
+        """Writes the value, or deletes for None, at this revision. Raises Conflict, Temporary (ambiguous)."""
 
     async def list_entries(self) -> list[Entry]:
-        """All that is there, marks of deletions too. Raises Temporary."""
+        """All entries, including delete markers. Raises Temporary."""
 
 
 # Texts ----------------------------------------------------------------------------------------------
 
 
 class TextReader(Protocol):
-    """Reads what would hold up all others, first come, first served."""
+    """Parses texts that would block the event loop, in the order of the calls."""
 
     async def render_plain(self, texts: Sequence[str]) -> list[str]:
-        """Markdown as plain text (split.to_plain). Raises Refused("too_long") for what takes too long, Temporary."""
+        """Converts Markdown to plain text (split.to_plain). Raises Refused("too_long") after the time limit,
+        Temporary."""
 
     async def close(self) -> None:
-        """Ends what is being read."""
+        """Ends the parsing."""
 
 
 # The bus: objects -----------------------------------------------------------------------------------
@@ -450,42 +453,42 @@ class StoredObject(NamedTuple):
 
     name: str
     ident: str
-    """Names its chunks."""
+    """Name of its chunks."""
     size: int
     sha256: str
-    """Lower-case hex."""
+    """SHA-256 in lower-case hex."""
     title: str = ""
-    """Its file name, where one was given."""
+    """File name, or "" if none was given."""
 
 
 class Objects(Protocol):
     """The object store `wechat_media`, readable by every NATS client."""
 
     async def get_info(self, name: str) -> StoredObject | None:
-        """None where there is none. Raises Temporary."""
+        """None if the object does not exist. Raises Temporary."""
 
     def read(self, stored: StoredObject) -> Pieces:
-        """Its bytes. Raises Temporary, Unreadable (pieces are gone, or not what they were), at the
-        latest after the last one."""
+        """The bytes of an object. Raises Temporary, Unreadable (pieces are missing or changed), at the latest after
+        the last piece."""
 
     async def read_piece(self, stored: StoredObject, after: int) -> tuple[bytes, int]:
-        """The piece after a sequence (0: the first), and its own sequence, 0 on the last.
+        """The piece after a sequence (0: the first), and its own sequence, which is 0 for the last piece.
 
-        Raises Temporary, Unreadable (there is none).
+        Raises Temporary, Unreadable (the piece does not exist).
         """
 
     async def put(self, name: str, pieces: Pieces, *, mime: str = "", title: str = "") -> StoredObject:
-        """Stores bytes as they come; an object of this name is replaced. Nothing stays where `pieces` fails.
+        """Stores bytes as they come, and replaces an object of this name. If `pieces` fails, nothing is stored.
 
-        Waits while the bus is away; closes `pieces` in the end. Raises BusRefused, and what `pieces` raises.
+        Waits while the bus is away, and closes `pieces` at the end. Raises BusRefused, and what `pieces` raises.
         """
 
 
 class PartialObjects(Objects, Protocol):
-    """Objects that come in pieces, each perhaps at another replica."""
+    """Objects that are uploaded in pieces, perhaps to different replicas."""
 
     async def append(self, name: str, offset: int, piece: bytes) -> int:
-        """Adds a piece; how many bytes there are now. One that is there already changes nothing.
+        """Adds a piece, and returns the number of bytes so far. A repeated piece changes nothing.
 
         Raises Refused("invalid") (a gap, or the object is complete), Temporary, BusRefused.
         """
@@ -493,49 +496,48 @@ class PartialObjects(Objects, Protocol):
     async def complete_upload(
         self, name: str, size: int, *, sha256: str, title: str, mime_of: Callable[[bytes], str]
     ) -> tuple[StoredObject, bytes]:
-        """Makes an object of what was added, and returns its first bytes too.
+        """Makes an object of the uploaded pieces. Returns it with its first bytes.
 
-        May be repeated: the object is then described as it is stored, and not read again.
-        `sha256` "" is not checked; `mime_of` gets the first bytes. Raises Refused("invalid") (it differs), Temporary,
-        BusRefused.
+        May be repeated: a complete object is returned as it is stored, and not read again. An empty `sha256` is not
+        checked; `mime_of` gets the first bytes. Raises Refused("invalid") (wrong digest), Temporary, BusRefused.
         """
 
 
-# The bus: what is not stored ------------------------------------------------------------------------
+# The bus: requests ---------------------------------------------------------------------------------
 
 
 class SandboxRequest(NamedTuple):
-    """A request on a subject of one sandbox: who may publish there may ask for it."""
+    """A request on a subject of one sandbox. A client that may publish there may act for the sandbox."""
 
     sandbox: str
-    """As in the subject, not checked yet."""
+    """The name in the subject, which is not checked yet."""
     headers: dict[str, str]
     data: bytes
 
 
 class SandboxResponse(NamedTuple):
-    """The answer to it."""
+    """The answer to a SandboxRequest."""
 
     data: bytes
     headers: dict[str, str]
 
 
 class AllReplicas(Protocol):
-    """Asks all replicas at once, this one included."""
+    """Requests to all replicas at once, including this one."""
 
     async def query_replicas(self, subject: str, payload: bytes, *, count: int, within_s: float) -> list[bytes]:
-        """Asks, and takes what is answered until there are `count` answers or the time is over. Raises Temporary."""
+        """Returns the answers once there are `count` of them or the time is over. Raises Temporary."""
 
 
 class CoreBus(Protocol):
-    """Core NATS, without storage; and the durable consumers of sandboxes."""
+    """Core NATS without storage, and the durable consumers of sandboxes."""
 
     async def publish(self, subject: str, payload: bytes, headers: dict[str, str]) -> None:
         """Publishes at most once. Raises Temporary."""
 
     async def make_durable(self, sandbox: str, after: int) -> None:
-        """Creates the sandbox's durable pull consumer where it is missing, behind a sequence. Raises Temporary,
+        """Creates the sandbox's durable pull consumer after a sequence, unless it exists. Raises Temporary,
         Refused."""
 
     async def move_durable(self, sandbox: str, after: int) -> None:
-        """Moves the sandbox's durable pull consumer, where there is one, behind a sequence. Raises Temporary."""
+        """Moves the sandbox's durable pull consumer, if it exists, past a sequence. Raises Temporary."""
