@@ -616,13 +616,13 @@ def independent(keys: Mapping[int, Collection[str]]) -> list[list[int]]:
             key = higher
         return key
 
-    for wanted in keys.values():
-        first, *others = wanted
+    for touched in keys.values():
+        first, *others = touched
         for other in others:
             above[group_of(other)] = group_of(first)
     groups: dict[str, list[int]] = {}
-    for number, wanted in keys.items():
-        groups.setdefault(group_of(next(iter(wanted))), []).append(number)
+    for number, touched in keys.items():
+        groups.setdefault(group_of(next(iter(touched))), []).append(number)
     return [*groups.values()]
 
 

@@ -58,7 +58,9 @@ class Bindings:
 
     def of_user(self, sandbox: str, user: str) -> list[Binding]:
         """Bindings of a sandbox with this user, in the order of bot ids; several only shortly after a login."""
-        return [one for one in self._by_shard[shard_of(sandbox)].get(sandbox, {}).values() if one.user == user]
+        return [
+            binding for binding in self._by_shard[shard_of(sandbox)].get(sandbox, {}).values() if binding.user == user
+        ]
 
     def of_shard(self, shard: int) -> list[Binding]:
         """Bindings of the shard's sandboxes."""
@@ -104,8 +106,8 @@ class Bindings:
         while True:
             entry = await self._bucket.get(to_subject_token(bot))
             ensure_owner()
-            gone = entry.value is None if entry else self.get(bot) is None
-            if gone:
+            is_deleted = entry.value is None if entry else self.get(bot) is None
+            if is_deleted:
                 return
             try:
                 revision = await self._bucket.delete(

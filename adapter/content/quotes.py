@@ -112,9 +112,9 @@ def quoted_text_of(text: str, items: Sequence[contract.InboundItem], item: int |
     quoted = items if item is None else items[item : item + 1]
     if item is not None:
         text = _item_text(quoted[0]) if quoted else ""
-    kind = next((kind for one in quoted if (kind := kind_of(one)) != "unsupported"), "")
+    kind = next((kind for quoted_item in quoted if (kind := kind_of(quoted_item)) != "unsupported"), "")
     if not text:
-        text = next((shown for one in quoted if (shown := _item_summary(one))), "")
+        text = next((shown for quoted_item in quoted if (shown := _item_summary(quoted_item))), "")
     return QuotedText(text, kind, "user")
 
 

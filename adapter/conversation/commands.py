@@ -305,8 +305,8 @@ def _read_media_part(item: OutImage | OutVideo | OutFile | OutVoice, sandbox: st
     """Raises Refused("invalid"), for example for an object of another sandbox."""
     if (item.media is None) == (item.data is None):
         raise Refused("invalid", "A media item holds either media (an object) or data.")
-    given = item.media.object if item.media else ""
-    if item.media and (not given.startswith(f"{sandbox}/") or given == f"{sandbox}/"):
+    object_name = item.media.object if item.media else ""
+    if item.media and (not object_name.startswith(f"{sandbox}/") or object_name == f"{sandbox}/"):
         raise Refused("invalid", "A sandbox sends objects of its own only: <sandbox>/\u2026")
     kind: Literal["image", "video", "file"] = "file"  # audio too: a voice message would not be shown
     match item:
@@ -315,7 +315,7 @@ def _read_media_part(item: OutImage | OutVideo | OutFile | OutVoice, sandbox: st
         case OutVideo():
             kind = "video"
     name = item.name or (item.media.name if item.media else "")
-    return MediaPart(kind, _clean_file_name(name), given, item.data or b"")
+    return MediaPart(kind, _clean_file_name(name), object_name, item.data or b"")
 
 
 def _clean_file_name(name: str) -> str:

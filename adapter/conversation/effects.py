@@ -63,7 +63,7 @@ class EffectRunner:
                 continue
             if not isinstance(effect, rules.Save):
                 await self._on_effect_crashed(effect, crash)
-            elif any(isinstance(one, rules.Post) for one in effects):
+            elif any(isinstance(effect, rules.Post) for effect in effects):
                 self._work.release_slot()
                 self._put(rules.NotTaken("", 0, is_unreached=True))
                 self._put(rules.Crashed(type(crash).__name__))

@@ -70,10 +70,10 @@ def phase(record: ConversationRecord, now_ms: int, policy: WindowPolicy) -> tupl
         return "closed", "throttled"
     if not policy.sends:
         return "open", ""
-    left = policy.sends - record.window.sends_used
-    if left <= 0:
+    remaining = policy.sends - record.window.sends_used
+    if remaining <= 0:
         return "closed", "quota"
-    return ("low" if left <= policy.low < policy.sends else "open"), ""  # low from the start is no change
+    return ("low" if remaining <= policy.low < policy.sends else "open"), ""  # low from the start is no change
 
 
 def phase_change(announced: WindowPhase, current: WindowPhase) -> Literal["", "opened", "low", "closed"]:

@@ -76,10 +76,10 @@ class Line:
     async def _stream_request(self, url: str, request: Request) -> Reply:
         headers = {name.encode(): value.encode() for name, value in (HEADERS | request.headers).items()}
         extensions = {"timeout": {"connect": TLS_S}, "trace": self._on_trace_event}
-        asked = httpx.Request(
+        http_request = httpx.Request(
             request.method, url, headers=headers, content=request.body or None, extensions=extensions
         )
-        response = await self._transport.handle_async_request(asked)
+        response = await self._transport.handle_async_request(http_request)
         self.is_silent = False
         self.tls = response.extensions["network_stream"].get_extra_info("ssl_object")
         try:

@@ -16,12 +16,12 @@ class ResumingContext(ssl.SSLContext):
     _sessions: dict[str, ssl.SSLSession]
 
     def __new__(cls) -> Self:
-        made = super().__new__(cls, ssl.PROTOCOL_TLS_CLIENT)
-        made.verify_flags = ssl.create_default_context().verify_flags  # stricter since Python 3.13
-        made.load_default_certs()
-        made.set_alpn_protocols(["http/1.1"])  # as httpcore sets it when it connects
-        made._sessions = {}
-        return made
+        context = super().__new__(cls, ssl.PROTOCOL_TLS_CLIENT)
+        context.verify_flags = ssl.create_default_context().verify_flags  # stricter since Python 3.13
+        context.load_default_certs()
+        context.set_alpn_protocols(["http/1.1"])  # as httpcore sets it when it connects
+        context._sessions = {}
+        return context
 
     def wrap_bio(
         self,

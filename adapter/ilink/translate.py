@@ -258,9 +258,9 @@ def _duration_ms(value: object) -> int | None:
     return value if isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**53 else None
 
 
-def _context_token(given: object) -> str:
+def _context_token(value: object) -> str:
     """The context token; "" if it is missing or too long for the bus, which would refuse its record for ever."""
-    return given if isinstance(given, str) and len(given) <= wire.OPAQUE_CHARS else ""
+    return value if isinstance(value, str) and len(value) <= wire.OPAQUE_CHARS else ""
 
 
 def _read_head(raw: bytes, readable: bytes, why: str) -> InboundMessage:

@@ -254,9 +254,9 @@ class Dispatcher:
     async def _read_back(self) -> None:
         """Loads the dedup window, and puts the left-over records before all others. Raises Temporary."""
         newest = self._records[0].written.record.last_heard if self._inherited is None else self._inherited
-        self._seen, left = await self._left_over.read_back(newest, self._done_to)
-        self._records.extendleft(reversed(left))
-        self._open.extendleft(reversed(left))
+        self._seen, records = await self._left_over.read_back(newest, self._done_to)
+        self._records.extendleft(reversed(records))
+        self._open.extendleft(reversed(records))
 
     async def _triage(self, opened: OpenRecord) -> None:
         """Triages a record and queues its messages for the inbox. Can be repeated if it raises Temporary, LeaseLost

@@ -33,15 +33,15 @@ class LeftOver:
         messages of earlier owners. `done_to`: sequence up to which everything is dispatched. Raises Temporary."""
         stored, triage = self._journal.stored, self._deps.triage
         known = await self._get(stored.seen_at) if stored.seen_at else None
-        seen, left = DedupWindow(known.record.seen or () if known else ()), []
+        seen, records = DedupWindow(known.record.seen or () if known else ()), []
         for written in await self._earlier_records(newest, stored.seen_to):
             record = written.record
             if written.sequence > done_to:
-                left.append(OpenRecord(written, is_left_over=True))
+                records.append(OpenRecord(written, is_left_over=True))
                 continue
             whole = self.complete_messages(record)
             await triage.classify(self._journal.bot, whole, record.place, record.first, seen, record.received_ms)
-        return seen, left
+        return seen, records
 
     async def _earlier_records(self, sequence: int, known_to: int) -> list[Written]:
         """The records with messages that earlier owners stored after `known_to`, oldest first. Follows `last_heard`

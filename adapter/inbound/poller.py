@@ -208,9 +208,9 @@ async def poll_forever(poller: BotPoller, journal: BotJournal, deps: InboundDeps
 async def _store(poller: BotPoller, answer: Answer, journal: BotJournal, deps: InboundDeps) -> None:
     """Stores an answer in the journal, after the end of a pause of the lease if there is one. If the bot was lost,
     the answer is stored under the new owner's name, since iLink may not deliver it again. Raises LeaseLost."""
-    lost = ""
+    loss = ""
     for record in journal.records_of(answer):
-        while not lost:
+        while not loss:
             try:
                 await retry(partial(journal.store, record), deps.clock, poller.bot)
                 break
@@ -218,12 +218,12 @@ async def _store(poller: BotPoller, answer: Answer, journal: BotJournal, deps: I
                 await deps.leases.changed.wait_until(lambda: deps.leases.is_valid)
                 if exc.reason != "lease_lost" or deps.leases.incarnation != journal.owner:
                     log.warning("inbound.fenced", bot=poller.bot, reason=exc.reason)
-                    lost = exc.reason
-        if lost:
+                    loss = exc.reason
+        if loss:
             await retry(partial(journal.store_late, record), deps.clock, poller.bot)
-    if lost:
+    if loss:
         await deps.others.publish_released(poller.bot)
-        raise LeaseLost(lost, poller.bot)
+        raise LeaseLost(loss, poller.bot)
 
 
 async def _store_cursor_if_due(journal: BotJournal, stats: _PollStats, deps: InboundDeps) -> None:

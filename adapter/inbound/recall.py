@@ -83,20 +83,22 @@ class QuoteResolver:
 
     async def _find_in_inbox(self, ids: Sequence[str], sandbox: str, user: str) -> QuotedText | None:
         """The newest message in the inbox that has, or has an item with, one of the ids."""
-        left, read_from, endings = MAX_SEARCHED, sys.maxsize, tuple(map(_ending, ids))
+        remaining, read_from, endings = MAX_SEARCHED, sys.maxsize, tuple(map(_ending, ids))
         async with self._searches:
             for span_ms in SPANS_MS:
                 found, first = None, read_from
                 since_ms = self._clock.now_ms() - span_ms
                 inbox = self._names.inbox(sandbox)
-                async for stored in self._history.read(self._names.stream_in, inbox, since_ms=since_ms, limit=left):
+                async for stored in self._history.read(
+                    self._names.stream_in, inbox, since_ms=since_ms, limit=remaining
+                ):
                     if stored.seq >= read_from:
                         break
-                    first, left = min(first, stored.seq), left - 1
+                    first, remaining = min(first, stored.seq), remaining - 1
                     item = _item_named(ids, stored)
                     if item is not None or stored.headers.get(H_MSG_ID, "").endswith(endings):
                         found = _text_of(stored, item, sandbox, user) or found
-                if found is not None or not left:
+                if found is not None or not remaining:
                     return found
                 read_from = first
         return None

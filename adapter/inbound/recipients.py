@@ -81,7 +81,9 @@ class Recipients:
             self._bindings.get(self._bot) or binding,
             user,
             message=messages[-1].id,
-            token=next((one.inbound.context_token for one in reversed(messages) if one.inbound.context_token), ""),
+            token=next(
+                (message.inbound.context_token for message in reversed(messages) if message.inbound.context_token), ""
+            ),
             written_ms=messages[-1].inbound.sent_at_ms,
             received_ms=messages[-1].received_ms,
             sequence=sequence,

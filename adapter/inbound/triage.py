@@ -61,7 +61,11 @@ class Triage(NamedTuple):
                 found.append(retry_on_bug_now(classify_one, "inbound.crashed", bot=bot))
             except Crashed as exc:
                 found.append(TriagedMessage(index, raw, None, "crashed", exc.detail))
-        fresh = [one.inbound.keys for one in found if one.inbound is not None and one.outcome in ("new", "group")]
+        fresh = [
+            message.inbound.keys
+            for message in found
+            if message.inbound is not None and message.outcome in ("new", "group")
+        ]
         if fresh:
             seen.add_all(fresh, seen_at_ms)
         return found

@@ -64,13 +64,13 @@ def write_error_of(error: ApiError) -> BusRefused | Temporary:
     return error_of(error)
 
 
-def decode_reply(data: bytes, kind: type[T], asked: str) -> T:
-    """Decodes the answer to `asked`. Raises Temporary: the server may be broken, or another client may have
+def decode_reply(data: bytes, kind: type[T], verb: str) -> T:
+    """Decodes the answer to `verb`. Raises Temporary: the server may be broken, or another client may have
     answered."""
     try:
         return msgspec.json.decode(data, type=kind)
     except UNDECODABLE as exc:
-        raise Temporary("bus_unreadable", f"JetStream's answer to {asked}: {type(exc).__name__}") from exc
+        raise Temporary("bus_unreadable", f"JetStream's answer to {verb}: {type(exc).__name__}") from exc
 
 
 def unix_ms(rfc3339: str) -> int:

@@ -284,5 +284,5 @@ def _is_gone(message: LeaderMessage) -> bool:
 
 def _entry(bucket: str, stored: Stored) -> Entry:
     key = stored.subject.removeprefix(f"$KV.{bucket}.")
-    gone = OPERATION in stored.headers or MARKER in stored.headers
-    return Entry(key, None if gone else stored.data, stored.seq)
+    is_deleted = OPERATION in stored.headers or MARKER in stored.headers
+    return Entry(key, None if is_deleted else stored.data, stored.seq)

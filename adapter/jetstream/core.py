@@ -40,9 +40,9 @@ class CoreNats:
         """Answers queries to all replicas, if the reply subject is an inbox; None: no answer."""
 
         async def receive(msg: Msg) -> None:
-            made = make(msg.data) if is_inbox(msg.reply) else None
-            if made is not None:
-                await msg.respond(made)
+            reply = make(msg.data) if is_inbox(msg.reply) else None
+            if reply is not None:
+                await msg.respond(reply)
 
         self._on_each(subject, receive)
 

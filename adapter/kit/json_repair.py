@@ -59,13 +59,13 @@ def decode_fields(raw: bytes, kind: type[S]) -> tuple[S, list[str]]:
 
     A number is accepted for a text. Raises UNDECODABLE if it is no object.
     """
-    given = msgspec.json.decode(raw, type=dict[str, msgspec.Raw])
+    fields = msgspec.json.decode(raw, type=dict[str, msgspec.Raw])
     values: dict[str, Any] = {}
     misfits: list[str] = []
     for field in msgspec.structs.fields(kind):
-        if field.encode_name not in given:
+        if field.encode_name not in fields:
             continue
-        value = bytes(given[field.encode_name])
+        value = bytes(fields[field.encode_name])
         try:
             values[field.name], inner = _decode_value(value, field.type)
             misfits += [f"{field.encode_name}.{path}" for path in inner]

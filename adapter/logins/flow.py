@@ -3,11 +3,12 @@
 `LoginRunner` runs a `LoginFlow` for each open login of an owned shard. The flow repeats these steps until the record
 is final:
 
-1. Publish the record's step as an event, if it is not published. 2. Keep one request to iLink for each code that may
-be scanned (`_sync_requests`), and fetch a new code when the newest one is old. 3. Apply the answers to the record by
-compare-and-set: scanned, digits needed, redirected, expired, confirmed. 4. After a confirmation, store the
-credentials first, since iLink may not give them again. Then publish a bind command and wait until it is carried out
-or refused (`_bind`).
+1. Publish the record's step as an event, if it is not published.
+2. Keep one request to iLink for each code that may be scanned (`_sync_requests`), and fetch a new code when the
+   newest one is old.
+3. Apply the answers to the record by compare-and-set: scanned, digits needed, redirected, expired, confirmed.
+4. After a confirmation, store the credentials first, since iLink may not give them again. Then publish a bind command
+   and wait until it is applied or refused (`_bind`).
 
 All state is in the record, so another owner continues from there. The flow never writes a binding itself, and never
 logs a code, digits or a token.
@@ -157,9 +158,9 @@ class LoginFlow:
         await self._cancel_requests(
             {
                 number
-                for number, asked in self._requests.items()
-                if asked.task.done()  # its answer is processed first
-                or (number in wanted and (asked.base_url, asked.digits) == (record.base_url, record.digits))
+                for number, request in self._requests.items()
+                if request.task.done()  # its answer is processed first
+                or (number in wanted and (request.base_url, request.digits) == (record.base_url, record.digits))
             }
         )
         for number, code in wanted.items():
@@ -173,8 +174,8 @@ class LoginFlow:
             self._fetch = asyncio.get_running_loop().create_task(self._fetch_code(record.sandbox))
 
     async def _cancel_requests(self, kept: set[int]) -> None:
-        gone = [self._requests.pop(number) for number in list(self._requests) if number not in kept]
-        await end_all([asked.task for asked in gone])
+        obsolete_requests = [self._requests.pop(number) for number in list(self._requests) if number not in kept]
+        await end_all([request.task for request in obsolete_requests])
 
     async def _read_scan(self, code: LoginCode, record: LoginRecord, pause_s: float) -> Scan | None:
         deps = self._deps
@@ -204,7 +205,7 @@ class LoginFlow:
         due_s = self._fetch_due_s(record) if self._fetch is None else None
         left_s = max(0.0, (record.until_ms - clock.now_ms()) / 1000)
         changed = asyncio.ensure_future(registry.changed.wait_until(lambda: registry.get(self._login) != record))
-        tasks: set[asyncio.Future[Any]] = {changed, *(asked.task for asked in self._requests.values())}
+        tasks: set[asyncio.Future[Any]] = {changed, *(request.task for request in self._requests.values())}
         if self._fetch is not None:
             tasks.add(self._fetch)
         try:
@@ -218,15 +219,15 @@ class LoginFlow:
 
     async def _process_answers(self) -> None:
         """Applies the answers that have arrived. Raises LeaseLost."""
-        for number, asked in list(self._requests.items()):
-            if asked.task.done():
+        for number, request in list(self._requests.items()):
+            if request.task.done():
                 del self._requests[number]
                 try:
-                    scan = asked.task.result()
+                    scan = request.task.result()
                 except Refused as exc:
                     await self._fail_login(exc.reason, exc.detail)
                 else:
-                    await self._on_scan(asked, scan or Scan("wait"))
+                    await self._on_scan(request, scan or Scan("wait"))
         if self._fetch is not None and self._fetch.done():
             fetch, self._fetch = self._fetch, None
             await self._store_code(fetch)
@@ -253,32 +254,32 @@ class LoginFlow:
         if replaced:
             self._deps.metrics.qr_refreshes.inc()
 
-    async def _on_scan(self, asked: _ScanRequest, scan: Scan) -> None:
-        registry, number = self._deps.registry, asked.code.number
+    async def _on_scan(self, request: _ScanRequest, scan: Scan) -> None:
+        registry, number = self._deps.registry, request.code.number
         match scan.status:
             case "wait":
                 pass
             case "confirmed":
                 await self._on_confirmed(number, scan)
             case "scaned_but_redirect":
-                await self._on_redirected(asked, scan.redirect_host)
+                await self._on_redirected(request, scan.redirect_host)
             case "binded_redirect":
                 await self._update_record(lambda record: self._already_bound(record, number))
             case _:
-                await self._update_record(lambda record: registry.apply_scan(record, number, asked.digits, scan))
+                await self._update_record(lambda record: registry.apply_scan(record, number, request.digits, scan))
 
-    async def _on_redirected(self, asked: _ScanRequest, host: str) -> None:
+    async def _on_redirected(self, request: _ScanRequest, host: str) -> None:
         """Continues the same code at another host, or at the current one if none is given."""
-        base_url = asked.base_url
+        base_url = request.base_url
         if host:
             try:
-                base_url = self._deps.logins.redirect_base_url(host, asked.base_url)
+                base_url = self._deps.logins.redirect_base_url(host, request.base_url)
             except Refused as exc:
                 await self._fail_login("url", exc.detail)
                 return
 
         def with_base_url(record: LoginRecord) -> LoginRecord | None:
-            code = code_of(record, asked.code.number)
+            code = code_of(record, request.code.number)
             if code is None or record.token:
                 return None
             if record.status == "wait":

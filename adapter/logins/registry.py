@@ -79,8 +79,8 @@ class LoginRegistry:
     def forget_ended(self) -> None:
         """Drops logins that ended long enough ago."""
         horizon_ms = self._clock.now_ms() - KEEP_ENDED_MS
-        gone = [login for login, record in self if record.is_over and record.changed_ms < horizon_ms]
-        for login in gone:
+        old_logins = [login for login, record in self if record.is_over and record.changed_ms < horizon_ms]
+        for login in old_logins:
             del self._records[login]
 
     async def read(self, login: str) -> LoginRecord:

@@ -323,23 +323,23 @@ class Metrics:
         children: Iterable[tuple[str, ...]] | None = None,
         **labels: Sequence[str],
     ) -> Counter:
-        made = Counter(f"{NAMESPACE}_{name}", _help(text, labels), list(labels), self.registry)
+        metric = Counter(f"{NAMESPACE}_{name}", _help(text, labels), list(labels), self.registry)
         for values in itertools.product(*labels.values()) if children is None else children:
-            made.child(*values)
-        return made
+            metric.child(*values)
+        return metric
 
     def _gauge(self, name: str, text: str, **labels: Sequence[str]) -> Gauge:
-        made = Gauge(name, _help(text, labels), list(labels), namespace=NAMESPACE, registry=self.registry)
+        metric = Gauge(name, _help(text, labels), list(labels), namespace=NAMESPACE, registry=self.registry)
         for values in itertools.product(*labels.values()):
             if values:
-                made.labels(*values)
-        return made
+                metric.labels(*values)
+        return metric
 
     def _histogram(self, name: str, text: str, buckets: Sequence[float], **labels: Sequence[str]) -> Histogram:
-        made = Histogram(f"{NAMESPACE}_{name}", _help(text, labels), list(labels), self.registry, buckets)
+        metric = Histogram(f"{NAMESPACE}_{name}", _help(text, labels), list(labels), self.registry, buckets)
         for values in itertools.product(*labels.values()):
-            made.child(*values)
-        return made
+            metric.child(*values)
+        return metric
 
 
 def _help(text: str, labels: dict[str, Sequence[str]]) -> str:

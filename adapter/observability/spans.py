@@ -31,10 +31,10 @@ class Spans:
     def __init__(self, processor: SpanProcessor, instance: str) -> None:
         """`instance`: this replica's name. OTEL_SERVICE_NAME and OTEL_RESOURCE_ATTRIBUTES give the rest."""
         self._processor = processor
-        given, own = Resource.create(), {"service.instance.id": instance}
-        if str(given.attributes.get("service.name", "")).startswith("unknown_service"):
-            own["service.name"] = "wechat-nats"
-        self._resource = given.merge(Resource(own))
+        resource, attributes = Resource.create(), {"service.instance.id": instance}
+        if str(resource.attributes.get("service.name", "")).startswith("unknown_service"):
+            attributes["service.name"] = "wechat-nats"
+        self._resource = resource.merge(Resource(attributes))
 
     def close(self) -> None:
         """Exports the remaining spans, which may take seconds."""

@@ -101,9 +101,9 @@ class CommandPlacement:
         """Passes the queued commands of a sandbox to their conversations, in order."""
         waiting, previous, one_by_one = self._unplaced[sandbox], _PreviousOwner({}, {}, set()), False
         while waiting:
-            asked = [waiting[0]] if one_by_one else waiting
+            batch = [waiting[0]] if one_by_one else waiting
             try:
-                await self._endings.retry(sandbox, partial(self._look_up, sandbox, asked, previous))
+                await self._endings.retry(sandbox, partial(self._look_up, sandbox, batch, previous))
                 await self._endings.retry(sandbox, partial(self._place, waiting[0], previous))
             except Crashed as exc:
                 if not one_by_one:  # one by one, to find the command at fault shows then
@@ -130,8 +130,8 @@ class CommandPlacement:
         refs = [ref for ref in refs if ref.sequence not in previous.known]
         records = await self._store.load_sandbox(sandbox)
         heads = {user: record.head.commands for user, (record, _) in records.items() if record.head}
-        asked = {ref.sequence: ref for ref in (*refs, *(ref for head in heads.values() for ref in head))}
-        receipts = await self._receipts.find(sandbox, asked.values())
+        refs_by_sequence = {ref.sequence: ref for ref in (*refs, *(ref for head in heads.values() for ref in head))}
+        receipts = await self._receipts.find(sandbox, refs_by_sequence.values())
         for user, head in heads.items():
             if user not in previous.records:
                 actor = await self._conversations.open(sandbox, user, known=records[user])

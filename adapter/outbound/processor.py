@@ -159,10 +159,10 @@ class ShardCommandProcessor:
             if state.user in users or bot in (state.record.bot, state.bot and state.bot.id):
                 actor.refresh_bot()
 
-    def on_unbound(self, gone: Binding) -> None:
+    def on_unbound(self, binding: Binding) -> None:
         """Stores the record of a user without a bot, even if it is not loaded."""
-        if gone.user:
-            self._tasks.spawn(self._endings.retry(gone.sandbox, lambda: self.wake(gone)))
+        if binding.user:
+            self._tasks.spawn(self._endings.retry(binding.sandbox, lambda: self.wake(binding)))
 
     async def _move(self, binding: Binding, unknown: ConversationActor) -> None:
         """Moves the commands of a bot without a known user to the conversation of its user."""
@@ -223,7 +223,7 @@ class ShardCommandProcessor:
         the oldest of them was stored."""
         waiting = 0
         for actor in self:
-            count = sum(1 for one in actor.state.queue if one.parked) if actor.state.reason else 0
+            count = sum(1 for command in actor.state.queue if command.parked) if actor.state.reason else 0
             parked[actor.state.reason] += count
             waiting += count
         in_flight, oldest_ms = self.commands.depth()

@@ -95,18 +95,18 @@ class Receipts:
 
     async def find(self, sandbox: str, refs: Iterable[CommandRef]) -> dict[int, StoredReceipt]:
         """The newest receipts of these commands, by the commands' sequences. Raises Temporary."""
-        wanted: dict[str, list[CommandRef]] = {}
+        refs_by_subject: dict[str, list[CommandRef]] = {}
         for ref in refs:
-            wanted.setdefault(self._subject(sandbox, ref.id), []).append(ref)
+            refs_by_subject.setdefault(self._subject(sandbox, ref.id), []).append(ref)
         found: dict[int, StoredReceipt] = {}
 
         def keep(stored: Stored) -> bool:
             receipt = _read(stored)
-            owners = [ref for ref in wanted[stored.subject] if receipt is not None and _is_of(receipt, ref)]
+            owners = [ref for ref in refs_by_subject[stored.subject] if receipt is not None and _is_of(receipt, ref)]
             found.update((ref.sequence, StoredReceipt(stored.seq, receipt)) for ref in owners if receipt)
-            return len(owners) == len(wanted[stored.subject])
+            return len(owners) == len(refs_by_subject[stored.subject])
 
-        for last in await self._history.read_last_of_each(self._names.stream_event, list(wanted)):
+        for last in await self._history.read_last_of_each(self._names.stream_event, list(refs_by_subject)):
             if not keep(last):  # several commands have the same id
                 async for stored in self._history.read(self._names.stream_event, last.subject):
                     keep(stored)

@@ -3,9 +3,10 @@
 The owner of shard 0 runs the router; the wiring calls `route` for each delivery. A delivery takes these steps:
 
 1. Its sandbox and id are read. A command without a valid sandbox, or that is unreadable, ends here with a receipt or
-a dead letter. 2. It waits for its turn in its sandbox. One batch of copies is in flight for each sandbox: if the
-stream's leader fails, a copy may be lost while the new leader stores a later one. 3. The copy is published with the
-original's sequence, time and id in its headers, and the original is acknowledged.
+   a dead letter.
+2. It waits for its turn in its sandbox. One batch of copies is in flight for each sandbox: if the stream's leader
+   fails, a copy may be lost while the new leader stores a later one.
+3. The copy is published with the original's sequence, time and id in its headers, and the original is acknowledged.
 
 A copy gets its Nats-Msg-Id from the original, so that a copy after a crash is dropped as a duplicate. The stream may
 have forgotten that id after a pause of the lease. Such a copy is marked (H_COPIED_AGAIN), and its conversation drops
@@ -186,17 +187,17 @@ class Router:
         message = Message("out", self._names.out(sandbox), delivery.data, headers, ensure_owner=self._check)
         return sandbox, _Copy(delivery, ident, message)
 
-    async def _copy_batch(self, sandbox: str, left: list[_Copy]) -> None:
+    async def _copy_batch(self, sandbox: str, copies: list[_Copy]) -> None:
         """Copies a batch, even after a long pause of the lease: later commands must not overtake it. Raises LeaseLost
         if another replica may route."""
         while True:
             try:
-                return await self._copy(sandbox, left)
+                return await self._copy(sandbox, copies)
             except LeaseLost as exc:
                 log.info("routing.fenced", reason=exc.reason)
                 if not await self._is_lease_back():
                     raise
-                for copy in left:
+                for copy in copies:
                     # the stream may have forgotten the id of the first copy
                     copy.message.headers[H_COPIED_AGAIN] = "1"
 
@@ -220,26 +221,26 @@ class Router:
             except Crashed:
                 await self._end_or_abandon(copy.delivery, sandbox, copy.ident, _CRASHED)
 
-    async def _copy(self, sandbox: str, left: list[_Copy]) -> None:
+    async def _copy(self, sandbox: str, copies: list[_Copy]) -> None:
         """Copies a batch, and removes the finished copies from it."""
-        for copy in left.copy():
+        for copy in copies.copy():
             # it was refused before; a copy now would be a second result
             if await self._has_ended(copy.delivery, sandbox, copy.ident):
-                left.remove(copy)
+                copies.remove(copy)
                 await copy.delivery.ack()
-        answers = await self._bus.publish_all([copy.message for copy in left])
+        answers = await self._bus.publish_all([copy.message for copy in copies])
         refused = []
-        for copy, answer in zip(left.copy(), answers, strict=True):
+        for copy, answer in zip(copies.copy(), answers, strict=True):
             if isinstance(answer, BusRefused):
                 refused.append((copy, answer))
             else:
-                left.remove(copy)
+                copies.remove(copy)
                 await copy.delivery.ack()
         if refused:
-            await asyncio.gather(*(self._refuse(copy, sandbox, answer, left) for copy, answer in refused))
+            await asyncio.gather(*(self._refuse(copy, sandbox, answer, copies) for copy, answer in refused))
 
-    async def _refuse(self, copy: _Copy, sandbox: str, answer: BusRefused, left: list[_Copy]) -> None:
-        left.remove(copy)
+    async def _refuse(self, copy: _Copy, sandbox: str, answer: BusRefused, copies: list[_Copy]) -> None:
+        copies.remove(copy)
         detail = f"The sandbox's queue refuses it: {answer.detail}"
         await self._end_or_abandon(copy.delivery, sandbox, copy.ident, CommandResult("refused", "backlog", detail))
 

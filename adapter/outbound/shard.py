@@ -191,8 +191,8 @@ class OwnedShard:
         binding = self.bots.binding_of(state.bot.id) if state.bot else None
         if binding is None:
             if command is not None:
-                gone = CommandResult("refused", "not_bound", "The bot no longer serves this sandbox.")
-                self._endings.end_soon(command, gone, Address(state.sandbox, state.record.bot, state.user))
+                result = CommandResult("refused", "not_bound", "The bot no longer serves this sandbox.")
+                self._endings.end_soon(command, result, Address(state.sandbox, state.record.bot, state.user))
             return
         user, token = state.user, state.record.token
         if command is not None:

@@ -130,17 +130,17 @@ class Leases(Membership):
 
     async def _check_claims(self, claims: dict[str, Entry]) -> None:
         """Restores claims that were deleted or overwritten, and gives up those that another replica has."""
-        gone = []
+        deleted_shards = []
         for shard in sorted(self.owned):
             entry, revision = claims.get(str(shard)), self._claim_revisions[shard]
             if entry is not None and entry.revision == revision:
                 continue
             claim = _decode_claim(entry)
             if entry is None or claim is None:
-                gone.append(shard)
+                deleted_shards.append(shard)
             elif entry.revision > revision and claim.owner != self.incarnation:
                 self._on_claim_lost(shard)
-        await asyncio.gather(*(self._restore_claim(shard) for shard in gone))
+        await asyncio.gather(*(self._restore_claim(shard) for shard in deleted_shards))
 
     async def _restore_claim(self, shard: int) -> None:
         claim = msgspec.json.encode(Claim(owner=self.incarnation))
@@ -173,7 +173,7 @@ class Leases(Membership):
 
     async def _claim_free(self, claims: dict[str, Entry]) -> None:
         eligible = [name for name, member in self._live.items() if not member.draining]
-        wanted, orphans = [], set()
+        free_shards, orphans = [], set()
         for shard in range(SHARDS):
             if shard in self.owned:
                 continue
@@ -188,10 +188,10 @@ class Leases(Membership):
                 continue  # it may have been deleted: its owner restores it
             if self._highest_ranked(eligible, shard) == self.incarnation:
                 if not owner or owner == self.incarnation or await self.revoke_if_expired(owner):
-                    wanted.append((shard, owner, revision))
+                    free_shards.append((shard, owner, revision))
             elif owner == self.incarnation:  # a claim or a release landed late
                 await self._write_released(shard, revision)
-        results = await asyncio.gather(*(self._claim_shard(*item) for item in wanted))
+        results = await asyncio.gather(*(self._claim_shard(*item) for item in free_shards))
         self.orphans = orphans - self.owned
         if any(results):
             log.info("shards.claimed", claimed=sum(results), owned=len(self.owned))

@@ -50,11 +50,11 @@ class ReplicaStatus(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tru
 def status_reply(data: bytes, about: Callable[[Sequence[str]], ReplicaStatus]) -> bytes | None:
     """A replica's answer to a request; None: the request is unreadable."""
     try:
-        asked = msgspec.json.decode(data, type=StatusRequest)
+        request = msgspec.json.decode(data, type=StatusRequest)
     except UNDECODABLE as exc:
         log.info("replica_status.unreadable", detail=str(exc))
         return None
-    return msgspec.json.encode(about(asked.bots))
+    return msgspec.json.encode(about(request.bots))
 
 
 def is_idle(answers: Collection[ReplicaStatus], incarnation: str, bot: str, others: Collection[str]) -> bool:

@@ -385,18 +385,18 @@ class Supervisor:
         grace_s = max(1.0, seconds - 1.0)
         while owned := sorted(self._leases.owned):  # a claim in flight may still land
             await asyncio.gather(*(self._give_away(shard, grace_s) for shard in owned))
-        left = set(self._poller_tasks.values())
-        if left:
-            _, left = await asyncio.wait(left, timeout=max(0.1, deadline - self._clock.monotonic()))
-        if left:
-            log.info("polls.cancelled", polls=len(left))
+        tasks = set(self._poller_tasks.values())
+        if tasks:
+            _, tasks = await asyncio.wait(tasks, timeout=max(0.1, deadline - self._clock.monotonic()))
+        if tasks:
+            log.info("polls.cancelled", polls=len(tasks))
             for poller in self.pollers.values():
                 poller.stop(immediately=True)
-            _, left = await asyncio.wait(left, timeout=3.0)
-        for task in left:
+            _, tasks = await asyncio.wait(tasks, timeout=3.0)
+        for task in tasks:
             task.cancel()
-        if left:
-            await asyncio.wait(left, timeout=1.0)
+        if tasks:
+            await asyncio.wait(tasks, timeout=1.0)
 
     # memory and metrics -----------------------------------------------------------------------------
 

@@ -80,8 +80,8 @@ def retry_message(names: Names, seq: int, headers: Mapping[str, str], data: byte
     subject = original_subject(names, headers.get(H_SUBJECT, ""))
     if not is_command(names, subject):
         return None
-    gone = {*DEAD_LETTER_HEADERS, H_SINCE_MS}  # its time to live starts again
-    kept = {k: v for k, v in headers.items() if k not in gone and not k.startswith("Nats-")}
+    own_headers = {*DEAD_LETTER_HEADERS, H_SINCE_MS}  # the retry starts a new time to live
+    kept = {k: v for k, v in headers.items() if k not in own_headers and not k.startswith("Nats-")}
     msg_id = f"retry-{seq}-{headers.get(H_TIME_MS) or '0'}"
     return Message("out", subject, data, kept | {H_MSG_ID: msg_id})
 

@@ -41,27 +41,27 @@ class LoginService:
 
     async def start(self, data: bytes) -> bytes:
         """Fetches the first code and stores the login. The shard's owner continues it."""
-        asked = read_request(data, LoginStart, self._metrics)
-        check_sandbox(asked.sandbox)
+        request = read_request(data, LoginStart, self._metrics)
+        check_sandbox(request.sandbox)
         if not await self._bindings.changed.wait_until(lambda: self._bindings.is_loaded, START_S):
             raise Temporary("starting", "The adapter is starting; ask again in a moment.")
-        if self._registry.count_open(asked.sandbox) >= OPEN_PER_SANDBOX:
+        if self._registry.count_open(request.sandbox) >= OPEN_PER_SANDBOX:
             raise Refused(
                 "invalid", f"{OPEN_PER_SANDBOX} logins of this sandbox are open; cancel some by login.cancel."
             )
-        code = await fetch_code(self._logins, tokens_of(self._bindings.of_sandbox(asked.sandbox), self._sealer))
-        login, record = await self._registry.create(asked, code, login_s=LOGIN_S)
-        return self._encode_answer(login, record, with_png=asked.png)
+        code = await fetch_code(self._logins, tokens_of(self._bindings.of_sandbox(request.sandbox), self._sealer))
+        login, record = await self._registry.create(request, code, login_s=LOGIN_S)
+        return self._encode_answer(login, record, with_png=request.png)
 
     async def status(self, data: bytes) -> bytes:
         """The state of a login, up to a day after its end."""
-        asked = read_request(data, LoginQuery, self._metrics)
-        return self._encode_answer(asked.login, await self._registry.read(asked.login), with_png=asked.png)
+        request = read_request(data, LoginQuery, self._metrics)
+        return self._encode_answer(request.login, await self._registry.read(request.login), with_png=request.png)
 
     async def verify(self, data: bytes) -> bytes:
         """Takes the digits that the phone shows, if they are needed."""
-        asked = read_request(data, LoginVerify, self._metrics)
-        digits = self._registry.seal_digits(asked.login, asked.code)
+        request = read_request(data, LoginVerify, self._metrics)
+        digits = self._registry.seal_digits(request.login, request.code)
 
         def with_digits(record: LoginRecord) -> LoginRecord:
             if record.is_over:
@@ -70,11 +70,13 @@ class LoginService:
                 raise Refused("invalid", "No digits are asked for: wait until the status is need_verify_code.")
             return structs.replace(record, digits=digits)
 
-        return self._encode_answer(asked.login, await self._registry.update(asked.login, with_digits), with_png=False)
+        return self._encode_answer(
+            request.login, await self._registry.update(request.login, with_digits), with_png=False
+        )
 
     async def cancel(self, data: bytes) -> bytes:
         """Ends a login. A finished one stays as it is."""
-        asked = read_request(data, LoginQuery, self._metrics)
+        request = read_request(data, LoginQuery, self._metrics)
 
         def as_cancelled(record: LoginRecord) -> LoginRecord | None:
             if record.is_over:
@@ -84,7 +86,7 @@ class LoginService:
             return self._registry.next_step(record, status="cancelled")
 
         return self._encode_answer(
-            asked.login, await self._registry.update(asked.login, as_cancelled), with_png=False
+            request.login, await self._registry.update(request.login, as_cancelled), with_png=False
         )
 
     def _encode_answer(self, login: str, record: LoginRecord, *, with_png: bool) -> bytes:

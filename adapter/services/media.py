@@ -36,10 +36,10 @@ class MediaService:
         self._max_bytes = max_bytes
         self._completing = FairSlots(COMPLETING, share=1)
 
-    async def get(self, asked: SandboxRequest) -> SandboxResponse:
+    async def get(self, request: SandboxRequest) -> SandboxResponse:
         """media.get: a piece of an object. Raises Refused (invalid, not_found), Temporary."""
-        sandbox = check_sandbox(asked.sandbox)
-        query = read_request(asked.data, MediaQuery, self._metrics)
+        sandbox = check_sandbox(request.sandbox)
+        query = read_request(request.data, MediaQuery, self._metrics)
         if query.after > MAX_SEQ:
             raise invalid_request(
                 ValueError("`after` is the header Wechat-Next of the answer before."), self._metrics
@@ -58,18 +58,18 @@ class MediaService:
             headers[H_NEXT] = str(after)
         return SandboxResponse(piece, headers)
 
-    async def put(self, asked: SandboxRequest) -> SandboxResponse:
+    async def put(self, request: SandboxRequest) -> SandboxResponse:
         """media.put: stores a piece. Raises Refused("invalid"), Temporary, BusRefused (the store is full)."""
-        sandbox = check_sandbox(asked.sandbox)
+        sandbox = check_sandbox(request.sandbox)
         try:
-            piece = msgspec.convert(asked.headers, MediaPiece, strict=False)
+            piece = msgspec.convert(request.headers, MediaPiece, strict=False)
         except msgspec.ValidationError as exc:
             raise invalid_request(exc, self._metrics) from exc
         name = f"{sandbox}/out/{piece.upload}"
-        end = piece.offset + len(asked.data)
-        self._check_size(piece, len(asked.data), end)
+        end = piece.offset + len(request.data)
+        self._check_size(piece, len(request.data), end)
         try:
-            size = await self._objects.append(name, piece.offset, asked.data)
+            size = await self._objects.append(name, piece.offset, request.data)
             if not piece.last:
                 return _encode_answer(Media(object=name, size=size))
             if size != end:

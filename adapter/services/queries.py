@@ -88,25 +88,25 @@ class Queries:
         """window: what may be sent to a user now. Raises Refused, Temporary."""
         return await self._answer_window(_require_sandbox(read_request(data, WindowQuery, self._metrics)))
 
-    async def query_window_of_sandbox(self, asked: SandboxRequest) -> SandboxResponse:
+    async def query_window_of_sandbox(self, request: SandboxRequest) -> SandboxResponse:
         """window.<sandbox>: the same for a user of this sandbox. Raises Refused, Temporary."""
-        return SandboxResponse(await self._answer_window(self._read_sandbox_query(asked, WindowQuery)), {})
+        return SandboxResponse(await self._answer_window(self._read_sandbox_query(request, WindowQuery)), {})
 
     async def query_receipt(self, data: bytes) -> bytes:
         """receipt: the last receipt of a command. Raises Refused, Temporary."""
         return await self._answer_receipt(_require_sandbox(read_request(data, ReceiptQuery, self._metrics)))
 
-    async def query_receipt_of_sandbox(self, asked: SandboxRequest) -> SandboxResponse:
+    async def query_receipt_of_sandbox(self, request: SandboxRequest) -> SandboxResponse:
         """receipt.<sandbox>: the same for a command of this sandbox. Raises Refused, Temporary."""
-        return SandboxResponse(await self._answer_receipt(self._read_sandbox_query(asked, ReceiptQuery)), {})
+        return SandboxResponse(await self._answer_receipt(self._read_sandbox_query(request, ReceiptQuery)), {})
 
     async def query_replay(self, data: bytes) -> bytes:
         """replay: a sandbox's inbound messages again, from a sequence or a time. Raises Refused, Temporary."""
         return await self._answer_replay(_require_sandbox(read_request(data, ReplayQuery, self._metrics)))
 
-    async def query_replay_of_sandbox(self, asked: SandboxRequest) -> SandboxResponse:
+    async def query_replay_of_sandbox(self, request: SandboxRequest) -> SandboxResponse:
         """replay.<sandbox>: the same for this sandbox. Raises Refused, Temporary."""
-        return SandboxResponse(await self._answer_replay(self._read_sandbox_query(asked, ReplayQuery)), {})
+        return SandboxResponse(await self._answer_replay(self._read_sandbox_query(request, ReplayQuery)), {})
 
     async def _answer_window(self, query: WindowQuery) -> bytes:
         found = [
@@ -162,17 +162,17 @@ class Queries:
 
     def _find_bindings(self, sandbox: str | None, bot: str | None) -> list[Binding]:
         """The bindings that match all given names. Raises Refused("not_bound")."""
-        one = self._bindings.get(bot) if bot is not None else None
-        found = self._bindings.of_sandbox(sandbox or "") if bot is None else [one] if one else []
+        binding = self._bindings.get(bot) if bot is not None else None
+        found = self._bindings.of_sandbox(sandbox or "") if bot is None else [binding] if binding else []
         found = [binding for binding in found if sandbox in (None, binding.sandbox)]
         if not found:
             raise _not_bound()
         return found
 
-    def _read_sandbox_query(self, asked: SandboxRequest, kind: type[S]) -> S:
+    def _read_sandbox_query(self, request: SandboxRequest, kind: type[S]) -> S:
         """The request, for the sandbox in its subject. Raises Refused("invalid")."""
-        sandbox = check_sandbox(asked.sandbox)
-        query = read_request(asked.data, kind, self._metrics)
+        sandbox = check_sandbox(request.sandbox)
+        query = read_request(request.data, kind, self._metrics)
         if query.sandbox not in (None, sandbox):
             raise Refused("invalid", "The body names another sandbox than the subject.")
         return msgspec.structs.replace(query, sandbox=sandbox)
