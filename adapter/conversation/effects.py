@@ -53,7 +53,7 @@ class EffectRunner:
                     await self._apply_event(event)
 
     async def _apply_event(self, event: rules.Input) -> None:
-        """Applies one input and carries out its effects. Long ones go on in the background (OutstandingWork)."""
+        """Applies one input and carries out its effects. Long ones continue in the background (OutstandingWork)."""
         now_ms = self._deps.clock.now_ms()
         self._memory.state, effects = rules.step(self._memory.state, event, now_ms, self._deps.policy)
         if self._memory.state.activity not in _WAITS:

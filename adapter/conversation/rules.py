@@ -73,7 +73,7 @@ MERGED_AT_ONCE = 32
 RECEIPTS_PER_STEP = 16
 """Most commands that are parked or refused in one step, so that an inbound message waits for no more than these."""
 ATTEMPTS = 8
-"""They take two minutes. A command that iLink does not take by then must not hold up the user's other commands."""
+"""They take two minutes. A command that iLink does not accept by then must not delay the user's other commands."""
 REPEAT_PAUSE_MS = 1000
 """Pause before the repeat of a request that got no answer, or got -14 while the session is alive."""
 GROUP_WAIT_MS = 10_000

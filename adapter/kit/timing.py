@@ -16,7 +16,7 @@ import structlog
 T = TypeVar("T")
 
 DELAYED_TIMER_S = 0.1
-"""Delay at which a timer was held up, by a stop of the process or by much work."""
+"""Delay from which on a timer counts as late, after a stop of the process or much work."""
 DELAYED_GRACE_S = 1.0
 """Longest time to read all sockets then, even thousands."""
 READ_GRACE_S = 0.1
@@ -241,7 +241,7 @@ class RateLimiter:
 
 class PerTickLimiter:
     """Lets at most `per_round` tasks continue in each turn of the event loop, first come, first served. Thousands in
-    one turn would hold up all others, and the lease."""
+    one turn would delay all others, and the lease."""
 
     def __init__(self, per_round: int) -> None:
         self._per_tick = per_round

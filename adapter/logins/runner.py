@@ -71,7 +71,7 @@ class LoginRunner:
             except (LeaseLost, Refused) as exc:  # Refused: the record was deleted
                 log.info("login.abandoned", login=login[:6], reason=exc.reason)
                 return
-            except Exception:  # a bug: this login pauses, and the others go on
+            except Exception:  # a bug: this login pauses, and the others continue
                 log.exception("login.crashed", login=login[:6])
             await self._deps.clock.sleep(5.0)
 

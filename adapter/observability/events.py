@@ -114,7 +114,7 @@ class Events:
         await self._publish_event(event.sandbox, "erased", msgspec.json.encode(event), msg_id)
 
     async def publish_receipt(self, receipt: contract.Receipt, *, traceparent: str, expected: int) -> int:
-        """Publishes a receipt. Returns its sequence. `traceparent`: that of the command, whose trace goes on.
+        """Publishes a receipt. Returns its sequence. `traceparent`: that of the command, whose trace it continues.
 
         `expected`: sequence of the subject's last receipt; 0: none. Raises Conflict.
         """

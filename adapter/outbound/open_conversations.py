@@ -72,8 +72,8 @@ class OpenConversations:
         return self._actors.get(sandbox, {}).pop(unknown_user(bot), None)
 
     def forget_unserved(self, sandbox: str) -> None:
-        """Lets go of what is known of users whom no bot served: who is served again is read back, since their record
-        may have been erased."""
+        """Removes idle conversations of users without a bot. Their records may have been erased, so they are read
+        again for the next bot."""
         actors = self._actors.get(sandbox, {})
         for key in [key for key, actor in actors.items() if actor.state.record.unserved and actor.try_stop()]:
             del actors[key]

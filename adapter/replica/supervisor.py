@@ -349,7 +349,7 @@ class Supervisor:
         await self._publish_released()
 
     async def _end_dispatch(self, shard: int) -> None:
-        """Ends the dispatchers. Polls go on and store their answers, which the next owner dispatches."""
+        """Ends the dispatchers. Polls continue and store their answers, which the next owner dispatches."""
         bots = [binding.bot for binding in self._bindings.of_shard(shard)]
         pollers = [poller for bot in bots if (poller := self.pollers.get(bot)) is not None]
 
