@@ -106,7 +106,8 @@ class Inbox:
     async def _pull(self, pulled: Subscription, reply: str) -> None:
         """One request, and what comes of it. It ends with the connection, too: the server forgets it then."""
         loop = asyncio.get_running_loop()
-        reconnects, wanted = self._nc.stats["reconnects"], IN_FLIGHT - len(self._open)
+        reconnects = self._nc.stats["reconnects"]
+        wanted = IN_FLIGHT - len(self._open) if self._nc.is_connected or self._nc.is_closed else 0
         if wanted > 0:
             body = {"batch": wanted, "max_bytes": PULL_BYTES, "expires": int(EXPIRES_S * 1e9)}
             await self._nc.publish(self._pull_subject, msgspec.json.encode(body), reply=reply)

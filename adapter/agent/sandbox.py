@@ -45,6 +45,7 @@ from adapter.settings import Settings
 
 ANSWER_S = 5.0
 CONNECT_S = 6.0
+RECONNECT_S = 0.5
 TOO_MANY_REQUESTS = 10167
 """JetStream's `err_code` where others send more than the stream takes in."""
 FULL_S = 60.0
@@ -209,6 +210,8 @@ class Sandbox:
             raise Refused("too_large", f"The command has {len(payload)} bytes; {COMMAND_BYTES} fit.")
         failures = 0
         while True:
+            while not (self._nc.is_connected or self._nc.is_closed):  # nats-py would keep each try, and send them all
+                await asyncio.sleep(RECONNECT_S)
             failures += 1
             wait_s = backoff(failures, first_s=0.2, longest_s=5.0)
             try:
@@ -295,7 +298,7 @@ async def connect(nc: BusClient, settings: Settings, name: str, errors: deque[Ex
     except (NatsError, OSError, TimeoutError) as exc:
         raise Temporary("bus_down", f"NATS is not reachable: {errors[-1] if errors else exc}") from exc
     # only now: with a wrong password the first connect would go on for ever
-    nc.options |= {"allow_reconnect": True, "max_reconnect_attempts": -1, "reconnect_time_wait": 0.5}
+    nc.options |= {"allow_reconnect": True, "max_reconnect_attempts": -1, "reconnect_time_wait": RECONNECT_S}
 
 
 def forbidden(does: str, subject: str) -> AdapterError:
