@@ -66,8 +66,8 @@ from adapter.conversation.window import WindowPolicy
 from adapter.ports import Content, Uploaded
 
 MAX_RESENDS = 1
-"""Repeats of a request that got no answer. They have the same client_id, so WeChat shows the message once
-(docs/reference/ilink-protocol.md, "sendmessage")."""
+"""Repeats of a request that got no answer. They have the same client_id, by which clients expect WeChat to show the
+message once (docs/reference/ilink-protocol.md, "sendmessage")."""
 MERGED_AT_ONCE = 32
 """Most texts in one merged message. A record remembers as many ids."""
 RECEIPTS_PER_STEP = 16
