@@ -26,7 +26,7 @@ class Mailbox:
     """Queues inputs and processes them. After `stop` it accepts no input: the waiter gets LeaseLost."""
 
     def __init__(self, sandbox: str, on_empty: Callable[[], None], turns: PerTickLimiter) -> None:
-        """`on_empty`: called when the task ends since no input is left."""
+        """`on_empty`: called when the task ends because no input is left."""
         self.handle: Callable[[rules.Input], Awaitable[None]] = _ignore_input
         """Processes an input."""
         self._sandbox = sandbox
