@@ -20,6 +20,10 @@ from adapter.kit.children import die_with_parent
 
 GRACE_S = 3.0
 """Between SIGTERM and SIGKILL."""
+REST_S = 1.0
+"""For what a program that has ended has printed, if one of its children keeps the output open."""
+POLL_S = 0.02
+"""How often an end is looked for: `Process.wait` waits for the end of the output, too."""
 OURS = ("NATS_", "WECHAT_NATS_", "AGENTS_NATS_")
 """How the variables begin that a program does not inherit: what a user writes may have it print all that it knows."""
 
@@ -43,13 +47,12 @@ class Program:
         try:
             async with asyncio.timeout(self._timeout_s):
                 output = await self._converse(process, turn.message.text)
-                code = 0 if len(output) > self._max_output else await process.wait()
         except TimeoutError:
             raise Temporary("timeout", f"The program took more than {self._timeout_s:g} s.") from None
         finally:
             await _end(process)
-        if code:
-            raise Temporary("exit_code", f"The program ended with exit code {code}.")
+        if len(output) <= self._max_output and process.returncode:
+            raise Temporary("exit_code", f"The program ended with exit code {process.returncode}.")
         return Answer(cut(output, self._max_output))
 
     async def _start(self, turn: Turn) -> Process:
@@ -70,24 +73,38 @@ class Program:
             raise Temporary("not_started", f"The program does not start: {exc.strerror}.") from exc
 
     async def _converse(self, process: Process, text: str) -> bytes:
-        """What it prints, up to one byte more than is allowed."""
+        """What it prints until it ends; where that is more than is allowed, the beginning."""
         assert process.stdin is not None
         assert process.stdout is not None
         process.stdin.write(text.encode(errors="replace"))
         process.stdin.close()  # a program that does not read its input is none of our business
-        output = b""
-        while len(output) <= self._max_output and (block := await process.stdout.read(65536)):
+        output = bytearray()
+        reading = asyncio.create_task(self._read(process.stdout, output))
+        try:
+            while process.returncode is None and len(output) <= self._max_output:
+                await asyncio.sleep(POLL_S)
+            await asyncio.wait({reading}, timeout=REST_S)
+        finally:
+            reading.cancel()
+        return bytes(output)
+
+    async def _read(self, stdout: asyncio.StreamReader, output: bytearray) -> None:
+        while len(output) <= self._max_output and (block := await stdout.read(65536)):
             output += block
-        return output
 
 
 async def _end(process: Process) -> None:
     """Ends a program that still runs, and what it has started in its group."""
-    for number in (signal.SIGTERM, signal.SIGKILL):
-        if process.returncode is not None:
-            return
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, number)
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(GRACE_S):
-                await process.wait()
+    if process.returncode is None:
+        await _signal_group(process, signal.SIGTERM)
+    await _signal_group(process, signal.SIGKILL)
+
+
+async def _signal_group(process: Process, number: int) -> None:
+    """Returns once the program has ended, or after GRACE_S."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, number)
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(GRACE_S):
+            while process.returncode is None:
+                await asyncio.sleep(POLL_S)

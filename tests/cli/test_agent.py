@@ -1,15 +1,25 @@
-"""What `agent` refuses before it begins, and how it signs. `tests/e2e/test_agent.py` has it at work."""
+"""What `agent` refuses before it begins, how it signs, and what it leaves of a program. `tests/e2e/test_agent.py` has
+it at work."""
 
 from __future__ import annotations
 
+import asyncio
 import base64
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 
+from adapter.agent import Message, Sandbox
+from adapter.agent.inbox import Delivery
+from adapter.agent.program import Program
+from adapter.agent.runner import Turn
 from adapter.agent.webhook import sign
 from adapter.cli.embedded import EmbeddedNats
+from adapter.contract.messages import Inbound, OutItem, TextItem
+from adapter.settings import Settings
 from tests.cli.conftest import Command
+from tests.cli.process import alive, until
 
 SECRET = f"whsec_{base64.b64encode(bytes(32)).decode()}"
 
@@ -59,3 +69,43 @@ def test_the_signature_is_that_of_standard_webhooks() -> None:
     key = base64.b64decode("MfKQ9r8GKYqrTwjUPD8ILPZIo2LaLaSw")
     signature = sign(key, "msg_p5jXN8AQM9LWM0D4loKWxJek", 1614265330, b'{"test": 2432232314}')
     assert signature == "v1,g0hM9SsE+OTPJTGt/tmIKtSyZlE3uFJELVlNIOLJ1OE="
+
+
+async def nobody(_question: str, _items: Sequence[OutItem], _ident: str) -> str:
+    raise AssertionError("a program asks nothing")
+
+
+def turn(text: str = "hello") -> Turn:
+    """A message of a user, as a program is run for it."""
+    inbound = Inbound(
+        id="m1",
+        sandbox="s1",
+        bot="b1",
+        user="u1",
+        sent_at_ms=0,
+        received_at_ms=0,
+        text=text,
+        items=[TextItem(text=text)],
+    )
+    return Turn(Message(Sandbox("s1", Settings()), Delivery(inbound, 1, "")), "session", nobody)
+
+
+def running(program: str, folder: Path) -> Program:
+    """A script for sh, in a folder."""
+    script = folder / "program.sh"
+    script.write_text(f"cd {folder}\n{program}")
+    return Program(f"sh {script}", timeout_s=30, max_output=100)
+
+
+async def test_an_answer_waits_for_no_child_of_the_program_and_none_is_left(tmp_path: Path) -> None:
+    answer = await running("sleep 600 & echo $!", tmp_path)(turn())
+    await until(lambda: not alive(int(answer.text)))
+
+
+async def test_a_child_that_ignores_sigterm_ends_with_its_program(tmp_path: Path) -> None:
+    program = running("(trap '' TERM; touch ready; sleep 600) & echo $! >pid; wait", tmp_path)
+    run = asyncio.ensure_future(program(turn()))
+    await until((tmp_path / "ready").exists)
+    run.cancel()
+    await asyncio.wait({run})
+    await until(lambda: not alive(int((tmp_path / "pid").read_text())))
