@@ -107,7 +107,9 @@ class Inbox:
         """One request, and what comes of it. It ends with the connection, too: the server forgets it then."""
         loop = asyncio.get_running_loop()
         reconnects = self._nc.stats["reconnects"]
-        wanted = IN_FLIGHT - len(self._open) if self._nc.is_connected or self._nc.is_closed else 0
+        held = self._held_until - loop.time() > GATHER_S  # newer ones would take the place of what is not yet due
+        away = not (self._nc.is_connected or self._nc.is_closed)  # and nats-py would keep the pull for later
+        wanted = 0 if held or away else IN_FLIGHT - len(self._open)
         if wanted > 0:
             body = {"batch": wanted, "max_bytes": PULL_BYTES, "expires": int(EXPIRES_S * 1e9)}
             await self._nc.publish(self._pull_subject, msgspec.json.encode(body), reply=reply)

@@ -7,13 +7,17 @@ from typing import Any
 
 import msgspec
 import pytest
+from nats.errors import ConnectionClosedError
 
 from adapter.agent import Sandbox
 from adapter.agent import inbox as inbox_module
+from adapter.agent.inbox import IN_FLIGHT, Inbox
 from adapter.contract.messages import Inbound, InboundItem, TextItem
+from adapter.jetstream.client import BusClient
 from adapter.jetstream.core import CoreNats
 from adapter.jetstream.managed_connection import connect_options
 from tests.bus.rig import NAMES, Rig
+from tests.e2e.waiting import eventually
 
 
 class Person:
@@ -24,7 +28,7 @@ class Person:
         self.said = 0
 
     async def say(self, count: int = 1) -> None:
-        """Texts are the sequences of the stream."""
+        """Texts are the numbers from one on."""
         nc = await self.rig.bus.client()
         for number in range(self.said + 1, self.said + count + 1):
             text = str(number)
@@ -40,6 +44,33 @@ class Person:
     async def commands(self) -> list[dict[str, Any]]:
         """What the sandbox has stored."""
         return [msgspec.json.decode(data) for data in await self.rig.read(NAMES.stream_out, ">")]
+
+
+class Agent:
+    """A process that holds messages of the sandbox. `kill` leaves them to the server, as `kill -9` does."""
+
+    def __init__(self, person: Person) -> None:
+        self._bus = person.rig.bus
+        self._nc = BusClient()
+        self.inbox = Inbox(self._nc, NAMES, "s1", lambda: None)
+
+    async def start(self) -> None:
+        await self._nc.connect(self._bus.server.url)
+        self._pulling = asyncio.create_task(self.inbox.run())
+
+    async def kill(self) -> None:
+        await self._nc.close()
+        with pytest.raises(ConnectionClosedError):
+            await self._pulling
+
+    async def taken(self, count: int) -> list[int]:
+        """The texts of so many deliveries, each acknowledged."""
+        texts = []
+        for _ in range(count):
+            delivery = await self.inbox.next_delivery()
+            texts.append(int(delivery.inbound.text))
+            await self.inbox.finish(delivery)
+        return texts
 
 
 @pytest.fixture
@@ -76,3 +107,41 @@ async def test_a_reply_waits_for_the_bus_however_long_it_is_away(
         await person.say()
         assert (await anext(messages)).text == "2"
     assert [command["text"] for command in await person.commands()] == ["x" * 200]
+
+
+async def shorten_ack_wait(person: Person, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A second instead of half a minute."""
+    monkeypatch.setattr(inbox_module, "ACK_WAIT_S", 1.0)
+    monkeypatch.setattr(inbox_module, "KEEP_ALIVE_S", 0.2)
+    nc = await person.rig.bus.client()
+    info = await nc.jetstream().consumer_info(NAMES.stream_in, "s1")
+    info.config.ack_wait = 1.0
+    await nc.jetstream().add_consumer(NAMES.stream_in, info.config)
+    await nc.close()
+
+
+async def in_work(person: Person, count: int) -> None:
+    """Returns once so many deliveries are not acknowledged."""
+    nc = await person.rig.bus.client()
+
+    async def as_many() -> bool:
+        info = await nc.jetstream().consumer_info(NAMES.stream_in, "s1")
+        return bool(info.num_ack_pending == count)
+
+    await eventually(as_many, f"{count} are in work")
+    await nc.close()
+
+
+async def test_the_order_holds_where_a_process_dies_with_all_that_it_may_hold(
+    person: Person, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await shorten_ack_wait(person, monkeypatch)
+    await person.say(IN_FLIGHT * 3)
+    first, second = Agent(person), Agent(person)
+    await first.start()
+    await in_work(person, IN_FLIGHT)
+    await first.kill()
+    second.inbox.hold("The first one died.")
+    await second.start()
+    assert await second.taken(IN_FLIGHT * 3) == list(range(1, IN_FLIGHT * 3 + 1))
+    await second.kill()
