@@ -511,13 +511,17 @@ class Control:
             self._recently_read.pop(binding.sandbox, None)  # it contains the person's id
 
         async def finish() -> None:
+            answer, reason = ControlAnswer(ok=False, id=command.id or ""), "handed_over"
             try:
                 answer = await self._eraser.run(command, [binding.bot for binding in bound], self._turn)
             except AdapterError as exc:
-                log.warning("person.not_erased", reason=exc.reason)
-                error = f"The erasure is not complete ({exc.reason}): erase again."
-                answer = ControlAnswer(ok=False, id=command.id or "", error=error)
-            await self._send_answer(delivery, structs.replace(answer, bindings=[binding.info() for binding in bound]))
+                reason = exc.reason
+            finally:  # also when another replica takes the commands over
+                if not answer.ok and not answer.error:
+                    log.warning("person.not_erased", reason=reason)
+                    answer = structs.replace(answer, error=f"The erasure is not complete ({reason}): erase again.")
+                bindings = [binding.info() for binding in bound]
+                await self._send_answer(delivery, structs.replace(answer, bindings=bindings))
 
         self._tasks.spawn(finish())
 

@@ -34,6 +34,9 @@ Kind: TypeAlias = Literal[
 MARK_S = 60
 """Time to live of the delete marker of a conversation, whose key names the user."""
 LOOK_S = 0.5
+UNSERVED_WAIT_S = 10.0
+"""Time for conversations to be stored as unserved, which takes their owner a second. A conversation that nobody has
+in memory, such as one of a shard that is being handed over, is not stored so."""
 RELEASE_WAIT_S = 30.0
 """Time for the owners of a person's bots and conversations to release them, in addition to the wait for media."""
 
@@ -205,7 +208,7 @@ class Erasure:
         """By sandbox, or "" for data without a sandbox."""
         if not command.dry_run:
             await self.wait_released(unbound)
-            await self._wait_until(lambda: self._is_unserved(command))
+            await self._wait_until(lambda: self._is_unserved(command), UNSERVED_WAIT_S)
         messages = []
         async for found in self._search(command):
             counts.setdefault(found.sandbox, Counter())[found.kind] += 1
@@ -232,10 +235,10 @@ class Erasure:
         """Returns once the owners of unbound bots have dispatched their messages and released the bots, or after a
         timeout. Raises Temporary."""
         for bot in bots:
-            await self._wait_until(partial(self._is_released, bot))
+            await self._wait_until(partial(self._is_released, bot), self._released_s)
 
-    async def _wait_until(self, holds: Callable[[], Awaitable[bool]]) -> None:
-        until = self._clock.monotonic() + self._released_s
+    async def _wait_until(self, holds: Callable[[], Awaitable[bool]], seconds: float) -> None:
+        until = self._clock.monotonic() + seconds
         while not await holds() and self._clock.monotonic() < until:
             await self._clock.sleep(LOOK_S)
 

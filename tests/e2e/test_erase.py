@@ -47,6 +47,17 @@ async def erase(made: World, nc: Client, bot: BotRecord, ident: str) -> ControlA
     return await made.control(nc, NAMES.erase, msgspec.json.encode(Erase(user=bot.user, id=ident)))
 
 
+async def erased(made: World, nc: Client, bot: BotRecord, ident: str) -> ControlAnswer:
+    """The answer of the request that finished. One that shard 0 leaves, or whose owner died, says so."""
+    answer, number = await erase(made, nc, bot, ident), 0
+    while not answer.ok:
+        assert "erase again" in answer.error
+        await asyncio.sleep(1)
+        number += 1
+        answer = await erase(made, nc, bot, f"{ident}-{number}")
+    return answer
+
+
 async def test_a_person_is_erased_whichever_replica_has_them(tmp_path: Path) -> None:
     """Conversations and bots are spread over three replicas; one alone carries the requests out."""
     async with world(tmp_path) as made:
@@ -55,8 +66,7 @@ async def test_a_person_is_erased_whichever_replica_has_them(tmp_path: Path) -> 
         nc = await made.nc()
         bots = await talked(made, nc, 6)
         for sandbox, bot in [*bots.items()][:3]:
-            answer = await erase(made, nc, bot, sandbox)
-            assert (answer.ok, answer.left, answer.counts["message"]) == (True, {}, 3), answer
+            assert (await erased(made, nc, bot, sandbox)).left == {}
         gone = [word for s in ("s0", "s1", "s2") for word in (bots[s].user, bots[s].bot, f"of {s}.", f"answer a-{s}")]
         assert await naming(nc, *gone) == []
         for adapter in made.adapters:  # what they have in memory, they write as they stop
@@ -83,10 +93,7 @@ async def test_an_erasure_that_its_replica_did_not_survive_is_finished_by_the_ne
         await eventually(is_unbound, "the person is unbound")
         await made.adapters[0].kill()
         await made.adapters[0].start()
-        answer = await erase(made, nc, bots["s0"], "second")
-        while not answer.ok:  # what the dead one polled is released once its lease has run out
-            await asyncio.sleep(1)
-            answer = await erase(made, nc, bots["s0"], f"again-{asyncio.get_running_loop().time()}")
+        await erased(made, nc, bots["s0"], "second")
         assert await naming(nc, bots["s0"].user, bots["s0"].bot, "of s0.", "answer a-s0") == []
         assert len(await naming(nc, "of s1.")) >= 3
         await nc.close()
