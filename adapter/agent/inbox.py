@@ -22,6 +22,7 @@ import structlog
 from nats.aio.client import Client
 from nats.aio.msg import Msg
 from nats.aio.subscription import Subscription
+from nats.errors import ConnectionClosedError
 from nats.errors import Error as NatsError
 
 from adapter.contract.messages import Inbound, InboundItem
@@ -95,15 +96,15 @@ class Inbox:
     async def run(self) -> None:
         """Pulls until cancelled. Raises what `check` raises, and NatsError once the connection is closed for good."""
         inbox = self._nc.new_inbox()
-        pulled = await self._nc.subscribe(f"{inbox}.*")
+        pulled: asyncio.Queue[Msg] = asyncio.Queue()  # unlike `next_msg`, it loses nothing when cancelled
+        subscription = await self._nc.subscribe(f"{inbox}.*", cb=pulled.put)
         try:
             for number in itertools.count():
                 await self._pull(pulled, f"{inbox}.{number}")
-        finally:  # what is given back must not come here once more
-            with contextlib.suppress(NatsError):
-                await pulled.unsubscribe()
+        finally:
+            await self._take_rest(subscription, pulled)
 
-    async def _pull(self, pulled: Subscription, reply: str) -> None:
+    async def _pull(self, pulled: asyncio.Queue[Msg], reply: str) -> None:
         """One request, and what comes of it. It ends with the connection, too: the server forgets it then."""
         loop = asyncio.get_running_loop()
         reconnects = self._nc.stats["reconnects"]
@@ -118,8 +119,11 @@ class Inbox:
             self._check()
             await self._keep_alive()
             try:
-                msg = await pulled.next_msg(timeout=TICK_S)
+                async with asyncio.timeout(TICK_S):
+                    msg = await pulled.get()
             except TimeoutError:
+                if self._nc.is_closed:
+                    raise ConnectionClosedError from None
                 if loop.time() > until or self._nc.stats["reconnects"] != reconnects:
                     return
                 continue
@@ -135,6 +139,17 @@ class Inbox:
                 if status != "408":  # there is none, or it is gone: no hurry
                     await asyncio.sleep(TICK_S)
                 return
+
+    async def _take_rest(self, subscription: Subscription, pulled: asyncio.Queue[Msg]) -> None:
+        """Takes what is on its way, which is given back, too; what is given back does not come here once more."""
+        if self._nc.is_connected:
+            with contextlib.suppress(NatsError, TimeoutError):
+                await subscription.drain()  # type: ignore[no-untyped-call]
+                while not pulled.empty():
+                    if (msg := pulled.get_nowait()).reply.startswith(ACK):
+                        await self._take(msg)
+                return
+        self.hold("What was on its way got lost with the connection.")
 
     async def _take(self, msg: Msg) -> None:
         delivered = msg.metadata

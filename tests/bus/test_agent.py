@@ -63,6 +63,14 @@ class Agent:
         with pytest.raises(ConnectionClosedError):
             await self._pulling
 
+    async def stop(self) -> bool:
+        """As SIGTERM does; whether all was given back."""
+        self._pulling.cancel()
+        await asyncio.wait({self._pulling})
+        given_back = await self.inbox.give_back()
+        await self._nc.close()
+        return given_back
+
     async def taken(self, count: int) -> list[int]:
         """The texts of so many deliveries, each acknowledged."""
         texts = []
@@ -144,4 +152,16 @@ async def test_the_order_holds_where_a_process_dies_with_all_that_it_may_hold(
     second.inbox.hold("The first one died.")
     await second.start()
     assert await second.taken(IN_FLIGHT * 3) == list(range(1, IN_FLIGHT * 3 + 1))
+    await second.kill()
+
+
+async def test_what_arrives_while_a_process_ends_is_given_back(person: Person) -> None:
+    first, second = Agent(person), Agent(person)
+    await first.start()
+    await person.say(200)
+    await first.inbox.next_delivery()
+    assert await first.stop()
+    await person.say()
+    await second.start()
+    assert await second.taken(201) == list(range(1, 202))
     await second.kill()
