@@ -206,7 +206,11 @@ async def test_logins_whose_bucket_was_deleted_are_begun_anew(tmp_path: Path) ->
         made.sim.confirm(newest(made))
         await reaches(nc, again, "confirmed")
         await until(lambda: made.sim.stats().parked == 2, "the new bot is polled")
-        assert await adapter.unready() == {}
+
+        async def is_ready() -> bool:
+            return await adapter.unready() == {}
+
+        await eventually(is_ready, "the replica has seen the new bucket")
 
 
 async def restore(nc: Client, folder: Path) -> None:

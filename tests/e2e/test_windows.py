@@ -113,6 +113,11 @@ async def test_time_that_passes_while_nobody_runs_is_told(tmp_path: Path) -> Non
         await made.bind(nc, "s1", made.sim.add_bot())
         made.say("s1", "hello")
         await comes(nc, OPENED)
+
+        async def is_stored() -> bool:
+            return bool(await stream(nc, f"KV_{NAMES.conversations}", ">"))
+
+        await eventually(is_stored, "the window is stored")
         await first.kill()
         await made.add_adapter()
         await comes(nc, OPENED, ("closed", "window_closed", 0))
