@@ -193,6 +193,10 @@ class Inbox:
             self._changed.clear()
             await wait_event(self._changed, held_s if held_s > 0 else TICK_S)
 
+    def rewind(self) -> None:
+        """Hands out once more what was not finished."""
+        self._ready = sorted(self._open.values())
+
     def hold(self, reason: str) -> None:
         """Hands nothing out until what others have not acknowledged was delivered again."""
         self._held_until = asyncio.get_running_loop().time() + ACK_WAIT_S + TICK_S

@@ -160,7 +160,8 @@ class Sandbox:
 
     async def __aiter__(self) -> AsyncIterator[Message]:
         """The messages, one after the other. Each is acknowledged when the next one is asked for: a loop that is left
-        before has the message delivered again."""
+        before has the message delivered again, to the next loop at once."""
+        self._inbox.rewind()
         while True:
             message = await self._next()
             yield message
@@ -171,6 +172,7 @@ class Sandbox:
         different lanes at once. Each is acknowledged when its handler has returned. What a handler raises is raised
         here, and its message is delivered again."""
         lanes: dict[Hashable, deque[Message]] = {}
+        self._inbox.rewind()
 
         async def work(key: Hashable) -> None:
             while lanes[key]:

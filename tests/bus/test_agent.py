@@ -9,14 +9,14 @@ import msgspec
 import pytest
 from nats.errors import ConnectionClosedError
 
-from adapter.agent import Sandbox
+from adapter.agent import Message, Sandbox
 from adapter.agent import inbox as inbox_module
 from adapter.agent.inbox import IN_FLIGHT, Inbox
 from adapter.contract.messages import Inbound, InboundItem, TextItem
 from adapter.jetstream.client import BusClient
 from adapter.jetstream.core import CoreNats
 from adapter.jetstream.managed_connection import connect_options
-from tests.bus.rig import NAMES, Rig
+from tests.bus.rig import NAMES, PATIENCE_S, Rig
 from tests.e2e.waiting import eventually
 
 
@@ -165,3 +165,26 @@ async def test_what_arrives_while_a_process_ends_is_given_back(person: Person) -
     await second.start()
     assert await second.taken(201) == list(range(1, 202))
     await second.kill()
+
+
+async def test_a_loop_that_is_left_has_its_message_delivered_again_and_first(person: Person) -> None:
+    await person.say(3)
+    texts = []
+    async with asyncio.timeout(PATIENCE_S), Sandbox("s1", person.rig.bus.settings) as sandbox:
+        for _ in range(2):
+            async for message in sandbox:
+                texts.append(message.text)
+                break
+
+        async def fail(message: Message) -> None:
+            texts.append(message.text)
+            raise ZeroDivisionError
+
+        for _ in range(2):
+            with pytest.raises(ZeroDivisionError):
+                await sandbox.run(fail)
+        async for message in sandbox:
+            texts.append(message.text)
+            if message.text == "3":
+                break
+    assert texts == ["1", "1", "1", "1", "1", "2", "3"]
