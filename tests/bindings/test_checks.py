@@ -121,9 +121,8 @@ async def test_a_bind_that_has_begun_is_not_refused_when_it_goes_on(problem: Exc
     assert [change for *_, change in platform.changes] == ["bound", "bound", "replaced"]
 
 
-async def test_a_request_id_that_is_used_again_lets_no_token_through_unchecked() -> None:
+async def test_a_request_id_that_is_used_again_lets_no_token_through_unchecked(platform: Platform) -> None:
     """The stream's window against duplicates has passed."""
-    platform = Platform()
     await platform.bind(id="r1")
     platform.bench.chat.notify_fails = STALE
     assert not (await platform.bind(bot_token=f"{TOKEN}-wrong", id="r1")).ok
@@ -140,23 +139,22 @@ async def test_where_nothing_works_the_bind_is_not_asked_for(problem: Exception,
 
 
 @pytest.mark.parametrize(("problem", "checked"), [(SILENT, False), (OTHER, True)])
-async def test_another_answer_than_14_binds_and_no_answer_is_said(problem: Exception, checked: bool) -> None:
-    platform = Platform()
+async def test_another_answer_than_14_binds_and_no_answer_is_said(
+    problem: Exception, checked: bool, platform: Platform
+) -> None:
     platform.bench.chat.notify_fails = problem
     answer = await platform.bind(check=True)
     assert (answer.ok, answer.checked) == (True, checked)
 
 
-async def test_a_working_token_is_replaced_where_ilink_gives_another_answer_than_14() -> None:
-    platform = Platform()
+async def test_a_working_token_is_replaced_where_ilink_gives_another_answer_than_14(platform: Platform) -> None:
     await platform.bind()
     platform.bench.chat.notify_fails = OTHER
     answer = await platform.bind(bot_token=f"{TOKEN}2")
     assert (answer.ok, answer.checked, platform.binding().token) == (True, True, f"{TOKEN}2")
 
 
-async def test_a_bind_says_from_where_it_has_moved_the_bot() -> None:
-    platform = Platform()
+async def test_a_bind_says_from_where_it_has_moved_the_bot(platform: Platform) -> None:
     assert (await platform.bind()).moved_from == ""
     assert (await platform.bind(sandbox="s2")).moved_from == "s1"
     assert (await platform.bind(sandbox="s2", id="again")).moved_from == ""
