@@ -103,6 +103,7 @@ def _check_status(response: httpx.Response) -> None:
     status = response.status_code
     if status == 429 or status >= 500:
         after = response.headers.get("retry-after", "")
-        raise Temporary("status", f"HTTP {status}", retry_after_s=float(after) if after.isdigit() else None)
+        wait_s = float(after) if after.isascii() and after.isdigit() else None
+        raise Temporary("status", f"HTTP {status}", retry_after_s=wait_s)
     if not response.is_success:
         raise Refused("status", f"HTTP {status}")

@@ -8,13 +8,14 @@ import base64
 from collections.abc import Sequence
 from pathlib import Path
 
+import httpx
 import pytest
 
 from adapter.agent import Message, Sandbox
 from adapter.agent.inbox import Delivery
 from adapter.agent.program import Program
-from adapter.agent.runner import Turn
-from adapter.agent.webhook import sign
+from adapter.agent.runner import Answer, Turn
+from adapter.agent.webhook import Webhook, sign
 from adapter.cli.embedded import EmbeddedNats
 from adapter.contract.messages import Inbound, OutItem, TextItem
 from adapter.settings import Settings
@@ -109,3 +110,11 @@ async def test_a_child_that_ignores_sigterm_ends_with_its_program(tmp_path: Path
     run.cancel()
     await asyncio.wait({run})
     await until(lambda: not alive(int((tmp_path / "pid").read_text())))
+
+
+async def test_a_url_is_asked_again_whatever_it_says_of_later() -> None:
+    later = httpx.Response(503, headers={b"retry-after": "\u00b2".encode()})
+    responses = [later, httpx.Response(200, json={"reply": "done"})]
+    async with httpx.AsyncClient(transport=httpx.MockTransport(lambda _: responses.pop(0))) as http:
+        webhook = Webhook(http, "http://agent.example", bytes(32), timeout_s=30, max_output=100)
+        assert await webhook(turn()) == Answer("done")
