@@ -20,6 +20,8 @@ from adapter.kit.children import die_with_parent
 
 GRACE_S = 3.0
 """Between SIGTERM and SIGKILL."""
+MOST_BYTES = 120_000
+"""Of a message in a variable: Linux takes 128 KiB, with its name."""
 REST_S = 1.0
 """For what a program that has ended has printed, if one of its children keeps the output open."""
 POLL_S = 0.02
@@ -58,8 +60,11 @@ class Program:
     async def _start(self, turn: Turn) -> Process:
         """Standard error stays ours: the program's own log."""
         inherited = {name: value for name, value in os.environ.items() if not name.startswith(OURS)}
-        message = msgspec.json.encode(turn.message.inbound).decode()
-        given = {"WECHAT_MESSAGE": message, "WECHAT_SESSION": turn.session}
+        message = msgspec.json.encode(turn.message.inbound)
+        if len(message) > MOST_BYTES:
+            head = msgspec.structs.replace(turn.message.inbound, text="", items=[], quote=None)
+            message = msgspec.json.encode(head)
+        given = {"WECHAT_MESSAGE": message.decode(), "WECHAT_SESSION": turn.session}
         try:
             return await asyncio.create_subprocess_exec(
                 *self._command,

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import httpx
+import msgspec
 import pytest
 
 from adapter.agent import Message, Sandbox
@@ -110,6 +111,17 @@ async def test_a_child_that_ignores_sigterm_ends_with_its_program(tmp_path: Path
     run.cancel()
     await asyncio.wait({run})
     await until(lambda: not alive(int((tmp_path / "pid").read_text())))
+
+
+@pytest.mark.parametrize(("characters", "fits"), [(10_000, True), (25_000, False)])
+async def test_a_long_text_is_on_standard_input_if_it_fits_into_no_variable(
+    tmp_path: Path, characters: int, fits: bool
+) -> None:
+    program = running('wc -c; printf %s "$WECHAT_MESSAGE" >message', tmp_path)
+    answer = await program(turn("好" * characters))
+    assert int(answer.text) == characters * 3
+    message = msgspec.json.decode((tmp_path / "message").read_bytes(), type=Inbound)
+    assert (message.id, bool(message.text), bool(message.items)) == ("m1", fits, fits)
 
 
 async def test_a_url_is_asked_again_whatever_it_says_of_later() -> None:
