@@ -45,7 +45,13 @@ class Program:
         self._max_output = max_output
 
     async def __call__(self, turn: Turn) -> Answer:
-        process = await self._start(turn)
+        start = asyncio.ensure_future(self._start(turn))
+        try:
+            process = await asyncio.shield(start)
+        except asyncio.CancelledError:  # it may run already, and have children
+            with contextlib.suppress(Temporary):
+                await _end(await start)
+            raise
         try:
             async with asyncio.timeout(self._timeout_s):
                 output = await self._converse(process, turn.message.text)

@@ -105,7 +105,8 @@ async def test_an_answer_waits_for_no_child_of_the_program_and_none_is_left(tmp_
 
 
 async def test_a_child_that_ignores_sigterm_ends_with_its_program(tmp_path: Path) -> None:
-    program = running("(trap '' TERM; touch ready; sleep 600) & echo $! >pid; wait", tmp_path)
+    child = "trap '' TERM; until [ -s pid ]; do sleep 0.01; done; touch ready; sleep 600"
+    program = running(f"({child}) & echo $! >pid; wait", tmp_path)
     run = asyncio.ensure_future(program(turn()))
     await until((tmp_path / "ready").exists)
     run.cancel()
