@@ -1,11 +1,11 @@
-"""What a sandbox's durable consumer delivers, for a client that may pull and acknowledge, and nothing else.
+"""The deliveries of a sandbox's durable consumer, for a client that may only pull and acknowledge.
 
-Each delivery stays open, and is kept alive at the server, until `finish` acknowledges it. A delivery that comes again
-while it is open, or after it was finished, is nothing new. Deliveries are handed out in the order of the stream.
+A delivery stays open until `finish` acknowledges it; meanwhile in-progress acks keep it alive. A redelivery of an
+open or finished message is ignored. Deliveries are handed out in the order of the stream.
 
-The server delivers again what nobody acknowledged after ACK_WAIT_S, and goes on with newer messages meanwhile. Where
-there may be such, since a connection broke and a delivery is missing behind it, or a process before died, nothing is
-handed out for that time: the order holds.
+The server redelivers an unacknowledged message after ACK_WAIT_S, and delivers newer messages meanwhile. If there may
+be such messages, because a connection broke or an earlier process died, nothing is handed out for that time (`hold`),
+so that the order is kept.
 """
 
 from __future__ import annotations
@@ -33,25 +33,25 @@ from adapter.kit.timing import wait_event
 log = structlog.get_logger()
 
 ACK_WAIT_S = 30.0
-"""After so long the server delivers again what nobody kept alive."""
+"""Time after which the server redelivers a message without an ack."""
 KEEP_ALIVE_S = 10.0
 EXPIRES_S = 30.0
-"""When a pull ends."""
+"""Time after which a pull ends."""
 TICK_S = 1.0
 IN_FLIGHT = 256
-"""Messages that may be open at once: of all users, since they share the consumer."""
+"""Most open messages of all users, who share the consumer."""
 GATHER_S = 0.2
-"""How long redeliveries are gathered: the server may give them out of order."""
+"""Time for which redeliveries are collected, because the server may give them out of order."""
 PULL_BYTES = 8 * 1024 * 1024
 FINISHED_KEPT = 4096
-"""Finished messages that are known when their acknowledgement got lost."""
+"""Finished messages that are remembered in case their acknowledgement is lost."""
 KINDS = {str(kind.__struct_config__.tag) for kind in get_args(InboundItem)}
 ACK = "$JS.ACK."
-"""How the reply subject of a delivery begins. What has another one is a word of the server's."""
+"""Prefix of the reply subject of a delivery. Other messages are status messages of the server."""
 
 
 def read_inbound(data: bytes) -> Inbound:
-    """The message, without items of kinds that this version does not know. Raises errors.UNDECODABLE."""
+    """The message, without items of kinds that are unknown to this version. Raises errors.UNDECODABLE."""
     try:
         return msgspec.json.decode(data, type=Inbound)
     except msgspec.ValidationError:
@@ -61,7 +61,7 @@ def read_inbound(data: bytes) -> Inbound:
 
 
 class Delivery:
-    """One message in work."""
+    """One open message."""
 
     __slots__ = ("ack_subject", "inbound", "seq")
 
@@ -75,10 +75,10 @@ class Delivery:
 
 
 class Inbox:
-    """The deliveries of one sandbox. `run` has to run beside `next_delivery`."""
+    """The deliveries of one sandbox. `run` must run while `next_delivery` is awaited."""
 
     def __init__(self, nc: Client, names: Names, sandbox: str, check: Callable[[], None]) -> None:
-        """`check` raises where the server forbids what is done here."""
+        """`check` raises if the server forbids a subject."""
         self._nc = nc
         self._pull_subject = f"$JS.API.CONSUMER.MSG.NEXT.{names.stream_in}.{sandbox}"
         self._check = check
@@ -87,7 +87,7 @@ class Inbox:
         self._ready: list[Delivery] = []
         self._changed = asyncio.Event()
         self._last_number = 0
-        """Of the last delivery, as the consumer counts them."""
+        """Consumer sequence of the last delivery."""
         self._reconnects = 0
         self._held_until = 0.0
         self._kept_alive_at = 0.0
@@ -105,11 +105,13 @@ class Inbox:
             await self._take_rest(subscription, pulled)
 
     async def _pull(self, pulled: asyncio.Queue[Msg], reply: str) -> None:
-        """One request, and what comes of it. It ends with the connection, too: the server forgets it then."""
+        """One pull request and its deliveries. It also ends with the connection: the server forgets it then."""
         loop = asyncio.get_running_loop()
         reconnects = self._nc.stats["reconnects"]
-        held = self._held_until - loop.time() > GATHER_S  # newer ones would take the place of what is not yet due
-        away = not (self._nc.is_connected or self._nc.is_closed)  # and nats-py would keep the pull for later
+        held = (
+            self._held_until - loop.time() > GATHER_S
+        )  # newer messages would take the room of those that are not due yet
+        away = not (self._nc.is_connected or self._nc.is_closed)  # nats-py would keep the pull and send it later
         wanted = 0 if held or away else IN_FLIGHT - len(self._open)
         if wanted > 0:
             body = {"batch": wanted, "max_bytes": PULL_BYTES, "expires": int(EXPIRES_S * 1e9)}
@@ -136,12 +138,12 @@ class Inbox:
                 if status == "503" and not self._warned:
                     log.warning("sandbox.no_consumer", detail="Is the sandbox bound, with the option `durable`?")
                     self._warned = True
-                if status != "408":  # there is none, or it is gone: no hurry
+                if status != "408":  # there is no consumer, or it was deleted
                     await asyncio.sleep(TICK_S)
                 return
 
     async def _take_rest(self, subscription: Subscription, pulled: asyncio.Queue[Msg]) -> None:
-        """Takes what is on its way, which is given back, too; what is given back does not come here once more."""
+        """Takes the deliveries that are on their way, so that they are given back, too."""
         if self._nc.is_connected:
             with contextlib.suppress(NatsError, TimeoutError):
                 await subscription.drain()  # type: ignore[no-untyped-call]
@@ -149,7 +151,7 @@ class Inbox:
                     if (msg := pulled.get_nowait()).reply.startswith(ACK):
                         await self._take(msg)
                 return
-        self.hold("What was on its way got lost with the connection.")
+        self.hold("Deliveries on their way were lost with the connection.")
 
     async def _take(self, msg: Msg) -> None:
         delivered = msg.metadata
@@ -157,7 +159,7 @@ class Inbox:
         if self._reconnects != self._nc.stats["reconnects"]:
             self._reconnects = self._nc.stats["reconnects"]
             if number > self._last_number + 1:
-                self.hold("A delivery got lost with the connection.")
+                self.hold("A delivery was lost with the connection.")
         if (delivered.num_delivered or 1) > 1:
             self._held_until = max(self._held_until, asyncio.get_running_loop().time() + GATHER_S)
         self._last_number = number
@@ -169,7 +171,7 @@ class Inbox:
             try:
                 inbound = read_inbound(msg.data)
             except UNDECODABLE:
-                log.error("sandbox.unreadable", sequence=seq, detail="A message of a later version is passed over.")
+                log.error("sandbox.unreadable", sequence=seq, detail="A message of a later version is skipped.")
                 await self._nc.publish(msg.reply, b"+TERM")
                 return
             self._open[seq] = Delivery(inbound, seq, msg.reply)
@@ -185,7 +187,7 @@ class Inbox:
             await self._nc.publish(self._open[seq].ack_subject, b"+WPI")
 
     async def next_delivery(self) -> Delivery:
-        """The oldest that nobody has been given yet."""
+        """The oldest message that was not handed out."""
         while True:
             held_s = self._held_until - asyncio.get_running_loop().time()
             if self._ready and held_s <= 0:
@@ -194,16 +196,16 @@ class Inbox:
             await wait_event(self._changed, held_s if held_s > 0 else TICK_S)
 
     def rewind(self) -> None:
-        """Hands out once more what was not finished."""
+        """Hands out the unfinished messages again."""
         self._ready = sorted(self._open.values())
 
     def hold(self, reason: str) -> None:
-        """Hands nothing out until what others have not acknowledged was delivered again."""
+        """Hands out nothing until the unacknowledged messages of others are redelivered."""
         self._held_until = asyncio.get_running_loop().time() + ACK_WAIT_S + TICK_S
         log.info("sandbox.held", seconds=ACK_WAIT_S, detail=reason)
 
     async def finish(self, delivery: Delivery) -> None:
-        """Acknowledges it. Where that gets lost, it is delivered again, and acknowledged then."""
+        """Acknowledges a message. If the ack is lost, the redelivery is acknowledged."""
         del self._open[delivery.seq]
         self._finished[delivery.seq] = None
         if len(self._finished) > FINISHED_KEPT:
@@ -211,7 +213,7 @@ class Inbox:
         await self._nc.publish(delivery.ack_subject, b"+ACK")
 
     async def give_back(self) -> bool:
-        """Has the server deliver all that is open to somebody else, at once; whether nothing but that is to come."""
+        """Makes the server redeliver all open messages at once. Returns whether nothing else will be redelivered."""
         try:
             for seq in sorted(self._open):
                 await self._nc.publish(self._open[seq].ack_subject, b"-NAK")

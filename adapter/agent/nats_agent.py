@@ -1,7 +1,7 @@
-"""An agent on NATS, by the Synadia agent protocol: it is discovered and prompted for each message.
+"""An agent on NATS, by the Synadia agent protocol: each message discovers and prompts it.
 
-What it streams becomes one answer, which spends few sends. A question of its goes to the user, whose next message is
-the answer to it.
+The chunks of its response become one answer, which uses few sends. A question of the agent goes to the user, whose
+next message answers it.
 """
 
 from __future__ import annotations
@@ -33,21 +33,21 @@ from adapter.contract.messages import Media, OutFile, OutImage, OutItem, OutVide
 from adapter.errors import AdapterError, Refused, Temporary
 
 ITEMS = 10
-"""Attachments of an answer that are sent; a window has no more sends."""
+"""Most attachments of an answer, because a window has no more sends."""
 SILENT_S = 90.0
-"""Between two signs of life: three of the protocol. Before the first one the prompt waits for those before it, and to
-prompt once more would make the queue longer."""
+"""Longest time between two chunks: three heartbeats of the protocol. It starts with the first chunk, since a prompt
+may wait behind others, and another prompt would only make that queue longer."""
 ROOM = 0.7
-"""The share of a message in which the bytes of attachments have to fit: base64 makes four of three."""
+"""Share of a message for the bytes of attachments, which base64 makes a third larger."""
 KINDS: dict[str, type[OutImage | OutVideo | OutFile]] = {"image": OutImage, "video": OutVideo}
-"""By the first half of a type; all else is a file."""
+"""By the first half of the MIME type. Other types are sent as files."""
 
 
 class NatsAgent:
-    """Prompts an agent for each answer. Calling it raises Refused, and Temporary where none was there for long."""
+    """Prompts an agent for each answer. A call raises Refused, and Temporary if no agent was found for GIVE_UP_S."""
 
     def __init__(self, agents: Agents, address: str, *, timeout_s: float, max_output: int) -> None:
-        """`address`: NAME[/OWNER[/SESSION]]. `timeout_s`: of the whole answer, also while a question is open."""
+        """`address`: NAME[/OWNER[/SESSION]]. `timeout_s`: for the whole answer, including the time of questions."""
         name, owner, session = [*address.split("/"), "", ""][:3]
         self._agents = agents
         self._filter = DiscoverFilter(agent=name, owner=owner or None, session_name=session or None)
@@ -65,7 +65,7 @@ class NatsAgent:
         return await until_answered(ask)
 
     async def _find(self) -> Agent:
-        """Raises Temporary where there is none now, Refused where there are several."""
+        """Raises Temporary if there is no agent now, Refused if there are several."""
         try:
             found = {agent.prompt_subject: agent for agent in await self._agents.discover(filter=self._filter)}
         except (NatsError, TimeoutError) as exc:
@@ -77,7 +77,7 @@ class NatsAgent:
         return next(iter(found.values()))
 
     async def _prompt(self, agent: Agent, turn: Turn) -> Answer:
-        """Raises Temporary where the agent has gone away, Refused where it fails."""
+        """Raises Temporary if the agent has gone away, Refused if it fails."""
         message, text = turn.message, ""
         items: list[OutItem] = []
         prompt = message.text or f"[{', '.join(kind_of(item) for item in message.inbound.items)}]"
@@ -99,14 +99,14 @@ class NatsAgent:
         except (TimeoutError, NatsError) as exc:
             raise Temporary("unreachable", type(exc).__name__) from exc
         except NatsAgentError as exc:
-            if isinstance(exc.__cause__, JSONDecodeError):  # the server's word that nobody listens has no JSON
+            if isinstance(exc.__cause__, JSONDecodeError):  # the server's message that nobody listens is no JSON
                 raise Temporary("unreachable", "Nobody took the prompt.") from exc
             raise Refused("agent_error", type(exc).__name__) from exc
         return Answer(cut(text.encode(), self._max_output), tuple(items[:ITEMS]))
 
 
 async def _attachments(message: Message, agent: Agent) -> list[Attachment]:
-    """The user's media, as far as the agent takes them. Raises Temporary."""
+    """The user's media that the agent accepts. Raises Temporary."""
     endpoint = agent.prompt_endpoint
     room = int((endpoint.max_payload_bytes or 0) * ROOM) - len(message.text.encode())
     found = []
@@ -117,13 +117,13 @@ async def _attachments(message: Message, agent: Agent) -> list[Attachment]:
         room -= media.size
         try:
             found.append(Attachment.from_bytes(media.name or "file", await message.sandbox.read_media(media)))
-        except Refused as exc:  # it is gone by its age
+        except Refused as exc:  # it has expired
             raise Temporary("media", exc.detail) from exc
     return found
 
 
 async def _items(message: Message, attachments: Sequence[Attachment] | None) -> list[OutItem]:
-    """What an agent attaches. Raises Refused, Temporary."""
+    """The attachments of an agent as items. Raises Refused, Temporary."""
     items: list[OutItem] = []
     for attachment in attachments or ():
         kind = KINDS.get((mimetypes.guess_type(attachment.filename)[0] or "").partition("/")[0], OutFile)

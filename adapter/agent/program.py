@@ -1,6 +1,6 @@
-"""An agent that is a program: the message's text goes to its standard input, what it prints is the answer.
+"""An agent that is a program: it reads the message's text from its standard input, and prints the answer.
 
-There is no shell, and nothing that a user wrote becomes part of the command.
+The program runs without a shell, and the user's text is never part of the command.
 """
 
 from __future__ import annotations
@@ -19,22 +19,22 @@ from adapter.errors import SettingsError, Temporary
 from adapter.kit.children import die_with_parent
 
 GRACE_S = 3.0
-"""Between SIGTERM and SIGKILL."""
+"""Time between SIGTERM and SIGKILL."""
 MOST_BYTES = 120_000
-"""Of a message in a variable: Linux takes 128 KiB, with its name."""
+"""Largest message in an environment variable. Linux allows 128 KiB with the name of the variable."""
 REST_S = 1.0
-"""For what a program that has ended has printed, if one of its children keeps the output open."""
+"""Time to read the rest of the output after the program has ended, if a child keeps the output open."""
 POLL_S = 0.02
-"""How often an end is looked for: `Process.wait` waits for the end of the output, too."""
+"""Interval of checks whether the program has ended. `Process.wait` would also wait for the end of the output."""
 OURS = ("NATS_", "WECHAT_NATS_", "AGENTS_NATS_")
-"""How the variables begin that a program does not inherit: what a user writes may have it print all that it knows."""
+"""Prefixes of variables that the program does not inherit, because a user may make it print what it knows."""
 
 
 class Program:
     """Runs a program for each message. Calling it raises Temporary("exit_code"), ("timeout"), ("not_started")."""
 
     def __init__(self, command: str, *, timeout_s: float, max_output: int) -> None:
-        """`command` is split as a shell does. `max_output`: bytes; what is beyond is cut. Raises SettingsError."""
+        """`command` is split like in a shell. `max_output`: most bytes of an answer. Raises SettingsError."""
         try:
             self._command = shlex.split(command)
         except ValueError as exc:
@@ -48,7 +48,7 @@ class Program:
         start = asyncio.ensure_future(self._start(turn))
         try:
             process = await asyncio.shield(start)
-        except asyncio.CancelledError:  # it may run already, and have children
+        except asyncio.CancelledError:  # the program may run already, and have children
             with contextlib.suppress(Temporary):
                 await _end(await start)
             raise
@@ -64,7 +64,7 @@ class Program:
         return Answer(cut(output, self._max_output))
 
     async def _start(self, turn: Turn) -> Process:
-        """Standard error stays ours: the program's own log."""
+        """The program shares this process's standard error, which is its log."""
         inherited = {name: value for name, value in os.environ.items() if not name.startswith(OURS)}
         message = msgspec.json.encode(turn.message.inbound)
         if len(message) > MOST_BYTES:
@@ -84,11 +84,11 @@ class Program:
             raise Temporary("not_started", f"The program does not start: {exc.strerror}.") from exc
 
     async def _converse(self, process: Process, text: str) -> bytes:
-        """What it prints until it ends; where that is more than is allowed, the beginning."""
+        """The output of the program until it ends, or the beginning of an output that is too long."""
         assert process.stdin is not None
         assert process.stdout is not None
         process.stdin.write(text.encode(errors="replace"))
-        process.stdin.close()  # a program that does not read its input is none of our business
+        process.stdin.close()  # a program need not read its input
         output = bytearray()
         reading = asyncio.create_task(self._read(process.stdout, output))
         try:
@@ -105,7 +105,7 @@ class Program:
 
 
 async def _end(process: Process) -> None:
-    """Ends a program that still runs, and what it has started in its group."""
+    """Ends the program and all processes of its group."""
     if process.returncode is None:
         await _signal_group(process, signal.SIGTERM)
     await _signal_group(process, signal.SIGKILL)

@@ -1,8 +1,8 @@
-"""Connects an agent that exists to a sandbox: one conversation per user, and the two words that steer it.
+"""Connects an existing agent to a sandbox: one session per user, and two commands for the user.
 
-`/new` begins a new session, in its turn behind the messages before it. `/stop` ends what is in work for its user at
-once, and what waits goes on. A session's name is made of the user and of the id of their last `/new`, so that only
-these ids are kept, in a file; without that file a user is back in their first session after a restart.
+`/new` starts a new session when its turn comes, after the messages before it. `/stop` ends the current run of its
+user at once; later messages follow. The name of a session derives from the user and the id of their last `/new`. A
+file keeps these ids; without it, users return to their first session after a restart.
 """
 
 from __future__ import annotations
@@ -34,15 +34,15 @@ STOPPED = "Stopped."
 IDLE = "There is nothing to stop."
 SORRY = "That did not work. Please try again."
 TYPING_AFTER_S, TYPING_S = 0.5, 240.0
-"""When typing is shown, and again: WeChat's lasts for five minutes, and a quick answer needs none."""
+"""Delay before typing is shown, so that a quick answer shows none, and its interval: WeChat shows it five minutes."""
 
 GIVE_UP_S = 3600.0
-"""After so long a message is given up, and its user told so: their next ones wait behind it."""
+"""Time after which a message is given up with an answer to the user, whose next messages wait for it."""
 CUT = "…"
 
 
 class Answer(NamedTuple):
-    """What an agent has to say; nothing: no answer now."""
+    """An answer of an agent. An empty one means that no answer is sent now."""
 
     text: str = ""
     items: tuple[OutItem, ...] = ()
@@ -54,7 +54,7 @@ class Turn(NamedTuple):
     message: Message
     session: str
     ask: Callable[[str, Sequence[OutItem], str], Awaitable[str]]
-    """Puts a question (text, items, its id) to the user, and returns the text of their next message."""
+    """Sends a question (text, items, id) to the user, and returns the text of their next message."""
 
 
 Agent = Callable[[Turn], Awaitable[Answer]]
@@ -62,14 +62,14 @@ Agent = Callable[[Turn], Awaitable[Answer]]
 
 
 def cut(output: bytes, most: int) -> str:
-    """Text of at most so many bytes, and a sign where there is more."""
+    """The text of at most `most` bytes, with an ellipsis if it was cut."""
     if len(output) > most:
         return output[:most].decode(errors="ignore") + CUT
     return output.decode(errors="replace")
 
 
 async def until_answered(ask: Callable[[], Awaitable[Answer]]) -> Answer:
-    """What `ask` returns once it raises Temporary no more. Raises Temporary after GIVE_UP_S."""
+    """Repeats `ask` while it raises Temporary. Raises Temporary after GIVE_UP_S."""
     failures, began = 0, time.monotonic()
     while True:
         try:
@@ -84,10 +84,10 @@ async def until_answered(ask: Callable[[], Awaitable[Answer]]) -> Answer:
 
 
 class Sessions:
-    """The name of each user's session: a UUID, the same for as long as the user does not begin a new one."""
+    """The name of each user's session: a UUID that stays the same until the user starts a new session."""
 
     def __init__(self, sandbox: str, file: Path | None = None) -> None:
-        """`file`: where the ids of the last `/new` are kept; None: nowhere. Raises OSError, UNDECODABLE."""
+        """`file`: keeps the ids of each user's last `/new`; None: they are not kept. Raises OSError, UNDECODABLE."""
         self._sandbox = sandbox
         self._file = file
         self._begun: dict[str, str] = {}
@@ -98,7 +98,7 @@ class Sessions:
         return str(uuid5(NAMESPACE_URL, f"wechat-nats:{self._sandbox}:{user}:{self._begun.get(user, '')}"))
 
     def begin(self, user: str, message_id: str) -> None:
-        """Raises OSError; the session is the former one then."""
+        """Starts a session. Raises OSError, after which the former session continues."""
         begun = self._begun | {user: message_id}
         if self._file is not None:
             with self._file.with_suffix(".new").open("wb") as file:
@@ -110,25 +110,25 @@ class Sessions:
 
 
 class Runner:
-    """Hands the messages of a sandbox to an agent, and its answers back."""
+    """Gives the messages of a sandbox to an agent, and sends its answers."""
 
     def __init__(self, sandbox: Sandbox, agent: Agent, sessions: Sessions) -> None:
         self._sandbox = sandbox
         self._agent = agent
         self._sessions = sessions
         self._at_work: dict[str, asyncio.Future[Answer]] = {}
-        """By user."""
+        """The current run, by user."""
         self._questions: dict[str, asyncio.Future[str]] = {}
-        """What waits for the next message of a user."""
+        """Questions that wait for the next message of a user."""
         self._answered: set[str] = set()
-        """Ids of messages that were such answers, until they are finished."""
+        """Ids of messages that answered a question, until they are finished."""
 
     async def run(self) -> None:
         """Runs until cancelled. Raises what `Sandbox.run` raises."""
         await self._sandbox.run(self._handle, lane=self._lane)
 
     def _lane(self, message: Message) -> Hashable:
-        """What steers or answers waits for nobody."""
+        """The lane of a message. A command, and an answer to a question, wait for no other message."""
         word, question = message.text.strip(), self._questions.get(message.user)
         if question is not None and not question.done() and word not in (NEW, STOP):
             question.set_result(message.text)
@@ -155,7 +155,7 @@ class Runner:
         return STARTED_ANEW
 
     async def _stop(self, user: str) -> bool:
-        """Ends the work for a user, and returns once it has ended; whether there was any."""
+        """Ends the current run of a user. Returns whether there was one."""
         task = self._at_work.get(user)
         if task is None:
             return False
@@ -202,7 +202,7 @@ def _answer_of(task: asyncio.Future[Answer], message: Message) -> Answer:
 
 
 async def _type_forever(message: Message) -> None:
-    """Until cancelled, or the bus does not take it: an answer does not depend on it."""
+    """Shows typing until cancelled, or until the bus refuses it: the answer does not depend on it."""
     with contextlib.suppress(NatsError):
         await asyncio.sleep(TYPING_AFTER_S)
         while True:

@@ -1,4 +1,4 @@
-"""A sandbox as a Python program has it: the messages of its users, and the answers to them."""
+"""A sandbox for Python programs: the messages of its users, and the answers to them."""
 
 from __future__ import annotations
 
@@ -47,24 +47,24 @@ ANSWER_S = 5.0
 CONNECT_S = 6.0
 RECONNECT_S = 0.5
 TOO_MANY_REQUESTS = 10167
-"""JetStream's `err_code` where others send more than the stream takes in."""
+"""JetStream's `err_code` if the stream receives more messages than it can store."""
 FULL_S = 60.0
-"""Between two tries to store a command where there is no room for it."""
+"""Pause between two attempts to store a command if the stream is full."""
 PIECE_BYTES = 256 * 1024
 BUSY = ("429", "503")
-"""Codes of a service that answers later."""
+"""Error codes of a service that is to be asked again later."""
 ANY_PREFIX = "_INBOX"
-"""The inbox prefix of settings that say nothing of it; no sandbox with permissions may use it."""
+"""Default inbox prefix of the settings. A sandbox with permissions may not use it."""
 
 Handler = Callable[["Message"], Awaitable[None]]
 
 
 class Message:
-    """What a user wrote, and the answers to it."""
+    """A message of a user, and the replies to it."""
 
     def __init__(self, sandbox: Sandbox, delivery: Delivery) -> None:
         self.inbound: Inbound = delivery.inbound
-        """The message as it is on the bus: items, quote, window and the rest."""
+        """The message as on the bus, with items, quote and window."""
         self.delivery = delivery
         self.sandbox = sandbox
         self._replies = 0
@@ -79,17 +79,17 @@ class Message:
 
     @property
     def text(self) -> str:
-        """All text and transcripts; "" for a picture alone."""
+        """The text and transcripts of the message; "" for a picture alone."""
         return self.inbound.text
 
     async def reply(
         self, text: str = "", items: Sequence[OutItem] = (), *, optional: bool = False, key: str = ""
     ) -> str:
-        """Stores an answer and returns the command's id, which is made of the message's id and the reply's number.
+        """Stores a reply and returns the command's id, which derives from the message's id and the reply's number.
 
-        A message that is delivered again after a crash has the same ids, so that each answer is sent once. Waits for
-        as long as the bus is away. `optional`: a progress report, see `Outbound`. `key` stands in the id instead of
-        the number: for what is not the same after a crash.
+        A message that is redelivered after a crash has the same ids, so that each reply is sent once. Waits while the
+        bus is away. `optional`: a progress report, see `Outbound`. `key` replaces the number in the id, for a reply
+        that differs after a crash.
         Raises Refused("too_large") above 256 KiB, Refused("forbidden").
         """
         self._replies += not key
@@ -107,22 +107,22 @@ class Message:
         return command.id or ""
 
     async def typing(self, state: Literal["on", "off"] = "on") -> None:
-        """Shows the user that an answer is in work, for five minutes or until there is one; at most once."""
+        """Shows or hides typing, for five minutes or until a reply is sent. Published at most once."""
         await self.sandbox.publish(Outbound(user=self.user, reply_to=self.id, typing=state))
 
 
 class Sandbox:
     """The connection of one sandbox, under its own permissions. `async with` opens and closes it.
 
-    Connects by `settings`, by default those of the environment (NATS_URL, NATS_CREDS, NATS_NKEY, …), and comes back
-    after each break. The sandbox has to be bound with the option `durable`; until it is, there are no messages.
-    What goes wrong for good is raised where messages are awaited: Refused("forbidden"), and NatsError once a server
-    has refused the connection.
+    The default `settings` are those of the environment (NATS_URL, NATS_CREDS, NATS_NKEY, …). The client reconnects
+    after each break. The sandbox must be bound with the option `durable`; before, there are no messages. Permanent
+    errors are raised where messages are awaited: Refused("forbidden"), and NatsError after a server has refused the
+    connection.
     """
 
     def __init__(self, name: str, settings: Settings | None = None, *, running_file: Path | None = None) -> None:
-        """`running_file` is there while it is open. If it is there before, a process died with messages in work, and
-        newer ones wait for these to come again: half a minute. Raises Refused("invalid"), SettingsError."""
+        """`running_file` exists while the sandbox is open. If it exists before, an earlier process died with open
+        messages, and newer ones wait half a minute for their redelivery. Raises Refused("invalid"), SettingsError."""
         self.name = check_sandbox(name)
         settings = settings or read_settings(os.environ)
         if settings.nats_inbox_prefix == ANY_PREFIX:
@@ -141,7 +141,7 @@ class Sandbox:
         await connect(self._nc, self._settings, f"sandbox {self.name}", self._errors)
         if self._running_file is not None:
             if self._running_file.exists():
-                self._inbox.hold("A process before has not given its messages back.")
+                self._inbox.hold("An earlier process did not give its messages back.")
             self._running_file.parent.mkdir(parents=True, exist_ok=True)
             self._running_file.touch()
         self._pulling = asyncio.create_task(self._inbox.run())
@@ -159,8 +159,8 @@ class Sandbox:
             await self._nc.close()
 
     async def __aiter__(self) -> AsyncIterator[Message]:
-        """The messages, one after the other. Each is acknowledged when the next one is asked for: a loop that is left
-        before has the message delivered again, to the next loop at once."""
+        """Yields the messages one after the other. A message is acknowledged when the next one is requested. If the
+        loop is left before, the next loop gets the message again."""
         self._inbox.rewind()
         while True:
             message = await self._next()
@@ -168,9 +168,9 @@ class Sandbox:
             await self._inbox.finish(message.delivery)
 
     async def run(self, handler: Handler, *, lane: Callable[[Message], Hashable] = lambda m: m.user) -> None:
-        """Handles messages until cancelled: those of one lane (by default: of one user) one after the other, those of
-        different lanes at once. Each is acknowledged when its handler has returned. What a handler raises is raised
-        here, and its message is delivered again."""
+        """Handles messages until cancelled: those of one lane (default: one user) one after the other, and lanes in
+        parallel. A message is acknowledged when its handler has returned. An error of a handler is raised here, and
+        its message is redelivered."""
         lanes: dict[Hashable, deque[Message]] = {}
         self._inbox.rewind()
 
@@ -205,14 +205,16 @@ class Sandbox:
             waiting.cancel()
 
     async def send(self, command: Outbound) -> None:
-        """Stores a command and returns once the bus has confirmed it; tries for as long as that takes. The command
-        needs an id, which makes the tries one. Raises Refused (too_large, forbidden), NatsError."""
+        """Stores a command. Repeats until the bus has confirmed it, so the command needs an id. Raises Refused
+        (too_large, forbidden), NatsError."""
         payload = msgspec.json.encode(command)
         if len(payload) > COMMAND_BYTES:
             raise Refused("too_large", f"The command has {len(payload)} bytes; {COMMAND_BYTES} fit.")
         failures = 0
         while True:
-            while not (self._nc.is_connected or self._nc.is_closed):  # nats-py would keep each try, and send them all
+            while not (
+                self._nc.is_connected or self._nc.is_closed
+            ):  # nats-py would buffer each attempt, and send all
                 await asyncio.sleep(RECONNECT_S)
             failures += 1
             wait_s = backoff(failures, first_s=0.2, longest_s=5.0)
@@ -229,11 +231,11 @@ class Sandbox:
             await asyncio.sleep(wait_s)
 
     async def publish(self, command: Outbound) -> None:
-        """Sends a command of which nothing depends, at most once. Raises NatsError."""
+        """Sends a command at most once, without confirmation. Raises NatsError."""
         await self._nc.publish(self._names.out(self.name), msgspec.json.encode(command))
 
     async def read_media(self, media: Media) -> bytes:
-        """The bytes of an item of a message. Raises Refused, Temporary, Unreadable."""
+        """Reads the bytes of an item. Raises Refused, Temporary, Unreadable."""
         data, after = b"", 0
         while True:
             query = {"object": media.object, "after": after}
@@ -247,7 +249,7 @@ class Sandbox:
         return data
 
     async def put_media(self, data: bytes, name: str = "") -> Media:
-        """Brings bytes for an item of an answer: `OutImage(media=await sandbox.put_media(png, "chart.png"))`.
+        """Stores bytes for an item of a reply: `OutImage(media=await sandbox.put_media(png, "chart.png"))`.
         Raises Refused, Temporary."""
         upload, stored = uuid4().hex, b""
         for offset in range(0, max(len(data), 1), PIECE_BYTES):
@@ -258,7 +260,7 @@ class Sandbox:
         return msgspec.json.decode(stored, type=Media)
 
     async def _request(self, verb: str, payload: bytes, headers: dict[str, str]) -> tuple[bytes, dict[str, Any]]:
-        """A request to the adapter, made again where no answer came. Raises Refused, Temporary."""
+        """A request to the adapter, repeated if there is no answer. Raises Refused, Temporary."""
         failures = 0
         while True:
             try:
@@ -285,7 +287,7 @@ class Sandbox:
 
 
 async def connect(nc: BusClient, settings: Settings, name: str, errors: deque[Exception]) -> None:
-    """Connects; after a break the client comes back. What the server complains of is added to `errors`.
+    """Connects, and reconnects after each break. Errors that the server reports are added to `errors`.
 
     Raises Temporary("bus_down").
     """
@@ -299,7 +301,7 @@ async def connect(nc: BusClient, settings: Settings, name: str, errors: deque[Ex
             await nc.connect(**options | {"max_reconnect_attempts": 1, "error_cb": on_error})
     except (NatsError, OSError, TimeoutError) as exc:
         raise Temporary("bus_down", f"NATS is not reachable: {errors[-1] if errors else exc}") from exc
-    # only now: with a wrong password the first connect would go on for ever
+    # set after the first connect, which would never end with a wrong password
     nc.options |= {"allow_reconnect": True, "max_reconnect_attempts": -1, "reconnect_time_wait": RECONNECT_S}
 
 

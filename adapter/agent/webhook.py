@@ -1,6 +1,6 @@
-"""An agent behind HTTP: a signed POST for each message, as Standard Webhooks has them; the response is the answer.
+"""An agent behind HTTP: each message is a POST, signed like Standard Webhooks, and the response is the answer.
 
-A request is made again, with the same `webhook-id`, after a failed connection, a timeout, 429 and 5xx.
+A request is repeated with the same `webhook-id` after a failed connection, a timeout, 429 and 5xx.
 """
 
 from __future__ import annotations
@@ -48,11 +48,11 @@ def sign(key: bytes, message_id: str, timestamp: int, body: bytes) -> str:
 
 
 class Webhook:
-    """Asks a URL for each answer. Calling it raises Refused for a response that a repeat does not better, and
-    Temporary where there was no other for long."""
+    """Asks a URL for each answer. A call raises Refused for a response that a repeat would not change, and Temporary
+    after GIVE_UP_S of repeats."""
 
     def __init__(self, http: httpx.AsyncClient, url: str, key: bytes, *, timeout_s: float, max_output: int) -> None:
-        """`max_output`: bytes of a response."""
+        """`max_output`: most bytes of a response."""
         self._http = http
         self._url = url
         self._key = key
