@@ -112,7 +112,8 @@ async def _find_steps(bus: Bus, sandbox: str, ident: str, *, texts: bool) -> lis
         found += await bus.read_stored(*inbox, keep=lambda stored: stored.headers.get(H_MSG_ID) in answered)
     steps = [step for stored in found for step in _steps_of(names, stored, ident, texts=texts)]
     once = {(step.step, step.id, step.stream, step.sequence): step for step in steps}  # each receipt has its command
-    return sorted(once.values(), key=lambda step: step.at_ms)
+    # a dead letter precedes its receipt
+    return sorted(once.values(), key=lambda step: (step.at_ms, step.step == "receipt"))
 
 
 def _steps_of(names: Names, stored: Stored, ident: str, *, texts: bool) -> list[Step]:
