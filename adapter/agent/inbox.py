@@ -102,7 +102,7 @@ class Inbox:
             for number in itertools.count():
                 await self._pull(pulled, f"{inbox}.{number}")
         finally:
-            await self._take_rest(subscription, pulled)
+            await self._receive_rest(subscription, pulled)
 
     async def _pull(self, pulled: asyncio.Queue[Msg], reply: str) -> None:
         """One pull request and its deliveries. It also ends with the connection: the server forgets it then."""
@@ -130,7 +130,7 @@ class Inbox:
                     return
                 continue
             if msg.reply.startswith(ACK):
-                await self._take(msg)
+                await self._receive(msg)
                 wanted -= 1
                 if wanted == 0:
                     return
@@ -142,18 +142,18 @@ class Inbox:
                     await asyncio.sleep(TICK_S)
                 return
 
-    async def _take_rest(self, subscription: Subscription, pulled: asyncio.Queue[Msg]) -> None:
+    async def _receive_rest(self, subscription: Subscription, pulled: asyncio.Queue[Msg]) -> None:
         """Takes the deliveries that are on their way, so that they are given back, too."""
         if self._nc.is_connected:
             with contextlib.suppress(NatsError, TimeoutError):
                 await subscription.drain()  # type: ignore[no-untyped-call]
                 while not pulled.empty():
                     if (msg := pulled.get_nowait()).reply.startswith(ACK):
-                        await self._take(msg)
+                        await self._receive(msg)
                 return
         self.hold("Deliveries on their way were lost with the connection.")
 
-    async def _take(self, msg: Msg) -> None:
+    async def _receive(self, msg: Msg) -> None:
         delivered = msg.metadata
         seq, number = delivered.sequence.stream, delivered.sequence.consumer
         if self._reconnects != self._nc.stats["reconnects"]:

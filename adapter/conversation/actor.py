@@ -94,14 +94,9 @@ class ConversationActor:
 
     # for others -------------------------------------------------------------------------------------
 
-    def put(
-        self,
-        event: rules.Input,
-        done: asyncio.Future[None] | None = None,
-        is_wanted: Callable[[], bool] | None = None,
-    ) -> None:
+    def put(self, event: rules.Input, done: asyncio.Future[None] | None = None) -> None:
         """Queues an input; see Mailbox.put."""
-        self._mailbox.put(event, done, is_wanted)
+        self._mailbox.put(event, done)
 
     def on_inbound(self, inbound: rules.InboundReceived) -> asyncio.Future[None]:
         """Queues a message of the user. The future is done once it is processed; fails with LeaseLost or a bug."""
