@@ -10,7 +10,7 @@ from nats.aio.client import Client
 
 from adapter.contract.messages import ControlAnswer, Erase
 from adapter.simulator import BotRecord
-from tests.e2e.world import NAMES, World, eventually, stream, world
+from tests.e2e.world import NAMES, World, eventually, stream, until, world
 
 STREAMS = (
     *(NAMES.stream_in, NAMES.stream_out, NAMES.stream_ctl, NAMES.stream_event, NAMES.stream_dead),
@@ -75,6 +75,39 @@ async def test_a_person_is_erased_whichever_replica_has_them(tmp_path: Path) -> 
         assert await naming(nc, *gone) == []
         for sandbox in ("s3", "s4", "s5"):
             assert len(await naming(nc, f"of {sandbox}.")) >= 3
+        await nc.close()
+
+
+async def test_a_person_is_erased_while_everybody_writes(tmp_path: Path) -> None:
+    """The person, too, until their bot is unbound. Nobody else loses a word."""
+    async with world(tmp_path, quota=0) as made:
+        for _ in range(2):
+            await made.add_adapter()
+        nc = await made.nc()
+        bots = await talked(made, nc, 4)
+        is_erased = asyncio.Event()
+
+        async def talk(sandbox: str) -> int:
+            number = 0
+            while not is_erased.is_set():
+                number += 1
+                made.say(sandbox, f"more {number} of {sandbox}.")
+                await made.command(nc, sandbox, f"m-{sandbox}-{number}")
+                await asyncio.sleep(0.005)
+            return number
+
+        async with asyncio.TaskGroup() as group:
+            talking = {sandbox: group.create_task(talk(sandbox)) for sandbox in bots}
+            await until(lambda: len(made.said["s0"]) > 100, "they talk")
+            answer = await erased(made, nc, bots["s0"], "e")
+            is_erased.set()
+        assert answer.left == {}
+        assert answer.counts["message"] > 100
+        del made.said["s0"], made.sent["s0"]
+        await made.settle(nc)
+        assert await naming(nc, bots["s0"].user, bots["s0"].bot, "of s0.") == []
+        for sandbox in ("s1", "s2", "s3"):
+            assert len(made.phone_texts(sandbox)) == talking[sandbox].result() + 1
         await nc.close()
 
 
