@@ -15,6 +15,7 @@ from adapter.content.dedup import (
     KEEP_AT_MOST,
     KEEP_LONG,
     KEEP_MS,
+    MERGED_AT_ONCE,
     RECENT_MS,
     SAME_TIME_MS,
     BatchDedup,
@@ -192,6 +193,7 @@ def test_what_was_kept_and_is_forgotten_is_not_taken_for_new() -> None:
         seen.add(say(message=str(number)), NOW)
     seen.unsaved = 0
     seen.add(say(message="new"), NOW + 2 * KEEP_MS)
+    seen.forget_old(NOW + 2 * KEEP_MS)
     assert seen.unsaved == 1
     assert seen.fingerprints() == [say(message="new").fingerprint(NOW + 2 * KEEP_MS)]
 
@@ -203,6 +205,7 @@ def test_what_is_older_than_a_day_is_forgotten(said: list[tuple[MessageKeys, int
     for keys, later_ms in said:
         now += later_ms
         seen.add(keys, now)
+        seen.forget_old(now)
         assert all(int(record.rpartition("|")[2]) >= now - KEEP_MS for record in seen.fingerprints())
 
 
@@ -213,6 +216,8 @@ def test_the_state_is_bounded() -> None:
         seen.add(
             MessageKeys("m" * 500 + str(number), "c" * 500 + str(number), str(number), "u" * 500, NOW, "same"), NOW
         )
+    assert len(seen.fingerprints()) < KEEP_AT_MOST + MERGED_AT_ONCE
+    seen.forget_old(NOW)
     assert len(seen.fingerprints()) == KEEP_AT_MOST
     assert sum(len(record) for record in seen.fingerprints()) < 50_000
     assert not seen.is_repeat(MessageKeys("m" * 500 + "0", "", "", "u", 0, ""))
@@ -242,6 +247,7 @@ def test_beyond_the_usual_number_what_was_seen_lately_is_remembered() -> None:
         seen.add(say(message=str(number), sent_at_ms=NOW + 10_000 * number), NOW)
     assert len(seen.fingerprints()) == KEEP_LONG + 100
     seen.add(say(message="later"), NOW + RECENT_MS + 1)
+    seen.forget_old(NOW + RECENT_MS + 1)
     assert len(seen.fingerprints()) == KEEP_LONG
 
 

@@ -19,6 +19,7 @@ RECENT_MS = 75 * 60 * 1000
 """Time for which messages are remembered beyond KEEP_LONG: iLink repeats up to an hour later, a page at a time."""
 KEEP_AT_MOST = 600
 """Most messages that are remembered of a busy user: about 50 kB."""
+MERGED_AT_ONCE = 32
 HASH = 6
 """Bytes of a hash in a record."""
 _BLANK = hashlib.blake2b(digest_size=HASH)
@@ -94,35 +95,25 @@ class _ParsedFingerprint(NamedTuple):
     seen_at_ms: int
 
 
-class DedupWindow:
-    """The recent messages of one bot, oldest first.
+class _Records:
+    """Records of messages, oldest first, as one text that is searched as such: each of thousands of bots has some,
+    and objects would take ten times the memory."""
 
-    The state is one text and searched as such: each of thousands of bots has one, and objects would take ten times
-    the memory. `kept`: the stored lines.
-    """
+    __slots__ = ("_content_hashes", "_lines", "_messages", "count")
 
-    def __init__(self, kept: Iterable[str] = ()) -> None:
+    def __init__(self) -> None:
         self._lines = "\n"
         """All records, each between line ends."""
         self._messages = self._content_hashes = b""
         """Packed hashes of each record's id and content. A hash that is missing here need not be searched in the
         lines, which takes ten times as long."""
-        self._count = 0
-        self._oldest_ms = 0
-        """Time of the oldest record."""
-        self.unsaved = 0
-        """Number of records that are not stored."""
-        self.added_count = 0
-        """Number of messages added so far."""
-        self._insert(kept)
-        self.unsaved = 0
+        self.count = 0
 
-    def fingerprints(self) -> list[str]:
-        """The state in its stored form."""
+    def lines(self) -> list[str]:
         return self._lines.split()
 
     def is_repeat(self, keys: MessageKeys) -> bool:
-        """Whether this is a repeat of a remembered message."""
+        """Whether this is a repeat of one of the messages."""
         message, _, _, content = keys.hashed
         if message and bytes.fromhex(message) in self._messages and f"\n{message}|" in self._lines:
             return True
@@ -139,70 +130,93 @@ class DedupWindow:
             if (known := _parse_fingerprint(line)).content == content:
                 yield known
 
+    def contains(self, record: str, hashes: tuple[str, str, str, str]) -> bool:
+        return bytes.fromhex(hashes[3]) in self._content_hashes and f"\n{record}\n" in self._lines
+
+    def append(self, records: dict[str, tuple[str, str, str, str]]) -> None:
+        """Appends records with their hashes."""
+        self._lines += "\n".join([*records, ""])
+        self._messages += b"".join([bytes.fromhex(hashes[0]) or _NAMELESS for hashes in records.values()])
+        self._content_hashes += bytes.fromhex("".join([hashes[3] for hashes in records.values()]))
+        self.count += len(records)
+
+    def extend(self, later: _Records) -> None:
+        """Appends all records of `later`."""
+        self._lines += later._lines[1:]
+        self._messages += later._messages
+        self._content_hashes += later._content_hashes
+        self.count += later.count
+
+    def forget_old(self, now_ms: int) -> None:
+        """Drops records that are too old or too many."""
+        count = max(0, self.count - KEEP_AT_MOST)
+        end = 0
+        for _ in range(count):
+            end = self._lines.index("\n", end + 1)
+        while count < self.count:
+            after = self._lines.index("\n", end + 1)
+            horizon_ms = now_ms - (RECENT_MS if self.count - count > KEEP_LONG else KEEP_MS)
+            if _parse_fingerprint(self._lines[end + 1 : after]).seen_at_ms >= horizon_ms:
+                break
+            count, end = count + 1, after
+        self._lines = self._lines[end:]
+        self._messages, self._content_hashes = self._messages[count * HASH :], self._content_hashes[count * HASH :]
+        self.count -= count
+
+
+class DedupWindow:
+    """The recent messages of one bot, oldest first. `kept`: the stored lines."""
+
+    def __init__(self, kept: Iterable[str] = ()) -> None:
+        self._records = _Records()
+        self._newest = _Records()
+        """The newest messages, fewer than MERGED_AT_ONCE: all records are copied with each addition."""
+        hashed = {record: _hashes(record) for record in kept}
+        if hashed:
+            self._records.append(hashed)
+        self.unsaved = 0
+        """Number of records that are not stored."""
+        self.added_count = 0
+        """Number of messages added so far."""
+
+    def fingerprints(self) -> list[str]:
+        """The state in its stored form."""
+        return self._records.lines() + self._newest.lines()
+
+    def is_repeat(self, keys: MessageKeys) -> bool:
+        """Whether this is a repeat of a remembered message."""
+        return self._newest.is_repeat(keys) or self._records.is_repeat(keys)
+
     def add(self, keys: MessageKeys, now_ms: int) -> str:
         """Remembers a new message. Returns its record."""
         return self.add_all([keys], now_ms)[0]
 
     def add_all(self, many: Sequence[MessageKeys], now_ms: int) -> list[str]:
-        """Remembers new messages. One copy for all makes it cheap. Returns their records."""
+        """Remembers new messages. Returns their records. Old ones are forgotten after some additions."""
         records = [keys.fingerprint(now_ms) for keys in many]
-        self._append(
-            {
-                record: keys.hashed
-                for record, keys in zip(records, many, strict=True)
-                if keys.message or not self._contains(record, keys.hashed)  # with an id it would be a repeat
-            }
-        )
-        self._forget_old(now_ms)
+        added = {
+            record: keys.hashed
+            for record, keys in zip(records, many, strict=True)
+            if keys.message or not self._contains(record, keys.hashed)  # with an id it would be a repeat
+        }
+        if not added:
+            return records
+        self._newest.append(added)
+        self.added_count += len(added)
+        self.unsaved += len(added)
+        if self._newest.count >= MERGED_AT_ONCE:
+            self.forget_old(now_ms)
         return records
 
-    def _insert(self, records: Iterable[str]) -> None:
-        """Adds records that are missing."""
-        hashed = {record: _hashes(record) for record in records}
-        self._append({record: hashes for record, hashes in hashed.items() if not self._contains(record, hashes)})
+    def forget_old(self, now_ms: int) -> None:
+        """Drops what is too old or too much."""
+        self._records.extend(self._newest)
+        self._newest = _Records()
+        self._records.forget_old(now_ms)
+        self.unsaved = min(self.unsaved, self._records.count)
 
     def _contains(self, record: str, hashes: tuple[str, str, str, str]) -> bool:
-        return bytes.fromhex(hashes[3]) in self._content_hashes and f"\n{record}\n" in self._lines
-
-    def _append(self, records: dict[str, tuple[str, str, str, str]]) -> None:
-        """Appends records with their hashes."""
-        if not records:
-            return
-        self._lines += "\n".join([*records, ""])
-        self._messages += b"".join([bytes.fromhex(hashes[0]) or _NAMELESS for hashes in records.values()])
-        self._content_hashes += bytes.fromhex("".join([hashes[3] for hashes in records.values()]))
-        self._count += len(records)
-        self.unsaved += len(records)
-        self.added_count += len(records)
-
-    def _forget_old(self, now_ms: int) -> None:
-        count = max(0, self._count - KEEP_AT_MOST)
-        end = self._end_of(count)
-        while count < self._count:
-            horizon_ms = now_ms - (RECENT_MS if self._count - count > KEEP_LONG else KEEP_MS)
-            if not count and self._oldest_ms >= horizon_ms:
-                break
-            after = self._lines.index("\n", end + 1)
-            self._oldest_ms = _parse_fingerprint(self._lines[end + 1 : after]).seen_at_ms
-            if self._oldest_ms >= horizon_ms:
-                break
-            count, end = count + 1, after
-        if count:
-            self._forget(count, end)
-
-    def _end_of(self, count: int) -> int:
-        """The end of the oldest `count` records."""
-        end = 0
-        for _ in range(count):
-            end = self._lines.index("\n", end + 1)
-        return end
-
-    def _forget(self, count: int, end: int) -> None:
-        """Drops the oldest `count` records, which end at `end`."""
-        self._lines = self._lines[end:]
-        self._messages, self._content_hashes = self._messages[count * HASH :], self._content_hashes[count * HASH :]
-        self._count -= count
-        self.unsaved = min(self.unsaved, self._count)
+        return self._newest.contains(record, hashes) or self._records.contains(record, hashes)
 
 
 class BatchDedup:

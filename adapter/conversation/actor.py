@@ -41,31 +41,44 @@ class _Alarm:
 
     def __init__(self, ring: Callable[[], None]) -> None:
         self._ring = ring
-        self._handle: asyncio.TimerHandle | None = None
+        self._due = math.inf
+        """By the loop's clock."""
+        self._timer: asyncio.TimerHandle | None = None
+        """It may expire before `_due`, since most alarms are put off again and again."""
 
     @property
     def is_set(self) -> bool:
-        return self._handle is not None
+        return self._due < math.inf
 
     def set(self, in_s: float) -> None:
         """`in_s`: seconds from now; inf: never."""
-        self.cancel()
-        if in_s < math.inf:
-            in_s = min(LONGEST_TIMER_S, max(SHORTEST_TIMER_S, in_s))
-            self._handle = asyncio.get_running_loop().call_later(in_s, self._on_time)
-
-    def cancel(self) -> None:
-        if self._handle is not None:
-            self._handle.cancel()
-            self._handle = None
+        if in_s == math.inf:
+            self._due = in_s
+            return
+        loop = asyncio.get_running_loop()
+        self._due = loop.time() + min(LONGEST_TIMER_S, max(SHORTEST_TIMER_S, in_s))
+        if self._timer is not None and self._timer.when() > self._due:
+            self._timer.cancel()
+            self._timer = None
+        if self._timer is None:
+            self._timer = loop.call_at(self._due, self._on_time)
 
     def stop(self) -> None:
         """Never rings again, and lets go of the function."""
-        self.cancel()
-        self._ring = _ignore
+        self._due, self._ring = math.inf, _ignore
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
 
     def _on_time(self) -> None:
-        self._handle = None
+        loop = asyncio.get_running_loop()
+        self._timer = None
+        if self._due == math.inf:
+            return
+        if loop.time() < self._due:
+            self._timer = loop.call_at(self._due, self._on_time)
+            return
+        self._due = math.inf
         self._ring()
 
 
@@ -81,7 +94,9 @@ class ConversationActor:
         self._deps = deps
         self._mailbox = Mailbox(conversation.sandbox, self._on_empty, deps.turns)
         self._work = OutstandingWork(self.memory, shard, deps, self._mailbox.put)
-        self._mailbox.handle = EffectRunner(self.memory, shard, deps, self._work, self._mailbox.put).handle_event
+        effects = EffectRunner(self.memory, shard, deps, self._work, self._mailbox.put)
+        self._mailbox.handle = effects.handle_event
+        self._apply_at_once = effects.apply_at_once
         self._deadline = _Alarm(self._on_deadline)
         self._store_alarm = _Alarm(self._store_inbound)
         """Set while the record lacks an inbound message."""
@@ -98,9 +113,13 @@ class ConversationActor:
         """Queues an input; see Mailbox.put."""
         self._mailbox.put(event, done)
 
-    def on_inbound(self, inbound: rules.InboundReceived) -> asyncio.Future[None]:
-        """Queues a message of the user. The future is done once it is processed; fails with LeaseLost or a bug."""
+    def on_inbound(self, inbound: rules.InboundReceived) -> asyncio.Future[None] | None:
+        """Processes a message of the user at once if nothing else is to be done; returns None then. Otherwise queues
+        it, and returns a future that is done once it is processed, and fails with LeaseLost or a bug."""
         self._undispatched[inbound.bot] = inbound.sequence
+        if not self._mailbox.is_busy and not self._mailbox.is_stopped and self._apply_at_once(inbound):
+            self._on_empty()
+            return None
         done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self.put(inbound, done)
         return done

@@ -85,7 +85,8 @@ class Conversations:
         inbound = InboundReceived(
             message, token, binding.bot, written_ms, sequence, received_ms, show_typing=auto_typing
         )
-        done = actor.on_inbound(inbound)
+        if (done := actor.on_inbound(inbound)) is None:
+            return actor
         done.add_done_callback(_retrieve_exception)
         await asyncio.sleep(0)  # usually enough, and cheaper than a timeout
         if not done.done():
@@ -96,7 +97,7 @@ class Conversations:
             done.cancel()  # the message stays in the mailbox; only the wait ends
         return actor
 
-    async def shown_window(self, sandbox: str, bot: str, user: str) -> contract.Window:
+    async def shown_window(self, sandbox: str, user: str) -> contract.Window:
         """The user's send window. Raises Temporary."""
         return window.visible_window(await self._record(sandbox, user), self._clock.now_ms(), self._policy.window)
 

@@ -52,6 +52,18 @@ class EffectRunner:
                 if isinstance(event, rules.InboundReceived):  # the dispatcher relies on it being stored
                     await self._apply_event(event)
 
+    def apply_at_once(self, event: rules.Input) -> bool:
+        """Applies an input that has no effects, as most messages of users. False: nothing is changed, and
+        `handle_event` has to process the input."""
+        try:
+            state, effects = rules.step(self._memory.state, event, self._deps.clock.now_ms(), self._deps.policy)
+        except Exception:  # noqa: BLE001 - handle_event meets it again, and reports it
+            return False
+        if effects:
+            return False
+        self._memory.state = state
+        return True
+
     async def _apply_event(self, event: rules.Input) -> None:
         """Applies one input and carries out its effects. Long ones continue in the background (OutstandingWork)."""
         now_ms = self._deps.clock.now_ms()

@@ -896,7 +896,8 @@ def _advance_queue(
         conversation = _expire_commands(conversation, now_ms, effects)
     if conversation.bot is None:
         conversation = _end_unbound(conversation, effects)
-    conversation = _replaced(conversation, has_unpublished=False)
+    if conversation.has_unpublished:
+        conversation = _replaced(conversation, has_unpublished=False)
     while conversation.activity is Activity.IDLE and conversation.queue:
         first, progress = conversation.queue[0], conversation.record.head
         if progress is not None and not progress.has_command(first.ref.sequence):
@@ -923,7 +924,9 @@ def _advance_queue(
             if now_ms < due_ms:
                 return conversation
         conversation = _send_next(conversation, now_ms, policy, effects)
-    return conversation if conversation.queue else _replaced(conversation, reason="", earliest_expiry_ms=math.inf)
+    if conversation.queue or (not conversation.reason and conversation.earliest_expiry_ms == math.inf):
+        return conversation
+    return _replaced(conversation, reason="", earliest_expiry_ms=math.inf)
 
 
 def _is_group_incomplete(conversation: Conversation) -> bool:

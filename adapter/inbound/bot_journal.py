@@ -226,6 +226,7 @@ class BotJournal:
         No later owner reads them. Raises Temporary."""
         if min(self.stored.done_to, self.stored.seen_to) < self.stored.last_heard:
             return
+        del self._older[:-RECORDS_KEPT]
         while self._inherited and (found := await self._journal.get(self.bot, self._inherited)) is not None:
             self._older.insert(0, self._inherited)
             self._inherited = found.record.last_heard
@@ -280,7 +281,9 @@ class BotJournal:
 
     def _point_at(self, written: Written) -> None:
         if self.sequence and self.sequence != written.sequence:
-            self._older = [*self._older[1 - RECORDS_KEPT :], self.sequence]
+            self._older.append(self.sequence)
+            if len(self._older) > 2 * RECORDS_KEPT:
+                del self._older[:RECORDS_KEPT]
         self.sequence = written.sequence
         self.stored = written.record.next_record(written.sequence)
         self._since_seen = 0 if written.record.seen is not None else self._since_seen + 1

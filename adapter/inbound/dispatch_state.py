@@ -13,7 +13,7 @@ from adapter.contract.messages import InboundItem
 from adapter.conversation.actor import ConversationActor
 from adapter.inbound.download import DownloadDeps
 from adapter.inbound.inbox import AddressedMessage, PublishDeps
-from adapter.inbound.journal import Journal, Written
+from adapter.inbound.journal import Journal, JournalRecord, Written
 from adapter.inbound.triage import Triage, TriagedMessage
 
 
@@ -61,6 +61,9 @@ class PendingMessage:
         return msgspec.structs.replace(self.message, inbound=inbound)
 
 
+_DISPATCHED = Written(0, "", JournalRecord())
+
+
 class OpenRecord:
     """A record that is being dispatched."""
 
@@ -68,9 +71,11 @@ class OpenRecord:
         "actors",
         "added_keys",
         "crashes",
+        "is_continued",
         "is_left_over",
         "is_triaged",
         "messages",
+        "sequence",
         "size",
         "triaged",
         "unpublished",
@@ -79,6 +84,8 @@ class OpenRecord:
 
     def __init__(self, written: Written, *, is_left_over: bool = False) -> None:
         self.written = written
+        self.sequence = written.sequence
+        self.is_continued = written.record.is_continued
         self.size = sum(map(len, written.record.messages))
         self.is_left_over = is_left_over
         """A previous owner stored it and may have published some of it."""
@@ -93,3 +100,15 @@ class OpenRecord:
         self.actors: list[ConversationActor] = []
         """Conversations of the users in the record."""
         self.crashes = 0
+
+    def is_stored(self, bot: str) -> bool:
+        """Whether the conversations have stored that the record is dispatched."""
+        for actor in self.actors:
+            if not actor.memory.is_stored_to(bot, self.sequence):
+                return False
+        return True
+
+    def drop_messages(self) -> None:
+        """Frees the messages of a dispatched record, since the bot may be silent for long."""
+        self.messages = self.triaged = None
+        self.written = _DISPATCHED

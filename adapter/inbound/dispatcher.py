@@ -22,7 +22,7 @@ import contextlib
 from collections import deque
 from collections.abc import Callable, Sequence
 from functools import partial
-from itertools import islice, takewhile
+from itertools import islice
 
 import structlog
 
@@ -33,7 +33,7 @@ from adapter.inbound import inbox
 from adapter.inbound.bot_journal import BotJournal
 from adapter.inbound.dispatch_state import DispatchDeps, OpenRecord, PendingMessage
 from adapter.inbound.inbox import AddressedMessage
-from adapter.inbound.journal import JournalRecord, Written
+from adapter.inbound.journal import Written
 from adapter.inbound.left_over import LeftOver
 from adapter.inbound.media_downloads import MediaDownloads
 from adapter.inbound.recipients import Recipients
@@ -82,6 +82,8 @@ class Dispatcher:
         self._waiting: deque[PendingMessage] = deque()
         self._unsaved: deque[OpenRecord] = deque()
         """Dispatched records whose conversations are not known to be stored."""
+        self._unsaved_keys = 0
+        """Messages that these records, and the open ones, added to the dedup window."""
         self._done_to = journal.done_to
         self.changed = ChangeSignal()
         self._tasks = TaskSet(partial(_crashed, self.bot))
@@ -151,13 +153,18 @@ class Dispatcher:
         whole = 0
         """Dispatched records at whose end no message continues."""
         for number, opened in enumerate(self._unsaved, 1):
-            if not all(actor.memory.is_stored_to(self.bot, opened.written.sequence) for actor in opened.actors):
+            if not opened.is_stored(self.bot):
                 break
-            if not opened.written.record.is_continued:  # a new owner needs the beginning of the message, too
+            if not opened.is_continued:  # a new owner needs the beginning of the message, too
                 whole = number
         for _ in range(whole):
-            self._done_to = self._unsaved.popleft().written.sequence
+            self._done_to = self._forget_oldest().sequence
         return self._done_to
+
+    def _forget_oldest(self) -> OpenRecord:
+        oldest = self._unsaved.popleft()
+        self._unsaved_keys -= oldest.added_keys
+        return oldest
 
     async def wait_stored(self, seconds: float) -> None:
         """Waits at most `seconds` for the conversations to store the dispatched sequence."""
@@ -178,7 +185,7 @@ class Dispatcher:
         seen = self._seen
         if seen is None or self.is_catching_up:
             return None
-        later = sum(opened.added_keys for opened in (*self._unsaved, *self._open))
+        later = self._unsaved_keys
         if seen.unsaved - later < new:
             return None
         seen.unsaved = later
@@ -271,6 +278,7 @@ class Dispatcher:
                 self.bot, opened.messages, record.place, record.first, self._seen, record.received_ms
             )
             opened.added_keys = self._seen.added_count - known
+            self._unsaved_keys += opened.added_keys
         binding = await self._recipients.find_binding()
         try:
             await self._queue_messages(opened, opened.triaged, binding)
@@ -306,36 +314,30 @@ class Dispatcher:
             PendingMessage(message, opened, until, is_suspect=opened.is_left_over) for message in addressed
         )
         opened.unpublished = len(addressed)
-        self._downloads.start()
+        if any(message.inbound.fetches for message in addressed):
+            self._downloads.start()
 
     # publishing -------------------------------------------------------------------------------------
 
     async def _publish_ready(self) -> None:
         """Publishes the messages that are ready, in order. If the first pending is not, waits for its media or for
         another record."""
-        self._downloads.start()
         first = self._waiting[0]
         if not first.is_ready:
+            self._downloads.start()
             await self.changed.wait_until(lambda: bool(self._records) or self._stopped or first.is_ready)
             return
         if first.crashes >= ATTEMPTS:
             await self._rejects.end_crashed(first.message.inbound.raw, first.message.sandbox, first.message.inbound)
             self._remove_finished([first])
             return
-        is_anothers = self._recipients.belongs_to_another
-        if is_anothers(first.message):
+        if self._recipients.belongs_to_another(first.message):
             self._rejects.count(first.message.inbound.kind, "unbound")
             inbound, why = first.message.inbound, "The sandbox serves another user by now."
             await self._rejects.dead_letter(None, inbound.raw, inbound, why, reason="not_bound")
             self._remove_finished([first])
             return
-        limit = 1 if self._is_one_by_one else PUBLISH_BATCH
-        waiting = islice(self._waiting, limit)
-        ready = list(
-            takewhile(
-                lambda pending: pending.is_ready and not self._recipients.belongs_to_another(pending.message), waiting
-            )
-        )
+        ready = self._next_batch()
         try:
             await inbox.publish([pending.with_media() for pending in ready], self._publishing)
         except AdapterError:
@@ -352,6 +354,17 @@ class Dispatcher:
             self._publishing.metrics.inbound_publish_duration.observe(max(0.0, took_s), len(ready))
         self._remove_finished(ready)
 
+    def _next_batch(self) -> list[PendingMessage]:
+        """The first pending messages, as far as they are ready and for the same recipient as the first."""
+        first = self._waiting[0].message
+        recipient = first.sandbox, first.inbound.user
+        batch: list[PendingMessage] = []
+        for pending in islice(self._waiting, 1 if self._is_one_by_one else PUBLISH_BATCH):
+            if not pending.is_ready or (pending.message.sandbox, pending.message.inbound.user) != recipient:
+                break
+            batch.append(pending)
+        return batch
+
     def _remove_finished(self, finished: Sequence[PendingMessage]) -> None:
         """Removes the first messages of the queue, which are in the inbox or dead letters."""
         for pending in finished:
@@ -362,18 +375,14 @@ class Dispatcher:
 
     def _close_done(self) -> None:
         """Closes the records whose messages are all in their inboxes."""
-        done = list(takewhile(lambda opened: opened.is_triaged and not opened.unpublished, self._open))
-        for opened in done:
-            self._open.popleft()
+        while self._open and self._open[0].is_triaged and not self._open[0].unpublished:
+            opened = self._open.popleft()
             for actor in opened.actors:
-                actor.note_dispatched(self.bot, opened.written.sequence)
+                actor.note_dispatched(self.bot, opened.sequence)
             self._unsaved.append(opened)
-            opened.messages = opened.triaged = None
-            emptied = JournalRecord(is_continued=opened.written.record.is_continued)
-            # frees the messages, since the bot may be silent for long
-            opened.written = opened.written._replace(record=emptied)
+            opened.drop_messages()
             if len(self._unsaved) > MAX_UNSAVED:
-                self._unsaved.popleft()
+                self._forget_oldest()
         self.changed.notify_all()
 
     async def _drop_published(self) -> None:
@@ -388,6 +397,7 @@ class Dispatcher:
                 self._waiting.remove(waiting)
                 waiting.record.unpublished -= 1
         self._close_done()
+        self._downloads.start()
 
 
 def _crashed(bot: str, exc: BaseException) -> None:

@@ -73,7 +73,7 @@ def without_media(inbound: InboundMessage, reason: str) -> InboundMessage:
 
 
 async def publish(addressed: Sequence[AddressedMessage], deps: PublishDeps) -> None:
-    """Publishes messages in this order, pipelined. Raises LeaseLost.
+    """Publishes messages of one user for one sandbox in this order, pipelined. Raises LeaseLost.
 
     A large message is published alone: if the bus refuses its size, its stub keeps its place in the order.
     """
@@ -94,25 +94,19 @@ async def _publish_part(addressed: Sequence[AddressedMessage], deps: PublishDeps
     """Publishes messages together. Stubs of those that the bus refuses follow at the end."""
     if not addressed:
         return
-    windows: dict[tuple[str, str, str], contract.Window] = {}
-    messages = []
-    for item in addressed:
-        recipient = item.sandbox, item.bot, item.inbound.user
-        if recipient not in windows:
-            windows[recipient] = await _window(*recipient, deps)
-        messages.append(_message(item, windows[recipient], deps))
+    window = await _window(addressed[0], deps)
+    messages = [_message(item, window, deps) for item in addressed]
     acks = await _publish_all(messages, addressed[0].bot, deps)
     now_ms, spans = deps.clock.now_ms(), deps.access.events.spans
     stored: Counter[tuple[str, bool]] = Counter()
     refused: list[tuple[AddressedMessage, Message, BusRefused]] = []
-    debug = log.bind().debug  # bound once, because that costs more than the rest of the loop
     for item, message, ack in zip(addressed, messages, acks, strict=True):
         if isinstance(ack, BusRefused):
             refused.append((item, message, ack))
             continue
         stored[item.inbound.kind, ack.duplicate] += 1
         place = item.place
-        debug("inbound.published", sandbox=item.sandbox, message=item.id, place=place, sequence=ack.seq)
+        log.debug("inbound.published", sandbox=item.sandbox, message=item.id, place=place, sequence=ack.seq)
         if spans is not None:
             journal, times_ms = int(place.partition(".")[0]), (item.received_ms, now_ms)
             spans.record_publish(item.id, item.bot, item.sandbox, journal, times_ms)
@@ -183,12 +177,13 @@ def _message(addressed: AddressedMessage, window: contract.Window, deps: Publish
     return Message("in", subject, msgspec.json.encode(inbound), headers, deps.ensure_owner)
 
 
-async def _window(sandbox: str, bot: str, user: str, deps: PublishDeps) -> contract.Window:
+async def _window(message: AddressedMessage, deps: PublishDeps) -> contract.Window:
     """The window of the user; empty once the bot serves another sandbox."""
+    sandbox, bot = message.sandbox, message.bot
     binding = deps.bindings.get(bot)
     if binding is None or binding.sandbox != sandbox:
         return contract.Window(remaining=0)
-    return await retry(lambda: deps.conversations.shown_window(sandbox, bot, user), deps.clock, bot)
+    return await retry(lambda: deps.conversations.shown_window(sandbox, message.inbound.user), deps.clock, bot)
 
 
 async def _publish_stub(addressed: AddressedMessage, message: Message, deps: PublishDeps) -> None:

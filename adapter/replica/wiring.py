@@ -482,14 +482,15 @@ class _PollGate:
 
     def __init__(self, replica: Replica) -> None:
         self._replica = replica
+        names = replica.names
+        buckets = (names.bindings, names.conversations)
+        self._streams = [names.stream_in, names.stream_journal, *(f"KV_{bucket}" for bucket in buckets)]
 
     async def wait_writable(self) -> None:
-        replica, names = self._replica, self._replica.names
-        buckets = (names.bindings, names.conversations)
-        streams = [names.stream_in, names.stream_journal, *(f"KV_{bucket}" for bucket in buckets)]
+        replica = self._replica
         await replica.connections.connection.wait_connected()
-        await replica.connections.bus.wait_writable(streams)
-        await replica.health_monitor.wait_complete(streams)
+        await replica.connections.bus.wait_writable(self._streams)
+        await replica.health_monitor.wait_complete(self._streams)
 
     async def wait_media_writable(self) -> None:
         """As `wait_writable`, for messages with media."""
