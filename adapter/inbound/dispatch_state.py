@@ -103,10 +103,7 @@ class OpenRecord:
 
     def is_stored(self, bot: str) -> bool:
         """Whether the conversations have stored that the record is dispatched."""
-        for actor in self.actors:
-            if not actor.memory.is_stored_to(bot, self.sequence):
-                return False
-        return True
+        return all(actor.memory.is_stored_to(bot, self.sequence) for actor in self.actors)
 
     def drop_messages(self) -> None:
         """Frees the messages of a dispatched record, since the bot may be silent for long."""

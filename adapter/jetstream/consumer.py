@@ -9,8 +9,8 @@ They do not show a reset by another replica that then takes as many messages as 
 valid lease neither resets nor pulls, and it checks again between the two: a late reset is then followed by no pull.
 Pulls of a former owner that is frozen or cut off take deliveries until they expire, even after a reset.
 
-A consumer that an operator has deleted is created again. Messages stored before that may have been delivered by the
-deleted one.
+A consumer that an operator has deleted, or that was in the memory of a server that was restarted, is created again.
+Messages stored before that may have been delivered by the former one.
 """
 
 from __future__ import annotations
@@ -197,7 +197,8 @@ class Consumer:
             if exc.code != NO_CONSUMER:
                 raise
         await topology.create_resource(self.connection, self._wanted)
-        log.error("consumer.recreated", consumer=self.name, stream=self._stream)
+        was_in_memory = self._wanted.config.get("mem_storage")
+        (log.info if was_in_memory else log.error)("consumer.recreated", consumer=self.name, stream=self._stream)
         return await self.get_info()
 
     async def _pull(self, nc: Client, epoch: int, on_delivery: Callable[[Delivery], None]) -> None:

@@ -247,6 +247,7 @@ def wanted_consumers(names: Names) -> list[Wanted]:
                 out_consumer(shard),
                 filter_subject=names.out_shard(shard),
                 max_ack_pending=OUT_UNSETTLED,
+                mem_storage=True,  # or a server writes a file for each that is in use, ten times a second
             )
             for shard in range(SHARDS)
         ),

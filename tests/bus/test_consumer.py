@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from structlog.testing import capture_logs
 
-from adapter.contract.names import H_MSG_ID
+from adapter.contract.names import H_MSG_ID, shard_of
 from adapter.errors import Temporary
 from adapter.jetstream import topology
 from adapter.jetstream.consumer import Consumer, Delivery, wait_all_settled
@@ -350,6 +350,25 @@ async def test_a_consumer_that_is_deleted_is_made_again_and_takes_nothing_for_ne
     await control(rig, "2")
     await heir.have(2)
     assert [(delivery.data, delivery.redelivered) for delivery in heir.got] == [(b"1", True), (b"2", False)]
+
+
+async def test_a_shards_consumer_which_no_server_keeps_is_made_again_after_a_kill(rig: Rig) -> None:
+    """What was delivered before comes again, in order, and is said to."""
+    name = topology.out_consumer(shard_of("s1"))
+    reader = Reader(rig, name=name)
+    for text in (b"0", b"1", b"2"):
+        await rig.publisher.publish(Message("out", NAMES.out("s1"), text, {}))
+    await reader.have(3)
+    await reader.got[0].ack()
+    while len(await rig.read(NAMES.stream_out, NAMES.out_shard(shard_of("s1")))) > 2:
+        await asyncio.sleep(0.01)
+    rig.bus.kill()
+    await rig.bus.start()
+    await reader.have(5)
+    await rig.publisher.publish(Message("out", NAMES.out("s1"), b"3", {}))
+    await reader.have(6)
+    later = [(delivery.data, delivery.redelivered) for delivery in reader.got[3:]]
+    assert later == [(b"1", True), (b"2", True), (b"3", False)]
 
 
 async def test_a_consumer_that_is_paused_is_told_when_it_is_read(rig: Rig) -> None:
