@@ -663,10 +663,12 @@ def _on_answer(
 def _on_accepted(
     conversation: Conversation, progress: SendProgress, answer: Accepted, now_ms: int, effects: list[Effect]
 ) -> Conversation:
-    if not progress.unconfirmed:
-        progress = msgspec.structs.replace(progress, ret=answer.ret, errcode=answer.errcode, errmsg=answer.errmsg)
+    answered = progress if progress.unconfirmed else answer
     progress = msgspec.structs.replace(
         progress,
+        ret=answered.ret,
+        errcode=answered.errcode,
+        errmsg=answered.errmsg,
         part=progress.part + 1,
         unanswered_attempts=0,
         message_ids=[*progress.message_ids, *filter(None, [answer.message_id])],
@@ -770,7 +772,7 @@ def _end_commands(
     is_first = bool(commands) and commands[0] is conversation.queue[0]
     conversation = _without_commands(conversation, {command.sequence for command in commands})
     if progress is None or shared is None:
-        return _reset_progress(conversation) if is_first else conversation
+        return _reset_progress(conversation, conversation.record) if is_first else conversation
     ended = {command.ref.sequence for command in commands}
     if shared.may_be_sent and any(command.sequence not in ended for command in progress.commands):
         return _replaced(conversation, head_result=shared)  # the others are redelivered after the takeover
@@ -781,15 +783,18 @@ def _close_head(conversation: Conversation, *, may_be_sent: bool) -> Conversatio
     """Ends the send under way. Not `may_be_sent`: a command with the same id may be tried again."""
     record = conversation.record
     ids = [command.id for command in record.head.commands] if may_be_sent and record.head else []
-    recent = [*(ident for ident in record.recent if ident not in ids), *ids][-RECENT_COMMANDS:]
-    record = msgspec.structs.replace(record, head=None, recent=recent)
-    return _reset_progress(_replaced(conversation, record=record))
+    others = record.recent
+    if any(ident in others for ident in ids):
+        others = [ident for ident in others if ident not in ids]
+    record = msgspec.structs.replace(record, head=None, recent=[*others, *ids][-RECENT_COMMANDS:])
+    return _reset_progress(conversation, record)
 
 
-def _reset_progress(conversation: Conversation) -> Conversation:
-    """Forgets the progress of the former head."""
+def _reset_progress(conversation: Conversation, record: ConversationRecord) -> Conversation:
+    """Forgets the progress of the former head. `record`: the new record."""
     return _replaced(
         conversation,
+        record=record,
         content=None,
         failures=0,
         token_rejections=0,
@@ -801,7 +806,8 @@ def _reset_progress(conversation: Conversation) -> Conversation:
 
 def _end_first(conversation: Conversation, result: CommandResult, effects: list[Effect]) -> Conversation:
     """Ends the first command and those merged into its message."""
-    conversation = _replaced(conversation, activity=Activity.IDLE, content=None)
+    if conversation.activity is not Activity.IDLE or conversation.content is not None:
+        conversation = _replaced(conversation, activity=Activity.IDLE, content=None)
     return _end_commands(conversation, _first_group(conversation), result, effects)
 
 
@@ -913,7 +919,8 @@ def _advance_queue(
             conversation = _end_first(conversation, answer._replace(outcome="refused", reason=blocked), effects)
             conversation = _replaced(conversation, typing_due=True)
             continue
-        conversation = _replaced(conversation, reason=blocked)
+        if conversation.reason != blocked:
+            conversation = _replaced(conversation, reason=blocked)
         if blocked:
             return _park_waiting(conversation, blocked, effects)
         if 0 < conversation.not_before_ms - now_ms <= window.CLOCK_ERROR_MS:
@@ -1048,7 +1055,8 @@ def _send_next(conversation: Conversation, now_ms: int, policy: SendPolicy, effe
     content = part if isinstance(part, str) else conversation.content
     assert content is not None
     effects += [Save(), Post(ident, content)]
-    progress = msgspec.structs.replace(progress, bot=bot)
+    if progress.bot != bot:
+        progress = msgspec.structs.replace(progress, bot=bot)
     return _replaced(
         conversation,
         record=window.record_attempt(conversation.record, progress, now_ms),

@@ -219,6 +219,6 @@ def record_answer_time(record: ConversationRecord, now_ms: int) -> ConversationR
 
 def record_accepted(record: ConversationRecord, progress: SendProgress, now_ms: int) -> ConversationRecord:
     """Records that iLink accepted the last request, which ends a throttle."""
-    record = record_answer_time(record, now_ms)
-    window = msgspec.structs.replace(record.window, throttled_at_ms=0)
+    sent_at_ms = [*record.window.sent_at_ms[:-1], now_ms]
+    window = msgspec.structs.replace(record.window, sent_at_ms=sent_at_ms, throttled_at_ms=0)
     return msgspec.structs.replace(record, window=window, head=progress)
