@@ -114,7 +114,7 @@ check: install
 	@$(BIN)/mypy
 	@$(BIN)/mypy schemas/examples/python/*.py
 	@found=$$($(BIN)/lint-imports --no-logo 2>&1) || { echo "$$found" >&2; exit 1; }
-	@$(BIN)/python -m adapter.cli.schema --check
+	@$(BIN)/python -m tests.generate --check
 	@$(BIN)/python -m tests.bus.roles --check
 	@found=$$($(BIN)/pytest -q -p no:cacheprovider tests/test_docs.py tests/test_words.py </dev/null 2>&1) || { echo "$$found" >&2; exit 1; }
 
@@ -124,7 +124,7 @@ format: install
 
 TYPES := schemas/examples/typescript/wechat-nats.d.ts
 generate: install
-	@$(BIN)/python -m adapter.cli.schema
+	@$(BIN)/python -m tests.generate
 	@$(BIN)/python -m tests.bus.roles
 	@if command -v npm >/dev/null 2>&1; then \
 	  $(MAKE) npm && node $(NPM)/types.mjs schemas >$(NPM)/node_modules/.types && \

@@ -6,7 +6,6 @@ import re
 
 import pytest
 
-from adapter.cli.schema import ROOT
 from adapter.contract.names import Names
 from adapter.errors import Refused
 from adapter.security.permissions import (
@@ -21,6 +20,7 @@ from adapter.security.permissions import (
     overlaps,
     server_config,
 )
+from tests.generate import ROOT
 
 NAMES = Names()
 

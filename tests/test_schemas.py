@@ -16,8 +16,9 @@ from jsonschema import Draft202012Validator  # type: ignore[import-untyped]
 from adapter.cli import schema
 from adapter.contract.names import Names
 from adapter.settings import Settings, variable_of
+from tests import generate
 
-SCHEMAS = schema.ROOT / "schemas"
+SCHEMAS = generate.ROOT / "schemas"
 VALID = sorted((SCHEMAS / "samples" / "valid").glob("*.json"))
 INVALID = sorted((SCHEMAS / "samples" / "invalid").glob("*.json"))
 
@@ -54,26 +55,26 @@ def resolve(document: Any, target: str) -> Any:
 
 def test_what_is_stored_is_what_the_code_says() -> None:
     """`make generate` writes it anew."""
-    assert schema.stale_files() == []
+    assert generate.stale_files() == []
 
 
 def test_no_description_has_the_indentation_of_its_docstring() -> None:
     """Before Python 3.13 docstrings have it: what is generated would be another there."""
     indented = [
-        path for path, text in schema.generated_files().items() if path.suffix == ".json" and r"\n    " in text
+        path for path, text in generate.generated_files().items() if path.suffix == ".json" and r"\n    " in text
     ]
     assert indented == []
 
 
 def test_generating_twice_gives_the_same_bytes() -> None:
     """In another process too, where hashes of strings are others."""
-    code = "from adapter.cli import schema; print(schema.generated_files())"
+    code = "from tests import generate; print(generate.generated_files())"
     runs = {
         subprocess.run(
             [sys.executable, "-c", code],
             check=True,
             capture_output=True,
-            cwd=schema.ROOT,
+            cwd=generate.ROOT,
             env={"PYTHONHASHSEED": seed, "PYTHONIOENCODING": "utf-8"},
         ).stdout
         for seed in ("1", "2")
@@ -82,22 +83,22 @@ def test_generating_twice_gives_the_same_bytes() -> None:
 
 
 def test_a_stale_an_absent_and_a_leftover_file_are_named(tmp_path: Path) -> None:
-    page = tmp_path / schema.SETTINGS_PAGE
+    page = tmp_path / generate.SETTINGS_PAGE
     page.parent.mkdir(parents=True)
     page.write_text("<!-- settings -->\nold\n<!-- /settings -->\n")
-    for path, text in schema.generated_files(tmp_path).items():
+    for path, text in generate.generated_files(tmp_path).items():
         (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / path).write_text(text)
-    (tmp_path / schema.TYPES).parent.mkdir(parents=True)
-    (tmp_path / schema.TYPES).write_text(schema.types_stamp(schema.generated_files(tmp_path)))
-    assert schema.stale_files(tmp_path) == []
+    (tmp_path / generate.TYPES).parent.mkdir(parents=True)
+    (tmp_path / generate.TYPES).write_text(generate.types_stamp(generate.generated_files(tmp_path)))
+    assert generate.stale_files(tmp_path) == []
 
     (tmp_path / "schemas/bind.json").write_text("{}")
     (tmp_path / "schemas/inbound.json").unlink()
     (tmp_path / "schemas/left_over.json").touch()
-    (tmp_path / schema.TYPES).write_text("export interface Bind {}")
+    (tmp_path / generate.TYPES).write_text("export interface Bind {}")
     page.write_text("<!-- settings -->\n<!-- /settings -->\n")
-    assert [str(path) for path in schema.stale_files(tmp_path)] == [
+    assert [str(path) for path in generate.stale_files(tmp_path)] == [
         "docs/reference/settings.md",
         "schemas/bind.json",
         "schemas/examples/typescript/wechat-nats.d.ts",
@@ -107,7 +108,7 @@ def test_a_stale_an_absent_and_a_leftover_file_are_named(tmp_path: Path) -> None
 
 
 def test_an_unknown_argument_is_refused() -> None:
-    assert schema.main(["--chek"]) == 2
+    assert generate.main(["--chek"]) == 2
 
 
 @pytest.mark.parametrize("name", schema.DOCUMENTED)
@@ -183,7 +184,7 @@ def test_subjects_of_asyncapi_are_those_of_the_contract() -> None:
 
 
 def test_every_setting_explains_itself() -> None:
-    rows = schema.settings_table()
+    rows = generate.settings_table()
     assert [row.variable.split("`")[0] for row in rows] == [
         variable_of(field) for field in Settings.__struct_fields__
     ]
@@ -192,4 +193,4 @@ def test_every_setting_explains_itself() -> None:
 
 def test_the_page_of_settings_holds_their_table() -> None:
     """`make generate` rewrites it; the markers must not get lost."""
-    assert schema.SETTINGS_PAGE in schema.generated_files()
+    assert generate.SETTINGS_PAGE in generate.generated_files()

@@ -47,7 +47,7 @@ COMMANDS = {
     "restore": ("backup:restore", "Bring the streams and buckets of a backup back."),
     "permissions": ("permissions:app", "Make the NATS users of adapter, platform and sandboxes."),
     "simulator": ("run:simulator", "Serve a simulated iLink: bots, phones, faults."),
-    "schema": ("run:schema", "Print or write the JSON Schemas of the bus."),
+    "schema": ("run:schema", "Print the JSON Schema of a message of the bus."),
 }
 """Where each command is, below this package, and its line of the help. A module is imported when its command
 is called: all of them together take a second."""

@@ -129,24 +129,13 @@ def simulate(*tokens: Rest) -> int:
     return simulated.run(list(tokens))
 
 
-def schema(
-    message: Annotated[
-        str | None, Parameter(help="Print the JSON Schema of this message, or `asyncapi`, and write nothing.")
-    ] = None,
-    /,
-    *,
-    check: Annotated[bool, flag("Write nothing; exit code 1 if a file is stale.")] = False,
-) -> int:
-    """Write the JSON Schemas and the AsyncAPI document of the bus, in a checkout; or print one of them."""
+def schema(message: Annotated[str, Parameter(help="Name of a message, or `asyncapi`.")] = "", /) -> int:
+    """Print the JSON Schema of a message, or the AsyncAPI document of the bus; without a name, which there are."""
     from adapter.cli import schema as made  # noqa: PLC0415 -- other commands start faster without it
 
-    if message is not None:
-        names = [*made.DOCUMENTED, "asyncapi"]
-        if message not in names:
-            raise Failed(USAGE, f"There is no message {message!r}; there are {', '.join(names)}.")
-        document = made.asyncapi() if message == "asyncapi" else made.json_schema(message)
-        output.say(json.dumps(document, indent=2, ensure_ascii=False))
-        return OK
-    if not (made.ROOT / "pyproject.toml").is_file():
-        raise Failed(USAGE, "This is no checkout, so there is nothing to write: name a message to print its schema.")
-    return made.main(["--check"] if check else [])
+    names = [*made.DOCUMENTED, "asyncapi"]
+    if message not in names:
+        raise Failed(USAGE, f"Name a message, one of {', '.join(names)}.")
+    document = made.asyncapi() if message == "asyncapi" else made.json_schema(message)
+    output.say(json.dumps(document, indent=2, ensure_ascii=False))
+    return OK

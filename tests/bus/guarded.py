@@ -14,11 +14,11 @@ from typing import NamedTuple
 
 from adapter.cli import jwts, permissions
 from adapter.cli.embedded import find_server
-from adapter.cli.schema import EXAMPLES, ROOT
 from adapter.contract.names import Names
 from adapter.jetstream.client import BusClient
 from adapter.security.permissions import ACCOUNT_OF, FILES, WECHAT, Grants, inbox
 from tests.e2e.waiting import until
+from tests.generate import EXAMPLES, ROOT
 
 NAMES = Names()
 SANDBOXES = EXAMPLES

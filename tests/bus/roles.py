@@ -10,7 +10,7 @@ import sys
 from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
-from adapter.cli.schema import ROOT
+from tests.generate import ROOT
 
 README = ROOT / "helm" / "nats" / "README.md"
 START, END = "<!-- roles -->\n", "<!-- /roles -->"

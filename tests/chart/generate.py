@@ -16,9 +16,9 @@ from typing import Any, get_type_hints
 
 import msgspec
 
-from adapter.cli.schema import settings_table
 from adapter.settings import PREFIX, Settings, variable_of
 from tests.chart.helm import CHART, ROOT, Object
+from tests.generate import settings_table
 
 SCHEMA = CHART / "values.schema.json"
 README = CHART / "README.md"

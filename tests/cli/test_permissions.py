@@ -15,12 +15,12 @@ from nats.errors import Error as NatsError
 from adapter.cli import jwts
 from adapter.cli.jwts import ACCOUNT, USER, Key, user_jwt
 from adapter.cli.permissions import LONGEST_LINE, CredentialFolder
-from adapter.cli.schema import EXAMPLES, ROOT
 from adapter.contract.names import Names
 from adapter.errors import Refused
 from adapter.security.permissions import FILES, ROLES
 from tests.bus.guarded import NAMES, Guarded, User, guarded
 from tests.cli.conftest import Command
+from tests.generate import EXAMPLES, ROOT
 
 
 def claims(creds: Path) -> dict[str, Any]:

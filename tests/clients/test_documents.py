@@ -7,9 +7,9 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
-from adapter.cli import schema
+from tests.generate import ROOT, TYPES
 
-ASYNCAPI = schema.ROOT / "schemas" / "asyncapi.json"
+ASYNCAPI = ROOT / "schemas" / "asyncapi.json"
 
 
 def node(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
@@ -47,9 +47,9 @@ def test_the_asyncapi_document_is_valid_and_broken_ones_are_not(npm: Path, tmp_p
 
 def test_the_types_are_what_the_schemas_say(npm: Path) -> None:
     """`make generate` writes them anew."""
-    done = node(npm / "types.mjs", schema.ROOT / "schemas")
+    done = node(npm / "types.mjs", ROOT / "schemas")
     assert done.returncode == 0, done.stderr
-    assert done.stdout == (schema.ROOT / schema.TYPES).read_text(encoding="utf-8")
+    assert done.stdout == (ROOT / TYPES).read_text(encoding="utf-8")
 
 
 COMMANDS = """
@@ -80,7 +80,7 @@ MISFITS = [
 
 
 def test_the_types_tell_right_from_wrong(npm: Path, tmp_path: Path) -> None:
-    (tmp_path / "wechat-nats.d.ts").write_bytes((schema.ROOT / schema.TYPES).read_bytes())
+    (tmp_path / "wechat-nats.d.ts").write_bytes((ROOT / TYPES).read_bytes())
     (tmp_path / "fits.ts").write_text(COMMANDS.format(command=FITS, outcome="accepted"))
     for number, (command, outcome, _) in enumerate(MISFITS):
         (tmp_path / f"misfit{number}.ts").write_text(COMMANDS.format(command=command, outcome=outcome))
@@ -94,7 +94,7 @@ def test_the_types_tell_right_from_wrong(npm: Path, tmp_path: Path) -> None:
 
 def test_what_the_page_tells_to_install_is_what_was_tried() -> None:
     """The packages of the TypeScript examples, by their versions."""
-    shown = json.loads((schema.ROOT / "schemas" / "examples" / "typescript" / "package.json").read_bytes())
-    tried = json.loads((schema.ROOT / "tests" / "npm" / "package.json").read_bytes())["devDependencies"]
+    shown = json.loads((ROOT / "schemas" / "examples" / "typescript" / "package.json").read_bytes())
+    tried = json.loads((ROOT / "tests" / "npm" / "package.json").read_bytes())["devDependencies"]
     for kind in ("dependencies", "devDependencies"):
         assert shown[kind].items() <= tried.items()

@@ -14,6 +14,7 @@ from adapter.cli import schema
 from adapter.contract.messages import SCHEMA_VERSION
 from adapter.contract.names import Names
 from tests.compat.rules import breaks
+from tests.generate import ROOT
 
 HERE = Path(__file__).parent
 NOW = HERE / f"v{SCHEMA_VERSION}"
@@ -57,7 +58,7 @@ def main() -> int:
     for name in schema.DOCUMENTED:
         _write(NOW / "schemas" / f"{name}.json", schema.json_schema(name))
     _write(NOW / "subjects.json", subjects())
-    for sample in sorted((schema.ROOT / "schemas" / "samples" / "valid").glob("*.json")):
+    for sample in sorted((ROOT / "schemas" / "samples" / "valid").glob("*.json")):
         kept = NOW / "messages" / sample.name
         if not kept.exists():
             kept.write_bytes(sample.read_bytes())
