@@ -84,7 +84,7 @@ async def restore(
         if there and not replace:
             raise Failed(NO, f"It is there already: {', '.join(sorted(there))}. With --replace it is deleted first.")
         for stream in sorted(there):
-            _expect_reply(await bus.api_request(f"STREAM.DELETE.{stream}"), f"{stream} cannot be deleted")
+            await bus.api_request(f"STREAM.DELETE.{stream}")
         copied = [await _load(bus, place) for place in saved]
     _print(copied, json)
     return OK
@@ -117,7 +117,6 @@ async def _save(bus: Bus, stream: str, folder: Path) -> CopiedStream:
     try:
         body = {"deliver_subject": inbox, "no_consumers": False, "chunk_size": CHUNK}
         answer = await bus.api_request(f"STREAM.SNAPSHOT.{stream}", body)
-        _expect_reply(answer, f"{stream} cannot be copied")
         folder.mkdir(mode=0o700)  # noqa: ASYNC240  nothing else runs in a command
         with (folder / DATA).open("wb") as data:
             while (chunk := await chunks.next_msg(timeout=CHUNK_S)).data:
@@ -142,29 +141,18 @@ async def _load(bus: Bus, folder: Path) -> CopiedStream:
     meta: dict[str, Any] = msgspec.json.decode((folder / META).read_bytes())
     config = meta["config"] | {"num_replicas": bus.settings.replicas}
     answer = await bus.api_request(f"STREAM.RESTORE.{stream}", {"config": config, "state": meta["state"]})
-    _expect_reply(answer, f"{stream} cannot be restored")
+    chunk: bytes | None = None
     try:
         with (folder / DATA).open("rb") as data:
-            while chunk := data.read(CHUNK):
+            while chunk != b"":  # an empty one says that this was all
+                chunk = data.read(CHUNK)
                 said = await bus.nc.request(answer["deliver_subject"], chunk, timeout=CHUNK_S)
-                if said.data:
-                    _expect_reply(msgspec.json.decode(said.data), f"{stream} cannot be restored")
-        done = await bus.nc.request(answer["deliver_subject"], b"", timeout=CHUNK_S)
+                if error := (msgspec.json.decode(said.data) if said.data else {}).get("error"):
+                    raise Failed(NO, f"{stream} cannot be restored: {error}.")
     except (NatsError, TimeoutError):
         raise Failed(UNREACHABLE, f"Restoring {stream} stopped half-way: delete it, and try again.") from None
-    _expect_reply(msgspec.json.decode(done.data), f"{stream} cannot be restored")
     return CopiedStream(stream, meta["state"]["messages"], (folder / DATA).stat().st_size)
 
 
-def _expect_reply(answer: dict[str, Any], what: str) -> None:
-    """Raises Failed for an error of JetStream's."""
-    if error := answer.get("error"):
-        raise Failed(NO, f"{what}: {error.get('description', error)} (error {error.get('err_code')}).")
-
-
 def _print(copied: list[CopiedStream], json: bool) -> None:
-    if json:
-        for one in copied:
-            output.json_line(one)
-    else:
-        output.table(COLUMNS, [(one.stream, one.messages, one.bytes) for one in copied], empty="")
+    output.listing(copied, json, COLUMNS, lambda one: (one.stream, one.messages, one.bytes))

@@ -16,7 +16,7 @@ from cyclopts import Parameter
 from nats.aio.msg import Msg
 
 from adapter.cli import bulk, output
-from adapter.cli.bus import Bus, connected_bus
+from adapter.cli.bus import Bus, connected_bus, decode_answer
 from adapter.cli.exit_codes import NO, OK, TIMEOUT, UNREACHABLE, USAGE, Failed
 from adapter.cli.options import (
     AutoTyping,
@@ -46,7 +46,6 @@ from adapter.contract.messages import (
     Unbind,
 )
 from adapter.contract.names import H_MSG_ID, H_REPLY_TO, H_SCHEMA, is_sandbox
-from adapter.errors import UNDECODABLE
 
 COLUMNS = ("sandbox", "bot", "user", "state", "since", "reason")
 HEALTH_COLUMNS = ("sandbox", "bot", "user", "state", "last poll", "user wrote", "window", "why")
@@ -284,15 +283,8 @@ async def bindings(
         and (not wanted or status_of(info) in wanted)
     ]
     found.sort(key=lambda info: (BOT_STATUSES.index(status_of(info)), info.sandbox, info.bot))
-    if json:
-        for info in found:
-            output.json_line(info)
-    else:
-        is_filtered = bool(sandbox or user or state)
-        empty = "Nothing is bound." if not is_filtered else "Nothing matches." if not exact else ""
-        output.table(
-            HEALTH_COLUMNS, map(_health_row, found), styles=STYLES, empty=empty or f"Nothing is bound to {exact}."
-        )
+    empty = f"Nothing is bound to {exact}." if exact else "Nothing matches." if user or state or sandbox else ""
+    output.listing(found, json, HEALTH_COLUMNS, _health_row, styles=STYLES, empty=empty or "Nothing is bound.")
     return OK
 
 
@@ -402,10 +394,7 @@ class ControlRequests:
         await asyncio.wait({answer}, timeout=timeout_s)
         if not answer.done():
             raise Failed(TIMEOUT, f"Stored; no adapter answered in {timeout_s:g} s, takes effect when one runs.")
-        try:
-            return msgspec.json.decode(answer.result(), type=ControlAnswer)
-        except UNDECODABLE:
-            raise Failed(NO, "The adapter's answer cannot be read: are both of the same version?") from None
+        return decode_answer(answer.result(), ControlAnswer)
 
 
 def _print_answer(answer: ControlAnswer, done: str, json: bool) -> int:

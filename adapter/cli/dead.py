@@ -2,26 +2,21 @@
 
 from __future__ import annotations
 
-import base64
 import re
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from itertools import pairwise
 from typing import Annotated, Any
 
 import msgspec
 from cyclopts import App, Parameter
-from nats.aio.msg import Msg
-from nats.errors import Error as NatsError
-from nats.js import api
-from nats.js.errors import APIError, NotFoundError
 
 from adapter.cli import output
-from adapter.cli.bus import Bus, JetStreamGone, connected_bus, missing_stream_failure, sequence_from
-from adapter.cli.exit_codes import NO, OK, UNREACHABLE, USAGE, Failed
+from adapter.cli.bus import Bus, connected_bus
+from adapter.cli.exit_codes import NO, OK, USAGE, Failed
 from adapter.cli.options import Json
 from adapter.contract.names import H_MSG_ID, Names
 from adapter.errors import UNDECODABLE
-from adapter.jetstream.api_replies import NO_STREAM
+from adapter.ports import Stored
 from adapter.services.dead_letters import DeadLetter, dead_letter_of, retry_message
 
 app = App(name="dead", help="Messages that could not be handled: list, show, try again, delete.")
@@ -39,16 +34,18 @@ async def list_dead_letters(
     *, stream: Annotated[str | None, Parameter(help="Only of this stream: WECHAT_OUT …")] = None, json: Json = False
 ) -> int:
     """List dead letters, oldest first. Bodies are not shown: they may hold message text."""
+
+    def to_letter(one: Stored) -> DeadLetter | None:
+        letter = dead_letter_of(one.seq, one.subject, one.headers, size=len(one.data), stored_ms=one.time_ms)
+        return letter if stream in (None, letter.stream) else None
+
     async with connected_bus() as bus:
-        letters = [letter for letter in await dead_letters(bus) if stream in (None, letter.stream)]
-    if json:
-        for letter in letters:
-            output.json_line(letter)
-    else:
-        rows = [
-            (x.seq, output.clock(x.time_ms), x.sandbox or "-", x.stream, x.reason, x.detail, x.size) for x in letters
-        ]
-        output.table(COLUMNS, rows, empty="No dead letters.")
+        letters = await bus.read_stored(bus.names.stream_dead, bus.names.dead_letters("*"), keep=to_letter)
+
+    def row(x: DeadLetter) -> tuple[object, ...]:
+        return x.seq, output.clock(x.time_ms), x.sandbox or "-", x.stream, x.reason, x.detail, x.size
+
+    output.listing(letters, json, COLUMNS, row, empty="No dead letters.")
     return OK
 
 
@@ -59,13 +56,17 @@ async def show(*seqs: Seqs, json: Json = False) -> int:
     The body may hold what a person wrote: treat it as private. Tokens and keys in it are masked.
     """
 
-    async def shown(bus: Bus, seq: int) -> bool:
-        if (raw := await _fetch_stored(bus, seq)) is None:
-            return False
+    async def shown(bus: Bus, letter: Stored) -> bool:
+        headers = _own_headers(letter.headers)
+        body = mask_secrets(bus.names, letter.subject, letter.data)
         if json:
-            output.json_line(_as_json(bus.names, raw))
-        else:
-            _print(bus.names, raw)
+            output.json_line({"seq": letter.seq, "subject": letter.subject, "headers": headers, "body": body})
+            return True
+        output.say(f"{letter.seq}  {output.printable(letter.subject)}")
+        for name, value in headers.items():
+            output.say(f"  {output.printable(name)}: {output.printable(value)}")
+        output.say(f"  {len(letter.data)} bytes; may hold message text:")
+        output.say(f"  {output.printable(body)}")
         return True
 
     return await _for_each(seqs, shown)
@@ -77,118 +78,60 @@ async def retry(*seqs: Seqs) -> int:
 
     For what came from WECHAT_OUT and WECHAT_CTL. Inbound dead letters cannot be retried: the user has to write again.
     """
-    return await _for_each(seqs, _retry)
+
+    async def retried(bus: Bus, letter: Stored) -> bool:
+        message = retry_message(bus.names, letter.seq, letter.headers, letter.data)
+        if message is None:
+            output.complain(f"{letter.seq} cannot be retried: it is no command; the user has to write again.")
+            return False
+        await bus.store(message.subject, message.payload, message.headers)
+        msg_id = message.headers[H_MSG_ID]
+        output.say(f"{letter.seq}  stored again on {output.printable(message.subject)}  (id {msg_id})")
+        await bus.delete_stored(bus.names.stream_dead, letter.seq)
+        return True
+
+    return await _for_each(seqs, retried)
 
 
 @app.command
 async def drop(*seqs: Seqs) -> int:
     """Delete dead letters for good."""
 
-    async def dropped(bus: Bus, seq: int) -> bool:
-        if gone := await _delete(bus, seq):
-            output.say(f"{seq}  dropped")
-        return gone
+    async def dropped(bus: Bus, letter: Stored) -> bool:
+        await bus.delete_stored(bus.names.stream_dead, letter.seq)
+        output.say(f"{letter.seq}  dropped")
+        return True
 
     return await _for_each(seqs, dropped)
 
 
-async def _for_each(seqs: tuple[int, ...], work: Callable[[Bus, int], Awaitable[bool]]) -> int:
-    """Does `work` with each letter; NO if it failed with one. Raises Failed."""
+async def _for_each(seqs: tuple[int, ...], work: Callable[[Bus, Stored], Awaitable[bool]]) -> int:
+    """Does `work` with each letter; NO if one is not there, or `work` failed with one. Raises Failed."""
     if not seqs:
         raise Failed(USAGE, "Which ones? Give numbers as `wechat-nats dead ls` shows them.")
+    code = OK
     async with connected_bus() as bus:
-        done = [await work(bus, seq) for seq in seqs]
-    return OK if all(done) else NO
+        for seq in seqs:
+            letter = await bus.get_stored(bus.names.stream_dead, seq)
+            if letter is None:
+                output.complain(f"There is no dead letter {seq}.")
+            if letter is None or not await work(bus, letter):
+                code = NO
+    return code
 
 
-async def dead_letters(bus: Bus) -> list[DeadLetter]:
-    """All of them, without bodies. Raises Failed."""
-    heads = sequence_from(bus, bus.names.stream_dead, bus.names.dead_letters("*"), headers_only=True)
-    return [_read_dead_letter(msg) async for msg in heads]
+def _own_headers(headers: Mapping[str, str]) -> dict[str, str]:
+    """Without those of the server that says where the letter is stored."""
+    return {k: v for k, v in headers.items() if k == H_MSG_ID or not k.startswith("Nats-")}
 
 
-def _read_dead_letter(msg: Msg) -> DeadLetter:
-    headers = msg.headers or {}
-    size = headers.get("Nats-Msg-Size", "")
-    return dead_letter_of(
-        msg.metadata.sequence.stream,
-        msg.subject,
-        headers,
-        size=int(size) if size.isdigit() else 0,
-        stored_ms=int(msg.metadata.timestamp.timestamp() * 1000),
-    )
-
-
-async def _fetch_stored(bus: Bus, seq: int) -> api.RawStreamMsg | None:
-    """None, and a complaint, where there is no such letter. Raises Failed."""
-    stream = bus.names.stream_dead
-    try:
-        raw = await bus.unless_forbidden(f"$JS.API.STREAM.MSG.GET.{stream}", bus.js.get_msg(stream, seq))
-        # nats-py makes an object of a value that is not ASCII, here alone
-        raw.headers = await bus.nc.parse_headers(base64.b64decode(raw.hdrs or ""))
-        return raw
-    except JetStreamGone:
-        raise
-    except NotFoundError as exc:
-        if exc.err_code == NO_STREAM:
-            raise Failed(UNREACHABLE, missing_stream_failure(stream)) from None
-        output.complain(f"There is no dead letter {seq}.")
-        return None
-    except (NatsError, TimeoutError):
-        raise Failed(UNREACHABLE, f"Cannot read the dead letters: {stream} did not answer.") from None
-
-
-async def _delete(bus: Bus, seq: int) -> bool:
-    """False, and a complaint, where there is no such letter. Raises Failed."""
-    stream = bus.names.stream_dead
-    try:
-        await bus.unless_forbidden(f"$JS.API.STREAM.MSG.DELETE.{stream}", bus.js.delete_msg(stream, seq))
-    except JetStreamGone:
-        raise
-    except APIError as exc:
-        if exc.err_code == NO_STREAM:
-            raise Failed(UNREACHABLE, missing_stream_failure(stream)) from None
-        output.complain(f"There is no dead letter {seq}.")
-        return False
-    except (NatsError, TimeoutError):
-        raise Failed(UNREACHABLE, f"Cannot delete dead letter {seq}: {stream} did not answer.") from None
-    return True
-
-
-async def _retry(bus: Bus, seq: int) -> bool:
-    """Publishes, then deletes; False, and a complaint, where there is nothing to publish. Raises Failed."""
-    if (raw := await _fetch_stored(bus, seq)) is None:
-        return False
-    message = retry_message(bus.names, seq, raw.headers or {}, raw.data or b"")
-    if message is None:
-        output.complain(f"{seq} cannot be retried: it is no command; the user has to write again.")
-        return False
-    await bus.store(message.subject, message.payload, message.headers)
-    msg_id = message.headers[H_MSG_ID]
-    output.say(f"{seq}  stored again on {output.printable(message.subject)}  (id {msg_id})")
-    return await _delete(bus, seq)
-
-
-def _print(names: Names, raw: api.RawStreamMsg) -> None:
-    output.say(f"{raw.seq}  {output.printable(raw.subject or '')}")
-    for name, value in (raw.headers or {}).items():
-        output.say(f"  {output.printable(name)}: {output.printable(value)}")
-    output.say(f"  {len(raw.data or b'')} bytes; may hold message text:")
-    output.say(f"  {output.printable(mask_secrets(names, raw))}")
-
-
-def _as_json(names: Names, raw: api.RawStreamMsg) -> dict[str, Any]:
-    return {"seq": raw.seq, "subject": raw.subject, "headers": raw.headers or {}, "body": mask_secrets(names, raw)}
-
-
-def mask_secrets(names: Names, raw: api.RawStreamMsg) -> str:
-    """The body without what opens something; of one that cannot be read nothing after the name of a secret."""
-    data = raw.data or b""
+def mask_secrets(names: Names, subject: str, data: bytes) -> str:
+    """The body of a message without what opens something; if it cannot be read, nothing after a secret's name."""
     try:
         return msgspec.json.encode(_mask_value(msgspec.json.decode(data))).decode()
     except UNDECODABLE:
         pass
-    if (raw.subject or "").endswith(f".{names.stream_ctl}"):
+    if subject.endswith(f".{names.stream_ctl}"):
         return "(withheld: a control message that cannot be read may hold a token anywhere)"
     return _up_to_secret(data.decode(errors="backslashreplace"))
 

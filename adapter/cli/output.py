@@ -11,9 +11,9 @@ import re
 import shutil
 import sys
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from datetime import UTC, datetime
-from typing import Any, TextIO
+from typing import Any, TextIO, TypeVar
 
 import msgspec
 from rich.cells import cell_len
@@ -28,6 +28,7 @@ _UNPRINTABLE_IN_JSON = re.compile(f"[{UNSEEN}]")
 """What JSON may hold as it is; some of it moves the cursor, or ends a line for those who read lines."""
 NARROW = 8
 """A terminal that has fewer columns for each column of a table gets its rows as blocks."""
+T = TypeVar("T")
 _NAMED = {"\n": "⏎", "\t": " ", "\r": ""}
 
 
@@ -97,6 +98,22 @@ def table(
         (_stacked if width < NARROW * len(columns) else _rich)(columns, cells, styles or {})
     else:
         _aligned(columns, cells)
+
+
+def listing(
+    found: Sequence[T],
+    json: bool,
+    columns: Sequence[str],
+    row: Callable[[T], Sequence[object]],
+    *,
+    styles: dict[str, str] | None = None,
+    empty: str = "",
+) -> None:
+    """What was found, each as a line of JSON, or as the `row` of a table."""
+    if not json:
+        table(columns, map(row, found), styles=styles, empty=empty)
+    for one in found if json else ():
+        json_line(one)
 
 
 def _rich(columns: Sequence[str], cells: list[list[str]], styles: dict[str, str]) -> None:

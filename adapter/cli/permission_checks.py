@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable
 
 import msgspec
 from nats.errors import Error as NatsError
 
-from adapter.cli.bus import Bus, connected_bus, permission_violations
+from adapter.cli.bus import Bus, connected_bus
 from adapter.cli.checks import Check
 from adapter.cli.exit_codes import NO, Failed
 from adapter.contract.names import Names
 from adapter.errors import UNDECODABLE
 from adapter.security.permissions import USER_INFO, Grants, User, grants, required, streams, user_of
-from adapter.settings import Settings
 
 WHERE = "see helm/nats/ and `wechat-nats permissions`"
 ASK_S = 2.0
@@ -22,34 +20,32 @@ NAMED = 4
 """Subjects that are named; the rest are counted."""
 
 
-async def check_permissions(bus: Bus, settings: Settings) -> list[Check]:
+async def check_permissions(bus: Bus) -> list[Check]:
     """Compares what the server says of this user with what an adapter does; tries to get in without credentials."""
     user = await _fetch_user(bus)
-    return [_check_user(user, bus, settings), *await _check_strangers(user, bus, settings)]
+    return [_check_user(user, bus), *await _check_strangers(user, bus)]
 
 
 async def _fetch_user(bus: Bus) -> User | None:
     """What the server says of the user of this connection; None if it does not."""
     with contextlib.suppress(NatsError, TimeoutError, *UNDECODABLE):
-        reply = await bus.nc.request(USER_INFO, b"", timeout=ASK_S)
-        return user_of(reply.data)
+        return user_of((await bus.nc.request(USER_INFO, b"", timeout=ASK_S)).data)
     return None
 
 
-def _check_user(user: User | None, bus: Bus, settings: Settings) -> Check:
+def _check_user(user: User | None, bus: Bus) -> Check:
     if user is None:
         return Check("permissions", "warn", f"Cannot be told: let this user publish to {USER_INFO}.")
     may = user.granted
-    lacks = may.missing(required(bus.names, settings.nats_inbox_prefix))
+    lacks = may.missing(required(bus.names, bus.settings.nats_inbox_prefix))
+    inboxes = ("_INBOX.>", "_INBOX_platform.>", "_INBOX_operator.>")
+    if not lacks and not any(may.publish.allows_some_of(subject) for subject in inboxes):
+        lacks = ["publish to the inboxes of whoever asks"]
+    if not lacks and not may.publish.allows_all_of("_R_.>"):
+        said = "An adapter with this user could not answer to other accounts: let it publish to _R_.>"
+        return Check("permissions", "warn", f"{said}; {WHERE}.")
     if not lacks:
-        answers = [f"_INBOX_{role}.>" for role in ("platform", "operator")]
-        if not any(may.publish.allows_some_of(subject) for subject in ("_INBOX.>", *answers)):
-            lacks = ["publish to the inboxes of whoever asks"]
-        elif not may.publish.allows_all_of("_R_.>"):
-            said = "An adapter with this user could not answer to other accounts: let it publish to _R_.>"
-            return Check("permissions", "warn", f"{said}; {WHERE}.")
-        else:
-            return Check("permissions", "ok", "this user may do all that an adapter does")
+        return Check("permissions", "ok", "this user may do all that an adapter does")
     if not may.missing(grants(bus.names, "operator")):
         return Check("permissions", "ok", "an operator's; the adapter needs a user of its own")
     return Check("permissions", "fail", f"An adapter with this user may not {_some_subjects(lacks)}: {WHERE}.")
@@ -68,21 +64,14 @@ def foreign_grants(names: Names) -> Grants:
     ask = [names.svc(verb) for verb in ("bindings.list", "replay", "window", "replay.doctor", "window.doctor")]
     api = ["INFO", "STREAM.NAMES", *(f"STREAM.INFO.{s}" for s in streams(names)), f"DIRECT.GET.{names.stream_in}"]
     subscribe = [names.live("*"), names.event("*", "*"), names.inbox("*"), f"{names.out_plain}.>", names.svc(">")]
-    subscribe += [
-        f"$KV.{names.bindings}.>",
-        "$KV.>",
-        "$O.>",
-        "$SRV.>",
-        "$JS.API.>",
-        "_INBOX.>",
-        f"{names.prefix}.>",
-        ">",
-    ]
+    subscribe += [f"$KV.{names.bindings}.>", "$KV.>", "$O.>", "$SRV.>", "$JS.API.>", "_INBOX.>"]
+    subscribe += [f"{names.prefix}.>", ">"]
     return Grants((*ask, *(f"$JS.API.{verb}" for verb in api), "$SRV.INFO"), tuple(subscribe))
 
 
-async def _check_strangers(user: User | None, bus: Bus, settings: Settings) -> list[Check]:
+async def _check_strangers(user: User | None, bus: Bus) -> list[Check]:
     """Whether somebody without credentials gets in, and into this account."""
+    settings = bus.settings
     with_credentials = any((settings.nats_creds, settings.nats_nkey, settings.nats_user, settings.nats_token))
     urls = tuple(_without_password(url) for url in settings.nats_url)
     if not with_credentials and urls == settings.nats_url:
@@ -98,7 +87,7 @@ async def _check_strangers(user: User | None, bus: Bus, settings: Settings) -> l
             anonymous = await stack.enter_async_context(connected_bus(nobody))
         except Failed:
             return [Check("strangers", "ok", "nobody gets in without credentials")]
-        open_to = await _probe_allowed(anonymous, foreign_grants(bus.names))
+        open_to, _ = await _probe(anonymous, foreign_grants(bus.names))
         theirs = await _fetch_user(anonymous)
     if not open_to or (user and theirs and user.account != theirs.account):
         return [Check("strangers", "ok", "who has no credentials gets in, but not at this bus")]
@@ -110,9 +99,9 @@ def _without_password(url: str) -> str:
     return f"{scheme}://{rest.rpartition('@')[2]}" if scheme else rest.rpartition("@")[2]
 
 
-async def _probe_allowed(bus: Bus, what: Grants) -> list[str]:
-    """What of `what` the server lets this connection do, found by trying. Raises Failed."""
-    bus.async_errors.clear()
+async def _probe(bus: Bus, what: Grants) -> tuple[list[str], list[str]]:
+    """What of `what` the server lets this connection do, and what not, found by trying. Raises Failed."""
+    bus.complaints.clear()
     inbox = bus.nc.new_inbox()
     try:
         subscriptions = [await bus.nc.subscribe(subject) for subject in what.subscribe]
@@ -124,19 +113,17 @@ async def _probe_allowed(bus: Bus, what: Grants) -> list[str]:
             await subscription.unsubscribe()
     except NatsError as exc:
         raise Failed(NO, f"The connection broke while permissions were tried ({exc}): try again.") from None
-    refused = permission_violations(bus.async_errors)
     tried = {f"publish {s}": ("publish", s.lower()) for s in what.publish}
     tried |= {f"subscribe {s}": ("subscription", s.lower()) for s in what.subscribe}
-    return [done for done, complaint in tried.items() if complaint not in refused]
+    refused = [done for done, complaint in tried.items() if complaint in bus.forbidden]
+    return [done for done in tried if done not in refused], refused
 
 
 async def check_sandbox_confined(bus: Bus, sandbox: str) -> list[Check]:
     """For the credentials of a sandbox: what is its own is open, and nothing else of what can be tried safely."""
-    own = grants(bus.names, "sandbox", sandbox)
-    asks = [bus.names.svc(f"{verb}.{sandbox}") for verb in ("replay", "window")]
-    mine = await _probe_allowed(bus, Grants(tuple(asks), own.subscribe))
-    missing = _missing_from(mine, Grants(tuple(asks), own.subscribe))
-    open_to = await _probe_allowed(bus, foreign_grants(bus.names))
+    asks = tuple(bus.names.svc(f"{verb}.{sandbox}") for verb in ("replay", "window"))
+    _, missing = await _probe(bus, Grants(asks, grants(bus.names, "sandbox", sandbox).subscribe))
+    open_to, _ = await _probe(bus, foreign_grants(bus.names))
     return [
         Check("own", "fail", f"It may not {_some_subjects(missing)}: {WHERE}.")
         if missing
@@ -145,9 +132,3 @@ async def check_sandbox_confined(bus: Bus, sandbox: str) -> list[Check]:
         if open_to
         else Check("others", "ok", "and nothing of others that was tried"),
     ]
-
-
-def _missing_from(done: Iterable[str], wanted: Grants) -> list[str]:
-    """What of `wanted` is not among `done`, in the words of `_probe_allowed`."""
-    all_of = [f"publish {s}" for s in wanted.publish] + [f"subscribe {s}" for s in wanted.subscribe]
-    return [one for one in all_of if one not in set(done)]

@@ -7,20 +7,17 @@ from typing import Annotated, Any
 
 import msgspec
 from cyclopts import Parameter
-from nats.js import api
 
 from adapter.cli import output
 from adapter.cli.bindings import ControlRequests
 from adapter.cli.bus import connected_bus
 from adapter.cli.dead import mask_secrets
-from adapter.cli.exit_codes import NO, OK, UNREACHABLE, Failed
+from adapter.cli.exit_codes import NO, OK
 from adapter.cli.options import Json, MaybeSandbox, RequestId, flag, new_id
 from adapter.contract.messages import ControlAnswer, Erase
 from adapter.contract.names import Names
 from adapter.contract.records import Binding, LoginRecord
-from adapter.errors import UNDECODABLE, BusRefused, Temporary
-from adapter.jetstream.history import StreamHistory
-from adapter.jetstream.managed_connection import ManagedConnection
+from adapter.errors import UNDECODABLE
 from adapter.services.persons import Found, PersonSearch
 
 User = Annotated[str, Parameter(help="The WeChat user, …@im.wechat.")]
@@ -61,17 +58,13 @@ async def export(*, user: User, sandbox: MaybeSandbox = None) -> int:
     those of the inbox. The lines hold what people wrote: guard them as such.
     """
     async with connected_bus() as bus:
-        names, connection = bus.names, ManagedConnection(bus.settings, "export")
-        await connection.adopt_client(bus.nc)
+        names = bus.names
 
         async def print_all() -> None:
-            async for found in PersonSearch(StreamHistory(connection), names, user, sandbox).find():
+            async for found in PersonSearch(bus.history, names, user, sandbox).find():
                 output.json_line(msgspec.json.encode(_as_line(names, found)))
 
-        try:
-            await bus.unless_forbidden(f"$JS.API.DIRECT.GET.KV_{names.bindings}", print_all())
-        except (BusRefused, Temporary) as exc:
-            raise Failed(UNREACHABLE, f"Not all could be read: {exc.detail or exc.reason}.") from None
+        await bus.ask_jetstream(f"DIRECT.GET.KV_{names.bindings}", print_all())
     return OK
 
 
@@ -108,7 +101,7 @@ def _content(names: Names, found: Found) -> Any:
         case "media" if ".C." in found.stored.subject:
             return base64.b64encode(data).decode()
         case _:
-            text = mask_secrets(names, api.RawStreamMsg(subject=found.stored.subject, data=data))
+            text = mask_secrets(names, found.stored.subject, data)
             try:
                 return msgspec.json.decode(text)
             except UNDECODABLE:

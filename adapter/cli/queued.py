@@ -7,21 +7,18 @@ from typing import Annotated
 
 import msgspec
 from cyclopts import App, Parameter
-from nats.errors import Error as NatsError
-from nats.js.errors import APIError
 
 from adapter.cli import output
-from adapter.cli.bus import Bus, JetStreamGone, connected_bus, missing_stream_failure
-from adapter.cli.exit_codes import NO, OK, UNREACHABLE, USAGE, Failed
+from adapter.cli.bus import connected_bus
+from adapter.cli.exit_codes import NO, OK, USAGE, Failed
 from adapter.cli.options import Json, MaybeSandbox, flag
 from adapter.contract.names import H_COMMAND, H_MSG_ID, Names
 from adapter.conversation.commands import Limits, command_id, salvage_ids
-from adapter.jetstream.api_replies import NO_STREAM
 from adapter.ports import Stored
 
 app = App(name="queue", help="Commands that wait to be sent: list, delete.")
 
-COLUMNS = ("seq", "sandbox", "id", "age", "size")
+COLUMNS = ("seq", "sandbox", "id", "age", "size", "body")
 
 
 class QueuedCommand(msgspec.Struct, frozen=True, kw_only=True):
@@ -44,16 +41,23 @@ async def list_queued(
     json: Json = False,
 ) -> int:
     """List commands that have no final receipt yet, oldest first."""
+    found: list[QueuedCommand] = []
     async with connected_bus() as bus:
-        found = [to_queued_command(bus.names, stored, bodies=bodies) for stored in await _read(bus, sandbox)]
-    rows = [one for one in found if sandbox in (None, one.sandbox)]
-    if json:
-        for one in rows:
-            output.json_line(one)
-    else:
-        columns = (*COLUMNS, "body") if bodies else COLUMNS
-        cells = [(x.seq, x.sandbox, x.id, _format_age(x.age_s), x.size, x.body)[: len(columns)] for x in rows]
-        output.table(columns, cells, empty="No commands wait.")
+        names = bus.names
+
+        def to_command(stored: Stored) -> QueuedCommand | None:
+            command = to_queued_command(names, stored, bodies=bodies)
+            return command if sandbox in (None, command.sandbox) else None
+
+        for subject in (">",) if sandbox is None else (names.out_of_sandbox(sandbox), names.out_plain):
+            found += await bus.read_stored(names.stream_out, subject, keep=to_command)
+    found.sort(key=lambda command: command.seq)
+    columns = COLUMNS if bodies else COLUMNS[:-1]
+
+    def row(x: QueuedCommand) -> tuple[object, ...]:
+        return (x.seq, x.sandbox, x.id, output.span(x.age_s * 1000), x.size, x.body)[: len(columns)]
+
+    output.listing(found, json, columns, row, empty="No commands wait.")
     return OK
 
 
@@ -65,9 +69,15 @@ async def drop(*seqs: Annotated[int, Parameter(help="Numbers, as `queue ls` show
     """
     if not seqs:
         raise Failed(USAGE, "Which ones? Give numbers as `wechat-nats queue ls` shows them.")
+    code = OK
     async with connected_bus() as bus:
-        done = [await _drop_command(bus, seq) for seq in seqs]
-    return OK if all(done) else NO
+        for seq in seqs:
+            if await bus.delete_stored(bus.names.stream_out, seq):
+                output.say(f"{seq}  dropped")
+            else:
+                output.complain(f"No command {seq} waits.")
+                code = NO
+    return code
 
 
 def to_queued_command(names: Names, stored: Stored, *, bodies: bool) -> QueuedCommand:
@@ -83,36 +93,3 @@ def to_queued_command(names: Names, stored: Stored, *, bodies: bool) -> QueuedCo
         size=len(stored.data),
         body=stored.data.decode(errors="backslashreplace") if bodies else None,
     )
-
-
-async def _read(bus: Bus, sandbox: str | None) -> list[Stored]:
-    """What may be of the sandbox, or all, oldest first. Raises Failed."""
-    names = bus.names
-    mine = f"{names.out_plain}.>" if sandbox is None else names.out_of_sandbox(sandbox)
-    found = [await bus.read_stored(names.stream_out, subject) for subject in (mine, names.out_plain)]
-    return sorted((stored for some in found for stored in some), key=lambda stored: stored.seq)
-
-
-async def _drop_command(bus: Bus, seq: int) -> bool:
-    """False, and a complaint, where there is no such command. Raises Failed."""
-    stream = bus.names.stream_out
-    try:
-        await bus.unless_forbidden(f"$JS.API.STREAM.MSG.DELETE.{stream}", bus.js.delete_msg(stream, seq))
-    except JetStreamGone:
-        raise
-    except APIError as exc:
-        if exc.err_code == NO_STREAM:
-            raise Failed(UNREACHABLE, missing_stream_failure(stream)) from None
-        output.complain(f"No command {seq} waits.")
-        return False
-    except (NatsError, TimeoutError):
-        raise Failed(UNREACHABLE, f"Cannot delete command {seq}: {stream} did not answer.") from None
-    output.say(f"{seq}  dropped")
-    return True
-
-
-def _format_age(seconds: int) -> str:
-    for unit, size in (("d", 86_400), ("h", 3600), ("m", 60)):
-        if seconds >= 2 * size:
-            return f"{seconds // size}{unit}"
-    return f"{seconds}s"

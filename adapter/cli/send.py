@@ -14,7 +14,7 @@ from nats.aio.subscription import Subscription
 from nats.errors import Error as NatsError
 
 from adapter.cli import output
-from adapter.cli.bus import Bus, connected_bus, sequence_from
+from adapter.cli.bus import Bus, connected_bus
 from adapter.cli.exit_codes import NO, OK, TIMEOUT, UNREACHABLE, USAGE, Failed
 from adapter.cli.media import read_media, upload
 from adapter.cli.options import Json, RequestId, Sandbox, Timeout, flag, new_id, repeated
@@ -30,6 +30,7 @@ from adapter.contract.messages import (
 )
 from adapter.contract.names import H_MSG_ID, H_SCHEMA
 from adapter.errors import UNDECODABLE
+from adapter.ports import Stored
 
 Content = tuple[type[OutImage] | type[OutFile], str, bytes]
 """What is sent as what, its name, and its bytes."""
@@ -126,11 +127,13 @@ async def _store(bus: Bus, sandbox: str, command: str, body: bytes) -> Receipt |
     ack = await bus.store(bus.names.out(sandbox), body, headers)
     if not ack.duplicate:
         return None
-    async for msg in sequence_from(bus, bus.names.stream_event, bus.names.receipt(sandbox, command)):
-        receipt = _decode_receipt(msg.data)
-        if receipt and receipt.command == command and receipt.outcome in FINAL_OUTCOMES:
-            return receipt
-    return None
+
+    def is_final(stored: Stored) -> Receipt | None:
+        receipt = _decode_receipt(stored.data)
+        return receipt if receipt and receipt.command == command and receipt.outcome in FINAL_OUTCOMES else None
+
+    subject = bus.names.receipt(sandbox, command)
+    return next(iter(await bus.read_stored(bus.names.stream_event, subject, keep=is_final)), None)
 
 
 async def _wait_outcome(receipts: Subscription, command: Outbound, timeout_s: float, wait_final: bool) -> Receipt:

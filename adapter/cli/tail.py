@@ -5,17 +5,18 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
+from datetime import UTC, datetime
 from typing import Annotated, NamedTuple
 
 import msgspec
 from cyclopts import Parameter
 from nats.aio.msg import Msg
 from nats.errors import Error as NatsError
-from nats.js import JetStreamContext
+from nats.js import JetStreamContext, api
 
 from adapter.cli import output
-from adapter.cli.bus import Bus, connected_bus, has_waiting, replay
-from adapter.cli.exit_codes import OK, TIMEOUT, USAGE, Failed
+from adapter.cli.bus import Bus, connected_bus
+from adapter.cli.exit_codes import OK, TIMEOUT, UNREACHABLE, USAGE, Failed
 from adapter.cli.options import Age, Json, MaybeSandbox, flag, moment
 from adapter.cli.send import describe
 from adapter.content.quotes import kind_of
@@ -108,13 +109,30 @@ async def _subscribe_live(bus: Bus, arrivals: MessageQueue, source: Source) -> N
 
 
 class _Reader:
-    """Reads what a stream holds, and then what comes."""
+    """Reads what a stream holds, and then what comes. Made by `open`."""
 
     def __init__(self, kind: str, subscription: JetStreamContext.PushSubscription, *, is_behind: bool) -> None:
         self.kind = kind
         self.is_behind = is_behind
         """The stream holds more that was stored before."""
         self._subscription = subscription
+
+    @classmethod
+    async def open(cls, bus: Bus, source: Source, since_ms: int) -> _Reader:
+        """`since_ms` 0: all. Raises Failed."""
+        await bus.api_request(f"STREAM.INFO.{source.stream}")
+        config = api.ConsumerConfig(inactive_threshold=30.0)
+        if since_ms:
+            config.deliver_policy = api.DeliverPolicy.BY_START_TIME
+            config.opt_start_time = datetime.fromtimestamp(since_ms / 1000, UTC)
+        try:
+            reading = bus.js.subscribe(source.stored, stream=source.stream, ordered_consumer=True, config=config)
+            subscription = await bus.unless_forbidden(f"$JS.API.CONSUMER.CREATE.{source.stream}", reading)
+            info = await subscription.consumer_info()
+        except (NatsError, TimeoutError) as exc:
+            raise Failed(UNREACHABLE, f"Cannot read {source.stream}: {exc}.") from None
+        is_behind = bool(info.num_pending or (info.delivered and info.delivered.consumer_seq))
+        return cls(source.kind, subscription, is_behind=is_behind)
 
     async def next(self) -> Msg:
         msg = await self._subscription.next_msg(timeout=None)
@@ -131,10 +149,7 @@ async def _replay_stored(
     bus: Bus, arrivals: MessageQueue, sources: list[Source], since_ms: int, *, follow: bool
 ) -> None:
     """Hands on what streams hold, in the order in which they have stored it, then what comes, or the end."""
-    readers = []
-    for source in sources:
-        subscription = await replay(bus, source.stream, source.stored, since_ms=since_ms or None)
-        readers.append(_Reader(source.kind, subscription, is_behind=await has_waiting(subscription)))
+    readers = [await _Reader.open(bus, source, since_ms) for source in sources]
     heads = {reader: await reader.next() for reader in readers if reader.is_behind}
     while heads:
         reader = min(heads, key=lambda each: heads[each].metadata.timestamp)
@@ -143,8 +158,7 @@ async def _replay_stored(
             heads[reader] = await reader.next()
     if not follow:
         await arrivals.put(None)
-        return
-    await asyncio.gather(*(reader.run(arrivals) for reader in readers))
+    await asyncio.gather(*(reader.run(arrivals) for reader in readers if follow))
 
 
 async def _print_until_end(arrivals: MessageQueue, count: int | None, json: bool) -> None:

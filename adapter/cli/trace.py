@@ -89,27 +89,29 @@ async def _find_steps(bus: Bus, sandbox: str, ident: str, *, texts: bool) -> lis
     """In order. Raises Failed."""
     names, trace_id = bus.names, derive_traceparent(ident)[:36]
 
-    def is_part(stored: Stored) -> bool:
+    def if_part(stored: Stored) -> Stored | None:
         body, headers = _body(stored), stored.headers
         if sandbox != (headers.get(H_SANDBOX) or body.sandbox or sandbox):
-            return False
+            return None
         ids = {body.id, body.command, body.reply_to, headers.get(H_COMMAND), headers.get(H_MSG_ID)}
         if stored.subject.startswith(f"{names.out_plain}."):
             ids.add(str(stored.seq))  # where a command has no other id
-        return ident in ids or headers.get(H_TRACEPARENT, "").startswith(trace_id)
+        return stored if ident in ids or headers.get(H_TRACEPARENT, "").startswith(trace_id) else None
 
     inbox = names.stream_in, names.inbox(sandbox)
-    found = await bus.read_stored(*inbox, keep=is_part)
+    found = await bus.read_stored(*inbox, keep=if_part)
     since_ms = found[0].time_ms - CLOCKS_APART_MS if found else None
-    found += await bus.read_stored(names.stream_event, names.event(sandbox, ">"), since_ms=since_ms, keep=is_part)
+    found += await bus.read_stored(names.stream_event, names.event(sandbox, ">"), since_ms=since_ms, keep=if_part)
     for subject in (names.out_of_sandbox(sandbox), names.out_plain):
-        found += await bus.read_stored(names.stream_out, subject, keep=is_part)
+        found += await bus.read_stored(names.stream_out, subject, keep=if_part)
     if found:
         since_ms = min(stored.time_ms for stored in found) - CLOCKS_APART_MS
-    found += await bus.read_stored(names.stream_dead, names.dead_letters("*"), since_ms=since_ms, keep=is_part)
+    found += await bus.read_stored(names.stream_dead, names.dead_letters("*"), since_ms=since_ms, keep=if_part)
     answered = {_body(stored).reply_to for stored in found} - {ident, None, ""}
     if answered:  # of a command, the message
-        found += await bus.read_stored(*inbox, keep=lambda stored: stored.headers.get(H_MSG_ID) in answered)
+        found += await bus.read_stored(
+            *inbox, keep=lambda stored: stored if stored.headers.get(H_MSG_ID) in answered else None
+        )
     steps = [step for stored in found for step in _steps_of(names, stored, ident, texts=texts)]
     once = {(step.step, step.id, step.stream, step.sequence): step for step in steps}  # each receipt has its command
     # a dead letter precedes its receipt

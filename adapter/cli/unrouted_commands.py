@@ -2,83 +2,42 @@
 
 from __future__ import annotations
 
-import asyncio
-
-from adapter.cli.bus import ANSWER_S, Bus
-from adapter.cli.exit_codes import NO, UNREACHABLE, Failed
+from adapter.cli.bus import Bus
 from adapter.contract.headers import forwardable_headers
-from adapter.contract.names import H_COMMAND, H_MSG_ID, H_SEQUENCE, H_SINCE_MS, Names, digest
+from adapter.contract.names import H_COMMAND, H_MSG_ID, H_SEQUENCE, H_SINCE_MS, digest
 from adapter.conversation.commands import original_position
-from adapter.jetstream import topology
-from adapter.jetstream.consumer import Consumer, Delivery
 from adapter.jetstream.history import count_by_subject
-from adapter.jetstream.managed_connection import ManagedConnection
-
-SECOND_NS = 1_000_000_000
+from adapter.ports import Stored
 
 
-async def count_unrouted(connection: ManagedConnection, names: Names) -> int:
-    """How many there are. Raises Temporary, BusRefused."""
-    return sum((await count_by_subject(connection, names.stream_out, names.out("*"))).values())
+async def count_unrouted(bus: Bus) -> int:
+    """Raises Temporary, BusRefused."""
+    return sum((await count_by_subject(bus.connection, bus.names.stream_out, bus.names.out("*"))).values())
 
 
-async def republish_unrouted(connection: ManagedConnection, bus: Bus, limit: int) -> None:
-    """Publishes `limit` of them again, oldest first, which the transform takes to their shard; then they are settled.
+async def republish_unrouted(bus: Bus) -> None:
+    """Publishes each of them again, oldest first, which the transform takes to its shard, and deletes the original.
 
-    The id of a copy follows from the original, so that one that is repeated is stored once; it names the command as
-    it was called before, and says since when it waits, so that it expires when that would have. Where the server does
-    not take one, it stays with those that came behind it to its sandbox. Raises Failed (also then, in the end),
-    Temporary, BusRefused.
+    The transform must be in place. Raises Failed at the first that is not stored; a repetition goes on there.
     """
-    names = bus.names
-    config = {
-        "durable_name": "astray",
-        "name": "astray",
-        "filter_subject": names.out("*"),
-        "ack_policy": "explicit",
-        "ack_wait": 60 * SECOND_NS,
-        "inactive_threshold": 60 * SECOND_NS,
-    }
-    wanted = topology.Wanted("astray", config, stream=names.stream_out)
-    await topology.create_resource(connection, wanted)
-    found: asyncio.Queue[Delivery] = asyncio.Queue()
-    remaining: dict[str, str] = {}
-    reading = asyncio.get_running_loop().create_task(
-        Consumer(connection, wanted, room=100).run(found.put_nowait, _ignore_reset)
-    )
-    try:
-        for _ in range(limit):
-            async with asyncio.timeout(ANSWER_S):
-                delivery = await found.get()
-            if delivery.subject in remaining:
-                continue
-            try:
-                await bus.store(delivery.subject, delivery.data, _copy_headers(delivery))
-            except Failed as exc:
-                if exc.code != NO:
-                    raise
-                remaining[delivery.subject] = str(exc)
-            else:
-                await delivery.ack()
-        await bus.nc.flush()
-    except TimeoutError:
-        raise Failed(UNREACHABLE, "The commands were not all published again: use --fix once more.") from None
-    finally:
-        reading.cancel()
-    if remaining:
-        raise Failed(NO, "; ".join(f"{subject}: {why}" for subject, why in remaining.items()))
+    stream = bus.names.stream_out
+
+    async def republish() -> None:
+        async for stored in bus.history.read(stream, bus.names.out("*")):
+            await bus.store(stored.subject, stored.data, _copy_headers(stored))
+            await bus.delete_stored(stream, stored.seq)
+
+    await bus.ask_jetstream(f"DIRECT.GET.{stream}", republish())
 
 
-def _copy_headers(delivery: Delivery) -> dict[str, str]:
-    ident = delivery.headers.get(H_COMMAND) or delivery.headers.get(H_MSG_ID) or str(delivery.seq)
-    sequence, stored_ms = original_position(delivery.headers, delivery.seq, delivery.time_ms)
-    return forwardable_headers(delivery.headers) | {
-        H_MSG_ID: f"astray:{delivery.seq}:{delivery.time_ms}:{digest(delivery.data)}",
+def _copy_headers(stored: Stored) -> dict[str, str]:
+    """The copy has an id that follows from the original, so that a repeated one is stored once. It names the command
+    as it was called before, and since when it waits, so that it expires when that would have."""
+    ident = stored.headers.get(H_COMMAND) or stored.headers.get(H_MSG_ID) or str(stored.seq)
+    sequence, stored_ms = original_position(stored.headers, stored.seq, stored.time_ms)
+    return forwardable_headers(stored.headers) | {
+        H_MSG_ID: f"astray:{stored.seq}:{stored.time_ms}:{digest(stored.data)}",
         H_COMMAND: ident,
         H_SEQUENCE: str(sequence),
         H_SINCE_MS: str(stored_ms),
     }
-
-
-async def _ignore_reset() -> None:
-    return None

@@ -183,10 +183,9 @@ class Forgetful(BusClient):
     [
         lambda bus: bus.request_service("login.status", LoginQuery(login="l"), LoginQuery),
         lambda bus: bus.request("x", b""),
-        lambda bus: bus.api_request("INFO"),
         lambda bus: bus.store("x", b"", {}),
     ],
-    ids=["an adapter", "the server", "JetStream", "a stream"],
+    ids=["an adapter", "the server", "a stream"],
 )
 async def test_ctrl_c_is_not_forgotten_while_an_answer_comes(ask: Callable[[Bus], Awaitable[Any]]) -> None:
     bus, stop = Bus(Forgetful(), Settings()), asyncio.Event()

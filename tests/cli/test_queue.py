@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 
 from adapter.cli.bus import Bus
@@ -28,7 +30,7 @@ async def test_ls_shows_what_waits_in_order_and_no_words(cli: Command, bus: Bus)
         await queue(bus, "wechat.out", b"private nonsense"),
     ]
     result = await cli("queue", "ls")
-    head, *rows = [line.split() for line in result.out.splitlines()]
+    head, *rows = [re.split("  +", line.strip()) for line in result.out.splitlines()]
     assert head == ["SEQ", "SANDBOX", "ID", "AGE", "SIZE"]
     assert [row[0] for row in rows] == [str(seq) for seq in seqs]
     assert rows[0][1:3] == ["s1", "c1"]

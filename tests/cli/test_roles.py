@@ -81,10 +81,10 @@ FORBIDDEN = {
     "unbind s1": "wechat.ctl.unbind",
     "queue ls": "$JS.API.STREAM.INFO.WECHAT_OUT",
     "queue drop 1": "$JS.API.STREAM.MSG.DELETE.WECHAT_OUT",
-    "dead ls": "$JS.API.CONSUMER.CREATE.WECHAT_DEAD",
-    "dead show 1": "$JS.API.STREAM.MSG.GET.WECHAT_DEAD",
-    "dead drop 1": "$JS.API.STREAM.MSG.DELETE.WECHAT_DEAD",
-    "tail --since 1h": "$JS.API.CONSUMER.CREATE.WECHAT_IN",
+    "dead ls": "$JS.API.STREAM.INFO.WECHAT_DEAD",
+    "dead show 1": "$JS.API.STREAM.INFO.WECHAT_DEAD",
+    "dead drop 1": "$JS.API.STREAM.INFO.WECHAT_DEAD",
+    "tail --since 1h": "$JS.API.STREAM.INFO.WECHAT_IN",
 }
 
 
