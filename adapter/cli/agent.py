@@ -22,6 +22,7 @@ from adapter.agent.sandbox import connect
 from adapter.cli.bus import BROKE, connected_bus, settings_here
 from adapter.cli.contexts import with_context
 from adapter.cli.exit_codes import NO, OK, UNREACHABLE, USAGE, Failed
+from adapter.cli.files import read_text
 from adapter.cli.lifetime import run_until_stopped, until_signalled
 from adapter.cli.options import Sandbox as SandboxName
 from adapter.cli.options import Timeout
@@ -153,10 +154,7 @@ async def _nats_agent(address: str, settings: Settings, timeout_s: float, max_ou
 def _secret() -> str:
     """Of the environment, or of the file that it names. Raises Failed."""
     if file := os.environ.get(f"{SECRET}_FILE"):
-        try:
-            return Path(file).read_text("utf-8").strip()
-        except (OSError, ValueError):
-            raise Failed(USAGE, f"Cannot read the file that {SECRET}_FILE names.") from None
+        return read_text(Path(file)).strip()
     if secret := os.environ.get(SECRET, "").strip():
         return secret
     raise Failed(USAGE, f"Set {SECRET}, or {SECRET}_FILE, to the secret that signs the requests.")

@@ -18,6 +18,7 @@ from nats.aio.msg import Msg
 from adapter.cli import bulk, output
 from adapter.cli.bus import Bus, connected_bus, decode_answer
 from adapter.cli.exit_codes import NO, OK, TIMEOUT, UNREACHABLE, USAGE, Failed
+from adapter.cli.files import read_text
 from adapter.cli.options import (
     AutoTyping,
     Durable,
@@ -324,7 +325,7 @@ def _read_token(token: str | None, token_file: Path | None) -> str:
     if token not in (None, "-"):
         raise Failed(USAGE, "A token on the command line can be read by others: use --token - or --token-file.")
     if token_file is not None:
-        text = _read_file("token", token_file)
+        text = read_text(token_file)
     elif token == "-":
         text = sys.stdin.readline()
     elif sys.stdin.isatty():
@@ -344,19 +345,7 @@ def _read_cursor(cursor: str | None, cursor_file: Path | None) -> str | None:
         raise Failed(
             USAGE, "A cursor on the command line can be read by others, and a token in it: use --cursor-file."
         )
-    return cursor if cursor_file is None else _read_file("cursor", cursor_file).strip()
-
-
-def _read_file(what: str, path: Path) -> str:
-    """Raises Failed."""
-    try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as exc:
-        raise Failed(USAGE, f"Cannot read the {what} from {path}: {_reason_text(exc)}.") from None
-
-
-def _reason_text(exc: OSError | UnicodeDecodeError) -> str:
-    return exc.strerror or "unknown" if isinstance(exc, OSError) else "it is not UTF-8"
+    return cursor if cursor_file is None else read_text(cursor_file).strip()
 
 
 class ControlRequests:

@@ -8,7 +8,6 @@ from __future__ import annotations
 import asyncio
 import csv
 import io
-import os
 import sys
 import time
 from collections.abc import Awaitable, Callable, Sequence
@@ -20,7 +19,7 @@ from cyclopts import Parameter
 
 from adapter.cli import output
 from adapter.cli.exit_codes import NO, OK, USAGE, Failed
-from adapter.cli.private_files import open_private
+from adapter.cli.files import read_text, write_private
 from adapter.contract.messages import SandboxId
 
 Source = Annotated[
@@ -72,11 +71,7 @@ class Rows(NamedTuple, Generic[R]):
 
 def read_rows(source: Path, kind: type[R]) -> Rows[R]:
     """Raises Failed where the file cannot be read; a row that cannot be has its error."""
-    try:
-        text = sys.stdin.read() if str(source) == "-" else source.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as exc:
-        why = (exc.strerror or "unknown") if isinstance(exc, OSError) else "it is not UTF-8"
-        raise Failed(USAGE, f"Cannot read the rows from {source}: {why}.") from None
+    text = sys.stdin.read() if str(source) == "-" else read_text(source)
     if text.lstrip().startswith("{"):
         lines = enumerate(text.split("\n"), 1)
         return Rows([_read_line(number, line, kind) for number, line in lines if line.strip()], [])
@@ -178,8 +173,4 @@ def _write_failed(path: Path, found: Rows[R], errors: dict[int, str]) -> None:
         writer.writerows(failed)
     else:
         text.writelines(msgspec.json.encode(row).decode() + "\n" for row in failed)
-    try:
-        with os.fdopen(open_private(path), "w", encoding="utf-8") as file:
-            file.write(text.getvalue())
-    except OSError as exc:
-        raise Failed(USAGE, f"Cannot write what failed to {path}: {exc.strerror}.") from None
+    write_private(path, text.getvalue())

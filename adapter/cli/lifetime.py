@@ -54,15 +54,13 @@ async def run_until_stopped(stop: asyncio.Event, work: Coroutine[Any, Any, T]) -
         await asyncio.wait({task, stopped}, return_when=asyncio.FIRST_COMPLETED)
         if task.done():
             return task.result()
-        task.cancel()
-        with contextlib.suppress(asyncio.CancelledError):
-            await task
-        return None
     finally:
         stopped.cancel()
-        if not task.done():  # cancelled from outside, by a second signal
-            task.cancel()
-            await asyncio.wait({task})
+        task.cancel()
+        await asyncio.wait({task})
+    if not task.cancelled():
+        task.result()  # raises what its clean-up has raised
+    return None
 
 
 @contextlib.asynccontextmanager

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import base64
 import contextlib
-import os
 import re
 import sys
 import time
@@ -19,9 +18,9 @@ from nats.aio.msg import Msg
 from adapter.cli import bulk, output, stdin
 from adapter.cli.bus import Bus, connected_bus
 from adapter.cli.exit_codes import INTERRUPTED, NO, OK, UNREACHABLE, USAGE, Failed
+from adapter.cli.files import write_private
 from adapter.cli.lifetime import run_until_stopped, until_signalled
 from adapter.cli.options import AutoTyping, Durable, Fresh, Json, RowSandbox, flag
-from adapter.cli.private_files import open_private
 from adapter.contract.messages import CHECKING, FINAL_STATUSES, Login, LoginQuery, LoginStart, LoginVerify, Options
 from adapter.kit.timing import wait_event
 
@@ -222,7 +221,7 @@ class _View:
     def show_code(self, now: Login) -> None:
         """A new code."""
         if self._png is not None and now.qrcode_png:
-            _write(self._png, base64.b64decode(now.qrcode_png))
+            write_private(self._png, base64.b64decode(now.qrcode_png))
             self.say(f"Code {now.code} is in {self._png}.")
         else:
             text = now.qrcode_text
@@ -274,12 +273,3 @@ class _JsonView(_View):
         output.json_line(now)
         if now.status == "need_verify_code" and now.reason != CHECKING:
             self.prompt("Digits shown on the phone: ")
-
-
-def _write(path: Path, picture: bytes) -> None:
-    """Only its owner may read it. Raises Failed."""
-    try:
-        with os.fdopen(open_private(path), "wb") as file:
-            file.write(picture)
-    except OSError as exc:
-        raise Failed(USAGE, f"Cannot write the code to {path}: {exc.strerror}.") from None

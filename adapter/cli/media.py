@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -16,8 +15,8 @@ from cyclopts import App, Parameter
 from adapter.cli import output
 from adapter.cli.bus import Bus, connected_bus
 from adapter.cli.exit_codes import NO, OK, USAGE, Failed
+from adapter.cli.files import read_bytes, write_private
 from adapter.cli.options import Json, Sandbox, flag
-from adapter.cli.private_files import open_private
 from adapter.contract.messages import Media, MediaQuery
 from adapter.contract.names import H_LAST, H_NAME, H_NEXT, H_OFFSET, H_SHA256, H_UPLOAD, is_sandbox
 
@@ -40,26 +39,16 @@ async def get(
     sandbox = name.partition("/")[0]
     if not is_sandbox(sandbox):
         raise Failed(USAGE, "An object's name begins with its sandbox: <sandbox>/…")
+    if to != "-" and not force and Path(to).exists():  # noqa: ASYNC240 -- nothing else runs in a command
+        raise Failed(USAGE, f"{to} is there: give --force to overwrite it.")
     async with connected_bus() as bus:
         data = await _download(bus, sandbox, name)
     if to == "-":
         sys.stdout.buffer.write(data)
         return OK
-    _write(to, data, may_overwrite=force)
+    write_private(to, data)
     output.say(f"{len(data):,} bytes are in {output.printable(to)}")
     return OK
-
-
-def _write(to: str, data: bytes, *, may_overwrite: bool) -> None:
-    """Only its owner may read it. Raises Failed."""
-    create = os.O_TRUNC if may_overwrite else os.O_EXCL
-    try:
-        with os.fdopen(open_private(to, create), "wb") as file:
-            file.write(data)
-    except FileExistsError:
-        raise Failed(USAGE, f"{to} is there: give --force to overwrite it.") from None
-    except OSError as exc:
-        raise Failed(USAGE, f"Cannot write {to}: {exc.strerror}.") from None
 
 
 @app.command
@@ -77,10 +66,7 @@ async def put(sandbox: Sandbox, file: Path, /, *, json: Json = False) -> int:
 
 def read_media(file: Path) -> bytes:
     """Raises Failed."""
-    try:
-        data = file.read_bytes()
-    except OSError as exc:
-        raise Failed(USAGE, f"Cannot read {file}: {exc.strerror}.") from None
+    data = read_bytes(file)
     if not data:
         raise Failed(USAGE, f"{file} is empty.")
     return data

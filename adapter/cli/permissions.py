@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import time
 from pathlib import Path
 from typing import Annotated, Any
@@ -13,9 +12,9 @@ from cyclopts import App, Parameter
 from adapter.cli import jwts, output
 from adapter.cli.bus import Bus, connected_bus, settings_here
 from adapter.cli.exit_codes import NO, OK, USAGE, Failed
+from adapter.cli.files import read_text, write_private
 from adapter.cli.jwts import Key
 from adapter.cli.options import Sandbox, flag
-from adapter.cli.private_files import open_private
 from adapter.contract.names import Names
 from adapter.errors import Refused
 from adapter.security.permissions import ACCOUNT_OF, OWN_ACCOUNTS, ROLES, SANDBOX, SYSTEM, WECHAT, Role, server_config
@@ -106,8 +105,7 @@ def sandbox(
     key = Key.new(jwts.USER)
     jwt = jwts.sandbox_jwt(kept.accounts.signing, account.public, key.public, name, days=days)
     file = folder / "creds" / "sandboxes" / f"{name}.creds"
-    with _private(folder / "issued" / name, append=True) as issued:
-        issued.write(key.public + "\n")
+    write_private(folder / "issued" / name, key.public + "\n", append=True)
     _write(file, jwts.creds(jwt, key))
     output.say(str(file))
     return OK
@@ -234,24 +232,11 @@ def _names() -> Names:
 
 
 def _read(file: Path) -> str:
-    try:
-        return file.read_text(encoding="utf-8").strip()
-    except OSError as exc:
-        raise Failed(NO, f"Cannot read {file}: {exc.strerror}.") from None
-
-
-def _private(file: Path, *, append: bool = False) -> Any:
-    """Open for writing, in a folder that only this user can enter."""
-    try:
-        file.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        return os.fdopen(open_private(file, os.O_APPEND if append else os.O_TRUNC), "w", encoding="utf-8")
-    except OSError as exc:
-        raise Failed(NO, f"Cannot write {file}: {exc.strerror}.") from None
+    return read_text(file).strip()
 
 
 def _write(file: Path, text: str) -> None:
     """Whole or not at all: a key that is cut off halfway would lock everybody out."""
     fresh = file.with_name(file.name + ".new")
-    with _private(fresh) as out:
-        out.write(text)
+    write_private(fresh, text)
     fresh.replace(file)

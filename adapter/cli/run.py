@@ -18,8 +18,9 @@ from cyclopts import App, Parameter
 from adapter import __version__
 from adapter.cli import output
 from adapter.cli.bus import URL_FILE, settings_here
-from adapter.cli.embedded import EmbeddedNats, write_private
+from adapter.cli.embedded import EmbeddedNats
 from adapter.cli.exit_codes import OK, USAGE, Failed
+from adapter.cli.files import write_private
 from adapter.cli.lifetime import until_signalled, while_alive
 from adapter.cli.options import flag
 from adapter.environment import read_settings
@@ -31,6 +32,8 @@ log = structlog.get_logger()
 
 KEY_FILE = "token.key"
 """In the data folder of `run --embedded`: the key that seals tokens, where the settings name none."""
+
+ADVICE = " Set WECHAT_NATS_DATA_DIR."
 
 Rest = Annotated[str, Parameter(show=False, allow_leading_hyphen=True)]
 simulator = App(
@@ -68,7 +71,7 @@ async def _run(settings: Settings, *, embedded: bool, port: int) -> int:
         folder = Path(settings.data_dir)
         async with EmbeddedNats(folder / "nats", port, _embedded_token(folder)) as server:
             settings = _with_token_key(settings, folder)
-            _write_private_file(folder / URL_FILE, server.url)
+            write_private(folder / URL_FILE, server.url + "\n", advice=ADVICE)
             log.info("nats.started", url_file=str(folder / URL_FILE), folder=str(server.folder))
             await while_alive(app.run(embedded_settings(settings, server.url), stop=stop), server)
     return OK
@@ -97,15 +100,6 @@ def _embedded_token(folder: Path) -> str:
     return secrets.token_hex(16)
 
 
-def _write_private_file(path: Path, text: str) -> None:
-    """Writes a private file into the data folder. Raises Failed."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_private(path, text + "\n")
-    except OSError as exc:
-        raise Failed(USAGE, f"Cannot write {path}: {exc.strerror}. Set WECHAT_NATS_DATA_DIR.") from exc
-
-
 def _with_token_key(settings: Settings, folder: Path) -> Settings:
     """The settings with a key that seals tokens: theirs, else the folder's own, made once its server has started.
 
@@ -115,7 +109,7 @@ def _with_token_key(settings: Settings, folder: Path) -> Settings:
     if settings.token_key or (not path.exists() and (folder / URL_FILE).exists()):
         return settings
     if not path.exists():
-        _write_private_file(path, base64.b64encode(secrets.token_bytes(32)).decode())
+        write_private(path, base64.b64encode(secrets.token_bytes(32)) + b"\n", advice=ADVICE)
         log.info("token_key.created", path=str(path), detail="Keep it elsewhere than backups of this folder.")
     made = read_settings({"WECHAT_NATS_TOKEN_KEY_FILE": str(path)})
     return msgspec.structs.replace(settings, token_key=made.token_key)

@@ -81,7 +81,7 @@ async def test_bind_shows_what_is_bound_now(cli: Command, bus: Bus, token_file: 
     [
         (("--cursor", "ChAIARCd"), "use --cursor-file"),
         (("--cursor", "", "--cursor-file", "no-such-file"), "not both"),
-        (("--cursor-file", "no-such-file"), "Cannot read the cursor"),
+        (("--cursor-file", "no-such-file"), "Cannot read no-such-file"),
     ],
 )
 async def test_a_cursor_is_no_argument_since_a_token_stands_in_it(

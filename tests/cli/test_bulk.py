@@ -124,7 +124,7 @@ async def test_what_ctrl_c_leaves_undone_is_in_the_file(bus: Bus, rows: Path, tm
         (("unbind",), "Name a sandbox"),
         (("login", "--from", "rows"), "--png with a folder"),
         (("login",), "Name a sandbox"),
-        (("bind", "--from", "/nowhere"), "Cannot read the rows"),
+        (("bind", "--from", "/nowhere"), "Cannot read /nowhere"),
     ],
 )
 async def test_rows_and_names_exclude_each_other(cli: Command, arguments: tuple[str, ...], said: str) -> None:

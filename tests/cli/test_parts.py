@@ -18,9 +18,9 @@ import pytest
 from rich.cells import cell_len
 
 from adapter.cli.bus import Bus
+from adapter.cli.files import write_private
 from adapter.cli.lifetime import run_until_stopped
 from adapter.cli.output import can_colour, can_style, complain, json_line, printable, table, with_defaults
-from adapter.cli.private_files import open_private
 from adapter.cli.screen import LABEL, Screen
 from adapter.cli.stdin import LineEditor, lines
 from adapter.contract.messages import BindingInfo, LoginQuery, Receipt
@@ -244,6 +244,6 @@ def test_a_file_becomes_private_and_a_pipe_stays_as_it_is(tmp_path: Path) -> Non
     os.mkfifo(pipe, 0o644)
     reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
     for path in (file, pipe):
-        os.close(open_private(path))
+        write_private(path, "x")
     os.close(reader)
     assert [stat.S_IMODE(path.stat().st_mode) for path in (file, pipe)] == [0o600, 0o644]

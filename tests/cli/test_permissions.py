@@ -89,9 +89,9 @@ async def test_no_credentials_for_a_name_that_is_none(cli: Command, tmp_path: Pa
 async def test_a_folder_without_keys_is_told(cli: Command, tmp_path: Path) -> None:
     for command in ("sandbox", "revoke"):
         result = await cli("permissions", command, str(tmp_path), "s1")
-        assert result.code == 1
+        assert result.code == 2
         assert "operator.nk" in result.err
-    assert (await cli("permissions", "push", str(tmp_path))).code == 1
+    assert (await cli("permissions", "push", str(tmp_path))).code == 2
 
 
 def test_the_longest_credentials_fit_into_the_line_that_a_server_reads() -> None:
