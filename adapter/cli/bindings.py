@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-import asyncio
+import contextlib
 import getpass
 import sys
 import time
 from collections.abc import Callable
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Annotated, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 import msgspec
 from cyclopts import Parameter
-from nats.aio.msg import Msg
+from nats.errors import Error as NatsError
 
 from adapter.cli import bulk, output
-from adapter.cli.bus import Bus, connected_bus, decode_answer
+from adapter.cli.bus import BROKE, Bus, connected_bus, decode_answer
 from adapter.cli.exit_codes import NO, OK, TIMEOUT, UNREACHABLE, USAGE, Failed
 from adapter.cli.files import read_text
 from adapter.cli.options import (
@@ -43,7 +43,6 @@ from adapter.contract.messages import (
     BotStatus,
     ControlAnswer,
     Erase,
-    Options,
     Unbind,
 )
 from adapter.contract.names import H_MSG_ID, H_REPLY_TO, H_SCHEMA, is_sandbox
@@ -52,6 +51,7 @@ COLUMNS = ("sandbox", "bot", "user", "state", "since", "reason")
 HEALTH_COLUMNS = ("sandbox", "bot", "user", "state", "last poll", "user wrote", "window", "why")
 TROUBLE: tuple[BotStatus, ...] = ("not_polled", "failing", "needs_login", "unknown", "paused")
 R = TypeVar("R", bound=bulk.Row)
+UNREASONED = "The adapter refused without a reason."
 STYLES = {"active": "green", "polling": "green", "needs_login": "red", "not_polled": "red", "failing": "red"}
 
 
@@ -59,25 +59,22 @@ ROWS_UNDER_WAY = 256
 """Requests of `--from` that may wait for their answers."""
 
 
-class BindRow(bulk.Row):
-    """A row of `bind --from`. What it leaves out is as the options of the command say."""
+class BindRow(bulk.OptionsRow):
+    """A row of `bind --from`."""
 
     token: str
     user: str | None = None
     base_url: str | None = None
     cursor: str | None = None
-    durable: bool | None = None
-    auto_typing: bool | None = None
-    fresh: bool | None = None
-    keep: bool | None = None
+    keep: bool = False
     id: str | None = None
 
 
 class UnbindRow(bulk.Row):
     """A row of `unbind --from`."""
 
-    keep: bool | None = None
-    purge: bool | None = None
+    keep: bool = False
+    purge: bool = False
     id: str | None = None
 
 
@@ -130,26 +127,24 @@ async def bind(
             bot=row.bot or "",
             bot_token=row.token,
             id=row.id or new_id(),
-            base_url=row.base_url or base_url,
+            base_url=row.base_url,
             user=row.user,
             cursor=row.cursor,
-            options=Options(
-                durable=durable if row.durable is None else row.durable,
-                auto_typing=auto_typing if row.auto_typing is None else row.auto_typing,
-                fresh=fresh if row.fresh is None else row.fresh,
-            ),
-            keep_undelivered=keep if row.keep is None else row.keep,
+            options=row.options,
+            keep_undelivered=row.keep,
             check=not no_check,
         )
 
+    options: dict[str, Any] = {"base_url": base_url, "durable": durable, "auto_typing": auto_typing}
+    options |= {"fresh": fresh, "keep": keep}
     if rows is not None:
         _check_alone(sandbox, bot, token, token_file, user, cursor, cursor_file, request_id)
-        found = bulk.read_rows(rows, BindRow)
+        found = bulk.read_rows(rows, BindRow, options)
         return await _run_rows(found, asked, "bound", failed, timeout, json, may_move=yes)
     if sandbox is None or bot is None:
         raise Failed(USAGE, "Name a sandbox and a bot, or give --from.")
     secret, at = _read_token(token, token_file), _read_cursor(cursor, cursor_file)
-    row = BindRow(sandbox=sandbox, bot=bot, token=secret, user=user, cursor=at, id=request_id)
+    row = BindRow(sandbox=sandbox, bot=bot, token=secret, user=user, cursor=at, id=request_id, **options)
     return await _run_one(asked(row), "bound", timeout, json, may_move=yes)
 
 
@@ -174,20 +169,17 @@ async def unbind(
     """
 
     def asked(row: UnbindRow) -> Unbind:
-        return Unbind(
-            sandbox=row.sandbox,
-            bot=row.bot,
-            id=row.id or new_id(),
-            keep_undelivered=keep if row.keep is None else row.keep,
-            purge=purge if row.purge is None else row.purge,
-        )
+        ident = row.id or new_id()
+        return Unbind(sandbox=row.sandbox, bot=row.bot, id=ident, keep_undelivered=row.keep, purge=row.purge)
 
     if rows is not None:
         _check_alone(sandbox, bot, request_id)
-        return await _run_rows(bulk.read_rows(rows, UnbindRow), asked, "unbound", failed, timeout, json)
+        found = bulk.read_rows(rows, UnbindRow, {"keep": keep, "purge": purge})
+        return await _run_rows(found, asked, "unbound", failed, timeout, json)
     if sandbox is None:
         raise Failed(USAGE, "Name a sandbox, or give --from.")
-    return await _run_one(asked(UnbindRow(sandbox=sandbox, bot=bot, id=request_id)), "unbound", timeout, json)
+    row = UnbindRow(sandbox=sandbox, bot=bot, keep=keep, purge=purge, id=request_id)
+    return await _run_one(asked(row), "unbound", timeout, json)
 
 
 def _check_alone(*others: object) -> None:
@@ -200,15 +192,30 @@ async def _run_one(
     asked: Bind | Unbind, done: str, timeout_s: float | None, json: bool, *, may_move: bool = True
 ) -> int:
     async with connected_bus() as bus:
-        requests = await ControlRequests.open(bus)
+        await bus.check_subscribed()
         if isinstance(asked, Bind) and not may_move:
             serves = (await _serving(bus, asked.bot)).get(asked.bot, asked.sandbox)
             if serves != asked.sandbox and not _confirm(f"{asked.bot} serves {serves}: move it to {asked.sandbox}?"):
                 raise Failed(NO, f"{asked.bot} serves {serves}: give --yes to move it.")
-        answer = await requests.request(asked, timeout_s or 10.0)
+        answer = await request_control(bus, asked, timeout_s or 10.0)
     if answer.ok and isinstance(asked, Bind) and asked.check and not answer.checked and not json:
         output.complain("iLink gave no answer: whether it takes the token is not known.")
-    return _print_answer(answer, done, json)
+    if json:
+        output.json_line(answer)
+    elif not answer.ok:
+        output.complain(answer.error or UNREASONED)
+    else:
+        rows = [
+            (b.sandbox, b.bot, b.user or "-", b.state, output.clock(b.since_ms), b.reason) for b in answer.bindings
+        ]
+        output.table(COLUMNS, rows, styles=STYLES, empty="Nothing was bound.")
+        for bot in answer.replaced:
+            output.say(f"replaced  {output.printable(bot)}")
+        if answer.moved_from:
+            output.say(f"moved     from {answer.moved_from}")
+        if answer.bindings:
+            output.say(f"{done}.")
+    return OK if answer.ok else NO
 
 
 async def _run_rows(
@@ -222,18 +229,18 @@ async def _run_rows(
     may_move: bool = True,
 ) -> int:
     async with connected_bus(lasting=True) as bus:
-        requests = await ControlRequests.open(bus)
+        await bus.check_subscribed()
         serving = {} if may_move else await _serving(bus)
 
         async def run_row(row: R) -> None:
             serves = serving.get(row.bot or "", row.sandbox)
             if serves != row.sandbox:
                 raise Failed(NO, f"{row.bot} serves {serves}: give --yes to move it.")
-            answer = await requests.request(asked(row), timeout_s or 60.0)
+            answer = await request_control(bus, asked(row), timeout_s or 60.0)
             if json:
                 output.json_line(answer)
             if not answer.ok:
-                raise Failed(NO, answer.error or "The adapter refused without a reason.")
+                raise Failed(NO, answer.error or UNREASONED)
 
         return await bulk.run_rows(rows, run_row, done=done, failed_file=failed, limit=ROWS_UNDER_WAY)
 
@@ -348,60 +355,23 @@ def _read_cursor(cursor: str | None, cursor_file: Path | None) -> str | None:
     return cursor if cursor_file is None else read_text(cursor_file).strip()
 
 
-class ControlRequests:
-    """Stores control commands and hears their answers, of any number at a time. Made by `open`."""
-
-    def __init__(self, bus: Bus) -> None:
-        self._bus = bus
-        self._inbox = bus.nc.new_inbox()
-        self._answers: dict[str, asyncio.Future[bytes]] = {}
-        """By the subject at which each is awaited."""
-
-    @classmethod
-    async def open(cls, bus: Bus) -> ControlRequests:
-        """Raises Failed."""
-        requests = cls(bus)
-        await bus.nc.subscribe(f"{requests._inbox}.*", cb=requests._on_answer)
-        await bus.check_subscribed(requests._inbox)
-        return requests
-
-    async def _on_answer(self, msg: Msg) -> None:
-        answer = self._answers.get(msg.subject)
-        if answer is not None and not answer.done():
-            answer.set_result(msg.data)
-
-    async def request(self, asked: Bind | Unbind | Erase, timeout_s: float) -> ControlAnswer:
-        """Stores a command and waits for the adapter's answer. Raises Failed."""
-        bus, reply_to = self._bus, f"{self._inbox}.{len(self._answers)}"
-        answer = self._answers[reply_to] = asyncio.get_running_loop().create_future()
-        headers = {H_MSG_ID: asked.id or "", H_REPLY_TO: reply_to, H_SCHEMA: SCHEMA_VERSION}
-        subjects = {Bind: bus.names.bind, Unbind: bus.names.unbind, Erase: bus.names.erase}
-        ack = await bus.store(subjects[type(asked)], msgspec.json.encode(asked), headers)
+async def request_control(bus: Bus, asked: Bind | Unbind | Erase, timeout_s: float) -> ControlAnswer:
+    """Stores a command and waits for the adapter's answer. Raises Failed."""
+    inbox = bus.nc.new_inbox()
+    headers = {H_MSG_ID: asked.id or "", H_REPLY_TO: inbox, H_SCHEMA: SCHEMA_VERSION}
+    subject = {Bind: bus.names.bind, Unbind: bus.names.unbind, Erase: bus.names.erase}[type(asked)]
+    answers = await bus.nc.subscribe(inbox)
+    try:
+        ack = await bus.store(subject, msgspec.json.encode(asked), headers)
         if ack.duplicate:
             said = f"Request {asked.id} was stored before: `wechat-nats bindings` shows what holds now."
             raise Failed(TIMEOUT, said)
-        await asyncio.wait({answer}, timeout=timeout_s)
-        if not answer.done():
-            raise Failed(TIMEOUT, f"Stored; no adapter answered in {timeout_s:g} s, takes effect when one runs.")
-        return decode_answer(answer.result(), ControlAnswer)
-
-
-def _print_answer(answer: ControlAnswer, done: str, json: bool) -> int:
-    if json:
-        output.json_line(answer)
-    elif answer.ok:
-        _table(answer.bindings, empty="Nothing was bound.")
-        for bot in answer.replaced:
-            output.say(f"replaced  {output.printable(bot)}")
-        if answer.moved_from:
-            output.say(f"moved     from {answer.moved_from}")
-        if answer.bindings:
-            output.say(f"{done}.")
-    else:
-        output.complain(answer.error or "The adapter refused without a reason.")
-    return OK if answer.ok else NO
-
-
-def _table(found: list[BindingInfo], *, empty: str) -> None:
-    rows = [(b.sandbox, b.bot, b.user or "-", b.state, output.clock(b.since_ms), b.reason) for b in found]
-    output.table(COLUMNS, rows, styles=STYLES, empty=empty)
+        return decode_answer((await answers.next_msg(timeout=timeout_s)).data, ControlAnswer)
+    except TimeoutError:
+        said = f"Stored; no adapter answered in {timeout_s:g} s, takes effect when one runs."
+        raise Failed(TIMEOUT, said) from None
+    except NatsError:
+        raise Failed(UNREACHABLE, f"Stored; {BROKE}") from None
+    finally:
+        with contextlib.suppress(NatsError):
+            await answers.unsubscribe()

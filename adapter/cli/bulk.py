@@ -20,7 +20,7 @@ from cyclopts import Parameter
 from adapter.cli import output
 from adapter.cli.exit_codes import NO, OK, USAGE, Failed
 from adapter.cli.files import read_text, write_private
-from adapter.contract.messages import SandboxId
+from adapter.contract.messages import Options, SandboxId
 
 Source = Annotated[
     Path | None,
@@ -49,6 +49,18 @@ class Row(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
     error: str = ""
 
 
+class OptionsRow(Row, kw_only=True):
+    """A row that binds somebody."""
+
+    durable: bool = False
+    auto_typing: bool = False
+    fresh: bool = False
+
+    @property
+    def options(self) -> Options:
+        return Options(durable=self.durable, auto_typing=self.auto_typing, fresh=self.fresh)
+
+
 R = TypeVar("R", bound=Row)
 
 
@@ -69,33 +81,28 @@ class Rows(NamedTuple, Generic[R]):
     """Of CSV; none: the rows are JSON lines."""
 
 
-def read_rows(source: Path, kind: type[R]) -> Rows[R]:
-    """Raises Failed where the file cannot be read; a row that cannot be has its error."""
+def read_rows(source: Path, kind: type[R], options: dict[str, Any]) -> Rows[R]:
+    """`options`: what holds where a row says nothing. Raises Failed where the file cannot be read; a row that cannot
+    be has its error."""
+
+    def read_row(number: int, written: dict[str, Any]) -> _Read[R]:
+        try:
+            return _Read(number, written, msgspec.convert(options | written, kind, strict=False), "")
+        except msgspec.ValidationError as exc:
+            return _Read(number, written, None, f"{exc}.")
+
+    def read_line(number: int, line: str) -> _Read[R]:
+        try:
+            return read_row(number, msgspec.json.decode(line, type=dict[str, Any]))
+        except msgspec.MsgspecError:
+            return _Read(number, {"line": line}, None, "The line is no JSON object.")
+
     text = sys.stdin.read() if str(source) == "-" else read_text(source)
     if text.lstrip().startswith("{"):
-        lines = enumerate(text.split("\n"), 1)
-        return Rows([_read_line(number, line, kind) for number, line in lines if line.strip()], [])
+        return Rows([read_line(number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip()], [])
     reader = csv.DictReader(io.StringIO(text, newline=""), restkey="more", skipinitialspace=True)
-    rows = []
-    for cells in reader:
-        written = {name: cell for name, cell in cells.items() if cell}
-        rows.append(_read_row(reader.line_num, written, kind))
+    rows = [read_row(reader.line_num, {name: cell for name, cell in cells.items() if cell}) for cells in reader]
     return Rows(rows, [name for name in reader.fieldnames or [] if name != "error"])
-
-
-def _read_line(number: int, line: str, kind: type[R]) -> _Read[R]:
-    try:
-        written = msgspec.json.decode(line, type=dict[str, Any])
-    except msgspec.MsgspecError:
-        return _Read(number, {"line": line}, None, "The line is no JSON object.")
-    return _read_row(number, written, kind)
-
-
-def _read_row(number: int, written: dict[str, Any], kind: type[R]) -> _Read[R]:
-    try:
-        return _Read(number, written, msgspec.convert(written, kind, strict=False), "")
-    except msgspec.ValidationError as exc:
-        return _Read(number, written, None, f"{exc}.")
 
 
 async def run_rows(
@@ -106,8 +113,8 @@ async def run_rows(
     At most `limit` rows are under way. However it ends, what was not done is in `failed_file`.
     """
     slots, last_of = asyncio.Semaphore(limit), dict[str, asyncio.Task[None]]()
-    failures: dict[int, Failed] = {}
-    began, finished = time.monotonic(), set[int]()
+    outcomes: dict[int, Failed | None] = {}
+    began = time.monotonic()
 
     async def run_row(read: _Read[R], before: Sequence[asyncio.Task[None]]) -> None:
         async with slots:  # first come, first served: who is waited for below has had one
@@ -117,11 +124,11 @@ async def run_rows(
                 if read.row is None:
                     raise Failed(USAGE, read.error)
                 await work(read.row)
+                outcomes[read.number] = None
             except Failed as exc:
-                failures[read.number] = exc
-            finished.add(read.number)
+                outcomes[read.number] = exc
 
-    progress = asyncio.create_task(_report_forever(len(found.rows), finished, failures))
+    progress = asyncio.create_task(_report_forever(len(found.rows), outcomes))
     try:
         async with asyncio.TaskGroup() as group:
             for read in found.rows:
@@ -130,47 +137,39 @@ async def run_rows(
                 last_of |= dict.fromkeys(keys, group.create_task(run_row(read, before)))
     finally:
         progress.cancel()
-        missing = {
-            read.number: "Not tried, or not answered yet." for read in found.rows if read.number not in finished
-        }
-        errors = {number: str(exc) for number, exc in failures.items()} | missing
+        undone = Failed(NO, "Not tried, or not answered yet.")
+        failed = [(read, why) for read in found.rows if (why := outcomes.get(read.number, undone))]
         if failed_file is not None:
-            _write_failed(failed_file, found, errors)
-    for read in [read for read in found.rows if read.number in errors][:NAMED]:
-        output.complain(f"line {read.number} ({read.written.get('sandbox', '?')}): {errors[read.number]}")
-    more = f"; {len(errors) - NAMED} failures more" if len(errors) > NAMED else ""
-    where = f"; what failed is in {failed_file}" if errors and failed_file else ""
-    summary = f"{len(found.rows) - len(errors)} {done}, {len(errors)} failed, in {time.monotonic() - began:.1f} s"
+            rows = [read.written | {"error": str(why)} for read, why in failed]
+            write_private(failed_file, _format_rows(rows, found.columns))
+    for read, why in failed[:NAMED]:
+        output.complain(f"line {read.number} ({read.written.get('sandbox', '?')}): {why}")
+    more = f"; {len(failed) - NAMED} failures more" if len(failed) > NAMED else ""
+    where = f"; what failed is in {failed_file}" if failed and failed_file else ""
+    summary = f"{len(found.rows) - len(failed)} {done}, {len(failed)} failed, in {time.monotonic() - began:.1f} s"
     print(f"{summary}{more}{where}.", file=sys.stderr, flush=True)
-    codes = {exc.code for exc in failures.values()}
+    codes = {why.code for _, why in failed}
     return OK if not codes else codes.pop() if len(codes) == 1 else NO
 
 
-async def _report_forever(total: int, finished: set[int], failures: dict[int, Failed]) -> None:
+async def _report_forever(total: int, outcomes: dict[int, Failed | None]) -> None:
     is_terminal = output.can_style(sys.stderr)
     try:
         while True:
             await asyncio.sleep(TICK_S if is_terminal else LINE_S)
-            said = f"{len(finished)} of {total}, {len(failures)} failed"
-            print(
-                f"\r\x1b[K{said}" if is_terminal else said,
-                end="" if is_terminal else "\n",
-                file=sys.stderr,
-                flush=True,
-            )
+            said = f"{len(outcomes)} of {total}, {sum(why is not None for why in outcomes.values())} failed"
+            print(f"\r\x1b[K{said}" if is_terminal else f"{said}\n", end="", file=sys.stderr, flush=True)
     finally:
         if is_terminal:
             print("\r\x1b[K", end="", file=sys.stderr, flush=True)
 
 
-def _write_failed(path: Path, found: Rows[R], errors: dict[int, str]) -> None:
-    """Only its owner may read it: tokens stand in it. Raises Failed."""
+def _format_rows(rows: list[dict[str, Any]], columns: list[str]) -> str:
+    """As `read_rows` reads them."""
+    if not columns:
+        return "".join(msgspec.json.encode(row).decode() + "\n" for row in rows)
     text = io.StringIO(newline="")
-    failed = [read.written | {"error": errors[read.number]} for read in found.rows if read.number in errors]
-    if found.columns:
-        writer = csv.DictWriter(text, [*found.columns, "error"], extrasaction="ignore", lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(failed)
-    else:
-        text.writelines(msgspec.json.encode(row).decode() + "\n" for row in failed)
-    write_private(path, text.getvalue())
+    writer = csv.DictWriter(text, [*columns, "error"], extrasaction="ignore", lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue()

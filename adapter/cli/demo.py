@@ -18,7 +18,7 @@ from adapter.agent import Sandbox
 from adapter.agent.program import Program
 from adapter.agent.runner import Answer, Runner, Sessions, Turn
 from adapter.cli.agent import MAX_OUTPUT, Exec
-from adapter.cli.bindings import ControlRequests
+from adapter.cli.bindings import request_control
 from adapter.cli.bus import Bus, connected_bus
 from adapter.cli.embedded import EmbeddedNats
 from adapter.cli.exit_codes import NO, OK, Failed
@@ -117,7 +117,7 @@ def demo_settings(nats_url: str, ilink_url: str) -> Settings:
 async def _bind(bus: Bus, sandbox: str, bot: BotRecord) -> None:
     options = Options(durable=True)
     asked = Bind(sandbox=sandbox, bot=bot.bot, bot_token=bot.token, user=bot.user, id="demo", options=options)
-    answer = await (await ControlRequests.open(bus)).request(asked, PATIENCE_S)
+    answer = await request_control(bus, asked, PATIENCE_S)
     if not answer.ok:
         raise Failed(NO, f"The bot could not be bound: {answer.error}")
 

@@ -9,7 +9,7 @@ import msgspec
 from cyclopts import Parameter
 
 from adapter.cli import output
-from adapter.cli.bindings import ControlRequests
+from adapter.cli.bindings import request_control
 from adapter.cli.bus import connected_bus
 from adapter.cli.dead import mask_secrets
 from adapter.cli.exit_codes import NO, OK
@@ -40,7 +40,8 @@ async def erase(
     """
     asked = Erase(user=user, sandbox=sandbox, id=request_id or new_id(), dry_run=dry_run)
     async with connected_bus() as bus:
-        answer = await (await ControlRequests.open(bus)).request(asked, timeout)
+        await bus.check_subscribed()
+        answer = await request_control(bus, asked, timeout)
     if json:
         output.json_line(answer)
     else:
