@@ -8,8 +8,7 @@ from __future__ import annotations
 import base64
 import secrets
 import time
-from collections.abc import Iterable
-from typing import Any, NamedTuple
+from typing import Any
 
 import msgspec
 import nkeys
@@ -19,9 +18,9 @@ from adapter.errors import Refused
 from adapter.security.permissions import (
     ACCOUNT_OF,
     SANDBOX_PAYLOAD,
+    SYSTEM,
     WECHAT,
     Grants,
-    Role,
     Share,
     exports,
     grants,
@@ -34,6 +33,7 @@ NO_LIMITS = {"subs": -1, "data": -1, "payload": -1}
 ACCOUNT_LIMITS = NO_LIMITS | {"imports": -1, "exports": -1, "wildcards": True, "conn": -1, "leaf": -1}
 STORAGE = {"mem_storage": -1, "disk_storage": -1, "streams": -1, "consumer": -1}
 WATCHES = Grants(("$SYS.REQ.>",), ("$SYS.>", "_INBOX.>"))
+"""Of a user of the system account, who watches servers and changes accounts."""
 EVERYTHING = Grants((">",), (">",))
 NOTHING = {"pub": {"deny": [">"]}, "sub": {"deny": [">"]}}
 
@@ -69,105 +69,62 @@ def encode(signer: Key, subject: str, name: str, claims: dict[str, Any], *, days
     return f"{signed}.{_base64(signer.sign(signed.encode()))}"
 
 
-def decode(jwt: str) -> dict[str, Any]:
-    """What a JWT of ours says; its signature is not checked. Raises Refused."""
-    try:
-        part = jwt.split(".")[1]
-        found: dict[str, Any] = msgspec.json.decode(base64.urlsafe_b64decode(part + "=" * (-len(part) % 4)))
-    except (IndexError, ValueError) as exc:
-        raise Refused("invalid", "That is no JWT.") from exc
-    return found
-
-
 def operator_jwt(key: Key, system: str) -> str:
     """`system`: public key of the system account."""
     return encode(key, key.public, "wechat-nats", {"type": "operator", "system_account": system})
 
 
 def account_jwt(
-    operator: Key,
-    account: str,
-    name: str,
-    *,
-    exported: Iterable[Share] = (),
-    imported: Iterable[Share] = (),
-    exporter: str = "",
-    storage: bool = False,
-    signing: Iterable[dict[str, Any]] = (),
-    revoked: dict[str, int] | None = None,
+    operator: Key, accounts: dict[str, Key], name: str, names: Names, *, signing: Key, revoked: dict[str, int]
 ) -> str:
-    """Keys are public ones. `revoked`: users, and up to when (Unix seconds) their JWTs do not count."""
+    """The JWT of one of `accounts`. One that is no role's belongs to the sandbox of that name.
+
+    `signing` makes users of sandboxes, in their shared account or in their own. `revoked`: users, and up to when
+    (Unix seconds) their JWTs do not count.
+    """
+    role = next((role for role, account in ACCOUNT_OF.items() if account == name), None)
     claims: dict[str, Any] = {
         "type": "account",
-        "limits": ACCOUNT_LIMITS | (STORAGE if storage else dict.fromkeys(STORAGE, 0)),
+        "limits": ACCOUNT_LIMITS | (STORAGE if name == WECHAT else dict.fromkeys(STORAGE, 0)),
         "default_permissions": NOTHING,
-        "exports": [_export(share) for share in exported],
-        "imports": [{**_named(share), "account": exporter} for share in imported],
-        "signing_keys": list(signing),
-        "revocations": revoked or {},
+        "revocations": revoked,
     }
-    return encode(operator, account, name, {key: value for key, value in claims.items() if value != []})
+    is_own = role is None and name != SYSTEM
+    if name == WECHAT:
+        claims["exports"] = [_export(share) for share in exports(names)]
+    elif role or is_own:
+        shares = imports(names, role or "sandbox", name if is_own else "*")
+        claims["imports"] = [_named(share) | {"account": accounts[WECHAT].public} for share in shares]
+    if is_own or role == "sandbox":
+        # a key that makes users of sandboxes only: the tag `sandbox` of the user fills the template
+        template = permissions(grants(names, "sandbox")) | NO_LIMITS | {"payload": SANDBOX_PAYLOAD}
+        scope = {"kind": "user_scope", "key": signing.public, "role": "sandbox", "template": template}
+        claims["signing_keys"] = [scope]
+    return encode(operator, accounts[name].public, name, claims)
 
 
-def scope(signing: str, names: Names) -> dict[str, Any]:
-    """A signing key that makes users of sandboxes only: the tag `sandbox` of the user fills the template."""
-    template = permissions(grants(names, "sandbox")) | NO_LIMITS | {"payload": SANDBOX_PAYLOAD}
-    return {"kind": "user_scope", "key": signing, "role": "sandbox", "template": template}
+def user_claims(may: Grants) -> dict[str, Any]:
+    return {"type": "user"} | permissions(may) | NO_LIMITS
 
 
-def user_jwt(signer: Key, user: str, names: Names, role: Role | None) -> str:
-    """A user of a role; None: one of the system account, who watches servers and changes accounts."""
-    may = permissions(grants(names, role) if role else WATCHES)
-    return encode(signer, user, role or "sys", {"type": "user"} | may | NO_LIMITS)
-
-
-def admin_jwt(signer: Key, user: str, *, days: float) -> str:
-    """A user who may do everything in the account whose key `signer` is. `days` until it expires; 0: never."""
-    return encode(signer, user, "admin", {"type": "user"} | permissions(EVERYTHING) | NO_LIMITS, days=days)
-
-
-def sandbox_jwt(signing: Key, account: str, user: str, sandbox: str, *, days: float = 0) -> str:
-    """A user of a sandbox: nothing but its tag, made with the scoped key of `account`."""
-    claims = {"type": "user", "issuer_account": account, "tags": [f"sandbox:{sandbox}"]}
-    return encode(signing, user, sandbox, claims, days=days)
-
-
-def creds(jwt: str, key: Key) -> str:
-    """A credentials file as every NATS client reads it."""
-    return (
-        f"-----BEGIN NATS USER JWT-----\n{jwt}\n------END NATS USER JWT------\n\n"
-        f"-----BEGIN USER NKEY SEED-----\n{key.seed}\n------END USER NKEY SEED------\n"
-    )
-
-
-class Accounts(NamedTuple):
-    """The accounts of `adapter.security.permissions`, by name, and the key above them."""
-
-    operator: Key
-    keys: dict[str, Key]
-    signing: Key
-    """Makes users of sandboxes, in their shared account or in their own."""
-
-    def jwt(self, name: str, names: Names, *, sandbox: str = "", revoked: dict[str, int] | None = None) -> str:
-        """The JWT of an account. `sandbox`: it is the account of that one alone."""
-        public = self.keys[name].public
-        if name == WECHAT:
-            return account_jwt(self.operator, public, name, exported=exports(names), storage=True)
-        role: Role | None = "sandbox" if sandbox else next((r for r, a in ACCOUNT_OF.items() if a == name), None)
-        return account_jwt(
-            self.operator,
-            public,
-            name,
-            imported=imports(names, role, sandbox or "*") if role else (),
-            exporter=self.keys[WECHAT].public,
-            signing=[scope(self.signing.public, names)] if role == "sandbox" else (),
-            revoked=revoked,
-        )
+def sandbox_claims(account: str, sandbox: str) -> dict[str, Any]:
+    """Of a user of a sandbox: nothing but its tag. To be signed with the scoped key of `account`."""
+    return {"type": "user", "issuer_account": account, "tags": [f"sandbox:{sandbox}"]}
 
 
 def permissions(may: Grants) -> dict[str, Any]:
     """Grants as a user's JWT and a template have them."""
     return {"pub": {"allow": list(may.publish)}, "sub": {"allow": list(may.subscribe)}}
+
+
+def new_creds(signer: Key, name: str, claims: dict[str, Any], *, days: float = 0) -> tuple[str, str]:
+    """A new user: its public key, and its credentials file as every NATS client reads it."""
+    key = Key.new(USER)
+    jwt = encode(signer, key.public, name, claims, days=days)
+    return key.public, (
+        f"-----BEGIN NATS USER JWT-----\n{jwt}\n------END NATS USER JWT------\n\n"
+        f"-----BEGIN USER NKEY SEED-----\n{key.seed}\n------END USER NKEY SEED------\n"
+    )
 
 
 def _export(share: Share) -> dict[str, Any]:

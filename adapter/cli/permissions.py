@@ -10,14 +10,23 @@ import msgspec
 from cyclopts import App, Parameter
 
 from adapter.cli import jwts, output
-from adapter.cli.bus import Bus, connected_bus, settings_here
+from adapter.cli.bus import connected_bus, settings_here
 from adapter.cli.exit_codes import NO, OK, USAGE, Failed
 from adapter.cli.files import read_text, write_private
 from adapter.cli.jwts import Key
 from adapter.cli.options import Sandbox, flag
 from adapter.contract.names import Names
 from adapter.errors import Refused
-from adapter.security.permissions import ACCOUNT_OF, OWN_ACCOUNTS, ROLES, SANDBOX, SYSTEM, WECHAT, Role, server_config
+from adapter.security.permissions import (
+    ACCOUNT_OF,
+    OWN_ACCOUNTS,
+    ROLES,
+    SANDBOX,
+    SYSTEM,
+    WECHAT,
+    grants,
+    server_config,
+)
 
 app = App(name="permissions", help="Make the NATS users of adapter, platform, services, operators and sandboxes.")
 
@@ -58,25 +67,20 @@ def init(
 
     The server needs `server.conf`, the adapter `creds/adapter.creds`; keep `keys/` from both.
     """
-    try:
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        if any(folder.iterdir()):
-            raise Failed(NO, f"{folder} is not empty: its keys are not overwritten.")
-    except OSError as exc:
-        raise Failed(NO, f"Cannot write {folder}: {exc.strerror}.") from None
-    _write(folder / "keys" / "operator.nk", Key.new(jwts.OPERATOR).seed + "\n")
-    _write(folder / "keys" / "signing.nk", Key.new(jwts.ACCOUNT).seed + "\n")
-    for name in ACCOUNTS:
-        _write(folder / _key_file(name), Key.new(jwts.ACCOUNT).seed + "\n")
-    _write(folder / "resolver_dir", resolver_dir + "\n")
+    if folder.is_dir() and any(folder.iterdir()):
+        raise Failed(NO, f"{folder} is not empty: its keys are not overwritten.")
+    _write(folder / "resolver_dir", resolver_dir)
+    _write(folder / "keys" / "operator.nk", Key.new(jwts.OPERATOR).seed)
+    for file in (Path("keys/signing.nk"), *map(_key_file, ACCOUNTS)):
+        _write(folder / file, Key.new(jwts.ACCOUNT).seed)
     kept = CredentialFolder(folder)
     for name in ACCOUNTS:
         kept.store_account(name)
-    users: list[tuple[Role | None, str]] = [(None, SYSTEM), *((role, ACCOUNT_OF[role]) for role in ROLES[:-1])]
-    for role, account in users:
-        key = Key.new(jwts.USER)
-        jwt = jwts.user_jwt(kept.accounts.keys[account], key.public, kept.names, role)
-        _write(folder / "creds" / f"{role or 'sys'}.creds", jwts.creds(jwt, key))
+    users = [(SYSTEM, "sys", jwts.WATCHES)]
+    users += [(ACCOUNT_OF[role], role, grants(kept.names, role)) for role in ROLES if role != "sandbox"]
+    for account, user, may in users:
+        _, creds = jwts.new_creds(kept.keys[account], user, jwts.user_claims(may))
+        _write(folder / "creds" / f"{user}.creds", creds)
     kept.store_server()
     output.say(f"Start the server with {folder / 'server.conf'}; credentials are in {folder / 'creds'}.")
     return OK
@@ -96,17 +100,16 @@ def sandbox(
     In the account that sandboxes share the server needs to know nothing of it. An own account has to be pushed first.
     """
     kept = CredentialFolder(folder)
-    if own_account and name not in kept.accounts.keys:
-        _write(folder / _key_file(name), Key.new(jwts.ACCOUNT).seed + "\n")
+    if own_account and name not in kept.keys:
+        _write(folder / _key_file(name), Key.new(jwts.ACCOUNT).seed)
         kept = CredentialFolder(folder)
         kept.store_account(name)
         kept.store_server()
-    account = kept.accounts.keys[name if name in kept.accounts.keys else SANDBOX]
-    key = Key.new(jwts.USER)
-    jwt = jwts.sandbox_jwt(kept.accounts.signing, account.public, key.public, name, days=days)
+    account = kept.keys[name if name in kept.keys else SANDBOX]
+    user, creds = jwts.new_creds(kept.signing, name, jwts.sandbox_claims(account.public, name), days=days)
     file = folder / "creds" / "sandboxes" / f"{name}.creds"
-    write_private(folder / "issued" / name, key.public + "\n", append=True)
-    _write(file, jwts.creds(jwt, key))
+    write_private(folder / "issued" / name, user + "\n", append=True)
+    _write(file, creds)
     output.say(str(file))
     return OK
 
@@ -122,10 +125,10 @@ def admin(
 
     For `backup`, `restore` and the `nats` tool, where a role may not do what has to be done.
     """
-    key = Key.new(jwts.USER)
-    jwt = jwts.admin_jwt(CredentialFolder(folder).accounts.keys[WECHAT], key.public, days=days)
+    signer = CredentialFolder(folder).keys[WECHAT]
+    _, creds = jwts.new_creds(signer, "admin", jwts.user_claims(jwts.EVERYTHING), days=days)
     file = folder / "creds" / "admin.creds"
-    _write(file, jwts.creds(jwt, key))
+    _write(file, creds)
     output.say(str(file))
     return OK
 
@@ -137,8 +140,8 @@ def revoke(folder: Folder, name: Sandbox, /) -> int:
     file = folder / "issued" / name
     if not file.is_file():
         raise Failed(NO, f"No credentials were made for {name} here.")
-    account = name if name in kept.accounts.keys else SANDBOX
-    kept.revoke(account, file.read_text(encoding="utf-8").split())
+    account = name if name in kept.keys else SANDBOX
+    kept.revoke(account, read_text(file).split())
     kept.store_account(account)
     kept.store_server()
     file.unlink()
@@ -156,17 +159,13 @@ async def push(folder: Folder, /) -> int:
         settings_here(), nats_creds=creds, nats_user="", nats_password="", nats_nkey="", nats_inbox_prefix="_INBOX"
     )
     async with connected_bus(settings) as bus:
-        for name in kept.accounts.keys:
-            await _push(bus, name, _read(folder / _account_file(name)))
-    output.say(f"{len(kept.accounts.keys)} accounts pushed.")
+        for name in kept.keys:
+            reply = await bus.request(UPDATE, _read(folder / _account_file(name)).encode())
+            answer: dict[str, Any] = msgspec.json.decode(reply.data)
+            if error := answer.get("error"):
+                raise Failed(NO, f"The server refused account {name}: {error.get('description', error)}.")
+    output.say(f"{len(kept.keys)} accounts pushed.")
     return OK
-
-
-async def _push(bus: Bus, name: str, jwt: str) -> None:
-    reply = await bus.request(UPDATE, jwt.encode())
-    answer: dict[str, Any] = msgspec.json.decode(reply.data)
-    if error := answer.get("error"):
-        raise Failed(NO, f"The server refused account {name}: {error.get('description', error)}.")
 
 
 class CredentialFolder:
@@ -175,24 +174,24 @@ class CredentialFolder:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.names = _names()
-        operator, signing = (Key(_read(folder / "keys" / file)) for file in ("operator.nk", "signing.nk"))
+        self._operator, self.signing = (Key(_read(folder / "keys" / file)) for file in ("operator.nk", "signing.nk"))
         own = sorted(file.stem for file in (folder / "keys" / "sandboxes").glob("*.nk"))
-        keys = {name: Key(_read(folder / _key_file(name))) for name in (*ACCOUNTS, *own)}
-        self.accounts = jwts.Accounts(operator, keys, signing)
+        self.keys = {name: Key(_read(folder / _key_file(name))) for name in (*ACCOUNTS, *own)}
+        """Of the accounts, by name."""
 
     def revoke(self, account: str, users: list[str]) -> None:
         revoked = self._read_revocations()
         revoked.setdefault(account, {}).update(dict.fromkeys(users, int(time.time())))
-        _write(self.folder / "revoked.json", msgspec.json.format(msgspec.json.encode(revoked)).decode() + "\n")
+        _write(self.folder / "revoked.json", msgspec.json.format(msgspec.json.encode(revoked)).decode())
 
     def store_account(self, name: str) -> None:
-        own = "" if name in ACCOUNTS else name
-        jwt = self.accounts.jwt(name, self.names, sandbox=own, revoked=self._read_revocations().get(name))
-        _write(self.folder / _account_file(name), jwt + "\n")
+        revoked = self._read_revocations().get(name, {})
+        jwt = jwts.account_jwt(self._operator, self.keys, name, self.names, signing=self.signing, revoked=revoked)
+        _write(self.folder / _account_file(name), jwt)
 
     def store_server(self) -> None:
         """The server's configuration, with all accounts as they are now."""
-        system = self.accounts.keys[SYSTEM].public
+        system = self.keys[SYSTEM].public
         lines = [
             "# Written by `wechat-nats permissions`. Holds no secret. Include it into the server's configuration:",
             "#",
@@ -201,17 +200,17 @@ class CredentialFolder:
             "",
             # A client sends its JWT in one line, of which a server reads 4 KB; the adapter's names all that it may.
             f"max_control_line: {LONGEST_LINE}",
-            f'operator: "{jwts.operator_jwt(self.accounts.operator, system)}"',
+            f'operator: "{jwts.operator_jwt(self._operator, system)}"',
             f"system_account: {system}",
             f'resolver: {{ type: full, dir: "{_read(self.folder / "resolver_dir")}", allow_delete: false }}',
             "resolver_preload: {",
             *(
                 f'  {key.public}: "{_read(self.folder / _account_file(name))}" # {name}'
-                for name, key in self.accounts.keys.items()
+                for name, key in self.keys.items()
             ),
             "}",
         ]
-        _write(self.folder / "server.conf", "\n".join(lines) + "\n")
+        _write(self.folder / "server.conf", "\n".join(lines))
 
     def _read_revocations(self) -> dict[str, dict[str, int]]:
         file = self.folder / "revoked.json"
@@ -238,5 +237,5 @@ def _read(file: Path) -> str:
 def _write(file: Path, text: str) -> None:
     """Whole or not at all: a key that is cut off halfway would lock everybody out."""
     fresh = file.with_name(file.name + ".new")
-    write_private(fresh, text)
+    write_private(fresh, text.removesuffix("\n") + "\n")
     fresh.replace(file)

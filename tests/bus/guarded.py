@@ -132,9 +132,7 @@ class Guarded:
         for sandbox in self._sandboxes:
             assert permissions.sandbox(folder, sandbox, own_account=self.each) == 0
         account = jwts.Key((folder / f"keys/{WECHAT}.nk").read_text().strip())
-        key = jwts.Key.new(jwts.USER)
-        jwt = jwts.encode(account, key.public, WITNESS, {"type": "user", **jwts.permissions(ALL), **jwts.NO_LIMITS})
-        (folder / "creds/witness.creds").write_text(jwts.creds(jwt, key))
+        (folder / "creds/witness.creds").write_text(jwts.new_creds(account, WITNESS, jwts.user_claims(ALL))[1])
         for file in (*folder.glob("creds/*.creds"), *folder.glob("creds/sandboxes/*.creds")):
             self.users[file.stem] = User({"NATS_CREDS": str(file)})
         return {}

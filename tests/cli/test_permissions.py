@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import json
 import stat
 from pathlib import Path
 from typing import Any
@@ -13,11 +14,11 @@ import pytest
 from nats.errors import Error as NatsError
 
 from adapter.cli import jwts
-from adapter.cli.jwts import ACCOUNT, USER, Key, user_jwt
+from adapter.cli.jwts import ACCOUNT, USER, Key
 from adapter.cli.permissions import LONGEST_LINE, CredentialFolder
 from adapter.contract.names import Names
 from adapter.errors import Refused
-from adapter.security.permissions import FILES, ROLES
+from adapter.security.permissions import FILES, ROLES, grants
 from tests.bus.guarded import NAMES, Guarded, User, guarded
 from tests.cli.conftest import Command
 from tests.generate import EXAMPLES, ROOT
@@ -25,7 +26,9 @@ from tests.generate import EXAMPLES, ROOT
 
 def claims(creds: Path) -> dict[str, Any]:
     """What the JWT of a credentials file says."""
-    return jwts.decode(creds.read_text().splitlines()[1])
+    body = creds.read_text().splitlines()[1].split(".")[1]
+    found: dict[str, Any] = json.loads(base64.urlsafe_b64decode(body + "=="))
+    return found
 
 
 @pytest.mark.parametrize("own_accounts", [False, True], ids=FILES.values())
@@ -97,7 +100,8 @@ async def test_a_folder_without_keys_is_told(cli: Command, tmp_path: Path) -> No
 def test_the_longest_credentials_fit_into_the_line_that_a_server_reads() -> None:
     """Also under the longest prefix, which is in every subject. Beside the JWT a signature is in it, and a name."""
     user, signer = Key.new(USER), Key.new(ACCOUNT)
-    longest = max(len(user_jwt(signer, user.public, Names("w" * 32), role)) for role in ROLES)
+    every = [jwts.user_claims(grants(Names("w" * 32), role)) for role in ROLES]
+    longest = max(len(jwts.encode(signer, user.public, "x", claims)) for claims in every)
     assert longest < LONGEST_LINE - 1024
 
 
@@ -115,12 +119,6 @@ def test_a_key_signs_as_nkeys_verifies() -> None:
 def test_what_is_no_seed_is_refused(seed: str) -> None:
     with pytest.raises(Refused):
         jwts.Key(seed)
-
-
-@pytest.mark.parametrize("jwt", ["", "x", "a.b.c", "a.!.c", "a.bnVsbG8.c"])
-def test_what_is_no_jwt_is_refused(jwt: str) -> None:
-    with pytest.raises(Refused):
-        jwts.decode(jwt)
 
 
 # on a server ---------------------------------------------------------------------------------------------
@@ -178,18 +176,16 @@ async def test_an_account_of_its_own_is_pushed_to_a_server_that_runs(
         assert not await gets_in(server, "signing", creds)
         assert (await cli("permissions", "push", str(folder))).code == 0
         assert await gets_in(server, "signing", creds)
-        assert claims(creds)["nats"]["issuer_account"] == CredentialFolder(folder).accounts.keys["signing"].public
+        assert claims(creds)["nats"]["issuer_account"] == CredentialFolder(folder).keys["signing"].public
 
 
 async def test_credentials_that_have_expired_do_not_count(cli: Command, tmp_path: Path) -> None:
     async with guarded(tmp_path, "jwt") as server:
         kept = CredentialFolder(tmp_path / "jwt")
         for days, counts in ((-1.0, False), (1.0, True)):
-            key = jwts.Key.new(jwts.USER)
-            account = kept.accounts.keys["SANDBOX"].public
-            jwt = jwts.sandbox_jwt(kept.accounts.signing, account, key.public, "s1", days=days)
+            claim = jwts.sandbox_claims(kept.keys["SANDBOX"].public, "s1")
             file = tmp_path / "made.creds"
-            file.write_text(jwts.creds(jwt, key))
+            file.write_text(jwts.new_creds(kept.signing, "s1", claim, days=days)[1])
             assert await gets_in(server, "s1", file) is counts
 
 
@@ -218,10 +214,9 @@ async def test_a_user_without_a_sandbox_gets_nothing(tmp_path: Path, tags: list[
     """The template of the signing key has nothing to put in, and opens nothing instead."""
     async with guarded(tmp_path, "jwt") as server:
         kept = CredentialFolder(tmp_path / "jwt")
-        key = jwts.Key.new(jwts.USER)
-        claim: dict[str, Any] = {"type": "user", "issuer_account": kept.accounts.keys["SANDBOX"].public, "tags": tags}
+        claim: dict[str, Any] = {"type": "user", "issuer_account": kept.keys["SANDBOX"].public, "tags": tags}
         file = tmp_path / "made.creds"
-        file.write_text(jwts.creds(jwts.encode(kept.accounts.signing, key.public, "x", claim), key))
+        file.write_text(jwts.new_creds(kept.signing, "x", claim)[1])
         assert not await gets_in(server, "s1", file)
 
 
@@ -229,13 +224,12 @@ async def test_a_signing_key_gives_no_more_than_its_template(tmp_path: Path) -> 
     """Permissions written into the user's JWT do not widen it: the server refuses the user."""
     async with guarded(tmp_path, "jwt") as server:
         kept = CredentialFolder(tmp_path / "jwt")
-        key = jwts.Key.new(jwts.USER)
         claim: dict[str, Any] = {
             "type": "user",
-            "issuer_account": kept.accounts.keys["SANDBOX"].public,
+            "issuer_account": kept.keys["SANDBOX"].public,
             "tags": ["sandbox:s1"],
         }
         claim |= {"pub": {"allow": [">"]}, "sub": {"allow": [">"]}}
         file = tmp_path / "made.creds"
-        file.write_text(jwts.creds(jwts.encode(kept.accounts.signing, key.public, "x", claim), key))
+        file.write_text(jwts.new_creds(kept.signing, "x", claim)[1])
         assert not await gets_in(server, "s1", file)
