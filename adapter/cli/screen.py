@@ -5,7 +5,8 @@ from __future__ import annotations
 import shutil
 from typing import TextIO
 
-from rich.cells import cell_len
+from rich.console import Console
+from rich.text import Text
 
 from adapter.cli.output import can_colour, can_style, pad, printable
 from adapter.cli.stdin import LineEditor
@@ -47,8 +48,8 @@ class Screen:
     def show(self, label: str, text: str) -> None:
         """One entry, over several lines if it is long."""
         self._clear_prompt()
-        first, *more = _wrap(printable(text), max(self._width - LABEL, LABEL)) or [""]
-        self._write(f"{self._label(label)}{first}\n" + "".join(f"{' ' * LABEL}{line}\n" for line in more))
+        wrapped = Text(printable(text)).wrap(Console(), max(self._width - LABEL, LABEL))
+        self._write(self._label(label) + f"\n{' ' * LABEL}".join(line.plain.rstrip() for line in wrapped) + "\n")
 
     def note(self, text: str) -> None:
         """A line without a label, as it is."""
@@ -67,21 +68,3 @@ class Screen:
     def _write(self, text: str) -> None:
         self._out.write(text)
         self._out.flush()
-
-
-def _wrap(text: str, room: int) -> list[str]:
-    """`text` in pieces of at most `room` columns, broken at a space where there is one near the end."""
-    pieces = []
-    while cell_len(text) > room:
-        cut = len(text)
-        width = 0
-        for i, char in enumerate(text):
-            width += cell_len(char)
-            if width > room:
-                cut = i
-                break
-        space = text.rfind(" ", cut // 2, cut + 1)
-        cut = space if space > 0 else cut
-        pieces.append(text[:cut])
-        text = text[cut:].lstrip(" ")
-    return [*pieces, text] if text else pieces

@@ -1,21 +1,19 @@
 """Lines of standard input for a program that must neither block nor be kept from ending by it.
 
-A thread reads, since the loop cannot wait for a regular file. It reads the descriptor, not `sys.stdin`: a
-daemon thread inside Python's buffered reader aborts the interpreter when that shuts down.
+A thread reads, since the loop cannot wait for a regular file. It has a reader of its own on the descriptor: a daemon
+thread inside `sys.stdin` aborts the interpreter when that shuts down.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-import os
 import re
 import termios
 import threading
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from queue import SimpleQueue
 
-BLOCK = 65536
 AHEAD = 1000
 """Lines read before somebody takes them."""
 COLOURS = re.compile(r"\x1b\[[0-9;]*m")
@@ -23,12 +21,16 @@ COLOURS = re.compile(r"\x1b\[[0-9;]*m")
 
 async def lines(fd: int = 0) -> AsyncIterator[str]:
     """Each line without its end, as it comes; ends at the end of the input. Bytes that are no UTF-8 become �."""
-    loop = asyncio.get_running_loop()
-    queue: asyncio.Queue[str | None] = asyncio.Queue()
-    room = threading.Semaphore(AHEAD)
-    threading.Thread(target=_read, args=(fd, loop, queue, room), name="stdin", daemon=True).start()
-    while (line := await queue.get()) is not None:
-        room.release()
+    try:
+        source = open(fd, encoding="utf-8", errors="replace", closefd=False)  # noqa: ASYNC230, SIM115
+    except OSError:  # it was closed
+        return
+
+    def read() -> str | None:
+        line = source.readline()
+        return line.removesuffix("\n") if line else None
+
+    async for line in _read_in_thread(read):
         yield line
 
 
@@ -52,53 +54,30 @@ class LineEditor:
 
     async def lines(self) -> AsyncIterator[str]:
         """Each line that was asked for; ends at the end of the input."""
-        loop = asyncio.get_running_loop()
-        queue: asyncio.Queue[str | None] = asyncio.Queue()
         before = termios.tcgetattr(0)
-        threading.Thread(target=self._read, args=(loop, queue), name="stdin", daemon=True).start()
         try:
-            while (line := await queue.get()) is not None:
+            async for line in _read_in_thread(lambda: input(self._asked.get())):
                 self._is_reading = False
                 yield line
         finally:  # readline may still wait in its thread
             termios.tcsetattr(0, termios.TCSADRAIN, before)
 
-    def _read(self, loop: asyncio.AbstractEventLoop, queue: asyncio.Queue[str | None]) -> None:
+
+async def _read_in_thread(read: Callable[[], str | None]) -> AsyncIterator[str]:
+    """What `read` returns, until that is None or an end of the input: a terminal that has gone away is one, too."""
+    loop = asyncio.get_running_loop()
+    queue: asyncio.Queue[str | None] = asyncio.Queue(AHEAD)
+
+    def run() -> None:
         line: str | None = ""
         with contextlib.suppress(RuntimeError):  # the loop is closed: nobody wants more
             while line is not None:
                 try:
-                    line = input(self._asked.get())
+                    line = read()
                 except (EOFError, OSError, UnicodeDecodeError):
                     line = None
-                loop.call_soon_threadsafe(queue.put_nowait, line)
+                asyncio.run_coroutine_threadsafe(queue.put(line), loop).result()
 
-
-def _read(
-    fd: int, loop: asyncio.AbstractEventLoop, queue: asyncio.Queue[str | None], room: threading.Semaphore
-) -> None:
-    def hand_over(line: str | None) -> None:
-        loop.call_soon_threadsafe(queue.put_nowait, line)
-
-    with contextlib.suppress(RuntimeError):  # the loop is closed: nobody wants more
-        rest = b""
-        while block := _read_block(fd):
-            *whole, rest = (rest + block).split(b"\n")
-            for line in whole:
-                room.acquire()
-                hand_over(_decode_line(line))
-        if rest:
-            hand_over(_decode_line(rest))
-        hand_over(None)
-
-
-def _read_block(fd: int) -> bytes:
-    """What there is; b"" at the end, which a terminal that has gone away is too."""
-    try:
-        return os.read(fd, BLOCK)
-    except OSError:
-        return b""
-
-
-def _decode_line(line: bytes) -> str:
-    return line.removesuffix(b"\r").decode(errors="replace")
+    threading.Thread(target=run, name="stdin", daemon=True).start()
+    while (line := await queue.get()) is not None:
+        yield line
