@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import time
 from datetime import UTC, datetime
-from typing import Annotated, NamedTuple
+from typing import Annotated
 
 import msgspec
 from cyclopts import Parameter
@@ -23,18 +23,9 @@ from adapter.content.quotes import kind_of
 from adapter.contract.messages import Inbound, InboundItem, Outbound, OutText, Receipt
 from adapter.errors import UNDECODABLE
 
-MessageQueue = asyncio.Queue[tuple[str, Msg] | None]
-"""Kinds and messages; None: that was all."""
-INBOUND, EVENT, COMMAND = "inbound", "event", "command"
-
-
-class Source(NamedTuple):
-    """Where messages of one kind come from: as they are published, or out of their stream."""
-
-    kind: str
-    live: str
-    stream: str
-    stored: str
+PushSubscription = JetStreamContext.PushSubscription
+Arrivals = asyncio.Queue[Msg | None]
+"""Messages; None: that was all."""
 
 
 async def tail(
@@ -65,14 +56,20 @@ async def tail(
     if commands and not goes_on:
         raise Failed(USAGE, "Commands are shown as they come: give --follow.")
     async with connected_bus(lasting=True) as bus:
-        arrivals: MessageQueue = asyncio.Queue(maxsize=10_000)
-        sources = _sources(bus, sandbox or "*", events=events, commands=commands)
-        stored = [] if since_ms is None else [source for source in sources if source.stream]
-        for source in sources:
-            if source not in stored:
-                await _subscribe_live(bus, arrivals, source)
-        await bus.check_subscribed(*(source.live for source in sources))
-        replaying = asyncio.create_task(_replay_stored(bus, arrivals, stored, since_ms or 0, follow=goes_on))
+        names, who, arrivals = bus.names, sandbox or "*", Arrivals(maxsize=10_000)
+        stored = [(names.stream_in, names.inbox(who))]
+        live = [names.live(who)]
+        if events:
+            stored.append((names.stream_event, names.event(who, ">")))
+            live.append(names.event(who, ">"))
+        if since_ms is not None:
+            live = []
+        if commands:
+            live += [names.out(who), names.out_plain][: 2 if sandbox is None else 1]
+        for subject in live:
+            await bus.nc.subscribe(subject, cb=arrivals.put)
+        await bus.check_subscribed(*live)
+        replaying = asyncio.create_task(_replay(bus, arrivals, stored, since_ms, follow=goes_on))
         printing = asyncio.create_task(_print_until_end(arrivals, count, json))
         try:
             async with asyncio.timeout(timeout if count else None):
@@ -88,102 +85,74 @@ async def tail(
     return OK
 
 
-def _sources(bus: Bus, sandbox: str, *, events: bool, commands: bool) -> list[Source]:
-    names = bus.names
-    sources = [Source(INBOUND, names.live(sandbox), names.stream_in, names.inbox(sandbox))]
-    if events:
-        subject = names.event(sandbox, ">")
-        sources.append(Source(EVENT, subject, names.stream_event, subject))
-    if commands:
-        sources.append(Source(COMMAND, names.out(sandbox), "", ""))
-        if sandbox == "*":
-            sources.append(Source(COMMAND, names.out_plain, "", ""))
-    return sources
-
-
-async def _subscribe_live(bus: Bus, arrivals: MessageQueue, source: Source) -> None:
-    async def on_message(msg: Msg) -> None:
-        await arrivals.put((source.kind, msg))
-
-    await bus.nc.subscribe(source.live, cb=on_message)
-
-
-class _Reader:
-    """Reads what a stream holds, and then what comes. Made by `open`."""
-
-    def __init__(self, kind: str, subscription: JetStreamContext.PushSubscription, *, is_behind: bool) -> None:
-        self.kind = kind
-        self.is_behind = is_behind
-        """The stream holds more that was stored before."""
-        self._subscription = subscription
-
-    @classmethod
-    async def open(cls, bus: Bus, source: Source, since_ms: int) -> _Reader:
-        """`since_ms` 0: all. Raises Failed."""
-        await bus.api_request(f"STREAM.INFO.{source.stream}")
-        config = api.ConsumerConfig(inactive_threshold=30.0)
-        if since_ms:
-            config.deliver_policy = api.DeliverPolicy.BY_START_TIME
-            config.opt_start_time = datetime.fromtimestamp(since_ms / 1000, UTC)
-        try:
-            reading = bus.js.subscribe(source.stored, stream=source.stream, ordered_consumer=True, config=config)
-            subscription = await bus.unless_forbidden(f"$JS.API.CONSUMER.CREATE.{source.stream}", reading)
-            info = await subscription.consumer_info()
-        except (NatsError, TimeoutError) as exc:
-            raise Failed(UNREACHABLE, f"Cannot read {source.stream}: {exc}.") from None
-        is_behind = bool(info.num_pending or (info.delivered and info.delivered.consumer_seq))
-        return cls(source.kind, subscription, is_behind=is_behind)
-
-    async def next(self) -> Msg:
-        msg = await self._subscription.next_msg(timeout=None)
-        self.is_behind = self.is_behind and msg.metadata.num_pending > 0
-        return msg
-
-    async def run(self, arrivals: MessageQueue) -> None:
-        with contextlib.suppress(NatsError):  # closed: the command ends
-            while True:
-                await arrivals.put((self.kind, await self.next()))
-
-
-async def _replay_stored(
-    bus: Bus, arrivals: MessageQueue, sources: list[Source], since_ms: int, *, follow: bool
+async def _replay(
+    bus: Bus, arrivals: Arrivals, stored: list[tuple[str, str]], since_ms: int | None, *, follow: bool
 ) -> None:
-    """Hands on what streams hold, in the order in which they have stored it, then what comes, or the end."""
-    readers = [await _Reader.open(bus, source, since_ms) for source in sources]
-    heads = {reader: await reader.next() for reader in readers if reader.is_behind}
+    """Hands on what streams hold under subjects, in the order in which they have stored it, then what comes, or the
+    end. `since_ms` None: nothing; 0: all. Raises Failed."""
+    if since_ms is None:
+        return
+    readers: list[PushSubscription] = []
+    heads: dict[PushSubscription, Msg] = {}
+    for stream, subject in stored:
+        reader = await _open(bus, stream, subject, since_ms)
+        readers.append(reader)
+        info = await reader.consumer_info()
+        if info.num_pending or (info.delivered and info.delivered.consumer_seq):
+            heads[reader] = await reader.next_msg(timeout=None)
     while heads:
-        reader = min(heads, key=lambda each: heads[each].metadata.timestamp)
-        await arrivals.put((reader.kind, heads.pop(reader)))
-        if reader.is_behind:
-            heads[reader] = await reader.next()
+        reader, head = min(heads.items(), key=lambda item: item[1].metadata.timestamp)
+        await arrivals.put(heads.pop(reader))
+        if head.metadata.num_pending:
+            heads[reader] = await reader.next_msg(timeout=None)
     if not follow:
         await arrivals.put(None)
-    await asyncio.gather(*(reader.run(arrivals) for reader in readers if follow))
+    await asyncio.gather(*(_forward(reader, arrivals) for reader in readers if follow))
 
 
-async def _print_until_end(arrivals: MessageQueue, count: int | None, json: bool) -> None:
+async def _open(bus: Bus, stream: str, subject: str, since_ms: int) -> PushSubscription:
+    """Raises Failed."""
+    await bus.api_request(f"STREAM.INFO.{stream}")
+    config = api.ConsumerConfig(inactive_threshold=30.0)
+    if since_ms:
+        config.deliver_policy = api.DeliverPolicy.BY_START_TIME
+        config.opt_start_time = datetime.fromtimestamp(since_ms / 1000, UTC)
+    try:
+        reading = bus.js.subscribe(subject, stream=stream, ordered_consumer=True, config=config)
+        return await bus.unless_forbidden(f"$JS.API.CONSUMER.CREATE.{stream}", reading)
+    except (NatsError, TimeoutError) as exc:
+        raise Failed(UNREACHABLE, f"Cannot read {stream}: {exc}.") from None
+
+
+async def _forward(reader: PushSubscription, arrivals: Arrivals) -> None:
+    with contextlib.suppress(NatsError):  # closed: the command ends
+        while True:
+            await arrivals.put(await reader.next_msg(timeout=None))
+
+
+async def _print_until_end(arrivals: Arrivals, count: int | None, json: bool) -> None:
     """Runs until that was all, or until `count` messages are printed."""
     printed = 0
-    while count is None or printed < count:
-        arrived = await arrivals.get()
-        if arrived is None:
-            return
-        kind, msg = arrived
+    while (count is None or printed < count) and (msg := await arrivals.get()) is not None:
         if json:
             output.json_line(msg.data)
         else:
-            output.say(_format_line(kind, msg))
+            output.say(_format_line(msg.subject, msg.data))
         printed += 1
 
 
-def _format_line(kind: str, msg: Msg) -> str:
+def _format_line(subject: str, data: bytes) -> str:
     """One message for people; what cannot be read is named, not hidden."""
     try:
-        if kind == COMMAND:
-            return _format_command(msg.subject, msg.data)
-        return _format_inbound(msg.data) if kind == INBOUND else _format_event(msg.subject, msg.data)
+        match subject.split("."):
+            case [_, "event", sandbox, kind, *_]:
+                return _format_event(sandbox, kind, data)
+            case [_, "out", *_]:
+                return _format_command(subject, data)
+            case _:
+                return _format_inbound(data)
     except UNDECODABLE:
-        return f"unreadable: {len(msg.data)} bytes on {output.printable(msg.subject)}"
+        return f"unreadable: {len(data)} bytes on {output.printable(subject)}"
 
 
 def _format_inbound(data: bytes) -> str:
@@ -194,8 +163,7 @@ def _format_inbound(data: bytes) -> str:
     return head + output.printable(said)
 
 
-def _format_event(subject: str, data: bytes) -> str:
-    sandbox, kind = subject.partition(".event.")[2].split(".")[:2]
+def _format_event(sandbox: str, kind: str, data: bytes) -> str:
     if kind == "receipt":
         receipt = msgspec.json.decode(data, type=Receipt)
         said, at_ms, user = f"{receipt.command}: {describe(receipt)}", receipt.at_ms, receipt.user
