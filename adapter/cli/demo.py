@@ -25,8 +25,8 @@ from adapter.cli.exit_codes import NO, OK, Failed
 from adapter.cli.lifetime import adapter_running, run_until_stopped, until_signalled, while_alive
 from adapter.cli.options import flag
 from adapter.cli.output import can_style
-from adapter.cli.screen import Screen
 from adapter.cli.stdin import LineEditor, lines
+from adapter.cli.talk import SANDBOX, Chat, Screen, TalkDeps
 from adapter.contract.messages import Bind, Options
 from adapter.observability import logs
 from adapter.settings import Settings
@@ -69,7 +69,6 @@ async def demo(
 
 async def _demo(screen: Screen, program: str | None, echo: bool, typed: AsyncIterator[str]) -> int:
     """From nothing to the end of the conversation. Cleans up after itself, however it ends."""
-    from adapter.cli.talk import SANDBOX, Chat, TalkDeps  # noqa: PLC0415
     from adapter.simulator import Simulator, SimulatorSettings  # noqa: PLC0415
 
     answer = Program(program, timeout_s=AGENT_S, max_output=MAX_OUTPUT) if program is not None else _echo

@@ -12,16 +12,21 @@ from nats.aio.msg import Msg
 from nats.errors import Error as NatsError
 
 from adapter.bindings.key_rotation import count_stored_tokens, reseal_tokens
-from adapter.cli import output, permission_checks, unrouted_commands
+from adapter.cli import output, permission_checks
 from adapter.cli.bindings import TROUBLE, all_bindings, status_of
 from adapter.cli.bus import Bus, connected_bus
-from adapter.cli.checks import Check, State
 from adapter.cli.exit_codes import NO, OK, UNREACHABLE, Failed
 from adapter.cli.options import Json, MaybeSandbox, flag
+from adapter.cli.permission_checks import Check, State
+from adapter.contract.headers import forwardable_headers
 from adapter.contract.messages import BOT_STATUSES, BotStatus
+from adapter.contract.names import H_COMMAND, H_MSG_ID, H_SEQUENCE, H_SINCE_MS, digest
+from adapter.conversation.commands import original_position
 from adapter.errors import UNDECODABLE, BusRefused, Refused, Temporary
 from adapter.jetstream import topology
 from adapter.jetstream.buckets import LeaderKvBucket
+from adapter.jetstream.history import count_by_subject
+from adapter.ports import Stored
 from adapter.security.seal import Sealer, Sealing
 
 SERVICE = "wechat-nats"
@@ -139,7 +144,7 @@ async def _check_topology(bus: Bus) -> list[Check]:
     if not missing and (paused := await topology.paused_consumers(bus.connection, bus.names)):
         said = f"{', '.join(paused)}: delivers nothing until `nats consumer resume`, by an administrator."
         checks.append(Check("consumers paused", "fail", said))
-    if not missing and (count := await unrouted_commands.count_unrouted(bus)):
+    if not missing and (count := await _count_unrouted(bus)):
         said = f"{count} were stored where no adapter looks, without the subject transform: use --fix."
         checks.append(Check("commands astray", "fail", said))
     return checks or [Check("streams", "ok", "all streams, buckets and consumers are as they should be")]
@@ -296,9 +301,9 @@ async def _fix(bus: Bus, *, quiet: bool) -> None:
         if sealer.is_enabled and (count := found["open"] + found["older"]):
             say(f"sealing {count} bot tokens with the first key")
             await reseal_tokens(bus.history, LeaderKvBucket(connection, names.bindings), names, sealer)
-        if count := await unrouted_commands.count_unrouted(bus):
+        if count := await _count_unrouted(bus):
             say(f"publishing {count} commands again that were stored where no adapter looks")
-            await unrouted_commands.republish_unrouted(bus)
+            await _republish_unrouted(bus)
     except Refused as exc:
         raise Failed(NO, exc.detail) from exc
     except BusRefused as exc:
@@ -308,3 +313,37 @@ async def _fix(bus: Bus, *, quiet: bool) -> None:
         if bus.forbidden:
             raise Failed(NO, "This user may not do what --fix does: use the adapter's credentials.") from exc
         raise Failed(UNREACHABLE, f"JetStream did not answer ({exc.detail}): try again.") from exc
+
+
+async def _count_unrouted(bus: Bus) -> int:
+    """How many commands were stored without the subject transform of WECHAT_OUT: no consumer sees them. Raises
+    Temporary, BusRefused."""
+    return sum((await count_by_subject(bus.connection, bus.names.stream_out, bus.names.out("*"))).values())
+
+
+async def _republish_unrouted(bus: Bus) -> None:
+    """Publishes each of them again, oldest first, which the transform takes to its shard, and deletes the original.
+
+    The transform must be in place. Raises Failed at the first that is not stored; a repetition goes on there.
+    """
+    stream = bus.names.stream_out
+
+    async def republish() -> None:
+        async for stored in bus.history.read(stream, bus.names.out("*")):
+            await bus.store(stored.subject, stored.data, _copy_headers(stored))
+            await bus.delete_stored(stream, stored.seq)
+
+    await bus.ask_jetstream(f"DIRECT.GET.{stream}", republish())
+
+
+def _copy_headers(stored: Stored) -> dict[str, str]:
+    """The copy has an id that follows from the original, so that a repeated one is stored once. It names the command
+    as it was called before, and since when it waits, so that it expires when that would have."""
+    ident = stored.headers.get(H_COMMAND) or stored.headers.get(H_MSG_ID) or str(stored.seq)
+    sequence, stored_ms = original_position(stored.headers, stored.seq, stored.time_ms)
+    return forwardable_headers(stored.headers) | {
+        H_MSG_ID: f"astray:{stored.seq}:{stored.time_ms}:{digest(stored.data)}",
+        H_COMMAND: ident,
+        H_SEQUENCE: str(sequence),
+        H_SINCE_MS: str(stored_ms),
+    }

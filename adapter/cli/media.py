@@ -57,10 +57,7 @@ async def put(sandbox: Sandbox, file: Path, /, *, json: Json = False) -> int:
     data = read_media(file)
     async with connected_bus() as bus:
         media = await upload(bus, sandbox, file.name, data)
-    if json:
-        output.json_line(media)
-    else:
-        output.say(output.printable(f"{media.object}  {media.mime}, {media.size:,} bytes"))
+    output.tell(media, json, f"{media.object}  {media.mime}, {media.size:,} bytes")
     return OK
 
 

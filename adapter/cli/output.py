@@ -75,6 +75,14 @@ def json_line(value: object) -> None:
     print(_UNPRINTABLE_IN_JSON.sub(lambda m: json.dumps(m[0])[1:-1], text), flush=True)
 
 
+def tell(value: object, json: bool, text: str) -> None:
+    """One thing: as a line of JSON, or in words, of which those of others are escaped."""
+    if json:
+        json_line(value)
+    else:
+        say(printable(text))
+
+
 def say(text: str = "") -> None:
     """A line for people."""
     print(text, flush=True)

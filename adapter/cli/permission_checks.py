@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+from typing import Literal, TypeAlias
 
 import msgspec
 from nats.errors import Error as NatsError
 
 from adapter.cli.bus import Bus, connected_bus
-from adapter.cli.checks import Check
 from adapter.cli.exit_codes import NO, Failed
 from adapter.contract.names import Names
 from adapter.errors import UNDECODABLE
@@ -18,6 +18,15 @@ WHERE = "see helm/nats/ and `wechat-nats permissions`"
 ASK_S = 2.0
 NAMED = 4
 """Subjects that are named; the rest are counted."""
+State: TypeAlias = Literal["ok", "warn", "fail"]
+
+
+class Check(msgspec.Struct, frozen=True):
+    """The result of one check. `say` tells what to do unless all is well."""
+
+    check: str
+    state: State
+    say: str
 
 
 async def check_permissions(bus: Bus) -> list[Check]:

@@ -14,7 +14,7 @@ from nats.aio.subscription import Subscription
 from nats.errors import Error as NatsError
 
 from adapter.cli import output
-from adapter.cli.bus import Bus, connected_bus
+from adapter.cli.bus import connected_bus
 from adapter.cli.exit_codes import NO, OK, TIMEOUT, UNREACHABLE, USAGE, Failed
 from adapter.cli.media import read_media, upload
 from adapter.cli.options import Json, RequestId, Sandbox, Timeout, flag, new_id, repeated
@@ -81,35 +81,28 @@ async def send(
         format=format,
         expires_in_s=expires_in,
     )
-    body = msgspec.json.encode(command)
     try:
-        msgspec.json.decode(body, type=Outbound)
+        msgspec.json.decode(msgspec.json.encode(command), type=Outbound)
     except msgspec.ValidationError as exc:  # an adapter would make a dead letter of it
         raise Failed(USAGE, f"{exc}.") from None
     async with connected_bus() as bus:
-        receipt_subject = bus.names.receipt(sandbox, command_id)
-        receipts = await bus.nc.subscribe(receipt_subject)
-        await bus.check_subscribed(
-            *() if no_wait else (receipt_subject,)
-        )  # before anything can happen to the command
+        subject = bus.names.receipt(sandbox, command_id)
+        receipts = await bus.nc.subscribe(subject)
+        await bus.check_subscribed(*() if no_wait else (subject,))  # before anything can happen to the command
         if contents:
-            body = msgspec.json.encode(await _with_media(bus, sandbox, command, said, contents))
-        before = await _store(bus, sandbox, command_id, body)
+            items: list[OutItem] = [] if said is None else [OutText(text=said)]
+            for kind, name, data in contents:
+                items.append(kind(media=await upload(bus, sandbox, name, data), name=name))
+            command = msgspec.structs.replace(command, text=None, items=items)
+        headers = {H_MSG_ID: command_id, H_SCHEMA: SCHEMA_VERSION}
+        ack = await bus.store(bus.names.out(sandbox), msgspec.json.encode(command), headers)
         if no_wait:
-            return _print_stored(command, json)
-        last = before or await _wait_outcome(receipts, command, timeout, wait_final)
-    _print_receipt(last, json)
+            output.tell({"command": command_id, "outcome": "stored"}, json, f"stored  (id {command_id})")
+            return OK
+        earlier = await bus.read_stored(bus.names.stream_event, subject, keep=_if_final) if ack.duplicate else []
+        last = earlier[0] if earlier else await _wait_outcome(receipts, command_id, timeout, wait_final)
+    output.tell(last, json, describe(last))
     return OK if last.outcome in ("accepted", "parked") else NO
-
-
-async def _with_media(
-    bus: Bus, sandbox: str, command: Outbound, said: str | None, contents: list[Content]
-) -> Outbound:
-    """The command with its media, which are brought first. Raises Failed."""
-    items: list[OutItem] = [] if said is None else [OutText(text=said)]
-    for kind, name, data in contents:
-        items.append(kind(media=await upload(bus, sandbox, name, data), name=name))
-    return msgspec.structs.replace(command, text=None, items=items)
 
 
 def _read_text(text: str) -> str:
@@ -121,40 +114,26 @@ def _read_text(text: str) -> str:
     return text
 
 
-async def _store(bus: Bus, sandbox: str, command: str, body: bytes) -> Receipt | None:
-    """Stores it under its id. Returns the final receipt of an earlier one with that id, where there is one."""
-    headers = {H_MSG_ID: command, H_SCHEMA: SCHEMA_VERSION}
-    ack = await bus.store(bus.names.out(sandbox), body, headers)
-    if not ack.duplicate:
-        return None
-
-    def is_final(stored: Stored) -> Receipt | None:
-        receipt = _decode_receipt(stored.data)
-        return receipt if receipt and receipt.command == command and receipt.outcome in FINAL_OUTCOMES else None
-
-    subject = bus.names.receipt(sandbox, command)
-    return next(iter(await bus.read_stored(bus.names.stream_event, subject, keep=is_final)), None)
-
-
-async def _wait_outcome(receipts: Subscription, command: Outbound, timeout_s: float, wait_final: bool) -> Receipt:
+async def _wait_outcome(receipts: Subscription, command_id: str, timeout_s: float, wait_final: bool) -> Receipt:
     """The final receipt, or `parked` where that ends the wait. Raises Failed."""
-    parked = False
+    state = "Stored"
     try:
         async with asyncio.timeout(timeout_s):
             while True:
                 receipt = _decode_receipt((await receipts.next_msg(timeout=None)).data)
-                if receipt is None or receipt.command != command.id:
-                    continue
-                if receipt.outcome in FINAL_OUTCOMES or not wait_final:
+                if receipt and (receipt.outcome in FINAL_OUTCOMES or not wait_final):
                     return receipt
-                parked = True
+                state = "Parked until the user writes" if receipt else state
     except TimeoutError:
-        state = "Parked until the user writes" if parked else "Stored"
-        raise Failed(
-            TIMEOUT, f"{state}; no final receipt within {timeout_s:g} s (id {command.id}): is an adapter running?"
-        ) from None
+        said = f"{state}; no final receipt within {timeout_s:g} s (id {command_id}): is an adapter running?"
+        raise Failed(TIMEOUT, said) from None
     except NatsError:
-        raise Failed(UNREACHABLE, f"Stored (id {command.id}), but the connection broke before the receipt.") from None
+        raise Failed(UNREACHABLE, f"Stored (id {command_id}), but the connection broke before the receipt.") from None
+
+
+def _if_final(stored: Stored) -> Receipt | None:
+    receipt = _decode_receipt(stored.data)
+    return receipt if receipt and receipt.outcome in FINAL_OUTCOMES else None
 
 
 def _decode_receipt(data: bytes) -> Receipt | None:
@@ -164,34 +143,15 @@ def _decode_receipt(data: bytes) -> Receipt | None:
         return None  # an event of a later version
 
 
-def _print_stored(command: Outbound, json: bool) -> int:
-    if json:
-        output.json_line({"command": command.id, "outcome": "stored"})
-    else:
-        output.say(output.printable(f"stored  (id {command.id})"))
-    return OK
-
-
-def _print_receipt(receipt: Receipt, json: bool) -> None:
-    if json:
-        output.json_line(receipt)
-    else:
-        output.say(describe(receipt))
-
-
 def describe(receipt: Receipt) -> str:
-    """A receipt on one line."""
-    ids = ", ".join(receipt.message_ids)
+    """A receipt in words. Those of others in it are not escaped."""
+    raw = [f"{k} {v}" for k, v in (("ret", receipt.ret), ("errcode", receipt.errcode)) if v is not None]
+    parts = (receipt.reason, receipt.detail.rstrip("."), *raw, receipt.errmsg)
+    why = ", ".join(part for part in parts if part)
     match receipt.outcome:
         case "accepted":
-            said = f"accepted  (message id {ids})"
+            return f"accepted  (message id {', '.join(receipt.message_ids)})"
         case "parked":
-            said = f"parked  (not sent yet: {_reason_text(receipt) or 'it waits for the user to write'})"
+            return f"parked  (not sent yet: {why or 'it waits for the user to write'})"
         case outcome:
-            said = f"{outcome}  ({_reason_text(receipt) or 'no reason given'})"
-    return output.printable(said)
-
-
-def _reason_text(receipt: Receipt) -> str:
-    raw = [f"{k} {v}" for k, v in (("ret", receipt.ret), ("errcode", receipt.errcode)) if v is not None]
-    return ", ".join(part for part in (receipt.reason, receipt.detail.rstrip("."), *raw, receipt.errmsg) if part)
+            return f"{outcome}  ({why or 'no reason given'})"

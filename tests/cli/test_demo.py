@@ -18,7 +18,7 @@ from nats.errors import Error as NatsError
 from nats.js.errors import NotFoundError
 
 from adapter.cli.demo import demo_settings
-from adapter.cli.screen import LABEL
+from adapter.cli.talk import LABEL
 from tests.cli.process import alive, children, started, until
 
 STARTED = b"You are a WeChat user"

@@ -21,8 +21,8 @@ from adapter.cli.bus import Bus
 from adapter.cli.files import write_private
 from adapter.cli.lifetime import run_until_stopped
 from adapter.cli.output import can_colour, can_style, complain, json_line, printable, table, with_defaults
-from adapter.cli.screen import LABEL, Screen
 from adapter.cli.stdin import LineEditor, lines
+from adapter.cli.talk import LABEL, Screen
 from adapter.contract.messages import BindingInfo, LoginQuery, Receipt
 from adapter.jetstream.client import BusClient
 from adapter.settings import Settings
