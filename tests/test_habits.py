@@ -37,8 +37,7 @@ PRIVATE = {
     " _SECRET_NAME _STOP _UNPRINTABLE_IN_JSON _clean_file_name _describe_error _publish_command _up_to_secret",
     # in place of the network, the bucket's watcher or the consumer
     "fakes/bench.py": "_apply_entry",
-    "ilink/test_addresses.py": "_pool",
-    "ilink/test_client.py": "_hot _plain",
+    "ilink/test_client.py": "_transport",
     "logins/test_flow.py": "_apply_and_answer _read_keys",
     "bus/test_media_service.py": "_chunk_subject _upload_ident",
     "cli/test_embedded.py": "_with_token_key",

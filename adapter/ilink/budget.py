@@ -16,7 +16,7 @@ from typing import ParamSpec, TypeVar
 
 from adapter.errors import Uncertain
 from adapter.ilink.protocol import Reply
-from adapter.ilink.unpack import Oversized, Unpacker, UnpackFailed
+from adapter.ilink.unpack import Oversized, UnpackFailed, unpack
 from adapter.kit.timing import complete_with_grace
 
 P = ParamSpec("P")
@@ -92,7 +92,7 @@ class ByteBudget:
                 if not encoding:
                     return reply
                 with contextlib.suppress(Oversized):
-                    return reply._replace(body=_unpack_body(encoding, reply.body, min(SMALL, limit)))
+                    return reply._replace(body=unpack(encoding, reply.body, min(SMALL, limit)))
             return await complete_with_grace(self._unpack_large(reply, encoding, limit), GRACE_S)
         except UnpackFailed as exc:
             raise Uncertain("unreadable", str(exc)) from exc
@@ -100,7 +100,7 @@ class ByteBudget:
     async def _unpack_large(self, reply: Reply, encoding: str, limit: int) -> Reply:
         share = reply.share or await self.reserve(len(reply.body) + (limit if encoding else 0))
         try:
-            body = await self.run_in_thread(_unpack_body, encoding, reply.body, limit) if encoding else reply.body
+            body = await self.run_in_thread(unpack, encoding, reply.body, limit) if encoding else reply.body
         except BaseException:
             share.release()
             raise
@@ -122,10 +122,3 @@ class ByteBudget:
                 share.set_result(Share(self, size))
             else:
                 return
-
-
-def _unpack_body(encoding: str, body: bytes, limit: int) -> bytes:
-    unpacker = Unpacker(encoding, limit)
-    plain = unpacker.feed(body)
-    unpacker.finish()
-    return plain

@@ -8,16 +8,16 @@ the name.
 from __future__ import annotations
 
 import asyncio
+import base64
 import contextlib
 import functools
 import socket
 import urllib.request
 from collections.abc import Awaitable, Callable, Iterable
-from typing import Any
-from urllib.parse import urlsplit
+from typing import NamedTuple
+from urllib.parse import unquote, urlsplit
 
 import httpcore
-import httpx
 import structlog
 
 from adapter.errors import Temporary
@@ -27,6 +27,7 @@ log = structlog.get_logger()
 
 LookUpHost = Callable[[str, int], Awaitable[list[str]]]
 
+PORTS = {"http": 80, "https": 443}
 CONNECT_S = 10.0
 """Longest time to open a connection, without TLS."""
 TLS_S = 30.0
@@ -104,29 +105,52 @@ class Resolver:
             return exc
 
 
+class Proxy(NamedTuple):
+    """A proxy of the environment."""
+
+    scheme: str
+    host: str
+    port: int
+    authorization: str
+    """The header line of its name and password, or ""."""
+
+    def __repr__(self) -> str:
+        return f"Proxy({self.host!r})"
+
+
 def proxies() -> tuple[str, ...]:
     """The proxies in the environment, as `host:port`."""
-    found = [urlsplit(url if "://" in url else f"//{url}") for url in urllib.request.getproxies().values()]
-    ports = {"https": 443}
-    return tuple(f"{url.hostname}:{url.port or ports.get(url.scheme, 80)}" for url in found if url.hostname)
+    found = map(_read_proxy, urllib.request.getproxies().values())
+    return tuple(f"{proxy.host}:{proxy.port}" for proxy in found if proxy.host)
+
+
+def _read_proxy(url: str) -> Proxy:
+    parts = urlsplit(url if "://" in url else f"http://{url}")
+    line = ""
+    if parts.username is not None:
+        secret = f"{unquote(parts.username)}:{unquote(parts.password or '')}"
+        line = f"Proxy-Authorization: Basic {base64.b64encode(secret.encode()).decode()}\r\n"
+    return Proxy(parts.scheme, parts.hostname or "", parts.port or PORTS.get(parts.scheme, 80), line)
 
 
 @functools.lru_cache(maxsize=256)  # few different URLs
-def proxy_of(base_url: str) -> str:
-    """URL of the proxy that the environment has for a checked base URL; "": none."""
+def proxy_of(base_url: str) -> Proxy | None:
+    """The proxy that the environment has for a checked base URL. Raises Temporary."""
     parts = urlsplit(base_url)
-    url = urllib.request.getproxies().get(parts.scheme, "")
+    url = urllib.request.getproxies().get(parts.scheme)
     if not url or urllib.request.proxy_bypass(parts.hostname or ""):
-        return ""
-    return url if "://" in url else f"http://{url}"
+        return None
+    proxy = _read_proxy(url)
+    if proxy.scheme not in PORTS or not proxy.host:
+        raise Temporary("network", f"a proxy that speaks {proxy.scheme!r} cannot be used")
+    return proxy
 
 
 class CheckedNetwork(httpcore.AsyncNetworkBackend):
-    """A network backend of httpcore with a `Resolver`. `fresh`: names are resolved for each connection."""
+    """A network backend of httpcore, which resolves a name by `resolver` for each connection."""
 
-    def __init__(self, resolver: Resolver, *, fresh: bool, inner: httpcore.AsyncNetworkBackend | None = None) -> None:
+    def __init__(self, resolver: Resolver, *, inner: httpcore.AsyncNetworkBackend | None = None) -> None:
         self._resolver = resolver
-        self._fresh = fresh
         self._inner = inner or httpcore.AnyIOBackend()
 
     async def connect_tcp(
@@ -141,7 +165,7 @@ class CheckedNetwork(httpcore.AsyncNetworkBackend):
         timeout = CONNECT_S if timeout is None else min(CONNECT_S, timeout)
         try:
             async with asyncio.timeout(timeout):
-                addresses = await self._resolver.addresses(host, port, fresh=self._fresh)
+                addresses = await self._resolver.addresses(host, port, fresh=True)
         except TimeoutError as exc:
             raise httpcore.ConnectTimeout(f"{host} was not resolved in time") from exc
         except Temporary as exc:
@@ -153,36 +177,6 @@ class CheckedNetwork(httpcore.AsyncNetworkBackend):
                 return await self._inner.connect_tcp(address, port, wait_s, local_address, socket_options)
         return await self._inner.connect_tcp(last, port, timeout, local_address, socket_options)
 
-    async def connect_unix_socket(
-        self,
-        path: str,
-        timeout: float | None = None,
-        socket_options: Iterable[httpcore.SOCKET_OPTION] | None = None,
-    ) -> httpcore.AsyncNetworkStream:
-        """Always raises: no URL leads to a Unix socket."""
-        raise httpcore.ConnectError("no sockets of this machine")
-
     async def sleep(self, seconds: float) -> None:
         """For httpcore's own retries."""
         await self._inner.sleep(seconds)
-
-
-def with_checked_network(transport: httpx.AsyncHTTPTransport, network: CheckedNetwork) -> httpx.AsyncHTTPTransport:
-    """`transport`, connecting through `network`. Through a proxy, the proxy resolves names.
-
-    httpx has no parameter for it. If its internals change, this fails at the first use.
-    """
-    pool = transport._pool
-    assert isinstance(pool, httpcore.AsyncConnectionPool)
-    assert isinstance(pool._network_backend, httpcore.AsyncNetworkBackend)
-    pool._network_backend = network
-    return transport
-
-
-def has_more(response: httpx.Response) -> bool:
-    """Whether bytes follow an answer that was read to its end. httpcore would take them as the next answer, possibly
-    for another bot, and reports neither them nor bytes that TLS has not decrypted."""
-    stream: Any = response.stream
-    connection = stream._httpcore_stream._stream._connection
-    unread = getattr(connection._network_stream._stream, "_read_bio", None)
-    return bool(connection._h11_state.trailing_data[0] or (unread and unread.pending))

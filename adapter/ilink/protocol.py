@@ -56,7 +56,6 @@ QR_CHARS = 4096
 """Longest content of a QR code; a code of capitals and digits holds 4,296 characters."""
 QR_PICTURE_CHARS = 65_536
 """Longest `data:` URL with a picture of a code."""
-QRCODE_PATH = "/ilink/bot/get_bot_qrcode?bot_type=3"
 TOKENS_LISTED = 10
 """Most tokens in `local_token_list`."""
 STATUSES: tuple[str, ...] = get_args(ScanStatus)
@@ -75,8 +74,6 @@ GATEWAY_ERRORS = (502, 504)
 FORBIDDEN = (401, 403)
 """HTTP statuses for a refused token, or for a gateway in front of iLink that blocks the request. iLink itself answers
 -14."""
-NO_POST = (404, 405, 501)
-"""HTTP statuses of a server that does not support the method for this path."""
 TRY_AGAIN = (408, 425, 429)
 """HTTP statuses of temporary refusals: the request was not processed (RFC 9110, RFC 8470, RFC 6585)."""
 
@@ -198,13 +195,10 @@ def upload_request(
 
 def read_upload_url(reply: Reply, *, cdn_base_url: str, filekey: str) -> str:
     """The upload URL, unchecked. Raises SessionExpired (-14), Refused("media"), Temporary."""
-    _check_error_codes(reply)
     if 400 <= reply.status < 500 and reply.status not in TRY_AGAIN:
+        _check_error_codes(reply)
         raise Refused("media", f"HTTP {reply.status}")
-    _check_status(reply)
-    answer = _decode_or_temporary(reply, wire.UploadUrl)
-    if answer.code == wire.STALE_TOKEN:
-        raise _session_expired(answer)
+    answer = _read_answer(reply, wire.UploadUrl)
     if answer.code:
         raise Refused("media", f"No upload: {_error_text(answer)}", **_diagnostics(answer))
     if answer.upload_full_url:
@@ -254,12 +248,7 @@ def qrcode_request(number: int, tokens: Sequence[str]) -> Request:
     """get_bot_qrcode, without authorization and base_info. `tokens`: newest first; the first ten are sent."""
     body = msgspec.json.encode({"local_token_list": list(tokens[:TOKENS_LISTED])})
     headers = {**_POST_HEADERS, "X-WECHAT-UIN": uin(number)}
-    return Request("get_bot_qrcode", QRCODE_PATH, headers, body)
-
-
-def qrcode_get_request() -> Request:
-    """get_bot_qrcode as GET, as older clients use it: without a body, and so without tokens."""
-    return Request("get_bot_qrcode", QRCODE_PATH, _APP_HEADERS, b"", "GET")
+    return Request("get_bot_qrcode", "/ilink/bot/get_bot_qrcode?bot_type=3", headers, body)
 
 
 def qrcode_status_request(handle: str, verify_code: str) -> Request:
@@ -287,19 +276,19 @@ def read_updates(reply: Reply, *, polled_s: float) -> Polled:
     empty answer. `polled_s`: duration of the poll.
     """
     reply = reply._replace(tells_tokens=True)
-    _check_error_codes(reply)
-    if reply.status == EDGE_TIMEOUT:
-        if polled_s >= IDLE_AFTER_S:
-            return Polled([], None, HOLD_MS)
-        raise Temporary("http_5xx", "524 from the edge")
-    if reply.status in FORBIDDEN:
-        raise SessionExpired("needs_login", f"HTTP {reply.status}")
-    _check_status(reply)
-    if not reply.body.strip():
-        if polled_s >= IDLE_AFTER_S:
-            return Polled([], None, HOLD_MS)
-        raise Temporary("unreadable", "empty answer")
-    updates = _decode_or_temporary(reply, wire.Updates)
+    if reply.status == EDGE_TIMEOUT or reply.status in FORBIDDEN:
+        _check_error_codes(reply)
+        if reply.status in FORBIDDEN:
+            raise SessionExpired("needs_login", f"HTTP {reply.status}")
+    elif reply.body.strip() or not 200 <= reply.status < 300:
+        return _read_polled(_read_answer(reply, wire.Updates), reply.share, polled_s)
+    if polled_s >= IDLE_AFTER_S:
+        return Polled([], None, HOLD_MS)
+    reason = "http_5xx" if reply.status == EDGE_TIMEOUT else "unreadable"
+    raise Temporary(reason, "an empty answer, too early for an idle poll")
+
+
+def _read_polled(updates: wire.Updates, share: Share | None, polled_s: float) -> Polled:
     match updates.code:
         case 0:
             messages, pages = _first_and_rest(bytes(updates.msgs))
@@ -308,9 +297,7 @@ def read_updates(reply: Reply, *, polled_s: float) -> Polled:
             kept = None if overlong else cursor or None
             hint = bytes(updates.longpolling_timeout_ms)
             hold = hold_ms(msgspec.json.decode(hint) if len(hint) <= HINT_BYTES else None)
-            return Polled(messages, kept, hold, overlong, pages, reply.share)
-        case wire.STALE_TOKEN:
-            raise _session_expired(updates)
+            return Polled(messages, kept, hold, overlong, pages, share)
         case -1 if polled_s >= IDLE_S:  # an idle timeout, as one client interprets it
             return Polled([], None, HOLD_MS)
         case wire.THROTTLED:
@@ -375,42 +362,23 @@ def read_sent(reply: Reply) -> Accepted:
 
 def read_notified(reply: Reply) -> None:
     """Raises SessionExpired, Temporary. The caller logs errors, since the call is best effort."""
-    _check_error_codes(reply)
-    _check_status(reply)
-    if not reply.body.strip():
-        return
-    answer = _decode_or_temporary(reply, wire.WireReply)
-    if answer.code == wire.STALE_TOKEN:
-        raise _session_expired(answer)
+    answer = _read_answer(reply, wire.WireReply)
     if answer.code:
         raise Temporary("ret_other", _error_text(answer))
 
 
 def read_ticket(reply: Reply) -> str:
     """Raises SessionExpired (-14), Refused("typing") for other codes, Temporary without a usable answer."""
-    _check_error_codes(reply)
-    _check_status(reply)
-    config = _decode_or_temporary(reply, wire.Config)
-    match config.code:
-        case 0 if config.typing_ticket:
-            return config.typing_ticket
-        case 0:
-            raise Refused("typing", "iLink gave no typing ticket.", **_diagnostics(config))
-        case wire.STALE_TOKEN:
-            raise _session_expired(config)
-        case -4:
-            raise Refused("typing", "The user has not written to this bot yet.", **_diagnostics(config))
-        case _:
-            raise Refused("typing", _error_text(config), **_diagnostics(config))
+    config = _read_answer(reply, wire.Config)
+    if not config.code and config.typing_ticket:
+        return config.typing_ticket
+    why = {0: "iLink gave no typing ticket.", -4: "The user has not written to this bot yet."}
+    raise Refused("typing", why.get(config.code) or _error_text(config), **_diagnostics(config))
 
 
 def read_typing(reply: Reply) -> None:
     """Raises SessionExpired (-14), Refused("typing") for other codes, Temporary without a usable answer."""
-    _check_error_codes(reply)
-    _check_status(reply)
-    answer = _decode_or_temporary(reply if reply.body else reply._replace(body=b"{}"), wire.WireReply)
-    if answer.code == wire.STALE_TOKEN:
-        raise _session_expired(answer)
+    answer = _read_answer(reply, wire.WireReply)
     if answer.code:
         raise Refused("typing", _error_text(answer), **_diagnostics(answer))
 
@@ -451,12 +419,22 @@ def _read_login(reply: Reply, kind: type[A]) -> A:
     return answer
 
 
-def _decode_or_temporary(reply: Reply, kind: type[A]) -> A:
-    """As `_decode`, for calls that may be repeated. Raises Temporary for an unreadable answer."""
+def _read_answer(reply: Reply, kind: type[A]) -> A:
+    """The answer to a call that may be repeated, with any code but -14.
+
+    Raises SessionExpired (-14), and Temporary without a usable answer.
+    """
+    _check_error_codes(reply)
+    _check_status(reply)
+    if kind is wire.WireReply and not reply.body.strip():  # of no other kind is this a usable answer
+        reply = reply._replace(body=b"{}")
     try:
-        return _decode(reply, kind)
+        answer = _decode(reply, kind)
     except ValueError as exc:
         raise Temporary("unreadable", str(exc)[:200]) from exc
+    if answer.code == wire.STALE_TOKEN:
+        raise _session_expired(answer)
+    return answer
 
 
 def _decode(reply: Reply, kind: type[A]) -> A:

@@ -1,30 +1,35 @@
 """Exchanges requests with iLink over kept connections, which all bots share.
 
-This is the common part of `HotCalls` and `PlainCalls`, which define what a connection is: it chooses the connection
-for a request, closes idle ones, and repeats requests that met a closed connection.
+A bot costs a poll every half minute, a message a poll and a send, so the cost of one request decides the cost of a
+platform. The calls therefore use no HTTP client library (docs/decisions/0034-own-connections-to-ilink.md has the
+figures), only libraries that resolve, connect and parse.
 """
 
 from __future__ import annotations
 
 import asyncio
 import functools
+import socket
 import ssl
-from abc import ABC, abstractmethod
-from collections.abc import Awaitable, Callable
-from typing import Generic, NamedTuple, Protocol, TypeVar
+from collections.abc import Callable
+from typing import NamedTuple
 from urllib.parse import urlsplit
+
+import aiohappyeyeballs
 
 from adapter.errors import Temporary, Uncertain
 from adapter.ilink.budget import SMALL, ByteBudget
-from adapter.ilink.network import KEPT_S
+from adapter.ilink.connection import Connection
+from adapter.ilink.network import CONNECT_S, KEPT_S, PORTS, TLS_S, Proxy, Resolver, proxy_of
 from adapter.ilink.protocol import AGENT, Reply, Request
 from adapter.ilink.tls import ResumingContext
 
 STALE_S = 1.0
 """A request over a kept connection that ends without an answer within this time met a connection that the server had
 closed before. Some servers close after each answer without announcing it."""
-PORTS = {"http": 80, "https": 443}
-HEADERS = {"User-Agent": AGENT, "Accept": "*/*", "Accept-Encoding": "gzip, deflate"}
+STAGGER_S = 0.25
+"""Delay before the next address of a name is tried (RFC 8305, 5)."""
+_ALWAYS = f"User-Agent: {AGENT}\r\nAccept: */*\r\nAccept-Encoding: gzip, deflate\r\n"
 """Headers of every request."""
 
 
@@ -46,38 +51,17 @@ class Base(NamedTuple):
     """Value of the Host header."""
 
 
-class Line(Protocol):
-    """A connection that carries one request at a time."""
+class Transport:
+    """Exchanges requests for answers. Follows no redirects and keeps no cookies.
 
-    idle_since: float
-    """End of the last answer, by the loop's clock."""
+    With a proxy in the environment, each connection is a tunnel through it.
+    """
 
-    @property
-    def is_usable(self) -> bool:
-        """Whether the connection can carry another request."""
-
-    @property
-    def is_silent(self) -> bool:
-        """Whether no byte, or no complete head, came in answer to the last request."""
-
-    @property
-    def tls(self) -> ssl.SSLObject | None:
-        """The connection's TLS object, once it is open."""
-
-    def close(self) -> None:
-        """Closes the connection, at once or soon."""
-
-
-L = TypeVar("L", bound=Line)
-
-
-class Transport(ABC, Generic[L]):
-    """Exchanges requests for answers. Follows no redirects and keeps no cookies."""
-
-    def __init__(self, *, tls: ResumingContext, budget: ByteBudget) -> None:
+    def __init__(self, *, tls: ResumingContext, budget: ByteBudget, resolver: Resolver) -> None:
         self._tls = tls
         self._budget = budget
-        self._idle: dict[Origin, list[L]] = {}
+        self._resolver = resolver
+        self._idle: dict[Origin, list[Connection]] = {}
         """The connection used last is taken first, so that surplus ones stay idle and are closed."""
         self._cleanup_timer: asyncio.TimerHandle | None = None
 
@@ -103,7 +87,10 @@ class Transport(ABC, Generic[L]):
         line = kept or await self._open(base, timeout_s, fresh=fresh)
         reply = None
         try:
-            reply = await self._send_request(line, base, request, timeout_s, check, fresh=fresh)
+            encoded = _encode_request(request, base, close=fresh)
+            if check is not None:
+                check()
+            reply = await line.send_request(encoded, timeout_s, request.largest)
         except (TimeoutError, Uncertain) as exc:
             line.close()
             if kept is None:
@@ -113,10 +100,8 @@ class Transport(ABC, Generic[L]):
             closed = isinstance(exc, Uncertain) and line.is_silent and clock() - began < STALE_S
             if not (closed and request.repeatable):
                 raise
-        except BaseException as exc:
+        except BaseException:
             line.close()
-            if isinstance(exc, Temporary):
-                self._tls.forget_session(base.origin.host)
             raise
         if reply is None:
             return await self.exchange(base_url, request, timeout_s, fresh=True, check=check)
@@ -140,24 +125,37 @@ class Transport(ABC, Generic[L]):
                 line.close()
         self._idle.clear()
 
-    @abstractmethod
-    async def _open(self, base: Base, timeout_s: float, *, fresh: bool) -> L:
+    async def _open(self, base: Base, timeout_s: float, *, fresh: bool) -> Connection:
         """Raises Temporary("network")."""
+        origin, connection, transport = base.origin, Connection(self._budget), None
+        proxy = proxy_of(base.url)
+        host, port = (proxy.host, proxy.port) if proxy else (origin.host, origin.port)
+        try:
+            async with asyncio.timeout(min(CONNECT_S, timeout_s)):
+                transport = await _connect_tcp(await self._resolver.addresses(host, port, fresh=fresh), port)
+                if proxy:
+                    if proxy.scheme == "https":
+                        transport = await _start_tls(transport, asyncio.Protocol(), self._tls, proxy.host)
+                    await _open_tunnel(transport, origin, proxy)
+            if transport.is_closing():
+                raise ConnectionResetError
+            if origin.scheme == "https":
+                async with asyncio.timeout(min(TLS_S, timeout_s)):
+                    connection.connection_made(await _start_tls(transport, connection, self._tls, origin.host))
+            else:
+                transport.set_protocol(connection)
+                connection.connection_made(transport)
+        except BaseException as exc:
+            if transport is not None:
+                transport.abort()
+            if not isinstance(exc, OSError | ssl.CertificateError):  # includes TimeoutError
+                raise
+            self._tls.forget_session(origin.host)
+            exc.__traceback__ = None  # breaks a reference cycle
+            raise Temporary("network", type(exc).__name__) from exc
+        return connection
 
-    @abstractmethod
-    def _send_request(
-        self,
-        line: L,
-        base: Base,
-        request: Request,
-        timeout_s: float,
-        check: Callable[[], None] | None,
-        *,
-        fresh: bool,
-    ) -> Awaitable[Reply]:
-        """The answer, still compressed. Calls `check` before it sends the request. Raises as `exchange`."""
-
-    def _take_idle(self, origin: Origin) -> L | None:
+    def _take_idle(self, origin: Origin) -> Connection | None:
         idle = self._idle.get(origin)
         while idle:
             line = idle.pop()
@@ -165,7 +163,7 @@ class Transport(ABC, Generic[L]):
                 return line
         return None
 
-    def _store_idle(self, origin: Origin, line: L) -> None:
+    def _store_idle(self, origin: Origin, line: Connection) -> None:
         self._idle.setdefault(origin, []).append(line)
         if self._cleanup_timer is None:
             self._cleanup_timer = asyncio.get_running_loop().call_later(KEPT_S, self._close_unused)
@@ -198,3 +196,64 @@ def _parse_base_url(url: str) -> Base:
     port = parts.port or PORTS[scheme]
     named = f"[{host}]" if ":" in host else host
     return Base(url, Origin(scheme, host, port), parts.path, named if port == PORTS[scheme] else f"{named}:{port}")
+
+
+def _encode_request(request: Request, base: Base, *, close: bool) -> bytes:
+    """Raises Temporary for headers that would form another request."""
+    headers, body = request.headers, request.body
+    lines = "".join([f"{name}: {value}\r\n" for name, value in headers.items()])
+    if lines.count("\n") != len(headers) or lines.count("\r") != len(headers) or "\0" in lines:
+        raise Temporary("network", "a header has a line break in it")
+    if close:
+        lines += "Connection: close\r\n"
+    if request.method == "POST":
+        lines += f"Content-Length: {len(body)}\r\n"
+    first = f"{request.method} {base.path}{request.path} HTTP/1.1\r\nHost: {base.host}\r\n{_ALWAYS}"
+    return f"{first}{lines}\r\n".encode() + body
+
+
+async def _connect_tcp(addresses: list[str], port: int) -> asyncio.Transport:
+    """Connects to the address that answers first. Raises OSError.
+
+    The protocol is set later: if the task is cancelled meanwhile, uvloop does not notify the protocol, and protocol
+    and transport would be a reference cycle.
+    """
+    loop = asyncio.get_running_loop()
+    if len(addresses) == 1:  # a single address needs no race, and half of the CPU
+        transport, _ = await loop.create_connection(asyncio.Protocol, addresses[0], port)
+    else:
+        kind = socket.SOCK_STREAM, socket.IPPROTO_TCP, ""
+        infos: list[aiohappyeyeballs.AddrInfoType] = [
+            (socket.AF_INET6 if ":" in address else socket.AF_INET, *kind, (address, port)) for address in addresses
+        ]
+        reached = await aiohappyeyeballs.start_connection(infos, happy_eyeballs_delay=STAGGER_S)
+        transport, _ = await loop.create_connection(asyncio.Protocol, sock=reached)
+    transport.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    return transport
+
+
+async def _open_tunnel(transport: asyncio.Transport, origin: Origin, proxy: Proxy) -> None:
+    """Makes a connection to a proxy one to `origin`. Raises OSError."""
+    reader = asyncio.StreamReader()
+    protocol = asyncio.StreamReaderProtocol(reader)
+    transport.set_protocol(protocol)
+    protocol.connection_made(transport)
+    place = f"[{origin.host}]:{origin.port}" if ":" in origin.host else f"{origin.host}:{origin.port}"
+    lines = f"CONNECT {place} HTTP/1.1\r\nHost: {place}\r\nUser-Agent: {AGENT}\r\n{proxy.authorization}\r\n"
+    transport.write(lines.encode())
+    try:
+        head = await reader.readuntil(b"\r\n\r\n")
+    except (asyncio.IncompleteReadError, asyncio.LimitOverrunError):
+        raise ConnectionResetError from None
+    if head.split(maxsplit=2)[1:2] != [b"200"]:
+        raise ConnectionRefusedError
+
+
+async def _start_tls(
+    transport: asyncio.Transport, protocol: asyncio.Protocol, tls: ssl.SSLContext, host: str
+) -> asyncio.Transport:
+    """Starts TLS on a connection, for `protocol`. Raises OSError, ssl.CertificateError."""
+    encrypted = await asyncio.get_running_loop().start_tls(transport, protocol, tls, server_hostname=host)
+    if encrypted is None:  # the connection was lost meanwhile
+        raise ConnectionResetError
+    return encrypted

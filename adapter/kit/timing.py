@@ -8,7 +8,6 @@ import random
 import time
 from collections import deque
 from collections.abc import Callable, Coroutine
-from types import TracebackType
 from typing import Any, Protocol, TypeVar
 
 import structlog
@@ -154,30 +153,6 @@ class Deadline:
     def _on_due(self) -> None:
         is_late = self._loop.time() - self._due > DELAYED_TIMER_S
         self._timer = self._loop.call_later(DELAYED_GRACE_S if is_late else READ_GRACE_S, self._on_expired)
-
-
-class TolerantTimeout:
-    """asyncio.timeout that lets an arrived answer be read, see Deadline. For one `async with`."""
-
-    __slots__ = ("_deadline", "_limit", "_loop", "_seconds")
-
-    def __init__(self, seconds: float) -> None:
-        self._loop = asyncio.get_running_loop()
-        self._seconds = seconds
-        self._limit = asyncio.timeout(None)
-
-    async def __aenter__(self) -> None:
-        await self._limit.__aenter__()
-        self._deadline = Deadline(self._loop, self._seconds, self._expire_now)
-
-    def _expire_now(self) -> None:
-        self._limit.reschedule(self._loop.time())
-
-    async def __aexit__(
-        self, kind: type[BaseException] | None, exc: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._deadline.cancel()
-        await self._limit.__aexit__(kind, exc, trace)
 
 
 async def wait_event(event: asyncio.Event, timeout_s: float | None) -> bool:

@@ -50,7 +50,7 @@ from adapter.ilink.cipher import Decryption, read_key
 from adapter.ilink.connection import Connection
 from adapter.ilink.protocol import Reply
 from adapter.ilink.translate import read_message
-from adapter.ilink.unpack import Unpacker, UnpackFailed
+from adapter.ilink.unpack import UnpackFailed, unpack
 from adapter.logins.qr import check_content, html_element, terminal_text
 from adapter.observability import logs
 from adapter.ports import Scan
@@ -290,9 +290,7 @@ def packed(data: bytes) -> None:
     """Packed answers."""
     encoding, _, body = data.partition(b"\n")
     try:
-        unpacker = Unpacker(encoding.decode("latin-1"), 10_000)
-        assert len(b"".join([unpacker.feed(body[:5]), unpacker.feed(body[5:])])) <= 10_000
-        unpacker.finish()
+        assert len(unpack(encoding.decode("latin-1"), body, max(10_000, len(body)))) <= max(10_000, len(body))
     except UnpackFailed:
         return
 

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import httpcore
-import httpx
 import pytest
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
@@ -30,7 +29,6 @@ from adapter.ilink.network import (
     Resolver,
     addresses_of,
     resolve_host,
-    with_checked_network,
 )
 from adapter.observability.metrics import Metrics
 from adapter.ports import Account, MediaRef, Pieces
@@ -162,7 +160,7 @@ async def test_what_is_connected_to_is_the_address_that_was_checked() -> None:
     """A name that leads elsewhere a moment later (DNS rebinding) is asked for once per connection."""
     look_up, asked = leads_to([PUBLIC], ["127.0.0.1"])
     wire = Wire()
-    network = CheckedNetwork(Resolver((), look_up=look_up), fresh=True, inner=wire)
+    network = CheckedNetwork(Resolver((), look_up=look_up), inner=wire)
     with pytest.raises(httpcore.ConnectTimeout):
         await network.connect_tcp(HOST, 443, 10.0)
     assert (asked, wire.connected) == ([(HOST, 443)], [(PUBLIC, 443, 10.0)])
@@ -175,7 +173,7 @@ async def test_an_address_that_is_silent_holds_up_the_next_one_only_shortly() ->
     look_up, _ = leads_to(["2606:4700::1", PUBLIC])
     wire = Wire()
     with pytest.raises(httpcore.ConnectTimeout):
-        await CheckedNetwork(Resolver((), look_up=look_up), fresh=True, inner=wire).connect_tcp(HOST, 443, 10.0)
+        await CheckedNetwork(Resolver((), look_up=look_up), inner=wire).connect_tcp(HOST, 443, 10.0)
     assert wire.connected == [("2606:4700::1", 443, 2.0), (PUBLIC, 443, 10.0)]
 
 
@@ -188,11 +186,9 @@ async def test_a_name_that_is_not_resolved_in_time_or_at_all_is_a_failed_connect
         raise OSError("Name or service not known")
 
     with pytest.raises(httpcore.ConnectTimeout):
-        await CheckedNetwork(Resolver((), look_up=never), fresh=True).connect_tcp(HOST, 443, 0.01)
+        await CheckedNetwork(Resolver((), look_up=never)).connect_tcp(HOST, 443, 0.01)
     with pytest.raises(httpcore.ConnectError):
-        await CheckedNetwork(Resolver((), look_up=unknown), fresh=True).connect_tcp(HOST, 443, 10.0)
-    with pytest.raises(httpcore.ConnectError):
-        await CheckedNetwork(Resolver(()), fresh=True).connect_unix_socket("/run/docker.sock")
+        await CheckedNetwork(Resolver((), look_up=unknown)).connect_tcp(HOST, 443, 10.0)
 
 
 # the whole way, by TLS -----------------------------------------------------------------------------------
@@ -432,7 +428,7 @@ class Untouched:
             base_url=f"{BASE}/c2c",
             allowed_hosts=(),
             max_bytes=100,
-            network=CheckedNetwork(Resolver((), look_up=look_up), fresh=True, inner=self.wire),
+            network=CheckedNetwork(Resolver((), look_up=look_up), inner=self.wire),
         )
 
     def check(self) -> None:
@@ -490,7 +486,7 @@ async def test_media_are_fetched_from_and_brought_to_no_such_place(
 
 async def test_media_of_a_host_that_leads_inside_are_not_fetched(untouched: Untouched) -> None:
     wire = Wire()
-    network = CheckedNetwork(Resolver((), look_up=leads_to(["10.0.0.7"])[0]), fresh=True, inner=wire)
+    network = CheckedNetwork(Resolver((), look_up=leads_to(["10.0.0.7"])[0]), inner=wire)
     cdn = CdnClient(
         untouched.ilink,
         Metrics(),
@@ -534,10 +530,3 @@ async def test_a_proxy_of_the_environment_may_be_inside_and_resolves_for_itself(
     assert connects[0].startswith(f"CONNECT {HOST}:443 ".encode())
     assert set(asked) == {("proxy.internal", port)}
     assert is_exempt("proxy.internal", port, ()) is False
-
-
-async def test_a_transport_that_cannot_be_checked_is_not_used() -> None:
-    transport = httpx.AsyncHTTPTransport()
-    transport._pool = object()  # type: ignore[assignment]
-    with pytest.raises(AssertionError):
-        with_checked_network(transport, CheckedNetwork(Resolver(()), fresh=True))

@@ -16,10 +16,9 @@ from adapter.errors import Temporary, Uncertain
 from adapter.ilink.budget import SMALL, ByteBudget
 from adapter.ilink.client import ILink
 from adapter.ilink.connection import Connection
-from adapter.ilink.hot_calls import HotCalls
-from adapter.ilink.plain_calls import PlainCalls
 from adapter.ilink.protocol import ANSWER_BYTES, OTHER_BYTES, Reply, Request
 from adapter.ilink.tls import ResumingContext
+from adapter.ilink.transport import Transport
 from adapter.observability.metrics import Metrics
 from adapter.ports import Account
 from tests.e2e.waiting import until
@@ -50,15 +49,15 @@ def budget() -> ByteBudget:
     return ByteBudget(2 * LARGE)
 
 
-@pytest.fixture(params=[HotCalls, PlainCalls])
-async def transport(request: pytest.FixtureRequest, budget: ByteBudget) -> AsyncIterator[HotCalls | PlainCalls]:
-    made = request.param(tls=ResumingContext(), budget=budget, resolver=RESOLVER)
+@pytest.fixture
+async def transport(budget: ByteBudget) -> AsyncIterator[Transport]:
+    made = Transport(tls=ResumingContext(), budget=budget, resolver=RESOLVER)
     yield made
     await made.close()
     budget.close()
 
 
-async def ask(transport: HotCalls | PlainCalls, server: Server, *, timeout_s: float = 30.0) -> Reply:
+async def ask(transport: Transport, server: Server, *, timeout_s: float = 30.0) -> Reply:
     return await transport.exchange(server.url, Request("x", "", {}, b"{}", largest=LARGE), timeout_s)
 
 
@@ -108,7 +107,7 @@ async def test_a_share_that_nobody_holds_comes_back_whatever_thread_it_ends_in()
 
 
 async def test_an_answer_of_usual_size_takes_no_share(
-    server: Server, transport: HotCalls | PlainCalls, budget: ByteBudget
+    server: Server, transport: Transport, budget: ByteBudget
 ) -> None:
     taken = budget.reserve(2 * LARGE).result()
     server.answer = Server.say(answer(b"x" * SMALL))
@@ -121,7 +120,7 @@ async def test_an_answer_of_usual_size_takes_no_share(
 
 @pytest.mark.parametrize("packed", [False, True])
 async def test_a_large_answer_holds_its_share_until_that_is_released(
-    server: Server, transport: HotCalls | PlainCalls, budget: ByteBudget, packed: bool
+    server: Server, transport: Transport, budget: ByteBudget, packed: bool
 ) -> None:
     body = bytes(LARGE - 1)
     server.answer = Server.say(answer(gzip.compress(body), "Content-Encoding: gzip") if packed else answer(body))
@@ -137,7 +136,7 @@ async def test_a_large_answer_waits_for_its_share_and_the_wait_costs_neither_it_
     server: Server, budget: ByteBudget
 ) -> None:
     """Not for longer than it may take, by its own clock, which stands still meanwhile."""
-    transport = HotCalls(tls=ResumingContext(), budget=budget, resolver=RESOLVER)
+    transport = Transport(tls=ResumingContext(), budget=budget, resolver=RESOLVER)
     taken = budget.reserve(2 * LARGE).result()
     body = bytes(range(256)) * (LARGE // 256)
     written = asyncio.Event()
@@ -164,7 +163,7 @@ async def test_a_large_answer_waits_for_its_share_and_the_wait_costs_neither_it_
 
 
 async def test_a_large_answer_that_is_given_up_gives_its_share_back(
-    server: Server, transport: HotCalls | PlainCalls, budget: ByteBudget
+    server: Server, transport: Transport, budget: ByteBudget
 ) -> None:
     hung_up = answer(bytes(LARGE))[: 2 * SMALL + 1000]
     for raw, close in ((hung_up, True), (answer(bytes(LARGE), "Content-Encoding: gzip"), False)):
@@ -200,7 +199,7 @@ async def test_a_large_answer_of_unknown_length_that_is_not_read_on_is_none(budg
 
 
 async def test_an_answer_that_has_come_is_not_lost_by_a_cancellation(
-    server: Server, transport: HotCalls | PlainCalls, budget: ByteBudget
+    server: Server, transport: Transport, budget: ByteBudget
 ) -> None:
     """iLink may count it as delivered. Here its share comes a moment after the cancellation."""
     taken = budget.reserve(2 * LARGE).result()
@@ -218,7 +217,7 @@ async def test_an_answer_that_has_come_is_not_lost_by_a_cancellation(
 async def test_a_byte_a_chunk_takes_no_more_memory_than_the_answer_has_bytes(
     server: Server, budget: ByteBudget
 ) -> None:
-    transport = HotCalls(tls=ResumingContext(), budget=budget, resolver=RESOLVER)
+    transport = Transport(tls=ResumingContext(), budget=budget, resolver=RESOLVER)
     chunks = b"1\r\nx\r\n" * LARGE + b"0\r\n\r\n"
     server.answer = Server.say(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n" + chunks)
     assert (await ask(transport, server)).body == b"x" * LARGE

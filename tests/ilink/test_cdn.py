@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import gzip
 import hashlib
-import tracemalloc
-import zlib
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
 
@@ -274,45 +271,10 @@ async def test_bytes_that_are_said_not_to_be_packed_are_taken(rig: Rig) -> None:
     assert await fetch_from(rig, serve) == b"plain"
 
 
-@pytest.mark.parametrize("encoding", ["gzip", "X-GZIP", "deflate"])
-@pytest.mark.parametrize("key", [None, KEY], ids=["plain", "encrypted"])
-async def test_bytes_that_somebody_has_packed_on_the_way_are_unpacked(
-    rig: Rig, encoding: str, key: bytes | None
-) -> None:
-    """A cache or a firewall may do so unasked. The length is then that of the packed bytes."""
-    content = bytes(LARGEST) if key else HELLO * 1000
-    sent = encrypt(content, key) if key else content
-    packed = zlib.compress(sent) if encoding == "deflate" else gzip.compress(sent[:100]) + gzip.compress(sent[100:])
-    serve = answering(
-        f"HTTP/1.1 200 OK\nContent-Encoding: {encoding}\nContent-Length: {len(packed)}", packed[:9], packed[9:]
-    )
-    assert await fetch_from(rig, serve, key=key) == content
-
-
-@pytest.mark.parametrize("key", [None, KEY], ids=["plain", "encrypted"])
-async def test_the_limit_counts_unpacked_bytes(rig: Rig, key: bytes | None) -> None:
-    """A gigabyte in a megabyte is never in memory: it is unpacked piece by piece, and no further than the limit."""
-    work = zlib.compressobj(wbits=31)
-    bomb = b"".join([work.compress(bytes(1 << 20)) for _ in range(512)]) + work.flush()
-    serve = answering(f"HTTP/1.1 200 OK\nContent-Encoding: gzip\nContent-Length: {len(bomb)}", bomb)
-    tracemalloc.start()
-    try:
-        assert await failure(fetch_from(rig, serve, key=key)) == (Refused, "too_large")
-        assert tracemalloc.get_traced_memory()[1] < 8_000_000
-    finally:
-        tracemalloc.stop()
-
-
-async def test_bytes_that_cannot_be_unpacked_are_no_media(rig: Rig) -> None:
-    packed = gzip.compress(HELLO * 1000)
-    for body, encoding, reason in (
-        (packed[:-3], "gzip", "corrupt"),
-        (b"no gzip at all", "gzip", "corrupt"),
-        (packed, "br", "unavailable"),
-        (packed, "gzip, gzip", "unavailable"),
-    ):
-        serve = answering(f"HTTP/1.1 200 OK\nContent-Encoding: {encoding}\nContent-Length: {len(body)}", body)
-        assert await failure(fetch_from(rig, serve)) == (Refused, reason)
+@pytest.mark.parametrize("encoding", ["gzip", "br"])
+async def test_bytes_that_somebody_has_packed_on_the_way_are_no_media(rig: Rig, encoding: str) -> None:
+    serve = answering(f"HTTP/1.1 200 OK\nContent-Encoding: {encoding}\nContent-Length: 5", b"bytes")
+    assert await failure(fetch_from(rig, serve)) == (Refused, "unavailable")
 
 
 async def test_a_stall_ends_a_download(rig: Rig) -> None:
@@ -387,7 +349,7 @@ async def test_what_is_asked_of_the_cdn_names_no_bot(rig: Rig) -> None:
     (head,) = heads
     assert head.startswith("get /c2c/download?x=1 http/1.1\r\n")
     names = {line.partition(":")[0] for line in head.splitlines()[1:] if line}
-    assert names == {"host", "accept", "accept-encoding", "connection", "user-agent"}
+    assert names == {"host", "accept", "accept-encoding", "user-agent"}
 
 
 async def test_a_download_that_is_closed_early_hangs_up(rig: Rig) -> None:

@@ -56,8 +56,7 @@ class Answering:
                 raise answer
             return answer(request) if callable(answer) else answer
 
-        for transport in (self.ilink._hot, self.ilink._plain):
-            monkeypatch.setattr(transport, "exchange", exchange)
+        monkeypatch.setattr(self.ilink._transport, "exchange", exchange)
 
 
 def reply(body: Any, status: int = 200, **headers: str) -> Reply:
@@ -146,29 +145,3 @@ async def test_a_send_alone_may_not_be_asked_twice(monkeypatch: pytest.MonkeyPat
     with contextlib.suppress(AdapterError):
         await CALLS[endpoint](answering.ilink)
     assert answering.repeatable == (endpoint != "sendmessage")
-
-
-@pytest.mark.parametrize("status", [404, 405, 501])
-async def test_a_server_that_knows_no_post_for_a_code_is_asked_by_get(
-    monkeypatch: pytest.MonkeyPatch, status: int
-) -> None:
-    """3.1: older clients ask so, without a body and a token."""
-    given = {"ret": 0, "qrcode": "handle", "qrcode_img_content": "https://example.com/qr"}
-
-    def answer(request: Request) -> Reply:
-        return reply(given) if request.method == "GET" else reply({}, status)
-
-    answering = Answering(monkeypatch, answer)
-    code = await answering.ilink.fetch_code(["a-token"])
-    assert code.handle == "handle"
-    posted, got = answering.requests
-    assert (posted.method, got.method, got.path, got.body) == ("POST", "GET", posted.path, b"")
-    assert {"Authorization", "AuthorizationType", "Content-Type"}.isdisjoint(got.headers)
-
-
-async def test_a_server_that_knows_no_code_at_all_is_asked_twice(monkeypatch: pytest.MonkeyPatch) -> None:
-    answering = Answering(monkeypatch, reply({}, 404))
-    with pytest.raises(Temporary, match="HTTP 404"):
-        await answering.ilink.fetch_code(())
-    assert [request.method for request in answering.requests] == ["POST", "GET"]
-    assert answering.metrics.value("upstream_requests_total", endpoint="get_bot_qrcode", outcome="http_4xx") == 1

@@ -184,3 +184,25 @@ async def test_a_send_whose_answer_is_lost_behind_a_proxy_may_have_been_done(
         )
     await ilink.close()
     assert len(server.heads) == (0 if lost else 1)
+
+
+async def test_a_proxy_may_itself_be_reached_over_tls(
+    tmp_path: Path, proxy: Proxy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    authority = Authority(tmp_path)
+    monkeypatch.setenv("SSL_CERT_FILE", str(authority.file))
+    tls = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    tls.load_cert_chain(*authority.issue("ilink"))
+    made = Server()
+    made.answer = Server.say(ANSWER)
+    async with (
+        await asyncio.start_server(made.serve, "127.0.0.1", 0, ssl=tls) as listening,
+        await asyncio.start_server(proxy.serve, "127.0.0.1", 0, ssl=tls) as over_tls,
+    ):
+        base = f"https://127.0.0.1:{listening.sockets[0].getsockname()[1]}"
+        monkeypatch.setenv("HTTPS_PROXY", f"https://127.0.0.1:{over_tls.sockets[0].getsockname()[1]}")
+        ilink = client(base)
+        await call_all(ilink, Account("b1@im.bot", "token", base))
+        await ilink.close()
+        await until(lambda: proxy.open == 0, "nothing stays open")
+    assert (len(made.heads), len(proxy.heads)) == (3, 1)

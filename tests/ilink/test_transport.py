@@ -23,11 +23,10 @@ from adapter.errors import LeaseLost, Refused, Temporary, Uncertain
 from adapter.ilink.budget import ByteBudget
 from adapter.ilink.client import ILink
 from adapter.ilink.connection import Connection
-from adapter.ilink.hot_calls import HotCalls
 from adapter.ilink.network import Resolver
-from adapter.ilink.plain_calls import PlainCalls
 from adapter.ilink.protocol import AGENT, Reply, Request
 from adapter.ilink.tls import ResumingContext
+from adapter.ilink.transport import Transport
 from adapter.observability.metrics import Metrics
 from adapter.ports import Account
 from tests.authority import Authority
@@ -38,7 +37,6 @@ OK = b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\nRetry-After: 7\r\n\r\n{}"
 LOOPS = {"asyncio": asyncio.new_event_loop, "uvloop": uvloop.new_event_loop}
 """The service runs on uvloop; where that is missing, on asyncio's own."""
 
-KINDS = (HotCalls, PlainCalls)
 LARGEST = 100_000
 RESOLVER = Resolver(("127.0.0.1", "localhost"))
 PIECES = (
@@ -91,27 +89,19 @@ async def server() -> AsyncIterator[Server]:
         listening.close()
 
 
-@pytest.fixture(params=KINDS)
-async def transport(request: pytest.FixtureRequest) -> AsyncIterator[HotCalls | PlainCalls]:
-    """Both read the same answers in the same way, and confuse nothing."""
-    made = request.param(tls=ResumingContext(), budget=ByteBudget(), resolver=RESOLVER)
-    yield made
-    await made.close()
-
-
 @pytest.fixture
-async def own() -> AsyncIterator[HotCalls]:
-    made = HotCalls(tls=ResumingContext(), budget=ByteBudget(), resolver=RESOLVER)
+async def transport() -> AsyncIterator[Transport]:
+    made = Transport(tls=ResumingContext(), budget=ByteBudget(), resolver=RESOLVER)
     yield made
     await made.close()
 
 
-async def post(transport: HotCalls | PlainCalls, url: str, *, timeout_s: float = 30.0, fresh: bool = False) -> Reply:
+async def post(transport: Transport, url: str, *, timeout_s: float = 30.0, fresh: bool = False) -> Reply:
     request = Request("x", "", {"X-One": "1"}, b"{}", largest=LARGEST)
     return await transport.exchange(url, request, timeout_s, fresh=fresh)
 
 
-async def test_an_answer_is_read_whole_with_its_headers(server: Server, transport: HotCalls | PlainCalls) -> None:
+async def test_an_answer_is_read_whole_with_its_headers(server: Server, transport: Transport) -> None:
     reply = await post(transport, server.url)
     assert (reply.status, reply.headers["retry-after"], reply.body) == (200, "7", b"{}")
     (head,) = server.heads
@@ -121,15 +111,13 @@ async def test_an_answer_is_read_whole_with_its_headers(server: Server, transpor
     assert head.count(b"Content-Length: 2\r\n") == 1
 
 
-async def test_requests_in_a_row_need_one_connection(server: Server, transport: HotCalls | PlainCalls) -> None:
+async def test_requests_in_a_row_need_one_connection(server: Server, transport: Transport) -> None:
     for _ in range(5):
         await post(transport, server.url)
     assert server.connections == 1
 
 
-async def test_a_request_afresh_gets_a_connection_of_its_own(
-    server: Server, transport: HotCalls | PlainCalls
-) -> None:
+async def test_a_request_afresh_gets_a_connection_of_its_own(server: Server, transport: Transport) -> None:
     await post(transport, server.url)
     await post(transport, server.url, fresh=True)
     await post(transport, server.url)
@@ -137,7 +125,7 @@ async def test_a_request_afresh_gets_a_connection_of_its_own(
     await until(lambda: server.open == 1, "the one of its own is closed")
 
 
-async def test_what_nobody_took_did_not_leave(transport: HotCalls | PlainCalls) -> None:
+async def test_what_nobody_took_did_not_leave(transport: Transport) -> None:
     with pytest.raises(Temporary) as caught:
         await post(transport, f"http://127.0.0.1:{free_port()}/")
     assert caught.value.reason == "network"
@@ -145,7 +133,7 @@ async def test_what_nobody_took_did_not_leave(transport: HotCalls | PlainCalls) 
         await post(transport, "http://no-such-host.invalid/")
 
 
-async def test_no_tls_where_it_is_asked_for_means_that_nothing_left(transport: HotCalls | PlainCalls) -> None:
+async def test_no_tls_where_it_is_asked_for_means_that_nothing_left(transport: Transport) -> None:
     async def refuse(_: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         writer.write(b"HTTP/1.1 400 Bad Request\r\n\r\n")
         writer.close()
@@ -169,7 +157,7 @@ async def test_no_tls_where_it_is_asked_for_means_that_nothing_left(transport: H
     ids=["nothing", "half a head", "half a body", "wrong chunks", "another protocol", "no text", "wrong gzip"],
 )
 async def test_what_was_taken_and_not_answered_well_may_have_been_done(
-    server: Server, transport: HotCalls | PlainCalls, answer: bytes
+    server: Server, transport: Transport, answer: bytes
 ) -> None:
     server.answer = Server.say(answer, close=True)
     with pytest.raises(Uncertain) as caught:
@@ -178,9 +166,7 @@ async def test_what_was_taken_and_not_answered_well_may_have_been_done(
     assert len(server.heads) == 1, "it is not repeated by itself"
 
 
-async def test_an_answer_that_is_packed_and_not_whole_is_none(
-    server: Server, transport: HotCalls | PlainCalls
-) -> None:
+async def test_an_answer_that_is_packed_and_not_whole_is_none(server: Server, transport: Transport) -> None:
     body = gzip.compress(b'{"ret":0}')[:-4]
     head = b"HTTP/1.1 200 OK\r\nContent-Encoding: gzip\r\nContent-Length: %d\r\n\r\n" % len(body)
     server.answer = Server.say(head + body)
@@ -190,7 +176,7 @@ async def test_an_answer_that_is_packed_and_not_whole_is_none(
 
 
 async def test_an_answer_of_unknown_length_whose_connection_breaks_is_not_whole(
-    server: Server, transport: HotCalls | PlainCalls
+    server: Server, transport: Transport
 ) -> None:
     async def answer(writer: asyncio.StreamWriter) -> None:
         writer.write(b"HTTP/1.1 200 OK\r\n\r\n{")
@@ -204,9 +190,7 @@ async def test_an_answer_of_unknown_length_whose_connection_breaks_is_not_whole(
         await post(transport, server.url)
 
 
-async def test_a_silent_server_is_a_timeout_and_costs_the_connection(
-    server: Server, transport: HotCalls | PlainCalls
-) -> None:
+async def test_a_silent_server_is_a_timeout_and_costs_the_connection(server: Server, transport: Transport) -> None:
     async def nothing(_: asyncio.StreamWriter) -> None: ...
 
     server.answer = nothing
@@ -218,7 +202,7 @@ async def test_a_silent_server_is_a_timeout_and_costs_the_connection(
     assert server.connections == 2
 
 
-async def test_a_cancelled_request_costs_its_connection(server: Server, transport: HotCalls | PlainCalls) -> None:
+async def test_a_cancelled_request_costs_its_connection(server: Server, transport: Transport) -> None:
     async def nothing(_: asyncio.StreamWriter) -> None: ...
 
     server.answer = nothing
@@ -230,7 +214,7 @@ async def test_a_cancelled_request_costs_its_connection(server: Server, transpor
     await until(lambda: server.open == 0, "the connection is closed")
 
 
-async def test_an_answer_above_the_limit_is_not_read(server: Server, transport: HotCalls | PlainCalls) -> None:
+async def test_an_answer_above_the_limit_is_not_read(server: Server, transport: Transport) -> None:
     body = b"x" * (LARGEST + 1)
     server.answer = Server.say(b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n" % len(body) + body)
     with pytest.raises(Uncertain) as caught:
@@ -238,9 +222,7 @@ async def test_an_answer_above_the_limit_is_not_read(server: Server, transport: 
     assert caught.value.reason == "unreadable"
 
 
-async def test_a_small_answer_that_unpacks_into_a_huge_one_is_not_read(
-    server: Server, transport: HotCalls | PlainCalls
-) -> None:
+async def test_a_small_answer_that_unpacks_into_a_huge_one_is_not_read(server: Server, transport: Transport) -> None:
     body = gzip.compress(bytes(50_000_000))
     assert len(body) < LARGEST
     head = b"HTTP/1.1 200 OK\r\nContent-Encoding: gzip\r\nContent-Length: %d\r\n\r\n" % len(body)
@@ -249,19 +231,19 @@ async def test_a_small_answer_that_unpacks_into_a_huge_one_is_not_read(
         await post(transport, server.url)
 
 
-async def test_packed_answers_are_unpacked(server: Server, transport: HotCalls | PlainCalls) -> None:
+async def test_packed_answers_are_unpacked(server: Server, transport: Transport) -> None:
     body = gzip.compress(b'{"ret":0}')
     head = b"HTTP/1.1 200 OK\r\nContent-Encoding: gzip\r\nContent-Length: %d\r\n\r\n" % len(body)
     server.answer = Server.say(head + body)
     assert (await post(transport, server.url)).body == b'{"ret":0}'
 
 
-async def test_a_long_header_does_not_cost_the_answer(server: Server, transport: HotCalls | PlainCalls) -> None:
+async def test_a_long_header_does_not_cost_the_answer(server: Server, transport: Transport) -> None:
     server.answer = Server.say(b"HTTP/1.1 200 OK\r\nX-Long: %b\r\nContent-Length: 2\r\n\r\n{}" % (b"x" * 40_000))
     assert (await post(transport, server.url)).body == b"{}"
 
 
-async def test_a_redirect_is_an_answer_and_not_followed(server: Server, transport: HotCalls | PlainCalls) -> None:
+async def test_a_redirect_is_an_answer_and_not_followed(server: Server, transport: Transport) -> None:
     server.answer = Server.say(
         b"HTTP/1.1 307 Temporary Redirect\r\nLocation: http://127.0.0.1:1/\r\nContent-Length: 0\r\n\r\n"
     )
@@ -304,7 +286,7 @@ async def test_what_an_answer_quotes_of_its_request_is_no_secret_any_more(server
     assert caught.value.errmsg == "***, ***"
 
 
-async def test_cookies_are_not_kept(server: Server, transport: HotCalls | PlainCalls) -> None:
+async def test_cookies_are_not_kept(server: Server, transport: Transport) -> None:
     server.answer = Server.say(b"HTTP/1.1 200 OK\r\nSet-Cookie: who=bot1\r\nContent-Length: 0\r\n\r\n")
     await post(transport, server.url)
     await post(transport, server.url)
@@ -338,7 +320,7 @@ async def test_cookies_are_not_kept(server: Server, transport: HotCalls | PlainC
     ],
 )
 async def test_every_form_of_an_answer_is_read_and_its_connection_kept(
-    server: Server, transport: HotCalls | PlainCalls, answer: bytes, body: bytes
+    server: Server, transport: Transport, answer: bytes, body: bytes
 ) -> None:
     server.answer = Server.say(answer)
     for _ in range(3):
@@ -360,7 +342,7 @@ async def test_every_form_of_an_answer_is_read_and_its_connection_kept(
     ids=["up to the end", "HTTP/1.0", "said to close", "two answers", "something after it"],
 )
 async def test_after_some_answers_the_connection_is_not_used_again(
-    server: Server, transport: HotCalls | PlainCalls, answer: bytes
+    server: Server, transport: Transport, answer: bytes
 ) -> None:
     until_the_end = b"Length" not in answer
     server.answer = Server.say(answer, close=until_the_end)
@@ -370,7 +352,7 @@ async def test_after_some_answers_the_connection_is_not_used_again(
 
 
 async def test_what_comes_unasked_answers_nothing(
-    server: Server, own: HotCalls, monkeypatch: pytest.MonkeyPatch
+    server: Server, transport: Transport, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A server that closes an idle connection may say so (408); no request must take that for its answer."""
     monkeypatch.setattr("adapter.ilink.transport.KEPT_S", 3600.0)
@@ -383,10 +365,10 @@ async def test_what_comes_unasked_answers_nothing(
         writer.write(OK)
 
     server.answer = answer
-    await post(own, server.url)
+    await post(transport, server.url)
     writers[0].write(b"HTTP/1.1 408 Request Timeout\r\nContent-Length: 0\r\n\r\n")
     await until(lambda: server.open == 0, "the connection is closed")
-    assert (await post(own, server.url)).status == 200
+    assert (await post(transport, server.url)).status == 200
     assert crashes == []
 
 
@@ -411,7 +393,7 @@ async def test_what_comes_unasked_answers_nothing_over_tls(
                 writer.write(evil)
         writer.close()
 
-    made = PlainCalls(tls=ResumingContext(), budget=ByteBudget(), resolver=RESOLVER)
+    made = Transport(tls=ResumingContext(), budget=ByteBudget(), resolver=RESOLVER)
     async with await asyncio.start_server(serve, "127.0.0.1", 0, ssl=tls) as listening:
         url = f"https://127.0.0.1:{listening.sockets[0].getsockname()[1]}/"
         for _ in range(3):
@@ -420,20 +402,9 @@ async def test_what_comes_unasked_answers_nothing_over_tls(
         await made.close()
 
 
-async def test_a_plain_call_that_meets_a_closed_connection_connects_anew(server: Server) -> None:
-    """Also one that may not be asked twice."""
-    made = PlainCalls(tls=ResumingContext(), budget=ByteBudget(), resolver=RESOLVER)
-    server.answer = Server.say(OK, close=True)
-    for number in range(1, 4):
-        await made.exchange(server.url, Request("x", "", {}, b"{}", repeatable=False), 5)
-        await until(lambda: server.open == 0, "it is closed")
-        assert server.connections == number
-    await made.close()
-
-
 @pytest.mark.parametrize("loop", LOOPS)
 @pytest.mark.parametrize("cancelled", [True, False])
-def test_a_plain_call_that_is_given_up_in_its_handshake_leaves_no_connection(loop: str, cancelled: bool) -> None:
+def test_a_call_that_is_given_up_in_its_handshake_leaves_no_connection(loop: str, cancelled: bool) -> None:
     connections: list[asyncio.StreamWriter] = []
     ended = 0
 
@@ -447,7 +418,7 @@ def test_a_plain_call_that_is_given_up_in_its_handshake_leaves_no_connection(loo
         writer.close()
 
     async def talk() -> None:
-        made = PlainCalls(tls=ResumingContext(), budget=ByteBudget(), resolver=RESOLVER)
+        made = Transport(tls=ResumingContext(), budget=ByteBudget(), resolver=RESOLVER)
         async with await asyncio.start_server(serve, "127.0.0.1", 0) as listening:
             url = f"https://127.0.0.1:{listening.sockets[0].getsockname()[1]}/"
             asking = asyncio.create_task(post(made, url, timeout_s=10 if cancelled else 0.3))
@@ -463,7 +434,7 @@ def test_a_plain_call_that_is_given_up_in_its_handshake_leaves_no_connection(loo
         runner.run(talk())
 
 
-async def test_thousands_of_plain_calls_hold_up_none(server: Server) -> None:
+async def test_thousands_of_calls_hold_up_none(server: Server) -> None:
     """Logins are held for half a minute each; a start notifies of thousands of bots."""
     parked = asyncio.Event()
 
@@ -473,7 +444,7 @@ async def test_thousands_of_plain_calls_hold_up_none(server: Server) -> None:
         await Server.say(OK)(writer)
 
     server.answer = answer
-    made = PlainCalls(tls=ResumingContext(), budget=ByteBudget(), resolver=RESOLVER)
+    made = Transport(tls=ResumingContext(), budget=ByteBudget(), resolver=RESOLVER)
     logins = [asyncio.create_task(post(made, server.url)) for _ in range(300)]
     await until(lambda: len(server.heads) == 300, "they are parked")
     for _ in range(100):
@@ -484,7 +455,7 @@ async def test_thousands_of_plain_calls_hold_up_none(server: Server) -> None:
     await made.close()
 
 
-async def test_a_kept_connection_that_the_server_closed_is_not_used(server: Server, own: HotCalls) -> None:
+async def test_a_kept_connection_that_the_server_closed_is_not_used(server: Server, transport: Transport) -> None:
     """Else a send would be uncertain for nothing."""
 
     async def answer(writer: asyncio.StreamWriter) -> None:
@@ -494,14 +465,16 @@ async def test_a_kept_connection_that_the_server_closed_is_not_used(server: Serv
 
     server.answer = answer
     for number in range(1, 4):
-        await post(own, server.url)
-        await until(lambda: not any(c.is_usable for idle in own._idle.values() for c in idle), "the close is seen")
+        await post(transport, server.url)
+        await until(
+            lambda: not any(c.is_usable for idle in transport._idle.values() for c in idle), "the close is seen"
+        )
         assert server.connections == number
 
 
 @pytest.mark.parametrize("repeatable", [True, False])
 async def test_what_meets_a_connection_that_closes_is_asked_once_more(
-    server: Server, transport: HotCalls | PlainCalls, repeatable: bool
+    server: Server, transport: Transport, repeatable: bool
 ) -> None:
     """A server may close after each answer and say so in none. Polls failed then, and the tries of a dead token, of
     which each begins with a notifystart, for ever. A send may count twice: it is the sender's to repeat it."""
@@ -524,7 +497,7 @@ async def test_what_meets_a_connection_that_closes_is_asked_once_more(
 
 
 async def test_what_meets_nothing_but_closed_doors_is_not_asked_for_ever(
-    server: Server, transport: HotCalls | PlainCalls
+    server: Server, transport: Transport
 ) -> None:
     await post(transport, server.url)
     server.answer = hang_up
@@ -535,22 +508,22 @@ async def test_what_meets_nothing_but_closed_doors_is_not_asked_for_ever(
 
 @pytest.mark.parametrize("how", ["late", "half answered"])
 async def test_what_was_being_answered_is_not_asked_once_more(
-    monkeypatch: pytest.MonkeyPatch, server: Server, own: HotCalls, how: str
+    monkeypatch: pytest.MonkeyPatch, server: Server, transport: Transport, how: str
 ) -> None:
     """A poll that is cut in its hold was no stale connection's: it fails, and the next one waits for its turn."""
-    await post(own, server.url)
+    await post(transport, server.url)
     if how == "late":
         monkeypatch.setattr("adapter.ilink.transport.STALE_S", 0.0)
         server.answer = hang_up
     else:
         server.answer = Server.say(b"HTTP/1.1 200", close=True)
     with pytest.raises(Uncertain):
-        await post(own, server.url)
+        await post(transport, server.url)
     assert len(server.heads) == 2
 
 
 async def test_a_kept_connection_without_an_answer_makes_idle_ones_of_its_age_doubtful(
-    server: Server, transport: HotCalls | PlainCalls
+    server: Server, transport: Transport
 ) -> None:
     """A box on the way may have forgotten them all, without a word: the repeat of a send would be lost, too."""
     together = asyncio.Event()
@@ -576,7 +549,7 @@ async def test_a_kept_connection_without_an_answer_makes_idle_ones_of_its_age_do
 
 
 async def test_idle_connections_are_closed_in_time(
-    server: Server, transport: HotCalls | PlainCalls, monkeypatch: pytest.MonkeyPatch
+    server: Server, transport: Transport, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("adapter.ilink.transport.KEPT_S", 0.05)
     await asyncio.gather(*(post(transport, server.url) for _ in range(5)))
@@ -586,16 +559,14 @@ async def test_idle_connections_are_closed_in_time(
     assert (await post(transport, server.url)).status == 200
 
 
-async def test_a_head_without_end_is_not_read(server: Server, transport: HotCalls | PlainCalls) -> None:
+async def test_a_head_without_end_is_not_read(server: Server, transport: Transport) -> None:
     server.answer = Server.say(b"HTTP/1.1 200 OK\r\n" + b"X-Filler: 0123456789\r\n" * 10_000)
     with pytest.raises(Uncertain):
         await post(transport, server.url)
 
 
 @pytest.mark.parametrize("more", [b"X-%d: 1\r\n", b"X: " + b"x" * 50_000], ids=["many", "long"])
-async def test_trailers_without_end_are_not_read(
-    server: Server, transport: HotCalls | PlainCalls, more: bytes
-) -> None:
+async def test_trailers_without_end_are_not_read(server: Server, transport: Transport, more: bytes) -> None:
     sent = 0
 
     async def pour(writer: asyncio.StreamWriter) -> None:
@@ -611,14 +582,14 @@ async def test_trailers_without_end_are_not_read(
         await post(transport, server.url, timeout_s=5.0)
 
 
-async def test_a_trailer_changes_nothing_that_the_head_says(server: Server, transport: HotCalls | PlainCalls) -> None:
+async def test_a_trailer_changes_nothing_that_the_head_says(server: Server, transport: Transport) -> None:
     chunks = b"2\r\n{}\r\n0\r\nContent-Encoding: gzip\r\nRetry-After: 9\r\n\r\n"
     server.answer = Server.say(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n" + chunks)
     reply = await post(transport, server.url)
     assert (reply.body, "retry-after" in reply.headers) == (b"{}", False)
 
 
-async def test_a_body_without_end_is_not_read(server: Server, transport: HotCalls | PlainCalls) -> None:
+async def test_a_body_without_end_is_not_read(server: Server, transport: Transport) -> None:
     async def drip(writer: asyncio.StreamWriter) -> None:
         writer.write(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n")
         while not writer.is_closing():
@@ -633,17 +604,14 @@ async def test_a_body_without_end_is_not_read(server: Server, transport: HotCall
 
 
 @pytest.mark.parametrize("value", ["a\r\nX-Evil: 1", "a\nX-Evil: 1", "a\rb", "a\0b"])
-async def test_a_header_cannot_become_two(server: Server, transport: HotCalls | PlainCalls, value: str) -> None:
+async def test_a_header_cannot_become_two(server: Server, transport: Transport, value: str) -> None:
     with pytest.raises(Temporary):
         await transport.exchange(server.url, Request("x", "", {"Authorization": value}, b"{}"), 5)
     assert server.heads == []
 
 
-@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("kept", [False, True])
-async def test_what_may_not_be_sent_any_more_does_not_leave(
-    server: Server, kind: type[HotCalls] | type[PlainCalls], kept: bool
-) -> None:
+async def test_what_may_not_be_sent_any_more_does_not_leave(server: Server, kept: bool) -> None:
     """Connecting takes its time, in which a shard may be lost: asked once the connection is there."""
     asked: list[str] = []
 
@@ -656,7 +624,7 @@ async def test_what_may_not_be_sent_any_more_does_not_leave(
         raise LeaseLost("lease_lost")
 
     resolver = Resolver(("one.example",), look_up=look_up)
-    made = kind(tls=ResumingContext(), budget=ByteBudget(), resolver=resolver)
+    made = Transport(tls=ResumingContext(), budget=ByteBudget(), resolver=resolver)
     url = server.url.replace("127.0.0.1", "one.example")
     try:
         if kept:
@@ -670,7 +638,7 @@ async def test_what_may_not_be_sent_any_more_does_not_leave(
 
 
 async def test_a_query_is_sent_as_it_is_and_a_get_has_no_body(server: Server) -> None:
-    made = PlainCalls(tls=ResumingContext(), budget=ByteBudget(), resolver=RESOLVER)
+    made = Transport(tls=ResumingContext(), budget=ByteBudget(), resolver=RESOLVER)
     await made.exchange(server.url, Request("x", "?qrcode=a%2Fb&x=1?2", {}, b"", "GET"), 5)
     await made.close()
     (head,) = server.heads
@@ -678,15 +646,12 @@ async def test_a_query_is_sent_as_it_is_and_a_get_has_no_body(server: Server) ->
     assert b"Content-" not in head
 
 
-@pytest.mark.parametrize("kind", KINDS)
-async def test_the_next_address_is_tried_where_one_does_not_take_the_connection(
-    server: Server, kind: type[HotCalls] | type[PlainCalls]
-) -> None:
+async def test_the_next_address_is_tried_where_one_does_not_take_the_connection(server: Server) -> None:
     async def look_up(host: str, port: int) -> list[str]:
         return ["::1", "127.0.0.1"]
 
     resolver = Resolver(("two.example",), look_up=look_up)
-    made = kind(tls=ResumingContext(), budget=ByteBudget(), resolver=resolver)
+    made = Transport(tls=ResumingContext(), budget=ByteBudget(), resolver=resolver)
     try:
         assert (await post(made, server.url.replace("127.0.0.1", "two.example"))).status == 200
     finally:
@@ -694,10 +659,7 @@ async def test_the_next_address_is_tried_where_one_does_not_take_the_connection(
     assert b"\r\nHost: two.example:" in server.heads[0]
 
 
-@pytest.mark.parametrize("kind", KINDS)
-async def test_a_name_is_asked_for_once_by_many_and_again_after_a_failure(
-    server: Server, kind: type[HotCalls] | type[PlainCalls]
-) -> None:
+async def test_a_name_is_asked_for_once_by_many_and_again_after_a_failure(server: Server) -> None:
     asked: list[str] = []
 
     async def look_up(host: str, port: int) -> list[str]:
@@ -708,7 +670,7 @@ async def test_a_name_is_asked_for_once_by_many_and_again_after_a_failure(
         return ["127.0.0.1"]
 
     resolver = Resolver(("one.example",), look_up=look_up)
-    made = kind(tls=ResumingContext(), budget=ByteBudget(), resolver=resolver)
+    made = Transport(tls=ResumingContext(), budget=ByteBudget(), resolver=resolver)
     url = server.url.replace("127.0.0.1", "one.example")
     try:
         failed = await asyncio.gather(*(post(made, url) for _ in range(5)), return_exceptions=True)
@@ -725,12 +687,12 @@ async def test_a_name_is_asked_for_once_by_many_and_again_after_a_failure(
 
 async def test_a_server_that_does_not_take_the_connection_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
     """Its queue of connections is full, so that nothing answers."""
-    monkeypatch.setattr("adapter.ilink.hot_calls.CONNECT_S", 0.2)
+    monkeypatch.setattr("adapter.ilink.transport.CONNECT_S", 0.2)
     with socket.socket() as listening:
         listening.bind(("127.0.0.1", 0))
         listening.listen(0)
         port = listening.getsockname()[1]
-        made = HotCalls(tls=ResumingContext(), budget=ByteBudget(), resolver=RESOLVER)
+        made = Transport(tls=ResumingContext(), budget=ByteBudget(), resolver=RESOLVER)
         fillers = [socket.socket() for _ in range(4)]
         for filler in fillers:
             filler.setblocking(False)
@@ -754,9 +716,7 @@ async def keep_silent(_: asyncio.StreamWriter) -> None:
 
 
 @pytest.mark.parametrize("fault", ["refused", "hung up", "silent", "no TLS", "no time to connect"])
-async def test_a_request_that_fails_leaves_no_garbage(
-    server: Server, transport: HotCalls | PlainCalls, fault: str
-) -> None:
+async def test_a_request_that_fails_leaves_no_garbage(server: Server, transport: Transport, fault: str) -> None:
     """What refers to itself waits for the collector, and thousands of bots fail again and again in an outage."""
     url, timeout_s = server.url, 0.05
     match fault:
@@ -816,7 +776,6 @@ def test_an_answer_may_come_in_any_pieces(cuts: list[int]) -> None:
     assert usable
 
 
-@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("loop", LOOPS)
 @pytest.mark.parametrize("newest", [ssl.TLSVersion.TLSv1_2, ssl.TLSVersion.TLSv1_3])
 @pytest.mark.parametrize("closes", [b"", b"Connection: close\r\n"])
@@ -826,7 +785,6 @@ def test_who_was_spoken_with_need_not_show_its_certificates_again(
     loop: str,
     newest: ssl.TLSVersion,
     closes: bytes,
-    kind: type[HotCalls] | type[PlainCalls],
 ) -> None:
     """Over TLS: the first connection, one that resumes it, and after each that fails one that begins afresh."""
     authority = Authority(tmp_path)
@@ -851,7 +809,7 @@ def test_who_was_spoken_with_need_not_show_its_certificates_again(
     """Of connections that fail, one in its handshake, one after it."""
 
     async def talk() -> None:
-        transport = kind(tls=ResumingContext(), budget=ByteBudget(), resolver=RESOLVER)
+        transport = Transport(tls=ResumingContext(), budget=ByteBudget(), resolver=RESOLVER)
         port = free_port()
         url = f"https://127.0.0.1:{port}/"
         async with await asyncio.start_server(serve, "127.0.0.1", port, ssl=tls):
@@ -870,12 +828,11 @@ def test_who_was_spoken_with_need_not_show_its_certificates_again(
     assert resumed == [False, True, False, False]
 
 
-@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("loop", LOOPS)
 @pytest.mark.parametrize("begins", [b"", b"HTTP/1.1 400 Bad Request\r\n\r\n"], ids=["nothing", "no TLS"])
 @pytest.mark.parametrize("hangs_up", [True, False])
 def test_tls_that_does_not_come_about_is_one_failure_and_no_crash(
-    loop: str, begins: bytes, kind: type[HotCalls] | type[PlainCalls], *, hangs_up: bool
+    loop: str, begins: bytes, *, hangs_up: bool
 ) -> None:
     """The loop logs what a callback raises: in an outage, for each of thousands of bots."""
     crashes: list[str] = []
@@ -889,7 +846,7 @@ def test_tls_that_does_not_come_about_is_one_failure_and_no_crash(
 
     async def talk() -> None:
         asyncio.get_running_loop().set_exception_handler(lambda _, what: crashes.append(str(what["exception"])))
-        transport = kind(tls=ResumingContext(), budget=ByteBudget(), resolver=RESOLVER)
+        transport = Transport(tls=ResumingContext(), budget=ByteBudget(), resolver=RESOLVER)
         async with await asyncio.start_server(serve, "127.0.0.1", 0) as listening:
             with pytest.raises(Temporary):
                 await post(transport, f"https://127.0.0.1:{listening.sockets[0].getsockname()[1]}/", timeout_s=0.1)
