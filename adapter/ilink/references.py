@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, TypeAlias, TypeVar
+from typing import TypeAlias, TypeVar
 
 import msgspec
 
@@ -17,39 +17,20 @@ Quoted: TypeAlias = tuple[Quote, Reference]
 KINDS = {wire.TEXT: "text", wire.IMAGE: "image", wire.VOICE: "voice", wire.FILE: "file", wire.VIDEO: "video"}
 
 
-class _Named(msgspec.Struct):
-    file_name: str | None = None
-
-
-class _Ident(msgspec.Struct):
-    msg_id: Any = None
-
-
-class _Quoted(msgspec.Struct):
-    """A quoted item, which often has only an id."""
-
-    type: int | None = None
-    msg_id: int | str | None = None
-    text_item: wire.TextPayload | None = None
-    voice_item: wire.VoicePayload | None = None
-    file_item: _Named | None = None
-
-
 def read_reference(raw: bytes) -> Quoted | None:
     """The quote, and where to find the rest of its text; None: no quote. Never raises."""
     ref = _decode_or_none(raw, wire.RefMessage) if raw not in (b"", b"null") else None
     if ref is None:
         return None
-    item = _decode_or_none(bytes(ref.message_item), _Quoted) or _Quoted()
+    item = _decode_or_none(bytes(ref.message_item), wire.Item) or wire.Item()
     partial = _decode_or_none(bytes(ref.partial_text), wire.PartialText)
     ids = tuple(dict.fromkeys(ident for ident in (as_id(ref.svr_id), as_id(item.msg_id)) if ident))
     kind = KINDS.get(item.type or 0, "")
     text = _text_of(item)
     part = _read_part(partial)
-    title = ref.title if isinstance(ref.title, str) else ""
     shown = (
-        title
-        or placeholder_summary(kind, (item.file_item and item.file_item.file_name) or "")
+        text_or_empty(ref.title)
+        or placeholder_summary(kind, text_or_empty(item.file_item.file_name) if item.file_item else "")
         or _describe_span(part)
     )
     if not (ids or text or shown):
@@ -59,12 +40,6 @@ def read_reference(raw: bytes) -> Quoted | None:
     return resolve_quote(quote, reference, None), reference
 
 
-def ident_of(raw: bytes) -> object:
-    """The id of an unreadable item; None: it has none."""
-    item = _decode_or_none(raw, _Ident)
-    return item.msg_id if item else None
-
-
 def _decode_or_none(raw: bytes, kind: type[T]) -> T | None:
     try:
         return msgspec.json.decode(raw, type=kind, strict=False)
@@ -72,7 +47,7 @@ def _decode_or_none(raw: bytes, kind: type[T]) -> T | None:
         return None
 
 
-def _text_of(item: _Quoted) -> str:
+def _text_of(item: wire.Item) -> str:
     if item.text_item is not None:
         return item.text_item.text or ""
     return transcript_of(item.voice_item) if item.voice_item is not None else ""
@@ -81,13 +56,11 @@ def _text_of(item: _Quoted) -> str:
 def transcript_of(voice: wire.VoicePayload) -> str:
     """WeChat's speech-to-text from either of its two places; "": none."""
     nested = voice.text_item.get("text") if isinstance(voice.text_item, dict) else ""
-    return next((text for text in map(_text_or_empty, (voice.text, nested)) if text), "")
+    return next((text for text in map(text_or_empty, (voice.text, nested)) if text), "")
 
 
-def _text_or_empty(value: object) -> str:
-    """A text, possibly written as a number; "" for any other type."""
-    is_text = isinstance(value, (str, int, float)) and not isinstance(value, bool)
-    return str(value) if is_text else ""
+def text_or_empty(value: object) -> str:
+    return value if isinstance(value, str) else ""
 
 
 def _read_part(partial: wire.PartialText | None) -> Part | None:

@@ -5,9 +5,8 @@ docs/reference/ilink-protocol.md, "Messages", has their fields.
 
 from __future__ import annotations
 
-import collections
 from collections.abc import Sequence
-from typing import Any, NamedTuple, Protocol, TypeVar
+from typing import NamedTuple, TypeVar
 
 import msgspec
 
@@ -15,11 +14,10 @@ from adapter.content.dedup import MessageKeys
 from adapter.content.media import NO_NAMES
 from adapter.content.quotes import as_id, kind_of
 from adapter.contract import messages as contract
-from adapter.contract.names import digest
 from adapter.errors import UNDECODABLE, Refused, Unreadable
 from adapter.ilink import wire
 from adapter.ilink.cipher import read_key
-from adapter.ilink.references import Quoted, ident_of, read_reference, transcript_of
+from adapter.ilink.references import Quoted, read_reference, text_or_empty, transcript_of
 from adapter.kit.json_repair import as_utf8, decode_fields
 from adapter.ports import InboundMessage, MediaRef
 
@@ -37,10 +35,6 @@ CHATROOM_SUFFIX = "@chatroom"
 LARGEST = 262_144
 """Largest message that is decoded, in bytes: sixteen times the longest text that WeChat is known to send."""
 MOST_ITEMS = 1000
-FIELD_BYTES = 2 * wire.OPAQUE_CHARS
-"""Longest field that is read of a larger message; a context token may be as long."""
-_LONG = collections.defaultdict(lambda: b"null", group_id=b'"?"')
-"""Replacement of longer fields. A group whose id is not read still counts as a group."""
 MAX_FILE_NAME = 255
 """Characters; phones' file systems allow no longer names."""
 PASSING = frozenset({"create_time_ms", "update_time_ms", "msg_id", "is_completed"})
@@ -60,11 +54,11 @@ IDLE = frozenset({"button_item_list", "at_bot_username_list"})
 def read_message(raw: bytes) -> InboundMessage:
     """Translates one message, with defaults for fields of a wrong type.
 
-    The work is bounded: of a message that is too large or has too many items, only the head is read. Raises
-    Unreadable for a message that is no JSON object or has no user, unless it is an echo.
+    Raises Unreadable for a message that is too large, has too many items, is no JSON object or has no user, unless it
+    is an echo.
     """
     if len(raw) > LARGEST:
-        return _read_head(raw, raw, f"The message has {len(raw)} bytes.")
+        raise Unreadable("unreadable", f"The message has {len(raw)} bytes.")
     try:
         return _read_plain(raw, _PLAIN.decode(raw))
     except UNDECODABLE:
@@ -105,7 +99,7 @@ def _read_whole(raw: bytes) -> InboundMessage:
     except UNDECODABLE as exc:
         raise Unreadable("unreadable", str(exc)[:200]) from exc
     if len(message.item_list or ()) > MOST_ITEMS:
-        return _read_head(raw, readable, "The message has too many items.")
+        raise Unreadable("unreadable", "The message has too many items.")
     user = _sender_of(message)
     sent_at_ms = _time_ms(message.create_time_ms)
     items: list[contract.InboundItem] = []
@@ -174,7 +168,7 @@ def _read_item(raw: msgspec.Raw, index: int) -> _TranslatedItem:
         item, misfits = _decode_fast(bytes(raw), _ITEM, wire.Item)
     except UNDECODABLE:
         malformed = contract.UnsupportedItem(type=0, reason="malformed")
-        return _TranslatedItem(malformed, ident=ident_of(bytes(raw)), content=content, misfits=[""])
+        return _TranslatedItem(malformed, content=content, misfits=[""])
     quote = read_reference(bytes(item.ref_msg))
     read = _translate_item(item, index)
     lost = contract.TextItem if "text_item.text" in misfits else contract.UnsupportedItem
@@ -209,7 +203,7 @@ def _translate_item(item: wire.Item, index: int) -> _TranslatedItem:
                 contract.VoiceItem(transcript=transcript, duration_ms=length, reason=reason), transcript, fetch=fetch
             )
         case wire.FILE if item.file_item is not None:
-            name = _text_or_empty(item.file_item.file_name)[:MAX_FILE_NAME]
+            name = text_or_empty(item.file_item.file_name)[:MAX_FILE_NAME]
             name = "" if name in NO_NAMES else name
             fetch, reason = _read_media(item.file_item, index, name)
             return _TranslatedItem(contract.FileItem(name=name, reason=reason), fetch=fetch)
@@ -221,18 +215,13 @@ def _translate_item(item: wire.Item, index: int) -> _TranslatedItem:
             return _TranslatedItem(contract.UnsupportedItem(type=kind))
 
 
-class _Payload(Protocol):
-    media: Any
-    aeskey: Any
-
-
-def _read_media(payload: _Payload, index: int, name: str = "") -> tuple[MediaRef | None, str]:
+def _read_media(payload: wire.MediaPayload, index: int, name: str = "") -> tuple[MediaRef | None, str]:
     """The location of the media; or None and the reason why they cannot be downloaded."""
     try:
         media = msgspec.convert(payload.media, wire.Media)
     except msgspec.ValidationError:
         return None, "reference"
-    url, reference = _text_or_empty(media.full_url), _text_or_empty(media.encrypt_query_param)
+    url, reference = text_or_empty(media.full_url), text_or_empty(media.encrypt_query_param)
     if not url and not reference:
         return None, "reference"
     try:
@@ -247,10 +236,6 @@ def _key_or_none(value: object) -> str | None:
     return value if isinstance(value, str) or value is None else "?"
 
 
-def _text_or_empty(value: object) -> str:
-    return value if isinstance(value, str) else ""
-
-
 def _duration_ms(value: object) -> int | None:
     """Milliseconds; None: no valid duration."""
     if isinstance(value, str) and value.isascii() and value.isdigit() and len(value) < 16:
@@ -261,33 +246,6 @@ def _duration_ms(value: object) -> int | None:
 def _context_token(value: object) -> str:
     """The context token; "" if it is missing or too long for the bus, which would refuse its record for ever."""
     return value if isinstance(value, str) and len(value) <= wire.OPAQUE_CHARS else ""
-
-
-def _read_head(raw: bytes, readable: bytes, why: str) -> InboundMessage:
-    """Translates the head of a message that is too large; the message becomes an unsupported item and a dead
-    letter."""
-    try:
-        unread = msgspec.structs.asdict(msgspec.json.decode(readable, type=wire.RawHead))
-        found = {name: bytes(value) if len(value) <= FIELD_BYTES else _LONG[name] for name, value in unread.items()}
-        head = b"{%b}" % b",".join(b'"%b":%b' % (name.encode(), value) for name, value in found.items())
-        message, _ = decode_fields(as_utf8(head), wire.Message)
-    except UNDECODABLE as exc:
-        raise Unreadable("unreadable", why) from exc
-    user, sent_at_ms = _sender_of(message), _time_ms(message.create_time_ms)
-    return InboundMessage(
-        keys=keys_of(message, user, sent_at_ms, digest(raw)),
-        user=user,
-        sent_at_ms=sent_at_ms,
-        context_token=_context_token(message.context_token),
-        text="",
-        items=[contract.UnsupportedItem(type=0, reason="too_large")],
-        quote=None,
-        echo=message.message_type == wire.BOT,
-        group=_is_group(message, user),
-        raw=raw,
-        broken=why,
-        kind="unsupported",
-    )
 
 
 def _sender_of(message: wire.PlainMessage | wire.Message) -> str:

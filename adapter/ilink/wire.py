@@ -103,30 +103,24 @@ class Media(msgspec.Struct):
     full_url: Any = None
 
 
-class ImagePayload(msgspec.Struct):
+class MediaPayload(msgspec.Struct):
     """4.3. `aeskey` is hex, and preferred to the key in `media`."""
 
     media: Any = None
     aeskey: Any = None
 
 
-class VoicePayload(msgspec.Struct):
-    media: Any = None
-    aeskey: Any = None
+class VoicePayload(MediaPayload):
     text: Any = None
     text_item: Any = None
     playtime: Any = None
 
 
-class FilePayload(msgspec.Struct):
-    media: Any = None
-    aeskey: Any = None
+class FilePayload(MediaPayload):
     file_name: Any = None
 
 
-class VideoPayload(msgspec.Struct):
-    media: Any = None
-    aeskey: Any = None
+class VideoPayload(MediaPayload):
     play_length: Any = None
 
 
@@ -153,7 +147,7 @@ class Item(msgspec.Struct):
     type: int | None = None
     msg_id: int | str | None = None
     text_item: TextPayload | None = None
-    image_item: ImagePayload | None = None
+    image_item: MediaPayload | None = None
     voice_item: VoicePayload | None = None
     file_item: FilePayload | None = None
     video_item: VideoPayload | None = None
@@ -207,16 +201,3 @@ class Message(Head, kw_only=True):
 
     from_user_id: str | None = None
     item_list: list[msgspec.Raw] | None = None
-
-
-class RawHead(msgspec.Struct):
-    """Sender and ids of a message, undecoded."""
-
-    message_id: msgspec.Raw = msgspec.Raw(b"null")
-    client_id: msgspec.Raw = msgspec.Raw(b"null")
-    seq: msgspec.Raw = msgspec.Raw(b"null")
-    from_user_id: msgspec.Raw = msgspec.Raw(b"null")
-    create_time_ms: msgspec.Raw = msgspec.Raw(b"null")
-    message_type: msgspec.Raw = msgspec.Raw(b"null")
-    context_token: msgspec.Raw = msgspec.Raw(b"null")
-    group_id: msgspec.Raw = msgspec.Raw(b"null")

@@ -438,7 +438,7 @@ async def test_the_poller_stops_at_so_much_that_is_not_dispatched(
     assert (stored in (polled, polled + 1), said(bench)) == (True, [])
     gate.set()
     await asyncio.sleep(30)
-    assert len(bench.bus.inbound()) == answers + 1
+    assert len(bench.bus.inbound()) + len(bench.bus.found("DEAD")) == answers + 1  # half a MiB is not read
 
 
 @pytest.mark.parametrize("now", [False, True], ids=["at a boundary", "at once"])
