@@ -118,7 +118,6 @@ TRIED = {
     "jetstream/client.py": 4,
     "logins/registry.py": 1,
     "observability/logs.py": 4,
-    "logins/qr.py": 1,
     "kit/json_repair.py": 4,
     "contract/names.py": 3,
     "conversation/commands.py": 3,

@@ -591,17 +591,11 @@ class Login(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     sandbox: str
     status: LoginStatus
     code: Annotated[int, Meta(description="Number of the QR code, from 1.")] = 1
-    qrcode_url: Annotated[
-        str,
-        Meta(description="The text to encode as a QR code, or a `data:` URL of its picture; empty at the end."),
-    ] = ""
-    qrcode_text: Annotated[
-        str,
-        Meta(description="The code drawn for a terminal, dark on light by ANSI colours; for a picture, a sentence."),
-    ] = ""
-    qrcode_png: Annotated[
-        str, Meta(description="The code as base64 PNG, if requested; empty for a picture in another format.")
-    ] = ""
+    qrcode_url: Annotated[str, Meta(description="The text to encode as a QR code; empty at the end.")] = ""
+    qrcode_text: Annotated[str, Meta(description="The code drawn for a terminal, dark on light by ANSI colours.")] = (
+        ""
+    )
+    qrcode_png: Annotated[str, Meta(description="The code as base64 PNG, if requested.")] = ""
     expires_at_ms: Annotated[int, Meta(description="When the whole login ends.")] = 0
     bot: str = ""
     user: str = ""

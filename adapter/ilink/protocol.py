@@ -36,7 +36,7 @@ A = TypeVar("A", bound=wire.WireReply)
 ANSWER_BYTES = 4 << 20
 """Largest unpacked answer to a poll: some thousand messages of about a kilobyte."""
 OTHER_BYTES = 262_144
-"""Largest answer to any other call. A QR code as a picture has a quarter of it."""
+"""Largest answer to any other call."""
 REPAIRED_BYTES = 1 << 20
 """Largest invalid answer to a poll that is repaired."""
 REPAIRED_AT_ONCE_BYTES = 8_192
@@ -54,8 +54,6 @@ ID_CHARS = 128
 """Longest message id; a uint64 has 20 digits."""
 QR_CHARS = 4096
 """Longest content of a QR code; a code of capitals and digits holds 4,296 characters."""
-QR_PICTURE_CHARS = 65_536
-"""Longest `data:` URL with a picture of a code."""
 TOKENS_LISTED = 10
 """Most tokens in `local_token_list`."""
 STATUSES: tuple[str, ...] = get_args(ScanStatus)
@@ -384,11 +382,10 @@ def read_typing(reply: Reply) -> None:
 
 
 def read_qrcode(reply: Reply) -> QrCode:
-    """Raises Temporary for any answer without a code. The content of a picture is not checked."""
+    """Raises Temporary for any answer without a code."""
     answer = _read_login(reply, wire.QrCode)
     handle, url = answer.qrcode or "", answer.qrcode_img_content or ""
-    longest = QR_PICTURE_CHARS if url.startswith("data:") else QR_CHARS
-    if not 0 < len(handle) <= URL_CHARS or not PLAIN_URL.fullmatch(url) or len(url) > longest:
+    if not 0 < len(handle) <= URL_CHARS or not PLAIN_URL.fullmatch(url) or len(url) > QR_CHARS:
         raise Temporary("unreadable", "the answer holds no QR code")
     return QrCode(handle, url)
 

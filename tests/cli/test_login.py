@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import base64
 import os
 import pty
 import re
@@ -19,11 +18,8 @@ import pytest
 from adapter.cli.demo import demo_settings
 from adapter.cli.embedded import EmbeddedNats
 from adapter.cli.lifetime import adapter_running
-from adapter.cli.login import _View
-from adapter.contract.messages import Login
 from adapter.logins.qr import DARK_ON_LIGHT, PLAIN, terminal_text
-from adapter.logins.qr import png_base64 as picture
-from adapter.simulator import FaultRule, Simulator, SimulatorSettings, samples
+from adapter.simulator import FaultRule, Simulator, SimulatorSettings
 from tests.cli.conftest import Command
 from tests.cli.process import started, until
 
@@ -242,31 +238,3 @@ async def typed(main: int, words: bytes) -> bytes:
 async def test_url_stands_alone(cli: Command) -> None:
     assert (await cli("login", "s1", "--url", "--json")).code == 2
     assert (await cli("login", "S1")).code == 2
-
-
-def test_a_code_that_is_a_picture_is_written_or_said_to_be_one(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """iLink's own code, where it is a picture: no terminal can draw it."""
-    png, jpeg = (
-        f"data:{mime};base64,{base64.b64encode(content).decode()}"
-        for mime, content in (("image/png", samples.png(64, 64)), ("image/jpeg", samples.jpeg(64, 64)))
-    )
-    for url, path in ((png, None), (png, tmp_path / "a.png"), (jpeg, tmp_path / "b.png")):
-        _View(path).show_code(
-            Login(
-                login="x",
-                sandbox="s1",
-                status="wait",
-                qrcode_url=url,
-                qrcode_text=terminal_text(url),
-                qrcode_png=picture(url) if path else "",
-            )
-        )
-    drawn, written, other = capsys.readouterr().out.splitlines()
-    assert "a picture (image/png)" in drawn
-    assert "--png" in drawn
-    assert "a.png" in written
-    assert (tmp_path / "a.png").read_bytes() == samples.png(64, 64)
-    assert "a picture (image/jpeg)" in other
-    assert not (tmp_path / "b.png").exists()

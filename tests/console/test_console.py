@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-import base64
 import contextlib
-import html
 import re
 import socket
 import time
@@ -25,11 +23,9 @@ from adapter.conversation.record import VERSION
 from adapter.errors import BusRefused, SettingsError, Temporary
 from adapter.logins.registry import LoginRegistry
 from adapter.ownership.replica_status import PollerStatus, ReplicaStatus, StatusRequest
-from adapter.ports import QrCode
 from adapter.security.seal import Sealer
 from adapter.services.health import HealthDeps
 from adapter.services.logins import LoginService
-from adapter.simulator import samples
 from tests.fakes import WINDOW, Bench, FakeBucket, FakeClock, FakeLogins
 from tests.hostile import UNSEEN_CHARS
 
@@ -514,15 +510,6 @@ async def test_a_login_shows_its_code_and_no_secret_in_the_address(office: Offic
     assert "Cancelled" in page
     assert "<svg" not in page
     assert place not in (await office.browser.get("/logins")).text
-
-
-async def test_a_code_that_is_a_picture_is_shown_as_one(office: Office) -> None:
-    picture = f"data:image/jpeg;base64,{base64.b64encode(samples.jpeg(64, 64)).decode()}"
-    office.ilink.codes.append(QrCode("q1", picture.replace("image/jpeg", "image/png;x=1")))
-    place = (await office.post("/logins", sandbox="s1")).headers["Location"]
-    page = (await office.browser.get(place)).text
-    assert f'<img src="{picture}"' in html.unescape(page)
-    assert "<svg" not in page
 
 
 async def test_a_wrong_name_is_explained_beside_the_form(office: Office) -> None:

@@ -30,7 +30,6 @@ from adapter.logins.runner import LoginRunner
 from adapter.ports import Entry, Message, QrCode, Scan
 from adapter.security.seal import Sealer
 from adapter.services.logins import LOGIN_S, OPEN_PER_SANDBOX, LoginService
-from adapter.simulator import samples
 from tests.bindings.test_control import NoEraser
 from tests.fakes import Bench, FakeBucket, FakeDelivery, FakeLogins
 
@@ -138,16 +137,6 @@ class Doors:
 @pytest.fixture
 async def doors() -> Doors:
     return Doors()
-
-
-async def test_a_code_that_is_a_picture_is_handed_on(doors: Doors) -> None:
-    content = base64.b64encode(samples.png(64, 64)).decode()
-    doors.ilink.codes.append(QrCode("q1", f"data:image/png;base64,{content}"))
-    login = await doors.start(png=True)
-    assert (login.status, login.qrcode_url, login.qrcode_png) == ("wait", f"data:image/png;base64,{content}", content)
-    doors.ilink.happens("q1", CONFIRMED)
-    await asyncio.sleep(5)
-    assert (await doors.status(login)).status == "confirmed"
 
 
 async def test_a_code_that_fits_no_qr_code_is_refused_in_words_and_another_is_fetched(doors: Doors) -> None:

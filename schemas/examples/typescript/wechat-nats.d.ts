@@ -1,5 +1,5 @@
 /* Messages of the bus, generated from the JSON Schemas here by `make generate`; do not edit.
-   Of: 923df2a16299624e0edb04677af6a186684806939b7f2eee078c71d01fd38a8c */
+   Of: 9590942c1a98d788210c2c5d597e3e8595b4483d79fde4eb2b2ae467acfaf0f0 */
 
 /**
  * Options of a binding.
@@ -460,15 +460,15 @@ export interface Login {
    */
   code?: number;
   /**
-   * The text to encode as a QR code, or a `data:` URL of its picture; empty at the end.
+   * The text to encode as a QR code; empty at the end.
    */
   qrcode_url?: string;
   /**
-   * The code drawn for a terminal, dark on light by ANSI colours; for a picture, a sentence.
+   * The code drawn for a terminal, dark on light by ANSI colours.
    */
   qrcode_text?: string;
   /**
-   * The code as base64 PNG, if requested; empty for a picture in another format.
+   * The code as base64 PNG, if requested.
    */
   qrcode_png?: string;
   /**
