@@ -4,8 +4,8 @@
 is final:
 
 1. Publish the record's step as an event, if it is not published.
-2. Keep one request to iLink for each code that may be scanned (`_sync_requests`), and fetch a new code when the
-   newest one is old.
+2. Keep exactly those requests to iLink in flight that the record needs (`_needed_requests`): one for each code that
+   may be scanned, and one for a new code.
 3. Apply the answers to the record by compare-and-set: scanned, digits needed, redirected, expired, confirmed.
 4. After a confirmation, store the credentials first, since iLink may not give them again. Then publish a bind command
    and wait until it is applied or refused (`_bind`).
@@ -17,7 +17,7 @@ logs a code, digits or a token.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterable
 from typing import Any, NamedTuple
 
 import msgspec
@@ -28,22 +28,25 @@ from adapter.bindings.registry import Bindings
 from adapter.contract import messages as contract
 from adapter.contract.messages import Bind, BindingEvent
 from adapter.contract.names import H_MSG_ID, H_SCHEMA, shard_of
-from adapter.contract.records import Binding, LoginCode, LoginRecord
+from adapter.contract.records import Binding, LoginRecord
 from adapter.errors import BusRefused, Refused, Temporary
 from adapter.kit.timing import Clock, backoff, shield_with_grace
-from adapter.logins.registry import ADVICE, KEEP_ENDED_MS, LoginRegistry, code_of, event_of, fetch_code, tokens_of
+from adapter.logins.qr import check_content
+from adapter.logins.registry import KEEP_ENDED_MS, LoginRegistry
+from adapter.logins.steps import ADVICE, apply_scan, code_of, event_of, next_step, seal_code, with_code
 from adapter.observability.events import BusAccess, read_binding_events, read_last_person_change
 from adapter.observability.metrics import Metrics
 from adapter.ownership.leases import Leases
 from adapter.ports import Logins, Message, QrCode, Scan
-from adapter.security.seal import Sealer, bind_context
+from adapter.security.seal import Sealer, bind_context, login_context
 
 log = structlog.get_logger()
 
 REFRESH_S = 50.0
 """Age at which an unscanned code is replaced; iLink's codes live for one to two minutes."""
 PAUSE_S = 1.0
-"""Pause between two requests about one code (docs/reference/ilink-protocol.md, "Login")."""
+"""Pause after an answer that says nothing new (docs/reference/ilink-protocol.md, "Login")."""
+RETRY_S = 0.5
 BOUND_S = 30.0
 """Longest wait for the bind command to take effect."""
 GRACE_S = 5.0
@@ -66,13 +69,14 @@ class LoginDeps(NamedTuple):
     """Age at which an unscanned code is replaced."""
 
 
-class _ScanRequest(NamedTuple):
-    """A request about a code. `digits`: as sealed in the record."""
+class _Request(NamedTuple):
+    """A request to iLink: about the code `number`; or for another one, once this (0: none) is old."""
 
-    code: LoginCode
-    base_url: str
-    digits: str
-    task: asyncio.Task[Scan | None]
+    number: int
+    is_scan: bool = False
+    base_url: str = ""
+    digits: str = ""
+    """As sealed in the record."""
 
 
 class LoginFlow:
@@ -82,14 +86,7 @@ class LoginFlow:
         self._login = login
         self._deps = deps
         self._published_steps = published_steps
-        self._requests: dict[int, _ScanRequest] = {}
-        """By number of the code."""
-        self._sent_digits: dict[int, str] = {}
-        """Digits of the last request about each code. A repeat with the same ones waits a second."""
-        self._fetch: asyncio.Task[QrCode] | None = None
-        self._failures = 0
-        self._fetch_at = 0.0
-        """Monotonic time before which no code is fetched."""
+        self._requests: dict[_Request, asyncio.Task[Scan | QrCode | None]] = {}
 
     async def run(self) -> None:
         """Raises LeaseLost."""
@@ -99,19 +96,16 @@ class LoginFlow:
                 await self._publish_step(record)
                 if record.is_over:
                     return
+                await self._sync_requests(record)
                 if record.token:
-                    await self._cancel_requests(set())
                     await self._bind(record)
                 elif clock.now_ms() >= record.until_ms:
-                    await self._update_record(self._expire_if_due)
+                    await self._fail_login("time", "", status="expired")
                 else:
-                    await self._sync_requests(record)
                     await self._wait_for_event(record)
                     await shield_with_grace(self._process_answers(), GRACE_S)
         finally:
-            await self._cancel_requests(set())
-            if self._fetch is not None:
-                await end_all([self._fetch])
+            await end_all(list(self._requests.values()))
 
     async def _publish_step(self, record: LoginRecord) -> None:
         """Publishes the step, once per owner. The stream drops it if the previous owner has published it."""
@@ -122,96 +116,77 @@ class LoginFlow:
             await self._deps.access.events.publish_login_event(event_of(self._login, record), step=record.step)
         self._published_steps[self._login] = record.step
 
-    async def _update_record(self, make: Callable[[LoginRecord], LoginRecord | None]) -> None:
+    async def _update_record(self, make: Callable[[LoginRecord], LoginRecord | None]) -> LoginRecord:
         while True:
             try:
-                await self._deps.registry.update(self._login, make)
-                return
+                return await self._deps.registry.update(self._login, make)
             except Temporary as exc:
                 log.warning("login.retrying", login=self._login[:6], reason=exc.reason)
-                await self._deps.clock.sleep(0.5)
+                await self._deps.clock.sleep(RETRY_S)
 
-    async def _fail_login(self, reason: str, detail: str) -> None:
-        def with_failure(record: LoginRecord) -> LoginRecord | None:
-            step = self._deps.registry.next_step
-            return None if record.is_over else step(record, status="failed", reason=reason, detail=detail)
+    async def _fail_login(self, reason: str, detail: str, *, status: str = "failed") -> None:
+        def failed(record: LoginRecord) -> LoginRecord | None:
+            if record.is_over or (status == "expired" and record.token):
+                return None
+            return next_step(record, status=status, reason=reason, detail=detail)
 
-        await self._update_record(with_failure)
-
-    def _expire_if_due(self, record: LoginRecord) -> LoginRecord | None:
-        if record.is_over or record.token:
-            return None
-        return self._deps.registry.next_step(record, status="expired", reason="time")
+        await self._update_record(failed)
 
     # requests ---------------------------------------------------------------------------------------
 
+    def _needed_requests(self, record: LoginRecord) -> set[_Request]:
+        """While digits are awaited no request is made, as in the official client: how iLink treats a request without
+        them is unknown."""
+        if record.token or (record.status == "need_verify_code" and not record.digits):
+            return set()
+        needed = {_Request(code.number, True, record.base_url, record.digits) for code in record.codes}
+        if record.status == "wait":
+            needed.add(_Request(record.number if code_of(record, record.number) else 0))
+        return needed
+
     async def _sync_requests(self, record: LoginRecord) -> None:
-        """Keeps exactly those requests in flight that the record needs.
+        needed, requests = self._needed_requests(record), self._requests
+        # the answer of one that is done is processed first
+        obsolete = [request for request, task in requests.items() if request not in needed and not task.done()]
+        await end_all([requests.pop(request) for request in obsolete])
+        for request in needed - requests.keys():
+            work = self._read_scan(record, request) if request.is_scan else self._fetch_code(record)
+            requests[request] = asyncio.get_running_loop().create_task(work)
 
-        While digits are awaited no request is made, as in the official client: how iLink treats a request without
-        them is unknown.
-        """
-        silent = record.status == "need_verify_code" and not record.digits
-        wanted = {} if silent else {code.number: code for code in record.codes}
-        if silent:
-            self._sent_digits.clear()  # the next digits are sent at once, even if they are the same
-        await self._cancel_requests(
-            {
-                number
-                for number, request in self._requests.items()
-                if request.task.done()  # its answer is processed first
-                or (number in wanted and (request.base_url, request.digits) == (record.base_url, record.digits))
-            }
-        )
-        for number, code in wanted.items():
-            if number not in self._requests:
-                again = self._sent_digits.get(number) == record.digits
-                self._sent_digits[number] = record.digits
-                work = self._read_scan(code, record, PAUSE_S if again else 0.0)
-                task = asyncio.get_running_loop().create_task(work)
-                self._requests[number] = _ScanRequest(code, record.base_url, record.digits, task)
-        if self._fetch is None and self._fetch_due_s(record) == 0.0:
-            self._fetch = asyncio.get_running_loop().create_task(self._fetch_code(record.sandbox))
-
-    async def _cancel_requests(self, kept: set[int]) -> None:
-        obsolete_requests = [self._requests.pop(number) for number in list(self._requests) if number not in kept]
-        await end_all([request.task for request in obsolete_requests])
-
-    async def _read_scan(self, code: LoginCode, record: LoginRecord, pause_s: float) -> Scan | None:
-        deps = self._deps
-        await deps.clock.sleep(pause_s)
+    async def _read_scan(self, record: LoginRecord, request: _Request) -> Scan | QrCode | None:
+        deps, code = self._deps, code_of(record, request.number)
+        assert code is not None
         deps.leases.ensure_owned(shard_of(record.sandbox))
-        handle, digits = deps.registry.open_handle(self._login, code), deps.registry.open_digits(self._login, record)
-        return await deps.logins.read_code(handle, record.base_url, digits)
+        handle = deps.sealer.open(login_context(self._login, "handle"), code.handle)
+        digits = deps.sealer.open(login_context(self._login, "digits"), request.digits)
+        scan = await deps.logins.read_code(handle, request.base_url, digits)
+        known = ("wait", "scaned", "scaned_but_redirect") if record.status == "scanned" else ("wait",)
+        if scan is None or scan.status in known:
+            await deps.clock.sleep(PAUSE_S)
+        return scan
 
-    async def _fetch_code(self, sandbox: str) -> QrCode:
-        deps = self._deps
-        deps.leases.ensure_owned(shard_of(sandbox))
-        return await fetch_code(deps.logins, tokens_of(deps.bindings.of_sandbox(sandbox), deps.sealer))
-
-    def _fetch_due_s(self, record: LoginRecord) -> float | None:
-        """Seconds until a new code is fetched; None: something else has to happen first."""
-        if record.status != "wait":
-            return None
-        clock, newest = self._deps.clock, code_of(record, record.number)
-        due_s = 0.0
-        if newest is not None:
-            due_s = (newest.made_ms - clock.now_ms()) / 1000 + self._deps.refresh_s
-        return max(0.0, due_s, self._fetch_at - clock.monotonic())
+    async def _fetch_code(self, record: LoginRecord) -> Scan | QrCode | None:
+        """Fetches a code once the newest one is old, or gone."""
+        deps, failures = self._deps, 0
+        if (newest := code_of(record, record.number)) is not None:
+            await deps.clock.sleep(max(0.0, (newest.made_ms - deps.clock.now_ms()) / 1000 + deps.refresh_s))
+        while True:
+            deps.leases.ensure_owned(shard_of(record.sandbox))
+            try:
+                return await fetch_code(deps.logins, deps.bindings.of_sandbox(record.sandbox), deps.sealer)
+            except Temporary as exc:
+                failures += 1
+                wait_s = exc.retry_after_s or backoff(failures, longest_s=10.0)
+                log.warning("login.no_code", login=self._login[:6], reason=exc.reason, wait_s=wait_s)
+                await deps.clock.sleep(wait_s)
 
     async def _wait_for_event(self, record: LoginRecord) -> None:
-        """Waits for an answer, a changed record, or the next deadline."""
-        registry, clock = self._deps.registry, self._deps.clock
-        due_s = self._fetch_due_s(record) if self._fetch is None else None
-        left_s = max(0.0, (record.until_ms - clock.now_ms()) / 1000)
+        """Waits for an answer, a changed record, or the end of the login's time."""
+        registry, left_s = self._deps.registry, (record.until_ms - self._deps.clock.now_ms()) / 1000
         changed = asyncio.ensure_future(registry.changed.wait_until(lambda: registry.get(self._login) != record))
-        tasks: set[asyncio.Future[Any]] = {changed, *(request.task for request in self._requests.values())}
-        if self._fetch is not None:
-            tasks.add(self._fetch)
         try:
-            await asyncio.wait(
-                tasks, timeout=left_s if due_s is None else min(left_s, due_s), return_when=asyncio.FIRST_COMPLETED
-            )
+            waits: set[asyncio.Future[Any]] = {changed, *self._requests.values()}
+            await asyncio.wait(waits, timeout=max(0.0, left_s), return_when=asyncio.FIRST_COMPLETED)
         finally:
             changed.cancel()
 
@@ -219,100 +194,60 @@ class LoginFlow:
 
     async def _process_answers(self) -> None:
         """Applies the answers that have arrived. Raises LeaseLost."""
-        for number, request in list(self._requests.items()):
-            if request.task.done():
-                del self._requests[number]
-                try:
-                    scan = request.task.result()
-                except Refused as exc:
-                    await self._fail_login(exc.reason, exc.detail)
-                else:
-                    await self._on_scan(request, scan or Scan("wait"))
-        if self._fetch is not None and self._fetch.done():
-            fetch, self._fetch = self._fetch, None
-            await self._store_code(fetch)
+        for request in [request for request, task in self._requests.items() if task.done()]:
+            try:
+                answer = self._requests.pop(request).result()
+                if isinstance(answer, QrCode):
+                    await self._store_code(answer)
+                elif answer is not None:
+                    await self._store_scan(request, answer)
+            except Refused as exc:
+                await self._fail_login(exc.reason, exc.detail)
 
-    async def _store_code(self, fetch: asyncio.Task[QrCode]) -> None:
-        registry, clock = self._deps.registry, self._deps.clock
-        try:
-            code = fetch.result()
-        except Temporary as exc:
-            self._failures += 1
-            wait_s = exc.retry_after_s or backoff(self._failures, longest_s=10.0)
-            self._fetch_at = clock.monotonic() + wait_s
-            log.warning("login.no_code", login=self._login[:6], reason=exc.reason, wait_s=wait_s)
-            return
-        self._failures = 0
-        replaced = False
+    async def _store_code(self, code: QrCode) -> None:
+        deps, replaced = self._deps, False
 
         def with_new_code(record: LoginRecord) -> LoginRecord | None:
             nonlocal replaced
-            replaced = record.status == "wait" and not record.token  # not scanned meanwhile
-            return registry.with_code(self._login, record, code) if replaced else None
+            sealed = seal_code(deps.sealer, self._login, record.number + 1, code, deps.clock.now_ms())
+            after = with_code(record, sealed)
+            replaced = after is not None
+            return after
 
         await self._update_record(with_new_code)
         if replaced:
-            self._deps.metrics.qr_refreshes.inc()
+            deps.metrics.qr_refreshes.inc()
 
-    async def _on_scan(self, request: _ScanRequest, scan: Scan) -> None:
-        registry, number = self._deps.registry, request.code.number
-        match scan.status:
-            case "wait":
-                pass
-            case "confirmed":
-                await self._on_confirmed(number, scan)
-            case "scaned_but_redirect":
-                await self._on_redirected(request, scan.redirect_host)
-            case "binded_redirect":
-                await self._update_record(lambda record: self._already_bound(record, number))
-            case _:
-                await self._update_record(lambda record: registry.apply_scan(record, number, request.digits, scan))
-
-    async def _on_redirected(self, request: _ScanRequest, host: str) -> None:
-        """Continues the same code at another host, or at the current one if none is given."""
-        base_url = request.base_url
-        if host:
-            try:
-                base_url = self._deps.logins.redirect_base_url(host, request.base_url)
-            except Refused as exc:
-                await self._fail_login("url", exc.detail)
-                return
-
-        def with_base_url(record: LoginRecord) -> LoginRecord | None:
-            code = code_of(record, request.code.number)
-            if code is None or record.token:
-                return None
-            if record.status == "wait":
-                return self._deps.registry.next_step(record, status="scanned", codes=[code], base_url=base_url)
-            return structs.replace(record, base_url=base_url) if record.base_url != base_url else None
-
-        await self._update_record(with_base_url)
-
-    def _already_bound(self, record: LoginRecord, number: int) -> LoginRecord | None:
-        """iLink does not say which bot it means; if the sandbox has one, it is that."""
-        if code_of(record, number) is None or record.token:
-            return None
-        bound = [b for b in self._deps.bindings.of_sandbox(record.sandbox) if b.state == "active"]
-        bot, user = (bound[0].bot, bound[0].user) if len(bound) == 1 else ("", "")
-        return self._deps.registry.next_step(record, status="already_bound", bot=bot, user=user)
-
-    async def _on_confirmed(self, number: int, scan: Scan) -> None:
-        """Stores the credentials first, since iLink may not give them again."""
+    async def _store_scan(self, request: _Request, scan: Scan) -> None:
+        """Raises Refused for an answer that no login could use."""
         deps = self._deps
-        try:
+        base_url = request.base_url
+        if scan.status == "confirmed":
             _check_credentials(scan)
             base_url = deps.logins.check_base_url(scan.base_url) if scan.base_url else ""
-        except Refused as exc:
-            await self._fail_login(exc.reason, exc.detail)
-            return
+        elif scan.status == "scaned_but_redirect" and scan.redirect_host:
+            base_url = deps.logins.redirect_base_url(scan.redirect_host, request.base_url)
 
-        def with_credentials(record: LoginRecord) -> LoginRecord | None:
-            if code_of(record, number) is None or record.token:
+        def after_scan(record: LoginRecord) -> LoginRecord | None:
+            code = code_of(record, request.number)
+            if code is None or record.token:
                 return None
-            token = deps.sealer.seal(bind_context(record.sandbox, scan.bot), scan.token)
-            return structs.replace(record, token=token, bot=scan.bot, user=scan.user, bot_base_url=base_url)
+            match scan.status:
+                case "confirmed":
+                    token = deps.sealer.seal(bind_context(record.sandbox, scan.bot), scan.token)
+                    return structs.replace(record, token=token, bot=scan.bot, user=scan.user, bot_base_url=base_url)
+                case "scaned_but_redirect":
+                    if record.status == "wait":
+                        return next_step(record, status="scanned", codes=[code], base_url=base_url)
+                    return structs.replace(record, base_url=base_url) if record.base_url != base_url else None
+                case "binded_redirect":  # iLink does not say which bot it means; if the sandbox has one, it is that
+                    bound = [b for b in deps.bindings.of_sandbox(record.sandbox) if b.state == "active"]
+                    bot, user = (bound[0].bot, bound[0].user) if len(bound) == 1 else ("", "")
+                    return next_step(record, status="already_bound", bot=bot, user=user)
+                case _:
+                    return apply_scan(record, code, request.digits, scan)
 
-        await self._update_record(with_credentials)
+        await self._update_record(after_scan)
 
     # binding ----------------------------------------------------------------------------------------
 
@@ -353,7 +288,7 @@ class LoginFlow:
             if now.is_over:
                 return None
             warning = {"detail": _WARNING.format(now.former_user)} if now.former_user else {}
-            return deps.registry.next_step(now, status="confirmed", **{**warning, **bound})
+            return next_step(now, status="confirmed", **{**warning, **bound})
 
         await self._update_record(with_confirmation)
 
@@ -416,6 +351,24 @@ def _check_credentials(scan: Scan) -> None:
     printable = all("!" <= char <= "~" for char in scan.bot + scan.user + scan.token)
     if not printable or max(len(scan.bot), len(scan.user)) > LONGEST_ID or len(scan.token) > LONGEST_TOKEN:
         raise Refused("credentials", "iLink confirmed the login with credentials that cannot be read.")
+
+
+async def fetch_code(logins: Logins, bound: Iterable[Binding], sealer: Sealer) -> QrCode:
+    """A code that can be shown. Raises Temporary.
+
+    A scanning user should keep a bot of `bound`: its token goes with the request, newest first. Dead ones are left
+    out, since their user needs a new bot instead of `already_bound`.
+    """
+    tokens = []
+    for binding in sorted(bound, key=lambda binding: binding.since_ms, reverse=True):
+        if binding.state == "active":
+            try:
+                tokens.append(sealer.open(binding.bot, binding.token))
+            except Refused as exc:
+                log.warning("login.token_unread", bot=binding.bot, reason=exc.reason)
+    code = await logins.fetch_code(tokens)
+    check_content(code.url)
+    return code
 
 
 async def end_all(tasks: Collection[asyncio.Task[Any]]) -> None:

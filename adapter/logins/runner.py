@@ -6,6 +6,7 @@ Only the shard's owner asks iLink (`flow`), so that exactly one replica processe
 from __future__ import annotations
 
 import asyncio
+from functools import partial
 
 import structlog
 
@@ -47,21 +48,16 @@ class LoginRunner:
         for login, record in known.items():
             due = not record.is_over or self._published_steps.get(login) != record.step
             if due and shard_of(record.sandbox) in owned and login not in self._tasks:
-                self._start(login)
+                task = asyncio.get_running_loop().create_task(self._run_flow(login), name=f"login.{login[:6]}")
+                self._tasks[login] = task
+                task.add_done_callback(partial(self._forget_task, login))
         for login, task in self._tasks.items():
-            gone = known.get(login)
-            if (gone is None or shard_of(gone.sandbox) not in owned) and not task.cancelling():
+            here = login in known and shard_of(known[login].sandbox) in owned
+            if not here and not task.cancelling():
                 task.cancel()
 
-    def _start(self, login: str) -> None:
-        task = asyncio.get_running_loop().create_task(self._run_flow(login), name=f"login.{login[:6]}")
-        self._tasks[login] = task
-
-        def on_done(done: asyncio.Task[None]) -> None:
-            if self._tasks.get(login) is done:
-                del self._tasks[login]
-
-        task.add_done_callback(on_done)
+    def _forget_task(self, login: str, _: object) -> None:
+        del self._tasks[login]
 
     async def _run_flow(self, login: str) -> None:
         while True:

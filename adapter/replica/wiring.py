@@ -171,7 +171,7 @@ class Replica:
             capacity=settings.capacity,
         )
         self.health_monitor = self._new_health_monitor()
-        self.logins = LoginRegistry(connections.bucket(names.logins), self.sealer, clock, metrics)
+        self.logins = LoginRegistry(connections.bucket(names.logins), clock, metrics)
         self.login_runner = LoginRunner(self._login_deps(login_refresh_s))
         self.handlers = self._register_services()
 
@@ -345,7 +345,7 @@ class Replica:
     def _register_services(self) -> dict[str, Handler]:
         """Registers `wechat.svc.*`. Returns the handlers for requests without a sandbox."""
         settings, connections, names, metrics = self.settings, self.connections, self.names, self.metrics
-        login = LoginService(connections.chat, self.logins, self.bindings, self.sealer, metrics)
+        login = LoginService(connections.chat, self.logins, self.bindings, self.sealer, self.clock, metrics)
         # any server may answer: these data change little, and a flood of requests must not delay commands
         conversations = ConversationStore(connections.bulk_bucket(names.conversations))
         self.health_deps = HealthDeps(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import secrets
+
 import msgspec
 from msgspec import structs
 
@@ -10,10 +12,13 @@ from adapter.contract.messages import LoginQuery, LoginStart, LoginVerify
 from adapter.contract.names import check_sandbox
 from adapter.contract.records import LoginRecord
 from adapter.errors import Refused, Temporary
-from adapter.logins.registry import LoginRegistry, fetch_code, tokens_of
+from adapter.kit.timing import Clock
+from adapter.logins.flow import fetch_code
+from adapter.logins.registry import LoginRegistry
+from adapter.logins.steps import next_step, seal_code, to_login
 from adapter.observability.metrics import Metrics
 from adapter.ports import Logins
-from adapter.security.seal import Sealer
+from adapter.security.seal import Sealer, login_context
 from adapter.services.requests import START_S, read_request
 
 LOGIN_S = 480.0
@@ -31,12 +36,14 @@ class LoginService:
         registry: LoginRegistry,
         bindings: Bindings,
         sealer: Sealer,
+        clock: Clock,
         metrics: Metrics,
     ) -> None:
         self._logins = logins
         self._registry = registry
         self._bindings = bindings
         self._sealer = sealer
+        self._clock = clock
         self._metrics = metrics
 
     async def start(self, data: bytes) -> bytes:
@@ -45,13 +52,20 @@ class LoginService:
         check_sandbox(request.sandbox)
         if not await self._bindings.changed.wait_until(lambda: self._bindings.is_loaded, START_S):
             raise Temporary("starting", "The adapter is starting; ask again in a moment.")
-        if self._registry.count_open(request.sandbox) >= OPEN_PER_SANDBOX:
-            raise Refused(
-                "invalid", f"{OPEN_PER_SANDBOX} logins of this sandbox are open; cancel some by login.cancel."
-            )
-        code = await fetch_code(self._logins, tokens_of(self._bindings.of_sandbox(request.sandbox), self._sealer))
-        login, record = await self._registry.create(request, code, login_s=LOGIN_S)
-        return self._encode_answer(login, record, with_png=request.png)
+        are_open = [each for _, each in self._registry if each.sandbox == request.sandbox and not each.is_over]
+        if len(are_open) >= OPEN_PER_SANDBOX:
+            detail = f"{OPEN_PER_SANDBOX} logins of this sandbox are open; cancel some by login.cancel."
+            raise Refused("invalid", detail)
+        code = await fetch_code(self._logins, self._bindings.of_sandbox(request.sandbox), self._sealer)
+        login, now_ms = secrets.token_urlsafe(18), self._clock.now_ms()
+        record = LoginRecord(
+            sandbox=request.sandbox,
+            options=request.options,
+            number=1,
+            codes=[seal_code(self._sealer, login, 1, code, now_ms)],
+            until_ms=now_ms + int(LOGIN_S * 1000),
+        )
+        return self._encode_answer(login, await self._registry.create(login, record), with_png=request.png)
 
     async def status(self, data: bytes) -> bytes:
         """The state of a login, up to a day after its end."""
@@ -61,7 +75,7 @@ class LoginService:
     async def verify(self, data: bytes) -> bytes:
         """Takes the digits that the phone shows, if they are needed."""
         request = read_request(data, LoginVerify, self._metrics)
-        digits = self._registry.seal_digits(request.login, request.code)
+        digits = self._sealer.seal(login_context(request.login, "digits"), request.code)
 
         def with_digits(record: LoginRecord) -> LoginRecord:
             if record.is_over:
@@ -70,9 +84,7 @@ class LoginService:
                 raise Refused("invalid", "No digits are asked for: wait until the status is need_verify_code.")
             return structs.replace(record, digits=digits)
 
-        return self._encode_answer(
-            request.login, await self._registry.update(request.login, with_digits), with_png=False
-        )
+        return self._encode_answer(request.login, await self._registry.update(request.login, with_digits))
 
     async def cancel(self, data: bytes) -> bytes:
         """Ends a login. A finished one stays as it is."""
@@ -83,11 +95,9 @@ class LoginService:
                 return None
             if record.token:
                 raise Refused("invalid", "The user has confirmed already and the bot is being bound; unbind it.")
-            return self._registry.next_step(record, status="cancelled")
+            return next_step(record, status="cancelled")
 
-        return self._encode_answer(
-            request.login, await self._registry.update(request.login, as_cancelled), with_png=False
-        )
+        return self._encode_answer(request.login, await self._registry.update(request.login, as_cancelled))
 
-    def _encode_answer(self, login: str, record: LoginRecord, *, with_png: bool) -> bytes:
-        return msgspec.json.encode(self._registry.to_login(login, record, with_png=with_png))
+    def _encode_answer(self, login: str, record: LoginRecord, *, with_png: bool = False) -> bytes:
+        return msgspec.json.encode(to_login(self._sealer, login, record, with_png=with_png))

@@ -25,8 +25,9 @@ from adapter.contract.names import H_MSG_ID, shard_of
 from adapter.contract.records import LoginRecord
 from adapter.errors import BusRefused, Refused, Temporary
 from adapter.logins.flow import REFRESH_S, LoginDeps
-from adapter.logins.registry import DEAD_CODES, LoginRegistry
+from adapter.logins.registry import LoginRegistry
 from adapter.logins.runner import LoginRunner
+from adapter.logins.steps import DEAD_CODES, apply_scan
 from adapter.ports import Entry, Message, QrCode, Scan
 from adapter.security.seal import Sealer
 from adapter.services.logins import LOGIN_S, OPEN_PER_SANDBOX, LoginService
@@ -48,7 +49,7 @@ class Doors:
         self.bucket: FakeBucket = world.bucket if world else FakeBucket("login", self.bench.bus.writes)
         self.sealer: Sealer = world.sealer if world else Sealer((b"k" * 32,) if sealed else ())
         self.ilink: FakeLogins = world.ilink if world else FakeLogins(self.clock)
-        self.registry = LoginRegistry(self.bucket, self.sealer, self.clock, self.bench.metrics)
+        self.registry = LoginRegistry(self.bucket, self.clock, self.bench.metrics)
         self.runner = LoginRunner(
             LoginDeps(
                 logins=self.ilink,
@@ -62,7 +63,9 @@ class Doors:
                 refresh_s=REFRESH_S,
             )
         )
-        self.service = LoginService(self.ilink, self.registry, self.bench.bindings, self.sealer, self.bench.metrics)
+        self.service = LoginService(
+            self.ilink, self.registry, self.bench.bindings, self.sealer, self.clock, self.bench.metrics
+        )
         self.control = Control(
             access=self.bench.access,
             bindings=self.bench.bindings,
@@ -333,8 +336,8 @@ async def test_the_verdict_on_digits_is_not_that_on_those_sent_after_them(doors:
     await doors.verify(login, "2")
     record = doors.record(login)
     for late in ("need_verifycode", "scaned"):
-        assert doors.registry.apply_scan(record, 1, "1", Scan(late)) is None
-    told = doors.registry.apply_scan(record, 1, "2", Scan("need_verifycode"))
+        assert apply_scan(record, record.codes[0], "1", Scan(late)) is None
+    told = apply_scan(record, record.codes[0], "2", Scan("need_verifycode"))
     assert told is not None
     assert (told.reason, told.digits) == ("wrong_code", "")
 
