@@ -45,7 +45,7 @@ async def _fetch_user(bus: Bus) -> User | None:
 def _check_user(user: User | None, bus: Bus) -> Check:
     if user is None:
         return Check("permissions", "warn", f"Cannot be told: let this user publish to {USER_INFO}.")
-    may = user.granted
+    may = user.permissions
     lacks = may.missing(required(bus.names, bus.settings.nats_inbox_prefix))
     inboxes = ("_INBOX.>", "_INBOX_platform.>", "_INBOX_operator.>")
     if not lacks and not any(may.publish.allows_some_of(subject) for subject in inboxes):

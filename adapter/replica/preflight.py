@@ -54,7 +54,7 @@ async def _log_missing_permissions(replica: Replica) -> None:
     """Logs the permissions that the server's answer lacks. A missing right to subscribe prevents the connection."""
     try:
         answer = await replica.connections.connection.request(USER_INFO, b"", timeout_s=2.0)
-        may = user_of(answer.data).granted
+        may = user_of(answer.data).permissions
     except (Temporary, *UNDECODABLE):
         return  # not permitted to ask: missing permissions show when they are needed
     if lacks := may.missing(required(replica.names, replica.settings.nats_inbox_prefix)):

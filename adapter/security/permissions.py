@@ -10,8 +10,8 @@ could make it write anywhere. Between accounts a reply goes to the requester's a
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from typing import Literal, NamedTuple, TypeAlias
+from collections.abc import Sequence
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 import msgspec
 
@@ -74,13 +74,8 @@ def grants(names: Names, role: Role, sandbox: str = TAG) -> Grants:
         case "adapter":
             return Grants(_adapter_publishes(names), _adapter_subscribes(names))
         case "operator":
-            return Grants(
-                _operator_publishes(names),
-                (
-                    *(names.live("*"), names.event("*", ">"), names.out_plain, names.out("*")),
-                    _inbox_subjects("operator"),
-                ),
-            )
+            heard = (names.live("*"), names.event("*", ">"), names.out_plain, names.out("*"))
+            return Grants(_operator_publishes(names), (*heard, _inbox_subjects("operator")))
         case "platform":
             asks = (names.svc("bindings.*"), names.svc("login.*"), names.svc("window"), names.svc("receipt"))
             return Grants(
@@ -140,17 +135,11 @@ def streams(names: Names) -> tuple[str, ...]:
 
 def buckets(names: Names) -> tuple[str, ...]:
     """All key-value buckets."""
-    return (
-        *(names.bindings, names.conversations, names.members),
-        *(names.claims, names.logins),
-    )
+    return names.bindings, names.conversations, names.members, names.claims, names.logins
 
 
 def _plain_streams(names: Names) -> tuple[str, ...]:
-    return (
-        *(names.stream_in, names.stream_out, names.stream_ctl, names.stream_event),
-        *(names.stream_dead, names.stream_journal),
-    )
+    return *_pulled_streams(names), names.stream_in, names.stream_event, names.stream_dead, names.stream_journal
 
 
 def _inbox_subjects(role: Role) -> str:
@@ -170,11 +159,7 @@ def _adapter_publishes(names: Names) -> tuple[str, ...]:
     prefix, media = names.prefix, f"OBJ_{names.media}"
     return (
         *(names.inbox("*"), names.out("*"), names.bind, names.event("*", ">"), names.bot_released()),
-        *(
-            names.replica_status(),
-            names.out_plain,
-            names.unbind,
-        ),  # for the console: replica status, and retries of dead commands
+        *(names.replica_status(), names.out_plain, names.unbind),  # the console asks, and retries dead commands
         *(f"{prefix}.journal.>", names.dead_letters("*")),
         *(f"$KV.{bucket}.>" for bucket in buckets(names)),
         f"$O.{names.media}.>",
@@ -248,7 +233,7 @@ def overlaps(pattern: str, subject: str) -> bool:
     return len(pattern_tokens) == len(tokens)
 
 
-class Allowed(NamedTuple):
+class Allowed(msgspec.Struct, frozen=True):
     """What a user may publish or subscribe. Without `allow`, everything that is not denied."""
 
     allow: tuple[str, ...] = ()
@@ -265,7 +250,7 @@ class Allowed(NamedTuple):
         return allowed and not any(covers(pattern, subject) for pattern in self.deny)
 
 
-class Permissions(NamedTuple):
+class Permissions(msgspec.Struct, frozen=True):
     """A user's permissions as the server reports them."""
 
     publish: Allowed = Allowed()
@@ -279,30 +264,15 @@ class Permissions(NamedTuple):
         ]
 
 
-class _Rights(msgspec.Struct):
-    allow: list[str] = []
-    deny: list[str] = []
-
-
-class _Both(msgspec.Struct):
-    publish: _Rights = msgspec.field(default_factory=_Rights)
-    subscribe: _Rights = msgspec.field(default_factory=_Rights)
-
-
-class User(msgspec.Struct):
+class User(msgspec.Struct, frozen=True):
     """The user of a connection as the server reports it."""
 
     account: str = ""
-    permissions: _Both = msgspec.field(default_factory=_Both)
-
-    @property
-    def granted(self) -> Permissions:
-        rights = (self.permissions.publish, self.permissions.subscribe)
-        return Permissions(*(Allowed(tuple(right.allow), tuple(right.deny)) for right in rights))
+    permissions: Permissions = Permissions()
 
 
-class _Info(msgspec.Struct):
-    data: User = msgspec.field(default_factory=User)
+class _Info(msgspec.Struct, frozen=True):
+    data: User = User()
 
 
 def user_of(answer: bytes) -> User:
@@ -345,86 +315,68 @@ def variable(role: str, sandbox: str = "") -> str:
 
 def server_config(names: Names, sandboxes: Sequence[str], *, own_accounts: bool = False) -> str:
     """A nats-server configuration with a user for each role and sandbox. Raises Refused("invalid")."""
-    arguments = "".join(f" {argument}" for argument in ([OWN_ACCOUNTS] if own_accounts else []) + list(sandboxes))
-    title = "Every sandbox in an account of its own." if own_accounts else "All sandboxes in one account."
-    head = HEAD.format(title=title, arguments=arguments, file=FILES[own_accounts])
-    return head + _accounts_block(names, sandboxes, own_accounts)
-
-
-def _accounts_block(names: Names, sandboxes: Sequence[str], own_accounts: bool) -> str:
     for sandbox in sandboxes:
         check_sandbox(sandbox)
     variables = [variable(role) for role in (*ROLES[:-1], "sys")] + [variable("", sandbox) for sandbox in sandboxes]
     if twice := {name for name in variables if variables.count(name) > 1}:
         raise Refused("invalid", f"Two users would have their password in {min(twice)}: rename a sandbox.")
-    accounts = [_account_block(SYSTEM, [_user_block("sys", None)])]
-    to = {role: [ACCOUNT_OF[role]] for role in ROLES} | ({"sandbox": list(sandboxes)} if own_accounts else {})
-    shared = [
-        _export(share, [name for role in roles for name in to[role]]) for share, roles in exports(names).items()
-    ]
-    inside = [_user_block(role, grants(names, role)) for role in ("adapter", "operator")]
-    accounts.append(_account_block(WECHAT, inside, exports=shared, jetstream=True))
-    outside = [
-        (ACCOUNT_OF[r], [_user_block(r, grants(names, r))], imports(names, r)) for r in ("platform", "service")
-    ]
-    users = {sandbox: _user_block(sandbox, grants(names, "sandbox", sandbox), sandbox) for sandbox in sandboxes}
+    accounts_of = {role: [account] for role, account in ACCOUNT_OF.items()}
     if own_accounts:
-        of_sandboxes = [(sandbox, [user], imports(names, "sandbox", sandbox)) for sandbox, user in users.items()]
+        accounts_of["sandbox"] = list(sandboxes)
+    inside: tuple[Role, ...] = ("adapter", "operator")
+    outside: tuple[Role, ...] = ("platform", "service")
+    accounts: dict[str, Any] = {
+        SYSTEM: {"users": [{"user": '"sys"', "password": f"${variable('sys')}"}]},
+        WECHAT: {
+            "jetstream": "enabled",
+            "users": [_user(role, grants(names, role)) for role in inside],
+            "exports": [
+                {share.kind: f'"{share.subject}"'}
+                | ({"response_type": "stream"} if share.many else {})
+                | {"accounts": [f'"{account}"' for role in roles for account in accounts_of[role]]}
+                for share, roles in exports(names).items()
+            ],
+        },
+    }
+    for role in outside:
+        accounts[ACCOUNT_OF[role]] = {"users": [_user(role, grants(names, role))], "imports": _imports(names, role)}
+    limits = {"limits": {"max_payload": SANDBOX_PAYLOAD}}
+    users = {sandbox: _user(sandbox, grants(names, "sandbox", sandbox), sandbox) for sandbox in sandboxes}
+    if own_accounts:
+        for sandbox, user in users.items():
+            accounts[sandbox] = limits | {"users": [user], "imports": _imports(names, "sandbox", sandbox)}
     else:
-        of_sandboxes = [(SANDBOX, list(users.values()), imports(names, "sandbox"))]
-    accounts += [_account_block(name, members, imports=map(_import, shares)) for name, members, shares in outside]
-    accounts += [
-        _account_block(name, members, imports=map(_import, shares), max_payload=SANDBOX_PAYLOAD)
-        for name, members, shares in of_sandboxes
-    ]
-    return "\n".join(["system_account: SYS", "", "accounts {", *accounts, "}", ""])
+        accounts[SANDBOX] = limits | {"users": list(users.values()), "imports": _imports(names, "sandbox")}
+    arguments = "".join(f" {argument}" for argument in ([OWN_ACCOUNTS] if own_accounts else []) + list(sandboxes))
+    title = "Every sandbox in an account of its own." if own_accounts else "All sandboxes in one account."
+    head = HEAD.format(title=title, arguments=arguments, file=FILES[own_accounts])
+    quoted = {f'"{name}"': account for name, account in accounts.items()}
+    return f"{head}system_account: SYS\n\naccounts: {_render(quoted)}\n"
 
 
-def _account_block(
-    name: str,
-    users: Iterable[str],
-    *,
-    exports: Iterable[str] = (),
-    imports: Iterable[str] = (),
-    jetstream: bool = False,
-    max_payload: int = 0,
-) -> str:
-    lines = [f'  "{name}" {{']
-    if jetstream:
-        lines.append("    jetstream: enabled")
-    if max_payload:
-        lines.append(f"    limits: {{ max_payload: {max_payload} }}")
-    for key, parts in (("users", users), ("exports", exports), ("imports", imports)):
-        if found := list(parts):
-            lines += [f"    {key}: [", *found, "    ]"]
-    return "\n".join([*lines, "  }"])
+def _user(name: str, may: Grants, sandbox: str = "") -> dict[str, Any]:
+    allowed = {"publish": may.publish, "subscribe": may.subscribe}
+    permissions = {key: {"allow": [f'"{subject}"' for subject in subjects]} for key, subjects in allowed.items()}
+    return {"user": f'"{name}"', "password": f"${variable(name, sandbox)}", "permissions": permissions}
 
 
-def _user_block(name: str, may: Grants | None, sandbox: str = "") -> str:
-    head = f'      {{ user: "{name}", password: ${variable(name, sandbox)}'
-    if may is None:
-        return head + " }"
-    return "\n".join(
-        [
-            head,
-            "        permissions: {",
-            *_allow_block("publish", may.publish),
-            *_allow_block("subscribe", may.subscribe),
-            "        }",
-            "      }",
-        ]
-    )
+def _imports(names: Names, role: Role, sandbox: str = "*") -> list[Any]:
+    shares = imports(names, role, sandbox)
+    return [{share.kind: {"account": f'"{WECHAT}"', "subject": f'"{share.subject}"'}} for share in shares]
 
 
-def _allow_block(key: str, subjects: Iterable[str]) -> list[str]:
-    return [f"          {key}: {{ allow: [", *(f'            "{subject}"' for subject in subjects), "          ] }"]
-
-
-def _export(share: Share, accounts: Sequence[str]) -> str:
-    answer = ", response_type: stream" if share.many else ""
-    to = ", ".join(f'"{name}"' for name in accounts)
-    return f'      {{ {share.kind}: "{share.subject}"{answer}, accounts: [ {to} ] }}'
-
-
-def _import(share: Share) -> str:
-    return f'      {{ {share.kind}: {{ account: "{WECHAT}", subject: "{share.subject}" }} }}'
+def _render(value: Any, indent: str = "") -> str:
+    """A value of the configuration. What has few parts stands on one line."""
+    inner = f"{indent}  "
+    match value:
+        case dict():
+            parts = [f"{key}: {_render(each, inner)}" for key, each in value.items()]
+            first, last = "{}"
+        case list():
+            parts = [_render(each, inner) for each in value]
+            first, last = "[]"
+        case _:
+            return str(value)
+    if len(line := ", ".join(parts)) < 100 and "\n" not in line:
+        return f"{first} {line} {last}"
+    return f"{first}\n" + "".join(f"{inner}{part}\n" for part in parts) + indent + last

@@ -55,44 +55,44 @@ class Sealer:
     def seal(self, bot: str, token: str) -> str:
         if not self._first:
             return token
-        nonce = secrets.token_bytes(12)
-        sealed = self._keys[self._first].encrypt(nonce, token.encode(), bot.encode())
-        return f"{MARK}{self._first}.{base64.urlsafe_b64encode(nonce + sealed).decode()}"
-
-    def seal_bytes(self, context: str, data: bytes) -> bytes:
-        """As `seal`, without base64, for bytes that may be large."""
-        if not self._first:
-            return data
-        nonce = secrets.token_bytes(12)
-        sealed = self._keys[self._first].encrypt(nonce, data, context.encode())
-        return f"{MARK}{self._first}.".encode() + nonce + sealed
-
-    def open_bytes(self, context: str, stored: bytes) -> bytes:
-        """Raises Refused("token_key") if no known key opens it."""
-        if not stored.startswith(MARK.encode()):
-            return stored
-        head = len(MARK) + _KEY_ID_CHARS
-        key = self._keys.get(stored[len(MARK) : head].decode("ascii", "replace"))
-        if key is None:
-            raise Refused("token_key", "It was sealed with a key that is not in WECHAT_NATS_TOKEN_KEY.")
-        nonce, sealed = stored[head + 1 : head + 13], stored[head + 13 :]
-        try:
-            return key.decrypt(nonce, sealed, context.encode())
-        except (InvalidTag, ValueError) as exc:
-            raise Refused("token_key", "What is sealed was changed, or belongs elsewhere.") from exc
+        return f"{MARK}{self._first}.{base64.urlsafe_b64encode(self._encrypt(bot, token.encode())).decode()}"
 
     def open(self, bot: str, stored: str) -> str:
         """Raises Refused("token_key") if no known key opens it."""
         if not stored.startswith(MARK):
             return stored
         key_id, _, body = stored.removeprefix(MARK).partition(".")
-        if key_id not in self._keys:
-            raise Refused("token_key", f"No key with id {key_id} in WECHAT_NATS_TOKEN_KEY.")
         try:
-            blob = base64.urlsafe_b64decode(body)
-            return self._keys[key_id].decrypt(blob[:12], blob[12:], bot.encode()).decode()
+            return self._decrypt(bot, key_id, base64.urlsafe_b64decode(body)).decode()
+        except ValueError as exc:
+            raise _not_opened() from exc
+
+    def seal_bytes(self, context: str, data: bytes) -> bytes:
+        """As `seal`, without base64, for bytes that may be large."""
+        return f"{MARK}{self._first}.".encode() + self._encrypt(context, data) if self._first else data
+
+    def open_bytes(self, context: str, stored: bytes) -> bytes:
+        """Raises Refused("token_key") if no known key opens it."""
+        if not stored.startswith(MARK.encode()):
+            return stored
+        head = len(MARK) + _KEY_ID_CHARS
+        return self._decrypt(context, stored[len(MARK) : head].decode("ascii", "replace"), stored[head + 1 :])
+
+    def _encrypt(self, context: str, data: bytes) -> bytes:
+        nonce = secrets.token_bytes(12)
+        return nonce + self._keys[self._first].encrypt(nonce, data, context.encode())
+
+    def _decrypt(self, context: str, key_id: str, sealed: bytes) -> bytes:
+        if key_id not in self._keys:
+            raise Refused("token_key", f"It was sealed with a key ({key_id}) that is not in WECHAT_NATS_TOKEN_KEY.")
+        try:
+            return self._keys[key_id].decrypt(sealed[:12], sealed[12:], context.encode())
         except (InvalidTag, ValueError) as exc:
-            raise Refused("token_key", "The sealed token of this bot was changed or belongs to another bot.") from exc
+            raise _not_opened() from exc
+
+
+def _not_opened() -> Refused:
+    return Refused("token_key", "What is sealed was changed, or belongs to another bot.")
 
 
 def bind_context(sandbox: str, bot: str) -> str:

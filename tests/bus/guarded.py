@@ -117,7 +117,7 @@ class Guarded:
     def _with_passwords(self, names: list[str]) -> dict[str, str]:
         """The file as it is shipped, but for the witness."""
         text = (ROOT / "helm/nats" / FILES[self.each]).read_text()
-        within = f'"{WECHAT}" {{\n    jetstream: enabled\n    users: [\n'
+        within = f'"{WECHAT}": {{\n    jetstream: enabled\n    users: [\n'
         assert text.count(within) == 1
         witness = f'      {{ user: "{WITNESS}", password: $PASSWORD_WITNESS }}\n'
         (self.folder / "accounts.conf").write_text(self._edit(text.replace(within, within + witness)))

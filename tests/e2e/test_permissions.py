@@ -363,7 +363,7 @@ async def _command(scene: Scene, who: str, *arguments: str) -> tuple[int, list[d
     return process.returncode or 0, [json.loads(line) for line in out.splitlines()]
 
 
-SERVED, CLOSED = '            "wechat.svc.>"\n            "wechat.kv.>"', '            "wechat.kv.>"'
+SERVED, CLOSED = '"wechat.svc.>", "wechat.kv.>"', '"wechat.kv.>"'
 
 
 async def test_an_adapter_that_may_not_hear_what_it_serves_waits_until_it_may(tmp_path: Path) -> None:
