@@ -18,7 +18,7 @@ from nats.errors import Error as NatsError
 from adapter.contract.names import H_EXPECTED
 from adapter.errors import BusRefused, Conflict, Temporary
 from adapter.jetstream.api_replies import ApiReply, decode_reply, write_error_of
-from adapter.jetstream.history import LeaderMessage, StreamHistory, message_from_leader, read_last, read_stream
+from adapter.jetstream.history import StreamHistory, get_from_leader
 from adapter.jetstream.managed_connection import ManagedConnection
 from adapter.jetstream.publisher import Publisher
 from adapter.ports import Entry, Message, Stored
@@ -41,19 +41,12 @@ def updates_subject_of(bucket: str) -> str:
     return f"{bucket.rpartition('_')[0]}.kv.{bucket}"
 
 
-async def get_from_leader(connection: ManagedConnection, stream: str, subject: str) -> Entry | None:
-    """The last value of a key, read from the stream's leader instead of a lagging follower. Raises Temporary."""
-    message = await message_from_leader(connection, stream, {"last_by_subj": subject}, timeout_s=2)
-    if message is None:
-        return None
-    return Entry(subject.split(".", 2)[2], None if _is_gone(message) else (message.data or b""), message.seq)
-
-
 class LeaderKvBucket:
     """Implements ports.LeaderBucket."""
 
     def __init__(self, connection: ManagedConnection, name: str, *, ttl_s: int | None = None) -> None:
         self._connection = connection
+        self._history = StreamHistory(connection)
         self._name = name
         self._stream = f"KV_{name}"
         self._ttl_s = ttl_s
@@ -64,7 +57,9 @@ class LeaderKvBucket:
         self._read_at = NEVER
 
     async def get(self, key: str) -> Entry | None:
-        return await get_from_leader(self._connection, self._stream, f"$KV.{self._name}.{key}")
+        query = {"last_by_subj": f"$KV.{self._name}.{key}"}
+        stored = await get_from_leader(self._connection, self._stream, query, timeout_s=2)
+        return None if stored is None else _entry(self._name, stored)
 
     async def write(self, key: str, value: bytes | None, revision: int) -> int:
         headers = {H_EXPECTED: str(revision)}
@@ -82,14 +77,12 @@ class LeaderKvBucket:
     async def list_entries(self) -> list[Entry]:
         every = f"$KV.{self._name}.>"
         now = asyncio.get_running_loop().time()
-        newest = await read_last(self._connection, self._stream, every)
+        newest = await self._history.read_last(self._stream, every)
         if newest is not None and newest.seq == self._known_to and now - self._read_at < RELOAD_S:
             return self._known
-        found = {}
-        async for stored in read_stream(self._connection, self._stream, every, page=PAGE):
-            found[stored.subject] = stored
-        self._known = [_entry(self._name, stored) for stored in found.values()]
-        self._known_to = max((stored.seq for stored in found.values()), default=0)
+        found = self._history.read(self._stream, every, page=PAGE)
+        self._known = list({stored.subject: _entry(self._name, stored) async for stored in found}.values())
+        self._known_to = max((entry.revision for entry in self._known), default=0)
         self._read_at = now
         return self._known
 
@@ -105,29 +98,21 @@ class KvBucket:
         self, connection: ManagedConnection, publisher: Publisher, name: str, *, replicated: bool = False
     ) -> None:
         self.name = name
-        self._replicated = replicated
         self.updates_subject = updates_subject_of(name)
         self.stream = f"KV_{name}"
         self.connection = connection
+        self.history = StreamHistory(connection, replicated=replicated)
         self._publisher = publisher
 
     def subject(self, key: str) -> str:
         return f"$KV.{self.name}.{key}"
 
     async def get(self, key: str) -> Entry | None:
-        if self._replicated:
-            return await get_from_leader(self.connection, self.stream, self.subject(key))
-        stored = await read_last(self.connection, self.stream, self.subject(key))
+        stored = await self.history.read_last(self.stream, self.subject(key))
         return None if stored is None else _entry(self.name, stored)
 
     async def get_all(self, keys: Sequence[str]) -> list[Entry]:
-        if not keys:
-            return []
-        if len(keys) == 1:
-            entry = await self.get(keys[0])
-            return [] if entry is None else [entry]
-        history = StreamHistory(self.connection, replicated=self._replicated)
-        found = await history.read_last_of_each(self.stream, [self.subject(key) for key in keys])
+        found = await self.history.read_last_of_each(self.stream, [self.subject(key) for key in keys])
         return [_entry(self.name, stored) for stored in found]
 
     async def update(self, key: str, value: bytes, revision: int, *, ttl_s: int = 0) -> int:
@@ -156,12 +141,9 @@ class KvBucket:
             raise Temporary("bucket_full", f"{self.name}: {exc.detail}") from exc  # until an operator makes room
 
     async def list_prefix(self, first: str) -> list[Entry]:
-        subject = self.subject(f"{first}.>")
-        found = [
-            _entry(self.name, stored)
-            async for stored in read_stream(self.connection, self.stream, subject, page=PAGE)
-        ]
-        return [entry for entry in found if entry.value is not None]
+        found = self.history.read(self.stream, self.subject(f"{first}.>"), page=PAGE)
+        entries = [_entry(self.name, stored) async for stored in found]
+        return [entry for entry in entries if entry.value is not None]
 
     async def watch(
         self,
@@ -182,11 +164,10 @@ class KvBucket:
                 await self.connection.nc.flush()
             except NatsError as exc:  # the client is closing; the next one subscribes when it connects
                 log.info("bucket.watch_failed", bucket=self.name, reason=type(exc).__name__)
-        epoch = -1
         while True:
             try:
                 await self.connection.wait_connected()
-                force, epoch = epoch != self.connection.epoch, self.connection.epoch
+                force, watcher.epoch = watcher.epoch != self.connection.epoch, self.connection.epoch
                 read = await watcher.reload_if_stale(force=force)
             except Temporary as exc:
                 log.warning("bucket.unread", bucket=self.name, reason=exc.reason)
@@ -194,11 +175,7 @@ class KvBucket:
                 continue
             if read and on_loaded is not None:
                 on_loaded()
-            await self._wait_until_stale(epoch, reload_s)
-
-    async def _wait_until_stale(self, epoch: int, seconds: float) -> None:
-        """Returns when there is another client, or after `seconds`."""
-        await self.connection.changed.wait_until(lambda: self.connection.epoch != epoch, seconds)
+            await self.connection.changed.wait_until(lambda: self.connection.epoch != watcher.epoch, reload_s)
 
     async def stream_state(self) -> tuple[int, int]:
         """Number of keys, including deleted ones, and the newest sequence. Raises Temporary."""
@@ -213,6 +190,8 @@ class _Watcher:
     """The state of one watcher of a bucket."""
 
     def __init__(self, bucket: KvBucket, on_entry: Callable[[Entry], None]) -> None:
+        self.epoch = -1
+        """The client of the last reading."""
         self._bucket = bucket
         self._on_entry = on_entry
         self._revisions: dict[str, int] = {}
@@ -253,33 +232,21 @@ class _Watcher:
         if known and not force and now - self._read_at <= RELOAD_WATCH_S:
             return False
         self._top, self._is_complete, self._read_at = max(self._top, newest), True, NEVER
-        present, read_to = set(), 0
-        async for stored in read_stream(bucket.connection, bucket.stream, bucket.subject(">"), page=PAGE):
+        present = set()
+        async for stored in bucket.history.read(bucket.stream, bucket.subject(">"), page=PAGE):
             entry = _entry(bucket.name, stored)
             present.add(entry.key)
-            read_to = stored.seq
             self._apply_entry(entry)
-        # otherwise a lagging server answered
-        self._is_complete = self._is_complete and (not keys or read_to >= newest)
-        for key in [key for key in self._revisions if key not in present]:
-            await self._confirm_removed(key)
+        # a key that was neither read nor written meanwhile has expired
+        self._revisions = {
+            key: revision for key, revision in self._revisions.items() if key in present or revision > newest
+        }
         self._read_at = now
         return True
-
-    async def _confirm_removed(self, key: str) -> None:
-        """Forgets a key that was not read, if it has expired; a lagging server may also miss it. Raises Temporary."""
-        revision = self._revisions[key]
-        if await self._bucket.get(key) is None and self._revisions[key] == revision:
-            del self._revisions[key]
 
 
 class _Ack(ApiReply):
     seq: int = 0
-
-
-def _is_gone(message: LeaderMessage) -> bool:
-    headers = message.hdrs or b""
-    return OPERATION.encode() in headers or MARKER.encode() in headers
 
 
 def _entry(bucket: str, stored: Stored) -> Entry:

@@ -13,8 +13,7 @@ import binascii
 import contextlib
 import hashlib
 import secrets
-from collections import deque
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import Callable
 from typing import Any
 
 import msgspec
@@ -23,21 +22,21 @@ import structlog
 from adapter.content.media import HEAD
 from adapter.contract.names import H_EXPECTED, H_MSG_ID, H_OFFSET
 from adapter.errors import UNDECODABLE, AdapterError, BusRefused, Conflict, Refused, Temporary, Unreadable
-from adapter.jetstream.history import direct_get, direct_get_one, next_from_leader, read_last
+from adapter.jetstream.history import StreamHistory, direct_get_one, get_from_leader, has_more
 from adapter.jetstream.managed_connection import ManagedConnection
 from adapter.jetstream.publisher import Publisher
-from adapter.ports import Message, Pieces, PubAck, Stored, StoredObject
+from adapter.kit.timing import shield_with_grace
+from adapter.ports import Message, Pieces, StoredObject
 
 log = structlog.get_logger()
 
 CHUNK = 128 * 1024
 """Size of a chunk, as in other clients."""
-OUTSTANDING = 8
-"""Unacknowledged chunks of one object, which is all of it that is in memory."""
-OUTSTANDING_IN_ALL = 16
-"""2 MiB: a slow bus acknowledges as much before the publisher sends it again."""
-PAGE = 8
-"""Chunks read at once."""
+BATCH = 8
+"""Chunks that are stored or read at once, which is all of an object that is in memory."""
+BATCHES = 2
+"""Batches of all objects that are stored at once: a slow bus acknowledges as much before the publisher sends it
+again."""
 SETTLE_S, PURGE_S = 2.0, 5.0
 """How long a failed upload waits for its chunks in flight, and for their deletion."""
 DIGEST = "SHA-256="
@@ -67,10 +66,11 @@ class ObjectStore:
 
     def __init__(self, connection: ManagedConnection, publisher: Publisher, bucket: str) -> None:
         self._connection = connection
+        self._history = StreamHistory(connection, replicated=True)
         self._publisher = publisher
         self._bucket = bucket
         self._stream = f"OBJ_{bucket}"
-        self._chunk_slots = asyncio.Semaphore(OUTSTANDING_IN_ALL)
+        self._batch_slots = asyncio.Semaphore(BATCHES)
 
     async def get_info(self, name: str) -> StoredObject | None:
         meta = await self._read_meta(name)
@@ -90,16 +90,9 @@ class ObjectStore:
     async def read_piece(self, stored: StoredObject, after: int) -> tuple[bytes, int]:
         if not stored.size:
             return b"", 0
-        subject = self._chunk_subject(stored.ident)
-        body = {"seq": after + 1, "next_by_subj": subject, "batch": 1}  # a batch says whether there are more
-        found = await direct_get_one(self._connection, self._stream, body)
-        if found is not None:
-            return found.data, found.seq if int(found.headers.get("Nats-Num-Pending", "0")) else 0
-        found_late = await next_from_leader(self._connection, self._stream, subject, {"seq": after + 1})
-        if found_late is None:
-            raise Unreadable("object", f"{stored.name}: no piece after {after}")
-        more = await next_from_leader(self._connection, self._stream, subject, {"seq": found_late.seq + 1})
-        return found_late.data, found_late.seq if more else 0
+        async for piece in self._history.read(self._stream, self._chunk_subject(stored.ident), after=after, limit=1):
+            return piece.data, piece.seq if has_more(piece) else 0
+        raise Unreadable("object", f"{stored.name}: no piece after {after}")
 
     async def put(self, name: str, pieces: Pieces, *, mime: str = "", title: str = "") -> StoredObject:
         ident = secrets.token_hex(11)
@@ -110,9 +103,7 @@ class ObjectStore:
             await self._delete_chunks(ident)
             raise
         try:
-            return await self._store_meta(
-                name, ident, size=size, chunks=chunks, digest=digest, mime=mime, title=title
-            )
+            return await self._store_meta(name, ident, size, chunks, digest, mime=mime, title=title)
         except BusRefused:  # after a cancellation the meta may be stored, so the chunks must stay
             await self._delete_chunks(ident)
             raise
@@ -127,7 +118,7 @@ class ObjectStore:
             raise Refused("invalid", "The upload is already complete: use another id.")
         subject = self._chunk_subject(_upload_ident(name))
         for attempt in range(APPEND_ATTEMPTS):
-            before = await read_last(self._connection, self._stream, subject)
+            before = await direct_get_one(self._connection, self._stream, {"last_by_subj": subject})
             size = int(before.headers.get(H_OFFSET, "0")) + len(before.data) if before else 0
             if end <= size:
                 return size
@@ -153,7 +144,18 @@ class ObjectStore:
         if done is not None and (done.ident, done.size) == (ident, size):
             if sha256 not in ("", done.sha256):
                 raise Refused("invalid", "The upload is complete already, with other bytes: take another id.")
-            return done, await self._read_head(done)
+            return done, (await self._read_upload(name, ident, size, head_only=True))[2]
+        digest, chunks, head = await self._read_upload(name, ident, size)
+        if sha256 not in ("", digest.hexdigest()):
+            await self._delete_chunks(ident)
+            raise Refused("invalid", "The bytes are not those of your SHA-256: begin again at 0.")
+        mime, bare = mime_of(head), digest.digest()
+        return await self._store_meta(name, ident, size, chunks, bare, mime=mime, title=title), head
+
+    async def _read_upload(
+        self, name: str, ident: str, size: int, *, head_only: bool = False
+    ) -> tuple[hashlib._Hash, int, bytes]:
+        """Digest and number of the uploaded pieces, and their first bytes. Raises Temporary."""
         digest, chunks, head = hashlib.sha256(), 0, b""
         try:
             async with contextlib.aclosing(self._read_chunks(name, ident, size)) as pieces:
@@ -161,61 +163,40 @@ class ObjectStore:
                     digest.update(piece)
                     chunks += 1
                     head += piece[: HEAD - len(head)]
+                    if head_only and len(head) == HEAD:
+                        break
         except Unreadable as exc:
             raise Temporary("object", "Pieces are missing: send them again.") from exc
-        if sha256 not in ("", digest.hexdigest()):
-            await self._delete_chunks(ident)
-            raise Refused("invalid", "The bytes are not those of your SHA-256: begin again at 0.")
-        mime = mime_of(head)
-        stored = await self._store_meta(
-            name, ident, size=size, chunks=chunks, digest=digest.digest(), mime=mime, title=title
-        )
-        return stored, head
-
-    async def _read_head(self, stored: StoredObject) -> bytes:
-        """The first bytes. Raises Temporary."""
-        head, after = b"", 0
-        try:
-            while len(head) < HEAD:
-                piece, after = await self.read_piece(stored, after)
-                head += piece
-                if not after:
-                    break
-        except Unreadable as exc:
-            raise Temporary("object", "Pieces are missing: send them again.") from exc
-        return head[:HEAD]
+        return digest, chunks, head
 
     # writing ----------------------------------------------------------------------------------------
 
     async def _store_chunks(self, ident: str, pieces: Pieces) -> tuple[int, int, bytes]:
         """Stores the chunks. Returns size, number of chunks and digest."""
         digest, size, chunks = hashlib.sha256(), 0, 0
-        waiting: deque[asyncio.Task[PubAck]] = deque()
-        try:
-            async for chunk in _rechunk(pieces):
-                while len(waiting) >= OUTSTANDING:
-                    await waiting.popleft()
-                digest.update(chunk)
-                size += len(chunk)
-                chunks += 1
-                # the id drops a duplicate that is sent again after a break
-                message = Message("media", self._chunk_subject(ident), chunk, {H_MSG_ID: f"{ident}.{chunks}"})
-                await self._chunk_slots.acquire()
-                task = asyncio.create_task(self._publisher.publish(message))
-                task.add_done_callback(lambda _: self._chunk_slots.release())
-                waiting.append(task)
-            while waiting:
-                await waiting.popleft()
-        finally:
-            if waiting:  # a chunk in flight might be stored after the purge
-                await asyncio.wait(waiting, timeout=SETTLE_S)
-            for task in waiting:
-                task.cancel()
-            await asyncio.gather(*waiting, return_exceptions=True)
+        batch: list[Message] = []
+        async for chunk in _rechunk(pieces):
+            digest.update(chunk)
+            size += len(chunk)
+            chunks += 1
+            # the id drops a duplicate that is sent again after a break
+            batch.append(Message("media", self._chunk_subject(ident), chunk, {H_MSG_ID: f"{ident}.{chunks}"}))
+            if len(batch) == BATCH:
+                await self._store_batch(batch)
+                batch = []
+        await self._store_batch(batch)
         return size, chunks, digest.digest()
 
+    async def _store_batch(self, batch: list[Message]) -> None:
+        async with self._batch_slots:
+            # after a cancellation, too, since a chunk in flight might be stored after the purge
+            outcomes = await shield_with_grace(self._publisher.publish_all(batch), SETTLE_S)
+        for outcome in outcomes:
+            if isinstance(outcome, BusRefused):
+                raise outcome
+
     async def _store_meta(
-        self, name: str, ident: str, *, size: int, chunks: int, digest: bytes, mime: str, title: str
+        self, name: str, ident: str, size: int, chunks: int, digest: bytes, *, mime: str, title: str
     ) -> StoredObject:
         """Makes the chunks of `ident` the object `name`, and deletes its former chunks."""
         before = await self._read_meta_with_retry(name)
@@ -250,39 +231,24 @@ class ObjectStore:
 
     async def _read_chunks(self, name: str, ident: str, size: int) -> Pieces:
         """The first `size` bytes of the chunks of `ident`. Raises Temporary, Unreadable."""
-        remaining, after = size, 0
-        while remaining > 0:
-            found = False
-            async with contextlib.aclosing(self._chunks_after(ident, after)) as pieces:
-                async for piece in pieces:
-                    found, after = True, piece.seq
-                    remaining -= len(piece.data)
-                    if remaining < 0:
+        remaining = size
+        if size:
+            chunks = self._history.read(self._stream, self._chunk_subject(ident), page=BATCH)
+            async with contextlib.aclosing(chunks):
+                async for chunk in chunks:
+                    remaining -= len(chunk.data)
+                    if remaining >= 0:
+                        yield chunk.data
+                    if remaining <= 0:
                         break
-                    yield piece.data
-                    if not remaining:
-                        break
-            if not found or remaining < 0:
-                raise Unreadable("object", f"{name}: pieces are gone or too many")
-
-    async def _chunks_after(self, ident: str, after: int) -> AsyncGenerator[Stored, None]:
-        """Some chunks after a sequence; none if there are no more."""
-        subject, found = self._chunk_subject(ident), False
-        body = {"seq": after + 1, "next_by_subj": subject, "batch": PAGE}
-        async with contextlib.aclosing(direct_get(self._connection, self._stream, body)) as pieces:
-            async for piece in pieces:
-                found = True
-                yield piece
-        if not found:  # a lagging server may have answered
-            newer = await next_from_leader(self._connection, self._stream, subject, {"seq": after + 1})
-            if newer is not None:
-                yield newer
+        if remaining:
+            raise Unreadable("object", f"{name}: pieces are gone or too many")
 
     async def _read_meta(self, name: str) -> _Meta | None:
-        subject = self._meta_subject(name)
-        stored = await read_last(self._connection, self._stream, subject)
-        if stored is None:
-            stored = await next_from_leader(self._connection, self._stream, subject, {"seq": 1})
+        query = {"last_by_subj": self._meta_subject(name)}
+        stored = await direct_get_one(self._connection, self._stream, query)
+        if stored is None:  # a lagging server may have answered
+            stored = await get_from_leader(self._connection, self._stream, query)
         if stored is None:
             return None
         try:

@@ -14,7 +14,7 @@ from nats.js.object_store import ObjectStore as TheirStore
 
 from adapter.errors import BusRefused, Refused, Temporary, Unreadable
 from adapter.jetstream import topology
-from adapter.jetstream.objects import CHUNK, OUTSTANDING, ObjectStore
+from adapter.jetstream.objects import BATCH, CHUNK, ObjectStore
 from adapter.ports import Objects, Pieces, StoredObject
 from tests.bus.rig import NAMES, Bus, Rig, rig_on
 from tests.e2e.waiting import until
@@ -199,8 +199,8 @@ async def test_a_source_is_asked_no_faster_than_the_bus_takes(rig: Rig, store: O
 
     task = asyncio.create_task(store.put("s1/x", source()))
     await until(lambda: not rig.connection.is_connected, "the bus is away")
-    await until(lambda: len(rig.publisher._outstanding) == OUTSTANDING, "the room is full")
-    assert 20 < given <= 20 + OUTSTANDING + 2
+    await until(lambda: len(rig.publisher._outstanding) == BATCH, "the room is full")
+    assert 20 < given <= 20 + BATCH + 2
     await rig.bus.start()
     stored = await task
     assert await whole(store, stored) == b"".join(content(CHUNK, number) for number in range(60))

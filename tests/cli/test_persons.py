@@ -13,7 +13,7 @@ from adapter.contract.messages import ErasedEvent
 from adapter.contract.names import to_subject_token
 from adapter.contract.records import LoginRecord
 from adapter.jetstream import topology
-from adapter.jetstream.history import read_stream
+from adapter.jetstream.history import StreamHistory
 from adapter.jetstream.managed_connection import ManagedConnection
 from adapter.ports import Stored
 from adapter.settings import Settings
@@ -30,7 +30,7 @@ async def everything(bus: Bus, settings: Settings) -> list[Stored]:
     await connection.adopt_client(bus.nc)
     found: list[Stored] = []
     for wanted in topology.wanted_streams(bus.names, settings):
-        found += [stored async for stored in read_stream(connection, wanted.name, ">")]
+        found += [stored async for stored in StreamHistory(connection).read(wanted.name, ">")]
     return [stored for stored in found if "KV-Operation" not in stored.headers]
 
 
