@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import asyncio
-from collections.abc import Awaitable, Callable, Container, Coroutine, Mapping
+from collections.abc import Awaitable, Callable, Container, Mapping
 from functools import partial
-from typing import Any
 
 import structlog
 from nats import micro
@@ -20,6 +18,7 @@ from adapter.jetstream.client import BusClient
 from adapter.jetstream.managed_connection import ManagedConnection
 from adapter.jetstream.shares import RefusalLog, RequestQuota
 from adapter.kit.slots import FairSlots
+from adapter.kit.tasks import TaskSet
 from adapter.observability.metrics import Metrics
 from adapter.ports import SandboxRequest, SandboxResponse
 from adapter.security.permissions import inbox
@@ -29,8 +28,6 @@ log = structlog.get_logger()
 SERVICE = "wechat-nats"
 Handler = Callable[[bytes], Awaitable[bytes]]
 SandboxHandler = Callable[[SandboxRequest], Awaitable[SandboxResponse]]
-RequestHandler = Callable[[Request], Awaitable[None]]
-Responder = Callable[[Request], Awaitable[SandboxResponse]]
 IMPORTED_REPLY = "_R_."
 """Prefix that the server gives to the inbox of a request from another account."""
 SHARED_INBOXES = ("_INBOX.", f"{inbox('operator')}.", f"{inbox('service')}.")
@@ -81,7 +78,7 @@ class Services:
         self._slots = FairSlots(MAX_IN_FLIGHT, share=MAX_IN_FLIGHT)
         self._slots_by_verb = {"replay": FairSlots(MAX_REPLAYS, share=1)}
         """Slots of verbs that have their own."""
-        self._answers: set[asyncio.Task[None]] = set()
+        self._answers = TaskSet(_log_unanswered)
         self._refusals = RefusalLog()
         connection.on_connect(self._register)
 
@@ -99,12 +96,10 @@ class Services:
             metadata={"instance": self._instance, "prefix": self._names.prefix},
         )
         for verb, handler in self._handlers.items():
-            await _add_endpoint(
-                service, verb, self._names.svc(verb), partial(self._answer_platform, _platform_handler(handler))
-            )
+            await _add_endpoint(service, verb, self._names.svc(verb), partial(self._answer_platform, handler))
         for verb, of_sandbox in self._sandbox_handlers.items():
             name = f"{verb}.own" if verb in self._handlers else verb
-            handle = partial(self._answer_sandbox, shares, verb, _sandbox_handler(of_sandbox))
+            handle = partial(self._answer_sandbox, shares, verb, of_sandbox)
             await _add_endpoint(service, name, f"{self._names.svc(verb)}.*", handle)
 
     def _admit(
@@ -120,9 +115,15 @@ class Services:
         """Decides about a message before it is read. Sandboxes have shares (RequestQuota)."""
         verb, _, sandbox = subject.rpartition(".")
         if verb not in shared:
-            return subject not in plain or _is_reply_allowed(reply) or self._refuse_reply("")
+            if subject not in plain:
+                return True
+            sandbox = PLATFORM
         if not _is_reply_allowed(reply, sandbox):
-            return self._refuse_reply(sandbox)
+            self._metrics.service_refusals.labels(reason="reply").inc()
+            self._refusals.log_refusal(sandbox)
+            return False
+        if sandbox == PLATFORM:
+            return True
         admission = shares.try_admit(sandbox, size)
         if admission == "taken":
             return True
@@ -133,95 +134,70 @@ class Services:
                 nc.flush_soon()
         return False
 
-    def _refuse_reply(self, sandbox: str) -> bool:
-        self._metrics.service_refusals.labels(reason="reply").inc()
-        self._refusals.count_refusal(sandbox)
-        return False
-
-    async def _answer_platform(self, handler: Responder, request: Request) -> None:
+    async def _answer_platform(self, handler: Handler, request: Request) -> None:
         """Answers in a task of its own, so that a slow request does not delay the next one."""
         await self._slots.acquire(PLATFORM)
-        self._spawn(self._answer_and_release(handler, request))
-
-    async def _answer_sandbox(self, shares: RequestQuota, verb: str, handler: Responder, request: Request) -> None:
-        """As `_answer_platform`, for an admitted request. Nothing is awaited here, so that no queue builds up."""
 
         async def answer() -> None:
-            sandbox = _sandbox_of(request)
+            try:
+                await _respond(request, handler(request.data))
+            finally:
+                self._slots.release(PLATFORM)
+
+        self._answers.spawn(answer())
+
+    async def _answer_sandbox(
+        self, shares: RequestQuota, verb: str, handler: SandboxHandler, request: Request
+    ) -> None:
+        """As `_answer_platform`, for an admitted request. Nothing is awaited here, so that no queue builds up."""
+        sandbox = request.subject.rpartition(".")[2]
+
+        async def answer() -> None:
             try:
                 await shares.wait_turn(sandbox, COSTS.get(verb, 1))
                 async with self._slots_by_verb.get(verb, self._slots).slot(sandbox):
-                    await _respond(handler, request)
+                    await _respond(request, handler(SandboxRequest(sandbox, request.headers or {}, request.data)))
             finally:
                 shares.release(sandbox, len(request.data))
 
-        self._spawn(answer())
-
-    async def _answer_and_release(self, handler: Responder, request: Request) -> None:
-        """Answers, and releases the slot."""
-        try:
-            await _respond(handler, request)
-        finally:
-            self._slots.release(PLATFORM)
-
-    def _spawn(self, answering: Coroutine[Any, Any, None]) -> None:
-        task = asyncio.get_running_loop().create_task(answering)
-        self._answers.add(task)
-        task.add_done_callback(self._on_answer_done)
-
-    def _on_answer_done(self, task: asyncio.Task[None]) -> None:
-        self._answers.discard(task)
-        if not task.cancelled() and (exc := task.exception()):  # the connection broke before the answer
-            log.info("service.unanswered", reason=type(exc).__name__)
+        self._answers.spawn(answer())
 
 
-async def _add_endpoint(service: Service, name: str, subject: str, handle: RequestHandler) -> None:
+def _log_unanswered(exc: BaseException) -> None:
+    """The connection broke before the answer."""
+    log.info("service.unanswered", reason=type(exc).__name__)
+
+
+async def _add_endpoint(
+    service: Service, name: str, subject: str, handle: Callable[[Request], Awaitable[None]]
+) -> None:
     await service.add_endpoint(EndpointConfig(name=name.replace(".", "-"), subject=subject, handler=handle))
 
 
-async def _respond(handler: Responder, request: Request) -> None:
+async def _respond(request: Request, answering: Awaitable[SandboxResponse | bytes]) -> None:
     try:
-        answered = await handler(request)
-        await request.respond(answered.data, headers={H_SCHEMA: SCHEMA_VERSION, **answered.headers})
+        answer = await answering
+        data, headers = (answer, {}) if isinstance(answer, bytes) else answer
+        await request.respond(data, headers={H_SCHEMA: SCHEMA_VERSION, **headers})
     except Temporary as exc:
         await request.respond_error("503", _header_text(exc.detail or exc.reason))
     except Refused as exc:
-        await request.respond_error(
-            "404" if exc.reason in ("not_bound", "not_found") else "400", _header_text(exc.detail)
-        )
+        code = "404" if exc.reason in ("not_bound", "not_found") else "400"
+        await request.respond_error(code, _header_text(exc.detail))
     except AdapterError as exc:
         await request.respond_error("500", _header_text(exc.detail or exc.reason))
-    except ConnectionClosedError:  # the caller is gone, see `_on_answer_done`
+    except ConnectionClosedError:  # the caller is gone, see `_log_unanswered`
         raise
     except Exception:  # nats-py would send the exception's repr to the caller
         log.exception("service.crashed")
         await request.respond_error("500", "The adapter failed; its log says why.")
 
 
-def _sandbox_of(request: Request) -> str:
-    """The last token of the subject."""
-    return request.subject.rpartition(".")[2]
-
-
-def _is_reply_allowed(reply: str, sandbox: str = "") -> bool:
+def _is_reply_allowed(reply: str, sandbox: str) -> bool:
     """Whether an answer may go to `reply`: for a sandbox, its own inboxes and those of roles that may ask for any."""
     if reply.startswith(IMPORTED_REPLY):
         return True
     return is_inbox(reply) and (not sandbox or reply.startswith((*SHARED_INBOXES, f"{inbox('sandbox', sandbox)}.")))
-
-
-def _platform_handler(handler: Handler) -> Responder:
-    async def answer(request: Request) -> SandboxResponse:
-        return SandboxResponse(await handler(request.data), {})
-
-    return answer
-
-
-def _sandbox_handler(handler: SandboxHandler) -> Responder:
-    async def answer(request: Request) -> SandboxResponse:
-        return await handler(SandboxRequest(_sandbox_of(request), request.headers or {}, request.data))
-
-    return answer
 
 
 def _header_text(text: str) -> str:

@@ -25,7 +25,7 @@ MAX_IN_FLIGHT_BYTES = 64 * 1024 * 1024
 LOG_EVERY_S = 60.0
 """Interval between two log lines about a sandbox's requests without an inbox."""
 MAX_LOGGED_SANDBOXES = 1000
-"""Most sandboxes with a log line of their own in that time; the others share one."""
+"""Most sandboxes with a log line in that time."""
 
 Verdict: TypeAlias = Literal["taken", "busy", "full"]
 
@@ -86,25 +86,18 @@ class RequestQuota:
 
 
 class RefusalLog:
-    """Logs requests without an inbox: the first of a sandbox at once, later ones with their number."""
+    """Logs requests without an inbox: the first of each sandbox in a minute."""
 
     def __init__(self) -> None:
-        self._seen: dict[str, tuple[float, int]] = {}
-        """By sandbox: end of the silence, earliest first, and the number refused since."""
+        self._logged: set[str] = set()
+        self._minute_ends_at = 0.0
 
-    def count_refusal(self, sandbox: str) -> None:
-        """Counts a refusal. `sandbox`: "" for requests without one."""
+    def log_refusal(self, sandbox: str) -> None:
+        """`sandbox`: "" for requests without one."""
         now = asyncio.get_running_loop().time()
-        if sandbox not in self._seen and len(self._seen) >= MAX_LOGGED_SANDBOXES:
-            soonest = next(iter(self._seen))
-            if self._seen[soonest][0] > now:
-                sandbox = ""
-            else:
-                del self._seen[soonest]
-        until, count = self._seen.get(sandbox, (now, 0))
-        if now < until:
-            self._seen[sandbox] = until, count + 1
-            return
-        self._seen.pop(sandbox, None)
-        self._seen[sandbox] = now + LOG_EVERY_S, 0
-        log.warning("service.reply_refused", sandbox=sandbox, refused=count + 1)
+        if now >= self._minute_ends_at:
+            self._logged.clear()
+            self._minute_ends_at = now + LOG_EVERY_S
+        if sandbox not in self._logged and len(self._logged) < MAX_LOGGED_SANDBOXES:
+            self._logged.add(sandbox)
+            log.warning("service.reply_refused", sandbox=sandbox)
