@@ -34,11 +34,6 @@ SUSPECT_AFTER_S = 4.0
 """Time without any answer after which another server is tried. A leader election may take as long; moving then
 neither helps nor harms. A server that is cut off from the cluster never answers."""
 
-RECHECK_S = 10.0
-"""Age at which a connection may miss that its server's max_payload was raised again."""
-LONGEST_RECHECK_S = 320.0
-"""Longest such age. It doubles each time that the limit is unchanged, since each check breaks the connection."""
-
 
 def connect_options(settings: Settings, name: str, servers: list[str]) -> dict[str, Any]:
     """nats-py's options from the settings, which have the names that NATS users know. `servers` are tried in order.
@@ -73,10 +68,7 @@ class ManagedConnection:
         self.nc: BusClient | None = None
         self.down_reason = "not connected yet"
         self.max_payload = 1024 * 1024
-        self._largest_max_payload = 0
-        """Largest `max_payload` of any connection so far."""
-        self._connected_at = 0.0
-        self._recheck_s = RECHECK_S
+        """The server's limit at the last connect; it announces a raised one to new clients only."""
         self.changed = ChangeSignal()
         self._settings = settings
         self._servers = random.sample(settings.nats_url, len(settings.nats_url))
@@ -132,19 +124,6 @@ class ManagedConnection:
             self._patience = min(8, self._patience * 2)
             self._lost.set()
 
-    def recheck_max_payload(self) -> None:
-        """Called when a message exceeds `max_payload`. If the limit was larger before, a new connection is made,
-        since a server announces a raised limit only to new clients.
-        """
-        if self.max_payload >= self._largest_max_payload or not self.is_connected or self._lost.is_set():
-            return
-        if asyncio.get_running_loop().time() - self._connected_at > self._recheck_s:
-            self._recheck_s = min(LONGEST_RECHECK_S, self._recheck_s * 2)
-            self.down_reason = (
-                f"max_payload was {self._largest_max_payload} bytes once and is {self.max_payload}: is it back?"
-            )
-            self._lost.set()
-
     async def adopt_client(self, nc: BusClient) -> None:
         """Uses a client that the caller maintains and closes, instead of `run`."""
         for action in self._on_connect:
@@ -168,14 +147,8 @@ class ManagedConnection:
             failures = 0
             try:
                 self.nc, self.epoch = nc, self.epoch + 1
-                self.max_payload, self._largest_max_payload = (
-                    nc.max_payload,
-                    max(self._largest_max_payload, nc.max_payload),
-                )
-                if self.max_payload == self._largest_max_payload:
-                    self._recheck_s = RECHECK_S
-                self._connected_at = asyncio.get_running_loop().time()
-                self._answered_at, self._unanswered = self._connected_at, 0
+                self.max_payload = nc.max_payload
+                self._answered_at, self._unanswered = asyncio.get_running_loop().time(), 0
                 self._servers = _servers_for_reconnect(self._servers, nc)
                 log.info("bus.connected", connection=self.name, epoch=self.epoch)
                 self.changed.notify_all()

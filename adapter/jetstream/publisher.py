@@ -201,7 +201,6 @@ class Publisher:
         message, limit = entry.message, self._connection.max_payload
         if len(message.payload) > limit // 2 and len(message.payload) + _headers_size(message.headers) > limit:
             self._refuse(entry, BusRefused(0, f"{len(message.payload)} bytes exceed the server's max_payload"))
-            self._connection.recheck_max_payload()
         elif len(message.subject) > MAX_SUBJECT // 4 and len(message.subject.encode()) > MAX_SUBJECT:
             self._refuse(entry, BusRefused(0, "The subject is too long."))
 

@@ -128,45 +128,14 @@ async def reloaded(tmp_path: Path) -> AsyncIterator[Bus]:
     await made.server.stop()
 
 
-async def test_a_lowered_limit_for_messages_holds_up_nothing_and_its_return_is_noticed(
-    reloaded: Bus,
-) -> None:
+async def test_a_lowered_limit_for_messages_holds_up_nothing(reloaded: Bus) -> None:
     assert isinstance(reloaded.server, Reloaded)
     async with rig_on(reloaded) as rig:
-        largest = rig.connection.max_payload
         message = Message("event", NAMES.event("s1", "receipt"), b"x" * 2000, {H_MSG_ID: "e0" * 100})
         await reloaded.server.limit(2048)  # with its headers it has more
         acks = await asyncio.wait_for(rig.publisher.publish_all([event(1), message, event(2)]), PATIENCE_S)
         assert [isinstance(ack, BusRefused) for ack in acks] == [False, True, False]
         assert rig.connection.epoch == 2, "the server has ended the first connection, and no other"
-        await reloaded.server.limit(largest)
-        rig.connection._recheck_s = 0.1  # the next test shows how long that is
-
-        async def taken() -> bool:
-            (ack,) = await rig.publisher.publish_all([message])
-            return isinstance(ack, PubAck)
-
-        await eventually(taken, "it is taken again")
-        assert rig.connection.epoch == 3
-
-
-async def test_a_limit_for_messages_that_stays_low_is_doubted_less_and_less(
-    reloaded: Bus, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """What is too large may be tried for ever, and each new connection holds up everybody."""
-    monkeypatch.setattr("adapter.jetstream.managed_connection.RECHECK_S", 0.1)
-    assert isinstance(reloaded.server, Reloaded)
-    async with rig_on(reloaded) as rig:
-        await reloaded.server.limit(2048)
-        message = Message("event", NAMES.event("s1", "receipt"), b"x" * 3000, {H_MSG_ID: "e0"})
-        began = asyncio.get_running_loop().time()
-
-        async def renewed() -> bool:
-            await rig.publisher.publish_all([message])
-            return rig.connection.epoch >= 6
-
-        await eventually(renewed, "the limit is doubted four times")
-        assert asyncio.get_running_loop().time() - began > 0.1 + 0.2 + 0.4 + 0.8
 
 
 async def test_what_the_client_will_not_write_is_refused_and_holds_up_nobody(rig: Rig) -> None:
