@@ -15,6 +15,7 @@ from adapter.contract.records import Binding
 from adapter.inbound.bot_poller import ANSWER_GRACE_S, BotPoller, State
 from adapter.inbound.poller import run_poller
 from adapter.outbound.processor import ShardCommandProcessor
+from adapter.replica.gauges import observe
 from adapter.replica.supervisor import Supervisor
 from tests.fakes import Bench, FakeLeases, batch, ready, settle
 from tests.inbound.pollers import BOT, raw
@@ -85,8 +86,6 @@ def supervisor(
         run_poller=run_poller,
         work=Work(shard or Shard()),
         publish_released=publish_released,
-        clock=bench.clock,
-        metrics=bench.metrics,
         capacity=capacity,
     )
 
@@ -134,7 +133,7 @@ async def test_ten_thousand_bindings_are_a_scrape_of_the_same_size(following: Fo
     empty = bench.metrics.expose()[0]
     poll(made, bench)
     await following(made)
-    made.observe(30_000)
+    observe(made, bench.clock, bench.metrics, 30_000)
     body = bench.metrics.expose()[0]
     samples = [line for line in body.decode().splitlines() if not line.startswith("#")]
     assert len(samples) == sum(not line.startswith(b"#") for line in empty.splitlines()) <= 1_000
@@ -150,25 +149,25 @@ async def test_what_the_polls_of_a_bot_show_of_its_token() -> None:
     bench = bound(1)
     made = supervisor(bench)
     binding = next(iter(bench.bindings))
-    assert not made.has_polled_since(binding.bot, 0.0)
+    assert not made.pollers.has_polled_since(binding.bot, 0.0)
     session = made.pollers[binding.bot] = BotPoller(binding.bot)
     session.polled_at = 10.0
-    assert [made.has_polled_since(binding.bot, since) for since in (5.0, 10.0, 15.0)] == [True, False, False]
+    assert [made.pollers.has_polled_since(binding.bot, since) for since in (5.0, 10.0, 15.0)] == [True, False, False]
     session.stale = True
-    assert not made.has_polled_since(binding.bot, 5.0)
+    assert not made.pollers.has_polled_since(binding.bot, 5.0)
 
 
 async def test_the_bot_that_was_answered_longest_ago_is_seen_among_ten_thousand() -> None:
     bench = bound(BOTS)
     made = supervisor(bench)
     poll(made, bench, every_state=False)
-    made.observe(0)
+    observe(made, bench.clock, bench.metrics, 0)
     assert bench.metrics.value("oldest_poll_age_seconds") == pytest.approx(100.0)
     made.pollers["000007@im.bot"].state = "needs_login"  # it is not polled, and that is told elsewhere
-    made.observe(0)
+    observe(made, bench.clock, bench.metrics, 0)
     assert bench.metrics.value("oldest_poll_age_seconds") == pytest.approx(1.0)
     made.pollers["000007@im.bot"].state = "paused"  # nobody else tells that it should be
-    made.observe(0)
+    observe(made, bench.clock, bench.metrics, 0)
     assert bench.metrics.value("oldest_poll_age_seconds") == pytest.approx(100.0)
 
 
@@ -200,15 +199,15 @@ async def test_what_nobody_polls_is_counted(following: Following) -> None:
     made = supervisor(bench, leases=leases, capacity=0)
     await following(made)
     shards = [shard_of(binding.sandbox) for binding in bench.bindings]
-    made.observe(0)
+    observe(made, bench.clock, bench.metrics, 0)
     assert bench.metrics.value("bindings_unowned") == sum(shard in mine | orphans for shard in shards)
     for binding in bench.bindings:
         if shard_of(binding.sandbox) in mine:
             made.pollers[binding.bot] = BotPoller(binding.bot)
-    made.observe(0)
+    observe(made, bench.clock, bench.metrics, 0)
     assert bench.metrics.value("bindings_unowned") == sum(shard in orphans for shard in shards) > 0
     leases.orphans = set()
-    made.observe(0)
+    observe(made, bench.clock, bench.metrics, 0)
     assert bench.metrics.value("bindings_unowned") == 0
 
 
@@ -269,7 +268,7 @@ async def test_a_lease_that_is_back_before_its_polls_were_cut_costs_none(
     leases.changed.notify_all()
     await asyncio.sleep(5)
     assert len(bench.chat.asked) == asked
-    made.poll_now(BOT)
+    made.pollers.poll_now(BOT)
     await asyncio.sleep(5)
     assert len(bench.chat.asked) == asked + 1
     await bench.bindings.remove(BOT)
@@ -374,8 +373,8 @@ async def test_a_bot_whose_poller_has_not_begun_may_have_something_to_catch_up_w
 ) -> None:
     made = supervisor(bench, capacity=0)
     await bench.bind()
-    assert not made.is_catching_up(BOT)  # another replica's
+    assert not made.pollers.is_catching_up(BOT)  # another replica's
     await following(made)
-    assert not made.is_catching_up(BOT)  # there is no room for it
+    assert not made.pollers.is_catching_up(BOT)  # there is no room for it
     await bench.bind(bot="b2@im.bot")
-    assert made.is_catching_up("b2@im.bot")
+    assert made.pollers.is_catching_up("b2@im.bot")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 
 import structlog
 
@@ -16,6 +16,7 @@ from adapter.jetstream.publisher import Publisher
 from adapter.kit.timing import ChangeSignal, Clock
 from adapter.observability.metrics import Metrics
 from adapter.ownership.leases import Leases
+from adapter.replica.gauges import observe
 from adapter.replica.probes import BUS_GRACE_S, Health
 from adapter.replica.supervisor import Supervisor
 
@@ -43,20 +44,17 @@ class HealthMonitor:
         inspector: Inspector,
         leases: Leases,
         supervisor: Supervisor,
-        evict_idle: Callable[[], None],
         names: Names,
         health: Health,
         clock: Clock,
         metrics: Metrics,
     ) -> None:
-        """`evict_idle` drops idle state."""
         self._connection = connection
         self._bus = bus
         self._media_bus = media_bus
         self._inspector = inspector
         self._leases = leases
         self._supervisor = supervisor
-        self._evict_idle = evict_idle
         self._names = names
         self._health = health
         self._clock = clock
@@ -95,9 +93,9 @@ class HealthMonitor:
             metrics.nats_publish_oldest.set(max(self._bus.waiting_s, self._media_bus.waiting_s))
             ticks += 1
             if ticks % OBSERVED_EVERY == 0:
-                self._supervisor.observe(len(asyncio.all_tasks()))
+                observe(self._supervisor, self._clock, metrics, len(asyncio.all_tasks()))
             if ticks % EVICTED_EVERY == 0:
-                self._evict_idle()
+                self._supervisor.shards.evict_idle()
 
     async def check_jetstream_forever(self) -> None:
         """Checks until cancelled that JetStream answers and accepts writes, and that its streams exist."""
@@ -159,9 +157,9 @@ class HealthMonitor:
             self._note_paused(consumer, stream, paused=bool(info.get("paused")))
             metrics.nats_consumer_pending.labels(consumer=label).set(info["num_pending"])
             metrics.nats_consumer_ack_pending.labels(consumer=label).set(info["num_ack_pending"])
-        waiting, in_hand = self._inspector.message_count(names.stream_out), self._supervisor.in_hand
-        metrics.nats_consumer_pending.labels(consumer="out").set(max(0, waiting - in_hand))
-        metrics.nats_consumer_ack_pending.labels(consumer="out").set(in_hand)
+        waiting, in_flight = self._inspector.message_count(names.stream_out), self._supervisor.shards.in_flight
+        metrics.nats_consumer_pending.labels(consumer="out").set(max(0, waiting - in_flight))
+        metrics.nats_consumer_ack_pending.labels(consumer="out").set(in_flight)
 
     def _note_paused(self, consumer: str, stream: str, *, paused: bool) -> None:
         if paused and consumer not in self._paused:

@@ -166,8 +166,6 @@ class Replica:
             run_poller=lambda bot_poller: poller.run_poller(bot_poller, self.inbound),
             work=self._shard_loops(),
             publish_released=self.others.publish_released,
-            clock=clock,
-            metrics=metrics,
             capacity=settings.capacity,
         )
         self.health_monitor = self._new_health_monitor()
@@ -179,7 +177,7 @@ class Replica:
         connections.connection.on_connect(self._count_connect)
         connections.core.respond(names.replica_status(), lambda data: replica_status.status_reply(data, self._status))
         connections.core.subscribe(
-            names.bot_released(), lambda data: self.supervisor.released(data.decode("utf-8", "replace"))
+            names.bot_released(), lambda data: self._on_released(data.decode("utf-8", "replace"))
         )
 
     async def _count_connect(self, _: object) -> None:
@@ -321,7 +319,6 @@ class Replica:
             inspector=self.inspector,
             leases=self.leases,
             supervisor=self.supervisor,
-            evict_idle=self.supervisor.evict_idle,
             names=self.names,
             health=self.health,
             clock=self.clock,
@@ -416,10 +413,17 @@ class Replica:
         return await self.supervisor.open_shard(sandbox)
 
     def _on_session_changed(self, binding: Binding) -> None:
-        self.supervisor.session_changed(binding)
+        self.supervisor.shards.on_session_changed(binding)
+
+    def _on_released(self, bot: str) -> None:
+        """Another replica has released a bot, or, without a bot, a shard."""
+        if bot:
+            self.supervisor.pollers.on_released(bot)
+        else:
+            self.leases.claim_now()
 
     def _pollers(self) -> Pollers:
-        return self.supervisor
+        return self.supervisor.pollers
 
     async def _wait_for_pending_binds(self) -> None:
         """Returns when the control commands stored so far have taken effect. Raises Temporary if that takes too
@@ -447,7 +451,7 @@ class Replica:
     def _status(self, bots: Sequence[str]) -> ReplicaStatus:
         polls = {
             bot: PollerStatus(state=state, ago_ms=None if ago_s is None else int(ago_s * 1000))
-            for bot, (state, ago_s) in self.supervisor.polls(bots).items()
+            for bot, (state, ago_s) in self.supervisor.pollers.states(bots, self.clock.monotonic()).items()
         }
         return ReplicaStatus(
             instance=self.instance,

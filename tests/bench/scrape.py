@@ -12,6 +12,7 @@ import statistics
 import time
 from collections.abc import Callable
 
+from adapter.replica.gauges import observe
 from tests.test_supervisor import BOTS, bound, poll, supervisor
 
 RUNS = 50
@@ -31,7 +32,7 @@ async def main() -> None:
     bench = bound(BOTS)
     made = supervisor(bench)
     poll(made, bench)
-    made.observe(3 * BOTS)
+    observe(made, bench.clock, bench.metrics, 3 * BOTS)
     body = bench.metrics.expose()[0]
     gc.collect()
     print(
@@ -41,7 +42,7 @@ async def main() -> None:
                 "series": sum(not line.startswith(b"#") for line in body.splitlines()),
                 "bytes": len(body),
                 "scrape_ms": median_ms(bench.metrics.expose),
-                "observe_ms": median_ms(lambda: made.observe(3 * BOTS)),
+                "observe_ms": median_ms(lambda: observe(made, bench.clock, bench.metrics, 3 * BOTS)),
             }
         )
     )

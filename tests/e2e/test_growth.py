@@ -117,7 +117,7 @@ class Visitors:
 
     async def _is_empty(self) -> bool:
         adapter = self.adapter
-        adapter.supervisor.evict_idle()
+        adapter.supervisor.shards.evict_idle()
         keys, _ = await adapter.connections.bucket(adapter.names.bindings).stream_state()
         return not (keys or adapter.supervisor.pollers)
 
@@ -132,7 +132,7 @@ def forget_the_last(adapter: Replica) -> None:
     adapter.outbound.conversation.uploads._ready.clear()
     adapter.control._settled_sequences.clear()
     adapter.control._recently_read.clear()
-    for shard in adapter.supervisor._shards.values():
+    for shard in adapter.supervisor.shards.values():
         shard.commands._ended.clear()
 
 

@@ -1,0 +1,137 @@
+"""The pollers of a replica: runs them, follows the lease with them, and knows what others ask about them."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Coroutine, Sequence
+from typing import Any
+
+import structlog
+
+from adapter.inbound.bot_poller import BotPoller, State
+from adapter.ownership.leases import Leases
+
+log = structlog.get_logger()
+
+RESTART_S = 0.2
+
+
+class BotPollers(dict[str, BotPoller]):
+    """The running pollers by bot, at most `capacity`. Implements sessions.Pollers.
+
+    `is_wanted`: whether this replica should poll a bot. `retry` is called for bots that may be started again.
+    """
+
+    def __init__(
+        self,
+        leases: Leases,
+        run: Callable[[BotPoller], Coroutine[Any, Any, None]],
+        is_wanted: Callable[[str], bool],
+        retry: Callable[[str], None],
+        capacity: int,
+    ) -> None:
+        super().__init__()
+        self.tasks: set[asyncio.Task[None]] = set()
+        self._leases = leases
+        self._run = run
+        self._is_wanted = is_wanted
+        self._retry = retry
+        self._capacity = capacity
+        self._crowded: set[str] = set()
+        """Bots without room here, which are tried again when a poller ends."""
+        self._departures = 0
+        self._valid_as = ""
+        """The incarnation whose lease was valid at the last check; "": none."""
+        self._paused_as = ""
+        """The incarnation that last lost its lease."""
+
+    def start(self, bot: str) -> None:
+        """Starts a poller. If there is no room, a bot that still wants it gets the room of the next that ends."""
+        if len(self) >= self._capacity:
+            self._crowded.add(bot)
+            return
+        poller = self[bot] = BotPoller(bot)
+        task = asyncio.get_running_loop().create_task(self._run(poller), name=f"poller.{bot}")
+        self.tasks.add(task)
+        task.add_done_callback(lambda done: self._on_ended(poller, done))
+
+    def _on_ended(self, poller: BotPoller, task: asyncio.Task[None]) -> None:
+        bot = poller.bot
+        self.tasks.discard(task)
+        if not task.cancelled() and (exc := task.exception()):
+            log.error("poller.crashed", bot=bot, exc_info=exc)
+        if self.get(bot) is poller:
+            del self[bot]
+        if self._is_wanted(bot):
+            asyncio.get_running_loop().call_later(RESTART_S, self._retry, bot)
+        while self._crowded:
+            if self._is_wanted(waits := self._crowded.pop()):
+                self._retry(waits)
+                break
+
+    async def wait_ended(self, within_s: float) -> bool:
+        """Whether all pollers have ended within so many seconds."""
+        if self.tasks:
+            await asyncio.wait(set(self.tasks), timeout=within_s)
+        return not self.tasks
+
+    # the lease --------------------------------------------------------------------------------------
+
+    def is_lease_changed(self) -> bool:
+        """Whether `follow_lease` has something to do."""
+        return self._leases.is_valid != bool(self._valid_as) or self._leases.membership_epoch != self._departures
+
+    def follow_lease(self) -> None:
+        """Cancels polls when the lease pauses, and withdraws that when it is valid again as the same incarnation."""
+        now_as = self._leases.incarnation if self._leases.is_valid else ""
+        if self._valid_as not in ("", now_as):
+            self._paused_as = self._valid_as
+            for poller in self.values():
+                poller.cancel_poll(for_lease=True)  # stop before another replica may start
+        elif now_as not in ("", self._valid_as) and now_as == self._paused_as:
+            for poller in self.values():
+                poller.withdraw_cancel()  # no shard was taken: that would revoke the incarnation first
+        self._valid_as = now_as
+        if self._departures != self._leases.membership_epoch:
+            self._departures = self._leases.membership_epoch
+            for poller in self.values():
+                poller.bot_released.set()
+
+    async def follow_lease_forever(self) -> None:
+        while True:
+            self.follow_lease()
+            await self._leases.changed.wait_until(self.is_lease_changed, 1.0)
+
+    # for others -------------------------------------------------------------------------------------
+
+    def on_released(self, bot: str) -> None:
+        """Another replica has released a bot, or has stored a late record for it."""
+        if poller := self.get(bot):
+            poller.may_have_late_record = True
+            poller.bot_released.set()
+
+    def is_stale(self, bot: str) -> bool:
+        poller = self.get(bot)
+        return poller is not None and poller.stale
+
+    def is_catching_up(self, bot: str) -> bool:
+        poller = self.get(bot)
+        if poller is None:  # it starts soon, unless there is no room
+            return self._is_wanted(bot) and bot not in self._crowded
+        return poller.is_catching_up
+
+    def poll_now(self, bot: str) -> None:
+        if poller := self.get(bot):
+            poller.cancel_poll()
+
+    def has_polled_since(self, bot: str, since: float) -> bool:
+        poller = self.get(bot)
+        return poller is not None and not poller.stale and poller.polled_at > since
+
+    def states(self, bots: Sequence[str], now: float) -> dict[str, tuple[State, float | None]]:
+        """State of those of `bots` that are polled here, and seconds since iLink's last answer (None: none yet)."""
+        found = [poller for bot in bots if (poller := self.get(bot)) is not None]
+        return {
+            poller.bot: (poller.state, now - poller.unanswered_since if poller.unanswered_since else None)
+            for poller in found
+        }
