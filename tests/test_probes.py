@@ -36,8 +36,7 @@ def clock() -> Clock:
 def health(clock: Clock) -> Health:
     """A replica in service."""
     health = Health(clock=clock)
-    health.started = True
-    health.jetstream_ok = True
+    health.phase = health.jetstream_problem = ""
     return health
 
 
@@ -110,9 +109,9 @@ def test_a_loop_that_died_for_good_fails_liveness(server: ProbeServer, health: H
 def test_an_outage_of_nats_costs_readiness_after_ten_seconds_and_never_life(
     server: ProbeServer, clock: Clock, health: Health
 ) -> None:
-    health.on_nats_lost()
+    health.set_connected(False)
     clock.now += 10
-    health.on_nats_lost()
+    health.set_connected(False)
     health.record_heartbeat()
     status, found = checks(server, "/readyz")
     assert (status, found["nats"]["detail"]) == (200, "disconnected for 10 s")
@@ -122,12 +121,12 @@ def test_an_outage_of_nats_costs_readiness_after_ten_seconds_and_never_life(
     health.record_heartbeat()
     assert ask(server, "/livez")[0] == 200
     assert ask(server, "/startupz")[0] == 200
-    health.on_nats_restored()
+    health.set_connected(True)
     assert ask(server, "/readyz")[0] == 200
 
 
 def test_a_silent_jetstream_costs_readiness(server: ProbeServer, health: Health) -> None:
-    health.jetstream_ok = False
+    health.jetstream_problem = "it takes nothing"
     status, found = checks(server, "/readyz")
     assert (status, found["jetstream"]["ok"]) == (503, False)
     assert ask(server, "/livez")[0] == 200
@@ -140,15 +139,22 @@ def test_draining_costs_readiness_at_once(server: ProbeServer, health: Health) -
     assert ask(server, "/livez")[0] == 200
 
 
-def test_since_is_when_a_check_changed(server: ProbeServer, clock: Clock, health: Health) -> None:
-    clock.now += 100
+def test_since_is_when_a_check_changed(server: ProbeServer, health: Health, monkeypatch: pytest.MonkeyPatch) -> None:
+    now_s = 1_000
+
+    def since() -> tuple[int, int]:
+        monkeypatch.setattr("adapter.replica.probes.time.time_ns", lambda: now_s * 1_000_000_000)
+        found = checks(server, "/readyz")[1]
+        return found["not_draining"]["since_ms"] // 1000, found["started"]["since_ms"] // 1000
+
+    assert since() == (1_000, 1_000)
+    now_s = 1_100
     health.draining = True
-    health.draining = True
-    clock.now += 100
-    health.draining = True
-    _, found = checks(server, "/readyz")
-    apart_ms = found["not_draining"]["since_ms"] - found["started"]["since_ms"]
-    assert round(apart_ms / 1000) == 100
+    assert since() == (1_100, 1_000)
+    now_s = 1_200
+    assert since() == (1_100, 1_000)
+    health.draining = False
+    assert since() == (1_200, 1_000)
 
 
 def test_metrics_are_served_in_the_format_asked_for(server: ProbeServer) -> None:

@@ -73,7 +73,7 @@ class HealthMonitor:
 
     def on_started(self) -> None:
         """Called when the service has started with verified streams."""
-        self._health.jetstream_ok = self._health.started = True
+        self._health.jetstream_problem = self._health.phase = ""
         self._healthy_at = self._clock.monotonic()
 
     async def heartbeat_forever(self) -> None:
@@ -86,10 +86,7 @@ class HealthMonitor:
             metrics.event_loop_lag.observe(max(0.0, loop.time() - due))
             self._health.record_heartbeat()
             metrics.nats_connected.set(1 if self._connection.is_connected else 0)
-            if self._connection.is_connected:
-                self._health.on_nats_restored()
-            else:
-                self._health.on_nats_lost()
+            self._health.set_connected(self._connection.is_connected)
             metrics.nats_publish_oldest.set(max(self._bus.waiting_s, self._media_bus.waiting_s))
             ticks += 1
             if ticks % OBSERVED_EVERY == 0:
@@ -107,7 +104,7 @@ class HealthMonitor:
             rounds += 1
             try:
                 await self._connection.probe()
-                if rounds % 2 == 1 or not self._health.jetstream_ok:  # after an outage something may be missing
+                if rounds % 2 == 1 or self._health.jetstream_problem:  # after an outage something may be missing
                     await self._check_streams()
                     await self._check_consumers()
             except (Temporary, BusRefused) as exc:
@@ -127,7 +124,7 @@ class HealthMonitor:
         now = self._clock.monotonic()
         self._healthy_at = self._healthy_at if problem else now
         if not problem or now - self._healthy_at > BUS_GRACE_S:
-            self._health.set_jetstream_problem(problem)
+            self._health.jetstream_problem = problem
 
     async def _check_streams(self) -> None:
         """Raises Temporary, BusRefused."""

@@ -23,7 +23,7 @@ BUS_GRACE_S = 10.0
 
 
 class Check(msgspec.Struct, frozen=True, kw_only=True):
-    """One line of an answer. `since_ms`: Unix milliseconds of the last known change of `ok`."""
+    """One line of an answer. `since_ms`: Unix milliseconds of the first answer with this `ok`."""
 
     name: str
     ok: bool
@@ -31,125 +31,83 @@ class Check(msgspec.Struct, frozen=True, kw_only=True):
     detail: str = ""
 
 
-class _Flag:
-    """A boolean attribute of Health with the time of its last change."""
-
-    def __set_name__(self, owner: type[Health], name: str) -> None:
-        self._name = name
-
-    def __get__(self, health: Health, owner: type[Health]) -> bool:
-        return health.flags[self._name][0]
-
-    def __set__(self, health: Health, value: bool) -> None:
-        if health.flags[self._name][0] != value:
-            health.flags[self._name] = (value, health.clock())
-
-
 class Health:
-    """The health of this replica. The event loop sets it, and the probe thread reads it.
+    """The health of this replica. The event loop sets it, and the probe thread reads it. Texts are for operators.
 
     `clock` gives monotonic seconds. NATS and iLink never affect liveness, since a restart of thousands of long polls
     repairs neither. Single bindings do not count.
     """
 
-    started = _Flag()
-    """The first connection succeeded with all subscriptions, streams and buckets are verified, and loops run."""
-    draining = _Flag()
-    """SIGTERM was received."""
-    jetstream_ok = _Flag()
-    """JetStream answered the last check."""
-
     def __init__(self, *, clock: Callable[[], float] = time.monotonic) -> None:
-        self.clock = clock
         self.phase = "starting"
-        """What the start waits for, for operators; shown until `started`."""
+        """What the start waits for; "" once the first connection succeeded with all subscriptions, streams and
+        buckets are verified, and loops run."""
+        self.draining = False
+        """SIGTERM was received."""
+        self.jetstream_problem = "JetStream does not answer"
+        """What was wrong with JetStream at the last check; "": nothing."""
         self.nats_down_since: float | None = None
         """`clock()` when the connection was lost; None while it is connected."""
         self.missing = ""
-        """Streams and buckets that were deleted, for operators."""
+        """Streams and buckets that were deleted."""
         self.incomplete = ""
-        """Buckets that lack keys which were not deleted, for operators."""
+        """Buckets that lack keys which were not deleted."""
         self.altered = ""
-        """Streams that were changed, and how, for operators."""
+        """Streams that were changed, and how."""
         self.paused: list[str] = []
         """Paused consumers with their streams."""
-        self._jetstream_problem = "JetStream does not answer"
-        self._created_at = self._heartbeat_at = self._responsive_since = self._connected_since = clock()
-        self.flags = dict.fromkeys(("started", "draining", "jetstream_ok"), (False, self._created_at))
-        """Each flag, and `clock()` at its last change."""
-        self._failed_loops: dict[str, tuple[str, float]] = {}
+        self.clock = clock
+        self._heartbeat_at = clock()
+        self._failed_loops: dict[str, str] = {}
+        self._since_ms: dict[tuple[str, bool], int] = {}
+        """By check and its result: when it was first answered."""
+
+    @property
+    def started(self) -> bool:
+        return not self.phase
 
     def record_heartbeat(self) -> None:
         """Called by the event loop far more often than every STUCK_S seconds."""
-        now = self.clock()
-        if now - self._heartbeat_at >= STUCK_S:
-            self._responsive_since = now
-        self._heartbeat_at = now
+        self._heartbeat_at = self.clock()
 
     def report_failed_loop(self, name: str, detail: str) -> None:
         """Reports that a loop ended for good, so that only a restart helps. `detail` must not contain secrets."""
-        self._failed_loops = {**self._failed_loops, name: (detail, self.clock())}
+        self._failed_loops = {**self._failed_loops, name: detail}
 
-    def on_nats_lost(self) -> None:
-        """Starts the clock of the outage, unless it runs."""
-        if self.nats_down_since is None:
-            self.nats_down_since = self.clock()
-
-    def on_nats_restored(self) -> None:
-        """Ends the outage."""
-        if self.nats_down_since is not None:
-            if self.clock() - self.nats_down_since > BUS_GRACE_S:
-                self._connected_since = self.clock()
+    def set_connected(self, connected: bool) -> None:
+        """Starts the clock of an outage unless it runs, or ends the outage."""
+        if connected:
             self.nats_down_since = None
-
-    def set_jetstream_problem(self, problem: str) -> None:
-        """Sets what is wrong with JetStream, for operators; "": nothing."""
-        self._jetstream_problem = problem or self._jetstream_problem
-        self.jetstream_ok = not problem
+        elif self.nats_down_since is None:
+            self.nats_down_since = self.clock()
 
     def check_started(self) -> list[Check]:
         """/startupz: once true, true for good."""
-        started, since = self.flags["started"]
-        return [self._check("started", started, since, self.phase)]
+        return [self._check("started", self.phase)]
 
     def check_live(self) -> list[Check]:
         """/livez: whether a restart would help."""
-        beat = self._heartbeat_at
-        silent_s = self.clock() - beat
-        stuck = silent_s >= STUCK_S
-        checks = [
-            self._check(
-                "event_loop",
-                not stuck,
-                beat if stuck else self._responsive_since,
-                f"no heartbeat for {silent_s:.0f} s",
-            )
+        silent_s = self.clock() - self._heartbeat_at
+        stuck = f"no heartbeat for {silent_s:.0f} s" if silent_s >= STUCK_S else ""
+        return [
+            self._check("event_loop", stuck),
+            *(self._check(name, detail) for name, detail in self._failed_loops.items()),
         ]
-        checks += [self._check(name, False, since, detail) for name, (detail, since) in self._failed_loops.items()]
-        return checks
 
     def check_ready(self) -> list[Check]:
         """/readyz: whether this replica can take over bindings."""
-        down_since = self.nats_down_since
-        draining, draining_since = self.flags["draining"]
-        jetstream, jetstream_since = self.flags["jetstream_ok"]
-        if down_since is None:
-            nats = self._check("nats", True, self._connected_since)
-        else:
-            down_s = self.clock() - down_since
-            nats = self._check(
-                "nats", down_s <= BUS_GRACE_S, down_since, f"disconnected for {down_s:.0f} s", always=True
-            )
+        down_s = 0.0 if self.nats_down_since is None else self.clock() - self.nats_down_since
+        outage = f"disconnected for {down_s:.0f} s" if down_s else ""
         return [
             *self.check_started(),
-            nats,
-            self._check("jetstream", jetstream, jetstream_since, self._jetstream_problem),
-            self._check("streams", not self._stream_problems(), self._created_at, self._stream_problems()),
-            self._check("not_draining", not draining, draining_since, "shutting down"),
+            self._check("nats", outage, ok=down_s <= BUS_GRACE_S),
+            self._check("jetstream", self.jetstream_problem),
+            self._check("streams", self._stream_problems()),
+            self._check("not_draining", "shutting down" if self.draining else ""),
         ]
 
     def _stream_problems(self) -> str:
-        """What is wrong with the streams and what helps, for operators; "": nothing."""
+        """What is wrong with the streams and what helps; "": nothing."""
         troubles = (
             ("deleted", self.missing, "restore from the backup, or create empty by `wechat-nats doctor --fix`"),
             ("incomplete", self.incomplete, "restore from the backup"),
@@ -159,10 +117,12 @@ class Health:
         sentences += [f"paused: `nats consumer resume {consumer}`" for consumer in self.paused]
         return "; ".join(sentences)
 
-    def _check(self, name: str, ok: bool, since: float, detail: str = "", *, always: bool = False) -> Check:
-        """`since` is a time of `clock`. The detail explains a failure; `always` shows it on success, too."""
-        since_ms = int((time.time() - (self.clock() - since)) * 1000)
-        return Check(name=name, ok=ok, since_ms=since_ms, detail=detail if always or not ok else "")
+    def _check(self, name: str, problem: str, *, ok: bool | None = None) -> Check:
+        """`ok`: by default, whether there is no problem."""
+        ok = not problem if ok is None else ok
+        since_ms = self._since_ms.setdefault((name, ok), time.time_ns() // 1_000_000)
+        self._since_ms.pop((name, not ok), None)
+        return Check(name=name, ok=ok, since_ms=since_ms, detail=problem)
 
 
 class ProbeServer(Listener):
