@@ -39,12 +39,11 @@ class Replica:
         self.paused = False
         self.looks = 0
         self.monitor = HealthMonitor(
-            connection=cast(Any, self.connection),
-            bus=cast(Any, self.publisher),
-            media_bus=cast(Any, self.publisher),
+            connections=cast(
+                Any, SimpleNamespace(connection=self.connection, bus=self.publisher, media_bus=self.publisher)
+            ),
             inspector=cast(Any, self),
-            leases=cast(Any, self.leases),
-            supervisor=cast(Any, SimpleNamespace(shards=SimpleNamespace(in_flight=4))),
+            supervisor=cast(Any, SimpleNamespace(leases=self.leases, shards=SimpleNamespace(in_flight=4))),
             names=NAMES,
             health=self.health,
             clock=self.clock,

@@ -155,30 +155,15 @@ class Consumer:
     async def get_info(self) -> dict[str, Any]:
         return await self.connection.api_request(f"CONSUMER.INFO.{self._stream}.{self.name}")
 
-    async def run(self, on_delivery: Callable[[Delivery], None], on_reset: Callable[[], Awaitable[None]]) -> None:
-        """Delivers until cancelled. `on_reset` is awaited between a reset and the first delivery after it. The
-        outcomes of messages that were acknowledged before are stored then, and all other messages are delivered.
-        """
+    async def run(self, on_delivery: Callable[[Delivery], None]) -> None:
+        """Delivers until cancelled. After each reset all messages that are not acknowledged are delivered."""
         failures = 0
         while True:
             await self.connection.wait_connected()
             epoch = self.connection.epoch
             try:
                 nc = self.connection.client()
-                self._check()
-                info = await self._get_or_create()
-                self._created_ms = unix_ms(info["created"])
-                if info.get("paused"):
-                    log.error(
-                        "consumer.paused", consumer=self.name, detail="It delivers nothing until it is resumed."
-                    )
-                self._check()
-                self._redelivered_to = max(self._redelivered_to, int(info["delivered"]["stream_seq"]))
-                info = await self.connection.api_request(f"CONSUMER.RESET.{self._stream}.{self.name}")
-                # not the delivered sequence: another replica's pull may have taken some messages meanwhile
-                self._last_delivery = int(info["ack_floor"]["consumer_seq"])
-                self._in_flight = self._requested = 0
-                await on_reset()
+                await self.reset()
                 failures = 0
                 await self._pull(nc, epoch, on_delivery)
             except LeaseLost:  # a paused lease may come back; if it is lost, the owner ends this loop
@@ -188,6 +173,20 @@ class Consumer:
                 failures += 1
                 log.warning("consumer.interrupted", consumer=self.name, reason=exc.reason, detail=exc.detail)
                 await asyncio.sleep(backoff(failures, first_s=0.2, longest_s=3.0))
+
+    async def reset(self) -> None:
+        """Has everything redelivered that is not acknowledged. Raises Temporary, BusRefused, LeaseLost."""
+        self._check()
+        info = await self._get_or_create()
+        self._created_ms = unix_ms(info["created"])
+        if info.get("paused"):
+            log.error("consumer.paused", consumer=self.name, detail="It delivers nothing until it is resumed.")
+        self._check()
+        self._redelivered_to = max(self._redelivered_to, int(info["delivered"]["stream_seq"]))
+        info = await self.connection.api_request(f"CONSUMER.RESET.{self._stream}.{self.name}")
+        # not the delivered sequence: another replica's pull may have taken some messages meanwhile
+        self._last_delivery = int(info["ack_floor"]["consumer_seq"])
+        self._in_flight = self._requested = 0
 
     async def _get_or_create(self) -> dict[str, Any]:
         """The consumer's info. Creates the consumer if it is missing. Raises Temporary, BusRefused (no stream)."""

@@ -11,11 +11,9 @@ from adapter.contract.names import Names
 from adapter.errors import BusRefused, Temporary
 from adapter.jetstream import topology
 from adapter.jetstream.inspector import Inspector
-from adapter.jetstream.managed_connection import ManagedConnection
-from adapter.jetstream.publisher import Publisher
 from adapter.kit.timing import ChangeSignal, Clock
 from adapter.observability.metrics import Metrics
-from adapter.ownership.leases import Leases
+from adapter.replica.connections import Connections
 from adapter.replica.gauges import observe
 from adapter.replica.probes import BUS_GRACE_S, Health
 from adapter.replica.supervisor import Supervisor
@@ -38,22 +36,17 @@ class HealthMonitor:
     def __init__(
         self,
         *,
-        connection: ManagedConnection,
-        bus: Publisher,
-        media_bus: Publisher,
+        connections: Connections,
         inspector: Inspector,
-        leases: Leases,
         supervisor: Supervisor,
         names: Names,
         health: Health,
         clock: Clock,
         metrics: Metrics,
     ) -> None:
-        self._connection = connection
-        self._bus = bus
-        self._media_bus = media_bus
+        self._connection = connections.connection
+        self._publishers = connections.bus, connections.media_bus
         self._inspector = inspector
-        self._leases = leases
         self._supervisor = supervisor
         self._names = names
         self._health = health
@@ -87,7 +80,7 @@ class HealthMonitor:
             self._health.record_heartbeat()
             metrics.nats_connected.set(1 if self._connection.is_connected else 0)
             self._health.set_connected(self._connection.is_connected)
-            metrics.nats_publish_oldest.set(max(self._bus.waiting_s, self._media_bus.waiting_s))
+            metrics.nats_publish_oldest.set(max(bus.waiting_s for bus in self._publishers))
             ticks += 1
             if ticks % OBSERVED_EVERY == 0:
                 observe(self._supervisor, self._clock, metrics, len(asyncio.all_tasks()))
@@ -115,9 +108,10 @@ class HealthMonitor:
 
     def _current_problem(self) -> str:
         """Why this replica cannot work although JetStream answers; "": it can."""
-        if self._bus.waiting_s > BUS_GRACE_S:
-            return f"JetStream takes nothing for {self._bus.last_error}"
-        return "" if self._leases.is_valid else f"the lease cannot be renewed: {self._leases.last_error}"
+        bus, leases = self._publishers[0], self._supervisor.leases
+        if bus.waiting_s > BUS_GRACE_S:
+            return f"JetStream takes nothing for {bus.last_error}"
+        return "" if leases.is_valid else f"the lease cannot be renewed: {leases.last_error}"
 
     def _report_problem(self, problem: str) -> None:
         """Reports a problem after BUS_GRACE_S, since an election takes seconds and this replica keeps its shards."""

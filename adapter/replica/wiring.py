@@ -21,7 +21,7 @@ from adapter.content import media
 from adapter.contract.names import Names
 from adapter.contract.records import UNBOUND_S, Binding
 from adapter.conversation.commands import TYPING_MS, Limits
-from adapter.conversation.conversations import Conversations, ConversationShard
+from adapter.conversation.conversations import Conversations
 from adapter.conversation.rules import SendPolicy
 from adapter.conversation.shard import ConversationDeps
 from adapter.conversation.store import ConversationStore
@@ -50,7 +50,7 @@ from adapter.logins.registry import LoginRegistry
 from adapter.logins.runner import LoginRunner
 from adapter.observability.events import BusAccess, Events
 from adapter.observability.metrics import Metrics
-from adapter.outbound.processor import OutboundDeps, ReadingDeps
+from adapter.outbound.processor import OutboundDeps, ReadingDeps, ShardCommandProcessor
 from adapter.outbound.receipts import Receipts
 from adapter.outbound.router import Router
 from adapter.outbound.sessions import BotSessions, Pollers
@@ -148,7 +148,6 @@ class Replica:
         self.receipts = Receipts(self.access.events, connections.history, names)
         self.bindings = Bindings(connections.bucket(names.bindings), self.sealer.is_same_secret, unbound_s=unbound_s)
         self.others = OtherReplicas(connections.core, names, self.leases)
-        self.inspector = Inspector(names, settings, at_least={names.bindings: lambda: len(self.bindings)})
 
         self.conversation_store = ConversationStore(connections.bucket(names.conversations), unserved_s=unbound_s)
         self.conversations = Conversations(self.conversation_store, self._open_shard, clock, self.policy)
@@ -158,19 +157,56 @@ class Replica:
             PollerWaits(stale_retry_s, keep_s=unbound_s, grace_s=max(1.0, settings.drain_s - RELEASE_S))
         )
         self.outbound = self._outbound_deps()
-        self.router = self._new_router()
+        self.router = Router(
+            connections.bus,
+            self.receipts,
+            self.access.events,
+            names,
+            self.limits,
+            lambda: self.leases.ensure_owned(0),
+            lambda: 0 in self.leases.owned,
+            clock,
+            metrics,
+        )
         self.control = self._new_control()
         self.supervisor = Supervisor(
             bindings=self.bindings,
             leases=self.leases,
             run_poller=lambda bot_poller: poller.run_poller(bot_poller, self.inbound),
-            work=self._shard_loops(),
+            work=ShardRuntime(
+                connections.connection,
+                self.outbound,
+                self.router,
+                self.control,
+                self.routing.spawn,
+                self.health.report_failed_loop,
+            ),
             publish_released=self.others.publish_released,
             capacity=settings.capacity,
         )
-        self.health_monitor = self._new_health_monitor()
+        self.health_monitor = HealthMonitor(
+            connections=connections,
+            inspector=Inspector(names, settings, at_least={names.bindings: lambda: len(self.bindings)}),
+            supervisor=self.supervisor,
+            names=names,
+            health=self.health,
+            clock=clock,
+            metrics=metrics,
+        )
         self.logins = LoginRegistry(connections.bucket(names.logins), clock, metrics)
-        self.login_runner = LoginRunner(self._login_deps(login_refresh_s))
+        self.login_runner = LoginRunner(
+            LoginDeps(
+                logins=connections.chat,
+                registry=self.logins,
+                bindings=self.bindings,
+                leases=self.leases,
+                access=self.access,
+                sealer=self.sealer,
+                clock=clock,
+                metrics=metrics,
+                refresh_s=login_refresh_s,
+            )
+        )
         self.handlers = self._register_services()
 
         metrics.bindings_capacity.set(settings.capacity)
@@ -271,19 +307,6 @@ class Replica:
             wait_for_pending_binds=self._wait_for_pending_binds,
         )
 
-    def _new_router(self) -> Router:
-        return Router(
-            self.connections.bus,
-            self.receipts,
-            self.access.events,
-            self.names,
-            self.limits,
-            lambda: self.leases.ensure_owned(0),
-            lambda: 0 in self.leases.owned,
-            self.clock,
-            self.metrics,
-        )
-
     def _new_control(self) -> Control:
         return Control(
             access=self.access,
@@ -309,34 +332,6 @@ class Replica:
             self.leases,
             self.clock,
             released_s=self.settings.media_wait_s + RELEASE_WAIT_S,
-        )
-
-    def _new_health_monitor(self) -> HealthMonitor:
-        return HealthMonitor(
-            connection=self.connections.connection,
-            bus=self.connections.bus,
-            media_bus=self.connections.media_bus,
-            inspector=self.inspector,
-            leases=self.leases,
-            supervisor=self.supervisor,
-            names=self.names,
-            health=self.health,
-            clock=self.clock,
-            metrics=self.metrics,
-        )
-
-    def _shard_loops(self) -> ShardRuntime:
-        return ShardRuntime(
-            connection=self.connections.connection,
-            outbound=self.outbound,
-            router=self.router,
-            control=self.control,
-            spawn=self.routing.spawn,
-            leases=self.leases,
-            names=self.names,
-            health=self.health,
-            clock=self.clock,
-            metrics=self.metrics,
         )
 
     def _register_services(self) -> dict[str, Handler]:
@@ -394,26 +389,16 @@ class Replica:
         )
         return handlers
 
-    def _login_deps(self, refresh_s: float) -> LoginDeps:
-        return LoginDeps(
-            logins=self.connections.chat,
-            registry=self.logins,
-            bindings=self.bindings,
-            leases=self.leases,
-            access=self.access,
-            sealer=self.sealer,
-            clock=self.clock,
-            metrics=self.metrics,
-            refresh_s=refresh_s,
-        )
-
     # calls between the parts --------------------------------------------------------------------------
 
-    async def _open_shard(self, sandbox: str) -> ConversationShard | None:
+    async def _open_shard(self, sandbox: str) -> ShardCommandProcessor | None:
         return await self.supervisor.open_shard(sandbox)
 
     def _on_session_changed(self, binding: Binding) -> None:
         self.supervisor.shards.on_session_changed(binding)
+
+    def _pollers(self) -> Pollers:
+        return self.supervisor.pollers
 
     def _on_released(self, bot: str) -> None:
         """Another replica has released a bot, or, without a bot, a shard."""
@@ -421,9 +406,6 @@ class Replica:
             self.supervisor.pollers.on_released(bot)
         else:
             self.leases.claim_now()
-
-    def _pollers(self) -> Pollers:
-        return self.supervisor.pollers
 
     async def _wait_for_pending_binds(self) -> None:
         """Returns when the control commands stored so far have taken effect. Raises Temporary if that takes too

@@ -20,6 +20,18 @@ from tests.bus.rig import NAMES, PATIENCE_S, STATUS, Fence, Rig, control
 from tests.e2e.waiting import eventually, until
 
 
+class Counted(Consumer):
+    """Knows how often it was reset."""
+
+    resets = 0
+    on_reset: Callable[[], None] = staticmethod(lambda: None)
+
+    async def reset(self) -> None:
+        await super().reset()
+        self.resets += 1
+        self.on_reset()
+
+
 class Reader:
     """What a shard's consumer delivers."""
 
@@ -34,15 +46,13 @@ class Reader:
         turn: Callable[[], Awaitable[None]] | None = None,
     ) -> None:
         self.got: list[Delivery] = []
-        self.resets = 0
-        self.on_reset: Callable[[], None] = lambda: None
         wanted = topology.wanted_consumer(NAMES, name)
-        self.consumer = Consumer(rig.connection, wanted, room=room, confirm_acks=confirm_acks, check=check, turn=turn)
-        self.task = rig.spawn(self.consumer.run(self.got.append, self._reset))
+        self.consumer = Counted(rig.connection, wanted, room=room, confirm_acks=confirm_acks, check=check, turn=turn)
+        self.task = rig.spawn(self.consumer.run(self.got.append))
 
-    async def _reset(self) -> None:
-        self.resets += 1
-        self.on_reset()
+    @property
+    def resets(self) -> int:
+        return self.consumer.resets
 
     @property
     def texts(self) -> list[str]:
@@ -177,7 +187,7 @@ async def test_an_owner_cut_off_before_it_reads_knows_what_was_in_flight_before(
             rig.bus.kill()
             rig.spawn(rig.bus.start())
 
-    heir.on_reset = cut
+    heir.consumer.on_reset = cut
     await heir.have(2)
     assert heir.resets == 2
     assert [(delivery.data, delivery.redelivered) for delivery in heir.got] == [(b"0", True), (b"1", True)]
@@ -317,22 +327,6 @@ async def test_an_owner_that_loses_its_lease_on_the_way_stops_there(rig: Rig, be
     ensure_owner.lost_from = float("inf")  # it was only paused
     await loser.have(1)
     assert loser.texts == ["0"]
-
-
-async def test_what_happens_at_a_reset_is_over_before_the_first_delivery(rig: Rig) -> None:
-    """What the owner before settled late is read then: it is not delivered any more."""
-    await control(rig, "0")
-    order: list[str] = []
-
-    async def on_reset() -> None:
-        order.append("reset")
-        await asyncio.sleep(0.05)
-        order.append("read")
-
-    consumer = Consumer(rig.connection, topology.wanted_consumer(NAMES, topology.CONTROL), room=8)
-    rig.spawn(consumer.run(lambda delivery: order.append(delivery.data.decode()), on_reset))
-    await until(lambda: len(order) == 3, "the delivery")
-    assert order == ["reset", "read", "0"]
 
 
 async def test_a_consumer_that_is_deleted_is_made_again_and_takes_nothing_for_new(rig: Rig) -> None:

@@ -69,9 +69,6 @@ async def test_what_is_large_is_read_whole_and_never_more_at_once_than_a_server_
     async def on_message(msg: Msg) -> None:
         asked.append(msg)
 
-    async def nothing() -> None:
-        return None
-
     assert rig.connection.nc is not None
     for verb in (f"DIRECT.GET.{NAMES.stream_out}", f"CONSUMER.MSG.NEXT.{NAMES.stream_out}.*"):
         await rig.connection.nc.subscribe(f"$JS.API.{verb}", cb=on_message)
@@ -81,7 +78,7 @@ async def test_what_is_large_is_read_whole_and_never_more_at_once_than_a_server_
     await topology.create_resource(rig.connection, topology.wanted_consumer(NAMES, name))
     consumer = Consumer(rig.connection, topology.wanted_consumer(NAMES, name), room=512, until_acked=False)
     got: list[bytes] = []
-    rig.spawn(consumer.run(lambda delivery: got.append(delivery.data), nothing))
+    rig.spawn(consumer.run(lambda delivery: got.append(delivery.data)))
     await until(lambda: len(got) == len(large), "all are delivered")
     assert got == large
     bounds = [msgspec.json.decode(msg.data)["max_bytes"] for msg in asked]
