@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import structlog
 
 from adapter import __version__
+from adapter.bindings.binder import ControlDeps
 from adapter.bindings.control import Control
 from adapter.bindings.registry import Bindings, account_of
 from adapter.console.server import Console
@@ -309,16 +310,18 @@ class Replica:
 
     def _new_control(self) -> Control:
         return Control(
-            access=self.access,
-            bindings=self.bindings,
-            chat=self.connections.chat,
-            sealer=self.sealer,
-            core=self.connections.core,
-            check=lambda: self.leases.ensure_owned(0),
-            wait_complete=lambda: self.health_monitor.wait_complete([f"KV_{self.names.bindings}"]),
-            eraser=self._new_erasure(),
-            clock=self.clock,
-            metrics=self.metrics,
+            ControlDeps(
+                access=self.access,
+                bindings=self.bindings,
+                chat=self.connections.chat,
+                sealer=self.sealer,
+                core=self.connections.core,
+                ensure_owner=lambda: self.leases.ensure_owned(0),
+                wait_complete=lambda: self.health_monitor.wait_complete([f"KV_{self.names.bindings}"]),
+                eraser=self._new_erasure(),
+                clock=self.clock,
+                metrics=self.metrics,
+            )
         )
 
     def _new_erasure(self) -> Erasure:

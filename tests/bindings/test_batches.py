@@ -9,7 +9,7 @@ from collections import defaultdict
 import msgspec
 import pytest
 
-from adapter.bindings.control import independent
+from adapter.bindings.queue import independent
 from adapter.errors import Temporary
 from tests.bindings.test_control import Platform
 

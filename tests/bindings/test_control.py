@@ -11,7 +11,8 @@ import msgspec
 import pytest
 from structlog.testing import capture_logs
 
-from adapter.bindings.control import DELETE_ATTEMPTS, Control, Eraser
+from adapter.bindings.binder import ControlDeps, Eraser
+from adapter.bindings.control import DELETE_ATTEMPTS, Control
 from adapter.bindings.registry import Bindings
 from adapter.contract.messages import Bind, ControlAnswer, Erase
 from adapter.contract.names import H_ERROR, H_ERROR_CODE, H_MSG_ID, H_REPLY_TO, to_subject_token
@@ -49,16 +50,18 @@ class Platform:
         """The bucket of bindings lacks nothing."""
         self.complete.set()
         self.control = Control(
-            access=self.bench.access,
-            bindings=self.bench.bindings,
-            chat=self.bench.chat,
-            sealer=sealer or self.bench.sealer,
-            core=self.bench.core,
-            check=lambda: self.bench.leases.ensure_owned(0),
-            wait_complete=self.complete.wait,
-            eraser=eraser or NoEraser(),
-            clock=self.bench.clock,
-            metrics=self.bench.metrics,
+            ControlDeps(
+                access=self.bench.access,
+                bindings=self.bench.bindings,
+                chat=self.bench.chat,
+                sealer=sealer or self.bench.sealer,
+                core=self.bench.core,
+                ensure_owner=lambda: self.bench.leases.ensure_owned(0),
+                wait_complete=self.complete.wait,
+                eraser=eraser or NoEraser(),
+                clock=self.bench.clock,
+                metrics=self.bench.metrics,
+            )
         )
         self.deliveries: list[FakeDelivery] = []
         self.task = asyncio.get_running_loop().create_task(self.control.run())

@@ -130,8 +130,8 @@ def subscriptions(adapter: Replica) -> int:
 def forget_the_last(adapter: Replica) -> None:
     """Empties what is bounded by a number that is higher than what happens here: the last so many of a kind."""
     adapter.outbound.conversation.uploads._ready.clear()
-    adapter.control._settled_sequences.clear()
-    adapter.control._recently_read.clear()
+    adapter.control.queue._settled.clear()
+    adapter.control.binder.sandboxes.clear()
     for shard in adapter.supervisor.shards.values():
         shard.commands._ended.clear()
 

@@ -11,6 +11,7 @@ import msgspec
 import pytest
 from structlog.testing import capture_logs
 
+from adapter.bindings.binder import ControlDeps
 from adapter.bindings.control import Control
 from adapter.contract.messages import (
     Bind,
@@ -67,16 +68,18 @@ class Doors:
             self.ilink, self.registry, self.bench.bindings, self.sealer, self.clock, self.bench.metrics
         )
         self.control = Control(
-            access=self.bench.access,
-            bindings=self.bench.bindings,
-            chat=self.bench.chat,
-            sealer=self.sealer,
-            core=self.bench.core,
-            check=lambda: None,
-            wait_complete=lambda: asyncio.sleep(0),
-            eraser=NoEraser(),
-            clock=self.clock,
-            metrics=self.bench.metrics,
+            ControlDeps(
+                access=self.bench.access,
+                bindings=self.bench.bindings,
+                chat=self.bench.chat,
+                sealer=self.sealer,
+                core=self.bench.core,
+                ensure_owner=lambda: None,
+                wait_complete=lambda: asyncio.sleep(0),
+                eraser=NoEraser(),
+                clock=self.clock,
+                metrics=self.bench.metrics,
+            )
         )
         self.controlled = True
         """Whether stored binds are carried out."""
@@ -811,7 +814,7 @@ async def test_a_bind_that_was_sealed_for_a_login_is_good_for_nothing_else() -> 
     (bind,) = doors.binds()
     for changes in ({"sandbox": "s2"}, {"bot": "b2@im.bot"}):
         with pytest.raises(Refused) as caught:
-            await doors.control.bind(msgspec.structs.replace(bind, **changes))
+            await doors.control.binder.bind(msgspec.structs.replace(bind, **changes), 0)
         assert caught.value.reason == "token_key"
 
 
