@@ -29,7 +29,7 @@ class Replica:
         self.clock = FakeClock()
         self.health = Health(clock=self.clock.monotonic)
         self.metrics = Metrics()
-        self.connection = SimpleNamespace(is_connected=True, probe=self._probe, api_request=self._api)
+        self.connection = SimpleNamespace(is_connected=True, api_request=self._api)
         self.publisher = SimpleNamespace(waiting_s=0.0, last_error="WECHAT_IN: full")
         self.leases = SimpleNamespace(is_valid=True, last_error="refused")
         self.silence: Exception | None = None
@@ -58,11 +58,9 @@ class Replica:
         (check,) = (check for check in self.health.check_ready() if check.name == "jetstream")
         return "" if check.ok else check.detail
 
-    async def _probe(self) -> None:
+    async def _api(self, verb: str, timeout_s: float = 5.0) -> dict[str, Any]:
         if self.silence is not None:
             raise self.silence
-
-    async def _api(self, verb: str) -> dict[str, Any]:
         if verb.startswith("CONSUMER.INFO.WECHAT_CTL"):
             raise BusRefused(10014, "consumer not found")
         return NUMBERS | ({"paused": True} if self.paused else {})

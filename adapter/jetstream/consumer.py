@@ -27,7 +27,7 @@ from nats.aio.msg import Msg
 from adapter.errors import BusRefused, LeaseLost, Temporary
 from adapter.jetstream import topology
 from adapter.jetstream.api_replies import NO_CONSUMER, unix_ms
-from adapter.jetstream.managed_connection import ManagedConnection
+from adapter.jetstream.managed_connection import ManagedConnection, temporary_inbox
 from adapter.jetstream.topology import Wanted
 from adapter.kit.timing import Clock, backoff, wait_event
 
@@ -219,7 +219,7 @@ class Consumer:
         down = asyncio.get_running_loop().create_task(self.connection.wait_disconnected(epoch))
         down.add_done_callback(lambda _: self._wake.set())
         try:
-            async with self.connection.temporary_inbox(nc, on_message) as inbox:
+            async with temporary_inbox(nc, on_message) as inbox:
                 while self.connection.epoch == epoch and self.connection.nc is nc:
                     if broken:
                         raise Temporary("consumer_broken", broken)

@@ -12,7 +12,7 @@ from nats.aio.msg import Msg
 from adapter.contract.names import Names, is_inbox
 from adapter.errors import BusRefused, Refused
 from adapter.jetstream.api_replies import CONSUMER_EXISTS, NO_CONSUMER
-from adapter.jetstream.managed_connection import ManagedConnection
+from adapter.jetstream.managed_connection import ManagedConnection, temporary_inbox
 from adapter.kit.timing import wait_event
 
 log = structlog.get_logger()
@@ -62,7 +62,7 @@ class CoreNats:
             if len(answers) >= count or "Status" in (msg.headers or {}):
                 enough.set()
 
-        async with self._connection.temporary_inbox(self._connection.client(), receive) as inbox:
+        async with temporary_inbox(self._connection.client(), receive) as inbox:
             await self._connection.publish(subject, payload, reply=inbox)
             await wait_event(enough, within_s)
         return answers

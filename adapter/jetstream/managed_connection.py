@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import random
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
 
 import msgspec
@@ -105,10 +105,6 @@ class ManagedConnection:
             self._lost.set()  # without a client the next one is being made, and must not be given up
         raise Temporary("bus_down", self.down_reason)
 
-    async def probe(self) -> None:
-        """Makes a request to JetStream, whose answer `_record_answered` counts. Raises Temporary, BusRefused."""
-        await self.api_request("INFO", timeout_s=1.0)
-
     def _record_answered(self, answered: bool) -> None:
         """Records whether a server with a known leader answered a request. A server through which none is answered is
         left for another, since it may be cut off from the cluster. If no server answers, moving does not help and
@@ -202,24 +198,12 @@ class ManagedConnection:
                 await action(nc)
             async with asyncio.timeout(5):
                 await nc.flush()
-            self._check_subscriptions(subject for does, subject in refused if does == "subscription")
+            if not self.epoch:  # later connections continue with what they get, and the log reports the rest
+                _check_subscriptions(refused, self._settings.nats_inbox_prefix)
         except BaseException:
             await nc.close()
             raise
         return nc
-
-    def _check_subscriptions(self, refused: Iterable[str]) -> None:
-        """Raises Temporary if the first connection lacks a permission to subscribe, so that it does not seem to work.
-
-        Later connections continue with the subscriptions that they get, and the log reports the others.
-        """
-        subjects = list(refused)
-        if not subjects or self.epoch:
-            return
-        inbox = any(subject.startswith(f"{self._settings.nats_inbox_prefix}.".lower()) for subject in subjects)
-        advice = "set NATS_INBOX_PREFIX to _INBOX_adapter" if inbox else "run `wechat-nats doctor`"
-        named = subjects[0] + (f" and {len(subjects) - 1} more" if len(subjects) > 1 else "")
-        raise Temporary("bus_forbidden", f"this user may not subscribe {named}: {advice}, and see helm/nats/")
 
     async def request(
         self, subject: str, payload: bytes, timeout_s: float = 5.0, headers: dict[str, str] | None = None
@@ -244,9 +228,8 @@ class ManagedConnection:
         if answer.no_responders:
             self._record_answered(False)
             raise Temporary("bus_busy", "no responders")
-        self._record_answered(
-            bool(answer.headers) or not is_leaderless(answer.data)
-        )  # a stored message has headers, at least
+        # a stored message has headers, at least
+        self._record_answered(bool(answer.headers) or not is_leaderless(answer.data))
         return answer
 
     async def api_request(
@@ -260,20 +243,6 @@ class ManagedConnection:
             raise error_of(error)
         return decode_reply(reply.data, dict[str, Any], verb)
 
-    @contextlib.asynccontextmanager
-    async def temporary_inbox(self, nc: Client, on_message: Callable[[Msg], Awaitable[None]]) -> AsyncIterator[str]:
-        """An inbox on one client for the duration of the block. Raises Temporary."""
-        inbox = nc.new_inbox()
-        try:
-            subscription = await nc.subscribe(inbox, cb=on_message, pending_msgs_limit=0, pending_bytes_limit=0)
-        except NatsError as exc:
-            raise Temporary("bus_down", type(exc).__name__) from exc
-        try:
-            yield inbox
-        finally:
-            with contextlib.suppress(NatsError):  # a closed client has no subscriptions
-                await subscription.unsubscribe()
-
     async def publish(
         self, subject: str, payload: bytes, *, reply: str = "", headers: dict[str, str] | None = None
     ) -> None:
@@ -282,6 +251,32 @@ class ManagedConnection:
             await self.client().publish(subject, payload, reply=reply, headers=headers)
         except NatsError as exc:
             raise Temporary("bus_down", str(exc)) from exc
+
+
+@contextlib.asynccontextmanager
+async def temporary_inbox(nc: Client, on_message: Callable[[Msg], Awaitable[None]]) -> AsyncIterator[str]:
+    """An inbox on one client for the duration of the block. Raises Temporary."""
+    inbox = nc.new_inbox()
+    try:
+        subscription = await nc.subscribe(inbox, cb=on_message, pending_msgs_limit=0, pending_bytes_limit=0)
+    except NatsError as exc:
+        raise Temporary("bus_down", type(exc).__name__) from exc
+    try:
+        yield inbox
+    finally:
+        with contextlib.suppress(NatsError):  # a closed client has no subscriptions
+            await subscription.unsubscribe()
+
+
+def _check_subscriptions(refused: list[tuple[str, str]], inbox_prefix: str) -> None:
+    """Raises Temporary if the first connection lacks a permission to subscribe, so that it does not seem to work."""
+    subjects = [subject for does, subject in refused if does == "subscription"]
+    if not subjects:
+        return
+    inbox = any(subject.startswith(f"{inbox_prefix}.".lower()) for subject in subjects)
+    advice = "set NATS_INBOX_PREFIX to _INBOX_adapter" if inbox else "run `wechat-nats doctor`"
+    named = subjects[0] + (f" and {len(subjects) - 1} more" if len(subjects) > 1 else "")
+    raise Temporary("bus_forbidden", f"this user may not subscribe {named}: {advice}, and see helm/nats/")
 
 
 def _servers_for_reconnect(servers: list[str], nc: Client) -> list[str]:

@@ -33,7 +33,6 @@ from adapter.jetstream.api_replies import ApiError, write_error_of
 from adapter.jetstream.client import BusClient, has_no_responders
 from adapter.jetstream.managed_connection import ManagedConnection
 from adapter.kit.timing import ChangeSignal, Clock, wait_event
-from adapter.observability.fast_metrics import CounterValue, HistogramValue
 from adapter.observability.metrics import Metrics
 from adapter.ports import Message, PubAck
 
@@ -65,7 +64,7 @@ class _PublishReply(PubAck):
 class _Outstanding(msgspec.Struct):
     number: int
     message: Message
-    stream: _StreamState
+    stream: _Stream
     future: asyncio.Future[PubAck]
     requested_at: float
     sent_at: float = 0.0
@@ -73,19 +72,24 @@ class _Outstanding(msgspec.Struct):
     writes: int = 0
 
 
-class _StreamState:
-    """Unacknowledged messages of one stream."""
+class _Stream:
+    """Unacknowledged messages of one stream. `label`: its label in the metrics."""
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, label: str, metrics: Metrics) -> None:
         self.name = name
         self.outstanding: dict[int, _Outstanding] = {}
         """By number, in the order of the calls."""
         self.last_error = NO_ACK
         """Why the oldest write waits, for operators."""
+        self.is_interrupted = False
         self.interruption = asyncio.Event()
+        """Set at each interruption, also during the recovery."""
         self.recovery: asyncio.Task[None] | None = None
         self.warned_at = 0.0
         """When the log last reported that the stream waits; 0: not since it was flowing."""
+        outcomes = (metrics.nats_publish.labels(stream=label, outcome=each) for each in ("ok", "retried", "refused"))
+        self.stored, self.retried, self.refused = outcomes
+        self.took = metrics.nats_publish_duration.labels(stream=label)
 
 
 class Publisher:
@@ -95,20 +99,17 @@ class Publisher:
         self._connection = connection
         self._clock = clock
         self._metrics = metrics
-        self._streams: dict[str, _StreamState] = {}
+        self._streams: dict[str, _Stream] = {}
         """By the first two tokens of the subject (`_stream_of`)."""
         self._outstanding: dict[int, _Outstanding] = {}
         """Unacknowledged messages of all streams."""
         self._numbers = itertools.count()
-        self._interrupted_streams: set[str] = set()
-        """Names of interrupted streams."""
         self._resumed = ChangeSignal()
         self._interrupted = asyncio.Event()
         self._decode = msgspec.json.Decoder(_PublishReply)
         self._nc: BusClient | None = None
         """The client that receives the acknowledgements."""
         self._prefix = ""
-        self._stored: dict[str, tuple[CounterValue, HistogramValue]] = {}
         connection.on_connect(self._subscribe)
 
     @property
@@ -124,13 +125,16 @@ class Publisher:
 
     async def wait_writable(self, streams: Iterable[str]) -> None:
         """Returns when none of these streams is interrupted."""
-        await self._resumed.wait_until(lambda: self._interrupted_streams.isdisjoint(streams))
+        names = set(streams)
+        await self._resumed.wait_until(
+            lambda: not any(stream.is_interrupted and stream.name in names for stream in self._streams.values())
+        )
 
     async def publish(self, message: Message) -> PubAck:
         """Returns when the stream has the message. Raises Conflict, BusRefused, LeaseLost."""
         alone = not self._outstanding
         future, now = asyncio.get_running_loop().create_future(), self._clock.monotonic()
-        entry = self._add_outstanding(message, self._stream_of(message.subject), future, now)
+        entry = self._add_outstanding(message, self._stream_of(message), future, now)
         try:
             await self._write_all([entry], alone=alone)
             return await entry.future
@@ -146,7 +150,7 @@ class Publisher:
         entries, subject = [], ""
         for message in messages:
             if message.subject != subject:  # a batch usually has one subject
-                subject, stream = message.subject, self._stream_of(message.subject)
+                subject, stream = message.subject, self._stream_of(message)
             entries.append(self._add_outstanding(message, stream, loop.create_future(), now))
         try:
             await self._write_all(entries, alone=alone)
@@ -163,7 +167,7 @@ class Publisher:
                     self._remove_outstanding(entry)
 
     def _add_outstanding(
-        self, message: Message, stream: _StreamState, future: asyncio.Future[PubAck], now: float
+        self, message: Message, stream: _Stream, future: asyncio.Future[PubAck], now: float
     ) -> _Outstanding:
         """Adds a message in the order of the calls. A message that can never be written is refused at once."""
         number = next(self._numbers)
@@ -172,13 +176,14 @@ class Publisher:
         self._reject_oversized(entry)
         return entry
 
-    def _stream_of(self, subject: str) -> _StreamState:
-        """The stream of a subject, by its first two tokens."""
+    def _stream_of(self, message: Message) -> _Stream:
+        """The stream of a message, by the first two tokens of its subject."""
+        subject = message.subject
         end = subject.find(".", subject.find(".") + 1)
         key = subject if end < 0 else subject[:end]
         found = self._streams.get(key)
         if found is None:
-            found = self._streams[key] = _StreamState(stream_of(subject))
+            found = self._streams[key] = _Stream(stream_of(subject), message.stream, self._metrics)
         return found
 
     def _remove_outstanding(self, entry: _Outstanding) -> None:
@@ -212,21 +217,19 @@ class Publisher:
                 self._interrupted.clear()
                 for stream in self._streams.values():
                     if self._is_ack_overdue(stream):
-                        self._interrupted_streams.add(stream.name)
-                    if stream.name in self._interrupted_streams and (
-                        stream.recovery is None or stream.recovery.done()
-                    ):
+                        stream.is_interrupted = True
+                    if stream.is_interrupted and (stream.recovery is None or stream.recovery.done()):
                         stream.recovery = group.create_task(self._recover(stream))
                 await wait_event(self._interrupted, ACK_TIMEOUT_S / 2)
 
-    def _is_ack_overdue(self, stream: _StreamState) -> bool:
+    def _is_ack_overdue(self, stream: _Stream) -> bool:
         """Whether the oldest written message waits too long for its acknowledgement."""
         oldest = next((entry for entry in stream.outstanding.values() if entry.writes), None)
         return oldest is not None and self._clock.monotonic() - oldest.sent_at > ACK_TIMEOUT_S
 
-    async def _recover(self, stream: _StreamState) -> None:
+    async def _recover(self, stream: _Stream) -> None:
         """Sends the oldest message alone until it is answered, then all others in order."""
-        while stream.name in self._interrupted_streams:
+        while stream.is_interrupted:
             await self._connection.wait_connected()
             stream.interruption.clear()
             oldest = next(iter(stream.outstanding.values()), None)
@@ -242,7 +245,7 @@ class Publisher:
                 last = fresh[-1].number
             if stream.interruption.is_set():
                 continue
-            self._interrupted_streams.discard(stream.name)
+            stream.is_interrupted = False
             self._resumed.notify_all()
             if stream.warned_at:
                 stream.warned_at = 0.0
@@ -256,16 +259,13 @@ class Publisher:
             if not waiting or not self._connection.is_connected:
                 continue
             with contextlib.suppress(Temporary, BusRefused):
-                await self._connection.probe()
+                await self._connection.api_request("INFO", timeout_s=1.0)  # its answer counts, if any
             now = self._clock.monotonic()
             for stream in waiting:
-                if stream.name not in self._interrupted_streams or (
-                    stream.warned_at and now - stream.warned_at < WARN_AGAIN_S
-                ):
-                    continue
-                waited_s = round(self._waited_s(stream.outstanding), 1)
-                log.warning("publish.retrying", stream=stream.name, waited_s=waited_s, detail=stream.last_error)
-                stream.warned_at = now
+                if stream.is_interrupted and not (stream.warned_at and now - stream.warned_at < WARN_AGAIN_S):
+                    waited_s = round(self._waited_s(stream.outstanding), 1)
+                    log.warning("publish.retrying", stream=stream.name, waited_s=waited_s, detail=stream.last_error)
+                    stream.warned_at = now
 
     async def _wait_answered(self, entry: _Outstanding) -> bool:
         """Waits for the answer to a message that was sent alone. False: none came."""
@@ -291,7 +291,7 @@ class Publisher:
         """The `ensure_owner` that passed last; valid while no other code has run."""
         posted: BusClient | None = None
         for entry in entries:
-            if entry.stream.name in self._interrupted_streams or entry.writes or entry.future.done():
+            if entry.stream.is_interrupted or entry.writes or entry.future.done():
                 continue
             ensure_owner = entry.message.ensure_owner
             if not self._check_preconditions(entry, None if ensure_owner is passed_check else ensure_owner):
@@ -333,7 +333,7 @@ class Publisher:
         if entry.writes == 0:
             entry.first_sent_at = entry.sent_at
         else:
-            self._metrics.nats_publish.labels(stream=entry.message.stream, outcome="retried").inc()
+            entry.stream.retried.inc()
         entry.writes += 1
         return True
 
@@ -346,14 +346,14 @@ class Publisher:
             await nc.publish(*_publish_arguments(entry.message, f"{self._prefix}{entry.number}"))
         except (BadHeaderError, BadSubjectError, MaxPayloadError, UnicodeError) as exc:
             # it can never be written, and must not block the messages behind it
-            self._metrics.nats_publish.labels(stream=entry.message.stream, outcome="refused").inc()
+            entry.stream.refused.inc()
             self._refuse(entry, BusRefused(0, f"The client refuses it: {type(exc).__name__}"))
         except NatsError as exc:
             log.warning("publish.interrupted", reason=type(exc).__name__)
             self._interrupt(entry.stream)
 
-    def _interrupt(self, stream: _StreamState) -> None:
-        self._interrupted_streams.add(stream.name)
+    def _interrupt(self, stream: _Stream) -> None:
+        stream.is_interrupted = True
         stream.interruption.set()
         self._interrupted.set()
 
@@ -380,29 +380,19 @@ class Publisher:
             log.warning("publish.ack_unreadable", stream=stream.name)
             self._interrupt(stream)
             return
-        label = entry.message.stream
         if ack.error is not None:
             problem = write_error_of(ack.error)
             if isinstance(problem, Temporary):
                 stream.last_error = problem.detail
                 self._interrupt(stream)
                 return
-            self._metrics.nats_publish.labels(stream=label, outcome="refused").inc()
+            stream.refused.inc()
             self._refuse(entry, problem)
             return
         self._remove_outstanding(entry)
         entry.future.set_result(ack)
-        ok, took = self._stored_metrics(label)
-        ok.inc()
-        took.observe(self._clock.monotonic() - entry.first_sent_at)
-
-    def _stored_metrics(self, stream: str) -> tuple[CounterValue, HistogramValue]:
-        """The metrics of a stream, cached since the lookup takes longer than the count."""
-        found = self._stored.get(stream)
-        if found is None:
-            ok = self._metrics.nats_publish.labels(stream=stream, outcome="ok")
-            found = self._stored[stream] = ok, self._metrics.nats_publish_duration.labels(stream=stream)
-        return found
+        stream.stored.inc()
+        stream.took.observe(self._clock.monotonic() - entry.first_sent_at)
 
 
 def _publish_arguments(message: Message, reply: str) -> tuple[str, bytes, str, dict[str, str] | None]:

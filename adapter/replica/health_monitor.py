@@ -96,7 +96,7 @@ class HealthMonitor:
                 continue  # a lost connection has its own check and grace time
             rounds += 1
             try:
-                await self._connection.probe()
+                await self._connection.api_request("INFO", timeout_s=1.0)
                 if rounds % 2 == 1 or self._health.jetstream_problem:  # after an outage something may be missing
                     await self._check_streams()
                     await self._check_consumers()
