@@ -39,7 +39,7 @@ PRIVATE = {
     "fakes/bench.py": "_apply_entry",
     "ilink/test_client.py": "_transport",
     "logins/test_flow.py": "_apply_and_answer _read_keys",
-    "bus/test_media_service.py": "_chunk_subject _upload_ident",
+    "bus/test_media_service.py": "_upload_ident",
     "cli/test_embedded.py": "_with_token_key",
     "cli/test_spans_export.py": "_exporting_spans",
     "cli/test_tail.py": "_transport",  # asyncio's: a reader of its output that goes away

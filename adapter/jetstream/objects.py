@@ -70,6 +70,8 @@ class ObjectStore:
         self._publisher = publisher
         self._bucket = bucket
         self._stream = f"OBJ_{bucket}"
+        self._chunks, self._metas = f"$O.{bucket}.C.", f"$O.{bucket}.M."
+        """Start of the subjects of chunks and of descriptions."""
         self._batch_slots = asyncio.Semaphore(BATCHES)
 
     async def get_info(self, name: str) -> StoredObject | None:
@@ -90,7 +92,7 @@ class ObjectStore:
     async def read_piece(self, stored: StoredObject, after: int) -> tuple[bytes, int]:
         if not stored.size:
             return b"", 0
-        async for piece in self._history.read(self._stream, self._chunk_subject(stored.ident), after=after, limit=1):
+        async for piece in self._history.read(self._stream, self._chunks + stored.ident, after=after, limit=1):
             return piece.data, piece.seq if has_more(piece) else 0
         raise Unreadable("object", f"{stored.name}: no piece after {after}")
 
@@ -116,7 +118,7 @@ class ObjectStore:
         done = await self.get_info(name)
         if done is not None and end > done.size:
             raise Refused("invalid", "The upload is already complete: use another id.")
-        subject = self._chunk_subject(_upload_ident(name))
+        subject = self._chunks + _upload_ident(name)
         for attempt in range(APPEND_ATTEMPTS):
             before = await direct_get_one(self._connection, self._stream, {"last_by_subj": subject})
             size = int(before.headers.get(H_OFFSET, "0")) + len(before.data) if before else 0
@@ -180,7 +182,7 @@ class ObjectStore:
             size += len(chunk)
             chunks += 1
             # the id drops a duplicate that is sent again after a break
-            batch.append(Message("media", self._chunk_subject(ident), chunk, {H_MSG_ID: f"{ident}.{chunks}"}))
+            batch.append(Message("media", self._chunks + ident, chunk, {H_MSG_ID: f"{ident}.{chunks}"}))
             if len(batch) == BATCH:
                 await self._store_batch(batch)
                 batch = []
@@ -213,7 +215,9 @@ class ObjectStore:
             options={"max_chunk_size": CHUNK},
         )
         headers = {"Nats-Rollup": "sub"}
-        await self._publisher.publish(Message("media", self._meta_subject(name), msgspec.json.encode(meta), headers))
+        await self._publisher.publish(
+            Message("media", self._metas + _encode_name(name), msgspec.json.encode(meta), headers)
+        )
         if before is not None and before.nuid not in ("", ident):
             await self._delete_chunks(before.nuid)
         return StoredObject(name, ident, size, digest.hex(), title)
@@ -221,9 +225,8 @@ class ObjectStore:
     async def _delete_chunks(self, ident: str) -> None:
         """Deletes chunks. Those that cannot be deleted now expire with the store's age limit."""
         try:
-            await self._connection.api_request(
-                f"STREAM.PURGE.{self._stream}", {"filter": self._chunk_subject(ident)}, PURGE_S
-            )
+            body = {"filter": self._chunks + ident}
+            await self._connection.api_request(f"STREAM.PURGE.{self._stream}", body, PURGE_S)
         except AdapterError as exc:
             log.warning("media.abandoned", reason=exc.reason)
 
@@ -233,7 +236,7 @@ class ObjectStore:
         """The first `size` bytes of the chunks of `ident`. Raises Temporary, Unreadable."""
         remaining = size
         if size:
-            chunks = self._history.read(self._stream, self._chunk_subject(ident), page=BATCH)
+            chunks = self._history.read(self._stream, self._chunks + ident, page=BATCH)
             async with contextlib.aclosing(chunks):
                 async for chunk in chunks:
                     remaining -= len(chunk.data)
@@ -245,7 +248,7 @@ class ObjectStore:
             raise Unreadable("object", f"{name}: pieces are gone or too many")
 
     async def _read_meta(self, name: str) -> _Meta | None:
-        query = {"last_by_subj": self._meta_subject(name)}
+        query = {"last_by_subj": self._metas + _encode_name(name)}
         stored = await direct_get_one(self._connection, self._stream, query)
         if stored is None:  # a lagging server may have answered
             stored = await get_from_leader(self._connection, self._stream, query)
@@ -265,11 +268,9 @@ class ObjectStore:
                 await self._connection.wait_connected()
                 await asyncio.sleep(0.1)
 
-    def _chunk_subject(self, ident: str) -> str:
-        return f"$O.{self._bucket}.C.{ident}"
 
-    def _meta_subject(self, name: str) -> str:
-        return f"$O.{self._bucket}.M.{base64.urlsafe_b64encode(name.encode()).decode()}"
+def _encode_name(name: str) -> str:
+    return base64.urlsafe_b64encode(name.encode()).decode()
 
 
 def _upload_ident(name: str) -> str:

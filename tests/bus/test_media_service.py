@@ -503,7 +503,7 @@ async def test_a_finished_upload_grows_no_more(place: Place, s1: Sandbox) -> Non
 async def test_a_repeated_last_piece_is_answered_without_reading_the_object(place: Place, s1: Sandbox) -> None:
     """Reading 100 MB for each repeat would be a cheap flood. The piece that is gone shows that nobody looks."""
     made = await s1.put("u", BYTES[:300_000], name="a.bin")
-    subject = place.store._chunk_subject(_upload_ident("s1/out/u"))
+    subject = f"$O.{NAMES.media}.C.{_upload_ident('s1/out/u')}"
     first = await sequence_after(place, subject, 0)
     second = await sequence_after(place, subject, first)
     await place.connection.api_request(f"STREAM.MSG.DELETE.{STREAM}", {"seq": second, "no_erase": True}, PATIENCE_S)
