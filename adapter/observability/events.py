@@ -90,28 +90,22 @@ class Events:
         event = msgspec.structs.replace(event, at_ms=self._clock.now_ms())
         cause = cause or event.request or f"{event.at_ms}.{next(self._event_numbers)}"
         msg_id = f"binding:{event.bot}:{event.change}:{cause}"
-        await self._publish_event(
-            event.sandbox,
-            "binding",
-            msgspec.json.encode(event),
-            msg_id,
-            ensure_owner_if_delayed=ensure_owner_if_delayed,
-        )
+        await self._publish_event("binding", event, msg_id, ensure_owner_if_delayed=ensure_owner_if_delayed)
 
     async def publish_login_event(self, event: contract.LoginEvent, *, step: int) -> None:
         """Publishes a step of a QR login. The stream drops the same step as a duplicate."""
-        await self._publish_event(event.sandbox, "login", msgspec.json.encode(event), f"login:{event.login}:{step}")
+        await self._publish_event("login", event, f"login:{event.login}:{step}")
 
     async def publish_window_event(self, event: contract.WindowEvent, *, msg_id: str, message: str) -> None:
         """Publishes a changed window. `msg_id` identifies the change of the window. `message` opened the window."""
         event = msgspec.structs.replace(event, at_ms=self._clock.now_ms())
-        await self._publish_event(event.sandbox, "window", msgspec.json.encode(event), msg_id, message=message)
+        await self._publish_event("window", event, msg_id, message=message)
 
     async def publish_erased_event(self, event: contract.ErasedEvent) -> None:
         """A person was erased in a sandbox."""
         event = msgspec.structs.replace(event, at_ms=self._clock.now_ms())
         msg_id = f"erased:{event.sandbox}:{event.person}:{event.request or event.at_ms}"
-        await self._publish_event(event.sandbox, "erased", msgspec.json.encode(event), msg_id)
+        await self._publish_event("erased", event, msg_id)
 
     async def publish_receipt(self, receipt: contract.Receipt, *, traceparent: str, expected: int) -> int:
         """Publishes a receipt. Returns its sequence. `traceparent`: that of the command, whose trace it continues.
@@ -149,9 +143,8 @@ class Events:
 
     async def _publish_event(
         self,
-        sandbox: str,
         kind: str,
-        payload: bytes,
+        event: contract.BindingEvent | contract.LoginEvent | contract.WindowEvent | contract.ErasedEvent,
         msg_id: str,
         *,
         message: str = "",
@@ -163,18 +156,13 @@ class Events:
             H_SCHEMA: contract.SCHEMA_VERSION,
             H_TRACEPARENT: derive_traceparent(message or msg_id, msg_id),
         }
+        subject, payload = self._names.event(event.sandbox, kind), msgspec.json.encode(event)
         try:
             await self._publish_until_stored(
-                Message(
-                    "event",
-                    self._names.event(sandbox, kind),
-                    payload,
-                    headers,
-                    ensure_owner_if_delayed=ensure_owner_if_delayed,
-                )
+                Message("event", subject, payload, headers, ensure_owner_if_delayed=ensure_owner_if_delayed)
             )
         except BusRefused as exc:
-            log.error("event.refused", sandbox=sandbox, kind=kind, detail=exc.detail)
+            log.error("event.refused", sandbox=event.sandbox, kind=kind, detail=exc.detail)
 
     async def _publish_until_stored(self, message: Message) -> PubAck:
         """Retries while the stream is full, which only an operator's own limits can cause, since a command must not
@@ -219,14 +207,14 @@ class Events:
         self._metrics.dead_letters.labels(stream=stream.lower()).inc()
         log.warning("message.dead_lettered", stream=stream, sandbox=sandbox, reason=reason, sequence=seq)
         subject_to = self._names.dead_letters(f"{self._names.prefix.upper()}_{stream}")
-        try:
-            await self._bus.publish(Message("dead", subject_to, data, kept))
-        except BusRefused:
-            # too large for a message: the beginning shows at least what it was
+        for payload in (data, data[:65536]):  # if it is too large, the beginning shows at least what it was
             try:
-                await self._bus.publish(Message("dead", subject_to, data[:65536], kept))
-            except BusRefused as exc:  # the stream may be full: later messages must not wait for it
-                log.error("dead_letter.refused", stream=stream, sandbox=sandbox, detail=exc.detail)
+                await self._bus.publish(Message("dead", subject_to, payload, kept))
+                return
+            except BusRefused as exc:
+                why = exc.detail
+        # the stream may be full: later messages must not wait for it
+        log.error("dead_letter.refused", stream=stream, sandbox=sandbox, detail=why)
 
 
 class BusAccess(NamedTuple):
