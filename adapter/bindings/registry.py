@@ -17,40 +17,20 @@ from adapter.security.seal import Sealer
 log = structlog.get_logger()
 
 
-class Bindings:
-    """All bindings of the platform. Each replica holds all of them."""
+class BindingIndex:
+    """Bindings in memory, by bot, sandbox and shard."""
 
-    def __init__(
-        self,
-        bucket: Bucket,
-        same_token: Callable[[str, str, str], bool] = lambda _, one, other: one == other,
-        *,
-        unbound_s: int = 0,
-    ) -> None:
-        """`unbound_s`: time to live of the delete marker of a binding; 0: no limit."""
-        self.changed = ChangeSignal()
-        self.is_loaded = False
-        """False until the bucket was read once; before that, a missing binding means nothing."""
-        self._bucket = bucket
-        self._same_token = same_token
-        """Whether two stored tokens of a bot are the same token, even if sealed again; then nothing has changed."""
-        self._unbound_s = unbound_s
+    def __init__(self) -> None:
         self._by_bot: dict[str, tuple[Binding, int]] = {}
+        """With their revisions."""
         self._by_shard: list[dict[str, dict[str, Binding]]] = [{} for _ in range(SHARDS)]
         """By sandbox and bot, in the order of bot ids."""
-        self._listeners: list[Callable[[str, Binding | None, Binding | None], None]] = []
-
-    def add_listener(self, on_change: Callable[[str, Binding | None, Binding | None], None]) -> None:
-        """Calls `on_change(bot, before, after)` at every change."""
-        self._listeners.append(on_change)
-
-    async def run(self) -> None:
-        """Follows the bucket until cancelled."""
-        await self._bucket.watch(self._apply_entry, on_loaded=self._on_loaded)
 
     def get(self, bot: str) -> Binding | None:
-        found = self._by_bot.get(bot)
-        return found[0] if found else None
+        return self.with_revision(bot)[0]
+
+    def with_revision(self, bot: str) -> tuple[Binding | None, int]:
+        return self._by_bot.get(bot, (None, 0))
 
     def of_sandbox(self, sandbox: str) -> list[Binding]:
         """In the order of bot ids."""
@@ -58,9 +38,7 @@ class Bindings:
 
     def of_user(self, sandbox: str, user: str) -> list[Binding]:
         """Bindings of a sandbox with this user, in the order of bot ids; several only shortly after a login."""
-        return [
-            binding for binding in self._by_shard[shard_of(sandbox)].get(sandbox, {}).values() if binding.user == user
-        ]
+        return [binding for binding in self.of_sandbox(sandbox) if binding.user == user]
 
     def of_shard(self, shard: int) -> list[Binding]:
         """Bindings of the shard's sandboxes."""
@@ -72,10 +50,55 @@ class Bindings:
     def __len__(self) -> int:
         return len(self._by_bot)
 
+    def _replace(self, bot: str, after: Binding | None, revision: int) -> None:
+        before = self.get(bot)
+        if before is not None:
+            sandboxes = self._by_shard[shard_of(before.sandbox)]
+            del sandboxes[before.sandbox][bot]
+            if not sandboxes[before.sandbox]:
+                del sandboxes[before.sandbox]
+        if after is None:
+            self._by_bot.pop(bot, None)
+        else:
+            self._by_bot[bot] = after, revision
+            sandboxes = self._by_shard[shard_of(after.sandbox)]
+            bound = {**sandboxes.get(after.sandbox, {}), bot: after}
+            sandboxes[after.sandbox] = dict(sorted(bound.items())) if len(bound) > 1 else bound
+
+
+class Bindings(BindingIndex):
+    """All bindings of the platform. Each replica holds all of them."""
+
+    def __init__(
+        self,
+        bucket: Bucket,
+        same_token: Callable[[str, str, str], bool] = lambda _, one, other: one == other,
+        *,
+        unbound_s: int = 0,
+    ) -> None:
+        """`unbound_s`: time to live of the delete marker of a binding; 0: no limit."""
+        super().__init__()
+        self.changed = ChangeSignal()
+        self.is_loaded = False
+        """False until the bucket was read once; before that, a missing binding means nothing."""
+        self._bucket = bucket
+        self._same_token = same_token
+        """Whether two stored tokens of a bot are the same token, even if sealed again; then nothing has changed."""
+        self._unbound_s = unbound_s
+        self._listeners: list[Callable[[str, Binding | None, Binding | None], None]] = []
+
+    def add_listener(self, on_change: Callable[[str, Binding | None, Binding | None], None]) -> None:
+        """Calls `on_change(bot, before, after)` at every change."""
+        self._listeners.append(on_change)
+
+    async def run(self) -> None:
+        """Follows the bucket until cancelled."""
+        await self._bucket.watch(self._apply_entry, on_loaded=self._on_loaded)
+
     async def put(self, binding: Binding, ensure_owner: Callable[[], None] = lambda: None) -> None:
         """Writes a binding over any existing one. `ensure_owner` is called after each read; the revision then refuses
         the write if another replica has written since."""
-        _, revision = self._by_bot.get(binding.bot, (None, 0))
+        _, revision = self.with_revision(binding.bot)
         while True:
             ensure_owner()
             if await self._write_if_unchanged(binding, revision):
@@ -144,7 +167,7 @@ class Bindings:
         except ValueError:  # another program's key
             log.error("binding.unreadable", key=entry.key[:64])
             return
-        before, revision = self._by_bot.get(bot, (None, 0))
+        before, revision = self.with_revision(bot)
         if entry.revision <= revision:
             return
         try:
@@ -152,27 +175,13 @@ class Bindings:
         except UNDECODABLE as exc:
             log.error("binding.unreadable", bot=bot, detail=str(exc))
             return
-        self._replace(bot, before, after, entry.revision)
+        self._replace(bot, after, entry.revision)
         if before and after and before.token != after.token and self._same_token(bot, before.token, after.token):
             before = msgspec.structs.replace(before, token=after.token)
         if before != after:
             for listener in self._listeners:
                 listener(bot, before, after)
             self.changed.notify_all()
-
-    def _replace(self, bot: str, before: Binding | None, after: Binding | None, revision: int) -> None:
-        if before is not None:
-            sandboxes = self._by_shard[shard_of(before.sandbox)]
-            sandboxes[before.sandbox].pop(bot, None)
-            if not sandboxes[before.sandbox]:
-                del sandboxes[before.sandbox]
-        if after is None:
-            self._by_bot.pop(bot, None)
-        else:
-            self._by_bot[bot] = (after, revision)
-            sandboxes = self._by_shard[shard_of(after.sandbox)]
-            bound = {**sandboxes.get(after.sandbox, {}), bot: after}
-            sandboxes[after.sandbox] = dict(sorted(bound.items())) if len(bound) > 1 else bound
 
 
 def account_of(binding: Binding, sealer: Sealer) -> Account:
