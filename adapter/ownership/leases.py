@@ -41,6 +41,11 @@ def rank(member: str, shard: int) -> bytes:
     return hashlib.blake2b(f"{member}|{shard}".encode(), digest_size=8).digest()
 
 
+def highest_ranked(members: list[str], shard: int) -> str:
+    """The member that should own the shard; "": there is none."""
+    return max(members, key=lambda member: rank(member, shard), default="")
+
+
 class Leases(Membership):
     """The claims of shards. This replica owns the shards in `owned` while `is_valid`."""
 
@@ -113,9 +118,6 @@ class Leases(Membership):
             await wait_event(self._claim_soon, self._next_look_s())
             self._claim_soon.clear()
 
-    def _highest_ranked(self, names: list[str], shard: int) -> str:
-        return max(names, key=lambda name: rank(name, shard), default="")
-
     def _find_surplus(self) -> None:
         """Finds surplus shards. A member counts after it has lived for a lease, so that an unstable one moves
         nothing."""
@@ -123,7 +125,7 @@ class Leases(Membership):
             name for name in self._live if self._sightings[name].since - self._first_seen_at[name] >= self._lease_s
         ]
         names = [*(name for name in grown if not self._live[name].draining), self.incarnation]
-        surplus = {shard for shard in self.owned if self._highest_ranked(names, shard) != self.incarnation}
+        surplus = {shard for shard in self.owned if highest_ranked(names, shard) != self.incarnation}
         if surplus != self.surplus:
             self.surplus = surplus
             self.changed.notify_all()
@@ -139,7 +141,9 @@ class Leases(Membership):
             if entry is None or claim is None:
                 deleted_shards.append(shard)
             elif entry.revision > revision and claim.owner != self.incarnation:
-                self._on_claim_lost(shard)
+                log.error("claim.lost", shard=shard)
+                self._metrics.lease_changes.labels(reason="lost").inc()
+                self._remove_owned(shard)
         await asyncio.gather(*(self._restore_claim(shard) for shard in deleted_shards))
 
     async def _restore_claim(self, shard: int) -> None:
@@ -156,12 +160,6 @@ class Leases(Membership):
             self._claim_revisions[shard] = revision
         else:  # released meanwhile, with an outdated revision
             self._release_unconfirmed.add(shard)
-
-    def _on_claim_lost(self, shard: int) -> None:
-        """Gives up a shard at once, since another replica has its claim."""
-        log.error("claim.lost", shard=shard)
-        self._metrics.lease_changes.labels(reason="lost").inc()
-        self._remove_owned(shard)
 
     def _remove_owned(self, shard: int) -> int:
         """Removes a shard from the owned ones. Returns the revision of its claim."""
@@ -186,7 +184,7 @@ class Leases(Membership):
                 self._absent_since.pop(f"claim {shard}", None)
             elif self.other_incarnations and not self._is_long_absent(f"claim {shard}"):
                 continue  # it may have been deleted: its owner restores it
-            if self._highest_ranked(eligible, shard) == self.incarnation:
+            if highest_ranked(eligible, shard) == self.incarnation:
                 if not owner or owner == self.incarnation or await self.revoke_if_expired(owner):
                     free_shards.append((shard, owner, revision))
             elif owner == self.incarnation:  # a claim or a release landed late
@@ -211,9 +209,8 @@ class Leases(Membership):
                 return False  # another replica was faster, or the answer was lost: the next round finds out
         self.owned.add(shard)
         self._release_unconfirmed.discard(shard)
-        self._metrics.lease_changes.labels(
-            reason="taken" if owner and owner != self.incarnation else "acquired"
-        ).inc()
+        reason = "taken" if owner and owner != self.incarnation else "acquired"
+        self._metrics.lease_changes.labels(reason=reason).inc()
         return True
 
     # release --------------------------------------------------------------------------------------
@@ -230,9 +227,8 @@ class Leases(Membership):
         """Releases a shard after its last send. Polls that wait end at their boundary."""
         if shard not in self.owned:
             return
-        self._release_unconfirmed.add(
-            shard
-        )  # before the write: until its answer the claim may still name this replica
+        # before the write: until its answer the claim may still name this replica
+        self._release_unconfirmed.add(shard)
         await self._write_released(shard, self._remove_owned(shard))
 
     async def _write_released(self, shard: int, revision: int) -> None:
