@@ -52,17 +52,7 @@ DELIVERED = "$JS.ACK."
 class Delivery:
     """Implements ports.Delivery."""
 
-    __slots__ = (
-        "_consumer",
-        "_reply",
-        "data",
-        "headers",
-        "number",
-        "redelivered",
-        "seq",
-        "subject",
-        "time_ms",
-    )
+    __slots__ = ("_consumer", "_reply", "data", "headers", "number", "redelivered", "seq", "subject", "time_ms")
 
     def __init__(self, consumer: Consumer, msg: Msg, redelivered_to: int, made_ms: int) -> None:
         tokens = msg.reply.split(".")

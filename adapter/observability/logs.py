@@ -64,11 +64,7 @@ _HARMLESS = re.compile(rf"(?!.*(?:AARzJW|eyJ|{_PACKED}))[a-z0-9_.@-]{{0,40}}\Z",
 
 
 def configure(
-    level: str = "info",
-    stream: BinaryIO | None = None,
-    *,
-    version: str = "",
-    console: bool | None = None,
+    level: str = "info", stream: BinaryIO | None = None, *, version: str = "", console: bool | None = None
 ) -> None:
     """Sends structlog's events and, from WARNING on, those of the standard library to `stream` (default: stdout).
 

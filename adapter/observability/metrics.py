@@ -20,53 +20,22 @@ from adapter.observability.fast_metrics import Counter, Histogram
 NAMESPACE = "wechat_adapter"
 
 REFUSED = (
-    "invalid",
-    "not_bound",
-    "ambiguous_bot",
-    "other_user",
-    "window_closed",
-    "quota",
-    "reserved",
-    "throttled",
-    "needs_login",
-    "too_long",
-    "expired",
-    "rejected",
-    "backlog",
-    "media",
-    "typing",
+    "invalid not_bound ambiguous_bot other_user window_closed quota reserved throttled needs_login too_long "
+    "expired rejected backlog media typing"
 )
-DEAD = ("unreadable", "too_large", "unreachable", "crashed")
-STATES = ("starting", "polling", "throttled", "paused", "needs_login", "error", "draining")
-PARKED = ("window_closed", "quota", "throttled", "needs_login")
-KINDS = ("text", "media", "typing", "unreadable")
-TASKS = ("poller", "conversation", "other")
+DEAD = "unreadable too_large unreachable crashed"
+STATES = "starting polling throttled paused needs_login error draining"
+PARKED = "window_closed quota throttled needs_login"
+KINDS = "text media typing unreadable"
+TASKS = "poller conversation other"
 ENDPOINTS = (
-    "getupdates",
-    "sendmessage",
-    "notifystart",
-    "notifystop",
-    "getuploadurl",
-    "getconfig",
-    "sendtyping",
-    "get_bot_qrcode",
-    "get_qrcode_status",
-    "cdn_upload",
-    "cdn_download",
+    "getupdates sendmessage notifystart notifystop getuploadurl getconfig sendtyping get_bot_qrcode "
+    "get_qrcode_status cdn_upload cdn_download"
 )
-LONG_POLLS = ("getupdates", "get_qrcode_status")
-UPSTREAM_FAILURES = (
-    "ret_2",
-    "ret_14",
-    "ret_other",
-    "http_4xx",
-    "http_5xx",
-    "timeout",
-    "network",
-    "unreadable",
-)
-RETRIED = tuple(failure for failure in UPSTREAM_FAILURES if failure != "ret_2")
-CONSUMERS = ("out", "router", "control")
+LONG_POLLS = "getupdates get_qrcode_status"
+UPSTREAM_FAILURES = "ret_2 ret_14 ret_other http_4xx http_5xx timeout network unreadable"
+RETRIED = UPSTREAM_FAILURES.removeprefix("ret_2 ")
+CONSUMERS = "out router control"
 
 _FAST_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.0, 5.0, 10.0)
 _CALL_S = (0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 15.0, 30.0)
@@ -122,11 +91,7 @@ class Metrics:
         return encode(self.registry), content_type
 
     def _make_ownership(self) -> None:
-        self.bindings = self._gauge(
-            "bindings",
-            "Bindings of this replica.",
-            state=STATES,
-        )
+        self.bindings = self._gauge("bindings", "Bindings of this replica.", state=STATES)
         self.bindings_capacity = self._gauge(
             "bindings_capacity", "Maximum number of bindings that this replica serves."
         )
@@ -142,14 +107,14 @@ class Metrics:
         self.lease_changes = self._counter(
             "lease_changes",
             "Changes of the shards that this replica owns. lost: not renewed in time; taken: its owner died.",
-            reason=["acquired", "released", "lost", "taken"],
+            reason="acquired released lost taken",
         )
 
     def _make_upstream(self) -> None:
         self.polls = self._counter(
             "polls",
             "Long polls of iLink. empty: iLink answered without messages; client_timeout: iLink did not answer.",
-            outcome=["messages", "empty", "client_timeout", "stale_token", "error"],
+            outcome="messages empty client_timeout stale_token error",
         )
         self.polls_full = self.polls.labels(outcome="messages")
         self.polls_empty = self.polls.labels(outcome="empty")
@@ -161,26 +126,26 @@ class Metrics:
             "upstream_requests",
             "Requests to iLink. ret_2: iLink throttles; ret_14: the token is stale.",
             endpoint=ENDPOINTS,
-            outcome=["ok", *UPSTREAM_FAILURES],
+            outcome=f"ok {UPSTREAM_FAILURES}",
         )
         self.upstream_request_duration = self._histogram(
             "upstream_request_duration_seconds",
             "Duration of requests to iLink other than long polls.",
             _CALL_S,
-            endpoint=[endpoint for endpoint in ENDPOINTS if endpoint not in LONG_POLLS],
+            endpoint=" ".join(each for each in ENDPOINTS.split() if each not in LONG_POLLS.split()),
         )
 
     def _make_inbound(self) -> None:
         self.inbound_messages = self._counter(
             "inbound_messages",
             "Messages that a poll returned.",
-            kind=["text", "image", "voice", "file", "video", "unsupported"],
-            outcome=["published", "duplicate", "unbound", "rejected", "publish_failed", "dead_lettered"],
+            kind="text image voice file video unsupported",
+            outcome="published duplicate unbound rejected publish_failed dead_lettered",
         )
         self.quotes = self._counter(
             "quotes",
             "Quotes in inbound messages, by the author of the quoted message. unknown: the message was not found.",
-            outcome=["user", "bot", "unknown"],
+            outcome="user bot unknown",
         )
         self.inbound_publish_duration = self._histogram(
             "inbound_publish_duration_seconds",
@@ -205,19 +170,19 @@ class Metrics:
             " command whose kind could not be read.",
             children=[
                 (kind, outcome, reason)
-                for kind in KINDS
+                for kind in KINDS.split()
                 for outcome, reason in (
                     ("accepted", "none"),
                     ("accepted_unconfirmed", "none"),
-                    *(("refused", reason) for reason in REFUSED),
+                    *(("refused", reason) for reason in REFUSED.split()),
                     ("uncertain", "none"),
-                    *(("dead_lettered", reason) for reason in DEAD),
+                    *(("dead_lettered", reason) for reason in DEAD.split()),
                     ("duplicate", "none"),
                 )
             ],
             kind=KINDS,
-            outcome=[*FINAL_OUTCOMES, "duplicate"],
-            reason=["none", *REFUSED, *DEAD],
+            outcome=" ".join([*FINAL_OUTCOMES, "duplicate"]),
+            reason=f"none {REFUSED} {DEAD}",
         )
         self.outbound_in_flight = self._gauge(
             "outbound_in_flight", "Received commands that are neither parked nor settled."
@@ -230,7 +195,7 @@ class Metrics:
             "Time from the storage of a command to its final outcome, without the time parked. failed: dead-lettered"
             " or uncertain; settled: every other outcome.",
             _MESSAGE_S,
-            outcome=["settled", "failed"],
+            outcome="settled failed",
         )
         self.outbound_oldest_pending = self._gauge(
             "outbound_oldest_pending_seconds", "Age of the oldest command that is neither parked nor settled."
@@ -241,17 +206,17 @@ class Metrics:
         self.receipts = self._counter(
             "receipts",
             "Published receipts. Every outcome except parked is final.",
-            outcome=[*FINAL_OUTCOMES, "parked"],
+            outcome=" ".join([*FINAL_OUTCOMES, "parked"]),
         )
         self.dead_letters = self._counter(
-            "dead_letters", "Dead letters, by the stream of the original message.", stream=["out", "in", "ctl"]
+            "dead_letters", "Dead letters, by the stream of the original message.", stream="out in ctl"
         )
         self.schema_violations = self._counter(
-            "schema_violations", "Requests that do not fit their schema.", kind=["out", "ctl", "svc"]
+            "schema_violations", "Requests that do not fit their schema.", kind="out ctl svc"
         )
 
     def _make_media(self) -> None:
-        directions, outcomes = ["in", "out"], ["ok", "failed"]
+        directions, outcomes = "in out", "ok failed"
         self.media_transfers = self._counter(
             "media_transfers",
             "Media files downloaded from (in) or uploaded to (out) iLink's CDN.",
@@ -269,7 +234,7 @@ class Metrics:
         self.logins = self._counter(
             "logins",
             "QR logins that ended. already_bound: the user already has a bot of the sandbox.",
-            outcome=FINAL_STATUSES,
+            outcome=" ".join(FINAL_STATUSES),
         )
         self.qr_refreshes = self._counter("qr_refreshes", "QR codes renewed during a login.")
 
@@ -278,18 +243,18 @@ class Metrics:
             "service_refusals",
             "Requests refused unread. busy: the sandbox has too many requests open; full: all open requests are too"
             " large; reply: the reply subject is not an inbox of the client.",
-            reason=["busy", "full", "reply"],
+            reason="busy full reply",
         )
 
     def _make_bus(self) -> None:
-        streams = ["in", "journal", "event", "dead", "out", "kv", "media", "ctl"]
+        streams = "in journal event dead out kv media ctl"
         self.nats_connected = self._gauge("nats_connected", "1 while connected to NATS, else 0.")
         self.nats_reconnects = self._counter("nats_reconnects", "Reconnections to NATS.")
         self.nats_publish = self._counter(
             "nats_publish",
             "Writes to JetStream. retried: repeated attempts; refused: writes given up.",
             stream=streams,
-            outcome=["ok", "retried", "refused"],
+            outcome="ok retried refused",
         )
         self.nats_publish_oldest = self._gauge(
             "nats_publish_oldest_seconds",
@@ -316,33 +281,31 @@ class Metrics:
         )
 
     def _counter(
-        self,
-        name: str,
-        text: str,
-        *,
-        children: Iterable[tuple[str, ...]] | None = None,
-        **labels: Sequence[str],
+        self, name: str, text: str, *, children: Iterable[tuple[str, ...]] | None = None, **labels: str
     ) -> Counter:
+        """`labels`: the values of each label, as words. `children`: those that exist; by default all combinations."""
         metric = Counter(f"{NAMESPACE}_{name}", _help(text, labels), list(labels), self.registry)
-        for values in itertools.product(*labels.values()) if children is None else children:
+        for values in _combinations(labels) if children is None else children:
             metric.child(*values)
         return metric
 
-    def _gauge(self, name: str, text: str, **labels: Sequence[str]) -> Gauge:
+    def _gauge(self, name: str, text: str, **labels: str) -> Gauge:
         metric = Gauge(name, _help(text, labels), list(labels), namespace=NAMESPACE, registry=self.registry)
-        for values in itertools.product(*labels.values()):
-            if values:
-                metric.labels(*values)
+        for values in _combinations(labels) if labels else ():
+            metric.labels(*values)
         return metric
 
-    def _histogram(self, name: str, text: str, buckets: Sequence[float], **labels: Sequence[str]) -> Histogram:
+    def _histogram(self, name: str, text: str, buckets: Sequence[float], **labels: str) -> Histogram:
         metric = Histogram(f"{NAMESPACE}_{name}", _help(text, labels), list(labels), self.registry, buckets)
-        for values in itertools.product(*labels.values()):
+        for values in _combinations(labels):
             metric.child(*values)
         return metric
 
 
-def _help(text: str, labels: dict[str, Sequence[str]]) -> str:
+def _combinations(labels: dict[str, str]) -> Iterable[tuple[str, ...]]:
+    return itertools.product(*(values.split() for values in labels.values()))
+
+
+def _help(text: str, labels: dict[str, str]) -> str:
     """`text`, followed by the values of every label."""
-    lists = (f" {label}: {', '.join(values)}." for label, values in labels.items())
-    return text + "".join(lists)
+    return text + "".join(f" {label}: {', '.join(values.split())}." for label, values in labels.items())

@@ -27,7 +27,7 @@ def _observe_polls(supervisor: Supervisor, metrics: Metrics, now: float) -> None
         "throttled" if poller.state == "polling" and poller.bot in throttled else str(poller.state)
         for poller in pollers
     )
-    for state in STATES:
+    for state in STATES.split():
         metrics.bindings.labels(state=state).set(states[state])
     polled = [poller for poller in pollers if poller.state in ("polling", "error", "paused")]
     ages = [now - poller.unanswered_since for poller in polled if poller.unanswered_since]
@@ -43,7 +43,7 @@ def _observe_polls(supervisor: Supervisor, metrics: Metrics, now: float) -> None
 def _observe_commands(supervisor: Supervisor, metrics: Metrics, now_ms: int) -> None:
     parked: Counter[str] = Counter()
     counted = [shard.queue_depths(parked) for shard in supervisor.shards.values()]
-    for reason in PARKED:
+    for reason in PARKED.split():
         metrics.outbound_parked.labels(reason=reason).set(parked[reason])
     supervisor.shards.in_flight = sum(in_flight for in_flight, _ in counted)
     metrics.outbound_in_flight.set(supervisor.shards.in_flight)

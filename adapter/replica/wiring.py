@@ -141,10 +141,7 @@ class Replica:
         self.limits = Limits(park_ms=int(settings.park_hours * 3_600_000))
         self.sealer = Sealer(settings.token_key)
         self.access = BusAccess(
-            connections.bus,
-            connections.history,
-            Events(connections.bus, names, clock, metrics, self.spans),
-            names,
+            connections.bus, connections.history, Events(connections.bus, names, clock, metrics, self.spans), names
         )
         self.receipts = Receipts(self.access.events, connections.history, names)
         self.bindings = Bindings(connections.bucket(names.bindings), self.sealer.is_same_secret, unbound_s=unbound_s)
@@ -457,9 +454,7 @@ def _log_crash(exc: BaseException) -> None:
 def _send_policy(settings: Settings) -> SendPolicy:
     return SendPolicy(
         window=WindowPolicy(
-            sends=settings.sends_per_window,
-            hours=settings.window_hours,
-            reserve=settings.reserve_sends,
+            sends=settings.sends_per_window, hours=settings.window_hours, reserve=settings.reserve_sends
         ),
         gap_ms=settings.send_gap_ms,
         merge_chars=settings.merge_chars,
