@@ -165,7 +165,7 @@ async def wait_event(event: asyncio.Event, timeout_s: float | None) -> bool:
     return event.is_set()
 
 
-async def wait_any(*waits: Coroutine[Any, Any, object], timeout_s: float) -> None:
+async def wait_any(*waits: Coroutine[Any, Any, object], timeout_s: float | None = None) -> None:
     """Waits until one of them has ended or `timeout_s` seconds have passed, then cancels all."""
     tasks = [asyncio.ensure_future(wait) for wait in waits]
     try:

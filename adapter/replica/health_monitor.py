@@ -57,8 +57,6 @@ class HealthMonitor:
         self._missing: set[str] = set()
         """Deleted streams, and buckets that lacked keys, at the last check."""
         self._checked = ChangeSignal()
-        self._paused: dict[str, str] = {}
-        """Checked consumers that an operator has paused, with their streams."""
 
     async def wait_complete(self, streams: Iterable[str]) -> None:
         """Returns when these streams exist with all their keys, as far as known."""
@@ -127,15 +125,15 @@ class HealthMonitor:
         self._missing = {*missing, *incomplete}
         self._metrics.nats_streams_missing.set(len(self._missing))
         altered = [f"{name} ({', '.join(d.field for d in found)})" for name, found in self._inspector.altered.items()]
-        self._metrics.nats_streams_altered.set(len(altered) + len(self._paused))
+        self._metrics.nats_streams_altered.set(len(altered) + len(self._health.paused))
         self._health.missing, self._health.altered = ", ".join(missing), ", ".join(altered)
         self._health.incomplete = ", ".join(incomplete)
-        self._health.paused = [f"{stream} {consumer}" for consumer, stream in sorted(self._paused.items())]
         self._checked.notify_all()
 
     async def _check_consumers(self) -> None:
         """Raises Temporary."""
         names, metrics = self._names, self._metrics
+        before, paused = self._health.paused, []
         for label, stream, consumer in (
             ("router", names.stream_out, topology.ROUTER),
             ("control", names.stream_ctl, topology.CONTROL),
@@ -145,17 +143,16 @@ class HealthMonitor:
             except BusRefused as exc:  # deleted by an operator; its owner recreates it
                 log.warning("consumer.missing", consumer=consumer, detail=exc.detail)
                 continue
-            self._note_paused(consumer, stream, paused=bool(info.get("paused")))
+            name = f"{stream} {consumer}"
+            if info.get("paused"):
+                paused.append(name)
+                if name not in before:
+                    log.error("consumer.paused", consumer=consumer, detail="It delivers nothing until it is resumed.")
+            elif name in before:
+                log.info("consumer.resumed", consumer=consumer)
             metrics.nats_consumer_pending.labels(consumer=label).set(info["num_pending"])
             metrics.nats_consumer_ack_pending.labels(consumer=label).set(info["num_ack_pending"])
+        self._health.paused = paused
         waiting, in_flight = self._inspector.message_count(names.stream_out), self._supervisor.shards.in_flight
         metrics.nats_consumer_pending.labels(consumer="out").set(max(0, waiting - in_flight))
         metrics.nats_consumer_ack_pending.labels(consumer="out").set(in_flight)
-
-    def _note_paused(self, consumer: str, stream: str, *, paused: bool) -> None:
-        if paused and consumer not in self._paused:
-            log.error("consumer.paused", consumer=consumer, detail="It delivers nothing until it is resumed.")
-            self._paused[consumer] = stream
-        elif not paused and consumer in self._paused:
-            log.info("consumer.resumed", consumer=consumer)
-            del self._paused[consumer]

@@ -10,6 +10,7 @@ from adapter.bindings.key_rotation import count_stored_tokens
 from adapter.content import media
 from adapter.errors import UNDECODABLE, SettingsError, Temporary
 from adapter.jetstream import topology
+from adapter.kit.timing import wait_any
 from adapter.replica.wiring import Replica
 from adapter.security.permissions import USER_INFO, required, user_of
 
@@ -24,30 +25,23 @@ async def run_preflight(replica: Replica, stop: asyncio.Event) -> bool:
     if not media.HAS_VOICE:
         log.info("voice.not_converted", detail="Voice comes as SILK alone. For WAV, too: pip install silk-python.")
     replica.health.phase = "connecting to NATS"
-    stopping = asyncio.ensure_future(stop.wait())
-    epoch = 0
-    try:
-        while not stop.is_set():
-            up = asyncio.ensure_future(replica.connections.wait_connected())
-            await asyncio.wait([up, stopping], return_when=asyncio.FIRST_COMPLETED)
-            up.cancel()
-            if stop.is_set():
-                break
-            if epoch != replica.connections.connection.epoch:
-                epoch = replica.connections.connection.epoch
-                await _log_missing_permissions(replica)
-            replica.health.phase = "verifying streams"
-            try:
-                await topology.ensure_topology(replica.connections.connection, replica.names, replica.settings)
-                await _check_tokens(replica)
-            except Temporary as exc:
-                log.warning("streams.unverified", reason=exc.reason, detail=exc.detail)
-                await replica.clock.sleep(0.5)
-            else:
-                return True
-        return False
-    finally:
-        stopping.cancel()
+    connection, epoch = replica.connections.connection, 0
+    while True:
+        await wait_any(replica.connections.wait_connected(), stop.wait())
+        if stop.is_set():
+            return False
+        if epoch != connection.epoch:
+            epoch = connection.epoch
+            await _log_missing_permissions(replica)
+        replica.health.phase = "verifying streams"
+        try:
+            await topology.ensure_topology(connection, replica.names, replica.settings)
+            await _check_tokens(replica)
+        except Temporary as exc:
+            log.warning("streams.unverified", reason=exc.reason, detail=exc.detail)
+            await replica.clock.sleep(0.5)
+        else:
+            return True
 
 
 async def _log_missing_permissions(replica: Replica) -> None:
