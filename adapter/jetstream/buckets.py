@@ -157,20 +157,17 @@ class KvBucket:
         seconds finds a missed update. An entry may come twice, but never after a newer one.
         """
         watcher = _Watcher(self, on_entry)
-        self.connection.on_connect(watcher.subscribe)
-        if self.connection.nc is not None:
-            try:
-                await watcher.subscribe(self.connection.nc)
-                await self.connection.nc.flush()
-            except NatsError as exc:  # the client is closing; the next one subscribes when it connects
-                log.info("bucket.watch_failed", bucket=self.name, reason=type(exc).__name__)
         while True:
             try:
-                await self.connection.wait_connected()
-                force, watcher.epoch = watcher.epoch != self.connection.epoch, self.connection.epoch
-                read = await watcher.reload_if_stale(force=force)
-            except Temporary as exc:
-                log.warning("bucket.unread", bucket=self.name, reason=exc.reason)
+                nc = await self.connection.wait_connected()
+                epoch = self.connection.epoch
+                is_new = watcher.epoch != epoch
+                if is_new:
+                    await watcher.subscribe(nc, epoch)
+                read = await watcher.reload_if_stale(force=is_new)
+            except (Temporary, NatsError) as exc:
+                reason = exc.reason if isinstance(exc, Temporary) else type(exc).__name__
+                log.warning("bucket.unread", bucket=self.name, reason=reason)
                 await asyncio.sleep(0.2)
                 continue
             if read and on_loaded is not None:
@@ -191,7 +188,7 @@ class _Watcher:
 
     def __init__(self, bucket: KvBucket, on_entry: Callable[[Entry], None]) -> None:
         self.epoch = -1
-        """The client of the last reading."""
+        """The client with the subscription."""
         self._bucket = bucket
         self._on_entry = on_entry
         self._revisions: dict[str, int] = {}
@@ -203,9 +200,10 @@ class _Watcher:
         self._read_at = NEVER
         """Time of the last complete read."""
 
-    async def subscribe(self, nc: Client) -> None:
-        """Subscribes to the updates. Called for each client."""
+    async def subscribe(self, nc: Client, epoch: int) -> None:
+        """Subscribes to the updates on a new client, before the bucket is read."""
         await nc.subscribe(self._bucket.updates_subject + ".>", cb=self._on_update)
+        self.epoch = epoch
 
     async def _on_update(self, msg: Msg) -> None:
         headers = msg.headers or {}
