@@ -16,7 +16,7 @@ from adapter.cli.exit_codes import EXIT_CODES, INTERRUPTED, NO, OK, USAGE, Faile
 from adapter.errors import AdapterError, SettingsError
 
 if TYPE_CHECKING:
-    from cyclopts import App, CycloptsError
+    from cyclopts import App
 
 HELP = "The bridge between WeChat (iLink bots) and NATS."
 CONNECTION = """\
@@ -94,37 +94,43 @@ def build() -> App:
 def main(argv: list[str] | None = None) -> int:
     """Runs one command and returns its exit code (`exit_codes.EXIT_CODES`)."""
     _have_streams()
+    code, complaint = _run(sys.argv[1:] if argv is None else argv)
+    if complaint:
+        from adapter.cli import output  # noqa: PLC0415 -- --help starts faster without it
+
+        with contextlib.suppress(OSError):  # standard error may be what has no room
+            output.complain(complaint)
+    return code
+
+
+def _run(argv: list[str]) -> tuple[int, str]:
+    """The exit code, and the sentence that goes with it."""
     try:
-        result = _call(_take_context(sys.argv[1:] if argv is None else argv))
+        result = _call(_take_context(argv))
         sys.stdout.flush()
     except Failed as exc:
-        _complain(str(exc))
-        return exc.code
+        return exc.code, str(exc)
     except SettingsError as exc:
-        _complain(exc.detail)
-        return USAGE
+        return USAGE, exc.detail
     except AdapterError as exc:
-        _complain(exc.detail or exc.reason)
-        return NO
+        return NO, exc.detail or exc.reason
     except UnicodeError:  # of standard input, or of an argument, whose wrong bytes Python has as surrogates
-        _complain("What it was given is not UTF-8.")
-        return USAGE
+        return USAGE, "What it was given is not UTF-8."
     except (KeyboardInterrupt, asyncio.CancelledError):
-        return INTERRUPTED
+        return INTERRUPTED, ""
     except SystemExit as exc:  # the simulator's own parser, and rich where nobody reads its tables
-        if isinstance(exc.__context__, BrokenPipeError):
-            return _is_output_closed()
-        return exc.code if isinstance(exc.code, int) else USAGE
-    except BrokenPipeError:
-        return _is_output_closed()
+        if not isinstance(exc.__context__, BrokenPipeError):
+            return exc.code if isinstance(exc.code, int) else USAGE, ""
+        _discard_output()
+        return OK, ""
     except OSError as exc:
-        if exc.errno not in NO_ROOM:
+        if not isinstance(exc, BrokenPipeError) and exc.errno not in NO_ROOM:
             raise
-        _is_output_closed()
-        with contextlib.suppress(OSError):  # that may be the same file
-            _complain(f"What it says cannot be written: {exc.strerror}.")
-        return NO
-    return result if isinstance(result, int) else OK
+        _discard_output()
+        if isinstance(exc, BrokenPipeError):  # `wechat-nats tail | head -1`: the reader has what it wanted
+            return OK, ""
+        return NO, f"What it says cannot be written: {exc.strerror}."
+    return (result if isinstance(result, int) else OK), ""
 
 
 def _take_context(argv: list[str]) -> list[str]:
@@ -157,18 +163,7 @@ def _call(argv: list[str]) -> object:
     try:
         return build()(argv)
     except CycloptsError as exc:
-        raise Failed(USAGE, f"{_sentence(exc)} See --help.") from None
-
-
-def _complain(text: str) -> None:
-    from adapter.cli import output  # noqa: PLC0415 -- --help starts faster without it
-
-    output.complain(text)
-
-
-def _sentence(exc: CycloptsError) -> str:
-    """Cyclopts' own words, on one line."""
-    return " ".join(str(exc).split())
+        raise Failed(USAGE, f"{' '.join(str(exc).split())} See --help.") from None
 
 
 def _have_streams() -> None:
@@ -191,8 +186,7 @@ def _silence_libraries() -> None:
     logging.getLogger("asyncio").setLevel(logging.CRITICAL + 1)
 
 
-def _is_output_closed() -> int:
-    """`wechat-nats tail | head -1`: the reader has what it wanted. Python must not fail once more on its way out."""
+def _discard_output() -> None:
+    """Python must not fail once more on its way out."""
     with contextlib.suppress(OSError):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    return OK

@@ -40,6 +40,15 @@ _SEALED: dict[Sealing, str] = {
     "open": "not sealed",
     "foreign": "sealed with a key that is not set here",
 }
+TOKEN_ADVICE: tuple[tuple[bool, Sealing, State, str], ...] = (
+    (False, "open", "warn", "set WECHAT_NATS_TOKEN_KEY, for adapters and for this command"),
+    # whoever operates the bus need not have the key
+    (False, "foreign", "warn", "without WECHAT_NATS_TOKEN_KEY it cannot be told whether adapters can open them"),
+    (True, "open", "fail", "use --fix"),
+    (True, "foreign", "fail", "set that key too, after the first, or bind those bots anew"),
+    (True, "older", "warn", "use --fix before you take the older key away"),
+)
+"""By whether this command has a key, and how some tokens are stored. The first row that fits counts."""
 NAMED = 3
 """Bots that are named of each that is in trouble."""
 RESTORE = "restore it from the backup"
@@ -174,20 +183,10 @@ async def _check_tokens(bus: Bus) -> list[Check]:
         said = "this user cannot read how they are stored; adapters look at their start"
         return [Check("tokens", "ok", said)]
     said = ", ".join(f"{count} {_SEALED[sealing]}" for sealing, count in sorted(found.items())) or "none yet"
-    state: State = "ok"
-    advice = ""
-    if not sealer.is_enabled and found["open"]:
-        state, advice = "warn", ": set WECHAT_NATS_TOKEN_KEY, for adapters and for this command."
-    elif not sealer.is_enabled and found["foreign"]:  # whoever operates the bus need not have the key
-        state = "warn"
-        advice = ": without WECHAT_NATS_TOKEN_KEY it cannot be told whether adapters can open them."
-    elif sealer.is_enabled and found["open"]:
-        state, advice = "fail", ": use --fix."
-    elif sealer.is_enabled and found["foreign"]:
-        state, advice = "fail", ": set that key too, after the first, or bind those bots anew."
-    elif sealer.is_enabled and found["older"]:
-        state, advice = "warn", ": use --fix before you take the older key away."
-    return [Check("tokens", state, said + advice)]
+    for with_key, sealing, state, advice in TOKEN_ADVICE:
+        if sealer.is_enabled is with_key and found[sealing]:
+            return [Check("tokens", state, f"{said}: {advice}.")]
+    return [Check("tokens", "ok", said)]
 
 
 def _short(value: Any) -> str:

@@ -7,11 +7,12 @@ import time
 from typing import Annotated
 from uuid import uuid4
 
-from cyclopts import Parameter
+from cyclopts import Parameter, validators
 
 from adapter.contract.names import check_sandbox
 from adapter.errors import Refused
 
+POSITIVE = validators.Number(gt=0)
 _UNITS_S = {"s": 1, "m": 60, "h": 3600, "d": 86400}
 _DURATION = re.compile(r"(\d+(?:\.\d+)?)([smhd])")
 
@@ -25,13 +26,8 @@ def _legal_sandbox(_: object, value: str | None) -> None:
 
 
 def _legal_age(_: object, value: str | None) -> None:
-    if value is not None and not _DURATION.fullmatch(value):
-        raise ValueError("Expected a duration such as 30s, 10m, 2h or 3d.")
-
-
-def _positive(_: object, value: float | None) -> None:
-    if value is not None and not value > 0:
-        raise ValueError("Expected a number above 0.")
+    if value is not None:
+        seconds(value)
 
 
 def flag(text: str, *, name: str | list[str] | None = None) -> Parameter:
@@ -54,10 +50,10 @@ Durable = Annotated[bool, flag("Create a durable consumer for the sandbox.")]
 AutoTyping = Annotated[bool, flag("Show that the bot types from each message to the answer.")]
 Keep = Annotated[bool, flag("Leave to the sandbox what the person before wrote and it has not read yet.")]
 Fresh = Annotated[bool, flag("Delete what persons before wrote, whenever another person is bound.")]
-Timeout = Annotated[float, Parameter(validator=_positive, help="Seconds to wait for the outcome.")]
+Timeout = Annotated[float, Parameter(validator=POSITIVE, help="Seconds to wait for the outcome.")]
 MaybeTimeout = Annotated[
     float | None,
-    Parameter(validator=_positive, help="Seconds to wait for the outcome; default: 10, with --from 60."),
+    Parameter(validator=POSITIVE, help="Seconds to wait for the outcome; default: 10, with --from 60."),
 ]
 Age = Annotated[str | None, Parameter(validator=_legal_age, help="Start this long ago: 30s, 10m, 2h, 3d.")]
 RequestId = Annotated[
@@ -70,7 +66,7 @@ def seconds(duration: str) -> float:
     """`10m` as 600. Raises ValueError."""
     match = _DURATION.fullmatch(duration)
     if match is None:
-        raise ValueError(duration)
+        raise ValueError("Expected a duration such as 30s, 10m, 2h or 3d.")
     return float(match[1]) * _UNITS_S[match[2]]
 
 

@@ -102,11 +102,9 @@ def _embedded_token(folder: Path) -> str:
 
 def _with_token_key(settings: Settings, folder: Path) -> Settings:
     """The settings with a key that seals tokens: theirs, else the folder's own, made once its server has started.
-
-    A server that has run without a key goes on so: its tokens lie open, which is said at the start. Raises Failed.
-    """
+    Raises Failed."""
     path = folder / KEY_FILE
-    if settings.token_key or (not path.exists() and (folder / URL_FILE).exists()):
+    if settings.token_key:
         return settings
     if not path.exists():
         write_private(path, base64.b64encode(secrets.token_bytes(32)) + b"\n", advice=ADVICE)

@@ -195,23 +195,22 @@ def _format_command(subject: str, data: bytes) -> str:
     return f"{head}→ {output.printable(said)}"
 
 
-def _words(value: object) -> str:
+def _words(value: object, name: str = "") -> str:
     """What an event says, without the marks of its notation."""
+    label = name.removesuffix("_ms").replace("_", " ")
     match value:
         case dict():
-            told = {name: each for name, each in value.items() if each is not False and each not in ("", None)}
-            return ", ".join(_field_words(str(name), each) for name, each in told.items())
+            told = {key: each for key, each in value.items() if each is not False and each not in ("", None)}
+            said = ", ".join(_words(each, str(key)) for key, each in told.items())
         case list():
-            return ", ".join(map(_words, value))
+            said = ", ".join(map(_words, value))
+        case True:
+            said = ""
+        case int() if name.endswith("_ms"):
+            said = output.clock(value)
         case _:
-            return str(value)
-
-
-def _field_words(name: str, value: object) -> str:
-    label = name.removesuffix("_ms").replace("_", " ")
-    if name.endswith("_ms") and isinstance(value, int):
-        return f"{label} {output.clock(value)}"
-    return label if value is True else f"{label} {_words(value)}"
+            said = str(value)
+    return f"{label} {said}".strip()
 
 
 def _short_user(user: str) -> str:

@@ -218,7 +218,6 @@ def test_the_first_start_makes_a_key_that_only_its_owner_reads_and_keeps_it(tmp_
     folder = tmp_path / "data"
     first = _with_token_key(Settings(), folder)
     assert (folder / KEY_FILE).stat().st_mode & 0o777 == 0o600
-    (folder / URL_FILE).touch()
     assert len(first.token_key[0]) == 32
     assert _with_token_key(Settings(), folder) == first
     assert _with_token_key(Settings(), tmp_path / "other") != first
@@ -228,11 +227,6 @@ def test_a_key_of_the_settings_is_the_one_that_counts(tmp_path: Path) -> None:
     settings = Settings(token_key=(bytes(32),))
     assert _with_token_key(settings, tmp_path) == settings
     assert not (tmp_path / KEY_FILE).exists()
-
-
-def test_a_server_that_ran_without_a_key_goes_on_so(tmp_path: Path) -> None:
-    (tmp_path / URL_FILE).touch()
-    assert _with_token_key(Settings(), tmp_path) == Settings()
 
 
 async def test_a_start_that_fails_leaves_no_key_and_the_next_one_makes_it(tmp_path: Path) -> None:
