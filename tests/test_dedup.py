@@ -43,7 +43,7 @@ class Row(NamedTuple):
 def take(seen: DedupWindow, keys: MessageKeys) -> None:
     """As the adapter does with what iLink sends."""
     if not seen.is_repeat(keys):
-        seen.add(keys, NOW)
+        seen.add_all([keys], NOW)
 
 
 def say(**fields: Any) -> MessageKeys:
@@ -80,7 +80,7 @@ ROWS = [
 @pytest.mark.parametrize("row", ROWS, ids=lambda row: row.name)
 def test_a_repeat_is_told_from_a_person_who_says_it_twice(row: Row) -> None:
     seen, batch = DedupWindow(), BatchDedup()
-    seen.add(row.before, NOW)
+    seen.add_all([row.before], NOW)
     batch.add(row.before)
     assert seen.is_repeat(row.after) is batch.is_repeat(row.after) is row.repeat
 
@@ -90,9 +90,9 @@ def test_a_repeat_is_told_from_a_person_who_says_it_twice(row: Row) -> None:
 def test_a_repeat_is_found_however_late(row: Row, later_ms: int) -> None:
     """With other traffic in between, also by the replica that takes over."""
     seen = DedupWindow()
-    seen.add(row.before, NOW)
+    seen.add_all([row.before], NOW)
     for number in range(50):
-        seen.add(say(message=f"m{number}", client=f"c{number}", content=f"w{number}"), NOW + later_ms)
+        seen.add_all([say(message=f"m{number}", client=f"c{number}", content=f"w{number}")], NOW + later_ms)
     assert DedupWindow(seen.fingerprints()).is_repeat(row.after)
 
 
@@ -117,7 +117,7 @@ def test_where_there_is_neither_an_id_nor_a_time_the_place_tells(
     before: tuple[str, int], after: tuple[str, int], repeat: bool
 ) -> None:
     seen, batch = DedupWindow(), BatchDedup()
-    seen.add(NOTHING.with_position(*before), NOW)
+    seen.add_all([NOTHING.with_position(*before)], NOW)
     batch.add(NOTHING.with_position(*before))
     found = NOTHING.with_position(*after)
     assert DedupWindow(seen.fingerprints()).is_repeat(found) is batch.is_repeat(found) is repeat
@@ -163,7 +163,7 @@ def test_a_repeat_with_the_same_message_id_is_always_found(
 ) -> None:
     seen = DedupWindow()
     for number, keys in enumerate([*before, it, *after]):
-        seen.add(keys, NOW + number)
+        seen.add_all([keys], NOW + number)
     assert seen.is_repeat(it)
 
 
@@ -174,7 +174,7 @@ def test_distinct_ids_and_times_are_never_swallowed(words: list[str]) -> None:
     for number, word in enumerate(words):
         keys = MessageKeys(f"m{number}", f"c{number}", f"s{number}", "u", NOW + number, word)
         assert not seen.is_repeat(keys)
-        seen.add(keys, NOW + number)
+        seen.add_all([keys], NOW + number)
 
 
 @given(st.lists(any_keys, max_size=40), any_keys)
@@ -190,9 +190,9 @@ def test_the_state_survives_its_storage(keys: list[MessageKeys], probe: MessageK
 def test_what_was_kept_and_is_forgotten_is_not_taken_for_new() -> None:
     seen = DedupWindow()
     for number in range(KEEP_AT_MOST):
-        seen.add(say(message=str(number)), NOW)
+        seen.add_all([say(message=str(number))], NOW)
     seen.unsaved = 0
-    seen.add(say(message="new"), NOW + 2 * KEEP_MS)
+    seen.add_all([say(message="new")], NOW + 2 * KEEP_MS)
     seen.forget_old(NOW + 2 * KEEP_MS)
     assert seen.unsaved == 1
     assert seen.fingerprints() == [say(message="new").fingerprint(NOW + 2 * KEEP_MS)]
@@ -204,7 +204,7 @@ def test_what_is_older_than_a_day_is_forgotten(said: list[tuple[MessageKeys, int
     now = NOW
     for keys, later_ms in said:
         now += later_ms
-        seen.add(keys, now)
+        seen.add_all([keys], now)
         seen.forget_old(now)
         assert all(int(record.rpartition("|")[2]) >= now - KEEP_MS for record in seen.fingerprints())
 
@@ -213,9 +213,8 @@ def test_the_state_is_bounded() -> None:
     """About 50 kB beside the cursor, whatever the ids look like; the oldest go first."""
     seen = DedupWindow()
     for number in range(3 * KEEP_AT_MOST):
-        seen.add(
-            MessageKeys("m" * 500 + str(number), "c" * 500 + str(number), str(number), "u" * 500, NOW, "same"), NOW
-        )
+        keys = MessageKeys("m" * 500 + str(number), "c" * 500 + str(number), str(number), "u" * 500, NOW, "same")
+        seen.add_all([keys], NOW)
     assert len(seen.fingerprints()) < KEEP_AT_MOST + MERGED_AT_ONCE
     seen.forget_old(NOW)
     assert len(seen.fingerprints()) == KEEP_AT_MOST
@@ -233,7 +232,8 @@ def test_a_bot_s_memory_is_small() -> None:
         bots = [DedupWindow() for _ in range(5)]
         for seen in bots:
             for number in range(2 * KEEP_LONG):
-                seen.add(MessageKeys(f"m{number}", f"c{number}", f"s{number}", "u", NOW + number, f"w{number}"), NOW)
+                keys = MessageKeys(f"m{number}", f"c{number}", f"s{number}", "u", NOW + number, f"w{number}")
+                seen.add_all([keys], NOW)
         after, _ = tracemalloc.get_traced_memory()
     finally:
         tracemalloc.stop()
@@ -244,9 +244,9 @@ def test_beyond_the_usual_number_what_was_seen_lately_is_remembered() -> None:
     """iLink repeats up to an hour later, all of it, in pages: what comes next must not be forgotten for it."""
     seen = DedupWindow()
     for number in range(KEEP_LONG + 100):
-        seen.add(say(message=str(number), sent_at_ms=NOW + 10_000 * number), NOW)
+        seen.add_all([say(message=str(number), sent_at_ms=NOW + 10_000 * number)], NOW)
     assert len(seen.fingerprints()) == KEEP_LONG + 100
-    seen.add(say(message="later"), NOW + RECENT_MS + 1)
+    seen.add_all([say(message="later")], NOW + RECENT_MS + 1)
     seen.forget_old(NOW + RECENT_MS + 1)
     assert len(seen.fingerprints()) == KEEP_LONG
 
@@ -255,7 +255,7 @@ def test_beyond_the_usual_number_what_was_seen_lately_is_remembered() -> None:
 def test_a_batch_and_the_memory_of_it_think_alike(keys: list[MessageKeys], probe: MessageKeys) -> None:
     seen, batch = DedupWindow(), BatchDedup()
     for one in keys:
-        seen.add(one, NOW)
+        seen.add_all([one], NOW)
         batch.add(one)
     assert seen.is_repeat(probe) is batch.is_repeat(probe)
 
@@ -273,7 +273,7 @@ def test_many_at_once_are_remembered_as_one_by_one(
         if not (apart.is_repeat(keys) or batch.is_repeat(keys)):
             batch.add(keys)
             new.append(keys)
-    records = [apart.add(keys, NOW + 1) for keys in new]
+    records = [apart.add_all([keys], NOW + 1)[0] for keys in new]
     assert together.add_all(new, NOW + 1) == records
     assert (together.fingerprints(), together.unsaved) == (apart.fingerprints(), apart.unsaved)
     assert together.is_repeat(probe) is apart.is_repeat(probe)

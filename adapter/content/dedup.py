@@ -130,14 +130,11 @@ class _Records:
             if (known := _parse_fingerprint(line)).content == content:
                 yield known
 
-    def contains(self, record: str, hashes: tuple[str, str, str, str]) -> bool:
-        return bytes.fromhex(hashes[3]) in self._content_hashes and f"\n{record}\n" in self._lines
-
-    def append(self, records: dict[str, tuple[str, str, str, str]]) -> None:
+    def append(self, records: list[tuple[str, tuple[str, str, str, str]]]) -> None:
         """Appends records with their hashes."""
-        self._lines += "\n".join([*records, ""])
-        self._messages += b"".join([bytes.fromhex(hashes[0]) or _NAMELESS for hashes in records.values()])
-        self._content_hashes += bytes.fromhex("".join([hashes[3] for hashes in records.values()]))
+        self._lines += "".join([f"{record}\n" for record, _ in records])
+        self._messages += b"".join([bytes.fromhex(hashes[0]) or _NAMELESS for _, hashes in records])
+        self._content_hashes += bytes.fromhex("".join([hashes[3] for _, hashes in records]))
         self.count += len(records)
 
     def extend(self, later: _Records) -> None:
@@ -171,9 +168,7 @@ class DedupWindow:
         self._records = _Records()
         self._newest = _Records()
         """The newest messages, fewer than MERGED_AT_ONCE: all records are copied with each addition."""
-        hashed = {record: _hashes(record) for record in kept}
-        if hashed:
-            self._records.append(hashed)
+        self._records.append([(record, _hashes(record)) for record in kept])
         self.unsaved = 0
         """Number of records that are not stored."""
         self.added_count = 0
@@ -187,23 +182,12 @@ class DedupWindow:
         """Whether this is a repeat of a remembered message."""
         return self._newest.is_repeat(keys) or self._records.is_repeat(keys)
 
-    def add(self, keys: MessageKeys, now_ms: int) -> str:
-        """Remembers a new message. Returns its record."""
-        return self.add_all([keys], now_ms)[0]
-
     def add_all(self, many: Sequence[MessageKeys], now_ms: int) -> list[str]:
         """Remembers new messages. Returns their records. Old ones are forgotten after some additions."""
         records = [keys.fingerprint(now_ms) for keys in many]
-        added = {
-            record: keys.hashed
-            for record, keys in zip(records, many, strict=True)
-            if keys.message or not self._contains(record, keys.hashed)  # with an id it would be a repeat
-        }
-        if not added:
-            return records
-        self._newest.append(added)
-        self.added_count += len(added)
-        self.unsaved += len(added)
+        self._newest.append([(record, keys.hashed) for record, keys in zip(records, many, strict=True)])
+        self.added_count += len(records)
+        self.unsaved += len(records)
         if self._newest.count >= MERGED_AT_ONCE:
             self.forget_old(now_ms)
         return records
@@ -214,9 +198,6 @@ class DedupWindow:
         self._newest = _Records()
         self._records.forget_old(now_ms)
         self.unsaved = min(self.unsaved, self._records.count)
-
-    def _contains(self, record: str, hashes: tuple[str, str, str, str]) -> bool:
-        return self._newest.contains(record, hashes) or self._records.contains(record, hashes)
 
 
 class BatchDedup:

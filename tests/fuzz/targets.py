@@ -170,7 +170,7 @@ def message(data: bytes) -> None:
     assert all(0 <= fetch.item < len(said.items) for fetch in said.fetches)
     to_subject_token(said.user).encode("ascii")
     seen = DedupWindow()
-    seen.add(said.keys, 1)
+    seen.add_all([said.keys], 1)
     if said.keys.message or said.sent_at_ms:
         assert seen.is_repeat(said.keys)
         assert DedupWindow(seen.fingerprints()).is_repeat(said.keys)
