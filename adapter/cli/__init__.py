@@ -32,7 +32,7 @@ COMMANDS = {
     "login": ("login:login", "Show a QR code: whoever scans it talks to this sandbox."),
     "bind": ("bindings:bind", "Let a bot serve a sandbox."),
     "unbind": ("bindings:unbind", "Let a bot, or every bot of a sandbox, serve it no longer."),
-    "bindings": ("bindings:bindings", "List which bots serve which sandboxes, and how they fare."),
+    "bindings": ("bindings:bindings", "List which bots serve which sandboxes, and their states."),
     "agent": ("agent:agent", "Let an agent of your own answer a sandbox's people."),
     "send": ("send:send", "Send text or files to a sandbox's user; wait for the receipt."),
     "tail": ("tail:tail", "Print messages as they come."),
@@ -49,11 +49,11 @@ COMMANDS = {
     "simulator": ("run:simulator", "Serve a simulated iLink: bots, phones, faults."),
     "schema": ("run:schema", "Print the JSON Schema of a message of the bus."),
 }
-"""Where each command is, below this package, and its line of the help. A module is imported when its command
-is called: all of them together take a second."""
+"""Each command's function, below this package, and its line in the help. Its module is imported when the command is
+called: all modules together take a second."""
 
 NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
-"""Of a file that takes nothing more."""
+"""Errors of a disk or a file that is full."""
 
 
 def help_text() -> str:
@@ -167,9 +167,8 @@ def _call(argv: list[str]) -> object:
 
 
 def _have_streams() -> None:
-    """Stands in for standard streams that were closed (`<&-`, `>&-`), which Python has as None: nothing is read, and
-    what is said is lost. Their numbers are taken, too, so that no connection gets them. In any locale they are UTF-8,
-    as what people write is."""
+    """Replaces closed standard streams (`<&-`, `>&-`), which Python has as None, by /dev/null, so that no connection
+    gets their numbers. Sets UTF-8 in any locale, since people write it."""
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
         if getattr(sys, name) is None:
             setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))  # noqa: SIM115 -- as long as the process
@@ -178,7 +177,8 @@ def _have_streams() -> None:
 
 
 def _silence_libraries() -> None:
-    """The adapter's modules log; a command speaks for itself. `run` and `demo` set up logs of their own."""
+    """Turns off the logs of the adapter's modules: a command says itself what happened. `run` and `demo` configure
+    logs of their own."""
     import structlog  # noqa: PLC0415 -- --help starts faster without it
 
     structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(logging.CRITICAL))

@@ -1,4 +1,4 @@
-"""`agent`: connects an agent that exists, a program or a URL, to a sandbox."""
+"""`agent`: connects an existing agent to a sandbox: a program, a URL, or an agent on NATS."""
 
 from __future__ import annotations
 
@@ -35,10 +35,10 @@ from adapter.settings import Settings
 log = structlog.get_logger()
 
 AGENTS = "AGENTS_"
-"""Before the variables of the connection to agents: AGENTS_NATS_URL and the like."""
+"""Prefix of the variables for the connection to agents: AGENTS_NATS_URL and so on."""
 SECRET = "WECHAT_WEBHOOK_SECRET"
 MAX_OUTPUT = 40_000
-"""Bytes of an answer that fit into a command, whatever JSON makes of them."""
+"""Most bytes of an answer: they fit into a command even if JSON escapes many of them."""
 
 Exec = Annotated[
     str | None,
@@ -152,7 +152,7 @@ async def _nats_agent(address: str, settings: Settings, timeout_s: float, max_ou
 
 
 def _secret() -> str:
-    """Of the environment, or of the file that it names. Raises Failed."""
+    """The secret from the environment, or from the file that the environment names. Raises Failed."""
     if file := os.environ.get(f"{SECRET}_FILE"):
         return read_text(Path(file)).strip()
     if secret := os.environ.get(SECRET, "").strip():

@@ -22,9 +22,9 @@ from adapter.cli.options import Json, flag
 COLUMNS = ("stream", "messages", "bytes")
 CHUNK = 128 * 1024
 CHUNK_S = 30.0
-"""How long a chunk may take, either way."""
+"""Seconds that one chunk may take."""
 LISTEN_S = 3.0
-"""How long an adapter has to answer. One that is overlooked loses the streams under its hands."""
+"""Seconds for adapters to answer. An adapter that is overlooked loses its streams while it runs."""
 META, DATA = "backup.json", "stream.tar.s2"
 
 Folder = Annotated[Path, Parameter(help="Folder of the backup, with a folder per stream.")]
@@ -42,9 +42,9 @@ class CopiedStream(msgspec.Struct, frozen=True):
 async def backup(folder: Folder, /, *, json: Json = False) -> int:
     """Copy every stream and bucket to files.
 
-    Stop the adapters first if you mean to move: what they do during the copy is in it or not. The files hold
-    messages of people and bot tokens (sealed, if the adapters have a key): guard them as such. What only the living
-    need, leases and logins, is left out.
+    Stop the adapters first if you mean to move: the copy may lack what they do meanwhile. The files hold messages of
+    people and bot tokens (sealed, if the adapters have a key): guard them as such. Leases and logins, which only
+    running adapters need, are left out.
     """
     if folder.exists() and any(folder.iterdir()):
         raise Failed(USAGE, f"{folder} is not empty.")
@@ -69,7 +69,7 @@ async def restore(
 ) -> int:
     """Bring the streams and buckets of a backup back, with WECHAT_NATS_REPLICAS copies.
 
-    The adapters must be stopped, and what is there must be gone: nothing is merged.
+    Stop the adapters first. Streams and buckets that exist must be deleted before, since nothing is merged.
     """
     saved = sorted(place.parent for place in folder.glob(f"*/{META}"))
     if not saved:
@@ -91,7 +91,7 @@ async def restore(
 
 
 async def _streams(bus: Bus) -> list[str]:
-    """Ours, but those that only the living need."""
+    """Our streams, without those that only running adapters need. Raises Failed."""
     names, offset = bus.names, 0
     found: list[str] = []
     while True:

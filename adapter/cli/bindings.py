@@ -56,7 +56,7 @@ STYLES = {"active": "green", "polling": "green", "needs_login": "red", "not_poll
 
 
 ROWS_UNDER_WAY = 256
-"""Requests of `--from` that may wait for their answers."""
+"""Requests of `--from` that may wait for answers at the same time."""
 
 
 class BindRow(bulk.OptionsRow):
@@ -110,11 +110,11 @@ async def bind(
 ) -> int:
     """Let a bot serve a sandbox.
 
-    The bot's token comes from a file, from standard input, or is asked for without echo; it is never an argument,
-    since every user of a machine can read those. Nor is a cursor of iLink's, in which the token stands. The request
-    is stored even while no adapter runs (exit code 4 then).
+    The bot's token comes from a file, from standard input, or is asked for without echo. It is never an argument,
+    since every user of a machine can read those. The same holds for a cursor of iLink, which contains the token.
+    The request is stored even while no adapter runs (exit code 4 then).
 
-    iLink is asked first whether it takes the token; one that it refuses is not bound, and what was bound stays.
+    iLink is asked first whether it accepts the token. A refused token is not bound, and earlier bindings stay.
 
     With --from, rows have the columns sandbox, bot and token, and may have user, base_url, cursor, durable,
     auto_typing, fresh, keep and id. Those of one sandbox or bot are carried out in order, all others at the same
@@ -163,8 +163,8 @@ async def unbind(
 ) -> int:
     """Let a bot, or every bot of a sandbox, serve it no longer.
 
-    What its person wrote and the sandbox has not read is passed over then, by its durable consumer and by replay.
-    With --purge it is deleted, and so is what was read. Commands that wait for the person are refused in any case.
+    The sandbox's durable consumer and replay then skip what the person wrote and the sandbox has not read. With
+    --purge the whole inbox is deleted. Commands that wait for the person are refused in any case.
     With --from, rows have the column sandbox, and may have bot, keep, purge and id.
     """
 
@@ -256,7 +256,7 @@ async def _serving(bus: Bus, bot: str | None = None) -> dict[str, str]:
 
 
 def _confirm(question: str) -> bool:
-    """False where nobody can be asked."""
+    """Asks the person at the terminal; False if there is none."""
     if not (sys.stdin.isatty() and sys.stderr.isatty()):
         return False
     print(f"{output.printable(question)} [y/N] ", end="", file=sys.stderr, flush=True)
@@ -273,7 +273,7 @@ async def bindings(
     ] = (),
     json: Json = False,
 ) -> int:
-    """List which bots serve which sandboxes, and how they fare, the worst first. Tokens are never shown.
+    """List which bots serve which sandboxes and in which state, the worst first. Tokens are never shown.
 
     All replicas are asked how they poll their bots. States: not_polled (no replica polls it), failing (no answer from
     iLink for a minute), needs_login, unknown (a replica gave no answer), paused (NATS is away), retrying, draining,

@@ -36,9 +36,9 @@ FailedFile = Annotated[
 ]
 
 NAMED = 20
-"""Failures that are said one by one; all are in the file."""
+"""Failures that are printed; the file has all."""
 TICK_S, LINE_S = 0.1, 5.0
-"""Between two reports of the progress on a terminal, and elsewhere."""
+"""Seconds between two progress reports, on a terminal and elsewhere."""
 
 
 class Row(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
@@ -82,8 +82,8 @@ class Rows(NamedTuple, Generic[R]):
 
 
 def read_rows(source: Path, kind: type[R], options: dict[str, Any]) -> Rows[R]:
-    """`options`: what holds where a row says nothing. Raises Failed where the file cannot be read; a row that cannot
-    be has its error."""
+    """Reads a file. `options`: values of the columns that a row leaves out. A row that is invalid has its error.
+    Raises Failed if the file cannot be read."""
 
     def read_row(number: int, written: dict[str, Any]) -> _Read[R]:
         try:
@@ -108,9 +108,10 @@ def read_rows(source: Path, kind: type[R], options: dict[str, Any]) -> Rows[R]:
 async def run_rows(
     found: Rows[R], work: Callable[[R], Awaitable[object]], *, done: str, failed_file: Path | None, limit: int
 ) -> int:
-    """Does `work` for each row, which raises Failed; the exit code. `done` says what has become of the others.
+    """Calls `work` for each row, at most `limit` at a time, and returns the exit code. `work` raises Failed for a row
+    that fails; `done` names the others in the summary.
 
-    At most `limit` rows are under way. However it ends, what was not done is in `failed_file`.
+    However it ends, `failed_file` gets the rows that were not done.
     """
     slots, last_of = asyncio.Semaphore(limit), dict[str, asyncio.Task[None]]()
     outcomes: dict[int, Failed | None] = {}

@@ -37,10 +37,10 @@ from adapter.settings import CREDENTIALS, Settings
 CONNECT_S = 5.0
 ANSWER_S = 5.0
 PERMISSION_ERROR_S = 0.1
-"""How often complaints of the server are looked for while an answer is awaited."""
+"""Seconds between two looks for the server's complaints while an answer is awaited."""
 BROKE = "The connection to NATS broke: try again."
 COMPLAINTS_KEPT = 1000
-"""A connection may last for weeks."""
+"""Complaints that are kept: a connection may last for weeks."""
 
 URL_FILE = "nats.url"
 """In the data folder of `run --embedded`: where its server listens, with the token that it asks for."""
@@ -58,10 +58,10 @@ class Bus:
         self.settings = settings
         self.names = Names(settings.prefix)
         self.connection = ManagedConnection(settings, "cli")
-        """The same connection, as the adapter's code reads streams and buckets over it."""
+        """The same connection, for the adapter's code that reads streams and buckets."""
         self.history = StreamHistory(self.connection)
         self.complaints: deque[Exception] = deque(maxlen=COMPLAINTS_KEPT)
-        """What the server has said on the side."""
+        """Errors that the server reported outside of answers."""
 
     @property
     def forbidden(self) -> list[tuple[str, str]]:
@@ -69,8 +69,8 @@ class Bus:
         return [found for exc in self.complaints if (found := permission_violation(exc))]
 
     async def check_subscribed(self, *subjects: str) -> None:
-        """Returns once what was subscribed is in force. Raises Failed where the server forbids one of `subjects`, or
-        to hear answers, which whoever stores something needs."""
+        """Returns once the subscriptions made so far are in force. Raises Failed if the server forbids one of
+        `subjects`, or the inbox for answers."""
         try:
             answers = await self.nc.subscribe(self.nc.new_inbox())
             await self.nc.flush()
@@ -80,8 +80,8 @@ class Bus:
         self.raise_if_forbidden(*subjects)
 
     def raise_if_forbidden(self, *subjects: str) -> None:
-        """Raises Failed where the server has said that this user may not have one of `subjects`, one below it, or
-        answers."""
+        """Raises Failed if the server has forbidden this user one of `subjects`, a subject below one, or the inbox
+        for answers."""
         prefix = self.settings.nats_inbox_prefix
         for does, subject in self.forbidden:
             if does == "subscription" and subject.startswith(f"{prefix.lower()}."):
@@ -105,7 +105,7 @@ class Bus:
         return "an administrator's"
 
     async def unless_forbidden(self, subject: str, asking: Coroutine[Any, Any, T]) -> T:
-        """What `asking` gives. What is forbidden gets no answer but a complaint on the side: then nobody waits.
+        """Awaits `asking`, but not after the server has forbidden `subject`: a forbidden request gets no answer.
 
         Raises Failed, and what `asking` raises.
         """
@@ -126,7 +126,7 @@ class Bus:
         *,
         nobody: str = "Nobody answers there.",
     ) -> Msg:
-        """The answer of whoever listens; `nobody` is said where nobody does. Raises Failed."""
+        """The answer to a request. `nobody` is the sentence if nobody subscribes to `subject`. Raises Failed."""
         try:
             asking = self.nc.request(subject, payload, timeout=timeout_s, headers=headers)
             return await self.unless_forbidden(subject, asking)
@@ -183,8 +183,8 @@ class Bus:
         since_ms: int | None = None,
         keep: Callable[[Stored], T | None],
     ) -> list[T]:
-        """What `keep` makes of the messages that a stream holds under a subject, oldest first, but for None. Raises
-        Failed."""
+        """Reads what a stream holds under a subject, oldest first. Returns what `keep` makes of each message, except
+        None. Raises Failed."""
         await self.api_request(f"STREAM.INFO.{stream}")  # without a stream, a direct get has no answer
 
         async def read() -> list[T]:
@@ -218,7 +218,7 @@ class Bus:
         return await self.ask_jetstream(verb, self.connection.api_request(verb, body))
 
     async def ask_jetstream(self, verb: str, asking: Coroutine[Any, Any, T]) -> T:
-        """What `asking` gives, which asks over `connection` for `$JS.API.<verb>`. Raises Failed."""
+        """Awaits `asking`, a request over `connection` for `$JS.API.<verb>`. Raises Failed."""
         subject = f"$JS.API.{verb}"
         try:
             return await self.unless_forbidden(subject, asking)
@@ -243,8 +243,8 @@ def decode_answer(data: bytes, kind: type[S]) -> S:
 
 
 def settings_here() -> Settings:
-    """The settings of this process, and of the context that NATS_CONTEXT names. Where they say nothing of a server:
-    that of `run --embedded`, if its data folder is here. Raises SettingsError."""
+    """The settings of this process and of the context that NATS_CONTEXT names. If they name no server, that of `run
+    --embedded` is used, if its data folder is here. Raises SettingsError."""
     environ = with_context(os.environ)
     settings = read_settings(environ)
     if "NATS_URL" in environ or any(getattr(settings, field) for field in CREDENTIALS):
@@ -258,7 +258,7 @@ def settings_here() -> Settings:
 
 @contextlib.asynccontextmanager
 async def connected_bus(settings: Settings | None = None, *, lasting: bool = False) -> AsyncIterator[Bus]:
-    """A bus for the time of the block; a `lasting` one comes back after a break. Raises Failed, SettingsError."""
+    """A bus for the duration of the block. A `lasting` one reconnects after a break. Raises Failed, SettingsError."""
     settings = settings or settings_here()
     bus = Bus(BusClient(), settings)
     await _connect(bus, lasting)

@@ -121,12 +121,13 @@ async def _for_each(seqs: tuple[int, ...], work: Callable[[Bus, Stored], Awaitab
 
 
 def _own_headers(headers: Mapping[str, str]) -> dict[str, str]:
-    """Without those of the server that says where the letter is stored."""
+    """The headers of the letter, without those that the server adds to its answer."""
     return {k: v for k, v in headers.items() if k == H_MSG_ID or not k.startswith("Nats-")}
 
 
 def mask_secrets(names: Names, subject: str, data: bytes) -> str:
-    """The body of a message without what opens something; if it cannot be read, nothing after a secret's name."""
+    """The body of a message with its secrets masked. A body that cannot be read ends at the first name of a
+    secret."""
     try:
         return msgspec.json.encode(_mask_value(msgspec.json.decode(data))).decode()
     except UNDECODABLE:
@@ -137,8 +138,8 @@ def mask_secrets(names: Names, subject: str, data: bytes) -> str:
 
 
 def _up_to_secret(text: str) -> str:
-    """`text` as far as the first name of a secret. Piece by piece: a search for one would begin anew at each word
-    that may be one, of which a sandbox can write thousands."""
+    """`text` up to the value behind the first name of a secret. It is searched piece by piece: a search of the whole
+    text would start anew at each such name, and a sandbox can write thousands of them."""
     end = 0
     for piece, behind in pairwise(_QUOTE.split(text)):
         end += len(piece) + 1

@@ -26,7 +26,7 @@ from adapter.cli.lifetime import adapter_running, run_until_stopped, until_signa
 from adapter.cli.options import flag
 from adapter.cli.output import can_style
 from adapter.cli.stdin import LineEditor, lines
-from adapter.cli.talk import SANDBOX, Chat, Screen, TalkDeps
+from adapter.cli.talk import SANDBOX, Chat, Screen
 from adapter.contract.messages import Bind, Options
 from adapter.observability import logs
 from adapter.settings import Settings
@@ -36,11 +36,11 @@ if TYPE_CHECKING:
 
 PATIENCE_S = 30.0
 AGENT_S = 600.0
-"""What a program has for an answer."""
+"""Seconds that a program may take for an answer."""
 REPLY_CHARS = 2000
 DRAIN_S = 5.0
 HOLD_MS = 1000
-"""How long the simulated iLink holds a poll; an adapter that stops waits for its end."""
+"""How long the simulated iLink holds a poll. An adapter that stops waits for the end of its poll."""
 
 
 async def demo(
@@ -68,7 +68,7 @@ async def demo(
 
 
 async def _demo(screen: Screen, program: str | None, echo: bool, typed: AsyncIterator[str]) -> int:
-    """From nothing to the end of the conversation. Cleans up after itself, however it ends."""
+    """Starts everything, holds the conversation and cleans up, however it ends. Returns the exit code."""
     from adapter.simulator import Simulator, SimulatorSettings  # noqa: PLC0415
 
     answer = Program(program, timeout_s=AGENT_S, max_output=MAX_OUTPUT) if program is not None else _echo
@@ -88,7 +88,7 @@ async def _demo(screen: Screen, program: str | None, echo: bool, typed: AsyncIte
         screen.note(f"NATS at {nats.url}, sandbox {SANDBOX}. You are a WeChat user: write. ctrl-C ends.")
         screen.note(f"{hint}\n")
         patience_s = PATIENCE_S if agent is not None and program is None else PATIENCE_S + AGENT_S
-        talk = Chat(TalkDeps(bus, simulator, bot, screen, patience_s))
+        talk = Chat(bus, simulator, bot, screen, patience_s)
         return await while_alive(talk.run(typed, agent), nats, adapter)
 
 
@@ -97,7 +97,7 @@ async def _echo(turn: Turn) -> Answer:
 
 
 def demo_settings(nats_url: str, ilink_url: str) -> Settings:
-    """Settings for a simulator on loopback: nothing to be gentle with, nothing to keep."""
+    """Settings for a simulator on loopback: no pauses, and little space, since nothing is kept."""
     return Settings(
         nats_url=(nats_url,),
         ilink_base_url=ilink_url,

@@ -33,7 +33,7 @@ SERVICE = "wechat-nats"
 PING_S = 1.0
 GIB = 1 << 30
 UNRESERVED = GIB
-"""Bytes for what reserves nothing: buckets, events, parked commands."""
+"""Bytes for what reserves no space: buckets, events, parked commands."""
 _SEALED: dict[Sealing, str] = {
     "sealed": "sealed",
     "older": "sealed with an older key",
@@ -48,9 +48,7 @@ TOKEN_ADVICE: tuple[tuple[bool, Sealing, State, str], ...] = (
     (True, "foreign", "fail", "set that key too, after the first, or bind those bots anew"),
     (True, "older", "warn", "use --fix before you take the older key away"),
 )
-"""By whether this command has a key, and how some tokens are stored. The first row that fits counts."""
-NAMED = 3
-"""Bots that are named of each that is in trouble."""
+"""Whether this command has a key, how tokens are stored, and what that means. The first row that applies counts."""
 RESTORE = "restore it from the backup"
 STYLES = {"ok": "green", "warn": "yellow", "fail": "bold red"}
 
@@ -70,7 +68,7 @@ async def doctor(
     """
     try:
         async with connected_bus() as bus:
-            checks = await _check_replies(bus)
+            checks = await _attempt("permissions", _check_replies(bus))
             if not checks and sandbox:
                 checks = await permission_checks.check_sandbox_confined(bus, sandbox)
             elif not checks:
@@ -87,13 +85,8 @@ async def doctor(
 
 
 async def _check_replies(bus: Bus) -> list[Check]:
-    """Why no answer can be heard, without which nothing else can be told. Raises Failed if the connection breaks."""
-    try:
-        await bus.check_subscribed()
-    except Failed as exc:
-        if exc.code == UNREACHABLE:
-            raise
-        return [Check("permissions", "fail", str(exc))]
+    """Fails where no answer can be heard: then nothing else can be told."""
+    await bus.check_subscribed()
     return []
 
 
@@ -175,7 +168,7 @@ async def _check_storage(bus: Bus) -> list[Check]:
 
 
 async def _check_tokens(bus: Bus) -> list[Check]:
-    """How bot tokens are stored, as far as the key of this command tells."""
+    """How bot tokens are stored, as far as this command's keys tell."""
     sealer = Sealer(bus.settings.token_key)
     try:
         found = await count_stored_tokens(bus.history, bus.names, sealer)
@@ -200,12 +193,12 @@ class Adapters(NamedTuple):
     ids: set[str]
     versions: set[str]
     silent: bool
-    """None has answered, and somebody hears the question: an adapter that is forbidden to answer on this inbox, or
-    who listens to all subjects."""
+    """Nobody has answered although somebody subscribes: an adapter that may not answer on this inbox, or a listener
+    to all subjects."""
 
 
 async def query_adapters(bus: Bus, wait_s: float = PING_S) -> Adapters:
-    """Asks every adapter at once; those that answer in time. Raises Failed, NatsError."""
+    """Asks all adapters, and waits `wait_s` seconds for their answers. Raises Failed, NatsError."""
     ping = f"$SRV.PING.{SERVICE}"
     inbox = bus.nc.new_inbox()
     found = Adapters(set(), set(), silent=True)
@@ -256,7 +249,11 @@ async def _check_bindings(bus: Bus) -> list[Check]:
     bots_of: dict[BotStatus, list[str]] = {status: [] for status in BOT_STATUSES}
     for info in every:
         bots_of[status_of(info)].append(info.bot)
-    parts = [f"{len(bots)} {status}{_named(status, bots)}" for status, bots in bots_of.items() if bots]
+    parts = [
+        f"{len(bots)} {status}" + (f" ({output.some_of(bots)})" if status in TROUBLE else "")
+        for status, bots in bots_of.items()
+        if bots
+    ]
     said = "; ".join(parts) or "none yet"
     if not any(bots_of[status] for status in TROUBLE):
         return [Check("bindings", "ok", said)]
@@ -265,12 +262,6 @@ async def _check_bindings(bus: Bus) -> list[Check]:
         return [Check("bindings", "fail", f"{said}.")]
     advice = "; who needs a login has to scan a new QR code" if bots_of["needs_login"] else ""
     return [Check("bindings", "warn", f"{said}{advice}.")]
-
-
-def _named(status: BotStatus, bots: list[str]) -> str:
-    if status not in TROUBLE:
-        return ""
-    return f" ({', '.join(bots[:NAMED])}{', …' if len(bots) > NAMED else ''})"
 
 
 async def _check_backlog(bus: Bus, name: str, stream: str, state: State, advice: str) -> list[Check]:
@@ -321,9 +312,10 @@ async def _count_unrouted(bus: Bus) -> int:
 
 
 async def _republish_unrouted(bus: Bus) -> None:
-    """Publishes each of them again, oldest first, which the transform takes to its shard, and deletes the original.
+    """Publishes each of them again, oldest first, so that the transform routes it to its shard, and deletes the
+    original.
 
-    The transform must be in place. Raises Failed at the first that is not stored; a repetition goes on there.
+    The transform must be in place. Raises Failed at the first that is not stored; the next attempt starts there.
     """
     stream = bus.names.stream_out
 
@@ -336,8 +328,8 @@ async def _republish_unrouted(bus: Bus) -> None:
 
 
 def _copy_headers(stored: Stored) -> dict[str, str]:
-    """The copy has an id that follows from the original, so that a repeated one is stored once. It names the command
-    as it was called before, and since when it waits, so that it expires when that would have."""
+    """A copy's id is derived from the original, so that a repeated copy is stored once. The copy has the original's
+    command id and age, so that its receipt and its expiry are those of the original."""
     ident = stored.headers.get(H_COMMAND) or stored.headers.get(H_MSG_ID) or str(stored.seq)
     sequence, stored_ms = original_position(stored.headers, stored.seq, stored.time_ms)
     return forwardable_headers(stored.headers) | {

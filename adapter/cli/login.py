@@ -26,9 +26,9 @@ from adapter.contract.messages import CHECKING, FINAL_STATUSES, Login, LoginQuer
 
 START_S = 20.0
 REFRESH_S = 3.0
-"""Between two looks at a login of which no event tells."""
+"""Seconds after which a login is looked at again if no event has come."""
 EXPIRY_GRACE_S = 30.0
-"""How long beyond a login's end an adapter that is away is waited for."""
+"""Seconds beyond a login's end during which an adapter that is away is waited for."""
 GOOD = ("confirmed", "already_bound")
 ROWS_UNDER_WAY = 500
 """Logins of `--from` that are open at the same time: each costs the adapter a long poll."""
@@ -110,8 +110,8 @@ async def login(
 async def _follow(
     bus: Bus, now: Login, view: _View, changed: asyncio.Event, typed: AsyncIterator[str] | None, *, png: bool
 ) -> Login:
-    """Shows each step of a login, and hands digits on, until it is over. `changed`: an event tells of a step.
-    `typed`: lines of whoever sees the phone; None: nobody is there. Raises Failed."""
+    """Shows each step of a login and forwards digits, until the login is over. `changed` is set by each event.
+    `typed`: lines of the person with the phone; None: nobody types. Raises Failed."""
     line: asyncio.Task[str | None] | None = None
     while True:
         view.show(now)
@@ -162,11 +162,10 @@ async def _refresh(bus: Bus, now: Login, changed: asyncio.Event, *, png: bool) -
 
 
 class _View:
-    """Shows a login to a person; or its codes alone, one URL a line, with the rest on standard error; or every state
-    as a JSON object."""
+    """Shows a login in words; with `url` only its codes on standard output; with `json` every state as an object."""
 
     def __init__(self, png: Path | None, *, url: bool = False, json: bool = False, label: str = "") -> None:
-        """`label` stands before each line, where there are several logins."""
+        """`label` precedes each line if there are several logins."""
         self._png = png
         self._url = url
         self._json = json
@@ -175,7 +174,7 @@ class _View:
         self._code = 0
 
     def show(self, now: Login) -> None:
-        """What has changed since it was last called."""
+        """Shows what has changed since the last call."""
         if now.code != self._code and now.qrcode_url and now.status == "wait":
             self._code = now.code
             if not self._json:

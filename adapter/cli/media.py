@@ -24,7 +24,7 @@ app = App(name="media", help="Pictures, files and voice in the object store: fet
 
 PIECE = 256 * 1024
 PIECE_S = 30.0
-"""Patience with one piece; the last one of a large upload is read back for its digest."""
+"""Seconds for one piece. The last one takes longest: the adapter reads the upload back for its digest."""
 
 
 @app.command

@@ -25,9 +25,9 @@ from adapter.observability.logs import UNSEEN
 
 _UNPRINTABLE = re.compile(f"[\x00-\x1f{UNSEEN}]")
 _UNPRINTABLE_IN_JSON = re.compile(f"[{UNSEEN}]")
-"""What JSON may hold as it is; some of it moves the cursor, or ends a line for those who read lines."""
+"""Characters that JSON may contain unescaped although they move the cursor or end a line."""
 NARROW = 8
-"""A terminal that has fewer columns for each column of a table gets its rows as blocks."""
+"""A terminal with fewer columns than this for each column of a table gets a block for each row."""
 T = TypeVar("T")
 _NAMED = {"\n": "⏎", "\t": " ", "\r": ""}
 
@@ -58,6 +58,12 @@ def ago(ms: int) -> str:
     return f"{span(time.time() * 1000 - ms)} ago" if ms else "-"
 
 
+def some_of(names: Sequence[str], most: int = 4) -> str:
+    """The first of several names, and how many more there are."""
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more
+
+
 def can_style(stream: TextIO) -> bool:
     """Whether a stream is a terminal whose cursor can be moved."""
     return stream.isatty() and os.environ.get("TERM", "") not in ("dumb", "unknown")
@@ -76,7 +82,7 @@ def json_line(value: object) -> None:
 
 
 def tell(value: object, json: bool, text: str) -> None:
-    """One thing: as a line of JSON, or in words, of which those of others are escaped."""
+    """Prints one object: as a line of JSON, or as `text`, in which controls are escaped."""
     if json:
         json_line(value)
     else:
@@ -134,7 +140,7 @@ def _rich(columns: Sequence[str], cells: list[list[str]], styles: dict[str, str]
 
 
 def _stacked(columns: Sequence[str], cells: list[list[str]], styles: dict[str, str]) -> None:
-    """A block of lines for each row: a column of a few letters is read by nobody."""
+    """A block of lines for each row."""
     console, label = Console(highlight=False), max(map(cell_len, columns))
     for row in cells:
         for column, cell in zip(columns, row, strict=True):
@@ -150,7 +156,7 @@ def _aligned(columns: Sequence[str], cells: list[list[str]]) -> None:
 
 
 def with_defaults(value: Any) -> Any:
-    """A struct with every field: on the bus defaults are left out, but scripts want to ask for them."""
+    """A struct with all fields: defaults are left out on the bus, but scripts ask for them."""
     match value:
         case msgspec.Struct():
             return {name: with_defaults(getattr(value, name)) for name in value.__struct_fields__}

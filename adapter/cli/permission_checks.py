@@ -10,14 +10,13 @@ from nats.errors import Error as NatsError
 
 from adapter.cli.bus import Bus, connected_bus
 from adapter.cli.exit_codes import NO, Failed
+from adapter.cli.output import some_of
 from adapter.contract.names import Names
 from adapter.errors import UNDECODABLE
 from adapter.security.permissions import USER_INFO, Grants, User, grants, required, streams, user_of
 
 WHERE = "see helm/nats/ and `wechat-nats permissions`"
 ASK_S = 2.0
-NAMED = 4
-"""Subjects that are named; the rest are counted."""
 State: TypeAlias = Literal["ok", "warn", "fail"]
 
 
@@ -57,12 +56,7 @@ def _check_user(user: User | None, bus: Bus) -> Check:
         return Check("permissions", "ok", "this user may do all that an adapter does")
     if not may.missing(grants(bus.names, "operator")):
         return Check("permissions", "ok", "an operator's; the adapter needs a user of its own")
-    return Check("permissions", "fail", f"An adapter with this user may not {_some_subjects(lacks)}: {WHERE}.")
-
-
-def _some_subjects(subjects: list[str]) -> str:
-    more = f" and {len(subjects) - NAMED} more" if len(subjects) > NAMED else ""
-    return ", ".join(subjects[:NAMED]) + more
+    return Check("permissions", "fail", f"An adapter with this user may not {some_of(lacks)}: {WHERE}.")
 
 
 # Others -------------------------------------------------------------------------------------------------
@@ -100,7 +94,7 @@ async def _check_strangers(user: User | None, bus: Bus) -> list[Check]:
         theirs = await _fetch_user(anonymous)
     if not open_to or (user and theirs and user.account != theirs.account):
         return [Check("strangers", "ok", "who has no credentials gets in, but not at this bus")]
-    return [Check("strangers", "fail", f"Without credentials one may {_some_subjects(open_to)}: {WHERE}.")]
+    return [Check("strangers", "fail", f"Without credentials one may {some_of(open_to)}: {WHERE}.")]
 
 
 def _without_password(url: str) -> str:
@@ -109,7 +103,8 @@ def _without_password(url: str) -> str:
 
 
 async def _probe(bus: Bus, what: Grants) -> tuple[list[str], list[str]]:
-    """What of `what` the server lets this connection do, and what not, found by trying. Raises Failed."""
+    """Tries what of `what` the server lets this connection do. Returns what it allows and what it forbids. Raises
+    Failed."""
     bus.complaints.clear()
     inbox = bus.nc.new_inbox()
     try:
@@ -129,15 +124,16 @@ async def _probe(bus: Bus, what: Grants) -> tuple[list[str], list[str]]:
 
 
 async def check_sandbox_confined(bus: Bus, sandbox: str) -> list[Check]:
-    """For the credentials of a sandbox: what is its own is open, and nothing else of what can be tried safely."""
+    """Checks the credentials of a sandbox: what is its own is allowed, and nothing else of what can be tried without
+    harm."""
     asks = tuple(bus.names.svc(f"{verb}.{sandbox}") for verb in ("replay", "window"))
     _, missing = await _probe(bus, Grants(asks, grants(bus.names, "sandbox", sandbox).subscribe))
     open_to, _ = await _probe(bus, foreign_grants(bus.names))
     return [
-        Check("own", "fail", f"It may not {_some_subjects(missing)}: {WHERE}.")
+        Check("own", "fail", f"It may not {some_of(missing)}: {WHERE}.")
         if missing
         else Check("own", "ok", f"{sandbox} gets what is its own"),
-        Check("others", "fail", f"It may {_some_subjects(open_to)}: {WHERE}.")
+        Check("others", "fail", f"It may {some_of(open_to)}: {WHERE}.")
         if open_to
         else Check("others", "ok", "and nothing of others that was tried"),
     ]

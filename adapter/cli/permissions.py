@@ -169,7 +169,7 @@ async def push(folder: Folder, /) -> int:
 
 
 class CredentialFolder:
-    """What `init` has made in a folder, and what came to it. Raises Failed where it is not whole."""
+    """The folder that `init` made, and what was added since. Raises Failed if a file is missing."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -218,7 +218,7 @@ class CredentialFolder:
 
 
 def _key_file(account: str) -> Path:
-    """Below the folder. The accounts of sandboxes lie apart: one may be called like a key of ours."""
+    """Below the folder. Keys of sandboxes' accounts are apart: a sandbox may have the name of another key."""
     return Path("keys", "" if account in ACCOUNTS else "sandboxes", f"{account}.nk")
 
 

@@ -78,7 +78,7 @@ async def _run(settings: Settings, *, embedded: bool, port: int) -> int:
 
 
 def _say_draining(drain_s: float) -> None:
-    """To the person whose ctrl-C it was; a supervisor reads the log."""
+    """Tells the person at the terminal who pressed ctrl-C; a supervisor reads the log."""
     if sys.stderr.isatty():
         output.complain(
             f"Draining for {drain_s:g} s at most. Ctrl-C again ends it at once: what is being sent may end as"
@@ -93,7 +93,7 @@ def embedded_settings(settings: Settings, url: str) -> Settings:
 
 
 def _embedded_token(folder: Path) -> str:
-    """What the embedded server asks for: that of its earlier starts, so that programs need not be told anew."""
+    """The token of the embedded server: that of earlier starts, so that other programs can keep using it."""
     with contextlib.suppress(OSError):
         if found := re.fullmatch(r"nats://(\w+)@\S+\n", (folder / URL_FILE).read_text(encoding="utf-8")):
             return found[1]
@@ -101,8 +101,8 @@ def _embedded_token(folder: Path) -> str:
 
 
 def _with_token_key(settings: Settings, folder: Path) -> Settings:
-    """The settings with a key that seals tokens: theirs, else the folder's own, made once its server has started.
-    Raises Failed."""
+    """The settings with a key that seals tokens: their own, else that of the folder, which is made at the first
+    start. Raises Failed."""
     path = folder / KEY_FILE
     if settings.token_key:
         return settings

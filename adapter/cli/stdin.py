@@ -1,7 +1,7 @@
-"""Lines of standard input for a program that must neither block nor be kept from ending by it.
+"""Lines of standard input, read without blocking the event loop or the end of the program.
 
-A thread reads, since the loop cannot wait for a regular file. It has a reader of its own on the descriptor: a daemon
-thread inside `sys.stdin` aborts the interpreter when that shuts down.
+A thread reads, since the loop cannot wait for a regular file. It has a reader of its own on the descriptor, since a
+daemon thread inside `sys.stdin` aborts the interpreter at its end.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from collections.abc import AsyncIterator, Callable
 from queue import SimpleQueue
 
 AHEAD = 1000
-"""Lines read before somebody takes them."""
+"""Lines that are read in advance."""
 COLOURS = re.compile(r"\x1b\[[0-9;]*m")
 
 
@@ -45,7 +45,7 @@ class LineEditor:
         self._is_reading = False
 
     def prompt(self, label: str) -> str:
-        """Reads a line behind `label`. Where one is being read, what has to be written to show it again."""
+        """Reads a line behind `label`. If one is being read, returns what has to be printed to show it again."""
         if self._is_reading:
             return label + self._buffer()
         self._is_reading = True
@@ -64,7 +64,8 @@ class LineEditor:
 
 
 async def _read_in_thread(read: Callable[[], str | None]) -> AsyncIterator[str]:
-    """What `read` returns, until that is None or an end of the input: a terminal that has gone away is one, too."""
+    """Yields what `read` returns, until it returns None or meets the end of the input, such as a terminal that is
+    gone."""
     loop = asyncio.get_running_loop()
     queue: asyncio.Queue[str | None] = asyncio.Queue(AHEAD)
 

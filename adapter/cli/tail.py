@@ -45,9 +45,9 @@ async def tail(
 ) -> int:
     """Print messages as they come: time, sandbox, user, text.
 
-    It reads beside the sandbox and takes nothing from it. With --json each line is the message as it is on the bus.
-    With --since or --all it prints what is stored, in order, and ends, unless with --follow or --count. Otherwise it
-    ends by ctrl-C (exit code 130), or with --count.
+    The sandbox still gets every message. With --json each line is the message as it is on the bus. With --since or
+    --all it prints what is stored, in order, and ends, unless --follow or --count is given. Otherwise it ends by
+    ctrl-C (exit code 130), or with --count.
     """
     if since and from_start:
         raise Failed(USAGE, "Give --since or --all, not both.")
@@ -88,7 +88,7 @@ async def tail(
 async def _replay(
     bus: Bus, arrivals: Arrivals, stored: list[tuple[str, str]], since_ms: int | None, *, follow: bool
 ) -> None:
-    """Hands on what streams hold under subjects, in the order in which they have stored it, then what comes, or the
+    """Forwards what streams hold under subjects, in the order in which it was stored; then what comes, or None as the
     end. `since_ms` None: nothing; 0: all. Raises Failed."""
     if since_ms is None:
         return
@@ -176,7 +176,7 @@ def _format_event(sandbox: str, kind: str, data: bytes) -> str:
 
 
 def _format_item(item: InboundItem) -> str:
-    """A picture, file … by the object that `media get` fetches."""
+    """The kind of an item, and the object that `media get` fetches."""
     media = getattr(item, "media", None)
     return f"[{kind_of(item)} {media.object}]" if media is not None else f"[{kind_of(item)}]"
 
@@ -196,7 +196,7 @@ def _format_command(subject: str, data: bytes) -> str:
 
 
 def _words(value: object, name: str = "") -> str:
-    """What an event says, without the marks of its notation."""
+    """The fields of an event in words."""
     label = name.removesuffix("_ms").replace("_", " ")
     match value:
         case dict():

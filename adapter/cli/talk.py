@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import shutil
 from collections.abc import AsyncIterator, Callable, Coroutine
-from typing import TYPE_CHECKING, Any, NamedTuple, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
 import msgspec
 from nats.aio.msg import Msg
@@ -25,8 +25,8 @@ if TYPE_CHECKING:
 
 SANDBOX = "demo"
 UNANSWERED = 5
-"""Lines that may be on their way at once. Fewer than the sends of a window: each line opens it anew, but ten lines
-in one go leave room for ten answers only, and more would be parked until the next."""
+"""Most lines without an answer at once. Each line opens the send window anew, for ten sends; further answers would
+wait for the next line."""
 
 
 WIDTH, LABEL = 80, 18
@@ -43,18 +43,14 @@ class Screen:
         self._out = out
         self._editor = editor
         self._colours = can_colour(out)
-        self._may_prompt = prompting and can_style(out)
+        self.is_prompting = prompting and can_style(out)
+        """Whether the terminal itself shows what is typed, after the prompt."""
         self._width = min(WIDTH, shutil.get_terminal_size().columns) if out.isatty() else WIDTH
         self._prompted = False
 
-    @property
-    def is_prompting(self) -> bool:
-        """Whether the terminal itself shows what is typed, after the prompt."""
-        return self._may_prompt
-
     def prompt(self) -> None:
-        """Says that it is the user's turn, where somebody types."""
-        if self._may_prompt and not self._prompted:
+        """Prompts the user, if somebody types."""
+        if self.is_prompting and not self._prompted:
             label = self._label("you")
             self._write(label if self._editor is None else self._editor.prompt(label))
             self._prompted = True
@@ -88,22 +84,16 @@ class Screen:
         self._out.flush()
 
 
-class TalkDeps(NamedTuple):
-    """What the conversation needs."""
-
-    bus: Bus
-    simulator: Simulator
-    bot: BotRecord
-    screen: Screen
-    patience_s: float
-    """Nothing may stand still for longer while an answer is due."""
-
-
 class Chat:
     """What a user types goes in, everything that follows is shown."""
 
-    def __init__(self, stage: TalkDeps) -> None:
-        self._stage = stage
+    def __init__(self, bus: Bus, simulator: Simulator, bot: BotRecord, screen: Screen, patience_s: float) -> None:
+        """`patience_s`: seconds without any progress after which an answer that is due has failed."""
+        self._bus = bus
+        self._simulator = simulator
+        self._user = bot.user
+        self._screen = screen
+        self._patience_s = patience_s
         self._moved = asyncio.Event()
         self._said = 0
         self._answered = 0
@@ -117,7 +107,7 @@ class Chat:
     async def run(self, lines: AsyncIterator[str], agent: Callable[[], Coroutine[Any, Any, None]] | None) -> int:
         """Holds the conversation, beside `agent` if it is ours, until the lines end and all are answered: the exit
         code. Raises Failed if it stands still, and what the agent raises."""
-        names, nc = self._stage.bus.names, self._stage.bus.nc
+        names, nc = self._bus.names, self._bus.nc
         await nc.subscribe(names.live(SANDBOX), cb=self._on_inbound)
         await nc.subscribe(names.out(SANDBOX), cb=self._on_command)
         await nc.subscribe(names.receipts(SANDBOX), cb=self._on_receipt)
@@ -134,7 +124,7 @@ class Chat:
         return NO if self._failed else OK
 
     async def _talk(self, lines: AsyncIterator[str]) -> None:
-        screen = self._stage.screen
+        screen = self._screen
         screen.prompt()
         async for line in lines:
             screen.on_line_typed()
@@ -145,22 +135,22 @@ class Chat:
             if not screen.is_prompting:
                 screen.show("you", line)
             self._said += 1
-            self._stage.simulator.say(self._stage.bot.user, line)
+            self._simulator.say(self._user, line)
         await self._wait_open(0)
 
     async def _wait_open(self, most: int) -> None:
         """Waits until at most so many lines are open. Raises Failed once nothing has moved for too long."""
         while self._open > most:
             self._moved.clear()
-            if not await wait_event(self._moved, self._stage.patience_s):
+            if not await wait_event(self._moved, self._patience_s):
                 said = f"{self._open} of {self._said} lines are not answered"
-                raise Failed(TIMEOUT, f"{said}, nothing happened for {self._stage.patience_s:g} s.")
+                raise Failed(TIMEOUT, f"{said}, nothing happened for {self._patience_s:g} s.")
 
     async def _on_inbound(self, msg: Msg) -> None:
         message = msgspec.json.decode(msg.data, type=Inbound)
         left = message.window.remaining
         budget = "" if left is None else f", {left} sends left"
-        self._stage.screen.show(msg.subject, f'"{message.text}"  (id {message.id[-12:]}{budget})')
+        self._screen.show(msg.subject, f'"{message.text}"  (id {message.id[-12:]}{budget})')
         self._moved.set()
 
     async def _on_command(self, msg: Msg) -> None:
@@ -169,7 +159,7 @@ class Chat:
             self._close(True)
         elif not command.typing:
             said = f'"{command.text}"' if command.text else f"{len(command.items or [])} items"
-            self._stage.screen.show(msg.subject, said)
+            self._screen.show(msg.subject, said)
             self._moved.set()
 
     async def _on_receipt(self, msg: Msg) -> None:
@@ -177,26 +167,26 @@ class Chat:
         receipt = msgspec.json.decode(msg.data, type=Receipt)
         if receipt.reason == "typing" or (receipt.outcome == "accepted" and not receipt.message_ids):
             return
-        self._stage.screen.show("receipt", describe(receipt))
+        self._screen.show("receipt", describe(receipt))
         if receipt.outcome == "accepted":
             for message_id in receipt.message_ids:
-                self._stage.screen.show("phone", await self._on_phone(message_id))
+                self._screen.show("phone", await self._on_phone(message_id))
         if receipt.outcome in FINAL_OUTCOMES:
             self._close(receipt.outcome == "accepted")
 
     async def _on_phone(self, message_id: str) -> str:
         """The text of a message, once the phone shows it."""
         while True:
-            for shown in reversed(self._stage.simulator.phone(self._stage.bot.user)):
+            for shown in reversed(self._simulator.phone(self._user)):
                 if shown.message_id == message_id:
                     return shown.text
             await asyncio.sleep(0.01)
 
     def _close(self, good: bool) -> None:
-        """A line is dealt with, unless that was one answer more to a line that is closed."""
+        """A line is answered, or has failed; another answer to a closed line changes nothing."""
         if self._open:
             self._answered += good
             self._failed += not good
         self._moved.set()
         if not self._open:
-            self._stage.screen.prompt()
+            self._screen.prompt()

@@ -29,9 +29,9 @@ from adapter.contract.names import (
 from adapter.errors import UNDECODABLE
 from adapter.ports import Stored
 
-COLUMNS = ("time", "step", "id", "seq", "what")
+COLUMNS = ("time", "step", "id", "seq", "what", "text")
 CLOCKS_APART_MS = 60_000
-"""By how much the clocks of two servers may differ."""
+"""Largest difference between the clocks of two servers."""
 
 
 class Step(msgspec.Struct, frozen=True, kw_only=True):
@@ -51,7 +51,7 @@ class Step(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class _Body(msgspec.Struct):
-    """What messages of several kinds say of themselves."""
+    """Fields that messages of several kinds have."""
 
     id: str | None = None
     command: str | None = None
@@ -74,15 +74,16 @@ async def trace(
     """
     async with connected_bus() as bus:
         steps = await _find_steps(bus, sandbox, ident, texts=texts)
-    for step in steps if json else ():
-        output.json_line(step)
     if not steps:
         output.complain(f"The bus of {sandbox} has nothing of {ident}: the id is another one, or all is too old.")
-    elif not json:
-        columns = (*COLUMNS, "text") if texts else COLUMNS
-        rows = [(output.clock(x.at_ms), x.step, x.id, x.sequence, x.what, x.text or "") for x in steps]
-        output.table(columns, [row[: len(columns)] for row in rows])
-    return OK if steps else NO
+        return NO
+    columns = COLUMNS if texts else COLUMNS[:-1]
+
+    def row(x: Step) -> tuple[object, ...]:
+        return (output.clock(x.at_ms), x.step, x.id, x.sequence, x.what, x.text or "")[: len(columns)]
+
+    output.listing(steps, json, columns, row)
+    return OK
 
 
 async def _find_steps(bus: Bus, sandbox: str, ident: str, *, texts: bool) -> list[Step]:

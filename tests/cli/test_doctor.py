@@ -89,7 +89,7 @@ async def test_bots_in_trouble_are_named_and_those_that_nobody_polls_fail(
     assert (result.code, states(result)["bindings"]) == (code, state)
     (said,) = [row["say"] for row in result.rows if row["check"] == "bindings"]
     assert said.startswith(f"5 {status}")
-    assert ("(b0@im.bot, b1@im.bot, b2@im.bot, …)" in said) is (state != "ok")
+    assert ("(b0@im.bot, b1@im.bot, b2@im.bot, b3@im.bot and 1 more)" in said) is (state != "ok")
 
 
 async def test_bindings_that_the_bucket_has_lost_fail(cli: Command, bus: Bus) -> None:
