@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import hashlib
 import os
 from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Hashable, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, Self
-from urllib.parse import quote
-from uuid import uuid4
 
 import msgspec
 from nats.errors import Error as NatsError
@@ -21,22 +18,17 @@ from nats.js import JetStreamContext
 from nats.js.errors import APIError, NoStreamResponseError, ServiceUnavailableError
 
 from adapter.agent.inbox import Delivery, Inbox
+from adapter.agent.media import get_media, put_media
 from adapter.contract.messages import COMMAND_BYTES, SCHEMA_VERSION, Inbound, Media, Outbound, OutItem, OutText
 from adapter.contract.names import (
     H_ERROR,
     H_ERROR_CODE,
-    H_LAST,
-    H_NAME,
-    H_NEXT,
-    H_OFFSET,
     H_SCHEMA,
-    H_SHA256,
-    H_UPLOAD,
     Names,
     check_sandbox,
 )
 from adapter.environment import read_settings
-from adapter.errors import STORE_FAILED, AdapterError, Refused, Temporary, Unreadable
+from adapter.errors import STORE_FAILED, AdapterError, Refused, Temporary
 from adapter.jetstream.client import BusClient, permission_violation
 from adapter.jetstream.managed_connection import connect_options
 from adapter.kit.timing import backoff
@@ -50,7 +42,6 @@ TOO_MANY_REQUESTS = 10167
 """JetStream's `err_code` if the stream receives more messages than it can store."""
 FULL_S = 60.0
 """Pause between two attempts to store a command if the stream is full."""
-PIECE_BYTES = 256 * 1024
 BUSY = ("429", "503")
 """Error codes of a service that is to be asked again later."""
 ANY_PREFIX = "_INBOX"
@@ -236,28 +227,12 @@ class Sandbox:
 
     async def read_media(self, media: Media) -> bytes:
         """Reads the bytes of an item. Raises Refused, Temporary, Unreadable."""
-        data, after = b"", 0
-        while True:
-            query = {"object": media.object, "after": after}
-            answer, headers = await self._request(f"media.get.{self.name}", msgspec.json.encode(query), {})
-            data += answer
-            if H_NEXT not in headers:
-                break
-            after = int(headers[H_NEXT])
-        if hashlib.sha256(data).hexdigest() != headers.get(H_SHA256):
-            raise Unreadable("corrupt", "The bytes of the object are not those that were stored.")
-        return data
+        return await get_media(self._request, self.name, media.object)
 
     async def put_media(self, data: bytes, name: str = "") -> Media:
         """Stores bytes for an item of a reply: `OutImage(media=await sandbox.put_media(png, "chart.png"))`.
         Raises Refused, Temporary."""
-        upload, stored = uuid4().hex, b""
-        for offset in range(0, max(len(data), 1), PIECE_BYTES):
-            headers = {H_UPLOAD: upload, H_OFFSET: str(offset)}
-            if offset + PIECE_BYTES >= len(data):
-                headers |= {H_LAST: "true", H_NAME: quote(name), H_SHA256: hashlib.sha256(data).hexdigest()}
-            stored, _ = await self._request(f"media.put.{self.name}", data[offset : offset + PIECE_BYTES], headers)
-        return msgspec.json.decode(stored, type=Media)
+        return await put_media(self._request, self.name, data, name)
 
     async def _request(self, verb: str, payload: bytes, headers: dict[str, str]) -> tuple[bytes, dict[str, Any]]:
         """A request to the adapter, repeated if there is no answer. Raises Refused, Temporary."""

@@ -86,8 +86,9 @@ def read_rows(source: Path, kind: type[R], options: dict[str, Any]) -> Rows[R]:
     Raises Failed if the file cannot be read."""
 
     def read_row(number: int, written: dict[str, Any]) -> _Read[R]:
+        given = {name: value for name, value in written.items() if value is not None}
         try:
-            return _Read(number, written, msgspec.convert(options | written, kind, strict=False), "")
+            return _Read(number, written, msgspec.convert(options | given, kind, strict=False), "")
         except msgspec.ValidationError as exc:
             return _Read(number, written, None, f"{exc}.")
 

@@ -21,6 +21,7 @@ from nats.errors import Error as NatsError
 from nats.js import JetStreamContext, api
 from nats.js.errors import APIError, NoStreamResponseError
 
+from adapter.agent.sandbox import connect
 from adapter.cli.contexts import with_context
 from adapter.cli.exit_codes import NO, UNREACHABLE, Failed
 from adapter.contract.names import H_ERROR, H_ERROR_CODE, Names
@@ -29,12 +30,11 @@ from adapter.errors import STORE_FAILED, UNDECODABLE, BusRefused, Temporary
 from adapter.jetstream.api_replies import MESSAGE_GONE, NO_STREAM
 from adapter.jetstream.client import BusClient, permission_violation
 from adapter.jetstream.history import StreamHistory
-from adapter.jetstream.managed_connection import ManagedConnection, connect_options
+from adapter.jetstream.managed_connection import ManagedConnection
 from adapter.ports import Stored
 from adapter.security.permissions import Role, grants, overlaps
 from adapter.settings import CREDENTIALS, Settings
 
-CONNECT_S = 5.0
 ANSWER_S = 5.0
 PERMISSION_ERROR_S = 0.1
 """Seconds between two looks for the server's complaints while an answer is awaited."""
@@ -261,7 +261,13 @@ async def connected_bus(settings: Settings | None = None, *, lasting: bool = Fal
     """A bus for the duration of the block. A `lasting` one reconnects after a break. Raises Failed, SettingsError."""
     settings = settings or settings_here()
     bus = Bus(BusClient(), settings)
-    await _connect(bus, lasting)
+    try:
+        await connect(bus.nc, settings, "wechat-nats cli", bus.complaints)
+    except Temporary as exc:
+        why = bus.complaints[-1] if bus.complaints else exc.__cause__
+        raise Failed(UNREACHABLE, _unreachable_failure(settings, why) if why else f"{exc.detail}.") from None
+    bus.complaints.clear()
+    bus.nc.options["allow_reconnect"] = lasting
     try:
         await bus.connection.adopt_client(bus.nc)
         yield bus
@@ -272,28 +278,7 @@ async def connected_bus(settings: Settings | None = None, *, lasting: bool = Fal
             await bus.nc.close()
 
 
-async def _connect(bus: Bus, lasting: bool) -> None:
-    """Tries each server once: nats-py alone goes on for minutes, with a wrong password for ever. Raises Failed."""
-
-    async def on_error(exc: Exception) -> None:
-        bus.complaints.append(exc)
-
-    nc, settings = bus.nc, bus.settings
-    try:
-        options = connect_options(settings, "wechat-nats cli", list(settings.nats_url))
-        async with asyncio.timeout(CONNECT_S):
-            options |= {"max_reconnect_attempts": 1, "reconnect_time_wait": 0.01}
-            await nc.connect(**options, error_cb=on_error)
-    except Temporary as exc:
-        raise Failed(UNREACHABLE, f"{exc.detail}.") from None
-    except (NatsError, OSError, TimeoutError) as exc:
-        why = bus.complaints[-1] if bus.complaints else exc
-        raise Failed(UNREACHABLE, _unreachable_failure(settings, why)) from None
-    bus.complaints.clear()
-    nc.options |= {"allow_reconnect": lasting, "max_reconnect_attempts": -1, "reconnect_time_wait": 0.2}
-
-
-def _unreachable_failure(settings: Settings, why: Exception) -> str:
+def _unreachable_failure(settings: Settings, why: BaseException) -> str:
     text = str(why).lower()
     if "authorization" in text or "authentication" in text:
         return "NATS refused the credentials: check NATS_CREDS, NATS_NKEY, NATS_USER, NATS_PASSWORD or NATS_TOKEN."

@@ -2,27 +2,23 @@
 
 from __future__ import annotations
 
-import hashlib
 import sys
 from pathlib import Path
 from typing import Annotated
-from urllib.parse import quote
-from uuid import uuid4
 
-import msgspec
 from cyclopts import App, Parameter
 
+from adapter.agent.media import Request, get_media, put_media
 from adapter.cli import output
 from adapter.cli.bus import Bus, connected_bus
-from adapter.cli.exit_codes import NO, OK, USAGE, Failed
+from adapter.cli.exit_codes import OK, USAGE, Failed
 from adapter.cli.files import read_bytes, write_private
 from adapter.cli.options import Json, Sandbox, flag
-from adapter.contract.messages import Media, MediaQuery
-from adapter.contract.names import H_LAST, H_NAME, H_NEXT, H_OFFSET, H_SHA256, H_UPLOAD, is_sandbox
+from adapter.contract.messages import Media
+from adapter.contract.names import is_sandbox
 
 app = App(name="media", help="Pictures, files and voice in the object store: fetch, bring.")
 
-PIECE = 256 * 1024
 PIECE_S = 30.0
 """Seconds for one piece. The last one takes longest: the adapter reads the upload back for its digest."""
 
@@ -42,7 +38,7 @@ async def get(
     if to != "-" and not force and Path(to).exists():  # noqa: ASYNC240 -- nothing else runs in a command
         raise Failed(USAGE, f"{to} is there: give --force to overwrite it.")
     async with connected_bus() as bus:
-        data = await _download(bus, sandbox, name)
+        data = await get_media(_requests_over(bus), sandbox, name)
     if to == "-":
         sys.stdout.buffer.write(data)
         return OK
@@ -71,28 +67,12 @@ def read_media(file: Path) -> bytes:
 
 async def upload(bus: Bus, sandbox: str, name: str, data: bytes) -> Media:
     """Raises Failed."""
-    ident = uuid4().hex
-    for offset in range(0, len(data), PIECE):
-        headers = {H_UPLOAD: ident, H_OFFSET: str(offset)}
-        if offset + PIECE >= len(data):
-            digest = hashlib.sha256(data).hexdigest()
-            headers |= {H_LAST: "true", H_NAME: quote(name, safe=""), H_SHA256: digest}
-        piece = data[offset : offset + PIECE]
-        reply = await bus.service_reply(f"media.put.{sandbox}", piece, PIECE_S, headers)
-    return msgspec.json.decode(reply.data, type=Media)
+    return await put_media(_requests_over(bus), sandbox, data, name)
 
 
-async def _download(bus: Bus, sandbox: str, name: str) -> bytes:
-    """Raises Failed."""
-    data, after = bytearray(), 0
-    while True:
-        query = msgspec.json.encode(MediaQuery(object=name, after=after))
-        reply = await bus.service_reply(f"media.get.{sandbox}", query, PIECE_S)
-        data += reply.data
-        headers = reply.headers or {}
-        if H_NEXT not in headers:
-            break
-        after = int(headers[H_NEXT])
-    if hashlib.sha256(data).hexdigest() != headers.get(H_SHA256):
-        raise Failed(NO, "The bytes are not those that were stored: try again.")
-    return bytes(data)
+def _requests_over(bus: Bus) -> Request:
+    async def request(verb: str, payload: bytes, headers: dict[str, str]) -> tuple[bytes, dict[str, str]]:
+        reply = await bus.service_reply(verb, payload, PIECE_S, headers)
+        return reply.data, reply.headers or {}
+
+    return request

@@ -68,7 +68,9 @@ async def test_rows_of_csv_are_bound_and_what_is_no_row_can_be_mended_and_run_ag
 
 async def test_rows_of_json_come_from_standard_input_too(bus: Bus) -> None:
     async with answering(bus) as adapter, started("unbind", "--from", "-", "--json") as process:
-        out, err = await process.communicate(b'{"sandbox":"s1","bot":"b1@im.bot"}\n\n{"sandbox":"s2","keep":true}\n')
+        out, err = await process.communicate(
+            b'{"sandbox":"s1","bot":"b1@im.bot"}\n\n{"sandbox":"s2","bot":null,"keep":true}\n'
+        )
     assert (process.returncode, out.count(b'{"ok":true')) == (0, 2)
     assert b"2 unbound, 0 failed" in err
     asked = [each for each in adapter.asked if isinstance(each, Unbind)]

@@ -1,0 +1,47 @@
+"""Media of a sandbox, in pieces, by the adapter's services `media.get` and `media.put`."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Awaitable, Callable, Mapping
+from typing import TypeAlias
+from urllib.parse import quote
+from uuid import uuid4
+
+import msgspec
+
+from adapter.contract.messages import Media, MediaQuery
+from adapter.contract.names import H_LAST, H_NAME, H_NEXT, H_OFFSET, H_SHA256, H_UPLOAD
+from adapter.errors import Unreadable
+
+PIECE_BYTES = 256 * 1024
+
+Request: TypeAlias = Callable[[str, bytes, dict[str, str]], Awaitable[tuple[bytes, Mapping[str, str]]]]
+"""Sends a verb of `wechat.svc`, a payload and headers; returns payload and headers of the answer."""
+
+
+async def get_media(request: Request, sandbox: str, name: str) -> bytes:
+    """The bytes of an object. Raises Unreadable if they are not those that were stored, and what `request` raises."""
+    data, after = bytearray(), 0
+    while True:
+        query = msgspec.json.encode(MediaQuery(object=name, after=after))
+        piece, headers = await request(f"media.get.{sandbox}", query, {})
+        data += piece
+        if H_NEXT not in headers:
+            break
+        after = int(headers[H_NEXT])
+    if hashlib.sha256(data).hexdigest() != headers.get(H_SHA256):
+        raise Unreadable("corrupt", "The bytes of the object are not those that were stored.")
+    return bytes(data)
+
+
+async def put_media(request: Request, sandbox: str, data: bytes, name: str) -> Media:
+    """Stores an object. Raises what `request` raises."""
+    upload, stored = uuid4().hex, b""
+    for offset in range(0, max(len(data), 1), PIECE_BYTES):
+        headers = {H_UPLOAD: upload, H_OFFSET: str(offset)}
+        if offset + PIECE_BYTES >= len(data):
+            digest = hashlib.sha256(data).hexdigest()
+            headers |= {H_LAST: "true", H_NAME: quote(name, safe=""), H_SHA256: digest}
+        stored, _ = await request(f"media.put.{sandbox}", data[offset : offset + PIECE_BYTES], headers)
+    return msgspec.json.decode(stored, type=Media)
