@@ -33,7 +33,7 @@ SECRET = f"whsec_{base64.b64encode(bytes(32)).decode()}"
         (["--exec", "true", "--http", "https://a.example"], SECRET, "Give one of --exec, --http and --nats-agent."),
         (["--exec", "printf 'no end"], "", "The program cannot be read: No closing quotation."),
         (["--exec", " "], "", "The program is empty."),
-        (["--exec", "true", "--timeout", "0"], "", "Expected a number above 0."),
+        (["--exec", "true", "--timeout", "0"], "", "Must be > 0."),
         (["--exec", "true", "--max-output", "50000"], "", "Must be <= 40000"),
         (["--http", "https://a.example"], "", "Set WECHAT_WEBHOOK_SECRET"),
         (["--http", "https://a.example"], "whsec_c2hvcnQ=", "The secret is whsec_"),
