@@ -351,12 +351,9 @@ class Replica:
         queries = Queries(
             self.bindings,
             self.health_deps,
-            conversations,
             Receipts(self.access.events, connections.bulk_history, names),
             connections.bulk_history,
             names,
-            self.policy.window,
-            self.clock,
             metrics,
         )
         store = MediaService(connections.objects, metrics, max_bytes=settings.media_max_bytes)

@@ -23,13 +23,8 @@ BOTS_PER_REQUEST = 1000
 """Keeps request and answers well below the 1 MiB of a message."""
 FAILING_MS = 60_000
 """A bot counts as failing after this time without an answer. An idle poll takes half of it."""
-_OF_POLLER: dict[str, BotStatus] = {
-    "starting": "starting",
-    "polling": "polling",
-    "paused": "paused",
-    "draining": "draining",
-    "needs_login": "needs_login",
-}
+_OF_POLLER: tuple[BotStatus, ...] = ("starting", "polling", "paused", "draining", "needs_login")
+"""States of a poller that are statuses of its bot."""
 
 
 class HealthDeps(NamedTuple):
@@ -61,11 +56,9 @@ async def statuses(bindings: Sequence[Binding], deps: HealthDeps) -> dict[str, B
         for binding in page:
             instance, poller = polls.get(binding.bot, ("", None))
             status, detail = _status(binding, poller, absence)
-            ago_ms = poller.ago_ms if poller is not None else None
-            answered_ms = now_ms - ago_ms if ago_ms is not None else 0
-            found[binding.bot] = BindingHealth(
-                status=status, detail=detail, replica=instance, answered_ms=answered_ms
-            )
+            answered_ms = now_ms - poller.ago_ms if poller is not None and poller.ago_ms is not None else 0
+            health = BindingHealth(status=status, detail=detail, replica=instance, answered_ms=answered_ms)
+            found[binding.bot] = health
     return found
 
 
@@ -76,7 +69,7 @@ def _status(binding: Binding, poller: PollerStatus | None, absence: tuple[BotSta
     if poller is None:
         return absence
     if poller.state != "error":
-        return _OF_POLLER.get(poller.state, "unknown"), ""
+        return next((state for state in _OF_POLLER if state == poller.state), "unknown"), ""
     if poller.ago_ms is None or poller.ago_ms >= FAILING_MS:
         return "failing", "iLink answers no poll, or it cannot be stored: poll.failed, poller.failed in the log"
     return "retrying", "the last poll failed"

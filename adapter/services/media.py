@@ -67,7 +67,10 @@ class MediaService:
             raise invalid_request(exc, self._metrics) from exc
         name = f"{sandbox}/out/{piece.upload}"
         end = piece.offset + len(request.data)
-        self._check_size(piece, len(request.data), end)
+        if end > self._max_bytes:
+            raise Refused("invalid", f"The media exceed {self._max_bytes} bytes.")
+        if len(request.data) > PIECE_MAX or (len(request.data) < PIECE_MIN and not piece.last):
+            raise Refused("invalid", f"A piece has {PIECE_MIN} to {PIECE_MAX} bytes, the last one may have less.")
         try:
             size = await self._objects.append(name, piece.offset, request.data)
             if not piece.last:
@@ -91,12 +94,6 @@ class MediaService:
         kind = media.identify(head, stored.title)
         name = stored.title or media.file_name(kind.mime.partition("/")[0], kind.suffix)
         return media_from_object(stored, kind, name, media.wav_duration_ms(head))
-
-    def _check_size(self, piece: MediaPiece, size: int, end: int) -> None:
-        if end > self._max_bytes:
-            raise Refused("invalid", f"The media exceed {self._max_bytes} bytes.")
-        if size > PIECE_MAX or (size < PIECE_MIN and not piece.last):
-            raise Refused("invalid", f"A piece has {PIECE_MIN} to {PIECE_MAX} bytes, the last one may have less.")
 
 
 def _file_name(encoded: str) -> str:

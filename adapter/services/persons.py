@@ -224,9 +224,8 @@ class Erasure:
             return ControlAnswer(ok=True, id=command.id or "", counts=dict(total))
         left = Counter[str]([found.kind async for found in self._search(command)])
         await self._report(command, counts, left)
-        return ControlAnswer(
-            ok=not left, id=command.id or "", counts=dict(total), left=dict(left), error=_advice(left)
-        )
+        advice = "Some data were written during the erasure: erase again." if left else ""
+        return ControlAnswer(ok=not left, id=command.id or "", counts=dict(total), left=dict(left), error=advice)
 
     def _search(self, command: Erase) -> AsyncIterator[Found]:
         return PersonSearch(self._access.history, self._access.names, command.user, command.sandbox).find()
@@ -289,7 +288,3 @@ class Erasure:
             if sandbox:
                 event = ErasedEvent(sandbox=sandbox, person=person, counts=dict(of_sandbox), request=command.id or "")
                 await self._access.events.publish_erased_event(event)
-
-
-def _advice(left: Mapping[str, int]) -> str:
-    return "Some data were written during the erasure: erase again." if left else ""

@@ -22,9 +22,7 @@ from adapter.contract.messages import (
 from adapter.contract.names import MAX_SEQ, Names, check_sandbox
 from adapter.contract.records import Binding
 from adapter.conversation import window
-from adapter.conversation.store import ConversationStore
 from adapter.errors import Refused, Temporary
-from adapter.kit.timing import Clock
 from adapter.observability.events import read_last_person_change
 from adapter.observability.metrics import Metrics
 from adapter.outbound.receipts import Receipts
@@ -46,22 +44,16 @@ class Queries:
         self,
         bindings: Bindings,
         health: HealthDeps,
-        conversations: ConversationStore,
         receipts: Receipts,
         history: History,
         names: Names,
-        policy: window.WindowPolicy,
-        clock: Clock,
         metrics: Metrics,
     ) -> None:
         self._bindings = bindings
         self._health = health
-        self._conversations = conversations
         self._receipts = receipts
         self._history = history
         self._names = names
-        self._policy = policy
-        self._clock = clock
         self._metrics = metrics
 
     async def list_bindings(self, data: bytes) -> bytes:
@@ -117,8 +109,8 @@ class Queries:
         if len(found) > 1:
             raise Refused("invalid", "Name the `bot` or `user`: the sandbox has several.")
         user = query.user or found[0].user
-        record, _ = await self._conversations.load(found[0].sandbox, user)
-        return msgspec.json.encode(window.visible_window(record, self._clock.now_ms(), self._policy))
+        record, _ = await self._health.conversations.load(found[0].sandbox, user)
+        return msgspec.json.encode(window.visible_window(record, self._health.clock.now_ms(), self._health.policy))
 
     async def _answer_receipt(self, query: ReceiptQuery) -> bytes:
         receipt = await self._receipts.last(query.sandbox or "", query.command)

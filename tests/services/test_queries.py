@@ -29,17 +29,7 @@ class Nobody:
 
 def queries(bench: Bench) -> Queries:
     health = HealthDeps(Nobody(), "", lambda: 1, bench.store, WINDOW, bench.clock)
-    return Queries(
-        bench.bindings,
-        health,
-        bench.store,
-        bench.receipts,
-        bench.bus,
-        bench.names,
-        WINDOW,
-        bench.clock,
-        bench.metrics,
-    )
+    return Queries(bench.bindings, health, bench.receipts, bench.bus, bench.names, bench.metrics)
 
 
 def ask(**body: Any) -> bytes:
