@@ -102,28 +102,14 @@ class ILink:
         started = time.monotonic()
         try:
             with CountedCall(self._metrics, "getupdates"):
-                return await self._read_updates(
-                    await self._post(account, request, hold_ms / 1000 + self._poll_margin_s), started
-                )
+                timeout_s = hold_ms / 1000 + self._poll_margin_s
+                return await _read_updates(await self._post(account, request, timeout_s), started, self._budget)
         except TimeoutError:
             return None
         except AdapterError as exc:
             _forget_frames(exc)
             if isinstance(exc, Uncertain):
                 raise Temporary(exc.reason, exc.detail) from exc
-            raise
-
-    async def _read_updates(self, reply: Reply, started: float) -> Polled:
-        """Reads a large answer in a thread, and goes on for a moment when it is cancelled."""
-        polled_s = time.monotonic() - started
-        if len(reply.body) <= SMALL and protocol.is_read_at_once(reply):
-            return protocol.read_updates(reply, polled_s=polled_s)
-        try:
-            reading = self._budget.run_in_thread(protocol.read_updates, reply, polled_s=polled_s)
-            return await complete_with_grace(reading, GRACE_S)
-        except BaseException:
-            if reply.share is not None:
-                reply.share.release()
             raise
 
     async def send(
@@ -232,6 +218,20 @@ class ILink:
         self._fresh_connection_bots.discard(account.bot)
         reply = await self._transport.exchange(checked, request, timeout_s, fresh=fresh, check=check)
         return reply._replace(secrets=request.secrets)
+
+
+async def _read_updates(reply: Reply, started: float, budget: ByteBudget) -> Polled:
+    """Reads a large answer in a thread, and goes on for a moment when it is cancelled."""
+    polled_s = time.monotonic() - started
+    if len(reply.body) <= SMALL and protocol.is_read_at_once(reply):
+        return protocol.read_updates(reply, polled_s=polled_s)
+    try:
+        reading = budget.run_in_thread(protocol.read_updates, reply, polled_s=polled_s)
+        return await complete_with_grace(reading, GRACE_S)
+    except BaseException:
+        if reply.share is not None:
+            reply.share.release()
+        raise
 
 
 def _forget_frames(exc: BaseException | None) -> None:

@@ -46,8 +46,6 @@ WORDS_CHARS = 200
 """Most characters of iLink's error text that are passed on."""
 WORDS_BYTES = 4096
 """Largest error text that is decoded if it is no string."""
-HINT_BYTES = 32
-"""Longest hint that is read as a number."""
 SECRET_CHARS = 6
 """A shorter string is no secret, and would be found inside words."""
 ID_CHARS = 128
@@ -114,11 +112,7 @@ def uin(number: int) -> str:
 
 
 _APP_HEADERS = {"iLink-App-Id": "bot", "iLink-App-ClientVersion": APP_CLIENT_VERSION}
-_POST_HEADERS = {
-    "Content-Type": "application/json",
-    "AuthorizationType": "ilink_bot_token",
-    **_APP_HEADERS,
-}
+_POST_HEADERS = {"Content-Type": "application/json", "AuthorizationType": "ilink_bot_token", **_APP_HEADERS}
 
 
 def _request(name: str, token: str, number: int, body: dict[str, Any], *, secret: str = "") -> Request:
@@ -257,14 +251,12 @@ def qrcode_status_request(handle: str, verify_code: str) -> Request:
     return Request("get_qrcode_status", path, _APP_HEADERS, b"", "GET")
 
 
-def hold_ms(hint: object) -> int:
-    """The server's hint for the next poll within HOLD_RANGE_MS; HOLD_MS if the hint is no positive number."""
-    if isinstance(hint, str):
-        hint = int(hint) if hint.isascii() and hint.isdigit() and len(hint) < 10 else 0
-    if isinstance(hint, bool) or not isinstance(hint, int | float) or not hint > 0:
-        return HOLD_MS
+def hold_ms(hint: bytes) -> int:
+    """The server's hint for the next poll, as JSON, within HOLD_RANGE_MS; HOLD_MS if it is no positive number."""
+    digits = hint.strip(b'"')
+    number = int(digits) if digits.isdigit() and len(digits) < 10 else 0
     low, high = HOLD_RANGE_MS
-    return int(min(max(hint, low), high))
+    return min(max(number, low), high) if number else HOLD_MS
 
 
 def read_updates(reply: Reply, *, polled_s: float) -> Polled:
@@ -293,8 +285,7 @@ def _read_polled(updates: wire.Updates, share: Share | None, polled_s: float) ->
             cursor = str(updates.get_updates_buf or "")
             overlong = len(cursor) if len(cursor) > wire.OPAQUE_CHARS else 0
             kept = None if overlong else cursor or None
-            hint = bytes(updates.longpolling_timeout_ms)
-            hold = hold_ms(msgspec.json.decode(hint) if len(hint) <= HINT_BYTES else None)
+            hold = hold_ms(bytes(updates.longpolling_timeout_ms))
             return Polled(messages, kept, hold, overlong, pages, share)
         case -1 if polled_s >= IDLE_S:  # an idle timeout, as one client interprets it
             return Polled([], None, HOLD_MS)

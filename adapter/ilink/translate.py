@@ -102,34 +102,21 @@ def _read_whole(raw: bytes) -> InboundMessage:
         raise Unreadable("unreadable", "The message has too many items.")
     user = _sender_of(message)
     sent_at_ms = _time_ms(message.create_time_ms)
-    items: list[contract.InboundItem] = []
-    texts: list[str] = []
-    quoted: Quoted | None = None
-    fetches: list[MediaRef] = []
-    idents: list[str] = []
-    contents: list[bytes] = []
-    ident = as_id(message.message_id)
+    read = [_read_item(raw_item, index) for index, raw_item in enumerate(message.item_list or ())]
     if "item_list" in misfits:
-        items.append(contract.UnsupportedItem(type=0, reason="malformed"))
-        contents.append(content_of(readable).encode())
-    for raw_item in message.item_list or ():
-        item, text, ref, fetch, own, content, lost = _read_item(raw_item, len(items))
-        misfits += [f"item_list.{len(items)}{path and '.'}{path}" for path in lost]
-        items.append(item)
-        contents.append(content)
-        own = as_id(own)
-        idents.append("" if own == ident else own)
-        if fetch is not None:
-            fetches.append(fetch)
-        if text:
-            texts.append(text)
-        quoted = quoted or ref
+        malformed = contract.UnsupportedItem(type=0, reason="malformed")
+        read = [_TranslatedItem(malformed, content=content_of(readable).encode())]
+    for index, item in enumerate(read):
+        misfits += [f"item_list.{index}{path and '.'}{path}" for path in item.misfits]
+    items = [item.item for item in read]
+    quoted = next((item.quote for item in read if item.quote), None)
+    idents, ident = [as_id(item.ident) for item in read], as_id(message.message_id)
     return InboundMessage(
-        keys=keys_of(message, user, sent_at_ms, b",".join(contents).decode()),
+        keys=keys_of(message, user, sent_at_ms, b",".join([item.content for item in read]).decode()),
         user=user,
         sent_at_ms=sent_at_ms,
         context_token=_context_token(message.context_token),
-        text="\n".join(texts),
+        text="\n".join([item.text for item in read if item.text]),
         items=items,
         quote=quoted[0] if quoted else None,
         echo=message.message_type == wire.BOT,
@@ -137,9 +124,9 @@ def _read_whole(raw: bytes) -> InboundMessage:
         raw=raw,
         broken=f"Of a wrong type: {', '.join(misfits)}"[:200] if misfits else "",
         kind=_metric_kind(items),
-        fetches=tuple(fetches),
+        fetches=tuple([item.fetch for item in read if item.fetch is not None]),
         reference=quoted[1] if quoted else None,
-        item_ids=tuple(idents),
+        item_ids=tuple(["" if own == ident else own for own in idents]),
     )
 
 

@@ -33,21 +33,15 @@ _ALWAYS = f"User-Agent: {AGENT}\r\nAccept: */*\r\nAccept-Encoding: gzip, deflate
 """Headers of every request."""
 
 
-class Origin(NamedTuple):
-    """The endpoint of a connection."""
-
-    scheme: str
-    host: str
-    port: int
-
-
 class Base(NamedTuple):
     """A parsed base URL."""
 
     url: str
-    origin: Origin
-    path: str
+    scheme: str
     host: str
+    port: int
+    path: str
+    named: str
     """Value of the Host header."""
 
 
@@ -61,8 +55,8 @@ class Transport:
         self._tls = tls
         self._budget = budget
         self._resolver = resolver
-        self._idle: dict[Origin, list[Connection]] = {}
-        """The connection used last is taken first, so that surplus ones stay idle and are closed."""
+        self._idle: dict[str, list[Connection]] = {}
+        """By base URL. The connection used last is taken first, so that surplus ones stay idle and are closed."""
         self._cleanup_timer: asyncio.TimerHandle | None = None
 
     async def exchange(
@@ -83,7 +77,7 @@ class Transport:
         base = _parse_base_url(base_url)
         clock = asyncio.get_running_loop().time
         began = clock()
-        kept = None if fresh else self._take_idle(base.origin)
+        kept = None if fresh else self._take_idle(base_url)
         line = kept or await self._open(base, timeout_s, fresh=fresh)
         reply = None
         try:
@@ -94,9 +88,9 @@ class Transport:
         except (TimeoutError, Uncertain) as exc:
             line.close()
             if kept is None:
-                self._tls.forget_session(base.origin.host)
+                self._tls.forget_session(base.host)
                 raise
-            self._close_idle(base.origin, began)  # older connections are probably dead, too
+            self._close_idle(base_url, began)  # older connections are probably dead, too
             closed = isinstance(exc, Uncertain) and line.is_silent and clock() - began < STALE_S
             if not (closed and request.repeatable):
                 raise
@@ -106,9 +100,9 @@ class Transport:
         if reply is None:
             return await self.exchange(base_url, request, timeout_s, fresh=True, check=check)
         if kept is None and line.tls is not None:
-            self._tls.store_session(base.origin.host, line.tls)
+            self._tls.store_session(base.host, line.tls)
         if line.is_usable and not fresh:
-            self._store_idle(base.origin, line)
+            self._store_idle(base_url, line)
         else:
             line.close()
         if len(reply.body) <= SMALL and "content-encoding" not in reply.headers:
@@ -127,21 +121,21 @@ class Transport:
 
     async def _open(self, base: Base, timeout_s: float, *, fresh: bool) -> Connection:
         """Raises Temporary("network")."""
-        origin, connection, transport = base.origin, Connection(self._budget), None
+        connection, transport = Connection(self._budget), None
         proxy = proxy_of(base.url)
-        host, port = (proxy.host, proxy.port) if proxy else (origin.host, origin.port)
+        host, port = (proxy.host, proxy.port) if proxy else (base.host, base.port)
         try:
             async with asyncio.timeout(min(CONNECT_S, timeout_s)):
                 transport = await _connect_tcp(await self._resolver.addresses(host, port, fresh=fresh), port)
                 if proxy:
                     if proxy.scheme == "https":
                         transport = await _start_tls(transport, asyncio.Protocol(), self._tls, proxy.host)
-                    await _open_tunnel(transport, origin, proxy)
+                    await _open_tunnel(transport, base, proxy)
             if transport.is_closing():
                 raise ConnectionResetError
-            if origin.scheme == "https":
+            if base.scheme == "https":
                 async with asyncio.timeout(min(TLS_S, timeout_s)):
-                    connection.connection_made(await _start_tls(transport, connection, self._tls, origin.host))
+                    connection.connection_made(await _start_tls(transport, connection, self._tls, base.host))
             else:
                 transport.set_protocol(connection)
                 connection.connection_made(transport)
@@ -150,21 +144,21 @@ class Transport:
                 transport.abort()
             if not isinstance(exc, OSError | ssl.CertificateError):  # includes TimeoutError
                 raise
-            self._tls.forget_session(origin.host)
+            self._tls.forget_session(base.host)
             exc.__traceback__ = None  # breaks a reference cycle
             raise Temporary("network", type(exc).__name__) from exc
         return connection
 
-    def _take_idle(self, origin: Origin) -> Connection | None:
-        idle = self._idle.get(origin)
+    def _take_idle(self, base_url: str) -> Connection | None:
+        idle = self._idle.get(base_url)
         while idle:
             line = idle.pop()
             if line.is_usable:
                 return line
         return None
 
-    def _store_idle(self, origin: Origin, line: Connection) -> None:
-        self._idle.setdefault(origin, []).append(line)
+    def _store_idle(self, base_url: str, line: Connection) -> None:
+        self._idle.setdefault(base_url, []).append(line)
         if self._cleanup_timer is None:
             self._cleanup_timer = asyncio.get_running_loop().call_later(KEPT_S, self._close_unused)
 
@@ -172,20 +166,20 @@ class Transport:
         """Closes connections that were idle for KEPT_S."""
         loop = asyncio.get_running_loop()
         self._cleanup_timer = None
-        for origin in list(self._idle):
-            self._close_idle(origin, loop.time() - KEPT_S)
+        for base_url in list(self._idle):
+            self._close_idle(base_url, loop.time() - KEPT_S)
         if self._idle:
             self._cleanup_timer = loop.call_later(KEPT_S / 4, self._close_unused)
 
-    def _close_idle(self, origin: Origin, since: float) -> None:
+    def _close_idle(self, base_url: str, since: float) -> None:
         """Closes connections that were idle since `since`, by the loop's clock."""
-        idle = self._idle.get(origin, [])
+        idle = self._idle.get(base_url, [])
         old = sum(line.idle_since <= since for line in idle)
         for line in idle[:old]:
             line.close()
         del idle[:old]
         if not idle:
-            self._idle.pop(origin, None)
+            self._idle.pop(base_url, None)
 
 
 @functools.lru_cache(maxsize=256)  # few different URLs
@@ -195,7 +189,7 @@ def _parse_base_url(url: str) -> Base:
     scheme, host = parts.scheme, parts.hostname or ""
     port = parts.port or PORTS[scheme]
     named = f"[{host}]" if ":" in host else host
-    return Base(url, Origin(scheme, host, port), parts.path, named if port == PORTS[scheme] else f"{named}:{port}")
+    return Base(url, scheme, host, port, parts.path, named if port == PORTS[scheme] else f"{named}:{port}")
 
 
 def _encode_request(request: Request, base: Base, *, close: bool) -> bytes:
@@ -208,7 +202,7 @@ def _encode_request(request: Request, base: Base, *, close: bool) -> bytes:
         lines += "Connection: close\r\n"
     if request.method == "POST":
         lines += f"Content-Length: {len(body)}\r\n"
-    first = f"{request.method} {base.path}{request.path} HTTP/1.1\r\nHost: {base.host}\r\n{_ALWAYS}"
+    first = f"{request.method} {base.path}{request.path} HTTP/1.1\r\nHost: {base.named}\r\n{_ALWAYS}"
     return f"{first}{lines}\r\n".encode() + body
 
 
@@ -232,13 +226,13 @@ async def _connect_tcp(addresses: list[str], port: int) -> asyncio.Transport:
     return transport
 
 
-async def _open_tunnel(transport: asyncio.Transport, origin: Origin, proxy: Proxy) -> None:
-    """Makes a connection to a proxy one to `origin`. Raises OSError."""
+async def _open_tunnel(transport: asyncio.Transport, base: Base, proxy: Proxy) -> None:
+    """Makes a connection to a proxy one to `base`. Raises OSError."""
     reader = asyncio.StreamReader()
     protocol = asyncio.StreamReaderProtocol(reader)
     transport.set_protocol(protocol)
     protocol.connection_made(transport)
-    place = f"[{origin.host}]:{origin.port}" if ":" in origin.host else f"{origin.host}:{origin.port}"
+    place = f"[{base.host}]:{base.port}" if ":" in base.host else f"{base.host}:{base.port}"
     lines = f"CONNECT {place} HTTP/1.1\r\nHost: {place}\r\nUser-Agent: {AGENT}\r\n{proxy.authorization}\r\n"
     transport.write(lines.encode())
     try:
