@@ -17,6 +17,7 @@ logs a code, digits or a token.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import Callable, Collection, Iterable
 from typing import Any, NamedTuple
 
@@ -254,7 +255,7 @@ class LoginFlow:
     async def _bind(self, record: LoginRecord) -> None:
         """Publishes the bind command, since only control commands write bindings, and waits for the outcome."""
         deps, request = self._deps, f"login:{self._login}"
-        if self._find_bound(record, request) is None:
+        if _find_bound(deps, record, request) is None:
             await self._note_former_user(record)
             bind = Bind(
                 sandbox=record.sandbox,
@@ -276,12 +277,12 @@ class LoginFlow:
                 return
         deadline = deps.clock.monotonic() + BOUND_S
         while deps.clock.monotonic() < deadline:
-            if await deps.bindings.changed.wait_until(lambda: self._find_bound(record, request) is not None, 2.0):
+            if await deps.bindings.changed.wait_until(lambda: _find_bound(deps, record, request) is not None, 2.0):
                 break
-            if refused := await self._find_refusal(record, request):
+            if refused := await _find_refusal(deps, record, request):
                 await self._fail_login(refused.reason, refused.detail)
                 return
-        binding = self._find_bound(record, request)
+        binding = _find_bound(deps, record, request)
         bound = {"bot": binding.bot, "user": binding.user} if binding else _PENDING
 
         def with_confirmation(now: LoginRecord) -> LoginRecord | None:
@@ -303,36 +304,9 @@ class LoginFlow:
                 users = {last.user if last is not None else ""}
             except Temporary as exc:
                 log.warning("login.retrying", login=self._login[:6], reason=exc.reason)
-                await deps.clock.sleep(0.5)
+                await deps.clock.sleep(RETRY_S)
         if user and user not in users and (others := users - {""}):
             await self._update_record(lambda now: structs.replace(now, former_user=min(others)))
-
-    def _find_bound(self, record: LoginRecord, request: str) -> Binding | None:
-        """The binding that the bind command made, even if it changed nothing."""
-        for binding in self._deps.bindings.of_sandbox(record.sandbox):
-            if binding.request == request or (binding.bot == record.bot and self._same_token(binding, record)):
-                return binding
-        return None
-
-    def _same_token(self, binding: Binding, record: LoginRecord) -> bool:
-        open_, context = self._deps.sealer.open, bind_context(record.sandbox, record.bot)
-        try:
-            return open_(binding.bot, binding.token) == open_(context, record.token)
-        except Refused:
-            return False
-
-    async def _find_refusal(self, record: LoginRecord, request: str) -> BindingEvent | None:
-        """The event with which the bind command was refused."""
-        access, since_ms = self._deps.access, record.changed_ms - 60_000
-        try:
-            async for _, event in read_binding_events(
-                access.history, access.names, record.sandbox, since_ms=since_ms
-            ):
-                if event.request == request and event.change == "refused":
-                    return event
-        except Temporary as exc:
-            log.info("login.unread", login=self._login[:6], reason=exc.reason)
-        return None
 
 
 _PENDING = {
@@ -340,6 +314,31 @@ _PENDING = {
     "detail": "The bind command is stored and will take effect; a binding event reports the outcome.",
 }
 _WARNING = f"{ADVICE['confirmed']} Another person than before has scanned the code: {{}} was bound to this sandbox."
+
+
+def _find_bound(deps: LoginDeps, record: LoginRecord, request: str) -> Binding | None:
+    """The binding that the bind command made, even if it changed nothing."""
+    for binding in deps.bindings.of_sandbox(record.sandbox):
+        if binding.request == request:
+            return binding
+        if binding.bot == record.bot:
+            with contextlib.suppress(Refused):
+                token = deps.sealer.open(bind_context(record.sandbox, record.bot), record.token)
+                if deps.sealer.open(binding.bot, binding.token) == token:
+                    return binding
+    return None
+
+
+async def _find_refusal(deps: LoginDeps, record: LoginRecord, request: str) -> BindingEvent | None:
+    """The event with which the bind command was refused."""
+    access, since_ms = deps.access, record.changed_ms - 60_000
+    try:
+        async for _, event in read_binding_events(access.history, access.names, record.sandbox, since_ms=since_ms):
+            if event.request == request and event.change == "refused":
+                return event
+    except Temporary as exc:
+        log.info("login.unread", sandbox=record.sandbox, reason=exc.reason)
+    return None
 
 
 def _check_credentials(scan: Scan) -> None:
