@@ -11,7 +11,7 @@ from adapter.bindings.registry import Bindings
 from adapter.contract.messages import LoginQuery, LoginStart, LoginVerify
 from adapter.contract.names import check_sandbox
 from adapter.contract.records import LoginRecord
-from adapter.errors import Refused, Temporary
+from adapter.errors import Refused
 from adapter.kit.timing import Clock
 from adapter.logins.flow import fetch_code
 from adapter.logins.registry import LoginRegistry
@@ -19,7 +19,7 @@ from adapter.logins.steps import next_step, seal_code, to_login
 from adapter.observability.metrics import Metrics
 from adapter.ports import Logins
 from adapter.security.seal import Sealer, login_context
-from adapter.services.requests import START_S, read_request
+from adapter.services.requests import read_request, wait_loaded
 
 LOGIN_S = 480.0
 """Longest duration of a login, as in the official client."""
@@ -50,8 +50,7 @@ class LoginService:
         """Fetches the first code and stores the login. The shard's owner continues it."""
         request = read_request(data, LoginStart, self._metrics)
         check_sandbox(request.sandbox)
-        if not await self._bindings.changed.wait_until(lambda: self._bindings.is_loaded, START_S):
-            raise Temporary("starting", "The adapter is starting; ask again in a moment.")
+        await wait_loaded(self._bindings)
         are_open = [each for _, each in self._registry if each.sandbox == request.sandbox and not each.is_over]
         if len(are_open) >= OPEN_PER_SANDBOX:
             detail = f"{OPEN_PER_SANDBOX} logins of this sandbox are open; cancel some by login.cancel."

@@ -85,11 +85,7 @@ class MediaService:
         title = _file_name(piece.name)
         async with self._completing.slot(sandbox):
             stored, head = await self._objects.complete_upload(
-                name,
-                size,
-                sha256=piece.sha256,
-                title=title,
-                mime_of=lambda head: media.identify(head, title).mime,
+                name, size, sha256=piece.sha256, title=title, mime_of=lambda head: media.identify(head, title).mime
             )
         kind = media.identify(head, stored.title)
         name = stored.title or media.file_name(kind.mime.partition("/")[0], kind.suffix)

@@ -22,13 +22,13 @@ from adapter.contract.messages import (
 from adapter.contract.names import MAX_SEQ, Names, check_sandbox
 from adapter.contract.records import Binding
 from adapter.conversation import window
-from adapter.errors import Refused, Temporary
+from adapter.errors import Refused
 from adapter.observability.events import read_last_person_change
 from adapter.observability.metrics import Metrics
 from adapter.outbound.receipts import Receipts
 from adapter.ports import History, SandboxRequest, SandboxResponse
 from adapter.services.health import HealthDeps, describe
-from adapter.services.requests import START_S, read_request
+from adapter.services.requests import read_request, wait_loaded
 
 S = TypeVar("S", WindowQuery, ReceiptQuery, ReplayQuery)
 REPLAY_BYTES = 512 * 1024
@@ -145,8 +145,7 @@ class Queries:
 
         Raises Temporary.
         """
-        if not await self._bindings.changed.wait_until(lambda: self._bindings.is_loaded, START_S):
-            raise Temporary("starting", "The adapter is starting; ask again in a moment.")
+        await wait_loaded(self._bindings)
         if bound := self._bindings.of_sandbox(sandbox):
             return min(binding.in_after for binding in bound)
         last = await read_last_person_change(self._history, self._names, sandbox)

@@ -6,13 +6,20 @@ from typing import TypeVar
 
 import msgspec
 
-from adapter.errors import UNDECODABLE, Refused
+from adapter.bindings.registry import Bindings
+from adapter.errors import UNDECODABLE, Refused, Temporary
 from adapter.observability.metrics import Metrics
 
 Q = TypeVar("Q", bound=msgspec.Struct)
 
 START_S = 5.0
 """Longest wait for a replica that has just started."""
+
+
+async def wait_loaded(bindings: Bindings) -> None:
+    """Raises Temporary on a replica that has just started."""
+    if not await bindings.changed.wait_until(lambda: bindings.is_loaded, START_S):
+        raise Temporary("starting", "The adapter is starting; ask again in a moment.")
 
 
 def read_request(data: bytes, kind: type[Q], metrics: Metrics) -> Q:
