@@ -12,24 +12,8 @@ import msgspec
 
 from adapter.bindings.registry import Bindings
 from adapter.console.auth import ConsoleAuth
-from adapter.console.view import (
-    PAGE,
-    BindingFilter,
-    BindingsPage,
-    DeadPage,
-    OpenLogin,
-    Platform,
-    ShownLogin,
-)
-from adapter.contract.messages import (
-    BOT_STATUSES,
-    BotStatus,
-    Login,
-    LoginQuery,
-    LoginStart,
-    LoginVerify,
-    Options,
-)
+from adapter.console.view import PAGE, BindingFilter, BindingsPage, DeadPage, OpenLogin, Platform, ShownLogin
+from adapter.contract.messages import BOT_STATUSES, BotStatus, Login, LoginQuery, LoginStart, LoginVerify, Options
 from adapter.contract.records import Binding
 from adapter.errors import Refused
 from adapter.kit.timing import Clock
@@ -81,22 +65,17 @@ class ConsoleService:
 
     async def find_bindings(self, wanted: BindingFilter) -> BindingsPage:
         """Those that are in the worst way first, then by sandbox."""
-        every = list(self._deps.bindings)
-        status_of = await self._statuses(every)
+        every, now = list(self._deps.bindings), self._deps.clock.monotonic()
+        if now - self._asked_at > STATUSES_S:
+            found = await health.statuses(every, self._deps.health)
+            self._status_of, self._asked_at = {bot: one.status for bot, one in found.items()}, now
+        status_of = {binding.bot: self._status_of.get(binding.bot, "starting") for binding in every}
         # thousands would hold up the loop
         matching = await asyncio.to_thread(_filter_bindings, every, wanted, status_of)
         pages = max(1, -(-len(matching) // PAGE))
         first = (min(max(1, wanted.page), pages) - 1) * PAGE
         rows = await health.describe(matching[first : first + PAGE], self._deps.health)
         return BindingsPage(rows, len(matching), pages, len(every), Counter(status_of.values()))
-
-    async def _statuses(self, every: list[Binding]) -> dict[str, BotStatus]:
-        """By bot. All replicas are asked, but not for each page that is open."""
-        now = self._deps.clock.monotonic()
-        if now - self._asked_at > STATUSES_S:
-            found = await health.statuses(every, self._deps.health)
-            self._status_of, self._asked_at = {bot: one.status for bot, one in found.items()}, now
-        return {binding.bot: self._status_of.get(binding.bot, "starting") for binding in every}
 
     async def dead_letters(self, before: int | None) -> DeadPage:
         """Dead letters, newest first; `before`: older than this one."""
@@ -144,7 +123,9 @@ class ConsoleService:
         return self._auth.login_handle(login.login)
 
     async def shown_login(self, handle: str) -> ShownLogin:
-        return self._to_shown_login(await self._bounded("login.status", LoginQuery(login=self._login_id(handle))))
+        login = await self._bounded("login.status", LoginQuery(login=self._login_id(handle)))
+        is_shown = login.qrcode_url and login.status == "wait"
+        return ShownLogin(handle, login, html_element(login.qrcode_url) if is_shown else "")
 
     async def verify_login(self, handle: str, digits: str) -> None:
         """Hands on what the phone shows."""
@@ -174,10 +155,6 @@ class ConsoleService:
 
     async def _bounded(self, verb: str, request: msgspec.Struct) -> Login:
         return msgspec.json.decode(await self._deps.services[verb](msgspec.json.encode(request)), type=Login)
-
-    def _to_shown_login(self, login: Login) -> ShownLogin:
-        picture = html_element(login.qrcode_url) if login.qrcode_url and login.status == "wait" else ""
-        return ShownLogin(self._auth.login_handle(login.login), login, picture)
 
 
 def _filter_bindings(
