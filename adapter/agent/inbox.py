@@ -15,6 +15,7 @@ import contextlib
 import heapq
 import itertools
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, get_args
 
 import msgspec
@@ -60,18 +61,13 @@ def read_inbound(data: bytes) -> Inbound:
         return msgspec.convert(fields, Inbound)
 
 
+@dataclass(slots=True)
 class Delivery:
     """One open message."""
 
-    __slots__ = ("ack_subject", "inbound", "seq")
-
-    def __init__(self, inbound: Inbound, seq: int, ack_subject: str) -> None:
-        self.inbound = inbound
-        self.seq = seq
-        self.ack_subject = ack_subject
-
-    def __lt__(self, other: Delivery) -> bool:
-        return self.seq < other.seq
+    inbound: Inbound
+    seq: int
+    ack_subject: str
 
 
 class Inbox:
@@ -84,7 +80,8 @@ class Inbox:
         self._check = check
         self._open: dict[int, Delivery] = {}
         self._finished: dict[int, None] = {}
-        self._ready: list[Delivery] = []
+        self._ready: list[int] = []
+        """The open messages that are not handed out: a heap of sequences."""
         self._changed = asyncio.Event()
         self._last_number = 0
         """Consumer sequence of the last delivery."""
@@ -108,9 +105,8 @@ class Inbox:
         """One pull request and its deliveries. It also ends with the connection: the server forgets it then."""
         loop = asyncio.get_running_loop()
         reconnects = self._nc.stats["reconnects"]
-        held = (
-            self._held_until - loop.time() > GATHER_S
-        )  # newer messages would take the room of those that are not due yet
+        # newer messages would take the room of those that are not due yet
+        held = self._held_until - loop.time() > GATHER_S
         away = not (self._nc.is_connected or self._nc.is_closed)  # nats-py would keep the pull and send it later
         wanted = 0 if held or away else IN_FLIGHT - len(self._open)
         if wanted > 0:
@@ -175,7 +171,7 @@ class Inbox:
                 await self._nc.publish(msg.reply, b"+TERM")
                 return
             self._open[seq] = Delivery(inbound, seq, msg.reply)
-            heapq.heappush(self._ready, self._open[seq])
+            heapq.heappush(self._ready, seq)
             self._changed.set()
 
     async def _keep_alive(self) -> None:
@@ -191,13 +187,13 @@ class Inbox:
         while True:
             held_s = self._held_until - asyncio.get_running_loop().time()
             if self._ready and held_s <= 0:
-                return heapq.heappop(self._ready)
+                return self._open[heapq.heappop(self._ready)]
             self._changed.clear()
             await wait_event(self._changed, held_s if held_s > 0 else TICK_S)
 
     def rewind(self) -> None:
         """Hands out the unfinished messages again."""
-        self._ready = sorted(self._open.values())
+        self._ready = sorted(self._open)
 
     def hold(self, reason: str) -> None:
         """Hands out nothing until the unacknowledged messages of others are redelivered."""

@@ -142,17 +142,15 @@ class Runner:
         elif word == STOP:
             await message.reply(STOPPED if await self._stop(message.user) else IDLE)
         elif word == NEW:
-            await message.reply(self._begin_session(message))
+            answer = STARTED_ANEW
+            try:
+                self._sessions.begin(message.user, message.id)
+            except OSError as exc:
+                log.error("agent.session_not_stored", detail=str(exc))
+                answer = SORRY
+            await message.reply(answer)
         else:
             await self._answer(message)
-
-    def _begin_session(self, message: Message) -> str:
-        try:
-            self._sessions.begin(message.user, message.id)
-        except OSError as exc:
-            log.error("agent.session_not_stored", detail=str(exc))
-            return SORRY
-        return STARTED_ANEW
 
     async def _stop(self, user: str) -> bool:
         """Ends the current run of a user. Returns whether there was one."""

@@ -203,9 +203,8 @@ class Sandbox:
             raise Refused("too_large", f"The command has {len(payload)} bytes; {COMMAND_BYTES} fit.")
         failures = 0
         while True:
-            while not (
-                self._nc.is_connected or self._nc.is_closed
-            ):  # nats-py would buffer each attempt, and send all
+            # nats-py would buffer each attempt, and send all
+            while not (self._nc.is_connected or self._nc.is_closed):
                 await asyncio.sleep(RECONNECT_S)
             failures += 1
             wait_s = backoff(failures, first_s=0.2, longest_s=5.0)
@@ -258,7 +257,9 @@ class Sandbox:
     def _raise_if_forbidden(self) -> None:
         for exc in self._errors:
             if violation := permission_violation(exc):
-                raise forbidden(*violation)
+                verb, subject = "publish to" if violation[0] == "publish" else "hear", violation[1]
+                detail = f"This NATS user may not {verb} {subject}: use the credentials of the sandbox."
+                raise Refused("forbidden", detail)
 
 
 async def connect(nc: BusClient, settings: Settings, name: str, errors: deque[Exception]) -> None:
@@ -278,8 +279,3 @@ async def connect(nc: BusClient, settings: Settings, name: str, errors: deque[Ex
         raise Temporary("bus_down", f"NATS is not reachable: {errors[-1] if errors else exc}") from exc
     # set after the first connect, which would never end with a wrong password
     nc.options |= {"allow_reconnect": True, "max_reconnect_attempts": -1, "reconnect_time_wait": RECONNECT_S}
-
-
-def forbidden(does: str, subject: str) -> AdapterError:
-    verb = "publish to" if does == "publish" else "hear"
-    return Refused("forbidden", f"This NATS user may not {verb} {subject}: use the credentials of the sandbox.")
