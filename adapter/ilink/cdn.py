@@ -97,18 +97,10 @@ class CdnClient:
     ) -> Uploaded:
         if size > self._max_bytes:
             raise Refused("media", f"The media exceed {self._max_bytes} bytes.")
-        key, filekey = secrets.token_bytes(KEY_BYTES), secrets.token_hex(16)
+        key = secrets.token_bytes(KEY_BYTES)
+        upload = protocol.Upload(user, kind, size, md5, secrets.token_hex(16), key)
         with self._counted_transfer("out") as moved:
-            url = await self._ilink.upload_url(
-                account,
-                user=user,
-                kind=kind,
-                size=size,
-                md5=md5,
-                filekey=filekey,
-                key=key,
-                cdn_base_url=self._base_url,
-            )
+            url = await self._ilink.upload_url(account, upload, self._base_url)
             try:
                 urls.check_link(url, self._allowed_hosts)
             except Refused as exc:

@@ -26,13 +26,13 @@ from adapter.errors import AdapterError, LeaseLost, Refused, SessionExpired, Tem
 from adapter.ilink import protocol, urls
 from adapter.ilink.budget import GRACE_S, SMALL, ByteBudget
 from adapter.ilink.network import LookUpHost, Resolver, proxies, resolve_host
-from adapter.ilink.protocol import Reply, Request
+from adapter.ilink.protocol import Reply, Request, Upload
 from adapter.ilink.tls import ResumingContext
 from adapter.ilink.transport import Transport
 from adapter.ilink.wire import THROTTLED
 from adapter.kit.timing import complete_with_grace
 from adapter.observability.metrics import LONG_POLLS, Metrics
-from adapter.ports import Accepted, Account, Content, MediaKind, Polled, QrCode, Scan
+from adapter.ports import Accepted, Account, Content, Polled, QrCode, Scan
 
 log = structlog.get_logger()
 
@@ -132,24 +132,10 @@ class ILink:
         except TimeoutError as exc:
             raise Uncertain("timeout", f"no answer within {self._send_timeout_s:g} s") from exc
 
-    async def upload_url(
-        self,
-        account: Account,
-        *,
-        user: str,
-        kind: MediaKind,
-        size: int,
-        md5: str,
-        filekey: str,
-        key: bytes,
-        cdn_base_url: str,
-    ) -> str:
+    async def upload_url(self, account: Account, upload: Upload, cdn_base_url: str) -> str:
         """getuploadurl, which may always be repeated. Raises SessionExpired, Refused("media"), Temporary."""
-        number = random.getrandbits(32)
-        request = protocol.upload_request(
-            account.token, number, user=user, kind=kind, size=size, md5=md5, filekey=filekey, key=key
-        )
-        read = partial(protocol.read_upload_url, cdn_base_url=cdn_base_url, filekey=filekey)
+        request = protocol.upload_request(account.token, random.getrandbits(32), upload)
+        read = partial(protocol.read_upload_url, cdn_base_url=cdn_base_url, filekey=upload.filekey)
         return await self._call_repeatable(account, request, read, UPLOAD_URL_S)
 
     async def notify(self, account: Account, *, start: bool) -> None:

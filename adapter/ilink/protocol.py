@@ -168,21 +168,35 @@ MEDIA_TYPES: dict[MediaKind, int] = {"image": 1, "video": 2, "file": 3}
 """`media_type` of getuploadurl, whose numbers differ from those of items."""
 
 
-def upload_request(
-    token: str, number: int, *, user: str, kind: MediaKind, size: int, md5: str, filekey: str, key: bytes
-) -> Request:
-    """getuploadurl. `size` and `md5` (lower-case hex) describe the plain bytes; `filekey` is 32 hex digits."""
+class Upload(NamedTuple):
+    """An upload as it is announced to iLink."""
+
+    user: str
+    kind: MediaKind
+    size: int
+    """Of the plain bytes, as `md5` (lower-case hex)."""
+    md5: str
+    filekey: str
+    """32 hex digits."""
+    key: bytes
+
+    def __repr__(self) -> str:
+        return f"Upload({self.kind!r}, size={self.size})"  # keeps the key out of logs and tracebacks
+
+
+def upload_request(token: str, number: int, upload: Upload) -> Request:
+    """getuploadurl."""
     body = {
-        "filekey": filekey,
-        "media_type": MEDIA_TYPES[kind],
-        "to_user_id": user,
-        "rawsize": size,
-        "rawfilemd5": md5,
-        "filesize": cipher_size(size),
+        "filekey": upload.filekey,
+        "media_type": MEDIA_TYPES[upload.kind],
+        "to_user_id": upload.user,
+        "rawsize": upload.size,
+        "rawfilemd5": upload.md5,
+        "filesize": cipher_size(upload.size),
         "no_need_thumb": True,
-        "aeskey": key.hex(),
+        "aeskey": upload.key.hex(),
     }
-    return _request("getuploadurl", token, number, body, secret=key.hex())
+    return _request("getuploadurl", token, number, body, secret=upload.key.hex())
 
 
 def read_upload_url(reply: Reply, *, cdn_base_url: str, filekey: str) -> str:

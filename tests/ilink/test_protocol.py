@@ -500,10 +500,8 @@ FILEKEY = "0f1e2d3c4b5a69788796a5b4c3d2e1f0"
 
 
 def upload_request(kind: MediaKind = "file") -> protocol.Request:
-    return protocol.upload_request(
-        "bot:secret", 305419896, user="o9Cq@im.wechat", kind=kind, size=14, md5="7d36e586ba5d45ede81619df48a3d898",
-        filekey=FILEKEY, key=KEY,
-    )  # fmt: skip
+    upload = protocol.Upload("o9Cq@im.wechat", kind, 14, "7d36e586ba5d45ede81619df48a3d898", FILEKEY, KEY)
+    return protocol.upload_request("bot:secret", 305419896, upload)
 
 
 def send_request() -> protocol.Request:
