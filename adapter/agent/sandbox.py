@@ -28,7 +28,7 @@ from adapter.contract.names import (
     check_sandbox,
 )
 from adapter.environment import read_settings
-from adapter.errors import STORE_FAILED, AdapterError, Refused, Temporary
+from adapter.errors import STORE_FAILED, Refused, Temporary
 from adapter.jetstream.client import BusClient, permission_violation
 from adapter.jetstream.managed_connection import connect_options
 from adapter.kit.timing import backoff

@@ -24,6 +24,8 @@ import uvloop
 from nats.aio.client import Client
 from nats.aio.msg import Msg
 
+STARTS_PER_S = 3000
+"""First polls, as the adapter spreads them: polls that begin together end together."""
 TIMEOUT = aiohttp.ClientTimeout(total=60)
 
 
@@ -66,6 +68,7 @@ class Acks:
 
 async def poll(http: aiohttp.ClientSession, base: str, acks: Acks, bot: int, writes: bool) -> None:
     cursor, behind = "", list[asyncio.Future[None]]()
+    await asyncio.sleep(bot / STARTS_PER_S)
     while True:
         body = json.dumps({"get_updates_buf": cursor, "base_info": {"channel_version": "2.4.9"}}).encode()
         async with http.post(f"{base}/ilink/bot/getupdates", headers=asked_with(bot), data=body) as response:

@@ -74,6 +74,11 @@ class Process:
         fields = Path(f"/proc/{self.pid}/stat").read_text().rpartition(")")[2].split()
         return (int(fields[11]) + int(fields[12])) / TICKS
 
+    def written(self) -> int:
+        """Bytes that it has caused to be written to the disk."""
+        fields = Path(f"/proc/{self.pid}/io").read_text().split()
+        return int(fields[fields.index("write_bytes:") + 1])
+
     def memory_mib(self) -> float:
         """What is its own (private pages), as a container's limit counts it."""
         rollup = Path(f"/proc/{self.pid}/smaps_rollup").read_text()
