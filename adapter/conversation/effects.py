@@ -66,8 +66,17 @@ class EffectRunner:
 
     async def _apply_event(self, event: rules.Input) -> None:
         """Applies one input and carries out its effects. Long ones continue in the background (OutstandingWork)."""
-        now_ms = self._deps.clock.now_ms()
-        self._memory.state, effects = rules.step(self._memory.state, event, now_ms, self._deps.policy)
+        now_ms, state = self._deps.clock.now_ms(), self._memory.state
+        has_slot = isinstance(event, rules.Stored) and self._acquires_slot_for(event)
+        try:
+            state, effects = rules.step(
+                rules.with_slot(state) if has_slot else state, event, now_ms, self._deps.policy
+            )
+        except Exception:
+            if has_slot:
+                self._work.release_slot()
+            raise
+        self._memory.state = state
         if self._memory.state.activity not in _WAITS:
             self._work.cancel_wait()
         for effect in effects:
@@ -80,6 +89,14 @@ class EffectRunner:
                 self._put(rules.NotTaken("", 0, is_unreached=True))
                 self._put(rules.Crashed(type(crash).__name__))
                 return  # a request must not be made before it is stored
+
+    def _acquires_slot_for(self, stored: rules.Stored) -> bool:
+        """Takes a slot before the step that would ask for it, if there is one at once."""
+        try:
+            return rules.may_send_at_once(self._memory.state, stored) and self._work.try_acquire_slot()
+        except Exception:  # a bug: the step asks for the slot
+            log.exception("conversation.crashed", sandbox=self._memory.state.sandbox, work="slot")
+            return False
 
     async def _on_effect_crashed(self, effect: rules.Effect, crash: Exception) -> None:
         """Ends the command of an effect that a bug prevents, as a dead letter."""

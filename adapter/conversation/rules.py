@@ -475,6 +475,19 @@ def _with_one_save(effects: list[Effect]) -> list[Effect]:
     return [*others[:at], Save(), *others[at:]]
 
 
+def may_send_at_once(conversation: Conversation, stored: Stored) -> bool:
+    """Whether a request may follow at once. A slot that is taken before saves a step; `step` releases it if it is not
+    needed."""
+    first = stored.commands[0]
+    is_free = not conversation.queue and conversation.activity is Activity.IDLE and not conversation.holds_slot
+    return is_free and first.kind == "text" and first.parts is not None and not first.parked
+
+
+def with_slot(conversation: Conversation) -> Conversation:
+    """The conversation, which holds a slot for one request."""
+    return _replaced(conversation, holds_slot=True)
+
+
 def next_deadline_ms(conversation: Conversation, now_ms: int, policy: SendPolicy) -> float:
     """When the next Deadline is due; inf: never."""
     record, due = conversation.record, conversation.earliest_expiry_ms

@@ -115,9 +115,8 @@ class OutstandingWork:
             case rules.Post():
                 self._request.spawn(self._post(effect))
             case rules.RequestSlot():
-                is_catching_up = self._shard.is_catching_up(self._memory.serving_bot)
-                if not is_catching_up and self._deps.slots.try_acquire(self._memory.state.sandbox):
-                    self._grant_slot()
+                if self.try_acquire_slot():
+                    self._put(rules.SlotGranted())
                 else:
                     self._spawn_wait(effect, self._await_slot)
             case rules.Load(sequences):
@@ -145,17 +144,22 @@ class OutstandingWork:
         number = self._wait_number
         self._put(event, is_wanted=lambda: number == self._wait_number)
 
-    def _grant_slot(self) -> None:
+    def try_acquire_slot(self) -> bool:
+        """Takes a slot if there is one at once."""
+        if self._draining or self._shard.is_catching_up(self._memory.serving_bot):
+            return False
+        is_free = self._deps.slots.try_acquire(self._memory.state.sandbox)
+        self._slots_held += is_free
+        return is_free
+
+    async def _await_slot(self) -> None:
+        await self._shard.wait_caught_up(self._memory.serving_bot)
+        await self._deps.slots.acquire(self._memory.state.sandbox)
         self._slots_held += 1
         if self._draining:
             self.release_slot()
         else:
             self._put(rules.SlotGranted())
-
-    async def _await_slot(self) -> None:
-        await self._shard.wait_caught_up(self._memory.serving_bot)
-        await self._deps.slots.acquire(self._memory.state.sandbox)
-        self._grant_slot()
 
     async def _load(self, sequences: Sequence[int]) -> None:
         self._put_if_awaited(rules.Loaded(await self._shard.load_bodies(self._memory.state.sandbox, sequences)))

@@ -69,7 +69,7 @@ class Receipts:
 
         `expected`: sequence of the receipt before it; 0: none. Raises Temporary.
         """
-        receipt = msgspec.structs.replace(_receipt(ref, result, address, shown), reply_to=reply_to)
+        receipt = _receipt(ref, result, address, shown, reply_to)
         while True:
             try:
                 sequence = await self._events.publish_receipt(receipt, traceparent=traceparent, expected=expected)
@@ -86,7 +86,7 @@ class Receipts:
     async def _purge_sometimes(self, sandbox: str) -> None:
         """Purges receipts beyond the limit at random, on average every 10,000th time. Counters would need memory for
         every sandbox that ever existed."""
-        if random.randrange(PURGE_EVERY):
+        if random.random() * PURGE_EVERY >= 1:
             return
         try:
             await self._history.purge(self._names.stream_event, self._names.receipts(sandbox), keep=RECEIPTS_KEPT)
@@ -134,7 +134,9 @@ def result_of(receipt: Receipt) -> CommandResult:
     )
 
 
-def _receipt(ref: CommandRef, result: CommandResult, address: Address, shown: contract.Window) -> Receipt:
+def _receipt(
+    ref: CommandRef, result: CommandResult, address: Address, shown: contract.Window, reply_to: str
+) -> Receipt:
     return Receipt(
         command=ref.id,
         sequence=ref.sequence,
@@ -149,6 +151,7 @@ def _receipt(ref: CommandRef, result: CommandResult, address: Address, shown: co
         errcode=result.errcode,
         errmsg=result.errmsg,
         window=shown,
+        reply_to=reply_to,
         attempts=result.attempts,
         received_at_ms=ref.stored_ms,
     )

@@ -134,7 +134,7 @@ STEPS = [
     Step("finals", calling(lambda bench, _: bench.receipts, "find", asked_of_bad), TEXT, UNCERTAIN, redelivered=True),
     Step("rules", calling(lambda *_: rules, "step", is_first_bad), outlives=0),
     Step("record", calling(lambda bench, _: bench.store, "save", of_bad)),
-    Step("slot", calling(lambda bench, _: bench.slots, "try_acquire", always), times=3),
+    Step("slot", calling(lambda bench, _: bench.slots, "try_acquire", always), times=4),
     Step("upload", calling(lambda bench, _: bench.cdn, "upload", always), FILE),
     Step("object", calling(lambda bench, _: bench.objects, "get_info", always), OBJECT),
     Step("before-it-leaves", calling(CHAT, "send", is_bad_send), TEXT, UNCERTAIN, outlives=1),
