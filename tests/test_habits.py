@@ -42,7 +42,7 @@ PRIVATE = {
     "bus/test_media_service.py": "_upload_ident",
     "cli/test_embedded.py": "_with_token_key",
     "cli/test_spans_export.py": "_exporting_spans",
-    "cli/test_tail.py": "_transport",  # asyncio's: a reader of its output that goes away
+    "forks.py": "_exit",  # os's own: of a process that has no end of its own
     "foreign/drive_weilink.py": "_cdn _protocol",  # the other client's
 }
 """What tests reach that is private to another object or module, by file, and why it has to be so."""

@@ -382,8 +382,8 @@ async def _measure(
     await victim.listen()
     assert rig.server.process is not None
     memory: dict[int, float] = {}
-    processes = [rig.server.process, *(adapter.process for adapter in rig.world.adapters if adapter.process)]
-    async with sampled([process.pid for process in processes], memory), asyncio.TaskGroup() as group:
+    pids = [rig.server.process.pid, *(adapter.process.pid for adapter in rig.world.adapters if adapter.process)]
+    async with sampled(pids, memory), asyncio.TaskGroup() as group:
         end = time.monotonic() + max(2.0, rig.seconds / 2)
         quiet = await victim.talk(lambda: time.monotonic() > end, group)
         await victim.settled()
@@ -399,7 +399,7 @@ async def _measure(
         attack=name,
         quiet=before,
         during=phase,
-        adapter_mib=max(memory.get(process.pid, 0.0) for process in processes[1:]),
+        adapter_mib=max(memory.get(pid, 0.0) for pid in pids[1:]),
         server_mib=memory.get(rig.server.process.pid, 0.0),
         lost=sum(adapter.said(event) for adapter in rig.world.adapters for event in LOSSES),
         restarts=_ended(rig.server.process, rig.world.adapters),

@@ -11,16 +11,25 @@ from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
 
+from tests.forks import Forked, fork
+
+Running = Process | Forked
 COMMAND = (sys.executable, "-c", "import sys, adapter.cli; sys.exit(adapter.cli.main())")
 PATIENCE_S = 60.0
 """A test that hangs ends; nothing is measured by it."""
 
 
 @contextlib.asynccontextmanager
-async def started(*arguments: str, env: dict[str, str] | None = None, **options: Any) -> AsyncIterator[Process]:
-    """A command that runs; killed at the end of the block if it still does."""
-    streams: dict[str, Any] = {"stdin": PIPE, "stdout": PIPE, "stderr": PIPE} | options
-    process = await asyncio.create_subprocess_exec(*COMMAND, *arguments, env={**os.environ, **(env or {})}, **streams)
+async def started(
+    *arguments: str, env: dict[str, str] | None = None, fresh: bool = False, **options: Any
+) -> AsyncIterator[Running]:
+    """A command that runs; killed at the end of the block if it still does. `fresh`: an interpreter of its own."""
+    given: dict[str, Any] = {"stdin": PIPE, "stdout": PIPE, "stderr": PIPE, "env": {**os.environ, **(env or {})}}
+    process: Running
+    if fresh:
+        process = await asyncio.create_subprocess_exec(*COMMAND, *arguments, **given | options)
+    else:
+        process = await fork("adapter", *arguments, **given | options)
     try:
         async with asyncio.timeout(PATIENCE_S):
             yield process

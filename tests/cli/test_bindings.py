@@ -167,6 +167,7 @@ async def test_on_a_terminal_the_token_is_asked_for_and_not_shown(bus: Bus) -> N
             stdout=terminal,
             stderr=terminal,
             preexec_fn=lambda: os.login_tty(terminal),
+            fresh=True,
         ) as process,
     ):
         shown = b""

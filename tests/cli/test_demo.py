@@ -7,7 +7,6 @@ import os
 import pty
 import re
 import termios
-from asyncio.subprocess import Process
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,7 @@ from nats.js.errors import NotFoundError
 
 from adapter.cli.demo import demo_settings
 from adapter.cli.talk import LABEL
-from tests.cli.process import alive, children, started, until
+from tests.cli.process import Running, alive, children, started, until
 
 STARTED = b"You are a WeChat user"
 HELLO = b"hello\n"
@@ -44,7 +43,7 @@ def said(out: bytes, label: str) -> list[str]:
     return [text for who, text in entries(out) if who == label]
 
 
-async def shown(process: Process, words: bytes) -> bytes:
+async def shown(process: Running, words: bytes) -> bytes:
     """What is printed until `words` are."""
     assert process.stdout is not None
     found = b""
@@ -189,7 +188,7 @@ async def test_verbose_puts_the_log_on_standard_error(temporary: Path) -> None:
 async def test_at_a_terminal_one_is_prompted_and_leaves_by_ctrl_c(temporary: Path) -> None:
     main, terminal = pty.openpty()
     tty: dict[str, Any] = {"stdin": terminal, "stdout": terminal, "stderr": terminal}
-    async with started("demo", **tty, preexec_fn=lambda: os.login_tty(terminal)) as process:
+    async with started("demo", **tty, preexec_fn=lambda: os.login_tty(terminal), fresh=True) as process:
         os.close(terminal)
         plain = termios.tcgetattr(main)
         await typed(main, b"You are a WeChat user", b"you")
@@ -219,7 +218,7 @@ async def test_run_embedded_keeps_its_data_and_drains(tmp_path: Path) -> None:
     environment = {"WECHAT_NATS_DATA_DIR": str(tmp_path / "data"), "WECHAT_NATS_HTTP_ADDR": "127.0.0.1:0"}
     for turn in range(2):
         async with started("run", "--embedded", "--port", "0", env=environment) as process:
-            await shown(process, b"nats.started")
+            await shown(process, b"adapter.started")
             kept = tmp_path / "data" / "nats.url"
             url = kept.read_text().strip()
             assert kept.stat().st_mode & 0o777 == 0o600

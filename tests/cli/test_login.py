@@ -7,7 +7,6 @@ import os
 import pty
 import re
 import stat
-from asyncio.subprocess import Process
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,7 @@ from adapter.cli.lifetime import adapter_running
 from adapter.logins.qr import DARK_ON_LIGHT, PLAIN, terminal_text
 from adapter.simulator import FaultRule, Simulator, SimulatorSettings
 from tests.cli.conftest import Command
-from tests.cli.process import started, until
+from tests.cli.process import Running, started, until
 
 START_S = 60.0
 DIGITS = b"Digits shown on the phone: "
@@ -45,7 +44,7 @@ async def code_of(sim: Simulator) -> str:
     return sim.qrcodes()[-1].qrcode
 
 
-async def read(process: Process, words: bytes, *, errors: bool = False) -> bytes:
+async def read(process: Running, words: bytes, *, errors: bool = False) -> bytes:
     """What is printed until `words` are."""
     stream = process.stderr if errors else process.stdout
     assert stream is not None
@@ -57,7 +56,7 @@ async def read(process: Process, words: bytes, *, errors: bool = False) -> bytes
     return found
 
 
-def type_(process: Process, line: bytes) -> None:
+def type_(process: Running, line: bytes) -> None:
     assert process.stdin is not None
     process.stdin.write(line)
 
@@ -210,7 +209,7 @@ async def test_a_signal_cancels_the_login(sim: Simulator, cli: Command, number: 
 async def test_at_a_terminal_the_code_has_colours_of_its_own(sim: Simulator) -> None:
     main, terminal = pty.openpty()
     tty: dict[str, Any] = {"stdin": terminal, "stdout": terminal, "stderr": terminal}
-    async with started("login", "s1", **tty, preexec_fn=lambda: os.login_tty(terminal)) as process:
+    async with started("login", "s1", **tty, preexec_fn=lambda: os.login_tty(terminal), fresh=True) as process:
         os.close(terminal)
         seen = await typed(main, b"Scan this code")
         code = await code_of(sim)

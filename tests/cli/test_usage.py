@@ -220,9 +220,9 @@ async def test_a_reader_who_has_read_enough_is_no_failure(arguments: tuple[str, 
 async def test_what_a_full_disk_does_not_take_is_told_in_a_line(arguments: tuple[str, ...]) -> None:
     full = os.open("/dev/full", os.O_WRONLY)
     try:
-        async with started(*arguments, stdout=full) as process:
+        async with started(*arguments, stdout=full, fresh=True) as process:
             _, err = await process.communicate()
-        async with started(*arguments, stdout=full, stderr=full) as silent:
+        async with started(*arguments, stdout=full, stderr=full, fresh=True) as silent:
             await silent.wait()
     finally:
         os.close(full)
@@ -234,7 +234,7 @@ async def test_closed_streams_are_empty_ones() -> None:
     """As `<&-` and `>&-` leave them."""
 
     async def ends(*arguments: str, closed: int) -> tuple[int | None, bytes]:
-        async with started(*arguments, preexec_fn=lambda: os.close(closed)) as process:
+        async with started(*arguments, preexec_fn=lambda: os.close(closed), fresh=True) as process:
             _, err = await process.communicate()
             return process.returncode, err
 
@@ -247,7 +247,7 @@ async def test_closed_streams_are_empty_ones() -> None:
 
 
 async def test_it_speaks_utf_8_in_every_locale() -> None:
-    async with started("schema", "bind", env={"PYTHONIOENCODING": "latin-1"}) as process:
+    async with started("schema", "bind", env={"PYTHONIOENCODING": "latin-1"}, fresh=True) as process:
         out, err = await process.communicate()
     assert (process.returncode, err) == (0, b"")
     assert "…@im.bot" in out.decode()

@@ -13,7 +13,6 @@ import secrets
 import signal
 import sys
 import time
-from asyncio.subprocess import Process
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -26,6 +25,7 @@ from nats.aio.client import Client
 from adapter.contract.messages import Options
 from tests.cli.process import alive
 from tests.e2e.world import NAMES, World, until, world
+from tests.forks import Forked, fork
 
 ACK_WAIT_S = 3
 """Less than the 30 s of the server's default, so that tests need not wait for it."""
@@ -65,17 +65,12 @@ class Agent:
         self._options = [*program, *options]
         self._environ = {"NATS_URL": made.url, "WECHAT_NATS_DATA_DIR": str(self.folder), **environ}
         self.log = self.folder / "log"
-        self.process: Process | None = None
+        self.process: Forked | None = None
 
     async def start(self) -> None:
         with self.log.open("ab") as out:
-            self.process = await asyncio.create_subprocess_exec(
-                *(sys.executable, "-m", "adapter", "agent", "s1", *self._options),
-                env={**os.environ, **self._environ},
-                stdin=asyncio.subprocess.DEVNULL,
-                stdout=out,
-                stderr=out,
-            )
+            environ = {**os.environ, **self._environ}
+            self.process = await fork("adapter", "agent", "s1", *self._options, env=environ, stdout=out, stderr=out)
 
     async def start_unless_running(self) -> None:
         if self.process is None or self.process.returncode is not None:

@@ -8,7 +8,6 @@ import hashlib
 import os
 import secrets
 import signal
-import sys
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -22,6 +21,7 @@ from adapter.errors import Refused
 from adapter.simulator import BotRecord, Simulator
 from tests.bus.guarded import guarded
 from tests.e2e.world import World, environ_of, fast, until
+from tests.forks import fork
 
 
 class Place:
@@ -142,8 +142,7 @@ async def test_a_message_is_answered_again_under_the_same_ids_until_it_was_finis
 
 async def test_the_command_needs_no_other_rights(place: Place, tmp_path: Path) -> None:
     environ = {**os.environ, **place.environs["s1"], "WECHAT_NATS_DATA_DIR": str(tmp_path)}
-    program = (sys.executable, "-m", "adapter", "agent", "s1", "--exec", "tr a-z A-Z")
-    process = await asyncio.create_subprocess_exec(*program, env=environ)
+    process = await fork("adapter", "agent", "s1", "--exec", "tr a-z A-Z", env=environ)
     try:
         place.world.sim.say(place.users[0].bot, "hello")
         await until(lambda: place.texts(place.users[0]) == ["HELLO"], "it is answered")

@@ -23,8 +23,6 @@ async def bridge(folder: Path, happens: Callable[[World, Client], Awaitable[obje
         await made.command(nc, "s1", "c1")
         await until(lambda: made.phone_texts("s1") == ["answer c1"], "the answer is shown")
         assert adapter.http_port() > 0, "its /metrics are searched"
-        assert adapter.process is not None
-        assert b"adapter\0run" in canary.arguments(adapter.process.pid)
         await happens(made, nc)
 
 

@@ -8,8 +8,7 @@ import contextlib
 import os
 import random
 import signal
-import subprocess
-import sys
+from asyncio.subprocess import PIPE
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -28,6 +27,7 @@ from tests.e2e.test_bindings import ask as service
 from tests.e2e.test_logins import newest, reaches, start
 from tests.e2e.waiting import call
 from tests.e2e.world import NAMES, AdapterProcess, World, audit, eventually, free_port, load, stream, until, world
+from tests.forks import fork
 
 BOTS = 12
 INBOXES = (NAMES.stream_in, NAMES.inbox("*"))
@@ -109,12 +109,8 @@ async def fill(js: JetStreamContext) -> None:
 
 async def operator(made: World, *command: str) -> str:
     """A command of ours; what it prints."""
-    process = await asyncio.create_subprocess_exec(
-        sys.executable, "-m", "adapter", *command,
-        env={**os.environ, "NATS_URL": made.url}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-    )  # fmt: skip
-    out, _ = await process.communicate()
-    return out.decode()
+    process = await fork("adapter", *command, env={**os.environ, "NATS_URL": made.url}, stdout=PIPE, stderr=PIPE)
+    return b"".join(await process.communicate()).decode()
 
 
 async def test_consumers_that_are_deleted_are_made_again(tmp_path: Path) -> None:

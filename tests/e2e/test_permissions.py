@@ -11,7 +11,7 @@ import hashlib
 import json
 import os
 import re
-import sys
+from asyncio.subprocess import PIPE
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -29,6 +29,7 @@ from adapter.simulator import Simulator, samples
 from tests import canary
 from tests.bus.guarded import NAMES, TEMPLATES, WITNESS, Guarded, Player, guarded
 from tests.e2e.world import TOKEN_KEY, AdapterProcess, World, environ_of, eventually, fast, free_port, stream, until
+from tests.forks import fork
 
 DURABLE = {"durable": True}
 
@@ -352,12 +353,8 @@ async def _command(scene: Scene, who: str, *arguments: str) -> tuple[int, list[d
     environ = {"NATS_URL": scene.server.url, **scene.server.users[who].environ}
     if who == "adapter":  # as in its pod
         environ["WECHAT_NATS_TOKEN_KEY"] = TOKEN_KEY
-    process = await asyncio.create_subprocess_exec(
-        *(sys.executable, "-m", "adapter", *arguments, "--json"),
-        env={**os.environ, **environ},
-        stdout=asyncio.subprocess.PIPE,
-        stderr=asyncio.subprocess.PIPE,
-    )
+    environ = {**os.environ, **environ}
+    process = await fork("adapter", *arguments, "--json", env=environ, stdout=PIPE, stderr=PIPE)
     out, err = await process.communicate()
     assert not err, err.decode()
     return process.returncode or 0, [json.loads(line) for line in out.splitlines()]

@@ -14,7 +14,6 @@ import os
 import random
 import re
 import signal
-import sys
 import urllib.error
 import urllib.request
 from collections import defaultdict
@@ -41,6 +40,7 @@ from tests.e2e.reading import stream as stream  # noqa: PLC0414
 from tests.e2e.waiting import eventually as eventually  # noqa: PLC0414
 from tests.e2e.waiting import free_port as free_port  # noqa: PLC0414
 from tests.e2e.waiting import until as until  # noqa: PLC0414
+from tests.forks import Forked, fork
 
 NAMES = Names()
 
@@ -52,7 +52,7 @@ class AdapterProcess:
         self._environ = environ
         self._program = ["tests.e2e.replica", json.dumps(parts)] if parts else ["adapter", "run"]
         self.log = log
-        self.process: asyncio.subprocess.Process | None = None
+        self.process: Forked | None = None
         self._starting = asyncio.Lock()
 
     async def start(self) -> None:
@@ -61,19 +61,12 @@ class AdapterProcess:
             if self.running:
                 return
             with self.log.open("ab") as out:
-                self.process = await asyncio.create_subprocess_exec(
-                    sys.executable,
-                    "-m",
-                    *self._program,
-                    env={**os.environ, **self._environ},
-                    stdout=out,
-                    stderr=out,
-                )
+                environ = {**os.environ, **self._environ}
+                self.process = await fork(*self._program, env=environ, stdout=out, stderr=out)
 
     def signal(self, number: int) -> None:
         assert self.process is not None
-        with contextlib.suppress(ProcessLookupError):
-            self.process.send_signal(number)
+        self.process.send_signal(number)
 
     def http_port(self) -> int:
         """Where its /metrics are, by the last word of its log; 0 where it has not started."""
