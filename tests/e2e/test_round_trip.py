@@ -12,7 +12,6 @@ from nats.aio.client import Client
 from adapter.contract.messages import FileItem, ImageItem, Inbound, TextItem, VideoItem, VoiceItem
 from adapter.simulator import samples
 from adapter.simulator.media import KEY_FORMS
-from tests.e2e.test_pains import fetch
 from tests.e2e.world import NAMES, World, eventually, stream, until, world
 
 MIB = 2**20
@@ -23,6 +22,21 @@ COMES_BACK_AS = {"image": "image", "voice": "file", "file": "file", "video": "vi
 async def heard(nc: Client, sandbox: str) -> list[Inbound]:
     stored = await stream(nc, NAMES.stream_in, NAMES.inbox(sandbox))
     return [msgspec.json.decode(data, type=Inbound) for _, data in stored]
+
+
+async def fetch(nc: Client, sandbox: str, name: str) -> bytes:
+    """An object, as a sandbox reads it."""
+    found, after = b"", 0
+    while True:
+        answer = await nc.request(
+            NAMES.svc(f"media.get.{sandbox}"), msgspec.json.encode({"object": name, "after": after}), timeout=20
+        )
+        headers = answer.headers or {}
+        assert "Nats-Service-Error" not in headers, headers
+        found += answer.data
+        if "Wechat-Next" not in headers:
+            return found
+        after = int(headers["Wechat-Next"])
 
 
 async def echo(made: World, nc: Client, sandbox: str, kind: str, content: bytes) -> None:
@@ -110,3 +124,19 @@ async def test_texts_of_all_scripts(tmp_path: Path) -> None:
             await nc.jetstream().publish(NAMES.out("s1"), msgspec.json.encode({"text": message.text}))
             await until(lambda number=number: len(made.sim.phone(user)) == number, "it is shown")  # type: ignore[misc]
         assert [shown.text for shown in made.sim.phone(made.bots["s1"].user)] == texts
+
+
+async def test_copies_of_a_message_are_heard_once_and_repeated_words_twice(tmp_path: Path) -> None:
+    async with world(tmp_path) as made:
+        nc = await scene(made)
+        bot = made.bots["s1"].bot
+        first = made.sim.say(bot, "ok")
+        for change in ("same", "message_id", "no_message_id", "empty_message_id", "context_token", "ids"):
+            made.sim.repeat(bot, first.message_id, change)
+        await arrived(made, nc, 1)
+        made.sim.replay(bot, 1)
+        made.sim.advance(8)
+        made.sim.say(bot, "ok")  # the same words, meant
+        made.sim.say(bot, "the end")
+        await arrived(made, nc, 3)
+        assert [message.text for message in await heard(nc, "s1")] == ["ok", "ok", "the end"]
