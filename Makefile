@@ -53,7 +53,7 @@ demo: install
 	@exec $(BIN)/wechat-nats demo $${AGENT:+--exec "$$AGENT"}
 
 # Tests at a time: more than a small machine has cores, since most tests wait for processes and timers.
-JOBS := 4
+JOBS := 6
 pytest = $(BIN)/pytest -n $(JOBS) --dist worksteal
 
 # `check` has run the two that are left out.
@@ -74,10 +74,11 @@ ops: install
 
 # What `make test` leaves out of its tiers.
 slow: install
-	@$(BIN)/pytest -n 2 --dist loadfile --timeout 900 -m '(unit or integration or system) and slow' </dev/null
+	@$(BIN)/pytest -n 3 --dist worksteal --timeout 900 -m '(unit or integration or system) and slow' </dev/null
+	@SCHEDULES=500 $(BIN)/pytest -n 2 tests/test_schedules.py tests/test_schedules_inbound.py </dev/null
 
 load: install
-	@$(BIN)/pytest -n 2 --dist loadfile --timeout 900 -m load </dev/null
+	@$(BIN)/pytest -n 2 --dist worksteal --timeout 900 -m load </dev/null
 
 # 15 minutes in all. SEED, MODE (cursor_replay, or ack_on_delivery: iLink forgets what it has delivered).
 chaos: install

@@ -38,7 +38,7 @@ canary.mark()
 structlog.dev.ConsoleRenderer.get_active().exception_formatter = structlog.dev.plain_traceback
 
 # How long an example takes says nothing about the code where others have the cores.
-settings.register_profile("here", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.register_profile("here", deadline=None, max_examples=50, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("here")
 
 # What tests subscribe to with nats-py itself is there after a `flush`, too.

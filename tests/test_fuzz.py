@@ -135,7 +135,7 @@ DEAR = ("texts", "names", "logged")
 
 @pytest.mark.parametrize("name", [name for name in TARGETS if name != "texts"])
 def test_no_text_takes_a_reader_long_or_much_memory(name: str) -> None:
-    costs.worst(name, 1000 if name in DEAR else 30_000)
+    costs.worst(name, 1000 if name in DEAR else 15_000)
 
 
 @pytest.mark.slow

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -63,10 +64,10 @@ def private(tree: ast.AST) -> Iterator[str]:
         yield from (name for name in names if name.startswith("_") and not name.startswith("__"))
 
 
-def trees() -> Iterator[tuple[str, ast.AST]]:
-    for path in sorted(TESTS.rglob("*.py")):
-        if "node_modules" not in path.parts:
-            yield path.relative_to(TESTS).as_posix(), ast.parse(path.read_text("utf-8"))
+@functools.cache
+def trees() -> list[tuple[str, ast.AST]]:
+    paths = [path for path in sorted(TESTS.rglob("*.py")) if "node_modules" not in path.parts]
+    return [(path.relative_to(TESTS).as_posix(), ast.parse(path.read_text("utf-8"))) for path in paths]
 
 
 def test_what_is_private_is_left_alone() -> None:

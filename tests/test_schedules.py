@@ -32,7 +32,7 @@ from adapter.ports import Accepted, Entry
 from tests.fakes import LIMITS, Bench, FakeBucket, FakeChat, FakeDelivery, Life, Sent, VirtualLoop
 from tests.fakes.mortal import Command, mortal
 
-SCHEDULES = int(os.environ.get("SCHEDULES", "150"))
+SCHEDULES = int(os.environ.get("SCHEDULES", "50"))
 SANDBOXES = ["s1", "s2"]
 USERS = ["u1", "u2"]
 STALE = SessionExpired("needs_login", "iLink answered -14", errcode=-14)

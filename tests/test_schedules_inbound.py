@@ -26,7 +26,7 @@ from adapter.ports import Account, Polled
 from adapter.simulator import samples
 from tests.fakes import EPOCH_MS, Bench, FakeChat, VirtualLoop, settle
 
-SCHEDULES = int(os.environ.get("SCHEDULES", "40"))
+SCHEDULES = int(os.environ.get("SCHEDULES", "15"))
 BOT, USER = "b1@im.bot", "u1@im.wechat"
 SANDBOXES = ["s1", "s2"]
 PNG = samples.png()

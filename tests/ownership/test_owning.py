@@ -7,6 +7,7 @@ from collections.abc import Callable, Coroutine
 from typing import Any
 
 import msgspec
+import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
@@ -162,5 +163,11 @@ class Owning(RuleBasedStateMachine):
         await asyncio.sleep(0)
 
 
-Owning.TestCase.settings = settings(max_examples=60, stateful_step_count=20)
+class OwningForLong(Owning):
+    """The same, ten times as many courses."""
+
+
+Owning.TestCase.settings = settings(max_examples=20, stateful_step_count=20)
 TestOwning = Owning.TestCase
+OwningForLong.TestCase.settings = settings(max_examples=200, stateful_step_count=20)
+TestOwningForLong = pytest.mark.slow(OwningForLong.TestCase)
