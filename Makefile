@@ -74,11 +74,11 @@ ops: install
 
 # What `make test` leaves out of its tiers.
 slow: install
-	@$(BIN)/pytest -n 3 --dist worksteal --timeout 900 -m '(unit or integration or system) and slow' </dev/null
+	@$(BIN)/pytest -n 4 --dist worksteal --timeout 900 -m '(unit or integration or system) and slow' </dev/null
 	@SCHEDULES=500 $(BIN)/pytest -n 2 tests/test_schedules.py tests/test_schedules_inbound.py </dev/null
 
 load: install
-	@$(BIN)/pytest -n 2 --dist worksteal --timeout 900 -m load </dev/null
+	@$(BIN)/pytest -n 3 --dist worksteal --timeout 900 -m load </dev/null
 
 # 15 minutes in all. SEED, MODE (cursor_replay, or ack_on_delivery: iLink forgets what it has delivered).
 chaos: install

@@ -141,7 +141,7 @@ def test_no_text_takes_a_reader_long_or_much_memory(name: str) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("name", TARGETS)
 def test_no_long_text_takes_a_reader_long_or_much_memory(name: str) -> None:
-    print(name, costs.worst(name, 8000 if name in DEAR else 60_000))
+    print(name, costs.worst(name, 3000 if name in DEAR else 30_000))
 
 
 def test_what_is_dear_is_a_finding(monkeypatch: pytest.MonkeyPatch) -> None:
