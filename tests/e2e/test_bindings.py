@@ -11,12 +11,7 @@ from nats.aio.client import Client
 from adapter.contract.messages import (
     Bind,
     BindingEvent,
-    BindingsPage,
-    BindingsQuery,
-    ControlAnswer,
     Unbind,
-    Window,
-    WindowQuery,
 )
 from adapter.contract.names import to_subject_token
 from tests.e2e.world import NAMES, World, eventually, stream, until, world
@@ -76,44 +71,6 @@ async def test_an_entry_that_is_no_binding_stops_nobody(tmp_path: Path) -> None:
         assert made.adapters[0].said("binding.unreadable")
 
 
-async def test_list_and_get_answer_without_tokens(tmp_path: Path) -> None:
-    async with world(tmp_path) as made:
-        nc = await started(made)
-        bots = [made.sim.add_bot() for _ in range(3)]
-        for number, bot in enumerate(bots):
-            await made.bind(nc, f"s{number}", bot)
-        page = await ask(nc, "bindings.list", BindingsQuery(limit=2), BindingsPage)
-        rest = await ask(nc, "bindings.list", BindingsQuery(after=page.next), BindingsPage)
-        assert sorted(b.bot for b in page.bindings + rest.bindings) == sorted(bot.bot for bot in bots)
-        assert (len(page.bindings), rest.next) == (2, "")
-        one = await nc.request(NAMES.svc("bindings.get"), b'{"sandbox":"s1"}', timeout=10)
-        assert bots[1].token.partition(":")[2].encode() not in one.data
-        assert b"token" not in one.data
-        assert await ask(nc, "bindings.get", BindingsQuery(bot="nobody@im.bot"), BindingsPage) == "404"
-        assert await ask(nc, "bindings.get", BindingsQuery(), BindingsPage) == "400"
-
-
-async def test_a_new_bot_of_the_same_user_replaces_the_old_one_and_gets_what_was_parked(tmp_path: Path) -> None:
-    async with world(tmp_path, token_death_delay_s=0) as made:
-        nc = await started(made)
-        old = made.sim.add_bot()
-        await made.bind(nc, "s1", old)
-        await until(lambda: made.sim.polls(old.bot).total > 0, "the old bot is polled")
-        await made.command(nc, "s1", "waiting")
-        new = made.sim.add_bot(user=old.user)
-        answer = await made.bind(nc, "s1", new)
-        assert answer.ok
-        assert answer.replaced == [old.bot]
-        await until(lambda: bool(made.sim.polls(new.bot).records), "the new bot is polled")
-        assert made.sim.polls(new.bot).records[0].cursor == ""
-        made.say("s1", "I am back")
-        await made.settle(nc)
-        assert [shown.text for shown in made.sim.phone(new.user)] == ["answer waiting"]
-        page = await ask(nc, "bindings.list", BindingsQuery(), BindingsPage)
-        assert [binding.bot for binding in page.bindings] == [new.bot]
-        assert await changes(nc, "s1") in (["bound", "bound", "replaced"], ["bound", "stale", "bound", "replaced"])
-
-
 async def test_unbind_of_a_whole_sandbox_stops_its_polls_and_refuses_its_commands(tmp_path: Path) -> None:
     async with world(tmp_path) as made:
         nc = await started(made)
@@ -161,50 +118,3 @@ async def test_what_an_unbinding_leaves_is_gone_in_time_and_nothing_else(tmp_pat
 
         await eventually(unmarked, "so is the mark")
         assert made.adapters[0].said("bucket.incomplete") == 0
-
-
-async def test_a_bot_that_moves_to_another_sandbox_takes_its_next_message_there(tmp_path: Path) -> None:
-    async with world(tmp_path) as made:
-        nc = await started(made)
-        bot = made.sim.add_bot()
-        await made.bind(nc, "s1", bot)
-        made.say("s1", "for the first")
-        await made.settle(nc)
-        await made.bind(nc, "s2", bot)
-        made.say("s2", "for the second")
-        await made.settle(nc)
-        first = await stream(nc, NAMES.stream_in, NAMES.inbox("s1"))
-        second = await stream(nc, NAMES.stream_in, NAMES.inbox("s2"))
-        assert (len(first), len(second)) == (1, 1)
-        assert made.sim.stats().poll_overlaps == 0
-
-
-async def test_what_is_wrong_is_refused_with_a_sentence_and_an_event(tmp_path: Path) -> None:
-    async with world(tmp_path) as made:
-        nc = await started(made)
-        evil = Bind(sandbox="s1", bot="b@im.bot", bot_token="t", base_url="https://evil.example")
-        refused = await made.control(nc, NAMES.bind, msgspec.json.encode(evil))
-        assert not refused.ok
-        assert "allow-list" in refused.error
-        unreadable: ControlAnswer = await made.control(nc, NAMES.bind, b'{"sandbox": "S1"}')
-        assert not unreadable.ok
-        assert await changes(nc, "s1") == ["refused"]
-        assert len(await stream(nc, NAMES.stream_dead, NAMES.dead_letters("WECHAT_CTL"))) == 1
-
-
-async def test_window_and_replay_can_be_asked(tmp_path: Path) -> None:
-    async with world(tmp_path) as made:
-        nc = await started(made)
-        await made.bind(nc, "s1", made.sim.add_bot())
-        for number in range(3):
-            made.say("s1", f"message {number}")
-        await made.settle(nc)
-
-        async def is_open() -> bool:  # it is stored behind the messages
-            return bool((await ask(nc, "window", WindowQuery(sandbox="s1"), Window)).remaining == 10)
-
-        await eventually(is_open, "the window is open")
-        answer = await nc.request(NAMES.svc("replay"), b'{"sandbox":"s1","limit":2}', timeout=10)
-        page = msgspec.json.decode(answer.data)
-        assert [entry["message"]["text"] for entry in page["messages"]] == ["message 0", "message 1"]
-        assert page["next"] == page["messages"][-1]["seq"]

@@ -10,8 +10,7 @@ import msgspec
 
 from adapter.contract.messages import FINAL_OUTCOMES, Receipt
 from adapter.contract.names import shard_of
-from adapter.simulator import FaultRule
-from tests.e2e.world import NAMES, SOON, World, eventually, free_port, stream, until, world
+from tests.e2e.world import NAMES, World, eventually, free_port, stream, until, world
 
 
 async def final_of(made: World, ident: str) -> Receipt:
@@ -62,80 +61,6 @@ async def test_odd_commands_end_in_a_refusal_or_a_dead_letter_and_the_adapter_go
         )
         assert (await final_of(made, "good")).outcome == "accepted"
         assert made.adapters[0].running
-
-
-async def test_the_least_command_works_on_both_subjects(tmp_path: Path) -> None:
-    async with world(tmp_path) as made:
-        nc, bot = await made.begun()
-        first = await nc.jetstream().publish(NAMES.out("s1"), b'{"text":"hi"}')
-        await until(lambda: len(made.sim.phone(bot.user)) == 1, "the first is shown")
-        await nc.publish(NAMES.out_plain, b'{"sandbox":"s1","text":"there"}')
-        await until(lambda: len(made.sim.phone(bot.user)) == 2, "the second is shown")
-        assert [shown.text for shown in made.sim.phone(bot.user)] == ["hi", "there"]
-        assert (await final_of(made, str(first.seq))).outcome == "accepted"
-
-
-async def test_eleven_answers_to_one_message_park_the_last_until_the_user_writes(tmp_path: Path) -> None:
-    async with world(tmp_path) as made:
-        nc, bot = await made.begun()
-        for number in range(12):
-            await made.command(nc, "s1", f"c{number}")
-        await until(lambda: len(made.sim.phone(bot.user)) == 10, "ten are shown")
-
-        async def two_are_parked() -> bool:
-            return [r.command for r in await made.receipts(nc) if r.outcome == "parked"] == ["c10", "c11"]
-
-        await eventually(two_are_parked, "two are parked")
-        assert len(made.sim.sends(bot.bot)) == 10
-        made.say("s1", "go on")
-        await made.settle(nc)
-        assert made.phone_texts("s1") == [f"answer c{n}" for n in range(12)]
-        assert len(made.sim.phone(bot.user)) == 11, "the parked ones came in one message"
-        assert made.sim.violations(kind="quota_exceeded") == []
-
-
-async def test_f13_success_without_an_id_is_unconfirmed_and_never_sent_again(tmp_path: Path) -> None:
-    async with world(tmp_path) as made:
-        await made.add_adapter()
-        nc = await made.nc()
-        bot = made.sim.add_bot()
-        await made.bind(nc, "s1", bot)
-        made.sim.set_fault(FaultRule(fault="F13", bot=bot.bot))
-        made.say("s1", "hello")
-        await made.command(nc, "s1", "c")
-        assert (await final_of(made, "c")).outcome == "accepted_unconfirmed"
-        assert len(made.sim.sends(bot.bot)) == 1
-
-
-async def test_f9_a_dead_token_needs_a_login_after_few_calls_and_parked_commands_wait(
-    tmp_path: Path,
-) -> None:
-    async with world(tmp_path, parts=SOON) as made:
-        await made.add_adapter()
-        nc = await made.nc()
-        bot = made.sim.add_bot()
-        await made.bind(nc, "s1", bot)
-        await until(lambda: made.sim.polls(bot.bot).total > 0, "the bot is polled")
-        made.sim.kill_token(bot.bot)
-
-        async def lost() -> bool:
-            events = await stream(nc, NAMES.stream_event, NAMES.event("s1", "binding"))
-            return any(b'"needs_login"' in data for _, data in events)
-
-        await eventually(lost, "the event says so")
-        calls = sum(call.count for call in made.sim.calls(bot.bot))
-        await made.command(nc, "s1", "c")
-
-        async def parked() -> bool:
-            return [r.reason for r in await made.receipts(nc) if r.outcome == "parked"] == ["needs_login"]
-
-        await eventually(parked, "the command waits for a login")
-        assert sum(call.count for call in made.sim.calls(bot.bot)) == calls
-        new = made.sim.add_bot(user=bot.user)
-        await made.bind(nc, "s1", new)
-        made.say("s1", "I am back")
-        await made.settle(nc)
-        assert [shown.text for shown in made.sim.phone(bot.user)] == ["answer c"]
 
 
 async def test_receipts_add_up_and_no_secret_or_text_is_in_log_or_metrics(tmp_path: Path) -> None:

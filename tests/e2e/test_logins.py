@@ -128,24 +128,6 @@ async def test_a_login_from_the_first_code_to_the_first_message(tmp_path: Path) 
         assert {request.method for request in asked} == {"GET"}
 
 
-async def test_a_user_who_has_a_bot_of_the_sandbox_keeps_it(tmp_path: Path) -> None:
-    """Only of this sandbox: a token of another one is never shown for it."""
-    async with world(tmp_path, **FAST) as made:
-        nc = await ready(made, await made.add_adapter())
-        bot, other = made.sim.add_bot(), made.sim.add_bot()
-        await made.bind(nc, "s1", bot)
-        await made.bind(nc, "s2", other)
-        login = await start(nc)
-        made.sim.scan(newest(made), bot.user)
-        done = await reaches(nc, login, "already_bound")
-        assert (done.bot, done.user) == (bot.bot, bot.user)
-        second = await start(nc)
-        made.sim.scan(newest(made), other.user)
-        await reaches(nc, second, "scanned")
-        await ask(nc, "login.cancel", LoginQuery(login=second.login), Login)
-        assert await changes(nc, "s1") == ["bound"]
-
-
 async def test_a_login_that_nobody_scans_gets_new_codes_and_the_one_before_still_counts(tmp_path: Path) -> None:
     async with world(tmp_path, parts={"login_refresh_s": 1}, **FAST) as made:
         nc = await ready(made, await made.add_adapter())
@@ -158,31 +140,6 @@ async def test_a_login_that_nobody_scans_gets_new_codes_and_the_one_before_still
         numbers = [event.code for event in await events(nc) if event.status == "wait"]
         assert numbers == list(range(1, len(numbers) + 1))
         assert len(numbers) >= 3
-
-
-async def test_a_cancelled_login_asks_no_more_and_binds_nobody(tmp_path: Path) -> None:
-    async with world(tmp_path, **FAST) as made:
-        nc = await ready(made, await made.add_adapter())
-        login = await start(nc)
-        await until(lambda: made.sim.qrcodes()[0].polls > 0, "it is asked for")
-        answer = await ask(nc, "login.cancel", LoginQuery(login=login.login), Login)
-        assert (answer.status, answer.qrcode_url) == ("cancelled", "")
-
-        async def told() -> bool:
-            return [event.status for event in await events(nc)] == ["wait", "cancelled"]
-
-        await eventually(told, "the end is told")
-        made.sim.confirm(newest(made))
-        polls = made.sim.qrcodes()[0].polls
-        other = await start(nc, "s2")  # proof that time has passed: another login goes its whole way
-        made.sim.confirm(newest(made))
-        await reaches(nc, other, "confirmed")
-        assert made.sim.qrcodes()[0].polls == polls
-        assert await ask(nc, "login.verify", LoginVerify(login=login.login, code="1"), Login) == "400"
-        for stranger in ("nonsense", "*", ">"):
-            assert await ask(nc, "login.status", LoginQuery(login=stranger), Login) == "404"
-        page = await ask(nc, "bindings.list", BindingsQuery(sandbox="s1"), BindingsPage)
-        assert page.bindings == []
 
 
 async def test_what_goes_wrong_on_the_way_is_survived_or_said(tmp_path: Path) -> None:

@@ -14,11 +14,9 @@ import pytest
 from nats.aio.client import Client
 
 from adapter.contract.messages import (
-    FileItem,
     Inbound,
     InboundItem,
     Media,
-    Options,
     TextItem,
     VoiceItem,
 )
@@ -266,25 +264,3 @@ async def test_a_message_goes_to_the_sandbox_that_it_was_said_to(tmp_path: Path,
             await made.control(nc, NAMES.unbind, msgspec.json.encode({"sandbox": "s1"}))
         (message,) = await told(nc, "s1", 1)
         assert (short(message), message.sandbox, message.window.remaining) == ("timeout", "s1", 0)
-
-
-async def test_a_binding_without_media_is_told_only_that_they_came(tmp_path: Path) -> None:
-    async with world(tmp_path) as made:
-        nc = await made.nc()
-        await start(made, nc, "s1", options=Options(media=False))
-        made.sim.say_media(made.bots["s1"].bot, "image", samples.png())
-        assert short((await told(nc, "s1", 1))[0]) == "off"
-
-
-async def test_media_that_are_too_large_are_told_as_such(tmp_path: Path) -> None:
-    async with world(tmp_path, environ={"WECHAT_NATS_MEDIA_MAX_BYTES": "100000"}) as made:
-        nc = await made.nc()
-        await start(made, nc, "s1")
-        bot = made.bots["s1"].bot
-        made.sim.say_media(bot, "file", samples.blob(100_001), file_name="large.bin")
-        made.sim.say_media(bot, "file", samples.blob(100_000), file_name="small.bin")
-        large, small = await told(nc, "s1", 2)
-        assert (short(large), short(small)) == ("too_large", "+")
-        (item,) = large.items
-        assert isinstance(item, FileItem)
-        assert item.name == "large.bin"

@@ -10,7 +10,7 @@ import msgspec
 from nats.aio.client import Client
 
 from adapter.contract.messages import Options
-from adapter.simulator import BotRecord, FaultRule
+from adapter.simulator import BotRecord
 from tests.e2e.test_commands import final_of
 from tests.e2e.world import NAMES, World, until, world
 
@@ -87,43 +87,3 @@ async def test_sigterm_hides_it(tmp_path: Path) -> None:
         first.signal(signal.SIGTERM)
         assert await first.ended() == 0
         assert not made.sim.typing(bot.user).on
-
-
-async def test_unbinding_hides_it(tmp_path: Path) -> None:
-    async with world(tmp_path) as made:
-        await made.add_adapter()
-        nc = await made.nc()
-        bot = await talking(made, nc)
-        await typing(nc, "on", "on")
-        await final_of(made, "on")
-        await made.control(nc, NAMES.unbind, b'{"sandbox":"s1"}')
-        await until(lambda: not made.sim.typing(bot.user).on, "it is hidden")
-
-
-async def test_f5_and_f26_a_ticket_that_hangs_or_is_refused_delays_no_answer(tmp_path: Path) -> None:
-    async with world(tmp_path) as made:
-        await made.add_adapter()
-        nc = await made.nc()
-        bot = await talking(made, nc)
-        made.sim.set_fault(FaultRule(fault="F26", endpoint="getconfig", bot=bot.bot))
-        await typing(nc, "on", "refused")
-        receipt = await final_of(made, "refused")
-        assert (receipt.outcome, receipt.reason, receipt.ret) == ("refused", "typing", -4)
-        made.sim.clear_faults("F26")
-        made.sim.set_fault(FaultRule(fault="F5", endpoint="getconfig", bot=bot.bot))
-        made.say("s1", "are you there")  # a refusal of the ticket is forgotten when the user writes
-        await made.settle(nc)
-
-        def asked() -> int:
-            return sum(call.count for call in made.sim.calls(bot.bot, "getconfig"))
-
-        before = asked()
-        await typing(nc, "on", "hangs")
-        await until(lambda: asked() > before, "the ticket is asked for")
-        for number in range(3):
-            await made.command(nc, "s1", f"c{number}")
-        for number in range(3):
-            assert (await final_of(made, f"c{number}")).outcome == "accepted"
-        receipts = [receipt.command for receipt in await made.receipts(nc)]
-        assert "hangs" not in receipts  # the ticket was awaited all the while
-        assert made.sim.typing(bot.user).on_calls == 0

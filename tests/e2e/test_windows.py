@@ -53,6 +53,7 @@ async def test_by_quota_and_by_minus_2(tmp_path: Path) -> None:
         assert (await shown(nc)).remaining == 0
         made.say("s1", "go on")
         await made.settle(nc)
+        assert len(made.sim.phone(bot.user)) == 11, "the parked ones came in one message"
         await comes(nc, OPENED, LOW, QUOTA, OPENED)
         made.sim.set_fault(FaultRule(fault="F11", bot=bot.bot, count=1))
         await commands(made, nc, 1, first=12)
@@ -121,30 +122,3 @@ async def test_time_that_passes_while_nobody_runs_is_told(tmp_path: Path) -> Non
         await first.kill()
         await made.add_adapter()
         await comes(nc, OPENED, ("closed", "window_closed", 0))
-
-
-async def test_a_progress_report_takes_no_send_that_is_kept_back_for_answers(tmp_path: Path) -> None:
-    async with world(tmp_path, environ={"WECHAT_NATS_RESERVE_SENDS": "2"}) as made:
-        nc, bot = await made.begun()
-        await comes(nc, ("opened", "", 10))
-
-        async def are_reserved() -> bool:  # the record is stored behind the message
-            return (await shown(nc)).reserved == 2
-
-        await eventually(are_reserved, "two sends are kept back")
-        for number in range(10):
-            body = msgspec.json.encode({"text": f"report {number}", "optional": True, "id": f"r{number}"})
-            await nc.jetstream().publish(NAMES.out("s1"), body)
-
-        async def are_told() -> bool:
-            return len(await made.receipts(nc)) == 10
-
-        await eventually(are_told, "each report has its receipt")
-        told = {receipt.command: receipt.reason for receipt in await made.receipts(nc)}
-        assert [told[f"r{number}"] for number in range(10)] == [""] * 8 + ["reserved"] * 2
-        for number in range(2):
-            await made.command(nc, "s1", f"c{number}")
-        await made.settle(nc)
-        texts = [shown.text for shown in made.sim.phone(bot.user)]
-        assert texts[-3:] == ["report 7", "answer c0", "answer c1"]
-        await comes(nc, ("opened", "", 10), LOW, QUOTA)
