@@ -1,7 +1,7 @@
 # make test         what to run before each commit: check, unit, integration and most of system
 # make check        format, lint, types, import contracts, generated files
 #
-# The tiers of the tests; .ci/run runs make test, load, ops and slow. How long each takes is in tests/README.md.
+# The tiers of the tests; .ci/run runs make test, load, slow and ops. How long each takes is in tests/README.md.
 # make unit         no server, no connection
 # make integration  one part against a real nats-server, or over real sockets
 # make system       whole adapters as processes, also what takes long

@@ -52,7 +52,7 @@ def lose_ack(lossy: Lossy, stream: str, *, skip: int = 0) -> Loss:
     return lossy.lose(b"MSG", b'{"stream":"%b"' % stream.encode(), skip=skip)
 
 
-@pytest.mark.parametrize("place", range(BATCH))
+@pytest.mark.parametrize("place", [0, BATCH // 2, BATCH - 1])
 async def test_a_batch_is_stored_once_and_in_order(rig: Rig, lossy: Lossy, place: int) -> None:
     """Of every stream at once, at each place of the batch; and again, since the first must not hide the next."""
     for begin in (0, BATCH):
@@ -72,7 +72,7 @@ async def test_a_batch_is_stored_once_and_in_order(rig: Rig, lossy: Lossy, place
     assert rig.connection.epoch == 1
 
 
-@pytest.mark.parametrize("place", range(BATCH))
+@pytest.mark.parametrize("place", [0, BATCH // 2, BATCH - 1])
 async def test_a_key_is_made_changed_and_deleted_once(rig: Rig, lossy: Lossy, place: int) -> None:
     """Its repeat meets the first write."""
     bucket, keys = rig.bucket(), [f"k{number}" for number in range(BATCH)]
@@ -100,7 +100,7 @@ async def test_a_write_to_a_lease_fails_in_time_and_has_taken_place(rig: Rig, lo
     await bucket.write("1", b"me still", found.revision)
 
 
-@pytest.mark.parametrize("place", [0, 2, 5])
+@pytest.mark.parametrize("place", [0, 5])
 async def test_an_object_is_stored_once(rig: Rig, lossy: Lossy, place: int) -> None:
     """At a piece, and at its description, which comes last."""
     data, store = content(5 * CHUNK), ObjectStore(rig.connection, rig.publisher, NAMES.media)
@@ -161,7 +161,7 @@ async def test_a_request_fails_in_time_and_the_next_is_answered(rig: Rig, lossy:
     assert rig.connection.epoch == 1
 
 
-@pytest.mark.parametrize("place", range(BATCH + 1))
+@pytest.mark.parametrize("place", [0, BATCH // 2, BATCH])
 async def test_a_reading_with_a_gap_is_none(rig: Rig, lossy: Lossy, place: int) -> None:
     """What is read decides what was told before: a message that is passed over would be lost, or told twice."""
     await rig.publisher.publish_all([event(number) for number in range(BATCH)])
@@ -174,7 +174,7 @@ async def test_a_reading_with_a_gap_is_none(rig: Rig, lossy: Lossy, place: int) 
     assert await rig.read(NAMES.stream_event, subject) == [b"%d" % number for number in range(BATCH)]
 
 
-@pytest.mark.parametrize("place", range(BATCH + 1))
+@pytest.mark.parametrize("place", [0, BATCH // 2, BATCH])
 async def test_the_newest_of_several_subjects_are_all_read_or_none(rig: Rig, lossy: Lossy, place: int) -> None:
     """A receipt that is passed over would let its command be sent again."""
     sandboxes = [f"s{number}" for number in range(BATCH)]
