@@ -18,7 +18,7 @@ from nats.js.errors import NotFoundError
 
 from adapter.cli.demo import demo_settings
 from adapter.cli.talk import LABEL
-from tests.cli.process import Running, alive, children, started, until
+from tests.cli.process import Running, alive, children, started
 
 STARTED = b"You are a WeChat user"
 HELLO = b"hello\n"
@@ -111,20 +111,23 @@ async def test_an_agent_of_ones_own_is_attached_by_the_line_that_is_printed(temp
         assert await process.wait() == 0
 
 
-@pytest.mark.parametrize("given", [b"", b"\n\n"], ids=["nothing", "empty lines"])
-async def test_no_input_is_a_short_visit(temporary: Path, given: bytes) -> None:
+async def test_no_input_is_a_short_visit(temporary: Path) -> None:
     async with started("demo") as process:
-        out, err = await process.communicate(given)
+        out, err = await process.communicate(b"\n\n")
         assert (process.returncode, err, entries(out)) == (0, b"", [])
     assert os.listdir(temporary) == []
 
 
-async def test_a_file_will_do_as_input(temporary: Path, tmp_path: Path) -> None:
+async def test_a_file_will_do_as_input_and_verbose_puts_the_log_on_standard_error(
+    temporary: Path, tmp_path: Path
+) -> None:
     (tmp_path / "lines").write_text("你好，" + "长" * 100 + "\n")
     with (tmp_path / "lines").open() as file:
-        async with started("demo", stdin=file) as process:
-            out, _ = await process.communicate()
+        async with started("demo", "--verbose", stdin=file) as process:
+            out, err = await process.communicate()
             assert process.returncode == 0
+    assert b'"body"' in err
+    assert b"logs to" not in out
     assert said(out, "phone")[0].startswith("You said:")
     assert "".join(out.decode().partition("phone ")[2].split()).endswith(
         "You said: 你好，".replace(" ", "") + "长" * 100
@@ -155,15 +158,6 @@ async def test_ctrl_c_while_it_starts_is_clean_too(temporary: Path) -> None:
     assert os.listdir(temporary) == []
 
 
-async def test_no_process_survives_a_kill(temporary: Path) -> None:
-    async with started("demo") as process:
-        await shown(process, STARTED)
-        (server,) = children(process.pid)
-        process.kill()
-        await process.wait()
-        await until(lambda: not alive(server))
-
-
 async def test_a_bus_that_dies_is_a_failure_that_keeps_the_log(temporary: Path) -> None:
     async with started("demo") as process:
         out = await shown(process, STARTED)
@@ -175,14 +169,6 @@ async def test_a_bus_that_dies_is_a_failure_that_keeps_the_log(temporary: Path) 
     (log,) = os.listdir(temporary)
     assert log.encode() in out
     assert log.encode() in rest
-
-
-async def test_verbose_puts_the_log_on_standard_error(temporary: Path) -> None:
-    async with started("demo", "--verbose") as process:
-        out, err = await process.communicate(HELLO)
-        assert process.returncode == 0
-    assert b'"body"' in err
-    assert b"logs to" not in out
 
 
 async def test_at_a_terminal_one_is_prompted_and_leaves_by_ctrl_c(temporary: Path) -> None:
