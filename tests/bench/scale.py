@@ -80,8 +80,9 @@ class Size(NamedTuple):
     a_month: float
 
 
-def size(bots: int, costs: Costs = Costs(), traffic: Traffic = Traffic(), limits: Limits = Limits()) -> Size:
+def size(bots: int) -> Size:
     """The installation that serves so many bots."""
+    costs, traffic, limits = Costs(), Traffic(), Limits()
     messages, commands = (bots * count / DAY_S * traffic.peak for count in (traffic.messages, traffic.commands))
     cores = bots * costs.bot_s_per_s + messages * costs.message_s + commands * costs.command_s
     replicas = max(2, -(-bots // limits.bots), int(cores / limits.replica_cores) + 1)

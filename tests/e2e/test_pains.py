@@ -1,7 +1,7 @@
 """Twenty things that users of other bridges suffer from, each as one test of this one.
 
-The list is the field's and stays whole, although other tests show most of it. Everything is real: an adapter process, a
-nats-server, iLink's simulator over sockets.
+The list is the field's and stays whole, although other tests show most of it. Everything is real: an adapter process,
+a nats-server, iLink's simulator over sockets.
 """
 
 from __future__ import annotations
