@@ -381,7 +381,7 @@ async def test_what_comes_unasked_answers_nothing_over_tls(
     monkeypatch.setenv("SSL_CERT_FILE", str(authority.file))
     tls = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     tls.load_cert_chain(*authority.issue("ilink"))
-    evil = OK.replace(b"{}", b"[]")
+    evil, ended = OK.replace(b"{}", b"[]"), 0
 
     async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         with contextlib.suppress(asyncio.IncompleteReadError, ConnectionError):
@@ -392,13 +392,15 @@ async def test_what_comes_unasked_answers_nothing_over_tls(
                     await asyncio.sleep(0.05)
                 writer.write(evil)
         writer.close()
+        nonlocal ended
+        ended += 1
 
     made = Transport(tls=ResumingContext(), budget=ByteBudget(), resolver=RESOLVER)
     async with await asyncio.start_server(serve, "127.0.0.1", 0, ssl=tls) as listening:
         url = f"https://127.0.0.1:{listening.sockets[0].getsockname()[1]}/"
-        for _ in range(3):
+        for number in range(1, 4):
             assert (await post(made, url)).body == b"{}"
-            await asyncio.sleep(0.1)
+            await until(lambda number=number: ended == number, "the connection is closed")  # type: ignore[misc]
         await made.close()
 
 
