@@ -2,7 +2,7 @@
 # make check        format, lint, types, import contracts, generated files
 #
 # The tiers of the tests; .ci/run runs make test, load, slow and ops. How long each takes is in tests/README.md.
-# make unit         no server, no connection
+# make unit         no server, no connection, nothing slow
 # make integration  one part against a real nats-server, or over real sockets
 # make system       whole adapters as processes, also what takes long
 # make ops          chart, image's files, alerts, console in a browser, clients of others; skips what cannot be installed
@@ -61,7 +61,7 @@ test: check
 	@$(pytest) -m '(unit or integration or system) and not slow' --ignore tests/test_docs.py --ignore tests/test_words.py </dev/null
 
 unit: install
-	@$(BIN)/pytest -n 2 --dist worksteal -m unit </dev/null
+	@$(BIN)/pytest -n 2 --dist worksteal -m 'unit and not slow' </dev/null
 
 integration: install
 	@$(pytest) -m integration </dev/null
