@@ -77,10 +77,11 @@ async def publish(addressed: Sequence[AddressedMessage], deps: PublishDeps) -> N
 
     A large message is published alone: if the bus refuses its size, its stub keeps its place in the order.
     """
-    addressed, until = list(addressed), asyncio.get_running_loop().time() + QUOTES_S
-    for number, message in enumerate(addressed):
-        if message.inbound.reference is not None:  # quotes are rare
-            addressed[number] = await _with_quote(message, addressed[:number], until, deps)
+    if any(message.inbound.reference is not None for message in addressed):
+        addressed, until = list(addressed), asyncio.get_running_loop().time() + QUOTES_S
+        for number, message in enumerate(addressed):
+            if message.inbound.reference is not None:
+                addressed[number] = await _with_quote(message, addressed[:number], until, deps)
     start = 0
     for number, message in enumerate(addressed):
         if len(message.inbound.raw) > LARGE:
