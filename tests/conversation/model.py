@@ -64,6 +64,12 @@ def copy(sequence: int, of: QueuedCommand) -> QueuedCommand:
     return msgspec.structs.replace(of, sequence=sequence)
 
 
+class Saved(NamedTuple):
+    """A Save with the record of its step: an actor carries out a step before it takes the next input."""
+
+    record: bytes
+
+
 class World(NamedTuple):
     """All of it."""
 
@@ -81,7 +87,7 @@ class World(NamedTuple):
     """What iLink took since the user wrote last, by client_id."""
     memory: bytes
     """The conversation, as its owner knows it; empty: nobody owns it."""
-    effects: tuple[rules.Effect, ...]
+    effects: tuple[rules.Effect | Saved, ...]
     """What is left to carry out."""
     out: rules.Post | None
     """The request that is out."""
@@ -213,7 +219,9 @@ class Explorer:
         state, effects = rules.step(self._memory(world), event, world.now_ms, self.policy)
         if state.activity in (Activity.IDLE, Activity.SENDING):
             world = world._replace(waits=None)
-        return world._replace(memory=msgspec.msgpack.encode(state), effects=(*world.effects, *effects))
+        saved = Saved(msgspec.msgpack.encode(state.record))
+        steps = [saved if isinstance(effect, rules.Save) else effect for effect in effects]
+        return world._replace(memory=msgspec.msgpack.encode(state), effects=(*world.effects, *steps))
 
     def _take_over(self, world: World) -> World:
         """What the processor does: commands that have their final receipts are acknowledged, others come again."""
@@ -254,9 +262,8 @@ class Explorer:
     def _carry_out(self, world: World) -> World:
         effect, world = world.effects[0], world._replace(effects=world.effects[1:])
         match effect:
-            case rules.Save():
-                # later effects may have changed the memory: what is stored is never older than what was decided
-                return world._replace(stored=msgspec.msgpack.encode(self._memory(world).record))
+            case Saved(record):
+                return world._replace(stored=record)
             case rules.Post():
                 assert world.out is None, "two requests to one user at once"
                 bot = self._memory(world).bot
