@@ -43,9 +43,6 @@ WORK_S = 0.001
 loop's time."""
 
 
-BUSY_FLUSH_S = 0.001
-"""Time for which publishes are collected while many are outstanding. A write takes a tenth of a message's CPU, here
-and in the server."""
 UNWRITTEN_BYTES = 1024 * 1024
 """Bytes that the server has not taken, from which on nats-py's writer waits for it."""
 
@@ -122,13 +119,10 @@ class BusClient(Client):
         self._pending_data_size += len(command)
         return True
 
-    def flush_soon(self, *, is_busy: bool = False) -> None:
-        """Writes queued publishes together with others: of this turn of the event loop, or with `is_busy` of the
-        next BUSY_FLUSH_S seconds."""
-        if self._flush is not None:
-            return
-        loop = asyncio.get_running_loop()
-        self._flush = loop.call_later(BUSY_FLUSH_S, self.flush_now) if is_busy else loop.call_soon(self.flush_now)
+    def flush_soon(self) -> None:
+        """Writes queued publishes together with others of this turn of the event loop."""
+        if self._flush is None:
+            self._flush = asyncio.get_running_loop().call_soon(self.flush_now)
 
     def flush_now(self) -> None:
         """Writes queued publishes at once, by nats-py's writer if the server does not keep up."""

@@ -49,8 +49,6 @@ DELAYED_PUBLISH_S = 240.0
 """Wait after which a write counts as delayed; shorter than the stream's duplicate window
 (topology.DUPLICATE_WINDOW_NS)."""
 NO_ACK = "no acknowledgement"
-BUSY = 8
-"""Outstanding messages from which on writes are collected for longer."""
 MAX_SUBJECT = 3072
 """Longest subject. A server closes the connection over a line of more than 4,096 bytes, at every retry."""
 
@@ -309,7 +307,7 @@ class Publisher:
         if posted is not None and alone:
             posted.flush_now()
         elif posted is not None:
-            posted.flush_soon(is_busy=len(self._outstanding) >= BUSY)
+            posted.flush_soon()
 
     async def _write(self, entry: _Outstanding) -> None:
         """Writes one message, possibly again. The current server may have a smaller limit."""

@@ -557,7 +557,7 @@ async def _polls_add_up(bench: Bench) -> None:
 
     Nothing comes, so that hardly anybody else works, and there is nearly a core for each.
     """
-    bots, alone = 15_000, 0.0
+    bots, alone = 12_000, 0.0
     async with bench.rig("polls: one adapter, then two", bound=bots, hold_s=START_S) as (made, nc):
         adapters = [await bridge_in(made, "adapter", bots)]
         await made.ask("hold", seconds=1.2 * INSTANT_S)
