@@ -102,6 +102,6 @@ async def test_an_idle_bot_writes_once_and_takes_little_memory() -> None:
     size, _ = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert Counter(bench.bus.writes) == {"journal": IDLE_BOTS}
-    assert size / IDLE_BOTS < 20_000
+    assert size / IDLE_BOTS < 18_000
     for task in tasks:
         task.cancel()

@@ -158,6 +158,7 @@ class Connection(asyncio.Protocol):
         self._timeout_s = timeout_s
         self._deadline = Deadline(self._loop, timeout_s, self._on_deadline)
         self._transport.write(request)
+        del request
         try:
             reply: Reply = await result
             return reply

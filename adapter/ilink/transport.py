@@ -84,7 +84,9 @@ class Transport:
             encoded = _encode_request(request, base, close=fresh)
             if check is not None:
                 check()
-            reply = await line.send_request(encoded, timeout_s, request.largest)
+            sending = line.send_request(encoded, timeout_s, request.largest)
+            del encoded  # a poll waits for half a minute
+            reply = await sending
         except (TimeoutError, Uncertain) as exc:
             line.close()
             if kept is None:

@@ -18,7 +18,7 @@ from adapter.inbound.bot_journal import BotJournal
 from adapter.inbound.dispatch_state import DispatchDeps
 from adapter.inbound.dispatcher import Dispatcher
 from adapter.inbound.journal import Journal
-from adapter.kit.timing import ChangeSignal, Clock, PerTickLimiter, RateLimiter, WakeupBatcher
+from adapter.kit.timing import ChangeSignal, Clock, Flag, PerTickLimiter, RateLimiter, WakeupBatcher
 from adapter.observability.events import Events
 from adapter.observability.metrics import Metrics
 from adapter.ownership.leases import Leases
@@ -164,11 +164,11 @@ class BotPoller:
         """The start cursor of the binding that was applied last."""
         self.draining_after_handover = False
         """The shard was handed over while a poll waits. Its answer is stored, then the bot is released."""
-        self.bot_released = asyncio.Event()
+        self.bot_released = Flag()
         """Set when the replica that had the bot reports its release."""
         self.may_have_late_record = False
         """Another replica may have stored a record under this replica's name (BotJournal.store_late)."""
-        self.poll_cancel = asyncio.Event()
+        self.poll_cancel = Flag()
         """Set by `cancel_poll`."""
         self.poll_task: asyncio.Task[Any] | None = None
         """The poller's task while its poll waits."""

@@ -155,7 +155,41 @@ class Deadline:
         self._timer = self._loop.call_later(DELAYED_GRACE_S if is_late else READ_GRACE_S, self._on_expired)
 
 
-async def wait_event(event: asyncio.Event, timeout_s: float | None) -> bool:
+class Flag:
+    """As asyncio.Event, in a tenth of its memory while nobody waits: each of thousands of pollers has two."""
+
+    __slots__ = ("_is_set", "_waiters")
+
+    def __init__(self) -> None:
+        self._is_set = False
+        self._waiters: list[asyncio.Future[None]] = []
+
+    def is_set(self) -> bool:
+        return self._is_set
+
+    def set(self) -> None:
+        """Wakes all that wait."""
+        self._is_set = True
+        for waiter in self._waiters:
+            if not waiter.done():
+                waiter.set_result(None)
+
+    def clear(self) -> None:
+        self._is_set = False
+
+    async def wait(self) -> None:
+        """Returns once it is set, even if it is cleared before the caller runs."""
+        if self._is_set:
+            return
+        waiter = asyncio.get_running_loop().create_future()
+        self._waiters.append(waiter)
+        try:
+            await waiter
+        finally:
+            self._waiters.remove(waiter)
+
+
+async def wait_event(event: asyncio.Event | Flag, timeout_s: float | None) -> bool:
     """Waits until `event` is set or `timeout_s` seconds have passed. Returns whether it is set."""
     if event.is_set():
         return True
@@ -249,8 +283,11 @@ class PerTickLimiter:
 class ChangeSignal:
     """A condition variable for one event loop, without a lock. `notify_all` wakes all callers of `wait_until`."""
 
+    __slots__ = ("_waiters",)
+
     def __init__(self) -> None:
-        self._waiters: set[asyncio.Future[None]] = set()
+        self._waiters: dict[asyncio.Future[None], None] = {}
+        """In the order of their calls; an empty set would be three times as large."""
 
     def notify_all(self) -> None:
         """Wakes all current waiters."""
@@ -272,12 +309,12 @@ class ChangeSignal:
                     waiter = asyncio.get_running_loop().create_future()
                     conditions = (self,) if also is None else (self, also)
                     for condition in conditions:
-                        condition._waiters.add(waiter)
+                        condition._waiters[waiter] = None
                     try:
                         await waiter
                     finally:
                         for condition in conditions:
-                            condition._waiters.discard(waiter)
+                            condition._waiters.pop(waiter, None)
         except TimeoutError:
             return holds()
         return True
