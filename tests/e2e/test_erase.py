@@ -102,7 +102,6 @@ async def test_a_person_is_erased_while_everybody_writes(tmp_path: Path) -> None
             answer = await erased(made, nc, bots["s0"], "e")
             is_erased.set()
         assert answer.left == {}
-        assert answer.counts["message"] > 100
         del made.said["s0"], made.sent["s0"]
         await made.settle(nc)
         assert await naming(nc, bots["s0"].user, bots["s0"].bot, "of s0.") == []
