@@ -7,6 +7,7 @@ from collections import defaultdict
 from typing import NamedTuple
 
 import msgspec
+import nats
 from nats.aio.client import Client
 from nats.aio.msg import Msg
 
@@ -32,7 +33,11 @@ async def _kept(nc: Client, name: str, subject: str) -> int:
     """How many the stream's leader has."""
     query = msgspec.json.encode({"subjects_filter": subject})
     while True:
-        answer = msgspec.json.decode((await nc.request(f"$JS.API.STREAM.INFO.{name}", query, timeout=10)).data)
+        try:
+            reply = await nc.request(f"$JS.API.STREAM.INFO.{name}", query, timeout=2)
+        except nats.errors.TimeoutError:  # there is no leader yet
+            continue
+        answer = msgspec.json.decode(reply.data)
         if "error" not in answer:
             return sum((answer["state"].get("subjects") or {}).values())
         if answer["error"]["code"] == 404:
