@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import os
 import re
@@ -167,7 +168,15 @@ async def test_each_connects_by_tls_and_by_token_or_key(
     server = await asyncio.create_subprocess_exec(
         find_server(), "-c", tmp_path / "server.conf", stderr=asyncio.subprocess.DEVNULL
     )
+
+    async def listens() -> bool:
+        with contextlib.suppress(OSError):
+            (await asyncio.open_connection("127.0.0.1", port))[1].close()
+            return True
+        return False
+
     try:
+        await eventually(listens, "the server listens")
         async with language.run("echo", "s1", NATS_URL=f"tls://127.0.0.1:{port}", **says, **tls) as echo:
             await echo.says("echo agent of s1: ready")
     finally:

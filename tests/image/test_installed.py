@@ -67,7 +67,7 @@ def test_it_says_that_voice_stays_as_it_is(installed: Path) -> None:
     [
         (["--version"], 0, tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]),
         (["schema", "outbound"], 0, '"$id": "urn:wechat-nats:schema:1:outbound"'),
-        (["schema"], 2, "This is no checkout"),
+        (["schema"], 2, "Name a message, one of"),
         (["simulator", "--help"], 0, "--port"),
         (["permissions", "--help"], 0, "Usage: wechat-nats permissions"),
         (["bindings"], 3, "127.0.0.1:9"),
