@@ -18,14 +18,14 @@ DAY_S, GIB = 86_400, 1024**3
 class Costs(NamedTuple):
     """What was measured (tests/bench/README.md), for TLS where it matters. CPU in seconds, sizes in bytes."""
 
-    bot_s_per_s: float = 2.6 / 60 / 10_000
+    bot_s_per_s: float = 2.0 / 60 / 10_000
     """Adapter's CPU for a bot whose poll waits."""
-    message_s: float = 170e-6
-    command_s: float = 240e-6
-    server_bot_s_per_s: float = 0.5 / 60 / 10_000
-    server_message_s: float = 35e-6
-    server_command_s: float = 95e-6
-    bot_memory: int = 68 * 1024
+    message_s: float = 243e-6
+    command_s: float = 256e-6
+    server_bot_s_per_s: float = 0.8 / 60 / 10_000
+    server_message_s: float = 42e-6
+    server_command_s: float = 88e-6
+    bot_memory: int = 71 * 1024
     process_memory: int = 60 * 1024**2
     server_bot_memory: int = 15 * 1024
     receipt_memory: int = 370
