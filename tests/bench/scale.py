@@ -28,11 +28,11 @@ class Costs(NamedTuple):
     bot_memory: int = 71 * 1024
     process_memory: int = 60 * 1024**2
     server_bot_memory: int = 15 * 1024
-    receipt_memory: int = 370
+    receipt_memory: int = 360
     """Of the server, for each receipt that is kept: its subject."""
-    bot_disk: int = 6 * 1024
+    bot_disk: int = 8 * 1024
     message_disk: int = 500
-    receipt_disk: int = 500
+    receipt_disk: int = 840
 
 
 class Traffic(NamedTuple):

@@ -22,6 +22,7 @@ from nats.aio.client import Client
 
 from adapter.contract.messages import FINAL_OUTCOMES, BindingEvent, ImageItem, Inbound, Login, Receipt, VoiceItem
 from adapter.simulator import BotRecord, FaultRule, samples
+from tests.e2e.test_round_trip import fetch
 from tests.e2e.world import NAMES, SOON, AdapterProcess, World, eventually, free_port, stream, until, world
 
 pytestmark = pytest.mark.slow  # most of it is shown elsewhere, in parts
@@ -504,18 +505,3 @@ async def ask(nc: Client, verb: str, kind: type[Any], **query: Any) -> Any:
     answer = await nc.request(NAMES.svc(verb), msgspec.json.encode(query), timeout=20)
     assert "Nats-Service-Error" not in (answer.headers or {}), answer.headers
     return msgspec.json.decode(answer.data, type=kind)
-
-
-async def fetch(nc: Client, sandbox: str, name: str) -> bytes:
-    """An object, as a sandbox reads it."""
-    found, after = b"", 0
-    while True:
-        answer = await nc.request(
-            NAMES.svc(f"media.get.{sandbox}"), msgspec.json.encode({"object": name, "after": after}), timeout=20
-        )
-        headers = answer.headers or {}
-        assert "Nats-Service-Error" not in headers, headers
-        found += answer.data
-        if "Wechat-Next" not in headers:
-            return found
-        after = int(headers["Wechat-Next"])
