@@ -29,7 +29,6 @@ log = structlog.get_logger()
 MAX_BUGS = 5
 """Crashes on a command after which it becomes a dead letter."""
 FAILS = "The adapter fails on this command."
-DELETE_ATTEMPTS = 5
 MAX_BATCH = 512
 """Commands in one batch. Commands for different sandboxes and bots are processed concurrently."""
 
@@ -44,7 +43,6 @@ class Control:
         self._tasks = TaskSet(_report)
         self._turn = asyncio.Lock()
         """Held while commands are processed."""
-        self._delete_attempts = DELETE_ATTEMPTS
 
     def enqueue(self, delivery: Delivery) -> None:
         self.queue.add(delivery)
@@ -111,7 +109,6 @@ class Control:
             if not self.queue.is_settled(number):  # processed again, an old bind would undo a later unbind
                 await self._deps.wait_complete()
                 await self._process(number)
-            await self._secure_delete(self.queue.delivery(number))
             self.binder.checks.forget(number)
             await self.queue.settle(number)
 
@@ -187,27 +184,6 @@ class Control:
             msg_id=f"dead:ctl:{delivery.seq}:{delivery.time_ms}",
         )
         await _send_answer(self._deps.core, delivery, ControlAnswer(ok=False, id=request, error=exc.detail))
-
-    async def _secure_delete(self, delivery: Delivery) -> None:
-        """Erases a bind or an erase command from the server's disk, where an acknowledgement alone would leave it.
-
-        Waits for a stream without a leader. Other failures may mean a missing permission, so after one that could not
-        be erased each later one gets only one attempt, and the commands behind it do not wait.
-        """
-        if not _is_secret(delivery):
-            return
-        attempts = self._delete_attempts
-        for failures in range(1, attempts + 1):
-            try:
-                await self._deps.access.history.delete(self._deps.access.names.stream_ctl, delivery.seq, erase=True)
-            except Temporary as exc:
-                self._delete_attempts, reason = 1, exc.reason
-            else:
-                self._delete_attempts = DELETE_ATTEMPTS
-                return
-            if failures < attempts:
-                await self._deps.clock.sleep(backoff(failures, first_s=0.2))
-        log.warning("control.delete_failed", sequence=delivery.seq, reason=reason)
 
     async def _purge_late(self, sandbox: str, bots: Collection[str]) -> None:
         """Purges again, because a message that waits for its media is published after the unbind."""

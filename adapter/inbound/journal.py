@@ -162,8 +162,9 @@ class Journal:
             raise
 
     async def delete(self, sequence: int) -> None:
-        """Deletes a record and overwrites it on the disk. Raises Temporary."""
-        await self._history.delete(self._names.stream_journal, sequence, erase=True)
+        """Deletes a record. It is not overwritten on the server's disk. For that, the server would read up to 8 MiB
+        and sync the file, while the whole stream waits. Raises Temporary."""
+        await self._history.delete(self._names.stream_journal, sequence)
 
     def _read(self, bot: str, stored: Stored) -> Written:
         """A record that cannot be opened or decoded counts as an empty one of its owner. Raises Temporary for a

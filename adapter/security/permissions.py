@@ -130,16 +130,12 @@ def exports(names: Names) -> dict[Share, list[Role]]:
 
 def streams(names: Names) -> tuple[str, ...]:
     """All streams, including those of buckets and objects."""
-    return (*_plain_streams(names), *(f"KV_{bucket}" for bucket in buckets(names)), f"OBJ_{names.media}")
+    return (names.stream_ctl, *_purged_streams(names), *(f"KV_{bucket}" for bucket in buckets(names)))
 
 
 def buckets(names: Names) -> tuple[str, ...]:
     """All key-value buckets."""
     return names.bindings, names.conversations, names.members, names.claims, names.logins
-
-
-def _plain_streams(names: Names) -> tuple[str, ...]:
-    return *_pulled_streams(names), names.stream_in, names.stream_event, names.stream_dead, names.stream_journal
 
 
 def _inbox_subjects(role: Role) -> str:
@@ -152,7 +148,8 @@ def _api_subjects(*verbs: str) -> tuple[str, ...]:
 
 def _purged_streams(names: Names) -> tuple[str, ...]:
     """Streams of which the adapter deletes single messages: a person's, above all."""
-    return (*_plain_streams(names), f"OBJ_{names.media}")
+    kept = (names.stream_event, names.stream_dead, names.stream_journal, f"OBJ_{names.media}")
+    return (names.stream_in, names.stream_out, *kept)
 
 
 def _adapter_publishes(names: Names) -> tuple[str, ...]:

@@ -23,6 +23,7 @@ import msgspec
 from nats.aio.client import Client
 from nats.aio.msg import Msg
 
+from adapter.contract.messages import Bind, Unbind
 from adapter.inbound.poller import INSTANT_S
 from tests.bench.plot import bars
 from tests.bench.rig import Process, Received, Rig, rig
@@ -38,6 +39,8 @@ SETTLE_S = 8.0
 """After the last bot's first poll, and the looks at their users' windows, for what else a start leaves to be done."""
 MANY = 5000
 """Bots after whose start, or first messages, there is something left to be done."""
+CROWD = 10_000
+"""Bots that are bound by control commands."""
 WRITING = "floor that writes"
 TURNS = 3
 """Runs of each bridge in a row that compares them; the row has the medians."""
@@ -112,6 +115,8 @@ AIMS = (
     Aim("outbound", (100, 1000), "with receipts", "both", 2.0),
     Aim("latency in", (100,), "100/s", "p50_share", 2.0),
     Aim("latency in", (100,), "100/s", "p99_share", 2.0),
+    Aim("bind", (10_000,), "wechat.ctl.bind", "per s", 1000, at_most=False),
+    Aim("bind", (10_000,), "wechat.ctl.bind", "polled_s", 25),
     Aim("idle", (1000, 5000, 10_000), "TLS", "kib", 70),
     Aim("idle", (5000, 10_000), "plain", "cpu_share", 1.3),
     Aim("idle", (5000, 10_000), "plain", "mib_share", 1.1),
@@ -575,6 +580,68 @@ async def _polls_add_up(bench: Bench) -> None:
             alone = figures["per s"]
 
 
+async def bound(bench: Bench) -> None:
+    """Bots come and go by control commands, published without a pause, while the same process polls them."""
+    for checked, how in ((None, "wechat.ctl.bind"), (True, "wechat.ctl.bind, each token checked")):
+        async with bench.rig(f"{how}, {CROWD} bots") as (made, nc):
+            process = made.adapter()
+            await made.claimed(nc)
+            await asyncio.sleep(SETTLE_S)  # all shards are claimed
+            last = (await nc.jetstream().stream_info("WECHAT_CTL")).state.last_seq
+            spent = Spent(made.server, process)
+            for number in range(CROWD):
+                bot, user = f"{number}@im.bot", f"user{number}@im.wechat"
+                asked = Bind(sandbox=f"s{number}", bot=bot, bot_token=f"{bot}:0600abcd", user=user, check=checked)
+                await command(nc, "wechat.ctl.bind", asked)
+            figures = spent.on(CROWD, await executed(nc, last + CROWD))
+            await made.polled(CROWD)
+            bench.add("bind", CROWD, how, "adapter", **figures, polled_s=time.monotonic() - spent.began)
+            if checked:
+                continue
+            await asyncio.sleep(SETTLE_S)
+            spent = Spent(made.server, process)
+            for number in range(CROWD):
+                await command(nc, "wechat.ctl.unbind", Unbind(sandbox=f"s{number}"))
+            bench.add(
+                "unbind",
+                CROWD,
+                "wechat.ctl.unbind",
+                "adapter",
+                **spent.on(CROWD, await executed(nc, last + 2 * CROWD)),
+            )
+
+
+async def command(nc: Client, subject: str, asked: Bind | Unbind) -> None:
+    await nc.publish(subject, msgspec.json.encode(asked), headers={"Nats-Msg-Id": f"{subject} {asked.sandbox}"})
+    if asked.sandbox.endswith("00"):
+        await nc.flush()
+
+
+async def executed(nc: Client, last: int) -> float:
+    """When no control command up to this one waits any more."""
+    while (state := (await nc.jetstream().stream_info("WECHAT_CTL")).state).messages or state.last_seq < last:
+        await asyncio.sleep(0.02)
+    return time.monotonic()
+
+
+async def silent(bench: Bench) -> None:
+    """Bots write, and then fall silent, so that the journal lets their messages go."""
+    bots, messages = 1000, 5
+    async with bench.rig(f"{bots} bots fall silent", bound=bots) as (made, nc):
+        process = await bridge_in(made, "adapter", bots)
+        received, js = await heard(nc), nc.jetstream()
+        for _ in range(messages):
+            await said_once(made, received, range(bots))
+        while (await js.stream_info("WECHAT_JOURNAL")).state.messages > bots * messages:
+            await asyncio.sleep(0.02)
+        spent = Spent(made.server, process)
+        while (await js.stream_info("WECHAT_JOURNAL")).state.messages > bots:
+            await asyncio.sleep(0.02)
+        bench.add(
+            "journal trimmed", bots, "5 messages of each", "adapter", **spent.on(bots * messages, time.monotonic())
+        )
+
+
 def plot(rows: list[Row]) -> str:
     """CPU per message of all bridges."""
     found: dict[str, dict[str, float]] = {}
@@ -595,6 +662,8 @@ SUITES: dict[str, Callable[[Bench], Awaitable[None]]] = {
     "out": outbound,
     "grown": grown,
     "two": shared,
+    "bind": bound,
+    "silent": silent,
     "idle": idle,
 }
 

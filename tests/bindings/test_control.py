@@ -12,7 +12,7 @@ import pytest
 from structlog.testing import capture_logs
 
 from adapter.bindings.binder import ControlDeps, Eraser
-from adapter.bindings.control import DELETE_ATTEMPTS, Control
+from adapter.bindings.control import Control
 from adapter.bindings.registry import Bindings
 from adapter.contract.messages import Bind, ControlAnswer, Erase
 from adapter.contract.names import H_ERROR, H_ERROR_CODE, H_MSG_ID, H_REPLY_TO, to_subject_token
@@ -821,59 +821,6 @@ async def test_no_token_is_in_an_answer_an_event_a_log_or_a_repr() -> None:
     sealed = [entry.value or b"" for entry in platform.bench.bindings_bucket.entries.values()]
     for data in (*said, *stored, *sealed, str(logs).encode(), repr(list(platform.bench.bindings)).encode()):
         assert b"SECRET" not in data
-
-
-async def test_a_bind_is_erased_once_it_is_carried_out_or_refused(platform: Platform) -> None:
-    """A mere ack would leave its token on the server's disk."""
-    await platform.bind()
-    await platform.say("unbind", sandbox="s1")
-    await platform.bind(base_url="https://evil.example")
-    platform.publish("bind", b"no json")
-    await asyncio.sleep(1)
-    assert platform.bench.bus.erased == [("WECHAT_CTL", 1), ("WECHAT_CTL", 3), ("WECHAT_CTL", 4)]
-    assert [delivery.acks for delivery in platform.deliveries] == [1, 1, 1, 1]
-
-
-async def test_a_bind_is_erased_once_its_stream_has_a_leader_again(platform: Platform) -> None:
-    """Acknowledged at the first failure, it could not be erased any more, and its token would stay on the disk."""
-
-    async def leaderless() -> None:
-        if len(platform.bench.bus.erased) < 4:
-            raise Temporary("bus_busy")
-
-    platform.bench.bus.on_delete = leaderless
-    with capture_logs() as logs:
-        delivery = platform.publish_bind()
-        await asyncio.sleep(1)
-        assert delivery.acks == 0
-        await asyncio.sleep(5)
-    assert delivery.acks == 1
-    assert platform.bench.bus.erased == [("WECHAT_CTL", 1)] * 4
-    assert [line["event"] for line in logs if line["log_level"] == "warning"] == []
-
-
-async def test_a_bind_that_cannot_be_erased_holds_up_nobody_for_long(platform: Platform) -> None:
-    """It may not be permitted: after the first such bind, the others get one try each, until one succeeds."""
-
-    async def away() -> None:
-        raise Temporary("bus_timeout")
-
-    async def tries(number: int) -> int:
-        before = len(platform.bench.bus.erased)
-        delivery = platform.publish_bind(f"b{number}@im.bot")
-        await asyncio.sleep(5)
-        assert delivery.acks == 1
-        return len(platform.bench.bus.erased) - before
-
-    platform.bench.bus.on_delete = away
-    with capture_logs() as logs:
-        assert [await tries(number) for number in range(3)] == [DELETE_ATTEMPTS, 1, 1]
-        assert (await platform.say("unbind", sandbox="s1")).ok
-    assert [line["event"] for line in logs if line["log_level"] == "warning"] == ["control.delete_failed"] * 3
-    platform.bench.bus.on_delete = None
-    assert await tries(3) == 1
-    platform.bench.bus.on_delete = away
-    assert await tries(4) == DELETE_ATTEMPTS
 
 
 def test_a_bind_shows_no_token() -> None:

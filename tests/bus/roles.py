@@ -140,7 +140,7 @@ ALL, PULLED, PURGED, READ, OWN = (
     "WECHAT_IN WECHAT_EVENT WECHAT_DEAD OBJ_wechat_media",
     "WECHAT_IN",
 )
-ERASED = " ".join(stream for stream in STREAMS if not stream.startswith("KV_"))
+ERASED = " ".join(stream for stream in STREAMS if not stream.startswith("KV_") and stream != "WECHAT_CTL")
 
 API: list[tuple[str, dict[str, str]]] = [
     ("$JS.API.INFO", {"adapter": ALL, "operator": ALL}),

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import re
 from collections.abc import Awaitable, Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -191,6 +193,26 @@ async def test_an_owner_cut_off_before_it_reads_knows_what_was_in_flight_before(
     await heir.have(2)
     assert heir.resets == 2
     assert [(delivery.data, delivery.redelivered) for delivery in heir.got] == [(b"0", True), (b"1", True)]
+
+
+async def test_a_command_is_on_no_disk_once_all_are_acknowledged(rig: Rig, tmp_path: Path) -> None:
+    """A bind has a token. A command that waits keeps the file with the others."""
+    await control(rig, *(f"token {number} {'x' * 10_000}" for number in range(60)))
+    reader = Reader(rig, room=64)
+    await reader.have(60)
+    for delivery in reader.got[:7] + reader.got[8:]:
+        await delivery.ack()
+
+    def on_disk() -> set[bytes]:
+        return {
+            found
+            for path in (tmp_path / "nats").rglob("*.blk")
+            for found in re.findall(rb"token \d+", path.read_bytes())
+        }
+
+    await until(lambda: b"token 0" in on_disk(), "the first commands share a file with one that waits")
+    await reader.got[7].ack()
+    await until(lambda: not on_disk(), "no command is on the disk")
 
 
 async def test_a_kill_of_the_server_brings_what_is_unsettled_again_in_order(rig: Rig) -> None:
