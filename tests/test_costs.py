@@ -11,6 +11,7 @@ from collections import Counter
 from adapter.inbound.bot_poller import BotPoller
 from adapter.inbound.poller import run_poller
 from adapter.ports import Account, Polled
+from tests.bindings.test_control import Platform
 from tests.fakes import Bench, batch, ready
 from tests.inbound.pollers import polls, raw, texts
 from tests.outbound import shards
@@ -74,6 +75,13 @@ async def test_a_command_costs_a_write_before_it_and_a_receipt() -> None:
     entry = next(iter(bench.conversation_bucket.entries.values()))
     assert entry.value is not None
     assert len(entry.value) < 1550
+
+
+async def test_a_bind_costs_its_binding_and_an_event_and_overwrites_nothing() -> None:
+    platform = Platform()
+    await platform.bind()
+    assert Counter(platform.bench.bus.writes) == {"binding": 1, "event": 1}
+    assert platform.bench.bus.erased == []
 
 
 class Silence:

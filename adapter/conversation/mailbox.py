@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-from collections import deque
 from collections.abc import Awaitable, Callable
 from typing import NamedTuple
 
@@ -32,7 +31,8 @@ class Mailbox:
         self._sandbox = sandbox
         self._on_empty = on_empty
         self._turns = turns
-        self._mails: deque[_Mail] = deque()
+        self._mails: list[_Mail] = []
+        """Few at a time. An empty deque takes 600 bytes, for each of thousands of users who are silent."""
         self._task: asyncio.Task[None] | None = None
         self.is_stopped = False
 
@@ -77,7 +77,7 @@ class Mailbox:
         try:
             while self._mails:
                 await self._turns.wait_turn()
-                event, done, is_wanted = self._mails.popleft()
+                event, done, is_wanted = self._mails.pop(0)
                 try:
                     if is_wanted is None or is_wanted():
                         await self.handle(event)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Coroutine, Sequence
+from functools import partial
 from typing import Any
 
 import structlog
@@ -53,7 +54,7 @@ class BotPollers(dict[str, BotPoller]):
         poller = self[bot] = BotPoller(bot)
         task = asyncio.get_running_loop().create_task(self._run(poller), name=f"poller.{bot}")
         self.tasks.add(task)
-        task.add_done_callback(lambda done: self._on_ended(poller, done))
+        task.add_done_callback(partial(self._on_ended, poller))
 
     def _on_ended(self, poller: BotPoller, task: asyncio.Task[None]) -> None:
         bot = poller.bot
