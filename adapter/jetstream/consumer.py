@@ -81,7 +81,8 @@ class Delivery:
 class Consumer:
     """The pull loop of one durable consumer. `room` bounds the deliveries that are not acknowledged. Without
     `until_acked` it bounds the requested ones, and the receiver bounds the others. `confirm_acks`: acknowledgements
-    are repeated until the server confirms them, for callers that check whether all is settled.
+    are repeated until the server confirms them, also after a lost connection, for those who rely on it that a settled
+    message never comes again.
 
     `check` raises LeaseLost unless this replica may read now. `turn` is awaited before each delivery, since nats-py
     passes on everything that has arrived in one turn of the event loop.
@@ -124,7 +125,7 @@ class Consumer:
             self._free_slot()
 
     async def acknowledge(self, reply: str) -> None:
-        """Acknowledges a delivery. Raises Temporary."""
+        """Acknowledges a delivery. Raises Temporary, unless acknowledgements are confirmed."""
         if not self._confirm_acks:
             await self.connection.publish(reply, b"+ACK")
             return
@@ -133,7 +134,7 @@ class Consumer:
                 await self.connection.request(reply, b"+ACK", CONFIRM_S)
             except Temporary as exc:
                 if exc.reason != "bus_timeout":
-                    raise
+                    await asyncio.sleep(CONFIRM_S / 10)
             else:
                 return
 

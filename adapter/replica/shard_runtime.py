@@ -74,7 +74,7 @@ class ShardRuntime(NamedTuple):
             room=MAX_IN_FLIGHT,
             # a shard bounds its deliveries itself; otherwise one sandbox could fill its consumer
             until_acked=not is_out,
-            confirm_acks=name == topology.CONTROL,  # `wait_for_pending_binds` relies on it
+            confirm_acks=name == topology.CONTROL,  # processed again, an old bind would undo a later unbind
             check=lambda: deps.leases.ensure_owned(shard),
             turn=deps.conversation.turns.wait_turn,
         )

@@ -20,12 +20,12 @@ class Costs(NamedTuple):
 
     bot_s_per_s: float = 2.0 / 60 / 10_000
     """Adapter's CPU for a bot whose poll waits."""
-    message_s: float = 267e-6
-    """With 24 µs for its deletion from the journal."""
+    message_s: float = 318e-6
+    """With 75 µs for the deletion of two records of the journal."""
     command_s: float = 256e-6
     server_bot_s_per_s: float = 0.8 / 60 / 10_000
-    server_message_s: float = 64e-6
-    """With 22 µs for its deletion."""
+    server_message_s: float = 98e-6
+    """With 56 µs for these deletions."""
     server_command_s: float = 88e-6
     bot_memory: int = 71 * 1024
     process_memory: int = 60 * 1024**2

@@ -101,7 +101,7 @@ def on_disk(folder: Path) -> bytes:
 
 @pytest.mark.parametrize("erase", [True, False])
 async def test_what_is_erased_is_not_on_the_disk_any_more(rig: Rig, erase: bool, tmp_path: Path) -> None:
-    """As an erased person's words; a mere deletion leaves them there as long as a later message shares their block."""
+    """As an erased person's words. A mere deletion leaves them there while a later message shares their block."""
     (ack, _) = await rig.publisher.publish_all([msgspec.structs.replace(event(number), payload=b"secret %d" % number)
                                                 for number in range(2)])  # fmt: skip
     assert isinstance(ack, PubAck)

@@ -127,6 +127,21 @@ async def test_a_settled_control_command_counts_as_settled(rig: Rig, lossy: Loss
     assert reader.texts == ["first", "second"]
 
 
+async def test_a_control_command_is_settled_although_the_connection_breaks(rig: Rig) -> None:
+    """Only then comes the next one of its sandbox: an old bind that is carried out again undoes an unbind."""
+    await control(rig, "first", "second")
+    reader = Reader(rig, confirm_acks=True)
+    await reader.have(2)
+    rig.bus.kill()
+    await until(lambda: not rig.connection.is_connected, "the connection is broken")
+    settling = asyncio.create_task(reader.got[0].ack())
+    await rig.bus.start()
+    async with asyncio.timeout(PATIENCE_S):
+        await settling
+    state = (await rig.connection.api_request(f"STREAM.INFO.{NAMES.stream_ctl}"))["state"]
+    assert (state["messages"], state["first_seq"]) == (1, reader.got[1].seq)
+
+
 async def test_a_pull_that_gets_lost_is_made_again(rig: Rig, lossy: Lossy) -> None:
     await control(rig, "first")
     loss = lossy.lose(b"PUB $JS.API.CONSUMER.MSG.NEXT.")
