@@ -133,7 +133,7 @@ class Consumer:
             try:
                 await self.connection.request(reply, b"+ACK", CONFIRM_S)
             except Temporary as exc:
-                if exc.reason != "bus_timeout":
+                if exc.reason != "bus_timeout":  # refused at once: no connection, or nobody who reads it
                     await asyncio.sleep(CONFIRM_S / 10)
             else:
                 return
