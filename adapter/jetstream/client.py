@@ -17,6 +17,7 @@ from typing import Any
 from nats.aio.client import PING_PROTO, Client
 from nats.aio.msg import Msg
 from nats.aio.transport import TcpTransport
+from nats.errors import ConnectionReconnectingError
 from nats.protocol.parser import Parser
 
 _HEADERS = re.compile(r"(?:[!#$%&'*+\-.^_`|~0-9A-Za-z]+: (?! )[ -~]*(?<! )\r\n)+")
@@ -45,6 +46,10 @@ loop's time."""
 
 UNWRITTEN_BYTES = 1024 * 1024
 """Bytes that the server has not taken, from which on nats-py's writer waits for it."""
+
+
+class ConnectionBroke(ConnectionReconnectingError, ConnectionResetError):
+    """The socket broke in this moment. Callers of nats-py expect its errors, its tasks those of the socket."""
 
 
 class _Parser(Parser):
@@ -166,6 +171,13 @@ class BusClient(Client):
         self._pongs.append(future or asyncio.get_running_loop().create_future())
         await self._send_command(PING_PROTO)
         await self._flush_pending()
+
+    async def _flush_pending(self, force_flush: bool = False) -> Any:
+        """Raises ConnectionBroke for the socket's error, which nats-py lets through if its own flusher has ended."""
+        try:
+            return await super()._flush_pending(force_flush)
+        except (OSError, RuntimeError) as exc:  # uvloop's is a RuntimeError
+            raise ConnectionBroke from exc
 
     async def subscribe_raw(self, subject: str, on_raw_message: RawCallback) -> None:
         """Subscribes. `on_raw_message` is called while messages are read; its errors go to `error_cb`."""

@@ -21,6 +21,7 @@ from nats.errors import MaxPayloadError
 
 from adapter.cli.embedded import EmbeddedNats
 from adapter.jetstream.client import BusClient, has_no_responders
+from tests.e2e.waiting import free_port
 
 WORD = st.text(st.characters(codec="utf-8"), max_size=12)
 SUBJECT = st.one_of(st.just("wechat.inbox.s1"), WORD)
@@ -238,6 +239,31 @@ def test_a_server_that_breaks_off_behind_its_first_word_is_a_break_like_any_othe
 def _listens(transport: TcpTransport) -> bool:
     """Whether it waits for the server's first word."""
     return transport._io_reader is not None and getattr(transport._io_reader, "_waiter", None) is not None
+
+
+@pytest.mark.parametrize("loop", [asyncio.new_event_loop, uvloop.new_event_loop], ids=["asyncio", "uvloop"])
+def test_a_socket_that_breaks_while_something_is_written_raises_an_error_of_nats_py(
+    loop: Callable[[], asyncio.AbstractEventLoop],
+) -> None:
+    """nats-py lets the socket's error through once its flusher has ended; callers expect one of NATS."""
+
+    async def broken() -> None:
+        async with EmbeddedNats(port=free_port()) as server:
+            client = BusClient()
+            await client.connect(server.url)
+            assert client._flusher_task is not None
+            client._flusher_task.cancel()
+            await asyncio.wait({client._flusher_task})
+            assert isinstance(client._transport, TcpTransport)
+            assert client._transport._io_writer is not None
+            subscription = await client.subscribe("news")
+            client._transport._io_writer.transport.abort()
+            with pytest.raises(NatsError):
+                await subscription.unsubscribe()
+            await client.close()
+
+    with asyncio.Runner(loop_factory=loop) as runner:
+        runner.run(broken())
 
 
 async def test_without_a_connection_nothing_is_posted_and_writing_is_no_error(server: EmbeddedNats) -> None:
