@@ -198,6 +198,22 @@ def test_what_was_kept_and_is_forgotten_is_not_taken_for_new() -> None:
     assert seen.fingerprints() == [say(message="new").fingerprint(NOW + 2 * KEEP_MS)]
 
 
+def test_hashes_that_begin_alike_are_told_apart() -> None:
+    """The index has 16 bits of each hash."""
+    seen: dict[str, MessageKeys] = {}
+    pairs = 0
+    for number in range(2000):
+        keys = MessageKeys(f"m{number}", "", "", "u", 0, f"words {number}")
+        for start in (f"id {keys.hashed[0][:4]}", f"content {keys.hashed[3][:4]}"):
+            if (other := seen.setdefault(start, keys)) is not keys:
+                window = DedupWindow()
+                window.add_all([other], NOW)
+                assert not window.is_repeat(keys)
+                assert window.is_repeat(other)
+                pairs += 1
+    assert pairs > 10
+
+
 @given(st.lists(st.tuples(any_keys, st.integers(0, 3 * KEEP_MS)), max_size=60))
 def test_what_is_older_than_a_day_is_forgotten(said: list[tuple[MessageKeys, int]]) -> None:
     seen = DedupWindow()

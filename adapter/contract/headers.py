@@ -39,8 +39,9 @@ def derive_traceparent(trace: str, span: str = "") -> str:
 
     It says "sampled": tracers that follow their parent would record nothing of an agent's work otherwise.
     """
-    trace_id = hashlib.blake2b(trace.encode(), digest_size=16).hexdigest()
-    return f"00-{trace_id}-{hashlib.blake2b((span or trace).encode(), digest_size=8).hexdigest()}-01"
+    of_trace = hashlib.blake2b(trace.encode(), digest_size=24).hexdigest()
+    of_span = hashlib.blake2b(span.encode(), digest_size=24).hexdigest() if span else of_trace
+    return f"00-{of_trace[:32]}-{of_span[32:]}-01"
 
 
 def author_traceparent(headers: Mapping[str, str]) -> str:

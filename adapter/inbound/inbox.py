@@ -98,7 +98,7 @@ async def _publish_part(addressed: Sequence[AddressedMessage], deps: PublishDeps
     window = await _window(addressed[0], deps)
     messages = [_message(item, window, deps) for item in addressed]
     acks = await _publish_all(messages, addressed[0].bot, deps)
-    now_ms, spans = deps.clock.now_ms(), deps.access.events.spans
+    now_ms, spans, debug = deps.clock.now_ms(), deps.access.events.spans, log.debug  # a lookup takes 0.5 µs
     stored: Counter[tuple[str, bool]] = Counter()
     refused: list[tuple[AddressedMessage, Message, BusRefused]] = []
     for item, message, ack in zip(addressed, messages, acks, strict=True):
@@ -107,7 +107,7 @@ async def _publish_part(addressed: Sequence[AddressedMessage], deps: PublishDeps
             continue
         stored[item.inbound.kind, ack.duplicate] += 1
         place = item.place
-        log.debug("inbound.published", sandbox=item.sandbox, message=item.id, place=place, sequence=ack.seq)
+        debug("inbound.published", sandbox=item.sandbox, message=item.id, place=place, sequence=ack.seq)
         if spans is not None:
             journal, times_ms = int(place.partition(".")[0]), (item.received_ms, now_ms)
             spans.record_publish(item.id, item.bot, item.sandbox, journal, times_ms)
