@@ -36,7 +36,7 @@ class Share(Protocol):
         """Releases the share. Otherwise it is released once nothing refers to it."""
 
 
-class Polled(NamedTuple):
+class Polled(msgspec.Struct, frozen=True):
     """A readable answer to a poll: raw messages in order, the new cursor (None: keep the old one), and the next
     hold."""
 
@@ -51,7 +51,7 @@ class Polled(NamedTuple):
     """To release once all messages are stored."""
 
 
-class Accepted(NamedTuple):
+class Accepted(msgspec.Struct, frozen=True):
     """A send that iLink accepted. `message_id` is "" if iLink gave none."""
 
     message_id: str

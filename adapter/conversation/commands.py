@@ -77,7 +77,7 @@ Part: TypeAlias = str | MediaPart
 """What one request sends: a text or media."""
 
 
-class Command(NamedTuple):
+class Command(msgspec.Struct, frozen=True):
     """A valid command. `parts`: the texts and media to send, one request each."""
 
     id: str

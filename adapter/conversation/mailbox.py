@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable
-from typing import NamedTuple
 
+import msgspec
 import structlog
 
 from adapter.conversation import rules
@@ -15,7 +15,7 @@ from adapter.kit.timing import PerTickLimiter
 log = structlog.get_logger()
 
 
-class _Mail(NamedTuple):
+class _Mail(msgspec.Struct, frozen=True):
     event: rules.Input
     done: asyncio.Future[None] | None
     is_wanted: Callable[[], bool] | None
@@ -77,12 +77,13 @@ class Mailbox:
         try:
             while self._mails:
                 await self._turns.wait_turn()
-                event, done, is_wanted = self._mails.pop(0)
+                mail = self._mails.pop(0)
+                done = mail.done
                 try:
-                    if is_wanted is None or is_wanted():
-                        await self.handle(event)
+                    if mail.is_wanted is None or mail.is_wanted():
+                        await self.handle(mail.event)
                 except Exception as exc:  # the next inputs are processed
-                    log.exception("conversation.crashed", sandbox=self._sandbox, input=type(event).__name__)
+                    log.exception("conversation.crashed", sandbox=self._sandbox, input=type(mail.event).__name__)
                     if done is not None and not done.done():
                         done.set_exception(exc)
                 if done is not None and not done.done():

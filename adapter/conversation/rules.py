@@ -110,7 +110,7 @@ class Activity(enum.Enum):
     """iLink answered -14; a probe finds out whether the session is alive."""
 
 
-class Bot(NamedTuple):
+class Bot(msgspec.Struct, frozen=True):
     """The bot that serves the user now."""
 
     id: str
@@ -118,7 +118,7 @@ class Bot(NamedTuple):
     """False: iLink refuses the bot's token (-14). Nothing is sent until iLink takes it again or the bot changes."""
 
 
-class CommandResult(NamedTuple):
+class CommandResult(msgspec.Struct, frozen=True):
     """Result of a command in the terms of its receipt. The outcome `parked` is not final."""
 
     outcome: Outcome
@@ -211,13 +211,13 @@ class Conversation(msgspec.Struct, frozen=True, kw_only=True):
 # inputs -----------------------------------------------------------------------------------------------
 
 
-class Stored(NamedTuple):
+class Stored(msgspec.Struct, frozen=True):
     """Commands for this user were stored, or stored commands turned out to be for this user."""
 
     commands: tuple[QueuedCommand, ...]
 
 
-class InboundReceived(NamedTuple):
+class InboundReceived(msgspec.Struct, frozen=True):
     """The user wrote."""
 
     message: str
@@ -234,36 +234,36 @@ class InboundReceived(NamedTuple):
     show_typing: bool = False
 
 
-class Dispatched(NamedTuple):
+class Dispatched(msgspec.Struct, frozen=True):
     """The inbox has all messages of the user up to this sequence of the bot's journal."""
 
     bot: str
     sequence: int
 
 
-class Bound(NamedTuple):
+class Bound(msgspec.Struct, frozen=True):
     """The bot that serves the user changed; None: no bot of the sandbox does."""
 
     bot: Bot | None
 
 
-class SlotGranted(NamedTuple):
+class SlotGranted(msgspec.Struct, frozen=True):
     """One request may be made."""
 
 
-class Loaded(NamedTuple):
+class Loaded(msgspec.Struct, frozen=True):
     """Bodies were read: parts by sequence; None: the command is gone from the bus."""
 
     parts: Mapping[int, list[Part] | None]
 
 
-class UploadDone(NamedTuple):
+class UploadDone(msgspec.Struct, frozen=True):
     """The media of a part are on the CDN."""
 
     content: Uploaded
 
 
-class Accepted(NamedTuple):
+class Accepted(msgspec.Struct, frozen=True):
     """iLink accepted the request. Without a `message_id` iLink has often dropped the message
     (docs/reference/ilink-protocol.md, "Success without a message id")."""
 
@@ -273,11 +273,11 @@ class Accepted(NamedTuple):
     errmsg: str = ""
 
 
-class Unanswered(NamedTuple):
+class Unanswered(msgspec.Struct, frozen=True):
     """The request was sent, and no readable answer came."""
 
 
-class NotTaken(NamedTuple):
+class NotTaken(msgspec.Struct, frozen=True):
     """iLink did not take the request for now. `is_unreached`: the request was never sent."""
 
     detail: str
@@ -285,19 +285,19 @@ class NotTaken(NamedTuple):
     is_unreached: bool = False
 
 
-class Throttled(NamedTuple):
+class Throttled(msgspec.Struct, frozen=True):
     """iLink answered -2, with the details in `result`."""
 
     result: CommandResult
 
 
-class Rejected(NamedTuple):
+class Rejected(msgspec.Struct, frozen=True):
     """iLink refused the request for good."""
 
     result: CommandResult
 
 
-class TokenRejected(NamedTuple):
+class TokenRejected(msgspec.Struct, frozen=True):
     """iLink answered -14."""
 
     result: CommandResult
@@ -307,28 +307,28 @@ Answer: TypeAlias = Accepted | Unanswered | NotTaken | Throttled | Rejected | To
 """Answer to a request. An upload has the same ones except Accepted, Unanswered and Throttled."""
 
 
-class SessionChecked(NamedTuple):
+class SessionChecked(msgspec.Struct, frozen=True):
     """Result of the probe after a -14."""
 
     is_alive: bool
 
 
-class Deadline(NamedTuple):
+class Deadline(msgspec.Struct, frozen=True):
     """A deadline passed (`next_deadline_ms`)."""
 
 
-class Rested(NamedTuple):
+class Rested(msgspec.Struct, frozen=True):
     """The conversation was idle for a while: the state is stored so that memory can drop it."""
 
 
-class Ended(NamedTuple):
+class Ended(msgspec.Struct, frozen=True):
     """The previous owner stored this final receipt for a command of the message under way."""
 
     sequence: int
     result: CommandResult
 
 
-class Crashed(NamedTuple):
+class Crashed(msgspec.Struct, frozen=True):
     """Work on a command raised an unexpected error several times."""
 
     detail: str
@@ -356,63 +356,63 @@ Input: TypeAlias = (
 # effects ----------------------------------------------------------------------------------------------
 
 
-class Save(NamedTuple):
+class Save(msgspec.Struct, frozen=True):
     """Store the record before any later effect."""
 
 
-class RequestSlot(NamedTuple):
+class RequestSlot(msgspec.Struct, frozen=True):
     """Request a slot for one request; the answer is SlotGranted."""
 
 
-class ReleaseSlot(NamedTuple):
+class ReleaseSlot(msgspec.Struct, frozen=True):
     """Release the slot."""
 
 
-class Load(NamedTuple):
+class Load(msgspec.Struct, frozen=True):
     """Read bodies from the bus; the answer is Loaded."""
 
     sequences: list[int]
 
 
-class Upload(NamedTuple):
+class Upload(msgspec.Struct, frozen=True):
     """Upload media to the CDN; the answer is UploadDone or an Answer."""
 
     client_id: str
     media: MediaPart
 
 
-class Post(NamedTuple):
+class Post(msgspec.Struct, frozen=True):
     """Make the request, which releases the slot at its end; the answer is an Answer."""
 
     client_id: str
     content: Content
 
 
-class CheckSession(NamedTuple):
+class CheckSession(msgspec.Struct, frozen=True):
     """Probe the bot's session; the answer is SessionChecked."""
 
 
-class PublishReceipt(NamedTuple):
+class PublishReceipt(msgspec.Struct, frozen=True):
     """Publish a receipt."""
 
     command: QueuedCommand
     result: CommandResult
 
 
-class Acknowledge(NamedTuple):
+class Acknowledge(msgspec.Struct, frozen=True):
     """Remove an ended command from the bus. `is_duplicate`: it was sent earlier and gets no receipt."""
 
     command: QueuedCommand
     is_duplicate: bool = False
 
 
-class ReleaseBody(NamedTuple):
+class ReleaseBody(msgspec.Struct, frozen=True):
     """Drop the body of a waiting command from memory."""
 
     command: QueuedCommand
 
 
-class SetTyping(NamedTuple):
+class SetTyping(msgspec.Struct, frozen=True):
     """Show or hide the typing indicator. With `command` None the cause is an inbound message or a sent answer;
     otherwise the command ends on its own."""
 
@@ -420,7 +420,7 @@ class SetTyping(NamedTuple):
     is_on: bool
 
 
-class Announce(NamedTuple):
+class Announce(msgspec.Struct, frozen=True):
     """Publish a window event."""
 
     change: Literal["opened", "low", "closed"]
@@ -743,10 +743,11 @@ def _on_session_checked(
     conversation = _replaced(conversation, activity=Activity.IDLE, last_answer=None)
     if not is_alive:
         effects.append(Save())  # a login may take hours, and another bot repeats no unanswered request
-        bot = conversation.bot._replace(is_usable=False) if conversation.bot else None
+        bot = msgspec.structs.replace(conversation.bot, is_usable=False) if conversation.bot else None
         return _replaced(conversation, bot=bot, last_answer=answer)
     if conversation.token_rejections:
-        return _end_first(conversation, answer._replace(outcome="refused", reason="rejected"), effects)
+        refused = msgspec.structs.replace(answer, outcome="refused", reason="rejected")
+        return _end_first(conversation, refused, effects)
     return _pause_until(_replaced(conversation, token_rejections=1), now_ms + REPEAT_PAUSE_MS)
 
 
@@ -880,11 +881,11 @@ def reconcile_with_progress(result: CommandResult, progress: SendProgress, comma
     if progress.part >= command.part_count:
         return _accepted_result(progress)
     attempts = max(result.attempts, progress.attempts)
-    result = result._replace(message_ids=tuple(progress.message_ids), attempts=attempts)
+    result = msgspec.structs.replace(result, message_ids=tuple(progress.message_ids), attempts=attempts)
     if not progress.unanswered_attempts or result.outcome == "uncertain":
         return result
     detail = f"An earlier request got no answer, so the message may have been sent. Last answer: {result.detail}"
-    return result._replace(outcome="uncertain", reason="", detail=detail)
+    return msgspec.structs.replace(result, outcome="uncertain", reason="", detail=detail)
 
 
 def _accepted_result(progress: SendProgress) -> CommandResult:
@@ -929,7 +930,8 @@ def _advance_queue(
         blocked = _blocked_reason(conversation, first, now_ms, policy)
         if blocked == "reserved" or (blocked and (first.when_closed == "refuse" or first.typing)):
             answer = conversation.last_answer or CommandResult("refused")
-            conversation = _end_first(conversation, answer._replace(outcome="refused", reason=blocked), effects)
+            refused = msgspec.structs.replace(answer, outcome="refused", reason=blocked)
+            conversation = _end_first(conversation, refused, effects)
             conversation = _replaced(conversation, typing_due=True)
             continue
         if conversation.reason != blocked:
@@ -1021,7 +1023,7 @@ def _park_waiting(conversation: Conversation, reason: str, effects: list[Effect]
             result = CommandResult("refused", "reserved" if is_reserved else reason)
             conversation = _end_commands(conversation, [command], result, effects)
         else:
-            result = answer._replace(outcome="parked", reason=reason)
+            result = msgspec.structs.replace(answer, outcome="parked", reason=reason)
             effects += [PublishReceipt(command, result), ReleaseBody(command)]
             parked.append(msgspec.structs.replace(command, parts=None, parked=True))
             answer = CommandResult("parked")

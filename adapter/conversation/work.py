@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Protocol, TypeAlias
 
+import msgspec
 import structlog
 
 from adapter.conversation import rules
@@ -217,9 +218,9 @@ def _as_answer(
         result = CommandResult("refused", reason, exc.detail, (), attempts, exc.ret, exc.errcode, exc.errmsg)
         match exc:
             case SessionExpired():
-                return rules.TokenRejected(result._replace(reason="needs_login"))
+                return rules.TokenRejected(msgspec.structs.replace(result, reason="needs_login"))
             case Throttled():
-                return rules.Throttled(result._replace(reason="throttled"))
+                return rules.Throttled(msgspec.structs.replace(result, reason="throttled"))
             case _:
                 return rules.Rejected(result)
     if isinstance(exc, LeaseLost):

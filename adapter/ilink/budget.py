@@ -14,6 +14,8 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import ParamSpec, TypeVar
 
+import msgspec
+
 from adapter.errors import Uncertain
 from adapter.ilink.protocol import Reply
 from adapter.ilink.unpack import Oversized, UnpackFailed, unpack
@@ -92,7 +94,7 @@ class ByteBudget:
                 if not encoding:
                     return reply
                 with contextlib.suppress(Oversized):
-                    return reply._replace(body=unpack(encoding, reply.body, min(SMALL, limit)))
+                    return msgspec.structs.replace(reply, body=unpack(encoding, reply.body, min(SMALL, limit)))
             return await complete_with_grace(self._unpack_large(reply, encoding, limit), GRACE_S)
         except UnpackFailed as exc:
             raise Uncertain("unreadable", str(exc)) from exc
@@ -105,7 +107,7 @@ class ByteBudget:
             share.release()
             raise
         share.shrink(len(body))
-        return reply._replace(body=body, share=share)
+        return msgspec.structs.replace(reply, body=body, share=share)
 
     def close(self) -> None:
         """Ends the thread after its current work."""

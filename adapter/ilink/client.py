@@ -20,6 +20,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import TypeVar
 
+import msgspec
 import structlog
 
 from adapter.errors import AdapterError, LeaseLost, Refused, SessionExpired, Temporary, Throttled, Uncertain
@@ -203,7 +204,7 @@ class ILink:
         fresh = account.bot in self._fresh_connection_bots
         self._fresh_connection_bots.discard(account.bot)
         reply = await self._transport.exchange(checked, request, timeout_s, fresh=fresh, check=check)
-        return reply._replace(secrets=request.secrets)
+        return msgspec.structs.replace(reply, secrets=request.secrets)
 
 
 async def _read_updates(reply: Reply, started: float, budget: ByteBudget) -> Polled:

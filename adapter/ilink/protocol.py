@@ -74,7 +74,7 @@ TRY_AGAIN = (408, 425, 429)
 """HTTP statuses of temporary refusals: the request was not processed (RFC 9110, RFC 8470, RFC 6585)."""
 
 
-class Request(NamedTuple):
+class Request(msgspec.Struct, frozen=True):
     """One request. Headers, body and path contain secrets."""
 
     endpoint: str
@@ -90,7 +90,7 @@ class Request(NamedTuple):
     """Largest unpacked answer in bytes."""
 
 
-class Reply(NamedTuple):
+class Reply(msgspec.Struct, frozen=True):
     """An HTTP answer."""
 
     status: int
@@ -126,7 +126,7 @@ def _request(name: str, token: str, number: int, body: dict[str, Any], *, secret
 def updates_request(token: str, cursor: str, number: int) -> Request:
     """getupdates. `cursor` is "" at the start; iLink's cursors contain the bot's token in base64."""
     request = _request("getupdates", token, number, {"get_updates_buf": cursor}, secret=cursor)
-    return request._replace(largest=ANSWER_BYTES)
+    return msgspec.structs.replace(request, largest=ANSWER_BYTES)
 
 
 def message_request(
@@ -144,7 +144,7 @@ def message_request(
     if context_token:
         msg["context_token"] = context_token
     request = _request("sendmessage", token, number, {"msg": msg}, secret=context_token)
-    return request._replace(repeatable=False)
+    return msgspec.structs.replace(request, repeatable=False)
 
 
 def text_item(text: str) -> dict[str, Any]:
@@ -279,7 +279,7 @@ def read_updates(reply: Reply, *, polled_s: float) -> Polled:
     524 late in a poll is how the edge ends an idle poll, and an empty body is accepted by all clients: both are an
     empty answer. `polled_s`: duration of the poll.
     """
-    reply = reply._replace(tells_tokens=True)
+    reply = msgspec.structs.replace(reply, tells_tokens=True)
     if reply.status == EDGE_TIMEOUT or reply.status in FORBIDDEN:
         _check_error_codes(reply)
         if reply.status in FORBIDDEN:
@@ -429,7 +429,7 @@ def _read_answer(reply: Reply, kind: type[A]) -> A:
     _check_error_codes(reply)
     _check_status(reply)
     if kind is wire.WireReply and not reply.body.strip():  # of no other kind is this a usable answer
-        reply = reply._replace(body=b"{}")
+        reply = msgspec.structs.replace(reply, body=b"{}")
     try:
         answer = _decode(reply, kind)
     except ValueError as exc:

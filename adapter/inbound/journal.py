@@ -9,7 +9,6 @@ stored.
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
-from typing import NamedTuple
 
 import msgspec
 import structlog
@@ -87,7 +86,7 @@ class JournalRecord(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tru
         return f"JournalRecord(messages={len(self.messages)})"  # keeps texts and tokens out of logs
 
 
-class Written(NamedTuple):
+class Written(msgspec.Struct, frozen=True):
     """A stored record."""
 
     sequence: int

@@ -20,7 +20,7 @@ TURN = 64
 """Messages, or KiB, read in one turn of the event loop."""
 
 
-class TriagedMessage(NamedTuple):
+class TriagedMessage(msgspec.Struct, frozen=True):
     """The decision about one message of a record."""
 
     number: int

@@ -19,7 +19,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import itertools
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import msgspec
@@ -121,11 +121,10 @@ class Publisher:
         oldest = next(iter(self._outstanding.values()), None)
         return f"{oldest.stream.name}: {oldest.stream.last_error}" if oldest else ""
 
-    async def wait_writable(self, streams: Iterable[str]) -> None:
+    async def wait_writable(self, streams: Collection[str]) -> None:
         """Returns when none of these streams is interrupted."""
-        names = set(streams)
         await self._resumed.wait_until(
-            lambda: not any(stream.is_interrupted and stream.name in names for stream in self._streams.values())
+            lambda: not any(stream.is_interrupted and stream.name in streams for stream in self._streams.values())
         )
 
     async def publish(self, message: Message) -> PubAck:

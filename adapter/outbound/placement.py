@@ -117,7 +117,7 @@ class CommandPlacement:
         """Ends a command that cannot be placed. The previous owner may have sent it."""
         command, result = read.command, CommandResult("dead_lettered", exc.reason, exc.detail)
         if read.redelivered:
-            result = result._replace(outcome="uncertain", reason="")
+            result = msgspec.structs.replace(result, outcome="uncertain", reason="")
         with contextlib.suppress(Crashed):  # without a receipt it is redelivered to the next owner
             await self._endings.end(read.queued, result, Address(command.sandbox, command.bot, command.user))
 

@@ -15,8 +15,8 @@ import contextlib
 import math
 from collections import deque
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
 
+import msgspec
 import structlog
 
 from adapter.contract import messages as contract
@@ -55,7 +55,7 @@ MISSING_CONFIRM_S = 10.0
 not show all messages, and later commands overtake one that is taken for gone."""
 
 
-class ReadCommand(NamedTuple):
+class ReadCommand(msgspec.Struct, frozen=True):
     """A valid command."""
 
     command: Command

@@ -305,7 +305,7 @@ class Explorer:
             "lost": rules.Unanswered(),
             "unheard": rules.Unanswered(),
             "not_taken": rules.NotTaken("away", 0),
-            "throttled": rules.Throttled(REFUSED._replace(reason="throttled")),
+            "throttled": rules.Throttled(msgspec.structs.replace(REFUSED, reason="throttled")),
             "rejected": rules.Rejected(REFUSED),
             "token": rules.TokenRejected(REFUSED),
         }

@@ -8,6 +8,7 @@ from typing import Any
 
 import msgspec
 import pytest
+from msgspec.structs import replace
 
 from adapter.errors import AdapterError, Refused, SessionExpired, Temporary, Throttled, Uncertain
 from adapter.ilink import protocol
@@ -256,7 +257,7 @@ def test_many_messages_come_a_page_at_a_time() -> None:
 )
 def test_words_are_told_shortly_and_without_the_secrets_of_the_request(said: object) -> None:
     with pytest.raises(Temporary) as caught:
-        read_updates(reply({"ret": -9, "errmsg": said})._replace(secrets=("token-of-bot",)), polled_s=1)
+        read_updates(replace(reply({"ret": -9, "errmsg": said}), secrets=("token-of-bot",)), polled_s=1)
     assert len(caught.value.detail) < 250
     assert "token" not in caught.value.detail
 
@@ -311,8 +312,8 @@ def test_an_error_message_tells_no_secret_of_its_request_whatever_it_looks_like(
     request = protocol.message_request(
         "no-usual-token:0b1c2d", 1, {}, user="u", client_id="c", context_token="any context"
     )
-    answer = reply({"ret": -1, "errmsg": f"{'x' * 190} {secret} is wrong, {secret}"})._replace(
-        secrets=request.secrets
+    answer = replace(
+        reply({"ret": -1, "errmsg": f"{'x' * 190} {secret} is wrong, {secret}"}), secrets=request.secrets
     )
     with pytest.raises(Refused) as caught:
         read_sent(answer)
@@ -323,7 +324,7 @@ def test_an_error_message_that_quotes_the_cursor_tells_no_token() -> None:
     """It stands in there, in base64."""
     cursor = base64.b64encode(b"\n\x02\x08\x01\x12\x16b1@im.bot:060000secret").decode()
     request = protocol.updates_request("b1@im.bot:060000secret", cursor, 1)
-    answer = reply({"ret": -2, "errmsg": f"bad get_updates_buf {cursor}"})._replace(secrets=request.secrets)
+    answer = replace(reply({"ret": -2, "errmsg": f"bad get_updates_buf {cursor}"}), secrets=request.secrets)
     with pytest.raises(Temporary) as caught:
         read_updates(answer, polled_s=1)
     assert cursor[:20] not in caught.value.detail
@@ -340,7 +341,7 @@ def test_an_error_message_of_a_poll_tells_no_token_of_a_user(status: int) -> Non
 
 def test_a_secret_that_is_none_leaves_the_words_as_they_are() -> None:
     request = protocol.message_request("b1:e", 1, {}, user="u", client_id="c", context_token="pre")
-    answer = reply({"ret": -2, "errmsg": "prepare failed"})._replace(secrets=request.secrets)
+    answer = replace(reply({"ret": -2, "errmsg": "prepare failed"}), secrets=request.secrets)
     with pytest.raises(Throttled) as caught:
         read_sent(answer)
     assert caught.value.errmsg == "prepare failed"
@@ -349,7 +350,7 @@ def test_a_secret_that_is_none_leaves_the_words_as_they_are() -> None:
 def test_where_ilink_says_no_words_there_are_none() -> None:
     request = protocol.message_request("b1:secret", 1, {}, user="u", client_id="c", context_token="secret-token")
     with pytest.raises(Throttled) as caught:
-        read_sent(reply({"ret": -2})._replace(secrets=request.secrets))
+        read_sent(replace(reply({"ret": -2}), secrets=request.secrets))
     assert caught.value.errmsg == ""
     assert caught.value.detail == "iLink answered -2"
 

@@ -7,6 +7,7 @@ from collections import deque
 
 import msgspec
 import pytest
+from msgspec.structs import replace
 from structlog.testing import capture_logs
 
 from adapter.contract.names import H_EXPECTED
@@ -313,7 +314,7 @@ async def test_the_memory_of_a_large_answer_is_given_back_once_it_is_stored(poll
         def release(self) -> None:
             given.append([stored.stream for stored in bench.bus.kept if "JOURNAL" in stored.stream])
 
-    bench.chat.polls += [batch(raw(), cursor="b")._replace(share=Given()), Polled([], "c", 1, share=Given())]
+    bench.chat.polls += [replace(batch(raw(), cursor="b"), share=Given()), Polled([], "c", 1, share=Given())]
     bench.conversations.on_inbound = never  # type: ignore[method-assign]
     poller(bench)
     await asyncio.sleep(5)
