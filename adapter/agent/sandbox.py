@@ -12,8 +12,8 @@ from types import TracebackType
 from typing import Any, Literal, Self
 
 import msgspec
+from nats.errors import ConnectionReconnectingError, NoRespondersError
 from nats.errors import Error as NatsError
-from nats.errors import NoRespondersError
 from nats.js import JetStreamContext
 from nats.js.errors import APIError, NoStreamResponseError, ServiceUnavailableError
 
@@ -211,7 +211,7 @@ class Sandbox:
             try:
                 await self._js.publish(self._names.out(self.name), payload, headers={H_SCHEMA: SCHEMA_VERSION})
                 return
-            except (TimeoutError, NoRespondersError, NoStreamResponseError):
+            except (TimeoutError, ConnectionReconnectingError, NoRespondersError, NoStreamResponseError):
                 self._raise_if_forbidden()
             except APIError as exc:
                 if exc.err_code == STORE_FAILED:

@@ -39,9 +39,9 @@ def derive_traceparent(trace: str, span: str = "") -> str:
 
     It says "sampled": tracers that follow their parent would record nothing of an agent's work otherwise.
     """
-    of_trace = hashlib.blake2b(trace.encode(), digest_size=24).hexdigest()
-    of_span = hashlib.blake2b(span.encode(), digest_size=24).hexdigest() if span else of_trace
-    return f"00-{of_trace[:32]}-{of_span[32:]}-01"
+    trace_id = hashlib.blake2b(trace.encode(), digest_size=16).hexdigest()
+    span_id = hashlib.blake2b(span.encode(), digest_size=8).hexdigest() if span else trace_id[:16]
+    return f"00-{trace_id}-{span_id}-01"
 
 
 def author_traceparent(headers: Mapping[str, str]) -> str:

@@ -49,7 +49,10 @@ UNWRITTEN_BYTES = 1024 * 1024
 
 
 class ConnectionBroke(ConnectionReconnectingError, ConnectionResetError):
-    """The socket broke in this moment. Callers of nats-py expect its errors, its tasks those of the socket."""
+    """The socket broke in this moment. Callers of nats-py expect its errors, its read loop those of the socket."""
+
+    def __str__(self) -> str:
+        return "nats: the connection broke"
 
 
 class _Parser(Parser):
@@ -173,11 +176,26 @@ class BusClient(Client):
         await self._flush_pending()
 
     async def _flush_pending(self, force_flush: bool = False) -> Any:
-        """Raises ConnectionBroke for the socket's error, which nats-py lets through if its own flusher has ended."""
+        """Raises ConnectionBroke for the socket's error, which nats-py lets through if its own flusher has ended, and
+        reconnects as the flusher does."""
         try:
             return await super()._flush_pending(force_flush)
-        except (OSError, RuntimeError) as exc:  # uvloop's is a RuntimeError
+        # from uvloop, and from asyncio in Python 3.13 and 3.12
+        except (OSError, RuntimeError, TypeError, AttributeError) as exc:
+            if not (isinstance(exc, OSError) or self._is_socket_closed()):
+                raise
+            if asyncio.current_task() is not self._reconnection_task:
+                await self._process_op_err(exc)
             raise ConnectionBroke from exc
+
+    def _is_socket_closed(self) -> bool:
+        writer = self._transport._io_writer if isinstance(self._transport, TcpTransport) else None
+        return writer is not None and writer.transport.is_closing()
+
+    async def _ping_interval(self) -> None:
+        """Ends when the connection breaks; the next one has its own."""
+        with contextlib.suppress(ConnectionBroke):
+            await super()._ping_interval()
 
     async def subscribe_raw(self, subject: str, on_raw_message: RawCallback) -> None:
         """Subscribes. `on_raw_message` is called while messages are read; its errors go to `error_cb`."""

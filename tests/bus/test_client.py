@@ -242,24 +242,37 @@ def _listens(transport: TcpTransport) -> bool:
 
 
 @pytest.mark.parametrize("loop", [asyncio.new_event_loop, uvloop.new_event_loop], ids=["asyncio", "uvloop"])
+@pytest.mark.parametrize("is_noticed", [False, True])
 def test_a_socket_that_breaks_while_something_is_written_raises_an_error_of_nats_py(
-    loop: Callable[[], asyncio.AbstractEventLoop],
+    loop: Callable[[], asyncio.AbstractEventLoop], is_noticed: bool
 ) -> None:
-    """nats-py lets the socket's error through once its flusher has ended; callers expect one of NATS."""
+    """nats-py lets the socket's error through once its flusher has ended, and does not reconnect if its reader has
+    ended, too; callers expect an error of NATS, and a connection that comes back."""
 
     async def broken() -> None:
+        reconnected = asyncio.Event()
+
+        async def on_reconnect() -> None:
+            reconnected.set()
+
         async with EmbeddedNats(port=free_port()) as server:
             client = BusClient()
-            await client.connect(server.url)
+            await client.connect(server.url, reconnected_cb=on_reconnect, reconnect_time_wait=0)
             assert client._flusher_task is not None
-            client._flusher_task.cancel()
-            await asyncio.wait({client._flusher_task})
+            assert client._reading_task is not None
             assert isinstance(client._transport, TcpTransport)
             assert client._transport._io_writer is not None
+            ended = [client._flusher_task, client._reading_task]
+            for task in ended:
+                task.cancel()
+            await asyncio.wait(ended)
             subscription = await client.subscribe("news")
             client._transport._io_writer.transport.abort()
+            for _ in range(3 if is_noticed else 0):  # turns in which the loop tells the connection's end
+                await asyncio.sleep(0)
             with pytest.raises(NatsError):
                 await subscription.unsubscribe()
+            await asyncio.wait_for(reconnected.wait(), 30)
             await client.close()
 
     with asyncio.Runner(loop_factory=loop) as runner:

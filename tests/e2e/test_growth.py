@@ -127,11 +127,14 @@ def subscriptions(adapter: Replica) -> int:
     return len(adapter.connections.connection.nc._subs) if adapter.connections.connection.nc is not None else 0
 
 
-async def forget_the_last(adapter: Replica) -> None:
-    """Empties what is bounded by a number that is higher than what happens here: the last so many of a kind, and
-    connections that wait for their next use."""
+async def close_unused(adapter: Replica) -> None:
+    """Closes connections to iLink that wait for their next use: how many there are is chance."""
     await adapter.connections.chat._transport.close()
     await adapter.connections.cdn._pool.aclose()
+
+
+def forget_the_last(adapter: Replica) -> None:
+    """Empties what is bounded by a number that is higher than what happens here: the last so many of a kind."""
     adapter.outbound.conversation.uploads._ready.clear()
     adapter.control.queue._settled.clear()
     adapter.control.binder.sandboxes.clear()
@@ -187,8 +190,9 @@ async def test_what_comes_and_goes_leaves_nothing_in_the_adapter(tmp_path: Path)
                 server.kill()
                 await until(lambda: subscriptions(adapter) == 0, "it knows that the server is away")
                 await server.start()
-                await forget_the_last(adapter)
-                await calm(adapter, wanted=served)  # and what was closed is gone
+                await close_unused(adapter)
+                await calm(adapter, wanted=served)
+                forget_the_last(adapter)
                 counts.append(census())
         assert growing(*counts, by=USERS) == []
         server.kill()  # a clean stop takes 10 ms for each of the 130 consumers
