@@ -182,6 +182,8 @@ async def poll_forever(poller: BotPoller, journal: BotJournal, deps: InboundDeps
             if (spans := deps.events.spans) is not None:
                 times_ms = (began_ms, answer.received_ms, deps.clock.now_ms())
                 spans.record_poll(poller.bot, sandbox, journal.sequence, times_ms)
+            if poller.unanswered_since - began >= INSTANT_S:
+                await asyncio.sleep(0)  # the dispatcher goes first: a person waits for it
         else:
             if polled.cursor is not None and is_new:
                 journal.cursor, stats.note_at = polled.cursor, stats.note_at or began

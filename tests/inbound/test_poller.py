@@ -7,19 +7,19 @@ import itertools
 import socket
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import pytest
 import uvloop
 from structlog.testing import capture_logs
 
-from adapter.errors import Refused, Temporary
+from adapter.errors import BusRefused, Refused, Temporary
 from adapter.ilink.translate import read_message
 from adapter.inbound.bot_poller import ANSWER_GRACE_S, BotPoller
 from adapter.inbound.poller import AFTER_CANCEL_S, HOLD_MS, LONGEST_HOLD_MS, run_poller
 from adapter.kit.timing import PerTickLimiter, RateLimiter, complete_with_grace
-from adapter.ports import Account, InboundMessage, Message, Polled
+from adapter.ports import Account, InboundMessage, Message, Polled, PubAck
 from adapter.security.seal import Sealer
 from tests.fakes import FakeClock, Rounds, batch, ready
 from tests.inbound.pollers import BOT, STALE, Poller, polls, raw, tended, texts
@@ -34,6 +34,23 @@ async def test_a_cursor_without_messages_is_used_at_once_and_stored_with_the_nex
     assert bench.chat.asked == ["", "b", "c", "d"]
     assert bench.bus.writes.count("journal") == 1
     assert (await bench.last_record()).cursor == "d"
+
+
+async def test_a_message_goes_out_before_the_next_long_poll(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A person waits for it, and nobody for the poll."""
+    first, second = raw(number=1), raw(number=2)  # what a bot's first message needs is read before
+    bench = await ready(batch(first, cursor="b"), batch(second, cursor="c"), batch(cursor="d"))
+    monkeypatch.setattr("adapter.inbound.poller.INSTANT_S", 0.01)
+    publish_all, polls_before = bench.bus.publish_all, []
+
+    async def noting(messages: Sequence[Message]) -> list[PubAck | BusRefused]:
+        if messages[0].stream == "in":
+            polls_before.append(len(bench.chat.asked))
+        return await publish_all(messages)
+
+    monkeypatch.setattr(bench.bus, "publish_all", noting)
+    await polls(bench)
+    assert polls_before[-1] == 2
 
 
 async def test_a_cursor_that_no_record_follows_is_stored_after_a_minute(poller: Poller) -> None:
