@@ -192,11 +192,6 @@ class BusClient(Client):
         writer = self._transport._io_writer if isinstance(self._transport, TcpTransport) else None
         return writer is not None and writer.transport.is_closing()
 
-    async def _ping_interval(self) -> None:
-        """Ends when the connection breaks; the next one has its own."""
-        with contextlib.suppress(ConnectionBroke):
-            await super()._ping_interval()
-
     async def subscribe_raw(self, subject: str, on_raw_message: RawCallback) -> None:
         """Subscribes. `on_raw_message` is called while messages are read; its errors go to `error_cb`."""
 

@@ -18,16 +18,16 @@ DAY_S, GIB = 86_400, 1024**3
 class Costs(NamedTuple):
     """What was measured (tests/bench/README.md), for TLS where it matters. CPU in seconds, sizes in bytes."""
 
-    bot_s_per_s: float = 2.0 / 60 / 10_000
+    bot_s_per_s: float = 1.7 / 60 / 10_000
     """Adapter's CPU for a bot whose poll waits."""
-    message_s: float = 318e-6
-    """With 75 µs for the deletion of two records of the journal."""
-    command_s: float = 256e-6
-    server_bot_s_per_s: float = 0.8 / 60 / 10_000
-    server_message_s: float = 98e-6
-    """With 56 µs for these deletions."""
-    server_command_s: float = 88e-6
-    bot_memory: int = 71 * 1024
+    message_s: float = 264e-6
+    """With 60 µs for the deletion of two records of the journal."""
+    command_s: float = 225e-6
+    server_bot_s_per_s: float = 0.4 / 60 / 10_000
+    server_message_s: float = 81e-6
+    """With 49 µs for these deletions."""
+    server_command_s: float = 76e-6
+    bot_memory: int = 70 * 1024
     process_memory: int = 60 * 1024**2
     server_bot_memory: int = 15 * 1024
     receipt_memory: int = 360
