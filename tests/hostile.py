@@ -139,8 +139,11 @@ TEXTS: dict[str, Make] = {
 }
 
 
-UNSEEN_CHARS = "\u00ad\u034f\u180e\u200b\u200d\u2060\u2064\ufeff\U000e0001\U000e0041\U000e01ef"
-"""Zero width, tags, and what selects nothing: words in them are read by programs, and seen by nobody."""
+UNSEEN_CHARS = (
+    "\u00ad\u034f\u115f\u17b4\u180e\u200b\u200d\u2060\u2064\u2800\u3164\ufe00\ufeff\uffa0\ufff9"
+    "\U000e0001\U000e0041\U000e01ef"
+)
+"""Zero width, tags, fillers, and what selects nothing: words in them are read by programs, and seen by nobody."""
 
 
 def steps(rule: Callable[[str], object], text: str) -> int:

@@ -94,7 +94,9 @@ class NatsAgent:
                         await chunk.reply(await turn.ask(chunk.prompt, shown, chunk.id))
                     elif isinstance(chunk, ResponseChunk):
                         text += chunk.text
-                        items += await _items(message, chunk.attachments)
+                        items += await _items(message, (chunk.attachments or ())[: ITEMS - len(items)])
+                        if len(text) > self._max_output:  # the answer ends here, whatever else the agent says
+                            break
                     silence.reschedule(asyncio.get_running_loop().time() + SILENT_S)
         except (TimeoutError, NatsError) as exc:
             raise Temporary("unreachable", type(exc).__name__) from exc
@@ -102,7 +104,7 @@ class NatsAgent:
             if isinstance(exc.__cause__, JSONDecodeError):  # the server's message that nobody listens is no JSON
                 raise Temporary("unreachable", "Nobody took the prompt.") from exc
             raise Refused("agent_error", type(exc).__name__) from exc
-        return Answer(cut(text.encode(), self._max_output), tuple(items[:ITEMS]))
+        return Answer(cut(text.encode(), self._max_output), tuple(items))
 
 
 async def _attachments(message: Message, agent: Agent) -> list[Attachment]:

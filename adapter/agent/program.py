@@ -16,7 +16,7 @@ import msgspec
 
 from adapter.agent.runner import Answer, Turn, cut
 from adapter.errors import SettingsError, Temporary
-from adapter.kit.children import die_with_parent
+from adapter.kit.children import die_with_parent, hide_secrets
 
 GRACE_S = 3.0
 """Time between SIGTERM and SIGKILL."""
@@ -41,6 +41,7 @@ class Program:
             raise SettingsError("invalid_settings", f"The program cannot be read: {exc}.") from None
         if not self._command:
             raise SettingsError("invalid_settings", "The program is empty.")
+        hide_secrets()  # the program would read in /proc what it does not inherit
         self._timeout_s = timeout_s
         self._max_output = max_output
 

@@ -195,7 +195,9 @@ async def _run_one(
         await bus.check_subscribed()
         if isinstance(asked, Bind) and not may_move:
             serves = (await _serving(bus, asked.bot)).get(asked.bot, asked.sandbox)
-            if serves != asked.sandbox and not _confirm(f"{asked.bot} serves {serves}: move it to {asked.sandbox}?"):
+            if serves != asked.sandbox and not output.confirm(
+                f"{asked.bot} serves {serves}: move it to {asked.sandbox}?"
+            ):
                 raise Failed(NO, f"{asked.bot} serves {serves}: give --yes to move it.")
         answer = await request_control(bus, asked, timeout_s or 10.0)
     if answer.ok and isinstance(asked, Bind) and asked.check and not answer.checked and not json:
@@ -253,14 +255,6 @@ async def _serving(bus: Bus, bot: str | None = None) -> dict[str, str]:
         if exc.code != UNREACHABLE:
             raise
         return {}
-
-
-def _confirm(question: str) -> bool:
-    """Asks the person at the terminal; False if there is none."""
-    if not (sys.stdin.isatty() and sys.stderr.isatty()):
-        return False
-    print(f"{output.printable(question)} [y/N] ", end="", file=sys.stderr, flush=True)
-    return sys.stdin.readline().strip().lower() in ("y", "yes")
 
 
 async def bindings(

@@ -100,6 +100,19 @@ def complain(text: str) -> None:
     print(f"wechat-nats: {lines}", file=sys.stderr, flush=True)
 
 
+def can_confirm() -> bool:
+    """Whether a person at a terminal can be asked."""
+    return sys.stdin.isatty() and sys.stderr.isatty()
+
+
+def confirm(question: str) -> bool:
+    """Asks the person at the terminal; False if there is none."""
+    if not can_confirm():
+        return False
+    print(f"{printable(question)} [y/N] ", end="", file=sys.stderr, flush=True)
+    return sys.stdin.readline().strip().lower() in ("y", "yes")
+
+
 def table(
     columns: Sequence[str], rows: Iterable[Sequence[object]], *, styles: dict[str, str] | None = None, empty: str = ""
 ) -> None:

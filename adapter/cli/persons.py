@@ -12,7 +12,7 @@ from adapter.cli import output
 from adapter.cli.bindings import request_control
 from adapter.cli.bus import connected_bus
 from adapter.cli.dead import mask_secrets
-from adapter.cli.exit_codes import NO, OK
+from adapter.cli.exit_codes import NO, OK, USAGE, Failed
 from adapter.cli.options import Json, MaybeSandbox, RequestId, flag, new_id
 from adapter.contract.messages import ControlAnswer, Erase
 from adapter.contract.names import Names
@@ -29,23 +29,43 @@ async def erase(
     user: User,
     sandbox: MaybeSandbox = None,
     dry_run: Annotated[bool, flag("Only count what there is: nobody is unbound, and nothing erased.")] = False,
+    yes: Annotated[bool, flag("Erase without asking.")] = False,
     request_id: RequestId = None,
     timeout: Annotated[float, Parameter(help="Seconds to wait for the outcome.")] = ERASE_S,
     json: Json = False,
 ) -> int:
     """Unbind a person, and erase everything of theirs from streams and buckets.
 
-    An adapter does it, beside its other work, and answers with the counts. It may be repeated. Exit code 1: something
-    is left, erase again; 4: no answer came in time, which also means that. Backups are not touched.
+    It shows what there is, and asks before it erases; without a terminal give --yes. An adapter does the work, beside
+    its other work, and answers with the counts. It may be repeated. Exit code 1: something is left, erase again; 4:
+    no answer came in time, which also means that. Backups are not touched.
     """
+    asks = not (yes or dry_run)
+    if asks and not output.can_confirm():
+        raise Failed(USAGE, "Nobody can be asked here: give --yes to erase, or --dry-run to count.")
     asked = Erase(user=user, sandbox=sandbox, id=request_id or new_id(), dry_run=dry_run)
     async with connected_bus() as bus:
         await bus.check_subscribed()
-        answer = await request_control(bus, asked, timeout)
+        if asks:
+            found = await request_control(bus, msgspec.structs.replace(asked, id=new_id(), dry_run=True), timeout)
+            code = _print(found, json)
+            if not found.ok or not found.counts:
+                return code
+            if not output.confirm(f"Erase all this of {user}{f' in {sandbox}' if sandbox else ''}?"):
+                raise Failed(NO, "Nothing was erased.")
+        return _print(await request_control(bus, asked, timeout), json)
+
+
+def _print(answer: ControlAnswer, json: bool) -> int:
+    """Returns the exit code."""
     if json:
         output.json_line(answer)
     else:
-        _print(answer)
+        rows = [(kind, count, answer.left.get(kind, 0)) for kind, count in sorted(answer.counts.items())]
+        rows += [(kind, 0, count) for kind, count in sorted(answer.left.items()) if kind not in answer.counts]
+        output.table(("kind", "found", "left"), rows, empty="Nothing is there of this person.")
+        for info in answer.bindings:
+            output.say(output.printable(f"unbound  {info.sandbox}  {info.bot}"))
     if answer.error and not json:
         output.complain(answer.error)
     return OK if answer.ok else NO
@@ -67,14 +87,6 @@ async def export(*, user: User, sandbox: MaybeSandbox = None) -> int:
 
         await bus.ask_jetstream(f"DIRECT.GET.KV_{names.bindings}", print_all())
     return OK
-
-
-def _print(answer: ControlAnswer) -> None:
-    rows = [(kind, count, answer.left.get(kind, 0)) for kind, count in sorted(answer.counts.items())]
-    rows += [(kind, 0, count) for kind, count in sorted(answer.left.items()) if kind not in answer.counts]
-    output.table(("kind", "found", "left"), rows, empty="Nothing is there of this person.")
-    for info in answer.bindings:
-        output.say(output.printable(f"unbound  {info.sandbox}  {info.bot}"))
 
 
 def _as_line(names: Names, found: Found) -> dict[str, Any]:

@@ -99,7 +99,8 @@ def _definitions(kinds: Iterable[type[msgspec.Struct]], ref_template: str) -> di
     for definition in definitions.values():
         if "description" in definition:
             definition["description"] = inspect.cleandoc(definition["description"])
-    return definitions
+    # JSON Schema's $ is the end of the text, as Python's \Z; Python's $ would accept a line end before it
+    return msgspec.json.decode(msgspec.json.encode(definitions).replace(rb"\\Z", b"$"))
 
 
 def asyncapi() -> dict[str, Any]:

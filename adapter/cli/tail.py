@@ -137,7 +137,7 @@ async def _print_until_end(arrivals: Arrivals, count: int | None, json: bool) ->
         if json:
             output.json_line(msg.data)
         else:
-            output.say(_format_line(msg.subject, msg.data))
+            output.say(output.printable(_format_line(msg.subject, msg.data)))
         printed += 1
 
 
@@ -152,7 +152,7 @@ def _format_line(subject: str, data: bytes) -> str:
             case _:
                 return _format_inbound(data)
     except UNDECODABLE:
-        return f"unreadable: {len(data)} bytes on {output.printable(subject)}"
+        return f"unreadable: {len(data)} bytes on {subject}"
 
 
 def _format_inbound(data: bytes) -> str:
@@ -160,7 +160,7 @@ def _format_inbound(data: bytes) -> str:
     media = [_format_item(item) for item in message.items if kind_of(item) != "text"]
     said = " ".join(filter(None, (message.text, *media)))
     head = f"{output.clock(message.received_at_ms)}  {message.sandbox}  {_short_user(message.user)}  "
-    return head + output.printable(said)
+    return head + said
 
 
 def _format_event(sandbox: str, kind: str, data: bytes) -> str:
@@ -172,7 +172,7 @@ def _format_event(sandbox: str, kind: str, data: bytes) -> str:
         at_ms = at if isinstance(at := fields.get("at_ms"), int) else 0
         user = str(fields.get("user") or "")
         said = _words({name: value for name, value in fields.items() if name not in ("sandbox", "user", "at_ms")})
-    return f"{output.clock(at_ms)}  {sandbox}  {_short_user(user)}  {kind}: {output.printable(said)}"
+    return f"{output.clock(at_ms)}  {sandbox}  {_short_user(user)}  {kind}: {said}"
 
 
 def _format_item(item: InboundItem) -> str:
@@ -192,7 +192,7 @@ def _format_command(subject: str, data: bytes) -> str:
     ]
     said = " ".join(filter(None, parts)) or f"typing {command.typing}"
     head = f"{output.clock(int(time.time() * 1000))}  {sandbox}  {_short_user(command.user or '-')}  "
-    return f"{head}→ {output.printable(said)}"
+    return f"{head}→ {said}"
 
 
 def _words(value: object, name: str = "") -> str:
@@ -215,5 +215,5 @@ def _words(value: object, name: str = "") -> str:
 
 def _short_user(user: str) -> str:
     """Enough of a user id to tell two apart."""
-    name = output.printable(user.partition("@")[0])
+    name = user.partition("@")[0]
     return name if len(name) <= 12 else f"{name[:6]}…{name[-4:]}"

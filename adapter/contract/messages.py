@@ -28,7 +28,7 @@ _HEADERS = {
     "next": H_NEXT,
 }
 
-SandboxId = Annotated[str, Meta(pattern=SANDBOX_PATTERN, description="Name of a sandbox.")]
+SandboxId = Annotated[str, Meta(pattern=rf"^{SANDBOX_PATTERN}\Z", description="Name of a sandbox.")]
 CommandId = Annotated[str, Meta(min_length=1, max_length=128, description="Idempotency key of a command.")]
 
 
@@ -581,7 +581,7 @@ class LoginVerify(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True)
     """Request of wechat.svc.login.verify."""
 
     login: Annotated[str, Meta(min_length=1, max_length=64)]
-    code: Annotated[str, Meta(pattern=r"^[0-9]{1,12}$", description="The digits shown on the phone.")]
+    code: Annotated[str, Meta(pattern=r"^[0-9]{1,12}\Z", description="The digits shown on the phone.")]
 
 
 class Login(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -623,12 +623,13 @@ class MediaPiece(msgspec.Struct, frozen=True, kw_only=True, rename=_HEADERS.get)
     """Headers of wechat.svc.media.put.<sandbox>, whose payload is a piece of 16 KiB (the last may be shorter) to 512
     KiB. The answer is a Media, complete after the last piece. A piece may be repeated."""
 
-    upload: Annotated[str, Meta(pattern=r"^[A-Za-z0-9_-]{1,64}$", description="Your unique id of the upload.")]
+    upload: Annotated[str, Meta(pattern=r"^[A-Za-z0-9_-]{1,64}\Z", description="Your unique id of the upload.")]
     offset: Annotated[int, Meta(ge=0, description="Bytes before this piece; the first has 0.")] = 0
     last: Annotated[bool, Meta(description="This is the last piece.")] = False
     name: Annotated[str, Meta(max_length=1000, description="File name, percent-encoded; on the last piece.")] = ""
     sha256: Annotated[
-        str, Meta(pattern=r"^([0-9a-f]{64})?$", description="Hash of the whole, on the last piece; checked if given.")
+        str,
+        Meta(pattern=r"^([0-9a-f]{64})?\Z", description="Hash of the whole, on the last piece; checked if given."),
     ] = ""
 
 

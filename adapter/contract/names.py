@@ -15,7 +15,8 @@ SHARDS = 128
 UNROUTED = "UNROUTED"
 """The sandbox in receipts of commands without one. Sandbox names have no upper-case letters."""
 
-SANDBOX_PATTERN = r"^[a-z0-9_-]{1,64}$"
+SANDBOX_PATTERN = r"[a-z0-9_-]{1,64}"
+"""Of the whole name."""
 _SANDBOX = re.compile(SANDBOX_PATTERN)
 
 # Header names
@@ -57,7 +58,7 @@ H_ERROR_CODE = "Nats-Service-Error-Code"
 
 def is_sandbox(name: str) -> bool:
     """Whether it is a valid sandbox name, and so a token of subjects."""
-    return _SANDBOX.fullmatch(name) is not None  # match() with $ would accept a line end
+    return _SANDBOX.fullmatch(name) is not None
 
 
 def check_sandbox(name: str) -> str:

@@ -1,4 +1,4 @@
-"""Child processes that do not outlive this one."""
+"""Child processes that do not outlive this one, and do not read what it knows."""
 
 from __future__ import annotations
 
@@ -8,7 +8,14 @@ import signal
 import sys
 from collections.abc import Callable
 
-_PR_SET_PDEATHSIG = 1
+_PR_SET_PDEATHSIG, _PR_SET_DUMPABLE = 1, 4
+
+
+def hide_secrets() -> None:
+    """Makes this process undumpable for good (Linux only): no other process reads its environment and memory in /proc
+    any more, but one with CAP_SYS_PTRACE, such as root's. A program that it starts is as dumpable as any."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_DUMPABLE, 0, 0, 0, 0)
 
 
 def die_with_parent(parent: int) -> Callable[[], None] | None:

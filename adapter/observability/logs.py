@@ -54,9 +54,13 @@ _SECRET_TEXT = tuple(
         (r"\beyJ[0-9a-z_-]{10,}(?:\.[0-9a-z_-]+)*", HIDDEN),
     )
 )
-UNSEEN = "\x7f-\x9f\u00ad\u034f\u061c\u180e\u200b-\u200f\u2028-\u202e\u2060-\u206f\ufeff\U000e0000-\U000e0fff"
-"""For a regular expression: characters that move the cursor, change the direction or are invisible (tags, zero
-width)."""
+UNSEEN = (
+    "\x7f-\x9f\u00ad\u034f\u0600-\u0605\u061c\u06dd\u070f\u0890\u0891\u08e2\u115f\u1160\u17b4\u17b5\u180b-\u180f"
+    "\u200b-\u200f\u2028-\u202e\u2060-\u206f\u2800\u3164\ud800-\udfff\ufe00-\ufe0d\ufeff\uffa0\ufff0-\ufffb"
+    "\U000110bd\U000110cd\U00013430-\U0001343f\U0001bca0-\U0001bca3\U0001d173-\U0001d17a\U000e0000-\U000e0fff"
+)
+"""For a regular expression: Unicode's controls, formats and line ends, and what has no picture (fillers, selectors of
+variants but those of emoji, tags): they move the cursor, change the direction, or are seen by nobody."""
 _CONTROLS = re.compile(f"[\x00-\x08\x0b-\x1f{UNSEEN}]")
 """Characters that move a terminal's cursor or are invisible; a traceback keeps its lines."""
 _HARMLESS = re.compile(rf"(?!.*(?:AARzJW|eyJ|{_PACKED}))[a-z0-9_.@-]{{0,40}}\Z", re.IGNORECASE | re.ASCII)

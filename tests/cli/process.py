@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import pty
 import sys
 from asyncio.subprocess import PIPE, Process
 from collections.abc import AsyncIterator, Callable
@@ -37,6 +38,19 @@ async def started(
         if process.returncode is None:
             process.kill()
         await process.wait()
+
+
+@contextlib.asynccontextmanager
+async def on_terminal(*arguments: str) -> AsyncIterator[tuple[Running, int]]:
+    """A command at a terminal of its own, and the descriptor by which a test types and reads there."""
+    main, terminal = pty.openpty()
+    given: dict[str, Any] = dict.fromkeys(("stdin", "stdout", "stderr"), terminal)
+    try:
+        async with started(*arguments, preexec_fn=lambda: os.login_tty(terminal), fresh=True, **given) as process:
+            yield process, main
+    finally:
+        os.close(main)
+        os.close(terminal)
 
 
 async def until(condition: Callable[[], object]) -> None:

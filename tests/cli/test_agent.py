@@ -5,20 +5,28 @@ from __future__ import annotations
 
 import asyncio
 import base64
-from collections.abc import Sequence
+import gzip
+import sys
+import tracemalloc
+from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import httpx
 import msgspec
 import pytest
+from synadia_ai.agents import Attachment, ResponseChunk
 
 from adapter.agent import Message, Sandbox
 from adapter.agent.inbox import Delivery
+from adapter.agent.nats_agent import NatsAgent
 from adapter.agent.program import Program
 from adapter.agent.runner import Answer, Turn
 from adapter.agent.webhook import Webhook, sign
 from adapter.cli.embedded import EmbeddedNats
-from adapter.contract.messages import Inbound, OutItem, TextItem
+from adapter.contract.messages import Inbound, Media, OutItem, TextItem
+from adapter.errors import Refused
 from adapter.settings import Settings
 from tests.cli.conftest import Command
 from tests.cli.process import alive, until
@@ -127,7 +135,85 @@ async def test_a_long_text_is_on_standard_input_if_it_fits_into_no_variable(
 
 async def test_a_url_is_asked_again_whatever_it_says_of_later() -> None:
     later = httpx.Response(503, headers={b"retry-after": "\u00b2".encode()})
-    responses = [later, httpx.Response(200, json={"reply": "done"})]
+    responses = [later, httpx.Response(200, stream=httpx.ByteStream(b"done"))]
     async with httpx.AsyncClient(transport=httpx.MockTransport(lambda _: responses.pop(0))) as http:
         webhook = Webhook(http, "http://agent.example", bytes(32), timeout_s=30, max_output=100)
         assert await webhook(turn()) == Answer("done")
+
+
+@pytest.mark.parametrize("encoding", ["gzip, gzip", "gzip"])
+async def test_a_response_is_never_unpacked(encoding: str) -> None:
+    """Two kilobytes of `gzip, gzip` are two gigabytes; here they are 64 MB."""
+    body = gzip.compress(bytes(64 << 20))
+    body = gzip.compress(body) if encoding == "gzip, gzip" else body
+    asked: list[httpx.Request] = []
+
+    def answer(request: httpx.Request) -> httpx.Response:
+        asked.append(request)
+        return httpx.Response(200, headers={"content-encoding": encoding}, stream=httpx.ByteStream(body))
+
+    tracemalloc.start()
+    try:
+        async with httpx.AsyncClient(transport=httpx.MockTransport(answer)) as http:
+            webhook = Webhook(http, "http://agent.example", bytes(32), timeout_s=30, max_output=100)
+            with pytest.raises(Refused, match="compressed"):
+                await webhook(turn())
+        assert tracemalloc.get_traced_memory()[1] < 8 << 20
+    finally:
+        tracemalloc.stop()
+    assert [request.headers["accept-encoding"] for request in asked] == ["identity"]
+
+
+async def test_an_agent_on_nats_that_does_not_end_is_cut() -> None:
+    """Its words and its attachments are kept up to what an answer may have."""
+    said: list[ResponseChunk] = []
+    stored: list[str] = []
+
+    async def prompt(*_: object, **__: object) -> AsyncIterator[ResponseChunk]:
+        for number in range(10_000):
+            attachments = [Attachment.from_bytes(f"{number}.txt", b"a")] * 3
+            said.append(ResponseChunk(text="x", attachments=attachments))
+            yield said[-1]
+            await asyncio.sleep(0)
+
+    async def put_media(data: bytes, name: str) -> Media:
+        stored.append(name)
+        return Media(object=name, mime="text/plain", size=len(data))
+
+    endpoint = SimpleNamespace(max_payload_bytes=0, attachments_ok=False)
+    found: Any = SimpleNamespace(prompt=prompt, prompt_subject="p", prompt_endpoint=endpoint)
+
+    async def discover(**_: object) -> list[Any]:
+        return [found]
+
+    agents: Any = SimpleNamespace(discover=discover)
+    asked = turn()
+    asked.message.sandbox.put_media = put_media  # type: ignore[method-assign, assignment]
+    answer = await NatsAgent(agents, "tester", timeout_s=30, max_output=100)(asked)
+    assert (answer.text, len(answer.items)) == ("x" * 100 + "…", 10)
+    assert (len(said), len(stored)) == (101, 10)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="/proc is Linux's")
+async def test_a_program_does_not_read_what_its_parent_knows(tmp_path: Path) -> None:
+    """A root without capabilities stands for any other user: to one with them no rule of the kernel applies."""
+    script = tmp_path / "steal.py"
+    script.write_text(
+        "import os\n"
+        "for file in ('environ', 'mem', 'maps'):\n"
+        "    try:\n"
+        "        with open(f'/proc/{os.getppid()}/{file}', 'rb') as source: print(file, source.read(1) or b'-')\n"
+        "    except OSError as exc: print(file, type(exc).__name__)\n"
+    )
+    parent = (
+        "import asyncio, ctypes, os, sys\n"
+        "for capability in range(41): ctypes.CDLL(None).prctl(24, capability, 0, 0, 0)\n"  # PR_CAPBSET_DROP
+        "if len(sys.argv) == 1: os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:], 'again'])\n"
+        "from adapter.agent.program import Program\n"
+        "from tests.cli.test_agent import turn\n"
+        f"program = Program(f'{{sys.executable}} {script}', timeout_s=30, max_output=1000)\n"
+        "print(asyncio.run(program(turn())).text)\n"
+    )
+    process = await asyncio.create_subprocess_exec(sys.executable, "-c", parent, stdout=asyncio.subprocess.PIPE)
+    said, _ = await process.communicate()
+    assert said.decode().splitlines() == [*(f"{file} PermissionError" for file in ("environ", "mem", "maps")), ""]

@@ -24,7 +24,7 @@ from adapter.contract.messages import (
 )
 from adapter.contract.names import H_MSG_ID, H_REPLY_TO
 from tests.cli.conftest import Command
-from tests.cli.process import started
+from tests.cli.process import on_terminal, started
 from tests.cli.standin import answering
 
 TOKEN = "bot1@im.bot:secret-of-the-bot"
@@ -158,18 +158,7 @@ async def test_without_a_terminal_nobody_is_asked_for_the_token(bus: Bus) -> Non
 
 
 async def test_on_a_terminal_the_token_is_asked_for_and_not_shown(bus: Bus) -> None:
-    main, terminal = pty.openpty()
-    async with (
-        answering(bus) as adapter,
-        started(
-            *("bind", "s1", "bot1@im.bot"),
-            stdin=terminal,
-            stdout=terminal,
-            stderr=terminal,
-            preexec_fn=lambda: os.login_tty(terminal),
-            fresh=True,
-        ) as process,
-    ):
+    async with answering(bus) as adapter, on_terminal("bind", "s1", "bot1@im.bot") as (process, main):
         shown = b""
         while b"not shown" not in shown:
             shown += await asyncio.to_thread(os.read, main, 4096)
@@ -177,8 +166,6 @@ async def test_on_a_terminal_the_token_is_asked_for_and_not_shown(bus: Bus) -> N
         while b"bound." not in shown:
             shown += await asyncio.to_thread(os.read, main, 4096)
         assert await process.wait() == 0
-    os.close(main)
-    os.close(terminal)
     (asked,) = adapter.asked
     assert isinstance(asked, Bind)
     assert asked.bot_token == TOKEN

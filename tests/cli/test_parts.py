@@ -10,6 +10,7 @@ import os
 import re
 import stat
 import sys
+import unicodedata
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
@@ -103,6 +104,12 @@ def test_what_nobody_sees_is_shown(unseen: str, capsys: pytest.CaptureFixture[st
     assert json.loads(shown) == {"text": unseen}
     complain(f"no option a{unseen}b\nnext line")
     assert capsys.readouterr().err == f"wechat-nats: no option a\\x{ord(unseen):02x}b\nnext line\n"
+
+
+def test_every_control_format_and_line_end_of_unicode_is_shown() -> None:
+    unseen = ("Cc", "Cf", "Cs", "Zl", "Zp")
+    left = [char for char in map(chr, range(sys.maxunicode + 1)) if unicodedata.category(char) in unseen]
+    assert [hex(ord(char)) for char in left if char in printable(char) and char not in "\n\t\r"] == []
 
 
 def test_faces_and_flags_are_shown_as_they_are() -> None:

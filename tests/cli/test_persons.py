@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import re
 from pathlib import Path
 
 import msgspec
 import pytest
+from nats.aio.msg import Msg
 
 from adapter.cli.bus import Bus
-from adapter.contract.messages import ErasedEvent
-from adapter.contract.names import to_subject_token
+from adapter.contract.messages import ControlAnswer, Erase, ErasedEvent
+from adapter.contract.names import H_REPLY_TO, to_subject_token
 from adapter.contract.records import LoginRecord
 from adapter.jetstream import topology
 from adapter.jetstream.history import StreamHistory
@@ -19,6 +22,7 @@ from adapter.ports import Stored
 from adapter.settings import Settings
 from adapter.simulator import BotRecord, Simulator, samples
 from tests.cli.conftest import Command
+from tests.cli.process import on_terminal
 
 KINDS = {"conversation", "login", "message", "event", "receipt", "dead_letter", "media", "journal"}
 """All that is there once a person's bots are unbound and their commands have ended."""
@@ -92,7 +96,7 @@ async def test_nothing_of_an_erased_person_is_left_and_all_of_another(
     assert (await cli("send", "s2", "a sandbox may name anybody", *named)).code == 1
     for number in range(5):
         simulator.say(stays.user, f"meanwhile {number}")
-    erased = await cli("erase", "--user", gone.user, "--id", "request-1", "--json")
+    erased = await cli("erase", "--user", gone.user, "--id", "request-1", "--json", "--yes")
     (answer,) = erased.rows
     assert (erased.code, answer["ok"], answer["left"]) == (0, True, {})
     assert set(answer["counts"]) == KINDS
@@ -107,7 +111,7 @@ async def test_nothing_of_an_erased_person_is_left_and_all_of_another(
     event = msgspec.json.decode(audit.data, type=ErasedEvent)
     assert (event.request, event.counts["message"], len(event.person)) == ("request-1", 2, 64)
 
-    again = await cli("erase", "--user", gone.user)
+    again = await cli("erase", "--user", gone.user, "--yes")
     assert (again.code, again.out) == (0, "Nothing is there of this person.\n")
     simulator.say(stays.user, "still here")
     (last,) = (await cli("tail", "s2", "--all", "--count", "8", "--timeout", "60", "--json")).rows[7:]
@@ -118,7 +122,7 @@ async def test_a_person_who_comes_back_after_an_erasure_begins_anew(
     cli: Command, adapter: asyncio.Task[None], simulator: Simulator, bus: Bus, settings: Settings, tmp_path: Path
 ) -> None:
     bot = await serve(cli, simulator, bus, tmp_path, "s1")
-    assert (await cli("erase", "--user", bot.user)).code == 0
+    assert (await cli("erase", "--user", bot.user, "--yes")).code == 0
     token = tmp_path / "again"
     token.write_text(bot.token)
     assert (await cli("bind", "s1", bot.bot, "--token-file", str(token), "--user", bot.user)).code == 0
@@ -134,7 +138,7 @@ async def test_one_sandbox_of_a_person_is_erased_and_the_other_stays(
 ) -> None:
     bot = await serve(cli, simulator, bus, tmp_path, "s1")
     await serve(cli, simulator, bus, tmp_path, "s2", bot=simulator.add_bot(user=bot.user))
-    erased = await cli("erase", "--user", bot.user, "--sandbox", "s1", "--json")
+    erased = await cli("erase", "--user", bot.user, "--sandbox", "s1", "--json", "--yes")
     assert (erased.code, erased.rows[0]["counts"]["message"]) == (0, 2)
     left = await everything(bus, settings)
     assert naming(left, "secret of s1", "answer for s1") == []
@@ -159,5 +163,37 @@ async def test_an_export_has_every_message_and_no_secret(
 @pytest.mark.parametrize("command", ["erase", "export"])
 async def test_nobody_is_named_in_what_a_stranger_asks(cli: Command, bus: Bus, command: str) -> None:
     """Without an adapter an erasure waits on the bus, and an export finds nothing."""
-    result = await cli(command, "--user", "nobody@im.wechat", *(["--timeout", "0.5"] if command == "erase" else []))
+    result = await cli(
+        command, "--user", "nobody@im.wechat", *(["--timeout", "0.5", "--yes"] if command == "erase" else [])
+    )
     assert (result.code, result.out) == ((4, "") if command == "erase" else (0, ""))
+
+
+async def test_without_a_terminal_and_without_yes_nothing_is_asked_of_anybody(cli: Command, bus: Bus) -> None:
+    result = await cli("erase", "--user", "u@im.wechat", "--timeout", "0.5")
+    assert (result.code, result.out) == (2, "")
+    assert "give --yes" in result.err
+    assert (await bus.js.stream_info(bus.names.stream_ctl)).state.messages == 0
+
+
+@pytest.mark.parametrize("said", ["y", "n"])
+async def test_at_a_terminal_the_counts_are_shown_before_a_person_is_erased(bus: Bus, said: str) -> None:
+    asked: list[Erase] = []
+
+    async def answer(msg: Msg) -> None:
+        asked.append(msgspec.json.decode(msg.data, type=Erase))
+        found = ControlAnswer(ok=True, counts={"message": 17})
+        await bus.nc.publish((msg.headers or {})[H_REPLY_TO], msgspec.json.encode(found))
+
+    await bus.nc.subscribe(bus.names.erase, cb=answer)
+    await bus.nc.flush()
+    async with on_terminal("erase", "--user", "u@im.wechat") as (process, main):
+        shown = b""
+        while b"[y/N]" not in shown:
+            shown += await asyncio.to_thread(os.read, main, 4096)
+        assert re.search(rb"message +17", shown)
+        assert [each.dry_run for each in asked] == [True]
+        os.write(main, said.encode() + b"\n")
+        assert await process.wait() == (0 if said == "y" else 1)
+    assert [each.dry_run for each in asked] == [True, False][: 2 if said == "y" else 1]
+    assert len({each.id for each in asked}) == len(asked)

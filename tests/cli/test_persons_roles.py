@@ -13,7 +13,7 @@ async def test_operators_may_ask_for_an_erasure_and_only_adapters_may_read_what_
     cli: Command, scene: Scene
 ) -> None:
     scene.enter("operator")
-    asked = await cli("erase", "--user", "o9cq80demo@im.wechat", "--timeout", "0.5")
+    asked = await cli("erase", "--user", "o9cq80demo@im.wechat", "--timeout", "0.5", "--yes")
     assert (asked.code, await scene.stored(NAMES.stream_ctl)) == (4, 1)
     refused = await cli("export", "--user", "o9cq80demo@im.wechat")
     assert (refused.code, refused.out) == (1, "")

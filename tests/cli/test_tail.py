@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import os
+from collections.abc import Awaitable
 from pathlib import Path
 
 import msgspec
+import pytest
 
 from adapter.cli.bus import Bus, connected_bus
 from adapter.cli.embedded import EmbeddedNats
@@ -104,6 +106,27 @@ async def test_lines_of_json_move_no_cursor_and_stay_lines(cli: Command, bus: Bu
     result = await cli("tail", "--all", "--count", "1", "--json")
     assert result.out.removesuffix("\n").isprintable()
     assert texts(result) == [said]
+
+
+@pytest.mark.parametrize("sandbox", ["s1\n", "s1\x1b[2J"])
+async def test_a_sandbox_that_is_no_sandbox_moves_no_cursor(cli: Command, bus: Bus, sandbox: str) -> None:
+    odd = {"id": "i", "sandbox": sandbox, "bot": "b", "user": "u", "sent_at_ms": 1, "received_at_ms": 1, "text": "hi"}
+    command = {"sandbox": sandbox, "text": "hi"}
+
+    def publish() -> Awaitable[object]:
+        return asyncio.gather(
+            bus.nc.publish(bus.names.live("s1"), msgspec.json.encode(odd)),
+            bus.nc.publish(bus.names.out_plain, msgspec.json.encode(command)),
+        )
+
+    reading = asyncio.create_task(cli("tail", "--commands", "--count", "2"))
+    while not reading.done():
+        await publish()
+        await asyncio.wait([reading], timeout=0.1)
+    result = await reading
+    assert len(result.out.splitlines()) == 2
+    assert result.out.replace("\n", "").isprintable()
+    assert "unreadable" in result.out
 
 
 async def test_events_too(cli: Command, bus: Bus) -> None:
