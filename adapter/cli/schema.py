@@ -100,7 +100,8 @@ def _definitions(kinds: Iterable[type[msgspec.Struct]], ref_template: str) -> di
         if "description" in definition:
             definition["description"] = inspect.cleandoc(definition["description"])
     # JSON Schema's $ is the end of the text, as Python's \Z; Python's $ would accept a line end before it
-    return msgspec.json.decode(msgspec.json.encode(definitions).replace(rb"\\Z", b"$"))
+    text = msgspec.json.encode(definitions).replace(rb"\\Z", b"$")
+    return msgspec.json.decode(text, type=dict[str, dict[str, Any]])
 
 
 def asyncapi() -> dict[str, Any]:
