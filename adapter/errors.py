@@ -32,6 +32,10 @@ class Temporary(AdapterError):
         self.retry_after_s = retry_after_s
 
 
+class RecordTooNew(Temporary):
+    """A private record has a version that only a newer replica knows: leave it alone."""
+
+
 class Uncertain(AdapterError):
     """The request was sent without a usable answer, so it may have taken effect. Repeat it only with the same id."""
 

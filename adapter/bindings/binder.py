@@ -80,6 +80,7 @@ class Binder:
         token = self._open_token(command)
         if command.base_url:
             self._deps.chat.check_base_url(command.base_url)
+        self._bindings.ensure_known(command.bot)
         before = self._bindings.get(command.bot)
         bound = self._bindings.of_sandbox(command.sandbox)
         binding = self._new_binding(command, token, before)

@@ -56,7 +56,7 @@ async def _stored_bindings(history: History, names: Names) -> AsyncIterator[tupl
         try:
             binding = msgspec.json.decode(stored.data, type=Binding)
         except UNDECODABLE:
-            continue  # unreadable: the registry logs and ignores it
+            continue  # unreadable, or of a newer version: the registry logs and ignores it
         yield stored, binding
 
 

@@ -9,8 +9,9 @@ import structlog
 
 from adapter.contract.names import SHARDS, from_subject_token, shard_of, to_subject_token
 from adapter.contract.records import Binding
-from adapter.errors import UNDECODABLE, Conflict
+from adapter.errors import UNDECODABLE, Conflict, RecordTooNew, Refused
 from adapter.kit.timing import ChangeSignal
+from adapter.observability.records import RecordDecoder
 from adapter.ports import Account, Bucket, Entry
 from adapter.security.seal import Sealer
 
@@ -85,6 +86,7 @@ class Bindings(BindingIndex):
         self._same_token = same_token
         """Whether two stored tokens of a bot are the same token, even if sealed again; then nothing has changed."""
         self._unbound_s = unbound_s
+        self._decoder = RecordDecoder(Binding)
         self._listeners: list[Callable[[str, Binding | None, Binding | None], None]] = []
 
     def add_listener(self, on_change: Callable[[str, Binding | None, Binding | None], None]) -> None:
@@ -95,15 +97,24 @@ class Bindings(BindingIndex):
         """Follows the bucket until cancelled."""
         await self._bucket.watch(self._apply_entry, on_loaded=self._on_loaded)
 
+    def ensure_known(self, bot: str) -> None:
+        """Raises Refused for a bot whose binding a newer version wrote."""
+        if (known := self.get(bot)) is not None and known.state == "too_new":
+            raise Refused(
+                "too_new", "A newer version wrote this bot's binding: finish the roll-out, then bind again."
+            )
+
     async def put(self, binding: Binding, ensure_owner: Callable[[], None] = lambda: None) -> None:
         """Writes a binding over any existing one. `ensure_owner` is called after each read; the revision then refuses
-        the write if another replica has written since."""
+        the write if another replica has written since. Raises Refused("too_new")."""
         _, revision = self.with_revision(binding.bot)
         while True:
             ensure_owner()
             if await self._write_if_unchanged(binding, revision):
                 return
             entry = await self._bucket.get(to_subject_token(binding.bot))
+            if entry is not None:
+                self._apply_entry(entry)
             revision = entry.revision if entry else 0
 
     async def update(self, bot: str, make: Callable[[Binding], Binding | None]) -> Binding | None:
@@ -114,7 +125,9 @@ class Bindings(BindingIndex):
                 return None
             self._apply_entry(entry)
             try:
-                before = msgspec.json.decode(entry.value, type=Binding)
+                before = self._decoder.decode(entry.value, bot=bot)
+            except RecordTooNew:
+                return None  # only a newer replica changes it
             except UNDECODABLE:
                 return None  # counts as missing: a bind overwrites it
             after = make(before)
@@ -147,6 +160,7 @@ class Bindings(BindingIndex):
             self._apply_entry(entry)
 
     async def _write_if_unchanged(self, binding: Binding, revision: int) -> bool:
+        self.ensure_known(binding.bot)
         value = msgspec.json.encode(binding)
         try:
             written = await self._bucket.update(to_subject_token(binding.bot), value, revision)
@@ -171,7 +185,7 @@ class Bindings(BindingIndex):
         if entry.revision <= revision:
             return
         try:
-            after = None if entry.value is None else msgspec.json.decode(entry.value, type=Binding)
+            after = None if entry.value is None else self._decode(bot, entry.value)
         except UNDECODABLE as exc:
             log.error("binding.unreadable", bot=bot, detail=str(exc))
             return
@@ -182,6 +196,21 @@ class Bindings(BindingIndex):
             for listener in self._listeners:
                 listener(bot, before, after)
             self.changed.notify_all()
+
+    def _decode(self, bot: str, value: bytes) -> Binding:
+        """A binding of a newer version is in the state `too_new`, without a token. Raises UNDECODABLE."""
+        try:
+            return self._decoder.decode(value, bot=bot)
+        except RecordTooNew:
+            known = msgspec.json.decode(value, type=_Served)
+            return Binding(sandbox=known.sandbox, bot=bot, token="", user=known.user, state="too_new")
+
+
+class _Served(msgspec.Struct):
+    """What every version of a binding has."""
+
+    sandbox: str
+    user: str = ""
 
 
 def account_of(binding: Binding, sealer: Sealer) -> Account:

@@ -49,10 +49,17 @@ from adapter.contract.names import H_MSG_ID, H_REPLY_TO, H_SCHEMA, is_sandbox
 
 COLUMNS = ("sandbox", "bot", "user", "state", "since", "reason")
 HEALTH_COLUMNS = ("sandbox", "bot", "user", "state", "last poll", "user wrote", "window", "why")
-TROUBLE: tuple[BotStatus, ...] = ("not_polled", "failing", "needs_login", "unknown", "paused")
+TROUBLE: tuple[BotStatus, ...] = ("not_polled", "too_new", "failing", "needs_login", "unknown", "paused")
 R = TypeVar("R", bound=bulk.Row)
 UNREASONED = "The adapter refused without a reason."
-STYLES = {"active": "green", "polling": "green", "needs_login": "red", "not_polled": "red", "failing": "red"}
+STYLES = {
+    "active": "green",
+    "polling": "green",
+    "needs_login": "red",
+    "not_polled": "red",
+    "failing": "red",
+    "too_new": "red",
+}
 
 
 ROWS_UNDER_WAY = 256
@@ -269,9 +276,9 @@ async def bindings(
 ) -> int:
     """List which bots serve which sandboxes and in which state, the worst first. Tokens are never shown.
 
-    All replicas are asked how they poll their bots. States: not_polled (no replica polls it), failing (no answer from
-    iLink for a minute), needs_login, unknown (a replica gave no answer), paused (NATS is away), retrying, draining,
-    starting, polling.
+    All replicas are asked how they poll their bots. States: not_polled (no replica polls it), too_new (a newer
+    version wrote its binding), failing (no answer from iLink for a minute), needs_login, unknown (a replica gave no
+    answer), paused (NATS is away), retrying, draining, starting, polling.
     """
     wanted = {each for one in state for each in (TROUBLE if one == "trouble" else (one,))}
     async with connected_bus() as bus:

@@ -258,7 +258,7 @@ async def _check_bindings(bus: Bus) -> list[Check]:
     if not any(bots_of[status] for status in TROUBLE):
         return [Check("bindings", "ok", said)]
     said += ". See `wechat-nats bindings --state trouble`"
-    if bots_of["not_polled"] or bots_of["failing"]:
+    if bots_of["not_polled"] or bots_of["too_new"] or bots_of["failing"]:
         return [Check("bindings", "fail", f"{said}.")]
     advice = "; who needs a login has to scan a new QR code" if bots_of["needs_login"] else ""
     return [Check("bindings", "warn", f"{said}{advice}.")]

@@ -15,6 +15,7 @@ from adapter.observability.logs import escape_invisible
 
 STATUS_NAMES: dict[BotStatus, str] = {
     "not_polled": "not polled",
+    "too_new": "of a newer version",
     "failing": "failing",
     "needs_login": "needs a login",
     "unknown": "not known",

@@ -381,11 +381,21 @@ class Erase(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
         return f"Erase(sandbox={self.sandbox!r}, id={self.id!r})"  # whom it names is to be forgotten
 
 
-BindingState: TypeAlias = Literal["active", "needs_login"]
+BindingState: TypeAlias = Literal["active", "needs_login", "too_new"]
+"""too_new: a newer version wrote the binding, and this one does not use it."""
 
 
 BotStatus: TypeAlias = Literal[
-    "not_polled", "failing", "needs_login", "unknown", "paused", "retrying", "draining", "starting", "polling"
+    "not_polled",
+    "too_new",
+    "failing",
+    "needs_login",
+    "unknown",
+    "paused",
+    "retrying",
+    "draining",
+    "starting",
+    "polling",
 ]
 """In a word how a bot fares, what is worst first."""
 BOT_STATUSES: tuple[BotStatus, ...] = get_args(BotStatus)
@@ -397,7 +407,8 @@ class BindingHealth(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tru
     status: Annotated[
         BotStatus,
         Meta(
-            description="not_polled: no replica polls it. failing: for a minute iLink has answered no poll, or the"
+            description="not_polled: no replica polls it. too_new: a newer version wrote the binding, and no"
+            " replica that knows it polls the bot. failing: for a minute iLink has answered no poll, or the"
             " answer cannot be stored. unknown: a replica gave no answer. paused: NATS or the lease is away."
             " retrying: the last poll failed. draining: its replica gives it back. starting: its replica takes it."
         ),

@@ -1,4 +1,7 @@
-"""Records in the adapter's buckets. They are private, not part of the contract."""
+"""Records in the adapter's buckets. They are private, not part of the contract.
+
+Each carries the version of its form in `v`, and is read by `observability.records.RecordDecoder`.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +25,15 @@ UNBOUND_S = 72 * 3600
 bound again. iLink repeats messages for about an hour, and a user's window is open for a day."""
 
 
-class Binding(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+class PrivateRecord(msgspec.Struct, frozen=True, tag_field="v", tag=1):
+    """A record with its version. A record whose form changes gets another `tag` of its own.
+
+    Every version of a record has these fields, so that an older replica knows what it leaves alone: a binding its
+    `sandbox` and `user`, a member its `draining`.
+    """
+
+
+class Binding(PrivateRecord, frozen=True, kw_only=True, omit_defaults=True):
     """Bucket `bindings`, key: the bot. The sandbox that a bot serves, and how to call the bot."""
 
     sandbox: str
@@ -97,7 +108,7 @@ class LoginCode(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
         return f"LoginCode({self.number})"
 
 
-class LoginRecord(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+class LoginRecord(PrivateRecord, frozen=True, kw_only=True, omit_defaults=True):
     """Bucket `logins`, key: the login's id. A QR login, without its secrets once it is over."""
 
     sandbox: str
@@ -137,13 +148,13 @@ class LoginRecord(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True)
         return self.status in FINAL_STATUSES
 
 
-class Claim(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+class Claim(PrivateRecord, frozen=True, kw_only=True, omit_defaults=True):
     """Bucket `claims`, key: the shard. The incarnation that owns it; "" after its release."""
 
     owner: str = ""
 
 
-class Member(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+class Member(PrivateRecord, frozen=True, kw_only=True, omit_defaults=True):
     """Bucket `members`, key: the incarnation. Renewed while the replica is alive."""
 
     instance: str

@@ -9,8 +9,8 @@ from typing import Literal, TypeAlias
 
 import msgspec
 
-VERSION = 1
-"""Version of the record's form. A replica leaves a record with a higher version alone."""
+from adapter.contract.records import PrivateRecord
+
 RECENT_COMMANDS = 32
 DISPATCHED_BOTS_KEPT = 4
 """Most bots in `dispatched_to`: the latest ones."""
@@ -96,21 +96,20 @@ class SentText(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
         return f"SentText({self.kind!r})"  # keeps the text out of logs and tracebacks
 
 
-class ConversationRecord(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+class ConversationRecord(PrivateRecord, frozen=True, kw_only=True, omit_defaults=True):
     """All that is stored for one user of one sandbox."""
 
-    v: int = VERSION
     bot: str = ""
     """The bot that last served the user or received a message from them."""
     token: str = ""
     """The newest context token."""
     window: SendWindow = SendWindow()
-    dispatched_to: dict[str, int] = {}
+    dispatched_to: dict[str, int] = {}  # noqa: RUF012 - msgspec copies it
     """By bot: the sequence in its journal up to which the inbox and this record have all messages of the user."""
     head: SendProgress | None = None
-    recent: list[str] = []
+    recent: list[str] = []  # noqa: RUF012 - msgspec copies it
     """Ids of the last commands that were sent or may have been. A command with such an id is a duplicate."""
-    sent: list[SentText] = []
+    sent: list[SentText] = []  # noqa: RUF012 - msgspec copies it
     announced: WindowPhase = ""
     """The phase of the window that the sandbox knows."""
     announced_window: str = ""

@@ -73,5 +73,9 @@ class CommandEndings:
                 log.exception("command.crashed", sandbox=sandbox, crashes=crashes)
                 if crashes == ATTEMPTS:
                     raise Crashed from exc
-            if await wait_event(self._draining, backoff(failures, first_s=0.2, longest_s=5.0)):
-                raise Draining
+            await self.pause(backoff(failures, first_s=0.2, longest_s=5.0))
+
+    async def pause(self, seconds: float) -> None:
+        """Raises Draining as soon as the replica stops."""
+        if await wait_event(self._draining, seconds):
+            raise Draining

@@ -21,9 +21,9 @@ from adapter.contract.records import Binding
 from adapter.conversation import rules
 from adapter.conversation.commands import Command
 from adapter.conversation.record import ConversationRecord
-from adapter.conversation.rules import CommandResult
+from adapter.conversation.rules import CommandResult, QueuedCommand
 from adapter.conversation.store import ConversationStore
-from adapter.errors import Crashed, Refused
+from adapter.errors import Crashed, RecordTooNew, Refused, Temporary
 from adapter.kit.tasks import TaskSet
 from adapter.outbound.endings import CommandEndings
 from adapter.outbound.ledger import CommandLedger
@@ -35,6 +35,10 @@ from adapter.outbound.shard import Sessions
 CATCH_UP_S = 30.0
 """Longest wait of a command for the messages that the bot's previous owner stored. A bot may never be taken, for
 instance without the key of its token, and its commands must still end."""
+
+
+HELD_LOOK_S = 5.0
+"""Between two looks at a record that only a newer replica knows. It mostly ends with the shard's next owner."""
 
 
 class _PreviousOwner(NamedTuple):
@@ -79,6 +83,8 @@ class CommandPlacement:
         self._tasks = tasks
         self._unplaced: dict[str, deque[ReadCommand]] = {}
         """By sandbox, in order: commands whose conversation is not known yet, and those behind them."""
+        self._held: dict[tuple[str, str], deque[QueuedCommand]] = {}
+        """By sandbox and user, in order: commands of users whose records only a newer replica knows."""
 
     def put(self, read: ReadCommand) -> None:
         """Passes a command to its conversation if that is known, or queues it behind others of its sandbox."""
@@ -90,6 +96,7 @@ class CommandPlacement:
                     user = read.command.user or binding.user or unknown_user(binding.bot)
                     actor = self._conversations.get(sandbox, user)
                     is_behind = self._sessions.is_catching_up(binding.bot)
+                    is_behind = is_behind or (sandbox, user) in self._held
                     if actor and not is_behind and _is_surely_for(read.command, binding):
                         actor.put(rules.Stored((read.queued,)))
                         return
@@ -166,10 +173,31 @@ class CommandPlacement:
                 async with asyncio.timeout(CATCH_UP_S):
                     await self._sessions.wait_caught_up(binding.bot)
             user = command.user or binding.user
-            actor = await self._conversations.open(
-                command.sandbox, user, binding.bot, known=previous.records.get(user)
-            )
+            if (held := self._held.get((command.sandbox, user))) is not None:
+                held.append(queued)
+                return
+            try:
+                actor = await self._conversations.open(
+                    command.sandbox, user, binding.bot, known=previous.records.get(user)
+                )
+            except RecordTooNew:
+                self._held[command.sandbox, user] = deque([queued])
+                self._tasks.spawn(self._place_held(command.sandbox, user, binding.bot))
+                return
         actor.put(rules.Stored((queued,)))
+
+    async def _place_held(self, sandbox: str, user: str, bot: str) -> None:
+        """Passes the commands of one user to their conversation once its record can be read. Nobody else waits.
+        Raises Draining."""
+        while True:
+            await self._endings.pause(HELD_LOOK_S)
+            try:
+                actor = await self._conversations.open(sandbox, user, bot)
+            except Temporary:
+                continue
+            for queued in self._held.pop((sandbox, user)):
+                actor.put(rules.Stored((queued,)))
+            return
 
     async def _find_recipient(self, command: Command) -> Binding:
         """The binding that a command is meant for. Raises Temporary, and Refused even if another person is bound now,

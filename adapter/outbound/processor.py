@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections import Counter
 from collections.abc import Awaitable, Callable, Collection, Iterator
 from functools import partial
@@ -19,7 +20,7 @@ from adapter.conversation.commands import Limits
 from adapter.conversation.record import ConversationRecord
 from adapter.conversation.rules import CommandResult, Conversation
 from adapter.conversation.shard import ConversationDeps
-from adapter.errors import Crashed
+from adapter.errors import Crashed, RecordTooNew
 from adapter.kit.tasks import TaskSet
 from adapter.observability.events import BusAccess
 from adapter.outbound.endings import CommandEndings, Draining
@@ -140,9 +141,10 @@ class ShardCommandProcessor:
 
     async def wake(self, binding: Binding) -> None:
         """Loads the conversation of a bot that this replica polls now, since its window may have to be closed in
-        time. Raises Temporary."""
+        time. A record that only a newer replica knows stays as it is. Raises Temporary."""
         if binding.user:
-            (await self.conversation(binding, binding.user)).refresh_bot()
+            with contextlib.suppress(RecordTooNew):
+                (await self.conversation(binding, binding.user)).refresh_bot()
 
     def on_binding(self, sandbox: str, bot: str, users: Collection[str]) -> None:
         """Handles a changed binding, or a change of its token's state. `users`: its users before and after."""

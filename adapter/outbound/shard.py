@@ -97,7 +97,7 @@ class ShardBots:
         return Bot(best.bot, self._is_usable(best))
 
     def _is_usable(self, binding: Binding) -> bool:
-        if binding.state == "needs_login" or self._sessions.is_recovering(binding.bot):
+        if binding.state != "active" or self._sessions.is_recovering(binding.bot):
             return False
         try:
             self.account(binding.sandbox, binding.bot)

@@ -26,9 +26,10 @@ import structlog
 
 from adapter.contract.names import SHARDS
 from adapter.contract.records import Claim
-from adapter.errors import UNDECODABLE, Conflict, LeaseLost, Temporary
+from adapter.errors import UNDECODABLE, Conflict, LeaseLost, RecordTooNew, Temporary
 from adapter.kit.timing import Clock, raise_if_cancelled, wait_event
 from adapter.observability.metrics import Metrics
+from adapter.observability.records import RecordDecoder
 from adapter.ownership.membership import Membership
 from adapter.ports import Entry, LeaderBucket
 
@@ -65,6 +66,7 @@ class Leases(Membership):
         self.orphans: set[int] = set()
         """Shards without a living owner in the last round."""
         self._claims = claims
+        self._claim_decoder = RecordDecoder(Claim)
         self._claim_revisions: dict[int, int] = {}
         self._release_unconfirmed: set[int] = set()
         """Released shards whose write may have failed or may still land; only another write settles that."""
@@ -137,7 +139,10 @@ class Leases(Membership):
             entry, revision = claims.get(str(shard)), self._claim_revisions[shard]
             if entry is not None and entry.revision == revision:
                 continue
-            claim = _decode_claim(entry)
+            try:
+                claim = self._decode_claim(entry)
+            except RecordTooNew:
+                claim = Claim()  # a newer replica's
             if entry is None or claim is None:
                 deleted_shards.append(shard)
             elif entry.revision > revision and claim.owner != self.incarnation:
@@ -150,7 +155,7 @@ class Leases(Membership):
         claim = msgspec.json.encode(Claim(owner=self.incarnation))
         try:
             entry = await self._claims.get(str(shard))  # the list may be older than the claim
-            if _decode_claim(entry) is not None or shard not in self.owned:
+            if self._decode_claim(entry) is not None or shard not in self.owned:
                 return
             revision = await self._claims.write(str(shard), claim, entry.revision if entry else 0)
         except (Temporary, Conflict):
@@ -176,7 +181,10 @@ class Leases(Membership):
             if shard in self.owned:
                 continue
             entry = claims.get(str(shard))
-            claim, revision = _decode_claim(entry), entry.revision if entry else 0
+            try:
+                claim, revision = self._decode_claim(entry), entry.revision if entry else 0
+            except RecordTooNew:
+                continue
             owner = claim.owner if claim else ""
             if owner not in self._live:
                 orphans.add(shard)
@@ -212,6 +220,14 @@ class Leases(Membership):
         reason = "taken" if owner and owner != self.incarnation else "acquired"
         self._metrics.lease_changes.labels(reason=reason).inc()
         return True
+
+    def _decode_claim(self, entry: Entry | None) -> Claim | None:
+        """None: there is no claim, not even an empty one. Only others delete claims or write anything else. Raises
+        RecordTooNew."""
+        try:
+            return self._claim_decoder.decode(entry.value, shard=entry.key) if entry and entry.value else None
+        except UNDECODABLE:
+            return None
 
     # release --------------------------------------------------------------------------------------
 
@@ -260,11 +276,3 @@ class Leases(Membership):
         self._paused = True
         self._metrics.shards_owned.set(0)
         self.changed.notify_all()
-
-
-def _decode_claim(entry: Entry | None) -> Claim | None:
-    """None: there is no claim, not even an empty one. Only others delete claims or write anything else."""
-    try:
-        return msgspec.json.decode(entry.value, type=Claim) if entry and entry.value else None
-    except UNDECODABLE:
-        return None

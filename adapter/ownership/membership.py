@@ -18,9 +18,10 @@ import msgspec
 import structlog
 
 from adapter.contract.records import Member
-from adapter.errors import UNDECODABLE, Conflict, LeaseLost, Temporary
+from adapter.errors import UNDECODABLE, Conflict, LeaseLost, RecordTooNew, Temporary
 from adapter.kit.timing import ChangeSignal, Clock
 from adapter.observability.metrics import Metrics
+from adapter.observability.records import RecordDecoder
 from adapter.ports import LeaderBucket
 
 log = structlog.get_logger()
@@ -52,6 +53,12 @@ class Sighting(NamedTuple):
 NEVER = Sighting(0, 0.0, 0)
 
 
+class _Draining(msgspec.Struct):
+    """What every version of a member has."""
+
+    draining: bool = False
+
+
 class Membership:
     """This replica's incarnations, and what it knows of the other replicas; `Leases` adds the shards."""
 
@@ -69,6 +76,7 @@ class Membership:
         self.last_error = "no answer yet"
         """Cause of the last failed renewal, for operators."""
         self._members = members
+        self._member_decoder = RecordDecoder(Member)
         self._clock = clock
         self._metrics = metrics
         self._instance = instance
@@ -199,7 +207,7 @@ class Membership:
                 self._sightings[entry.key] = Sighting(entry.revision, now, self._renewals)
             if now - self._sightings[entry.key].since < self._lease_s:
                 with contextlib.suppress(*UNDECODABLE):  # another program's key is no member
-                    live[entry.key] = msgspec.json.decode(entry.value, type=Member)
+                    live[entry.key] = self._decode_member(entry.key, entry.value)
         if self._live.keys() - live.keys():
             self.membership_epoch += 1
             self.changed.notify_all()
@@ -208,6 +216,13 @@ class Membership:
             entry.key: self._sightings[entry.key] for entry in entries if entry.value and entry.key in self._sightings
         }
         self._first_seen_at = {name: self._first_seen_at.get(name, now) for name in live}
+
+    def _decode_member(self, incarnation: str, value: bytes) -> Member:
+        """A member of a newer version counts like any other. Raises UNDECODABLE."""
+        try:
+            return self._member_decoder.decode(value, incarnation=incarnation)
+        except RecordTooNew:
+            return Member(instance="", draining=msgspec.json.decode(value, type=_Draining).draining)
 
     @property
     def is_alone(self) -> bool:

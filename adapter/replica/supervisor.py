@@ -142,7 +142,7 @@ class Supervisor:
 
     def _is_wanted(self, bot: str) -> bool:
         binding = self.bindings.get(bot)
-        if binding is None or self._draining:
+        if binding is None or binding.state == "too_new" or self._draining:
             return False
         shard = shard_of(binding.sandbox)
         return shard in self._owned and shard not in self._leaving

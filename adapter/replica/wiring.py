@@ -339,7 +339,9 @@ class Replica:
         settings, connections, names, metrics = self.settings, self.connections, self.names, self.metrics
         login = LoginService(connections.chat, self.logins, self.bindings, self.sealer, self.clock, metrics)
         # any server may answer: these data change little, and a flood of requests must not delay commands
-        conversations = ConversationStore(connections.bulk_bucket(names.conversations))
+        conversations = ConversationStore(
+            connections.bulk_bucket(names.conversations), decoder=self.conversation_store.decoder
+        )
         self.health_deps = HealthDeps(
             replicas=connections.core,
             subject=names.replica_status(),

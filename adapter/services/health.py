@@ -66,6 +66,8 @@ def _status(binding: Binding, poller: PollerStatus | None, absence: tuple[BotSta
     """Status and detail of a bot. `absence` is the result for a bot that no replica polls."""
     if binding.state == "needs_login":
         return "needs_login", binding.reason
+    if poller is None and binding.state == "too_new":
+        return "too_new", "a newer version wrote its binding: finish the roll-out"
     if poller is None:
         return absence
     if poller.state != "error":

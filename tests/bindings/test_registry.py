@@ -5,12 +5,16 @@ from __future__ import annotations
 import asyncio
 
 import msgspec
+import pytest
 from structlog.testing import capture_logs
 
 from adapter.bindings.registry import Bindings
 from adapter.contract.names import to_subject_token
 from adapter.contract.records import Binding
+from adapter.errors import Refused
+from adapter.ports import Entry
 from tests.fakes import FakeBucket, settle
+from tests.newer import made_newer
 
 VIRTUAL_TIME = True
 
@@ -54,6 +58,36 @@ async def test_what_cannot_be_read_changes_nothing_and_is_said() -> None:
         bucket.put("=zz", b"somebody else's key")
     assert bindings.get(BOT) == BOUND
     assert [line["event"] for line in logs] == ["binding.unreadable"] * 4
+
+
+async def test_a_binding_of_a_newer_version_is_left_alone_and_said_once() -> None:
+    """Who it serves is known, and its token is not used."""
+    bindings, bucket = await following()
+    text = made_newer(msgspec.json.encode(BOUND), sandbox="s2", token={"of": "another form"})
+    with capture_logs() as logs:
+        for _ in range(2):
+            bucket.put(to_subject_token(BOT), text)
+        with pytest.raises(Refused, match="too_new"):
+            await bindings.put(BOUND)
+        assert await bindings.update(BOT, lambda binding: BOUND) is None
+    assert bindings.get(BOT) == Binding(sandbox="s2", bot=BOT, user="u1@im.wechat", token="", state="too_new")
+    assert bucket.entries[to_subject_token(BOT)].value == text
+    assert [(line["event"], line["bot"], line["version"]) for line in logs] == [("record.too_new", BOT, 2)]
+    await bindings.remove(BOT)  # somebody unbinds it, or erases its person
+    assert bindings.get(BOT) is None
+
+
+async def test_a_bind_that_meets_a_newer_version_leaves_what_that_one_wrote() -> None:
+    bindings, bucket = await following()
+    texts = [made_newer(msgspec.json.encode(BOUND))]
+
+    async def write(key: str) -> None:
+        if texts:
+            bucket.entries[key] = Entry(key, texts.pop(), bucket.entries[key].revision + 1)  # not heard of yet
+
+    bucket.on_write = write
+    with pytest.raises(Refused, match="too_new"):
+        await bindings.put(msgspec.structs.replace(BOUND, sandbox="s2"))
 
 
 async def test_a_token_that_was_sealed_anew_is_no_change() -> None:

@@ -34,6 +34,7 @@ from tests.fakes.ilink import FakeChat
 from tests.fakes.media import FakeCdn, FakeObjects
 from tests.fakes.replicas import FakeLeases
 from tests.fakes.texts import FakeTexts
+from tests.newer import made_newer
 
 LIMITS = Limits(park_ms=72 * 3_600_000)
 WINDOW = WindowPolicy(sends=10, hours=23.0, low=0)
@@ -187,12 +188,14 @@ class Bench:
         await self.bindings.put(binding)
         return binding
 
-    def hears(self, sandbox: str = "s1", user: str = "u1@im.wechat", **fields: Any) -> None:
-        """The user has just written: their window is open. `fields`: of the window, or of the record."""
+    def hears(self, sandbox: str = "s1", user: str = "u1@im.wechat", *, newer: bool = False, **fields: Any) -> None:
+        """The user has just written: their window is open. `fields`: of the window, or of the record. `newer`: a
+        newer version has written the record."""
         opened: dict[str, Any] = {"id": "in:1", "opened_ms": self.clock.now_ms()}
         opened |= {name: fields.pop(name) for name in list(fields) if name in SendWindow.__struct_fields__}
         record = ConversationRecord(**{"token": "AARz", "bot": "b1@im.bot", "window": SendWindow(**opened), **fields})
-        self.conversation_bucket.put(conversation_key(sandbox, user), msgspec.json.encode(record))
+        value = msgspec.json.encode(record)
+        self.conversation_bucket.put(conversation_key(sandbox, user), made_newer(value) if newer else value)
 
     def record(self, sandbox: str = "s1", user: str = "u1@im.wechat") -> ConversationRecord:
         """The record as the bucket has it."""

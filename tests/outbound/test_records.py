@@ -10,8 +10,8 @@ from structlog.testing import capture_logs
 
 from adapter.contract.names import conversation_key
 from adapter.contract.records import UNBOUND_S
-from adapter.conversation.record import VERSION
 from tests.fakes import Bench
+from tests.newer import made_newer
 from tests.outbound.shards import BOT, USER, outcomes, ready, user_writes
 
 VIRTUAL_TIME = True
@@ -101,34 +101,38 @@ async def test_what_is_stored_of_an_unbound_user_later_goes_in_time_too() -> Non
     assert ends_in(bench) == UNBOUND_S
 
 
-LATER = [{"v": VERSION + 1, "token": "AARz"}, {"v": VERSION + 1, "window": "of another form"}]
-
-
-@pytest.mark.parametrize("later", LATER, ids=["with more in it", "of another form"])
-async def test_a_record_of_a_later_version_is_left_to_a_replica_that_knows_it(
-    later: dict[str, object], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """In the middle of an upgrade: a newer replica has handed its shard to this one. Others are served."""
+@pytest.mark.parametrize("fields", [{}, {"window": "of another form"}], ids=["with more in it", "of another form"])
+async def test_a_record_of_a_newer_version_holds_its_own_user_only(fields: dict[str, object]) -> None:
+    """In the middle of an upgrade: a newer replica has handed its shard to this one."""
     bench, shard = await ready()
-    text = msgspec.json.encode(later)
+    text = made_newer(msgspec.json.encode(bench.record()), **fields)
     bench.conversation_bucket.put(KEY, text)
-    await bench.bind(sandbox="s2", bot=AGAIN, user="u2@im.wechat")
-    bench.hears("s2", "u2@im.wechat")
-    other = bench.processor("s2")
+    await bench.bind(bot=AGAIN, user="u2@im.wechat")
+    bench.hears(user="u2@im.wechat")
     with capture_logs() as logs:
-        shard.intake.on_delivery(bench.command("waits", id="c1"))
-        other.intake.on_delivery(bench.command("goes on", id="c2", sandbox="s2"))
+        shard.intake.on_delivery(bench.command("waits", id="c1", user=USER))
+        shard.intake.on_delivery(bench.command("waits behind it", id="c2", bot=BOT))
+        shard.intake.on_delivery(bench.command("goes on", id="c3", user="u2@im.wechat"))
         heard = asyncio.create_task(user_writes(bench))
         await bench.bind(token="another")
         await asyncio.sleep(60)
     assert bench.chat.texts == ["goes on"]
     assert bench.conversation_bucket.entries[KEY].value == text
-    said = [(line["event"], line["sandbox"]) for line in logs if line.get("reason") == "record_too_new"]
-    assert set(said) == {("command.retrying", "s1")}
-    assert type(heard.exception()).__name__ == "Temporary"  # its poller tries again
+    said = [(line["event"], line["sandbox"]) for line in logs if line["log_level"] in ("warning", "error")]
+    assert said == [("record.too_new", "s1")]
+    assert type(heard.exception()).__name__ == "RecordTooNew"  # its poller tries again
 
-    bench.conversation_bucket.put(KEY, msgspec.json.encode({"v": VERSION + 1, "token": "AARz"}))
-    monkeypatch.setattr("adapter.conversation.store.VERSION", VERSION + 1)
-    await user_writes(bench)
+    bench.hears()  # as if the newer replica had gone back
     await asyncio.sleep(60)
-    assert bench.chat.texts == ["goes on", "waits"]
+    assert bench.chat.texts == ["goes on", "waits", "waits behind it"]
+
+
+async def test_what_is_held_for_a_newer_replica_ends_with_the_shard_and_no_later() -> None:
+    bench, shard = await ready()
+    bench.hears(newer=True)
+    shard.intake.on_delivery(delivery := bench.command("waits", id="c1"))
+    await asyncio.sleep(10)
+    began = bench.clock.monotonic()
+    await shard.drain(20)
+    assert bench.clock.monotonic() - began < 2
+    assert (outcomes(bench), delivery.acks) == ([], 0)

@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import AsyncIterator, Callable
 from functools import partial
 
+import msgspec
 import pytest
 from structlog.testing import capture_logs
 
@@ -13,6 +14,7 @@ from adapter.contract.names import SHARDS
 from adapter.errors import LeaseLost
 from adapter.ownership.membership import HOLDER_FRACTION
 from adapter.ports import Entry
+from tests.newer import made_newer
 from tests.ownership.cluster import LEASE_S, Cluster, Store
 
 VIRTUAL_TIME = True
@@ -538,6 +540,35 @@ async def test_claims_that_are_gone_are_claimed_anew_where_no_owner_is_left(
     heir = cluster.start()
     await cluster.run(3 * LEASE_S)
     assert heir.working == set(range(SHARDS))
+
+
+async def test_a_claim_of_a_newer_version_is_nobody_elses(cluster: Cluster) -> None:
+    """Not even where its owner is gone: only a newer replica can tell what it means."""
+    newer = made_newer(b'{"owner":"r9-abc"}')
+    cluster.claims.write("7", newer, 0)
+    replica = cluster.start()
+    with capture_logs() as logs:
+        await cluster.run(3 * LEASE_S)
+    assert replica.working == set(range(SHARDS)) - {7}
+    assert cluster.claims.entries["7"].value == newer
+    assert [line["shard"] for line in logs if line["event"] == "record.too_new"] == ["7"]
+    cluster.claims.write("8", newer, cluster.claims.entries["8"].revision)
+    await cluster.run(LEASE_S)
+    assert 8 not in replica.working
+    assert cluster.claims.entries["8"].value == newer
+
+
+@pytest.mark.parametrize("draining", [True, False])
+async def test_a_member_of_a_newer_version_counts_like_any_other(cluster: Cluster, *, draining: bool) -> None:
+    replica = cluster.start()
+    await cluster.run(10)
+    member = made_newer(msgspec.json.encode({"instance": ["of another form"], "draining": draining}))
+    for _ in range(16):  # it renews
+        last = cluster.members.entries.get("r9-abc")
+        cluster.members.write("r9-abc", member, last.revision if last else 0)
+        await cluster.run(0.5)
+    assert replica.leases.living_count == 2
+    assert (len(replica.leases.surplus) + SHARDS - len(replica.working) > 0) is not draining
 
 
 async def test_a_key_that_is_no_member_stops_nobody(cluster: Cluster) -> None:

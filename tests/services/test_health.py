@@ -8,7 +8,6 @@ import msgspec
 import pytest
 
 from adapter.contract.messages import BindingInfo
-from adapter.conversation.record import VERSION
 from adapter.ownership.replica_status import PollerStatus, ReplicaStatus, StatusRequest
 from adapter.services.health import BOTS_PER_REQUEST, FAILING_MS, HealthDeps, describe, statuses
 from tests.fakes import WINDOW, Bench
@@ -94,7 +93,7 @@ async def test_what_is_kept_of_the_user_is_told(bench: Bench) -> None:
         await bench.bind(f"s{number}", f"b{number}@im.bot", f"u{number}@im.wechat")
     heard_ms = bench.clock.now_ms() - 60_000
     bench.hears("s1", "u1@im.wechat", sends_used=2, opened_ms=heard_ms, sent_at_ms=[heard_ms + 5])
-    bench.hears("s2", "u2@im.wechat", v=VERSION + 1)
+    bench.hears("s2", "u2@im.wechat", newer=True)
     one, newer, never = [info.health for info in await described(bench, Replicas({}))]
     assert one is not None
     assert newer is not None

@@ -1,5 +1,5 @@
 /* Messages of the bus, generated from the JSON Schemas here by `make generate`; do not edit.
-   Of: 9590942c1a98d788210c2c5d597e3e8595b4483d79fde4eb2b2ae467acfaf0f0 */
+   Of: 6d185b73804287266e1867f51460a1348bae887fbc4ded75f4b95efa6535752b */
 
 /**
  * Options of a binding.
@@ -95,10 +95,19 @@ export interface BindingEvent {
  */
 export interface BindingHealth {
   /**
-   * not_polled: no replica polls it. failing: for a minute iLink has answered no poll, or the answer cannot be stored. unknown: a replica gave no answer. paused: NATS or the lease is away. retrying: the last poll failed. draining: its replica gives it back. starting: its replica takes it.
+   * not_polled: no replica polls it. too_new: a newer version wrote the binding, and no replica that knows it polls the bot. failing: for a minute iLink has answered no poll, or the answer cannot be stored. unknown: a replica gave no answer. paused: NATS or the lease is away. retrying: the last poll failed. draining: its replica gives it back. starting: its replica takes it.
    */
   status:
-    "draining" | "failing" | "needs_login" | "not_polled" | "paused" | "polling" | "retrying" | "starting" | "unknown";
+    | "draining"
+    | "failing"
+    | "needs_login"
+    | "not_polled"
+    | "paused"
+    | "polling"
+    | "retrying"
+    | "starting"
+    | "too_new"
+    | "unknown";
   /**
    * Why, in a few words.
    */
@@ -153,7 +162,7 @@ export interface BindingInfo {
   bot: string;
   user?: string;
   base_url?: string;
-  state?: "active" | "needs_login";
+  state?: "active" | "needs_login" | "too_new";
   /**
    * Why it needs a login; empty otherwise.
    */
