@@ -431,20 +431,6 @@ class LeaderBucket(Protocol):
         """All entries, including delete markers. Raises Temporary."""
 
 
-# Texts ----------------------------------------------------------------------------------------------
-
-
-class TextReader(Protocol):
-    """Parses texts that would block the event loop, in the order of the calls."""
-
-    async def render_plain(self, texts: Sequence[str]) -> list[str]:
-        """Converts Markdown to plain text (split.to_plain). Raises Refused("too_long") after the time limit,
-        Temporary."""
-
-    async def close(self) -> None:
-        """Ends the parsing."""
-
-
 # The bus: objects -----------------------------------------------------------------------------------
 
 

@@ -27,15 +27,14 @@ PRIVATE = {
     "bus/test_objects.py": "_outstanding",
     "ilink/test_budget.py": "_budget _thread _threads _waiters",
     "ilink/test_transport.py": "_idle",
-    "outbound/test_text_worker.py": "_process _turn",
     "ownership/test_leases.py": "_sightings",
     # memory, which nothing else shows
     "growth.py": "_lru_cache_wrapper _scheduled _timer_cancelled_count",
     "test_growth.py": "_conversations _known _tickets",
     "test_probes.py": "_connections _server",
     # each regular expression, and each reader of foreign words, by itself
-    "test_linear.py": "_HEX_KEY _HOST _HOST_PORT _ID _IDS _INBOX _LETTER _LOGIN _NAME _PEER _PLAIN"
-    " _SECRET_NAME _STOP _UNPRINTABLE_IN_JSON _clean_file_name _describe_error _publish_command _up_to_secret",
+    "test_linear.py": "_HEX_KEY _HOST _HOST_PORT _ID _IDS _INBOX _LETTER _LOGIN _PEER _PLAIN"
+    " _SECRET_NAME _UNPRINTABLE_IN_JSON _clean_file_name _describe_error _publish_command _up_to_secret",
     # in place of the network, the bucket's watcher or the consumer
     "fakes/bench.py": "_apply_entry",
     "ilink/test_client.py": "_transport",

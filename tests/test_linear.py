@@ -20,9 +20,9 @@ from adapter.cli import dead, output, stdin
 from adapter.console import server
 from adapter.contract import headers, names
 from adapter.conversation import commands
-from adapter.conversation import split as split_rules
 from adapter.conversation.commands import Limits
-from adapter.conversation.split import is_open, split, to_plain
+from adapter.conversation.literal import to_literal
+from adapter.conversation.split import is_open, split
 from adapter.errors import Refused, Unreadable
 from adapter.ilink import cipher, protocol, urls
 from adapter.jetstream import client
@@ -66,12 +66,8 @@ def name(text: str) -> None:
 
 
 RULES: dict[str, Callable[[str], object]] = {
-    "Markdown as plain text": to_plain,
+    "a text as it is written": to_literal,
     "a text in parts": lambda text: split(text.encode("utf-8", "replace").decode(), 4000),
-    "whether Markdown is read at once": lambda text: (
-        split_rules._NAME.search(text),
-        split_rules._STOP.findall(text),
-    ),
     "an open fence": is_open,
     "the name of a file": commands._clean_file_name,
     "a command that is none": unreadable,
@@ -121,7 +117,8 @@ TRIED = {
     "kit/json_repair.py": 4,
     "contract/names.py": 3,
     "conversation/commands.py": 3,
-    "conversation/split.py": 8,
+    "conversation/literal.py": 3,
+    "conversation/split.py": 2,
 }
 """Regular expressions by file of `adapter/`, which RULES try."""
 OPERATORS = {
@@ -169,9 +166,8 @@ def test_eight_times_the_text_takes_about_eight_times_as_long(what: str) -> None
     """The square would take sixty-four times as long. Generous, since machines are busy."""
     slow = {}
     for text, make in TEXTS.items():
-        size = 500 if RULES[what] is to_plain else 1500  # its calls are counted below
         for _ in range(2):  # a machine that is busy is busy once
-            once, eight = seconds(RULES[what], make(size)), seconds(RULES[what], make(8 * size))
+            once, eight = seconds(RULES[what], make(1500)), seconds(RULES[what], make(12_000))
             if eight <= 24 * max(once, 0.001):
                 break
         else:
@@ -179,11 +175,13 @@ def test_eight_times_the_text_takes_about_eight_times_as_long(what: str) -> None
     assert slow == {}
 
 
-@pytest.mark.parametrize("rule", [to_plain, is_open, partial(split, max_chars=400)], ids=["plain", "fence", "parts"])
+@pytest.mark.parametrize(
+    "rule", [to_literal, is_open, partial(split, max_chars=400)], ids=["literal", "fence", "parts"]
+)
 def test_twice_the_text_takes_about_twice_the_steps(rule: Callable[[str], object]) -> None:
     many = {}
     for text, make in TEXTS.items():
-        if rule is not to_plain and "half" in text:
+        if rule is not to_literal and "half" in text:
             continue  # no decoder lets it pass, and it cannot be encoded
         once, twice = steps(rule, make(800)), steps(rule, make(1600))
         if twice > 2.5 * once + 1000:

@@ -52,7 +52,7 @@ async def send(
         Literal["park", "refuse"], Parameter(help="While the user must write first: wait for it, or refuse.")
     ] = "park",
     format: Annotated[  # noqa: A002 -- the name of the option
-        Literal["markdown", "plain"], Parameter(help="plain: Markdown is turned into plain text.")
+        Literal["markdown", "literal"], Parameter(help="literal: the text shows as written; marks become full-width.")
     ] = "markdown",
     expires_in: Annotated[float | None, Parameter(help="Seconds; unsent by then: refused.")] = None,
     request_id: RequestId = None,

@@ -224,7 +224,11 @@ class Outbound(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
         Annotated[float, Meta(gt=0, description="Seconds after storing; if unsent by then, it is refused.")] | None
     ) = None
     format: Annotated[
-        Literal["markdown", "plain"], Meta(description="plain: Markdown is turned into plain text.")
+        Literal["markdown", "literal"],
+        Meta(
+            description="WeChat reads every text as Markdown. literal: what has a meaning becomes full-width, so that"
+            " the text shows as it is written."
+        ),
     ] = "markdown"
     optional: Annotated[
         bool,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import re
 import unicodedata
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, Literal, NamedTuple, TypeAlias
 
 import msgspec
@@ -23,6 +23,7 @@ from adapter.contract.messages import (
 )
 from adapter.contract.names import H_SEQUENCE, H_SINCE_MS, check_sandbox, is_sandbox
 from adapter.conversation import split
+from adapter.conversation.literal import to_literal
 from adapter.errors import UNDECODABLE, Refused, Unreadable
 from adapter.kit.json_repair import without_halves
 
@@ -37,7 +38,7 @@ MAX_NAME = 128
 _UNSEEN = ("Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp")
 """Unicode categories that are removed from file names."""
 MERGE_SEPARATOR = "\n\n"
-"""A blank line between merged texts: it ends a paragraph and a list in Markdown and reads well in plain text."""
+"""A blank line between merged texts: it ends a paragraph and a list in Markdown."""
 
 
 TYPING_MS = 300_000
@@ -199,47 +200,10 @@ def _header_or(header: str, own: int) -> int:
     return min(own, int(header)) if header.isascii() and header.isdecimal() and len(header) < 19 else own
 
 
-def is_slow(body: Outbound, limits: Limits) -> bool:
-    """Whether the command has Markdown that takes more than a few milliseconds to parse (split.is_quick)."""
-    if body.format != "plain" or _is_longer(body, limits):  # a longer text is refused unread
-        return False
-    return not split.is_quick("\n".join(texts_of(body)))
-
-
-def texts_of(body: Outbound) -> list[str]:
-    """The text of a command, or the texts and captions of its items."""
-    items = body.items or [OutText(text=body.text or "")]
-    return [item.text if isinstance(item, OutText) else item.caption for item in items]
-
-
-def with_texts(body: Outbound, texts: Sequence[str]) -> Outbound:
-    """The same command with `texts`, in the order of `texts_of`, to be sent unchanged."""
-    if body.items is None:
-        return replace(body, text=texts[0] if body.text is not None else None, format="markdown")
-    items = [
-        replace(item, text=text) if isinstance(item, OutText) else replace(item, caption=text)
-        for item, text in zip(body.items, texts, strict=True)
-    ]
-    return replace(body, items=items, format="markdown")
-
-
-def with_plain_texts(body: Outbound, limits: Limits) -> Outbound:
-    """The same command with its Markdown converted to plain texts. Raises Refused("too_long")."""
-    if _is_longer(body, limits):  # checked before the slow parsing of Markdown
-        raise _too_long(limits)
-    return with_texts(body, [split.to_plain(text) for text in texts_of(body)])
-
-
-def _is_longer(body: Outbound, limits: Limits) -> bool:
-    """Whether the texts, with their Markdown marks, are longer than a command may send."""
-    return sum(map(len, texts_of(body))) > limits.parts * limits.text_chars * 2
-
-
 def read_command(body: Outbound, *, sandbox: str, ident: str, sequence: int, time_ms: int, limits: Limits) -> Command:
     """The command, addressed to `sandbox` by its subject; `sequence` and `time_ms` are those of the original.
 
-    Markdown is parsed here unless it was converted before (`with_plain_texts`). Raises Refused("invalid"),
-    Refused("too_long").
+    Raises Refused("invalid"), Refused("too_long").
     """
     check_sandbox(sandbox)
     if body.sandbox is not None and body.sandbox != sandbox:
@@ -272,29 +236,29 @@ def read_command(body: Outbound, *, sandbox: str, ident: str, sequence: int, tim
 def _read_parts(body: Outbound, sandbox: str, limits: Limits) -> list[Part]:
     """Raises Refused("invalid"), Refused("too_long")."""
     parts: list[Part] = []
-    if body.format == "plain":
-        body = with_plain_texts(body, limits)
-    elif body.items and _is_longer(body, limits):
-        raise _too_long(limits)
+    is_literal = body.format == "literal"
     for item in body.items or [OutText(text=body.text or "")]:
         if isinstance(item, OutText):
-            parts += _split_text(item.text, limits)
+            parts += _split_text(item.text, limits, is_literal=is_literal)
         else:
             if item.caption.strip():
-                parts += _split_text(item.caption, limits)
+                parts += _split_text(item.caption, limits, is_literal=is_literal)
             parts.append(_read_media_part(item, sandbox))
         if sum(isinstance(part, str) for part in parts) > limits.parts:
             raise _too_long(limits)
     return parts
 
 
-def _split_text(text: str, limits: Limits) -> list[str]:
+def _split_text(text: str, limits: Limits, *, is_literal: bool) -> list[str]:
     """Splits one text. Raises Refused("invalid"), Refused("too_long")."""
     if len(text) > limits.parts * limits.text_chars:
         raise _too_long(limits)
+    if is_literal:
+        text = to_literal(text)
     if not text.strip():
         raise Refused("invalid", "The text is empty.")
-    return split.split(text, limits.text_chars)
+    parts = split.split(text, limits.text_chars)
+    return [to_literal(part) for part in parts] if is_literal else parts  # what begins a part begins a line
 
 
 def _too_long(limits: Limits) -> Refused:

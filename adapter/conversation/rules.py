@@ -251,10 +251,14 @@ class SlotGranted(msgspec.Struct, frozen=True):
     """One request may be made."""
 
 
-class Loaded(msgspec.Struct, frozen=True):
-    """Bodies were read: parts by sequence; None: the command is gone from the bus."""
+Body: TypeAlias = list[Part] | CommandResult | None
+"""The parts of a command; how a command ends that cannot be read; None: the command is gone from the bus."""
 
-    parts: Mapping[int, list[Part] | None]
+
+class Loaded(msgspec.Struct, frozen=True):
+    """Bodies were read, by sequence."""
+
+    bodies: Mapping[int, Body]
 
 
 class UploadDone(msgspec.Struct, frozen=True):
@@ -545,9 +549,9 @@ def _apply_event(
         case SlotGranted():
             is_awaited = activity is Activity.AWAITING_SLOT
             return _replaced(conversation, holds_slot=True, activity=Activity.IDLE if is_awaited else activity)
-        case Loaded(parts):
+        case Loaded(bodies):
             if activity is Activity.LOADING:
-                return _on_loaded(conversation, parts, effects)
+                return _on_loaded(conversation, bodies, effects)
         case UploadDone(content):
             if activity is Activity.UPLOADING:
                 return _replaced(conversation, content=content, activity=Activity.IDLE)
@@ -628,17 +632,22 @@ def note_dispatched(conversation: Conversation, bot: str, sequence: int) -> Conv
     return _replaced(conversation, record=msgspec.structs.replace(conversation.record, dispatched_to=dispatched_to))
 
 
-def _on_loaded(
-    conversation: Conversation, parts: Mapping[int, list[Part] | None], effects: list[Effect]
-) -> Conversation:
+def _on_loaded(conversation: Conversation, bodies: Mapping[int, Body], effects: list[Effect]) -> Conversation:
     queue: list[QueuedCommand] = []
+    unreadable: list[tuple[QueuedCommand, CommandResult]] = []
     for command in conversation.queue:
-        body = parts.get(command.sequence, command.parts)
-        if command.sequence in parts and body is None:  # an operator has dropped it
-            effects.append(Acknowledge(command))
-        else:
-            queue.append(msgspec.structs.replace(command, parts=body))
-    return _replaced(conversation, queue=tuple(queue), activity=Activity.IDLE)
+        match bodies.get(command.sequence, command.parts):
+            case None if command.sequence in bodies:  # an operator has dropped it
+                effects.append(Acknowledge(command))
+            case CommandResult() as result:
+                unreadable.append((command, result))
+                queue.append(command)
+            case parts:
+                queue.append(msgspec.structs.replace(command, parts=parts))
+    conversation = _replaced(conversation, queue=tuple(queue), activity=Activity.IDLE)
+    for command, result in unreadable:
+        conversation = _end_commands(conversation, [command], result, effects)
+    return conversation
 
 
 # what iLink answers -----------------------------------------------------------------------------------

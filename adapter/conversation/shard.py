@@ -6,8 +6,7 @@ from collections.abc import Sequence
 from typing import NamedTuple, Protocol
 
 from adapter.conversation import rules
-from adapter.conversation.commands import Part
-from adapter.conversation.rules import Bot, CommandResult, Conversation, QueuedCommand, SendPolicy
+from adapter.conversation.rules import Body, Bot, CommandResult, Conversation, QueuedCommand, SendPolicy
 from adapter.conversation.store import ConversationStore
 from adapter.conversation.uploads import Uploads
 from adapter.kit.slots import FairSlots
@@ -41,8 +40,8 @@ class ShardPort(Protocol):
     def is_catching_up(self, bot: str) -> bool:
         """Whether `wait_caught_up` would wait."""
 
-    async def load_bodies(self, sandbox: str, sequences: Sequence[int]) -> dict[int, list[Part] | None]:
-        """Reads the parts of commands from the bus; None: the bus does not have the command. Raises Temporary."""
+    async def load_bodies(self, sandbox: str, sequences: Sequence[int]) -> dict[int, Body]:
+        """Reads the parts of commands from the bus. Raises Temporary."""
 
     async def publish_receipt(self, command: QueuedCommand, result: CommandResult, state: Conversation) -> None:
         """Raises Temporary, LeaseLost."""

@@ -33,7 +33,7 @@ from adapter.outbound.receipts import Address, Receipts
 from adapter.outbound.shard import OwnedShard, Sessions, ShardBots, ShardLease
 from adapter.outbound.typing_indicator import TypingDeps, TypingIndicators
 from adapter.ownership.leases import Leases
-from adapter.ports import Account, TextReader
+from adapter.ports import Account
 
 log = structlog.get_logger()
 
@@ -43,19 +43,12 @@ CANCEL_GRACE_S = 1.0
 """Time for cancelled tasks to end."""
 
 
-class ReadingDeps(NamedTuple):
-    """What reading commands takes."""
-
-    texts: TextReader
-    limits: Limits
-
-
 class OutboundDeps(NamedTuple):
     """What the shards of a replica need."""
 
     access: BusAccess
     conversation: ConversationDeps
-    reading: ReadingDeps
+    limits: Limits
     receipts: Receipts
     bindings: Bindings
     leases: Leases
@@ -90,7 +83,7 @@ class ShardCommandProcessor:
             ShardBots(deps.bindings, deps.sessions, deps.account),
             deps.sessions,
             self.commands,
-            BodyLoader(access.history, access.names, deps.reading.limits, deps.reading.texts, clock),
+            BodyLoader(access.history, access.names, deps.limits, clock),
             self._endings,
             self.typing,
             access.events,
@@ -98,13 +91,7 @@ class ShardCommandProcessor:
             self._tasks,
         )
         self._conversations = OpenConversations(self.owned, deps.conversation, self._draining)
-        reader = CommandReader(
-            deps.reading.limits,
-            metrics,
-            deps.reading.texts,
-            self._draining,
-            self._tasks,
-        )
+        reader = CommandReader(deps.limits, metrics)
         self.intake = CommandIntake(
             self.commands, reader, access.history, access.names, clock, metrics, self._draining, self._tasks
         )

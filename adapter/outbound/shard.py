@@ -12,8 +12,7 @@ from adapter.bindings.registry import Bindings
 from adapter.contract import messages as contract
 from adapter.contract.records import Binding
 from adapter.conversation import rules
-from adapter.conversation.commands import Part
-from adapter.conversation.rules import Bot, CommandResult, Conversation, QueuedCommand
+from adapter.conversation.rules import Body, Bot, CommandResult, Conversation, QueuedCommand
 from adapter.errors import Crashed, LeaseLost, Refused
 from adapter.kit.tasks import TaskSet
 from adapter.kit.timing import wait_any
@@ -171,11 +170,11 @@ class OwnedShard:
     async def wait_caught_up(self, bot: str) -> None:
         await self._sessions.wait_caught_up(bot)
 
-    async def load_bodies(self, sandbox: str, sequences: Sequence[int]) -> dict[int, list[Part] | None]:
-        parts = await self._bodies.load(sandbox, sequences)
-        for sequence in parts:
+    async def load_bodies(self, sandbox: str, sequences: Sequence[int]) -> dict[int, Body]:
+        bodies = await self._bodies.load(sandbox, sequences)
+        for sequence in bodies:
             self._ledger.end_parking(sequence)
-        return parts
+        return bodies
 
     async def publish_receipt(self, command: QueuedCommand, result: CommandResult, state: Conversation) -> None:
         address = Address(state.sandbox, state.bot.id if state.bot else state.record.bot, state.user)

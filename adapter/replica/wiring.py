@@ -51,16 +51,14 @@ from adapter.logins.registry import LoginRegistry
 from adapter.logins.runner import LoginRunner
 from adapter.observability.events import BusAccess, Events
 from adapter.observability.metrics import Metrics
-from adapter.outbound.processor import OutboundDeps, ReadingDeps, ShardCommandProcessor
+from adapter.outbound.processor import OutboundDeps, ShardCommandProcessor
 from adapter.outbound.receipts import Receipts
 from adapter.outbound.router import Router
 from adapter.outbound.sessions import BotSessions, Pollers
-from adapter.outbound.text_worker import TextWorker
 from adapter.outbound.typing_indicator import TypingDeps
 from adapter.ownership import replica_status
 from adapter.ownership.leases import Leases
 from adapter.ownership.replica_status import OtherReplicas, PollerStatus, ReplicaStatus
-from adapter.ports import TextReader
 from adapter.replica.connections import Connections
 from adapter.replica.health_monitor import HealthMonitor
 from adapter.replica.probes import Health
@@ -109,7 +107,6 @@ class Edges(NamedTuple):
     metrics: Metrics
     connections: Connections
     leases: Leases
-    texts: TextReader
     spans: Spans | None = None
     """None: no collector is configured."""
 
@@ -134,7 +131,7 @@ class Replica:
         self.routing = TaskSet(_log_crash)
         """Commands on plain `wechat.out` in flight. Those cut at the end are redelivered to the next owner."""
         edges = edges or _real_edges(settings, names, self.instance)
-        self.clock, self.metrics, self.connections, self.leases, self.texts, self.spans = edges
+        self.clock, self.metrics, self.connections, self.leases, self.spans = edges
         clock, metrics, connections = self.clock, self.metrics, self.connections
 
         self.policy = _send_policy(settings)
@@ -287,7 +284,7 @@ class Replica:
                 metrics=self.metrics,
                 turns=self.turns,
             ),
-            reading=ReadingDeps(self.texts, self.limits),
+            limits=self.limits,
             receipts=self.receipts,
             bindings=self.bindings,
             leases=self.leases,
@@ -495,7 +492,7 @@ def _real_edges(settings: Settings, names: Names, instance: str) -> Edges:
         instance=instance,
         lease_s=settings.lease_s,
     )
-    return Edges(clock, metrics, connections, leases, TextWorker(), _exporting_spans(instance))
+    return Edges(clock, metrics, connections, leases, _exporting_spans(instance))
 
 
 def _exporting_spans(instance: str) -> Spans | None:

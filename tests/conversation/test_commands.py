@@ -83,7 +83,12 @@ PARTS: list[tuple[str, dict[str, Any], list[str]]] = [
     ("one-item", {"items": items("hi")}, ["hi"]),
     ("several-items-are-several-messages", {"items": items("one", "two")}, ["one", "two"]),
     ("markdown-stays", {"text": "**hi**"}, ["**hi**"]),
-    ("plain", {"text": "**hi**", "format": "plain"}, ["hi"]),
+    ("literal", {"text": "**hi**\n- you", "format": "literal"}, ["＊＊hi＊＊  \n－ you"]),
+    (
+        "literal-where-a-part-begins",
+        {"text": "a" * 3990 + " - b" * 9, "format": "literal"},
+        ["a" * 3990, "－ b" + " - b" * 8],
+    ),
     ("unknown-fields", {"text": "hi", "colour": "red"}, ["hi"]),
     ("long", {"text": "a" * 3000 + "\n\n" + "b" * 3000}, ["a" * 3000, "b" * 3000]),
     ("emoji", {"text": "👩‍👩‍👧‍👦"}, ["👩‍👩‍👧‍👦"]),
@@ -132,11 +137,11 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
     ("empty-text", {"text": ""}, "invalid"),
     ("blank-text", {"text": " \n\t"}, "invalid"),
     ("blank-item", {"items": items("hi", " ")}, "invalid"),
-    ("plain-of-nothing", {"text": " \n ", "format": "plain"}, "invalid"),
+    ("literal-of-nothing", {"text": " \n ", "format": "literal"}, "invalid"),
     ("too-many-parts", {"text": "a" * 40_001}, "too_long"),
     ("too-many-parts-in-all", {"items": items(*["a" * 5000] * 6)}, "too_long"),
     ("far-too-long", {"text": "a" * 250_000}, "too_long"),
-    ("far-too-long-in-plain", {"text": "![" * 100_000, "format": "plain"}, "too_long"),
+    ("far-too-long-as-literal", {"text": "![" * 100_000, "format": "literal"}, "too_long"),
     ("user-longer-than-any", {"text": "hi", "user": "u" * 129}, "invalid"),
     ("user-with-a-space", {"text": "hi", "user": "u v"}, "invalid"),
     ("user-with-a-line-break", {"text": "hi", "user": "u\r\nPUB x 0"}, "invalid"),
@@ -320,8 +325,8 @@ def test_media_become_parts_and_a_caption_a_part_before(
     assert read(items=body).parts == parts
 
 
-def test_a_caption_in_plain_text_loses_its_marks() -> None:
-    assert read(items=one(kind="file", data="", caption="**hi**"), format="plain").parts[0] == "hi"
+def test_a_caption_is_literal_too() -> None:
+    assert read(items=one(kind="file", data="", caption="**hi**"), format="literal").parts[0] == "＊＊hi＊＊"
 
 
 @pytest.mark.parametrize(

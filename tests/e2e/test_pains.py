@@ -386,17 +386,17 @@ async def test_pain_15_a_long_text_is_cut_where_people_would_and_into_few_messag
             assert any(paragraph.strip() in part for part in s.shown())
 
 
-async def test_pain_16_markdown_arrives_as_written_or_as_plain_text_when_asked_for(tmp_path: Path) -> None:
+async def test_pain_16_markdown_arrives_unchanged_or_with_marks_that_show_when_asked_for(tmp_path: Path) -> None:
     text = "# Title\n\n**bold** and `code`, [a link](https://example.org)\n\n| a | b |\n|---|---|\n| 1 | 2 |"
     async with scene(tmp_path) as s:
         await s.says("hello")
         await s.sends("rich", text=text)
-        await s.sends("plain", text=text, format="plain")
-        await s.final("plain")
-        rich, plain = s.shown()
+        await s.sends("literal", text=text, format="literal")
+        await s.final("literal")
+        rich, literal = s.shown()
         assert rich == text
-        assert "https://example.org" in plain
-        assert not set("*`#|") & set(plain)
+        assert literal.splitlines()[0] == "＃ Title"
+        assert "＊＊bold＊＊ and ｀code｀, ［a link］(https://example.org)" in literal
 
 
 async def test_pain_17_media_arrive_whole_go_out_openable_and_never_stop_the_polls(tmp_path: Path) -> None:

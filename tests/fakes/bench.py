@@ -33,7 +33,6 @@ from tests.fakes.clock import FakeClock
 from tests.fakes.ilink import FakeChat
 from tests.fakes.media import FakeCdn, FakeObjects
 from tests.fakes.replicas import FakeLeases
-from tests.fakes.texts import FakeTexts
 from tests.newer import made_newer
 
 LIMITS = Limits(park_ms=72 * 3_600_000)
@@ -136,10 +135,9 @@ class Bench:
         self.core = FakeCoreBus()
         self.leases = FakeLeases(incarnation)
         self.metrics = metrics or Metrics()
-        self.texts = FakeTexts()
         self.token_key: tuple[bytes, ...] = token_key or (world.token_key if world else ())
         settings = Settings(token_key=self.token_key, merge_chars=0, media_max_bytes=MEDIA_BYTES)
-        edges = Edges(self.clock, self.metrics, FakeConnections(self), self.leases, self.texts)
+        edges = Edges(self.clock, self.metrics, FakeConnections(self), self.leases)
         self.replica = FakeReplica(self, settings, edges)
         self.bindings = self.replica.bindings
         for entry in self.bindings_bucket.entries.values():
@@ -265,7 +263,7 @@ class Bench:
         deps = self.replica.outbound
         return deps._replace(
             conversation=deps.conversation._replace(policy=policy, slots=self.slots),
-            reading=deps.reading._replace(limits=self.limits),
+            limits=self.limits,
         )._replace(**changes)
 
     def typing(self, **changes: Any) -> TypingDeps:

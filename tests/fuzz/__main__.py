@@ -26,7 +26,7 @@ def fuzz(name: str, arguments: list[str]) -> None:
     """Never returns: libFuzzer ends the process."""
     import atheris  # only in the environment that `make fuzz` makes
 
-    with atheris.instrument_imports(include=["adapter", "markdown_it", "filetype", "imagesize"]):
+    with atheris.instrument_imports(include=["adapter", "filetype", "imagesize"]):
         from tests.fuzz import costs
     atheris.Setup(["fuzz", *arguments], partial(costs.check, name, slower=SLOWER))
     atheris.Fuzz()

@@ -41,7 +41,8 @@ from adapter.conversation.commands import (
     salvage_ids,
     sandbox_of,
 )
-from adapter.conversation.split import MAX_BYTES, is_open, split, to_plain
+from adapter.conversation.literal import to_literal
+from adapter.conversation.split import MAX_BYTES, is_open, split
 from adapter.errors import AdapterError, Refused, Temporary, Uncertain, Unreadable
 from adapter.ilink import protocol, urls
 from adapter.ilink.addresses import is_public
@@ -255,8 +256,7 @@ def _url(text: str) -> None:
 def texts(data: bytes) -> None:
     """Long texts and Markdown."""
     text = data.decode("utf-8", "replace")
-    plain = to_plain(text)
-    for whole in (text, plain):
+    for whole in (text, to_literal(text)):
         for parts in (split(whole, 100), split(whole, 7, 40)):
             assert all(len(part.encode()) <= MAX_BYTES for part in parts)
         is_open(whole)

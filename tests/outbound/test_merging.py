@@ -156,7 +156,7 @@ async def test_what_is_more_than_one_text_goes_alone_and_in_its_place() -> None:
         bench.command("e"),
         bench.command(items=file),
         bench.command("g"),
-        bench.command("h", format="plain"),
+        bench.command("h", format="literal"),
     ):
         shard.intake.on_delivery(delivery)
     await asyncio.sleep(5)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 
+import pytest
+
 from adapter.outbound.reading import MISSING_CONFIRM_S
 from tests.fakes import LIMITS, WINDOW
 from tests.outbound.shards import BOT, THROTTLED, finals, outcomes, parked, ready, user_writes
@@ -43,6 +45,33 @@ async def test_what_is_parked_and_not_shown_for_a_moment_is_not_overtaken() -> N
     bench.bus.kept.insert(0, hidden[0])
     await asyncio.sleep(60)
     assert bench.chat.texts == ["t0", "t2"]
+
+
+@pytest.mark.parametrize(
+    ("body", "end"),
+    [
+        (b'{"id":"c0","text":"t0","format":"gone"}', ("c0", "dead_lettered", "unreadable")),
+        (b'{"id":"c0","sandbox":"s2","text":"t0"}', ("c0", "refused", "invalid")),
+    ],
+    ids=["unreadable", "refused"],
+)
+async def test_what_another_version_parked_and_this_one_does_not_accept_ends(
+    body: bytes, end: tuple[str, str, str]
+) -> None:
+    bench, shard = await ready(is_open=False)
+    deliveries = [bench.command(f"t{number}", id=f"c{number}") for number in range(2)]
+    for delivery in deliveries:
+        shard.intake.on_delivery(delivery)
+    await asyncio.sleep(5)
+    (first,) = [kept for kept in bench.bus.kept if kept.stored == bench.bus.found("OUT")[0]]
+    place = bench.bus.kept.index(first)
+    bench.bus.kept[place] = first._replace(stored=first.stored._replace(data=body))
+    await user_writes(bench)
+    await asyncio.sleep(30)
+    assert outcomes(bench)[2:] == [end, ("c1", "accepted", "")]
+    assert bench.chat.texts == ["t1"]
+    assert [delivery.acks for delivery in deliveries] == [1, 1]
+    assert [letter.data for letter in bench.bus.found("DEAD")] == ([body] if end[1] == "dead_lettered" else [])
 
 
 async def test_many_that_are_gone_hold_up_what_is_behind_them_once() -> None:

@@ -1,5 +1,5 @@
 /* Messages of the bus, generated from the JSON Schemas here by `make generate`; do not edit.
-   Of: 6d185b73804287266e1867f51460a1348bae887fbc4ded75f4b95efa6535752b */
+   Of: 3db7785a1f501464d3fb96a34ef9d0bbe570b70dcb7986f7e6638dbb7a2365c5 */
 
 /**
  * Options of a binding.
@@ -750,9 +750,9 @@ export interface Outbound {
   when_closed?: "park" | "refuse";
   expires_in_s?: number | null;
   /**
-   * plain: Markdown is turned into plain text.
+   * WeChat reads every text as Markdown. literal: what has a meaning becomes full-width, so that the text shows as it is written.
    */
-  format?: "markdown" | "plain";
+  format?: "literal" | "markdown";
   /**
    * A progress report: refused at once if it would use one of the sends that are reserved for answers (`reserved`), or if none is left.
    */
