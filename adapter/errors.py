@@ -64,7 +64,7 @@ class Throttled(Refused):
 
 
 class SessionExpired(Refused):
-    """iLink answered -14, or HTTP refused the poll: the bot's token is stale
+    """iLink answered -14: the bot's token is stale
     (docs/reference/ilink-protocol.md, "Stale token")."""
 
 

@@ -282,7 +282,8 @@ class Unanswered(msgspec.Struct, frozen=True):
 
 
 class NotTaken(msgspec.Struct, frozen=True):
-    """iLink did not take the request for now. `is_unreached`: the request was never sent."""
+    """iLink did not take the request for now. `is_unreached`: the request was never sent, or what stands in front of
+    iLink turned it away."""
 
     detail: str
     pause_ms: int

@@ -232,7 +232,7 @@ def _as_answer(
     if isinstance(exc, Temporary) and exc.retry_after_s:
         pause_s = exc.retry_after_s
     pause_ms = int((pause_s + deps.clock.jitter(pause_s / 4)) * 1000)
-    return rules.NotTaken(exc.detail, pause_ms, is_unreached=exc.reason == "network")
+    return rules.NotTaken(exc.detail, pause_ms, is_unreached=exc.reason in ("network", "http_4xx"))
 
 
 def report_crash(exc: BaseException) -> None:

@@ -234,13 +234,13 @@ def _outcome_label(exc: AdapterError | TimeoutError | None) -> str:
             return "ok"
         case TimeoutError():
             return "timeout"
-        case SessionExpired() | Refused() if "HTTP 4" in exc.detail:
-            return "http_4xx"
         case SessionExpired():
             return "ret_14"
+        case Refused() if "HTTP 4" in exc.detail:
+            return "http_4xx"
         case Throttled():
             return "ret_2"
-        case Refused() if THROTTLED in (exc.ret, exc.errcode):
+        case Refused() if exc.ret in THROTTLED or exc.errcode in THROTTLED:
             return "ret_2"
         case Refused(reason="corrupt" | "too_large"):
             return "unreadable"

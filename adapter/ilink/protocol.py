@@ -67,11 +67,9 @@ IDLE_AFTER_S = 10.0
 EDGE_TIMEOUT = 524
 GATEWAY_ERRORS = (502, 504)
 """Gateway statuses after which iLink may have received the request."""
-FORBIDDEN = (401, 403)
-"""HTTP statuses for a refused token, or for a gateway in front of iLink that blocks the request. iLink itself answers
--14."""
-TRY_AGAIN = (408, 425, 429)
-"""HTTP statuses of temporary refusals: the request was not processed (RFC 9110, RFC 8470, RFC 6585)."""
+TRY_AGAIN = (401, 403, 408, 425, 429)
+"""HTTP statuses of refusals that end by themselves: the request was not processed (RFC 9110, RFC 8470, RFC 6585). 401
+and 403 come from a gateway or firewall in front of iLink and say nothing of the token, since iLink answers -14."""
 
 
 class Request(msgspec.Struct, frozen=True):
@@ -274,16 +272,14 @@ def hold_ms(hint: bytes) -> int:
 
 
 def read_updates(reply: Reply, *, polled_s: float) -> Polled:
-    """Raises SessionExpired (-14, FORBIDDEN), and Temporary otherwise, since a poll may always be repeated.
+    """Raises SessionExpired (-14), and Temporary otherwise, since a poll may always be repeated.
 
     524 late in a poll is how the edge ends an idle poll, and an empty body is accepted by all clients: both are an
     empty answer. `polled_s`: duration of the poll.
     """
     reply = msgspec.structs.replace(reply, tells_tokens=True)
-    if reply.status == EDGE_TIMEOUT or reply.status in FORBIDDEN:
+    if reply.status == EDGE_TIMEOUT:
         _check_error_codes(reply)
-        if reply.status in FORBIDDEN:
-            raise SessionExpired("needs_login", f"HTTP {reply.status}")
     elif reply.body.strip() or not 200 <= reply.status < 300:
         return _read_polled(_read_answer(reply, wire.Updates), reply.share, polled_s)
     if polled_s >= IDLE_AFTER_S:
@@ -303,7 +299,7 @@ def _read_polled(updates: wire.Updates, share: Share | None, polled_s: float) ->
             return Polled(messages, kept, hold, overlong, pages, share)
         case -1 if polled_s >= IDLE_S:  # an idle timeout, as one client interprets it
             return Polled([], None, HOLD_MS)
-        case wire.THROTTLED:
+        case code if code in wire.THROTTLED:
             raise Temporary("ret_2", _error_text(updates))
         case _:
             raise Temporary("ret_other", _error_text(updates))
@@ -333,8 +329,8 @@ def _first_and_rest(messages: bytes) -> tuple[list[bytes], Iterator[list[bytes]]
 
 
 def read_sent(reply: Reply) -> Accepted:
-    """Raises SessionExpired (-14), Throttled (-2, -12), Refused for other codes, Temporary if nothing was taken, and
-    Uncertain if something may have been taken (gateway errors, unreadable answers)."""
+    """Raises SessionExpired (-14), Throttled (-2 and its like), Refused for other codes, Temporary if nothing was
+    taken, and Uncertain if something may have been taken (gateway errors, unreadable answers)."""
     _check_error_codes(reply, sent=True)
     if reply.status in (*GATEWAY_ERRORS, EDGE_TIMEOUT):
         raise Uncertain("http_5xx", f"HTTP {reply.status} from a gateway")
@@ -355,7 +351,7 @@ def read_sent(reply: Reply) -> Accepted:
             return Accepted(ident if is_number else "", sent.ret, sent.errcode, _server_message(sent))
         case wire.STALE_TOKEN:
             raise _session_expired(sent)
-        case wire.THROTTLED | wire.RATE_LIMITED:
+        case code if code in wire.THROTTLED:
             raise Throttled("throttled", _error_text(sent), **_diagnostics(sent))
         case -3:
             raise Refused("invalid", "iLink does not know this user id.", **_diagnostics(sent))
@@ -482,7 +478,7 @@ def _check_error_codes(reply: Reply, *, sent: bool = False) -> None:
         return
     if answer.code == wire.STALE_TOKEN:
         raise _session_expired(answer)
-    if sent and answer.code in (wire.THROTTLED, wire.RATE_LIMITED):
+    if sent and answer.code in wire.THROTTLED:
         raise Throttled("throttled", _error_text(answer), **_diagnostics(answer))
 
 

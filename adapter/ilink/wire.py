@@ -10,9 +10,8 @@ from typing import Annotated, Any, Final, Literal, TypeAlias
 import msgspec
 
 STALE_TOKEN: Final = -14
-THROTTLED: Final = -2
-RATE_LIMITED: Final = -12
-"""Second rate limit code, reported by one project."""
+THROTTLED: Final = (-2, -12, -13)
+"""The code of the official client, and two that other projects report for the same refusal."""
 
 OPAQUE_CHARS: Final = 131_072
 """Longest cursor and context token that are kept. Some 130 characters are usual. The bus has room for 1 MiB in a
@@ -40,7 +39,7 @@ class WireReply(msgspec.Struct, kw_only=True):
     def code(self) -> int:
         """The decisive code; 0 is success. A stale token or a throttle in either field is decisive."""
         codes = (self.ret, self.errcode)
-        known = (code for code in (STALE_TOKEN, THROTTLED, RATE_LIMITED) if code in codes)
+        known = (code for code in (STALE_TOKEN, *THROTTLED) if code in codes)
         return next(known, self.errcode or self.ret or 0)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ from adapter.bindings.stale_token import mark_active, publish_login_event
 from adapter.contract.messages import BindingEvent, BindingState
 from adapter.contract.records import Binding
 from adapter.errors import Temporary
+from adapter.ilink.protocol import Reply, read_sent, read_updates
 from adapter.inbound.bot_poller import BotPoller
 from adapter.ports import Account, Entry, Message, Polled
 from tests.fakes import Bench, batch, ready
@@ -142,6 +144,38 @@ async def test_a_server_that_cannot_be_reached_proves_no_login_lost(poller: Poll
     await asyncio.sleep(24 * 3600)
     assert changes(bench) == ["stale", "recovered"]
     assert texts(bench) == ["hello"]
+
+
+@pytest.mark.parametrize("status", [401, 403])
+async def test_a_firewall_that_forbids_everything_for_ten_minutes_costs_neither_a_login_nor_a_command(
+    poller: Poller, status: int
+) -> None:
+    """The poll whose answer it forbids is made again, and so is the send, until iLink is there."""
+    bench = await ready()
+    bench.hears()
+    ends_at = bench.clock.monotonic() + 600
+
+    def forbid(read: Callable[[], object]) -> None:
+        if bench.clock.monotonic() < ends_at:
+            read()
+
+    def polled() -> Polled:
+        forbid(lambda: read_updates(Reply(status, {}, b"<html>no</html>"), polled_s=0.1))
+        bench.chat.polls.clear()  # no other poll is answered
+        return batch(raw())
+
+    async def sent(_: object) -> None:
+        forbid(lambda: read_sent(Reply(status, {}, b"<html>no</html>")))
+
+    bench.chat.polls.extend([polled] * 1000)
+    bench.chat.on_send = sent
+    session, shard = poller(bench), bench.processor()
+    shard.intake.on_delivery(bench.command("hi", id="c1"))
+    await asyncio.sleep(1200)
+    assert (changes(bench), session.state) == ([], "polling")
+    assert texts(bench) == ["hello"]
+    assert [(receipt.command, receipt.outcome) for receipt in bench.bus.receipts()] == [("c1", "accepted")]
+    shard.stop()
 
 
 async def test_a_server_that_does_not_answer_proves_no_login_lost(poller: Poller) -> None:

@@ -8,7 +8,7 @@ import msgspec
 import pytest
 from nats.aio.client import Client
 
-from adapter.contract.messages import BindingEvent
+from adapter.contract.messages import BindingEvent, Receipt
 from adapter.simulator import BotRecord, FaultRule
 from tests.e2e.world import NAMES, SOON, World, eventually, stream, until, world
 
@@ -106,31 +106,36 @@ async def test_minus_14_on_one_message_refuses_it_and_nothing_else(tmp_path: Pat
 
 
 @pytest.mark.parametrize("status", [401, 403])
-async def test_polls_that_http_forbids_end_in_a_login_as_a_dead_token_does(tmp_path: Path, status: int) -> None:
+async def test_a_firewall_that_forbids_everything_costs_no_login_and_no_message(tmp_path: Path, status: int) -> None:
     async with world(tmp_path, parts=SOON) as made:
-        nc, bot = await made.begun()
-        await until(lambda: made.sim.polls(bot.bot).now == 1, "a poll is held")
-        made.sim.set_fault(FaultRule(fault="F1", endpoint="getupdates", bot=bot.bot, params={"status": status}))
-        made.say("s1", "ends the poll that was out")
-        lost = await told(nc, "needs_login")
-        assert lost.reason == f"HTTP {status}"
-        assert [event.change for event in await changes(nc)] == ["bound", "stale", "needs_login"]
+        nc, first = await made.begun()
+        second = made.sim.add_bot()
+        await made.bind(nc, "s2", second)
+        bots = (first, second)
+        await until(lambda: all(made.sim.polls(bot.bot).now == 1 for bot in bots), "both polls are held")
+        before = [counts(made, bot.bot)["getupdates"] for bot in bots]
+        made.sim.set_fault(FaultRule(fault="F1", params={"status": status}))
+        for sandbox in ("s1", "s2"):
+            made.say(sandbox, "ends the poll that was out")
         await made.command(nc, "s1", "c0")
-        await parked(made, nc, 1)
+
+        def are_forbidden() -> bool:
+            polls = [counts(made, bot.bot)["getupdates"] - count for bot, count in zip(bots, before, strict=True)]
+            return min(polls) > len(SOON["stale_retry_s"]) + 1 and counts(made, first.bot).get("sendmessage", 0) > 1
+
+        await until(are_forbidden, "more polls are forbidden than -14 would have cost, and sends")
         made.sim.clear_faults()
-        await _log_in_again(made, nc, bot.user, ["c0"])
-
-
-async def test_a_firewall_that_forbids_one_poll_costs_no_login(tmp_path: Path) -> None:
-    async with world(tmp_path, parts=SOON) as made:
-        nc, bot = await made.begun()
-        rule = {"fault": "F1", "endpoint": "getupdates", "bot": bot.bot, "count": 1, "params": {"status": 403}}
-        made.sim.set_fault(msgspec.convert(rule, FaultRule))
-        made.say("s1", "ends the poll that was out")
-        await told(nc, "recovered")
-        assert [event.change for event in await changes(nc)] == ["bound", "stale", "recovered"]
         made.say("s1", "still there?")
         await made.settle(nc)
+        assert texts(made, first.user) == ["answer c0"]
+        for sandbox in ("s1", "s2"):
+            assert [event.change for event in await changes(nc, sandbox)] == ["bound"]
+        assert (await receipt_of(made, nc, "c0")).outcome == "accepted"
+
+
+async def receipt_of(made: World, nc: Client, command: str) -> Receipt:
+    (found,) = [receipt for receipt in await made.receipts(nc) if receipt.command == command]
+    return found
 
 
 async def test_minus_14_on_every_send_refuses_each_while_polls_go_on(tmp_path: Path) -> None:

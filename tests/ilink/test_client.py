@@ -9,7 +9,7 @@ from typing import Any
 import msgspec
 import pytest
 
-from adapter.errors import AdapterError, SessionExpired, Temporary, Uncertain
+from adapter.errors import AdapterError, Temporary, Uncertain
 from adapter.ilink.client import ILink
 from adapter.ilink.protocol import HOLD_MS, Reply, Request
 from adapter.observability.metrics import Metrics
@@ -95,7 +95,7 @@ async def test_dead_tokens_are_counted_apart(monkeypatch: pytest.MonkeyPatch, en
 
 async def test_a_poll_that_http_forbids_is_counted_by_its_status(monkeypatch: pytest.MonkeyPatch) -> None:
     answering = Answering(monkeypatch, reply({}, 403))
-    with pytest.raises(SessionExpired):
+    with pytest.raises(Temporary):
         await CALLS["getupdates"](answering.ilink)
     assert answering.metrics.value("upstream_requests_total", endpoint="getupdates", outcome="http_4xx") == 1
 
