@@ -17,15 +17,6 @@ from adapter.observability.events import Events
 
 log = structlog.get_logger()
 
-LOGIN_WITHIN_S = 55.0
-"""Time for which a token is refused after which a login is needed, even if retries remain, since users wait."""
-
-
-def should_report_needs_login(pause_s: float | None, passed_s: float) -> bool:
-    """Whether to mark the binding at a -14 `passed_s` seconds after the first. `pause_s`: until the next retry, if
-    any."""
-    return pause_s is None or passed_s + pause_s > LOGIN_WITHIN_S
-
 
 async def mark_needs_login(bindings: Bindings, clock: Clock, binding: Binding) -> Binding | None:
     """Marks a binding `needs_login` with a pending event; None: it is marked, or was bound again.

@@ -59,6 +59,8 @@ class PollerWaits(NamedTuple):
 
     stale_retry_s: Sequence[float]
     """Pauses between retries of a token that iLink has refused (-14)."""
+    login_polls_s: Sequence[float]
+    """When a binding that needs a login is polled all the same (`poller.LOGIN_POLLS_S`)."""
     keep_s: int
     """Seconds for which the journal of an unbound bot is kept."""
     grace_s: float

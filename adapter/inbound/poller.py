@@ -8,7 +8,7 @@ The supervisor runs `run_poller` for each bot of the replica's shards. A poller 
    dispatcher does the rest beside that poll. The poller pauses while the dispatcher has a backlog, while the bus does
    not accept writes, and while the lease is not valid.
 4. When iLink refuses the token (-14), `recover` retries a few times and then marks the binding `needs_login`. The
-   poller then waits for another binding.
+   poller then waits for another binding, and polls ever more rarely; a poll that succeeds makes the binding active.
 5. When it has to stop, or the binding or the shard is gone, it releases the bot (`taking.release`).
 
 A poll that waits is cut only for a reason that cannot wait, since iLink may count an answer as delivered that nobody
@@ -20,13 +20,13 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from functools import partial
 
 import msgspec
 import structlog
 
-from adapter.bindings.stale_token import mark_active, mark_needs_login, publish_login_event, should_report_needs_login
+from adapter.bindings.stale_token import mark_active, mark_needs_login, publish_login_event
 from adapter.contract.records import Binding
 from adapter.errors import AdapterError, BusRefused, LeaseLost, SessionExpired, Temporary
 from adapter.inbound.bot_journal import Answer, BotJournal
@@ -48,9 +48,13 @@ HOLD_MS = 35_000
 """Assumed hold of a poll until the server gives a hint. The client waits a margin longer."""
 INSTANT_S = 0.5
 """An answer without news within this time was no long poll. The poller then slows down."""
-STALE_RETRY_S = (5.0, 30.0, 300.0)
-"""Pauses between retries of a token that iLink has refused. They are few, since most such tokens stay dead. The last
-retry comes after the event `needs_login`."""
+STALE_RETRY_S = (5.0, 30.0)
+"""Pauses between retries of a token that iLink has refused. They are few, since users wait for the word that a login
+is needed, and most such tokens stay dead."""
+LOGIN_POLLS_S = (300.0, 3600.0, 86_400.0)
+"""A binding that needs a login is polled so long after the verdict, then at this interval, and after
+LOGIN_POLLED_OFTEN_S at that one. A verdict may be wrong: iLink answers -14 for causes that pass."""
+LOGIN_POLLED_OFTEN_S = 3 * 86_400.0
 NOTIFY_S = 1.5
 """Longest wait for iLink's answer to notifystart, which is best effort (docs/reference/ilink-protocol.md, "Online
 state")."""
@@ -153,6 +157,8 @@ async def poll_forever(poller: BotPoller, journal: BotJournal, deps: InboundDeps
             journal.apply_start_cursor(binding, deps.sealer)
         is_failing = stats.failures or stats.overlong or stats.timeouts >= DEAD_PATH_AFTER
         poller.state, began = "error" if is_failing else "polling", deps.clock.monotonic()
+        if binding.state == "needs_login":
+            poller.state = "needs_login"
         expected_hold_ms = max(hold_ms, stats.hold_ms)
         try:
             polled = await _poll_once(poller, binding, journal.cursor, expected_hold_ms, deps)
@@ -188,6 +194,9 @@ async def poll_forever(poller: BotPoller, journal: BotJournal, deps: InboundDeps
             if polled.cursor is not None and is_new:
                 journal.cursor, stats.note_at = polled.cursor, stats.note_at or began
             await deps.pacing.wakeups.wait_for_batch()
+        if binding.state == "needs_login":  # the verdict was wrong, or is not true any more
+            log.info("session.recovered", bot=poller.bot)
+            await retry(partial(mark_active, deps.bindings, deps.clock, binding), deps.clock, poller.bot)
         if polled.share is not None:
             polled.share.release()
         if stats.note_at or not journal.is_noted:
@@ -284,10 +293,12 @@ def _record_answer(poller: BotPoller, polled: Polled, stats: _PollStats, deps: I
 
 
 async def _wait_for_turn(poller: BotPoller, deps: InboundDeps) -> Binding | None:
-    """The binding to poll with, once the bus accepts writes, the lease is valid and no login is needed.
+    """The binding to poll with, once the bus accepts writes and the lease is valid. One that needs a login is polled
+    by LOGIN_POLLS_S, with a notifystart before.
 
     None: the poller must stop, or the bot is no longer bound. Raises Temporary.
     """
+    is_due = False
     while not poller.stopping:
         poller.state = "paused"  # visible only while something is awaited
         await deps.gate.wait_writable()
@@ -304,10 +315,28 @@ async def _wait_for_turn(poller: BotPoller, deps: InboundDeps) -> Binding | None
             binding = await publish_login_event(deps.bindings, deps.events, binding)
         if binding.state != "needs_login":
             return binding
-        poller.state, poller.stale, poller.last_binding = "needs_login", False, binding
-        await wait_until(poller, deps.bindings.changed, rebound(binding, deps))
+        if is_due:
+            await notify(poller, deps, start=True, even_stale=True)
+            return binding
+        poller.state, poller.last_binding = "needs_login", binding
+        passed_s = max(0, deps.clock.now_ms() - binding.since_ms) / 1000
+        try:
+            pause_s = login_poll_in_s(passed_s, deps.waits.login_polls_s)
+            await wait_until(poller, deps.bindings.changed, rebound(binding, deps), pause_s)
+        except TimeoutError:
+            is_due = True
         poller.unanswered_since = deps.clock.monotonic()
     return None
+
+
+def login_poll_in_s(passed_s: float, polls_s: Sequence[float]) -> float:
+    """Seconds until the next poll of a binding that has needed a login for `passed_s` seconds. Its time depends on
+    nothing else, so that no takeover makes it earlier or later."""
+    first_s, often_s, rarely_s = polls_s
+    if passed_s < first_s:
+        return first_s - passed_s
+    every_s = often_s if passed_s < LOGIN_POLLED_OFTEN_S else rarely_s
+    return every_s - passed_s % every_s
 
 
 async def _poll_once(
@@ -339,9 +368,9 @@ async def recover(
 ) -> Polled | None:
     """Handles -14: the bot neither polls nor sends except for a few spaced retries, and then needs a login.
 
-    docs/reference/ilink-protocol.md, "Stale token", has what is known of -14. Retries after `needs_login` raise no
-    event unless one succeeds, which makes the binding active again. Returns the answer of a successful poll; None:
-    the binding changed or still needs a login. Raises LeaseLost, Refused.
+    docs/reference/ilink-protocol.md, "Stale token", has what is known of -14. Returns the answer of a successful
+    poll; None: the binding changed or needs a login, and `_wait_for_turn` says when it is polled again. Raises
+    LeaseLost, Refused.
     """
     binding = deps.bindings.get(poller.bot)
     if binding is None or binding.state == "needs_login":
@@ -350,22 +379,12 @@ async def recover(
     deps.on_session_changed(binding)
     log.warning("session.stale", bot=poller.bot, sandbox=binding.sandbox, detail=exc.detail)
     advice = "iLink refuses the bot's token; it is tried again shortly, then a login is needed."
-    since = deps.clock.monotonic()
     await deps.events.publish_binding_event(binding.event("stale", reason=exc.detail, detail=advice))
     try:
         refusals = failures = 0
-        while True:
-            pause_s = deps.waits.stale_retry_s[refusals] if refusals < len(deps.waits.stale_retry_s) else None
-            late = not failures and should_report_needs_login(pause_s, deps.clock.monotonic() - since)
-            if late and binding.state == "active":
-                lost = await _mark_needs_login(poller, binding, exc.detail, deps)
-                if lost is None:
-                    return None
-                binding = lost
-            if pause_s is None:
-                return None
+        while refusals < len(deps.waits.stale_retry_s):
+            pause_s = max(deps.waits.stale_retry_s[refusals], backoff(failures) if failures else 0.0)
             with contextlib.suppress(TimeoutError):
-                pause_s = max(pause_s, backoff(failures) if failures else 0.0)
                 await wait_until(poller, deps.bindings.changed, rebound(binding, deps), pause_s)
             if poller.stopping or deps.bindings.get(poller.bot) != binding:
                 return None
@@ -379,40 +398,21 @@ async def recover(
                 hold_ms = min(LONGEST_HOLD_MS, 2 * hold_ms)  # or the server may hold longer
                 poller.poll_cancel.clear()
                 continue
-            await _on_recovered(poller, binding, deps)
+            log.info("session.recovered", bot=poller.bot)
+            poller.stale = False
+            await retry(
+                partial(deps.events.publish_binding_event, binding.event("recovered")), deps.clock, poller.bot
+            )
             return polled  # even after a new bind: iLink may not deliver this answer again
+        lost = await _retry_unless_stopping(poller, partial(_mark_needs_login_if_owned, binding, deps), deps)
+        if lost is not None:
+            tell = partial(publish_login_event, deps.bindings, deps.events, lost, exc.detail)
+            await _retry_unless_stopping(poller, tell, deps)
+        return None
     finally:
         poller.stale = False
         if now := deps.bindings.get(poller.bot):
             deps.on_session_changed(now)
-
-
-async def _mark_needs_login(poller: BotPoller, binding: Binding, detail: str, deps: InboundDeps) -> Binding | None:
-    """The binding, marked `needs_login` with its event published; None: the binding changed, or the poller must
-    leave.
-
-    Raises LeaseLost.
-    """
-    lost = await _retry_unless_stopping(poller, partial(_mark_needs_login_if_owned, binding, deps), deps)
-    if lost is None:
-        return None
-    marked_binding = await _retry_unless_stopping(
-        poller, partial(publish_login_event, deps.bindings, deps.events, lost, detail), deps
-    )
-    if marked_binding is not None:
-        poller.last_binding, poller.state = marked_binding, "needs_login"
-    return marked_binding
-
-
-async def _on_recovered(poller: BotPoller, binding: Binding, deps: InboundDeps) -> None:
-    """iLink accepts the token again: marks the binding active unless it was replaced. Raises LeaseLost."""
-    log.info("session.recovered", bot=poller.bot)
-    poller.stale = False
-    if binding.state == "needs_login":
-        # the next poll publishes the event
-        await retry(partial(mark_active, deps.bindings, deps.clock, binding), deps.clock, poller.bot)
-    else:
-        await retry(partial(deps.events.publish_binding_event, binding.event("recovered")), deps.clock, poller.bot)
 
 
 async def _retry_token(

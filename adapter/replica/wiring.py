@@ -119,6 +119,7 @@ class Replica:
         settings: Settings,
         *,
         stale_retry_s: Sequence[float] = poller.STALE_RETRY_S,
+        login_polls_s: Sequence[float] = poller.LOGIN_POLLS_S,
         login_refresh_s: float = REFRESH_S,
         unbound_s: int = UNBOUND_S,
         edges: Edges | None = None,
@@ -149,7 +150,7 @@ class Replica:
         self.recall = QuoteResolver(self.conversations, connections.history, names, clock, metrics)
         self.transfers = FairSlots(TRANSFERS, share=TRANSFERS_PER_SANDBOX)
         self.inbound = self._inbound_deps(
-            PollerWaits(stale_retry_s, keep_s=unbound_s, grace_s=max(1.0, settings.drain_s - RELEASE_S))
+            PollerWaits(stale_retry_s, login_polls_s, unbound_s, grace_s=max(1.0, settings.drain_s - RELEASE_S))
         )
         self.outbound = self._outbound_deps()
         self.router = Router(

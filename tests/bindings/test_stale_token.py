@@ -25,11 +25,9 @@ def changes(bench: Bench) -> list[str]:
     return [event.change for event in bench.bus.events()]
 
 
-async def test_minus_14_for_ever_ends_in_needs_login_after_four_polls(poller: Poller) -> None:
-    """-14 for ever: at once, after 5 s, 30 s and 5 min, each with a notifystart before it; then silence.
-
-    The login is told to be lost long before the last try: a person waits.
-    """
+async def test_minus_14_for_ever_ends_in_needs_login_and_few_polls(poller: Poller) -> None:
+    """-14 for ever: at once, after 5 s and 30 s, each with a notifystart before it; then the login is lost. It is
+    tried all the same: after 5 minutes, every hour, and after three days every day."""
     bench = await ready(*[STALE] * 100)
     session = poller(bench)
     await asyncio.sleep(55)
@@ -39,10 +37,11 @@ async def test_minus_14_for_ever_ends_in_needs_login_after_four_polls(poller: Po
     assert "QR code" in lost.detail
     assert (bench.bus.events()[1].at_ms - bench.bus.events()[0].at_ms) < 55_000
     assert session.state == "needs_login"
-    await asyncio.sleep(3600)
-    at = [when - bench.chat.polled_at[0] for when in bench.chat.polled_at]
-    assert [round(when) for when in at] == [0, 5, 35, 335]
-    assert bench.chat.notified == [True] * 4
+    await asyncio.sleep(6 * 86_400)
+    at = [round(when - bench.chat.polled_at[0]) for when in bench.chat.polled_at]
+    hours, days = [35 + 3600 * hour for hour in range(1, 73)], [35 + 86_400 * day for day in range(4, 7)]
+    assert at == [0, 5, 35, 335, *hours, *days]
+    assert bench.chat.notified == [True] * len(at)
     assert changes(bench) == ["stale", "needs_login"]
     binding = bench.bindings.get(BOT)
     assert binding is not None
@@ -64,42 +63,50 @@ async def test_an_event_of_a_request_is_told_once() -> None:
 
 
 async def test_a_token_that_lives_again_after_needs_login_is_active_again(poller: Poller) -> None:
-    """The last try of the schedule runs on quietly; what it brings is told, and the lanes are woken."""
+    """What its poll brings is told, and what waited is sent."""
     bench = await ready(STALE, STALE, STALE, batch(raw()))
-    session = poller(bench)
+    session, shard = poller(bench), bench.processor()
     await asyncio.sleep(300)
+    shard.intake.on_delivery(bench.command("hi", id="c1"))
+    await asyncio.sleep(20)
     assert changes(bench) == ["stale", "needs_login"]
-    assert bench.changed_sessions == ["s1", "s1"]  # taken, and tried again
-    assert session.stale
-    await asyncio.sleep(60)
+    assert [(receipt.outcome, receipt.reason) for receipt in bench.bus.receipts()] == [("parked", "needs_login")]
+    await asyncio.sleep(40)
     assert changes(bench) == ["stale", "needs_login", "recovered"]
     binding = bench.bindings.get(BOT)
     assert binding is not None
     assert (binding.state, binding.reason) == ("active", "")
-    assert (texts(bench), bench.changed_sessions, session.stale) == (["hello"], ["s1"] * 3, False)
-    assert session.state == "polling"
+    assert (texts(bench), bench.chat.texts, session.state) == (["hello"], ["hi"], "polling")
+    shard.stop()
 
 
-@pytest.mark.parametrize(
-    ("schedule", "polls_at", "told_at"),
-    [
-        ((300.0,), [0, 300], 0),
-        ((0.2, 0.4, 0.6), [0, 0, 1, 1], 1),
-        ((20.0, 20.0, 20.0, 20.0), [0, 20, 40, 60, 80], 40),
-        ((), [0], 0),
-    ],
-    ids=["one-late-try", "all-at-once", "many", "none"],
-)
-async def test_needs_login_is_told_within_a_minute_whatever_the_schedule(
-    poller: Poller, schedule: tuple[float, ...], polls_at: list[int], told_at: int
-) -> None:
+async def test_only_a_poll_that_succeeds_undoes_the_verdict_and_any_owner_makes_it(poller: Poller) -> None:
+    """A notifystart, an iLink that is away and a poll without an answer prove nothing."""
+    bench = Bench()
+    await bench.bind(state="needs_login", since_ms=bench.clock.now_ms() - 100 * 3_600_000)
+    bench.chat.polls.extend([Temporary("http_5xx"), None, STALE, batch(raw())])
+    session, began = poller(bench), bench.clock.monotonic()
+    await asyncio.sleep(3 * 86_400)
+    assert (bench.chat.notified, changes(bench)) == ([True] * 3, [])
+    binding = bench.bindings.get(BOT)
+    assert binding is not None
+    assert (binding.state, session.state) == ("needs_login", "needs_login")
+    await asyncio.sleep(86_400)
+    assert [round((when - began) / 3600) for when in bench.chat.polled_at[:4]] == [20, 44, 68, 92]
+    assert (changes(bench), texts(bench), session.state) == (["recovered"], ["hello"], "polling")
+
+
+@pytest.mark.parametrize("count", [0, 1, 4])
+async def test_needs_login_is_told_when_the_last_retry_is_refused(poller: Poller, count: int) -> None:
     bench = await ready(*[STALE] * 100)
-    poller(bench, stale_retry_s=schedule)
-    await asyncio.sleep(3600)
-    assert [round(when - bench.chat.polled_at[0]) for when in bench.chat.polled_at] == polls_at
+    poller(bench, stale_retry_s=[20.0] * count)
+    await asyncio.sleep(250)
+    assert [round(when - bench.chat.polled_at[0]) for when in bench.chat.polled_at] == [
+        20 * number for number in range(count + 1)
+    ]
     assert changes(bench) == ["stale", "needs_login"]
     stale, lost = bench.bus.events()
-    assert round((lost.at_ms - stale.at_ms) / 1000) == told_at
+    assert round((lost.at_ms - stale.at_ms) / 1000) == 20 * count
 
 
 async def test_a_bot_bound_anew_wins_over_the_last_tries(poller: Poller) -> None:
@@ -114,7 +121,7 @@ async def test_a_bot_bound_anew_wins_over_the_last_tries(poller: Poller) -> None
 
 
 async def test_a_binding_that_a_send_found_dead_is_not_tried_by_the_poller_too(poller: Poller) -> None:
-    """-14 to sends, and then the poll that was out ends with -14: the attempts are the conversation's."""
+    """-14 to sends, and then the poll that was out ends with -14: nothing is told again."""
     bench = await ready(STALE)
     session = poller(bench)
     await bench.bind(state="needs_login")
@@ -147,9 +154,7 @@ async def test_a_server_that_cannot_be_reached_proves_no_login_lost(poller: Poll
 
 
 @pytest.mark.parametrize("status", [401, 403])
-async def test_a_firewall_that_forbids_everything_for_ten_minutes_costs_neither_a_login_nor_a_command(
-    poller: Poller, status: int
-) -> None:
+async def test_ten_minutes_of_a_firewall_cost_neither_a_login_nor_a_command(poller: Poller, status: int) -> None:
     """The poll whose answer it forbids is made again, and so is the send, until iLink is there."""
     bench = await ready()
     bench.hears()
@@ -198,9 +203,10 @@ async def test_a_new_token_ends_the_recovery_of_the_old_one(poller: Poller) -> N
 
 
 async def test_a_token_bound_anew_polls_again_after_needs_login(poller: Poller) -> None:
-    bench = await ready(state="needs_login")
+    bench = await ready()
+    await bench.bind(state="needs_login", since_ms=bench.clock.now_ms())
     poller(bench)
-    await asyncio.sleep(600)
+    await asyncio.sleep(200)
     assert bench.chat.asked == []
     await bench.bind(token="new")
     await asyncio.sleep(2)

@@ -10,10 +10,10 @@ from nats.aio.client import Client
 
 from adapter.contract.messages import BindingEvent, Receipt
 from adapter.simulator import BotRecord, FaultRule
-from tests.e2e.world import NAMES, SOON, World, eventually, stream, until, world
+from tests.e2e.world import NAMES, SOON, World, eventually, free_port, stream, until, world
 
-LATE = {"stale_retry_s": (0.2, 0.4, 60)}
-"""A last try that comes more than a minute after the first -14, as with the default."""
+WRONG = SOON | {"login_polls_s": (2.0, 4.0, 86_400.0)}
+"""A login that is called lost is tried again after two seconds, and every four."""
 
 
 async def changes(nc: Client, sandbox: str = "s1") -> list[BindingEvent]:
@@ -190,9 +190,9 @@ async def _lost(made: World) -> tuple[Client, BotRecord]:
     return nc, bot
 
 
-async def test_needs_login_is_told_before_the_last_try_and_a_bind_need_not_wait_for_it(tmp_path: Path) -> None:
-    """The last try is a minute away when the word is given."""
-    async with world(tmp_path, parts=LATE) as made:
+async def test_a_bind_need_not_wait_for_the_next_poll_of_a_lost_login(tmp_path: Path) -> None:
+    """It is five minutes away when the word is given."""
+    async with world(tmp_path, parts=SOON) as made:
         nc, bot = await _lost(made)
         made.sim.revive_token(bot.bot)
         await made.bind(nc, "s1", bot)
@@ -200,14 +200,25 @@ async def test_needs_login_is_told_before_the_last_try_and_a_bind_need_not_wait_
         assert texts(made, bot.user) == ["answer c"]
 
 
-@pytest.mark.slow
-async def test_a_last_try_that_succeeds_needs_no_login(tmp_path: Path) -> None:
-    """It comes 56 s after the one before, and finds the token alive."""
-    async with world(tmp_path, parts={"stale_retry_s": (0.2, 0.4, 56)}) as made:
+async def test_a_bot_that_was_called_dead_by_mistake_comes_back_by_itself(tmp_path: Path) -> None:
+    """Also in the hands of another replica than the one that said so."""
+    async with world(tmp_path, parts=WRONG) as made:
         nc, bot = await _lost(made)
+        await parked(made, nc, 1)
+        before = counts(made, bot.bot)["getupdates"]
+        await until(lambda: counts(made, bot.bot)["getupdates"] > before + 1, "it is polled all the same")
+        assert [event.change for event in await changes(nc)] == ["bound", "stale", "needs_login"]
+        second = await made.add_adapter(WECHAT_NATS_HTTP_ADDR=f"127.0.0.1:{free_port()}")
+        await made.adapters[0].kill()
         made.sim.revive_token(bot.bot)
+        await told(nc, "recovered")
+        made.say("s1", "still there?")
         await made.settle(nc)
         assert [event.change for event in await changes(nc)] == ["bound", "stale", "needs_login", "recovered"]
         assert texts(made, bot.user) == ["answer c"]
-        made.say("s1", "still there?")
-        await made.settle(nc)
+
+        async def is_shown() -> bool:
+            return await second.metric('bindings{state="polling"}') == 1
+
+        await eventually(is_shown, "the metrics say so")
+        assert await second.metric('bindings{state="needs_login"}') == 0
