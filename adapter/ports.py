@@ -201,13 +201,13 @@ class Chat(Protocol):
     async def typing_ticket(self, account: Account, user: str, context_token: str) -> str:
         """The ticket that `show_typing` needs (docs/reference/ilink-protocol.md, "Typing").
 
-        Raises SessionExpired, Temporary, Refused("typing") (no ticket is available for this user).
+        Raises SessionExpired, Temporary, Refused (no ticket is available for this user).
         """
 
     async def show_typing(self, account: Account, user: str, ticket: str, *, on: bool) -> None:
         """Shows or hides the typing indicator.
 
-        Raises SessionExpired, Temporary, Refused("typing") (the ticket may be too old).
+        Raises SessionExpired, Temporary, Refused (the ticket may be too old).
         """
 
     async def notify(self, account: Account, *, start: bool) -> None:

@@ -13,12 +13,12 @@ from adapter.contract.messages import Options
 from adapter.contract.names import Names, escape_token, from_subject_token, to_subject_token
 from adapter.conversation.commands import MediaPart
 from adapter.conversation.uploads import READY_S
-from adapter.errors import Refused, SessionExpired
+from adapter.errors import SessionExpired
 from adapter.ilink.budget import ByteBudget
 from adapter.ilink.connection import Connection
 from adapter.inbound.bot_poller import BotPoller
 from adapter.outbound.processor import ShardCommandProcessor
-from adapter.outbound.typing_tickets import NO_TICKET_S, TICKET_S
+from adapter.outbound.typing_indicator import TICKET_S
 from adapter.ownership.membership import DEAD_KEPT
 from adapter.ports import Account
 from tests.fakes import Bench, Wire
@@ -84,7 +84,7 @@ async def test_users_who_were_unbound_leave_nothing_behind(bench: Bench) -> None
 # typing --------------------------------------------------------------------------------------------------
 
 
-async def test_tickets_are_kept_as_long_as_they_are_good_or_say_when_to_ask_again(bench: Bench) -> None:
+async def test_tickets_are_kept_as_long_as_they_are_good(bench: Bench) -> None:
     await bench.bind()
     bench.hears()
     shard = bench.processor()
@@ -93,22 +93,10 @@ async def test_tickets_are_kept_as_long_as_they_are_good_or_say_when_to_ask_agai
     shard.intake.on_delivery(bench.command(typing="off"))
     await asyncio.sleep(TICKET_S / 2)
     shard.evict_idle()
-    assert len(shard.typing._tickets._known) == 1
-    await asyncio.sleep(NO_TICKET_S[1] + TICKET_S)
+    assert tables(shard.typing) == {"_shown": 0, "_tasks": 0, "_tickets": 1}
+    await asyncio.sleep(TICKET_S)
     shard.evict_idle()
-    assert len(shard.typing._tickets._known) == 0
-
-
-async def test_a_row_of_refused_tickets_is_not_forgotten_while_it_counts(bench: Bench) -> None:
-    await bench.bind()
-    bench.hears()
-    shard = bench.processor()
-    bench.chat.tickets.extend([Refused("typing", "iLink answered -4", ret=-4)] * 2)
-    shard.intake.on_delivery(bench.command(typing="on"))
-    await asyncio.sleep(NO_TICKET_S[1] - 1)
-    shard.evict_idle()
-    ((_, ticket),) = shard.typing._tickets._known.items()
-    assert ticket.failures == 1
+    assert tables(shard.typing) == {"_shown": 0, "_tasks": 0, "_tickets": 0}
 
 
 # leases --------------------------------------------------------------------------------------------------

@@ -30,7 +30,7 @@ PRIVATE = {
     "ownership/test_leases.py": "_sightings",
     # memory, which nothing else shows
     "growth.py": "_lru_cache_wrapper _scheduled _timer_cancelled_count",
-    "test_growth.py": "_conversations _known _tickets",
+    "test_growth.py": "_conversations",
     "test_probes.py": "_connections _server",
     # each regular expression, and each reader of foreign words, by itself
     "test_linear.py": "_HEX_KEY _HOST _HOST_PORT _ID _IDS _INBOX _LETTER _LOGIN _PEER _PLAIN"

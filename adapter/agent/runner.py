@@ -33,8 +33,8 @@ STARTED_ANEW = "A new conversation begins."
 STOPPED = "Stopped."
 IDLE = "There is nothing to stop."
 SORRY = "That did not work. Please try again."
-TYPING_AFTER_S, TYPING_S = 0.5, 240.0
-"""Delay before typing is shown, so that a quick answer shows none, and its interval: WeChat shows it five minutes."""
+TYPING_AFTER_S, TYPING_S = 0.5, 50.0
+"""Delay before typing is shown, so that a quick answer shows none, and its interval: it is shown for a minute."""
 
 GIVE_UP_S = 3600.0
 """Time after which a message is given up with an answer to the user, whose next messages wait for it."""

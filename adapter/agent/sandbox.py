@@ -98,7 +98,7 @@ class Message:
         return command.id or ""
 
     async def typing(self, state: Literal["on", "off"] = "on") -> None:
-        """Shows or hides typing, for five minutes or until a reply is sent. Published at most once."""
+        """Shows or hides typing, for a minute or until a reply is sent. Published at most once."""
         await self.sandbox.publish(Outbound(user=self.user, reply_to=self.id, typing=state))
 
 

@@ -165,7 +165,7 @@ class Chat:
     async def _on_receipt(self, msg: Msg) -> None:
         """Shows what became of an answer, then what the phone shows of it."""
         receipt = msgspec.json.decode(msg.data, type=Receipt)
-        if receipt.reason == "typing" or (receipt.outcome == "accepted" and not receipt.message_ids):
+        if receipt.outcome == "accepted" and not receipt.message_ids:  # typing
             return
         self._screen.show("receipt", describe(receipt))
         if receipt.outcome == "accepted":

@@ -273,8 +273,8 @@ class Receipt(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
         str,
         Meta(
             description="invalid, not_bound, ambiguous_bot, other_user, window_closed, quota, reserved, throttled,"
-            " needs_login, too_long, expired, rejected, unreadable, too_large, unreachable, crashed, backlog, media,"
-            " typing; empty when accepted."
+            " needs_login, too_long, expired, rejected, unreadable, too_large, unreachable, crashed, backlog, media;"
+            " empty when accepted."
         ),
     ] = ""
     detail: Annotated[str, Meta(description="One sentence for people.")] = ""

@@ -41,9 +41,8 @@ MERGE_SEPARATOR = "\n\n"
 """A blank line between merged texts: it ends a paragraph and a list in Markdown."""
 
 
-TYPING_MS = 300_000
-"""How long the typing indicator stays without a new command, so that it ends when an agent dies. A command to show it
-expires at this age."""
+TYPING_MS = 60_000
+"""Age at which a command to show the typing indicator expires: nobody needs it shown late."""
 TEXT_CHARS = 4000
 """Longest part of a split text. In every script it has fewer bytes than iLink takes (split.MAX_BYTES)."""
 PARTS = 10
@@ -57,7 +56,6 @@ class Limits(NamedTuple):
     command_bytes: int = COMMAND_BYTES
     text_chars: int = TEXT_CHARS
     parts: int = PARTS
-    typing_ms: int = TYPING_MS
 
 
 class MediaPart(NamedTuple):
@@ -213,7 +211,7 @@ def read_command(body: Outbound, *, sandbox: str, ident: str, sequence: int, tim
     if not _PEER.fullmatch(body.bot or "") or not _PEER.fullmatch(body.user or ""):
         raise Refused("invalid", "Bot and user are printable ASCII without spaces, at most 128 characters.")
     parts = _read_parts(body, sandbox, limits) if body.typing is None else []
-    patience_ms = limits.park_ms if body.typing != "on" else min(limits.park_ms, limits.typing_ms)
+    patience_ms = limits.park_ms if body.typing != "on" else min(limits.park_ms, TYPING_MS)
     if body.expires_in_s is not None:
         patience_ms = int(min(body.expires_in_s * 1000, patience_ms))
     return Command(

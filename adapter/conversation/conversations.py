@@ -36,8 +36,8 @@ class ConversationShard(Protocol):
     async def wake(self, binding: Binding) -> None:
         """Raises Temporary."""
 
-    def on_inbound(self, binding: Binding, user: str) -> None:
-        """Reports that the user wrote, so iLink may have a typing ticket for them."""
+    def show_typing(self, binding: Binding, user: str, context_token: str) -> None:
+        """Shows the typing indicator. Best effort."""
 
     def record_in_memory(self, sandbox: str, user: str) -> ConversationRecord | None:
         """The record in memory; None: the conversation is not loaded."""
@@ -80,11 +80,9 @@ class Conversations:
         if shard is None:
             raise LeaseLost("shard_lost", binding.sandbox)
         actor = await shard.conversation(binding, user)
-        shard.on_inbound(binding, user)
-        auto_typing = binding.options.auto_typing
-        inbound = InboundReceived(
-            message, token, binding.bot, written_ms, sequence, received_ms, show_typing=auto_typing
-        )
+        if binding.options.auto_typing and not actor.memory.has_dispatched_to(binding.bot, sequence):
+            shard.show_typing(binding, user, token)
+        inbound = InboundReceived(message, token, binding.bot, written_ms, sequence, received_ms)
         if (done := actor.on_inbound(inbound)) is None:
             return actor
         done.add_done_callback(_retrieve_exception)

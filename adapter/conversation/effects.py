@@ -109,8 +109,6 @@ class EffectRunner:
                     await self._end_crashed(command, crash, result)
                 self._unreceipted.add(command.sequence)  # ended by `_end_crashed`, or not at all
                 self._shard.release_body(command)  # frees its share of the memory for other commands
-            case rules.SetTyping(rules.QueuedCommand() as command):  # the command is no longer in the queue
-                await self._end_crashed(command, crash)
             case rules.RequestSlot() | rules.Load() | rules.Upload() | rules.CheckSession() | rules.Post():
                 self._put(rules.Crashed(type(crash).__name__))
             case _:
@@ -155,8 +153,10 @@ class EffectRunner:
                 self._work.release_slot()
             case rules.ReleaseBody(command):
                 shard.release_body(command)
-            case rules.SetTyping(typed, is_on):
-                shard.set_typing(state, typed, is_on=is_on)
+            case rules.SetTyping(is_on=True):
+                shard.show_typing(state.sandbox, self._memory.serving_bot, state.user, state.record.token)
+            case rules.SetTyping():
+                shard.hide_typing(state.sandbox, state.user)
             case rules.Announce():
                 shard.announce(state, effect)
             case _:

@@ -116,8 +116,6 @@ class ConversationRecord(PrivateRecord, frozen=True, kw_only=True, omit_defaults
     """The window of that phase: the id of its inbound message."""
     unserved: bool = False
     """No bot of the sandbox serves the user; the record has a time to live."""
-    typing: bool = False
-    """The typing indicator was shown. A new owner hides it once, with the first answer."""
 
     def __repr__(self) -> str:
         return f"ConversationRecord(bot={self.bot!r}, used={self.window.sends_used})"  # no token gets into a log

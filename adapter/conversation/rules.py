@@ -202,8 +202,6 @@ class Conversation(msgspec.Struct, frozen=True, kw_only=True):
     """Earliest expiry of a command in the queue."""
     has_unpublished: bool = False
     """Commands remain to be parked or refused in the next step."""
-    typing_due: bool = False
-    """A send or a wait followed the user's last message: typing is hidden as soon as nothing more can be sent."""
     last_answer: CommandResult | None = None
     """iLink's answer to the request after which the queue waits."""
 
@@ -231,7 +229,6 @@ class InboundReceived(msgspec.Struct, frozen=True):
     """Sequence of the journal record with the message."""
     received_ms: int | None = None
     """When iLink delivered the message, possibly long ago; None: now."""
-    show_typing: bool = False
 
 
 class Dispatched(msgspec.Struct, frozen=True):
@@ -418,10 +415,8 @@ class ReleaseBody(msgspec.Struct, frozen=True):
 
 
 class SetTyping(msgspec.Struct, frozen=True):
-    """Show or hide the typing indicator. With `command` None the cause is an inbound message or a sent answer;
-    otherwise the command ends on its own."""
+    """Show or hide the typing indicator."""
 
-    command: QueuedCommand | None
     is_on: bool
 
 
@@ -462,12 +457,17 @@ def step(
     if conversation.holds_slot and is_idle:
         conversation = _replaced(conversation, holds_slot=False)
         effects.append(ReleaseSlot())
-    if conversation.typing_due and is_idle and (not conversation.queue or conversation.reason):
-        conversation = _replaced(conversation, typing_due=False)
-        effects.append(SetTyping(None, is_on=False))
+    if is_idle and (not conversation.queue or conversation.reason) and _ends_typing(effects):
+        effects.append(SetTyping(is_on=False))
     conversation = _announce_window(conversation, now_ms, policy, effects)
     conversation = _note_service(conversation, effects)
     return conversation, _with_one_save(effects)
+
+
+def _ends_typing(effects: list[Effect]) -> bool:
+    """Whether the last command that has ended or is parked is another than one that shows the typing indicator."""
+    last = next((effect for effect in reversed(effects) if isinstance(effect, PublishReceipt)), None)
+    return last is not None and not (last.command.typing == "on" and last.result.is_sent)
 
 
 def _with_one_save(effects: list[Effect]) -> list[Effect]:
@@ -544,8 +544,10 @@ def _apply_event(
         case Dispatched(bot, sequence):
             return note_dispatched(conversation, bot, sequence)
         case InboundReceived():
-            return _on_inbound_received(conversation, event, now_ms, effects)
+            return _on_inbound_received(conversation, event, now_ms)
         case Bound(bot):
+            if bot is None:
+                effects.append(SetTyping(is_on=False))
             return _replaced(conversation, bot=bot)
         case SlotGranted():
             is_awaited = activity is Activity.AWAITING_SLOT
@@ -602,9 +604,7 @@ def _without_copies(
     return tuple(command for command in commands if command not in copies)
 
 
-def _on_inbound_received(
-    conversation: Conversation, inbound: InboundReceived, now_ms: int, effects: list[Effect]
-) -> Conversation:
+def _on_inbound_received(conversation: Conversation, inbound: InboundReceived, now_ms: int) -> Conversation:
     if conversation.record.dispatched_to.get(inbound.bot, 0) >= inbound.sequence:  # the journal is replayed
         return conversation
     record = window.on_inbound(
@@ -618,10 +618,7 @@ def _on_inbound_received(
         in_flight=int(conversation.activity is Activity.SENDING),
         sequence=inbound.sequence,
     )
-    if inbound.show_typing:
-        effects.append(SetTyping(None, is_on=True))
-        record = msgspec.structs.replace(record, typing=True)
-    return _replaced(conversation, record=record, typing_due=False, last_answer=None)
+    return _replaced(conversation, record=record, last_answer=None)
 
 
 def note_dispatched(conversation: Conversation, bot: str, sequence: int) -> Conversation:
@@ -938,11 +935,10 @@ def _advance_queue(
             conversation = ended
             continue
         blocked = _blocked_reason(conversation, first, now_ms, policy)
-        if blocked == "reserved" or (blocked and (first.when_closed == "refuse" or first.typing)):
+        if blocked == "reserved" or (blocked and first.when_closed == "refuse"):
             answer = conversation.last_answer or CommandResult("refused")
             refused = msgspec.structs.replace(answer, outcome="refused", reason=blocked)
             conversation = _end_first(conversation, refused, effects)
-            conversation = _replaced(conversation, typing_due=True)
             continue
         if conversation.reason != blocked:
             conversation = _replaced(conversation, reason=blocked)
@@ -976,14 +972,9 @@ def _end_without_sending(
     if first.typing:
         if not (_is_usable(conversation) and conversation.user):
             return None
-        effects.append(SetTyping(first, is_on=first.typing == "on"))
-        conversation = _without_commands(conversation, {first.sequence})
-        if first.typing == "off":
-            return conversation
-        if not conversation.record.typing:
-            effects.append(Save())  # a new owner has to know that typing may be visible
-        record = msgspec.structs.replace(conversation.record, typing=True)
-        return _replaced(conversation, record=record, typing_due=False)
+        if first.typing == "on":
+            effects.append(SetTyping(is_on=True))
+        return _end_commands(conversation, [first], CommandResult("accepted"), effects)
     if progress is None:
         if first.ref.id not in conversation.record.recent:
             return None
@@ -1029,8 +1020,9 @@ def _park_waiting(conversation: Conversation, reason: str, effects: list[Effect]
     parked: list[QueuedCommand] = []
     for command in some:
         is_reserved = command.optional and reason == "quota"
-        if command.when_closed == "refuse" or command.typing or is_reserved:
-            result = CommandResult("refused", "reserved" if is_reserved else reason)
+        if command.when_closed == "refuse" or is_reserved:
+            why = "window_closed" if command.typing else "reserved" if is_reserved else reason
+            result = CommandResult("refused", why)
             conversation = _end_commands(conversation, [command], result, effects)
         else:
             result = msgspec.structs.replace(answer, outcome="parked", reason=reason)
@@ -1042,7 +1034,6 @@ def _park_waiting(conversation: Conversation, reason: str, effects: list[Effect]
         conversation,
         queue=(*queue[:start], *parked, *rest),
         has_unpublished=bool(rest),
-        typing_due=conversation.typing_due or bool(some),
         content=None,
         last_answer=None,
     )
@@ -1087,7 +1078,6 @@ def _send_next(conversation: Conversation, now_ms: int, policy: SendPolicy, effe
         record=window.record_attempt(conversation.record, progress, now_ms),
         activity=Activity.SENDING,
         holds_slot=False,
-        typing_due=True,
         content=content,
         not_before_ms=now_ms + policy.gap_ms,
     )
@@ -1191,4 +1181,4 @@ def adopt_inbound(conversation: Conversation, stored: ConversationRecord) -> Con
         sent_at_ms = [*opened.sent_at_ms, *known.sent_at_ms[-1:]]
         opened = msgspec.structs.replace(opened, sends_used=max(opened.sends_used, 1), sent_at_ms=sent_at_ms)
     record = msgspec.structs.replace(record, window=opened, token=stored.token, bot=stored.bot)
-    return _replaced(conversation, record=record, typing_due=False)
+    return _replaced(conversation, record=record)

@@ -52,8 +52,11 @@ class ShardPort(Protocol):
     def release_body(self, command: QueuedCommand) -> None:
         """Drops the body of a command from memory."""
 
-    def set_typing(self, state: Conversation, command: QueuedCommand | None, *, is_on: bool) -> None:
-        """Shows or hides the typing indicator."""
+    def show_typing(self, sandbox: str, bot: str, user: str, context_token: str) -> None:
+        """Shows the typing indicator. Best effort."""
+
+    def hide_typing(self, sandbox: str, user: str) -> None:
+        """Hides it if it is shown."""
 
     def announce(self, state: Conversation, effect: rules.Announce) -> None:
         """Publishes a window event, in the background."""

@@ -21,7 +21,7 @@ NAMESPACE = "wechat_adapter"
 
 REFUSED = (
     "invalid not_bound ambiguous_bot other_user window_closed quota reserved throttled needs_login too_long "
-    "expired rejected backlog media typing"
+    "expired rejected backlog media"
 )
 DEAD = "unreadable too_large unreachable crashed"
 STATES = "starting polling throttled paused needs_login error draining"

@@ -31,14 +31,14 @@ from adapter.outbound.placement import CommandPlacement
 from adapter.outbound.reading import BodyLoader, CommandReader
 from adapter.outbound.receipts import Address, Receipts
 from adapter.outbound.shard import OwnedShard, Sessions, ShardBots, ShardLease
-from adapter.outbound.typing_indicator import TypingDeps, TypingIndicators
+from adapter.outbound.typing_indicator import TypingIndicators
 from adapter.ownership.leases import Leases
 from adapter.ports import Account
 
 log = structlog.get_logger()
 
-TYPING_DRAIN_S = 12.0
-"""Time to hide typing indicators at the end, enough for one call that hangs. The next owner hides the others."""
+TYPING_DRAIN_S = 5.0
+"""Time to hide typing indicators at the end."""
 CANCEL_GRACE_S = 1.0
 """Time for cancelled tasks to end."""
 
@@ -53,7 +53,6 @@ class OutboundDeps(NamedTuple):
     bindings: Bindings
     leases: Leases
     sessions: Sessions
-    typing: TypingDeps
     account: Callable[[Binding], Account]
     """Raises Refused("token_key")."""
     wait_for_pending_binds: Callable[[], Awaitable[None]]
@@ -69,7 +68,7 @@ class ShardCommandProcessor:
         self._tasks = TaskSet(partial(_report, shard))
         self._draining = asyncio.Event()
         self._lease = ShardLease(shard, deps.leases, self._draining)
-        self.typing = TypingIndicators(shard, deps.typing)
+        self.typing = TypingIndicators(deps.conversation.chat, deps.conversation.clock, self._lease.check)
         clock, metrics = deps.conversation.clock, deps.conversation.metrics
         access = deps.access
         self.commands = CommandLedger(deps.receipts, access.events, access.history, access.names, clock, metrics)
@@ -118,8 +117,8 @@ class ShardCommandProcessor:
         """The conversation of a bot's user, loaded the first time. Raises Temporary."""
         return await self._conversations.open(binding.sandbox, user, binding.bot)
 
-    def on_inbound(self, binding: Binding, user: str) -> None:
-        self.typing.retry_ticket(binding.bot, user)
+    def show_typing(self, binding: Binding, user: str, context_token: str) -> None:
+        self.owned.show_typing(binding.sandbox, binding.bot, user, context_token)
 
     def record_in_memory(self, sandbox: str, user: str) -> ConversationRecord | None:
         """The record in memory; None: the conversation is not loaded."""
@@ -135,7 +134,6 @@ class ShardCommandProcessor:
 
     def on_binding(self, sandbox: str, bot: str, users: Collection[str]) -> None:
         """Handles a changed binding, or a change of its token's state. `users`: its users before and after."""
-        self.typing.rebound(sandbox)
         binding = self._deps.bindings.get(bot)
         if binding is not None and binding.sandbox == sandbox:
             self._conversations.forget_unserved(sandbox)
@@ -205,7 +203,7 @@ class ShardCommandProcessor:
         """Drops state that can be loaded again."""
         self._conversations.evict_idle()
         self.owned.bots.forget_unbound()
-        self.typing.evict_idle()
+        self.typing.evict_idle(lambda bot: self._deps.bindings.get(bot) is not None)
 
     def queue_depths(self, parked: Counter[str]) -> tuple[int, int | None]:
         """Adds the parked commands to `parked`, by reason. Returns the number of other commands in flight, and when

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
@@ -13,7 +14,7 @@ from adapter.contract import messages as contract
 from adapter.contract.records import Binding
 from adapter.conversation import rules
 from adapter.conversation.rules import Body, Bot, CommandResult, Conversation, QueuedCommand
-from adapter.errors import Crashed, LeaseLost, Refused
+from adapter.errors import LeaseLost, Refused
 from adapter.kit.tasks import TaskSet
 from adapter.kit.timing import wait_any
 from adapter.observability.events import Events
@@ -80,9 +81,6 @@ class ShardBots:
         self._sessions = sessions
         self._open_account = open_account
         self._accounts: dict[str, tuple[Binding, Account]] = {}
-
-    def binding_of(self, bot: str) -> Binding | None:
-        return self._bindings.get(bot)
 
     def serving(self, sandbox: str, user: str, bot: str) -> Bot | None:
         """The bot that serves the user now. `bot`: the last one."""
@@ -186,21 +184,12 @@ class OwnedShard:
     def release_body(self, command: QueuedCommand) -> None:
         self._ledger.release_body(command)
 
-    def set_typing(self, state: Conversation, command: QueuedCommand | None, *, is_on: bool) -> None:
-        binding = self.bots.binding_of(state.bot.id) if state.bot else None
-        if binding is None:
-            if command is not None:
-                result = CommandResult("refused", "not_bound", "The bot no longer serves this sandbox.")
-                self._endings.end_soon(command, result, Address(state.sandbox, state.record.bot, state.user))
-            return
-        user, token = state.user, state.record.token
-        if command is not None:
-            taken = (self._typing.show if is_on else self._typing.hide)(binding, user, token)
-            self._tasks.spawn(self._end_typing(command, state, taken))
-        elif is_on:
-            self._typing.begin(binding, user, token)
-        else:
-            self._typing.hide_if_visible(binding, user, token, shown_before=state.record.typing)
+    def show_typing(self, sandbox: str, bot: str, user: str, context_token: str) -> None:
+        with contextlib.suppress(Refused):  # no bot serves the user, or its token cannot be opened
+            self._typing.show(self.bots.account(sandbox, bot), sandbox, user, context_token)
+
+    def hide_typing(self, sandbox: str, user: str) -> None:
+        self._typing.hide(sandbox, user)
 
     def announce(self, state: Conversation, effect: rules.Announce) -> None:
         event = contract.WindowEvent(
@@ -215,15 +204,3 @@ class OwnedShard:
         ident = f"window:{state.sandbox}:{state.user}:{identity}"
         publishing = self._events.publish_window_event(event, msg_id=ident, message=state.record.window.id)
         self._tasks.spawn(publishing)  # sends do not wait for it
-
-    async def _end_typing(self, command: QueuedCommand, state: Conversation, taken: asyncio.Future[None]) -> None:
-        """Ends a typing command with iLink's answer."""
-        result = CommandResult("accepted")
-        try:
-            await taken
-        except Refused as exc:
-            result = CommandResult("refused", exc.reason, exc.detail, (), 0, exc.ret, exc.errcode, exc.errmsg)
-        except Crashed as exc:
-            result = CommandResult("dead_lettered", exc.reason, exc.detail)
-        bot = state.bot.id if state.bot else state.record.bot
-        await self._endings.end(command, result, Address(state.sandbox, bot, state.user), self._shown(state))

@@ -21,7 +21,7 @@ from adapter.console.service import ConsoleDeps
 from adapter.content import media
 from adapter.contract.names import Names
 from adapter.contract.records import UNBOUND_S, Binding
-from adapter.conversation.commands import TYPING_MS, Limits
+from adapter.conversation.commands import Limits
 from adapter.conversation.conversations import Conversations
 from adapter.conversation.rules import SendPolicy
 from adapter.conversation.shard import ConversationDeps
@@ -55,7 +55,6 @@ from adapter.outbound.processor import OutboundDeps, ShardCommandProcessor
 from adapter.outbound.receipts import Receipts
 from adapter.outbound.router import Router
 from adapter.outbound.sessions import BotSessions, Pollers
-from adapter.outbound.typing_indicator import TypingDeps
 from adapter.ownership import replica_status
 from adapter.ownership.leases import Leases
 from adapter.ownership.replica_status import OtherReplicas, PollerStatus, ReplicaStatus
@@ -290,15 +289,6 @@ class Replica:
             bindings=self.bindings,
             leases=self.leases,
             sessions=BotSessions(self.bindings, connections.chat, account, self._pollers, clock),
-            typing=TypingDeps(
-                chat=connections.chat,
-                bindings=self.bindings,
-                clock=clock,
-                account=account,
-                stale=lambda bot: self._pollers().is_stale(bot),
-                check=self.leases.ensure_owned,
-                longest_s=TYPING_MS / 1000,
-            ),
             account=account,
             wait_for_pending_binds=self._wait_for_pending_binds,
         )

@@ -121,7 +121,7 @@ def test_bot_user_and_patience_can_be_named() -> None:
 
 
 def test_a_typing_command_has_no_parts_and_never_waits_for_the_user() -> None:
-    on, off = read(typing="on", limits=LIMITS._replace(typing_ms=60_000)), read(typing="off", when_closed="park")
+    on, off = read(typing="on"), read(typing="off", when_closed="park")
     assert [(command.typing, command.parts, command.when_closed) for command in (on, off)] == [
         ("on", [], "refuse"),
         ("off", [], "refuse"),

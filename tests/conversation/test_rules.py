@@ -254,23 +254,19 @@ def test_an_answer_without_a_request_changes_nothing(talk: Talk) -> None:
 
 
 def test_typing_is_hidden_once_nothing_can_be_sent_now(talk: Talk) -> None:
-    hide = rules.SetTyping(None, is_on=False)
+    hide = rules.SetTyping(is_on=False)
     talk.put(rules.Stored((command(1), command(2))))
     assert hide not in talk.put(rules.Accepted("m1"))
     talk.put(rules.Deadline(), later_ms=1500)
     assert hide in talk.put(rules.Accepted("m2"))
     assert hide not in talk.put(rules.Deadline(), later_ms=1500)
     talk.put(rules.Stored((command(9),)))
-    assert hide not in talk.put(rules.InboundReceived("in:2", "t", BOT.id, 0, 2, show_typing=True))
     assert hide not in talk.put(rules.Unanswered())
-    assert hide not in talk.put(rules.InboundReceived("in:3", "t", BOT.id, 0, 3))
     talk.put(rules.Deadline(), later_ms=1500)
     assert hide in talk.put(rules.Accepted("m9"))
-    assert hide not in talk.put(rules.InboundReceived("in:4", "t", BOT.id, 0, 4, show_typing=True))
-    assert talk.state.record.typing
-    assert hide not in talk.put(rules.Deadline())
     talk.now_ms += HOUR_MS
     assert hide in talk.put(rules.Stored((command(3, when_closed="refuse"),)))
+    assert hide in talk.put(rules.Bound(None))
 
 
 def test_the_words_of_the_first_answer_without_an_id_are_told(talk: Talk) -> None:
@@ -416,11 +412,10 @@ def stored(opened_ms: int, **window: Any) -> ConversationRecord:
 
 
 def test_a_window_that_another_replica_opened_is_adopted_and_an_older_one_is_not() -> None:
-    state = msgspec.structs.replace(Talk(used=2).state, typing_due=True)
+    state = Talk(used=2).state
     adopted = rules.adopt_inbound(state, stored(NOW))
     assert (adopted.record.window.id, adopted.record.token, adopted.record.bot) == ("in:2", "new", "b2")
     assert adopted.record.window.sends_used == 0
-    assert not adopted.typing_due
     known = rules.adopt_inbound(state, stored(NOW, id="in:3", sequence=3))
     assert rules.adopt_inbound(known, stored(NOW + 1)) is known  # the clocks of two replicas differ
     assert rules.adopt_inbound(state, stored(NOW + 1, id="in:1")) is state

@@ -23,7 +23,6 @@ from adapter.kit.slots import FairSlots
 from adapter.observability.metrics import Metrics
 from adapter.outbound.processor import OutboundDeps, ShardCommandProcessor
 from adapter.outbound.sessions import Pollers
-from adapter.outbound.typing_indicator import TypingDeps
 from adapter.ports import Stored
 from adapter.replica.connections import Connections
 from adapter.replica.wiring import Edges, Replica
@@ -265,9 +264,6 @@ class Bench:
             conversation=deps.conversation._replace(policy=policy, slots=self.slots),
             limits=self.limits,
         )._replace(**changes)
-
-    def typing(self, **changes: Any) -> TypingDeps:
-        return self.replica.outbound.typing._replace(**changes)
 
     def is_stale(self, bot: str) -> bool:
         return bot in self.stale

@@ -1,5 +1,5 @@
 /* Messages of the bus, generated from the JSON Schemas here by `make generate`; do not edit.
-   Of: 3db7785a1f501464d3fb96a34ef9d0bbe570b70dcb7986f7e6638dbb7a2365c5 */
+   Of: 716586e2ddbf9a4567fb54bf0eaa12fdff867233738ad84cda0d5b0ec43f3e3b */
 
 /**
  * Options of a binding.
@@ -790,7 +790,7 @@ export interface Receipt {
    */
   outcome: "accepted" | "accepted_unconfirmed" | "dead_lettered" | "parked" | "refused" | "uncertain";
   /**
-   * invalid, not_bound, ambiguous_bot, other_user, window_closed, quota, reserved, throttled, needs_login, too_long, expired, rejected, unreadable, too_large, unreachable, crashed, backlog, media, typing; empty when accepted.
+   * invalid, not_bound, ambiguous_bot, other_user, window_closed, quota, reserved, throttled, needs_login, too_long, expired, rejected, unreadable, too_large, unreachable, crashed, backlog, media; empty when accepted.
    */
   reason?: string;
   /**
