@@ -32,6 +32,21 @@ def test_every_package_comes_from_an_index_and_none_from_a_place_of_its_own(lock
         assert set(package["source"]) == ({"editable"} if package["name"] == "wechat-nats" else {"registry"})
 
 
+def test_nothing_is_built_but_by_a_pinned_tool_and_nothing_of_the_service(lock: dict[str, Any]) -> None:
+    """A build downloads its tools, which no hash of the lock file covers, and runs them."""
+    packages = {package["name"]: package for package in lock["package"]}
+    needed = {"wechat-nats"}
+    while more := {
+        each["name"] for name in needed for each in packages[name].get("dependencies", []) if each["name"] not in needed
+    }:
+        needed |= more
+    built = {name for name, package in packages.items() if "wheels" not in package} - {"wechat-nats"}
+    assert built == {"nkeys"}
+    assert not built & needed
+    assert lock["manifest"]["build-constraints"] == [{"name": "setuptools", "specifier": "==80.9.0"}]
+    assert "--no-build" in (ROOT / "Dockerfile").read_text(encoding="utf-8")
+
+
 @pytest.mark.parametrize("file", ["Makefile", "Dockerfile"])
 def test_what_is_installed_is_what_is_locked(file: str) -> None:
     """`uv sync` without `--frozen` or `--locked` might resolve anew."""

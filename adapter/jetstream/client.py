@@ -12,13 +12,15 @@ import contextlib
 import re
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 from nats.aio.client import PING_PROTO, Client
 from nats.aio.msg import Msg
 from nats.aio.transport import TcpTransport
 from nats.errors import ConnectionReconnectingError
 from nats.protocol.parser import Parser
+
+from adapter.security.nkeys import UserKey
 
 _HEADERS = re.compile(r"(?:[!#$%&'*+\-.^_`|~0-9A-Za-z]+: (?! )[ -~]*(?<! )\r\n)+")
 """Headers that need no further check: names and printable ASCII values without spaces around them, which nats-py
@@ -46,6 +48,13 @@ loop's time."""
 
 UNWRITTEN_BYTES = 1024 * 1024
 """Bytes that the server has not taken, from which on nats-py's writer waits for it."""
+
+
+class UserCredentials(NamedTuple):
+    """A user of the server: by its JWT, or by its key alone. nats-py's option `user_credentials`."""
+
+    key: UserKey
+    jwt: str = ""
 
 
 class ConnectionBroke(ConnectionReconnectingError, ConnectionResetError):
@@ -92,6 +101,14 @@ class BusClient(Client):
         is not for `subscribe_raw`."""
         self._admit = admit
         self.pauses = True
+
+    def _setup_nkeys_connect(self) -> None:
+        """Signs with our own key; nats-py's imports the package `nkeys`."""
+        user = self._user_credentials
+        assert isinstance(user, UserCredentials)
+        self._signature_cb = user.key.sign
+        self._user_jwt_cb = user.jwt.encode if user.jwt else None
+        self._public_nkey = user.key.public
 
     async def _process_info(self, info: dict[str, Any], initial_connection: bool = False) -> None:
         """Enforces TLS if it is configured. nats-py trusts the server's greeting alone, which an attacker in between

@@ -11,10 +11,9 @@ import ssl
 from pathlib import Path
 from typing import Any
 
-import nkeys
-from nats.aio.client import RawCredentials
-
 from adapter.errors import Temporary
+from adapter.jetstream.client import UserCredentials
+from adapter.security.nkeys import UserKey
 from adapter.settings import Settings
 
 JWT, SEED = "BEGIN NATS USER JWT", "BEGIN USER NKEY SEED"
@@ -30,14 +29,11 @@ def credential_options(settings: Settings) -> dict[str, Any]:
     }
     if path := settings.nats_creds:
         lines = _read_file("NATS_CREDS", path).splitlines()
-        if not _line_below(lines, JWT):
+        if not (jwt := _line_below(lines, JWT)):
             raise _unusable_file("NATS_CREDS", path, "it holds no user JWT")
-        _check_seed("NATS_CREDS", path, _line_below(lines, SEED))
-        options["user_credentials"] = RawCredentials("\n".join([*lines, ""]))
-    if path := settings.nats_nkey:
-        seed = _read_file("NATS_NKEY", path).strip()
-        _check_seed("NATS_NKEY", path, seed)
-        options["nkeys_seed_str"] = seed
+        options["user_credentials"] = UserCredentials(_read_key("NATS_CREDS", path, _line_below(lines, SEED)), jwt)
+    elif path := settings.nats_nkey:
+        options["user_credentials"] = UserCredentials(_read_key("NATS_NKEY", path, _read_file("NATS_NKEY", path)))
     return {option: value for option, value in options.items() if value}
 
 
@@ -70,10 +66,10 @@ def _line_below(lines: list[str], mark: str) -> str:
     return next((below for line, below in itertools.pairwise(lines) if mark in line), "")
 
 
-def _check_seed(setting: str, path: str, seed: str) -> None:
+def _read_key(setting: str, path: str, seed: str) -> UserKey:
     try:
-        nkeys.from_seed(bytearray(seed.encode())).wipe()
-    except (nkeys.NkeysError, ValueError, LookupError):
+        return UserKey(seed.strip())
+    except ValueError:
         raise _unusable_file(setting, path, "it holds no seed of a user") from None
 
 

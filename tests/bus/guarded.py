@@ -15,7 +15,9 @@ from typing import NamedTuple
 from adapter.cli import jwts, permissions
 from adapter.cli.embedded import find_server
 from adapter.contract.names import Names
+from adapter.environment import read_settings
 from adapter.jetstream.client import BusClient
+from adapter.jetstream.credentials import credential_options
 from adapter.security.permissions import ACCOUNT_OF, FILES, WECHAT, Grants, inbox
 from tests.e2e.waiting import until
 from tests.generate import EXAMPLES, ROOT
@@ -87,12 +89,9 @@ class Guarded:
 
         nc = BusClient()
         self._clients.append(nc)
-        creds, user = environ.get("NATS_CREDS"), environ.get("NATS_USER")
         await nc.connect(
             self.url,
-            user=user,
-            password=environ.get("NATS_PASSWORD"),
-            user_credentials=creds,
+            **credential_options(read_settings(environ)),
             inbox_prefix=self.users[name].inbox.encode(),
             error_cb=on_error,
             allow_reconnect=False,

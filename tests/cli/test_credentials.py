@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import os
 from pathlib import Path
 
@@ -9,9 +10,9 @@ import msgspec
 import nkeys
 import pytest
 
-from adapter.cli.jwts import USER, Key
 from adapter.errors import Temporary
 from adapter.jetstream.managed_connection import connect_options
+from adapter.security.nkeys import UserKey
 from adapter.settings import Settings
 from tests.authority import Authority
 from tests.bus.guarded import guarded
@@ -35,7 +36,7 @@ UNUSABLE = {
     "nkey, garbage": ("nats_nkey", b"a private word\n"),
     "nkey, not ASCII": ("nats_nkey", "é".encode()),
     "nkey, binary": ("nats_nkey", bytes(range(256))),
-    "nkey, a public one": ("nats_nkey", Key.new(USER).public.encode()),
+    "nkey, a public one": ("nats_nkey", nkeys.from_seed(bytearray(SEED.encode())).public_key),
     "CA, empty": ("nats_ca", b""),
     "CA, garbage": ("nats_ca", b"a private word\n"),
     "certificate, garbage": ("nats_cert", b"a private word\n"),
@@ -73,7 +74,29 @@ async def test_line_ends_of_another_system_are_no_fault(tmp_path: Path) -> None:
     file = tmp_path / "creds"
     file.write_bytes((JWT_PART + SEED_PART.format(SEED)).replace("\n", "\r\n").encode())
     options = connect_options(Settings(nats_creds=str(file)), "test", [])
-    assert "\r" not in str(options["user_credentials"])
+    assert options["user_credentials"].jwt == "a.b.c"
+
+
+@pytest.mark.parametrize("number", range(5))
+def test_a_key_signs_as_nkeys_does(number: int) -> None:
+    seed = nkeys.encode_seed(bytes([number] * 32), nkeys.PREFIX_BYTE_USER)
+    ours, theirs = UserKey(seed.decode()), nkeys.from_seed(bytearray(seed))
+    assert ours.public == theirs.public_key.decode()
+    assert theirs.verify(b"a nonce", base64.b64decode(ours.sign("a nonce")))
+
+
+WRONG = {
+    "of an account": nkeys.encode_seed(bytes(32), nkeys.PREFIX_BYTE_ACCOUNT).decode(),
+    "another character": SEED[:20] + ("A" if SEED[20] != "A" else "B") + SEED[21:],
+    "lower case": SEED.lower(),
+    "too long": SEED + "AAAAAAAA",
+}
+
+
+@pytest.mark.parametrize("seed", WRONG.values(), ids=WRONG)
+def test_what_is_no_seed_of_a_user_is_refused(seed: str) -> None:
+    with pytest.raises(ValueError):
+        UserKey(seed)
 
 
 @pytest.mark.parametrize("broken", ["creds, empty", "creds, garbage", "creds without a JWT"])
