@@ -73,7 +73,7 @@ def _run_alone() -> int:
     from adapter.replica.eventloop import run_fast  # noqa: PLC0415
 
     try:
-        settings = read_settings(os.environ)
+        settings = read_settings(os.environ, adapter=True)
         logs.configure(settings.log, version=__version__)
         run_fast(_serve(settings))
     except SettingsError as exc:

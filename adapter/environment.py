@@ -19,12 +19,13 @@ from adapter.settings import PREFIX, SECRETS, Settings, split_addr, variable_of
 
 SHORTEST_TOKEN = 16
 """Least length of the console's token, in characters: enough that nobody guesses it."""
+TOKEN_KEY = variable_of("token_key")
 _FILES = ("nats_creds", "nats_nkey", "nats_ca", "nats_cert", "nats_key")
 _BASE_URLS = ("ilink_base_url", "cdn_base_url")
 
 
-def read_settings(environ: Mapping[str, str]) -> Settings:
-    """The settings in `environ`; a variable that is empty counts as absent.
+def read_settings(environ: Mapping[str, str], *, adapter: bool = False) -> Settings:
+    """The settings in `environ`; a variable that is empty counts as absent. `adapter`: with what an adapter needs.
 
     Raises SettingsError("invalid_settings"), whose text names every variable at fault, one per line.
     """
@@ -40,6 +41,10 @@ def read_settings(environ: Mapping[str, str]) -> Settings:
             faults.append(f"{variable}: {exc}")
     settings = Settings(**values)
     faults += _find_contradictions(settings, environ)
+    if adapter and not settings.token_key and not any(fault.startswith(TOKEN_KEY) for fault in faults):
+        faults.append(
+            f"{TOKEN_KEY}: expected a key, which seals bot tokens at rest; keep it: openssl rand -base64 32"
+        )
     faults += _unknown_variables(environ)
     if faults:
         raise SettingsError("invalid_settings", "\n".join(faults))

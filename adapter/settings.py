@@ -130,7 +130,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     token_key: tuple[bytes, ...] = ()
     """Keys that seal bot tokens at rest, separated by commas: 32 bytes each, in base64. The first seals, all open.
 
-    Secret. Without one, tokens are stored as they are.
+    Secret. An adapter needs one (`openssl rand -base64 32`); other commands do without it.
     """
 
     replicas: Literal[1, 3, 5] = 1

@@ -23,6 +23,7 @@ from adapter.inbound.bot_poller import BotPoller
 from adapter.inbound.journal import JournalRecord
 from adapter.inbound.poller import run_poller
 from adapter.ports import Account, Polled
+from adapter.security.seal import journal_context
 from adapter.simulator import samples
 from tests.fakes import EPOCH_MS, Bench, FakeChat, VirtualLoop, settle
 
@@ -154,7 +155,7 @@ class Replica:
         if self.session is not None and self.goes_on:
             if after is None:
                 self.session.stop(immediately=True)
-            elif before is not None and before.token != after.token:
+            elif before is not None and not self.bench.sealer.is_same_secret(bot, before.token, after.token):
                 self.session.cancel_poll()
 
     async def leave(self) -> None:
@@ -228,7 +229,8 @@ class Model:
             if stored.seq <= self.read_to:
                 continue
             self.read_to = stored.seq
-            _, _, body = msgspec.msgpack.decode(stored.data, type=tuple[int, str, bytes])
+            version, owner, sealed = msgspec.msgpack.decode(stored.data, type=tuple[int, str, bytes])
+            body = self.world.sealer.open_bytes(journal_context(BOT, version, owner), sealed)
             record = msgspec.msgpack.decode(body, type=JournalRecord)
             self.stored |= {msgspec.json.decode(one)["create_time_ms"] for one in record.messages}
 

@@ -184,6 +184,21 @@ def test_a_secret_from_both_or_from_no_file_is_refused(tmp_path: Path) -> None:
     assert "canary" not in text
 
 
+def test_an_adapter_does_not_start_without_a_key_and_says_how_one_is_made() -> None:
+    assert read_settings({}).token_key == ()
+    with pytest.raises(SettingsError) as caught:
+        read_settings({"WECHAT_NATS_REPLICAS": "2"}, adapter=True)
+    first, second = caught.value.detail.split("\n")
+    assert first.startswith("WECHAT_NATS_REPLICAS: ")
+    assert second == (
+        "WECHAT_NATS_TOKEN_KEY: expected a key, which seals bot tokens at rest; keep it: openssl rand -base64 32"
+    )
+    with pytest.raises(SettingsError) as caught:
+        read_settings({"WECHAT_NATS_TOKEN_KEY": "c2hvcnQ="}, adapter=True)
+    assert caught.value.detail.count("WECHAT_NATS_TOKEN_KEY") == 1
+    assert read_settings({"WECHAT_NATS_TOKEN_KEY": KEY}, adapter=True).token_key == (b"k" * 32,)
+
+
 def test_no_error_and_no_repr_shows_a_secret() -> None:
     text = refusal(
         {

@@ -37,7 +37,10 @@ def test_nothing_is_built_but_by_a_pinned_tool_and_nothing_of_the_service(lock: 
     packages = {package["name"]: package for package in lock["package"]}
     needed = {"wechat-nats"}
     while more := {
-        each["name"] for name in needed for each in packages[name].get("dependencies", []) if each["name"] not in needed
+        each["name"]
+        for name in needed
+        for each in packages[name].get("dependencies", [])
+        if each["name"] not in needed
     }:
         needed |= more
     built = {name for name, package in packages.items() if "wheels" not in package} - {"wechat-nats"}

@@ -149,7 +149,7 @@ class Binder:
 
         Raises Refused, also for a bot or user with an invalid id.
         """
-        token = self._sealer.open(bind_context(command.sandbox, command.bot), command.bot_token)
+        token = self._sealer.open_given(bind_context(command.sandbox, command.bot), command.bot_token)
         if any(ord(c) < 33 or ord(c) > 126 for c in command.bot + token + (command.user or "")):
             raise Refused("invalid", "Bot, token and user are printable ASCII without spaces.")
         if command.check is not False:

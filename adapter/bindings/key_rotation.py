@@ -1,4 +1,4 @@
-"""Counts how tokens of bindings are stored, and seals those that are open or sealed with an old key."""
+"""Counts how tokens of bindings are sealed, and seals those anew that an old key sealed."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import msgspec
 
 from adapter.contract.names import Names
 from adapter.contract.records import Binding
-from adapter.errors import UNDECODABLE, Conflict, Refused
+from adapter.errors import UNDECODABLE, Conflict
 from adapter.ports import History, LeaderBucket, Stored
 from adapter.security.seal import Sealer, Sealing, cursor_context
 
@@ -26,19 +26,15 @@ async def count_stored_tokens(history: History, names: Names, sealer: Sealer) ->
 
 
 async def reseal_tokens(history: History, bucket: LeaderBucket, names: Names, sealer: Sealer) -> int:
-    """Seals all tokens with the first key. Returns the number of changes. Concurrent writes have priority.
-
-    Raises Temporary, Refused (no key is set, or a token cannot be opened).
-    """
-    if not sealer.is_enabled:
-        raise Refused("token_key", "No key is set: WECHAT_NATS_TOKEN_KEY.")
+    """Seals what another known key sealed with the first. Returns the number of changes. Concurrent writes have
+    priority. Raises Temporary, Refused (a token cannot be opened)."""
     sealed = 0
     async for stored, binding in _stored_bindings(history, names):
-        if not {sealer.sealing_of(text) for text in _sealed_fields(binding)} & {"open", "older"}:
+        if all(sealer.sealing_of(text) != "older" for text in _sealed_fields(binding)):
             continue
         token = sealer.seal(binding.bot, sealer.open(binding.bot, binding.token))
         start, context = binding.start_cursor, cursor_context(binding.bot)
-        if start and sealer.sealing_of(start) in ("open", "older"):
+        if start and sealer.sealing_of(start) == "older":
             start = sealer.seal(context, sealer.open(context, start))
         value = msgspec.json.encode(msgspec.structs.replace(binding, token=token, start_cursor=start))
         try:

@@ -64,7 +64,7 @@ class TokenChecks:
 
     async def _check(self, command: Bind) -> Verdict:
         try:
-            token = self._sealer.open(bind_context(command.sandbox, command.bot), command.bot_token)
+            token = self._sealer.open_given(bind_context(command.sandbox, command.bot), command.bot_token)
             base_url = self._chat.check_base_url(command.base_url) if command.base_url else ""
             async with asyncio.timeout(CHECK_S):
                 await self._chat.notify(Account(command.bot, token, base_url), start=True)

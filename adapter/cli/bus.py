@@ -242,11 +242,11 @@ def decode_answer(data: bytes, kind: type[S]) -> S:
         raise Failed(NO, "The adapter's answer cannot be read: are both of the same version?") from None
 
 
-def settings_here() -> Settings:
+def settings_here(*, adapter: bool = False) -> Settings:
     """The settings of this process and of the context that NATS_CONTEXT names. If they name no server, that of `run
-    --embedded` is used, if its data folder is here. Raises SettingsError."""
+    --embedded` is used, if its data folder is here. `adapter`: with what an adapter needs. Raises SettingsError."""
     environ = with_context(os.environ)
-    settings = read_settings(environ)
+    settings = read_settings(environ, adapter=adapter)
     if "NATS_URL" in environ or any(getattr(settings, field) for field in CREDENTIALS):
         return settings
     try:

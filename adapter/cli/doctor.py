@@ -37,14 +37,11 @@ UNRESERVED = GIB
 _SEALED: dict[Sealing, str] = {
     "sealed": "sealed",
     "older": "sealed with an older key",
-    "open": "not sealed",
-    "foreign": "sealed with a key that is not set here",
+    "foreign": "sealed with a key that is not set here, or damaged",
 }
 TOKEN_ADVICE: tuple[tuple[bool, Sealing, State, str], ...] = (
-    (False, "open", "warn", "set WECHAT_NATS_TOKEN_KEY, for adapters and for this command"),
     # whoever operates the bus need not have the key
     (False, "foreign", "warn", "without WECHAT_NATS_TOKEN_KEY it cannot be told whether adapters can open them"),
-    (True, "open", "fail", "use --fix"),
     (True, "foreign", "fail", "set that key too, after the first, or bind those bots anew"),
     (True, "older", "warn", "use --fix before you take the older key away"),
 )
@@ -177,7 +174,7 @@ async def _check_tokens(bus: Bus) -> list[Check]:
         return [Check("tokens", "ok", said)]
     said = ", ".join(f"{count} {_SEALED[sealing]}" for sealing, count in sorted(found.items())) or "none yet"
     for with_key, sealing, state, advice in TOKEN_ADVICE:
-        if sealer.is_enabled is with_key and found[sealing]:
+        if bool(bus.settings.token_key) is with_key and found[sealing]:
             return [Check("tokens", state, f"{said}: {advice}.")]
     return [Check("tokens", "ok", said)]
 
@@ -288,7 +285,7 @@ async def _fix(bus: Bus, *, quiet: bool) -> None:
             await topology.alter_stream(connection, names, settings, d)
         sealer = Sealer(settings.token_key)
         found = await count_stored_tokens(bus.history, names, sealer)
-        if sealer.is_enabled and (count := found["open"] + found["older"]):
+        if count := found["older"]:
             say(f"sealing {count} bot tokens with the first key")
             await reseal_tokens(bus.history, LeaderKvBucket(connection, names.bindings), names, sealer)
         if count := await _count_unrouted(bus):

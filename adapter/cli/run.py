@@ -56,7 +56,7 @@ def run(
     Exit code 0 after a clean drain, also when it was ended by ctrl-C. A second signal does not wait for the drain.
     With --embedded NATS_URL does not count: the adapter uses the server that it starts.
     """
-    settings = settings_here()
+    settings = settings_here(adapter=not embedded)
     logs.configure(settings.log, version=__version__)
     return run_fast(_run(settings, embedded=embedded, port=port))
 

@@ -161,9 +161,8 @@ class Journal:
             raise
 
     async def delete(self, sequence: int) -> None:
-        """Deletes a record. One in clear is also overwritten on the server's disk. For that, the server reads up to
-        4 MiB and syncs the file, while the whole stream waits. Raises Temporary."""
-        await self._history.delete(self._names.stream_journal, sequence, erase=not self._sealer.is_enabled)
+        """Deletes a record. Raises Temporary."""
+        await self._history.delete(self._names.stream_journal, sequence)
 
     def _read(self, bot: str, stored: Stored) -> Written:
         """A record that cannot be opened or decoded counts as an empty one of its owner. Raises Temporary for a

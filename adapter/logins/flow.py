@@ -159,7 +159,7 @@ class LoginFlow:
         assert code is not None
         deps.leases.ensure_owned(shard_of(record.sandbox))
         handle = deps.sealer.open(login_context(self._login, "handle"), code.handle)
-        digits = deps.sealer.open(login_context(self._login, "digits"), request.digits)
+        digits = deps.sealer.open(login_context(self._login, "digits"), request.digits) if request.digits else ""
         scan = await deps.logins.read_code(handle, request.base_url, digits)
         known = ("wait", "scaned", "scaned_but_redirect") if record.status == "scanned" else ("wait",)
         if scan is None or scan.status in known:

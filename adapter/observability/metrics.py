@@ -99,10 +99,6 @@ class Metrics:
             "bindings_unowned",
             "Bindings that no replica polls: no replica owns their shard, or its owner is at capacity.",
         )
-        self.tokens_sealed = self._gauge(
-            "tokens_sealed",
-            "1 if bot tokens are sealed at rest, 0 if no key is set and they are stored in plain text.",
-        )
         self.shards_owned = self._gauge("shards_owned", "Shards of sandboxes that this replica owns.")
         self.lease_changes = self._counter(
             "lease_changes",

@@ -8,7 +8,7 @@ import structlog
 
 from adapter.bindings.key_rotation import count_stored_tokens
 from adapter.content import media
-from adapter.errors import UNDECODABLE, SettingsError, Temporary
+from adapter.errors import UNDECODABLE, Temporary
 from adapter.jetstream import topology
 from adapter.kit.timing import wait_any
 from adapter.replica.wiring import Replica
@@ -19,9 +19,6 @@ log = structlog.get_logger()
 
 async def run_preflight(replica: Replica, stop: asyncio.Event) -> bool:
     """Waits for the connection and verifies the streams. False: it was stopped meanwhile. Raises SettingsError."""
-    replica.metrics.tokens_sealed.set(1 if replica.sealer.is_enabled else 0)
-    if not replica.sealer.is_enabled:
-        log.warning("tokens.unsealed", detail="Set WECHAT_NATS_TOKEN_KEY, so that bot tokens are sealed at rest.")
     if not media.HAS_VOICE:
         log.info("voice.not_converted", detail="Voice comes as SILK alone. For WAV, too: pip install silk-python.")
     replica.health.phase = "connecting to NATS"
@@ -57,14 +54,8 @@ async def _log_missing_permissions(replica: Replica) -> None:
 
 
 async def _check_tokens(replica: Replica) -> None:
-    """Raises Temporary, and SettingsError if there are unsealed tokens although a key is set."""
+    """Logs tokens that the first key does not open. Raises Temporary."""
     found = await count_stored_tokens(replica.connections.history, replica.names, replica.sealer)
-    if found["open"] and replica.sealer.is_enabled:
-        raise SettingsError(
-            "tokens_unsealed",
-            f"{found['open']} bot tokens in {replica.names.bindings} are unsealed, although WECHAT_NATS_TOKEN_KEY is"
-            " set. `wechat-nats doctor --fix` seals them.",
-        )
     if found["foreign"]:
         log.error("tokens.unopenable", tokens=found["foreign"], detail="Their key is not set.")
     if found["older"]:

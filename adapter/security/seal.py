@@ -1,4 +1,4 @@
-"""Encryption of secrets at rest, above all bot tokens: AES-256-GCM with a key from the settings; without one, plain.
+"""Encryption of secrets at rest, above all bot tokens: AES-256-GCM with a key from the settings.
 
 Form: `s1.<key id>.<base64url of nonce and ciphertext>`. The bot's id is authenticated, so that a sealed token cannot
 be moved to another bot. The first of several keys seals, and all open, for key rotation.
@@ -18,63 +18,59 @@ from adapter.errors import Refused
 
 MARK = "s1."
 _KEY_ID_CHARS = 8
-Sealing: TypeAlias = Literal["sealed", "older", "open", "foreign"]
-"""Sealed with the first key; with another known key; not sealed; sealed with an unknown key."""
+Sealing: TypeAlias = Literal["sealed", "older", "foreign"]
+"""Sealed with the first key; with another known key; with an unknown key, or not at all."""
 
 
 class Sealer:
-    """Seals and opens tokens with the keys of WECHAT_NATS_TOKEN_KEY. `bot` identifies the owner of a secret."""
+    """Seals and opens tokens with the keys of WECHAT_NATS_TOKEN_KEY. `bot` identifies the owner of a secret. Without
+    a key it tells `sealing_of`, and nothing else."""
 
     def __init__(self, keys: tuple[bytes, ...]) -> None:
         self._keys = {_key_id(key): AESGCM(key) for key in keys}
         self._first = _key_id(keys[0]) if keys else ""
 
-    @property
-    def is_enabled(self) -> bool:
-        """False: no key is set, and tokens are stored as they are."""
-        return bool(self._keys)
-
     def sealing_of(self, stored: str) -> Sealing:
         """How a token is stored."""
-        if not stored.startswith(MARK):
-            return "open"
         key_id = stored.removeprefix(MARK).partition(".")[0]
-        if key_id not in self._keys:
+        if not stored.startswith(MARK) or key_id not in self._keys:
             return "foreign"
         return "sealed" if key_id == self._first else "older"
 
     def is_same_secret(self, bot: str, one: str, other: str) -> bool:
-        """Whether two stored tokens of a bot are the same, even if sealed at another time or with another key."""
+        """Whether two tokens of a bot are the same, in clear or sealed, even at another time or with another key."""
         if one == other:
             return True
         try:
-            return self.open(bot, one) == self.open(bot, other)
+            return self.open_given(bot, one) == self.open_given(bot, other)
         except Refused:
             return False
 
     def seal(self, bot: str, token: str) -> str:
-        if not self._first:
-            return token
         return f"{MARK}{self._first}.{base64.urlsafe_b64encode(self._encrypt(bot, token.encode())).decode()}"
 
     def open(self, bot: str, stored: str) -> str:
-        """Raises Refused("token_key") if no known key opens it."""
+        """Raises Refused("token_key") if it is not sealed, or no known key opens it."""
         if not stored.startswith(MARK):
-            return stored
+            raise _not_opened()
         key_id, _, body = stored.removeprefix(MARK).partition(".")
         try:
             return self._decrypt(bot, key_id, base64.urlsafe_b64decode(body)).decode()
         except ValueError as exc:
             raise _not_opened() from exc
 
+    def open_given(self, bot: str, given: str) -> str:
+        """As `open`, of what somebody gives who need not have the key: what is not sealed is as it is."""
+        return self.open(bot, given) if given.startswith(MARK) else given
+
     def seal_bytes(self, context: str, data: bytes) -> bytes:
         """As `seal`, without base64, for bytes that may be large."""
-        return f"{MARK}{self._first}.".encode() + self._encrypt(context, data) if self._first else data
+        return f"{MARK}{self._first}.".encode() + self._encrypt(context, data)
 
     def open_bytes(self, context: str, stored: bytes) -> bytes:
-        """Raises Refused("token_key") if no known key opens it."""
+        """Raises Refused("token_key") if it is not sealed, or no known key opens it."""
         if not stored.startswith(MARK.encode()):
-            return stored
+            raise _not_opened()
         head = len(MARK) + _KEY_ID_CHARS
         return self._decrypt(context, stored[len(MARK) : head].decode("ascii", "replace"), stored[head + 1 :])
 
@@ -92,7 +88,7 @@ class Sealer:
 
 
 def _not_opened() -> Refused:
-    return Refused("token_key", "What is sealed was changed, or belongs to another bot.")
+    return Refused("token_key", "It is not sealed, was changed, or belongs to another bot.")
 
 
 def bind_context(sandbox: str, bot: str) -> str:

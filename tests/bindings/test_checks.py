@@ -101,7 +101,7 @@ async def test_an_ilink_that_hangs_holds_up_the_next_command_for_seconds_only(pl
     while not delivery.acks:
         await platform.bench.clock.sleep(0.1)
     assert platform.bench.clock.monotonic() - started < 10
-    assert platform.binding().token == TOKEN
+    assert platform.token() == TOKEN
 
 
 @pytest.mark.parametrize("problem", [STALE, SILENT])
@@ -126,7 +126,7 @@ async def test_a_request_id_that_is_used_again_lets_no_token_through_unchecked(p
     await platform.bind(id="r1")
     platform.bench.chat.notify_fails = STALE
     assert not (await platform.bind(bot_token=f"{TOKEN}-wrong", id="r1")).ok
-    assert platform.binding().token == TOKEN
+    assert platform.token() == TOKEN
 
 
 @pytest.mark.parametrize("problem", [STALE, SILENT])
@@ -151,7 +151,7 @@ async def test_a_working_token_is_replaced_where_ilink_gives_another_answer_than
     await platform.bind()
     platform.bench.chat.notify_fails = OTHER
     answer = await platform.bind(bot_token=f"{TOKEN}2")
-    assert (answer.ok, answer.checked, platform.binding().token) == (True, True, f"{TOKEN}2")
+    assert (answer.ok, answer.checked, platform.token()) == (True, True, f"{TOKEN}2")
 
 
 async def test_a_bind_says_from_where_it_has_moved_the_bot(platform: Platform) -> None:

@@ -18,8 +18,12 @@ from typing import Any
 
 import yaml
 
+from adapter.environment import read_settings
+from adapter.settings import Settings
+
 ROOT = Path(__file__).parents[2]
 CHART = ROOT / "helm" / "wechat-nats"
+LEAST = Path(__file__).with_name("least.yaml")
 APIS = ("monitoring.coreos.com/v1", "keda.sh/v1alpha1", "jetstream.nats.io/v1beta2")
 
 Object = dict[str, Any]
@@ -80,7 +84,14 @@ def helm(*arguments: str) -> str:
 
 def rendered(values: Mapping[str, Any] | Path | None = None, *options: str, chart: Path = CHART) -> list[Object]:
     """The objects of the release `bridge` in the namespace `chat`, hooks included. Raises Refused."""
-    arguments = ["template", "bridge", str(chart), "--namespace=chat", *(f"--api-versions={api}" for api in APIS)]
+    arguments = [
+        "template",
+        "bridge",
+        str(chart),
+        "--namespace=chat",
+        f"--values={LEAST}",
+        *(f"--api-versions={api}" for api in APIS),
+    ]
     if isinstance(values, Path):
         text = helm(*arguments, f"--values={values}", *options)
     elif values:
@@ -145,3 +156,10 @@ def adapter_of(objects: list[Object]) -> Object:
 
 def env_of(container: Object) -> dict[str, str]:
     return {each["name"]: each.get("value", "") for each in container["env"]}
+
+
+def settings_of(container: Object) -> Settings:
+    """What the adapter reads there, but for the key, whose file the pod has."""
+    environ = env_of(container)
+    assert environ.pop("WECHAT_NATS_TOKEN_KEY_FILE") == "/etc/wechat-nats/token-key/token-key"
+    return read_settings(environ)

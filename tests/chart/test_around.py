@@ -12,7 +12,6 @@ import pytest
 import yaml
 
 from adapter.contract.names import Names
-from adapter.environment import read_settings
 from adapter.jetstream.topology import reserved_bytes
 from adapter.settings import Settings
 from tests.chart.helm import (
@@ -26,6 +25,7 @@ from tests.chart.helm import (
     one,
     pod_of,
     rendered,
+    settings_of,
 )
 from tests.monitoring.tools import need
 
@@ -287,11 +287,11 @@ def test_the_server_for_evaluation_keeps_what_it_acknowledges() -> None:
     assert service["spec"]["selector"] == stateful["spec"]["selector"]["matchLabels"]
     (claim,) = stateful["spec"]["volumeClaimTemplates"]
     assert claim["spec"]["resources"]["requests"]["storage"] == "4Gi"
-    read = read_settings(env_of(adapter_of(objects)))
+    read = settings_of(adapter_of(objects))
     assert reserved_bytes(Names(), read) <= 3 * 2**30, "JetStream reserves it, of three quarters of 4 GiB"
     other = rendered(CHART / "ci" / "evaluation-without-volume-values.yaml")
     assert "volumeClaimTemplates" not in one(other, "StatefulSet")["spec"]
-    assert read_settings(env_of(adapter_of(other))).media_store_bytes == 2**31
+    assert settings_of(adapter_of(other)).media_store_bytes == 2**31
 
 
 def test_the_test_pod_runs_the_doctor_with_the_adapters_settings() -> None:

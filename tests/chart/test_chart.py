@@ -14,7 +14,6 @@ import jsonschema  # type: ignore[import-untyped]
 import pytest
 import yaml
 
-from adapter.environment import read_settings
 from adapter.settings import Settings, variable_of
 from tests.chart import generate
 from tests.chart.helm import (
@@ -24,11 +23,11 @@ from tests.chart.helm import (
     Object,
     Refused,
     adapter_of,
-    env_of,
     helm,
     merged,
     one,
     rendered,
+    settings_of,
     tools,
 )
 
@@ -171,7 +170,7 @@ def test_settings_reach_the_program_as_they_are_written(tmp_path: Path) -> None:
         "WECHAT_NATS_WINDOW_HOURS": 22.5,
         "WECHAT_NATS_LOG": "debug",
     }
-    read = read_settings(env_of(adapter_of(rendered({"settings": settings, "drainSeconds": 90.5}))))
+    read = settings_of(adapter_of(rendered({"settings": settings, "drainSeconds": 90.5})))
     assert read.in_max_bytes == 107374182400
     assert read.media_store_bytes == -1
     assert read.window_hours == 22.5
@@ -179,6 +178,11 @@ def test_settings_reach_the_program_as_they_are_written(tmp_path: Path) -> None:
 
 
 REFUSALS: list[tuple[str, Object, str]] = [
+    (
+        "no key for tokens",
+        {"tokenKey": {"existingSecret": ""}},
+        "kubectl -n chat create secret generic bridge-wechat-nats-token-key --from-literal=token-key=",
+    ),
     ("an unknown value", {"replicas": 3}, "additional properties 'replicas' not allowed"),
     ("an unknown setting", {"settings": {"WECHAT_NATS_SEND_GAP": 1}}, "additional properties 'WECHAT_NATS_SEND_GAP'"),
     ("a setting with its own value", {"settings": {"WECHAT_NATS_DRAIN_S": 9}}, "'WECHAT_NATS_DRAIN_S' not allowed"),

@@ -10,6 +10,7 @@ import yaml
 
 from tests.chart.helm import (
     CHART,
+    LEAST,
     Object,
     helm,
 )
@@ -18,7 +19,15 @@ from tests.chart.helm import (
 def notes(values: Object, tmp_path: Path) -> str:
     file = tmp_path / "values.yaml"
     file.write_text(yaml.safe_dump(values))
-    said = helm("install", "bridge", str(CHART), "--dry-run=client", "--namespace=chat", f"--values={file}")
+    said = helm(
+        "install",
+        "bridge",
+        str(CHART),
+        "--dry-run=client",
+        "--namespace=chat",
+        f"--values={LEAST}",
+        f"--values={file}",
+    )
     return said.partition("NOTES:\n")[2]
 
 
@@ -32,7 +41,6 @@ def test_the_notes_name_the_next_commands(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("values", "warning"),
     [
-        ({}, "WARNING: bot tokens are stored as they are."),
         ({}, "WARNING: the adapter logs in to NATS without credentials"),
         ({"evaluationNats": {"enabled": True}}, "WARNING: the NATS server of this release is for evaluation"),
         ({"replicaCount": 1}, "WARNING: with one replica"),

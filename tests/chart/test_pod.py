@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 import yaml
 
-from adapter.environment import read_settings
 from adapter.settings import Settings, variable_of
 from tests.chart.helm import (
     CHART,
@@ -20,6 +19,7 @@ from tests.chart.helm import (
     one,
     pod_of,
     rendered,
+    settings_of,
 )
 
 
@@ -28,7 +28,7 @@ def test_the_grace_period_follows_the_drain() -> None:
     assert pod_of(rendered())["terminationGracePeriodSeconds"] == 65
     assert pod_of(rendered({"drainSeconds": 90.5}))["terminationGracePeriodSeconds"] == 106
     assert pod_of(rendered({"terminationGracePeriodSeconds": 55}))["terminationGracePeriodSeconds"] == 55
-    assert read_settings(env_of(adapter_of(rendered()))).drain_s == Settings().drain_s
+    assert settings_of(adapter_of(rendered())).drain_s == Settings().drain_s
 
 
 @pytest.mark.parametrize("kind", ["Deployment", "Pod"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import base64
 import contextlib
 import os
 import pty
@@ -15,6 +16,8 @@ from typing import Any
 from tests.forks import Forked, fork
 
 Running = Process | Forked
+TOKEN_KEY = base64.b64encode(bytes(32)).decode()
+"""For an adapter: WECHAT_NATS_TOKEN_KEY."""
 COMMAND = (sys.executable, "-c", "import sys, adapter.cli; sys.exit(adapter.cli.main())")
 PATIENCE_S = 60.0
 """A test that hangs ends; nothing is measured by it."""

@@ -19,7 +19,8 @@ from adapter.cli.embedded import EmbeddedNats, find_server, server_config
 from adapter.cli.exit_codes import Failed
 from adapter.cli.run import KEY_FILE, _with_token_key
 from adapter.settings import Settings
-from tests.cli.process import alive, started, until
+from tests.cli.process import COMMAND, alive, started, until
+from tests.cli.test_usage import SLIM
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -227,6 +228,17 @@ def test_a_key_of_the_settings_is_the_one_that_counts(tmp_path: Path) -> None:
     settings = Settings(token_key=(bytes(32),))
     assert _with_token_key(settings, tmp_path) == settings
     assert not (tmp_path / KEY_FILE).exists()
+
+
+@pytest.mark.parametrize("slim", [False, True])
+async def test_without_a_key_an_adapter_does_not_start(slim: bool) -> None:
+    """With and without cyclopts."""
+    command = (sys.executable, "-c", SLIM, "run") if slim else (*COMMAND, "run")
+    process = await asyncio.create_subprocess_exec(*command, stderr=PIPE, stdout=PIPE)
+    out, err = await process.communicate()
+    assert (process.returncode, out) == (2, b"")
+    assert b"WECHAT_NATS_TOKEN_KEY: expected a key" in err
+    assert b"openssl rand -base64 32" in err
 
 
 async def test_a_start_that_fails_leaves_no_key_and_the_next_one_makes_it(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from adapter.cli.embedded import EmbeddedNats
 from adapter.cli.lifetime import adapter_running
 from adapter.simulator import Simulator
 from tests.cli.conftest import START_S, Command, Result
-from tests.cli.process import started
+from tests.cli.process import TOKEN_KEY, started
 
 
 async def test_bind_send_look_and_unbind(
@@ -152,7 +152,7 @@ async def test_a_picture_and_a_file_are_sent_and_media_fetched(
 
 async def test_ctrl_c_of_run_says_how_long_it_drains(server: EmbeddedNats) -> None:
     main, terminal = pty.openpty()
-    env = {"WECHAT_NATS_HTTP_ADDR": "127.0.0.1:0", "WECHAT_NATS_DRAIN_S": "7"}
+    env = {"WECHAT_NATS_HTTP_ADDR": "127.0.0.1:0", "WECHAT_NATS_DRAIN_S": "7", "WECHAT_NATS_TOKEN_KEY": TOKEN_KEY}
     async with started("run", stderr=terminal, env=env) as process:
         assert process.stdout is not None
         while b"adapter.started" not in await process.stdout.readline():

@@ -23,7 +23,6 @@ from adapter.errors import BusRefused, SettingsError, Temporary
 from adapter.logins.registry import LoginRegistry
 from adapter.logins.steps import next_step
 from adapter.ownership.replica_status import PollerStatus, ReplicaStatus, StatusRequest
-from adapter.security.seal import Sealer
 from adapter.services.health import HealthDeps
 from adapter.services.logins import LoginService
 from tests.fakes import WINDOW, Bench, FakeBucket, FakeClock, FakeLogins
@@ -66,7 +65,7 @@ class Office:
         self.clock = AnyThreadsClock()
         self.replicas = FakeReplicas()
         self.ilink = FakeLogins(self.bench.clock)
-        sealer = Sealer(())
+        sealer = self.bench.sealer
         self.registry = LoginRegistry(FakeBucket("login"), self.bench.clock, self.bench.metrics)
         service = LoginService(
             self.ilink, self.registry, self.bench.bindings, sealer, self.bench.clock, self.bench.metrics

@@ -177,6 +177,7 @@ async def test_what_comes_and_goes_leaves_nothing_in_the_adapter(tmp_path: Path)
             send_gap_ms=0,
             http_addr="127.0.0.1:0",
             drain_s=5,
+            token_key=(bytes(32),),
         )
         async with adapter_of(settings) as adapter:
             visitors = Visitors(adapter, sim, server.url)

@@ -23,7 +23,7 @@ from adapter.replica.probes import STUCK_S
 from adapter.replica.wiring import Replica
 from adapter.simulator import FaultRule, Simulator
 from tests.e2e.waiting import eventually, free_port
-from tests.e2e.world import AdapterProcess
+from tests.e2e.world import TOKEN_KEY, AdapterProcess
 
 
 class Probes:
@@ -69,6 +69,7 @@ async def test_an_adapters_probes_from_its_start_to_its_end(tmp_path: Path) -> N
                 "WECHAT_NATS_ILINK_BASE_URL": sim.url,
                 "WECHAT_NATS_ALLOWED_HOSTS": "127.0.0.1",
                 "WECHAT_NATS_HTTP_ADDR": f"127.0.0.1:{port}",
+                "WECHAT_NATS_TOKEN_KEY": TOKEN_KEY,
             },
             tmp_path / "adapter.log",
         )
@@ -119,7 +120,11 @@ async def test_an_adapters_probes_from_its_start_to_its_end(tmp_path: Path) -> N
 async def test_a_command_that_the_bus_does_not_let_route_holds_up_no_end(tmp_path: Path) -> None:
     """Its copy is written until a stream takes it: the replica had given everything back, and never ended."""
     async with EmbeddedNats(tmp_path / "nats", free_port()) as server:
-        variables = {"NATS_URL": server.url, "WECHAT_NATS_HTTP_ADDR": f"127.0.0.1:{free_port()}"}
+        variables = {
+            "NATS_URL": server.url,
+            "WECHAT_NATS_HTTP_ADDR": f"127.0.0.1:{free_port()}",
+            "WECHAT_NATS_TOKEN_KEY": TOKEN_KEY,
+        }
         replica, stop, ready = Replica(read_settings(variables)), asyncio.Event(), asyncio.Event()
         running = asyncio.create_task(run_replica(replica, stop, ready.set))
         await ready.wait()
@@ -159,7 +164,9 @@ class Loop:
         self.port = free_port()
         self.ready = threading.Event()
         self._stop = asyncio.Event()
-        settings = read_settings({"NATS_URL": url, "WECHAT_NATS_HTTP_ADDR": f"127.0.0.1:{self.port}"})
+        settings = read_settings(
+            {"NATS_URL": url, "WECHAT_NATS_HTTP_ADDR": f"127.0.0.1:{self.port}", "WECHAT_NATS_TOKEN_KEY": TOKEN_KEY}
+        )
         self.replica = Replica(settings)
         self.late_s = 0.0
         """How far the probes' clock was put forward."""

@@ -26,6 +26,7 @@ from adapter.outbound.sessions import Pollers
 from adapter.ports import Stored
 from adapter.replica.connections import Connections
 from adapter.replica.wiring import Edges, Replica
+from adapter.security.seal import MARK, cursor_context
 from adapter.settings import Settings
 from tests.fakes.bus import FakeBucket, FakeBus, FakeCoreBus, FakeDelivery, Kept
 from tests.fakes.clock import FakeClock
@@ -118,7 +119,7 @@ class Bench:
         incarnation: str = "me-1",
         limits: Limits = LIMITS,
         metrics: Metrics | None = None,
-        token_key: tuple[bytes, ...] = (),
+        token_key: tuple[bytes, ...] = (bytes(32),),
     ) -> None:
         self.clock: FakeClock = world.clock if world else FakeClock()
         self.names = Names()
@@ -134,8 +135,7 @@ class Bench:
         self.core = FakeCoreBus()
         self.leases = FakeLeases(incarnation)
         self.metrics = metrics or Metrics()
-        self.token_key: tuple[bytes, ...] = token_key or (world.token_key if world else ())
-        settings = Settings(token_key=self.token_key, merge_chars=0, media_max_bytes=MEDIA_BYTES)
+        settings = Settings(token_key=token_key, merge_chars=0, media_max_bytes=MEDIA_BYTES)
         edges = Edges(self.clock, self.metrics, FakeConnections(self), self.leases)
         self.replica = FakeReplica(self, settings, edges)
         self.bindings = self.replica.bindings
@@ -177,10 +177,14 @@ class Bench:
     async def bind(
         self, sandbox: str = "s1", bot: str = "b1@im.bot", user: str = "u1@im.wechat", **fields: Any
     ) -> Binding:
-        """A binding, as control writes it."""
-        binding = Binding(
-            sandbox=sandbox, bot=bot, user=user, **{"token": f"{bot}:t", "since_ms": self.clock.now_ms(), **fields}
-        )
+        """A binding, as control writes it: what is in clear here is sealed there."""
+        token, cursor = fields.pop("token", f"{bot}:t"), fields.pop("start_cursor", None)
+        if not token.startswith(MARK):
+            token = self.sealer.seal(bot, token)
+        if cursor and not cursor.startswith(MARK):
+            cursor = self.sealer.seal(cursor_context(bot), cursor)
+        given = {"token": token, "start_cursor": cursor, "since_ms": self.clock.now_ms(), **fields}
+        binding = Binding(sandbox=sandbox, bot=bot, user=user, **given)
         self.stale.discard(bot)
         await self.bindings.put(binding)
         return binding
@@ -350,7 +354,7 @@ class Bench:
         return made
 
 
-async def ready(*script: Any, token_key: tuple[bytes, ...] = (), **binding: Any) -> Bench:
+async def ready(*script: Any, token_key: tuple[bytes, ...] = (bytes(32),), **binding: Any) -> Bench:
     """A bound bot, whose polls will bring the script."""
     bench = Bench(token_key=token_key)
     await bench.bind(**binding)

@@ -149,7 +149,6 @@ class World(NamedTuple):
     numbers: Iterator[int]
     deliveries: list[FakeDelivery]
     claims_bucket: FakeBucket
-    token_key: tuple[bytes, ...]
 
 
 def mortal(world: Bench, number: int, life: Life) -> Bench:
@@ -165,6 +164,5 @@ def mortal(world: Bench, number: int, life: Life) -> Bench:
         numbers=world.numbers,
         deliveries=world.deliveries,
         claims_bucket=world.claims_bucket,
-        token_key=world.token_key,
     )
     return Bench(reached, incarnation=f"r{number}", metrics=world.metrics)  # type: ignore[arg-type]

@@ -682,7 +682,7 @@ async def test_what_nobody_polls_grows_old_while_its_poller_begins_again_and_aga
 async def test_no_secret_reaches_the_log_or_the_bus() -> None:
     sealer = Sealer((bytes(32),))
     script = STALE, Temporary("network"), batch(raw("my secret text"), cursor="SECRET")
-    bench = await ready(*script, token_key=(bytes(32),), token=sealer.seal(BOT, "b1@im.bot:SECRET"))
+    bench = await ready(*script, token=sealer.seal(BOT, "b1@im.bot:SECRET"))
     with capture_logs() as logs:
         session, task = tended(bench)
         await asyncio.sleep(60)

@@ -355,7 +355,7 @@ async def test_a_bot_is_given_back_also_where_the_bus_refuses_it_at_first(proble
 
 async def test_who_cannot_open_the_token_leaves_the_journal_as_it_is() -> None:
     sealer = Sealer((bytes(32),))
-    bench = await ready(token_key=(bytes(32),), token=sealer.seal(BOT, "secret"))
+    bench = await ready(token=sealer.seal(BOT, "secret"))
     await polls(bench)
     before = await bench.written()
     stranger = Bench(bench, incarnation="other-1", token_key=(b"\1" * 32,))
@@ -418,7 +418,7 @@ async def test_a_start_cursor_counts_once_however_often_it_is_sealed() -> None:
     """A bot that is bound anew with it, perhaps to another sandbox, told everything since to that one."""
     sealer = Sealer((bytes(32),))
     given = [sealer.seal(cursor_context(BOT), word) for word in ("given", "given", "another")]
-    bench = await ready(batch(raw(), cursor="b"), token_key=(bytes(32),), start_cursor=given[0])
+    bench = await ready(batch(raw(), cursor="b"), start_cursor=given[0])
     await polls(bench)
     await bench.bindings.remove(BOT)
     await bench.bind("s2", start_cursor=given[1])

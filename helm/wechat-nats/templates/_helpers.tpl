@@ -161,9 +161,7 @@ NATS_KEY: {{ printf "/etc/wechat-nats/cert/%s" $tls.cert.keyKey | quote }}
 {{- if $tls.handshakeFirst }}
 NATS_TLS_FIRST: "true"
 {{- end }}
-{{- if .Values.tokenKey.existingSecret }}
 WECHAT_NATS_TOKEN_KEY_FILE: {{ printf "/etc/wechat-nats/token-key/%s" .Values.tokenKey.key | quote }}
-{{- end }}
 {{- with .Values.console }}
 {{- if .existingSecret }}
 WECHAT_NATS_CONSOLE_ADDR: {{ printf "%s:%d" (ternary $.Values.http.address "127.0.0.1" .service.enabled) (int .port) | quote }}

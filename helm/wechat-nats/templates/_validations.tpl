@@ -6,6 +6,9 @@
 {{- if lt (include "wechat-nats.gracePeriod" . | int64) $least }}
 {{- $faults = append $faults (printf "terminationGracePeriodSeconds: set at least %d, drainSeconds and 5 more, or the adapter is killed with work in hand." $least) }}
 {{- end }}
+{{- if not $v.tokenKey.existingSecret }}
+{{- $faults = append $faults (printf "tokenKey.existingSecret: set the Secret with the key that seals bot tokens; keep a copy of it: kubectl -n %s create secret generic %s-token-key --from-literal=%s=\"$(openssl rand -base64 32)\"" .Release.Namespace (include "wechat-nats.fullname" .) $v.tokenKey.key) }}
+{{- end }}
 {{- $ways := list }}
 {{- range $way := list "creds" "nkey" "token" "userPassword" }}
 {{- if (index $v.nats.auth $way).existingSecret }}
