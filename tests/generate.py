@@ -1,4 +1,5 @@
-"""Writes what is generated from the code: `schemas/`, the pages of messages and settings, and `helm/nats/*.conf`.
+"""Writes what is generated from the code: `schemas/`, the pages of messages and settings, and the templates in
+`helm/nats/`.
 
 `python -m tests.generate` writes; with `--check` it only says what differs (exit status 1).
 """
@@ -19,8 +20,8 @@ import msgspec
 
 from adapter.cli.schema import DOCUMENTED, RAW, asyncapi, channels, json_schema
 from adapter.contract.names import Names
-from adapter.security.permissions import FILES, server_config
 from adapter.settings import GROUPS, SECRETS, Settings, variable_of
+from tests.bus.accounts import FILES, nsc_scripts, server_config
 
 ROOT = Path(__file__).parents[1]
 TYPES = Path("schemas/examples/typescript/wechat-nats.d.ts")
@@ -97,6 +98,7 @@ def generated_files(root: Path = ROOT) -> dict[Path, str]:
     files[Path("schemas/asyncapi.json")] = _document_text(asyncapi())
     for own_accounts, file in FILES.items():
         files[Path("helm/nats") / file] = server_config(Names(), EXAMPLES, own_accounts=own_accounts)
+    files |= {Path("helm/nats") / file: text for file, text in nsc_scripts(Names()).items()}
     files[MESSAGES_PAGE] = messages_markdown()
     page = (root / SETTINGS_PAGE).read_text(encoding="utf-8")
     before, start, rest = page.partition(SETTINGS_START)

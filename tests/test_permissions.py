@@ -7,19 +7,8 @@ import re
 import pytest
 
 from adapter.contract.names import Names
-from adapter.errors import Refused
-from adapter.security.permissions import (
-    ROLES,
-    Allowed,
-    Grants,
-    Permissions,
-    covers,
-    exports,
-    grants,
-    imports,
-    overlaps,
-    server_config,
-)
+from adapter.security.permissions import Allowed, Grants, Permissions, covers, overlaps
+from tests.bus.accounts import ROLES, exports, grants, imports, server_config
 from tests.generate import ROOT
 
 NAMES = Names()
@@ -120,9 +109,3 @@ def test_another_prefix_has_other_subjects() -> None:
     text = server_config(Names("wx"), ["s1"])
     assert "wechat" not in text.replace("wechat-nats", "").lower().replace('"wechat"', "")
     assert {role for role in ROLES if grants(Names("wx"), role) == grants(NAMES, role)} == set()
-
-
-@pytest.mark.parametrize("sandboxes", [["platform"], ["sys"], ["a-b", "a_b"], ["*"], ["S1"]])
-def test_sandboxes_that_would_be_mistaken_are_refused(sandboxes: list[str]) -> None:
-    with pytest.raises(Refused):
-        server_config(NAMES, sandboxes)

@@ -43,9 +43,6 @@ COMMANDS = {
     "queue": ("queued:app", "Commands that wait to be sent: list, delete."),
     "dead": ("dead:app", "Messages that could not be handled: list, show, retry, delete."),
     "doctor": ("doctor:doctor", "Check NATS, permissions, streams, adapters and bindings."),
-    "backup": ("backup:backup", "Copy every stream and bucket to files."),
-    "restore": ("backup:restore", "Bring the streams and buckets of a backup back."),
-    "permissions": ("permissions:app", "Make the NATS users of adapter, platform and sandboxes."),
     "simulator": ("run:simulator", "Serve a simulated iLink: bots, phones, faults."),
     "schema": ("run:schema", "Print the JSON Schema of a message of the bus."),
 }

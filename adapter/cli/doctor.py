@@ -194,8 +194,8 @@ class Adapters(NamedTuple):
     to all subjects."""
 
 
-async def query_adapters(bus: Bus, wait_s: float = PING_S) -> Adapters:
-    """Asks all adapters, and waits `wait_s` seconds for their answers. Raises Failed, NatsError."""
+async def query_adapters(bus: Bus) -> Adapters:
+    """Asks all adapters, and waits for their answers. Raises Failed, NatsError."""
     ping = f"$SRV.PING.{SERVICE}"
     inbox = bus.nc.new_inbox()
     found = Adapters(set(), set(), silent=True)
@@ -214,7 +214,7 @@ async def query_adapters(bus: Bus, wait_s: float = PING_S) -> Adapters:
 
     await bus.nc.subscribe(inbox, cb=on_reply)
     await bus.nc.publish(ping, b"", reply=inbox)
-    await asyncio.sleep(wait_s)
+    await asyncio.sleep(PING_S)
     bus.raise_if_forbidden(ping)
     return found._replace(silent=not found.ids and not nobody.is_set())
 

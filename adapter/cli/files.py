@@ -25,13 +25,12 @@ def read_text(path: Path) -> str:
         raise Failed(USAGE, f"Cannot read {path}: it is not UTF-8.") from None
 
 
-def write_private(path: str | Path, content: str | bytes, *, append: bool = False, advice: str = "") -> None:
+def write_private(path: str | Path, content: str | bytes, *, advice: str = "") -> None:
     """Writes a file, and the folder that it is in. A file that others may read becomes private; a device or a pipe
     stays as it is. `advice` is said where it cannot be written. Raises Failed."""
-    how = os.O_APPEND if append else os.O_TRUNC
     try:
         Path(path).parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        with open(os.open(path, os.O_WRONLY | os.O_CREAT | how, 0o600), "wb") as file:
+        with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "wb") as file:
             if stat.S_ISREG(os.fstat(file.fileno()).st_mode):
                 os.fchmod(file.fileno(), 0o600)
             file.write(content.encode() if isinstance(content, str) else content)

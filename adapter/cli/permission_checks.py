@@ -15,7 +15,7 @@ from adapter.contract.names import Names
 from adapter.errors import UNDECODABLE
 from adapter.security.permissions import USER_INFO, Grants, User, grants, required, streams, user_of
 
-WHERE = "see helm/nats/ and `wechat-nats permissions`"
+WHERE = "see helm/nats/"
 ASK_S = 2.0
 State: TypeAlias = Literal["ok", "warn", "fail"]
 

@@ -12,13 +12,14 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from adapter.cli import jwts, permissions
 from adapter.cli.embedded import find_server
 from adapter.contract.names import Names
 from adapter.environment import read_settings
 from adapter.jetstream.client import BusClient
 from adapter.jetstream.credentials import credential_options
-from adapter.security.permissions import ACCOUNT_OF, FILES, WECHAT, Grants, inbox
+from adapter.security.permissions import inbox
+from tests.bus.accounts import ACCOUNT_OF, FILES, WECHAT
+from tests.bus.nsc import Nsc
 from tests.e2e.waiting import until
 from tests.generate import EXAMPLES, ROOT
 
@@ -26,7 +27,6 @@ NAMES = Names()
 SANDBOXES = EXAMPLES
 TEMPLATES = ("passwords", "passwords-each", "jwt", "jwt-each")
 """`each`: every sandbox in an account of its own."""
-ALL = Grants((">",), (">",))
 WITNESS = "witness"
 """A user without limits beside the adapter, for tests to see what arrives there."""
 
@@ -71,6 +71,8 @@ class Guarded:
         self.users: dict[str, User] = {}
         """By role or sandbox."""
         self._clients: list[BusClient] = []
+        self.nsc: Nsc | None = None
+        """Who made the JWTs."""
         self.process: asyncio.subprocess.Process | None = None
 
     def amend(self, edit: Callable[[str], str]) -> None:
@@ -109,7 +111,7 @@ class Guarded:
         config.write_text(
             f'listen: "127.0.0.1:-1"\nports_file_dir: "{self.folder}"\n'
             f'jetstream {{ store_dir: "{self.folder}/data"{self._jetstream} }}\n'
-            f"include {'jwt/server.conf' if self.jwt else 'accounts.conf'}\n"
+            f"include {'jwt/resolver.conf' if self.jwt else 'accounts.conf'}\n"
         )
         return config, environ
 
@@ -124,15 +126,18 @@ class Guarded:
         return {f"PASSWORD_{name.upper()}": f"{name}-secret" for name in (*names, "sys")}
 
     def _with_jwts(self) -> dict[str, str]:
-        """Made by the commands that an operator uses."""
+        """Made by the scripts that an operator uses."""
         folder = self.folder / "jwt"
-        resolver = str(self.folder / "resolver")
-        assert permissions.init(folder, resolver_dir=resolver) == 0
+        folder.mkdir()
+        nsc = self.nsc = Nsc(folder, self.folder / "resolver")
+        nsc.run_script("nsc.sh")
         for sandbox in self._sandboxes:
-            assert permissions.sandbox(folder, sandbox, own_account=self.each) == 0
-        account = jwts.Key((folder / f"keys/{WECHAT}.nk").read_text().strip())
-        (folder / "creds/witness.creds").write_text(jwts.new_creds(account, WITNESS, jwts.user_claims(ALL))[1])
-        for file in (*folder.glob("creds/*.creds"), *folder.glob("creds/sandboxes/*.creds")):
+            nsc.run_script("nsc-sandbox-each.sh" if self.each else "nsc-sandbox.sh", sandbox)
+        user = ("--account", WECHAT, "--name", WITNESS)
+        nsc.run("add", "user", *user, "--allow-pub", ">", "--allow-sub", ">")
+        nsc.run("generate", "creds", *user, "--output-file", f"{WITNESS}.creds")
+        nsc.write_config()
+        for file in folder.glob("*.creds"):
             self.users[file.stem] = User({"NATS_CREDS": str(file)})
         return {}
 

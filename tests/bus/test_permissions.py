@@ -22,10 +22,11 @@ from adapter.contract.names import H_NAME, H_UPLOAD
 from adapter.environment import read_settings
 from adapter.jetstream import topology
 from adapter.jetstream.managed_connection import ManagedConnection
-from adapter.security.permissions import ROLES, covers, grants, streams
+from adapter.security.permissions import covers, streams
 from adapter.services.media import PIECE_MAX
 from adapter.settings import Settings
 from tests.bus import roles
+from tests.bus.accounts import ROLES, grants
 from tests.bus.guarded import NAMES, TEMPLATES, WITNESS, Guarded, Player, guarded
 from tests.bus.roles import COLUMNS, ROWS, SANDBOX, Row
 from tests.bus.test_tls import linked

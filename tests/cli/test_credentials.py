@@ -106,7 +106,7 @@ async def test_credentials_that_break_under_a_running_link_are_read_again_until_
     """As when a Secret is exchanged by hand: a link outlives what cannot be read, and takes what comes next."""
     async with guarded(tmp_path, "jwt") as server:
         file = tmp_path / "mounted.creds"
-        good = (tmp_path / "jwt/creds/adapter.creds").read_bytes()
+        good = (tmp_path / "jwt/adapter.creds").read_bytes()
         file.write_bytes(good)
         settings = Settings(nats_url=(server.url,), nats_creds=str(file), nats_inbox_prefix="_INBOX_adapter")
         async with linked(settings) as connection:

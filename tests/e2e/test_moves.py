@@ -2,35 +2,19 @@
 
 from __future__ import annotations
 
-import asyncio
 import base64
-import os
 import secrets
 import signal
-import sys
 from pathlib import Path
 
 import pytest
 
 from adapter.cli.embedded import EmbeddedNats
+from tests import snapshots
 from tests.e2e.waiting import eventually, free_port, until
 from tests.e2e.world import NAMES, audit, world
 
 pytestmark = pytest.mark.slow
-
-
-async def command(url: str, *arguments: str) -> str:
-    """An operator's command; what it prints. Fails unless it ends with 0."""
-    process = await asyncio.create_subprocess_exec(
-        sys.executable,
-        *("-m", "adapter", *arguments),
-        env={**os.environ, "NATS_URL": url},
-        stdout=asyncio.subprocess.PIPE,
-        stderr=asyncio.subprocess.STDOUT,
-    )
-    said, _ = await process.communicate()
-    assert process.returncode == 0, said.decode()
-    return said.decode()
 
 
 async def test_a_bus_moves_to_another_nats_with_all_that_waits(tmp_path: Path) -> None:
@@ -53,10 +37,11 @@ async def test_a_bus_moves_to_another_nats_with_all_that_waits(tmp_path: Path) -
         assert await adapter.ended() == 0
         await nc.close()
 
-        assert "WECHAT_OUT" in await command(made.url, "backup", str(tmp_path / "saved"))
+        saved = await snapshots.backup(made.url, tmp_path / "saved")
+        assert "WECHAT_OUT" in saved
         made.say("s1", "meanwhile")
         async with EmbeddedNats(tmp_path / "other", free_port()) as other:
-            await command(other.url, "restore", str(tmp_path / "saved"))
+            await snapshots.restore(other.url, [tmp_path / "saved" / name for name in saved])
             made.server.kill()
             made.url = other.url
             await made.add_adapter(NATS_URL=other.url, WECHAT_NATS_SENDS_PER_WINDOW="2")

@@ -22,6 +22,7 @@ from nats.js.errors import APIError
 from adapter.cli.embedded import EmbeddedNats
 from adapter.contract.messages import ImageItem, Inbound, Login, LoginQuery
 from adapter.contract.names import SHARDS, shard_of
+from tests import snapshots
 from tests.e2e.lossy import Lossy
 from tests.e2e.test_bindings import ask as service
 from tests.e2e.test_logins import newest, reaches, start
@@ -139,7 +140,7 @@ async def test_bindings_that_are_lost_stop_the_polls_until_they_are_restored(tmp
     bucket = f"KV_{NAMES.bindings}"
     async with running(tmp_path) as (made, nc, adapter):
         await loaded(made, nc, 3)
-        await operator(made, "backup", str(tmp_path / "saved"))
+        await snapshots.backup(made.url, tmp_path / "saved")
         assert (await ask(nc, f"STREAM.PURGE.{bucket}"))["error"]["err_code"] == 10110  # not permitted
         assert (await ask(nc, f"STREAM.DELETE.{bucket}")).get("success")
         assert f"creating stream {bucket}" in await operator(made, "doctor", "--fix")
@@ -154,7 +155,7 @@ async def test_bindings_that_are_lost_stop_the_polls_until_they_are_restored(tmp
         for sandbox in made.bots:
             made.say(sandbox, "while they are gone")
         assert (await ask(nc, f"STREAM.DELETE.{bucket}")).get("success")
-        await restore(nc, tmp_path / "saved" / bucket)
+        await snapshots.restore(made.url, [tmp_path / "saved" / bucket], replace=True)
         await eventually(adapter.is_ready, "it is ready again")
         await loaded(made, nc, 3, first=3)
         await faultless(made, nc)
@@ -209,16 +210,6 @@ async def test_logins_whose_bucket_was_deleted_are_begun_anew(tmp_path: Path) ->
         await eventually(is_ready, "the replica has seen the new bucket")
 
 
-async def restore(nc: Client, folder: Path) -> None:
-    """What `nats stream restore` asks of the server, with the files that `wechat-nats backup` made."""
-    meta = msgspec.json.decode((folder / "backup.json").read_bytes())
-    answer = await ask(nc, f"STREAM.RESTORE.{folder.name}", {"config": meta["config"], "state": meta["state"]})
-    data = (folder / "stream.tar.s2").read_bytes()
-    for piece in (data, b""):  # the empty one ends it
-        said = await nc.request(answer["deliver_subject"], piece, timeout=10)
-    assert "error" not in msgspec.json.decode(said.data)
-
-
 async def test_a_stream_that_is_restored_under_a_running_adapter_goes_on(tmp_path: Path) -> None:
     """Bindings, what nobody had read, and what waits for its user: the adapter is neither stopped nor restarted."""
     async with running(tmp_path, bots=3) as (made, nc, adapter):
@@ -235,7 +226,7 @@ async def test_a_stream_that_is_restored_under_a_running_adapter_goes_on(tmp_pat
             return len(await stream(nc, *INBOXES)) == 1
 
         await eventually(unread, "the message is there")
-        await operator(made, "backup", str(tmp_path / "saved"))
+        await snapshots.backup(made.url, tmp_path / "saved")
         gone = (NAMES.stream_in, NAMES.stream_out, f"KV_{NAMES.bindings}")
         for name in gone:
             assert (await ask(nc, f"STREAM.DELETE.{name}")).get("success")
@@ -244,8 +235,7 @@ async def test_a_stream_that_is_restored_under_a_running_adapter_goes_on(tmp_pat
             return await adapter.metric("nats_streams_missing") == len(gone)
 
         await eventually(noticed, "it is noticed")
-        for name in gone:
-            await restore(nc, tmp_path / "saved" / name)
+        await snapshots.restore(made.url, [tmp_path / "saved" / name for name in gone])
         await eventually(adapter.is_ready, "it is ready again")
         await until(lambda: made.sim.stats().parked == 3, "all are polled")
         made.say("s0", "go on")
@@ -447,7 +437,7 @@ async def test_bindings_lost_with_an_owner_are_served_again_once_they_are_restor
     """A replica that starts on an empty bucket knows nobody. Stopped, restored and started, all go on."""
     bucket = f"KV_{NAMES.bindings}"
     async with running(tmp_path) as (made, nc, adapter):
-        await operator(made, "backup", str(tmp_path / "saved"))
+        await snapshots.backup(made.url, tmp_path / "saved")
         adapter.signal(signal.SIGSTOP)
         assert (await ask(nc, f"STREAM.DELETE.{bucket}")).get("success")
         fresh = await made.add_adapter(WECHAT_NATS_HTTP_ADDR=f"127.0.0.1:{free_port()}")
@@ -461,10 +451,7 @@ async def test_bindings_lost_with_an_owner_are_served_again_once_they_are_restor
         for replica in (adapter, fresh):
             replica.signal(signal.SIGTERM)
             assert await replica.ended() == 0
-        only = tmp_path / "only"
-        only.mkdir()
-        (tmp_path / "saved" / bucket).rename(only / bucket)
-        assert bucket in await operator(made, "restore", str(only), "--replace")
+        await snapshots.restore(made.url, [tmp_path / "saved" / bucket], replace=True)
         for replica in (adapter, fresh):
             await replica.start()
         await until(lambda: made.sim.stats().parked == BOTS, "all are polled")

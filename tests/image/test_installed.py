@@ -69,7 +69,6 @@ def test_it_says_that_voice_stays_as_it_is(installed: Path) -> None:
         (["schema", "outbound"], 0, '"$id": "urn:wechat-nats:schema:1:outbound"'),
         (["schema"], 2, "Name a message, one of"),
         (["simulator", "--help"], 0, "--port"),
-        (["permissions", "--help"], 0, "Usage: wechat-nats permissions"),
         (["bindings"], 3, "127.0.0.1:9"),
         (["doctor"], 3, "127.0.0.1:9"),
     ],

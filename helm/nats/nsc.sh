@@ -1,0 +1,68 @@
+#!/bin/sh
+# Operator, accounts and users of all roles but sandboxes, once. README.md says how to go on.
+set -eu
+LC_ALL=C
+
+nsc add operator --name wechat-nats --sys
+nsc add account --name WECHAT --deny-pubsub '>'
+nsc add account --name PLATFORM --deny-pubsub '>'
+nsc add account --name SERVICE --deny-pubsub '>'
+nsc add account --name SANDBOX --deny-pubsub '>'
+nsc edit account --name WECHAT --js-mem-storage=-1 --js-disk-storage=-1 --js-streams=-1 --js-consumer=-1
+nsc add export --account WECHAT --name wechat.ctl.bind --subject wechat.ctl.bind --service --response-type Singleton
+nsc add export --account WECHAT --name wechat.ctl.unbind --subject wechat.ctl.unbind --service --response-type Singleton
+nsc add export --account WECHAT --name wechat.ctl.erase --subject wechat.ctl.erase --service --response-type Singleton
+nsc add export --account WECHAT --name 'wechat.svc.bindings.*' --subject 'wechat.svc.bindings.*' --service --response-type Singleton
+nsc add export --account WECHAT --name 'wechat.svc.login.*' --subject 'wechat.svc.login.*' --service --response-type Singleton
+nsc add export --account WECHAT --name wechat.svc.window --subject wechat.svc.window --service --response-type Singleton
+nsc add export --account WECHAT --name wechat.svc.receipt --subject wechat.svc.receipt --service --response-type Singleton
+nsc add export --account WECHAT --name 'wechat.event.*.>' --subject 'wechat.event.*.>'
+nsc add export --account WECHAT --name '_INBOX_platform.>' --subject '_INBOX_platform.>'
+nsc add export --account WECHAT --name wechat.out --subject wechat.out --service --response-type Singleton
+nsc add export --account WECHAT --name 'wechat.svc.media.put.*' --subject 'wechat.svc.media.put.*' --service --response-type Singleton
+nsc add export --account WECHAT --name 'wechat.out.*' --subject 'wechat.out.*' --service --response-type Singleton
+nsc add export --account WECHAT --name 'wechat.svc.media.get.*' --subject 'wechat.svc.media.get.*' --service --response-type Singleton
+nsc add export --account WECHAT --name 'wechat.svc.receipt.*' --subject 'wechat.svc.receipt.*' --service --response-type Singleton
+nsc add export --account WECHAT --name 'wechat.svc.replay.*' --subject 'wechat.svc.replay.*' --service --response-type Singleton
+nsc add export --account WECHAT --name 'wechat.svc.window.*' --subject 'wechat.svc.window.*' --service --response-type Singleton
+nsc add export --account WECHAT --name '$JS.API.CONSUMER.INFO.WECHAT_IN.*' --subject '$JS.API.CONSUMER.INFO.WECHAT_IN.*' --service --response-type Singleton
+nsc add export --account WECHAT --name '$JS.API.CONSUMER.MSG.NEXT.WECHAT_IN.*' --subject '$JS.API.CONSUMER.MSG.NEXT.WECHAT_IN.*' --service --response-type Stream
+nsc add export --account WECHAT --name '$JS.ACK.WECHAT_IN.*.*.*.*.*.*' --subject '$JS.ACK.WECHAT_IN.*.*.*.*.*.*' --service --response-type Singleton
+nsc add export --account WECHAT --name 'wechat.in.*' --subject 'wechat.in.*'
+nsc add export --account WECHAT --name '$JS.API.INFO' --subject '$JS.API.INFO' --service --response-type Singleton
+nsc add user --account WECHAT --name adapter --allow-pub 'wechat.inbox.*,wechat.out.*,wechat.ctl.bind,wechat.event.*.>,wechat.kv.bot_released,wechat.kv.replica_status,wechat.out,wechat.ctl.unbind,wechat.journal.>,wechat.dead.*,$KV.wechat_bindings.>,$KV.wechat_conversations.>,$KV.wechat_members.>,$KV.wechat_claims.>,$KV.wechat_logins.>,$O.wechat_media.>,$JS.API.INFO,$JS.API.STREAM.INFO.*,$JS.API.STREAM.MSG.GET.*,$JS.API.DIRECT.GET.>,$JS.API.CONSUMER.NAMES.*,$JS.API.CONSUMER.INFO.*.*,$JS.API.STREAM.CREATE.WECHAT_CTL,$JS.API.STREAM.CREATE.WECHAT_IN,$JS.API.STREAM.CREATE.WECHAT_OUT,$JS.API.STREAM.CREATE.WECHAT_EVENT,$JS.API.STREAM.CREATE.WECHAT_DEAD,$JS.API.STREAM.CREATE.WECHAT_JOURNAL,$JS.API.STREAM.CREATE.OBJ_wechat_media,$JS.API.STREAM.CREATE.KV_wechat_bindings,$JS.API.STREAM.CREATE.KV_wechat_conversations,$JS.API.STREAM.CREATE.KV_wechat_members,$JS.API.STREAM.CREATE.KV_wechat_claims,$JS.API.STREAM.CREATE.KV_wechat_logins,$JS.API.STREAM.UPDATE.WECHAT_CTL,$JS.API.STREAM.UPDATE.WECHAT_IN,$JS.API.STREAM.UPDATE.WECHAT_OUT,$JS.API.STREAM.UPDATE.WECHAT_EVENT,$JS.API.STREAM.UPDATE.WECHAT_DEAD,$JS.API.STREAM.UPDATE.WECHAT_JOURNAL,$JS.API.STREAM.UPDATE.OBJ_wechat_media,$JS.API.STREAM.UPDATE.KV_wechat_bindings,$JS.API.STREAM.UPDATE.KV_wechat_conversations,$JS.API.STREAM.UPDATE.KV_wechat_members,$JS.API.STREAM.UPDATE.KV_wechat_claims,$JS.API.STREAM.UPDATE.KV_wechat_logins,$JS.API.STREAM.MSG.DELETE.WECHAT_IN,$JS.API.STREAM.MSG.DELETE.WECHAT_OUT,$JS.API.STREAM.MSG.DELETE.WECHAT_EVENT,$JS.API.STREAM.MSG.DELETE.WECHAT_DEAD,$JS.API.STREAM.MSG.DELETE.WECHAT_JOURNAL,$JS.API.STREAM.MSG.DELETE.OBJ_wechat_media,$JS.API.STREAM.PURGE.OBJ_wechat_media,$JS.API.STREAM.PURGE.WECHAT_EVENT,$JS.API.STREAM.PURGE.WECHAT_IN,$JS.API.CONSUMER.CREATE.WECHAT_IN.*.wechat.inbox.*,$JS.API.CONSUMER.RESET.WECHAT_IN.*,$JS.API.CONSUMER.CREATE.WECHAT_OUT.*,$JS.API.CONSUMER.RESET.WECHAT_OUT.*,$JS.API.CONSUMER.MSG.NEXT.WECHAT_OUT.*,$JS.API.CONSUMER.CREATE.WECHAT_CTL.*,$JS.API.CONSUMER.RESET.WECHAT_CTL.*,$JS.API.CONSUMER.MSG.NEXT.WECHAT_CTL.*,$JS.ACK.WECHAT_OUT.>,$JS.ACK.WECHAT_CTL.>,_INBOX_operator.>,_INBOX_platform.>,_R_.>,$SYS.REQ.USER.INFO,$SRV.PING.>,wechat.svc.bindings.list,_INBOX_adapter.>' --allow-sub 'wechat.svc.>,wechat.kv.>,$SRV.>,_INBOX_adapter.>'
+nsc generate creds --account WECHAT --name adapter --output-file adapter.creds
+nsc add user --account WECHAT --name operator --allow-pub 'wechat.ctl.bind,wechat.ctl.unbind,wechat.ctl.erase,wechat.out,wechat.out.*,wechat.svc.>,$SRV.>,$JS.API.INFO,$JS.API.STREAM.NAMES,$JS.API.STREAM.LIST,$JS.API.STREAM.INFO.*,$JS.API.CONSUMER.NAMES.*,$JS.API.CONSUMER.LIST.*,$JS.API.CONSUMER.INFO.*.*,$JS.API.CONSUMER.CREATE.WECHAT_IN,$JS.API.CONSUMER.CREATE.WECHAT_IN.>,$JS.API.CONSUMER.CREATE.WECHAT_EVENT,$JS.API.CONSUMER.CREATE.WECHAT_EVENT.>,$JS.API.CONSUMER.CREATE.WECHAT_DEAD,$JS.API.CONSUMER.CREATE.WECHAT_DEAD.>,$JS.API.CONSUMER.CREATE.OBJ_wechat_media,$JS.API.CONSUMER.CREATE.OBJ_wechat_media.>,$JS.API.DIRECT.GET.WECHAT_IN,$JS.API.DIRECT.GET.WECHAT_IN.>,$JS.API.DIRECT.GET.WECHAT_EVENT,$JS.API.DIRECT.GET.WECHAT_EVENT.>,$JS.API.DIRECT.GET.WECHAT_DEAD,$JS.API.DIRECT.GET.WECHAT_DEAD.>,$JS.API.DIRECT.GET.OBJ_wechat_media,$JS.API.DIRECT.GET.OBJ_wechat_media.>,$JS.API.STREAM.MSG.GET.WECHAT_IN,$JS.API.STREAM.MSG.GET.WECHAT_EVENT,$JS.API.STREAM.MSG.GET.WECHAT_DEAD,$JS.API.STREAM.MSG.GET.OBJ_wechat_media,$JS.API.DIRECT.GET.WECHAT_OUT,$JS.API.STREAM.MSG.DELETE.WECHAT_DEAD,$JS.API.STREAM.MSG.DELETE.WECHAT_OUT,$JS.API.STREAM.PURGE.OBJ_wechat_media,$JS.FC.WECHAT_IN.>,$JS.FC.WECHAT_EVENT.>,$JS.FC.WECHAT_DEAD.>,$JS.FC.OBJ_wechat_media.>,$O.wechat_media.>,$SYS.REQ.USER.INFO' --allow-sub 'wechat.in.*,wechat.event.*.>,wechat.out,wechat.out.*,_INBOX_operator.>'
+nsc generate creds --account WECHAT --name operator --output-file operator.creds
+nsc add import --account PLATFORM --src-account WECHAT --name wechat.ctl.bind --remote-subject wechat.ctl.bind --local-subject wechat.ctl.bind --service
+nsc add import --account PLATFORM --src-account WECHAT --name wechat.ctl.unbind --remote-subject wechat.ctl.unbind --local-subject wechat.ctl.unbind --service
+nsc add import --account PLATFORM --src-account WECHAT --name wechat.ctl.erase --remote-subject wechat.ctl.erase --local-subject wechat.ctl.erase --service
+nsc add import --account PLATFORM --src-account WECHAT --name 'wechat.svc.bindings.*' --remote-subject 'wechat.svc.bindings.*' --local-subject 'wechat.svc.bindings.*' --service
+nsc add import --account PLATFORM --src-account WECHAT --name 'wechat.svc.login.*' --remote-subject 'wechat.svc.login.*' --local-subject 'wechat.svc.login.*' --service
+nsc add import --account PLATFORM --src-account WECHAT --name wechat.svc.window --remote-subject wechat.svc.window --local-subject wechat.svc.window --service
+nsc add import --account PLATFORM --src-account WECHAT --name wechat.svc.receipt --remote-subject wechat.svc.receipt --local-subject wechat.svc.receipt --service
+nsc add import --account PLATFORM --src-account WECHAT --name 'wechat.event.*.>' --remote-subject 'wechat.event.*.>' --local-subject 'wechat.event.*.>'
+nsc add import --account PLATFORM --src-account WECHAT --name '_INBOX_platform.>' --remote-subject '_INBOX_platform.>' --local-subject '_INBOX_platform.>'
+nsc add user --account PLATFORM --name platform --allow-pub 'wechat.ctl.bind,wechat.ctl.unbind,wechat.ctl.erase,wechat.svc.bindings.*,wechat.svc.login.*,wechat.svc.window,wechat.svc.receipt' --allow-sub 'wechat.event.*.>,_INBOX_platform.>'
+nsc generate creds --account PLATFORM --name platform --output-file platform.creds
+nsc add import --account SERVICE --src-account WECHAT --name wechat.out --remote-subject wechat.out --local-subject wechat.out --service
+nsc add import --account SERVICE --src-account WECHAT --name wechat.svc.window --remote-subject wechat.svc.window --local-subject wechat.svc.window --service
+nsc add import --account SERVICE --src-account WECHAT --name wechat.svc.receipt --remote-subject wechat.svc.receipt --local-subject wechat.svc.receipt --service
+nsc add import --account SERVICE --src-account WECHAT --name 'wechat.svc.media.put.*' --remote-subject 'wechat.svc.media.put.*' --local-subject 'wechat.svc.media.put.*' --service
+nsc add import --account SERVICE --src-account WECHAT --name 'wechat.event.*.receipt.*' --remote-subject 'wechat.event.*.receipt.*' --local-subject 'wechat.event.*.receipt.*'
+nsc add user --account SERVICE --name service --allow-pub 'wechat.out,wechat.svc.window,wechat.svc.receipt,wechat.svc.media.put.*' --allow-sub 'wechat.event.*.receipt.*,_INBOX_service.>'
+nsc generate creds --account SERVICE --name service --output-file service.creds
+nsc add import --account SANDBOX --src-account WECHAT --name 'wechat.out.*' --remote-subject 'wechat.out.*' --local-subject 'wechat.out.*' --service
+nsc add import --account SANDBOX --src-account WECHAT --name 'wechat.svc.media.get.*' --remote-subject 'wechat.svc.media.get.*' --local-subject 'wechat.svc.media.get.*' --service
+nsc add import --account SANDBOX --src-account WECHAT --name 'wechat.svc.media.put.*' --remote-subject 'wechat.svc.media.put.*' --local-subject 'wechat.svc.media.put.*' --service
+nsc add import --account SANDBOX --src-account WECHAT --name 'wechat.svc.receipt.*' --remote-subject 'wechat.svc.receipt.*' --local-subject 'wechat.svc.receipt.*' --service
+nsc add import --account SANDBOX --src-account WECHAT --name 'wechat.svc.replay.*' --remote-subject 'wechat.svc.replay.*' --local-subject 'wechat.svc.replay.*' --service
+nsc add import --account SANDBOX --src-account WECHAT --name 'wechat.svc.window.*' --remote-subject 'wechat.svc.window.*' --local-subject 'wechat.svc.window.*' --service
+nsc add import --account SANDBOX --src-account WECHAT --name '$JS.API.CONSUMER.INFO.WECHAT_IN.*' --remote-subject '$JS.API.CONSUMER.INFO.WECHAT_IN.*' --local-subject '$JS.API.CONSUMER.INFO.WECHAT_IN.*' --service
+nsc add import --account SANDBOX --src-account WECHAT --name '$JS.API.CONSUMER.MSG.NEXT.WECHAT_IN.*' --remote-subject '$JS.API.CONSUMER.MSG.NEXT.WECHAT_IN.*' --local-subject '$JS.API.CONSUMER.MSG.NEXT.WECHAT_IN.*' --service
+nsc add import --account SANDBOX --src-account WECHAT --name '$JS.ACK.WECHAT_IN.*.*.*.*.*.*' --remote-subject '$JS.ACK.WECHAT_IN.*.*.*.*.*.*' --local-subject '$JS.ACK.WECHAT_IN.*.*.*.*.*.*' --service
+nsc add import --account SANDBOX --src-account WECHAT --name 'wechat.in.*' --remote-subject 'wechat.in.*' --local-subject 'wechat.in.*'
+nsc add import --account SANDBOX --src-account WECHAT --name 'wechat.event.*.>' --remote-subject 'wechat.event.*.>' --local-subject 'wechat.event.*.>'
+nsc add import --account SANDBOX --src-account WECHAT --name '$JS.API.INFO' --remote-subject '$JS.API.INFO' --local-subject '$JS.API.INFO' --service
+nsc edit signing-key --account SANDBOX --role sandbox --sk generate --allow-pub 'wechat.out.{{tag(sandbox)}},wechat.svc.media.get.{{tag(sandbox)}},wechat.svc.media.put.{{tag(sandbox)}},wechat.svc.receipt.{{tag(sandbox)}},wechat.svc.replay.{{tag(sandbox)}},wechat.svc.window.{{tag(sandbox)}},$JS.API.CONSUMER.INFO.WECHAT_IN.{{tag(sandbox)}},$JS.API.CONSUMER.MSG.NEXT.WECHAT_IN.{{tag(sandbox)}},$JS.ACK.WECHAT_IN.{{tag(sandbox)}}.*.*.*.*.*' --allow-sub 'wechat.in.{{tag(sandbox)}},wechat.event.{{tag(sandbox)}}.>,_INBOX_{{tag(sandbox)}}.>' --payload=540672
+nsc generate config --nats-resolver --sys-account SYS --config-file resolver.conf
