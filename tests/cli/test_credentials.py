@@ -10,6 +10,7 @@ import msgspec
 import nkeys
 import pytest
 
+from adapter.cli.embedded import EmbeddedNats
 from adapter.errors import Temporary
 from adapter.jetstream.managed_connection import connect_options
 from adapter.security.nkeys import UserKey
@@ -97,6 +98,27 @@ WRONG = {
 def test_what_is_no_seed_of_a_user_is_refused(seed: str) -> None:
     with pytest.raises(ValueError):
         UserKey(seed)
+
+
+async def test_a_server_knows_a_user_by_its_key(tmp_path: Path) -> None:
+    (tmp_path / "seed").write_text(SEED + "\n")
+
+    class Keyed(EmbeddedNats):
+        def _write_config(self) -> Path:
+            config = super()._write_config()
+            key = UserKey(SEED).public
+            config.write_text(f"{config.read_text()}\nauthorization {{ users: [ {{ nkey: {key} }} ] }}\n")
+            return config
+
+        async def _wait_jetstream(self) -> None:
+            return
+
+    async with Keyed() as server:
+        settings = Settings(nats_url=(server.url,), nats_nkey=str(tmp_path / "seed"))
+        async with linked(settings) as connection:
+            nc = await connection.wait_connected(30)
+            said = await nc.request("$SYS.REQ.USER.INFO", timeout=10)
+            assert UserKey(SEED).public.encode() in said.data
 
 
 @pytest.mark.parametrize("broken", ["creds, empty", "creds, garbage", "creds without a JWT"])
