@@ -35,8 +35,9 @@ async def restore(url: str, folders: Iterable[Path], *, replace: bool = False, r
     """Brings streams back from their folders; `replace`: deletes those that are there."""
     nc = await nats.connect(url)
     try:
+        there = (await _ask(nc, "STREAM.NAMES"))["streams"] or []
         for folder in folders:
-            if replace:
+            if replace and folder.name in there:
                 await _ask(nc, f"STREAM.DELETE.{folder.name}")
             await _load(nc, folder, replicas)
     finally:
