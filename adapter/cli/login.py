@@ -9,7 +9,8 @@ import re
 import sys
 import time
 from collections import defaultdict
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -53,9 +54,9 @@ async def login(
 ) -> int:
     """Show a QR code: whoever scans it with WeChat talks to this sandbox from then on.
 
-    A code that nobody scans is replaced by a new one. Digits that the phone shows are read from standard input.
-    Exit code 0 once the bot is bound, or if the user has a bot of this sandbox already. Ctrl-C cancels the login.
-    The codes are secrets until the login is over.
+    A code that nobody scans is replaced by a new one, and so is one whose replica is gone. Digits that the phone
+    shows are read from standard input. Exit code 0 once the bot is bound, or if the user has a bot of this sandbox
+    already. Ctrl-C cancels the login. The codes are secrets until the login is over.
 
     With --from, rows have the column sandbox, and may have durable, auto_typing and fresh; --png, --url or --json
     says where the codes go. A login for which the phone shows digits fails then: do it alone.
@@ -76,13 +77,13 @@ async def login(
         asked = LoginStart(sandbox=row.sandbox, options=row.options, png=png is not None)
         return await bus.request_service("login.start", asked, Login, START_S)
 
-    async def complete(first: Login, picture: Path | None, label: str = "") -> int:
-        view = _View(picture, url=url, json=json, label=label)
+    async def complete(row: bulk.OptionsRow, first: Login, picture: Path | None, label: str = "") -> int:
+        view, again = _View(picture, url=url, json=json, label=label), partial(start, row)
         try:
-            now = await _follow(bus, first, view, has_event[first.sandbox], typed, png=png is not None)
+            now = await _follow(bus, first, again, view, has_event[row.sandbox], typed, png=png is not None)
         except BaseException:  # ctrl-C, too: nobody shall scan a code that nobody waits for
             with contextlib.suppress(Failed):
-                await bus.request_service("login.cancel", LoginQuery(login=first.login), Login)
+                await bus.request_service("login.cancel", LoginQuery(login=view.login or first.login), Login)
             raise
         if now.status not in GOOD:
             raise Failed(NO, output.printable(now.detail or f"The login ended: {now.status}."))
@@ -90,7 +91,7 @@ async def login(
 
     async def run_row(row: bulk.OptionsRow) -> None:
         picture = None if png is None else png / f"{row.sandbox}.png"
-        await complete(await start(row), picture, f"{row.sandbox}  ")
+        await complete(row, await start(row), picture, f"{row.sandbox}  ")
 
     async with connected_bus(lasting=True) as bus:
         event_subject = bus.names.event(sandbox or "*", "login")
@@ -101,20 +102,32 @@ async def login(
             found = bulk.read_rows(rows, bulk.OptionsRow, options)
             work = bulk.run_rows(found, run_row, done="logged in", failed_file=failed, limit=ROWS_UNDER_WAY)
         else:
-            work = complete(await start(bulk.OptionsRow(sandbox=sandbox or "", **options)), png)
+            row = bulk.OptionsRow(sandbox=sandbox or "", **options)
+            work = complete(row, await start(row), png)
         with until_signalled() as stop:
             code = await run_until_stopped(stop, work)
     return INTERRUPTED if code is None else code
 
 
 async def _follow(
-    bus: Bus, now: Login, view: _View, changed: asyncio.Event, typed: AsyncIterator[str] | None, *, png: bool
+    bus: Bus,
+    now: Login,
+    start: Callable[[], Awaitable[Login]],
+    view: _View,
+    changed: asyncio.Event,
+    typed: AsyncIterator[str] | None,
+    *,
+    png: bool,
 ) -> Login:
-    """Shows each step of a login and forwards digits, until the login is over. `changed` is set by each event.
-    `typed`: lines of the person with the phone; None: nobody types. Raises Failed."""
+    """Shows each step of a login and forwards digits, until the login is over; one that is lost with its replica is
+    started anew. `changed` is set by each event. `typed`: lines of the person with the phone; None: nobody types.
+    Raises Failed."""
     line: asyncio.Task[str | None] | None = None
     while True:
         view.show(now)
+        if now.status == "lost":
+            now = await start()
+            continue
         if now.status in FINAL_STATUSES:
             return now
         waits = {asyncio.create_task(changed.wait())}
@@ -172,9 +185,13 @@ class _View:
         self._label = label
         self._shown: tuple[str, int, str] | None = None
         self._code = 0
+        self.login = ""
+        """The login that was last shown."""
 
     def show(self, now: Login) -> None:
         """Shows what has changed since the last call."""
+        if now.login != self.login:
+            self.login, self._shown, self._code = now.login, None, 0
         if now.code != self._code and now.qrcode_url and now.status == "wait":
             self._code = now.code
             if not self._json:
@@ -208,6 +225,8 @@ class _View:
                 self._say("Scan this new code; the old one is dying.")
             case "confirmed":
                 self._say(f"{output.printable(now.bot)} serves {now.sandbox}. {output.printable(now.detail)}")
+            case "lost":
+                self._say("The replica that ran the login is gone. Its code is of no use any more.")
             case "scanned" | "already_bound":
                 self._say(output.printable(now.detail))
             case _:

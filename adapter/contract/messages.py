@@ -529,9 +529,9 @@ class ErasedEvent(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True)
 CHECKING = "checking"
 """Reason in an answer while digits are being checked."""
 LoginStatus: TypeAlias = Literal[
-    "wait", "scanned", "need_verify_code", "confirmed", "already_bound", "expired", "failed", "cancelled"
+    "wait", "scanned", "need_verify_code", "confirmed", "already_bound", "expired", "failed", "cancelled", "lost"
 ]
-FINAL_STATUSES = ("confirmed", "already_bound", "expired", "failed", "cancelled")
+FINAL_STATUSES = ("confirmed", "already_bound", "expired", "failed", "cancelled", "lost")
 """Statuses of a finished login."""
 
 
@@ -539,8 +539,8 @@ LoginReason = Annotated[
     str,
     Meta(
         description="need_verify_code: wrong_code; in an answer also checking, while digits are being checked."
-        " expired: time, or codes (too many expired). failed: blocked (too many wrong digits), bus, url, or why the"
-        " bind was refused."
+        " expired: time, or codes (too many expired). failed: blocked (too many wrong digits), bus, url, crashed,"
+        " or why the bind was refused."
     ),
 ]
 
@@ -562,7 +562,7 @@ class LoginEvent(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
             description="wait: a code, or a new one, is to be scanned, see `code`. scanned: to be confirmed on the"
             " phone. need_verify_code: send the digits shown on the phone by login.verify. confirmed: the bot is"
             " bound. already_bound: a bot of the sandbox already serves this user. expired, failed, cancelled: the"
-            " login is over."
+            " login is over. lost: the replica that ran it is gone; start another login."
         ),
     ]
     code: Annotated[int, Meta(description="Number of the QR code, from 1; request a new one by login.status.")] = 1

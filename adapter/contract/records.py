@@ -96,45 +96,28 @@ class Binding(PrivateRecord, frozen=True, kw_only=True, omit_defaults=True):
         )
 
 
-class LoginCode(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """One QR code of a login. Handle and URL are sealed, since they give access to the token."""
-
-    number: int
-    handle: str
-    url: str
-    made_ms: int
-
-    def __repr__(self) -> str:
-        return f"LoginCode({self.number})"
-
-
 class LoginRecord(PrivateRecord, frozen=True, kw_only=True, omit_defaults=True):
-    """Bucket `logins`, key: the login's id. A QR login, without its secrets once it is over."""
+    """Bucket `logins`, key: the login's id. What readers know of a QR login, and what they want of it: its flow runs
+    in the memory of `owner`."""
 
+    owner: str = ""
+    """The incarnation of the replica that started the login, without which it is lost; then of who found that."""
     sandbox: str
-    options: Options = Options()
     status: LoginStatus = "wait"
     step: int = 1
     """Number of steps with an event; the event of each step is published once."""
-    number: int = 0
+    number: int = 1
     """Number of the newest code, from 1."""
-    codes: list[LoginCode] = []
-    """Codes that may be scanned, oldest first: the newest and the one before it, or only the scanned one. Empty: a
-    new code has to be fetched."""
-    ended: int = 0
-    """Codes that expired or were blocked; codes that were replaced before do not count."""
-    base_url: str = ""
-    """Base URL of the requests about the codes; "": the service's default."""
+    url: str = ""
+    """Text of the code to show, sealed, since it gives access to the token; "" once it is not needed."""
     digits: str = ""
-    """Digits from the phone, sealed: sent, and not checked yet."""
+    """Digits from the phone, sealed: sent by somebody, and not checked yet."""
     until_ms: int = 0
     changed_ms: int = 0
     """Time of the last step."""
     bot: str = ""
+    """Set at the end, and while the confirmed bot is being bound."""
     user: str = ""
-    token: str = ""
-    """Token of the confirmed bot, sealed for the bind command."""
-    bot_base_url: str = ""
     former_user: str = ""
     """The person bound to the sandbox before, if it is another one than `user`."""
     reason: str = ""

@@ -1,25 +1,19 @@
-"""One QR login from its first code to its bot.
+"""One QR login from its first code to its bot, in the memory of the replica that started it.
 
-`LoginRunner` runs a `LoginFlow` for each open login of an owned shard. The flow repeats these steps until the record
-is final:
+One task asks iLink about each code that may be scanned, and one fetches new codes. Their answers are applied one
+after the other, and what readers may know is stored by compare-and-set. Others write into the record, too: digits
+(`login.verify`), and its end (`login.cancel`). After a confirmation the flow publishes a bind command, and waits
+until it is applied or refused.
 
-1. Publish the record's step as an event, if it is not published.
-2. Keep exactly those requests to iLink in flight that the record needs (`_needed_requests`): one for each code that
-   may be scanned, and one for a new code.
-3. Apply the answers to the record by compare-and-set: scanned, digits needed, redirected, expired, confirmed.
-4. After a confirmation, store the credentials first, since iLink may not give them again. Then publish a bind command
-   and wait until it is applied or refused (`_bind`).
-
-All state is in the record, so another owner continues from there. The flow never writes a binding itself, and never
-logs a code, digits or a token.
+Handles of codes, redirects and credentials are in memory alone; the token leaves it sealed in the bind command. The
+flow never writes a binding itself, and never logs a code, digits or a token.
 """
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
-from collections.abc import Callable, Collection, Iterable
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterable
+from typing import NamedTuple
 
 import msgspec
 import structlog
@@ -27,14 +21,14 @@ from msgspec import structs
 
 from adapter.bindings.registry import Bindings
 from adapter.contract import messages as contract
-from adapter.contract.messages import Bind, BindingEvent
-from adapter.contract.names import H_MSG_ID, H_SCHEMA, shard_of
+from adapter.contract.messages import Bind, BindingEvent, Options
+from adapter.contract.names import H_MSG_ID, H_SCHEMA
 from adapter.contract.records import Binding, LoginRecord
 from adapter.errors import BusRefused, Refused, Temporary
-from adapter.kit.timing import Clock, backoff, shield_with_grace
+from adapter.kit.timing import Clock, backoff, shield_with_grace, wait_event
 from adapter.logins.qr import check_content
-from adapter.logins.registry import KEEP_ENDED_MS, LoginRegistry
-from adapter.logins.steps import ADVICE, apply_scan, code_of, event_of, next_step, seal_code, with_code
+from adapter.logins.registry import LoginRegistry
+from adapter.logins.steps import ADVICE, next_step
 from adapter.observability.events import BusAccess, read_binding_events, read_last_person_change
 from adapter.observability.metrics import Metrics
 from adapter.ownership.leases import Leases
@@ -51,12 +45,16 @@ RETRY_S = 0.5
 BOUND_S = 30.0
 """Longest wait for the bind command to take effect."""
 GRACE_S = 5.0
-"""Time to store an answer when the task has to end."""
+"""Time to apply an answer when the task has to end."""
+CODES = 2
+"""Codes of a login about which iLink is asked: the newest, and the one before it, which someone may be scanning."""
+DEAD_CODES = 3
+"""Expired or blocked codes after which a login ends, as in the official client."""
 LONGEST_ID, LONGEST_TOKEN = 128, 1024
 
 
 class LoginDeps(NamedTuple):
-    """Dependencies of the loop."""
+    """Dependencies of the flows."""
 
     logins: Logins
     registry: LoginRegistry
@@ -70,243 +68,273 @@ class LoginDeps(NamedTuple):
     """Age at which an unscanned code is replaced."""
 
 
-class _Request(NamedTuple):
-    """A request to iLink: about the code `number`; or for another one, once this (0: none) is old."""
+class _Code(NamedTuple):
+    """A code that may be scanned."""
 
     number: int
-    is_scan: bool = False
-    base_url: str = ""
-    digits: str = ""
-    """As sealed in the record."""
+    code: QrCode
 
 
 class LoginFlow:
-    """Continues one login from its record to its end."""
+    """Continues one login from its first code to its end."""
 
-    def __init__(self, login: str, deps: LoginDeps, published_steps: dict[str, int]) -> None:
+    def __init__(self, login: str, stored: tuple[LoginRecord, int], options: Options, deps: LoginDeps) -> None:
+        """`stored`: the record with the first code, and its revision."""
         self._login = login
+        self._record, self._revision = stored
+        self._options = options
         self._deps = deps
-        self._published_steps = published_steps
-        self._requests: dict[_Request, asyncio.Task[Scan | QrCode | None]] = {}
+        self._codes: dict[_Code, asyncio.Task[None]] = {}
+        """Oldest first, with who asks about it: the newest and the one before it, or only the scanned one. Empty: one
+        has to be fetched."""
+        self._needs_code = asyncio.Event()
+        """The newest code is dead."""
+        self._ended = 0
+        """Codes that expired or were blocked; codes that were replaced before do not count."""
+        self._base_url = ""
+        """Base URL of the requests about the codes; "": the service's default."""
+        self._turn = asyncio.Lock()
+        """Held while an answer is applied."""
 
-    async def run(self) -> None:
-        """Raises LeaseLost."""
-        registry, clock = self._deps.registry, self._deps.clock
-        try:
-            while (record := registry.get(self._login)) is not None:
-                await self._publish_step(record)
-                if record.is_over:
-                    return
-                await self._sync_requests(record)
-                if record.token:
-                    await self._bind(record)
-                elif clock.now_ms() >= record.until_ms:
-                    await self._fail_login("time", "", status="expired")
-                else:
-                    await self._wait_for_event(record)
-                    await shield_with_grace(self._process_answers(), GRACE_S)
-        finally:
-            await end_all(list(self._requests.values()))
+    async def run(self, first: QrCode) -> None:
+        """Raises a group: Refused("not_found") if the record was deleted, and bugs."""
+        async with asyncio.TaskGroup() as self._group:
+            renewing = self._group.create_task(self._renew_codes())
+            self._add_code(_Code(1, first))
+            await self._wait_until(lambda: self._now().is_over, (self._record.until_ms - self._now_ms()) / 1000)
+            async with self._turn:  # a confirmed bot is being bound
+                await self._step(status="expired", reason="time")
+            for task in (renewing, *self._codes.values()):
+                task.cancel()
 
-    async def _publish_step(self, record: LoginRecord) -> None:
-        """Publishes the step, once per owner. The stream drops it if the previous owner has published it."""
-        if self._published_steps.get(self._login) == record.step:
-            return
-        old = self._deps.clock.now_ms() - record.changed_ms > KEEP_ENDED_MS
-        if self._login in self._published_steps or not old:
-            await self._deps.access.events.publish_login_event(event_of(self._login, record), step=record.step)
-        self._published_steps[self._login] = record.step
+    async def fail(self, reason: str, detail: str = "") -> None:
+        await self._step(status="failed", reason=reason, detail=detail)
 
-    async def _update_record(self, make: Callable[[LoginRecord], LoginRecord | None]) -> LoginRecord:
+    # the record -------------------------------------------------------------------------------------
+
+    def _now(self) -> LoginRecord:
+        """The newest record known here: others write digits and an end."""
+        record, revision = self._deps.registry.get(self._login)
+        if record is not None and revision > self._revision:
+            self._record, self._revision = record, revision
+        return self._record
+
+    def _now_ms(self) -> int:
+        return self._deps.clock.now_ms()
+
+    async def _wait_until(self, holds: Callable[[], bool], timeout_s: float | None = None) -> None:
+        await self._deps.registry.changed.wait_until(holds, timeout_s)
+
+    async def _step(self, **changes: object) -> None:
+        """Stores a step, unless the login is over."""
+        await self._update(lambda record: next_step(record, **changes))
+
+    async def _update(self, make: Callable[[LoginRecord], LoginRecord | None]) -> None:
+        """Changes the record, unless the login is over."""
         while True:
             try:
-                return await self._deps.registry.update(self._login, make)
+                self._record, self._revision = await self._deps.registry.update(
+                    self._login, lambda record: None if record.is_over else make(record)
+                )
+                return
             except Temporary as exc:
                 log.warning("login.retrying", login=self._login[:6], reason=exc.reason)
                 await self._deps.clock.sleep(RETRY_S)
 
-    async def _fail_login(self, reason: str, detail: str, *, status: str = "failed") -> None:
-        def failed(record: LoginRecord) -> LoginRecord | None:
-            if record.is_over or (status == "expired" and record.token):
-                return None
-            return next_step(record, status=status, reason=reason, detail=detail)
+    def _seal_url(self, code: QrCode) -> str:
+        return self._deps.sealer.seal(login_context(self._login, "url"), code.url)
 
-        await self._update_record(failed)
+    # codes ------------------------------------------------------------------------------------------
 
-    # requests ---------------------------------------------------------------------------------------
+    def _add_code(self, code: _Code) -> None:
+        self._codes[code] = self._group.create_task(self._ask(code))
 
-    def _needed_requests(self, record: LoginRecord) -> set[_Request]:
-        """While digits are awaited no request is made, as in the official client: how iLink treats a request without
-        them is unknown."""
-        if record.token or (record.status == "need_verify_code" and not record.digits):
-            return set()
-        needed = {_Request(code.number, True, record.base_url, record.digits) for code in record.codes}
-        if record.status == "wait":
-            needed.add(_Request(record.number if code_of(record, record.number) else 0))
-        return needed
+    def _keep_codes(self, *kept: _Code) -> None:
+        for code in self._codes.keys() - {*kept}:
+            task = self._codes.pop(code)
+            if task is not asyncio.current_task():
+                task.cancel()
 
-    async def _sync_requests(self, record: LoginRecord) -> None:
-        needed, requests = self._needed_requests(record), self._requests
-        # the answer of one that is done is processed first
-        obsolete = [request for request, task in requests.items() if request not in needed and not task.done()]
-        await end_all([requests.pop(request) for request in obsolete])
-        for request in needed - requests.keys():
-            work = self._read_scan(record, request) if request.is_scan else self._fetch_code(record)
-            requests[request] = asyncio.get_running_loop().create_task(work)
-
-    async def _read_scan(self, record: LoginRecord, request: _Request) -> Scan | QrCode | None:
-        deps, code = self._deps, code_of(record, request.number)
-        assert code is not None
-        deps.leases.ensure_owned(shard_of(record.sandbox))
-        handle = deps.sealer.open(login_context(self._login, "handle"), code.handle)
-        digits = deps.sealer.open(login_context(self._login, "digits"), request.digits) if request.digits else ""
-        scan = await deps.logins.read_code(handle, request.base_url, digits)
-        known = ("wait", "scaned", "scaned_but_redirect") if record.status == "scanned" else ("wait",)
-        if scan is None or scan.status in known:
-            await deps.clock.sleep(PAUSE_S)
-        return scan
-
-    async def _fetch_code(self, record: LoginRecord) -> Scan | QrCode | None:
-        """Fetches a code once the newest one is old, or gone."""
+    async def _renew_codes(self) -> None:
+        """Fetches a code once the newest one is old or dead, and shows it unless somebody has scanned meanwhile."""
         deps, failures = self._deps, 0
-        if (newest := code_of(record, record.number)) is not None:
-            await deps.clock.sleep(max(0.0, (newest.made_ms - deps.clock.now_ms()) / 1000 + deps.refresh_s))
         while True:
-            deps.leases.ensure_owned(shard_of(record.sandbox))
+            if not failures:
+                await wait_event(self._needs_code, deps.refresh_s)
+                await self._wait_until(lambda: self._now().status == "wait")
             try:
-                return await fetch_code(deps.logins, deps.bindings.of_sandbox(record.sandbox), deps.sealer)
+                code = await fetch_code(deps.logins, deps.bindings.of_sandbox(self._record.sandbox), deps.sealer)
             except Temporary as exc:
                 failures += 1
                 wait_s = exc.retry_after_s or backoff(failures, longest_s=10.0)
                 log.warning("login.no_code", login=self._login[:6], reason=exc.reason, wait_s=wait_s)
                 await deps.clock.sleep(wait_s)
+                continue
+            failures = 0
+            self._needs_code.clear()
+            await shield_with_grace(self._on_code(code), GRACE_S)
 
-    async def _wait_for_event(self, record: LoginRecord) -> None:
-        """Waits for an answer, a changed record, or the end of the login's time."""
-        registry, left_s = self._deps.registry, (record.until_ms - self._deps.clock.now_ms()) / 1000
-        changed = asyncio.ensure_future(registry.changed.wait_until(lambda: registry.get(self._login) != record))
-        try:
-            waits: set[asyncio.Future[Any]] = {changed, *self._requests.values()}
-            await asyncio.wait(waits, timeout=max(0.0, left_s), return_when=asyncio.FIRST_COMPLETED)
-        finally:
-            changed.cancel()
+    async def _on_code(self, code: QrCode) -> None:
+        async with self._turn:
+            if self._now().status != "wait":
+                return
+            self._keep_codes(*[*self._codes][1 - CODES :])
+            await self._step(number=(number := self._record.number + 1), url=self._seal_url(code))
+            self._add_code(_Code(number, code))
+            self._deps.metrics.qr_refreshes.inc()
+
+    async def _ask(self, code: _Code) -> None:
+        """Asks about a code until it is dead, or another one was scanned.
+
+        While digits are awaited no request is made, as in the official client: how iLink treats a request without
+        them is unknown.
+        """
+        deps = self._deps
+        while code in self._codes:
+            await self._wait_until(lambda: self._now().status != "need_verify_code" or bool(self._record.digits))
+            sent, before = self._record.digits, self._record.status
+            digits = deps.sealer.open(login_context(self._login, "digits"), sent) if sent else ""
+            try:
+                scan = await deps.logins.read_code(code.code.handle, self._base_url, digits)
+                if scan is not None:
+                    await shield_with_grace(self._on_scan(code, sent, scan), GRACE_S)
+            except Refused as exc:
+                await self.fail(exc.reason, exc.detail)
+            # a redirect during the scan is new
+            if scan is None or scan.status == "wait" or before == "scanned":
+                await deps.clock.sleep(PAUSE_S)
 
     # answers ----------------------------------------------------------------------------------------
 
-    async def _process_answers(self) -> None:
-        """Applies the answers that have arrived. Raises LeaseLost."""
-        for request in [request for request, task in self._requests.items() if task.done()]:
-            try:
-                answer = self._requests.pop(request).result()
-                if isinstance(answer, QrCode):
-                    await self._store_code(answer)
-                elif answer is not None:
-                    await self._store_scan(request, answer)
-            except Refused as exc:
-                await self._fail_login(exc.reason, exc.detail)
-
-    async def _store_code(self, code: QrCode) -> None:
-        deps, replaced = self._deps, False
-
-        def with_new_code(record: LoginRecord) -> LoginRecord | None:
-            nonlocal replaced
-            sealed = seal_code(deps.sealer, self._login, record.number + 1, code, deps.clock.now_ms())
-            after = with_code(record, sealed)
-            replaced = after is not None
-            return after
-
-        await self._update_record(with_new_code)
-        if replaced:
-            deps.metrics.qr_refreshes.inc()
-
-    async def _store_scan(self, request: _Request, scan: Scan) -> None:
-        """Raises Refused for an answer that no login could use."""
-        deps = self._deps
-        base_url = request.base_url
-        if scan.status == "confirmed":
-            _check_credentials(scan)
-            base_url = deps.logins.check_base_url(scan.base_url) if scan.base_url else ""
-        elif scan.status == "scaned_but_redirect" and scan.redirect_host:
-            base_url = deps.logins.redirect_base_url(scan.redirect_host, request.base_url)
-
-        def after_scan(record: LoginRecord) -> LoginRecord | None:
-            code = code_of(record, request.number)
-            if code is None or record.token:
-                return None
+    async def _on_scan(self, code: _Code, sent: str, scan: Scan) -> None:
+        """`sent`: the digits in the request, sealed. Raises Refused for an answer that no login could use."""
+        async with self._turn:
+            record = self._now()
+            if code not in self._codes or record.is_over:
+                return
             match scan.status:
                 case "confirmed":
-                    token = deps.sealer.seal(bind_context(record.sandbox, scan.bot), scan.token)
-                    return structs.replace(record, token=token, bot=scan.bot, user=scan.user, bot_base_url=base_url)
-                case "scaned_but_redirect":
-                    if record.status == "wait":
-                        return next_step(record, status="scanned", codes=[code], base_url=base_url)
-                    return structs.replace(record, base_url=base_url) if record.base_url != base_url else None
+                    await self._confirm(scan)
                 case "binded_redirect":  # iLink does not say which bot it means; if the sandbox has one, it is that
-                    bound = [b for b in deps.bindings.of_sandbox(record.sandbox) if b.state == "active"]
+                    bound = [b for b in self._deps.bindings.of_sandbox(record.sandbox) if b.state == "active"]
                     bot, user = (bound[0].bot, bound[0].user) if len(bound) == 1 else ("", "")
-                    return next_step(record, status="already_bound", bot=bot, user=user)
+                    await self._step(status="already_bound", bot=bot, user=user)
+                case "scaned_but_redirect":
+                    if scan.redirect_host:
+                        self._base_url = self._deps.logins.redirect_base_url(scan.redirect_host, self._base_url)
+                    if record.status == "wait":
+                        await self._on_scanned(code, "", status="scanned")
+                case "scaned" if record.status != "scanned":
+                    await self._on_scanned(code, sent, status="scanned")
+                case "need_verifycode" if sent:
+                    detail = "The digits are not those shown on the phone; send them again."
+                    wrong = {"status": "need_verify_code", "reason": "wrong_code", "detail": detail}
+                    await self._on_scanned(code, sent, **wrong)
+                case "need_verifycode" if record.status != "need_verify_code":
+                    await self._on_scanned(code, "", status="need_verify_code")
+                case "expired" | "verify_code_blocked":
+                    await self._on_dead(code, blocked=scan.status == "verify_code_blocked")
                 case _:
-                    return apply_scan(record, code, request.digits, scan)
+                    pass
 
-        await self._update_record(after_scan)
+    async def _on_scanned(self, code: _Code, sent: str, **changes: object) -> None:
+        """Somebody has scanned this code, so it is the only one that counts. If other digits than `sent` have come
+        meanwhile, the verdict on them counts."""
+        self._keep_codes(code)
+        changes |= {"url": self._seal_url(code.code), "digits": ""}
+        await self._update(lambda record: next_step(record, **changes) if record.digits == sent else None)
+
+    async def _on_dead(self, code: _Code, *, blocked: bool) -> None:
+        """Removes a code. Only the end of the newest one counts, since the other was already replaced."""
+        others = [other for other in self._codes if other != code]
+        self._keep_codes(*others)
+        if others and code.number != self._record.number:
+            return
+        self._ended += 1
+        if self._ended < DEAD_CODES:  # the next code makes the step
+            url = self._seal_url(others[-1].code) if others else ""
+            changes = {"status": "wait", "url": url, "digits": "", "reason": "", "detail": ""}
+            await self._update(lambda record: structs.replace(record, **changes))
+            self._needs_code.set()
+        elif blocked:
+            await self.fail("blocked", "Too many wrong digits; start another login.")
+        else:
+            detail = f"{self._ended} codes expired without being confirmed; start another login."
+            await self._step(status="expired", reason="codes", detail=detail)
 
     # binding ----------------------------------------------------------------------------------------
 
-    async def _bind(self, record: LoginRecord) -> None:
-        """Publishes the bind command, since only control commands write bindings, and waits for the outcome."""
-        deps, request = self._deps, f"login:{self._login}"
-        if _find_bound(deps, record, request) is None:
-            await self._note_former_user(record)
-            bind = Bind(
-                sandbox=record.sandbox,
-                bot=record.bot,
-                bot_token=record.token,
-                id=request,
-                base_url=record.bot_base_url or None,
-                user=record.user or None,
-                options=record.options,
-                check=False,  # iLink has just given it
-            )
-            headers = {H_MSG_ID: request, H_SCHEMA: contract.SCHEMA_VERSION}
-            try:
-                command = Message("ctl", deps.access.names.bind, msgspec.json.encode(bind), headers)
-                await deps.access.bus.publish(command)
-            except BusRefused as exc:
-                log.error("login.unbound", login=self._login[:6], sandbox=record.sandbox, detail=exc.detail)
-                await self._fail_login("bus", "The bus did not take the bind command; start another login.")
-                return
+    async def _confirm(self, scan: Scan) -> None:
+        """Publishes the bind command, since only control commands write bindings, and waits for the outcome. From
+        then on the login cannot be cancelled. Raises Refused for credentials that no bind could use."""
+        deps, sandbox, request = self._deps, self._record.sandbox, f"login:{self._login}"
+        _check_credentials(scan)
+        base_url = deps.logins.check_base_url(scan.base_url) if scan.base_url else None
+        former_user = await self._former_user(scan.user)
+        binding_now = {"bot": scan.bot, "user": scan.user, "former_user": former_user, "url": "", "digits": ""}
+        await self._update(lambda record: structs.replace(record, **binding_now))
+        if self._record.is_over:
+            return
+        bind = Bind(
+            sandbox=sandbox,
+            bot=scan.bot,
+            bot_token=deps.sealer.seal(bind_context(sandbox, scan.bot), scan.token),
+            id=request,
+            base_url=base_url,
+            user=scan.user or None,
+            options=self._options,
+            check=False,  # iLink has just given it
+        )
+        headers = {H_MSG_ID: request, H_SCHEMA: contract.SCHEMA_VERSION}
+        try:
+            await deps.access.bus.publish(Message("ctl", deps.access.names.bind, msgspec.json.encode(bind), headers))
+        except BusRefused as exc:
+            log.error("login.unbound", login=self._login[:6], sandbox=sandbox, detail=exc.detail)
+            await self.fail("bus", "The bus did not take the bind command; start another login.")
+            return
         deadline = deps.clock.monotonic() + BOUND_S
         while deps.clock.monotonic() < deadline:
-            if await deps.bindings.changed.wait_until(lambda: _find_bound(deps, record, request) is not None, 2.0):
+            if await deps.bindings.changed.wait_until(lambda: self._find_bound(scan, request) is not None, 2.0):
                 break
-            if refused := await _find_refusal(deps, record, request):
-                await self._fail_login(refused.reason, refused.detail)
+            if refused := await self._find_refusal(request):
+                await self.fail(refused.reason, refused.detail)
                 return
-        binding = _find_bound(deps, record, request)
+        binding = self._find_bound(scan, request)
         bound = {"bot": binding.bot, "user": binding.user} if binding else _PENDING
+        warning = {"detail": _WARNING.format(former_user)} if former_user else {}
+        await self._step(status="confirmed", **{**warning, **bound})
 
-        def with_confirmation(now: LoginRecord) -> LoginRecord | None:
-            if now.is_over:
-                return None
-            warning = {"detail": _WARNING.format(now.former_user)} if now.former_user else {}
-            return next_step(now, status="confirmed", **{**warning, **bound})
-
-        await self._update_record(with_confirmation)
-
-    async def _note_former_user(self, record: LoginRecord) -> None:
-        """Stores the person who is or was last bound to the sandbox, if it is another one. After the bind that cannot
-        be found out."""
-        deps, user = self._deps, record.user
-        users = {binding.user for binding in deps.bindings.of_sandbox(record.sandbox)}
+    async def _former_user(self, user: str) -> str:
+        """The person who is or was last bound to the sandbox, if it is another one. After the bind that cannot be
+        found out."""
+        deps, sandbox = self._deps, self._record.sandbox
+        users = {binding.user for binding in deps.bindings.of_sandbox(sandbox)}
         while not users:
             try:
-                last = await read_last_person_change(deps.access.history, deps.access.names, record.sandbox)
+                last = await read_last_person_change(deps.access.history, deps.access.names, sandbox)
                 users = {last.user if last is not None else ""}
             except Temporary as exc:
                 log.warning("login.retrying", login=self._login[:6], reason=exc.reason)
                 await deps.clock.sleep(RETRY_S)
-        if user and user not in users and (others := users - {""}):
-            await self._update_record(lambda now: structs.replace(now, former_user=min(others)))
+        return min(users - {""}, default="") if user and user not in users else ""
+
+    def _find_bound(self, scan: Scan, request: str) -> Binding | None:
+        """The binding that the bind command made, even if it changed nothing."""
+        same, bound = self._deps.sealer.is_same_secret, self._deps.bindings.of_sandbox(self._record.sandbox)
+        made = (b for b in bound if b.request == request or (b.bot == scan.bot and same(b.bot, b.token, scan.token)))
+        return next(made, None)
+
+    async def _find_refusal(self, request: str) -> BindingEvent | None:
+        """The event with which the bind command was refused."""
+        access, since_ms = self._deps.access, self._record.changed_ms - 60_000
+        found = read_binding_events(access.history, access.names, self._record.sandbox, since_ms=since_ms)
+        try:
+            async for _, event in found:
+                if event.request == request and event.change == "refused":
+                    return event
+        except Temporary as exc:
+            log.info("login.unread", sandbox=self._record.sandbox, reason=exc.reason)
+        return None
 
 
 _PENDING = {
@@ -314,31 +342,6 @@ _PENDING = {
     "detail": "The bind command is stored and will take effect; a binding event reports the outcome.",
 }
 _WARNING = f"{ADVICE['confirmed']} Another person than before has scanned the code: {{}} was bound to this sandbox."
-
-
-def _find_bound(deps: LoginDeps, record: LoginRecord, request: str) -> Binding | None:
-    """The binding that the bind command made, even if it changed nothing."""
-    for binding in deps.bindings.of_sandbox(record.sandbox):
-        if binding.request == request:
-            return binding
-        if binding.bot == record.bot:
-            with contextlib.suppress(Refused):
-                token = deps.sealer.open(bind_context(record.sandbox, record.bot), record.token)
-                if deps.sealer.open(binding.bot, binding.token) == token:
-                    return binding
-    return None
-
-
-async def _find_refusal(deps: LoginDeps, record: LoginRecord, request: str) -> BindingEvent | None:
-    """The event with which the bind command was refused."""
-    access, since_ms = deps.access, record.changed_ms - 60_000
-    try:
-        async for _, event in read_binding_events(access.history, access.names, record.sandbox, since_ms=since_ms):
-            if event.request == request and event.change == "refused":
-                return event
-    except Temporary as exc:
-        log.info("login.unread", sandbox=record.sandbox, reason=exc.reason)
-    return None
 
 
 def _check_credentials(scan: Scan) -> None:
@@ -368,14 +371,3 @@ async def fetch_code(logins: Logins, bound: Iterable[Binding], sealer: Sealer) -
     code = await logins.fetch_code(tokens)
     check_content(code.url)
     return code
-
-
-async def end_all(tasks: Collection[asyncio.Task[Any]]) -> None:
-    """Cancels tasks and waits for their end. Their results are dropped."""
-    for task in tasks:
-        task.cancel()
-    if tasks:
-        await asyncio.wait(tasks)
-    for task in tasks:
-        if not task.cancelled():
-            task.exception()

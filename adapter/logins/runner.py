@@ -1,82 +1,82 @@
-"""Runs the open QR logins of this replica's shards, each in a task.
+"""Runs the QR logins that this replica started, and ends those whose replica is gone.
 
-Only the shard's owner asks iLink (`flow`), so that exactly one replica processes a confirmation.
+A login lives in one replica. After a crash its codes are in nobody's memory: any replica that finds the owner gone
+stores the status `lost`, and a new code has to be asked for.
 """
 
 from __future__ import annotations
 
-import asyncio
 from functools import partial
 
 import structlog
 
-from adapter.contract.names import shard_of
-from adapter.errors import LeaseLost, Refused
-from adapter.kit.timing import wait_any
-from adapter.logins.flow import LoginDeps, LoginFlow, end_all
+from adapter.contract.messages import Options
+from adapter.contract.records import LoginRecord
+from adapter.errors import Refused, Temporary
+from adapter.kit.tasks import TaskSet
+from adapter.logins.flow import LoginDeps, LoginFlow
+from adapter.logins.steps import next_step
+from adapter.ports import QrCode
 
 log = structlog.get_logger()
 
+LOOK_S = 1.0
+
 
 class LoginRunner:
-    """Maintains a task for each open login of an owned shard."""
+    """The open logins of this replica, each in a task."""
 
     def __init__(self, deps: LoginDeps) -> None:
         self._deps = deps
-        self._tasks: dict[str, asyncio.Task[None]] = {}
-        self._published_steps: dict[str, int] = {}
-        """The last published step of each login. The flows write to this dict, so it is never replaced."""
+        self._tasks = TaskSet(_report)
+
+    async def start(self, login: str, record: LoginRecord, code: QrCode, options: Options) -> LoginRecord:
+        """Stores a new login with its first code, and runs it here. Raises BusRefused, Temporary."""
+        stored = await self._deps.registry.create(login, record)
+        self._tasks.spawn(self._run_flow(login, LoginFlow(login, stored, options, self._deps), code))
+        return stored[0]
 
     async def run(self) -> None:
-        """Runs until cancelled; then answers that have arrived are stored."""
-        bindings = self._deps.bindings
+        """Runs until cancelled; then answers that have arrived are applied."""
+        registry, leases = self._deps.registry, self._deps.leases
         try:
-            await bindings.changed.wait_until(lambda: bindings.is_loaded)
             while True:
-                self._sync_flows()
-                await self._wait_for_change()
+                registry.forget_ended()
+                for login, record in registry:
+                    if not record.is_over:
+                        await self._end_if_lost(login, record.owner)
+                epoch = leases.membership_epoch
+                await leases.changed.wait_until(partial(self._has_left, epoch), LOOK_S)
         finally:
-            await end_all(list(self._tasks.values()))
+            self._tasks.cancel_all()
+            await self._tasks.wait_ended()
 
-    def _sync_flows(self) -> None:
-        registry, leases = self._deps.registry, self._deps.leases
-        registry.forget_ended()
-        owned = leases.owned if leases.is_valid else set()
-        known = dict(registry)
-        for login in self._published_steps.keys() - known.keys():
-            del self._published_steps[login]
-        for login, record in known.items():
-            due = not record.is_over or self._published_steps.get(login) != record.step
-            if due and shard_of(record.sandbox) in owned and login not in self._tasks:
-                task = asyncio.get_running_loop().create_task(self._run_flow(login), name=f"login.{login[:6]}")
-                self._tasks[login] = task
-                task.add_done_callback(partial(self._forget_task, login))
-        for login, task in self._tasks.items():
-            here = login in known and shard_of(known[login].sandbox) in owned
-            if not here and not task.cancelling():
-                task.cancel()
+    def _has_left(self, epoch: int) -> bool:
+        """Whether a replica has left since."""
+        return self._deps.leases.membership_epoch != epoch
 
-    def _forget_task(self, login: str, _: object) -> None:
-        del self._tasks[login]
+    async def _end_if_lost(self, login: str, owner: str) -> None:
+        leases = self._deps.leases
 
-    async def _run_flow(self, login: str) -> None:
-        while True:
-            try:
-                await LoginFlow(login, self._deps, self._published_steps).run()
-                return
-            except (LeaseLost, Refused) as exc:  # Refused: the record was deleted
-                log.info("login.abandoned", login=login[:6], reason=exc.reason)
-                return
-            except Exception:  # a bug: this login pauses, and the others continue
-                log.exception("login.crashed", login=login[:6])
-            await self._deps.clock.sleep(5.0)
+        def lost(now: LoginRecord) -> LoginRecord | None:
+            # with the finder's name: two who write the same at once would both take the write for their own
+            return None if now.is_over else next_step(now, status="lost", owner=leases.incarnation)
 
-    async def _wait_for_change(self) -> None:
-        """Waits until a login may have to start or end."""
-        registry, leases = self._deps.registry, self._deps.leases
-        version, owned, valid = registry.version, set(leases.owned), leases.is_valid
-        await wait_any(
-            registry.changed.wait_until(lambda: registry.version != version),
-            leases.changed.wait_until(lambda: (leases.owned, leases.is_valid) != (owned, valid)),
-            timeout_s=1.0,
-        )
+        try:
+            if await leases.revoke_if_expired(owner):
+                await self._deps.registry.update(login, lost)
+        except (Temporary, Refused) as exc:  # Refused: the record was deleted
+            log.info("login.unread", reason=exc.reason)
+
+    async def _run_flow(self, login: str, flow: LoginFlow, code: QrCode) -> None:
+        try:
+            await flow.run(code)
+        except* Refused as exc:  # the record was deleted
+            log.info("login.abandoned", login=login[:6], reason=exc.exceptions[0].args[0])
+        except* Exception:  # a bug ends this login, and the others continue
+            log.exception("login.crashed", login=login[:6])
+            await flow.fail("crashed", "The adapter failed, see its log; start another login.")
+
+
+def _report(exc: BaseException) -> None:
+    log.error("task.crashed", task="login", exc_info=exc)

@@ -53,7 +53,7 @@ async def run_replica(replica: Replica, stop: asyncio.Event, on_ready: Callable[
                 if await run_preflight(replica, stop):
                     leasing = start_loop(replica.leases.run(), "leases")
                     start_loop(replica.bindings.run(), "bindings")
-                    start_loop(replica.logins.run(), "logins")
+                    start_loop(replica.logins.registry.run(), "logins")
                     running_logins = start_loop(replica.login_runner.run(), "logins.run")
                     following = group.create_task(replica.supervisor.run(), name="supervisor")
                     replica.health_monitor.on_started()
@@ -86,7 +86,7 @@ async def _drain(
             finally:
                 following.cancel()
             await replica.supervisor.drain(max(0.5, replica.settings.drain_s - RELEASE_S))
-            running_logins.cancel()  # logins run until another replica may take them
+            running_logins.cancel()
             await asyncio.wait([running_logins])
             leasing.cancel()  # a later renewal would write the deleted key again
             await asyncio.wait([leasing])

@@ -188,20 +188,18 @@ class Replica:
             clock=clock,
             metrics=metrics,
         )
-        self.logins = LoginRegistry(connections.bucket(names.logins), clock, metrics)
-        self.login_runner = LoginRunner(
-            LoginDeps(
-                logins=connections.chat,
-                registry=self.logins,
-                bindings=self.bindings,
-                leases=self.leases,
-                access=self.access,
-                sealer=self.sealer,
-                clock=clock,
-                metrics=metrics,
-                refresh_s=login_refresh_s,
-            )
+        self.logins = LoginDeps(
+            logins=connections.chat,
+            registry=LoginRegistry(connections.bucket(names.logins), self.access.events, clock, metrics),
+            bindings=self.bindings,
+            leases=self.leases,
+            access=self.access,
+            sealer=self.sealer,
+            clock=clock,
+            metrics=metrics,
+            refresh_s=login_refresh_s,
         )
+        self.login_runner = LoginRunner(self.logins)
         self.handlers = self._register_services()
 
         metrics.bindings_capacity.set(settings.capacity)
@@ -325,7 +323,7 @@ class Replica:
     def _register_services(self) -> dict[str, Handler]:
         """Registers `wechat.svc.*`. Returns the handlers for requests without a sandbox."""
         settings, connections, names, metrics = self.settings, self.connections, self.names, self.metrics
-        login = LoginService(connections.chat, self.logins, self.bindings, self.sealer, self.clock, metrics)
+        login = LoginService(self.logins, self.login_runner)
         # any server may answer: these data change little, and a flood of requests must not delay commands
         conversations = ConversationStore(
             connections.bulk_bucket(names.conversations), decoder=self.conversation_store.decoder
@@ -411,7 +409,7 @@ class Replica:
             bindings=self.bindings,
             health=self.health_deps,
             access=self.access,
-            registry=self.logins,
+            registry=self.logins.registry,
             services=self.handlers,
             clock=self.clock,
         )

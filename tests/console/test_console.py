@@ -18,11 +18,15 @@ from structlog.testing import capture_logs
 from adapter.console.auth import SESSION_S, WRONG_A_MINUTE, ConsoleAuth
 from adapter.console.server import MAX_BODY, MAX_IN_FLIGHT, Console, is_loopback
 from adapter.console.service import ConsoleDeps
+from adapter.contract.messages import LoginStart
 from adapter.contract.names import H_DETAIL, H_MSG_ID, H_REASON, H_SUBJECT, H_TIME_MS
 from adapter.errors import BusRefused, SettingsError, Temporary
+from adapter.logins.flow import REFRESH_S, LoginDeps
 from adapter.logins.registry import LoginRegistry
+from adapter.logins.runner import LoginRunner
 from adapter.logins.steps import next_step
 from adapter.ownership.replica_status import PollerStatus, ReplicaStatus, StatusRequest
+from adapter.security.seal import login_context
 from adapter.services.health import HealthDeps
 from adapter.services.logins import LoginService
 from tests.fakes import WINDOW, Bench, FakeBucket, FakeClock, FakeLogins
@@ -65,11 +69,27 @@ class Office:
         self.clock = AnyThreadsClock()
         self.replicas = FakeReplicas()
         self.ilink = FakeLogins(self.bench.clock)
-        sealer = self.bench.sealer
-        self.registry = LoginRegistry(FakeBucket("login"), self.bench.clock, self.bench.metrics)
-        service = LoginService(
-            self.ilink, self.registry, self.bench.bindings, sealer, self.bench.clock, self.bench.metrics
+        self.registry = LoginRegistry(FakeBucket("login"), self.bench.events, self.bench.clock, self.bench.metrics)
+        logins = LoginDeps(
+            logins=self.ilink,
+            registry=self.registry,
+            bindings=self.bench.bindings,
+            leases=self.bench.leases,
+            access=self.bench.access,
+            sealer=self.bench.sealer,
+            clock=self.bench.clock,
+            metrics=self.bench.metrics,
+            refresh_s=REFRESH_S,
         )
+        self.runner = LoginRunner(logins)
+        service = LoginService(logins, self.runner)
+        self.started: list[LoginStart] = []
+
+        async def start(data: bytes) -> bytes:
+            self.started.append(msgspec.json.decode(data, type=LoginStart))
+            return await service.start(data)
+
+        self.following = asyncio.create_task(self.registry.run())
         self.living = 1
         self.deps = ConsoleDeps(
             bindings=self.bench.bindings,
@@ -84,7 +104,7 @@ class Office:
             access=self.bench.access,
             registry=self.registry,
             services={
-                "login.start": service.start,
+                "login.start": start,
                 "login.status": service.status,
                 "login.verify": service.verify,
                 "login.cancel": service.cancel,
@@ -497,7 +517,8 @@ async def test_a_login_shows_its_code_and_no_secret_in_the_address(office: Offic
     answer = await office.post("/logins", sandbox="s1", durable="on")
     assert answer.status_code == 303
     ((login, record),) = list(office.registry)
-    assert (record.sandbox, record.options.durable, record.options.auto_typing) == ("s1", True, False)
+    (asked,) = office.started
+    assert (record.sandbox, asked.options.durable, asked.options.auto_typing) == ("s1", True, False)
     place = answer.headers["Location"]
     assert login not in place
     page = (await office.browser.get(place)).text
@@ -530,7 +551,7 @@ async def test_digits_are_handed_on_as_they_are_typed(office: Office) -> None:
     assert "Type the digits that the phone shows." in page
     assert (await office.post(f"{place}/verify", digits=" 47 11 ")).status_code == 303
     ((_, record),) = list(office.registry)
-    assert record.digits == "4711"
+    assert office.bench.sealer.open(login_context(login, "digits"), record.digits) == "4711"
     assert "The digits are being checked." in (await office.browser.get(place)).text
     assert 'class="digits"' not in (await office.browser.get(place)).text
     await office.registry.update(

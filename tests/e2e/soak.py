@@ -334,7 +334,11 @@ class Soak:
         while login.status != "confirmed":
             await asyncio.sleep(0.5)
             login = await self.ask("login.status", login=login.login)
-            assert login.status in ("wait", "scanned", "confirmed"), login
+            assert login.status in ("wait", "scanned", "confirmed", "lost"), login
+            if login.status == "lost":  # its replica was killed or stopped, or the bind is on its way
+                self.counts["logins lost"] += 1
+                await self.unbind(sandbox)
+                return
         await self.stay(sandbox, Bot(record["bot"], user, ""))
 
     async def stay(self, sandbox: str, bot: Bot) -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import base64
+import os
 import secrets
+from asyncio.subprocess import PIPE
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,6 @@ from nats.aio.client import Client
 from nats.errors import Error as NatsError
 
 from adapter.contract.messages import (
-    BindingEvent,
     BindingsPage,
     BindingsQuery,
     Inbound,
@@ -27,6 +28,7 @@ from adapter.contract.messages import (
 from adapter.simulator import FaultRule
 from tests.e2e.test_bindings import ask, changes
 from tests.e2e.world import NAMES, SOON, AdapterProcess, World, eventually, stream, until, world
+from tests.forks import fork
 
 FAST: dict[str, Any] = {"qr_hold_ms": 300, "token_death_delay_s": 0}
 
@@ -177,8 +179,8 @@ async def test_what_goes_wrong_on_the_way_is_survived_or_said(tmp_path: Path) ->
 
 
 @pytest.mark.parametrize("when", ["wait", "need_verify_code", "scanned"])
-async def test_a_login_survives_its_owner(tmp_path: Path, when: str) -> None:
-    """kill -9 of the only adapter, which is started again; a replica that takes over does the same."""
+async def test_a_login_whose_only_replica_was_killed_is_lost_and_another_binds(tmp_path: Path, when: str) -> None:
+    """The code that was on the screen is of no use: who confirms it binds nobody."""
     async with world(tmp_path, **FAST) as made:
         adapter = await made.add_adapter()
         nc = await ready(made, adapter)
@@ -189,50 +191,64 @@ async def test_a_login_survives_its_owner(tmp_path: Path, when: str) -> None:
         if when != "wait":
             made.sim.scan(code)
             await reaches(nc, login, when)
-        if when == "scanned":
-            await made.sim.redirect(code)
-            await until(lambda: bool(made.sim.qrcodes()[0].polls), "it goes on")
         await adapter.kill()
-        if when != "need_verify_code":
-            made.sim.confirm(code)
         await adapter.start()
-        if when == "need_verify_code":
-            await reaches(nc, login, when)
-            await ask(nc, "login.verify", LoginVerify(login=login.login, code="4711"), Login)
-            await reaches(nc, login, "scanned")
-            made.sim.confirm(code)
-        done = await reaches(nc, login, "confirmed")
-        assert done.bot == made.sim.bots()[0].bot
+        lost = await reaches(nc, login, "lost")
+        assert (lost.qrcode_url, "start another" in lost.detail) == ("", True)
+        assert await ask(nc, "login.verify", LoginVerify(login=login.login, code="4711"), Login) == "400"
+        again = await start(nc)
+        made.sim.confirm(newest(made))
+        done = await reaches(nc, again, "confirmed")
         assert await changes(nc, "s1") == ["bound"]
-        assert [event.status for event in await events(nc)].count("confirmed") == 1
+        statuses = [event.status for event in await events(nc)]
+        assert statuses == ["wait", *([when] if when != "wait" else []), "lost", "wait", "confirmed"]
+        assert done.bot in {bot.bot for bot in made.sim.bots()}
 
 
-async def test_two_replicas_take_one_confirmation_also_when_the_owner_dies(tmp_path: Path) -> None:
+async def test_the_command_shows_a_new_code_where_the_replica_of_the_first_is_gone(tmp_path: Path) -> None:
+    async with world(tmp_path, **FAST) as made:
+        adapter = await made.add_adapter()
+        nc = await ready(made, adapter)
+        environ = {**os.environ, "NATS_URL": made.url}
+        command = await fork("adapter", "login", "s1", "--url", env=environ, stdout=PIPE, stderr=PIPE)
+        assert command.stdout is not None
+        first = await command.stdout.readline()
+        await adapter.kill()
+        await adapter.start()
+        second = await command.stdout.readline()
+        assert first != second
+        made.sim.confirm(second.decode().strip().rpartition("=")[2])
+        _, said = await command.communicate()
+        assert (await command.wait(), b"is gone" in said, b"serves s1" in said) == (0, True, True)
+        assert await changes(nc, "s1") == ["bound"]
+
+
+async def test_two_replicas_answer_for_each_other_and_lose_only_the_logins_of_the_dead(tmp_path: Path) -> None:
     async with world(tmp_path, **FAST) as made:
         first = await made.add_adapter()
         nc = await ready(made, first)
         second = await made.add_adapter()
         await until(lambda: b"adapter.started" in second.log.read_bytes(), "the second runs")
-        logins = [await start(nc, f"s{n}") for n in range(6)]
+        logins = [await start(nc, f"s{n}") for n in range(8)]
         codes = [record.qrcode for record in made.sim.qrcodes()]
-        for code in codes[:3]:
-            made.sim.confirm(code)
-        for login in logins[:3]:
-            await reaches(nc, login, "confirmed")
+        for code in codes:
+            made.sim.require_verify(code, "4711")
+            made.sim.scan(code)
+        for login in logins:  # any replica takes the digits
+            await reaches(nc, login, "need_verify_code")
+            await ask(nc, "login.verify", LoginVerify(login=login.login, code="4711"), Login)
+            await reaches(nc, login, "scanned")
         await first.kill()
-        for code in codes[3:]:
+        for code in codes:
             made.sim.confirm(code)
-        for login in logins[3:]:
-            await reaches(nc, login, "confirmed")
+        ended = [await reaches(nc, login, "lost", "confirmed") for login in logins]
+        lost = [login.sandbox for login in ended if login.status == "lost"]
+        assert 0 < len(lost) < len(logins)
         page = await ask(nc, "bindings.list", BindingsQuery(), BindingsPage)
-        assert sorted(b.bot for b in page.bindings) == sorted(bot.bot for bot in made.sim.bots())
-        stored = await stream(nc, NAMES.stream_event, NAMES.event("*", "binding"))
-        bound = [msgspec.json.decode(data, type=BindingEvent).bot for _, data in stored]
-        assert sorted(bound) == sorted(bot.bot for bot in made.sim.bots())
-        for number in range(6):
-            told = [event.status for event in await events(nc, f"s{number}")]
-            assert told.count("confirmed") == 1
-            assert told[0] == "wait"
+        assert {binding.sandbox for binding in page.bindings} == {login.sandbox for login in ended} - {*lost}
+        for login in ended:
+            told = [event.status for event in await events(nc, login.sandbox)]
+            assert told == ["wait", "need_verify_code", "scanned", login.status]
 
 
 async def test_what_was_parked_for_a_user_is_sent_by_the_bot_of_their_next_login(tmp_path: Path) -> None:
@@ -275,9 +291,6 @@ async def test_no_secret_of_a_login_is_in_a_log_an_event_or_on_disk(tmp_path: Pa
         login = await start(nc)
         made.sim.require_verify(newest(made), "471147114711")
         made.sim.scan(newest(made))
-        await reaches(nc, login, "need_verify_code")
-        await adapter.kill()
-        await adapter.start()
         await reaches(nc, login, "need_verify_code")
         await ask(nc, "login.verify", LoginVerify(login=login.login, code="471147114711"), Login)
         await reaches(nc, login, "scanned")

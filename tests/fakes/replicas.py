@@ -23,6 +23,7 @@ class FakeLeases(Leases):
         self.surplus = set()
         self.orphans = set()
         self.membership_epoch = 0
+        self.draining = False
         self.proven_dead: set[str] = set()
         self.asked_dead = 0
         """How often somebody asked whether an incarnation is dead."""

@@ -47,7 +47,7 @@ static bool is_one_of(const char *word, const char *const *words)
 static bool login(natsConnection *nc, const char *sandbox)
 {
     static const char *const good[] = {"confirmed", "already_bound", NULL};
-    static const char *const bad[] = {"expired", "failed", "cancelled", NULL};
+    static const char *const bad[] = {"expired", "failed", "cancelled", "lost", NULL};
     natsSubscription *events = NULL;
     cJSON *start = cJSON_CreateObject(), *now;
     char subject[128], state[160], shown[160] = "";

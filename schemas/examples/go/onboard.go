@@ -69,7 +69,7 @@ func logIn(nc *nats.Conn, sandbox string) bool {
 		switch now.Status {
 		case "confirmed", "already_bound":
 			return true
-		case "expired", "failed", "cancelled":
+		case "expired", "failed", "cancelled", "lost":
 			return false
 		case "need_verify_code":
 			if now.Reason != "checking" {

@@ -20,7 +20,7 @@ from bus import connect
 from nats.aio.client import Client
 from nats.errors import TimeoutError as NatsTimeoutError
 
-OVER = ("confirmed", "already_bound", "expired", "failed", "cancelled")
+OVER = ("confirmed", "already_bound", "expired", "failed", "cancelled", "lost")
 
 
 async def login(nc: Client, sandbox: str) -> int:

@@ -15,7 +15,7 @@ import { createInbox, headers, type NatsConnection } from "@nats-io/transport-no
 import { connect } from "./bus.js";
 import type { Bind, ControlAnswer, Login, LoginQuery, LoginStart, LoginVerify } from "./wechat-nats.d.ts";
 
-const OVER = ["confirmed", "already_bound", "expired", "failed", "cancelled"];
+const OVER = ["confirmed", "already_bound", "expired", "failed", "cancelled", "lost"];
 
 async function login(nc: NatsConnection, sandbox: string): Promise<boolean> {
   let news: () => void = () => {};

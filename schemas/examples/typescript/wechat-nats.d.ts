@@ -1,5 +1,5 @@
 /* Messages of the bus, generated from the JSON Schemas here by `make generate`; do not edit.
-   Of: 716586e2ddbf9a4567fb54bf0eaa12fdff867233738ad84cda0d5b0ec43f3e3b */
+   Of: 8291cf96efe52d7dd58da30cb6b4c6307ba412271ddba385084fb79b7b81bf0a */
 
 /**
  * Options of a binding.
@@ -463,7 +463,16 @@ export interface Login {
    */
   login: string;
   sandbox: string;
-  status: "already_bound" | "cancelled" | "confirmed" | "expired" | "failed" | "need_verify_code" | "scanned" | "wait";
+  status:
+    | "already_bound"
+    | "cancelled"
+    | "confirmed"
+    | "expired"
+    | "failed"
+    | "lost"
+    | "need_verify_code"
+    | "scanned"
+    | "wait";
   /**
    * Number of the QR code, from 1.
    */
@@ -491,7 +500,7 @@ export interface Login {
    */
   former_user?: string;
   /**
-   * need_verify_code: wrong_code; in an answer also checking, while digits are being checked. expired: time, or codes (too many expired). failed: blocked (too many wrong digits), bus, url, or why the bind was refused.
+   * need_verify_code: wrong_code; in an answer also checking, while digits are being checked. expired: time, or codes (too many expired). failed: blocked (too many wrong digits), bus, url, crashed, or why the bind was refused.
    */
   reason?: string;
   /**
@@ -506,9 +515,18 @@ export interface LoginEvent {
   login: string;
   sandbox: string;
   /**
-   * wait: a code, or a new one, is to be scanned, see `code`. scanned: to be confirmed on the phone. need_verify_code: send the digits shown on the phone by login.verify. confirmed: the bot is bound. already_bound: a bot of the sandbox already serves this user. expired, failed, cancelled: the login is over.
+   * wait: a code, or a new one, is to be scanned, see `code`. scanned: to be confirmed on the phone. need_verify_code: send the digits shown on the phone by login.verify. confirmed: the bot is bound. already_bound: a bot of the sandbox already serves this user. expired, failed, cancelled: the login is over. lost: the replica that ran it is gone; start another login.
    */
-  status: "already_bound" | "cancelled" | "confirmed" | "expired" | "failed" | "need_verify_code" | "scanned" | "wait";
+  status:
+    | "already_bound"
+    | "cancelled"
+    | "confirmed"
+    | "expired"
+    | "failed"
+    | "lost"
+    | "need_verify_code"
+    | "scanned"
+    | "wait";
   /**
    * Number of the QR code, from 1; request a new one by login.status.
    */
@@ -520,7 +538,7 @@ export interface LoginEvent {
    */
   former_user?: string;
   /**
-   * need_verify_code: wrong_code; in an answer also checking, while digits are being checked. expired: time, or codes (too many expired). failed: blocked (too many wrong digits), bus, url, or why the bind was refused.
+   * need_verify_code: wrong_code; in an answer also checking, while digits are being checked. expired: time, or codes (too many expired). failed: blocked (too many wrong digits), bus, url, crashed, or why the bind was refused.
    */
   reason?: string;
   /**
