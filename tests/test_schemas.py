@@ -174,7 +174,11 @@ def test_subjects_of_asyncapi_are_those_of_the_contract() -> None:
         None,
         *(names.live("{sandbox}"), names.inbox("{sandbox}"), names.out("{sandbox}"), names.out_plain),
         *(names.event("{sandbox}", kind) for kind in ("binding", "window", "login", "erased")),
-        *("wechat.event.{sandbox}.receipt.{command}", names.svc("receipt"), names.svc("receipt.{sandbox}")),
+        *(
+            "wechat.event.{sandbox}.receipt.{command}.{sequence}",
+            names.svc("receipt"),
+            names.svc("receipt.{sandbox}"),
+        ),
         *(names.bind, names.unbind, names.erase),
         *(names.svc("media.get.{sandbox}"), names.svc("media.put.{sandbox}")),
         *(names.svc(f"login.{verb}") for verb in ("start", "status", "verify", "cancel")),

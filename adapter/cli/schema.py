@@ -37,7 +37,7 @@ class Channel(NamedTuple):
 def channels(names: Names) -> list[Channel]:
     """Every subject that sandboxes, services and the platform use."""
     sandbox = "{sandbox}"
-    receipts = names.receipts(sandbox).replace("*", "{command}")
+    receipts = names.receipts(sandbox).replace(">", "{command}.{sequence}")
     sent = [
         ("in", names.live(sandbox), "inbound", "Live: what a user said, by plain subscribe."),
         ("inbox", names.inbox(sandbox), "inbound", f"The same, as {names.stream_in} keeps it."),
@@ -136,6 +136,7 @@ def _channel(channel: Channel) -> dict[str, Any]:
     parameters = {
         "sandbox": {"description": f"Name of the sandbox; matches {SANDBOX_PATTERN}"},
         "command": {"description": "Id of the command; =XX for each byte that is no word character"},
+        "sequence": {"description": "Sequence of the command in WECHAT_OUT"},
     }
     used = {name: about for name, about in parameters.items() if f"{{{name}}}" in channel.subject}
     return {

@@ -249,12 +249,13 @@ FINAL_OUTCOMES = ("accepted", "accepted_unconfirmed", "refused", "uncertain", "d
 class Receipt(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """The result of a command. Each command gets exactly one final receipt; `parked` is not final.
 
-    Subject: wechat.event.<sandbox>.receipt.<command>, where `<command>` is its id: letters, digits, `-` and `_` stay,
-    each other byte becomes =XX (upper-case hex).
+    Subject: wechat.event.<sandbox>.receipt.<command>.<sequence>. `<command>` is the command's id: letters, digits,
+    `-` and `_` stay, each other byte becomes =XX (upper-case hex). If that has more than 64 characters, it is `==`
+    and the first 32 hex digits of the id's SHA-256. `<sequence>` is the field `sequence`.
     """
 
     command: Annotated[str, Meta(description="The command's id.")]
-    sandbox: Annotated[str, Meta(description="UNROUTED if the command has none.")]
+    sandbox: Annotated[str, Meta(description="`_` if the command has none that can be read.")]
     sequence: Annotated[
         int,
         Meta(description="The command's sequence in WECHAT_OUT, as in its publish ack; an id may be used again."),
@@ -687,6 +688,10 @@ class ReceiptQuery(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True
 
     sandbox: SandboxAsked = None
     command: CommandId
+    sequence: Annotated[
+        Annotated[int, Meta(ge=0)] | None,
+        Meta(description="The command's sequence in WECHAT_OUT. Default: the newest receipt of this id."),
+    ] = None
 
 
 class ReplayQuery(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):

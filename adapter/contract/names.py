@@ -12,10 +12,10 @@ from adapter.errors import Refused
 SHARDS = 128
 """Shards of the server's `partition()` over the sandboxes. The number is fixed, since stored subjects contain it."""
 
-UNROUTED = "UNROUTED"
-"""The sandbox in receipts of commands without one. Sandbox names have no upper-case letters."""
+UNROUTED = "_"
+"""The sandbox in receipts of commands without a readable one. No sandbox has this name."""
 
-SANDBOX_PATTERN = r"[a-z0-9_-]{1,64}"
+SANDBOX_PATTERN = r"([a-z0-9-]|[a-z0-9_-]{2,64})"
 """Of the whole name."""
 _SANDBOX = re.compile(SANDBOX_PATTERN)
 
@@ -110,6 +110,17 @@ def from_subject_token(token: str) -> str:
     return text
 
 
+COMMAND_TOKEN = 64
+"""Longest token of a command's id, as long as a sandbox's name: an id of 128 characters takes up to 1,536 when it is
+escaped, and the server keeps the subject of each receipt in memory."""
+
+
+def command_token(command: str) -> str:
+    """A command's id as a token: escaped, or `==` and its digest if that is too long. No escaped id begins so."""
+    token = escape_token(command)
+    return token if len(token) <= COMMAND_TOKEN else f"=={hashlib.sha256(command.encode()).hexdigest()[:32]}"
+
+
 def digest(data: bytes) -> str:
     """A short stable identifier of bytes."""
     return hashlib.blake2b(data, digest_size=12).hexdigest()
@@ -185,13 +196,16 @@ class Names:
     def event(self, sandbox: str, kind: str) -> str:
         return f"{self.prefix}.event.{sandbox}.{kind}"
 
-    def receipt(self, sandbox: str, command: str) -> str:
-        """Subject of the receipts of one command. Its id may be any text, even `*`."""
-        return f"{self.prefix}.event.{sandbox}.receipt.{escape_token(command)}"
+    def receipt(self, sandbox: str, command: str, sequence: int | None = None) -> str:
+        """Subject of the receipts of one command; without its sequence, of all commands with this id, which may be
+        any text, even `*`."""
+        return (
+            f"{self.prefix}.event.{sandbox}.receipt.{command_token(command)}.{'*' if sequence is None else sequence}"
+        )
 
     def receipts(self, sandbox: str) -> str:
         """Subject of the receipts of all commands of a sandbox, which may be `*`."""
-        return f"{self.prefix}.event.{sandbox}.receipt.*"
+        return f"{self.prefix}.event.{sandbox}.receipt.>"
 
     def journal(self, bot: str) -> str:
         """Subject of a bot's journal. It contains no shard, so that a bot that moves keeps its fence."""

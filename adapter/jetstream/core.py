@@ -17,6 +17,10 @@ from adapter.kit.timing import wait_event
 
 log = structlog.get_logger()
 
+MAX_WAITING = 16
+"""Most pulls that wait at a sandbox's durable consumer. With 512, the server's default, a flood of pulls delayed the
+messages of other sandboxes by seconds."""
+
 
 class CoreNats:
     """Implements ports.CoreBus and ports.AllReplicas."""
@@ -81,6 +85,7 @@ class CoreNats:
                 "deliver_policy": "all",
                 "replay_policy": "instant",
                 "num_replicas": 1,
+                "max_waiting": MAX_WAITING,
                 **start,
             },
         }

@@ -172,7 +172,7 @@ def wanted_streams(names: Names, settings: Settings) -> list[Wanted]:
         stream(
             names.stream_event,
             ("subjects", "retention", "discard"),
-            subjects=[f"{prefix}.event.*.*", f"{prefix}.event.*.receipt.*"],
+            subjects=[f"{prefix}.event.*.*", f"{prefix}.event.*.receipt.*.*"],
             retention="limits",
             discard="old",
             max_age=int(max(72.0, settings.park_hours) * HOUR_NS),  # a receipt outlives its command

@@ -13,6 +13,7 @@ import structlog
 from adapter.contract import messages as contract
 from adapter.contract.headers import author_traceparent, derive_traceparent, forwardable_headers
 from adapter.contract.names import (
+    H_COMMAND,
     H_DETAIL,
     H_EXPECTED,
     H_MSG_ID,
@@ -26,7 +27,7 @@ from adapter.contract.names import (
     H_TRACEPARENT,
     Names,
 )
-from adapter.errors import UNDECODABLE, BusRefused, Conflict
+from adapter.errors import UNDECODABLE, BusRefused, Conflict, Temporary
 from adapter.kit.timing import Clock, backoff
 from adapter.observability.metrics import Metrics
 from adapter.ports import Archive, Bus, History, Message, PubAck
@@ -110,7 +111,8 @@ class Events:
     async def publish_receipt(self, receipt: contract.Receipt, *, traceparent: str, expected: int) -> int:
         """Publishes a receipt. Returns its sequence. `traceparent`: that of the command, whose trace it continues.
 
-        `expected`: sequence of the subject's last receipt; 0: none. Raises Conflict.
+        `expected`: sequence of the subject's last receipt; 0: none. A receipt that the stream refuses is shortened,
+        then it becomes a dead letter (0). Raises Conflict; Temporary if nothing of it can be stored.
         """
         receipt = msgspec.structs.replace(receipt, at_ms=self._clock.now_ms())
         # no message id: two receipts with the same `expected` must meet the comparison, which comes after that of ids
@@ -121,13 +123,25 @@ class Events:
             H_EXPECTED: str(expected),
             H_TRACEPARENT: traceparent,
         }
-        subject = self._names.receipt(receipt.sandbox, receipt.command)
+        subject = self._names.receipt(receipt.sandbox, receipt.command, receipt.sequence)
+        payload = msgspec.json.encode(receipt)
         try:
-            ack = await self._publish_until_stored(Message("event", subject, msgspec.json.encode(receipt), kept))
+            ack = await self._publish_shortened(Message("event", subject, payload, kept), receipt)
         except Conflict:
             raise
         except BusRefused as exc:
-            log.error("event.refused", sandbox=receipt.sandbox, kind="receipt", detail=exc.detail)
+            is_kept = await self.publish_dead_letter(
+                "EVENT",
+                payload,
+                subject=subject,
+                headers={H_COMMAND: receipt.command, H_TRACEPARENT: traceparent},
+                reason="receipt_refused",
+                detail=exc.detail,
+                msg_id=f"dead:{ident}",
+                sandbox=receipt.sandbox,
+            )
+            if not is_kept:
+                raise Temporary("receipt_refused", exc.detail) from exc
             return 0
         self._metrics.receipts.child(receipt.outcome).inc()
         log.debug(
@@ -140,6 +154,18 @@ class Events:
             reply_to=receipt.reply_to,
         )
         return ack.seq
+
+    async def _publish_shortened(self, message: Message, receipt: contract.Receipt) -> PubAck:
+        """Publishes a receipt, and if it is refused, once more without what iLink and the adapter say in words.
+        Raises BusRefused."""
+        try:
+            return await self._publish_until_stored(message)
+        except Conflict:
+            raise
+        except BusRefused as exc:
+            log.error("event.refused", sandbox=receipt.sandbox, kind="receipt", detail=exc.detail)
+        short = msgspec.json.encode(msgspec.structs.replace(receipt, detail="", errmsg=""))
+        return await self._publish_until_stored(msgspec.structs.replace(message, payload=short))
 
     async def _publish_event(
         self,
@@ -190,8 +216,9 @@ class Events:
         msg_id: str,
         seq: int = 0,
         sandbox: str = "",
-    ) -> None:
-        """Keeps the original bytes and headers for an operator. `stream`: OUT, IN or CTL; `seq`: in it, 0: none."""
+    ) -> bool:
+        """Keeps the original bytes and headers for an operator. `stream`: OUT, IN, CTL or EVENT; `seq`: in it, 0:
+        none. Returns whether they are kept."""
         kept = {k: v[:MAX_HEADER] for k, v in forwardable_headers(headers).items() if k != H_REPLY_TO}
         kept |= {
             H_MSG_ID: msg_id,
@@ -210,11 +237,12 @@ class Events:
         for payload in (data, data[:65536]):  # if it is too large, the beginning shows at least what it was
             try:
                 await self._bus.publish(Message("dead", subject_to, payload, kept))
-                return
+                return True
             except BusRefused as exc:
                 why = exc.detail
         # the stream may be full: later messages must not wait for it
         log.error("dead_letter.refused", stream=stream, sandbox=sandbox, detail=why)
+        return False
 
 
 class BusAccess(NamedTuple):

@@ -205,7 +205,7 @@ class Metrics:
             outcome=" ".join([*FINAL_OUTCOMES, "parked"]),
         )
         self.dead_letters = self._counter(
-            "dead_letters", "Dead letters, by the stream of the original message.", stream="out in ctl"
+            "dead_letters", "Dead letters, by the stream of the original message.", stream="out in ctl event"
         )
         self.schema_violations = self._counter(
             "schema_violations", "Requests that do not fit their schema.", kind="out ctl svc"

@@ -113,7 +113,7 @@ class Queries:
         return msgspec.json.encode(window.visible_window(record, self._health.clock.now_ms(), self._health.policy))
 
     async def _answer_receipt(self, query: ReceiptQuery) -> bytes:
-        receipt = await self._receipts.last(query.sandbox or "", query.command)
+        receipt = await self._receipts.last(query.sandbox or "", query.command, query.sequence)
         if receipt is None:
             raise Refused("not_found", "No receipt of this command is kept: it has none yet, or it is too old.")
         return msgspec.json.encode(receipt)

@@ -49,8 +49,8 @@ nsc add import --account SERVICE --src-account WECHAT --name wechat.out --remote
 nsc add import --account SERVICE --src-account WECHAT --name wechat.svc.window --remote-subject wechat.svc.window --local-subject wechat.svc.window --service
 nsc add import --account SERVICE --src-account WECHAT --name wechat.svc.receipt --remote-subject wechat.svc.receipt --local-subject wechat.svc.receipt --service
 nsc add import --account SERVICE --src-account WECHAT --name 'wechat.svc.media.put.*' --remote-subject 'wechat.svc.media.put.*' --local-subject 'wechat.svc.media.put.*' --service
-nsc add import --account SERVICE --src-account WECHAT --name 'wechat.event.*.receipt.*' --remote-subject 'wechat.event.*.receipt.*' --local-subject 'wechat.event.*.receipt.*'
-nsc add user --account SERVICE --name service --allow-pub 'wechat.out,wechat.svc.window,wechat.svc.receipt,wechat.svc.media.put.*' --allow-sub 'wechat.event.*.receipt.*,_INBOX_service.>'
+nsc add import --account SERVICE --src-account WECHAT --name 'wechat.event.*.receipt.>' --remote-subject 'wechat.event.*.receipt.>' --local-subject 'wechat.event.*.receipt.>'
+nsc add user --account SERVICE --name service --allow-pub 'wechat.out,wechat.svc.window,wechat.svc.receipt,wechat.svc.media.put.*' --allow-sub 'wechat.event.*.receipt.>,_INBOX_service.>'
 nsc generate creds --account SERVICE --name service --output-file service.creds
 nsc add import --account SANDBOX --src-account WECHAT --name 'wechat.out.*' --remote-subject 'wechat.out.*' --local-subject 'wechat.out.*' --service
 nsc add import --account SANDBOX --src-account WECHAT --name 'wechat.svc.media.get.*' --remote-subject 'wechat.svc.media.get.*' --local-subject 'wechat.svc.media.get.*' --service

@@ -30,7 +30,7 @@ def main() -> int:
         ):
             outcome = asyncio.run(run(name, Path(folder), seconds=given.seconds, seed=given.seed))
         print(outcome.row(), flush=True)
-        faults += bool(outcome.wrong() + outcome.late())
+        faults += bool(outcome.faults())
     return 1 if faults else 0
 
 

@@ -4,7 +4,7 @@ A module of this package is an attack: its docstring says what the attacker does
 coroutine `attack(rig)` does it for `rig.seconds`; `prepare(rig)`, where there is one, comes before the victim is
 measured. It may state what it needs as constants: `REPLICAS` (adapters), `ATTACKERS` (sandboxes of the attacker),
 `ENVIRON` (settings of the adapters), `SIMULATOR` (settings of the simulator), `JETSTREAM` (options of the server's
-JetStream).
+JetStream), `OPEN` (why the victim may wait too long: its row says so and is no failure).
 """
 
 from __future__ import annotations
@@ -83,12 +83,18 @@ class Outcome(NamedTuple):
     missing: list[str]
     """What of the victim was lost or doubled."""
     notes: list[str]
+    known: str = ""
+    """Why the victim may wait too long; "": it may not."""
 
     def wrong(self) -> list[str]:
         """What must not be, apart from time."""
         said = [f"{self.lost} leases lost"] if self.lost else []
         said += [f"adapter {self.adapter_mib:.0f} MiB"] if self.adapter_mib > ADAPTER_MIB else []
         return said + self.restarts + self.missing
+
+    def faults(self) -> list[str]:
+        """What must not be."""
+        return self.wrong() + ([] if self.known else self.late())
 
     def late(self) -> list[str]:
         """The victim's inbound p99, where it is too long."""
@@ -99,11 +105,13 @@ class Outcome(NamedTuple):
     def row(self) -> str:
         """A row of `HEAD`."""
         (quiet_in, quiet_out), (during_in, during_out) = self.quiet.cells(), self.during.cells()
-        faults = self.wrong() + self.late()
+        verdict = ", ".join(["open", *self.late(), self.known]) if self.known else "holds"
+        if faults := self.faults():
+            verdict = f"FAILS: {', '.join(faults)}"
         cells = [
             *(self.attack, f"{quiet_in} → {during_in}", f"{quiet_out} → {during_out}"),
             *(f"{self.adapter_mib:.0f}", f"{self.server_mib:.0f}", str(self.lost)),
-            "; ".join([f"FAILS: {', '.join(faults)}" if faults else "holds", *self.notes]),
+            "; ".join([verdict, *self.notes]),
         ]
         return f"| {' | '.join(cells)} |"
 
@@ -372,7 +380,8 @@ async def run(name: str, folder: Path, *, seconds: float, seed: int = 1) -> Outc
         rig = Rig(seconds, seed, server, world, attackers)
         if hasattr(module, "prepare"):
             await module.prepare(rig)
-        return await _measure(name, rig, module.attack, witness)
+        outcome = await _measure(name, rig, module.attack, witness)
+        return outcome._replace(known=getattr(module, "OPEN", ""))
 
 
 async def _measure(

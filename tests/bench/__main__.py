@@ -220,7 +220,7 @@ async def heard(nc: Client, *, timed: bool = False) -> Received:
 async def told(nc: Client) -> Received:
     received = Received()
     await nc.subscribe(
-        "wechat.event.*.receipt.*", cb=received.on_message, pending_msgs_limit=0, pending_bytes_limit=0
+        "wechat.event.*.receipt.>", cb=received.on_message, pending_msgs_limit=0, pending_bytes_limit=0
     )
     await nc.flush()
     return received
@@ -355,7 +355,7 @@ async def asked(nc: Client, bots: int, *, count: int, per_s: float) -> list[floa
         if len(ages) == count:
             done.set()
 
-    await nc.subscribe("wechat.event.*.receipt.*", cb=on_receipt)
+    await nc.subscribe("wechat.event.*.receipt.>", cb=on_receipt)
     await nc.flush()
     began = time.monotonic()
     for number in range(count):

@@ -8,7 +8,7 @@ from typing import Any
 import msgspec
 
 from adapter.contract.names import H_SCHEMA
-from adapter.jetstream.core import CoreNats
+from adapter.jetstream.core import MAX_WAITING, CoreNats
 from adapter.jetstream.managed_connection import ManagedConnection
 from tests.bus.rig import NAMES, PATIENCE_S, Rig
 
@@ -45,6 +45,23 @@ async def test_all_replicas_are_asked_at_once_and_waited_for_no_longer_than_need
         await nc.close()
         for task in tasks:
             task.cancel()
+
+
+async def test_few_pulls_wait_at_a_durable_consumer(rig: Rig) -> None:
+    """A sandbox that asks without end is answered; the server does not keep its requests."""
+    await CoreNats(rig.connection, NAMES).make_durable("s1", 0)
+    nc = await rig.bus.client()
+    inbox = nc.new_inbox()
+    answers = await nc.subscribe(inbox)
+    for _ in range(MAX_WAITING + 3):
+        await nc.publish(
+            f"$JS.API.CONSUMER.MSG.NEXT.{NAMES.stream_in}.s1", b'{"batch":1,"expires":60000000000}', inbox
+        )
+    refused = [(await answers.next_msg(PATIENCE_S)).headers for _ in range(3)]
+    assert [headers and headers["Status"] for headers in refused] == ["409"] * 3
+    consumer = f"CONSUMER.INFO.{NAMES.stream_in}.s1"
+    assert (await rig.connection.api_request(consumer))["num_waiting"] == MAX_WAITING
+    await nc.close()
 
 
 async def _forbidden(msg: Any) -> None:

@@ -44,7 +44,7 @@ async def test_a_purge_keeps_the_newest_over_all_subjects_of_a_wildcard(rig: Rig
     """The receipts of one sandbox: of each command there may be one, and the subjects together are bounded."""
     sandboxes = ["s1", "s1", "s2"]
     receipts = [
-        Message("event", NAMES.receipt(sandboxes[number % 3], f"c{number}"), str(number).encode(), {})
+        Message("event", NAMES.receipt(sandboxes[number % 3], f"c{number}", number), str(number).encode(), {})
         for number in range(600)
     ]
     await rig.publisher.publish_all([*receipts, event(1, "s1")])

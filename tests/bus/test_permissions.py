@@ -88,7 +88,8 @@ def test_the_table_in_the_readme_is_this_one() -> None:
 
 
 def test_every_subject_of_the_contract_has_a_row() -> None:
-    said = {channel.subject.replace("{sandbox}", SANDBOX).replace("{command}", "c") for channel in channels(NAMES)}
+    fields = {"sandbox": SANDBOX, "command": "c", "sequence": "1"}
+    said = {channel.subject.format(**fields) for channel in channels(NAMES)}
     assert said - {row.subject for row in roles.SUBJECTS} == set()
 
 

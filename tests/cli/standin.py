@@ -69,7 +69,7 @@ class StandIn:
         command = msgspec.json.decode(msg.data, type=Outbound)
         self.sent.append(command)
         for receipt in self.receipts(command):
-            subject = self._bus.names.receipt(msg.subject.rpartition(".")[2], receipt.command)
+            subject = self._bus.names.receipt(msg.subject.rpartition(".")[2], receipt.command, receipt.sequence)
             await self._bus.js.publish(subject, msgspec.json.encode(receipt))
 
     async def _on_list(self, msg: Msg) -> None:

@@ -258,7 +258,7 @@ async def repeats(language: Language, folder: Path) -> None:
             return
         await msg.respond(b'{"stream":"WECHAT_OUT","seq":1}')
         receipt = {"command": tries[0], "outcome": "accepted"}
-        await nc.publish(NAMES.receipt("s1", tries[0]), json.dumps(receipt).encode())
+        await nc.publish(NAMES.receipt("s1", tries[0], 1), json.dumps(receipt).encode())
 
     said = {"id": "in-1", "user": "u1@im.wechat", "text": "hello", "items": [{"kind": "text", "text": "hello"}]}
     async with EmbeddedNats(folder) as server:

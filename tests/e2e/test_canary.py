@@ -48,7 +48,7 @@ async def test_a_secret_in_an_event_is_found(tmp_path: Path, what: str) -> None:
 
     async def tell(_: World, nc: Client) -> None:
         event = json.dumps({"detail": canary.MARKS[what]}).encode()
-        await nc.jetstream().publish(NAMES.receipts("s1"), event)
+        await nc.jetstream().publish(NAMES.receipt("s1", "c", 1), event)
 
     with pytest.raises(AssertionError, match=f"{what} is in .*WECHAT_EVENT"):
         await bridge(tmp_path, tell)

@@ -63,6 +63,29 @@ async def test_odd_commands_end_in_a_refusal_or_a_dead_letter_and_the_adapter_go
         assert made.adapters[0].running
 
 
+async def test_a_receipt_that_the_stream_refuses_is_kept_as_a_dead_letter(tmp_path: Path) -> None:
+    async with world(tmp_path) as made:
+        await made.add_adapter()
+        nc = await made.nc()
+        await made.bind(nc, "s1", made.sim.add_bot())
+        made.say("s1", "hello")
+        config = (await nc.jetstream().stream_info(NAMES.stream_event)).config
+        await nc.jetstream().update_stream(config.evolve(max_msg_size=200))
+        ack = await nc.jetstream().publish(NAMES.out("s1"), b'{"id":"c1","text":"hi"}')
+
+        async def is_acknowledged() -> bool:
+            return not await stream(nc, NAMES.stream_out, NAMES.out_of_sandbox("s1"))
+
+        await eventually(is_acknowledged, "the command has ended")
+        assert made.phone_texts("s1") == ["hi"]
+        assert await made.receipts(nc) == []
+        dead = await stream(nc, NAMES.stream_dead, NAMES.dead_letters(NAMES.stream_event))
+        kept = [msgspec.json.decode(data, type=Receipt) for _, data in dead]
+        finals = [(one.command, one.sequence, one.outcome) for one in kept if one.outcome in FINAL_OUTCOMES]
+        assert finals == [("c1", ack.seq, "accepted")]
+        await nc.close()
+
+
 async def test_receipts_add_up_and_no_secret_or_text_is_in_log_or_metrics(tmp_path: Path) -> None:
     """accepted + unconfirmed + refused + uncertain + dead-lettered + parked + in flight = taken."""
     port = free_port()

@@ -99,7 +99,7 @@ def command(data: bytes) -> None:
     item = protocol.text_item("".join(texts))
     protocol.message_request("t", 1, item, user=read.user, client_id=client_id(read.client, 0), context_token="c")
     conversation_key(read.sandbox, read.user).encode("ascii")
-    NAMES.receipt(read.sandbox, read.id).encode("ascii")
+    NAMES.receipt(read.sandbox, read.id, 1).encode("ascii")
 
 
 def routed(data: bytes) -> None:

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import asyncio
+
+import msgspec
 import pytest
 
 from adapter.contract.messages import Receipt, Window
-from adapter.contract.names import H_MSG_ID
+from adapter.contract.names import H_COMMAND, H_MSG_ID, H_REASON, H_SANDBOX
 from adapter.conversation.record import CommandRef
 from adapter.conversation.rules import CommandResult
-from adapter.errors import Temporary
+from adapter.errors import BusRefused, Temporary
 from adapter.outbound import receipts
 from adapter.outbound.receipts import Address
 from adapter.ports import Message
 from tests.fakes import Bench
+from tests.outbound.shards import ready
 
 VIRTUAL_TIME = True
 
@@ -35,15 +39,27 @@ def told(bench: Bench) -> list[tuple[int, str]]:
 async def test_a_receipt_has_a_subject_of_its_own(bench: Bench) -> None:
     await tell(bench, ref(1, "a/b c"))
     (stored,) = bench.bus.found("EVENT")
-    assert stored.subject == "wechat.event.s1.receipt.a=2Fb=20c"
+    assert stored.subject == "wechat.event.s1.receipt.a=2Fb=20c.1"
     assert H_MSG_ID in stored.headers, "without it readers take it for a stranger's"
 
 
 async def test_an_id_that_is_a_wildcard_is_a_name(bench: Bench) -> None:
     await tell(bench, ref(1, "other"))
     await tell(bench, ref(2, "*"))
-    assert bench.bus.found("EVENT")[-1].subject == "wechat.event.s1.receipt.=2A"
-    assert await bench.receipts.last("s1", ">") is None
+    assert bench.bus.found("EVENT")[-1].subject == "wechat.event.s1.receipt.=2A.2"
+    assert await bench.receipts.last("s1", ">", None) is None
+
+
+async def test_a_long_id_is_a_digest_in_the_subject(bench: Bench) -> None:
+    """The server keeps all subjects in memory; this one has 1,536 bytes when it is escaped."""
+    for number, ident in enumerate(("😀" * 128, "😀" * 127 + "😁"), 1):
+        await tell(bench, ref(number, ident))
+        last = await bench.receipts.last("s1", ident, None)
+        assert last is not None
+        assert last.sequence == number
+    subjects = {stored.subject for stored in bench.bus.found("EVENT")}
+    assert "wechat.event.s1.receipt.==fe398dab7db39ba250a21ff3e7f80991.1" in subjects
+    assert {len(subject) for subject in subjects} == {len("wechat.event.s1.receipt.==.1") + 32}
 
 
 async def test_two_owners_cannot_tell_two_finals(bench: Bench) -> None:
@@ -71,7 +87,7 @@ async def test_an_id_that_is_used_again_has_a_final_receipt_for_each_command(ben
 
 
 async def test_two_commands_with_one_id_have_one_final_receipt_each(bench: Bench) -> None:
-    """Behind a final receipt stand those of the other command, and another owner tells of the first one late."""
+    """Another owner tells of the first one late."""
     for number in (1, 2):
         await tell(bench, ref(number, "same"), "parked")
     for number in (1, 2):
@@ -93,18 +109,79 @@ async def test_a_final_receipt_is_no_repeat_of_a_parked_one_that_nobody_knew_of(
 async def test_the_last_receipt_of_each_is_found_and_nothing_else(bench: Bench) -> None:
     await tell(bench, ref(1), "accepted")
     await tell(bench, ref(2), "parked")
-    await bench.bus.publish(Message("event", bench.names.receipt("s1", "c3"), b"\xff", {}))
+    await bench.bus.publish(Message("event", bench.names.receipt("s1", "c3", 3), b"\xff", {}))
     found = await bench.receipts.find("s1", [ref(number) for number in range(1, 5)])
     assert {sequence: stored.receipt.outcome for sequence, stored in found.items()} == {1: "accepted", 2: "parked"}
 
 
 async def test_the_last_receipt_of_a_command_can_be_asked_for(bench: Bench) -> None:
-    assert await bench.receipts.last("s1", "c1") is None
-    await tell(bench, ref(1), "parked")
-    await tell(bench, ref(1), "accepted")
-    last = await bench.receipts.last("s1", "c1")
-    assert isinstance(last, Receipt)
-    assert last.outcome == "accepted"
+    assert await bench.receipts.last("s1", "same", None) is None
+    await tell(bench, ref(1, "same"), "parked")
+    await tell(bench, ref(1, "same"), "accepted")
+    await tell(bench, ref(2, "same"), "refused")
+    for sequence, wanted in ((None, (2, "refused")), (1, (1, "accepted")), (2, (2, "refused")), (3, None)):
+        last = await bench.receipts.last("s1", "same", sequence)
+        assert (last and (last.sequence, last.outcome)) == wanted
+
+
+async def test_a_command_of_a_stream_made_anew_is_not_the_one_with_its_sequence(bench: Bench) -> None:
+    before, now = ref(1, "same"), CommandRef(sequence=1, stored_ms=99_000, id="same")
+    await tell(bench, before, "refused")
+    assert await bench.receipts.find("s1", [now]) == {}
+    await tell(bench, now, "accepted")
+    assert told(bench) == [(1, "refused"), (1, "accepted")]
+
+
+async def test_the_receipts_of_many_commands_with_one_id_cost_no_read(bench: Bench) -> None:
+    """Each read all before it: a sandbox with 300 such commands kept the others from their receipts for minutes."""
+    for number in range(100):
+        await tell(bench, ref(number, "same"), "refused")
+    assert (len(told(bench)), bench.bus.read_back) == (100, 0)
+
+
+# what the stream refuses --------------------------------------------------------------------------------
+
+TOO_LARGE = BusRefused(10054, "message size exceeds maximum allowed")
+
+
+def refusing(bench: Bench, *streams: str, above: int = 0) -> None:
+    def refuse(message: Message) -> BusRefused | None:
+        return TOO_LARGE if message.stream in streams and len(message.payload) > above else None
+
+    bench.bus.refuse = refuse
+
+
+async def test_a_receipt_that_is_too_large_loses_its_words(bench: Bench) -> None:
+    refusing(bench, "event", above=800)
+    result = CommandResult("refused", "rejected", "why " * 100, ("m1",), 1, -9, None, "words " * 100)
+    await bench.receipts.publish(ref(1), result, TO, Window(), "")
+    (receipt,) = bench.bus.receipts()
+    assert (receipt.outcome, receipt.reason, receipt.ret, receipt.message_ids) == ("refused", "rejected", -9, ["m1"])
+    assert (receipt.detail, receipt.errmsg) == ("", "")
+
+
+async def test_a_receipt_that_is_refused_again_is_a_dead_letter(bench: Bench) -> None:
+    refusing(bench, "event")
+    await tell(bench, ref(1))
+    assert bench.bus.receipts() == []
+    (letter,) = bench.bus.found("DEAD")
+    assert msgspec.json.decode(letter.data, type=Receipt).outcome == "accepted"
+    assert letter.subject == "wechat.dead.WECHAT_EVENT"
+    assert (letter.headers[H_REASON], letter.headers[H_SANDBOX]) == ("receipt_refused", "s1")
+    assert letter.headers[H_COMMAND] == "c1"
+
+
+async def test_a_command_whose_receipt_can_be_stored_nowhere_is_not_acknowledged() -> None:
+    bench, shard = await ready()
+    refusing(bench, "event", "dead")
+    delivery = bench.command("hi", id="c1")
+    shard.intake.on_delivery(delivery)
+    await asyncio.sleep(30)
+    assert (bench.chat.texts, delivery.acks) == (["hi"], 0)
+    refusing(bench)
+    await asyncio.sleep(30)
+    assert (bench.chat.texts, delivery.acks) == (["hi"], 1)
+    assert [receipt.outcome for receipt in bench.bus.receipts()] == ["accepted"]
 
 
 async def test_a_sandboxs_receipts_are_bounded_and_anothers_stay(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -38,7 +38,7 @@ class Place:
         for user, bot in ((USER, BOT), ("u2@im.wechat", "b2@im.bot")):
             about = msgspec.json.encode({"user": user, "bot": bot, "sandbox": "s1", "command": f"c-{user}"})
             bench.bus.put(names.inbox("s1"), about, {})
-            bench.bus.put(names.receipt("s1", f"c-{user}"), about, {})
+            bench.bus.put(names.receipt("s1", f"c-{user}", 1), about, {})
             bench.bus.put(names.event("s1", "binding"), msgspec.json.encode({"bot": bot, "sandbox": "s1"}), {})
             bench.bus.put(names.dead_letters("WECHAT_IN"), b"raw", {H_MSG_ID: f"dead:{bot}:x", H_SANDBOX: "s1"})
             command = {H_COMMAND: f"c-{user}", H_SANDBOX: "s1"}
@@ -126,7 +126,7 @@ async def test_a_journal_is_deleted_only_while_nobody_may_bind() -> None:
 @pytest.mark.parametrize(
     "place_of",
     [
-        lambda names: names.receipt("s3", "r1"),
+        lambda names: names.receipt("s3", "r1", 1),
         lambda names: names.out("s3"),
         lambda names: f"$KV.{names.conversations}.s3.{to_subject_token(USER)}",
         lambda names: names.event("s3", "window"),

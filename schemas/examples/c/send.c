@@ -16,7 +16,7 @@ int main(int argc, char **argv)
     char subject[128], id[128];
 
     must(natsConnection_JetStream(&js, nc, NULL), "JetStream");
-    snprintf(subject, sizeof subject, "wechat.event.%s.receipt.*", sandbox);
+    snprintf(subject, sizeof subject, "wechat.event.%s.receipt.>", sandbox);
     must(natsConnection_SubscribeSync(&receipts, nc, subject), subject);
     must(natsConnection_Flush(nc), "flush"); /* listen before you speak */
 

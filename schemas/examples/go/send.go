@@ -22,7 +22,7 @@ type receipt struct {
 func send(sandbox, text string) {
 	command := outbound{ID: fmt.Sprintf("%s.send.%x", sandbox, time.Now().UnixNano()), Sandbox: sandbox, Text: text}
 	nc, js := connect("_INBOX")
-	receipts, err := nc.SubscribeSync("wechat.event." + sandbox + ".receipt.*")
+	receipts, err := nc.SubscribeSync("wechat.event." + sandbox + ".receipt.>")
 	must(err)
 	must(nc.Flush()) // listen before you speak
 	store(js, "wechat.out", command, command.ID)

@@ -17,7 +17,7 @@ from bus import connect, store
 
 async def main(sandbox: str, text: str) -> int:
     nc = await connect("_INBOX")
-    receipts = await nc.subscribe(f"wechat.event.{sandbox}.receipt.*")
+    receipts = await nc.subscribe(f"wechat.event.{sandbox}.receipt.>")
     await nc.flush()  # listen before you speak
     command = {"id": f"{sandbox}.send.{uuid.uuid4()}", "sandbox": sandbox, "text": text}
     await store(nc, "wechat.out", command)

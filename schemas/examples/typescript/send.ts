@@ -10,7 +10,7 @@ import type { Receipt } from "./wechat-nats.d.ts";
 
 const [sandbox = "s1", text = "good morning"] = process.argv.slice(2);
 const nc = await connect("_INBOX");
-const receipts = nc.subscribe(`wechat.event.${sandbox}.receipt.*`);
+const receipts = nc.subscribe(`wechat.event.${sandbox}.receipt.>`);
 await nc.flush(); // listen before you speak
 
 const command = { id: `${sandbox}.send.${randomUUID()}`, sandbox, text };

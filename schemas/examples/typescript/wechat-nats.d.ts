@@ -1,5 +1,5 @@
 /* Messages of the bus, generated from the JSON Schemas here by `make generate`; do not edit.
-   Of: 8291cf96efe52d7dd58da30cb6b4c6307ba412271ddba385084fb79b7b81bf0a */
+   Of: 4a8ef6b7cf4f80f9e1e276497ef34719193a3c3131f932554f8bdcea7e23a551 */
 
 /**
  * Options of a binding.
@@ -783,8 +783,9 @@ export interface Outbound {
 /**
  * The result of a command. Each command gets exactly one final receipt; `parked` is not final.
  *
- * Subject: wechat.event.<sandbox>.receipt.<command>, where `<command>` is its id: letters, digits, `-` and `_` stay,
- * each other byte becomes =XX (upper-case hex).
+ * Subject: wechat.event.<sandbox>.receipt.<command>.<sequence>. `<command>` is the command's id: letters, digits,
+ * `-` and `_` stay, each other byte becomes =XX (upper-case hex). If that has more than 64 characters, it is `==`
+ * and the first 32 hex digits of the id's SHA-256. `<sequence>` is the field `sequence`.
  */
 export interface Receipt {
   /**
@@ -792,7 +793,7 @@ export interface Receipt {
    */
   command: string;
   /**
-   * UNROUTED if the command has none.
+   * `_` if the command has none that can be read.
    */
   sandbox: string;
   /**
@@ -860,6 +861,10 @@ export interface ReceiptQuery {
    * Idempotency key of a command.
    */
   command: string;
+  /**
+   * The command's sequence in WECHAT_OUT. Default: the newest receipt of this id.
+   */
+  sequence?: number | null;
 }
 /**
  * One message of a replay.
