@@ -11,8 +11,6 @@ from hypothesis import strategies as st
 
 from adapter.contract.messages import Options
 from adapter.contract.names import Names, escape_token, from_subject_token, to_subject_token
-from adapter.conversation.commands import MediaPart
-from adapter.conversation.uploads import READY_S
 from adapter.errors import SessionExpired
 from adapter.ilink.budget import ByteBudget
 from adapter.ilink.connection import Connection
@@ -20,10 +18,9 @@ from adapter.inbound.bot_poller import BotPoller
 from adapter.outbound.processor import ShardCommandProcessor
 from adapter.outbound.typing_indicator import TICKET_S
 from adapter.ownership.membership import DEAD_KEPT
-from adapter.ports import Account
 from tests.fakes import Bench, Wire
 from tests.growth import tables
-from tests.outbound.shards import BOT, USER, outcomes, user_writes
+from tests.outbound.shards import BOT, outcomes, user_writes
 from tests.ownership.cluster import LEASE_S, Cluster
 
 VIRTUAL_TIME = True
@@ -128,18 +125,6 @@ async def test_replicas_of_the_past_are_forgotten() -> None:
     for number in range(2 * DEAD_KEPT):
         assert not await first.leases.revoke_if_expired(f"lost-{number}")
     assert tables(first.leases)["_absent_since"] <= DEAD_KEPT + 1
-
-
-# uploads -------------------------------------------------------------------------------------------------
-
-
-async def test_uploads_are_kept_as_long_as_they_may_be_used_again(bench: Bench) -> None:
-    account = Account(BOT, "secret", "")
-    for number in range(USERS):
-        await bench.uploads.upload_media(f"c-{number}", MediaPart("file", "a.txt", "", b"hello"), account, "s1", USER)
-        await asyncio.sleep(READY_S / 10)
-    assert tables(bench.uploads)["_ready"] == 10
-    assert bench.cdn.asked == USERS
 
 
 # receipts ------------------------------------------------------------------------------------------------

@@ -379,7 +379,6 @@ class Load(msgspec.Struct, frozen=True):
 class Upload(msgspec.Struct, frozen=True):
     """Upload media to the CDN; the answer is UploadDone or an Answer."""
 
-    client_id: str
     media: MediaPart
 
 
@@ -1061,15 +1060,15 @@ def _send_next(conversation: Conversation, now_ms: int, policy: SendPolicy, effe
         refs = [command.ref for command in group]
         progress = SendProgress(commands=refs, client_id_base=group[0].client_id_base, bot=bot, digest=digest)
     part = parts[progress.part]
-    ident = client_id(progress.client_id_base, progress.part, len(group) - 1)
     if isinstance(part, MediaPart) and conversation.content is None:
-        effects.append(Upload(ident, part))
+        effects.append(Upload(part))
         return _replaced(conversation, activity=Activity.UPLOADING)
     if not conversation.holds_slot:
         effects.append(RequestSlot())
         return _replaced(conversation, activity=Activity.AWAITING_SLOT)
     content = part if isinstance(part, str) else conversation.content
     assert content is not None
+    ident = client_id(progress.client_id_base, progress.part, len(group) - 1)
     effects += [Save(), Post(ident, content)]
     if progress.bot != bot:
         progress = msgspec.structs.replace(progress, bot=bot)

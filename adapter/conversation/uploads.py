@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-from collections import OrderedDict
 from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple
@@ -13,13 +12,8 @@ from adapter.content.media import HEAD, file_name, identify
 from adapter.conversation.commands import MediaPart
 from adapter.errors import AdapterError, Refused, Temporary, Unreadable
 from adapter.kit.slots import FairSlots
-from adapter.kit.timing import Clock
 from adapter.ports import Account, Cdn, MediaKind, Objects, Pieces, Uploaded
 
-READY_KEPT = 1000
-"""Most uploads that are remembered for a repeat of their request."""
-READY_S = 3600.0
-"""How long an upload is reused. The lifetime of iLink's references is not known."""
 PIECE = 64 * 1024
 
 Read = Callable[[], Pieces]
@@ -36,34 +30,19 @@ class _Measured(NamedTuple):
 
 
 class Uploads:
-    """Uploads media of parts. A repeated request in the same process reuses its upload."""
+    """Uploads media of parts. The conversation keeps the result for a repeat of its request."""
 
-    def __init__(self, cdn: Cdn, objects: Objects, clock: Clock, transfers: FairSlots, *, max_bytes: int) -> None:
+    def __init__(self, cdn: Cdn, objects: Objects, transfers: FairSlots, *, max_bytes: int) -> None:
         self._cdn = cdn
         self._objects = objects
-        self._clock = clock
         self._transfers = transfers
         self._max_bytes = max_bytes
-        self._ready: OrderedDict[tuple[str, str], tuple[float, Uploaded]] = OrderedDict()
 
-    async def upload_media(self, ident: str, part: MediaPart, account: Account, sandbox: str, user: str) -> Uploaded:
-        """Uploads the part's media and returns the reference for a message. `ident`: the request's client_id.
+    async def upload_media(self, part: MediaPart, account: Account, sandbox: str, user: str) -> Uploaded:
+        """Uploads the part's media and returns the reference for a message.
 
         Raises Refused("media"), SessionExpired, StoreAway, Temporary (iLink is unreachable).
         """
-        key = (account.bot, ident)
-        known = self._ready.get(key)
-        if known is not None and self._clock.monotonic() < known[0] + READY_S:
-            return known[1]
-        uploaded = await self._upload(part, account, sandbox, user)
-        now = self._clock.monotonic()
-        self._ready.pop(key, None)
-        self._ready[key] = (now, uploaded)
-        while len(self._ready) > READY_KEPT or next(iter(self._ready.values()))[0] + READY_S <= now:
-            self._ready.popitem(last=False)
-        return uploaded
-
-    async def _upload(self, part: MediaPart, account: Account, sandbox: str, user: str) -> Uploaded:
         problems: list[Temporary | Unreadable] = []
         read = _recording_problems(await self._open_source(part), problems)
         try:

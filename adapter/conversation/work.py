@@ -173,7 +173,7 @@ class OutstandingWork:
         try:
             sandbox, user = self._memory.state.sandbox, self._memory.state.user
             account = self._shard.account_of(sandbox, self._memory.serving_bot)
-            content = await self._deps.uploads.upload_media(upload.client_id, upload.media, account, sandbox, user)
+            content = await self._deps.uploads.upload_media(upload.media, account, sandbox, user)
         except StoreAway:
             raise
         except AdapterError as exc:

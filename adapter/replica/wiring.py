@@ -272,7 +272,6 @@ class Replica:
                 uploads=Uploads(
                     connections.cdn,
                     connections.objects,
-                    clock,
                     self.transfers,
                     max_bytes=self.settings.media_max_bytes,
                 ),

@@ -9,7 +9,7 @@ from typing import Literal
 import pytest
 
 from adapter.conversation.commands import MediaPart
-from adapter.conversation.uploads import READY_S, StoreAway
+from adapter.conversation.uploads import StoreAway
 from adapter.errors import Refused, SessionExpired, Temporary, Unreadable
 from adapter.ports import Account
 from adapter.replica.wiring import TRANSFERS_PER_SANDBOX
@@ -31,8 +31,8 @@ def part(data: bytes = b"hello", *, kind: Kind = "file", name: str = "a.txt", st
     return MediaPart(kind, name, stored, b"" if stored else data)
 
 
-async def carried(bench: Bench, what: MediaPart, ident: str = "c-0") -> Carried:
-    await bench.uploads.upload_media(ident, what, ACCOUNT, "s1", USER)
+async def carried(bench: Bench, what: MediaPart) -> Carried:
+    await bench.uploads.upload_media(what, ACCOUNT, "s1", USER)
     return bench.cdn.uploads[-1]
 
 
@@ -107,23 +107,6 @@ async def test_what_is_too_large_is_refused_unread(stored: str, bench: Bench) ->
     assert (bench.objects.reads, bench.cdn.asked) == (0, 0)
 
 
-async def test_a_request_that_is_repeated_brings_nothing_again(bench: Bench) -> None:
-    first = await bench.uploads.upload_media("c-0", part(), ACCOUNT, "s1", USER)
-    assert await bench.uploads.upload_media("c-0", part(), ACCOUNT, "s1", USER) == first
-    assert bench.cdn.asked == 1
-    await bench.uploads.upload_media("c-1", part(), ACCOUNT, "s1", USER)
-    await bench.uploads.upload_media("c-0", part(), ACCOUNT._replace(bot="b2@im.bot"), "s1", USER)
-    assert bench.cdn.asked == 3
-
-
-async def test_an_upload_is_not_trusted_for_ever(bench: Bench) -> None:
-    """Nobody knows how long iLink keeps it."""
-    await bench.uploads.upload_media("c-0", part(), ACCOUNT, "s1", USER)
-    await bench.clock.sleep(READY_S)
-    await bench.uploads.upload_media("c-0", part(), ACCOUNT, "s1", USER)
-    assert bench.cdn.asked == 2
-
-
 async def test_a_failed_upload_is_not_remembered(bench: Bench) -> None:
     bench.cdn.script.append(Temporary("network"))
     with pytest.raises(Temporary):
@@ -168,12 +151,12 @@ async def test_a_sandbox_whose_uploads_hang_holds_up_no_other(bench: Bench) -> N
     hanging = asyncio.Event()
     bench.cdn.hold["hanging"] = hanging
     uploads = [
-        asyncio.create_task(bench.uploads.upload_media(f"c-{number}", part(), ACCOUNT, "bad", "hanging"))
+        asyncio.create_task(bench.uploads.upload_media(part(), ACCOUNT, "bad", "hanging"))
         for number in range(TRANSFERS_PER_SANDBOX + 4)
     ]
     await asyncio.sleep(1)
     async with asyncio.timeout(1):
-        await bench.uploads.upload_media("c-0", part(), ACCOUNT._replace(bot="b2@im.bot"), "good", USER)
+        await bench.uploads.upload_media(part(), ACCOUNT._replace(bot="b2@im.bot"), "good", USER)
     assert bench.cdn.asked == TRANSFERS_PER_SANDBOX + 1
     hanging.set()
     await asyncio.gather(*uploads)
