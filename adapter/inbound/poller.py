@@ -182,12 +182,7 @@ async def poll_forever(poller: BotPoller, journal: BotJournal, deps: InboundDeps
             await deps.pacing.turns.wait_turn()
             serves = deps.bindings.get(poller.bot)
             sandbox = serves.sandbox if serves is not None else ""
-            answer = Answer(polled, sandbox, deps.clock.now_ms())
-            began_ms = answer.received_ms - int((deps.clock.monotonic() - began) * 1000)
-            await _store(poller, answer, journal, deps)
-            if (spans := deps.events.spans) is not None:
-                times_ms = (began_ms, answer.received_ms, deps.clock.now_ms())
-                spans.record_poll(poller.bot, sandbox, journal.sequence, times_ms)
+            await _store(poller, Answer(polled, sandbox, deps.clock.now_ms()), journal, deps)
             if poller.unanswered_since - began >= INSTANT_S:
                 await asyncio.sleep(0)  # the dispatcher goes first: a person waits for it
         else:

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import AsyncIterator, Callable, Iterable
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import msgspec
 import structlog
@@ -31,9 +31,6 @@ from adapter.errors import UNDECODABLE, BusRefused, Conflict, Temporary
 from adapter.kit.timing import Clock, backoff
 from adapter.observability.metrics import Metrics
 from adapter.ports import Archive, Bus, History, Message, PubAck
-
-if TYPE_CHECKING:
-    from adapter.observability.spans import Spans
 
 log = structlog.get_logger()
 
@@ -69,9 +66,7 @@ async def read_last_person_change(history: History, names: Names, sandbox: str) 
 class Events:
     """Publishes to WECHAT_EVENT and WECHAT_DEAD."""
 
-    def __init__(self, bus: Bus, names: Names, clock: Clock, metrics: Metrics, spans: Spans | None = None) -> None:
-        self.spans = spans
-        """None: no collector is configured."""
+    def __init__(self, bus: Bus, names: Names, clock: Clock, metrics: Metrics) -> None:
         self._bus = bus
         self._names = names
         self._clock = clock

@@ -14,7 +14,6 @@ import structlog
 from adapter.contract import messages as contract
 from adapter.contract.headers import author_traceparent, command_traceparent
 from adapter.contract.names import H_COMMAND, H_TRACEPARENT, Names
-from adapter.conversation.record import SendWindow
 from adapter.conversation.rules import CommandResult, QueuedCommand
 from adapter.kit.timing import Clock
 from adapter.observability.events import Events
@@ -134,10 +133,8 @@ class CommandLedger:
         result: CommandResult,
         address: Address,
         shown: contract.Window,
-        window: SendWindow = SendWindow(),  # noqa: B008 - frozen
     ) -> None:
-        """Publishes a receipt, and before that the dead letter if it is one. `window`: in which the command was sent.
-        Raises Temporary."""
+        """Publishes a receipt, and before that the dead letter if it is one. Raises Temporary."""
         entry = self._entries.get(command.sequence)
         author, ref = entry.traceparent if entry else "", command.ref
         trace = command_traceparent(author, address.sandbox, ref.sequence, ref.stored_ms, command.reply_to)
@@ -157,12 +154,6 @@ class CommandLedger:
         failed = result.outcome in ("dead_lettered", "uncertain")
         took_s = max(0, now_ms - command.ref.stored_ms - parked_ms) / 1000
         metrics.outbound_duration.child("failed" if failed else "settled").observe(took_s)
-        if (spans := self._events.spans) is not None:
-            about = {"wechat.sandbox": address.sandbox, "wechat.command": ref.id, "wechat.outcome": result.outcome}
-            if parked_ms:
-                about["wechat.opened_by"] = window.id
-            sent_ms = window.sent_at_ms[-1] if result.attempts and window.sent_at_ms else 0
-            spans.record_command(trace, author, command.reply_to, about, (ref.stored_ms, sent_ms, now_ms))
 
     async def _publish_dead_letter(
         self, command: QueuedCommand, result: CommandResult, sandbox: str, entry: _Entry | None, trace: str

@@ -176,7 +176,7 @@ class OwnedShard:
 
     async def publish_receipt(self, command: QueuedCommand, result: CommandResult, state: Conversation) -> None:
         address = Address(state.sandbox, state.bot.id if state.bot else state.record.bot, state.user)
-        await self._ledger.publish_receipt(command, result, address, self._shown(state), state.record.window)
+        await self._ledger.publish_receipt(command, result, address, self._shown(state))
 
     async def acknowledge(self, command: QueuedCommand, *, is_duplicate: bool = False) -> None:
         await self._ledger.acknowledge(command, is_duplicate=is_duplicate)

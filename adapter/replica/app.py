@@ -67,8 +67,6 @@ async def run_replica(replica: Replica, stop: asyncio.Event, on_ready: Callable[
                 for task in background:
                     task.cancel()
                 replica.routing.cancel_all()
-                if replica.spans is not None:
-                    await asyncio.to_thread(replica.spans.close)
                 await replica.connections.close()
     log.info("adapter.stopped", instance=replica.instance)
 

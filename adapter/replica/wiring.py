@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import os
 import socket
 from collections.abc import Sequence
 from functools import partial
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import structlog
 
@@ -95,10 +94,6 @@ WAKEUP_S = 0.1
 """Longest time between an empty answer and the bot's next poll; polls of that time start together."""
 
 
-if TYPE_CHECKING:
-    from adapter.observability.spans import Spans
-
-
 class Edges(NamedTuple):
     """External dependencies of a replica; tests replace them with fakes."""
 
@@ -106,8 +101,6 @@ class Edges(NamedTuple):
     metrics: Metrics
     connections: Connections
     leases: Leases
-    spans: Spans | None = None
-    """None: no collector is configured."""
 
 
 class Replica:
@@ -131,14 +124,14 @@ class Replica:
         self.routing = TaskSet(_log_crash)
         """Commands on plain `wechat.out` in flight. Those cut at the end are redelivered to the next owner."""
         edges = edges or _real_edges(settings, names, self.instance)
-        self.clock, self.metrics, self.connections, self.leases, self.spans = edges
+        self.clock, self.metrics, self.connections, self.leases = edges
         clock, metrics, connections = self.clock, self.metrics, self.connections
 
         self.policy = _send_policy(settings)
         self.limits = Limits(park_ms=int(settings.park_hours * 3_600_000))
         self.sealer = Sealer(settings.token_key)
         self.access = BusAccess(
-            connections.bus, connections.history, Events(connections.bus, names, clock, metrics, self.spans), names
+            connections.bus, connections.history, Events(connections.bus, names, clock, metrics), names
         )
         self.receipts = Receipts(self.access.events, connections.history, names)
         self.bindings = Bindings(connections.bucket(names.bindings), self.sealer.is_same_secret, unbound_s=unbound_s)
@@ -480,18 +473,4 @@ def _real_edges(settings: Settings, names: Names, instance: str) -> Edges:
         instance=instance,
         lease_s=settings.lease_s,
     )
-    return Edges(clock, metrics, connections, leases, _exporting_spans(instance))
-
-
-def _exporting_spans(instance: str) -> Spans | None:
-    """The spans, or None without a collector or without the extra `otel`."""
-    is_named = any(os.environ.get(f"OTEL_EXPORTER_OTLP_{signal}ENDPOINT") for signal in ("", "TRACES_"))
-    is_off = os.environ.get("OTEL_SDK_DISABLED", "").lower() == "true"
-    if not is_named or is_off or os.environ.get("OTEL_TRACES_EXPORTER", "otlp") != "otlp":
-        return None
-    try:
-        from adapter.observability.spans import exporting_spans  # noqa: PLC0415 -- its packages are an extra
-    except ImportError:
-        log.warning("spans.unavailable", detail="OTEL_EXPORTER_OTLP_ENDPOINT is set: install wechat-nats[otel].")
-        return None
-    return exporting_spans(instance)
+    return Edges(clock, metrics, connections, leases)
