@@ -173,7 +173,7 @@ def test_subjects_of_asyncapi_are_those_of_the_contract() -> None:
     assert addresses == {
         None,
         *(names.live("{sandbox}"), names.inbox("{sandbox}"), names.out("{sandbox}"), names.out_plain),
-        *(names.event("{sandbox}", kind) for kind in ("binding", "window", "login", "erased")),
+        *(names.event("{sandbox}", kind) for kind in ("binding", "login", "erased")),
         *(
             "wechat.event.{sandbox}.receipt.{command}.{sequence}",
             names.svc("receipt"),

@@ -12,6 +12,7 @@ from types import TracebackType
 from typing import Any, Literal, Self
 
 import msgspec
+from nats.aio.msg import Msg
 from nats.errors import ConnectionReconnectingError, NoRespondersError
 from nats.errors import Error as NatsError
 from nats.js import JetStreamContext
@@ -19,7 +20,18 @@ from nats.js.errors import APIError, NoStreamResponseError, ServiceUnavailableEr
 
 from adapter.agent.inbox import Delivery, Inbox
 from adapter.agent.media import get_media, put_media
-from adapter.contract.messages import COMMAND_BYTES, SCHEMA_VERSION, Inbound, Media, Outbound, OutItem, OutText
+from adapter.agent.windows import SendWindows
+from adapter.contract.messages import (
+    COMMAND_BYTES,
+    SCHEMA_VERSION,
+    Inbound,
+    Media,
+    Outbound,
+    OutItem,
+    OutText,
+    Receipt,
+    Window,
+)
 from adapter.contract.names import (
     H_ERROR,
     H_ERROR_CODE,
@@ -28,7 +40,7 @@ from adapter.contract.names import (
     check_sandbox,
 )
 from adapter.environment import read_settings
-from adapter.errors import STORE_FAILED, Refused, Temporary
+from adapter.errors import STORE_FAILED, UNDECODABLE, Refused, Temporary
 from adapter.jetstream.client import BusClient, permission_violation
 from adapter.jetstream.managed_connection import connect_options
 from adapter.kit.timing import backoff
@@ -124,6 +136,7 @@ class Sandbox:
         self._nc = BusClient()
         self._js: JetStreamContext = self._nc.jetstream(timeout=ANSWER_S)
         self._inbox = Inbox(self._nc, self._names, name, self._raise_if_forbidden)
+        self._windows = SendWindows()
         self._pulling: asyncio.Task[None] | None = None
         self._running_file = running_file
 
@@ -135,6 +148,7 @@ class Sandbox:
                 self._inbox.hold("An earlier process did not give its messages back.")
             self._running_file.parent.mkdir(parents=True, exist_ok=True)
             self._running_file.touch()
+        await self._nc.subscribe(self._names.receipts(self.name), cb=self._on_receipt)
         self._pulling = asyncio.create_task(self._inbox.run())
         return self
 
@@ -191,9 +205,32 @@ class Sandbox:
             await asyncio.wait({waiting, self._pulling}, return_when=asyncio.FIRST_COMPLETED)
             if not waiting.done():
                 self._pulling.result()
-            return Message(self, await waiting)
+            message = Message(self, await waiting)
+            self._windows.note(message.user, message.inbound.window, message.inbound.received_at_ms)
+            return message
         finally:
             waiting.cancel()
+
+    @property
+    def window(self) -> Window | None:
+        """What may still be sent to the person of the newest message or receipt; None: there was none since the
+        sandbox was opened. `windows` has it for each person."""
+        return next(reversed(self.windows.values()), None)
+
+    @property
+    def windows(self) -> dict[str, Window]:
+        """The newest window of each person, by user, since the sandbox was opened."""
+        return self._windows.by_user
+
+    async def closing(self, before_s: float) -> str:
+        """Returns the user whose window closes within `before_s` seconds, once that is so, if something may still be
+        said to them. A window is told of once for each `before_s`; the person's next message opens another."""
+        return await self._windows.closing(before_s)
+
+    async def _on_receipt(self, msg: Msg) -> None:
+        with contextlib.suppress(*UNDECODABLE):  # of a later version: no window
+            receipt = msgspec.json.decode(msg.data, type=Receipt)
+            self._windows.note(receipt.user, receipt.window, receipt.at_ms)
 
     async def send(self, command: Outbound) -> None:
         """Stores a command. Repeats until the bus has confirmed it, so the command needs an id. Raises Refused

@@ -43,7 +43,6 @@ def channels(names: Names) -> list[Channel]:
         ("inbox", names.inbox(sandbox), "inbound", f"The same, as {names.stream_in} keeps it."),
         ("receipt", receipts, "receipt", "What became of a command."),
         ("binding", names.event(sandbox, "binding"), "binding_event", "A binding changed."),
-        ("window_change", names.event(sandbox, "window"), "window_event", "The window changed."),
         ("erased", names.event(sandbox, "erased"), "erased_event", "A person was erased."),
         ("login", names.event(sandbox, "login"), "login_event", "A step of a QR login."),
     ]

@@ -15,7 +15,7 @@ from adapter.cli.queued import to_queued_command
 from adapter.cli.send import describe
 from adapter.content.quotes import kind_of
 from adapter.contract.headers import derive_traceparent
-from adapter.contract.messages import Inbound, Receipt, WindowEvent
+from adapter.contract.messages import Inbound, Receipt
 from adapter.contract.names import (
     H_COMMAND,
     H_JOURNAL,
@@ -102,7 +102,7 @@ async def _find_steps(bus: Bus, sandbox: str, ident: str, *, texts: bool) -> lis
     inbox = names.stream_in, names.inbox(sandbox)
     found = await bus.read_stored(*inbox, keep=if_part)
     since_ms = found[0].time_ms - CLOCKS_APART_MS if found else None
-    found += await bus.read_stored(names.stream_event, names.event(sandbox, ">"), since_ms=since_ms, keep=if_part)
+    found += await bus.read_stored(names.stream_event, names.receipts(sandbox), since_ms=since_ms, keep=if_part)
     for subject in (names.out_of_sandbox(sandbox), names.out_plain):
         found += await bus.read_stored(names.stream_out, subject, keep=if_part)
     if found:
@@ -144,13 +144,10 @@ def _steps_of(names: Names, stored: Stored, ident: str, *, texts: bool) -> list[
             said = replace(this, at_ms=said_ms, step="said", id=inbound.id, what=what, text=text)
             place = f"journal {stored.headers.get(H_JOURNAL, '-')}"
             return [said, replace(this, step="published", id=inbound.id, what=place)]
-        if ".receipt." in stored.subject:
-            receipt = msgspec.json.decode(stored.data, type=Receipt)
-            told = replace(this, step="receipt", id=receipt.command, what=describe(receipt))
-            sent = {"at_ms": receipt.received_at_ms, "stream": names.stream_out, "sequence": receipt.sequence}
-            return [replace(told, step="command", what="stored", **sent), told]
-        window = msgspec.json.decode(stored.data, type=WindowEvent)
-        return [replace(this, step="window", id="", what=f"{window.change}, {window.window.remaining} left")]
+        receipt = msgspec.json.decode(stored.data, type=Receipt)
+        told = replace(this, step="receipt", id=receipt.command, what=describe(receipt))
+        sent = {"at_ms": receipt.received_at_ms, "stream": names.stream_out, "sequence": receipt.sequence}
+        return [replace(told, step="command", what="stored", **sent), told]
     except UNDECODABLE:
         return [this]
 

@@ -499,24 +499,6 @@ class BindingEvent(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True
     at_ms: int = 0
 
 
-class WindowEvent(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """The send window of a user changed. Subject: wechat.event.<sandbox>.window."""
-
-    sandbox: str
-    bot: str
-    user: str
-    change: Annotated[
-        Literal["opened", "low", "closed"],
-        Meta(
-            description="opened: sends are possible again, because the user wrote or WeChat accepts messages again."
-            " low: few sends are left, once per window. closed: `remaining` is 0."
-        ),
-    ]
-    reason: Annotated[str, Meta(description="Why it closed: window_closed (time), quota, throttled.")] = ""
-    window: Window = Window()
-    at_ms: int = 0
-
-
 class ErasedEvent(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """A person was erased in a sandbox. Subject: wechat.event.<sandbox>.erased."""
 
@@ -733,7 +715,6 @@ MESSAGES: dict[str, type[msgspec.Struct]] = {
     "binding_event": BindingEvent,
     "bindings_query": BindingsQuery,
     "bindings_page": BindingsPage,
-    "window_event": WindowEvent,
     "erased_event": ErasedEvent,
     "login_event": LoginEvent,
     "login_start": LoginStart,

@@ -118,10 +118,7 @@ class ConversationActor:
         it, and returns a future that is done once it is processed, and fails with LeaseLost or a bug."""
         self._undispatched[inbound.bot] = inbound.sequence
         if not self._mailbox.is_busy and not self._mailbox.is_stopped and self._apply_at_once(inbound):
-            if self._deadline.is_set:  # a message that has no effects puts no deadline forward
-                self._store_soon()
-            else:
-                self._on_empty()
+            self._store_soon()  # a message that has no effects puts no deadline forward
             return None
         done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self.put(inbound, done)

@@ -157,7 +157,5 @@ class EffectRunner:
                 shard.show_typing(state.sandbox, self._memory.serving_bot, state.user, state.record.token)
             case rules.SetTyping():
                 shard.hide_typing(state.sandbox, state.user)
-            case rules.Announce():
-                shard.announce(state, effect)
             case _:
                 self._work.start(effect)

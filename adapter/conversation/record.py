@@ -5,8 +5,6 @@ The conversation's actor is the only writer. The next owner of the shard reads t
 
 from __future__ import annotations
 
-from typing import Literal, TypeAlias
-
 import msgspec
 
 from adapter.contract.records import PrivateRecord
@@ -17,9 +15,6 @@ DISPATCHED_BOTS_KEPT = 4
 SENT_TEXTS = 8
 SENT_TEXT_CHARS = 200
 """Characters of a sent text that are kept for quotes of it."""
-
-WindowPhase: TypeAlias = Literal["", "open", "low", "closed"]
-"""The phase of the window that a sandbox knows; "": none was announced to it."""
 
 
 class SendWindow(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -110,10 +105,6 @@ class ConversationRecord(PrivateRecord, frozen=True, kw_only=True, omit_defaults
     recent: list[str] = []  # noqa: RUF012 - msgspec copies it
     """Ids of the last commands that were sent or may have been. A command with such an id is a duplicate."""
     sent: list[SentText] = []  # noqa: RUF012 - msgspec copies it
-    announced: WindowPhase = ""
-    """The phase of the window that the sandbox knows."""
-    announced_window: str = ""
-    """The window of that phase: the id of its inbound message."""
     unserved: bool = False
     """No bot of the sandbox serves the user; the record has a time to live."""
 

@@ -419,13 +419,6 @@ class SetTyping(msgspec.Struct, frozen=True):
     is_on: bool
 
 
-class Announce(msgspec.Struct, frozen=True):
-    """Publish a window event."""
-
-    change: Literal["opened", "low", "closed"]
-    reason: str
-
-
 Effect: TypeAlias = (
     Save
     | RequestSlot
@@ -438,7 +431,6 @@ Effect: TypeAlias = (
     | Acknowledge
     | ReleaseBody
     | SetTyping
-    | Announce
 )
 
 
@@ -458,7 +450,6 @@ def step(
         effects.append(ReleaseSlot())
     if is_idle and (not conversation.queue or conversation.reason) and _ends_typing(effects):
         effects.append(SetTyping(is_on=False))
-    conversation = _announce_window(conversation, now_ms, policy, effects)
     conversation = _note_service(conversation, effects)
     return conversation, _with_one_save(effects)
 
@@ -495,9 +486,6 @@ def with_slot(conversation: Conversation) -> Conversation:
 def next_deadline_ms(conversation: Conversation, now_ms: int, policy: SendPolicy) -> float:
     """When the next Deadline is due; inf: never."""
     record, due = conversation.record, conversation.earliest_expiry_ms
-    is_sending = conversation.activity is Activity.SENDING  # the window is announced once the request has ended
-    if record.announced in ("open", "low") and conversation.bot is not None and not is_sending:
-        due = min(due, window.closes_at_ms(record.window, policy.window))
     if not conversation.queue or conversation.activity is not Activity.IDLE:
         return due
     if conversation.has_unpublished:
@@ -1152,23 +1140,6 @@ def _note_service(conversation: Conversation, effects: list[Effect]) -> Conversa
         return conversation
     effects.append(Save())
     return _replaced(conversation, record=msgspec.structs.replace(conversation.record, unserved=is_unserved))
-
-
-def _announce_window(
-    conversation: Conversation, now_ms: int, policy: SendPolicy, effects: list[Effect]
-) -> Conversation:
-    """Announces a changed window once no request is under way that may count against it."""
-    record = conversation.record
-    if conversation.bot is None or conversation.activity is Activity.SENDING or not record.window.opened_ms:
-        return conversation
-    current, reason = window.phase(record, now_ms, policy.window)
-    change = window.phase_change(record.announced, current)
-    if change:
-        effects.append(Announce(change, reason))
-    elif record.announced == "" or record.announced_window == record.window.id:
-        return conversation
-    record = msgspec.structs.replace(record, announced=current, announced_window=record.window.id)
-    return _replaced(conversation, record=record)
 
 
 def adopt_inbound(conversation: Conversation, stored: ConversationRecord) -> Conversation:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple, Protocol
 
-from adapter.conversation import rules
 from adapter.conversation.rules import Body, Bot, CommandResult, Conversation, QueuedCommand, SendPolicy
 from adapter.conversation.store import ConversationStore
 from adapter.conversation.uploads import Uploads
@@ -57,9 +56,6 @@ class ShardPort(Protocol):
 
     def hide_typing(self, sandbox: str, user: str) -> None:
         """Hides it if it is shown."""
-
-    def announce(self, state: Conversation, effect: rules.Announce) -> None:
-        """Publishes a window event, in the background."""
 
 
 class ConversationDeps(NamedTuple):

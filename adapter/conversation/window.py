@@ -12,7 +12,7 @@ from typing import Literal, NamedTuple, TypeAlias
 import msgspec
 
 from adapter.contract.messages import Window
-from adapter.conversation.record import ConversationRecord, SendProgress, SendWindow, WindowPhase
+from adapter.conversation.record import ConversationRecord, SendProgress, SendWindow
 
 Closed: TypeAlias = Literal["", "window_closed", "quota", "throttled", "reserved"]
 """Why nothing may be sent; "" if it may."""
@@ -36,8 +36,6 @@ class WindowPolicy(NamedTuple):
     """Time after -2 until a probe may be sent."""
     reserve: int = 0
     """Sends of the budget that commands with `optional` may not use."""
-    low: int = 3
-    """Remaining sends at which the window is low; 0: never."""
 
     def budget(self, *, optional: bool = False) -> int:
         """Sends of a window that a command may use."""
@@ -60,33 +58,6 @@ def send_blocker(
     if window.sends_used + max(1, min(needed, budget)) <= budget:
         return ""
     return "reserved" if optional else "quota"
-
-
-def phase(record: ConversationRecord, now_ms: int, policy: WindowPolicy) -> tuple[WindowPhase, Closed]:
-    """The phase as the sandbox sees it, and why it is closed. A possible probe after -2 does not make it open."""
-    if not _is_unexpired(record, now_ms, policy):
-        return "closed", "window_closed"
-    if record.window.throttled_at_ms:
-        return "closed", "throttled"
-    if not policy.sends:
-        return "open", ""
-    remaining = policy.sends - record.window.sends_used
-    if remaining <= 0:
-        return "closed", "quota"
-    return ("low" if remaining <= policy.low < policy.sends else "open"), ""  # low from the start is no change
-
-
-def phase_change(announced: WindowPhase, current: WindowPhase) -> Literal["", "opened", "low", "closed"]:
-    """The event for a sandbox that knows the phase `announced`; "" if there is none."""
-    match announced, current:
-        case "open" | "low", "closed":
-            return "closed"
-        case "" | "closed", "open" | "low":
-            return "opened"
-        case "open", "low":
-            return "low"
-        case _:  # a new window after a low one: the inbound message has it
-            return ""
 
 
 def visible_window(record: ConversationRecord, now_ms: int, policy: WindowPolicy) -> Window:

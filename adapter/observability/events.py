@@ -92,11 +92,6 @@ class Events:
         """Publishes a step of a QR login. The stream drops the same step as a duplicate."""
         await self._publish_event("login", event, f"login:{event.login}:{step}")
 
-    async def publish_window_event(self, event: contract.WindowEvent, *, msg_id: str, message: str) -> None:
-        """Publishes a changed window. `msg_id` identifies the change of the window. `message` opened the window."""
-        event = msgspec.structs.replace(event, at_ms=self._clock.now_ms())
-        await self._publish_event("window", event, msg_id, message=message)
-
     async def publish_erased_event(self, event: contract.ErasedEvent) -> None:
         """A person was erased in a sandbox."""
         event = msgspec.structs.replace(event, at_ms=self._clock.now_ms())
@@ -165,17 +160,16 @@ class Events:
     async def _publish_event(
         self,
         kind: str,
-        event: contract.BindingEvent | contract.LoginEvent | contract.WindowEvent | contract.ErasedEvent,
+        event: contract.BindingEvent | contract.LoginEvent | contract.ErasedEvent,
         msg_id: str,
         *,
-        message: str = "",
         ensure_owner_if_delayed: Callable[[], None] | None = None,
     ) -> None:
-        """A refusal by the stream is logged. `message`: the inbound message that the event is about, if any."""
+        """A refusal by the stream is logged."""
         headers = {
             H_MSG_ID: msg_id,
             H_SCHEMA: contract.SCHEMA_VERSION,
-            H_TRACEPARENT: derive_traceparent(message or msg_id, msg_id),
+            H_TRACEPARENT: derive_traceparent(msg_id, msg_id),
         }
         subject, payload = self._names.event(event.sandbox, kind), msgspec.json.encode(event)
         try:

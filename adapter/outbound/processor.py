@@ -85,7 +85,6 @@ class ShardCommandProcessor:
             BodyLoader(access.history, access.names, deps.limits, clock),
             self._endings,
             self.typing,
-            access.events,
             shown,
             self._tasks,
         )

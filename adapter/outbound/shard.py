@@ -12,12 +12,10 @@ import structlog
 from adapter.bindings.registry import Bindings
 from adapter.contract import messages as contract
 from adapter.contract.records import Binding
-from adapter.conversation import rules
 from adapter.conversation.rules import Body, Bot, CommandResult, Conversation, QueuedCommand
 from adapter.errors import LeaseLost, Refused
 from adapter.kit.tasks import TaskSet
 from adapter.kit.timing import wait_any
-from adapter.observability.events import Events
 from adapter.outbound.endings import CommandEndings
 from adapter.outbound.ledger import CommandLedger
 from adapter.outbound.reading import BodyLoader
@@ -132,7 +130,6 @@ class OwnedShard:
         bodies: BodyLoader,
         endings: CommandEndings,
         typing: TypingIndicators,
-        events: Events,
         shown: Callable[[Conversation], contract.Window],
         tasks: TaskSet,
     ) -> None:
@@ -143,7 +140,6 @@ class OwnedShard:
         self._bodies = bodies
         self._endings = endings
         self._typing = typing
-        self._events = events
         self._shown = shown
         self._tasks = tasks
 
@@ -190,17 +186,3 @@ class OwnedShard:
 
     def hide_typing(self, sandbox: str, user: str) -> None:
         self._typing.hide(sandbox, user)
-
-    def announce(self, state: Conversation, effect: rules.Announce) -> None:
-        event = contract.WindowEvent(
-            sandbox=state.sandbox,
-            bot=state.bot.id if state.bot else state.record.bot,
-            user=state.user,
-            change=effect.change,
-            reason=effect.reason,
-            window=self._shown(state),
-        )
-        identity = f"{state.record.window.id}:{effect.change}:{effect.reason}:{state.record.window.sends_used}"
-        ident = f"window:{state.sandbox}:{state.user}:{identity}"
-        publishing = self._events.publish_window_event(event, msg_id=ident, message=state.record.window.id)
-        self._tasks.spawn(publishing)  # sends do not wait for it

@@ -165,7 +165,7 @@ class PersonSearch:
 
 def _bots_of_user(kind: Kind, tokens: Sequence[str], about: _About) -> set[str]:
     """The bots that a message or record shows to be its user's. A sandbox chooses user and bot of its commands, and
-    so also those of their receipts, of a conversation's record, and of its window events."""
+    so also those of their receipts and of a conversation's record."""
     if kind == "conversation":
         return {*about.dispatched_to}
     if kind == "command" or (kind == "event" and tokens[3] not in ("binding", "login")):

@@ -26,7 +26,7 @@ STREAMS = (
 )
 BUCKETS = tuple(stream.removeprefix("KV_") for stream in STREAMS if stream.startswith("KV_"))
 SANDBOX = "<sandbox>"
-EVENTS = ("binding", "login", "window", "erased")
+EVENTS = ("binding", "login", "erased")
 
 
 class Row(NamedTuple):

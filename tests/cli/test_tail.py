@@ -25,8 +25,6 @@ from adapter.contract.messages import (
     Receipt,
     TextItem,
     UnsupportedItem,
-    Window,
-    WindowEvent,
 )
 from adapter.settings import Settings
 from tests.cli.conftest import Command, Result
@@ -148,18 +146,18 @@ async def test_what_is_stored_is_printed_in_order_and_that_is_all_unless_it_is_f
     assert (await cli("tail", "s1", "--all")).out == ""
     for n in range(3):
         await arrive(bus, inbound(n, f"text {n}"))
-        event = WindowEvent(sandbox="s1", bot="b", user="u", change="low", window=Window(remaining=n, reserved=1))
-        await bus.js.publish(bus.names.event("s1", "window"), msgspec.json.encode(event))
+        receipt = Receipt(command=f"c{n}", sandbox="s1", outcome="refused", user="u", at_ms=n + 1)
+        await bus.js.publish(bus.names.receipt("s1", f"c{n}"), msgspec.json.encode(receipt))
     result = await cli("tail", "s1", "--all", "--events")
     said = [line.partition("  s1  ")[2].split("  ", 1)[1] for line in result.out.splitlines()]
     assert result.code == 0
     assert said == [
         "text 0",
-        "window: bot b, change low, window remaining 0, reserved 1",
+        "receipt: c0: refused  (no reason given)",
         "text 1",
-        "window: bot b, change low, window remaining 1, reserved 1",
+        "receipt: c1: refused  (no reason given)",
         "text 2",
-        "window: bot b, change low, window remaining 2, reserved 1",
+        "receipt: c2: refused  (no reason given)",
     ]
     async with started("tail", "s1", "--all", "-f") as process:
         assert process.stdout is not None

@@ -27,9 +27,7 @@ from adapter.conversation.window import WindowPolicy
 from adapter.ports import Uploaded
 
 HOUR_MS = 3_600_000
-POLICY = SendPolicy(
-    window=WindowPolicy(sends=2, hours=23.0, cooldown_s=1e9, low=0), gap_ms=0, attempts=2, merge_chars=100
-)
+POLICY = SendPolicy(window=WindowPolicy(sends=2, hours=23.0, cooldown_s=1e9), gap_ms=0, attempts=2, merge_chars=100)
 BOT = Bot("b1@im.bot", is_usable=True)
 BOTS = {"b1": BOT, "dead": Bot(BOT.id, is_usable=False), "b2": Bot("b2@im.bot", is_usable=True), "none": None}
 """Who may serve the user: a bot, the same one without a login, the user's next one; or nobody, for ever or not."""

@@ -18,7 +18,7 @@ from tests.conversation.model import BOT, HOUR_MS, MEDIA, REFUSED, command
 
 NOW = 10_000_000
 POLICY = SendPolicy(
-    window=WindowPolicy(sends=3, hours=1.0, cooldown_s=60.0, low=1), gap_ms=1500, attempts=2, merge_chars=100
+    window=WindowPolicy(sends=3, hours=1.0, cooldown_s=60.0), gap_ms=1500, attempts=2, merge_chars=100
 )
 
 
@@ -31,8 +31,6 @@ class Talk:
             "bot": BOT.id,
             "token": "t",
             "window": opened,
-            "announced": "open",
-            "announced_window": "in:1",
         }
         self.state = Conversation(sandbox="s1", user="u1", record=ConversationRecord(**fields | record), bot=BOT)
         self.now_ms = NOW
@@ -166,15 +164,15 @@ def test_a_queue_that_waits_is_told_so_piece_by_piece() -> None:
 @pytest.mark.parametrize(
     ("prepare", "due_ms"),
     [
-        ([], HOUR_MS),
+        ([], math.inf),
         ([rules.Bound(None)], math.inf),
         ([rules.Bound(Bot("b", is_usable=False)), rules.Stored((command(1),))], rules.LOGIN_CHECK_MS),
-        ([rules.Stored((command(1),))], 72 * HOUR_MS - NOW),  # its expiry: the window is told of once it is sent
+        ([rules.Stored((command(1),))], 72 * HOUR_MS - NOW),  # its expiry
         ([rules.Stored((command(1, expires_ms=NOW + 900),))], 900),
         ([rules.Stored((command(1),)), rules.Throttled(REFUSED)], 60_000),
         ([rules.Stored((command(1),)), rules.Unanswered()], 1500),
         ([rules.Stored((command(1),)), rules.NotTaken("", 9000)], 9000),
-        ([rules.Stored((command(1),)), rules.Accepted("m")], HOUR_MS),
+        ([rules.Stored((command(1),)), rules.Accepted("m")], math.inf),
     ],
     ids=["idle", "unbound", "login", "sending", "expires", "throttled", "unanswered", "not taken", "done"],
 )
@@ -184,24 +182,6 @@ def test_a_conversation_is_looked_at_again_when_something_is_due(
     for event in prepare:
         talk.put(event)
     assert talk.due_ms == due_ms
-
-
-def test_a_window_that_changes_is_announced_once() -> None:
-    talk = Talk(policy=POLICY._replace(gap_ms=0))
-    for number in range(1, 4):
-        talk.put(rules.Stored((command(number),)))
-        assert not any(isinstance(one, rules.Announce) for one in talk.effects[-3:]), "while a request is out"
-        talk.put(rules.Accepted(f"m{number}"))
-    talk.put(rules.InboundReceived("in:2", "t2", BOT.id, 0, 2))
-    talk.put(rules.Deadline(), later_ms=HOUR_MS)
-    talk.put(rules.Deadline(), later_ms=1)
-    assert [effect for effect in talk.effects if isinstance(effect, rules.Announce)] == [
-        rules.Announce("low", ""),
-        rules.Announce("closed", "quota"),
-        rules.Announce("opened", ""),
-        rules.Announce("closed", "window_closed"),
-    ]
-    assert (talk.state.record.announced, talk.state.record.announced_window) == ("closed", "in:2")
 
 
 def test_a_group_is_waited_for_after_a_take_over_and_then_given_up() -> None:

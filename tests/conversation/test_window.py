@@ -9,11 +9,11 @@ import pytest
 
 from adapter.contract.messages import Window
 from adapter.conversation import window
-from adapter.conversation.record import ConversationRecord, SendProgress, SendWindow, WindowPhase
+from adapter.conversation.record import ConversationRecord, SendProgress, SendWindow
 from adapter.conversation.window import CLOCK_ERROR_MS, SENT_KEPT, WindowPolicy
 
 HOUR_MS = 3_600_000
-POLICY = WindowPolicy(sends=3, hours=1.0, cooldown_s=60.0, reserve=1, low=1)
+POLICY = WindowPolicy(sends=3, hours=1.0, cooldown_s=60.0, reserve=1)
 OPENED = 10_000_000
 
 
@@ -58,48 +58,25 @@ def test_a_budget_of_none_is_not_counted() -> None:
 
 
 @pytest.mark.parametrize(
-    ("known", "now_ms", "policy", "expected"),
+    ("known", "now_ms", "policy", "left"),
     [
-        (record(), OPENED + HOUR_MS, POLICY, ("closed", "window_closed", Window(remaining=0))),
-        (record(throttled_at_ms=1), OPENED + HOUR_MS - 1, POLICY, ("closed", "throttled", 0)),
-        (record(9), OPENED, POLICY._replace(sends=0), ("open", "", None)),
-        (record(3), OPENED, POLICY, ("closed", "quota", 0)),
-        (record(4), OPENED, POLICY, ("closed", "quota", 0)),
-        (record(2), OPENED, POLICY, ("low", "", 1)),
-        (record(1), OPENED, POLICY, ("open", "", 2)),
-        (record(2), OPENED, POLICY._replace(low=3), ("open", "", 1)),
+        (record(), OPENED + HOUR_MS, POLICY, Window(remaining=0)),
+        (record(throttled_at_ms=1), OPENED + HOUR_MS - 1, POLICY, 0),
+        (record(9), OPENED, POLICY._replace(sends=0), None),
+        (record(3), OPENED, POLICY, 0),
+        (record(4), OPENED, POLICY, 0),
+        (record(2), OPENED, POLICY, 1),
+        (record(1), OPENED, POLICY, 2),
     ],
 )
 def test_a_window_is_shown_as_it_stands(
-    known: ConversationRecord, now_ms: int, policy: WindowPolicy, expected: tuple[str, str, Any]
+    known: ConversationRecord, now_ms: int, policy: WindowPolicy, left: Window | int | None
 ) -> None:
-    phase, reason, left = expected
-    assert window.phase(known, now_ms, policy) == (phase, reason)
     if left is None:
         left = Window(closes_at_ms=OPENED + HOUR_MS)
     elif isinstance(left, int):
         left = Window(remaining=left, reserved=min(1, left), closes_at_ms=OPENED + HOUR_MS)
     assert window.visible_window(known, now_ms, policy) == left
-
-
-@pytest.mark.parametrize(
-    ("announced", "current", "change"),
-    [
-        ("", "open", "opened"),
-        ("", "low", "opened"),
-        ("closed", "open", "opened"),
-        ("closed", "low", "opened"),
-        ("open", "low", "low"),
-        ("open", "closed", "closed"),
-        ("low", "closed", "closed"),
-        ("low", "open", ""),
-        ("", "closed", ""),
-        ("open", "open", ""),
-        ("closed", "closed", ""),
-    ],
-)
-def test_a_change_is_told_once(announced: WindowPhase, current: WindowPhase, change: str) -> None:
-    assert window.phase_change(announced, current) == change
 
 
 def hear(known: ConversationRecord, *, message: str = "in:2", now_ms: int, **fields: Any) -> SendWindow:

@@ -8,6 +8,7 @@ import hashlib
 import os
 import secrets
 import signal
+import time
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from typing import Any
 import pytest
 
 from adapter.agent import Message, Sandbox
-from adapter.contract.messages import ImageItem, Options, OutFile
+from adapter.contract.messages import ImageItem, Options, Outbound, OutFile
 from adapter.environment import read_settings
 from adapter.errors import Refused
 from adapter.simulator import BotRecord, Simulator
@@ -110,6 +111,37 @@ async def test_media_come_and_go(place: Place) -> None:
         assert [view.md5 for view in file.media] == [hashlib.md5(sent).hexdigest()]
         with pytest.raises(Refused, match="no such object"):
             await sandbox.read_media(type(media)(object="s1/out/nothing"))
+
+
+async def test_windows_are_known_and_one_that_closes_is_told_of_once(place: Place) -> None:
+    """A window is open for 23 hours, so `before_s` is over three seconds after a message."""
+    first, second = place.users
+    before_s = 23 * 3600 - 3.0
+
+    async def echo(message: Message) -> None:
+        await message.reply(f"You said: {message.text}")
+
+    def closes_ms(sandbox: Sandbox) -> int:
+        return sandbox.window.closes_at_ms or 0 if sandbox.window else 0
+
+    async with Sandbox("s1", place.settings["s1"]) as sandbox, beside(sandbox.run(echo)):
+        assert (sandbox.window, sandbox.windows) == (None, {})
+        place.world.sim.say(first.bot, "hello")
+        await until(
+            lambda: sandbox.window is not None and sandbox.window.remaining == 9, "a receipt says what is left"
+        )
+        known_ms = closes_ms(sandbox)
+        place.world.sim.say(first.bot, "and")
+        await until(lambda: closes_ms(sandbox) > known_ms, "the next message opens another window")
+        due_ms = closes_ms(sandbox) - before_s * 1000
+        assert await sandbox.closing(before_s) == first.user
+        assert time.time() * 1000 >= due_ms
+        place.world.sim.say(second.bot, "hi")
+        assert await sandbox.closing(before_s) == second.user
+        assert sandbox.windows.keys() == {first.user, second.user}
+        assert sandbox.window == sandbox.windows[second.user]
+        await sandbox.send(Outbound(id="bye", user=second.user, text="See you"))
+        await until(lambda: "See you" in place.texts(second), "the last word is said")
 
 
 async def test_another_sandbox_is_closed_and_that_is_said(place: Place) -> None:

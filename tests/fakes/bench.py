@@ -36,7 +36,7 @@ from tests.fakes.replicas import FakeLeases
 from tests.newer import made_newer
 
 LIMITS = Limits(park_ms=72 * 3_600_000)
-WINDOW = WindowPolicy(sends=10, hours=23.0, low=0)
+WINDOW = WindowPolicy(sends=10, hours=23.0)
 GAP_S = 1.5
 POLICY = SendPolicy(window=WINDOW, gap_ms=int(GAP_S * 1000), attempts=3, merge_chars=0)
 MEDIA_BYTES = 100_000

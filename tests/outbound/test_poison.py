@@ -144,8 +144,6 @@ STEPS = [
     Step("shown", calling(CHAT, "show_typing", always), TYPING, SENT),
     Step("typing", calling(OWNED, "show_typing", always), TYPING, SENT),
     Step("hidden", calling(OWNED, "hide_typing", always), TEXT, SENT),
-    Step("window", calling(OWNED, "announce", always), TEXT, SENT),
-    Step("event", calling(lambda bench, _: bench.events, "publish_window_event", always), TEXT, SENT),
     Step("receipt", receipt, TEXT, SENT, times=3),
     Step("acknowledge", calling(OWNED, "acknowledge", of_bad), TEXT, SENT, times=2),
 ]
@@ -163,10 +161,10 @@ async def two_users() -> tuple[Bench, ShardCommandProcessor]:
     bench = Bench()
     await bench.bind()
     await bench.bind(bot=OTHER_BOT, user=OTHER)
-    bench.hears(sends_used=7)  # the send of the command at fault changes the window to low
+    bench.hears()
     bench.hears("s1", OTHER, bot=OTHER_BOT)
     bench.objects.stored["s1/x"] = b"hello"
-    return bench, bench.processor(gap_ms=0, low=1)
+    return bench, bench.processor(gap_ms=0)
 
 
 async def three_commands(

@@ -35,6 +35,17 @@ async def evict(bench: Bench) -> None:
     assert list(shard) == []
 
 
+async def test_a_conversation_without_work_leaves_memory_while_its_window_is_open() -> None:
+    bench, shard = await ready()
+    shard.intake.on_delivery(bench.command("hi", id="c1"))
+    await asyncio.sleep(10)
+    await evict(bench)
+    assert bench.record().window.opened_ms
+    shard.intake.on_delivery(bench.command("again", id="c2"))
+    await asyncio.sleep(10)
+    assert outcomes(bench) == [("c1", "accepted", ""), ("c2", "accepted", "")]
+
+
 @pytest.mark.parametrize("in_memory", [True, False])
 async def test_the_record_of_an_unbound_user_goes_in_time_unless_a_bot_serves_them_again(*, in_memory: bool) -> None:
     bench, shard = await ready()

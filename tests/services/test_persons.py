@@ -129,9 +129,8 @@ async def test_a_journal_is_deleted_only_while_nobody_may_bind() -> None:
         lambda names: names.receipt("s3", "r1", 1),
         lambda names: names.out("s3"),
         lambda names: f"$KV.{names.conversations}.s3.{to_subject_token(USER)}",
-        lambda names: names.event("s3", "window"),
     ],
-    ids=["receipt", "command", "conversation", "window"],
+    ids=["receipt", "command", "conversation"],
 )
 async def test_a_sandbox_that_names_the_bot_of_another_person_erases_nothing_of_theirs(
     place_of: Callable[[Names], str],

@@ -936,24 +936,6 @@ export interface Unbind {
   purge?: boolean;
 }
 /**
- * The send window of a user changed. Subject: wechat.event.<sandbox>.window.
- */
-export interface WindowEvent {
-  sandbox: string;
-  bot: string;
-  user: string;
-  /**
-   * opened: sends are possible again, because the user wrote or WeChat accepts messages again. low: few sends are left, once per window. closed: `remaining` is 0.
-   */
-  change: "closed" | "low" | "opened";
-  /**
-   * Why it closed: window_closed (time), quota, throttled.
-   */
-  reason?: string;
-  window?: Window;
-  at_ms?: number;
-}
-/**
  * Request of wechat.svc.window.<sandbox>, and for the platform of wechat.svc.window.
  */
 export interface WindowQuery {
