@@ -127,8 +127,6 @@ class InboundMessage(msgspec.Struct, frozen=True, gc=False):
     """Media of `items`, in their order."""
     reference: Reference | None = None
     """Reference for resolving `quote`."""
-    item_ids: tuple[str, ...] = ()
-    """iLink's ids of the items, in their order; "" for an item without an id."""
     group: bool = False
     """Whether the message comes from a group."""
 

@@ -1,4 +1,4 @@
-"""Which part of a text a quote means, and what stands for what has no text."""
+"""Which part of a text a quote means, and whose words count."""
 
 from __future__ import annotations
 
@@ -11,15 +11,13 @@ from hypothesis import strategies as st
 from adapter.content.quotes import (
     MAX_TEXT,
     Part,
-    QuotedText,
     Reference,
     as_id,
     choose_part,
     cut_to_part,
-    quoted_text_of,
     resolve_quote,
 )
-from adapter.contract.messages import FileItem, ImageItem, Quote, TextItem, UnsupportedItem, VoiceItem
+from adapter.contract.messages import Quote
 
 
 def md5(text: str) -> str:
@@ -131,26 +129,15 @@ def test_an_id_is_a_number_or_a_text_that_says_something(value: object, expected
     assert as_id(value) == expected
 
 
-def test_what_has_no_text_is_summed_up() -> None:
-    pdf, picture, voice = FileItem(name="a.pdf"), ImageItem(), VoiceItem(transcript="said")
-    assert quoted_text_of("", [picture]) == QuotedText("[image]", "image", "user")
-    assert quoted_text_of("", [pdf]) == QuotedText("[file] a.pdf", "file", "user")
-    assert quoted_text_of("look", [TextItem(text="look"), pdf]) == QuotedText("look", "text", "user")
-    assert quoted_text_of("look", [TextItem(text="look"), pdf], 1) == QuotedText("[file] a.pdf", "file", "user")
-    assert quoted_text_of("a\nsaid", [TextItem(text="a"), voice], 1) == QuotedText("said", "voice", "user")
-    assert quoted_text_of("", [UnsupportedItem(type=99)]) == QuotedText("", "", "user")
-    assert quoted_text_of("a", [TextItem(text="a")], 7) == QuotedText("", "", "user")
-
-
 def test_ilinks_own_words_count_more_than_ours_and_ours_more_than_its_title() -> None:
-    ours = QuotedText("ours", "text", "bot")
+    ours = {"sent": "ours", "kind": "text"}
     titled = Quote(id="1", text="title")
-    assert resolve_quote(titled, Reference(("1",), None, "given"), ours) == Quote(
+    assert resolve_quote(titled, Reference(("1",), None, "given"), **ours) == Quote(
         id="1", text="given", said_by="bot", kind="text"
     )
-    assert resolve_quote(titled, Reference(("1",), None, ""), ours) == Quote(
+    assert resolve_quote(titled, Reference(("1",), None, ""), **ours) == Quote(
         id="1", text="ours", said_by="bot", kind="text"
     )
-    assert resolve_quote(titled, Reference(("1",), None, ""), None) == titled
+    assert resolve_quote(titled, Reference(("1",), None, "")) == titled
     part = Part("u", "s", 0, 0, md5("urs"))
-    assert resolve_quote(titled, Reference(("1",), part, ""), ours).text == "urs"
+    assert resolve_quote(titled, Reference(("1",), part, ""), **ours).text == "urs"

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import msgspec
 
@@ -33,14 +32,6 @@ class Reference(NamedTuple):
     part: Part | None
     text: str
     """Its text from iLink; "": it has to be looked up."""
-
-
-class QuotedText(NamedTuple):
-    """What is known of a quoted message."""
-
-    text: str
-    kind: str
-    said_by: Literal["user", "bot"]
 
 
 def as_id(value: object) -> str:
@@ -107,39 +98,16 @@ def placeholder_summary(kind: str, name: str = "") -> str:
     return f"[{kind}] {name}".rstrip() if kind in ("image", "voice", "file", "video") else ""
 
 
-def quoted_text_of(text: str, items: Sequence[contract.InboundItem], item: int | None = None) -> QuotedText:
-    """The content of a user's message, or of one of its items."""
-    quoted = items if item is None else items[item : item + 1]
-    if item is not None:
-        text = _item_text(quoted[0]) if quoted else ""
-    kind = next((kind for quoted_item in quoted if (kind := kind_of(quoted_item)) != "unsupported"), "")
-    if not text:
-        text = next((shown for quoted_item in quoted if (shown := _item_summary(quoted_item))), "")
-    return QuotedText(text, kind, "user")
-
-
 def kind_of(item: contract.InboundItem) -> str:
     """The item's tag on the bus."""
     return str(item.__struct_config__.tag)
 
 
-def _item_text(item: contract.InboundItem) -> str:
-    match item:
-        case contract.TextItem():
-            return item.text
-        case contract.VoiceItem():
-            return item.transcript
-        case _:
-            return ""
+def resolve_quote(quote: Quote, reference: Reference, *, sent: str = "", kind: str = "") -> Quote:
+    """The quote with what is known. iLink's own text has priority, then that which the bot sent, then the title.
 
-
-def _item_summary(item: contract.InboundItem) -> str:
-    return placeholder_summary(kind_of(item), item.name if isinstance(item, contract.FileItem) else "")
-
-
-def resolve_quote(quote: Quote, reference: Reference, words: QuotedText | None) -> Quote:
-    """The quote with what was found. iLink's own text has priority, then the found one, then the title."""
-    known = quote if words is None else msgspec.structs.replace(quote, kind=words.kind, said_by=words.said_by)
-    text = reference.text or (words.text if words else "")
-    shown = cut_to_part(text, reference.part)
+    `sent`, `kind`: of the bot's message that is quoted; "": it is not known.
+    """
+    known = msgspec.structs.replace(quote, kind=kind, said_by="bot") if kind else quote
+    shown = cut_to_part(reference.text or sent, reference.part)
     return msgspec.structs.replace(known, text=shown) if shown else known

@@ -131,7 +131,7 @@ class Quote(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
 
     id: Annotated[str, Meta(description="iLink's id of the quoted message; empty if it gave none.")] = ""
     text: Annotated[str, Meta(description="The quoted text or a summary, if known.")] = ""
-    said_by: Annotated[Literal["", "user", "bot"], Meta(description="The quoted author; empty: unknown.")] = ""
+    said_by: Annotated[Literal["", "bot"], Meta(description="bot: the bot sent it lately; empty: unknown.")] = ""
     kind: Annotated[str, Meta(description="Quoted kind: text, image, voice, file, video; empty: unknown.")] = ""
 
 

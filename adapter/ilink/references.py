@@ -37,7 +37,7 @@ def read_reference(raw: bytes) -> Quoted | None:
         return None
     quote = Quote(id=ids[0] if ids else "", text=shown, kind=kind or ("text" if text else ""))
     reference = Reference(ids, part, text)
-    return resolve_quote(quote, reference, None), reference
+    return resolve_quote(quote, reference), reference
 
 
 def _decode_or_none(raw: bytes, kind: type[T]) -> T | None:

@@ -74,9 +74,8 @@ def _read_plain(raw: bytes, message: wire.PlainMessage) -> InboundMessage:
     (item,) = message.item_list
     text = item.text_item.text
     content = b'{"text_item":{"text":%b},"type":1}' % msgspec.json.encode(text)
-    keys, own = keys_of(message, user, sent_at_ms, content.decode()), as_id(item.msg_id)
     return InboundMessage(
-        keys=keys,
+        keys=keys_of(message, user, sent_at_ms, content.decode()),
         user=user,
         sent_at_ms=sent_at_ms,
         context_token=_context_token(message.context_token),
@@ -88,7 +87,6 @@ def _read_plain(raw: bytes, message: wire.PlainMessage) -> InboundMessage:
         raw=raw,
         broken="",
         kind="text",
-        item_ids=("" if own == keys.message else own,),
     )
 
 
@@ -110,7 +108,6 @@ def _read_whole(raw: bytes) -> InboundMessage:
         misfits += [f"item_list.{index}{path and '.'}{path}" for path in item.misfits]
     items = [item.item for item in read]
     quoted = next((item.quote for item in read if item.quote), None)
-    idents, ident = [as_id(item.ident) for item in read], as_id(message.message_id)
     return InboundMessage(
         keys=keys_of(message, user, sent_at_ms, b",".join([item.content for item in read]).decode()),
         user=user,
@@ -126,7 +123,6 @@ def _read_whole(raw: bytes) -> InboundMessage:
         kind=_metric_kind(items),
         fetches=tuple([item.fetch for item in read if item.fetch is not None]),
         reference=quoted[1] if quoted else None,
-        item_ids=tuple(["" if own == ident else own for own in idents]),
     )
 
 
@@ -144,7 +140,6 @@ class _TranslatedItem(NamedTuple):
     text: str = ""
     quote: Quoted | None = None
     fetch: MediaRef | None = None
-    ident: object = None
     content: bytes = b""
     misfits: Sequence[str] = ()
 
@@ -161,7 +156,7 @@ def _read_item(raw: msgspec.Raw, index: int) -> _TranslatedItem:
     lost = contract.TextItem if "text_item.text" in misfits else contract.UnsupportedItem
     if misfits and isinstance(read.item, lost):
         read = _TranslatedItem(contract.UnsupportedItem(type=0, reason="malformed"))
-    return read._replace(quote=quote, ident=item.msg_id, content=content, misfits=misfits)
+    return read._replace(quote=quote, content=content, misfits=misfits)
 
 
 def _decode_fast(raw: bytes, decoder: msgspec.json.Decoder[S], kind: type[S]) -> tuple[S, list[str]]:

@@ -5,7 +5,6 @@ Each message ends on the bus: as itself, as a stub if the bus refuses its size, 
 
 from __future__ import annotations
 
-import asyncio
 from collections import Counter
 from collections.abc import Awaitable, Callable, Sequence
 from typing import NamedTuple, TypeVar
@@ -14,13 +13,13 @@ import msgspec
 import structlog
 
 from adapter.bindings.registry import Bindings
+from adapter.content.quotes import resolve_quote
 from adapter.contract import messages as contract
 from adapter.contract.headers import derive_traceparent
 from adapter.contract.messages import Inbound
 from adapter.contract.names import H_JOURNAL, H_MSG_ID, H_SCHEMA, H_TRACEPARENT, digest
 from adapter.conversation.conversations import Conversations
 from adapter.errors import BusRefused, Temporary
-from adapter.inbound.recall import QuoteResolver, ids_header
 from adapter.kit.timing import Clock, backoff
 from adapter.observability.events import BusAccess
 from adapter.observability.metrics import Metrics
@@ -31,8 +30,6 @@ log = structlog.get_logger()
 
 T = TypeVar("T")
 
-QUOTES_S = 2.0
-"""Longest search for the quotes of a batch; later quotes have no text."""
 LARGE = 64 * 1024
 """Size above which a message is published alone. No text from a phone is larger, and every bus accepts this much."""
 
@@ -56,7 +53,6 @@ class PublishDeps(NamedTuple):
     access: BusAccess
     bindings: Bindings
     conversations: Conversations
-    recall: QuoteResolver
     leases: Leases
     clock: Clock
     metrics: Metrics
@@ -78,10 +74,7 @@ async def publish(addressed: Sequence[AddressedMessage], deps: PublishDeps) -> N
     A large message is published alone: if the bus refuses its size, its stub keeps its place in the order.
     """
     if any(message.inbound.reference is not None for message in addressed):
-        addressed, until = list(addressed), asyncio.get_running_loop().time() + QUOTES_S
-        for number, message in enumerate(addressed):
-            if message.inbound.reference is not None:
-                addressed[number] = await _with_quote(message, addressed[:number], until, deps)
+        addressed = [await _with_quote(message, deps) for message in addressed]
     start = 0
     for number, message in enumerate(addressed):
         if len(message.inbound.raw) > LARGE:
@@ -133,22 +126,18 @@ async def _publish_all(messages: Sequence[Message], bot: str, deps: PublishDeps)
     return acks
 
 
-async def _with_quote(
-    addressed: AddressedMessage, before: Sequence[AddressedMessage], until: float, deps: PublishDeps
-) -> AddressedMessage:
-    """`before`: messages of the same answer, which are not on the bus yet. `until`: a time of the loop's clock."""
-    earlier = [other.inbound for other in before if other.sandbox == addressed.sandbox]
-    try:
-        async with asyncio.timeout_at(until):
-            inbound = await retry(
-                lambda: deps.recall.resolve(addressed.sandbox, addressed.bot, addressed.inbound, earlier),
-                deps.clock,
-                addressed.bot,
-            )
-    except TimeoutError:
-        log.info("quote.not_found", bot=addressed.bot)
-        inbound = deps.recall.without_search(addressed.inbound)
-    return msgspec.structs.replace(addressed, inbound=inbound)
+async def _with_quote(message: AddressedMessage, deps: PublishDeps) -> AddressedMessage:
+    """The message with the words that it quotes, if the bot has sent them lately."""
+    inbound = message.inbound
+    if inbound.quote is None or inbound.reference is None or not (ids := inbound.reference.ids):
+        return message
+    sent = await retry(
+        lambda: deps.conversations.find_sent(message.sandbox, inbound.user, ids), deps.clock, message.bot
+    )
+    if sent is None:
+        return message
+    quote = resolve_quote(inbound.quote, inbound.reference, sent=sent.text, kind=sent.kind)
+    return msgspec.structs.replace(message, inbound=msgspec.structs.replace(inbound, quote=quote))
 
 
 def _message(addressed: AddressedMessage, window: contract.Window, deps: PublishDeps) -> Message:
@@ -169,7 +158,6 @@ def _message(addressed: AddressedMessage, window: contract.Window, deps: Publish
         H_SCHEMA: contract.SCHEMA_VERSION,
         H_JOURNAL: addressed.place,
         H_TRACEPARENT: derive_traceparent(inbound.id),
-        **ids_header(addressed.inbound),
     }
     subject = deps.access.names.inbox(addressed.sandbox)
     return Message("in", subject, msgspec.json.encode(inbound), headers, deps.ensure_owner)

@@ -138,11 +138,6 @@ class Metrics:
             kind="text image voice file video unsupported",
             outcome="published duplicate unbound rejected publish_failed dead_lettered",
         )
-        self.quotes = self._counter(
-            "quotes",
-            "Quotes in inbound messages, by the author of the quoted message. unknown: the message was not found.",
-            outcome="user bot unknown",
-        )
         self.inbound_publish_duration = self._histogram(
             "inbound_publish_duration_seconds",
             "Time from the answer of a poll to the stream's acknowledgement, per new message.",

@@ -35,7 +35,6 @@ from adapter.inbound.dispatch_state import DispatchDeps
 from adapter.inbound.download import DownloadDeps
 from adapter.inbound.inbox import PublishDeps
 from adapter.inbound.journal import Journal
-from adapter.inbound.recall import QuoteResolver
 from adapter.inbound.triage import Triage
 from adapter.jetstream import topology
 from adapter.jetstream.buckets import LeaderKvBucket
@@ -139,7 +138,6 @@ class Replica:
 
         self.conversation_store = ConversationStore(connections.bucket(names.conversations), unserved_s=unbound_s)
         self.conversations = Conversations(self.conversation_store, self._open_shard, clock, self.policy)
-        self.recall = QuoteResolver(self.conversations, connections.history, names, clock, metrics)
         self.transfers = FairSlots(TRANSFERS, share=TRANSFERS_PER_SANDBOX)
         self.inbound = self._inbound_deps(
             PollerWaits(stale_retry_s, login_polls_s, unbound_s, grace_s=max(1.0, settings.drain_s - RELEASE_S))
@@ -237,7 +235,6 @@ class Replica:
                 access=self.access,
                 bindings=self.bindings,
                 conversations=self.conversations,
-                recall=self.recall,
                 leases=self.leases,
                 clock=self.clock,
                 metrics=self.metrics,

@@ -10,7 +10,7 @@ import msgspec
 from nats.aio.client import Client
 
 from adapter.contract.messages import Inbound, Quote
-from adapter.simulator.kinds import QUOTED_ID, text_item
+from adapter.simulator.kinds import text_item
 from tests.e2e.test_commands import final_of
 from tests.e2e.world import NAMES, World, eventually, stream, world
 
@@ -36,18 +36,16 @@ def say_quote(made: World, bot: str, text: str, ident: Any) -> None:
     made.sim.inject(bot, {"item_list": [text_item(text) | {"ref_msg": {"svr_id": ident}}]})
 
 
-async def test_every_shape_of_a_quote_has_the_words_of_the_message_that_it_names(tmp_path: Path) -> None:
+async def test_every_shape_of_a_quote_has_the_words_of_the_answer_that_it_names(tmp_path: Path) -> None:
     async with world(tmp_path) as made:
-        await made.add_adapter()
-        nc = await made.nc()
-        bot = made.sim.add_bot()
-        await made.bind(nc, "s1", bot)
-        made.sim.say(bot.bot, "hello world", message_id=QUOTED_ID)
+        nc, bot = await made.begun()
+        await made.command(nc, "s1", "c1")
+        (ident,) = (await final_of(made, "c1")).message_ids
         for shape in SHAPES:
-            made.sim.say_kind(bot.bot, shape, f"see {shape}")
+            made.sim.say_kind(bot.bot, shape, f"see {shape}", of=ident)
             quoted = await quote_in(made, nc, "s1", f"see {shape}")
-            text = "world" if shape == "quote_partial" else "hello world"
-            assert quoted == Quote(id=str(QUOTED_ID), text=text, said_by="user", kind="text"), shape
+            text = "c1" if shape == "quote_partial" else "answer c1"
+            assert quoted == Quote(id=ident, text=text, said_by="bot", kind="text"), shape
 
 
 async def test_a_quote_of_an_answer_is_told_also_after_a_restart_and_to_no_other_sandbox(tmp_path: Path) -> None:

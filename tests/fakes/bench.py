@@ -151,7 +151,7 @@ class Bench:
         self.access, self.receipts = self.replica.access, self.replica.receipts
         self.events, self.sealer = self.replica.access.events, self.replica.sealer
         self.store, self.conversations = self.replica.conversation_store, self.replica.conversations
-        self.recall, self.journal = self.replica.recall, self.replica.inbound.journal
+        self.journal = self.replica.inbound.journal
         self.transfers, self.uploads = self.replica.transfers, self.replica.outbound.conversation.uploads
         self.bus_up = asyncio.Event()
         self.bus_up.set()

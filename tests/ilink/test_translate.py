@@ -217,7 +217,6 @@ def test_a_text_with_the_fields_that_ilink_sends_takes_the_short_way() -> None:
     again, before = read_message(raw), said("text")
     assert again.items == before.items
     assert again.keys == before.keys, "with these fields or without, it is the same message"
-    assert again.item_ids == ("v1:14778023042603769070",)
     assert not again.group
 
 
@@ -673,12 +672,6 @@ def test_a_quote_tells_what_is_known_and_costs_no_message_its_words(
     assert (found.text, found.broken) == ("this", "")
     assert found.quote == quote
     assert (found.reference.ids if found.reference else ()) == ids
-
-
-def test_items_keep_the_ids_that_are_not_their_messages() -> None:
-    items = [{"type": 1, "msg_id": 7}, {"type": 1, "msg_id": "8"}, {"type": 1}, {"type": 1, "msg_id": 2**64 - 1}]
-    found = read_message(msgspec.json.encode({"from_user_id": "u", "message_id": "7", "item_list": items}))
-    assert found.item_ids == ("", "8", "", str(2**64 - 1))
 
 
 def test_numbers_in_quotes_cost_no_text() -> None:

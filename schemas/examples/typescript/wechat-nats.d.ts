@@ -1,5 +1,5 @@
 /* Messages of the bus, generated from the JSON Schemas here by `make generate`; do not edit.
-   Of: 4a8ef6b7cf4f80f9e1e276497ef34719193a3c3131f932554f8bdcea7e23a551 */
+   Of: 827910536a285d7f4da6e5d4f95537db98335dd71d542c005461d7d69f6828bf */
 
 /**
  * Options of a binding.
@@ -360,9 +360,9 @@ export interface Quote {
    */
   text?: string;
   /**
-   * The quoted author; empty: unknown.
+   * bot: the bot sent it lately; empty: unknown.
    */
-  said_by?: "" | "bot" | "user";
+  said_by?: "" | "bot";
   /**
    * Quoted kind: text, image, voice, file, video; empty: unknown.
    */
