@@ -23,6 +23,9 @@ READ_GRACE_S = 0.1
 LEASE_RETRY_S = 0.2
 """Pause before work that was interrupted by a lost lease is tried again."""
 
+_WITH_SUSPENSION = getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC)
+"""time.monotonic stands still while a machine is suspended, and a lease must not. Linux alone has the other clock."""
+
 log = structlog.get_logger()
 
 
@@ -33,7 +36,7 @@ class Clock(Protocol):
         """Wall clock in Unix milliseconds: for time stamps and windows, never for leases."""
 
     def monotonic(self) -> float:
-        """Monotonic seconds, which also advance while the process is stopped."""
+        """Monotonic seconds, which also advance while the process is stopped or the machine is suspended."""
 
     async def sleep(self, seconds: float) -> None: ...
 
@@ -47,7 +50,8 @@ class SystemClock:
     def now_ms(self) -> int:
         return time.time_ns() // 1_000_000
 
-    monotonic = staticmethod(time.monotonic)
+    def monotonic(self) -> float:
+        return time.clock_gettime(_WITH_SUSPENSION)
 
     async def sleep(self, seconds: float) -> None:
         await asyncio.sleep(seconds)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import AsyncIterator, Callable
 from functools import partial
 
@@ -12,6 +13,7 @@ from structlog.testing import capture_logs
 
 from adapter.contract.names import SHARDS
 from adapter.errors import LeaseLost
+from adapter.kit.timing import SystemClock
 from adapter.ownership.membership import HOLDER_FRACTION
 from adapter.ports import Entry
 from tests.newer import made_newer
@@ -275,6 +277,24 @@ async def test_a_lease_counts_from_the_time_at_which_its_renewal_was_sent(cluste
     await cluster.run(LEASE_S)
     assert heir.working
     assert cluster.worked_for == SHARDS
+
+
+async def test_a_holder_whose_machine_was_suspended_trusts_no_lease_of_before(
+    cluster: Cluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The clock that also advances while a machine is suspended has jumped; the others, and all timers, have not."""
+    holder = cluster.start()
+    monkeypatch.setattr(holder.clock, "monotonic", SystemClock().monotonic)
+    await cluster.run(1)
+    holder.leases.ensure_owned(0)
+    clock_gettime = time.clock_gettime
+    jump_s = {time.CLOCK_BOOTTIME: LEASE_S}
+    monkeypatch.setattr(time, "clock_gettime", lambda clock: clock_gettime(clock) + jump_s.get(clock, 0.0))
+    with pytest.raises(LeaseLost):
+        holder.leases.ensure_owned(0)
+    assert not holder.working
+    await cluster.run(LEASE_S)  # it renews, since nobody has revoked it meanwhile
+    holder.leases.ensure_owned(0)
 
 
 async def test_a_caller_that_finds_the_lease_ended_before_its_timer_hears_of_its_renewal(cluster: Cluster) -> None:
