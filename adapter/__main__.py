@@ -83,14 +83,11 @@ def _run_alone() -> int:
 
 
 async def _serve(settings: Settings) -> None:
-    import asyncio  # noqa: PLC0415
-
+    from adapter.cli.signals import draining_on_signal  # noqa: PLC0415
     from adapter.replica import app  # noqa: PLC0415 -- settings are told first, even where this fails
 
-    stop = asyncio.Event()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        asyncio.get_running_loop().add_signal_handler(number, stop.set)
-    await app.run(settings, stop=stop)
+    with draining_on_signal(settings.drain_s) as stop:
+        await app.run(settings, stop=stop)
 
 
 if __name__ == "__main__":

@@ -178,6 +178,9 @@ class Chat(Protocol):
         Raises Temporary, SessionExpired, Refused("url") (the base URL is not allowed).
         """
 
+    def is_connecting(self, bot: str) -> bool:
+        """Whether a poll of the bot has not left yet, so that no answer to it can be missed."""
+
     async def send(
         self,
         account: Account,

@@ -86,6 +86,7 @@ def supervisor(
         run_poller=run_poller,
         work=Work(shard or Shard()),
         publish_released=publish_released,
+        is_connecting=lambda bot: False,
         capacity=capacity,
     )
 

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from adapter import __version__
 from adapter.cli.exit_codes import EXIT_CODES, INTERRUPTED, NO, OK, USAGE, Failed
+from adapter.cli.signals import until_signalled
 from adapter.errors import AdapterError, SettingsError
 
 if TYPE_CHECKING:
@@ -78,10 +79,8 @@ def build() -> App:
         help_epilogue=f"{CONNECTION}\n\n{EXIT_CODES}",
         version=__version__,
         help_format="markdown",
-        suppress_keyboard_interrupt=False,
         exit_on_error=False,
         print_error=False,
-        result_action="return_value",
     )
     for name, (place, _) in COMMANDS.items():
         app.command(f"{__name__}.{place}", name=name)
@@ -158,9 +157,11 @@ def _call(argv: list[str]) -> object:
         return USAGE
     _silence_libraries()
     try:
-        return build()(argv)
+        command, given, _ = build().parse_args(argv)
     except CycloptsError as exc:
         raise Failed(USAGE, f"{' '.join(str(exc).split())} See --help.") from None
+    result = command(*given.args, **given.kwargs)
+    return asyncio.run(until_signalled(result)) if asyncio.iscoroutine(result) else result
 
 
 def _have_streams() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import os
 from collections import deque
@@ -23,7 +24,6 @@ from adapter.cli.bus import BROKE, connected_bus, settings_here
 from adapter.cli.contexts import with_context
 from adapter.cli.exit_codes import NO, OK, UNREACHABLE, USAGE, Failed
 from adapter.cli.files import read_text
-from adapter.cli.lifetime import run_until_stopped, until_signalled
 from adapter.cli.options import Sandbox as SandboxName
 from adapter.cli.options import Timeout
 from adapter.environment import read_settings
@@ -100,11 +100,12 @@ async def agent(
         async with connected_bus(settings):
             pass  # says in a sentence why there is no connection
         logs.configure(settings.log, version=__version__)
-        stop = stack.enter_context(until_signalled())
         connected = await stack.enter_async_context(Sandbox(sandbox, settings, running_file=folder / "running"))
         log.info("agent.started", sandbox=sandbox)
         try:
-            await run_until_stopped(stop, Runner(connected, answering, sessions).run())
+            await Runner(connected, answering, sessions).run()
+        except asyncio.CancelledError:
+            return OK
         except NatsError:
             raise Failed(UNREACHABLE, BROKE) from None
     return OK

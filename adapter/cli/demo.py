@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import secrets
 import sys
@@ -22,7 +23,7 @@ from adapter.cli.bindings import request_control
 from adapter.cli.bus import Bus, connected_bus
 from adapter.cli.embedded import EmbeddedNats
 from adapter.cli.exit_codes import NO, OK, Failed
-from adapter.cli.lifetime import adapter_running, run_until_stopped, until_signalled, while_alive
+from adapter.cli.lifetime import adapter_running, while_alive
 from adapter.cli.options import flag
 from adapter.cli.output import can_style
 from adapter.cli.stdin import LineEditor, lines
@@ -60,11 +61,12 @@ async def demo(
     prompting = sys.stdin is not None and sys.stdin.isatty()
     editor = LineEditor() if prompting and can_style(sys.stdout) else None
     screen = Screen(sys.stdout, prompting=prompting, editor=editor)
-    with until_signalled() as stop, _log(screen, verbose):
-        code = await run_until_stopped(stop, _demo(screen, program, echo, editor.lines() if editor else lines()))
-    if code is None:
-        screen.note("")
-    return OK if code is None else code
+    with _log(screen, verbose):
+        try:
+            return await _demo(screen, program, echo, editor.lines() if editor else lines())
+        except asyncio.CancelledError:
+            screen.note("")
+            return OK
 
 
 async def _demo(screen: Screen, program: str | None, echo: bool, typed: AsyncIterator[str]) -> int:

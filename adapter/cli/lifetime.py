@@ -1,11 +1,10 @@
-"""Running something until a signal: the adapter in this process, an embedded server beside it."""
+"""The adapter in this process, an embedded server beside it."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-import signal
-from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
+from collections.abc import AsyncIterator, Coroutine
 from typing import Any, TypeVar
 
 from adapter.cli.embedded import EmbeddedNats
@@ -14,53 +13,8 @@ from adapter.settings import Settings
 
 T = TypeVar("T")
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 SERVER_END_S = 1.0
 """Time for the end of a server to show: what it served may fail sooner."""
-
-
-@contextlib.contextmanager
-def until_signalled(on_first: Callable[[], None] = lambda: None) -> Iterator[asyncio.Event]:
-    """An event that ctrl-C, SIGTERM or a closed terminal sets; a second signal cancels the current task.
-
-    `on_first` is called at the first.
-    """
-    loop = asyncio.get_running_loop()
-    task = asyncio.current_task()
-    assert task is not None
-    stop = asyncio.Event()
-
-    def on_signal() -> None:
-        if stop.is_set():
-            task.cancel()
-        else:
-            on_first()
-        stop.set()
-
-    for number in SIGNALS:
-        loop.add_signal_handler(number, on_signal)
-    try:
-        yield stop
-    finally:
-        for number in SIGNALS:
-            loop.remove_signal_handler(number)
-
-
-async def run_until_stopped(stop: asyncio.Event, work: Coroutine[Any, Any, T]) -> T | None:
-    """What `work` returns; None if `stop` came first, after `work` was cancelled and has cleaned up."""
-    task = asyncio.create_task(work)
-    stopped = asyncio.create_task(stop.wait())
-    try:
-        await asyncio.wait({task, stopped}, return_when=asyncio.FIRST_COMPLETED)
-        if task.done():
-            return task.result()
-    finally:
-        stopped.cancel()
-        task.cancel()
-        await asyncio.wait({task})
-    if not task.cancelled():
-        task.result()  # raises what its clean-up has raised
-    return None
 
 
 @contextlib.asynccontextmanager

@@ -19,9 +19,8 @@ from nats.aio.msg import Msg
 
 from adapter.cli import bulk, output, stdin
 from adapter.cli.bus import Bus, connected_bus
-from adapter.cli.exit_codes import INTERRUPTED, NO, OK, UNREACHABLE, USAGE, Failed
+from adapter.cli.exit_codes import NO, OK, UNREACHABLE, USAGE, Failed
 from adapter.cli.files import write_private
-from adapter.cli.lifetime import run_until_stopped, until_signalled
 from adapter.cli.options import AutoTyping, Durable, Fresh, Json, RowSandbox, flag
 from adapter.contract.messages import CHECKING, FINAL_STATUSES, Login, LoginQuery, LoginStart, LoginVerify
 
@@ -104,9 +103,7 @@ async def login(
         else:
             row = bulk.OptionsRow(sandbox=sandbox or "", **options)
             work = complete(row, await start(row), png)
-        with until_signalled() as stop:
-            code = await run_until_stopped(stop, work)
-    return INTERRUPTED if code is None else code
+        return await work
 
 
 async def _follow(

@@ -7,7 +7,6 @@ import contextlib
 import json
 import re
 import secrets
-import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -21,8 +20,9 @@ from adapter.cli.bus import URL_FILE, settings_here
 from adapter.cli.embedded import EmbeddedNats
 from adapter.cli.exit_codes import OK, USAGE, Failed
 from adapter.cli.files import write_private
-from adapter.cli.lifetime import until_signalled, while_alive
+from adapter.cli.lifetime import while_alive
 from adapter.cli.options import flag
+from adapter.cli.signals import CLOSING_S, draining_on_signal
 from adapter.environment import read_settings
 from adapter.observability import logs
 from adapter.replica.eventloop import run_fast
@@ -64,7 +64,7 @@ def run(
 async def _run(settings: Settings, *, embedded: bool, port: int) -> int:
     from adapter.replica import app  # noqa: PLC0415 -- other commands start faster without it
 
-    with until_signalled(lambda: _say_draining(settings.drain_s)) as stop:
+    with draining_on_signal(settings.drain_s + (CLOSING_S if embedded else 0.0)) as stop:
         if not embedded:
             await app.run(settings, stop=stop)
             return OK
@@ -75,15 +75,6 @@ async def _run(settings: Settings, *, embedded: bool, port: int) -> int:
             log.info("nats.started", url_file=str(folder / URL_FILE), folder=str(server.folder))
             await while_alive(app.run(embedded_settings(settings, server.url), stop=stop), server)
     return OK
-
-
-def _say_draining(drain_s: float) -> None:
-    """Tells the person at the terminal who pressed ctrl-C; a supervisor reads the log."""
-    if sys.stderr.isatty():
-        output.complain(
-            f"Draining for {drain_s:g} s at most. Ctrl-C again ends it at once: what is being sent may end as"
-            " uncertain, and what iLink is handing over may be lost."
-        )
 
 
 def embedded_settings(settings: Settings, url: str) -> Settings:

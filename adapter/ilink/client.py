@@ -91,6 +91,7 @@ class ILink:
         self._transport = Transport(tls=ResumingContext(), budget=self._budget, resolver=resolver)
         self._fresh_connection_bots: set[str] = set()
         """Bots whose connections seem dead; their next call uses a new one."""
+        self._connecting: set[str] = set()
 
     def check_base_url(self, url: str) -> str:
         return urls.check_url(url, self._allowed_hosts)
@@ -98,13 +99,18 @@ class ILink:
     def redirect_base_url(self, host: str, base_url: str) -> str:
         return urls.redirect_url(host, base_url or self._default_base_url, self._allowed_hosts)
 
+    def is_connecting(self, bot: str) -> bool:
+        return bot in self._connecting
+
     async def poll(self, account: Account, cursor: str, hold_ms: int) -> Polled | None:
         request = protocol.updates_request(account.token, cursor, random.getrandbits(32))
         started = time.monotonic()
+        timeout_s, on_connected = hold_ms / 1000 + self._poll_margin_s, partial(self._connecting.discard, account.bot)
+        self._connecting.add(account.bot)
         try:
             with CountedCall(self._metrics, "getupdates"):
-                timeout_s = hold_ms / 1000 + self._poll_margin_s
-                return await _read_updates(await self._post(account, request, timeout_s), started, self._budget)
+                reply = await self._post(account, request, timeout_s, on_connected)
+                return await _read_updates(reply, started, self._budget)
         except TimeoutError:
             return None
         except AdapterError as exc:
@@ -112,6 +118,8 @@ class ILink:
             if isinstance(exc, Uncertain):
                 raise Temporary(exc.reason, exc.detail) from exc
             raise
+        finally:
+            on_connected()
 
     async def send(
         self,

@@ -33,6 +33,9 @@ the socket, and iLink may count it as delivered."""
 CHECK_S = 30.0
 """Longest wait for a change notification; then the condition is checked again. A second instead took an eighth of a
 core for thousands of bots while NATS was down."""
+NOTIFY_S = 1.5
+"""Longest wait for iLink's answer to a notification, which is best effort (docs/reference/ilink-protocol.md, "Online
+state")."""
 TURN_S = 0.01
 """Time for the loop to read its sockets. uvloop runs a timer of 0 before that."""
 
@@ -63,8 +66,6 @@ class PollerWaits(NamedTuple):
     """When a binding that needs a login is polled all the same (`poller.LOGIN_POLLS_S`)."""
     keep_s: int
     """Seconds for which the journal of an unbound bot is kept."""
-    grace_s: float
-    """Time to store an answer that arrived when the service stops."""
 
 
 class PollGate(Protocol):
@@ -156,6 +157,8 @@ class BotPoller:
         """Monotonic time of iLink's last answer to a poll."""
         self.is_announced = False
         """iLink has confirmed that the bot is polled."""
+        self.has_answer = False
+        """An answer of iLink is not stored yet."""
         self.stopping = False
         """The poller ends at the next poll boundary."""
         self.stop_requested = ChangeSignal()
@@ -237,10 +240,12 @@ async def notify(poller: BotPoller, deps: InboundDeps, *, start: bool, even_stal
     if binding is None or not (even_stale or binding.state == "active"):
         return
     try:
-        await deps.chat.notify(poller.account(binding, deps.sealer), start=start)
+        async with asyncio.timeout(NOTIFY_S):
+            await deps.chat.notify(poller.account(binding, deps.sealer), start=start)
         poller.is_announced = start
-    except AdapterError as exc:
-        log.info("notify.failed", bot=poller.bot, start=start, reason=exc.reason)
+    except (AdapterError, TimeoutError) as exc:
+        reason = exc.reason if isinstance(exc, AdapterError) else "timeout"
+        log.info("notify.failed", bot=poller.bot, start=start, reason=reason)
 
 
 def rebound(binding: Binding, deps: InboundDeps) -> Callable[[], bool]:

@@ -55,11 +55,10 @@ LOGIN_POLLS_S = (300.0, 3600.0, 86_400.0)
 """A binding that needs a login is polled so long after the verdict, then at this interval, and after
 LOGIN_POLLED_OFTEN_S at that one. A verdict may be wrong: iLink answers -14 for causes that pass."""
 LOGIN_POLLED_OFTEN_S = 3 * 86_400.0
-NOTIFY_S = 1.5
-"""Longest wait for iLink's answer to notifystart, which is best effort (docs/reference/ilink-protocol.md, "Online
-state")."""
 AFTER_CANCEL_S = 0.2
 """Pause between a poll that was cut and the bot's next poll."""
+RELEASE_GRACE_S = 1.0
+"""Time of a poller that was cancelled to release its bot."""
 NOTED_WITHIN_S = 60.0
 """Time after the last message until the journal gets a cursor that came without messages, and the dispatched
 sequence."""
@@ -76,8 +75,9 @@ async def run_poller(poller: BotPoller, deps: InboundDeps) -> None:
     try:
         await _poll_until_stopped(poller, deps)
     finally:
+        poller.has_answer = False
         if poller.journal is not None:
-            await shield_with_grace(release(poller, poller.journal, deps), deps.waits.grace_s)
+            await shield_with_grace(release(poller, poller.journal, deps), RELEASE_GRACE_S)
 
 
 async def _poll_until_stopped(poller: BotPoller, deps: InboundDeps) -> None:
@@ -115,15 +115,8 @@ async def _own_and_poll(poller: BotPoller, deps: InboundDeps) -> None:
         return
     await wait_event(poller.poll_cancel, deps.pacing.starts.reserve_delay_s())
     if not poller.stopping:
-        await _notify_start(poller, deps)
+        await notify(poller, deps, start=True)
     await poll_forever(poller, journal, deps)
-
-
-async def _notify_start(poller: BotPoller, deps: InboundDeps) -> None:
-    """Tells iLink that polling begins."""
-    with contextlib.suppress(TimeoutError):
-        async with asyncio.timeout(NOTIFY_S):
-            await notify(poller, deps, start=True)
 
 
 class _PollStats(msgspec.Struct):
@@ -183,6 +176,7 @@ async def poll_forever(poller: BotPoller, journal: BotJournal, deps: InboundDeps
             serves = deps.bindings.get(poller.bot)
             sandbox = serves.sandbox if serves is not None else ""
             await _store(poller, Answer(polled, sandbox, deps.clock.now_ms()), journal, deps)
+            poller.has_answer = False
             if poller.unanswered_since - began >= INSTANT_S:
                 await asyncio.sleep(0)  # the dispatcher goes first: a person waits for it
         else:
@@ -205,7 +199,7 @@ async def poll_forever(poller: BotPoller, journal: BotJournal, deps: InboundDeps
             # rarely
             stats.unannounced += 1
             if stats.unannounced.bit_count() == 1:
-                await _notify_start(poller, deps)
+                await notify(poller, deps, start=True)
         del polled  # frees a large answer during the next poll
         if poller.dispatcher is not None and not poller.dispatcher.has_room():
             await wait_until(poller, poller.dispatcher.changed, poller.dispatcher.has_room)
@@ -256,7 +250,8 @@ async def _wait_after_failure(poller: BotPoller, exc: Temporary, stats: _PollSta
     wait_s = exc.retry_after_s or backoff(stats.failures, first_s=0.5, longest_s=30.0)
     if stats.failures.bit_count() == 1:  # at 1, 2, 4 …: thousands of polls fail together while iLink is down
         log.warning("poll.failed", bot=poller.bot, reason=exc.reason, detail=exc.detail, failures=stats.failures)
-    await wait_event(poller.poll_cancel, wait_s + deps.clock.jitter(wait_s / 2))
+    if not poller.stopping:
+        await wait_event(poller.poll_cancel, wait_s + deps.clock.jitter(wait_s / 2))
     await deps.pacing.turns.wait_turn()
 
 
@@ -346,6 +341,7 @@ async def _poll_once(
     poller.poll_task = task = asyncio.current_task()
     try:
         polled = await deps.chat.poll(account, cursor, hold_ms)
+        poller.has_answer = bool(polled and polled.messages)
         # otherwise the answer came just before the cut
         if task is not None and task.cancelling() and not poller.was_poll_cancelled():
             raise asyncio.CancelledError

@@ -79,16 +79,14 @@ async def _drain(
     log.info("adapter.draining", polls=len(replica.supervisor.pollers))
     try:
         async with asyncio.timeout(max(1.0, replica.settings.drain_s - 1.0)):
-            try:
-                await replica.leases.drain()  # the lease may end meanwhile; then polls are cut
-            finally:
-                following.cancel()
+            following.cancel()
             await replica.supervisor.drain(max(0.5, replica.settings.drain_s - RELEASE_S))
             running_logins.cancel()
             await asyncio.wait([running_logins])
             leasing.cancel()  # a later renewal would write the deleted key again
             await asyncio.wait([leasing])
-            await replica.leases.release_all()
+            if replica.leases.is_valid:
+                await replica.leases.release_all()
     except TimeoutError:
         log.warning("drain.timed_out", drain_s=replica.settings.drain_s)
 

@@ -14,7 +14,7 @@ def observe(supervisor: Supervisor, clock: Clock, metrics: Metrics, tasks: int) 
     """`tasks`: tasks of the whole event loop."""
     _observe_polls(supervisor, metrics, clock.monotonic())
     _observe_commands(supervisor, metrics, clock.now_ms())
-    pollers, conversations = len(supervisor.pollers.tasks), sum(shard.tasks for shard in supervisor.shards.values())
+    pollers, conversations = supervisor.pollers.tasks, sum(shard.tasks for shard in supervisor.shards.values())
     metrics.tasks.labels(kind="poller").set(pollers)
     metrics.tasks.labels(kind="conversation").set(conversations)
     metrics.tasks.labels(kind="other").set(tasks - pollers - conversations)

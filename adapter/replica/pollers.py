@@ -32,7 +32,7 @@ class BotPollers(dict[str, BotPoller]):
         capacity: int,
     ) -> None:
         super().__init__()
-        self.tasks: set[asyncio.Task[None]] = set()
+        self._tasks: dict[asyncio.Task[None], BotPoller] = {}
         self._leases = leases
         self._run = run
         self._is_wanted = is_wanted
@@ -53,12 +53,12 @@ class BotPollers(dict[str, BotPoller]):
             return
         poller = self[bot] = BotPoller(bot)
         task = asyncio.get_running_loop().create_task(self._run(poller), name=f"poller.{bot}")
-        self.tasks.add(task)
+        self._tasks[task] = poller
         task.add_done_callback(partial(self._on_ended, poller))
 
     def _on_ended(self, poller: BotPoller, task: asyncio.Task[None]) -> None:
         bot = poller.bot
-        self.tasks.discard(task)
+        del self._tasks[task]
         if not task.cancelled() and (exc := task.exception()):
             log.error("poller.crashed", bot=bot, exc_info=exc)
         if self.get(bot) is poller:
@@ -70,11 +70,20 @@ class BotPollers(dict[str, BotPoller]):
                 self._retry(waits)
                 break
 
-    async def wait_ended(self, within_s: float) -> bool:
-        """Whether all pollers have ended within so many seconds."""
-        if self.tasks:
-            await asyncio.wait(set(self.tasks), timeout=within_s)
-        return not self.tasks
+    @property
+    def tasks(self) -> int:
+        """Number of tasks."""
+        return len(self._tasks)
+
+    async def wait_ended(self, within_s: float) -> None:
+        """Returns when all pollers have ended, or after so many seconds."""
+        if self._tasks:
+            await asyncio.wait(set(self._tasks), timeout=within_s)
+
+    def cancel(self, is_chosen: Callable[[BotPoller], bool]) -> None:
+        for task, poller in self._tasks.items():
+            if is_chosen(poller):
+                task.cancel()
 
     # the lease --------------------------------------------------------------------------------------
 
@@ -97,11 +106,6 @@ class BotPollers(dict[str, BotPoller]):
             self._departures = self._leases.membership_epoch
             for poller in self.values():
                 poller.bot_released.set()
-
-    async def follow_lease_forever(self) -> None:
-        while True:
-            self.follow_lease()
-            await self._leases.changed.wait_until(self.is_lease_changed, 1.0)
 
     # for others -------------------------------------------------------------------------------------
 

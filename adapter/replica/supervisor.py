@@ -39,6 +39,8 @@ log = structlog.get_logger()
 
 HANDED_AT_ONCE = 16
 """Shards that are handed over at the same time. Users of these wait for the requests in flight; the others do not."""
+CUT_S = 1.0
+"""Time for what is cut to end."""
 SEND_GRACE_S = 20.0
 """Time for requests in flight during a handover; longer than a send may take."""
 
@@ -54,6 +56,7 @@ class Supervisor:
         run_poller: Callable[[BotPoller], Coroutine[Any, Any, None]],
         work: ShardWork,
         publish_released: Callable[[], Awaitable[None]],
+        is_connecting: Callable[[str], bool],
         capacity: int,
     ) -> None:
         self.bindings = bindings
@@ -62,6 +65,8 @@ class Supervisor:
         self.shards = OwnedShards(work)
         self._publish_released = publish_released
         """Announces to the other replicas that a shard was released. Never raises."""
+        self._is_connecting = is_connecting
+        """Whether a bot's poll has not left yet, so that no answer to it can be missed."""
         self._dirty: set[str] = set()
         self._owned: set[int] = set()
         self._changed = ChangeSignal()
@@ -201,33 +206,40 @@ class Supervisor:
     # draining ---------------------------------------------------------------------------------------
 
     async def drain(self, seconds: float) -> None:
-        """Stops everything in order: no new commands, requests in flight end, polls end at their boundary or are
-        cut."""
+        """Gives everything back in order, for at most `seconds` and while the lease is valid. Then cuts what is left,
+        as nothing more can be gained; only an answer of iLink that is not stored yet may use up the time."""
         self._draining = True
-        following = asyncio.get_running_loop().create_task(self.pollers.follow_lease_forever())
-        try:
-            await self._drain(seconds)
-        finally:
-            following.cancel()
-
-    async def _drain(self, seconds: float) -> None:
-        deadline = asyncio.get_running_loop().time() + seconds
-        if leaving := list(self._leaving.values()):
-            for task in leaving:
-                task.cancel()
-            await asyncio.wait(leaving)
-        for poller in self.pollers.values():
-            poller.draining_after_handover = True
-            poller.stop(immediately=False)
-        grace_s = max(1.0, seconds - 1.0)
-        while owned := sorted(self.leases.owned):  # a claim in flight may still land
-            await asyncio.gather(*(self._give_away(shard, grace_s) for shard in owned))
-        if await self.pollers.wait_ended(max(0.1, deadline - asyncio.get_running_loop().time())):
-            return
+        loop = asyncio.get_running_loop()
+        deadline = loop.time() + seconds
+        giving = loop.create_task(self._give_all_away(seconds))
+        lost = loop.create_task(self.leases.changed.wait_until(lambda: not self.leases.is_valid))
+        await asyncio.wait({giving, lost}, timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
+        lost.cancel()
+        if giving.done():
+            return giving.result()
+        giving.cancel()
+        await asyncio.wait({giving, *self._leaving.values()})
+        for shard in list(self.shards):
+            self.shards.drop(shard)
         log.info("polls.cancelled", polls=len(self.pollers))
         for poller in self.pollers.values():
             poller.stop(immediately=True)
-        if not await self.pollers.wait_ended(3.0):
-            for straggler in self.pollers.tasks:
-                straggler.cancel()
-            await self.pollers.wait_ended(1.0)
+        await self.pollers.wait_ended(CUT_S)
+        self.pollers.cancel(lambda poller: not poller.has_answer)
+        await self.pollers.wait_ended(max(CUT_S, deadline - loop.time()))
+        self.pollers.cancel(lambda poller: True)
+        await self.pollers.wait_ended(CUT_S)
+
+    async def _give_all_away(self, seconds: float) -> None:
+        """No new commands, requests in flight end, polls end at their boundary."""
+        await self.leases.drain()
+        for task in self._leaving.values():
+            task.cancel()
+        if self._leaving:
+            await asyncio.wait(list(self._leaving.values()))
+        for poller in self.pollers.values():
+            poller.draining_after_handover = True
+            poller.stop(immediately=self._is_connecting(poller.bot))
+        while owned := sorted(self.leases.owned):  # a claim in flight may still land
+            await asyncio.gather(*(self._give_away(shard, max(1.0, seconds - 1.0)) for shard in owned))
+        await self.pollers.wait_ended(seconds)

@@ -139,9 +139,7 @@ class Replica:
         self.conversation_store = ConversationStore(connections.bucket(names.conversations), unserved_s=unbound_s)
         self.conversations = Conversations(self.conversation_store, self._open_shard, clock, self.policy)
         self.transfers = FairSlots(TRANSFERS, share=TRANSFERS_PER_SANDBOX)
-        self.inbound = self._inbound_deps(
-            PollerWaits(stale_retry_s, login_polls_s, unbound_s, grace_s=max(1.0, settings.drain_s - RELEASE_S))
-        )
+        self.inbound = self._inbound_deps(PollerWaits(stale_retry_s, login_polls_s, unbound_s))
         self.outbound = self._outbound_deps()
         self.router = Router(
             connections.bus,
@@ -168,6 +166,7 @@ class Replica:
                 self.health.report_failed_loop,
             ),
             publish_released=self.others.publish_released,
+            is_connecting=connections.chat.is_connecting,
             capacity=settings.capacity,
         )
         self.health_monitor = HealthMonitor(

@@ -6,6 +6,7 @@ import asyncio
 import inspect
 import itertools
 import json
+import os
 import signal
 import sys
 from collections.abc import Callable, Sequence
@@ -27,8 +28,15 @@ async def serve(
     """Serves until it is cancelled or gets SIGTERM or SIGINT. Calls `ready` once it listens."""
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
+
+    def on_first() -> None:
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.remove_signal_handler(number)
+            signal.signal(number, lambda again, _: os._exit(128 + again))  # a second one ends the process at once
+        stop.set()
+
     for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, stop.set)
+        loop.add_signal_handler(number, on_first)
     async with Simulator(settings) as simulator:
         simulator.add_bots(bots)
         ready(simulator)

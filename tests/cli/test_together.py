@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import os
-import pty
-import signal
 from pathlib import Path
 
 import msgspec
@@ -16,7 +13,6 @@ from adapter.cli.embedded import EmbeddedNats
 from adapter.cli.lifetime import adapter_running
 from adapter.simulator import Simulator
 from tests.cli.conftest import START_S, Command, Result
-from tests.cli.process import TOKEN_KEY, started
 
 
 async def test_bind_send_look_and_unbind(
@@ -148,21 +144,3 @@ async def test_a_picture_and_a_file_are_sent_and_media_fetched(
     missing = await cli("media", "get", "s1/in/none", str(tmp_path / "missing"))
     assert (missing.code, "no such object" in missing.err) == (1, True)
     assert (await cli("media", "get", "Not a sandbox/x", "-")).code == 2
-
-
-async def test_ctrl_c_of_run_says_how_long_it_drains(server: EmbeddedNats) -> None:
-    main, terminal = pty.openpty()
-    env = {"WECHAT_NATS_HTTP_ADDR": "127.0.0.1:0", "WECHAT_NATS_DRAIN_S": "7", "WECHAT_NATS_TOKEN_KEY": TOKEN_KEY}
-    async with started("run", stderr=terminal, env=env) as process:
-        assert process.stdout is not None
-        while b"adapter.started" not in await process.stdout.readline():
-            pass
-        process.send_signal(signal.SIGINT)
-        said = b""
-        while b"Ctrl-C again" not in said:
-            said += await asyncio.to_thread(os.read, main, 1024)
-        assert b"Draining for 7 s at most." in said
-        await process.stdout.read()
-        assert await process.wait() == 0
-    os.close(main)
-    os.close(terminal)

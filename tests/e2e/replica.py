@@ -11,7 +11,7 @@ import sys
 from typing import Any
 
 from adapter import __version__
-from adapter.cli.lifetime import until_signalled
+from adapter.cli.signals import draining_on_signal
 from adapter.environment import read_settings
 from adapter.observability import logs
 from adapter.replica.app import run_replica
@@ -21,7 +21,7 @@ from adapter.settings import Settings
 
 
 async def _run(settings: Settings, arguments: dict[str, Any]) -> None:
-    with until_signalled() as stop:
+    with draining_on_signal(settings.drain_s) as stop:
         await run_replica(Replica(settings, **arguments), stop)
 
 

@@ -322,7 +322,7 @@ class Bench:
             return made._replace(**others | {k: changes.pop(k) for k in list(changes) if k in made._fields})
 
         pacing = changed(deps.pacing, spread_s=lambda: 0.0)
-        waits = changed(deps.waits, keep_s=3600, grace_s=10.0)
+        waits = changed(deps.waits, keep_s=3600)
         made: InboundDeps = changed(
             deps,
             pacing=pacing,

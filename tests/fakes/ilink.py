@@ -110,6 +110,9 @@ class FakeChat:
         self._clock = clock
         self._out: set[tuple[str, ...]] = set()
 
+    def is_connecting(self, bot: str) -> bool:
+        return False
+
     async def poll(self, account: Account, cursor: str, hold_ms: int) -> Polled | None:
         assert not self.polling, "two polls at once"
         self.asked.append(cursor)

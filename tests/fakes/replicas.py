@@ -40,6 +40,9 @@ class FakeLeases(Leases):
         if shard not in self.owned or not self.is_valid:
             raise LeaseLost("lease_lost", f"shard {shard}")
 
+    async def drain(self) -> None:
+        self.draining = True
+
     async def revoke_if_expired(self, incarnation: str) -> bool:
         await asyncio.sleep(0)
         self.asked_dead += 1

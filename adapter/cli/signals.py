@@ -1,0 +1,66 @@
+"""How every command ends on ctrl-C, SIGTERM or a closed terminal. Imports no library: a plain `run` may have few."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import signal
+import sys
+import threading
+from collections.abc import Callable, Coroutine, Iterator
+from typing import Any, TypeVar
+
+T = TypeVar("T")
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+AT_ONCE_S = 0.3
+"""An end that takes longer is explained to the person at the terminal."""
+CLOSING_S = 10.0
+
+
+@contextlib.contextmanager
+def on_signal(
+    first: Callable[[], object], waits_for: str = "what is being closed", at_most_s: float = CLOSING_S
+) -> Iterator[None]:
+    """Calls `first` at the first signal, after which the process ends in `at_most_s` seconds, by force if need be.
+    A second signal ends it at once. `waits_for`: what the person at the terminal is told."""
+    loop = asyncio.get_running_loop()
+
+    def explain() -> None:
+        if sys.stderr.isatty():
+            told = f"wechat-nats: waiting for {waits_for}, {at_most_s:g} s at most. Ctrl-C again ends it at once.\n"
+            sys.stderr.write(told)
+
+    def on_first(number: int) -> None:
+        for each in SIGNALS:
+            loop.remove_signal_handler(each)
+            signal.signal(each, lambda again, _: os._exit(128 + again))  # SIG_DFL does nothing in process 1
+        loop.call_later(AT_ONCE_S, explain)
+        loop.call_later(at_most_s + 1.0, os._exit, 128 + number)  # what has such a limit of its own comes first
+        first()
+
+    heard = SIGNALS if threading.current_thread() is threading.main_thread() else ()  # no other thread gets signals
+    for number in heard:
+        loop.add_signal_handler(number, on_first, number)
+    try:
+        yield
+    finally:
+        for number in heard:
+            loop.remove_signal_handler(number)
+
+
+@contextlib.contextmanager
+def draining_on_signal(drain_s: float) -> Iterator[asyncio.Event]:
+    """An event for `app.run`, which drains for at most `drain_s` seconds once a signal has set it."""
+    stop = asyncio.Event()
+    with on_signal(stop.set, "open polls and for answers to what is being sent", drain_s):
+        yield stop
+
+
+async def until_signalled(work: Coroutine[Any, Any, T]) -> T:
+    """What `work` returns. The first signal cancels it, unless `work` has an `on_signal` of its own."""
+    task = asyncio.current_task()
+    assert task is not None
+    with on_signal(task.cancel):
+        return await work
