@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import math
 from collections.abc import Awaitable
 from typing import Annotated, Any, NamedTuple
 
@@ -26,8 +28,10 @@ from adapter.errors import UNDECODABLE, BusRefused, Refused, Temporary
 from adapter.jetstream import topology
 from adapter.jetstream.buckets import LeaderKvBucket
 from adapter.jetstream.history import count_by_subject
+from adapter.jetstream.layout import EXPECTS, LAYOUT, Shape, largest, read_layout, shape_of, with_shape, write_layout
 from adapter.ports import Stored
 from adapter.security.seal import Sealer, Sealing
+from adapter.settings import PREFIX
 
 SERVICE = "wechat-nats"
 PING_S = 1.0
@@ -53,6 +57,7 @@ STYLES = {"ok": "green", "warn": "yellow", "fail": "bold red"}
 async def doctor(
     *,
     fix: Annotated[bool, flag("Create what is missing, change what differs; says it first.")] = False,
+    allow_loss: Annotated[bool, flag("With --fix: also lower copies and limits, which costs messages.")] = False,
     sandbox: Annotated[
         MaybeSandbox, Parameter(help="With the credentials of a sandbox: check only that they confine it.")
     ] = None,
@@ -60,7 +65,8 @@ async def doctor(
 ) -> int:
     """Check NATS, permissions, streams, adapters, bindings and what waits.
 
-    Run it with the adapter's credentials, or an operator's. --fix needs the adapter's.
+    Run it with the adapter's credentials, or an operator's. --fix needs the adapter's. What streams should be like is
+    said by the running adapters; where none runs by the layout key, and only without it by the settings here.
     Exit code 0: nothing fails (warnings do not count); 1: something fails; 3: NATS is not reachable.
     """
     try:
@@ -69,9 +75,7 @@ async def doctor(
             if not checks and sandbox:
                 checks = await permission_checks.check_sandbox_confined(bus, sandbox)
             elif not checks:
-                if fix:
-                    await _fix(bus, quiet=json)
-                checks = await run_checks(bus)
+                checks = await _run_checks(bus, fix=fix, allow_loss=allow_loss, quiet=json)
     except Failed as exc:
         if exc.code != UNREACHABLE:
             raise
@@ -87,18 +91,24 @@ async def _check_replies(bus: Bus) -> list[Check]:
     return []
 
 
-async def run_checks(bus: Bus) -> list[Check]:
-    """Every check."""
+async def _run_checks(bus: Bus, *, fix: bool, allow_loss: bool, quiet: bool) -> list[Check]:
+    """Every check, after the fixes."""
+    there, here = await query_adapters(bus), shape_of(bus.settings)
+    left: list[Check] = []
+    if fix:
+        left = await _fix(bus, await _adopt_settings(bus, there, here), allow_loss=allow_loss, quiet=quiet)
     names, version, url = bus.names, bus.nc.connected_server_version, bus.nc.connected_url
     server = f"nats-server {version.major}.{version.minor}.{version.patch}"
     checks = [Check("nats", "ok", f"{server}, {url.netloc.rpartition('@')[2] if url else '?'}")]
     checks += await permission_checks.check_permissions(bus)
     checks += await _attempt("jetstream", _check_api_level(bus))
     if checks[-1].state == "ok":
-        checks += await _attempt("streams", _check_topology(bus))
+        checks.append(await _adopt_settings(bus, there, here))
+        checks += left + await _attempt("streams", _check_topology(bus))
+        checks += await _attempt("unknown streams", _check_unknown_streams(bus))
         checks += await _attempt("storage", _check_storage(bus))
         checks += await _attempt("tokens", _check_tokens(bus))
-    checks += await _attempt("adapters", _check_adapters(bus))
+    checks += _check_adapters(bus, there)
     if checks[-1].state == "ok":
         checks += await _attempt("bindings", _check_bindings(bus))
     wait = "in turn, for their users to write, or for a login"
@@ -138,8 +148,10 @@ async def _check_topology(bus: Bus) -> list[Check]:
         checks.append(Check("consumers", "fail", f"{len(consumers)} are missing: start an adapter, or use --fix."))
     for d in different:
         said = f"{d.field} is {_short(d.found)}, should be {_short(d.wanted)}: use --fix"
-        said += "." if d.critical else ", or leave it if it is meant."
-        checks.append(Check(d.name, "fail" if d.critical else "warn", said))
+        if d.lowers:
+            said += f" --allow-loss, with {await _at_stake(bus, d)}"
+        said += "." if d.critical or d.lacks_copies else ", or leave it if it is meant."
+        checks.append(Check(d.name, "fail" if d.critical or d.lacks_copies else "warn", said))
     if not missing and (paused := await topology.paused_consumers(bus.connection, bus.names)):
         said = f"{', '.join(paused)}: delivers nothing until `nats consumer resume`, by an administrator."
         checks.append(Check("consumers paused", "fail", said))
@@ -147,6 +159,47 @@ async def _check_topology(bus: Bus) -> list[Check]:
         said = f"{count} were stored where no adapter looks, without the subject transform: use --fix."
         checks.append(Check("commands astray", "fail", said))
     return checks or [Check("streams", "ok", "all streams, buckets and consumers are as they should be")]
+
+
+async def _at_stake(bus: Bus, lowering: topology.Difference) -> str:
+    """What lowering a limit or the copies of a stream costs at most."""
+    state = (await bus.api_request(f"STREAM.INFO.{lowering.name}"))["state"]
+    messages, size = int(state["messages"]), int(state["bytes"])
+    if lowering.field == "max_bytes":
+        messages = math.ceil(messages * (1 - min(size, lowering.wanted) / size)) if size else 0
+    return f"{messages:,} messages at stake"
+
+
+async def _adopt_settings(bus: Bus, there: Adapters, here: Shape) -> Check:
+    """Has `bus.settings` shape streams as expected, and says whose settings that are. `here`: those of the shell."""
+    layout = None
+    with contextlib.suppress(Temporary):  # there is no bucket, or this user may not read it
+        layout = await read_layout(bus.connection, bus.names)
+    shape, whose = here, "this shell"
+    if there.expects:
+        shape = largest([msgspec.json.decode(expects, type=Shape) for expects in there.expects])
+        whose = "the running adapters" + (", of which the largest count" if len(there.expects) > 1 else "")
+    elif layout is not None and layout.settings:
+        shape, whose = layout.settings, "the layout key"
+    bus.settings = with_shape(bus.settings, shape)
+    if layout is not None and layout.version != LAYOUT:
+        return Check("layout", "fail", topology.layout_advice(layout))
+    said = f"version {LAYOUT}, settings of {whose}"
+    if differ := [f"{PREFIX}{name.upper()} is {here[name]}" for name in shape if shape[name] != here.get(name)]:
+        said += f", not those here ({', '.join(differ)})"
+    if layout is None:
+        return Check("layout", "warn", f"{said}. There is no layout key: start an adapter, or use --fix.")
+    return Check("layout", "ok", said)
+
+
+async def _check_unknown_streams(bus: Bus) -> list[Check]:
+    """Streams of an earlier layout, whose messages nobody reads any more."""
+    found = await topology.unknown_streams(bus.connection, bus.names, bus.settings)
+    advice = "Unknown to this version: of an earlier layout, or of another program. Handle or export its"
+    return [
+        Check(name, "warn", f"{advice} {count:,} messages before a roll-out, then `nats stream rm {name}`.")
+        for name, count in found.items()
+    ]
 
 
 async def _check_storage(bus: Bus) -> list[Check]:
@@ -189,6 +242,8 @@ class Adapters(NamedTuple):
 
     ids: set[str]
     versions: set[str]
+    expects: set[str]
+    """What they expect streams to be like (layout.Shape), as JSON; nothing of earlier versions."""
     silent: bool
     """Nobody has answered although somebody subscribes: an adapter that may not answer on this inbox, or a listener
     to all subjects."""
@@ -198,7 +253,7 @@ async def query_adapters(bus: Bus) -> Adapters:
     """Asks all adapters, and waits for their answers. Raises Failed, NatsError."""
     ping = f"$SRV.PING.{SERVICE}"
     inbox = bus.nc.new_inbox()
-    found = Adapters(set(), set(), silent=True)
+    found = Adapters(set(), set(), set(), silent=True)
     nobody = asyncio.Event()
 
     async def on_reply(msg: Msg) -> None:
@@ -211,6 +266,8 @@ async def query_adapters(bus: Bus) -> Adapters:
             return
         found.ids.add(str(pong.get("id")))
         found.versions.add(str(pong.get("version")))
+        if expects := (pong.get("metadata") or {}).get(EXPECTS):
+            found.expects.add(str(expects))
 
     await bus.nc.subscribe(inbox, cb=on_reply)
     await bus.nc.publish(ping, b"", reply=inbox)
@@ -227,8 +284,7 @@ def silent_adapters_advice(bus: Bus) -> str:
     )
 
 
-async def _check_adapters(bus: Bus) -> list[Check]:
-    there = await query_adapters(bus)
+def _check_adapters(bus: Bus, there: Adapters) -> list[Check]:
     if there.silent:
         return [Check("adapters", "fail", silent_adapters_advice(bus))]
     if not there.ids:
@@ -266,23 +322,35 @@ async def _check_backlog(bus: Bus, name: str, stream: str, state: State, advice:
     return [Check(name, state, f"{count}: {advice}") if count else Check(name, "ok", "none")]
 
 
-async def _fix(bus: Bus, *, quiet: bool) -> None:
-    """Creates and alters. Raises Failed at the first that the server refuses."""
+async def _fix(bus: Bus, layout: Check, *, allow_loss: bool, quiet: bool) -> list[Check]:
+    """Creates and alters. Returns what is left since it costs messages. Raises Failed at the first that the server
+    refuses, and for streams of a newer program."""
+    left: list[Check] = []
 
     def say(text: str) -> None:
         if not quiet:
             output.say(text)
 
     connection, names, settings = bus.connection, bus.names, bus.settings
+    if layout.state == "fail" and "--fix" not in layout.say:
+        raise Failed(NO, layout.say)
     try:
         missing, different = await topology.inspect_topology(connection, names, settings)
         for wanted in missing:
             say(f"creating {wanted.description} {wanted.name}")
             await topology.create_resource(connection, wanted)
         for d in different:
-            say(f"changing {d.name}: {d.field} from {_short(d.found)} to {_short(d.wanted)}")
-        for d in {d.name: d for d in different}.values():
-            await topology.alter_stream(connection, names, settings, d)
+            change = f"{d.name}: {d.field} from {_short(d.found)} to {_short(d.wanted)}"
+            if d.lowers:
+                change += f", with {await _at_stake(bus, d)}"
+            if d.lowers and not allow_loss:
+                left.append(Check(d.name, "fail", f"Not changed without --allow-loss: {change}."))
+            else:
+                say(f"changing {change}")
+        changes = [d for d in different if allow_loss or not d.lowers]
+        for name in dict.fromkeys(d.name for d in changes):
+            await topology.alter_stream(connection, name, [d for d in changes if d.name == name])
+        await write_layout(connection, names, settings)
         sealer = Sealer(settings.token_key)
         found = await count_stored_tokens(bus.history, names, sealer)
         if count := found["older"]:
@@ -291,6 +359,7 @@ async def _fix(bus: Bus, *, quiet: bool) -> None:
         if count := await _count_unrouted(bus):
             say(f"publishing {count} commands again that were stored where no adapter looks")
             await _republish_unrouted(bus)
+        return left
     except Refused as exc:
         raise Failed(NO, exc.detail) from exc
     except BusRefused as exc:

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
 
 import structlog
 
 from adapter.contract.names import Names
 from adapter.errors import BusRefused, Temporary
 from adapter.jetstream.api_replies import NO_STREAM
+from adapter.jetstream.layout import LAYOUT, read_layout
 from adapter.jetstream.managed_connection import ManagedConnection
-from adapter.jetstream.topology import Difference, Wanted, differences, wanted_streams
+from adapter.jetstream.topology import Difference, differences, wanted_streams
 from adapter.settings import Settings
 
 log = structlog.get_logger()
@@ -22,6 +22,8 @@ class Inspector:
 
     def __init__(self, names: Names, settings: Settings, *, at_least: Mapping[str, Callable[[], int]]) -> None:
         """`at_least`: by bucket, the number of keys that were surely written and not deleted."""
+        self._names = names
+        self._layout_stream = f"KV_{names.claims}"
         self._wanted = wanted_streams(names, settings)
         self._minimum_keys = {f"KV_{bucket}": count for bucket, count in at_least.items()}
         self.altered: dict[str, list[Difference]] = {}
@@ -49,24 +51,27 @@ class Inspector:
                 log.error("stream.missing", stream=name, detail=detail)
                 missing.append(name)
                 continue
-            self._compare_config(wanted, info["config"])
+            self._note(name, [d for d in differences(wanted, info["config"]) if d.critical or d.lacks_copies])
             self._message_counts[name] = int(info["state"]["messages"])
             if self._message_counts[name] < at_least:
                 log.error("bucket.incomplete", stream=name, keys=self._message_counts[name], at_least=at_least)
                 incomplete.append(name)
         self.incomplete = incomplete
+        if self._layout_stream not in missing and (layout := await read_layout(connection, self._names)):
+            other = Difference("layout", "version", LAYOUT, layout.version, critical=True)
+            self._note("layout", [other] if layout.version != LAYOUT else [])
         return missing
 
-    def _compare_config(self, wanted: Wanted, config: dict[str, Any]) -> None:
-        """Logs a new difference that would prevent a start. A running service continues as well as it can."""
-        broken = [difference for difference in differences(wanted, config) if difference.critical]
-        if broken == self.altered.get(wanted.name, []):
+    def _note(self, name: str, broken: list[Difference]) -> None:
+        """Logs new differences that would prevent a start, or lack copies. A running service continues as well as it
+        can."""
+        if broken == self.altered.get(name, []):
             return
         for d in broken:
             detail = f"{d.field} is {d.found!r}, must be {d.wanted!r}. `wechat-nats doctor --fix` changes it."
-            log.error("stream.altered", stream=wanted.name, field=d.field, detail=detail)
+            log.error("stream.altered", stream=name, field=d.field, detail=detail)
         if broken:
-            self.altered[wanted.name] = broken
+            self.altered[name] = broken
         else:
-            del self.altered[wanted.name]
-            log.info("stream.restored", stream=wanted.name)
+            del self.altered[name]
+            log.info("stream.restored", stream=name)

@@ -65,6 +65,7 @@ class Services:
         instance: str,
         of_sandbox: Mapping[str, SandboxHandler] | None = None,
         service: str = SERVICE,
+        metadata: Mapping[str, str] | None = None,
         of_one: int = MAX_IN_FLIGHT_PER_SANDBOX,
     ) -> None:
         self._names = names
@@ -72,8 +73,8 @@ class Services:
         self._sandbox_handlers = of_sandbox or {}
         self._metrics = metrics
         self._version = version
-        self._instance = instance
         self._service = service
+        self._metadata = {"instance": instance, "prefix": names.prefix, **(metadata or {})}
         self._max_per_sandbox = of_one
         self._slots = FairSlots(MAX_IN_FLIGHT, share=MAX_IN_FLIGHT)
         self._slots_by_verb = {"replay": FairSlots(MAX_REPLAYS, share=1)}
@@ -93,7 +94,7 @@ class Services:
             name=self._service,
             version=self._version,
             description="The bridge between WeChat and NATS",
-            metadata={"instance": self._instance, "prefix": self._names.prefix},
+            metadata=self._metadata,
         )
         for verb, handler in self._handlers.items():
             await _add_endpoint(service, verb, self._names.svc(verb), partial(self._answer_platform, handler))

@@ -8,7 +8,10 @@ stops the start with a message, and other differences (an operator's own limits)
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import math
 import time
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import msgspec
@@ -16,9 +19,10 @@ import structlog
 
 from adapter.contract.messages import COMMAND_BYTES
 from adapter.contract.names import SHARDS, Names
-from adapter.errors import BusRefused, SettingsError, Temporary
+from adapter.errors import BusRefused, Conflict, SettingsError, Temporary
 from adapter.jetstream.api_replies import ACCOUNT_FULL, CONSUMER_EXISTS, NO_STREAM
 from adapter.jetstream.buckets import updates_subject_of
+from adapter.jetstream.layout import LAYOUT, Layout, read_layout, write_layout
 from adapter.jetstream.managed_connection import ManagedConnection
 from adapter.settings import Settings
 
@@ -62,6 +66,8 @@ JOURNAL_RECORDS = 128
 OUT_UNSETTLED = 100_000
 """Commands of a shard that are delivered and not settled: the full queues of ten sandboxes."""
 
+LIMITS = ("num_replicas", "max_bytes", "max_age", "max_msgs_per_subject")
+
 ROUTER = "router"
 CONTROL = "control"
 
@@ -94,13 +100,28 @@ class Wanted(NamedTuple):
 
 
 class Difference(NamedTuple):
-    """A field of a stream that differs."""
+    """A field of a stream that differs. `critical`: it prevents a start."""
 
     name: str
     field: str
     wanted: Any
     found: Any
     critical: bool
+
+    @property
+    def lowers(self) -> bool:
+        """Whether the change to `wanted` may cost copies or messages. 0, -1 and nothing are no limit."""
+        if self.field not in LIMITS:
+            return False
+        wanted, found = (
+            math.inf if not isinstance(value, int) or value <= 0 else value for value in (self.wanted, self.found)
+        )
+        return wanted < found
+
+    @property
+    def lacks_copies(self) -> bool:
+        """Whether a lost server loses messages that the replicas take for safe."""
+        return self.field == "num_replicas" and not self.lowers
 
 
 def wanted_streams(names: Names, settings: Settings) -> list[Wanted]:
@@ -342,13 +363,11 @@ async def create_resource(connection: ManagedConnection, wanted: Wanted) -> None
             raise
 
 
-async def alter_stream(
-    connection: ManagedConnection, names: Names, settings: Settings, difference: Difference
-) -> None:
-    """Changes one stream to its configuration (doctor --fix). Raises Temporary, BusRefused."""
-    found = await _stream_config(connection, difference.name) or {}
-    (wanted,) = [w for w in wanted_streams(names, settings) if w.name == difference.name]
-    await connection.api_request(f"STREAM.UPDATE.{difference.name}", {**found, **wanted.config}, timeout_s=15)
+async def alter_stream(connection: ManagedConnection, stream: str, different: Sequence[Difference]) -> None:
+    """Changes these fields of a stream (doctor --fix). Raises Temporary, BusRefused."""
+    config = await _stream_config(connection, stream) or {}
+    config |= {difference.field: difference.wanted for difference in different}
+    await connection.api_request(f"STREAM.UPDATE.{stream}", config, timeout_s=15)
 
 
 async def ensure_topology(connection: ManagedConnection, names: Names, settings: Settings) -> list[Difference]:
@@ -369,6 +388,13 @@ async def ensure_topology(connection: ManagedConnection, names: Names, settings:
         raise SettingsError("server_too_old", f"JetStream API level {level}; nats-server 2.14 or newer is needed.")
     missing, different = await inspect_topology(connection, names, settings)
     streams = [wanted for wanted in missing if not wanted.stream]
+    gone = [wanted.name for wanted in streams]
+    layout = None if f"KV_{names.claims}" in gone else await read_layout(connection, names)
+    if layout is not None and layout.version != LAYOUT:
+        raise SettingsError("layout_differs", layout_advice(layout))
+    if layout is not None and gone:
+        advice = "Restore what was deleted from the backup; `wechat-nats doctor --fix` creates empty streams"
+        raise SettingsError("stream_missing", f"{', '.join(gone)}: missing. {advice}.")
     consumers = missing[len(streams) :]
     for wanted in streams:  # concurrent creations have no order
         await _create_all(connection, [wanted])
@@ -380,7 +406,30 @@ async def ensure_topology(connection: ManagedConnection, names: Names, settings:
         raise SettingsError("stream_differs", "; ".join(lines) + ". `wechat-nats doctor --fix` changes it.")
     for difference in different:
         log.warning("stream.differs", stream=difference.name, field=difference.field, found=str(difference.found))
+    if layout is None:
+        with contextlib.suppress(Conflict):  # another replica was first
+            await write_layout(connection, names, settings)
     return different
+
+
+def layout_advice(layout: Layout) -> str:
+    """What to do where streams have the layout of another version."""
+    said = f"The streams have layout {layout.version}, this program has {LAYOUT}"
+    return f"{said}: {'use a newer program' if layout.version > LAYOUT else 'run `wechat-nats doctor --fix`'}."
+
+
+async def unknown_streams(connection: ManagedConnection, names: Names, settings: Settings) -> dict[str, int]:
+    """Streams with our prefix that this version does not use, with their numbers of messages. Raises Temporary."""
+    prefix, known = names.prefix, {wanted.name for wanted in wanted_streams(names, settings)}
+    found: list[dict[str, Any]] = []
+    while True:
+        answer = await connection.api_request("STREAM.LIST", {"offset": len(found)})
+        found += (page := answer.get("streams") or [])
+        if not page or len(found) >= int(answer.get("total", 0)):
+            break
+    counts = {str(stream["config"]["name"]): int(stream["state"]["messages"]) for stream in found}
+    ours = (f"{prefix.upper()}_", f"KV_{prefix}_", f"OBJ_{prefix}_")
+    return {name: count for name, count in sorted(counts.items()) if name.startswith(ours) and name not in known}
 
 
 async def _create_all(connection: ManagedConnection, missing: list[Wanted]) -> None:

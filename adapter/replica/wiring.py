@@ -40,6 +40,7 @@ from adapter.jetstream import topology
 from adapter.jetstream.buckets import LeaderKvBucket
 from adapter.jetstream.consumer import wait_all_settled
 from adapter.jetstream.inspector import Inspector
+from adapter.jetstream.layout import expects
 from adapter.jetstream.microservice import MAX_UPLOADS_PER_SANDBOX, UPLOADS, Handler, Services
 from adapter.kit.slots import FairSlots
 from adapter.kit.tasks import TaskSet
@@ -350,7 +351,14 @@ class Replica:
             "replay": queries.query_replay_of_sandbox,
             "window": queries.query_window_of_sandbox,
         }
-        serve = partial(Services, names=names, metrics=metrics, version=__version__, instance=self.instance)
+        serve = partial(
+            Services,
+            names=names,
+            metrics=metrics,
+            version=__version__,
+            instance=self.instance,
+            metadata=expects(settings),
+        )
         serve(connections.service_connection, handlers=handlers, of_sandbox=of_sandbox)
         uploads = {"media.put": store.put}
         serve(

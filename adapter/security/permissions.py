@@ -98,6 +98,7 @@ def _adapter_publishes(names: Names) -> tuple[str, ...]:
         *(_inbox_subjects("operator"), _inbox_subjects("platform"), "_R_.>"),
         # requests of `doctor` under this user
         *(USER_INFO, "$SRV.PING.>", names.svc("bindings.list"), _inbox_subjects("adapter")),
+        *_api_subjects("STREAM.LIST"),
     )
 
 
@@ -121,6 +122,7 @@ def _operator_publishes(names: Names) -> tuple[str, ...]:
         *_api_subjects(*(f"DIRECT.GET.{stream}{rest}" for stream in readable for rest in ("", ".>"))),
         *_api_subjects(*(f"STREAM.MSG.GET.{stream}" for stream in readable)),
         *_api_subjects(f"DIRECT.GET.{names.stream_out}"),  # a work queue allows no other consumer
+        *_api_subjects(f"DIRECT.GET.KV_{names.claims}"),  # `doctor` reads the layout key
         *_api_subjects(*(f"STREAM.MSG.DELETE.{stream}" for stream in (names.stream_dead, names.stream_out))),
         *_api_subjects(f"STREAM.PURGE.{media}"),
         *(f"$JS.FC.{stream}.>" for stream in readable),

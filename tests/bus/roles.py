@@ -146,7 +146,7 @@ ERASED = " ".join(stream for stream in STREAMS if not stream.startswith("KV_") a
 API: list[tuple[str, dict[str, str]]] = [
     ("$JS.API.INFO", {"adapter": ALL, "operator": ALL}),
     ("$JS.API.STREAM.NAMES", {"operator": ALL}),
-    ("$JS.API.STREAM.LIST", {"operator": ALL}),
+    ("$JS.API.STREAM.LIST", {"adapter": ALL, "operator": ALL}),
     ("$JS.API.STREAM.INFO.<stream>", {"adapter": ALL, "operator": ALL}),
     ("$JS.API.STREAM.CREATE.<stream>", {"adapter": ALL}),
     ("$JS.API.STREAM.UPDATE.<stream>", {"adapter": ALL}),
@@ -163,7 +163,7 @@ API: list[tuple[str, dict[str, str]]] = [
     ("$JS.API.STREAM.PEER.REMOVE.<stream>", {}),
     ("$JS.API.STREAM.PEER.EVACUATE.<stream>", {}),
     ("$JS.API.STREAM.CANCEL_MOVE.<stream>", {}),
-    ("$JS.API.DIRECT.GET.<stream>", {"adapter": ALL, "operator": f"{READ} WECHAT_OUT"}),
+    ("$JS.API.DIRECT.GET.<stream>", {"adapter": ALL, "operator": f"{READ} WECHAT_OUT KV_wechat_claims"}),
     ("$JS.API.DIRECT.GET.<stream>.wechat.x", {"adapter": ALL, "operator": READ}),
     ("$JS.API.CONSUMER.NAMES.<stream>", {"adapter": ALL, "operator": ALL}),
     ("$JS.API.CONSUMER.LIST.<stream>", {"operator": ALL}),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import msgspec
 from structlog.testing import capture_logs
 
 from adapter.jetstream import topology
@@ -26,6 +27,13 @@ async def test_an_inspector_names_streams_that_are_gone_and_buckets_that_lack_ke
     for key in ("a", "b"):
         await bucket.update(key, b"x", 0)
     assert (await inspector.inspect_streams(rig.connection), inspector.incomplete) == ([], [])
+
+
+async def test_an_inspector_tells_of_fewer_copies_than_its_replica_expects(rig: Rig) -> None:
+    inspector = Inspector(NAMES, msgspec.structs.replace(rig.bus.settings, replicas=3), at_least={})
+    await inspector.inspect_streams(rig.connection)
+    assert {d.field for found in inspector.altered.values() for d in found} == {"num_replicas"}
+    assert len(inspector.altered) == len(topology.wanted_streams(NAMES, rig.bus.settings))
 
 
 async def test_an_inspector_tells_what_was_changed_once_and_not_an_operators_own_limits(rig: Rig) -> None:

@@ -19,7 +19,11 @@ from adapter.contract.names import H_COMMAND, H_MSG_ID, SHARDS, shard_of
 from adapter.errors import STORE_FAILED, BusRefused, SettingsError
 from adapter.jetstream import topology
 from adapter.jetstream.api_replies import NO_STREAM
+from adapter.jetstream.buckets import LeaderKvBucket
+from adapter.jetstream.inspector import Inspector
+from adapter.jetstream.layout import KEY, LAYOUT, Layout, read_layout, shape_of
 from adapter.jetstream.managed_connection import ManagedConnection
+from adapter.jetstream.multiplexer import Reply
 from adapter.jetstream.publisher import Publisher
 from adapter.kit.timing import SystemClock
 from adapter.observability.metrics import Metrics
@@ -128,6 +132,13 @@ class OldServer(ManagedConnection):
 class NewServer(OldServer):
     """One that has nothing yet, takes some time for each wish, and refuses what it is told to."""
 
+    async def request(
+        self, subject: str, payload: bytes, timeout_s: float = 5.0, headers: dict[str, str] | None = None
+    ) -> Reply:
+        """The layout key: there is none, and it is written."""
+        self.created.append(subject)
+        return Reply(b'{"seq":1}' if subject.startswith("$KV.") else b'{"error":{"code":404,"err_code":10037}}', {})
+
     def __init__(self, *refused: str) -> None:
         super().__init__(topology.API_LEVEL)
         self.refused = refused
@@ -156,9 +167,11 @@ async def test_what_is_missing_is_created_some_at_a_time_and_streams_first() -> 
     server = NewServer()
     await topology.ensure_topology(server, NAMES, Settings())
     streams, consumers = topology.wanted_streams(NAMES, Settings()), topology.wanted_consumers(NAMES)
-    kinds = [verb.partition(".")[0] for verb in server.created]
+    *created, _, last = server.created
+    kinds = [verb.partition(".")[0] for verb in created]
     assert kinds == ["STREAM"] * len(streams) + ["CONSUMER"] * len(consumers)
-    assert {verb.rpartition(".")[2] for verb in server.created} == {each.name for each in [*streams, *consumers]}
+    assert {verb.rpartition(".")[2] for verb in created} == {each.name for each in [*streams, *consumers]}
+    assert last == f"$KV.{NAMES.claims}.{KEY}", "the layout key comes last"
     assert server.limit == topology.CREATED_AT_ONCE
 
 
@@ -205,7 +218,7 @@ async def test_a_bucket_that_may_lose_its_keys_stops_the_start_until_a_repair_ke
         ):
             await topology.ensure_topology(rig.connection, NAMES, bus.settings)
         _, different = await topology.inspect_topology(rig.connection, NAMES, bus.settings)
-        await topology.alter_stream(rig.connection, NAMES, bus.settings, different[0])
+        await topology.alter_stream(rig.connection, wanted.name, different)
         assert await topology.ensure_topology(rig.connection, NAMES, bus.settings) == []
         assert await rig.bucket(NAMES.conversations).update("s1.u1", b"2", kept, ttl_s=60) > kept
 
@@ -221,8 +234,55 @@ async def test_an_operators_own_limits_are_only_told_and_never_changed(bus: Bus)
         info = await rig.connection.api_request(f"STREAM.INFO.{wanted.name}")
         assert info["config"]["max_msgs_per_subject"] == 7
 
-        await topology.alter_stream(rig.connection, NAMES, bus.settings, difference)
+        await topology.alter_stream(rig.connection, wanted.name, [difference])
         assert await topology.ensure_topology(rig.connection, NAMES, bus.settings) == []
+
+
+# the layout key ------------------------------------------------------------------------------------------
+
+
+async def test_what_was_deleted_stays_deleted_when_a_replica_starts(bus: Bus) -> None:
+    """An empty bucket of bindings would have the bots of everybody fall silent, and nobody told."""
+    async with rig_on(bus, streams=False) as rig:
+        await topology.ensure_topology(rig.connection, NAMES, bus.settings)
+        await rig.connection.api_request(f"STREAM.DELETE.KV_{NAMES.bindings}")
+        with pytest.raises(SettingsError, match=rf"KV_{NAMES.bindings}: missing. Restore .* creates empty streams"):
+            await topology.ensure_topology(rig.connection, NAMES, bus.settings)
+        missing, _ = await topology.inspect_topology(rig.connection, NAMES, bus.settings)
+        assert [wanted.name for wanted in missing] == [f"KV_{NAMES.bindings}"]
+
+
+async def test_a_creation_that_was_cut_short_is_completed(bus: Bus) -> None:
+    async with rig_on(bus, streams=False) as rig:
+        for wanted in topology.wanted_streams(NAMES, bus.settings)[::2]:
+            await topology.create_resource(rig.connection, wanted)
+        assert await topology.ensure_topology(rig.connection, NAMES, bus.settings) == []
+        assert await read_layout(rig.connection, NAMES) == Layout(LAYOUT, shape_of(bus.settings))
+
+
+@pytest.mark.parametrize(
+    ("value", "advice"),
+    [
+        (b'{"version":9,"settings":{}}', "layout 9, this program has 1: use a newer program"),
+        (b"?", "layout 0, this program has 1: run `wechat-nats doctor --fix`"),
+    ],
+)
+async def test_streams_of_another_layout_are_told_by_who_starts_and_by_who_runs(
+    bus: Bus, value: bytes, advice: str
+) -> None:
+    async with rig_on(bus, streams=False) as rig:
+        await topology.ensure_topology(rig.connection, NAMES, bus.settings)
+        inspector = Inspector(NAMES, bus.settings, at_least={})
+        await inspector.inspect_streams(rig.connection)
+        assert inspector.altered == {}
+        claims = LeaderKvBucket(rig.connection, NAMES.claims)
+        entry = await claims.get(KEY)
+        assert entry is not None
+        await claims.write(KEY, value, entry.revision)
+        await inspector.inspect_streams(rig.connection)
+        assert list(inspector.altered) == ["layout"]
+        with pytest.raises(SettingsError, match=advice):
+            await topology.ensure_topology(rig.connection, NAMES, bus.settings)
 
 
 @pytest.mark.parametrize("level", [None, 0, 3])

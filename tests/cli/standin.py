@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import AsyncIterator, Callable, Sequence
-from typing import Any
 
 import msgspec
 from nats.aio.msg import Msg
@@ -44,6 +43,8 @@ class StandIn:
         self.asked: list[Bind | Unbind] = []
         self.sent: list[Outbound] = []
         self.error: tuple[str, str] | None = None
+        self.expects: list[dict[str, str]] = [{}]
+        """What each adapter says of its settings."""
 
     async def start(self) -> None:
         names, nc = self._bus.names, self._bus.nc
@@ -84,8 +85,9 @@ class StandIn:
         await msg.respond(msgspec.json.encode(BindingsPage(bindings=page, next=more)))
 
     async def _on_ping(self, msg: Msg) -> None:
-        pong: dict[str, Any] = {"name": "wechat-nats", "id": "one", "version": "0.1.0"}
-        await msg.respond(msgspec.json.encode(pong))
+        for number, metadata in enumerate(self.expects):
+            pong = {"name": "wechat-nats", "id": f"{number}", "version": "0.1.0", "metadata": metadata}
+            await msg.respond(msgspec.json.encode(pong))
 
 
 @contextlib.asynccontextmanager

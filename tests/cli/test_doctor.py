@@ -20,8 +20,11 @@ from adapter.contract.names import H_SINCE_MS, shard_of, to_subject_token
 from adapter.contract.records import Binding
 from adapter.environment import read_settings
 from adapter.errors import Refused
+from adapter.jetstream.buckets import LeaderKvBucket
 from adapter.jetstream.history import StreamHistory
+from adapter.jetstream.layout import KEY, expects
 from adapter.jetstream.managed_connection import ManagedConnection
+from adapter.jetstream.topology import HOUR_NS
 from adapter.security.seal import Sealer, cursor_context
 from tests.bus.guarded import Guarded, guarded
 from tests.cli.conftest import Command, Result
@@ -112,6 +115,106 @@ async def test_an_operators_own_limit_is_a_warning_until_fixed(cli: Command, bus
         result = await cli("doctor", "--fix")
         assert "changing WECHAT_IN: max_msgs_per_subject from 5 to 10000" in result.out
         assert (result.code, states(await cli("doctor", "--json"))["streams"]) == (0, "ok")
+
+
+# whose settings count -------------------------------------------------------------------------------------
+
+SMALL = 10_000
+
+
+async def crowded(bus: Bus) -> dict[str, object]:
+    """A hundred messages in the inbox, which are twice as large as SMALL; its configuration."""
+    for number in range(100):
+        await bus.js.publish(bus.names.inbox("s1"), b"x" * 150 + str(number).encode())
+    return await config_of(bus)
+
+
+async def config_of(bus: Bus) -> dict[str, object]:
+    config: dict[str, object] = (await bus.api_request(f"STREAM.INFO.{bus.names.stream_in}"))["config"]
+    return config
+
+
+async def messages_of(bus: Bus) -> int:
+    return int((await bus.api_request(f"STREAM.INFO.{bus.names.stream_in}"))["state"]["messages"])
+
+
+async def test_settings_of_a_shell_do_not_count_where_adapters_run(
+    cli: Command, bus: Bus, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = await crowded(bus)
+    async with answering(bus) as adapter:
+        adapter.expects = [expects(bus.settings)] * 2
+        monkeypatch.setenv("WECHAT_NATS_IN_MAX_BYTES", str(SMALL))
+        plain = await cli("doctor", "--json")
+        assert states(plain)["streams"] == "ok"
+        fixed = await cli("doctor", "--fix", "--allow-loss", "--json")
+    assert said(fixed, "layout") == ("ok", "version 1, settings of the running adapters, not those here"
+        f" (WECHAT_NATS_IN_MAX_BYTES is {SMALL})")  # fmt: skip
+    assert (await config_of(bus), await messages_of(bus)) == (before, 100)
+
+
+async def test_the_layout_key_counts_where_no_adapter_runs(
+    cli: Command, bus: Bus, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = await crowded(bus)
+    monkeypatch.setenv("WECHAT_NATS_IN_MAX_BYTES", str(SMALL))
+    fixed = await cli("doctor", "--fix", "--allow-loss", "--json")
+    assert said(fixed, "layout")[1].startswith("version 1, settings of the layout key, not those here")
+    assert (await config_of(bus), await messages_of(bus)) == (before, 100)
+
+
+async def test_nothing_is_lowered_unless_loss_is_allowed(
+    cli: Command, bus: Bus, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = await crowded(bus)
+    claims = LeaderKvBucket(bus.connection, bus.names.claims)
+    layout = await claims.get(KEY)
+    assert layout is not None
+    await claims.write(KEY, None, layout.revision)
+    monkeypatch.setenv("WECHAT_NATS_IN_MAX_BYTES", str(SMALL))
+    assert said(await cli("doctor", "--json"), "layout")[1].startswith("version 1, settings of this shell.")
+    refused = await cli("doctor", "--fix", "--json")
+    words = re.findall(
+        rf"Not changed without --allow-loss: WECHAT_IN: max_bytes from [0-9]+ to {SMALL}, with ([0-9]+) messages",
+        refused.out,
+    )
+    assert (refused.code, len(words)) == (1, 1)
+    assert (await config_of(bus), await messages_of(bus)) == (before, 100)
+    lowered = await cli("doctor", "--fix", "--allow-loss")
+    assert f"to {SMALL}, with {words[0]} messages at stake" in lowered.out
+    assert abs(100 - await messages_of(bus) - int(words[0])) <= 1
+
+
+async def test_of_adapters_that_expect_different_settings_the_larger_count(cli: Command, bus: Bus) -> None:
+    """As during a roll-out, which may wait for what is raised."""
+    async with answering(bus) as adapter:
+        for change in ({"in_max_per_sandbox": 20_000}, {"in_max_age_h": 1.0}, {"in_max_bytes": -1}):
+            adapter.expects.append(expects(msgspec.structs.replace(bus.settings, **change)))
+        del adapter.expects[0]
+        assert (
+            "of which the largest count" in said(await cli("doctor", "--fix", "--allow-loss", "--json"), "layout")[1]
+        )
+    config = await config_of(bus)
+    assert (config["max_msgs_per_subject"], config["max_age"], config["max_bytes"]) == (20_000, 72 * HOUR_NS, -1)
+
+
+async def test_a_program_does_not_change_streams_of_a_newer_layout(cli: Command, bus: Bus) -> None:
+    await bus.store(f"$KV.{bus.names.claims}.{KEY}", b'{"version":2,"settings":{}}', {})
+    assert said(await cli("doctor", "--json"), "layout")[0] == "fail"
+    refused = await cli("doctor", "--fix")
+    assert (refused.code, "use a newer program" in refused.err) == (1, True)
+
+
+async def test_streams_of_an_earlier_layout_are_named_with_their_messages(cli: Command, bus: Bus) -> None:
+    await bus.js.add_stream(name="WECHAT_OLD", subjects=["old.>"])
+    await bus.js.add_stream(name="KV_wechat_old")
+    await bus.js.add_stream(name="WECHATTER", subjects=["other.>"])
+    for _ in range(3):
+        await bus.js.publish("old.x", b"x")
+    result = await cli("doctor", "--json")
+    unknown = {row["check"]: row["say"] for row in result.rows if "Unknown to this version" in row["say"]}
+    assert list(unknown) == ["KV_wechat_old", "WECHAT_OLD"]
+    assert "3 messages before a roll-out" in unknown["WECHAT_OLD"]
 
 
 async def test_a_difference_that_breaks_a_guarantee_fails_until_fixed(cli: Command, bus: Bus) -> None:
