@@ -5,7 +5,9 @@ from __future__ import annotations
 import base64
 import logging
 import re
+import uuid
 import warnings
+from collections import Counter
 from typing import Any
 
 import pytest
@@ -156,6 +158,87 @@ def test_nothing_that_a_caller_passes_breaks_a_line(captured: Capture) -> None:
     (line,) = captured.lines()
     assert line["none"] is None
     assert line["keys"] == {"1": 2}
+
+
+@pytest.mark.parametrize(
+    "ident",
+    [
+        *(
+            "in:b0f5860fdecb@im.bot:m7497484083968569737",
+            "in:b0f5860fdecb@im.bot:cweb-1_2",
+            "in:b@im.bot:s12-0a1b2c3d",
+        ),
+        *("in:b@im.bot:f0a1b2c3d4e5f", "agent-in:b0f5860fdecb@im.bot:m7497484083968569737-2", "order 66"),
+        *(str(uuid.UUID(int=2**127)), "refused: in:b@im.bot:m7, again"),
+    ],
+)
+def test_ids_of_messages_and_commands_are_shown(captured: Capture, ident: str) -> None:
+    structlog.get_logger().info("x.happened", message=ident, several=[ident])
+    (line,) = captured.lines()
+    assert (line["message"], line["several"]) == (ident, [ident])
+
+
+def test_a_token_behind_the_beginning_of_an_id_is_hidden() -> None:
+    assert "CANARY" not in logs.redact_text(f"in:{TOKEN}")
+
+
+# floods --------------------------------------------------------------------------------------------------
+
+
+def test_lines_about_a_sandbox_are_limited_and_those_about_others_are_not(captured: Capture) -> None:
+    log = structlog.get_logger()
+    for number in range(1000):
+        log.info("receipt.stored", sandbox="s1", command=f"c{number}")
+        log.warning("command.retrying", subject="wechat.out.7.s1", reason="bus_down")
+        log.warning("stream.altered", stream=f"S{number}")  # about no sandbox
+        log.debug("receipt.seen", sandbox="s1")
+    log.warning("command.retrying", subject="wechat.out.7.s1", reason="record_too_new")
+    log.info("receipt.stored", sandbox="s2", command="c")
+    counted = Counter(line["body"] for line in captured.lines())
+    assert counted == {
+        "receipt.stored": logs.INFO_PER_MINUTE + 1,
+        "command.retrying": logs.OTHERS_PER_MINUTE + 1,
+        "stream.altered": 1000,
+        "receipt.seen": 1000,
+    }
+
+
+class Minute:
+    """A flood limit, and lines about sandboxes at a time of its clock."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+        self._limit = logs.FloodLimit(lambda: self.now)
+
+    def says(self, sandbox: str) -> dict[str, Any] | None:
+        """None: it is dropped."""
+        try:
+            return dict(self._limit(None, "error", {"event": "x.failed", "sandbox": sandbox}))
+        except structlog.DropEvent:
+            return None
+
+
+def test_the_first_line_after_a_minute_tells_how_many_were_dropped() -> None:
+    minute = Minute()
+    said = [minute.says("s1") for _ in range(100)]
+    assert sum(line is not None for line in said) == logs.OTHERS_PER_MINUTE
+    minute.now = 61.0
+    first, second = minute.says("s1"), minute.says("s1")
+    assert first
+    assert first["suppressed"] == 100 - logs.OTHERS_PER_MINUTE
+    assert second == {"event": "x.failed", "sandbox": "s1"}
+
+
+def test_only_the_latest_sandboxes_are_counted() -> None:
+    minute = Minute()
+    for _ in range(logs.OTHERS_PER_MINUTE):
+        minute.says("s1")
+    for number in range(logs.KEPT_COUNTS - 1):
+        minute.says(f"other{number}")
+    assert minute.says("s1") is None
+    for number in range(logs.KEPT_COUNTS):
+        minute.says(f"another{number}")
+    assert minute.says("s1") is not None
 
 
 def test_libraries_are_heard_from_warning_on(captured: Capture) -> None:

@@ -210,8 +210,16 @@ def _as_answer(
     """The input for a failed request or upload. `reason`: replaces the reason of a refusal."""
     bot, state, progress = memory.serving_bot, memory.state, memory.state.record.head
     answer = {"ret": exc.ret, "errcode": exc.errcode, "errmsg": exc.errmsg} if isinstance(exc, Refused) else {}
-    failure = type(exc).__name__
-    log.info("send.failed", bot=bot, sandbox=state.sandbox, failure=failure, reason=exc.reason, **answer)
+    commands = [command.id for command in progress.commands] if progress else []
+    log.info(
+        "send.failed",
+        bot=bot,
+        sandbox=state.sandbox,
+        commands=commands,
+        failure=type(exc).__name__,
+        reason=exc.reason,
+        **answer,
+    )
     if isinstance(exc, Refused):
         attempts = progress.attempts if progress else 0
         reason = reason or exc.reason

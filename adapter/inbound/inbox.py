@@ -91,7 +91,7 @@ async def _publish_part(addressed: Sequence[AddressedMessage], deps: PublishDeps
     window = await _window(addressed[0], deps)
     messages = [_message(item, window, deps) for item in addressed]
     acks = await _publish_all(messages, addressed[0].bot, deps)
-    now_ms, debug = deps.clock.now_ms(), log.debug  # a lookup takes 0.5 µs
+    now_ms = deps.clock.now_ms()
     stored: Counter[tuple[str, bool]] = Counter()
     refused: list[tuple[AddressedMessage, Message, BusRefused]] = []
     for item, message, ack in zip(addressed, messages, acks, strict=True):
@@ -99,15 +99,14 @@ async def _publish_part(addressed: Sequence[AddressedMessage], deps: PublishDeps
             refused.append((item, message, ack))
             continue
         stored[item.inbound.kind, ack.duplicate] += 1
-        place = item.place
-        debug("inbound.published", sandbox=item.sandbox, message=item.id, place=place, sequence=ack.seq)
+        log.info("inbound.published", sandbox=item.sandbox, message=item.id, place=item.place, sequence=ack.seq)
         if item.inbound.sent_at_ms:
             deps.metrics.inbound_age.observe(max(0, now_ms - item.inbound.sent_at_ms) / 1000)
     for (kind, duplicate), times in stored.items():
         deps.metrics.inbound_messages.child(kind, "duplicate" if duplicate else "published").inc(times)
     for item, message, refusal in refused:
         count(deps, item.inbound.kind, "publish_failed")
-        log.error("inbound.refused", bot=item.bot, code=refusal.code, detail=refusal.detail)
+        log.error("inbound.refused", sandbox=item.sandbox, message=item.id, code=refusal.code, detail=refusal.detail)
         await _publish_stub(item, message, deps)
 
 
@@ -183,7 +182,7 @@ async def _publish_stub(addressed: AddressedMessage, message: Message, deps: Pub
     try:
         await deps.access.bus.publish(msgspec.structs.replace(message, payload=msgspec.json.encode(stub)))
     except BusRefused as exc:
-        log.error("inbound.lost_to_dead_letters", bot=addressed.bot, detail=exc.detail)
+        log.error("inbound.lost_to_dead_letters", sandbox=addressed.sandbox, message=addressed.id, detail=exc.detail)
 
 
 async def dead_letter(
@@ -202,7 +201,7 @@ async def dead_letter(
         "IN",
         raw,
         subject=deps.access.names.inbox(sandbox) if sandbox else "",
-        headers={H_TRACEPARENT: derive_traceparent(message)} if message else {},
+        headers={H_TRACEPARENT: derive_traceparent(message), H_MSG_ID: message} if message else {},
         reason=reason if sandbox else "not_bound",
         detail=why,
         msg_id=f"dead:{bot}:{digest(raw)}",

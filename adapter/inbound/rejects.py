@@ -29,7 +29,7 @@ class Rejects:
                 self.count(kind, "rejected")
             case "duplicate":
                 self.count(kind, "duplicate")
-                log.info("inbound.duplicate", bot=self._bot)
+                log.info("inbound.duplicate", sandbox=_sandbox_of(binding), message=self._id_of(message.inbound))
             case "new":
                 self.count(kind, "unbound")
                 await self.dead_letter(
@@ -54,7 +54,7 @@ class Rejects:
         *,
         reason: str = "unreadable",
     ) -> None:
-        sandbox, message = binding.sandbox if binding else "", inbound.keys.id_for(self._bot) if inbound else ""
+        sandbox, message = _sandbox_of(binding), self._id_of(inbound)
         await inbox.dead_letter(self._bot, sandbox, raw, why, self._publishing, reason=reason, message=message)
 
     async def end_crashed(self, raw: bytes, sandbox: str, inbound: InboundMessage | None) -> None:
@@ -63,6 +63,14 @@ class Rejects:
             self._publishing.ensure_owner()
         crashed = Crashed()
         self.count(inbound.kind if inbound else "unsupported", "dead_lettered")
-        message = inbound.keys.id_for(self._bot) if inbound else ""
+        message = self._id_of(inbound)
         why, reason = crashed.detail, crashed.reason
         await inbox.dead_letter(self._bot, sandbox, raw, why, self._publishing, reason=reason, message=message)
+
+    def _id_of(self, inbound: InboundMessage | None) -> str:
+        """The message's id on the bus; "" of one that cannot be read."""
+        return inbound.keys.id_for(self._bot) if inbound else ""
+
+
+def _sandbox_of(binding: Binding | None) -> str:
+    return binding.sandbox if binding else ""

@@ -134,7 +134,7 @@ class Events:
                 raise Temporary("receipt_refused", exc.detail) from exc
             return 0
         self._metrics.receipts.child(receipt.outcome).inc()
-        log.debug(
+        log.info(
             "receipt.stored",
             sandbox=receipt.sandbox,
             command=receipt.command,
@@ -221,7 +221,8 @@ class Events:
         if sandbox:
             kept[H_SANDBOX] = sandbox
         self._metrics.dead_letters.labels(stream=stream.lower()).inc()
-        log.warning("message.dead_lettered", stream=stream, sandbox=sandbox, reason=reason, sequence=seq)
+        ident = headers.get(H_COMMAND) or headers.get(H_MSG_ID, "")
+        log.warning("message.dead_lettered", stream=stream, sandbox=sandbox, id=ident, reason=reason, sequence=seq)
         subject_to = self._names.dead_letters(f"{self._names.prefix.upper()}_{stream}")
         for payload in (data, data[:65536]):  # if it is too large, the beginning shows at least what it was
             try:

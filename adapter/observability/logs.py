@@ -1,6 +1,9 @@
 """Logging: one JSON line per event on stdout, without secrets or message text. Imports no other module of the
 adapter.
 
+At `info` each published message, each receipt and each repeated command has a line with its id. A sandbox decides how
+often that is, so the lines about one sandbox are limited (`FloodLimit`).
+
 Field names follow OpenTelemetry's log model: `timestamp`, `severity_text`, `body` (the event), `service.*`, then the
 event's own. Tokens and texts must not be fields at all; redaction is only a safety net.
 """
@@ -10,8 +13,9 @@ from __future__ import annotations
 import logging
 import re
 import sys
+import time
 import traceback
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, BinaryIO
 
 import msgspec
@@ -23,6 +27,11 @@ FOREIGN_CHARS = 200
 """Longest text in a field. A longer text is probably foreign, and is cut."""
 TRACEBACK_CHARS = 8000
 HIDDEN = "***"
+INFO_PER_MINUTE, OTHERS_PER_MINUTE = 60, 5
+"""Most lines of one event about one sandbox: with ids, as much as a person and an agent write; and about trouble, of
+one reason."""
+KEPT_COUNTS = 4096
+"""Most events of sandboxes whose lines are counted, the latest ones: about 1 MB."""
 
 _LEVELS = {"debug": logging.DEBUG, "info": logging.INFO, "warning": logging.WARNING, "error": logging.ERROR}
 
@@ -34,10 +43,17 @@ _SECRET_NAMES = (
 _SECRET_KEY = re.compile(rf"(?:{_SECRET_NAMES}|.*_(?:token|password|secret))\Z", re.IGNORECASE)
 _PACKED = "QGltLmJvdD|BpbS5ib3Q6|AaW0uYm90O"
 """`@im.bot:` in base64 at each possible offset: a bot's token follows, as in iLink's cursors."""
+
+
+def _keep_id(found: re.Match[str]) -> str:
+    return found[1] or f"{found[2]}{HIDDEN}"
+
+
 _SECRET_TEXT = tuple(
     (re.compile(pattern, re.IGNORECASE), replacement)
     for pattern, replacement in (
-        (r"(@im\.bot:)[0-9a-z_+/=-]+", rf"\1{HIDDEN}"),
+        # not the id of an inbound message, `in:<bot>:m749…`; a token begins with a digit
+        (r"(\bin:[\w.-]{1,64}@im\.bot:[cfms][\w.-]+)|(@im\.bot:)[0-9a-z_+/=-]+", _keep_id),
         (r"\b(Bearer|Basic)\s+[^\s\"',]+", rf"\1 {HIDDEN}"),
         (r"AARzJW[0-9a-z+/=_-]*", HIDDEN),
         (rf"(?:{_PACKED})[0-9a-z+/=_-]*", HIDDEN),
@@ -63,8 +79,12 @@ UNSEEN = (
 variants but those of emoji, tags): they move the cursor, change the direction, or are seen by nobody."""
 _CONTROLS = re.compile(f"[\x00-\x08\x0b-\x1f{UNSEEN}]")
 """Characters that move a terminal's cursor or are invisible; a traceback keeps its lines."""
-_HARMLESS = re.compile(rf"(?!.*(?:AARzJW|eyJ|{_PACKED}))[a-z0-9_.@-]{{0,40}}\Z", re.IGNORECASE | re.ASCII)
-"""Names, ids and words, which are most logged values, and match no pattern above."""
+_HARMLESS = re.compile(
+    rf"(?!.*(?:AARzJW|eyJ|{_PACKED}))"
+    r"(?:[a-z0-9_.@-]{0,40}|(?:agent-)?in:[a-z0-9_.-]{1,64}@im\.bot:[cfms][a-z0-9_.-]{1,70}|[0-9tz:.-]{0,32})\Z",
+    re.IGNORECASE | re.ASCII,
+)
+"""Names, ids, times and words, which are most logged values, and match no pattern above."""
 
 
 def configure(
@@ -84,6 +104,7 @@ def configure(
     )
     structlog.configure(
         processors=[
+            FloodLimit(),
             structlog.processors.add_log_level,
             structlog.processors.TimeStamper(fmt="iso", utc=True),
             structlog.processors.StackInfoRenderer(),
@@ -101,6 +122,33 @@ def configure(
     root.addHandler(_Forward(logging.WARNING))
     root.setLevel(logging.WARNING)
     logging.captureWarnings(True)
+
+
+class FloodLimit:
+    """Drops lines about a sandbox (`sandbox`, or `subject` of its commands) that come too often; `suppressed` in the
+    first line after a minute says how many. Lines of severity `debug` are not limited."""
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._lines: dict[tuple[object, ...], tuple[float, int]] = {}
+        """By event, reason and sandbox: the end of the minute, and the lines in it."""
+
+    def __call__(self, _logger: WrappedLogger, method: str, event: EventDict) -> EventDict:
+        about = event.get("sandbox") or event.get("subject")
+        if not about or method == "debug":
+            return event
+        most, reason = (INFO_PER_MINUTE, "") if method == "info" else (OTHERS_PER_MINUTE, event.get("reason"))
+        key, now = (event["event"], reason, str(about)[:FOREIGN_CHARS]), self._clock()
+        until, lines = self._lines.pop(key, (now + 60, 0))
+        suppressed = max(0, lines - most)
+        if now >= until:
+            until, lines = now + 60, 0
+        self._lines[key] = until, lines + 1
+        if len(self._lines) > KEPT_COUNTS:
+            del self._lines[next(iter(self._lines))]
+        if lines >= most:
+            raise structlog.DropEvent
+        return {**event, "suppressed": suppressed} if suppressed else event
 
 
 def _strip_exception_texts(_logger: WrappedLogger, _method: str, event: EventDict) -> EventDict:

@@ -100,10 +100,12 @@ class CommandLedger:
 
     async def acknowledge(self, command: QueuedCommand, *, is_duplicate: bool = False) -> None:
         """Removes an ended command from the bus. `is_duplicate`: it gets no receipt of its own."""
+        entry = self._entries.pop(command.sequence, None)
         if is_duplicate:
-            log.info("command.duplicate", command=command.ref.id)
+            subject = entry.delivery.subject if entry else ""
+            log.info("command.duplicate", subject=subject, command=command.ref.id, sequence=command.sequence)
             self._metrics.outbound_messages.child(command.kind, "duplicate", "none").inc()
-        if (entry := self._entries.pop(command.sequence, None)) is None:
+        if entry is None:
             return
         self._ended[command.sequence] = entry.delivery.time_ms
         if len(self._ended) > ENDED_KEPT:

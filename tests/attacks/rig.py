@@ -82,6 +82,8 @@ class Outcome(NamedTuple):
     """Processes that ended."""
     missing: list[str]
     """What of the victim was lost or doubled."""
+    broken: list[str]
+    """What the attack itself found not to hold."""
     notes: list[str]
     known: str = ""
     """Why the victim may wait too long; "": it may not."""
@@ -90,7 +92,7 @@ class Outcome(NamedTuple):
         """What must not be, apart from time."""
         said = [f"{self.lost} leases lost"] if self.lost else []
         said += [f"adapter {self.adapter_mib:.0f} MiB"] if self.adapter_mib > ADAPTER_MIB else []
-        return said + self.restarts + self.missing
+        return said + self.restarts + self.missing + self.broken
 
     def faults(self) -> list[str]:
         """What must not be."""
@@ -133,6 +135,7 @@ class Rig:
         self.attackers = attackers
         """Sandboxes with a bot each, whose credentials the attacker has."""
         self.notes: list[str] = []
+        self.broken: list[str] = []
 
     @property
     def sim(self) -> Simulator:
@@ -142,6 +145,10 @@ class Rig:
     def note(self, text: str) -> None:
         """Adds a figure to the row."""
         self.notes.append(text)
+
+    def fail(self, text: str) -> None:
+        """Adds what does not hold."""
+        self.broken.append(text)
 
     async def connect(self, sandbox: str = ATTACKER) -> Player:
         """A connection with the sandbox's ordinary credentials."""
@@ -413,6 +420,7 @@ async def _measure(
         lost=sum(adapter.said(event) for adapter in rig.world.adapters for event in LOSSES),
         restarts=_ended(rig.server.process, rig.world.adapters),
         missing=[] if rig.server.process.returncode is not None else await victim.missing(witness),
+        broken=rig.broken,
         notes=rig.notes,
     )
 

@@ -8,8 +8,9 @@ from pathlib import Path
 import httpx
 import msgspec
 
-from adapter.contract.messages import FINAL_OUTCOMES, Receipt
+from adapter.contract.messages import FINAL_OUTCOMES, Inbound, Receipt
 from adapter.contract.names import shard_of
+from adapter.simulator import FaultRule
 from tests.e2e.world import NAMES, World, eventually, free_port, stream, until, world
 
 
@@ -124,6 +125,42 @@ async def test_receipts_add_up_and_no_secret_or_text_is_in_log_or_metrics(tmp_pa
         assert secret not in log
         assert secret not in text
     assert all(msgspec.json.decode(line)["body"] for line in log.splitlines())
+
+
+async def test_the_log_tells_by_its_id_what_became_of_each_message_and_command(tmp_path: Path) -> None:
+    """At the default level, and without a word of them."""
+    async with world(tmp_path) as made:
+        nc, bot = await made.begun()
+        ((_, data),) = await stream(nc, NAMES.stream_in, NAMES.inbox("s1"))
+        message = msgspec.json.decode(data, type=Inbound).id
+        publish = nc.jetstream().publish
+        made.sim.set_fault(FaultRule(fault="F11", bot=bot.bot, count=1))
+        for body in (
+            {"id": "parked", "reply_to": message, "text": "canary"},
+            {"id": "refused", "reply_to": message, "text": "canary", "sandbox": "s2"},
+            {"id": "unreadable", "text": 7},
+        ):
+            await publish(NAMES.out("s1"), msgspec.json.encode(body))
+        adapter = made.adapters[0]
+        await until(lambda: len(adapter.lines("receipt.stored")) == 3, "each has a receipt")
+        made.say("s1", "go on")
+        await until(lambda: len(adapter.lines("receipt.stored")) == 4, "the parked one is sent")
+        await publish(NAMES.out("s1"), msgspec.json.encode({"id": "parked", "text": "canary"}))
+        await until(lambda: adapter.said("command.duplicate") == 1, "one is repeated")
+        log = adapter.log.read_text()
+    (published,) = [line for line in adapter.lines("inbound.published") if line["message"] == message]
+    assert published["sandbox"] == "s1"
+    told = [(line["command"], line["outcome"], line["reply_to"]) for line in adapter.lines("receipt.stored")]
+    assert sorted(told) == [
+        ("parked", "accepted", message),
+        ("parked", "parked", message),
+        ("refused", "refused", message),
+        ("unreadable", "dead_lettered", ""),
+    ]
+    assert [line["id"] for line in adapter.lines("message.dead_lettered")] == ["unreadable"]
+    assert [line["commands"] for line in adapter.lines("send.failed")] == [["parked"]]
+    assert [line["command"] for line in adapter.lines("command.duplicate")] == ["parked"]
+    assert "canary" not in log
 
 
 def _sums(text: str) -> dict[str, float]:
