@@ -117,7 +117,7 @@ TRIED = {
     "kit/json_repair.py": 4,
     "contract/names.py": 3,
     "conversation/commands.py": 3,
-    "conversation/literal.py": 3,
+    "conversation/literal.py": 4,
     "conversation/split.py": 2,
 }
 """Regular expressions by file of `adapter/`, which RULES try."""

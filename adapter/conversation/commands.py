@@ -23,7 +23,7 @@ from adapter.contract.messages import (
 )
 from adapter.contract.names import H_SEQUENCE, H_SINCE_MS, check_sandbox, is_sandbox
 from adapter.conversation import split
-from adapter.conversation.literal import to_literal
+from adapter.conversation.literal import to_literal, to_literal_start
 from adapter.errors import UNDECODABLE, Refused, Unreadable
 from adapter.kit.json_repair import without_halves
 
@@ -256,7 +256,7 @@ def _split_text(text: str, limits: Limits, *, is_literal: bool) -> list[str]:
     if not text.strip():
         raise Refused("invalid", "The text is empty.")
     parts = split.split(text, limits.text_chars)
-    return [to_literal(part) for part in parts] if is_literal else parts  # what begins a part begins a line
+    return [to_literal_start(part) for part in parts] if is_literal else parts
 
 
 def _too_long(limits: Limits) -> Refused:

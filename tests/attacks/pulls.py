@@ -1,6 +1,6 @@
 """A sandbox asks its own durable consumer for messages as fast as the server reads.
 
-The server keeps few of such requests, and answers the others at once. No limit of the server's bounds their rate.
+The server keeps few of such requests, and answers the others at once.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from adapter.contract.messages import Options
 from tests.attacks.rig import ATTACKER, NAMES, Rig, publish
 from tests.bus.guarded import Player
 
+OPEN = "no limit of the server's bounds the rate of pulls"
 TOGETHER = 500
 PULL = f"$JS.API.CONSUMER.MSG.NEXT.{NAMES.stream_in}.{ATTACKER}"
 INBOX = f"_INBOX_{ATTACKER}"
