@@ -351,6 +351,9 @@ class History(Protocol):
     async def get(self, stream: str, seq: int) -> Stored | None:
         """A message, read from the stream's leader, or None if there is none. Raises Temporary."""
 
+    async def last_sequence(self, stream: str) -> int:
+        """The newest sequence that the stream's leader has given, even if that message is gone. Raises Temporary."""
+
     async def count_by_subject(self, stream: str, subject: str) -> dict[str, int]:
         """Number of messages per subject under a wildcard. Raises Temporary, BusRefused if the stream does not
         exist."""
@@ -406,8 +409,9 @@ class Bucket(Protocol):
         Raises Conflict, Temporary (the bucket is full).
         """
 
-    async def list_prefix(self, first: str) -> list[Entry]:
-        """All entries whose key begins with the token `first` and a dot. Raises Temporary."""
+    async def list_prefix(self, first: str = "") -> list[Entry]:
+        """All entries whose key begins with the token `first` and a dot, or all entries, without deleted ones. Raises
+        Temporary."""
 
     async def watch(
         self,
@@ -522,9 +526,5 @@ class CoreBus(Protocol):
     async def publish(self, subject: str, payload: bytes, headers: dict[str, str]) -> None:
         """Publishes at most once. Raises Temporary."""
 
-    async def make_durable(self, sandbox: str, after: int) -> None:
-        """Creates the sandbox's durable pull consumer after a sequence, unless it exists. Raises Temporary,
-        Refused."""
-
-    async def move_durable(self, sandbox: str, after: int) -> None:
-        """Moves the sandbox's durable pull consumer, if it exists, past a sequence. Raises Temporary."""
+    async def make_durable(self, sandbox: str) -> None:
+        """Creates the sandbox's durable pull consumer, unless it exists. Raises Temporary, Refused."""

@@ -38,7 +38,9 @@ async def talk(bench: Bench, shard: ShardCommandProcessor, first: int, *, unbind
         shard.intake.on_delivery(bench.command(f"t{number}", bot=bot, id=f"c{number}"))
         await asyncio.sleep(5)
         if unbind:
+            await bench.close(bot)
             await bench.bindings.remove(bot)
+    bench.bindings._deleted.clear()  # bounded by their number
     for _ in range(2):  # what is not stored is, at first
         await asyncio.sleep(60)
         shard.evict_idle()

@@ -18,7 +18,7 @@ PRIVATE = {
     " _ps _reading_task _status _transport",
     "bus/test_tls.py": "_io_writer _transport",
     "conftest.py": "_send_ping",
-    "e2e/test_growth.py": "_ended _pool _settled _subs _transport",  # forgets what is bounded
+    "e2e/test_growth.py": "_deleted _ended _pool _settled _subs _transport",  # forgets what is bounded
     # headers that no client writes
     "bus/test_consumer.py": "_on_status _send_command",
     "bus/test_publisher.py": "_interrupt _outstanding _send_command _stream_of",
@@ -30,15 +30,16 @@ PRIVATE = {
     "ownership/test_leases.py": "_sightings",
     # memory, which nothing else shows
     "growth.py": "_lru_cache_wrapper _scheduled _timer_cancelled_count",
-    "test_growth.py": "_conversations",
+    "test_growth.py": "_conversations _deleted",
     "test_probes.py": "_connections _server",
     # each regular expression, and each reader of foreign words, by itself
     "test_linear.py": "_HEX_KEY _HOST _HOST_PORT _ID _IDS _INBOX _LETTER _LOGIN _PEER _PLAIN"
     " _SECRET_NAME _UNPRINTABLE_IN_JSON _clean_file_name _describe_error _publish_command _up_to_secret",
     # in place of the network, the bucket's watcher or the consumer
     "fakes/bench.py": "_apply_entry",
+    "bindings/test_control.py": "_apply_entry",
     "ilink/test_client.py": "_transport",
-    "logins/test_flow.py": "_apply_and_answer _read_keys",
+    "logins/test_flow.py": "_apply_and_answer _apply_until_done",
     "bus/test_media_service.py": "_upload_ident",
     "cli/test_embedded.py": "_with_token_key",
     "forks.py": "_exit",  # os's own: of a process that has no end of its own

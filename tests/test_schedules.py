@@ -237,7 +237,6 @@ class Replica:
         parts = [mortal(world, number, self.life) for _ in range(len(SANDBOXES) if model.settings["split"] else 1)]
         self.benches = {name: parts[at % len(parts)] for at, name in enumerate(SANDBOXES)}
         for bench in parts:
-            bench.wait_for_pending_binds = model.wait_for_pending_binds
             bench.bindings.add_listener(partial(self._on_binding, bench))
         self.open()
 
@@ -317,10 +316,6 @@ class Model:
         for user in USERS:
             await self.world.bind(bot=self.bots[user], user=f"{user}@im.wechat")
         await self.take_over(self.owner)
-
-    async def wait_for_pending_binds(self) -> None:
-        async with self.binding:
-            pass
 
     def call_later(self, seconds: float, then: Callable[[], object]) -> None:
         async def wait() -> None:

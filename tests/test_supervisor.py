@@ -88,6 +88,7 @@ def supervisor(
         publish_released=publish_released,
         is_connecting=lambda bot: False,
         capacity=capacity,
+        follow_closing=lambda bot: None,
     )
 
 

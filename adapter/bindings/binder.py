@@ -1,4 +1,9 @@
-"""Binds and unbinds bots: changes the bindings, and publishes events before and after."""
+"""Binds and unbinds bots: changes the bindings, and publishes events before and after.
+
+A bot leaves a sandbox in these steps, so that the next person gets nothing of the former one: its binding is marked
+as closing; the shard's owner releases the bot, ends the commands of its user and confirms; if nobody stays, the inbox
+is emptied; the binding is deleted.
+"""
 
 from __future__ import annotations
 
@@ -10,9 +15,8 @@ import structlog
 from msgspec import structs
 
 from adapter.bindings.registry import Bindings
-from adapter.bindings.sandboxes import ReadSandboxes
-from adapter.bindings.token_checks import TokenChecks, Verdict
-from adapter.contract.messages import Bind, BindingChange, BindingEvent, ControlAnswer, Erase, Unbind
+from adapter.bindings.token_checks import Verdict, check_token
+from adapter.contract.messages import Bind, BindingChange, ControlAnswer, Erase, Unbind
 from adapter.contract.names import check_sandbox
 from adapter.contract.records import Binding
 from adapter.errors import Refused
@@ -24,19 +28,27 @@ from adapter.security.seal import Sealer, bind_context, cursor_context
 
 log = structlog.get_logger()
 
+PENDING_S = 60.0
+"""Time after which an author is told that the end of a binding takes longer."""
 BOT_SUFFIX, USER_SUFFIX = "@im.bot", "@im.wechat"
 
 
 class Eraser(Protocol):
     """Erases persons."""
 
-    async def run(self, command: Erase, unbound: Collection[str], turn: asyncio.Lock) -> ControlAnswer:
-        """Erases a person whose bots `unbound` are unbound. Holds `turn` while no command may be processed. Raises
-        Temporary, BusRefused."""
+    async def run(self, command: Erase) -> ControlAnswer:
+        """Erases a person whose bots are unbound. Raises Temporary, BusRefused."""
 
-    async def wait_released(self, bots: Collection[str]) -> None:
-        """Returns once all received messages of unbound bots are in their inboxes, or after a timeout. Raises
-        Temporary."""
+
+class Request(NamedTuple):
+    """A control command that is being applied."""
+
+    number: int
+    """Its sequence in WECHAT_CTL."""
+    id: str
+    """The request id of its author; "" for none."""
+    on_pending: Callable[[], Awaitable[None]]
+    """Called once if the owners have not confirmed within PENDING_S that bots are released."""
 
 
 class ControlDeps(NamedTuple):
@@ -58,25 +70,29 @@ class ControlDeps(NamedTuple):
 
 
 class Binder:
-    """Applies bind and unbind."""
+    """Applies bind, unbind, and the unbind of an erasure."""
 
     def __init__(self, deps: ControlDeps) -> None:
-        self.sandboxes = ReadSandboxes(deps.access, deps.bindings)
-        self.checks = TokenChecks(deps.chat, deps.sealer)
         self._deps = deps
         self._bindings = deps.bindings
         self._names = deps.access.names
         self._history = deps.access.history
         self._sealer = deps.sealer
+        self._changed: dict[str, asyncio.Event] = {}
+        """By bot: set when a binding that is closing has changed."""
+        self._last_out = _SharedRead(lambda: self._history.last_sequence(self._names.stream_out))
+        deps.bindings.add_listener(self._on_binding)
 
-    async def bind(self, command: Bind, sequence: int) -> ControlAnswer:
+    def _on_binding(self, bot: str, before: Binding | None, after: Binding | None) -> None:
+        if (changed := self._changed.get(bot)) is not None:
+            changed.set()
+
+    async def bind(self, command: Bind, request: Request) -> ControlAnswer:
         """Binds a bot to a sandbox. Another bot of the same user there is replaced.
 
         Raises Refused, Temporary, LeaseLost.
         """
         check_sandbox(command.sandbox)
-        if command.keep_undelivered and command.options.fresh:
-            raise Refused("invalid", "`keep_undelivered` and the option `fresh` exclude each other.")
         token = self._open_token(command)
         if command.base_url:
             self._deps.chat.check_base_url(command.base_url)
@@ -93,37 +109,38 @@ class Binder:
         )
         """An earlier run wrote the binding and crashed. A refusal now would leave the command half done."""
         displaced = [*replaced, *([before] if before is not None else [])]
-        is_checked = not is_begun and await self._check_token(command, token, displaced, sequence)
-        binding = await self._with_start_sequences(binding, bound, keep=command.keep_undelivered)
+        is_checked = not is_begun and await self._check_token(command, token, displaced)
         if command.options.durable:
-            await self._deps.core.make_durable(command.sandbox, binding.in_after)
+            await self._deps.core.make_durable(command.sandbox)
+        moved = before if before is not None and before.sandbox != command.sandbox else None
+        if moved is not None:
+            await self.close([moved], request)
+            await self.clear_behind(moved.sandbox, [moved])
+            await self._publish_binding_event(moved, "unbound", request, reason="moved")
+        bound = self._bindings.serving_sandbox(command.sandbox)
+        known = next((other for other in bound if _is_same_person(other, binding)), None)
+        # read right before the write: what is stored until then was not meant for this person
+        out_after = known.out_after if known is not None else await self._last_out.read()
+        binding = structs.replace(binding, out_after=out_after)
         new = before is None or not self._is_unchanged(before, binding)
-        if before is not None and before.sandbox != command.sandbox:  # first: a later put overwrites it
-            replay_after = self._replay_start(before.sandbox, [before])
-            await self._publish_binding_event(
-                before, "unbound", command.id, reason="moved", replay_after=replay_after
-            )
-            await self._skip_undelivered(before.sandbox, [before])
         if new:
             await self._bindings.put(binding, self._deps.ensure_owner)
         if new or is_begun:
             # published again in case of a crash before the event: the stream drops a duplicate
-            await self._publish_binding_event(binding, "bound", command.id, replay_after=binding.in_after)
+            await self._publish_binding_event(binding, "bound", request)
         for other in replaced:
-            await self._publish_binding_event(
-                other, "replaced", command.id
-            )  # first, so that a crash in between repeats it
+            await self._publish_binding_event(other, "replaced", request)  # first: a crash in between repeats it
             await self._bindings.remove(other.bot, self._deps.ensure_owner)
         return ControlAnswer(
             ok=True,
-            id=command.id or "",
+            id=request.id,
             bindings=[binding.info()],
             replaced=[other.bot for other in replaced],
-            moved_from=before.sandbox if before is not None and before.sandbox != command.sandbox else "",
+            moved_from=moved.sandbox if moved is not None else "",
             checked=is_checked,
         )
 
-    async def _check_token(self, command: Bind, token: str, displaced: Collection[Binding], sequence: int) -> bool:
+    async def _check_token(self, command: Bind, token: str, displaced: Collection[Binding]) -> bool:
         """Whether iLink accepts the token; False if the token is not checked, or iLink does not answer. Raises
         Refused before anything has changed."""
         is_risky = any(
@@ -133,7 +150,7 @@ class Binder:
         )
         if command.check is False or not (command.check or is_risky):
             return False
-        verdict = await self.checks.verdict(sequence, command)
+        verdict = await check_token(self._deps.chat, command, token)
         if verdict is Verdict.DEAD:
             raise Refused("stale_token", "iLink refuses this token (-14). Existing bindings are unchanged.")
         if verdict is Verdict.SILENT and is_risky:
@@ -171,78 +188,79 @@ class Binder:
             start_cursor=self._sealed_start_cursor(command, before),
         )
 
-    async def _with_start_sequences(self, binding: Binding, bound: list[Binding], *, keep: bool) -> Binding:
-        """`binding` with the sequences after which its person's messages and commands begin. If no other bot is
-        `bound` to the sandbox, its durable consumer skips the messages of former persons.
-
-        Raises Temporary.
-        """
-        for known in bound:
-            if _is_same_person(known, binding):
-                return structs.replace(binding, in_after=known.in_after, out_after=known.out_after)
-        sandbox, names = binding.sandbox, self._names
-        last = await self.sandboxes.last_person_change(sandbox)
-        is_alone = all(other.bot == binding.bot for other in bound)
-        is_again = last is not None and _is_same_person(last, binding)
-        in_after = out_after = 0
-        if bound or (last is not None and not is_again):
-            for subject in (names.out_plain, names.out_of_sandbox(sandbox)):  # in the router's order
-                out_after = max(out_after, await self._last_seq(names.stream_out, subject))
-        kept_after = last.replay_after if last is not None else 0
-        if is_alone and (keep or is_again) and kept_after is not None:
-            in_after = kept_after
-        else:
-            in_after = await self._last_seq(names.stream_in, names.inbox(sandbox))
-            if in_after and is_alone and not keep:
-                await self._deps.core.move_durable(sandbox, in_after)
-                if binding.options.fresh and not is_again:
-                    await self._history.purge(names.stream_in, names.inbox(sandbox), up_to=in_after)
-        return structs.replace(binding, in_after=in_after, out_after=out_after)
-
-    def _replay_start(self, sandbox: str, gone: Collection[Binding] = ()) -> int | None:
-        """Sequence after which a replay begins once `gone` are unbound; None: no person is bound then."""
-        stays = [binding for binding in self._bindings.of_sandbox(sandbox) if binding not in gone]
-        return min((binding.in_after for binding in stays), default=None)
-
-    async def _skip_undelivered(self, sandbox: str, gone: Collection[Binding] = ()) -> None:
-        """Moves the sandbox's durable consumer past all stored messages if no bot except `gone` is bound.
-
-        Raises Temporary.
-        """
-        after = await self._last_seq(self._names.stream_in, self._names.inbox(sandbox))
-        if after and self._replay_start(sandbox, gone) is None:
-            await self._deps.core.move_durable(sandbox, after)
-
-    async def _last_seq(self, stream: str, subject: str) -> int:
-        """Raises Temporary."""
-        last = await self._history.read_last(stream, subject)
-        return last.seq if last is not None else 0
-
-    async def unbind(self, command: Unbind) -> ControlAnswer:
+    async def unbind(self, command: Unbind, request: Request) -> ControlAnswer:
         """Unbinds a bot, or all bots of a sandbox. A missing binding is no error. Raises Refused, Temporary,
         LeaseLost."""
         check_sandbox(command.sandbox)
         bound = [b for b in self._bindings.of_sandbox(command.sandbox) if command.bot in (None, "", b.bot)]
-        if command.purge and (command.keep_undelivered or self._replay_start(command.sandbox, bound) is not None):
-            raise Refused("invalid", "A purge keeps nothing, and no other bot may stay bound to the sandbox.")
-        replay_after = self._replay_start(command.sandbox, [] if command.keep_undelivered else bound)
-        for binding in bound:
-            await self._publish_binding_event(binding, "unbound", command.id, replay_after=replay_after)
-            await self._bindings.remove(binding.bot, self._deps.ensure_owner)
-        if not command.keep_undelivered:
-            await self._skip_undelivered(command.sandbox)
-        if command.purge:
-            await self.purge_inbox(command.sandbox)
-        return ControlAnswer(ok=True, id=command.id or "", bindings=[binding.info() for binding in bound])
+        await self.remove(command.sandbox, bound, request)
+        return ControlAnswer(ok=True, id=request.id, bindings=[binding.info() for binding in bound])
 
-    async def purge_inbox(self, sandbox: str) -> None:
-        """Deletes the messages of former persons, or all messages if no person is bound. Raises Temporary."""
-        names = self._names
-        up_to = self._replay_start(sandbox)
-        if up_to is None:
-            up_to = await self._last_seq(names.stream_in, names.inbox(sandbox))
-        if up_to:
-            await self._history.purge(names.stream_in, names.inbox(sandbox), up_to=up_to)
+    async def remove(self, sandbox: str, leaving: Collection[Binding], request: Request) -> None:
+        """Unbinds these bots of a sandbox, and empties its inbox if nobody stays. Raises Temporary, LeaseLost."""
+        await self.close(leaving, request)
+        await self.clear_behind(sandbox, leaving)
+        await self.delete(leaving, request)
+
+    async def delete(self, leaving: Collection[Binding], request: Request) -> None:
+        """Deletes bindings that are closed. Raises Temporary, LeaseLost."""
+        for binding in leaving:
+            await self._publish_binding_event(binding, "unbound", request)
+            await self._bindings.remove(binding.bot, self._deps.ensure_owner)
+
+    async def reopen(self, number: int) -> None:
+        """Lets the bindings serve again that a failed command has marked as closing. Raises Temporary."""
+        for binding in [each for each in self._bindings if each.closing == number]:
+            await self._bindings.update(
+                binding.bot,
+                lambda now: structs.replace(now, closing=0, closed=0) if now.closing == number else None,
+            )
+
+    async def close(self, leaving: Collection[Binding], request: Request) -> None:
+        """Marks bindings as closing, and returns once their shard's owner has confirmed. Raises Temporary,
+        LeaseLost."""
+
+        def closing(now: Binding) -> Binding | None:
+            self._deps.ensure_owner()  # the read may have been slow
+            return None if now.closing == request.number else structs.replace(now, closing=request.number, closed=0)
+
+        for binding in leaving:
+            await self._bindings.update(binding.bot, closing)
+        pending_at: float | None = asyncio.get_running_loop().time() + PENDING_S
+        for binding in leaving:
+            try:
+                async with asyncio.timeout_at(pending_at):
+                    await self._wait_closed(binding.bot, request.number)
+            except TimeoutError:
+                pending_at = None
+                await request.on_pending()
+                await self._wait_closed(binding.bot, request.number)
+
+    async def _wait_closed(self, bot: str, number: int) -> None:
+        changed = self._changed[bot] = asyncio.Event()
+        try:
+            while (binding := self._bindings.get(bot)) is not None and binding.closed != number:
+                if binding.state == "too_new":  # this replica cannot mark it, and polls no such bot
+                    return
+                changed.clear()
+                await changed.wait()
+        finally:
+            del self._changed[bot]
+
+    async def clear_behind(self, sandbox: str, leaving: Collection[Binding]) -> None:
+        """Empties the inbox if nobody stays. Otherwise commands that were stored until now and name nobody end, since
+        they may have meant who leaves. Raises Temporary."""
+        gone = {binding.bot for binding in leaving}
+        stays = [binding for binding in self._bindings.of_sandbox(sandbox) if binding.bot not in gone]
+        if not stays:
+            names = self._names
+            last = await self._history.read_last(names.stream_in, names.inbox(sandbox))
+            if last is not None:
+                await self._history.purge(names.stream_in, names.inbox(sandbox), up_to=last.seq)
+        elif leaving:
+            out_after = await self._last_out.read()
+            for binding in stays:
+                await self._bindings.update(binding.bot, lambda now: structs.replace(now, out_after=out_after))
 
     def _sealed_start_cursor(self, command: Bind, before: Binding | None) -> str | None:
         """The sealed cursor. An unchanged cursor keeps its sealed text, because a cursor is applied only once."""
@@ -262,18 +280,29 @@ class Binder:
         return structs.replace(before, **unimportant) == structs.replace(after, **unimportant)
 
     async def _publish_binding_event(
-        self,
-        binding: Binding,
-        change: BindingChange,
-        request: str | None,
-        *,
-        reason: str = "",
-        replay_after: int | None = None,
+        self, binding: Binding, change: BindingChange, request: Request, *, reason: str = ""
     ) -> None:
-        event = binding.event(change, reason=reason, request=request or "", replay_after=replay_after)
+        event = binding.event(change, reason=reason, request=request.id)
         await self._deps.access.events.publish_binding_event(event, ensure_owner_if_delayed=self._deps.ensure_owner)
-        self.sandboxes.on_published(event)
         log.info("binding.changed", change=change, sandbox=binding.sandbox, bot=binding.bot)
+
+
+class _SharedRead:
+    """Reads once for all who ask before the read begins."""
+
+    def __init__(self, read: Callable[[], Awaitable[int]]) -> None:
+        self._read = read
+        self._next: asyncio.Task[int] | None = None
+
+    async def read(self) -> int:
+        """A value that is as new as this call. Raises what the read raises."""
+        if self._next is None:
+            self._next = asyncio.get_running_loop().create_task(self._run())
+        return await asyncio.shield(self._next)
+
+    async def _run(self) -> int:
+        self._next = None
+        return await self._read()
 
 
 def check_ids(bot: str, token: str, user: str) -> None:
@@ -289,6 +318,6 @@ def check_ids(bot: str, token: str, user: str) -> None:
         raise Refused("invalid", "The token is another bot's: it begins with the id of its bot.")
 
 
-def _is_same_person(one: Binding | BindingEvent, other: Binding) -> bool:
+def _is_same_person(one: Binding, other: Binding) -> bool:
     """Whether both belong to the same person. A bot serves one person, who may not be known yet."""
     return one.user == other.user if one.user and other.user else one.bot == other.bot

@@ -1,132 +1,149 @@
-"""Control commands (bind, unbind, erase): changes bindings, publishes events, answers. Never calls the supervisor.
+"""Control commands (bind, unbind, erase): one applier, the owner of shard 0, applies them in their stored order.
 
-One consumer on WECHAT_CTL, owned with shard 0. Commands for the same sandbox or bot take effect in the order in which
-they were stored. Other commands are processed concurrently.
+A command claims all its keys at once: its bot, its sandbox, the bot's present sandbox, a person who is named. It
+waits for earlier commands that have or want one of them. Commands without common keys are applied at the same time,
+so that one that waits (for iLink's answer about a token, an owner's confirmation, NATS) delays no other person.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Collection, Iterable
-from itertools import takewhile
+from collections import deque
+from typing import TypeAlias
 
 import msgspec
 import structlog
 from msgspec import structs
 
-from adapter.bindings.binder import Binder, ControlDeps
-from adapter.bindings.queue import CommandQueue, decode, independent
+from adapter.bindings.binder import Binder, ControlDeps, Request
 from adapter.contract import messages as contract
 from adapter.contract.messages import Bind, BindingEvent, ControlAnswer, Erase, Unbind
 from adapter.contract.names import H_ERROR, H_ERROR_CODE, H_MSG_ID, H_REPLY_TO, H_SCHEMA, is_inbox
-from adapter.errors import AdapterError, LeaseLost, Refused, Temporary, Unreadable
+from adapter.errors import UNDECODABLE, AdapterError, BusRefused, LeaseLost, Refused, Temporary, Unreadable
 from adapter.kit.tasks import TaskSet
 from adapter.kit.timing import backoff
-from adapter.ports import CoreBus, Delivery
+from adapter.ports import Delivery
 
 log = structlog.get_logger()
 
 MAX_BUGS = 5
 """Crashes on a command after which it becomes a dead letter."""
 FAILS = "The adapter fails on this command."
-MAX_BATCH = 512
-"""Commands in one batch. Commands for different sandboxes and bots are processed concurrently."""
+MAX_BYTES = 262_144
+"""Largest command; a larger one becomes a dead letter. A bind may have the longest cursor that a poll returns."""
+SETTLED_KEPT = 1000
+"""Sequences of completed commands that are remembered in case of a redelivery."""
+ControlCommand: TypeAlias = Bind | Unbind | Erase
+_KINDS: dict[str, type[ControlCommand]] = {"bind": Bind, "unbind": Unbind, "erase": Erase}
 
 
 class Control:
     """Applies bind, unbind and erase."""
 
     def __init__(self, deps: ControlDeps) -> None:
-        self.queue = CommandQueue()
-        self.binder = Binder(deps)
         self._deps = deps
+        self._binder = Binder(deps)
         self._tasks = TaskSet(_report)
-        self._turn = asyncio.Lock()
-        """Held while commands are processed."""
+        self._changed = asyncio.Event()
+        """Set when a command arrives or ends."""
+        self._deliveries: dict[int, Delivery] = {}
+        """The newest delivery of each command that has not ended, whose acknowledgement counts, by sequence."""
+        self._waiting: dict[int, ControlCommand | None] = {}
+        """Commands that have not begun, in their order; None: unreadable."""
+        self._claims: dict[int, set[str]] = {}
+        """Keys of the commands that have begun."""
+        self._settled: deque[int] = deque(maxlen=SETTLED_KEPT)
 
     def enqueue(self, delivery: Delivery) -> None:
-        self.queue.add(delivery)
+        """Queues a command once. It is redelivered after each connect until its acknowledgement arrives."""
+        if delivery.seq not in self._deliveries:
+            try:
+                self._waiting[delivery.seq] = decode(delivery)
+            except Unreadable:
+                self._waiting[delivery.seq] = None
+            self._changed.set()
+        self._deliveries[delivery.seq] = delivery
 
     async def run(self) -> None:
-        """Processes commands in batches until cancelled. The next owner gets the remaining commands."""
-        self.binder.sandboxes.clear()
+        """Applies commands until cancelled. The next owner gets those that have not ended."""
         try:
+            await self._reload()
             while True:
-                await self.queue.changed.wait()
-                self.queue.changed.clear()
-                while chains := await self._next_chains():
-                    async with self._turn, asyncio.TaskGroup() as group:
-                        for numbers in chains:
-                            group.create_task(self._process_in_order(numbers))
+                await self._changed.wait()
+                self._changed.clear()
+                self._begin_ready()
         finally:
             self._tasks.cancel_all()
-            self.binder.checks.forget_all()
-            self.queue.clear()
+            for kept in (self._deliveries, self._waiting, self._claims):
+                kept.clear()
 
-    async def _next_chains(self) -> list[list[int]]:
-        """Takes commands that can run now. Chains run concurrently, and the commands of a chain in sequence. A bind
-        whose token check is pending waits, and so do later commands for the same sandbox or bot."""
-        batch, checks = self.queue.waiting[:MAX_BATCH], self.binder.checks
-        if not batch:
-            return []
-        seen = {n for n in batch if checks.is_known(n)}
-        pending = {n for n in batch if checks.is_pending(n, self.queue.command(n), self.queue.changed.set)}
-        keys = await self._read_keys(batch, [n for n in batch if n not in pending & seen])
-        chains = [[*takewhile(lambda n: n not in pending, numbers)] for numbers in independent(keys)]
-        self.queue.take({number for numbers in chains for number in numbers})
-        return [numbers for numbers in chains if numbers]
-
-    async def _read_keys(self, batch: Collection[int], unread: Collection[int]) -> dict[int, set[str]]:
-        """The sandboxes and bots that each command of a batch touches. Reads those of `unread` first."""
+    async def _reload(self) -> None:
+        """Reads what the former owner of shard 0 wrote last."""
         failures = 0
         while True:
             try:
-                await self._refresh(unread)
-                keys = {number: self._keys_of(number) for number in batch}
-                if any(isinstance(self.queue.command(number), Erase) for number in batch):
-                    return {number: {"erase"} for number in batch}  # an erasure may touch any bot
-                return keys
+                return await self._deps.bindings.reload()
             except Temporary as exc:
                 log.warning("control.retrying", reason=exc.reason)
             failures += 1
             await self._deps.clock.sleep(backoff(failures, first_s=0.2, longest_s=5.0))
 
-    async def _refresh(self, numbers: Iterable[int]) -> None:
-        """Reads the bots and sandboxes of commands. Raises Temporary."""
-        commands = (self.queue.command(number) for number in numbers)
-        await self.binder.sandboxes.refresh(each for each in commands if isinstance(each, Bind | Unbind))
+    def _begin_ready(self) -> None:
+        """Begins each waiting command whose keys no earlier command has or wants."""
+        blocked = set[str]().union(*self._claims.values())
+        for number, command in list(self._waiting.items()):
+            keys = self._keys_of(command)
+            if not keys & blocked:
+                del self._waiting[number]
+                self._claims[number] = keys
+                self._tasks.spawn(self._process(number))
+            blocked |= keys
 
-    def _keys_of(self, number: int) -> set[str]:
-        command = self.queue.command(number)
-        if command is None or isinstance(command, Erase):
-            return {"unreadable"}
-        bound = self._deps.bindings.get(command.bot) if command.bot else None
-        sandboxes = {command.sandbox} | ({bound.sandbox} if bound is not None else set())
-        return {f"sandbox {sandbox}" for sandbox in sandboxes} | ({f"bot {command.bot}"} if command.bot else set())
-
-    async def _process_in_order(self, numbers: Iterable[int]) -> None:
-        for number in numbers:
-            if not self.queue.is_settled(number):  # processed again, an old bind would undo a later unbind
-                await self._deps.wait_complete()
-                await self._process(number)
-            self.binder.checks.forget(number)
-            await self.queue.settle(number)
+    def _keys_of(self, command: ControlCommand | None) -> set[str]:
+        if isinstance(command, Erase):
+            bound = [each for each in self._deps.bindings if each.user == command.user]
+            named = {command.sandbox} if command.sandbox else {each.sandbox for each in bound}
+            return {
+                f"user {command.user}",
+                *(f"sandbox {sandbox}" for sandbox in named),
+                *(f"bot {each.bot}" for each in bound),
+            }
+        if command is None:
+            return set()
+        keys = {f"sandbox {command.sandbox}"}
+        if command.bot:
+            keys.add(f"bot {command.bot}")
+            if present := self._deps.bindings.get(command.bot):
+                keys.add(f"sandbox {present.sandbox}")
+        if isinstance(command, Bind) and command.user:
+            keys.add(f"user {command.user}")
+        return keys
 
     async def _process(self, number: int) -> None:
-        """Processes one command. Waits while the bus is away. A command that keeps crashing becomes a dead letter."""
+        """Applies one command, and acknowledges it."""
+        if number not in self._settled:  # applied again, an old bind would undo a later unbind
+            await self._deps.wait_complete()
+            await self._apply_until_done(number)
+        self._settled.append(number)
+        delivery = self._deliveries.pop(number)
+        del self._claims[number]
+        self._changed.set()
+        await delivery.ack()
+
+    async def _apply_until_done(self, number: int) -> None:
+        """Waits while the bus is away. A command that keeps crashing becomes a dead letter."""
         failures = bugs = 0
         while True:
-            delivery = self.queue.delivery(number)
+            delivery = self._deliveries[number]
             try:
-                if failures:  # the data read for the batch may be outdated
-                    await self._refresh([number])
                 self._deps.ensure_owner()
                 if bugs < MAX_BUGS:
                     await self._apply_and_answer(delivery)
                 else:
+                    await self._binder.reopen(number)
                     await self._dead_letter(delivery, Unreadable("unreadable", FAILS))
             except (Temporary, LeaseLost) as exc:
-                log.warning("control.retrying", reason=exc.reason)
+                log.warning("control.retrying", sequence=number, reason=exc.reason)
             except Exception:
                 bugs += 1
                 log.exception("control.crashed", sequence=number, bugs=bugs)
@@ -143,32 +160,55 @@ class Control:
             self._deps.metrics.schema_violations.labels(kind="ctl").inc()
             await self._dead_letter(delivery, exc)
             return
-        if isinstance(command, Erase):
-            await self._begin_erase(command, delivery)
-            return
+
+        async def on_pending() -> None:
+            log.warning("control.pending", sequence=delivery.seq)
+            detail = "An owner has not confirmed yet that the bot is released; the work goes on."
+            await self._answer(delivery, ControlAnswer(ok=False, id=request.id, pending=True, error=detail))
+
+        request = Request(delivery.seq, command.id or "", on_pending)
         try:
             if isinstance(command, Bind):
-                answer = await self.binder.bind(command, delivery.seq)
+                answer = await self._binder.bind(command, request)
+            elif isinstance(command, Unbind):
+                answer = await self._binder.unbind(command, request)
             else:
-                answer = await self.binder.unbind(command)
-                if command.purge:
-                    self._tasks.spawn(self._purge_late(command.sandbox, [info.bot for info in answer.bindings]))
+                answer = await self._erase_person(command, request)
         except Refused as exc:
             answer = await self._refuse(command, exc)
-        await _send_answer(self._deps.core, delivery, answer)
+        await self._answer(delivery, answer)
 
-    async def _refuse(self, command: Bind | Unbind, exc: Refused) -> ControlAnswer:
-        event = BindingEvent(
-            sandbox=command.sandbox,
-            bot=command.bot or "",
-            change="refused",
-            reason=exc.reason,
-            detail=exc.detail,
-            request=command.id or "",
-        )
-        await self._deps.access.events.publish_binding_event(event, ensure_owner_if_delayed=self._deps.ensure_owner)
-        log.warning("binding.refused", sandbox=command.sandbox, bot=command.bot, reason=exc.reason)
+    async def _refuse(self, command: ControlCommand, exc: Refused) -> ControlAnswer:
+        if not isinstance(command, Erase):
+            event = BindingEvent(
+                sandbox=command.sandbox,
+                bot=command.bot or "",
+                change="refused",
+                reason=exc.reason,
+                detail=exc.detail,
+                request=command.id or "",
+            )
+            events, ensure_owner = self._deps.access.events, self._deps.ensure_owner
+            await events.publish_binding_event(event, ensure_owner_if_delayed=ensure_owner)
+            log.warning("binding.refused", sandbox=command.sandbox, bot=command.bot, reason=exc.reason)
         return ControlAnswer(ok=False, id=command.id or "", error=exc.detail)
+
+    async def _erase_person(self, command: Erase, request: Request) -> ControlAnswer:
+        """Unbinds a person and erases what is theirs; messages one by one, since a purge leaves them on the disk.
+        Raises Temporary, LeaseLost."""
+        if command.dry_run:
+            return await self._deps.eraser.run(command)
+        bound = [b for b in self._deps.bindings if b.user == command.user and command.sandbox in (None, b.sandbox)]
+        await self._binder.close(bound, request)
+        await self._binder.delete(bound, request)
+        try:
+            answer = await self._deps.eraser.run(command)
+            for sandbox in sorted({binding.sandbox for binding in bound}):
+                await self._binder.clear_behind(sandbox, bound)
+        except BusRefused as exc:
+            advice = f"The erasure is not complete ({exc.reason}): erase again."
+            answer = ControlAnswer(ok=False, id=request.id, error=advice)
+        return structs.replace(answer, bindings=[binding.info() for binding in bound])
 
     async def _dead_letter(self, delivery: Delivery, exc: Unreadable) -> None:
         request = delivery.headers.get(H_MSG_ID, "")[:128]
@@ -183,56 +223,32 @@ class Control:
             seq=delivery.seq,
             msg_id=f"dead:ctl:{delivery.seq}:{delivery.time_ms}",
         )
-        await _send_answer(self._deps.core, delivery, ControlAnswer(ok=False, id=request, error=exc.detail))
+        await self._answer(delivery, ControlAnswer(ok=False, id=request, error=exc.detail))
 
-    async def _purge_late(self, sandbox: str, bots: Collection[str]) -> None:
-        """Purges again, because a message that waits for its media is published after the unbind."""
+    async def _answer(self, delivery: Delivery, answer: ControlAnswer) -> None:
+        """Answers to the subject in the header Reply-To. It must be an inbox, so that no client can make the adapter
+        write elsewhere."""
+        reply_to = delivery.headers.get(H_REPLY_TO, "")
+        if not is_inbox(reply_to):
+            return
+        headers = {H_SCHEMA: contract.SCHEMA_VERSION}
+        if not answer.ok:
+            headers |= {H_ERROR: answer.error.encode("ascii", "replace").decode(), H_ERROR_CODE: "400"}
         try:
-            await self._deps.eraser.wait_released(bots)
-            async with self._turn:
-                await self.binder.purge_inbox(sandbox)
+            await self._deps.core.publish(reply_to, msgspec.json.encode(answer), headers)
         except AdapterError as exc:
-            log.warning("inbox.not_purged", sandbox=sandbox, reason=exc.reason)
-
-    async def _begin_erase(self, command: Erase, delivery: Delivery) -> None:
-        """Unbinds a person's bots and starts the erasure. Later commands do not wait for it.
-
-        Raises Temporary, LeaseLost.
-        """
-        bound = [b for b in self._deps.bindings if b.user == command.user and command.sandbox in (None, b.sandbox)]
-        for binding in [] if command.dry_run else bound:
-            await self.binder.unbind(Unbind(sandbox=binding.sandbox, bot=binding.bot, id=command.id))
-            self.binder.sandboxes.forget(binding.sandbox)  # it contains the person's id
-
-        async def finish() -> None:
-            answer, reason = ControlAnswer(ok=False, id=command.id or ""), "handed_over"
-            try:
-                answer = await self._deps.eraser.run(command, [binding.bot for binding in bound], self._turn)
-            except AdapterError as exc:
-                reason = exc.reason
-            finally:  # also when another replica takes the commands over
-                if not answer.ok and not answer.error:
-                    log.warning("person.not_erased", reason=reason)
-                    answer = structs.replace(answer, error=f"The erasure is not complete ({reason}): erase again.")
-                bindings = [binding.info() for binding in bound]
-                await _send_answer(self._deps.core, delivery, structs.replace(answer, bindings=bindings))
-
-        self._tasks.spawn(finish())
+            log.info("control.unanswered", reason=exc.reason)
 
 
-async def _send_answer(core: CoreBus, delivery: Delivery, answer: ControlAnswer) -> None:
-    """Answers to the subject in the header Reply-To. It must be an inbox, so that no client can make the adapter
-    write elsewhere."""
-    reply_to = delivery.headers.get(H_REPLY_TO, "")
-    if not is_inbox(reply_to):
-        return
-    headers = {H_SCHEMA: contract.SCHEMA_VERSION}
-    if not answer.ok:
-        headers |= {H_ERROR: answer.error.encode("ascii", "replace").decode(), H_ERROR_CODE: "400"}
+def decode(delivery: Delivery) -> ControlCommand:
+    """Raises Unreadable."""
+    if len(delivery.data) > MAX_BYTES:
+        raise Unreadable("too_large", f"At most {MAX_BYTES} bytes are read.")
     try:
-        await core.publish(reply_to, msgspec.json.encode(answer), headers)
-    except AdapterError as exc:
-        log.info("control.unanswered", reason=exc.reason)
+        command = msgspec.json.decode(delivery.data, type=_KINDS[delivery.subject.rpartition(".")[2]])
+    except UNDECODABLE as exc:
+        raise Unreadable("unreadable", str(exc)[:200]) from exc
+    return structs.replace(command, id=command.id or delivery.headers.get(H_MSG_ID, "")[:128] or None)
 
 
 def _is_secret(delivery: Delivery) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Callable, Iterator
 
 import msgspec
@@ -17,6 +18,8 @@ from adapter.security.seal import Sealer
 
 log = structlog.get_logger()
 
+DELETED_KEPT = 10_000
+
 
 class BindingIndex:
     """Bindings in memory, by bot, sandbox and shard."""
@@ -30,6 +33,11 @@ class BindingIndex:
     def get(self, bot: str) -> Binding | None:
         return self.with_revision(bot)[0]
 
+    def serving(self, bot: str) -> Binding | None:
+        """The bot's binding, unless it is closing."""
+        binding = self.get(bot)
+        return None if binding is None or binding.closing else binding
+
     def with_revision(self, bot: str) -> tuple[Binding | None, int]:
         return self._by_bot.get(bot, (None, 0))
 
@@ -37,9 +45,13 @@ class BindingIndex:
         """In the order of bot ids."""
         return list(self._by_shard[shard_of(sandbox)].get(sandbox, {}).values())
 
-    def of_user(self, sandbox: str, user: str) -> list[Binding]:
-        """Bindings of a sandbox with this user, in the order of bot ids; several only shortly after a login."""
-        return [binding for binding in self.of_sandbox(sandbox) if binding.user == user]
+    def serving_sandbox(self, sandbox: str) -> list[Binding]:
+        """As `of_sandbox`, without bindings that are closing."""
+        return [binding for binding in self.of_sandbox(sandbox) if not binding.closing]
+
+    def serving_user(self, sandbox: str, user: str) -> list[Binding]:
+        """Those of `serving_sandbox` with this user; several only shortly after a login."""
+        return [binding for binding in self.serving_sandbox(sandbox) if binding.user == user]
 
     def of_shard(self, shard: int) -> list[Binding]:
         """Bindings of the shard's sandboxes."""
@@ -87,6 +99,8 @@ class Bindings(BindingIndex):
         """Whether two stored tokens of a bot are the same token, even if sealed again; then nothing has changed."""
         self._unbound_s = unbound_s
         self._decoder = RecordDecoder(Binding)
+        self._deleted: OrderedDict[str, int] = OrderedDict()
+        """Revisions of the last deletions, since a read that began before one may end after it."""
         self._listeners: list[Callable[[str, Binding | None, Binding | None], None]] = []
 
     def add_listener(self, on_change: Callable[[str, Binding | None, Binding | None], None]) -> None:
@@ -121,9 +135,11 @@ class Bindings(BindingIndex):
         """Changes an existing binding and returns it. `make` gets the newest one, and returns None to leave it."""
         while True:
             entry = await self._bucket.get(to_subject_token(bot))
-            if entry is None or entry.value is None:
+            if entry is None:
                 return None
             self._apply_entry(entry)
+            if entry.value is None:
+                return None
             try:
                 before = self._decoder.decode(entry.value, bot=bot)
             except RecordTooNew:
@@ -142,6 +158,8 @@ class Bindings(BindingIndex):
         while True:
             entry = await self._bucket.get(to_subject_token(bot))
             ensure_owner()
+            if entry and entry.value is None:
+                self._apply_entry(entry)
             is_deleted = entry.value is None if entry else self.get(bot) is None
             if is_deleted:
                 return
@@ -154,9 +172,14 @@ class Bindings(BindingIndex):
             self._apply_entry(Entry(to_subject_token(bot), None, revision))
             return
 
-    async def refresh(self, *bots: str) -> None:
-        """Reads bindings anew. Raises Temporary."""
-        for entry in await self._bucket.get_all([to_subject_token(bot) for bot in bots]):
+    async def refresh(self, bot: str) -> None:
+        """Reads a binding anew. Raises Temporary."""
+        if entry := await self._bucket.get(to_subject_token(bot)):
+            self._apply_entry(entry)
+
+    async def reload(self) -> None:
+        """Reads all bindings anew, since this replica may lag behind another one's writes. Raises Temporary."""
+        for entry in await self._bucket.list_prefix():
             self._apply_entry(entry)
 
     async def _write_if_unchanged(self, binding: Binding, revision: int) -> bool:
@@ -182,7 +205,7 @@ class Bindings(BindingIndex):
             log.error("binding.unreadable", key=entry.key[:64])
             return
         before, revision = self.with_revision(bot)
-        if entry.revision <= revision:
+        if entry.revision <= max(revision, self._deleted.get(bot, 0)):
             return
         try:
             after = None if entry.value is None else self._decode(bot, entry.value)
@@ -190,6 +213,11 @@ class Bindings(BindingIndex):
             log.error("binding.unreadable", bot=bot, detail=str(exc))
             return
         self._replace(bot, after, entry.revision)
+        if after is None:
+            self._deleted[bot] = entry.revision
+            self._deleted.move_to_end(bot)
+            if len(self._deleted) > DELETED_KEPT:
+                self._deleted.popitem(last=False)
         if before and after and before.token != after.token and self._same_token(bot, before.token, after.token):
             before = msgspec.structs.replace(before, token=after.token)
         if before != after:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import getpass
 import sys
@@ -22,9 +23,7 @@ from adapter.cli.files import read_text
 from adapter.cli.options import (
     AutoTyping,
     Durable,
-    Fresh,
     Json,
-    Keep,
     MaybeTimeout,
     RequestId,
     RowSandbox,
@@ -73,15 +72,12 @@ class BindRow(bulk.OptionsRow):
     user: str | None = None
     base_url: str | None = None
     cursor: str | None = None
-    keep: bool = False
     id: str | None = None
 
 
 class UnbindRow(bulk.Row):
     """A row of `unbind --from`."""
 
-    keep: bool = False
-    purge: bool = False
     id: str | None = None
 
 
@@ -105,8 +101,6 @@ async def bind(
     cursor_file: Annotated[Path | None, Parameter(help="Poll from iLink's cursor in this file.")] = None,
     durable: Durable = False,
     auto_typing: AutoTyping = False,
-    fresh: Fresh = False,
-    keep: Keep = False,
     yes: Annotated[bool, flag("Move bots that serve another sandbox, without asking.", name=["--yes", "-y"])] = False,
     no_check: Annotated[
         bool, flag("Take ids as they are and do not ask iLink whether it takes the token: while iLink is away.")
@@ -124,8 +118,7 @@ async def bind(
     iLink is asked first whether it accepts the token. A refused token is not bound, and earlier bindings stay.
 
     With --from, rows have the columns sandbox, bot and token, and may have user, base_url, cursor, durable,
-    auto_typing, fresh, keep and id. Those of one sandbox or bot are carried out in order, all others at the same
-    time.
+    auto_typing and id. Those of one sandbox or bot are carried out in order, all others at the same time.
     """
 
     def asked(row: BindRow) -> Bind:
@@ -138,12 +131,10 @@ async def bind(
             user=row.user,
             cursor=row.cursor,
             options=row.options,
-            keep_undelivered=row.keep,
             check=not no_check,
         )
 
     options: dict[str, Any] = {"base_url": base_url, "durable": durable, "auto_typing": auto_typing}
-    options |= {"fresh": fresh, "keep": keep}
     if rows is not None:
         _check_alone(sandbox, bot, token, token_file, user, cursor, cursor_file, request_id)
         found = bulk.read_rows(rows, BindRow, options)
@@ -162,30 +153,27 @@ async def unbind(
     *,
     rows: bulk.Source = None,
     failed: bulk.FailedFile = None,
-    keep: Keep = False,
-    purge: Annotated[bool, flag("Delete what is in the sandbox's inbox; no bot may stay bound to it.")] = False,
     request_id: RequestId = None,
     timeout: MaybeTimeout = None,
     json: Json = False,
 ) -> int:
     """Let a bot, or every bot of a sandbox, serve it no longer.
 
-    The sandbox's durable consumer and replay then skip what the person wrote and the sandbox has not read. With
-    --purge the whole inbox is deleted. Commands that wait for the person are refused in any case.
-    With --from, rows have the column sandbox, and may have bot, keep, purge and id.
+    Where nobody stays bound, the sandbox's inbox is deleted, so that the next person's agent reads nothing of the
+    former one. Commands that wait for the person are refused.
+    With --from, rows have the column sandbox, and may have bot and id.
     """
 
     def asked(row: UnbindRow) -> Unbind:
-        ident = row.id or new_id()
-        return Unbind(sandbox=row.sandbox, bot=row.bot, id=ident, keep_undelivered=row.keep, purge=row.purge)
+        return Unbind(sandbox=row.sandbox, bot=row.bot, id=row.id or new_id())
 
     if rows is not None:
         _check_alone(sandbox, bot, request_id)
-        found = bulk.read_rows(rows, UnbindRow, {"keep": keep, "purge": purge})
+        found = bulk.read_rows(rows, UnbindRow, {})
         return await _run_rows(found, asked, "unbound", failed, timeout, json)
     if sandbox is None:
         raise Failed(USAGE, "Name a sandbox, or give --from.")
-    row = UnbindRow(sandbox=sandbox, bot=bot, keep=keep, purge=purge, id=request_id)
+    row = UnbindRow(sandbox=sandbox, bot=bot, id=request_id)
     return await _run_one(asked(row), "unbound", timeout, json)
 
 
@@ -362,14 +350,19 @@ async def request_control(bus: Bus, asked: Bind | Unbind | Erase, timeout_s: flo
     headers = {H_MSG_ID: asked.id or "", H_REPLY_TO: inbox, H_SCHEMA: SCHEMA_VERSION}
     subject = {Bind: bus.names.bind, Unbind: bus.names.unbind, Erase: bus.names.erase}[type(asked)]
     answers = await bus.nc.subscribe(inbox)
+    said = f"Stored; no adapter answered in {timeout_s:g} s, takes effect when one runs."
     try:
         ack = await bus.store(subject, msgspec.json.encode(asked), headers)
         if ack.duplicate:
             said = f"Request {asked.id} was stored before: `wechat-nats bindings` shows what holds now."
             raise Failed(TIMEOUT, said)
-        return decode_answer((await answers.next_msg(timeout=timeout_s)).data, ControlAnswer)
+        async with asyncio.timeout(timeout_s):
+            while True:
+                answer = decode_answer((await answers.next_msg(timeout=None)).data, ControlAnswer)
+                if not answer.pending:
+                    return answer
+                said = answer.error
     except TimeoutError:
-        said = f"Stored; no adapter answered in {timeout_s:g} s, takes effect when one runs."
         raise Failed(TIMEOUT, said) from None
     except NatsError:
         raise Failed(UNREACHABLE, f"Stored; {BROKE}") from None

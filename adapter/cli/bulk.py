@@ -54,11 +54,10 @@ class OptionsRow(Row, kw_only=True):
 
     durable: bool = False
     auto_typing: bool = False
-    fresh: bool = False
 
     @property
     def options(self) -> Options:
-        return Options(durable=self.durable, auto_typing=self.auto_typing, fresh=self.fresh)
+        return Options(durable=self.durable, auto_typing=self.auto_typing)
 
 
 R = TypeVar("R", bound=Row)

@@ -15,7 +15,7 @@ from adapter.cli.bus import Bus, connected_bus
 from adapter.cli.exit_codes import NO, OK, USAGE, Failed
 from adapter.cli.options import Json
 from adapter.contract.names import H_MSG_ID, Names
-from adapter.errors import UNDECODABLE
+from adapter.errors import UNDECODABLE, Refused
 from adapter.ports import Stored
 from adapter.services.dead_letters import DeadLetter, dead_letter_of, retry_message
 
@@ -80,9 +80,10 @@ async def retry(*seqs: Seqs) -> int:
     """
 
     async def retried(bus: Bus, letter: Stored) -> bool:
-        message = retry_message(bus.names, letter.seq, letter.headers, letter.data)
-        if message is None:
-            output.complain(f"{letter.seq} cannot be retried: it is no command; the user has to write again.")
+        try:
+            message = retry_message(bus.names, letter.seq, letter.headers, letter.data)
+        except Refused as exc:
+            output.complain(f"{letter.seq} cannot be retried. {exc.detail}")
             return False
         await bus.store(message.subject, message.payload, message.headers)
         msg_id = message.headers[H_MSG_ID]

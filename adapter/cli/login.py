@@ -21,7 +21,7 @@ from adapter.cli import bulk, output, stdin
 from adapter.cli.bus import Bus, connected_bus
 from adapter.cli.exit_codes import NO, OK, UNREACHABLE, USAGE, Failed
 from adapter.cli.files import write_private
-from adapter.cli.options import AutoTyping, Durable, Fresh, Json, RowSandbox, flag
+from adapter.cli.options import AutoTyping, Durable, Json, RowSandbox, flag
 from adapter.contract.messages import CHECKING, FINAL_STATUSES, Login, LoginQuery, LoginStart, LoginVerify
 
 START_S = 20.0
@@ -48,7 +48,6 @@ async def login(
     ] = None,
     auto_typing: AutoTyping = False,
     durable: Durable = False,
-    fresh: Fresh = False,
     json: Json = False,
 ) -> int:
     """Show a QR code: whoever scans it with WeChat talks to this sandbox from then on.
@@ -57,7 +56,7 @@ async def login(
     shows are read from standard input. Exit code 0 once the bot is bound, or if the user has a bot of this sandbox
     already. Ctrl-C cancels the login. The codes are secrets until the login is over.
 
-    With --from, rows have the column sandbox, and may have durable, auto_typing and fresh; --png, --url or --json
+    With --from, rows have the column sandbox, and may have durable and auto_typing; --png, --url or --json
     says where the codes go. A login for which the phone shows digits fails then: do it alone.
     """
     if url and (png is not None or json):
@@ -96,7 +95,7 @@ async def login(
         event_subject = bus.names.event(sandbox or "*", "login")
         await bus.nc.subscribe(event_subject, cb=on_event)
         await bus.check_subscribed(event_subject)
-        options: dict[str, Any] = {"durable": durable, "auto_typing": auto_typing, "fresh": fresh}
+        options: dict[str, Any] = {"durable": durable, "auto_typing": auto_typing}
         if rows is not None:
             found = bulk.read_rows(rows, bulk.OptionsRow, options)
             work = bulk.run_rows(found, run_row, done="logged in", failed_file=failed, limit=ROWS_UNDER_WAY)

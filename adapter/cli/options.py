@@ -48,8 +48,6 @@ RowSandbox = Annotated[
 Json = Annotated[bool, flag("One JSON object per line.", name="--json")]
 Durable = Annotated[bool, flag("Create a durable consumer for the sandbox.")]
 AutoTyping = Annotated[bool, flag("Show that the bot types from each message to the answer.")]
-Keep = Annotated[bool, flag("Leave to the sandbox what the person before wrote and it has not read yet.")]
-Fresh = Annotated[bool, flag("Delete what persons before wrote, whenever another person is bound.")]
 Timeout = Annotated[float, Parameter(validator=POSITIVE, help="Seconds to wait for the outcome.")]
 MaybeTimeout = Annotated[
     float | None,

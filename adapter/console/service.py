@@ -94,8 +94,6 @@ class ConsoleService:
         deps = self._deps
         letter = await self._read_dead_letter(seq)
         message = retry_message(deps.access.names, seq, letter.headers, letter.data)
-        if message is None:
-            raise Refused("invalid", "It is no command: what a user wrote cannot be tried again, they have to write.")
         async with asyncio.timeout(STORE_S):
             await deps.access.bus.publish(message)
         await deps.access.history.delete(deps.access.names.stream_dead, seq)

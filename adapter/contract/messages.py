@@ -306,22 +306,6 @@ class Options(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
         bool, Meta(description="Show the typing indicator from each inbound message to the answer.")
     ] = False
     media: Annotated[bool, Meta(description="Download the user's media; false: messages only mention them.")] = True
-    fresh: Annotated[
-        bool,
-        Meta(
-            description="A bind of another person deletes all messages in the sandbox's inbox, unless another bot"
-            " stays bound there. Excludes `keep_undelivered`."
-        ),
-    ] = False
-
-
-KeepUndelivered = Annotated[
-    bool,
-    Meta(
-        description="Deliver what the former person wrote and the sandbox has not read. Default: an unbind of the"
-        " last person, and a bind of another one, move the durable consumer and the start of a replay past it."
-    ),
-]
 
 
 class Bind(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -343,7 +327,6 @@ class Bind(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
         ),
     ] = None
     options: Options = Options()
-    keep_undelivered: KeepUndelivered = False
     check: Annotated[
         bool | None,
         Meta(
@@ -364,14 +347,6 @@ class Unbind(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     sandbox: SandboxId
     bot: Annotated[str, Meta(description="Default: all bots of the sandbox.")] | None = None
     id: CommandId | None = None
-    keep_undelivered: KeepUndelivered = False
-    purge: Annotated[
-        bool,
-        Meta(
-            description="Delete all messages in the sandbox's inbox. Refused with `keep_undelivered`, and if another"
-            " bot stays bound."
-        ),
-    ] = False
 
 
 class Erase(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -460,6 +435,13 @@ class ControlAnswer(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tru
     left: Annotated[
         dict[str, int], Meta(description="erase: how many are there all the same; empty: nothing is left.")
     ] = {}
+    pending: Annotated[
+        bool,
+        Meta(
+            description="A bot is not released yet, for a minute already: its replica or NATS is away. The work goes"
+            " on; another answer and the event follow."
+        ),
+    ] = False
     error: Annotated[str, Meta(description="One sentence that says what to do.")] = ""
 
 
@@ -489,13 +471,6 @@ class BindingEvent(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True
     ] = ""
     detail: Annotated[str, Meta(description="One sentence that says what to do.")] = ""
     request: Annotated[str, Meta(description="Id of the bind or unbind that caused it.")] = ""
-    replay_after: Annotated[
-        int | None,
-        Meta(
-            description="bound, unbound: a replay begins after this sequence. Absent: nothing is replayed, because no"
-            " person is bound now."
-        ),
-    ] = None
     at_ms: int = 0
 
 
@@ -530,7 +505,7 @@ LoginReason = Annotated[
 
 FormerUser = Annotated[
     str,
-    Meta(description="confirmed: the person bound to the sandbox before, if it is not the one who scanned."),
+    Meta(description="confirmed: the person bound to the sandbox already, if it is not the one who scanned."),
 ]
 
 
@@ -684,9 +659,6 @@ class ReplayQuery(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True)
     since_ms: Annotated[
         int | None, Meta(description="Messages stored since this time, in milliseconds; only if `after` is 0.")
     ] = None
-    former: Annotated[
-        bool, Meta(description="Include messages of persons who were bound before the current ones.")
-    ] = False
     limit: Annotated[int, Meta(ge=1, le=500, description="Page size.")] = 100
 
 

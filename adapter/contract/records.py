@@ -48,11 +48,15 @@ class Binding(PrivateRecord, frozen=True, kw_only=True, omit_defaults=True):
     request: str = ""
     start_cursor: str | None = None
     """Start cursor of the bind request, used once; sealed."""
-    in_after: int = 0
-    """Sequence in WECHAT_IN up to which the sandbox's messages belong to former persons."""
     out_after: int = 0
-    """Sequence in WECHAT_OUT up to which commands without a user were meant for former persons; 0: there were
-    none."""
+    """Last sequence of WECHAT_OUT when the person was bound: commands up to it that name neither user nor bot were
+    not meant for this person."""
+    closing: int = 0
+    """Sequence of the control command that ends the binding; 0: none. The bot serves nobody any more."""
+    closed: int = 0
+    """`closing`, once the shard's owner has released the bot and nothing of its user is in flight."""
+    closed_by: str = ""
+    """The incarnation of that owner."""
     event_pending: bool = False
     """The event of a lost or recovered login may not be stored yet; the bot's poller publishes it."""
 
@@ -74,15 +78,7 @@ class Binding(PrivateRecord, frozen=True, kw_only=True, omit_defaults=True):
             options=self.options,
         )
 
-    def event(
-        self,
-        change: BindingChange,
-        *,
-        reason: str = "",
-        detail: str = "",
-        request: str = "",
-        replay_after: int | None = None,
-    ) -> BindingEvent:
+    def event(self, change: BindingChange, *, reason: str = "", detail: str = "", request: str = "") -> BindingEvent:
         """An event of this binding."""
         return BindingEvent(
             sandbox=self.sandbox,
@@ -92,7 +88,6 @@ class Binding(PrivateRecord, frozen=True, kw_only=True, omit_defaults=True):
             reason=reason[:200],
             detail=detail,
             request=request,
-            replay_after=replay_after,
         )
 
 

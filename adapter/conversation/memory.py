@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from adapter.conversation import rules
+from adapter.conversation.record import ConversationRecord
 from adapter.conversation.rules import Conversation
 from adapter.conversation.shard import ShardPort
 from adapter.conversation.store import ConversationStore
@@ -60,6 +61,9 @@ class ConversationMemory:
                 self._shard.ensure_owner()
                 stored, self._revision = await store.load(state.sandbox, state.user)
                 self._shard.ensure_owner()  # the read may be slow, and the record that of a new owner
+                if self._revision and stored == ConversationRecord():  # the person was erased meanwhile
+                    self._stored = record
+                    return
                 self.state = rules.adopt_inbound(self.state, stored)
             else:
                 self._stored = record

@@ -102,7 +102,7 @@ async def _poll_until_stopped(poller: BotPoller, deps: InboundDeps) -> None:
             if poller.dispatcher is not None:  # the cached journal state may be at fault: it is read again
                 poller.dispatcher.stop()
             poller.journal = None
-        if deps.bindings.get(poller.bot) is None:
+        if deps.bindings.serving(poller.bot) is None:
             return
         if failures:
             await wait_event(poller.poll_cancel, backoff(failures, first_s=0.5) + deps.clock.jitter(0.5))
@@ -298,7 +298,7 @@ async def _wait_for_turn(poller: BotPoller, deps: InboundDeps) -> Binding | None
             await deps.pacing.turns.wait_turn()
             poller.unanswered_since = deps.clock.monotonic()
             continue
-        binding = deps.bindings.get(poller.bot)
+        binding = deps.bindings.serving(poller.bot)
         if binding is None or poller.must_stop():
             break
         if binding.event_pending:

@@ -100,7 +100,7 @@ class Recipients:
             if now.user:
                 return None
             known = older[0] if older else now
-            return msgspec.structs.replace(now, user=user, in_after=known.in_after, out_after=known.out_after)
+            return msgspec.structs.replace(now, user=user, out_after=known.out_after)
 
         await bindings.update(binding.bot, with_user)
         for other in older:  # WeChat has disabled it: one user has one bot

@@ -37,7 +37,7 @@ async def take_bot(poller: BotPoller, deps: InboundDeps) -> BotJournal | None:
     """
     attempts = 0
     while not poller.stopping:
-        binding = deps.bindings.get(poller.bot)
+        binding = deps.bindings.serving(poller.bot)
         if binding is None:
             return None
         check_owned(deps, binding)
@@ -142,7 +142,7 @@ async def _wait_dispatched(poller: BotPoller, dispatcher: Dispatcher, deps: Inbo
     rest."""
 
     def is_over() -> bool:
-        return dispatcher.is_done or poller.draining_after_handover or deps.bindings.get(poller.bot) is not None
+        return dispatcher.is_done or poller.draining_after_handover or deps.bindings.serving(poller.bot) is not None
 
     await wait_any(
         dispatcher.changed.wait_until(is_over),
@@ -158,17 +158,17 @@ async def release(poller: BotPoller, journal: BotJournal, deps: InboundDeps) -> 
     Retries until it succeeds, since no other replica can take the bot while this replica lives.
     """
     poller.state = "draining"
-    unbound = deps.bindings.get(poller.bot) is None
+    unbound = deps.bindings.serving(poller.bot) is None
     dispatcher = poller.dispatcher or (_open_dispatcher(poller, journal, deps) if unbound else None)
     if dispatcher is not None:
         if unbound:
             await _wait_dispatched(poller, dispatcher, deps)
         await dispatcher.drain(DISPATCH_DRAIN_S)
-        if unbound and deps.bindings.get(poller.bot) is None:
+        if unbound and deps.bindings.serving(poller.bot) is None:
             await dispatcher.wait_stored(STORE_WAIT_S)
     failures = 0
     while True:
-        ends = unbound and deps.bindings.get(poller.bot) is None and journal.is_dispatched
+        ends = unbound and deps.bindings.serving(poller.bot) is None and journal.is_dispatched
         try:
             await journal.release(ttl_s=deps.waits.keep_s if ends else 0)
             if ends:

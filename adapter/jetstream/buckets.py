@@ -140,8 +140,8 @@ class KvBucket:
                 raise
             raise Temporary("bucket_full", f"{self.name}: {exc.detail}") from exc  # until an operator makes room
 
-    async def list_prefix(self, first: str) -> list[Entry]:
-        found = self.history.read(self.stream, self.subject(f"{first}.>"), page=PAGE)
+    async def list_prefix(self, first: str = "") -> list[Entry]:
+        found = self.history.read(self.stream, self.subject(f"{first}.>" if first else ">"), page=PAGE)
         entries = [_entry(self.name, stored) async for stored in found]
         return [entry for entry in entries if entry.value is not None]
 

@@ -5,17 +5,14 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Callable
 
-import structlog
 from nats.aio.client import Client
 from nats.aio.msg import Msg
 
 from adapter.contract.names import Names, is_inbox
 from adapter.errors import BusRefused, Refused
-from adapter.jetstream.api_replies import CONSUMER_EXISTS, NO_CONSUMER
+from adapter.jetstream.api_replies import CONSUMER_EXISTS
 from adapter.jetstream.managed_connection import ManagedConnection, temporary_inbox
 from adapter.kit.timing import wait_event
-
-log = structlog.get_logger()
 
 MAX_WAITING = 16
 """Most pulls that wait at a sandbox's durable consumer. With 512, the server's default, a flood of pulls delayed the
@@ -71,9 +68,8 @@ class CoreNats:
             await wait_event(enough, within_s)
         return answers
 
-    async def make_durable(self, sandbox: str, after: int) -> None:
+    async def make_durable(self, sandbox: str) -> None:
         stream = self._names.stream_in
-        start = {"deliver_policy": "by_start_sequence", "opt_start_seq": after + 1} if after else {}
         body = {
             "stream_name": stream,
             "action": "create",
@@ -86,7 +82,6 @@ class CoreNats:
                 "replay_policy": "instant",
                 "num_replicas": 1,
                 "max_waiting": MAX_WAITING,
-                **start,
             },
         }
         try:
@@ -96,13 +91,3 @@ class CoreNats:
         except BusRefused as exc:
             if exc.code != CONSUMER_EXISTS:  # its reader may have changed it
                 raise Refused("invalid", f"The durable consumer cannot be made: {exc.detail}") from exc
-
-    async def move_durable(self, sandbox: str, after: int) -> None:
-        consumer = f"{self._names.stream_in}.{sandbox}"
-        try:
-            # a reset of a missing consumer gets no answer
-            await self._connection.api_request(f"CONSUMER.INFO.{consumer}")
-            await self._connection.api_request(f"CONSUMER.RESET.{consumer}", {"seq": after + 1})
-        except BusRefused as exc:
-            if exc.code != NO_CONSUMER:  # a consumer that its reader made for new messages only cannot be moved
-                log.warning("durable.move_failed", sandbox=sandbox, detail=exc.detail)

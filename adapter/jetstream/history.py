@@ -86,6 +86,13 @@ class StreamHistory:
         last = messages[-1] if messages else await direct_get_one(self._connection, stream, {"last_by_subj": ">"})
         return last.seq if last else 0
 
+    async def last_sequence(self, stream: str) -> int:
+        try:
+            info = await self._connection.api_request(f"STREAM.INFO.{stream}")
+        except BusRefused as exc:
+            raise Temporary("bus_refused", exc.detail) from exc
+        return int(info["state"]["last_seq"])
+
     async def count_by_subject(self, stream: str, subject: str) -> dict[str, int]:
         return await count_by_subject(self._connection, stream, subject)
 

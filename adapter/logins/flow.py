@@ -29,7 +29,7 @@ from adapter.kit.timing import Clock, backoff, shield_with_grace, wait_event
 from adapter.logins.qr import check_content
 from adapter.logins.registry import LoginRegistry
 from adapter.logins.steps import ADVICE, next_step
-from adapter.observability.events import BusAccess, read_binding_events, read_last_person_change
+from adapter.observability.events import BusAccess, read_binding_events
 from adapter.observability.metrics import Metrics
 from adapter.ownership.leases import Leases
 from adapter.ports import Logins, Message, QrCode, Scan
@@ -215,10 +215,8 @@ class LoginFlow:
             match scan.status:
                 case "confirmed":
                     await self._confirm(scan)
-                case "binded_redirect":  # iLink does not say which bot it means; if the sandbox has one, it is that
-                    bound = [b for b in self._deps.bindings.of_sandbox(record.sandbox) if b.state == "active"]
-                    bot, user = (bound[0].bot, bound[0].user) if len(bound) == 1 else ("", "")
-                    await self._step(status="already_bound", bot=bot, user=user)
+                case "binded_redirect":
+                    await self._on_already_bound()
                 case "scaned_but_redirect":
                     if scan.redirect_host:
                         self._base_url = self._deps.logins.redirect_base_url(scan.redirect_host, self._base_url)
@@ -264,30 +262,49 @@ class LoginFlow:
 
     # binding ----------------------------------------------------------------------------------------
 
-    async def _confirm(self, scan: Scan) -> None:
-        """Publishes the bind command, since only control commands write bindings, and waits for the outcome. From
-        then on the login cannot be cancelled. Raises Refused for credentials that no bind could use."""
-        deps, sandbox, request = self._deps, self._record.sandbox, f"login:{self._login}"
-        _check_credentials(scan)
-        base_url = deps.logins.check_base_url(scan.base_url) if scan.base_url else None
-        former_user = await self._former_user(scan.user)
-        binding_now = {"bot": scan.bot, "user": scan.user, "former_user": former_user, "url": "", "digits": ""}
-        await self._update(lambda record: structs.replace(record, **binding_now))
-        if self._record.is_over:
+    async def _on_already_bound(self) -> None:
+        """iLink does not say which bot it means. If the sandbox has one, it is that, and gets the options given."""
+        serving = self._deps.bindings.serving_sandbox(self._record.sandbox)
+        bound = [binding for binding in serving if binding.state == "active"]
+        if len(bound) != 1:
+            await self._step(status="already_bound")
             return
+        (binding,) = bound
+        if self._options not in (Options(), binding.options):
+            token = self._deps.sealer.open(binding.bot, binding.token)
+            await self._store_bind(binding.bot, token, binding.user, binding.base_url or None)
+        await self._step(status="already_bound", bot=binding.bot, user=binding.user)
+
+    async def _store_bind(self, bot: str, token: str, user: str, base_url: str | None) -> None:
+        """Publishes a bind command, since only control commands write bindings. Raises BusRefused."""
+        deps, sandbox, request = self._deps, self._record.sandbox, f"login:{self._login}"
         bind = Bind(
             sandbox=sandbox,
-            bot=scan.bot,
-            bot_token=deps.sealer.seal(bind_context(sandbox, scan.bot), scan.token),
+            bot=bot,
+            bot_token=deps.sealer.seal(bind_context(sandbox, bot), token),
             id=request,
             base_url=base_url,
-            user=scan.user or None,
+            user=user or None,
             options=self._options,
             check=False,  # iLink has just given it
         )
         headers = {H_MSG_ID: request, H_SCHEMA: contract.SCHEMA_VERSION}
+        await deps.access.bus.publish(Message("ctl", deps.access.names.bind, msgspec.json.encode(bind), headers))
+
+    async def _confirm(self, scan: Scan) -> None:
+        """Stores the bind command, and waits for the outcome. From then on the login cannot be cancelled. Raises
+        Refused for credentials that no bind could use."""
+        deps, sandbox, request = self._deps, self._record.sandbox, f"login:{self._login}"
+        _check_credentials(scan)
+        base_url = deps.logins.check_base_url(scan.base_url) if scan.base_url else None
+        others = {binding.user for binding in deps.bindings.serving_sandbox(sandbox)} - {""}
+        former_user = min(others, default="") if scan.user and scan.user not in others else ""
+        binding_now = {"bot": scan.bot, "user": scan.user, "former_user": former_user, "url": "", "digits": ""}
+        await self._update(lambda record: structs.replace(record, **binding_now))
+        if self._record.is_over:
+            return
         try:
-            await deps.access.bus.publish(Message("ctl", deps.access.names.bind, msgspec.json.encode(bind), headers))
+            await self._store_bind(scan.bot, scan.token, scan.user, base_url)
         except BusRefused as exc:
             log.error("login.unbound", login=self._login[:6], sandbox=sandbox, detail=exc.detail)
             await self.fail("bus", "The bus did not take the bind command; start another login.")
@@ -303,20 +320,6 @@ class LoginFlow:
         bound = {"bot": binding.bot, "user": binding.user} if binding else _PENDING
         warning = {"detail": _WARNING.format(former_user)} if former_user else {}
         await self._step(status="confirmed", **{**warning, **bound})
-
-    async def _former_user(self, user: str) -> str:
-        """The person who is or was last bound to the sandbox, if it is another one. After the bind that cannot be
-        found out."""
-        deps, sandbox = self._deps, self._record.sandbox
-        users = {binding.user for binding in deps.bindings.of_sandbox(sandbox)}
-        while not users:
-            try:
-                last = await read_last_person_change(deps.access.history, deps.access.names, sandbox)
-                users = {last.user if last is not None else ""}
-            except Temporary as exc:
-                log.warning("login.retrying", login=self._login[:6], reason=exc.reason)
-                await deps.clock.sleep(RETRY_S)
-        return min(users - {""}, default="") if user and user not in users else ""
 
     def _find_bound(self, scan: Scan, request: str) -> Binding | None:
         """The binding that the bind command made, even if it changed nothing."""
@@ -341,7 +344,7 @@ _PENDING = {
     "reason": "bind_pending",
     "detail": "The bind command is stored and will take effect; a binding event reports the outcome.",
 }
-_WARNING = f"{ADVICE['confirmed']} Another person than before has scanned the code: {{}} was bound to this sandbox."
+_WARNING = f"{ADVICE['confirmed']} Another person is bound to this sandbox, too: {{}}."
 
 
 def _check_credentials(scan: Scan) -> None:

@@ -16,7 +16,7 @@ ADVICE = {
     "scanned": "Confirm on the phone.",
     "need_verify_code": "Send the digits shown on the phone by login.verify.",
     "confirmed": "The bot is bound. The user must write a first message before anything can be sent to them.",
-    "already_bound": "A bot of this sandbox serves this user already; nothing has changed.",
+    "already_bound": "A bot of this sandbox serves this user already, and goes on with it.",
     "expired": "No code was scanned and confirmed in time; start another login.",
     "failed": "The login failed; start another one.",
     "cancelled": "The login was cancelled.",

@@ -4,7 +4,7 @@ message."""
 from __future__ import annotations
 
 import itertools
-from collections.abc import AsyncIterator, Callable, Iterable
+from collections.abc import AsyncIterator, Callable
 from typing import NamedTuple
 
 import msgspec
@@ -25,6 +25,7 @@ from adapter.contract.names import (
     H_SUBJECT,
     H_TIME_MS,
     H_TRACEPARENT,
+    H_USER,
     Names,
 )
 from adapter.errors import UNDECODABLE, BusRefused, Conflict, Temporary
@@ -35,8 +36,6 @@ from adapter.ports import Archive, Bus, History, Message, PubAck
 log = structlog.get_logger()
 
 MAX_HEADER = 512
-PERSON_CHANGES = ("bound", "unbound")
-"""Changes of a binding by which its person changes."""
 
 
 async def read_binding_events(
@@ -51,16 +50,6 @@ async def read_binding_events(
         except UNDECODABLE:
             continue
         yield stored.seq, event
-
-
-def last_person_change(events: Iterable[contract.BindingEvent]) -> contract.BindingEvent | None:
-    """The last event, in order of time, by which a person was bound or unbound."""
-    return next((event for event in reversed([*events]) if event.change in PERSON_CHANGES), None)
-
-
-async def read_last_person_change(history: History, names: Names, sandbox: str) -> contract.BindingEvent | None:
-    """`last_person_change` of a sandbox. Raises Temporary."""
-    return last_person_change([event async for _, event in read_binding_events(history, names, sandbox)])
 
 
 class Events:
@@ -205,9 +194,10 @@ class Events:
         msg_id: str,
         seq: int = 0,
         sandbox: str = "",
+        user: str = "",
     ) -> bool:
         """Keeps the original bytes and headers for an operator. `stream`: OUT, IN, CTL or EVENT; `seq`: in it, 0:
-        none. Returns whether they are kept."""
+        none; `user`: whom a command was for, if that was known. Returns whether they are kept."""
         kept = {k: v[:MAX_HEADER] for k, v in forwardable_headers(headers).items() if k != H_REPLY_TO}
         kept |= {
             H_MSG_ID: msg_id,
@@ -218,8 +208,10 @@ class Events:
             H_TIME_MS: str(self._clock.now_ms()),
             H_TRACEPARENT: author_traceparent(headers) or derive_traceparent(msg_id),
         }
-        if sandbox:
-            kept[H_SANDBOX] = sandbox
+        for name, value in ((H_SANDBOX, sandbox), (H_USER, user)):
+            kept.pop(name, None)  # an author may have set it
+            if value:
+                kept[name] = value
         self._metrics.dead_letters.labels(stream=stream.lower()).inc()
         ident = headers.get(H_COMMAND) or headers.get(H_MSG_ID, "")
         log.warning("message.dead_lettered", stream=stream, sandbox=sandbox, id=ident, reason=reason, sequence=seq)

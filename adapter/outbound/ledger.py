@@ -141,7 +141,7 @@ class CommandLedger:
         author, ref = entry.traceparent if entry else "", command.ref
         trace = command_traceparent(author, address.sandbox, ref.sequence, ref.stored_ms, command.reply_to)
         if result.outcome == "dead_lettered":
-            await self._publish_dead_letter(command, result, address.sandbox, entry, trace)
+            await self._publish_dead_letter(command, result, address, entry, trace)
         receipt = await self._receipts.publish(
             ref, result, address, shown, trace, reply_to=command.reply_to, expected=entry.receipt if entry else 0
         )
@@ -158,7 +158,7 @@ class CommandLedger:
         metrics.outbound_duration.child("failed" if failed else "settled").observe(took_s)
 
     async def _publish_dead_letter(
-        self, command: QueuedCommand, result: CommandResult, sandbox: str, entry: _Entry | None, trace: str
+        self, command: QueuedCommand, result: CommandResult, address: Address, entry: _Entry | None, trace: str
     ) -> None:
         data, headers = (entry.delivery.data, entry.delivery.headers) if entry else (b"", {})
         if not data and (stored := await self._history.get(self._names.stream_out, command.sequence)):
@@ -166,12 +166,13 @@ class CommandLedger:
         await self._events.publish_dead_letter(
             "OUT",
             data,
-            subject=self._names.out(sandbox),
+            subject=self._names.out(address.sandbox),
             headers=headers | {H_COMMAND: command.ref.id, H_TRACEPARENT: trace},
             reason=result.reason,
             detail=result.detail,
             msg_id=f"dead:{command.client_id_base}",
-            sandbox=sandbox,
+            sandbox=address.sandbox,
+            user=address.user,
         )
 
     def depth(self) -> tuple[int, int | None]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections import deque
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import Iterable
 from functools import partial
 from typing import NamedTuple
 
@@ -69,7 +69,6 @@ class CommandPlacement:
         ledger: CommandLedger,
         endings: CommandEndings,
         sessions: Sessions,
-        wait_for_pending_binds: Callable[[], Awaitable[None]],
         tasks: TaskSet,
     ) -> None:
         self._conversations = conversations
@@ -79,7 +78,6 @@ class CommandPlacement:
         self._ledger = ledger
         self._endings = endings
         self._sessions = sessions
-        self._wait_for_pending_binds = wait_for_pending_binds
         self._tasks = tasks
         self._unplaced: dict[str, deque[ReadCommand]] = {}
         """By sandbox, in order: commands whose conversation is not known yet, and those behind them."""
@@ -153,16 +151,22 @@ class CommandPlacement:
         """Places one command. Raises Temporary."""
         command, queued, sequence = read.command, read.queued, read.queued.ref.sequence
         sent_to = previous.user_of_head(sequence) if read.redelivered else None
+        parked_for = ""
         if stored := previous.receipts.get(sequence):
             if is_final(stored.receipt):
                 await self._ledger.acknowledge(queued)
                 return
             self._ledger.adopt_receipt(queued, stored.sequence)
+            parked_for = stored.receipt.user
             queued = msgspec.structs.replace(queued, parked=True)
         if sent_to is not None:  # even if another bot is bound now
             actor = await self._conversations.open(command.sandbox, sent_to, known=previous.records.get(sent_to))
         else:
             try:
+                if parked_for and not (command.user or command.bot):
+                    if not self._bindings.serving_user(command.sandbox, parked_for):
+                        raise Refused("not_bound", "The person for whom it was parked is no longer bound.")
+                    command = msgspec.structs.replace(command, user=parked_for)
                 binding = await self._find_recipient(command)
             except Refused as exc:
                 result = CommandResult("refused", exc.reason, exc.detail)
@@ -202,38 +206,31 @@ class CommandPlacement:
     async def _find_recipient(self, command: Command) -> Binding:
         """The binding that a command is meant for. Raises Temporary, and Refused even if another person is bound now,
         who must not see it."""
-        try:
-            binding = _find_binding(command, self._bindings)
-        except Refused:
-            await self._wait_for_pending_binds()
-            binding = _find_binding(command, self._bindings)
+        binding = _find_binding(command, self._bindings)
         if _is_older(command, binding):
             raise Refused("not_bound", "Another person was bound when the command was stored: name the `user`.")
-        if not _is_answer_to(command, binding):
-            authors = await self._find_authors(command)
-            if authors and (command.user or binding.user) not in authors:
-                raise Refused(
-                    "other_user", "The command answers a message of another person: name the `user` of that message."
-                )
+        user = command.user or binding.user
+        if not _is_answer_to(command, binding) and user not in await self._find_authors(command):
+            raise Refused("other_user", "The command answers no message of this person: name the `user` of it.")
         return binding
 
     async def _find_authors(self, command: Command) -> set[str]:
-        """The users who may have written the message that a command answers; empty: unknown. Raises Temporary."""
-        bot = bot_of(command.reply_to)
-        records = await self._store.load_sandbox(command.sandbox)
-        authors = {user for user, (record, _) in records.items() if record.bot == bot}
-        if binding := self._bindings.get(bot):  # the bot may serve another sandbox
-            authors.add(binding.user)
-        return authors - {""}
+        """The users of the sandbox who may have written the message that a command answers: those whose messages its
+        bot has brought there, now or formerly. Nothing is told of other sandboxes. Raises Temporary."""
+        bot, sandbox = bot_of(command.reply_to), command.sandbox
+        stored = await self._store.load_sandbox(sandbox)
+        records = [(user, record) for user, (record, _) in stored.items()]
+        records += [(actor.state.user, actor.state.record) for actor in self._conversations.of_sandbox(sandbox)]
+        return {user for user, record in records if bot == record.bot or bot in record.dispatched_to} - {""}
 
 
 def _find_binding(command: Command, bindings: Bindings) -> Binding:
     """The binding that a command is meant for. Raises Refused("not_bound"), Refused("ambiguous_bot")."""
-    bound = bindings.of_sandbox(command.sandbox)
+    bound = bindings.serving_sandbox(command.sandbox)
     if command.bot:
         bound = [binding for binding in bound if binding.bot == command.bot]
     elif command.user and len(bound) > 1:
-        bound = bindings.of_user(command.sandbox, command.user)
+        bound = bindings.serving_user(command.sandbox, command.user)
     if not bound:
         raise Refused("not_bound", "No bot is bound to this sandbox (or not the one named): bind it first.")
     if len(bound) == 1:

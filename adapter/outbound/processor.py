@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections import Counter
-from collections.abc import Awaitable, Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from functools import partial
 from typing import NamedTuple
 
@@ -55,8 +55,6 @@ class OutboundDeps(NamedTuple):
     sessions: Sessions
     account: Callable[[Binding], Account]
     """Raises Refused("token_key")."""
-    wait_for_pending_binds: Callable[[], Awaitable[None]]
-    """Returns once every bind command stored before the call has taken effect. Raises Temporary."""
 
 
 class ShardCommandProcessor:
@@ -101,7 +99,6 @@ class ShardCommandProcessor:
             self.commands,
             self._endings,
             deps.sessions,
-            deps.wait_for_pending_binds,
             self._tasks,
         )
         reader.on_command = self.placement.put
@@ -133,7 +130,7 @@ class ShardCommandProcessor:
 
     def on_binding(self, sandbox: str, bot: str, users: Collection[str]) -> None:
         """Handles a changed binding, or a change of its token's state. `users`: its users before and after."""
-        binding = self._deps.bindings.get(bot)
+        binding = self._deps.bindings.serving(bot)
         if binding is not None and binding.sandbox == sandbox:
             self._conversations.forget_unserved(sandbox)
         if binding is not None and binding.sandbox == sandbox and binding.user:
@@ -145,10 +142,31 @@ class ShardCommandProcessor:
             if state.user in users or bot in (state.record.bot, state.bot and state.bot.id):
                 actor.refresh_bot()
 
-    def on_unbound(self, binding: Binding) -> None:
-        """Stores the record of a user without a bot, even if it is not loaded."""
-        if binding.user:
-            self._tasks.spawn(self._endings.retry(binding.sandbox, lambda: self.wake(binding)))
+    async def end_service(self, binding: Binding) -> None:
+        """Ends the commands of a bot whose binding is closing; `is_service_ended` tells when. Raises Temporary."""
+        await self.wake(binding)
+        for actor in self._conversations_of(binding):
+            actor.refresh_bot()
+
+    def is_service_ended(self, binding: Binding) -> bool:
+        """Whether the conversations of a bot that serves nobody have no command and nothing in flight, and their
+        records are stored. Has them stored otherwise."""
+        idle = [actor for actor in self._conversations_of(binding) if not (actor.tasks or actor.state.queue)]
+        dirty = [actor for actor in idle if actor.memory.is_dirty]
+        for actor in dirty:
+            actor.put(rules.Rested())
+        return not dirty and len(idle) == len(self._conversations_of(binding))
+
+    def _conversations_of(self, binding: Binding) -> list[ConversationActor]:
+        return [
+            actor
+            for actor in self._conversations.of_sandbox(binding.sandbox)
+            if binding.user == actor.state.user or binding.bot == actor.state.record.bot
+        ]
+
+    @property
+    def is_stopped(self) -> bool:
+        return self._draining.is_set()
 
     async def _move(self, binding: Binding, unknown: ConversationActor) -> None:
         """Moves the commands of a bot without a known user to the conversation of its user."""

@@ -64,7 +64,7 @@ class BotSessions:
         """Tests the token after -14 to a send, which is no proof: iLink answers a malformed body with -14, too
         (docs/reference/ilink-protocol.md, "Stale token"). If `notifystart` fails, a new poll decides, and its poller
         starts the recovery if it is refused."""
-        binding = self._bindings.get(bot)
+        binding = self._bindings.serving(bot)
         if binding is None or binding.state == "needs_login" or self.is_recovering(bot):
             return False
         try:
@@ -84,7 +84,7 @@ class BotSessions:
         while not pollers.has_polled_since(bot, since):
             if self._clock.monotonic() - since > POLLED_WITHIN_S:
                 return False
-            binding = self._bindings.get(bot)
+            binding = self._bindings.serving(bot)
             if binding is None or binding.state == "needs_login" or pollers.is_stale(bot):
                 return False
             await self._clock.sleep(LOOK_S)

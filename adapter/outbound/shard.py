@@ -82,9 +82,9 @@ class ShardBots:
 
     def serving(self, sandbox: str, user: str, bot: str) -> Bot | None:
         """The bot that serves the user now. `bot`: the last one."""
-        found = self._bindings.of_user(sandbox, user) if user else []
+        found = self._bindings.serving_user(sandbox, user) if user else []
         if not found:
-            binding = self._bindings.get(bot)
+            binding = self._bindings.serving(bot)
             if binding is None or binding.sandbox != sandbox:
                 return None
             found = [binding]
@@ -105,7 +105,7 @@ class ShardBots:
 
     def account(self, sandbox: str, bot: str) -> Account:
         """The iLink account of a bot of the sandbox. Raises Refused."""
-        binding = self._bindings.get(bot)
+        binding = self._bindings.serving(bot)
         if binding is None or binding.sandbox != sandbox:
             raise Refused("not_bound", "The bot no longer serves this sandbox.")
         known = self._accounts.get(bot)

@@ -76,9 +76,6 @@ class OwnedShards(dict[int, ShardCommandProcessor]):
         for sandbox in {binding.sandbox for binding in sides}:
             if shard := self.get(shard_of(sandbox)):
                 shard.on_binding(sandbox, bot, users)
-        has_left = before is not None and (after is None or after.sandbox != before.sandbox)
-        if before is not None and has_left and (shard := self.get(shard_of(before.sandbox))):
-            shard.on_unbound(before)
 
     def on_session_changed(self, binding: Binding) -> None:
         """A refused token is retried, or no longer: the bot's conversations are notified."""

@@ -58,11 +58,14 @@ class Supervisor:
         publish_released: Callable[[], Awaitable[None]],
         is_connecting: Callable[[str], bool],
         capacity: int,
+        follow_closing: Callable[[str], None],
     ) -> None:
+        """`follow_closing` is called for each bot of this replica whose binding changed or whose shard is new."""
         self.bindings = bindings
         self.leases = leases
         self.pollers = BotPollers(leases, run_poller, self._is_wanted, self._retry, capacity)
         self.shards = OwnedShards(work)
+        self._follow_closing = follow_closing
         self._publish_released = publish_released
         """Announces to the other replicas that a shard was released. Never raises."""
         self._is_connecting = is_connecting
@@ -95,7 +98,9 @@ class Supervisor:
         self.shards.on_binding(bot, before, after)
         poller = self.pollers.get(bot)
         if poller is not None and (
-            after is None or (before is not None and (before.token, before.base_url) != (after.token, after.base_url))
+            after is None
+            or after.closing
+            or (before is not None and (before.token, before.base_url) != (after.token, after.base_url))
         ):
             poller.cancel_poll()  # it polls with an outdated token or URL
         self._retry(bot)
@@ -146,19 +151,20 @@ class Supervisor:
             self._dirty.update(binding.bot for binding in self.bindings.of_shard(shard))
 
     def _is_wanted(self, bot: str) -> bool:
-        binding = self.bindings.get(bot)
+        binding = self.bindings.serving(bot)
         if binding is None or binding.state == "too_new" or self._draining:
             return False
         shard = shard_of(binding.sandbox)
         return shard in self._owned and shard not in self._leaving
 
     def _follow(self, bot: str) -> None:
+        self._follow_closing(bot)
         poller = self.pollers.get(bot)
         if poller is None:
             if self._is_wanted(bot):
                 self.pollers.start(bot)
             return
-        binding = self.bindings.get(bot)
+        binding = self.bindings.serving(bot)
         if binding is None:
             poller.stop(immediately=True)
         elif not self._is_wanted(bot):

@@ -36,9 +36,7 @@ from adapter.inbound.download import DownloadDeps
 from adapter.inbound.inbox import PublishDeps
 from adapter.inbound.journal import Journal
 from adapter.inbound.triage import Triage
-from adapter.jetstream import topology
 from adapter.jetstream.buckets import LeaderKvBucket
-from adapter.jetstream.consumer import wait_all_settled
 from adapter.jetstream.inspector import Inspector
 from adapter.jetstream.layout import expects
 from adapter.jetstream.microservice import MAX_UPLOADS_PER_SANDBOX, UPLOADS, Handler, Services
@@ -57,6 +55,7 @@ from adapter.outbound.sessions import BotSessions, Pollers
 from adapter.ownership import replica_status
 from adapter.ownership.leases import Leases
 from adapter.ownership.replica_status import OtherReplicas, PollerStatus, ReplicaStatus
+from adapter.replica.closings import Closings
 from adapter.replica.connections import Connections
 from adapter.replica.health_monitor import HealthMonitor
 from adapter.replica.probes import Health
@@ -66,7 +65,7 @@ from adapter.security.seal import Sealer
 from adapter.services.health import HealthDeps
 from adapter.services.logins import LoginService
 from adapter.services.media import MediaService
-from adapter.services.persons import RELEASE_WAIT_S, Erasure
+from adapter.services.persons import Erasure
 from adapter.services.queries import Queries
 from adapter.settings import Settings
 
@@ -154,6 +153,9 @@ class Replica:
             metrics,
         )
         self.control = self._new_control()
+        self.closings = Closings(
+            self.bindings, self._open_shard, self._is_released, lambda: self.leases.incarnation, clock
+        )
         self.supervisor = Supervisor(
             bindings=self.bindings,
             leases=self.leases,
@@ -169,6 +171,7 @@ class Replica:
             publish_released=self.others.publish_released,
             is_connecting=connections.chat.is_connecting,
             capacity=settings.capacity,
+            follow_closing=self.closings.follow,
         )
         self.health_monitor = HealthMonitor(
             connections=connections,
@@ -277,7 +280,6 @@ class Replica:
             leases=self.leases,
             sessions=BotSessions(self.bindings, connections.chat, account, self._pollers, clock),
             account=account,
-            wait_for_pending_binds=self._wait_for_pending_binds,
         )
 
     def _new_control(self) -> Control:
@@ -304,9 +306,8 @@ class Replica:
             access,
             self.bindings,
             {f"KV_{name}": self.connections.bucket(name) for name in buckets},
-            self.leases,
+            lambda bot: self._is_released(bot, ask=False),
             self.clock,
-            released_s=self.settings.media_wait_s + RELEASE_WAIT_S,
         )
 
     def _register_services(self) -> dict[str, Handler]:
@@ -388,11 +389,15 @@ class Replica:
         else:
             self.leases.claim_now()
 
-    async def _wait_for_pending_binds(self) -> None:
-        """Returns when the control commands stored so far have taken effect. Raises Temporary if that takes too
-        long."""
-        await wait_all_settled(self.connections.connection, self.names.stream_ctl, topology.CONTROL, self.clock)
-        await self.clock.sleep(0.05)  # the update of the last one may be in flight
+    async def _is_released(self, bot: str, ask: bool) -> bool:
+        """Whether no living replica polls a bot. `ask`: also ask the one whose name the bot's journal has, which it
+        may not know any more. Raises Temporary."""
+        if bot in self.supervisor.pollers:
+            return False
+        last = await self.inbound.journal.last(bot)
+        if last is None or last.owner in ("", self.leases.incarnation):
+            return True
+        return await self.leases.revoke_if_expired(last.owner) or (ask and await self.others.is_idle(last.owner, bot))
 
     # for operators ----------------------------------------------------------------------------------
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import msgspec
 
@@ -15,11 +16,13 @@ from adapter.contract.names import (
     H_SINCE_MS,
     H_SUBJECT,
     H_TIME_MS,
+    H_USER,
     Names,
 )
+from adapter.errors import UNDECODABLE, Refused
 from adapter.ports import Message
 
-DEAD_LETTER_HEADERS = frozenset({H_SUBJECT, H_REASON, H_DETAIL, H_SEQUENCE, H_TIME_MS})
+DEAD_LETTER_HEADERS = frozenset({H_SUBJECT, H_REASON, H_DETAIL, H_SEQUENCE, H_TIME_MS, H_USER})
 """Headers of the dead letter itself, not of the message in it."""
 
 
@@ -72,18 +75,33 @@ def is_command(names: Names, subject: str) -> bool:
     return subject in (names.bind, names.unbind, names.out_plain) or subject.startswith(f"{names.out_plain}.")
 
 
-def retry_message(names: Names, seq: int, headers: Mapping[str, str], data: bytes) -> Message | None:
-    """The message that retries a dead command; None: it is no command.
+def retry_message(names: Names, seq: int, headers: Mapping[str, str], data: bytes) -> Message:
+    """The message that retries a dead command. It names the person for whom the command was.
 
-    Its id is derived from the dead letter, so that a repeated retry is stored once.
+    Its id is derived from the dead letter, so that a repeated retry is stored once. Raises Refused.
     """
     subject = original_subject(names, headers.get(H_SUBJECT, ""))
     if not is_command(names, subject):
-        return None
+        raise Refused("invalid", "It is no command: what a user wrote cannot be tried again, they have to write.")
+    if subject.startswith(names.out_plain):
+        data = _for_its_person(data, headers.get(H_USER, ""))
     own_headers = {*DEAD_LETTER_HEADERS, H_SINCE_MS}  # the retry starts a new time to live
     kept = {k: v for k, v in headers.items() if k not in own_headers and not k.startswith("Nats-")}
     msg_id = f"retry-{seq}-{headers.get(H_TIME_MS) or '0'}"
     return Message("out", subject, data, kept | {H_MSG_ID: msg_id})
+
+
+def _for_its_person(data: bytes, user: str) -> bytes:
+    """Another person may be bound by now. Raises Refused for a command of which nobody knows whom it was for."""
+    try:
+        body = msgspec.json.decode(data, type=dict[str, Any])
+    except UNDECODABLE:
+        body = {}
+    if user:
+        return msgspec.json.encode(body | {"user": user})
+    if not (body.get("user") or body.get("bot")):
+        raise Refused("not_bound", "It is not known for whom it was: send it anew, to a `user`.")
+    return data
 
 
 def _int_or_zero(text: str | None) -> int:

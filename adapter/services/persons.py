@@ -7,12 +7,10 @@ the disk when the server rewrites its file.
 
 from __future__ import annotations
 
-import asyncio
 import hashlib
 from collections import Counter
-from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Mapping, Sequence
-from functools import partial
-from typing import Literal, NamedTuple, Protocol, TypeAlias
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from typing import Literal, NamedTuple, TypeAlias
 
 import msgspec
 import structlog
@@ -20,7 +18,7 @@ import structlog
 from adapter.bindings.registry import Bindings
 from adapter.content.dedup import bot_of
 from adapter.contract.messages import ControlAnswer, Erase, ErasedEvent
-from adapter.contract.names import H_COMMAND, H_MSG_ID, H_SANDBOX, Names, media_prefix, to_subject_token
+from adapter.contract.names import H_COMMAND, H_MSG_ID, H_SANDBOX, H_USER, Names, media_prefix, to_subject_token
 from adapter.errors import UNDECODABLE, Conflict, Temporary
 from adapter.kit.timing import Clock
 from adapter.observability.events import BusAccess
@@ -33,12 +31,7 @@ Kind: TypeAlias = Literal[
 ]
 MARK_S = 60
 """Time to live of the delete marker of a conversation, whose key names the user."""
-LOOK_S = 0.5
-UNSERVED_WAIT_S = 10.0
-"""Time for conversations to be stored as unserved, which takes their owner a second. A conversation that nobody has
-in memory, such as one of a shard that is being handed over, is not stored so."""
-RELEASE_WAIT_S = 30.0
-"""Time for the owners of a person's bots and conversations to release them, in addition to the wait for media."""
+WRITTEN_BY_SANDBOXES = ("command", "receipt", "dead_letter")
 
 
 class Found(NamedTuple):
@@ -142,6 +135,8 @@ class PersonSearch:
         headers = stored.headers
         if self._sandbox not in (None, headers.get(H_SANDBOX)):
             return False
+        if headers.get(H_USER) == self._user:
+            return True
         if (headers.get(H_SANDBOX, ""), headers.get(H_COMMAND, "")) in self._commands:
             return True
         if headers.get(H_MSG_ID, "").startswith(tuple(f"dead:{bot}:" for bot in self._bots)):
@@ -173,13 +168,6 @@ def _bots_of_user(kind: Kind, tokens: Sequence[str], about: _About) -> set[str]:
     return {about.bot or ""} - {""}
 
 
-class Owners(Protocol):
-    """Knowledge about the replicas that poll bots."""
-
-    async def revoke_if_expired(self, incarnation: str) -> bool:
-        """Whether a replica is proven to do nothing more."""
-
-
 class Erasure:
     """Erases one person. A later run finds what an interrupted run left."""
 
@@ -188,41 +176,44 @@ class Erasure:
         access: BusAccess,
         bindings: Bindings,
         buckets: Mapping[str, Bucket],
-        owners: Owners,
+        is_released: Callable[[str], Awaitable[bool]],
         clock: Clock,
-        *,
-        released_s: float,
     ) -> None:
-        """`buckets`: the buckets of conversations and logins, by stream name."""
+        """`buckets`: the buckets of conversations and logins, by stream name. `is_released`: whether no living
+        replica polls a bot; raises Temporary."""
         self._access = access
         self._bindings = bindings
         self._buckets = buckets
-        self._owners = owners
+        self._is_released = is_released
         self._clock = clock
-        self._released_s = released_s
 
-    async def run(self, command: Erase, unbound: Collection[str], turn: asyncio.Lock) -> ControlAnswer:
-        """Erases, or only counts with `dry_run`. `unbound`: bots that served the person until now. Holds `turn` while
-        no command may bind. Raises Temporary, BusRefused."""
+    async def run(self, command: Erase) -> ControlAnswer:
+        """Erases a person whom no bot serves any more; with `dry_run` only counts. Raises Temporary, BusRefused."""
         counts: dict[str, Counter[str]] = {}
         """By sandbox, or "" for data without a sandbox."""
-        if not command.dry_run:
-            await self.wait_released(unbound)
-            await self._wait_until(lambda: self._is_unserved(command), UNSERVED_WAIT_S)
         messages = []
+        newest: Counter[str] = Counter()
+        """By stream: the newest sequence that was found."""
         async for found in self._search(command):
             counts.setdefault(found.sandbox, Counter())[found.kind] += 1
+            newest[found.stream] = max(newest[found.stream], found.stored.seq)
             messages.append(found._replace(stored=found.stored._replace(data=b"", headers={})))
-        if not command.dry_run:
-            # records that name the bots are deleted last, since an interrupted run would otherwise leave data unfound
-            messages.sort(key=lambda found: found.kind != "journal")  # oldest first: the newest names the owner
-            first = sum(found.kind == "journal" for found in messages)
-            for found in (*messages[:first], *reversed(messages[first:])):
-                await self._delete(found, turn)
         total = sum(counts.values(), Counter[str]())
         if command.dry_run:
             return ControlAnswer(ok=True, id=command.id or "", counts=dict(total))
-        left = Counter[str]([found.kind async for found in self._search(command)])
+        # records that name the bots are deleted last, since an interrupted run would otherwise leave data unfound
+        messages.sort(key=lambda found: found.kind != "journal")  # oldest first: the newest names the owner
+        first = sum(found.kind == "journal" for found in messages)
+        for found in (*messages[:first], *reversed(messages[first:])):
+            await self._delete(found)
+        left = Counter[str](
+            [
+                found.kind
+                async for found in self._search(command)
+                # a sandbox may name the person in new commands for ever
+                if found.kind not in WRITTEN_BY_SANDBOXES or found.stored.seq <= newest[found.stream]
+            ]
+        )
         await self._report(command, counts, left)
         advice = "Some data were written during the erasure: erase again." if left else ""
         return ControlAnswer(ok=not left, id=command.id or "", counts=dict(total), left=dict(left), error=advice)
@@ -230,36 +221,7 @@ class Erasure:
     def _search(self, command: Erase) -> AsyncIterator[Found]:
         return PersonSearch(self._access.history, self._access.names, command.user, command.sandbox).find()
 
-    async def wait_released(self, bots: Collection[str]) -> None:
-        """Returns once the owners of unbound bots have dispatched their messages and released the bots, or after a
-        timeout. Raises Temporary."""
-        for bot in bots:
-            await self._wait_until(partial(self._is_released, bot), self._released_s)
-
-    async def _wait_until(self, holds: Callable[[], Awaitable[bool]], seconds: float) -> None:
-        until = self._clock.monotonic() + seconds
-        while not await holds() and self._clock.monotonic() < until:
-            await self._clock.sleep(LOOK_S)
-
-    async def _is_released(self, bot: str) -> bool:
-        names = self._access.names
-        last = await self._access.history.read_last(names.stream_journal, names.journal(bot))
-        if last is None:
-            return True
-        try:
-            _, owner, _ = msgspec.msgpack.decode(last.data, type=tuple[int, str, bytes])
-        except UNDECODABLE:
-            return True
-        return not owner or await self._owners.revoke_if_expired(owner)
-
-    async def _is_unserved(self, command: Erase) -> bool:
-        """Whether all records of the person are marked unserved, so that their owners no longer write them."""
-        names = self._access.names
-        subject = f"$KV.{names.conversations}.{command.sandbox or '*'}.{to_subject_token(command.user)}"
-        records = self._access.history.read(f"KV_{names.conversations}", subject)
-        return all([b'"unserved":true' in stored.data or not stored.data async for stored in records])
-
-    async def _delete(self, found: Found, turn: asyncio.Lock) -> None:
+    async def _delete(self, found: Found) -> None:
         """Raises Temporary."""
         history, stored = self._access.history, found.stored
         if found.kind == "binding":
@@ -272,14 +234,11 @@ class Erasure:
             except Conflict:
                 log.info("person.written_meanwhile", kind=found.kind, sandbox=found.sandbox)
             return
-        if found.kind != "journal":
-            await history.delete(found.stream, stored.seq, erase=True)
-            return
-        async with turn:  # a poller would stop if its newest record were deleted
+        if found.kind == "journal":  # a poller would stop if its newest record were deleted
             await self._bindings.refresh(found.bot)
             if self._bindings.get(found.bot) is not None or not await self._is_released(found.bot):
                 raise Temporary("bot_in_use", f"{found.bot} is bound, or its owner has not ended.")
-            await history.delete(found.stream, stored.seq, erase=True)
+        await history.delete(found.stream, stored.seq, erase=True)
 
     async def _report(self, command: Erase, counts: Mapping[str, Counter[str]], left: Mapping[str, int]) -> None:
         person = hashlib.sha256(command.user.encode()).hexdigest()

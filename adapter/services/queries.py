@@ -23,12 +23,11 @@ from adapter.contract.names import MAX_SEQ, Names, check_sandbox
 from adapter.contract.records import Binding
 from adapter.conversation import window
 from adapter.errors import Refused
-from adapter.observability.events import read_last_person_change
 from adapter.observability.metrics import Metrics
 from adapter.outbound.receipts import Receipts
 from adapter.ports import History, SandboxRequest, SandboxResponse
 from adapter.services.health import HealthDeps, describe
-from adapter.services.requests import read_request, wait_loaded
+from adapter.services.requests import read_request
 
 S = TypeVar("S", WindowQuery, ReceiptQuery, ReplayQuery)
 REPLAY_BYTES = 512 * 1024
@@ -124,32 +123,16 @@ class Queries:
         messages: list[Replayed] = []
         size, more = 0, False
         sandbox = query.sandbox or ""
-        begins_after = 0 if query.former else await self._replay_starts_after(sandbox)
-        if begins_after is None:
-            return msgspec.json.encode(ReplayPage(messages=messages))
-        after, since_ms = max(query.after, begins_after), None if query.after else query.since_ms
+        since_ms = None if query.after else query.since_ms
         async for stored in self._history.read(
-            self._names.stream_in, self._names.inbox(sandbox), after=after, since_ms=since_ms
+            self._names.stream_in, self._names.inbox(sandbox), after=query.after, since_ms=since_ms
         ):
-            if stored.seq <= begins_after:  # since a time
-                continue
             size += len(stored.data)
             if len(messages) == query.limit or (messages and size > REPLAY_BYTES):
                 more = True
                 break
             messages.append(Replayed(seq=stored.seq, message=msgspec.Raw(stored.data)))
         return msgspec.json.encode(ReplayPage(messages=messages, next=messages[-1].seq if more else 0))
-
-    async def _replay_starts_after(self, sandbox: str) -> int | None:
-        """The sequence in WECHAT_IN up to which the sandbox's messages belong to former persons; None: all do.
-
-        Raises Temporary.
-        """
-        await wait_loaded(self._bindings)
-        if bound := self._bindings.of_sandbox(sandbox):
-            return min(binding.in_after for binding in bound)
-        last = await read_last_person_change(self._history, self._names, sandbox)
-        return last.replay_after if last is not None else 0
 
     def _find_bindings(self, sandbox: str | None, bot: str | None) -> list[Binding]:
         """The bindings that match all given names. Raises Refused("not_bound")."""

@@ -9,25 +9,10 @@ from collections import defaultdict
 import msgspec
 import pytest
 
-from adapter.bindings.queue import independent
 from adapter.errors import Temporary
 from tests.bindings.test_control import Platform
 
 VIRTUAL_TIME = True
-
-
-@pytest.mark.parametrize(
-    ("keys", "groups"),
-    [
-        ([], []),
-        (["a", "b", "c"], [[0], [1], [2]]),
-        (["ax", "by", "ay"], [[0, 1, 2]]),
-        (["a", "b", "ac", "c", "d"], [[0, 2, 3], [1], [4]]),
-        (["ab", "cd", "e", "da"], [[0, 1, 3], [2]]),
-    ],
-)
-def test_commands_that_share_a_key_go_in_order_in_one_group(keys: list[str], groups: list[list[int]]) -> None:
-    assert sorted(independent({number: set(each) for number, each in enumerate(keys)})) == groups
 
 
 async def test_a_bind_that_waits_for_the_bus_does_not_hold_up_those_of_other_sandboxes(platform: Platform) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import base64
-from collections.abc import Collection
 from typing import Any
 
 import msgspec
@@ -15,7 +14,7 @@ from adapter.bindings.binder import ControlDeps, Eraser
 from adapter.bindings.control import Control
 from adapter.bindings.registry import Bindings
 from adapter.contract.messages import Bind, ControlAnswer, Erase
-from adapter.contract.names import H_ERROR, H_ERROR_CODE, H_MSG_ID, H_REPLY_TO, to_subject_token
+from adapter.contract.names import H_ERROR, H_ERROR_CODE, H_MSG_ID, H_REPLY_TO, shard_of, to_subject_token
 from adapter.contract.records import Binding
 from adapter.errors import BusRefused, Refused, Temporary
 from adapter.ilink.wire import OPAQUE_CHARS
@@ -33,10 +32,8 @@ INBOX = "_INBOX.abc.1"
 class NoEraser:
     """Nothing is there of anybody."""
 
-    async def run(self, command: Erase, unbound: Collection[str], turn: asyncio.Lock) -> ControlAnswer:
+    async def run(self, command: Erase) -> ControlAnswer:
         return ControlAnswer(ok=True, id=command.id or "")
-
-    async def wait_released(self, bots: Collection[str]) -> None: ...
 
 
 class Platform:
@@ -63,6 +60,7 @@ class Platform:
                 metrics=self.bench.metrics,
             )
         )
+        self.bench.bindings.add_listener(lambda bot, _before, _after: self.bench.replica.closings.follow(bot))
         self.deliveries: list[FakeDelivery] = []
         self.task = asyncio.get_running_loop().create_task(self.control.run())
 
@@ -307,6 +305,7 @@ def heir(before: Platform) -> Platform:
     """A replica that has heard of no binding yet."""
     bench = Bench(before.bench)
     bench.bindings = Bindings(bench.bindings_bucket)
+    bench.bindings_bucket.followers.append(bench.bindings._apply_entry)
     return Platform(bench)
 
 
@@ -383,9 +382,9 @@ async def test_one_that_was_cut_off_for_long_tells_nothing_that_is_over(platform
     assert [change for _, _, change in platform.changes] == ["bound", "unbound", "bound"]
 
 
-@pytest.mark.parametrize(("verb", "last"), [("bind", 1), ("unbind", 2)])
+@pytest.mark.parametrize("last", [1, 2])
 async def test_an_owner_cut_off_as_it_read_changes_nothing_that_another_has_written_since(
-    verb: str, last: int, platform: Platform
+    last: int, platform: Platform
 ) -> None:
     """What it asked comes to the server once the path is there again, and is answered with what is new."""
     await platform.bind()
@@ -402,10 +401,11 @@ async def test_an_owner_cut_off_as_it_read_changes_nothing_that_another_has_writ
         return await read(key)
 
     bucket.get = cut_off  # type: ignore[method-assign]
-    platform.publish(verb, msgspec.json.encode({"sandbox": "s1", "bot": BOT, "bot_token": f"{TOKEN}2"}))
+    platform.publish("unbind", b'{"sandbox":"s1"}')
     await asyncio.sleep(30)
     assert looks == last
     assert platform.bound == {BOT: "s9"}
+    assert platform.binding().closing == 0
 
 
 async def test_what_a_bind_reads_does_not_grow_with_the_bots_of_its_sandbox(platform: Platform) -> None:
@@ -443,171 +443,175 @@ B2: dict[str, Any] = {"bot": "b2@im.bot", "bot_token": "b2@im.bot:x"}
 OTHER: dict[str, Any] = {**B2, "user": "u2@im.wechat"}
 
 
-def writes(platform: Platform, count: int = 1) -> int:
-    """Somebody writes to s1; the last sequence."""
-    for _ in range(count):
-        last = platform.bench.bus.put("wechat.inbox.s1", b"{}", {})
-    platform.bench.bus.put("wechat.inbox.s2", b"{}", {})
-    return last
+def writes(platform: Platform, text: str = "hello") -> None:
+    """The person of s1 writes, and that of s2."""
+    for sandbox in ("s1", "s2"):
+        body = msgspec.json.encode({"text": text})
+        platform.bench.bus.put(platform.bench.names.inbox(sandbox), body, {})
+
+
+def inbox(platform: Platform, sandbox: str = "s1") -> list[str]:
+    subject = platform.bench.names.inbox(sandbox)
+    stored = [each for each in platform.bench.bus.found("IN") if each.subject == subject]
+    return [msgspec.json.decode(each.data)["text"] for each in stored]
 
 
 def orders(platform: Platform) -> int:
-    """A command of s1 is stored, and one of another sandbox; the sequence."""
-    stored = platform.bench.bus.put(platform.bench.names.out_of_sandbox("s1"), b"{}", {})
-    platform.bench.bus.put(platform.bench.names.out_of_sandbox("s2"), b"{}", {})
-    return stored
+    """A command of s1 is stored and taken, and one of another sandbox; the last sequence of the stream."""
+    bus, names = platform.bench.bus, platform.bench.names
+    bus.put(names.out_of_sandbox("s1"), b"{}", {})
+    last = bus.put(names.out_of_sandbox("s2"), b"{}", {})
+    bus.kept = [kept for kept in bus.kept if kept.stored.seq != last or kept.stream != names.stream_out]
+    return last
 
 
-def kept_after(platform: Platform) -> list[int | None]:
-    return [event.replay_after for event in platform.bench.bus.events()]
-
-
-async def test_an_unbind_moves_the_durable_consumer_on_and_leaves_nothing_to_replay(platform: Platform) -> None:
-    await platform.bind()
-    last = writes(platform, 3)
-    await platform.say("unbind", sandbox="s1")
-    assert platform.bench.core.moved == [("s1", last)]
-    assert kept_after(platform) == [0, None]
-
-
-async def test_an_unbind_that_keeps_moves_nothing(platform: Platform) -> None:
+async def test_the_unbind_that_leaves_nobody_empties_the_inbox(platform: Platform) -> None:
     await platform.bind()
     writes(platform)
-    await platform.say("unbind", sandbox="s1", keep_undelivered=True)
-    assert platform.bench.core.moved == []
-    assert kept_after(platform) == [0, 0]
+    await platform.say("unbind", sandbox="s1")
+    assert (inbox(platform), inbox(platform, "s2")) == ([], ["hello"])
 
 
 async def test_an_unbind_of_one_of_two_persons_costs_the_other_nothing(platform: Platform) -> None:
     await platform.bind()
     await platform.bind(**OTHER)
-    last = writes(platform)
+    writes(platform)
     await platform.say("unbind", sandbox="s1", bot=BOT)
-    assert platform.bench.core.moved == []
+    assert inbox(platform) == ["hello"]
     await platform.say("unbind", sandbox="s1")
-    assert platform.bench.core.moved == [("s1", last)]
-    assert kept_after(platform) == [0, 0, 0, None]
+    assert inbox(platform) == []
+
+
+async def test_who_stays_gets_no_command_that_may_have_meant_who_leaves(platform: Platform) -> None:
+    await platform.bind()
+    await platform.bind(**OTHER)
+    command = orders(platform)
+    await platform.say("unbind", sandbox="s1", bot=BOT)
+    assert platform.binding("b2@im.bot").out_after == command
 
 
 async def test_an_unbind_that_was_carried_out_up_to_its_last_step_is_carried_on(platform: Platform) -> None:
     await platform.bind()
-    last = writes(platform)
-    move, failures = platform.bench.core.move_durable, [Temporary("bus_down")]
+    writes(platform)
+    purge, failures = platform.bench.bus.purge, [Temporary("bus_down")]
 
-    async def fails_once(sandbox: str, after: int) -> None:
+    async def fails_once(stream: str, subject: str, *, keep: int = 0, up_to: int = 0) -> None:
         if failures:
             raise failures.pop()
-        await move(sandbox, after)
+        await purge(stream, subject, keep=keep, up_to=up_to)
 
-    platform.bench.core.move_durable = fails_once  # type: ignore[method-assign]
+    platform.bench.bus.purge = fails_once  # type: ignore[method-assign]
     await platform.say("unbind", sandbox="s1")
-    assert platform.bench.core.moved == [("s1", last)]
+    assert (inbox(platform), platform.bound) == ([], {})
 
 
-async def test_a_bot_that_moves_away_leaves_nothing_undelivered_behind(platform: Platform) -> None:
+async def test_a_bot_that_moves_away_leaves_nothing_behind(platform: Platform) -> None:
     await platform.bind()
-    last = writes(platform)
+    writes(platform)
     await platform.bind(sandbox="s2")
-    assert platform.bench.core.moved == [("s2", last + 1), ("s1", last)]
-    assert [event.replay_after for event in platform.bench.bus.events() if event.change == "unbound"] == [None]
+    assert (inbox(platform), inbox(platform, "s2")) == ([], ["hello"])
 
 
-async def test_another_person_begins_behind_what_was_kept_of_the_one_before(platform: Platform) -> None:
-    await platform.bind()
-    command, last = orders(platform), writes(platform)
-    await platform.say("unbind", sandbox="s1", keep_undelivered=True)
-    await platform.bind(**OTHER, options={"durable": True})
-    assert platform.bench.core.moved == [("s1", last)]
-    assert platform.bench.core.made_after == [last]
-    binding = platform.binding("b2@im.bot")
-    assert (binding.in_after, binding.out_after) == (last, command)
-    assert kept_after(platform) == [0, 0, last]
-
-
-async def test_another_person_gets_what_was_kept_where_the_bind_says_so_but_no_command(platform: Platform) -> None:
-    await platform.bind()
-    command = orders(platform)
-    writes(platform)
-    await platform.say("unbind", sandbox="s1", keep_undelivered=True)
-    await platform.bind(**OTHER, keep_undelivered=True)
-    binding = platform.binding("b2@im.bot")
-    assert (binding.in_after, binding.out_after, platform.bench.core.moved) == (0, command, [])
-
-
-async def test_what_was_not_kept_does_not_come_back_with_a_bind_that_keeps(platform: Platform) -> None:
+async def test_an_unbind_waits_for_the_owner_of_the_shard_and_other_persons_for_nothing(platform: Platform) -> None:
     await platform.bind()
     writes(platform)
-    await platform.say("unbind", sandbox="s1")
-    last = writes(platform)
-    await platform.bind(**OTHER, keep_undelivered=True)
-    assert platform.binding("b2@im.bot").in_after == last
+    platform.bench.leases.owned.discard(shard_of("s1"))
+    unbind = platform.publish("unbind", b'{"sandbox":"s1","id":"u1"}')
+    behind = platform.publish("bind", msgspec.json.encode({"sandbox": "s1", "bot": "b2@im.bot", "bot_token": "t"}))
+    await asyncio.sleep(30)
+    assert (await platform.bind(sandbox="s2", bot="b3@im.bot", user="u3@im.wechat")).ok
+    await asyncio.sleep(40)
+    told = [msgspec.json.decode(payload, type=ControlAnswer) for _, payload, _ in platform.bench.core.published]
+    assert [(answer.id, answer.pending) for answer in told if answer.id == "u1"] == [("u1", True)]
+    assert (unbind.acks, behind.acks, inbox(platform)) == (0, 0, ["hello"])
+    assert platform.binding().closing == unbind.seq
+    platform.bench.leases.owned.add(shard_of("s1"))
+    platform.bench.replica.closings.follow(BOT)
+    await asyncio.sleep(1)
+    assert (unbind.acks, behind.acks, inbox(platform)) == (1, 1, [])
+    assert platform.bound == {"b2@im.bot": "s1", "b3@im.bot": "s2"}
+
+
+async def test_a_new_owner_of_the_control_commands_carries_on_with_what_is_closing(platform: Platform) -> None:
+    await platform.bind()
+    platform.bench.leases.owned.discard(shard_of("s1"))
+    unbind = platform.publish("unbind", b'{"sandbox":"s1"}')
+    await asyncio.sleep(1)
+    platform.task.cancel()
+    later = heir(platform)
+    later.control.enqueue(unbind.again())
+    await asyncio.sleep(1)
+    assert (later.bound, [change for *_, change in later.changes]) == ({}, ["bound", "unbound"])
+
+
+async def test_an_unbind_that_breaks_the_adapter_opens_what_it_had_closed(platform: Platform) -> None:
+    await platform.bind()
+
+    async def bug(stream: str, subject: str, *, keep: int = 0, up_to: int = 0) -> None:
+        raise RuntimeError("a bug")
+
+    writes(platform)
+    platform.bench.bus.purge = bug  # type: ignore[method-assign]
+    unbind = platform.publish("unbind", b'{"sandbox":"s1"}')
+    await asyncio.sleep(120)
+    assert (unbind.acks, platform.binding().closing) == (1, 0)
+    assert len(platform.bench.bus.found("DEAD")) == 1
 
 
 AGAIN: list[tuple[str, dict[str, Any]]] = [
-    ("the-same-bot", {}),
-    ("the-same-bot-without-its-user", {"user": None}),
+    ("the-same-bot", {"options": {"auto_typing": True}}),
+    ("the-same-bot-without-its-user", {"user": None, "options": {"auto_typing": True}}),
     ("another-bot", {"bot": "b2@im.bot", "bot_token": "b2@im.bot:x"}),
 ]
 
 
 @pytest.mark.parametrize("fields", [row[1] for row in AGAIN], ids=[row[0] for row in AGAIN])
 @pytest.mark.parametrize("taken_over", [False, True])
-async def test_the_same_person_again_goes_on_after_an_unbind_that_keeps(
+async def test_the_same_person_keeps_what_was_parked(
     fields: dict[str, Any], taken_over: bool, platform: Platform
 ) -> None:
-    writes(platform)  # of nobody of whom anything is known
-    first = writes(platform)
-    await platform.bind(options={"durable": True})
+    """A new login, or other options."""
+    await platform.bind()
     orders(platform)
     writes(platform)
-    await platform.say("unbind", sandbox="s1", keep_undelivered=True)
     later = heir(platform) if taken_over else platform
     await later.bind(**fields)
     (binding,) = later.bench.bindings.of_sandbox("s1")
-    assert (binding.in_after, binding.out_after) == (first, 0)
-    assert [*platform.bench.core.moved, *(later.bench.core.moved if taken_over else [])] == [("s1", first)]
+    assert (binding.out_after, inbox(platform)) == (0, ["hello"])
 
 
-async def test_a_person_who_is_bound_by_a_new_bot_keeps_everything(platform: Platform) -> None:
-    first = writes(platform)
-    await platform.bind()
-    orders(platform)
-    writes(platform)
-    await platform.bind(**B2, options={"durable": True})
-    assert (platform.binding("b2@im.bot").in_after, platform.binding("b2@im.bot").out_after) == (first, 0)
-    assert platform.bench.core.made_after == [first]
-    assert platform.bench.core.moved == [("s1", first)]
-
-
-async def test_a_person_beside_another_disturbs_nothing_and_gets_no_command_of_before(platform: Platform) -> None:
-    await platform.bind()
-    command, last = orders(platform), writes(platform)
-    await platform.bind(**OTHER)
-    assert platform.bench.core.moved == []
-    assert (platform.binding("b2@im.bot").in_after, platform.binding("b2@im.bot").out_after) == (last, command)
-    assert (platform.binding().in_after, platform.binding().out_after) == (0, 0)
-
-
-async def test_a_bot_that_turns_out_to_be_of_another_person_begins_anew(platform: Platform) -> None:
-    await platform.bind()
-    command, last = orders(platform), writes(platform)
-    await platform.bind(user="u2@im.wechat")
-    assert (platform.binding().in_after, platform.binding().out_after) == (last, command)
-    assert platform.bench.core.moved == [("s1", last)]
-
-
-async def test_a_command_on_its_way_over_plain_wechat_out_is_of_the_person_before_too(platform: Platform) -> None:
-    await platform.bind()
-    await platform.say("unbind", sandbox="s1")
-    command = platform.bench.bus.put(platform.bench.names.out_plain, b"{}", {})
+@pytest.mark.parametrize("known", ["nobody", "another", "unbound"])
+async def test_another_person_gets_no_command_of_before(known: str, platform: Platform) -> None:
+    if known != "nobody":
+        await platform.bind()
+    command = orders(platform)
+    if known == "unbound":
+        await platform.say("unbind", sandbox="s1")
     await platform.bind(**OTHER)
     assert platform.binding("b2@im.bot").out_after == command
 
 
-async def test_the_first_person_of_a_sandbox_gets_what_was_stored_before_the_bind(platform: Platform) -> None:
-    orders(platform)
+async def test_a_bot_that_turns_out_to_be_of_another_person_begins_anew(platform: Platform) -> None:
     await platform.bind()
-    assert platform.binding().out_after == 0
+    command = orders(platform)
+    await platform.bind(user="u2@im.wechat")
+    assert platform.binding().out_after == command
+
+
+async def test_binds_at_the_same_time_ask_once_for_the_newest_command(platform: Platform) -> None:
+    asked, ask = 0, platform.bench.bus.last_sequence
+
+    async def count(stream: str) -> int:
+        nonlocal asked
+        asked += 1
+        return await ask(stream)
+
+    platform.bench.bus.last_sequence = count  # type: ignore[method-assign]
+    for number in range(100):
+        bind = {"sandbox": f"s{number}", "bot": f"b{number}@im.bot", "bot_token": "t"}
+        platform.publish("bind", msgspec.json.encode(bind))
+    await asyncio.sleep(1)
+    assert (len(platform.bound), asked) == (100, 1)
 
 
 # refused -------------------------------------------------------------------------------------------------
@@ -672,7 +676,7 @@ async def test_an_unbind_that_nobody_can_read_is_kept_whole(platform: Platform) 
 
 async def test_a_consumer_that_cannot_be_made_refuses_the_bind(platform: Platform) -> None:
 
-    async def refuse(sandbox: str, after: int) -> None:
+    async def refuse(sandbox: str) -> None:
         raise Refused("invalid", "The durable consumer cannot be made.")
 
     platform.bench.core.make_durable = refuse  # type: ignore[method-assign]

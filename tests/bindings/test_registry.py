@@ -42,6 +42,32 @@ async def test_a_binding_that_the_bucket_has_lost_stays_and_can_be_unbound() -> 
     assert bucket.entries[to_subject_token(BOT)].value is None
 
 
+async def test_an_update_that_meets_a_deletion_brings_nothing_back() -> None:
+    """Its read was answered before the deletion, and looked at after it."""
+    bindings, bucket = await following()
+    key, read = to_subject_token(BOT), bucket.get
+
+    async def answered_late(key: str) -> Entry | None:
+        found = await read(key)
+        bucket.get = read  # type: ignore[method-assign]
+        bucket.put(key, None)
+        return found
+
+    bucket.get = answered_late  # type: ignore[method-assign]
+    assert await bindings.update(BOT, lambda now: msgspec.structs.replace(now, state="needs_login")) is None
+    assert bindings.get(BOT) is None
+    assert bucket.entries[key].value is None
+
+
+async def test_an_update_that_reads_a_deletion_applies_it() -> None:
+    """The message that tells of it was lost."""
+    bindings, bucket = await following()
+    bucket.followers.clear()
+    bucket.put(to_subject_token(BOT), None)
+    assert await bindings.update(BOT, lambda now: msgspec.structs.replace(now, state="needs_login")) is None
+    assert bindings.get(BOT) is None
+
+
 async def test_the_mark_of_an_unbinding_goes_in_time() -> None:
     bindings, bucket = await following()
     await bindings.remove(BOT)

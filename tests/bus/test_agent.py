@@ -83,7 +83,7 @@ class Agent:
 
 @pytest.fixture
 async def person(rig: Rig) -> Person:
-    await CoreNats(rig.connection, NAMES).make_durable("s1", 0)
+    await CoreNats(rig.connection, NAMES).make_durable("s1")
     return Person(rig)
 
 

@@ -414,71 +414,12 @@ async def test_a_stream_made_again_goes_on_above_its_old_sequences(rig: Rig) -> 
 
 async def test_a_durable_is_made_once_and_left_as_its_reader_has_it(rig: Rig) -> None:
     core = CoreNats(rig.connection, NAMES)
-    await core.make_durable("s1", 0)
-    await core.make_durable("s1", 0)
+    await core.make_durable("s1")
+    await core.make_durable("s1")
     verb = f"CONSUMER.INFO.{NAMES.stream_in}.s1"
     info = await rig.connection.api_request(verb)
     assert (info["config"]["filter_subject"], info["config"]["ack_policy"]) == (NAMES.inbox("s1"), "explicit")
     changed = {"stream_name": NAMES.stream_in, "action": "update", "config": {**info["config"], "max_ack_pending": 7}}
     await rig.connection.api_request(f"CONSUMER.CREATE.{NAMES.stream_in}.s1.{NAMES.inbox('s1')}", changed)
-    await core.make_durable("s1", 0)
+    await core.make_durable("s1")
     assert (await rig.connection.api_request(verb))["config"]["max_ack_pending"] == 7
-
-
-async def pulled(rig: Rig) -> list[bytes]:
-    """All that the durable consumer of s1 has now, acknowledged."""
-    nc = await rig.bus.client()
-    js = nc.jetstream()
-    subscription = await js.pull_subscribe_bind("s1", NAMES.stream_in)
-    found: list[bytes] = []
-    while (await js.consumer_info(NAMES.stream_in, "s1")).num_pending:
-        for msg in await subscription.fetch(10):
-            found.append(msg.data)
-            await msg.ack()
-    await nc.close()
-    return found
-
-
-async def say(rig: Rig, *texts: str) -> int:
-    """Messages to s1; the last sequence."""
-    for text in texts:
-        ack = await rig.publisher.publish(Message("in", NAMES.inbox("s1"), text.encode(), {}))
-    return ack.seq
-
-
-async def test_a_durable_is_moved_past_what_was_said_and_stays_as_its_reader_has_it(rig: Rig) -> None:
-    core = CoreNats(rig.connection, NAMES)
-    last = await say(rig, "a", "b")
-    await core.move_durable("s1", last)  # there is none: nothing waits for an answer that never comes
-    await core.make_durable("s1", 0)
-    nc = await rig.bus.client()
-    unacknowledged = await (await nc.jetstream().pull_subscribe_bind("s1", NAMES.stream_in)).fetch(1)
-    await core.move_durable("s1", last)
-    await say(rig, "c")
-    await unacknowledged[0].nak()
-    assert await pulled(rig) == [b"c"]
-    await core.move_durable("s1", last)
-    assert await pulled(rig) == [b"c"]
-    await nc.close()
-
-
-async def test_a_durable_begins_where_its_person_does(rig: Rig) -> None:
-    core = CoreNats(rig.connection, NAMES)
-    last = await say(rig, "a", "b")
-    await core.make_durable("s1", last)
-    await core.make_durable("s1", 0)
-    await say(rig, "c")
-    assert await pulled(rig) == [b"c"]
-    await core.move_durable("s1", await say(rig, "d"))
-    await say(rig, "e")
-    assert await pulled(rig) == [b"e"]
-
-
-async def test_a_durable_that_its_reader_has_made_deliver_only_what_is_new_is_left_alone(rig: Rig) -> None:
-    config = {"name": "s1", "durable_name": "s1", "filter_subject": NAMES.inbox("s1"), "ack_policy": "explicit"}
-    body = {"stream_name": NAMES.stream_in, "config": config | {"deliver_policy": "new"}}
-    await rig.connection.api_request(f"CONSUMER.CREATE.{NAMES.stream_in}.s1.{NAMES.inbox('s1')}", body)
-    with capture_logs() as logs:
-        await CoreNats(rig.connection, NAMES).move_durable("s1", await say(rig, "a"))
-    assert [line["event"] for line in logs] == ["durable.move_failed"]
-    assert await pulled(rig) == [b"a"]

@@ -49,7 +49,7 @@ async def test_all_replicas_are_asked_at_once_and_waited_for_no_longer_than_need
 
 async def test_few_pulls_wait_at_a_durable_consumer(rig: Rig) -> None:
     """A sandbox that asks without end is answered; the server does not keep its requests."""
-    await CoreNats(rig.connection, NAMES).make_durable("s1", 0)
+    await CoreNats(rig.connection, NAMES).make_durable("s1")
     nc = await rig.bus.client()
     inbox = nc.new_inbox()
     answers = await nc.subscribe(inbox)

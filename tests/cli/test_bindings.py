@@ -182,14 +182,6 @@ async def test_unbind_one_or_all(cli: Command, bus: Bus) -> None:
     assert isinstance(one, Unbind)
     assert isinstance(other, Unbind)
     assert (one.bot, other.bot) == (None, "bot1@im.bot")
-    assert not one.keep_undelivered
-
-
-async def test_what_is_undelivered_is_kept_where_that_is_asked_for(cli: Command, bus: Bus, token_file: str) -> None:
-    async with answering(bus) as adapter:
-        assert (await cli("unbind", "s1", "--keep")).code == 0
-        assert (await cli("bind", "s1", "bot1@im.bot", "--token-file", token_file, "--keep")).code == 0
-    assert [asked.keep_undelivered for asked in adapter.asked] == [True, True]
 
 
 async def test_bindings_come_in_pages_and_are_shown_whole(cli: Command, bus: Bus) -> None:

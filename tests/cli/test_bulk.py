@@ -68,16 +68,11 @@ async def test_rows_of_csv_are_bound_and_what_is_no_row_can_be_mended_and_run_ag
 
 async def test_rows_of_json_come_from_standard_input_too(bus: Bus) -> None:
     async with answering(bus) as adapter, started("unbind", "--from", "-", "--json") as process:
-        out, err = await process.communicate(
-            b'{"sandbox":"s1","bot":"b1@im.bot"}\n\n{"sandbox":"s2","bot":null,"keep":true}\n'
-        )
+        out, err = await process.communicate(b'{"sandbox":"s1","bot":"b1@im.bot"}\n\n{"sandbox":"s2","bot":null}\n')
     assert (process.returncode, out.count(b'{"ok":true')) == (0, 2)
     assert b"2 unbound, 0 failed" in err
     asked = [each for each in adapter.asked if isinstance(each, Unbind)]
-    assert sorted((each.sandbox, each.bot, each.keep_undelivered) for each in asked) == [
-        ("s1", "b1@im.bot", False),
-        ("s2", None, True),
-    ]
+    assert sorted((each.sandbox, each.bot) for each in asked) == [("s1", "b1@im.bot"), ("s2", None)]
 
 
 async def test_rows_of_one_sandbox_or_bot_are_stored_in_order(cli: Command, bus: Bus, rows: Path) -> None:

@@ -19,6 +19,7 @@ from adapter.contract.names import (
     H_SUBJECT,
     H_TIME_MS,
     H_TRACEPARENT,
+    H_USER,
     Names,
 )
 from adapter.services.dead_letters import original_subject
@@ -115,7 +116,7 @@ async def test_show_prints_whatever_a_sandbox_made_a_dead_letter(
 
 
 async def test_headers_that_are_not_ascii_are_shown_and_kept_by_a_retry(cli: Command, bus: Bus) -> None:
-    await die(bus, OUT, "wechat.out.17.s1", b"{}", kind="Gr\u00fc\u00dfe \u4f60")
+    await die(bus, OUT, "wechat.out.17.s1", b"{}", kind="Gr\u00fc\u00dfe \u4f60", **{H_USER: "u1@im.wechat"})
     (row,) = (await cli("dead", "show", "1", "--json")).rows
     assert row["headers"]["kind"] == "Gr\u00fc\u00dfe \u4f60"
     assert "kind: Gr\u00fc\u00dfe \u4f60" in (await cli("dead", "show", "1")).out
@@ -133,14 +134,23 @@ async def test_several_of_which_one_is_not_there(cli: Command, bus: Bus) -> None
 
 
 async def test_retry_stores_the_command_again_and_deletes_the_letter(cli: Command, bus: Bus) -> None:
-    await die(bus, OUT, "wechat.out.17.s1", b'{"text":"hi"}', **{H_COMMAND: "c1", H_SINCE_MS: "1"})
+    about = {H_COMMAND: "c1", H_SINCE_MS: "1", H_USER: "u1@im.wechat"}
+    await die(bus, OUT, "wechat.out.17.s1", b'{"text":"hi"}', **about)
     result = await cli("dead", "retry", "1")
     assert result.code == 0
     assert "stored again on wechat.out.s1" in result.out
     stored = await bus.js.get_last_msg(bus.names.stream_out, ">")
-    assert stored.data == b'{"text":"hi"}'
+    assert stored.data == b'{"text":"hi","user":"u1@im.wechat"}'
     assert stored.headers == {H_COMMAND: "c1", H_TRACEPARENT: "00-x", H_MSG_ID: "retry-1-1760000000000"}
     assert (await cli("dead", "ls")).out == "No dead letters.\n"
+
+
+async def test_a_command_of_which_nobody_knows_whom_it_was_for_is_not_retried(cli: Command, bus: Bus) -> None:
+    """Another person may be bound by now."""
+    await die(bus, OUT, "wechat.out.17.s1", b'{"text":"hi"}')
+    result = await cli("dead", "retry", "1")
+    assert (result.code, "for whom" in result.err) == (1, True)
+    assert (await cli("dead", "show", "1")).code == 0
 
 
 async def test_a_bind_can_be_retried_too(cli: Command, bus: Bus) -> None:
@@ -150,7 +160,7 @@ async def test_a_bind_can_be_retried_too(cli: Command, bus: Bus) -> None:
 
 
 async def test_a_retry_cut_half_way_and_repeated_stores_once(cli: Command, bus: Bus) -> None:
-    await die(bus, OUT, "wechat.out.17.s1", b'{"text":"hi"}')
+    await die(bus, OUT, "wechat.out.17.s1", b'{"text":"hi","user":"u1@im.wechat"}')
     await bus.js.publish("wechat.out.s1", b'{"text":"hi"}', headers={H_MSG_ID: "retry-1-1760000000000"})
     assert (await cli("dead", "retry", "1")).code == 0
     assert (await bus.js.stream_info(bus.names.stream_out)).state.messages == 1

@@ -90,7 +90,7 @@ async def test_what_is_bound_can_be_listed(sim: Simulator, cli: Command) -> None
         assert process.returncode == 0
     (row,) = (await cli("bindings", "--json")).rows
     assert (row["sandbox"], row["bot"]) == ("s1", sim.bots()[0].bot)
-    assert row["options"] == {"durable": False, "auto_typing": True, "media": True, "fresh": False}
+    assert row["options"] == {"durable": False, "auto_typing": True, "media": True}
 
 
 async def test_a_user_who_has_a_bot_is_told_so(sim: Simulator) -> None:
@@ -106,7 +106,7 @@ async def test_a_user_who_has_a_bot_is_told_so(sim: Simulator) -> None:
     assert b"serves this user already" in out
 
 
-async def test_another_person_than_before_is_noticed(sim: Simulator) -> None:
+async def test_another_person_who_is_bound_is_noticed(sim: Simulator) -> None:
     async with started("login", "s1") as process:
         sim.confirm(await code_of(sim))
         out, _ = await process.communicate()
@@ -117,7 +117,7 @@ async def test_another_person_than_before_is_noticed(sim: Simulator) -> None:
         sim.confirm(await code_of(sim))
         out, err = await process.communicate()
         assert (process.returncode, err) == (0, b"")
-    assert f"Another person than before has scanned the code: {first.user} ".encode() in out
+    assert f"Another person is bound to this sandbox, too: {first.user}.".encode() in out
 
 
 async def test_the_url_alone_for_a_program_that_draws_it(sim: Simulator) -> None:

@@ -15,7 +15,7 @@ LOWER = ("minimum", "exclusiveMinimum", "minLength", "minItems")
 EXACT = ("pattern", "format", "contentEncoding", "const")
 KNOWN = {
     *(*UPPER, *LOWER, *EXACT),
-    *("type", "enum", "anyOf", "$ref", "properties", "required", "items", "default"),
+    *("type", "enum", "anyOf", "$ref", "properties", "additionalProperties", "required", "items", "default"),
     *("title", "description", "discriminator", "$schema", "$id", "$defs"),
 }
 """A keyword that is none of these cannot be judged here, so that it counts as a break."""
@@ -78,6 +78,9 @@ def _compare_one(where: str, before: Side, after: Side, sent: bool) -> Iterator[
         yield from _values(here, old.get("enum"), new.get("enum"), sent)
     if "items" in old:
         yield from _compare(f"{where}[]", before.at(old["items"]), after.at(new["items"]), sent)
+    if "additionalProperties" in old:  # a map
+        a, b = (side.at(side.schema.get("additionalProperties", {})) for side in (before, after))
+        yield from _compare(f"{where}{{}}", a, b, sent)
     required = set(new.get("required", ()))
     for name in sorted(required - set(old.get("required", ()))):
         yield f"{_join(where, name)}: it is required now, and messages without it are stored"

@@ -4,14 +4,17 @@ itself."""
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import random
 import signal
 from pathlib import Path
 
 import pytest
+from nats.errors import Error as NatsError
 
+from adapter.contract.messages import Options
 from tests.e2e.busy import faultless, polled_anew, running, talking
-from tests.e2e.world import NAMES, eventually, load
+from tests.e2e.world import NAMES, eventually, load, stream, world
 
 LEADERS = (
     NAMES.stream_in,
@@ -75,3 +78,32 @@ async def test_without_a_quorum_everything_waits_and_then_goes_on(tmp_path: Path
         await eventually(adapter.is_ready, "it is ready again")
         await load(made, nc, rounds=3, pause_s=0.2, rng=random.Random(1), first=4)
         await faultless(made, nc)
+
+
+@pytest.mark.slow
+async def test_a_server_that_is_down_delays_nobodys_bind(tmp_path: Path) -> None:
+    """Not even the unbind of a sandbox whose durable consumer it has."""
+    async with world(tmp_path, clustered=True) as made:
+        await made.add_adapter()
+        nc = await made.nc()
+        js = nc.jetstream()
+        assert (await made.bind(nc, "s1", made.sim.add_bot(), options=Options(durable=True))).ok
+        made.say("s1", "hello")
+        await made.settle(nc)
+        cluster = (await js.consumer_info(NAMES.stream_in, "s1")).cluster
+        assert cluster is not None
+        node = next(each for each in made.cluster.nodes if each.name == cluster.leader)
+        node.kill()
+        made.said.clear()
+
+        async def is_connected() -> bool:
+            with contextlib.suppress(NatsError):
+                await nc.flush(1)
+                return True
+            return False
+
+        await eventually(is_connected, "the test has another server")
+        assert (await made.control(nc, NAMES.unbind, b'{"sandbox":"s1","id":"u1"}')).ok
+        assert (await made.bind(nc, "s2", made.sim.add_bot())).ok
+        assert (await made.bind(nc, "s1", made.sim.add_bot())).ok
+        assert await stream(nc, NAMES.stream_in, NAMES.inbox("s1")) == []

@@ -9,6 +9,7 @@ import msgspec
 from nats.aio.client import Client
 
 from adapter.contract.messages import ControlAnswer, Erase
+from adapter.contract.names import to_subject_token
 from adapter.simulator import BotRecord
 from tests.e2e.world import NAMES, World, eventually, stream, until, world
 
@@ -110,6 +111,24 @@ async def test_a_person_is_erased_while_everybody_writes(tmp_path: Path) -> None
         await nc.close()
 
 
+async def test_an_erasure_waits_for_a_send_under_way(tmp_path: Path) -> None:
+    """Its receipt and the conversation's record would come back with the person's id, token and text."""
+    async with world(tmp_path, send_latency_ms=4000) as made:
+        await made.add_adapter()
+        nc, bot = await made.nc(), made.sim.add_bot()
+        assert (await made.bind(nc, "s0", bot)).ok
+        made.say("s0", "secret one of s0.")
+        await made.settle(nc)
+        await made.command(nc, "s0", "a-s0")
+        await until(lambda: bool(made.sim.calls(bot.bot, "sendmessage")), "the request is out")
+        answer = await erase(made, nc, bot, "e")
+        assert (answer.ok, answer.left) == (True, {})
+        made.adapters[0].signal(15)  # what it has in memory, it writes as it stops
+        assert await made.adapters[0].ended() == 0
+        assert await naming(nc, bot.user, bot.bot, "of s0.", "answer a-s0") == []
+        await nc.close()
+
+
 async def test_an_erasure_that_its_replica_did_not_survive_is_finished_by_the_next_request(tmp_path: Path) -> None:
     async with world(tmp_path) as made:
         await made.add_adapter()
@@ -118,11 +137,13 @@ async def test_an_erasure_that_its_replica_did_not_survive_is_finished_by_the_ne
         payload = msgspec.json.encode(Erase(user=bots["s0"].user, id="first"))
         await nc.jetstream().publish(NAMES.erase, payload)
 
-        async def is_unbound() -> bool:
-            events = await stream(nc, NAMES.stream_event, NAMES.event("s0", "binding"))
-            return any(b'"unbound"' in data for _, data in events)
+        async def is_closing() -> bool:
+            stored = await stream(
+                nc, f"KV_{NAMES.bindings}", f"$KV.{NAMES.bindings}.{to_subject_token(bots['s0'].bot)}"
+            )
+            return not stored[-1][1] or b'"closing"' in stored[-1][1]
 
-        await eventually(is_unbound, "the person is unbound")
+        await eventually(is_closing, "the person's binding ends")
         await made.adapters[0].kill()
         await made.adapters[0].start()
         await erased(made, nc, bots["s0"], "second")

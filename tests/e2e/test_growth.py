@@ -134,8 +134,8 @@ async def close_unused(adapter: Replica) -> None:
 
 def forget_the_last(adapter: Replica) -> None:
     """Empties what is bounded by a number that is higher than what happens here: the last so many of a kind."""
-    adapter.control.queue._settled.clear()
-    adapter.control.binder.sandboxes.clear()
+    adapter.control._settled.clear()
+    adapter.bindings._deleted.clear()
     for shard in adapter.supervisor.shards.values():
         shard.commands._ended.clear()
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
+import random
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +13,8 @@ import msgspec
 import pytest
 from nats.aio.client import Client
 
-from adapter.contract.messages import Inbound, Options, Receipt, ReplayPage, ReplayQuery, Unbind
+from adapter.contract.messages import Bind, Erase, Inbound, Options, Receipt, ReplayPage, ReplayQuery, Unbind
+from adapter.contract.names import to_subject_token
 from adapter.simulator import BotRecord
 from tests.e2e.test_bindings import ask
 from tests.e2e.world import NAMES, World, eventually, stream, until, world
@@ -86,12 +90,13 @@ async def test_the_next_person_meets_nothing_of_the_one_before(tmp_path: Path) -
         assert await delivered(nc) == ["of the first one"]
         await says(made, nc, "and more of it")
         await unbind(made, nc)
+        made.said.clear()
         assert (await delivered(nc), await unacknowledged(nc)) == ([], 0)
         assert await replayed(nc) == []
         assert (await made.bind(nc, "s1", made.sim.add_bot(), options=DURABLE)).ok
         assert await delivered(nc) == []
         assert [await replayed(nc), await replayed(nc, after=1), await replayed(nc, since_ms=1)] == [[], [], []]
-        assert await replayed(nc, former=True) == ["of the first one", "and more of it"]
+        assert await stream(nc, NAMES.stream_in, NAMES.inbox("s1")) == []
         second = await says(made, nc, "of the second one")
         assert await delivered(nc) == ["of the second one"]
         assert await replayed(nc) == ["of the second one"]
@@ -104,20 +109,6 @@ async def test_the_next_person_meets_nothing_of_the_one_before(tmp_path: Path) -
         assert right.outcome == "accepted"
         assert (await outcome(made, nc, "strange", reply_to="42")).outcome == "accepted"
         assert made.phone_texts("s1") == ["answer right", "answer strange"]
-
-
-@pytest.mark.parametrize("keep", [False, True])
-async def test_commands_kept_by_an_unbind_are_the_next_persons_only_if_the_bind_keeps_them(
-    tmp_path: Path, keep: bool
-) -> None:
-    async with world(tmp_path) as made:
-        nc, _ = await begun(made)
-        await says(made, nc, "of the first one")
-        await unbind(made, nc, keep_undelivered=True)
-        assert await replayed(nc) == ["of the first one"]
-        await made.bind(nc, "s1", made.sim.add_bot(), options=DURABLE, keep_undelivered=keep)
-        kept = ["of the first one"] if keep else []
-        assert (await replayed(nc), await delivered(nc)) == (kept, kept)
 
 
 async def test_a_new_bot_of_the_same_person_answers_what_was_said_to_the_old_one(
@@ -136,14 +127,20 @@ async def test_a_new_bot_of_the_same_person_answers_what_was_said_to_the_old_one
         assert made.phone_texts("s1") == ["answer c1", "answer c2"]
 
 
-async def test_a_person_who_comes_back_after_an_unbind_that_keeps_finds_all_as_it_was(tmp_path: Path) -> None:
-    async with world(tmp_path) as made:
+async def test_commands_that_wait_for_who_leaves_end(tmp_path: Path) -> None:
+    async with world(tmp_path, environ={"WECHAT_NATS_SENDS_PER_WINDOW": "1"}) as made:
         nc, bot = await begun(made)
-        await says(made, nc, "before")
-        await unbind(made, nc, keep_undelivered=True)
+        await says(made, nc, "hello")
+        assert (await outcome(made, nc, "sent")).outcome == "accepted"
+        assert (await outcome(made, nc, "waits")).outcome == "parked"
+        await unbind(made, nc)
+        assert [(one.outcome, one.reason) for one in await made.receipts(nc)][-1] == ("refused", "not_bound")
+        assert await stream(nc, NAMES.stream_out, f"{NAMES.out_plain}.>") == []
         await made.bind(nc, "s1", bot, options=DURABLE)
-        assert await replayed(nc) == ["before"]
-        assert await delivered(nc) == ["before"]
+        made.said.clear()
+        await says(made, nc, "here I am again")
+        assert (await outcome(made, nc, "again")).outcome == "accepted"
+        assert made.phone_texts("s1") == ["answer sent", "answer again"]
 
 
 @pytest.mark.parametrize("plain", [False, True], ids=["sandbox", "service"])
@@ -153,6 +150,7 @@ async def test_a_command_that_names_nobody_does_not_wait_for_the_next_person(tmp
         nc, _ = await begun(made)
         await says(made, nc, "hello")
         await unbind(made, nc)
+        made.said.clear()
         await made.adapters[0].kill()
         await made.command(nc, "s1", "early", plain=plain)
         bot = made.sim.add_bot()
@@ -166,3 +164,71 @@ async def test_a_command_that_names_nobody_does_not_wait_for_the_next_person(tmp
         assert (receipt.outcome, receipt.reason) == ("refused", "not_bound")
         assert (await outcome(made, nc, "now")).outcome == "accepted"
         assert made.phone_texts("s1") == ["answer now"]
+
+
+@pytest.mark.parametrize("leaves", ["unbind", "erase"])
+async def test_an_answer_that_comes_too_late_is_not_the_next_persons(tmp_path: Path, leaves: str) -> None:
+    """It is stored before the bind, while no adapter runs; after an erasure nothing tells of the former person."""
+    async with world(tmp_path) as made:
+        nc, first = await begun(made)
+        await says(made, nc, "hello")
+        if leaves == "unbind":
+            await unbind(made, nc)
+        else:
+            answer = await made.control(nc, NAMES.erase, msgspec.json.encode(Erase(user=first.user)))
+            assert answer.ok
+            assert not answer.left
+        await made.adapters[0].kill()
+        js, second = nc.jetstream(), made.sim.add_bot()
+        await js.publish(NAMES.out("s1"), b'{"id":"late","text":"for the first only"}')
+        bind = Bind(sandbox="s1", bot=second.bot, bot_token=second.token, user=second.user)
+        await js.publish(NAMES.bind, msgspec.json.encode(bind))
+        made.said.clear()
+        made.sim.say(second.bot, "hi")
+        await made.adapters[0].start()
+        await until(lambda: made.sim.polls(second.bot).total > 1, "the next person is heard")
+        assert (await outcome(made, nc, "now", user=second.user)).outcome == "accepted"
+        assert [one.outcome for one in await made.receipts(nc) if one.command == "late"] == ["refused"]
+        assert [message.text for message in made.sim.phone(second.user)] == ["answer now"]
+
+
+async def test_an_answer_that_crosses_the_next_persons_bind_is_not_theirs(tmp_path: Path) -> None:
+    """Its author sends it while the next person is bound: what is stored before they are is not shown to them."""
+    chance = random.Random(1)
+    async with world(tmp_path) as made:
+        await made.add_adapter()
+        nc = await made.nc()
+        js = nc.jetstream()
+        early = 0
+        for number in range(100):
+            sandbox, first, second = f"s{number}", made.sim.add_bot(), made.sim.add_bot()
+            assert (await made.bind(nc, sandbox, first)).ok
+            await made.control(nc, NAMES.unbind, msgspec.json.encode(Unbind(sandbox=sandbox)))
+            made.bots[sandbox] = second
+            made.sim.say(second.bot, "hi")
+            bind = Bind(sandbox=sandbox, bot=second.bot, bot_token=second.token, user=second.user)
+
+            async def answer(sandbox: str, late_s: float) -> None:
+                await asyncio.sleep(late_s)
+                await js.publish(NAMES.out(sandbox), b'{"text":"for the first only"}')
+
+            await asyncio.gather(
+                answer(sandbox, chance.random() * 0.03), made.control(nc, NAMES.bind, msgspec.json.encode(bind))
+            )
+            key = f"$KV.{NAMES.bindings}.{to_subject_token(second.bot)}"
+            bound = await js.get_last_msg(f"KV_{NAMES.bindings}", key)
+            assert bound.time is not None
+            bound_ms = bound.time.timestamp() * 1000
+
+            found: list[Receipt] = []
+
+            async def told_of(sandbox: str, found: list[Receipt]) -> bool:
+                found[:] = [one for one in await made.receipts(nc) if one.sandbox == sandbox]
+                return bool(found)
+
+            await eventually(partial(told_of, sandbox, found), "the answer has its receipt")
+            told = found[-1]
+            if told.received_at_ms < int(bound_ms):
+                early += 1
+                assert (told.outcome, made.phone_texts(sandbox)) == ("refused", [])
+        assert early

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import msgspec
@@ -103,11 +103,6 @@ class FakeReplica(Replica):
     def _pollers(self) -> Pollers:
         return self._bench
 
-    async def _wait_for_pending_binds(self) -> None:
-        self._bench.asked_bound += 1
-        if self._bench.wait_for_pending_binds is not None:
-            await self._bench.wait_for_pending_binds()
-
 
 class Bench:
     """One replica's core between fakes. A second one on the same `world` is the replica that takes over."""
@@ -169,8 +164,6 @@ class Bench:
         """Bots whose tokens are being tried again."""
         self.polled_at: dict[str, float] = {}
         """When a poll of a bot was last answered."""
-        self.asked_bound = 0
-        self.wait_for_pending_binds: Callable[[], Awaitable[None]] | None = None
         self.numbers: Iterator[int] = world.numbers if world else itertools.count(1)
         self.deliveries: list[FakeDelivery] = world.deliveries if world else []
 
@@ -188,6 +181,12 @@ class Bench:
         self.stale.discard(bot)
         await self.bindings.put(binding)
         return binding
+
+    async def close(self, bot: str = "b1@im.bot") -> None:
+        """Has the owner of the bot's shard close its binding, as control does before it ends it."""
+        await self.bindings.update(bot, lambda now: msgspec.structs.replace(now, closing=1))
+        self.replica.closings.follow(bot)
+        await self.bindings.changed.wait_until(lambda: all(each.closed for each in self.bindings if each.bot == bot))
 
     def hears(self, sandbox: str = "s1", user: str = "u1@im.wechat", *, newer: bool = False, **fields: Any) -> None:
         """The user has just written: their window is open. `fields`: of the window, or of the record. `newer`: a
@@ -293,9 +292,6 @@ class Bench:
             for name in {binding.sandbox for binding in sides}:
                 if shard_of(name) == number:
                     processor.on_binding(name, bot, {binding.user for binding in sides})
-            is_left = before is not None and (after is None or after.sandbox != before.sandbox)
-            if before is not None and is_left and shard_of(before.sandbox) == number:
-                processor.on_unbound(before)
 
         self.bindings.add_listener(on_change)
         return processor

@@ -146,6 +146,10 @@ class FakeBus:
             raise Temporary("bus_down")
         return next((k.stored for k in self.kept if (k.stream, k.stored.seq) == (stream, seq)), None)
 
+    async def last_sequence(self, stream: str) -> int:
+        await asyncio.sleep(0)
+        return max([kept.stored.seq for kept in self.kept if kept.stream == stream] + [self._seqs.get(stream, 0)])
+
     async def count_by_subject(self, stream: str, subject: str) -> dict[str, int]:
         found: dict[str, int] = {}
         async for stored in self.read(stream, subject):
@@ -231,9 +235,9 @@ class FakeBucket:
     async def get_all(self, keys: Sequence[str]) -> list[Entry]:
         return [entry for key in keys if (entry := await self.get(key)) is not None]
 
-    async def list_prefix(self, first: str) -> list[Entry]:
+    async def list_prefix(self, first: str = "") -> list[Entry]:
         await asyncio.sleep(0)
-        found = [entry for key, entry in self.entries.items() if key.startswith(f"{first}.")]
+        found = [entry for key, entry in self.entries.items() if not first or key.startswith(f"{first}.")]
         return [entry for entry in found if entry.value is not None]
 
     async def update(self, key: str, value: bytes, revision: int, *, ttl_s: int = 0) -> int:
@@ -325,10 +329,6 @@ class FakeCoreBus:
     def __init__(self) -> None:
         self.published: list[tuple[str, bytes, dict[str, str]]] = []
         self.durables: list[str] = []
-        self.made_after: list[int] = []
-        """Behind which sequence each was made."""
-        self.moved: list[tuple[str, int]] = []
-        """Durable consumers that were moved on, and behind which sequence."""
 
     async def publish(self, subject: str, payload: bytes, headers: dict[str, str]) -> None:
         self.published.append((subject, payload, headers))
@@ -337,12 +337,8 @@ class FakeCoreBus:
 
     def respond(self, subject: str, make: object) -> None: ...
 
-    async def make_durable(self, sandbox: str, after: int) -> None:
+    async def make_durable(self, sandbox: str) -> None:
         self.durables.append(sandbox)
-        self.made_after.append(after)
-
-    async def move_durable(self, sandbox: str, after: int) -> None:
-        self.moved.append((sandbox, after))
 
 
 class Failing:

@@ -78,7 +78,7 @@ class MortalBucket(FakeBucket):
         await self._life.goes_on()
         return await self._bucket.get(key)
 
-    async def list_prefix(self, first: str) -> list[Entry]:
+    async def list_prefix(self, first: str = "") -> list[Entry]:
         await self._life.goes_on()
         found = await self._bucket.list_prefix(first)
         await self._life.goes_on()

@@ -223,12 +223,12 @@ async def test_two_users_of_a_bot_have_windows_of_their_own() -> None:
 
 
 async def test_a_new_bot_whose_user_becomes_known_goes_on_where_their_old_one_was() -> None:
-    bench = await ready(batch(raw()), user="", in_after=9, out_after=8)
-    await bench.bind(bot="b0@im.bot", in_after=3, out_after=2)
+    bench = await ready(batch(raw()), user="", out_after=8)
+    await bench.bind(bot="b0@im.bot", out_after=2)
     await polls(bench)
     binding = bench.bindings.get(BOT)
     assert binding is not None
-    assert (binding.user, binding.in_after, binding.out_after) == (USER, 3, 2)
+    assert (binding.user, binding.out_after) == (USER, 2)
     assert bench.bindings.get("b0@im.bot") is None
     assert [event.change for event in bench.bus.events() if event.bot == "b0@im.bot"] == ["replaced"]
 

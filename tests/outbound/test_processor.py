@@ -11,12 +11,12 @@ import pytest
 from structlog.testing import capture_logs
 
 from adapter.contract.headers import derive_traceparent
-from adapter.contract.names import H_MSG_ID, H_SEQUENCE, UNROUTED
+from adapter.contract.names import H_MSG_ID, H_SEQUENCE, H_USER, UNROUTED
 from adapter.errors import BusRefused, Refused, Temporary
 from adapter.outbound.ledger import ENDED_KEPT
 from adapter.outbound.processor import ShardCommandProcessor
 from adapter.ports import Accepted, Message
-from tests.fakes import GAP_S, Bench, Failing, FakeDelivery, settle
+from tests.fakes import GAP_S, Bench, FakeDelivery, settle
 from tests.growth import tables
 from tests.outbound.shards import BOT, THROTTLED, TIMEOUT, USER, finals, outcomes, parked, ready, user_writes
 
@@ -145,7 +145,7 @@ async def test_a_receipt_says_what_ilink_said_and_what_is_left() -> None:
 
 async def test_each_receipt_goes_on_with_the_trace_of_its_command() -> None:
     bench, shard = await ready(is_open=False, merge_chars=100)
-    authors, message = f"00-{'a' * 32}-{'b' * 16}-00", "in:bot1@im.bot:m1"
+    authors, message = f"00-{'a' * 32}-{'b' * 16}-00", f"in:{BOT}:m1"
     shard.intake.on_delivery(bench.command("a", headers={"traceparent": authors, "b3": "1"}, reply_to=message))
     shard.intake.on_delivery(bench.command("b", reply_to=message))
     shard.intake.on_delivery(bench.command("c", headers={"traceparent": "00-c"}))
@@ -169,7 +169,7 @@ async def test_a_dead_letter_holds_the_original_before_its_receipt() -> None:
     await asyncio.sleep(60)
     (dead,) = bench.bus.found("DEAD")
     assert msgspec.json.decode(dead.data) == {"text": "hi", "id": "c1"}
-    assert dead.headers["b3"] == "1"
+    assert (dead.headers["b3"], dead.headers[H_USER]) == ("1", USER)
     told = [stored.headers["traceparent"] for stored in bench.bus.found("EVENT") if "receipt" in stored.subject]
     assert {dead.headers["traceparent"]} == set(told)
     assert bench.bus.writes[-2:] == ["dead", "event"]
@@ -363,34 +363,6 @@ async def test_a_sandbox_without_a_bot_is_told_so(bench: Bench) -> None:
     shard.intake.on_delivery(bench.command("hi", id="c1"))
     await asyncio.sleep(5)
     assert outcomes(bench) == [("c1", "refused", "not_bound")]
-    assert bench.asked_bound == 1
-
-
-async def test_a_bind_that_was_stored_before_takes_effect_first(bench: Bench) -> None:
-    """Bind, then send, without waiting for an answer: in that order they count. What follows waits its turn."""
-    shard = bench.processor()
-    bench.hears()
-
-    async def bound() -> None:
-        await asyncio.sleep(1)
-        await bench.bind()
-
-    bench.wait_for_pending_binds = bound
-    shard.intake.on_delivery(bench.command("one", id="c1"))
-    await asyncio.sleep(0.5)
-    shard.intake.on_delivery(bench.command("two", id="c2"))
-    await asyncio.sleep(30)
-    assert bench.chat.texts == ["one", "two"]
-
-
-async def test_a_bus_that_is_away_meanwhile_does_not_strand_the_sandbox(bench: Bench) -> None:
-    shard = bench.processor()
-    bench.wait_for_pending_binds = Failing(3, Temporary("bus_down"))
-    shard.intake.on_delivery(bench.command("hi", id="c1"))
-    await asyncio.sleep(10)
-    shard.intake.on_delivery(bench.command("hi", id="c2"))
-    await asyncio.sleep(10)
-    assert outcomes(bench) == [("c1", "refused", "not_bound"), ("c2", "refused", "not_bound")]
 
 
 async def test_several_bots_need_a_name() -> None:
@@ -435,18 +407,6 @@ async def test_what_was_being_sent_to_one_user_goes_to_no_other_after_a_crash() 
     assert outcomes(heir) == [("c1", "refused", "not_bound"), ("c2", "accepted", "")]
 
 
-async def test_what_comes_again_waits_for_no_control_command_where_its_bot_is_bound(bench: Bench) -> None:
-    """Others may be bound for minutes, or control be paused."""
-    await bench.bind()
-    bench.hears()
-    shard = bench.processor()
-    bench.wait_for_pending_binds = Failing(1000, Temporary("control_busy"))
-    shard.intake.on_delivery(bench.command("one", id="c1", redelivered=True))
-    shard.intake.on_delivery(bench.command("two", id="c2"))
-    await asyncio.sleep(30)
-    assert bench.chat.texts == ["one", "two"]
-
-
 B2, USER2 = "b2@im.bot", "u2@im.wechat"
 
 
@@ -474,7 +434,7 @@ ANSWERS: list[tuple[str, str, str, str]] = [
     ("to-the-one-before-in-the-name-of-the-one-of-now", f"in:{BOT}:m1", USER2, "other_user"),
     ("to-somebody-of-another-sandbox", "in:b9@im.bot:c-1:2", "", "other_user"),
     ("to-the-one-of-now-in-the-name-of-a-stranger", f"in:{B2}:m1", "u3@im.wechat", "other_user"),
-    ("to-a-bot-of-which-nothing-is-known", "in:b7@im.bot:m1", "", ""),
+    ("to-a-bot-of-which-nothing-is-known", "in:b7@im.bot:m1", "", "other_user"),
     ("to-no-message-of-ours", "7497484083968569736", "", ""),
     ("to-something-else-with-colons", f"out:{BOT}:m1", "", ""),
     ("to-half-an-id", f"in:{BOT}", "", ""),
@@ -519,9 +479,7 @@ async def test_with_two_persons_an_answer_goes_to_the_one_whom_it_answers_or_to_
 
 async def test_a_new_bot_answers_what_its_person_wrote_to_the_one_before() -> None:
     bench, shard = await ready()
-    binding = await bench.bind(bot="b0@im.bot")
-    await bench.events.publish_binding_event(binding.event("bound"))
-    await bench.bindings.remove("b0@im.bot")
+    bench.hears(dispatched_to={"b0@im.bot": 1})
     shard.intake.on_delivery(bench.command("hi", id="c1", reply_to="in:b0@im.bot:m1"))
     shard.intake.on_delivery(bench.command("hi again", id="c2", reply_to="in:b0@im.bot:m1", user=USER))
     await asyncio.sleep(30)

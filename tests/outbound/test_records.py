@@ -56,8 +56,8 @@ async def test_the_record_of_an_unbound_user_goes_in_time_unless_a_bot_serves_th
         await shard.conversation(bench.bindings.of_sandbox("s1")[0], USER)
     else:
         await evict(bench)
+    await bench.close()
     await bench.bindings.remove(BOT)
-    await asyncio.sleep(1)
     assert ends_in(bench) == UNBOUND_S
     assert bench.record().unserved
     if not in_memory:
@@ -71,8 +71,8 @@ async def test_the_record_of_an_unbound_user_goes_in_time_unless_a_bot_serves_th
 
 async def test_a_bot_that_moves_leaves_a_record_that_goes_in_time() -> None:
     bench, _ = await ready()
+    await bench.close()
     await bench.bind(sandbox="s2")
-    await asyncio.sleep(1)
     assert ends_in(bench) == UNBOUND_S
 
 
@@ -110,6 +110,34 @@ async def test_what_is_stored_of_an_unbound_user_later_goes_in_time_too() -> Non
     await evict(bench)
     assert bench.record().recent == ["c1"]
     assert ends_in(bench) == UNBOUND_S
+
+
+async def test_a_binding_is_closed_once_nothing_of_its_user_is_in_flight() -> None:
+    """Or an erasure would leave the receipt and the record that come later."""
+    bench, shard = await ready()
+    bench.chat.took_s = 20.0
+    for ident in ("c1", "c2"):
+        shard.intake.on_delivery(bench.command("hi", id=ident))
+    await asyncio.sleep(5)
+    began = bench.clock.monotonic()
+    await bench.close()
+    assert 14 < bench.clock.monotonic() - began < 16
+    assert outcomes(bench) == [("c2", "refused", "not_bound"), ("c1", "accepted", "")]
+    assert bench.record().recent == ["c1"]
+    shard.intake.on_delivery(bench.command("hi", id="c3"))
+    await asyncio.sleep(1)
+    assert outcomes(bench)[2:] == [("c3", "refused", "not_bound")]
+
+
+async def test_a_record_that_was_erased_is_not_written_again_from_memory() -> None:
+    bench, shard = await ready()
+    key = conversation_key("s1", USER)
+    await shard.conversation(bench.bindings.of_sandbox("s1")[0], USER)
+    await bench.close()
+    bench.conversation_bucket.put(key, None)
+    await bench.bindings.remove(BOT)
+    await evict(bench)
+    assert bench.conversation_bucket.entries[key].value is None
 
 
 @pytest.mark.parametrize("fields", [{}, {"window": "of another form"}], ids=["with more in it", "of another form"])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Callable
 
 import msgspec
@@ -19,20 +18,10 @@ VIRTUAL_TIME = True
 USER, BOT = "u1@im.wechat", "b1@im.bot"
 
 
-class Owners:
-    """Of whom those in `dead` do nothing any more."""
-
-    def __init__(self, *dead: str) -> None:
-        self.dead = dead
-
-    async def revoke_if_expired(self, incarnation: str) -> bool:
-        return incarnation in self.dead
-
-
 class Place:
     """A bus with what one person has left, and a little of another."""
 
-    def __init__(self, owner: str = "", *dead: str) -> None:
+    def __init__(self, *, polled: bool = False) -> None:
         self.bench = bench = Bench()
         names = bench.names
         for user, bot in ((USER, BOT), ("u2@im.wechat", "b2@im.bot")):
@@ -44,12 +33,15 @@ class Place:
             command = {H_COMMAND: f"c-{user}", H_SANDBOX: "s1"}
             bench.bus.put(names.dead_letters("WECHAT_OUT"), b"{", command)
             bench.bus.put(names.journal(bot), msgspec.msgpack.encode((1, "", b"sealed")), {})
-            bench.bus.put(names.journal(bot), msgspec.msgpack.encode((1, owner, b"sealed")), {})
-        self.turn = asyncio.Lock()
-        self.erasure = Erasure(bench.access, bench.bindings, {}, Owners(*dead), bench.clock, released_s=90)
+            bench.bus.put(names.journal(bot), msgspec.msgpack.encode((1, "me-2", b"sealed")), {})
+
+        async def is_released(_: str) -> bool:
+            return not polled
+
+        self.erasure = Erasure(bench.access, bench.bindings, {}, is_released, bench.clock)
 
     async def erase(self, sandbox: str | None = None) -> ControlAnswer:
-        return await self.erasure.run(Erase(user=USER, sandbox=sandbox), [BOT], self.turn)
+        return await self.erasure.run(Erase(user=USER, sandbox=sandbox))
 
     @property
     def kept(self) -> int:
@@ -85,23 +77,27 @@ async def test_one_that_was_cut_is_finished_by_the_next(done: int) -> None:
     assert place.kept == 7
 
 
-async def test_an_owner_who_polls_is_waited_for_and_nothing_goes_before_it_has_ended() -> None:
+async def test_nothing_goes_while_a_replica_polls_the_bot() -> None:
     """Without what names the bot its journal would not be found by the next run."""
-    place = Place("owner-1")
-    began = place.bench.clock.monotonic()
+    place = Place(polled=True)
     with pytest.raises(Temporary, match="bot_in_use"):
         await place.erase()
-    assert place.bench.clock.monotonic() - began >= 90
     assert place.kept == 14
-    place.bench.bus.put(place.bench.names.journal(BOT), msgspec.msgpack.encode((1, "", b"sealed")), {})
-    assert (await place.erase()).ok
-    assert place.kept == 7
 
 
-async def test_the_journal_of_a_dead_owner_goes_too() -> None:
-    place = Place("owner-1", "owner-1")
-    assert (await place.erase()).ok
-    assert place.kept == 7
+@pytest.mark.parametrize("writes", ["command", "receipt"])
+async def test_a_sandbox_that_goes_on_naming_the_person_keeps_no_erasure_incomplete(writes: str) -> None:
+    place = Place()
+    names, about = place.bench.names, msgspec.json.encode({"user": USER, "sandbox": "s1", "command": "late"})
+    subject = names.out_of_sandbox("s1") if writes == "command" else names.receipt("s1", "late")
+    place.bench.bus.put(subject, about, {})
+
+    async def go_on() -> None:
+        place.bench.bus.put(subject, about, {})
+
+    place.bench.bus.on_delete = go_on
+    answer = await place.erase()
+    assert (answer.ok, answer.left) == (True, {})
 
 
 async def test_a_bot_that_was_bound_again_keeps_its_journal() -> None:
@@ -111,16 +107,6 @@ async def test_a_bot_that_was_bound_again_keeps_its_journal() -> None:
     with pytest.raises(Temporary, match="bot_in_use"):
         await place.erase()
     assert place.kept == 14
-
-
-async def test_a_journal_is_deleted_only_while_nobody_may_bind() -> None:
-    place = Place()
-    async with place.turn:
-        erasing = asyncio.create_task(place.erase())
-        await asyncio.sleep(5)
-        assert not erasing.done()
-        assert place.kept == 14
-    assert (await erasing).ok
 
 
 @pytest.mark.parametrize(

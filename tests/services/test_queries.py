@@ -315,45 +315,6 @@ async def test_a_replay_can_begin_at_a_time(bench: Bench) -> None:
     assert numbers(await replayed(bench, since_ms=since_ms)) == [0, 1]
 
 
-async def test_a_replay_begins_behind_what_former_persons_wrote_unless_that_is_asked_for(bench: Bench) -> None:
-    fill(bench, 3)
-    await bench.bind(in_after=bench.bus.found("IN")[-1].seq)
-    fill(bench, 2)
-    for where in ({}, {"after": 1}, {"since_ms": 1}):
-        assert numbers(await replayed(bench, **where)) == [0, 1]
-    assert numbers(await replayed(bench, former=True)) == [0, 1, 2, 0, 1]
-    assert numbers(await replayed(bench, former=True, after=2)) == [1, 2, 0, 1]
-
-
-async def test_a_replay_for_several_persons_begins_where_the_first_of_them_was_bound(bench: Bench) -> None:
-    fill(bench, 3)
-    await bench.bind(in_after=2)
-    await bench.bind(bot="b2@im.bot", user="u2@im.wechat", in_after=4)
-    assert numbers(await replayed(bench)) == [1, 2]
-
-
-@pytest.mark.parametrize(("kept_after", "found"), [(None, []), (0, [0, 1, 2]), (2, [1, 2])])
-async def test_where_nobody_is_bound_now_the_last_unbind_says_what_is_replayed(
-    kept_after: int | None, found: list[int], bench: Bench
-) -> None:
-    fill(bench, 3)
-    binding = await bench.bind()
-    await bench.events.publish_binding_event(binding.event("bound", replay_after=0))
-    await bench.events.publish_binding_event(binding.event("unbound", replay_after=kept_after))
-    await bench.events.publish_binding_event(binding.event("refused"))
-    await bench.bindings.remove(BOT)
-    assert numbers(await replayed(bench)) == found
-    assert numbers(await replayed(bench, former=True)) == [0, 1, 2]
-
-
-async def test_a_replica_without_the_bindings_replays_nothing_that_may_be_anothers(bench: Bench) -> None:
-    fill(bench, 3)
-    bench.bindings.is_loaded = False
-    with pytest.raises(Temporary) as caught:
-        await replayed(bench)
-    assert caught.value.reason == "starting"
-
-
 async def test_a_bus_that_is_away_is_told_as_such(bench: Bench) -> None:
     bench.bus.unreadable = 1
     with pytest.raises(Temporary):

@@ -1,5 +1,5 @@
 /* Messages of the bus, generated from the JSON Schemas here by `make generate`; do not edit.
-   Of: 827910536a285d7f4da6e5d4f95537db98335dd71d542c005461d7d69f6828bf */
+   Of: 7ac7a07edae010e255809f84c8408ab53e5b769c32386812ad9d35ec78aaf82c */
 
 /**
  * Options of a binding.
@@ -17,10 +17,6 @@ export interface Options {
    * Download the user's media; false: messages only mention them.
    */
   media?: boolean;
-  /**
-   * A bind of another person deletes all messages in the sandbox's inbox, unless another bot stays bound there. Excludes `keep_undelivered`.
-   */
-  fresh?: boolean;
 }
 /**
  * Bind a bot to a sandbox. Subject: wechat.ctl.bind. Idempotent by `id`.
@@ -53,10 +49,6 @@ export interface Bind {
   cursor?: string | null;
   options?: Options;
   /**
-   * Deliver what the former person wrote and the sandbox has not read. Default: an unbind of the last person, and a bind of another one, move the durable consumer and the start of a replay past it.
-   */
-  keep_undelivered?: boolean;
-  /**
    * Whether iLink is asked first if it takes the token; one that it refuses (-14) is not bound (`stale_token`). Default: where the bind takes the place of a bot or token that works. false: never, and ids are taken as they are.
    */
   check?: boolean | null;
@@ -84,10 +76,6 @@ export interface BindingEvent {
    * Id of the bind or unbind that caused it.
    */
   request?: string;
-  /**
-   * bound, unbound: a replay begins after this sequence. Absent: nothing is replayed, because no person is bound now.
-   */
-  replay_after?: number | null;
   at_ms?: number;
 }
 /**
@@ -240,6 +228,10 @@ export interface ControlAnswer {
   left?: {
     [k: string]: number;
   };
+  /**
+   * A bot is not released yet, for a minute already: its replica or NATS is away. The work goes on; another answer and the event follow.
+   */
+  pending?: boolean;
   /**
    * One sentence that says what to do.
    */
@@ -496,7 +488,7 @@ export interface Login {
   bot?: string;
   user?: string;
   /**
-   * confirmed: the person bound to the sandbox before, if it is not the one who scanned.
+   * confirmed: the person bound to the sandbox already, if it is not the one who scanned.
    */
   former_user?: string;
   /**
@@ -534,7 +526,7 @@ export interface LoginEvent {
   bot?: string;
   user?: string;
   /**
-   * confirmed: the person bound to the sandbox before, if it is not the one who scanned.
+   * confirmed: the person bound to the sandbox already, if it is not the one who scanned.
    */
   former_user?: string;
   /**
@@ -908,10 +900,6 @@ export interface ReplayQuery {
    */
   since_ms?: number | null;
   /**
-   * Include messages of persons who were bound before the current ones.
-   */
-  former?: boolean;
-  /**
    * Page size.
    */
   limit?: number;
@@ -926,14 +914,6 @@ export interface Unbind {
   sandbox: string;
   bot?: string | null;
   id?: string | null;
-  /**
-   * Deliver what the former person wrote and the sandbox has not read. Default: an unbind of the last person, and a bind of another one, move the durable consumer and the start of a replay past it.
-   */
-  keep_undelivered?: boolean;
-  /**
-   * Delete all messages in the sandbox's inbox. Refused with `keep_undelivered`, and if another bot stays bound.
-   */
-  purge?: boolean;
 }
 /**
  * Request of wechat.svc.window.<sandbox>, and for the platform of wechat.svc.window.
