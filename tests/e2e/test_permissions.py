@@ -396,7 +396,7 @@ async def test_an_adapter_that_may_not_hear_what_it_serves_waits_until_it_may(tm
 
 async def test_what_an_adapter_may_not_publish_is_told_at_its_start(tmp_path: Path) -> None:
     def narrow(text: str) -> str:
-        return text.replace('            "$KV.wechat_claims.>"\n', "", 1)
+        return text.replace('            "$KV.wechat_conversations.>"\n', "", 1)
 
     async with guarded(tmp_path, edit=narrow) as server, Simulator(fast()) as sim:
         environ = environ_of(server.url, sim) | server.users["adapter"].environ
@@ -405,6 +405,6 @@ async def test_what_an_adapter_may_not_publish_is_told_at_its_start(tmp_path: Pa
         try:
             await until(lambda: bool(adapter.http_port()), "it starts")
             (line,) = adapter.lines("permissions.missing")
-            assert (line["severity_text"], line["lacks"]) == ("ERROR", "publish $KV.wechat_claims.>")
+            assert (line["severity_text"], line["lacks"]) == ("ERROR", "publish $KV.wechat_conversations.>")
         finally:
             await adapter.kill()
