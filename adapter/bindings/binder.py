@@ -8,7 +8,7 @@ is emptied; the binding is deleted.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Collection
+from collections.abc import Awaitable, Callable, Collection, Iterable
 from typing import NamedTuple, Protocol
 
 import structlog
@@ -109,13 +109,15 @@ class Binder:
         )
         """An earlier run wrote the binding and crashed. A refusal now would leave the command half done."""
         displaced = [*replaced, *([before] if before is not None else [])]
-        is_checked = not is_begun and await self._check_token(command, token, displaced)
+        is_closed = before is not None and before.closing == request.number
+        is_checked = not (is_begun or is_closed) and await self._check_token(command, token, displaced)
         if command.options.durable:
             await self._deps.core.make_durable(command.sandbox)
         moved = before if before is not None and before.sandbox != command.sandbox else None
         if moved is not None:
             await self.close([moved], request)
-            await self.clear_behind(moved.sandbox, [moved])
+            await self.exclude_earlier_commands(moved.sandbox, [moved])
+            await self.empty_inbox(moved.sandbox, [moved])
             await self._publish_binding_event(moved, "unbound", request, reason="moved")
         bound = self._bindings.serving_sandbox(command.sandbox)
         known = next((other for other in bound if _is_same_person(other, binding)), None)
@@ -193,13 +195,22 @@ class Binder:
         LeaseLost."""
         check_sandbox(command.sandbox)
         bound = [b for b in self._bindings.of_sandbox(command.sandbox) if command.bot in (None, "", b.bot)]
+        self.ensure_known([command.sandbox])
         await self.remove(command.sandbox, bound, request)
         return ControlAnswer(ok=True, id=request.id, bindings=[binding.info() for binding in bound])
+
+    def ensure_known(self, sandboxes: Iterable[str]) -> None:
+        """Raises Refused if a newer version has written a binding of one of the sandboxes, which this one can neither
+        close nor change."""
+        for sandbox in sandboxes:
+            for binding in self._bindings.of_sandbox(sandbox):
+                self._bindings.ensure_known(binding.bot)
 
     async def remove(self, sandbox: str, leaving: Collection[Binding], request: Request) -> None:
         """Unbinds these bots of a sandbox, and empties its inbox if nobody stays. Raises Temporary, LeaseLost."""
         await self.close(leaving, request)
-        await self.clear_behind(sandbox, leaving)
+        await self.exclude_earlier_commands(sandbox, leaving)
+        await self.empty_inbox(sandbox, leaving)
         await self.delete(leaving, request)
 
     async def delete(self, leaving: Collection[Binding], request: Request) -> None:
@@ -239,28 +250,35 @@ class Binder:
     async def _wait_closed(self, bot: str, number: int) -> None:
         changed = self._changed[bot] = asyncio.Event()
         try:
-            while (binding := self._bindings.get(bot)) is not None and binding.closed != number:
-                if binding.state == "too_new":  # this replica cannot mark it, and polls no such bot
-                    return
+            # without the mark it is deleted or unreadable: nobody would confirm
+            while (binding := self._bindings.get(bot)) is not None and binding.closing == number != binding.closed:
                 changed.clear()
                 await changed.wait()
         finally:
             del self._changed[bot]
 
-    async def clear_behind(self, sandbox: str, leaving: Collection[Binding]) -> None:
-        """Empties the inbox if nobody stays. Otherwise commands that were stored until now and name nobody end, since
-        they may have meant who leaves. Raises Temporary."""
-        gone = {binding.bot for binding in leaving}
-        stays = [binding for binding in self._bindings.of_sandbox(sandbox) if binding.bot not in gone]
-        if not stays:
-            names = self._names
-            last = await self._history.read_last(names.stream_in, names.inbox(sandbox))
-            if last is not None:
-                await self._history.purge(names.stream_in, names.inbox(sandbox), up_to=last.seq)
-        elif leaving:
+    async def exclude_earlier_commands(self, sandbox: str, leaving: Collection[Binding]) -> None:
+        """Commands that were stored until now and name nobody may have meant who leaves: they are not for who stays.
+        Raises Temporary, LeaseLost."""
+        if leaving and (stays := self._staying(sandbox, leaving)):
             out_after = await self._last_out.read()
+            self._deps.ensure_owner()
             for binding in stays:
                 await self._bindings.update(binding.bot, lambda now: structs.replace(now, out_after=out_after))
+
+    async def empty_inbox(self, sandbox: str, leaving: Collection[Binding]) -> None:
+        """Deletes the messages of a sandbox if nobody stays there. Raises Temporary, LeaseLost."""
+        if self._staying(sandbox, leaving):
+            return
+        names = self._names
+        last = await self._history.read_last(names.stream_in, names.inbox(sandbox))
+        self._deps.ensure_owner()  # the wait before may have been long, and another person be bound
+        if last is not None:
+            await self._history.purge(names.stream_in, names.inbox(sandbox), up_to=last.seq)
+
+    def _staying(self, sandbox: str, leaving: Collection[Binding]) -> list[Binding]:
+        gone = {binding.bot for binding in leaving}
+        return [binding for binding in self._bindings.of_sandbox(sandbox) if binding.bot not in gone]
 
     def _sealed_start_cursor(self, command: Bind, before: Binding | None) -> str | None:
         """The sealed cursor. An unchanged cursor keeps its sealed text, because a cursor is applied only once."""

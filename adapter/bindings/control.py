@@ -125,10 +125,11 @@ class Control:
             await self._deps.wait_complete()
             await self._apply_until_done(number)
         self._settled.append(number)
-        delivery = self._deliveries.pop(number)
-        del self._claims[number]
-        self._changed.set()
-        await delivery.ack()
+        try:
+            await self._deliveries.pop(number).ack()
+        finally:
+            self._claims.pop(number, None)
+            self._changed.set()
 
     async def _apply_until_done(self, number: int) -> None:
         """Waits while the bus is away. A command that keeps crashing becomes a dead letter."""
@@ -175,6 +176,7 @@ class Control:
             else:
                 answer = await self._erase_person(command, request)
         except Refused as exc:
+            await self._binder.reopen(delivery.seq)
             answer = await self._refuse(command, exc)
         await self._answer(delivery, answer)
 
@@ -199,12 +201,16 @@ class Control:
         if command.dry_run:
             return await self._deps.eraser.run(command)
         bound = [b for b in self._deps.bindings if b.user == command.user and command.sandbox in (None, b.sandbox)]
+        sandboxes = sorted({binding.sandbox for binding in bound})
+        self._binder.ensure_known(sandboxes)
         await self._binder.close(bound, request)
+        for sandbox in sandboxes:
+            await self._binder.exclude_earlier_commands(sandbox, bound)
         await self._binder.delete(bound, request)
         try:
             answer = await self._deps.eraser.run(command)
-            for sandbox in sorted({binding.sandbox for binding in bound}):
-                await self._binder.clear_behind(sandbox, bound)
+            for sandbox in sandboxes:
+                await self._binder.empty_inbox(sandbox, bound)
         except BusRefused as exc:
             advice = f"The erasure is not complete ({exc.reason}): erase again."
             answer = ControlAnswer(ok=False, id=request.id, error=advice)

@@ -179,8 +179,11 @@ class Bindings(BindingIndex):
 
     async def reload(self) -> None:
         """Reads all bindings anew, since this replica may lag behind another one's writes. Raises Temporary."""
-        for entry in await self._bucket.list_prefix():
+        entries = await self._bucket.list_prefix()
+        for entry in entries:
             self._apply_entry(entry)
+        for bot in {binding.bot for binding in self} - {from_subject_token(entry.key) for entry in entries}:
+            await self.refresh(bot)  # it was deleted
 
     async def _write_if_unchanged(self, binding: Binding, revision: int) -> bool:
         self.ensure_known(binding.bot)

@@ -152,7 +152,8 @@ class ConversationActor:
     def try_stop(self) -> bool:
         """Stops if nothing waits, is under way or is due. An unsaved record is stored first; then another call is
         needed."""
-        if self.tasks or self.state.queue or self._deadline.is_set or self._undispatched:
+        is_dispatching = self._undispatched and self.state.bot is not None  # else the dispatcher has ended
+        if self.tasks or self.state.queue or self._deadline.is_set or is_dispatching:
             return False
         if self.memory.is_dirty:
             self.put(rules.Rested())

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import msgspec
+
 from adapter.conversation import rules
 from adapter.conversation.record import ConversationRecord
 from adapter.conversation.rules import Conversation
@@ -59,10 +61,13 @@ class ConversationMemory:
                 self._revision = await store.save(state.sandbox, state.user, record, self._revision)
             except Conflict:
                 self._shard.ensure_owner()
+                had_record = bool(self._revision)
                 stored, self._revision = await store.load(state.sandbox, state.user)
                 self._shard.ensure_owner()  # the read may be slow, and the record that of a new owner
-                if self._revision and stored == ConversationRecord():  # the person was erased meanwhile
-                    self._stored = record
+                if had_record and self.state.bot is None and stored == ConversationRecord():
+                    # the person was erased meanwhile: nothing comes back from memory
+                    self._stored = ConversationRecord(unserved=True)
+                    self.state = msgspec.structs.replace(self.state, record=self._stored)
                     return
                 self.state = rules.adopt_inbound(self.state, stored)
             else:

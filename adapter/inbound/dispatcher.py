@@ -331,9 +331,9 @@ class Dispatcher:
             await self._rejects.end_crashed(first.message.inbound.raw, first.message.sandbox, first.message.inbound)
             self._remove_finished([first])
             return
-        if self._recipients.belongs_to_another(first.message):
+        if self._recipients.has_left(first.message):
             self._rejects.count(first.message.inbound.kind, "unbound")
-            inbound, why = first.message.inbound, "The sandbox serves another user by now."
+            inbound, why = first.message.inbound, "The bot does not serve the sandbox any more."
             await self._rejects.dead_letter(None, inbound.raw, inbound, why, reason="not_bound")
             self._remove_finished([first])
             return

@@ -108,11 +108,7 @@ class Recipients:
             await self._publishing.access.events.publish_binding_event(other.event("replaced", detail=detail))
             await bindings.remove(other.bot)
 
-    def belongs_to_another(self, message: AddressedMessage) -> bool:
-        """Whether the message's sandbox now has only bots of other users, who must not see the message."""
-        bindings = self._bindings
-        serves = bindings.get(self._bot)
-        if serves is not None and serves.sandbox == message.sandbox:
-            return False
-        bound = bindings.of_sandbox(message.sandbox)
-        return bool(bound) and all(binding.user not in ("", message.inbound.user) for binding in bound)
+    def has_left(self, message: AddressedMessage) -> bool:
+        """Whether the bot serves the message's sandbox no more, whose inbox is, or may become, another person's."""
+        serves = self._bindings.get(self._bot)
+        return serves is None or serves.sandbox != message.sandbox

@@ -29,7 +29,7 @@ from adapter.jetstream import topology
 from adapter.jetstream.api_replies import NO_CONSUMER, unix_ms
 from adapter.jetstream.managed_connection import ManagedConnection, temporary_inbox
 from adapter.jetstream.topology import Wanted
-from adapter.kit.timing import Clock, backoff, wait_event
+from adapter.kit.timing import backoff, wait_event
 
 log = structlog.get_logger()
 
@@ -266,19 +266,3 @@ class Consumer:
         await self.connection.publish(
             f"$JS.API.CONSUMER.MSG.NEXT.{self._stream}.{self.name}", msgspec.json.encode(body), reply=inbox
         )
-
-
-async def wait_all_settled(connection: ManagedConnection, stream: str, name: str, clock: Clock) -> None:
-    """Returns when a consumer has nothing left to deliver or to acknowledge.
-
-    Raises Temporary if that takes more than about ten seconds, or if the consumer was deleted.
-    """
-    for _ in range(100):
-        try:
-            info = await connection.api_request(f"CONSUMER.INFO.{stream}.{name}")
-        except BusRefused as exc:
-            raise Temporary(f"{name}_missing", exc.detail) from exc
-        if not info["num_pending"] and not info["num_ack_pending"]:
-            return
-        await clock.sleep(0.1)
-    raise Temporary(f"{name}_behind")

@@ -94,7 +94,7 @@ class Events:
         then it becomes a dead letter (0). Raises Conflict; Temporary if nothing of it can be stored.
         """
         receipt = msgspec.structs.replace(receipt, at_ms=self._clock.now_ms())
-        # no message id: two receipts with the same `expected` must meet the comparison, which comes after that of ids
+        # the id has `expected` and outcome: another receipt must meet the comparison, which comes after that of ids
         ident = f"receipt:{receipt.sandbox}:{receipt.sequence}:{receipt.received_at_ms}:{expected}:{receipt.outcome}"
         kept = {
             H_MSG_ID: ident,

@@ -103,7 +103,7 @@ class CommandIntake:
                     if delivery := backlog.reload(subject, stored.seq, stored.data, stored.headers):
                         started = clock.monotonic()
                         self._accept(delivery)
-                        # reading takes time (above all Markdown), and the event loop is shared
+                        # reading takes time, and the event loop is shared
                         await asyncio.sleep(3 * (clock.monotonic() - started))
         finally:
             self._reading.discard(subject)

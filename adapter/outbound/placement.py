@@ -35,8 +35,6 @@ from adapter.outbound.shard import Sessions
 CATCH_UP_S = 30.0
 """Longest wait of a command for the messages that the bot's previous owner stored. A bot may never be taken, for
 instance without the key of its token, and its commands must still end."""
-
-
 HELD_LOOK_S = 5.0
 """Between two looks at a record that only a newer replica knows. It mostly ends with the shard's next owner."""
 

@@ -158,15 +158,17 @@ class ShardCommandProcessor:
         return not dirty and len(idle) == len(self._conversations_of(binding))
 
     def _conversations_of(self, binding: Binding) -> list[ConversationActor]:
+        """Those of the bot's users, without users whom another bot serves."""
         return [
             actor
             for actor in self._conversations.of_sandbox(binding.sandbox)
-            if binding.user == actor.state.user or binding.bot == actor.state.record.bot
+            if (binding.bot == actor.state.record.bot or binding.user == actor.state.user != "")
+            and self.owned.bot_of(binding.sandbox, actor.state.user, actor.state.record.bot) is None
         ]
 
-    @property
-    def is_stopped(self) -> bool:
-        return self._draining.is_set()
+    def ensure_owner(self) -> None:
+        """Raises LeaseLost unless this replica owns the shard now."""
+        self._lease.check()
 
     async def _move(self, binding: Binding, unknown: ConversationActor) -> None:
         """Moves the commands of a bot without a known user to the conversation of its user."""

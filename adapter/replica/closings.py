@@ -15,14 +15,12 @@ from adapter.bindings.registry import Bindings
 from adapter.contract.records import Binding
 from adapter.errors import AdapterError
 from adapter.kit.tasks import TaskSet
-from adapter.kit.timing import Clock
+from adapter.kit.timing import Clock, backoff
 from adapter.outbound.processor import ShardCommandProcessor
 
 log = structlog.get_logger()
 
-LOOK_S = 0.05
-"""Pause between two looks at whether a bot is released; its poll is being cut meanwhile."""
-ASK_EVERY = 40
+ASK_EVERY = 8
 """Looks after which the replica is asked whose name the bot has: it may have none any more after a restore."""
 RETRY_S = 0.5
 
@@ -73,12 +71,10 @@ class Closings:
                     while not (
                         shard.is_service_ended(binding) and await self._is_released(bot, looks % ASK_EVERY == 0)
                     ):
+                        await self._clock.sleep(backoff(looks, first_s=0.05, longest_s=1.0))
                         looks += 1
-                        await self._clock.sleep(LOOK_S)
-                        if shard.is_stopped:
-                            break
-                    else:
-                        await self._confirm(binding)
+                        shard.ensure_owner()
+                    await self._confirm(binding, shard)
                 except AdapterError as exc:
                     log.info("binding.not_closed", bot=bot, sandbox=binding.sandbox, reason=exc.reason)
                     await self._clock.sleep(RETRY_S)
@@ -88,10 +84,11 @@ class Closings:
         finally:
             self._running.discard(bot)
 
-    async def _confirm(self, binding: Binding) -> None:
+    async def _confirm(self, binding: Binding, shard: ShardCommandProcessor) -> None:
         owner = self._incarnation()
 
         def confirmed(now: Binding) -> Binding | None:
+            shard.ensure_owner()
             return (
                 structs.replace(now, closed=now.closing, closed_by=owner) if now.closing == binding.closing else None
             )

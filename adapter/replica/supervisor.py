@@ -223,7 +223,8 @@ class Supervisor:
         lost.cancel()
         if giving.done():
             return giving.result()
-        giving.cancel()
+        for task in (giving, *self._leaving.values()):
+            task.cancel()
         await asyncio.wait({giving, *self._leaving.values()})
         for shard in list(self.shards):
             self.shards.drop(shard)

@@ -306,7 +306,7 @@ class Replica:
             access,
             self.bindings,
             {f"KV_{name}": self.connections.bucket(name) for name in buckets},
-            lambda bot: self._is_released(bot, ask=False),
+            lambda bot: self._is_released(bot, ask=True),
             self.clock,
         )
 

@@ -18,9 +18,10 @@ from adapter.contract.names import H_ERROR, H_ERROR_CODE, H_MSG_ID, H_REPLY_TO, 
 from adapter.contract.records import Binding
 from adapter.errors import BusRefused, Refused, Temporary
 from adapter.ilink.wire import OPAQUE_CHARS
-from adapter.ports import Entry, Message
+from adapter.ports import Entry, Message, Stored
 from adapter.security.seal import Sealer, cursor_context
 from tests.fakes import Bench, Failing, FakeDelivery
+from tests.newer import made_newer
 
 VIRTUAL_TIME = True
 
@@ -556,6 +557,111 @@ async def test_an_unbind_that_breaks_the_adapter_opens_what_it_had_closed(platfo
     await asyncio.sleep(120)
     assert (unbind.acks, platform.binding().closing) == (1, 0)
     assert len(platform.bench.bus.found("DEAD")) == 1
+
+
+@pytest.mark.parametrize(
+    ("others", "command"),
+    [
+        ({"user": "u2@im.wechat"}, {"user": "u2@im.wechat", "bot": BOT}),
+        ({"user": ""}, {"bot": "b2@im.bot"}),
+    ],
+    ids=["a-command-that-names-both", "two-unknown-users"],
+)
+async def test_a_command_that_waits_for_another_person_holds_up_no_unbind(
+    others: dict[str, Any], command: dict[str, Any], platform: Platform
+) -> None:
+    bench = platform.bench
+    await bench.bind(user="" if not others["user"] else USER)
+    await bench.bind(bot="b2@im.bot", **others)
+    bench.processor().intake.on_delivery(bench.command("hi", id="c1", **command))
+    await asyncio.sleep(5)
+    assert bench.bus.receipts()[-1].outcome == "parked"
+    assert (await platform.say("unbind", sandbox="s1", bot=BOT)).ok
+    assert bench.bus.receipts()[-1].outcome == "parked"
+
+
+@pytest.mark.parametrize("verb", ["unbind", "erase", "bind"])
+async def test_a_binding_that_a_newer_version_wrote_is_closed_by_that_version_alone(
+    verb: str, platform: Platform
+) -> None:
+    await platform.bind()
+    key = to_subject_token(BOT)
+    text = made_newer(platform.bench.bindings_bucket.entries[key].value or b"")
+    platform.bench.bindings_bucket.put(key, text)
+    writes(platform)
+    bodies: dict[str, dict[str, Any]] = {
+        "unbind": {"sandbox": "s1"},
+        "erase": {"user": USER},
+        "bind": {"sandbox": "s2", "bot": BOT, "bot_token": TOKEN},
+    }
+    answer = await platform.say(verb, **bodies[verb])
+    assert (answer.ok, "newer version" in answer.error) == (False, True)
+    assert platform.bench.bindings_bucket.entries[key].value == text
+    assert inbox(platform) == ["hello"]
+
+
+async def test_a_move_that_is_repeated_does_not_ask_ilink_again_whether_it_may_begin(platform: Platform) -> None:
+    """The bot has left the first sandbox by then: a refusal would leave it nowhere."""
+    await platform.bind()
+    purge, failures = platform.bench.bus.purge, [Temporary("bus_down")]
+
+    async def fails_once(stream: str, subject: str, *, keep: int = 0, up_to: int = 0) -> None:
+        if failures:
+            platform.bench.chat.notify_fails = Temporary("network")
+            raise failures.pop()
+        await purge(stream, subject, keep=keep, up_to=up_to)
+
+    writes(platform)
+    platform.bench.bus.purge = fails_once  # type: ignore[method-assign]
+    answer = await platform.bind(sandbox="s2", bot_token=f"{TOKEN}2", check=True)
+    assert (answer.ok, platform.bound, platform.binding().closing) == (True, {BOT: "s2"}, 0)
+
+
+async def test_an_owner_frozen_before_it_empties_the_inbox_deletes_nothing_of_the_next_person(
+    platform: Platform,
+) -> None:
+    await platform.bind()
+    writes(platform)
+    read_last, frozen = platform.bench.bus.read_last, False
+
+    async def freezes(stream: str, subject: str) -> Stored | None:
+        nonlocal frozen
+        if not frozen and stream == platform.bench.names.stream_in:
+            frozen = True
+            platform.bench.leases.has_lease = False
+            other = heir(platform)
+            other.bench.bindings_bucket.followers.append(other.bench.replica.bindings._apply_entry)
+            await other.say("unbind", sandbox="s1", id="u2")
+            await other.bind(**OTHER)
+            writes(platform, "of the next one")
+        return await read_last(stream, subject)
+
+    platform.bench.bus.read_last = freezes  # type: ignore[method-assign]
+    platform.publish("unbind", b'{"sandbox":"s1","id":"u1"}')
+    await asyncio.sleep(30)
+    assert frozen
+    assert inbox(platform) == ["of the next one"]
+
+
+async def test_a_new_owner_that_missed_an_unbind_empties_the_inbox_all_the_same(platform: Platform) -> None:
+    await platform.bind()
+    await platform.bind(**OTHER)
+    writes(platform)
+    other = heir(platform)
+    await asyncio.sleep(1)
+    other.bench.bindings_bucket.followers.remove(other.bench.bindings._apply_entry)
+    await platform.say("unbind", sandbox="s1", bot=BOT)
+    await other.starts_again()
+    other.bench.bindings_bucket.followers.append(other.bench.bindings._apply_entry)
+    assert (await other.say("unbind", sandbox="s1", bot="b2@im.bot")).ok
+    assert inbox(platform) == []
+
+
+async def test_an_unbind_does_not_wait_for_a_binding_that_nobody_can_read(platform: Platform) -> None:
+    await platform.bind()
+    platform.bench.bindings_bucket.put(to_subject_token(BOT), b"no binding")
+    assert (await platform.say("unbind", sandbox="s1")).ok
+    assert (await platform.bind()).ok
 
 
 AGAIN: list[tuple[str, dict[str, Any]]] = [

@@ -100,6 +100,16 @@ async def test_one_that_the_bus_delays_is_carried_on() -> None:
     assert delivery.acks == 1
 
 
+async def test_who_stays_gets_no_command_for_an_erased_person_also_where_the_bus_delays_it() -> None:
+    eraser = SlowEraser()
+    eraser.failure = Temporary("bus_timeout")
+    platform = await bound(eraser)
+    command = platform.bench.bus.put(platform.bench.names.out_of_sandbox("s2"), b'{"text":"for whom?"}', {})
+    platform.publish("erase", msgspec.json.encode({"user": USER}))
+    await asyncio.sleep(5)
+    assert platform.binding("b3@im.bot").out_after == command
+
+
 async def test_one_that_the_bus_refuses_says_that_it_is_to_be_repeated() -> None:
     eraser = SlowEraser()
     eraser.failure = BusRefused(10059, "stream not found")

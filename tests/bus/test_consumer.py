@@ -13,9 +13,8 @@ import pytest
 from structlog.testing import capture_logs
 
 from adapter.contract.names import H_MSG_ID, shard_of
-from adapter.errors import Temporary
 from adapter.jetstream import topology
-from adapter.jetstream.consumer import Consumer, Delivery, wait_all_settled
+from adapter.jetstream.consumer import Consumer, Delivery
 from adapter.jetstream.core import CoreNats
 from adapter.kit.timing import SystemClock
 from adapter.ports import Message
@@ -118,21 +117,6 @@ async def test_what_has_come_is_delivered_in_its_turn_and_not_after_the_pull_has
         turns.release()
     await reader.have(1 + len(texts))
     assert reader.texts == ["0", *texts]
-
-
-async def test_all_is_settled_once_the_last_delivery_is_acknowledged(rig: Rig) -> None:
-    await control(rig, "0", "1")
-    clock = SystemClock()
-    waiting = asyncio.create_task(wait_all_settled(rig.connection, NAMES.stream_ctl, topology.CONTROL, clock))
-    reader = Reader(rig)
-    await reader.have(2)
-    await reader.got[0].ack()
-    await asyncio.sleep(0.3)
-    assert not waiting.done()
-    await reader.got[1].ack()
-    await waiting
-    with pytest.raises(Temporary, match="router_missing"):
-        await wait_all_settled(rig.connection, NAMES.stream_out, topology.ROUTER, clock)
 
 
 async def test_a_delivery_with_a_status_among_its_headers_is_one_as_any_other(rig: Rig) -> None:

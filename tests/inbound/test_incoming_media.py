@@ -6,11 +6,13 @@ import asyncio
 import hashlib
 from typing import Any
 
+import msgspec
 import pytest
 from structlog.testing import capture_logs
 
 from adapter.contract import messages as contract
 from adapter.contract.messages import FileItem, ImageItem, VideoItem, VoiceItem
+from adapter.contract.names import H_REASON
 from adapter.errors import BusRefused, Refused, Temporary
 from adapter.kit.slots import FairSlots
 from adapter.simulator import samples
@@ -358,9 +360,26 @@ async def test_a_binding_that_wants_no_media_gets_its_messages_at_once(poller: P
     assert (said(bench), bench.cdn.fetched) == (["off", "t2"], [])
 
 
+async def test_while_a_binding_is_closing_its_last_messages_come() -> None:
+    """Also where their media come late, and the poller has to end. The inbox is emptied after that, if it is."""
+    bench = await ready(batch(image(1), words(2)))
+    gate = asyncio.Event()
+    bench.cdn.has("p1", gate, PNG)
+    session, task = tended(bench)
+    await asyncio.sleep(1)
+    await bench.bindings.update(BOT, lambda now: msgspec.structs.replace(now, closing=1))
+    session.stop(immediately=True)
+    await asyncio.sleep(20)
+    gate.set()
+    await asyncio.sleep(1)
+    assert said(bench) == ["+", "t2"]
+    assert [inbound.sandbox for inbound in bench.bus.inbound()] == ["s1", "s1"]
+    await task
+
+
 @pytest.mark.parametrize("change", ["unbound", "moved"])
-async def test_a_message_goes_to_the_sandbox_that_it_was_said_to(change: str) -> None:
-    """Also where its media come late, and the poller has to end."""
+async def test_a_message_that_comes_after_its_bot_has_left_the_sandbox_is_a_dead_letter(change: str) -> None:
+    """The inbox may be the next person's."""
     bench = await ready(batch(image(1), words(2)))
     gate = asyncio.Event()
     bench.cdn.has("p1", gate, PNG)
@@ -371,28 +390,32 @@ async def test_a_message_goes_to_the_sandbox_that_it_was_said_to(change: str) ->
     else:
         await bench.bindings.remove(BOT)
         session.stop(immediately=True)
-        await asyncio.sleep(20)
     gate.set()
-    await asyncio.sleep(1)
-    assert said(bench) == ["+", "t2"]
-    assert {stored.subject for stored in bench.bus.found("IN")} == {"wechat.inbox.s1"}
-    assert [inbound.sandbox for inbound in bench.bus.inbound()] == ["s1", "s1"]
-    assert bench.bus.inbound()[0].window.remaining == 0
+    await asyncio.sleep(5)
+    assert said(bench) == []
+    assert [stored.headers[H_REASON] for stored in bench.bus.found("DEAD")] == ["not_bound", "not_bound"]
     session.stop(immediately=True)
     await task
 
 
-async def test_after_a_move_and_a_crash_it_still_goes_to_the_sandbox_that_it_was_said_to() -> None:
+@pytest.mark.parametrize("next_person", [None, "u2@im.wechat", ""], ids=["nobody", "known", "unknown"])
+async def test_after_a_crash_and_a_move_nothing_comes_into_the_inbox_that_was_emptied(
+    next_person: str | None,
+) -> None:
     bench = await ready(batch(image(1)))
     bench.cdn.has("p1", None)
     replica = run(bench)
     await asyncio.sleep(1)
     await replica.die()
-    await bench.bind("s2")
+    heir_bench = heir_to(bench)
+    await heir_bench.close()
+    await heir_bench.bind("s2")
+    if next_person is not None:
+        await heir_bench.bind(bot="b2@im.bot", user=next_person)
     bench.cdn.has("p1", PNG)
-    heir = run(heir_to(bench))
+    heir = run(heir_bench)
     await asyncio.sleep(5)
-    assert (said(bench), [inbound.sandbox for inbound in bench.bus.inbound()]) == (["+"], ["s1"])
+    assert (said(bench), len(bench.bus.found("DEAD"))) == ([], 1)
     await heir.leave()
 
 
