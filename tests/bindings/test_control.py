@@ -617,7 +617,7 @@ async def test_a_move_that_is_repeated_does_not_ask_ilink_again_whether_it_may_b
     assert (answer.ok, platform.bound, platform.binding().closing) == (True, {BOT: "s2"}, 0)
 
 
-async def test_an_owner_frozen_before_it_empties_the_inbox_deletes_nothing_of_the_next_person(
+async def test_an_owner_frozen_before_it_empties_the_inbox_deletes_nothing_new(
     platform: Platform,
 ) -> None:
     await platform.bind()
