@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from typing import Literal, NamedTuple, Protocol, TypeAlias
 
 import msgspec
@@ -26,16 +26,6 @@ class Account(NamedTuple):
         return f"Account({self.bot!r})"
 
 
-class Share(Protocol):
-    """The part of the shared memory budget that an answer uses."""
-
-    def shrink(self, size: int) -> None:
-        """Releases the part above `size` bytes."""
-
-    def release(self) -> None:
-        """Releases the share. Otherwise it is released once nothing refers to it."""
-
-
 class Polled(msgspec.Struct, frozen=True):
     """A readable answer to a poll: raw messages in order, the new cursor (None: keep the old one), and the next
     hold."""
@@ -45,10 +35,6 @@ class Polled(msgspec.Struct, frozen=True):
     hold_ms: int
     overlong: int = 0
     """Length of a new cursor that is too long to keep; 0: none."""
-    pages: Iterator[list[bytes]] | None = None
-    """Later messages, one page at a time."""
-    share: Share | None = None
-    """To release once all messages are stored."""
 
 
 class Accepted(msgspec.Struct, frozen=True):

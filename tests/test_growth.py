@@ -12,7 +12,6 @@ from hypothesis import strategies as st
 from adapter.contract.messages import Options
 from adapter.contract.names import Names, escape_token, from_subject_token, to_subject_token
 from adapter.errors import SessionExpired
-from adapter.ilink.budget import ByteBudget
 from adapter.ilink.connection import Connection
 from adapter.inbound.bot_poller import BotPoller
 from adapter.outbound.processor import ShardCommandProcessor
@@ -147,7 +146,7 @@ async def test_what_has_ended_goes_without_the_garbage_collector() -> None:
     try:
         before = there()
         shard, session = ShardCommandProcessor(1, bench.outbound()), BotPoller(BOT)
-        connection = Connection(ByteBudget())
+        connection = Connection()
         connection.connection_made(Wire())
         assert there() == before + 3
         shard.stop()

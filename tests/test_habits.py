@@ -25,7 +25,6 @@ PRIVATE = {
     # the moment at which a request is out, or a queue full, shows nowhere else
     "bus/test_multiplexer.py": "_multiplexer",
     "bus/test_objects.py": "_outstanding",
-    "ilink/test_budget.py": "_budget _thread _threads _waiters",
     "ilink/test_transport.py": "_idle",
     "ownership/test_leases.py": "_sightings",
     # memory, which nothing else shows

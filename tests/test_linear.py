@@ -108,7 +108,6 @@ TRIED = {
     "console/server.py": 3,
     "contract/headers.py": 2,
     "ilink/cipher.py": 1,
-    "ilink/paging.py": 2,
     "ilink/protocol.py": 2,
     "ilink/urls.py": 3,
     "jetstream/client.py": 4,

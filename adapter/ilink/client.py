@@ -13,6 +13,8 @@ The client never retries a call, never waits for the send window, and never logs
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import random
 import time
 import traceback
@@ -25,11 +27,11 @@ import structlog
 
 from adapter.errors import AdapterError, LeaseLost, Refused, SessionExpired, Temporary, Throttled, Uncertain
 from adapter.ilink import protocol, urls
-from adapter.ilink.budget import GRACE_S, SMALL, ByteBudget
 from adapter.ilink.network import LookUpHost, Resolver, proxies, resolve_host
 from adapter.ilink.protocol import Reply, Request, Upload
 from adapter.ilink.tls import ResumingContext
 from adapter.ilink.transport import Transport
+from adapter.ilink.unpack import Oversized, unpack
 from adapter.ilink.wire import THROTTLED
 from adapter.kit.timing import complete_with_grace
 from adapter.observability.metrics import LONG_POLLS, Metrics
@@ -44,6 +46,13 @@ POLL_MARGIN_S = 7.0
 UPLOAD_URL_S = 15.0
 ASK_S = 10.0
 """The official client's timeout of getconfig, sendtyping, the notifications and get_bot_qrcode."""
+SMALL = 65_536
+"""Largest answer to a poll that is read at once; nearly all are smaller."""
+READ_BYTES_PER_S = 16 << 20
+"""Of larger ones, one after the other: more than their messages can be published. Reading 8 MiB takes 50 to 100 ms of
+the event loop, and as much memory again for a moment."""
+GRACE_S = 5.0
+"""Time to read an answer that arrived before its poll was cut, since iLink may count it as delivered."""
 _NOBODY = Account("", "", "")
 """For calls without a bot."""
 
@@ -86,9 +95,10 @@ class ILink:
         self._allowed_hosts = allowed_hosts
         self._poll_margin_s = poll_margin_s
         self._send_timeout_s = send_timeout_s
-        self._budget = ByteBudget()
         resolver = Resolver(allowed_hosts + proxies(), look_up=look_up)
-        self._transport = Transport(tls=ResumingContext(), budget=self._budget, resolver=resolver)
+        self._transport = Transport(tls=ResumingContext(), resolver=resolver)
+        self._large = asyncio.Lock()
+        """Held while a large answer is read."""
         self._fresh_connection_bots: set[str] = set()
         """Bots whose connections seem dead; their next call uses a new one."""
         self._connecting: set[str] = set()
@@ -109,8 +119,7 @@ class ILink:
         self._connecting.add(account.bot)
         try:
             with CountedCall(self._metrics, "getupdates"):
-                reply = await self._post(account, request, timeout_s, on_connected)
-                return await _read_updates(reply, started, self._budget)
+                return await self._read_updates(await self._post(account, request, timeout_s, on_connected), started)
         except TimeoutError:
             return None
         except AdapterError as exc:
@@ -120,6 +129,25 @@ class ILink:
             raise
         finally:
             on_connected()
+
+    async def _read_updates(self, reply: Reply, started: float) -> Polled:
+        polled_s = time.monotonic() - started
+        if len(reply.body) <= SMALL:
+            with contextlib.suppress(Oversized):
+                return protocol.read_updates(_unpacked(reply, SMALL), polled_s=polled_s)
+        return await complete_with_grace(self._read_large(reply, polled_s), GRACE_S)
+
+    async def _read_large(self, reply: Reply, polled_s: float) -> Polled:
+        """Reads answers one after the other, and leaves time for others in between."""
+        async with self._large:
+            size = len(reply.body)
+            try:
+                reply = _unpacked(reply, protocol.ANSWER_BYTES)
+                size = len(reply.body)
+                await asyncio.sleep(0)
+                return protocol.read_updates(reply, polled_s=polled_s)
+            finally:
+                await asyncio.sleep(size / READ_BYTES_PER_S)
 
     async def send(
         self,
@@ -137,7 +165,8 @@ class ILink:
         )
         try:
             with CountedCall(self._metrics, "sendmessage"):
-                return protocol.read_sent(await self._post(account, request, self._send_timeout_s, check))
+                reply = await self._post(account, request, self._send_timeout_s, check)
+                return protocol.read_sent(_unpacked(reply, request.largest))
         except TimeoutError as exc:
             raise Uncertain("timeout", f"no answer within {self._send_timeout_s:g} s") from exc
 
@@ -189,7 +218,7 @@ class ILink:
         """A call that may be repeated, so that a missing answer is Temporary, too. Raises what `read` raises."""
         try:
             with CountedCall(self._metrics, request.endpoint):
-                return read(await self._post(account, request, timeout_s))
+                return read(_unpacked(await self._post(account, request, timeout_s), request.largest))
         except TimeoutError as exc:
             raise Temporary("timeout", f"no answer within {timeout_s:g} s") from exc
         except Uncertain as exc:
@@ -202,7 +231,6 @@ class ILink:
     async def close(self) -> None:
         """Closes all connections."""
         await self._transport.close()
-        self._budget.close()
 
     async def _post(
         self, account: Account, request: Request, timeout_s: float, check: Callable[[], None] | None = None
@@ -215,18 +243,10 @@ class ILink:
         return msgspec.structs.replace(reply, secrets=request.secrets)
 
 
-async def _read_updates(reply: Reply, started: float, budget: ByteBudget) -> Polled:
-    """Reads a large answer in a thread, and goes on for a moment when it is cancelled."""
-    polled_s = time.monotonic() - started
-    if len(reply.body) <= SMALL and protocol.is_read_at_once(reply):
-        return protocol.read_updates(reply, polled_s=polled_s)
-    try:
-        reading = budget.run_in_thread(protocol.read_updates, reply, polled_s=polled_s)
-        return await complete_with_grace(reading, GRACE_S)
-    except BaseException:
-        if reply.share is not None:
-            reply.share.release()
-        raise
+def _unpacked(reply: Reply, limit: int) -> Reply:
+    """Raises Uncertain("unreadable"), Oversized."""
+    encoding = reply.headers.get("content-encoding")
+    return msgspec.structs.replace(reply, body=unpack(encoding, reply.body, limit)) if encoding else reply
 
 
 def _forget_frames(exc: BaseException | None) -> None:

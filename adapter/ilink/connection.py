@@ -12,7 +12,6 @@ from typing import cast
 import httptools
 
 from adapter.errors import Temporary, Uncertain
-from adapter.ilink.budget import SMALL, ByteBudget, Share
 from adapter.ilink.protocol import Reply
 from adapter.kit.timing import Deadline
 
@@ -117,19 +116,14 @@ class _Answer:
 class Connection(asyncio.Protocol):
     """An asyncio.Protocol for one peer."""
 
-    __slots__ = ("_answer", "_budget", "_deadline", "_loop", "_result", "_share", "_timeout_s", "_transport",
-                 "idle_since", "tls")  # fmt: skip
+    __slots__ = ("_answer", "_deadline", "_loop", "_result", "_transport", "idle_since", "tls")
 
-    def __init__(self, budget: ByteBudget) -> None:
+    def __init__(self) -> None:
         self._loop = asyncio.get_running_loop()
-        self._budget = budget
         self._answer: _Answer
         self._transport: asyncio.Transport | None = None
         self._result: asyncio.Future[Reply] | None = None
         self._deadline: Deadline
-        self._timeout_s: float
-        self._share: asyncio.Future[Share] | None = None
-        """Share of the budget for a large answer."""
         self.idle_since = 0.0
         """End of the last answer, by the loop's clock."""
         self.tls: ssl.SSLObject | None = None
@@ -146,7 +140,7 @@ class Connection(asyncio.Protocol):
 
     async def send_request(self, request: bytes, timeout_s: float, limit: int) -> Reply:
         """Sends the request and reads its answer, still compressed. Closes the connection if it is cancelled or
-        fails. The time starts anew once a large answer has got its share of the budget.
+        fails.
 
         Raises TimeoutError; Temporary: the connection was closed before; Uncertain("network"): no answer, a part of
         one, or invalid HTTP; Uncertain("unreadable"): more than `limit` bytes.
@@ -155,7 +149,6 @@ class Connection(asyncio.Protocol):
             raise Temporary("network", "the connection is closed")
         self._answer.begin(limit)
         self._result = result = self._loop.create_future()
-        self._timeout_s = timeout_s
         self._deadline = Deadline(self._loop, timeout_s, self._on_deadline)
         self._transport.write(request)
         del request
@@ -168,9 +161,7 @@ class Connection(asyncio.Protocol):
         finally:
             self._deadline.cancel()
             del self._deadline  # breaks a reference cycle
-            if (share := self._share) is not None and not share.cancel():
-                share.result().release()
-            self._share, self._answer.body = None, b""
+            self._answer.body = b""
             self._result = None
             del result  # an error in it refers to this frame
             self.idle_since = self._loop.time()
@@ -198,8 +189,6 @@ class Connection(asyncio.Protocol):
             self._fail(answer.problem)
         elif answer.is_complete:
             self._finish()
-        elif self._share is None and answer.size > SMALL:
-            self._reserve_share()
 
     def eof_received(self) -> None:
         """The server closes its side, so this side closes, too; `connection_lost` follows."""
@@ -211,29 +200,12 @@ class Connection(asyncio.Protocol):
         self._transport = None
         answer = self._answer
         answer.close()
-        waits = self._share is not None and not self._share.done()  # unread data may remain
-        if exc is None and answer.head_read and not answer.framed and not waits:
+        if exc is None and answer.head_read and not answer.framed:
             self._finish()
         else:
             self._fail(Uncertain("network", type(exc).__name__ if exc else "the server closed the connection"))
 
     # -----------------------------------------------------------------------------------------------------------
-
-    def _reserve_share(self) -> None:
-        """Pauses reading until there is room for a large answer, packed and unpacked."""
-        assert self._transport is not None
-        answer = self._answer
-        share = self._budget.reserve(answer.limit * (2 if "content-encoding" in answer.headers else 1))
-        self._share = share
-        if not share.done():
-            self._deadline.cancel()
-            self._transport.pause_reading()
-            share.add_done_callback(self._resume_reading)
-
-    def _resume_reading(self, share: asyncio.Future[Share]) -> None:
-        if share is self._share and self._transport is not None:
-            self._deadline = Deadline(self._loop, self._timeout_s, self._on_deadline)
-            self._transport.resume_reading()
 
     def _on_deadline(self) -> None:
         self._fail(TimeoutError())
@@ -250,8 +222,7 @@ class Connection(asyncio.Protocol):
     def _finish(self) -> None:
         if self._result is None or self._result.done():
             return
-        answer, share = self._answer, self._share.result() if self._share is not None else None
-        self._result.set_result(Reply(answer.status, answer.headers, bytes(answer.body), share=share))
-        self._share = None
+        answer = self._answer
+        self._result.set_result(Reply(answer.status, answer.headers, bytes(answer.body)))
         if not answer.keeps:
             self.close()

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import base64
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, TypeVar, get_args
 from urllib.parse import quote
 
@@ -18,11 +18,10 @@ from adapter.content.quotes import as_id
 from adapter.errors import Refused, SessionExpired, Temporary, Throttled, Uncertain
 from adapter.ilink import wire
 from adapter.ilink.cipher import cipher_size, write_key
-from adapter.ilink.paging import WHOLE_BYTES, pages_of, read_page
 from adapter.ilink.urls import PLAIN_URL, URL_CHARS
 from adapter.kit.json_repair import as_utf8, without_controls, without_halves
 from adapter.observability.logs import HIDDEN, hide_secrets
-from adapter.ports import Accepted, MediaKind, Polled, QrCode, Scan, ScanStatus, Share, Uploaded
+from adapter.ports import Accepted, MediaKind, Polled, QrCode, Scan, ScanStatus, Uploaded
 
 AGENT = f"wechat-nats/{__version__}"
 CHANNEL_VERSION = "2.4.9"
@@ -30,18 +29,19 @@ CHANNEL_VERSION = "2.4.9"
 APP_CLIENT_VERSION = str(2 << 16 | 4 << 8 | 9)
 
 _BOM = b"\xef\xbb\xbf"
+_MESSAGES = msgspec.json.Decoder(list[msgspec.Raw])
 
 A = TypeVar("A", bound=wire.WireReply)
 
-ANSWER_BYTES = 4 << 20
+ANSWER_BYTES = 8 << 20
 """Largest unpacked answer to a poll: some thousand messages of about a kilobyte."""
+MESSAGES, COMMAS = 100_000, 500_000
+"""Most messages and commas of an answer. Commas are counted first, since a list of millions of messages takes a
+second and hundreds of megabytes; 8 MiB of ordinary messages have fewer."""
 OTHER_BYTES = 262_144
 """Largest answer to any other call."""
-REPAIRED_BYTES = 1 << 20
-"""Largest invalid answer to a poll that is repaired."""
-REPAIRED_AT_ONCE_BYTES = 8_192
-"""Largest invalid answer to any other call that is repaired, and largest one that is repaired in the event loop,
-which takes some milliseconds."""
+REPAIRED_BYTES = 262_144
+"""Largest invalid answer that is repaired, which takes up to 75 ms of the event loop."""
 WORDS_CHARS = 200
 """Most characters of iLink's error text that are passed on."""
 WORDS_BYTES = 4096
@@ -97,8 +97,6 @@ class Reply(msgspec.Struct, frozen=True):
     body: bytes
     secrets: tuple[str, ...] = ()
     """The secrets of its request."""
-    share: Share | None = None
-    """Share of the memory budget that a large answer holds."""
     tells_tokens: bool = False
     """The error text may have secrets that the request does not have, such as context tokens: long words are
     removed."""
@@ -281,22 +279,22 @@ def read_updates(reply: Reply, *, polled_s: float) -> Polled:
     if reply.status == EDGE_TIMEOUT:
         _check_error_codes(reply)
     elif reply.body.strip() or not 200 <= reply.status < 300:
-        return _read_polled(_read_answer(reply, wire.Updates), reply.share, polled_s)
+        return _read_polled(_read_answer(reply, wire.Updates), polled_s)
     if polled_s >= IDLE_AFTER_S:
         return Polled([], None, HOLD_MS)
     reason = "http_5xx" if reply.status == EDGE_TIMEOUT else "unreadable"
     raise Temporary(reason, "an empty answer, too early for an idle poll")
 
 
-def _read_polled(updates: wire.Updates, share: Share | None, polled_s: float) -> Polled:
+def _read_polled(updates: wire.Updates, polled_s: float) -> Polled:
     match updates.code:
         case 0:
-            messages, pages = _first_and_rest(bytes(updates.msgs))
+            messages = _split(bytes(updates.msgs))
             cursor = str(updates.get_updates_buf or "")
             overlong = len(cursor) if len(cursor) > wire.OPAQUE_CHARS else 0
             kept = None if overlong else cursor or None
             hold = hold_ms(bytes(updates.longpolling_timeout_ms))
-            return Polled(messages, kept, hold, overlong, pages, share)
+            return Polled(messages, kept, hold, overlong)
         case -1 if polled_s >= IDLE_S:  # an idle timeout, as one client interprets it
             return Polled([], None, HOLD_MS)
         case code if code in wire.THROTTLED:
@@ -305,27 +303,15 @@ def _read_polled(updates: wire.Updates, share: Share | None, polled_s: float) ->
             raise Temporary("ret_other", _error_text(updates))
 
 
-def is_read_at_once(reply: Reply) -> bool:
-    """Whether an answer that is not large decodes quickly: it is short, or needs no repair."""
-    if len(reply.body) <= REPAIRED_AT_ONCE_BYTES:
-        return True
-    try:
-        msgspec.json.decode(reply.body, type=wire.Updates)
-    except (ValueError, RecursionError):
-        return False
-    return True
-
-
-def _first_and_rest(messages: bytes) -> tuple[list[bytes], Iterator[list[bytes]] | None]:
-    """The first page, and the pages after it. Raises Temporary if it is no list."""
-    if messages in (b"[]", b"null"):
-        return [], None
+def _split(messages: bytes) -> list[bytes]:
+    """The elements of a JSON list. Raises Temporary if it is none, or has too many."""
+    if messages == b"null":
+        return []
     if not messages.startswith(b"["):
         raise Temporary("unreadable", "the messages are no list")
-    if len(messages) <= WHOLE_BYTES:
-        return read_page(messages), None
-    pages = pages_of(messages)
-    return next(pages), pages
+    if messages.count(b",") <= COMMAS and len(found := _MESSAGES.decode(messages)) <= MESSAGES:
+        return [bytes(raw) for raw in found]
+    raise Temporary("unreadable", "the answer has too many messages")
 
 
 def read_sent(reply: Reply) -> Accepted:
@@ -446,7 +432,7 @@ def _decode(reply: Reply, kind: type[A]) -> A:
         try:
             answer = msgspec.json.decode(reply.body, type=kind)
         except ValueError:  # includes UnicodeDecodeError
-            if len(reply.body) > (REPAIRED_BYTES if kind is wire.Updates else REPAIRED_AT_ONCE_BYTES):
+            if len(reply.body) > REPAIRED_BYTES:
                 raise
             mended = without_controls(without_halves(as_utf8(reply.body.removeprefix(_BOM))))
             answer = msgspec.json.decode(mended, type=kind, strict=False)

@@ -18,7 +18,6 @@ from urllib.parse import urlsplit
 import aiohappyeyeballs
 
 from adapter.errors import Temporary, Uncertain
-from adapter.ilink.budget import SMALL, ByteBudget
 from adapter.ilink.connection import Connection
 from adapter.ilink.network import CONNECT_S, KEPT_S, PORTS, TLS_S, Proxy, Resolver, proxy_of
 from adapter.ilink.protocol import AGENT, Reply, Request
@@ -51,9 +50,8 @@ class Transport:
     With a proxy in the environment, each connection is a tunnel through it.
     """
 
-    def __init__(self, *, tls: ResumingContext, budget: ByteBudget, resolver: Resolver) -> None:
+    def __init__(self, *, tls: ResumingContext, resolver: Resolver) -> None:
         self._tls = tls
-        self._budget = budget
         self._resolver = resolver
         self._idle: dict[str, list[Connection]] = {}
         """By base URL. The connection used last is taken first, so that surplus ones stay idle and are closed."""
@@ -70,8 +68,8 @@ class Transport:
     ) -> Reply:
         """`fresh`: use a new connection, and resolve the name again. `check`: see ports.Chat.
 
-        Repeats a repeatable request once over a new connection if the kept one was closed. When it is cancelled after
-        the answer arrived, it processes the answer for up to budget.GRACE_S.
+        Repeats a repeatable request once over a new connection if the kept one was closed. The answer may be
+        compressed.
         Raises TimeoutError, Temporary("network") (not sent), Uncertain (sent, or possibly sent).
         """
         base = _parse_base_url(base_url)
@@ -107,9 +105,7 @@ class Transport:
             self._store_idle(base_url, line)
         else:
             line.close()
-        if len(reply.body) <= SMALL and "content-encoding" not in reply.headers:
-            return reply
-        return await self._budget.unpack(reply, request.largest)
+        return reply
 
     async def close(self) -> None:
         """Closes all idle connections."""
@@ -123,7 +119,7 @@ class Transport:
 
     async def _open(self, base: Base, timeout_s: float, *, fresh: bool) -> Connection:
         """Raises Temporary("network")."""
-        connection, transport = Connection(self._budget), None
+        connection, transport = Connection(), None
         proxy = proxy_of(base.url)
         host, port = (proxy.host, proxy.port) if proxy else (base.host, base.port)
         try:

@@ -4,31 +4,29 @@ from __future__ import annotations
 
 import zlib
 
+from adapter.errors import Uncertain
+
 _GZIP_OR_ZLIB = 47
 PACKED = ("gzip", "x-gzip", "deflate")
 
 
-class UnpackFailed(Exception):
-    """The answer is too large or cannot be decompressed; the text says which."""
-
-
-class Oversized(UnpackFailed):
+class Oversized(Uncertain):
     """The answer is too large."""
 
 
 def unpack(encoding: str, body: bytes, limit: int) -> bytes:
-    """The decompressed body of an answer. Raises UnpackFailed, and Oversized above `limit` bytes."""
+    """The decompressed body of an answer, of at most `limit` bytes. Raises Uncertain("unreadable"), Oversized."""
     if not body or encoding.strip().lower() in ("", "identity"):
         return body
     if encoding.strip().lower() not in PACKED:
-        raise UnpackFailed("The answer is packed in a way that was not asked for.")
+        raise Uncertain("unreadable", "the answer is packed in a way that was not asked for")
     work = zlib.decompressobj(_GZIP_OR_ZLIB)
     try:
         plain = work.decompress(body, limit + 1)
     except zlib.error:
-        raise UnpackFailed("The answer cannot be unpacked.") from None
+        raise Uncertain("unreadable", "the answer cannot be unpacked") from None
     if len(plain) > limit:
-        raise Oversized(f"the answer exceeds {limit} bytes")
+        raise Oversized("unreadable", f"the answer exceeds {limit} bytes")
     if not work.eof:
-        raise UnpackFailed("The packed answer ends early.")
+        raise Uncertain("unreadable", "the packed answer ends early")
     return plain

@@ -17,8 +17,7 @@ how far they are dispatched, and which dedup window to store.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
-from itertools import chain
+from collections.abc import Callable, Iterator
 from typing import Protocol
 
 import msgspec
@@ -165,28 +164,26 @@ class BotJournal:
         self.cursor = record.cursor
 
     def records_of(self, answer: Answer) -> Iterator[JournalRecord]:
-        """Splits an answer into records, one page at a time. The last record moves the cursor."""
+        """Splits an answer into records. The last record moves the cursor."""
         polled, first = answer.polled, 0
         place = digest(polled.cursor.encode()) if polled.cursor else ""
-        pages: Iterable[list[bytes]] = polled.pages or ()
         before: JournalRecord | None = None
         is_rest = False
-        for page in chain([polled.messages], pages):
-            for part, is_continued in parts_of(page, self._part_bytes()):
-                if before is not None:
-                    yield before
-                before = JournalRecord(
-                    cursor=self.cursor,
-                    sandbox=answer.sandbox,
-                    received_ms=answer.received_ms,
-                    messages=part,
-                    is_continued=is_continued,
-                    is_rest=is_rest,
-                    place=place,
-                    first=first,
-                )
-                first += len(part) - is_continued
-                is_rest = is_continued
+        for part, is_continued in parts_of(polled.messages, self._part_bytes()):
+            if before is not None:
+                yield before
+            before = JournalRecord(
+                cursor=self.cursor,
+                sandbox=answer.sandbox,
+                received_ms=answer.received_ms,
+                messages=part,
+                is_continued=is_continued,
+                is_rest=is_rest,
+                place=place,
+                first=first,
+            )
+            first += len(part) - is_continued
+            is_rest = is_continued
         if before is not None:
             yield msgspec.structs.replace(before, cursor=polled.cursor or self.cursor)
 

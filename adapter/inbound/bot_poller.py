@@ -155,6 +155,8 @@ class BotPoller:
         pause."""
         self.polled_at = 0.0
         """Monotonic time of iLink's last answer to a poll."""
+        self.problem = ""
+        """Why the last poll failed; "": it did not."""
         self.is_announced = False
         """iLink has confirmed that the bot is polled."""
         self.has_answer = False

@@ -24,6 +24,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import islice
 
+import msgspec
 import structlog
 
 from adapter.content.dedup import DedupWindow
@@ -300,6 +301,14 @@ class Dispatcher:
         """Gives messages to their conversations and queues them, or ends them. Raises Temporary, LeaseLost."""
         addressed: list[AddressedMessage] = []
         if binding is not None:
+            triaged = [
+                message
+                if message.inbound is None
+                or message.outcome != "new"
+                or self._recipients.has_room_for(message.inbound.user, binding)
+                else msgspec.structs.replace(message, outcome="stranger", detail="The bot has too many other users.")
+                for message in triaged
+            ]
             addressed = [
                 self._recipients.address(opened, message, binding) for message in triaged if message.outcome == "new"
             ]

@@ -22,8 +22,9 @@ log = structlog.get_logger()
 
 VERSION = 1
 """Version of a record's form. A replica leaves a bot alone whose last record has a higher version."""
-MESSAGE_BYTES = 64
-"""Upper bound of a message's overhead in a record."""
+MESSAGE_BYTES = 512
+"""What a message counts in a record beside its bytes. It bounds the messages of a record, which are read in one turn
+of the event loop."""
 
 
 class JournalRecord(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):

@@ -93,7 +93,7 @@ async def _poll_until_stopped(poller: BotPoller, deps: InboundDeps) -> None:
             return
         except AdapterError as exc:
             failures += 1
-            poller.state = "error"
+            poller.state, poller.problem = "error", _problem(exc)
             log.warning("poller.failed", bot=poller.bot, reason=exc.reason, detail=exc.detail, failures=failures)
         except Exception:
             failures += 1
@@ -186,8 +186,6 @@ async def poll_forever(poller: BotPoller, journal: BotJournal, deps: InboundDeps
         if binding.state == "needs_login":  # the verdict was wrong, or is not true any more
             log.info("session.recovered", bot=poller.bot)
             await retry(partial(mark_active, deps.bindings, deps.clock, binding), deps.clock, poller.bot)
-        if polled.share is not None:
-            polled.share.release()
         if stats.note_at or not journal.is_noted:
             await _store_cursor_if_due(journal, stats, deps)
         is_instant = poller.unanswered_since - began < INSTANT_S and not (polled.messages and is_new)
@@ -246,6 +244,7 @@ async def _wait_after_failure(poller: BotPoller, exc: Temporary, stats: _PollSta
     """Waits after a failed poll."""
     await deps.pacing.turns.wait_turn()  # iLink may have closed all connections at once
     stats.failures += 1
+    poller.problem = _problem(exc)
     deps.metrics.polls.labels(outcome="error").inc()
     wait_s = exc.retry_after_s or backoff(stats.failures, first_s=0.5, longest_s=30.0)
     if stats.failures.bit_count() == 1:  # at 1, 2, 4 …: thousands of polls fail together while iLink is down
@@ -253,6 +252,11 @@ async def _wait_after_failure(poller: BotPoller, exc: Temporary, stats: _PollSta
     if not poller.stopping:
         await wait_event(poller.poll_cancel, wait_s + deps.clock.jitter(wait_s / 2))
     await deps.pacing.turns.wait_turn()
+
+
+def _problem(exc: AdapterError) -> str:
+    """As it is shown with the bot."""
+    return f"{exc.reason}: {exc.detail}" if exc.detail else exc.reason
 
 
 async def _on_no_answer(poller: BotPoller, stats: _PollStats, waited_ms: int, deps: InboundDeps) -> None:
@@ -274,6 +278,7 @@ async def _on_no_answer(poller: BotPoller, stats: _PollStats, waited_ms: int, de
 def _record_answer(poller: BotPoller, polled: Polled, stats: _PollStats, deps: InboundDeps) -> None:
     """Records that iLink answered."""
     stats.failures = stats.timeouts = 0
+    poller.problem = ""
     poller.unanswered_since = poller.polled_at = deps.clock.monotonic()
     (deps.metrics.polls_full if polled.messages else deps.metrics.polls_empty).inc()
     if polled.overlong and not stats.overlong:  # iLink may repeat the same messages for ever

@@ -17,6 +17,10 @@ from adapter.inbound.rejects import Rejects
 from adapter.inbound.triage import TriagedMessage
 from adapter.kit.crashes import retry_on_bug
 
+OTHER_USERS = 8
+"""Most users of a bot beside its own, for each owner: iLink binds a bot to one user, and each user costs a
+conversation."""
+
 
 class Recipients:
     """The recipients of one bot's messages."""
@@ -26,6 +30,14 @@ class Recipients:
         self._bindings = bindings
         self._publishing = publishing
         self._rejects = rejects
+        self._others: set[str] = set()
+        """Users who are not the binding's."""
+
+    def has_room_for(self, user: str, binding: Binding) -> bool:
+        """Whether a user is the bot's own, or among the first others."""
+        if user != binding.user and len(self._others) < OTHER_USERS:
+            self._others.add(user)
+        return user == binding.user or user in self._others
 
     async def find_binding(self) -> Binding | None:
         """The bot's binding, or None if the bus has none, even when asked directly. Raises Temporary."""

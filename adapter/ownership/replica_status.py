@@ -27,10 +27,11 @@ class StatusRequest(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tru
 
 class PollerStatus(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """State of a bot's poller. `ago_ms`: time since iLink's last answer, a duration so that no clocks are
-    compared."""
+    compared. `problem`: why the last poll failed."""
 
     state: str
     ago_ms: int | None = None
+    problem: str = ""
 
 
 class ReplicaStatus(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):

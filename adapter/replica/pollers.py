@@ -9,8 +9,9 @@ from typing import Any
 
 import structlog
 
-from adapter.inbound.bot_poller import BotPoller, State
+from adapter.inbound.bot_poller import BotPoller
 from adapter.ownership.leases import Leases
+from adapter.ownership.replica_status import PollerStatus
 
 log = structlog.get_logger()
 
@@ -133,10 +134,14 @@ class BotPollers(dict[str, BotPoller]):
         poller = self.get(bot)
         return poller is not None and not poller.stale and poller.polled_at > since
 
-    def states(self, bots: Sequence[str], now: float) -> dict[str, tuple[State, float | None]]:
-        """State of those of `bots` that are polled here, and seconds since iLink's last answer (None: none yet)."""
+    def states(self, bots: Sequence[str], now: float) -> dict[str, PollerStatus]:
+        """State of those of `bots` that are polled here."""
         found = [poller for bot in bots if (poller := self.get(bot)) is not None]
         return {
-            poller.bot: (poller.state, now - poller.unanswered_since if poller.unanswered_since else None)
+            poller.bot: PollerStatus(
+                state=poller.state,
+                ago_ms=int((now - poller.unanswered_since) * 1000) if poller.unanswered_since else None,
+                problem=poller.problem,
+            )
             for poller in found
         }

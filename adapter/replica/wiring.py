@@ -54,7 +54,7 @@ from adapter.outbound.router import Router
 from adapter.outbound.sessions import BotSessions, Pollers
 from adapter.ownership import replica_status
 from adapter.ownership.leases import Leases
-from adapter.ownership.replica_status import OtherReplicas, PollerStatus, ReplicaStatus
+from adapter.ownership.replica_status import OtherReplicas, ReplicaStatus
 from adapter.replica.closings import Closings
 from adapter.replica.connections import Connections
 from adapter.replica.health_monitor import HealthMonitor
@@ -417,10 +417,6 @@ class Replica:
         return Console(settings.console_addr, settings.console_token, deps)
 
     def _status(self, bots: Sequence[str]) -> ReplicaStatus:
-        polls = {
-            bot: PollerStatus(state=state, ago_ms=None if ago_s is None else int(ago_s * 1000))
-            for bot, (state, ago_s) in self.supervisor.pollers.states(bots, self.clock.monotonic()).items()
-        }
         return ReplicaStatus(
             instance=self.instance,
             incarnation=self.leases.incarnation,
@@ -429,7 +425,7 @@ class Replica:
             bots=len(self.supervisor.pollers),
             capacity=self.settings.capacity,
             draining=self.health.draining,
-            polls=polls,
+            polls=self.supervisor.pollers.states(bots, self.clock.monotonic()),
         )
 
 

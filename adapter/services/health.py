@@ -73,7 +73,7 @@ def _status(binding: Binding, poller: PollerStatus | None, absence: tuple[BotSta
     if poller.state != "error":
         return next((state for state in _OF_POLLER if state == poller.state), "unknown"), ""
     if poller.ago_ms is None or poller.ago_ms >= FAILING_MS:
-        return "failing", "iLink answers no poll, or it cannot be stored: poll.failed, poller.failed in the log"
+        return "failing", f"{poller.problem or 'iLink answers no poll'} (poll.failed, poller.failed in the log)"
     return "retrying", "the last poll failed"
 
 

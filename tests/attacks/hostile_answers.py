@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterable
 from tests.attacks.rig import ATTACKER, Rig
 
 BOTS = 100
-LARGEST = 4 << 20
+LARGEST = 8 << 20
 """Bytes of an answer that is read (adapter.ilink.protocol)."""
 BOMB = 60_000_000
 """Bytes of one that is not."""

@@ -10,8 +10,9 @@ from tests.attacks.hostile_answers import LARGEST, HostileServer
 
 WORST = ("lists in the words", "plain items", "no UTF-8", "many users", "a list of numbers", "control characters")
 BOTS = 24
-PEAK_MIB = 160
-"""64 of the budget, as much again while lists are cut, and what is unpacked and decoded one at a time."""
+PEAK_MIB = 320
+"""8 for each of the answers that are read, as much again for the messages of many users, and what is unpacked and
+decoded one at a time."""
 
 READ = """
 import asyncio, contextlib, json, sys
@@ -35,14 +36,10 @@ async def poll(ilink, bot):
         assert exc.reason == "unreadable", exc
         seen["refused"] += 1
         return
-    for page in (polled.messages, *(polled.pages or ())):
-        for raw in page[:10]:
-            with contextlib.suppress(Unreadable):
-                read_message(raw)
-        seen["messages"] += len(page)
-        await asyncio.sleep(0)
-    if polled.share is not None:
-        polled.share.release()
+    for raw in polled.messages[:10]:
+        with contextlib.suppress(Unreadable):
+            read_message(raw)
+    seen["messages"] += len(polled.messages)
 
 async def main():
     ilink = ILink(
@@ -66,4 +63,4 @@ async def test_what_hostile_answers_take_of_memory_is_bounded() -> None:
     seen = json.loads(out)
     assert seen["grown_mib"] < PEAK_MIB
     assert seen["messages"] > 50_000
-    assert seen["refused"] == 3 * BOTS // (len(WORST) + 2)
+    assert seen["refused"] == 4 * BOTS // (len(WORST) + 2), "also the one of millions of numbers"

@@ -236,26 +236,6 @@ def test_only_an_answer_of_bounded_size_is_repaired() -> None:
         assert (outcome(lambda: read_updates(answer, polled_s=1)) != expected) is readable  # noqa: B023 -- called at once
 
 
-def test_what_is_repaired_in_no_time_is_short() -> None:
-    """What is longer is read in another thread, if it is an answer to a poll, or not at all."""
-    for size, at_once in ((protocol.REPAIRED_AT_ONCE_BYTES, True), (protocol.REPAIRED_AT_ONCE_BYTES + 1, False)):
-        broken = b'{"ret":0,"message_id":"1","x":"' + b"x" * (size - 34) + b'\x01"}'
-        assert len(broken) == size
-        assert protocol.is_read_at_once(reply(broken)) is at_once
-        assert protocol.is_read_at_once(reply(broken.replace(b"\x01", b" ")))
-        expected = Accepted("1", 0, None, "") if at_once else (Uncertain, "unreadable")
-        assert outcome(lambda: read_sent(reply(broken))) == expected  # noqa: B023 -- called at once
-
-
-def test_many_messages_come_a_page_at_a_time() -> None:
-    polled = read_updates(
-        reply({"msgs": [{"seq": number} for number in range(5000)], "get_updates_buf": "b"}), polled_s=1
-    )
-    assert polled.pages is not None
-    assert [len(page) for page in (polled.messages, *polled.pages)] == [1000] * 5
-    assert polled.cursor == "b"
-
-
 @pytest.mark.parametrize(
     "said",
     [["x"] * 3000, {"a": "token-of-bot" * 1000}, "x" * 3000, 5, "token-of-bot"],

@@ -11,7 +11,7 @@ import pytest
 from structlog.testing import capture_logs
 
 from adapter.contract.messages import Options, UnsupportedItem
-from adapter.contract.names import H_JOURNAL, H_MSG_ID, conversation_key, shard_of
+from adapter.contract.names import H_JOURNAL, H_MSG_ID, H_REASON, conversation_key, shard_of
 from adapter.errors import BusRefused, LeaseLost, Temporary
 from adapter.inbound.bot_journal import SNAPSHOT_AFTER_NEW, SNAPSHOT_AFTER_RECORDS
 from adapter.inbound.dispatcher import MAX_BACKLOG, MAX_BACKLOG_BYTES
@@ -220,6 +220,16 @@ async def test_two_users_of_a_bot_have_windows_of_their_own() -> None:
     await polls(bench)
     await asyncio.sleep(1)
     assert (bench.record().token, bench.record(user="u2@im.wechat").token) == ("token-1", "theirs")
+
+
+async def test_messages_of_more_than_eight_other_users_of_a_bot_become_dead_letters() -> None:
+    """Each user costs a conversation."""
+    users = [f"u{number}@im.wechat" for number in range(2, 12)]
+    words = [raw(user, number, from_user_id=user) for number, user in enumerate(users, 2)]
+    bench = await ready(batch(*words, raw("own", 1)))
+    await polls(bench)
+    assert texts(bench) == [*users[:8], "own"]
+    assert [letter.headers[H_REASON] for letter in bench.bus.found("DEAD")] == ["unreadable"] * 2
 
 
 async def test_a_new_bot_whose_user_becomes_known_goes_on_where_their_old_one_was() -> None:

@@ -7,14 +7,12 @@ from collections import deque
 
 import msgspec
 import pytest
-from msgspec.structs import replace
 from structlog.testing import capture_logs
 
 from adapter.contract.names import H_EXPECTED
-from adapter.conversation.actor import ConversationActor
 from adapter.errors import STORE_FAILED, BusRefused, Conflict, Temporary
 from adapter.inbound.journal import MESSAGE_BYTES, JournalRecord, parts_of
-from adapter.ports import Message, Polled, PubAck
+from adapter.ports import Message, PubAck
 from adapter.security.seal import Sealer, cursor_context
 from tests.fakes import Bench, batch, ready
 from tests.inbound.downloads import NOTHING, heir_to, run
@@ -281,43 +279,25 @@ async def test_a_repeat_of_a_write_meets_the_first_one() -> None:
 # sizes ---------------------------------------------------------------------------------------------------
 
 
-def paged(*pages: list[bytes], cursor: str = "b") -> Polled:
-    """A large answer, as it is read: the first page, and the others to come."""
-    first, *others = pages
-    return Polled(first, cursor, 35_000, pages=iter(others))
-
-
-async def test_a_large_answer_is_stored_a_page_at_a_time_and_its_cursor_with_the_last() -> None:
-    pages = [raw("one", 1), raw("two", 2)], [raw("three", 3)], [raw("three", 3), raw("four", 4)]
-    bench = await ready(paged(*pages), batch(raw("five", 5), cursor="c"))
-    await polls(bench)
+async def test_a_large_answer_takes_several_records_and_its_cursor_is_in_the_last() -> None:
+    words = [raw("one", 1), raw("two", 2), raw("three", 3), raw("four", 4)]
+    bench = await ready(batch(*words, cursor="b"), batch(raw("five", 5), cursor="c"))
+    await polls(bench, record_bytes=2 * MESSAGE_BYTES + len(words[0]) + len(words[1]))
     assert texts(bench) == ["one", "two", "three", "four", "five"]
     records = [one.record for one in await bench.written() if one.record.messages]
-    assert [one.messages for one in records] == [*pages, [raw("five", 5)]]
+    assert [one.messages for one in records] == [words[:2], [words[2]], [words[3]], [raw("five", 5)]]
     assert [one.cursor for one in records] == ["", "", "b", "c"]
     assert [one.first for one in records] == [0, 2, 3, 0]
 
 
-async def never(*_: object, **__: object) -> ConversationActor:
-    await asyncio.Event().wait()
-    raise AssertionError
-
-
-async def test_the_memory_of_a_large_answer_is_given_back_once_it_is_stored(poller: Poller) -> None:
-    """Other bots' answers wait for it, and this one's messages may wait long for their media."""
-    bench, given = await ready(), []
-
-    class Given:
-        def shrink(self, size: int) -> None: ...
-
-        def release(self) -> None:
-            given.append([stored.stream for stored in bench.bus.kept if "JOURNAL" in stored.stream])
-
-    bench.chat.polls += [replace(batch(raw(), cursor="b"), share=Given()), Polled([], "c", 1, share=Given())]
-    bench.conversations.on_inbound = never  # type: ignore[method-assign]
-    poller(bench)
-    await asyncio.sleep(5)
-    assert ([len(records) for records in given], texts(bench)) == ([2, 2], [])
+async def test_many_small_messages_take_several_records() -> None:
+    """A record is read in one turn."""
+    count = 3000
+    bench = await ready(batch(*[raw("hi", number) for number in range(count)]))
+    await polls(bench)
+    sizes = [len(one.record.messages) for one in await bench.written() if one.record.messages]
+    assert sum(sizes) == count
+    assert max(sizes) < 1024
 
 
 async def test_a_message_larger_than_a_record_is_told_whole_and_in_its_place() -> None:
@@ -387,7 +367,7 @@ async def test_what_another_replica_stores_late_may_come_between_two_parts_of_a_
     await task
 
 
-@pytest.mark.parametrize("limit", [100, 163, 164, 165, 1000])
+@pytest.mark.parametrize("limit", [MESSAGE_BYTES + size for size in (36, 99, 100, 101, 936)])
 def test_parts_of_an_answer_hold_all_of_it_and_are_no_larger_than_a_record(limit: int) -> None:
     messages = [b"a" * 10, b"b" * 100, b"c" * 350, b"d", b"e" * 99, b"f" * 101, b""]
     whole, piece = [], b""

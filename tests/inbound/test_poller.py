@@ -115,6 +115,16 @@ async def test_a_server_that_fails_is_not_hammered(poller: Poller) -> None:
     assert session.state == "error"
 
 
+async def test_a_bot_shows_why_its_polls_fail_until_one_is_answered(poller: Poller) -> None:
+    refusal = Temporary("unreadable", "the answer exceeds 8388608 bytes")
+    bench = await ready(refusal, refusal, batch(cursor="b"))
+    session = poller(bench)
+    await asyncio.sleep(0.3)
+    assert session.problem == "unreadable: the answer exceeds 8388608 bytes"
+    await asyncio.sleep(10)
+    assert (session.state, session.problem) == ("polling", "")
+
+
 MOVES = itertools.count()
 
 

@@ -57,10 +57,12 @@ async def described(bench: Bench, replicas: Replicas, living: int | None = None)
         ({}, PollerStatus(state="error", ago_ms=FAILING_MS - 1), "retrying", "the last poll failed"),
         ({}, PollerStatus(state="error", ago_ms=FAILING_MS), "failing", "iLink answers no poll"),
         ({}, PollerStatus(state="error"), "failing", "iLink answers no poll"),
+        ({}, PollerStatus(state="error", problem="unreadable: the answer exceeds 8388608 bytes"), "failing",
+         "unreadable: the answer exceeds 8388608 bytes"),
         ({"state": "needs_login", "reason": "stale_token"}, None, "needs_login", "stale_token"),
         ({}, None, "not_polled", "no replica polls it"),
     ],
-)
+)  # fmt: skip
 async def test_a_bot_fares_as_the_replica_that_polls_it_says(
     fields: dict[str, Any], poller: PollerStatus | None, status: str, detail: str, bench: Bench
 ) -> None:
