@@ -19,7 +19,7 @@ from adapter.console.auth import SESSION_S, WRONG_A_MINUTE, ConsoleAuth
 from adapter.console.server import MAX_BODY, MAX_IN_FLIGHT, Console, is_loopback
 from adapter.console.service import ConsoleDeps
 from adapter.contract.messages import LoginStart
-from adapter.contract.names import H_DETAIL, H_MSG_ID, H_REASON, H_SUBJECT, H_TIME_MS
+from adapter.contract.names import H_DETAIL, H_MSG_ID, H_REASON, H_SUBJECT, H_TIME_MS, H_USER
 from adapter.errors import BusRefused, SettingsError, Temporary
 from adapter.logins.flow import REFRESH_S, LoginDeps
 from adapter.logins.registry import LoginRegistry
@@ -86,8 +86,9 @@ class Office:
         self.started: list[LoginStart] = []
 
         async def start(data: bytes) -> bytes:
+            answer = await service.start(data)
             self.started.append(msgspec.json.decode(data, type=LoginStart))
-            return await service.start(data)
+            return answer
 
         self.following = asyncio.create_task(self.registry.run())
         self.living = 1
@@ -461,14 +462,15 @@ async def test_a_replica_that_does_not_answer_is_missed(office: Office) -> None:
 
 
 async def test_a_dead_command_is_stored_again_as_it_was(office: Office) -> None:
-    seq = office.letter("wechat.out.57.s1", b'{"text":"hi"}', {"traceparent": "00-1", H_MSG_ID: "dead:1"})
+    about = {"traceparent": "00-1", H_MSG_ID: "dead:1", H_USER: "u1@im.wechat"}
+    seq = office.letter("wechat.out.57.s1", b'{"text":"hi"}', about)
     page = (await office.browser.get("/dead")).text
     assert "unreadable" in page
     assert '"text"' not in page
     answer = await office.post(f"/dead/{seq}", do="retry")
     assert "is stored again on wechat.out.s1." in answer.text
     (again,) = office.bench.bus.found("OUT")
-    assert (again.subject, again.data) == ("wechat.out.s1", b'{"text":"hi"}')
+    assert (again.subject, again.data) == ("wechat.out.s1", b'{"text":"hi","user":"u1@im.wechat"}')
     assert again.headers == {"traceparent": "00-1", H_MSG_ID: f"retry-{seq}-1700000000000"}
     assert office.bench.bus.found("DEAD") == []
 
@@ -483,7 +485,7 @@ async def test_what_a_user_wrote_cannot_be_tried_again(office: Office) -> None:
 
 
 async def test_a_letter_that_is_not_stored_again_stays(office: Office) -> None:
-    seq = office.letter("wechat.out.s1")
+    seq = office.letter("wechat.out.s1", headers={H_USER: "u1@im.wechat"})
     office.bench.bus.refuse = lambda message: BusRefused(10077, "maximum messages per subject exceeded")
     answer = await office.post(f"/dead/{seq}", do="retry")
     assert (answer.status_code, "That did not work" in answer.text) == (409, True)
