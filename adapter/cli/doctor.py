@@ -6,11 +6,10 @@ import asyncio
 import contextlib
 import math
 from collections.abc import Awaitable
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, Any
 
 import msgspec
 from cyclopts import Parameter
-from nats.aio.msg import Msg
 from nats.errors import Error as NatsError
 
 from adapter.bindings.key_rotation import count_stored_tokens, reseal_tokens
@@ -71,7 +70,7 @@ async def doctor(
     """
     try:
         async with connected_bus() as bus:
-            checks = await _attempt("permissions", _check_replies(bus))
+            checks = await _attempt("permissions", bus.check_subscribed())  # without answers nothing can be told
             if not checks and sandbox:
                 checks = await permission_checks.check_sandbox_confined(bus, sandbox)
             elif not checks:
@@ -83,12 +82,6 @@ async def doctor(
     output.listing(checks, json, ("check", "state", ""), lambda c: (c.check, c.state, c.say), styles=STYLES)
     failing = [check.check for check in checks if check.state == "fail"]
     return UNREACHABLE if failing == ["nats"] else NO if failing else OK
-
-
-async def _check_replies(bus: Bus) -> list[Check]:
-    """Fails where no answer can be heard: then nothing else can be told."""
-    await bus.check_subscribed()
-    return []
 
 
 async def _run_checks(bus: Bus, *, fix: bool, allow_loss: bool, quiet: bool) -> list[Check]:
@@ -103,12 +96,12 @@ async def _run_checks(bus: Bus, *, fix: bool, allow_loss: bool, quiet: bool) -> 
     checks += await permission_checks.check_permissions(bus)
     checks += await _attempt("jetstream", _check_api_level(bus))
     if checks[-1].state == "ok":
-        checks.append(await _adopt_settings(bus, there, here))
-        checks += left + await _attempt("streams", _check_topology(bus))
+        checks += [await _adopt_settings(bus, there, here), *left]
+        checks += await _attempt("streams", _check_topology(bus))
         checks += await _attempt("unknown streams", _check_unknown_streams(bus))
         checks += await _attempt("storage", _check_storage(bus))
         checks += await _attempt("tokens", _check_tokens(bus))
-    checks += _check_adapters(bus, there)
+    checks.append(_check_adapters(bus, there))
     if checks[-1].state == "ok":
         checks += await _attempt("bindings", _check_bindings(bus))
     wait = "in turn, for their users to write, or for a login"
@@ -117,10 +110,10 @@ async def _run_checks(bus: Bus, *, fix: bool, allow_loss: bool, quiet: bool) -> 
     return checks + await _attempt("dead letters", letters) + await _attempt("commands waiting", commands)
 
 
-async def _attempt(name: str, check: Awaitable[list[Check]]) -> list[Check]:
+async def _attempt(name: str, check: Awaitable[list[Check] | None]) -> list[Check]:
     """A check that cannot be made fails, and does not hide the others."""
     try:
-        return await check
+        return await check or []
     except Failed as exc:
         return [Check(name, "fail", str(exc))]
     except (BusRefused, Temporary, NatsError) as exc:
@@ -170,15 +163,15 @@ async def _at_stake(bus: Bus, lowering: topology.Difference) -> str:
     return f"{messages:,} messages at stake"
 
 
-async def _adopt_settings(bus: Bus, there: Adapters, here: Shape) -> Check:
+async def _adopt_settings(bus: Bus, there: list[Adapter] | None, here: Shape) -> Check:
     """Has `bus.settings` shape streams as expected, and says whose settings that are. `here`: those of the shell."""
     layout = None
     with contextlib.suppress(Temporary):  # there is no bucket, or this user may not read it
         layout = await read_layout(bus.connection, bus.names)
     shape, whose = here, "this shell"
-    if there.expects:
-        shape = largest([msgspec.json.decode(expects, type=Shape) for expects in there.expects])
-        whose = "the running adapters" + (", of which the largest count" if len(there.expects) > 1 else "")
+    if all_expect := {adapter.metadata[EXPECTS] for adapter in there or () if EXPECTS in adapter.metadata}:
+        shape = largest([msgspec.json.decode(expects, type=Shape) for expects in all_expect])
+        whose = "the running adapters" + (", of which the largest count" if len(all_expect) > 1 else "")
     elif layout is not None and layout.settings:
         shape, whose = layout.settings, "the layout key"
     bus.settings = with_shape(bus.settings, shape)
@@ -237,59 +230,39 @@ def _short(value: Any) -> str:
     return text if len(text) <= 80 else text[:79] + "…"
 
 
-class Adapters(NamedTuple):
-    """Adapters that have answered."""
+class Adapter(msgspec.Struct):
+    """An adapter's answer to a ping. `metadata` has what it expects streams to be like (layout.Shape), as JSON."""
 
-    ids: set[str]
-    versions: set[str]
-    expects: set[str]
-    """What they expect streams to be like (layout.Shape), as JSON; nothing of earlier versions."""
-    silent: bool
-    """Nobody has answered although somebody subscribes: an adapter that may not answer on this inbox, or a listener
-    to all subjects."""
+    id: str
+    version: str
+    metadata: dict[str, str] = {}
 
 
-async def query_adapters(bus: Bus) -> Adapters:
-    """Asks all adapters, and waits for their answers. Raises Failed, NatsError."""
-    ping = f"$SRV.PING.{SERVICE}"
-    inbox = bus.nc.new_inbox()
-    found = Adapters(set(), set(), set(), silent=True)
-    nobody = asyncio.Event()
-
-    async def on_reply(msg: Msg) -> None:
-        if (msg.headers or {}).get("Status") == "503":
-            nobody.set()  # the server's word that nobody has subscribed
-            return
-        try:
-            pong = msgspec.json.decode(msg.data, type=dict[str, Any])
-        except UNDECODABLE:
-            return
-        found.ids.add(str(pong.get("id")))
-        found.versions.add(str(pong.get("version")))
-        if expects := (pong.get("metadata") or {}).get(EXPECTS):
-            found.expects.add(str(expects))
-
-    await bus.nc.subscribe(inbox, cb=on_reply)
+async def query_adapters(bus: Bus) -> list[Adapter] | None:
+    """Asks all adapters, and waits for their answers. None: somebody subscribes and nobody answers. Raises Failed,
+    NatsError."""
+    ping, inbox = f"$SRV.PING.{SERVICE}", bus.nc.new_inbox()
+    answers = await bus.nc.subscribe(inbox)
     await bus.nc.publish(ping, b"", reply=inbox)
     await asyncio.sleep(PING_S)
     bus.raise_if_forbidden(ping)
-    return found._replace(silent=not found.ids and not nobody.is_set())
+    found: list[Adapter] = []
+    silent = not answers.pending_msgs
+    while answers.pending_msgs:
+        with contextlib.suppress(*UNDECODABLE):  # empty: the server says that nobody subscribes
+            found.append(msgspec.json.decode((await answers.next_msg()).data, type=Adapter))
+    return None if silent else found
 
 
-def silent_adapters_advice(bus: Bus) -> str:
-    """What to do where adapters are silent."""
-    return (
-        f"Somebody hears the question for adapters, and none answers on {bus.settings.nats_inbox_prefix}.>: set"
-        " NATS_INBOX_PREFIX to _INBOX_operator; or an adapter hangs, or something else listens to all subjects."
-    )
-
-
-def _check_adapters(bus: Bus, there: Adapters) -> list[Check]:
-    if there.silent:
-        return [Check("adapters", "fail", silent_adapters_advice(bus))]
-    if not there.ids:
-        return [Check("adapters", "fail", "None answers: start one with `wechat-nats run`.")]
-    return [Check("adapters", "ok", f"{len(there.ids)} running, version {', '.join(sorted(there.versions))}")]
+def _check_adapters(bus: Bus, there: list[Adapter] | None) -> Check:
+    if there is None:
+        said = f"Somebody hears the question for adapters, and none answers on {bus.settings.nats_inbox_prefix}.>: set"
+        said += " NATS_INBOX_PREFIX to _INBOX_operator; or an adapter hangs, or something else listens to all subjects."
+        return Check("adapters", "fail", said)
+    if not there:
+        return Check("adapters", "fail", "None answers: start one with `wechat-nats run`.")
+    versions = ", ".join(sorted({adapter.version for adapter in there}))
+    return Check("adapters", "ok", f"{len(there)} running, version {versions}")
 
 
 async def _check_bindings(bus: Bus) -> list[Check]:

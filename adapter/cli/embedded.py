@@ -13,16 +13,10 @@ import json
 import os
 import re
 import shutil
-import signal
 import subprocess
 import tempfile
 from pathlib import Path
-from types import TracebackType
 from typing import BinaryIO, Self
-
-import msgspec
-import nats
-from nats.errors import Error as NatsError
 
 from adapter.cli.exit_codes import NO, USAGE, Failed
 from adapter.cli.files import write_private
@@ -34,7 +28,7 @@ MAX_CONSUMERS = 100_000
 NAME = "wechat-embedded"
 HOST = "127.0.0.1"
 START_S = 30.0
-"""Until JetStream answers."""
+"""Until it listens, which it does after JetStream has read its streams."""
 
 
 def find_server() -> Path:
@@ -88,22 +82,19 @@ class EmbeddedNats:
             raise
         return self
 
-    async def __aexit__(
-        self, exc_type: type[BaseException] | None, exc: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    async def __aexit__(self, *_: object) -> None:
         await self.stop()
 
     async def start(self) -> None:
-        """Returns once JetStream answers. Raises Failed."""
+        """Returns once it listens. Raises Failed."""
         binary = find_server()
         with self._lock_folder() as lock:
             self._spawn(binary, self._write_config(), lock)
         try:
             async with asyncio.timeout(START_S):
                 self.url = (await self._read_listen_url()).replace("//", f"//{self._token}@" if self._token else "//")
-                await self._wait_jetstream()
         except TimeoutError:
-            raise Failed(NO, f"No JetStream after {START_S:g} s: {self._last_log_line()}") from None
+            raise Failed(NO, f"No server after {START_S:g} s: {self._last_log_line()}") from None
 
     def _spawn(self, binary: Path, config: Path, lock: BinaryIO) -> None:
         with self.log_file.open("ab") as log:
@@ -123,12 +114,11 @@ class EmbeddedNats:
         A clean end takes 10 ms per durable consumer, which data that nobody will read again is not worth.
         """
         try:
-            if self.is_running and not self._temporary:
-                os.kill(self.pid, signal.SIGTERM)
+            if self._process is not None and not self._temporary:
+                self._process.terminate()
                 with contextlib.suppress(TimeoutError):
                     async with asyncio.timeout(grace_s):
-                        while self.is_running:
-                            await asyncio.sleep(0.01)
+                        await self.wait_ended()
         finally:  # also when cancelled: nobody else will end it
             self.kill()
             if self._temporary:
@@ -137,7 +127,7 @@ class EmbeddedNats:
     async def wait_ended(self) -> None:
         """Returns once the server has ended, by whatever cause."""
         while self.is_running:
-            await asyncio.sleep(0.2)
+            await asyncio.sleep(0.05)
 
     def kill(self) -> None:
         """Ends it as a crash would."""
@@ -174,25 +164,9 @@ class EmbeddedNats:
         while True:
             with contextlib.suppress(OSError, ValueError, LookupError):
                 return str(json.loads(ports_file.read_bytes())["nats"][0])
-            self._raise_if_ended()
+            if not self.is_running:
+                raise Failed(NO, f"The server ended at once: {self._last_log_line()}")
             await asyncio.sleep(0.02)
-
-    async def _wait_jetstream(self) -> None:
-        while True:
-            self._raise_if_ended()
-            with contextlib.suppress(NatsError, OSError, TimeoutError, msgspec.DecodeError):
-                nc = await nats.connect(self.url, allow_reconnect=False, connect_timeout=2, error_cb=_ignore_error)
-                try:
-                    reply = await nc.request("$JS.API.INFO", timeout=2)
-                    if "error" not in msgspec.json.decode(reply.data, type=dict[str, object]):
-                        return
-                finally:
-                    await nc.close()
-            await asyncio.sleep(0.02)
-
-    def _raise_if_ended(self) -> None:
-        if not self.is_running:
-            raise Failed(NO, f"The server ended at once: {self._last_log_line()}")
 
     def _last_log_line(self) -> str:
         """The last complaint in the log, without its time, and where the whole log is (if that stays)."""
@@ -220,7 +194,3 @@ jetstream {{
   limits {{ default_max_consumers: {MAX_CONSUMERS} }}
 }}
 """
-
-
-async def _ignore_error(_: Exception) -> None:
-    return None

@@ -149,9 +149,6 @@ class GuardedNats(EmbeddedNats):
         config.write_text(config.read_text() + 'authorization { user: "me", password: "right" }\n')
         return config
 
-    async def _wait_jetstream(self) -> None:
-        return
-
 
 async def test_a_wrong_password_is_3_at_once_and_not_shown(cli: Command, monkeypatch: pytest.MonkeyPatch) -> None:
     async with GuardedNats() as server:
