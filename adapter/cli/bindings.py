@@ -29,7 +29,6 @@ from adapter.cli.options import (
     RowSandbox,
     flag,
     new_id,
-    repeated,
 )
 from adapter.contract.messages import (
     BOT_STATUSES,
@@ -98,7 +97,6 @@ async def bind(
     cursor: Annotated[
         str | None, Parameter(help='Only `""`: poll from the start; default: from where it was.')
     ] = None,
-    cursor_file: Annotated[Path | None, Parameter(help="Poll from iLink's cursor in this file.")] = None,
     durable: Durable = False,
     auto_typing: AutoTyping = False,
     yes: Annotated[bool, flag("Move bots that serve another sandbox, without asking.", name=["--yes", "-y"])] = False,
@@ -112,7 +110,8 @@ async def bind(
     """Let a bot serve a sandbox.
 
     The bot's token comes from a file, from standard input, or is asked for without echo. It is never an argument,
-    since every user of a machine can read those. The same holds for a cursor of iLink, which contains the token.
+    since every user of a machine can read those. The same holds for a cursor of iLink, which contains the token: it
+    may stand in a row of --from.
     The request is stored even while no adapter runs (exit code 4 then).
 
     iLink is asked first whether it accepts the token. A refused token is not bound, and earlier bindings stay.
@@ -136,13 +135,15 @@ async def bind(
 
     options: dict[str, Any] = {"base_url": base_url, "durable": durable, "auto_typing": auto_typing}
     if rows is not None:
-        _check_alone(sandbox, bot, token, token_file, user, cursor, cursor_file, request_id)
+        _check_alone(sandbox, bot, token, token_file, user, cursor, request_id)
         found = bulk.read_rows(rows, BindRow, options)
         return await _run_rows(found, asked, "bound", failed, timeout, json, may_move=yes)
     if sandbox is None or bot is None:
         raise Failed(USAGE, "Name a sandbox and a bot, or give --from.")
-    secret, at = _read_token(token, token_file), _read_cursor(cursor, cursor_file)
-    row = BindRow(sandbox=sandbox, bot=bot, token=secret, user=user, cursor=at, id=request_id, **options)
+    if cursor:
+        raise Failed(USAGE, "A cursor on the command line can be read by others, and a token in it: use --from.")
+    secret = _read_token(token, token_file)
+    row = BindRow(sandbox=sandbox, bot=bot, token=secret, user=user, cursor=cursor, id=request_id, **options)
     return await _run_one(asked(row), "bound", timeout, json, may_move=yes)
 
 
@@ -258,7 +259,7 @@ async def bindings(
     user: Annotated[str | None, Parameter(help="Only this user, or with * and ? those that match.")] = None,
     state: Annotated[
         tuple[BotStatus | Literal["trouble"], ...],
-        repeated("Only bots in this state; trouble: all that is not as it should be. May be repeated."),
+        flag("Only bots in this state; trouble: all that is not as it should be. May be repeated."),
     ] = (),
     json: Json = False,
 ) -> int:
@@ -331,17 +332,6 @@ def _read_token(token: str | None, token_file: Path | None) -> str:
     if not text.strip() or len(text.split()) > 1 or len(text) > 1026:
         raise Failed(USAGE, "The token is empty, too long, or more than one word.")
     return text.strip()
-
-
-def _read_cursor(cursor: str | None, cursor_file: Path | None) -> str | None:
-    """Raises Failed, whose text never repeats what has a token in it."""
-    if cursor is not None and cursor_file is not None:
-        raise Failed(USAGE, 'Give --cursor "" or --cursor-file, not both.')
-    if cursor:
-        raise Failed(
-            USAGE, "A cursor on the command line can be read by others, and a token in it: use --cursor-file."
-        )
-    return cursor if cursor_file is None else read_text(cursor_file).strip()
 
 
 async def request_control(bus: Bus, asked: Bind | Unbind | Erase, timeout_s: float) -> ControlAnswer:

@@ -37,8 +37,7 @@ FailedFile = Annotated[
 
 NAMED = 20
 """Failures that are printed; the file has all."""
-TICK_S, LINE_S = 0.1, 5.0
-"""Seconds between two progress reports, on a terminal and elsewhere."""
+PROGRESS_S = 5.0
 
 
 class Row(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
@@ -154,15 +153,10 @@ async def run_rows(
 
 
 async def _report_forever(total: int, outcomes: dict[int, Failed | None]) -> None:
-    is_terminal = output.can_style(sys.stderr)
-    try:
-        while True:
-            await asyncio.sleep(TICK_S if is_terminal else LINE_S)
-            said = f"{len(outcomes)} of {total}, {sum(why is not None for why in outcomes.values())} failed"
-            print(f"\r\x1b[K{said}" if is_terminal else f"{said}\n", end="", file=sys.stderr, flush=True)
-    finally:
-        if is_terminal:
-            print("\r\x1b[K", end="", file=sys.stderr, flush=True)
+    while True:
+        await asyncio.sleep(PROGRESS_S)
+        said = f"{len(outcomes)} of {total}, {sum(why is not None for why in outcomes.values())} failed"
+        print(said, file=sys.stderr, flush=True)
 
 
 def _format_rows(rows: list[dict[str, Any]], columns: list[str]) -> str:

@@ -117,32 +117,21 @@ class Bus:
         finally:
             task.cancel()
 
-    async def request(
-        self,
-        subject: str,
-        payload: bytes,
-        timeout_s: float = ANSWER_S,
-        headers: dict[str, str] | None = None,
-        *,
-        nobody: str = "Nobody answers there.",
-    ) -> Msg:
-        """The answer to a request. `nobody` is the sentence if nobody subscribes to `subject`. Raises Failed."""
-        try:
-            asking = self.nc.request(subject, payload, timeout=timeout_s, headers=headers)
-            return await self.unless_forbidden(subject, asking)
-        except NoRespondersError:
-            raise Failed(UNREACHABLE, nobody) from None
-        except (NatsError, TimeoutError):
-            self.raise_if_forbidden(subject)
-            said = f"No answer on {subject} within {timeout_s:g} s: run `wechat-nats doctor`."
-            raise Failed(UNREACHABLE, said) from None
-
     async def service_reply(
         self, verb: str, payload: bytes, timeout_s: float, headers: dict[str, str] | None = None
     ) -> Msg:
         """An adapter's answer as it came. Raises Failed, also where the adapter refuses."""
-        nobody = "No adapter runs on this bus: start one with `wechat-nats run`."
-        reply = await self.request(self.names.svc(verb), payload, timeout_s, headers, nobody=nobody)
+        subject = self.names.svc(verb)
+        try:
+            asking = self.nc.request(subject, payload, timeout=timeout_s, headers=headers)
+            reply = await self.unless_forbidden(subject, asking)
+        except NoRespondersError:
+            said = "No adapter runs on this bus: start one with `wechat-nats run`."
+            raise Failed(UNREACHABLE, said) from None
+        except (NatsError, TimeoutError):
+            self.raise_if_forbidden(subject)
+            said = f"No answer on {subject} within {timeout_s:g} s: run `wechat-nats doctor`."
+            raise Failed(UNREACHABLE, said) from None
         found = reply.headers or {}
         if code := found.get(H_ERROR_CODE):
             raise Failed(NO, f"{found.get(H_ERROR) or 'The adapter refused'} (code {code}).")

@@ -56,20 +56,18 @@ async def show(*seqs: Seqs, json: Json = False) -> int:
     The body may hold what a person wrote: treat it as private. Tokens and keys in it are masked.
     """
 
-    async def shown(bus: Bus, letter: Stored) -> bool:
+    async def show_one(bus: Bus, letter: Stored) -> bool:
         headers = _own_headers(letter.headers)
         body = mask_secrets(bus.names, letter.subject, letter.data)
         if json:
             output.json_line({"seq": letter.seq, "subject": letter.subject, "headers": headers, "body": body})
             return True
-        output.say(f"{letter.seq}  {output.printable(letter.subject)}")
-        for name, value in headers.items():
-            output.say(f"  {output.printable(name)}: {output.printable(value)}")
-        output.say(f"  {len(letter.data)} bytes; may hold message text:")
-        output.say(f"  {output.printable(body)}")
+        head = [f"{letter.seq}  {letter.subject}", *(f"  {name}: {value}" for name, value in headers.items())]
+        for line in (*head, f"  {len(letter.data)} bytes; may hold message text:", f"  {body}"):
+            output.say(output.printable(line))
         return True
 
-    return await _for_each(seqs, shown)
+    return await _for_each_letter(seqs, show_one)
 
 
 @app.command
@@ -79,7 +77,7 @@ async def retry(*seqs: Seqs) -> int:
     For what came from WECHAT_OUT and WECHAT_CTL. Inbound dead letters cannot be retried: the user has to write again.
     """
 
-    async def retried(bus: Bus, letter: Stored) -> bool:
+    async def retry_one(bus: Bus, letter: Stored) -> bool:
         try:
             message = retry_message(bus.names, letter.seq, letter.headers, letter.data)
         except Refused as exc:
@@ -91,34 +89,40 @@ async def retry(*seqs: Seqs) -> int:
         await bus.delete_stored(bus.names.stream_dead, letter.seq)
         return True
 
-    return await _for_each(seqs, retried)
+    return await _for_each_letter(seqs, retry_one)
 
 
 @app.command
 async def drop(*seqs: Seqs) -> int:
     """Delete dead letters for good."""
-
-    async def dropped(bus: Bus, letter: Stored) -> bool:
-        await bus.delete_stored(bus.names.stream_dead, letter.seq)
-        output.say(f"{letter.seq}  dropped")
-        return True
-
-    return await _for_each(seqs, dropped)
+    return await for_each(seqs, "dead", lambda bus, seq: drop_one(bus, bus.names.stream_dead, seq, "dead letter"))
 
 
-async def _for_each(seqs: tuple[int, ...], work: Callable[[Bus, Stored], Awaitable[bool]]) -> int:
-    """Does `work` with each letter; NO if one is not there, or `work` failed with one. Raises Failed."""
+async def drop_one(bus: Bus, stream: str, seq: int, what: str) -> bool:
+    """Deletes a message. False: it is not there. Raises Failed."""
+    if not await bus.delete_stored(stream, seq):
+        output.complain(f"There is no {what} {seq}.")
+        return False
+    output.say(f"{seq}  dropped")
+    return True
+
+
+async def for_each(seqs: tuple[int, ...], command: str, work: Callable[[Bus, int], Awaitable[bool]]) -> int:
+    """Does `work` with each; the exit code is NO if it failed with one. Raises Failed."""
     if not seqs:
-        raise Failed(USAGE, "Which ones? Give numbers as `wechat-nats dead ls` shows them.")
-    code = OK
+        raise Failed(USAGE, f"Which ones? Give numbers as `wechat-nats {command} ls` shows them.")
     async with connected_bus() as bus:
-        for seq in seqs:
-            letter = await bus.get_stored(bus.names.stream_dead, seq)
-            if letter is None:
-                output.complain(f"There is no dead letter {seq}.")
-            if letter is None or not await work(bus, letter):
-                code = NO
-    return code
+        return OK if all([await work(bus, seq) for seq in seqs]) else NO
+
+
+async def _for_each_letter(seqs: tuple[int, ...], work: Callable[[Bus, Stored], Awaitable[bool]]) -> int:
+    async def read_one(bus: Bus, seq: int) -> bool:
+        letter = await bus.get_stored(bus.names.stream_dead, seq)
+        if letter is None:
+            output.complain(f"There is no dead letter {seq}.")
+        return letter is not None and await work(bus, letter)
+
+    return await for_each(seqs, "dead", read_one)
 
 
 def _own_headers(headers: Mapping[str, str]) -> dict[str, str]:

@@ -9,7 +9,7 @@ import sys
 import tempfile
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 from urllib.parse import urlsplit
 
 from cyclopts import Parameter
@@ -20,7 +20,7 @@ from adapter.agent.program import Program
 from adapter.agent.runner import Answer, Runner, Sessions, Turn
 from adapter.cli.agent import MAX_OUTPUT, Exec
 from adapter.cli.bindings import request_control
-from adapter.cli.bus import Bus, connected_bus
+from adapter.cli.bus import connected_bus
 from adapter.cli.embedded import EmbeddedNats
 from adapter.cli.exit_codes import NO, OK, Failed
 from adapter.cli.lifetime import adapter_running, while_alive
@@ -31,9 +31,6 @@ from adapter.cli.talk import SANDBOX, Chat, Screen
 from adapter.contract.messages import Bind, Options
 from adapter.observability import logs
 from adapter.settings import Settings
-
-if TYPE_CHECKING:
-    from adapter.simulator import BotRecord
 
 PATIENCE_S = 30.0
 AGENT_S = 600.0
@@ -81,7 +78,12 @@ async def _demo(screen: Screen, program: str | None, echo: bool, typed: AsyncIte
         adapter = await stack.enter_async_context(adapter_running(settings, start_s=PATIENCE_S, drain_s=DRAIN_S * 2))
         bus = await stack.enter_async_context(connected_bus(settings))
         bot = simulator.add_bot()
-        await _bind(bus, SANDBOX, bot)
+        asked = Bind(
+            sandbox=SANDBOX, bot=bot.bot, bot_token=bot.token, user=bot.user, id="demo", options=Options(durable=True)
+        )
+        bound = await request_control(bus, asked, PATIENCE_S)
+        if not bound.ok:
+            raise Failed(NO, f"The bot could not be bound: {bound.error}")
         agent, hint = None, f"Your agent: NATS_URL={nats.url} wechat-nats agent {SANDBOX} --exec 'PROGRAM'"
         if program is not None or echo:
             sandbox = await stack.enter_async_context(Sandbox(SANDBOX, settings))
@@ -113,14 +115,6 @@ def demo_settings(nats_url: str, ilink_url: str) -> Settings:
         in_max_bytes=2**26,  # a server on a small disk refuses to reserve more than it has
         media_store_bytes=2**28,
     )
-
-
-async def _bind(bus: Bus, sandbox: str, bot: BotRecord) -> None:
-    options = Options(durable=True)
-    asked = Bind(sandbox=sandbox, bot=bot.bot, bot_token=bot.token, user=bot.user, id="demo", options=options)
-    answer = await request_control(bus, asked, PATIENCE_S)
-    if not answer.ok:
-        raise Failed(NO, f"The bot could not be bound: {answer.error}")
 
 
 @contextlib.contextmanager

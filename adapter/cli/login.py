@@ -81,7 +81,7 @@ async def login(
             now = await _follow(bus, first, again, view, has_event[row.sandbox], typed, png=png is not None)
         except BaseException:  # ctrl-C, too: nobody shall scan a code that nobody waits for
             with contextlib.suppress(Failed):
-                await bus.request_service("login.cancel", LoginQuery(login=view.login or first.login), Login)
+                await bus.request_service("login.cancel", LoginQuery(login=view.login), Login)
             raise
         if now.status not in GOOD:
             raise Failed(NO, output.printable(now.detail or f"The login ended: {now.status}."))
@@ -118,7 +118,7 @@ async def _follow(
     """Shows each step of a login and forwards digits, until the login is over; one that is lost with its replica is
     started anew. `changed` is set by each event. `typed`: lines of the person with the phone; None: nobody types.
     Raises Failed."""
-    line: asyncio.Task[str | None] | None = None
+    line: asyncio.Future[str | None] | None = None
     while True:
         view.show(now)
         if now.status == "lost":
@@ -126,24 +126,22 @@ async def _follow(
             continue
         if now.status in FINAL_STATUSES:
             return now
-        waits = {asyncio.create_task(changed.wait())}
-        wants_digits = now.status == "need_verify_code" and now.reason != CHECKING
-        if wants_digits and typed is None:
-            raise Failed(NO, "The phone shows digits: log this one in alone.")
-        if wants_digits and typed is not None:
-            line = line or asyncio.create_task(_next_line(typed))
-        await asyncio.wait(
-            waits | ({line} if line and wants_digits else set()), timeout=REFRESH_S, return_when="FIRST_COMPLETED"
-        )
-        for wait in waits:
-            wait.cancel()
+        event = asyncio.create_task(changed.wait())
+        waits: set[asyncio.Future[Any]] = {event}
+        if wants_digits := now.status == "need_verify_code" and now.reason != CHECKING:
+            if typed is None:
+                raise Failed(NO, "The phone shows digits: log this one in alone.")
+            line = line or asyncio.ensure_future(anext(typed, None))
+            waits.add(line)
+        await asyncio.wait(waits, timeout=REFRESH_S, return_when="FIRST_COMPLETED")
+        event.cancel()
         if not (line and line.done() and wants_digits):
             now = await _refresh(bus, now, changed, png=png)
             continue
-        digits, line = line.result(), None
-        if digits is None:
+        said, line = line.result(), None
+        if said is None:
             raise Failed(NO, "There are no digits on standard input; the login is cancelled.")
-        digits = "".join(digits.split())
+        digits = "".join(said.split())
         if not _DIGITS.fullmatch(digits):
             view.prompt("Only the digits that the phone shows: ")
             continue
@@ -152,10 +150,6 @@ async def _follow(
         except Failed as exc:
             output.complain(str(exc))
             now = await _refresh(bus, now, changed, png=png)
-
-
-async def _next_line(typed: AsyncIterator[str]) -> str | None:
-    return await anext(typed, None)
 
 
 async def _refresh(bus: Bus, now: Login, changed: asyncio.Event, *, png: bool) -> Login:
@@ -179,28 +173,26 @@ class _View:
         self._url = url
         self._json = json
         self._label = label
-        self._shown: tuple[str, int, str] | None = None
-        self._code = 0
+        self._shown: tuple[str, int, str, str] | None = None
+        self._code: tuple[str, int] | None = None
         self.login = ""
         """The login that was last shown."""
 
     def show(self, now: Login) -> None:
         """Shows what has changed since the last call."""
-        if now.login != self.login:
-            self.login, self._shown, self._code = now.login, None, 0
-        if now.code != self._code and now.qrcode_url and now.status == "wait":
-            self._code = now.code
-            if not self._json:
-                self.show_code(now)
-        state = (now.status, now.code, now.reason)
-        if state != self._shown and (now.status != "wait" or self._code == now.code):
-            self._shown = state
-            if self._json:
-                output.json_line(now)
-            self._show_state(now)
+        state, code, self.login = (now.login, now.code, now.status, now.reason), (now.login, now.code), now.login
+        waits = now.status == "wait"
+        if state == self._shown or (waits and code != self._code and not now.qrcode_url):
+            return
+        self._shown = state
+        if self._json:
+            output.json_line(now)
+        elif waits and code != self._code:
+            self._show_code(now)
+        self._code = code if waits else self._code
+        self._show_state(now)
 
-    def show_code(self, now: Login) -> None:
-        """A new code."""
+    def _show_code(self, now: Login) -> None:
         if self._url:
             output.say(self._label + output.printable(now.qrcode_url))
         elif self._png is not None and now.qrcode_png:
@@ -225,8 +217,6 @@ class _View:
                 self._say("The replica that ran the login is gone. Its code is of no use any more.")
             case "scanned" | "already_bound":
                 self._say(output.printable(now.detail))
-            case _:
-                pass
 
     def _say(self, text: str) -> None:
         if not self._json:

@@ -31,13 +31,8 @@ def _legal_age(_: object, value: str | None) -> None:
 
 
 def flag(text: str, *, name: str | list[str] | None = None) -> Parameter:
-    """An option without a value and without a negative form."""
+    """An option without a negative form: one without a value, or one that may be given several times."""
     return Parameter(name=name, negative="", show_default=False, help=text)
-
-
-def repeated(text: str) -> Parameter:
-    """An option that may be given several times, and has no form for none."""
-    return Parameter(negative="", show_default=False, help=text)
 
 
 Sandbox = Annotated[str, Parameter(validator=_legal_sandbox, help="Id of the sandbox.")]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import re
 from typing import Literal, TypeAlias
 
 import msgspec
@@ -76,7 +77,7 @@ async def _check_strangers(user: User | None, bus: Bus) -> list[Check]:
     """Whether somebody without credentials gets in, and into this account."""
     settings = bus.settings
     with_credentials = any((settings.nats_creds, settings.nats_nkey, settings.nats_user, settings.nats_token))
-    urls = tuple(_without_password(url) for url in settings.nats_url)
+    urls = tuple(re.sub(r"^(\w+://)?.*@", r"\1", url) for url in settings.nats_url)
     if not with_credentials and urls == settings.nats_url:
         if settings.nats_cert:
             return []
@@ -95,11 +96,6 @@ async def _check_strangers(user: User | None, bus: Bus) -> list[Check]:
     if not open_to or (user and theirs and user.account != theirs.account):
         return [Check("strangers", "ok", "who has no credentials gets in, but not at this bus")]
     return [Check("strangers", "fail", f"Without credentials one may {some_of(open_to)}: {WHERE}.")]
-
-
-def _without_password(url: str) -> str:
-    scheme, _, rest = url.rpartition("://")
-    return f"{scheme}://{rest.rpartition('@')[2]}" if scheme else rest.rpartition("@")[2]
 
 
 async def _probe(bus: Bus, what: Grants) -> tuple[list[str], list[str]]:

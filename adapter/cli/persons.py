@@ -61,8 +61,8 @@ def _print(answer: ControlAnswer, json: bool) -> int:
     if json:
         output.json_line(answer)
     else:
-        rows = [(kind, count, answer.left.get(kind, 0)) for kind, count in sorted(answer.counts.items())]
-        rows += [(kind, 0, count) for kind, count in sorted(answer.left.items()) if kind not in answer.counts]
+        kinds = sorted(answer.counts.keys() | answer.left.keys())
+        rows = [(kind, answer.counts.get(kind, 0), answer.left.get(kind, 0)) for kind in kinds]
         output.table(("kind", "found", "left"), rows, empty="Nothing is there of this person.")
         for info in answer.bindings:
             output.say(output.printable(f"unbound  {info.sandbox}  {info.bot}"))

@@ -10,7 +10,8 @@ from cyclopts import App, Parameter
 
 from adapter.cli import output
 from adapter.cli.bus import connected_bus
-from adapter.cli.exit_codes import NO, OK, USAGE, Failed
+from adapter.cli.dead import drop_one, for_each
+from adapter.cli.exit_codes import OK
 from adapter.cli.options import Json, MaybeSandbox, flag
 from adapter.contract.names import H_COMMAND, H_MSG_ID, Names
 from adapter.conversation.commands import Limits, command_id, salvage_ids
@@ -67,17 +68,7 @@ async def drop(*seqs: Annotated[int, Parameter(help="Numbers, as `queue ls` show
 
     What an adapter has in hand already may still be sent, and gets its receipt then.
     """
-    if not seqs:
-        raise Failed(USAGE, "Which ones? Give numbers as `wechat-nats queue ls` shows them.")
-    code = OK
-    async with connected_bus() as bus:
-        for seq in seqs:
-            if await bus.delete_stored(bus.names.stream_out, seq):
-                output.say(f"{seq}  dropped")
-            else:
-                output.complain(f"No command {seq} waits.")
-                code = NO
-    return code
+    return await for_each(seqs, "queue", lambda bus, seq: drop_one(bus, bus.names.stream_out, seq, "waiting command"))
 
 
 def to_queued_command(names: Names, stored: Stored, *, bodies: bool) -> QueuedCommand:

@@ -17,7 +17,7 @@ from adapter.cli import output
 from adapter.cli.bus import connected_bus
 from adapter.cli.exit_codes import NO, OK, TIMEOUT, UNREACHABLE, USAGE, Failed
 from adapter.cli.media import read_media, upload
-from adapter.cli.options import Json, RequestId, Sandbox, Timeout, flag, new_id, repeated
+from adapter.cli.options import Json, RequestId, Sandbox, Timeout, flag, new_id
 from adapter.contract.messages import (
     FINAL_OUTCOMES,
     SCHEMA_VERSION,
@@ -44,8 +44,8 @@ async def send(
     ] = None,
     /,
     *,
-    file: Annotated[tuple[Path, ...], repeated("Send this file after the text. May be repeated.")] = (),
-    image: Annotated[tuple[Path, ...], repeated("Send this picture after the text. May be repeated.")] = (),
+    file: Annotated[tuple[Path, ...], flag("Send this file after the text. May be repeated.")] = (),
+    image: Annotated[tuple[Path, ...], flag("Send this picture after the text. May be repeated.")] = (),
     user: Annotated[str | None, Parameter(help="Recipient; default: the bot's user.")] = None,
     bot: Annotated[str | None, Parameter(help="Needed only where the sandbox has several bots.")] = None,
     when_closed: Annotated[

@@ -171,7 +171,8 @@ def _format_event(sandbox: str, kind: str, data: bytes) -> str:
         fields = msgspec.json.decode(data, type=dict[str, object])
         at_ms = at if isinstance(at := fields.get("at_ms"), int) else 0
         user = str(fields.get("user") or "")
-        said = _words({name: value for name, value in fields.items() if name not in ("sandbox", "user", "at_ms")})
+        told = {name: value for name, value in fields.items() if name not in ("sandbox", "user", "at_ms")}
+        said = ", ".join(_words(name, value) for name, value in told.items() if value not in ("", None, False))
     return f"{output.clock(at_ms)}  {sandbox}  {_short_user(user)}  {kind}: {said}"
 
 
@@ -195,22 +196,12 @@ def _format_command(subject: str, data: bytes) -> str:
     return f"{head}→ {said}"
 
 
-def _words(value: object, name: str = "") -> str:
-    """The fields of an event in words."""
-    label = name.removesuffix("_ms").replace("_", " ")
-    match value:
-        case dict():
-            told = {key: each for key, each in value.items() if each is not False and each not in ("", None)}
-            said = ", ".join(_words(each, str(key)) for key, each in told.items())
-        case list():
-            said = ", ".join(map(_words, value))
-        case True:
-            said = ""
-        case int() if name.endswith("_ms"):
-            said = output.clock(value)
-        case _:
-            said = str(value)
-    return f"{label} {said}".strip()
+def _words(name: str, value: object) -> str:
+    """A field of an event in words."""
+    if isinstance(value, int) and name.endswith("_ms"):
+        return f"{name.removesuffix('_ms').replace('_', ' ')} {output.clock(value)}"
+    said = value if isinstance(value, str) else msgspec.json.encode(value).decode()
+    return name.replace("_", " ") + (f" {said}" if value is not True else "")
 
 
 def _short_user(user: str) -> str:

@@ -51,8 +51,6 @@ async def test_bind_without_an_adapter_is_stored_and_says_so(cli: Command, bus: 
 
 
 async def test_bind_shows_what_is_bound_now(cli: Command, bus: Bus, token_file: str, tmp_path: Path) -> None:
-    cursor_file = tmp_path / "cursor"
-    cursor_file.write_text("c\n")
     async with answering(bus) as adapter:
         adapter.control = ControlAnswer(ok=True, bindings=[BOUND], replaced=["bot0@im.bot"])
         options = (
@@ -60,8 +58,6 @@ async def test_bind_shows_what_is_bound_now(cli: Command, bus: Bus, token_file: 
             "user1@im.wechat",
             "--base-url",
             "https://x.weixin.qq.com",
-            "--cursor-file",
-            str(cursor_file),
             "--durable",
             "--auto-typing",
         )
@@ -72,24 +68,14 @@ async def test_bind_shows_what_is_bound_now(cli: Command, bus: Bus, token_file: 
     assert "secret" not in result.out + result.err
     (asked,) = adapter.asked
     assert isinstance(asked, Bind)
-    assert (asked.user, asked.cursor, asked.options.durable) == ("user1@im.wechat", "c", True)
+    assert (asked.user, asked.options.durable) == ("user1@im.wechat", True)
     assert asked.options.auto_typing
 
 
-@pytest.mark.parametrize(
-    ("options", "said"),
-    [
-        (("--cursor", "ChAIARCd"), "use --cursor-file"),
-        (("--cursor", "", "--cursor-file", "no-such-file"), "not both"),
-        (("--cursor-file", "no-such-file"), "Cannot read no-such-file"),
-    ],
-)
-async def test_a_cursor_is_no_argument_since_a_token_stands_in_it(
-    cli: Command, token_file: str, options: tuple[str, ...], said: str
-) -> None:
-    result = await cli("bind", "s1", "bot1@im.bot", "--token-file", token_file, *options)
+async def test_a_cursor_is_no_argument_since_a_token_stands_in_it(cli: Command, token_file: str) -> None:
+    result = await cli("bind", "s1", "bot1@im.bot", "--token-file", token_file, "--cursor", "ChAIARCd")
     assert result.code == 2
-    assert said in result.err
+    assert "use --from" in result.err
     assert "ChAIARCd" not in result.out + result.err
 
 

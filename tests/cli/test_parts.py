@@ -188,10 +188,9 @@ class Forgetful(BusClient):
     "ask",
     [
         lambda bus: bus.request_service("login.status", LoginQuery(login="l"), LoginQuery),
-        lambda bus: bus.request("x", b""),
         lambda bus: bus.store("x", b"", {}),
     ],
-    ids=["an adapter", "the server", "a stream"],
+    ids=["an adapter", "a stream"],
 )
 async def test_ctrl_c_is_not_forgotten_while_an_answer_comes(ask: Callable[[Bus], Awaitable[Any]]) -> None:
     asking = asyncio.ensure_future(ask(Bus(Forgetful(), Settings())))

@@ -69,7 +69,7 @@ async def test_drop_deletes_several(cli: Command, bus: Bus) -> None:
     seqs = [await queue(bus, "wechat.out.s1", b'{"text":"hi"}') for _ in range(3)]
     result = await cli("queue", "drop", str(seqs[0]), str(seqs[2]), "9")
     assert (result.code, result.out) == (1, f"{seqs[0]}  dropped\n{seqs[2]}  dropped\n")
-    assert result.err == "wechat-nats: No command 9 waits.\n"
+    assert result.err == "wechat-nats: There is no waiting command 9.\n"
     assert [row["seq"] for row in (await cli("queue", "ls", "--json")).rows] == [seqs[1]]
     assert (await cli("queue", "drop")).code == 2
 

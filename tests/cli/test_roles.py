@@ -83,7 +83,7 @@ FORBIDDEN = {
     "queue drop 1": "$JS.API.STREAM.MSG.DELETE.WECHAT_OUT",
     "dead ls": "$JS.API.STREAM.INFO.WECHAT_DEAD",
     "dead show 1": "$JS.API.STREAM.INFO.WECHAT_DEAD",
-    "dead drop 1": "$JS.API.STREAM.INFO.WECHAT_DEAD",
+    "dead drop 1": "$JS.API.STREAM.MSG.DELETE.WECHAT_DEAD",
     "tail --since 1h": "$JS.API.STREAM.INFO.WECHAT_IN",
 }
 
