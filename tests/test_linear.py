@@ -122,6 +122,7 @@ TRIED = {
 """Regular expressions by file of `adapter/`, which RULES try."""
 OPERATORS = {
     "cli/options.py": 1,
+    "cli/permission_checks.py": 1,
     "cli/run.py": 1,
     "cli/send.py": 1,
     "cli/embedded.py": 2,

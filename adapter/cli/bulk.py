@@ -35,8 +35,6 @@ FailedFile = Annotated[
     ),
 ]
 
-NAMED = 20
-"""Failures that are printed; the file has all."""
 PROGRESS_S = 5.0
 
 
@@ -142,12 +140,11 @@ async def run_rows(
         if failed_file is not None:
             rows = [read.written | {"error": str(why)} for read, why in failed]
             write_private(failed_file, _format_rows(rows, found.columns))
-    for read, why in failed[:NAMED]:
+    for read, why in failed:
         output.complain(f"line {read.number} ({read.written.get('sandbox', '?')}): {why}")
-    more = f"; {len(failed) - NAMED} failures more" if len(failed) > NAMED else ""
     where = f"; what failed is in {failed_file}" if failed and failed_file else ""
     summary = f"{len(found.rows) - len(failed)} {done}, {len(failed)} failed, in {time.monotonic() - began:.1f} s"
-    print(f"{summary}{more}{where}.", file=sys.stderr, flush=True)
+    print(f"{summary}{where}.", file=sys.stderr, flush=True)
     codes = {why.code for _, why in failed}
     return OK if not codes else codes.pop() if len(codes) == 1 else NO
 

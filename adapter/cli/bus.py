@@ -164,20 +164,13 @@ class Bus:
             said = f"The bus did not confirm {subject}: unclear whether it is stored, repeat with the same id."
             raise Failed(UNREACHABLE, said) from None
 
-    async def read_stored(
-        self,
-        stream: str,
-        subject: str,
-        *,
-        since_ms: int | None = None,
-        keep: Callable[[Stored], T | None],
-    ) -> list[T]:
+    async def read_stored(self, stream: str, subject: str, *, keep: Callable[[Stored], T | None]) -> list[T]:
         """Reads what a stream holds under a subject, oldest first. Returns what `keep` makes of each message, except
         None. Raises Failed."""
         await self.api_request(f"STREAM.INFO.{stream}")  # without a stream, a direct get has no answer
 
         async def read() -> list[T]:
-            found = self.history.read(stream, subject, since_ms=since_ms)
+            found = self.history.read(stream, subject)
             return [kept async for stored in found if (kept := keep(stored)) is not None]
 
         return await self.ask_jetstream(f"DIRECT.GET.{stream}", read())

@@ -256,10 +256,9 @@ async def query_adapters(bus: Bus) -> list[Adapter] | None:
 
 def _check_adapters(bus: Bus, there: list[Adapter] | None) -> Check:
     if there is None:
-        said = f"Somebody hears the question for adapters, and none answers on {bus.settings.nats_inbox_prefix}.>"
-        said += (
-            ": set NATS_INBOX_PREFIX to _INBOX_operator; or an adapter hangs, or something else hears all subjects."
-        )
+        said = "Somebody hears the question for adapters, and none answers on"
+        said += f" {bus.settings.nats_inbox_prefix}.>: set NATS_INBOX_PREFIX to _INBOX_operator; or an adapter hangs,"
+        said += " or something else listens to all subjects."
         return Check("adapters", "fail", said)
     if not there:
         return Check("adapters", "fail", "None answers: start one with `wechat-nats run`.")

@@ -57,15 +57,13 @@ async def tail(
         raise Failed(USAGE, "Commands are shown as they come: give --follow.")
     async with connected_bus(lasting=True) as bus:
         names, who, arrivals = bus.names, sandbox or "*", Arrivals(maxsize=10_000)
-        stored = [(names.stream_in, names.inbox(who))]
-        live = [names.live(who)]
+        stored, live = [(names.stream_in, names.inbox(who))], [names.live(who)]
         if events:
             stored.append((names.stream_event, names.event(who, ">")))
             live.append(names.event(who, ">"))
-        if since_ms is not None:
-            live = []
+        live = live if since_ms is None else []
         if commands:
-            live += [names.out(who), names.out_plain][: 2 if sandbox is None else 1]
+            live += [names.out(who)] if sandbox else [names.out(who), names.out_plain]
         for subject in live:
             await bus.nc.subscribe(subject, cb=arrivals.put)
         await bus.check_subscribed(*live)
@@ -159,21 +157,18 @@ def _format_inbound(data: bytes) -> str:
     message = msgspec.json.decode(data, type=Inbound)
     media = [_format_item(item) for item in message.items if kind_of(item) != "text"]
     said = " ".join(filter(None, (message.text, *media)))
-    head = f"{output.clock(message.received_at_ms)}  {message.sandbox}  {_short_user(message.user)}  "
-    return head + said
+    return _line(message.received_at_ms, message.sandbox, message.user, said)
 
 
 def _format_event(sandbox: str, kind: str, data: bytes) -> str:
     if kind == "receipt":
         receipt = msgspec.json.decode(data, type=Receipt)
-        said, at_ms, user = f"{receipt.command}: {describe(receipt)}", receipt.at_ms, receipt.user
-    else:
-        fields = msgspec.json.decode(data, type=dict[str, object])
-        at_ms = at if isinstance(at := fields.get("at_ms"), int) else 0
-        user = str(fields.get("user") or "")
-        told = {name: value for name, value in fields.items() if name not in ("sandbox", "user", "at_ms")}
-        said = ", ".join(_words(name, value) for name, value in told.items() if value not in ("", None, False))
-    return f"{output.clock(at_ms)}  {sandbox}  {_short_user(user)}  {kind}: {said}"
+        return _line(receipt.at_ms, sandbox, receipt.user, f"receipt: {receipt.command}: {describe(receipt)}")
+    fields = msgspec.json.decode(data, type=dict[str, object])
+    at_ms = at if isinstance(at := fields.get("at_ms"), int) else 0
+    told = {name: value for name, value in fields.items() if name not in ("sandbox", "user", "at_ms")}
+    said = ", ".join(_words(name, value) for name, value in told.items() if value not in ("", None, False))
+    return _line(at_ms, sandbox, str(fields.get("user") or ""), f"{kind}: {said}")
 
 
 def _format_item(item: InboundItem) -> str:
@@ -192,8 +187,7 @@ def _format_command(subject: str, data: bytes) -> str:
         for item in command.items or ()
     ]
     said = " ".join(filter(None, parts)) or f"typing {command.typing}"
-    head = f"{output.clock(int(time.time() * 1000))}  {sandbox}  {_short_user(command.user or '-')}  "
-    return f"{head}→ {said}"
+    return _line(int(time.time() * 1000), sandbox, command.user or "-", f"→ {said}")
 
 
 def _words(name: str, value: object) -> str:
@@ -204,7 +198,8 @@ def _words(name: str, value: object) -> str:
     return name.replace("_", " ") + (f" {said}" if value is not True else "")
 
 
-def _short_user(user: str) -> str:
-    """Enough of a user id to tell two apart."""
+def _line(at_ms: int, sandbox: str, user: str, said: str) -> str:
+    """With enough of the user's id to tell two apart."""
     name = user.partition("@")[0]
-    return name if len(name) <= 12 else f"{name[:6]}…{name[-4:]}"
+    name = name if len(name) <= 12 else f"{name[:6]}…{name[-4:]}"
+    return f"{output.clock(at_ms)}  {sandbox}  {name}  {said}"

@@ -95,14 +95,9 @@ class Chat:
         self._screen = screen
         self._patience_s = patience_s
         self._moved = asyncio.Event()
-        self._said = 0
-        self._answered = 0
-        self._failed = 0
-
-    @property
-    def _open(self) -> int:
+        self._open = 0
         """Lines without an answer."""
-        return self._said - self._answered - self._failed
+        self._failed = False
 
     async def run(self, lines: AsyncIterator[str], agent: Callable[[], Coroutine[Any, Any, None]] | None) -> int:
         """Holds the conversation, beside `agent` if it is ours, until the lines end and all are answered: the exit
@@ -134,7 +129,7 @@ class Chat:
             await self._wait_open(UNANSWERED - 1)
             if not screen.is_prompting:
                 screen.show("you", line)
-            self._said += 1
+            self._open += 1
             self._simulator.say(self._user, line)
         await self._wait_open(0)
 
@@ -143,8 +138,8 @@ class Chat:
         while self._open > most:
             self._moved.clear()
             if not await wait_event(self._moved, self._patience_s):
-                said = f"{self._open} of {self._said} lines are not answered"
-                raise Failed(TIMEOUT, f"{said}, nothing happened for {self._patience_s:g} s.")
+                said = f"Lines without an answer: {self._open}; nothing happened for {self._patience_s:g} s."
+                raise Failed(TIMEOUT, said)
 
     async def _on_inbound(self, msg: Msg) -> None:
         message = msgspec.json.decode(msg.data, type=Inbound)
@@ -185,8 +180,8 @@ class Chat:
     def _close(self, good: bool) -> None:
         """A line is answered, or has failed; another answer to a closed line changes nothing."""
         if self._open:
-            self._answered += good
-            self._failed += not good
+            self._open -= 1
+            self._failed |= not good
         self._moved.set()
         if not self._open:
             self._screen.prompt()

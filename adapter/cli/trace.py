@@ -30,8 +30,6 @@ from adapter.errors import UNDECODABLE
 from adapter.ports import Stored
 
 COLUMNS = ("time", "step", "id", "seq", "what", "text")
-CLOCKS_APART_MS = 60_000
-"""Largest difference between the clocks of two servers."""
 
 
 class Step(msgspec.Struct, frozen=True, kw_only=True):
@@ -100,14 +98,15 @@ async def _find_steps(bus: Bus, sandbox: str, ident: str, *, texts: bool) -> lis
         return stored if ident in ids or headers.get(H_TRACEPARENT, "").startswith(trace_id) else None
 
     inbox = names.stream_in, names.inbox(sandbox)
-    found = await bus.read_stored(*inbox, keep=if_part)
-    since_ms = found[0].time_ms - CLOCKS_APART_MS if found else None
-    found += await bus.read_stored(names.stream_event, names.receipts(sandbox), since_ms=since_ms, keep=if_part)
-    for subject in (names.out_of_sandbox(sandbox), names.out_plain):
-        found += await bus.read_stored(names.stream_out, subject, keep=if_part)
-    if found:
-        since_ms = min(stored.time_ms for stored in found) - CLOCKS_APART_MS
-    found += await bus.read_stored(names.stream_dead, names.dead_letters("*"), since_ms=since_ms, keep=if_part)
+    found: list[Stored] = []
+    for stream, subject in (
+        inbox,
+        (names.stream_event, names.receipts(sandbox)),
+        (names.stream_out, names.out_of_sandbox(sandbox)),
+        (names.stream_out, names.out_plain),
+        (names.stream_dead, names.dead_letters("*")),
+    ):
+        found += await bus.read_stored(stream, subject, keep=if_part)
     answered = {_body(stored).reply_to for stored in found} - {ident, None, ""}
     if answered:  # of a command, the message
         found += await bus.read_stored(
