@@ -8,14 +8,12 @@ import contextlib
 import re
 import sys
 import time
-from collections import defaultdict
 from collections.abc import AsyncIterator, Awaitable, Callable
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
 from cyclopts import Parameter
-from nats.aio.msg import Msg
 
 from adapter.cli import bulk, output, stdin
 from adapter.cli.bus import Bus, connected_bus
@@ -25,8 +23,8 @@ from adapter.cli.options import AutoTyping, Durable, Json, RowSandbox, flag
 from adapter.contract.messages import CHECKING, FINAL_STATUSES, Login, LoginQuery, LoginStart, LoginVerify
 
 START_S = 20.0
-REFRESH_S = 3.0
-"""Seconds after which a login is looked at again if no event has come."""
+REFRESH_S, REFRESH_ROWS_S = 1.0, 3.0
+"""Seconds between two looks at a login: a person's, and each of many."""
 EXPIRY_GRACE_S = 30.0
 """Seconds beyond a login's end during which an adapter that is away is waited for."""
 GOOD = ("confirmed", "already_bound")
@@ -65,11 +63,7 @@ async def login(
         raise Failed(USAGE, "Name a sandbox, or give --from.")
     if rows is not None and not (url or png or json):
         raise Failed(USAGE, "With --from, give --png with a folder, --url or --json: no terminal has room for all.")
-    has_event: defaultdict[str, asyncio.Event] = defaultdict(asyncio.Event)
     typed = None if sandbox is None else stdin.lines()
-
-    async def on_event(msg: Msg) -> None:
-        has_event[msg.subject.split(".")[-2]].set()
 
     async def start(row: bulk.OptionsRow) -> Login:
         asked = LoginStart(sandbox=row.sandbox, options=row.options, png=png is not None)
@@ -78,7 +72,7 @@ async def login(
     async def complete(row: bulk.OptionsRow, first: Login, picture: Path | None, label: str = "") -> int:
         view, again = _View(picture, url=url, json=json, label=label), partial(start, row)
         try:
-            now = await _follow(bus, first, again, view, has_event[row.sandbox], typed, png=png is not None)
+            now = await _follow(bus, first, again, view, typed, png=png is not None)
         except BaseException:  # ctrl-C, too: nobody shall scan a code that nobody waits for
             with contextlib.suppress(Failed):
                 await bus.request_service("login.cancel", LoginQuery(login=view.login), Login)
@@ -92,9 +86,7 @@ async def login(
         await complete(row, await start(row), picture, f"{row.sandbox}  ")
 
     async with connected_bus(lasting=True) as bus:
-        event_subject = bus.names.event(sandbox or "*", "login")
-        await bus.nc.subscribe(event_subject, cb=on_event)
-        await bus.check_subscribed(event_subject)
+        await bus.check_subscribed()
         options: dict[str, Any] = {"durable": durable, "auto_typing": auto_typing}
         if rows is not None:
             found = bulk.read_rows(rows, bulk.OptionsRow, options)
@@ -110,13 +102,12 @@ async def _follow(
     now: Login,
     start: Callable[[], Awaitable[Login]],
     view: _View,
-    changed: asyncio.Event,
     typed: AsyncIterator[str] | None,
     *,
     png: bool,
 ) -> Login:
     """Shows each step of a login and forwards digits, until the login is over; one that is lost with its replica is
-    started anew. `changed` is set by each event. `typed`: lines of the person with the phone; None: nobody types.
+    started anew. `typed`: lines of the person with the phone; None: nobody types.
     Raises Failed."""
     line: asyncio.Future[str | None] | None = None
     while True:
@@ -126,17 +117,16 @@ async def _follow(
             continue
         if now.status in FINAL_STATUSES:
             return now
-        event = asyncio.create_task(changed.wait())
-        waits: set[asyncio.Future[Any]] = {event}
-        if wants_digits := now.status == "need_verify_code" and now.reason != CHECKING:
-            if typed is None:
-                raise Failed(NO, "The phone shows digits: log this one in alone.")
-            line = line or asyncio.ensure_future(anext(typed, None))
-            waits.add(line)
-        await asyncio.wait(waits, timeout=REFRESH_S, return_when="FIRST_COMPLETED")
-        event.cancel()
-        if not (line and line.done() and wants_digits):
-            now = await _refresh(bus, now, changed, png=png)
+        if now.status != "need_verify_code" or now.reason == CHECKING:
+            await asyncio.sleep(REFRESH_ROWS_S if typed is None else REFRESH_S)
+            now = await _refresh(bus, now, png=png)
+            continue
+        if typed is None:
+            raise Failed(NO, "The phone shows digits: log this one in alone.")
+        line = line or asyncio.ensure_future(anext(typed, None))
+        await asyncio.wait({line}, timeout=REFRESH_S)
+        if not line.done():
+            now = await _refresh(bus, now, png=png)
             continue
         said, line = line.result(), None
         if said is None:
@@ -149,18 +139,16 @@ async def _follow(
             now = await bus.request_service("login.verify", LoginVerify(login=now.login, code=digits), Login)
         except Failed as exc:
             output.complain(str(exc))
-            now = await _refresh(bus, now, changed, png=png)
+            now = await _refresh(bus, now, png=png)
 
 
-async def _refresh(bus: Bus, now: Login, changed: asyncio.Event, *, png: bool) -> Login:
+async def _refresh(bus: Bus, now: Login, *, png: bool) -> Login:
     """How the login stands. An adapter that is away for a moment does not end it. Raises Failed."""
-    changed.clear()
     try:
         return await bus.request_service("login.status", LoginQuery(login=now.login, png=png), Login)
     except Failed as exc:
         if exc.code != UNREACHABLE or time.time() * 1000 > now.expires_at_ms + EXPIRY_GRACE_S * 1000:
             raise
-        await asyncio.sleep(0.5)
         return now
 
 

@@ -48,7 +48,6 @@ async def scene(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterato
 
 
 DEAF = {
-    "login": (["login", "s1"], "wechat.event.s1.login"),
     "tail": (["tail", "s1"], "wechat.in.s1"),
     "tail of events": (["tail", "s1", "--events"], "wechat.in.s1"),
     "send": (["send", "s1", "hello"], "wechat.event.s1.receipt"),
