@@ -100,7 +100,7 @@ def _for_its_person(data: bytes, user: str) -> bytes:
     if user:
         return msgspec.json.encode(body | {"user": user})
     if not (body.get("user") or body.get("bot")):
-        raise Refused("not_bound", "It is not known for whom it was: send it anew, to a `user`.")
+        raise Refused("invalid", "It is not known for whom it was: send it anew, to a `user`.")
     return data
 
 

@@ -63,8 +63,9 @@ async def _each_shows_all(browser: httpx.AsyncClient, consoles: list[str]) -> No
 
 
 async def _dead_letters(browser: httpx.AsyncClient, console: str, witness: Client) -> None:
-    await witness.jetstream().publish(NAMES.out("s1"), b"{")
-    await witness.jetstream().publish(NAMES.out_plain, b"[")
+    body = b'{"sandbox":"s1","user":"u1@im.wechat","text":5}'  # unreadable, and it says for whom it is
+    for subject in (NAMES.out("s1"), NAMES.out_plain):
+        await witness.jetstream().publish(subject, body)
 
     async def both() -> bool:
         return (await browser.get(f"{console}/dead")).text.count("Try again") == 2

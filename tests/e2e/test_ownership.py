@@ -88,8 +88,8 @@ async def journal_owners(nc: Client) -> dict[str, tuple[int, str]]:
 
 
 async def owners(nc: Client) -> dict[str, tuple[int, str]]:
-    """Revision and owner of each shard's claim."""
-    claims = await records(nc, NAMES.claims)
+    """Revision and owner of each shard's claim. Another key of the bucket is the layout."""
+    claims = {key: claim for key, claim in (await records(nc, NAMES.claims)).items() if key.isdigit()}
     return {shard: (seq, msgspec.json.decode(value, type=Claim).owner) for shard, (seq, value) in claims.items()}
 
 
