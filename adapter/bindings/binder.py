@@ -211,12 +211,17 @@ class Binder:
         await self.close(leaving, request)
         await self.exclude_earlier_commands(sandbox, leaving)
         await self.empty_inbox(sandbox, leaving)
-        await self.delete(leaving, request)
+        await self.announce_end(leaving, request)
+        await self.delete(leaving)
 
-    async def delete(self, leaving: Collection[Binding], request: Request) -> None:
-        """Deletes bindings that are closed. Raises Temporary, LeaseLost."""
+    async def announce_end(self, leaving: Collection[Binding], request: Request) -> None:
+        """Raises Temporary, LeaseLost."""
         for binding in leaving:
             await self._publish_binding_event(binding, "unbound", request)
+
+    async def delete(self, leaving: Collection[Binding]) -> None:
+        """Deletes bindings that are closed. Raises Temporary, LeaseLost."""
+        for binding in leaving:
             await self._bindings.remove(binding.bot, self._deps.ensure_owner)
 
     async def reopen(self, number: int) -> None:

@@ -141,7 +141,7 @@ class Control:
                 if bugs < MAX_BUGS:
                     await self._apply_and_answer(delivery)
                 else:
-                    await self._binder.reopen(number)
+                    await self._reopen(number)
                     await self._dead_letter(delivery, Unreadable("unreadable", FAILS))
             except (Temporary, LeaseLost) as exc:
                 log.warning("control.retrying", sequence=number, reason=exc.reason)
@@ -152,6 +152,13 @@ class Control:
                 return
             failures += 1
             await self._deps.clock.sleep(backoff(failures, first_s=0.2, longest_s=5.0))
+
+    async def _reopen(self, number: int) -> None:
+        """Raises Temporary."""
+        try:
+            await self._binder.reopen(number)
+        except BusRefused as exc:
+            log.error("binding.not_reopened", sequence=number, detail=exc.detail)
 
     async def _apply_and_answer(self, delivery: Delivery) -> None:
         """Applies and answers a command. Raises Temporary, LeaseLost."""
@@ -176,7 +183,7 @@ class Control:
             else:
                 answer = await self._erase_person(command, request)
         except Refused as exc:
-            await self._binder.reopen(delivery.seq)
+            await self._reopen(delivery.seq)
             answer = await self._refuse(command, exc)
         await self._answer(delivery, answer)
 
@@ -206,7 +213,7 @@ class Control:
         await self._binder.close(bound, request)
         for sandbox in sandboxes:
             await self._binder.exclude_earlier_commands(sandbox, bound)
-        await self._binder.delete(bound, request)
+        await self._binder.announce_end(bound, request)  # its event is erased, too
         try:
             answer = await self._deps.eraser.run(command)
             for sandbox in sandboxes:
@@ -214,6 +221,7 @@ class Control:
         except BusRefused as exc:
             advice = f"The erasure is not complete ({exc.reason}): erase again."
             answer = ControlAnswer(ok=False, id=request.id, error=advice)
+        await self._binder.delete(bound)  # last: an erasure that is cut finds them again
         return structs.replace(answer, bindings=[binding.info() for binding in bound])
 
     async def _dead_letter(self, delivery: Delivery, exc: Unreadable) -> None:

@@ -182,8 +182,10 @@ class Bindings(BindingIndex):
         entries = await self._bucket.list_prefix()
         for entry in entries:
             self._apply_entry(entry)
-        for bot in {binding.bot for binding in self} - {from_subject_token(entry.key) for entry in entries}:
-            await self.refresh(bot)  # it was deleted
+        keys = {entry.key for entry in entries}
+        for binding in self:
+            if to_subject_token(binding.bot) not in keys:  # it was deleted
+                await self.refresh(binding.bot)
 
     async def _write_if_unchanged(self, binding: Binding, revision: int) -> bool:
         self.ensure_known(binding.bot)

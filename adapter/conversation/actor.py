@@ -139,6 +139,10 @@ class ConversationActor:
             self.memory.state = rules.note_dispatched(self.state, bot, sequence)
             self._store_soon()
 
+    def on_bot_released(self, bot: str) -> None:
+        """Waits no more until the inbox has the bot's messages: its dispatcher has ended."""
+        self._undispatched.pop(bot, None)
+
     async def hand_over(self) -> tuple[QueuedCommand, ...]:
         """Stops after the mailbox is processed, and returns the commands in order. A sudden stop would lose a receipt
         that cannot be stored yet."""
@@ -152,8 +156,7 @@ class ConversationActor:
     def try_stop(self) -> bool:
         """Stops if nothing waits, is under way or is due. An unsaved record is stored first; then another call is
         needed."""
-        is_dispatching = self._undispatched and self.state.bot is not None  # else the dispatcher has ended
-        if self.tasks or self.state.queue or self._deadline.is_set or is_dispatching:
+        if self.tasks or self.state.queue or self._deadline.is_set or self._undispatched:
             return False
         if self.memory.is_dirty:
             self.put(rules.Rested())

@@ -342,7 +342,7 @@ class Dispatcher:
             return
         if self._recipients.has_left(first.message):
             self._rejects.count(first.message.inbound.kind, "unbound")
-            inbound, why = first.message.inbound, "The bot does not serve the sandbox any more."
+            inbound, why = first.message.inbound, "No bot of the sandbox serves its author any more."
             await self._rejects.dead_letter(None, inbound.raw, inbound, why, reason="not_bound")
             self._remove_finished([first])
             return

@@ -121,6 +121,7 @@ class Recipients:
             await bindings.remove(other.bot)
 
     def has_left(self, message: AddressedMessage) -> bool:
-        """Whether the bot serves the message's sandbox no more, whose inbox is, or may become, another person's."""
+        """Whether the message's person is not served in its sandbox any more, whose inbox may be another person's."""
         serves = self._bindings.get(self._bot)
-        return serves is None or serves.sandbox != message.sandbox
+        is_served = serves is not None and serves.sandbox == message.sandbox
+        return not (is_served or self._bindings.serving_user(message.sandbox, message.inbound.user))  # by a new bot

@@ -157,6 +157,10 @@ class ShardCommandProcessor:
             actor.put(rules.Rested())
         return not dirty and len(idle) == len(self._conversations_of(binding))
 
+    def on_bot_released(self, binding: Binding) -> None:
+        for actor in self._conversations.of_sandbox(binding.sandbox):
+            actor.on_bot_released(binding.bot)
+
     def _conversations_of(self, binding: Binding) -> list[ConversationActor]:
         """Those of the bot's users, without users whom another bot serves."""
         return [

@@ -13,7 +13,7 @@ from msgspec import structs
 
 from adapter.bindings.registry import Bindings
 from adapter.contract.records import Binding
-from adapter.errors import AdapterError
+from adapter.errors import AdapterError, Temporary
 from adapter.kit.tasks import TaskSet
 from adapter.kit.timing import Clock, backoff
 from adapter.outbound.processor import ShardCommandProcessor
@@ -93,7 +93,9 @@ class Closings:
                 structs.replace(now, closed=now.closing, closed_by=owner) if now.closing == binding.closing else None
             )
 
-        await self._bindings.update(binding.bot, confirmed)
+        shard.on_bot_released(binding)
+        if await self._bindings.update(binding.bot, confirmed) is None:
+            raise Temporary("binding_gone")  # or nobody can read it
 
 
 def _report(exc: BaseException) -> None:

@@ -195,6 +195,8 @@ class Erasure:
         newest: Counter[str] = Counter()
         """By stream: the newest sequence that was found."""
         async for found in self._search(command):
+            if found.kind == "binding" and not command.dry_run:
+                continue  # it is closing, and deleted last
             counts.setdefault(found.sandbox, Counter())[found.kind] += 1
             newest[found.stream] = max(newest[found.stream], found.stored.seq)
             messages.append(found._replace(stored=found.stored._replace(data=b"", headers={})))
@@ -211,7 +213,8 @@ class Erasure:
                 found.kind
                 async for found in self._search(command)
                 # a sandbox may name the person in new commands for ever
-                if found.kind not in WRITTEN_BY_SANDBOXES or found.stored.seq <= newest[found.stream]
+                if found.kind != "binding"
+                and (found.kind not in WRITTEN_BY_SANDBOXES or found.stored.seq <= newest[found.stream])
             ]
         )
         await self._report(command, counts, left)
@@ -224,8 +227,6 @@ class Erasure:
     async def _delete(self, found: Found) -> None:
         """Raises Temporary."""
         history, stored = self._access.history, found.stored
-        if found.kind == "binding":
-            return  # a binding that still exists is a new one
         if bucket := self._buckets.get(found.stream):
             key = stored.subject.split(".", 2)[2]
             ttl_s = MARK_S if found.kind == "conversation" else 0
@@ -236,7 +237,7 @@ class Erasure:
             return
         if found.kind == "journal":  # a poller would stop if its newest record were deleted
             await self._bindings.refresh(found.bot)
-            if self._bindings.get(found.bot) is not None or not await self._is_released(found.bot):
+            if self._bindings.serving(found.bot) is not None or not await self._is_released(found.bot):
                 raise Temporary("bot_in_use", f"{found.bot} is bound, or its owner has not ended.")
         await history.delete(found.stream, stored.seq, erase=True)
 

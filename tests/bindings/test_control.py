@@ -657,6 +657,12 @@ async def test_a_new_owner_that_missed_an_unbind_empties_the_inbox_all_the_same(
     assert inbox(platform) == []
 
 
+async def test_a_key_of_another_program_stops_no_command(platform: Platform) -> None:
+    platform.bench.bindings_bucket.put("b1@im.bot", b"put by hand")
+    await platform.starts_again()
+    assert (await platform.bind()).ok
+
+
 async def test_an_unbind_does_not_wait_for_a_binding_that_nobody_can_read(platform: Platform) -> None:
     await platform.bind()
     platform.bench.bindings_bucket.put(to_subject_token(BOT), b"no binding")

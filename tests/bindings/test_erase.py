@@ -110,6 +110,20 @@ async def test_who_stays_gets_no_command_for_an_erased_person_also_where_the_bus
     assert platform.binding("b3@im.bot").out_after == command
 
 
+async def test_one_that_was_cut_empties_the_inbox_when_it_is_carried_on() -> None:
+    """Somebody who was unbound before has left messages there, and the next person's agent reads all."""
+    eraser = SlowEraser()
+    eraser.failure = Temporary("bus_timeout")
+    platform = Platform(eraser=eraser)
+    await platform.bind()
+    platform.bench.bus.put(platform.bench.names.inbox("s1"), b'{"text":"of somebody before"}', {})
+    delivery = platform.publish("erase", msgspec.json.encode({"user": USER}))
+    await asyncio.sleep(30)
+    eraser.failure = None
+    await asyncio.sleep(30)
+    assert (delivery.acks, platform.bound, platform.bench.bus.found("IN")) == (1, {}, [])
+
+
 async def test_one_that_the_bus_refuses_says_that_it_is_to_be_repeated() -> None:
     eraser = SlowEraser()
     eraser.failure = BusRefused(10059, "stream not found")

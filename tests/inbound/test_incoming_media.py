@@ -398,6 +398,22 @@ async def test_a_message_that_comes_after_its_bot_has_left_the_sandbox_is_a_dead
     await task
 
 
+async def test_a_new_login_of_the_same_person_loses_nothing_that_is_still_to_come(poller: Poller) -> None:
+    bench = await ready(batch(image(1), words(2)))
+    gate = asyncio.Event()
+    bench.cdn.has("p1", gate, PNG)
+    session, task = tended(bench)
+    await asyncio.sleep(1)
+    await bench.bind(bot="b2@im.bot")
+    await bench.bindings.remove(BOT)
+    session.stop(immediately=True)
+    await asyncio.sleep(5)
+    gate.set()
+    await asyncio.sleep(5)
+    assert (said(bench), bench.bus.found("DEAD")) == (["+", "t2"], [])
+    await task
+
+
 @pytest.mark.parametrize("next_person", [None, "u2@im.wechat", ""], ids=["nobody", "known", "unknown"])
 async def test_after_a_crash_and_a_move_nothing_comes_into_the_inbox_that_was_emptied(
     next_person: str | None,
