@@ -52,9 +52,6 @@ class Closings:
             self._running.add(bot)
             self._tasks.spawn(self._close(bot))
 
-    def stop(self) -> None:
-        self._tasks.cancel_all()
-
     def _closing(self, bot: str) -> Binding | None:
         binding = self._bindings.get(bot)
         return binding if binding is not None and binding.closing != binding.closed else None
