@@ -70,8 +70,9 @@ async def fill(made: World) -> None:
             made.say(f"agent-{number:03d}", "你好")
     for number in (30, 60):
         made.sim.kill_token(made.bots[f"agent-{number:03d}"].bot)
+    body = b'{"user":"u1@im.wechat","text":5}'  # unreadable, and it says for whom it is
     for number in range(3):
-        await nc.jetstream().publish("wechat.out.agent-000", b"{", headers={"Nats-Msg-Id": f"broken-{number}"})
+        await nc.jetstream().publish("wechat.out.agent-000", body, headers={"Nats-Msg-Id": f"broken-{number}"})
 
 
 async def outage(made: World) -> None:
