@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-OUTSIDE = {".git", ".venv", ".tools", ".pytest_cache", "node_modules", "dist", "data"}
+OUTSIDE = {".git", ".venv", ".tools", ".pytest_cache", "node_modules", "dist", "data", "__pycache__"}
 
 
 def files(folder: Path) -> Iterator[Path]:
