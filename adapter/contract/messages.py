@@ -582,6 +582,15 @@ class MediaQuery(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
 
     object: Annotated[str, Meta(min_length=1, max_length=200, description="`media.object` of an item.")]
     after: Annotated[int, Meta(ge=0, description="0, then the header Wechat-Next of the previous answer.")] = 0
+    sequence: Annotated[
+        int,
+        Meta(
+            ge=0,
+            description="Stream sequence of the inbound message with the item, so that its media can be fetched if"
+            " the store does not have them (yet); 0: only what is stored is given.",
+        ),
+    ] = 0
+    wait_s: Annotated[float, Meta(ge=0, le=60, description="Longest wait for media that are being fetched.")] = 0
 
 
 class MediaBytes(msgspec.Struct, frozen=True, kw_only=True, rename=_HEADERS.get):
@@ -651,6 +660,37 @@ class ReceiptQuery(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True
     ] = None
 
 
+class NextQuery(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """Request of wechat.svc.next.<sandbox>: the inbound messages that the sandbox has not handled yet.
+
+    Without `reader` it makes the asker the sandbox's reader; the former one gets an error (409) from then on.
+    """
+
+    reader: Annotated[int | None, Meta(ge=1, description="`reader` of the first answer; absent: a new reader.")] = None
+    after: Annotated[
+        int | None, Meta(ge=0, description="All messages up to this sequence are handled; only with `reader`.")
+    ] = None
+    max: Annotated[int, Meta(ge=1, le=100, description="Most messages of the answer.")] = 10
+
+
+class Handed(msgspec.Struct, frozen=True, kw_only=True):
+    """One message of wechat.svc.next.<sandbox>."""
+
+    sequence: Annotated[int, Meta(description="Stream sequence: the header Nats-Sequence of the live message.")]
+    message: Annotated[msgspec.Raw, Meta(description="The inbound message, unchanged.")]
+
+
+class NextPage(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """Answer of wechat.svc.next.<sandbox>, at once and oldest first: the messages that are not confirmed, again until
+    they are."""
+
+    reader: Annotated[int, Meta(description="Names this reader in its next requests.")]
+    messages: list[Handed] = []
+    first: Annotated[
+        int, Meta(description="The oldest sequence that is still stored, if messages before it are gone unread; else 0.")
+    ] = 0
+
+
 class ReplayQuery(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """Request of wechat.svc.replay.<sandbox>, and for the platform of wechat.svc.replay: inbound messages again."""
 
@@ -697,6 +737,8 @@ MESSAGES: dict[str, type[msgspec.Struct]] = {
     "media_query": MediaQuery,
     "media_bytes": MediaBytes,
     "media_piece": MediaPiece,
+    "next_query": NextQuery,
+    "next_page": NextPage,
     "window_query": WindowQuery,
     "receipt_query": ReceiptQuery,
     "window": Window,

@@ -41,7 +41,12 @@ H_SANDBOX = "Wechat-Sandbox"
 H_USER = "Wechat-User"
 H_JOURNAL = "Wechat-Journal"
 """On inbound messages: the record in the adapter's journal, and the index in it. Readers ignore it."""
-"""On inbound messages: iLink's ids of its items, for later quotes. Readers ignore it."""
+H_BOT = "Wechat-Bot"
+"""On inbound messages: the bot that received it."""
+H_SEEN = "Wechat-Seen"
+"""On inbound messages: what tells a repeat of it (`content.dedup`). Readers ignore it."""
+H_SEALED = "Wechat-Sealed"
+"""On inbound messages: what only the adapter may read (`inbound.sealed`)."""
 H_NEXT = "Wechat-Next"
 """On pieces of an object: value of `after` for the next request; absent on the last piece."""
 H_SIZE = "Wechat-Size"
@@ -131,6 +136,11 @@ def media_prefix(sandbox: str, user: str) -> str:
     return f"{sandbox}/in/{digest(user.encode())}-"
 
 
+def media_object(sandbox: str, user: str, message: str, item: int) -> str:
+    """Name of the object with the media of one item of an inbound message. `message`: its id."""
+    return f"{media_prefix(sandbox, user)}{digest(message.encode())}-{item}"
+
+
 def conversation_key(sandbox: str, user: str) -> str:
     """Key of one user of one sandbox."""
     return f"{sandbox}.{to_subject_token(user)}"
@@ -163,7 +173,9 @@ class Names:
         self.stream_dead = f"{upper}_DEAD"
         self.stream_journal = f"{upper}_JOURNAL"
         self.bindings = f"{prefix}_bindings"
+        self.checkpoints = f"{prefix}_checkpoints"
         self.conversations = f"{prefix}_conversations"
+        self.readers = f"{prefix}_readers"
         self.members = f"{prefix}_members"
         self.claims = f"{prefix}_claims"
         self.logins = f"{prefix}_logins"

@@ -106,6 +106,11 @@ def journal_context(bot: str, version: int, owner: str) -> str:
     return f"journal {bot} {version} {owner}"
 
 
+def inbox_context(message: str, bot: str, sandbox: str) -> str:
+    """Context of what an inbox message carries for the adapter alone. `message`: its id."""
+    return f"inbox {message} {bot} {sandbox}"
+
+
 def login_context(login: str, field: str) -> str:
     """Context of a secret in a login's record."""
     return f"login {login} {field}"

@@ -1,5 +1,5 @@
 /* Messages of the bus, generated from the JSON Schemas here by `make generate`; do not edit.
-   Of: 7ac7a07edae010e255809f84c8408ab53e5b769c32386812ad9d35ec78aaf82c */
+   Of: 4ccb8dae6518b3a80608d582c481d181c88b4345f4a2453c40b2eb4b612175c0 */
 
 /**
  * Options of a binding.
@@ -628,6 +628,14 @@ export interface MediaQuery {
    * 0, then the header Wechat-Next of the previous answer.
    */
   after?: number;
+  /**
+   * Stream sequence of the inbound message with the item, so that its media can be fetched if the store does not have them (yet); 0: only what is stored is given.
+   */
+  sequence?: number;
+  /**
+   * Longest wait for media that are being fetched.
+   */
+  wait_s?: number;
 }
 /**
  * A file to send.
