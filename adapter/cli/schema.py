@@ -8,11 +8,16 @@ from typing import Any, NamedTuple
 
 import msgspec
 
-from adapter.contract.messages import MESSAGES, SCHEMA_VERSION, ReplayPage, ReplayQuery
+from adapter.contract.messages import MESSAGES, SCHEMA_VERSION, NextPage, ReplayPage, ReplayQuery
 from adapter.contract.names import H_MSG_ID, H_REPLY_TO, H_SCHEMA, H_TRACEPARENT, SANDBOX_PATTERN, Names
 
 DIALECT = "https://json-schema.org/draft/2020-12/schema"
-DOCUMENTED: dict[str, type[msgspec.Struct]] = {**MESSAGES, "replay_query": ReplayQuery, "replay_page": ReplayPage}
+DOCUMENTED: dict[str, type[msgspec.Struct]] = {
+    **MESSAGES,
+    "next_page": NextPage,
+    "replay_query": ReplayQuery,
+    "replay_page": ReplayPage,
+}
 """Every message that has a schema, by its name."""
 RAW = ("media_bytes", "media_piece")
 """Messages whose payload is bytes; their schema is that of their headers."""
@@ -67,6 +72,7 @@ def channels(names: Names) -> list[Channel]:
         ("login_cancel", "login.cancel", "login_query", "login", "End a login."),
         ("window", f"window.{sandbox}", "window_query", "window", "What the sandbox may still send."),
         ("last_receipt", f"receipt.{sandbox}", "receipt_query", "receipt", "The last receipt of a command."),
+        ("next", f"next.{sandbox}", "next_query", "next_page", "The messages that the sandbox has not handled yet."),
         ("replay", f"replay.{sandbox}", "replay_query", "replay_page", "The sandbox's inbound messages again."),
         ("window_any", "window", "window_query", "window", "What may still be sent; the body names the sandbox."),
         ("last_receipt_any", "receipt", "receipt_query", "receipt", f"The last receipt of a command {of_body}"),

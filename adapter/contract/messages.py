@@ -666,10 +666,13 @@ class NextQuery(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     Without `reader` it makes the asker the sandbox's reader; the former one gets an error (409) from then on.
     """
 
-    reader: Annotated[int | None, Meta(ge=1, description="`reader` of the first answer; absent: a new reader.")] = None
-    after: Annotated[
-        int | None, Meta(ge=0, description="All messages up to this sequence are handled; only with `reader`.")
-    ] = None
+    reader: Annotated[int, Meta(ge=1, description="`reader` of the first answer; absent: a new reader.")] | None = (
+        None
+    )
+    after: (
+        Annotated[int, Meta(ge=0, description="All messages up to this sequence are handled; only with `reader`.")]
+        | None
+    ) = None
     max: Annotated[int, Meta(ge=1, le=100, description="Most messages of the answer.")] = 10
 
 
@@ -687,7 +690,8 @@ class NextPage(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     reader: Annotated[int, Meta(description="Names this reader in its next requests.")]
     messages: list[Handed] = []
     first: Annotated[
-        int, Meta(description="The oldest sequence that is still stored, if messages before it are gone unread; else 0.")
+        int,
+        Meta(description="The oldest sequence that is still stored, if messages before it are gone unread; else 0."),
     ] = 0
 
 
@@ -738,7 +742,6 @@ MESSAGES: dict[str, type[msgspec.Struct]] = {
     "media_bytes": MediaBytes,
     "media_piece": MediaPiece,
     "next_query": NextQuery,
-    "next_page": NextPage,
     "window_query": WindowQuery,
     "receipt_query": ReceiptQuery,
     "window": Window,

@@ -1,5 +1,5 @@
 /* Messages of the bus, generated from the JSON Schemas here by `make generate`; do not edit.
-   Of: 4ccb8dae6518b3a80608d582c481d181c88b4345f4a2453c40b2eb4b612175c0 */
+   Of: 3e59e6d894e6fc9151b6888f9e1286804c32cd388ab76c05fcc93b064f18ec26 */
 
 /**
  * Options of a binding.
@@ -636,6 +636,49 @@ export interface MediaQuery {
    * Longest wait for media that are being fetched.
    */
   wait_s?: number;
+}
+/**
+ * One message of wechat.svc.next.<sandbox>.
+ */
+export interface Handed {
+  /**
+   * Stream sequence: the header Nats-Sequence of the live message.
+   */
+  sequence: number;
+  /**
+   * The inbound message, unchanged.
+   */
+  message: {
+    [k: string]: unknown;
+  };
+}
+/**
+ * Answer of wechat.svc.next.<sandbox>, at once and oldest first: the messages that are not confirmed, again until
+ * they are.
+ */
+export interface NextPage {
+  /**
+   * Names this reader in its next requests.
+   */
+  reader: number;
+  messages?: Handed[];
+  /**
+   * The oldest sequence that is still stored, if messages before it are gone unread; else 0.
+   */
+  first?: number;
+}
+/**
+ * Request of wechat.svc.next.<sandbox>: the inbound messages that the sandbox has not handled yet.
+ *
+ * Without `reader` it makes the asker the sandbox's reader; the former one gets an error (409) from then on.
+ */
+export interface NextQuery {
+  reader?: number | null;
+  after?: number | null;
+  /**
+   * Most messages of the answer.
+   */
+  max?: number;
 }
 /**
  * A file to send.
