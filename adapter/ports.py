@@ -256,7 +256,7 @@ class Cdn(Protocol):
 
 
 class Message(msgspec.Struct, frozen=True):
-    """A message to store in a stream. `stream` is its metrics label: in, journal, event, dead, out …"""
+    """A message to store in a stream. `stream` is its metrics label: in, event, dead, out …"""
 
     stream: str
     subject: str
@@ -380,12 +380,14 @@ class Bucket(Protocol):
     async def get_all(self, keys: Sequence[str]) -> list[Entry]:
         """The entries of the keys that ever existed. Raises Temporary."""
 
-    async def update(self, key: str, value: bytes, revision: int, *, ttl_s: int = 0) -> int:
+    async def update(
+        self, key: str, value: bytes, revision: int, *, ttl_s: int = 0, ensure_owner: Callable[[], None] | None = None
+    ) -> int:
         """Writes the value if the key's revision is `revision` (0: the key never existed), and returns the new
         revision. A retry recognises its own earlier write whose answer was lost. With `ttl_s` the key expires after
-        so many seconds unless it is written again.
+        so many seconds unless it is written again. `ensure_owner`: as in Message.
 
-        Raises Conflict, Temporary (the bucket is full).
+        Raises Conflict, Temporary (the bucket is full), and what `ensure_owner` raises.
         """
 
     async def delete(self, key: str, revision: int | None = None, *, ttl_s: int = 0) -> int:

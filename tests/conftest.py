@@ -25,7 +25,7 @@ import structlog
 from hypothesis import HealthCheck, settings
 from nats.aio.client import Client
 
-from adapter.inbound.bot_poller import BotPoller
+from adapter.inbound.poller import BotPoller
 from adapter.jetstream.client import BusClient
 from tests import canary
 from tests.capture import Capture, capturing

@@ -75,8 +75,7 @@ async def export(*, user: User, sandbox: MaybeSandbox = None) -> int:
     """Print everything of one person as JSON, a line for each message or record.
 
     It reads buckets that are closed to operators: run it with the adapter's credentials. What opens something
-    (tokens, keys) is masked. Of the journal, which is sealed, only sequences and sizes are shown: its messages are
-    those of the inbox. The lines hold what people wrote: guard them as such.
+    (tokens, keys) is masked. Of a checkpoint, which is sealed, only its size is shown. The lines hold what people wrote: guard them as such.
     """
     async with connected_bus() as bus:
         names = bus.names
@@ -100,7 +99,7 @@ def _as_line(names: Names, found: Found) -> dict[str, Any]:
         "sandbox": found.sandbox,
         "size": len(stored.data),
     }
-    return line | ({} if found.kind == "journal" else {"content": _content(names, found)})
+    return line | ({} if found.kind == "checkpoint" else {"content": _content(names, found)})
 
 
 def _content(names: Names, found: Found) -> Any:

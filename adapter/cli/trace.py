@@ -18,7 +18,6 @@ from adapter.contract.headers import derive_traceparent
 from adapter.contract.messages import Inbound, Receipt
 from adapter.contract.names import (
     H_COMMAND,
-    H_JOURNAL,
     H_MSG_ID,
     H_REASON,
     H_SANDBOX,
@@ -141,8 +140,7 @@ def _steps_of(names: Names, stored: Stored, ident: str, *, texts: bool) -> list[
             text = inbound.text if texts else None
             said_ms = min(inbound.sent_at_ms or inbound.received_at_ms, stored.time_ms)
             said = replace(this, at_ms=said_ms, step="said", id=inbound.id, what=what, text=text)
-            place = f"journal {stored.headers.get(H_JOURNAL, '-')}"
-            return [said, replace(this, step="published", id=inbound.id, what=place)]
+            return [said, replace(this, step="published", id=inbound.id, what="in the inbox")]
         receipt = msgspec.json.decode(stored.data, type=Receipt)
         told = replace(this, step="receipt", id=receipt.command, what=describe(receipt))
         sent = {"at_ms": receipt.received_at_ms, "stream": names.stream_out, "sequence": receipt.sequence}

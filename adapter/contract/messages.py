@@ -371,10 +371,13 @@ BotStatus: TypeAlias = Literal[
     "failing",
     "needs_login",
     "unknown",
+    "stale",
     "paused",
     "retrying",
-    "draining",
-    "starting",
+    "releasing",
+    "waiting",
+    "taking",
+    "storing",
     "polling",
 ]
 """In a word how a bot fares, what is worst first."""
@@ -389,11 +392,14 @@ class BindingHealth(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tru
         Meta(
             description="not_polled: no replica polls it. too_new: a newer version wrote the binding, and no"
             " replica that knows it polls the bot. failing: for a minute iLink has answered no poll, or the"
-            " answer cannot be stored. unknown: a replica gave no answer. paused: NATS or the lease is away."
-            " retrying: the last poll failed. draining: its replica gives it back. starting: its replica takes it."
+            " answer cannot be stored. unknown: a replica gave no answer. stale: iLink refuses its token, which is"
+            " tried again. paused: NATS or the lease is away. retrying: the last poll failed. releasing: its replica"
+            " gives it back. waiting: another replica may still poll it. taking: its replica takes it. storing: an"
+            " answer of iLink is being stored."
         ),
     ]
     detail: Annotated[str, Meta(description="Why, in a few words.")] = ""
+    since_ms: Annotated[int, Meta(description="Since when, as its replica says.")] = 0
     replica: Annotated[str, Meta(description="Which polls it.")] = ""
     answered_ms: Annotated[int, Meta(description="When iLink last answered a poll.")] = 0
     inbound_ms: Annotated[int, Meta(description="When its user wrote last.")] = 0

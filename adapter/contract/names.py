@@ -39,8 +39,6 @@ H_SEQUENCE = "Wechat-Sequence"
 H_TIME_MS = "Wechat-Time-Ms"
 H_SANDBOX = "Wechat-Sandbox"
 H_USER = "Wechat-User"
-H_JOURNAL = "Wechat-Journal"
-"""On inbound messages: the record in the adapter's journal, and the index in it. Readers ignore it."""
 H_BOT = "Wechat-Bot"
 """On inbound messages: the bot that received it."""
 H_SEEN = "Wechat-Seen"
@@ -171,7 +169,6 @@ class Names:
         self.stream_ctl = f"{upper}_CTL"
         self.stream_event = f"{upper}_EVENT"
         self.stream_dead = f"{upper}_DEAD"
-        self.stream_journal = f"{upper}_JOURNAL"
         self.bindings = f"{prefix}_bindings"
         self.checkpoints = f"{prefix}_checkpoints"
         self.conversations = f"{prefix}_conversations"
@@ -218,10 +215,6 @@ class Names:
     def receipts(self, sandbox: str) -> str:
         """Subject of the receipts of all commands of a sandbox, which may be `*`."""
         return f"{self.prefix}.event.{sandbox}.receipt.>"
-
-    def journal(self, bot: str) -> str:
-        """Subject of a bot's journal. It contains no shard, so that a bot that moves keeps its fence."""
-        return f"{self.prefix}.journal.{to_subject_token(bot)}"
 
     def dead_letters(self, stream: str) -> str:
         return f"{self.prefix}.dead.{stream}"

@@ -91,6 +91,15 @@ class Binding(PrivateRecord, frozen=True, kw_only=True, omit_defaults=True):
         )
 
 
+class CheckpointRecord(PrivateRecord, frozen=True, kw_only=True, omit_defaults=True):
+    """Bucket `checkpoints`, key: the bot. Who polls the bot, and how far (`inbound.checkpoint`)."""
+
+    owner: str = ""
+    """Incarnation of the replica that polls the bot; "": none."""
+    sealed: bytes = b""
+    """The position, sealed, since iLink's cursor contains the bot's token."""
+
+
 class LoginRecord(PrivateRecord, frozen=True, kw_only=True, omit_defaults=True):
     """Bucket `logins`, key: the login's id. What readers know of a QR login, and what they want of it: its flow runs
     in the memory of `owner`."""

@@ -5,7 +5,7 @@ change of the binding, a slot, an upload, an answer, a deadline. One task proces
 empty; an idle conversation has no task. A request, an upload or a read of bodies runs in a task of its own
 (`OutstandingWork`), so that an inbound message is processed while a request hangs. Its result is another input.
 
-Placement and dispatcher call `put`, `on_inbound` and `note_dispatched`. The shard ends the actor with `try_stop` when
+Placement calls `put`, the pollers call `on_inbound`. The shard ends the actor with `try_stop` when
 it is idle, `drain` when the shard is handed over, and `stop` when the shard is lost. The actor is the only writer of
 the conversation's record, and never acts without the shard's lease.
 """
@@ -33,7 +33,7 @@ LONGEST_TIMER_S = 3600.0
 """Longest timer, since the clock may be set and the machine may sleep."""
 SHORTEST_TIMER_S = 0.01
 STORED_WITHIN_S = 1.0
-"""Delay before an inbound message is stored in the record. It covers later messages and their `dispatched_to`."""
+"""Delay before an inbound message is stored in the record. It covers later messages."""
 
 
 class _Alarm:
@@ -100,8 +100,8 @@ class ConversationActor:
         self._deadline = _Alarm(self._on_deadline)
         self._store_alarm = _Alarm(self._store_inbound)
         """Set while the record lacks an inbound message."""
-        self._undispatched: dict[str, int] = {}
-        """By bot: sequence of its newest record with messages of the user that are not all in the inbox."""
+        self.holds = 0
+        """Pollers that are publishing a message of the user, which the conversation takes then."""
 
     @property
     def state(self) -> Conversation:
@@ -113,35 +113,22 @@ class ConversationActor:
         """Queues an input; see Mailbox.put."""
         self._mailbox.put(event, done)
 
-    def on_inbound(self, inbound: rules.InboundReceived) -> asyncio.Future[None] | None:
-        """Processes a message of the user at once if nothing else is to be done; returns None then. Otherwise queues
-        it, and returns a future that is done once it is processed, and fails with LeaseLost or a bug."""
-        self._undispatched[inbound.bot] = inbound.sequence
+    def on_inbound(self, inbound: rules.InboundReceived) -> None:
+        """Takes a message of the user: at once if nothing else is to be done."""
         if not self._mailbox.is_busy and not self._mailbox.is_stopped and self._apply_at_once(inbound):
             self._store_soon()  # a message that has no effects puts no deadline forward
-            return None
-        done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self.put(inbound, done)
-        return done
+        else:
+            self.put(inbound)
+
+    def on_repeat(self, message: str, token: str) -> None:
+        """iLink has repeated a message, possibly with a newer token."""
+        self.memory.state = rules.renew_token(self.state, message, token)
+        self._store_soon()
 
     def refresh_bot(self) -> None:
         """Checks which bot serves the user now."""
         state = self.state
         self.put(rules.Bound(self._shard.bot_of(state.sandbox, state.user, state.record.bot)))
-
-    def note_dispatched(self, bot: str, sequence: int) -> None:
-        """Notes that the inbox has all messages of the user up to a sequence of the bot's journal."""
-        if self._undispatched.get(bot, 0) <= sequence:
-            self._undispatched.pop(bot, None)
-        if self._mailbox.is_busy:  # keeps the order of the inputs
-            self.put(rules.Dispatched(bot, sequence))
-        elif not self._mailbox.is_stopped:
-            self.memory.state = rules.note_dispatched(self.state, bot, sequence)
-            self._store_soon()
-
-    def on_bot_released(self, bot: str) -> None:
-        """Waits no more until the inbox has the bot's messages: its dispatcher has ended."""
-        self._undispatched.pop(bot, None)
 
     async def hand_over(self) -> tuple[QueuedCommand, ...]:
         """Stops after the mailbox is processed, and returns the commands in order. A sudden stop would lose a receipt
@@ -156,7 +143,7 @@ class ConversationActor:
     def try_stop(self) -> bool:
         """Stops if nothing waits, is under way or is due. An unsaved record is stored first; then another call is
         needed."""
-        if self.tasks or self.state.queue or self._deadline.is_set or self._undispatched:
+        if self.tasks or self.state.queue or self._deadline.is_set or self.holds:
             return False
         if self.memory.is_dirty:
             self.put(rules.Rested())
@@ -197,7 +184,7 @@ class ConversationActor:
         self._store_soon()
 
     def _store_soon(self) -> None:
-        if not self._store_alarm.is_set and not self.memory.is_inbound_stored:
+        if not self._mailbox.is_stopped and not self._store_alarm.is_set and not self.memory.is_inbound_stored:
             self._store_alarm.set(STORED_WITHIN_S)
 
     def _store_inbound(self) -> None:

@@ -49,7 +49,7 @@ class EffectRunner:
                 await self._apply_event(rules.Unanswered())  # the request gets no other answer
             else:
                 await self._apply_event(rules.Crashed(type(exc).__name__))
-                if isinstance(event, rules.InboundReceived):  # the dispatcher relies on it being stored
+                if isinstance(event, rules.InboundReceived):
                     await self._apply_event(event)
 
     def apply_at_once(self, event: rules.Input) -> bool:

@@ -31,15 +31,7 @@ class ConversationMemory:
     def is_inbound_stored(self) -> bool:
         """The stored record has everything that inbound messages changed."""
         now, stored = self.state.record, self._stored
-        return (now.dispatched_to, now.window.id, now.token) == (stored.dispatched_to, stored.window.id, stored.token)
-
-    def has_dispatched_to(self, bot: str, sequence: int) -> bool:
-        """Whether the inbox has all messages of the user up to a sequence of the bot's journal."""
-        return self.state.record.dispatched_to.get(bot, 0) >= sequence
-
-    def is_stored_to(self, bot: str, sequence: int) -> bool:
-        """Whether the stored record has that, too."""
-        return self._stored.dispatched_to.get(bot, 0) >= sequence
+        return (now.inbox_seq, now.token) == (stored.inbox_seq, stored.token)
 
     @property
     def has_record(self) -> bool:

@@ -10,8 +10,8 @@ import msgspec
 from adapter.contract.records import PrivateRecord
 
 RECENT_COMMANDS = 32
-DISPATCHED_BOTS_KEPT = 4
-"""Most bots in `dispatched_to`: the latest ones."""
+BOTS_KEPT = 4
+"""Most bots in `bots`: the latest ones."""
 SENT_TEXTS = 8
 SENT_TEXT_CHARS = 200
 """Characters of a sent text that are kept for quotes of it."""
@@ -26,7 +26,7 @@ class SendWindow(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     id: str = ""
     """Id of the inbound message that opened it."""
     sequence: int = 0
-    """Sequence of that message's journal record. A message from a replay of the journal opens no window."""
+    """Sequence of that message in the inbox."""
     opened_ms: int = 0
     """When that message arrived; 0: never."""
     sends_used: int = 0
@@ -99,8 +99,10 @@ class ConversationRecord(PrivateRecord, frozen=True, kw_only=True, omit_defaults
     token: str = ""
     """The newest context token."""
     window: SendWindow = SendWindow()
-    dispatched_to: dict[str, int] = {}  # noqa: RUF012 - msgspec copies it
-    """By bot: the sequence in its journal up to which the inbox and this record have all messages of the user."""
+    inbox_seq: int = 0
+    """Sequence of the sandbox's inbox up to which this record has all messages of the user."""
+    bots: list[str] = []  # noqa: RUF012 - msgspec copies it
+    """The bots that have brought messages of the user, the latest last."""
     head: SendProgress | None = None
     recent: list[str] = []  # noqa: RUF012 - msgspec copies it
     """Ids of the last commands that were sent or may have been. A command with such an id is a duplicate."""

@@ -52,7 +52,7 @@ from adapter.contract.messages import Outcome
 from adapter.conversation import window
 from adapter.conversation.commands import MERGE_SEPARATOR, MediaPart, Part, client_id
 from adapter.conversation.record import (
-    DISPATCHED_BOTS_KEPT,
+    BOTS_KEPT,
     RECENT_COMMANDS,
     SENT_TEXT_CHARS,
     SENT_TEXTS,
@@ -226,16 +226,9 @@ class InboundReceived(msgspec.Struct, frozen=True):
     written_ms: int
     """WeChat's clock; 0: unknown."""
     sequence: int
-    """Sequence of the journal record with the message."""
+    """Sequence of the message in the sandbox's inbox. A message is applied once."""
     received_ms: int | None = None
     """When iLink delivered the message, possibly long ago; None: now."""
-
-
-class Dispatched(msgspec.Struct, frozen=True):
-    """The inbox has all messages of the user up to this sequence of the bot's journal."""
-
-    bot: str
-    sequence: int
 
 
 class Bound(msgspec.Struct, frozen=True):
@@ -341,7 +334,6 @@ class Crashed(msgspec.Struct, frozen=True):
 Input: TypeAlias = (
     Stored
     | InboundReceived
-    | Dispatched
     | Bound
     | SlotGranted
     | Loaded
@@ -528,8 +520,6 @@ def _apply_event(
                     conversation = _replaced(conversation, activity=Activity.IDLE, content=None)
             earliest_ms = min(conversation.earliest_expiry_ms, *(command.expires_ms for command in commands))
             return _replaced(conversation, queue=queue, earliest_expiry_ms=earliest_ms)
-        case Dispatched(bot, sequence):
-            return note_dispatched(conversation, bot, sequence)
         case InboundReceived():
             return _on_inbound_received(conversation, event, now_ms)
         case Bound(bot):
@@ -592,29 +582,37 @@ def _without_copies(
 
 
 def _on_inbound_received(conversation: Conversation, inbound: InboundReceived, now_ms: int) -> Conversation:
-    if conversation.record.dispatched_to.get(inbound.bot, 0) >= inbound.sequence:  # the journal is replayed
+    if inbound.sequence <= conversation.record.inbox_seq:
         return conversation
+    in_flight = int(conversation.activity is Activity.SENDING)
+    return _replaced(conversation, record=hear(conversation.record, inbound, now_ms, in_flight), last_answer=None)
+
+
+def hear(record: ConversationRecord, inbound: InboundReceived, now_ms: int, in_flight: int) -> ConversationRecord:
+    """The record after a message of the user. `in_flight`: requests that have no answer yet."""
     record = window.on_inbound(
-        conversation.record,
+        record,
         message=inbound.message,
         token=inbound.token,
         bot=inbound.bot,
         now_ms=now_ms,
         received_ms=now_ms if inbound.received_ms is None else min(now_ms, inbound.received_ms),
         written_ms=inbound.written_ms,
-        in_flight=int(conversation.activity is Activity.SENDING),
+        in_flight=in_flight,
         sequence=inbound.sequence,
     )
-    return _replaced(conversation, record=record, last_answer=None)
+    bots = record.bots
+    if bots[-1:] != [inbound.bot]:
+        bots = [*(bot for bot in bots if bot != inbound.bot), inbound.bot][-BOTS_KEPT:]
+    return msgspec.structs.replace(record, inbox_seq=max(record.inbox_seq, inbound.sequence), bots=bots)
 
 
-def note_dispatched(conversation: Conversation, bot: str, sequence: int) -> Conversation:
-    """The change by `Dispatched`, which causes no effects."""
-    if conversation.record.dispatched_to.get(bot, 0) >= sequence:  # the journal is replayed
+def renew_token(conversation: Conversation, message: str, token: str) -> Conversation:
+    """iLink has repeated a message, possibly with a newer token, which counts if no later message came."""
+    record = conversation.record
+    if not token or message != record.window.id or token == record.token:
         return conversation
-    others = [(name, to) for name, to in conversation.record.dispatched_to.items() if name != bot]
-    dispatched_to = dict([*others[1 - DISPATCHED_BOTS_KEPT :], (bot, sequence)])
-    return _replaced(conversation, record=msgspec.structs.replace(conversation.record, dispatched_to=dispatched_to))
+    return _replaced(conversation, record=msgspec.structs.replace(record, token=token))
 
 
 def _on_loaded(conversation: Conversation, bodies: Mapping[int, Body], effects: list[Effect]) -> Conversation:
@@ -1150,5 +1148,12 @@ def adopt_inbound(conversation: Conversation, stored: ConversationRecord) -> Con
     if record.head is not None and record.head.unanswered_attempts:
         sent_at_ms = [*opened.sent_at_ms, *known.sent_at_ms[-1:]]
         opened = msgspec.structs.replace(opened, sends_used=max(opened.sends_used, 1), sent_at_ms=sent_at_ms)
-    record = msgspec.structs.replace(record, window=opened, token=stored.token, bot=stored.bot)
+    record = msgspec.structs.replace(
+        record,
+        window=opened,
+        token=stored.token,
+        bot=stored.bot,
+        bots=stored.bots,
+        inbox_seq=max(record.inbox_seq, stored.inbox_seq),
+    )
     return _replaced(conversation, record=record)

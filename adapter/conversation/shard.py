@@ -5,7 +5,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple, Protocol
 
-from adapter.conversation.rules import Body, Bot, CommandResult, Conversation, QueuedCommand, SendPolicy
+from adapter.conversation.rules import (
+    Body,
+    Bot,
+    CommandResult,
+    Conversation,
+    InboundReceived,
+    QueuedCommand,
+    SendPolicy,
+)
 from adapter.conversation.store import ConversationStore
 from adapter.conversation.uploads import Uploads
 from adapter.kit.slots import FairSlots
@@ -32,13 +40,6 @@ class ShardPort(Protocol):
     async def is_session_alive(self, bot: str) -> bool:
         """Whether iLink accepts the bot's token in another call after a -14. Raises Temporary."""
 
-    async def wait_caught_up(self, bot: str) -> None:
-        """Returns once the conversations know the messages that the bot's previous owner stored, since a send counts
-        in the window that the user's last message opened."""
-
-    def is_catching_up(self, bot: str) -> bool:
-        """Whether `wait_caught_up` would wait."""
-
     async def load_bodies(self, sandbox: str, sequences: Sequence[int]) -> dict[int, Body]:
         """Reads the parts of commands from the bus. Raises Temporary."""
 
@@ -56,6 +57,18 @@ class ShardPort(Protocol):
 
     def hide_typing(self, sandbox: str, user: str) -> None:
         """Hides it if it is shown."""
+
+
+class Folds(Protocol):
+    """What the inboxes of a shard have that its conversations may not know."""
+
+    async def newest_of(self, sandbox: str, user: str, after: int) -> InboundReceived | None:
+        """The user's newest message after a sequence of the inbox, with the newest token, as far as it was published
+        before this replica took the shard. Raises Temporary."""
+
+    async def prints_of(self, sandbox: str, bot: str, after: int) -> tuple[list[bytes], int]:
+        """The fingerprints of a bot's messages after a sequence of the inbox as it is now, and the sequence up to
+        which it was read. Open conversations have got what is new. Raises Temporary."""
 
 
 class ConversationDeps(NamedTuple):

@@ -147,14 +147,13 @@ class OutstandingWork:
 
     def try_acquire_slot(self) -> bool:
         """Takes a slot if there is one at once."""
-        if self._draining or self._shard.is_catching_up(self._memory.serving_bot):
+        if self._draining:
             return False
         is_free = self._deps.slots.try_acquire(self._memory.state.sandbox)
         self._slots_held += is_free
         return is_free
 
     async def _await_slot(self) -> None:
-        await self._shard.wait_caught_up(self._memory.serving_bot)
         await self._deps.slots.acquire(self._memory.state.sandbox)
         self._slots_held += 1
         if self._draining:

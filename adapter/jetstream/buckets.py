@@ -115,9 +115,11 @@ class KvBucket:
         found = await self.history.read_last_of_each(self.stream, [self.subject(key) for key in keys])
         return [_entry(self.name, stored) for stored in found]
 
-    async def update(self, key: str, value: bytes, revision: int, *, ttl_s: int = 0) -> int:
+    async def update(
+        self, key: str, value: bytes, revision: int, *, ttl_s: int = 0, ensure_owner: Callable[[], None] | None = None
+    ) -> int:
         try:
-            return await self._put_value(key, value, {H_EXPECTED: str(revision)}, ttl_s)
+            return await self._put_value(key, value, {H_EXPECTED: str(revision)}, ttl_s, ensure_owner)
         except Conflict:
             entry = await self.get(key)
             if entry is not None and entry.value == value:
@@ -130,11 +132,18 @@ class KvBucket:
             headers[H_EXPECTED] = str(revision)
         return await self._put_value(key, b"", headers, ttl_s)
 
-    async def _put_value(self, key: str, value: bytes, headers: dict[str, str], ttl_s: int) -> int:
+    async def _put_value(
+        self,
+        key: str,
+        value: bytes,
+        headers: dict[str, str],
+        ttl_s: int,
+        ensure_owner: Callable[[], None] | None = None,
+    ) -> int:
         if ttl_s:
             headers[TTL] = f"{ttl_s}s"
         try:
-            return (await self._publisher.publish(Message("kv", self.subject(key), value, headers))).seq
+            return (await self._publisher.publish(Message("kv", self.subject(key), value, headers, ensure_owner))).seq
         except BusRefused as exc:
             if not exc.is_full:
                 raise

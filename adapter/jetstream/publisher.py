@@ -123,9 +123,11 @@ class Publisher:
 
     async def wait_writable(self, streams: Collection[str]) -> None:
         """Returns when none of these streams is interrupted."""
-        await self._resumed.wait_until(
-            lambda: not any(stream.is_interrupted and stream.name in streams for stream in self._streams.values())
-        )
+        await self._resumed.wait_until(lambda: self.is_writable(streams))
+
+    def is_writable(self, streams: Collection[str]) -> bool:
+        """Whether `wait_writable` would return at once."""
+        return not any(stream.is_interrupted and stream.name in streams for stream in self._streams.values())
 
     async def publish(self, message: Message) -> PubAck:
         """Returns when the stream has the message. Raises Conflict, BusRefused, LeaseLost."""

@@ -41,6 +41,9 @@ checked."""
 NS = 1_000_000_000
 HOUR_NS = 3600 * NS
 DUPLICATE_WINDOW_NS = 300 * NS
+IN_DUPLICATE_WINDOW_NS = 120 * NS
+"""Duplicate window of inbound messages, whose ids the server keeps in memory. `inbound.receive` reads the inbox where
+it may be over."""
 OUT_DUPLICATE_WINDOW_NS = 15 * NS
 """Duplicate window of commands. The server keeps their ids in memory for up to three windows, and a sandbox may make
 each id as long as all headers. The window covers a publisher that repeats an unacknowledged command, and a router
@@ -61,8 +64,6 @@ CREATED_AT_ONCE = 16
 """Consumers that are created at the same time. Each waits for a disk, in a cluster for a majority of disks. One by
 one, the 130 consumers take 37 s in a cluster instead of 13 s, and 3.7 s on one server instead of 2.1 s (on a busy
 machine)."""
-JOURNAL_RECORDS = 128
-"""Records of a bot: twice as many as a poller may be ahead of its dispatcher."""
 OUT_UNSETTLED = 100_000
 """Commands of a shard that are delivered and not settled: the full queues of ten sandboxes."""
 
@@ -164,6 +165,7 @@ def wanted_streams(names: Names, settings: Settings) -> list[Wanted]:
             max_age=int(settings.in_max_age_h * HOUR_NS),
             max_msgs_per_subject=settings.in_max_per_sandbox,
             max_bytes=settings.in_max_bytes,
+            duplicate_window=IN_DUPLICATE_WINDOW_NS,
             max_consumers=10_000,
             republish={"src": f"{prefix}.inbox.*", "dest": f"{prefix}.in.{{{{wildcard(1)}}}}"},
         ),
@@ -208,18 +210,8 @@ def wanted_streams(names: Names, settings: Settings) -> list[Wanted]:
             max_age=30 * 24 * HOUR_NS,
             max_bytes=_share_of_inbound_bytes(settings, DEAD_PART),
         )._replace(from_one=True),  # operators type its sequences, and nothing stores them
-        stream(
-            names.stream_journal,
-            ("subjects", "retention", "discard", "max_age", "deny_purge", "allow_msg_ttl"),
-            subjects=[f"{prefix}.journal.*"],
-            retention="limits",
-            discard="old",
-            max_msgs_per_subject=JOURNAL_RECORDS,
-            max_age=0,  # the last record of a bot has its cursor
-            deny_purge=True,
-            allow_msg_ttl=True,
-        ),
         bucket(names.bindings, republished=True, expires=True),
+        bucket(names.checkpoints, expires=True),
         bucket(names.conversations, expires=True),
         bucket(names.members, expires=True),
         bucket(names.claims),

@@ -24,7 +24,7 @@ REFUSED = (
     "expired rejected backlog media"
 )
 DEAD = "unreadable too_large unreachable crashed"
-STATES = "starting polling throttled paused needs_login error draining"
+STATES = "waiting taking polling storing throttled paused retrying stale needs_login releasing"
 PARKED = "window_closed quota throttled needs_login"
 KINDS = "text media typing unreadable"
 TASKS = "poller conversation other"
@@ -238,7 +238,7 @@ class Metrics:
         )
 
     def _make_bus(self) -> None:
-        streams = "in journal event dead out kv media ctl"
+        streams = "in event dead out kv media ctl"
         self.nats_connected = self._gauge("nats_connected", "1 while connected to NATS, else 0.")
         self.nats_reconnects = self._counter("nats_reconnects", "Reconnections to NATS.")
         self.nats_publish = self._counter(

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from adapter.conversation.actor import ConversationActor
 from adapter.conversation.record import ConversationRecord
 from adapter.conversation.rules import Conversation
-from adapter.conversation.shard import ConversationDeps, ShardPort
+from adapter.conversation.shard import ConversationDeps, Folds, ShardPort
 
 _UNKNOWN = "\0"
 
@@ -21,8 +21,9 @@ def unknown_user(bot: str) -> str:
 class OpenConversations:
     """Loads conversations from the bucket when they are needed, and keeps them while they have work."""
 
-    def __init__(self, shard: ShardPort, deps: ConversationDeps, draining: asyncio.Event) -> None:
+    def __init__(self, shard: ShardPort, folds: Folds, deps: ConversationDeps, draining: asyncio.Event) -> None:
         self._shard = shard
+        self._folds = folds
         self._deps = deps
         self._draining = draining
         self._actors: dict[str, dict[str, ConversationActor]] = {}
@@ -51,15 +52,18 @@ class OpenConversations:
                 continue
             loading = self._loading[sandbox, key] = asyncio.get_running_loop().create_future()
             try:
-                record, revision = ConversationRecord(), 0
+                record, revision, newest = ConversationRecord(), 0, None
                 if user:
                     record, revision = known or await self._deps.store.load(sandbox, user)
+                    newest = await self._folds.newest_of(sandbox, user, record.inbox_seq)
                 record = record if record.bot else ConversationRecord(bot=bot)
                 state = Conversation(
                     sandbox=sandbox, user=user, record=record, bot=self._shard.bot_of(sandbox, user, record.bot)
                 )
                 actor = ConversationActor(state, revision, self._shard, self._deps)
                 self._actors.setdefault(sandbox, {})[key] = actor
+                if newest is not None:  # a former owner published it
+                    actor.on_inbound(newest)
                 if self._draining.is_set():  # no conversation starts any more
                     actor.stop()
             finally:

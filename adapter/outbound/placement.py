@@ -6,7 +6,6 @@ The records of the sandbox's conversations say which one was being sent, and to 
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 from collections import deque
 from collections.abc import Iterable
@@ -30,11 +29,7 @@ from adapter.outbound.ledger import CommandLedger
 from adapter.outbound.open_conversations import OpenConversations, unknown_user
 from adapter.outbound.reading import ReadCommand
 from adapter.outbound.receipts import Address, Receipts, StoredReceipt, is_final, result_of
-from adapter.outbound.shard import Sessions
 
-CATCH_UP_S = 30.0
-"""Longest wait of a command for the messages that the bot's previous owner stored. A bot may never be taken, for
-instance without the key of its token, and its commands must still end."""
 HELD_LOOK_S = 5.0
 """Between two looks at a record that only a newer replica knows. It mostly ends with the shard's next owner."""
 
@@ -66,7 +61,6 @@ class CommandPlacement:
         receipts: Receipts,
         ledger: CommandLedger,
         endings: CommandEndings,
-        sessions: Sessions,
         tasks: TaskSet,
     ) -> None:
         self._conversations = conversations
@@ -75,7 +69,6 @@ class CommandPlacement:
         self._receipts = receipts
         self._ledger = ledger
         self._endings = endings
-        self._sessions = sessions
         self._tasks = tasks
         self._unplaced: dict[str, deque[ReadCommand]] = {}
         """By sandbox, in order: commands whose conversation is not known yet, and those behind them."""
@@ -91,9 +84,8 @@ class CommandPlacement:
                     binding = _find_binding(read.command, self._bindings)
                     user = read.command.user or binding.user or unknown_user(binding.bot)
                     actor = self._conversations.get(sandbox, user)
-                    is_behind = self._sessions.is_catching_up(binding.bot)
-                    is_behind = is_behind or (sandbox, user) in self._held
-                    if actor and not is_behind and _is_surely_for(read.command, binding):
+                    is_held = (sandbox, user) in self._held
+                    if actor and not is_held and _is_surely_for(read.command, binding):
                         actor.put(rules.Stored((read.queued,)))
                         return
             self._unplaced[sandbox] = deque()
@@ -170,10 +162,6 @@ class CommandPlacement:
                 result = CommandResult("refused", exc.reason, exc.detail)
                 await self._endings.end(queued, result, Address(command.sandbox, command.bot, command.user))
                 return
-            # before that, the window may lack the user's last messages, and the command would be refused
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(CATCH_UP_S):
-                    await self._sessions.wait_caught_up(binding.bot)
             user = command.user or binding.user
             if (held := self._held.get((command.sandbox, user))) is not None:
                 held.append(queued)
@@ -219,7 +207,7 @@ class CommandPlacement:
         stored = await self._store.load_sandbox(sandbox)
         records = [(user, record) for user, (record, _) in stored.items()]
         records += [(actor.state.user, actor.state.record) for actor in self._conversations.of_sandbox(sandbox)]
-        return {user for user, record in records if bot == record.bot or bot in record.dispatched_to} - {""}
+        return {user for user, record in records if bot == record.bot or bot in record.bots} - {""}
 
 
 def _find_binding(command: Command, bindings: Bindings) -> Binding:

@@ -17,9 +17,8 @@ from adapter.contract.records import Binding
 from adapter.conversation import rules, window
 from adapter.conversation.actor import ConversationActor
 from adapter.conversation.commands import Limits
-from adapter.conversation.record import ConversationRecord
-from adapter.conversation.rules import CommandResult, Conversation
-from adapter.conversation.shard import ConversationDeps
+from adapter.conversation.rules import CommandResult, Conversation, InboundReceived
+from adapter.conversation.shard import ConversationDeps, Folds
 from adapter.errors import Crashed, RecordTooNew
 from adapter.kit.tasks import TaskSet
 from adapter.observability.events import BusAccess
@@ -55,6 +54,8 @@ class OutboundDeps(NamedTuple):
     sessions: Sessions
     account: Callable[[Binding], Account]
     """Raises Refused("token_key")."""
+    new_folds: Callable[[Callable[[str, str, InboundReceived], None]], Folds]
+    """Called for each shard that is taken, see `inbound.fold.Folds`."""
 
 
 class ShardCommandProcessor:
@@ -86,7 +87,8 @@ class ShardCommandProcessor:
             shown,
             self._tasks,
         )
-        self._conversations = OpenConversations(self.owned, deps.conversation, self._draining)
+        self.folds = deps.new_folds(self._on_folded)
+        self._conversations = OpenConversations(self.owned, self.folds, deps.conversation, self._draining)
         reader = CommandReader(deps.limits, metrics)
         self.intake = CommandIntake(
             self.commands, reader, access.history, access.names, clock, metrics, self._draining, self._tasks
@@ -98,7 +100,6 @@ class ShardCommandProcessor:
             deps.receipts,
             self.commands,
             self._endings,
-            deps.sessions,
             self._tasks,
         )
         reader.on_command = self.placement.put
@@ -116,14 +117,14 @@ class ShardCommandProcessor:
     def show_typing(self, binding: Binding, user: str, context_token: str) -> None:
         self.owned.show_typing(binding.sandbox, binding.bot, user, context_token)
 
-    def record_in_memory(self, sandbox: str, user: str) -> ConversationRecord | None:
-        """The record in memory; None: the conversation is not loaded."""
-        actor = self._conversations.get(sandbox, user)
-        return actor.state.record if actor else None
+    def _on_folded(self, sandbox: str, user: str, newest: InboundReceived) -> None:
+        """Another owner published a message, and the conversation may be open here already."""
+        if actor := self._conversations.get(sandbox, user):
+            actor.on_inbound(newest)
 
-    async def wake(self, binding: Binding) -> None:
-        """Loads the conversation of a bot that this replica polls now, since its window may have to be closed in
-        time. A record that only a newer replica knows stays as it is. Raises Temporary."""
+    async def _wake(self, binding: Binding) -> None:
+        """Has the conversation of a bot look at its binding. A record that only a newer replica knows stays as it is.
+        Raises Temporary."""
         if binding.user:
             with contextlib.suppress(RecordTooNew):
                 (await self.conversation(binding, binding.user)).refresh_bot()
@@ -144,7 +145,7 @@ class ShardCommandProcessor:
 
     async def end_service(self, binding: Binding) -> None:
         """Ends the commands of a bot whose binding is closing; `is_service_ended` tells when. Raises Temporary."""
-        await self.wake(binding)
+        await self._wake(binding)
         for actor in self._conversations_of(binding):
             actor.refresh_bot()
 
@@ -156,10 +157,6 @@ class ShardCommandProcessor:
         for actor in dirty:
             actor.put(rules.Rested())
         return not dirty and len(idle) == len(self._conversations_of(binding))
-
-    def on_bot_released(self, binding: Binding) -> None:
-        for actor in self._conversations.of_sandbox(binding.sandbox):
-            actor.on_bot_released(binding.bot)
 
     def _conversations_of(self, binding: Binding) -> list[ConversationActor]:
         """Those of the bot's users, without users whom another bot serves."""

@@ -12,7 +12,6 @@ from adapter.kit.timing import Clock
 from adapter.ports import Account, Chat
 
 LOOK_S = 0.2
-CATCH_UP_LOOK_S = 0.05
 POLLED_WITHIN_S = 90.0
 """A bot that is not polled for so long, for instance while a stream is full, counts as not alive for now."""
 
@@ -22,9 +21,6 @@ class Pollers(Protocol):
 
     def is_stale(self, bot: str) -> bool:
         """Whether iLink has refused the bot's token and the poller retries it."""
-
-    def is_catching_up(self, bot: str) -> bool:
-        """Whether the conversations may lack messages that the previous owner stored."""
 
     def poll_now(self, bot: str) -> None:
         """Ends the bot's long poll, so that the next one tests the token."""
@@ -52,13 +48,6 @@ class BotSessions:
 
     def is_recovering(self, bot: str) -> bool:
         return self._pollers().is_stale(bot)
-
-    def is_catching_up(self, bot: str) -> bool:
-        return self._pollers().is_catching_up(bot)
-
-    async def wait_caught_up(self, bot: str) -> None:
-        while self.is_catching_up(bot):
-            await self._clock.sleep(CATCH_UP_LOOK_S)
 
     async def is_alive(self, bot: str) -> bool:
         """Tests the token after -14 to a send, which is no proof: iLink answers a malformed body with -14, too

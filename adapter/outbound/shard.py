@@ -39,12 +39,6 @@ class Sessions(Protocol):
     async def is_alive(self, bot: str) -> bool:
         """Whether iLink accepts the bot's token in another call. Raises Temporary."""
 
-    def is_catching_up(self, bot: str) -> bool:
-        """Whether the conversations may lack messages that the previous owner stored."""
-
-    async def wait_caught_up(self, bot: str) -> None:
-        """Returns once the conversations have these messages."""
-
 
 class ShardLease:
     """This replica's ownership of one shard."""
@@ -157,12 +151,6 @@ class OwnedShard:
 
     async def is_session_alive(self, bot: str) -> bool:
         return await self._sessions.is_alive(bot)
-
-    def is_catching_up(self, bot: str) -> bool:
-        return self._sessions.is_catching_up(bot)
-
-    async def wait_caught_up(self, bot: str) -> None:
-        await self._sessions.wait_caught_up(bot)
 
     async def load_bodies(self, sandbox: str, sequences: Sequence[int]) -> dict[int, Body]:
         bodies = await self._bodies.load(sandbox, sequences)

@@ -26,12 +26,13 @@ class StatusRequest(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tru
 
 
 class PollerStatus(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """State of a bot's poller. `ago_ms`: time since iLink's last answer, a duration so that no clocks are
-    compared. `problem`: why the last poll failed."""
+    """State of a bot's poller (inbound.poller.State), for how long, and why. `ago_ms`: time since iLink's last
+    answer. Both times are durations, so that no clocks are compared."""
 
     state: str
+    since_ms: int = 0
+    why: str = ""
     ago_ms: int | None = None
-    problem: str = ""
 
 
 class ReplicaStatus(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):

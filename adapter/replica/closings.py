@@ -90,7 +90,6 @@ class Closings:
                 structs.replace(now, closed=now.closing, closed_by=owner) if now.closing == binding.closing else None
             )
 
-        shard.on_bot_released(binding)
         if await self._bindings.update(binding.bot, confirmed) is None:
             raise Temporary("binding_gone")  # or nobody can read it
 

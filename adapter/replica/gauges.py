@@ -5,9 +5,13 @@ from __future__ import annotations
 from collections import Counter
 
 from adapter.contract.names import SHARDS, shard_of
+from adapter.inbound.poller import State
 from adapter.kit.timing import Clock
 from adapter.observability.metrics import PARKED, STATES, Metrics
 from adapter.replica.supervisor import Supervisor
+
+POLLED = (State.POLLING, State.STORING, State.RETRYING, State.STALE, State.PAUSED)
+"""States in which iLink should answer polls."""
 
 
 def observe(supervisor: Supervisor, clock: Clock, metrics: Metrics, tasks: int) -> None:
@@ -24,12 +28,12 @@ def _observe_polls(supervisor: Supervisor, metrics: Metrics, now: float) -> None
     throttled = {bot for shard in supervisor.shards.values() for bot in shard.throttled_bots}
     pollers = supervisor.pollers.values()
     states = Counter(
-        "throttled" if poller.state == "polling" and poller.bot in throttled else str(poller.state)
+        "throttled" if poller.state is State.POLLING and poller.bot in throttled else poller.state.value
         for poller in pollers
     )
     for state in STATES.split():
         metrics.bindings.labels(state=state).set(states[state])
-    polled = [poller for poller in pollers if poller.state in ("polling", "error", "paused")]
+    polled = [poller for poller in pollers if poller.state in POLLED]
     ages = [now - poller.unanswered_since for poller in polled if poller.unanswered_since]
     metrics.oldest_poll_age.set(max(ages, default=0.0))
     # every replica reports shards without an owner, since it may be the only one left

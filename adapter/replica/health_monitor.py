@@ -60,7 +60,11 @@ class HealthMonitor:
 
     async def wait_complete(self, streams: Iterable[str]) -> None:
         """Returns when these streams exist with all their keys, as far as known."""
-        await self._checked.wait_until(lambda: self._missing.isdisjoint(streams))
+        await self._checked.wait_until(lambda: self.is_complete(streams))
+
+    def is_complete(self, streams: Iterable[str]) -> bool:
+        """Whether `wait_complete` would return at once."""
+        return self._missing.isdisjoint(streams)
 
     def on_started(self) -> None:
         """Called when the service has started with verified streams."""

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
 
 import structlog
 
-from adapter.inbound.bot_poller import BotPoller
+from adapter.inbound.poller import BotPoller
 from adapter.ownership.leases import Leases
 from adapter.ownership.replica_status import PollerStatus
 
@@ -27,7 +26,7 @@ class BotPollers(dict[str, BotPoller]):
     def __init__(
         self,
         leases: Leases,
-        run: Callable[[BotPoller], Coroutine[Any, Any, None]],
+        new_poller: Callable[[str], BotPoller],
         is_wanted: Callable[[str], bool],
         retry: Callable[[str], None],
         capacity: int,
@@ -35,7 +34,7 @@ class BotPollers(dict[str, BotPoller]):
         super().__init__()
         self._tasks: dict[asyncio.Task[None], BotPoller] = {}
         self._leases = leases
-        self._run = run
+        self._new_poller = new_poller
         self._is_wanted = is_wanted
         self._retry = retry
         self._capacity = capacity
@@ -52,8 +51,8 @@ class BotPollers(dict[str, BotPoller]):
         if len(self) >= self._capacity:
             self._crowded.add(bot)
             return
-        poller = self[bot] = BotPoller(bot)
-        task = asyncio.get_running_loop().create_task(self._run(poller), name=f"poller.{bot}")
+        poller = self[bot] = self._new_poller(bot)
+        task = asyncio.get_running_loop().create_task(poller.run(), name=f"poller.{bot}")
         self._tasks[task] = poller
         task.add_done_callback(partial(self._on_ended, poller))
 
@@ -106,25 +105,19 @@ class BotPollers(dict[str, BotPoller]):
         if self._departures != self._leases.membership_epoch:
             self._departures = self._leases.membership_epoch
             for poller in self.values():
-                poller.bot_released.set()
+                if poller.checkpoint is None:
+                    poller.on_released()
 
     # for others -------------------------------------------------------------------------------------
 
     def on_released(self, bot: str) -> None:
-        """Another replica has released a bot, or has stored a late record for it."""
+        """Another replica has released a bot, or has stored a late message of it."""
         if poller := self.get(bot):
-            poller.may_have_late_record = True
-            poller.bot_released.set()
+            poller.on_released()
 
     def is_stale(self, bot: str) -> bool:
         poller = self.get(bot)
-        return poller is not None and poller.stale
-
-    def is_catching_up(self, bot: str) -> bool:
-        poller = self.get(bot)
-        if poller is None:  # it starts soon, unless there is no room
-            return self._is_wanted(bot) and bot not in self._crowded
-        return poller.is_catching_up
+        return poller is not None and poller.is_stale
 
     def poll_now(self, bot: str) -> None:
         if poller := self.get(bot):
@@ -132,16 +125,17 @@ class BotPollers(dict[str, BotPoller]):
 
     def has_polled_since(self, bot: str, since: float) -> bool:
         poller = self.get(bot)
-        return poller is not None and not poller.stale and poller.polled_at > since
+        return poller is not None and not poller.is_stale and poller.polled_at > since
 
     def states(self, bots: Sequence[str], now: float) -> dict[str, PollerStatus]:
         """State of those of `bots` that are polled here."""
         found = [poller for bot in bots if (poller := self.get(bot)) is not None]
         return {
             poller.bot: PollerStatus(
-                state=poller.state,
+                state=poller.state.value,
+                since_ms=int((now - poller.since) * 1000),
+                why=poller.why,
                 ago_ms=int((now - poller.unanswered_since) * 1000) if poller.unanswered_since else None,
-                problem=poller.problem,
             )
             for poller in found
         }

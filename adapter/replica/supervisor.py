@@ -6,9 +6,9 @@ batches; changes of the leases are followed in every round:
 
 - A new shard is opened, and its bots are polled.
 - A lost shard is dropped at once.
-- A surplus shard, which another replica should own, is handed over in this order: its consumers stop, its dispatchers
-  end, its requests in flight end, the claim is released. A poll that waits is not cut; it stores its answer, and the
-  next owner dispatches it.
+- A surplus shard, which another replica should own, is handed over in this order: its consumers stop, its requests in
+  flight end, the claim is released. A poll that waits is not cut. Its answer is stored, and the next owner finds it
+  in the inbox.
 - When the lease pauses, polls are cancelled. When it is valid again without a change of owner, the cancellation is
   withdrawn.
 
@@ -19,16 +19,14 @@ claim except by `Leases.release`.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Coroutine
-from typing import Any
+from collections.abc import Awaitable, Callable
 
 import structlog
 
 from adapter.bindings.registry import Bindings
 from adapter.contract.names import shard_of
 from adapter.contract.records import Binding
-from adapter.inbound.bot_poller import BotPoller
-from adapter.inbound.taking import DISPATCH_DRAIN_S
+from adapter.inbound.poller import BotPoller
 from adapter.kit.timing import ChangeSignal, wait_any
 from adapter.outbound.processor import ShardCommandProcessor
 from adapter.ownership.leases import Leases
@@ -53,7 +51,7 @@ class Supervisor:
         *,
         bindings: Bindings,
         leases: Leases,
-        run_poller: Callable[[BotPoller], Coroutine[Any, Any, None]],
+        new_poller: Callable[[str], BotPoller],
         work: ShardWork,
         publish_released: Callable[[], Awaitable[None]],
         is_connecting: Callable[[str], bool],
@@ -63,7 +61,7 @@ class Supervisor:
         """`follow_closing` is called for each bot of this replica whose binding changed or whose shard is new."""
         self.bindings = bindings
         self.leases = leases
-        self.pollers = BotPollers(leases, run_poller, self._is_wanted, self._retry, capacity)
+        self.pollers = BotPollers(leases, new_poller, self._is_wanted, self._retry, capacity)
         self.shards = OwnedShards(work)
         self._follow_closing = follow_closing
         self._publish_released = publish_released
@@ -170,7 +168,7 @@ class Supervisor:
         elif not self._is_wanted(bot):
             # moved or handed over: at the boundary, so that the poll's answer is not lost; shard lost: at once
             moved = poller.last_binding is not None and poller.last_binding.sandbox != binding.sandbox
-            poller.stop(immediately=not poller.draining_after_handover and not moved)
+            poller.stop(immediately=not poller.is_handed_over and not moved)
 
     # handing over -----------------------------------------------------------------------------------
 
@@ -186,28 +184,14 @@ class Supervisor:
 
     async def _give_away(self, shard: int, grace_s: float) -> None:
         self.shards.stop_consumers(shard)
-        await self._end_dispatch(shard)
         await self.shards.drain(shard, grace_s)
         if not self._draining:  # otherwise `_drain` has stopped all pollers
             for binding in self.bindings.of_shard(shard):
                 if poller := self.pollers.get(binding.bot):
-                    poller.draining_after_handover = True
-                    poller.stop(immediately=poller.has_undispatched)
+                    poller.is_handed_over = True
+                    poller.stop(immediately=False)
         await self.leases.release(shard)
         await self._publish_released()
-
-    async def _end_dispatch(self, shard: int) -> None:
-        """Ends the dispatchers. Polls continue and store their answers, which the next owner dispatches."""
-        bots = [binding.bot for binding in self.bindings.of_shard(shard)]
-        pollers = [poller for bot in bots if (poller := self.pollers.get(bot)) is not None]
-
-        async def end(poller: BotPoller) -> None:
-            if poller.dispatcher is not None and not await poller.dispatcher.drain(DISPATCH_DRAIN_S):
-                poller.stop(immediately=True)  # the next owner can dispatch the rest at once
-
-        for poller in pollers:
-            poller.is_handed_over = True
-        await asyncio.gather(*(end(poller) for poller in pollers))
 
     # draining ---------------------------------------------------------------------------------------
 
@@ -245,7 +229,7 @@ class Supervisor:
         if self._leaving:
             await asyncio.wait(list(self._leaving.values()))
         for poller in self.pollers.values():
-            poller.draining_after_handover = True
+            poller.is_handed_over = True
             poller.stop(immediately=self._is_connecting(poller.bot))
         while owned := sorted(self.leases.owned):  # a claim in flight may still land
             await asyncio.gather(*(self._give_away(shard, max(1.0, seconds - 1.0)) for shard in owned))

@@ -17,11 +17,9 @@ from adapter.bindings.control import Control
 from adapter.bindings.registry import Bindings, account_of
 from adapter.console.server import Console
 from adapter.console.service import ConsoleDeps
-from adapter.content import media
 from adapter.contract.names import Names
 from adapter.contract.records import UNBOUND_S, Binding
 from adapter.conversation.commands import Limits
-from adapter.conversation.conversations import Conversations
 from adapter.conversation.rules import SendPolicy
 from adapter.conversation.shard import ConversationDeps
 from adapter.conversation.store import ConversationStore
@@ -30,12 +28,10 @@ from adapter.conversation.window import WindowPolicy
 from adapter.ilink.cdn import TRANSFERS
 from adapter.ilink.translate import read_message
 from adapter.inbound import poller
-from adapter.inbound.bot_poller import InboundDeps, Pacing, PollerWaits
-from adapter.inbound.dispatch_state import DispatchDeps
-from adapter.inbound.download import DownloadDeps
-from adapter.inbound.inbox import PublishDeps
-from adapter.inbound.journal import Journal
-from adapter.inbound.triage import Triage
+from adapter.inbound.checkpoint import Checkpoints
+from adapter.inbound.fold import Folds, InboxReader
+from adapter.inbound.poller import BotPoller, Pacing, PollDeps
+from adapter.inbound.receive import ReceiveDeps
 from adapter.jetstream.buckets import LeaderKvBucket
 from adapter.jetstream.inspector import Inspector
 from adapter.jetstream.layout import expects
@@ -73,8 +69,8 @@ log = structlog.get_logger()
 
 RELEASE_S = 5.0
 """Part of the drain time that is reserved for releasing the shards."""
-MAX_CONCURRENT_TAKEOVERS = 32
-"""Bots that are taken over at the same time."""
+MAX_CONCURRENT_TAKEOVERS = 512
+"""Bots that are taken over at the same time; what is read for them goes together."""
 SENDS = 256
 """Most requests to sendmessage in flight. They bound sockets and memory while iLink is slow. With answers in a
 quarter of a second they allow a thousand sends a second."""
@@ -137,9 +133,26 @@ class Replica:
         self.others = OtherReplicas(connections.core, names, self.leases)
 
         self.conversation_store = ConversationStore(connections.bucket(names.conversations), unserved_s=unbound_s)
-        self.conversations = Conversations(self.conversation_store, self._open_shard, clock, self.policy)
+        self.media = _NoMedia()
         self.transfers = FairSlots(TRANSFERS, share=TRANSFERS_PER_SANDBOX)
-        self.inbound = self._inbound_deps(PollerWaits(stale_retry_s, login_polls_s, unbound_s))
+        self.checkpoints = Checkpoints(connections.bucket(names.checkpoints), self.sealer)
+        self.inboxes = InboxReader(connections.history, names, self.sealer, clock)
+        self.inbound = PollDeps(
+            chat=connections.chat,
+            receiving=self._receive_deps(),
+            pacing=Pacing(
+                takeovers=asyncio.Semaphore(MAX_CONCURRENT_TAKEOVERS),
+                starts=RateLimiter(STARTS_PER_S),
+                wakeups=WakeupBatcher(WAKEUP_S),
+                spread_s=lambda: len(self.supervisor.pollers) / POLLS_PER_S,
+                stale_retry_s=stale_retry_s,
+                login_polls_s=login_polls_s,
+                keep_s=unbound_s,
+            ),
+            gate=_PollGate(self),
+            others=self.others,
+            on_session_changed=self._on_session_changed,
+        )
         self.outbound = self._outbound_deps()
         self.router = Router(
             connections.bus,
@@ -159,7 +172,7 @@ class Replica:
         self.supervisor = Supervisor(
             bindings=self.bindings,
             leases=self.leases,
-            run_poller=lambda bot_poller: poller.run_poller(bot_poller, self.inbound),
+            new_poller=lambda bot: BotPoller(bot, self.inbound),
             work=ShardRuntime(
                 connections.connection,
                 self.outbound,
@@ -209,49 +222,27 @@ class Replica:
 
     # parts -------------------------------------------------------------------------------------
 
-    def _inbound_deps(self, waits: PollerWaits) -> InboundDeps:
-        journal = Journal(self.connections.bus, self.connections.history, self.names, self.sealer)
-        gate = _PollGate(self)
-        return InboundDeps(
-            chat=self.connections.chat,
-            sealer=self.sealer,
-            dispatching=self._dispatch_deps(journal, gate),
-            pacing=Pacing(
-                takeovers=asyncio.Semaphore(MAX_CONCURRENT_TAKEOVERS),
-                turns=self.turns,
-                starts=RateLimiter(STARTS_PER_S),
-                wakeups=WakeupBatcher(WAKEUP_S),
-                spread_s=lambda: len(self.supervisor.pollers) / POLLS_PER_S,
-            ),
-            waits=waits,
-            gate=gate,
-            others=self.others,
-            on_session_changed=self._on_session_changed,
-        )
-
-    def _dispatch_deps(self, journal: Journal, gate: _PollGate) -> DispatchDeps:
+    def _receive_deps(self) -> ReceiveDeps:
         connections = self.connections
-        return DispatchDeps(
-            journal=journal,
-            triage=Triage(read_message, self.turns.wait_turn),
-            publishing=PublishDeps(
-                access=self.access,
-                bindings=self.bindings,
-                conversations=self.conversations,
-                leases=self.leases,
-                clock=self.clock,
-                metrics=self.metrics,
-            ),
+        return ReceiveDeps(
+            read_message=read_message,
+            bus=connections.bus,
+            history=connections.history,
+            inboxes=self.inboxes,
+            events=self.access.events,
+            names=self.names,
+            sealer=self.sealer,
             bindings=self.bindings,
-            downloading=DownloadDeps(
-                connections.cdn,
-                connections.objects,
-                lambda silk: asyncio.to_thread(media.silk_to_wav, silk),
-                self.clock,
-                self.transfers,
-            ),
-            media_wait_s=self.settings.media_wait_s,
-            media_writable=gate.wait_media_writable,
+            checkpoints=self.checkpoints,
+            open_shard=self._open_shard,
+            policy=self.policy.window,
+            media=self.media,
+            leases=self.leases,
+            publish_released=self.others.publish_released,
+            max_payload=lambda: connections.connection.max_payload,
+            turns=self.turns,
+            clock=self.clock,
+            metrics=self.metrics,
         )
 
     def _outbound_deps(self) -> OutboundDeps:
@@ -280,6 +271,7 @@ class Replica:
             leases=self.leases,
             sessions=BotSessions(self.bindings, connections.chat, account, self._pollers, clock),
             account=account,
+            new_folds=lambda on_read: Folds(self.inboxes, on_read),
         )
 
     def _new_control(self) -> Control:
@@ -299,7 +291,7 @@ class Replica:
         )
 
     def _new_erasure(self) -> Erasure:
-        buckets = (self.names.conversations, self.names.logins)
+        buckets = (self.names.checkpoints, self.names.conversations, self.names.logins)
         # it reads all streams: commands do not wait for it
         access = self.access._replace(history=self.connections.bulk_history)
         return Erasure(
@@ -390,14 +382,14 @@ class Replica:
             self.leases.claim_now()
 
     async def _is_released(self, bot: str, ask: bool) -> bool:
-        """Whether no living replica polls a bot. `ask`: also ask the one whose name the bot's journal has, which it
-        may not know any more. Raises Temporary."""
+        """Whether no living replica polls a bot. `ask`: also ask the one whose name the bot's checkpoint has, which
+        it may not know any more. Raises Temporary."""
         if bot in self.supervisor.pollers:
             return False
-        last = await self.inbound.journal.last(bot)
-        if last is None or last.owner in ("", self.leases.incarnation):
+        owner = (await self.checkpoints.read(bot)).owner
+        if owner in ("", self.leases.incarnation):
             return True
-        return await self.leases.revoke_if_expired(last.owner) or (ask and await self.others.is_idle(last.owner, bot))
+        return await self.leases.revoke_if_expired(owner) or (ask and await self.others.is_idle(owner, bot))
 
     # for operators ----------------------------------------------------------------------------------
 
@@ -443,28 +435,36 @@ def _send_policy(settings: Settings) -> SendPolicy:
     )
 
 
+class _NoMedia:
+    def name_media(self, sandbox, user, message_id, items, fetches):
+        return list(items)
+
+    def fetch_soon(self, *args):
+        pass
+
+
 class _PollGate:
-    """Implements bot_poller.PollGate."""
+    """Implements inbound.poller.PollGate."""
 
     def __init__(self, replica: Replica) -> None:
         self._replica = replica
         names = replica.names
-        buckets = (names.bindings, names.conversations)
-        self._streams = [names.stream_in, names.stream_journal, *(f"KV_{bucket}" for bucket in buckets)]
+        buckets = (names.bindings, names.checkpoints, names.conversations)
+        self._streams = [names.stream_in, *(f"KV_{bucket}" for bucket in buckets)]
+
+    def is_open(self) -> bool:
+        replica = self._replica
+        return (
+            replica.connections.connection.is_connected
+            and replica.connections.bus.is_writable(self._streams)
+            and replica.health_monitor.is_complete(self._streams)
+        )
 
     async def wait_writable(self) -> None:
         replica = self._replica
         await replica.connections.connection.wait_connected()
         await replica.connections.bus.wait_writable(self._streams)
         await replica.health_monitor.wait_complete(self._streams)
-
-    async def wait_media_writable(self) -> None:
-        """As `wait_writable`, for messages with media."""
-        await self.wait_writable()
-        await self._replica.health_monitor.wait_complete([f"OBJ_{self._replica.names.media}"])
-
-    def record_bytes(self) -> int:
-        return self._replica.connections.connection.max_payload // 2
 
 
 def _real_edges(settings: Settings, names: Names, instance: str) -> Edges:

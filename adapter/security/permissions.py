@@ -59,7 +59,7 @@ def streams(names: Names) -> tuple[str, ...]:
 
 def buckets(names: Names) -> tuple[str, ...]:
     """All key-value buckets."""
-    return names.bindings, names.conversations, names.members, names.claims, names.logins
+    return names.bindings, names.checkpoints, names.conversations, names.members, names.claims, names.logins
 
 
 def _inbox_subjects(role: Role) -> str:
@@ -72,16 +72,16 @@ def _api_subjects(*verbs: str) -> tuple[str, ...]:
 
 def _purged_streams(names: Names) -> tuple[str, ...]:
     """Streams of which the adapter deletes single messages: a person's, above all."""
-    kept = (names.stream_event, names.stream_dead, names.stream_journal, f"OBJ_{names.media}")
+    kept = (names.stream_event, names.stream_dead, f"OBJ_{names.media}")
     return (names.stream_in, names.stream_out, *kept)
 
 
 def _adapter_publishes(names: Names) -> tuple[str, ...]:
-    prefix, media = names.prefix, f"OBJ_{names.media}"
+    media = f"OBJ_{names.media}"
     return (
         *(names.inbox("*"), names.out("*"), names.bind, names.event("*", ">"), names.bot_released()),
         *(names.replica_status(), names.out_plain, names.unbind),  # the console asks, and retries dead commands
-        *(f"{prefix}.journal.>", names.dead_letters("*")),
+        names.dead_letters("*"),
         *(f"$KV.{bucket}.>" for bucket in buckets(names)),
         f"$O.{names.media}.>",
         *_api_subjects("INFO", "STREAM.INFO.*", "STREAM.MSG.GET.*", "DIRECT.GET.>"),

@@ -101,9 +101,9 @@ def cursor_context(bot: str) -> str:
     return f"cursor {bot}"
 
 
-def journal_context(bot: str, version: int, owner: str) -> str:
-    """Context of a journal record: the bot, and the plain fields beside the sealed ones."""
-    return f"journal {bot} {version} {owner}"
+def checkpoint_context(bot: str, owner: str) -> str:
+    """Context of a checkpoint: the bot, and the plain field beside the sealed one."""
+    return f"checkpoint {bot} {owner}"
 
 
 def inbox_context(message: str, bot: str, sandbox: str) -> str:

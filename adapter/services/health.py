@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 from msgspec import structs
 
-from adapter.contract.messages import BindingHealth, BindingInfo, BotStatus
+from adapter.contract.messages import BOT_STATUSES, BindingHealth, BindingInfo, BotStatus
 from adapter.contract.records import Binding
 from adapter.conversation import window
 from adapter.conversation.record import ConversationRecord
@@ -23,8 +23,6 @@ BOTS_PER_REQUEST = 1000
 """Keeps request and answers well below the 1 MiB of a message."""
 FAILING_MS = 60_000
 """A bot counts as failing after this time without an answer. An idle poll takes half of it."""
-_OF_POLLER: tuple[BotStatus, ...] = ("starting", "polling", "paused", "draining", "needs_login")
-"""States of a poller that are statuses of its bot."""
 
 
 class HealthDeps(NamedTuple):
@@ -57,7 +55,13 @@ async def statuses(bindings: Sequence[Binding], deps: HealthDeps) -> dict[str, B
             instance, poller = polls.get(binding.bot, ("", None))
             status, detail = _status(binding, poller, absence)
             answered_ms = now_ms - poller.ago_ms if poller is not None and poller.ago_ms is not None else 0
-            health = BindingHealth(status=status, detail=detail, replica=instance, answered_ms=answered_ms)
+            health = BindingHealth(
+                status=status,
+                detail=detail,
+                since_ms=now_ms - poller.since_ms if poller is not None else 0,
+                replica=instance,
+                answered_ms=answered_ms,
+            )
             found[binding.bot] = health
     return found
 
@@ -70,11 +74,9 @@ def _status(binding: Binding, poller: PollerStatus | None, absence: tuple[BotSta
         return "too_new", "a newer version wrote its binding: finish the roll-out"
     if poller is None:
         return absence
-    if poller.state != "error":
-        return next((state for state in _OF_POLLER if state == poller.state), "unknown"), ""
-    if poller.ago_ms is None or poller.ago_ms >= FAILING_MS:
-        return "failing", f"{poller.problem or 'iLink answers no poll'} (poll.failed, poller.failed in the log)"
-    return "retrying", "the last poll failed"
+    if poller.state == "retrying" and (poller.ago_ms is None or poller.ago_ms >= FAILING_MS):
+        return "failing", f"{poller.why or 'iLink answers no poll'} (poll.failed, poller.failed in the log)"
+    return next((state for state in BOT_STATUSES if state == poller.state), "unknown"), poller.why
 
 
 async def describe(bindings: Sequence[Binding], deps: HealthDeps) -> list[BindingInfo]:

@@ -27,10 +27,10 @@ from adapter.ports import Bucket, History, Stored
 log = structlog.get_logger()
 
 Kind: TypeAlias = Literal[
-    "binding", "conversation", "login", "message", "event", "receipt", "command", "dead_letter", "media", "journal"
+    "binding", "conversation", "login", "message", "event", "receipt", "command", "dead_letter", "media", "checkpoint"
 ]
 MARK_S = 60
-"""Time to live of the delete marker of a conversation, whose key names the user."""
+"""Time to live of the delete marker of a conversation, whose key names the user, and of a checkpoint."""
 WRITTEN_BY_SANDBOXES = ("command", "receipt", "dead_letter")
 
 
@@ -53,7 +53,7 @@ class _About(msgspec.Struct):
     sandbox: str | None = None
     reply_to: str | None = None
     command: str = ""
-    dispatched_to: dict[str, int] = {}
+    bots: list[str] = []
 
 
 class _Object(msgspec.Struct):
@@ -73,7 +73,7 @@ class PersonSearch:
         self._sandbox = sandbox
         self._bots: set[str] = set()
         self._serving_others: set[str] = set()
-        """Bots that serve another sandbox or another person, so their journals are in use."""
+        """Bots that serve another sandbox or another person, so their checkpoints are in use."""
         self._commands: set[tuple[str, str]] = set()
         """Sandbox and id of each command that has a receipt."""
 
@@ -89,8 +89,10 @@ class PersonSearch:
         async for found in self._find_media():
             yield found
         for bot in sorted(self._bots - self._serving_others):
-            async for stored in self._history.read(self._names.stream_journal, self._names.journal(bot)):
-                yield Found("journal", self._names.stream_journal, stored, bot=bot)
+            stream, key = f"KV_{self._names.checkpoints}", f"$KV.{self._names.checkpoints}.{to_subject_token(bot)}"
+            async for stored in self._history.read(stream, key):
+                if stored.data:  # no delete marker
+                    yield Found("checkpoint", stream, stored, bot=bot)
 
     def _places(self) -> list[tuple[Kind, str, str]]:
         names, sandbox = self._names, self._sandbox or "*"
@@ -162,7 +164,7 @@ def _bots_of_user(kind: Kind, tokens: Sequence[str], about: _About) -> set[str]:
     """The bots that a message or record shows to be its user's. A sandbox chooses user and bot of its commands, and
     so also those of their receipts and of a conversation's record."""
     if kind == "conversation":
-        return {*about.dispatched_to}
+        return {*about.bots}
     if kind == "command" or (kind == "event" and tokens[3] not in ("binding", "login")):
         return set()
     return {about.bot or ""} - {""}
@@ -179,7 +181,7 @@ class Erasure:
         is_released: Callable[[str], Awaitable[bool]],
         clock: Clock,
     ) -> None:
-        """`buckets`: the buckets of conversations and logins, by stream name. `is_released`: whether no living
+        """`buckets`: those of checkpoints, conversations and logins, by stream name. `is_released`: whether no living
         replica polls a bot; raises Temporary."""
         self._access = access
         self._bindings = bindings
@@ -204,9 +206,7 @@ class Erasure:
         if command.dry_run:
             return ControlAnswer(ok=True, id=command.id or "", counts=dict(total))
         # records that name the bots are deleted last, since an interrupted run would otherwise leave data unfound
-        messages.sort(key=lambda found: found.kind != "journal")  # oldest first: the newest names the owner
-        first = sum(found.kind == "journal" for found in messages)
-        for found in (*messages[:first], *reversed(messages[first:])):
+        for found in reversed(messages):
             await self._delete(found)
         left = Counter[str](
             [
@@ -227,18 +227,18 @@ class Erasure:
     async def _delete(self, found: Found) -> None:
         """Raises Temporary."""
         history, stored = self._access.history, found.stored
+        if found.kind == "checkpoint":
+            await self._bindings.refresh(found.bot)
+            if self._bindings.serving(found.bot) is not None or not await self._is_released(found.bot):
+                raise Temporary("bot_in_use", f"{found.bot} is bound, or its owner has not ended.")
         if bucket := self._buckets.get(found.stream):
             key = stored.subject.split(".", 2)[2]
-            ttl_s = MARK_S if found.kind == "conversation" else 0
+            ttl_s = MARK_S if found.kind in ("checkpoint", "conversation") else 0
             try:
                 await bucket.delete(key, stored.seq, ttl_s=ttl_s)
             except Conflict:
                 log.info("person.written_meanwhile", kind=found.kind, sandbox=found.sandbox)
             return
-        if found.kind == "journal":  # a poller would stop if its newest record were deleted
-            await self._bindings.refresh(found.bot)
-            if self._bindings.serving(found.bot) is not None or not await self._is_released(found.bot):
-                raise Temporary("bot_in_use", f"{found.bot} is bound, or its owner has not ended.")
         await history.delete(found.stream, stored.seq, erase=True)
 
     async def _report(self, command: Erase, counts: Mapping[str, Counter[str]], left: Mapping[str, int]) -> None:

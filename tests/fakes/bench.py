@@ -9,16 +9,14 @@ from typing import Any
 
 import msgspec
 
-from adapter.content import media
 from adapter.contract.names import Names, conversation_key, shard_of
 from adapter.contract.records import Binding
 from adapter.conversation.commands import Limits
 from adapter.conversation.record import ConversationRecord, SendWindow
-from adapter.conversation.rules import SendPolicy
+from adapter.conversation.rules import InboundReceived, SendPolicy
 from adapter.conversation.window import WindowPolicy
-from adapter.inbound.bot_poller import InboundDeps
-from adapter.inbound.dispatch_state import DispatchDeps
-from adapter.inbound.journal import JournalRecord, Written
+from adapter.inbound.checkpoint import Stored as StoredCheckpoint
+from adapter.inbound.poller import BotPoller, PollDeps
 from adapter.kit.slots import FairSlots
 from adapter.observability.metrics import Metrics
 from adapter.outbound.processor import OutboundDeps, ShardCommandProcessor
@@ -64,6 +62,7 @@ class FakeConnections(Connections):
         names = bench.names
         self._buckets: dict[str, Any] = {
             names.bindings: bench.bindings_bucket,
+            names.checkpoints: bench.checkpoint_bucket,
             names.conversations: bench.conversation_bucket,
             names.claims: bench.claims_bucket,
             names.logins: FakeBucket("login"),
@@ -77,17 +76,16 @@ class FakeConnections(Connections):
 
 
 class FakeGate:
-    """Implements sessions.PollGate."""
+    """Implements poller.PollGate."""
 
-    def __init__(self, bus_up: asyncio.Event, record_bytes: int) -> None:
+    def __init__(self, bus_up: asyncio.Event) -> None:
         self._bus_up = bus_up
-        self._record_bytes = record_bytes
+
+    def is_open(self) -> bool:
+        return self._bus_up.is_set()
 
     async def wait_writable(self) -> None:
         await self._bus_up.wait()
-
-    def record_bytes(self) -> int:
-        return self._record_bytes
 
 
 class FakeReplica(Replica):
@@ -123,6 +121,9 @@ class Bench:
         self.conversation_bucket: FakeBucket = (
             world.conversation_bucket if world else FakeBucket("conversation", self.bus.writes)
         )
+        self.checkpoint_bucket: FakeBucket = (
+            world.checkpoint_bucket if world else FakeBucket("checkpoint", self.bus.writes)
+        )
         self.bindings_bucket: FakeBucket = world.bindings_bucket if world else FakeBucket("binding", self.bus.writes)
         self.cdn: FakeCdn = world.cdn if world else FakeCdn()
         self.objects: FakeObjects = world.objects if world else FakeObjects(self.bus.writes)
@@ -145,8 +146,7 @@ class Bench:
         """For requests."""
         self.access, self.receipts = self.replica.access, self.replica.receipts
         self.events, self.sealer = self.replica.access.events, self.replica.sealer
-        self.store, self.conversations = self.replica.conversation_store, self.replica.conversations
-        self.journal = self.replica.inbound.journal
+        self.store, self.checkpoints = self.replica.conversation_store, self.replica.checkpoints
         self.transfers, self.uploads = self.replica.transfers, self.replica.outbound.conversation.uploads
         self.bus_up = asyncio.Event()
         self.bus_up.set()
@@ -158,8 +158,6 @@ class Bench:
         """The bots that other replicas were told of."""
         self.idle: set[tuple[str, str]] = set()
         """Replicas that say that they have no poller of a bot: incarnation and bot."""
-        self.behind: set[str] = set()
-        """Bots of which an owner before may have stored something that the conversations have not heard."""
         self.stale: set[str] = set()
         """Bots whose tokens are being tried again."""
         self.polled_at: dict[str, float] = {}
@@ -204,20 +202,18 @@ class Bench:
         return msgspec.json.decode(entry.value, type=ConversationRecord)
 
     async def wrote(self, ident: str, *, bot: str = "b1@im.bot", user: str = "u1@im.wechat") -> None:
-        """What the dispatcher tells the conversation of a user's message before it is on the bus: another window."""
+        """What a poller tells the conversation of a user's message that is in the inbox: another window."""
         binding = self.bindings.get(bot)
         assert binding is not None
-        sequence = self.bus.put(self.names.journal(bot), b"", {})
-        await self.conversations.on_inbound(
-            binding, user, message=ident, token="AARz", written_ms=0, sequence=sequence
-        )
+        shard = await self.open_shard(binding.sandbox)
+        assert shard is not None
+        actor = await shard.conversation(binding, user)
+        sequence = self.bus.next_sequence("IN")
+        actor.on_inbound(InboundReceived(ident, "AARz", bot, written_ms=0, sequence=sequence))
 
-    async def written(self, bot: str = "b1@im.bot") -> list[Written]:
-        """The journal of a bot, oldest first."""
-        return [written async for written in self.journal.after(bot, 0)]
-
-    async def last_record(self, bot: str = "b1@im.bot") -> JournalRecord:
-        return (await self.written(bot))[-1].record
+    async def checkpoint(self, bot: str = "b1@im.bot") -> StoredCheckpoint:
+        """The checkpoint of a bot as the bucket has it."""
+        return await self.checkpoints.read(bot)
 
     def command(
         self,
@@ -271,9 +267,6 @@ class Bench:
     def is_stale(self, bot: str) -> bool:
         return bot in self.stale
 
-    def is_catching_up(self, bot: str) -> bool:
-        return bot in self.behind
-
     def poll_now(self, bot: str) -> None:
         self.polled_now.append(bot)
         if self.chat.poll_is_stale:
@@ -310,43 +303,25 @@ class Bench:
     async def is_idle(self, incarnation: str, bot: str) -> bool:
         return (incarnation, bot) in self.idle
 
-    def inbound_deps(self, **changes: Any) -> InboundDeps:
+    def new_poller(self, bot: str = "b1@im.bot", **changes: Any) -> BotPoller:
         """`changes`: of the dependencies, or of any struct in them."""
+        return BotPoller(bot, self.poll_deps(**changes))
+
+    def poll_deps(self, **changes: Any) -> PollDeps:
         deps = self.replica.inbound
 
         def changed(made: Any, **others: Any) -> Any:
             return made._replace(**others | {k: changes.pop(k) for k in list(changes) if k in made._fields})
 
-        pacing = changed(deps.pacing, spread_s=lambda: 0.0)
-        waits = changed(deps.waits, keep_s=3600)
-        made: InboundDeps = changed(
+        made: PollDeps = changed(
             deps,
-            pacing=pacing,
-            waits=waits,
-            gate=FakeGate(self.bus_up, changes.pop("record_bytes", 512 * 1024)),
+            receiving=changed(deps.receiving, publish_released=self.publish_released),
+            pacing=changed(deps.pacing, spread_s=lambda: 0.0, keep_s=3600),
+            gate=FakeGate(self.bus_up),
             others=self,
             on_session_changed=lambda binding: self.changed_sessions.append(binding.sandbox),
-            dispatching=self.dispatch_deps(**changes),
         )
-        return made
-
-    def dispatch_deps(self, **changes: Any) -> DispatchDeps:
-        """`changes`: of the dependencies, or of any struct in them; what is of no such struct is passed over."""
-        deps = self.replica.inbound.dispatching
-
-        async def to_wav(silk: bytes) -> bytes | None:
-            return media.silk_to_wav(silk)  # no thread: time must not jump meanwhile
-
-        def changed(made: Any, **others: Any) -> Any:
-            return made._replace(**others | {k: changes[k] for k in changes if k in made._fields})
-
-        made: DispatchDeps = changed(
-            deps,
-            triage=changed(deps.triage),
-            publishing=changed(deps.publishing),
-            downloading=changed(deps.downloading, to_wav=to_wav, transfers=FairSlots(16, share=16)),
-            media_writable=FakeGate(self.bus_up, 0).wait_writable,
-        )
+        assert not changes
         return made
 
 

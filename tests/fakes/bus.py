@@ -174,6 +174,12 @@ class FakeBus:
 
     # for tests
 
+    def next_sequence(self, kind: str) -> int:
+        """A sequence of a stream that no other message gets."""
+        stream = f"{self._names.prefix.upper()}_{kind}"
+        self._seqs[stream] = self._seqs.get(stream, 0) + 1
+        return self._seqs[stream]
+
     def forget_ids(self) -> None:
         """The window against duplicates has passed."""
         self._ids.clear()
@@ -240,7 +246,11 @@ class FakeBucket:
         found = [entry for key, entry in self.entries.items() if not first or key.startswith(f"{first}.")]
         return [entry for entry in found if entry.value is not None]
 
-    async def update(self, key: str, value: bytes, revision: int, *, ttl_s: int = 0) -> int:
+    async def update(
+        self, key: str, value: bytes, revision: int, *, ttl_s: int = 0, ensure_owner: Callable[[], None] | None = None
+    ) -> int:
+        if ensure_owner is not None:
+            ensure_owner()
         try:
             return await self._write(key, value, revision, ttl_s)
         except Conflict:

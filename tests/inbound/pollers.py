@@ -9,9 +9,7 @@ from typing import Any
 import pytest
 
 from adapter.errors import SessionExpired
-from adapter.inbound.bot_poller import BotPoller
-from adapter.inbound.poller import poll_forever, run_poller
-from adapter.inbound.taking import take_bot
+from adapter.inbound.poller import BotPoller
 from tests.fakes import Bench, EndOfScript, raw_message
 
 BOT, USER = "b1@im.bot", "u1@im.wechat"
@@ -26,27 +24,20 @@ def raw(text: str = "hello", number: int = 1, **fields: Any) -> bytes:
 async def polls(bench: Bench, **changes: Any) -> BotPoller:
     """Polls until the script ends."""
     bench.chat.script_ends = True
-    session = BotPoller(BOT)
-    deps = bench.inbound_deps(**changes)
-    journal = await take_bot(session, deps)
-    assert journal is not None
+    session = bench.new_poller(BOT, **changes)
+    checkpoint = await session._take()
+    assert checkpoint is not None
+    await session._fold(checkpoint)
     bench.bus.writes.clear()
     with pytest.raises(EndOfScript):
-        await poll_forever(session, journal, deps)
-    await dispatched(session)
+        await session._poll_forever(checkpoint)
     return session
-
-
-async def dispatched(session: BotPoller) -> None:
-    """Waits until everything that was stored is in the inboxes."""
-    if (dispatcher := session.dispatcher) is not None:
-        await dispatcher.changed.wait_until(lambda: dispatcher.is_done)
 
 
 def tended(bench: Bench, **changes: Any) -> tuple[BotPoller, asyncio.Task[None]]:
     """A poller as the supervisor runs it."""
-    session = BotPoller(BOT)
-    return session, asyncio.get_running_loop().create_task(run_poller(session, bench.inbound_deps(**changes)))
+    session = bench.new_poller(BOT, **changes)
+    return session, asyncio.get_running_loop().create_task(session.run())
 
 
 Poller = Callable[..., BotPoller]

@@ -1,0 +1,200 @@
+"""The checkpoint of a bot: who polls it, and how far. Bucket `wechat_checkpoints`, key: the bot.
+
+A checkpoint is lazy. iLink repeats what lies behind an old cursor, the fingerprints drop it, and what was published
+after the last write is found in the inbox behind `inbox_seq` (`inbound.fold`). It is also the fence: each write is a
+compare-and-set by the owner, so that a replica that lost the bot cannot write any more.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+
+import msgspec
+import structlog
+
+from adapter.content.dedup import DedupWindow
+from adapter.contract.names import digest, to_subject_token
+from adapter.contract.records import Binding, CheckpointRecord
+from adapter.errors import UNDECODABLE, Conflict, LeaseLost, Refused
+from adapter.kit.batches import Batches
+from adapter.kit.timing import Clock
+from adapter.observability.records import RecordDecoder
+from adapter.ownership.leases import Leases
+from adapter.ports import Bucket, Entry
+from adapter.security.seal import Sealer, checkpoint_context, cursor_context
+
+log = structlog.get_logger()
+
+SAVE_AFTER_NEW = 32
+"""New messages after which a checkpoint is written."""
+SAVE_AFTER_S = 60.0
+"""Seconds after which a checkpoint is written that lacks something."""
+
+
+class _Position(msgspec.Struct, omit_defaults=True):
+    """The sealed part of a checkpoint."""
+
+    sandbox: str = ""
+    cursor: str = ""
+    start: str | None = None
+    prints: bytes = b""
+    inbox_seq: int = 0
+
+
+class Stored(msgspec.Struct, frozen=True):
+    """A checkpoint as the bucket has it."""
+
+    bot: str
+    owner: str = ""
+    revision: int = 0
+    position: _Position = msgspec.field(default_factory=_Position)
+
+
+class Checkpoints:
+    """Reads and writes the checkpoints of all bots."""
+
+    def __init__(self, bucket: Bucket, sealer: Sealer) -> None:
+        self._bucket = bucket
+        self._sealer = sealer
+        self._decoder = RecordDecoder(CheckpointRecord)
+        self._reads = Batches(self._read_all)
+
+    async def read(self, bot: str) -> Stored:
+        """A bot's checkpoint, an empty one of revision 0 if there is none. Raises RecordTooNew, Temporary."""
+        entry = await self._reads.get(to_subject_token(bot))
+        if entry is None or entry.value is None:
+            return Stored(bot, revision=entry.revision if entry else 0)
+        owner, position = "", _Position()
+        try:
+            record = self._decoder.decode(entry.value, bot=bot)
+            owner = record.owner
+            body = self._sealer.open_bytes(checkpoint_context(bot, owner), record.sealed)
+            position = msgspec.msgpack.decode(body, type=_Position)
+        except (*UNDECODABLE, Refused) as exc:  # the bot starts anew, and the inbox tells repeats
+            log.error("checkpoint.unreadable", bot=bot, detail=type(exc).__name__)
+        return Stored(bot, owner, entry.revision, position)
+
+    async def exists(self, bot: str) -> bool:
+        """Whether the bot has a checkpoint; it has none after its person was erased. Raises Temporary."""
+        entry = await self._reads.get(to_subject_token(bot))
+        return entry is not None and entry.value is not None
+
+    async def _read_all(self, keys: Sequence[str]) -> Mapping[str, Entry]:
+        return {entry.key: entry for entry in await self._bucket.get_all(keys)}
+
+    async def write(
+        self,
+        stored: Stored,
+        *,
+        ensure_owner: Callable[[], None] | None = None,
+        ttl_s: int = 0,
+    ) -> int:
+        """Writes a checkpoint if its revision is that of `stored`. Returns the new one. Raises Conflict, Temporary,
+        and what `ensure_owner` raises."""
+        bot, owner = stored.bot, stored.owner
+        body = msgspec.msgpack.encode(stored.position)
+        sealed = self._sealer.seal_bytes(checkpoint_context(bot, owner), body)
+        value = msgspec.json.encode(CheckpointRecord(owner=owner, sealed=sealed))
+        key = to_subject_token(bot)
+        return await self._bucket.update(key, value, stored.revision, ttl_s=ttl_s, ensure_owner=ensure_owner)
+
+    async def clear_owner(self, stored: Stored) -> bool:
+        """Removes the owner's name; False: the checkpoint was written meanwhile. Raises Temporary."""
+        try:
+            await self.write(msgspec.structs.replace(stored, owner=""))
+        except Conflict:
+            return False
+        return True
+
+
+class Checkpoint:
+    """The checkpoint of one bot that this replica polls. Only the bot's poller changes it."""
+
+    def __init__(self, stored: Stored, store: Checkpoints, leases: Leases, clock: Clock) -> None:
+        self.bot = stored.bot
+        self.owner = leases.incarnation
+        self._store = store
+        self._leases = leases
+        self._clock = clock
+        position = stored.position
+        self.sandbox = position.sandbox
+        """The sandbox in whose inbox `inbox_seq` is a sequence."""
+        self.cursor = position.cursor
+        """iLink's cursor for the next poll."""
+        self.inbox_seq = position.inbox_seq
+        """Sequence of the sandbox's inbox up to which this bot is covered, whoever wrote there."""
+        self.seen = DedupWindow(position.prints)
+        self._start = position.start
+        """Digest of the start cursor that was applied last, from a bind request; "": none."""
+        self.applied: str | None = None
+        """The start cursor of the binding that was looked at last."""
+        self._revision = stored.revision
+        self._new = 0
+        """Messages since the last write."""
+        self._stale_at: float | None = None
+        """Monotonic time since which the stored checkpoint lacks something; None: it lacks nothing."""
+
+    def ensure_owner(self) -> None:
+        """Raises LeaseLost unless this replica may write for the bot now. It may while it is alive, even if it has
+        handed the shard over, since no other replica takes the bot before its release."""
+        if not self._leases.is_valid or self._leases.incarnation != self.owner:
+            raise LeaseLost("lease_lost", self.bot)
+
+    def apply_start_cursor(self, binding: Binding, sealer: Sealer) -> None:
+        """Applies the cursor of a bind request, once."""
+        self.applied = binding.start_cursor
+        if binding.start_cursor is None:
+            return
+        try:
+            start = sealer.open(cursor_context(self.bot), binding.start_cursor)
+        except Refused as exc:
+            log.error("cursor.unopenable", bot=self.bot, detail=exc.detail)
+            return
+        mark = digest(start.encode()) if start else ""
+        if self._start != mark:
+            self.cursor, self._start = start, mark
+            self.note()
+
+    def note(self, messages: int = 0) -> None:
+        """Notes that the stored checkpoint lacks something: so many messages, or only the cursor."""
+        self._new += messages
+        if self._stale_at is None:
+            self._stale_at = self._clock.monotonic()
+
+    def stale_s(self) -> float:
+        """How long the stored checkpoint has lacked something."""
+        return 0.0 if self._stale_at is None else self._clock.monotonic() - self._stale_at
+
+    def is_due(self) -> bool:
+        return self._new >= SAVE_AFTER_NEW or self.stale_s() > SAVE_AFTER_S
+
+    async def save(self) -> None:
+        """Writes the checkpoint. Raises LeaseLost, Temporary, BusRefused."""
+        await self._write(self.owner, self.ensure_owner)
+
+    async def release(self, *, ttl_s: int = 0) -> None:
+        """Writes the checkpoint without an owner, even while the lease is not valid, since no other replica takes the
+        bot of a living one. `ttl_s`: its time to live; 0: no limit. Raises LeaseLost, Temporary, BusRefused."""
+        await self._write("", None, ttl_s=ttl_s)
+
+    async def _write(self, owner: str, ensure_owner: Callable[[], None] | None, *, ttl_s: int = 0) -> None:
+        new, stale_at = self._new, self._stale_at
+        self._new, self._stale_at = 0, None
+        prints = self.seen.kept(self._clock.now_ms())
+        position = _Position(self.sandbox, self.cursor, self._start, prints, self.inbox_seq)
+        try:
+            while True:
+                stored = Stored(self.bot, owner, self._revision, position)
+                try:
+                    self._revision = await self._store.write(stored, ensure_owner=ensure_owner, ttl_s=ttl_s)
+                except Conflict as exc:
+                    now = await self._store.read(self.bot)
+                    if now.owner != self.owner:
+                        raise LeaseLost("bot_taken", self.bot) from exc
+                    self._revision = now.revision  # of a write that was cancelled
+                else:
+                    return
+        except BaseException:
+            self._new += new
+            self._stale_at = stale_at if stale_at is not None else self._stale_at
+            raise

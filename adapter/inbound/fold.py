@@ -1,0 +1,203 @@
+"""Reads inboxes behind what a shard's bots and conversations know: the inbox is the journal.
+
+A message in an inbox says all that its bot's owner and its user's conversation need: its fingerprint, the context
+token, and the window that it opened. Whoever takes a bot or opens a conversation reads what is behind its position,
+once for all of a sandbox, and only if something is there.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import binascii
+from collections.abc import Callable, Mapping, Sequence
+
+import msgspec
+import structlog
+
+from adapter.content.dedup import KEEP_MS, SIZE
+from adapter.contract.names import H_BOT, H_SEEN, Names
+from adapter.conversation.rules import InboundReceived
+from adapter.errors import UNDECODABLE, Refused, Temporary
+from adapter.inbound.checkpoint import Checkpoint
+from adapter.inbound.sealed import unseal
+from adapter.kit.batches import Batches
+from adapter.kit.timing import Clock
+from adapter.ports import Archive, Stored
+from adapter.security.seal import Sealer
+
+log = structlog.get_logger()
+
+READS = 32
+"""Inboxes that are read at the same time, so that thousands do not delay polls."""
+
+
+class _Head(msgspec.Struct):
+    """What a fold needs of an inbound message."""
+
+    id: str
+    user: str
+    sent_at_ms: int = 0
+    received_at_ms: int = 0
+
+
+_decode = msgspec.json.Decoder(_Head).decode
+
+
+class FoldedInbox(msgspec.Struct):
+    """What was read of the inbox of one sandbox."""
+
+    low: int
+    high: int
+    """Read are the messages after `low` up to `high`."""
+    newest: dict[str, InboundReceived] = {}
+    """By user: the newest message, with the newest token."""
+    seen: dict[str, list[tuple[int, bytes]]] = {}
+    """By bot: sequences and fingerprints of messages of the last hour."""
+
+
+class InboxReader:
+    """Reads the inboxes of a replica's sandboxes, many in one request."""
+
+    def __init__(self, history: Archive, names: Names, sealer: Sealer, clock: Clock) -> None:
+        self.names = names
+        self.clock = clock
+        self._history = history
+        self._sealer = sealer
+        self._newest = Batches(self._read_newest)
+        self._slots = asyncio.Semaphore(READS)
+        self._last = 0
+        """A sequence that the stream has reached."""
+
+    async def newest(self, sandbox: str) -> int:
+        """The newest sequence of an inbox at the leader; 0: it is empty. Raises Temporary."""
+        return await self._newest.get(self.names.inbox(sandbox)) or 0
+
+    async def _read_newest(self, subjects: Sequence[str]) -> Mapping[str, int]:
+        found = await self._history.read_last_of_each(self.names.stream_in, subjects)
+        return {stored.subject: stored.seq for stored in found}
+
+    async def check(self, position: int) -> None:
+        """Raises Temporary for a position that the stream has never reached, as after a restore of an old backup: its
+        messages would be taken for known."""
+        if position > self._last:
+            self._last = await self._history.last_sequence(self.names.stream_in)
+        if position > self._last:
+            detail = f"A position ({position}) is above the last sequence of {self.names.stream_in} ({self._last})."
+            raise Temporary("inbox_set_back", f"{detail} `wechat-nats doctor --fix` lowers the positions.")
+
+    async def read(self, sandbox: str, after: int, up_to: int, known: FoldedInbox) -> dict[str, InboundReceived]:
+        """Adds the messages after a sequence up to another one to what is known, as the newest if they are. Returns
+        the newest of them by user. Raises Temporary."""
+        found: dict[str, InboundReceived] = {}
+        prints: dict[str, list[tuple[int, bytes]]] = {}
+        forgotten_ms = self.clock.now_ms() - KEEP_MS
+        async with self._slots:
+            every = self._history.read(self.names.stream_in, self.names.inbox(sandbox), after=after)
+            read = [stored async for stored in every if stored.seq <= up_to]
+        for stored in read:
+            try:
+                head = _decode(stored.data)
+            except UNDECODABLE as exc:
+                log.error("inbox.unreadable", sandbox=sandbox, sequence=stored.seq, detail=type(exc).__name__)
+                continue
+            bot = stored.headers.get(H_BOT, "")
+            if head.received_at_ms >= forgotten_ms and (line := _print_of(stored)):
+                prints.setdefault(bot, []).append((stored.seq, line))
+            before = found.get(head.user)
+            token = self._token_of(stored, sandbox) or (before.token if before else "")
+            found[head.user] = InboundReceived(
+                message=head.id,
+                token=token,
+                bot=bot,
+                written_ms=head.sent_at_ms,
+                sequence=stored.seq,
+                received_ms=head.received_at_ms,
+            )
+        for user, received in found.items():
+            of_user = known.newest.get(user)
+            if of_user is None or of_user.sequence < received.sequence:
+                known.newest[user] = received
+        for bot, lines in prints.items():
+            known.seen[bot] = sorted({*known.seen.get(bot, ()), *lines})
+        return found
+
+    async def move(self, checkpoint: Checkpoint, sandbox: str) -> None:
+        """Makes a checkpoint one of another sandbox, whose inbox has nothing of the bot yet. It must be saved before
+        something is published there. Raises Temporary."""
+        if (former := checkpoint.sandbox) == sandbox:
+            return
+        newest = await self.newest(sandbox)
+        if former and (last := await self.newest(former)) > checkpoint.inbox_seq:  # its owner may have died
+            known = FoldedInbox(checkpoint.inbox_seq, last)
+            await self.read(former, checkpoint.inbox_seq, last, known)
+            checkpoint.seen.add(line for _, line in known.seen.get(checkpoint.bot, ()))
+        checkpoint.sandbox, checkpoint.inbox_seq = sandbox, newest
+        checkpoint.note()
+
+    def _token_of(self, stored: Stored, sandbox: str) -> str:
+        try:
+            return unseal(self._sealer, stored, sandbox).token
+        except Refused as exc:
+            log.error("inbox.unopenable", sandbox=sandbox, sequence=stored.seq, detail=exc.detail)
+            return ""
+
+
+def _print_of(stored: Stored) -> bytes:
+    try:
+        line = base64.b64decode(stored.headers.get(H_SEEN, ""), validate=True)
+    except (binascii.Error, ValueError):
+        return b""
+    return line if len(line) == SIZE else b""
+
+
+class Folds:
+    """The inboxes of one shard, from when this replica took it. Implements conversation.shard.Folds.
+
+    Messages that this replica publishes itself need not be read: `receive` gives them to their conversations.
+    """
+
+    def __init__(self, reader: InboxReader, on_read: Callable[[str, str, InboundReceived], None]) -> None:
+        """`on_read(sandbox, user, message)`: called with the newest message of each user in what was read, for the
+        conversations that are open."""
+        self._reader = reader
+        self._on_read = on_read
+        self._known: dict[str, FoldedInbox] = {}
+        self._wanted: dict[str, int] = {}
+        """The lowest sequence that somebody who waits for a read of the sandbox knows."""
+        self._reads = Batches(self._read_all)
+
+    async def read(self, sandbox: str, after: int, *, again: bool = True) -> FoldedInbox:
+        """What the inbox has after a sequence. `again`: also what came since the last read; another replica may have
+        published it. Raises Temporary."""
+        known = self._known.get(sandbox)
+        if known is not None and known.low <= after and not again:
+            return known
+        self._wanted[sandbox] = min(after, self._wanted.get(sandbox, after))
+        await self._reads.get(sandbox)
+        return self._known[sandbox]
+
+    async def _read_all(self, sandboxes: Sequence[str]) -> Mapping[str, FoldedInbox]:
+        await asyncio.gather(*(self._read(sandbox, self._wanted.pop(sandbox)) for sandbox in sandboxes))
+        return self._known
+
+    async def _read(self, sandbox: str, after: int) -> None:
+        await self._reader.check(after)
+        newest = await self._reader.newest(sandbox)
+        known = self._known.setdefault(sandbox, FoldedInbox(after, after))
+        if after < known.low:
+            await self._reader.read(sandbox, after, known.low, known)
+            known.low = after
+        if newest > known.high:
+            found = await self._reader.read(sandbox, known.high, newest, known)
+            known.high = newest
+            for user, received in found.items():
+                self._on_read(sandbox, user, received)
+
+    async def prints_of(self, sandbox: str, bot: str, after: int) -> tuple[list[bytes], int]:
+        known = await self.read(sandbox, after)
+        return [line for sequence, line in known.seen.get(bot, ()) if sequence > after], known.high
+
+    async def newest_of(self, sandbox: str, user: str, after: int) -> InboundReceived | None:
+        found = (await self.read(sandbox, after, again=False)).newest.get(user)
+        return found if found is not None and found.sequence > after else None

@@ -1,0 +1,628 @@
+"""Stores the messages of an answer of iLink: each in the inbox of its sandbox, or as a dead letter, in order.
+
+There is one path: translate, drop repeats, publish in order, wait for all acks; then the conversations take the
+messages. iLink forgets an answer with the next poll, so `receive` returns only when all of it is stored. It waits as
+long as JetStream accepts no writes. If the bot is lost meanwhile, the answer may exist nowhere else: it is stored all
+the same, for whoever the binding names then (`_store_late`).
+"""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Awaitable, Callable, Sequence
+from functools import partial
+from typing import NamedTuple, Protocol, TypeVar
+
+import msgspec
+import structlog
+
+from adapter.bindings.registry import Bindings
+from adapter.content.dedup import BatchDedup
+from adapter.content.quotes import resolve_quote
+from adapter.contract import messages as contract
+from adapter.contract.headers import derive_traceparent
+from adapter.contract.messages import Inbound, InboundItem
+from adapter.contract.names import (
+    H_BOT,
+    H_MSG_ID,
+    H_SCHEMA,
+    H_SEALED,
+    H_SEEN,
+    H_TRACEPARENT,
+    MAX_SEQ,
+    Names,
+    digest,
+)
+from adapter.contract.records import Binding
+from adapter.conversation import rules, window
+from adapter.conversation.actor import ConversationActor
+from adapter.conversation.record import ConversationRecord
+from adapter.conversation.rules import InboundReceived
+from adapter.conversation.shard import Folds
+from adapter.errors import AdapterError, BusRefused, Crashed, LeaseLost, RecordTooNew, Temporary, Unreadable
+from adapter.inbound.checkpoint import Checkpoint, Checkpoints
+from adapter.inbound.fold import InboxReader
+from adapter.inbound.sealed import Sealed, seal
+from adapter.kit.crashes import ATTEMPTS, retry_on_bug_now
+from adapter.kit.timing import Clock, PerTickLimiter, backoff
+from adapter.observability.events import Events
+from adapter.observability.metrics import Metrics
+from adapter.ownership.leases import Leases
+from adapter.ports import Archive, Bus, InboundMessage, MediaRef, Message, Polled, PubAck
+from adapter.security.seal import Sealer
+
+log = structlog.get_logger()
+
+T = TypeVar("T")
+
+SLICE, SLICE_BYTES = 256, 1024 * 1024
+"""Most messages, and bytes of them, that are published together; they bound the memory that a huge answer takes."""
+TURN = 64
+"""Messages, or KiB, translated in one turn of the event loop."""
+SUSPECT_S = 30.0
+"""Time after which a publish that has no ack may be stored without that the stream knows its id."""
+OTHER_USERS = 8
+"""Most users of a bot beside its own, for each owner: iLink binds a bot to one user, and each user costs a
+conversation."""
+
+
+class Shard(Protocol):
+    """A shard that this replica owns."""
+
+    folds: Folds
+
+    async def conversation(self, binding: Binding, user: str) -> ConversationActor:
+        """Raises Temporary."""
+
+    def show_typing(self, binding: Binding, user: str, context_token: str) -> None:
+        """Shows the typing indicator. Best effort."""
+
+
+class Media(Protocol):
+    """The media of messages, which come after them."""
+
+    def name_media(
+        self, sandbox: str, user: str, message_id: str, items: Sequence[InboundItem], fetches: Sequence[MediaRef]
+    ) -> list[InboundItem]:
+        """The items, each with the name of the object in which its media will be."""
+
+    def fetch_soon(
+        self, sandbox: str, user: str, message_id: str, items: Sequence[InboundItem], fetches: Sequence[MediaRef]
+    ) -> None:
+        """Fetches the media of a stored message in the background."""
+
+
+class ReceiveDeps(NamedTuple):
+    """Dependencies of `receive`."""
+
+    read_message: Callable[[bytes], InboundMessage]
+    bus: Bus
+    history: Archive
+    inboxes: InboxReader
+    events: Events
+    names: Names
+    sealer: Sealer
+    bindings: Bindings
+    checkpoints: Checkpoints
+    open_shard: Callable[[str], Awaitable[Shard | None]]
+    """The shard of a sandbox once it works; None: another replica owns it."""
+    policy: window.WindowPolicy
+    media: Media
+    leases: Leases
+    publish_released: Callable[[str], Awaitable[None]]
+    """Tells the bot's new owner of a late message. Never raises."""
+    max_payload: Callable[[], int]
+    turns: PerTickLimiter
+    clock: Clock
+    metrics: Metrics
+
+
+class _Read(msgspec.Struct):
+    """One message of an answer."""
+
+    raw: bytes
+    message: InboundMessage | None = None
+    """None: it cannot be read."""
+    outcome: str = "new"
+    """new, repeat, echo; or a dead letter's reason: unreadable, crashed, group, not_bound, stranger, too_large."""
+    detail: str = ""
+    """Why it is a dead letter."""
+    id: str = ""
+    """Id on the bus."""
+    items: Sequence[InboundItem] = ()
+    fetches: Sequence[MediaRef] = ()
+    out: Message | None = None
+    actor: ConversationActor | None = None
+    sequence: int = 0
+    """In the inbox."""
+    crashes: int = 0
+    """Publishes of this message alone that raised an unexpected error."""
+
+
+class Receiver:
+    """Receives for one bot. Only its poller calls it."""
+
+    def __init__(self, bot: str, deps: ReceiveDeps) -> None:
+        self.bot = bot
+        self._deps = deps
+        self._others: set[str] = set()
+        """Users who are not the binding's."""
+
+    async def receive(self, polled: Polled, checkpoint: Checkpoint) -> None:
+        """Returns when all messages are stored. Raises LeaseLost if the bot is lost; all are stored then, too."""
+        among = BatchDedup() if len(polled.messages) > 1 else None
+        place = digest(polled.cursor.encode()) if polled.cursor else ""
+        received_ms = self._deps.clock.now_ms()
+        lost: LeaseLost | None = None
+        start = 0
+        while start < len(polled.messages):
+            part = _slice(polled.messages, start)
+            read = await self._read(part, start, place, checkpoint, among)
+            start += len(part)
+            try:
+                if lost is None:
+                    await self._store(read, received_ms, checkpoint)
+                    continue
+            except LeaseLost as exc:
+                lost = exc
+                log.warning("inbound.late", bot=self.bot, reason=exc.reason)
+            await self._store_late(read, received_ms, checkpoint)
+        if lost is not None:
+            await self._deps.publish_released(self.bot)
+            raise lost
+
+    async def _read(
+        self, part: Sequence[bytes], first: int, place: str, checkpoint: Checkpoint, among: BatchDedup | None
+    ) -> list[_Read]:
+        """Translates messages and finds repeats. `first`: index of the first one in the answer. `place`: identity of
+        the answer."""
+        found, work = [], 0
+        for number, raw in enumerate(part, first):
+            work += 1 + len(raw) // 1024
+            if work > TURN:
+                work = 0
+                await self._deps.turns.wait_turn()
+            try:
+                one = retry_on_bug_now(
+                    partial(self._read_one, raw, place, number, checkpoint, among), "inbound.crashed", bot=self.bot
+                )
+            except Crashed as exc:
+                one = _Read(raw, outcome="crashed", detail=exc.detail)
+            found.append(one)
+        return found
+
+    def _read_one(
+        self, raw: bytes, place: str, number: int, checkpoint: Checkpoint, among: BatchDedup | None
+    ) -> _Read:
+        try:
+            message = self._deps.read_message(raw)
+        except Unreadable as exc:
+            return _Read(raw, outcome="unreadable", detail=exc.detail)
+        if not message.keys.message and place:
+            message = msgspec.structs.replace(message, keys=message.keys.with_position(place, number))
+        one = _Read(raw, message, id=message.keys.id_for(self.bot))
+        if message.echo or message.user == self.bot:  # some echoes have no type
+            one.outcome = "echo"
+        elif checkpoint.seen.is_repeat(message.keys) or (among is not None and among.is_repeat(message.keys)):
+            one.outcome = "repeat"
+        else:
+            if among is not None:
+                among.add(message.keys)
+            if message.group:
+                # an answer might go to the group, or to a member who is not the bot's user
+                one.outcome, one.detail = "group", "The message is from a group."
+        return one
+
+    # storing ----------------------------------------------------------------------------------------
+
+    async def _store(self, read: Sequence[_Read], received_ms: int, checkpoint: Checkpoint) -> None:
+        """Stores messages and gives them to their conversations. Raises LeaseLost."""
+        deps, binding = self._deps, await self._find_binding()
+        held: list[ConversationActor] = []
+        if binding is not None and binding.sandbox != checkpoint.sandbox:
+            await self._retry(partial(deps.inboxes.move, checkpoint, binding.sandbox))
+            await self._retry(checkpoint.save)
+        try:
+            shard = await self._address(read, binding, held)
+            if binding is not None:
+                self._build_all(read, binding, received_ms)
+            await self._publish(read, checkpoint, checkpoint.ensure_owner)
+            await self._end_others(read, binding)
+            if binding is not None:
+                self._take(read, binding, shard, received_ms, checkpoint)
+        finally:
+            for actor in held:
+                actor.holds -= 1
+        now_ms = deps.clock.now_ms()
+        lines = [
+            one.message.keys.fingerprint(received_ms)
+            for one in read
+            if one.message is not None and one.outcome not in ("repeat", "echo")
+        ]
+        if lines:  # not before: a checkpoint must not know what the inbox lacks
+            checkpoint.seen.add(lines)
+            checkpoint.note(len(lines))
+            deps.metrics.inbound_publish_duration.observe(max(0, now_ms - received_ms) / 1000, len(lines))
+
+    async def _find_binding(self) -> Binding | None:
+        """The bot's binding, or None if the bus has none, even when asked directly."""
+        bindings = self._deps.bindings
+        if bindings.get(self.bot) is None:
+            await self._retry(lambda: bindings.refresh(self.bot))
+        return bindings.get(self.bot)
+
+    async def _address(
+        self, read: Sequence[_Read], binding: Binding | None, held: list[ConversationActor]
+    ) -> Shard | None:
+        """Finds who gets each message, and opens their conversations, each of which is added to `held`. None: the
+        shard is another replica's, whose conversations find the message in the inbox. Raises LeaseLost."""
+        deps, shard = self._deps, None
+        if binding is None:
+            _end_new(read, "not_bound", f"The bot {self.bot} was not bound when the message arrived.")
+            return None
+        users: dict[str, list[_Read]] = {}
+        for one in read:
+            if one.message is not None and one.outcome in ("new", "repeat"):
+                users.setdefault(one.message.user, []).append(one)
+        if not users:
+            return None
+        shard = await deps.open_shard(binding.sandbox)
+        for user, messages in users.items():
+            if deps.bindings.serving(self.bot) is None and not deps.bindings.serving_user(binding.sandbox, user):
+                _end_new(messages, "not_bound", "No bot of the sandbox serves its author any more.")
+                continue
+            if not self._has_room_for(user, binding):
+                _end_new(messages, "stranger", "The bot has too many other users.")
+                continue
+            if not binding.user:
+                binding = await self._retry(partial(self._learn_user, binding, user))
+            if shard is not None and (actor := await self._open_conversation(shard, binding, user)) is not None:
+                actor.holds += 1
+                held.append(actor)
+                for one in messages:
+                    one.actor = actor
+        return shard
+
+    async def _open_conversation(self, shard: Shard, binding: Binding, user: str) -> ConversationActor | None:
+        """None: a bug, or a record that only a newer replica knows; the message goes on without it. Raises
+        LeaseLost."""
+        try:
+            return await self._retry(partial(shard.conversation, binding, user))
+        except (RecordTooNew, LeaseLost) as exc:
+            if isinstance(exc, LeaseLost):
+                raise
+        except Exception:
+            log.exception("inbound.crashed", bot=self.bot, work="conversation")
+        return None
+
+    def _has_room_for(self, user: str, binding: Binding) -> bool:
+        """Whether a user is the bot's own, or among the first others."""
+        if binding.user and user != binding.user and len(self._others) < OTHER_USERS:
+            self._others.add(user)
+        return user == binding.user or not binding.user or user in self._others
+
+    async def _learn_user(self, binding: Binding, user: str) -> Binding:
+        """Adds the user to a binding without one, and removes an older bot of the same user in the sandbox. Raises
+        Temporary."""
+        bindings = self._deps.bindings
+        bound = bindings.of_sandbox(binding.sandbox)
+        older = [other for other in bound if other.user == user and other.bot != binding.bot]
+
+        def with_user(now: Binding) -> Binding | None:
+            if now.user:
+                return None
+            known = older[0] if older else now
+            return msgspec.structs.replace(now, user=user, out_after=known.out_after)
+
+        await bindings.update(binding.bot, with_user)
+        for other in older:  # WeChat has disabled it: one user has one bot
+            detail = "The user is served by another bot now."
+            await self._deps.events.publish_binding_event(other.event("replaced", detail=detail))
+            await bindings.remove(other.bot)
+        return bindings.get(self.bot) or binding
+
+    # what is published ------------------------------------------------------------------------------
+
+    def _build_all(self, read: Sequence[_Read], binding: Binding, received_ms: int) -> None:
+        for one in read:
+            if one.outcome != "new" or one.message is None:
+                continue
+            try:
+                retry_on_bug_now(partial(self._build, one, binding, received_ms), "inbound.crashed", bot=self.bot)
+            except Crashed as exc:
+                one.outcome, one.detail = "crashed", exc.detail
+
+    def _build(self, one: _Read, binding: Binding, received_ms: int) -> None:
+        """Makes the message for the inbox."""
+        deps, message, sandbox = self._deps, one.message, binding.sandbox
+        assert message is not None
+        one.items, one.fetches, quote = message.items, message.fetches, message.quote
+        if message.fetches:
+            if binding.options.media:
+                one.items = deps.media.name_media(sandbox, message.user, one.id, one.items, one.fetches)
+            else:
+                one.items, one.fetches = _without_media(one.items, one.fetches), ()
+        if quote is not None and message.reference is not None and one.actor is not None:
+            sent = next((sent for sent in one.actor.state.record.sent if sent.id in message.reference.ids), None)
+            if sent is not None:
+                quote = resolve_quote(quote, message.reference, sent=sent.text, kind=sent.kind)
+        inbound = Inbound(
+            id=one.id,
+            sandbox=sandbox,
+            bot=self.bot,
+            user=message.user,
+            sent_at_ms=message.sent_at_ms,
+            received_at_ms=received_ms,
+            text=message.text,
+            items=[*one.items],
+            quote=quote,
+            window=self._opened_window(one, received_ms),
+        )
+        payload = msgspec.json.encode(inbound)
+        ident = f"{sandbox}.{one.id}"
+        headers = {
+            H_MSG_ID: ident,
+            H_SCHEMA: contract.SCHEMA_VERSION,
+            H_BOT: self.bot,
+            H_SEEN: base64.b64encode(message.keys.fingerprint(received_ms)).decode(),
+            H_SEALED: seal(deps.sealer, ident, self.bot, sandbox, Sealed(message.context_token, tuple(one.fetches))),
+            H_TRACEPARENT: derive_traceparent(one.id),
+        }
+        if len(payload) + sum(map(len, headers.values())) + 512 > deps.max_payload():
+            one.detail = "The bus refuses a message of this size."
+            payload = _stub_of(inbound)
+        one.out = Message("in", deps.names.inbox(sandbox), payload, headers)
+
+    def _opened_window(self, one: _Read, now_ms: int) -> contract.Window:
+        """The window that the message opens. A bug costs the window, not the message."""
+        actor, message = one.actor, one.message
+        assert message is not None
+        record = actor.state.record if actor is not None else ConversationRecord()
+        heard = _heard(one, self.bot, MAX_SEQ, now_ms)
+        in_flight = 0 if actor is None else int(actor.state.activity is rules.Activity.SENDING)
+        try:
+            opened = rules.hear(record, heard, now_ms, in_flight)
+            return window.visible_window(opened, now_ms, self._deps.policy)
+        except Exception:
+            log.exception("inbound.crashed", bot=self.bot, work="window")
+            return contract.Window()
+
+    async def _publish(
+        self,
+        read: Sequence[_Read],
+        checkpoint: Checkpoint,
+        ensure_owner: Callable[[], None],
+        *,
+        suspect: bool = False,
+    ) -> None:
+        """Publishes messages in order until all are stored or refused for good. Raises LeaseLost.
+
+        `suspect`: they may be stored without that the stream knows their ids. What is tried again after a pause of
+        the lease, or after SUSPECT_S, is suspect: the inbox is read first, and what is there is not published again.
+        """
+        deps, failures, is_one_by_one = self._deps, 0, False
+        while waiting := [one for one in read if one.out is not None and not one.sequence]:
+            waiting = waiting[:1] if is_one_by_one else waiting
+            if suspect:
+                await self._retry(partial(self._find_stored, waiting, checkpoint.inbox_seq))
+                suspect = False
+                continue
+            until = deps.clock.monotonic() + SUSPECT_S
+
+            def check(until: float = until) -> None:
+                ensure_owner()
+                if deps.clock.monotonic() > until:
+                    raise LeaseLost("publish_delayed", self.bot)
+
+            try:
+                acks = await deps.bus.publish_all(
+                    [
+                        Message(out.stream, out.subject, out.payload, out.headers, check)
+                        for one in waiting
+                        if (out := one.out) is not None
+                    ]
+                )
+            except LeaseLost as exc:
+                suspect = True
+                if exc.reason != "publish_delayed":
+                    await deps.leases.changed.wait_until(lambda: deps.leases.is_valid)
+                ensure_owner()
+                continue
+            except AdapterError:
+                raise
+            except Exception:  # a bug, which may be of one message
+                log.exception("inbound.crashed", bot=self.bot, messages=len(waiting))
+                waiting[0].crashes += is_one_by_one
+                if waiting[0].crashes == ATTEMPTS:
+                    waiting[0].out, waiting[0].outcome, waiting[0].detail = None, "crashed", Crashed().detail
+                is_one_by_one = True
+                continue
+            for one, ack in zip(waiting, acks, strict=True):
+                if isinstance(ack, PubAck):
+                    self._note_stored(one, ack.seq, duplicate=ack.duplicate)
+                elif not ack.is_full:
+                    self._note_refused(one, ack)
+            if any(isinstance(ack, BusRefused) and ack.is_full for ack in acks):  # its discard policy was changed
+                failures += 1
+                log.error("inbound.full", bot=self.bot, failures=failures)
+                await deps.clock.sleep(backoff(failures, first_s=0.5, longest_s=10.0))
+
+    async def _find_stored(self, waiting: Sequence[_Read], after: int) -> None:
+        """Finds messages that are in the inbox. Raises Temporary."""
+        assert waiting[0].out is not None
+        by_id = {one.out.headers[H_MSG_ID]: one for one in waiting if one.out is not None}
+        # of the leader: what a lagging server has not may be stored
+        async for stored in self._deps.history.read(self._deps.names.stream_in, waiting[0].out.subject, after=after):
+            if one := by_id.get(stored.headers.get(H_MSG_ID, "")):
+                log.info("inbound.recovered", bot=self.bot, message=one.id)
+                self._note_stored(one, stored.seq, duplicate=True)
+
+    def _note_stored(self, one: _Read, sequence: int, *, duplicate: bool) -> None:
+        assert one.message is not None
+        one.sequence = sequence
+        sandbox = "" if one.out is None else one.out.subject.rpartition(".")[2]
+        log.info("inbound.published", sandbox=sandbox, message=one.id, sequence=sequence)
+        self._count(one, "duplicate" if duplicate else "published")
+        if one.message.sent_at_ms:
+            self._deps.metrics.inbound_age.observe(max(0, self._deps.clock.now_ms() - one.message.sent_at_ms) / 1000)
+
+    def _note_refused(self, one: _Read, refusal: BusRefused) -> None:
+        """The first refusal leaves a stub in the message's place, and the message as a dead letter."""
+        assert one.out is not None
+        log.error("inbound.refused", bot=self.bot, message=one.id, code=refusal.code, detail=refusal.detail)
+        self._count(one, "publish_failed")
+        if one.detail:  # the bus refuses the stub, too
+            one.out, one.outcome = None, "too_large"
+            return
+        one.detail = "The bus refuses the message."
+        whole = msgspec.json.decode(one.out.payload, type=Inbound)
+        one.out = msgspec.structs.replace(one.out, payload=_stub_of(whole))
+
+    async def _end_others(self, read: Sequence[_Read], binding: Binding | None) -> None:
+        """Counts what is for no inbox, and stores dead letters, also of what could not be read completely."""
+        for one in read:
+            if one.outcome == "echo":
+                self._count(one, "rejected")
+            elif one.outcome == "repeat":
+                self._count(one, "duplicate")
+                log.info("inbound.duplicate", sandbox=binding.sandbox if binding else "", message=one.id)
+            elif one.outcome != "new":
+                self._count(one, "unbound" if one.outcome == "not_bound" else "dead_lettered")
+                await self._dead_letter(one, one.outcome, one.detail, binding)
+            elif one.detail:
+                await self._dead_letter(one, "too_large", one.detail, binding)
+            elif one.message is not None and one.message.broken:
+                await self._dead_letter(one, "unreadable", one.message.broken, binding)
+
+    async def _dead_letter(self, one: _Read, reason: str, detail: str, binding: Binding | None) -> None:
+        deps, sandbox = self._deps, binding.sandbox if binding is not None else ""
+        await self._retry(
+            lambda: deps.events.publish_dead_letter(
+                "IN",
+                one.raw,
+                subject=deps.names.inbox(sandbox) if sandbox else "",
+                headers={H_TRACEPARENT: derive_traceparent(one.id), H_MSG_ID: one.id} if one.id else {},
+                reason=reason,
+                detail=detail,
+                msg_id=f"dead:{self.bot}:{digest(one.raw)}",
+                sandbox=sandbox,
+            )
+        )
+
+    # after the acks ---------------------------------------------------------------------------------
+
+    def _take(
+        self, read: Sequence[_Read], binding: Binding, shard: Shard | None, received_ms: int, checkpoint: Checkpoint
+    ) -> None:
+        """Gives stored messages to their conversations: the last one of each user says all that those before say."""
+        deps = self._deps
+        newest: dict[str, tuple[_Read, str]] = {}
+        for one in read:
+            message = one.message
+            if message is None:
+                continue
+            if one.outcome == "repeat":
+                if one.actor is not None:
+                    one.actor.on_repeat(one.id, message.context_token)
+            elif one.sequence:
+                token = message.context_token or newest.get(message.user, (one, ""))[1]
+                newest[message.user] = one, token
+                if one.fetches:
+                    deps.media.fetch_soon(binding.sandbox, message.user, one.id, one.items, one.fetches)
+        if shard is None:
+            return  # the next owner reads them
+        for user, (one, token) in newest.items():
+            if one.actor is not None:
+                try:
+                    one.actor.on_inbound(_heard(one, self.bot, one.sequence, received_ms, token))
+                except Exception:  # it costs the window, not the message
+                    log.exception("inbound.crashed", bot=self.bot, message=one.id)
+                if binding.options.auto_typing:
+                    shard.show_typing(binding, user, token)
+            checkpoint.inbox_seq = max(checkpoint.inbox_seq, one.sequence)
+
+    # a bot that is lost -----------------------------------------------------------------------------
+
+    async def _store_late(self, read: Sequence[_Read], received_ms: int, checkpoint: Checkpoint) -> None:
+        """Stores messages of a bot that another replica may poll by now."""
+        deps = self._deps
+        await self._retry(lambda: deps.bindings.refresh(self.bot))
+        binding = deps.bindings.get(self.bot)
+        if not await self._retry(lambda: deps.checkpoints.exists(self.bot)):
+            log.warning("inbound.dropped", bot=self.bot, messages=len(read), detail="Its person was erased.")
+            return
+        serving = deps.bindings.serving(self.bot)
+        if binding is None or serving is None or serving.sandbox != checkpoint.sandbox:
+            _end_new(read, "not_bound", "The bot serves another sandbox, or none, since the message arrived.")
+        else:
+            for one in read:
+                if one.message is not None and serving.user not in ("", one.message.user) and not one.out:
+                    _end_new([one], "not_bound", "The bot serves another person.")
+            self._build_all([one for one in read if one.out is None], serving, received_ms)
+            await self._publish(read, checkpoint, lambda: None, suspect=True)
+        await self._end_others(read, binding)
+
+    async def _retry(self, work: Callable[[], Awaitable[T]]) -> T:
+        """Retries until the work succeeds, even if the bus refuses the write: iLink may not deliver the messages
+        again, and an operator can lift a limit. Raises LeaseLost."""
+        return await retry(work, self._deps.clock, self.bot)
+
+    def _count(self, one: _Read, outcome: str) -> None:
+        self._deps.metrics.inbound_messages.child(one.message.kind if one.message else "unsupported", outcome).inc()
+
+
+async def retry(work: Callable[[], Awaitable[T]], clock: Clock, bot: str) -> T:
+    """Retries until the work succeeds, even if the bus refuses it. Raises LeaseLost, RecordTooNew."""
+    failures = 0
+    while True:
+        try:
+            return await work()
+        except RecordTooNew:
+            raise
+        except (Temporary, BusRefused) as exc:
+            failures += 1
+            log.warning("inbound.retrying", bot=bot, reason=exc.reason, detail=exc.detail, failures=failures)
+            longest_s = 1.0 if isinstance(exc, Temporary) else 10.0
+            await clock.sleep(backoff(failures, first_s=0.05, longest_s=longest_s))
+
+
+def _slice(messages: Sequence[bytes], start: int) -> Sequence[bytes]:
+    """The next messages to publish together; at least one."""
+    end, size = start, 0
+    while end < len(messages) and end - start < SLICE and (end == start or size + len(messages[end]) <= SLICE_BYTES):
+        size += len(messages[end])
+        end += 1
+    return messages[start:end]
+
+
+def _end_new(read: Sequence[_Read], reason: str, detail: str) -> None:
+    for one in read:
+        if one.outcome == "new" and not one.sequence:
+            one.outcome, one.detail, one.out = reason, detail, None
+
+
+def _heard(one: _Read, bot: str, sequence: int, received_ms: int, token: str | None = None) -> InboundReceived:
+    message = one.message
+    assert message is not None
+    return InboundReceived(
+        message=one.id,
+        token=message.context_token if token is None else token,
+        bot=bot,
+        written_ms=message.sent_at_ms,
+        sequence=sequence,
+        received_ms=received_ms,
+    )
+
+
+def _without_media(items: Sequence[InboundItem], fetches: Sequence[MediaRef]) -> list[InboundItem]:
+    """The items without media, since the binding wants none."""
+    kept = list(items)
+    for fetch in fetches:
+        kept[fetch.item] = msgspec.structs.replace(kept[fetch.item], reason="off")
+    return kept
+
+
+def _stub_of(inbound: Inbound) -> bytes:
+    """What is left in the inbox of a message whose size the bus refuses; a dead letter keeps the bytes."""
+    stub = [contract.UnsupportedItem(type=0, reason="too_large")]
+    return msgspec.json.encode(msgspec.structs.replace(inbound, text="", quote=None, items=stub))
