@@ -59,6 +59,8 @@ class MediaRef(NamedTuple):
     """Key of 16 bytes; None: the bytes are not encrypted."""
     name: str
     """File name from the sender, or "" if iLink gave none."""
+    size: int = 0
+    """Plain bytes of a file; for a video those of the CDN, which are up to 16 more. 0 if iLink gave none."""
 
     def __repr__(self) -> str:
         return f"MediaRef(item={self.item})"  # keeps keys and links out of logs and tracebacks
@@ -456,10 +458,22 @@ class Objects(Protocol):
         Raises Temporary, Unreadable (the piece does not exist).
         """
 
-    async def put(self, name: str, pieces: Pieces, *, mime: str = "", title: str = "") -> StoredObject:
-        """Stores bytes as they come, and replaces an object of this name. If `pieces` fails, nothing is stored.
+    async def put(
+        self,
+        name: str,
+        pieces: Pieces,
+        *,
+        describe: Callable[[bytes], tuple[str, str]] = lambda head: ("", ""),
+        ensure_owner: Callable[[], None] | None = None,
+    ) -> StoredObject:
+        """Stores bytes as they come. An object of this name that is there by then stays, and is returned. If `pieces`
+        fails, nothing is stored.
 
-        Waits while the bus is away, and closes `pieces` at the end. Raises BusRefused, and what `pieces` raises.
+        `describe` gets the first bytes, and returns type and file name. `ensure_owner` is called right before each
+        attempt to make the bytes an object; raises LeaseLost if they must not become one.
+
+        Waits while the bus is away, and closes `pieces` at the end. Raises BusRefused, LeaseLost, and what `pieces`
+        raises.
         """
 
 

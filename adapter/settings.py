@@ -108,10 +108,8 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     """Parked texts of one user are sent as one message up to so many characters; 0: each on its own."""
 
     media_max_bytes: Annotated[int, Meta(ge=1)] = 104857600
-    """Largest media, in bytes, both ways. A larger one is announced without its bytes, or refused."""
-
-    media_wait_s: Annotated[float, Meta(gt=0)] = 60.0
-    """Seconds that a message waits for the download of its media; then it goes on without them."""
+    """Largest media, in bytes, both ways. A larger one of a user is named and not fetched, one of a sandbox
+    refused."""
 
     media_hours: Annotated[float, Meta(ge=1)] = 168.0
     """Hours that media are kept in the object store."""

@@ -12,7 +12,20 @@ from typing import Annotated, Literal, TypeAlias, get_args
 import msgspec
 from msgspec import Meta
 
-from adapter.contract.names import H_LAST, H_NAME, H_NEXT, H_OFFSET, H_SHA256, H_SIZE, H_UPLOAD, SANDBOX_PATTERN
+from adapter.contract.names import (
+    H_DURATION_MS,
+    H_HEIGHT,
+    H_LAST,
+    H_MIME,
+    H_NAME,
+    H_NEXT,
+    H_OFFSET,
+    H_SHA256,
+    H_SIZE,
+    H_UPLOAD,
+    H_WIDTH,
+    SANDBOX_PATTERN,
+)
 
 SCHEMA_VERSION = "1"
 COMMAND_BYTES = 256 * 1024
@@ -26,6 +39,10 @@ _HEADERS = {
     "size": H_SIZE,
     "sha256": H_SHA256,
     "next": H_NEXT,
+    "mime": H_MIME,
+    "width": H_WIDTH,
+    "height": H_HEIGHT,
+    "duration_ms": H_DURATION_MS,
 }
 
 SandboxId = Annotated[str, Meta(pattern=rf"^{SANDBOX_PATTERN}\Z", description="Name of a sandbox.")]
@@ -59,12 +76,25 @@ class TextItem(msgspec.Struct, frozen=True, kw_only=True, tag_field="kind", tag=
 
 
 class Media(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """An object in the store `wechat_media`. A sandbox reads its objects by wechat.svc.media.get.<sandbox>."""
+    """An object in the store `wechat_media`. A sandbox reads its objects by wechat.svc.media.get.<sandbox>.
+
+    In an inbound message the object is named before its bytes are fetched, with what iLink tells of it. The answer of
+    media.get has the rest.
+    """
 
     object: Annotated[str, Meta(min_length=1, max_length=200, description="Its name: <sandbox>/…")]
-    name: Annotated[str, Meta(description="File name from the sender, or generated for the type.")] = ""
-    mime: Annotated[str, Meta(description="Type, detected from the content.")] = ""
-    size: Annotated[int, Meta(description="Bytes.")] = 0
+    name: Annotated[
+        str,
+        Meta(description="File name from the sender; of an upload without one, generated. Empty: iLink told none."),
+    ] = ""
+    mime: Annotated[str, Meta(description="Type, detected from the content; empty before it is fetched.")] = ""
+    size: Annotated[
+        int,
+        Meta(
+            description="Bytes. In an inbound message as iLink tells them, of a video up to 16 more than it has; 0:"
+            " not told."
+        ),
+    ] = 0
     sha256: Annotated[str, Meta(description="Lower-case hex.")] = ""
     width: Annotated[int | None, Meta(description="Pixels, if known.")] = None
     height: Annotated[int | None, Meta(description="Pixels, if known.")] = None
@@ -74,9 +104,8 @@ class Media(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
 MediaReason = Annotated[
     str,
     Meta(
-        description="Why the bytes are missing: too_large, timeout, unavailable (the CDN refused or failed), corrupt"
-        " (they cannot be decrypted), reference (missing, or not allowed), off (the binding's option), store (the bus"
-        " did not accept them); empty if they are there."
+        description="Why there are no `media`: off (the binding's option), reference (iLink did not say where they"
+        " are), corrupt (nor how to decrypt them). Empty: `media` names them."
     ),
 ]
 
@@ -94,7 +123,10 @@ class VoiceItem(msgspec.Struct, frozen=True, kw_only=True, tag_field="kind", tag
     transcript: Annotated[str, Meta(description="WeChat's speech-to-text; may be wrong, may be empty.")] = ""
     duration_ms: int | None = None
     media: Annotated[Media | None, Meta(description="As recorded, usually SILK.")] = None
-    wav: Annotated[Media | None, Meta(description="The recording as WAV, if it could be converted.")] = None
+    wav: Annotated[
+        Media | None,
+        Meta(description="The recording as WAV, where the adapter converts it. If it cannot, media.get answers 404."),
+    ] = None
     reason: MediaReason = ""
 
 
@@ -596,15 +628,29 @@ class MediaQuery(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
             " the store does not have them (yet); 0: only what is stored is given.",
         ),
     ] = 0
-    wait_s: Annotated[float, Meta(ge=0, le=60, description="Longest wait for media that are being fetched.")] = 0
+    wait_s: Annotated[
+        float,
+        Meta(
+            ge=0,
+            le=60,
+            description="Longest wait for media that are being fetched, then the answer is 503: ask again. 0: only"
+            " what is stored is given.",
+        ),
+    ] = 0
 
 
 class MediaBytes(msgspec.Struct, frozen=True, kw_only=True, rename=_HEADERS.get):
-    """Headers of the answer of wechat.svc.media.get.<sandbox>, whose payload is the piece."""
+    """Headers of the answer of wechat.svc.media.get.<sandbox>, whose payload is the piece. The first piece has those
+    that describe the content, as far as it shows them."""
 
     size: Annotated[int, Meta(ge=0, description="Bytes of the whole object.")]
     sha256: Annotated[str, Meta(description="Hash of the whole object, lower-case hex.")]
     next: Annotated[int | None, Meta(description="`after` for the next piece; absent: this is the last.")] = None
+    name: Annotated[str, Meta(description="File name, percent-encoded; from the sender, or for the type.")] = ""
+    mime: Annotated[str, Meta(description="Type, detected from the content.")] = ""
+    width: Annotated[int | None, Meta(description="Pixels of a picture.")] = None
+    height: Annotated[int | None, Meta(description="Pixels of a picture.")] = None
+    duration_ms: Annotated[int | None, Meta(description="Length of a recording.")] = None
 
 
 class MediaPiece(msgspec.Struct, frozen=True, kw_only=True, rename=_HEADERS.get):

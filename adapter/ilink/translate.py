@@ -180,24 +180,26 @@ def _translate_item(item: wire.Item, index: int) -> _TranslatedItem:
             voice = item.voice_item
             transcript = transcript_of(voice)
             fetch, reason = _read_media(voice, index)
-            length = _duration_ms(voice.playtime)
+            length = _count(voice.playtime)
             return _TranslatedItem(
                 contract.VoiceItem(transcript=transcript, duration_ms=length, reason=reason), transcript, fetch=fetch
             )
         case wire.FILE if item.file_item is not None:
             name = text_or_empty(item.file_item.file_name)[:MAX_FILE_NAME]
             name = "" if name in NO_NAMES else name
-            fetch, reason = _read_media(item.file_item, index, name)
+            fetch, reason = _read_media(item.file_item, index, name, item.file_item.len)
             return _TranslatedItem(contract.FileItem(name=name, reason=reason), fetch=fetch)
         case wire.VIDEO if item.video_item is not None:
-            fetch, reason = _read_media(item.video_item, index)
-            length = _duration_ms(item.video_item.play_length)
+            fetch, reason = _read_media(item.video_item, index, size=item.video_item.video_size)
+            length = _count(item.video_item.play_length)
             return _TranslatedItem(contract.VideoItem(duration_ms=length, reason=reason), fetch=fetch)
         case _:
             return _TranslatedItem(contract.UnsupportedItem(type=kind))
 
 
-def _read_media(payload: wire.MediaPayload, index: int, name: str = "") -> tuple[MediaRef | None, str]:
+def _read_media(
+    payload: wire.MediaPayload, index: int, name: str = "", size: object = None
+) -> tuple[MediaRef | None, str]:
     """The location of the media; or None and the reason why they cannot be downloaded."""
     try:
         media = msgspec.convert(payload.media, wire.Media)
@@ -210,7 +212,7 @@ def _read_media(payload: wire.MediaPayload, index: int, name: str = "") -> tuple
         key = read_key(_key_or_none(media.aes_key), _key_or_none(payload.aeskey))
     except Refused as exc:
         return None, exc.reason
-    return MediaRef(index, url, reference, key, name), ""
+    return MediaRef(index, url, reference, key, name, _count(size) or 0), ""
 
 
 def _key_or_none(value: object) -> str | None:
@@ -218,8 +220,8 @@ def _key_or_none(value: object) -> str | None:
     return value if isinstance(value, str) or value is None else "?"
 
 
-def _duration_ms(value: object) -> int | None:
-    """Milliseconds; None: no valid duration."""
+def _count(value: object) -> int | None:
+    """A number, perhaps as text: milliseconds, bytes. None: it is none."""
     if isinstance(value, str) and value.isascii() and value.isdigit() and len(value) < 16:
         value = int(value)
     return value if isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**53 else None

@@ -117,10 +117,12 @@ class VoicePayload(MediaPayload):
 
 class FilePayload(MediaPayload):
     file_name: Any = None
+    len: Any = None
 
 
 class VideoPayload(MediaPayload):
     play_length: Any = None
+    video_size: Any = None
 
 
 class PartialText(msgspec.Struct):

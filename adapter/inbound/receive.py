@@ -42,6 +42,7 @@ from adapter.conversation.shard import Folds
 from adapter.errors import AdapterError, BusRefused, Crashed, LeaseLost, RecordTooNew, Temporary, Unreadable
 from adapter.inbound.checkpoint import Checkpoint, Checkpoints
 from adapter.inbound.fold import InboxReader
+from adapter.inbound.media import MediaFetcher, name_media
 from adapter.inbound.sealed import Sealed, seal
 from adapter.kit.crashes import ATTEMPTS, retry_on_bug_now
 from adapter.kit.timing import Clock, PerTickLimiter, backoff
@@ -78,20 +79,6 @@ class Shard(Protocol):
         """Shows the typing indicator. Best effort."""
 
 
-class Media(Protocol):
-    """The media of messages, which come after them."""
-
-    def name_media(
-        self, sandbox: str, user: str, message_id: str, items: Sequence[InboundItem], fetches: Sequence[MediaRef]
-    ) -> list[InboundItem]:
-        """The items, each with the name of the object in which its media will be."""
-
-    def fetch_soon(
-        self, sandbox: str, user: str, message_id: str, items: Sequence[InboundItem], fetches: Sequence[MediaRef]
-    ) -> None:
-        """Fetches the media of a stored message in the background."""
-
-
 class ReceiveDeps(NamedTuple):
     """Dependencies of `receive`."""
 
@@ -107,7 +94,7 @@ class ReceiveDeps(NamedTuple):
     open_shard: Callable[[str], Awaitable[Shard | None]]
     """The shard of a sandbox once it works; None: another replica owns it."""
     policy: window.WindowPolicy
-    media: Media
+    media: MediaFetcher
     leases: Leases
     publish_released: Callable[[str], Awaitable[None]]
     """Tells the bot's new owner of a late message. Never raises."""
@@ -339,7 +326,7 @@ class Receiver:
         one.items, one.fetches, quote = message.items, message.fetches, message.quote
         if message.fetches:
             if binding.options.media:
-                one.items = deps.media.name_media(sandbox, message.user, one.id, one.items, one.fetches)
+                one.items = name_media(sandbox, message.user, one.id, one.items, one.fetches)
             else:
                 one.items, one.fetches = _without_media(one.items, one.fetches), ()
         if quote is not None and message.reference is not None and one.actor is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Awaitable, Callable, Container, Mapping
 from functools import partial
 
@@ -77,8 +78,8 @@ class Services:
         self._metadata = {"instance": instance, "prefix": names.prefix, **(metadata or {})}
         self._max_per_sandbox = of_one
         self._slots = FairSlots(MAX_IN_FLIGHT, share=MAX_IN_FLIGHT)
-        self._slots_by_verb = {"replay": FairSlots(MAX_REPLAYS, share=1)}
-        """Slots of verbs that have their own."""
+        self._slots_by_verb = {"replay": FairSlots(MAX_REPLAYS, share=1), "media.get": None}
+        """Slots of verbs that have their own. None: the handler takes them."""
         self._answers = TaskSet(_log_unanswered)
         self._refusals = RefusalLog()
         connection.on_connect(self._register)
@@ -156,7 +157,8 @@ class Services:
         async def answer() -> None:
             try:
                 await shares.wait_turn(sandbox, COSTS.get(verb, 1))
-                async with self._slots_by_verb.get(verb, self._slots).slot(sandbox):
+                slots = self._slots_by_verb.get(verb, self._slots)
+                async with slots.slot(sandbox) if slots else contextlib.nullcontext():
                     await _respond(request, handler(SandboxRequest(sandbox, request.headers or {}, request.data)))
             finally:
                 shares.release(sandbox, len(request.data))

@@ -21,7 +21,16 @@ import structlog
 
 from adapter.content.media import HEAD
 from adapter.contract.names import H_EXPECTED, H_MSG_ID, H_OFFSET
-from adapter.errors import UNDECODABLE, AdapterError, BusRefused, Conflict, Refused, Temporary, Unreadable
+from adapter.errors import (
+    UNDECODABLE,
+    AdapterError,
+    BusRefused,
+    Conflict,
+    LeaseLost,
+    Refused,
+    Temporary,
+    Unreadable,
+)
 from adapter.jetstream.history import StreamHistory, direct_get_one, get_from_leader, has_more
 from adapter.jetstream.managed_connection import ManagedConnection
 from adapter.jetstream.publisher import Publisher
@@ -75,10 +84,7 @@ class ObjectStore:
         self._batch_slots = asyncio.Semaphore(BATCHES)
 
     async def get_info(self, name: str) -> StoredObject | None:
-        meta = await self._read_meta(name)
-        if meta is None or meta.deleted or (meta.options or {}).get("link"):
-            return None
-        return StoredObject(name, meta.nuid, meta.size, _digest_hex(meta.digest), meta.description)
+        return _described(name, (await self._read_meta(name))[0])
 
     async def read(self, stored: StoredObject) -> Pieces:
         digest = hashlib.sha256()
@@ -96,19 +102,31 @@ class ObjectStore:
             return piece.data, piece.seq if has_more(piece) else 0
         raise Unreadable("object", f"{stored.name}: no piece after {after}")
 
-    async def put(self, name: str, pieces: Pieces, *, mime: str = "", title: str = "") -> StoredObject:
+    async def put(
+        self,
+        name: str,
+        pieces: Pieces,
+        *,
+        describe: Callable[[bytes], tuple[str, str]] = lambda head: ("", ""),
+        ensure_owner: Callable[[], None] | None = None,
+    ) -> StoredObject:
         ident = secrets.token_hex(11)
         try:
             async with contextlib.aclosing(pieces):
-                size, chunks, digest = await self._store_chunks(ident, pieces)
+                size, chunks, digest, head = await self._store_chunks(ident, pieces)
         except BaseException:
             await self._delete_chunks(ident)
             raise
+        mime, title = describe(head)
+        meta = self._new_meta(name, ident, size, chunks, digest, mime=mime, title=title)
         try:
-            return await self._store_meta(name, ident, size, chunks, digest, mime=mime, title=title)
-        except BusRefused:  # after a cancellation the meta may be stored, so the chunks must stay
+            stored = await self._store_first_meta(meta, ensure_owner)
+        except (BusRefused, LeaseLost):  # after a cancellation the meta may be stored, so the chunks must stay
             await self._delete_chunks(ident)
             raise
+        if stored.ident != ident:
+            await self._delete_chunks(ident)
+        return stored
 
     # uploads in pieces ------------------------------------------------------------------------------
 
@@ -151,8 +169,8 @@ class ObjectStore:
         if sha256 not in ("", digest.hexdigest()):
             await self._delete_chunks(ident)
             raise Refused("invalid", "The bytes are not those of your SHA-256: begin again at 0.")
-        mime, bare = mime_of(head), digest.digest()
-        return await self._store_meta(name, ident, size, chunks, bare, mime=mime, title=title), head
+        meta = self._new_meta(name, ident, size, chunks, digest.digest(), mime=mime_of(head), title=title)
+        return await self._store_meta(meta), head
 
     async def _read_upload(
         self, name: str, ident: str, size: int, *, head_only: bool = False
@@ -173,11 +191,12 @@ class ObjectStore:
 
     # writing ----------------------------------------------------------------------------------------
 
-    async def _store_chunks(self, ident: str, pieces: Pieces) -> tuple[int, int, bytes]:
-        """Stores the chunks. Returns size, number of chunks and digest."""
-        digest, size, chunks = hashlib.sha256(), 0, 0
+    async def _store_chunks(self, ident: str, pieces: Pieces) -> tuple[int, int, bytes, bytes]:
+        """Stores the chunks. Returns size, number of chunks, digest, and the first chunk."""
+        digest, size, chunks, head = hashlib.sha256(), 0, 0, b""
         batch: list[Message] = []
         async for chunk in _rechunk(pieces):
+            head = head or chunk
             digest.update(chunk)
             size += len(chunk)
             chunks += 1
@@ -187,7 +206,7 @@ class ObjectStore:
                 await self._store_batch(batch)
                 batch = []
         await self._store_batch(batch)
-        return size, chunks, digest.digest()
+        return size, chunks, digest.digest(), head
 
     async def _store_batch(self, batch: list[Message]) -> None:
         async with self._batch_slots:
@@ -197,12 +216,10 @@ class ObjectStore:
             if isinstance(outcome, BusRefused):
                 raise outcome
 
-    async def _store_meta(
+    def _new_meta(
         self, name: str, ident: str, size: int, chunks: int, digest: bytes, *, mime: str, title: str
-    ) -> StoredObject:
-        """Makes the chunks of `ident` the object `name`, and deletes its former chunks."""
-        before = await self._read_meta_with_retry(name)
-        meta = _Meta(
+    ) -> _Meta:
+        return _Meta(
             name=name,
             bucket=self._bucket,
             nuid=ident,
@@ -214,13 +231,35 @@ class ObjectStore:
             headers={"Content-Type": [mime]} if mime else None,
             options={"max_chunk_size": CHUNK},
         )
-        headers = {"Nats-Rollup": "sub"}
-        await self._publisher.publish(
-            Message("media", self._metas + _encode_name(name), msgspec.json.encode(meta), headers)
-        )
-        if before is not None and before.nuid not in ("", ident):
+
+    async def _store_meta(self, meta: _Meta) -> StoredObject:
+        """Makes the chunks of `meta` its object, and deletes the former chunks of that object."""
+        before, _ = await self._read_meta_with_retry(meta.name)
+        await self._publish_meta(meta, {})
+        if before is not None and before.nuid not in ("", meta.nuid):
             await self._delete_chunks(before.nuid)
-        return StoredObject(name, ident, size, digest.hex(), title)
+        return _known(meta.name, meta)
+
+    async def _store_first_meta(self, meta: _Meta, ensure_owner: Callable[[], None] | None) -> StoredObject:
+        """Makes the chunks of `meta` its object, unless that exists already. Returns the one that exists then."""
+        while True:
+            before, revision = await self._read_meta_with_retry(meta.name)
+            if (stored := _described(meta.name, before)) is not None:
+                return stored
+            # the id drops a duplicate that is sent again after a break
+            headers = {H_EXPECTED: str(revision), H_MSG_ID: f"{meta.nuid}.meta"}
+            try:
+                await self._publish_meta(meta, headers, ensure_owner)
+                return _known(meta.name, meta)
+            except Conflict:  # another one was stored meanwhile, or a lagging server answered
+                await asyncio.sleep(0.05)
+
+    async def _publish_meta(
+        self, meta: _Meta, headers: dict[str, str], ensure_owner: Callable[[], None] | None = None
+    ) -> None:
+        subject = self._metas + _encode_name(meta.name)
+        headers = {"Nats-Rollup": "sub", **headers}
+        await self._publisher.publish(Message("media", subject, msgspec.json.encode(meta), headers, ensure_owner))
 
     async def _delete_chunks(self, ident: str) -> None:
         """Deletes chunks. Those that cannot be deleted now expire with the store's age limit."""
@@ -247,26 +286,36 @@ class ObjectStore:
         if remaining:
             raise Unreadable("object", f"{name}: pieces are gone or too many")
 
-    async def _read_meta(self, name: str) -> _Meta | None:
+    async def _read_meta(self, name: str) -> tuple[_Meta | None, int]:
+        """The description of an object, None if there is no readable one, and its sequence. Raises Temporary."""
         query = {"last_by_subj": self._metas + _encode_name(name)}
         stored = await direct_get_one(self._connection, self._stream, query)
         if stored is None:  # a lagging server may have answered
             stored = await get_from_leader(self._connection, self._stream, query)
         if stored is None:
-            return None
+            return None, 0
         try:
-            return msgspec.json.decode(stored.data, type=_Meta)
+            return msgspec.json.decode(stored.data, type=_Meta), stored.seq
         except UNDECODABLE:
             log.warning("media.unreadable", detail="The description of an object cannot be read.")
-            return None
+            return None, stored.seq
 
-    async def _read_meta_with_retry(self, name: str) -> _Meta | None:
+    async def _read_meta_with_retry(self, name: str) -> tuple[_Meta | None, int]:
         while True:
             try:
                 return await self._read_meta(name)
             except Temporary:
                 await self._connection.wait_connected()
                 await asyncio.sleep(0.1)
+
+
+def _described(name: str, meta: _Meta | None) -> StoredObject | None:
+    """The object that a description stands for; None: it was deleted, or is a link to another."""
+    return None if meta is None or meta.deleted or (meta.options or {}).get("link") else _known(name, meta)
+
+
+def _known(name: str, meta: _Meta) -> StoredObject:
+    return StoredObject(name, meta.nuid, meta.size, _digest_hex(meta.digest), meta.description)
 
 
 def _encode_name(name: str) -> str:

@@ -220,6 +220,12 @@ class Metrics:
         self.media_duration = self._histogram(
             "media_duration_seconds", "Duration of a media transfer.", _MESSAGE_S, direction=directions
         )
+        self.media_fetches = self._counter(
+            "media_fetches",
+            "Media of inbound messages brought to the object store, or the reason why not. dropped: too many waited;"
+            " unbound: the person has left.",
+            outcome="stored too_large timeout unavailable corrupt reference store unbound dropped",
+        )
 
     def _make_logins(self) -> None:
         self.logins = self._counter(

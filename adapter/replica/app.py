@@ -87,6 +87,7 @@ async def _drain(
             await asyncio.wait([leasing])
             if replica.leases.is_valid:
                 await replica.leases.release_all()
+            await replica.media.close()
     except TimeoutError:
         log.warning("drain.timed_out", drain_s=replica.settings.drain_s)
 

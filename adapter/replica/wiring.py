@@ -17,6 +17,7 @@ from adapter.bindings.control import Control
 from adapter.bindings.registry import Bindings, account_of
 from adapter.console.server import Console
 from adapter.console.service import ConsoleDeps
+from adapter.content import media
 from adapter.contract.names import Names
 from adapter.contract.records import UNBOUND_S, Binding
 from adapter.conversation.commands import Limits
@@ -30,6 +31,7 @@ from adapter.ilink.translate import read_message
 from adapter.inbound import poller
 from adapter.inbound.checkpoint import Checkpoints
 from adapter.inbound.fold import Folds, InboxReader
+from adapter.inbound.media import FetchDeps, MediaFetcher
 from adapter.inbound.poller import BotPoller, Pacing, PollDeps
 from adapter.inbound.receive import ReceiveDeps
 from adapter.jetstream.buckets import LeaderKvBucket
@@ -133,8 +135,9 @@ class Replica:
         self.others = OtherReplicas(connections.core, names, self.leases)
 
         self.conversation_store = ConversationStore(connections.bucket(names.conversations), unserved_s=unbound_s)
-        self.media = _NoMedia()
         self.transfers = FairSlots(TRANSFERS, share=TRANSFERS_PER_SANDBOX)
+        self.fetching = self._fetch_deps()
+        self.media = MediaFetcher(self.fetching)
         self.checkpoints = Checkpoints(connections.bucket(names.checkpoints), self.sealer)
         self.inboxes = InboxReader(connections.history, names, self.sealer, clock)
         self.inbound = PollDeps(
@@ -245,6 +248,21 @@ class Replica:
             metrics=self.metrics,
         )
 
+    def _fetch_deps(self) -> FetchDeps:
+        connections = self.connections
+        return FetchDeps(
+            cdn=connections.cdn,
+            objects=connections.objects,
+            history=connections.bulk_history,
+            names=self.names,
+            sealer=self.sealer,
+            to_wav=lambda silk: asyncio.to_thread(media.silk_to_wav, silk),
+            may_store=self._may_store,
+            transfers=self.transfers,
+            clock=self.clock,
+            metrics=self.metrics,
+        )
+
     def _outbound_deps(self) -> OutboundDeps:
         connections, clock = self.connections, self.clock
         account = partial(account_of, sealer=self.sealer)
@@ -326,7 +344,7 @@ class Replica:
             names,
             metrics,
         )
-        store = MediaService(connections.objects, metrics, max_bytes=settings.media_max_bytes)
+        store = MediaService(connections.objects, self.media, metrics, max_bytes=settings.media_max_bytes)
         handlers: dict[str, Handler] = {
             "bindings.list": queries.list_bindings,
             "bindings.get": queries.get_bindings,
@@ -373,6 +391,11 @@ class Replica:
 
     def _pollers(self) -> Pollers:
         return self.supervisor.pollers
+
+    def _may_store(self, sandbox: str, user: str) -> bool:
+        """Whether a user is bound: an erasure begins with the end of the binding, and media must not follow it."""
+        served = self.bindings.serving_sandbox(sandbox)
+        return not self.bindings.is_loaded or any(binding.user in ("", user) for binding in served)
 
     def _on_released(self, bot: str) -> None:
         """Another replica has released a bot, or, without a bot, a shard."""
@@ -433,14 +456,6 @@ def _send_policy(settings: Settings) -> SendPolicy:
         gap_ms=settings.send_gap_ms,
         merge_chars=settings.merge_chars,
     )
-
-
-class _NoMedia:
-    def name_media(self, sandbox, user, message_id, items, fetches):
-        return list(items)
-
-    def fetch_soon(self, *args):
-        pass
 
 
 class _PollGate:

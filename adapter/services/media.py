@@ -6,18 +6,30 @@ Requests do not depend on each other, so any replica answers any piece.
 
 from __future__ import annotations
 
-from urllib.parse import unquote
+import asyncio
+from typing import Protocol
+from urllib.parse import quote, unquote
 
 import msgspec
 
 from adapter.content import media
 from adapter.contract.messages import Media, MediaPiece, MediaQuery
-from adapter.contract.names import H_NEXT, H_SHA256, H_SIZE, MAX_SEQ, check_sandbox
-from adapter.errors import BusRefused, Refused, Unreadable
-from adapter.inbound.download import media_from_object
+from adapter.contract.names import (
+    H_DURATION_MS,
+    H_HEIGHT,
+    H_MIME,
+    H_NAME,
+    H_NEXT,
+    H_SHA256,
+    H_SIZE,
+    H_WIDTH,
+    MAX_SEQ,
+    check_sandbox,
+)
+from adapter.errors import BusRefused, Refused, Temporary, Unreadable
 from adapter.kit.slots import FairSlots
 from adapter.observability.metrics import Metrics
-from adapter.ports import PartialObjects, SandboxRequest, SandboxResponse
+from adapter.ports import PartialObjects, SandboxRequest, SandboxResponse, StoredObject
 from adapter.services.requests import invalid_request, read_request
 
 PIECE_MIN, PIECE_MAX = 16 * 1024, 512 * 1024
@@ -25,38 +37,88 @@ PIECE_MIN, PIECE_MAX = 16 * 1024, 512 * 1024
 COMPLETING = 4
 """Uploads whose digest is computed at the same time; those of one sandbox one by one."""
 NAME_MAX = 255
+MAX_READS = 64
+"""Pieces that are read for answers at the same time."""
+MAX_WAITS, MAX_WAITS_PER_SANDBOX = 1024, 8
+"""Requests that wait for media which are being fetched, of all sandboxes and of one. They hold none of MAX_READS, and
+a quarter of the requests that a sandbox may have open."""
+
+
+class Fetcher(Protocol):
+    """What fetches media from iLink (`inbound.media.MediaFetcher`)."""
+
+    async def ensure(self, sandbox: str, sequence: int, name: str) -> None:
+        """Returns when an object of the message with this sequence is in the store. Raises Refused, whose detail says
+        why it cannot be had, or Temporary."""
 
 
 class MediaService:
     """The handlers of media.get and media.put."""
 
-    def __init__(self, objects: PartialObjects, metrics: Metrics, *, max_bytes: int) -> None:
+    def __init__(self, objects: PartialObjects, fetcher: Fetcher, metrics: Metrics, *, max_bytes: int) -> None:
         self._objects = objects
+        self._fetcher = fetcher
         self._metrics = metrics
         self._max_bytes = max_bytes
+        self._reads = FairSlots(MAX_READS, share=MAX_READS)
+        self._waits = FairSlots(MAX_WAITS, share=MAX_WAITS_PER_SANDBOX)
         self._completing = FairSlots(COMPLETING, share=1)
 
     async def get(self, request: SandboxRequest) -> SandboxResponse:
-        """media.get: a piece of an object. Raises Refused (invalid, not_found), Temporary."""
+        """media.get: a piece of an object, which is fetched if the request names its message and waits for it.
+
+        Takes its slots itself. Raises Refused (invalid, not_found), Temporary.
+        """
         sandbox = check_sandbox(request.sandbox)
         query = read_request(request.data, MediaQuery, self._metrics)
-        if query.after > MAX_SEQ:
+        if max(query.after, query.sequence) > MAX_SEQ:
             raise invalid_request(
-                ValueError("`after` is the header Wechat-Next of the answer before."), self._metrics
+                ValueError("`after` is the header Wechat-Next of the answer before, `sequence` the message's."),
+                self._metrics,
             )
         if not query.object.startswith(f"{sandbox}/"):
             raise _not_found()
-        stored = await self._objects.get_info(query.object)
-        if stored is None:
+        answer = await self._read(sandbox, query)
+        if answer is None and query.sequence and query.wait_s and not query.after:
+            await self._wait(sandbox, query)
+            answer = await self._read(sandbox, query)
+        if answer is None:
             raise _not_found()
-        try:
-            piece, after = await self._objects.read_piece(stored, query.after)
-        except Unreadable as exc:
-            raise _not_found() from exc
+        return answer
+
+    async def _read(self, sandbox: str, query: MediaQuery) -> SandboxResponse | None:
+        """The piece; None: it is not in the store. Raises Temporary."""
+        async with self._reads.slot(sandbox):
+            stored = await self._objects.get_info(query.object)
+            if stored is None:
+                return None
+            try:
+                piece, after = await self._objects.read_piece(stored, query.after)
+            except Unreadable:
+                return None
         headers = {H_SIZE: str(stored.size), H_SHA256: stored.sha256}
         if after:
             headers[H_NEXT] = str(after)
+        if not query.after:
+            shown = _describe(stored, piece)
+            about = {H_WIDTH: shown.width, H_HEIGHT: shown.height, H_DURATION_MS: shown.duration_ms}
+            headers |= {H_NAME: quote(shown.name, safe=""), H_MIME: shown.mime}
+            headers |= {header: str(value) for header, value in about.items() if value is not None}
         return SandboxResponse(piece, headers)
+
+    async def _wait(self, sandbox: str, query: MediaQuery) -> None:
+        """Returns when the media are in the store. Raises Refused("not_found"), Temporary."""
+        if not self._waits.try_acquire(sandbox):
+            raise Temporary("busy", "Too many requests wait for media: ask again after their answers.")
+        try:
+            async with asyncio.timeout(query.wait_s):
+                await self._fetcher.ensure(sandbox, query.sequence, query.object)
+        except TimeoutError:
+            raise Temporary("fetching", "The media are still being fetched: ask again.") from None
+        except Refused as exc:
+            raise Refused("not_found", exc.detail) from exc
+        finally:
+            self._waits.release(sandbox)
 
     async def put(self, request: SandboxRequest) -> SandboxResponse:
         """media.put: stores a piece. Raises Refused("invalid"), Temporary, BusRefused (the store is full)."""
@@ -87,9 +149,23 @@ class MediaService:
             stored, head = await self._objects.complete_upload(
                 name, size, sha256=piece.sha256, title=title, mime_of=lambda head: media.identify(head, title).mime
             )
-        kind = media.identify(head, stored.title)
-        name = stored.title or media.file_name(kind.mime.partition("/")[0], kind.suffix)
-        return media_from_object(stored, kind, name, media.wav_duration_ms(head))
+        return _describe(stored, head)
+
+
+def _describe(stored: StoredObject, head: bytes) -> Media:
+    """An object, and what its first bytes show."""
+    kind = media.identify(head, stored.title)
+    is_whole = len(head) == stored.size
+    return Media(
+        object=stored.name,
+        name=stored.title or media.file_name(kind.mime.partition("/")[0], kind.suffix),
+        mime=kind.mime,
+        size=stored.size,
+        sha256=stored.sha256,
+        width=kind.width,
+        height=kind.height,
+        duration_ms=media.wav_duration_ms(head) or (media.silk_duration_ms(head) if is_whole else None),
+    )
 
 
 def _file_name(encoded: str) -> str:

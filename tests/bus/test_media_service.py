@@ -9,11 +9,11 @@ import hashlib
 import json
 import random
 import subprocess
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
-from urllib.parse import quote
+from urllib.parse import quote, unquote
 
 import msgspec
 import nats
@@ -25,23 +25,48 @@ from nats.js.object_store import ObjectStore as TheirStore
 from structlog.testing import capture_logs
 
 from adapter.cli.embedded import find_server
-from adapter.contract.messages import Media
-from adapter.contract.names import H_ERROR_CODE, H_LAST, H_NAME, H_NEXT, H_OFFSET, H_SHA256, H_SIZE, H_UPLOAD, Names
+from adapter.content.media import silk_to_wav
+from adapter.contract.messages import ImageItem, Inbound, Media, MediaQuery, Window
+from adapter.contract.names import (
+    H_BOT,
+    H_DURATION_MS,
+    H_ERROR,
+    H_ERROR_CODE,
+    H_HEIGHT,
+    H_LAST,
+    H_MIME,
+    H_MSG_ID,
+    H_NAME,
+    H_NEXT,
+    H_OFFSET,
+    H_SEALED,
+    H_SHA256,
+    H_SIZE,
+    H_UPLOAD,
+    H_WIDTH,
+    Names,
+)
+from adapter.errors import Refused
+from adapter.inbound.media import FetchDeps, MediaFetcher, name_media
+from adapter.inbound.sealed import Sealed, seal
 from adapter.jetstream import topology
-from adapter.jetstream.history import direct_get_one
+from adapter.jetstream.history import StreamHistory, direct_get_one
 from adapter.jetstream.managed_connection import ManagedConnection
 from adapter.jetstream.microservice import Services
-from adapter.jetstream.objects import ObjectStore, _upload_ident
+from adapter.jetstream.objects import CHUNK, ObjectStore, _upload_ident
 from adapter.jetstream.publisher import Publisher
+from adapter.kit.slots import FairSlots
 from adapter.kit.timing import SystemClock
 from adapter.observability.metrics import Metrics
-from adapter.ports import Pieces
-from adapter.services.media import PIECE_MAX, PIECE_MIN, MediaService
+from adapter.ports import MediaRef, Pieces, SandboxRequest
+from adapter.security.seal import Sealer
+from adapter.services.media import MAX_WAITS_PER_SANDBOX, PIECE_MAX, PIECE_MIN, Fetcher, MediaService
 from adapter.settings import Settings
 from adapter.simulator import samples
 from tests.bus.guarded import ports_of
 from tests.bus.rig import PATIENCE_S
 from tests.e2e.waiting import until
+from tests.fakes import FakeCdn
 
 NAMES = Names()
 STREAM = f"OBJ_{NAMES.media}"
@@ -107,6 +132,18 @@ async def server_with_users(folder: Path, accounts: bool) -> AsyncIterator[str]:
         await process.wait()
 
 
+class FakeFetcher:
+    """Implements services.media.Fetcher: what each object's fetch does."""
+
+    def __init__(self) -> None:
+        self.does: dict[str, Callable[[], Awaitable[object]]] = {}
+        self.asked: list[tuple[str, int, str]] = []
+
+    async def ensure(self, sandbox: str, sequence: int, name: str) -> None:
+        self.asked.append((sandbox, sequence, name))
+        await self.does[name]()
+
+
 class Place(NamedTuple):
     """An adapter's part of the bus, and where it is."""
 
@@ -117,6 +154,7 @@ class Place(NamedTuple):
     group: asyncio.TaskGroup
     accounts: bool
     """The sandboxes are in an account of their own."""
+    fetcher: FakeFetcher
 
 
 @pytest.fixture(params=[False, True], ids=["one_account", "two_accounts"])
@@ -126,18 +164,21 @@ async def place(tmp_path: Path, request: pytest.FixtureRequest) -> AsyncIterator
         connection, metrics = ManagedConnection(settings, "test"), Metrics()
         publisher = Publisher(connection, SystemClock(), metrics)
         store = ObjectStore(connection, publisher, NAMES.media)
-        offer(connection, store, metrics)
+        fetcher = FakeFetcher()
+        offer(connection, store, metrics, fetcher)
         tasks = [group.create_task(connection.run()), group.create_task(publisher.run())]
         await connection.wait_connected(PATIENCE_S)
         for wanted in topology.wanted_streams(NAMES, settings):
             await topology.create_resource(connection, wanted)
-        yield Place(url, connection, store, metrics, group, request.param)
+        yield Place(url, connection, store, metrics, group, request.param, fetcher)
         for task in tasks:
             task.cancel()
 
 
-def offer(connection: ManagedConnection, store: ObjectStore, metrics: Metrics) -> None:
-    media = MediaService(store, metrics, max_bytes=MAX_BYTES)
+def offer(
+    connection: ManagedConnection, store: ObjectStore, metrics: Metrics, fetcher: Fetcher | None = None
+) -> None:
+    media = MediaService(store, fetcher or FakeFetcher(), metrics, max_bytes=MAX_BYTES)
     of_sandbox = {"media.get": media.get, "media.put": media.put}
     Services(connection, NAMES, {}, metrics, version="1.0.0", instance="i", of_sandbox=of_sandbox)
 
@@ -173,6 +214,10 @@ class Sandbox:
                 assert (len(data), hashlib.sha256(data).hexdigest()) == (int(headers[H_SIZE]), headers[H_SHA256])
                 return data
             after = int(headers[H_NEXT])
+
+    async def ask_get(self, name: str, **query: Any) -> Msg:
+        ask = json.dumps({"object": name, **query}).encode()
+        return await self.nc.request(f"wechat.svc.media.get.{self.name}", ask, timeout=20)
 
     async def ask_put(self, upload: str, piece: bytes, offset: int = 0, **headers: str) -> Msg:
         named = {H_UPLOAD: upload, H_OFFSET: str(offset)}
@@ -283,6 +328,133 @@ async def test_a_piece_that_is_gone_is_absent(place: Place, s1: Sandbox) -> None
     await place.connection.api_request(f"STREAM.PURGE.{STREAM}", {"filter": f"$O.{NAMES.media}.C.>"})
     with pytest.raises(LookupError, match="404"):
         await s1.get("s1/in/x")
+
+
+async def test_the_first_piece_says_what_it_is(place: Place, s1: Sandbox) -> None:
+    """What nobody knows when the message comes."""
+    voice = samples.silk(2.0)
+    wav = silk_to_wav(voice)
+    assert wav is not None
+    for name, data, title, said in [
+        ("p", samples.png(640, 480), "a b/报.png", ("image/png", "640", "480", None)),
+        ("w", wav, "voice.wav", ("audio/wav", None, None, "2000")),
+        ("s", voice, "voice.silk", ("audio/silk", None, None, "2000")),
+        ("x", BYTES, "", ("application/octet-stream", None, None, None)),
+    ]:
+        await place.store.put(f"s1/in/{name}", one(data), describe=lambda _, title=title: ("", title))  # type: ignore[misc]
+        headers = (await s1.ask_get(f"s1/in/{name}")).headers or {}
+        shown = tuple(headers.get(header) for header in (H_MIME, H_WIDTH, H_HEIGHT, H_DURATION_MS))
+        assert (unquote(headers[H_NAME]), shown) == (title or "file", said)
+        assert headers[H_NAME].isascii()
+    later = (await s1.ask_get("s1/in/x", after=int(headers[H_NEXT]))).headers or {}
+    assert later.keys() & {H_NAME, H_MIME, H_WIDTH, H_HEIGHT, H_DURATION_MS} == set()
+
+
+# waiting for what is fetched -----------------------------------------------------------------------------
+
+
+async def test_who_waits_gets_what_is_fetched(place: Place, s1: Sandbox) -> None:
+    place.fetcher.does["s1/in/x"] = lambda: place.store.put("s1/in/x", one(BYTES))
+    msg = await s1.ask_get("s1/in/x", sequence=7, wait_s=10)
+    assert (msg.headers or {})[H_SHA256] == hashlib.sha256(BYTES).hexdigest()
+    assert msg.data == BYTES[: len(msg.data)] != b""
+    assert place.fetcher.asked == [("s1", 7, "s1/in/x")]
+    await s1.ask_get("s1/in/x", sequence=7, wait_s=10)
+    assert len(place.fetcher.asked) == 1, "what is there is not fetched"
+
+
+@pytest.mark.parametrize(
+    "query", [{}, {"sequence": 7}, {"wait_s": 10}, {"sequence": 7, "wait_s": 10, "after": 5}], ids=str
+)
+async def test_who_names_no_message_or_does_not_wait_gets_only_what_is_stored(
+    place: Place, s1: Sandbox, query: dict[str, Any]
+) -> None:
+    assert code_of(await s1.ask_get("s1/in/x", **query)) == "404"
+    assert place.fetcher.asked == []
+
+
+async def test_a_fetch_of_others_media_is_not_begun(place: Place, s1: Sandbox) -> None:
+    for name in ("s2/in/x", "s10/in/x", "s1", "/s2/in/x"):
+        assert code_of(await s1.ask_get(name, sequence=7, wait_s=10)) == "404"
+    assert place.fetcher.asked == []
+
+
+async def test_media_that_cannot_be_had_are_told_with_the_reason(place: Place, s1: Sandbox) -> None:
+    async def refuse() -> None:
+        raise Refused("corrupt", "The media cannot be decrypted.")
+
+    place.fetcher.does["s1/in/x"] = refuse
+    msg = await s1.ask_get("s1/in/x", sequence=7, wait_s=10)
+    assert (code_of(msg), (msg.headers or {})[H_ERROR]) == ("404", "The media cannot be decrypted.")
+
+
+async def test_media_that_take_longer_than_the_wait_are_told_as_such(place: Place, s1: Sandbox) -> None:
+    place.fetcher.does["s1/in/x"] = asyncio.Event().wait
+    msg = await s1.ask_get("s1/in/x", sequence=7, wait_s=0.1)
+    assert (code_of(msg), (msg.headers or {})[H_ERROR]) == ("503", "The media are still being fetched: ask again.")
+
+
+async def test_who_waits_takes_nothing_from_other_requests(place: Place, s1: Sandbox) -> None:
+    """Neither from their own nor from others', who may wait as well."""
+    gate = asyncio.Event()
+    for sandbox in ("s1", "s2"):
+        place.fetcher.does[f"{sandbox}/in/x"] = gate.wait
+        await place.store.put(f"{sandbox}/in/there", one(SECRET))
+    s2 = await Sandbox("s2").connect(place.url)
+    waiting = [
+        asyncio.create_task(s1.ask_get("s1/in/x", sequence=7, wait_s=10)) for _ in range(MAX_WAITS_PER_SANDBOX)
+    ]
+    await until(lambda: len(place.fetcher.asked) == MAX_WAITS_PER_SANDBOX, "all of them wait")
+    more = await s1.ask_get("s1/in/x", sequence=7, wait_s=10)
+    assert (code_of(more), "ask again" in (more.headers or {})[H_ERROR]) == ("503", True)
+    others = asyncio.create_task(s2.ask_get("s2/in/x", sequence=7, wait_s=10))
+    await until(lambda: len(place.fetcher.asked) == MAX_WAITS_PER_SANDBOX + 1, "the other waits, too")
+    for asks in (s1, s2):
+        quick = await asyncio.gather(*(asks.get(f"{asks.name}/in/there") for _ in range(20)))
+        assert quick == [SECRET] * 20
+    gate.set()
+    codes = [code_of(msg) for msg in await asyncio.gather(*waiting, others)]
+    assert codes == ["404"] * (MAX_WAITS_PER_SANDBOX + 1)
+    await s2.nc.close()
+
+
+async def test_two_replicas_that_are_asked_at_once_give_the_same_and_leave_one_copy(place: Place) -> None:
+    cdn, sealer, metrics = FakeCdn(), Sealer((bytes(32),)), place.metrics
+    cdn.has("p1", BYTES)
+    source = MediaRef(0, "", "p1", None, "")
+    items = name_media("s1", "u1", "in:1", [ImageItem()], [source])
+    inbound = Inbound(
+        id="in:1", sandbox="s1", bot="b1", user="u1", sent_at_ms=1, received_at_ms=1, text="", items=items,
+        window=Window(remaining=9),
+    )  # fmt: skip
+    headers = {H_MSG_ID: "in:1", H_BOT: "b1", H_SEALED: seal(sealer, "in:1", "b1", "s1", Sealed(media=(source,)))}
+    assert place.connection.nc is not None
+    js = place.connection.nc.jetstream()
+    ack = await js.publish(NAMES.inbox("s1"), msgspec.json.encode(inbound), headers=headers)
+
+    def replica() -> MediaService:
+        async def to_wav(silk: bytes) -> bytes | None:
+            return None
+
+        fetches = MediaFetcher(
+            FetchDeps(
+                cdn, place.store, StreamHistory(place.connection), NAMES, sealer, to_wav, lambda *_: True,
+                FairSlots(8, share=4), SystemClock(), metrics,
+            )
+        )  # fmt: skip
+        return MediaService(place.store, fetches, metrics, max_bytes=MAX_BYTES)
+
+    (item,) = items
+    assert isinstance(item, ImageItem)
+    assert item.media is not None
+    ask = MediaQuery(object=item.media.object, sequence=ack.seq, wait_s=30)
+    request = SandboxRequest("s1", {}, msgspec.json.encode(ask))
+    one_of, other = await asyncio.gather(replica().get(request), replica().get(request))
+    assert one_of == other
+    assert one_of.data == BYTES[: len(one_of.data)] != b""
+    assert cdn.fetched == ["p1", "p1"]
+    stored = await place.connection.api_request(f"STREAM.INFO.{STREAM}", {"subjects_filter": ">"})
+    assert sum(stored["state"]["subjects"].values()) == -(-len(BYTES) // CHUNK) + 1
 
 
 # attacks on what others have -------------------------------------------------------------------------------

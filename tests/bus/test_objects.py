@@ -12,7 +12,7 @@ from nats.js.api import ObjectMeta, ObjectMetaOptions
 from nats.js.errors import ObjectNotFoundError
 from nats.js.object_store import ObjectStore as TheirStore
 
-from adapter.errors import BusRefused, Refused, Temporary, Unreadable
+from adapter.errors import BusRefused, LeaseLost, Refused, Temporary, Unreadable
 from adapter.jetstream import topology
 from adapter.jetstream.objects import BATCH, CHUNK, ObjectStore
 from adapter.ports import Objects, Pieces, StoredObject
@@ -56,7 +56,11 @@ SIZES = [0, 1, CHUNK - 1, CHUNK, CHUNK + 1, 30 * CHUNK + 5]
 @pytest.mark.parametrize("size", SIZES)
 async def test_what_we_store_is_read_by_nats_py_and_by_us(rig: Rig, store: ObjectStore, size: int) -> None:
     data = content(size)
-    stored = await store.put("s1/in/a b.png", pieces_of(data), mime="image/png", title="a b.png")
+
+    def describe(head: bytes) -> tuple[str, str]:
+        return "image/png", f"{len(head)} b.png"
+
+    stored = await store.put("s1/in/a b.png", pieces_of(data), describe=describe)
     assert (stored.size, stored.sha256) == (size, hashlib.sha256(data).hexdigest())
     assert await store.get_info("s1/in/a b.png") == stored
     assert await whole(store, stored) == data
@@ -65,7 +69,7 @@ async def test_what_we_store_is_read_by_nats_py_and_by_us(rig: Rig, store: Objec
     result = await other.get("s1/in/a b.png")
     assert result.data == data
     assert (result.info.size, result.info.chunks) == (size, -(-size // CHUNK))
-    assert result.info.description == "a b.png"
+    assert result.info.description == f"{min(size, CHUNK)} b.png"
     assert [entry.name for entry in await other.list(ignore_deletes=True)] == ["s1/in/a b.png"]
     assert rig.metrics.value("nats_publish_total", stream="media", outcome="ok") == -(-size // CHUNK) + 1
 
@@ -106,17 +110,44 @@ async def test_an_object_is_read_piece_by_piece(store: ObjectStore, size: int) -
     assert await by_pieces(store, stored) == content(size)
 
 
-async def test_a_new_object_replaces_the_old_one_and_its_pieces(rig: Rig, store: ObjectStore) -> None:
-    old = await store.put("s1/x", pieces_of(content(300_000)))
-    new = await store.put("s1/x", pieces_of(b"new"))
-    assert await store.get_info("s1/x") == new
-    assert await whole(store, new) == b"new"
+async def test_an_object_stays_and_the_pieces_of_a_second_one_go(rig: Rig, store: ObjectStore) -> None:
+    first = await store.put("s1/x", pieces_of(b"first"))
+    assert await store.put("s1/x", pieces_of(content(300_000))) == first
+    assert await whole(store, first) == b"first"
     assert await count(rig, f"$O.{NAMES.media}.C.>") == 1
     assert await count(rig, f"$O.{NAMES.media}.M.>") == 1
-    with pytest.raises(Unreadable):
-        await whole(store, old)
-    with pytest.raises(Unreadable):
-        await store.read_piece(old, 0)
+
+
+async def test_of_objects_that_are_stored_at_once_one_stays(rig: Rig, store: ObjectStore) -> None:
+    """Whoever reads it meanwhile reads one of them to its end."""
+    made = await asyncio.gather(*(store.put("s1/x", pieces_of(content(300_000, number))) for number in range(5)))
+    assert len(set(made)) == 1
+    assert await store.get_info("s1/x") == made[0]
+    assert await whole(store, made[0]) in [content(300_000, number) for number in range(5)]
+    assert await count(rig, f"$O.{NAMES.media}.C.>") == 3
+    assert await count(rig, f"$O.{NAMES.media}.M.>") == 1
+
+
+async def test_no_object_comes_into_being_without_its_owner(rig: Rig, store: ObjectStore) -> None:
+    """He is asked when all its pieces are there."""
+    pieces = []
+
+    def ensure_owner() -> None:
+        pieces.append(sum(len(piece) for piece in stored_pieces))
+        raise LeaseLost("unbound")
+
+    stored_pieces: list[bytes] = []
+
+    async def source() -> Pieces:
+        for number in range(3):
+            stored_pieces.append(content(CHUNK, number))
+            yield stored_pieces[-1]
+
+    with pytest.raises(LeaseLost):
+        await store.put("s1/x", source(), ensure_owner=ensure_owner)
+    assert pieces == [3 * CHUNK]
+    assert await store.get_info("s1/x") is None
+    assert await count(rig, f"$O.{NAMES.media}.>") == 0
 
 
 async def test_there_is_none_where_it_is_deleted_or_never_was(rig: Rig, store: ObjectStore) -> None:

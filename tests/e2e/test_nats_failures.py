@@ -277,7 +277,7 @@ async def test_a_stream_that_is_deleted_takes_readiness_until_it_is_back(tmp_pat
 
 async def test_streams_that_no_poll_writes_to_stop_none(tmp_path: Path) -> None:
     """Deleted, they take readiness; what waits for them goes on once they are back, and nothing else has waited."""
-    async with running(tmp_path, bots=3, environ={"WECHAT_NATS_MEDIA_WAIT_S": "0.5"}) as (made, nc, adapter):
+    async with running(tmp_path, bots=3) as (made, nc, adapter):
         await loaded(made, nc, 1)
         await made.settle(nc)
         gone = (NAMES.stream_event, NAMES.stream_dead, f"OBJ_{NAMES.media}")

@@ -400,7 +400,7 @@ async def test_pain_16_markdown_arrives_unchanged_or_with_marks_that_show_when_a
 
 async def test_pain_17_media_arrive_whole_go_out_openable_and_never_stop_the_polls(tmp_path: Path) -> None:
     picture = samples.png(64, 48)
-    async with scene(tmp_path, {"WECHAT_NATS_MEDIA_WAIT_S": "2"}) as s:
+    async with scene(tmp_path) as s:
         for key_form in ("usual", "hex", "raw_base64", "hex_base64", "none"):
             s.made.sim.say_media(s.bot.bot, "image", picture, key_form=key_form)
         s.made.say("s1", "five pictures")

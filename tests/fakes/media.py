@@ -134,13 +134,24 @@ class FakeObjects:
                 raise problem
             yield data[start : start + self.piece_bytes]
 
-    async def put(self, name: str, pieces: Pieces, *, mime: str = "", title: str = "") -> StoredObject:
+    async def put(
+        self,
+        name: str,
+        pieces: Pieces,
+        *,
+        describe: Callable[[bytes], tuple[str, str]] = lambda head: ("", ""),
+        ensure_owner: Callable[[], None] | None = None,
+    ) -> StoredObject:
         data = b"".join([piece async for piece in pieces])
         self.puts.append(name)
         if self.on_put is not None:
             await self.on_put(name)
-        self.stored[name], self.told[name] = data, (mime, title)
-        self._journal.append("object")
+        if name not in self.stored:
+            if ensure_owner is not None:
+                ensure_owner()
+            self.stored[name], self.told[name] = data, describe(data)
+            self._journal.append("object")
+        data = self.stored[name]
         return StoredObject(name, "chunks", len(data), hashlib.sha256(data).hexdigest())
 
     async def read_piece(self, stored: StoredObject, after: int) -> tuple[bytes, int]:

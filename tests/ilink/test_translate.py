@@ -299,8 +299,8 @@ def with_media(kind: str, media: Any, **fields: Any) -> InboundMessage:
         ("image", (MediaRef(0, URL, "OPAQUE", AES, ""),)),
         ("voice-without-transcript", (MediaRef(0, URL, "OPAQUE", AES, ""),)),
         ("voice-with-transcript", (MediaRef(0, URL, "OPAQUE", AES, ""),)),
-        ("file", (MediaRef(0, URL, "OPAQUE", AES, "hello.txt"),)),
-        ("video", (MediaRef(0, URL, "OPAQUE", AES, ""),)),
+        ("file", (MediaRef(0, URL, "OPAQUE", AES, "hello.txt", 14),)),
+        ("video", (MediaRef(0, URL, "OPAQUE", AES, "", 1048592),)),
         ("multi-item", (MediaRef(1, URL, "OPAQUE", AES, ""),)),
         ("text", ()),
         ("unknown-type", ()),
@@ -326,6 +326,16 @@ def test_a_key_is_read_in_every_form(kind: str, media: dict[str, Any], fields: d
     """9.2."""
     (fetch,) = with_media(kind, {"full_url": URL, **media}, **fields).fetches
     assert fetch.key == AES
+
+
+@pytest.mark.parametrize(
+    ("told", "size"), [("14", 14), (14, 14), ("", 0), (-1, 0), ("-1", 0), ("1e3", 0), (True, 0), ([], 0), (2**53, 0)]
+)
+def test_a_size_that_cannot_be_read_is_not_told(told: Any, size: int) -> None:
+    """And costs the message nothing."""
+    for kind, field in (("file", "len"), ("video", "video_size")):
+        found = with_media(kind, {"full_url": URL}, **{field: told})
+        assert ([fetch.size for fetch in found.fetches], found.broken) == ([size], "")
 
 
 @pytest.mark.parametrize("kind", PAYLOADS)

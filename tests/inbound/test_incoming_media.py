@@ -1,486 +1,458 @@
-"""Media from iLink to the bus: fetched aside, and their messages told in order, once, and in bounded time."""
+"""Media of users: named at once, fetched behind their message by its owner, or by any replica that is asked."""
 
 from __future__ import annotations
 
 import asyncio
-import hashlib
 from typing import Any
 
 import msgspec
 import pytest
 from structlog.testing import capture_logs
 
+from adapter.content import media
 from adapter.contract import messages as contract
-from adapter.contract.messages import FileItem, ImageItem, VideoItem, VoiceItem
-from adapter.contract.names import H_REASON
+from adapter.contract.messages import FileItem, ImageItem, Inbound, InboundItem, Media, VideoItem, VoiceItem
+from adapter.contract.names import H_BOT, H_MSG_ID, H_SEALED
 from adapter.errors import BusRefused, Refused, Temporary
+from adapter.ilink.translate import read_message
+from adapter.inbound.media import (
+    ATTEMPTS,
+    FETCH_S,
+    MAX_FETCHES,
+    MAX_FETCHES_PER_SANDBOX,
+    OWNER_S,
+    WHY,
+    MediaFetcher,
+    name_media,
+)
+from adapter.inbound.sealed import Sealed, seal
 from adapter.kit.slots import FairSlots
+from adapter.ports import MediaRef
 from adapter.simulator import samples
-from tests.fakes import EPOCH_MS, FakeChat, batch, raw_message, ready
-from tests.inbound.downloads import BOT, PNG, USER, WAIT_S, heir_to, image, run, said, words
-from tests.inbound.pollers import Poller, tended
+from tests.fakes import Bench, raw_message, settle
 
 VIRTUAL_TIME = True
+BOT, USER = "b1@im.bot", "u1@im.wechat"
+PNG = samples.png()
 
 
-# the way of a message ------------------------------------------------------------------------------------
+def fetcher(bench: Bench, **changes: Any) -> MediaFetcher:
+    """The fetcher of a replica of its own, as the production wiring makes it."""
+
+    async def to_wav(silk: bytes) -> bytes | None:
+        return media.silk_to_wav(silk)  # no thread: time must not jump meanwhile
+
+    return MediaFetcher(bench.replica.fetching._replace(to_wav=to_wav, **changes))
 
 
-async def test_a_picture_is_told_with_its_bytes_in_the_object_store(poller: Poller) -> None:
-    bench = await ready(batch(image(1)))
-    bench.cdn.has("p1", PNG)
-    poller(bench)
-    await asyncio.sleep(1)
-    (told,) = bench.bus.inbound()
-    (item,) = told.items
-    assert isinstance(item, ImageItem)
+class Published:
+    """A message in its inbox, as `receive` publishes it."""
+
+    def __init__(self, bench: Bench, *items: dict[str, Any], number: int = 1, sandbox: str = "s1") -> None:
+        read = read_message(raw_message(number, *items))
+        self.sandbox, self.user, self.id, self.fetches = sandbox, USER, f"in:{sandbox}:{number}", read.fetches
+        self.items = name_media(sandbox, USER, self.id, read.items, read.fetches)
+        sealed = seal(bench.sealer, self.id, BOT, sandbox, Sealed("token", tuple(read.fetches)))
+        window = contract.Window(remaining=9)
+        inbound = Inbound(
+            id=self.id, sandbox=sandbox, bot=BOT, user=USER, sent_at_ms=1, received_at_ms=1, text="",
+            items=self.items, window=window,
+        )  # fmt: skip
+        headers = {H_MSG_ID: self.id, H_BOT: BOT, H_SEALED: sealed}
+        self.sequence = bench.bus.put(bench.names.inbox(sandbox), msgspec.json.encode(inbound), headers, "in")
+
+    def media(self, index: int = 0) -> Media:
+        return media_of(self.items[index])
+
+    def fetch_by(self, fetches: MediaFetcher) -> None:
+        """What its owner does behind the publication."""
+        fetches.fetch_soon(self.sandbox, self.user, self.id, self.items, self.fetches)
+
+    async def ask(self, fetches: MediaFetcher, name: str = "") -> str:
+        """Asks for the object, by default the first one. Returns the reason if it cannot be had, or ""."""
+        try:
+            await fetches.ensure(self.sandbox, self.sequence, name or self.media().object)
+        except Refused as exc:
+            return exc.reason if exc.detail == WHY[exc.reason] else f"{exc}, which is not told"
+        return ""
+
+
+def media_of(item: InboundItem) -> Media:
+    assert isinstance(item, ImageItem | VoiceItem | FileItem | VideoItem)
     assert item.media is not None
-    assert item.media == contract.Media(
-        object=item.media.object,
-        name="image.png",
-        mime="image/png",
-        size=len(PNG),
-        sha256=hashlib.sha256(PNG).hexdigest(),
-        width=64,
-        height=48,
-    )
-    assert item.media.object.startswith("s1/in/")
-    assert bench.objects.stored == {item.media.object: PNG}
-    assert bench.objects.told == {item.media.object: ("image/png", "image.png")}
-    assert (told.id, told.user, told.sent_at_ms, told.text) == (
-        f"in:{BOT}:m7497484083968569001",
-        USER,
-        EPOCH_MS + 1,
-        "",
-    )
+    return item.media
 
 
-async def test_what_comes_before_a_picture_is_told_at_once_and_what_comes_after_it_waits(poller: Poller) -> None:
-    bench = await ready(batch(words(1), image(2), words(3)), batch(words(4), cursor="c"))
-    gate = asyncio.Event()
-    bench.cdn.has("p2", gate, PNG)
-    poller(bench)
-    await asyncio.sleep(5)
-    assert (said(bench), bench.chat.asked) == (["t1"], ["", "b", "c"])
-    gate.set()
+def image(reference: str = "p1") -> dict[str, Any]:
+    return {"type": 2, "image_item": {"media": {"encrypt_query_param": reference}}}
+
+
+def voice(**fields: Any) -> dict[str, Any]:
+    return {"type": 3, "voice_item": {"media": {"encrypt_query_param": "v"}, **fields}}
+
+
+@pytest.fixture
+async def bench() -> Bench:
+    made = Bench()
+    await made.bind()
+    made.cdn.has("p1", PNG)
+    return made
+
+
+# names ---------------------------------------------------------------------------------------------------
+
+
+async def test_an_item_names_its_object_with_what_ilink_tells(bench: Bench) -> None:
+    file = {"file_name": "报告.pdf", "len": "14", "media": {"encrypt_query_param": "f"}}
+    video = {"video_size": 1008, "play_length": 1500, "media": {"encrypt_query_param": "v"}}
+    text = {"type": 1, "text_item": {"text": "look"}}
+    made = Published(bench, text, image(), {"type": 4, "file_item": file}, {"type": 5, "video_item": video})
+    names = [made.media(index).object for index in (1, 2, 3)]
+    assert made.items == [
+        contract.TextItem(text="look"),
+        ImageItem(media=Media(object=names[0])),
+        FileItem(name="报告.pdf", media=Media(object=names[1], name="报告.pdf", size=14)),
+        VideoItem(duration_ms=1500, media=Media(object=names[2], size=1008, duration_ms=1500)),
+    ]
+    assert len(set(names)) == 3
+    assert all(name.startswith("s1/in/") for name in names)
+    assert Published(bench, text, image()).media(1).object == names[0], "every replica gives the same name"
+    assert Published(bench, text, image(), number=2).media(1).object != names[0]
+
+
+@pytest.mark.parametrize("has_voice", [True, False])
+async def test_a_recording_has_a_wav_where_it_can_be_converted(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch, has_voice: bool
+) -> None:
+    monkeypatch.setattr(media, "HAS_VOICE", has_voice)
+    made = Published(bench, voice(playtime=2000))
+    name = made.media().object
+    wav = Media(object=f"{name}.wav", name="voice.wav", mime="audio/wav", duration_ms=2000)
+    assert made.items == [
+        VoiceItem(duration_ms=2000, media=Media(object=name, duration_ms=2000), wav=wav if has_voice else None)
+    ]
+
+
+async def test_media_that_are_off_have_no_object_and_are_not_fetched(bench: Bench) -> None:
+    source = MediaRef(0, "", "p1", None, "")
+    items = name_media("s1", USER, "in:1", [ImageItem(reason="off")], [source])
+    assert items == [ImageItem(reason="off")]
+    fetches = fetcher(bench)
+    fetches.fetch_soon("s1", USER, "in:1", items, [source])
+    await asyncio.sleep(10)
+    assert bench.cdn.fetched == []
+
+
+# behind the message --------------------------------------------------------------------------------------
+
+
+async def test_the_owner_fetches_behind_the_message(bench: Bench) -> None:
+    made, fetches = Published(bench, image()), fetcher(bench)
+    made.fetch_by(fetches)
     await asyncio.sleep(1)
-    assert said(bench) == ["t1", "+", "t3", "t4"]
+    assert bench.objects.stored == {made.media().object: PNG}
+    assert bench.objects.told == {made.media().object: ("image/png", "image.png")}
+    assert bench.metrics.value("media_fetches_total", outcome="stored") == 1
 
 
-async def test_token_and_window_are_there_while_the_picture_is_still_on_its_way(poller: Poller) -> None:
-    """So that the agent can go on talking, and commands that are parked may go."""
-    bench = await ready(batch(image(1)))
-    bench.cdn.has("p1", None)
-    poller(bench)
-    await asyncio.sleep(2)
-    assert (bench.record().token, bench.record().window.id) == ("token-1", f"in:{BOT}:m7497484083968569001")
+async def test_a_file_keeps_the_senders_name(bench: Bench) -> None:
+    file = {"type": 4, "file_item": {"media": {"encrypt_query_param": "f"}, "file_name": "报告.pdf"}}
+    bench.cdn.has("f", samples.pdf())
+    made = Published(bench, file)
+    made.fetch_by(fetcher(bench))
+    await asyncio.sleep(1)
+    assert bench.objects.told == {made.media().object: ("application/pdf", "报告.pdf")}
 
 
-async def test_the_window_shown_is_that_of_the_time_of_telling(poller: Poller) -> None:
-    bench = await ready(batch(image(1)))
+async def test_an_empty_file_is_a_file(bench: Bench) -> None:
+    bench.cdn.has("p1", b"")
+    made = Published(bench, image())
+    assert await made.ask(fetcher(bench)) == ""
+    assert bench.objects.stored == {made.media().object: b""}
+
+
+async def test_a_recording_is_stored_as_it_came_and_as_wav(bench: Bench) -> None:
+    silk = samples.silk(2.0)
+    bench.cdn.has("v", silk)
+    made = Published(bench, voice())
+    made.fetch_by(fetcher(bench))
+    await asyncio.sleep(1)
+    name = made.media().object
+    assert bench.objects.stored.keys() == {name, f"{name}.wav"}
+    assert bench.objects.stored[name] == silk
+    assert media.wav_duration_ms(bench.objects.stored[f"{name}.wav"]) == 2000
+    assert bench.objects.told[name] == ("audio/silk", "voice.silk")
+    assert bench.objects.told[f"{name}.wav"] == ("audio/wav", "voice.wav")
+
+
+async def test_a_wav_that_was_not_stored_is_made_on_demand_from_what_is_stored(bench: Bench) -> None:
+    bench.cdn.has("v", samples.silk(2.0))
+    made = Published(bench, voice())
+    name = made.media().object
+    assert await made.ask(fetcher(bench)) == ""
+    del bench.objects.stored[f"{name}.wav"]
+    assert await made.ask(fetcher(bench), f"{name}.wav") == ""
+    assert bench.objects.stored.keys() == {name, f"{name}.wav"}
+    assert bench.cdn.fetched == ["v"]
+
+
+async def test_a_recording_that_cannot_be_converted_is_there_without_wav(bench: Bench) -> None:
+    bench.cdn.has("v", b"\x02#!SILK_V3" + b"\xff" * 50)
+    made, fetches = Published(bench, voice()), fetcher(bench)
+    assert await made.ask(fetches) == ""
+    assert await made.ask(fetches, f"{made.media().object}.wav") == "corrupt"
+    assert bench.objects.stored.keys() == {made.media().object}
+
+
+async def test_what_the_store_has_is_not_fetched_again(bench: Bench) -> None:
+    made = Published(bench, image())
+    for _ in range(2):  # a repeat of the message
+        made.fetch_by(fetcher(bench))
+        await asyncio.sleep(1)
+    assert (bench.cdn.fetched, bench.objects.puts) == (["p1"], [made.media().object])
+
+
+# on demand -----------------------------------------------------------------------------------------------
+
+
+async def test_any_replica_fetches_a_day_later_from_what_the_message_carries(bench: Bench) -> None:
+    made = Published(bench, image())
+    await asyncio.sleep(24 * 3600)
+    assert await made.ask(fetcher(bench)) == ""
+    assert bench.objects.stored == {made.media().object: PNG}
+
+
+async def test_who_asks_waits_for_the_fetch_under_way(bench: Bench) -> None:
     gate = asyncio.Event()
     bench.cdn.has("p1", gate, PNG)
-    poller(bench)
-    await asyncio.sleep(1)
-    (processor,) = bench.processors.values()
-    for text in ("one", "two"):
-        processor.intake.on_delivery(bench.command(text))
-    await asyncio.sleep(5)
+    made, fetches = Published(bench, image()), fetcher(bench)
+    made.fetch_by(fetches)
+    await settle()
+    asked = [asyncio.create_task(made.ask(fetches)) for _ in range(3)]
+    await asyncio.sleep(FETCH_S / 2)
+    assert not any(task.done() for task in asked)
+    gate.set()
+    assert await asyncio.gather(*asked) == [""] * 3
+    assert bench.cdn.fetched == ["p1"]
+
+
+async def test_a_replica_that_is_asked_leaves_a_quick_fetch_to_the_owner(bench: Bench) -> None:
+    gate = asyncio.Event()
+    bench.cdn.has("p1", gate, PNG)
+    made = Published(bench, image())
+    made.fetch_by(fetcher(bench))
+    asked = asyncio.create_task(made.ask(fetcher(bench)))
+    await asyncio.sleep(OWNER_S / 2)
+    gate.set()
+    assert await asked == ""
+    assert bench.cdn.fetched == ["p1"]
+
+
+async def test_two_replicas_that_are_asked_at_once_leave_one_object(bench: Bench) -> None:
+    made = Published(bench, image())
+    assert await asyncio.gather(*(made.ask(fetcher(bench)) for _ in range(2))) == ["", ""]
+    assert bench.objects.stored == {made.media().object: PNG}
+
+
+async def test_who_stops_waiting_ends_no_fetch(bench: Bench) -> None:
+    gate = asyncio.Event()
+    bench.cdn.has("p1", gate, PNG)
+    made, fetches = Published(bench, image()), fetcher(bench)
+    with pytest.raises(TimeoutError):
+        async with asyncio.timeout(5):
+            await made.ask(fetches)
     gate.set()
     await asyncio.sleep(1)
-    (told,) = bench.bus.inbound()
-    assert told.window.remaining == 8
-    assert told.received_at_ms < EPOCH_MS + 900
+    assert bench.objects.stored == {made.media().object: PNG}
 
 
-async def test_the_name_of_an_object_is_the_same_at_every_attempt(poller: Poller) -> None:
-    bench = await ready(batch(image(1)))
-    bench.cdn.has("p1", PNG)
-    failures = iter([Temporary("bus_timeout"), None])
-
-    async def fails(name: str) -> None:
-        if problem := next(failures):
-            raise problem
-
-    bench.objects.on_put = fails
-    poller(bench)
-    await asyncio.sleep(5)
-    assert said(bench) == ["+"]
-    assert len(bench.objects.puts) == 2
-    assert len(set(bench.objects.puts)) == 1
-
-
-# kinds ---------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("change", ["no-message", "other-sandbox", "other-message", "no-references"])
+async def test_only_the_object_of_that_message_is_fetched(bench: Bench, change: str) -> None:
+    made, other = Published(bench, image()), Published(bench, image(), number=2)
+    sandbox, sequence = "s1", made.sequence
+    match change:
+        case "no-message":
+            sequence = 10**6
+        case "other-sandbox":
+            sandbox = "s2"
+        case "other-message":
+            sequence = other.sequence
+        case "no-references":
+            bench.bus.kept[:] = [kept._replace(stored=kept.stored._replace(headers={})) for kept in bench.bus.kept]
+    with pytest.raises(Refused, match="not_found"):
+        await fetcher(bench).ensure(sandbox, sequence, made.media().object)
+    assert bench.cdn.fetched == []
 
 
-async def test_a_voice_message_is_told_as_recorded_and_as_wav(poller: Poller) -> None:
-    silk = samples.silk(2.0)
-    voice = {"type": 3, "voice_item": {"media": {"encrypt_query_param": "v"}, "text": "hi", "playtime": 2000}}
-    bench = await ready(batch(raw_message(1, voice)))
-    bench.cdn.has("v", silk)
-    poller(bench)
-    await asyncio.sleep(1)
-    (told,) = bench.bus.inbound()
-    (item,) = told.items
-    assert isinstance(item, VoiceItem)
-    assert item.media is not None
-    assert item.wav is not None
-    assert (told.text, item.transcript, item.duration_ms) == ("hi", "hi", 2000)
-    assert (item.media.mime, item.media.duration_ms, item.media.name) == ("audio/silk", 2000, "voice.silk")
-    assert bench.objects.stored[item.media.object] == silk
-    assert item.wav.object == f"{item.media.object}.wav"
-    assert bench.objects.stored[item.wav.object][:4] == b"RIFF"
-    assert item.wav.size == len(bench.objects.stored[item.wav.object])
-    assert item.wav.duration_ms == 2000
-
-
-async def test_a_recording_that_cannot_be_converted_is_told_as_recorded(poller: Poller) -> None:
-    voice = {"type": 3, "voice_item": {"media": {"encrypt_query_param": "v"}}}
-    bench = await ready(batch(raw_message(1, voice)))
-    bench.cdn.has("v", b"\x02#!SILK_V3" + b"\xff" * 50)
-    poller(bench)
-    await asyncio.sleep(1)
-    (item,) = bench.bus.inbound()[0].items
-    assert isinstance(item, VoiceItem)
-    assert item.media is not None
-    assert (item.wav, item.reason) == (None, "")
-
-
-async def test_a_file_keeps_the_senders_name_and_a_video_its_length(poller: Poller) -> None:
-    file = {"type": 4, "file_item": {"media": {"encrypt_query_param": "f"}, "file_name": "报告.pdf"}}
-    video = {"type": 5, "video_item": {"media": {"encrypt_query_param": "v"}, "play_length": 1500}}
-    bench = await ready(batch(raw_message(1, file, video)))
-    bench.cdn.has("f", samples.pdf())
-    bench.cdn.has("v", samples.mp4())
-    poller(bench)
-    await asyncio.sleep(1)
-    one, two = bench.bus.inbound()[0].items
-    assert isinstance(one, FileItem)
-    assert isinstance(two, VideoItem)
-    assert one.media is not None
-    assert two.media is not None
-    assert (one.name, one.media.name, one.media.mime) == ("报告.pdf", "报告.pdf", "application/pdf")
-    assert (two.media.name, two.media.mime, two.media.duration_ms) == ("video.mp4", "video/mp4", 1500)
-    assert one.media.object != two.media.object
-
-
-async def test_an_empty_file_is_a_file(poller: Poller) -> None:
-    file = {"type": 4, "file_item": {"media": {"encrypt_query_param": "f"}, "file_name": "empty"}}
-    bench = await ready(batch(raw_message(1, file)))
-    bench.cdn.has("f", b"")
-    poller(bench)
-    await asyncio.sleep(1)
-    assert said(bench) == ["+"]
-    assert list(bench.objects.stored.values()) == [b""]
-
-
-async def test_what_can_be_had_of_a_message_is_told(poller: Poller) -> None:
-    items = [{"type": 2, "image_item": {"media": {"encrypt_query_param": name}}} for name in "abc"]
-    bench = await ready(batch(raw_message(1, {"type": 1, "text_item": {"text": "look"}}, *items)))
-    bench.cdn.has("a", PNG)
-    bench.cdn.has("b", Refused("corrupt"))
-    bench.cdn.has("c", None)
-    poller(bench)
-    await asyncio.sleep(WAIT_S + 1)
-    assert said(bench) == ["look + corrupt timeout"]
+async def test_references_that_were_changed_are_not_followed(bench: Bench) -> None:
+    made, other = Published(bench, image()), Published(bench, image("p2"), number=2)
+    sealed = {k.stored.seq: k.stored.headers[H_SEALED] for k in bench.bus.kept}
+    (kept,) = [kept for kept in bench.bus.kept if kept.stored.seq == made.sequence]
+    kept.stored.headers[H_SEALED] = sealed[other.sequence]
+    with pytest.raises(Refused, match="token_key"):
+        await fetcher(bench).ensure("s1", made.sequence, made.media().object)
+    assert bench.cdn.fetched == []
 
 
 # trouble with the CDN ------------------------------------------------------------------------------------
-
 
 FAILURES: list[tuple[str, Exception, str, int]] = [
     ("reference", Refused("reference"), "reference", 1),
     ("corrupt", Refused("corrupt"), "corrupt", 1),
     ("too-large", Refused("too_large"), "too_large", 1),
-    ("404", Refused("unavailable", "HTTP 404"), "unavailable", 3),
-    ("500", Temporary("http_5xx"), "unavailable", 3),
-    ("network", Temporary("network"), "unavailable", 3),
-    ("a-bug", ZeroDivisionError(), "unavailable", 3),
+    ("404", Refused("unavailable", "HTTP 404"), "unavailable", ATTEMPTS),
+    ("500", Temporary("http_5xx"), "unavailable", ATTEMPTS),
+    ("network", Temporary("network"), "unavailable", ATTEMPTS),
+    ("a-bug", ZeroDivisionError(), "unavailable", ATTEMPTS),
 ]
 
 
 @pytest.mark.parametrize(
     ("failure", "reason", "attempts"), [row[1:] for row in FAILURES], ids=[row[0] for row in FAILURES]
 )
-async def test_media_that_cannot_be_had_hold_no_message_back(
-    failure: Exception, reason: str, attempts: int, poller: Poller
+async def test_a_failure_is_told_counted_and_not_kept(
+    bench: Bench, failure: Exception, reason: str, attempts: int
 ) -> None:
-    bench = await ready(batch(image(1), words(2)))
     bench.cdn.has("p1", failure)
-    poller(bench)
-    await asyncio.sleep(10)
-    assert said(bench) == [reason, "t2"]
+    made, fetches = Published(bench, image()), fetcher(bench)
+    with capture_logs() as logs:
+        made.fetch_by(fetches)
+        await asyncio.sleep(10)
+    assert [line["reason"] for line in logs if line["event"] == "media.missing"] == [reason]
+    assert bench.metrics.value("media_fetches_total", outcome=reason) == 1
     assert (len(bench.cdn.fetched), bench.objects.stored) == (attempts, {})
+    assert await made.ask(fetches) == reason
+    bench.cdn.has("p1", PNG)
+    assert await made.ask(fetches) == "", "it is tried again for who asks again"
 
 
-async def test_a_download_that_fails_once_is_tried_again(poller: Poller) -> None:
-    bench = await ready(batch(image(1)))
+async def test_a_download_that_fails_once_is_tried_again(bench: Bench) -> None:
     bench.cdn.has("p1", Temporary("network"), Refused("unavailable"), PNG)
-    poller(bench)
-    await asyncio.sleep(10)
-    assert said(bench) == ["+"]
+    assert await Published(bench, image()).ask(fetcher(bench)) == ""
 
 
-async def test_a_silent_cdn_holds_later_words_up_for_the_wait_and_no_longer(poller: Poller) -> None:
-    bench = await ready(batch(image(1), words(2)))
+async def test_a_silent_download_ends_and_gives_its_slot_back(bench: Bench) -> None:
     bench.cdn.has("p1", None)
-    poller(bench, media_wait_s=20)
-    await asyncio.sleep(19)
-    assert said(bench) == []
+    made, transfers = Published(bench, image()), FairSlots(1, share=1)
+    made.fetch_by(fetcher(bench, transfers=transfers))
+    await asyncio.sleep(FETCH_S - 1)
+    assert not transfers.try_acquire("s2")
     await asyncio.sleep(2)
-    assert said(bench) == ["timeout", "t2"]
+    assert transfers.try_acquire("s2")
+    assert bench.metrics.value("media_fetches_total", outcome="timeout") == 1
 
 
-async def test_many_silent_pictures_hold_later_words_up_no_longer_than_one(poller: Poller) -> None:
-    bench = await ready(batch(*(image(number) for number in range(1, 10)), words(10)))
-    for number in range(1, 10):
+async def test_silent_downloads_of_one_sandbox_hold_up_no_other(bench: Bench) -> None:
+    await bench.bind("s2", "b2@im.bot")
+    fetches = fetcher(bench, transfers=FairSlots(4, share=2))
+    for number in range(1, 11):
         bench.cdn.has(f"p{number}", None)
-    poller(bench, media_wait_s=20)
-    await asyncio.sleep(21)
-    assert said(bench) == ["timeout"] * 9 + ["t10"]
-    assert bench.cdn.running == 0
+        Published(bench, image(f"p{number}"), number=number).fetch_by(fetches)
+    bench.cdn.has("q", PNG)
+    await asyncio.sleep(1)
+    assert await Published(bench, image("q"), sandbox="s2").ask(fetches) == ""
+    assert bench.cdn.fetched == ["p1", "p2", "q"]
 
 
-async def test_a_silent_download_holds_up_no_poll(poller: Poller) -> None:
-    bench = await ready(batch(image(1)), None, batch(words(2), cursor="c"), batch(words(3), cursor="d"))
+async def test_what_waits_is_bounded_and_comes_on_demand(bench: Bench) -> None:
+    """One sandbox cannot fill the whole bound."""
     bench.cdn.has("p1", None)
-    poller(bench, media_wait_s=300)
-    await asyncio.sleep(100)
-    assert bench.chat.asked == ["", "b", "b", "c", "d"]
-    assert said(bench) == []
-    await asyncio.sleep(300)
-    assert said(bench) == ["timeout", "t2", "t3"]
+    fetches = fetcher(bench, transfers=FairSlots(10**6, share=10**6))
+    many = [Published(bench, image(), number=number) for number in range(1, MAX_FETCHES_PER_SANDBOX + 2)]
+    for made in many:
+        made.fetch_by(fetches)
+    await asyncio.sleep(1)
+    assert bench.cdn.running == MAX_FETCHES_PER_SANDBOX
+    assert bench.metrics.value("media_fetches_total", outcome="dropped") == 1
+    with pytest.raises(Temporary, match="busy"):
+        await many[-1].ask(fetches)
+    for number in range(MAX_FETCHES // MAX_FETCHES_PER_SANDBOX + 1):
+        for made in many[:-1]:
+            fetches.fetch_soon(f"t{number}", USER, made.id, named_for(f"t{number}", made), made.fetches)
+    await asyncio.sleep(1)
+    assert bench.cdn.running == MAX_FETCHES
+    bench.cdn.has("p1", PNG)
+    await asyncio.sleep(FETCH_S)
+    assert await many[-1].ask(fetches) == ""
 
 
-async def test_pictures_are_fetched_four_at_a_time_and_told_in_order(poller: Poller) -> None:
-    bench = await ready(batch(*(image(number) for number in range(1, 10))))
-    gates = [asyncio.Event() for _ in range(10)]
-    for number in range(1, 10):
-        bench.cdn.has(f"p{number}", gates[number], PNG)
-    poller(bench)
-    await asyncio.sleep(1)
-    assert bench.cdn.fetched == ["p1", "p2", "p3", "p4"]
-    for number in range(9, 1, -1):
-        gates[number].set()
-    await asyncio.sleep(1)
-    assert (said(bench), len(bench.cdn.fetched), bench.cdn.limit) == ([], 9, 4)
-    gates[1].set()
-    await asyncio.sleep(1)
-    assert said(bench) == ["+"] * 9
-    ids = [inbound.id[-1] for inbound in bench.bus.inbound()]
-    assert ids == list("123456789")
+def named_for(sandbox: str, made: Published) -> list[InboundItem]:
+    return name_media(sandbox, USER, made.id, [ImageItem()], made.fetches)
 
 
 # trouble with the bus ------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("problem", [BusRefused(10047, "no space"), Temporary("bus_timeout")], ids=["full", "busy"])
-async def test_an_object_store_that_takes_nothing_holds_no_message_back(problem: Exception, poller: Poller) -> None:
-    bench = await ready(batch(image(1), words(2)))
-    bench.cdn.has("p1", PNG)
-
+@pytest.mark.parametrize(
+    ("problem", "puts"),
+    [(BusRefused(10047, "no space"), 1), (Temporary("bus_timeout"), ATTEMPTS)],
+    ids=["full", "busy"],
+)
+async def test_a_store_that_takes_nothing_is_a_reason_and_not_a_hang(
+    bench: Bench, problem: Exception, puts: int
+) -> None:
     async def refuses(name: str) -> None:
         raise problem
 
     bench.objects.on_put = refuses
-    poller(bench)
-    await asyncio.sleep(10)
-    assert said(bench) == ["store", "t2"]
+    made, fetches = Published(bench, image()), fetcher(bench)
+    async with asyncio.timeout(10):
+        assert await made.ask(fetches) == "store"
+    assert len(bench.objects.puts) == puts
+    bench.objects.on_put = None
+    assert await made.ask(fetches) == ""
 
 
-async def test_the_time_without_a_bus_does_not_count(poller: Poller) -> None:
-    """Nobody could be told meanwhile: no reason to do without the picture."""
-    bench = await ready(batch(image(1)))
-    bench.cdn.has("p1", PNG)
+async def test_a_message_that_cannot_be_read_now_is_temporary(bench: Bench) -> None:
+    made = Published(bench, image())
+    bench.bus.unreadable = 1
+    with pytest.raises(Temporary):
+        await made.ask(fetcher(bench))
+    assert await made.ask(fetcher(bench)) == ""
 
-    async def away(name: str) -> None:
-        await bench.bus_up.wait()
 
-    bench.objects.on_put = away
-    bench.bus_up.set()
-    poller(bench, media_wait_s=20)
-    await asyncio.sleep(0.051)
-    bench.bus_up.clear()
-    await asyncio.sleep(500)
-    assert said(bench) == []
-    bench.bus_up.set()
+async def test_the_end_cancels_fetches_and_leaves_nothing_running(bench: Bench) -> None:
+    bench.cdn.has("p1", None)
+    made, fetches = Published(bench, image()), fetcher(bench)
+    made.fetch_by(fetches)
     await asyncio.sleep(1)
-    assert said(bench) == ["+"]
+    assert bench.cdn.running == 1
+    await fetches.close()
+    assert (bench.cdn.running, bench.objects.stored) == (0, {})
 
 
-# repeats -------------------------------------------------------------------------------------------------
+# who is served, and secrets ------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    "fields",
-    [{}, {"message_id": 99}, {"context_token": "other"}, {"message_id": 99, "client_id": "x", "seq": 99}],
-    ids=["same-ids", "new-message-id", "new-token", "every-id-new"],
-)
-async def test_a_repeat_of_a_message_that_waits_is_told_once(fields: dict[str, Any], poller: Poller) -> None:
-    bench = await ready(batch(image(1)), batch(image(1, **fields), cursor="c"))
+@pytest.mark.parametrize("change", ["unbound", "closing", "other-person"])
+async def test_nothing_is_stored_of_a_person_who_has_left_meanwhile(bench: Bench, change: str) -> None:
+    """An erasure finds what is there, and must not be followed by more."""
     gate = asyncio.Event()
     bench.cdn.has("p1", gate, PNG)
-    poller(bench)
+    made, fetches = Published(bench, image()), fetcher(bench)
+    made.fetch_by(fetches)
     await asyncio.sleep(1)
-    assert (said(bench), bench.chat.asked) == ([], ["", "b", "c"])
-    gate.set()
-    await asyncio.sleep(1)
-    assert said(bench) == ["+"]
-
-
-# other bots, changed bindings ----------------------------------------------------------------------------
-
-
-async def test_a_silent_download_holds_up_no_other_bot(poller: Poller) -> None:
-    """Also where all that a sandbox may fetch at once hangs."""
-    bench = await ready(batch(*(image(number) for number in range(1, 5))))
-    await bench.bind("s2", "b2@im.bot", "u2@im.wechat")
-    transfers = FairSlots(4, share=2)
-    for number in range(1, 5):
-        bench.cdn.has(f"p{number}", None)
-    bench.cdn.has("p7", PNG)
-    poller(bench, transfers=transfers)
-    await asyncio.sleep(1)
-    chat = FakeChat(bench.clock)
-    chat.polls.append(batch(image(7, from_user_id="u2@im.wechat")))
-    other = run(bench, bot="b2@im.bot", chat=chat, transfers=transfers)
-    await asyncio.sleep(1)
-    assert said(bench) == ["+"]
-    assert bench.cdn.fetched == ["p1", "p2", "p7"]
-    await other.leave()
-
-
-OFF = contract.Options(media=False)
-
-
-async def test_a_binding_that_wants_no_media_gets_its_messages_at_once(poller: Poller) -> None:
-    bench = await ready(batch(image(1), words(2)), options=OFF)
-    poller(bench)
-    await asyncio.sleep(1)
-    assert (said(bench), bench.cdn.fetched) == (["off", "t2"], [])
-
-
-async def test_while_a_binding_is_closing_its_last_messages_come() -> None:
-    """Also where their media come late, and the poller has to end. The inbox is emptied after that, if it is."""
-    bench = await ready(batch(image(1), words(2)))
-    gate = asyncio.Event()
-    bench.cdn.has("p1", gate, PNG)
-    session, task = tended(bench)
-    await asyncio.sleep(1)
-    await bench.bindings.update(BOT, lambda now: msgspec.structs.replace(now, closing=1))
-    session.stop(immediately=True)
-    await asyncio.sleep(20)
-    gate.set()
-    await asyncio.sleep(1)
-    assert said(bench) == ["+", "t2"]
-    assert [inbound.sandbox for inbound in bench.bus.inbound()] == ["s1", "s1"]
-    await task
-
-
-@pytest.mark.parametrize("change", ["unbound", "moved"])
-async def test_a_message_that_comes_after_its_bot_has_left_the_sandbox_is_a_dead_letter(change: str) -> None:
-    """The inbox may be the next person's."""
-    bench = await ready(batch(image(1), words(2)))
-    gate = asyncio.Event()
-    bench.cdn.has("p1", gate, PNG)
-    session, task = tended(bench)
-    await asyncio.sleep(1)
-    if change == "moved":
-        await bench.bind("s2")
+    if change == "closing":
+        await bench.bindings.update(BOT, lambda now: msgspec.structs.replace(now, closing=1))
     else:
         await bench.bindings.remove(BOT)
-        session.stop(immediately=True)
+    if change == "other-person":
+        await bench.bind(bot="b2@im.bot", user="u2@im.wechat")
     gate.set()
-    await asyncio.sleep(5)
-    assert said(bench) == []
-    assert [stored.headers[H_REASON] for stored in bench.bus.found("DEAD")] == ["not_bound", "not_bound"]
-    session.stop(immediately=True)
-    await task
+    assert await made.ask(fetches) == "unbound"
+    assert bench.objects.stored == {}
+    await bench.bind()
+    assert await made.ask(fetches) == ""
 
 
-async def test_a_new_login_of_the_same_person_loses_nothing_that_is_still_to_come(poller: Poller) -> None:
-    bench = await ready(batch(image(1), words(2)))
-    gate = asyncio.Event()
-    bench.cdn.has("p1", gate, PNG)
-    session, task = tended(bench)
-    await asyncio.sleep(1)
-    await bench.bind(bot="b2@im.bot")
-    await bench.bindings.remove(BOT)
-    session.stop(immediately=True)
-    await asyncio.sleep(5)
-    gate.set()
-    await asyncio.sleep(5)
-    assert (said(bench), bench.bus.found("DEAD")) == (["+", "t2"], [])
-    await task
-
-
-@pytest.mark.parametrize("next_person", [None, "u2@im.wechat", ""], ids=["nobody", "known", "unknown"])
-async def test_after_a_crash_and_a_move_nothing_comes_into_the_inbox_that_was_emptied(
-    next_person: str | None,
-) -> None:
-    bench = await ready(batch(image(1)))
-    bench.cdn.has("p1", None)
-    replica = run(bench)
-    await asyncio.sleep(1)
-    await replica.die()
-    heir_bench = heir_to(bench)
-    await heir_bench.close()
-    await heir_bench.bind("s2")
-    if next_person is not None:
-        await heir_bench.bind(bot="b2@im.bot", user=next_person)
-    bench.cdn.has("p1", PNG)
-    heir = run(heir_bench)
-    await asyncio.sleep(5)
-    assert (said(bench), len(bench.bus.found("DEAD"))) == ([], 1)
-    await heir.leave()
-
-
-async def test_media_that_are_not_wanted_any_more_are_not_fetched(poller: Poller) -> None:
-    bench = await ready(batch(image(1)))
-    bench.cdn.has("p1", asyncio.Event(), PNG)
-    session = poller(bench)
-    await asyncio.sleep(1)
-    await bench.bind(options=OFF)
-    bench.chat.polls.append(batch(image(2), cursor="c"))
-    session.cancel_poll()
-    await asyncio.sleep(WAIT_S)
-    assert (said(bench), bench.cdn.fetched) == (["timeout", "off"], ["p1"])
-
-
-async def test_media_get_their_time_although_the_bot_s_polls_are_refused_again_and_again(poller: Poller) -> None:
-    """And not a new time with each poller: the message would be told never."""
-    bench = await ready(batch(image(1), words(2)), *[Refused("url", "may not be called")] * 1000)
-    bench.cdn.has("p1", None)
-    poller(bench)
-    await asyncio.sleep(2 * WAIT_S)
-    assert said(bench) == ["timeout", "t2"]
-
-
-# metrics and secrets -------------------------------------------------------------------------------------
-
-
-async def test_messages_are_counted_by_what_they_are_once_they_are_told(poller: Poller) -> None:
-    bench = await ready(batch(image(1), words(2)))
-    bench.cdn.has("p1", None)
-    poller(bench, media_wait_s=20)
-    await asyncio.sleep(10)
-    assert bench.metrics.value("inbound_messages_total", kind="image", outcome="published") == 0
-    await asyncio.sleep(15)
-    for kind in ("image", "text"):
-        assert bench.metrics.value("inbound_messages_total", kind=kind, outcome="published") == 1
-    assert bench.metrics.value("inbound_age_seconds_count") == 2
-
-
-async def test_no_reference_key_or_text_reaches_the_log_or_the_sandbox(poller: Poller) -> None:
+async def test_no_reference_or_key_reaches_the_log_or_the_sandbox(bench: Bench) -> None:
     secret = {"encrypt_query_param": "SECRETREF", "aes_key": "ABEiM0RVZneImaq7zN3u/w==", "full_url": "https://SECRET"}
-    item = {"type": 2, "image_item": {"media": secret}}
-    bench = await ready(batch(raw_message(1, {"type": 1, "text_item": {"text": "my words"}}, item)))
     bench.cdn.has("SECRETREF", Temporary("network"), ZeroDivisionError())
     with capture_logs() as logs:
-        poller(bench)
-        await asyncio.sleep(10)
-    assert said(bench) == ["my words unavailable"]
+        made = Published(bench, {"type": 2, "image_item": {"media": secret}})
+        assert await made.ask(fetcher(bench)) == "unavailable"
     assert "SECRET" not in str(logs)
-    assert "my words" not in str(logs)
     assert "ABEi" not in str(logs)
-    assert b"SECRET" not in bench.bus.found("IN")[0].data
+    (stored,) = bench.bus.found("IN")
+    assert b"SECRET" not in stored.data
+    assert "SECRET" not in str(stored.headers)

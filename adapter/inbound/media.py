@@ -1,0 +1,291 @@
+"""Media of inbound messages: named in the message at once, fetched from iLink's CDN to the object store behind it.
+
+Nothing waits for a fetch but who asks for the bytes, and no list of fetches is kept: whatever a crash, a failure or a
+bound has left out, the message's sealed references bring when somebody asks.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections import Counter
+from collections.abc import Awaitable, Callable, Sequence
+from functools import partial
+from typing import NamedTuple
+
+import msgspec
+import structlog
+
+from adapter.content import media
+from adapter.content.quotes import kind_of
+from adapter.contract.messages import FileItem, ImageItem, Inbound, InboundItem, Media, VideoItem, VoiceItem
+from adapter.contract.names import Names, media_object
+from adapter.errors import UNDECODABLE, BusRefused, LeaseLost, Refused, Temporary, Unreadable
+from adapter.inbound.sealed import unseal
+from adapter.kit.slots import FairSlots
+from adapter.kit.tasks import TaskSet
+from adapter.kit.timing import Clock, backoff
+from adapter.observability.metrics import Metrics
+from adapter.ports import Cdn, History, MediaRef, Objects, Pieces, StoredObject
+from adapter.security.seal import Sealer
+
+log = structlog.get_logger()
+
+ATTEMPTS = 3
+FETCH_S = 60.0
+"""Longest time of one attempt. Its slot is one of a few."""
+MAX_FETCHES, MAX_FETCHES_PER_SANDBOX = 1024, 64
+"""Most fetches that run or wait for a slot, of all sandboxes and of one. Each takes some kilobytes."""
+OWNER_S, LOOK_S = 1.0, 0.25
+"""How long a fetch on demand waits for that of the bot's owner, which mostly is another replica, and the time between
+two looks into the store."""
+WAV = ".wav"
+"""What follows a voice item's object in the name of its WAV."""
+WHY = {
+    "reference": "iLink did not say where the media are, or named a place that is not allowed.",
+    "unavailable": "WeChat's CDN does not give the media: ask again later.",
+    "corrupt": "The media cannot be decrypted, or the recording cannot be converted.",
+    "too_large": "The media are larger than the adapter takes.",
+    "timeout": "WeChat's CDN is too slow: ask again later.",
+    "store": "The object store takes nothing now: ask again later.",
+    "unbound": "The person who sent the media is not bound to this sandbox any more.",
+}
+"""By the reason of a failed fetch: what is told to who asks."""
+
+
+class MediaFetch(NamedTuple):
+    """The media of one item of a message in an inbox."""
+
+    sandbox: str
+    user: str
+    object: str
+    item: InboundItem
+    source: MediaRef
+
+
+class FetchDeps(NamedTuple):
+    """Dependencies of fetches."""
+
+    cdn: Cdn
+    objects: Objects
+    history: History
+    names: Names
+    sealer: Sealer
+    to_wav: Callable[[bytes], Awaitable[bytes | None]]
+    """Converts a SILK recording to WAV in a thread; None: it cannot be converted."""
+    may_store: Callable[[str, str], bool]
+    """Whether a user is served for a sandbox. Asked right before an object comes into being, since an erasure finds
+    only what is there."""
+    transfers: FairSlots
+    """Limits concurrent downloads and uploads."""
+    clock: Clock
+    metrics: Metrics
+
+
+def name_media(
+    sandbox: str, user: str, message: str, items: Sequence[InboundItem], fetches: Sequence[MediaRef]
+) -> list[InboundItem]:
+    """The items of a message with the names of their objects. One with a `reason` is not fetched, and gets none.
+
+    `message`: its id on the bus.
+    """
+    named = list(items)
+    for fetch in fetches:
+        item = named[fetch.item]
+        if not isinstance(item, ImageItem | VoiceItem | FileItem | VideoItem) or item.reason:
+            continue
+        length_ms = item.duration_ms if isinstance(item, VoiceItem | VideoItem) else None
+        found = Media(
+            object=media_object(sandbox, user, message, fetch.item),
+            name=fetch.name,
+            size=fetch.size,
+            duration_ms=length_ms,
+        )
+        if isinstance(item, VoiceItem) and media.HAS_VOICE:
+            wav = Media(object=f"{found.object}{WAV}", name="voice.wav", mime="audio/wav", duration_ms=length_ms)
+            named[fetch.item] = msgspec.structs.replace(item, media=found, wav=wav)
+        else:
+            named[fetch.item] = msgspec.structs.replace(item, media=found)
+    return named
+
+
+class MediaFetcher:
+    """All fetches of a replica."""
+
+    def __init__(self, deps: FetchDeps) -> None:
+        self._deps = deps
+        self._tasks = TaskSet(_log_crash)
+        self._running: dict[str, asyncio.Task[str]] = {}
+        """By object: fetches, which end with "", or with a reason."""
+        self._counts: Counter[str] = Counter()
+        """Of `_running`, by sandbox."""
+
+    def fetch_soon(
+        self, sandbox: str, user: str, message: str, items: Sequence[InboundItem], fetches: Sequence[MediaRef]
+    ) -> None:
+        """Begins to fetch what the store lacks of a message. `items` as `name_media` returns them, `message` and
+        `fetches` as given there."""
+        for source in fetches:
+            name = media_object(sandbox, user, message, source.item)
+            if _names(items[source.item], name):
+                self._begin(MediaFetch(sandbox, user, name, items[source.item], source), wait_s=0.0)
+
+    async def ensure(self, sandbox: str, sequence: int, name: str) -> None:
+        """Returns when the object is in the store: fetched here, or by the owner of its bot. `sequence`: the
+        message's in its stream.
+
+        Raises Refused with one of the reasons in WHY, or "not_found" where the message is gone or has no such object.
+        Raises Temporary.
+        """
+        base = name.removesuffix(WAV)
+        if (task := self._running.get(base)) is None:
+            fetch = await self._find(sandbox, sequence, base)
+            task = self._begin(fetch, wait_s=OWNER_S)
+        if task is None:
+            raise Temporary("busy", "Too many media of this sandbox are being fetched: ask again.")
+        reason = await asyncio.shield(task)
+        if not reason and name != base and await self._deps.objects.get_info(name) is None:
+            reason = "corrupt"
+        if reason:
+            raise Refused(reason, WHY[reason])
+
+    async def close(self) -> None:
+        """Cancels all fetches; their media come on demand."""
+        self._tasks.cancel_all()
+        await self._tasks.wait_ended()
+
+    async def _find(self, sandbox: str, sequence: int, name: str) -> MediaFetch:
+        """The item with this object. Raises Refused, Temporary."""
+        deps = self._deps
+        stored = await deps.history.get(deps.names.stream_in, sequence)
+        if stored is not None and stored.subject == deps.names.inbox(sandbox):
+            try:
+                inbound = msgspec.json.decode(stored.data, type=Inbound)
+                for source in unseal(deps.sealer, stored, sandbox).media:
+                    item = inbound.items[source.item]
+                    if _names(item, name):
+                        return MediaFetch(sandbox, inbound.user, name, item, source)
+            except (*UNDECODABLE, IndexError) as exc:
+                log.error("media.message_unreadable", sandbox=sandbox, sequence=sequence, reason=type(exc).__name__)
+        raise Refused("not_found", "The inbox has no message with this object at this sequence.")
+
+    def _begin(self, fetch: MediaFetch, *, wait_s: float) -> asyncio.Task[str] | None:
+        """Begins a fetch, or joins the one that runs. None: there are too many. `wait_s`: how long another replica
+        may be first."""
+        if task := self._running.get(fetch.object):
+            return task
+        sandbox = fetch.sandbox
+        if len(self._running) >= MAX_FETCHES or self._counts[sandbox] >= MAX_FETCHES_PER_SANDBOX:
+            self._deps.metrics.media_fetches.labels(outcome="dropped").inc()
+            return None
+        task = self._running[fetch.object] = self._tasks.spawn(self._run(fetch, wait_s))
+        self._counts[sandbox] += 1
+        task.add_done_callback(lambda _: self._on_ended(fetch))
+        return task
+
+    def _on_ended(self, fetch: MediaFetch) -> None:
+        del self._running[fetch.object]
+        self._counts[fetch.sandbox] -= 1
+        if not self._counts[fetch.sandbox]:
+            del self._counts[fetch.sandbox]
+
+    async def _run(self, fetch: MediaFetch, wait_s: float) -> str:
+        """Fetches in a few attempts. Returns "", or the reason of the failure."""
+        deps = self._deps
+        if await self._appears(fetch, wait_s):
+            return ""
+        failures = 0
+        while True:
+            reason, again = await self._try(fetch)
+            failures += 1
+            if not reason or not again or failures == ATTEMPTS:
+                break
+            await deps.clock.sleep(backoff(failures, first_s=0.5))
+        deps.metrics.media_fetches.labels(outcome=reason or "stored").inc()
+        if reason:
+            log.info("media.missing", sandbox=fetch.sandbox, object=fetch.object, reason=reason)
+        return reason
+
+    async def _appears(self, fetch: MediaFetch, within_s: float) -> bool:
+        """Whether another replica stores all of it within this time."""
+        waited_s = 0.0
+        while waited_s < within_s:
+            with contextlib.suppress(Temporary):
+                if await self._deps.objects.get_info(_last_object(fetch)) is not None:
+                    return True
+            await self._deps.clock.sleep(LOOK_S)
+            waited_s += LOOK_S
+        return False
+
+    async def _try(self, fetch: MediaFetch) -> tuple[str, bool]:
+        """One attempt. Returns "", or a reason and whether another attempt may succeed."""
+        try:
+            async with self._deps.transfers.slot(fetch.sandbox), asyncio.timeout(FETCH_S):
+                await self._fetch(fetch)
+        except TimeoutError:
+            return "timeout", False
+        except Refused as exc:  # of the CDN
+            return exc.reason, exc.reason == "unavailable"
+        except (Temporary, Unreadable):
+            return "store", True
+        except BusRefused as exc:
+            log.error("media.refused", code=exc.code, detail=exc.detail)
+            return "store", False
+        except LeaseLost as exc:
+            return exc.reason, False
+        except Exception:
+            log.exception("media.crashed", sandbox=fetch.sandbox)
+            return "unavailable", True
+        return "", False
+
+    async def _fetch(self, fetch: MediaFetch) -> None:
+        """Raises Refused (the CDN failed), Temporary, Unreadable, BusRefused (the store failed), LeaseLost, and
+        anything where the code fails."""
+        objects = self._deps.objects
+        stored = await objects.get_info(fetch.object) or await self._put(fetch, self._plain(fetch.source))
+        if _last_object(fetch) == fetch.object or stored.size > media.SILK_MAX_BYTES:
+            return
+        recording = b"".join([piece async for piece in objects.read(stored)])
+        if media.is_silk(recording) and (wav := await self._deps.to_wav(recording)) is not None:
+            await self._put(fetch._replace(object=_last_object(fetch)), _once(wav))
+
+    async def _put(self, fetch: MediaFetch, pieces: Pieces) -> StoredObject:
+        def describe(head: bytes) -> tuple[str, str]:
+            kind = media.identify(head, fetch.source.name)
+            return kind.mime, fetch.source.name or media.file_name(kind_of(fetch.item), kind.suffix)
+
+        ensure_owner = partial(self._ensure_served, fetch.sandbox, fetch.user)
+        return await self._deps.objects.put(fetch.object, pieces, describe=describe, ensure_owner=ensure_owner)
+
+    def _ensure_served(self, sandbox: str, user: str) -> None:
+        """Raises LeaseLost."""
+        if not self._deps.may_store(sandbox, user):
+            raise LeaseLost("unbound", WHY["unbound"])
+
+    async def _plain(self, source: MediaRef) -> Pieces:
+        """The bytes from the CDN. Raises Refused for all its errors, so that others are those of the object store."""
+        try:
+            async with contextlib.aclosing(self._deps.cdn.download(source)) as pieces:
+                async for piece in pieces:
+                    yield piece
+        except Temporary as exc:
+            raise Refused("unavailable", exc.detail) from exc
+
+
+async def _once(data: bytes) -> Pieces:
+    yield data
+
+
+def _names(item: InboundItem, name: str) -> bool:
+    """Whether the item's media are this object."""
+    found = getattr(item, "media", None)
+    return isinstance(found, Media) and found.object == name
+
+
+def _last_object(fetch: MediaFetch) -> str:
+    """The object that is stored last: a voice item's WAV."""
+    return f"{fetch.object}{WAV}" if isinstance(fetch.item, VoiceItem) and fetch.item.wav else fetch.object
+
+
+def _log_crash(exc: BaseException) -> None:
+    log.error("media.crashed", exc_info=exc)
