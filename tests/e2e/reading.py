@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 from collections import defaultdict
 from typing import NamedTuple
 
@@ -11,8 +12,8 @@ import nats
 from nats.aio.client import Client
 from nats.aio.msg import Msg
 
-from adapter.contract.messages import Inbound
-from adapter.contract.names import Names
+from adapter.contract.messages import Inbound, MediaQuery
+from adapter.contract.names import H_ERROR, H_NEXT, H_SHA256, H_SIZE, Names
 
 NAMES = Names()
 
@@ -25,8 +26,35 @@ async def stream(nc: Client, name: str, subject: str) -> list[tuple[str, bytes]]
     while True:
         found = await _read(nc, name, subject)
         if len(found) >= await _kept(nc, name, subject):
-            return found
+            return [(subject, data) for _, subject, data in found]
         await asyncio.sleep(0.1)
+
+
+class Got(NamedTuple):
+    """Media as a sandbox reads them."""
+
+    data: bytes
+    headers: dict[str, str]
+    """Of the first piece."""
+
+
+async def read_media(nc: Client, sandbox: str, name: str, *, wait_s: float = 60.0) -> Got:
+    """The media of a message, waited for. Raises LookupError with the adapter's sentence."""
+    found = await _read(nc, NAMES.stream_in, NAMES.inbox(sandbox))
+    sequence = next(seq for seq, _, data in found if f'"{name}"'.encode() in data)
+    data, first, after = b"", {}, 0
+    while True:
+        query = MediaQuery(object=name, after=after, sequence=sequence, wait_s=wait_s)
+        subject = NAMES.svc(f"media.get.{sandbox}")
+        answer = await nc.request(subject, msgspec.json.encode(query), timeout=wait_s + 20)
+        headers = answer.headers or {}
+        if H_ERROR in headers:
+            raise LookupError(headers[H_ERROR])
+        data, first = data + answer.data, first or headers
+        if H_NEXT not in headers:
+            assert (len(data), hashlib.sha256(data).hexdigest()) == (int(first[H_SIZE]), first[H_SHA256])
+            return Got(data, first)
+        after = int(headers[H_NEXT])
 
 
 async def _kept(nc: Client, name: str, subject: str) -> int:
@@ -45,9 +73,9 @@ async def _kept(nc: Client, name: str, subject: str) -> int:
         await asyncio.sleep(0.1)
 
 
-async def _read(nc: Client, name: str, subject: str) -> list[tuple[str, bytes]]:
+async def _read(nc: Client, name: str, subject: str) -> list[tuple[int, str, bytes]]:
     inbox = nc.new_inbox()
-    found: list[tuple[str, bytes]] = []
+    found: list[tuple[int, str, bytes]] = []
     answers = await nc.subscribe(inbox, pending_msgs_limit=0, pending_bytes_limit=0)
     seq = 1
     try:
@@ -62,7 +90,7 @@ async def _read(nc: Client, name: str, subject: str) -> list[tuple[str, bytes]]:
                     break
                 count += 1
                 seq = int(headers["Nats-Sequence"]) + 1
-                found.append((headers["Nats-Subject"], message.data))
+                found.append((seq - 1, headers["Nats-Subject"], message.data))
             if count < 500:
                 return found
     finally:

@@ -27,7 +27,19 @@ from tests.e2e.lossy import Lossy
 from tests.e2e.test_bindings import ask as service
 from tests.e2e.test_logins import newest, reaches, start
 from tests.e2e.waiting import call
-from tests.e2e.world import NAMES, AdapterProcess, World, audit, eventually, free_port, load, stream, until, world
+from tests.e2e.world import (
+    NAMES,
+    AdapterProcess,
+    World,
+    audit,
+    eventually,
+    free_port,
+    load,
+    read_media,
+    stream,
+    until,
+    world,
+)
 from tests.forks import fork
 
 BOTS = 12
@@ -299,9 +311,9 @@ async def test_streams_that_no_poll_writes_to_stop_none(tmp_path: Path) -> None:
             await until(lambda: made.sim.stats().polls >= polls + 6, "all are polled")  # noqa: B023
 
         async def stored() -> bool:
-            return len(await stream(nc, *INBOXES)) == 9
+            return len(await stream(nc, *INBOXES)) == 10
 
-        await eventually(stored, "all is stored but the picture")
+        await eventually(stored, "all is stored, and the picture is named")
         await operator(made, "doctor", "--fix")
         await eventually(adapter.is_ready, "it is ready again")
         made.sent["s0"], made.sent["s1"], made.sent["s2"] = made.sent["s0"][1:], [], []  # their receipts are gone
@@ -310,6 +322,7 @@ async def test_streams_that_no_poll_writes_to_stop_none(tmp_path: Path) -> None:
         messages = [msgspec.json.decode(data, type=Inbound) for _, data in await stream(nc, *INBOXES)]
         (picture,) = [item for message in messages for item in message.items if isinstance(item, ImageItem)]
         assert picture.media is not None
+        assert (await read_media(nc, "s2", picture.media.object)).data
 
 
 async def test_events_without_room_hold_up_receipts_and_no_message(tmp_path: Path) -> None:

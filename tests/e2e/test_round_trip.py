@@ -12,7 +12,7 @@ from nats.aio.client import Client
 from adapter.contract.messages import FileItem, ImageItem, Inbound, TextItem, VideoItem, VoiceItem
 from adapter.simulator import samples
 from adapter.simulator.media import KEY_FORMS
-from tests.e2e.world import NAMES, World, eventually, stream, until, world
+from tests.e2e.world import NAMES, World, eventually, read_media, stream, until, world
 
 MIB = 2**20
 KINDS = {"image": ImageItem, "voice": VoiceItem, "file": FileItem, "video": VideoItem}
@@ -24,21 +24,6 @@ async def heard(nc: Client, sandbox: str) -> list[Inbound]:
     return [msgspec.json.decode(data, type=Inbound) for _, data in stored]
 
 
-async def fetch(nc: Client, sandbox: str, name: str) -> bytes:
-    """An object, as a sandbox reads it."""
-    found, after = b"", 0
-    while True:
-        answer = await nc.request(
-            NAMES.svc(f"media.get.{sandbox}"), msgspec.json.encode({"object": name, "after": after}), timeout=20
-        )
-        headers = answer.headers or {}
-        assert "Nats-Service-Error" not in headers, headers
-        found += answer.data
-        if "Wechat-Next" not in headers:
-            return found
-        after = int(headers["Wechat-Next"])
-
-
 async def echo(made: World, nc: Client, sandbox: str, kind: str, content: bytes) -> None:
     """The sandbox reads the newest message's media and sends the item back as it came."""
     bot = made.bots[sandbox]
@@ -46,9 +31,7 @@ async def echo(made: World, nc: Client, sandbox: str, kind: str, content: bytes)
     (item,) = message.items
     assert isinstance(item, KINDS[kind])
     assert item.media is not None, item.reason
-    assert item.media.size == len(content)
-    assert item.media.sha256 == hashlib.sha256(content).hexdigest()
-    assert await fetch(nc, sandbox, item.media.object) == content
+    assert (await read_media(nc, sandbox, item.media.object)).data == content
     before = len(made.sim.phone(bot.user))
     body = msgspec.json.encode({"items": msgspec.to_builtins(message.items)})
     await nc.jetstream().publish(NAMES.out(sandbox), body, headers={"Nats-Msg-Id": f"echo of {message.id}"})

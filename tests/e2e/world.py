@@ -36,6 +36,7 @@ from tests.e2e.audit import Audit
 from tests.e2e.audit import audit as audit  # noqa: PLC0414
 from tests.e2e.cluster import NatsCluster
 from tests.e2e.memory import SMALL, in_memory
+from tests.e2e.reading import read_media as read_media  # noqa: PLC0414
 from tests.e2e.reading import stream as stream  # noqa: PLC0414
 from tests.e2e.waiting import eventually as eventually  # noqa: PLC0414
 from tests.e2e.waiting import free_port as free_port  # noqa: PLC0414
