@@ -523,10 +523,7 @@ class AllReplicas(Protocol):
 
 
 class CoreBus(Protocol):
-    """Core NATS without storage, and the durable consumers of sandboxes."""
+    """Core NATS without storage."""
 
     async def publish(self, subject: str, payload: bytes, headers: dict[str, str]) -> None:
         """Publishes at most once. Raises Temporary."""
-
-    async def make_durable(self, sandbox: str) -> None:
-        """Creates the sandbox's durable pull consumer, unless it exists. Raises Temporary, Refused."""

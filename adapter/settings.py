@@ -118,7 +118,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     """Inbound messages kept per sandbox; the oldest go first."""
 
     in_max_age_h: Annotated[float, Meta(gt=0)] = 72.0
-    """Hours that inbound messages are kept for durable readers and replay."""
+    """Hours that inbound messages are kept for `next` and replay."""
 
     out_max_per_sandbox: AtLeast1 = 10000
     """Unsent commands kept per sandbox; one more is refused to its publisher."""

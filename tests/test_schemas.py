@@ -172,7 +172,7 @@ def test_subjects_of_asyncapi_are_those_of_the_contract() -> None:
     addresses = {channel["address"] for channel in stored("asyncapi")["channels"].values()}
     assert addresses == {
         None,
-        *(names.live("{sandbox}"), names.inbox("{sandbox}"), names.out("{sandbox}"), names.out_plain),
+        *(names.live("{sandbox}"), names.out("{sandbox}"), names.out_plain),
         *(names.event("{sandbox}", kind) for kind in ("binding", "login", "erased")),
         *(
             "wechat.event.{sandbox}.receipt.{command}.{sequence}",
@@ -183,7 +183,7 @@ def test_subjects_of_asyncapi_are_those_of_the_contract() -> None:
         *(names.svc("media.get.{sandbox}"), names.svc("media.put.{sandbox}")),
         *(names.svc(f"login.{verb}") for verb in ("start", "status", "verify", "cancel")),
         *(names.svc("bindings.list"), names.svc("bindings.get"), names.svc("window"), names.svc("replay")),
-        *(names.svc("window.{sandbox}"), names.svc("replay.{sandbox}")),
+        *(names.svc(f"{verb}.{{sandbox}}") for verb in ("window", "replay", "next")),
     }
 
 

@@ -14,6 +14,7 @@ from typing import NamedTuple, Protocol
 import structlog
 from msgspec import structs
 
+from adapter.bindings.readers import Readers
 from adapter.bindings.registry import Bindings
 from adapter.bindings.token_checks import Verdict, check_token
 from adapter.contract.messages import Bind, BindingChange, ControlAnswer, Erase, Unbind
@@ -59,6 +60,7 @@ class ControlDeps(NamedTuple):
     chat: Chat
     sealer: Sealer
     core: CoreBus
+    readers: Readers
     ensure_owner: Callable[[], None]
     """Raises LeaseLost unless this replica may process commands now. A replica that was stopped or cut off may have
     commands in flight that another has processed since, together with later ones."""
@@ -111,8 +113,6 @@ class Binder:
         displaced = [*replaced, *([before] if before is not None else [])]
         is_closed = before is not None and before.closing == request.number
         is_checked = not (is_begun or is_closed) and await self._check_token(command, token, displaced)
-        if command.options.durable:
-            await self._deps.core.make_durable(command.sandbox)
         moved = before if before is not None and before.sandbox != command.sandbox else None
         if moved is not None:
             await self.close([moved], request)
@@ -279,6 +279,7 @@ class Binder:
         last = await self._history.read_last(names.stream_in, names.inbox(sandbox))
         self._deps.ensure_owner()  # the wait before may have been long, and another person be bound
         if last is not None:
+            await self._deps.readers.skip(sandbox, last.seq)  # an answer that is being made has nothing of it
             await self._history.purge(names.stream_in, names.inbox(sandbox), up_to=last.seq)
 
     def _staying(self, sandbox: str, leaving: Collection[Binding]) -> list[Binding]:

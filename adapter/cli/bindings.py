@@ -22,7 +22,6 @@ from adapter.cli.exit_codes import NO, OK, TIMEOUT, UNREACHABLE, USAGE, Failed
 from adapter.cli.files import read_text
 from adapter.cli.options import (
     AutoTyping,
-    Durable,
     Json,
     MaybeTimeout,
     RequestId,
@@ -97,7 +96,6 @@ async def bind(
     cursor: Annotated[
         str | None, Parameter(help='Only `""`: poll from the start; default: from where it was.')
     ] = None,
-    durable: Durable = False,
     auto_typing: AutoTyping = False,
     yes: Annotated[bool, flag("Move bots that serve another sandbox, without asking.", name=["--yes", "-y"])] = False,
     no_check: Annotated[
@@ -116,7 +114,7 @@ async def bind(
 
     iLink is asked first whether it accepts the token. A refused token is not bound, and earlier bindings stay.
 
-    With --from, rows have the columns sandbox, bot and token, and may have user, base_url, cursor, durable,
+    With --from, rows have the columns sandbox, bot and token, and may have user, base_url, cursor,
     auto_typing and id. Those of one sandbox or bot are carried out in order, all others at the same time.
     """
 
@@ -133,7 +131,7 @@ async def bind(
             check=not no_check,
         )
 
-    options: dict[str, Any] = {"base_url": base_url, "durable": durable, "auto_typing": auto_typing}
+    options: dict[str, Any] = {"base_url": base_url, "auto_typing": auto_typing}
     if rows is not None:
         _check_alone(sandbox, bot, token, token_file, user, cursor, request_id)
         found = bulk.read_rows(rows, BindRow, options)

@@ -49,12 +49,11 @@ class Row(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
 class OptionsRow(Row, kw_only=True):
     """A row that binds somebody."""
 
-    durable: bool = False
     auto_typing: bool = False
 
     @property
     def options(self) -> Options:
-        return Options(durable=self.durable, auto_typing=self.auto_typing)
+        return Options(auto_typing=self.auto_typing)
 
 
 R = TypeVar("R", bound=Row)

@@ -28,7 +28,7 @@ from adapter.cli.options import flag
 from adapter.cli.output import can_style
 from adapter.cli.stdin import LineEditor, lines
 from adapter.cli.talk import SANDBOX, Chat, Screen
-from adapter.contract.messages import Bind, Options
+from adapter.contract.messages import Bind
 from adapter.observability import logs
 from adapter.settings import Settings
 
@@ -78,9 +78,7 @@ async def _demo(screen: Screen, program: str | None, echo: bool, typed: AsyncIte
         adapter = await stack.enter_async_context(adapter_running(settings, start_s=PATIENCE_S, drain_s=DRAIN_S * 2))
         bus = await stack.enter_async_context(connected_bus(settings))
         bot = simulator.add_bot()
-        asked = Bind(
-            sandbox=SANDBOX, bot=bot.bot, bot_token=bot.token, user=bot.user, id="demo", options=Options(durable=True)
-        )
+        asked = Bind(sandbox=SANDBOX, bot=bot.bot, bot_token=bot.token, user=bot.user, id="demo")
         bound = await request_control(bus, asked, PATIENCE_S)
         if not bound.ok:
             raise Failed(NO, f"The bot could not be bound: {bound.error}")

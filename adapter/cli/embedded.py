@@ -22,9 +22,6 @@ from adapter.cli.exit_codes import NO, USAGE, Failed
 from adapter.cli.files import write_private
 from adapter.kit.children import die_with_parent
 
-MAX_CONSUMERS = 100_000
-"""A server of 2.15 stops at 1,000 consumers per stream unless told otherwise; each durable binding needs one."""
-
 NAME = "wechat-embedded"
 HOST = "127.0.0.1"
 START_S = 30.0
@@ -191,6 +188,5 @@ jetstream {{
   store_dir: {quoted}
   # An acknowledged message is on the disk.
   sync_interval: always
-  limits {{ default_max_consumers: {MAX_CONSUMERS} }}
 }}
 """

@@ -19,7 +19,7 @@ from adapter.cli import bulk, output, stdin
 from adapter.cli.bus import Bus, connected_bus
 from adapter.cli.exit_codes import NO, OK, UNREACHABLE, USAGE, Failed
 from adapter.cli.files import write_private
-from adapter.cli.options import AutoTyping, Durable, Json, RowSandbox, flag
+from adapter.cli.options import AutoTyping, Json, RowSandbox, flag
 from adapter.contract.messages import CHECKING, FINAL_STATUSES, Login, LoginQuery, LoginStart, LoginVerify
 
 START_S = 20.0
@@ -45,7 +45,6 @@ async def login(
         Parameter(help="Write each code as PNG to this file; with --from: to <sandbox>.png in this folder."),
     ] = None,
     auto_typing: AutoTyping = False,
-    durable: Durable = False,
     json: Json = False,
 ) -> int:
     """Show a QR code: whoever scans it with WeChat talks to this sandbox from then on.
@@ -54,7 +53,7 @@ async def login(
     shows are read from standard input. Exit code 0 once the bot is bound, or if the user has a bot of this sandbox
     already. Ctrl-C cancels the login. The codes are secrets until the login is over.
 
-    With --from, rows have the column sandbox, and may have durable and auto_typing; --png, --url or --json
+    With --from, rows have the column sandbox, and may have auto_typing; --png, --url or --json
     says where the codes go. A login for which the phone shows digits fails then: do it alone.
     """
     if url and (png is not None or json):
@@ -87,7 +86,7 @@ async def login(
 
     async with connected_bus(lasting=True) as bus:
         await bus.check_subscribed()
-        options: dict[str, Any] = {"durable": durable, "auto_typing": auto_typing}
+        options: dict[str, Any] = {"auto_typing": auto_typing}
         if rows is not None:
             found = bulk.read_rows(rows, bulk.OptionsRow, options)
             work = bulk.run_rows(found, run_row, done="logged in", failed_file=failed, limit=ROWS_UNDER_WAY)

@@ -41,7 +41,6 @@ RowSandbox = Annotated[
     str | None, Parameter(validator=_legal_sandbox, help="Id of the sandbox. With --from it stands in the rows.")
 ]
 Json = Annotated[bool, flag("One JSON object per line.", name="--json")]
-Durable = Annotated[bool, flag("Create a durable consumer for the sandbox.")]
 AutoTyping = Annotated[bool, flag("Show that the bot types from each message to the answer.")]
 Timeout = Annotated[float, Parameter(validator=POSITIVE, help="Seconds to wait for the outcome.")]
 MaybeTimeout = Annotated[

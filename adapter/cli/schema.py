@@ -45,7 +45,6 @@ def channels(names: Names) -> list[Channel]:
     receipts = names.receipts(sandbox).replace(">", "{command}.{sequence}")
     sent = [
         ("in", names.live(sandbox), "inbound", "Live: what a user said, by plain subscribe."),
-        ("inbox", names.inbox(sandbox), "inbound", f"The same, as {names.stream_in} keeps it."),
         ("receipt", receipts, "receipt", "What became of a command."),
         ("binding", names.event(sandbox, "binding"), "binding_event", "A binding changed."),
         ("erased", names.event(sandbox, "erased"), "erased_event", "A person was erased."),

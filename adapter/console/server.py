@@ -195,7 +195,7 @@ class Console(Listener):
             return see_other("/", cookie("", 0, secure=request.secure))
         if request.path == "/logins":
             sandbox = form.get("sandbox", "").strip()
-            options = Options(durable="durable" in form, auto_typing="auto_typing" in form)
+            options = Options(auto_typing="auto_typing" in form)
             try:
                 handle = self._run_in_loop(service.start_login(sandbox, options))
             except (Refused, Temporary) as exc:

@@ -331,9 +331,6 @@ class Receipt(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
 class Options(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """Options of a binding."""
 
-    durable: Annotated[
-        bool, Meta(description="Create the durable pull consumer <sandbox> on WECHAT_IN for this sandbox.")
-    ] = False
     auto_typing: Annotated[
         bool, Meta(description="Show the typing indicator from each inbound message to the answer.")
     ] = False

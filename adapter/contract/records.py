@@ -135,6 +135,16 @@ class LoginRecord(PrivateRecord, frozen=True, kw_only=True, omit_defaults=True):
         return self.status in FINAL_STATUSES
 
 
+class Reader(PrivateRecord, frozen=True, kw_only=True, omit_defaults=True):
+    """Bucket `readers`, key: the sandbox. How far it has handled its inbox, and who reads it."""
+
+    handled: int = 0
+    """Sequence of WECHAT_IN up to which the sandbox has handled all its messages."""
+    reader: int = 0
+    """The number of who reads; 0 in the record that made a new reader, whose number is that record's revision."""
+    written_ms: int = 0
+
+
 class Claim(PrivateRecord, frozen=True, kw_only=True, omit_defaults=True):
     """Bucket `claims`, key: the shard. The incarnation that owns it; "" after its release."""
 

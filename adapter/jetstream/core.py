@@ -1,4 +1,4 @@
-"""Core NATS: unstored publishes and queries to all replicas. Also creates the durable consumers of sandboxes."""
+"""Core NATS: unstored publishes and queries to all replicas."""
 
 from __future__ import annotations
 
@@ -8,23 +8,16 @@ from collections.abc import Awaitable, Callable
 from nats.aio.client import Client
 from nats.aio.msg import Msg
 
-from adapter.contract.names import Names, is_inbox
-from adapter.errors import BusRefused, Refused
-from adapter.jetstream.api_replies import CONSUMER_EXISTS
+from adapter.contract.names import is_inbox
 from adapter.jetstream.managed_connection import ManagedConnection, temporary_inbox
 from adapter.kit.timing import wait_event
-
-MAX_WAITING = 16
-"""Most pulls that wait at a sandbox's durable consumer. With 512, the server's default, a flood of pulls delayed the
-messages of other sandboxes by seconds."""
 
 
 class CoreNats:
     """Implements ports.CoreBus and ports.AllReplicas."""
 
-    def __init__(self, connection: ManagedConnection, names: Names) -> None:
+    def __init__(self, connection: ManagedConnection) -> None:
         self._connection = connection
-        self._names = names
 
     async def publish(self, subject: str, payload: bytes, headers: dict[str, str]) -> None:
         await self._connection.publish(subject, payload, headers=headers)
@@ -67,27 +60,3 @@ class CoreNats:
             await self._connection.publish(subject, payload, reply=inbox)
             await wait_event(enough, within_s)
         return answers
-
-    async def make_durable(self, sandbox: str) -> None:
-        stream = self._names.stream_in
-        body = {
-            "stream_name": stream,
-            "action": "create",
-            "config": {
-                "name": sandbox,
-                "durable_name": sandbox,
-                "filter_subject": self._names.inbox(sandbox),
-                "ack_policy": "explicit",
-                "deliver_policy": "all",
-                "replay_policy": "instant",
-                "num_replicas": 1,
-                "max_waiting": MAX_WAITING,
-            },
-        }
-        try:
-            await self._connection.api_request(
-                f"CONSUMER.CREATE.{stream}.{sandbox}.{self._names.inbox(sandbox)}", body
-            )
-        except BusRefused as exc:
-            if exc.code != CONSUMER_EXISTS:  # its reader may have changed it
-                raise Refused("invalid", f"The durable consumer cannot be made: {exc.detail}") from exc

@@ -31,7 +31,7 @@ Handler = Callable[[bytes], Awaitable[bytes]]
 SandboxHandler = Callable[[SandboxRequest], Awaitable[SandboxResponse]]
 IMPORTED_REPLY = "_R_."
 """Prefix that the server gives to the inbox of a request from another account."""
-SHARED_INBOXES = ("_INBOX.", f"{inbox('operator')}.", f"{inbox('service')}.")
+SHARED_INBOXES = ("_INBOX.", *(f"{inbox(role)}." for role in ("operator", "service", "agents")))
 """Inboxes of clients without a role, and of roles that may ask for any sandbox."""
 MAX_IN_FLIGHT = 256
 """Most platform requests that are processed at the same time; others wait."""
@@ -41,17 +41,19 @@ MAX_IN_FLIGHT_PER_SANDBOX = 32
 """Most requests of one sandbox that are processed at the same time; others are refused."""
 MAX_REPLAYS = 4
 """Most replays that are read at the same time, each for another sandbox. Others wait, outside of MAX_IN_FLIGHT."""
-COSTS = {"replay": 32, "media.get": 2, "media.put": 8}
+COSTS = {"replay": 32, "media.get": 2, "media.put": 8, "next": 4}
 """Cost of a request in the sandbox's share of a second, relative to others; roughly its time."""
 UPLOADS, MAX_UPLOADS_PER_SANDBOX = f"{SERVICE}-uploads", 8
 """The service whose requests have up to half a megabyte, and the most of one sandbox that are processed at once."""
+CODES = {"not_bound": "404", "not_found": "404", "replaced": "409"}
+"""Of an error, by the reason of Refused."""
 BUSY = "{count} requests of this sandbox, or too many bytes of all, are in hand: ask again after their answers."
 
 
 class Services:
     """Answers `wechat.svc.<verb>` as a member of a queue group, and `wechat.svc.<verb>.<sandbox>` for `of_sandbox`.
 
-    Handlers raise Refused (400, 404) or Temporary (503); 429 means too many requests. Answers go only to inboxes: the
+    Handlers raise Refused (CODES, or 400) or Temporary (503); 429: too many requests. Answers go only to inboxes: the
     server does not check a publisher's reply subject, which could make the adapter write where the publisher may not.
     """
 
@@ -185,8 +187,7 @@ async def _respond(request: Request, answering: Awaitable[SandboxResponse | byte
     except Temporary as exc:
         await request.respond_error("503", _header_text(exc.detail or exc.reason))
     except Refused as exc:
-        code = "404" if exc.reason in ("not_bound", "not_found") else "400"
-        await request.respond_error(code, _header_text(exc.detail))
+        await request.respond_error(CODES.get(exc.reason, "400"), _header_text(exc.detail))
     except AdapterError as exc:
         await request.respond_error("500", _header_text(exc.detail or exc.reason))
     except ConnectionClosedError:  # the caller is gone, see `_log_unanswered`

@@ -166,7 +166,6 @@ def wanted_streams(names: Names, settings: Settings) -> list[Wanted]:
             max_msgs_per_subject=settings.in_max_per_sandbox,
             max_bytes=settings.in_max_bytes,
             duplicate_window=IN_DUPLICATE_WINDOW_NS,
-            max_consumers=10_000,
             republish={"src": f"{prefix}.inbox.*", "dest": f"{prefix}.in.{{{{wildcard(1)}}}}"},
         ),
         stream(
@@ -213,6 +212,7 @@ def wanted_streams(names: Names, settings: Settings) -> list[Wanted]:
         bucket(names.bindings, republished=True, expires=True),
         bucket(names.checkpoints, expires=True),
         bucket(names.conversations, expires=True),
+        bucket(names.readers, expires=True),
         bucket(names.members, expires=True),
         bucket(names.claims),
         bucket(names.logins, republished=True, max_age=24 * HOUR_NS),

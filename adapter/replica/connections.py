@@ -9,7 +9,7 @@ from adapter import __version__
 from adapter.contract.names import Names
 from adapter.ilink.cdn import CdnClient
 from adapter.ilink.client import ILink
-from adapter.jetstream.buckets import KvBucket
+from adapter.jetstream.buckets import KvBucket, LeaderKvBucket
 from adapter.jetstream.client import BusClient
 from adapter.jetstream.core import CoreNats
 from adapter.jetstream.history import StreamHistory
@@ -19,6 +19,10 @@ from adapter.jetstream.publisher import Publisher
 from adapter.kit.timing import Clock
 from adapter.observability.metrics import Metrics
 from adapter.settings import Settings
+
+READER_LIVES = 2
+"""How long the position of a sandbox that does not ask is kept, in lives of a message: when it is forgotten, nothing
+up to it is left to be handed out again."""
 
 
 class Connections:
@@ -40,7 +44,12 @@ class Connections:
         self._replicated = settings.replicas > 1
         self.history = StreamHistory(self.connection, replicated=self._replicated)
         self.bulk_history = StreamHistory(self.media_connection, replicated=self._replicated)
-        self.core = CoreNats(self.connection, names)
+        # a page of messages is small, and a message that has just come is in it
+        self.inboxes = StreamHistory(self.service_connection, replicated=self._replicated)
+        self.readers = LeaderKvBucket(
+            self.service_connection, names.readers, ttl_s=int(READER_LIVES * settings.in_max_age_h * 3600)
+        )
+        self.core = CoreNats(self.connection)
         self.objects = ObjectStore(self.media_connection, self.media_bus, names.media)
         self.chat = ILink(
             metrics,

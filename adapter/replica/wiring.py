@@ -14,6 +14,7 @@ import structlog
 from adapter import __version__
 from adapter.bindings.binder import ControlDeps
 from adapter.bindings.control import Control
+from adapter.bindings.readers import Readers
 from adapter.bindings.registry import Bindings, account_of
 from adapter.console.server import Console
 from adapter.console.service import ConsoleDeps
@@ -63,6 +64,7 @@ from adapter.security.seal import Sealer
 from adapter.services.health import HealthDeps
 from adapter.services.logins import LoginService
 from adapter.services.media import MediaService
+from adapter.services.next import Next, NextDeps
 from adapter.services.persons import Erasure
 from adapter.services.queries import Queries
 from adapter.settings import Settings
@@ -132,6 +134,7 @@ class Replica:
         )
         self.receipts = Receipts(self.access.events, connections.history, names)
         self.bindings = Bindings(connections.bucket(names.bindings), self.sealer.is_same_secret, unbound_s=unbound_s)
+        self.readers = Readers(connections.readers, clock)
         self.others = OtherReplicas(connections.core, names, self.leases)
 
         self.conversation_store = ConversationStore(connections.bucket(names.conversations), unserved_s=unbound_s)
@@ -300,6 +303,7 @@ class Replica:
                 chat=self.connections.chat,
                 sealer=self.sealer,
                 core=self.connections.core,
+                readers=self.readers,
                 ensure_owner=lambda: self.leases.ensure_owned(0),
                 wait_complete=lambda: self.health_monitor.wait_complete([f"KV_{self.names.bindings}"]),
                 eraser=self._new_erasure(),
@@ -318,6 +322,19 @@ class Replica:
             {f"KV_{name}": self.connections.bucket(name) for name in buckets},
             lambda bot: self._is_released(bot, ask=True),
             self.clock,
+        )
+
+    def _next_deps(self) -> NextDeps:
+        settings, connections = self.settings, self.connections
+        return NextDeps(
+            readers=self.readers,
+            history=connections.inboxes,
+            names=self.names,
+            clock=self.clock,
+            metrics=self.metrics,
+            page_bytes=lambda: connections.service_connection.max_payload // 2,
+            kept=settings.in_max_per_sandbox,
+            kept_ms=int(settings.in_max_age_h * 3_600_000),
         )
 
     def _register_services(self) -> dict[str, Handler]:
@@ -358,6 +375,7 @@ class Replica:
         }
         of_sandbox = {
             "media.get": store.get,
+            "next": Next(self._next_deps()).answer,
             "receipt": queries.query_receipt_of_sandbox,
             "replay": queries.query_replay_of_sandbox,
             "window": queries.query_window_of_sandbox,

@@ -11,7 +11,7 @@ import msgspec
 
 from adapter.contract.names import Names
 
-Role: TypeAlias = Literal["adapter", "operator", "platform", "service", "sandbox"]
+Role: TypeAlias = Literal["adapter", "operator", "platform", "service", "agents", "sandbox"]
 TAG = "{{tag(sandbox)}}"
 """The sandbox in the template of a signing key; a user's JWT has the tag `sandbox:<name>`."""
 USER_INFO = "$SYS.REQ.USER.INFO"
@@ -39,16 +39,8 @@ def grants(names: Names, role: Literal["adapter", "operator", "sandbox"], sandbo
             heard = (names.live("*"), names.event("*", ">"), names.out_plain, names.out("*"))
             return Grants(_operator_publishes(names), (*heard, _inbox_subjects("operator")))
         case "sandbox":
-            verbs = ("media.get", "media.put", "receipt", "replay", "window")
-            publish = (
-                names.out(sandbox),
-                *(names.svc(f"{verb}.{sandbox}") for verb in verbs),
-                # JetStream clients ask for it before they pull
-                *_api_subjects(f"CONSUMER.INFO.{names.stream_in}.{sandbox}"),
-                *_api_subjects(f"CONSUMER.MSG.NEXT.{names.stream_in}.{sandbox}"),
-                # an acknowledgement has exactly this many tokens; more could be domain and account of another
-                f"$JS.ACK.{names.stream_in}.{sandbox}.*.*.*.*.*",
-            )
+            verbs = ("media.get", "media.put", "next", "receipt", "replay", "window")
+            publish = (names.out(sandbox), *(names.svc(f"{verb}.{sandbox}") for verb in verbs))
             return Grants(publish, (names.live(sandbox), names.event(sandbox, ">"), f"{inbox(role, sandbox)}.>"))
 
 
@@ -59,7 +51,8 @@ def streams(names: Names) -> tuple[str, ...]:
 
 def buckets(names: Names) -> tuple[str, ...]:
     """All key-value buckets."""
-    return names.bindings, names.checkpoints, names.conversations, names.members, names.claims, names.logins
+    kept = (names.checkpoints, names.conversations, names.readers, names.logins)
+    return names.bindings, *kept, names.members, names.claims
 
 
 def _inbox_subjects(role: Role) -> str:
@@ -89,8 +82,6 @@ def _adapter_publishes(names: Names) -> tuple[str, ...]:
         *_api_subjects(*(f"STREAM.{verb}.{stream}" for verb in ("CREATE", "UPDATE") for stream in streams(names))),
         *_api_subjects(*(f"STREAM.MSG.DELETE.{stream}" for stream in _purged_streams(names))),
         *_api_subjects(*(f"STREAM.PURGE.{stream}" for stream in (media, names.stream_event, names.stream_in))),
-        *_api_subjects(f"CONSUMER.CREATE.{names.stream_in}.*.{names.inbox('*')}"),
-        *_api_subjects(f"CONSUMER.RESET.{names.stream_in}.*"),
         *_api_subjects(
             *(f"CONSUMER.{verb}.{s}.*" for s in _pulled_streams(names) for verb in ("CREATE", "RESET", "MSG.NEXT"))
         ),

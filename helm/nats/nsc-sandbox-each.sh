@@ -9,15 +9,12 @@ nsc add account --name "$1" --deny-pubsub '>'
 nsc add import --account "$1" --src-account WECHAT --name wechat.out."$1" --remote-subject wechat.out."$1" --local-subject wechat.out."$1" --service
 nsc add import --account "$1" --src-account WECHAT --name wechat.svc.media.get."$1" --remote-subject wechat.svc.media.get."$1" --local-subject wechat.svc.media.get."$1" --service
 nsc add import --account "$1" --src-account WECHAT --name wechat.svc.media.put."$1" --remote-subject wechat.svc.media.put."$1" --local-subject wechat.svc.media.put."$1" --service
+nsc add import --account "$1" --src-account WECHAT --name wechat.svc.next."$1" --remote-subject wechat.svc.next."$1" --local-subject wechat.svc.next."$1" --service
 nsc add import --account "$1" --src-account WECHAT --name wechat.svc.receipt."$1" --remote-subject wechat.svc.receipt."$1" --local-subject wechat.svc.receipt."$1" --service
 nsc add import --account "$1" --src-account WECHAT --name wechat.svc.replay."$1" --remote-subject wechat.svc.replay."$1" --local-subject wechat.svc.replay."$1" --service
 nsc add import --account "$1" --src-account WECHAT --name wechat.svc.window."$1" --remote-subject wechat.svc.window."$1" --local-subject wechat.svc.window."$1" --service
-nsc add import --account "$1" --src-account WECHAT --name '$JS.API.CONSUMER.INFO.WECHAT_IN.'"$1" --remote-subject '$JS.API.CONSUMER.INFO.WECHAT_IN.'"$1" --local-subject '$JS.API.CONSUMER.INFO.WECHAT_IN.'"$1" --service
-nsc add import --account "$1" --src-account WECHAT --name '$JS.API.CONSUMER.MSG.NEXT.WECHAT_IN.'"$1" --remote-subject '$JS.API.CONSUMER.MSG.NEXT.WECHAT_IN.'"$1" --local-subject '$JS.API.CONSUMER.MSG.NEXT.WECHAT_IN.'"$1" --service
-nsc add import --account "$1" --src-account WECHAT --name '$JS.ACK.WECHAT_IN.'"$1"'.*.*.*.*.*' --remote-subject '$JS.ACK.WECHAT_IN.'"$1"'.*.*.*.*.*' --local-subject '$JS.ACK.WECHAT_IN.'"$1"'.*.*.*.*.*' --service
 nsc add import --account "$1" --src-account WECHAT --name wechat.in."$1" --remote-subject wechat.in."$1" --local-subject wechat.in."$1"
 nsc add import --account "$1" --src-account WECHAT --name wechat.event."$1"'.>' --remote-subject wechat.event."$1"'.>' --local-subject wechat.event."$1"'.>'
-nsc add import --account "$1" --src-account WECHAT --name '$JS.API.INFO' --remote-subject '$JS.API.INFO' --local-subject '$JS.API.INFO' --service
-nsc edit signing-key --account "$1" --role sandbox --sk generate --allow-pub 'wechat.out.{{tag(sandbox)}},wechat.svc.media.get.{{tag(sandbox)}},wechat.svc.media.put.{{tag(sandbox)}},wechat.svc.receipt.{{tag(sandbox)}},wechat.svc.replay.{{tag(sandbox)}},wechat.svc.window.{{tag(sandbox)}},$JS.API.CONSUMER.INFO.WECHAT_IN.{{tag(sandbox)}},$JS.API.CONSUMER.MSG.NEXT.WECHAT_IN.{{tag(sandbox)}},$JS.ACK.WECHAT_IN.{{tag(sandbox)}}.*.*.*.*.*' --allow-sub 'wechat.in.{{tag(sandbox)}},wechat.event.{{tag(sandbox)}}.>,_INBOX_{{tag(sandbox)}}.>' --payload=540672
+nsc edit signing-key --account "$1" --role sandbox --sk generate --allow-pub 'wechat.out.{{tag(sandbox)}},wechat.svc.media.get.{{tag(sandbox)}},wechat.svc.media.put.{{tag(sandbox)}},wechat.svc.next.{{tag(sandbox)}},wechat.svc.receipt.{{tag(sandbox)}},wechat.svc.replay.{{tag(sandbox)}},wechat.svc.window.{{tag(sandbox)}}' --allow-sub 'wechat.in.{{tag(sandbox)}},wechat.event.{{tag(sandbox)}}.>,_INBOX_{{tag(sandbox)}}.>' --payload=540672
 nsc add user --account "$1" --name "$1" --private-key sandbox --tag sandbox:"$1"
 nsc generate creds --account "$1" --name "$1" --output-file "$1".creds

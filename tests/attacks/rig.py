@@ -366,7 +366,7 @@ async def run(name: str, folder: Path, *, seconds: float, seed: int = 1) -> Outc
     attackers = [ATTACKER, *(f"{ATTACKER}-{number}" for number in range(2, getattr(module, "ATTACKERS", 1) + 1))]
     settings = {"quota": 0} | getattr(module, "SIMULATOR", {})
     options = getattr(module, "JETSTREAM", "")
-    jetstream = f", sync_interval: always, limits {{ default_max_consumers: 100000 }}{options}"
+    jetstream = f", sync_interval: always{options}"
     async with contextlib.AsyncExitStack() as stack:
         sim = await stack.enter_async_context(Simulator(fast(**settings)))
         made = guarded(folder, "jwt", sandboxes=[VICTIM, *attackers], jetstream=jetstream)

@@ -54,6 +54,7 @@ class Platform:
                 chat=self.bench.chat,
                 sealer=sealer or self.bench.sealer,
                 core=self.bench.core,
+                readers=self.bench.replica.readers,
                 ensure_owner=lambda: self.bench.leases.ensure_owned(0),
                 wait_complete=self.complete.wait,
                 eraser=eraser or NoEraser(),
@@ -259,11 +260,10 @@ async def test_while_bindings_are_lost_commands_wait(platform: Platform) -> None
 
 
 async def test_options_and_cursor_are_kept(platform: Platform) -> None:
-    await platform.bind(options={"durable": True}, cursor="CAES", base_url="https://ilinkai.wechat.com/")
+    await platform.bind(options={"auto_typing": True}, cursor="CAES", base_url="https://ilinkai.wechat.com/")
     binding = platform.binding()
-    assert (binding.options.durable, platform.cursor()) == (True, "CAES")
+    assert (binding.options.auto_typing, platform.cursor()) == (True, "CAES")
     assert binding.base_url == "https://ilinkai.wechat.com"
-    assert platform.bench.core.durables == ["s1"]
 
 
 async def test_a_bind_may_name_the_longest_cursor_that_is_kept(platform: Platform) -> None:
@@ -784,17 +784,6 @@ async def test_an_unbind_that_nobody_can_read_is_kept_whole(platform: Platform) 
     platform.publish("unbind", b'{"sandbox":5}')
     await asyncio.sleep(1)
     assert platform.bench.bus.found("DEAD")[0].data == b'{"sandbox":5}'
-
-
-async def test_a_consumer_that_cannot_be_made_refuses_the_bind(platform: Platform) -> None:
-
-    async def refuse(sandbox: str) -> None:
-        raise Refused("invalid", "The durable consumer cannot be made.")
-
-    platform.bench.core.make_durable = refuse  # type: ignore[method-assign]
-    answer = await platform.bind(options={"durable": True})
-    assert not answer.ok
-    assert platform.bound == {}
 
 
 # answers -------------------------------------------------------------------------------------------------

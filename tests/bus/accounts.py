@@ -16,9 +16,9 @@ from adapter.contract.names import Names
 from adapter.security.permissions import TAG, Grants, Role, covers, inbox
 from adapter.security.permissions import grants as product_grants
 
-ROLES: tuple[Role, ...] = ("adapter", "operator", "platform", "service", "sandbox")
+ROLES: tuple[Role, ...] = ("adapter", "operator", "platform", "service", "agents", "sandbox")
 
-SYSTEM, WECHAT, PLATFORM, SERVICE, SANDBOX = "SYS", "WECHAT", "PLATFORM", "SERVICE", "SANDBOX"
+SYSTEM, WECHAT, PLATFORM, SERVICE, AGENTS, SANDBOX = "SYS", "WECHAT", "PLATFORM", "SERVICE", "AGENTS", "SANDBOX"
 """Names of the accounts. A sandbox's own account has its name, which is in lower case."""
 
 ACCOUNT_OF: dict[Role, str] = {
@@ -26,6 +26,7 @@ ACCOUNT_OF: dict[Role, str] = {
     "operator": WECHAT,
     "platform": PLATFORM,
     "service": SERVICE,
+    "agents": AGENTS,
     "sandbox": SANDBOX,
 }
 SANDBOX_PAYLOAD = 528 * 1024
@@ -40,13 +41,6 @@ class Share(NamedTuple):
     kind: Literal["stream", "service"]
     """stream: WECHAT publishes there. service: the importer publishes, and WECHAT may answer."""
     subject: str
-    many: bool = False
-    """The answer has several messages."""
-
-
-SHADOW = Share("service", "$JS.API.INFO")
-"""An account without JetStream answers every request to `$JS.API` with an error, also one that it imports, unless it
-imports this one, too. No user may publish it."""
 
 
 def grants(names: Names, role: Role, sandbox: str = TAG) -> Grants:
@@ -59,6 +53,10 @@ def grants(names: Names, role: Role, sandbox: str = TAG) -> Grants:
         case "service":
             publish = (names.out_plain, names.svc("window"), names.svc("receipt"), names.svc("media.put.*"))
             return Grants(publish, (names.receipts("*"), f"{inbox(role)}.>"))
+        case "agents":
+            of_each = product_grants(names, "sandbox", "*").publish
+            inboxes = f"{inbox(role)}.>"
+            return Grants((*of_each, names.svc("bindings.list")), (names.live("*"), names.event("*", ">"), inboxes))
         case _:
             return product_grants(names, role, sandbox)
 
@@ -67,11 +65,11 @@ def imports(names: Names, role: Role, sandbox: str = "*") -> list[Share]:
     """The imports of a role's account outside of WECHAT, for one sandbox, or for all in one account."""
     granted = grants(names, role, sandbox)
     own = f"{inbox(role, sandbox if role == 'sandbox' else '')}.>"
-    shares = [Share("service", subject, ".MSG.NEXT." in subject) for subject in granted.publish]
+    shares = [Share("service", subject) for subject in granted.publish]
     shares += [Share("stream", subject) for subject in granted.subscribe if subject != own]
     if role == "platform":  # answers to bind, unbind and erase go to the inbox in a header
         shares.append(Share("stream", own))
-    return [*shares, SHADOW] if role == "sandbox" else shares
+    return shares
 
 
 def exports(names: Names) -> dict[Share, list[Role]]:
@@ -116,7 +114,7 @@ def server_config(names: Names, sandboxes: Sequence[str], *, own_accounts: bool 
     if own_accounts:
         accounts_of["sandbox"] = list(sandboxes)
     inside: tuple[Role, ...] = ("adapter", "operator")
-    outside: tuple[Role, ...] = ("platform", "service")
+    outside: tuple[Role, ...] = ("platform", "service", "agents")
     accounts: dict[str, Any] = {
         SYSTEM: {"users": [{"user": '"sys"', "password": f"${variable('sys')}"}]},
         WECHAT: {
@@ -124,7 +122,6 @@ def server_config(names: Names, sandboxes: Sequence[str], *, own_accounts: bool 
             "users": [_user(role, grants(names, role)) for role in inside],
             "exports": [
                 {share.kind: f'"{share.subject}"'}
-                | ({"response_type": "stream"} if share.many else {})
                 | {"accounts": [f'"{account}"' for role in roles for account in accounts_of[role]]}
                 for share, roles in exports(names).items()
             ],
@@ -202,7 +199,7 @@ def nsc_scripts(names: Names) -> dict[Path, str]:
     for share in exports(names):
         once.append(["add", "export", "--account", WECHAT, "--name", share.subject, "--subject", share.subject])
         if share.kind == "service":
-            once[-1] += ["--service", "--response-type", "Stream" if share.many else "Singleton"]
+            once[-1] += ["--service", "--response-type", "Singleton"]
     for role in ROLES:
         if ACCOUNT_OF[role] != WECHAT:
             once += _nsc_imports(ACCOUNT_OF[role], imports(names, role))

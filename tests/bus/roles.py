@@ -15,13 +15,13 @@ from tests.generate import ROOT
 README = ROOT / "helm" / "nats" / "README.md"
 START, END = "<!-- roles -->\n", "<!-- /roles -->"
 
-COLUMNS = ("adapter", "operator", "platform", "service", "own", "other")
+COLUMNS = ("adapter", "operator", "platform", "service", "agents", "own", "other")
 """own: a sandbox, on subjects with its own name in the place of `<sandbox>`; other: on subjects with another's."""
-HEADS = ("adapter", "operator", "platform", "service", "sandbox: its own", "sandbox: another's")
+HEADS = ("adapter", "operator", "platform", "service", "agents", "sandbox: its own", "sandbox: another's")
 
 STREAMS = (
     *("WECHAT_IN", "WECHAT_OUT", "WECHAT_CTL", "WECHAT_EVENT", "WECHAT_DEAD", "WECHAT_JOURNAL"),
-    *("KV_wechat_bindings", "KV_wechat_conversations", "KV_wechat_members", "KV_wechat_claims"),
+    *("KV_wechat_bindings", "KV_wechat_conversations", "KV_wechat_readers", "KV_wechat_members", "KV_wechat_claims"),
     *("KV_wechat_logins", "OBJ_wechat_media"),
 )
 BUCKETS = tuple(stream.removeprefix("KV_") for stream in STREAMS if stream.startswith("KV_"))
@@ -53,7 +53,7 @@ SUBJECTS = [
         ("wechat.in.<sandbox>", ""),
         ("wechat.inbox.<sandbox>", "adapter"),
         ("wechat.out", "adapter operator service"),
-        ("wechat.out.<sandbox>", "adapter operator own"),
+        ("wechat.out.<sandbox>", "adapter operator agents own"),
         ("wechat.ctl.bind", "adapter operator platform"),
         ("wechat.ctl.unbind", "adapter operator platform"),
         ("wechat.ctl.erase", "operator platform"),
@@ -63,17 +63,18 @@ SUBJECTS = [
         ("wechat.kv.bot_released", "adapter"),
         ("wechat.kv.replica_status", "adapter"),
         ("wechat.kv.wechat_bindings.b", ""),
-        ("wechat.svc.bindings.list", "adapter operator platform"),
+        ("wechat.svc.bindings.list", "adapter operator platform agents"),
         ("wechat.svc.bindings.get", "operator platform"),
         *((f"wechat.svc.login.{verb}", "operator platform") for verb in ("start", "status", "verify", "cancel")),
-        ("wechat.svc.media.get.<sandbox>", "operator own"),
-        ("wechat.svc.media.put.<sandbox>", "operator service own"),
+        ("wechat.svc.media.get.<sandbox>", "operator agents own"),
+        ("wechat.svc.media.put.<sandbox>", "operator service agents own"),
+        ("wechat.svc.next.<sandbox>", "operator agents own"),
         ("wechat.svc.receipt", "operator platform service"),
-        ("wechat.svc.receipt.<sandbox>", "operator own"),
+        ("wechat.svc.receipt.<sandbox>", "operator agents own"),
         ("wechat.svc.replay", "operator"),
-        ("wechat.svc.replay.<sandbox>", "operator own"),
+        ("wechat.svc.replay.<sandbox>", "operator agents own"),
         ("wechat.svc.window", "operator platform service"),
-        ("wechat.svc.window.<sandbox>", "operator own"),
+        ("wechat.svc.window.<sandbox>", "operator agents own"),
         *((f"$KV.{bucket}.k", "adapter") for bucket in BUCKETS),
         ("$O.wechat_media.C.x", "adapter operator"),
         ("$O.wechat_media.M.x", "adapter operator"),
@@ -86,6 +87,7 @@ SUBJECTS = [
         ("_INBOX_operator.x", "adapter"),
         ("_INBOX_platform.x", "adapter"),
         ("_INBOX_service.x", ""),
+        ("_INBOX_agents.x", ""),
         ("_INBOX_<sandbox>.x", ""),
         ("_R_.x", "adapter"),
         ("$SYS.REQ.USER.INFO", "adapter operator"),
@@ -95,18 +97,18 @@ SUBJECTS = [
         ("anything.else", ""),
     ),
     *_subscribe(
-        ("wechat.in.<sandbox>", "operator own"),
-        ("wechat.in.*", "operator"),
+        ("wechat.in.<sandbox>", "operator agents own"),
+        ("wechat.in.*", "operator agents"),
         ("wechat.inbox.<sandbox>", ""),
         ("wechat.out", "operator"),
         ("wechat.out.<sandbox>", "operator"),
         ("wechat.ctl.*", ""),
-        ("wechat.event.<sandbox>.receipt.c.1", "operator platform service own"),
-        ("wechat.event.<sandbox>.receipt.c.*", "operator platform service own"),
-        ("wechat.event.<sandbox>.receipt.>", "operator platform service own"),
-        *((f"wechat.event.<sandbox>.{kind}", "operator platform own") for kind in EVENTS),
-        ("wechat.event.*.>", "operator platform"),
-        ("wechat.event.*.receipt.>", "operator platform service"),
+        ("wechat.event.<sandbox>.receipt.c.1", "operator platform service agents own"),
+        ("wechat.event.<sandbox>.receipt.c.*", "operator platform service agents own"),
+        ("wechat.event.<sandbox>.receipt.>", "operator platform service agents own"),
+        *((f"wechat.event.<sandbox>.{kind}", "operator platform agents own") for kind in EVENTS),
+        ("wechat.event.*.>", "operator platform agents"),
+        ("wechat.event.*.receipt.>", "operator platform service agents"),
         ("wechat.journal.>", ""),
         ("wechat.dead.>", ""),
         ("wechat.kv.>", "adapter"),
@@ -126,6 +128,7 @@ SUBJECTS = [
         ("_INBOX_operator.>", "operator"),
         ("_INBOX_platform.>", "platform"),
         ("_INBOX_service.>", "service"),
+        ("_INBOX_agents.>", "agents"),
         ("_INBOX_<sandbox>.>", "own"),
         ("_R_.>", ""),
         ("wechat.>", ""),
@@ -134,12 +137,11 @@ SUBJECTS = [
     ),
 ]
 
-ALL, PULLED, PURGED, READ, OWN = (
+ALL, PULLED, PURGED, READ = (
     "all",
     "WECHAT_OUT WECHAT_CTL",
     "WECHAT_IN WECHAT_EVENT OBJ_wechat_media",
     "WECHAT_IN WECHAT_EVENT WECHAT_DEAD OBJ_wechat_media",
-    "WECHAT_IN",
 )
 ERASED = " ".join(stream for stream in STREAMS if not stream.startswith("KV_") and stream != "WECHAT_CTL")
 
@@ -167,17 +169,14 @@ API: list[tuple[str, dict[str, str]]] = [
     ("$JS.API.DIRECT.GET.<stream>.wechat.x", {"adapter": ALL, "operator": READ}),
     ("$JS.API.CONSUMER.NAMES.<stream>", {"adapter": ALL, "operator": ALL}),
     ("$JS.API.CONSUMER.LIST.<stream>", {"operator": ALL}),
-    ("$JS.API.CONSUMER.INFO.<stream>.<sandbox>", {"adapter": ALL, "operator": ALL, "own": OWN}),
+    ("$JS.API.CONSUMER.INFO.<stream>.<sandbox>", {"adapter": ALL, "operator": ALL}),
     ("$JS.API.CONSUMER.CREATE.<stream>", {"operator": READ}),
     ("$JS.API.CONSUMER.CREATE.<stream>.<sandbox>", {"adapter": PULLED, "operator": READ}),
-    (
-        "$JS.API.CONSUMER.CREATE.<stream>.<sandbox>.wechat.inbox.<sandbox>",
-        {"adapter": "WECHAT_IN", "operator": READ},
-    ),
+    ("$JS.API.CONSUMER.CREATE.<stream>.<sandbox>.wechat.inbox.<sandbox>", {"operator": READ}),
     ("$JS.API.CONSUMER.DURABLE.CREATE.<stream>.<sandbox>", {}),
     ("$JS.API.CONSUMER.DELETE.<stream>.<sandbox>", {}),
-    ("$JS.API.CONSUMER.MSG.NEXT.<stream>.<sandbox>", {"adapter": PULLED, "own": OWN}),
-    ("$JS.API.CONSUMER.RESET.<stream>.<sandbox>", {"adapter": f"{PULLED} WECHAT_IN"}),
+    ("$JS.API.CONSUMER.MSG.NEXT.<stream>.<sandbox>", {"adapter": PULLED}),
+    ("$JS.API.CONSUMER.RESET.<stream>.<sandbox>", {"adapter": PULLED}),
     ("$JS.API.CONSUMER.PAUSE.<stream>.<sandbox>", {}),
     ("$JS.API.CONSUMER.UNPIN.<stream>.<sandbox>", {}),
     ("$JS.API.CONSUMER.LEADER.STEPDOWN.<stream>.<sandbox>", {}),
@@ -191,7 +190,7 @@ API: list[tuple[str, dict[str, str]]] = [
     ("$JS.API.ACCOUNT.STREAM.MOVE.WECHAT.<stream>", {}),
     ("$JS.API.ACCOUNT.STREAM.CANCEL_MOVE.WECHAT.<stream>", {}),
     ("$JS.hub.API.STREAM.INFO.<stream>", {}),
-    ("$JS.ACK.<stream>.<sandbox>.1.1.1.1.0", {"adapter": PULLED, "own": OWN}),
+    ("$JS.ACK.<stream>.<sandbox>.1.1.1.1.0", {"adapter": PULLED}),
     ("$JS.ACK._.x.<stream>.<sandbox>.1.1.1.1.0.x", {}),
     ("$JS.FC.<stream>.<sandbox>.x", {"operator": READ}),
     ("$JS.SNAPSHOT.ACK.<stream>.x", {}),

@@ -14,7 +14,6 @@ from adapter.agent import inbox as inbox_module
 from adapter.agent.inbox import IN_FLIGHT, Inbox
 from adapter.contract.messages import Inbound, InboundItem, TextItem
 from adapter.jetstream.client import BusClient
-from adapter.jetstream.core import CoreNats
 from adapter.jetstream.managed_connection import connect_options
 from tests.bus.rig import NAMES, PATIENCE_S, Rig
 from tests.e2e.waiting import eventually
@@ -83,7 +82,9 @@ class Agent:
 
 @pytest.fixture
 async def person(rig: Rig) -> Person:
-    await CoreNats(rig.connection, NAMES).make_durable("s1")
+    config = {"durable_name": "s1", "ack_policy": "explicit", "filter_subject": NAMES.inbox("s1")}
+    body = {"stream_name": NAMES.stream_in, "config": config}
+    await rig.connection.api_request(f"CONSUMER.CREATE.{NAMES.stream_in}.s1", body)
     return Person(rig)
 
 

@@ -15,7 +15,6 @@ from structlog.testing import capture_logs
 from adapter.contract.names import H_MSG_ID, shard_of
 from adapter.jetstream import topology
 from adapter.jetstream.consumer import Consumer, Delivery
-from adapter.jetstream.core import CoreNats
 from adapter.kit.timing import SystemClock
 from adapter.ports import Message
 from tests.bus.rig import NAMES, PATIENCE_S, STATUS, Fence, Rig, control
@@ -394,16 +393,3 @@ async def test_a_stream_made_again_goes_on_above_its_old_sequences(rig: Rig) -> 
     await topology.ensure_topology(rig.connection, NAMES, rig.bus.settings)
     assert last is not None
     assert await rig.first(NAMES.stream_ctl) > last.seq
-
-
-async def test_a_durable_is_made_once_and_left_as_its_reader_has_it(rig: Rig) -> None:
-    core = CoreNats(rig.connection, NAMES)
-    await core.make_durable("s1")
-    await core.make_durable("s1")
-    verb = f"CONSUMER.INFO.{NAMES.stream_in}.s1"
-    info = await rig.connection.api_request(verb)
-    assert (info["config"]["filter_subject"], info["config"]["ack_policy"]) == (NAMES.inbox("s1"), "explicit")
-    changed = {"stream_name": NAMES.stream_in, "action": "update", "config": {**info["config"], "max_ack_pending": 7}}
-    await rig.connection.api_request(f"CONSUMER.CREATE.{NAMES.stream_in}.s1.{NAMES.inbox('s1')}", changed)
-    await core.make_durable("s1")
-    assert (await rig.connection.api_request(verb))["config"]["max_ack_pending"] == 7

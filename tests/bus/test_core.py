@@ -8,7 +8,7 @@ from typing import Any
 import msgspec
 
 from adapter.contract.names import H_SCHEMA
-from adapter.jetstream.core import MAX_WAITING, CoreNats
+from adapter.jetstream.core import CoreNats
 from adapter.jetstream.managed_connection import ManagedConnection
 from tests.bus.rig import NAMES, PATIENCE_S, Rig
 
@@ -18,20 +18,20 @@ async def test_what_is_published_needs_no_stream(rig: Rig) -> None:
     inbox = nc.new_inbox()
     answers = await nc.subscribe(inbox)
     await nc.flush()
-    await CoreNats(rig.connection, NAMES).publish(inbox, msgspec.json.encode({"ok": True}), {H_SCHEMA: "1"})
+    await CoreNats(rig.connection).publish(inbox, msgspec.json.encode({"ok": True}), {H_SCHEMA: "1"})
     assert (await answers.next_msg(5)).data == b'{"ok":true}'
     await nc.close()
 
 
 async def test_all_replicas_are_asked_at_once_and_waited_for_no_longer_than_needed(rig: Rig) -> None:
     """One that says nothing costs the time, not the answers of the others."""
-    subject, core = NAMES.replica_status(), CoreNats(rig.connection, NAMES)
+    subject, core = NAMES.replica_status(), CoreNats(rig.connection)
     assert await core.query_replicas(subject, b"?", count=1, within_s=PATIENCE_S) == []  # nobody listens
     async with asyncio.TaskGroup() as group:
         links = [ManagedConnection(rig.bus.settings, f"replica {number}") for number in range(3)]
         for number, connection in enumerate(links):
             answer = f"{number}".encode() if number < 2 else None
-            CoreNats(connection, NAMES).respond(subject, lambda data, answer=answer: answer and data + answer)  # type: ignore[misc]
+            CoreNats(connection).respond(subject, lambda data, answer=answer: answer and data + answer)  # type: ignore[misc]
         tasks = [group.create_task(connection.run()) for connection in links]
         for connection in links:
             await connection.wait_connected(PATIENCE_S)
@@ -45,23 +45,6 @@ async def test_all_replicas_are_asked_at_once_and_waited_for_no_longer_than_need
         await nc.close()
         for task in tasks:
             task.cancel()
-
-
-async def test_few_pulls_wait_at_a_durable_consumer(rig: Rig) -> None:
-    """A sandbox that asks without end is answered; the server does not keep its requests."""
-    await CoreNats(rig.connection, NAMES).make_durable("s1")
-    nc = await rig.bus.client()
-    inbox = nc.new_inbox()
-    answers = await nc.subscribe(inbox)
-    for _ in range(MAX_WAITING + 3):
-        await nc.publish(
-            f"$JS.API.CONSUMER.MSG.NEXT.{NAMES.stream_in}.s1", b'{"batch":1,"expires":60000000000}', inbox
-        )
-    refused = [(await answers.next_msg(PATIENCE_S)).headers for _ in range(3)]
-    assert [headers and headers["Status"] for headers in refused] == ["409"] * 3
-    consumer = f"CONSUMER.INFO.{NAMES.stream_in}.s1"
-    assert (await rig.connection.api_request(consumer))["num_waiting"] == MAX_WAITING
-    await nc.close()
 
 
 async def _forbidden(msg: Any) -> None:

@@ -13,8 +13,6 @@ from pathlib import Path
 import msgspec
 import pytest
 from nats.aio.msg import Msg
-from nats.errors import TimeoutError as NatsTimeoutError
-from nats.js.api import AckPolicy, ConsumerConfig
 from structlog.testing import capture_logs
 
 from adapter.cli.schema import channels
@@ -210,20 +208,11 @@ async def test_a_message_of_a_sandbox_is_no_larger_than_a_piece_of_media(server:
         await adapter.nc.flush()
 
 
-async def test_a_sandbox_reads_its_durable_consumer_as_jetstream_clients_do(server: Guarded) -> None:
-    """They ask whether the consumer exists. nats-py would make it anew, which is closed, and looks at no other's."""
-    witness = await with_streams(server)
-    for name in (OWN, OTHER):
-        config = ConsumerConfig(durable_name=name, ack_policy=AckPolicy.EXPLICIT, filter_subject=NAMES.inbox(name))
-        await witness.nc.jetstream().add_consumer(NAMES.stream_in, config)
-    await witness.nc.jetstream().publish(NAMES.inbox(OWN), b"hello")
-    sandbox = await server.connect(OWN)
-    js = sandbox.nc.jetstream(timeout=2)
-    pulled = await js.pull_subscribe(NAMES.inbox(OWN), durable=OWN, stream=NAMES.stream_in)
-    (msg,) = await pulled.fetch(1, timeout=30)
-    await msg.ack_sync()
-    assert (msg.data, (await pulled.consumer_info()).num_ack_pending) == (b"hello", 0)
-    assert sandbox.refusals == []
-    with pytest.raises(NatsTimeoutError):
-        await js.consumer_info(NAMES.stream_in, OTHER)
-    assert await refusals(sandbox) == {f"$js.api.consumer.info.{NAMES.stream_in.lower()}.{OTHER}"}
+async def test_a_sandbox_is_told_that_its_command_is_stored(server: Guarded) -> None:
+    """By the acknowledgement that answers a plain request: no JetStream API, in whichever account it is."""
+    await with_streams(server)
+    for who in (OWN, "agents"):
+        player = await server.connect(who)
+        answer = await player.nc.request(NAMES.out(OWN), b'{"text":"hi"}', timeout=30)
+        assert msgspec.json.decode(answer.data)["stream"] == NAMES.stream_out
+        assert player.refusals == []

@@ -16,7 +16,7 @@ from tests.chart.helm import (
 
 SAME_AS = {
     "subjects": "subjects", "retention": "retention", "discard": "discard", "maxAge": "max_age",
-    "maxMsgsPerSubject": "max_msgs_per_subject", "maxBytes": "max_bytes", "maxConsumers": "max_consumers",
+    "maxMsgsPerSubject": "max_msgs_per_subject", "maxBytes": "max_bytes",
     "discardPerSubject": "discard_new_per_subject", "allowDirect": "allow_direct",
     "allowRollup": "allow_rollup_hdrs", "denyDelete": "deny_delete", "denyPurge": "deny_purge",
     "allowMsgTtl": "allow_msg_ttl",

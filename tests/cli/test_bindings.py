@@ -58,7 +58,6 @@ async def test_bind_shows_what_is_bound_now(cli: Command, bus: Bus, token_file: 
             "user1@im.wechat",
             "--base-url",
             "https://x.weixin.qq.com",
-            "--durable",
             "--auto-typing",
         )
         result = await cli("bind", "s1", "bot1@im.bot", "--token-file", token_file, *options)
@@ -68,8 +67,7 @@ async def test_bind_shows_what_is_bound_now(cli: Command, bus: Bus, token_file: 
     assert "secret" not in result.out + result.err
     (asked,) = adapter.asked
     assert isinstance(asked, Bind)
-    assert (asked.user, asked.options.durable) == ("user1@im.wechat", True)
-    assert asked.options.auto_typing
+    assert (asked.user, asked.options.auto_typing) == ("user1@im.wechat", True)
 
 
 async def test_a_cursor_is_no_argument_since_a_token_stands_in_it(cli: Command, token_file: str) -> None:

@@ -18,7 +18,7 @@ from tests.cli.conftest import Command
 from tests.cli.process import started, until
 from tests.cli.standin import answering
 
-HEADER = "sandbox,bot,token,user,durable\n"
+HEADER = "sandbox,bot,token,user,auto_typing\n"
 START_S = 60.0
 
 
@@ -41,13 +41,15 @@ async def test_rows_of_csv_are_bound_and_what_is_no_row_can_be_mended_and_run_ag
         HEADER + "s1,b1@im.bot,t1-secret,u1@im.wechat,\nS 2,b2@im.bot,t2-secret,,\ns3,b3@im.bot,t3-secret,,true\n",
     )
     async with answering(bus) as adapter:
-        result = await cli("bind", "--from", str(rows), "--failed", str(failed), "--auto-typing")
+        result = await cli(
+            "bind", "--from", str(rows), "--failed", str(failed), "--base-url", "https://x.weixin.qq.com"
+        )
         assert result.code == 2
         assert (result.out, "2 bound, 1 failed" in result.err, "line 3 (S 2): " in result.err) == ("", True, True)
         assert "secret" not in result.err
         assert stat.S_IMODE(failed.stat().st_mode) == 0o600
         header, row = failed.read_text().splitlines()
-        assert header == "sandbox,bot,token,user,durable,error"
+        assert header == "sandbox,bot,token,user,auto_typing,error"
         assert row.startswith("S 2,b2@im.bot,t2-secret,,,")
 
         write(failed, f"{header}\n{row.replace('S 2', 's2')}\n")
@@ -59,10 +61,10 @@ async def test_rows_of_csv_are_bound_and_what_is_no_row_can_be_mended_and_run_ag
         ("s2", "b2@im.bot", "t2-secret", None),
         ("s3", "b3@im.bot", "t3-secret", None),
     ]
-    assert {bind.sandbox: (bind.options.durable, bind.options.auto_typing) for bind in binds} == {
-        "s1": (False, True),
-        "s3": (True, True),
-        "s2": (False, False),
+    assert {bind.sandbox: (bind.options.auto_typing, bind.base_url) for bind in binds} == {
+        "s1": (False, "https://x.weixin.qq.com"),
+        "s3": (True, "https://x.weixin.qq.com"),
+        "s2": (False, None),
     }
 
 

@@ -131,19 +131,6 @@ async def test_a_server_that_ends_by_itself_is_noticed() -> None:
         assert not server.is_running
 
 
-async def test_more_consumers_than_the_server_allows_by_itself() -> None:
-    """2.15 stops at 1,000 per stream."""
-    async with EmbeddedNats() as server, await nats.connect(server.url) as nc:
-        await nc.jetstream().add_stream(name="s", subjects=["s.*"], storage="memory")
-        for i in range(1001):
-            await nc.request(
-                f"$JS.API.CONSUMER.CREATE.s.c{i}",
-                b'{"stream_name":"s","config":{"durable_name":"c%d","mem_storage":true,"ack_policy":"none"}}' % i,
-                timeout=10,
-            )
-        assert (await nc.jetstream().stream_info("s")).state.consumer_count == 1001
-
-
 def test_every_acknowledged_message_is_on_the_disk() -> None:
     assert "sync_interval: always" in server_config(Path("/x"), -1)
 

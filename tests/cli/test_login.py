@@ -90,7 +90,7 @@ async def test_what_is_bound_can_be_listed(sim: Simulator, cli: Command) -> None
         assert process.returncode == 0
     (row,) = (await cli("bindings", "--json")).rows
     assert (row["sandbox"], row["bot"]) == ("s1", sim.bots()[0].bot)
-    assert row["options"] == {"durable": False, "auto_typing": True, "media": True}
+    assert row["options"] == {"auto_typing": True, "media": True}
 
 
 async def test_a_user_who_has_a_bot_is_told_so(sim: Simulator) -> None:

@@ -118,7 +118,7 @@ def test_faces_and_flags_are_shown_as_they_are() -> None:
 def test_json_for_scripts_has_every_field() -> None:
     info = with_defaults(BindingInfo(sandbox="s", bot="b"))
     assert info["state"] == "active"
-    assert info["options"] == {"durable": False} | info["options"]
+    assert info["options"] == {"auto_typing": False} | info["options"]
     assert with_defaults(Receipt(command="c", sandbox="s", outcome="parked"))["window"]["remaining"] is None
 
 

@@ -22,7 +22,7 @@ from nats.aio.msg import Msg
 from nats.js.api import AckPolicy, ConsumerConfig
 
 from adapter.cli.embedded import EmbeddedNats, find_server
-from adapter.contract.messages import Options, Outbound
+from adapter.contract.messages import Outbound
 from adapter.simulator import Simulator
 from tests.authority import Authority
 from tests.bus.guarded import guarded
@@ -75,7 +75,7 @@ async def test_the_agent_on_a_page_answers(bridge: World, tmp_path: Path, page: 
     (tmp_path / "agent.py").write_text(printed.replace("s1", sandbox))
     nc = await bridge.nc()
     bot = bridge.sim.add_bot()
-    await bridge.bind(nc, sandbox, bot, options=Options(durable=True))
+    await bridge.bind(nc, sandbox, bot)
     commands = await listening(nc, sandbox)
     agent = Language(page, tmp_path, {"agent": (sys.executable, str(tmp_path / "agent.py"))})
     async with agent.run("agent", NATS_URL=bridge.url):

@@ -68,7 +68,7 @@ def test_what_is_gone_is_seen(tmp_path: Path) -> None:
 def test_who_reads_a_message_is_known() -> None:
     assert {name for name in schema.DOCUMENTED if not is_sent(name)} == {
         *("outbound", "bind", "unbind", "erase", "bindings_query", "window_query", "receipt_query", "replay_query"),
-        *("login_start", "login_query", "login_verify", "media_query", "media_piece"),
+        *("login_start", "login_query", "login_verify", "media_query", "media_piece", "next_query"),
     }
 
 

@@ -65,7 +65,7 @@ async def fill(made: World) -> None:
     nc = await made.nc()
     for number in range(120):
         bot = made.sim.add_bot(bot=f"agent-{number:03d}@im.bot")
-        await made.bind(nc, f"agent-{number:03d}", bot, options=Options(durable=number % 2 == 0))
+        await made.bind(nc, f"agent-{number:03d}", bot, options=Options(auto_typing=number % 2 == 0))
         if number % 3 == 0:
             made.say(f"agent-{number:03d}", "你好")
     for number in (30, 60):

@@ -18,7 +18,7 @@ from structlog.testing import capture_logs
 from adapter.console.auth import SESSION_S, WRONG_A_MINUTE, ConsoleAuth
 from adapter.console.server import MAX_BODY, MAX_IN_FLIGHT, Console, is_loopback
 from adapter.console.service import ConsoleDeps
-from adapter.contract.messages import LoginStart
+from adapter.contract.messages import LoginStart, Options
 from adapter.contract.names import H_DETAIL, H_MSG_ID, H_REASON, H_SUBJECT, H_TIME_MS, H_USER
 from adapter.errors import BusRefused, SettingsError, Temporary
 from adapter.logins.flow import REFRESH_S, LoginDeps
@@ -516,11 +516,11 @@ async def test_old_letters_are_found_by_leafing(office: Office) -> None:
 
 
 async def test_a_login_shows_its_code_and_no_secret_in_the_address(office: Office) -> None:
-    answer = await office.post("/logins", sandbox="s1", durable="on")
+    answer = await office.post("/logins", sandbox="s1", auto_typing="on")
     assert answer.status_code == 303
     ((login, record),) = list(office.registry)
     (asked,) = office.started
-    assert (record.sandbox, asked.options.durable, asked.options.auto_typing) == ("s1", True, False)
+    assert (record.sandbox, asked.options) == ("s1", Options(auto_typing=True))
     place = answer.headers["Location"]
     assert login not in place
     page = (await office.browser.get(place)).text

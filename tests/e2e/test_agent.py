@@ -22,7 +22,6 @@ from aiohttp import web
 from aiohttp.test_utils import TestServer
 from nats.aio.client import Client
 
-from adapter.contract.messages import Options
 from tests.cli.process import alive
 from tests.e2e.world import NAMES, World, until, world
 from tests.forks import Forked, fork
@@ -98,7 +97,7 @@ async def agent_running(folder: Path, *options: str, **environ: str) -> AsyncIte
     async with world(folder, environ={"WECHAT_NATS_SENDS_PER_WINDOW": "0"}, quota=0) as made:
         await made.add_adapter()
         nc = await made.nc()
-        await made.bind(nc, "s1", made.sim.add_bot(), options=Options(durable=True))
+        await made.bind(nc, "s1", made.sim.add_bot())
         await shorten_ack_wait(nc)
         await nc.close()
         agent = Agent(made, *options, **environ)
@@ -332,7 +331,7 @@ async def test_whatever_dies_each_person_has_each_answer_once_and_in_order(tmp_p
     rng = random.Random(int(os.environ.get("SEED", "7")))
     async with agent_running(tmp_path) as (made, agent):
         nc, first, other = await made.nc(), made.bots["s1"], made.sim.add_bot()
-        await made.bind(nc, "s1", other, options=Options(durable=True))
+        await made.bind(nc, "s1", other)
         await nc.close()
         users = [first, other]
         said: dict[str, list[str]] = {user.user: [] for user in users}

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 from adapter.agent import Message, Sandbox
-from adapter.contract.messages import ImageItem, Options, Outbound, OutFile
+from adapter.contract.messages import ImageItem, Outbound, OutFile
 from adapter.environment import read_settings
 from adapter.errors import Refused
 from adapter.simulator import BotRecord, Simulator
@@ -48,7 +48,7 @@ async def place(tmp_path: Path, request: pytest.FixtureRequest) -> AsyncIterator
             platform = await server.connect("platform")
             users = [sim.add_bot(), sim.add_bot()]
             for bot in users:
-                assert (await world.bind(platform.nc, "s1", bot, options=Options(durable=True))).ok
+                assert (await world.bind(platform.nc, "s1", bot)).ok
             environs = {name: {"NATS_URL": server.url, **server.users[name].environ} for name in ("s1", "s2")}
             for environ in environs.values():
                 del environ["NATS_INBOX_PREFIX"]

@@ -12,7 +12,6 @@ from pathlib import Path
 import pytest
 from nats.errors import Error as NatsError
 
-from adapter.contract.messages import Options
 from tests.e2e.busy import faultless, polled_anew, running, talking
 from tests.e2e.world import NAMES, eventually, load, stream, world
 
@@ -82,18 +81,13 @@ async def test_without_a_quorum_everything_waits_and_then_goes_on(tmp_path: Path
 
 @pytest.mark.slow
 async def test_a_server_that_is_down_delays_nobodys_bind(tmp_path: Path) -> None:
-    """Not even the unbind of a sandbox whose durable consumer it has."""
     async with world(tmp_path, clustered=True) as made:
         await made.add_adapter()
         nc = await made.nc()
-        js = nc.jetstream()
-        assert (await made.bind(nc, "s1", made.sim.add_bot(), options=Options(durable=True))).ok
+        assert (await made.bind(nc, "s1", made.sim.add_bot())).ok
         made.say("s1", "hello")
         await made.settle(nc)
-        cluster = (await js.consumer_info(NAMES.stream_in, "s1")).cluster
-        assert cluster is not None
-        node = next(each for each in made.cluster.nodes if each.name == cluster.leader)
-        node.kill()
+        (await made.cluster.leader(f"KV_{NAMES.readers}")).kill()
         made.said.clear()
 
         async def is_connected() -> bool:

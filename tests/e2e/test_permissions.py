@@ -28,10 +28,9 @@ from adapter.security.permissions import streams
 from adapter.simulator import Simulator, samples
 from tests import canary
 from tests.bus.guarded import NAMES, TEMPLATES, WITNESS, Guarded, Player, guarded
+from tests.e2e.asker import Asker
 from tests.e2e.world import TOKEN_KEY, AdapterProcess, World, environ_of, eventually, fast, free_port, stream, until
 from tests.forks import fork
-
-DURABLE = {"durable": True}
 
 
 class Sandbox:
@@ -76,15 +75,6 @@ class Sandbox:
         assert H_ERROR not in (msg.headers or {}), msg.headers
         return msgspec.json.decode(msg.data, type=Media)
 
-    async def pull(self, durable: str) -> list[Msg]:
-        """What its durable consumer has."""
-        subscription = await self.nc.jetstream().pull_subscribe_bind(durable, NAMES.stream_in)
-        found = await subscription.fetch(10, timeout=10)
-        for msg in found:
-            await msg.ack_sync(timeout=10)
-        await subscription.unsubscribe()
-        return found
-
 
 def _is_of(msg: Msg, live: str, events: str) -> bool:
     return msg.subject == live or msg.subject.startswith(events)
@@ -117,7 +107,7 @@ async def scene(tmp_path: Path, request: pytest.FixtureRequest) -> AsyncIterator
             s1, s2 = [Sandbox(name, await server.connect(name)) for name in ("s1", "s2")]
             for sandbox in (s1, s2):
                 await sandbox.listen()
-                answer = await world.bind(platform.nc, sandbox.name, sim.add_bot(), options=DURABLE)
+                answer = await world.bind(platform.nc, sandbox.name, sim.add_bot())
                 assert answer.ok, answer
             leaks: list[str] = []
             yield Scene(server, world, platform, service, witness, s1, s2)
@@ -141,8 +131,8 @@ async def talk(scene: Scene) -> None:
 async def test_every_role_can_do_its_work(scene: Scene) -> None:
     s1, s2, world = scene.s1, scene.s2, scene.world
     await talk(scene)
-    # a sandbox: its durable, replay, window, commands with receipts, media both ways
-    assert [msgspec.json.decode(msg.data, type=Inbound).text for msg in await s1.pull("s1")] == ["hello s1"]
+    # a sandbox: its next messages, replay, window, commands with receipts, media both ways
+    assert [message.text for message in await Asker(s1.nc).take()] == ["hello s1"]
     page = msgspec.json.decode((await s1.ask("replay", b'{"after":0}')).data, type=ReplayPage)
     assert [msgspec.json.decode(r.message, type=Inbound).text for r in page.messages] == ["hello s1"]
 
@@ -199,10 +189,10 @@ async def test_a_sandbox_learns_nothing_of_others_whatever_it_asks(scene: Scene)
         {"bot": world.bots["s1"].bot, "user": user},
         {"since_ms": 0, "limit": 500},
     ]
-    for verb in ("replay", "window", "media.get", "media.put"):
+    for verb in ("next", "replay", "window", "media.get", "media.put"):
         for body in bodies:
             await s1.ask(verb, json.dumps(body).encode())
-    await s1.pull("s1")
+    await Asker(s1.nc).take()
     for ident, named in (("c1", {"sandbox": "s2"}), ("c2", {"bot": other}), ("c3", {"user": user}), ("c4", {})):
         command = json.dumps({"id": ident, "text": "hi", **named}).encode()
         await s1.nc.jetstream().publish(NAMES.out("s1"), command)
@@ -262,20 +252,16 @@ async def test_no_reply_subject_makes_others_write_where_a_sandbox_may_not(scene
     await talk(scene)
     evil = b'{"sandbox":"s2","text":"evil","bot":"x@im.bot","bot_token":"t","config":{},"id":"evil"}'
     media = await s1.bring("evil", evil)
-    backlog = 2 * len(REPLIES)  # so that each pull below brings one
-    for number in range(backlog):
-        world.say("s1", evil.decode().replace("}", f"{number}}}"))
-    await until(lambda: len(s1.heard()) == backlog + 1, "the user's words come")
+    world.say("s1", evil.decode())
+    await until(lambda: len(s1.heard()) == 2, "the user's words come")
     before = await _state(scene.witness.nc)
-    heard, pulled = len(s2.got), await _pulled(scene.witness.nc)
+    heard = len(s2.got)
     for subject, body in [
         (NAMES.svc("media.get.s1"), json.dumps({"object": media.object}).encode()),
         (NAMES.svc("replay.s1"), b"{}"),
         (NAMES.svc("window.s1"), b"{}"),
+        (NAMES.svc("next.s1"), b"{}"),
         (NAMES.out("s1"), evil),
-        (f"$JS.API.CONSUMER.MSG.NEXT.{NAMES.stream_in}.s1", b'{"batch":1,"no_wait":true}'),
-        (f"$JS.API.CONSUMER.INFO.{NAMES.stream_in}.s1", b""),
-        (f"$JS.ACK.{NAMES.stream_in}.s1.1.1.1.1.0", b"+NXT"),  # last: few of them may wait, and then no pull
     ]:
         for reply in REPLIES:
             await s1.nc.publish(subject, body, reply=reply)
@@ -285,35 +271,18 @@ async def test_no_reply_subject_makes_others_write_where_a_sandbox_may_not(scene
     await s2.nc.flush()
     assert await _state(scene.witness.nc) == before
     assert world.phone_texts("s2") == []
-    # the server refuses a pull whose reply nobody hears; in an account of its own none of these need be heard
-    if not scene.server.each:
-        await eventually(lambda: _has_pulled_since(scene.witness.nc, pulled), "pulls have brought something")
     foreign = s2.got[heard:]
-    if scene.server.each:
-        assert foreign == []
-    else:  # what the other one pulled bears an id, and is told by its subject
-        assert {msg.subject for msg in foreign if H_MSG_ID in (msg.headers or {})} == {NAMES.inbox("s1")}
+    assert [msg for msg in foreign if scene.server.each or H_MSG_ID in (msg.headers or {})] == []
     assert [msg.subject for msg in foreign if msg in s2.genuine()] == []
     assert s2.heard() == ["hello s2"]
     assert {text for text in s1.refusals if "publish with reply of" not in text} == set()
-
-
-async def _pulled(nc: Client) -> int:
-    """How many messages the durable consumer of s1 has delivered, repeats included."""
-    consumer = await nc.jetstream().consumer_info(NAMES.stream_in, "s1")
-    assert consumer.delivered is not None
-    return consumer.delivered.consumer_seq or 0
-
-
-async def _has_pulled_since(nc: Client, before: int) -> bool:
-    return await _pulled(nc) > before
 
 
 async def _state(nc: Client) -> dict[str, Any]:
     """What no sandbox may change: all but its own commands, and what the adapter notes of them and of itself."""
     found: dict[str, Any] = {}
     own = {NAMES.stream_out, NAMES.stream_event, NAMES.stream_in}
-    ours = {f"KV_{bucket}" for bucket in (NAMES.members, NAMES.conversations, NAMES.claims)}
+    ours = {f"KV_{bucket}" for bucket in (NAMES.members, NAMES.conversations, NAMES.readers, NAMES.claims)}
     names = json.loads((await nc.request("$JS.API.STREAM.NAMES", timeout=10)).data)["streams"]
     assert set(names) == set(streams(NAMES))
     for name in names:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import random
 from functools import partial
 from pathlib import Path
@@ -13,13 +12,12 @@ import msgspec
 import pytest
 from nats.aio.client import Client
 
-from adapter.contract.messages import Bind, Erase, Inbound, Options, Receipt, ReplayPage, ReplayQuery, Unbind
+from adapter.contract.messages import Bind, Erase, Inbound, Receipt, ReplayPage, ReplayQuery, Unbind
 from adapter.contract.names import to_subject_token
 from adapter.simulator import BotRecord
+from tests.e2e.asker import Asker
 from tests.e2e.test_bindings import ask
 from tests.e2e.world import NAMES, World, eventually, stream, until, world
-
-DURABLE = Options(durable=True)
 
 
 async def replayed(nc: Client, **query: Any) -> list[str]:
@@ -28,22 +26,9 @@ async def replayed(nc: Client, **query: Any) -> list[str]:
     return [msgspec.json.decode(entry.message, type=Inbound).text for entry in page.messages]
 
 
-async def delivered(nc: Client) -> list[str]:
-    """All that the sandbox's durable consumer has for it, not acknowledged."""
-    js = nc.jetstream()
-    subscription = await js.pull_subscribe_bind("s1", NAMES.stream_in)
-    found: list[str] = []
-    while (await js.consumer_info(NAMES.stream_in, "s1")).num_pending:
-        with contextlib.suppress(TimeoutError):
-            messages = await subscription.fetch(10, timeout=5)
-            found += [msgspec.json.decode(msg.data, type=Inbound).text for msg in messages]
-    await subscription.unsubscribe()
-    return found
-
-
-async def unacknowledged(nc: Client) -> int:
-    """How many messages are delivered once more unless the sandbox acknowledges them."""
-    return (await nc.jetstream().consumer_info(NAMES.stream_in, "s1")).num_ack_pending or 0
+async def handed(asker: Asker) -> list[str]:
+    """What the sandbox has not handled yet; it handles all that it got before."""
+    return [message.text for message in await asker.take()]
 
 
 async def says(made: World, nc: Client, text: str) -> Inbound:
@@ -76,29 +61,30 @@ async def outcome(made: World, nc: Client, ident: str, **body: Any) -> Receipt:
 
 
 async def begun(made: World) -> tuple[Client, BotRecord]:
-    """A sandbox with a durable consumer, and its first person."""
+    """A sandbox and its first person."""
     await made.add_adapter()
     nc, bot = await made.nc(), made.sim.add_bot()
-    assert (await made.bind(nc, "s1", bot, options=DURABLE)).ok
+    assert (await made.bind(nc, "s1", bot)).ok
     return nc, bot
 
 
 async def test_the_next_person_meets_nothing_of_the_one_before(tmp_path: Path) -> None:
     async with world(tmp_path) as made:
         nc, _ = await begun(made)
+        agent = Asker(nc)
         first = await says(made, nc, "of the first one")
-        assert await delivered(nc) == ["of the first one"]
+        assert await handed(agent) == ["of the first one"]
         await says(made, nc, "and more of it")
         await unbind(made, nc)
         made.said.clear()
-        assert (await delivered(nc), await unacknowledged(nc)) == ([], 0)
+        assert await handed(agent) == []
         assert await replayed(nc) == []
-        assert (await made.bind(nc, "s1", made.sim.add_bot(), options=DURABLE)).ok
-        assert await delivered(nc) == []
+        assert (await made.bind(nc, "s1", made.sim.add_bot())).ok
+        assert await handed(agent) == []
         assert [await replayed(nc), await replayed(nc, after=1), await replayed(nc, since_ms=1)] == [[], [], []]
         assert await stream(nc, NAMES.stream_in, NAMES.inbox("s1")) == []
         second = await says(made, nc, "of the second one")
-        assert await delivered(nc) == ["of the second one"]
+        assert await handed(agent) == ["of the second one"]
         assert await replayed(nc) == ["of the second one"]
 
         late = await outcome(made, nc, "late", reply_to=first.id)
@@ -116,11 +102,12 @@ async def test_a_new_bot_of_the_same_person_answers_what_was_said_to_the_old_one
 ) -> None:
     async with world(tmp_path, token_death_delay_s=0) as made:
         nc, old = await begun(made)
+        agent = Asker(nc)
         before = await says(made, nc, "to the old bot")
-        answer = await made.bind(nc, "s1", made.sim.add_bot(user=old.user), options=DURABLE)
+        answer = await made.bind(nc, "s1", made.sim.add_bot(user=old.user))
         assert answer.replaced == [old.bot]
         assert await replayed(nc) == ["to the old bot"]
-        assert await delivered(nc) == ["to the old bot"]
+        assert await handed(agent) == ["to the old bot"]
         await says(made, nc, "to the new bot")
         assert (await outcome(made, nc, "c1", reply_to=before.id)).outcome == "accepted"
         assert (await outcome(made, nc, "c2", reply_to=before.id, user=old.user)).outcome == "accepted"
@@ -136,7 +123,7 @@ async def test_commands_that_wait_for_who_leaves_end(tmp_path: Path) -> None:
         await unbind(made, nc)
         assert [(one.outcome, one.reason) for one in await made.receipts(nc)][-1] == ("refused", "not_bound")
         assert await stream(nc, NAMES.stream_out, f"{NAMES.out_plain}.>") == []
-        await made.bind(nc, "s1", bot, options=DURABLE)
+        await made.bind(nc, "s1", bot)
         made.said.clear()
         await says(made, nc, "here I am again")
         assert (await outcome(made, nc, "again")).outcome == "accepted"

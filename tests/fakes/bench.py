@@ -56,10 +56,11 @@ class FakeConnections(Connections):
         self.connection = self.lease_connection = self.media_connection = connection
         self.service_connection = self.upload_connection = connection
         bus: Any = bench.bus
-        self.bus = self.media_bus = self.history = self.bulk_history = bus
+        self.bus = self.media_bus = self.history = self.bulk_history = self.inboxes = bus
         ports: Any = (bench.chat, bench.cdn, bench.objects, bench.core)
         self.chat, self.cdn, self.objects, self.core = ports
         names = bench.names
+        self.readers: Any = bench.readers_bucket
         self._buckets: dict[str, Any] = {
             names.bindings: bench.bindings_bucket,
             names.checkpoints: bench.checkpoint_bucket,
@@ -128,6 +129,7 @@ class Bench:
         self.cdn: FakeCdn = world.cdn if world else FakeCdn()
         self.objects: FakeObjects = world.objects if world else FakeObjects(self.bus.writes)
         self.claims_bucket: FakeBucket = world.claims_bucket if world else FakeBucket("claim", self.bus.writes)
+        self.readers_bucket: FakeBucket = world.readers_bucket if world else FakeBucket("reader", self.bus.writes)
         self.core = FakeCoreBus()
         self.leases = FakeLeases(incarnation)
         self.metrics = metrics or Metrics()

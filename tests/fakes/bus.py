@@ -215,7 +215,7 @@ def matches(pattern: str, subject: str) -> bool:
 
 
 class FakeBucket:
-    """Implements Bucket. `label` is what it writes into the bus's journal."""
+    """Implements Bucket, and get and write of LeaderBucket. `label` is what it writes into the bus's journal."""
 
     def __init__(self, label: str = "", journal: list[str] | None = None) -> None:
         self.entries: dict[str, Entry] = {}
@@ -258,6 +258,9 @@ class FakeBucket:
             if entry is not None and entry.value == value:
                 return entry.revision
             raise
+
+    async def write(self, key: str, value: bytes | None, revision: int) -> int:
+        return await self._write(key, value, revision, 0)
 
     async def delete(self, key: str, revision: int | None = None, *, ttl_s: int = 0) -> int:
         return await self._write(key, None, revision, ttl_s)
@@ -338,7 +341,6 @@ class FakeCoreBus:
 
     def __init__(self) -> None:
         self.published: list[tuple[str, bytes, dict[str, str]]] = []
-        self.durables: list[str] = []
 
     async def publish(self, subject: str, payload: bytes, headers: dict[str, str]) -> None:
         self.published.append((subject, payload, headers))
@@ -346,9 +348,6 @@ class FakeCoreBus:
     def subscribe(self, subject: str, on_message: object) -> None: ...
 
     def respond(self, subject: str, make: object) -> None: ...
-
-    async def make_durable(self, sandbox: str) -> None:
-        self.durables.append(sandbox)
 
 
 class Failing:

@@ -149,6 +149,7 @@ class World(NamedTuple):
     numbers: Iterator[int]
     deliveries: list[FakeDelivery]
     claims_bucket: FakeBucket
+    readers_bucket: FakeBucket
 
 
 def mortal(world: Bench, number: int, life: Life) -> Bench:
@@ -164,5 +165,6 @@ def mortal(world: Bench, number: int, life: Life) -> Bench:
         numbers=world.numbers,
         deliveries=world.deliveries,
         claims_bucket=world.claims_bucket,
+        readers_bucket=world.readers_bucket,
     )
     return Bench(reached, incarnation=f"r{number}", metrics=world.metrics)  # type: ignore[arg-type]

@@ -73,6 +73,7 @@ class Doors:
                 chat=self.bench.chat,
                 sealer=self.sealer,
                 core=self.bench.core,
+                readers=self.bench.replica.readers,
                 ensure_owner=lambda: None,
                 wait_complete=lambda: asyncio.sleep(0),
                 eraser=NoEraser(),
@@ -616,35 +617,33 @@ async def test_a_bind_that_nobody_carries_out_is_told_as_such(doors: Doors) -> N
 
 
 async def test_a_bind_that_is_refused_fails_the_login(doors: Doors) -> None:
+    def refuse(url: str) -> str:
+        raise Refused("url", "Not allowed here.")
 
-    async def refuse(sandbox: str) -> None:
-        raise Refused("invalid", "The durable consumer cannot be made: full")
-
-    doors.bench.core.make_durable = refuse  # type: ignore[method-assign]
-    login = await doors.start(options={"durable": True})
+    doors.bench.chat.check_base_url = refuse  # type: ignore[method-assign]
+    login = await doors.start()
     doors.ilink.happens("q1", CONFIRMED)
     await asyncio.sleep(10)
     now = await doors.status(login)
-    assert (now.status, now.reason) == ("failed", "invalid")
-    assert "durable" in now.detail
+    assert (now.status, now.reason, now.detail) == ("failed", "url", "Not allowed here.")
 
 
 async def test_a_bind_that_is_refused_fails_the_login_also_of_a_bot_that_is_bound(doors: Doors) -> None:
     """With its token of before, which iLink may take no more. Others' binds were refused, too."""
     await doors.bench.bind(bot=BOT, user=USER, token="of-before")
 
-    async def refuse(sandbox: str) -> None:
-        raise Refused("invalid", "The durable consumer cannot be made: full")
+    def refuse(url: str) -> str:
+        raise Refused("url", "Not allowed here.")
 
-    doors.bench.core.make_durable = refuse  # type: ignore[method-assign]
-    login = await doors.start(options={"durable": True})
+    doors.bench.chat.check_base_url = refuse  # type: ignore[method-assign]
+    login = await doors.start()
     await doors.bench.events.publish_binding_event(
         BindingEvent(sandbox="s1", bot="other@im.bot", change="refused", request="another", reason="capacity")
     )
     doors.ilink.happens("q1", CONFIRMED)
     await asyncio.sleep(10)
     now = await doors.status(login)
-    assert (now.status, now.reason) == ("failed", "invalid")
+    assert (now.status, now.reason) == ("failed", "url")
 
 
 async def test_a_bus_that_does_not_take_the_bind_fails_the_login(doors: Doors) -> None:

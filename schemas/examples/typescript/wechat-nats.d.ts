@@ -1,14 +1,10 @@
 /* Messages of the bus, generated from the JSON Schemas here by `make generate`; do not edit.
-   Of: 198c2ddd8ac5562927aea53c7ced0eaac5b5e4757a6567e638ab8975954d8550 */
+   Of: 52a3323240ba7f68ba3619b7e942032d928eeb843e4d51a5d236bfe73629267d */
 
 /**
  * Options of a binding.
  */
 export interface Options {
-  /**
-   * Create the durable pull consumer <sandbox> on WECHAT_IN for this sandbox.
-   */
-  durable?: boolean;
   /**
    * Show the typing indicator from each inbound message to the answer.
    */
@@ -287,15 +283,12 @@ export interface FileItem {
   name?: string;
   media?: Media | null;
   /**
-   * Why there are no `media`: off (the binding's option), reference (iLink did not say where they are), corrupt (nor how to decrypt them). Empty: `media` names them.
+   * Why the bytes are missing: too_large, timeout, unavailable (the CDN refused or failed), corrupt (they cannot be decrypted), reference (missing, or not allowed), off (the binding's option), store (the bus did not accept them); empty if they are there.
    */
   reason?: string;
 }
 /**
  * An object in the store `wechat_media`. A sandbox reads its objects by wechat.svc.media.get.<sandbox>.
- *
- * In an inbound message the object is named before its bytes are fetched, with what iLink tells of it. The answer of
- * media.get has the rest.
  */
 export interface Media {
   /**
@@ -303,15 +296,15 @@ export interface Media {
    */
   object: string;
   /**
-   * File name from the sender; of an upload without one, generated. Empty: iLink told none.
+   * File name from the sender, or generated for the type.
    */
   name?: string;
   /**
-   * Type, detected from the content; empty before it is fetched.
+   * Type, detected from the content.
    */
   mime?: string;
   /**
-   * Bytes. In an inbound message as iLink tells them, of a video up to 16 more than it has; 0: not told.
+   * Bytes.
    */
   size?: number;
   /**
@@ -338,7 +331,7 @@ export interface ImageItem {
   kind: "image";
   media?: Media | null;
   /**
-   * Why there are no `media`: off (the binding's option), reference (iLink did not say where they are), corrupt (nor how to decrypt them). Empty: `media` names them.
+   * Why the bytes are missing: too_large, timeout, unavailable (the CDN refused or failed), corrupt (they cannot be decrypted), reference (missing, or not allowed), off (the binding's option), store (the bus did not accept them); empty if they are there.
    */
   reason?: string;
 }
@@ -392,7 +385,7 @@ export interface VideoItem {
   duration_ms?: number | null;
   media?: Media | null;
   /**
-   * Why there are no `media`: off (the binding's option), reference (iLink did not say where they are), corrupt (nor how to decrypt them). Empty: `media` names them.
+   * Why the bytes are missing: too_large, timeout, unavailable (the CDN refused or failed), corrupt (they cannot be decrypted), reference (missing, or not allowed), off (the binding's option), store (the bus did not accept them); empty if they are there.
    */
   reason?: string;
 }
@@ -411,11 +404,11 @@ export interface VoiceItem {
    */
   media?: Media | null;
   /**
-   * The recording as WAV, where the adapter converts it. If it cannot, media.get answers 404.
+   * The recording as WAV, if it could be converted.
    */
   wav?: Media | null;
   /**
-   * Why there are no `media`: off (the binding's option), reference (iLink did not say where they are), corrupt (nor how to decrypt them). Empty: `media` names them.
+   * Why the bytes are missing: too_large, timeout, unavailable (the CDN refused or failed), corrupt (they cannot be decrypted), reference (missing, or not allowed), off (the binding's option), store (the bus did not accept them); empty if they are there.
    */
   reason?: string;
 }
@@ -577,8 +570,7 @@ export interface LoginVerify {
   code: string;
 }
 /**
- * Headers of the answer of wechat.svc.media.get.<sandbox>, whose payload is the piece. The first piece has those
- * that describe the content, as far as it shows them.
+ * Headers of the answer of wechat.svc.media.get.<sandbox>, whose payload is the piece.
  */
 export interface MediaBytes {
   /**
@@ -593,26 +585,6 @@ export interface MediaBytes {
    * `after` for the next piece; absent: this is the last.
    */
   "Wechat-Next"?: number | null;
-  /**
-   * File name, percent-encoded; from the sender, or for the type.
-   */
-  "Wechat-Name"?: string;
-  /**
-   * Type, detected from the content.
-   */
-  "Wechat-Mime"?: string;
-  /**
-   * Pixels of a picture.
-   */
-  "Wechat-Width"?: number | null;
-  /**
-   * Pixels of a picture.
-   */
-  "Wechat-Height"?: number | null;
-  /**
-   * Length of a recording.
-   */
-  "Wechat-Duration-Ms"?: number | null;
 }
 /**
  * Headers of wechat.svc.media.put.<sandbox>, whose payload is a piece of 16 KiB (the last may be shorter) to 512
@@ -657,7 +629,7 @@ export interface MediaQuery {
    */
   sequence?: number;
   /**
-   * Longest wait for media that are being fetched, then the answer is 503: ask again. 0: only what is stored is given.
+   * Longest wait for media that are being fetched.
    */
   wait_s?: number;
 }

@@ -1,0 +1,117 @@
+"""wechat.svc.next.<sandbox>: hands a sandbox its messages until it has handled them."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import AsyncGenerator, Callable
+from typing import NamedTuple, cast
+
+import msgspec
+from msgspec import structs
+
+from adapter.bindings.readers import Readers
+from adapter.contract.messages import Handed, NextPage, NextQuery
+from adapter.contract.names import Names, check_sandbox
+from adapter.contract.records import Reader
+from adapter.errors import Refused
+from adapter.kit.timing import Clock
+from adapter.observability.metrics import Metrics
+from adapter.ports import History, SandboxRequest, SandboxResponse, Stored
+from adapter.services.requests import read_request
+
+REPLACED = "Another agent reads this sandbox now. Start only one, or ask without `reader` to take its place."
+
+
+class NextDeps(NamedTuple):
+    """What the service needs."""
+
+    readers: Readers
+    history: History
+    names: Names
+    clock: Clock
+    metrics: Metrics
+    page_bytes: Callable[[], int]
+    """Most bytes of the messages in an answer; a larger message is an answer of its own."""
+    kept: int
+    """Most messages that a sandbox's inbox keeps."""
+    kept_ms: int
+    """How long an inbox keeps messages."""
+
+
+class Next:
+    """Any replica answers any request: position and reader are in the bucket `readers`."""
+
+    def __init__(self, deps: NextDeps) -> None:
+        self._deps = deps
+        self._last = 0
+        """Newest sequence of WECHAT_IN that is known here; later ones are looked up."""
+
+    async def answer(self, request: SandboxRequest) -> SandboxResponse:
+        """Raises Refused ("replaced": another agent reads), Temporary."""
+        deps, sandbox = self._deps, check_sandbox(request.sandbox)
+        query = read_request(request.data, NextQuery, deps.metrics)
+        before, reader = await self._confirm(sandbox, query)
+        found, first = await self._read(sandbox, reader.handled, query.max, before)
+        if found:
+            # what was read may have been another person's until now, or another agent's
+            now = await deps.readers.load(sandbox)
+            _ensure_reads(now, reader.reader)
+            found = [each for each in found if each.sequence > now.handled]
+            first = first if found else 0
+        elif self._age_ms(reader) > deps.kept_ms // 2:  # the bucket forgets who does not ask
+            await deps.readers.change(sandbox, lambda now: now)
+        return SandboxResponse(msgspec.json.encode(NextPage(reader=reader.reader, messages=found, first=first)), {})
+
+    async def _confirm(self, sandbox: str, query: NextQuery) -> tuple[Reader, Reader]:
+        """Makes a new reader, or moves the position. Returns the record before and after it. Raises Refused,
+        Temporary."""
+        deps, asking, handled = self._deps, query.reader, query.after or 0
+        if asking is None:
+            if query.after is not None:
+                raise Refused("invalid", "`after` confirms messages of the reader that the request does not name.")
+            return await deps.readers.change(sandbox, lambda now: structs.replace(now, reader=0))
+        if handled > self._last:
+            self._last = await deps.history.last_sequence(deps.names.stream_in)
+        if handled > self._last:
+            raise Refused("invalid", "`after` is above the sequence of every message.")
+
+        def confirm(now: Reader) -> Reader | None:
+            _ensure_reads(now, asking)
+            if now.reader and now.handled >= handled:
+                return None
+            return structs.replace(now, reader=asking, handled=handled)
+
+        return await deps.readers.change(sandbox, confirm)
+
+    async def _read(self, sandbox: str, after: int, most: int, before: Reader) -> tuple[list[Handed], int]:
+        """The messages behind a position, and the first one's sequence if others before it may be gone unread. Raises
+        Temporary."""
+        names, size, first = self._deps.names, 0, 0
+        found: list[Handed] = []
+        stored_ones = self._deps.history.read(names.stream_in, names.inbox(sandbox), after=after, limit=most)
+        async with contextlib.aclosing(cast("AsyncGenerator[Stored]", stored_ones)) as messages:
+            async for stored in messages:
+                size += len(stored.data)
+                if found and size > self._deps.page_bytes():
+                    break
+                if not found and self._may_lack(before, stored):
+                    first = stored.seq
+                found.append(Handed(sequence=stored.seq, message=msgspec.Raw(stored.data)))
+        if found:
+            self._last = max(self._last, found[-1].sequence)
+        return found, first
+
+    def _may_lack(self, before: Reader, first: Stored) -> bool:
+        """Whether messages between the position and the oldest one that is left may be gone: the sandbox has not
+        asked for as long as they are kept, or the inbox is full of unread ones."""
+        unread = int(first.headers.get("Nats-Num-Pending", "0")) + 1
+        return unread >= self._deps.kept or (before.reader > 0 and self._age_ms(before) > self._deps.kept_ms)
+
+    def _age_ms(self, reader: Reader) -> int:
+        return self._deps.clock.now_ms() - reader.written_ms
+
+
+def _ensure_reads(now: Reader, asking: int) -> None:
+    """Raises Refused where another agent reads. Where nobody does, since the record is gone, whoever asks goes on."""
+    if now.reader not in (0, asking):
+        raise Refused("replaced", REPLACED)
