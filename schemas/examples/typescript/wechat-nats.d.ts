@@ -1,5 +1,5 @@
 /* Messages of the bus, generated from the JSON Schemas here by `make generate`; do not edit.
-   Of: 52a3323240ba7f68ba3619b7e942032d928eeb843e4d51a5d236bfe73629267d */
+   Of: 64875bb6f5c006b644ea57d36efef82bd11be1baa6c6fa8c1c44bfdc9b46db5a */
 
 /**
  * Options of a binding.
@@ -79,23 +79,30 @@ export interface BindingEvent {
  */
 export interface BindingHealth {
   /**
-   * not_polled: no replica polls it. too_new: a newer version wrote the binding, and no replica that knows it polls the bot. failing: for a minute iLink has answered no poll, or the answer cannot be stored. unknown: a replica gave no answer. paused: NATS or the lease is away. retrying: the last poll failed. draining: its replica gives it back. starting: its replica takes it.
+   * not_polled: no replica polls it. too_new: a newer version wrote the binding, and no replica that knows it polls the bot. failing: for a minute iLink has answered no poll, or the answer cannot be stored. unknown: a replica gave no answer. stale: iLink refuses its token, which is tried again. paused: NATS or the lease is away. retrying: the last poll failed. releasing: its replica gives it back. waiting: another replica may still poll it. taking: its replica takes it. storing: an answer of iLink is being stored.
    */
   status:
-    | "draining"
     | "failing"
     | "needs_login"
     | "not_polled"
     | "paused"
     | "polling"
+    | "releasing"
     | "retrying"
-    | "starting"
+    | "stale"
+    | "storing"
+    | "taking"
     | "too_new"
-    | "unknown";
+    | "unknown"
+    | "waiting";
   /**
    * Why, in a few words.
    */
   detail?: string;
+  /**
+   * Since when, as its replica says.
+   */
+  since_ms?: number;
   /**
    * Which polls it.
    */
@@ -283,12 +290,15 @@ export interface FileItem {
   name?: string;
   media?: Media | null;
   /**
-   * Why the bytes are missing: too_large, timeout, unavailable (the CDN refused or failed), corrupt (they cannot be decrypted), reference (missing, or not allowed), off (the binding's option), store (the bus did not accept them); empty if they are there.
+   * Why there are no `media`: off (the binding's option), reference (iLink did not say where they are), corrupt (nor how to decrypt them). Empty: `media` names them.
    */
   reason?: string;
 }
 /**
  * An object in the store `wechat_media`. A sandbox reads its objects by wechat.svc.media.get.<sandbox>.
+ *
+ * In an inbound message the object is named before its bytes are fetched, with what iLink tells of it. The answer of
+ * media.get has the rest.
  */
 export interface Media {
   /**
@@ -296,15 +306,15 @@ export interface Media {
    */
   object: string;
   /**
-   * File name from the sender, or generated for the type.
+   * File name from the sender; of an upload without one, generated. Empty: iLink told none.
    */
   name?: string;
   /**
-   * Type, detected from the content.
+   * Type, detected from the content; empty before it is fetched.
    */
   mime?: string;
   /**
-   * Bytes.
+   * Bytes. In an inbound message as iLink tells them, of a video up to 16 more than it has; 0: not told.
    */
   size?: number;
   /**
@@ -331,7 +341,7 @@ export interface ImageItem {
   kind: "image";
   media?: Media | null;
   /**
-   * Why the bytes are missing: too_large, timeout, unavailable (the CDN refused or failed), corrupt (they cannot be decrypted), reference (missing, or not allowed), off (the binding's option), store (the bus did not accept them); empty if they are there.
+   * Why there are no `media`: off (the binding's option), reference (iLink did not say where they are), corrupt (nor how to decrypt them). Empty: `media` names them.
    */
   reason?: string;
 }
@@ -385,7 +395,7 @@ export interface VideoItem {
   duration_ms?: number | null;
   media?: Media | null;
   /**
-   * Why the bytes are missing: too_large, timeout, unavailable (the CDN refused or failed), corrupt (they cannot be decrypted), reference (missing, or not allowed), off (the binding's option), store (the bus did not accept them); empty if they are there.
+   * Why there are no `media`: off (the binding's option), reference (iLink did not say where they are), corrupt (nor how to decrypt them). Empty: `media` names them.
    */
   reason?: string;
 }
@@ -404,11 +414,11 @@ export interface VoiceItem {
    */
   media?: Media | null;
   /**
-   * The recording as WAV, if it could be converted.
+   * The recording as WAV, where the adapter converts it. If it cannot, media.get answers 404.
    */
   wav?: Media | null;
   /**
-   * Why the bytes are missing: too_large, timeout, unavailable (the CDN refused or failed), corrupt (they cannot be decrypted), reference (missing, or not allowed), off (the binding's option), store (the bus did not accept them); empty if they are there.
+   * Why there are no `media`: off (the binding's option), reference (iLink did not say where they are), corrupt (nor how to decrypt them). Empty: `media` names them.
    */
   reason?: string;
 }
@@ -570,7 +580,8 @@ export interface LoginVerify {
   code: string;
 }
 /**
- * Headers of the answer of wechat.svc.media.get.<sandbox>, whose payload is the piece.
+ * Headers of the answer of wechat.svc.media.get.<sandbox>, whose payload is the piece. The first piece has those
+ * that describe the content, as far as it shows them.
  */
 export interface MediaBytes {
   /**
@@ -585,6 +596,26 @@ export interface MediaBytes {
    * `after` for the next piece; absent: this is the last.
    */
   "Wechat-Next"?: number | null;
+  /**
+   * File name, percent-encoded; from the sender, or for the type.
+   */
+  "Wechat-Name"?: string;
+  /**
+   * Type, detected from the content.
+   */
+  "Wechat-Mime"?: string;
+  /**
+   * Pixels of a picture.
+   */
+  "Wechat-Width"?: number | null;
+  /**
+   * Pixels of a picture.
+   */
+  "Wechat-Height"?: number | null;
+  /**
+   * Length of a recording.
+   */
+  "Wechat-Duration-Ms"?: number | null;
 }
 /**
  * Headers of wechat.svc.media.put.<sandbox>, whose payload is a piece of 16 KiB (the last may be shorter) to 512
@@ -629,7 +660,7 @@ export interface MediaQuery {
    */
   sequence?: number;
   /**
-   * Longest wait for media that are being fetched.
+   * Longest wait for media that are being fetched, then the answer is 503: ask again. 0: only what is stored is given.
    */
   wait_s?: number;
 }
