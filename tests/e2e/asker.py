@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+
 import msgspec
 from nats.aio.client import Client
 from nats.errors import Error as NatsError
@@ -58,3 +60,4 @@ class Asker:
                     raise
             except NatsError:
                 pass
+            await asyncio.sleep(0.1)
