@@ -19,10 +19,13 @@ STATUS_NAMES: dict[BotStatus, str] = {
     "failing": "failing",
     "needs_login": "needs a login",
     "unknown": "not known",
+    "stale": "token refused",
     "paused": "paused",
     "retrying": "retrying",
-    "draining": "draining",
-    "starting": "starting",
+    "releasing": "being given back",
+    "waiting": "waiting",
+    "taking": "being taken",
+    "storing": "active",
     "polling": "active",
 }
 PLENTY = 3
