@@ -20,12 +20,13 @@ Request: TypeAlias = Callable[[str, bytes, dict[str, str]], Awaitable[tuple[byte
 """Sends a verb of `wechat.svc`, a payload and headers; returns payload and headers of the answer."""
 
 
-async def get_media(request: Request, sandbox: str, name: str) -> bytes:
-    """The bytes of an object. Raises Unreadable if they are not those that were stored, and what `request` raises."""
+async def get_media(request: Request, sandbox: str, name: str, *, sequence: int = 0, wait_s: float = 0) -> bytes:
+    """The bytes of an object. `sequence` and `wait_s`: as in MediaQuery. Raises Unreadable if the bytes are not those
+    that were stored, and what `request` raises."""
     data, after = bytearray(), 0
     while True:
-        query = msgspec.json.encode(MediaQuery(object=name, after=after))
-        piece, headers = await request(f"media.get.{sandbox}", query, {})
+        query = MediaQuery(object=name, after=after, sequence=sequence, wait_s=wait_s)
+        piece, headers = await request(f"media.get.{sandbox}", msgspec.json.encode(query), {})
         data += piece
         if H_NEXT not in headers:
             break

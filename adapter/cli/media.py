@@ -19,8 +19,11 @@ from adapter.contract.names import is_sandbox
 
 app = App(name="media", help="Pictures, files and voice in the object store: fetch, bring.")
 
-PIECE_S = 30.0
-"""Seconds for one piece. The last one takes longest: the adapter reads the upload back for its digest."""
+WAIT_S = 50.0
+"""Seconds for which the adapter waits for media that it is fetching."""
+PIECE_S = 60.0
+"""Seconds for one piece. The first one of a message's media takes longest, and the last one of an upload: the adapter
+reads it back for its digest."""
 
 
 @app.command
@@ -29,6 +32,9 @@ async def get(
     to: Annotated[str, Parameter(allow_leading_hyphen=True, help="File to write; -: standard output.")],
     /,
     *,
+    sequence: Annotated[
+        int, Parameter(help="Sequence of the message, as `tail` shows it: waits for media that are not stored yet.")
+    ] = 0,
     force: Annotated[bool, flag("Overwrite the file.")] = False,
 ) -> int:
     """Fetch an object and check its digest. The bytes are what a person sent: treat them as private."""
@@ -38,7 +44,9 @@ async def get(
     if to != "-" and not force and Path(to).exists():  # noqa: ASYNC240 -- nothing else runs in a command
         raise Failed(USAGE, f"{to} is there: give --force to overwrite it.")
     async with connected_bus() as bus:
-        data = await get_media(_requests_over(bus), sandbox, name)
+        data = await get_media(
+            _requests_over(bus), sandbox, name, sequence=sequence, wait_s=WAIT_S if sequence else 0
+        )
     if to == "-":
         sys.stdout.buffer.write(data)
         return OK

@@ -12,6 +12,7 @@ import msgspec
 from cyclopts import Parameter
 from nats.aio.msg import Msg
 from nats.errors import Error as NatsError
+from nats.errors import NotJSMessageError
 from nats.js import JetStreamContext, api
 
 from adapter.cli import output
@@ -135,12 +136,13 @@ async def _print_until_end(arrivals: Arrivals, count: int | None, json: bool) ->
         if json:
             output.json_line(msg.data)
         else:
-            output.say(output.printable(_format_line(msg.subject, msg.data)))
+            output.say(output.printable(_format_line(msg)))
         printed += 1
 
 
-def _format_line(subject: str, data: bytes) -> str:
+def _format_line(msg: Msg) -> str:
     """One message for people; what cannot be read is named, not hidden."""
+    subject, data = msg.subject, msg.data
     try:
         match subject.split("."):
             case [_, "event", sandbox, kind, *_]:
@@ -148,14 +150,22 @@ def _format_line(subject: str, data: bytes) -> str:
             case [_, "out", *_]:
                 return _format_command(subject, data)
             case _:
-                return _format_inbound(data)
+                return _format_inbound(data, _sequence_of(msg))
     except UNDECODABLE:
         return f"unreadable: {len(data)} bytes on {subject}"
 
 
-def _format_inbound(data: bytes) -> str:
+def _sequence_of(msg: Msg) -> int:
+    """The sequence of an inbound message, live or stored; 0: it was never stored."""
+    try:
+        return int((msg.headers or {}).get("Nats-Sequence") or msg.metadata.sequence.stream)
+    except (ValueError, NotJSMessageError):
+        return 0
+
+
+def _format_inbound(data: bytes, sequence: int) -> str:
     message = msgspec.json.decode(data, type=Inbound)
-    media = [_format_item(item) for item in message.items if kind_of(item) != "text"]
+    media = [_format_item(item, sequence) for item in message.items if kind_of(item) != "text"]
     said = " ".join(filter(None, (message.text, *media)))
     return _line(message.received_at_ms, message.sandbox, message.user, said)
 
@@ -171,10 +181,10 @@ def _format_event(sandbox: str, kind: str, data: bytes) -> str:
     return _line(at_ms, sandbox, str(fields.get("user") or ""), f"{kind}: {said}")
 
 
-def _format_item(item: InboundItem) -> str:
-    """The kind of an item, and the object that `media get` fetches."""
+def _format_item(item: InboundItem, sequence: int) -> str:
+    """The kind of an item, and the object and the message that `media get` takes."""
     media = getattr(item, "media", None)
-    return f"[{kind_of(item)} {media.object}]" if media is not None else f"[{kind_of(item)}]"
+    return f"[{kind_of(item)} {media.object}, sequence {sequence}]" if media is not None else f"[{kind_of(item)}]"
 
 
 def _format_command(subject: str, data: bytes) -> str:

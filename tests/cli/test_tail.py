@@ -94,7 +94,8 @@ async def test_lines_for_people(cli: Command, bus: Bus) -> None:
     picture = ImageItem(media=Media(object="s1/in/abc-0", mime="image/png", size=7))
     await arrive(bus, msgspec.structs.replace(inbound(3, "look"), items=[TextItem(text="look"), picture]))
     *_, third = (await cli("tail", "--all")).out.splitlines()
-    assert third.endswith("  look [image s1/in/abc-0]")
+    last = (await bus.js.stream_info("WECHAT_IN")).state.last_seq
+    assert third.endswith(f"  look [image s1/in/abc-0, sequence {last}]")
     assert third.startswith(clock(1_760_000_000_003))
 
 

@@ -42,11 +42,16 @@ async def read_media(nc: Client, sandbox: str, name: str, *, wait_s: float = 60.
     """The media of a message, waited for. Raises LookupError with the adapter's sentence."""
     found = await _read(nc, NAMES.stream_in, NAMES.inbox(sandbox))
     sequence = next(seq for seq, _, data in found if f'"{name}"'.encode() in data)
-    data, first, after = b"", {}, 0
+    data, after = b"", 0
+    first: dict[str, str] = {}
     while True:
         query = MediaQuery(object=name, after=after, sequence=sequence, wait_s=wait_s)
         subject = NAMES.svc(f"media.get.{sandbox}")
-        answer = await nc.request(subject, msgspec.json.encode(query), timeout=wait_s + 20)
+        try:
+            answer = await nc.request(subject, msgspec.json.encode(query), timeout=wait_s + 20)
+        except nats.errors.NoRespondersError:  # every replica is away
+            await asyncio.sleep(0.1)
+            continue
         headers = answer.headers or {}
         if H_ERROR in headers:
             raise LookupError(headers[H_ERROR])

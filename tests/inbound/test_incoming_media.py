@@ -23,7 +23,6 @@ from adapter.inbound.media import (
     OWNER_S,
     WHY,
     MediaFetcher,
-    name_media,
 )
 from adapter.inbound.sealed import Sealed, seal
 from adapter.kit.slots import FairSlots
@@ -51,7 +50,7 @@ class Published:
     def __init__(self, bench: Bench, *items: dict[str, Any], number: int = 1, sandbox: str = "s1") -> None:
         read = read_message(raw_message(number, *items))
         self.sandbox, self.user, self.id, self.fetches = sandbox, USER, f"in:{sandbox}:{number}", read.fetches
-        self.items = name_media(sandbox, USER, self.id, read.items, read.fetches)
+        self.items = MediaFetcher.name_media(sandbox, USER, self.id, read.items, read.fetches)
         sealed = seal(bench.sealer, self.id, BOT, sandbox, Sealed("token", tuple(read.fetches)))
         window = contract.Window(remaining=9)
         inbound = Inbound(
@@ -135,7 +134,7 @@ async def test_a_recording_has_a_wav_where_it_can_be_converted(
 
 async def test_media_that_are_off_have_no_object_and_are_not_fetched(bench: Bench) -> None:
     source = MediaRef(0, "", "p1", None, "")
-    items = name_media("s1", USER, "in:1", [ImageItem(reason="off")], [source])
+    items = MediaFetcher.name_media("s1", USER, "in:1", [ImageItem(reason="off")], [source])
     assert items == [ImageItem(reason="off")]
     fetches = fetcher(bench)
     fetches.fetch_soon("s1", USER, "in:1", items, [source])
@@ -377,7 +376,7 @@ async def test_what_waits_is_bounded_and_comes_on_demand(bench: Bench) -> None:
 
 
 def named_for(sandbox: str, made: Published) -> list[InboundItem]:
-    return name_media(sandbox, USER, made.id, [ImageItem()], made.fetches)
+    return MediaFetcher.name_media(sandbox, USER, made.id, [ImageItem()], made.fetches)
 
 
 # trouble with the bus ------------------------------------------------------------------------------------
