@@ -82,6 +82,33 @@ class FetchDeps(NamedTuple):
     metrics: Metrics
 
 
+def name_media(
+    sandbox: str, user: str, message: str, items: Sequence[InboundItem], fetches: Sequence[MediaRef]
+) -> list[InboundItem]:
+    """The items of a message with the names of their objects. One with a `reason` is not fetched, and gets none.
+
+    `message`: its id on the bus.
+    """
+    named = list(items)
+    for fetch in fetches:
+        item = named[fetch.item]
+        if getattr(item, "reason", ""):
+            continue
+        length_ms = getattr(item, "duration_ms", None)
+        found = Media(
+            object=media_object(sandbox, user, message, fetch.item),
+            name=fetch.name,
+            size=fetch.size,
+            duration_ms=length_ms,
+        )
+        if isinstance(item, VoiceItem) and media.HAS_VOICE:
+            wav = Media(object=f"{found.object}{WAV}", name="voice.wav", mime="audio/wav", duration_ms=length_ms)
+            named[fetch.item] = msgspec.structs.replace(item, media=found, wav=wav)
+        else:
+            named[fetch.item] = msgspec.structs.replace(item, media=found)
+    return named
+
+
 class MediaFetcher:
     """All fetches of a replica."""
 
@@ -92,33 +119,6 @@ class MediaFetcher:
         """By object: fetches, which end with "", or with a reason."""
         self._counts: Counter[str] = Counter()
         """Of `_running`, by sandbox."""
-
-    @staticmethod
-    def name_media(
-        sandbox: str, user: str, message: str, items: Sequence[InboundItem], fetches: Sequence[MediaRef]
-    ) -> list[InboundItem]:
-        """The items of a message with the names of their objects. One with a `reason` is not fetched, and gets none.
-
-        `message`: its id on the bus.
-        """
-        named = list(items)
-        for fetch in fetches:
-            item = named[fetch.item]
-            if getattr(item, "reason", ""):
-                continue
-            length_ms = getattr(item, "duration_ms", None)
-            found = Media(
-                object=media_object(sandbox, user, message, fetch.item),
-                name=fetch.name,
-                size=fetch.size,
-                duration_ms=length_ms,
-            )
-            if isinstance(item, VoiceItem) and media.HAS_VOICE:
-                wav = Media(object=f"{found.object}{WAV}", name="voice.wav", mime="audio/wav", duration_ms=length_ms)
-                named[fetch.item] = msgspec.structs.replace(item, media=found, wav=wav)
-            else:
-                named[fetch.item] = msgspec.structs.replace(item, media=found)
-        return named
 
     def fetch_soon(
         self, sandbox: str, user: str, message: str, items: Sequence[InboundItem], fetches: Sequence[MediaRef]

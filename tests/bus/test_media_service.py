@@ -47,7 +47,7 @@ from adapter.contract.names import (
     Names,
 )
 from adapter.errors import Refused
-from adapter.inbound.media import FetchDeps, MediaFetcher
+from adapter.inbound.media import FetchDeps, MediaFetcher, name_media
 from adapter.inbound.sealed import Sealed, seal
 from adapter.jetstream import topology
 from adapter.jetstream.history import StreamHistory, direct_get_one
@@ -422,7 +422,7 @@ async def test_two_replicas_that_are_asked_at_once_give_the_same_and_leave_one_c
     cdn, sealer, metrics = FakeCdn(), Sealer((bytes(32),)), place.metrics
     cdn.has("p1", BYTES)
     source = MediaRef(0, "", "p1", None, "")
-    items = MediaFetcher.name_media("s1", "u1", "in:1", [ImageItem()], [source])
+    items = name_media("s1", "u1", "in:1", [ImageItem()], [source])
     inbound = Inbound(
         id="in:1", sandbox="s1", bot="b1", user="u1", sent_at_ms=1, received_at_ms=1, text="", items=items,
         window=Window(remaining=9),

@@ -23,6 +23,7 @@ from adapter.inbound.media import (
     OWNER_S,
     WHY,
     MediaFetcher,
+    name_media,
 )
 from adapter.inbound.sealed import Sealed, seal
 from adapter.kit.slots import FairSlots
@@ -50,7 +51,7 @@ class Published:
     def __init__(self, bench: Bench, *items: dict[str, Any], number: int = 1, sandbox: str = "s1") -> None:
         read = read_message(raw_message(number, *items))
         self.sandbox, self.user, self.id, self.fetches = sandbox, USER, f"in:{sandbox}:{number}", read.fetches
-        self.items = MediaFetcher.name_media(sandbox, USER, self.id, read.items, read.fetches)
+        self.items = name_media(sandbox, USER, self.id, read.items, read.fetches)
         sealed = seal(bench.sealer, self.id, BOT, sandbox, Sealed("token", tuple(read.fetches)))
         window = contract.Window(remaining=9)
         inbound = Inbound(
@@ -134,7 +135,7 @@ async def test_a_recording_has_a_wav_where_it_can_be_converted(
 
 async def test_media_that_are_off_have_no_object_and_are_not_fetched(bench: Bench) -> None:
     source = MediaRef(0, "", "p1", None, "")
-    items = MediaFetcher.name_media("s1", USER, "in:1", [ImageItem(reason="off")], [source])
+    items = name_media("s1", USER, "in:1", [ImageItem(reason="off")], [source])
     assert items == [ImageItem(reason="off")]
     fetches = fetcher(bench)
     fetches.fetch_soon("s1", USER, "in:1", items, [source])
@@ -233,6 +234,16 @@ async def test_who_asks_waits_for_the_fetch_under_way(bench: Bench) -> None:
     gate.set()
     assert await asyncio.gather(*asked) == [""] * 3
     assert bench.cdn.fetched == ["p1"]
+
+
+async def test_all_who_ask_a_replica_at_once_share_one_fetch(bench: Bench) -> None:
+    made, fetches = Published(bench, image()), fetcher(bench)
+    assert await asyncio.gather(*(made.ask(fetches) for _ in range(5))) == [""] * 5
+    made.fetch_by(fetches)
+    made.fetch_by(fetches)
+    await asyncio.sleep(1)
+    assert bench.cdn.fetched == ["p1"]
+    assert bench.metrics.value("media_fetches_total", outcome="stored") == 2
 
 
 async def test_a_replica_that_is_asked_leaves_a_quick_fetch_to_the_owner(bench: Bench) -> None:
@@ -376,7 +387,7 @@ async def test_what_waits_is_bounded_and_comes_on_demand(bench: Bench) -> None:
 
 
 def named_for(sandbox: str, made: Published) -> list[InboundItem]:
-    return MediaFetcher.name_media(sandbox, USER, made.id, [ImageItem()], made.fetches)
+    return name_media(sandbox, USER, made.id, [ImageItem()], made.fetches)
 
 
 # trouble with the bus ------------------------------------------------------------------------------------
