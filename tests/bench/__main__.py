@@ -16,18 +16,23 @@ import sys
 import tempfile
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import msgspec
 from nats.aio.client import Client
 from nats.aio.msg import Msg
+from nats.js.api import ConsumerConfig
 
 from adapter.contract.messages import Bind, Unbind
+from adapter.contract.names import Names
 from adapter.inbound.poller import INSTANT_S
 from tests.bench.plot import bars
 from tests.bench.rig import Process, Received, Rig, rig
+from tests.e2e.asker import Asker
 
+NAMES = Names()
 HOLD_S = 35.0
 LONG_S = 60.0
 """How long a poll may be said to wait."""
@@ -40,7 +45,9 @@ SETTLE_S = 8.0
 MANY = 5000
 """Bots after whose start, or first messages, there is something left to be done."""
 CROWD = 10_000
-"""Bots that are bound by control commands."""
+"""Bots that are bound by control commands; sandboxes that read."""
+RUNG = 1000
+"""Messages that are fetched at a ring."""
 WRITING = "floor that writes"
 TURNS = 3
 """Runs of each bridge in a row that compares them; the row has the medians."""
@@ -641,6 +648,64 @@ async def silent(bench: Bench) -> None:
         bench.add("journal trimmed", bots, "5 messages of each", "adapter", **figures)
 
 
+async def reading(bench: Bench) -> None:
+    """Sandboxes that wait at a doorbell and ask, and the durable consumers that would take the place of that."""
+    async with bench.rig(f"{CROWD} durables", bound=1) as (made, nc):
+        await bridge_in(made, "adapter", 1)
+        before, began = made.server.memory_mib(), time.monotonic()
+        await _all_of(range(CROWD), partial(_make_durable, nc))
+        made_s = time.monotonic() - began
+        await asyncio.sleep(SETTLE_S)
+        figures = {"per s": CROWD / made_s, "server_kib": (made.server.memory_mib() - before) * 1024 / CROWD}
+        bench.add("read", CROWD, "a durable each", "none", **figures)
+    async with bench.rig(f"{CROWD} doorbells", bound=1) as (made, nc):
+        process, took = await bridge_in(made, "adapter", 1), list[float]()
+        askers = [Asker(nc, f"s{number}") for number in range(CROWD)]
+        texts: list[int] = []
+
+        async def ring(asker: Asker, _: Msg) -> None:
+            began = time.monotonic()
+            texts.extend([len(await asker.take())])
+            took.append((time.monotonic() - began) * 1000)
+
+        before = made.server.memory_mib()
+        for how in ("each begins", "each asks in vain"):
+            spent = Spent(made.server, process)
+            await _all_of(askers, Asker.take)
+            figures = spent.on(CROWD, time.monotonic())
+            if how == "each begins":
+                for asker in askers:
+                    await nc.subscribe(NAMES.live(asker.sandbox), cb=partial(ring, asker))
+                await asyncio.sleep(SETTLE_S)
+                figures["server_kib"] = (made.server.memory_mib() - before) * 1024 / CROWD
+            bench.add("read", CROWD, how, "adapter", **figures)
+        said = next((Path(__file__).parents[2] / "schemas/samples/valid").glob("inbound-*.json")).read_bytes()
+        spent = Spent(made.server, process)
+        for number in range(RUNG):
+            await nc.publish(NAMES.inbox(f"s{number * 7}"), said)
+            await asyncio.sleep(max(0.0, spent.began + number / 100 - time.monotonic()))
+        while len(took) < RUNG:
+            await asyncio.sleep(0.02)
+        check(sum(count != 1 for count in texts))
+        bench.add("read", CROWD, "100/s, from the ring to the message", "adapter", **ages(took, spent))
+
+
+async def _make_durable(nc: Client, number: int) -> None:
+    config = ConsumerConfig(durable_name=f"s{number}", filter_subject=NAMES.inbox(f"s{number}"), num_replicas=1)
+    await nc.jetstream(timeout=60).add_consumer(NAMES.stream_in, config)
+
+
+async def _all_of(items: Iterable[Any], act: Callable[[Any], Awaitable[object]]) -> None:
+    """For each, 64 at the same time."""
+    slots = asyncio.Semaphore(64)
+
+    async def one(item: Any) -> None:
+        async with slots:
+            await act(item)
+
+    await asyncio.gather(*map(one, items))
+
+
 def plot(rows: list[Row]) -> str:
     """CPU per message of all bridges."""
     found: dict[str, dict[str, float]] = {}
@@ -663,6 +728,7 @@ SUITES: dict[str, Callable[[Bench], Awaitable[None]]] = {
     "two": shared,
     "bind": bound,
     "silent": silent,
+    "read": reading,
     "idle": idle,
 }
 

@@ -104,9 +104,10 @@ class Rig:
         if store is not None:
             shutil.copytree(store, self.store)
         config = folder / "nats.conf"
+        limits = "limits { default_max_consumers: 20000 }"  # of a server's 1,000 for a stream
         config.write_text(
             f'listen: "127.0.0.1:{nats_port}"\n'
-            f'jetstream {{ store_dir: "{self.store}", {f"sync_interval: {sync}," if sync else ""} max_file: 200G }}\n'
+            f'jetstream {{ store_dir: "{self.store}", {f"sync_interval: {sync}," if sync else ""} max_file: 200G, {limits} }}\n'
         )
         self.server = Process([str(find_server()), "-c", str(config)], folder / "nats.log")
         argv = [sys.executable, "-m", "tests.bench.peer", "--port", str(self._port), "--hold-s", str(hold_s)]
