@@ -13,6 +13,7 @@ from cyclopts import Parameter
 from nats.errors import Error as NatsError
 
 from adapter.bindings.key_rotation import count_stored_tokens, reseal_tokens
+from adapter.bindings.readers import Readers
 from adapter.cli import output, permission_checks
 from adapter.cli.bindings import TROUBLE, all_bindings, status_of
 from adapter.cli.bus import Bus, connected_bus
@@ -28,7 +29,9 @@ from adapter.jetstream import topology
 from adapter.jetstream.buckets import LeaderKvBucket
 from adapter.jetstream.history import count_by_subject
 from adapter.jetstream.layout import EXPECTS, LAYOUT, Shape, largest, read_layout, shape_of, with_shape, write_layout
+from adapter.kit.timing import SystemClock
 from adapter.ports import Stored
+from adapter.replica.connections import readers_bucket
 from adapter.security.seal import Sealer, Sealing
 from adapter.settings import PREFIX
 
@@ -101,6 +104,7 @@ async def _run_checks(bus: Bus, *, fix: bool, allow_loss: bool, quiet: bool) -> 
         checks += await _attempt("unknown streams", _check_unknown_streams(bus))
         checks += await _attempt("storage", _check_storage(bus))
         checks += await _attempt("tokens", _check_tokens(bus))
+        checks += await _attempt("readers", _check_readers(bus))
     checks.append(_check_adapters(bus, there))
     if checks[-1].state == "ok":
         checks += await _attempt("bindings", _check_bindings(bus))
@@ -225,6 +229,19 @@ async def _check_tokens(bus: Bus) -> list[Check]:
     return [Check("tokens", "ok", said)]
 
 
+async def _check_readers(bus: Bus) -> list[Check]:
+    """Whether sandboxes have handled more than is stored: they would miss what comes until then."""
+    count = await _readers(bus).count_above(await bus.history.last_sequence(bus.names.stream_in))
+    if not count:
+        return [Check("readers", "ok", "no sandbox has handled more than is stored")]
+    said = f"{count} sandboxes have handled more than {bus.names.stream_in} has since its restore"
+    return [Check("readers", "fail", f"{said}: use --fix, before adapters start.")]
+
+
+def _readers(bus: Bus) -> Readers:
+    return Readers(readers_bucket(bus.connection, bus.names, bus.settings), SystemClock())
+
+
 def _short(value: Any) -> str:
     text = msgspec.json.encode(value).decode()
     return text if len(text) <= 80 else text[:79] + "…"
@@ -330,6 +347,8 @@ async def _fix(bus: Bus, layout: Check, *, allow_loss: bool, quiet: bool) -> lis
         if count := found["older"]:
             say(f"sealing {count} bot tokens with the first key")
             await reseal_tokens(bus.history, LeaderKvBucket(connection, names.bindings), names, sealer)
+        if count := await _readers(bus).count_above(await bus.history.last_sequence(names.stream_in), lower=True):
+            say(f"setting {count} sandboxes that have handled more than is stored to the end of {names.stream_in}")
         if count := await _count_unrouted(bus):
             say(f"publishing {count} commands again that were stored where no adapter looks")
             await _republish_unrouted(bus)

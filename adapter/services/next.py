@@ -13,13 +13,15 @@ from adapter.bindings.readers import Readers
 from adapter.contract.messages import Handed, NextPage, NextQuery
 from adapter.contract.names import Names, check_sandbox
 from adapter.contract.records import Reader
-from adapter.errors import Refused
+from adapter.errors import Refused, Temporary
 from adapter.kit.timing import Clock
 from adapter.observability.metrics import Metrics
 from adapter.ports import History, SandboxRequest, SandboxResponse, Stored
 from adapter.services.requests import read_request
 
 REPLACED = "Another agent reads this sandbox now. Start only one, or ask without `reader` to take its place."
+
+SET_BACK = "The sandbox has handled more than is stored, as after a restore: run `wechat-nats doctor --fix`."
 
 
 class NextDeps(NamedTuple):
@@ -51,6 +53,8 @@ class Next:
         deps, sandbox = self._deps, check_sandbox(request.sandbox)
         query = read_request(request.data, NextQuery, deps.metrics)
         before, reader = await self._confirm(sandbox, query)
+        if not await self._is_reached(reader.handled):
+            raise Temporary("inbox_set_back", SET_BACK)
         found, first = await self._read(sandbox, reader.handled, query.max, before)
         if found:
             # what was read may have been another person's until now, or another agent's
@@ -70,9 +74,7 @@ class Next:
             if query.after is not None:
                 raise Refused("invalid", "`after` confirms messages of the reader that the request does not name.")
             return await deps.readers.change(sandbox, lambda now: structs.replace(now, reader=0))
-        if handled > self._last:
-            self._last = await deps.history.last_sequence(deps.names.stream_in)
-        if handled > self._last:
+        if not await self._is_reached(handled):
             raise Refused("invalid", "`after` is above the sequence of every message.")
 
         def confirm(now: Reader) -> Reader | None:
@@ -82,6 +84,12 @@ class Next:
             return structs.replace(now, reader=asking, handled=handled)
 
         return await deps.readers.change(sandbox, confirm)
+
+    async def _is_reached(self, sequence: int) -> bool:
+        """Whether the stream has given this sequence. Raises Temporary."""
+        if sequence > self._last:
+            self._last = await self._deps.history.last_sequence(self._deps.names.stream_in)
+        return sequence <= self._last
 
     async def _read(self, sandbox: str, after: int, most: int, before: Reader) -> tuple[list[Handed], int]:
         """The messages behind a position, and the first one's sequence if others before it may be gone unread. Raises

@@ -22,6 +22,7 @@ from typing import Any
 
 import msgspec
 import nats
+from adapter.inbound.journal import VERSION, JournalRecord
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
@@ -31,7 +32,6 @@ from nats.aio.msg import Msg
 from adapter.cli.embedded import find_server
 from adapter.contract.names import SHARDS, to_subject_token
 from adapter.contract.records import Binding, Claim
-from adapter.inbound.journal import VERSION, JournalRecord
 from adapter.security.seal import Sealer
 from tests.e2e.waiting import eventually, free_port
 
@@ -107,7 +107,8 @@ class Rig:
         limits = "limits { default_max_consumers: 20000 }"  # of a server's 1,000 for a stream
         config.write_text(
             f'listen: "127.0.0.1:{nats_port}"\n'
-            f'jetstream {{ store_dir: "{self.store}", {f"sync_interval: {sync}," if sync else ""} max_file: 200G, {limits} }}\n'
+            f'jetstream {{ store_dir: "{self.store}", {f"sync_interval: {sync}," if sync else ""} '
+            f"max_file: 200G, {limits} }}\n"
         )
         self.server = Process([str(find_server()), "-c", str(config)], folder / "nats.log")
         argv = [sys.executable, "-m", "tests.bench.peer", "--port", str(self._port), "--hold-s", str(hold_s)]

@@ -473,6 +473,27 @@ async def test_the_unbind_that_leaves_nobody_empties_the_inbox(platform: Platfor
     assert (inbox(platform), inbox(platform, "s2")) == ([], ["hello"])
 
 
+async def test_the_unbind_that_leaves_nobody_moves_the_reader_behind_what_was_said(platform: Platform) -> None:
+    """Before the inbox is emptied: an answer that is made meanwhile looks at the position last."""
+    await platform.bind()
+    readers, purge = platform.bench.replica.readers, platform.bench.bus.purge
+    _, begun = await readers.change("s1", lambda now: now)
+    writes(platform)
+    last = max(
+        each.seq for each in platform.bench.bus.found("IN") if each.subject == platform.bench.names.inbox("s1")
+    )
+    at_purge: list[int] = []
+
+    async def look(stream: str, subject: str, *, keep: int = 0, up_to: int = 0) -> None:
+        at_purge.append((await readers.load("s1")).handled)
+        await purge(stream, subject, keep=keep, up_to=up_to)
+
+    platform.bench.bus.purge = look  # type: ignore[method-assign]
+    await platform.say("unbind", sandbox="s1")
+    now = await readers.load("s1")
+    assert (at_purge, now.handled, now.reader) == ([last], last, begun.reader)
+
+
 async def test_an_unbind_of_one_of_two_persons_costs_the_other_nothing(platform: Platform) -> None:
     await platform.bind()
     await platform.bind(**OTHER)

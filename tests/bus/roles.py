@@ -20,8 +20,15 @@ COLUMNS = ("adapter", "operator", "platform", "service", "agents", "own", "other
 HEADS = ("adapter", "operator", "platform", "service", "agents", "sandbox: its own", "sandbox: another's")
 
 STREAMS = (
-    *("WECHAT_IN", "WECHAT_OUT", "WECHAT_CTL", "WECHAT_EVENT", "WECHAT_DEAD", "WECHAT_JOURNAL"),
-    *("KV_wechat_bindings", "KV_wechat_conversations", "KV_wechat_readers", "KV_wechat_members", "KV_wechat_claims"),
+    *("WECHAT_IN", "WECHAT_OUT", "WECHAT_CTL", "WECHAT_EVENT", "WECHAT_DEAD"),
+    *(
+        "KV_wechat_bindings",
+        "KV_wechat_checkpoints",
+        "KV_wechat_conversations",
+        "KV_wechat_readers",
+        "KV_wechat_members",
+        "KV_wechat_claims",
+    ),
     *("KV_wechat_logins", "OBJ_wechat_media"),
 )
 BUCKETS = tuple(stream.removeprefix("KV_") for stream in STREAMS if stream.startswith("KV_"))
@@ -58,7 +65,6 @@ SUBJECTS = [
         ("wechat.ctl.unbind", "adapter operator platform"),
         ("wechat.ctl.erase", "operator platform"),
         *((f"wechat.event.<sandbox>.{kind}", "adapter") for kind in ("receipt.c.1", *EVENTS)),
-        ("wechat.journal.b", "adapter"),
         ("wechat.dead.WECHAT_OUT", "adapter"),
         ("wechat.kv.bot_released", "adapter"),
         ("wechat.kv.replica_status", "adapter"),
@@ -109,7 +115,6 @@ SUBJECTS = [
         *((f"wechat.event.<sandbox>.{kind}", "operator platform agents own") for kind in EVENTS),
         ("wechat.event.*.>", "operator platform agents"),
         ("wechat.event.*.receipt.>", "operator platform service agents"),
-        ("wechat.journal.>", ""),
         ("wechat.dead.>", ""),
         ("wechat.kv.>", "adapter"),
         ("wechat.svc.>", "adapter"),
@@ -165,7 +170,10 @@ API: list[tuple[str, dict[str, str]]] = [
     ("$JS.API.STREAM.PEER.REMOVE.<stream>", {}),
     ("$JS.API.STREAM.PEER.EVACUATE.<stream>", {}),
     ("$JS.API.STREAM.CANCEL_MOVE.<stream>", {}),
-    ("$JS.API.DIRECT.GET.<stream>", {"adapter": ALL, "operator": f"{READ} WECHAT_OUT KV_wechat_claims"}),
+    (
+        "$JS.API.DIRECT.GET.<stream>",
+        {"adapter": ALL, "operator": f"{READ} WECHAT_OUT KV_wechat_claims KV_wechat_readers"},
+    ),
     ("$JS.API.DIRECT.GET.<stream>.wechat.x", {"adapter": ALL, "operator": READ}),
     ("$JS.API.CONSUMER.NAMES.<stream>", {"adapter": ALL, "operator": ALL}),
     ("$JS.API.CONSUMER.LIST.<stream>", {"operator": ALL}),

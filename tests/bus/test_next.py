@@ -277,6 +277,20 @@ async def test_the_bucket_forgets_who_does_not_ask_and_who_asks_then_goes_on(pla
     assert await place.refused(reader=reader + 1) == "replaced"
 
 
+async def test_a_position_above_all_that_is_stored_holds_up_until_it_is_lowered(place: Place) -> None:
+    """As after a restore of an older inbox: what is stored from then on would be taken for handled."""
+    (last,) = await place.say("one")
+    reader = (await place.ask()).reader
+    await place.readers.skip("s1", last + 5)
+    for _ in range(2):
+        with pytest.raises(Temporary, match="doctor --fix"):
+            await place.ask(reader=reader)
+    assert [await place.readers.count_above(last), await place.readers.count_above(last, lower=True)] == [1, 1]
+    assert [await place.readers.count_above(last), await place.handled()] == [0, last]
+    await place.say("two")
+    assert texts(await place.ask(reader=reader)) == ["two"]
+
+
 async def test_a_record_of_a_newer_version_is_left_alone(place: Place) -> None:
     await place.say("one")
     reader = (await place.ask()).reader

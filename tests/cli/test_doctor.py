@@ -12,12 +12,13 @@ from pathlib import Path
 import msgspec
 import pytest
 
+from adapter.bindings.readers import Readers
 from adapter.cli import permission_checks
 from adapter.cli.bus import Bus, connected_bus
 from adapter.cli.embedded import EmbeddedNats
 from adapter.contract.messages import BindingHealth, BindingInfo, BotStatus
 from adapter.contract.names import H_SINCE_MS, shard_of, to_subject_token
-from adapter.contract.records import Binding
+from adapter.contract.records import Binding, Reader
 from adapter.environment import read_settings
 from adapter.errors import Refused
 from adapter.jetstream.buckets import LeaderKvBucket
@@ -25,6 +26,7 @@ from adapter.jetstream.history import StreamHistory
 from adapter.jetstream.layout import KEY, expects
 from adapter.jetstream.managed_connection import ManagedConnection
 from adapter.jetstream.topology import HOUR_NS
+from adapter.kit.timing import SystemClock
 from adapter.security.seal import Sealer, cursor_context
 from tests.bus.guarded import Guarded, guarded
 from tests.cli.conftest import Command, Result
@@ -237,6 +239,24 @@ async def test_a_consumer_that_is_paused_is_told(cli: Command, bus: Bus) -> None
     for consumer in ("WECHAT_CTL.control", "WECHAT_OUT.out-007"):
         await bus.api_request(f"CONSUMER.PAUSE.{consumer}", {})
     assert states(await cli("doctor", "--json"))["streams"] == "ok"
+
+
+async def test_sandboxes_that_have_handled_more_than_is_stored_are_set_back(cli: Command, bus: Bus) -> None:
+    """As after a restore of an older inbox."""
+    await bus.store(bus.names.inbox("s1"), b"{}", {})
+    last = await bus.history.last_sequence(bus.names.stream_in)
+    for sandbox, handled in (("s1", last), ("s2", last + 7)):
+        value = msgspec.json.encode(Reader(handled=handled, reader=5))
+        await bus.store(f"$KV.{bus.names.readers}.{sandbox}", value, {})
+    result = await cli("doctor", "--json")
+    (said,) = [row["say"] for row in result.rows if row["check"] == "readers"]
+    assert (states(result)["readers"], said.startswith("1 sandboxes")) == ("fail", True)
+    assert "setting 1 sandboxes" in (await cli("doctor", "--fix")).out
+    assert states(await cli("doctor", "--json"))["readers"] == "ok"
+    readers = Readers(LeaderKvBucket(bus.connection, bus.names.readers), SystemClock())
+    for sandbox in ("s1", "s2"):
+        now = await readers.load(sandbox)
+        assert (now.handled, now.reader) == (last, 5)
 
 
 async def test_commands_that_were_stored_without_the_transform_are_brought_to_their_shards(
