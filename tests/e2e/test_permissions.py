@@ -23,7 +23,7 @@ from nats.aio.client import Client
 from nats.aio.msg import Msg
 
 from adapter.contract.messages import BindingsPage, Inbound, Login, Media, ReplayPage, Unbind, Window
-from adapter.contract.names import H_ERROR, H_ERROR_CODE, H_LAST, H_MSG_ID, H_NAME, H_UPLOAD
+from adapter.contract.names import H_ERROR, H_ERROR_CODE, H_LAST, H_MSG_ID, H_NAME, H_SHA256, H_UPLOAD
 from adapter.security.permissions import streams
 from adapter.simulator import Simulator, samples
 from tests import canary
@@ -142,9 +142,11 @@ async def test_every_role_can_do_its_work(scene: Scene) -> None:
     await eventually(is_open, "the window is open")
     world.sim.say_media(world.bots["s1"].bot, "image", samples.png())
     await until(lambda: len(s1.heard()) == 2, "the picture comes")
-    image = json.loads([m for m in s1.genuine() if m.subject == NAMES.live("s1")][-1].data)["items"][0]["media"]
-    piece = await s1.ask("media.get", json.dumps({"object": image["object"]}).encode())
-    assert hashlib.sha256(piece.data).hexdigest() == image["sha256"]
+    told = [m for m in s1.genuine() if m.subject == NAMES.live("s1")][-1]
+    image, sequence = json.loads(told.data)["items"][0]["media"], int((told.headers or {})["Nats-Sequence"])
+    query = {"object": image["object"], "sequence": sequence, "wait_s": 8}
+    piece = await s1.ask("media.get", json.dumps(query).encode())
+    assert hashlib.sha256(piece.data).hexdigest() == (piece.headers or {})[H_SHA256]
     media = await s1.bring("report", b"r" * 100_000)
     command = {"id": "c1", "items": [{"kind": "file", "media": {"object": media.object}, "name": "r.bin"}]}
     await s1.nc.jetstream().publish(NAMES.out("s1"), json.dumps(command).encode())
