@@ -125,6 +125,11 @@ class ConversationActor:
         self.memory.state = rules.renew_token(self.state, message, token)
         self._store_soon()
 
+    @property
+    def is_stopped(self) -> bool:
+        """It takes nothing any more: the shard is another replica's, or the user is silent."""
+        return self._mailbox.is_stopped
+
     def refresh_bot(self) -> None:
         """Checks which bot serves the user now."""
         state = self.state

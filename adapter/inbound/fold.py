@@ -66,8 +66,9 @@ class InboxReader:
         self._sealer = sealer
         self._newest = Batches(self._read_newest)
         self._slots = asyncio.Semaphore(READS)
-        self._last = 0
+        self.reached = 0
         """A sequence that the stream has reached."""
+        self._lasts = Batches(self._read_last)
 
     async def newest(self, sandbox: str) -> int:
         """The newest sequence of an inbox at the leader; 0: it is empty. Raises Temporary."""
@@ -80,11 +81,14 @@ class InboxReader:
     async def check(self, position: int) -> None:
         """Raises Temporary for a position that the stream has never reached, as after a restore of an old backup: its
         messages would be taken for known."""
-        if position > self._last:
-            self._last = await self._history.last_sequence(self.names.stream_in)
-        if position > self._last:
-            detail = f"A position ({position}) is above the last sequence of {self.names.stream_in} ({self._last})."
+        if position > self.reached:
+            self.reached = await self._lasts.get(self.names.stream_in) or 0
+        if position > self.reached:
+            detail = f"A position ({position}) is above the last sequence of {self.names.stream_in} ({self.reached})."
             raise Temporary("inbox_set_back", f"{detail} `wechat-nats doctor --fix` lowers the positions.")
+
+    async def _read_last(self, streams: Sequence[str]) -> Mapping[str, int]:
+        return {stream: await self._history.last_sequence(stream) for stream in streams}
 
     async def read(self, sandbox: str, after: int, up_to: int, known: FoldedInbox) -> dict[str, InboundReceived]:
         """Adds the messages after a sequence up to another one to what is known, as the newest if they are. Returns

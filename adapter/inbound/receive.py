@@ -132,7 +132,7 @@ class Receiver:
     def __init__(self, bot: str, deps: ReceiveDeps) -> None:
         self.bot = bot
         self._deps = deps
-        self._others: set[str] = set()
+        self._others: tuple[str, ...] = ()
         """Users who are not the binding's."""
 
     async def receive(self, polled: Polled, checkpoint: Checkpoint) -> None:
@@ -284,8 +284,9 @@ class Receiver:
 
     def _has_room_for(self, user: str, binding: Binding) -> bool:
         """Whether a user is the bot's own, or among the first others."""
-        if binding.user and user != binding.user and len(self._others) < OTHER_USERS:
-            self._others.add(user)
+        is_new = binding.user and user != binding.user and user not in self._others
+        if is_new and len(self._others) < OTHER_USERS:
+            self._others = (*self._others, user)
         return user == binding.user or not binding.user or user in self._others
 
     async def _learn_user(self, binding: Binding, user: str) -> Binding:
@@ -516,17 +517,21 @@ class Receiver:
                 newest[message.user] = one, token
                 if one.fetches:
                     deps.media.fetch_soon(binding.sandbox, message.user, one.id, one.items, one.fetches)
-        if shard is None:
-            return  # the next owner reads them
+        is_given = shard is not None
         for user, (one, token) in newest.items():
-            if one.actor is not None:
-                try:
-                    one.actor.on_inbound(_heard(one, self.bot, one.sequence, received_ms, token))
-                except Exception:  # it costs the window, not the message
-                    log.exception("inbound.crashed", bot=self.bot, message=one.id)
-                if binding.options.auto_typing:
-                    shard.show_typing(binding, user, token)
-            checkpoint.inbox_seq = max(checkpoint.inbox_seq, one.sequence)
+            if shard is None or one.actor is None or one.actor.is_stopped:
+                is_given = False
+                continue
+            try:
+                one.actor.on_inbound(_heard(one, self.bot, one.sequence, received_ms, token))
+            except Exception:  # it costs the window, not the message
+                log.exception("inbound.crashed", bot=self.bot, message=one.id)
+            if binding.options.auto_typing:
+                shard.show_typing(binding, user, token)
+        last = max((one.sequence for one, _ in newest.values()), default=0)
+        deps.inboxes.reached = max(deps.inboxes.reached, last)
+        if is_given:  # otherwise the next owner reads it
+            checkpoint.inbox_seq = max(checkpoint.inbox_seq, last)
 
     # a bot that is lost -----------------------------------------------------------------------------
 
