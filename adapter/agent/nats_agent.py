@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from json import JSONDecodeError
 from typing import Any
 
+import structlog
 from nats.errors import Error as NatsError
 from synadia_ai.agents import (
     Agent,
@@ -28,9 +29,12 @@ from synadia_ai.agents import (
 
 from adapter.agent.runner import Answer, Turn, cut, until_answered
 from adapter.agent.sandbox import Message
+from adapter.content.media import file_name, identify
 from adapter.content.quotes import kind_of
 from adapter.contract.messages import Media, OutFile, OutImage, OutItem, OutVideo
-from adapter.errors import AdapterError, Refused, Temporary
+from adapter.errors import AdapterError, Refused, Temporary, Unreadable
+
+log = structlog.get_logger()
 
 ITEMS = 10
 """Most attachments of an answer, because a window has no more sends."""
@@ -108,7 +112,7 @@ class NatsAgent:
 
 
 async def _attachments(message: Message, agent: Agent) -> list[Attachment]:
-    """The user's media that the agent accepts. Raises Temporary."""
+    """The user's media that the agent accepts, without those that cannot be had. Raises Temporary."""
     endpoint = agent.prompt_endpoint
     room = int((endpoint.max_payload_bytes or 0) * ROOM) - len(message.text.encode())
     found = []
@@ -116,11 +120,16 @@ async def _attachments(message: Message, agent: Agent) -> list[Attachment]:
         media: Media | None = getattr(item, "media", None)
         if media is None or not endpoint.attachments_ok or media.size > room:
             continue
-        room -= media.size
         try:
-            found.append(Attachment.from_bytes(media.name or "file", await message.sandbox.read_media(media)))
-        except Refused as exc:  # it has expired
-            raise Temporary("media", exc.detail) from exc
+            data = await message.sandbox.read_media(media, message)
+        except (Refused, Unreadable) as exc:
+            log.warning("agent.no_media", reason=exc.reason, detail=exc.detail, message=message.id)
+            continue
+        if len(data) <= room:  # before they were fetched, the size was WeChat's word, if any
+            room -= len(data)
+            kind = identify(data, media.name)
+            name = media.name or file_name(kind.mime.partition("/")[0], kind.suffix)
+            found.append(Attachment.from_bytes(name, data))
     return found
 
 

@@ -71,7 +71,11 @@ class Program:
         if len(message) > MOST_BYTES:
             head = msgspec.structs.replace(turn.message.inbound, text="", items=[], quote=None)
             message = msgspec.json.encode(head)
-        given = {"WECHAT_MESSAGE": message.decode(), "WECHAT_SESSION": turn.session}
+        given = {
+            "WECHAT_MESSAGE": message.decode(),
+            "WECHAT_SEQUENCE": str(turn.message.sequence),
+            "WECHAT_SESSION": turn.session,
+        }
         try:
             return await asyncio.create_subprocess_exec(
                 *self._command,

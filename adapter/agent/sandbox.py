@@ -4,22 +4,20 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import os
 from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Hashable, Sequence
-from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, Self
 
 import msgspec
 from nats.aio.msg import Msg
-from nats.errors import ConnectionReconnectingError, NoRespondersError
+from nats.errors import ConnectionClosedError, ConnectionReconnectingError, NoRespondersError
 from nats.errors import Error as NatsError
-from nats.js import JetStreamContext
-from nats.js.errors import APIError, NoStreamResponseError, ServiceUnavailableError
 
-from adapter.agent.inbox import Delivery, Inbox
 from adapter.agent.media import get_media, put_media
+from adapter.agent.reader import BUSY, Reader
 from adapter.agent.windows import SendWindows
 from adapter.contract.messages import (
     COMMAND_BYTES,
@@ -40,7 +38,8 @@ from adapter.contract.names import (
     check_sandbox,
 )
 from adapter.environment import read_settings
-from adapter.errors import STORE_FAILED, UNDECODABLE, Refused, Temporary
+from adapter.errors import UNDECODABLE, BusRefused, Refused, Temporary
+from adapter.jetstream.api_replies import ApiError, decode_reply, write_error_of
 from adapter.jetstream.client import BusClient, permission_violation
 from adapter.jetstream.managed_connection import connect_options
 from adapter.kit.timing import backoff
@@ -50,25 +49,31 @@ from adapter.settings import Settings
 ANSWER_S = 5.0
 CONNECT_S = 6.0
 RECONNECT_S = 0.5
-TOO_MANY_REQUESTS = 10167
-"""JetStream's `err_code` if the stream receives more messages than it can store."""
+MEDIA_WAIT_S = 10.0
+"""Longest wait of one request for media that are being fetched. It is repeated five times."""
 FULL_S = 60.0
 """Pause between two attempts to store a command if the stream is full."""
-BUSY = ("429", "503")
-"""Error codes of a service that is to be asked again later."""
 ANY_PREFIX = "_INBOX"
 """Default inbox prefix of the settings. A sandbox with permissions may not use it."""
 
 Handler = Callable[["Message"], Awaitable[None]]
 
 
+class PubAck(msgspec.Struct):
+    """JetStream's answer to a publish."""
+
+    seq: int = 0
+    error: ApiError | None = None
+
+
 class Message:
     """A message of a user, and the replies to it."""
 
-    def __init__(self, sandbox: Sandbox, delivery: Delivery) -> None:
-        self.inbound: Inbound = delivery.inbound
+    def __init__(self, sandbox: Sandbox, sequence: int, inbound: Inbound) -> None:
+        self.inbound = inbound
         """The message as on the bus, with items, quote and window."""
-        self.delivery = delivery
+        self.sequence = sequence
+        """Its stream sequence."""
         self.sandbox = sandbox
         self._replies = 0
 
@@ -90,7 +95,7 @@ class Message:
     ) -> str:
         """Stores a reply and returns the command's id, which derives from the message's id and the reply's number.
 
-        A message that is redelivered after a crash has the same ids, so that each reply is sent once. Waits while the
+        A message that comes again after a crash has the same ids, so that each reply is sent once. Waits while the
         bus is away. `optional`: a progress report, see `Outbound`. `key` replaces the number in the id, for a reply
         that differs after a crash.
         Raises Refused("too_large") above 256 KiB, Refused("forbidden").
@@ -118,14 +123,13 @@ class Sandbox:
     """The connection of one sandbox, under its own permissions. `async with` opens and closes it.
 
     The default `settings` are those of the environment (NATS_URL, NATS_CREDS, NATS_NKEY, …). The client reconnects
-    after each break. The sandbox must be bound with the option `durable`; before, there are no messages. Permanent
-    errors are raised where messages are awaited: Refused("forbidden"), and NatsError after a server has refused the
+    after each break. Errors are raised where messages are awaited: Refused("replaced") if another agent has opened the
+    sandbox since, whose the messages are then, Refused("forbidden"), and NatsError after a server has refused the
     connection.
     """
 
-    def __init__(self, name: str, settings: Settings | None = None, *, running_file: Path | None = None) -> None:
-        """`running_file` exists while the sandbox is open. If it exists before, an earlier process died with open
-        messages, and newer ones wait half a minute for their redelivery. Raises Refused("invalid"), SettingsError."""
+    def __init__(self, name: str, settings: Settings | None = None) -> None:
+        """Raises Refused("invalid"), SettingsError."""
         self.name = check_sandbox(name)
         settings = settings or read_settings(os.environ)
         if settings.nats_inbox_prefix == ANY_PREFIX:
@@ -134,55 +138,47 @@ class Sandbox:
         self._names = Names(settings.prefix)
         self._errors: deque[Exception] = deque(maxlen=100)
         self._nc = BusClient()
-        self._js: JetStreamContext = self._nc.jetstream(timeout=ANSWER_S)
-        self._inbox = Inbox(self._nc, self._names, name, self._raise_if_forbidden)
+        self._reader = Reader(self._nc, self._names, name, self._ready)
         self._windows = SendWindows()
-        self._pulling: asyncio.Task[None] | None = None
-        self._running_file = running_file
+        self._reading: asyncio.Task[None] | None = None
 
     async def __aenter__(self) -> Self:
-        """Raises Temporary("bus_down"), OSError of the file."""
+        """Raises Temporary("bus_down")."""
         await connect(self._nc, self._settings, f"sandbox {self.name}", self._errors)
-        if self._running_file is not None:
-            if self._running_file.exists():
-                self._inbox.hold("An earlier process did not give its messages back.")
-            self._running_file.parent.mkdir(parents=True, exist_ok=True)
-            self._running_file.touch()
         await self._nc.subscribe(self._names.receipts(self.name), cb=self._on_receipt)
-        self._pulling = asyncio.create_task(self._inbox.run())
+        self._reading = asyncio.create_task(self._reader.run())
         return self
 
     async def __aexit__(
         self, exc_type: type[BaseException] | None, exc: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self._pulling is not None:
-            self._pulling.cancel()
-            await asyncio.wait({self._pulling})
-        if await self._inbox.give_back() and self._running_file is not None:
-            self._running_file.unlink(missing_ok=True)
+        if self._reading is not None:
+            self._reading.cancel()
+            await asyncio.wait({self._reading})
+        await self._reader.close()
         with contextlib.suppress(NatsError, OSError, TimeoutError):
             await self._nc.close()
 
     async def __aiter__(self) -> AsyncIterator[Message]:
-        """Yields the messages one after the other. A message is acknowledged when the next one is requested. If the
-        loop is left before, the next loop gets the message again."""
-        self._inbox.rewind()
+        """Yields the messages one after the other. A message is finished when the next one is requested. If the loop
+        is left before, the next loop gets the message again."""
+        self._reader.rewind()
         while True:
             message = await self._next()
             yield message
-            await self._inbox.finish(message.delivery)
+            self._reader.finish(message.sequence)
 
     async def run(self, handler: Handler, *, lane: Callable[[Message], Hashable] = lambda m: m.user) -> None:
         """Handles messages until cancelled: those of one lane (default: one user) one after the other, and lanes in
-        parallel. A message is acknowledged when its handler has returned. An error of a handler is raised here, and
-        its message is redelivered."""
+        parallel. A message is finished when its handler has returned. An error of a handler is raised here, and its
+        message comes again."""
         lanes: dict[Hashable, deque[Message]] = {}
-        self._inbox.rewind()
+        self._reader.rewind()
 
         async def work(key: Hashable) -> None:
             while lanes[key]:
                 await handler(lanes[key][0])
-                await self._inbox.finish(lanes[key].popleft().delivery)
+                self._reader.finish(lanes[key].popleft().sequence)
             del lanes[key]
 
         try:
@@ -199,13 +195,13 @@ class Sandbox:
             raise several.exceptions[0] from None
 
     async def _next(self) -> Message:
-        assert self._pulling is not None, "Open the sandbox by `async with`."
-        waiting = asyncio.create_task(self._inbox.next_delivery())
+        assert self._reading is not None, "Open the sandbox by `async with`."
+        waiting = asyncio.create_task(self._reader.next_message())
         try:
-            await asyncio.wait({waiting, self._pulling}, return_when=asyncio.FIRST_COMPLETED)
-            if not waiting.done():
-                self._pulling.result()
-            message = Message(self, await waiting)
+            await asyncio.wait({waiting, self._reading}, return_when=asyncio.FIRST_COMPLETED)
+            if self._reading.done():
+                self._reading.result()
+            message = Message(self, *await waiting)
             self._windows.note(message.user, message.inbound.window, message.inbound.received_at_ms)
             return message
         finally:
@@ -234,36 +230,37 @@ class Sandbox:
 
     async def send(self, command: Outbound) -> None:
         """Stores a command. Repeats until the bus has confirmed it, so the command needs an id. Raises Refused
-        (too_large, forbidden), NatsError."""
+        (too_large, forbidden), BusRefused, NatsError."""
         payload = msgspec.json.encode(command)
         if len(payload) > COMMAND_BYTES:
             raise Refused("too_large", f"The command has {len(payload)} bytes; {COMMAND_BYTES} fit.")
-        failures = 0
-        while True:
-            # nats-py would buffer each attempt, and send all
-            while not (self._nc.is_connected or self._nc.is_closed):
-                await asyncio.sleep(RECONNECT_S)
-            failures += 1
+        headers, subject = {H_SCHEMA: SCHEMA_VERSION}, self._names.out(self.name)
+        for failures in itertools.count(1):
+            await self._ready()
             wait_s = backoff(failures, first_s=0.2, longest_s=5.0)
             try:
-                await self._js.publish(self._names.out(self.name), payload, headers={H_SCHEMA: SCHEMA_VERSION})
-                return
-            except (TimeoutError, ConnectionReconnectingError, NoRespondersError, NoStreamResponseError):
-                self._raise_if_forbidden()
-            except APIError as exc:
-                if exc.err_code == STORE_FAILED:
-                    wait_s = FULL_S
-                elif exc.err_code != TOO_MANY_REQUESTS and not isinstance(exc, ServiceUnavailableError):
+                reply = await self._nc.request(subject, payload, timeout=ANSWER_S, headers=headers)
+                ack = decode_reply(reply.data, PubAck, "a publish")
+                if ack.error is not None:
+                    raise write_error_of(ack.error)
+                if ack.seq:
+                    return
+            except (TimeoutError, ConnectionReconnectingError, NoRespondersError, Temporary):
+                pass  # repeated
+            except BusRefused as exc:
+                if not exc.is_full:
                     raise
+                wait_s = FULL_S
             await asyncio.sleep(wait_s)
 
     async def publish(self, command: Outbound) -> None:
         """Sends a command at most once, without confirmation. Raises NatsError."""
         await self._nc.publish(self._names.out(self.name), msgspec.json.encode(command))
 
-    async def read_media(self, media: Media) -> bytes:
-        """Reads the bytes of an item. Raises Refused, Temporary, Unreadable."""
-        return await get_media(self._request, self.name, media.object)
+    async def read_media(self, media: Media, message: Message) -> bytes:
+        """Reads the bytes of an item of `message`, and waits about a minute for bytes that are still being fetched from
+        WeChat. Raises Refused, whose `detail` says why there are none, Temporary, Unreadable."""
+        return await get_media(self._request, self.name, media.object, sequence=message.sequence, wait_s=MEDIA_WAIT_S)
 
     async def put_media(self, data: bytes, name: str = "") -> Media:
         """Stores bytes for an item of a reply: `OutImage(media=await sandbox.put_media(png, "chart.png"))`.
@@ -271,25 +268,35 @@ class Sandbox:
         return await put_media(self._request, self.name, data, name)
 
     async def _request(self, verb: str, payload: bytes, headers: dict[str, str]) -> tuple[bytes, dict[str, Any]]:
-        """A request to the adapter, repeated if there is no answer. Raises Refused, Temporary."""
+        """A request to the adapter, made five times if there is no answer, or none yet. Raises Refused, Temporary."""
         failures = 0
         while True:
-            try:
-                msg = await self._nc.request(self._names.svc(verb), payload, timeout=ANSWER_S * 2, headers=headers)
-            except (TimeoutError, NatsError) as exc:
-                self._raise_if_forbidden()
-                failures += 1
-                if failures == 5:
-                    raise Temporary("no_answer", f"No adapter answers {verb}.") from exc
-                await asyncio.sleep(backoff(failures))
-                continue
-            answered = msg.headers or {}
-            if H_ERROR not in answered:
-                return msg.data, answered
-            if answered.get(H_ERROR_CODE) not in BUSY or failures == 5:
-                raise Refused("refused", answered[H_ERROR])
             failures += 1
+            failure = Temporary("no_answer", f"No adapter answers {verb}.")
+            try:
+                timeout_s = MEDIA_WAIT_S + ANSWER_S
+                msg = await self._nc.request(self._names.svc(verb), payload, timeout=timeout_s, headers=headers)
+            except (TimeoutError, NatsError):
+                self._raise_if_forbidden()
+            else:
+                answered = msg.headers or {}
+                if H_ERROR not in answered:
+                    return msg.data, answered
+                if answered.get(H_ERROR_CODE) not in BUSY:
+                    raise Refused("refused", answered[H_ERROR])
+                failure = Temporary("busy", answered[H_ERROR])
+            if failures == 5:
+                raise failure
             await asyncio.sleep(backoff(failures))
+
+    async def _ready(self) -> None:
+        """Waits for the connection, since nats-py would keep what is sent meanwhile. Raises Refused("forbidden"),
+        NatsError once the connection is closed for good."""
+        self._raise_if_forbidden()
+        while not self._nc.is_connected:
+            if self._nc.is_closed:
+                raise ConnectionClosedError
+            await asyncio.sleep(RECONNECT_S)
 
     def _raise_if_forbidden(self) -> None:
         for exc in self._errors:

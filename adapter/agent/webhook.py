@@ -60,9 +60,15 @@ class Webhook:
         self._max_output = max_output
 
     async def __call__(self, turn: Turn) -> Answer:
-        event = {"type": "wechat.message", "session": turn.session, "data": turn.message.inbound}
+        message = turn.message
+        event = {
+            "type": "wechat.message",
+            "session": turn.session,
+            "sequence": message.sequence,
+            "data": message.inbound,
+        }
         body = msgspec.json.encode(event)
-        return await until_answered(lambda: self._post(turn.message.id, body))
+        return await until_answered(lambda: self._post(message.id, body))
 
     async def _post(self, message_id: str, body: bytes) -> Answer:
         timestamp = int(time.time())

@@ -75,11 +75,12 @@ async def agent(
 ) -> int:
     """Answer the users of a sandbox with a program, a URL or an agent on NATS: --exec, --http or --nats-agent.
 
-    The sandbox has to be bound with --durable. Messages of one user are answered one after the other, those of
-    several at once; a message is acknowledged when its answer is stored. Users steer by /new, which begins a new
-    session, and /stop, which ends the run under way. A program has WECHAT_MESSAGE, the message as JSON, and
-    WECHAT_SESSION in its environment, and no variable whose name begins with NATS_ or WECHAT_NATS_.
-    Runs until SIGTERM or ctrl-C (exit code 0); what is in work then is delivered to the next start.
+    Messages of one user are answered one after the other, those of several at once; a message is finished when its
+    answer is stored. Users steer by /new, which begins a new session, and /stop, which ends the run under way. A
+    program has WECHAT_MESSAGE, the message as JSON, WECHAT_SEQUENCE and WECHAT_SESSION in its environment, and no
+    variable whose name begins with NATS_ or WECHAT_NATS_.
+    Runs until SIGTERM or ctrl-C (exit code 0); what is in work then comes again after the next start. Ends with exit
+    code 1 if another agent opens the sandbox, which has its messages from then on.
     """
     settings = settings_here()
     if sum(kind is not None for kind in (program, http, nats_agent)) != 1:
@@ -100,7 +101,7 @@ async def agent(
         async with connected_bus(settings):
             pass  # says in a sentence why there is no connection
         logs.configure(settings.log, version=__version__)
-        connected = await stack.enter_async_context(Sandbox(sandbox, settings, running_file=folder / "running"))
+        connected = await stack.enter_async_context(Sandbox(sandbox, settings))
         log.info("agent.started", sandbox=sandbox)
         try:
             await Runner(connected, answering, sessions).run()

@@ -1,97 +1,288 @@
-"""`adapter.agent` and a server: outages, deaths and loops that are left. Nobody sends what the sandbox stores."""
+"""`adapter.agent` and a server: what it asks of `next`, outages, and loops that are left. Nobody sends what the sandbox
+stores. `tests/e2e/test_agent_module.py` has it before an adapter."""
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
+from collections.abc import AsyncIterator
 from typing import Any
 
 import msgspec
 import pytest
-from nats.errors import ConnectionClosedError
+import structlog
+from nats.aio.client import Client
+from nats.aio.msg import Msg
 
 from adapter.agent import Message, Sandbox
-from adapter.agent import inbox as inbox_module
-from adapter.agent.inbox import IN_FLIGHT, Inbox
-from adapter.contract.messages import Inbound, InboundItem, TextItem
-from adapter.jetstream.client import BusClient
+from adapter.agent import reader as reader_module
+from adapter.agent import sandbox as sandbox_module
+from adapter.agent.reader import WINDOW
+from adapter.contract.messages import Inbound, NextPage, Outbound, TextItem
+from adapter.contract.names import H_ERROR
+from adapter.conversation.record import RECENT_COMMANDS
+from adapter.errors import BusRefused, Refused
 from adapter.jetstream.managed_connection import connect_options
 from tests.bus.rig import NAMES, PATIENCE_S, Rig
-from tests.e2e.waiting import eventually
+from tests.e2e.waiting import eventually, until
+from tests.next_standin import NextStandIn
 
 
 class Person:
-    """Writes to sandbox s1, which has a durable consumer."""
+    """Writes to sandbox s1."""
 
-    def __init__(self, rig: Rig) -> None:
+    def __init__(self, rig: Rig, nc: Client) -> None:
         self.rig = rig
+        self.nc = nc
+        self.adapter = NextStandIn(nc, NAMES, "s1")
         self.said = 0
 
-    async def say(self, count: int = 1) -> None:
-        """Texts are the numbers from one on."""
-        nc = await self.rig.bus.client()
-        for number in range(self.said + 1, self.said + count + 1):
-            text = str(number)
-            items: list[InboundItem] = [TextItem(text=text)]
+    async def say(self, count: int = 1, *, user: str = "u1", ring: bool = True) -> None:
+        """Texts are the numbers from one on; so are the sequences, in hundreds."""
+        for self.said in range(self.said + 1, self.said + count + 1):
+            text = str(self.said)
             message = Inbound(
-                id=text, sandbox="s1", bot="b1", user="u1", sent_at_ms=0, received_at_ms=0, text=text, items=items
+                id=text,
+                sandbox="s1",
+                bot="b1",
+                user=user,
+                sent_at_ms=0,
+                received_at_ms=0,
+                text=text,
+                items=[TextItem(text=text)],
             )
-            await nc.publish(NAMES.inbox("s1"), msgspec.json.encode(message))
-        await nc.flush()
-        await nc.close()
-        self.said += count
+            await self.adapter.store(self.said * 100, msgspec.json.encode(message), ring=ring)
 
     async def commands(self) -> list[dict[str, Any]]:
         """What the sandbox has stored."""
         return [msgspec.json.decode(data) for data in await self.rig.read(NAMES.stream_out, ">")]
 
-
-class Agent:
-    """A process that holds messages of the sandbox. `kill` leaves them to the server, as `kill -9` does."""
-
-    def __init__(self, person: Person) -> None:
-        self._bus = person.rig.bus
-        self._nc = BusClient()
-        self.inbox = Inbox(self._nc, NAMES, "s1", lambda: None)
-
-    async def start(self) -> None:
-        await self._nc.connect(self._bus.server.url)
-        self._pulling = asyncio.create_task(self.inbox.run())
-
-    async def kill(self) -> None:
-        await self._nc.close()
-        with pytest.raises(ConnectionClosedError):
-            await self._pulling
-
-    async def stop(self) -> bool:
-        """As SIGTERM does; whether all was given back."""
-        self._pulling.cancel()
-        await asyncio.wait({self._pulling})
-        given_back = await self.inbox.give_back()
-        await self._nc.close()
-        return given_back
-
-    async def taken(self, count: int) -> list[int]:
-        """The texts of so many deliveries, each acknowledged."""
-        texts = []
-        for _ in range(count):
-            delivery = await self.inbox.next_delivery()
-            texts.append(int(delivery.inbound.text))
-            await self.inbox.finish(delivery)
-        return texts
+    async def confirmed(self, text: int) -> None:
+        await until(lambda: self.adapter.position == text * 100, f"{text} is confirmed")
 
 
 @pytest.fixture
-async def person(rig: Rig) -> Person:
-    config = {"durable_name": "s1", "ack_policy": "explicit", "filter_subject": NAMES.inbox("s1")}
-    body = {"stream_name": NAMES.stream_in, "config": config}
-    await rig.connection.api_request(f"CONSUMER.CREATE.{NAMES.stream_in}.s1", body)
-    return Person(rig)
+async def person(rig: Rig) -> AsyncIterator[Person]:
+    nc = await rig.bus.client()
+    made = Person(rig, nc)
+    await made.adapter.start()
+    yield made
+    await nc.close()
+
+
+@contextlib.asynccontextmanager
+async def opened(person: Person) -> AsyncIterator[Sandbox]:
+    async with asyncio.timeout(PATIENCE_S), Sandbox("s1", person.rig.bus.settings) as sandbox:
+        yield sandbox
+
+
+@contextlib.asynccontextmanager
+async def handling(sandbox: Sandbox, handler: Any) -> AsyncIterator[asyncio.Task[None]]:
+    task = asyncio.create_task(sandbox.run(handler))
+    try:
+        yield task
+    finally:
+        task.cancel()
+        await asyncio.wait({task})
+
+
+async def test_it_asks_at_the_start_and_at_each_ring(person: Person) -> None:
+    await person.say(2, ring=False)
+    async with opened(person) as sandbox:
+        messages = aiter(sandbox)
+        assert [(message := await anext(messages)).text, message.sequence] == ["1", 100]
+        assert (await anext(messages)).text == "2"
+        await person.say()
+        assert (await anext(messages)).text == "3"
+    assert person.adapter.queries[0].reader is None
+    assert all(query.reader == 1 for query in person.adapter.queries[1:])
+
+
+async def test_a_ring_that_is_lost_delays_a_message_and_no_more(
+    person: Person, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(reader_module, "ASK_S", 0.2)
+    monkeypatch.setattr(reader_module, "TICK_S", 0.1)
+    async with opened(person) as sandbox:
+        await until(lambda: len(person.adapter.queries) > 0, "it asks")
+        await person.say(ring=False)
+        assert (await anext(aiter(sandbox))).text == "1"
+
+
+async def test_what_is_finished_is_confirmed_soon_though_nothing_more_comes(person: Person) -> None:
+    done: list[str] = []
+
+    async def handle(message: Message) -> None:
+        done.append(message.text)
+
+    async with opened(person) as sandbox, handling(sandbox, handle):
+        await person.say(3)
+        await person.confirmed(3)
+        asked = len(person.adapter.queries)
+        await person.say()
+        await person.confirmed(4)
+        assert len(person.adapter.queries) == asked + 2  # the ring, and the confirmation
+    assert done == ["1", "2", "3", "4"]
+
+
+async def test_a_message_at_work_keeps_the_position_and_the_others_go_on_up_to_the_window(person: Person) -> None:
+    gate, done = asyncio.Event(), []
+
+    async def handle(message: Message) -> None:
+        if message.user == "slow":
+            await gate.wait()
+        done.append(int(message.text))
+
+    async with opened(person) as sandbox, handling(sandbox, handle):
+        await person.say(user="slow")
+        await person.say(WINDOW + 8, user="quick")
+        await until(lambda: len(done) == WINDOW - 1, "the others are handled")
+        asked = len(person.adapter.queries)
+        await person.say(user="quick")
+        await until(lambda: len(person.adapter.queries) > asked, "it asks again")
+        assert done == list(range(2, WINDOW + 1))
+        assert person.adapter.position < 100
+        gate.set()
+        await person.confirmed(WINDOW + 10)
+    assert sorted(done) == list(range(1, WINDOW + 11))
+
+
+def test_the_adapter_drops_as_many_repeats_as_may_come_again() -> None:
+    assert WINDOW <= RECENT_COMMANDS
+
+
+async def test_one_request_is_under_way_however_often_it_rings(person: Person) -> None:
+    person.adapter.delay_s = 0.02
+    async with opened(person) as sandbox:
+        messages = aiter(sandbox)
+        for _ in range(10):
+            await person.say(5)
+            for _ in range(5):
+                await anext(messages)
+    assert person.adapter.most_under_way == 1
+    assert len(person.adapter.queries) < 50
+
+
+async def test_the_end_confirms_what_is_finished(person: Person) -> None:
+    await person.say(3)
+    async with opened(person) as sandbox:
+        messages = aiter(sandbox)
+        for _ in range(3):
+            await anext(messages)
+        person.adapter.delay_s = 0.5  # it ends while the confirmation is under way
+    assert person.adapter.position == 200
+
+
+@pytest.mark.parametrize("way", ["loop", "run"])
+async def test_another_reader_ends_it_with_the_sentence_of_the_adapter(person: Person, way: str) -> None:
+    begun: list[str] = []
+
+    async def work(message: Message) -> None:
+        begun.append(message.text)
+        await asyncio.Event().wait()
+
+    async with opened(person) as sandbox:
+        await person.say()
+        if way == "loop":
+            messages = aiter(sandbox)
+            assert (await anext(messages)).text == "1"
+            ending: asyncio.Future[Any] = asyncio.ensure_future(anext(messages))
+            await person.confirmed(1)
+        else:
+            ending = asyncio.ensure_future(sandbox.run(work))
+            await until(lambda: begun == ["1"], "it is at work")
+        person.adapter.reader += 1
+        await person.nc.publish(NAMES.live("s1"))
+        with pytest.raises(Refused, match="Another agent reads this sandbox now") as caught:
+            await ending
+        assert caught.value.reason == "replaced"
+    assert person.adapter.position == (100 if way == "loop" else 0)
+
+
+async def test_a_request_without_an_answer_is_repeated_and_a_late_answer_counts(
+    person: Person, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first request to open comes to a replica that stands still. It opens again behind the reader's back."""
+    monkeypatch.setattr(reader_module, "ANSWER_S", 0.1)
+    held: list[Msg] = []
+
+    def disturb(number: int, msg: Msg) -> bool:
+        if number == 1:
+            held.append(msg)
+        return number == 1
+
+    person.adapter.disturb = disturb
+    async with opened(person) as sandbox:
+        messages = aiter(sandbox)
+        await person.say()
+        assert (await anext(messages)).text == "1"
+        person.adapter.reader += 1
+        await person.nc.publish(held[0].reply, msgspec.json.encode(NextPage(reader=person.adapter.reader)))
+        await until(lambda: sandbox._reader._number == person.adapter.reader, "it has the answer")
+        await person.say()
+        assert (await anext(messages)).text == "2"
+
+
+@pytest.mark.parametrize("code", ["429", "503"])
+async def test_an_adapter_that_has_no_time_is_asked_again(person: Person, code: str) -> None:
+    def disturb(number: int, msg: Msg) -> bool:
+        if number == 1:
+            asyncio.ensure_future(person.adapter.refuse(msg, code, "Ask again later."))  # noqa: RUF006
+        return number == 1
+
+    person.adapter.disturb = disturb
+    await person.say()
+    async with opened(person) as sandbox:
+        assert (await anext(aiter(sandbox))).text == "1"
+
+
+async def test_an_adapter_that_is_not_there_is_waited_for(rig: Rig) -> None:
+    with structlog.testing.capture_logs() as logs:
+        async with Sandbox("s1", rig.bus.settings) as sandbox:
+            waiting = asyncio.ensure_future(anext(aiter(sandbox)))
+            await until(lambda: any(line["event"] == "sandbox.asking_again" for line in logs), "it asks")
+            nc = await rig.bus.client()
+            person = Person(rig, nc)
+            await person.say()
+            await person.adapter.start()
+            async with asyncio.timeout(PATIENCE_S):
+                assert (await waiting).text == "1"
+            await nc.close()
+
+
+async def test_any_other_refusal_ends_it(person: Person) -> None:
+    def disturb(_: int, msg: Msg) -> bool:
+        asyncio.ensure_future(person.adapter.refuse(msg, "400", "No such sequence."))  # noqa: RUF006
+        return True
+
+    person.adapter.disturb = disturb
+    async with opened(person) as sandbox:
+        with pytest.raises(Refused, match="No such sequence"):
+            await anext(aiter(sandbox))
+
+
+async def test_what_is_gone_is_said_and_what_cannot_be_read_is_skipped(person: Person) -> None:
+    person.said = 6
+    person.adapter.first = 700
+    await person.adapter.store(700, b'{"v": 2}')
+    person.said = 7
+    await person.say()
+    with structlog.testing.capture_logs() as logs:
+        async with opened(person) as sandbox:
+            messages = aiter(sandbox)
+            assert (await anext(messages)).text == "8"
+            person.adapter.first = 0
+            await person.say()
+            assert (await anext(messages)).text == "9"
+            await person.confirmed(8)
+    events = [line["event"] for line in logs]
+    assert (events.count("sandbox.gap"), events.count("sandbox.unreadable")) == (1, 1)
 
 
 async def test_a_reply_waits_for_the_bus_however_long_it_is_away(
     person: Person, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Without a try or a pull that the client keeps for later: its buffer would be full at some time."""
+    """Without a try or a request that the client keeps for later: its buffer would be full at some time."""
     lost = asyncio.Event()
 
     async def on_lost() -> None:
@@ -101,11 +292,9 @@ async def test_a_reply_waits_for_the_bus_however_long_it_is_away(
         "adapter.agent.sandbox.connect_options",
         lambda *arguments: connect_options(*arguments) | {"pending_size": 10, "disconnected_cb": on_lost},
     )
-    monkeypatch.setattr(inbox_module, "EXPIRES_S", 0.1)
-    monkeypatch.setattr(inbox_module, "TICK_S", 0.1)
     await person.say()
     bus = person.rig.bus
-    async with Sandbox("s1", bus.settings) as sandbox:
+    async with opened(person) as sandbox:
         messages = aiter(sandbox)
         message = await anext(messages)
         bus.kill()
@@ -113,65 +302,54 @@ async def test_a_reply_waits_for_the_bus_however_long_it_is_away(
         replying = asyncio.create_task(message.reply("x" * 200))
         await bus.start()
         await replying
-        await person.say()
+        await eventually_connected(person)
+        await person.say(ring=False)  # it asks by itself when the connection is back
         assert (await anext(messages)).text == "2"
     assert [command["text"] for command in await person.commands()] == ["x" * 200]
 
 
-async def shorten_ack_wait(person: Person, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A second instead of half a minute."""
-    monkeypatch.setattr(inbox_module, "ACK_WAIT_S", 1.0)
-    monkeypatch.setattr(inbox_module, "KEEP_ALIVE_S", 0.2)
-    nc = await person.rig.bus.client()
-    info = await nc.jetstream().consumer_info(NAMES.stream_in, "s1")
-    info.config.ack_wait = 1.0
-    await nc.jetstream().add_consumer(NAMES.stream_in, info.config)
-    await nc.close()
+async def eventually_connected(person: Person) -> None:
+    async def connected() -> bool:
+        return person.nc.is_connected
+
+    await eventually(connected, "the adapter is back, too")
+    await person.nc.flush()
 
 
-async def in_work(person: Person, count: int) -> None:
-    """Returns once so many deliveries are not acknowledged."""
-    nc = await person.rig.bus.client()
-
-    async def as_many() -> bool:
-        info = await nc.jetstream().consumer_info(NAMES.stream_in, "s1")
-        return bool(info.num_ack_pending == count)
-
-    await eventually(as_many, f"{count} are in work")
-    await nc.close()
-
-
-async def test_the_order_holds_where_a_process_dies_with_all_that_it_may_hold(
-    person: Person, monkeypatch: pytest.MonkeyPatch
+async def test_a_command_is_stored_by_one_request_and_again_where_the_stream_has_no_time(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    await shorten_ack_wait(person, monkeypatch)
-    await person.say(IN_FLIGHT * 3)
-    first, second = Agent(person), Agent(person)
-    await first.start()
-    await in_work(person, IN_FLIGHT)
-    await first.kill()
-    second.inbox.hold("The first one died.")
-    await second.start()
-    assert await second.taken(IN_FLIGHT * 3) == list(range(1, IN_FLIGHT * 3 + 1))
-    await second.kill()
+    monkeypatch.setattr(sandbox_module, "FULL_S", 0.1)
+    nc = await rig.bus.client()
+    await nc.jetstream().delete_stream(NAMES.stream_out)
+    answers = [
+        b'{"error":{"code":429,"err_code":10167,"description":"too many requests"}}',
+        b'{"error":{"code":503,"err_code":10077,"description":"maximum messages per subject exceeded"}}',
+        b"not JetStream's",
+        b'{"stream":"WECHAT_OUT","seq":7}',
+        b'{"error":{"code":400,"err_code":10054,"description":"message size exceeds maximum allowed"}}',
+    ]
+    bodies: list[bytes] = []
+
+    async def on_publish(msg: Msg) -> None:
+        bodies.append(msg.data)
+        await msg.respond(answers.pop(0))
+
+    await nc.subscribe(NAMES.out("s1"), cb=on_publish)
+    await nc.flush()
+    async with Sandbox("s1", rig.bus.settings) as sandbox:
+        await sandbox.send(Outbound(id="c1", text="hello"))
+        assert len(bodies) == 4
+        assert len(set(bodies)) == 1
+        with pytest.raises(BusRefused, match="10054"):
+            await sandbox.send(Outbound(id="c2", text="hello"))
+    await nc.close()
 
 
-async def test_what_arrives_while_a_process_ends_is_given_back(person: Person) -> None:
-    first, second = Agent(person), Agent(person)
-    await first.start()
-    await person.say(200)
-    await first.inbox.next_delivery()
-    assert await first.stop()
-    await person.say()
-    await second.start()
-    assert await second.taken(201) == list(range(1, 202))
-    await second.kill()
-
-
-async def test_a_loop_that_is_left_has_its_message_delivered_again_and_first(person: Person) -> None:
+async def test_a_loop_that_is_left_has_its_message_again_and_first(person: Person) -> None:
     await person.say(3)
     texts = []
-    async with asyncio.timeout(PATIENCE_S), Sandbox("s1", person.rig.bus.settings) as sandbox:
+    async with opened(person) as sandbox:
         for _ in range(2):
             async for message in sandbox:
                 texts.append(message.text)
@@ -189,3 +367,4 @@ async def test_a_loop_that_is_left_has_its_message_delivered_again_and_first(per
             if message.text == "3":
                 break
     assert texts == ["1", "1", "1", "1", "1", "2", "3"]
+    assert person.adapter.position == 200

@@ -19,7 +19,6 @@ import pytest
 from synadia_ai.agents import Attachment, ResponseChunk
 
 from adapter.agent import Message, Sandbox
-from adapter.agent.inbox import Delivery
 from adapter.agent.nats_agent import NatsAgent
 from adapter.agent.program import Program
 from adapter.agent.runner import Answer, Turn
@@ -97,7 +96,7 @@ def turn(text: str = "hello") -> Turn:
         text=text,
         items=[TextItem(text=text)],
     )
-    return Turn(Message(Sandbox("s1", Settings()), Delivery(inbound, 1, "")), "session", nobody)
+    return Turn(Message(Sandbox("s1", Settings()), 7, inbound), "session", nobody)
 
 
 def running(program: str, folder: Path) -> Program:

@@ -19,10 +19,9 @@ import pytest
 import pytest_asyncio
 from nats.aio.client import Client
 from nats.aio.msg import Msg
-from nats.js.api import AckPolicy, ConsumerConfig
 
 from adapter.cli.embedded import EmbeddedNats, find_server
-from adapter.contract.messages import Outbound
+from adapter.contract.messages import Inbound, Outbound, TextItem
 from adapter.simulator import Simulator
 from tests.authority import Authority
 from tests.bus.guarded import guarded
@@ -30,6 +29,7 @@ from tests.clients import examples
 from tests.clients.examples import ROOT, Language
 from tests.e2e.waiting import free_port
 from tests.e2e.world import NAMES, World, environ_of, eventually, fast, until, world
+from tests.next_standin import NextStandIn
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
@@ -224,16 +224,27 @@ async def logs_in(bridge: World, language: Language, cast: Cast) -> str:
 
 
 async def answers(bridge: World, language: Language, cast: Cast, user: str) -> None:
-    """Each message once, also what was said while it was away."""
+    """Each message once, also what was said while it was away; of two programs the newer one goes on."""
     async with language.run("echo", cast.sandbox, **cast.agent) as echo:
         bridge.sim.say(user, "hello 你好")
         await shows(bridge, user, ["You said: hello 你好"])
         await echo.says("answered ", 1)
     bridge.sim.say(user, "are you there?")
     async with language.run("echo", cast.sandbox, **cast.agent) as echo:
-        bridge.sim.say_media(user, "image", b"\x89PNG\r\n\x1a\n and so on")
-        await shows(bridge, user, ["You said: hello 你好", "You said: are you there?", "You sent: image"])
+        bridge.sim.say_media(user, "image", b"\x89PNG\r\n\x1a\n" + bytes(600_000))
+        before = ["You said: hello 你好", "You said: are you there?", "You sent: image (600008 bytes)"]
+        await shows(bridge, user, before)
         await echo.says("answered ", 2)
+        async with language.run("echo", cast.sandbox, **cast.agent) as newer:
+            await newer.says("ready")
+            bridge.sim.say(user, "which of you?")
+            await newer.says("answered ", 1)
+            await until(lambda: len(bridge.sim.phone(user)) == 4, "the phone shows the answer")
+            bridge.sim.say(user, "and now?")
+            assert await echo.ended() != 0
+            assert "reads" in echo.said.splitlines()[-1]
+            assert "Traceback" not in echo.said
+            await shows(bridge, user, [*before, "You said: which of you?", "You said: and now?"])
 
 
 async def sends(bridge: World, language: Language, cast: Cast, user: str) -> None:
@@ -260,14 +271,21 @@ async def repeats(language: Language, folder: Path) -> None:
         receipt = {"command": tries[0], "outcome": "accepted"}
         await nc.publish(NAMES.receipt("s1", tries[0], 1), json.dumps(receipt).encode())
 
-    said = {"id": "in-1", "user": "u1@im.wechat", "text": "hello", "items": [{"kind": "text", "text": "hello"}]}
+    said = Inbound(
+        id="in-1",
+        sandbox="s1",
+        bot="b1",
+        user="u1@im.wechat",
+        sent_at_ms=0,
+        received_at_ms=0,
+        text="hello",
+        items=[TextItem(text="hello")],
+    )
     async with EmbeddedNats(folder) as server:
         nc = await nats.connect(server.url)
-        js = nc.jetstream()
-        await js.add_stream(name="WECHAT_IN", subjects=["wechat.inbox.*"])
-        durable = ConsumerConfig(durable_name="s1", ack_policy=AckPolicy.EXPLICIT, filter_subject="wechat.inbox.s1")
-        await js.add_consumer("WECHAT_IN", durable)
-        await js.publish("wechat.inbox.s1", json.dumps(said).encode())
+        adapter = NextStandIn(nc, NAMES, "s1")
+        await adapter.store(1, msgspec.json.encode(said))
+        await adapter.start()
         await nc.subscribe("wechat.out", cb=on_publish)
         await nc.subscribe("wechat.out.s1", cb=on_publish)
         await nc.flush()
@@ -275,6 +293,7 @@ async def repeats(language: Language, folder: Path) -> None:
             assert await send.ended() == 0, send.said
         async with language.run("echo", "s1", NATS_URL=server.url) as echo:
             await echo.says("answered in-1")
+            await until(lambda: adapter.position == 1, "it is confirmed")
         await nc.close()
     assert [len(tries) for tries in published.values()] == [2, 2]
     assert all(first == second for first, second in published.values())

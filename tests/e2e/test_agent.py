@@ -20,20 +20,17 @@ from typing import Any
 import pytest
 from aiohttp import web
 from aiohttp.test_utils import TestServer
-from nats.aio.client import Client
 
 from tests.cli.process import alive
-from tests.e2e.world import NAMES, World, until, world
+from tests.e2e.world import NAMES, World, eventually, time_ms, until, world
 from tests.forks import Forked, fork
-
-ACK_WAIT_S = 3
-"""Less than the 30 s of the server's default, so that tests need not wait for it."""
 
 PROGRAM = """
 import json, os, pathlib, sys, time
 text, folder = sys.stdin.read(), pathlib.Path(sys.argv[1])
 with (folder / "runs").open("a") as runs:
-    runs.write(json.dumps({"pid": os.getpid(), "text": text, "session": os.environ["WECHAT_SESSION"]}) + "\\n")
+    run = {"pid": os.getpid(), "at": time.time(), "text": text, "session": os.environ["WECHAT_SESSION"]}
+    runs.write(json.dumps(run) + "\\n")
 word = text.partition(" ")[0]
 while word == "wait" and not (folder / "go").exists():
     time.sleep(0.01)
@@ -51,8 +48,8 @@ if word != "quiet":
 class Agent:
     """The command; with nothing else, with a program that waits for the file `go` where its text says so."""
 
-    def __init__(self, made: World, *options: str, **environ: str) -> None:
-        self.folder = made.folder / "agent"
+    def __init__(self, made: World, *options: str, name: str = "agent", **environ: str) -> None:
+        self.folder = made.folder / name
         self.folder.mkdir()
         script = self.folder / "program.py"
         script.write_text(PROGRAM)
@@ -82,7 +79,7 @@ class Agent:
         return await self.process.wait()
 
     @property
-    def runs(self) -> list[dict[str, str]]:
+    def runs(self) -> list[dict[str, Any]]:
         with contextlib.suppress(FileNotFoundError):
             return [json.loads(line) for line in (self.folder / "runs").read_text().splitlines()]
         return []
@@ -98,7 +95,6 @@ async def agent_running(folder: Path, *options: str, **environ: str) -> AsyncIte
         await made.add_adapter()
         nc = await made.nc()
         await made.bind(nc, "s1", made.sim.add_bot())
-        await shorten_ack_wait(nc)
         await nc.close()
         agent = Agent(made, *options, **environ)
         await agent.start()
@@ -111,12 +107,6 @@ async def agent_running(folder: Path, *options: str, **environ: str) -> AsyncIte
             await agent.end(signal.SIGKILL)
 
 
-async def shorten_ack_wait(nc: Client) -> None:
-    info = await nc.jetstream().consumer_info(NAMES.stream_in, "s1")
-    info.config.ack_wait = ACK_WAIT_S
-    await nc.jetstream().add_consumer(NAMES.stream_in, info.config)
-
-
 async def shows(made: World, *texts: str) -> None:
     """The phone of the user shows these, and nothing else, in this order."""
     await until(lambda: len(made.phone_texts("s1")) >= len(texts), f"the phone shows {texts}")
@@ -124,16 +114,16 @@ async def shows(made: World, *texts: str) -> None:
 
 
 async def settled(made: World) -> None:
-    """Every message is acknowledged."""
+    """Every message is confirmed."""
     nc = await made.nc()
+    readers = await nc.jetstream().key_value(NAMES.readers)
 
-    async def open_messages() -> int:
-        info = await nc.jetstream().consumer_info(NAMES.stream_in, "s1")
-        return (info.num_pending or 0) + (info.num_ack_pending or 0)
+    async def confirmed() -> bool:
+        last = await nc.jetstream().get_last_msg(NAMES.stream_in, NAMES.inbox("s1"))
+        stored = json.loads((await readers.get("s1")).value or b"{}")
+        return bool(stored["handled"] == last.seq)
 
-    async with asyncio.timeout(60):
-        while await open_messages():
-            await asyncio.sleep(0.05)
+    await eventually(confirmed, "all is confirmed")
 
 
 async def test_answers_come_in_order_and_steer_by_two_words(tmp_path: Path) -> None:
@@ -197,6 +187,47 @@ async def test_what_was_in_work_when_the_command_died_is_answered_once(tmp_path:
         await shows(made, "done: wait for it", "done: second")
         await settled(made)
         await shows(made, "done: wait for it", "done: second")
+
+
+async def test_after_a_kill_the_next_start_goes_on_within_a_second_and_with_nothing_that_was_confirmed(
+    tmp_path: Path,
+) -> None:
+    async with agent_running(tmp_path) as (made, agent):
+        for text in ("one", "two"):
+            made.say("s1", text)
+        await shows(made, "done: one", "done: two")
+        await settled(made)
+        made.say("s1", "wait for it")
+        await until(lambda: len(agent.runs) == 3, "the program runs")
+        await agent.end(signal.SIGKILL)
+        agent.go()
+        await agent.start()
+        await shows(made, "done: one", "done: two", "done: wait for it")
+        assert [run["text"] for run in agent.runs] == ["one", "two", "wait for it", "wait for it"]
+        (line,) = [line for line in agent.log.read_text().splitlines() if '"agent.started"' in line][1:]
+        assert agent.runs[-1]["at"] * 1000 - time_ms(json.loads(line)) < 1000
+
+
+async def test_of_two_commands_the_newer_one_goes_on_and_the_other_says_why_it_ends(tmp_path: Path) -> None:
+    async with agent_running(tmp_path) as (made, agent):
+        made.say("s1", "wait for it")
+        await until(lambda: len(agent.runs) == 1, "the program runs")
+        newer = Agent(made, name="newer")
+        newer.go()
+        await newer.start()
+        try:
+            await shows(made, "done: wait for it")
+            made.say("s1", "two")
+            assert agent.process is not None
+            assert await agent.process.wait() == 1
+            assert "Another agent reads this sandbox now." in agent.log.read_text()
+            await until(lambda: not alive(int(agent.runs[0]["pid"])), "its program ends with it")
+            await shows(made, "done: wait for it", "done: two")
+            await settled(made)
+            assert [run["text"] for run in newer.runs] == ["wait for it", "two"]
+            assert len(agent.runs) == 1
+        finally:
+            await newer.end(signal.SIGKILL)
 
 
 async def test_an_adapter_that_dies_meanwhile_loses_and_doubles_nothing(tmp_path: Path) -> None:
@@ -297,7 +328,7 @@ async def test_a_url_answers_now_later_or_after_it_was_asked_again(tmp_path: Pat
         assert receiver.secret not in agent.log.read_text()
 
 
-@pytest.mark.parametrize("victim", [pytest.param("command", marks=pytest.mark.slow), "server", "receiver"])
+@pytest.mark.parametrize("victim", ["command", "server", "receiver"])
 async def test_a_url_is_asked_again_after_a_death_and_answers_once(
     tmp_path: Path, receiver: Receiver, victim: str
 ) -> None:
@@ -326,7 +357,7 @@ async def test_a_url_is_asked_again_after_a_death_and_answers_once(
         assert receiver.texts == (["one", "two"] if victim == "server" else ["one", "one", "two"])
 
 
-@pytest.mark.slow  # half a minute behind each kill -9 of the command
+@pytest.mark.slow  # they talk for a minute
 async def test_whatever_dies_each_person_has_each_answer_once_and_in_order(tmp_path: Path) -> None:
     rng = random.Random(int(os.environ.get("SEED", "7")))
     async with agent_running(tmp_path) as (made, agent):

@@ -100,7 +100,7 @@ async def test_media_come_and_go(place: Place) -> None:
             (item,) = message.inbound.items
             assert isinstance(item, ImageItem)
             assert item.media is not None
-            assert await sandbox.read_media(item.media) == b"\x89PNG\r\n\x1a\n" + sent
+            assert await sandbox.read_media(item.media, message) == b"\x89PNG\r\n\x1a\n" + sent
             media = await sandbox.put_media(sent, "back again.bin")
             assert (media.size, media.name) == (len(sent), "back again.bin")
             await message.reply("Here:", [OutFile(media=media)])
@@ -110,7 +110,7 @@ async def test_media_come_and_go(place: Place) -> None:
         assert text.text == "Here:"
         assert [view.md5 for view in file.media] == [hashlib.md5(sent).hexdigest()]
         with pytest.raises(Refused, match="no such object"):
-            await sandbox.read_media(type(media)(object="s1/out/nothing"))
+            await sandbox.read_media(type(media)(object="s1/out/nothing"), message)
 
 
 async def test_windows_are_known_and_one_that_closes_is_told_of_once(place: Place) -> None:

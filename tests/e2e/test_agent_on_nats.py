@@ -128,7 +128,7 @@ async def test_media_go_both_ways(tmp_path: Path, server: EmbeddedNats) -> None:
 @pytest.mark.parametrize(
     "victim",
     [
-        pytest.param("command", marks=pytest.mark.slow),  # newer messages wait for half a minute
+        "command",
         "bus",
         pytest.param("agents' server", marks=pytest.mark.slow),  # a silent agent is waited for, for a minute
         "agent",

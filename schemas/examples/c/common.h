@@ -64,22 +64,46 @@ static inline const char *text_of(const cJSON *object, const char *name)
     return text != NULL ? text : "";
 }
 
-/* Publishes until the stream has confirmed. The id makes the repeats one. */
-static inline void store(jsCtx *js, const char *subject, const cJSON *body, const char *id)
+/* The number in a field, 0 if there is none. */
+static inline double number_of(const cJSON *object, const char *name)
+{
+    const cJSON *field = cJSON_GetObjectItemCaseSensitive(object, name);
+    return cJSON_IsNumber(field) ? field->valuedouble : 0;
+}
+
+/* Requests until the stream has confirmed that it has the command. The id in the body makes the repeats one.
+   `reply_to`: where an answer to a control command goes, or NULL. */
+static inline void store(natsConnection *nc, const char *subject, const cJSON *body, const char *reply_to)
 {
     char *text = cJSON_PrintUnformatted(body);
-    jsPubOptions options;
-    natsStatus status;
-    jsErrCode refused = 0;
+    bool stored = false;
 
-    jsPubOptions_Init(&options);
-    options.MsgId = id;
-    while ((status = js_Publish(NULL, js, subject, text, (int) strlen(text), &options, &refused)) == NATS_TIMEOUT
-           || status == NATS_NO_RESPONDERS || refused == TOO_MANY_REQUESTS) {
-        refused = 0;
-        nats_Sleep(1000);
+    while (!stored) {
+        natsMsg *msg = NULL, *answer = NULL;
+        natsStatus status;
+
+        must(natsMsg_Create(&msg, subject, NULL, text, (int) strlen(text)), subject);
+        if (reply_to != NULL)
+            must(natsMsgHeader_Set(msg, "Reply-To", reply_to), subject);
+        status = natsConnection_RequestMsg(&answer, nc, msg, 5000);
+        if (status == NATS_OK) {
+            cJSON *ack = cJSON_ParseWithLength(natsMsg_GetData(answer), natsMsg_GetDataLength(answer));
+            const cJSON *error = cJSON_GetObjectItemCaseSensitive(ack, "error");
+
+            stored = ack != NULL && error == NULL;
+            if (error != NULL && number_of(error, "code") != 503 && number_of(error, "err_code") != TOO_MANY_REQUESTS) {
+                fprintf(stderr, "%s\n", text_of(error, "description"));
+                exit(1);
+            }
+            cJSON_Delete(ack);
+        } else if (status != NATS_TIMEOUT && status != NATS_NO_RESPONDERS) {
+            must(status, subject);
+        }
+        natsMsg_Destroy(answer);
+        natsMsg_Destroy(msg);
+        if (!stored)
+            nats_Sleep(1000); /* no stream now, or others send more than it takes in */
     }
-    must(status, subject);
     free(text);
 }
 

@@ -56,7 +56,6 @@ static bool login(natsConnection *nc, const char *sandbox)
     snprintf(subject, sizeof subject, "wechat.event.%s.login", sandbox);
     must(natsConnection_SubscribeSync(&events, nc, subject), subject);
     cJSON_AddStringToObject(start, "sandbox", sandbox);
-    cJSON_AddBoolToObject(cJSON_AddObjectToObject(start, "options"), "durable", true);
     now = asked(nc, "wechat.svc.login.start", start);
     for (;;) {
         const char *status = text_of(now, "status"), *reason = text_of(now, "reason");
@@ -100,28 +99,19 @@ static bool bind(natsConnection *nc, const char *sandbox, const char *bot)
 {
     const char *token = getenv("BOT_TOKEN");
     natsSubscription *answers = NULL;
-    jsCtx *js = NULL;
-    jsPubOptions options;
     natsMsg *msg = NULL;
     cJSON *command = cJSON_CreateObject(), *answer;
-    char id[64], inbox[128], *text;
+    char id[64], inbox[128];
     bool ok;
 
     snprintf(id, sizeof id, "bind.%llx", (unsigned long long) nats_NowInNanoSeconds());
     snprintf(inbox, sizeof inbox, "%s.%s", inbox_prefix("_INBOX"), id);
     must(natsConnection_SubscribeSync(&answers, nc, inbox), "inbox");
-    must(natsConnection_JetStream(&js, nc, NULL), "JetStream");
+    cJSON_AddStringToObject(command, "id", id);
     cJSON_AddStringToObject(command, "sandbox", sandbox);
     cJSON_AddStringToObject(command, "bot", bot);
     cJSON_AddStringToObject(command, "bot_token", token != NULL ? token : "");
-    cJSON_AddBoolToObject(cJSON_AddObjectToObject(command, "options"), "durable", true);
-    text = cJSON_PrintUnformatted(command);
-    must(natsMsg_Create(&msg, "wechat.ctl.bind", NULL, text, (int) strlen(text)), "message");
-    must(natsMsgHeader_Set(msg, "Reply-To", inbox), "message");
-    jsPubOptions_Init(&options);
-    options.MsgId = id;
-    must(js_PublishMsg(NULL, js, msg, &options, NULL), "wechat.ctl.bind");
-    natsMsg_Destroy(msg);
+    store(nc, "wechat.ctl.bind", command, inbox);
     must(natsSubscription_NextMsg(&msg, answers, 60000), "answer"); /* the command is stored all the same */
     answer = cJSON_ParseWithLength(natsMsg_GetData(msg), natsMsg_GetDataLength(msg));
     ok = cJSON_IsTrue(cJSON_GetObjectItemCaseSensitive(answer, "ok"));

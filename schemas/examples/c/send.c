@@ -11,11 +11,9 @@ int main(int argc, char **argv)
     const char *text = argc > 2 ? argv[2] : "good morning";
     natsConnection *nc = connected(inbox_prefix("_INBOX"));
     natsSubscription *receipts = NULL;
-    jsCtx *js = NULL;
     cJSON *command = cJSON_CreateObject();
     char subject[128], id[128];
 
-    must(natsConnection_JetStream(&js, nc, NULL), "JetStream");
     snprintf(subject, sizeof subject, "wechat.event.%s.receipt.>", sandbox);
     must(natsConnection_SubscribeSync(&receipts, nc, subject), subject);
     must(natsConnection_Flush(nc), "flush"); /* listen before you speak */
@@ -24,7 +22,7 @@ int main(int argc, char **argv)
     cJSON_AddStringToObject(command, "id", id);
     cJSON_AddStringToObject(command, "sandbox", sandbox);
     cJSON_AddStringToObject(command, "text", text);
-    store(js, "wechat.out", command, id);
+    store(nc, "wechat.out", command, NULL);
 
     for (;;) {
         natsMsg *msg = NULL;

@@ -1,24 +1,31 @@
 package main
 
 import (
-	"context"
+	"crypto/sha256"
+	"encoding/hex"
 	"encoding/json"
 	"errors"
 	"fmt"
+	"log"
+	"strconv"
 	"strings"
 	"time"
 
 	"github.com/nats-io/nats.go"
-	"github.com/nats-io/nats.go/jetstream"
 )
 
 type inbound struct {
 	ID    string `json:"id"`
 	User  string `json:"user"`
 	Text  string `json:"text"`
-	Items []struct {
-		Kind string `json:"kind"`
-	} `json:"items"`
+	Items []item `json:"items"`
+}
+
+type item struct {
+	Kind  string `json:"kind"`
+	Media *struct {
+		Object string `json:"object"`
+	} `json:"media"`
 }
 
 type outbound struct {
@@ -29,42 +36,120 @@ type outbound struct {
 	ReplyTo string `json:"reply_to,omitempty"`
 }
 
-// echo is an agent that answers each message with the same words. Bind the sandbox with the option durable: what its
-// user wrote then waits in its consumer while nobody runs.
+type nextPage struct {
+	Reader   uint64 `json:"reader"`
+	Messages []struct {
+		Sequence uint64  `json:"sequence"`
+		Message  inbound `json:"message"`
+	} `json:"messages"`
+}
+
+type agent struct {
+	nc      *nats.Conn
+	sandbox string
+}
+
+// echo is an agent that answers each message with the same words, or with what it has got. What its user wrote while
+// nobody ran waits in the sandbox's inbox.
 func echo(sandbox string) {
-	_, js := connect("_INBOX_" + sandbox) // the only inboxes that a sandbox may be permitted
+	me := agent{connect("_INBOX_" + sandbox), sandbox} // the only inboxes that a sandbox may be permitted
+	rung := make(chan struct{}, 1)
+	_, err := me.nc.Subscribe("wechat.in."+sandbox, func(*nats.Msg) {
+		select {
+		case rung <- struct{}{}:
+		default: // it has rung already
+		}
+	})
+	must(err)
 	fmt.Printf("echo agent of %s: ready\n", sandbox)
-	consumer, err := js.Consumer(context.Background(), "WECHAT_IN", sandbox)
-	for ; err != nil; consumer, err = js.Consumer(context.Background(), "WECHAT_IN", sandbox) {
-		time.Sleep(time.Second) // not bound yet
-	}
+	request := map[string]uint64{} // the first one makes this program the sandbox's only reader
 	for {
-		msg, err := consumer.Next(jetstream.FetchMaxWait(30 * time.Second))
-		if errors.Is(err, nats.ErrTimeout) {
-			continue // nothing was said
-		}
+		answered, err := me.ask("next", request)
 		if err != nil {
-			time.Sleep(time.Second)
-			continue
+			log.Fatal(err) // such as: another program reads the sandbox now
 		}
-		var said inbound
-		must(json.Unmarshal(msg.Data(), &said))
-		command := answer(sandbox, said)
-		store(js, "wechat.out."+sandbox, command, command.ID)
-		must(msg.Ack()) // a crash before this line brings the message again, and the id keeps its answer single
-		fmt.Println("answered", said.ID)
+		var page nextPage
+		must(json.Unmarshal(answered.Data, &page))
+		request = map[string]uint64{"reader": page.Reader}
+		for _, handed := range page.Messages {
+			store(me.nc, message("wechat.out."+sandbox, me.answer(handed.Sequence, handed.Message)))
+			// confirmed by the next request; a crash before it brings the message again, and the id keeps its answer single
+			request["after"] = handed.Sequence
+			fmt.Println("answered", handed.Message.ID)
+		}
+		if len(page.Messages) == 0 {
+			select {
+			case <-rung:
+			case <-time.After(30 * time.Second): // a ring may get lost
+			}
+		}
 	}
 }
 
 // answer makes the command. Its id follows from what caused it; it names the user, since another may be bound by now.
-func answer(sandbox string, said inbound) outbound {
+func (me agent) answer(sequence uint64, said inbound) outbound {
 	text := "You said: " + said.Text
 	if said.Text == "" {
-		var kinds []string
+		var items []string
 		for _, item := range said.Items {
-			kinds = append(kinds, item.Kind)
+			items = append(items, me.described(sequence, item))
 		}
-		text = "You sent: " + strings.Join(kinds, ", ")
+		text = "You sent: " + strings.Join(items, ", ")
 	}
-	return outbound{ID: sandbox + ".echo." + said.ID, User: said.User, Text: text, ReplyTo: said.ID}
+	return outbound{ID: me.sandbox + ".echo." + said.ID, User: said.User, Text: text, ReplyTo: said.ID}
+}
+
+func (me agent) described(sequence uint64, item item) string {
+	if item.Media == nil {
+		return item.Kind
+	}
+	data, err := me.read(sequence, item.Media.Object)
+	if err != nil {
+		return fmt.Sprintf("%s (%v)", item.Kind, err)
+	}
+	return fmt.Sprintf("%s (%d bytes)", item.Kind, len(data))
+}
+
+// read returns the bytes of an object, which may still be on their way from WeChat. The error says why there are none.
+func (me agent) read(sequence uint64, object string) ([]byte, error) {
+	var data []byte
+	for after := 0; ; {
+		request := map[string]any{"object": object, "sequence": sequence, "wait_s": 10, "after": after}
+		piece, err := me.ask("media.get", request)
+		if err != nil {
+			return nil, err
+		}
+		data = append(data, piece.Data...)
+		next := piece.Header.Get("Wechat-Next")
+		if next == "" {
+			if sum := sha256.Sum256(data); hex.EncodeToString(sum[:]) != piece.Header.Get("Wechat-Sha256") {
+				return nil, errors.New("the bytes are not those that were stored")
+			}
+			return data, nil
+		}
+		after, err = strconv.Atoi(next)
+		must(err)
+	}
+}
+
+// ask asks until an adapter answers. The error is the sentence that it answers instead.
+func (me agent) ask(verb string, request any) (*nats.Msg, error) {
+	body, err := json.Marshal(request)
+	must(err)
+	for ; ; time.Sleep(time.Second) { // no adapter is there, or it has no time
+		answered, err := me.nc.Request("wechat.svc."+verb+"."+me.sandbox, body, 15*time.Second)
+		switch {
+		case errors.Is(err, nats.ErrTimeout), errors.Is(err, nats.ErrNoResponders):
+			continue
+		case err != nil:
+			return nil, err
+		}
+		switch answered.Header.Get("Nats-Service-Error-Code") {
+		case "":
+			return answered, nil
+		case "429", "503":
+		default:
+			return nil, errors.New(answered.Header.Get("Nats-Service-Error"))
+		}
+	}
 }

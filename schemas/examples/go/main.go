@@ -2,7 +2,6 @@
 package main
 
 import (
-	"context"
 	"encoding/json"
 	"errors"
 	"log"
@@ -10,7 +9,6 @@ import (
 	"time"
 
 	"github.com/nats-io/nats.go"
-	"github.com/nats-io/nats.go/jetstream"
 )
 
 const tooManyRequests = 10167
@@ -30,7 +28,7 @@ func main() {
 }
 
 // connect connects to NATS_URL, as README.md says; answers come back below NATS_INBOX_PREFIX, else the prefix.
-func connect(prefix string) (*nats.Conn, jetstream.JetStream) {
+func connect(prefix string) *nats.Conn {
 	if given := os.Getenv("NATS_INBOX_PREFIX"); given != "" {
 		prefix = given
 	}
@@ -61,29 +59,42 @@ func connect(prefix string) (*nats.Conn, jetstream.JetStream) {
 	}
 	nc, err := nats.Connect(url, options...)
 	must(err)
-	js, err := jetstream.New(nc)
-	must(err)
-	return nc, js
+	return nc
 }
 
-// store publishes until the stream has confirmed. The id makes the repeats one.
-func store(js jetstream.JetStream, subject string, command any, id string) {
-	body, err := json.Marshal(command)
-	must(err)
+// store requests until the stream has confirmed that it has the command. The id in the body makes the repeats one.
+func store(nc *nats.Conn, msg *nats.Msg) {
 	for {
-		_, err := js.Publish(context.Background(), subject, body, jetstream.WithMsgID(id))
-		var refused *jetstream.APIError
-		switch {
-		case err == nil:
-			return
-		case errors.As(err, &refused) && refused.ErrorCode == tooManyRequests: // others send more than the stream takes in
-		case errors.Is(err, context.DeadlineExceeded), errors.Is(err, nats.ErrTimeout),
-			errors.Is(err, jetstream.ErrNoStreamResponse), errors.Is(err, nats.ErrNoResponders):
-		default:
+		answer, err := nc.RequestMsg(msg, 5*time.Second)
+		if err == nil {
+			var ack struct {
+				Error *struct {
+					Code        int    `json:"code"`
+					ErrCode     int    `json:"err_code"`
+					Description string `json:"description"`
+				} `json:"error"`
+			}
+			must(json.Unmarshal(answer.Data, &ack))
+			if ack.Error == nil {
+				return
+			}
+			if ack.Error.Code != 503 && ack.Error.ErrCode != tooManyRequests {
+				log.Fatal(ack.Error.Description)
+			}
+		} else if !errors.Is(err, nats.ErrTimeout) && !errors.Is(err, nats.ErrNoResponders) {
 			log.Fatal(err)
 		}
-		time.Sleep(time.Second)
+		time.Sleep(time.Second) // no stream now, or others send more than it takes in
 	}
+}
+
+// message is a command for a subject.
+func message(subject string, command any) *nats.Msg {
+	body, err := json.Marshal(command)
+	must(err)
+	msg := nats.NewMsg(subject)
+	msg.Data = body
+	return msg
 }
 
 // must ends the program unless all went well.

@@ -2,7 +2,6 @@ package main
 
 import (
 	"bufio"
-	"context"
 	"encoding/json"
 	"fmt"
 	"log"
@@ -11,12 +10,7 @@ import (
 	"time"
 
 	"github.com/nats-io/nats.go"
-	"github.com/nats-io/nats.go/jetstream"
 )
-
-type options struct {
-	Durable bool `json:"durable"`
-}
 
 type login struct {
 	Login      string `json:"login"`
@@ -34,13 +28,13 @@ type login struct {
 //
 // Exit code 0 once the bot is bound.
 func onboard(arguments []string) {
-	nc, js := connect("_INBOX")
+	nc := connect("_INBOX")
 	ok := false
 	switch {
 	case len(arguments) == 2 && arguments[0] == "login":
 		ok = logIn(nc, arguments[1])
 	case len(arguments) == 3 && arguments[0] == "bind":
-		ok = bind(nc, js, arguments[1], arguments[2])
+		ok = bind(nc, arguments[1], arguments[2])
 	}
 	if !ok {
 		os.Exit(1)
@@ -51,7 +45,7 @@ func logIn(nc *nats.Conn, sandbox string) bool {
 	events, err := nc.SubscribeSync("wechat.event." + sandbox + ".login")
 	must(err)
 	typed := bufio.NewReader(os.Stdin)
-	now := ask(nc, "login.start", map[string]any{"sandbox": sandbox, "options": options{Durable: true}})
+	now := ask(nc, "login.start", map[string]any{"sandbox": sandbox})
 	code, shown := 0, ""
 	for {
 		newest := 1
@@ -86,19 +80,15 @@ func logIn(nc *nats.Conn, sandbox string) bool {
 	}
 }
 
-func bind(nc *nats.Conn, js jetstream.JetStream, sandbox, bot string) bool {
+func bind(nc *nats.Conn, sandbox, bot string) bool {
 	inbox := nc.NewInbox()
 	answers, err := nc.SubscribeSync(inbox)
 	must(err)
-	body, err := json.Marshal(map[string]any{
-		"sandbox": sandbox, "bot": bot, "bot_token": os.Getenv("BOT_TOKEN"), "options": options{Durable: true},
+	msg := message("wechat.ctl.bind", map[string]any{
+		"id": "bind." + inbox, "sandbox": sandbox, "bot": bot, "bot_token": os.Getenv("BOT_TOKEN"),
 	})
-	must(err)
-	msg := nats.NewMsg("wechat.ctl.bind")
-	msg.Data = body
 	msg.Header.Set("Reply-To", inbox)
-	_, err = js.PublishMsg(context.Background(), msg, jetstream.WithMsgID("bind."+inbox))
-	must(err)
+	store(nc, msg)
 	got, err := answers.NextMsg(time.Minute)
 	must(err) // the command is stored all the same
 	var answer struct {

@@ -21,11 +21,11 @@ type receipt struct {
 // Exit code 0 only for accepted.
 func send(sandbox, text string) {
 	command := outbound{ID: fmt.Sprintf("%s.send.%x", sandbox, time.Now().UnixNano()), Sandbox: sandbox, Text: text}
-	nc, js := connect("_INBOX")
+	nc := connect("_INBOX")
 	receipts, err := nc.SubscribeSync("wechat.event." + sandbox + ".receipt.>")
 	must(err)
 	must(nc.Flush()) // listen before you speak
-	store(js, "wechat.out", command, command.ID)
+	store(nc, message("wechat.out", command))
 	for {
 		msg, err := receipts.NextMsg(time.Minute)
 		if errors.Is(err, nats.ErrTimeout) {

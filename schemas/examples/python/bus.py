@@ -1,8 +1,9 @@
-"""What the programs share: a connection as the NATS tools make it, and a publish until a message is stored."""
+"""What the programs share: a connection as the NATS tools make it, and a request until a command is stored."""
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import os
 import ssl
@@ -10,8 +11,8 @@ from typing import Any
 
 import nats
 from nats.aio.client import Client
+from nats.errors import NoRespondersError
 from nats.errors import TimeoutError as NatsTimeoutError
-from nats.js.errors import APIError, NoStreamResponseError, ServiceUnavailableError
 
 TOO_MANY_REQUESTS = 10167
 
@@ -38,16 +39,16 @@ async def connect(inbox_prefix: str) -> Client:
     )
 
 
-async def store(nc: Client, subject: str, command: dict[str, Any]) -> None:
-    """Publishes until the stream has confirmed. The id makes the repeats one."""
+async def store(
+    nc: Client, subject: str, command: dict[str, Any], headers: dict[str, str] | None = None
+) -> None:
+    """Requests until the stream has confirmed that it has the command. The id makes the repeats one."""
     while True:
-        try:
-            headers = {"Nats-Msg-Id": command["id"]}
-            await nc.jetstream().publish(subject, json.dumps(command).encode(), headers=headers)
-            return
-        except (NatsTimeoutError, NoStreamResponseError, ServiceUnavailableError):
-            await asyncio.sleep(1)
-        except APIError as error:
-            if error.err_code != TOO_MANY_REQUESTS:
-                raise
-            await asyncio.sleep(1)  # others send more than the stream takes in
+        with contextlib.suppress(NatsTimeoutError, NoRespondersError):
+            msg = await nc.request(subject, json.dumps(command).encode(), timeout=5, headers=headers)
+            error = json.loads(msg.data).get("error")
+            if error is None:
+                return
+            if error["code"] != 503 and error.get("err_code") != TOO_MANY_REQUESTS:
+                raise RuntimeError(error["description"])
+        await asyncio.sleep(1)  # no stream now, or others send more than it takes in

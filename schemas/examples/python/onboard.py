@@ -16,7 +16,7 @@ import sys
 import uuid
 from typing import Any
 
-from bus import connect
+from bus import connect, store
 from nats.aio.client import Client
 from nats.errors import TimeoutError as NatsTimeoutError
 
@@ -25,7 +25,7 @@ OVER = ("confirmed", "already_bound", "expired", "failed", "cancelled", "lost")
 
 async def login(nc: Client, sandbox: str) -> int:
     events = await nc.subscribe(f"wechat.event.{sandbox}.login")
-    now = await ask(nc, "login.start", {"sandbox": sandbox, "options": {"durable": True}})
+    now = await ask(nc, "login.start", {"sandbox": sandbox})
     code, shown = 0, ""
     while True:
         if now.get("qrcode_text") and now.get("code", 1) != code and now["status"] == "wait":
@@ -49,14 +49,8 @@ async def login(nc: Client, sandbox: str) -> int:
 async def bind(nc: Client, sandbox: str, bot: str) -> int:
     inbox = nc.new_inbox()
     answers = await nc.subscribe(inbox)
-    command = {
-        "sandbox": sandbox,
-        "bot": bot,
-        "bot_token": os.environ["BOT_TOKEN"],
-        "options": {"durable": True},
-    }
-    headers = {"Nats-Msg-Id": f"bind.{uuid.uuid4()}", "Reply-To": inbox}
-    await nc.jetstream().publish("wechat.ctl.bind", json.dumps(command).encode(), headers=headers)
+    command = {"id": f"bind.{uuid.uuid4()}", "sandbox": sandbox, "bot": bot, "bot_token": os.environ["BOT_TOKEN"]}
+    await store(nc, "wechat.ctl.bind", command, {"Reply-To": inbox})
     # the command is stored, also while no adapter runs
     answer = json.loads((await answers.next_msg(timeout=60)).data)
     print("bound" if answer["ok"] else answer["error"], flush=True)

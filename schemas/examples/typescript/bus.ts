@@ -1,18 +1,18 @@
-// What the programs share: a connection as the NATS tools make it, and a publish until a message is stored.
+// What the programs share: a connection as the NATS tools make it, and a request until a command is stored.
 
 import { readFileSync } from "node:fs";
 import { setTimeout as sleep } from "node:timers/promises";
 
-import { jetstream } from "@nats-io/jetstream";
 import {
   connect as dial,
   credsAuthenticator,
   nkeyAuthenticator,
   type ConnectionOptions,
+  type MsgHdrs,
   type NatsConnection,
 } from "@nats-io/transport-node";
 
-import type { Outbound } from "./wechat-nats.d.ts";
+import type { Bind, Outbound } from "./wechat-nats.d.ts";
 
 /** Connects to NATS_URL, as README.md says; answers come back below NATS_INBOX_PREFIX, else `inboxPrefix`. */
 export async function connect(inboxPrefix: string): Promise<NatsConnection> {
@@ -42,15 +42,29 @@ function identity({ username, password }: URL): ConnectionOptions {
   return NATS_TOKEN || username ? { token: NATS_TOKEN ?? decodeURIComponent(username) } : {};
 }
 
-/** Publishes until the stream has confirmed. The id makes the repeats one. */
-export async function store(nc: NatsConnection, subject: string, command: Outbound & { id: string }): Promise<void> {
+/** Requests until the stream has confirmed that it has the command. The id makes the repeats one. */
+export async function store(
+  nc: NatsConnection,
+  subject: string,
+  command: (Outbound | Bind) & { id: string },
+  headers?: MsgHdrs,
+): Promise<void> {
   for (;;) {
     try {
-      await jetstream(nc).publish(subject, JSON.stringify(command), { msgID: command.id });
-      return;
+      const ack = (await nc.request(subject, JSON.stringify(command), { timeout: 5000, headers })).json<Ack>();
+      if (!ack.error) {
+        return;
+      }
+      console.error(`not stored yet: ${ack.error.description}`);
     } catch (error) {
       console.error(`not stored yet: ${error}`);
-      await sleep(1000);
     }
+    await sleep(1000);
   }
+}
+
+/** JetStream's answer to a command. */
+interface Ack {
+  seq?: number;
+  error?: { code: number; err_code?: number; description: string };
 }

@@ -9,18 +9,17 @@ import { randomUUID } from "node:crypto";
 import { once } from "node:events";
 import { createInterface } from "node:readline";
 
-import { jetstream } from "@nats-io/jetstream";
 import { createInbox, headers, type NatsConnection } from "@nats-io/transport-node";
 
-import { connect } from "./bus.js";
-import type { Bind, ControlAnswer, Login, LoginQuery, LoginStart, LoginVerify } from "./wechat-nats.d.ts";
+import { connect, store } from "./bus.js";
+import type { ControlAnswer, Login, LoginQuery, LoginStart, LoginVerify } from "./wechat-nats.d.ts";
 
 const OVER = ["confirmed", "already_bound", "expired", "failed", "cancelled", "lost"];
 
 async function login(nc: NatsConnection, sandbox: string): Promise<boolean> {
   let news: () => void = () => {};
   nc.subscribe(`wechat.event.${sandbox}.login`, { callback: () => news() });
-  const start: LoginStart = { sandbox, options: { durable: true } };
+  const start: LoginStart = { sandbox };
   let now = await ask(nc, "login.start", start);
   for (let code = 0, shown = ""; ; ) {
     if (now.qrcode_text && (now.code ?? 1) !== code && now.status === "wait") {
@@ -52,10 +51,10 @@ async function login(nc: NatsConnection, sandbox: string): Promise<boolean> {
 async function bind(nc: NatsConnection, sandbox: string, bot: string): Promise<boolean> {
   const inbox = createInbox(process.env.NATS_INBOX_PREFIX);
   const answers = nc.subscribe(inbox, { max: 1, timeout: 60_000 });
-  const command: Bind = { sandbox, bot, bot_token: process.env.BOT_TOKEN ?? "", options: { durable: true } };
+  const command = { id: `bind.${randomUUID()}`, sandbox, bot, bot_token: process.env.BOT_TOKEN ?? "" };
   const head = headers();
   head.set("Reply-To", inbox);
-  await jetstream(nc).publish("wechat.ctl.bind", JSON.stringify(command), { msgID: `bind.${randomUUID()}`, headers: head });
+  await store(nc, "wechat.ctl.bind", command, head);
   for await (const msg of answers) {
     const answer = msg.json<ControlAnswer>(); // the command is stored, also while no adapter runs
     console.log(answer.ok ? "bound" : answer.error);

@@ -1,0 +1,198 @@
+"""Reads a sandbox's messages by `wechat.svc.next.<sandbox>`.
+
+It asks at the start, at each ring of the live subject, when messages are finished, and every ASK_S, one request at a
+time. Each request confirms what is finished. The adapter gives what follows the confirmed position, at most WINDOW
+messages: a message at work keeps the position, and WINDOW - 1 later ones may be handled meanwhile.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import itertools
+from collections.abc import Awaitable, Callable
+from typing import Any, get_args
+
+import msgspec
+import structlog
+from nats.aio.client import Client
+from nats.aio.msg import Msg
+from nats.errors import ConnectionReconnectingError
+from nats.errors import Error as NatsError
+
+from adapter.contract.messages import Inbound, InboundItem, NextPage, NextQuery
+from adapter.contract.names import H_ERROR, H_ERROR_CODE, Names
+from adapter.errors import UNDECODABLE, AdapterError, Refused, Temporary
+from adapter.kit.timing import ChangeSignal, backoff
+
+log = structlog.get_logger()
+
+ASK_S = 30.0
+"""Longest time between two requests. A ring may get lost."""
+WINDOW = 32
+"""Most messages that are not confirmed. Those come again after a crash, and the adapter drops the repeated answers to
+as many messages of a person."""
+GATHER_S = 0.1
+"""Delay of a request while messages are in hand, so that one request serves several of them."""
+ANSWER_S, ANSWER_MAX_S = 2.0, 16.0
+"""Time after which a request is repeated: it doubles."""
+TICK_S = 1.0
+CLOSE_S = 2.0
+BUSY = ("429", "500", "503")
+"""Error codes of a service that is to be asked again later."""
+KINDS = {str(kind.__struct_config__.tag) for kind in get_args(InboundItem)}
+
+
+def read_inbound(data: bytes | msgspec.Raw) -> Inbound:
+    """The message, without items of kinds that are unknown to this version. Raises errors.UNDECODABLE."""
+    try:
+        return msgspec.json.decode(data, type=Inbound)
+    except msgspec.ValidationError:
+        fields = msgspec.json.decode(data, type=dict[str, Any])
+        fields["items"] = [item for item in fields.get("items", ()) if item["kind"] in KINDS]
+        return msgspec.convert(fields, Inbound)
+
+
+class Reader:
+    """The messages of one sandbox. `run` must run while `next_message` is awaited."""
+
+    def __init__(self, nc: Client, names: Names, sandbox: str, ready: Callable[[], Awaitable[None]]) -> None:
+        """`ready` waits for the connection, and raises if it is closed or the server forbids a subject."""
+        self._nc = nc
+        self._subject = names.svc(f"next.{sandbox}")
+        self._live = names.live(sandbox)
+        self._reply = ""
+        self._ready = ready
+        self._number: int | None = None
+        """What the adapter calls this reader; None: it has not answered yet."""
+        self._newest = 0
+        """The last sequence that was read."""
+        self._open: dict[int, Inbound | None] = {}
+        """The messages from the first unfinished one on, by sequence; None: finished."""
+        self._handed_out = 0
+        self._finished = self._confirmed = 0
+        """All messages up to this sequence are finished, and confirmed."""
+        self._gone_before = 0
+        self._rang = True
+        self._changed = ChangeSignal()
+        self._answered: asyncio.Future[None] | None = None
+
+    async def run(self) -> None:
+        """Reads until cancelled. Raises Refused (replaced: another agent reads the sandbox now), and what `ready`
+        raises."""
+        self._reply = self._nc.new_inbox()
+        await self._nc.subscribe(self._reply, cb=self._on_answer)
+        await self._nc.subscribe(self._live, cb=self._on_ring)
+        while True:
+            await self._due()
+            self._rang = False
+            await self._ask()
+
+    async def _due(self) -> None:
+        """Returns when it is time for a request, at the latest after ASK_S, or at once after a broken connection."""
+        loop, reconnects = asyncio.get_running_loop(), self._nc.stats["reconnects"]
+        until = loop.time() + ASK_S
+        while not await self._changed.wait_until(self._has_cause, TICK_S):
+            await self._ready()
+            if loop.time() > until or self._nc.stats["reconnects"] != reconnects:
+                break
+        await self._changed.wait_until(lambda: not self._open, GATHER_S)
+
+    def _has_cause(self) -> bool:
+        return self._rang or self._finished > self._confirmed
+
+    async def _ask(self) -> None:
+        """One request, repeated until it is answered."""
+        for failures in itertools.count(1):
+            await self._ready()  # nats-py would keep the request, and send it later
+            after = self._finished
+            self._answered = asyncio.get_running_loop().create_future()
+            query = NextQuery(reader=self._number, after=after if self._number and after else None, max=WINDOW)
+            try:
+                async with asyncio.timeout(backoff(failures, first_s=ANSWER_S, longest_s=ANSWER_MAX_S)):
+                    await self._nc.publish(self._subject, msgspec.json.encode(query), reply=self._reply)
+                    await self._answered
+            except (TimeoutError, ConnectionReconnectingError):
+                continue
+            except Temporary as exc:
+                log.info("sandbox.asking_again", reason=exc.reason, detail=exc.detail)
+                await asyncio.sleep(backoff(failures, first_s=0.2, longest_s=5.0))
+                continue
+            self._confirmed = max(self._confirmed, after)
+            return
+
+    async def _on_ring(self, _: Msg) -> None:
+        self._rang = True
+        self._changed.notify_all()
+
+    async def _on_answer(self, msg: Msg) -> None:
+        """Also takes the late answer to a request that was repeated: it may have made this reader a newer one."""
+        assert self._answered is not None
+        try:
+            self._take(msg)
+        except AdapterError as exc:
+            if not self._answered.done():
+                self._answered.set_exception(exc)
+        else:
+            if not self._answered.done():
+                self._answered.set_result(None)
+
+    def _take(self, msg: Msg) -> None:
+        """Raises Temporary, Refused."""
+        headers = msg.headers or {}
+        if headers.get("Status") == "503":
+            raise Temporary("no_answer", "No adapter answers.")
+        if code := headers.get(H_ERROR_CODE):
+            if code in BUSY:
+                raise Temporary("busy", headers.get(H_ERROR, ""))
+            raise Refused("replaced" if code == "409" else "refused", headers.get(H_ERROR, ""))
+        try:
+            page = msgspec.json.decode(msg.data, type=NextPage)
+        except UNDECODABLE as exc:
+            raise Temporary("unreadable", type(exc).__name__) from exc
+        self._number = max(self._number or 0, page.reader)
+        if page.first > max(self._gone_before, self._newest):
+            self._gone_before = page.first
+            log.warning("sandbox.gap", first=page.first, detail="The inbox dropped older messages before they were read.")
+        for handed in page.messages:
+            if handed.sequence > self._newest:
+                self._newest = handed.sequence
+                try:
+                    self._open[handed.sequence] = read_inbound(handed.message)
+                except UNDECODABLE:
+                    self._open[handed.sequence] = None
+                    detail = "A message of a later version is skipped."
+                    log.error("sandbox.unreadable", sequence=handed.sequence, detail=detail)
+        self._note_finished()
+
+    async def next_message(self) -> tuple[int, Inbound]:
+        """The oldest message that was not handed out, and its sequence."""
+        while True:
+            for sequence, inbound in self._open.items():
+                if sequence > self._handed_out and inbound is not None:
+                    self._handed_out = sequence
+                    return sequence, inbound
+            newest = self._newest
+            await self._changed.wait_until(lambda: self._newest > newest)  # noqa: B023
+
+    def rewind(self) -> None:
+        """Hands out the unfinished messages again."""
+        self._handed_out = 0
+
+    def finish(self, sequence: int) -> None:
+        """The message is handled. It is confirmed with the next request, once all before it are finished."""
+        self._open[sequence] = None
+        self._note_finished()
+
+    def _note_finished(self) -> None:
+        while self._open and self._open[front := next(iter(self._open))] is None:
+            del self._open[front]
+            self._finished = front
+        self._changed.notify_all()
+
+    async def close(self) -> None:
+        """Confirms what is finished, unless the connection is away. Call it after `run` has ended."""
+        if self._finished > self._confirmed and self._nc.is_connected:
+            with contextlib.suppress(AdapterError, NatsError, TimeoutError):
+                async with asyncio.timeout(CLOSE_S):
+                    await self._ask()
