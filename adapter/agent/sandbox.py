@@ -123,9 +123,8 @@ class Sandbox:
     """The connection of one sandbox, under its own permissions. `async with` opens and closes it.
 
     The default `settings` are those of the environment (NATS_URL, NATS_CREDS, NATS_NKEY, …). The client reconnects
-    after each break. Errors are raised where messages are awaited: Refused("replaced") if another agent has opened the
-    sandbox since, whose the messages are then, Refused("forbidden"), and NatsError after a server has refused the
-    connection.
+    after each break. Errors are raised where messages are awaited: Refused("replaced") once another agent has opened
+    the sandbox, Refused("forbidden"), and NatsError after a server has refused the connection.
     """
 
     def __init__(self, name: str, settings: Settings | None = None) -> None:
@@ -258,8 +257,8 @@ class Sandbox:
         await self._nc.publish(self._names.out(self.name), msgspec.json.encode(command))
 
     async def read_media(self, media: Media, message: Message) -> bytes:
-        """Reads the bytes of an item of `message`, and waits about a minute for bytes that are still being fetched from
-        WeChat. Raises Refused, whose `detail` says why there are none, Temporary, Unreadable."""
+        """Reads the bytes of an item of `message`, and waits about a minute for bytes that are still being fetched
+        from WeChat. Raises Refused, whose `detail` says why there are none, Temporary, Unreadable."""
         return await get_media(self._request, self.name, media.object, sequence=message.sequence, wait_s=MEDIA_WAIT_S)
 
     async def put_media(self, data: bytes, name: str = "") -> Media:

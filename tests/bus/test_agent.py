@@ -1,5 +1,5 @@
-"""`adapter.agent` and a server: what it asks of `next`, outages, and loops that are left. Nobody sends what the sandbox
-stores. `tests/e2e/test_agent_module.py` has it before an adapter."""
+"""`adapter.agent` and a server: what it asks of `next`, outages, and loops that are left. Nobody sends what the
+sandbox stores. `tests/e2e/test_agent_module.py` has it before an adapter."""
 
 from __future__ import annotations
 
@@ -19,7 +19,6 @@ from adapter.agent import reader as reader_module
 from adapter.agent import sandbox as sandbox_module
 from adapter.agent.reader import WINDOW
 from adapter.contract.messages import Inbound, NextPage, Outbound, TextItem
-from adapter.contract.names import H_ERROR
 from adapter.conversation.record import RECENT_COMMANDS
 from adapter.errors import BusRefused, Refused
 from adapter.jetstream.managed_connection import connect_options
@@ -39,7 +38,8 @@ class Person:
 
     async def say(self, count: int = 1, *, user: str = "u1", ring: bool = True) -> None:
         """Texts are the numbers from one on; so are the sequences, in hundreds."""
-        for self.said in range(self.said + 1, self.said + count + 1):
+        for _ in range(count):
+            self.said += 1
             text = str(self.said)
             message = Inbound(
                 id=text,

@@ -30,6 +30,7 @@ import json, os, pathlib, sys, time
 text, folder = sys.stdin.read(), pathlib.Path(sys.argv[1])
 with (folder / "runs").open("a") as runs:
     run = {"pid": os.getpid(), "at": time.time(), "text": text, "session": os.environ["WECHAT_SESSION"]}
+    run["sequence"] = int(os.environ["WECHAT_SEQUENCE"])
     runs.write(json.dumps(run) + "\\n")
 word = text.partition(" ")[0]
 while word == "wait" and not (folder / "go").exists():
@@ -147,6 +148,8 @@ async def test_answers_come_in_order_and_steer_by_two_words(tmp_path: Path) -> N
         assert sessions[5] not in sessions[:5]
         assert await agent.end() == 0
         await agent.start()
+        sequences = [run["sequence"] for run in agent.runs]
+        assert sequences == sorted(set(sequences))
         made.say("s1", "three")
         await until(lambda: len(agent.runs) == 7, "the program runs")
         assert agent.runs[6]["session"] == sessions[5]
@@ -325,6 +328,10 @@ async def test_a_url_answers_now_later_or_after_it_was_asked_again(tmp_path: Pat
         assert ids[0] == receiver.events[0]["data"]["id"]
         assert len(set(ids)) == 6
         assert len({event["session"] for event in receiver.events}) == 1
+        assert [event["sequence"] for event in receiver.events] == sorted(
+            event["sequence"] for event in receiver.events
+        )
+        assert len({event["sequence"] for event in receiver.events}) == 6
         assert receiver.secret not in agent.log.read_text()
 
 

@@ -16,6 +16,8 @@ from synadia_ai.agent_service import AgentService, PromptStream
 from synadia_ai.agents import Attachment, Envelope, ResponseChunk
 
 from adapter.cli.embedded import EmbeddedNats
+from adapter.inbound.media import WHY
+from adapter.simulator import FaultRule
 from tests.e2e.test_agent import agent_running, settled, shows
 from tests.e2e.waiting import free_port
 from tests.e2e.world import until
@@ -117,12 +119,27 @@ async def test_media_go_both_ways(tmp_path: Path, server: EmbeddedNats) -> None:
         made.sim.say_media(made.bots["s1"].bot, "image", PNG)
         await until(lambda: len(host.prompts) == 1, "the agent is asked")
         assert host.prompts[0].prompt == "[image]"
-        assert [attached.to_bytes() for attached in host.prompts[0].attachments or []] == [PNG]
+        (attached,) = host.prompts[0].attachments or []
+        assert (attached.filename, attached.to_bytes()) == ("image.png", PNG)
         made.say("s1", "picture")
         await until(lambda: len(made.sim.phone(made.bots["s1"].user)) == 3, "the phone shows the picture")
         text, picture = made.sim.phone(made.bots["s1"].user)[1:]
         assert text.text == "Here:"
         assert [(view.kind, view.md5) for view in picture.media] == [("image", hashlib.md5(PNG).hexdigest())]
+
+
+async def test_media_that_cannot_be_had_are_left_out(tmp_path: Path, server: EmbeddedNats) -> None:
+    options = ("--nats-agent", "tester")
+    async with (
+        serving(server) as host,
+        agent_running(tmp_path, *options, AGENTS_NATS_URL=server.url) as (made, agent),
+    ):
+        made.sim.set_fault(FaultRule(fault="F25", endpoint="cdn/download", params={"status": 403}))
+        made.sim.say_media(made.bots["s1"].bot, "image", PNG)
+        await shows(made, "done: [image]")
+        assert [envelope.attachments or [] for envelope in host.prompts] == [[]]
+        (line,) = [line for line in agent.log.read_text().splitlines() if '"agent.no_media"' in line]
+        assert WHY["unavailable"] in line
 
 
 @pytest.mark.parametrize(

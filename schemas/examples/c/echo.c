@@ -135,8 +135,7 @@ int main(int argc, char **argv)
             cJSON *command = answer(nc, sandbox, sequence, said);
 
             store(nc, out, command, NULL);
-            /* Confirmed by the next request; a crash before it brings the message again, and the id keeps its answer
-               single. */
+            /* The next request confirms it. A crash before brings the message again, and the id keeps its answer single. */
             after = sequence;
             printf("answered %s\n", text_of(said, "id"));
             fflush(stdout);

@@ -73,7 +73,7 @@ func echo(sandbox string) {
 		request = map[string]uint64{"reader": page.Reader}
 		for _, handed := range page.Messages {
 			store(me.nc, message("wechat.out."+sandbox, me.answer(handed.Sequence, handed.Message)))
-			// confirmed by the next request; a crash before it brings the message again, and the id keeps its answer single
+			// The next request confirms it. A crash before brings the message again, and the id keeps its answer single.
 			request["after"] = handed.Sequence
 			fmt.Println("answered", handed.Message.ID)
 		}

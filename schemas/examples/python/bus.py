@@ -39,9 +39,7 @@ async def connect(inbox_prefix: str) -> Client:
     )
 
 
-async def store(
-    nc: Client, subject: str, command: dict[str, Any], headers: dict[str, str] | None = None
-) -> None:
+async def store(nc: Client, subject: str, command: dict[str, Any], headers: dict[str, str] | None = None) -> None:
     """Requests until the stream has confirmed that it has the command. The id makes the repeats one."""
     while True:
         with contextlib.suppress(NatsTimeoutError, NoRespondersError):

@@ -40,7 +40,7 @@ async def main(sandbox: str) -> None:
         for handed in page.get("messages", ()):
             said = handed["message"]
             await store(nc, f"wechat.out.{sandbox}", await answer(nc, sandbox, handed["sequence"], said))
-            # confirmed by the next request; a crash before it brings the message again, and the id keeps its answer single
+            # The next request confirms it. A crash before brings the message again; the id keeps its answer single.
             request["after"] = handed["sequence"]
             print(f"answered {said['id']}", flush=True)
         if "after" not in request:

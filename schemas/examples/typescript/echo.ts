@@ -29,7 +29,7 @@ async function serve(): Promise<never> {
     for (const { sequence, message } of page.messages ?? []) {
       const said = message as unknown as Inbound;
       await store(nc, `wechat.out.${sandbox}`, await answer(sequence, said));
-      // confirmed by the next request; a crash before it brings the message again, and the id keeps its answer single
+      // The next request confirms it. A crash before brings the message again, and the id keeps its answer single.
       request.after = sequence;
       console.log(`answered ${said.id}`);
     }
