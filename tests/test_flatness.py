@@ -61,7 +61,7 @@ def test_what_has_no_bound_and_what_is_too_short_is_not_judged() -> None:
 @pytest.mark.parametrize(
     "name",
     ["adapter 2 memory", "adapter 1 own memory", "adapter 1 tasks", "adapter 1 threads", "adapter 2 open files",
-     "nats-server memory", "WECHAT_JOURNAL keys", "WECHAT_EVENT bytes"],
+     "nats-server memory", "KV_wechat_checkpoints keys", "WECHAT_EVENT bytes"],
 )  # fmt: skip
 def test_every_figure_that_matters_is_bounded(name: str) -> None:
     assert judge(Series(name, TIMES, TIMES), 0.0, BOUNDS) is not None

@@ -2,9 +2,6 @@
 
 What arrives is published and acknowledged before the next poll, what is to go is posted and acknowledged: no state,
 no repeats found, no order kept, no window, no receipt, no retry. aiohttp on uvloop, one task per bot.
-
-With `--writes` it writes inbound what the contract asks for, and does nothing with it: iLink's answer as it came,
-before the next poll, and beside that poll the messages, with their ids for the server to find repeats.
 """
 
 from __future__ import annotations
@@ -57,17 +54,15 @@ class Acks:
             raise RuntimeError(msg.data.decode())  # it is never stored then, and the run does not end
         self.waiting.pop(msg.subject).set_result(None)
 
-    async def publish(
-        self, subject: str, payload: bytes, headers: dict[str, str] | None = None
-    ) -> asyncio.Future[None]:
+    async def publish(self, subject: str, payload: bytes) -> asyncio.Future[None]:
         reply = f"{self.prefix}{next(self.numbers)}"
         future = self.waiting[reply] = asyncio.get_running_loop().create_future()
-        await self.nc.publish(subject, payload, reply=reply, headers=headers)
+        await self.nc.publish(subject, payload, reply=reply)
         return future
 
 
-async def poll(http: aiohttp.ClientSession, base: str, acks: Acks, bot: int, writes: bool) -> None:
-    cursor, behind = "", list[asyncio.Future[None]]()
+async def poll(http: aiohttp.ClientSession, base: str, acks: Acks, bot: int) -> None:
+    cursor = ""
     await asyncio.sleep(bot / STARTS_PER_S)
     while True:
         body = json.dumps({"get_updates_buf": cursor, "base_info": {"channel_version": "2.4.9"}}).encode()
@@ -75,31 +70,21 @@ async def poll(http: aiohttp.ClientSession, base: str, acks: Acks, bot: int, wri
             raw = await response.read()
         answer = msgspec.json.decode(raw)
         cursor = answer["get_updates_buf"]
-        said = answer["msgs"]
-        if writes and said:
-            await (await acks.publish(f"wechat.journal.floor{bot}", raw))
-            for future in behind:
-                await future
         waiting = []
-        for message in said:
+        for message in answer["msgs"]:
             text = message["item_list"][0]["text_item"]["text"]
-            ident = f"in:{bot}@im.bot:m{message['message_id']}" if writes else str(message["message_id"])
-            inbound = {"id": ident, "sandbox": f"s{bot}", "text": text}
-            headers = {"Nats-Msg-Id": ident, "Wechat-Schema": "1"} if writes else None
-            waiting.append(await acks.publish(f"wechat.inbox.s{bot}", msgspec.json.encode(inbound), headers))
-        if writes:
-            behind = waiting
-            continue
+            inbound = {"id": str(message["message_id"]), "sandbox": f"s{bot}", "text": text}
+            waiting.append(await acks.publish(f"wechat.inbox.s{bot}", msgspec.json.encode(inbound)))
         for future in waiting:
             await future
 
 
-async def inbound(base: str, url: str, bots: int, connector: aiohttp.TCPConnector, writes: bool) -> None:
+async def inbound(base: str, url: str, bots: int, connector: aiohttp.TCPConnector) -> None:
     nc = await nats.connect(url)
     acks = Acks(nc)
     await acks.start()
     async with aiohttp.ClientSession(connector=connector, timeout=TIMEOUT) as http:
-        await asyncio.gather(*(poll(http, base, acks, bot, writes) for bot in range(bots)))
+        await asyncio.gather(*(poll(http, base, acks, bot) for bot in range(bots)))
 
 
 async def outbound(base: str, url: str, connector: aiohttp.TCPConnector) -> None:
@@ -143,7 +128,7 @@ async def outbound(base: str, url: str, connector: aiohttp.TCPConnector) -> None
 async def run(given: argparse.Namespace) -> None:
     connector = aiohttp.TCPConnector(limit=0, ssl=not given.insecure)
     if given.direction == "in":
-        await inbound(given.ilink, given.nats, given.bots, connector, given.writes)
+        await inbound(given.ilink, given.nats, given.bots, connector)
     else:
         await outbound(given.ilink, given.nats, connector)
 
@@ -155,7 +140,6 @@ def main() -> int:
     parser.add_argument("--nats", required=True)
     parser.add_argument("--bots", type=int, default=100)
     parser.add_argument("--insecure", action="store_true")
-    parser.add_argument("--writes", action="store_true", help="inbound: what the contract asks for")
     given = parser.parse_args()
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         runner.run(run(given))

@@ -38,8 +38,6 @@ from tests.e2e.waiting import eventually, free_port
 STAYS_S = 6.0
 """Longer than a lease: a new replica is given its share after one."""
 TOKEN_KEY = bytes(32)
-FIRST_RECORD = msgspec.msgpack.encode((VERSION, "", msgspec.msgpack.encode(JournalRecord())))
-"""Of a bot's journal: nobody polls it."""
 TICKS = os.sysconf("SC_CLK_TCK")
 ROOT = Path(__file__).parents[2]
 
@@ -208,18 +206,17 @@ class Rig:
         self.bridges.append(Process(command, self.folder / f"adapter{len(self.bridges)}.log", environ))
         return self.bridges[-1]
 
-    def floor(self, direction: str, bots: int, *, writes: bool = False) -> Process:
-        """The bare bridge; with `writes`, one that writes what the contract asks for."""
+    def floor(self, direction: str, bots: int) -> Process:
+        """The bare bridge."""
         argv = [sys.executable, "-m", "tests.bench.floor", direction, "--ilink", self.base_url]
         argv += ["--nats", self.nats_url, "--bots", str(bots), *(["--insecure"] if self.tls else [])]
-        argv += ["--writes"] if writes else []
         self.bridges.append(Process(argv, self.folder / "floor.log"))
         return self.bridges[-1]
 
     async def bind(self, nc: Client, bots: int, *, first: int = 0) -> None:
-        """Leaves in the buckets what an adapter leaves there that has bound and polled the bots from `first` on.
+        """Leaves in the buckets what an adapter leaves there that has bound the bots from `first` on.
 
-        Binding and polling ten thousand takes a minute, or more. No adapter must run.
+        Binding ten thousand takes a while. No adapter must run.
         """
         sealer = Sealer((TOKEN_KEY,))
         for number in range(first, bots):
@@ -227,15 +224,13 @@ class Rig:
             token = sealer.seal(bot, f"{bot}:0600abcd")
             binding = Binding(sandbox=f"s{number}", bot=bot, token=token, user=f"user{number}@im.wechat")
             await nc.publish(f"$KV.wechat_bindings.{to_subject_token(bot)}", msgspec.json.encode(binding))
-            await nc.publish(f"wechat.journal.{to_subject_token(bot)}", FIRST_RECORD)
         await nc.flush()
         js = nc.jetstream()
 
         async def stored() -> bool:
-            there = [(await js.stream_info(name)).state.messages for name in ("KV_wechat_bindings", "WECHAT_JOURNAL")]
-            return there == [bots, bots]
+            return (await js.stream_info("KV_wechat_bindings")).state.messages == bots
 
-        await eventually(stored, f"{bots} bindings and journals are stored")
+        await eventually(stored, f"{bots} bindings are stored")
 
     def drop(self, bridge: Process) -> None:
         """Ends a bridge as an operator does."""

@@ -24,7 +24,7 @@ from adapter.simulator import BotRecord, Simulator, samples
 from tests.cli.conftest import Command
 from tests.cli.process import on_terminal
 
-KINDS = {"conversation", "login", "message", "event", "receipt", "dead_letter", "media", "journal"}
+KINDS = {"conversation", "login", "message", "event", "receipt", "dead_letter", "media", "checkpoint"}
 """All that is there once a person's bots are unbound and their commands have ended."""
 
 

@@ -19,10 +19,15 @@ BOTS = 12
 
 @contextlib.asynccontextmanager
 async def running(
-    folder: Path, bus: NatsCluster | None = None, *, adapters: int = 2, environ: dict[str, str] | None = None
+    folder: Path,
+    bus: NatsCluster | None = None,
+    *,
+    adapters: int = 2,
+    environ: dict[str, str] | None = None,
+    mode: str = "cursor_replay",
 ) -> AsyncIterator[tuple[World, Client]]:
     """A cluster with bots bound, served by adapters."""
-    async with world(folder, cursor_mode="cursor_replay", clustered=True, bus=bus, environ=environ) as made:
+    async with world(folder, cursor_mode=mode, clustered=True, bus=bus, environ=environ) as made:
         for _ in range(adapters):
             await made.add_adapter(WECHAT_NATS_HTTP_ADDR=f"127.0.0.1:{free_port()}")
         nc = await made.nc()

@@ -43,6 +43,10 @@ class Lossy(Hole):
         self._losses.append(loss)
         return loss
 
+    def mend(self) -> None:
+        """Loses nothing more."""
+        self._losses.clear()
+
     async def _pump(self, source: asyncio.StreamReader, sink: asyncio.StreamWriter) -> None:
         with contextlib.suppress(OSError, asyncio.IncompleteReadError), contextlib.closing(sink):
             while line := await source.readline():

@@ -439,7 +439,7 @@ async def measure(
 
 def progress(figures: dict[str, float]) -> str:
     memory = [f"{value / MIB:.1f}" for name, value in figures.items() if re.fullmatch("adapter . own memory", name)]
-    return f"own memory {', '.join(memory)} MiB, {figures['WECHAT_JOURNAL keys']:.0f} journal records"
+    return f"own memory {', '.join(memory)} MiB, {figures['WECHAT_IN keys']:.0f} inbound messages"
 
 
 async def states(nc: Client) -> dict[str, dict[str, Any]]:
@@ -455,13 +455,13 @@ def panels(series: dict[str, Series]) -> list[tuple[str, list[Series]]]:
         found = [(re.fullmatch(f"({names}) {what}", name), line) for name, line in sorted(series.items())]
         return [line._replace(name=match[1]) for match, line in found if match]
 
-    kept_by_age = "WECHAT_IN|WECHAT_EVENT|WECHAT_JOURNAL|OBJ_wechat_media"
+    kept_by_age = "WECHAT_IN|WECHAT_EVENT|OBJ_wechat_media"
     return [
         ("own memory of the adapters", some("adapter .", "own memory")),
         ("tasks", some("adapter .", "tasks")),
         ("open files", some("adapter .", "open files")),
         ("memory of nats-server, and what of it is live", some("nats-server(?: live| blocks in)?", "memory")),
-        ("keys of buckets", some("KV_wechat_(?:bindings|conversations|logins)", "keys")),
+        ("keys of buckets", some("KV_wechat_(?:bindings|checkpoints|conversations|logins)", "keys")),
         ("messages of streams", some(kept_by_age, "keys")),
         ("bytes of streams", some(kept_by_age, "bytes")),
     ]

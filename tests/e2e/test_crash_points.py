@@ -1,49 +1,158 @@
-"""An adapter that is killed at each point of a message's way, and the one after it: nothing is lost that iLink or the
-journal has, and nothing is told twice."""
+"""An adapter that is killed at each point of a message's way, and those after it: nothing is lost that iLink or the
+inbox has, nothing is told twice, and the order stays."""
 
 from __future__ import annotations
 
 import asyncio
-import json
 from pathlib import Path
+from typing import NamedTuple
 
+import msgspec
 import pytest
+from nats.aio.client import Client
 
-from tests.e2e.lossy import Lossy
+from adapter.contract.messages import Inbound
+from tests.e2e.lossy import Loss, Lossy
 from tests.e2e.waiting import until
-from tests.e2e.world import NAMES, stream, world
+from tests.e2e.world import NAMES, World, audit, stream, world
 
-STORED = b"MSG"
+PUBLISH = (b"HPUB wechat.inbox.",)
+PUBLISHED = (b"MSG", b'{"stream":"WECHAT_IN"')
+CHECKPOINT = (b"HPUB $KV.wechat_checkpoints.",)
+CHECKPOINTED = (b"MSG", b'{"stream":"KV_wechat_checkpoints"')
+CONVERSATION = (b"HPUB $KV.wechat_conversations.",)
+READ = (b"PUB $JS.API.DIRECT.GET.WECHAT_IN ",)
+FOUND = (b"HMSG", b"Nats-Subject: wechat.inbox.")
+MODES = ["cursor_replay", "ack_on_delivery"]
+
+
+class Point(NamedTuple):
+    """The first message of the NATS protocol that gets lost, with all behind it, before the adapter is killed."""
+
+    parts: tuple[bytes, ...]
+    skip: int
+    """So many of its kind pass."""
+    said: int = 3
+    """Messages of the one answer."""
+    stored: int = 3
+    """How many of them the inbox has by then."""
+
+
 POINTS = {
-    "before-the-record": ((b"HPUB wechat.journal.",), 1),  # the first one takes the bot
-    "record-stored": ((STORED, b'{"stream":"WECHAT_JOURNAL"'), 1),
-    "part-of-the-inbox": ((b"HPUB wechat.inbox.",), 1),
-    "all-of-the-inbox": ((STORED, b'{"stream":"WECHAT_IN"'), 2),
-    "conversation-saved": ((STORED, b'{"stream":"KV_wechat_conversations"'), 0),
+    "before-the-first-publish": Point(PUBLISH, 0, stored=0),
+    "after-the-first-publish": Point(PUBLISH, 1, stored=1),
+    "after-the-second-publish": Point(PUBLISH, 2, stored=2),
+    "before-the-first-ack": Point(PUBLISHED, 0),
+    "before-the-last-ack": Point(PUBLISHED, 2),
+    "after-the-acks": Point(CONVERSATION, 0),
+    "before-the-checkpoint": Point(CHECKPOINT, 1, said=40, stored=40),  # the first one takes the bot
+    "after-the-checkpoint": Point(CHECKPOINTED, 1, said=40, stored=40),
 }
-"""What is the last thing that passes, or just does not, and of how many of its kind."""
-TEXTS = ["one", "two", "three"]
+
+FOLDS = {
+    "before-a-bot-is-taken": Point(CHECKPOINT, 0),
+    "after-one-bot-is-taken": Point(CHECKPOINT, 1),
+    "before-its-first-read": Point(READ, 0),
+    "between-its-reads": Point(READ, 1),
+    "within-what-it-reads": Point(FOUND, 4),
+    "before-a-conversation-has-it": Point(CONVERSATION, 0),
+    "after-one-conversation-has-it": Point(CONVERSATION, 1),
+    "before-its-checkpoint": Point(CHECKPOINT, 2),
+    "after-its-checkpoint": Point(CHECKPOINTED, 2),
+}
 
 
-@pytest.mark.parametrize("mode", ["cursor_replay", "ack_on_delivery"])
+def lose(lossy: Lossy, point: Point) -> Loss:
+    return lossy.lose(*point.parts, skip=point.skip, is_last=True)
+
+
+async def told(nc: Client, sandbox: str) -> list[str]:
+    """The texts in the sandbox's inbox."""
+    stored = await stream(nc, NAMES.stream_in, NAMES.inbox(sandbox))
+    return [msgspec.json.decode(body, type=Inbound).text for _, body in stored]
+
+
+async def faultless(made: World, nc: Client, *, accepted: int) -> None:
+    """Each message once and in order, and each answer sent once."""
+    await made.settle(nc)
+    found = await audit(made, nc)
+    assert found.faults() == []
+    assert found.outcomes == {"accepted": accepted}
+
+
+@pytest.mark.parametrize("mode", MODES)
+async def test_a_crash_before_the_answer_costs_nothing(tmp_path: Path, mode: str) -> None:
+    async with world(tmp_path, cursor_mode=mode) as made:
+        nc, _ = await made.begun()
+        await until(lambda: made.sim.stats().parked == 1, "the poll is out")
+        await made.adapters[0].kill()
+        for text in ("one", "two"):
+            made.say("s1", text)
+        await made.adapters[0].start()
+        await made.command(nc, "s1", "c1")
+        await faultless(made, nc, accepted=1)
+
+
+@pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("point", POINTS)
 async def test_a_crash_at_each_point_loses_and_doubles_nothing(tmp_path: Path, point: str, mode: str) -> None:
+    """Where iLink gives nothing again, what is not in the inbox by then is lost; what is there opens the window."""
+    where = POINTS[point]
+    texts = [f"text {number}" for number in range(where.said)]
     async with world(tmp_path, cursor_mode=mode) as made, Lossy(made.url) as lossy:
         adapter = await made.add_adapter(NATS_URL=lossy.url)
         nc, bot = await made.nc(), made.sim.add_bot()
-        parts, skip = POINTS[point]
-        loss = lossy.lose(*parts, skip=skip, is_last=True)
+        loss = lose(lossy, where)
         made.bots["s1"] = bot
-        for text in TEXTS:  # one answer
+        for text in texts:  # one answer
             made.say("s1", text)
         binding = asyncio.create_task(made.bind(nc, "s1", bot))  # its answer may get lost
         await until(lambda: loss.has_happened, "it is there")
         await adapter.kill()
 
+        if mode == "ack_on_delivery":
+            texts = made.said["s1"] = texts[: where.stored]  # nobody has the others
         await made.add_adapter()
         await binding
-        made.say("s1", "four")
-        is_lost = point == "before-the-record" and mode == "ack_on_delivery"  # nobody has it
-        await made.settle(nc, lossy=is_lost)
-        told = [json.loads(body)["text"] for _, body in await stream(nc, NAMES.stream_in, NAMES.inbox("s1"))]
-        assert told == [*([] if is_lost else TEXTS), "four"]
+        if texts:
+            await made.command(nc, "s1", "before another message")
+            await made.settle(nc)
+            assert await told(nc, "s1") == texts
+        made.say("s1", "the last one")
+        await made.command(nc, "s1", "at the end")
+        await faultless(made, nc, accepted=len(made.sent["s1"]))
+        assert await told(nc, "s1") == [*texts, "the last one"]
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("point", FOLDS)
+async def test_a_crash_at_each_point_of_a_take_over_loses_and_doubles_nothing(
+    tmp_path: Path, point: str, mode: str
+) -> None:
+    """The inboxes have more than the checkpoints of the first adapter; the second one is killed as it reads them."""
+    async with world(tmp_path, cursor_mode=mode) as made, Lossy(made.url) as lossy:
+        first = await made.add_adapter()
+        nc = await made.nc()
+        for sandbox in ("s1", "s2"):
+            await made.bind(nc, sandbox, made.sim.add_bot())
+        for number in range(3):
+            for sandbox in ("s1", "s2"):
+                made.say(sandbox, f"text {number}")
+        await made.settle(nc)
+        await first.kill()
+
+        for sandbox in ("s1", "s2"):
+            await made.command(
+                nc, sandbox, f"{sandbox}.c1"
+            )  # its conversation is opened before its user writes again
+        loss = lose(lossy, FOLDS[point])
+        second = await made.add_adapter(NATS_URL=lossy.url)
+        await until(lambda: loss.has_happened, "it is there")
+        await second.kill()
+
+        await made.add_adapter()
+        await made.settle(nc)
+        assert [await told(nc, sandbox) for sandbox in ("s1", "s2")] == [["text 0", "text 1", "text 2"]] * 2
+        for sandbox in ("s1", "s2"):
+            made.say(sandbox, "the last one")
+        await faultless(made, nc, accepted=2)

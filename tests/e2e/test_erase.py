@@ -15,7 +15,7 @@ from tests.e2e.world import NAMES, World, eventually, stream, until, world
 
 STREAMS = (
     *(NAMES.stream_in, NAMES.stream_out, NAMES.stream_ctl, NAMES.stream_event, NAMES.stream_dead),
-    *(NAMES.stream_journal, f"KV_{NAMES.conversations}", f"KV_{NAMES.logins}", f"OBJ_{NAMES.media}"),
+    *(f"KV_{NAMES.checkpoints}", f"KV_{NAMES.conversations}", f"KV_{NAMES.logins}", f"OBJ_{NAMES.media}"),
 )
 
 

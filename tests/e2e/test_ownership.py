@@ -19,12 +19,16 @@ from adapter.contract.records import Claim
 from adapter.ownership.leases import rank
 from tests.e2e.audit import Said, audit
 from tests.e2e.hole import Hole
+from tests.e2e.lossy import Lossy
 from tests.e2e.reading import NAMES, stream
+from tests.e2e.test_nats_failures import change
 from tests.e2e.world import AdapterProcess, World, eventually, time_ms, until, world
 
 BOTS = 16
 HOLD_MS = 1500
 LEASE_S = "4"
+FORGETS_S = 1.0
+"""After this time the inboxes' stream stores a message once more, though its id was there."""
 
 
 class Two(NamedTuple):
@@ -78,13 +82,10 @@ async def newest(nc: Client, name: str, subjects: str) -> dict[str, tuple[int, b
     return found
 
 
-async def journal_owners(nc: Client) -> dict[str, tuple[int, str]]:
-    """Sequence and owner of each bot's newest record."""
-    journals = await newest(nc, NAMES.stream_journal, "wechat.journal.*")
-    return {
-        bot: (seq, msgspec.msgpack.decode(value, type=tuple[int, str, bytes])[1])
-        for bot, (seq, value) in journals.items()
-    }
+async def checkpoint_owners(nc: Client) -> dict[str, tuple[int, str]]:
+    """Revision and owner of each bot's checkpoint."""
+    found = await records(nc, NAMES.checkpoints)
+    return {bot: (seq, msgspec.json.decode(value).get("owner", "")) for bot, (seq, value) in found.items()}
 
 
 async def owners(nc: Client) -> dict[str, tuple[int, str]]:
@@ -103,9 +104,15 @@ def times(adapter: AdapterProcess, event: str) -> list[float]:
     return [time_ms(line) for line in adapter.lines(event)]
 
 
+async def forget_ids_soon(nc: Client) -> None:
+    """The server forgets the ids of inbound messages long before a lease has run out."""
+    await change(nc, NAMES.stream_in, duplicate_window=int(FORGETS_S * 1e9))
+
+
 async def freeze_and_look(made: World, *, mode: str, frozen_s: float) -> None:
     nc = await made.nc()
     two = await two_replicas(made, nc)
+    await forget_ids_soon(nc)
     theirs = {bot for bot, host in pollers(made).items() if host == two.first_host}
     sandboxes = sorted(sandbox for sandbox, record in made.bots.items() if record.bot in theirs)
     for sandbox in sandboxes:
@@ -127,20 +134,20 @@ async def freeze_and_look(made: World, *, mode: str, frozen_s: float) -> None:
 
     await until(taken_over, "the other replica polls all of them")
     await made.settle(nc, lossy=mode == "ack_on_delivery")
-    journals = await journal_owners(nc)
-    assert len({owner for _, owner in journals.values()}) == 1, "the other replica owns every bot"
+    checkpoints = await checkpoint_owners(nc)
+    assert len({owner for _, owner in checkpoints.values()}) == 1, "the other replica owns every bot"
 
     thawed_ms = made.sim.now_ms
     claimed = len(times(two.first, "shards.claimed"))
     two.first.signal(signal.SIGCONT)
     looks = 0
     while True:
-        found = await journal_owners(nc)
+        found = await checkpoint_owners(nc)
         if len(times(two.first, "shards.claimed")) > claimed:
             break  # what it does from here on, it does as a new owner
         looks += 1
         for bot, (seq, owner) in found.items():
-            before_seq, before = journals[bot]
+            before_seq, before = checkpoints[bot]
             # its owner may be giving it back already, to the one that was stopped and has joined anew
             unchanged = seq == before_seq or owner in ("", before)
             assert unchanged, "the one that was stopped took a bot"
@@ -164,7 +171,8 @@ async def freeze_and_look(made: World, *, mode: str, frozen_s: float) -> None:
 async def test_a_replica_that_was_stopped_neither_polls_nor_sends_nor_moves_a_cursor_after(
     tmp_path: Path, mode: str
 ) -> None:
-    """Until another has taken over; messages and commands for its bots lie in its sockets when it goes on."""
+    """Until another has taken over; messages and commands for its bots lie in its sockets when it goes on. Both its
+    lease and the ids of what the other has published meanwhile are gone by then."""
     async with world(tmp_path, hold_ms=HOLD_MS, cursor_mode=mode) as made:
         await freeze_and_look(made, mode=mode, frozen_s=0)
 
@@ -173,6 +181,38 @@ async def test_a_replica_that_was_stopped_neither_polls_nor_sends_nor_moves_a_cu
 async def test_a_replica_that_was_stopped_for_a_minute_does_not_either(tmp_path: Path) -> None:
     async with world(tmp_path, hold_ms=HOLD_MS, cursor_mode="cursor_replay") as made:
         await freeze_and_look(made, mode="cursor_replay", frozen_s=60)
+
+
+@pytest.mark.parametrize("mode", ["cursor_replay", "ack_on_delivery"])
+async def test_a_publish_that_a_stopped_replica_repeats_is_stored_once(tmp_path: Path, mode: str) -> None:
+    """It was lost on its way. Where iLink repeats the message, the other replica has published it by then, and the
+    server has forgotten its id; where it does not, nobody else has it."""
+    async with world(tmp_path, hold_ms=HOLD_MS, cursor_mode=mode) as made, Lossy(made.url) as lossy:
+        nc = await made.nc()
+        two = await two_replicas(made, nc, NATS_URL=lossy.url)
+        await forget_ids_soon(nc)
+        theirs = {bot for bot, host in pollers(made).items() if host == two.first_host}
+        sandbox = min(sandbox for sandbox, record in made.bots.items() if record.bot in theirs)
+        made.say(sandbox, "before")
+        await made.settle(nc)
+        loss = lossy.lose(b"HPUB wechat.inbox.")
+        made.say(sandbox, "lost on its way")
+        await until(lambda: loss.has_happened, "it is lost")
+        two.first.signal(signal.SIGSTOP)
+        stopped_ms, bot = made.sim.now_ms, made.bots[sandbox].bot
+        await until(lambda: pollers(made, since_ms=stopped_ms).get(bot) == two.second_host, "the other polls the bot")
+        made.say(sandbox, "told to the other")
+        await made.settle(nc, lossy=mode == "ack_on_delivery")
+        await asyncio.sleep(3 * FORGETS_S)  # the length of the pause, not a wait for something
+        two.first.signal(signal.SIGCONT)
+        await until(lambda: times(two.first, "lease.revoked") != [], "it knows that it has lost the bot")
+        await made.settle(nc)
+        made.say(sandbox, "after")
+        await made.settle(nc)
+        late = {Said(sandbox, "lost on its way")} if mode == "ack_on_delivery" else set()
+        result = await audit(made, nc, may_be_late=late)
+        assert result.faults() == []
+        assert result.stored == 4
 
 
 async def test_after_a_kill_9_the_others_poll_all_bots_and_no_bot_is_polled_twice(tmp_path: Path) -> None:

@@ -1,0 +1,261 @@
+"""What happens to inboxes, and to who writes in them, while people talk: each message is there once, in order."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import itertools
+import random
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import msgspec
+import pytest
+from nats.aio.client import Client
+
+from adapter.contract.messages import Inbound, Unbind
+from adapter.contract.names import shard_of
+from adapter.simulator import BotRecord
+from tests.e2e.audit import audit
+from tests.e2e.lossy import Lossy
+from tests.e2e.reading import Listener
+from tests.e2e.test_nats_failures import ask, change, faultless, loaded, operator, running
+from tests.e2e.world import NAMES, World, eventually, stream, until, world
+
+MODES = ["cursor_replay", "ack_on_delivery"]
+KEPT = 3
+"""Messages that an inbox keeps where it is small."""
+KNOWN_S = 35
+"""The server forgets ids of inbound messages after this time. What is tried again within 30 s is not looked up."""
+NS = 1_000_000_000
+
+
+def texts(listener: Listener, sandbox: str) -> list[str]:
+    """What a plain subscriber was told: each stored message once, though the inbox has let it go."""
+    return [live.inbound.text for live in {live.seq: live for live in listener.heard[sandbox]}.values()]
+
+
+@pytest.mark.parametrize("mode", MODES)
+async def test_an_inbox_that_evicts_faster_than_the_checkpoint_is_written_doubles_nothing(
+    tmp_path: Path, mode: str
+) -> None:
+    """iLink repeats all since the checkpoint to the next owner, which finds the last three in the inbox."""
+    small = {"WECHAT_NATS_IN_MAX_PER_SANDBOX": str(KEPT)}
+    async with world(tmp_path, cursor_mode=mode, environ=small) as made:
+        adapter = await made.add_adapter()
+        nc = await made.nc()
+        listener = Listener()
+        await listener.listen(nc)
+        await made.bind(nc, "s1", made.sim.add_bot())
+        wanted = [f"text {number}" for number in range(12)]
+        for text in wanted:  # an answer for each
+            made.say("s1", text)
+            await until(lambda text=text: text in texts(listener, "s1"), f"{text} is told")  # type: ignore[misc]
+        assert len(await stream(nc, NAMES.stream_in, NAMES.inbox("s1"))) == KEPT
+        for turn in range(2):
+            await adapter.kill()
+            await adapter.start()
+            wanted.append(f"after kill {turn}")
+            made.say("s1", wanted[-1])
+            await until(lambda: wanted[-1] in texts(listener, "s1"), "it is told")
+        await made.command(nc, "s1", "c1")
+        await until(lambda: made.phone_texts("s1") == ["answer c1"], "the conversation has the newest token")
+        assert texts(listener, "s1") == wanted
+
+
+@pytest.mark.parametrize("mode", MODES)
+async def test_a_stream_of_inboxes_that_is_made_anew_under_load_goes_on(tmp_path: Path, mode: str) -> None:
+    """What was in it is gone; what people write while it is away waits, and comes once, in order. The next owner
+    finds nothing wrong with it either."""
+    async with running(tmp_path, cursor_mode=mode) as (made, nc, adapter):
+        await loaded(made, nc, 3)
+        await made.settle(nc)
+        assert (await ask(nc, f"STREAM.DELETE.{NAMES.stream_in}")).get("success")
+        made.said.clear()
+        for sandbox in made.bots:
+            made.say(sandbox, "while it is gone")
+
+        async def noticed() -> bool:
+            return NAMES.stream_in in (await adapter.unready()).get("streams", "")
+
+        await eventually(noticed, "it is noticed")
+        assert f"creating stream {NAMES.stream_in}" in await operator(made, "doctor", "--fix")
+        await loaded(made, nc, 2, first=3)
+        await eventually(adapter.is_ready, "it is ready again")
+        await faultless(made, nc)
+        await adapter.kill()
+        await adapter.start()
+        await loaded(made, nc, 2, first=5)
+        await faultless(made, nc)
+
+
+async def test_positions_above_the_inboxes_stop_polls_until_doctor_lowers_them(tmp_path: Path) -> None:
+    """Somebody has made the stream by hand, so that it counts from one again: nobody guesses what is missing."""
+    async with running(tmp_path, bots=3) as (made, nc, adapter):
+        await loaded(made, nc, 2)
+        await made.settle(nc)
+        adapter.signal(15)
+        assert await adapter.ended() == 0  # each checkpoint says how far
+        config = (await ask(nc, f"STREAM.INFO.{NAMES.stream_in}"))["config"]
+        assert (await ask(nc, f"STREAM.DELETE.{NAMES.stream_in}")).get("success")
+        assert "error" not in await ask(nc, f"STREAM.CREATE.{NAMES.stream_in}", config | {"first_seq": 1})
+        made.said.clear()
+        polls = made.sim.stats().polls
+        for sandbox in made.bots:
+            made.say(sandbox, "after it was made")
+        await adapter.start()
+
+        async def told() -> bool:
+            with contextlib.suppress(OSError):  # it does not listen yet
+                return NAMES.stream_in in str(await adapter.unready())
+            return False
+
+        await eventually(told, "it says so")
+        assert "--fix" in str(await adapter.unready())
+        assert made.sim.stats().polls == polls, "no poll starts"
+        assert NAMES.stream_in in await operator(made, "doctor")
+        adapter.signal(15)
+        await adapter.ended()
+        await operator(made, "doctor", "--fix")
+        await adapter.start()
+        await loaded(made, nc, 1, first=2)
+        await faultless(made, nc)
+
+
+@contextlib.asynccontextmanager
+async def writing(made: World, sandbox: str, *, per_s: float = 20.0) -> AsyncIterator[None]:
+    """The sandbox's person writes, as long as the block lasts."""
+    over = asyncio.Event()
+
+    async def write() -> None:
+        for number in itertools.count():
+            if over.is_set():
+                return
+            made.say(sandbox, f"{sandbox} text {number}")
+            await asyncio.sleep(random.uniform(0, 2 / per_s))
+
+    async with asyncio.TaskGroup() as group:
+        group.create_task(write())
+        yield
+        over.set()
+
+
+async def inbox(nc: Client, sandbox: str) -> list[Inbound]:
+    stored = await stream(nc, NAMES.stream_in, NAMES.inbox(sandbox))
+    return [msgspec.json.decode(body, type=Inbound) for _, body in stored]
+
+
+async def dead(nc: Client) -> int:
+    return len(await stream(nc, NAMES.stream_dead, "wechat.dead.*"))
+
+
+@pytest.mark.parametrize("mode", MODES)
+async def test_a_bot_that_moves_between_shards_under_load_tells_each_message_once(tmp_path: Path, mode: str) -> None:
+    """Each owner has released it before the next one polls, and what an inbox has is in no other."""
+    homes = ["s1", "s2", "s3"]
+    assert len({shard_of(sandbox) for sandbox in homes}) == 3
+    async with world(tmp_path, cursor_mode=mode, hold_ms=300) as made:
+        for _ in range(2):
+            await made.add_adapter()
+        nc, bot = await made.nc(), made.sim.add_bot()
+        listener = Listener()
+        await listener.listen(nc)
+        await made.bind(nc, "s1", bot)
+        async with writing(made, "s1"):
+            for home in ["s2", "s3", "s1"] * 3:
+                heard = len(listener.heard[home])
+                answer = await made.bind(nc, home, bot)
+                assert answer.ok, answer
+                await until(lambda home=home, heard=heard: len(listener.heard[home]) > heard, f"{home} is told")  # type: ignore[misc]
+        said = made.said["s1"]
+
+        async def all_told() -> bool:
+            return sum(len(texts(listener, home)) for home in homes) + await dead(nc) >= len(said)
+
+        await eventually(all_told, "all is told")
+        told = [text for home in homes for text in texts(listener, home)]
+        assert len(told) == len(set(told)), "nothing is told twice"
+        assert len(set(said) - set(told)) == await dead(nc), "what is told to nobody is a dead letter"
+        for home in homes:
+            assert texts(listener, home) == [text for text in said if text in set(texts(listener, home))]
+        assert made.sim.violations(kind="concurrent_polls") == []
+        made.bots = {"s1": bot}
+        await made.command(nc, "s1", "c1")
+        await until(lambda: made.phone_texts("s1") == ["answer c1"], "its user is answered from where it is now")
+
+
+@pytest.mark.parametrize("mode", MODES)
+async def test_persons_that_change_under_load_meet_nothing_of_each_other(tmp_path: Path, mode: str) -> None:
+    """Each unbind leaves nobody and empties the inbox: what the next one's sandbox is told is theirs alone."""
+    async with world(tmp_path, cursor_mode=mode, hold_ms=300) as made:
+        for _ in range(2):
+            await made.add_adapter()
+        nc = await made.nc()
+        listener = Listener()
+        await listener.listen(nc)
+        persons: dict[str, BotRecord] = {name: made.sim.add_bot() for name in ("anna", "bert")}
+        said: dict[str, list[str]] = {name: [] for name in persons}
+        over = asyncio.Event()
+
+        async def write(name: str) -> None:
+            for number in itertools.count():
+                if over.is_set():
+                    return
+                said[name].append(f"{name} text {number}")
+                made.sim.say(persons[name].bot, said[name][-1])
+                await asyncio.sleep(random.uniform(0, 0.1))
+
+        async with asyncio.TaskGroup() as group:
+            for name in persons:
+                group.create_task(write(name))
+            for name in ["anna", "bert"] * 4:
+                assert await inbox(nc, "s1") == [], "nothing of the former one is there"
+                heard = len(listener.heard["s1"])
+                assert (await made.bind(nc, "s1", persons[name])).ok
+                await until(lambda heard=heard: len(listener.heard["s1"]) > heard + 3, "the sandbox is told")  # type: ignore[misc]
+                assert {message.user for message in await inbox(nc, "s1")} == {persons[name].user}
+                answer = await made.control(nc, NAMES.unbind, msgspec.json.encode(Unbind(sandbox="s1")))
+                assert answer.bindings
+                assert await inbox(nc, "s1") == []
+                assert {live.inbound.user for live in listener.heard["s1"][heard:]} == {persons[name].user}
+            over.set()
+        for name, bot in persons.items():  # what they wrote while the other one was there waits with iLink
+            assert (await made.bind(nc, f"of-{name}", bot)).ok
+
+        def told(name: str) -> list[str]:
+            every = [*texts(listener, "s1"), *texts(listener, f"of-{name}")]
+            return [text for text in every if text in said[name]]
+
+        async def all_told() -> bool:
+            return sum(len(told(name)) for name in persons) + await dead(nc) >= sum(map(len, said.values()))
+
+        await eventually(all_told, "all is told, or a dead letter")
+        for name in persons:
+            assert told(name) == [text for text in said[name] if text in set(told(name))], "once, and in order"
+        lost = sum(len(said[name]) - len(told(name)) for name in persons)
+        assert lost == await dead(nc), "what is told to nobody is a dead letter"
+        assert made.sim.violations(kind="concurrent_polls") == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", MODES)
+async def test_a_message_whose_acks_are_lost_for_longer_than_its_id_is_known_is_there_once(
+    tmp_path: Path, mode: str
+) -> None:
+    """It is stored at once, and published again and again: what is tried again later than 30 s is looked up first."""
+    async with world(tmp_path, cursor_mode=mode) as made, Lossy(made.url) as lossy:
+        await made.add_adapter(NATS_URL=lossy.url)
+        nc = await made.nc()
+        await made.bind(nc, "s1", made.sim.add_bot())
+        made.say("s1", "before")
+        await made.settle(nc)
+        await change(nc, NAMES.stream_in, duplicate_window=KNOWN_S * NS)
+        losses = [lossy.lose(b"MSG", b'{"stream":"WECHAT_IN"') for _ in range(1000)]
+        for number in range(3):
+            made.say("s1", f"text {number}")
+        await until(lambda: losses[2].has_happened, "all are stored")
+        await asyncio.sleep(2 * KNOWN_S)  # the length of the outage, not a wait for something
+        lossy.mend()
+        made.say("s1", "after")
+        await made.settle(nc)
+        assert (await audit(made, nc)).faults() == []
