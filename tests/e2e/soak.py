@@ -35,7 +35,7 @@ from nats.aio.client import Client
 from nats.aio.msg import Msg
 
 from adapter.cli.embedded import EmbeddedNats
-from adapter.content.dedup import KEEP_AT_MOST
+from adapter.content.dedup import KEEP
 from adapter.contract.messages import FINAL_OUTCOMES, Bind, ControlAnswer, Login, Options, Receipt, Unbind
 from adapter.contract.names import Names
 from adapter.environment import read_settings
@@ -576,8 +576,8 @@ async def settle_in(soak: Soak, count: int, letter: str, **options: Any) -> dict
     for number in range(count):
         bot = Bot(**await soak.sim.act("add_bot"))
         await soak.bind(f"{letter}{number}", bot, **options)
-        await soak.sim.act("flood", to=bot.bot, messages=KEEP_AT_MOST, size=16)
-        soak.counts["said"] += KEEP_AT_MOST
+        await soak.sim.act("flood", to=bot.bot, messages=KEEP, size=16)
+        soak.counts["said"] += KEEP
         found[f"{letter}{number}"] = bot
     return found
 
