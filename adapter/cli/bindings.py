@@ -45,13 +45,14 @@ from adapter.contract.messages import (
 from adapter.contract.names import H_MSG_ID, H_REPLY_TO, H_SCHEMA, is_sandbox
 
 COLUMNS = ("sandbox", "bot", "user", "state", "since", "reason")
-HEALTH_COLUMNS = ("sandbox", "bot", "user", "state", "last poll", "user wrote", "window", "why")
-TROUBLE: tuple[BotStatus, ...] = ("not_polled", "too_new", "failing", "needs_login", "unknown", "paused")
+HEALTH_COLUMNS = ("sandbox", "bot", "user", "state", "since", "last poll", "user wrote", "window", "why")
+TROUBLE: tuple[BotStatus, ...] = ("not_polled", "too_new", "failing", "needs_login", "unknown", "stale", "paused")
 R = TypeVar("R", bound=bulk.Row)
 UNREASONED = "The adapter refused without a reason."
 STYLES = {
     "active": "green",
     "polling": "green",
+    "storing": "green",
     "needs_login": "red",
     "not_polled": "red",
     "failing": "red",
@@ -264,8 +265,10 @@ async def bindings(
     """List which bots serve which sandboxes and in which state, the worst first. Tokens are never shown.
 
     All replicas are asked how they poll their bots. States: not_polled (no replica polls it), too_new (a newer
-    version wrote its binding), failing (no answer from iLink for a minute), needs_login, unknown (a replica gave no
-    answer), paused (NATS is away), retrying, draining, starting, polling.
+    version wrote its binding), failing (for a minute iLink has answered no poll, or its answer could not be stored),
+    needs_login, unknown (a replica gave no answer), stale (iLink refuses the token, which is tried again), paused
+    (NATS or the lease is away), retrying, releasing, waiting (another replica may still poll it), taking, storing,
+    polling.
     """
     wanted = {each for one in state for each in (TROUBLE if one == "trouble" else (one,))}
     async with connected_bus() as bus:
@@ -294,8 +297,8 @@ def _health_row(info: BindingInfo) -> tuple[str, ...]:
     if health.window is not None and health.window.closes_at_ms:
         count = "open" if health.window.remaining is None else f"{health.window.remaining} left"
         window = f"{count}, {output.span(health.window.closes_at_ms - time.time() * 1000)}"
-    polled, wrote = (output.ago(ms) for ms in (health.answered_ms, health.inbound_ms))
-    return info.sandbox, info.bot, info.user or "-", health.status, polled, wrote, window, health.detail
+    since, polled, wrote = (output.ago(ms) for ms in (health.since_ms, health.answered_ms, health.inbound_ms))
+    return info.sandbox, info.bot, info.user or "-", health.status, since, polled, wrote, window, health.detail
 
 
 async def all_bindings(

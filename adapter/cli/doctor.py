@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import math
+import time
 from collections.abc import Awaitable
 from typing import Annotated, Any
 
@@ -21,7 +22,7 @@ from adapter.cli.exit_codes import NO, OK, UNREACHABLE, Failed
 from adapter.cli.options import Json, MaybeSandbox, flag
 from adapter.cli.permission_checks import Check, State
 from adapter.contract.headers import forwardable_headers
-from adapter.contract.messages import BOT_STATUSES, BotStatus
+from adapter.contract.messages import BOT_STATUSES, BindingInfo, BotStatus
 from adapter.contract.names import H_COMMAND, H_MSG_ID, H_SEQUENCE, H_SINCE_MS, digest
 from adapter.conversation.commands import original_position
 from adapter.errors import UNDECODABLE, BusRefused, Refused, Temporary
@@ -292,7 +293,7 @@ async def _check_bindings(bus: Bus) -> list[Check]:
         return [Check("bindings", "fail", said)]
     bots_of: dict[BotStatus, list[str]] = {status: [] for status in BOT_STATUSES}
     for info in every:
-        bots_of[status_of(info)].append(info.bot)
+        bots_of[status_of(info)].append(_in_words(info))
     parts = [
         f"{len(bots)} {status}" + (f" ({output.some_of(bots)})" if status in TROUBLE else "")
         for status, bots in bots_of.items()
@@ -306,6 +307,13 @@ async def _check_bindings(bus: Bus) -> list[Check]:
         return [Check("bindings", "fail", f"{said}.")]
     advice = "; who needs a login has to scan a new QR code" if bots_of["needs_login"] else ""
     return [Check("bindings", "warn", f"{said}{advice}.")]
+
+
+def _in_words(info: BindingInfo) -> str:
+    """A bot, since when it is in its state, and why."""
+    since_ms, why = (info.health.since_ms, info.health.detail) if info.health is not None else (0, "")
+    said = f"{info.bot} for {output.span(time.time() * 1000 - since_ms)}" if since_ms else info.bot
+    return f"{said}: {why.rstrip('.')}" if why else said
 
 
 async def _check_backlog(bus: Bus, name: str, stream: str, state: State, advice: str) -> list[Check]:

@@ -69,7 +69,9 @@ class ConsoleService:
         if now - self._asked_at > STATUSES_S:
             found = await health.statuses(every, self._deps.health)
             self._status_of, self._asked_at = {bot: one.status for bot, one in found.items()}, now
-        status_of = {binding.bot: self._status_of.get(binding.bot, "starting") for binding in every}
+        status_of: dict[str, BotStatus] = {
+            binding.bot: self._status_of.get(binding.bot, "unknown") for binding in every
+        }
         # thousands would hold up the loop
         matching = await asyncio.to_thread(_filter_bindings, every, wanted, status_of)
         pages = max(1, -(-len(matching) // PAGE))

@@ -54,11 +54,12 @@ async def statuses(bindings: Sequence[Binding], deps: HealthDeps) -> dict[str, B
         for binding in page:
             instance, poller = polls.get(binding.bot, ("", None))
             status, detail = _status(binding, poller, absence)
+            since_ms = now_ms - poller.since_ms if poller is not None else 0
             answered_ms = now_ms - poller.ago_ms if poller is not None and poller.ago_ms is not None else 0
             health = BindingHealth(
                 status=status,
                 detail=detail,
-                since_ms=now_ms - poller.since_ms if poller is not None else 0,
+                since_ms=binding.since_ms if status == "needs_login" else since_ms,
                 replica=instance,
                 answered_ms=answered_ms,
             )
@@ -76,6 +77,8 @@ def _status(binding: Binding, poller: PollerStatus | None, absence: tuple[BotSta
         return absence
     if poller.state == "retrying" and (poller.ago_ms is None or poller.ago_ms >= FAILING_MS):
         return "failing", f"{poller.why or 'iLink answers no poll'} (poll.failed, poller.failed in the log)"
+    if poller.state == "storing" and poller.since_ms >= FAILING_MS:
+        return "failing", "iLink's answer cannot be stored (inbound.retrying, inbound.full in the log)"
     return next((state for state in BOT_STATUSES if state == poller.state), "unknown"), poller.why
 
 

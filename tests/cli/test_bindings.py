@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import pty
+import re
 import time
 from pathlib import Path
 from typing import Any
@@ -197,17 +198,25 @@ async def test_bindings_are_shown_with_what_runs_the_worst_first(cli: Command, b
             bot(1, "polling", answered_ms=now_ms - 3000, inbound_ms=now_ms - 120_000, window=window),
             bot(2, "not_polled", "team-a", detail="no capacity: add replicas"),
             bot(3, "failing", "team-b", answered_ms=now_ms - 4 * 60_000, window=Window(remaining=0)),
-            bot(4, "retrying", "team-b"),
+            bot(4, "retrying", "team-b", detail="timeout", since_ms=now_ms - 7000),
+            bot(5, "stale", "team-b"),
         ]
         shown = (await cli("bindings")).out.splitlines()
-        assert [line.split()[1] for line in shown[1:]] == ["b2@im.bot", "b3@im.bot", "b4@im.bot", "b1@im.bot"]
+        assert [line.split()[1] for line in shown[1:]] == [
+            "b2@im.bot",
+            "b3@im.bot",
+            "b5@im.bot",
+            "b4@im.bot",
+            "b1@im.bot",
+        ]
         assert "no capacity: add replicas" in shown[1]
         assert "4 min ago  -           closed" in shown[2]
-        assert "2 min ago   7 left, 3 h" in shown[4]
+        assert re.search(r"retrying +7 s ago .* timeout", shown[4])
+        assert "2 min ago   7 left, 3 h" in shown[5]
         for options, bots in [
-            (("--state", "trouble"), [2, 3]),
+            (("--state", "trouble"), [2, 3, 5]),
             (("--state", "retrying", "--state", "polling"), [4, 1]),
-            (("--sandbox", "team-*"), [2, 3, 4]),
+            (("--sandbox", "team-*"), [2, 3, 5, 4]),
             (("--sandbox", "team-b", "--user", "*4@*"), [4]),
             (("--user", "u1@im.wechat"), [1]),
             (("--user", "nobody"), []),

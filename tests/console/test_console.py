@@ -361,9 +361,13 @@ async def test_a_binding_with_all_that_is_known_of_it(office: Office) -> None:
     [
         ({"state": "needs_login", "reason": "stale_token"}, None, ("needs a login", "stale_token")),
         ({}, None, ("not polled", "no replica polls it", "1</b><span>not polled")),
-        ({}, PollerStatus(state="error"), ("failing", "1</b><span>failing")),
-        ({}, PollerStatus(state="error", ago_ms=5000), ("retrying", "5 s ago")),
-        ({}, PollerStatus(state="paused"), ("paused",)),
+        ({}, PollerStatus(state="retrying"), ("failing", "1</b><span>failing")),
+        ({}, PollerStatus(state="retrying", ago_ms=5000), ("retrying", "5 s ago")),
+        (
+            {},
+            PollerStatus(state="paused", since_ms=65_000, why="NATS accepts no writes."),
+            ("paused", "writes. · for 1 min"),
+        ),
         ({}, PollerStatus(state="polling"), ("active", "waiting")),
     ],
 )

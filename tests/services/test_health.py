@@ -7,7 +7,8 @@ from typing import Any
 import msgspec
 import pytest
 
-from adapter.contract.messages import BindingInfo
+from adapter.contract.messages import BOT_STATUSES, BindingInfo
+from adapter.inbound.poller import State
 from adapter.ownership.replica_status import PollerStatus, ReplicaStatus, StatusRequest
 from adapter.services.health import BOTS_PER_REQUEST, FAILING_MS, HealthDeps, describe, statuses
 from tests.fakes import WINDOW, Bench
@@ -52,12 +53,16 @@ async def described(bench: Bench, replicas: Replicas, living: int | None = None)
     ("fields", "poller", "status", "detail"),
     [
         ({}, PollerStatus(state="polling", ago_ms=5), "polling", ""),
-        ({}, PollerStatus(state="starting"), "starting", ""),
+        ({}, PollerStatus(state="waiting", why="r1.x has not released it"), "waiting", "r1.x has not released it"),
+        ({}, PollerStatus(state="paused", why="NATS accepts no writes."), "paused", "NATS accepts no writes."),
+        ({}, PollerStatus(state="stale", why="errcode -14", ago_ms=FAILING_MS), "stale", "errcode -14"),
+        ({}, PollerStatus(state="storing", since_ms=FAILING_MS - 1), "storing", ""),
+        ({}, PollerStatus(state="storing", since_ms=FAILING_MS), "failing", "iLink's answer cannot be stored"),
         ({}, PollerStatus(state="of a newer version"), "unknown", ""),
-        ({}, PollerStatus(state="error", ago_ms=FAILING_MS - 1), "retrying", "the last poll failed"),
-        ({}, PollerStatus(state="error", ago_ms=FAILING_MS), "failing", "iLink answers no poll"),
-        ({}, PollerStatus(state="error"), "failing", "iLink answers no poll"),
-        ({}, PollerStatus(state="error", problem="unreadable: the answer exceeds 8388608 bytes"), "failing",
+        ({}, PollerStatus(state="retrying", why="timeout", ago_ms=FAILING_MS - 1), "retrying", "timeout"),
+        ({}, PollerStatus(state="retrying", ago_ms=FAILING_MS), "failing", "iLink answers no poll"),
+        ({}, PollerStatus(state="retrying"), "failing", "iLink answers no poll"),
+        ({}, PollerStatus(state="retrying", why="unreadable: the answer exceeds 8388608 bytes"), "failing",
          "unreadable: the answer exceeds 8388608 bytes"),
         ({"state": "needs_login", "reason": "stale_token"}, None, "needs_login", "stale_token"),
         ({}, None, "not_polled", "no replica polls it"),
@@ -71,6 +76,24 @@ async def test_a_bot_fares_as_the_replica_that_polls_it_says(
     assert info.health is not None
     assert (info.health.status, info.health.replica) == (status, "r2" if poller else "")
     assert info.health.detail.startswith(detail)
+
+
+async def test_since_when_a_bot_is_in_its_state_is_told_by_this_clock(bench: Bench) -> None:
+    """A replica tells how long, since its clock may be wrong. A login is missed since the verdict, whoever polls."""
+    now_ms = bench.clock.now_ms()
+    await bench.bind()
+    await bench.bind("s2", "b2@im.bot", "u2@im.wechat", state="needs_login", since_ms=now_ms - 9000)
+    polls = {bot: PollerStatus(state="paused", since_ms=4000) for bot in (BOT, "b2@im.bot")}
+    paused, lost = [info.health for info in await described(bench, Replicas(polls))]
+    assert paused is not None
+    assert lost is not None
+    assert (paused.status, paused.since_ms) == ("paused", now_ms - 4000)
+    assert (lost.status, lost.since_ms) == ("needs_login", now_ms - 9000)
+
+
+def test_every_state_of_a_poller_has_a_word() -> None:
+    """Of BOT_STATUSES; a poller that has ended is not reported."""
+    assert {state.value for state in State} - {"ended"} <= set(BOT_STATUSES)
 
 
 async def test_where_a_replica_is_silent_it_is_not_known_whether_a_bot_is_polled(bench: Bench) -> None:
