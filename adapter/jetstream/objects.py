@@ -120,7 +120,7 @@ class ObjectStore:
         mime, title = describe(head)
         meta = self._new_meta(name, ident, size, chunks, digest, mime=mime, title=title)
         try:
-            stored = await self._store_first_meta(meta, ensure_owner)
+            stored = await self._store_meta(meta, ensure_owner)
         except (BusRefused, LeaseLost):  # after a cancellation the meta may be stored, so the chunks must stay
             await self._delete_chunks(ident)
             raise
@@ -170,7 +170,10 @@ class ObjectStore:
             await self._delete_chunks(ident)
             raise Refused("invalid", "The bytes are not those of your SHA-256: begin again at 0.")
         meta = self._new_meta(name, ident, size, chunks, digest.digest(), mime=mime_of(head), title=title)
-        return await self._store_meta(meta), head
+        stored = await self._store_meta(meta)
+        if stored.ident != ident:
+            raise Refused("invalid", "There is an object of this name already: take another id.")
+        return stored, head
 
     async def _read_upload(
         self, name: str, ident: str, size: int, *, head_only: bool = False
@@ -232,34 +235,19 @@ class ObjectStore:
             options={"max_chunk_size": CHUNK},
         )
 
-    async def _store_meta(self, meta: _Meta) -> StoredObject:
-        """Makes the chunks of `meta` its object, and deletes the former chunks of that object."""
-        before, _ = await self._read_meta_with_retry(meta.name)
-        await self._publish_meta(meta, {})
-        if before is not None and before.nuid not in ("", meta.nuid):
-            await self._delete_chunks(before.nuid)
-        return _known(meta.name, meta)
-
-    async def _store_first_meta(self, meta: _Meta, ensure_owner: Callable[[], None] | None) -> StoredObject:
+    async def _store_meta(self, meta: _Meta, ensure_owner: Callable[[], None] | None = None) -> StoredObject:
         """Makes the chunks of `meta` its object, unless that exists already. Returns the one that exists then."""
+        subject, data = self._metas + _encode_name(meta.name), msgspec.json.encode(meta)
         while True:
             before, revision = await self._read_meta_with_retry(meta.name)
             if (stored := _described(meta.name, before)) is not None:
                 return stored
-            # the id drops a duplicate that is sent again after a break
-            headers = {H_EXPECTED: str(revision), H_MSG_ID: f"{meta.nuid}.meta"}
+            headers = {"Nats-Rollup": "sub", H_EXPECTED: str(revision)}
             try:
-                await self._publish_meta(meta, headers, ensure_owner)
+                await self._publisher.publish(Message("media", subject, data, headers, ensure_owner))
                 return _known(meta.name, meta)
-            except Conflict:  # another one was stored meanwhile, or a lagging server answered
+            except Conflict:  # stored meanwhile, perhaps by an attempt whose answer was lost; or a server lagged
                 await asyncio.sleep(0.05)
-
-    async def _publish_meta(
-        self, meta: _Meta, headers: dict[str, str], ensure_owner: Callable[[], None] | None = None
-    ) -> None:
-        subject = self._metas + _encode_name(meta.name)
-        headers = {"Nats-Rollup": "sub", **headers}
-        await self._publisher.publish(Message("media", subject, msgspec.json.encode(meta), headers, ensure_owner))
 
     async def _delete_chunks(self, ident: str) -> None:
         """Deletes chunks. Those that cannot be deleted now expire with the store's age limit."""

@@ -672,6 +672,13 @@ async def test_a_finished_upload_grows_no_more(place: Place, s1: Sandbox) -> Non
     assert await s1.get("s1/out/u") == BYTES[:50_000]
 
 
+async def test_an_upload_replaces_no_other_object(place: Place, s1: Sandbox) -> None:
+    await place.store.put("s1/out/u", one(BYTES[:50_000]))
+    msg = await s1.ask_put("u", b"other bytes", last="true")
+    assert (code_of(msg), "another id" in (msg.headers or {})[H_ERROR]) == ("400", True)
+    assert await s1.get("s1/out/u") == BYTES[:50_000]
+
+
 async def test_a_repeated_last_piece_is_answered_without_reading_the_object(place: Place, s1: Sandbox) -> None:
     """Reading 100 MB for each repeat would be a cheap flood. The piece that is gone shows that nobody looks."""
     made = await s1.put("u", BYTES[:300_000], name="a.bin")
