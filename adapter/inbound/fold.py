@@ -188,7 +188,7 @@ class Folds:
     async def _read(self, sandbox: str, after: int) -> None:
         await self._reader.check(after)
         newest = await self._reader.newest(sandbox)
-        known = self._known.setdefault(sandbox, FoldedInbox(after, after))
+        known = self._known.get(sandbox) or FoldedInbox(after, after)
         if after < known.low:
             await self._reader.read(sandbox, after, known.low, known)
             known.low = after
@@ -197,6 +197,7 @@ class Folds:
             known.high = newest
             for user, received in found.items():
                 self._on_read(sandbox, user, received)
+        self._known[sandbox] = known  # not before all is read: a conversation may ask meanwhile
 
     async def prints_of(self, sandbox: str, bot: str, after: int) -> tuple[list[bytes], int]:
         known = await self.read(sandbox, after)
