@@ -55,16 +55,20 @@ class Next:
         before, reader = await self._confirm(sandbox, query)
         if not await self._is_reached(reader.handled):
             raise Temporary("inbox_set_back", SET_BACK)
-        found, first = await self._read(sandbox, reader.handled, query.max, before)
+        found, lacks = await self._read(sandbox, reader.handled, query.max, before)
         if found:
             # what was read may have been another person's until now, or another agent's
             now = await deps.readers.load(sandbox)
             _ensure_reads(now, reader.reader)
             found = [each for each in found if each.sequence > now.handled]
-            first = first if found else 0
         elif self._age_ms(reader) > deps.kept_ms // 2:  # the bucket forgets who does not ask
             await deps.readers.change(sandbox, lambda now: now)
-        return SandboxResponse(msgspec.json.encode(NextPage(reader=reader.reader, messages=found, first=first)), {})
+        return SandboxResponse(
+            msgspec.json.encode(
+                NextPage(reader=reader.reader, messages=found, first=found[0].sequence if found and lacks else 0)
+            ),
+            {},
+        )
 
     async def _confirm(self, sandbox: str, query: NextQuery) -> tuple[Reader, Reader]:
         """Makes a new reader, or moves the position. Returns the record before and after it. Raises Refused,
@@ -91,10 +95,9 @@ class Next:
             self._last = await self._deps.history.last_sequence(self._deps.names.stream_in)
         return sequence <= self._last
 
-    async def _read(self, sandbox: str, after: int, most: int, before: Reader) -> tuple[list[Handed], int]:
-        """The messages behind a position, and the first one's sequence if others before it may be gone unread. Raises
-        Temporary."""
-        names, size, first = self._deps.names, 0, 0
+    async def _read(self, sandbox: str, after: int, most: int, before: Reader) -> tuple[list[Handed], bool]:
+        """The messages behind a position, and whether others before them may be gone unread. Raises Temporary."""
+        names, size, lacks = self._deps.names, 0, False
         found: list[Handed] = []
         stored_ones = self._deps.history.read(names.stream_in, names.inbox(sandbox), after=after, limit=most)
         async with contextlib.aclosing(cast("AsyncGenerator[Stored]", stored_ones)) as messages:
@@ -102,12 +105,11 @@ class Next:
                 size += len(stored.data)
                 if found and size > self._deps.page_bytes():
                     break
-                if not found and self._may_lack(before, stored):
-                    first = stored.seq
+                lacks = lacks if found else self._may_lack(before, stored)
                 found.append(Handed(sequence=stored.seq, message=msgspec.Raw(stored.data)))
         if found:
             self._last = max(self._last, found[-1].sequence)
-        return found, first
+        return found, lacks
 
     def _may_lack(self, before: Reader, first: Stored) -> bool:
         """Whether messages between the position and the oldest one that is left may be gone: the sandbox has not

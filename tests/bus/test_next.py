@@ -226,8 +226,16 @@ async def test_messages_that_are_gone_unread_are_told_by_the_first_that_is_left(
     await place.rig.history.delete(NAMES.stream_in, sequences[0])
     page = await place.ask(reader=reader)
     assert (page.first, texts(page)[0]) == (sequences[1], "1")
-    page = await place.ask(reader=reader, after=sequences[5])
+    page = await place.ask(reader=reader, after=sequences[1])
     assert page.first == 0
+    sequences += await place.say("full", "again")
+
+    async def changes() -> None:
+        await place.readers.skip("s1", sequences[-1])
+
+    place.history.meanwhile = changes
+    page = await place.ask(reader=reader)
+    assert (page.first, page.messages) == (0, []), "what is gone was another person's"
 
 
 async def test_who_was_away_for_longer_than_messages_are_kept_is_told_so(place: Place) -> None:

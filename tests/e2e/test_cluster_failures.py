@@ -20,6 +20,7 @@ LEADERS = (
     NAMES.stream_out,
     NAMES.stream_event,
     f"KV_{NAMES.checkpoints}",
+    f"KV_{NAMES.readers}",
     f"KV_{NAMES.conversations}",
     f"KV_{NAMES.members}",
     f"KV_{NAMES.claims}",
