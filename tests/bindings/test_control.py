@@ -234,7 +234,7 @@ async def test_a_sandbox_is_told_once_that_its_bot_has_moved_also_where_that_bre
     await platform.bind(id="r1")
     failures, update = [Temporary("bus_down")], platform.bench.bindings_bucket.update
 
-    async def fails_once(key: str, value: bytes, revision: int, *, ttl_s: int = 0) -> int:
+    async def fails_once(key: str, value: bytes, revision: int, **_: Any) -> int:
         if failures and breaks_off == "before":
             raise failures.pop()
         written = await update(key, value, revision)
