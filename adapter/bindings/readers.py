@@ -47,18 +47,6 @@ class Readers:
             lambda now: structs.replace(now, handled=sequence) if now.reader and now.handled < sequence else None,
         )
 
-    async def count_above(self, sequence: int, *, lower: bool = False) -> int:
-        """The number of positions above a sequence, as after a restore of an older inbox. `lower`: they are set to
-        it."""
-        above = [
-            entry.key
-            for entry in await self._bucket.list_entries()
-            if entry.value is not None and self._decoder.decode(entry.value, sandbox=entry.key).handled > sequence
-        ]
-        for sandbox in above if lower else ():
-            await self.change(sandbox, lambda now: structs.replace(now, handled=min(now.handled, sequence)))
-        return len(above)
-
     async def _load(self, sandbox: str) -> tuple[Reader, int]:
         entry = await self._bucket.get(sandbox)
         if entry is None or entry.value is None:

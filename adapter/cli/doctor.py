@@ -14,7 +14,6 @@ from cyclopts import Parameter
 from nats.errors import Error as NatsError
 
 from adapter.bindings.key_rotation import count_stored_tokens, reseal_tokens
-from adapter.bindings.readers import Readers
 from adapter.cli import output, permission_checks
 from adapter.cli.bindings import TROUBLE, all_bindings, status_of
 from adapter.cli.bus import Bus, connected_bus
@@ -25,14 +24,13 @@ from adapter.contract.headers import forwardable_headers
 from adapter.contract.messages import BOT_STATUSES, BindingInfo, BotStatus
 from adapter.contract.names import H_COMMAND, H_MSG_ID, H_SEQUENCE, H_SINCE_MS, digest
 from adapter.conversation.commands import original_position
-from adapter.errors import UNDECODABLE, BusRefused, Refused, Temporary
+from adapter.errors import UNDECODABLE, BusRefused, Conflict, Refused, Temporary
+from adapter.inbound.positions import find_above
 from adapter.jetstream import topology
 from adapter.jetstream.buckets import LeaderKvBucket
 from adapter.jetstream.history import count_by_subject
 from adapter.jetstream.layout import EXPECTS, LAYOUT, Shape, largest, read_layout, shape_of, with_shape, write_layout
-from adapter.kit.timing import SystemClock
 from adapter.ports import Stored
-from adapter.replica.connections import readers_bucket
 from adapter.security.seal import Sealer, Sealing
 from adapter.settings import PREFIX
 
@@ -105,7 +103,7 @@ async def _run_checks(bus: Bus, *, fix: bool, allow_loss: bool, quiet: bool) -> 
         checks += await _attempt("unknown streams", _check_unknown_streams(bus))
         checks += await _attempt("storage", _check_storage(bus))
         checks += await _attempt("tokens", _check_tokens(bus))
-        checks += await _attempt("readers", _check_readers(bus))
+        checks += await _attempt("positions", _check_positions(bus))
     checks.append(_check_adapters(bus, there))
     if checks[-1].state == "ok":
         checks += await _attempt("bindings", _check_bindings(bus))
@@ -230,17 +228,20 @@ async def _check_tokens(bus: Bus) -> list[Check]:
     return [Check("tokens", "ok", said)]
 
 
-async def _check_readers(bus: Bus) -> list[Check]:
-    """Whether sandboxes have handled more than is stored: they would miss what comes until then."""
-    count = await _readers(bus).count_above(await bus.history.last_sequence(bus.names.stream_in))
-    if not count:
-        return [Check("readers", "ok", "no sandbox has handled more than is stored")]
-    said = f"{count} sandboxes have handled more than {bus.names.stream_in} has since its restore"
-    return [Check("readers", "fail", f"{said}: use --fix, before adapters start.")]
-
-
-def _readers(bus: Bus) -> Readers:
-    return Readers(readers_bucket(bus.connection, bus.names, bus.settings), SystemClock())
+async def _check_positions(bus: Bus) -> list[Check]:
+    """Whether the stream of the inboxes has reached what bots, users and agents know of it."""
+    try:
+        above, unopened = await find_above(bus.history, bus.names, Sealer(bus.settings.token_key))
+    except Temporary:
+        return [Check("positions", "ok", "this user cannot read them; adapters look at them")]
+    if above:
+        said = f"{len(above)} are above the last sequence of {bus.names.stream_in}, which was set back:"
+        said += " nothing is polled, sent or read there. Stop the adapters, use --fix, start them."
+        return [Check("positions", "fail", said)]
+    if unopened:
+        said = f"{unopened} cannot be told, and --fix does not lower them: their key is not in {PREFIX}TOKEN_KEY here"
+        return [Check("positions", "warn", f"{said}, or they are damaged.")]
+    return [Check("positions", "ok", f"none is above the last sequence of {bus.names.stream_in}")]
 
 
 def _short(value: Any) -> str:
@@ -355,11 +356,16 @@ async def _fix(bus: Bus, layout: Check, *, allow_loss: bool, quiet: bool) -> lis
         if count := found["older"]:
             say(f"sealing {count} bot tokens with the first key")
             await reseal_tokens(bus.history, LeaderKvBucket(connection, names.bindings), names, sealer)
-        if count := await _readers(bus).count_above(await bus.history.last_sequence(names.stream_in), lower=True):
-            say(f"setting {count} sandboxes that have handled more than is stored to the end of {names.stream_in}")
         if count := await _count_unrouted(bus):
             say(f"publishing {count} commands again that were stored where no adapter looks")
             await _republish_unrouted(bus)
+        above, _ = await find_above(bus.history, names, sealer)
+        if above:
+            say(f"lowering {len(above)} positions to the last sequence of {names.stream_in}")
+        for one in above:
+            with contextlib.suppress(Conflict):  # by an adapter that runs, which is told by the check after it
+                bucket = LeaderKvBucket(connection, one.bucket, ttl_s=one.ttl_s)
+                await bucket.write(one.key, one.value, one.revision)
         return left
     except Refused as exc:
         raise Failed(NO, exc.detail) from exc

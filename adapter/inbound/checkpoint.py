@@ -50,6 +50,28 @@ class Stored(msgspec.Struct, frozen=True):
     position: _Position = msgspec.field(default_factory=_Position)
 
 
+def _open(record: CheckpointRecord, bot: str, sealer: Sealer) -> _Position:
+    """Raises Refused, UNDECODABLE."""
+    body = sealer.open_bytes(checkpoint_context(bot, record.owner), record.sealed)
+    return msgspec.msgpack.decode(body, type=_Position)
+
+
+def _encode(owner: str, bot: str, position: _Position, sealer: Sealer) -> bytes:
+    sealed = sealer.seal_bytes(checkpoint_context(bot, owner), msgspec.msgpack.encode(position))
+    return msgspec.json.encode(CheckpointRecord(owner=owner, sealed=sealed))
+
+
+def lowered_checkpoint(bot: str, value: bytes, last: int, sealer: Sealer) -> bytes | None:
+    """A stored checkpoint with `inbox_seq` lowered to `last`; None: it is not above. Raises Refused (no key opens
+    it), UNDECODABLE."""
+    record = msgspec.json.decode(value, type=CheckpointRecord)
+    position = _open(record, bot, sealer)
+    if position.inbox_seq <= last:
+        return None
+    position.inbox_seq = last
+    return _encode(record.owner, bot, position, sealer)
+
+
 class Checkpoints:
     """Reads and writes the checkpoints of all bots."""
 
@@ -67,9 +89,7 @@ class Checkpoints:
         owner, position = "", _Position()
         try:
             record = self._decoder.decode(entry.value, bot=bot)
-            owner = record.owner
-            body = self._sealer.open_bytes(checkpoint_context(bot, owner), record.sealed)
-            position = msgspec.msgpack.decode(body, type=_Position)
+            owner, position = record.owner, _open(record, bot, self._sealer)
         except (*UNDECODABLE, Refused) as exc:  # the bot starts anew, and the inbox tells repeats
             log.error("checkpoint.unreadable", bot=bot, detail=type(exc).__name__)
         return Stored(bot, owner, entry.revision, position)
@@ -91,11 +111,7 @@ class Checkpoints:
     ) -> int:
         """Writes a checkpoint if its revision is that of `stored`. Returns the new one. Raises Conflict, Temporary,
         and what `ensure_owner` raises."""
-        bot, owner = stored.bot, stored.owner
-        body = msgspec.msgpack.encode(stored.position)
-        sealed = self._sealer.seal_bytes(checkpoint_context(bot, owner), body)
-        value = msgspec.json.encode(CheckpointRecord(owner=owner, sealed=sealed))
-        key = to_subject_token(bot)
+        value, key = _encode(stored.owner, stored.bot, stored.position, self._sealer), to_subject_token(stored.bot)
         return await self._bucket.update(key, value, stored.revision, ttl_s=ttl_s, ensure_owner=ensure_owner)
 
     async def clear_owner(self, stored: Stored) -> bool:

@@ -46,7 +46,9 @@ class Connections:
         self.bulk_history = StreamHistory(self.media_connection, replicated=self._replicated)
         # a page of messages is small, and a message that has just come is in it
         self.inboxes = StreamHistory(self.service_connection, replicated=self._replicated)
-        self.readers = readers_bucket(self.service_connection, names, settings)
+        self.readers = LeaderKvBucket(
+            self.service_connection, names.readers, ttl_s=int(READER_LIVES * settings.in_max_age_h * 3600)
+        )
         self.core = CoreNats(self.connection)
         self.objects = ObjectStore(self.media_connection, self.media_bus, names.media)
         self.chat = ILink(
@@ -89,10 +91,6 @@ class Connections:
         """Closes the connections to iLink."""
         await self.chat.close()
         await self.cdn.close()
-
-
-def readers_bucket(connection: ManagedConnection, names: Names, settings: Settings) -> LeaderKvBucket:
-    return LeaderKvBucket(connection, names.readers, ttl_s=int(READER_LIVES * settings.in_max_age_h * 3600))
 
 
 async def _enable_read_pauses(nc: BusClient) -> None:

@@ -113,9 +113,7 @@ def _operator_publishes(names: Names) -> tuple[str, ...]:
         *_api_subjects(*(f"DIRECT.GET.{stream}{rest}" for stream in readable for rest in ("", ".>"))),
         *_api_subjects(*(f"STREAM.MSG.GET.{stream}" for stream in readable)),
         *_api_subjects(f"DIRECT.GET.{names.stream_out}"),  # a work queue allows no other consumer
-        *_api_subjects(
-            *(f"DIRECT.GET.KV_{bucket}" for bucket in (names.claims, names.readers))
-        ),  # `doctor` reads them
+        *_api_subjects(f"DIRECT.GET.KV_{names.claims}"),  # `doctor` reads the layout key
         *_api_subjects(*(f"STREAM.MSG.DELETE.{stream}" for stream in (names.stream_dead, names.stream_out))),
         *_api_subjects(f"STREAM.PURGE.{media}"),
         *(f"$JS.FC.{stream}.>" for stream in readable),

@@ -170,10 +170,7 @@ API: list[tuple[str, dict[str, str]]] = [
     ("$JS.API.STREAM.PEER.REMOVE.<stream>", {}),
     ("$JS.API.STREAM.PEER.EVACUATE.<stream>", {}),
     ("$JS.API.STREAM.CANCEL_MOVE.<stream>", {}),
-    (
-        "$JS.API.DIRECT.GET.<stream>",
-        {"adapter": ALL, "operator": f"{READ} WECHAT_OUT KV_wechat_claims KV_wechat_readers"},
-    ),
+    ("$JS.API.DIRECT.GET.<stream>", {"adapter": ALL, "operator": f"{READ} WECHAT_OUT KV_wechat_claims"}),
     ("$JS.API.DIRECT.GET.<stream>.wechat.x", {"adapter": ALL, "operator": READ}),
     ("$JS.API.CONSUMER.NAMES.<stream>", {"adapter": ALL, "operator": ALL}),
     ("$JS.API.CONSUMER.LIST.<stream>", {"operator": ALL}),

@@ -13,13 +13,13 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from adapter.bindings.readers import Readers
 from adapter.cli import permission_checks
 from adapter.cli.bus import Bus, connected_bus
 from adapter.cli.embedded import EmbeddedNats
 from adapter.contract.messages import BindingHealth, BindingInfo, BotStatus
-from adapter.contract.names import H_SINCE_MS, shard_of, to_subject_token
-from adapter.contract.records import Binding, Reader
+from adapter.contract.names import H_SINCE_MS, conversation_key, shard_of, to_subject_token
+from adapter.contract.records import Binding, CheckpointRecord, Reader
+from adapter.conversation.record import ConversationRecord, SendWindow
 from adapter.environment import read_settings
 from adapter.errors import Refused
 from adapter.jetstream.buckets import LeaderKvBucket
@@ -27,8 +27,7 @@ from adapter.jetstream.history import StreamHistory
 from adapter.jetstream.layout import KEY, expects
 from adapter.jetstream.managed_connection import ManagedConnection
 from adapter.jetstream.topology import HOUR_NS
-from adapter.kit.timing import SystemClock
-from adapter.security.seal import Sealer, cursor_context
+from adapter.security.seal import Sealer, checkpoint_context, cursor_context
 from tests.bus.guarded import Guarded, guarded
 from tests.cli.conftest import Command, Result
 from tests.cli.process import TOKEN_KEY, started
@@ -256,24 +255,6 @@ async def test_a_consumer_that_is_paused_is_told(cli: Command, bus: Bus) -> None
     for consumer in ("WECHAT_CTL.control", "WECHAT_OUT.out-007"):
         await bus.api_request(f"CONSUMER.PAUSE.{consumer}", {})
     assert states(await cli("doctor", "--json"))["streams"] == "ok"
-
-
-async def test_sandboxes_that_have_handled_more_than_is_stored_are_set_back(cli: Command, bus: Bus) -> None:
-    """As after a restore of an older inbox."""
-    await bus.store(bus.names.inbox("s1"), b"{}", {})
-    last = await bus.history.last_sequence(bus.names.stream_in)
-    for sandbox, handled in (("s1", last), ("s2", last + 7)):
-        value = msgspec.json.encode(Reader(handled=handled, reader=5))
-        await bus.store(f"$KV.{bus.names.readers}.{sandbox}", value, {})
-    result = await cli("doctor", "--json")
-    (said,) = [row["say"] for row in result.rows if row["check"] == "readers"]
-    assert (states(result)["readers"], said.startswith("1 sandboxes")) == ("fail", True)
-    assert "setting 1 sandboxes" in (await cli("doctor", "--fix")).out
-    assert states(await cli("doctor", "--json"))["readers"] == "ok"
-    readers = Readers(LeaderKvBucket(bus.connection, bus.names.readers), SystemClock())
-    for sandbox in ("s1", "s2"):
-        now = await readers.load(sandbox)
-        assert (now.handled, now.reader) == (last, 5)
 
 
 async def test_commands_that_were_stored_without_the_transform_are_brought_to_their_shards(
@@ -674,6 +655,77 @@ async def test_rotating_a_key_leaves_no_adapter_with_a_token_that_it_cannot_open
         for keys in (before, after):
             for binding in await stored_bindings(bus):
                 assert sealer(*keys).open(binding.bot, binding.token) == "TOKEN", (before, after, keys)
+
+
+def checkpoint(inbox_seq: int, key: str = NEW) -> bytes:
+    """As a poller of the replica "r" leaves it."""
+    position = msgspec.msgpack.encode({"sandbox": "s1", "cursor": "c", "inbox_seq": inbox_seq})
+    sealed = sealer(key).seal_bytes(checkpoint_context("b1@im.bot", "r"), position)
+    return msgspec.json.encode(CheckpointRecord(owner="r", sealed=sealed))
+
+
+async def test_positions_above_a_restored_inbox_are_told_and_lowered(
+    cli: Command, bus: Bus, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A backup of WECHAT_IN is older than what bots, users and agents have seen."""
+    names = bus.names
+    monkeypatch.setenv("WECHAT_NATS_TOKEN_KEY", NEW)
+    was = (await bus.store(names.inbox("s1"), b"{}", {})).seq
+    config = (await bus.api_request(f"STREAM.INFO.{names.stream_in}"))["config"]
+    await bus.api_request(f"STREAM.DELETE.{names.stream_in}")
+    await bus.api_request(f"STREAM.CREATE.{names.stream_in}", config | {"first_seq": 100})
+    last = (await bus.store(names.inbox("s1"), b"{}", {})).seq
+    assert last == 100
+    bot, user = to_subject_token("b1@im.bot"), conversation_key("s1", "u1@im.wechat")
+    keys = [f"$KV.{names.checkpoints}.{bot}", f"$KV.{names.conversations}.{user}", f"$KV.{names.readers}.s1"]
+    told = ConversationRecord(bot="b1@im.bot", inbox_seq=was, window=SendWindow(id="m", sequence=was, opened_ms=1))
+    await bus.store(keys[0], checkpoint(was), {"Nats-TTL": "3600s"})
+    await bus.store(keys[1], msgspec.json.encode(told), {})
+    revision = (await bus.store(keys[2], msgspec.json.encode(Reader(handled=was)), {})).seq
+    await bus.store(f"$KV.{names.readers}.s2", msgspec.json.encode(Reader(handled=last, reader=7)), {})
+
+    assert (await say_of(cli, "positions")).startswith(
+        "3 are above the last sequence of WECHAT_IN, which was set back"
+    )
+    assert "lowering 3 positions to the last sequence of WECHAT_IN" in (await cli("doctor", "--fix")).out
+    assert await say_of(cli, "positions") == "none is above the last sequence of WECHAT_IN"
+
+    stored = [await bus.history.read_last(f"KV_{key.split('.')[1]}", key) for key in keys]
+    values = [one.data for one in stored if one is not None]
+    found = msgspec.json.decode(values[0], type=CheckpointRecord)
+    position = sealer(NEW).open_bytes(checkpoint_context("b1@im.bot", "r"), found.sealed)
+    assert (found.owner, msgspec.msgpack.decode(position)) == (
+        "r",
+        {"sandbox": "s1", "cursor": "c", "inbox_seq": last},
+    )
+    assert stored[0] is not None
+    assert stored[0].headers["Nats-TTL"] == "3600s"
+    window = msgspec.structs.replace(told.window, sequence=last)
+    lowered = msgspec.structs.replace(told, inbox_seq=last, window=window)
+    assert msgspec.json.decode(values[1], type=ConversationRecord) == lowered
+    assert msgspec.json.decode(values[2], type=Reader) == Reader(handled=last, reader=revision)
+
+
+@pytest.mark.parametrize("key", ["", OLD])
+async def test_a_position_is_lowered_only_with_its_key(
+    cli: Command, bus: Bus, monkeypatch: pytest.MonkeyPatch, key: str
+) -> None:
+    monkeypatch.setenv("WECHAT_NATS_TOKEN_KEY", key)
+    subject, value = f"$KV.{bus.names.checkpoints}.{to_subject_token('b1@im.bot')}", checkpoint(2**60)
+    await bus.store(subject, value, {})
+    assert "lowering" not in (await cli("doctor", "--fix")).out
+    said = await say_of(cli, "positions")
+    assert said.startswith(
+        "1 cannot be told, and --fix does not lower them: their key is not in WECHAT_NATS_TOKEN_KEY"
+    )
+    found = await bus.history.read_last(f"KV_{bus.names.checkpoints}", subject)
+    assert found is not None
+    assert found.data == value
+
+
+async def say_of(cli: Command, check: str) -> str:
+    (said,) = [str(row["say"]) for row in (await cli("doctor", "--json")).rows if row["check"] == check]
+    return said
 
 
 def _number(token: str) -> int:

@@ -118,7 +118,9 @@ async def test_slow_media_are_waited_for_and_what_cannot_be_had_says_why(place: 
     slow, broken = place.users
     picture = samples.png()
     sim = place.world.sim
-    sim.set_fault(FaultRule(fault="F4", endpoint="cdn/download", bot=slow.bot, params={"chunk": 100, "pause_ms": 200}))
+    sim.set_fault(
+        FaultRule(fault="F4", endpoint="cdn/download", bot=slow.bot, params={"chunk": 100, "pause_ms": 200})
+    )
     sim.set_fault(FaultRule(fault="F25", endpoint="cdn/download", bot=broken.bot, params={"status": 403}))
     async with Sandbox("s1", place.settings["s1"]) as sandbox:
         for user in place.users:
