@@ -25,7 +25,6 @@ first command, with the commands that are merged into its message. `Activity` sa
     CHECKING_SESSION  SessionChecked      IDLE: session alive: one retry, then refused; dead: the bot needs a login
     any               Stored              unchanged; commands join the queue
                       InboundReceived     unchanged; a new window opens, which the actor stores within a second
-                      Dispatched          unchanged; the record learns how far the inbox is complete
                       Bound               unchanged; without a bot every command that is not being sent ends, and the
                                           record is stored with a time to live (Save)
                       Deadline            unchanged; expired commands end, and the queue is examined again

@@ -1,4 +1,4 @@
-"""Reads inboxes behind what a shard's bots and conversations know: the inbox is the journal.
+"""Reads inboxes behind what a shard's bots and conversations know.
 
 A message in an inbox says all that its bot's owner and its user's conversation need: its fingerprint, the context
 token, and the window that it opened. Whoever takes a bot or opens a conversation reads what is behind its position,
