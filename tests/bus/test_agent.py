@@ -109,6 +109,17 @@ async def test_a_ring_that_is_lost_delays_a_message_and_no_more(
         assert (await anext(aiter(sandbox))).text == "1"
 
 
+async def test_it_asks_when_the_connection_is_back_since_rings_were_lost(person: Person) -> None:
+    async with opened(person) as sandbox:
+        waiting = asyncio.ensure_future(anext(aiter(sandbox)))
+        await until(lambda: len(person.adapter.queries) > 0, "it has asked")
+        person.rig.bus.kill()
+        await person.say(ring=False)
+        await person.rig.bus.start()
+        async with asyncio.timeout(reader_module.ASK_S / 2):
+            assert (await waiting).text == "1"
+
+
 async def test_what_is_finished_is_confirmed_soon_though_nothing_more_comes(person: Person) -> None:
     done: list[str] = []
 

@@ -20,6 +20,9 @@ from typing import Any
 import pytest
 from aiohttp import web
 from aiohttp.test_utils import TestServer
+from nats.aio.client import Client
+from nats.errors import Error as NatsError
+from nats.js.errors import KeyNotFoundError
 
 from tests.cli.process import alive
 from tests.e2e.world import NAMES, World, eventually, time_ms, until, world
@@ -117,14 +120,24 @@ async def shows(made: World, *texts: str) -> None:
 async def settled(made: World) -> None:
     """Every message is confirmed."""
     nc = await made.nc()
-    readers = await nc.jetstream().key_value(NAMES.readers)
 
-    async def confirmed() -> bool:
+    async def all_are() -> bool:
         last = await nc.jetstream().get_last_msg(NAMES.stream_in, NAMES.inbox("s1"))
-        stored = json.loads((await readers.get("s1")).value or b"{}")
-        return bool(stored["handled"] == last.seq)
+        return await confirmed(nc) == last.seq
 
-    await eventually(confirmed, "all is confirmed")
+    await eventually(all_are, "all is confirmed")
+
+
+async def confirmed(nc: Client) -> int:
+    """The sequence up to which all messages are, once the server answers; 0: none is."""
+    while True:
+        try:
+            readers = await nc.jetstream().key_value(NAMES.readers)
+            return int(json.loads((await readers.get("s1")).value or b"{}").get("handled", 0))
+        except KeyNotFoundError:
+            return 0
+        except (NatsError, TimeoutError):
+            await asyncio.sleep(0.1)
 
 
 async def test_answers_come_in_order_and_steer_by_two_words(tmp_path: Path) -> None:
@@ -366,19 +379,22 @@ async def test_a_url_is_asked_again_after_a_death_and_answers_once(
 
 @pytest.mark.slow  # they talk for a minute
 async def test_whatever_dies_each_person_has_each_answer_once_and_in_order(tmp_path: Path) -> None:
+    """And nothing is given to the program again that was confirmed."""
     rng = random.Random(int(os.environ.get("SEED", "7")))
     async with agent_running(tmp_path) as (made, agent):
         nc, first, other = await made.nc(), made.bots["s1"], made.sim.add_bot()
         await made.bind(nc, "s1", other)
-        await nc.close()
         users = [first, other]
         said: dict[str, list[str]] = {user.user: [] for user in users}
+        deaths: list[tuple[int, int]] = []
+        """What was confirmed before each death of the command, and how many runs there were."""
 
         async def talk() -> None:
-            for number in range(60):
+            for number in range(50):
                 user = rng.choice(users)
-                said[user.user].append(f"done: {number}")
-                made.sim.say(user.bot, str(number))
+                for word in range(rng.randint(1, 5)):
+                    said[user.user].append(f"done: {number}.{word}")
+                    made.sim.say(user.bot, f"{number}.{word}")
                 await asyncio.sleep(rng.uniform(0, 1.5))
 
         async with asyncio.TaskGroup() as group:
@@ -386,15 +402,15 @@ async def test_whatever_dies_each_person_has_each_answer_once_and_in_order(tmp_p
             while not talking.done():
                 await asyncio.sleep(rng.uniform(0.2, 3))
                 match rng.choice(["command", "command", "terminated", "server", "adapter"]):
-                    case "command":
-                        await agent.end(signal.SIGKILL)
-                    case "terminated":
-                        await agent.end()
                     case "server":
                         made.server.kill()
                         await made.server.start()
-                    case _:
+                    case "adapter":
                         await made.adapters[0].kill()
+                    case way:
+                        sequence = await confirmed(nc)
+                        await agent.end(signal.SIGKILL if way == "command" else signal.SIGTERM)
+                        deaths.append((sequence, len(agent.runs)))
                 await agent.start_unless_running()
                 await made.adapters[0].start()
         for user, texts in said.items():
@@ -402,3 +418,6 @@ async def test_whatever_dies_each_person_has_each_answer_once_and_in_order(tmp_p
         await settled(made)
         for user, texts in said.items():
             assert [shown.text for shown in made.sim.phone(user)] == texts
+        assert len(deaths) > 3
+        for sequence, count in deaths:
+            assert all(run["sequence"] > sequence for run in agent.runs[count:])
