@@ -44,7 +44,7 @@ from adapter.inbound.checkpoint import Checkpoint, Checkpoints
 from adapter.inbound.fold import InboxReader
 from adapter.inbound.media import MediaFetcher, name_media
 from adapter.inbound.sealed import Sealed, seal
-from adapter.kit.crashes import ATTEMPTS, retry_on_bug_now
+from adapter.kit.crashes import ATTEMPTS
 from adapter.kit.timing import Clock, PerTickLimiter, backoff
 from adapter.observability.events import Events
 from adapter.observability.metrics import Metrics
@@ -77,6 +77,9 @@ class Shard(Protocol):
 
     def show_typing(self, binding: Binding, user: str, context_token: str) -> None:
         """Shows the typing indicator. Best effort."""
+
+
+_NOBODY = ConversationRecord()
 
 
 class ReceiveDeps(NamedTuple):
@@ -134,6 +137,8 @@ class Receiver:
         self._deps = deps
         self._others: tuple[str, ...] = ()
         """Users who are not the binding's."""
+        self._whole = 0, contract.Window()
+        """A window of which nothing is used, and when it was opened."""
 
     async def receive(self, polled: Polled, checkpoint: Checkpoint) -> None:
         """Returns when all messages are stored. Raises LeaseLost if the bot is lost; all are stored then, too."""
@@ -170,12 +175,10 @@ class Receiver:
                 work = 0
                 await self._deps.turns.wait_turn()
             try:
-                one = retry_on_bug_now(
-                    partial(self._read_one, raw, place, number, checkpoint, among), "inbound.crashed", bot=self.bot
-                )
-            except Crashed as exc:
-                one = _Read(raw, outcome="crashed", detail=exc.detail)
-            found.append(one)
+                found.append(self._read_one(raw, place, number, checkpoint, among))
+            except Exception:
+                log.exception("inbound.crashed", bot=self.bot, work="read")
+                found.append(_Read(raw, outcome="crashed", detail=Crashed().detail))
         return found
 
     def _read_one(
@@ -313,12 +316,12 @@ class Receiver:
 
     def _build_all(self, read: Sequence[_Read], binding: Binding, received_ms: int) -> None:
         for one in read:
-            if one.outcome != "new" or one.message is None:
-                continue
-            try:
-                retry_on_bug_now(partial(self._build, one, binding, received_ms), "inbound.crashed", bot=self.bot)
-            except Crashed as exc:
-                one.outcome, one.detail = "crashed", exc.detail
+            if one.outcome == "new":
+                try:
+                    self._build(one, binding, received_ms)
+                except Exception:
+                    log.exception("inbound.crashed", bot=self.bot, work="build")
+                    one.outcome, one.detail = "crashed", Crashed().detail
 
     def _build(self, one: _Read, binding: Binding, received_ms: int) -> None:
         """Makes the message for the inbox."""
@@ -365,12 +368,18 @@ class Receiver:
         """The window that the message opens. A bug costs the window, not the message."""
         actor, message = one.actor, one.message
         assert message is not None
-        record = actor.state.record if actor is not None else ConversationRecord()
-        heard = _heard(one, self.bot, MAX_SEQ, now_ms)
+        record = actor.state.record if actor is not None else _NOBODY
         in_flight = 0 if actor is None else int(actor.state.activity is rules.Activity.SENDING)
+        used = in_flight or record.window.sent_at_ms or record.window.throttled_at_ms
+        is_whole = bool(message.context_token) and not used
+        if is_whole and self._whole[0] == now_ms:  # as that of another message of this answer
+            return self._whole[1]
         try:
-            opened = rules.hear(record, heard, now_ms, in_flight)
-            return window.visible_window(opened, now_ms, self._deps.policy)
+            opened = rules.hear(record, _heard(one, self.bot, MAX_SEQ, now_ms), now_ms, in_flight)
+            shown = window.visible_window(opened, now_ms, self._deps.policy)
+            if is_whole:
+                self._whole = now_ms, shown
+            return shown
         except Exception:
             log.exception("inbound.crashed", bot=self.bot, work="window")
             return contract.Window()
