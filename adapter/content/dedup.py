@@ -24,6 +24,8 @@ SIZE = _RECORD.size
 """Bytes of a fingerprint."""
 _CONTENT_AT = 3 * HASH
 _ABSENT = bytes(HASH)
+MARKS = 8192
+"""Bits of an index: 1 kB for a bot that gets messages."""
 _BLANK = hashlib.blake2b(digest_size=HASH)
 SAME_TIME_MS = 1000
 """Two messages without any id are the same if their times differ by less than this."""
@@ -100,11 +102,13 @@ class DedupWindow:
     """The recent messages of one bot, as fingerprints in a row: thousands of bots have some, and objects would take
     ten times the memory."""
 
-    __slots__ = ("_prints",)
+    __slots__ = ("_marks", "_prints")
 
     def __init__(self, prints: bytes = b"") -> None:
         """`prints`: what `kept` gave; anything else counts as nothing."""
         self._prints = prints if len(prints) % SIZE == 0 else b""
+        self._marks: bytearray | None = None
+        """A bit for each hash that is searched for; a search costs more than all else. Made when it is needed."""
 
     def is_repeat(self, keys: MessageKeys) -> bool:
         """Whether this is a repeat of a remembered message."""
@@ -120,23 +124,40 @@ class DedupWindow:
 
     def add(self, prints: Iterable[bytes]) -> None:
         """Remembers new messages, oldest first."""
-        self._prints = (self._prints + b"".join(prints))[-KEEP * SIZE :]
+        added = b"".join(prints)
+        self._prints += added
+        if len(self._prints) > 2 * KEEP * SIZE:
+            self._prints, self._marks = self._prints[-KEEP * SIZE :], None
+        elif self._marks is not None:
+            self._mark(added)
 
     def kept(self, now_ms: int) -> bytes:
-        """The state in its stored form, after what is too old was dropped."""
-        start = 0
+        """The state in its stored form, after what is too old or too much was dropped."""
+        start = max(0, len(self._prints) - KEEP * SIZE)
         while start < len(self._prints) and _RECORD.unpack_from(self._prints, start)[5] < now_ms - KEEP_MS:
             start += SIZE
-        self._prints = self._prints[start:]
+        if start:
+            self._prints, self._marks = self._prints[start:], None
         return self._prints
 
     def _found(self, hashed: bytes, offset: int) -> Iterator[int]:
         """Where the fingerprints begin that have this hash at this offset."""
-        at = self._prints.find(hashed)
+        if self._marks is None:
+            self._marks = bytearray(MARKS // 8)
+            self._mark(self._prints)
+        bit = _bit_of(hashed)
+        at = self._prints.find(hashed) if self._marks[bit >> 3] >> (bit & 7) & 1 else -1
         while at >= 0:
             if at % SIZE == offset:
                 yield at - offset
             at = self._prints.find(hashed, at + 1)
+
+    def _mark(self, prints: bytes) -> None:
+        assert self._marks is not None
+        for start in range(0, len(prints), SIZE):
+            for at in (start, start + _CONTENT_AT):
+                bit = _bit_of(prints[at : at + HASH])
+                self._marks[bit >> 3] |= 1 << (bit & 7)
 
 
 class BatchDedup:
@@ -174,6 +195,10 @@ def _is_same_message(new: _Print, old: _Print) -> bool:
     apart_ms = abs(new.sent_at_ms - old.sent_at_ms)
     nameless = _ABSENT in (new.message, old.message) and _ABSENT in (new.client, old.client)
     return apart_ms == 0 or (nameless and apart_ms < SAME_TIME_MS)
+
+
+def _bit_of(hashed: bytes) -> int:
+    return (hashed[4] << 8 | hashed[5]) % MARKS
 
 
 def _is_plain(ident: str) -> bool:
