@@ -278,16 +278,21 @@ async def test_what_is_gone_is_said_and_what_cannot_be_read_is_skipped(person: P
     await person.adapter.store(700, b'{"v": 2}')
     person.said = 7
     await person.say()
+    done: list[str] = []
+
+    async def handle(message: Message) -> None:
+        done.append(message.text)
+
     with structlog.testing.capture_logs() as logs:
-        async with opened(person) as sandbox:
-            messages = aiter(sandbox)
-            assert (await anext(messages)).text == "8"
+        async with opened(person) as sandbox, handling(sandbox, handle):
+            await person.confirmed(8)
             person.adapter.first = 0
             await person.say()
-            assert (await anext(messages)).text == "9"
-            await person.confirmed(8)
+            await person.adapter.store(1000, b'{"v": 2}')
+            await person.confirmed(10)
+    assert done == ["8", "9"]
     events = [line["event"] for line in logs]
-    assert (events.count("sandbox.gap"), events.count("sandbox.unreadable")) == (1, 1)
+    assert (events.count("sandbox.gap"), events.count("sandbox.unreadable")) == (1, 2)
 
 
 async def test_a_reply_waits_for_the_bus_however_long_it_is_away(
@@ -303,17 +308,24 @@ async def test_a_reply_waits_for_the_bus_however_long_it_is_away(
         "adapter.agent.sandbox.connect_options",
         lambda *arguments: connect_options(*arguments) | {"pending_size": 10, "disconnected_cb": on_lost},
     )
+    monkeypatch.setattr(reader_module, "ANSWER_S", 0.1)
+    monkeypatch.setattr(reader_module, "ANSWER_MAX_S", 0.1)
     await person.say()
     bus = person.rig.bus
     async with opened(person) as sandbox:
         messages = aiter(sandbox)
         message = await anext(messages)
+        person.adapter.disturb = lambda *_: True
+        asked = len(person.adapter.queries)
+        await person.nc.publish(NAMES.live("s1"))
+        await until(lambda: len(person.adapter.queries) > asked + 1, "it repeats a request")
         bus.kill()
         await lost.wait()
         replying = asyncio.create_task(message.reply("x" * 200))
         await bus.start()
         await replying
         await eventually_connected(person)
+        person.adapter.disturb = lambda *_: False
         await person.say(ring=False)  # it asks by itself when the connection is back
         assert (await anext(messages)).text == "2"
     assert [command["text"] for command in await person.commands()] == ["x" * 200]
