@@ -8,8 +8,8 @@ import gc
 import tracemalloc
 from collections import Counter
 
-from adapter.inbound.bot_poller import BotPoller
-from adapter.inbound.poller import run_poller
+from adapter.inbound.checkpoint import SAVE_AFTER_NEW
+from adapter.inbound.poller import BotPoller
 from adapter.ports import Account, Polled
 from tests.bindings.test_control import Platform
 from tests.fakes import Bench, batch, ready
@@ -42,24 +42,27 @@ async def heard(per_answer: int) -> Bench:
     return bench
 
 
-async def test_a_message_costs_two_writes_and_a_conversation_one_a_second() -> None:
+async def test_a_message_costs_one_write_and_a_conversation_one_a_second() -> None:
     bench = await heard(1)
     writes = Counter(bench.bus.writes)
     assert writes.pop("conversation", 0) <= 6  # five seconds of answers
-    assert writes == {"in": MESSAGES, "journal": MESSAGES}
+    assert writes == {"in": MESSAGES, "checkpoint": MESSAGES // SAVE_AFTER_NEW + 1}
 
 
-async def test_a_batch_costs_a_write_for_each_message_and_one_for_all() -> None:
+async def test_a_batch_costs_a_write_for_each_message() -> None:
     bench = await heard(20)
     writes = Counter(bench.bus.writes)
     assert writes.pop("conversation", 0) <= 1
-    assert writes == {"in": MESSAGES, "journal": MESSAGES / 20}
+    assert writes.pop("checkpoint") <= MESSAGES // SAVE_AFTER_NEW + 1  # with the release
+    assert writes == {"in": MESSAGES}
 
 
 async def test_the_bytes_of_a_message() -> None:
     bench = await heard(20)
-    assert stored_bytes(bench, "IN") / MESSAGES < 480
-    assert stored_bytes(bench, "JOURNAL") / MESSAGES < len(raw("hello there")) + 15
+    assert stored_bytes(bench, "IN") / MESSAGES < 660
+    entry = next(iter(bench.checkpoint_bucket.entries.values()))
+    assert entry.value is not None
+    assert len(entry.value) < 6000
 
 
 async def test_a_command_costs_a_write_before_it_and_a_receipt() -> None:
@@ -109,14 +112,14 @@ async def test_an_idle_bot_writes_once_and_takes_little_memory() -> None:
     bench.bus.writes.clear()
     gc.collect()
     tracemalloc.start()
-    deps = bench.inbound_deps(chat=Silence())
-    sessions = [BotPoller(f"b{number}@im.bot") for number in range(IDLE_BOTS)]
-    tasks = [asyncio.get_running_loop().create_task(run_poller(session, deps)) for session in sessions]
+    deps = bench.poll_deps(chat=Silence())
+    sessions = [BotPoller(f"b{number}@im.bot", deps) for number in range(IDLE_BOTS)]
+    tasks = [asyncio.get_running_loop().create_task(session.run()) for session in sessions]
     await asyncio.sleep(3600)
     gc.collect()
     size, _ = tracemalloc.get_traced_memory()
     tracemalloc.stop()
-    assert Counter(bench.bus.writes) == {"journal": IDLE_BOTS}
+    assert Counter(bench.bus.writes) == {"checkpoint": IDLE_BOTS}
     assert size / IDLE_BOTS < 18_000
     for task in tasks:
         task.cancel()

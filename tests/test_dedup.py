@@ -11,18 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from adapter.content.dedup import (
-    KEEP_AT_MOST,
-    KEEP_LONG,
-    KEEP_MS,
-    MERGED_AT_ONCE,
-    RECENT_MS,
-    SAME_TIME_MS,
-    BatchDedup,
-    DedupWindow,
-    MessageKeys,
-    bot_of,
-)
+from adapter.content.dedup import KEEP, KEEP_MS, SAME_TIME_MS, SIZE, BatchDedup, DedupWindow, MessageKeys, bot_of
 from adapter.contract.names import digest
 
 NOW = 1_789_000_000_000
@@ -40,10 +29,13 @@ class Row(NamedTuple):
     repeat: bool
 
 
-def take(seen: DedupWindow, keys: MessageKeys) -> None:
-    """As the adapter does with what iLink sends."""
-    if not seen.is_repeat(keys):
-        seen.add_all([keys], NOW)
+def remember(seen: DedupWindow, *keys: MessageKeys, now_ms: int = NOW) -> None:
+    seen.add([one.fingerprint(now_ms) for one in keys])
+
+
+def again(seen: DedupWindow, now_ms: int = NOW) -> DedupWindow:
+    """As the next owner reads it."""
+    return DedupWindow(seen.kept(now_ms))
 
 
 def say(**fields: Any) -> MessageKeys:
@@ -80,20 +72,21 @@ ROWS = [
 @pytest.mark.parametrize("row", ROWS, ids=lambda row: row.name)
 def test_a_repeat_is_told_from_a_person_who_says_it_twice(row: Row) -> None:
     seen, batch = DedupWindow(), BatchDedup()
-    seen.add_all([row.before], NOW)
+    remember(seen, row.before)
     batch.add(row.before)
     assert seen.is_repeat(row.after) is batch.is_repeat(row.after) is row.repeat
 
 
-@pytest.mark.parametrize("later_ms", [1_000, 8_000, 40 * MINUTE, 60 * MINUTE, KEEP_MS - 1])
+@pytest.mark.parametrize("later_ms", [1_000, 8_000, 40 * MINUTE, KEEP_MS])
 @pytest.mark.parametrize("row", [row for row in ROWS if row.repeat], ids=lambda row: row.name)
 def test_a_repeat_is_found_however_late(row: Row, later_ms: int) -> None:
     """With other traffic in between, also by the replica that takes over."""
     seen = DedupWindow()
-    seen.add_all([row.before], NOW)
-    for number in range(50):
-        seen.add_all([say(message=f"m{number}", client=f"c{number}", content=f"w{number}")], NOW + later_ms)
-    assert DedupWindow(seen.fingerprints()).is_repeat(row.after)
+    remember(seen, row.before)
+    for number in range(KEEP - 1):
+        other = say(message=f"m{number}", client=f"c{number}", content=f"w{number}")
+        remember(seen, other, now_ms=NOW + later_ms)
+    assert again(seen, NOW + later_ms).is_repeat(row.after)
 
 
 def test_what_nobody_said_is_no_repeat() -> None:
@@ -117,10 +110,10 @@ def test_where_there_is_neither_an_id_nor_a_time_the_place_tells(
     before: tuple[str, int], after: tuple[str, int], repeat: bool
 ) -> None:
     seen, batch = DedupWindow(), BatchDedup()
-    seen.add_all([NOTHING.with_position(*before)], NOW)
+    remember(seen, NOTHING.with_position(*before))
     batch.add(NOTHING.with_position(*before))
     found = NOTHING.with_position(*after)
-    assert DedupWindow(seen.fingerprints()).is_repeat(found) is batch.is_repeat(found) is repeat
+    assert again(seen).is_repeat(found) is batch.is_repeat(found) is repeat
     assert not seen.is_repeat(say(**NAMELESS, sent_at_ms=0, content="beef").with_position(*before)), "other words"
     ids = {NOTHING.with_position(*place).id_for("b@im.bot") for place in (before, after)}
     assert len(ids) == len({before, after})
@@ -163,7 +156,7 @@ def test_a_repeat_with_the_same_message_id_is_always_found(
 ) -> None:
     seen = DedupWindow()
     for number, keys in enumerate([*before, it, *after]):
-        seen.add_all([keys], NOW + number)
+        remember(seen, keys, now_ms=NOW + number)
     assert seen.is_repeat(it)
 
 
@@ -174,133 +167,82 @@ def test_distinct_ids_and_times_are_never_swallowed(words: list[str]) -> None:
     for number, word in enumerate(words):
         keys = MessageKeys(f"m{number}", f"c{number}", f"s{number}", "u", NOW + number, word)
         assert not seen.is_repeat(keys)
-        seen.add_all([keys], NOW + number)
+        remember(seen, keys, now_ms=NOW + number)
 
 
 @given(st.lists(any_keys, max_size=40), any_keys)
 def test_the_state_survives_its_storage(keys: list[MessageKeys], probe: MessageKeys) -> None:
     seen = DedupWindow()
-    for one in keys:
-        take(seen, one)
-    again = DedupWindow(seen.fingerprints())
-    assert again.fingerprints() == seen.fingerprints()
-    assert again.is_repeat(probe) is seen.is_repeat(probe)
+    remember(seen, *keys)
+    assert again(seen).kept(NOW) == seen.kept(NOW)
+    assert again(seen).is_repeat(probe) is seen.is_repeat(probe)
 
 
-def test_what_was_kept_and_is_forgotten_is_not_taken_for_new() -> None:
+@pytest.mark.parametrize("prints", [b"x", OK.fingerprint(NOW)[:-1], OK.fingerprint(NOW) + b"x"])
+def test_a_state_of_another_size_counts_as_nothing(prints: bytes) -> None:
+    """A record that another version wrote."""
+    assert DedupWindow(prints).kept(NOW) == b""
+
+
+def test_a_hash_across_two_fields_is_no_hash() -> None:
+    """The fingerprints are searched as bytes."""
     seen = DedupWindow()
-    for number in range(KEEP_AT_MOST):
-        seen.add_all([say(message=str(number))], NOW)
-    seen.unsaved = 0
-    seen.add_all([say(message="new")], NOW + 2 * KEEP_MS)
-    seen.forget_old(NOW + 2 * KEEP_MS)
-    assert seen.unsaved == 1
-    assert seen.fingerprints() == [say(message="new").fingerprint(NOW + 2 * KEEP_MS)]
+    remember(seen, OK)
+    kept = seen.kept(NOW)
+    for at in range(1, SIZE):
+        shifted = DedupWindow(kept[at:] + kept[:at])
+        assert not shifted.is_repeat(OK)
 
 
-def test_hashes_that_begin_alike_are_told_apart() -> None:
-    """The index has 16 bits of each hash."""
-    seen: dict[str, MessageKeys] = {}
-    pairs = 0
-    for number in range(2000):
-        keys = MessageKeys(f"m{number}", "", "", "u", 0, f"words {number}")
-        for start in (f"id {keys.hashed[0][:4]}", f"content {keys.hashed[3][:4]}"):
-            if (other := seen.setdefault(start, keys)) is not keys:
-                window = DedupWindow()
-                window.add_all([other], NOW)
-                assert not window.is_repeat(keys)
-                assert window.is_repeat(other)
-                pairs += 1
-    assert pairs > 10
-
-
-@given(st.lists(st.tuples(any_keys, st.integers(0, 3 * KEEP_MS)), max_size=60))
-def test_what_is_older_than_a_day_is_forgotten(said: list[tuple[MessageKeys, int]]) -> None:
-    seen = DedupWindow()
-    now = NOW
+@given(st.lists(st.tuples(any_keys, st.integers(0, KEEP_MS)), max_size=60))
+def test_what_is_older_than_an_hour_is_forgotten(said: list[tuple[MessageKeys, int]]) -> None:
+    seen, now, fresh = DedupWindow(), NOW, list[tuple[MessageKeys, int]]()
     for keys, later_ms in said:
         now += later_ms
-        seen.add_all([keys], now)
-        seen.forget_old(now)
-        assert all(int(record.rpartition("|")[2]) >= now - KEEP_MS for record in seen.fingerprints())
+        remember(seen, keys, now_ms=now)
+        fresh = [(one, at) for one, at in [*fresh, (keys, now)] if at >= now - KEEP_MS]
+        assert seen.kept(now) == b"".join(one.fingerprint(at) for one, at in fresh)
 
 
 def test_the_state_is_bounded() -> None:
-    """About 50 kB beside the cursor, whatever the ids look like; the oldest go first."""
+    """5 kB beside the cursor, whatever the ids look like; the oldest go first."""
     seen = DedupWindow()
-    for number in range(3 * KEEP_AT_MOST):
-        keys = MessageKeys("m" * 500 + str(number), "c" * 500 + str(number), str(number), "u" * 500, NOW, "same")
-        seen.add_all([keys], NOW)
-    assert len(seen.fingerprints()) < KEEP_AT_MOST + MERGED_AT_ONCE
-    seen.forget_old(NOW)
-    assert len(seen.fingerprints()) == KEEP_AT_MOST
-    assert sum(len(record) for record in seen.fingerprints()) < 50_000
-    assert not seen.is_repeat(MessageKeys("m" * 500 + "0", "", "", "u", 0, ""))
-    assert seen.is_repeat(MessageKeys("m" * 500 + str(3 * KEEP_AT_MOST - 1), "", "", "u", 0, ""))
+    many = [
+        MessageKeys("m" * 500 + str(number), "c" * 500 + str(number), str(number), "u" * 500, 0, "same")
+        for number in range(3 * KEEP)
+    ]
+    for keys in many:
+        remember(seen, keys)
+    assert len(seen.kept(NOW)) == KEEP * SIZE <= 5120
+    assert [seen.is_repeat(keys) for keys in many] == [False] * (2 * KEEP) + [True] * KEEP
+    together = DedupWindow()
+    remember(together, *many)
+    assert together.kept(NOW) == seen.kept(NOW)
 
 
-def test_a_bot_s_memory_is_small() -> None:
-    """Ten thousand bots have one each. As objects it took 180 kB, as the lines that are stored a tenth of that."""
+def test_a_bots_memory_is_small() -> None:
+    """Ten thousand bots have one each."""
     gc.collect()
     tracemalloc.start()
     try:
         before, _ = tracemalloc.get_traced_memory()
         bots = [DedupWindow() for _ in range(5)]
         for seen in bots:
-            for number in range(2 * KEEP_LONG):
-                keys = MessageKeys(f"m{number}", f"c{number}", f"s{number}", "u", NOW + number, f"w{number}")
-                seen.add_all([keys], NOW)
+            for number in range(2 * KEEP):
+                remember(seen, MessageKeys(f"m{number}", f"c{number}", f"s{number}", "u", NOW, f"w{number}"))
         after, _ = tracemalloc.get_traced_memory()
     finally:
         tracemalloc.stop()
-    assert (after - before) / len(bots) < 60_000
-
-
-def test_beyond_the_usual_number_what_was_seen_lately_is_remembered() -> None:
-    """iLink repeats up to an hour later, all of it, in pages: what comes next must not be forgotten for it."""
-    seen = DedupWindow()
-    for number in range(KEEP_LONG + 100):
-        seen.add_all([say(message=str(number), sent_at_ms=NOW + 10_000 * number)], NOW)
-    assert len(seen.fingerprints()) == KEEP_LONG + 100
-    seen.add_all([say(message="later")], NOW + RECENT_MS + 1)
-    seen.forget_old(NOW + RECENT_MS + 1)
-    assert len(seen.fingerprints()) == KEEP_LONG
+    assert (after - before) / len(bots) < 1.2 * KEEP * SIZE
 
 
 @given(st.lists(any_keys, max_size=40), any_keys)
 def test_a_batch_and_the_memory_of_it_think_alike(keys: list[MessageKeys], probe: MessageKeys) -> None:
     seen, batch = DedupWindow(), BatchDedup()
+    remember(seen, *keys)
     for one in keys:
-        seen.add_all([one], NOW)
         batch.add(one)
     assert seen.is_repeat(probe) is batch.is_repeat(probe)
-
-
-@given(st.lists(any_keys, max_size=40), st.lists(any_keys, max_size=40), any_keys)
-def test_many_at_once_are_remembered_as_one_by_one(
-    before: list[MessageKeys], many: list[MessageKeys], probe: MessageKeys
-) -> None:
-    apart, together, batch, new = DedupWindow(), DedupWindow(), BatchDedup(), list[MessageKeys]()
-    for seen in (apart, together):
-        for keys in before:
-            take(seen, keys)
-        seen.unsaved = 0
-    for keys in many:
-        if not (apart.is_repeat(keys) or batch.is_repeat(keys)):
-            batch.add(keys)
-            new.append(keys)
-    records = [apart.add_all([keys], NOW + 1)[0] for keys in new]
-    assert together.add_all(new, NOW + 1) == records
-    assert (together.fingerprints(), together.unsaved) == (apart.fingerprints(), apart.unsaved)
-    assert together.is_repeat(probe) is apart.is_repeat(probe)
-
-
-def test_more_at_once_than_are_remembered_leave_the_newest() -> None:
-    seen = DedupWindow()
-    many = [say(message=str(number), client=f"c{number}", sent_at_ms=0) for number in range(KEEP_AT_MOST + 5)]
-    assert seen.add_all(many, NOW)[5:] == seen.fingerprints()
-    assert not seen.is_repeat(many[4])
-    assert seen.is_repeat(many[5])
 
 
 def test_other_words_under_the_same_seq_are_another_message() -> None:

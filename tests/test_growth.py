@@ -13,7 +13,7 @@ from adapter.contract.messages import Options
 from adapter.contract.names import Names, escape_token, from_subject_token, to_subject_token
 from adapter.errors import SessionExpired
 from adapter.ilink.connection import Connection
-from adapter.inbound.bot_poller import BotPoller
+from adapter.inbound.poller import BotPoller
 from adapter.outbound.processor import ShardCommandProcessor
 from adapter.outbound.typing_indicator import TICKET_S
 from adapter.ownership.membership import DEAD_KEPT
@@ -145,7 +145,7 @@ async def test_what_has_ended_goes_without_the_garbage_collector() -> None:
     gc.disable()
     try:
         before = there()
-        shard, session = ShardCommandProcessor(1, bench.outbound()), BotPoller(BOT)
+        shard, session = ShardCommandProcessor(1, bench.outbound()), bench.new_poller(BOT)
         connection = Connection()
         connection.connection_made(Wire())
         assert there() == before + 3

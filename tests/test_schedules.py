@@ -9,7 +9,6 @@ user, or goes out over a bot that serves another sandbox by then; and nothing is
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import inspect
 import os
 import random
@@ -23,10 +22,11 @@ import msgspec
 import pytest
 
 from adapter.contract.messages import FINAL_OUTCOMES, BindingEvent, Receipt
-from adapter.contract.names import shard_of
+from adapter.contract.names import H_BOT, H_MSG_ID, H_SEALED, shard_of
 from adapter.contract.records import Binding
 from adapter.conversation.record import ConversationRecord
-from adapter.errors import LeaseLost, Refused, SessionExpired, Temporary, Throttled, Uncertain
+from adapter.errors import Refused, SessionExpired, Temporary, Throttled, Uncertain
+from adapter.inbound.sealed import Sealed, seal
 from adapter.outbound.processor import ShardCommandProcessor
 from adapter.ports import Accepted, Entry
 from tests.fakes import LIMITS, Bench, FakeBucket, FakeChat, FakeDelivery, Life, Sent, VirtualLoop
@@ -236,8 +236,6 @@ class Replica:
         self._model = model
         parts = [mortal(world, number, self.life) for _ in range(len(SANDBOXES) if model.settings["split"] else 1)]
         self.benches = {name: parts[at % len(parts)] for at, name in enumerate(SANDBOXES)}
-        for bench in parts:
-            bench.bindings.add_listener(partial(self._on_binding, bench))
         self.open()
 
     def open(self) -> None:
@@ -257,16 +255,6 @@ class Replica:
             bench.leases.owned.clear()
         for shard in self.shards.values():
             shard.stop()
-
-    def _on_binding(self, bench: Bench, bot: str, before: Binding | None, after: Binding | None) -> None:
-        """As the supervisor does it; then the poller of the sandbox before ends, and the next one begins."""
-        if before is None or after is None or before.sandbox != after.sandbox:
-            self._model.call_later(1.0, partial(self._poll_elsewhere, bench, bot))
-
-    async def _poll_elsewhere(self, bench: Bench, bot: str) -> None:
-        binding = self._model.world.bindings.get(bot)
-        if binding is not None and shard_of(binding.sandbox) in bench.leases.owned:
-            bench.conversations.wake_soon(binding)
 
 
 class Model:
@@ -294,8 +282,6 @@ class Model:
         self.bots = {user: f"{user}b0@im.bot" for user in USERS}
         self.tokens = 0
         self.wrote: dict[str, list[int]] = defaultdict(list)
-        self.journal: dict[str, tuple[str, str, int]] = {}
-        """By bot: who wrote last, to which sandbox, and when."""
         self.deaths = 0
         self.unsaved = 0
         """How often a replica ended while nobody could write down what it knew."""
@@ -329,8 +315,8 @@ class Model:
 
     async def take_over(self, owner: Replica) -> None:
         self.owner = owner
-        for bot in self.journal:
-            self.call_later(0.0, partial(self._hear, bot))
+        for sandbox in SANDBOXES:
+            self.call_later(0.0, partial(self._fold, sandbox))
         await self.reset()
 
     async def reset(self) -> None:
@@ -396,21 +382,29 @@ class Model:
                 await self._replace(binding.sandbox, bot, name)
                 await self.world.bindings.update(bot, lambda now: msgspec.structs.replace(now, user=name))
         self.wrote[bot].append(len(self.chat.sent))
-        self.journal[bot] = name, binding.sandbox, self.world.clock.now_ms()
-        await self._hear(bot)
+        self._publish(binding, name)
+        await self._fold(binding.sandbox)
 
-    async def _hear(self, bot: str) -> None:
-        """What the dispatcher tells of a bot's last message, and once more the next owner's. What was said to
-        another sandbox opens no window in this one."""
-        name, sandbox, said_ms = self.journal[bot]
-        binding = self.world.bindings.get(bot)
-        if binding is None or binding.sandbox != sandbox:
-            return
-        conversations = self.owner.benches[binding.sandbox].conversations
-        with contextlib.suppress(Temporary, LeaseLost):
-            await conversations.on_inbound(
-                binding, name, message=f"in:{said_ms}", token="AARz", written_ms=said_ms, sequence=said_ms
-            )
+    def _publish(self, binding: Binding, user: str) -> None:
+        """A message of the user in the inbox of their sandbox."""
+        now_ms, bot, sandbox = self.world.clock.now_ms(), binding.bot, binding.sandbox
+        ident = f"{sandbox}.in:{now_ms}"
+        head = {"id": f"in:{now_ms}", "user": user, "sent_at_ms": now_ms, "received_at_ms": now_ms}
+        sealed = seal(self.world.sealer, ident, bot, sandbox, Sealed("AARz"))
+        headers = {H_MSG_ID: ident, H_BOT: bot, H_SEALED: sealed}
+        self.world.bus.put(self.world.names.inbox(sandbox), msgspec.json.encode(head), headers)
+
+    async def _fold(self, sandbox: str) -> None:
+        """What a poller does that takes its bot: open conversations get what the inbox has. The others fold for
+        themselves."""
+        owner = self.owner
+        while owner is self.owner:
+            try:
+                await owner.shards[shard_of(sandbox)].folds.prints_of(sandbox, "", 0)
+            except Temporary:
+                await asyncio.sleep(1.0)
+            else:
+                return
 
     async def answers(self, *, user: str, answers: Sequence[str]) -> None:
         script = self.chat.sends_to.setdefault(f"{user}@im.wechat", deque())

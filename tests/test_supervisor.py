@@ -5,25 +5,24 @@ from __future__ import annotations
 import asyncio
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Coroutine, Iterable
-from typing import Any, get_args
+from typing import Any
 
 import msgspec
 import pytest
 
 from adapter.contract.names import SHARDS, shard_of, to_subject_token
 from adapter.contract.records import Binding
-from adapter.inbound.bot_poller import ANSWER_GRACE_S, BotPoller, State
-from adapter.inbound.poller import run_poller
+from adapter.inbound.poller import ANSWER_GRACE_S, BotPoller, State
 from adapter.outbound.processor import ShardCommandProcessor
 from adapter.replica.gauges import observe
 from adapter.replica.supervisor import Supervisor
 from tests.fakes import Bench, FakeLeases, batch, ready, settle
-from tests.inbound.pollers import BOT, raw
+from tests.inbound.pollers import BOT, raw, texts
 
 VIRTUAL_TIME = True
 
 BOTS = 10_000
-STATES: tuple[State, ...] = get_args(State)
+STATES = [state for state in State if state is not State.ENDED]
 
 
 class Shard:
@@ -66,15 +65,15 @@ class Work:
         return []
 
 
-async def no_poll(session: BotPoller) -> None:
-    raise AssertionError(f"{session.bot} is not polled")
+def no_poller(bot: str) -> BotPoller:
+    raise AssertionError(f"{bot} is not polled")
 
 
 def supervisor(
     bench: Bench,
     *,
     leases: FakeLeases | None = None,
-    run_poller: Callable[[BotPoller], Coroutine[Any, Any, None]] = no_poll,
+    new_poller: Callable[[str], BotPoller] = no_poller,
     capacity: int = BOTS,
     shard: Shard | None = None,
 ) -> Supervisor:
@@ -83,7 +82,7 @@ def supervisor(
     return Supervisor(
         bindings=bench.bindings,
         leases=leases or bench.leases,
-        run_poller=run_poller,
+        new_poller=new_poller,
         work=Work(shard or Shard()),
         publish_released=publish_released,
         is_connecting=lambda bot: False,
@@ -123,9 +122,10 @@ def bound(count: int) -> Bench:
 
 def poll(made: Supervisor, bench: Bench, *, every_state: bool = True) -> None:
     """Every binding has a poller; the states go round."""
+    deps = bench.poll_deps()
     for number, binding in enumerate(bench.bindings):
-        session = made.pollers[binding.bot] = BotPoller(binding.bot)
-        session.state = STATES[number % len(STATES)] if every_state else "polling"
+        session = made.pollers[binding.bot] = BotPoller(binding.bot, deps)
+        session.state = STATES[number % len(STATES)] if every_state else State.POLLING
         session.unanswered_since = bench.clock.monotonic() - (100.0 if number == 7 else 1.0)
 
 
@@ -140,9 +140,10 @@ async def test_ten_thousand_bindings_are_a_scrape_of_the_same_size(following: Fo
     samples = [line for line in body.decode().splitlines() if not line.startswith("#")]
     assert len(samples) == sum(not line.startswith(b"#") for line in empty.splitlines()) <= 1_000
     assert len(body) <= 100_000
-    states = {state: bench.metrics.value("bindings", state=state) for state in (*STATES, "throttled")}
+    names = [state.value for state in STATES]
+    states = {state: bench.metrics.value("bindings", state=state) for state in (*names, "throttled")}
     assert sum(states.values()) == BOTS
-    assert states["throttled"] == 60 // len(STATES)
+    assert states["throttled"] == len(range(STATES.index(State.POLLING), 60, len(STATES)))
     assert bench.metrics.value("tasks", kind="other") == 30_000
 
 
@@ -152,10 +153,10 @@ async def test_what_the_polls_of_a_bot_show_of_its_token() -> None:
     made = supervisor(bench)
     binding = next(iter(bench.bindings))
     assert not made.pollers.has_polled_since(binding.bot, 0.0)
-    session = made.pollers[binding.bot] = BotPoller(binding.bot)
+    session = made.pollers[binding.bot] = bench.new_poller(binding.bot)
     session.polled_at = 10.0
     assert [made.pollers.has_polled_since(binding.bot, since) for since in (5.0, 10.0, 15.0)] == [True, False, False]
-    session.stale = True
+    session.state = State.STALE
     assert not made.pollers.has_polled_since(binding.bot, 5.0)
 
 
@@ -165,10 +166,10 @@ async def test_the_bot_that_was_answered_longest_ago_is_seen_among_ten_thousand(
     poll(made, bench, every_state=False)
     observe(made, bench.clock, bench.metrics, 0)
     assert bench.metrics.value("oldest_poll_age_seconds") == pytest.approx(100.0)
-    made.pollers["000007@im.bot"].state = "needs_login"  # it is not polled, and that is told elsewhere
+    made.pollers["000007@im.bot"].state = State.NEEDS_LOGIN  # it is not polled, and that is told elsewhere
     observe(made, bench.clock, bench.metrics, 0)
     assert bench.metrics.value("oldest_poll_age_seconds") == pytest.approx(1.0)
-    made.pollers["000007@im.bot"].state = "paused"  # nobody else tells that it should be
+    made.pollers["000007@im.bot"].state = State.PAUSED  # nobody else tells that it should be
     observe(made, bench.clock, bench.metrics, 0)
     assert bench.metrics.value("oldest_poll_age_seconds") == pytest.approx(100.0)
 
@@ -179,10 +180,11 @@ async def test_a_bot_that_found_no_room_is_polled_once_there_is_some(following: 
         await bench.bind(bot=bot)
     over = {bot: asyncio.Event() for bot in (first, second, third)}
 
-    async def run_poller(session: BotPoller) -> None:
-        await over[session.bot].wait()
+    class Waits(BotPoller):
+        async def run(self) -> None:
+            await over[self.bot].wait()
 
-    made = supervisor(bench, run_poller=run_poller, capacity=1)
+    made = supervisor(bench, new_poller=lambda bot: Waits(bot, bench.poll_deps()), capacity=1)
     await following(made)
     assert set(made.pollers) == {first}
     for gone in (first, second):
@@ -205,7 +207,7 @@ async def test_what_nobody_polls_is_counted(following: Following) -> None:
     assert bench.metrics.value("bindings_unowned") == sum(shard in mine | orphans for shard in shards)
     for binding in bench.bindings:
         if shard_of(binding.sandbox) in mine:
-            made.pollers[binding.bot] = BotPoller(binding.bot)
+            made.pollers[binding.bot] = bench.new_poller(binding.bot)
     observe(made, bench.clock, bench.metrics, 0)
     assert bench.metrics.value("bindings_unowned") == sum(shard in orphans for shard in shards) > 0
     leases.orphans = set()
@@ -217,9 +219,9 @@ async def test_what_nobody_polls_is_counted(following: Following) -> None:
 async def test_who_is_polled_elsewhere_from_now_on_waits_for_no_pause(fields: dict[str, str], bench: Bench) -> None:
     await bench.bind()
     made = supervisor(bench)
-    session = made.pollers["b1@im.bot"] = BotPoller("b1@im.bot")
+    session = made.pollers["b1@im.bot"] = bench.new_poller("b1@im.bot")
     await bench.bind(**fields)
-    assert session.poll_cancel.is_set()
+    assert session._cut.is_set()
 
 
 @pytest.mark.parametrize(
@@ -236,13 +238,13 @@ async def test_every_poll_is_cut_when_the_lease_is_lost(
     made = supervisor(bench)
     poll(made, bench)
     await following(made)
-    assert not any(session.poll_cancel.is_set() for session in made.pollers.values())
+    assert not any(session._cut.is_set() for session in made.pollers.values())
     for name, value in lost.items():
         setattr(bench.leases, name, value)
     bench.leases.changed.notify_all()
     await settle()
     await asyncio.sleep(seen_s)
-    assert all(session.poll_cancel.is_set() for session in made.pollers.values())
+    assert all(session._cut.is_set() for session in made.pollers.values())
 
 
 @pytest.mark.parametrize(
@@ -260,7 +262,7 @@ async def test_a_lease_that_is_back_before_its_polls_were_cut_costs_none(
     incarnation's is not the one that was lost, which was revoked."""
     await bench.bind()
     leases = bench.leases
-    made = supervisor(bench, run_poller=lambda session: run_poller(session, bench.inbound_deps()))
+    made = supervisor(bench, new_poller=bench.new_poller)
     await following(made)
     await asyncio.sleep(5)
     leases.has_lease = False
@@ -284,7 +286,7 @@ async def test_polls_are_cut_when_the_lease_runs_out_also_while_the_replica_leav
     """They may wait for half a minute, and who takes over a dead replica's bots waits for none of them."""
     await bench.bind()
     leases = bench.leases
-    made = supervisor(bench, run_poller=lambda session: run_poller(session, bench.inbound_deps()))
+    made = supervisor(bench, new_poller=bench.new_poller)
     run = await following(made)
     await asyncio.sleep(1)
     run.cancel()
@@ -356,27 +358,15 @@ async def test_messages_need_not_wait_for_the_requests_of_a_shard_that_is_given_
 async def test_what_is_stored_as_a_shard_is_given_away_waits_for_no_long_poll(following: Following) -> None:
     bench = await ready(None, batch(raw("meanwhile"), cursor="b"), None, None)
     shard, leases = Shard(), Giving()
-    made = supervisor(
-        bench, leases=leases, shard=shard, run_poller=lambda session: run_poller(session, bench.inbound_deps())
-    )
+    made = supervisor(bench, leases=leases, shard=shard, new_poller=bench.new_poller)
     await following(made)
     shard.answered.clear()
     await asyncio.sleep(34.5)
     leases.rebalance()
     await asyncio.sleep(1.0)
-    assert ((await bench.written())[-1].record.messages, bench.chat.polling) == ([raw("meanwhile")], 1)
+    assert (texts(bench), bench.chat.polling) == (["meanwhile"], 1)
     shard.answered.set()
     await asyncio.sleep(1.0)
-    assert ((await bench.written())[-1].owner, bench.chat.polling) == ("", 0)
-
-
-async def test_a_bot_whose_poller_has_not_begun_may_have_something_to_catch_up_with(
-    following: Following, bench: Bench
-) -> None:
-    made = supervisor(bench, capacity=0)
-    await bench.bind()
-    assert not made.pollers.is_catching_up(BOT)  # another replica's
-    await following(made)
-    assert not made.pollers.is_catching_up(BOT)  # there is no room for it
-    await bench.bind(bot="b2@im.bot")
-    assert made.pollers.is_catching_up("b2@im.bot")
+    assert (leases.released, bench.chat.polling) == (True, 1), "its answer is not lost"
+    await asyncio.sleep(70.0)
+    assert ((await bench.checkpoint()).owner, bench.chat.polling) == ("", 0)

@@ -70,6 +70,9 @@ class Folds(Protocol):
         """The fingerprints of a bot's messages after a sequence of the inbox as it is now, and the sequence up to
         which it was read. Open conversations have got what is new. Raises Temporary."""
 
+    def stop(self) -> None:
+        """Tells no conversation any more."""
+
 
 class ConversationDeps(NamedTuple):
     """Dependencies of all conversations of a replica."""

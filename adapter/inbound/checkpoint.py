@@ -48,6 +48,7 @@ class Stored(msgspec.Struct, frozen=True):
     owner: str = ""
     revision: int = 0
     position: _Position = msgspec.field(default_factory=_Position)
+    is_unreadable: bool = False
 
 
 def _open(record: CheckpointRecord, bot: str, sealer: Sealer) -> _Position:
@@ -86,13 +87,14 @@ class Checkpoints:
         entry = await self._reads.get(to_subject_token(bot))
         if entry is None or entry.value is None:
             return Stored(bot, revision=entry.revision if entry else 0)
-        owner, position = "", _Position()
+        owner, position, is_unreadable = "", _Position(), False
         try:
             record = self._decoder.decode(entry.value, bot=bot)
             owner, position = record.owner, _open(record, bot, self._sealer)
         except (*UNDECODABLE, Refused) as exc:  # the bot starts anew, and the inbox tells repeats
             log.error("checkpoint.unreadable", bot=bot, detail=type(exc).__name__)
-        return Stored(bot, owner, entry.revision, position)
+            is_unreadable = True
+        return Stored(bot, owner, entry.revision, position, is_unreadable)
 
     async def exists(self, bot: str) -> bool:
         """Whether the bot has a checkpoint; it has none after its person was erased. Raises Temporary."""
@@ -144,6 +146,8 @@ class Checkpoint:
         """Digest of the start cursor that was applied last, from a bind request; "": none."""
         self.applied: str | None = None
         """The start cursor of the binding that was looked at last."""
+        self.is_unreadable = stored.is_unreadable
+        """What was stored could not be read; the inbox tells what iLink repeats."""
         self._revision = stored.revision
         self._new = 0
         """Messages since the last write."""
@@ -176,6 +180,11 @@ class Checkpoint:
         self._new += messages
         if self._stale_at is None:
             self._stale_at = self._clock.monotonic()
+
+    @property
+    def is_stale(self) -> bool:
+        """Whether the stored checkpoint lacks something."""
+        return self._stale_at is not None
 
     def stale_s(self) -> float:
         """How long the stored checkpoint has lacked something."""

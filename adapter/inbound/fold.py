@@ -136,7 +136,8 @@ class InboxReader:
             known = FoldedInbox(checkpoint.inbox_seq, last)
             await self.read(former, checkpoint.inbox_seq, last, known)
             checkpoint.seen.add(line for _, line in known.seen.get(checkpoint.bot, ()))
-        checkpoint.sandbox, checkpoint.inbox_seq = sandbox, newest
+        checkpoint.inbox_seq = 0 if checkpoint.is_unreadable and not former else newest
+        checkpoint.sandbox = sandbox
         checkpoint.note()
 
     def _token_of(self, stored: Stored, sandbox: str) -> str:
@@ -170,6 +171,10 @@ class Folds:
         self._wanted: dict[str, int] = {}
         """The lowest sequence that somebody who waits for a read of the sandbox knows."""
         self._reads = Batches(self._read_all)
+
+    def stop(self) -> None:
+        """Tells nobody any more; breaks reference cycles."""
+        self._on_read = lambda *_: None
 
     async def read(self, sandbox: str, after: int, *, again: bool = True) -> FoldedInbox:
         """What the inbox has after a sequence. `again`: also what came since the last read; another replica may have

@@ -387,7 +387,7 @@ class BotPoller:
         checkpoint = Checkpoint(stored, deps.checkpoints, self._leases, self._clock)
         checkpoint.apply_start_cursor(binding, deps.sealer)
         await deps.inboxes.move(checkpoint, binding.sandbox)
-        if stored.owner != checkpoint.owner or checkpoint.stale_s():
+        if stored.owner != checkpoint.owner or checkpoint.is_stale:
             try:
                 await checkpoint.save()
             except LeaseLost as exc:
@@ -424,7 +424,9 @@ class BotPoller:
             except BaseException:
                 self._is_folded = False
                 raise
-            checkpoint.inbox_seq = max(checkpoint.inbox_seq, high)
+            if high > checkpoint.inbox_seq:
+                checkpoint.inbox_seq = high
+                checkpoint.note(len(lines))
             if lines:
                 checkpoint.seen.add(lines)
                 log.info("bot.folded", bot=self.bot, sandbox=binding.sandbox, messages=len(lines))
@@ -504,7 +506,7 @@ class BotPoller:
             await asyncio.wait([self._saving])
 
     async def _write(self, checkpoint: Checkpoint) -> None:
-        while checkpoint.stale_s() and not self.stopping:
+        while checkpoint.is_stale and not self.stopping:
             try:
                 await checkpoint.save()
             except LeaseLost as exc:  # after a pause of the lease the next poll is due

@@ -557,7 +557,7 @@ class Receiver:
             _end_new(read, "not_bound", "The bot serves another sandbox, or none, since the message arrived.")
         else:
             for one in read:
-                if one.message is not None and serving.user not in ("", one.message.user) and not one.out:
+                if one.message is not None and serving.user not in ("", one.message.user):
                     _end_new([one], "not_bound", "The bot serves another person.")
             self._build_all([one for one in read if one.out is None], serving, received_ms)
             await self._publish(read, checkpoint, lambda: None, suspect=True)

@@ -203,6 +203,7 @@ class ShardCommandProcessor:
         self._draining.set()
         self.typing.stop()
         self._conversations.stop()
+        self.folds.stop()
         self.intake.stop()
         self._tasks.cancel_all()
 

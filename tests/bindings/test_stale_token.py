@@ -13,7 +13,7 @@ from adapter.contract.messages import BindingEvent, BindingState
 from adapter.contract.records import Binding
 from adapter.errors import Temporary
 from adapter.ilink.protocol import Reply, read_sent, read_updates
-from adapter.inbound.bot_poller import BotPoller
+from adapter.inbound.poller import BotPoller, State
 from adapter.ports import Account, Entry, Message, Polled
 from tests.fakes import Bench, batch, ready
 from tests.inbound.pollers import BOT, STALE, USER, Poller, raw, tended, texts
@@ -36,7 +36,7 @@ async def test_minus_14_for_ever_ends_in_needs_login_and_few_polls(poller: Polle
     assert (lost.reason, lost.user) == ("iLink answered -14", USER)
     assert "QR code" in lost.detail
     assert (bench.bus.events()[1].at_ms - bench.bus.events()[0].at_ms) < 55_000
-    assert session.state == "needs_login"
+    assert session.state is State.NEEDS_LOGIN
     await asyncio.sleep(6 * 86_400)
     at = [round(when - bench.chat.polled_at[0]) for when in bench.chat.polled_at]
     hours, days = [35 + 3600 * hour for hour in range(1, 73)], [35 + 86_400 * day for day in range(4, 7)]
@@ -45,7 +45,7 @@ async def test_minus_14_for_ever_ends_in_needs_login_and_few_polls(poller: Polle
     assert changes(bench) == ["stale", "needs_login"]
     binding = bench.bindings.get(BOT)
     assert binding is not None
-    assert (binding.state, binding.reason, session.state) == ("needs_login", "stale_token", "needs_login")
+    assert (binding.state, binding.reason, session.state) == ("needs_login", "stale_token", State.NEEDS_LOGIN)
 
 
 async def test_two_events_at_once_are_two() -> None:
@@ -76,7 +76,7 @@ async def test_a_token_that_lives_again_after_needs_login_is_active_again(poller
     binding = bench.bindings.get(BOT)
     assert binding is not None
     assert (binding.state, binding.reason) == ("active", "")
-    assert (texts(bench), bench.chat.texts, session.state) == (["hello"], ["hi"], "polling")
+    assert (texts(bench), bench.chat.texts, session.state) == (["hello"], ["hi"], State.POLLING)
     shard.stop()
 
 
@@ -90,10 +90,10 @@ async def test_only_a_poll_that_succeeds_undoes_the_verdict_and_any_owner_makes_
     assert (bench.chat.notified, changes(bench)) == ([True] * 3, [])
     binding = bench.bindings.get(BOT)
     assert binding is not None
-    assert (binding.state, session.state) == ("needs_login", "needs_login")
+    assert (binding.state, session.state) == ("needs_login", State.NEEDS_LOGIN)
     await asyncio.sleep(86_400)
     assert [round((when - began) / 3600) for when in bench.chat.polled_at[:4]] == [20, 44, 68, 92]
-    assert (changes(bench), texts(bench), session.state) == (["recovered"], ["hello"], "polling")
+    assert (changes(bench), texts(bench), session.state) == (["recovered"], ["hello"], State.POLLING)
 
 
 @pytest.mark.parametrize("count", [0, 1, 4])
@@ -117,7 +117,7 @@ async def test_a_bot_bound_anew_wins_over_the_last_tries(poller: Poller) -> None
     await asyncio.sleep(2)
     assert bench.chat.tokens[3:] == ["new"]
     assert changes(bench) == ["stale", "needs_login"]
-    assert (session.state, session.stale) == ("polling", False)
+    assert (session.state, session.is_stale) == (State.POLLING, False)
 
 
 async def test_a_binding_that_a_send_found_dead_is_not_tried_by_the_poller_too(poller: Poller) -> None:
@@ -125,7 +125,7 @@ async def test_a_binding_that_a_send_found_dead_is_not_tried_by_the_poller_too(p
     bench = await ready(STALE)
     session = poller(bench)
     await bench.bind(state="needs_login")
-    session.poll_cancel.clear()
+    session._cut.clear()
     await asyncio.sleep(3600)
     assert len(bench.chat.asked) <= 1
     assert changes(bench) == []
@@ -136,12 +136,12 @@ async def test_minus_14_once_recovers_quickly(poller: Poller) -> None:
     bench = await ready(STALE, batch(raw()))
     session = poller(bench)
     await asyncio.sleep(1)
-    assert session.stale
+    assert session.is_stale
     await asyncio.sleep(10)
-    assert not session.stale
+    assert not session.is_stale
     assert changes(bench) == ["stale", "recovered"]
     assert texts(bench) == ["hello"]
-    assert bench.changed_sessions == ["s1", "s1", "s1"]  # taken, tried again, alive
+    assert bench.changed_sessions == ["s1", "s1"]  # tried again, alive
 
 
 async def test_a_server_that_cannot_be_reached_proves_no_login_lost(poller: Poller) -> None:
@@ -177,7 +177,7 @@ async def test_ten_minutes_of_a_firewall_cost_neither_a_login_nor_a_command(poll
     session, shard = poller(bench), bench.processor()
     shard.intake.on_delivery(bench.command("hi", id="c1"))
     await asyncio.sleep(1200)
-    assert (changes(bench), session.state) == ([], "polling")
+    assert (changes(bench), session.state) == ([], State.POLLING)
     assert texts(bench) == ["hello"]
     assert [(receipt.command, receipt.outcome) for receipt in bench.bus.receipts()] == [("c1", "accepted")]
     shard.stop()
@@ -199,7 +199,7 @@ async def test_a_new_token_ends_the_recovery_of_the_old_one(poller: Poller) -> N
     await asyncio.sleep(1)
     assert bench.chat.tokens[-1] == "new"
     assert changes(bench) == ["stale"]
-    assert not session.stale
+    assert not session.is_stale
 
 
 async def test_a_token_bound_anew_polls_again_after_needs_login(poller: Poller) -> None:
@@ -338,7 +338,7 @@ async def test_who_lost_the_bot_while_the_bus_was_away_does_not_end_its_login() 
     await asyncio.sleep(5)
     away.clear()
     await asyncio.sleep(5)
-    assert (task.done(), second.state, changes(bench)) == (True, "polling", ["stale"])
+    assert (task.done(), second.state, changes(bench)) == (True, State.POLLING, ["stale"])
     second.stop(immediately=True)
     await next_task
 
@@ -375,7 +375,7 @@ async def test_what_a_send_found_of_a_login_and_could_not_tell_is_told_by_who_po
     assert binding is not None
     assert await mark_active(bench.bindings, bench.clock, binding) is not None
     await asyncio.sleep(1)
-    assert (changes(bench), session.state) == (["recovered"], "polling")
+    assert (changes(bench), session.state) == (["recovered"], State.POLLING)
 
 
 async def test_no_try_begins_while_the_bus_takes_nothing(poller: Poller) -> None:
@@ -397,11 +397,11 @@ async def test_however_a_recovery_ends_the_lanes_look_again(end: str) -> None:
     bench, told = await ready(STALE), list[tuple[str, bool]]()
 
     def session_changed(binding: Binding) -> None:
-        told.append((binding.sandbox, session.stale))
+        told.append((binding.sandbox, session.is_stale))
 
     session, task = tended(bench, on_session_changed=session_changed)
     await asyncio.sleep(6 if end == "bound anew" else 1)
-    assert (session.stale, len(bench.chat.asked)) == (True, 2 if end == "bound anew" else 1)
+    assert (session.is_stale, len(bench.chat.asked)) == (True, 2 if end == "bound anew" else 1)
     if end == "bound anew":
         await bench.bind(token="new")
         session.cancel_poll()
@@ -411,7 +411,7 @@ async def test_however_a_recovery_ends_the_lanes_look_again(end: str) -> None:
     else:
         bench.leases.has_lease = False
     await asyncio.sleep(10)
-    assert told == [("s1", False), ("s1", True), ("s2" if end == "moved" else "s1", False)]
+    assert told == [("s1", True), ("s2" if end == "moved" else "s1", False)]
     session.stop(immediately=True)
     await task
 

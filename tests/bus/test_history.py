@@ -87,12 +87,12 @@ async def test_what_is_large_is_read_whole_and_never_more_at_once_than_a_server_
 
 
 async def test_a_message_is_deleted_once_and_deleting_it_again_is_no_error(rig: Rig) -> None:
-    subject = NAMES.journal("b1@im.bot")
-    acks = [await rig.publisher.publish(Message("journal", subject, str(n).encode(), {})) for n in range(3)]
+    subject = NAMES.inbox("s1")
+    acks = [await rig.publisher.publish(Message("in", subject, str(n).encode(), {})) for n in range(3)]
     for _ in range(2):
-        await rig.history.delete(NAMES.stream_journal, acks[1].seq)
-    assert await rig.read(NAMES.stream_journal, subject) == [b"0", b"2"]
-    await rig.history.delete(NAMES.stream_journal, 999)
+        await rig.history.delete(NAMES.stream_in, acks[1].seq)
+    assert await rig.read(NAMES.stream_in, subject) == [b"0", b"2"]
+    await rig.history.delete(NAMES.stream_in, 999)
 
 
 def on_disk(folder: Path) -> bytes:

@@ -3,7 +3,7 @@
 from tests.fakes.bench import GAP_S, LIMITS, MEDIA_BYTES, POLICY, WINDOW, Bench, ready
 from tests.fakes.bus import Failing, FakeBucket, FakeBus, FakeDelivery
 from tests.fakes.clock import EPOCH_MS, FakeClock, Rounds, VirtualLoop, settle
-from tests.fakes.ilink import EndOfScript, FakeChat, FakeLogins, Sent, Wire, batch, raw_message
+from tests.fakes.ilink import FakeChat, FakeLogins, Sent, Wire, batch, raw_message
 from tests.fakes.media import Carried, FakeCdn, FakeObjects
 from tests.fakes.replicas import FakeLeases, Life
 
@@ -16,7 +16,6 @@ __all__ = [
     "WINDOW",
     "Bench",
     "Carried",
-    "EndOfScript",
     "Failing",
     "FakeBucket",
     "FakeBus",

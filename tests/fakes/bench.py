@@ -212,6 +212,8 @@ class Bench:
         actor = await shard.conversation(binding, user)
         sequence = self.bus.next_sequence("IN")
         actor.on_inbound(InboundReceived(ident, "AARz", bot, written_ms=0, sequence=sequence))
+        if binding.options.auto_typing:
+            shard.show_typing(binding, user, "AARz")
 
     async def checkpoint(self, bot: str = "b1@im.bot") -> StoredCheckpoint:
         """The checkpoint of a bot as the bucket has it."""

@@ -37,10 +37,6 @@ def batch(*messages: bytes, cursor: str | None = "b", hold_ms: int = 35_000) -> 
     return Polled(list(messages), cursor, hold_ms)
 
 
-class EndOfScript(Exception):
-    """A fake was asked for more than its script holds: the end of a loop that has none."""
-
-
 class Sent(NamedTuple):
     """A request to sendmessage."""
 
@@ -70,8 +66,6 @@ class FakeChat:
 
     def __init__(self, clock: FakeClock) -> None:
         self.polls: deque[Step | Callable[[], Step]] = deque()
-        self.script_ends = False
-        """A poll after the script's end raises EndOfScript."""
         self.sends: deque[Step] = deque()
         self.sends_to: dict[str, deque[Step]] = {}
         """Scripts of single users."""
@@ -123,8 +117,6 @@ class FakeChat:
         try:
             await asyncio.sleep(0.05)
             if not self.polls:
-                if self.script_ends:
-                    raise EndOfScript
                 await asyncio.Event().wait()
             step = self.polls.popleft()
             answer = step() if callable(step) else step

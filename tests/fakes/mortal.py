@@ -143,6 +143,7 @@ class World(NamedTuple):
     bus: FakeBus
     chat: FakeChat
     conversation_bucket: FakeBucket
+    checkpoint_bucket: FakeBucket
     bindings_bucket: FakeBucket
     cdn: FakeCdn
     objects: FakeObjects
@@ -159,6 +160,7 @@ def mortal(world: Bench, number: int, life: Life) -> Bench:
         bus=MortalBus(world.bus, life),  # type: ignore[arg-type]
         chat=MortalChat(world.chat, world.clock, life),
         conversation_bucket=MortalBucket(world.conversation_bucket, life),
+        checkpoint_bucket=MortalBucket(world.checkpoint_bucket, life),
         bindings_bucket=world.bindings_bucket,
         cdn=world.cdn,
         objects=world.objects,

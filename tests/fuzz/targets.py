@@ -20,7 +20,7 @@ import msgspec
 
 from adapter.console import server
 from adapter.content import media
-from adapter.content.dedup import DedupWindow
+from adapter.content.dedup import SIZE, DedupWindow
 from adapter.contract import messages as contract
 from adapter.contract.headers import HEADER_CHARS, HEADERS_KEPT, forwardable_headers
 from adapter.contract.messages import Bind, Inbound, MediaPiece, MediaQuery, Unbind
@@ -170,11 +170,11 @@ def message(data: bytes) -> None:
     assert all(0 <= fetch.item < len(said.items) for fetch in said.fetches)
     to_subject_token(said.user).encode("ascii")
     seen = DedupWindow()
-    seen.add_all([said.keys], 1)
+    seen.add([said.keys.fingerprint(1)])
     if said.keys.message or said.sent_at_ms:
         assert seen.is_repeat(said.keys)
-        assert DedupWindow(seen.fingerprints()).is_repeat(said.keys)
-    assert len(seen.fingerprints()) == 1
+        assert DedupWindow(seen.kept(1)).is_repeat(said.keys)
+    assert len(seen.kept(1)) == SIZE
 
 
 def reply(data: bytes) -> None:

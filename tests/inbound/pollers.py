@@ -6,32 +6,22 @@ import asyncio
 from collections.abc import Callable
 from typing import Any
 
-import pytest
+import msgspec
 
+from adapter.contract.names import H_REASON
 from adapter.errors import SessionExpired
 from adapter.inbound.poller import BotPoller
-from tests.fakes import Bench, EndOfScript, raw_message
+from tests.fakes import Bench, raw_message, settle
 
 BOT, USER = "b1@im.bot", "u1@im.wechat"
 STALE = SessionExpired("needs_login", "iLink answered -14", errcode=-14, errmsg="session timeout")
+NOTHING: dict[str, Any] = {"message_id": None, "client_id": None, "seq": None, "create_time_ms": None}
+"""Neither an id nor a time."""
 
 
 def raw(text: str = "hello", number: int = 1, **fields: Any) -> bytes:
     """A message as iLink sends it."""
     return raw_message(number, {"type": 1, "text_item": {"text": text}}, **fields)
-
-
-async def polls(bench: Bench, **changes: Any) -> BotPoller:
-    """Polls until the script ends."""
-    bench.chat.script_ends = True
-    session = bench.new_poller(BOT, **changes)
-    checkpoint = await session._take()
-    assert checkpoint is not None
-    await session._fold(checkpoint)
-    bench.bus.writes.clear()
-    with pytest.raises(EndOfScript):
-        await session._poll_forever(checkpoint)
-    return session
 
 
 def tended(bench: Bench, **changes: Any) -> tuple[BotPoller, asyncio.Task[None]]:
@@ -40,9 +30,69 @@ def tended(bench: Bench, **changes: Any) -> tuple[BotPoller, asyncio.Task[None]]
     return session, asyncio.get_running_loop().create_task(session.run())
 
 
+async def polls(bench: Bench, **changes: Any) -> BotPoller:
+    """Polls until the script ends, and leaves. `bench.bus.writes` begins after the taking."""
+    ends_at = len(bench.chat.asked) + len(bench.chat.polls) + 1
+    session, task = tended(bench, **changes)
+    while not bench.chat.polling:
+        await asyncio.sleep(0.01)
+    bench.bus.writes.clear()
+    while len(bench.chat.asked) < ends_at:
+        await asyncio.sleep(0.01)
+    session.stop(immediately=True)
+    await task
+    return session
+
+
 Poller = Callable[..., BotPoller]
 """The fixture `poller` of conftest.py."""
 
 
+class Replica:
+    """A replica that polls the bot."""
+
+    def __init__(self, bench: Bench, **changes: Any) -> None:
+        self.bench = bench
+        self.session, self.poller = tended(bench, **changes)
+
+    async def leave(self) -> None:
+        self.session.stop(immediately=True)
+        await self.poller
+
+    async def die(self) -> None:
+        """As kill -9 does: nothing is finished, nothing given back."""
+        if self.session.checkpoint is not None:
+            self.session.checkpoint.release = nothing  # type: ignore[method-assign]
+        for task in asyncio.all_tasks() - {asyncio.current_task()}:
+            task.cancel()
+        for processor in self.bench.processors.values():
+            processor.stop()
+        self.bench.leases.has_lease = False
+        await settle()
+
+
+async def nothing(**_: int) -> None: ...
+
+
+def heir_to(bench: Bench, name: str = "heir-1") -> Bench:
+    """Another replica of the world, after the server has forgotten all ids (its window is two minutes)."""
+    bench.bus.forget_ids()
+    heir = Bench(bench, incarnation=name)
+    heir.leases.proven_dead.add(bench.leases.incarnation)
+    return heir
+
+
+async def set_owner(bench: Bench, owner: str, **position: Any) -> None:
+    """The checkpoint gets a write, as from another replica. `position`: changes of what is sealed in it."""
+    stored = await bench.checkpoint()
+    changed = msgspec.structs.replace(stored.position, **position)
+    await bench.checkpoints.write(msgspec.structs.replace(stored, owner=owner, position=changed))
+
+
 def texts(bench: Bench) -> list[str]:
     return [inbound.text for inbound in bench.bus.inbound()]
+
+
+def dead(bench: Bench) -> list[tuple[str, bytes]]:
+    """Reason and bytes of each dead letter."""
+    return [(stored.headers[H_REASON], stored.data) for stored in bench.bus.found("DEAD")]

@@ -7,59 +7,53 @@ import itertools
 import socket
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
 
 import pytest
 import uvloop
 from structlog.testing import capture_logs
 
-from adapter.errors import BusRefused, Refused, Temporary
+from adapter.errors import Refused, Temporary
 from adapter.ilink.translate import read_message
-from adapter.inbound.bot_poller import ANSWER_GRACE_S, BotPoller
-from adapter.inbound.poller import AFTER_CANCEL_S, HOLD_MS, LONGEST_HOLD_MS, run_poller
+from adapter.inbound.poller import AFTER_CANCEL_S, ANSWER_GRACE_S, HOLD_MS, LONGEST_HOLD_MS, BotPoller, State
 from adapter.kit.timing import PerTickLimiter, RateLimiter, complete_with_grace
-from adapter.ports import Account, InboundMessage, Message, Polled, PubAck
+from adapter.ports import Account, InboundMessage, Message, Polled
 from adapter.security.seal import Sealer
-from tests.fakes import FakeClock, Rounds, batch, ready
+from tests.fakes import Bench, FakeClock, Rounds, batch, ready
 from tests.inbound.pollers import BOT, STALE, Poller, polls, raw, tended, texts
 
 VIRTUAL_TIME = True
 
 
-async def test_a_cursor_without_messages_is_used_at_once_and_stored_with_the_next_record() -> None:
+async def test_a_cursor_without_messages_is_used_at_once_and_written_a_minute_later(poller: Poller) -> None:
     """A write for each empty poll of thousands of bots would be most of all writes."""
-    bench = await ready(batch(cursor="b"), batch(cursor="c"), batch(raw(), cursor="d"))
-    await polls(bench)
-    assert bench.chat.asked == ["", "b", "c", "d"]
-    assert bench.bus.writes.count("journal") == 1
-    assert (await bench.last_record()).cursor == "d"
-
-
-async def test_a_message_goes_out_before_the_next_long_poll(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A person waits for it, and nobody for the poll."""
-    first, second = raw(number=1), raw(number=2)  # what a bot's first message needs is read before
-    bench = await ready(batch(first, cursor="b"), batch(second, cursor="c"), batch(cursor="d"))
-    monkeypatch.setattr("adapter.inbound.poller.INSTANT_S", 0.01)
-    publish_all, polls_before = bench.bus.publish_all, []
-
-    async def noting(messages: Sequence[Message]) -> list[PubAck | BusRefused]:
-        if messages[0].stream == "in":
-            polls_before.append(len(bench.chat.asked))
-        return await publish_all(messages)
-
-    monkeypatch.setattr(bench.bus, "publish_all", noting)
-    await polls(bench)
-    assert polls_before[-1] == 2
-
-
-async def test_a_cursor_that_no_record_follows_is_stored_after_a_minute(poller: Poller) -> None:
-    bench = await ready(batch(cursor="b"), None, batch(cursor="b"), None, batch(cursor="b"))
+    bench = await ready(batch(cursor="b"), None, batch(cursor="c"), None, batch(cursor="d"))
     poller(bench)
     await asyncio.sleep(60)
-    assert (len(bench.chat.asked), (await bench.last_record()).cursor) == (4, "")
-    await asyncio.sleep(60)
-    assert (await bench.last_record()).cursor == "b"
+    assert bench.bus.writes.count("checkpoint") == 1, "of the taking"
+    await asyncio.sleep(100)
+    assert bench.chat.asked == ["", "b", "b", "c", "c", "d"]
+    assert (bench.bus.writes.count("checkpoint"), (await bench.checkpoint()).position.cursor) == (2, "d")
+
+
+async def test_no_poll_starts_before_all_of_an_answer_is_stored(poller: Poller) -> None:
+    """iLink forgets it with the next poll."""
+    bench = await ready(batch(raw("one", 1), raw("two", 2), cursor="b"))
+    gate = asyncio.Event()
+
+    async def wait(message: Message) -> None:
+        if message.stream == "in" and texts(bench):
+            await gate.wait()
+
+    bench.bus.on_publish = wait
+    session = poller(bench)
+    await asyncio.sleep(300)
+    assert (texts(bench), bench.chat.asked, session.state) == (["one"], [""], State.STORING)
+    assert session.has_answer
+    gate.set()
+    await asyncio.sleep(1)
+    assert (texts(bench), bench.chat.asked, session.state) == (["one", "two"], ["", "b"], State.POLLING)
 
 
 async def test_an_empty_cursor_keeps_the_old_one() -> None:
@@ -112,7 +106,7 @@ async def test_a_server_that_fails_is_not_hammered(poller: Poller) -> None:
     session = poller(bench)
     await asyncio.sleep(600)
     assert len(bench.chat.asked) < 60
-    assert session.state == "error"
+    assert session.state is State.RETRYING
 
 
 async def test_a_bot_shows_why_its_polls_fail_until_one_is_answered(poller: Poller) -> None:
@@ -120,9 +114,9 @@ async def test_a_bot_shows_why_its_polls_fail_until_one_is_answered(poller: Poll
     bench = await ready(refusal, refusal, batch(cursor="b"))
     session = poller(bench)
     await asyncio.sleep(0.3)
-    assert session.problem == "unreadable: the answer exceeds 8388608 bytes"
+    assert session.why == "unreadable: the answer exceeds 8388608 bytes"
     await asyncio.sleep(10)
-    assert (session.state, session.problem) == ("polling", "")
+    assert (session.state, session.why) == (State.POLLING, "")
 
 
 MOVES = itertools.count()
@@ -164,11 +158,11 @@ async def test_a_bot_on_a_dead_path_does_not_count_as_polled_until_ilink_answers
     bench = await ready(None, None, None, None, batch(cursor="b"))
     session = poller(bench)
     await asyncio.sleep((HOLD_MS + 1.5 * LONGEST_HOLD_MS) / 1000)
-    assert (len(bench.chat.asked), session.state) == (3, "polling")
+    assert (len(bench.chat.asked), session.state) == (3, State.POLLING)
     await asyncio.sleep(LONGEST_HOLD_MS / 1000)
-    assert (len(bench.chat.asked), session.state) == (4, "error")
+    assert (len(bench.chat.asked), session.state) == (4, State.RETRYING)
     await asyncio.sleep(LONGEST_HOLD_MS / 1000)
-    assert (len(bench.chat.asked), session.state) == (6, "polling")
+    assert (len(bench.chat.asked), session.state) == (6, State.POLLING)
 
 
 async def test_a_server_that_holds_longer_than_it_says_is_waited_for(poller: Poller) -> None:
@@ -219,9 +213,9 @@ async def test_answers_that_come_at_once_are_stored_a_few_in_each_round_of_the_e
     bench.chat.poll = poll  # type: ignore[method-assign]
     for number, bot in enumerate(bots):
         await bench.bind(f"s{number}", bot, bot.replace("bot", "wechat"))
-    deps = bench.inbound_deps(turns=PerTickLimiter(3), read_message=read)
-    sessions = [BotPoller(bot) for bot in bots]
-    tasks = [asyncio.create_task(run_poller(session, deps)) for session in sessions]
+    deps = bench.poll_deps(turns=PerTickLimiter(3), read_message=read)
+    sessions = [BotPoller(bot, deps) for bot in bots]
+    tasks = [asyncio.create_task(session.run()) for session in sessions]
     await asyncio.sleep(5)
     bench.leases.has_lease = False
     for session in sessions:
@@ -264,9 +258,9 @@ async def test_polls_that_fail_together_begin_again_a_few_in_each_round_of_the_l
     bench.chat.poll = poll  # type: ignore[method-assign]
     for number, bot in enumerate(bots):
         await bench.bind(f"s{number}", bot, bot.replace("bot", "wechat"))
-    deps = bench.inbound_deps(turns=PerTickLimiter(3))
-    sessions = [BotPoller(bot) for bot in bots]
-    tasks = [asyncio.create_task(run_poller(session, deps)) for session in sessions]
+    deps = bench.poll_deps(turns=PerTickLimiter(3))
+    sessions = [BotPoller(bot, deps) for bot in bots]
+    tasks = [asyncio.create_task(session.run()) for session in sessions]
     await asyncio.sleep(5)
     bench.clock.jitter = jitter  # type: ignore[assignment, method-assign]
     gone.set()
@@ -283,7 +277,7 @@ async def test_bots_for_which_nothing_came_poll_again_together() -> None:
     """Each alone wakes the process for itself."""
     bench = await ready()
     await bench.bind("s2", "b2@im.bot", "u2@im.wechat")
-    deps = bench.inbound_deps()
+    deps = bench.poll_deps()
     asked: list[float] = []
     answers = {BOT: 30.0, "b2@im.bot": 30.04}
 
@@ -293,8 +287,8 @@ async def test_bots_for_which_nothing_came_poll_again_together() -> None:
         return Polled([], cursor, hold_ms)
 
     bench.chat.poll = poll  # type: ignore[method-assign]
-    sessions = [BotPoller(BOT), BotPoller("b2@im.bot")]
-    tasks = [asyncio.create_task(run_poller(session, deps)) for session in sessions]
+    sessions = [BotPoller(BOT, deps), BotPoller("b2@im.bot", deps)]
+    tasks = [asyncio.create_task(session.run()) for session in sessions]
     await asyncio.sleep(45)
     assert len(asked) == 4
     assert asked[2] == asked[3]
@@ -305,11 +299,11 @@ async def test_bots_for_which_nothing_came_poll_again_together() -> None:
 
 async def test_bots_that_start_together_are_polled_one_after_the_other_and_leave_at_once() -> None:
     bench = await ready()
-    sessions = [BotPoller(BOT)]
+    deps = bench.poll_deps(starts=RateLimiter(0.1))
+    sessions = [BotPoller(BOT, deps)]
     for number in range(2, 6):
         await bench.bind(f"s{number}", f"b{number}@im.bot", f"u{number}@im.wechat")
-        sessions.append(BotPoller(f"b{number}@im.bot"))
-    deps = bench.inbound_deps(starts=RateLimiter(0.1))
+        sessions.append(BotPoller(f"b{number}@im.bot", deps))
     asked: list[str] = []
 
     async def poll(account: Account, cursor: str, hold_ms: int) -> Polled | None:
@@ -318,7 +312,7 @@ async def test_bots_that_start_together_are_polled_one_after_the_other_and_leave
         return None
 
     bench.chat.poll = poll  # type: ignore[method-assign]
-    tasks = [asyncio.create_task(run_poller(session, deps)) for session in sessions]
+    tasks = [asyncio.create_task(session.run()) for session in sessions]
     started = []
     for _ in range(3):
         await asyncio.sleep(9.9)
@@ -349,7 +343,7 @@ async def test_a_lease_that_pauses_cuts_the_poll_and_one_that_resumes_polls_on(p
     bench.leases.has_lease = False
     session.cancel_poll()
     await asyncio.sleep(20)
-    assert (bench.chat.polling, session.state) == (0, "paused")
+    assert (bench.chat.polling, session.state) == (0, State.PAUSED)
     bench.leases.has_lease = True
     bench.leases.changed.notify_all()
     await asyncio.sleep(1)
@@ -411,7 +405,7 @@ async def test_an_answer_that_has_arrived_when_its_poll_is_cut_is_stored() -> No
     session.stop(immediately=True)
     await task
     assert texts(bench) == ["hello"]
-    assert (await bench.last_record()).cursor == "b"
+    assert (await bench.checkpoint()).position.cursor == "b"
 
 
 async def test_a_bot_that_waits_for_the_bus_does_not_count_as_polled(poller: Poller) -> None:
@@ -424,10 +418,10 @@ async def test_a_bot_that_waits_for_the_bus_does_not_count_as_polled(poller: Pol
         await asyncio.sleep(0)
     bench.bus_up.clear()
     await asyncio.sleep(5)
-    assert (bench.chat.asked, session.state) == ([""], "paused")
+    assert (bench.chat.asked, session.state) == ([""], State.PAUSED)
     bench.bus_up.set()
     await asyncio.sleep(1)
-    assert (bench.chat.asked, session.state) == (["", "b"], "polling")
+    assert (bench.chat.asked, session.state) == (["", "b"], State.POLLING)
 
 
 async def test_no_poll_starts_while_the_bus_is_away(poller: Poller) -> None:
@@ -464,7 +458,7 @@ async def test_ilink_is_told_of_the_start_again_ever_more_seldom_until_it_answer
 
     bench.chat.polls.extend([partial(answered, number) for number in range(1, 20)])
     await polls(bench)
-    assert told == [0, 1, 2, 2, 3, 3, 3, 3, *[4] * 11]
+    assert told == [1, 2, 3, 3, 4, 4, 4, 4, *[5] * 11]
 
 
 async def test_ilink_is_told_of_the_start_and_the_end_and_need_not_answer() -> None:
@@ -474,11 +468,11 @@ async def test_ilink_is_told_of_the_start_and_the_end_and_need_not_answer() -> N
     await asyncio.sleep(1)
     assert bench.chat.notified == [True]
     assert bench.chat.asked == [""]
-    session.draining_after_handover = True
+    session.is_handed_over = True
     session.stop(immediately=True)
     await task
     assert bench.chat.notified == [True, False]
-    assert (await bench.written())[-1].owner == ""
+    assert (await bench.checkpoint()).owner == ""
 
 
 async def test_ilink_is_not_told_of_an_end_where_another_replica_goes_on() -> None:
@@ -486,11 +480,11 @@ async def test_ilink_is_not_told_of_an_end_where_another_replica_goes_on() -> No
     bench.leases.has_no_peers = False
     session, task = tended(bench)
     await asyncio.sleep(1)
-    session.draining_after_handover = True
+    session.is_handed_over = True
     session.stop(immediately=True)
     await task
     assert bench.chat.notified == [True]
-    assert (await bench.written())[-1].owner == ""
+    assert (await bench.checkpoint()).owner == ""
     assert bench.freed == ["b1@im.bot"]
 
 
@@ -502,7 +496,7 @@ async def test_leaving_at_a_boundary_lets_the_poll_deliver() -> None:
     session.stop(immediately=False)
     await task
     assert texts(bench) == ["last words"]
-    assert ((await bench.written())[-1].owner, (await bench.last_record()).cursor) == ("", "b")
+    assert ((await bench.checkpoint()).owner, (await bench.checkpoint()).position.cursor) == ("", "b")
     assert bench.chat.polling == 0
 
 
@@ -525,7 +519,7 @@ async def test_stopping_stores_the_batch_in_hand() -> None:
     await asyncio.sleep(1)
     assert task.done()
     assert texts(bench) == ["in hand"]
-    assert ((await bench.written())[-1].owner, (await bench.last_record()).cursor) == ("", "b")
+    assert ((await bench.checkpoint()).owner, (await bench.checkpoint()).position.cursor) == ("", "b")
 
 
 async def test_unbinding_ends_the_poll_at_once_and_keeps_what_came_late() -> None:
@@ -567,7 +561,7 @@ async def test_a_cursor_too_long_to_keep_is_told_once_until_one_is_kept(poller: 
     with capture_logs() as logs:
         session = poller(bench)
         await asyncio.sleep(10)
-        assert session.state == "error"
+        assert session.state is State.RETRYING
         bench.chat.polls.extend([batch(cursor="c"), long])
         session.cancel_poll()
         await asyncio.sleep(10)
@@ -580,7 +574,7 @@ async def test_a_bot_polls_as_ever_once_its_cursor_is_kept_again(poller: Poller)
     bench = await ready(Polled([], None, 35_000, overlong=70_000), batch(cursor="c"))
     session = poller(bench)
     await asyncio.sleep(10)
-    assert session.state == "polling"
+    assert session.state is State.POLLING
 
 
 async def test_a_url_that_may_not_be_called_is_tried_again_with_backoff_only(poller: Poller) -> None:
@@ -588,7 +582,7 @@ async def test_a_url_that_may_not_be_called_is_tried_again_with_backoff_only(pol
     session = poller(bench)
     await asyncio.sleep(600)
     assert len(bench.chat.asked) < 30
-    assert session.state == "error"
+    assert session.state is State.RETRYING
 
 
 async def test_a_bug_ends_no_poller() -> None:
@@ -607,7 +601,7 @@ async def test_a_pause_after_a_failure_is_a_boundary() -> None:
     bench = await ready(Temporary("http_4xx", "HTTP 429", retry_after_s=300.0))
     session, task = tended(bench)
     await asyncio.sleep(60)
-    session.draining_after_handover = True
+    session.is_handed_over = True
     session.stop(immediately=False)
     began = bench.clock.monotonic()
     await task
@@ -643,7 +637,7 @@ async def test_an_answer_that_is_still_being_read_when_its_poll_is_cut_is_kept()
 
     bench.chat.poll = poll  # type: ignore[method-assign]
     session, task = tended(bench)
-    while session.poll_task is None:
+    while session._poll_task is None:
         await asyncio.sleep(0)
     session.stop(immediately=True)
     await task
@@ -655,7 +649,6 @@ def test_an_answer_that_came_while_the_loop_was_busy_is_read_before_the_poll_is_
     new_loop: Callable[[], asyncio.AbstractEventLoop],
 ) -> None:
     """A busy machine holds a process up between two reads; uvloop calls what is due by then before it reads on."""
-    session = BotPoller("b1")
     (ours, ilink), (busy, waker) = socket.socketpair(), socket.socketpair()
 
     def hold_up() -> None:
@@ -664,10 +657,10 @@ def test_an_answer_that_came_while_the_loop_was_busy_is_read_before_the_poll_is_
         time.sleep(ANSWER_GRACE_S * 2)  # stands for the others, who have the processor
 
     async def poll() -> bytes:
-        loop = asyncio.get_running_loop()
+        loop, session = asyncio.get_running_loop(), Bench().new_poller("b1")
         reader, writer = await asyncio.open_connection(sock=ours)
         loop.add_reader(busy, hold_up)
-        session.poll_task = asyncio.current_task()
+        session._poll_task = asyncio.current_task()
         session.cancel_poll()
         waker.send(b"!")
         try:

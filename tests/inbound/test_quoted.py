@@ -11,9 +11,9 @@ from adapter.content.dedup import MessageKeys
 from adapter.content.quotes import Part, Reference
 from adapter.contract.messages import Inbound, Quote, TextItem
 from adapter.conversation.record import SentText
-from adapter.inbound.inbox import AddressedMessage, publish
 from adapter.ports import InboundMessage
-from tests.fakes import Bench, settle
+from tests.fakes import Bench, batch
+from tests.inbound.pollers import polls
 
 VIRTUAL_TIME = True
 
@@ -23,7 +23,7 @@ BOT, USER, OTHER = "b1@im.bot", "u1@im.wechat", "u2@im.wechat"
 def says(message: str = "1", *, quotes: str = "", part: Part | None = None, **fields: Any) -> InboundMessage:
     """A message of the user; `quotes` is the id of another one."""
     said = InboundMessage(
-        keys=MessageKeys(message, "", "", USER, 1, "this"),
+        keys=MessageKeys(message, "", "", USER, 1, message),
         user=USER,
         sent_at_ms=1,
         context_token="",
@@ -40,9 +40,12 @@ def says(message: str = "1", *, quotes: str = "", part: Part | None = None, **fi
 
 
 async def hear(bench: Bench, *saids: InboundMessage) -> list[Inbound]:
-    """Puts messages on the bus; all that are there."""
-    heard = [AddressedMessage(said, "s1", BOT, bench.clock.now_ms(), said.keys.id_for(BOT), "1.0") for said in saids]
-    await publish(heard, bench.dispatch_deps().publishing)
+    """Polls messages of the bot's user; all that are in the inbox."""
+    if bench.bindings.get(BOT) is None:
+        await bench.bind()
+    by_raw = {str(number).encode(): said for number, said in enumerate(saids)}
+    bench.chat.polls.append(batch(*by_raw))
+    await polls(bench, read_message=by_raw.__getitem__)
     return bench.bus.inbound()
 
 
@@ -54,7 +57,6 @@ async def quote_of(bench: Bench, said: InboundMessage) -> Quote:
 
 async def test_what_was_sent_is_found(bench: Bench) -> None:
     bench.hears("s1", USER, sent=[SentText(id="51", kind="text", text="an answer")])
-    await settle()
     assert await quote_of(bench, says("43", quotes="51")) == Quote(
         id="51", text="an answer", said_by="bot", kind="text"
     )
@@ -65,18 +67,15 @@ async def test_what_was_sent_from_another_sandbox_or_to_another_user_is_not_show
     sandbox: str, user: str, bench: Bench
 ) -> None:
     bench.hears(sandbox, user, sent=[SentText(id="51", kind="text", text="secret")])
-    await settle()
     assert await quote_of(bench, says("43", quotes="51")) == Quote(id="51")
 
 
 async def test_a_part_of_what_was_sent_is_shown(bench: Bench) -> None:
     bench.hears("s1", USER, sent=[SentText(id="51", kind="text", text="hello hello")])
-    await settle()
     assert (await quote_of(bench, says("43", quotes="51", part=Part("ello", "h", 0, 1, "")))).text == "ello h"
 
 
 async def test_the_inbox_is_not_searched(bench: Bench) -> None:
-    await hear(bench, says("41"))
-    bench.bus.unreadable = 10**6
-    assert await quote_of(bench, says("43", quotes="41")) == Quote(id="41")
-    assert bench.bus.unreadable == 10**6
+    heard = await hear(bench, says("41"), says("43", quotes="41"))
+    assert heard[1].quote == Quote(id="41")
+    assert bench.bus.read_back == 0

@@ -3,33 +3,22 @@
 from __future__ import annotations
 
 import asyncio
+from collections import deque
 
 import pytest
 from structlog.testing import capture_logs
 
-from adapter.errors import AdapterError, BusRefused, LeaseLost, Refused, Temporary
-from adapter.inbound.bot_poller import BotPoller
-from adapter.inbound.journal import JournalRecord
-from adapter.inbound.poller import poll_forever, run_poller
-from adapter.inbound.taking import take_bot
-from adapter.ports import Message, Polled
+from adapter.errors import AdapterError, BusRefused, Temporary
+from adapter.inbound.poller import BotPoller, State
 from adapter.security.seal import Sealer, cursor_context
 from tests.fakes import Bench, Failing, FakeLeases, batch, ready, settle
-from tests.inbound.downloads import heir_to, image
-from tests.inbound.pollers import BOT, Poller, polls, raw, tended, texts
+from tests.inbound.pollers import BOT, Poller, heir_to, polls, raw, set_owner, tended, texts
 
 VIRTUAL_TIME = True
 
 
-async def writes(bench: Bench, owner: str, *messages: bytes, cursor: str = "b") -> None:
-    """The journal gets a record, as from another replica; the bot was polled by nobody, or by that one."""
-    last = await bench.journal.last(BOT)
-    record = JournalRecord(cursor=cursor, messages=list(messages))
-    await bench.journal.append(BOT, record, owner, last.sequence if last else 0)
-
-
 async def owner_of(bench: Bench) -> str:
-    return (await bench.written())[-1].owner
+    return (await bench.checkpoint()).owner
 
 
 # waiting for another owner -------------------------------------------------------------------------------
@@ -37,40 +26,40 @@ async def owner_of(bench: Bench) -> str:
 
 async def test_a_new_owner_waits_until_the_old_one_has_stopped(poller: Poller) -> None:
     bench = await ready()
-    await writes(bench, "other-1")
+    await set_owner(bench, "other-1", cursor="b")
     session = poller(bench)
     await asyncio.sleep(30)
     assert bench.chat.asked == []
-    await writes(bench, "", cursor="c")
-    session.bot_released.set()
+    await set_owner(bench, "", cursor="c")
+    session.on_released()
     await asyncio.sleep(1)
     assert bench.chat.asked == ["c"]
 
 
 async def test_a_new_owner_that_is_not_told_finds_out(poller: Poller) -> None:
     bench = await ready()
-    await writes(bench, "other-1")
+    await set_owner(bench, "other-1", cursor="b")
     poller(bench)
     await asyncio.sleep(30)
-    await writes(bench, "", cursor="c")
+    await set_owner(bench, "", cursor="c")
     await asyncio.sleep(7)
     assert bench.chat.asked == ["c"]
 
 
 async def test_a_new_owner_takes_over_from_one_that_is_proven_dead(poller: Poller) -> None:
     bench = await ready()
-    await writes(bench, "other-1")
+    await set_owner(bench, "other-1", cursor="b")
     session = poller(bench)
     await asyncio.sleep(5)
     bench.leases.proven_dead.add("other-1")
-    session.bot_released.set()
+    session.on_released()
     await asyncio.sleep(1)
     assert (bench.chat.asked, await owner_of(bench)) == (["b"], "me-1")
 
 
 async def test_a_bot_bound_anew_while_another_has_it_is_not_asked_for_without_a_pause(poller: Poller) -> None:
     bench = await ready()
-    await writes(bench, "other-1")
+    await set_owner(bench, "other-1", cursor="b")
     session = poller(bench)
     await asyncio.sleep(5)
     asked = bench.leases.asked_dead
@@ -79,28 +68,28 @@ async def test_a_bot_bound_anew_while_another_has_it_is_not_asked_for_without_a_
     assert 5 < bench.leases.asked_dead - asked < 60
 
 
-async def test_a_new_owner_takes_a_bot_whose_record_names_one_that_has_no_poller_of_it(poller: Poller) -> None:
-    """As after the journal was restored: it lives, and would never give back what it does not have."""
+async def test_a_new_owner_takes_a_bot_whose_checkpoint_names_one_that_has_no_poller_of_it(poller: Poller) -> None:
+    """As after a restore: it lives, and would never give back what it does not have."""
     bench = await ready()
-    await writes(bench, "other-1", raw("left over"))
-    poller(bench)
+    await set_owner(bench, "other-1", cursor="b")
+    session = poller(bench)
     await asyncio.sleep(60)
-    assert bench.chat.asked == []
+    assert (bench.chat.asked, session.state, session.why) == ([], State.WAITING, "other-1 has not released it")
     bench.idle.add(("other-1", BOT))
     await asyncio.sleep(60)
-    assert (bench.chat.asked, await owner_of(bench)) == (["b"], "me-1")
-    assert texts(bench) == ["left over"]
+    assert (bench.chat.asked, await owner_of(bench), session.state) == (["b"], "me-1", State.POLLING)
 
 
 async def test_an_owner_that_begins_to_poll_as_it_is_asked_keeps_its_bot(poller: Poller) -> None:
     bench = await ready()
-    await writes(bench, "other-1")
+    await set_owner(bench, "other-1", cursor="b")
 
     async def is_idle(owner: str, bot: str) -> bool:
-        await writes(bench, owner)
+        await set_owner(bench, owner)
         return True
 
-    poller(bench, is_idle=is_idle)
+    bench.is_idle = is_idle  # type: ignore[method-assign]
+    poller(bench)
     await asyncio.sleep(120)
     assert (bench.chat.asked, await owner_of(bench)) == ([], "other-1")
 
@@ -108,11 +97,11 @@ async def test_an_owner_that_begins_to_poll_as_it_is_asked_keeps_its_bot(poller:
 async def test_who_waits_for_an_owner_holds_up_no_other_bot() -> None:
     """Starts are bounded; one that waits for a replica elsewhere must not use up the bound."""
     bench = await ready()
-    await writes(bench, "other-1")
+    await set_owner(bench, "other-1", cursor="b")
     await bench.bind(sandbox="s2", bot="b2@im.bot", user="u2@im.wechat")
-    deps = bench.inbound_deps(takeovers=asyncio.Semaphore(1))
-    sessions = [BotPoller(BOT), BotPoller("b2@im.bot")]
-    tasks = [asyncio.get_running_loop().create_task(run_poller(session, deps)) for session in sessions]
+    deps = bench.poll_deps(takeovers=asyncio.Semaphore(1))
+    sessions = [BotPoller(BOT, deps), BotPoller("b2@im.bot", deps)]
+    tasks = [asyncio.get_running_loop().create_task(session.run()) for session in sessions]
     await asyncio.sleep(5)
     assert len(bench.chat.asked) == 1
     for session in sessions:
@@ -132,13 +121,13 @@ async def test_a_poller_that_waits_for_the_lease_hardly_looks_at_it_and_leaves_a
             return self.has_lease
 
     bench.leases = Counted()
-    session = BotPoller(BOT)
-    task = asyncio.create_task(run_poller(session, bench.inbound_deps(leases=bench.leases)))
+    session = bench.new_poller(leases=bench.leases)
+    task = asyncio.create_task(session.run())
     await asyncio.sleep(1)
     bench.leases.has_lease = False
     session.cancel_poll()
     await asyncio.sleep(1)
-    assert session.state == "paused"
+    assert session.state is State.PAUSED
     looks = 0
     await asyncio.sleep(60)
     assert looks < 15
@@ -148,194 +137,50 @@ async def test_a_poller_that_waits_for_the_lease_hardly_looks_at_it_and_leaves_a
     assert bench.clock.monotonic() - before < 0.1
 
 
-# catching up ---------------------------------------------------------------------------------------------
-
-
-async def test_sends_wait_until_the_conversations_have_heard_what_was_left_over(poller: Poller) -> None:
-    bench = await ready()
-    await writes(bench, "", raw("left over"))
-    gate = asyncio.Event()
-
-    read = bench.conversation_bucket.get
-
-    async def get(key: str) -> object:
-        await gate.wait()
-        return await read(key)
-
-    bench.conversation_bucket.get = get  # type: ignore[method-assign,assignment]
-    session = poller(bench)
-    await asyncio.sleep(5)
-    assert (session.is_catching_up, bench.changed_sessions, bench.chat.polling) == (True, [], 1)
-    gate.set()
-    await asyncio.sleep(2)
-    assert (session.is_catching_up, bench.changed_sessions) == (False, ["s1"])
-    assert bench.record().token == "token-1"
-
-
-async def test_nothing_is_caught_up_with_where_nothing_is_left_over(poller: Poller) -> None:
-    bench = await ready(batch(raw()))
-    first, task = tended(bench)
-    await asyncio.sleep(5)
-    first.stop(immediately=True)
-    await task
-    session = poller(bench)
-    await asyncio.sleep(1)
-    assert (session.is_catching_up, session.dispatcher) == (False, None)
-
-
-async def test_who_waits_for_an_owner_that_lives_sends_meanwhile(poller: Poller) -> None:
-    bench = await ready()
-    await writes(bench, "other-1", raw())
-    session = poller(bench)
-    await asyncio.sleep(1)
-    assert (session.is_catching_up, bench.changed_sessions) == (False, ["s1"])
-
-
-async def test_a_bot_that_is_bound_again_waits_for_no_media_of_before() -> None:
-    bench = await ready(batch(image(1)))
-    bench.cdn.has("p1", None)
-    session, task = tended(bench)
-    await asyncio.sleep(1)
-    await bench.bindings.remove(BOT)
-    session.stop(immediately=True)
-    await asyncio.sleep(1)
-    await bench.bind("s2")
-    began = bench.clock.monotonic()
-    await task
-    assert bench.clock.monotonic() - began < 5
-
-
 # losing it -----------------------------------------------------------------------------------------------
 
 
-async def test_a_fenced_poller_ends_quietly_and_gives_nothing_back() -> None:
-    bench = await ready(batch(raw(), cursor="zombie"))
-    _, task = tended(bench)
-    await settle()
-    await writes(bench, "other-1")
-    await asyncio.sleep(5)
-    assert task.done()
-    assert await owner_of(bench) == "other-1"
-
-
-async def test_what_was_polled_for_a_bot_that_another_took_is_stored_for_that_one() -> None:
-    """iLink may give it to nobody else; never the cursor."""
-    bench = await ready(batch(raw("late"), cursor="zombie"))
-    session, deps = BotPoller(BOT), bench.inbound_deps()
-    journal = await take_bot(session, deps)
-    assert journal is not None
-    await writes(bench, "other-1")
-    with pytest.raises(LeaseLost):
-        await poll_forever(session, journal, deps)
-    (*_, last) = await bench.written()
-    assert (last.owner, last.record.cursor, last.record.messages) == ("other-1", "b", [raw("late")])
-    assert bench.freed == [BOT]
-    assert texts(bench) == [], "the owner of now tells it"
-
-
-async def frozen_with(bench: Bench, *batches: Polled, heir: Bench | None, given: tuple[bytes, ...] = ()) -> None:
-    """The replica that polls is stopped with an answer in hand; it goes on long after `heir` took the bot and polled
-    the messages `given`, where iLink gave it any."""
-    bench.chat.polls.extend(batches)
-    session, task = tended(bench)
-
-    async def freeze(message: Message) -> None:
-        if message.stream != "journal" or not bench.chat.asked:
-            return
-        bench.bus.on_publish, bench.leases.has_lease = None, False
-        asyncio.get_running_loop().call_later(60, resume)
-        if heir is not None:
-            bench.leases.incarnation = "me-2"  # it was revoked, and has joined anew
-
-    def resume() -> None:
-        bench.leases.has_lease = True
-        bench.leases.changed.notify_all()
-
-    bench.bus.on_publish = freeze
-    await asyncio.sleep(5)
-    heirs = None
-    if heir is not None:
-        bench.chat.polls.clear()
-        heir.chat.polls.extend([batch(*given, cursor="b"), None, None])
-        heirs = tended(heir)
-        await asyncio.sleep(60)
-        heirs[0].may_have_late_record = bench.freed == [BOT]  # as the supervisor says
-    await asyncio.sleep(100)
-    for one in (heirs, (session, task)):
-        if one is not None:
-            one[0].stop(immediately=True)
-            await one[1]
-
-
-async def test_who_was_frozen_with_a_batch_in_hand_tells_nothing_twice_and_moves_no_cursor() -> None:
-    """The server's window against duplicates has passed by then."""
-    bench = await ready()
-    words = raw("one", 1), raw("two", 2)
-    await frozen_with(bench, batch(*words, cursor="zombie"), heir=heir_to(bench), given=words)
-    assert texts(bench) == ["one", "two"]
-    assert (await bench.last_record()).cursor == "b"
-    assert set(bench.chat.asked) == {"", "b"}
-
-
-async def test_what_ilink_gave_to_one_that_was_frozen_and_to_nobody_else_is_told_late() -> None:
-    bench, words = await ready(), (raw("one", 1), raw("two", 2))
-    await frozen_with(bench, batch(*words, cursor="zombie"), heir=heir_to(bench), given=(words[1],))
-    assert texts(bench) == ["two", "one"]
-    assert (await bench.last_record()).cursor == "b"
-
-
-async def test_a_late_record_is_told_by_the_owner_of_now_at_its_next_poll(poller: Poller) -> None:
-    bench = await ready(None, batch(raw("three", 3), cursor="c"))
+async def test_a_poller_whose_bot_another_took_ends_at_its_next_write_and_gives_nothing_back(poller: Poller) -> None:
+    """It could not renew its lease and does not know; what it stores meanwhile is found by its id or fingerprint."""
+    bench = await ready(batch(raw(), cursor="zombie"), *[None, batch(cursor=None)] * 3)
     session = poller(bench)
-    await asyncio.sleep(1)
-    await writes(bench, "me-1", raw("late"), cursor="")
-    session.may_have_late_record = True
-    session.cancel_poll()
     await asyncio.sleep(5)
-    assert texts(bench) == ["late", "three"]
+    await set_owner(bench, "other-1", cursor="b")
+    await asyncio.sleep(120)
+    assert session.state is State.ENDED
+    stored = await bench.checkpoint()
+    assert (stored.owner, stored.position.cursor, bench.freed) == ("other-1", "b", [])
 
 
-async def test_a_late_record_of_which_nobody_tells_is_found_with_the_next_write(poller: Poller) -> None:
-    bench = await ready(None, batch(raw("three", 3), cursor="c"), batch(raw("four", 4), cursor="d"))
-    poller(bench)
-    await asyncio.sleep(1)
-    await writes(bench, "me-1", raw("late"), cursor="")
-    await asyncio.sleep(60)
-    assert texts(bench) == ["late", "three", "four"]
-
-
-async def test_a_late_record_that_nobody_owns_is_told_by_the_next_owner(poller: Poller) -> None:
-    bench = await ready(batch(raw("one", 1)))
-    await polls(bench)
-    bench.chat.script_ends = False
-    await writes(bench, "", raw("late", 2))
-    poller(bench)
-    await asyncio.sleep(1)
-    assert texts(bench) == ["one", "late"]
-
-
-async def test_a_lease_that_only_pauses_keeps_the_batch_in_hand() -> None:
-    bench = await ready()
-    await frozen_with(bench, batch(raw("one", 1), raw("two", 2), cursor="b"), heir=None)
-    assert texts(bench) == ["one", "two"]
-    assert (bench.chat.asked, await owner_of(bench)) == (["", "b"], "")
-
-
-async def test_a_journal_that_was_set_back_ends_the_poller_which_names_itself_anew() -> None:
+async def test_a_checkpoint_that_was_set_back_ends_the_poller_which_names_itself_anew() -> None:
     """Else whom the shard is handed to takes the bot from one that is dead, while this one's last poll waits."""
-    bench = await ready(batch(cursor="b"), None, batch(raw(), cursor="c"))
+    bench = await ready(batch(cursor="b"), *[None, batch(cursor=None)] * 2)
     session, task = tended(bench)
     await asyncio.sleep(1)
-    bench.bus.kept.clear()
-    await writes(bench, "dead-1", cursor="old")
+    await set_owner(bench, "dead-1", cursor="old")
     bench.leases.proven_dead.add("dead-1")
-    await asyncio.sleep(60)
+    await asyncio.sleep(120)
     assert task.done(), "the supervisor begins another one, as long as the shard is its own"
+    bench.chat.polls = deque([batch(raw(), cursor="c")])
     session, task = tended(bench)
-    await asyncio.sleep(1)
-    assert (await owner_of(bench), bench.chat.asked[-1], texts(bench)) == ("me-1", "old", ["hello"])
+    await asyncio.sleep(5)
+    assert (await owner_of(bench), bench.chat.asked[-2:], texts(bench)) == ("me-1", ["old", "c"], ["hello"])
     session.stop(immediately=True)
     await task
+
+
+# closed, unbound -----------------------------------------------------------------------------------------
+
+
+async def test_a_bot_that_is_closed_before_it_is_taken_is_not_taken(poller: Poller) -> None:
+    bench = await ready()
+    await set_owner(bench, "other-1")
+    session = poller(bench)
+    await asyncio.sleep(5)
+    await bench.bindings.remove(BOT)
+    await set_owner(bench, "")
+    await asyncio.sleep(30)
+    assert (bench.chat.asked, session.state, await owner_of(bench)) == ([], State.ENDED, "")
 
 
 # giving it back ------------------------------------------------------------------------------------------
@@ -347,40 +192,43 @@ async def test_a_bot_is_given_back_also_where_the_bus_refuses_it_at_first(proble
     bench = await ready()
     session, task = tended(bench)
     await settle()
-    bench.bus.on_publish = refuses = Failing(3, problem)
+    bench.checkpoint_bucket.on_write = refuses = Failing(3, problem)
     session.stop(immediately=True)
     await task
     assert (refuses.left, await owner_of(bench)) == (0, "")
 
 
-async def test_who_cannot_open_the_token_leaves_the_journal_as_it_is() -> None:
+async def test_who_cannot_open_the_token_leaves_the_checkpoint_as_it_is() -> None:
     sealer = Sealer((bytes(32),))
     bench = await ready(token=sealer.seal(BOT, "secret"))
     await polls(bench)
-    before = await bench.written()
+    before = dict(bench.checkpoint_bucket.entries)
     stranger = Bench(bench, incarnation="other-1", token_key=(b"\1" * 32,))
     stranger.leases.proven_dead.add("me-1")
-    with pytest.raises(Refused):
-        await take_bot(BotPoller(BOT), stranger.inbound_deps())
-    assert await bench.written() == before
+    session, task = tended(stranger)
+    await asyncio.sleep(60)
+    assert (session.state, session.why[:10]) == (State.RETRYING, "token_key:")
+    assert bench.checkpoint_bucket.entries == before
+    session.stop(immediately=True)
+    await task
 
 
-async def test_the_end_of_a_bot_leaves_one_record_that_goes_in_time() -> None:
+async def test_the_checkpoint_of_a_bot_that_is_unbound_goes_in_time() -> None:
     bench = await ready(batch(raw("one", 1)), batch(raw("two", 2), cursor="c"))
     session, task = tended(bench)
     await asyncio.sleep(5)
+    assert bench.checkpoint_bucket.ttls == {}
     await bench.bindings.remove(BOT)
     session.stop(immediately=True)
     await task
-    (stored,) = bench.bus.found("JOURNAL")
-    assert stored.headers["Nats-TTL"] == "3600s"
-    (last,) = await bench.written()
-    assert (last.owner, last.record.cursor, last.record.messages) == ("", "c", [])
+    stored = await bench.checkpoint()
+    assert (stored.owner, stored.position.cursor, stored.position.inbox_seq) == ("", "c", 2)
+    assert list(bench.checkpoint_bucket.ttls.values()) == [3600]
 
 
 @pytest.mark.parametrize("moved", [False, True], ids=["by the owner that told it", "by another owner"])
 async def test_what_was_told_before_the_end_of_a_bot_is_a_repeat_for_its_next_sandbox(moved: bool) -> None:
-    """iLink repeats for an hour, also where no record is left that had the message."""
+    """iLink repeats for an hour, also where the inbox has let the message go."""
     bench = await ready(*[batch(raw(f"word {n}", n), cursor=f"c{n}") for n in range(40)])
     session, task = tended(bench)
     await asyncio.sleep(30)
@@ -395,11 +243,12 @@ async def test_what_was_told_before_the_end_of_a_bot_is_a_repeat_for_its_next_sa
     session.stop(immediately=True)
     await task
     bench.bus.forget_ids()
+    told_before, bench.bus.kept = bench.bus.inbound(), []
     await bench.bind("s2")
     bench.chat.polls.append(batch(raw("word 3", 3), raw("word 39", 99, create_time_ms=1789000000039), cursor="z"))
     session, task = tended(bench)
     await asyncio.sleep(5)
-    assert (told, len(texts(bench))) == (40, 40)
+    assert (told, len(told_before), texts(bench)) == (40, 40, [])
     session.stop(immediately=True)
     await task
 
@@ -467,4 +316,4 @@ async def test_a_bot_is_given_back_also_while_the_lease_is_paused() -> None:
     session.stop(immediately=True)
     await asyncio.sleep(2)
     assert task.done()
-    assert (await bench.written())[-1].owner == ""
+    assert await owner_of(bench) == ""

@@ -479,7 +479,7 @@ async def test_with_two_persons_an_answer_goes_to_the_one_whom_it_answers_or_to_
 
 async def test_a_new_bot_answers_what_its_person_wrote_to_the_one_before() -> None:
     bench, shard = await ready()
-    bench.hears(dispatched_to={"b0@im.bot": 1})
+    bench.hears(bots=["b0@im.bot", BOT])
     shard.intake.on_delivery(bench.command("hi", id="c1", reply_to="in:b0@im.bot:m1"))
     shard.intake.on_delivery(bench.command("hi again", id="c2", reply_to="in:b0@im.bot:m1", user=USER))
     await asyncio.sleep(30)

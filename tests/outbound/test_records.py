@@ -63,8 +63,8 @@ async def test_the_record_of_an_unbound_user_goes_in_time_unless_a_bot_serves_th
     assert bench.record().unserved
     if not in_memory:
         await evict(bench)
-    binding = await bench.bind(bot=AGAIN)
-    bench.conversations.wake_soon(binding)  # as its poller does
+    await bench.bind(bot=AGAIN)
+    await user_writes(bench, bot=AGAIN)
     await asyncio.sleep(1)
     assert ends_in(bench) == 0
     assert not bench.record().unserved

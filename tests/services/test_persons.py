@@ -1,4 +1,4 @@
-"""An erasure that is cut, that meets owners who are not done, and that must not take a journal in use."""
+"""An erasure that is cut, that meets owners who are not done, and that must not take a checkpoint in use."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import pytest
 
 from adapter.contract.messages import ControlAnswer, Erase
 from adapter.contract.names import H_COMMAND, H_MSG_ID, H_SANDBOX, Names, to_subject_token
+from adapter.contract.records import CheckpointRecord
 from adapter.errors import Temporary
 from adapter.services.persons import Erasure
 from tests.fakes import Bench
@@ -16,6 +17,13 @@ from tests.fakes import Bench
 VIRTUAL_TIME = True
 
 USER, BOT = "u1@im.wechat", "b1@im.bot"
+
+
+CHECKPOINT = msgspec.json.encode(CheckpointRecord(owner="me-2", sealed=b"sealed"))
+
+
+def checkpoint_of(names: Names, bot: str) -> str:
+    return f"$KV.{names.checkpoints}.{to_subject_token(bot)}"
 
 
 class Place:
@@ -32,8 +40,7 @@ class Place:
             bench.bus.put(names.dead_letters("WECHAT_IN"), b"raw", {H_MSG_ID: f"dead:{bot}:x", H_SANDBOX: "s1"})
             command = {H_COMMAND: f"c-{user}", H_SANDBOX: "s1"}
             bench.bus.put(names.dead_letters("WECHAT_OUT"), b"{", command)
-            bench.bus.put(names.journal(bot), msgspec.msgpack.encode((1, "", b"sealed")), {})
-            bench.bus.put(names.journal(bot), msgspec.msgpack.encode((1, "me-2", b"sealed")), {})
+            bench.bus.put(checkpoint_of(names, bot), CHECKPOINT, {})
 
         async def is_released(_: str) -> bool:
             return not polled
@@ -49,18 +56,18 @@ class Place:
         return sum(not kept.stored.subject.endswith(".erased") for kept in self.bench.bus.kept)
 
 
-ALL = {"message": 1, "receipt": 1, "event": 1, "dead_letter": 2, "journal": 2}
+ALL = {"message": 1, "receipt": 1, "event": 1, "dead_letter": 2, "checkpoint": 1}
 
 
 async def test_what_is_theirs_goes_overwritten_and_the_rest_stays() -> None:
     place = Place()
     answer = await place.erase()
     assert (answer.ok, answer.counts, answer.left) == (True, ALL, {})
-    assert place.kept == 7
-    assert len(place.bench.bus.erased) == 7
+    assert place.kept == 6
+    assert len(place.bench.bus.erased) == 6
 
 
-@pytest.mark.parametrize("done", range(7))
+@pytest.mark.parametrize("done", range(6))
 async def test_one_that_was_cut_is_finished_by_the_next(done: int) -> None:
     place = Place()
 
@@ -71,18 +78,18 @@ async def test_one_that_was_cut_is_finished_by_the_next(done: int) -> None:
     place.bench.bus.on_delete = fail_after_some
     with pytest.raises(Temporary):
         await place.erase()
-    assert place.kept == 14 - done
+    assert place.kept == 12 - done
     place.bench.bus.on_delete = None
     assert (await place.erase()).ok
-    assert place.kept == 7
+    assert place.kept == 6
 
 
 async def test_nothing_goes_while_a_replica_polls_the_bot() -> None:
-    """Without what names the bot its journal would not be found by the next run."""
+    """Without what names the bot its checkpoint would not be found by the next run."""
     place = Place(polled=True)
     with pytest.raises(Temporary, match="bot_in_use"):
         await place.erase()
-    assert place.kept == 14
+    assert place.kept == 12
 
 
 @pytest.mark.parametrize("writes", ["command", "receipt"])
@@ -100,13 +107,13 @@ async def test_a_sandbox_that_goes_on_naming_the_person_keeps_no_erasure_incompl
     assert (answer.ok, answer.left) == (True, {})
 
 
-async def test_a_bot_that_was_bound_again_keeps_its_journal() -> None:
-    """A poller whose newest record is deleted loses its place, and stops."""
+async def test_a_bot_that_was_bound_again_keeps_its_checkpoint() -> None:
+    """A poller whose checkpoint is deleted loses its place, and stops."""
     place = Place()
     await place.bench.bind(bot=BOT, user="u3@im.wechat")
     with pytest.raises(Temporary, match="bot_in_use"):
         await place.erase()
-    assert place.kept == 14
+    assert place.kept == 12
 
 
 @pytest.mark.parametrize(
@@ -125,24 +132,24 @@ async def test_a_sandbox_that_names_the_bot_of_another_person_erases_nothing_of_
     place = Place()
     about: dict[str, object] = {"user": USER, "bot": "b2@im.bot", "sandbox": "s3", "command": "r1"}
     if ".out." in place_of(place.bench.names):
-        about |= {"dispatched_to": {"b2@im.bot": 1}}  # the command as it was written
+        about |= {"bots": ["b2@im.bot"]}  # the command as it was written
     place.bench.bus.put(place_of(place.bench.names), msgspec.json.encode(about), {})
     answer = await place.erase()
     assert (answer.ok, answer.left) == (True, {})
     assert sum(answer.counts.values()) == sum(ALL.values()) + 1
-    assert place.kept == 7
+    assert place.kept == 6
 
 
-async def test_the_bots_that_a_conversation_was_dispatched_from_are_theirs() -> None:
-    """Their messages may have expired before their journal."""
+async def test_the_bots_that_brought_a_conversations_messages_are_theirs() -> None:
+    """Their messages may have expired before their checkpoint."""
     place = Place()
     names = place.bench.names
-    about = {"bot": BOT, "dispatched_to": {"b4@im.bot": 7}}
+    about = {"bot": BOT, "bots": ["b4@im.bot"]}
     place.bench.bus.put(
         f"$KV.{names.conversations}.s1.{to_subject_token(USER)}", msgspec.json.encode(about | {"unserved": True}), {}
     )
-    place.bench.bus.put(names.journal("b4@im.bot"), msgspec.msgpack.encode((1, "", b"sealed")), {})
-    assert (await place.erase()).counts == ALL | {"conversation": 1, "journal": 3}
+    place.bench.bus.put(checkpoint_of(names, "b4@im.bot"), CHECKPOINT, {})
+    assert (await place.erase()).counts == ALL | {"conversation": 1, "checkpoint": 2}
 
 
 async def test_a_bot_that_serves_another_person_now_is_left_alone() -> None:
@@ -151,5 +158,5 @@ async def test_a_bot_that_serves_another_person_now_is_left_alone() -> None:
     binding = msgspec.json.encode({"user": "u3@im.wechat", "bot": BOT, "sandbox": "s1"})
     place.bench.bus.put(f"$KV.{names.bindings}.{to_subject_token(BOT)}", binding, {})
     answer = await place.erase()
-    assert (answer.ok, answer.counts) == (True, {kind: count for kind, count in ALL.items() if kind != "journal"})
-    assert place.kept == 7 + 2 + 1
+    assert (answer.ok, answer.counts) == (True, {kind: count for kind, count in ALL.items() if kind != "checkpoint"})
+    assert place.kept == 6 + 1 + 1

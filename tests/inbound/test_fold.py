@@ -1,0 +1,311 @@
+"""The inbox is the journal: what a new owner reads of it, and who gets what it finds."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from typing import Any
+
+import msgspec
+import pytest
+from structlog.testing import capture_logs
+
+from adapter.contract.names import H_BOT, H_SEALED, H_SEEN, conversation_key, shard_of
+from adapter.inbound.poller import State
+from adapter.ports import Stored
+from tests.fakes import Bench, batch, ready
+from tests.fakes.bus import Kept
+from tests.inbound.pollers import BOT, USER, Poller, Replica, heir_to, polls, raw, tended, texts
+
+VIRTUAL_TIME = True
+
+OTHER_BOT, OTHER = "b2@im.bot", "u2@im.wechat"
+
+
+async def left_behind(*numbers: int, **binding: Any) -> Bench:
+    """The next owner of a bot that was killed, whose checkpoint lacks these messages, and whose conversation, too."""
+    bench = await ready(batch(*(raw(f"t{number}", number) for number in numbers)), **binding)
+    replica = Replica(bench)
+    await asyncio.sleep(0.2)
+    await replica.die()
+    assert (len(texts(bench)), bench.conversation_bucket.entries) == (len(numbers), {})
+    return heir_to(bench)
+
+
+def spied(bench: Bench) -> list[tuple[str, int]]:
+    """The reads of inboxes from now on: subject and sequence behind which they begin."""
+    reads, read = list[tuple[str, int]](), bench.bus.read
+
+    def noted(stream: str, subject: str, **where: Any) -> Any:
+        if stream == "WECHAT_IN" and "after" in where:
+            reads.append((subject, where["after"]))
+        return read(stream, subject, **where)
+
+    bench.bus.read = noted  # type: ignore[method-assign]
+    return reads
+
+
+# bots ----------------------------------------------------------------------------------------------------
+
+
+async def test_a_taking_learns_fingerprints_and_position_and_writes_them(poller: Poller) -> None:
+    heir = await left_behind(1, 2, 3)
+    assert (await heir.checkpoint()).position.prints == b""
+    session = poller(heir)
+    await asyncio.sleep(1)
+    position = (await heir.checkpoint()).position
+    assert (position.inbox_seq, len(position.prints) > 0, session.state) == (3, True, State.POLLING)
+    heir.chat.polls.append(batch(raw("t2", 2, message_id=99, client_id="x", seq=99), raw("t4", 4), cursor="c"))
+    session.cancel_poll()
+    await asyncio.sleep(5)
+    assert texts(heir) == ["t1", "t2", "t3", "t4"]
+
+
+async def test_nothing_is_read_where_nothing_is_newer(poller: Poller) -> None:
+    """Of ten thousand bots, most are silent."""
+    bench = await ready(batch(raw()))
+    await polls(bench)
+    heir = heir_to(bench)
+    reads = spied(heir)
+    writes = len(heir.bus.writes)
+    poller(heir)
+    await asyncio.sleep(1)
+    assert (reads, heir.chat.polling) == ([], 1)
+    assert heir.bus.writes[writes:].count("checkpoint") == 1, "its name"
+
+
+async def test_no_poll_starts_before_the_inbox_is_read(poller: Poller) -> None:
+    heir = await left_behind(1)
+    heir.bus.unreadable = 3
+    session = poller(heir)
+    asked = len(heir.chat.asked)
+    await asyncio.sleep(0.4)
+    assert (len(heir.chat.asked) - asked, session.state) == (0, State.RETRYING)
+    await asyncio.sleep(30)
+    assert (len(heir.chat.asked) - asked, session.state) == (1, State.POLLING)
+
+
+async def test_many_bots_of_a_sandbox_need_one_read(poller: Poller) -> None:
+    bots = [f"b{number}@im.bot" for number in range(1, 11)]
+    bench = await ready(batch(raw()))
+    for bot in bots[1:]:
+        await bench.bind(bot=bot, user=bot.replace("bot", "wechat"))
+    await polls(bench)
+    bench.bus.put("wechat.inbox.s1", bench.bus.found("IN")[0].data, {H_BOT: OTHER_BOT})
+    heir = heir_to(bench)
+    reads = spied(heir)
+    sessions = [heir.new_poller(bot) for bot in bots]
+    heir.chat.poll = never  # type: ignore[method-assign,assignment]
+    tasks = [asyncio.create_task(session.run()) for session in sessions]
+    await asyncio.sleep(5)
+    assert [session.state for session in sessions] == [State.POLLING] * len(bots)
+    assert len(reads) <= 2, "the first one, and one for all that came meanwhile"
+    for session in sessions:
+        session.stop(immediately=True)
+    await asyncio.wait(tasks)
+
+
+async def never(*_: Any) -> None:
+    await asyncio.Event().wait()
+
+
+async def test_the_messages_of_another_bot_are_not_this_ones(poller: Poller) -> None:
+    """Two bots of a sandbox may get the same words at the same time."""
+    heir = await left_behind(1)
+    await heir.bind(bot=OTHER_BOT, user=OTHER)
+    session, task = tended(heir)
+    other = heir.new_poller(OTHER_BOT)
+    heir.chat.poll = never  # type: ignore[method-assign,assignment]
+    other_task = asyncio.create_task(other.run())
+    await asyncio.sleep(5)
+    assert session.checkpoint is not None
+    assert other.checkpoint is not None
+    now_ms = heir.clock.now_ms()
+    assert (len(session.checkpoint.seen.kept(now_ms)) > 0, other.checkpoint.seen.kept(now_ms)) == (True, b"")
+    for one, ended in ((session, task), (other, other_task)):
+        one.stop(immediately=True)
+        await ended
+
+
+async def test_of_messages_older_than_an_hour_the_position_counts_and_no_fingerprint(poller: Poller) -> None:
+    heir = await left_behind(1, 2)
+    await asyncio.sleep(3601)
+    session = poller(heir)
+    await asyncio.sleep(5)
+    assert session.checkpoint is not None
+    assert session.checkpoint.inbox_seq == 2
+    assert session.checkpoint.seen.kept(heir.clock.now_ms()) == b""
+
+
+async def test_the_word_of_a_late_message_makes_the_owner_fold_again_before_its_next_poll(poller: Poller) -> None:
+    bench = await ready(batch(raw("t1", 1)))
+    session = poller(bench)
+    await asyncio.sleep(5)
+    (stored,) = bench.bus.found("IN")
+    bench.bus.put(stored.subject, stored.data, stored.headers | {"Nats-Msg-Id": "s1.other"})
+    reads = spied(bench)
+    session.on_released()
+    session.cancel_poll()
+    await asyncio.sleep(5)
+    assert session.checkpoint is not None
+    assert (len(reads), session.checkpoint.inbox_seq) == (1, 2)
+
+
+async def test_a_bot_that_moved_while_nobody_had_it_knows_what_its_former_sandbox_got(poller: Poller) -> None:
+    """Its last owner may have died before it wrote the checkpoint."""
+    heir = await left_behind(1, 2)
+    await heir.bind("s2")
+    heir.chat.polls.append(batch(raw("t2", 2, message_id=99, client_id="x"), raw("t3", 3), cursor="c"))
+    poller(heir)
+    await asyncio.sleep(5)
+    assert [(one.sandbox, one.text) for one in heir.bus.inbound()] == [("s1", "t1"), ("s1", "t2"), ("s2", "t3")]
+    assert (await heir.checkpoint()).position.sandbox == "s2"
+
+
+async def test_a_position_above_the_stream_stops_the_polls_until_it_is_lowered(poller: Poller) -> None:
+    """As after a restore of an old backup: what comes would be taken for known."""
+    bench = await ready(batch(raw("t1", 1)))
+    await polls(bench)
+    bench.bus.kept, bench.bus._seqs = [], {}
+    asked = len(bench.chat.asked)
+    session = poller(bench)
+    await asyncio.sleep(120)
+    assert (len(bench.chat.asked) - asked, session.state) == (0, State.RETRYING)
+    assert session.why.startswith("inbox_set_back:")
+    assert "doctor --fix" in session.why
+    bench.bus.put("wechat.inbox.s9", b"{}", {})
+    await asyncio.sleep(60)
+    assert session.state is State.POLLING
+
+
+# conversations -------------------------------------------------------------------------------------------
+
+
+async def test_an_open_conversation_gets_token_and_window_of_what_the_fold_finds(poller: Poller) -> None:
+    """Also while a command of it waits for the window."""
+    bench = await ready(batch(raw("t1", 1)))
+    heir = heir_to(bench)
+    heir.processor().intake.on_delivery(heir.command("answer", id="c1"))
+    await asyncio.sleep(60)
+    assert [one.outcome for one in heir.bus.receipts()] == ["parked"]
+    replica = Replica(bench)
+    await asyncio.sleep(0.2)
+    await replica.die()
+    poller(heir)
+    await asyncio.sleep(5)
+    assert [one.outcome for one in heir.bus.receipts()] == ["parked", "accepted"]
+    assert [sent.context_token for sent in heir.chat.sent] == ["token-1"]
+    assert (heir.record().inbox_seq, heir.record().window.id[-3:]) == (1, "001")
+
+
+async def test_a_conversation_that_is_opened_later_folds_for_itself() -> None:
+    """Commands need not wait for a poller to catch up; this bot has none."""
+    heir = await left_behind(1, 2)
+    opened_ms = heir.clock.now_ms()
+    await asyncio.sleep(3600)
+    heir.processor().intake.on_delivery(heir.command("answer", id="c1", when_closed="refuse"))
+    await asyncio.sleep(5)
+    assert [one.outcome for one in heir.bus.receipts()] == ["accepted"]
+    assert [sent.context_token for sent in heir.chat.sent] == ["token-2"]
+    record = heir.record()
+    assert (record.inbox_seq, record.bots) == (2, [BOT])
+    assert opened_ms - 1000 < record.window.opened_ms <= opened_ms
+
+
+async def test_a_conversation_takes_each_message_once(poller: Poller) -> None:
+    """Here the record knows it, and the checkpoint does not: sends that were made since are not given back."""
+    bench = await ready(batch(raw("t1", 1)))
+    replica = Replica(bench)
+    await asyncio.sleep(2)
+    await replica.die()
+    record = bench.record()
+    assert record.inbox_seq == 1
+    spent = msgspec.structs.replace(record, window=msgspec.structs.replace(record.window, sends_used=7))
+    bench.conversation_bucket.put(conversation_key("s1", USER), msgspec.json.encode(spent))
+    heir = heir_to(bench)
+    heir.processor().intake.on_delivery(heir.command("answer", id="c1"))
+    poller(heir)
+    await asyncio.sleep(5)
+    assert (texts(heir), heir.record().window.sends_used) == (["t1"], 8)
+
+
+async def test_the_newest_token_counts_though_the_last_message_has_none() -> None:
+    bench = await ready(batch(raw("t1", 1), raw("t2", 2, context_token=None)))
+    replica = Replica(bench)
+    await asyncio.sleep(0.2)
+    await replica.die()
+    heir = heir_to(bench)
+    heir.processor().intake.on_delivery(heir.command("answer", id="c1"))
+    await asyncio.sleep(5)
+    assert [sent.context_token for sent in heir.chat.sent] == ["token-1"]
+    assert heir.record().window.id.endswith("002")
+
+
+async def test_bots_and_conversations_of_a_sandbox_share_one_read(poller: Poller) -> None:
+    heir = await left_behind(1, 2)
+    reads = spied(heir)
+    processor = heir.processor()
+    for number in range(5):
+        processor.intake.on_delivery(heir.command("answer", id=f"c{number}"))
+    poller(heir)
+    await asyncio.sleep(5)
+    assert len(reads) == 1
+    assert [one.outcome for one in heir.bus.receipts()].count("accepted") > 0
+
+
+# what cannot be read -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("damage", ["data", "sealed", "seen"])
+async def test_what_nobody_can_read_in_an_inbox_costs_only_what_it_would_have_told(
+    damage: str, poller: Poller
+) -> None:
+    """By another hand, or where a key is gone."""
+    heir = await left_behind(1, 2)
+    kept = next(one for one in heir.bus.kept if one.stream == "WECHAT_IN" and one.stored.seq == 2)
+    stored, headers = kept.stored, dict(kept.stored.headers)
+    data = b"garbage" if damage == "data" else stored.data
+    if damage == "sealed":
+        headers[H_SEALED] = headers[H_SEALED][:-8] + "AAAAAAAA"
+    if damage == "seen":
+        headers[H_SEEN] = "???"
+    changed = Stored(stored.subject, stored.seq, headers, data, stored.time_ms)
+    heir.bus.kept = [Kept(one.stream, changed, one.time_ms) if one is kept else one for one in heir.bus.kept]
+    with capture_logs() as logs:
+        session = poller(heir)
+        await asyncio.sleep(1)
+        heir.processors[shard_of("s1")].intake.on_delivery(heir.command("answer", id="c1"))
+        await asyncio.sleep(5)
+    assert session.state is State.POLLING
+    known = {"data": "token-1", "sealed": "token-1", "seen": "token-2"}
+    assert [sent.context_token for sent in heir.chat.sent] == [known[damage]]
+    told = [line["event"] for line in logs if line["log_level"] == "error"]
+    assert set(told) == {"data": {"inbox.unreadable"}, "sealed": {"inbox.unopenable"}}.get(damage, set())
+
+
+async def test_the_sealed_part_of_another_message_gives_no_token() -> None:
+    """Nobody gets another person's token by a copied header."""
+    heir = await left_behind(1, 2)
+    first, second = [one for one in heir.bus.kept if one.stream == "WECHAT_IN"]
+    headers = second.stored.headers | {H_SEALED: first.stored.headers[H_SEALED]}
+    stored = second.stored
+    swapped = Kept("WECHAT_IN", Stored(stored.subject, 2, headers, stored.data, stored.time_ms), second.time_ms)
+    heir.bus.kept = [first, swapped]
+    heir.processor().intake.on_delivery(heir.command("answer", id="c1"))
+    await asyncio.sleep(5)
+    assert [sent.context_token for sent in heir.chat.sent] == ["token-1"], "the last one that opens"
+
+
+async def test_the_newest_of_many_inboxes_are_asked_for_in_one_request() -> None:
+    bench = await ready()
+    asked: list[int] = []
+    read = bench.bus.read_last_of_each
+
+    async def counted(stream: str, subjects: Sequence[str]) -> list[Stored]:
+        asked.append(len(subjects))
+        return await read(stream, subjects)
+
+    bench.bus.read_last_of_each = counted  # type: ignore[method-assign]
+    inboxes = bench.replica.inbound.receiving.inboxes
+    found = await asyncio.gather(*(inboxes.newest(f"s{number}") for number in range(100)))
+    assert (found, len(asked) <= 2, sum(asked)) == ([0] * 100, True, 100)

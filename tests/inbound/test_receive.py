@@ -1,0 +1,987 @@
+"""From an answer of iLink to inboxes and conversations: each message once and in order, whoever dies or pauses."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Any
+
+import msgspec
+import pytest
+from structlog.testing import capture_logs
+
+from adapter.contract.messages import ImageItem, Options, UnsupportedItem
+from adapter.contract.names import (
+    H_BOT,
+    H_MSG_ID,
+    H_REASON,
+    H_SCHEMA,
+    H_SEALED,
+    H_SEEN,
+    H_TRACEPARENT,
+    conversation_key,
+    shard_of,
+)
+from adapter.conversation.record import ConversationRecord
+from adapter.errors import BusRefused, LeaseLost, Temporary
+from adapter.ilink.translate import read_message
+from adapter.inbound.receive import OTHER_USERS, SUSPECT_S, retry
+from adapter.inbound.sealed import unseal
+from adapter.kit.timing import PerTickLimiter
+from adapter.ports import InboundMessage, Message, Polled
+from tests.fakes import EPOCH_MS, Bench, Failing, FakeClock, Rounds, batch, raw_message, ready, settle
+from tests.inbound.pollers import (
+    BOT,
+    NOTHING,
+    USER,
+    Poller,
+    Replica,
+    dead,
+    heir_to,
+    polls,
+    raw,
+    set_owner,
+    tended,
+    texts,
+)
+
+VIRTUAL_TIME = True
+
+IMAGE = {"type": 2, "image_item": {"media": {"encrypt_query_param": "p1", "aes_key": "MDAxMTIyMzM0NDU1NjY3Nw=="}}}
+
+
+def record_in_memory(bench: Bench) -> ConversationRecord | None:
+    """What the user's conversation knows; None: it is not open."""
+    found = (actor for actor in bench.processors[shard_of("s1")] if actor.state.user == USER)
+    return next((actor.state.record for actor in found), None)
+
+
+def words(*numbers: int, cursor: str = "b") -> Polled:
+    """An answer with the texts t1, t2 …"""
+    return batch(*(raw(f"t{number}", number) for number in numbers), cursor=cursor)
+
+
+# the message ---------------------------------------------------------------------------------------------
+
+
+async def test_a_message_says_who_what_when_and_what_may_be_answered() -> None:
+    bench = await ready(batch(raw("hello")))
+    await polls(bench)
+    (inbound,) = bench.bus.inbound()
+    (stored,) = bench.bus.found("IN")
+    assert stored.subject == "wechat.inbox.s1"
+    assert inbound.id == f"in:{BOT}:m7497484083968569001"
+    assert (inbound.sandbox, inbound.bot, inbound.user, inbound.text) == ("s1", BOT, USER, "hello")
+    assert inbound.sent_at_ms == EPOCH_MS + 1
+    assert inbound.window.remaining == 10
+    assert inbound.window.closes_at_ms is not None
+    await asyncio.sleep(1)
+    assert inbound.window.closes_at_ms == bench.record().window.opened_ms + 23 * 3_600_000
+
+
+async def test_the_headers_say_what_another_owner_needs_and_seal_what_is_for_nobody_else() -> None:
+    bench = await ready(batch(raw_message(1, IMAGE)))
+    await polls(bench)
+    (stored,), (inbound,) = bench.bus.found("IN"), bench.bus.inbound()
+    headers = stored.headers
+    assert headers[H_MSG_ID] == f"s1.{inbound.id}", "ids of the stream are those of every sandbox"
+    assert (headers[H_BOT], headers[H_SCHEMA], H_TRACEPARENT in headers) == (BOT, "1", True)
+    read = read_message(raw_message(1, IMAGE))
+    assert base64.b64decode(headers[H_SEEN]) == read.keys.fingerprint(inbound.received_at_ms)
+    sealed = unseal(bench.sealer, stored, "s1")
+    assert (sealed.token, sealed.media) == ("token-1", read.fetches)
+    assert sealed.media[0].reference == "p1"
+    for secret in ("token-1", "p1", "MDAxMTIyMzM0NDU1NjY3Nw=="):
+        assert secret not in headers[H_SEALED]
+        assert secret.encode() not in stored.data
+    (item,) = inbound.items
+    assert isinstance(item, ImageItem)
+    assert item.media is not None
+
+
+async def test_the_same_message_has_the_same_id_in_every_replica() -> None:
+    """Where the server still knows the id, it keeps the first one."""
+    bench = await ready(words(1, 2))
+    await polls(bench)
+    heir = Bench(bench, incarnation="heir-1")
+    heir.leases.proven_dead.add("me-1")
+    heir.bus.kept = []
+    heir.chat.polls.append(words(1, 2))
+    await polls(heir)
+    assert heir.bus.found("IN") == []
+    assert heir.metrics.value("inbound_messages_total", kind="text", outcome="duplicate") == 2
+
+
+async def test_the_order_in_an_answer_is_ilinks_whatever_seq_and_time_say() -> None:
+    bench = await ready(words(3, 1, 2), words(0, cursor="c"))
+    await polls(bench)
+    assert texts(bench) == ["t3", "t1", "t2", "t0"]
+
+
+async def test_the_time_to_the_stream_is_counted_for_each_message() -> None:
+    """The objective is about messages; an answer of three is three."""
+    bench = await ready(words(1, 2, 3))
+    await polls(bench)
+    assert bench.metrics.value("inbound_publish_duration_seconds_count") == 3
+
+
+async def test_a_huge_answer_is_told_whole() -> None:
+    bench = await ready(words(*range(1000)))
+    await polls(bench)
+    assert texts(bench) == [f"t{number}" for number in range(1000)]
+
+
+async def test_a_huge_answer_is_translated_a_little_in_each_round_of_the_event_loop() -> None:
+    """All at once would take longer than the lease."""
+    rounds = Rounds()
+
+    def read(message: bytes) -> InboundMessage:
+        rounds.note("read")
+        return read_message(message)
+
+    bench = await ready(words(*range(1000)))
+    await polls(bench, read_message=read, turns=PerTickLimiter(1))
+    assert rounds.seen["read"].total() == 1000
+    assert max(rounds.seen["read"].values()) < 200
+
+
+# sizes ---------------------------------------------------------------------------------------------------
+
+
+async def test_a_message_larger_than_the_server_takes_leaves_a_stub_in_its_place_and_a_dead_letter() -> None:
+    """What came before it and after it keeps its content."""
+    large = raw("a" * 9000, 2)
+    bench = await ready(batch(raw("a" * 6000, 1), large, raw("t3", 3)))
+    await polls(bench, max_payload=lambda: 16_384)  # a text is in a message twice
+    assert texts(bench) == ["a" * 6000, "", "t3"]
+    assert bench.bus.inbound()[1].items == [UnsupportedItem(type=0, reason="too_large")]
+    assert (dead(bench), bench.chat.asked) == ([("too_large", large)], ["", "b"])
+
+
+async def test_a_message_above_a_quarter_of_a_mebibyte_is_a_dead_letter() -> None:
+    fits, large = raw("a" * (256 * 1024 - 500), 1), raw("b" * 256 * 1024, 2)
+    bench = await ready(batch(fits, large, raw("t3", 3)))
+    await polls(bench)
+    assert [text[:1] for text in texts(bench)] == ["a", "t"]
+    assert (dead(bench), bench.chat.asked) == ([("unreadable", large)], ["", "b"])
+
+
+async def test_a_message_that_the_bus_refuses_all_the_same_leaves_a_stub_and_a_dead_letter() -> None:
+    """As where an operator has bounded the stream; the stub comes behind what was published with the message."""
+    large = raw("a" * 20_000, 2)
+    bench = await ready(batch(raw("t1", 1), large, raw("t3", 3)))
+    bench.bus.refuse = lambda message: (
+        BusRefused(10054, "too large") if message.stream == "in" and len(message.payload) > 16_384 else None
+    )
+    await polls(bench)
+    assert texts(bench) == ["t1", "t3", ""]
+    assert (dead(bench), bench.chat.asked) == ([("too_large", large)], ["", "b"])
+    assert bench.metrics.value("inbound_messages_total", kind="text", outcome="publish_failed") == 1
+
+
+async def test_a_stub_that_the_bus_refuses_too_leaves_the_dead_letter_and_stops_nobody() -> None:
+    bench = await ready(batch(raw("t1", 1), raw("bad", 2), raw("t3", 3)))
+
+    def refuse(message: Message) -> BusRefused | None:
+        is_bad = message.stream == "in" and message.headers[H_MSG_ID].endswith("002")
+        return BusRefused(10054, "too large") if is_bad else None
+
+    bench.bus.refuse = refuse
+    await polls(bench)
+    assert (texts(bench), dead(bench)) == (["t1", "t3"], [("too_large", raw("bad", 2))])
+
+
+async def test_the_letters_of_dead_messages_are_bounded() -> None:
+    bench = await ready(batch(large := b"[" + b"1," * 200_000 + b"1]", raw("two", 2)))
+    bench.bus.refuse = lambda message: (
+        BusRefused(10054, "too large") if message.stream == "dead" and len(message.payload) > 300_000 else None
+    )
+    await polls(bench)
+    ((reason, kept),) = dead(bench)
+    assert (reason, texts(bench)) == ("unreadable", ["two"])
+    assert len(kept) < len(large)
+    assert large.startswith(kept)
+
+
+# repeats, echoes, strangers ------------------------------------------------------------------------------
+
+
+REPEATS: dict[str, dict[str, Any]] = {
+    "same ids": {},
+    "new message id": {"message_id": 99},
+    "empty message id": {"message_id": ""},
+    "new token": {"context_token": "other"},
+    "every id new": {"message_id": 99, "client_id": "wx-99", "seq": 99, "context_token": "other"},
+}
+
+
+@pytest.mark.parametrize("where", ["the same answer", "a later answer", "another owner"])
+@pytest.mark.parametrize("fields", REPEATS.values(), ids=REPEATS)
+async def test_a_repeat_is_known(fields: dict[str, Any], where: str) -> None:
+    first, again, new = raw("ok"), raw("ok", **fields), raw("ok", 2)
+    match where:
+        case "the same answer":
+            bench = await ready(batch(first, again, new))
+        case "a later answer":
+            bench = await ready(batch(first), batch(again, new, cursor="c"))
+        case _:
+            bench = await ready(batch(first))
+            await polls(bench)
+            bench = heir_to(bench)
+            bench.chat.polls.append(batch(again, new, cursor="c"))
+    bench.bus.forget_ids()
+    await polls(bench)
+    assert [one.sent_at_ms - EPOCH_MS for one in bench.bus.inbound()] == [1, 2]
+    assert bench.metrics.value("inbound_messages_total", kind="text", outcome="duplicate") == 1
+
+
+async def test_a_repeat_far_down_a_huge_answer_is_known() -> None:
+    """More than a checkpoint remembers."""
+    again = raw("t0", 0, message_id=99, client_id="wx-x", seq=999)
+    bench = await ready(batch(*(raw(f"t{number}", number) for number in range(600)), again))
+    await polls(bench)
+    assert texts(bench) == [f"t{number}" for number in range(600)]
+
+
+async def test_the_same_words_without_ids_and_times_are_heard_as_often_as_they_are_said() -> None:
+    ok = raw("ok", **NOTHING)
+    bench = await ready(batch(ok, ok), batch(ok, cursor="c"), batch(ok, cursor="c"))
+    await polls(bench)
+    assert texts(bench) == ["ok"] * 3, "the last answer is a repeat of the one before"
+    assert len({inbound.id for inbound in bench.bus.inbound()}) == 3
+
+
+async def test_a_repeat_renews_the_token_and_opens_no_new_window(poller: Poller) -> None:
+    bench = await ready(batch(raw("ok")))
+    session = poller(bench)
+    await asyncio.sleep(600)
+    opened = bench.record().window
+    shard = bench.processors[shard_of("s1")]
+    for number in range(3):
+        shard.intake.on_delivery(bench.command(f"answer {number}", id=f"c{number}"))
+    await asyncio.sleep(30)
+    bench.chat.polls.append(batch(raw("ok", context_token="newer"), cursor="c"))
+    session.cancel_poll()
+    await asyncio.sleep(5)
+    record = bench.record()
+    assert (record.token, record.window.id, record.window.opened_ms) == ("newer", opened.id, opened.opened_ms)
+    assert record.window.sends_used == 3
+
+
+@pytest.mark.parametrize("message_type", [None, 0, 1, 2])
+async def test_what_the_bot_itself_sent_is_an_echo_whatever_its_type(message_type: int | None) -> None:
+    mine = raw("mine", from_user_id=BOT, message_type=message_type)
+    bench = await ready(batch(mine, raw("its own", 2, message_type=2), raw("yours", 3)))
+    await polls(bench)
+    assert (texts(bench), dead(bench)) == (["yours"], [])
+    assert bench.metrics.value("inbound_messages_total", kind="text", outcome="rejected") == 2
+
+
+async def test_a_bots_user_is_learned_from_their_first_message_and_not_from_an_echo() -> None:
+    bench = await ready(batch(raw("mine", from_user_id=BOT), raw("yours", 2)), user="")
+    await polls(bench)
+    assert texts(bench) == ["yours"]
+    assert [binding.user for binding in bench.bindings] == [USER]
+
+
+async def test_a_new_bot_whose_user_becomes_known_goes_on_where_their_old_one_was() -> None:
+    bench = await ready(batch(raw()), user="", out_after=8)
+    await bench.bind(bot="b0@im.bot", out_after=2)
+    await polls(bench)
+    binding = bench.bindings.get(BOT)
+    assert binding is not None
+    assert (binding.user, binding.out_after) == (USER, 2)
+    assert bench.bindings.get("b0@im.bot") is None
+    assert [event.change for event in bench.bus.events() if event.bot == "b0@im.bot"] == ["replaced"]
+
+
+async def test_messages_of_more_than_eight_other_users_of_a_bot_become_dead_letters() -> None:
+    """Each user costs a conversation."""
+    users = [f"u{number}@im.wechat" for number in range(2, OTHER_USERS + 4)]
+    heard = [raw(user, number, from_user_id=user) for number, user in enumerate(users, 2)]
+    bench = await ready(batch(*heard, raw("own", 1)))
+    await polls(bench)
+    assert texts(bench) == [*users[:OTHER_USERS], "own"]
+    assert [reason for reason, _ in dead(bench)] == ["stranger"] * 2
+
+
+async def test_what_was_written_in_a_group_is_kept_and_told_to_nobody() -> None:
+    """An answer might be shown to the group, or to a stranger: who speaks there is not who scanned the code."""
+    strange = raw("hello all", 1, group_id="7@chatroom", from_user_id="stranger@im.wechat")
+    theirs = raw("to all", 2, group_id="7@chatroom")
+    again = raw("to all", 2, group_id="7@chatroom", message_id=5)
+    bench = await ready(batch(strange, theirs, raw("to you", 3)), batch(again, cursor="c"), user="")
+    await polls(bench)
+    assert texts(bench) == ["to you"]
+    assert dead(bench) == [("group", strange), ("group", theirs)]
+    assert [binding.user for binding in bench.bindings] == [USER]
+    actors = list(bench.processors[next(iter(bench.processors))])
+    assert [(actor.state.user, actor.state.record.token) for actor in actors] == [(USER, "token-3")]
+    assert set(bench.conversation_bucket.entries) <= {conversation_key("s1", USER)}
+
+
+# what cannot be read -------------------------------------------------------------------------------------
+
+
+async def test_what_is_no_message_of_anybody_is_a_dead_letter_and_the_others_go_on() -> None:
+    bench = await ready(batch(raw("one", 1), b'{"message_id":5}', b"[]", raw("two", 2)))
+    await polls(bench)
+    assert texts(bench) == ["one", "two"]
+    assert dead(bench) == [("unreadable", b'{"message_id":5}'), ("unreadable", b"[]")]
+
+
+async def test_a_field_of_a_wrong_type_costs_no_words() -> None:
+    """What was lost is kept whole for a person."""
+    lossy = raw("two", 2, context_token=[1])
+    bench = await ready(batch(raw("one", 1, create_time_ms=1789000000000.0), lossy, raw("three", 3, group_id=True)))
+    await polls(bench)
+    assert texts(bench) == ["one", "two", "three"]
+    assert dead(bench)[:1] == [("unreadable", lossy)]
+
+
+async def test_a_broken_message_is_told_as_unsupported_and_kept_whole() -> None:
+    broken = raw("x", 2, item_list="nothing")
+    bench = await ready(batch(raw("one", 1), broken, raw("three", 3)))
+    await polls(bench)
+    assert texts(bench) == ["one", "", "three"]
+    assert bench.bus.inbound()[1].items == [UnsupportedItem(type=0, reason="malformed")]
+    (letter,) = bench.bus.found("DEAD")
+    assert (letter.data, letter.subject, letter.headers[H_REASON]) == (broken, "wechat.dead.WECHAT_IN", "unreadable")
+
+
+async def test_a_dead_letter_that_cannot_be_kept_stops_nobody() -> None:
+    bench = await ready(batch(b"[]", raw("two", 2)))
+    bench.bus.refuse = lambda message: BusRefused(10047, "no space") if message.stream == "dead" else None
+    with capture_logs() as logs:
+        await polls(bench)
+    assert texts(bench) == ["two"]
+    assert "dead_letter.refused" in [line["event"] for line in logs]
+
+
+# conversations -------------------------------------------------------------------------------------------
+
+
+async def test_a_conversation_takes_the_last_message_once_all_are_stored() -> None:
+    """With the newest token, which is not that of the last message where that has none."""
+    bench = await ready(batch(raw(number=1), raw(number=2), raw(number=3, context_token=None)))
+    known: list[str] = []
+
+    async def look(message: Message) -> None:
+        if message.stream == "in":
+            record = record_in_memory(bench)
+            known.append(record.token if record else "")
+
+    bench.bus.on_publish = look
+    await polls(bench)
+    record = record_in_memory(bench)
+    assert record is not None
+    assert known == [""] * 3, "a window must not open for a message that nobody has"
+    assert (record.token, record.window.id) == ("token-2", f"in:{BOT}:m7497484083968569003")
+    assert record.inbox_seq == bench.bus.found("IN")[-1].seq
+
+
+async def test_what_was_heard_is_stored_within_a_second_once_for_many_messages(poller: Poller) -> None:
+    bench = await ready(*[words(number, cursor=f"c{number}") for number in range(1, 11)])
+    poller(bench)
+    await asyncio.sleep(2)
+    assert bench.bus.writes.count("conversation") <= 2
+    assert (bench.record().token, bench.record().inbox_seq) == ("token-10", 10)
+
+
+async def test_a_conversation_that_is_held_up_takes_it_in_its_turn_and_holds_up_no_inbox(poller: Poller) -> None:
+    """As one that waits for a receipt that cannot be stored."""
+    bench = await ready()
+    bench.hears()
+    processor, gate = bench.processor(), asyncio.Event()
+
+    async def away(message: Message) -> None:
+        if message.stream == "event":
+            await gate.wait()
+
+    bench.bus.on_publish = away
+    processor.intake.on_delivery(bench.command("one"))
+    await asyncio.sleep(5)
+    bench.chat.polls.extend([words(1), words(2, cursor="c")])
+    poller(bench)
+    await asyncio.sleep(3)
+    assert texts(bench) == ["t1", "t2"]
+    gate.set()
+    await asyncio.sleep(2)
+    assert bench.record().token == "token-2"
+
+
+async def test_two_users_of_a_bot_have_windows_of_their_own() -> None:
+    bench = await ready(batch(raw(), raw("hi", 2, from_user_id="u2@im.wechat", context_token="theirs")))
+    await polls(bench)
+    await asyncio.sleep(1)
+    assert (bench.record().token, bench.record(user="u2@im.wechat").token) == ("token-1", "theirs")
+
+
+async def test_a_new_users_first_words_are_stored_as_the_shard_is_given_away(poller: Poller) -> None:
+    bench = await ready(words(1))
+    poller(bench)
+    await asyncio.sleep(0.2)
+    assert (texts(bench), bench.conversation_bucket.entries) == (["t1"], {})
+    await bench.processors[shard_of("s1")].drain(1.0)
+    assert bench.record().token == "token-1"
+
+
+async def test_what_a_poll_brings_after_the_hand_over_is_stored_for_the_next_owners_conversation() -> None:
+    bench = await ready()
+
+    def handed_over() -> Polled:
+        session.is_handed_over = True
+        session.stop(immediately=False)
+        bench.leases.owned.clear()
+        for processor in bench.processors.values():
+            processor.stop()
+        bench.processors.clear()
+        return words(1)
+
+    bench.chat.polls.append(handed_over)
+    session, task = tended(bench)
+    await task
+    assert (texts(bench), (await bench.checkpoint()).owner, bench.conversation_bucket.entries) == (["t1"], "", {})
+    assert (await bench.checkpoint()).position.inbox_seq == 0, "this owner's conversations have not taken it"
+    heir = Bench(bench, incarnation="heir-1")
+    heir.processor().intake.on_delivery(heir.command("answer", id="c1", when_closed="refuse"))
+    await asyncio.sleep(5)
+    assert [one.outcome for one in heir.bus.receipts()] == ["accepted"]
+
+
+async def test_a_conversation_is_not_let_go_while_its_message_is_being_stored(poller: Poller) -> None:
+    bench = await ready(words(1))
+    gate = asyncio.Event()
+
+    async def wait(message: Message) -> None:
+        if message.stream == "in":
+            await gate.wait()
+
+    bench.bus.on_publish = wait
+    poller(bench)
+    await asyncio.sleep(30 * 3600)
+    processor = bench.processors[shard_of("s1")]
+    for is_known in (True, False):
+        for _ in range(2):
+            processor.evict_idle()
+            await asyncio.sleep(1)
+        assert (record_in_memory(bench) is not None) is is_known
+        gate.set()
+        await asyncio.sleep(5)
+    assert bench.record().inbox_seq == 1
+
+
+async def test_typing_shows_where_the_binding_says_so(poller: Poller) -> None:
+    bench = await ready(words(1), options=Options(auto_typing=True))
+    poller(bench)
+    await asyncio.sleep(5)
+    assert [shown.on for shown in bench.chat.typing][:1] == [True]
+
+
+# the binding ---------------------------------------------------------------------------------------------
+
+
+async def test_a_message_for_a_bot_that_was_unbound_while_it_came_is_a_dead_letter() -> None:
+    bench = await ready()
+
+    def unbind_and_answer() -> Polled:
+        bench.bindings_bucket.put(next(iter(bench.bindings_bucket.entries)), None)
+        return batch(raw("too late"))
+
+    bench.chat.polls.append(unbind_and_answer)
+    _, task = tended(bench)
+    await task
+    assert texts(bench) == []
+    (letter,) = bench.bus.found("DEAD")
+    assert dead(bench) == [("not_bound", raw("too late"))]
+    assert BOT in letter.headers["Wechat-Detail"], "nothing else names it"
+    await bench.bind("s2")
+    bench.chat.polls.append(batch(raw("too late", message_id=5, seq=5), raw("to the second", 2), cursor="c"))
+    await polls(bench)
+    assert texts(bench) == ["to the second"]
+    assert len(bench.bus.found("DEAD")) == 1, "a repeat is for none of its next sandboxes"
+
+
+async def test_a_message_for_a_bot_that_was_bound_anew_is_told_though_the_news_are_late() -> None:
+    bench = await ready()
+    platform = Bench(bench)
+
+    def rebound() -> Polled:
+        (key,) = bench.bindings_bucket.entries
+        value = bench.bindings_bucket.entries[key].value
+        bench.bindings_bucket.put(key, None)
+        platform.bindings_bucket.followers.clear()
+        bench.bindings_bucket.put(key, value)
+        return batch(raw("in time"))
+
+    bench.chat.polls.append(rebound)
+    session, task = tended(bench)
+    await asyncio.sleep(5)
+    assert (texts(bench), bench.bus.found("DEAD")) == (["in time"], [])
+    session.stop(immediately=True)
+    await task
+
+
+async def test_what_a_poll_brings_after_the_bot_was_bound_elsewhere_is_for_that_sandbox() -> None:
+    """The checkpoint names it before anything is published there, or the next owner would not look there."""
+    bench, named = await ready(), list[str]()
+    bench.bus.put("wechat.inbox.s2", b"{}", {})
+
+    def moved() -> Polled:
+        (key,) = bench.bindings_bucket.entries
+        binding = bench.bindings.get(BOT)
+        assert binding is not None
+        bench.bindings_bucket.put(key, msgspec.json.encode(msgspec.structs.replace(binding, sandbox="s2")))
+        return batch(raw("to the second"))
+
+    async def look(message: Message) -> None:
+        if message.stream == "in":
+            position = (await bench.checkpoint()).position
+            named.append(f"{position.sandbox} {position.inbox_seq}")
+
+    bench.chat.polls.append(moved)
+    bench.bus.on_publish = look
+    await polls(bench)
+    assert [stored.subject for stored in bench.bus.found("IN")[1:]] == ["wechat.inbox.s2"]
+    assert named == ["s2 1"], "it begins at that inbox's last sequence"
+
+
+async def test_what_was_said_before_the_bot_moved_opens_no_window_in_its_new_sandbox() -> None:
+    bench = await ready(words(1))
+    replica = Replica(bench)
+    await asyncio.sleep(5)
+    await bench.bind("s2")
+    await asyncio.sleep(5)
+    await replica.die()
+    await asyncio.sleep(30 * 3600)
+    heir = heir_to(bench)
+    replica = Replica(heir)
+    await asyncio.sleep(30)
+    heir.processor("s2").intake.on_delivery(heir.command("hi", id="c1", sandbox="s2"))
+    await asyncio.sleep(5)
+    assert [(one.outcome, one.reason) for one in heir.bus.receipts()] == [("parked", "window_closed")]
+    assert [inbound.sandbox for inbound in heir.bus.inbound()] == ["s1"]
+    await replica.leave()
+
+
+# what the bus does not take ------------------------------------------------------------------------------
+
+
+async def test_an_answer_in_hand_is_tried_again_until_it_is_stored(poller: Poller) -> None:
+    bench = await ready(words(1, 2), words(3, cursor="c"))
+    full = True
+    bench.bus.refuse = lambda message: BusRefused(10077, "full") if full and message.stream == "in" else None
+    with capture_logs() as logs:
+        poller(bench)
+        await asyncio.sleep(60)
+    assert {line["bot"] for line in logs if line["event"] == "inbound.full"} == {BOT}
+    assert (texts(bench), bench.chat.asked) == ([], [""])
+    full = False
+    await asyncio.sleep(20)
+    assert texts(bench) == ["t1", "t2", "t3"]
+
+
+async def test_a_dead_letter_is_tried_again_while_the_bus_is_away(poller: Poller) -> None:
+    bench = await ready(batch(b"[]", raw("two", 2)))
+    failing = Failing(20, Temporary("bus_down"))
+
+    async def away(message: Message) -> None:
+        if message.stream == "dead":
+            await failing()
+
+    bench.bus.on_publish = away
+    poller(bench)
+    await asyncio.sleep(60)
+    assert (failing.left, dead(bench), bench.chat.asked) == (0, [("unreadable", b"[]")], ["", "b"])
+
+
+async def test_what_is_tried_again_names_its_bot() -> None:
+    problems = [BusRefused(10054, "too large"), Temporary("bus_down")]
+
+    async def store() -> str:
+        if problems:
+            raise problems.pop()
+        return "stored"
+
+    with capture_logs() as logs:
+        assert await retry(store, FakeClock(), BOT) == "stored"
+    assert [(line["event"], line["bot"], line["reason"]) for line in logs] == [
+        ("inbound.retrying", BOT, "bus_down"),
+        ("inbound.retrying", BOT, "bus_refused"),
+    ]
+
+
+# suspect publishes ---------------------------------------------------------------------------------------
+
+
+Stop = Callable[[Bench], Callable[[], None]]
+"""Interrupts publishes when it is called; what it returns lets them go on."""
+
+
+def pause_of_the_lease(bench: Bench) -> Callable[[], None]:
+    bench.leases.has_lease = False
+
+    def back() -> None:
+        bench.leases.has_lease = True
+        bench.leases.changed.notify_all()
+
+    return back
+
+
+@pytest.mark.parametrize("remembers", [True, False], ids=["ids known", "ids forgotten"])
+async def test_what_was_published_when_the_lease_paused_is_looked_for_before_the_next_try(
+    remembers: bool, poller: Poller
+) -> None:
+    """It may have been stored without an answer, and the stream may have forgotten its id."""
+    bench = await ready(words(1, 2, 3))
+    resume: list[Callable[[], None]] = []
+
+    async def pause(message: Message) -> None:
+        if message.stream == "in" and len(bench.bus.found("IN")) == 2:
+            resume.append(pause_of_the_lease(bench))
+
+    bench.bus.on_publish = pause
+    session = poller(bench)
+    await asyncio.sleep(200)
+    assert (texts(bench), session.has_answer) == (["t1", "t2"], True)
+    bench.bus.on_publish = None
+    if not remembers:
+        bench.bus.forget_ids()
+    resume[0]()
+    await asyncio.sleep(5)
+    assert texts(bench) == ["t1", "t2", "t3"]
+    assert bench.record().inbox_seq == 3
+
+
+async def test_what_has_no_ack_for_half_a_minute_is_looked_for_before_the_next_try(poller: Poller) -> None:
+    """The server forgets ids, two minutes after it stored them."""
+    bench = await ready(words(1, 2, 3))
+    held = True
+
+    async def slow(message: Message) -> None:
+        nonlocal held
+        if message.stream == "in" and held and len(bench.bus.found("IN")) == 2:
+            held = False
+            await asyncio.sleep(SUSPECT_S + 1)
+            bench.bus.forget_ids()
+
+    bench.bus.on_publish = slow
+    with capture_logs() as logs:
+        poller(bench)
+        await asyncio.sleep(SUSPECT_S + 10)
+    assert texts(bench) == ["t1", "t2", "t3"]
+    assert [line["event"] for line in logs if line["event"] in ("inbound.recovered", "inbound.late")] == [
+        "inbound.recovered"
+    ] * 2
+
+
+async def test_what_is_younger_is_not_looked_for(poller: Poller) -> None:
+    bench = await ready(words(1, 2, 3))
+
+    async def slow(message: Message) -> None:
+        if message.stream == "in":
+            await asyncio.sleep((SUSPECT_S - 2) / 3)
+
+    bench.bus.on_publish = slow
+    poller(bench)
+    await asyncio.sleep(1)
+    read = bench.bus.read_back
+    await asyncio.sleep(60)
+    assert (texts(bench), bench.bus.read_back) == (["t1", "t2", "t3"], read)
+
+
+async def test_a_look_that_fails_is_made_again(poller: Poller) -> None:
+    bench = await ready(words(1, 2))
+    resume: list[Callable[[], None]] = []
+
+    async def pause(message: Message) -> None:
+        if message.stream == "in" and len(bench.bus.found("IN")) == 1:
+            resume.append(pause_of_the_lease(bench))
+
+    bench.bus.on_publish = pause
+    poller(bench)
+    await asyncio.sleep(5)
+    bench.bus.on_publish, bench.bus.unreadable = None, 5
+    bench.bus.forget_ids()
+    resume[0]()
+    await asyncio.sleep(20)
+    assert (texts(bench), bench.bus.unreadable) == (["t1", "t2"], 0)
+
+
+# late answers --------------------------------------------------------------------------------------------
+
+
+async def frozen_with(bench: Bench, *answers: Polled, meanwhile: Callable[[], Awaitable[None]]) -> None:
+    """The replica is stopped with an answer in hand, loses its lease for good, and goes on long after `meanwhile`."""
+    bench.chat.polls.extend(answers)
+    _, task = tended(bench)
+    frozen = asyncio.Event()
+
+    async def freeze(message: Message) -> None:
+        if message.stream == "in":
+            bench.bus.on_publish, bench.leases.has_lease = None, False
+            bench.leases.incarnation = "me-2"  # it was revoked, and has joined anew
+            frozen.set()
+
+    bench.bus.on_publish = freeze
+    await frozen.wait()
+    await asyncio.sleep(60)
+    bench.chat.polls.clear()
+    bench.bus.forget_ids()
+    await meanwhile()
+    bench.leases.has_lease = True
+    bench.leases.changed.notify_all()
+    await task
+
+
+@pytest.mark.parametrize("given", [(1, 2), (2,), ()], ids=["all again", "a part again", "nothing again"])
+async def test_who_was_frozen_with_an_answer_tells_what_the_new_owner_did_not_get(given: Sequence[int]) -> None:
+    """The server's window against duplicates has passed by then."""
+    bench = await ready()
+    heir = heir_to(bench)
+    heirs: list[Any] = []
+
+    async def taken_over() -> None:
+        heir.chat.polls.extend([words(*given) if given else batch(cursor="b"), None, None])
+        heirs.extend(tended(heir))
+        await asyncio.sleep(60)
+
+    await frozen_with(bench, words(1, 2, cursor="zombie"), meanwhile=taken_over)
+    assert sorted(texts(bench)) == ["t1", "t2"]
+    assert texts(bench)[: len(given)] == [f"t{number}" for number in given]
+    assert bench.freed == [BOT], "the owner of now reads what came late"
+    heirs[0].stop(immediately=True)
+    await heirs[1]
+    assert (await bench.checkpoint()).position.cursor == "b", "no cursor of one that lost the bot"
+    assert set(bench.chat.asked) == {"", "b"}
+
+
+async def test_the_owner_of_now_hears_of_a_late_message_and_folds_it(poller: Poller) -> None:
+    """Its conversation gets the window, and iLink's repeats are known."""
+    bench = await ready(None)
+    heir = heir_to(bench)
+    session = None
+
+    async def taken_over() -> None:
+        nonlocal session
+        session = poller(heir)
+        await asyncio.sleep(5)
+
+    await frozen_with(bench, words(1, cursor="zombie"), meanwhile=taken_over)
+    assert session is not None
+    session.on_released()  # as the supervisor says at the word of the other one
+    heir.bus.forget_ids()
+    heir.chat.polls.append(batch(raw("t1", 1, message_id=99), raw("t2", 2), cursor="c"))
+    session.cancel_poll()
+    await asyncio.sleep(5)
+    assert texts(heir) == ["t1", "t2"]
+    assert heir.record().window.id.endswith("002")
+
+
+async def test_a_late_answer_for_an_erased_person_is_dropped() -> None:
+    bench = await ready()
+
+    async def erased() -> None:
+        await bench.bindings.remove(BOT)
+        (key,) = bench.checkpoint_bucket.entries
+        bench.checkpoint_bucket.put(key, None)
+
+    with capture_logs() as logs:
+        await frozen_with(bench, words(1, 2), meanwhile=erased)
+    assert (bench.bus.found("IN"), bench.bus.found("DEAD")) == ([], [])
+    assert [line["messages"] for line in logs if line["event"] == "inbound.dropped"] == [2]
+
+
+@pytest.mark.parametrize("change", ["unbound", "another sandbox", "another person"])
+async def test_a_late_answer_for_a_bot_that_serves_nobody_or_somebody_else_becomes_dead_letters(change: str) -> None:
+    bench = await ready()
+
+    async def changed() -> None:
+        await set_owner(bench, "other-1")
+        if change == "unbound":
+            await bench.bindings.remove(BOT)
+        elif change == "another sandbox":
+            await bench.bind("s2")
+        else:
+            await bench.bind(user="u2@im.wechat")
+
+    await frozen_with(bench, words(1, 2), meanwhile=changed)
+    assert texts(bench) == []
+    assert dead(bench) == [("not_bound", raw("t1", 1)), ("not_bound", raw("t2", 2))]
+
+
+async def test_a_late_answer_looks_at_the_binding_at_the_leader() -> None:
+    """The replica was cut off, and knows what was true before."""
+    bench = await ready()
+    bench.bindings_bucket.followers.clear()
+
+    async def unbound() -> None:
+        (key,) = bench.bindings_bucket.entries
+        bench.bindings_bucket.put(key, None)
+        assert bench.bindings.get(BOT) is not None
+
+    await frozen_with(bench, words(1), meanwhile=unbound)
+    assert (texts(bench), dead(bench)) == ([], [("not_bound", raw("t1", 1))])
+
+
+async def test_a_lease_that_only_pauses_keeps_the_answer_in_hand(poller: Poller) -> None:
+    bench = await ready(words(1, 2))
+    resume: list[Callable[[], None]] = []
+
+    async def pause(message: Message) -> None:
+        if message.stream == "in" and not resume:
+            resume.append(pause_of_the_lease(bench))
+
+    bench.bus.on_publish = pause
+    poller(bench)
+    await asyncio.sleep(60)
+    resume[0]()
+    await asyncio.sleep(5)
+    assert (texts(bench), bench.chat.asked, bench.freed) == (["t1", "t2"], ["", "b"], [])
+
+
+# who ends ------------------------------------------------------------------------------------------------
+
+
+async def killed_after(count: int, *script: Any) -> Bench:
+    """The replica that takes over, long after the one before was killed as so many messages were in the inbox. Those
+    of the answer have no ack."""
+    bench = await ready(*script)
+    all_sent = asyncio.Event()
+    sent = 0
+
+    async def die(message: Message) -> None:
+        nonlocal sent
+        if message.stream == "in":
+            sent += 1
+            if sent > count:
+                all_sent.set()
+                await asyncio.Event().wait()
+
+    bench.bus.on_publish = die
+    replica = Replica(bench)
+    await asyncio.sleep(5)
+    assert len(bench.bus.found("IN")) == count
+    await replica.die()
+    await asyncio.sleep(600)
+    bench.bus.on_publish = None
+    return heir_to(bench)
+
+
+@pytest.mark.parametrize("again", ["never", "the same", "with other ids"])
+@pytest.mark.parametrize("count", range(5))
+async def test_after_a_kill_each_message_is_told_once_and_in_order(count: int, again: str) -> None:
+    """Whether iLink gives the answer again or not: what it has, or the inbox, is not lost."""
+    heir = await killed_after(count, words(1, 2, 3, 4))
+    if again == "with other ids":
+        others = [{"message_id": 90 + n, "client_id": f"x{n}", "seq": 90 + n} for n in range(5)]
+        heir.chat.polls.append(batch(*(raw(f"t{n}", n, **others[n]) for n in range(1, 5))))
+    elif again == "the same":
+        heir.chat.polls.append(words(1, 2, 3, 4))
+    heir.chat.polls.append(words(5, cursor="c"))
+    replica = Replica(heir)
+    await asyncio.sleep(30)
+    told = count if again == "never" else 4
+    assert texts(heir) == [*(f"t{number}" for number in range(1, told + 1)), "t5"]
+    assert heir.record().token == "token-5"
+    await replica.leave()
+
+
+@pytest.mark.parametrize("count", range(4))
+async def test_who_takes_over_from_a_replica_that_was_killed_as_it_took_over_loses_nothing(count: int) -> None:
+    """In the middle of its fold, too: nothing is written before it is read."""
+    heir = await killed_after(count, words(1, 2, 3))
+    gate = asyncio.Event()
+    heir.checkpoint_bucket.on_write = None
+    read = heir.bus.read
+
+    async def slow(stream: str, subject: str, **where: Any) -> Any:
+        found = [stored async for stored in read(stream, subject, **where)]
+        if stream.endswith("_IN"):
+            await gate.wait()
+        for stored in found:
+            yield stored
+
+    heir.bus.read = slow  # type: ignore[method-assign]
+    replica = Replica(heir)
+    await asyncio.sleep(5)
+    await replica.die()
+    heir.bus.read = read  # type: ignore[method-assign]
+    last = heir_to(heir, "last-1")
+    last.leases.proven_dead.add("heir-1")
+    last.chat.polls.append(words(1, 2, 3, 4))
+    replica = Replica(last)
+    await asyncio.sleep(30)
+    assert texts(last) == ["t1", "t2", "t3", "t4"]
+    await replica.leave()
+
+
+async def test_an_answer_is_stored_before_the_poller_stops() -> None:
+    """iLink may not say it again."""
+    bench = await ready(words(1, 2))
+    gate = asyncio.Event()
+
+    async def slow(message: Message) -> None:
+        if message.stream == "in":
+            await gate.wait()
+
+    bench.bus.on_publish = slow
+    session, task = tended(bench)
+    await asyncio.sleep(1)
+    session.stop(immediately=True)
+    await asyncio.sleep(1)
+    assert not task.done()
+    gate.set()
+    await task
+    assert texts(bench) == ["t1", "t2"]
+    assert (await bench.checkpoint()).position.inbox_seq == 2
+
+
+async def test_a_conversation_that_was_left_by_a_killed_owner_has_its_window_and_typing_is_not_shown_again() -> None:
+    bench = await ready(words(1), options=Options(auto_typing=True))
+    replica = Replica(bench)
+    await asyncio.sleep(0.3)
+    assert (texts(bench), bench.conversation_bucket.entries) == (["t1"], {})
+    opened_ms = bench.clock.now_ms()
+    await replica.die()
+    shown = len(bench.chat.typing)
+    await asyncio.sleep(3600)
+    heir = heir_to(bench)
+    heir.processor().intake.on_delivery(heir.command("answer", id="c1", when_closed="refuse"))
+    await asyncio.sleep(5)
+    assert [(one.outcome, one.reason) for one in heir.bus.receipts()] == [("accepted", "")]
+    assert abs(heir.record().window.opened_ms - opened_ms) < 1000, "as iLink handed it over, however late it is told"
+    replica = Replica(heir)
+    await asyncio.sleep(5)
+    assert len(heir.chat.typing) == shown
+    await replica.leave()
+
+
+async def test_a_bug_in_a_publish_ends_no_bots_messages(poller: Poller) -> None:
+    bench = await ready(words(1, 2))
+    failures = iter([RuntimeError("a bug"), LeaseLost("lease_lost")])
+
+    async def fails(message: Message) -> None:
+        if message.stream == "in" and (problem := next(failures, None)):
+            raise problem
+
+    bench.bus.on_publish = fails
+    with capture_logs() as logs:
+        poller(bench)
+        await asyncio.sleep(10)
+    assert texts(bench) == ["t1", "t2"]
+    assert "inbound.crashed" in {line["event"] for line in logs}
+
+
+async def test_nothing_is_left_of_a_poller_that_has_ended() -> None:
+    bench = await ready(words(1), words(2, cursor="c"))
+    tasks = len(asyncio.all_tasks())
+    session, task = tended(bench)
+    await asyncio.sleep(30)
+    session.stop(immediately=True)
+    await task
+    for processor in bench.processors.values():
+        processor.stop()
+    await settle()
+    assert len(asyncio.all_tasks()) == tasks
