@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import base64
 from pathlib import Path
 
 import msgspec
+import pytest
 
 from adapter.cli.bus import Bus
 from adapter.cli.demo import demo_settings
@@ -111,6 +113,33 @@ async def test_a_bot_for_which_no_replica_has_room_is_named_and_fails_the_doctor
         doctor = await cli("doctor", "--json")
         (said,) = [check["say"] for check in doctor.rows if check["check"] == "bindings"]
         assert (doctor.code, f"1 not_polled ({row['bot']})" in said) == (1, True)
+
+
+async def test_an_inbox_of_an_old_backup_stops_polls_until_doctor_has_lowered_the_positions(
+    cli: Command, bus: Bus, simulator: Simulator, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings, bot, names = demo_settings(bus.settings.nats_url[0], simulator.url), simulator.add_bot(), bus.names
+    token = tmp_path / "token"
+    token.write_text(bot.token)
+    async with adapter_running(settings, start_s=START_S, drain_s=START_S):
+        assert (await cli("bind", "s1", bot.bot, "--token-file", str(token), "--user", bot.user)).code == 0
+        simulator.say(bot.user, "one")
+        assert '"one"' in (await cli("tail", "s1", "--all", "--count", "1", "--json")).out
+    config = (await bus.api_request(f"STREAM.INFO.{names.stream_in}"))["config"]
+    await bus.api_request(f"STREAM.DELETE.{names.stream_in}")
+    await bus.api_request(f"STREAM.CREATE.{names.stream_in}", config | {"first_seq": 100})
+
+    simulator.say(bot.user, "two")
+    async with adapter_running(settings, start_s=START_S, drain_s=START_S), asyncio.timeout(START_S):
+        while not (found := (await cli("bindings", "--state", "failing", "--json")).rows):
+            pass
+        assert found[0]["health"]["detail"].startswith("inbox_set_back: A position")
+        assert found[0]["health"]["since_ms"] > 0
+    monkeypatch.setenv("WECHAT_NATS_TOKEN_KEY", base64.b64encode(settings.token_key[0]).decode())
+    assert "to the last sequence of WECHAT_IN" in (await cli("doctor", "--fix")).out
+    async with adapter_running(settings, start_s=START_S, drain_s=START_S), asyncio.timeout(START_S):
+        while '"two"' not in (await cli("tail", "s1", "--all", "--json")).out:
+            pass
 
 
 async def test_a_picture_and_a_file_are_sent_and_media_fetched(
