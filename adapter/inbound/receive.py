@@ -3,7 +3,7 @@
 There is one path: translate, drop repeats, publish in order, wait for all acks; then the conversations take the
 messages. iLink forgets an answer with the next poll, so `receive` returns only when all of it is stored. It waits as
 long as JetStream accepts no writes. If the bot is lost meanwhile, the answer may exist nowhere else: it is stored all
-the same, for whoever the binding names then (`_store_late`).
+the same, for whoever the binding names then (`_store_after_loss`).
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ from adapter.inbound.checkpoint import Checkpoint, Checkpoints
 from adapter.inbound.fold import InboxReader
 from adapter.inbound.media import MediaFetcher, name_media
 from adapter.inbound.sealed import Sealed, seal
-from adapter.kit.crashes import ATTEMPTS
+from adapter.kit.crashes import ATTEMPTS, retry_on_bug_now
 from adapter.kit.timing import Clock, PerTickLimiter, backoff
 from adapter.observability.events import Events
 from adapter.observability.metrics import Metrics
@@ -60,8 +60,8 @@ SLICE, SLICE_BYTES = 256, 1024 * 1024
 """Most messages, and bytes of them, that are published together; they bound the memory that a huge answer takes."""
 TURN = 64
 """Messages, or KiB, translated in one turn of the event loop."""
-SUSPECT_S = 30.0
-"""Time after which a publish that has no ack may be stored without that the stream knows its id."""
+IDS_KNOWN_S = 30.0
+"""Time for which the stream surely knows the id of what it has stored, even if it loses the acknowledgement."""
 OTHER_USERS = 8
 """Most users of a bot beside its own, for each owner: iLink binds a bot to one user, and each user costs a
 conversation."""
@@ -157,8 +157,8 @@ class Receiver:
                     continue
             except LeaseLost as exc:
                 lost = exc
-                log.warning("inbound.late", bot=self.bot, reason=exc.reason)
-            await self._store_late(read, received_ms, checkpoint)
+                log.warning("inbound.fenced", bot=self.bot, reason=exc.reason)
+            await self._store_after_loss(read, received_ms, checkpoint)
         if lost is not None:
             await self._deps.publish_released(self.bot)
             raise lost
@@ -174,11 +174,11 @@ class Receiver:
             if work > TURN:
                 work = 0
                 await self._deps.turns.wait_turn()
+            read_one = partial(self._read_one, raw, place, number, checkpoint, among)
             try:
-                found.append(self._read_one(raw, place, number, checkpoint, among))
-            except Exception:
-                log.exception("inbound.crashed", bot=self.bot, work="read")
-                found.append(_Read(raw, outcome="crashed", detail=Crashed().detail))
+                found.append(retry_on_bug_now(read_one, "inbound.crashed", bot=self.bot))
+            except Crashed as exc:
+                found.append(_Read(raw, outcome="crashed", detail=exc.detail))
         return found
 
     def _read_one(
@@ -317,11 +317,11 @@ class Receiver:
     def _build_all(self, read: Sequence[_Read], binding: Binding, received_ms: int) -> None:
         for one in read:
             if one.outcome == "new":
+                build = partial(self._build, one, binding, received_ms)
                 try:
-                    self._build(one, binding, received_ms)
-                except Exception:
-                    log.exception("inbound.crashed", bot=self.bot, work="build")
-                    one.outcome, one.detail = "crashed", Crashed().detail
+                    retry_on_bug_now(build, "inbound.crashed", bot=self.bot)
+                except Crashed as exc:
+                    one.outcome, one.detail = "crashed", exc.detail
 
     def _build(self, one: _Read, binding: Binding, received_ms: int) -> None:
         """Makes the message for the inbox."""
@@ -390,21 +390,22 @@ class Receiver:
         checkpoint: Checkpoint,
         ensure_owner: Callable[[], None],
         *,
-        suspect: bool = False,
+        maybe_published: bool = False,
     ) -> None:
         """Publishes messages in order until all are stored or refused for good. Raises LeaseLost.
 
-        `suspect`: they may be stored without that the stream knows their ids. What is tried again after a pause of
-        the lease, or after SUSPECT_S, is suspect: the inbox is read first, and what is there is not published again.
+        `maybe_published`: they may be stored without that the stream knows their ids, as what is tried again after a
+        pause of the lease, or after IDS_KNOWN_S. Then the inbox is read first, and what is there is not published
+        again.
         """
         deps, failures, is_one_by_one = self._deps, 0, False
         while waiting := [one for one in read if one.out is not None and not one.sequence]:
             waiting = waiting[:1] if is_one_by_one else waiting
-            if suspect:
+            if maybe_published:
                 await self._retry(partial(self._find_stored, waiting, checkpoint.inbox_seq))
-                suspect = False
+                maybe_published = False
                 continue
-            until = deps.clock.monotonic() + SUSPECT_S
+            until = deps.clock.monotonic() + IDS_KNOWN_S
 
             def check(until: float = until) -> None:
                 ensure_owner()
@@ -420,7 +421,7 @@ class Receiver:
                     ]
                 )
             except LeaseLost as exc:
-                suspect = True
+                maybe_published = True
                 if exc.reason != "publish_delayed":
                     await deps.leases.changed.wait_until(lambda: deps.leases.is_valid)
                 ensure_owner()
@@ -544,7 +545,7 @@ class Receiver:
 
     # a bot that is lost -----------------------------------------------------------------------------
 
-    async def _store_late(self, read: Sequence[_Read], received_ms: int, checkpoint: Checkpoint) -> None:
+    async def _store_after_loss(self, read: Sequence[_Read], received_ms: int, checkpoint: Checkpoint) -> None:
         """Stores messages of a bot that another replica may poll by now."""
         deps = self._deps
         await self._retry(lambda: deps.bindings.refresh(self.bot))
@@ -560,7 +561,7 @@ class Receiver:
                 if one.message is not None and serving.user not in ("", one.message.user):
                     _end_new([one], "not_bound", "The bot serves another person.")
             self._build_all([one for one in read if one.out is None], serving, received_ms)
-            await self._publish(read, checkpoint, lambda: None, suspect=True)
+            await self._publish(read, checkpoint, lambda: None, maybe_published=True)
         await self._end_others(read, binding)
 
     async def _retry(self, work: Callable[[], Awaitable[T]]) -> T:

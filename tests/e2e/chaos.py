@@ -206,7 +206,7 @@ def in_hand_at_a_loss(made: World) -> set[Said]:
     delivered = deliveries(made)
     late: set[Said] = set()
     for adapter in made.adapters:
-        for line in adapter.lines("inbound.late"):
+        for line in adapter.lines("inbound.fenced"):
             at_ms, sandbox = time_ms(line), sandboxes[line["bot"]]
             late |= {
                 said for said, when_ms in delivered.items()

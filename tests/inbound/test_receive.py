@@ -26,7 +26,7 @@ from adapter.contract.names import (
 from adapter.conversation.record import ConversationRecord
 from adapter.errors import BusRefused, LeaseLost, Temporary
 from adapter.ilink.translate import read_message
-from adapter.inbound.receive import OTHER_USERS, SUSPECT_S, retry
+from adapter.inbound.receive import OTHER_USERS, IDS_KNOWN_S, retry
 from adapter.inbound.sealed import unseal
 from adapter.kit.timing import PerTickLimiter
 from adapter.ports import InboundMessage, Message, Polled
@@ -663,13 +663,13 @@ async def test_what_has_no_ack_for_half_a_minute_is_looked_for_before_the_next_t
         nonlocal held
         if message.stream == "in" and held and len(bench.bus.found("IN")) == 2:
             held = False
-            await asyncio.sleep(SUSPECT_S + 1)
+            await asyncio.sleep(IDS_KNOWN_S + 1)
             bench.bus.forget_ids()
 
     bench.bus.on_publish = slow
     with capture_logs() as logs:
         poller(bench)
-        await asyncio.sleep(SUSPECT_S + 10)
+        await asyncio.sleep(IDS_KNOWN_S + 10)
     assert texts(bench) == ["t1", "t2", "t3"]
     assert [line["event"] for line in logs if line["event"] in ("inbound.recovered", "inbound.late")] == [
         "inbound.recovered"
@@ -681,7 +681,7 @@ async def test_what_is_younger_is_not_looked_for(poller: Poller) -> None:
 
     async def slow(message: Message) -> None:
         if message.stream == "in":
-            await asyncio.sleep((SUSPECT_S - 2) / 3)
+            await asyncio.sleep((IDS_KNOWN_S - 2) / 3)
 
     bench.bus.on_publish = slow
     poller(bench)
