@@ -27,6 +27,8 @@ PRIVATE = {
     "bus/test_objects.py": "_outstanding",
     "ilink/test_transport.py": "_idle",
     "ownership/test_leases.py": "_sightings",
+    "inbound/test_poller.py": "_poll_task",
+    "test_supervisor.py": "_cut",
     # memory, which nothing else shows
     "growth.py": "_lru_cache_wrapper _scheduled _timer_cancelled_count",
     "test_growth.py": "_conversations _deleted",

@@ -22,7 +22,6 @@ from typing import Any
 
 import msgspec
 import nats
-from adapter.inbound.journal import VERSION, JournalRecord
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec

@@ -174,10 +174,6 @@ class FakeBus:
 
     # for tests
 
-    def restore_nothing(self) -> None:
-        """The streams are made anew, from their first sequences."""
-        self.kept, self._seqs = [], {}
-
     def next_sequence(self, kind: str) -> int:
         """A sequence of a stream that no other message gets."""
         stream = f"{self._names.prefix.upper()}_{kind}"

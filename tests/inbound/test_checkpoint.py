@@ -198,21 +198,21 @@ async def test_a_write_that_was_cancelled_is_adopted(poller: Poller) -> None:
     """It reached the bucket, and nobody heard of it."""
     bench = await ready()
     _, checkpoint = await taken(bench, poller)
-    stored = bench.checkpoint_bucket._write
+    update = bench.checkpoint_bucket.update
 
-    async def silent(*written: Any) -> int:
-        await stored(*written)
+    async def silent(*written: Any, **fields: Any) -> int:
+        await update(*written, **fields)
         await asyncio.Event().wait()
         return 0
 
-    bench.checkpoint_bucket._write = silent  # type: ignore[method-assign]
+    bench.checkpoint_bucket.update = silent  # type: ignore[method-assign]
     checkpoint.cursor = "first"
     checkpoint.note()
     task = asyncio.create_task(checkpoint.save())
     await asyncio.sleep(1)
     task.cancel()
     await asyncio.wait([task])
-    bench.checkpoint_bucket._write = stored  # type: ignore[method-assign]
+    bench.checkpoint_bucket.update = update  # type: ignore[method-assign]
     assert checkpoint.stale_s() >= 1, "it does not count as written"
     checkpoint.cursor = "second"
     await checkpoint.save()

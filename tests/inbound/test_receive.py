@@ -149,7 +149,7 @@ async def test_a_huge_answer_is_translated_a_little_in_each_round_of_the_event_l
 # sizes ---------------------------------------------------------------------------------------------------
 
 
-async def test_a_message_larger_than_the_server_takes_leaves_a_stub_in_its_place_and_a_dead_letter() -> None:
+async def test_a_message_larger_than_the_server_takes_leaves_a_stub_in_its_place() -> None:
     """What came before it and after it keeps its content."""
     large = raw("a" * 9000, 2)
     bench = await ready(batch(raw("a" * 6000, 1), large, raw("t3", 3)))
@@ -427,7 +427,7 @@ async def test_a_new_users_first_words_are_stored_as_the_shard_is_given_away(pol
     assert bench.record().token == "token-1"
 
 
-async def test_what_a_poll_brings_after_the_hand_over_is_stored_for_the_next_owners_conversation() -> None:
+async def test_what_a_poll_brings_after_the_hand_over_is_the_next_conversations() -> None:
     bench = await ready()
 
     def handed_over() -> Polled:
@@ -671,7 +671,7 @@ async def test_what_has_no_ack_for_half_a_minute_is_looked_for_before_the_next_t
         poller(bench)
         await asyncio.sleep(IDS_KNOWN_S + 10)
     assert texts(bench) == ["t1", "t2", "t3"]
-    assert [line["event"] for line in logs if line["event"] in ("inbound.recovered", "inbound.late")] == [
+    assert [line["event"] for line in logs if line["event"] in ("inbound.recovered", "inbound.fenced")] == [
         "inbound.recovered"
     ] * 2
 
@@ -794,7 +794,7 @@ async def test_a_late_answer_for_an_erased_person_is_dropped() -> None:
 
 
 @pytest.mark.parametrize("change", ["unbound", "another sandbox", "another person"])
-async def test_a_late_answer_for_a_bot_that_serves_nobody_or_somebody_else_becomes_dead_letters(change: str) -> None:
+async def test_a_late_answer_for_nobody_or_for_somebody_else_becomes_dead_letters(change: str) -> None:
     bench = await ready()
 
     async def changed() -> None:
@@ -938,7 +938,7 @@ async def test_an_answer_is_stored_before_the_poller_stops() -> None:
     assert (await bench.checkpoint()).position.inbox_seq == 2
 
 
-async def test_a_conversation_that_was_left_by_a_killed_owner_has_its_window_and_typing_is_not_shown_again() -> None:
+async def test_after_a_kill_a_window_is_open_and_typing_is_not_shown_again() -> None:
     bench = await ready(words(1), options=Options(auto_typing=True))
     replica = Replica(bench)
     await asyncio.sleep(0.3)

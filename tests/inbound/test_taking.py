@@ -140,7 +140,7 @@ async def test_a_poller_that_waits_for_the_lease_hardly_looks_at_it_and_leaves_a
 # losing it -----------------------------------------------------------------------------------------------
 
 
-async def test_a_poller_whose_bot_another_took_ends_at_its_next_write_and_gives_nothing_back(poller: Poller) -> None:
+async def test_a_poller_whose_bot_another_took_ends_at_its_next_write(poller: Poller) -> None:
     """It could not renew its lease and does not know; what it stores meanwhile is found by its id or fingerprint."""
     bench = await ready(batch(raw(), cursor="zombie"), *[None, batch(cursor=None)] * 3)
     session = poller(bench)

@@ -1,0 +1,120 @@
+"""The states of a poller: what may follow which, and that nothing else does."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+import pytest
+from structlog.testing import capture_logs
+
+from adapter.inbound.poller import TRANSITIONS, BotPoller, State
+from tests.fakes import Bench, batch, ready
+from tests.inbound.pollers import BOT, STALE, raw
+
+VIRTUAL_TIME = True
+
+
+class Noted(BotPoller):
+    """Notes the states that it takes."""
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self.taken = [self.state]
+
+    def _enter(self, state: State, why: str = "") -> None:
+        super()._enter(state, why)
+        if self.taken[-1] is not state:
+            self.taken.append(state)
+
+    def go_to(self, state: State) -> None:
+        self._enter(state)
+
+
+async def run(bench: Bench) -> tuple[Noted, asyncio.Task[None]]:
+    session = Noted(BOT, bench.poll_deps())
+    task = asyncio.get_running_loop().create_task(session.run())
+    await asyncio.sleep(1)
+    return session, task
+
+
+async def end(session: Noted, task: asyncio.Task[None]) -> None:
+    session.stop(immediately=True)
+    await task
+    assert session.taken[-2:] == [State.RELEASING, State.ENDED]
+
+
+async def test_a_poller_waits_takes_polls_stores_and_releases() -> None:
+    bench = await ready(batch(raw(), cursor="b"))
+    session, task = await run(bench)
+    began = session.since
+    assert session.taken == [State.WAITING, State.TAKING, State.POLLING, State.STORING, State.POLLING]
+    await asyncio.sleep(100)
+    assert session.since == began <= bench.clock.monotonic() - 100, "since when it is in its state"
+    await end(session, task)
+
+
+async def test_a_login_that_a_send_found_lost_ends_the_polls_at_the_boundary() -> None:
+    bench = await ready()
+    session, task = await run(bench)
+    await bench.bind(state="needs_login")
+    session.cancel_poll()
+    await asyncio.sleep(5)
+    assert session.taken[-2:] == [State.POLLING, State.NEEDS_LOGIN]
+    await end(session, task)
+
+
+async def test_a_bug_as_an_answer_is_stored_is_a_failure_that_is_shown(monkeypatch: pytest.MonkeyPatch) -> None:
+    bench = await ready(batch(raw(), cursor="b"))
+
+    async def fails(*_: object) -> None:
+        raise RuntimeError("a bug")
+
+    with capture_logs() as logs, monkeypatch.context() as patch:
+        patch.setattr("adapter.inbound.receive.Receiver.receive", fails)
+        session, task = await run(bench)
+    assert session.taken[3:5] == [State.STORING, State.RETRYING]
+    assert "poller.crashed" in [line["event"] for line in logs]
+    await asyncio.sleep(5)
+    bench.chat.polls.append(batch(raw(), cursor="b"))
+    session.cancel_poll()
+    await asyncio.sleep(5)
+    assert len(bench.bus.inbound()) == 1
+    await end(session, task)
+
+
+async def test_a_bot_that_needs_a_login_is_paused_while_the_bus_is_away() -> None:
+    bench = await ready(state="needs_login")
+    session, task = await run(bench)
+    bench.bus_up.clear()
+    await asyncio.sleep(600)
+    assert session.taken[-2:] == [State.NEEDS_LOGIN, State.PAUSED]
+    bench.bus_up.set()
+    await end(session, task)
+
+
+async def test_a_token_that_is_refused_after_a_new_login_is_tried_again() -> None:
+    """The poll of the old login was out, and nobody cut it."""
+    bench = await ready(state="needs_login")
+    bench.chat.polls.append(STALE)
+    session, task = await run(bench)
+    while not bench.chat.polling:
+        await asyncio.sleep(0.01)
+    await bench.bind(token="new")
+    await asyncio.sleep(1)
+    assert session.taken[-2:] == [State.NEEDS_LOGIN, State.STALE]
+    assert session.why == "iLink answered -14"
+    await end(session, task)
+
+
+@pytest.mark.parametrize("state", State, ids=lambda state: state.value)
+async def test_what_is_not_in_the_table_is_a_bug(state: State, bench: Bench) -> None:
+    for other in State:
+        session = Noted(BOT, bench.poll_deps())
+        session.state = state
+        if other is state or other in TRANSITIONS[state]:
+            session.go_to(other)
+            assert session.state is other
+        else:
+            with pytest.raises(RuntimeError, match=f"{state.name} to {other.name}"):
+                session.go_to(other)
