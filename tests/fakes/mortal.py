@@ -84,9 +84,11 @@ class MortalBucket(FakeBucket):
         await self._life.goes_on()
         return found
 
-    async def update(self, key: str, value: bytes, revision: int, *, ttl_s: int = 0) -> int:
+    async def update(
+        self, key: str, value: bytes, revision: int, *, ttl_s: int = 0, ensure_owner: Callable[[], None] | None = None
+    ) -> int:
         await self._life.goes_on()
-        written = await self._bucket.update(key, value, revision, ttl_s=ttl_s)
+        written = await self._bucket.update(key, value, revision, ttl_s=ttl_s, ensure_owner=ensure_owner)
         await self._life.goes_on()
         return written
 

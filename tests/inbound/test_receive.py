@@ -26,7 +26,7 @@ from adapter.contract.names import (
 from adapter.conversation.record import ConversationRecord
 from adapter.errors import BusRefused, LeaseLost, Temporary
 from adapter.ilink.translate import read_message
-from adapter.inbound.receive import OTHER_USERS, IDS_KNOWN_S, retry
+from adapter.inbound.receive import IDS_KNOWN_S, OTHER_USERS, retry
 from adapter.inbound.sealed import unseal
 from adapter.kit.timing import PerTickLimiter
 from adapter.ports import InboundMessage, Message, Polled

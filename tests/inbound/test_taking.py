@@ -84,8 +84,8 @@ async def test_an_owner_that_begins_to_poll_as_it_is_asked_keeps_its_bot(poller:
     bench = await ready()
     await set_owner(bench, "other-1", cursor="b")
 
-    async def is_idle(owner: str, bot: str) -> bool:
-        await set_owner(bench, owner)
+    async def is_idle(incarnation: str, bot: str) -> bool:
+        await set_owner(bench, incarnation)
         return True
 
     bench.is_idle = is_idle  # type: ignore[method-assign]

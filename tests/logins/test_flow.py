@@ -547,8 +547,8 @@ async def test_a_deleted_login_never_comes_back_in_memory(doors: Doors) -> None:
     login = await doors.start()
     update = doors.bucket.update
 
-    async def late(key: str, value: bytes, revision: int, *, ttl_s: int = 0) -> int:
-        written = await update(key, value, revision, ttl_s=ttl_s)
+    async def late(key: str, *written_with: Any, **options: Any) -> int:
+        written = await update(key, *written_with, **options)
         await doors.bucket.delete(key)
         await asyncio.sleep(0.2)
         return written
