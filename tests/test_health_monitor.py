@@ -43,6 +43,7 @@ class Replica:
                 Any, SimpleNamespace(connection=self.connection, bus=self.publisher, media_bus=self.publisher)
             ),
             inspector=cast(Any, self),
+            set_back=lambda: "",
             supervisor=cast(Any, SimpleNamespace(leases=self.leases, shards=SimpleNamespace(in_flight=4))),
             names=NAMES,
             health=self.health,

@@ -737,7 +737,7 @@ class NextPage(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     they are."""
 
     reader: Annotated[int, Meta(description="Names this reader in its next requests.")]
-    messages: list[Handed] = []
+    messages: list[Handed]
     first: Annotated[
         int,
         Meta(description="The oldest sequence that is still stored, if messages before it are gone unread; else 0."),

@@ -68,6 +68,8 @@ class InboxReader:
         self._slots = asyncio.Semaphore(READS)
         self.reached = 0
         """A sequence that the stream has reached."""
+        self.set_back = ""
+        """What is wrong where a position is above it, for operators."""
         self._lasts = Batches(self._read_last)
 
     async def newest(self, sandbox: str) -> int:
@@ -83,9 +85,11 @@ class InboxReader:
         messages would be taken for known."""
         if position > self.reached:
             self.reached = await self._lasts.get(self.names.stream_in) or 0
+            self.set_back = ""
         if position > self.reached:
-            detail = f"A position ({position}) is above the last sequence of {self.names.stream_in} ({self.reached})."
-            raise Temporary("inbox_set_back", f"{detail} `wechat-nats doctor --fix` lowers the positions.")
+            said = f"a position ({position}) is above the last sequence of {self.names.stream_in} ({self.reached})"
+            self.set_back = f"{said}: `wechat-nats doctor --fix` lowers the positions"
+            raise Temporary("inbox_set_back", self.set_back)
 
     async def _read_last(self, streams: Sequence[str]) -> Mapping[str, int]:
         return {stream: await self._history.last_sequence(stream) for stream in streams}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import structlog
 
@@ -38,6 +38,7 @@ class HealthMonitor:
         *,
         connections: Connections,
         inspector: Inspector,
+        set_back: Callable[[], str],
         supervisor: Supervisor,
         names: Names,
         health: Health,
@@ -47,6 +48,8 @@ class HealthMonitor:
         self._connection = connections.connection
         self._publishers = connections.bus, connections.media_bus
         self._inspector = inspector
+        self._set_back = set_back
+        """What is wrong where positions are above the inboxes; "": nothing."""
         self._supervisor = supervisor
         self._names = names
         self._health = health
@@ -111,6 +114,8 @@ class HealthMonitor:
     def _current_problem(self) -> str:
         """Why this replica cannot work although JetStream answers; "": it can."""
         bus, leases = self._publishers[0], self._supervisor.leases
+        if set_back := self._set_back():
+            return set_back
         if bus.waiting_s > BUS_GRACE_S:
             return f"JetStream takes nothing for {bus.last_error}"
         return "" if leases.is_valid else f"the lease cannot be renewed: {leases.last_error}"

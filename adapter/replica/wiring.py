@@ -195,6 +195,7 @@ class Replica:
         self.health_monitor = HealthMonitor(
             connections=connections,
             inspector=Inspector(names, settings, at_least={names.bindings: lambda: len(self.bindings)}),
+            set_back=lambda: self.inboxes.set_back,
             supervisor=self.supervisor,
             names=names,
             health=self.health,

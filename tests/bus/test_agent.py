@@ -228,7 +228,9 @@ async def test_a_request_without_an_answer_is_repeated_and_a_late_answer_counts(
         await person.say()
         assert (await anext(messages)).text == "1"
         person.adapter.reader += 1
-        await person.nc.publish(held[0].reply, msgspec.json.encode(NextPage(reader=person.adapter.reader)))
+        await person.nc.publish(
+            held[0].reply, msgspec.json.encode(NextPage(reader=person.adapter.reader, messages=[]))
+        )
         await until(lambda: sandbox._reader._number == person.adapter.reader, "it has the answer")
         await person.say()
         assert (await anext(messages)).text == "2"

@@ -1,5 +1,5 @@
 /* Messages of the bus, generated from the JSON Schemas here by `make generate`; do not edit.
-   Of: 64875bb6f5c006b644ea57d36efef82bd11be1baa6c6fa8c1c44bfdc9b46db5a */
+   Of: c07e47db6eb3042087e889eb42638dc92eb62f6a40e315aff3d7e34cbdd920de */
 
 /**
  * Options of a binding.
@@ -688,7 +688,7 @@ export interface NextPage {
    * Names this reader in its next requests.
    */
   reader: number;
-  messages?: Handed[];
+  messages: Handed[];
   /**
    * The oldest sequence that is still stored, if messages before it are gone unread; else 0.
    */
