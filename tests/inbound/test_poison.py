@@ -102,9 +102,12 @@ async def test_the_message_at_fault_alone_becomes_a_dead_letter(
     assert WORDS.encode() not in captured.getvalue()
 
 
-async def test_what_goes_through_at_the_second_try_is_told_once_and_in_its_place(poller: Poller) -> None:
+@pytest.mark.parametrize("fault", [reading, publishing], ids=lambda fault: fault.__name__)
+async def test_what_goes_through_at_the_second_try_is_told_once_and_in_its_place(
+    fault: Fault, poller: Poller
+) -> None:
     bench = await ready(batch(raw("one", 1), BAD, raw("three", 3), cursor="b"))
-    poller(bench, **publishing(bench, 1))
+    poller(bench, **fault(bench, 1))
     await asyncio.sleep(60)
     assert texts(bench) == ["one", WORDS, "three"]
     assert letters(bench) == []
