@@ -30,6 +30,7 @@ from tests.e2e.test_logins import newest, reaches, start
 from tests.e2e.waiting import call
 from tests.e2e.world import (
     NAMES,
+    TOKEN_KEY,
     AdapterProcess,
     World,
     audit,
@@ -127,7 +128,8 @@ async def fill(js: JetStreamContext) -> None:
 
 async def operator(made: World, *command: str) -> str:
     """A command of ours; what it prints."""
-    process = await fork("adapter", *command, env={**os.environ, "NATS_URL": made.url}, stdout=PIPE, stderr=PIPE)
+    environ = {**os.environ, "NATS_URL": made.url, "WECHAT_NATS_TOKEN_KEY": TOKEN_KEY}
+    process = await fork("adapter", *command, env=environ, stdout=PIPE, stderr=PIPE)
     return b"".join(await process.communicate()).decode()
 
 
