@@ -122,6 +122,10 @@ class DedupWindow:
                 return True
         return False
 
+    def __contains__(self, line: bytes) -> bool:
+        """Whether a fingerprint is remembered."""
+        return line in self._prints
+
     def add(self, prints: Iterable[bytes]) -> None:
         """Remembers new messages, oldest first."""
         added = b"".join(prints)

@@ -191,13 +191,18 @@ class Folds:
         return self._known[sandbox]
 
     async def _read_all(self, sandboxes: Sequence[str]) -> Mapping[str, FoldedInbox]:
-        await asyncio.gather(*(self._read(sandbox, self._wanted.pop(sandbox)) for sandbox in sandboxes))
+        began = self._reader.clock.monotonic()
+        read = await asyncio.gather(*(self._read(sandbox, self._wanted.pop(sandbox)) for sandbox in sandboxes))
+        if users := sum(read):
+            took_ms = int((self._reader.clock.monotonic() - began) * 1000)
+            log.info("inboxes.folded", inboxes=len(sandboxes), users=users, took_ms=took_ms)
         return self._known
 
-    async def _read(self, sandbox: str, after: int) -> None:
+    async def _read(self, sandbox: str, after: int) -> int:
+        """Returns the number of users with new messages."""
         await self._reader.check(after)
         newest = await self._reader.newest(sandbox)
-        known = self._known.get(sandbox) or FoldedInbox(after, after)
+        known, found = self._known.get(sandbox) or FoldedInbox(after, after), dict[str, InboundReceived]()
         if after < known.low:
             await self._reader.read(sandbox, after, known.low, known)
             known.low = after
@@ -207,6 +212,7 @@ class Folds:
             for user, received in found.items():
                 self._on_read(sandbox, user, received)
         self._known[sandbox] = known  # not before all is read: a conversation may ask meanwhile
+        return len(found)
 
     async def prints_of(self, sandbox: str, bot: str, after: int) -> tuple[list[bytes], int]:
         known = await self.read(sandbox, after)

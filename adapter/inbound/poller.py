@@ -218,6 +218,8 @@ class BotPoller:
         """Set once the bot is taken."""
         self._is_folded = False
         """The conversations and the checkpoint know what the inbox has behind the stored checkpoint."""
+        self._folded_to = 0
+        """Sequence of the inbox up to which it was read, not published, here; 0: it was not read."""
         self._receiver = Receiver(bot, deps.receiving)
         self.unanswered_since = 0.0
         """Monotonic time since which iLink owes an answer to a poll: the time of the last answer, or of the end of a
@@ -420,16 +422,21 @@ class BotPoller:
             try:
                 if (shard := await deps.open_shard(binding.sandbox)) is None:
                     raise LeaseLost("shard_lost", self.bot)
-                lines, high = await shard.folds.prints_of(checkpoint.sandbox, self.bot, checkpoint.inbox_seq)
+                # a late message may be behind what was published here meanwhile
+                after = min(checkpoint.inbox_seq, self._folded_to or checkpoint.inbox_seq)
+                lines, high = await shard.folds.prints_of(checkpoint.sandbox, self.bot, after)
             except BaseException:
                 self._is_folded = False
                 raise
+            self._folded_to = high
+            lines = [line for line in lines if line not in checkpoint.seen]
             if high > checkpoint.inbox_seq:
                 checkpoint.inbox_seq = high
                 checkpoint.note(len(lines))
             if lines:
                 checkpoint.seen.add(lines)
-                log.info("bot.folded", bot=self.bot, sandbox=binding.sandbox, messages=len(lines))
+                checkpoint.note()
+                log.debug("bot.folded", bot=self.bot, sandbox=binding.sandbox, messages=len(lines))
                 await self._save(checkpoint)
 
     # polling ----------------------------------------------------------------------------------------

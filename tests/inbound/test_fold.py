@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import base64
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,6 +12,7 @@ import pytest
 from structlog.testing import capture_logs
 
 from adapter.contract.names import H_BOT, H_SEALED, H_SEEN, conversation_key, shard_of
+from adapter.ilink.translate import read_message
 from adapter.inbound.poller import State
 from adapter.ports import Stored
 from tests.fakes import Bench, batch, ready
@@ -72,6 +74,28 @@ async def test_nothing_is_read_where_nothing_is_newer(poller: Poller) -> None:
     await asyncio.sleep(1)
     assert (reads, heir.chat.polling) == ([], 1)
     assert heir.bus.writes[writes:].count("checkpoint") == 1, "its name"
+
+
+async def test_a_late_message_is_known_below_newer_ones_that_were_published_here(poller: Poller) -> None:
+    """A replica that had lost the bot stored it, and announced that."""
+    bench = await ready(batch(raw("t1", 1)))
+    session = poller(bench)
+    await asyncio.sleep(1)
+    (first,) = bench.bus.found("IN")
+    late = read_message(raw("t9", 9))
+    seen = base64.b64encode(late.keys.fingerprint(bench.clock.now_ms())).decode()
+    body = msgspec.structs.replace(bench.bus.inbound()[0], id="in:late", text="t9")
+    bench.bus.put(first.subject, msgspec.json.encode(body), {H_BOT: BOT, H_SEEN: seen})
+    bench.chat.polls.append(batch(raw("t2", 2), cursor="c"))
+    session.cancel_poll()
+    await asyncio.sleep(1)
+    session.on_released()
+    session.cancel_poll()
+    await asyncio.sleep(1)
+    bench.chat.polls.append(batch(raw("t9", 9, message_id=77, client_id="x", seq=77), cursor="d"))
+    session.cancel_poll()
+    await asyncio.sleep(5)
+    assert texts(bench) == ["t1", "t9", "t2"]
 
 
 async def test_no_poll_starts_before_the_inbox_is_read(poller: Poller) -> None:
