@@ -218,8 +218,8 @@ class BotPoller:
         """Set once the bot is taken."""
         self._is_folded = False
         """The conversations and the checkpoint know what the inbox has behind the stored checkpoint."""
-        self._folded_to = 0
-        """Sequence of the inbox up to which it was read, not published, here; 0: it was not read."""
+        self._folded_to: int | None = None
+        """Sequence of the inbox up to which it was read, not published, here; None: it was not read."""
         self._receiver = Receiver(bot, deps.receiving)
         self.unanswered_since = 0.0
         """Monotonic time since which iLink owes an answer to a poll: the time of the last answer, or of the end of a
@@ -363,7 +363,7 @@ class BotPoller:
                 self.checkpoint = await self._try_take(binding)
             if self.checkpoint is not None:
                 self._enter(State.TAKING)
-                self._is_folded = False
+                self._is_folded, self._folded_to = False, None
                 return self.checkpoint
             attempts += 1
             if attempts % QUERY_EVERY == 0 and await self._clear_idle_owner():
@@ -423,7 +423,7 @@ class BotPoller:
                 if (shard := await deps.open_shard(binding.sandbox)) is None:
                     raise LeaseLost("shard_lost", self.bot)
                 # a late message may be behind what was published here meanwhile
-                after = min(checkpoint.inbox_seq, self._folded_to or checkpoint.inbox_seq)
+                after = checkpoint.inbox_seq if self._folded_to is None else self._folded_to
                 lines, high = await shard.folds.prints_of(checkpoint.sandbox, self.bot, after)
             except BaseException:
                 self._is_folded = False
