@@ -128,7 +128,8 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     token_key: tuple[bytes, ...] = ()
     """Keys that seal bot tokens at rest, separated by commas: 32 bytes each, in base64. The first seals, all open.
 
-    Secret. An adapter needs one (`openssl rand -base64 32`); other commands do without it.
+    Secret. An adapter needs one (`openssl rand -base64 32`). Of other commands, `doctor`, `dead show` and
+    `export` open with it what is sealed.
     """
 
     replicas: Literal[1, 3, 5] = 1

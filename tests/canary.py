@@ -31,8 +31,8 @@ MARKS: Mapping[str, str] = {
 AT_REST = ("a bot's token", "a ticket", "a QR code")
 """What is sealed where it is stored, or is not stored. A context token without the bot's is worth nothing."""
 
-TOLD = ("WECHAT_IN", "WECHAT_EVENT", "OBJ_wechat_media")
-"""Streams that sandboxes and platforms read: there, no secret of any kind may be."""
+TOLD = ("WECHAT_IN", "WECHAT_EVENT", "WECHAT_DEAD", "OBJ_wechat_media")
+"""Streams that sandboxes, platforms and operators read: there, no secret of any kind may be."""
 
 WELL_KNOWN = 12
 """What is shorter may stand in base64 by chance."""

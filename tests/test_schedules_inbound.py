@@ -23,6 +23,7 @@ from adapter.inbound.poller import BotPoller
 from adapter.ports import Account, Polled
 from adapter.simulator import samples
 from tests.fakes import EPOCH_MS, Bench, FakeChat, VirtualLoop, settle
+from tests.inbound.pollers import opened
 
 SCHEDULES = int(os.environ.get("SCHEDULES", "15"))
 BOT, USER = "b1@im.bot", "u1@im.wechat"
@@ -223,7 +224,8 @@ class Model:
         """What a cursor passes was stored: in an inbox or as a dead letter, where it may be gone by now."""
         for one in self.world.bus.kept:
             if one.stream in ("WECHAT_IN", "WECHAT_DEAD"):
-                self.stored.add(msgspec.json.decode(one.stored.data, type=_Written).ms())
+                data = one.stored.data if one.stream == "WECHAT_IN" else opened(self.world, one.stored)
+                self.stored.add(msgspec.json.decode(data, type=_Written).ms())
         if int(cursor or 0) > len(self.stored):
             self.passed.append(f"the cursor says {cursor}, and {len(self.stored)} are stored")
 

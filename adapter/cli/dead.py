@@ -17,6 +17,7 @@ from adapter.cli.options import Json
 from adapter.contract.names import H_MSG_ID, Names
 from adapter.errors import UNDECODABLE, Refused
 from adapter.ports import Stored
+from adapter.security.seal import Sealer, dead_context
 from adapter.services.dead_letters import DeadLetter, dead_letter_of, retry_message
 
 app = App(name="dead", help="Messages that could not be handled: list, show, try again, delete.")
@@ -53,12 +54,13 @@ async def list_dead_letters(
 async def show(*seqs: Seqs, json: Json = False) -> int:
     """Show dead letters with headers and body.
 
-    The body may hold what a person wrote: treat it as private. Tokens and keys in it are masked.
+    The body may hold what a person wrote: treat it as private. Tokens and keys in it are masked. That of an inbound
+    dead letter is sealed: WECHAT_NATS_TOKEN_KEY opens it, as adapters have it.
     """
 
     async def show_one(bus: Bus, letter: Stored) -> bool:
         headers = _own_headers(letter.headers)
-        body = mask_secrets(bus.names, letter.subject, letter.data)
+        body = readable_body(bus, letter)
         if json:
             output.json_line({"seq": letter.seq, "subject": letter.subject, "headers": headers, "body": body})
             return True
@@ -128,6 +130,18 @@ async def _for_each_letter(seqs: tuple[int, ...], work: Callable[[Bus, Stored], 
 def _own_headers(headers: Mapping[str, str]) -> dict[str, str]:
     """The headers of the letter, without those that the server adds to its answer."""
     return {k: v for k, v in headers.items() if k == H_MSG_ID or not k.startswith("Nats-")}
+
+
+def readable_body(bus: Bus, stored: Stored) -> str:
+    """The body of a message with its secrets masked. A sealed one is opened; a sentence says if that fails."""
+    names, data = bus.names, stored.data
+    if stored.subject == names.dead_letters(names.stream_in):
+        context = dead_context(stored.headers.get(H_MSG_ID, ""))
+        try:
+            data = Sealer(bus.settings.token_key).open_bytes(context, data)
+        except Refused as exc:
+            return f"(withheld: {exc.detail})"
+    return mask_secrets(names, stored.subject, data)
 
 
 def mask_secrets(names: Names, subject: str, data: bytes) -> str:

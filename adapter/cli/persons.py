@@ -10,12 +10,11 @@ from cyclopts import Parameter
 
 from adapter.cli import output
 from adapter.cli.bindings import request_control
-from adapter.cli.bus import connected_bus
-from adapter.cli.dead import mask_secrets
+from adapter.cli.bus import Bus, connected_bus
+from adapter.cli.dead import readable_body
 from adapter.cli.exit_codes import NO, OK, USAGE, Failed
 from adapter.cli.options import Json, MaybeSandbox, RequestId, flag, new_id
 from adapter.contract.messages import ControlAnswer, Erase
-from adapter.contract.names import Names
 from adapter.contract.records import Binding, LoginRecord
 from adapter.errors import UNDECODABLE
 from adapter.services.persons import Found, PersonSearch
@@ -75,21 +74,20 @@ async def export(*, user: User, sandbox: MaybeSandbox = None) -> int:
     """Print everything of one person as JSON, a line for each message or record.
 
     It reads buckets that are closed to operators: run it with the adapter's credentials. What opens something
-    (tokens, keys) is masked. Of a checkpoint, which is sealed, only its size is shown. The lines hold
-    what people wrote: guard them as such.
+    (tokens, keys) is masked. Of a checkpoint, which is sealed, only its size is shown; inbound dead letters are
+    opened with WECHAT_NATS_TOKEN_KEY. The lines hold what people wrote: guard them as such.
     """
     async with connected_bus() as bus:
-        names = bus.names
 
         async def print_all() -> None:
-            async for found in PersonSearch(bus.history, names, user, sandbox).find():
-                output.json_line(msgspec.json.encode(_as_line(names, found)))
+            async for found in PersonSearch(bus.history, bus.names, user, sandbox).find():
+                output.json_line(msgspec.json.encode(_as_line(bus, found)))
 
-        await bus.ask_jetstream(f"DIRECT.GET.KV_{names.bindings}", print_all())
+        await bus.ask_jetstream(f"DIRECT.GET.KV_{bus.names.bindings}", print_all())
     return OK
 
 
-def _as_line(names: Names, found: Found) -> dict[str, Any]:
+def _as_line(bus: Bus, found: Found) -> dict[str, Any]:
     stored = found.stored
     line = {
         "kind": found.kind,
@@ -100,10 +98,10 @@ def _as_line(names: Names, found: Found) -> dict[str, Any]:
         "sandbox": found.sandbox,
         "size": len(stored.data),
     }
-    return line | ({} if found.kind == "checkpoint" else {"content": _content(names, found)})
+    return line | ({} if found.kind == "checkpoint" else {"content": _content(bus, found)})
 
 
-def _content(names: Names, found: Found) -> Any:
+def _content(bus: Bus, found: Found) -> Any:
     data = found.stored.data
     match found.kind:
         case "binding":
@@ -114,7 +112,7 @@ def _content(names: Names, found: Found) -> Any:
         case "media" if ".C." in found.stored.subject:
             return base64.b64encode(data).decode()
         case _:
-            text = mask_secrets(names, found.stored.subject, data)
+            text = readable_body(bus, found.stored)
             try:
                 return msgspec.json.decode(text)
             except UNDECODABLE:

@@ -50,7 +50,7 @@ from adapter.observability.events import Events
 from adapter.observability.metrics import Metrics
 from adapter.ownership.leases import Leases
 from adapter.ports import Archive, Bus, InboundMessage, MediaRef, Message, Polled, PubAck
-from adapter.security.seal import Sealer
+from adapter.security.seal import Sealer, dead_context
 
 log = structlog.get_logger()
 
@@ -494,6 +494,9 @@ class Receiver:
 
     async def _dead_letter(self, one: _Read, reason: str, detail: str, binding: Binding | None) -> None:
         deps, sandbox = self._deps, binding.sandbox if binding is not None else ""
+        msg_id = f"dead:{self.bot}:{digest(one.raw)}"
+        # an erasure cannot look into what is sealed; the bot of what cannot be read serves one person
+        user = one.message.user if one.message is not None else binding.user if binding is not None else ""
         await self._retry(
             lambda: deps.events.publish_dead_letter(
                 "IN",
@@ -502,8 +505,10 @@ class Receiver:
                 headers={H_TRACEPARENT: derive_traceparent(one.id), H_MSG_ID: one.id} if one.id else {},
                 reason=reason,
                 detail=detail,
-                msg_id=f"dead:{self.bot}:{digest(one.raw)}",
+                msg_id=msg_id,
                 sandbox=sandbox,
+                user=user if user.isascii() and user.isprintable() else "",  # else no header can name it
+                seal=partial(deps.sealer.seal_bytes, dead_context(msg_id)),
             )
         )
 

@@ -13,6 +13,7 @@ import structlog
 from adapter.contract import messages as contract
 from adapter.contract.headers import author_traceparent, derive_traceparent, forwardable_headers
 from adapter.contract.names import (
+    H_BODY,
     H_COMMAND,
     H_DETAIL,
     H_EXPECTED,
@@ -36,6 +37,8 @@ from adapter.ports import Archive, Bus, History, Message, PubAck
 log = structlog.get_logger()
 
 MAX_HEADER = 512
+BEGINNINGS = 256 * 1024, 64 * 1024
+"""Bytes that are kept of what the bus refuses whole: the first that it takes show at least what it was."""
 
 
 async def read_binding_events(
@@ -195,9 +198,11 @@ class Events:
         seq: int = 0,
         sandbox: str = "",
         user: str = "",
+        seal: Callable[[bytes], bytes] | None = None,
     ) -> bool:
         """Keeps the original bytes and headers for an operator. `stream`: OUT, IN, CTL or EVENT; `seq`: in it, 0:
-        none; `user`: whom a command was for, if that was known. Returns whether they are kept."""
+        none; `user`: whom a command was for, or who wrote the message, if that was known; `seal`: makes of the bytes
+        what is stored. Returns whether they are kept."""
         kept = {k: v[:MAX_HEADER] for k, v in forwardable_headers(headers).items() if k != H_REPLY_TO}
         kept |= {
             H_MSG_ID: msg_id,
@@ -216,7 +221,11 @@ class Events:
         ident = headers.get(H_COMMAND) or headers.get(H_MSG_ID, "")
         log.warning("message.dead_lettered", stream=stream, sandbox=sandbox, id=ident, reason=reason, sequence=seq)
         subject_to = self._names.dead_letters(f"{self._names.prefix.upper()}_{stream}")
-        for payload in (data, data[:65536]):  # if it is too large, the beginning shows at least what it was
+        for size in (len(data), *BEGINNINGS):
+            payload = data[:size]
+            if seal is not None:
+                kept[H_BODY] = "sealed" if len(payload) == len(data) else "sealed, cut"
+                payload = seal(payload)
             try:
                 await self._bus.publish(Message("dead", subject_to, payload, kept))
                 return True

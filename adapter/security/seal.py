@@ -111,6 +111,11 @@ def inbox_context(message: str, bot: str, sandbox: str) -> str:
     return f"inbox {message} {bot} {sandbox}"
 
 
+def dead_context(letter: str) -> str:
+    """Context of an inbound dead letter. `letter`: its Nats-Msg-Id, which names the bot and the message's digest."""
+    return f"dead {letter}"
+
+
 def login_context(login: str, field: str) -> str:
     """Context of a secret in a login's record."""
     return f"login {login} {field}"

@@ -10,6 +10,7 @@ import pytest
 from adapter.cli.bus import Bus
 from adapter.cli.dead import mask_secrets
 from adapter.contract.names import (
+    H_BODY,
     H_COMMAND,
     H_DETAIL,
     H_MSG_ID,
@@ -22,14 +23,22 @@ from adapter.contract.names import (
     H_USER,
     Names,
 )
+from adapter.security.seal import Sealer, dead_context
 from adapter.services.dead_letters import original_subject
 from tests.cli.conftest import Command
 
 OUT, CTL, IN = "WECHAT_OUT", "WECHAT_CTL", "WECHAT_IN"
+KEY = bytes(32)
+
+
+@pytest.fixture(autouse=True)
+def _token_key(monkeypatch: pytest.MonkeyPatch) -> None:
+    """That of the adapter."""
+    monkeypatch.setenv("WECHAT_NATS_TOKEN_KEY", base64.b64encode(KEY).decode())
 
 
 async def die(bus: Bus, stream: str, subject: str, body: bytes, **extra: str) -> int:
-    """A dead letter as the adapter leaves it."""
+    """A dead letter as the adapter leaves it, sealed if it is an inbound one."""
     headers = {
         H_SUBJECT: subject,
         H_REASON: "unreadable",
@@ -40,6 +49,8 @@ async def die(bus: Bus, stream: str, subject: str, body: bytes, **extra: str) ->
         H_TRACEPARENT: "00-x",
         **extra,
     }
+    if stream == IN:
+        body = Sealer((KEY,)).seal_bytes(dead_context(headers[H_MSG_ID]), body)
     return (await bus.js.publish(bus.names.dead_letters(stream), body, headers=headers)).seq
 
 
@@ -58,7 +69,7 @@ async def test_ls_shows_no_bodies(cli: Command, bus: Bus) -> None:
     assert re.split("  +", second)[2:4] == ["s1", IN]
     assert "private" not in result.out
     (row,) = (await cli("dead", "ls", "--stream", IN, "--json")).rows
-    assert (row["seq"], row["detail"], row["time_ms"], row["size"]) == (2, "Not JSON.", 1_760_000_000_000, 17)
+    assert (row["seq"], row["detail"], row["time_ms"]) == (2, "Not JSON.", 1_760_000_000_000)
 
 
 async def test_show_prints_headers_and_body(cli: Command, bus: Bus) -> None:
@@ -68,6 +79,40 @@ async def test_show_prints_headers_and_body(cli: Command, bus: Bus) -> None:
     assert "Wechat-Reason: unreadable" in result.out
     assert "may hold message text" in result.out
     assert r"private\x1b[2J" in result.out
+
+
+async def test_show_opens_what_ilink_sent(cli: Command, bus: Bus) -> None:
+    await die(bus, IN, "wechat.inbox.s1", b'{"text":"private"}', **{H_BODY: "sealed"})
+    result = await cli("dead", "show", "1")
+    assert (result.code, result.err) == (0, "")
+    assert "Wechat-Body: sealed" in result.out
+    assert '{"text":"private"}' in result.out
+    (row,) = (await cli("dead", "show", "1", "--json")).rows
+    assert row["body"] == '{"text":"private"}'
+
+
+@pytest.mark.parametrize(
+    "key",
+    ["", base64.b64encode(b"1" * 32).decode()],
+    ids=["none", "another"],
+)
+async def test_without_the_key_a_sentence_stands_for_what_ilink_sent(
+    cli: Command, bus: Bus, monkeypatch: pytest.MonkeyPatch, key: str
+) -> None:
+    monkeypatch.setenv("WECHAT_NATS_TOKEN_KEY", key)
+    await die(bus, IN, "wechat.inbox.s1", b"private")
+    await die(bus, OUT, "wechat.out.17.s1", b"clear")
+    letter, command = (await cli("dead", "show", "1", "2", "--json")).rows
+    assert re.fullmatch(
+        r"\(withheld: It was sealed with a key \(\w{8}\) that is not in WECHAT_NATS_TOKEN_KEY.\)", letter["body"]
+    )
+    assert (letter["headers"][H_REASON], command["body"]) == ("unreadable", "clear")
+
+
+async def test_an_authors_header_hides_no_command(cli: Command, bus: Bus) -> None:
+    await die(bus, OUT, "wechat.out.17.s1", b"clear", **{H_BODY: "sealed"})
+    (row,) = (await cli("dead", "show", "1", "--json")).rows
+    assert row["body"] == "clear"
 
 
 @pytest.mark.parametrize(

@@ -13,16 +13,17 @@ from nats.aio.msg import Msg
 
 from adapter.cli.bus import Bus
 from adapter.contract.messages import ControlAnswer, Erase, ErasedEvent
-from adapter.contract.names import H_REPLY_TO, to_subject_token
+from adapter.contract.names import H_MSG_ID, H_REPLY_TO, H_USER, to_subject_token
 from adapter.contract.records import LoginRecord
 from adapter.jetstream import topology
 from adapter.jetstream.history import StreamHistory
 from adapter.jetstream.managed_connection import ManagedConnection
 from adapter.ports import Stored
+from adapter.security.seal import Sealer, dead_context
 from adapter.settings import Settings
 from adapter.simulator import BotRecord, Simulator, samples
 from tests.cli.conftest import Command
-from tests.cli.process import on_terminal
+from tests.cli.process import TOKEN_KEY, on_terminal
 
 KINDS = {"conversation", "login", "message", "event", "receipt", "dead_letter", "media", "checkpoint"}
 """All that is there once a person's bots are unbound and their commands have ended."""
@@ -158,6 +159,24 @@ async def test_an_export_has_every_message_and_no_secret(
     assert bot.token not in exported.out
     assert "secret of s2" not in exported.out
     assert exported.out.count('"token":"***"') == 1  # of the conversation
+
+
+@pytest.mark.parametrize("has_key", [True, False])
+async def test_an_export_opens_dead_letters_with_the_key_and_says_where_it_lacks(
+    cli: Command, bus: Bus, monkeypatch: pytest.MonkeyPatch, has_key: bool
+) -> None:
+    headers = {H_MSG_ID: "dead:b1@im.bot:x", H_USER: "u1@im.wechat"}
+    sealed = Sealer((bytes(32),)).seal_bytes(
+        dead_context(headers[H_MSG_ID]), b'{"text":"hi","context_token":"sesame"}'
+    )
+    await bus.js.publish(bus.names.dead_letters("WECHAT_IN"), sealed, headers=headers)
+    monkeypatch.setenv("WECHAT_NATS_TOKEN_KEY", TOKEN_KEY if has_key else "")
+    (row,) = (await cli("export", "--user", "u1@im.wechat")).rows
+    assert row["kind"] == "dead_letter"
+    if has_key:
+        assert row["content"] == {"text": "hi", "context_token": "***"}
+    else:
+        assert "that is not in WECHAT_NATS_TOKEN_KEY" in row["content"]
 
 
 @pytest.mark.parametrize("command", ["erase", "export"])

@@ -104,7 +104,7 @@ async def test_what_the_bus_does_not_know_is_said(cli: Command, bus: Bus, ident:
 async def test_a_message_that_became_a_dead_letter_is_found_by_its_trace(cli: Command, bus: Bus) -> None:
     """And nobody else's: not that of a command of the same id in another sandbox."""
     headers = {H_REASON: "too_large", H_TRACEPARENT: derive_traceparent("in:b:m1")}
-    await bus.js.publish(bus.names.dead_letters("WECHAT_IN"), b"{}", headers=headers)
+    await bus.js.publish(bus.names.dead_letters("WECHAT_IN"), b"s1.01234567.\xff\x00", headers=headers)
     elsewhere = {H_COMMAND: "in:b:m1", H_SANDBOX: "s2", H_REASON: "unreadable"}
     await bus.js.publish(bus.names.dead_letters("WECHAT_OUT"), b"{}", headers=elsewhere)
     (row,) = (await cli("trace", "s1", "in:b:m1", "--json")).rows

@@ -10,7 +10,7 @@ import pytest
 from nats.aio.client import Client
 
 from tests import canary
-from tests.e2e.world import NAMES, World, until, world
+from tests.e2e.world import NAMES, World, eventually, stream, until, world
 
 
 async def bridge(folder: Path, happens: Callable[[World, Client], Awaitable[object]], **environ: str) -> None:
@@ -31,6 +31,20 @@ async def nothing(_: World, __: Client) -> None: ...
 
 async def test_a_bridge_with_a_key_leaves_no_secret_anywhere(tmp_path: Path) -> None:
     await bridge(tmp_path, nothing)
+
+
+async def test_the_dead_letter_of_a_message_leaves_no_secret_either(tmp_path: Path) -> None:
+    """It is what iLink sent, with its context token."""
+
+    async def die(made: World, nc: Client) -> None:
+        made.sim.say(made.bots["s1"].bot, "to all", group_id="7@chatroom")
+
+        async def kept() -> bool:
+            return len(await stream(nc, NAMES.stream_dead, NAMES.dead_letters(NAMES.stream_in))) == 1
+
+        await eventually(kept, "it is a dead letter")
+
+    await bridge(tmp_path, die)
 
 
 @pytest.mark.parametrize("what", canary.AT_REST)

@@ -8,9 +8,11 @@ from typing import Any
 
 import msgspec
 
-from adapter.contract.names import H_REASON
+from adapter.contract.names import H_MSG_ID, H_REASON
 from adapter.errors import SessionExpired
 from adapter.inbound.poller import BotPoller
+from adapter.ports import Stored
+from adapter.security.seal import dead_context
 from tests.fakes import Bench, raw_message, settle
 
 BOT, USER = "b1@im.bot", "u1@im.wechat"
@@ -93,6 +95,11 @@ def texts(bench: Bench) -> list[str]:
     return [inbound.text for inbound in bench.bus.inbound()]
 
 
+def opened(bench: Bench, letter: Stored) -> bytes:
+    """What is sealed in an inbound dead letter."""
+    return bench.sealer.open_bytes(dead_context(letter.headers[H_MSG_ID]), letter.data)
+
+
 def dead(bench: Bench) -> list[tuple[str, bytes]]:
     """Reason and bytes of each dead letter."""
-    return [(stored.headers[H_REASON], stored.data) for stored in bench.bus.found("DEAD")]
+    return [(letter.headers[H_REASON], opened(bench, letter)) for letter in bench.bus.found("DEAD")]

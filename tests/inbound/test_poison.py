@@ -20,7 +20,7 @@ from adapter.outbound.processor import ShardCommandProcessor
 from adapter.ports import InboundMessage, Message, Polled, PubAck
 from tests.capture import ALWAYS, WORDS, Bugs, Capture
 from tests.fakes import Bench, FakeChat, batch, raw_message, ready
-from tests.inbound.pollers import Poller, Replica, heir_to, raw, tended, texts
+from tests.inbound.pollers import Poller, Replica, heir_to, opened, raw, tended, texts
 
 VIRTUAL_TIME = True
 
@@ -78,7 +78,10 @@ FAULTS: list[Fault] = [reading, building, publishing]
 
 
 def letters(bench: Bench) -> list[tuple[str, str, bytes]]:
-    return [(stored.headers[H_REASON], stored.headers[H_SUBJECT], stored.data) for stored in bench.bus.found("DEAD")]
+    return [
+        (letter.headers[H_REASON], letter.headers[H_SUBJECT], opened(bench, letter))
+        for letter in bench.bus.found("DEAD")
+    ]
 
 
 @pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.__name__)

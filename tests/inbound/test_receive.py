@@ -13,18 +13,19 @@ from structlog.testing import capture_logs
 
 from adapter.contract.messages import ImageItem, Options, UnsupportedItem
 from adapter.contract.names import (
+    H_BODY,
     H_BOT,
     H_MSG_ID,
-    H_REASON,
     H_SCHEMA,
     H_SEALED,
     H_SEEN,
     H_TRACEPARENT,
+    H_USER,
     conversation_key,
     shard_of,
 )
 from adapter.conversation.record import ConversationRecord
-from adapter.errors import BusRefused, LeaseLost, Temporary
+from adapter.errors import BusRefused, LeaseLost, Refused, Temporary
 from adapter.ilink.translate import read_message
 from adapter.inbound.receive import IDS_KNOWN_S, OTHER_USERS, retry
 from adapter.inbound.sealed import unseal
@@ -39,6 +40,7 @@ from tests.inbound.pollers import (
     Replica,
     dead,
     heir_to,
+    opened,
     polls,
     raw,
     set_owner,
@@ -192,16 +194,48 @@ async def test_a_stub_that_the_bus_refuses_too_leaves_the_dead_letter_and_stops_
     assert (texts(bench), dead(bench)) == (["t1", "t3"], [("too_large", raw("bad", 2))])
 
 
-async def test_the_letters_of_dead_messages_are_bounded() -> None:
+@pytest.mark.parametrize(("takes", "kept"), [(500_000, 400_003), (300_000, 256 * 1024), (100_000, 64 * 1024)])
+async def test_of_a_dead_letter_that_the_bus_refuses_the_beginning_is_kept(takes: int, kept: int) -> None:
     bench = await ready(batch(large := b"[" + b"1," * 200_000 + b"1]", raw("two", 2)))
     bench.bus.refuse = lambda message: (
-        BusRefused(10054, "too large") if message.stream == "dead" and len(message.payload) > 300_000 else None
+        BusRefused(10054, "too large") if message.stream == "dead" and len(message.payload) > takes else None
     )
     await polls(bench)
-    ((reason, kept),) = dead(bench)
-    assert (reason, texts(bench)) == ("unreadable", ["two"])
-    assert len(kept) < len(large)
-    assert large.startswith(kept)
+    assert (dead(bench), texts(bench)) == ([("unreadable", large[:kept])], ["two"])
+    (letter,) = bench.bus.found("DEAD")
+    assert letter.headers[H_BODY] == ("sealed" if kept == len(large) else "sealed, cut")
+
+
+async def test_a_dead_letter_is_sealed_for_its_bot() -> None:
+    """iLink's message holds a token, and the keys of media."""
+    secret = raw("private", 2, item_list="nothing", context_token="sesame")
+    bench = await ready(batch(secret))
+    await polls(bench)
+    (letter,) = bench.bus.found("DEAD")
+    assert b"sesame" not in letter.data
+    assert not any(value in str(letter.headers) for value in ("private", "sesame"))
+    moved = letter._replace(headers={H_MSG_ID: letter.headers[H_MSG_ID].replace(BOT, "b2@im.bot")})
+    assert opened(bench, letter) == secret
+    with pytest.raises(Refused, match="token_key"):
+        opened(bench, moved)
+
+
+@pytest.mark.parametrize(
+    ("message", "named"),
+    [
+        (raw("x", item_list="nothing", from_user_id="stranger@im.wechat"), "stranger@im.wechat"),
+        (raw("x", group_id="7@chatroom", from_user_id="member@im.wechat"), "member@im.wechat"),
+        (b"[]", USER),
+        (raw("x", item_list="nothing", from_user_id="u\r\nNats-Msg-Id: x"), None),
+    ],
+    ids=["author", "member of a group", "user of the bot", "no header can name it"],
+)
+async def test_a_dead_letter_names_its_person_for_an_erasure(message: bytes, named: str | None) -> None:
+    bench = await ready(batch(message))
+    await polls(bench)
+    (letter,) = bench.bus.found("DEAD")
+    assert letter.headers.get(H_USER) == named
+    assert letter.headers[H_MSG_ID].startswith(f"dead:{BOT}:")
 
 
 # repeats, echoes, strangers ------------------------------------------------------------------------------
@@ -347,7 +381,7 @@ async def test_a_broken_message_is_told_as_unsupported_and_kept_whole() -> None:
     assert texts(bench) == ["one", "", "three"]
     assert bench.bus.inbound()[1].items == [UnsupportedItem(type=0, reason="malformed")]
     (letter,) = bench.bus.found("DEAD")
-    assert (letter.data, letter.subject, letter.headers[H_REASON]) == (broken, "wechat.dead.WECHAT_IN", "unreadable")
+    assert (dead(bench), letter.subject) == ([("unreadable", broken)], "wechat.dead.WECHAT_IN")
 
 
 async def test_a_dead_letter_that_cannot_be_kept_stops_nobody() -> None:

@@ -8,7 +8,7 @@ import msgspec
 import pytest
 
 from adapter.contract.messages import ControlAnswer, Erase
-from adapter.contract.names import H_COMMAND, H_MSG_ID, H_SANDBOX, Names, to_subject_token
+from adapter.contract.names import H_COMMAND, H_MSG_ID, H_SANDBOX, H_USER, Names, to_subject_token
 from adapter.contract.records import CheckpointRecord
 from adapter.errors import Temporary
 from adapter.services.persons import Erasure
@@ -65,6 +65,17 @@ async def test_what_is_theirs_goes_overwritten_and_the_rest_stays() -> None:
     assert (answer.ok, answer.counts, answer.left) == (True, ALL, {})
     assert place.kept == 6
     assert len(place.bench.bus.erased) == 6
+
+
+async def test_a_sealed_dead_letter_is_theirs_by_the_user_that_it_names() -> None:
+    """Nothing else on the bus names its bot, and nobody can look for the user in its bytes."""
+    place = Place()
+    sealed = place.bench.sealer.seal_bytes("dead x", f'{{"from_user_id":"{USER}"}}'.encode())
+    for user in (USER, "u2@im.wechat"):
+        headers = {H_MSG_ID: "dead:b9@im.bot:x", H_SANDBOX: "s1", H_USER: user}
+        place.bench.bus.put(place.bench.names.dead_letters("WECHAT_IN"), sealed, headers)
+    answer = await place.erase()
+    assert (answer.ok, answer.counts["dead_letter"], place.kept) == (True, 3, 7)
 
 
 @pytest.mark.parametrize("done", range(6))
