@@ -25,6 +25,7 @@ PRIVATE = {
     # the moment at which a request is out, or a queue full, shows nowhere else
     "bus/test_multiplexer.py": "_multiplexer",
     "bus/test_objects.py": "_outstanding",
+    "bus/test_agent.py": "_number _reader",
     "ilink/test_transport.py": "_idle",
     "ownership/test_leases.py": "_sightings",
     "inbound/test_poller.py": "_poll_task",

@@ -5,13 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import msgspec
+import structlog
 from msgspec import structs
 
 from adapter.contract.records import Reader
-from adapter.errors import Conflict
+from adapter.errors import UNDECODABLE, Conflict
 from adapter.kit.timing import Clock
 from adapter.observability.records import RecordDecoder
 from adapter.ports import LeaderBucket
+
+log = structlog.get_logger()
 
 
 class Readers:
@@ -41,17 +44,22 @@ class Readers:
             return before, _numbered(after, written)
 
     async def skip(self, sandbox: str, sequence: int) -> None:
-        """Moves the position, if there is one, to `sequence` at least: nothing up to it is handed out any more."""
+        """Moves the position to `sequence` at least, even if nobody has read yet: nothing up to it is handed out any
+        more."""
         await self.change(
-            sandbox,
-            lambda now: structs.replace(now, handled=sequence) if now.reader and now.handled < sequence else None,
+            sandbox, lambda now: structs.replace(now, handled=sequence) if now.handled < sequence else None
         )
 
     async def _load(self, sandbox: str) -> tuple[Reader, int]:
         entry = await self._bucket.get(sandbox)
         if entry is None or entry.value is None:
             return Reader(), entry.revision if entry else 0
-        return _numbered(self._decoder.decode(entry.value, sandbox=sandbox), entry.revision), entry.revision
+        try:
+            record = self._decoder.decode(entry.value, sandbox=sandbox)
+        except UNDECODABLE as exc:  # not written by the adapter: it is overwritten
+            log.error("reader.unreadable", sandbox=sandbox, detail=type(exc).__name__)
+            record = Reader()
+        return _numbered(record, entry.revision), entry.revision
 
 
 def _numbered(record: Reader, revision: int) -> Reader:

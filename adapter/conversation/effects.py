@@ -6,11 +6,12 @@ from collections.abc import Callable
 
 import structlog
 
-from adapter.conversation import rules
+from adapter.conversation import rules, window
 from adapter.conversation.memory import ConversationMemory
 from adapter.conversation.rules import Activity, CommandResult, QueuedCommand
 from adapter.conversation.shard import ConversationDeps, ShardPort
 from adapter.conversation.work import OutstandingWork, repeat_until_done
+from adapter.errors import Temporary
 
 log = structlog.get_logger()
 
@@ -66,6 +67,8 @@ class EffectRunner:
 
     async def _apply_event(self, event: rules.Input) -> None:
         """Applies one input and carries out its effects. Long ones continue in the background (OutstandingWork)."""
+        if isinstance(event, rules.Stored):
+            await self._look_behind()
         now_ms, state = self._deps.clock.now_ms(), self._memory.state
         has_slot = isinstance(event, rules.Stored) and self._acquires_slot_for(event)
         try:
@@ -89,6 +92,19 @@ class EffectRunner:
                 self._put(rules.NotTaken("", 0, is_unreached=True))
                 self._put(rules.Crashed(type(crash).__name__))
                 return  # a request must not be made before it is stored
+
+    async def _look_behind(self) -> None:
+        """Before a command is parked or refused for want of a window: its answer may have been published elsewhere."""
+        state, policy = self._memory.state, self._deps.policy.window
+        if not window.send_blocker(state.record, self._deps.clock.now_ms(), policy):
+            return
+        try:
+            newest = await self._shard.newest_inbound(state)
+        except Temporary as exc:
+            log.info("conversation.retrying", sandbox=state.sandbox, work="look", reason=exc.reason)
+            return
+        if newest is not None:
+            await self._apply_event(newest)
 
     def _acquires_slot_for(self, stored: rules.Stored) -> bool:
         """Takes a slot before the step that would ask for it, if there is one at once."""

@@ -40,6 +40,10 @@ class ShardPort(Protocol):
     async def is_session_alive(self, bot: str) -> bool:
         """Whether iLink accepts the bot's token in another call after a -14. Raises Temporary."""
 
+    async def newest_inbound(self, conversation: Conversation) -> InboundReceived | None:
+        """A message that a former owner, which may still poll, has published behind what the conversation knows. Raises
+        Temporary."""
+
     async def load_bodies(self, sandbox: str, sequences: Sequence[int]) -> dict[int, Body]:
         """Reads the parts of commands from the bus. Raises Temporary."""
 
@@ -62,9 +66,9 @@ class ShardPort(Protocol):
 class Folds(Protocol):
     """What the inboxes of a shard have that its conversations may not know."""
 
-    async def newest_of(self, sandbox: str, user: str, after: int) -> InboundReceived | None:
+    async def newest_of(self, sandbox: str, user: str, after: int, *, again: bool = False) -> InboundReceived | None:
         """The user's newest message after a sequence of the inbox, with the newest token, as far as it was published
-        before this replica took the shard. Raises Temporary."""
+        before this replica took the shard. `again`: or since then. Raises Temporary."""
 
     async def prints_of(self, sandbox: str, bot: str, after: int) -> tuple[list[bytes], int]:
         """The fingerprints of a bot's messages after a sequence of the inbox as it is now, and the sequence up to

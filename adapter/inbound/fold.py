@@ -218,6 +218,6 @@ class Folds:
         known = await self.read(sandbox, after)
         return [line for sequence, line in known.seen.get(bot, ()) if sequence > after], known.high
 
-    async def newest_of(self, sandbox: str, user: str, after: int) -> InboundReceived | None:
-        found = (await self.read(sandbox, after, again=False)).newest.get(user)
+    async def newest_of(self, sandbox: str, user: str, after: int, *, again: bool = False) -> InboundReceived | None:
+        found = (await self.read(sandbox, after, again=again)).newest.get(user)
         return found if found is not None and found.sequence > after else None

@@ -17,6 +17,7 @@ import msgspec
 import structlog
 
 from adapter.content import media
+from adapter.content.dedup import bot_of
 from adapter.content.quotes import kind_of
 from adapter.contract.messages import Inbound, InboundItem, Media, VoiceItem
 from adapter.contract.names import Names, media_object
@@ -57,6 +58,7 @@ class MediaFetch(NamedTuple):
     """The media of one item of a message in an inbox."""
 
     sandbox: str
+    bot: str
     user: str
     object: str
     item: InboundItem
@@ -73,8 +75,8 @@ class FetchDeps(NamedTuple):
     sealer: Sealer
     to_wav: Callable[[bytes], Awaitable[bytes | None]]
     """Converts a SILK recording to WAV in a thread; None: it cannot be converted."""
-    may_store: Callable[[str, str], bool]
-    """Whether a user is served for a sandbox. Asked right before an object comes into being, since an erasure finds
+    may_store: Callable[[str, str, str], bool]
+    """Whether a sandbox is served by a bot, or for a user: `may_store(sandbox, bot, user)`. Asked right before an object comes into being, since an erasure finds
     only what is there."""
     transfers: FairSlots
     """Limits concurrent downloads and uploads."""
@@ -128,7 +130,7 @@ class MediaFetcher:
         for source in fetches:
             name = media_object(sandbox, user, message, source.item)
             if _names(items[source.item], name):
-                self._begin(MediaFetch(sandbox, user, name, items[source.item], source), wait_s=0.0)
+                self._begin(MediaFetch(sandbox, bot_of(message), user, name, items[source.item], source), wait_s=0.0)
 
     async def ensure(self, sandbox: str, sequence: int, name: str) -> None:
         """Returns when the object is in the store: fetched here, or by the owner of its bot. `sequence`: the
@@ -164,7 +166,7 @@ class MediaFetcher:
                 for source in unseal(deps.sealer, stored, sandbox).media:
                     item = inbound.items[source.item]
                     if _names(item, name):
-                        return MediaFetch(sandbox, inbound.user, name, item, source)
+                        return MediaFetch(sandbox, inbound.bot, inbound.user, name, item, source)
             except (*UNDECODABLE, IndexError) as exc:
                 log.error("media.message_unreadable", sandbox=sandbox, sequence=sequence, reason=type(exc).__name__)
         raise Refused("not_found", "The inbox has no message with this object at this sequence.")
@@ -254,12 +256,12 @@ class MediaFetcher:
             kind = media.identify(head, fetch.source.name)
             return kind.mime, fetch.source.name or media.file_name(kind_of(fetch.item), kind.suffix)
 
-        ensure_owner = partial(self._ensure_served, fetch.sandbox, fetch.user)
+        ensure_owner = partial(self._ensure_served, fetch)
         return await self._deps.objects.put(fetch.object, pieces, describe=describe, ensure_owner=ensure_owner)
 
-    def _ensure_served(self, sandbox: str, user: str) -> None:
+    def _ensure_served(self, fetch: MediaFetch) -> None:
         """Raises LeaseLost."""
-        if not self._deps.may_store(sandbox, user):
+        if not self._deps.may_store(fetch.sandbox, fetch.bot, fetch.user):
             raise LeaseLost("unbound", WHY["unbound"])
 
     async def _plain(self, source: MediaRef) -> Pieces:

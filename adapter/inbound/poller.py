@@ -239,6 +239,7 @@ class BotPoller:
         self._is_announced = False
         """iLink has confirmed that the bot is polled."""
         self._saving: asyncio.Task[None] | None = None
+        self._folding: asyncio.Task[None] | None = None
         self._cut = Flag()
         """Set by `cancel_poll`."""
         self._poll_task: asyncio.Task[Any] | None = None
@@ -254,6 +255,11 @@ class BotPoller:
     def is_stale(self) -> bool:
         """Nothing may be sent: the token was refused and is tried again."""
         return self.state is State.STALE
+
+    @property
+    def is_taken(self) -> bool:
+        """No other replica publishes messages of the bot, and those of former owners are known."""
+        return self.checkpoint is not None and self._is_folded
 
     @property
     def has_answer(self) -> bool:
@@ -288,6 +294,9 @@ class BotPoller:
         self._released.set()
         if self.checkpoint is not None:
             self._is_folded = False
+            fold = retry(partial(self._fold, self.checkpoint), self._clock, self.bot)
+            self._folding = asyncio.get_running_loop().create_task(fold)  # beside the poll that waits
+            self._folding.add_done_callback(_retrieve_exception)
 
     # the life of a poller ---------------------------------------------------------------------------
 
@@ -800,6 +809,12 @@ def login_poll_in_s(passed_s: float, polls_s: Sequence[float]) -> float:
         return first_s - passed_s
     every_s = often_s if passed_s < LOGIN_POLLED_OFTEN_S else rarely_s
     return every_s - passed_s % every_s
+
+
+def _retrieve_exception(task: asyncio.Task[None]) -> None:
+    """The next poll folds again, and meets the exception."""
+    if not task.cancelled():
+        task.exception()
 
 
 def _problem(exc: AdapterError) -> str:

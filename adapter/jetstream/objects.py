@@ -99,8 +99,14 @@ class ObjectStore:
         if not stored.size:
             return b"", 0
         async for piece in self._history.read(self._stream, self._chunks + stored.ident, after=after, limit=1):
-            return piece.data, piece.seq if has_more(piece) else 0
+            # a lagging server may not have the next one
+            more = has_more(piece) or await self._leader_has(stored.ident, piece.seq)
+            return piece.data, piece.seq if more else 0
         raise Unreadable("object", f"{stored.name}: no piece after {after}")
+
+    async def _leader_has(self, ident: str, after: int) -> bool:
+        query = {"seq": after + 1, "next_by_subj": self._chunks + ident}
+        return await get_from_leader(self._connection, self._stream, query) is not None
 
     async def put(
         self,

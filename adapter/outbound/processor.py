@@ -76,10 +76,12 @@ class ShardCommandProcessor:
         def shown(state: Conversation) -> contract.Window:
             return window.visible_window(state.record, clock.now_ms(), deps.conversation.policy.window)
 
+        self.folds = deps.new_folds(self._on_folded)
         self.owned = OwnedShard(
             self._lease,
             ShardBots(deps.bindings, deps.sessions, deps.account),
             deps.sessions,
+            self.folds,
             self.commands,
             BodyLoader(access.history, access.names, deps.limits, clock),
             self._endings,
@@ -87,7 +89,6 @@ class ShardCommandProcessor:
             shown,
             self._tasks,
         )
-        self.folds = deps.new_folds(self._on_folded)
         self._conversations = OpenConversations(self.owned, self.folds, deps.conversation, self._draining)
         reader = CommandReader(deps.limits, metrics)
         self.intake = CommandIntake(

@@ -22,6 +22,9 @@ class Pollers(Protocol):
     def is_stale(self, bot: str) -> bool:
         """Whether iLink has refused the bot's token and the poller retries it."""
 
+    def is_taken(self, bot: str) -> bool:
+        """Whether this replica has taken the bot, and read what its former owners published."""
+
     def poll_now(self, bot: str) -> None:
         """Ends the bot's long poll, so that the next one tests the token."""
 
@@ -48,6 +51,9 @@ class BotSessions:
 
     def is_recovering(self, bot: str) -> bool:
         return self._pollers().is_stale(bot)
+
+    def is_polled_here(self, bot: str) -> bool:
+        return self._pollers().is_taken(bot)
 
     async def is_alive(self, bot: str) -> bool:
         """Tests the token after -14 to a send, which is no proof: iLink answers a malformed body with -14, too

@@ -12,7 +12,8 @@ import structlog
 from adapter.bindings.registry import Bindings
 from adapter.contract import messages as contract
 from adapter.contract.records import Binding
-from adapter.conversation.rules import Body, Bot, CommandResult, Conversation, QueuedCommand
+from adapter.conversation.rules import Body, Bot, CommandResult, Conversation, InboundReceived, QueuedCommand
+from adapter.conversation.shard import Folds
 from adapter.errors import LeaseLost, Refused
 from adapter.kit.tasks import TaskSet
 from adapter.kit.timing import wait_any
@@ -38,6 +39,9 @@ class Sessions(Protocol):
 
     async def is_alive(self, bot: str) -> bool:
         """Whether iLink accepts the bot's token in another call. Raises Temporary."""
+
+    def is_polled_here(self, bot: str) -> bool:
+        """Whether this replica has taken the bot, so that no other one publishes its messages."""
 
 
 class ShardLease:
@@ -120,6 +124,7 @@ class OwnedShard:
         lease: ShardLease,
         bots: ShardBots,
         sessions: Sessions,
+        folds: Folds,
         ledger: CommandLedger,
         bodies: BodyLoader,
         endings: CommandEndings,
@@ -130,6 +135,7 @@ class OwnedShard:
         self._lease = lease
         self.bots = bots
         self._sessions = sessions
+        self._folds = folds
         self._ledger = ledger
         self._bodies = bodies
         self._endings = endings
@@ -151,6 +157,13 @@ class OwnedShard:
 
     async def is_session_alive(self, bot: str) -> bool:
         return await self._sessions.is_alive(bot)
+
+    async def newest_inbound(self, conversation: Conversation) -> InboundReceived | None:
+        sandbox, user, record = conversation.sandbox, conversation.user, conversation.record
+        bot = conversation.bot
+        if not user or bot is None or self._sessions.is_polled_here(bot.id):
+            return None
+        return await self._folds.newest_of(sandbox, user, record.inbox_seq, again=True)
 
     async def load_bodies(self, sandbox: str, sequences: Sequence[int]) -> dict[int, Body]:
         bodies = await self._bodies.load(sandbox, sequences)

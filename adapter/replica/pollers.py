@@ -119,6 +119,10 @@ class BotPollers(dict[str, BotPoller]):
         poller = self.get(bot)
         return poller is not None and poller.is_stale
 
+    def is_taken(self, bot: str) -> bool:
+        poller = self.get(bot)
+        return poller is not None and poller.is_taken
+
     def poll_now(self, bot: str) -> None:
         if poller := self.get(bot):
             poller.cancel_poll()

@@ -411,10 +411,12 @@ class Replica:
     def _pollers(self) -> Pollers:
         return self.supervisor.pollers
 
-    def _may_store(self, sandbox: str, user: str) -> bool:
-        """Whether a user is bound: an erasure begins with the end of the binding, and media must not follow it."""
-        served = self.bindings.serving_sandbox(sandbox)
-        return not self.bindings.is_loaded or any(binding.user in ("", user) for binding in served)
+    def _may_store(self, sandbox: str, bot: str, user: str) -> bool:
+        """Whether a bot, or another one of its user, serves a sandbox: an erasure begins with the end of the binding,
+        and media must not follow it."""
+        bindings, serves = self.bindings, self.bindings.serving(bot)
+        is_served = serves is not None and serves.sandbox == sandbox
+        return is_served or not bindings.is_loaded or bool(bindings.serving_user(sandbox, user))
 
     def _on_released(self, bot: str) -> None:
         """Another replica has released a bot, or, without a bot, a shard."""

@@ -115,7 +115,7 @@ async def test_a_bot_for_which_no_replica_has_room_is_named_and_fails_the_doctor
         assert (doctor.code, f"1 not_polled ({row['bot']})" in said) == (1, True)
 
 
-async def test_an_inbox_of_an_old_backup_stops_polls_until_doctor_has_lowered_the_positions(
+async def test_an_inbox_of_an_old_backup_stops_polls_until_doctor_lowers_positions(
     cli: Command, bus: Bus, simulator: Simulator, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     settings, bot, names = demo_settings(bus.settings.nats_url[0], simulator.url), simulator.add_bot(), bus.names

@@ -160,6 +160,8 @@ class Bench:
         """The bots that other replicas were told of."""
         self.idle: set[tuple[str, str]] = set()
         """Replicas that say that they have no poller of a bot: incarnation and bot."""
+        self.elsewhere: set[str] = set()
+        """Bots that another replica may still poll."""
         self.stale: set[str] = set()
         """Bots whose tokens are being tried again."""
         self.polled_at: dict[str, float] = {}
@@ -270,6 +272,9 @@ class Bench:
 
     def is_stale(self, bot: str) -> bool:
         return bot in self.stale
+
+    def is_taken(self, bot: str) -> bool:
+        return bot not in self.elsewhere
 
     def poll_now(self, bot: str) -> None:
         self.polled_now.append(bot)
