@@ -94,7 +94,8 @@ class EffectRunner:
                 return  # a request must not be made before it is stored
 
     async def _look_behind(self) -> None:
-        """Before a command is parked or refused for want of a window: its answer may have been published elsewhere."""
+        """Before a command is parked or refused for want of a window: another replica may have published what opens
+        it."""
         state, policy = self._memory.state, self._deps.policy.window
         if not window.send_blocker(state.record, self._deps.clock.now_ms(), policy):
             return

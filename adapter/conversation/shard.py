@@ -41,8 +41,8 @@ class ShardPort(Protocol):
         """Whether iLink accepts the bot's token in another call after a -14. Raises Temporary."""
 
     async def newest_inbound(self, conversation: Conversation) -> InboundReceived | None:
-        """A message that a former owner, which may still poll, has published behind what the conversation knows. Raises
-        Temporary."""
+        """A message that a former owner, which may still poll, has published behind what the conversation knows.
+        Raises Temporary."""
 
     async def load_bodies(self, sandbox: str, sequences: Sequence[int]) -> dict[int, Body]:
         """Reads the parts of commands from the bus. Raises Temporary."""
@@ -73,6 +73,9 @@ class Folds(Protocol):
     async def prints_of(self, sandbox: str, bot: str, after: int) -> tuple[list[bytes], int]:
         """The fingerprints of a bot's messages after a sequence of the inbox as it is now, and the sequence up to
         which it was read. Open conversations have got what is new. Raises Temporary."""
+
+    def forget(self, sandbox: str, bot: str) -> None:
+        """Drops what the inbox had of a bot that serves nobody any more."""
 
     def stop(self) -> None:
         """Tells no conversation any more."""

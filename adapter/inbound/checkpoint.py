@@ -90,7 +90,8 @@ class Checkpoints:
         owner, position, is_unreadable = "", _Position(), False
         try:
             record = self._decoder.decode(entry.value, bot=bot)
-            owner, position = record.owner, _open(record, bot, self._sealer)
+            owner = record.owner  # in clear: who polls is known without the key
+            position = _open(record, bot, self._sealer)
         except (*UNDECODABLE, Refused) as exc:  # the bot starts anew, and the inbox tells repeats
             log.error("checkpoint.unreadable", bot=bot, detail=type(exc).__name__)
             is_unreadable = True
@@ -205,10 +206,10 @@ class Checkpoint:
     async def _write(self, owner: str, ensure_owner: Callable[[], None] | None, *, ttl_s: int = 0) -> None:
         new, stale_at = self._new, self._stale_at
         self._new, self._stale_at = 0, None
-        prints = self.seen.kept(self._clock.now_ms())
-        position = _Position(self.sandbox, self.cursor, self._start, prints, self.inbox_seq)
         try:
             while True:
+                prints = self.seen.kept(self._clock.now_ms())
+                position = _Position(self.sandbox, self.cursor, self._start, prints, self.inbox_seq)
                 stored = Stored(self.bot, owner, self._revision, position)
                 try:
                     self._revision = await self._store.write(stored, ensure_owner=ensure_owner, ttl_s=ttl_s)
@@ -216,7 +217,7 @@ class Checkpoint:
                     now = await self._store.read(self.bot)
                     if now.owner != self.owner:
                         raise LeaseLost("bot_taken", self.bot) from exc
-                    self._revision = now.revision  # of a write that was cancelled
+                    self._revision = now.revision  # of another write here, perhaps one that was cancelled
                 else:
                     return
         except BaseException:

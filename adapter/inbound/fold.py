@@ -10,12 +10,13 @@ from __future__ import annotations
 import asyncio
 import base64
 import binascii
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 
 import msgspec
 import structlog
 
-from adapter.content.dedup import KEEP_MS, SIZE
+from adapter.content.dedup import KEEP, KEEP_MS, SIZE
 from adapter.contract.names import H_BOT, H_SEEN, Names
 from adapter.conversation.rules import InboundReceived
 from adapter.errors import UNDECODABLE, Refused, Temporary
@@ -28,6 +29,8 @@ from adapter.security.seal import Sealer
 
 log = structlog.get_logger()
 
+SET_BACK_S = 120.0
+"""Time for which a position above the stream counts after it was met; pollers try again once a minute."""
 READS = 32
 """Inboxes that are read at the same time, so that thousands do not delay polls."""
 
@@ -68,8 +71,8 @@ class InboxReader:
         self._slots = asyncio.Semaphore(READS)
         self.reached = 0
         """A sequence that the stream has reached."""
-        self.set_back = ""
-        """What is wrong where a position is above it, for operators."""
+        self._set_back = 0.0, ""
+        """Until when it counts, and what is said of it."""
         self._lasts = Batches(self._read_last)
 
     async def newest(self, sandbox: str) -> int:
@@ -78,6 +81,7 @@ class InboxReader:
 
     async def _read_newest(self, subjects: Sequence[str]) -> Mapping[str, int]:
         found = await self._history.read_last_of_each(self.names.stream_in, subjects)
+        self.reached = max(self.reached, *(stored.seq for stored in found), 0)
         return {stored.subject: stored.seq for stored in found}
 
     async def check(self, position: int) -> None:
@@ -85,11 +89,17 @@ class InboxReader:
         messages would be taken for known."""
         if position > self.reached:
             self.reached = await self._lasts.get(self.names.stream_in) or 0
-            self.set_back = ""
         if position > self.reached:
-            said = f"a position ({position}) is above the last sequence of {self.names.stream_in} ({self.reached})"
-            self.set_back = f"{said}: `wechat-nats doctor --fix` lowers the positions"
-            raise Temporary("inbox_set_back", self.set_back)
+            said = f"A position ({position}) is above the last sequence of {self.names.stream_in} ({self.reached})"
+            said = f"{said}: `wechat-nats doctor --fix` lowers the positions"
+            self._set_back = self.clock.monotonic() + SET_BACK_S, said
+            raise Temporary("inbox_set_back", said)
+
+    @property
+    def set_back(self) -> str:
+        """What is wrong where a position was above the stream lately, for operators; "": nothing."""
+        until, said = self._set_back
+        return said if self.clock.monotonic() < until else ""
 
     async def _read_last(self, streams: Sequence[str]) -> Mapping[str, int]:
         return {stream: await self._history.last_sequence(stream) for stream in streams}
@@ -98,36 +108,36 @@ class InboxReader:
         """Adds the messages after a sequence up to another one to what is known, as the newest if they are. Returns
         the newest of them by user. Raises Temporary."""
         found: dict[str, InboundReceived] = {}
-        prints: dict[str, list[tuple[int, bytes]]] = {}
+        prints: dict[str, deque[tuple[int, bytes]]] = {}
         forgotten_ms = self.clock.now_ms() - KEEP_MS
         async with self._slots:
-            every = self._history.read(self.names.stream_in, self.names.inbox(sandbox), after=after)
-            read = [stored async for stored in every if stored.seq <= up_to]
-        for stored in read:
-            try:
-                head = _decode(stored.data)
-            except UNDECODABLE as exc:
-                log.error("inbox.unreadable", sandbox=sandbox, sequence=stored.seq, detail=type(exc).__name__)
-                continue
-            bot = stored.headers.get(H_BOT, "")
-            if head.received_at_ms >= forgotten_ms and (line := _print_of(stored)):
-                prints.setdefault(bot, []).append((stored.seq, line))
-            before = found.get(head.user)
-            token = self._token_of(stored, sandbox) or (before.token if before else "")
-            found[head.user] = InboundReceived(
-                message=head.id,
-                token=token,
-                bot=bot,
-                written_ms=head.sent_at_ms,
-                sequence=stored.seq,
-                received_ms=head.received_at_ms,
-            )
+            async for stored in self._history.read(self.names.stream_in, self.names.inbox(sandbox), after=after):
+                if stored.seq > up_to:
+                    break
+                try:
+                    head = _decode(stored.data)
+                except UNDECODABLE as exc:
+                    log.error("inbox.unreadable", sandbox=sandbox, sequence=stored.seq, detail=type(exc).__name__)
+                    continue
+                bot = stored.headers.get(H_BOT, "")
+                if head.received_at_ms >= forgotten_ms and (line := _print_of(stored)):
+                    prints.setdefault(bot, deque(maxlen=KEEP)).append((stored.seq, line))
+                before = found.get(head.user)
+                known_token = before.token if before is not None and before.bot == bot else ""
+                found[head.user] = InboundReceived(
+                    message=head.id,
+                    token=self._token_of(stored, sandbox) or known_token,
+                    bot=bot,
+                    written_ms=head.sent_at_ms,
+                    sequence=stored.seq,
+                    received_ms=head.received_at_ms,
+                )
         for user, received in found.items():
             of_user = known.newest.get(user)
             if of_user is None or of_user.sequence < received.sequence:
                 known.newest[user] = received
         for bot, lines in prints.items():
-            known.seen[bot] = sorted({*known.seen.get(bot, ()), *lines})
+            known.seen[bot] = sorted({*known.seen.get(bot, ()), *lines})[-KEEP:]
         return found
 
     async def move(self, checkpoint: Checkpoint, sandbox: str) -> None:
@@ -174,33 +184,45 @@ class Folds:
         self._known: dict[str, FoldedInbox] = {}
         self._wanted: dict[str, int] = {}
         """The lowest sequence that somebody who waits for a read of the sandbox knows."""
-        self._reads = Batches(self._read_all)
+        self._reads: dict[str, Batches[str, FoldedInbox]] = {}
+        """By sandbox, while it is read: a slow or broken inbox holds up no other."""
 
     def stop(self) -> None:
         """Tells nobody any more; breaks reference cycles."""
         self._on_read = lambda *_: None
 
+    def forget(self, sandbox: str, bot: str) -> None:
+        """Drops what the inbox had of a bot that serves nobody any more."""
+        if (known := self._known.get(sandbox)) is not None:
+            known.newest = {user: message for user, message in known.newest.items() if message.bot != bot}
+            known.seen.pop(bot, None)
+
     async def read(self, sandbox: str, after: int, *, again: bool = True) -> FoldedInbox:
         """What the inbox has after a sequence. `again`: also what came since the last read; another replica may have
         published it. Raises Temporary."""
+        await self._reader.check(after)
         known = self._known.get(sandbox)
         if known is not None and known.low <= after and not again:
             return known
         self._wanted[sandbox] = min(after, self._wanted.get(sandbox, after))
-        await self._reads.get(sandbox)
+        reads = self._reads.setdefault(sandbox, Batches(self._read_one))
+        try:
+            await reads.get(sandbox)
+        finally:
+            if reads.is_idle:
+                self._reads.pop(sandbox, None)
         return self._known[sandbox]
 
-    async def _read_all(self, sandboxes: Sequence[str]) -> Mapping[str, FoldedInbox]:
+    async def _read_one(self, sandboxes: Sequence[str]) -> Mapping[str, FoldedInbox]:
+        (sandbox,) = sandboxes
         began = self._reader.clock.monotonic()
-        read = await asyncio.gather(*(self._read(sandbox, self._wanted.pop(sandbox)) for sandbox in sandboxes))
-        if users := sum(read):
+        if users := await self._read(sandbox, self._wanted.pop(sandbox)):
             took_ms = int((self._reader.clock.monotonic() - began) * 1000)
-            log.info("inboxes.folded", inboxes=len(sandboxes), users=users, took_ms=took_ms)
+            log.info("inbox.folded", sandbox=sandbox, users=users, took_ms=took_ms)
         return self._known
 
     async def _read(self, sandbox: str, after: int) -> int:
         """Returns the number of users with new messages."""
-        await self._reader.check(after)
         newest = await self._reader.newest(sandbox)
         known, found = self._known.get(sandbox) or FoldedInbox(after, after), dict[str, InboundReceived]()
         if after < known.low:
@@ -219,5 +241,9 @@ class Folds:
         return [line for sequence, line in known.seen.get(bot, ()) if sequence > after], known.high
 
     async def newest_of(self, sandbox: str, user: str, after: int, *, again: bool = False) -> InboundReceived | None:
-        found = (await self.read(sandbox, after, again=again)).newest.get(user)
-        return found if found is not None and found.sequence > after else None
+        newest = (await self.read(sandbox, after, again=again)).newest
+        found = newest.get(user)
+        if found is None or found.sequence <= after:
+            return None
+        del newest[user]  # once: a record that is erased later begins with nothing
+        return found

@@ -76,8 +76,8 @@ class FetchDeps(NamedTuple):
     to_wav: Callable[[bytes], Awaitable[bytes | None]]
     """Converts a SILK recording to WAV in a thread; None: it cannot be converted."""
     may_store: Callable[[str, str, str], bool]
-    """Whether a sandbox is served by a bot, or for a user: `may_store(sandbox, bot, user)`. Asked right before an object comes into being, since an erasure finds
-    only what is there."""
+    """Whether a sandbox is served by a bot, or for a user: `may_store(sandbox, bot, user)`. Asked right before an
+    object comes into being, since an erasure finds only what is there."""
     transfers: FairSlots
     """Limits concurrent downloads and uploads."""
     clock: Clock

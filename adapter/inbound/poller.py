@@ -77,7 +77,7 @@ TRANSITIONS: dict[State, set[State]] = {
     S.STORING: {S.POLLING, S.RETRYING, S.RELEASING},
     S.PAUSED: {S.POLLING, S.RETRYING, S.NEEDS_LOGIN, S.RELEASING},
     S.RETRYING: {S.WAITING, S.POLLING, S.STORING, S.PAUSED, S.STALE, S.NEEDS_LOGIN, S.RELEASING, S.ENDED},
-    S.STALE: {S.POLLING, S.PAUSED},
+    S.STALE: {S.POLLING, S.STORING, S.PAUSED},
     S.NEEDS_LOGIN: {S.POLLING, S.STORING, S.PAUSED, S.RETRYING, S.STALE, S.RELEASING},
     S.RELEASING: {S.ENDED},
     S.ENDED: set(),
@@ -294,8 +294,8 @@ class BotPoller:
         self._released.set()
         if self.checkpoint is not None:
             self._is_folded = False
-            fold = retry(partial(self._fold, self.checkpoint), self._clock, self.bot)
-            self._folding = asyncio.get_running_loop().create_task(fold)  # beside the poll that waits
+            # beside the poll that waits
+            self._folding = asyncio.get_running_loop().create_task(self._fold(self.checkpoint))
             self._folding.add_done_callback(_retrieve_exception)
 
     # the life of a poller ---------------------------------------------------------------------------
@@ -332,6 +332,8 @@ class BotPoller:
                 failures += 1
                 self._enter(State.RETRYING, _problem(exc))
                 log.warning("poller.failed", bot=self.bot, reason=exc.reason, detail=exc.detail, failures=failures)
+                if exc.reason == "inbox_set_back":  # an operator lowers what is stored
+                    self.checkpoint = None
             except Exception as exc:
                 failures += 1
                 self._enter(State.RETRYING, f"crashed: {type(exc).__name__}")
@@ -456,8 +458,9 @@ class BotPoller:
         turns = deps.receiving.turns
         self.unanswered_since = self.unanswered_since or self._clock.monotonic()
         while (binding := await self._next_binding()) is not None:
-            if not self._is_folded:
-                await retry(partial(self._fold, checkpoint), self._clock, self.bot)
+            if checkpoint.is_due():
+                await self._save(checkpoint)
+            await self._fold(checkpoint)
             if checkpoint.applied != binding.start_cursor:
                 checkpoint.apply_start_cursor(binding, deps.receiving.sealer)
             began = self._clock.monotonic()
@@ -499,8 +502,6 @@ class BotPoller:
             if binding.state == "needs_login":  # the verdict was wrong, or is not true any more
                 log.info("session.recovered", bot=self.bot)
                 await retry(partial(mark_active, self._bindings, self._clock, binding), self._clock, self.bot)
-            if checkpoint.is_due():
-                await self._save(checkpoint)
             is_instant = self.unanswered_since - began < INSTANT_S and not (polled.messages and is_new)
             polls.instants = polls.instants + 1 if is_instant else 0
             if polls.instants > 1:
@@ -566,6 +567,8 @@ class BotPoller:
                 return binding
             self._enter(State.NEEDS_LOGIN, binding.reason)
             self.last_binding = binding
+            if self.checkpoint is not None and self.checkpoint.is_stale:
+                await self._save(self.checkpoint)
             passed_s = max(0, self._clock.now_ms() - binding.since_ms) / 1000
             try:
                 pause_s = login_poll_in_s(passed_s, deps.pacing.login_polls_s)
@@ -672,7 +675,7 @@ class BotPoller:
         try:
             if (polled := await self._retry_token(binding, cursor, hold_ms)) is not None:
                 log.info("session.recovered", bot=self.bot)
-                self._enter(State.POLLING)
+                self._enter(State.STORING if polled.messages else State.POLLING)
                 await retry(partial(events.publish_binding_event, binding.event("recovered")), self._clock, self.bot)
                 return polled  # even after a new bind: iLink may not deliver this answer again
             if self.stopping or self._bindings.get(self.bot) != binding:

@@ -524,10 +524,7 @@ class Receiver:
             message = one.message
             if message is None:
                 continue
-            if one.outcome == "repeat":
-                if one.actor is not None:
-                    one.actor.on_repeat(one.id, message.context_token)
-            elif one.sequence:
+            if one.sequence:
                 token = message.context_token or newest.get(message.user, (one, ""))[1]
                 newest[message.user] = one, token
                 if one.fetches:
@@ -543,6 +540,9 @@ class Receiver:
                 log.exception("inbound.crashed", bot=self.bot, message=one.id)
             if binding.options.auto_typing:
                 shard.show_typing(binding, user, token)
+        for one in read:
+            if one.outcome == "repeat" and one.actor is not None and one.message is not None:
+                one.actor.on_repeat(one.id, one.message.context_token)
         last = max((one.sequence for one, _ in newest.values()), default=0)
         deps.inboxes.reached = max(deps.inboxes.reached, last)
         if is_given:  # otherwise the next owner reads it

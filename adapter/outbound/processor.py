@@ -146,6 +146,7 @@ class ShardCommandProcessor:
 
     async def end_service(self, binding: Binding) -> None:
         """Ends the commands of a bot whose binding is closing; `is_service_ended` tells when. Raises Temporary."""
+        self.folds.forget(binding.sandbox, binding.bot)
         await self._wake(binding)
         for actor in self._conversations_of(binding):
             actor.refresh_bot()

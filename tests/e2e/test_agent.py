@@ -205,7 +205,7 @@ async def test_what_was_in_work_when_the_command_died_is_answered_once(tmp_path:
         await shows(made, "done: wait for it", "done: second")
 
 
-async def test_after_a_kill_the_next_start_goes_on_within_a_second_behind_what_was_confirmed(
+async def test_after_a_kill_the_next_start_goes_on_at_once_behind_what_was_confirmed(
     tmp_path: Path,
 ) -> None:
     async with agent_running(tmp_path) as (made, agent):

@@ -34,7 +34,7 @@ async def test_a_cursor_without_messages_is_used_at_once_and_written_a_minute_la
     assert bench.bus.writes.count("checkpoint") == 1, "of the taking"
     await asyncio.sleep(100)
     assert bench.chat.asked == ["", "b", "b", "c", "c", "d"]
-    assert (bench.bus.writes.count("checkpoint"), (await bench.checkpoint()).position.cursor) == (2, "d")
+    assert (bench.bus.writes.count("checkpoint"), (await bench.checkpoint()).position.cursor) == (2, "c")
 
 
 async def test_no_poll_starts_before_all_of_an_answer_is_stored(poller: Poller) -> None:
