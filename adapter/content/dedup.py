@@ -23,6 +23,8 @@ _RECORD = struct.Struct(f">{HASH}s{HASH}s{HASH}s{HASH}sQQ")
 SIZE = _RECORD.size
 """Bytes of a fingerprint."""
 _CONTENT_AT = 3 * HASH
+_BITS = struct.Struct(">4xH12x4xH16x")
+"""Of a fingerprint, the ends of the two hashes that are searched for."""
 _ABSENT = bytes(HASH)
 MARKS = 8192
 """Bits of an index: 1 kB for a bot that gets messages."""
@@ -117,7 +119,7 @@ class DedupWindow:
             return True
         probe: _Print | None = None
         for at in self._found(content, _CONTENT_AT):
-            probe = probe or _Print(*keys.hashed, keys.sent_at_ms, 0)
+            probe = probe or _print_of(keys)
             if _is_same_message(probe, _Print(*_RECORD.unpack_from(self._prints, at))):
                 return True
         return False
@@ -158,10 +160,9 @@ class DedupWindow:
 
     def _mark(self, prints: bytes) -> None:
         assert self._marks is not None
-        for start in range(0, len(prints), SIZE):
-            for at in (start, start + _CONTENT_AT):
-                bit = _bit_of(prints[at : at + HASH])
-                self._marks[bit >> 3] |= 1 << (bit & 7)
+        for message, content in _BITS.iter_unpack(prints):
+            self._marks[message % MARKS >> 3] |= 1 << (message & 7)
+            self._marks[content % MARKS >> 3] |= 1 << (content & 7)
 
 
 class BatchDedup:
@@ -169,7 +170,7 @@ class BatchDedup:
 
     def __init__(self) -> None:
         self._messages: set[bytes] = set()
-        self._by_content: dict[bytes, list[_Print]] = {}
+        self._by_content: dict[bytes, list[MessageKeys]] = {}
 
     def is_repeat(self, keys: MessageKeys) -> bool:
         """As DedupWindow.is_repeat."""
@@ -178,14 +179,18 @@ class BatchDedup:
             return True
         if (alike := self._by_content.get(content)) is None:
             return False
-        probe = _Print(*keys.hashed, keys.sent_at_ms, 0)
-        return any(_is_same_message(probe, other) for other in alike)
+        probe = _print_of(keys)
+        return any(_is_same_message(probe, _print_of(other)) for other in alike)
 
     def add(self, keys: MessageKeys) -> None:
         message, _, _, content = keys.hashed
         if message != _ABSENT:
             self._messages.add(message)
-        self._by_content.setdefault(content, []).append(_Print(*keys.hashed, keys.sent_at_ms, 0))
+        self._by_content.setdefault(content, []).append(keys)
+
+
+def _print_of(keys: MessageKeys) -> _Print:
+    return _Print(*keys.hashed, keys.sent_at_ms, 0)
 
 
 def _is_same_message(new: _Print, old: _Print) -> bool:

@@ -439,7 +439,7 @@ def step(
     if conversation.holds_slot and is_idle:
         conversation = _replaced(conversation, holds_slot=False)
         effects.append(ReleaseSlot())
-    if is_idle and (not conversation.queue or conversation.reason) and _ends_typing(effects):
+    if effects and is_idle and (not conversation.queue or conversation.reason) and _ends_typing(effects):
         effects.append(SetTyping(is_on=False))
     conversation = _note_service(conversation, effects)
     return conversation, _with_one_save(effects)

@@ -112,9 +112,9 @@ def on_inbound(
     window = record.window
     if sequence < window.sequence:
         return record
-    record = msgspec.structs.replace(record, token=token or record.token, bot=bot)
+    token = token or record.token
     if message == window.id:
-        return record
+        return msgspec.structs.replace(record, token=token, bot=bot)
     if received_ms - written_ms > CLOCK_ERROR_MS:
         written_ms = 0
     until_ms = now_ms + CLOCK_ERROR_MS
@@ -123,6 +123,8 @@ def on_inbound(
     is_throttled = bool(written_ms) and latest_ms <= window.throttled_at_ms <= until_ms
     return msgspec.structs.replace(
         record,
+        token=token,
+        bot=bot,
         window=SendWindow(
             id=message,
             sequence=sequence,

@@ -36,7 +36,7 @@ from adapter.contract.names import (
 from adapter.contract.records import Binding
 from adapter.conversation import rules, window
 from adapter.conversation.actor import ConversationActor
-from adapter.conversation.record import ConversationRecord
+from adapter.conversation.record import ConversationRecord, SendWindow
 from adapter.conversation.rules import InboundReceived
 from adapter.conversation.shard import Folds
 from adapter.errors import AdapterError, BusRefused, Crashed, LeaseLost, RecordTooNew, Temporary, Unreadable
@@ -62,6 +62,10 @@ TURN = 64
 """Messages, or KiB, translated in one turn of the event loop."""
 IDS_KNOWN_S = 30.0
 """Time for which the stream surely knows the id of what it has stored, even if it loses the acknowledgement."""
+LOGGED = 50
+"""Most ids in a line of the log, which keeps no more of a list."""
+OTHER_HEADERS = 1024
+"""Bytes for the headers of a message beside the sealed one."""
 OTHER_USERS = 8
 """Most users of a bot beside its own, for each owner: iLink binds a bot to one user, and each user costs a
 conversation."""
@@ -121,7 +125,10 @@ class _Read(msgspec.Struct):
     """Id on the bus."""
     items: Sequence[InboundItem] = ()
     fetches: Sequence[MediaRef] = ()
-    out: Message | None = None
+    fingerprint: bytes = b""
+    payload: bytes = b""
+    """What is published; empty: nothing."""
+    headers: dict[str, str] = {}
     actor: ConversationActor | None = None
     sequence: int = 0
     """In the inbox."""
@@ -143,13 +150,12 @@ class Receiver:
     async def receive(self, polled: Polled, checkpoint: Checkpoint) -> None:
         """Returns when all messages are stored. Raises LeaseLost if the bot is lost; all are stored then, too."""
         among = BatchDedup() if len(polled.messages) > 1 else None
-        place = digest(polled.cursor.encode()) if polled.cursor else ""
         received_ms = self._deps.clock.now_ms()
         lost: LeaseLost | None = None
         start = 0
         while start < len(polled.messages):
             part = _slice(polled.messages, start)
-            read = await self._read(part, start, place, checkpoint, among)
+            read = await self._read(part, start, polled.cursor or "", checkpoint, among)
             start += len(part)
             try:
                 if lost is None:
@@ -164,17 +170,16 @@ class Receiver:
             raise lost
 
     async def _read(
-        self, part: Sequence[bytes], first: int, place: str, checkpoint: Checkpoint, among: BatchDedup | None
+        self, part: Sequence[bytes], first: int, cursor: str, checkpoint: Checkpoint, among: BatchDedup | None
     ) -> list[_Read]:
-        """Translates messages and finds repeats. `first`: index of the first one in the answer. `place`: identity of
-        the answer."""
+        """Translates messages and finds repeats. `first`: index of the first one in the answer."""
         found, work = [], 0
         for number, raw in enumerate(part, first):
             work += 1 + len(raw) // 1024
             if work > TURN:
                 work = 0
                 await self._deps.turns.wait_turn()
-            read_one = partial(self._read_one, raw, place, number, checkpoint, among)
+            read_one = partial(self._read_one, raw, cursor, number, checkpoint, among)
             try:
                 found.append(retry_on_bug_now(read_one, "inbound.crashed", bot=self.bot))
             except Crashed as exc:
@@ -182,14 +187,14 @@ class Receiver:
         return found
 
     def _read_one(
-        self, raw: bytes, place: str, number: int, checkpoint: Checkpoint, among: BatchDedup | None
+        self, raw: bytes, cursor: str, number: int, checkpoint: Checkpoint, among: BatchDedup | None
     ) -> _Read:
         try:
             message = self._deps.read_message(raw)
         except Unreadable as exc:
             return _Read(raw, outcome="unreadable", detail=exc.detail)
-        if not message.keys.message and place:
-            message = msgspec.structs.replace(message, keys=message.keys.with_position(place, number))
+        if not message.keys.message and cursor:
+            message = msgspec.structs.replace(message, keys=message.keys.with_position(cursor, number))
         one = _Read(raw, message, id=message.keys.id_for(self.bot))
         if message.echo or message.user == self.bot:  # some echoes have no type
             one.outcome = "echo"
@@ -223,23 +228,24 @@ class Receiver:
         finally:
             for actor in held:
                 actor.holds -= 1
-        now_ms = deps.clock.now_ms()
         lines = [
-            one.message.keys.fingerprint(received_ms)
+            one.fingerprint or one.message.keys.fingerprint(received_ms)
             for one in read
             if one.message is not None and one.outcome not in ("repeat", "echo")
         ]
         if lines:  # not before: a checkpoint must not know what the inbox lacks
             checkpoint.seen.add(lines)
             checkpoint.note(len(lines))
-            deps.metrics.inbound_publish_duration.observe(max(0, now_ms - received_ms) / 1000, len(lines))
+            took_s = max(0, deps.clock.now_ms() - received_ms) / 1000
+            deps.metrics.inbound_publish_duration.observe(took_s, len(lines))
 
     async def _find_binding(self) -> Binding | None:
         """The bot's binding, or None if the bus has none, even when asked directly."""
         bindings = self._deps.bindings
-        if bindings.get(self.bot) is None:
+        if (binding := bindings.get(self.bot)) is None:
             await self._retry(lambda: bindings.refresh(self.bot))
-        return bindings.get(self.bot)
+            binding = bindings.get(self.bot)
+        return binding
 
     async def _address(
         self, read: Sequence[_Read], binding: Binding | None, held: list[ConversationActor]
@@ -350,19 +356,20 @@ class Receiver:
             window=self._opened_window(one, received_ms),
         )
         payload = msgspec.json.encode(inbound)
+        one.fingerprint = message.keys.fingerprint(received_ms)
         ident = f"{sandbox}.{one.id}"
-        headers = {
+        one.headers = {
             H_MSG_ID: ident,
             H_SCHEMA: contract.SCHEMA_VERSION,
             H_BOT: self.bot,
-            H_SEEN: base64.b64encode(message.keys.fingerprint(received_ms)).decode(),
+            H_SEEN: base64.b64encode(one.fingerprint).decode(),
             H_SEALED: seal(deps.sealer, ident, self.bot, sandbox, Sealed(message.context_token, tuple(one.fetches))),
             H_TRACEPARENT: derive_traceparent(one.id),
         }
-        if len(payload) + sum(map(len, headers.values())) + 512 > deps.max_payload():
+        if len(payload) + len(one.headers[H_SEALED]) + OTHER_HEADERS > deps.max_payload():
             one.detail = "The bus refuses a message of this size."
             payload = _stub_of(inbound)
-        one.out = Message("in", deps.names.inbox(sandbox), payload, headers)
+        one.payload = payload
 
     def _opened_window(self, one: _Read, now_ms: int) -> contract.Window:
         """The window that the message opens. A bug costs the window, not the message."""
@@ -375,7 +382,10 @@ class Receiver:
         if is_whole and self._whole[0] == now_ms:  # as that of another message of this answer
             return self._whole[1]
         try:
-            opened = rules.hear(record, _heard(one, self.bot, MAX_SEQ, now_ms), now_ms, in_flight)
+            if is_whole:
+                opened = ConversationRecord(token=message.context_token, window=SendWindow(opened_ms=now_ms))
+            else:
+                opened = rules.hear(record, _heard(one, self.bot, MAX_SEQ, now_ms), now_ms, in_flight)
             shown = window.visible_window(opened, now_ms, self._deps.policy)
             if is_whole:
                 self._whole = now_ms, shown
@@ -399,10 +409,11 @@ class Receiver:
         again.
         """
         deps, failures, is_one_by_one = self._deps, 0, False
-        while waiting := [one for one in read if one.out is not None and not one.sequence]:
+        subject = deps.names.inbox(checkpoint.sandbox)
+        while waiting := [one for one in read if one.payload and not one.sequence]:
             waiting = waiting[:1] if is_one_by_one else waiting
             if maybe_published:
-                await self._retry(partial(self._find_stored, waiting, checkpoint.inbox_seq))
+                await self._retry(partial(self._find_stored, waiting, subject, checkpoint.inbox_seq))
                 maybe_published = False
                 continue
             until = deps.clock.monotonic() + IDS_KNOWN_S
@@ -414,11 +425,7 @@ class Receiver:
 
             try:
                 acks = await deps.bus.publish_all(
-                    [
-                        Message(out.stream, out.subject, out.payload, out.headers, check)
-                        for one in waiting
-                        if (out := one.out) is not None
-                    ]
+                    [Message("in", subject, one.payload, one.headers, check) for one in waiting]
                 )
             except LeaseLost as exc:
                 maybe_published = True
@@ -432,49 +439,54 @@ class Receiver:
                 log.exception("inbound.crashed", bot=self.bot, messages=len(waiting))
                 waiting[0].crashes += is_one_by_one
                 if waiting[0].crashes == ATTEMPTS:
-                    waiting[0].out, waiting[0].outcome, waiting[0].detail = None, "crashed", Crashed().detail
+                    waiting[0].payload, waiting[0].outcome, waiting[0].detail = b"", "crashed", Crashed().detail
                 is_one_by_one = True
                 continue
-            for one, ack in zip(waiting, acks, strict=True):
-                if isinstance(ack, PubAck):
-                    self._note_stored(one, ack.seq, duplicate=ack.duplicate)
-                elif not ack.is_full:
-                    self._note_refused(one, ack)
-            if any(isinstance(ack, BusRefused) and ack.is_full for ack in acks):  # its discard policy was changed
+            refusals = self._note_answers(waiting, acks, checkpoint.sandbox)
+            if any(refusal.is_full for refusal in refusals):  # its discard policy was changed
                 failures += 1
                 log.error("inbound.full", bot=self.bot, failures=failures)
                 await deps.clock.sleep(backoff(failures, first_s=0.5, longest_s=10.0))
 
-    async def _find_stored(self, waiting: Sequence[_Read], after: int) -> None:
+    async def _find_stored(self, waiting: Sequence[_Read], subject: str, after: int) -> None:
         """Finds messages that are in the inbox. Raises Temporary."""
-        assert waiting[0].out is not None
-        by_id = {one.out.headers[H_MSG_ID]: one for one in waiting if one.out is not None}
+        by_id = {one.headers[H_MSG_ID]: one for one in waiting}
         # of the leader: what a lagging server has not may be stored
-        async for stored in self._deps.history.read(self._deps.names.stream_in, waiting[0].out.subject, after=after):
+        async for stored in self._deps.history.read(self._deps.names.stream_in, subject, after=after):
             if one := by_id.get(stored.headers.get(H_MSG_ID, "")):
                 log.info("inbound.recovered", bot=self.bot, message=one.id)
-                self._note_stored(one, stored.seq, duplicate=True)
+                one.sequence = stored.seq
+                self._count(one, "duplicate")
 
-    def _note_stored(self, one: _Read, sequence: int, *, duplicate: bool) -> None:
-        assert one.message is not None
-        one.sequence = sequence
-        sandbox = "" if one.out is None else one.out.subject.rpartition(".")[2]
-        log.info("inbound.published", sandbox=sandbox, message=one.id, sequence=sequence)
-        self._count(one, "duplicate" if duplicate else "published")
-        if one.message.sent_at_ms:
-            self._deps.metrics.inbound_age.observe(max(0, self._deps.clock.now_ms() - one.message.sent_at_ms) / 1000)
+    def _note_answers(
+        self, published: Sequence[_Read], answers: Sequence[PubAck | BusRefused], sandbox: str
+    ) -> list[BusRefused]:
+        """Returns the refusals."""
+        now_ms, ages, refusals, stored = self._deps.clock.now_ms(), self._deps.metrics.inbound_age, [], []
+        for one, answer in zip(published, answers, strict=True):
+            if isinstance(answer, PubAck):
+                one.sequence = answer.seq
+                stored.append(one.id)
+                self._count(one, "duplicate" if answer.duplicate else "published")
+                if one.message is not None and one.message.sent_at_ms:
+                    ages.observe(max(0, now_ms - one.message.sent_at_ms) / 1000)
+            else:
+                refusals.append(answer)
+                if not answer.is_full:
+                    self._note_refused(one, answer)
+        for start in range(0, len(stored), LOGGED):
+            log.info("inbound.published", sandbox=sandbox, messages=stored[start : start + LOGGED])
+        return refusals
 
     def _note_refused(self, one: _Read, refusal: BusRefused) -> None:
         """The first refusal leaves a stub in the message's place, and the message as a dead letter."""
-        assert one.out is not None
         log.error("inbound.refused", bot=self.bot, message=one.id, code=refusal.code, detail=refusal.detail)
         self._count(one, "publish_failed")
         if one.detail:  # the bus refuses the stub, too
-            one.out, one.outcome = None, "too_large"
+            one.payload, one.outcome = b"", "too_large"
             return
         one.detail = "The bus refuses the message."
-        whole = msgspec.json.decode(one.out.payload, type=Inbound)
-        one.out = msgspec.structs.replace(one.out, payload=_stub_of(whole))
+        one.payload = _stub_of(msgspec.json.decode(one.payload, type=Inbound))
 
     async def _end_others(self, read: Sequence[_Read], binding: Binding | None) -> None:
         """Counts what is for no inbox, and stores dead letters, also of what could not be read completely."""
@@ -565,7 +577,7 @@ class Receiver:
             for one in read:
                 if one.message is not None and serving.user not in ("", one.message.user):
                     _end_new([one], "not_bound", "The bot serves another person.")
-            self._build_all([one for one in read if one.out is None], serving, received_ms)
+            self._build_all([one for one in read if not one.payload], serving, received_ms)
             await self._publish(read, checkpoint, lambda: None, maybe_published=True)
         await self._end_others(read, binding)
 
@@ -605,7 +617,7 @@ def _slice(messages: Sequence[bytes], start: int) -> Sequence[bytes]:
 def _end_new(read: Sequence[_Read], reason: str, detail: str) -> None:
     for one in read:
         if one.outcome == "new" and not one.sequence:
-            one.outcome, one.detail, one.out = reason, detail, None
+            one.outcome, one.detail, one.payload = reason, detail, b""
 
 
 def _heard(one: _Read, bot: str, sequence: int, received_ms: int, token: str | None = None) -> InboundReceived:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import re
 import time
 from collections.abc import Callable
@@ -22,7 +23,9 @@ from nats.protocol.parser import Parser
 
 from adapter.security.nkeys import UserKey
 
-_HEADERS = re.compile(r"(?:[!#$%&'*+\-.^_`|~0-9A-Za-z]+: (?! )[ -~]*(?<! )\r\n)+")
+_NAME = re.compile(r"[!#$%&'*+\-.^_`|~0-9A-Za-z]+")
+_PRINTABLE = bytes(range(0x20, 0x7F))
+_HEADERS = re.compile(rf"(?:{_NAME.pattern}: (?! )[ -~]*(?<! )\r\n)+")
 """Headers that need no further check: names and printable ASCII values without spaces around them, which nats-py
 would strip."""
 
@@ -275,12 +278,21 @@ def _publish_command(subject: str, reply: str, headers: dict[str, str] | None, p
         return None
     if headers is None:
         return f"PUB {subject} {reply} {len(payload)}\r\n".encode() + payload + b"\r\n"
-    lines = "".join([f"{name}: {value}\r\n" for name, value in headers.items()])
-    if _HEADERS.fullmatch(lines) is None or lines.count("\n") != len(headers):
+    text = "".join([f"{name}: {value}\r\n" for name, value in headers.items()])
+    if not (headers and text.isascii() and all(map(_is_name, headers))):
+        return None
+    lines = text.encode()
+    has_controls = lines.translate(None, _PRINTABLE) != b"\r\n" * len(headers)
+    if has_controls or b" \r" in lines or b":  " in lines:  # nats-py would strip the spaces
         return None
     size = len(lines) + 12  # NATS/1.0 and two line ends
-    head = f"HPUB {subject} {reply} {size} {size + len(payload)}\r\nNATS/1.0\r\n{lines}\r\n"
-    return head.encode() + payload + b"\r\n"
+    head = f"HPUB {subject} {reply} {size} {size + len(payload)}\r\nNATS/1.0\r\n".encode()
+    return b"%b%b\r\n%b\r\n" % (head, lines, payload)
+
+
+@functools.lru_cache(maxsize=256)
+def _is_name(header: str) -> bool:
+    return _NAME.fullmatch(header) is not None
 
 
 def _is_plain(subject: str) -> bool:

@@ -287,13 +287,14 @@ class Publisher:
         `alone`: nothing else is outstanding, so the messages are flushed at once.
         """
         passed_check: Callable[[], None] | None = None
-        """The `ensure_owner` that passed last; valid while no other code has run."""
+        """The `ensure_owner` that passed last; it and `now` are valid while no other code has run."""
+        now = self._clock.monotonic()
         posted: BusClient | None = None
         for entry in entries:
             if entry.stream.is_interrupted or entry.writes or entry.future.done():
                 continue
             ensure_owner = entry.message.ensure_owner
-            if not self._check_preconditions(entry, None if ensure_owner is passed_check else ensure_owner):
+            if not self._check_preconditions(entry, None if ensure_owner is passed_check else ensure_owner, now):
                 continue
             passed_check, nc = ensure_owner, self._nc
             if (
@@ -304,7 +305,7 @@ class Publisher:
                 posted = nc
             else:
                 await self._publish(entry)
-                passed_check = None
+                passed_check, now = None, self._clock.monotonic()
         if posted is not None and alone:
             posted.flush_now()
         elif posted is not None:
@@ -314,12 +315,15 @@ class Publisher:
         """Writes one message, possibly again. The current server may have a smaller limit."""
         if not entry.future.done():
             self._reject_oversized(entry)
-        if not entry.future.done() and self._check_preconditions(entry, entry.message.ensure_owner):
+        now = self._clock.monotonic()
+        if not entry.future.done() and self._check_preconditions(entry, entry.message.ensure_owner, now):
             await self._publish(entry)
 
-    def _check_preconditions(self, entry: _Outstanding, ensure_owner: Callable[[], None] | None) -> bool:
+    def _check_preconditions(
+        self, entry: _Outstanding, ensure_owner: Callable[[], None] | None, now: float
+    ) -> bool:
         """Whether the message may be written; if so, counts it as written."""
-        now, ensure_owner_if_delayed = self._clock.monotonic(), entry.message.ensure_owner_if_delayed
+        ensure_owner_if_delayed = entry.message.ensure_owner_if_delayed
         try:
             if ensure_owner is not None:
                 ensure_owner()

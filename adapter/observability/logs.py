@@ -1,8 +1,8 @@
 """Logging: one JSON line per event on stdout, without secrets or message text. Imports no other module of the
 adapter.
 
-At `info` each published message, each receipt and each repeated command has a line with its id. A sandbox decides how
-often that is, so the lines about one sandbox are limited (`FloodLimit`).
+At `info` there is a line with the ids of the messages of an answer of iLink, and one for each receipt and each repeated
+command. A sandbox decides how often that is, so the lines about one sandbox are limited (`FloodLimit`).
 
 Field names follow OpenTelemetry's log model: `timestamp`, `severity_text`, `body` (the event), `service.*`, then the
 event's own. Tokens and texts must not be fields at all; redaction is only a safety net.
@@ -10,6 +10,7 @@ event's own. Tokens and texts must not be fields at all; redaction is only a saf
 
 from __future__ import annotations
 
+import functools
 import logging
 import re
 import sys
@@ -98,18 +99,18 @@ def configure(
     service = {"service.name": SERVICE, "service.version": version}
     people = out.isatty() if console is None else console
     render: list[Processor] = (
-        [redact, _to_console]
+        [_to_console]
         if people
-        else [_common_fields({name: value for name, value in service.items() if value}), redact, _to_json]
+        else [_common_fields({name: value for name, value in service.items() if value}), _to_json]
     )
     structlog.configure(
         processors=[
             FloodLimit(),
-            structlog.processors.add_log_level,
-            structlog.processors.TimeStamper(fmt="iso", utc=True),
-            structlog.processors.StackInfoRenderer(),
             _strip_exception_texts,
             structlog.processors.format_exc_info,
+            redact,
+            structlog.processors.add_log_level,
+            structlog.processors.TimeStamper(fmt="iso", utc=True),
             *render,
         ],
         wrapper_class=structlog.make_filtering_bound_logger(_LEVELS[level]),
@@ -167,7 +168,7 @@ def _strip_exception_texts(_logger: WrappedLogger, _method: str, event: EventDic
 
 
 def redact(_logger: WrappedLogger, _method: str, event: EventDict) -> EventDict:
-    """The last processor before rendering: hides secrets by key and by pattern, cuts long text, makes values
+    """The last processor of what may be foreign: hides secrets by key and by pattern, cuts long text, makes values
     plain."""
     return {
         key: _to_plain_value(value, key, TRACEBACK_CHARS if key in ("exception", "stack") else FOREIGN_CHARS)
@@ -198,8 +199,13 @@ def hide_secrets(text: str) -> str:
     return text
 
 
+@functools.lru_cache(maxsize=256)
+def _is_secret(key: str) -> bool:
+    return _SECRET_KEY.match(key) is not None
+
+
 def _to_plain_value(value: Any, key: str, longest: int, depth: int = 0) -> Any:
-    if _SECRET_KEY.match(key):
+    if _is_secret(key):
         return HIDDEN if value else value
     match value:
         case None | bool() | int() | float():

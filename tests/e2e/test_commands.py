@@ -148,7 +148,7 @@ async def test_the_log_tells_by_its_id_what_became_of_each_message_and_command(t
         await publish(NAMES.out("s1"), msgspec.json.encode({"id": "parked", "text": "canary"}))
         await until(lambda: adapter.said("command.duplicate") == 1, "one is repeated")
         log = adapter.log.read_text()
-    (published,) = [line for line in adapter.lines("inbound.published") if line["message"] == message]
+    (published,) = [line for line in adapter.lines("inbound.published") if message in line["messages"]]
     assert published["sandbox"] == "s1"
     told = [(line["command"], line["outcome"], line["reply_to"]) for line in adapter.lines("receipt.stored")]
     assert sorted(told) == [

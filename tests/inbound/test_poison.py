@@ -12,7 +12,7 @@ import pytest
 from adapter.contract.messages import TextItem, Window
 from adapter.contract.names import H_REASON, H_SUBJECT
 from adapter.contract.records import Binding
-from adapter.conversation import rules
+from adapter.conversation import rules, window
 from adapter.conversation.actor import ConversationActor
 from adapter.ilink.translate import read_message
 from adapter.kit.crashes import ATTEMPTS
@@ -216,13 +216,13 @@ async def test_a_message_with_media_at_fault_alone_becomes_a_dead_letter(poller:
 async def test_a_window_that_raises_costs_the_window_in_the_message(
     poller: Poller, captured: Capture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    hear, strikes = rules.hear, Bugs(1)
+    visible_window, strikes = window.visible_window, Bugs(1)
 
     def fails(*args: Any) -> Any:
         strikes.strike()
-        return hear(*args)
+        return visible_window(*args)
 
-    monkeypatch.setattr(rules, "hear", fails)
+    monkeypatch.setattr(window, "visible_window", fails)
     bench = await ready(batch(raw("one", 1), raw("two", 2), cursor="b"))
     poller(bench)
     await asyncio.sleep(5)
