@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import struct
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import msgspec
@@ -115,7 +115,7 @@ class DedupWindow:
     def is_repeat(self, keys: MessageKeys) -> bool:
         """Whether this is a repeat of a remembered message."""
         message, _, _, content = keys.hashed
-        if message != _ABSENT and next(self._found(message, 0), None) is not None:
+        if message != _ABSENT and self._found(message, 0):
             return True
         probe: _Print | None = None
         for at in self._found(content, _CONTENT_AT):
@@ -146,17 +146,19 @@ class DedupWindow:
             self._prints, self._marks = self._prints[start:], None
         return self._prints
 
-    def _found(self, hashed: bytes, offset: int) -> Iterator[int]:
+    def _found(self, hashed: bytes, offset: int) -> list[int]:
         """Where the fingerprints begin that have this hash at this offset."""
         if self._marks is None:
             self._marks = bytearray(MARKS // 8)
             self._mark(self._prints)
-        bit = _bit_of(hashed)
+        found: list[int] = []
+        bit = (hashed[4] << 8 | hashed[5]) % MARKS
         at = self._prints.find(hashed) if self._marks[bit >> 3] >> (bit & 7) & 1 else -1
         while at >= 0:
             if at % SIZE == offset:
-                yield at - offset
+                found.append(at - offset)
             at = self._prints.find(hashed, at + 1)
+        return found
 
     def _mark(self, prints: bytes) -> None:
         assert self._marks is not None
@@ -204,10 +206,6 @@ def _is_same_message(new: _Print, old: _Print) -> bool:
     apart_ms = abs(new.sent_at_ms - old.sent_at_ms)
     nameless = _ABSENT in (new.message, old.message) and _ABSENT in (new.client, old.client)
     return apart_ms == 0 or (nameless and apart_ms < SAME_TIME_MS)
-
-
-def _bit_of(hashed: bytes) -> int:
-    return (hashed[4] << 8 | hashed[5]) % MARKS
 
 
 def _is_plain(ident: str) -> bool:

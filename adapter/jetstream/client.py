@@ -281,13 +281,12 @@ def _publish_command(subject: str, reply: str, headers: dict[str, str] | None, p
     text = "".join([f"{name}: {value}\r\n" for name, value in headers.items()])
     if not (headers and text.isascii() and all(map(_is_name, headers))):
         return None
-    lines = text.encode()
-    has_controls = lines.translate(None, _PRINTABLE) != b"\r\n" * len(headers)
-    if has_controls or b" \r" in lines or b":  " in lines:  # nats-py would strip the spaces
+    has_controls = text.encode().translate(None, _PRINTABLE) != b"\r\n" * len(headers)
+    if has_controls or " \r" in text or ":  " in text:  # nats-py would strip the spaces
         return None
-    size = len(lines) + 12  # NATS/1.0 and two line ends
-    head = f"HPUB {subject} {reply} {size} {size + len(payload)}\r\nNATS/1.0\r\n".encode()
-    return b"%b%b\r\n%b\r\n" % (head, lines, payload)
+    size = len(text) + 12  # NATS/1.0 and two line ends
+    head = f"HPUB {subject} {reply} {size} {size + len(payload)}\r\nNATS/1.0\r\n{text}\r\n"
+    return head.encode() + payload + b"\r\n"
 
 
 @functools.lru_cache(maxsize=256)
