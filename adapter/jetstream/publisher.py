@@ -319,9 +319,7 @@ class Publisher:
         if not entry.future.done() and self._check_preconditions(entry, entry.message.ensure_owner, now):
             await self._publish(entry)
 
-    def _check_preconditions(
-        self, entry: _Outstanding, ensure_owner: Callable[[], None] | None, now: float
-    ) -> bool:
+    def _check_preconditions(self, entry: _Outstanding, ensure_owner: Callable[[], None] | None, now: float) -> bool:
         """Whether the message may be written; if so, counts it as written."""
         ensure_owner_if_delayed = entry.message.ensure_owner_if_delayed
         try:

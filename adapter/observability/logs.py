@@ -1,8 +1,8 @@
 """Logging: one JSON line per event on stdout, without secrets or message text. Imports no other module of the
 adapter.
 
-At `info` there is a line with the ids of the messages of an answer of iLink, and one for each receipt and each repeated
-command. A sandbox decides how often that is, so the lines about one sandbox are limited (`FloodLimit`).
+At `info` there is a line with the ids of the messages of an answer of iLink, and one for each receipt and each
+repeated command. A sandbox decides how often that is, so the lines about one sandbox are limited (`FloodLimit`).
 
 Field names follow OpenTelemetry's log model: `timestamp`, `severity_text`, `body` (the event), `service.*`, then the
 event's own. Tokens and texts must not be fields at all; redaction is only a safety net.

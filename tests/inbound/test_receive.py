@@ -31,6 +31,7 @@ from adapter.inbound.receive import IDS_KNOWN_S, OTHER_USERS, retry
 from adapter.inbound.sealed import unseal
 from adapter.kit.timing import PerTickLimiter
 from adapter.ports import InboundMessage, Message, Polled
+from tests.capture import Capture
 from tests.fakes import EPOCH_MS, Bench, Failing, FakeClock, Rounds, batch, raw_message, ready, settle
 from tests.inbound.pollers import (
     BOT,
@@ -94,12 +95,22 @@ async def test_the_headers_say_what_another_owner_needs_and_seal_what_is_for_nob
     sealed = unseal(bench.sealer, stored, "s1")
     assert (sealed.token, sealed.media) == ("token-1", read.fetches)
     assert sealed.media[0].reference == "p1"
-    for secret in ("token-1", "p1", "MDAxMTIyMzM0NDU1NjY3Nw=="):
+    for secret in ("token-1", "MDAxMTIyMzM0NDU1NjY3Nw=="):
         assert secret not in headers[H_SEALED]
+    for secret in ("token-1", "p1", "MDAxMTIyMzM0NDU1NjY3Nw=="):
         assert secret.encode() not in stored.data
     (item,) = inbound.items
     assert isinstance(item, ImageItem)
     assert item.media is not None
+
+
+async def test_the_log_has_the_ids_of_all_messages_of_an_answer(captured: Capture) -> None:
+    """It keeps only the begin of a list, so there are several lines for many."""
+    bench = await ready(words(*range(1, 121)))
+    await polls(bench)
+    told = [line["messages"] for line in captured.lines() if line["body"] == "inbound.published"]
+    assert [ident for line in told for ident in line] == [inbound.id for inbound in bench.bus.inbound()]
+    assert len(told) == 3
 
 
 async def test_the_same_message_has_the_same_id_in_every_replica() -> None:
