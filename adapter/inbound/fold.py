@@ -218,7 +218,7 @@ class Folds:
         began = self._reader.clock.monotonic()
         if users := await self._read(sandbox, self._wanted.pop(sandbox)):
             took_ms = int((self._reader.clock.monotonic() - began) * 1000)
-            log.info("inbox.folded", sandbox=sandbox, users=users, took_ms=took_ms)
+            log.debug("inbox.folded", sandbox=sandbox, users=users, took_ms=took_ms)
         return self._known
 
     async def _read(self, sandbox: str, after: int) -> int:
