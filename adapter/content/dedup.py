@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import struct
 from collections.abc import Iterable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import msgspec
 
@@ -115,14 +115,12 @@ class DedupWindow:
     def is_repeat(self, keys: MessageKeys) -> bool:
         """Whether this is a repeat of a remembered message."""
         message, _, _, content = keys.hashed
-        if message != _ABSENT and self._found(message, 0):
+        if message != _ABSENT and self._has(message, 0):
             return True
-        probe: _Print | None = None
-        for at in self._found(content, _CONTENT_AT):
-            probe = probe or _print_of(keys)
-            if _is_same_message(probe, _Print(*_RECORD.unpack_from(self._prints, at))):
-                return True
-        return False
+        if not self._has(content, _CONTENT_AT):
+            return False
+        probe = _print_of(keys)
+        return any(old[3] == content and _is_same_message(probe, old) for old in _RECORD.iter_unpack(self._prints))
 
     def __contains__(self, line: bytes) -> bool:
         """Whether a fingerprint is remembered."""
@@ -146,19 +144,16 @@ class DedupWindow:
             self._prints, self._marks = self._prints[start:], None
         return self._prints
 
-    def _found(self, hashed: bytes, offset: int) -> list[int]:
-        """Where the fingerprints begin that have this hash at this offset."""
+    def _has(self, hashed: bytes, offset: int) -> bool:
+        """Whether a fingerprint has this hash at this offset."""
         if self._marks is None:
             self._marks = bytearray(MARKS // 8)
             self._mark(self._prints)
-        found: list[int] = []
         bit = (hashed[4] << 8 | hashed[5]) % MARKS
         at = self._prints.find(hashed) if self._marks[bit >> 3] >> (bit & 7) & 1 else -1
-        while at >= 0:
-            if at % SIZE == offset:
-                found.append(at - offset)
+        while at >= 0 and at % SIZE != offset:
             at = self._prints.find(hashed, at + 1)
-        return found
+        return at >= 0
 
     def _mark(self, prints: bytes) -> None:
         assert self._marks is not None
@@ -171,41 +166,62 @@ class BatchDedup:
     """The messages of one answer of iLink, possibly thousands, for lookups among themselves."""
 
     def __init__(self) -> None:
-        self._messages: set[bytes] = set()
-        self._by_content: dict[bytes, list[MessageKeys]] = {}
+        self._ids: set[bytes] = set()
+        """Ids of messages, and contents with other ids or with the time."""
+        self._by_time: dict[tuple[bytes, int, bool], list[_Print]] = {}
+        """By content, second, and whether an id is absent."""
 
     def is_repeat(self, keys: MessageKeys) -> bool:
         """As DedupWindow.is_repeat."""
-        message, _, _, content = keys.hashed
-        if message in self._messages:
+        if not self._ids.isdisjoint(_ids_of(keys, is_new=True)):
             return True
-        if (alike := self._by_content.get(content)) is None:
+        if not keys.sent_at_ms:
             return False
-        probe = _print_of(keys)
-        return any(_is_same_message(probe, _print_of(other)) for other in alike)
+        probe, second = _print_of(keys), keys.sent_at_ms // SAME_TIME_MS
+        # with an id of its own it is the same only as one without that id
+        kinds = (True, False) if probe.message == probe.client == _ABSENT else (True,)
+        near = [(probe.content, at, lacks) for at in (second - 1, second, second + 1) for lacks in kinds]
+        return any(_is_same_message(probe, old) for place in near for old in self._by_time.get(place, ()))
 
     def add(self, keys: MessageKeys) -> None:
-        message, _, _, content = keys.hashed
-        if message != _ABSENT:
-            self._messages.add(message)
-        self._by_content.setdefault(content, []).append(keys)
+        message, client, _, content = keys.hashed
+        self._ids.update(_ids_of(keys, is_new=False))
+        place = content, keys.sent_at_ms // SAME_TIME_MS, _ABSENT in (message, client)
+        self._by_time.setdefault(place, []).append(_print_of(keys))
+
+
+def _ids_of(keys: MessageKeys, *, is_new: bool) -> list[bytes]:
+    """What tells that two messages are the same, whenever they were written. `seq` does only for a new one that has
+    no other id."""
+    message, client, seq, content = keys.hashed
+    found = [message] if message != _ABSENT else []
+    if client != _ABSENT:
+        found.append(content + b"c" + client)
+    if seq != _ABSENT and not (is_new and (message != _ABSENT or client != _ABSENT)):
+        found.append(content + b"s" + seq)
+    if keys.sent_at_ms:
+        found.append(content + b"t" + keys.sent_at_ms.to_bytes(8, "big"))
+    return found
 
 
 def _print_of(keys: MessageKeys) -> _Print:
     return _Print(*keys.hashed, keys.sent_at_ms, 0)
 
 
-def _is_same_message(new: _Print, old: _Print) -> bool:
-    """Whether `new`, with the content of `old`, is the same message: ids first, then the time of writing."""
-    if new.client != _ABSENT and new.client == old.client:
+def _is_same_message(new: tuple[Any, ...], old: tuple[Any, ...]) -> bool:
+    """Whether `new`, with the content of `old`, is the same message: ids first, then the time of writing. Both are
+    fingerprints as in `_Print`."""
+    message, client, seq, _, sent_at_ms, _ = new
+    old_message, old_client, old_seq, _, old_sent_at_ms, _ = old
+    if client != _ABSENT and client == old_client:
         return True
-    if new.message == new.client == _ABSENT and new.seq != _ABSENT and new.seq == old.seq:
+    if message == client == _ABSENT and seq != _ABSENT and seq == old_seq:
         return True
-    if not new.sent_at_ms:
+    if not sent_at_ms:
         return False
-    apart_ms = abs(new.sent_at_ms - old.sent_at_ms)
-    nameless = _ABSENT in (new.message, old.message) and _ABSENT in (new.client, old.client)
-    return apart_ms == 0 or (nameless and apart_ms < SAME_TIME_MS)
+    apart_ms = abs(sent_at_ms - old_sent_at_ms)
+    nameless = _ABSENT in (message, old_message) and _ABSENT in (client, old_client)
+    return apart_ms == 0 or (apart_ms < SAME_TIME_MS and nameless)
 
 
 def _is_plain(ident: str) -> bool:

@@ -107,6 +107,8 @@ class ConversationRecord(PrivateRecord, frozen=True, kw_only=True, omit_defaults
     recent: list[str] = []  # noqa: RUF012 - msgspec copies it
     """Ids of the last commands that were sent or may have been. A command with such an id is a duplicate."""
     sent: list[SentText] = []  # noqa: RUF012 - msgspec copies it
+    other: bool = False
+    """The user is not the one of the bot's binding; the record has a time to live."""
     unserved: bool = False
     """No bot of the sandbox serves the user; the record has a time to live."""
 

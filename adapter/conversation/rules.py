@@ -115,6 +115,8 @@ class Bot(msgspec.Struct, frozen=True):
     id: str
     is_usable: bool
     """False: iLink refuses the bot's token (-14). Nothing is sent until iLink takes it again or the bot changes."""
+    serves_other: bool = False
+    """The user is not the one of its binding."""
 
 
 class CommandResult(msgspec.Struct, frozen=True):
@@ -1131,12 +1133,15 @@ def _without_commands(conversation: Conversation, sequences: set[int]) -> Conver
 
 
 def _note_service(conversation: Conversation, effects: list[Effect]) -> Conversation:
-    """Marks the record of a user whom no bot serves, which gives it a time to live, and unmarks it."""
-    is_unserved = conversation.bot is None
-    if not conversation.user or conversation.record.unserved == is_unserved:
+    """Marks the record of a user whom no bot serves, or only as another than its own, which gives it a time to live,
+    and unmarks it."""
+    bot, record = conversation.bot, conversation.record
+    is_unserved, is_other = bot is None, bot is not None and bot.serves_other
+    if not conversation.user or (record.unserved, record.other) == (is_unserved, is_other):
         return conversation
     effects.append(Save())
-    return _replaced(conversation, record=msgspec.structs.replace(conversation.record, unserved=is_unserved))
+    marked = msgspec.structs.replace(record, unserved=is_unserved, other=is_other)
+    return _replaced(conversation, record=marked)
 
 
 def adopt_inbound(conversation: Conversation, stored: ConversationRecord) -> Conversation:

@@ -16,6 +16,9 @@ from adapter.ports import Bucket, Entry
 
 log = structlog.get_logger()
 
+OTHER_USER_S = 30 * 24 * 3600
+"""Time to live of the record of a bot's other user after its last write."""
+
 
 class ConversationStore:
     """The bucket `wechat_conversations`."""
@@ -57,7 +60,9 @@ class ConversationStore:
 
     async def save(self, sandbox: str, user: str, record: ConversationRecord, revision: int) -> int:
         """Writes the record if its revision is `revision`. Returns the new one. Raises Conflict, Temporary."""
-        key, ttl_s = conversation_key(sandbox, user), self._unserved_s if record.unserved else 0
+        key, ttl_s = conversation_key(sandbox, user), OTHER_USER_S if record.other else 0
+        if record.unserved:
+            ttl_s = self._unserved_s
         return await self._bucket.update(key, msgspec.json.encode(record), revision, ttl_s=ttl_s)
 
     def _record_in(self, entry: Entry | None) -> ConversationRecord:

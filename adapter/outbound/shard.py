@@ -80,14 +80,14 @@ class ShardBots:
 
     def serving(self, sandbox: str, user: str, bot: str) -> Bot | None:
         """The bot that serves the user now. `bot`: the last one."""
-        found = self._bindings.serving_user(sandbox, user) if user else []
+        found, is_other = self._bindings.serving_user(sandbox, user) if user else [], False
         if not found:
             binding = self._bindings.serving(bot)
             if binding is None or binding.sandbox != sandbox:
                 return None
-            found = [binding]
+            found, is_other = [binding], bool(binding.user)
         best = next((binding for binding in found if self._is_usable(binding)), found[0])
-        return Bot(best.bot, self._is_usable(best))
+        return Bot(best.bot, self._is_usable(best), is_other)
 
     def _is_usable(self, binding: Binding) -> bool:
         if binding.state != "active" or self._sessions.is_recovering(binding.bot):

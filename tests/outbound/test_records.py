@@ -11,6 +11,7 @@ from structlog.testing import capture_logs
 from adapter.contract.names import conversation_key
 from adapter.contract.records import UNBOUND_S
 from adapter.conversation.record import SentText
+from adapter.conversation.store import OTHER_USER_S
 from tests.fakes import Bench
 from tests.newer import made_newer
 from tests.outbound.shards import BOT, USER, outcomes, ready, user_writes
@@ -45,6 +46,17 @@ async def test_a_conversation_without_work_leaves_memory_while_its_window_is_ope
     shard.intake.on_delivery(bench.command("again", id="c2"))
     await asyncio.sleep(10)
     assert outcomes(bench) == [("c1", "accepted", ""), ("c2", "accepted", "")]
+
+
+async def test_the_record_of_a_bots_other_user_goes_a_month_after_its_last_use() -> None:
+    """Whoever runs iLink may name as many as it likes."""
+    bench, _ = await ready()
+    other = "stranger@im.wechat"
+    await bench.wrote("in:9", user=other)
+    await bench.wrote("in:10")
+    await asyncio.sleep(5)
+    assert bench.conversation_bucket.ttls[conversation_key("s1", other)] == OTHER_USER_S
+    assert KEY not in bench.conversation_bucket.ttls
 
 
 @pytest.mark.parametrize("in_memory", [True, False])
