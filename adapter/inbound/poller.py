@@ -671,8 +671,8 @@ class BotPoller:
         log.warning("session.stale", bot=self.bot, sandbox=binding.sandbox, detail=exc.detail)
         advice = "iLink refuses the bot's token; it is tried again shortly, then a login is needed."
         events = deps.receiving.events
-        await events.publish_binding_event(binding.event("stale", reason=exc.detail, detail=advice))
         try:
+            await events.publish_binding_event(binding.event("stale", reason=exc.detail, detail=advice))
             if (polled := await self._retry_token(binding, cursor, hold_ms)) is not None:
                 log.info("session.recovered", bot=self.bot)
                 self._enter(State.STORING if polled.messages else State.POLLING)

@@ -17,7 +17,7 @@ from adapter.inbound.poller import UNSAVED_S, BotPoller, State
 from adapter.ports import Message, Polled
 from adapter.security.seal import Sealer, cursor_context
 from tests.fakes import Bench, Failing, batch, ready
-from tests.inbound.pollers import BOT, Poller, Replica, heir_to, polls, raw, set_owner, tended, texts
+from tests.inbound.pollers import BOT, STALE, Poller, Replica, heir_to, polls, raw, set_owner, tended, texts
 from tests.newer import made_newer
 
 VIRTUAL_TIME = True
@@ -86,6 +86,17 @@ async def test_a_silent_bot_writes_nothing(poller: Poller) -> None:
     await taken(bench, poller)
     await asyncio.sleep(600)
     assert bench.bus.writes == []
+
+
+@pytest.mark.parametrize("answer", [STALE, Temporary("http", "503")], ids=["needs_login", "outage"])
+async def test_it_is_written_though_no_poll_is_answered_any_more(answer: Exception, poller: Poller) -> None:
+    """Else a replica that takes the bot after hours asks with an old cursor, and iLink repeats what nobody knows."""
+    bench = await ready(batch(raw(), cursor="b"), *[answer] * 1000)
+    session = poller(bench)
+    await asyncio.sleep(3 * SAVE_AFTER_S)
+    assert session.state is (State.NEEDS_LOGIN if answer is STALE else State.RETRYING)
+    position = (await bench.checkpoint()).position
+    assert (position.cursor, position.inbox_seq, len(position.prints)) == ("b", 1, SIZE)
 
 
 async def test_a_write_holds_up_no_poll_until_it_has_failed_for_long(poller: Poller) -> None:
@@ -318,6 +329,25 @@ async def test_a_checkpoint_that_nobody_can_read_is_told_and_the_inbox_tells_rep
     assert "checkpoint.unreadable" in [entry["event"] for entry in logs]
     session.stop(immediately=True)
     await task
+
+
+async def test_the_owner_counts_though_nobody_can_read_the_position(poller: Poller) -> None:
+    """A replica that has lost a key does not poll beside the one that has the bot."""
+    bench = await ready()
+    session = poller(bench)
+    await asyncio.sleep(1)
+    (entry,) = bench.checkpoint_bucket.entries.values()
+    assert entry.value is not None
+    record = msgspec.json.decode(entry.value, type=CheckpointRecord)
+    damaged = msgspec.structs.replace(record, sealed=record.sealed[:-8] + b"AAAAAAAA")
+    bench.checkpoint_bucket.put(entry.key, msgspec.json.encode(damaged))
+    other = Bench(bench, incarnation="other-1")
+    waits = poller(other)
+    await asyncio.sleep(5)
+    stored = await other.checkpoint()
+    assert (stored.owner, stored.is_unreadable) == ("me-1", True)
+    assert (waits.state, waits.why, bench.chat.polling) == (State.WAITING, "me-1 has not released it", 1)
+    assert session.state is State.POLLING
 
 
 async def test_many_checkpoints_are_read_in_one_request() -> None:

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import asyncio
 import base64
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
 import msgspec
 import pytest
 from structlog.testing import capture_logs
 
-from adapter.contract.names import H_BOT, H_SEALED, H_SEEN, conversation_key, shard_of
+from adapter.contract.names import H_BOT, H_SEALED, H_SEEN, conversation_key, shard_of, to_subject_token
+from adapter.errors import Temporary
 from adapter.ilink.translate import read_message
+from adapter.inbound.checkpoint import lowered_checkpoint
+from adapter.inbound.fold import SET_BACK_S, FoldedInbox, Folds
 from adapter.inbound.poller import State
 from adapter.ports import Stored
 from tests.fakes import Bench, batch, ready
@@ -201,6 +204,75 @@ async def test_a_position_above_the_stream_stops_the_polls_until_it_is_lowered(p
     assert session.state is State.POLLING
 
 
+async def test_polls_begin_once_the_position_is_lowered_in_the_bucket(poller: Poller) -> None:
+    """`doctor --fix` lowers it there, while the poller runs; no memory of the old one is written over it."""
+    bench = await ready()
+    bench.bus.put("wechat.inbox.s1", b"{}", {})
+    await set_owner(bench, "", sandbox="s1", inbox_seq=500)
+    session, task = tended(bench)
+    await asyncio.sleep(30)
+    assert (bench.chat.asked, session.why[:15]) == ([], "inbox_set_back:")
+    (entry,) = bench.checkpoint_bucket.entries.values()
+    assert entry.value is not None
+    lowered = lowered_checkpoint(BOT, entry.value, 1, bench.sealer)
+    assert lowered is not None
+    bench.checkpoint_bucket.put(entry.key, lowered)
+    await asyncio.sleep(120)
+    assert (session.state, bench.chat.polling) == (State.POLLING, 1)
+    session.stop(immediately=True)
+    await task
+    assert (await bench.checkpoint()).position.inbox_seq == 1
+
+
+async def test_a_position_above_the_stream_is_shown_until_it_was_not_met_for_a_while() -> None:
+    """Right after an election, a server may answer with less than the stream has."""
+    bench = await ready()
+    inboxes = bench.replica.inboxes
+    bench.bus.put("wechat.inbox.s1", b"{}", {})
+    with pytest.raises(Temporary, match="inbox_set_back"):
+        await inboxes.check(2)
+    await asyncio.sleep(SET_BACK_S - 1)
+    assert inboxes.set_back.startswith("A position (2) is above the last sequence of WECHAT_IN (1)")
+    bench.bus.put("wechat.inbox.s1", b"{}", {})
+    await inboxes.check(2)
+    await asyncio.sleep(2)
+    assert inboxes.set_back == ""
+
+
+async def test_a_position_above_the_stream_fails_no_other_inbox() -> None:
+    bench, subjects = await ready(), [f"s{number}" for number in range(20)]
+    for sandbox in subjects:
+        bench.bus.put(f"wechat.inbox.{sandbox}", b'{"id":"in:1","user":"u"}', {})
+    folds = Folds(bench.replica.inboxes, lambda *_: None)
+    reads = (folds.read(sandbox, 0) for sandbox in subjects)
+    broken, *others = await asyncio.gather(folds.read("s99", 10**6), *reads, return_exceptions=True)
+    assert isinstance(broken, Temporary)
+    assert [isinstance(one, FoldedInbox) and one.high for one in others] == list(range(1, 21))
+
+
+async def test_an_inbox_that_is_slow_to_read_holds_up_no_other() -> None:
+    bench = await ready()
+    for sandbox in ("slow", "beside", "later"):
+        bench.bus.put(f"wechat.inbox.{sandbox}", b'{"id":"in:1","user":"u"}', {})
+    read, is_free = bench.bus.read, asyncio.Event()
+
+    async def slowly(stream: str, subject: str, **where: Any) -> AsyncIterator[Stored]:
+        if subject.endswith("slow") and "after" in where:
+            await is_free.wait()
+        async for stored in read(stream, subject, **where):
+            yield stored
+
+    bench.bus.read = slowly  # type: ignore[method-assign]
+    folds = Folds(bench.replica.inboxes, lambda *_: None)
+    slow, beside = (asyncio.create_task(folds.newest_of(sandbox, "u", 0)) for sandbox in ("slow", "beside"))
+    await asyncio.sleep(1)
+    later = asyncio.create_task(folds.newest_of("later", "u", 0))
+    await asyncio.sleep(1)
+    assert (slow.done(), beside.done(), later.done()) == (False, True, True)
+    is_free.set()
+    assert all(await asyncio.gather(slow, beside, later))
+
+
 # conversations -------------------------------------------------------------------------------------------
 
 
@@ -262,6 +334,58 @@ async def test_the_newest_token_counts_though_the_last_message_has_none() -> Non
     await asyncio.sleep(5)
     assert [sent.context_token for sent in heir.chat.sent] == ["token-1"]
     assert heir.record().window.id.endswith("002")
+
+
+async def test_a_conversation_with_a_position_above_the_stream_waits_until_it_is_lowered(poller: Poller) -> None:
+    """As after a loss of the stream's end: its record is written sooner than the checkpoint. Else what its user
+    writes would be taken for known, and no window would open."""
+    bench = await ready(batch(raw("t1", 1)))
+    replica = Replica(bench)
+    await asyncio.sleep(5)
+    await replica.die()
+    last = bench.bus.found("IN")[-1].seq
+    bench.hears(inbox_seq=last + 40, sends_used=10)
+    heir = heir_to(bench)
+    heir.chat.polls.append(batch(raw("t2", 2), cursor="c"))
+    session = poller(heir)
+    await asyncio.sleep(600)
+    assert (texts(heir), session.state) == (["t1"], State.STORING)
+    assert heir.replica.inboxes.set_back.startswith(f"A position ({last + 40}) is above")
+    heir.hears(inbox_seq=last, sends_used=10)
+    await asyncio.sleep(120)
+    assert (texts(heir), session.state) == (["t1", "t2"], State.POLLING)
+    assert (heir.record().token, heir.record().window.sends_used) == ("token-2", 0)
+
+
+@pytest.mark.parametrize(("user", "was_open"), [(USER, False), (USER, True), (OTHER, False)])
+async def test_token_and_window_of_an_erased_person_do_not_come_back(user: str, was_open: bool) -> None:
+    """What the replica read of the inbox outlives what is in it. The bot may have served others than its user."""
+    bench = await ready(batch(raw("t1", 1, from_user_id=user)))
+    replica = Replica(bench)
+    await asyncio.sleep(0.2)
+    await replica.die()
+    heir = heir_to(bench)
+    session, task = tended(heir)
+    await asyncio.sleep(5)
+    processor, binding = heir.processors[shard_of("s1")], heir.bindings.get(BOT)
+    assert binding is not None
+    if was_open:
+        await processor.conversation(binding, USER)
+        await asyncio.sleep(5)
+        assert heir.record().token == "token-1"
+    session.stop(immediately=True)
+    await task
+    await heir.close()
+    await heir.bus.purge("WECHAT_IN", "wechat.inbox.s1", up_to=1)
+    await heir.conversation_bucket.delete(conversation_key("s1", USER))
+    await heir.checkpoint_bucket.delete(to_subject_token(BOT))
+    await heir.bindings.remove(BOT)
+    processor.evict_idle()
+    await heir.bind(bot=OTHER_BOT, user=user)
+    processor.intake.on_delivery(heir.command("answer", id="c1", when_closed="refuse"))
+    await asyncio.sleep(5)
+    assert [(one.outcome, one.reason) for one in heir.bus.receipts()] == [("refused", "window_closed")]
+    assert heir.chat.sent == []
 
 
 async def test_bots_and_conversations_of_a_sandbox_share_one_read(poller: Poller) -> None:

@@ -9,18 +9,20 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import pytest
 import uvloop
 from structlog.testing import capture_logs
 
+from adapter.contract.messages import BindingEvent
 from adapter.errors import Refused, Temporary
 from adapter.ilink.translate import read_message
 from adapter.inbound.poller import AFTER_CANCEL_S, ANSWER_GRACE_S, HOLD_MS, LONGEST_HOLD_MS, BotPoller, State
 from adapter.kit.timing import PerTickLimiter, RateLimiter, complete_with_grace
 from adapter.ports import Account, InboundMessage, Message, Polled
 from adapter.security.seal import Sealer
-from tests.fakes import Bench, FakeClock, Rounds, batch, ready
+from tests.fakes import Bench, Failing, FakeClock, Rounds, batch, ready
 from tests.inbound.pollers import BOT, STALE, Poller, polls, raw, tended, texts
 
 VIRTUAL_TIME = True
@@ -520,6 +522,58 @@ async def test_stopping_stores_the_batch_in_hand() -> None:
     assert task.done()
     assert texts(bench) == ["in hand"]
     assert ((await bench.checkpoint()).owner, (await bench.checkpoint()).position.cursor) == ("", "b")
+
+
+async def test_a_recovered_tokens_answer_outlives_a_drain_while_its_event_waits() -> None:
+    """A drain ends pollers outright unless they have an answer in hand; iLink may not deliver it again."""
+    bench = await ready(STALE, batch(raw("in hand")))
+    publish, away = bench.events.publish_binding_event, Failing(10**6, Temporary("bus_down"))
+
+    async def recovered_late(event: BindingEvent, **options: Any) -> None:
+        if event.change == "recovered":
+            await away()
+        await publish(event, **options)
+
+    bench.events.publish_binding_event = recovered_late  # type: ignore[method-assign]
+    session, task = tended(bench)
+    await asyncio.sleep(60)
+    assert (len(bench.chat.asked), texts(bench)) == (2, [])
+    session.stop(immediately=True)
+    assert session.has_answer
+    away.left = 0
+    await asyncio.sleep(60)
+    assert (texts(bench), task.done()) == (["in hand"], True)
+
+
+async def test_stopping_ends_a_poller_that_reads_the_inbox_again_in_vain() -> None:
+    """Unbinding, a move and a hand-over go on while `WECHAT_IN` has no leader."""
+    bench = await ready()
+    session, task = tended(bench)
+    await asyncio.sleep(1)
+    bench.bus.unreadable = 10**6
+    session.on_released()
+    session.cancel_poll()
+    await asyncio.sleep(5)
+    assert session.state is State.RETRYING
+    session.stop(immediately=True)
+    await asyncio.sleep(30)
+    assert (task.done(), (await bench.checkpoint()).owner) == (True, "")
+
+
+async def test_a_poller_that_is_cancelled_while_it_tells_of_a_dead_token_lets_go() -> None:
+    """As by a drain while the bus takes no events."""
+    bench = await ready(STALE)
+
+    async def never(*_: Any, **__: Any) -> None:
+        await asyncio.Event().wait()
+
+    bench.events.publish_binding_event = never  # type: ignore[method-assign]
+    session, task = tended(bench)
+    await asyncio.sleep(5)
+    assert session.is_stale
+    task.cancel()
+    await asyncio.sleep(5)
+    assert (task.cancelled(), (await bench.checkpoint()).owner) == (True, "")
 
 
 async def test_unbinding_ends_the_poll_at_once_and_keeps_what_came_late() -> None:
