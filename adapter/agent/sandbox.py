@@ -257,8 +257,8 @@ class Sandbox:
         await self._nc.publish(self._names.out(self.name), msgspec.json.encode(command))
 
     async def read_media(self, media: Media, message: Message) -> bytes:
-        """Reads the bytes of an item of `message`, and waits about a minute for bytes that are still being fetched
-        from WeChat. Raises Refused, whose `detail` says why there are none, Temporary, Unreadable."""
+        """Reads the bytes of an item of `message`, and waits about a minute for bytes that the adapter has to
+        fetch from WeChat. Raises Refused, whose `detail` says why there are none, Temporary, Unreadable."""
         return await get_media(self._request, self.name, media.object, sequence=message.sequence, wait_s=MEDIA_WAIT_S)
 
     async def put_media(self, data: bytes, name: str = "") -> Media:

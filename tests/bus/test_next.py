@@ -301,6 +301,20 @@ async def test_a_position_above_all_that_is_stored_holds_up_until_it_is_lowered(
     assert texts(await place.ask(reader=reader)) == ["two"]
 
 
+async def test_a_record_that_cannot_be_read_is_overwritten(place: Place) -> None:
+    """The adapter did not write it. It must keep nobody from reading, and no bot from being unbound."""
+    first, _ = await place.say("one", "two")
+    revision = await place.bucket.write("s1", b'{"v":1,"handled":"x"}', 0)
+    page = await place.ask()
+    assert texts(page) == ["one", "two"]
+    assert page.reader > revision, "nobody who began before goes on"
+    entry = await place.bucket.get("s1")
+    assert entry is not None
+    await place.bucket.write("s1", b"no record", entry.revision)
+    await place.readers.skip("s1", first)
+    assert await place.handled() == first
+
+
 async def test_a_record_of_a_newer_version_is_left_alone(place: Place) -> None:
     await place.say("one")
     reader = (await place.ask()).reader

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import hashlib
+from typing import Any
 
 import msgspec
 import pytest
@@ -14,8 +15,9 @@ from nats.js.object_store import ObjectStore as TheirStore
 
 from adapter.errors import BusRefused, LeaseLost, Refused, Temporary, Unreadable
 from adapter.jetstream import topology
+from adapter.jetstream.history import direct_get
 from adapter.jetstream.objects import BATCH, CHUNK, ObjectStore
-from adapter.ports import Objects, Pieces, StoredObject
+from adapter.ports import Objects, Pieces, Stored, StoredObject
 from tests.bus.rig import NAMES, Bus, Rig, rig_on
 from tests.e2e.waiting import until
 
@@ -108,6 +110,22 @@ async def test_an_object_is_read_piece_by_piece(store: ObjectStore, size: int) -
     stored = await store.put("s1/x", pieces_of(content(size)))
     await store.put("s1/after", pieces_of(content(300_000, 5)))
     assert await by_pieces(store, stored) == content(size)
+
+
+@pytest.mark.parametrize("chunks", [1, 3])
+async def test_an_object_does_not_end_early_where_a_server_lags_behind(
+    store: ObjectStore, monkeypatch: pytest.MonkeyPatch, chunks: int
+) -> None:
+    """The server that answers has not applied what comes behind the piece that it gives."""
+    data = content(chunks * CHUNK)
+    stored = await store.put("s1/x", pieces_of(data))
+
+    async def lagging(*asked: Any) -> tuple[list[Stored], dict[str, str]]:
+        found, end = await direct_get(*asked)
+        return [one._replace(headers=one.headers | {"Nats-Num-Pending": "0"}) for one in found], end
+
+    monkeypatch.setattr("adapter.jetstream.history.direct_get", lagging)
+    assert await by_pieces(store, stored) == data
 
 
 async def test_an_object_stays_and_the_pieces_of_a_second_one_go(rig: Rig, store: ObjectStore) -> None:

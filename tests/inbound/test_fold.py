@@ -11,7 +11,7 @@ import msgspec
 import pytest
 from structlog.testing import capture_logs
 
-from adapter.contract.names import H_BOT, H_SEALED, H_SEEN, conversation_key, shard_of, to_subject_token
+from adapter.contract.names import H_BOT, H_MSG_ID, H_SEALED, H_SEEN, conversation_key, shard_of, to_subject_token
 from adapter.errors import Temporary
 from adapter.ilink.translate import read_message
 from adapter.inbound.checkpoint import lowered_checkpoint
@@ -386,6 +386,19 @@ async def test_token_and_window_of_an_erased_person_do_not_come_back(user: str, 
     await asyncio.sleep(5)
     assert [(one.outcome, one.reason) for one in heir.bus.receipts()] == [("refused", "window_closed")]
     assert heir.chat.sent == []
+
+
+async def test_the_token_of_another_bots_message_is_not_taken_over() -> None:
+    """The user's newest message came over their new bot, and has none."""
+    heir = await left_behind(1)
+    (stored,) = heir.bus.found("IN")
+    await heir.bindings.remove(BOT)
+    await heir.bind(bot=OTHER_BOT)
+    headers = {H_BOT: OTHER_BOT, H_SEEN: stored.headers[H_SEEN], H_MSG_ID: "in:b2@im.bot:2"}
+    heir.bus.put(stored.subject, stored.data, headers)
+    heir.processor().intake.on_delivery(heir.command("answer", id="c1"))
+    await asyncio.sleep(5)
+    assert heir.record().token == ""
 
 
 async def test_bots_and_conversations_of_a_sandbox_share_one_read(poller: Poller) -> None:

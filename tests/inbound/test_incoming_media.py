@@ -48,14 +48,16 @@ def fetcher(bench: Bench, **changes: Any) -> MediaFetcher:
 class Published:
     """A message in its inbox, as `receive` publishes it."""
 
-    def __init__(self, bench: Bench, *items: dict[str, Any], number: int = 1, sandbox: str = "s1") -> None:
+    def __init__(
+        self, bench: Bench, *items: dict[str, Any], number: int = 1, sandbox: str = "s1", user: str = USER
+    ) -> None:
         read = read_message(raw_message(number, *items))
-        self.sandbox, self.user, self.id, self.fetches = sandbox, USER, f"in:{sandbox}:{number}", read.fetches
-        self.items = name_media(sandbox, USER, self.id, read.items, read.fetches)
+        self.sandbox, self.user, self.id, self.fetches = sandbox, user, f"in:{BOT}:{sandbox}-{number}", read.fetches
+        self.items = name_media(sandbox, user, self.id, read.items, read.fetches)
         sealed = seal(bench.sealer, self.id, BOT, sandbox, Sealed("token", tuple(read.fetches)))
         window = contract.Window(remaining=9)
         inbound = Inbound(
-            id=self.id, sandbox=sandbox, bot=BOT, user=USER, sent_at_ms=1, received_at_ms=1, text="",
+            id=self.id, sandbox=sandbox, bot=BOT, user=user, sent_at_ms=1, received_at_ms=1, text="",
             items=self.items, window=window,
         )  # fmt: skip
         headers = {H_MSG_ID: self.id, H_BOT: BOT, H_SEALED: sealed}
@@ -453,6 +455,18 @@ async def test_nothing_is_stored_of_a_person_who_has_left_meanwhile(bench: Bench
     assert bench.objects.stored == {}
     await bench.bind()
     assert await made.ask(fetches) == ""
+
+
+async def test_media_of_a_bots_other_users_are_stored_as_long_as_the_bot_is_bound(bench: Bench) -> None:
+    made = [Published(bench, image(), number=number, user="u2@im.wechat") for number in (1, 2, 3)]
+    fetches = fetcher(bench)
+    made[0].fetch_by(fetches)
+    await asyncio.sleep(1)
+    assert list(bench.objects.stored) == [made[0].media().object]
+    assert await made[1].ask(fetches) == ""
+    await bench.bindings.remove(BOT)
+    assert await made[2].ask(fetches) == "unbound"
+    assert list(bench.objects.stored) == [made[0].media().object, made[1].media().object]
 
 
 async def test_no_reference_or_key_reaches_the_log_or_the_sandbox(bench: Bench) -> None:

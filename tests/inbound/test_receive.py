@@ -495,6 +495,53 @@ async def test_what_a_poll_brings_after_the_hand_over_is_the_next_conversations(
     assert [one.outcome for one in heir.bus.receipts()] == ["accepted"]
 
 
+@pytest.mark.parametrize("when_closed", ["refuse", "park"])
+async def test_a_command_while_a_former_owner_polls_knows_what_that_one_brings(
+    poller: Poller, when_closed: str
+) -> None:
+    """Its poll still waits, and brings the message after the conversations were handed over."""
+    bench = await ready()
+    answer: asyncio.Future[Polled] = asyncio.get_running_loop().create_future()
+
+    async def poll(account: Any, cursor: str, hold_ms: int) -> Polled:
+        return await answer
+
+    bench.chat.poll = poll  # type: ignore[method-assign]
+    session = poller(bench)
+    await asyncio.sleep(1)
+    session.is_handed_over = True
+    session.stop(immediately=False)
+    bench.leases.owned.clear()
+    for processor in bench.processors.values():
+        processor.stop()
+    bench.processors.clear()
+    heir = Bench(bench, incarnation="heir-1")
+    heir.elsewhere.add(BOT)
+    shard = heir.processor()
+    shard.intake.on_delivery(heir.command("early", id="c1", when_closed="refuse"))
+    await asyncio.sleep(5)
+    answer.set_result(words(1))
+    await asyncio.sleep(1)
+    assert (texts(heir), heir.chat.sent) == (["t1"], [])
+    shard.intake.on_delivery(heir.command("answer", id="c2", when_closed=when_closed))
+    await asyncio.sleep(5)
+    assert [(one.command, one.outcome) for one in heir.bus.receipts()] == [("c1", "refused"), ("c2", "accepted")]
+    assert [sent.context_token for sent in heir.chat.sent] == ["token-1"]
+
+
+async def test_a_command_is_decided_also_where_a_former_owners_message_cannot_be_read() -> None:
+    bench = await ready()
+    bench.elsewhere.add(BOT)
+    shard = bench.processor()
+    shard.intake.on_delivery(bench.command("one", id="c1", when_closed="refuse"))
+    await asyncio.sleep(5)
+    bench.bus.unreadable = 1
+    shard.intake.on_delivery(bench.command("two", id="c2", when_closed="refuse"))
+    await asyncio.sleep(5)
+    assert [(one.command, one.outcome) for one in bench.bus.receipts()] == [("c1", "refused"), ("c2", "refused")]
+    assert bench.bus.unreadable == 0
+
+
 async def test_a_conversation_is_not_let_go_while_its_message_is_being_stored(poller: Poller) -> None:
     bench = await ready(words(1))
     gate = asyncio.Event()
@@ -822,6 +869,29 @@ async def test_the_owner_of_now_hears_of_a_late_message_and_folds_it(poller: Pol
     await asyncio.sleep(5)
     assert texts(heir) == ["t1", "t2"]
     assert heir.record().window.id.endswith("002")
+
+
+async def test_a_late_message_is_known_before_the_poll_that_waits_ends(poller: Poller) -> None:
+    """A command that waits for it goes out at once."""
+    bench = await ready(None)
+    heir = heir_to(bench)
+    session = None
+
+    async def taken_over() -> None:
+        nonlocal session
+        session = poller(heir)
+        await asyncio.sleep(5)
+        heir.processors[shard_of("s1")].intake.on_delivery(heir.command("answer", id="c1"))
+        await asyncio.sleep(5)
+
+    await frozen_with(bench, words(1, cursor="zombie"), meanwhile=taken_over)
+    assert session is not None
+    assert [one.outcome for one in heir.bus.receipts()] == ["parked"]
+    asked = len(heir.chat.asked)
+    session.on_released()
+    await asyncio.sleep(2)
+    assert [one.outcome for one in heir.bus.receipts()] == ["parked", "accepted"]
+    assert (len(heir.chat.asked), heir.chat.polling) == (asked, 1)
 
 
 async def test_a_late_answer_for_an_erased_person_is_dropped() -> None:
