@@ -377,7 +377,7 @@ async def test_token_and_window_of_an_erased_person_do_not_come_back(user: str, 
     await task
     await heir.close()
     await heir.bus.purge("WECHAT_IN", "wechat.inbox.s1", up_to=1)
-    await heir.conversation_bucket.delete(conversation_key("s1", USER))
+    await heir.conversation_bucket.delete(conversation_key("s1", user))
     await heir.checkpoint_bucket.delete(to_subject_token(BOT))
     await heir.bindings.remove(BOT)
     processor.evict_idle()
