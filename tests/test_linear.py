@@ -110,7 +110,7 @@ TRIED = {
     "ilink/cipher.py": 1,
     "ilink/protocol.py": 2,
     "ilink/urls.py": 3,
-    "jetstream/client.py": 4,
+    "jetstream/client.py": 5,
     "logins/registry.py": 1,
     "observability/logs.py": 4,
     "kit/json_repair.py": 4,

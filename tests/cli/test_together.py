@@ -112,7 +112,7 @@ async def test_a_bot_for_which_no_replica_has_room_is_named_and_fails_the_doctor
         assert (row["health"]["status"], "WECHAT_NATS_CAPACITY" in row["health"]["detail"]) == ("not_polled", True)
         doctor = await cli("doctor", "--json")
         (said,) = [check["say"] for check in doctor.rows if check["check"] == "bindings"]
-        assert (doctor.code, f"1 not_polled ({row['bot']})" in said) == (1, True)
+        assert (doctor.code, f"1 not_polled ({row['bot']}" in said) == (1, True)
 
 
 async def test_an_inbox_of_an_old_backup_stops_polls_until_doctor_lowers_positions(
