@@ -129,7 +129,7 @@ class Reader:
         """Also takes the late answer to a request that was repeated: it may have made this reader a newer one."""
         assert self._answered is not None
         try:
-            self._take(msg)
+            self._receive(msg)
         except AdapterError as exc:
             if not self._answered.done():
                 self._answered.set_exception(exc)
@@ -137,7 +137,7 @@ class Reader:
             if not self._answered.done():
                 self._answered.set_result(None)
 
-    def _take(self, msg: Msg) -> None:
+    def _receive(self, msg: Msg) -> None:
         """Raises Temporary, Refused."""
         headers = msg.headers or {}
         if headers.get("Status") == "503":

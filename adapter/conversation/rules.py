@@ -586,10 +586,14 @@ def _on_inbound_received(conversation: Conversation, inbound: InboundReceived, n
     if inbound.sequence <= conversation.record.inbox_seq:
         return conversation
     in_flight = int(conversation.activity is Activity.SENDING)
-    return _replaced(conversation, record=hear(conversation.record, inbound, now_ms, in_flight), last_answer=None)
+    return _replaced(
+        conversation, record=apply_inbound(conversation.record, inbound, now_ms, in_flight), last_answer=None
+    )
 
 
-def hear(record: ConversationRecord, inbound: InboundReceived, now_ms: int, in_flight: int) -> ConversationRecord:
+def apply_inbound(
+    record: ConversationRecord, inbound: InboundReceived, now_ms: int, in_flight: int
+) -> ConversationRecord:
     """The record after a message of the user. `in_flight`: requests that have no answer yet."""
     record = window.on_inbound(
         record,

@@ -316,7 +316,7 @@ class BotPoller:
         failures = 0
         while not self.stopping:
             try:
-                checkpoint = self.checkpoint or await self._take()
+                checkpoint = self.checkpoint or await self._take_bot()
                 if checkpoint is None:
                     return
                 await self._fold(checkpoint)
@@ -359,7 +359,7 @@ class BotPoller:
 
     # taking -----------------------------------------------------------------------------------------
 
-    async def _take(self) -> Checkpoint | None:
+    async def _take_bot(self) -> Checkpoint | None:
         """Takes the bot once no other replica can poll it; None: the poller must stop. Raises Temporary, LeaseLost,
         Refused."""
         attempts = 0

@@ -224,7 +224,7 @@ class Receiver:
             await self._publish(read, checkpoint, checkpoint.ensure_owner)
             await self._end_others(read, binding)
             if binding is not None:
-                self._take(read, binding, shard, received_ms, checkpoint)
+                self._update_conversations(read, binding, shard, received_ms, checkpoint)
         finally:
             for actor in held:
                 actor.holds -= 1
@@ -385,7 +385,7 @@ class Receiver:
             if is_whole:
                 opened = ConversationRecord(token=message.context_token, window=SendWindow(opened_ms=now_ms))
             else:
-                opened = rules.hear(record, _heard(one, self.bot, MAX_SEQ, now_ms), now_ms, in_flight)
+                opened = rules.apply_inbound(record, _as_inbound(one, self.bot, MAX_SEQ, now_ms), now_ms, in_flight)
             shown = window.visible_window(opened, now_ms, self._deps.policy)
             if is_whole:
                 self._whole = now_ms, shown
@@ -526,7 +526,7 @@ class Receiver:
 
     # after the acks ---------------------------------------------------------------------------------
 
-    def _take(
+    def _update_conversations(
         self, read: Sequence[_Read], binding: Binding, shard: Shard | None, received_ms: int, checkpoint: Checkpoint
     ) -> None:
         """Gives stored messages to their conversations: the last one of each user says all that those before say."""
@@ -547,7 +547,7 @@ class Receiver:
                 is_given = False
                 continue
             try:
-                one.actor.on_inbound(_heard(one, self.bot, one.sequence, received_ms, token))
+                one.actor.on_inbound(_as_inbound(one, self.bot, one.sequence, received_ms, token))
             except Exception:  # it costs the window, not the message
                 log.exception("inbound.crashed", bot=self.bot, message=one.id)
             if binding.options.auto_typing:
@@ -620,7 +620,7 @@ def _end_new(read: Sequence[_Read], reason: str, detail: str) -> None:
             one.outcome, one.detail, one.payload = reason, detail, b""
 
 
-def _heard(one: _Read, bot: str, sequence: int, received_ms: int, token: str | None = None) -> InboundReceived:
+def _as_inbound(one: _Read, bot: str, sequence: int, received_ms: int, token: str | None = None) -> InboundReceived:
     message = one.message
     assert message is not None
     return InboundReceived(
