@@ -74,8 +74,8 @@ class Folds(Protocol):
         """The fingerprints of a bot's messages after a sequence of the inbox as it is now, and the sequence up to
         which it was read. Open conversations have got what is new. Raises Temporary."""
 
-    def forget(self, sandbox: str, bot: str) -> None:
-        """Drops what the inbox had of a bot that serves nobody any more."""
+    def forget(self, sandbox: str) -> None:
+        """Drops what the inbox had, since a bot serves the sandbox no more; who needs the rest reads it again."""
 
     def stop(self) -> None:
         """Tells no conversation any more."""

@@ -191,11 +191,9 @@ class Folds:
         """Tells nobody any more; breaks reference cycles."""
         self._on_read = lambda *_: None
 
-    def forget(self, sandbox: str, bot: str) -> None:
-        """Drops what the inbox had of a bot that serves nobody any more."""
-        if (known := self._known.get(sandbox)) is not None:
-            known.newest = {user: message for user, message in known.newest.items() if message.bot != bot}
-            known.seen.pop(bot, None)
+    def forget(self, sandbox: str) -> None:
+        """Drops what the inbox had, since a bot serves the sandbox no more; who needs the rest reads it again."""
+        self._known.pop(sandbox, None)
 
     async def read(self, sandbox: str, after: int, *, again: bool = True) -> FoldedInbox:
         """What the inbox has after a sequence. `again`: also what came since the last read; another replica may have
@@ -211,7 +209,7 @@ class Folds:
         finally:
             if reads.is_idle:
                 self._reads.pop(sandbox, None)
-        return self._known[sandbox]
+        return self._known.get(sandbox) or FoldedInbox(after, after)
 
     async def _read_one(self, sandboxes: Sequence[str]) -> Mapping[str, FoldedInbox]:
         (sandbox,) = sandboxes

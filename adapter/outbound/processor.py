@@ -133,7 +133,9 @@ class ShardCommandProcessor:
     def on_binding(self, sandbox: str, bot: str, users: Collection[str]) -> None:
         """Handles a changed binding, or a change of its token's state. `users`: its users before and after."""
         binding = self._deps.bindings.serving(bot)
-        if binding is not None and binding.sandbox == sandbox:
+        if binding is None or binding.sandbox != sandbox:
+            self.folds.forget(sandbox)
+        else:
             self._conversations.forget_unserved(sandbox)
         if binding is not None and binding.sandbox == sandbox and binding.user:
             unknown = self._conversations.take_unknown(sandbox, bot)
@@ -146,7 +148,6 @@ class ShardCommandProcessor:
 
     async def end_service(self, binding: Binding) -> None:
         """Ends the commands of a bot whose binding is closing; `is_service_ended` tells when. Raises Temporary."""
-        self.folds.forget(binding.sandbox, binding.bot)
         await self._wake(binding)
         for actor in self._conversations_of(binding):
             actor.refresh_bot()
