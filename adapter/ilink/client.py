@@ -244,9 +244,17 @@ class ILink:
 
 
 def _unpacked(reply: Reply, limit: int) -> Reply:
-    """Raises Uncertain("unreadable"), Oversized."""
+    """The body of an error page that cannot be unpacked is empty. Raises Uncertain("unreadable"), Oversized."""
     encoding = reply.headers.get("content-encoding")
-    return msgspec.structs.replace(reply, body=unpack(encoding, reply.body, limit)) if encoding else reply
+    if not encoding:
+        return reply
+    try:
+        body = unpack(encoding, reply.body, limit)
+    except Uncertain:
+        if 200 <= reply.status < 300:
+            raise
+        body = b""
+    return msgspec.structs.replace(reply, body=body)
 
 
 def _forget_frames(exc: BaseException | None) -> None:

@@ -66,11 +66,13 @@ IDLE_S = 1.0
 IDLE_AFTER_S = 10.0
 """An answer without content after this time of a poll means that there were no messages."""
 EDGE_TIMEOUT = 524
-GATEWAY_ERRORS = (502, 504)
-"""Gateway statuses after which iLink may have received the request."""
-TRY_AGAIN = (401, 403, 408, 425, 429)
-"""HTTP statuses of refusals that end by themselves: the request was not processed (RFC 9110, RFC 8470, RFC 6585). 401
-and 403 come from a gateway or firewall in front of iLink and say nothing of the token, since iLink answers -14."""
+CONTENT_TOO_LARGE = 413
+"""The one status of a gateway that is about this request alone, so that a repeat cannot help."""
+BUSY = (429, 503)
+"""HTTP statuses of a server without room: the request was not processed, whatever the body says of it (RFC 6585,
+RFC 9110)."""
+UNREACHED = (521, 523, 525, 526)
+"""HTTP statuses of an edge that had no connection to iLink: refused, no route, no TLS, a wrong certificate."""
 
 
 class Request(msgspec.Struct, frozen=True):
@@ -112,12 +114,15 @@ _APP_HEADERS = {"iLink-App-Id": "bot", "iLink-App-ClientVersion": APP_CLIENT_VER
 _POST_HEADERS = {"Content-Type": "application/json", "AuthorizationType": "ilink_bot_token", **_APP_HEADERS}
 
 
-def _request(name: str, token: str, number: int, body: dict[str, Any], *, secret: str = "") -> Request:
+def _request(
+    name: str, token: str, number: int, body: dict[str, Any], *, secret: str = "", repeatable: bool = True
+) -> Request:
     """`secret`: a secret in the body beside the token."""
     headers = {**_POST_HEADERS, "X-WECHAT-UIN": uin(number), "Authorization": f"Bearer {token}"}
     body["base_info"] = {"channel_version": CHANNEL_VERSION, "bot_agent": AGENT}
     secrets = (token, token.rpartition(":")[2], secret)
-    return Request(name.rpartition("/")[2], f"/ilink/bot/{name}", headers, msgspec.json.encode(body), secrets=secrets)
+    endpoint, encoded = name.rpartition("/")[2], msgspec.json.encode(body)
+    return Request(endpoint, f"/ilink/bot/{name}", headers, encoded, secrets=secrets, repeatable=repeatable)
 
 
 def updates_request(token: str, cursor: str, number: int) -> Request:
@@ -140,8 +145,7 @@ def message_request(
     }
     if context_token:
         msg["context_token"] = context_token
-    request = _request("sendmessage", token, number, {"msg": msg}, secret=context_token)
-    return msgspec.structs.replace(request, repeatable=False)
+    return _request("sendmessage", token, number, {"msg": msg}, secret=context_token, repeatable=False)
 
 
 def text_item(text: str) -> dict[str, Any]:
@@ -198,18 +202,21 @@ def upload_request(token: str, number: int, upload: Upload) -> Request:
 
 def read_upload_url(reply: Reply, *, cdn_base_url: str, filekey: str) -> str:
     """The upload URL, unchecked. Raises SessionExpired (-14), Refused("media"), Temporary."""
-    if 400 <= reply.status < 500 and reply.status not in TRY_AGAIN:
-        _check_error_codes(reply)
-        raise Refused("media", f"HTTP {reply.status}")
+    if refusal := _find_refusal(reply):
+        raise _refused_upload(refusal)
     answer = _read_answer(reply, wire.UploadUrl)
     if answer.code:
-        raise Refused("media", f"No upload: {_error_text(answer)}", **_diagnostics(answer))
+        raise _refused_upload(answer)
     if answer.upload_full_url:
         return answer.upload_full_url
     if answer.upload_param:
         param = quote(answer.upload_param, safe="")
         return f"{cdn_base_url}/upload?encrypted_query_param={param}&filekey={quote(filekey, safe='')}"
     raise Refused("media", "iLink answered success, but no place to upload to.")
+
+
+def _refused_upload(answer: wire.WireReply) -> Refused:
+    return Refused("media", f"No upload: {_error_text(answer)}", **_diagnostics(answer))
 
 
 def download_url(cdn_base_url: str, reference: str) -> str:
@@ -278,7 +285,7 @@ def read_updates(reply: Reply, *, polled_s: float) -> Polled:
     """
     reply = msgspec.structs.replace(reply, tells_tokens=True)
     if reply.status == EDGE_TIMEOUT:
-        _check_error_codes(reply)
+        _find_refusal(reply)
     elif reply.body.strip() or not 200 <= reply.status < 300:
         return _read_polled(_read_answer(reply, wire.Updates), polled_s)
     if polled_s >= IDLE_AFTER_S:
@@ -317,12 +324,17 @@ def _split(messages: bytes) -> list[bytes]:
 
 def read_sent(reply: Reply) -> Accepted:
     """Raises SessionExpired (-14), Throttled (-2 and its like), Refused for other codes, Temporary if nothing was
-    taken, and Uncertain if something may have been taken (gateway errors, unreadable answers)."""
-    _check_error_codes(reply, sent=True)
-    if reply.status in (*GATEWAY_ERRORS, EDGE_TIMEOUT):
-        raise Uncertain("http_5xx", f"HTTP {reply.status} from a gateway")
-    if 400 <= reply.status < 500 and reply.status not in TRY_AGAIN:
+    taken, and Uncertain if something may have been taken.
+
+    An error status without iLink's code is a gateway's: 4xx, and 5xx of one that did not reach iLink, mean that
+    nothing was taken; after any other 5xx iLink may have the request.
+    """
+    if refusal := _find_refusal(reply):
+        _check_sent(refusal)
+    if reply.status == CONTENT_TOO_LARGE:
         raise Refused("rejected", f"HTTP {reply.status}")
+    if reply.status >= 500 and reply.status not in (*BUSY, *UNREACHED):
+        raise Uncertain("http_5xx", f"HTTP {reply.status}")
     _check_status(reply)
     if not reply.body.strip():
         return Accepted("", None, None, "")
@@ -330,20 +342,26 @@ def read_sent(reply: Reply) -> Accepted:
         sent = _decode(reply, wire.Sent)
     except ValueError as exc:
         raise Uncertain("unreadable", str(exc)[:200]) from exc
-    match sent.code:
+    _check_sent(sent)
+    ident = as_id(sent.message_id)
+    # any other text is no id, and may be too long for a receipt
+    is_number = ident.isascii() and ident.isdigit() and len(ident) <= ID_CHARS
+    return Accepted(ident if is_number else "", sent.ret, sent.errcode, _server_message(sent))
+
+
+def _check_sent(answer: wire.WireReply) -> None:
+    """Raises what a code of sendmessage means: SessionExpired, Throttled, Refused; nothing for 0."""
+    match answer.code:
         case 0:
-            ident = as_id(sent.message_id)
-            # any other text is no id, and may be too long for a receipt
-            is_number = ident.isascii() and ident.isdigit() and len(ident) <= ID_CHARS
-            return Accepted(ident if is_number else "", sent.ret, sent.errcode, _server_message(sent))
+            pass
         case wire.STALE_TOKEN:
-            raise _session_expired(sent)
+            raise _session_expired(answer)
         case code if code in wire.THROTTLED:
-            raise Throttled("throttled", _error_text(sent), **_diagnostics(sent))
+            raise Throttled("throttled", _error_text(answer), **_diagnostics(answer))
         case -3:
-            raise Refused("invalid", "iLink does not know this user id.", **_diagnostics(sent))
+            raise Refused("invalid", "iLink does not know this user id.", **_diagnostics(answer))
         case _:
-            raise Refused("rejected", _error_text(sent), **_diagnostics(sent))
+            raise Refused("rejected", _error_text(answer), **_diagnostics(answer))
 
 
 def read_notified(reply: Reply) -> None:
@@ -409,7 +427,7 @@ def _read_answer(reply: Reply, kind: type[A]) -> A:
 
     Raises SessionExpired (-14), and Temporary without a usable answer.
     """
-    _check_error_codes(reply)
+    _find_refusal(reply)
     _check_status(reply)
     if kind is wire.WireReply and not reply.body.strip():  # of no other kind is this a usable answer
         reply = msgspec.structs.replace(reply, body=b"{}")
@@ -455,18 +473,21 @@ def _decode_error_text(errmsg: bytes) -> str:
     return str(msgspec.json.decode(as_utf8(errmsg)) or "") if is_text or len(errmsg) <= WORDS_BYTES else ""
 
 
-def _check_error_codes(reply: Reply, *, sent: bool = False) -> None:
-    """Finds -14, and for `sent` a throttle, in an answer with an error status. Raises SessionExpired, Throttled."""
+def _find_refusal(reply: Reply) -> wire.WireReply | None:
+    """iLink's own refusal beside an error status, which tells more than the status. None: a gateway answered.
+
+    Beside a status of BUSY only a stale token and a throttle count. Raises SessionExpired (-14).
+    """
     if 200 <= reply.status < 300 or reply.body[:1] != b"{":
-        return
+        return None
     try:
         answer = _decode(reply, wire.WireReply)
     except ValueError:
-        return
+        return None
     if answer.code == wire.STALE_TOKEN:
         raise _session_expired(answer)
-    if sent and answer.code in wire.THROTTLED:
-        raise Throttled("throttled", _error_text(answer), **_diagnostics(answer))
+    counts = answer.code in wire.THROTTLED if reply.status in BUSY else answer.code != 0
+    return answer if counts else None
 
 
 def _check_status(reply: Reply) -> None:

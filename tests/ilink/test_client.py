@@ -145,3 +145,33 @@ async def test_a_send_alone_may_not_be_asked_twice(monkeypatch: pytest.MonkeyPat
     with contextlib.suppress(AdapterError):
         await CALLS[endpoint](answering.ilink)
     assert answering.repeatable == (endpoint != "sendmessage")
+
+
+@pytest.mark.parametrize(
+    ("answer", "expected"),
+    [
+        (TimeoutError(), (Uncertain, "timeout")),
+        (Uncertain("network", "cut"), (Uncertain, "network")),
+        (Temporary("network", "refused"), (Temporary, "network")),
+        (Reply(503, {"content-encoding": "br"}, b"?"), (Temporary, "http_5xx")),
+        (Reply(403, {"content-encoding": "gzip"}, b"?"), (Temporary, "http_4xx")),
+        (Reply(502, {"content-encoding": "gzip"}, b"?"), (Uncertain, "http_5xx")),
+        (Reply(200, {"content-encoding": "gzip"}, b"?"), (Uncertain, "unreadable")),
+    ],
+    ids=[
+        "no answer",
+        "cut",
+        "refused",
+        "503 in br",
+        "403 in broken gzip",
+        "502 in broken gzip",
+        "200 in broken gzip",
+    ],
+)
+async def test_what_a_send_may_have_done_is_told_apart(
+    monkeypatch: pytest.MonkeyPatch, answer: Reply | Exception, expected: object
+) -> None:
+    answering = Answering(monkeypatch, answer)
+    with pytest.raises(AdapterError) as caught:
+        await CALLS["sendmessage"](answering.ilink)
+    assert (type(caught.value), caught.value.reason) == expected
