@@ -302,7 +302,12 @@ class Delivery(Protocol):
     time_ms: int
     """Time at which the stream stored it."""
     redelivered: bool
-    """Whether it was delivered before, so that its outcome may be on the bus."""
+    """Whether it was delivered before."""
+
+    @property
+    def is_old(self) -> bool:
+        """Whether it was stored before this process read the stream, or delivered before: its outcome may be on the
+        bus, or somebody may have worked on it."""
 
     async def ack(self) -> None:
         """Acknowledges it. If the acknowledgement is lost, it is delivered again."""

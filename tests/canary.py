@@ -28,11 +28,8 @@ MARKS: Mapping[str, str] = {
     "a ticket": TICKET,
     "a QR code": QRCODE,
 }
-AT_REST = ("a bot's token", "a ticket", "a QR code")
-"""What is sealed where it is stored, or is not stored. A context token without the bot's is worth nothing."""
-
-TOLD = ("WECHAT_IN", "WECHAT_EVENT", "WECHAT_DEAD", "OBJ_wechat_media")
-"""Streams that sandboxes, platforms and operators read: there, no secret of any kind may be."""
+WRITTEN = "what somebody wrote"
+"""How a text is named that was found."""
 
 WELL_KNOWN = 12
 """What is shorter may stand in base64 by chance."""
@@ -112,11 +109,14 @@ def arguments(pid: int) -> bytes:
     return found
 
 
-def leaks_on_disk(folder: Path) -> list[str]:
-    """What lies open in the files of a NATS server, but for the log of a cluster's Raft.
+def leaks_on_disk(folder: Path, texts: Iterable[str]) -> list[str]:
+    """What lies open in the files of a NATS server, but for the log of a cluster's Raft: secrets, and in buckets also
+    `texts` that somebody wrote.
 
-    That holds each message until the server shortens it: SECURITY.md says so.
+    That log holds each message until the server shortens it: SECURITY.md says so.
     """
+    secrets = [(secret, what) for what, secret in MARKS.items()]
+    private = [*secrets, *((text, WRITTEN) for text in texts)]
     return [
         leak
         for path in sorted(folder.rglob("*"))
@@ -124,6 +124,6 @@ def leaks_on_disk(folder: Path) -> list[str]:
         for leak in leaks(
             str(path.relative_to(folder)),
             path.read_bytes(),
-            [(MARKS[what], what) for what in (MARKS if set(TOLD) & set(path.parts) else AT_REST)],
+            private if any(part.startswith("KV_") for part in path.parts) else secrets,
         )
     ]

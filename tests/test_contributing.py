@@ -64,7 +64,7 @@ def test_what_a_page_names_is_there(page: Path) -> None:
         ("`adapter/gone.py`", 1),
         ("`tests/gone/`", 1),
         ("`test_docs.py::test_gone`", 1),
-        ("`conversation/rules.py::step`, `tests/test_docs.py::test_links_…`, `adapter/ilink/`", 0),
+        ("`outbound/sending.py::blocker`, `tests/test_docs.py::test_links_…`, `adapter/ilink/`", 0),
     ],
 )
 def test_a_name_that_is_gone_would_be_found(text: str, count: int) -> None:

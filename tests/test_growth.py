@@ -14,7 +14,7 @@ from adapter.contract.names import Names, escape_token, from_subject_token, to_s
 from adapter.errors import SessionExpired
 from adapter.ilink.connection import Connection
 from adapter.inbound.poller import BotPoller
-from adapter.outbound.processor import ShardCommandProcessor
+from adapter.outbound.shard import Shard
 from adapter.outbound.typing_indicator import TICKET_S
 from adapter.ownership.membership import DEAD_KEPT
 from tests.fakes import Bench, Wire
@@ -28,13 +28,13 @@ USERS = 50
 STALE = SessionExpired("needs_login", "iLink answered -14", errcode=-14)
 
 
-async def talk(bench: Bench, shard: ShardCommandProcessor, first: int, *, unbind: bool) -> None:
+async def talk(bench: Bench, shard: Shard, first: int, *, unbind: bool) -> None:
     """So many users write, are answered while the bot is shown typing, and perhaps are unbound."""
     for number in range(first, first + USERS):
         bot, user = f"b{number}@im.bot", f"u{number}@im.wechat"
         await bench.bind(bot=bot, user=user, options=Options(auto_typing=True))
         await user_writes(bench, bot=bot, user=user)
-        shard.intake.on_delivery(bench.command(f"t{number}", bot=bot, id=f"c{number}"))
+        shard.on_delivery(bench.command(f"t{number}", bot=bot, id=f"c{number}"))
         await asyncio.sleep(5)
         if unbind:
             await bench.close(bot)
@@ -67,13 +67,12 @@ def test_every_text_has_a_name_of_its_own(text: str) -> None:
 
 
 async def test_users_who_were_unbound_leave_nothing_behind(bench: Bench) -> None:
-    shard = bench.processor()
+    shard = bench.shard()
     await talk(bench, shard, 0, unbind=True)
-    things = (shard, shard.typing, shard.commands, shard.intake, bench.bindings, shard._conversations)
+    things = (shard, shard.typing, bench.bindings)
     before = [tables(thing) for thing in things]
     await talk(bench, shard, USERS, unbind=True)
     after = [tables(thing) for thing in things]
-    assert (before[2].pop("_ended"), after[2].pop("_ended")) == (USERS, 2 * USERS)  # of at most ENDED_KEPT
     assert after == before
     assert outcomes(bench) == [(f"c{number}", "accepted", "") for number in range(2 * USERS)]
     assert [sum(call.on for call in bench.chat.typing), len(bench.chat.typing)] == [2 * USERS, 4 * USERS]
@@ -85,10 +84,10 @@ async def test_users_who_were_unbound_leave_nothing_behind(bench: Bench) -> None
 async def test_tickets_are_kept_as_long_as_they_are_good(bench: Bench) -> None:
     await bench.bind()
     bench.hears()
-    shard = bench.processor()
-    shard.intake.on_delivery(bench.command(typing="on"))
+    shard = bench.shard()
+    shard.on_delivery(bench.command(typing="on"))
     await asyncio.sleep(1)
-    shard.intake.on_delivery(bench.command(typing="off"))
+    shard.on_delivery(bench.command(typing="off"))
     await asyncio.sleep(TICKET_S / 2)
     shard.evict_idle()
     assert tables(shard.typing) == {"_shown": 0, "_tasks": 0, "_tickets": 1}
@@ -138,17 +137,22 @@ async def test_what_has_ended_goes_without_the_garbage_collector() -> None:
     """Which looks at what is old once in hours: what refers to itself is in memory until then."""
 
     def there() -> int:
-        return sum(isinstance(thing, (ShardCommandProcessor, BotPoller, Connection)) for thing in gc.get_objects())
+        return sum(isinstance(thing, (Shard, BotPoller, Connection)) for thing in gc.get_objects())
 
     bench = Bench()
+    await bench.bind()
+    bench.hears()
     gc.collect()
     gc.disable()
     try:
         before = there()
-        shard, session = ShardCommandProcessor(1, bench.outbound()), bench.new_poller(BOT)
+        shard, session = Shard(1, bench.outbound()), bench.new_poller(BOT)
         connection = Connection()
         connection.connection_made(Wire())
         assert there() == before + 3
+        shard.on_delivery(bench.command("hi"))
+        await asyncio.sleep(1)
+        assert bench.chat.texts == ["hi"]
         shard.stop()
         connection.connection_lost(None)
         await asyncio.sleep(1)

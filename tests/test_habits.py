@@ -18,7 +18,7 @@ PRIVATE = {
     " _ps _reading_task _status _transport",
     "bus/test_tls.py": "_io_writer _transport",
     "conftest.py": "_send_ping",
-    "e2e/test_growth.py": "_deleted _ended _pool _settled _subs _transport",  # forgets what is bounded
+    "e2e/test_growth.py": "_deleted _pool _settled _subs _transport",  # forgets what is bounded
     # headers that no client writes
     "bus/test_consumer.py": "_on_status _send_command",
     "bus/test_publisher.py": "_interrupt _outstanding _send_command _stream_of",
@@ -32,7 +32,7 @@ PRIVATE = {
     "test_supervisor.py": "_cut",
     # memory, which nothing else shows
     "growth.py": "_lru_cache_wrapper _scheduled _timer_cancelled_count",
-    "test_growth.py": "_conversations _deleted",
+    "test_growth.py": "_deleted",
     "test_probes.py": "_connections _server",
     # each regular expression, and each reader of foreign words, by itself
     "test_linear.py": "_HEX_KEY _HOST _HOST_PORT _ID _IDS _INBOX _LETTER _LOGIN _PEER _PLAIN"

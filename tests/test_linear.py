@@ -19,16 +19,16 @@ import adapter
 from adapter.cli import dead, output, stdin
 from adapter.console import server
 from adapter.contract import headers, names
-from adapter.conversation import commands
-from adapter.conversation.commands import Limits
-from adapter.conversation.literal import to_literal
-from adapter.conversation.split import is_open, split
 from adapter.errors import Refused, Unreadable
 from adapter.ilink import cipher, protocol, urls
 from adapter.jetstream import client
 from adapter.kit import json_repair
 from adapter.logins import registry
 from adapter.observability import logs
+from adapter.outbound import commands
+from adapter.outbound.commands import Limits
+from adapter.outbound.literal import to_literal
+from adapter.outbound.split import is_open, split
 from tests.hostile import TEXTS, steps
 
 ROOT = Path(adapter.__file__).parent
@@ -115,9 +115,9 @@ TRIED = {
     "observability/logs.py": 4,
     "kit/json_repair.py": 4,
     "contract/names.py": 3,
-    "conversation/commands.py": 3,
-    "conversation/literal.py": 4,
-    "conversation/split.py": 2,
+    "outbound/commands.py": 3,
+    "outbound/literal.py": 4,
+    "outbound/split.py": 2,
 }
 """Regular expressions by file of `adapter/`, which RULES try."""
 OPERATORS = {

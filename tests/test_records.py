@@ -9,15 +9,15 @@ import pytest
 from structlog.testing import capture_logs
 
 from adapter.contract.records import Binding, Claim, LoginRecord, Member, PrivateRecord
-from adapter.conversation.record import ConversationRecord
 from adapter.errors import UNDECODABLE, RecordTooNew
 from adapter.observability.records import SAID_KEPT, RecordDecoder
+from adapter.outbound.record import SealedConversation
 from tests.newer import made_newer
 
 RECORDS: list[PrivateRecord] = [
     Binding(sandbox="s1", bot="b1@im.bot", token="sealed"),
     LoginRecord(sandbox="s1"),
-    ConversationRecord(),
+    SealedConversation(sealed=b"s1.x"),
     Claim(),
     Member(instance="r1"),
 ]

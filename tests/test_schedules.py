@@ -24,10 +24,9 @@ import pytest
 from adapter.contract.messages import FINAL_OUTCOMES, BindingEvent, Receipt
 from adapter.contract.names import H_BOT, H_MSG_ID, H_SEALED, shard_of
 from adapter.contract.records import Binding
-from adapter.conversation.record import ConversationRecord
 from adapter.errors import Refused, SessionExpired, Temporary, Throttled, Uncertain
 from adapter.inbound.sealed import Sealed, seal
-from adapter.outbound.processor import ShardCommandProcessor
+from adapter.outbound.shard import Shard
 from adapter.ports import Accepted, Entry
 from tests.fakes import LIMITS, Bench, FakeBucket, FakeChat, FakeDelivery, Life, Sent, VirtualLoop
 from tests.fakes.mortal import Command, mortal
@@ -199,7 +198,7 @@ class Told(NamedTuple):
     """A command, as it was stored."""
 
     ident: str
-    stored_ms: int
+    sequence: int
     pieces: list[str]
     user: str
     fields: dict[str, Any]
@@ -242,12 +241,12 @@ class Replica:
         """Owns all shards from now on, perhaps again."""
         settings = self._model.settings
         rules = {name: settings[name] for name in ("sends", "reserve", "merge_chars")}
-        self.shards: dict[int, ShardCommandProcessor] = {}
+        self.shards: dict[int, Shard] = {}
         for bench in self.benches.values():
             bench.leases.has_lease = True
             bench.leases.owned = {shard_of(name) for name, one in self.benches.items() if one is bench}
         for name, bench in self.benches.items():
-            self.shards[shard_of(name)] = bench.processor(name, **rules)
+            self.shards[shard_of(name)] = bench.shard(name, **rules)
 
     def lose(self) -> None:
         for bench in self.benches.values():
@@ -328,12 +327,12 @@ class Model:
         redelivered = command.seq in self.delivered
         self.delivered.add(command.seq)
         again = Command(self.world.bus, command, redelivered=redelivered, life=self.owner.life)
-        self.owner.shards[int(command.subject.split(".")[2])].intake.on_delivery(again)
+        self.owner.shards[int(command.subject.split(".")[2])].on_delivery(again)
 
     def _store(self, told: Callable[[int], Told], sandbox: str, **body: Any) -> None:
         fields = {name: value for name, value in body.items() if value is not None}
         command = self.world.command(sandbox=sandbox, **fields)
-        self.told.append(told(command.time_ms))
+        self.told.append(told(command.seq))
         self.commands[command.seq] = command
         self._deliver(command)
 
@@ -355,14 +354,14 @@ class Model:
         alone = [binding.user for binding in self.world.bindings.of_sandbox(sandbox)]
         meant = f"{user}@im.wechat" if whom else alone[0] if len(alone) == 1 and not KNOWN else ""
         self._store(
-            lambda stored_ms: Told(name, stored_ms, texts, meant, fields), sandbox, id=name, **body, **whom, **fields
+            lambda sequence: Told(name, sequence, texts, meant, fields), sandbox, id=name, **body, **whom, **fields
         )
 
     async def typing(self, *, number: int, sandbox: str, user: str, typing: str) -> None:
         await asyncio.sleep(0.001)
         name = f"t{number}"
         self._store(
-            lambda stored_ms: Told(name, stored_ms, [], "", {}),
+            lambda sequence: Told(name, sequence, [], "", {}),
             sandbox, id=name, user=f"{user}@im.wechat", typing=typing,
         )  # fmt: skip
 
@@ -442,9 +441,7 @@ class Model:
 
     def _sending(self) -> bool:
         """Whether something is half sent, or may have been."""
-        entries = self.world.conversation_bucket.entries.values()
-        records = [msgspec.json.decode(entry.value, type=ConversationRecord) for entry in entries if entry.value]
-        return any(record.head is not None for record in records)
+        return any(record.head is not None for record in self.world.records().values())
 
     async def _replace(self, sandbox: str, bot: str, user: str) -> None:
         for other in self.world.bindings.of_sandbox(sandbox):
@@ -559,11 +556,12 @@ class Model:
         """What does not hold."""
         return [f"{check.__name__}: {found}" for check in CHECKS for found in check(self)]
 
-    def finals(self) -> dict[tuple[str, int], list[Receipt]]:
-        found: dict[tuple[str, int], list[Receipt]] = defaultdict(list)
+    def finals(self) -> dict[int, list[Receipt]]:
+        """By the sequences of the commands."""
+        found: dict[int, list[Receipt]] = defaultdict(list)
         for receipt in self.world.bus.receipts():
             if receipt.outcome in FINAL_OUTCOMES:
-                found[receipt.command, receipt.received_at_ms].append(receipt)
+                found[receipt.sequence].append(receipt)
         return found
 
 
@@ -574,13 +572,9 @@ def nothing_is_left(model: Model) -> list[str]:
     found = model.world.bus.found("OUT")
     left = [f"OUT holds {len(found)}"] if found else []
     for number, shard in model.owner.shards.items():
-        if depth := shard.commands.depth()[0]:
+        if depth := shard.queue_depths(Counter())[0]:
             left.append(f"shard {number} has {depth} in flight")
-        left += [
-            f"{actor.state.sandbox} {actor.state.user}: {len(actor.state.queue)} queued"
-            for actor in shard
-            if actor.state.queue
-        ]
+        left += [f"{each.sandbox} {each.user}: {len(each.queue)} queued" for each in shard if each.queue]
         if shard.tasks:
             left.append(f"shard {number} has {shard.tasks} tasks")
     return left
@@ -588,16 +582,11 @@ def nothing_is_left(model: Model) -> list[str]:
 
 def each_has_one_final_receipt(model: Model) -> list[str]:
     finals = model.finals()
-    wrong = [f"{name} has {len(found)}" for name, found in finals.items() if len(found) > 1]
-    times = Counter(one.ident for one in model.told)
-    for one in model.told:
-        if (one.ident, one.stored_ms) in finals:
-            continue
-        if times[one.ident] == 1:
-            wrong.append(f"{one.ident} has none")
-        elif not any(name == one.ident for name, _ in finals):
-            wrong.append(f"{one.ident} has none, and the others of this id neither")
-    return wrong
+    return [
+        f"{one.ident} ({one.sequence}) has {len(finals[one.sequence])}"
+        for one in model.told
+        if len(finals[one.sequence]) != 1
+    ]
 
 
 def receipts_are_true(model: Model) -> list[str]:
@@ -625,7 +614,12 @@ def receipts_are_true(model: Model) -> list[str]:
         to_both = KNOWN and model.deaths and not one.user  # it has no address, and the sandbox another user by then
         if max(times) > 1 and not to_both:
             wrong.append(f"{one.ident} {one.pieces} was shown {times} times")
-        for receipt in finals.get((one.ident, one.stored_ms), []):
+        for receipt in finals[one.sequence]:
+            if receipt.repeat_of:
+                firsts = [(first.outcome, first.message_ids) for first in finals[receipt.repeat_of]]
+                if (receipt.outcome, receipt.message_ids) not in firsts or any(times):
+                    wrong.append(f"{one.ident} repeats {firsts}, is {receipt.outcome}, and was shown {times} times")
+                continue
             silent = any(asked[piece] & model.chat.unanswered for piece in one.pieces)
             match receipt.outcome:
                 case "accepted" | "accepted_unconfirmed":
@@ -643,16 +637,15 @@ def receipts_are_true(model: Model) -> list[str]:
             waited = KNOWN and receipt.bot and one.user and receipt.bot[:2] != one.user[:2]  # at another user's bot
             if not silent and not waited and set(receipt.message_ids) != known:
                 wrong.append(f"{one.ident} is {receipt.outcome} and names {receipt.message_ids} of {known}")
-        if (one.ident, one.stored_ms) not in finals and any(times):
-            wrong.append(f"{one.ident} {one.pieces} was shown without a receipt")
     return wrong
 
 
 def an_id_is_sent_once(model: Model) -> list[str]:
     finals = model.finals()
     times: Counter[str] = Counter()
-    for (ident, _), found in finals.items():
-        times[ident] += any(receipt.outcome in ("accepted", "accepted_unconfirmed") for receipt in found)
+    for found in finals.values():
+        sent = ("accepted", "accepted_unconfirmed")
+        times.update(receipt.command for receipt in found if receipt.outcome in sent and not receipt.repeat_of)
     names = {one.ident for one in model.told if one.pieces}
     return [f"{ident} was accepted {count} times" for ident, count in times.items() if count > 1 and ident in names]
 

@@ -160,8 +160,8 @@ class Replica:
     async def leave(self) -> None:
         self.goes_on = False
         session = self.session
-        for processor in self.bench.processors.values():
-            await processor.drain(1.0)
+        for shard in self.bench.shards.values():
+            await shard.drain(1.0)
         if session is not None and self.poller is not None:
             session.is_handed_over = True
             session.stop(immediately=False)
@@ -175,8 +175,8 @@ class Replica:
         for task in asyncio.all_tasks() - {asyncio.current_task()}:
             if task.get_name() != "later":
                 task.cancel()
-        for processor in self.bench.processors.values():
-            processor.stop()
+        for shard in self.bench.shards.values():
+            shard.stop()
         self.bench.leases.owned.clear()
         self.bench.leases.has_lease = False
         await settle()

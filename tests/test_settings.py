@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from adapter.conversation.window import SENT_KEPT
 from adapter.environment import read_settings
 from adapter.errors import SettingsError
+from adapter.outbound.window import SENT_KEPT
 from adapter.settings import Settings, split_addr
 
 KEY = base64.b64encode(b"k" * 32).decode()

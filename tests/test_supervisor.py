@@ -13,7 +13,7 @@ import pytest
 from adapter.contract.names import SHARDS, shard_of, to_subject_token
 from adapter.contract.records import Binding
 from adapter.inbound.poller import ANSWER_GRACE_S, BotPoller, State
-from adapter.outbound.processor import ShardCommandProcessor
+from adapter.outbound import shard as outbound
 from adapter.replica.gauges import observe
 from adapter.replica.supervisor import Supervisor
 from tests.fakes import Bench, FakeLeases, batch, ready, settle
@@ -26,7 +26,7 @@ STATES = [state for state in State if state is not State.ENDED]
 
 
 class Shard:
-    """In place of a shard's processor: what it is told of changes nothing, and its requests have ended at once."""
+    """In place of a shard that sends: what it is told of changes nothing, and its requests have ended at once."""
 
     tasks = 0
 
@@ -43,25 +43,23 @@ class Shard:
 
     def on_binding(self, sandbox: str, bot: str, users: Collection[str]) -> None: ...
 
-    def on_unbound(self, before: Binding) -> None: ...
-
     def stop(self) -> None: ...
 
 
 class Work:
-    """Implements ShardWork with the same processor for every shard."""
+    """Implements ShardWork with one object for all shards."""
 
     def __init__(self, shard: Shard) -> None:
         self._shard: Any = shard
 
-    def new_processor(self, shard: int) -> ShardCommandProcessor:
-        made: ShardCommandProcessor = self._shard
+    def new_shard(self, number: int) -> outbound.Shard:
+        made: outbound.Shard = self._shard
         return made
 
     def on_failed(self, name: str, detail: str) -> None:
         raise AssertionError(f"{name} failed: {detail}")
 
-    def consumer_loops(self, shard: int, processor: ShardCommandProcessor) -> list[Coroutine[Any, Any, None]]:
+    def consumer_loops(self, shard: outbound.Shard) -> list[Coroutine[Any, Any, None]]:
         return []
 
 

@@ -16,6 +16,7 @@ from adapter.cli.exit_codes import NO, OK, USAGE, Failed
 from adapter.cli.options import Json
 from adapter.contract.names import H_MSG_ID, Names
 from adapter.errors import UNDECODABLE, Refused
+from adapter.outbound.store import open_record
 from adapter.ports import Stored
 from adapter.security.seal import Sealer, dead_context
 from adapter.services.dead_letters import DeadLetter, dead_letter_of, retry_message
@@ -134,13 +135,18 @@ def _own_headers(headers: Mapping[str, str]) -> dict[str, str]:
 
 def readable_body(bus: Bus, stored: Stored) -> str:
     """The body of a message with its secrets masked. A sealed one is opened; a sentence says if that fails."""
-    names, data = bus.names, stored.data
-    if stored.subject == names.dead_letters(names.stream_in):
-        context = dead_context(stored.headers.get(H_MSG_ID, ""))
-        try:
-            data = Sealer(bus.settings.token_key).open_bytes(context, data)
-        except Refused as exc:
-            return f"(withheld: {exc.detail})"
+    names, data, sealer = bus.names, stored.data, Sealer(bus.settings.token_key)
+    conversations = f"$KV.{names.conversations}."
+    try:
+        if stored.subject == names.dead_letters(names.stream_in):
+            data = sealer.open_bytes(dead_context(stored.headers.get(H_MSG_ID, "")), data)
+        elif stored.subject.startswith(conversations):
+            record = open_record(stored.subject.removeprefix(conversations), data, sealer)
+            data = msgspec.json.encode(record)
+    except Refused as exc:
+        return f"(withheld: {exc.detail})"
+    except UNDECODABLE:
+        return "(withheld: a newer version wrote it, or it is damaged)"
     return mask_secrets(names, stored.subject, data)
 
 

@@ -21,16 +21,15 @@ from adapter.cli.bus import Bus, connected_bus
 from adapter.cli.exit_codes import NO, OK, UNREACHABLE, Failed
 from adapter.cli.options import Json, MaybeSandbox, flag
 from adapter.cli.permission_checks import Check, State
-from adapter.contract.headers import forwardable_headers
 from adapter.contract.messages import BOT_STATUSES, BindingInfo, BotStatus
-from adapter.contract.names import H_COMMAND, H_MSG_ID, H_SEQUENCE, H_SINCE_MS, digest
-from adapter.conversation.commands import original_position
+from adapter.contract.names import H_MSG_ID, digest
 from adapter.errors import UNDECODABLE, BusRefused, Conflict, Refused, Temporary
 from adapter.inbound.positions import find_above
 from adapter.jetstream import topology
 from adapter.jetstream.buckets import LeaderKvBucket
 from adapter.jetstream.history import count_by_subject
 from adapter.jetstream.layout import EXPECTS, LAYOUT, Shape, largest, read_layout, shape_of, with_shape, write_layout
+from adapter.outbound.copies import copy_headers, identity_of
 from adapter.ports import Stored
 from adapter.security.seal import Sealer, Sealing
 from adapter.settings import PREFIX
@@ -357,9 +356,13 @@ async def _fix(bus: Bus, layout: Check, *, allow_loss: bool, quiet: bool) -> lis
         if count := found["older"]:
             say(f"sealing {count} bot tokens with the first key")
             await reseal_tokens(bus.history, LeaderKvBucket(connection, names.bindings), names, sealer)
-        if count := await _count_unrouted(bus):
+        count = await _count_unrouted(bus)
+        if count and not settings.token_key:
+            without = f"{count} are not published again without {PREFIX}TOKEN_KEY, as adapters have it."
+            left.append(Check("commands astray", "fail", without))
+        elif count:
             say(f"publishing {count} commands again that were stored where no adapter looks")
-            await _republish_unrouted(bus)
+            await _republish_unrouted(bus, sealer)
         above, _ = await find_above(bus.history, names, sealer)
         if above:
             say(f"lowering {len(above)} positions to the last sequence of {names.stream_in}")
@@ -385,7 +388,7 @@ async def _count_unrouted(bus: Bus) -> int:
     return sum((await count_by_subject(bus.connection, bus.names.stream_out, bus.names.out("*"))).values())
 
 
-async def _republish_unrouted(bus: Bus) -> None:
+async def _republish_unrouted(bus: Bus, sealer: Sealer) -> None:
     """Publishes each of them again, oldest first, so that the transform routes it to its shard, and deletes the
     original.
 
@@ -395,20 +398,18 @@ async def _republish_unrouted(bus: Bus) -> None:
 
     async def republish() -> None:
         async for stored in bus.history.read(stream, bus.names.out("*")):
-            await bus.store(stored.subject, stored.data, _copy_headers(stored))
+            await bus.store(stored.subject, stored.data, _copy_headers(stored, sealer))
             await bus.delete_stored(stream, stored.seq)
 
     await bus.ask_jetstream(f"DIRECT.GET.{stream}", republish())
 
 
-def _copy_headers(stored: Stored) -> dict[str, str]:
+def _copy_headers(stored: Stored, sealer: Sealer) -> dict[str, str]:
     """A copy's id is derived from the original, so that a repeated copy is stored once. The copy has the original's
-    command id and age, so that its receipt and its expiry are those of the original."""
-    ident = stored.headers.get(H_COMMAND) or stored.headers.get(H_MSG_ID) or str(stored.seq)
-    sequence, stored_ms = original_position(stored.headers, stored.seq, stored.time_ms)
-    return forwardable_headers(stored.headers) | {
-        H_MSG_ID: f"astray:{stored.seq}:{stored.time_ms}:{digest(stored.data)}",
-        H_COMMAND: ident,
-        H_SEQUENCE: str(sequence),
-        H_SINCE_MS: str(stored_ms),
-    }
+    identity, so that its receipt and its expiry are those of the original."""
+    sandbox = stored.subject.rpartition(".")[2]
+    original = identity_of(stored.headers, stored.data, sandbox, stored.seq, stored.time_ms, sealer)
+    ident = original.id or stored.headers.get(H_MSG_ID) or str(stored.seq)
+    original = msgspec.structs.replace(original, id=ident)
+    headers = copy_headers(original, stored.headers, stored.data, sandbox, sealer)
+    return headers | {H_MSG_ID: f"astray:{stored.seq}:{stored.time_ms}:{digest(stored.data)}"}

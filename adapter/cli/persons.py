@@ -74,8 +74,8 @@ async def export(*, user: User, sandbox: MaybeSandbox = None) -> int:
     """Print everything of one person as JSON, a line for each message or record.
 
     It reads buckets that are closed to operators: run it with the adapter's credentials. What opens something
-    (tokens, keys) is masked. Of a checkpoint, which is sealed, only its size is shown; inbound dead letters are
-    opened with WECHAT_NATS_TOKEN_KEY. The lines hold what people wrote: guard them as such.
+    (tokens, keys) is masked. Of a checkpoint, which is sealed, only its size is shown; conversations and inbound
+    dead letters are opened with WECHAT_NATS_TOKEN_KEY. The lines hold what people wrote: guard them as such.
     """
     async with connected_bus() as bus:
 

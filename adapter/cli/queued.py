@@ -14,7 +14,7 @@ from adapter.cli.dead import drop_one, for_each
 from adapter.cli.exit_codes import OK
 from adapter.cli.options import Json, MaybeSandbox, flag
 from adapter.contract.names import H_COMMAND, H_MSG_ID, Names
-from adapter.conversation.commands import Limits, command_id, salvage_ids
+from adapter.outbound.commands import Limits, command_id, salvage_ids
 from adapter.ports import Stored
 
 app = App(name="queue", help="Commands that wait to be sent: list, delete.")

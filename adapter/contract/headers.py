@@ -7,7 +7,7 @@ import re
 from collections.abc import Mapping
 from itertools import islice
 
-from adapter.contract.names import H_SINCE_MS, H_TRACEPARENT
+from adapter.contract.names import H_TRACEPARENT
 
 _HEADER = re.compile(r"[A-Za-z0-9_.-]{1,64}")
 _SERVERS = ("nats-", "kv-", "status", "description")
@@ -29,8 +29,6 @@ def forwardable_headers(headers: Mapping[str, str]) -> dict[str, str]:
         for name, value in headers.items()
         if _HEADER.fullmatch(name) and not name.lower().startswith(_SERVERS) and len(value) <= HEADER_CHARS
     }
-    if len(kept) > HEADERS_KEPT and H_SINCE_MS in kept:  # the router's headers come last
-        kept = {H_SINCE_MS: kept[H_SINCE_MS], **kept}
     return dict(islice(kept.items(), HEADERS_KEPT))
 
 

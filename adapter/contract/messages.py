@@ -225,7 +225,11 @@ class Outbound(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
 
     id: Annotated[
         CommandId | None,
-        Meta(description="Idempotency key. Default: the header Nats-Msg-Id, else the stream sequence."),
+        Meta(
+            description="Idempotency key: a command with the `id` of one of its user's last 32 that ended, and not as"
+            " refused, is not sent; its receipt has `repeat_of`. Default: the header Nats-Msg-Id, else the stream"
+            " sequence, which only name the command."
+        ),
     ] = None
     sandbox: Annotated[
         SandboxId | None,
@@ -293,21 +297,28 @@ class Receipt(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
         Meta(description="The command's sequence in WECHAT_OUT, as in its publish ack; an id may be used again."),
     ] = 0
     reply_to: Annotated[str, Meta(description="As the command named it; empty where it is not known.")] = ""
+    repeat_of: Annotated[
+        int,
+        Meta(
+            description="Sequence of the earlier command with the same `id`, whose outcome this is: this one is not"
+            " sent. 0: it is no repeat."
+        ),
+    ] = 0
     outcome: Annotated[
         Outcome,
         Meta(
             description="accepted: iLink answered with a message id. accepted_unconfirmed: success without an id;"
             " WeChat often drops it, and it is never resent. refused: will not be sent. uncertain: sent without an"
-            " answer, also after one repeat with the same id. dead_lettered: unreadable, or every attempt failed; see"
-            " WECHAT_DEAD. parked (not final): waits for the user or the login."
+            " answer, also to one repeat with the same client_id. dead_lettered: unreadable, or the adapter failed on"
+            " it; see WECHAT_DEAD. parked (not final): waits for the user or the login."
         ),
     ]
     reason: Annotated[
         str,
         Meta(
             description="invalid, not_bound, ambiguous_bot, other_user, window_closed, quota, reserved, throttled,"
-            " needs_login, too_long, expired, rejected, unreadable, too_large, unreachable, crashed, backlog, media;"
-            " empty when accepted."
+            " needs_login, too_long, expired, rejected, unreadable, too_large, crashed, backlog, media; empty when"
+            " accepted."
         ),
     ] = ""
     detail: Annotated[str, Meta(description="One sentence for people.")] = ""

@@ -18,12 +18,12 @@ import structlog
 
 from adapter.content.dedup import KEEP, KEEP_MS, SIZE
 from adapter.contract.names import H_BOT, H_SEEN, Names
-from adapter.conversation.rules import InboundReceived
 from adapter.errors import UNDECODABLE, Refused, Temporary
 from adapter.inbound.checkpoint import Checkpoint
 from adapter.inbound.sealed import unseal
 from adapter.kit.batches import Batches
 from adapter.kit.timing import Clock
+from adapter.outbound.window import InboundReceived
 from adapter.ports import Archive, Stored
 from adapter.security.seal import Sealer
 
@@ -171,7 +171,7 @@ def _print_of(stored: Stored) -> bytes:
 
 
 class Folds:
-    """The inboxes of one shard, from when this replica took it. Implements conversation.shard.Folds.
+    """The inboxes of one shard, from when this replica took it. Implements outbound.shard.Folds.
 
     Messages that this replica publishes itself need not be read: `receive` gives them to their conversations.
     """

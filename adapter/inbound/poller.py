@@ -216,7 +216,7 @@ class BotPoller:
         """Why it is in this state, if that is not the usual one."""
         self.checkpoint: Checkpoint | None = None
         """Set once the bot is taken."""
-        self._is_folded = False
+        self._is_folded = self._is_folding = False
         """The conversations and the checkpoint know what the inbox has behind the stored checkpoint."""
         self._folded_to: int | None = None
         """Sequence of the inbox up to which it was read, not published, here; None: it was not read."""
@@ -259,7 +259,7 @@ class BotPoller:
     @property
     def is_taken(self) -> bool:
         """No other replica publishes messages of the bot, and those of former owners are known."""
-        return self.checkpoint is not None and self._is_folded
+        return self.checkpoint is not None and self._is_folded and not self._is_folding
 
     @property
     def has_answer(self) -> bool:
@@ -429,7 +429,7 @@ class BotPoller:
             binding = self._bindings.serving(self.bot)
             if binding is None:
                 return
-            self._is_folded = True  # unless something arrives meanwhile
+            self._is_folded = self._is_folding = True  # unless something arrives meanwhile
             try:
                 if (shard := await deps.open_shard(binding.sandbox)) is None:
                     raise LeaseLost("shard_lost", self.bot)
@@ -439,6 +439,8 @@ class BotPoller:
             except BaseException:
                 self._is_folded = False
                 raise
+            finally:
+                self._is_folding = False
             self._folded_to = high
             lines = [line for line in lines if line not in checkpoint.seen]
             if high > checkpoint.inbox_seq:

@@ -12,9 +12,9 @@ import msgspec
 
 from adapter.contract.names import Names, from_subject_token
 from adapter.contract.records import Reader
-from adapter.conversation.record import ConversationRecord
 from adapter.errors import UNDECODABLE, Refused
 from adapter.inbound.checkpoint import lowered_checkpoint
+from adapter.outbound.store import open_record, seal_record
 from adapter.ports import History, Stored
 from adapter.security.seal import Sealer
 
@@ -31,7 +31,7 @@ class Above(NamedTuple):
 
 
 async def find_above(history: History, names: Names, sealer: Sealer) -> tuple[list[Above], int]:
-    """The keys with such positions, and the number of checkpoints that no key of `sealer` opens. Raises Temporary."""
+    """The keys with such positions, and the number of records that no key of `sealer` opens. Raises Temporary."""
     buckets = (names.checkpoints, names.conversations, names.readers)
     found = [
         (bucket, stored)
@@ -60,17 +60,16 @@ def _lowered(bucket: str, key: str, stored: Stored, last: int, names: Names, sea
     """None: the position is not above. Raises Refused, UNDECODABLE."""
     if bucket == names.checkpoints:
         return lowered_checkpoint(from_subject_token(key), stored.data, last, sealer)
-    record: Reader | ConversationRecord
     if bucket == names.readers:
         reader = msgspec.json.decode(stored.data, type=Reader)
         if reader.handled <= last:
             return None
         # the reader's number is the revision of the write that made it
-        record = msgspec.structs.replace(reader, handled=last, reader=reader.reader or stored.seq)
-    else:
-        record = msgspec.json.decode(stored.data, type=ConversationRecord)
-        if max(record.inbox_seq, record.window.sequence) <= last:
-            return None
-        window = msgspec.structs.replace(record.window, sequence=min(record.window.sequence, last))
-        record = msgspec.structs.replace(record, inbox_seq=min(record.inbox_seq, last), window=window)
-    return msgspec.json.encode(record)
+        lowered = msgspec.structs.replace(reader, handled=last, reader=reader.reader or stored.seq)
+        return msgspec.json.encode(lowered)
+    record = open_record(key, stored.data, sealer)
+    if max(record.inbox_seq, record.window.sequence) <= last:
+        return None
+    window = msgspec.structs.replace(record.window, sequence=min(record.window.sequence, last))
+    record = msgspec.structs.replace(record, inbox_seq=min(record.inbox_seq, last), window=window)
+    return seal_record(key, record, sealer)

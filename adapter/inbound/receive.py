@@ -11,7 +11,7 @@ from __future__ import annotations
 import base64
 from collections.abc import Awaitable, Callable, Sequence
 from functools import partial
-from typing import NamedTuple, Protocol, TypeVar
+from typing import NamedTuple, TypeVar
 
 import msgspec
 import structlog
@@ -34,11 +34,6 @@ from adapter.contract.names import (
     digest,
 )
 from adapter.contract.records import Binding
-from adapter.conversation import rules, window
-from adapter.conversation.actor import ConversationActor
-from adapter.conversation.record import ConversationRecord, SendWindow
-from adapter.conversation.rules import InboundReceived
-from adapter.conversation.shard import Folds
 from adapter.errors import AdapterError, BusRefused, Crashed, LeaseLost, RecordTooNew, Temporary, Unreadable
 from adapter.inbound.checkpoint import Checkpoint, Checkpoints
 from adapter.inbound.fold import InboxReader
@@ -48,6 +43,11 @@ from adapter.kit.crashes import ATTEMPTS, retry_on_bug_now
 from adapter.kit.timing import Clock, PerTickLimiter, backoff
 from adapter.observability.events import Events
 from adapter.observability.metrics import Metrics
+from adapter.outbound import window
+from adapter.outbound.conversation import Conversation
+from adapter.outbound.record import ConversationRecord, SendWindow
+from adapter.outbound.shard import Shard
+from adapter.outbound.window import InboundReceived
 from adapter.ownership.leases import Leases
 from adapter.ports import Archive, Bus, InboundMessage, MediaRef, Message, Polled, PubAck
 from adapter.security.seal import Sealer, dead_context
@@ -69,18 +69,6 @@ OTHER_HEADERS = 1024
 OTHER_USERS = 8
 """Most users of a bot beside its own, for each owner: iLink binds a bot to one user, and each user costs a
 conversation."""
-
-
-class Shard(Protocol):
-    """A shard that this replica owns."""
-
-    folds: Folds
-
-    async def conversation(self, binding: Binding, user: str) -> ConversationActor:
-        """Raises Temporary."""
-
-    def show_typing(self, binding: Binding, user: str, context_token: str) -> None:
-        """Shows the typing indicator. Best effort."""
 
 
 _NOBODY = ConversationRecord()
@@ -129,7 +117,7 @@ class _Read(msgspec.Struct):
     payload: bytes = b""
     """What is published; empty: nothing."""
     headers: dict[str, str] = {}
-    actor: ConversationActor | None = None
+    conversation: Conversation | None = None
     sequence: int = 0
     """In the inbox."""
     crashes: int = 0
@@ -213,7 +201,7 @@ class Receiver:
     async def _store(self, read: Sequence[_Read], received_ms: int, checkpoint: Checkpoint) -> None:
         """Stores messages and gives them to their conversations. Raises LeaseLost."""
         deps, binding = self._deps, await self._find_binding()
-        held: list[ConversationActor] = []
+        held: list[Conversation] = []
         if binding is not None and binding.sandbox != checkpoint.sandbox:
             await self._retry(partial(deps.inboxes.move, checkpoint, binding.sandbox))
             await self._retry(checkpoint.save)
@@ -226,8 +214,8 @@ class Receiver:
             if binding is not None:
                 self._update_conversations(read, binding, shard, received_ms, checkpoint)
         finally:
-            for actor in held:
-                actor.holds -= 1
+            for conversation in held:
+                conversation.holds -= 1
         lines = [
             one.fingerprint or one.message.keys.fingerprint(received_ms)
             for one in read
@@ -248,7 +236,7 @@ class Receiver:
         return binding
 
     async def _address(
-        self, read: Sequence[_Read], binding: Binding | None, held: list[ConversationActor]
+        self, read: Sequence[_Read], binding: Binding | None, held: list[Conversation]
     ) -> Shard | None:
         """Finds who gets each message, and opens their conversations, each of which is added to `held`. None: the
         shard is another replica's, whose conversations find the message in the inbox. Raises LeaseLost."""
@@ -272,18 +260,21 @@ class Receiver:
                 continue
             if not binding.user:
                 binding = await self._retry(partial(self._learn_user, binding, user))
-            if shard is not None and (actor := await self._open_conversation(shard, binding, user)) is not None:
-                actor.holds += 1
-                held.append(actor)
+            if (
+                shard is not None
+                and (conversation := await self._open_conversation(shard, binding, user)) is not None
+            ):
+                conversation.holds += 1
+                held.append(conversation)
                 for one in messages:
-                    one.actor = actor
+                    one.conversation = conversation
         return shard
 
-    async def _open_conversation(self, shard: Shard, binding: Binding, user: str) -> ConversationActor | None:
+    async def _open_conversation(self, shard: Shard, binding: Binding, user: str) -> Conversation | None:
         """None: a bug, or a record that only a newer replica knows; the message goes on without it. Raises
         LeaseLost."""
         try:
-            return await self._retry(partial(shard.conversation, binding, user))
+            return await self._retry(partial(shard.conversation, binding.sandbox, user, self.bot))
         except (RecordTooNew, LeaseLost) as exc:
             if isinstance(exc, LeaseLost):
                 raise
@@ -339,8 +330,8 @@ class Receiver:
                 one.items = name_media(sandbox, message.user, one.id, one.items, one.fetches)
             else:
                 one.items, one.fetches = _without_media(one.items, one.fetches), ()
-        if quote is not None and message.reference is not None and one.actor is not None:
-            sent = next((sent for sent in one.actor.state.record.sent if sent.id in message.reference.ids), None)
+        if quote is not None and message.reference is not None and one.conversation is not None:
+            sent = next((sent for sent in one.conversation.record.sent if sent.id in message.reference.ids), None)
             if sent is not None:
                 quote = resolve_quote(quote, message.reference, sent=sent.text, kind=sent.kind)
         inbound = Inbound(
@@ -373,10 +364,10 @@ class Receiver:
 
     def _opened_window(self, one: _Read, now_ms: int) -> contract.Window:
         """The window that the message opens. A bug costs the window, not the message."""
-        actor, message = one.actor, one.message
+        conversation, message = one.conversation, one.message
         assert message is not None
-        record = actor.state.record if actor is not None else _NOBODY
-        in_flight = 0 if actor is None else int(actor.state.activity is rules.Activity.SENDING)
+        record = conversation.record if conversation is not None else _NOBODY
+        in_flight = 0 if conversation is None else int(conversation.is_sending)
         used = in_flight or record.window.sent_at_ms or record.window.throttled_at_ms
         is_whole = bool(message.context_token) and not used
         if is_whole and self._whole[0] == now_ms:  # as that of another message of this answer
@@ -385,7 +376,7 @@ class Receiver:
             if is_whole:
                 opened = ConversationRecord(token=message.context_token, window=SendWindow(opened_ms=now_ms))
             else:
-                opened = rules.apply_inbound(record, _as_inbound(one, self.bot, MAX_SEQ, now_ms), now_ms, in_flight)
+                opened = window.open_window(record, _as_inbound(one, self.bot, MAX_SEQ, now_ms), now_ms, in_flight)
             shown = window.visible_window(opened, now_ms, self._deps.policy)
             if is_whole:
                 self._whole = now_ms, shown
@@ -542,19 +533,19 @@ class Receiver:
                 if one.fetches:
                     deps.media.fetch_soon(binding.sandbox, message.user, one.id, one.items, one.fetches)
         is_given = shard is not None
-        for user, (one, token) in newest.items():
-            if shard is None or one.actor is None or one.actor.is_stopped:
+        for one, token in newest.values():
+            if shard is None or one.conversation is None or one.conversation.is_stopped:
                 is_given = False
                 continue
             try:
-                one.actor.on_inbound(_as_inbound(one, self.bot, one.sequence, received_ms, token))
+                one.conversation.on_inbound(_as_inbound(one, self.bot, one.sequence, received_ms, token))
             except Exception:  # it costs the window, not the message
                 log.exception("inbound.crashed", bot=self.bot, message=one.id)
             if binding.options.auto_typing:
-                shard.show_typing(binding, user, token)
+                shard.show_typing(one.conversation)
         for one in read:
-            if one.outcome == "repeat" and one.actor is not None and one.message is not None:
-                one.actor.on_repeat(one.id, one.message.context_token)
+            if one.outcome == "repeat" and one.conversation is not None and one.message is not None:
+                one.conversation.on_repeat(one.id, self.bot, one.message.context_token)
         last = max((one.sequence for one, _ in newest.values()), default=0)
         deps.inboxes.reached = max(deps.inboxes.reached, last)
         if is_given:  # otherwise the next owner reads it

@@ -52,9 +52,20 @@ DELIVERED = "$JS.ACK."
 class Delivery:
     """Implements ports.Delivery."""
 
-    __slots__ = ("_consumer", "_reply", "data", "headers", "number", "redelivered", "seq", "subject", "time_ms")
+    __slots__ = (
+        "_consumer",
+        "_reply",
+        "data",
+        "headers",
+        "is_old",
+        "number",
+        "redelivered",
+        "seq",
+        "subject",
+        "time_ms",
+    )
 
-    def __init__(self, consumer: Consumer, msg: Msg, redelivered_to: int, made_ms: int) -> None:
+    def __init__(self, consumer: Consumer, msg: Msg, redelivered_to: int, made_ms: int, old_to: int) -> None:
         tokens = msg.reply.split(".")
         base = 2 if len(tokens) < 11 else 4  # newer servers may add domain and account hash
         self._consumer = consumer
@@ -67,7 +78,8 @@ class Delivery:
         """Number of the delivery since the last reset of the consumer."""
         self.time_ms = int(tokens[base + 5]) // 1_000_000
         self.redelivered = self.seq <= redelivered_to or self.time_ms <= made_ms
-        """It was delivered before, so its outcome may be on the bus already."""
+        """It was delivered before, as far as the consumer knows."""
+        self.is_old = self.redelivered or self.seq <= old_to
 
     async def ack(self) -> None:
         """Acknowledges the message. After a lost acknowledgement it is redelivered with the next connect."""
@@ -115,6 +127,9 @@ class Consumer:
         """Number of the last delivery."""
         self._redelivered_to = 0
         """Stream sequence up to which messages may have been delivered before. The server forgets it at a reset."""
+        self._old_to = -1
+        """Newest sequence of the stream when this process read from it first; -1: it has not. A consumer in memory
+        forgets what it has delivered when its servers restart."""
         self._created_ms = 0
         """Creation time of the consumer. An earlier consumer may have delivered older messages."""
         self._wake = asyncio.Event()
@@ -169,6 +184,9 @@ class Consumer:
         """Has everything redelivered that is not acknowledged. Raises Temporary, BusRefused, LeaseLost."""
         self._check()
         info = await self._get_or_create()
+        if self._old_to < 0:
+            stream = await self.connection.api_request(f"STREAM.INFO.{self._stream}")
+            self._old_to = int(stream["state"]["last_seq"])
         self._created_ms = unix_ms(info["created"])
         if info.get("paused"):
             log.error("consumer.paused", consumer=self.name, detail="It delivers nothing until it is resumed.")
@@ -228,7 +246,7 @@ class Consumer:
 
     def _deliver(self, msg: Msg, on_delivery: Callable[[Delivery], None]) -> str:
         """Passes a delivery on. Returns why the pull is broken, or ""."""
-        delivery = Delivery(self, msg, self._redelivered_to, self._created_ms)
+        delivery = Delivery(self, msg, self._redelivered_to, self._created_ms, self._old_to)
         if delivery.number != self._last_delivery + 1:
             return LOST
         self._last_delivery = delivery.number

@@ -135,7 +135,7 @@ class Publisher:
         future, now = asyncio.get_running_loop().create_future(), self._clock.monotonic()
         entry = self._add_outstanding(message, self._stream_of(message), future, now)
         try:
-            await self._write_all([entry], alone=alone)
+            await self._write_all([entry], now, alone=alone)
             return await entry.future
         finally:
             self._remove_outstanding(entry)
@@ -152,7 +152,7 @@ class Publisher:
                 subject, stream = message.subject, self._stream_of(message)
             entries.append(self._add_outstanding(message, stream, loop.create_future(), now))
         try:
-            await self._write_all(entries, alone=alone)
+            await self._write_all(entries, now, alone=alone)
             acks: list[PubAck | BusRefused] = []
             for entry in entries:
                 try:
@@ -281,26 +281,26 @@ class Publisher:
             await self._clock.sleep(0.05)
         return entry.future.done()
 
-    async def _write_all(self, entries: Sequence[_Outstanding], *, alone: bool) -> None:
+    async def _write_all(self, entries: Sequence[_Outstanding], now: float, *, alone: bool) -> None:
         """Writes messages in this order. Those of an interrupted stream are left to `_recover`.
 
         `alone`: nothing else is outstanding, so the messages are flushed at once.
         """
         passed_check: Callable[[], None] | None = None
         """The `ensure_owner` that passed last; it and `now` are valid while no other code has run."""
-        now = self._clock.monotonic()
         posted: BusClient | None = None
         for entry in entries:
             if entry.stream.is_interrupted or entry.writes or entry.future.done():
                 continue
-            ensure_owner = entry.message.ensure_owner
+            message = entry.message
+            ensure_owner, reply = message.ensure_owner, f"{self._prefix}{entry.number}"
             if not self._check_preconditions(entry, None if ensure_owner is passed_check else ensure_owner, now):
                 continue
             passed_check, nc = ensure_owner, self._nc
             if (
                 nc is not None
                 and nc is self._connection.nc
-                and nc.enqueue_publish(*_publish_arguments(entry.message, f"{self._prefix}{entry.number}"))
+                and nc.enqueue_publish(message.subject, message.payload, reply, message.headers or None)
             ):
                 posted = nc
             else:
@@ -339,12 +339,13 @@ class Publisher:
         return True
 
     async def _publish(self, entry: _Outstanding) -> None:
-        nc = self._connection.nc
+        nc, message = self._connection.nc, entry.message
         if nc is None:
             self._interrupt(entry.stream)
             return
         try:
-            await nc.publish(*_publish_arguments(entry.message, f"{self._prefix}{entry.number}"))
+            reply = f"{self._prefix}{entry.number}"
+            await nc.publish(message.subject, message.payload, reply, message.headers or None)
         except (BadHeaderError, BadSubjectError, MaxPayloadError, UnicodeError) as exc:
             # it can never be written, and must not block the messages behind it
             entry.stream.refused.inc()
@@ -394,11 +395,6 @@ class Publisher:
         entry.future.set_result(ack)
         stream.stored.inc()
         stream.took.observe(self._clock.monotonic() - entry.first_sent_at)
-
-
-def _publish_arguments(message: Message, reply: str) -> tuple[str, bytes, str, dict[str, str] | None]:
-    """Arguments of nats-py's `publish`."""
-    return message.subject, message.payload, reply, message.headers or None
 
 
 def _headers_size(headers: dict[str, str]) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections import Counter, OrderedDict, deque
+from collections import OrderedDict, deque
 from collections.abc import AsyncIterator
 
 
@@ -15,12 +15,12 @@ class FairSlots:
         """`share`: most slots of one sandbox."""
         self._free = slots
         self._share = share
-        self._used: Counter[str] = Counter()
+        self._used: dict[str, int] = {}
         self._waiting: OrderedDict[str, deque[asyncio.Future[None]]] = OrderedDict()
 
     def try_acquire(self, sandbox: str) -> bool:
         """Takes a slot if one is free and no other caller waits for it."""
-        if self._free and self._used[sandbox] < self._share and sandbox not in self._waiting:
+        if self._free and self._used.get(sandbox, 0) < self._share and sandbox not in self._waiting:
             self._use_slot(sandbox)
             return True
         return False
@@ -41,9 +41,8 @@ class FairSlots:
     def release(self, sandbox: str) -> None:
         """Releases a slot."""
         self._free += 1
-        self._used[sandbox] -= 1
-        if not self._used[sandbox]:
-            del self._used[sandbox]
+        if (used := self._used.pop(sandbox) - 1) > 0:
+            self._used[sandbox] = used
         self._grant_free_slots()
 
     @contextlib.asynccontextmanager
@@ -57,7 +56,7 @@ class FairSlots:
 
     def _use_slot(self, sandbox: str) -> None:
         self._free -= 1
-        self._used[sandbox] += 1
+        self._used[sandbox] = self._used.get(sandbox, 0) + 1
 
     def _grant_free_slots(self) -> None:
         """Gives free slots to waiting sandboxes in turn."""
@@ -67,7 +66,7 @@ class FairSlots:
             sandbox, waiters = next(iter(self._waiting.items()))
             while waiters and waiters[0].done():
                 waiters.popleft()
-            if waiters and self._used[sandbox] < self._share:
+            if waiters and self._used.get(sandbox, 0) < self._share:
                 self._use_slot(sandbox)
                 waiters.popleft().set_result(None)
             if waiters:

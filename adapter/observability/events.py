@@ -90,11 +90,19 @@ class Events:
         msg_id = f"erased:{event.sandbox}:{event.person}:{event.request or event.at_ms}"
         await self._publish_event("erased", event, msg_id)
 
-    async def publish_receipt(self, receipt: contract.Receipt, *, traceparent: str, expected: int) -> int:
+    async def publish_receipt(
+        self,
+        receipt: contract.Receipt,
+        *,
+        traceparent: str,
+        expected: int,
+        ensure_owner: Callable[[], None] | None = None,
+    ) -> int:
         """Publishes a receipt. Returns its sequence. `traceparent`: that of the command, whose trace it continues.
 
         `expected`: sequence of the subject's last receipt; 0: none. A receipt that the stream refuses is shortened,
-        then it becomes a dead letter (0). Raises Conflict; Temporary if nothing of it can be stored.
+        then it becomes a dead letter (0). `ensure_owner`: as in ports.Message. Raises Conflict; Temporary if nothing
+        of it can be stored; what `ensure_owner` raises.
         """
         receipt = msgspec.structs.replace(receipt, at_ms=self._clock.now_ms())
         # the id has `expected` and outcome: another receipt must meet the comparison, which comes after that of ids
@@ -108,7 +116,7 @@ class Events:
         subject = self._names.receipt(receipt.sandbox, receipt.command, receipt.sequence)
         payload = msgspec.json.encode(receipt)
         try:
-            ack = await self._publish_shortened(Message("event", subject, payload, kept), receipt)
+            ack = await self._publish_shortened(Message("event", subject, payload, kept, ensure_owner), receipt)
         except Conflict:
             raise
         except BusRefused as exc:

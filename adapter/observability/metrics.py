@@ -23,7 +23,7 @@ REFUSED = (
     "invalid not_bound ambiguous_bot other_user window_closed quota reserved throttled needs_login too_long "
     "expired rejected backlog media"
 )
-DEAD = "unreadable too_large unreachable crashed"
+DEAD = "unreadable too_large crashed"
 STATES = "waiting taking polling storing throttled paused retrying stale needs_login releasing"
 PARKED = "window_closed quota throttled needs_login"
 KINDS = "text media typing unreadable"
@@ -77,7 +77,7 @@ class Metrics:
         )
         self.tasks = self._gauge(
             "tasks",
-            "Tasks of the event loop. poller: one per bot; conversation: one per conversation that sends commands.",
+            "Tasks of the event loop. poller: one per bot; conversation: one per conversation with commands.",
             kind=TASKS,
         )
 
@@ -183,7 +183,7 @@ class Metrics:
         )
         self.outbound_duration = self._histogram(
             "outbound_duration_seconds",
-            "Time from the storage of a command to its final outcome, without the time parked. failed: dead-lettered"
+            "Time from the storage of a command that was never parked to its final outcome. failed: dead-lettered"
             " or uncertain; settled: every other outcome.",
             _MESSAGE_S,
             outcome="settled failed",

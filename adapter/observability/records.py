@@ -13,7 +13,7 @@ from adapter.errors import UNDECODABLE, RecordTooNew
 log = structlog.get_logger()
 
 SAID_KEPT = 10_000
-"""Most records of a newer version of which a replica remembers that it has logged them."""
+"""Most lines about records of which a replica remembers that it has logged them."""
 R = TypeVar("R", bound=PrivateRecord)
 
 
@@ -27,7 +27,7 @@ class RecordDecoder(Generic[R]):
     def __init__(self, kind: type[R]) -> None:
         self._decoder = msgspec.json.Decoder(kind)
         self._version = int(kind.__struct_config__.tag or 0)
-        self._said: set[tuple[str, ...]] = set()
+        self._said: set[tuple[str | int, ...]] = set()
 
     def decode(self, value: bytes, **names: str) -> R:
         """Raises RecordTooNew, which is logged once for each record, and UNDECODABLE for what the adapter has not
@@ -38,13 +38,18 @@ class RecordDecoder(Generic[R]):
             version = _version_in(value)
             if version <= self._version:
                 raise
-            if (record := tuple(names.values())) not in self._said:
-                if len(self._said) >= SAID_KEPT:
-                    self._said.clear()
-                self._said.add(record)
-                log.error("record.too_new", version=version, known=self._version, **names)
+            self.say_once("record.too_new", version=version, known=self._version, **names)
             detail = f"A record has version {version}, this replica knows {self._version}."
             raise RecordTooNew("record_too_new", detail) from exc
+
+    def say_once(self, event: str, **fields: str | int) -> None:
+        """Logs an error, once with the same fields."""
+        if (said := (event, *fields.values())) in self._said:
+            return
+        if len(self._said) >= SAID_KEPT:
+            self._said.clear()
+        self._said.add(said)
+        log.error(event, **fields)
 
 
 def _version_in(value: bytes) -> int:

@@ -7,8 +7,9 @@ the same command that is already stored counts as one's own.
 
 from __future__ import annotations
 
+import asyncio
 import random
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 import msgspec
@@ -17,10 +18,11 @@ import structlog
 from adapter.contract import messages as contract
 from adapter.contract.messages import Receipt
 from adapter.contract.names import Names
-from adapter.conversation.record import CommandRef
-from adapter.conversation.rules import CommandResult
 from adapter.errors import UNDECODABLE, BusRefused, Conflict, Temporary
+from adapter.kit.batches import Batches
 from adapter.observability.events import Events
+from adapter.outbound.record import CommandRef
+from adapter.outbound.sending import CommandResult
 from adapter.ports import History, Stored
 
 log = structlog.get_logger()
@@ -53,6 +55,8 @@ class Receipts:
         self._events = events
         self._history = history
         self._names = names
+        self._lasts = Batches(self._read_lasts)
+        """Of the commands of many conversations, in one request."""
 
     async def publish(
         self,
@@ -64,17 +68,22 @@ class Receipts:
         *,
         reply_to: str = "",
         expected: int = 0,
+        ensure_owner: Callable[[], None] | None = None,
     ) -> int:
         """Publishes a receipt. Returns its sequence in WECHAT_EVENT. `reply_to`: the message that the
         command answers.
 
-        `expected`: sequence of the receipt before it; 0: none. Raises Temporary.
+        `expected`: sequence of the receipt before it; 0: none. `ensure_owner`: as in ports.Message. Raises Temporary,
+        and what `ensure_owner` raises.
         """
         receipt = _receipt(ref, result, address, shown, reply_to)
         while True:
             try:
-                sequence = await self._events.publish_receipt(receipt, traceparent=traceparent, expected=expected)
-                await self._purge_sometimes(address.sandbox)
+                sequence = await self._events.publish_receipt(
+                    receipt, traceparent=traceparent, expected=expected, ensure_owner=ensure_owner
+                )
+                if random.random() * PURGE_EVERY < 1:
+                    await self._purge(address.sandbox)
                 return sequence
             except Conflict:
                 last = await self._history.read_last(self._names.stream_event, self._subject(address.sandbox, ref))
@@ -83,11 +92,8 @@ class Receipts:
                 return last.seq
             expected = last.seq if last else 0
 
-    async def _purge_sometimes(self, sandbox: str) -> None:
-        """Purges receipts beyond the limit at random, on average every 10,000th time. Counters would need memory for
-        every sandbox that ever existed."""
-        if random.random() * PURGE_EVERY >= 1:
-            return
+    async def _purge(self, sandbox: str) -> None:
+        """Purges receipts beyond the limit, by chance: counters would need memory for every sandbox ever."""
         try:
             await self._history.purge(self._names.stream_event, self._names.receipts(sandbox), keep=RECEIPTS_KEPT)
         except (Temporary, BusRefused) as exc:
@@ -95,13 +101,18 @@ class Receipts:
 
     async def find(self, sandbox: str, refs: Iterable[CommandRef]) -> dict[int, StoredReceipt]:
         """The newest receipts of these commands, by the commands' sequences. Raises Temporary."""
-        refs_by_subject = {self._subject(sandbox, ref): ref for ref in refs}
+        refs = list(refs)
         found: dict[int, StoredReceipt] = {}
-        for last in await self._history.read_last_of_each(self._names.stream_event, list(refs_by_subject)):
-            receipt, ref = _read(last), refs_by_subject[last.subject]
-            if receipt is not None and _is_of(receipt, ref):
+        lasts = await asyncio.gather(*(self._lasts.get(self._subject(sandbox, ref)) for ref in refs))
+        for ref, last in zip(refs, lasts, strict=True):
+            receipt = _read(last)
+            if last is not None and receipt is not None and _is_of(receipt, ref):
                 found[ref.sequence] = StoredReceipt(last.seq, receipt)
         return found
+
+    async def _read_lasts(self, subjects: Sequence[str]) -> Mapping[str, Stored]:
+        lasts = await self._history.read_last_of_each(self._names.stream_event, subjects)
+        return {last.subject: last for last in lasts}
 
     async def last(self, sandbox: str, command: str, sequence: int | None) -> Receipt | None:
         """The newest receipt of a command; without its sequence, of any command with this id. Raises Temporary."""
@@ -123,6 +134,7 @@ def result_of(receipt: Receipt) -> CommandResult:
         receipt.ret,
         receipt.errcode,
         receipt.errmsg,
+        receipt.repeat_of,
     )
 
 
@@ -144,6 +156,7 @@ def _receipt(
         errmsg=result.errmsg,
         window=shown,
         reply_to=reply_to,
+        repeat_of=result.repeat_of,
         attempts=result.attempts,
         received_at_ms=ref.stored_ms,
     )

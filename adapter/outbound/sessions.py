@@ -1,17 +1,25 @@
-"""Whether a bot's session with iLink is alive, by its poller or by `notifystart`."""
+"""Whether a bot's session with iLink is alive, by its poller or by `notifystart`, and when iLink accepts sends."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Protocol
 
+import structlog
+
 from adapter.bindings.registry import Bindings
 from adapter.contract.records import Binding
-from adapter.errors import Refused, SessionExpired, Temporary, Uncertain
-from adapter.kit.timing import Clock
+from adapter.errors import AdapterError, Refused, SessionExpired, Temporary, Uncertain
+from adapter.kit.tasks import TaskSet
+from adapter.kit.timing import ChangeSignal, Clock
 from adapter.ports import Account, Chat
 
+log = structlog.get_logger()
+
 LOOK_S = 0.2
+RESTART_EVERY_S = 60.0
+"""Shortest time between two restarts of a bot's session."""
 POLLED_WITHIN_S = 90.0
 """A bot that is not polled for so long, for instance while a stream is full, counts as not alive for now."""
 
@@ -48,6 +56,9 @@ class BotSessions:
         self._account = account
         self._pollers = pollers
         self._clock = clock
+        self._restarts = TaskSet(_report)
+        self._restarted: dict[str, float] = {}
+        """Monotonic times by bot, oldest first, of the last RESTART_EVERY_S."""
 
     def is_recovering(self, bot: str) -> bool:
         return self._pollers().is_stale(bot)
@@ -84,3 +95,43 @@ class BotSessions:
                 return False
             await self._clock.sleep(LOOK_S)
         return True
+
+    def restart_soon(self, bot: str) -> None:
+        """Announces the bot by `notifystart`, at most once a minute: iLink may refuse the sends of a degraded session
+        until then (docs/reference/ilink-protocol.md, "Refused sends"). Best effort."""
+        now = self._clock.monotonic()
+        while self._restarted and now - self._restarted[oldest := next(iter(self._restarted))] >= RESTART_EVERY_S:
+            del self._restarted[oldest]
+        binding = self._bindings.serving(bot)
+        if bot not in self._restarted and binding is not None:
+            self._restarted[bot] = now
+            self._restarts.spawn(self._restart(binding))
+
+    async def _restart(self, binding: Binding) -> None:
+        try:
+            await self._chat.notify(self._account(binding), start=True)
+        except AdapterError as exc:
+            log.debug("restart.failed", bot=binding.bot, reason=exc.reason)
+
+
+def _report(exc: BaseException) -> None:
+    log.error("task.crashed", task="restart", exc_info=exc)
+
+
+class AcceptedSends:
+    """When iLink last accepted a send, by base URL. Nothing else is shared between tenants: a send without an answer
+    is repeated once anybody's send to the same place was accepted."""
+
+    def __init__(self, clock: Clock) -> None:
+        self.changed = ChangeSignal()
+        self._clock = clock
+        self._last: dict[str, float] = {}
+
+    def note(self, base_url: str) -> None:
+        """iLink answered `ret` 0."""
+        self._last[base_url] = self._clock.monotonic()
+        self.changed.notify_all()
+
+    def since(self, base_url: str, monotonic: float) -> bool:
+        """Whether a send was accepted there at that time or later."""
+        return self._last.get(base_url, -math.inf) >= monotonic

@@ -1,96 +1,454 @@
-"""The shard port of conversations: ownership, the bots that serve users, and the ends of commands."""
+"""The commands of one shard, from when this replica owns it until it does not.
+
+`on_delivery` gets each command from the shard's consumer and decides at once whose it is: it joins the queue of its
+conversation, or ends here, before anything is opened, if nobody is served by it. Commands of a bot whose user is not
+known wait here (`_held`), where they expire. A command stays unacknowledged in `WECHAT_OUT` until its final receipt
+is stored. The body of one that waits for its user, or for which there is no room, is dropped, and read again by its
+sequence when its turn comes.
+
+The consumer delivers again what a former owner has not acknowledged. Such a command, and a copy by the router, may
+have been worked on: its receipt is looked up before anything is done about it, and where nobody is served by it, the
+sandbox's records are searched for it, since a command that was being sent belongs to that conversation.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Callable, Sequence
-from typing import Protocol
+import math
+from collections import Counter
+from collections.abc import Awaitable, Callable, Collection, Iterator, Mapping, Sequence
+from functools import partial
+from typing import NamedTuple, Protocol, TypeVar
 
+import msgspec
 import structlog
 
 from adapter.bindings.registry import Bindings
 from adapter.contract import messages as contract
+from adapter.contract.headers import author_traceparent, command_traceparent
+from adapter.contract.names import H_COMMAND, H_MSG_ID, H_TRACEPARENT, UNROUTED, Names
 from adapter.contract.records import Binding
-from adapter.conversation.rules import Body, Bot, CommandResult, Conversation, InboundReceived, QueuedCommand
-from adapter.conversation.shard import Folds
-from adapter.errors import LeaseLost, Refused
+from adapter.errors import BusRefused, Crashed, LeaseLost, RecordTooNew, Refused, Temporary, Unreadable
+from adapter.kit.batches import Batches
+from adapter.kit.persist import persist
+from adapter.kit.slots import FairSlots
 from adapter.kit.tasks import TaskSet
-from adapter.kit.timing import wait_any
-from adapter.outbound.endings import CommandEndings
-from adapter.outbound.ledger import CommandLedger
-from adapter.outbound.reading import BodyLoader
-from adapter.outbound.receipts import Address
+from adapter.kit.timing import ChangeSignal, Clock, PerTickLimiter
+from adapter.observability.events import Events
+from adapter.observability.metrics import Metrics
+from adapter.outbound import sending, window
+from adapter.outbound.commands import (
+    Command,
+    Limits,
+    Part,
+    client_id_base,
+    command_id,
+    decode_command,
+    read_command,
+    salvage_ids,
+)
+from adapter.outbound.conversation import Conversation
+from adapter.outbound.copies import identity_of
+from adapter.outbound.receipts import Address, Receipts, is_final, result_of
+from adapter.outbound.record import CommandRef, ConversationRecord
+from adapter.outbound.sending import Bot, CommandResult, QueuedCommand, SendPolicy
+from adapter.outbound.sessions import AcceptedSends, BotSessions
+from adapter.outbound.store import ConversationStore
 from adapter.outbound.typing_indicator import TypingIndicators
+from adapter.outbound.uploads import Uploads
+from adapter.outbound.window import InboundReceived
 from adapter.ownership.leases import Leases
-from adapter.ports import Account
+from adapter.ownership.tenure import Tenure
+from adapter.ports import Account, Archive, Chat, Delivery
+from adapter.security.seal import Sealer
 
 log = structlog.get_logger()
 
-PAUSED_S = 5.0
-"""Longest wait for the lease before it is checked again."""
+T = TypeVar("T")
+
+BODY_BYTES = 8 * 1024 * 1024
+"""Bytes of bodies that a shard holds in memory."""
+DEAD_LETTERS = 4
+"""Dead letters of a shard that are written at the same time; each may be large."""
+STORED_WITHIN_S = 1.0
+"""Delay before an inbound message is stored in its record. It covers later messages."""
+MISSING_CONFIRM_S = 10.0
+"""Time after which a waiting command that the stream does not have is gone. A cluster that is losing its leaders may
+not show all messages, and later commands overtake one that is taken for gone."""
+DRAIN_S, CANCEL_GRACE_S = 5.0, 1.0
+"""Time to hide typing indicators and store records at the end, and for cancelled tasks to end."""
+MAX_NAME = 64
+"""Most characters of a sandbox's name (names.SANDBOX_PATTERN)."""
+MAX_REPLY_TO = 256
+"""Most characters of an inbound message's id: a bot's name, and iLink's id of it or a digest."""
 
 
-class Sessions(Protocol):
-    """State of the bots' sessions with iLink."""
+class Folds(Protocol):
+    """What the inboxes of a shard have that its conversations may not know."""
 
-    def is_recovering(self, bot: str) -> bool:
-        """Whether a refused token is being retried; nothing may be sent with it."""
+    async def newest_of(self, sandbox: str, user: str, after: int, *, again: bool = False) -> InboundReceived | None:
+        """The user's newest message after a sequence of the inbox, with the newest token, as far as it was published
+        before this replica took the shard. `again`: or since then. Raises Temporary."""
 
-    async def is_alive(self, bot: str) -> bool:
-        """Whether iLink accepts the bot's token in another call. Raises Temporary."""
+    async def prints_of(self, sandbox: str, bot: str, after: int) -> tuple[list[bytes], int]:
+        """The fingerprints of a bot's messages after a sequence of the inbox as it is now, and the sequence up to
+        which it was read. Open conversations have got what is new. Raises Temporary."""
 
-    def is_polled_here(self, bot: str) -> bool:
-        """Whether this replica has taken the bot, so that no other one publishes its messages."""
+    def forget(self, sandbox: str) -> None:
+        """Drops what the inbox had, since a bot serves the sandbox no more; who needs the rest reads it again."""
 
-
-class ShardLease:
-    """This replica's ownership of one shard."""
-
-    def __init__(self, shard: int, leases: Leases, draining: asyncio.Event) -> None:
-        self._shard = shard
-        self._leases = leases
-        self._draining = draining
-        self._lost = False
-
-    def check(self) -> None:
-        """Raises LeaseLost unless this replica owns the shard now."""
-        if self._lost:
-            raise LeaseLost("lease_lost", f"shard {self._shard}")
-        self._leases.ensure_owned(self._shard)
-
-    async def wait(self) -> None:
-        """Returns when the replica may own the shard again, or after some seconds."""
-        await wait_any(self._leases.wait_owned(self._shard), self._draining.wait(), timeout_s=PAUSED_S)
-
-    def give_up(self) -> None:
-        """Makes every later check fail."""
-        self._lost = True
+    def stop(self) -> None:
+        """Tells no conversation any more."""
 
 
-class ShardBots:
-    """The bots that serve the users of a shard, and their iLink accounts."""
+class OutboundDeps(NamedTuple):
+    """What the shards of a replica need."""
 
-    def __init__(self, bindings: Bindings, sessions: Sessions, open_account: Callable[[Binding], Account]) -> None:
-        """`open_account` raises Refused("token_key")."""
-        self._bindings = bindings
-        self._sessions = sessions
-        self._open_account = open_account
+    events: Events
+    history: Archive
+    names: Names
+    store: ConversationStore
+    chat: Chat
+    uploads: Uploads
+    slots: Mapping[str, FairSlots]
+    """Requests to sendmessage that may be out at the same time, by base URL: one that hangs delays no other."""
+    policy: SendPolicy
+    limits: Limits
+    receipts: Receipts
+    bindings: Bindings
+    leases: Leases
+    sessions: BotSessions
+    accepted: AcceptedSends
+    sealer: Sealer
+    account: Callable[[Binding], Account]
+    """Raises Refused("token_key")."""
+    new_folds: Callable[[Callable[[str, str, InboundReceived], None]], Folds]
+    """Called for each shard that is taken, see `inbound.fold.Folds`."""
+    turns: PerTickLimiter
+    clock: Clock
+    metrics: Metrics
+
+
+class Shard:
+    """What one owned shard has in memory. It ends with `drain` or `stop`."""
+
+    def __init__(self, number: int, deps: OutboundDeps) -> None:
+        self.number = number
+        self.deps = deps
+        self.tenure = Tenure(number, deps.leases, deps.turns.wait_turn)
+        self.is_draining = False
+        self.folds = deps.new_folds(self._on_folded)
+        self.typing = TypingIndicators(deps.chat, deps.clock, self.tenure.check)
+        self._conversations: dict[str, dict[str, Conversation]] = {}
+        """By sandbox and user."""
+        self._commands: dict[int, QueuedCommand] = {}
+        """All in flight, by the sequences of their identities."""
+        self._looked_for: dict[tuple[str, str], list[QueuedCommand]] = {}
+        """By sandbox and user: commands for others than the bots' own users, while their records are read."""
+        self._held: dict[str, list[QueuedCommand]] = {}
+        """By bot: commands of bots whose users are not known."""
+        self._held_changed = ChangeSignal()
+        self._heads: dict[str, dict[int, str]] = {}
+        """By sandbox: the users to whom former owners were sending commands, by sequence."""
         self._accounts: dict[str, tuple[Binding, Account]] = {}
+        self._body_bytes = 0
+        self._missing = (-math.inf, -math.inf)
+        """Span of monotonic time in which commands were missing on the bus, so that only the first of many missing
+        ones takes long."""
+        self._unstored: dict[Conversation, None] = {}
+        """Conversations whose record lacks an inbound message."""
+        self._dead_letters = asyncio.Semaphore(DEAD_LETTERS)
+        self._head_reads = Batches(partial(_read_heads, deps.store))
+        self._records = Batches(partial(_read_records, deps.store))
+        self._tasks = TaskSet(_report)
 
-    def serving(self, sandbox: str, user: str, bot: str) -> Bot | None:
-        """The bot that serves the user now. `bot`: the last one."""
-        found, is_other = self._bindings.serving_user(sandbox, user) if user else [], False
+    def __iter__(self) -> Iterator[Conversation]:
+        return iter([each for of_sandbox in self._conversations.values() for each in of_sandbox.values()])
+
+    def ensure_owner(self) -> None:
+        """Raises LeaseLost unless this replica owns the shard now."""
+        self.tenure.check()
+
+    # deliveries -------------------------------------------------------------------------------------
+
+    def on_delivery(self, delivery: Delivery) -> None:
+        """Takes a delivery or redelivery."""
+        if self.is_draining:
+            return
+        sandbox, sealer = delivery.subject.rpartition(".")[2], self.deps.sealer
+        ref = identity_of(delivery.headers, delivery.data, sandbox, delivery.seq, delivery.time_ms, sealer)
+        known = self._commands.get(ref.sequence)
+        if known is not None and known.sequence == delivery.seq:
+            known.delivery = _without_data(delivery)
+        elif known is not None:  # another copy by the router, and the first is in hand
+            self._tasks.spawn(delivery.ack())
+        else:
+            if not delivery.redelivered:
+                self.deps.metrics.outbound_received.inc()
+            command, result = self._read(delivery, ref)
+            self._commands[ref.sequence] = command
+            if result is None:
+                self._place(command)
+            else:
+                self._tasks.spawn(self._end(command, result))
+
+    def _read(self, delivery: Delivery, ref: CommandRef) -> tuple[QueuedCommand, CommandResult | None]:
+        """The command, and how it ends if it is none."""
+        deps, sandbox = self.deps, delivery.subject.rpartition(".")[2]
+        body, read, result = contract.Outbound(), None, None
+        try:
+            body = decode_command(delivery.data, deps.limits)
+            read = read_command(body, sandbox=sandbox, stored_ms=ref.stored_ms, limits=deps.limits)
+        except (Refused, Unreadable) as exc:
+            result = _result_of(exc)
+            if isinstance(exc, Unreadable):
+                body = salvage_ids(delivery.data, deps.limits)
+        except Exception as exc:
+            log.exception("command.crashed", subject=delivery.subject, sequence=delivery.seq)
+            result = CommandResult("dead_lettered", "crashed", type(exc).__name__)
+        ident = command_id(body.id, ref.id, delivery.headers.get(H_MSG_ID, ""), delivery.seq)
+        is_named = bool(body.id) and not body.typing  # showing it again is no repeat
+        ref = CommandRef(sequence=ref.sequence, stored_ms=ref.stored_ms, id=ident, is_named=is_named)
+        command = _queued(read, delivery, ref, sandbox, body)
+        command.is_checked = not delivery.is_old and ref.sequence == delivery.seq
+        if result is not None:
+            deps.metrics.schema_violations.labels(kind="out").inc()
+        elif self._body_bytes + len(delivery.data) > BODY_BYTES:
+            command.parts = None
+        else:
+            command.size = len(delivery.data)
+            self._body_bytes += command.size
+        _without_data(delivery)
+        return command, result
+
+    def _place(self, command: QueuedCommand) -> None:
+        """Passes a command to its conversation, holds it, or ends it."""
+        sandbox = command.sandbox
+        try:
+            binding = self._binding_for(command)
+        except Refused as exc:
+            self._tasks.spawn(self._place_after_look(command, _result_of(exc)))
+            return
+        except Exception as exc:  # a bug, which must not end the consumer
+            log.exception("command.crashed", sandbox=sandbox, sequence=command.sequence)
+            crashed = CommandResult("dead_lettered", "crashed", type(exc).__name__)
+            self._tasks.spawn(self._place_after_look(command, crashed))
+            return
+        user = command.user or binding.user
+        if user == binding.user != "":
+            self._conversation(sandbox, user).enqueue(command)
+        elif binding.user and (waiting := self._looked_for.get((sandbox, user))) is not None:
+            waiting.append(command)
+        elif binding.user and user in self._conversations.get(sandbox, {}):
+            self._conversation(sandbox, user).enqueue(command)
+        elif binding.user:
+            self._looked_for[sandbox, user] = [command]
+            self._tasks.spawn(self._look_for(sandbox, user))
+        elif not command.is_checked:
+            self._tasks.spawn(self._place_after_look(command, None))
+        else:
+            if binding.bot not in self._held:
+                self._held[binding.bot] = []
+                self._tasks.spawn(self._hold(binding.bot, sandbox))
+            self._held[binding.bot].append(command)
+            self._held_changed.notify_all()
+
+    def _binding_for(self, command: QueuedCommand) -> Binding:
+        """The binding of the person for whom a command is meant. Raises Refused."""
+        bound = self.deps.bindings.serving_sandbox(command.sandbox)
+        if command.bot:
+            bound = [binding for binding in bound if binding.bot == command.bot]
+        elif command.user and len(bound) > 1:
+            of_user = [binding for binding in bound if binding.user == command.user]
+            bound = of_user or [binding for binding in bound if not binding.user]
+        if not bound:
+            raise Refused("not_bound", "No bot is bound to this sandbox (or not the one named): bind it first.")
+        if len(bound) > 1 and {binding.user for binding in bound} != {bound[0].user or None}:
+            raise Refused("ambiguous_bot", "The sandbox has several bots: name `bot` or `user`.")
+        if not (command.user or command.bot) and command.ref.sequence <= bound[0].out_after:
+            raise Refused("not_bound", "Another person was bound when the command was stored: name the `user`.")
+        return bound[0]
+
+    async def _look_for(self, sandbox: str, user: str) -> None:
+        """Passes commands to a user who is not a binding's, if they have written to the sandbox."""
+        commands = self._looked_for[sandbox, user]
+        try:
+            is_known = await self._persist(lambda: self._is_known(sandbox, user), commands[0])
+        except Crashed:
+            is_known = False
+        del self._looked_for[sandbox, user]
+        unserved = CommandResult("refused", "not_bound", "No bot of the sandbox serves this user.")
+        for command in commands:
+            if is_known or user in self._conversations.get(sandbox, {}):  # they may have written meanwhile
+                self._conversation(sandbox, user).enqueue(command)
+            else:
+                self._tasks.spawn(self._place_after_look(command, unserved))
+
+    async def _is_known(self, sandbox: str, user: str) -> bool:
+        """Whether a user has written to the sandbox. Raises Temporary."""
+        try:
+            return bool((await self._record_of(sandbox, user))[0].bots)
+        except RecordTooNew:
+            return True
+
+    async def _place_after_look(self, command: QueuedCommand, refusal: CommandResult | None) -> None:
+        """Places a command whose user is not served or not known: with whom a former owner was sending it to, or has
+        parked it for. Else it ends with `refusal`; None: it is held."""
+        sandbox, user = command.sandbox, ""
+        try:
+            if not command.is_checked:
+                found = await self._persist(lambda: self.find_receipts(sandbox, [command]), command)
+                if command.sequence in found:
+                    await self.acknowledge(command)
+                    return
+                heads = await self._persist(lambda: self._heads_of(sandbox), command)
+                user = heads.get(command.ref.sequence, "")
+                if not (user or command.user or command.bot) and command.parked_for:
+                    is_served = self.deps.bindings.serving_user(sandbox, command.parked_for)
+                    user = command.parked_for if is_served else ""
+                command.is_checked = True
+        except Crashed as exc:  # a former owner may have sent it
+            refusal = CommandResult("uncertain", detail=exc.detail)
+        if user:
+            self._conversation(sandbox, user).enqueue(command)
+        elif refusal is not None:
+            await self._end(command, refusal)
+        else:
+            self._place(command)
+
+    async def _heads_of(self, sandbox: str) -> dict[int, str]:
+        """The users to whom former owners were sending commands, by sequence. Raises Temporary."""
+        if (heads := self._heads.get(sandbox)) is None:
+            heads = self._heads[sandbox] = await self._head_reads.get(sandbox) or {}
+        return heads
+
+    async def _hold(self, bot: str, sandbox: str) -> None:
+        """Keeps commands until the bot's user is known (`on_binding` takes them), and ends those that expire."""
+        clock = self.deps.clock
+        while commands := self._held.get(bot):
+            now_ms, count = clock.now_ms(), len(commands)
+            for command in [each for each in commands if not each.parked or each.expires_ms <= now_ms]:
+                if self._held.get(bot) is not commands:  # they are in a conversation now
+                    return
+                told = sending.while_blocked(command, "window_closed", is_head=True)
+                if command.expires_ms <= now_ms:
+                    told = CommandResult("refused", "expired", sending.EXPIRED)
+                if told.outcome == "refused":
+                    commands.remove(command)
+                    await self._end(command, told)
+                else:
+                    await self._park(command, told)
+            due_s = (min((each.expires_ms for each in commands), default=now_ms) - now_ms) / 1000
+            is_changed = partial(self._is_held_changed, bot, commands, count)
+            await self._held_changed.wait_until(is_changed, max(0.01, due_s))
+        if self._held.get(bot) == []:
+            del self._held[bot]
+
+    def _is_held_changed(self, bot: str, commands: list[QueuedCommand], count: int) -> bool:
+        return self._held.get(bot) is not commands or len(commands) != count
+
+    async def _park(self, command: QueuedCommand, told: CommandResult) -> None:
+        with contextlib.suppress(Crashed):  # it is told its end
+            await self._persist(lambda: self._publish(command, told, Address(command.sandbox)), command)
+            command.parked = True
+            self.release_body(command)
+
+    async def _end(self, command: QueuedCommand, result: CommandResult) -> None:
+        """Ends a command that is in no conversation."""
+        address = Address(command.sandbox, command.bot, command.user)
+        try:
+            await self._persist(lambda: self._publish(command, result, address), command)
+        except Crashed:
+            log.error("command.abandoned", sandbox=command.sandbox, sequence=command.sequence)
+            self.release_body(command)
+        else:
+            await self.acknowledge(command)
+
+    def _persist(self, work: Callable[[], Awaitable[T]], command: QueuedCommand) -> Awaitable[T]:
+        """Raises LeaseLost, Crashed."""
+        return persist(
+            work, self.tenure, self.deps.clock, "command", sandbox=command.sandbox, sequence=command.sequence
+        )
+
+    # conversations ----------------------------------------------------------------------------------
+
+    def _conversation(self, sandbox: str, user: str) -> Conversation:
+        """The conversation, which exists from now on; it loads its record itself."""
+        of_sandbox = self._conversations.setdefault(sandbox, {})
+        if (conversation := of_sandbox.get(user)) is None:
+            conversation = of_sandbox[user] = Conversation(self, sandbox, user)
+        return conversation
+
+    async def conversation(self, sandbox: str, user: str, bot: str) -> Conversation:
+        """The conversation of a user whom a bot serves, with its record. Raises Temporary, RecordTooNew."""
+        conversation = self._conversation(sandbox, user)
+        if not conversation.is_loaded:
+            conversation.holds += 1  # it is not dropped meanwhile
+            try:
+                await self.load(conversation, bot)
+            finally:
+                conversation.holds -= 1
+        return conversation
+
+    async def load(self, conversation: Conversation, bot: str = "") -> None:
+        """Gives a conversation its record and the newest message behind it; many are read in one request. Raises
+        Temporary, RecordTooNew."""
+        sandbox, user = conversation.sandbox, conversation.user
+        record, revision = await self._record_of(sandbox, user)
+        newest = await self.folds.newest_of(sandbox, user, record.inbox_seq)
+        conversation.on_loaded(record, revision, newest, bot)
+
+    async def _record_of(self, sandbox: str, user: str) -> tuple[ConversationRecord, int]:
+        """The record and its revision. Raises Temporary, RecordTooNew."""
+        found = await self._records.get((sandbox, user))
+        if isinstance(found, RecordTooNew):
+            raise found
+        return found or (ConversationRecord(), 0)
+
+    def _on_folded(self, sandbox: str, user: str, newest: InboundReceived) -> None:
+        """Another owner published a message, and the conversation may be open here already."""
+        conversation = self._conversations.get(sandbox, {}).get(user)
+        if conversation is not None and conversation.is_loaded:
+            conversation.on_inbound(newest)
+
+    async def newest_inbound(self, conversation: Conversation) -> InboundReceived | None:
+        """A message that a former owner, which may still poll, has published behind what the conversation knows.
+        Raises Temporary."""
+        bot = conversation.bot
+        if bot is None or self.deps.sessions.is_polled_here(bot.id):
+            return None
+        return await self.folds.newest_of(
+            conversation.sandbox, conversation.user, conversation.record.inbox_seq, again=True
+        )
+
+    def store_soon(self, conversation: Conversation) -> None:
+        """Stores its record within a second, with those of others."""
+        if not self._unstored:
+            asyncio.get_running_loop().call_later(STORED_WITHIN_S, self._store_all)
+        self._unstored[conversation] = None
+
+    def _store_all(self) -> None:
+        unstored, self._unstored = self._unstored, {}
+        for conversation in unstored:
+            conversation.store()
+
+    # bots -------------------------------------------------------------------------------------------
+
+    def bot_of(self, sandbox: str, user: str, bot: str) -> Bot | None:
+        """The bot that serves a user now. `bot`: the last one."""
+        bindings = self.deps.bindings
+        found, is_other = bindings.serving_user(sandbox, user), False
         if not found:
-            binding = self._bindings.serving(bot)
+            binding = bindings.serving(bot)
             if binding is None or binding.sandbox != sandbox:
                 return None
             found, is_other = [binding], bool(binding.user)
-        best = next((binding for binding in found if self._is_usable(binding)), found[0])
+        best = min(found, key=lambda each: (not self._is_usable(each), each.bot != bot))
         return Bot(best.bot, self._is_usable(best), is_other)
 
     def _is_usable(self, binding: Binding) -> bool:
-        if binding.state != "active" or self._sessions.is_recovering(binding.bot):
+        if binding.state != "active" or self.deps.sessions.is_recovering(binding.bot):
             return False
         try:
             self.account(binding.sandbox, binding.bot)
@@ -103,87 +461,336 @@ class ShardBots:
 
     def account(self, sandbox: str, bot: str) -> Account:
         """The iLink account of a bot of the sandbox. Raises Refused."""
-        binding = self._bindings.serving(bot)
+        binding = self.deps.bindings.serving(bot)
         if binding is None or binding.sandbox != sandbox:
             raise Refused("not_bound", "The bot no longer serves this sandbox.")
         known = self._accounts.get(bot)
         if known is None or known[0] is not binding:  # opens a token once instead of for each send
-            known = self._accounts[bot] = binding, self._open_account(binding)
+            known = self._accounts[bot] = binding, self.deps.account(binding)
         return known[1]
 
-    def forget_unbound(self) -> None:
-        """Drops the accounts of unbound bots."""
-        self._accounts = {bot: known for bot, known in self._accounts.items() if self._bindings.get(bot)}
+    def base_url_of(self, bot: str) -> str:
+        binding = self.deps.bindings.serving(bot)
+        return binding.base_url if binding is not None else ""
 
-
-class OwnedShard:
-    """Implements conversation.shard.ShardPort."""
-
-    def __init__(
-        self,
-        lease: ShardLease,
-        bots: ShardBots,
-        sessions: Sessions,
-        folds: Folds,
-        ledger: CommandLedger,
-        bodies: BodyLoader,
-        endings: CommandEndings,
-        typing: TypingIndicators,
-        shown: Callable[[Conversation], contract.Window],
-        tasks: TaskSet,
-    ) -> None:
-        self._lease = lease
-        self.bots = bots
-        self._sessions = sessions
-        self._folds = folds
-        self._ledger = ledger
-        self._bodies = bodies
-        self._endings = endings
-        self._typing = typing
-        self._shown = shown
-        self._tasks = tasks
-
-    def ensure_owner(self) -> None:
-        self._lease.check()
-
-    async def wait_owned(self) -> None:
-        await self._lease.wait()
-
-    def bot_of(self, sandbox: str, user: str, bot: str) -> Bot | None:
-        return self.bots.serving(sandbox, user, bot)
-
-    def account_of(self, sandbox: str, bot: str) -> Account:
-        return self.bots.account(sandbox, bot)
-
-    async def is_session_alive(self, bot: str) -> bool:
-        return await self._sessions.is_alive(bot)
-
-    async def newest_inbound(self, conversation: Conversation) -> InboundReceived | None:
-        sandbox, user, record = conversation.sandbox, conversation.user, conversation.record
+    def show_typing(self, conversation: Conversation) -> None:
+        """Shows the typing indicator. Best effort."""
         bot = conversation.bot
-        if not user or bot is None or self._sessions.is_polled_here(bot.id):
+        if bot is not None:
+            with contextlib.suppress(Refused):  # its token cannot be opened
+                account = self.account(conversation.sandbox, bot.id)
+                self.typing.show(account, conversation.sandbox, conversation.user, conversation.record.token)
+
+    def on_binding(self, sandbox: str, bot: str, users: Collection[str]) -> None:
+        """Handles a changed binding, or a change of its token's state. `users`: its users before and after."""
+        binding = self.deps.bindings.serving(bot)
+        is_served = binding is not None and binding.sandbox == sandbox
+        if not is_served:
+            self.folds.forget(sandbox)
+        if bot in self._held and not (is_served and binding is not None and not binding.user):
+            commands = self._held.pop(bot)
+            self._held_changed.notify_all()
+            for command in commands:
+                self._place(command)
+        of_sandbox = self._conversations.get(sandbox, {})
+        for user, conversation in list(of_sandbox.items()):  # a sandbox may have thousands of users
+            if is_served and conversation.record.unserved and self._is_idle(conversation):
+                del of_sandbox[user]  # its record may have been erased, so it is read again
+            elif user in users or bot in (conversation.record.bot, conversation.bot and conversation.bot.id):
+                conversation.on_binding()
+
+    async def end_service(self, binding: Binding) -> None:
+        """Ends the commands of a bot whose binding is closing; `is_service_ended` tells when. Raises Temporary."""
+        if binding.user:
+            with contextlib.suppress(RecordTooNew):  # it stays as it is
+                await self.conversation(binding.sandbox, binding.user, binding.bot)
+        for conversation in self._unserved_of(binding):
+            conversation.on_binding()
+
+    def is_service_ended(self, binding: Binding) -> bool:
+        """Whether the conversations of a bot that serves nobody have no command and nothing in flight, and their
+        records are stored. Has them stored otherwise."""
+        ended = True
+        for conversation in self._unserved_of(binding):
+            ended = ended and not (conversation.is_running or conversation.queue or conversation.is_dirty)
+            conversation.store()
+        return ended and binding.bot not in self._held
+
+    def _unserved_of(self, binding: Binding) -> list[Conversation]:
+        """The conversations of the bot's users, without users whom another bot serves."""
+        return [
+            each
+            for each in self._conversations.get(binding.sandbox, {}).values()
+            if (binding.bot == each.record.bot or binding.user == each.user)
+            and self.bot_of(binding.sandbox, each.user, each.record.bot) is None
+        ]
+
+    # for conversations ------------------------------------------------------------------------------
+
+    def is_in_flight(self, ref: CommandRef) -> bool:
+        """Whether a command was delivered, and has no final receipt."""
+        return ref.sequence in self._commands
+
+    async def find_receipts(self, sandbox: str, commands: Sequence[QueuedCommand]) -> dict[int, CommandResult]:
+        """The results of commands that have a final receipt, by their own sequences. Those that were parked are
+        marked. Raises Temporary."""
+        stored = await self.deps.receipts.find(sandbox, [command.ref for command in commands])
+        found = {}
+        for command in commands:
+            if (last := stored.get(command.ref.sequence)) is None:
+                continue
+            if is_final(last.receipt):
+                found[command.sequence] = result_of(last.receipt)
+                if not command.delivery.redelivered:  # another copy of a command that has ended
+                    self.deps.metrics.outbound_messages.child(command.kind, "duplicate", "none").inc()
+                continue
+            command.receipt, command.parked, command.parked_for = last.sequence, True, last.receipt.user
+            self.release_body(command)
+        return found
+
+    async def result_of_repeat(self, sandbox: str, first: CommandRef) -> CommandResult | None:
+        """The result of a command whose id an earlier one had; None: that one was refused after all. Raises
+        Temporary."""
+        receipt = await self.deps.receipts.last(sandbox, first.id, first.sequence)
+        if receipt is None or not is_final(receipt):
+            detail = "An earlier command with this id was sent, or may have been, and its receipt is gone."
+            return CommandResult("uncertain", detail=detail, repeat_of=first.sequence)
+        if receipt.outcome == "refused":  # its owner ended before it could store that
             return None
-        return await self._folds.newest_of(sandbox, user, record.inbox_seq, again=True)
+        return msgspec.structs.replace(result_of(receipt), repeat_of=first.sequence)
 
-    async def load_bodies(self, sandbox: str, sequences: Sequence[int]) -> dict[int, Body]:
-        bodies = await self._bodies.load(sandbox, sequences)
-        for sequence in bodies:
-            self._ledger.end_parking(sequence)
-        return bodies
+    def publish_receipt(
+        self, command: QueuedCommand, result: CommandResult, conversation: Conversation
+    ) -> Awaitable[None]:
+        """Raises Temporary, LeaseLost."""
+        bot = conversation.bot.id if conversation.bot is not None else conversation.record.bot
+        shown = window.visible_window(conversation.record, self.deps.clock.now_ms(), self.deps.policy.window)
+        return self._publish(command, result, Address(conversation.sandbox, bot, conversation.user), shown)
 
-    async def publish_receipt(self, command: QueuedCommand, result: CommandResult, state: Conversation) -> None:
-        address = Address(state.sandbox, state.bot.id if state.bot else state.record.bot, state.user)
-        await self._ledger.publish_receipt(command, result, address, self._shown(state))
+    async def _publish(
+        self,
+        command: QueuedCommand,
+        result: CommandResult,
+        address: Address,
+        shown: contract.Window = contract.Window(),  # noqa: B008 - frozen
+    ) -> None:
+        """Publishes a receipt, and before that the dead letter if it is one. Raises Temporary, LeaseLost."""
+        deps, ref = self.deps, command.ref
+        ensure_owner = None if result.is_sent else self.tenure.check  # another owner may still send it
+        if ensure_owner is not None:
+            ensure_owner()
+        if len(address.sandbox) > MAX_NAME:  # a longer name in the subject would break the connection
+            address = Address(UNROUTED)
+        trace = command_traceparent(
+            command.traceparent, address.sandbox, ref.sequence, ref.stored_ms, command.reply_to
+        )
+        if result.outcome == "dead_lettered":
+            await self._publish_dead_letter(command, result, address, trace)
+        command.receipt = await deps.receipts.publish(
+            ref,
+            result,
+            address,
+            shown,
+            trace,
+            reply_to=command.reply_to,
+            expected=command.receipt,
+            ensure_owner=ensure_owner,
+        )
+        if result.outcome == "parked":
+            return
+        outcome = "duplicate" if result.repeat_of else result.outcome
+        deps.metrics.outbound_messages.child(command.kind, outcome, result.reason or "none").inc()
+        if not command.parked:
+            failed = result.outcome in ("dead_lettered", "uncertain")
+            took_s = max(0, deps.clock.now_ms() - ref.stored_ms) / 1000
+            deps.metrics.outbound_duration.child("failed" if failed else "settled").observe(took_s)
 
-    async def acknowledge(self, command: QueuedCommand, *, is_duplicate: bool = False) -> None:
-        await self._ledger.acknowledge(command, is_duplicate=is_duplicate)
+    async def _publish_dead_letter(
+        self, command: QueuedCommand, result: CommandResult, address: Address, trace: str
+    ) -> None:
+        names = self.deps.names
+        async with self._dead_letters:
+            stored = await self.deps.history.get(names.stream_out, command.sequence)
+            await self.deps.events.publish_dead_letter(
+                "OUT",
+                stored.data if stored else b"",
+                subject=names.out(address.sandbox),
+                headers=(stored.headers if stored else {}) | {H_COMMAND: command.ref.id, H_TRACEPARENT: trace},
+                reason=result.reason,
+                detail=result.detail,
+                msg_id=f"dead:{command.client_id_base}",
+                sandbox=address.sandbox,
+                user=address.user,
+            )
+
+    async def acknowledge(self, command: QueuedCommand) -> None:
+        """Removes an ended command from the bus."""
+        self.release_body(command)
+        if self._commands.pop(command.ref.sequence, None) is not None:
+            await command.delivery.ack()
 
     def release_body(self, command: QueuedCommand) -> None:
-        self._ledger.release_body(command)
+        """Drops the body of a command that waits for its user, or has ended."""
+        self._body_bytes -= command.size
+        command.parts, command.size = None, 0
 
-    def show_typing(self, sandbox: str, bot: str, user: str, context_token: str) -> None:
-        with contextlib.suppress(Refused):  # no bot serves the user, or its token cannot be opened
-            self._typing.show(self.bots.account(sandbox, bot), sandbox, user, context_token)
+    async def read_bodies(
+        self, sandbox: str, commands: Sequence[QueuedCommand]
+    ) -> Mapping[int, list[Part] | CommandResult | None]:
+        """The parts of commands; how a command ends that cannot be read; None: it is gone from the bus. Raises
+        Temporary, also while a missing command may only be hidden."""
+        deps, now = self.deps, self.deps.clock.monotonic()
+        bodies: dict[int, list[Part] | CommandResult | None] = {}
+        for command in commands:
+            stored = await deps.history.get(deps.names.stream_out, command.sequence)
+            bodies[command.sequence] = self._parts_of(sandbox, stored.data) if stored else None
+            if stored:
+                self._body_bytes += len(stored.data) - command.size
+                command.size = len(stored.data)
+        if None in bodies.values():
+            since, last = self._missing
+            self._missing = since if now - last < MISSING_CONFIRM_S else now, now
+            if now - self._missing[0] < MISSING_CONFIRM_S:
+                raise Temporary("command_missing")
+        return bodies
 
-    def hide_typing(self, sandbox: str, user: str) -> None:
-        self._typing.hide(sandbox, user)
+    def _parts_of(self, sandbox: str, data: bytes) -> list[Part] | CommandResult:
+        """An adapter of another version, which parked the command, may have accepted what this one does not."""
+        try:
+            body = decode_command(data, self.deps.limits)
+            return read_command(body, sandbox=sandbox, stored_ms=0, limits=self.deps.limits).parts
+        except (Refused, Unreadable) as exc:
+            return _result_of(exc)
+
+    # the end ----------------------------------------------------------------------------------------
+
+    async def drain(self, grace_s: float) -> None:
+        """Starts nothing more, gives requests `grace_s` seconds, stores the records, and stops."""
+        self.is_draining = True
+        self._held.clear()
+        self._held_changed.notify_all()
+        self._tasks.spawn(self.typing.drain(min(grace_s, DRAIN_S)))
+        running = [task for each in self if (task := each.drain()) is not None]
+        if running:
+            await asyncio.wait(running, timeout=grace_s)
+        for conversation in self:
+            if conversation.is_loaded and conversation.is_dirty:
+                self._tasks.spawn(_save_once(conversation))
+        if not await self._tasks.wait_ended(min(grace_s, DRAIN_S)):
+            log.warning("commands.cancelled", shard=self.number, tasks=len(self._tasks))
+        self.stop()
+        await self._tasks.wait_ended(CANCEL_GRACE_S)
+
+    def stop(self) -> None:
+        """Stops at once, since the shard is lost."""
+        self.is_draining = True
+        self.tenure.end()
+        self.typing.stop()
+        self.folds.stop()
+        self._tasks.cancel_all()
+        for conversation in self:
+            conversation.stop()
+        self._conversations.clear()  # breaks reference cycles
+
+    # memory and metrics -----------------------------------------------------------------------------
+
+    @property
+    def tasks(self) -> int:
+        """Number of tasks."""
+        return len(self._tasks) + sum(each.is_running for each in self)
+
+    @property
+    def throttled_bots(self) -> set[str]:
+        """Bots with a throttled window (-2)."""
+        return {each.record.bot for each in self if each.record.window.throttled_at_ms}
+
+    def _is_idle(self, conversation: Conversation) -> bool:
+        return not (conversation.is_running or conversation.queue or conversation.holds or conversation.is_dirty)
+
+    def evict_idle(self) -> None:
+        """Drops what can be read again. A record that is not stored yet is stored first."""
+        for sandbox, of_sandbox in list(self._conversations.items()):
+            for user, conversation in list(of_sandbox.items()):
+                if self._is_idle(conversation):
+                    del of_sandbox[user]
+                else:
+                    conversation.store()
+            if not of_sandbox:
+                del self._conversations[sandbox]
+        bindings = self.deps.bindings
+        self._accounts = {bot: known for bot, known in self._accounts.items() if bindings.get(bot)}
+        self.typing.evict_idle(lambda bot: bindings.get(bot) is not None)
+
+    def queue_depths(self, parked: Counter[str]) -> tuple[int, int | None]:
+        """Adds the parked commands to `parked`, by reason. Returns the number of other commands in flight, and when
+        the oldest of them was stored."""
+        waiting = 0
+        for conversation in self:
+            count = sum(each.parked for each in conversation.queue) if conversation.reason else 0
+            parked[conversation.reason] += count
+            waiting += count
+        held = sum(each.parked for commands in self._held.values() for each in commands)
+        parked["window_closed"] += held
+        waiting += held
+        stored_ms = (each.delivery.time_ms for each in self._commands.values() if not each.parked)
+        return len(self._commands) - waiting, min(stored_ms, default=None)
+
+
+async def _read_heads(store: ConversationStore, sandboxes: Sequence[str]) -> Mapping[str, dict[int, str]]:
+    """By sandbox: the users to whom commands were being sent, by sequence."""
+    found: dict[str, dict[int, str]] = {}
+    for sandbox in sandboxes:
+        heads = ((user, record.head) for user, (record, _) in (await store.load_sandbox(sandbox)).items())
+        found[sandbox] = {ref.sequence: user for user, head in heads if head for ref in head.commands}
+    return found
+
+
+async def _read_records(
+    store: ConversationStore, users: Sequence[tuple[str, str]]
+) -> Mapping[tuple[str, str], tuple[ConversationRecord, int] | RecordTooNew]:
+    found = await store.load_all(users)
+    return {user: found[user] or RecordTooNew("record_too_new") for user in found}
+
+
+def _queued(
+    read: Command | None, delivery: Delivery, ref: CommandRef, sandbox: str, body: contract.Outbound
+) -> QueuedCommand:
+    reply_to = body.reply_to or ""
+    command = QueuedCommand(
+        sequence=delivery.seq,
+        ref=ref,
+        sandbox=sandbox,
+        client_id_base=client_id_base(sandbox, ref.sequence, ref.stored_ms),
+        reply_to=reply_to if len(reply_to) <= MAX_REPLY_TO else "",
+        traceparent=author_traceparent(delivery.headers),
+        delivery=delivery,
+    )
+    if read is not None:
+        only = read.parts[0] if len(read.parts) == 1 else None
+        command.bot, command.user, command.kind, command.typing = read.bot, read.user, read.kind, read.typing
+        command.parts, command.part_count = read.parts, len(read.parts)
+        command.chars = len(only) if isinstance(only, str) else 0
+        command.expires_ms, command.when_closed, command.optional = read.expires_ms, read.when_closed, read.optional
+    return command
+
+
+def _result_of(exc: Refused | Unreadable) -> CommandResult:
+    """How a command ends that cannot be read, or is for nobody."""
+    return CommandResult("refused" if isinstance(exc, Refused) else "dead_lettered", exc.reason, exc.detail)
+
+
+def _without_data(delivery: Delivery) -> Delivery:
+    delivery.data, delivery.headers = b"", {}
+    return delivery
+
+
+async def _save_once(conversation: Conversation) -> None:
+    try:
+        await conversation.save()
+    except (Temporary, LeaseLost, BusRefused) as exc:
+        log.warning("conversation.not_stored", sandbox=conversation.sandbox, reason=exc.reason)
+
+
+def _report(exc: BaseException) -> None:
+    if not isinstance(exc, LeaseLost):
+        log.error("task.crashed", task="shard", exc_info=exc)

@@ -66,7 +66,6 @@ async def run_replica(replica: Replica, stop: asyncio.Event, on_ready: Callable[
             finally:
                 for task in background:
                     task.cancel()
-                replica.routing.cancel_all()
                 await replica.connections.close()
     log.info("adapter.stopped", instance=replica.instance)
 

@@ -16,7 +16,7 @@ from adapter.contract.records import Binding
 from adapter.errors import AdapterError, Temporary
 from adapter.kit.tasks import TaskSet
 from adapter.kit.timing import Clock, backoff
-from adapter.outbound.processor import ShardCommandProcessor
+from adapter.outbound.shard import Shard
 
 log = structlog.get_logger()
 
@@ -31,7 +31,7 @@ class Closings:
     def __init__(
         self,
         bindings: Bindings,
-        open_shard: Callable[[str], Awaitable[ShardCommandProcessor | None]],
+        open_shard: Callable[[str], Awaitable[Shard | None]],
         is_released: Callable[[str, bool], Awaitable[bool]],
         incarnation: Callable[[], str],
         clock: Clock,
@@ -81,7 +81,7 @@ class Closings:
         finally:
             self._running.discard(bot)
 
-    async def _confirm(self, binding: Binding, shard: ShardCommandProcessor) -> None:
+    async def _confirm(self, binding: Binding, shard: Shard) -> None:
         owner = self._incarnation()
 
         def confirmed(now: Binding) -> Binding | None:

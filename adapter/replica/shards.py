@@ -11,7 +11,7 @@ import structlog
 from adapter.contract.names import shard_of
 from adapter.contract.records import Binding
 from adapter.kit.timing import ChangeSignal
-from adapter.outbound.processor import ShardCommandProcessor
+from adapter.outbound.shard import Shard
 
 log = structlog.get_logger()
 
@@ -19,17 +19,17 @@ log = structlog.get_logger()
 class ShardWork(Protocol):
     """What the composition root builds for an owned shard."""
 
-    def new_processor(self, shard: int) -> ShardCommandProcessor: ...
+    def new_shard(self, number: int) -> Shard: ...
 
     def on_failed(self, name: str, detail: str) -> None:
         """A required loop ended for good, so that only a restart of the process helps."""
 
-    def consumer_loops(self, shard: int, processor: ShardCommandProcessor) -> list[Coroutine[Any, Any, None]]:
+    def consumer_loops(self, shard: Shard) -> list[Coroutine[Any, Any, None]]:
         """The pull loops of a shard. What is parked is loaded before the first delivery."""
 
 
-class OwnedShards(dict[int, ShardCommandProcessor]):
-    """The processors of the shards, and the tasks of their consumers."""
+class OwnedShards(dict[int, Shard]):
+    """The shards by number, and the tasks of their consumers."""
 
     def __init__(self, work: ShardWork) -> None:
         super().__init__()
@@ -39,34 +39,34 @@ class OwnedShards(dict[int, ShardCommandProcessor]):
         self._work = work
         self._consumers: dict[int, list[asyncio.Task[None]]] = {}
 
-    def open(self, shard: int) -> None:
+    def open(self, number: int) -> None:
         """Starts a shard and its consumers."""
-        processor = self[shard] = self._work.new_processor(shard)
+        shard = self[number] = self._work.new_shard(number)
         loop = asyncio.get_running_loop()
-        self._consumers[shard] = [
-            loop.create_task(work, name=f"shard.{shard}") for work in self._work.consumer_loops(shard, processor)
+        self._consumers[number] = [
+            loop.create_task(work, name=f"shard.{number}") for work in self._work.consumer_loops(shard)
         ]
-        for task in self._consumers[shard]:
+        for task in self._consumers[number]:
             task.add_done_callback(self.report)
         self.opened.notify_all()
 
-    def stop_consumers(self, shard: int) -> None:
-        for task in self._consumers.pop(shard, []):
+    def stop_consumers(self, number: int) -> None:
+        for task in self._consumers.pop(number, []):
             task.cancel()
 
-    def drop(self, shard: int) -> None:
+    def drop(self, number: int) -> None:
         """Stops a shard at once."""
-        self.stop_consumers(shard)
-        if processor := self.pop(shard, None):
-            processor.stop()
+        self.stop_consumers(number)
+        if shard := self.pop(number, None):
+            shard.stop()
 
-    async def drain(self, shard: int, grace_s: float) -> None:
+    async def drain(self, number: int, grace_s: float) -> None:
         """Ends the requests in flight of a shard. It works no more meanwhile."""
-        if processor := self.pop(shard, None):
+        if shard := self.pop(number, None):
             try:
-                await processor.drain(grace_s)
+                await shard.drain(grace_s)
             except asyncio.CancelledError:
-                self[shard] = processor  # another call ends its requests
+                self[number] = shard  # another call ends its requests
                 raise
 
     def on_binding(self, bot: str, before: Binding | None, after: Binding | None) -> None:

@@ -1,6 +1,6 @@
 """Starts and stops the pollers and shards of a replica as leases and bindings change.
 
-`run` reconciles what runs with what should run. Each owned shard has a `ShardCommandProcessor` with its consumers,
+`run` reconciles what runs with what should run. Each owned shard has a `Shard` with its consumers,
 and each binding of an owned shard has a poller. Bindings that changed are collected in `_dirty` and followed in
 batches; changes of the leases are followed in every round:
 
@@ -28,7 +28,7 @@ from adapter.contract.names import shard_of
 from adapter.contract.records import Binding
 from adapter.inbound.poller import BotPoller
 from adapter.kit.timing import ChangeSignal, wait_any
-from adapter.outbound.processor import ShardCommandProcessor
+from adapter.outbound.shard import Shard
 from adapter.ownership.leases import Leases
 from adapter.replica.pollers import BotPollers
 from adapter.replica.shards import OwnedShards, ShardWork
@@ -77,14 +77,14 @@ class Supervisor:
         self._draining = False
         bindings.add_listener(self._on_binding)
 
-    async def open_shard(self, sandbox: str) -> ShardCommandProcessor | None:
+    async def open_shard(self, sandbox: str) -> Shard | None:
         """The shard of a sandbox once it works; None: this replica does not own it."""
-        shard = shard_of(sandbox)
-        while (processor := self.shards.get(shard)) is None:
-            if shard not in self.leases.owned or shard in self._leaving or self._draining:
+        number = shard_of(sandbox)
+        while (shard := self.shards.get(number)) is None:
+            if number not in self.leases.owned or number in self._leaving or self._draining:
                 return None
-            await self.shards.opened.wait_until(lambda: shard in self.shards or shard not in self.leases.owned, 0.5)
-        return processor
+            await self.shards.opened.wait_until(lambda: number in self.shards or number not in self.leases.owned, 0.5)
+        return shard
 
     def _retry(self, bot: str) -> None:
         self._dirty.add(bot)

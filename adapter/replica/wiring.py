@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import socket
+from collections import defaultdict
 from collections.abc import Sequence
 from functools import partial
 from typing import NamedTuple
@@ -21,12 +22,6 @@ from adapter.console.service import ConsoleDeps
 from adapter.content import media
 from adapter.contract.names import Names
 from adapter.contract.records import UNBOUND_S, Binding
-from adapter.conversation.commands import Limits
-from adapter.conversation.rules import SendPolicy
-from adapter.conversation.shard import ConversationDeps
-from adapter.conversation.store import ConversationStore
-from adapter.conversation.uploads import Uploads
-from adapter.conversation.window import WindowPolicy
 from adapter.ilink.cdn import TRANSFERS
 from adapter.ilink.translate import read_message
 from adapter.inbound import poller
@@ -40,20 +35,25 @@ from adapter.jetstream.inspector import Inspector
 from adapter.jetstream.layout import expects
 from adapter.jetstream.microservice import MAX_UPLOADS_PER_SANDBOX, UPLOADS, Handler, Services
 from adapter.kit.slots import FairSlots
-from adapter.kit.tasks import TaskSet
 from adapter.kit.timing import Clock, PerTickLimiter, RateLimiter, SystemClock, WakeupBatcher
 from adapter.logins.flow import REFRESH_S, LoginDeps
 from adapter.logins.registry import LoginRegistry
 from adapter.logins.runner import LoginRunner
 from adapter.observability.events import BusAccess, Events
 from adapter.observability.metrics import Metrics
-from adapter.outbound.processor import OutboundDeps, ShardCommandProcessor
+from adapter.outbound.commands import Limits
 from adapter.outbound.receipts import Receipts
 from adapter.outbound.router import Router
-from adapter.outbound.sessions import BotSessions, Pollers
+from adapter.outbound.sending import SendPolicy
+from adapter.outbound.sessions import AcceptedSends, BotSessions, Pollers
+from adapter.outbound.shard import OutboundDeps, Shard
+from adapter.outbound.store import ConversationStore
+from adapter.outbound.uploads import Uploads
+from adapter.outbound.window import WindowPolicy
 from adapter.ownership import replica_status
 from adapter.ownership.leases import Leases
 from adapter.ownership.replica_status import OtherReplicas, ReplicaStatus
+from adapter.ownership.tenure import Tenure
 from adapter.replica.closings import Closings
 from adapter.replica.connections import Connections
 from adapter.replica.health_monitor import HealthMonitor
@@ -76,8 +76,8 @@ RELEASE_S = 5.0
 MAX_CONCURRENT_TAKEOVERS = 512
 """Bots that are taken over at the same time; what is read for them goes together."""
 SENDS = 256
-"""Most requests to sendmessage in flight. They bound sockets and memory while iLink is slow. With answers in a
-quarter of a second they allow a thousand sends a second."""
+"""Most requests to sendmessage in flight at a base URL. They bound sockets and memory while iLink is slow. With
+answers in a quarter of a second they allow a thousand sends a second."""
 SENDS_PER_SANDBOX, TRANSFERS_PER_SANDBOX = SENDS // 8, TRANSFERS // 4
 """Share of one sandbox, so that slow answers to its bots do not delay others."""
 PER_TICK = 64
@@ -120,8 +120,6 @@ class Replica:
         self.names = names = Names(settings.prefix)
         self.health = Health()
         self.turns = PerTickLimiter(PER_TICK)
-        self.routing = TaskSet(_log_crash)
-        """Commands on plain `wechat.out` in flight. Those cut at the end are redelivered to the next owner."""
         edges = edges or _real_edges(settings, names, self.instance)
         self.clock, self.metrics, self.connections, self.leases = edges
         clock, metrics, connections = self.clock, self.metrics, self.connections
@@ -137,7 +135,9 @@ class Replica:
         self.readers = Readers(connections.readers, clock)
         self.others = OtherReplicas(connections.core, names, self.leases)
 
-        self.conversation_store = ConversationStore(connections.bucket(names.conversations), unserved_s=unbound_s)
+        self.conversation_store = ConversationStore(
+            connections.bucket(names.conversations), self.sealer, unserved_s=unbound_s
+        )
         self.transfers = FairSlots(TRANSFERS, share=TRANSFERS_PER_SANDBOX)
         self.fetching = self._fetch_deps()
         self.media = MediaFetcher(self.fetching)
@@ -160,17 +160,6 @@ class Replica:
             on_session_changed=self._on_session_changed,
         )
         self.outbound = self._outbound_deps()
-        self.router = Router(
-            connections.bus,
-            self.receipts,
-            self.access.events,
-            names,
-            self.limits,
-            lambda: self.leases.ensure_owned(0),
-            lambda: 0 in self.leases.owned,
-            clock,
-            metrics,
-        )
         self.control = self._new_control()
         self.closings = Closings(
             self.bindings, self._open_shard, self._is_released, lambda: self.leases.incarnation, clock
@@ -182,9 +171,8 @@ class Replica:
             work=ShardRuntime(
                 connections.connection,
                 self.outbound,
-                self.router,
+                self._new_router,
                 self.control,
-                self.routing.spawn,
                 self.health.report_failed_loop,
             ),
             publish_released=self.others.publish_released,
@@ -270,31 +258,34 @@ class Replica:
     def _outbound_deps(self) -> OutboundDeps:
         connections, clock = self.connections, self.clock
         account = partial(account_of, sealer=self.sealer)
+        uploads = Uploads(
+            connections.cdn, connections.objects, self.transfers, max_bytes=self.settings.media_max_bytes
+        )
         return OutboundDeps(
-            access=self.access,
-            conversation=ConversationDeps(
-                store=self.conversation_store,
-                chat=connections.chat,
-                uploads=Uploads(
-                    connections.cdn,
-                    connections.objects,
-                    self.transfers,
-                    max_bytes=self.settings.media_max_bytes,
-                ),
-                slots=FairSlots(SENDS, share=SENDS_PER_SANDBOX),
-                policy=self.policy,
-                clock=clock,
-                metrics=self.metrics,
-                turns=self.turns,
-            ),
+            events=self.access.events,
+            history=connections.history,
+            names=self.names,
+            store=self.conversation_store,
+            chat=connections.chat,
+            uploads=uploads,
+            slots=defaultdict(lambda: FairSlots(SENDS, share=SENDS_PER_SANDBOX)),
+            policy=self.policy,
             limits=self.limits,
+            sealer=self.sealer,
             receipts=self.receipts,
             bindings=self.bindings,
             leases=self.leases,
             sessions=BotSessions(self.bindings, connections.chat, account, self._pollers, clock),
+            accepted=AcceptedSends(clock),
             account=account,
             new_folds=lambda on_read: Folds(self.inboxes, on_read),
+            turns=self.turns,
+            clock=clock,
+            metrics=self.metrics,
         )
+
+    def _new_router(self, tenure: Tenure) -> Router:
+        return Router(self.access, self.receipts, self.limits, self.sealer, tenure, self.clock, self.metrics)
 
     def _new_control(self) -> Control:
         return Control(
@@ -344,7 +335,7 @@ class Replica:
         login = LoginService(self.logins, self.login_runner)
         # any server may answer: these data change little, and a flood of requests must not delay commands
         conversations = ConversationStore(
-            connections.bulk_bucket(names.conversations), decoder=self.conversation_store.decoder
+            connections.bulk_bucket(names.conversations), self.sealer, decoder=self.conversation_store.decoder
         )
         self.health_deps = HealthDeps(
             replicas=connections.core,
@@ -402,7 +393,7 @@ class Replica:
 
     # calls between the parts --------------------------------------------------------------------------
 
-    async def _open_shard(self, sandbox: str) -> ShardCommandProcessor | None:
+    async def _open_shard(self, sandbox: str) -> Shard | None:
         return await self.supervisor.open_shard(sandbox)
 
     def _on_session_changed(self, binding: Binding) -> None:
@@ -463,10 +454,6 @@ class Replica:
             draining=self.health.draining,
             polls=self.supervisor.pollers.states(bots, self.clock.monotonic()),
         )
-
-
-def _log_crash(exc: BaseException) -> None:
-    log.error("task.crashed", task="routing", exc_info=exc)
 
 
 def _send_policy(settings: Settings) -> SendPolicy:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import base64
 import hashlib
-import secrets
+import os
 from typing import Literal, TypeAlias
 
 from cryptography.exceptions import InvalidTag
@@ -75,7 +75,7 @@ class Sealer:
         return self._decrypt(context, stored[len(MARK) : head].decode("ascii", "replace"), stored[head + 1 :])
 
     def _encrypt(self, context: str, data: bytes) -> bytes:
-        nonce = secrets.token_bytes(12)
+        nonce = os.urandom(12)
         return nonce + self._keys[self._first].encrypt(nonce, data, context.encode())
 
     def _decrypt(self, context: str, key_id: str, sealed: bytes) -> bytes:
@@ -88,7 +88,7 @@ class Sealer:
 
 
 def _not_opened() -> Refused:
-    return Refused("token_key", "It is not sealed, was changed, or belongs to another bot.")
+    return Refused("token_key", "It is not sealed, was changed, or belongs to another bot or user.")
 
 
 def bind_context(sandbox: str, bot: str) -> str:
@@ -106,6 +106,11 @@ def checkpoint_context(bot: str, owner: str) -> str:
     return f"checkpoint {bot} {owner}"
 
 
+def conversation_context(key: str) -> str:
+    """Context of a conversation's record. `key`: its key, which names sandbox and user."""
+    return f"conversation {key}"
+
+
 def inbox_context(message: str, bot: str, sandbox: str) -> str:
     """Context of what an inbox message carries for the adapter alone. `message`: its id."""
     return f"inbox {message} {bot} {sandbox}"
@@ -114,6 +119,11 @@ def inbox_context(message: str, bot: str, sandbox: str) -> str:
 def dead_context(letter: str) -> str:
     """Context of an inbound dead letter. `letter`: its Nats-Msg-Id, which names the bot and the message's digest."""
     return f"dead {letter}"
+
+
+def copy_context(sandbox: str, body: str) -> str:
+    """Context of the identity in a copy of a command. `body`: its digest."""
+    return f"copy {sandbox} {body}"
 
 
 def login_context(login: str, field: str) -> str:

@@ -12,10 +12,10 @@ from msgspec import structs
 
 from adapter.contract.messages import BOT_STATUSES, BindingHealth, BindingInfo, BotStatus
 from adapter.contract.records import Binding
-from adapter.conversation import window
-from adapter.conversation.record import ConversationRecord
-from adapter.conversation.store import ConversationStore
 from adapter.kit.timing import Clock
+from adapter.outbound import window
+from adapter.outbound.record import ConversationRecord
+from adapter.outbound.store import ConversationStore
 from adapter.ownership.replica_status import PollerStatus, query_replicas
 from adapter.ports import AllReplicas
 
@@ -89,11 +89,11 @@ async def describe(bindings: Sequence[Binding], deps: HealthDeps) -> list[Bindin
     now_ms = deps.clock.now_ms()
     infos = []
     for binding in bindings:
-        record = records.get((binding.sandbox, binding.user), ConversationRecord())
+        stored = records.get((binding.sandbox, binding.user), (ConversationRecord(), 0))
         health = found[binding.bot]
-        if record is None:
+        if stored is None:
             health = structs.replace(health, is_unread=True)
-        elif record.window.opened_ms:
+        elif (record := stored[0]).window.opened_ms:
             health = structs.replace(
                 health,
                 inbound_ms=record.window.opened_ms,

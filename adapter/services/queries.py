@@ -21,9 +21,9 @@ from adapter.contract.messages import (
 )
 from adapter.contract.names import MAX_SEQ, Names, check_sandbox
 from adapter.contract.records import Binding
-from adapter.conversation import window
 from adapter.errors import Refused
 from adapter.observability.metrics import Metrics
+from adapter.outbound import window
 from adapter.outbound.receipts import Receipts
 from adapter.ports import History, SandboxRequest, SandboxResponse
 from adapter.services.health import HealthDeps, describe

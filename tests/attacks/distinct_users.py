@@ -1,4 +1,4 @@
-"""A sandbox sends each command to another user who does not exist: a conversation is opened before each is refused.
+"""A sandbox sends each command to another user who does not exist: a record is looked for before each is refused.
 
 Only the time of others suffers.
 """
@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 from tests.attacks.rig import ATTACKER, NAMES, Rig, publish
 
-OPEN = "commands to users whom no bot serves are refused only after their conversation was opened"
+OPEN = "each command to a user whom no bot serves costs a read and a receipt"
 TOGETHER = 10
 BYTES_PER_S = 90_000
 """A thousand commands a second."""

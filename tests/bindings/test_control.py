@@ -594,7 +594,9 @@ async def test_a_command_that_waits_for_another_person_holds_up_no_unbind(
     bench = platform.bench
     await bench.bind(user="" if not others["user"] else USER)
     await bench.bind(bot="b2@im.bot", **others)
-    bench.processor().intake.on_delivery(bench.command("hi", id="c1", **command))
+    if others["user"]:
+        bench.hears(user=others["user"], bot="b2@im.bot", opened_ms=0)  # they have written, long ago
+    bench.shard().on_delivery(bench.command("hi", id="c1", **command))
     await asyncio.sleep(5)
     assert bench.bus.receipts()[-1].outcome == "parked"
     assert (await platform.say("unbind", sandbox="s1", bot=BOT)).ok

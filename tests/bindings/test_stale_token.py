@@ -65,9 +65,9 @@ async def test_an_event_of_a_request_is_told_once() -> None:
 async def test_a_token_that_lives_again_after_needs_login_is_active_again(poller: Poller) -> None:
     """What its poll brings is told, and what waited is sent."""
     bench = await ready(STALE, STALE, STALE, batch(raw()))
-    session, shard = poller(bench), bench.processor()
+    session, shard = poller(bench), bench.shard()
     await asyncio.sleep(300)
-    shard.intake.on_delivery(bench.command("hi", id="c1"))
+    shard.on_delivery(bench.command("hi", id="c1"))
     await asyncio.sleep(20)
     assert changes(bench) == ["stale", "needs_login"]
     assert [(receipt.outcome, receipt.reason) for receipt in bench.bus.receipts()] == [("parked", "needs_login")]
@@ -173,8 +173,8 @@ async def test_ten_minutes_of_a_firewall_cost_neither_a_login_nor_a_command(poll
 
     bench.chat.polls.extend([polled] * 1000)
     bench.chat.on_send = sent
-    session, shard = poller(bench), bench.processor()
-    shard.intake.on_delivery(bench.command("hi", id="c1"))
+    session, shard = poller(bench), bench.shard()
+    shard.on_delivery(bench.command("hi", id="c1"))
     await asyncio.sleep(1200)
     assert (changes(bench), session.state) == ([], State.POLLING)
     assert texts(bench) == ["hello"]

@@ -19,9 +19,9 @@ from adapter.agent import reader as reader_module
 from adapter.agent import sandbox as sandbox_module
 from adapter.agent.reader import WINDOW
 from adapter.contract.messages import Inbound, NextPage, Outbound, TextItem
-from adapter.conversation.record import RECENT_COMMANDS
 from adapter.errors import BusRefused, Refused
 from adapter.jetstream.managed_connection import connect_options
+from adapter.outbound.record import RECENT_COMMANDS
 from tests.bus.rig import NAMES, PATIENCE_S, Rig
 from tests.e2e.waiting import eventually, until
 from tests.next_standin import NextStandIn

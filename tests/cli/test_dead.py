@@ -15,8 +15,8 @@ from adapter.contract.names import (
     H_DETAIL,
     H_MSG_ID,
     H_REASON,
+    H_SEALED,
     H_SEQUENCE,
-    H_SINCE_MS,
     H_SUBJECT,
     H_TIME_MS,
     H_TRACEPARENT,
@@ -179,7 +179,7 @@ async def test_several_of_which_one_is_not_there(cli: Command, bus: Bus) -> None
 
 
 async def test_retry_stores_the_command_again_and_deletes_the_letter(cli: Command, bus: Bus) -> None:
-    about = {H_COMMAND: "c1", H_SINCE_MS: "1", H_USER: "u1@im.wechat"}
+    about = {H_COMMAND: "c1", H_SEALED: "s1.of-the-first", H_USER: "u1@im.wechat"}
     await die(bus, OUT, "wechat.out.17.s1", b'{"text":"hi"}', **about)
     result = await cli("dead", "retry", "1")
     assert result.code == 0

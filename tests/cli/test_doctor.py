@@ -17,9 +17,8 @@ from adapter.cli import permission_checks
 from adapter.cli.bus import Bus, connected_bus
 from adapter.cli.embedded import EmbeddedNats
 from adapter.contract.messages import BindingHealth, BindingInfo, BotStatus
-from adapter.contract.names import H_SINCE_MS, conversation_key, shard_of, to_subject_token
+from adapter.contract.names import conversation_key, shard_of, to_subject_token
 from adapter.contract.records import Binding, CheckpointRecord, Reader
-from adapter.conversation.record import ConversationRecord, SendWindow
 from adapter.environment import read_settings
 from adapter.errors import Refused
 from adapter.jetstream.buckets import LeaderKvBucket
@@ -27,6 +26,9 @@ from adapter.jetstream.history import StreamHistory
 from adapter.jetstream.layout import KEY, expects
 from adapter.jetstream.managed_connection import ManagedConnection
 from adapter.jetstream.topology import HOUR_NS
+from adapter.outbound.copies import copy_headers, identity_of
+from adapter.outbound.record import CommandRef, ConversationRecord, SendWindow
+from adapter.outbound.store import open_record, seal_record
 from adapter.security.seal import Sealer, checkpoint_context, cursor_context
 from tests.bus.guarded import Guarded, guarded
 from tests.cli.conftest import Command, Result
@@ -258,15 +260,17 @@ async def test_a_consumer_that_is_paused_is_told(cli: Command, bus: Bus) -> None
 
 
 async def test_commands_that_were_stored_without_the_transform_are_brought_to_their_shards(
-    cli: Command, bus: Bus
+    cli: Command, bus: Bus, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Where no consumer looks they would wait for ever, and their senders for a receipt."""
+    monkeypatch.setenv("WECHAT_NATS_TOKEN_KEY", TOKEN_KEY)
     names = bus.names
     config = (await bus.api_request(f"STREAM.INFO.{names.stream_out}"))["config"]
     await bus.api_request(f"STREAM.UPDATE.{names.stream_out}", config | {"subject_transform": None})
     first = await bus.store(names.out("s1"), b"one", {})
     await bus.store(names.out("s2"), b"two", {"Nats-Msg-Id": "mine", "traceparent": "00-1"})
-    await bus.store(names.out("s1"), b"three", {"Wechat-Command": "routed"})
+    routed = CommandRef(sequence=1, stored_ms=1, id="routed")
+    await bus.store(names.out("s1"), b"three", copy_headers(routed, {}, b"three", "s1", Sealer((bytes(32),))))
     result = await cli("doctor", "--json")
     assert (states(result)["WECHAT_OUT"], states(result)["commands astray"]) == ("fail", "fail")
     assert "publishing 3 commands again" in (await cli("doctor", "--fix")).out
@@ -285,25 +289,35 @@ async def test_commands_that_were_stored_without_the_transform_are_brought_to_th
     ]
 
 
-async def test_commands_brought_back_wait_since_they_were_stored_first(cli: Command, bus: Bus) -> None:
+async def test_commands_brought_back_wait_since_they_were_stored_first(
+    cli: Command, bus: Bus, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """By that they expire, and their receipts name it."""
-    names = bus.names
+    names, sealer = bus.names, Sealer((bytes(32),))
     config = (await bus.api_request(f"STREAM.INFO.{names.stream_out}"))["config"]
     await bus.api_request(f"STREAM.UPDATE.{names.stream_out}", config | {"subject_transform": None})
     await bus.store(names.out("s1"), b'{"text":"now or never","expires_in_s":0.5}', {})
-    await bus.store(names.out("s1"), b'{"text":"a copy"}', {H_SINCE_MS: "1234"})
+    original, copy = CommandRef(sequence=7, stored_ms=1234, id="c7"), b'{"text":"a copy"}'
+    await bus.store(names.out("s1"), copy, copy_headers(original, {}, copy, "s1", sealer))
     connection = ManagedConnection(bus.settings, "test")
     await connection.adopt_client(bus.nc)
     history = StreamHistory(connection)
     before = [stored async for stored in history.read(names.stream_out, names.out("s1"))]
+    assert "2 are not published again without WECHAT_NATS_TOKEN_KEY" in (await cli("doctor", "--fix")).out
+    monkeypatch.setenv("WECHAT_NATS_TOKEN_KEY", TOKEN_KEY)
     assert "publishing 2 commands again" in (await cli("doctor", "--fix")).out
     after = [stored async for stored in history.read(names.stream_out, names.out(">"))]
     assert [stored.data for stored in after] == [stored.data for stored in before]
-    assert [stored.headers[H_SINCE_MS] for stored in after] == [str(before[0].time_ms), "1234"]
+    first = CommandRef(sequence=before[0].seq, stored_ms=before[0].time_ms, id=str(before[0].seq))
+    found = [identity_of(one.headers, one.data, "s1", one.seq, one.time_ms, sealer) for one in after]
+    assert found == [first, original]
 
 
-async def test_a_command_that_cannot_be_brought_back_is_named_and_can_be_deleted(cli: Command, bus: Bus) -> None:
+async def test_a_command_that_cannot_be_brought_back_is_named_and_can_be_deleted(
+    cli: Command, bus: Bus, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """It fits as it was stored, and not with what a copy says of it."""
+    monkeypatch.setenv("WECHAT_NATS_TOKEN_KEY", TOKEN_KEY)
     names = bus.names
     config = (await bus.api_request(f"STREAM.INFO.{names.stream_out}"))["config"]
     await bus.api_request(f"STREAM.UPDATE.{names.stream_out}", config | {"subject_transform": None})
@@ -680,7 +694,7 @@ async def test_positions_above_a_restored_inbox_are_told_and_lowered(
     keys = [f"$KV.{names.checkpoints}.{bot}", f"$KV.{names.conversations}.{user}", f"$KV.{names.readers}.s1"]
     told = ConversationRecord(bot="b1@im.bot", inbox_seq=was, window=SendWindow(id="m", sequence=was, opened_ms=1))
     await bus.store(keys[0], checkpoint(was), {"Nats-TTL": "3600s"})
-    await bus.store(keys[1], msgspec.json.encode(told), {})
+    await bus.store(keys[1], seal_record(user, told, sealer(NEW)), {})
     revision = (await bus.store(keys[2], msgspec.json.encode(Reader(handled=was)), {})).seq
     await bus.store(f"$KV.{names.readers}.s2", msgspec.json.encode(Reader(handled=last, reader=7)), {})
 
@@ -702,7 +716,7 @@ async def test_positions_above_a_restored_inbox_are_told_and_lowered(
     assert stored[0].headers["Nats-TTL"] == "3600s"
     window = msgspec.structs.replace(told.window, sequence=last)
     lowered = msgspec.structs.replace(told, inbox_seq=last, window=window)
-    assert msgspec.json.decode(values[1], type=ConversationRecord) == lowered
+    assert open_record(user, values[1], sealer(NEW)) == lowered
     assert msgspec.json.decode(values[2], type=Reader) == Reader(handled=last, reader=revision)
 
 
@@ -711,16 +725,24 @@ async def test_a_position_is_lowered_only_with_its_key(
     cli: Command, bus: Bus, monkeypatch: pytest.MonkeyPatch, key: str
 ) -> None:
     monkeypatch.setenv("WECHAT_NATS_TOKEN_KEY", key)
-    subject, value = f"$KV.{bus.names.checkpoints}.{to_subject_token('b1@im.bot')}", checkpoint(2**60)
-    await bus.store(subject, value, {})
+    names, conversation = bus.names, conversation_key("s1", "u1@im.wechat")
+    values = {
+        f"$KV.{names.checkpoints}.{to_subject_token('b1@im.bot')}": checkpoint(2**60),
+        f"$KV.{names.conversations}.{conversation}": seal_record(
+            conversation, ConversationRecord(inbox_seq=2**60), sealer(NEW)
+        ),
+    }
+    for subject, value in values.items():
+        await bus.store(subject, value, {})
     assert "lowering" not in (await cli("doctor", "--fix")).out
     said = await say_of(cli, "positions")
     assert said.startswith(
-        "1 cannot be told, and --fix does not lower them: their key is not in WECHAT_NATS_TOKEN_KEY"
+        "2 cannot be told, and --fix does not lower them: their key is not in WECHAT_NATS_TOKEN_KEY"
     )
-    found = await bus.history.read_last(f"KV_{bus.names.checkpoints}", subject)
-    assert found is not None
-    assert found.data == value
+    for subject, value in values.items():
+        found = await bus.history.read_last(f"KV_{subject.split('.')[1]}", subject)
+        assert found is not None
+        assert found.data == value
 
 
 async def say_of(cli: Command, check: str) -> str:

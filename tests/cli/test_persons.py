@@ -13,11 +13,13 @@ from nats.aio.msg import Msg
 
 from adapter.cli.bus import Bus
 from adapter.contract.messages import ControlAnswer, Erase, ErasedEvent
-from adapter.contract.names import H_MSG_ID, H_REPLY_TO, H_USER, to_subject_token
+from adapter.contract.names import H_MSG_ID, H_REPLY_TO, H_USER, conversation_key, to_subject_token
 from adapter.contract.records import LoginRecord
 from adapter.jetstream import topology
 from adapter.jetstream.history import StreamHistory
 from adapter.jetstream.managed_connection import ManagedConnection
+from adapter.outbound.record import ConversationRecord, SentText
+from adapter.outbound.store import seal_record
 from adapter.ports import Stored
 from adapter.security.seal import Sealer, dead_context
 from adapter.settings import Settings
@@ -158,25 +160,41 @@ async def test_an_export_has_every_message_and_no_secret(
     assert [row["content"]["text"] for row in exported.rows if row["kind"] == "message"][:1] == ["secret of s1"]
     assert bot.token not in exported.out
     assert "secret of s2" not in exported.out
-    assert exported.out.count('"token":"***"') == 1  # of the conversation
+    assert [row["content"][:10] for row in exported.rows if row["kind"] == "conversation"] == ["(withheld:"]
+
+
+SENT = [SentText(id="m1", kind="text", text="what was sent")]
 
 
 @pytest.mark.parametrize("has_key", [True, False])
-async def test_an_export_opens_dead_letters_with_the_key_and_says_where_it_lacks(
+async def test_an_export_opens_what_is_sealed_with_the_key_and_says_where_it_lacks(
     cli: Command, bus: Bus, monkeypatch: pytest.MonkeyPatch, has_key: bool
 ) -> None:
-    headers = {H_MSG_ID: "dead:b1@im.bot:x", H_USER: "u1@im.wechat"}
-    sealed = Sealer((bytes(32),)).seal_bytes(
-        dead_context(headers[H_MSG_ID]), b'{"text":"hi","context_token":"sesame"}'
-    )
+    headers, sealer = {H_MSG_ID: "dead:b1@im.bot:x", H_USER: "u1@im.wechat"}, Sealer((bytes(32),))
+    sealed = sealer.seal_bytes(dead_context(headers[H_MSG_ID]), b'{"text":"hi","context_token":"sesame"}')
     await bus.js.publish(bus.names.dead_letters("WECHAT_IN"), sealed, headers=headers)
+    key, record = conversation_key("s1", "u1@im.wechat"), ConversationRecord(token="sesame", sent=SENT)
+    await bus.store(f"$KV.{bus.names.conversations}.{key}", seal_record(key, record, sealer), {})
     monkeypatch.setenv("WECHAT_NATS_TOKEN_KEY", TOKEN_KEY if has_key else "")
-    (row,) = (await cli("export", "--user", "u1@im.wechat")).rows
-    assert row["kind"] == "dead_letter"
+    rows = {row["kind"]: row["content"] for row in (await cli("export", "--user", "u1@im.wechat")).rows}
     if has_key:
-        assert row["content"] == {"text": "hi", "context_token": "***"}
+        assert rows == {
+            "conversation": {"token": "***", "sent": [{"id": "m1", "kind": "text", "text": "what was sent"}]},
+            "dead_letter": {"text": "hi", "context_token": "***"},
+        }
     else:
-        assert "that is not in WECHAT_NATS_TOKEN_KEY" in row["content"]
+        assert rows.keys() == {"conversation", "dead_letter"}
+        assert all("that is not in WECHAT_NATS_TOKEN_KEY" in content for content in rows.values())
+
+
+async def test_an_export_shows_nothing_of_a_conversation_that_a_newer_version_wrote(cli: Command, bus: Bus) -> None:
+    subject = f"$KV.{bus.names.conversations}.{conversation_key('s1', 'u1@im.wechat')}"
+    await bus.store(subject, b'{"v":2,"token":"sesame"}', {})
+    (row,) = (await cli("export", "--user", "u1@im.wechat")).rows
+    assert (row["kind"], row["content"]) == (
+        "conversation",
+        "(withheld: a newer version wrote it, or it is damaged)",
+    )
 
 
 @pytest.mark.parametrize("command", ["erase", "export"])

@@ -405,7 +405,7 @@ PNG = base64.b64encode(
 
 
 class Measured(NamedTuple):
-    """What a run measured: each figure by name, and the processor time of each process."""
+    """What a run measured: each figure by name, and the shard time of each process."""
 
     series: dict[str, Series]
     cpu: dict[str, float]

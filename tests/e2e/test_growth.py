@@ -136,8 +136,6 @@ def forget_the_last(adapter: Replica) -> None:
     """Empties what is bounded by a number that is higher than what happens here: the last so many of a kind."""
     adapter.control._settled.clear()
     adapter.bindings._deleted.clear()
-    for shard in adapter.supervisor.shards.values():
-        shard.commands._ended.clear()
 
 
 async def calm(adapter: Replica, *, wanted: int = 0) -> int:

@@ -17,13 +17,14 @@ import pytest
 
 from adapter.cli.embedded import EmbeddedNats
 from adapter.environment import read_settings
-from adapter.ports import Message
+from adapter.jetstream import topology
 from adapter.replica.app import run_replica
 from adapter.replica.probes import STUCK_S
 from adapter.replica.wiring import Replica
 from adapter.simulator import FaultRule, Simulator
 from tests.e2e.waiting import eventually, free_port
 from tests.e2e.world import TOKEN_KEY, AdapterProcess
+from tests.fakes import settle
 
 
 class Probes:
@@ -125,13 +126,28 @@ async def test_a_command_that_the_bus_does_not_let_route_holds_up_no_end(tmp_pat
             "WECHAT_NATS_HTTP_ADDR": f"127.0.0.1:{free_port()}",
             "WECHAT_NATS_TOKEN_KEY": TOKEN_KEY,
         }
+        before = asyncio.all_tasks()
         replica, stop, ready = Replica(read_settings(variables)), asyncio.Event(), asyncio.Event()
         running = asyncio.create_task(run_replica(replica, stop, ready.set))
         await ready.wait()
-        copy = replica.routing.spawn(replica.connections.bus.publish(Message("out", "of.no.stream", b"", {})))
+        names, nc = replica.names, await nats.connect(server.url)
+        jetstream = replica.connections.connection
+        config = (await jetstream.api_request(f"STREAM.INFO.{names.stream_out}"))["config"]
+        changed = config | {"subjects": [names.out_plain], "subject_transform": None}
+        await jetstream.api_request(f"STREAM.UPDATE.{names.stream_out}", changed)
+        await nc.jetstream().publish(names.out_plain, b'{"sandbox":"s1","text":"hi"}')
+
+        async def is_taken() -> bool:
+            info = await jetstream.api_request(f"CONSUMER.INFO.{names.stream_out}.{topology.ROUTER}")
+            return bool(info["num_ack_pending"] == 1)
+
+        await eventually(is_taken, "the router has it")
+        await nc.close()
         stop.set()
-        await running
-        assert copy.cancelled()
+        async with asyncio.timeout(20):
+            await running
+        await settle()
+        assert asyncio.all_tasks() == before
 
 
 async def _bind(url: str, bot: str, token: str, user: str) -> None:

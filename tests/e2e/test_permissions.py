@@ -114,7 +114,7 @@ async def scene(tmp_path: Path, request: pytest.FixtureRequest) -> AsyncIterator
             leaks = await world.leaks()
         finally:
             await world.close()
-    assert leaks + canary.leaks_on_disk(tmp_path / "data") == []
+    assert leaks + canary.leaks_on_disk(tmp_path / "data", world.texts()) == []
     log = (tmp_path / "adapter-0.log").read_text()
     assert "adapter.started" in log
     assert "ermissions" not in log

@@ -17,17 +17,18 @@ from nats.aio.client import Client
 from nats.js.errors import KeyNotFoundError
 
 from adapter.contract.names import conversation_key
-from adapter.conversation.record import ConversationRecord
 from adapter.jetstream.managed_connection import ManagedConnection
 from adapter.jetstream.objects import ObjectStore
 from adapter.jetstream.publisher import Publisher
 from adapter.kit.timing import SystemClock
 from adapter.observability.metrics import Metrics
+from adapter.outbound.store import open_record
 from adapter.ports import Pieces
+from adapter.security.seal import Sealer
 from adapter.settings import Settings
 from adapter.simulator import BotRecord, FaultRule, samples
 from tests.e2e.test_commands import final_of
-from tests.e2e.world import NAMES, World, audit, eventually, until, world
+from tests.e2e.world import NAMES, TOKEN_KEY, World, audit, eventually, until, world
 
 PNG, MP4, PDF, WAV = samples.png(), samples.mp4(), samples.pdf(), samples.wav()
 
@@ -176,13 +177,15 @@ async def test_a_restart_between_two_parts_asks_for_neither_again(tmp_path: Path
         nc, bot = await started(made, WECHAT_NATS_SEND_GAP_MS="2000")
         await send(made, nc, "c", *({"kind": "text", "text": text} for text in ("one", "two", "three")))
 
+        key = conversation_key("s1", bot.user)
+
         async def one_is_noted() -> bool:
             records = await nc.jetstream().key_value(NAMES.conversations)
             try:
-                record = await records.get(conversation_key("s1", bot.user))
+                record = await records.get(key)
             except KeyNotFoundError:  # nothing is stored of the user yet
                 return False
-            head = msgspec.json.decode(record.value or b"", type=ConversationRecord).head
+            head = open_record(key, record.value or b"", Sealer((base64.b64decode(TOKEN_KEY),))).head
             return head is not None and (head.part, head.unanswered_attempts) == (1, 0)
 
         await eventually(one_is_noted, "the first part is noted as sent")
@@ -203,6 +206,7 @@ LOST: list[tuple[str, FaultRule]] = [
 ]
 
 
+@pytest.mark.slow  # a request without an answer is repeated after a minute
 @pytest.mark.parametrize("rule", [row[1] for row in LOST], ids=[row[0] for row in LOST])
 async def test_f5_f6_a_media_message_without_an_answer_is_repeated_and_seen_once(
     tmp_path: Path, rule: FaultRule
@@ -211,6 +215,10 @@ async def test_f5_f6_a_media_message_without_an_answer_is_repeated_and_seen_once
         nc, bot = await started(made, WECHAT_NATS_SEND_TIMEOUT_S="1")
         made.sim.set_fault(rule)
         await send(made, nc, "c", inline("file", PDF))
+        await until(lambda: made.adapters[0].said("send.failed") == 1, "the first request has no answer")
+        await made.bind(nc, "s2", made.sim.add_bot())
+        made.say("s2", "hello")
+        await made.command(nc, "s2", "other")  # iLink accepts a send of somebody else
         await made.settle(nc)
         assert seen(made, bot) == [("file", "file.pdf", PDF)]
         assert len(made.sim.sends(bot.bot)) == 2

@@ -12,7 +12,7 @@ from nats.aio.client import Client
 from adapter.contract.messages import Options
 from adapter.simulator import BotRecord
 from tests.e2e.test_commands import final_of
-from tests.e2e.world import NAMES, World, until, world
+from tests.e2e.world import NAMES, World, eventually, until, world
 
 
 async def talking(made: World, nc: Client, **options: Any) -> BotRecord:
@@ -73,3 +73,26 @@ async def test_sigterm_hides_it(tmp_path: Path) -> None:
         first.signal(signal.SIGTERM)
         assert await first.ended() == 0
         assert not made.sim.typing(bot.user).on
+
+
+async def test_behind_something_that_waits_it_is_refused_at_once(tmp_path: Path) -> None:
+    """Nothing is shown before an answer that does not come, and nothing of it waits."""
+    async with world(tmp_path) as made:
+        await made.add_adapter()
+        nc, bot = await made.nc(), made.sim.add_bot()
+        await made.bind(nc, "s1", bot)
+        await made.command(nc, "s1", "parked")
+
+        async def is_parked() -> bool:
+            return [one.outcome for one in await made.receipts(nc)] == ["parked"]
+
+        await eventually(is_parked, "nobody has written yet")
+        for switch in ("on", "off"):
+            await typing(nc, switch, f"behind-{switch}")
+            receipt = await final_of(made, f"behind-{switch}")
+            assert (receipt.outcome, receipt.reason) == ("refused", "window_closed")
+            assert receipt.at_ms - receipt.received_at_ms < 3000
+        assert [one.outcome for one in await made.receipts(nc) if one.command != "parked"] == ["refused"] * 2
+        made.say("s1", "hello")
+        assert (await final_of(made, "parked")).outcome == "accepted"
+        assert made.sim.calls(bot.bot, "sendtyping") == []

@@ -9,7 +9,7 @@ from nats.aio.client import Client
 
 from adapter.contract.messages import FINAL_OUTCOMES, Window, WindowQuery
 from adapter.simulator import FaultRule
-from tests.e2e.world import NAMES, World, eventually, world
+from tests.e2e.world import NAMES, World, eventually, until, world
 
 
 async def commands(made: World, nc: Client, count: int, first: int = 0) -> None:
@@ -37,6 +37,15 @@ async def is_parked(made: World, nc: Client, reason: str) -> None:
         return reason in [r.reason for r in await made.receipts(nc) if r.outcome == "parked"]
 
     await eventually(is_told, f"a command is parked: {reason}")
+
+
+async def is_parked_now(made: World, nc: Client, command: str) -> None:
+    """Waits until this command is parked."""
+
+    async def is_told() -> bool:
+        return command in [r.command for r in await made.receipts(nc) if r.outcome == "parked"]
+
+    await eventually(is_told, f"{command} is parked")
 
 
 async def all_ended(made: World, nc: Client) -> None:
@@ -68,6 +77,29 @@ async def test_by_quota_and_by_minus_2(tmp_path: Path) -> None:
         await all_ended(made, nc)
         assert (await shown(nc)).remaining == 9
         assert made.sim.violations(kind="quota_exceeded") == []
+
+
+async def test_prepare_failed_in_an_open_window_restarts_the_session_once(tmp_path: Path) -> None:
+    """At most once a minute for a bot, and nothing is sent because of it. Other words do not ask for it."""
+    async with world(tmp_path) as made:
+        nc, bot = await made.begun()
+
+        def restarts() -> int:
+            return sum(call.count for call in made.sim.calls(bot.bot, "msg/notifystart")) - 1  # the poller's
+
+        for number, (words, expected) in enumerate(
+            [("rate limited", 0), ("prepare failed", 1), ("prepare failed", 1)]
+        ):
+            made.sim.set_fault(FaultRule(fault="F11", bot=bot.bot, count=1, params={"errmsg": words}))
+            await commands(made, nc, 1, first=number)
+            await until(lambda: len(made.sim.sends(bot.bot)) == 2 * number + 1, "it is refused")  # noqa: B023 -- awaited
+            await is_parked_now(made, nc, f"c{number}")
+            await until(lambda: restarts() == expected, "the session is restarted")  # noqa: B023 -- awaited
+            assert [send.why for send in made.sim.sends(bot.bot)] == [*["F11", "shown"] * number, "F11"]
+            made.say("s1", f"go on {number}")
+            await all_ended(made, nc)
+        assert restarts() == 1
+        assert {r.outcome for r in await made.receipts(nc)} == {"parked", "accepted"}
 
 
 async def test_by_time_while_nothing_happens(tmp_path: Path) -> None:

@@ -282,16 +282,19 @@ class World:
             if adapter.running:
                 await adapter.kill()
 
+    def texts(self) -> set[str]:
+        """What people and their sandboxes wrote."""
+        texts = {text for said in self.said.values() for text in said if len(text) > 8}
+        return texts | {f"answer {ident}" for idents in self.sent.values() for ident in idents}
+
     async def leaks(self) -> list[str]:
         """Secrets, and what people wrote, in what the adapters log, tell Prometheus and were started with.
 
         Before `close`, which it needs first for the disk to be whole.
         """
         found = []
-        texts = {text for said in self.said.values() for text in said if len(text) > 8}
-        texts |= {f"answer {ident}" for idents in self.sent.values() for ident in idents}
         secrets = [(secret, what) for what, secret in canary.MARKS.items()]
-        secrets += [*canary.keys_of(self.sim).items(), *((text, "what somebody wrote") for text in texts)]
+        secrets += [*canary.keys_of(self.sim).items(), *((text, canary.WRITTEN) for text in self.texts())]
         for adapter in self.adapters:
             log = adapter.log.read_bytes()
             found += canary.leaks(adapter.log.name, log, secrets)
@@ -365,7 +368,7 @@ async def world(
         finally:
             await made.close()
             server.kill()  # a clean stop takes 10 ms for each of the 130 consumers
-        leaks += canary.leaks_on_disk(folder / "nats")
+        leaks += canary.leaks_on_disk(folder / "nats", made.texts())
         assert not leaks, "\n".join(leaks)
 
 

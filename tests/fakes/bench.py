@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+from collections import defaultdict
 from collections.abc import Iterator
 from typing import Any
 
@@ -11,16 +12,17 @@ import msgspec
 
 from adapter.contract.names import Names, conversation_key, shard_of
 from adapter.contract.records import Binding
-from adapter.conversation.commands import Limits
-from adapter.conversation.record import ConversationRecord, SendWindow
-from adapter.conversation.rules import InboundReceived, SendPolicy
-from adapter.conversation.window import WindowPolicy
 from adapter.inbound.checkpoint import Stored as StoredCheckpoint
 from adapter.inbound.poller import BotPoller, PollDeps
 from adapter.kit.slots import FairSlots
 from adapter.observability.metrics import Metrics
-from adapter.outbound.processor import OutboundDeps, ShardCommandProcessor
+from adapter.outbound.commands import Limits
+from adapter.outbound.record import ConversationRecord, SendWindow
+from adapter.outbound.sending import SendPolicy
 from adapter.outbound.sessions import Pollers
+from adapter.outbound.shard import OutboundDeps, Shard
+from adapter.outbound.store import open_record, seal_record
+from adapter.outbound.window import InboundReceived, WindowPolicy
 from adapter.ports import Stored
 from adapter.replica.connections import Connections
 from adapter.replica.wiring import Edges, Replica
@@ -36,7 +38,7 @@ from tests.newer import made_newer
 LIMITS = Limits(park_ms=72 * 3_600_000)
 WINDOW = WindowPolicy(sends=10, hours=23.0)
 GAP_S = 1.5
-POLICY = SendPolicy(window=WINDOW, gap_ms=int(GAP_S * 1000), attempts=3, merge_chars=0)
+POLICY = SendPolicy(window=WINDOW, gap_ms=int(GAP_S * 1000), merge_chars=0)
 MEDIA_BYTES = 100_000
 
 
@@ -96,7 +98,7 @@ class FakeReplica(Replica):
         self._bench = bench
         super().__init__(settings, edges=edges)
 
-    async def _open_shard(self, sandbox: str) -> ShardCommandProcessor | None:
+    async def _open_shard(self, sandbox: str) -> Shard | None:
         return await self._bench.open_shard(sandbox)
 
     def _pollers(self) -> Pollers:
@@ -141,7 +143,7 @@ class Bench:
             self.bindings._apply_entry(entry)
         self.bindings_bucket.followers.append(self.bindings._apply_entry)
         self.bindings.is_loaded = True
-        self.processors: dict[int, ShardCommandProcessor] = {}
+        self.shards: dict[int, Shard] = {}
         """By shard: those that work here."""
         self.limits = limits
         self.slots = FairSlots(8, share=8)
@@ -149,7 +151,7 @@ class Bench:
         self.access, self.receipts = self.replica.access, self.replica.receipts
         self.events, self.sealer = self.replica.access.events, self.replica.sealer
         self.store, self.checkpoints = self.replica.conversation_store, self.replica.checkpoints
-        self.transfers, self.uploads = self.replica.transfers, self.replica.outbound.conversation.uploads
+        self.transfers, self.uploads = self.replica.transfers, self.replica.outbound.uploads
         self.bus_up = asyncio.Event()
         self.bus_up.set()
         self.changed_sessions: list[str] = []
@@ -195,27 +197,35 @@ class Bench:
         newer version has written the record."""
         opened: dict[str, Any] = {"id": "in:1", "opened_ms": self.clock.now_ms()}
         opened |= {name: fields.pop(name) for name in list(fields) if name in SendWindow.__struct_fields__}
-        record = ConversationRecord(**{"token": "AARz", "bot": "b1@im.bot", "window": SendWindow(**opened), **fields})
-        value = msgspec.json.encode(record)
-        self.conversation_bucket.put(conversation_key(sandbox, user), made_newer(value) if newer else value)
+        bot = fields.setdefault("bot", "b1@im.bot")
+        record = ConversationRecord(**{"token": "AARz", "bots": [bot], "window": SendWindow(**opened), **fields})
+        key = conversation_key(sandbox, user)
+        value = seal_record(key, record, self.sealer)
+        self.conversation_bucket.put(key, made_newer(value) if newer else value)
 
     def record(self, sandbox: str = "s1", user: str = "u1@im.wechat") -> ConversationRecord:
         """The record as the bucket has it."""
-        entry = self.conversation_bucket.entries[conversation_key(sandbox, user)]
-        assert entry.value is not None
-        return msgspec.json.decode(entry.value, type=ConversationRecord)
+        return self.records()[conversation_key(sandbox, user)]
 
-    async def wrote(self, ident: str, *, bot: str = "b1@im.bot", user: str = "u1@im.wechat") -> None:
-        """What a poller tells the conversation of a user's message that is in the inbox: another window."""
+    def records(self) -> dict[str, ConversationRecord]:
+        """The records that the bucket has, by key."""
+        entries = self.conversation_bucket.entries.items()
+        return {key: open_record(key, entry.value, self.sealer) for key, entry in entries if entry.value}
+
+    async def wrote(
+        self, ident: str, *, bot: str = "b1@im.bot", user: str = "u1@im.wechat", sequence: int | None = None
+    ) -> None:
+        """What a poller tells the conversation of a user's message that is in the inbox: another window. `sequence`:
+        of the message, if the inbox has it."""
         binding = self.bindings.get(bot)
         assert binding is not None
         shard = await self.open_shard(binding.sandbox)
         assert shard is not None
-        actor = await shard.conversation(binding, user)
-        sequence = self.bus.next_sequence("IN")
-        actor.on_inbound(InboundReceived(ident, "AARz", bot, written_ms=0, sequence=sequence))
+        conversation = await shard.conversation(binding.sandbox, user, bot)
+        sequence = self.bus.next_sequence("IN") if sequence is None else sequence
+        conversation.on_inbound(InboundReceived(ident, "AARz", bot, written_ms=0, sequence=sequence))
         if binding.options.auto_typing:
-            shard.show_typing(binding, user, "AARz")
+            shard.show_typing(conversation)
 
     async def checkpoint(self, bot: str = "b1@im.bot") -> StoredCheckpoint:
         """The checkpoint of a bot as the bucket has it."""
@@ -243,7 +253,11 @@ class Bench:
         self.deliveries.append(delivery)
         return delivery
 
-    def redeliver(self, processor: ShardCommandProcessor) -> None:
+    def deliver(self, delivery: FakeDelivery) -> None:
+        """What the consumer of one of this replica's shards does with a command."""
+        self.shards[int(delivery.subject.split(".")[2])].on_delivery(delivery)
+
+    def redeliver(self, shard: Shard) -> None:
         """What was not acknowledged comes again, to the next owner, as the bus has it."""
         for delivery in [one for one in self.deliveries if not one.acks]:
             stored = next(one for one in self.bus.found("OUT") if one.seq == delivery.seq)
@@ -257,18 +271,16 @@ class Bench:
             )
             self.deliveries.append(again)
             self.deliveries.remove(delivery)
-            processor.intake.on_delivery(again)
+            shard.on_delivery(again)
 
     def outbound(self, **changes: Any) -> OutboundDeps:
         """`changes`: of the dependencies, of the send policy, or of the window's."""
         window = WINDOW._replace(**{k: changes.pop(k) for k in list(changes) if k in WindowPolicy._fields})
         policy = POLICY._replace(window=window)
         policy = policy._replace(**{k: changes.pop(k) for k in list(changes) if k in SendPolicy._fields})
-        deps = self.replica.outbound
-        return deps._replace(
-            conversation=deps.conversation._replace(policy=policy, slots=self.slots),
-            limits=self.limits,
-        )._replace(**changes)
+        return self.replica.outbound._replace(
+            **{"policy": policy, "slots": defaultdict(lambda: self.slots), "limits": self.limits} | changes
+        )
 
     def is_stale(self, bot: str) -> bool:
         return bot in self.stale
@@ -284,25 +296,25 @@ class Bench:
     def has_polled_since(self, bot: str, since: float) -> bool:
         return self.polled_at.get(bot, 0.0) > since
 
-    def processor(self, sandbox: str = "s1", **changes: Any) -> ShardCommandProcessor:
-        """The processor of a sandbox's shard, told of changed bindings as the supervisor tells it."""
+    def shard(self, sandbox: str = "s1", **changes: Any) -> Shard:
+        """The shard of a sandbox's shard, told of changed bindings as the supervisor tells it."""
         number = shard_of(sandbox)
-        processor = self.processors[number] = ShardCommandProcessor(number, self.outbound(**changes))
+        shard = self.shards[number] = Shard(number, self.outbound(**changes))
 
         def on_change(bot: str, before: Binding | None, after: Binding | None) -> None:
             sides = [binding for binding in (before, after) if binding is not None]
             for name in {binding.sandbox for binding in sides}:
                 if shard_of(name) == number:
-                    processor.on_binding(name, bot, {binding.user for binding in sides})
+                    shard.on_binding(name, bot, {binding.user for binding in sides})
 
         self.bindings.add_listener(on_change)
-        return processor
+        return shard
 
-    async def open_shard(self, sandbox: str) -> ShardCommandProcessor | None:
+    async def open_shard(self, sandbox: str) -> Shard | None:
         number = shard_of(sandbox)
-        if number not in self.processors and self.leases.is_valid and number in self.leases.owned:
-            self.processor(sandbox)
-        return self.processors.get(number)
+        if number not in self.shards and self.leases.is_valid and number in self.leases.owned:
+            self.shard(sandbox)
+        return self.shards.get(number)
 
     # sessions.OtherReplicas, as the poller meets them ------------------------------------------------
 

@@ -223,6 +223,8 @@ class FakeBucket:
         self.journal = [] if journal is None else journal
         self.reads = 0
         """Keys read since the start."""
+        self.unreadable = 0
+        """So many more reads fail."""
         self.answers_lost = 0
         """So many more writes are stored and then refused as if somebody else had written: the answer got lost,
         and the repeat of the publisher met the first one. The bucket knows its own updates again."""
@@ -236,6 +238,9 @@ class FakeBucket:
     async def get(self, key: str) -> Entry | None:
         self.reads += 1
         await asyncio.sleep(0)
+        if self.unreadable:
+            self.unreadable -= 1
+            raise Temporary("bus_down")
         return self.entries.get(key)
 
     async def get_all(self, keys: Sequence[str]) -> list[Entry]:
@@ -324,6 +329,10 @@ class FakeDelivery:
         self.time_ms = time_ms
         self.redelivered = redelivered
         self.acks = 0
+
+    @property
+    def is_old(self) -> bool:
+        return self.redelivered
 
     async def ack(self) -> None:
         await asyncio.sleep(0)

@@ -71,3 +71,7 @@ class Life:
 
     async def goes_on(self) -> None:
         await self._going.wait()
+
+    async def passes(self, call: str, *, is_done: bool) -> None:
+        """Awaited before a call of the world, and when it is done and its answer is on its way."""
+        await self.goes_on()

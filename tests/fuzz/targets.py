@@ -32,17 +32,6 @@ from adapter.contract.names import (
     to_subject_token,
     user_of_key,
 )
-from adapter.conversation.commands import (
-    Limits,
-    client_id,
-    command_id,
-    decode_command,
-    read_command,
-    salvage_ids,
-    sandbox_of,
-)
-from adapter.conversation.literal import to_literal
-from adapter.conversation.split import MAX_BYTES, is_open, split
 from adapter.errors import AdapterError, Refused, Temporary, Uncertain, Unreadable
 from adapter.ilink import protocol, urls
 from adapter.ilink.addresses import is_public
@@ -53,6 +42,17 @@ from adapter.ilink.translate import read_message
 from adapter.ilink.unpack import unpack
 from adapter.logins.qr import check_content, html_element, terminal_text
 from adapter.observability import logs
+from adapter.outbound.commands import (
+    Limits,
+    client_id,
+    command_id,
+    decode_command,
+    read_command,
+    salvage_ids,
+    sandbox_of,
+)
+from adapter.outbound.literal import to_literal
+from adapter.outbound.split import MAX_BYTES, is_open, split
 from adapter.ports import Scan
 from adapter.security.seal import Sealer
 from tests.fakes import Wire
@@ -84,9 +84,7 @@ def command(data: bytes) -> None:
     """wechat.out.<sandbox>, and what is parked: read, cut, merged; its parts fit into one request each."""
     try:
         body = decode_command(data, LIMITS)
-        read = read_command(
-            body, sandbox="s1", ident=command_id(body.id, "", "", 7), sequence=7, time_ms=1, limits=LIMITS
-        )
+        read = read_command(body, sandbox="s1", stored_ms=1, limits=LIMITS)
     except (Unreadable, Refused) as exc:
         assert len(exc.detail) < 1000
         contract.Receipt(command="c", sandbox="s1", outcome="refused", reason=exc.reason, detail=exc.detail)
@@ -94,11 +92,11 @@ def command(data: bytes) -> None:
     texts = [part for part in read.parts if isinstance(part, str)]
     assert all(part.strip() and len(part) <= LIMITS.text_chars and len(part.encode()) <= MAX_BYTES for part in texts)
     assert len(texts) <= LIMITS.parts
-    assert read.expires_ms - read.stored_ms <= LIMITS.park_ms
+    assert read.expires_ms - 1 <= LIMITS.park_ms
     item = protocol.text_item("".join(texts))
-    protocol.message_request("t", 1, item, user=read.user, client_id=client_id(read.client, 0), context_token="c")
-    conversation_key(read.sandbox, read.user).encode("ascii")
-    NAMES.receipt(read.sandbox, read.id, 1).encode("ascii")
+    protocol.message_request("t", 1, item, user=read.user, client_id=client_id("base", 0), context_token="c")
+    conversation_key("s1", read.user).encode("ascii")
+    NAMES.receipt("s1", command_id(body.id, "", "", 7), 1).encode("ascii")
 
 
 def routed(data: bytes) -> None:

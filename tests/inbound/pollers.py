@@ -67,8 +67,8 @@ class Replica:
             self.session.checkpoint.release = nothing  # type: ignore[method-assign]
         for task in asyncio.all_tasks() - {asyncio.current_task()}:
             task.cancel()
-        for processor in self.bench.processors.values():
-            processor.stop()
+        for shard in self.bench.shards.values():
+            shard.stop()
         self.bench.leases.has_lease = False
         await settle()
 

@@ -17,6 +17,7 @@ from adapter.ilink.translate import read_message
 from adapter.inbound.checkpoint import lowered_checkpoint
 from adapter.inbound.fold import SET_BACK_S, FoldedInbox, Folds
 from adapter.inbound.poller import State
+from adapter.outbound.store import seal_record
 from adapter.ports import Stored
 from tests.fakes import Bench, batch, ready
 from tests.fakes.bus import Kept
@@ -110,6 +111,28 @@ async def test_no_poll_starts_before_the_inbox_is_read(poller: Poller) -> None:
     assert (len(heir.chat.asked) - asked, session.state) == (0, State.RETRYING)
     await asyncio.sleep(30)
     assert (len(heir.chat.asked) - asked, session.state) == (1, State.POLLING)
+
+
+async def test_a_bot_is_taken_once_what_the_inbox_has_is_known(
+    poller: Poller, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Until then a former owner's message may open a window, so nothing is parked or refused for want of one."""
+    heir = await left_behind(1)
+    held, read = asyncio.Event(), heir.bus.read
+
+    async def slow(stream: str, subject: str, **where: Any) -> Any:
+        if stream == "WECHAT_IN":
+            await held.wait()
+        async for stored in read(stream, subject, **where):
+            yield stored
+
+    monkeypatch.setattr(heir.bus, "read", slow)
+    session = poller(heir)
+    await asyncio.sleep(5)
+    assert (session.checkpoint is not None, session.is_taken) == (True, False)
+    held.set()
+    await asyncio.sleep(1)
+    assert session.is_taken
 
 
 async def test_many_bots_of_a_sandbox_need_one_read(poller: Poller) -> None:
@@ -280,7 +303,7 @@ async def test_an_open_conversation_gets_token_and_window_of_what_the_fold_finds
     """Also while a command of it waits for the window."""
     bench = await ready(batch(raw("t1", 1)))
     heir = heir_to(bench)
-    heir.processor().intake.on_delivery(heir.command("answer", id="c1"))
+    heir.shard().on_delivery(heir.command("answer", id="c1"))
     await asyncio.sleep(60)
     assert [one.outcome for one in heir.bus.receipts()] == ["parked"]
     replica = Replica(bench)
@@ -298,7 +321,7 @@ async def test_a_conversation_that_is_opened_later_folds_for_itself() -> None:
     heir = await left_behind(1, 2)
     opened_ms = heir.clock.now_ms()
     await asyncio.sleep(3600)
-    heir.processor().intake.on_delivery(heir.command("answer", id="c1", when_closed="refuse"))
+    heir.shard().on_delivery(heir.command("answer", id="c1", when_closed="refuse"))
     await asyncio.sleep(5)
     assert [one.outcome for one in heir.bus.receipts()] == ["accepted"]
     assert [sent.context_token for sent in heir.chat.sent] == ["token-2"]
@@ -316,9 +339,10 @@ async def test_a_conversation_takes_each_message_once(poller: Poller) -> None:
     record = bench.record()
     assert record.inbox_seq == 1
     spent = msgspec.structs.replace(record, window=msgspec.structs.replace(record.window, sends_used=7))
-    bench.conversation_bucket.put(conversation_key("s1", USER), msgspec.json.encode(spent))
+    key = conversation_key("s1", USER)
+    bench.conversation_bucket.put(key, seal_record(key, spent, bench.sealer))
     heir = heir_to(bench)
-    heir.processor().intake.on_delivery(heir.command("answer", id="c1"))
+    heir.shard().on_delivery(heir.command("answer", id="c1"))
     poller(heir)
     await asyncio.sleep(5)
     assert (texts(heir), heir.record().window.sends_used) == (["t1"], 8)
@@ -330,7 +354,7 @@ async def test_the_newest_token_counts_though_the_last_message_has_none() -> Non
     await asyncio.sleep(0.2)
     await replica.die()
     heir = heir_to(bench)
-    heir.processor().intake.on_delivery(heir.command("answer", id="c1"))
+    heir.shard().on_delivery(heir.command("answer", id="c1"))
     await asyncio.sleep(5)
     assert [sent.context_token for sent in heir.chat.sent] == ["token-1"]
     assert heir.record().window.id.endswith("002")
@@ -367,10 +391,10 @@ async def test_token_and_window_of_an_erased_person_do_not_come_back(user: str, 
     heir = heir_to(bench)
     session, task = tended(heir)
     await asyncio.sleep(5)
-    processor, binding = heir.processors[shard_of("s1")], heir.bindings.get(BOT)
+    shard, binding = heir.shards[shard_of("s1")], heir.bindings.get(BOT)
     assert binding is not None
     if was_open:
-        await processor.conversation(binding, USER)
+        await shard.conversation("s1", USER, BOT)
         await asyncio.sleep(5)
         assert heir.record().token == "token-1"
     session.stop(immediately=True)
@@ -380,9 +404,9 @@ async def test_token_and_window_of_an_erased_person_do_not_come_back(user: str, 
     await heir.conversation_bucket.delete(conversation_key("s1", user))
     await heir.checkpoint_bucket.delete(to_subject_token(BOT))
     await heir.bindings.remove(BOT)
-    processor.evict_idle()
+    shard.evict_idle()
     await heir.bind(bot=OTHER_BOT, user=user)
-    processor.intake.on_delivery(heir.command("answer", id="c1", when_closed="refuse"))
+    shard.on_delivery(heir.command("answer", id="c1", when_closed="refuse"))
     await asyncio.sleep(5)
     assert [(one.outcome, one.reason) for one in heir.bus.receipts()] == [("refused", "window_closed")]
     assert heir.chat.sent == []
@@ -396,7 +420,7 @@ async def test_the_token_of_another_bots_message_is_not_taken_over() -> None:
     await heir.bind(bot=OTHER_BOT)
     headers = {H_BOT: OTHER_BOT, H_SEEN: stored.headers[H_SEEN], H_MSG_ID: "in:b2@im.bot:2"}
     heir.bus.put(stored.subject, stored.data, headers)
-    heir.processor().intake.on_delivery(heir.command("answer", id="c1"))
+    heir.shard().on_delivery(heir.command("answer", id="c1"))
     await asyncio.sleep(5)
     assert heir.record().token == ""
 
@@ -404,9 +428,9 @@ async def test_the_token_of_another_bots_message_is_not_taken_over() -> None:
 async def test_bots_and_conversations_of_a_sandbox_share_one_read(poller: Poller) -> None:
     heir = await left_behind(1, 2)
     reads = spied(heir)
-    processor = heir.processor()
+    shard = heir.shard()
     for number in range(5):
-        processor.intake.on_delivery(heir.command("answer", id=f"c{number}"))
+        shard.on_delivery(heir.command("answer", id=f"c{number}"))
     poller(heir)
     await asyncio.sleep(5)
     assert len(reads) == 1
@@ -434,7 +458,7 @@ async def test_what_nobody_can_read_in_an_inbox_costs_only_what_it_would_have_to
     with capture_logs() as logs:
         session = poller(heir)
         await asyncio.sleep(1)
-        heir.processors[shard_of("s1")].intake.on_delivery(heir.command("answer", id="c1"))
+        heir.shards[shard_of("s1")].on_delivery(heir.command("answer", id="c1"))
         await asyncio.sleep(5)
     assert session.state is State.POLLING
     known = {"data": "token-1", "sealed": "token-1", "seen": "token-2"}
@@ -451,7 +475,7 @@ async def test_the_sealed_part_of_another_message_gives_no_token() -> None:
     stored = second.stored
     swapped = Kept("WECHAT_IN", Stored(stored.subject, 2, headers, stored.data, stored.time_ms), second.time_ms)
     heir.bus.kept = [first, swapped]
-    heir.processor().intake.on_delivery(heir.command("answer", id="c1"))
+    heir.shard().on_delivery(heir.command("answer", id="c1"))
     await asyncio.sleep(5)
     assert [sent.context_token for sent in heir.chat.sent] == ["token-1"], "the last one that opens"
 

@@ -11,12 +11,12 @@ import pytest
 
 from adapter.contract.messages import TextItem, Window
 from adapter.contract.names import H_REASON, H_SUBJECT
-from adapter.contract.records import Binding
-from adapter.conversation import rules, window
-from adapter.conversation.actor import ConversationActor
 from adapter.ilink.translate import read_message
 from adapter.kit.crashes import ATTEMPTS
-from adapter.outbound.processor import ShardCommandProcessor
+from adapter.outbound import window
+from adapter.outbound.conversation import Conversation
+from adapter.outbound.shard import Shard
+from adapter.outbound.window import InboundReceived
 from adapter.ports import InboundMessage, Message, Polled, PubAck
 from tests.capture import ALWAYS, WORDS, Bugs, Capture
 from tests.fakes import Bench, FakeChat, batch, raw_message, ready
@@ -236,23 +236,23 @@ async def test_a_conversation_that_raises_as_it_takes_a_message_costs_its_window
     error: Exception, poller: Poller, captured: Capture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It is in the inbox, and the next owner's conversation finds it there."""
-    taken = ConversationActor.on_inbound
+    taken = Conversation.on_inbound
 
-    def fails(actor: ConversationActor, inbound: rules.InboundReceived) -> None:
+    def fails(conversation: Conversation, inbound: InboundReceived) -> None:
         if inbound.message.endswith("001"):
             raise error
-        taken(actor, inbound)
+        taken(conversation, inbound)
 
-    monkeypatch.setattr(ConversationActor, "on_inbound", fails)
+    monkeypatch.setattr(Conversation, "on_inbound", fails)
     bench = await ready(batch(raw("one", 1), cursor="b"))
     replica = Replica(bench)
     await asyncio.sleep(5)
     assert (texts(bench), letters(bench), bench.chat.asked) == (["one"], [], ["", "b"])
     assert len(captured.crashes()) == 1
     await replica.die()
-    monkeypatch.setattr(ConversationActor, "on_inbound", taken)
+    monkeypatch.setattr(Conversation, "on_inbound", taken)
     heir = heir_to(bench)
-    heir.processor().intake.on_delivery(heir.command("answer", id="c1", when_closed="refuse"))
+    heir.shard().on_delivery(heir.command("answer", id="c1", when_closed="refuse"))
     await asyncio.sleep(5)
     assert [one.outcome for one in heir.bus.receipts()] == ["accepted"]
 
@@ -261,14 +261,14 @@ async def test_a_conversation_that_cannot_be_opened_costs_its_window(
     poller: Poller, captured: Capture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Of another user of the bot, whose own user goes on."""
-    opened = ShardCommandProcessor.conversation
+    opened = Shard.conversation
 
-    async def fails(self: ShardCommandProcessor, binding: Binding, user: str) -> ConversationActor:
+    async def fails(self: Shard, sandbox: str, user: str, bot: str) -> Conversation:
         if "u2" in user:
             raise RuntimeError(f"a bug over {WORDS}")
-        return await opened(self, binding, user)
+        return await opened(self, sandbox, user, bot)
 
-    monkeypatch.setattr(ShardCommandProcessor, "conversation", fails)
+    monkeypatch.setattr(Shard, "conversation", fails)
     theirs = raw(WORDS, 2, from_user_id="u2@im.wechat")
     bench = await ready(batch(raw("one", 1), theirs, raw("three", 3), cursor="b"))
     poller(bench)

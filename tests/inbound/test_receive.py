@@ -24,12 +24,12 @@ from adapter.contract.names import (
     conversation_key,
     shard_of,
 )
-from adapter.conversation.record import ConversationRecord
 from adapter.errors import BusRefused, LeaseLost, Refused, Temporary
 from adapter.ilink.translate import read_message
 from adapter.inbound.receive import IDS_KNOWN_S, OTHER_USERS, retry
 from adapter.inbound.sealed import unseal
 from adapter.kit.timing import PerTickLimiter
+from adapter.outbound.record import ConversationRecord
 from adapter.ports import InboundMessage, Message, Polled
 from tests.capture import Capture
 from tests.fakes import EPOCH_MS, Bench, Failing, FakeClock, Rounds, batch, raw_message, ready, settle
@@ -56,8 +56,8 @@ IMAGE = {"type": 2, "image_item": {"media": {"encrypt_query_param": "p1", "aes_k
 
 def record_in_memory(bench: Bench) -> ConversationRecord | None:
     """What the user's conversation knows; None: it is not open."""
-    found = (actor for actor in bench.processors[shard_of("s1")] if actor.state.user == USER)
-    return next((actor.state.record for actor in found), None)
+    found = (one for one in bench.shards[shard_of("s1")] if one.user == USER)
+    return next((one.record for one in found), None)
 
 
 def words(*numbers: int, cursor: str = "b") -> Polled:
@@ -302,9 +302,9 @@ async def test_a_repeat_renews_the_token_and_opens_no_new_window(poller: Poller)
     session = poller(bench)
     await asyncio.sleep(600)
     opened = bench.record().window
-    shard = bench.processors[shard_of("s1")]
+    shard = bench.shards[shard_of("s1")]
     for number in range(3):
-        shard.intake.on_delivery(bench.command(f"answer {number}", id=f"c{number}"))
+        shard.on_delivery(bench.command(f"answer {number}", id=f"c{number}"))
     await asyncio.sleep(30)
     bench.chat.polls.append(batch(raw("ok", context_token="newer"), cursor="c"))
     session.cancel_poll()
@@ -361,8 +361,8 @@ async def test_what_was_written_in_a_group_is_kept_and_told_to_nobody() -> None:
     assert texts(bench) == ["to you"]
     assert dead(bench) == [("group", strange), ("group", theirs)]
     assert [binding.user for binding in bench.bindings] == [USER]
-    actors = list(bench.processors[next(iter(bench.processors))])
-    assert [(actor.state.user, actor.state.record.token) for actor in actors] == [(USER, "token-3")]
+    open_ones = list(bench.shards[next(iter(bench.shards))])
+    assert [(one.user, one.record.token) for one in open_ones] == [(USER, "token-3")]
     assert set(bench.conversation_bucket.entries) <= {conversation_key("s1", USER)}
 
 
@@ -438,14 +438,14 @@ async def test_a_conversation_that_is_held_up_takes_it_in_its_turn_and_holds_up_
     """As one that waits for a receipt that cannot be stored."""
     bench = await ready()
     bench.hears()
-    processor, gate = bench.processor(), asyncio.Event()
+    shard, gate = bench.shard(), asyncio.Event()
 
     async def away(message: Message) -> None:
         if message.stream == "event":
             await gate.wait()
 
     bench.bus.on_publish = away
-    processor.intake.on_delivery(bench.command("one"))
+    shard.on_delivery(bench.command("one"))
     await asyncio.sleep(5)
     bench.chat.polls.extend([words(1), words(2, cursor="c")])
     poller(bench)
@@ -468,7 +468,7 @@ async def test_a_new_users_first_words_are_stored_as_the_shard_is_given_away(pol
     poller(bench)
     await asyncio.sleep(0.2)
     assert (texts(bench), bench.conversation_bucket.entries) == (["t1"], {})
-    await bench.processors[shard_of("s1")].drain(1.0)
+    await bench.shards[shard_of("s1")].drain(1.0)
     assert bench.record().token == "token-1"
 
 
@@ -479,9 +479,9 @@ async def test_what_a_poll_brings_after_the_hand_over_is_the_next_conversations(
         session.is_handed_over = True
         session.stop(immediately=False)
         bench.leases.owned.clear()
-        for processor in bench.processors.values():
-            processor.stop()
-        bench.processors.clear()
+        for shard in bench.shards.values():
+            shard.stop()
+        bench.shards.clear()
         return words(1)
 
     bench.chat.polls.append(handed_over)
@@ -490,7 +490,7 @@ async def test_what_a_poll_brings_after_the_hand_over_is_the_next_conversations(
     assert (texts(bench), (await bench.checkpoint()).owner, bench.conversation_bucket.entries) == (["t1"], "", {})
     assert (await bench.checkpoint()).position.inbox_seq == 0, "this owner's conversations have not taken it"
     heir = Bench(bench, incarnation="heir-1")
-    heir.processor().intake.on_delivery(heir.command("answer", id="c1", when_closed="refuse"))
+    heir.shard().on_delivery(heir.command("answer", id="c1", when_closed="refuse"))
     await asyncio.sleep(5)
     assert [one.outcome for one in heir.bus.receipts()] == ["accepted"]
 
@@ -512,18 +512,18 @@ async def test_a_command_while_a_former_owner_polls_knows_what_that_one_brings(
     session.is_handed_over = True
     session.stop(immediately=False)
     bench.leases.owned.clear()
-    for processor in bench.processors.values():
-        processor.stop()
-    bench.processors.clear()
+    for shard in bench.shards.values():
+        shard.stop()
+    bench.shards.clear()
     heir = Bench(bench, incarnation="heir-1")
     heir.elsewhere.add(BOT)
-    shard = heir.processor()
-    shard.intake.on_delivery(heir.command("early", id="c1", when_closed="refuse"))
+    shard = heir.shard()
+    shard.on_delivery(heir.command("early", id="c1", when_closed="refuse"))
     await asyncio.sleep(5)
     answer.set_result(words(1))
     await asyncio.sleep(1)
     assert (texts(heir), heir.chat.sent) == (["t1"], [])
-    shard.intake.on_delivery(heir.command("answer", id="c2", when_closed=when_closed))
+    shard.on_delivery(heir.command("answer", id="c2", when_closed=when_closed))
     await asyncio.sleep(5)
     assert [(one.command, one.outcome) for one in heir.bus.receipts()] == [("c1", "refused"), ("c2", "accepted")]
     assert [sent.context_token for sent in heir.chat.sent] == ["token-1"]
@@ -532,11 +532,11 @@ async def test_a_command_while_a_former_owner_polls_knows_what_that_one_brings(
 async def test_a_command_is_decided_also_where_a_former_owners_message_cannot_be_read() -> None:
     bench = await ready()
     bench.elsewhere.add(BOT)
-    shard = bench.processor()
-    shard.intake.on_delivery(bench.command("one", id="c1", when_closed="refuse"))
+    shard = bench.shard()
+    shard.on_delivery(bench.command("one", id="c1", when_closed="refuse"))
     await asyncio.sleep(5)
     bench.bus.unreadable = 1
-    shard.intake.on_delivery(bench.command("two", id="c2", when_closed="refuse"))
+    shard.on_delivery(bench.command("two", id="c2", when_closed="refuse"))
     await asyncio.sleep(5)
     assert [(one.command, one.outcome) for one in bench.bus.receipts()] == [("c1", "refused"), ("c2", "refused")]
     assert bench.bus.unreadable == 0
@@ -553,10 +553,10 @@ async def test_a_conversation_is_not_let_go_while_its_message_is_being_stored(po
     bench.bus.on_publish = wait
     poller(bench)
     await asyncio.sleep(30 * 3600)
-    processor = bench.processors[shard_of("s1")]
+    shard = bench.shards[shard_of("s1")]
     for is_known in (True, False):
         for _ in range(2):
-            processor.evict_idle()
+            shard.evict_idle()
             await asyncio.sleep(1)
         assert (record_in_memory(bench) is not None) is is_known
         gate.set()
@@ -650,7 +650,7 @@ async def test_what_was_said_before_the_bot_moved_opens_no_window_in_its_new_san
     heir = heir_to(bench)
     replica = Replica(heir)
     await asyncio.sleep(30)
-    heir.processor("s2").intake.on_delivery(heir.command("hi", id="c1", sandbox="s2"))
+    heir.shard("s2").on_delivery(heir.command("hi", id="c1", sandbox="s2"))
     await asyncio.sleep(5)
     assert [(one.outcome, one.reason) for one in heir.bus.receipts()] == [("parked", "window_closed")]
     assert [inbound.sandbox for inbound in heir.bus.inbound()] == ["s1"]
@@ -881,7 +881,7 @@ async def test_a_late_message_is_known_before_the_poll_that_waits_ends(poller: P
         nonlocal session
         session = poller(heir)
         await asyncio.sleep(5)
-        heir.processors[shard_of("s1")].intake.on_delivery(heir.command("answer", id="c1"))
+        heir.shards[shard_of("s1")].on_delivery(heir.command("answer", id="c1"))
         await asyncio.sleep(5)
 
     await frozen_with(bench, words(1, cursor="zombie"), meanwhile=taken_over)
@@ -1063,7 +1063,7 @@ async def test_after_a_kill_a_window_is_open_and_typing_is_not_shown_again() -> 
     shown = len(bench.chat.typing)
     await asyncio.sleep(3600)
     heir = heir_to(bench)
-    heir.processor().intake.on_delivery(heir.command("answer", id="c1", when_closed="refuse"))
+    heir.shard().on_delivery(heir.command("answer", id="c1", when_closed="refuse"))
     await asyncio.sleep(5)
     assert [(one.outcome, one.reason) for one in heir.bus.receipts()] == [("accepted", "")]
     assert abs(heir.record().window.opened_ms - opened_ms) < 1000, "as iLink handed it over, however late it is told"
@@ -1096,7 +1096,7 @@ async def test_nothing_is_left_of_a_poller_that_has_ended() -> None:
     await asyncio.sleep(30)
     session.stop(immediately=True)
     await task
-    for processor in bench.processors.values():
-        processor.stop()
+    for shard in bench.shards.values():
+        shard.stop()
     await settle()
     assert len(asyncio.all_tasks()) == tasks

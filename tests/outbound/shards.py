@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
+
 from adapter.contract.messages import FINAL_OUTCOMES, Receipt
 from adapter.errors import SessionExpired, Throttled, Uncertain
-from adapter.outbound.processor import ShardCommandProcessor
+from adapter.outbound.shard import Shard
 from adapter.ports import Accepted
 from tests.fakes import Bench
 
@@ -19,13 +21,13 @@ THREE = ("A" * 3000 + "\n\n") * 3
 """A text of three parts."""
 
 
-async def ready(*, is_open: bool = True, **changes: Any) -> tuple[Bench, ShardCommandProcessor]:
+async def ready(*, is_open: bool = True, **changes: Any) -> tuple[Bench, Shard]:
     """One bound user; by default with an open window."""
     bench = Bench()
     await bench.bind()
     if is_open:
         bench.hears()
-    return bench, bench.processor(**changes)
+    return bench, bench.shard(**changes)
 
 
 async def user_writes(bench: Bench, *, bot: str = BOT, user: str = USER) -> None:
@@ -55,3 +57,8 @@ def parked(bench: Bench) -> list[str]:
     """Commands that were parked and have no final receipt yet."""
     over = {receipt.command for receipt in finals(bench)}
     return [r.command for r in bench.bus.receipts() if r.outcome == "parked" and r.command not in over]
+
+
+def rows(names: str, table: dict[str, tuple[Any, ...]]) -> pytest.MarkDecorator:
+    """The rows of a table by the sentences that they show."""
+    return pytest.mark.parametrize(names, [pytest.param(*row, id=sentence) for sentence, row in table.items()])

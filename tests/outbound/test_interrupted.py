@@ -7,21 +7,33 @@ import base64
 from typing import Any
 
 import pytest
+from structlog.testing import capture_logs
 
-from tests.fakes import FakeDelivery
-from tests.outbound.shards import BOT, STALE, USER, free_slots, outcomes, ready
+from adapter.contract.names import conversation_key
+from adapter.errors import Temporary
+from tests.fakes import Bench, FakeDelivery
+from tests.fakes.ilink import Sent
+from tests.outbound.shards import BOT, STALE, THROTTLED, TIMEOUT, USER, free_slots, outcomes, ready, user_writes
 
 VIRTUAL_TIME = True
+
+AGAIN = "b2@im.bot"
+"""The next bot of the same user."""
 
 
 async def hang(_: str) -> None:
     await asyncio.Event().wait()
 
 
+def media(bench: Bench, data: bytes, **fields: Any) -> FakeDelivery:
+    """A command for a file."""
+    return bench.command(items=[{"kind": "file", "data": base64.b64encode(data).decode()}], **fields)
+
+
 async def test_a_slot_comes_back_if_the_shard_is_lost_while_the_send_is_stored() -> None:
     bench, shard = await ready()
     bench.conversation_bucket.on_write = hang
-    shard.intake.on_delivery(bench.command("a"))
+    shard.on_delivery(bench.command("a"))
     await asyncio.sleep(5)
     assert free_slots(bench) == 7
     shard.stop()
@@ -35,7 +47,7 @@ async def test_a_slot_comes_back_if_the_shard_is_lost_before_it_is_used(steps: i
     slots = bench.slots
     for _ in range(8):
         assert slots.try_acquire("other")
-    shard.intake.on_delivery(bench.command("a"))
+    shard.on_delivery(bench.command("a"))
     await asyncio.sleep(5)
     slots.release("other")
     for _ in range(steps):
@@ -50,7 +62,7 @@ async def test_a_slot_comes_back_if_the_shard_is_lost_before_it_is_used(steps: i
 async def test_the_drain_of_a_shard_whose_records_cannot_be_stored_has_an_end() -> None:
     bench, shard = await ready()
     bench.conversation_bucket.on_write = hang
-    shard.intake.on_delivery(bench.command("a"))
+    shard.on_delivery(bench.command("a"))
     await asyncio.sleep(5)
     began = bench.clock.monotonic()
     await shard.drain(20)
@@ -62,11 +74,8 @@ async def test_the_upload_of_an_expired_command_is_not_taken_for_the_next_one() 
     bench, shard = await ready()
     bench.cdn.took_s = 30.0
 
-    def media(data: bytes, **fields: Any) -> FakeDelivery:
-        return bench.command(items=[{"kind": "file", "data": base64.b64encode(data).decode()}], **fields)
-
-    shard.intake.on_delivery(media(b"AAAA", id="a", expires_in_s=20))
-    shard.intake.on_delivery(media(b"BBBB", id="b"))
+    shard.on_delivery(media(bench, b"AAAA", id="a", expires_in_s=20))
+    shard.on_delivery(media(bench, b"BBBB", id="b"))
     await asyncio.sleep(120)
     assert outcomes(bench) == [("a", "refused", "expired"), ("b", "accepted", "")]
     data = {f"ref{number}": upload.data for number, upload in enumerate(bench.cdn.uploads, 1)}
@@ -74,12 +83,12 @@ async def test_the_upload_of_an_expired_command_is_not_taken_for_the_next_one() 
 
 
 async def test_minus_14_asks_for_the_session_of_the_bot_that_sent() -> None:
-    """The user has logged in again, and has not written since."""
     bench, shard = await ready()
     await bench.bind(state="needs_login")
     await bench.bind(bot="b2@im.bot", user=USER)
+    await user_writes(bench, bot="b2@im.bot")
     bench.chat.sends.extend([STALE] * 20)
-    shard.intake.on_delivery(bench.command("a", id="a"))
+    shard.on_delivery(bench.command("a", id="a"))
     await asyncio.sleep(400)
     assert outcomes(bench) == [("a", "refused", "rejected")]
     assert {sent.bot for sent in bench.chat.sent} == {"b2@im.bot"}
@@ -89,6 +98,123 @@ async def test_a_bot_that_is_not_polled_does_not_keep_a_command_from_expiring() 
     bench, shard = await ready()
     bench.chat.notify_fails = STALE
     bench.chat.sends.extend([STALE] * 20)
-    shard.intake.on_delivery(bench.command("a", id="a", bot=BOT, expires_in_s=60))
+    shard.on_delivery(bench.command("a", id="a", bot=BOT, expires_in_s=60))
     await asyncio.sleep(400)
     assert [(command, outcome) for command, outcome, _ in outcomes(bench)][-1] == ("a", "refused")
+
+
+async def test_a_command_whose_ack_got_lost_does_not_hold_up_the_next_which_was_begun() -> None:
+    """Its receipt was stored, the next one's request went out, and then the owner and the bus were gone."""
+    bench, shard = await ready(gap_ms=0)
+    acks = [bench.command("a", id="a"), bench.command("b", id="b")]
+    lost = asyncio.Event()
+
+    async def dies(sent: Sent) -> None:
+        if sent.text == "b":
+            lost.set()
+            await asyncio.Event().wait()
+
+    bench.chat.on_send = dies
+    for delivery in acks:
+        shard.on_delivery(delivery)
+    await lost.wait()
+    shard.stop()
+    await asyncio.sleep(1)
+    acks[0].acks = 0  # it did not reach the server
+    bench.chat.on_send = None
+    second = Bench(world=bench, incarnation="other-1")
+    second.redeliver(second.shard(gap_ms=0))
+    await asyncio.sleep(600)
+    assert outcomes(second) == [("a", "accepted", ""), ("b", "accepted", "")]
+    assert len({sent.client_id for sent in bench.chat.sent if sent.text == "b"}) == 1
+    assert bench.chat.texts == ["a", "b", "b"]
+
+
+async def test_a_file_that_was_being_uploaded_is_not_taken_for_what_goes_before_it() -> None:
+    """A command that waited until its bot's user was known is older."""
+    bench, shard = await ready()
+    await bench.bind(bot=AGAIN, user="")
+    shard.on_delivery(bench.command("welcome", id="held", bot=AGAIN))
+    await asyncio.sleep(5)
+    bench.cdn.took_s = 10.0
+    shard.on_delivery(media(bench, b"AAAA", id="file", user=USER))
+    await asyncio.sleep(2)
+    await bench.bind(bot=AGAIN)
+    await asyncio.sleep(60)
+    assert [(sent.text, sent.media is not None) for sent in bench.chat.taken.values()] == [
+        ("welcome", False),
+        ("", True),
+    ]
+    assert outcomes(bench)[1:] == [("held", "accepted", ""), ("file", "accepted", "")]
+
+
+async def test_an_older_command_that_joins_late_goes_behind_what_may_have_been_sent() -> None:
+    bench, shard = await ready()
+    await bench.bind(bot=AGAIN, user="")
+    shard.on_delivery(bench.command("welcome", id="held", bot=AGAIN))
+    bench.chat.sends.append(TIMEOUT)
+    shard.on_delivery(bench.command("hi", id="c1", user=USER))
+    await asyncio.sleep(5)
+    await bench.bind(bot=AGAIN)
+    await asyncio.sleep(400)
+    assert bench.chat.texts == ["hi", "hi", "welcome"]
+    assert outcomes(bench)[1:] == [("c1", "accepted", ""), ("held", "accepted", "")]
+
+
+async def test_a_new_bot_of_the_user_uploads_what_its_predecessor_could_not_send() -> None:
+    bench, shard = await ready()
+    bench.chat.sends.append(Temporary("network"))
+    shard.on_delivery(media(bench, b"AAAA", id="file"))
+    await asyncio.sleep(0.5)
+    await bench.bind(bot=AGAIN)
+    await bench.bindings.remove(BOT)
+    await user_writes(bench, bot=AGAIN)
+    await asyncio.sleep(30)
+    assert [upload.bot for upload in bench.cdn.uploads] == [BOT, AGAIN]
+    sent = [(sent.bot, sent.media.reference) for sent in bench.chat.sent if sent.media]
+    assert sent == [(BOT, "ref1"), (AGAIN, "ref2")]
+    assert outcomes(bench) == [("file", "accepted", "")]
+
+
+async def test_what_was_uploaded_before_it_was_parked_is_uploaded_again() -> None:
+    """iLink keeps uploads for a time that nobody knows."""
+    bench, shard = await ready()
+    bench.chat.sends.append(THROTTLED)
+    shard.on_delivery(media(bench, b"AAAA", id="file"))
+    await asyncio.sleep(40 * 3600)
+    await user_writes(bench)
+    await asyncio.sleep(30)
+    assert [sent.media.reference for sent in bench.chat.sent if sent.media] == ["ref1", "ref2"]
+    assert outcomes(bench) == [("file", "parked", "throttled"), ("file", "accepted", "")]
+
+
+async def test_a_request_that_did_not_leave_is_no_attempt() -> None:
+    bench, shard = await ready()
+
+    async def pause(_: str) -> None:
+        bench.conversation_bucket.on_write = None
+        bench.leases.has_lease = False
+
+    bench.conversation_bucket.on_write = pause
+    shard.on_delivery(bench.command("hi", id="c1"))
+    await asyncio.sleep(20)
+    assert bench.chat.sent == []
+    bench.leases.has_lease = True
+    await asyncio.sleep(20)
+    assert (len(bench.chat.sent), [one.attempts for one in bench.bus.receipts()]) == (1, [1])
+
+
+async def test_a_person_who_is_erased_as_their_send_is_stored_gets_nothing() -> None:
+    bench, shard = await ready()
+
+    async def erase(_: str) -> None:
+        bench.conversation_bucket.on_write = None
+        bench.conversation_bucket.put(conversation_key("s1", USER), None)
+
+    bench.conversation_bucket.on_write = erase
+    with capture_logs() as logs:
+        shard.on_delivery(bench.command("hi", id="c1"))
+        await asyncio.sleep(10)
+    assert bench.chat.sent == []
+    assert outcomes(bench) == [("c1", "parked", "window_closed")]
+    assert [line for line in logs if line["event"].endswith("crashed")] == []

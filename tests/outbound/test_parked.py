@@ -6,7 +6,7 @@ import asyncio
 
 import pytest
 
-from adapter.outbound.reading import MISSING_CONFIRM_S
+from adapter.outbound.shard import MISSING_CONFIRM_S
 from tests.fakes import LIMITS, WINDOW
 from tests.outbound.shards import BOT, THROTTLED, finals, outcomes, parked, ready, user_writes
 
@@ -17,14 +17,14 @@ async def test_what_must_wait_is_parked_and_flushed_in_order() -> None:
     bench, shard = await ready(is_open=False)
     deliveries = [bench.command(f"t{number}", id=f"c{number}") for number in range(3)]
     for delivery in deliveries:
-        shard.intake.on_delivery(delivery)
+        shard.on_delivery(delivery)
     await asyncio.sleep(5)
     assert parked(bench) == ["c0", "c1", "c2"]
     assert [delivery.acks for delivery in deliveries] == [0, 0, 0]  # they wait where they are
     assert [outcome for _, outcome, _ in outcomes(bench)] == ["parked"] * 3
 
     await user_writes(bench)
-    shard.intake.on_delivery(bench.command("t3", id="c3"))
+    shard.on_delivery(bench.command("t3", id="c3"))
     await asyncio.sleep(60)
     assert bench.chat.texts == ["t0", "t1", "t2", "t3"]
     assert [receipt.command for receipt in finals(bench)] == ["c0", "c1", "c2", "c3"]
@@ -35,7 +35,7 @@ async def test_what_is_parked_and_not_shown_for_a_moment_is_not_overtaken() -> N
     """By a cluster that is losing its leaders. What an operator removed is not waited for for ever."""
     bench, shard = await ready(is_open=False)
     for number in range(3):
-        shard.intake.on_delivery(bench.command(f"t{number}", id=f"c{number}"))
+        shard.on_delivery(bench.command(f"t{number}", id=f"c{number}"))
     await asyncio.sleep(5)
     hidden = [kept for kept in bench.bus.kept if kept.stored in bench.bus.found("OUT")][:2]
     bench.bus.kept = [kept for kept in bench.bus.kept if kept not in hidden]
@@ -61,7 +61,7 @@ async def test_what_another_version_parked_and_this_one_does_not_accept_ends(
     bench, shard = await ready(is_open=False)
     deliveries = [bench.command(f"t{number}", id=f"c{number}") for number in range(2)]
     for delivery in deliveries:
-        shard.intake.on_delivery(delivery)
+        shard.on_delivery(delivery)
     await asyncio.sleep(5)
     (first,) = [kept for kept in bench.bus.kept if kept.stored == bench.bus.found("OUT")[0]]
     place = bench.bus.kept.index(first)
@@ -78,24 +78,24 @@ async def test_many_that_are_gone_hold_up_what_is_behind_them_once() -> None:
     """An operator has purged what is parked."""
     bench, shard = await ready(is_open=False)
     for number in range(30):
-        shard.intake.on_delivery(bench.command(f"t{number}"))
+        shard.on_delivery(bench.command(f"t{number}"))
     await asyncio.sleep(5)
     bench.bus.kept = [kept for kept in bench.bus.kept if kept.stored not in bench.bus.found("OUT")]
     await user_writes(bench)
-    shard.intake.on_delivery(bench.command("hi"))
+    shard.on_delivery(bench.command("hi"))
     await asyncio.sleep(2 * MISSING_CONFIRM_S)
     assert bench.chat.texts == ["hi"]
 
 
 async def test_a_message_not_shown_yet_is_waited_for_also_where_another_is_long_gone() -> None:
     bench, shard = await ready(is_open=False)
-    shard.intake.on_delivery(bench.command("gone"))
+    shard.on_delivery(bench.command("gone"))
     await asyncio.sleep(5)
     bench.bus.kept.remove(next(kept for kept in bench.bus.kept if kept.stored in bench.bus.found("OUT")))
     await user_writes(bench)
     await asyncio.sleep(60)
     bench.stale.add(BOT)
-    shard.intake.on_delivery(bench.command("hi"))
+    shard.on_delivery(bench.command("hi"))
     await asyncio.sleep(5)
     hidden = next(kept for kept in bench.bus.kept if kept.stored in bench.bus.found("OUT"))
     bench.bus.kept.remove(hidden)
@@ -107,20 +107,22 @@ async def test_a_message_not_shown_yet_is_waited_for_also_where_another_is_long_
     assert bench.chat.texts == ["hi"]
 
 
-async def test_the_time_that_a_command_is_parked_is_not_counted_as_ours() -> None:
+async def test_the_time_of_a_command_that_was_parked_is_not_counted_as_ours() -> None:
     bench, shard = await ready(is_open=False)
-    shard.intake.on_delivery(bench.command("hi", id="c1"))
+    shard.on_delivery(bench.command("hi", id="c1"))
     await asyncio.sleep(3600)
     await user_writes(bench)
     await asyncio.sleep(60)
-    assert [receipt.outcome for receipt in finals(bench)] == ["accepted"]
+    shard.on_delivery(bench.command("at once", id="c2"))
+    await asyncio.sleep(60)
+    assert [receipt.outcome for receipt in finals(bench)] == ["accepted", "accepted"]
     assert bench.metrics.value("outbound_duration_seconds_count", outcome="settled") == 1
     assert bench.metrics.value("outbound_duration_seconds_sum", outcome="settled") < 10
 
 
 async def test_a_parked_receipt_says_why() -> None:
     bench, shard = await ready(is_open=False)
-    shard.intake.on_delivery(bench.command("hi", id="c1"))
+    shard.on_delivery(bench.command("hi", id="c1"))
     await asyncio.sleep(5)
     (receipt,) = bench.bus.receipts()
     assert (receipt.outcome, receipt.reason) == ("parked", "window_closed")
@@ -131,7 +133,7 @@ async def test_minus_2_parks_this_and_everything_after_it() -> None:
     bench, shard = await ready()
     bench.chat.sends.append(THROTTLED)
     for number in range(3):
-        shard.intake.on_delivery(bench.command(f"t{number}", id=f"c{number}"))
+        shard.on_delivery(bench.command(f"t{number}", id=f"c{number}"))
     await asyncio.sleep(30)
     assert bench.chat.texts == ["t0"]
     assert [(command, outcome) for command, outcome, _ in outcomes(bench)] == [
@@ -152,7 +154,7 @@ async def test_minus_2_costs_one_attempt() -> None:
     bench, shard = await ready()
     bench.chat.sends.extend([THROTTLED] * 50)
     for number in range(20):
-        shard.intake.on_delivery(bench.command(f"t{number}"))
+        shard.on_delivery(bench.command(f"t{number}"))
         await asyncio.sleep(60)
     assert len(bench.chat.sent) == 1
     assert bench.bus.receipts()[0].errmsg == THROTTLED.errmsg
@@ -162,7 +164,7 @@ async def test_after_the_cool_down_one_probe_goes_out() -> None:
     """What fails then waits a whole cool-down more."""
     bench, shard = await ready()
     bench.chat.sends.extend([THROTTLED] * 3)
-    shard.intake.on_delivery(bench.command("hi", id="c1"))
+    shard.on_delivery(bench.command("hi", id="c1"))
     await asyncio.sleep(2 * WINDOW.cooldown_s + 60)
     at = [sent.at_s for sent in bench.chat.sent]
     assert [round(later - at[0]) for later in at] == [0, 3600, 7200]
@@ -173,8 +175,8 @@ async def test_after_the_cool_down_one_probe_goes_out() -> None:
 async def test_minus_2_in_a_second_window_refuses_the_command_and_the_others_go() -> None:
     bench, shard = await ready()
     bench.chat.sends.extend([THROTTLED, THROTTLED])
-    shard.intake.on_delivery(bench.command("poison", id="c0"))
-    shard.intake.on_delivery(bench.command("fine", id="c1"))
+    shard.on_delivery(bench.command("poison", id="c0"))
+    shard.on_delivery(bench.command("fine", id="c1"))
     await asyncio.sleep(10)
     await user_writes(bench)
     await asyncio.sleep(10)
@@ -189,7 +191,7 @@ async def test_minus_2_in_a_second_window_refuses_the_command_and_the_others_go(
 async def test_ten_sends_per_window_and_the_rest_at_the_next_message() -> None:
     bench, shard = await ready()
     for number in range(25):
-        shard.intake.on_delivery(bench.command(f"t{number}", id=f"c{number}"))
+        shard.on_delivery(bench.command(f"t{number}", id=f"c{number}"))
     await asyncio.sleep(120)
     assert len(bench.chat.sent) == 10
     assert [reason for _, outcome, reason in outcomes(bench) if outcome == "parked"] == ["quota"] + ["quota"] * 14
@@ -205,7 +207,7 @@ async def test_ten_sends_per_window_and_the_rest_at_the_next_message() -> None:
 async def test_what_does_not_want_to_wait_is_refused_at_once() -> None:
     bench, shard = await ready(is_open=False)
     delivery = bench.command("hi", id="c1", when_closed="refuse")
-    shard.intake.on_delivery(delivery)
+    shard.on_delivery(delivery)
     await asyncio.sleep(5)
     assert outcomes(bench) == [("c1", "refused", "window_closed")]
     assert delivery.acks == 1
@@ -214,16 +216,41 @@ async def test_what_does_not_want_to_wait_is_refused_at_once() -> None:
 
 async def test_what_does_not_want_to_wait_is_refused_behind_others_that_do() -> None:
     bench, shard = await ready(is_open=False)
-    shard.intake.on_delivery(bench.command("hi", id="c1"))
-    shard.intake.on_delivery(bench.command("hi", id="c2", when_closed="refuse"))
+    shard.on_delivery(bench.command("hi", id="c1"))
+    shard.on_delivery(bench.command("hi", id="c2", when_closed="refuse"))
     await asyncio.sleep(5)
     assert outcomes(bench) == [("c1", "parked", "window_closed"), ("c2", "refused", "window_closed")]
+
+
+async def test_what_does_not_want_to_wait_is_refused_between_others_that_are_parked() -> None:
+    """It comes after them, with a lower sequence."""
+    bench, shard = await ready(is_open=False)
+    first, between, last = (
+        bench.command("a", id="a"),
+        bench.command("b", id="b", when_closed="refuse"),
+        bench.command("c", id="c"),
+    )
+    shard.on_delivery(first)
+    shard.on_delivery(last)
+    await asyncio.sleep(5)
+    shard.on_delivery(between)
+    await asyncio.sleep(5)
+    assert outcomes(bench)[2:] == [("b", "refused", "window_closed")]
+    assert parked(bench) == ["a", "c"]
+
+
+async def test_what_answers_another_person_is_told_so_and_not_parked() -> None:
+    bench, shard = await ready(is_open=False)
+    shard.on_delivery(bench.command("a", id="a"))
+    shard.on_delivery(bench.command("b", id="b", reply_to="in:b9@im.bot:1"))
+    await asyncio.sleep(5)
+    assert outcomes(bench) == [("a", "parked", "window_closed"), ("b", "refused", "other_user")]
 
 
 async def test_what_does_not_want_to_wait_is_refused_at_minus_2_with_what_ilink_said() -> None:
     bench, shard = await ready()
     bench.chat.sends.append(THROTTLED)
-    shard.intake.on_delivery(bench.command("hi", id="c1", when_closed="refuse"))
+    shard.on_delivery(bench.command("hi", id="c1", when_closed="refuse"))
     await asyncio.sleep(5)
     (receipt,) = bench.bus.receipts()
     assert (receipt.outcome, receipt.reason, receipt.ret, receipt.attempts) == ("refused", "throttled", -2, 1)
@@ -231,8 +258,8 @@ async def test_what_does_not_want_to_wait_is_refused_at_minus_2_with_what_ilink_
 
 async def test_what_waits_too_long_expires_where_it_waits() -> None:
     bench, shard = await ready(is_open=False)
-    shard.intake.on_delivery(bench.command("hi", id="c1", expires_in_s=600))
-    shard.intake.on_delivery(bench.command("hi", id="c2"))
+    shard.on_delivery(bench.command("hi", id="c1", expires_in_s=600))
+    shard.on_delivery(bench.command("hi", id="c2"))
     await asyncio.sleep(599)
     assert finals(bench) == []
     await asyncio.sleep(10)
@@ -245,8 +272,8 @@ async def test_what_waits_too_long_expires_where_it_waits() -> None:
 async def test_what_expires_in_the_queue_is_not_sent() -> None:
     bench, shard = await ready()
     bench.chat.took_s = 20.0
-    shard.intake.on_delivery(bench.command("slow", id="c1"))
-    shard.intake.on_delivery(bench.command("late", id="c2", expires_in_s=5))
+    shard.on_delivery(bench.command("slow", id="c1"))
+    shard.on_delivery(bench.command("late", id="c2", expires_in_s=5))
     await asyncio.sleep(60)
     assert bench.chat.texts == ["slow"]
     assert sorted(outcomes(bench)) == [("c1", "accepted", ""), ("c2", "refused", "expired")]

@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import asyncio
+from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import pytest
 
 from adapter.contract.names import H_REASON, H_SUBJECT
-from adapter.conversation import rules
-from adapter.outbound import reading
-from adapter.outbound.backlog import MAX_HELD
-from adapter.outbound.processor import ShardCommandProcessor
+from adapter.outbound import sending
+from adapter.outbound import shard as outbound
+from adapter.outbound.shard import Shard
 from adapter.ports import Account, Content, Message
 from tests.capture import ALWAYS, WORDS, Bugs, Capture
 from tests.fakes import Bench, FakeDelivery
-from tests.growth import tables
 from tests.outbound.shards import BOT, STALE, USER, finals, free_slots, parked, ready, user_writes
 
 VIRTUAL_TIME = True
@@ -24,17 +23,15 @@ VIRTUAL_TIME = True
 OTHER_BOT, OTHER = "b2@im.bot", "u2@im.wechat"
 
 
-Fault = Callable[[pytest.MonkeyPatch, Bench, ShardCommandProcessor, Bugs], None]
+Fault = Callable[[pytest.MonkeyPatch, Bench, Shard, Bugs], None]
 """Makes a port raise for the command at fault."""
 
 
-def calling(
-    find: Callable[[Bench, ShardCommandProcessor], object], name: str, is_at_fault: Callable[..., bool]
-) -> Fault:
+def calling(find: Callable[[Bench, Shard], object], name: str, is_at_fault: Callable[..., bool]) -> Fault:
     """What raises is `name` of the found object, at calls that `is_at_fault`."""
 
-    def fault(patch: pytest.MonkeyPatch, bench: Bench, processor: ShardCommandProcessor, bugs: Bugs) -> None:
-        owner = find(bench, processor)
+    def fault(patch: pytest.MonkeyPatch, bench: Bench, shard: Shard, bugs: Bugs) -> None:
+        owner = find(bench, shard)
         real = getattr(owner, name)
 
         def fails(*args: Any, **fields: Any) -> Any:
@@ -55,7 +52,7 @@ def is_bad_send(account: Account, *, content: Content, **_: Any) -> bool:
     return isinstance(content, str) and WORDS in content
 
 
-def once_it_has_left(_: pytest.MonkeyPatch, bench: Bench, __: ShardCommandProcessor, bugs: Bugs) -> None:
+def once_it_has_left(_: pytest.MonkeyPatch, bench: Bench, __: Shard, bugs: Bugs) -> None:
     async def fails(sent: Any) -> None:
         if WORDS in sent.text:
             bugs.strike()
@@ -63,7 +60,7 @@ def once_it_has_left(_: pytest.MonkeyPatch, bench: Bench, __: ShardCommandProces
     bench.chat.on_send = fails
 
 
-def receipt(patch: pytest.MonkeyPatch, bench: Bench, processor: ShardCommandProcessor, bugs: Bugs) -> None:
+def receipt(patch: pytest.MonkeyPatch, bench: Bench, shard: Shard, bugs: Bugs) -> None:
     async def fails(message: Message) -> None:
         if ".receipt." in message.subject and b'"bad"' in message.payload:
             bugs.strike()
@@ -71,7 +68,7 @@ def receipt(patch: pytest.MonkeyPatch, bench: Bench, processor: ShardCommandProc
     bench.bus.on_publish = fails
 
 
-def checking(patch: pytest.MonkeyPatch, bench: Bench, processor: ShardCommandProcessor, bugs: Bugs) -> None:
+def checking(patch: pytest.MonkeyPatch, bench: Bench, shard: Shard, bugs: Bugs) -> None:
     """iLink says -14 to the command at fault, and notifystart raises."""
     real = bench.chat.send
 
@@ -81,20 +78,19 @@ def checking(patch: pytest.MonkeyPatch, bench: Bench, processor: ShardCommandPro
         return await real(account, content=content, **fields)
 
     patch.setattr(bench.chat, "send", refuses)
-    calling(lambda bench, _: bench.chat, "notify", always)(patch, bench, processor, bugs)
+    calling(lambda bench, _: bench.chat, "notify", always)(patch, bench, shard, bugs)
 
 
 def of_bad(*args: Any, **_: Any) -> bool:
     """One of the arguments is about the command at fault."""
-    commands = [getattr(one, "ref", None) or getattr(getattr(one, "queued", None), "ref", None) for one in args]
+    commands = [getattr(one, "ref", None) for one in args]
     heads = [getattr(one, "head", None) for one in args]
     ids = [ref.id for ref in (*commands, *(ref for head in heads if head for ref in head.commands)) if ref]
     return "bad" in ids
 
 
-def is_first_bad(conversation: rules.Conversation, event: rules.Input, *_: Any) -> bool:
-    commands = event.commands if isinstance(event, rules.Stored) else conversation.queue[:1]
-    return [one.ref.id for one in commands] == ["bad"] and not isinstance(event, rules.Crashed)
+def is_first_bad(queue: Sequence[sending.QueuedCommand], *_: Any) -> bool:
+    return queue[0].ref.id == "bad"
 
 
 def asked_of_bad(_: str, refs: Sequence[Any]) -> bool:
@@ -125,14 +121,14 @@ class Step(NamedTuple):
 
 
 CHAT = lambda bench, _: bench.chat  # noqa: E731
-OWNED = lambda _, processor: processor.owned  # noqa: E731
-PLACEMENT = lambda _, processor: processor.placement  # noqa: E731
+SHARD = lambda _, shard: shard  # noqa: E731
+SHOWN = lambda _, shard: shard.typing  # noqa: E731
 STEPS = [
-    Step("read", calling(lambda *_: reading, "read_command", lambda body, **_: WORDS in body.text), outlives=0),
-    Step("place", calling(PLACEMENT, "_place", of_bad)),
-    Step("placed-again", calling(PLACEMENT, "_place", of_bad), TEXT, UNCERTAIN, redelivered=True),
+    Step("read", calling(lambda *_: outbound, "read_command", lambda body, **_: WORDS in body.text), outlives=0),
+    Step("place", calling(SHARD, "_binding_for", of_bad), outlives=0),
+    Step("placed-again", calling(SHARD, "_binding_for", of_bad), redelivered=True, outlives=0),
     Step("finals", calling(lambda bench, _: bench.receipts, "find", asked_of_bad), TEXT, UNCERTAIN, redelivered=True),
-    Step("rules", calling(lambda *_: rules, "step", is_first_bad), outlives=0),
+    Step("decision", calling(lambda *_: sending, "next_message", is_first_bad)),
     Step("record", calling(lambda bench, _: bench.store, "save", of_bad)),
     Step("slot", calling(lambda bench, _: bench.slots, "try_acquire", always), times=4),
     Step("upload", calling(lambda bench, _: bench.cdn, "upload", always), FILE),
@@ -142,10 +138,9 @@ STEPS = [
     Step("session", checking),
     Step("ticket", calling(CHAT, "typing_ticket", always), TYPING, SENT),
     Step("shown", calling(CHAT, "show_typing", always), TYPING, SENT),
-    Step("typing", calling(OWNED, "show_typing", always), TYPING, SENT),
-    Step("hidden", calling(OWNED, "hide_typing", always), TEXT, SENT),
+    Step("typing", calling(SHOWN, "show", always), TYPING),
+    Step("hidden", calling(SHOWN, "hide", always), TEXT, SENT),
     Step("receipt", receipt, TEXT, SENT, times=3),
-    Step("acknowledge", calling(OWNED, "acknowledge", of_bad), TEXT, SENT, times=2),
 ]
 
 
@@ -157,44 +152,43 @@ def ended(bench: Bench) -> list[tuple[str, str, str]]:
     return [(receipt.command, receipt.outcome, receipt.reason) for receipt in finals(bench)]
 
 
-async def two_users() -> tuple[Bench, ShardCommandProcessor]:
+async def two_users() -> tuple[Bench, Shard]:
     bench = Bench()
     await bench.bind()
     await bench.bind(bot=OTHER_BOT, user=OTHER)
     bench.hears()
     bench.hears("s1", OTHER, bot=OTHER_BOT)
     bench.objects.stored["s1/x"] = b"hello"
-    return bench, bench.processor(gap_ms=0)
+    return bench, bench.shard(gap_ms=0)
 
 
 async def three_commands(
     step: Step, times: int, patch: pytest.MonkeyPatch
-) -> tuple[Bench, ShardCommandProcessor, list[FakeDelivery]]:
+) -> tuple[Bench, Shard, list[FakeDelivery]]:
     """One before the one at fault, one behind it, and one for another user."""
     bugs = Bugs(0)
-    bench, processor = await two_users()
-    take = processor.intake.on_delivery
-    step.fault(patch, bench, processor, bugs)
+    bench, shard = await two_users()
+    take = shard.on_delivery
+    step.fault(patch, bench, shard, bugs)
     before = bench.command("before", id="before", user=USER)
     take(before)
-    if not step.redelivered and step.name != "place":  # their conversation is not known yet
-        await asyncio.sleep(1)
+    await asyncio.sleep(1)
     bugs.left = times
     bad = bench.command(id="bad", user=USER, redelivered=step.redelivered, **step.body)
     take(bad)
     await asyncio.sleep(5 if step.name == "slot" else 0)  # it is not asked for by name
     take(bench.command("for another", id="other", user=OTHER))
-    await asyncio.sleep(5 if step.body is TYPING else 0)  # what is sent ends it
+    await asyncio.sleep(5 if step.redelivered or step.body is TYPING else 0)  # what is sent ends it
     after = bench.command("after", id="after", user=USER)
     take(after)
     await asyncio.sleep(400)
     bugs.left = 0
-    return bench, processor, [before, bad, after]
+    return bench, shard, [before, bad, after]
 
 
-def check_nothing_is_left(bench: Bench, processor: ShardCommandProcessor, deliveries: list[FakeDelivery]) -> None:
-    assert processor.commands.depth() == (0, None)
-    assert processor.tasks == 0
+def check_nothing_is_left(bench: Bench, shard: Shard, deliveries: list[FakeDelivery]) -> None:
+    assert shard.queue_depths(Counter()) == (0, None)
+    assert shard.tasks == 0
     assert free_slots(bench) == 8
     assert [one.acks for one in deliveries] == [1, 1, 1]
     assert bench.chat.overlaps == 0
@@ -205,29 +199,30 @@ def check_nothing_is_left(bench: Bench, processor: ShardCommandProcessor, delive
 async def test_the_command_at_fault_ends_and_the_others_go_on(
     step: Step, captured: Capture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    bench, processor, deliveries = await three_commands(step, step.times, monkeypatch)
+    bench, shard, deliveries = await three_commands(step, step.times, monkeypatch)
     own = [one for one in ended(bench) if one[0] != "other"]
     assert own == [("before", *SENT), ("bad", *step.ending), ("after", *SENT)]
     assert ("other", *SENT) in ended(bench)
     others = [text for text in bench.chat.texts if text in ("before", "after")]
     assert others == ["before", "after"]
-    assert dead(bench) == ([("crashed", "wechat.out.s1", deliveries[1].data)] if step.ending == DEAD else [])
+    (body,) = [stored.data for stored in bench.bus.found("OUT") if stored.seq == deliveries[1].seq]
+    assert dead(bench) == ([("crashed", "wechat.out.s1", body)] if step.ending == DEAD else [])
     assert captured.crashes()
     assert WORDS.encode() not in captured.getvalue()
-    check_nothing_is_left(bench, processor, deliveries)
+    check_nothing_is_left(bench, shard, deliveries)
 
 
 @pytest.mark.parametrize(("step", "times"), [(one, n + 1) for one in STEPS for n in range(one.outlives)])
 async def test_a_fault_that_ends_leaves_the_command_as_it_is(
     step: Step, times: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    bench, processor, deliveries = await three_commands(step, times, monkeypatch)
+    bench, shard, deliveries = await three_commands(step, times, monkeypatch)
     own = [one for one in ended(bench) if one[0] != "other"]
     assert own == [("before", *SENT), ("bad", *SENT), ("after", *SENT)]
     assert dead(bench) == []
     if step.body is TEXT:
         assert [one.text for one in bench.chat.taken.values() if one.user == USER] == ["before", WORDS, "after"]
-    check_nothing_is_left(bench, processor, deliveries)
+    check_nothing_is_left(bench, shard, deliveries)
 
 
 # what is no single command's fault --------------------------------------------------------------------------
@@ -246,9 +241,9 @@ async def test_commands_wait_while_the_account_cannot_be_opened() -> None:
             bugs.strike()
         return Account(binding.bot, binding.token, "")
 
-    processor = bench.processor(gap_ms=0, account=account)
+    shard = bench.shard(gap_ms=0, account=account)
     for text, user in ((WORDS, USER), ("for another", OTHER), ("after", USER)):
-        processor.intake.on_delivery(bench.command(text, id=text, user=user))
+        shard.on_delivery(bench.command(text, id=text, user=user))
     await asyncio.sleep(30)
     assert bench.chat.texts == ["for another"]
     assert parked(bench) == [WORDS, "after"]
@@ -260,44 +255,66 @@ async def test_commands_wait_while_the_account_cannot_be_opened() -> None:
 
 async def test_reading_back_that_crashes_is_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of commands beyond the room of a shard."""
-    bench, processor = await ready(gap_ms=0)
+    bench, shard = await ready(gap_ms=0)
+    monkeypatch.setattr(outbound, "BODY_BYTES", 100)
     bugs = Bugs(5)
-    calling(lambda bench, _: bench.bus, "read", always)(monkeypatch, bench, processor, bugs)
-    for number in range(MAX_HELD + 10):
-        processor.intake.on_delivery(bench.command(f"t{number}", id=f"c{number}"))
+    calling(lambda bench, _: bench.bus, "get", always)(monkeypatch, bench, shard, bugs)
+    for number in range(20):
+        shard.on_delivery(bench.command(f"t{number}", id=f"c{number}"))
     await asyncio.sleep(60)
     assert bugs.left == 0
     assert bench.chat.texts == [f"t{number}" for number in range(10)]  # the window's ten sends
-    assert len(parked(bench)) == MAX_HELD
+    assert len(parked(bench)) == 10
 
 
 async def test_a_receipt_that_cannot_be_written_at_all_holds_up_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
     """The command stays on the bus for the next owner, who does not send it again."""
-    bench, processor = await ready(gap_ms=0)
+    bench, shard = await ready(gap_ms=0)
     bugs = Bugs(ALWAYS)
-    receipt(monkeypatch, bench, processor, bugs)
+    receipt(monkeypatch, bench, shard, bugs)
     bad = bench.command(WORDS, id="bad")
-    processor.intake.on_delivery(bad)
-    processor.intake.on_delivery(bench.command("after", id="after"))
+    shard.on_delivery(bad)
+    shard.on_delivery(bench.command("after", id="after"))
     await asyncio.sleep(60)
     assert ended(bench) == [("after", *SENT)]
     assert bad.acks == 0
-    assert processor.tasks == 0
-    assert tables(processor.commands.backlog)["_held"] == 0
-    processor.stop()
+    assert shard.tasks == 0
+    shard.stop()
     bugs.left = 0
     heir = Bench(bench, incarnation="heir-1")
-    heir.redeliver(heir.processor(gap_ms=0))
+    heir.redeliver(heir.shard(gap_ms=0))
     await asyncio.sleep(30)
     assert bench.chat.texts == [WORDS, "after"]
+    assert [(one.command, one.outcome, one.repeat_of) for one in finals(bench)][1:] == [("bad", "uncertain", 0)]
     assert all(one.acks for one in bench.deliveries)
 
 
+async def test_a_command_that_comes_as_another_ends_that_made_opening_raise_is_sent(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    bench, shard = await ready()
+    bugs = Bugs(3)
+    calling(lambda _, shard: shard, "load", always)(monkeypatch, bench, shard, bugs)
+
+    async def slow(_: Message) -> None:
+        await asyncio.sleep(1)
+
+    bench.bus.on_publish = slow
+    shard.on_delivery(bench.command(WORDS, id="bad"))
+    while bugs.left:
+        await asyncio.sleep(0.1)
+    shard.on_delivery(bench.command("after", id="after"))
+    await asyncio.sleep(30)
+    assert ended(bench) == [("bad", *DEAD), ("after", *SENT)]
+    assert bench.chat.texts == ["after"]
+    assert shard.tasks == 0
+
+
 async def test_the_request_that_is_out_ends_by_its_answer_though_a_message_cannot_be_saved() -> None:
-    bench, processor = await ready(gap_ms=0)
+    bench, shard = await ready(gap_ms=0)
     hold = bench.chat.hold_sends[USER] = asyncio.Event()
     for text in (WORDS, "after"):
-        processor.intake.on_delivery(bench.command(text, id=text))
+        shard.on_delivery(bench.command(text, id=text))
     await asyncio.sleep(1)
     bugs = Bugs(ALWAYS)
 
@@ -319,16 +336,16 @@ async def test_the_request_that_is_out_ends_by_its_answer_though_a_message_canno
 # what is parked ----------------------------------------------------------------------------------------------
 
 
-async def three_parked(**changes: Any) -> tuple[Bench, ShardCommandProcessor]:
-    bench, processor = await ready(is_open=False, gap_ms=0, **changes)
+async def three_parked(**changes: Any) -> tuple[Bench, Shard]:
+    bench, shard = await ready(is_open=False, gap_ms=0, **changes)
     for text in ("before", WORDS, "after"):
-        processor.intake.on_delivery(bench.command(text, id="bad" if text == WORDS else text))
-    return bench, processor
+        shard.on_delivery(bench.command(text, id="bad" if text == WORDS else text))
+    return bench, shard
 
 
 async def test_a_command_that_cannot_be_parked_ends_and_the_others_wait(monkeypatch: pytest.MonkeyPatch) -> None:
-    bench, processor = await three_parked()
-    receipt(monkeypatch, bench, processor, Bugs(3))
+    bench, shard = await three_parked()
+    receipt(monkeypatch, bench, shard, Bugs(3))
     await asyncio.sleep(30)
     assert parked(bench) == ["before", "after"]
     assert ended(bench) == [("bad", *DEAD)]
@@ -336,7 +353,7 @@ async def test_a_command_that_cannot_be_parked_ends_and_the_others_wait(monkeypa
     await asyncio.sleep(30)
     assert bench.chat.texts == ["before", "after"]
     assert ended(bench) == [("bad", *DEAD), ("before", *SENT), ("after", *SENT)]
-    assert processor.commands.depth() == (0, None)
+    assert shard.queue_depths(Counter()) == (0, None)
 
 
 @pytest.mark.parametrize("merge_chars", [0, 3000])
@@ -344,57 +361,25 @@ async def test_a_command_that_cannot_be_parked_ends_and_the_others_wait(monkeypa
 async def test_of_what_cannot_be_read_back_the_one_at_fault_ends_alone(
     merge_chars: int, times: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    bench, processor = await three_parked(merge_chars=merge_chars)
+    bench, shard = await three_parked(merge_chars=merge_chars)
     await asyncio.sleep(5)
-    load = calling(OWNED, "load_bodies", lambda _, sequences: 2 in sequences)
-    load(monkeypatch, bench, processor, Bugs(times))
+    load = calling(SHARD, "read_bodies", lambda _, commands: 2 in [one.sequence for one in commands])
+    load(monkeypatch, bench, shard, Bugs(times))
     await user_writes(bench)
     await asyncio.sleep(60)
     texts = [text for sent in bench.chat.texts for text in sent.split("\n\n")]
     assert texts == (["before", "after"] if times == ALWAYS else ["before", WORDS, "after"])
     ending = DEAD if times == ALWAYS else SENT
     assert ended(bench) == [("before", *SENT), ("bad", *ending), ("after", *SENT)]
-    assert processor.commands.depth() == (0, None)
+    assert shard.queue_depths(Counter()) == (0, None)
 
 
 async def test_merged_texts_that_may_have_left_are_all_uncertain(monkeypatch: pytest.MonkeyPatch) -> None:
-    bench, processor = await three_parked(merge_chars=3000)
+    bench, shard = await three_parked(merge_chars=3000)
     await asyncio.sleep(5)
-    once_it_has_left(monkeypatch, bench, processor, Bugs(ALWAYS))
+    once_it_has_left(monkeypatch, bench, shard, Bugs(ALWAYS))
     await user_writes(bench)
-    processor.intake.on_delivery(bench.command("last", id="last"))
-    await asyncio.sleep(60)
+    shard.on_delivery(bench.command("last", id="last"))
+    await asyncio.sleep(400)
     assert ended(bench) == [*((one, *UNCERTAIN) for one in ("before", "bad", "after")), ("last", *SENT)]
     assert len({sent.client_id for sent in bench.chat.sent if WORDS in sent.text}) == 1
-
-
-async def test_a_message_that_brings_the_fault_out_opens_the_window_all_the_same(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    bench, processor = await three_parked()
-    await asyncio.sleep(5)
-    bugs = Bugs(ALWAYS)
-    step = calling(
-        lambda *_: rules,
-        "step",
-        lambda state, event, *_: isinstance(event, rules.InboundReceived) and state.queue[0].ref.id == "before",
-    )
-    step(monkeypatch, bench, processor, bugs)
-    await user_writes(bench)
-    await asyncio.sleep(30)
-    assert bench.chat.texts == [WORDS, "after"]
-    assert ended(bench) == [("before", *DEAD), ("bad", *SENT), ("after", *SENT)]
-
-
-async def test_a_message_that_the_rules_never_take_holds_up_no_command(monkeypatch: pytest.MonkeyPatch) -> None:
-    bench, processor = await ready(gap_ms=0)
-    bugs = Bugs(ALWAYS)
-    step = calling(lambda *_: rules, "step", lambda _, event, *__: isinstance(event, rules.InboundReceived))
-    step(monkeypatch, bench, processor, bugs)
-    binding = bench.bindings.get(BOT)
-    assert binding is not None
-    actor = await processor.conversation(binding, USER)
-    actor.on_inbound(rules.InboundReceived("in:2", "AARz", BOT, 0, 2))
-    processor.intake.on_delivery(bench.command("after", id="after"))
-    await asyncio.sleep(10)
-    assert ended(bench) == [("after", *SENT)]

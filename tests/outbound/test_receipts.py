@@ -9,11 +9,11 @@ import pytest
 
 from adapter.contract.messages import Receipt, Window
 from adapter.contract.names import H_COMMAND, H_MSG_ID, H_REASON, H_SANDBOX
-from adapter.conversation.record import CommandRef
-from adapter.conversation.rules import CommandResult
 from adapter.errors import BusRefused, Temporary
 from adapter.outbound import receipts
 from adapter.outbound.receipts import Address
+from adapter.outbound.record import CommandRef
+from adapter.outbound.sending import CommandResult
 from adapter.ports import Message
 from tests.fakes import Bench
 from tests.outbound.shards import ready
@@ -175,7 +175,7 @@ async def test_a_command_whose_receipt_can_be_stored_nowhere_is_not_acknowledged
     bench, shard = await ready()
     refusing(bench, "event", "dead")
     delivery = bench.command("hi", id="c1")
-    shard.intake.on_delivery(delivery)
+    shard.on_delivery(delivery)
     await asyncio.sleep(30)
     assert (bench.chat.texts, delivery.acks) == (["hi"], 0)
     refusing(bench)

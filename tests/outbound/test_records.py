@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import asyncio
 
-import msgspec
 import pytest
 from structlog.testing import capture_logs
 
 from adapter.contract.names import conversation_key
 from adapter.contract.records import UNBOUND_S
-from adapter.conversation.record import SentText
-from adapter.conversation.store import OTHER_USER_S
+from adapter.outbound.record import SentText
+from adapter.outbound.store import OTHER_USER_S
 from tests.fakes import Bench
 from tests.newer import made_newer
 from tests.outbound.shards import BOT, USER, outcomes, ready, user_writes
@@ -30,7 +29,7 @@ def ends_in(bench: Bench) -> int:
 
 async def evict(bench: Bench) -> None:
     """Nothing of any conversation is in memory."""
-    (shard,) = bench.processors.values()
+    (shard,) = bench.shards.values()
     for _ in range(2):
         shard.evict_idle()
         await asyncio.sleep(1)
@@ -39,11 +38,11 @@ async def evict(bench: Bench) -> None:
 
 async def test_a_conversation_without_work_leaves_memory_while_its_window_is_open() -> None:
     bench, shard = await ready()
-    shard.intake.on_delivery(bench.command("hi", id="c1"))
+    shard.on_delivery(bench.command("hi", id="c1"))
     await asyncio.sleep(10)
     await evict(bench)
     assert bench.record().window.opened_ms
-    shard.intake.on_delivery(bench.command("again", id="c2"))
+    shard.on_delivery(bench.command("again", id="c2"))
     await asyncio.sleep(10)
     assert outcomes(bench) == [("c1", "accepted", ""), ("c2", "accepted", "")]
 
@@ -62,11 +61,11 @@ async def test_the_record_of_a_bots_other_user_goes_a_month_after_its_last_use()
 @pytest.mark.parametrize("in_memory", [True, False])
 async def test_the_record_of_an_unbound_user_goes_in_time_unless_a_bot_serves_them_again(*, in_memory: bool) -> None:
     bench, shard = await ready()
-    shard.intake.on_delivery(bench.command("hi", id="c1"))
+    shard.on_delivery(bench.command("hi", id="c1"))
     await asyncio.sleep(25 * 3600)  # the window has closed, and the next one opens unseen
     bench.hears(sends_used=3)
     if in_memory:
-        await shard.conversation(bench.bindings.of_sandbox("s1")[0], USER)
+        await shard.conversation("s1", USER, BOT)
     else:
         await evict(bench)
     await bench.close()
@@ -115,13 +114,13 @@ async def test_what_is_stored_of_an_unbound_user_later_goes_in_time_too() -> Non
     """The answer to what was out as they were unbound."""
     bench, shard = await ready()
     bench.chat.took_s = 20.0
-    shard.intake.on_delivery(bench.command("hi", id="c1"))
+    shard.on_delivery(bench.command("hi", id="c1"))
     await asyncio.sleep(5)
     await bench.bindings.remove(BOT)
     await asyncio.sleep(60)
     assert outcomes(bench) == [("c1", "accepted", "")]
     await evict(bench)
-    assert bench.record().recent == ["c1"]
+    assert [ref.id for ref in bench.record().recent] == ["c1"]
     assert ends_in(bench) == UNBOUND_S
 
 
@@ -130,14 +129,14 @@ async def test_a_binding_is_closed_once_nothing_of_its_user_is_in_flight() -> No
     bench, shard = await ready()
     bench.chat.took_s = 20.0
     for ident in ("c1", "c2"):
-        shard.intake.on_delivery(bench.command("hi", id=ident))
+        shard.on_delivery(bench.command("hi", id=ident))
     await asyncio.sleep(5)
     began = bench.clock.monotonic()
     await bench.close()
     assert 14 < bench.clock.monotonic() - began < 18
-    assert outcomes(bench) == [("c2", "refused", "not_bound"), ("c1", "accepted", "")]
-    assert bench.record().recent == ["c1"]
-    shard.intake.on_delivery(bench.command("hi", id="c3"))
+    assert outcomes(bench) == [("c1", "accepted", ""), ("c2", "refused", "not_bound")]
+    assert [ref.id for ref in bench.record().recent] == ["c1"]
+    shard.on_delivery(bench.command("hi", id="c3"))
     await asyncio.sleep(1)
     assert outcomes(bench)[2:] == [("c3", "refused", "not_bound")]
 
@@ -145,7 +144,7 @@ async def test_a_binding_is_closed_once_nothing_of_its_user_is_in_flight() -> No
 async def test_a_record_that_was_erased_is_not_written_again_from_memory() -> None:
     bench, shard = await ready()
     key = conversation_key("s1", USER)
-    await shard.conversation(bench.bindings.of_sandbox("s1")[0], USER)
+    await shard.conversation("s1", USER, BOT)
     await bench.close()
     bench.conversation_bucket.put(key, None)
     await bench.bindings.remove(BOT)
@@ -157,8 +156,7 @@ async def test_what_was_erased_does_not_come_back_with_the_persons_next_message(
     """Their last message was cut as it was told: the conversation stayed in memory."""
     bench, shard = await ready()
     bench.hears(sent=[SentText(id="1", kind="text", text="your secret")])
-    binding = bench.bindings.of_sandbox("s1")[0]
-    await shard.conversation(binding, USER)
+    await shard.conversation("s1", USER, BOT)
     await bench.wrote("in:2")
     await bench.close()
     bench.conversation_bucket.put(KEY, None)
@@ -171,18 +169,39 @@ async def test_what_was_erased_does_not_come_back_with_the_persons_next_message(
     assert bench.record().sent == []
 
 
+async def test_a_record_that_was_erased_does_not_come_back_though_a_bot_serves_the_person() -> None:
+    """They are nobody's own user, so the erasure closes no binding."""
+    bench, shard = await ready()
+    other = "u2@im.wechat"
+    key = conversation_key("s1", other)
+    await user_writes(bench, user=other)
+    shard.on_delivery(bench.command("your secret", user=other, id="c1"))
+    await asyncio.sleep(10)
+    for conversation in shard:
+        conversation.store()
+    await asyncio.sleep(2)
+    assert [sent.text for sent in bench.record(user=other).sent] == ["your secret"]
+    bench.conversation_bucket.put(key, None)
+    shard.on_delivery(bench.command("more", user=other, id="c2"))
+    await asyncio.sleep(10)
+    assert bench.chat.texts == ["your secret"]
+    assert outcomes(bench) == [("c1", "accepted", ""), ("c2", "parked", "window_closed")]
+    assert bench.conversation_bucket.entries[key].value is None
+
+
 @pytest.mark.parametrize("fields", [{}, {"window": "of another form"}], ids=["with more in it", "of another form"])
 async def test_a_record_of_a_newer_version_holds_its_own_user_only(fields: dict[str, object]) -> None:
     """In the middle of an upgrade: a newer replica has handed its shard to this one."""
     bench, shard = await ready()
-    text = made_newer(msgspec.json.encode(bench.record()), **fields)
+    (entry,) = bench.conversation_bucket.entries.values()
+    text = made_newer(entry.value or b"", **fields)
     bench.conversation_bucket.put(KEY, text)
     await bench.bind(bot=AGAIN, user="u2@im.wechat")
-    bench.hears(user="u2@im.wechat")
+    bench.hears(user="u2@im.wechat", bot=AGAIN)
     with capture_logs() as logs:
-        shard.intake.on_delivery(bench.command("waits", id="c1", user=USER))
-        shard.intake.on_delivery(bench.command("waits behind it", id="c2", bot=BOT))
-        shard.intake.on_delivery(bench.command("goes on", id="c3", user="u2@im.wechat"))
+        shard.on_delivery(bench.command("waits", id="c1", user=USER))
+        shard.on_delivery(bench.command("waits behind it", id="c2", bot=BOT))
+        shard.on_delivery(bench.command("goes on", id="c3", user="u2@im.wechat"))
         heard = asyncio.create_task(user_writes(bench))
         await bench.bind(token="another")
         await asyncio.sleep(60)
@@ -197,10 +216,26 @@ async def test_a_record_of_a_newer_version_holds_its_own_user_only(fields: dict[
     assert bench.chat.texts == ["goes on", "waits", "waits behind it"]
 
 
+async def test_a_record_whose_key_is_gone_costs_the_window_and_not_the_message() -> None:
+    """An operator took the old key away too early."""
+    bench, _ = await ready()
+    heir = Bench(bench, incarnation="me-2", token_key=(bytes(range(32)),))
+    await heir.bind()
+    with capture_logs() as logs:
+        heir.shard().on_delivery(heir.command("hi", id="c1"))
+        await asyncio.sleep(60)
+        assert outcomes(heir) == [("c1", "parked", "window_closed")]
+        await user_writes(heir)
+        await asyncio.sleep(60)
+    assert outcomes(heir) == [("c1", "parked", "window_closed"), ("c1", "accepted", "")]
+    assert heir.record().window.opened_ms, "sealed with the key that is there"
+    assert [line["event"] for line in logs].count("conversation.unopenable") == 1
+
+
 async def test_what_is_held_for_a_newer_replica_ends_with_the_shard_and_no_later() -> None:
     bench, shard = await ready()
     bench.hears(newer=True)
-    shard.intake.on_delivery(delivery := bench.command("waits", id="c1"))
+    shard.on_delivery(delivery := bench.command("waits", id="c1"))
     await asyncio.sleep(10)
     began = bench.clock.monotonic()
     await shard.drain(20)

@@ -3,34 +3,58 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import msgspec
 import pytest
 
-from adapter.contract.messages import Receipt
-from adapter.contract.names import H_COMMAND, H_MSG_ID, H_SEQUENCE, H_SINCE_MS, UNROUTED
-from adapter.errors import BusRefused, LeaseLost
+from adapter.contract.messages import Outbound, Receipt
+from adapter.contract.names import H_COMMAND, H_MSG_ID, H_SEALED, UNROUTED
+from adapter.errors import BusRefused
+from adapter.outbound import router as module
+from adapter.outbound.copies import copy_headers, identity_of
+from adapter.outbound.record import CommandRef
 from adapter.outbound.router import Router
-from adapter.ports import Message, PubAck
-from tests.fakes import LIMITS, Bench, FakeBus, FakeDelivery
+from adapter.ownership.tenure import Tenure
+from adapter.ports import Message, PubAck, Stored
+from adapter.security.seal import Sealer
+from tests.capture import ALWAYS, Bugs
+from tests.fakes import LIMITS, Bench, FakeBus, FakeDelivery, settle
 
 VIRTUAL_TIME = True
 
+FULL = BusRefused(10077, "maximum messages per subject exceeded")
 
-def router(bench: Bench) -> Router:
-    return Router(
-        bench.bus,
-        bench.receipts,
-        bench.events,
-        bench.names,
-        LIMITS,
-        lambda: bench.leases.ensure_owned(0),
-        lambda: 0 in bench.leases.owned,
-        bench.clock,
-        bench.metrics,
-    )
+
+def router(bench: Bench, tenure: Tenure | None = None) -> Router:
+    tenure = tenure or Tenure(0, bench.leases)
+    return Router(bench.access, bench.receipts, LIMITS, bench.sealer, tenure, bench.clock, bench.metrics)
+
+
+async def route(routing: Router, *deliveries: FakeDelivery) -> None:
+    """Delivers commands and waits until they are settled."""
+    acked = [delivery.acks for delivery in deliveries]
+    for delivery in deliveries:
+        routing.on_delivery(delivery)
+    async with asyncio.timeout(120):
+        while any(now.acks == before for now, before in zip(deliveries, acked, strict=True)):
+            await asyncio.sleep(0.01)
+
+
+def identity(bench: Bench, copy: Stored, sandbox: str = "s1") -> CommandRef:
+    return identity_of(copy.headers, copy.data, sandbox, copy.seq, copy.time_ms, bench.sealer)
+
+
+def receipts_of_sandbox(sandbox: str) -> Callable[[Message], bool]:
+    return lambda message: message.subject.startswith(f"wechat.event.{sandbox}.receipt.")
+
+
+class Unacked(FakeDelivery):
+    """The replica ends before it acknowledges it."""
+
+    async def ack(self) -> None:
+        await asyncio.Event().wait()
 
 
 class InPieces(FakeBus):
@@ -68,13 +92,13 @@ def plain(
 async def test_a_command_is_copied_to_its_sandbox_under_a_derived_id(bench: Bench) -> None:
     """Ids are unique in the stream: with its own it would be dropped as a repeat of itself."""
     delivery = plain(bench, sandbox="s1", text="hi", headers={H_MSG_ID: "h1", "traceparent": "00-1"})
-    await router(bench).route(delivery)
+    await route(router(bench), delivery)
     (copy,) = bench.bus.found("OUT")
     assert copy.subject == "wechat.out.s1"
     assert copy.data == delivery.data
     assert copy.headers[H_MSG_ID] not in ("", "h1")
     assert (copy.headers[H_COMMAND], copy.headers["traceparent"]) == ("h1", "00-1")
-    assert copy.headers[H_SEQUENCE] == str(delivery.seq)
+    assert identity(bench, copy) == CommandRef(sequence=delivery.seq, stored_ms=delivery.time_ms, id="h1")
     assert delivery.acks == 1
 
 
@@ -86,17 +110,33 @@ async def test_a_command_is_copied_to_its_sandbox_under_a_derived_id(bench: Benc
 async def test_the_copy_keeps_the_commands_id(
     body: dict[str, Any], headers: dict[str, str], ident: str, bench: Bench
 ) -> None:
-    await router(bench).route(plain(bench, sandbox="s1", text="hi", headers=headers, **body))
-    assert bench.bus.found("OUT")[0].headers[H_COMMAND] == ident
+    await route(router(bench), plain(bench, sandbox="s1", text="hi", headers=headers, **body))
+    assert identity(bench, bench.bus.found("OUT")[0]).id == ident
 
 
-async def test_a_copy_after_a_crash_is_the_same_copy(bench: Bench) -> None:
-    delivery = plain(bench, sandbox="s1", text="hi")
-    await router(bench).route(delivery)
-    delivery.redelivered = True
-    await router(bench).route(delivery)
-    assert len(bench.bus.found("OUT")) == 1
-    assert delivery.acks == 2
+@pytest.mark.parametrize(("is_soon", "copies"), [(True, 1), (False, 2)], ids=["soon", "once its id is forgotten"])
+async def test_after_a_crash_before_the_ack_a_copy_has_the_same_identity(
+    is_soon: bool, copies: int, bench: Bench
+) -> None:
+    """By that its conversation drops the second one."""
+    original = plain(bench, sandbox="s1", text="hi")
+    first = Unacked(original.subject, original.data, seq=original.seq, time_ms=original.time_ms)
+    died = router(bench)
+    died.on_delivery(first)
+    await asyncio.sleep(1)
+    died.stop()
+    await settle()
+    assert len(asyncio.all_tasks()) == 1
+    if not is_soon:
+        bench.bus.forget_ids()
+    again = original.again()
+    await route(router(bench), again)
+    found = bench.bus.found("OUT")
+    assert (len(found), again.acks) == (copies, 1)
+    identities = [identity(bench, copy) for copy in found]
+    assert (
+        identities == [CommandRef(sequence=original.seq, stored_ms=original.time_ms, id=str(original.seq))] * copies
+    )
 
 
 async def test_the_id_of_a_copy_cannot_be_foretold_without_its_words() -> None:
@@ -104,9 +144,9 @@ async def test_the_id_of_a_copy_cannot_be_foretold_without_its_words() -> None:
     ids = set()
     for text in ("hi", "hi!"):
         bench = Bench()
-        delivery = plain(bench, sandbox="s1", text=text, headers={H_MSG_ID: "known"})
-        assert (delivery.seq, delivery.time_ms) == (1, bench.clock.now_ms())
-        await router(bench).route(delivery)
+        body = msgspec.json.encode({"sandbox": "s1", "text": text})
+        known = FakeDelivery("wechat.out", body, seq=1, time_ms=1, headers={H_MSG_ID: "known"})
+        await route(router(bench), known)
         ids.add(bench.bus.found("OUT")[0].headers[H_MSG_ID])
     assert len(ids) == 2
 
@@ -118,12 +158,12 @@ async def test_a_copy_that_comes_late_expires_as_if_it_had_not(with_heir: bool, 
     bench.hears()
     late = plain(bench, sandbox="s1", id="c1", text="now or never", expires_in_s=60)
     await asyncio.sleep(50)
-    await router(bench).route(late)
+    await route(router(bench), late)
     (copy,) = bench.bus.found("OUT")
-    assert copy.headers[H_SINCE_MS] == str(late.time_ms)
+    assert identity(bench, copy).stored_ms == late.time_ms
     bench.stale.add("b1@im.bot")
-    shard = bench.processor()
-    shard.intake.on_delivery(bench.command(data=copy.data, headers=copy.headers))
+    shard = bench.shard()
+    shard.on_delivery(bench.command(data=copy.data, headers=copy.headers))
     await asyncio.sleep(9)
     assert [receipt.outcome for receipt in bench.bus.receipts()] == ["parked"]
     if with_heir:
@@ -131,7 +171,7 @@ async def test_a_copy_that_comes_late_expires_as_if_it_had_not(with_heir: bool, 
         heir = Bench(bench, incarnation="heir-1")
         heir.stale.add("b1@im.bot")
         again = bench.command(data=copy.data, headers=copy.headers, redelivered=True)
-        heir.processor().intake.on_delivery(again)
+        heir.shard().on_delivery(again)
     await asyncio.sleep(2)
     assert [receipt.reason for receipt in bench.bus.receipts()] == ["needs_login", "expired"]
     assert {receipt.received_at_ms for receipt in bench.bus.receipts()} == {late.time_ms}
@@ -149,32 +189,65 @@ async def test_a_receipt_tells_when_the_command_was_stored_and_not_its_copy(
     bench.hears()
     late = plain(bench, sandbox="s1", id="c1", **body)
     await asyncio.sleep(50)
-    await router(bench).route(late)
+    await route(router(bench), late)
     (copy,) = bench.bus.found("OUT")
     delivery = bench.command(data=copy.data, headers=copy.headers)
-    bench.processor().intake.on_delivery(delivery)
+    again = delivery.again()
+    bench.shard().on_delivery(delivery)
     await asyncio.sleep(2)
     (receipt,) = bench.bus.receipts()
     assert (receipt.outcome, receipt.received_at_ms) == (outcome, late.time_ms)
-    delivery.redelivered = True
-    Bench(bench, incarnation="heir-1").processor().intake.on_delivery(delivery)
+    Bench(bench, incarnation="heir-1").shard().on_delivery(again)
     await asyncio.sleep(2)
     assert bench.bus.receipts() == [receipt], "it is found by it"
 
 
+FORGED: list[tuple[str, Callable[[Bench, str], str]]] = [
+    ("words", lambda bench, true: "s1.soon"),
+    ("not ASCII", lambda bench, true: true + "\u0664"),
+    ("another key", lambda bench, true: sealed(Sealer((bytes(range(32)),)), b'{"text":"hi"}', "s1")),
+    ("of another body", lambda bench, true: sealed(bench.sealer, b'{"text":"hi!"}', "s1")),
+    ("of another sandbox", lambda bench, true: sealed(bench.sealer, b'{"text":"hi"}', "s2")),
+    ("changed", lambda bench, true: f"{true[:-8]}AAAAAAAA"),
+]
+
+
+def sealed(sealer: Sealer, body: bytes, sandbox: str) -> str:
+    original = CommandRef(sequence=1, stored_ms=1, id="theirs")
+    return copy_headers(original, {}, body, sandbox, sealer)[H_SEALED]
+
+
+@pytest.mark.parametrize("forge", [row[1] for row in FORGED], ids=[row[0] for row in FORGED])
+async def test_an_identity_that_was_forged_or_moved_says_nothing(
+    forge: Callable[[Bench, str], str], bench: Bench
+) -> None:
+    """A sandbox writes headers as it likes: with another's identity it would speak for another time and command."""
+    await bench.bind()
+    bench.hears()
+    for _ in range(5):
+        next(bench.numbers)
+    body = b'{"text":"hi"}'
+    true = sealed(bench.sealer, body, "s1")
+    delivery = bench.command(data=body, headers={H_SEALED: forge(bench, true), H_COMMAND: "theirs"})
+    bench.shard().on_delivery(delivery)
+    await asyncio.sleep(5)
+    (receipt,) = bench.bus.receipts()
+    assert (receipt.outcome, receipt.command) == ("accepted", str(delivery.seq))
+    assert (receipt.sequence, receipt.received_at_ms) == (delivery.seq, delivery.time_ms)
+    found = identity_of({H_SEALED: true}, body, "s1", delivery.seq, delivery.time_ms, bench.sealer)
+    assert found == CommandRef(sequence=1, stored_ms=1, id="theirs"), "where it belongs it counts"
+
+
 async def test_two_commands_with_the_same_words_are_two(bench: Bench) -> None:
-    for _ in range(2):
-        await router(bench).route(plain(bench, sandbox="s1", text="hi"))
+    await route(router(bench), *(plain(bench, sandbox="s1", text="hi") for _ in range(2)))
     assert len(bench.bus.found("OUT")) == 2
 
 
 async def test_commands_keep_their_order(bench: Bench) -> None:
-    routed = router(bench)
-    await asyncio.gather(
-        *(routed.route(plain(bench, sandbox=f"s{number % 2}", text=f"t{number}")) for number in range(20))
-    )
+    commands = [plain(bench, sandbox=f"s{number % 2}", text=f"t{number}") for number in range(200)]
+    await route(router(bench), *commands)
     for number in range(2):
-        assert copied(bench, f"s{number}") == [f"t{text}" for text in range(number, 20, 2)]
+        assert copied(bench, f"s{number}") == [f"t{text}" for text in range(number, 200, 2)]
 
 
 @pytest.mark.parametrize("seconds", [1, 60])
@@ -183,10 +256,11 @@ async def test_a_pause_of_the_lease_lets_nothing_overtake(seconds: int, bench: B
     routing = router(bench)
     deliveries = [plain(bench, sandbox="s1", text=text) for text in ("first", "second")]
     bench.leases.has_lease = False
-    first = asyncio.ensure_future(routing.route(deliveries[0]))
+    routing.on_delivery(deliveries[0])
     await asyncio.sleep(seconds)
+    assert copied(bench, "s1") == []
     bench.leases.has_lease = True
-    await asyncio.gather(first, routing.route(deliveries[1]))
+    await route(routing, *deliveries)
     assert copied(bench, "s1") == ["first", "second"]
     assert [delivery.acks for delivery in deliveries] == [1, 1]
 
@@ -200,22 +274,26 @@ async def test_a_copy_waits_until_the_one_before_it_is_stored(bench: Bench) -> N
             await leader.wait()
 
     bench.bus.on_publish = lose_first
-    async with asyncio.TaskGroup() as group:
-        for text in ("first", "second"):
-            group.create_task(routed.route(plain(bench, sandbox="s1", text=text)))
-        await group.create_task(routed.route(plain(bench, sandbox="s2", text="other")))
-        leader.set()
+    commands = [plain(bench, sandbox="s1", text=text) for text in ("first", "second")]
+    for command in commands:
+        routed.on_delivery(command)
+    await route(routed, plain(bench, sandbox="s2", text="other"))
+    leader.set()
+    async with asyncio.timeout(10):
+        while not commands[1].acks:
+            await asyncio.sleep(0.1)
     texts = [msgspec.json.decode(copy.data)["text"] for copy in bench.bus.found("OUT")]
     assert texts == ["other", "first", "second"]
 
 
-@pytest.mark.parametrize(("size", "pieces"), [(1, [1, 32, 32, 32, 2]), (12_000, [1, *[2] * 49])])
+@pytest.mark.parametrize(("size", "pieces"), [(1, [32, 32, 32, 3]), (12_000, [*[2] * 49, 1])])
 async def test_what_waits_for_its_turn_is_copied_in_pieces(size: int, pieces: list[int], bench: Bench) -> None:
     """One by one a flood for one sandbox would take a round trip each, and hold up what is behind it for others."""
     bench.bus = bus = InPieces(bench)
+    bench.access = bench.access._replace(bus=bus)
     routed = router(bench)
     commands = [plain(bench, sandbox="s1", text=f"{number:0{size}}") for number in range(99)]
-    await asyncio.gather(*map(routed.route, commands))
+    await route(routed, *commands)
     assert bus.pieces == pieces
     assert copied(bench, "s1") == [f"{number:0{size}}" for number in range(99)]
     assert [command.acks for command in commands] == [1] * 99
@@ -223,8 +301,8 @@ async def test_what_waits_for_its_turn_is_copied_in_pieces(size: int, pieces: li
 
 async def test_of_a_piece_only_what_is_refused_ends(bench: Bench) -> None:
     routed = router(bench)
-    bench.bus.refuse = lambda message: BusRefused(10077, "") if message.payload.endswith(b'3"}') else None
-    await asyncio.gather(*(routed.route(plain(bench, sandbox="s1", id=f"c{n}", text=f"{n}")) for n in range(6)))
+    bench.bus.refuse = lambda message: FULL if message.payload.endswith(b'3"}') else None
+    await route(routed, *(plain(bench, sandbox="s1", id=f"c{n}", text=f"{n}") for n in range(6)))
     assert [receipt.command for receipt in bench.bus.receipts()] == ["c3"]
     assert copied(bench, "s1") == ["0", "1", "2", "4", "5"]
 
@@ -249,7 +327,7 @@ async def test_what_goes_nowhere_has_a_receipt(
     data: bytes, outcome: str, reason: str, ident: str, bench: Bench
 ) -> None:
     delivery = plain(bench, data, headers={H_MSG_ID: "h1"})
-    await router(bench).route(delivery)
+    await route(router(bench), delivery)
     (receipt,) = bench.bus.receipts()
     assert (receipt.sandbox, receipt.command, receipt.outcome, receipt.reason) == (UNROUTED, ident, outcome, reason)
     assert delivery.acks == 1
@@ -259,15 +337,15 @@ async def test_what_goes_nowhere_has_a_receipt(
 
 
 async def test_what_cannot_be_read_is_told_to_the_sandbox_that_it_names(bench: Bench) -> None:
-    await router(bench).route(plain(bench, b'{"text":5,"sandbox":"s1","id":"c1"}', headers={H_MSG_ID: "h1"}))
+    await route(router(bench), plain(bench, b'{"text":5,"sandbox":"s1","id":"c1"}', headers={H_MSG_ID: "h1"}))
     (receipt,) = bench.bus.receipts()
     assert (receipt.sandbox, receipt.command, receipt.outcome) == ("s1", "c1", "dead_lettered")
 
 
 async def test_a_queue_that_is_full_refuses_the_command(bench: Bench) -> None:
-    bench.bus.refuse = lambda message: BusRefused(10077, "maximum messages") if message.stream == "out" else None
+    bench.bus.refuse = lambda message: FULL if message.stream == "out" else None
     delivery = plain(bench, sandbox="s1", text="hi", id="c1")
-    await router(bench).route(delivery)
+    await route(router(bench), delivery)
     (receipt,) = bench.bus.receipts()
     assert (receipt.sandbox, receipt.command, receipt.outcome, receipt.reason) == ("s1", "c1", "refused", "backlog")
     assert delivery.acks == 1
@@ -275,12 +353,12 @@ async def test_a_queue_that_is_full_refuses_the_command(bench: Bench) -> None:
 
 async def test_what_was_refused_is_not_copied_when_it_comes_again_and_there_is_room(bench: Bench) -> None:
     """The acknowledgement, or the replica, was lost behind the receipt: the command has ended all the same."""
-    bench.bus.refuse = lambda message: BusRefused(10077, "maximum messages") if message.stream == "out" else None
+    bench.bus.refuse = lambda message: FULL if message.stream == "out" else None
     delivery = plain(bench, sandbox="s1", text="hi", id="c1")
-    await router(bench).route(delivery)
+    await route(router(bench), delivery)
     bench.bus.refuse = lambda _: None
     delivery.redelivered = True
-    await router(Bench(bench)).route(delivery)
+    await route(router(Bench(bench)), delivery)
     assert [receipt.outcome for receipt in bench.bus.receipts()] == ["refused"]
     assert bench.bus.found("OUT") == []
     assert delivery.acks == 2
@@ -288,11 +366,11 @@ async def test_what_was_refused_is_not_copied_when_it_comes_again_and_there_is_r
 
 async def test_what_had_its_receipt_is_only_acked(bench: Bench) -> None:
     delivery = plain(bench, b"hello")
-    await router(bench).route(delivery)
+    await route(router(bench), delivery)
     delivery.redelivered = True
     bench.bus.forget_ids()
     bench.bus.unreadable = 2
-    await router(bench).route(delivery)
+    await route(router(bench), delivery)
     receipts: list[Receipt] = bench.bus.receipts()
     assert len(receipts) == 1
     assert delivery.acks == 2
@@ -301,12 +379,12 @@ async def test_what_had_its_receipt_is_only_acked(bench: Bench) -> None:
 async def test_what_ends_here_is_counted_as_taken_and_what_is_copied_is_not(bench: Bench) -> None:
     """The copy is counted by the shard that takes it: else the sum of outcomes would not be what was taken."""
     routed = router(bench)
-    await routed.route(plain(bench, sandbox="s1", text="hi"))
+    await route(routed, plain(bench, sandbox="s1", text="hi"))
     assert bench.metrics.value("outbound_received_total") == 0
     broken = plain(bench, b"{")
-    await routed.route(broken)
+    await route(routed, broken)
     broken.redelivered = True
-    await routed.route(broken)
+    await route(routed, broken)
     dead = {"kind": "unreadable", "outcome": "dead_lettered", "reason": "unreadable"}
     assert bench.metrics.value("outbound_messages_total", **dead) == 1
     assert bench.metrics.value("outbound_received_total") == 1
@@ -319,10 +397,171 @@ async def test_one_that_was_cut_off_makes_no_second_copy(bench: Bench) -> None:
         bench.leases.has_lease = False
 
     bench.bus.on_publish = cut_off
+    tenure = Tenure(0, bench.leases)
     delivery = plain(bench, sandbox="s1", text="hi")
-    routing = asyncio.ensure_future(router(bench).route(delivery))
+    router(bench, tenure).on_delivery(delivery)
     await asyncio.sleep(60)
-    bench.leases.owned.clear()  # it hears of its end
-    with pytest.raises(LeaseLost):
-        await routing
+    tenure.end()  # it hears of its end
+    bench.leases.has_lease, bench.bus.on_publish = True, None
+    await asyncio.sleep(60)
     assert delivery.acks == len(copied(bench, "s1")) == 0
+
+
+async def test_without_the_lease_nothing_ends(bench: Bench) -> None:
+    bench.leases.has_lease = False
+    broken, routed = plain(bench, b"{"), router(bench)
+    routed.on_delivery(broken)
+    await asyncio.sleep(60)
+    assert (bench.bus.receipts(), bench.bus.found("DEAD"), broken.acks) == ([], [], 0)
+    bench.leases.has_lease = True
+    await asyncio.sleep(1)
+    assert (len(bench.bus.receipts()), len(bench.bus.found("DEAD")), broken.acks) == (1, 1, 1)
+
+
+# while something does not go on --------------------------------------------------------------------------
+
+
+async def test_deliveries_that_come_again_while_they_wait_are_not_taken_again(bench: Bench) -> None:
+    """While receipts cannot be stored the consumer is reset again and again: tasks and memory grew without end."""
+    back = asyncio.Event()
+
+    async def away(message: Message) -> None:
+        if message.stream == "event":
+            await back.wait()
+
+    bench.bus.on_publish = away
+    routed, tasks = router(bench), []
+    commands = [plain(bench, b'{"text":"hi","sandbox":"NOT VALID"}') for _ in range(480)]
+    resets = [commands] + [[command.again() for command in commands] for _ in range(20)]
+    for deliveries in resets:
+        for delivery in deliveries:
+            routed.on_delivery(delivery)
+        await settle()
+        tasks.append(len(asyncio.all_tasks()))
+    assert tasks[1:] == tasks[:1] * 20
+    assert tasks[0] <= 40, "one for the sandbox, and the endings of one batch"
+    back.set()
+    async with asyncio.timeout(60):
+        while not all(delivery.acks for delivery in resets[-1]):
+            await asyncio.sleep(0.1)
+    assert len(bench.bus.receipts()) == 480
+    assert {delivery.acks for deliveries in resets[:-1] for delivery in deliveries} == {0}, "no server knows these"
+    assert {delivery.acks for delivery in resets[-1]} == {1}
+    assert bench.metrics.value("schema_violations_total", kind="out") == 480
+    await settle()
+    assert len(asyncio.all_tasks()) == 1
+
+
+async def test_a_sandbox_with_nothing_to_copy_has_no_task(bench: Bench) -> None:
+    routed = router(bench)
+    await route(routed, *(plain(bench, sandbox=f"s{number}", text="hi") for number in range(50)))
+    await settle()
+    assert len(asyncio.all_tasks()) == 1
+
+
+async def test_a_full_queue_holds_up_no_other_sandbox(bench: Bench) -> None:
+    back, is_of_full = asyncio.Event(), receipts_of_sandbox("full")
+
+    async def away(message: Message) -> None:
+        if is_of_full(message):
+            await back.wait()
+
+    bench.bus.on_publish = away
+    bench.bus.refuse = lambda message: FULL if message.subject == "wechat.out.full" else None
+    routed = router(bench)
+    refused = [plain(bench, sandbox="full", text="hi") for _ in range(100)]
+    for command in refused:
+        routed.on_delivery(command)
+    await route(routed, *(plain(bench, sandbox="s1", text=f"{number}") for number in range(100)))
+    assert copied(bench, "s1") == [str(number) for number in range(100)]
+    assert not any(command.acks for command in refused)
+    back.set()
+    async with asyncio.timeout(60):
+        while not all(command.acks for command in refused):
+            await asyncio.sleep(0.1)
+    assert [receipt.reason for receipt in bench.bus.receipts()] == ["backlog"] * 100
+
+
+async def test_a_flood_that_is_refused_ends_in_batches(bench: Bench) -> None:
+    """What is behind it in the stream, for others, comes after it."""
+
+    async def takes_a_while(_: Message) -> None:
+        await asyncio.sleep(0.1)
+
+    bench.bus.on_publish = takes_a_while
+    began = bench.clock.monotonic()
+    await route(router(bench), *(plain(bench, b"{") for _ in range(320)))
+    assert len(bench.bus.receipts()) == 320
+    assert bench.clock.monotonic() - began < 320 * 0.1 / 8
+
+
+async def test_what_ends_waits_for_the_bus(bench: Bench) -> None:
+    """Whether it has a receipt already cannot be read for a while."""
+    delivery = plain(bench, b"hello", redelivered=True)
+    bench.bus.unreadable = 5
+    await route(router(bench), delivery)
+    assert (len(bench.bus.receipts()), bench.bus.unreadable) == (1, 0)
+
+
+# bugs ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("times", "ends"), [(2, []), (ALWAYS, [("bad", "dead_lettered", "crashed")])], ids=["twice", "in every attempt"]
+)
+async def test_a_command_whose_copy_raises_ends_and_the_others_are_copied_in_order(
+    times: int, ends: list[tuple[str, str, str]], bench: Bench
+) -> None:
+    bugs = Bugs(times)
+
+    async def fails(message: Message) -> None:
+        if message.stream == "out" and b'"bad"' in message.payload:
+            bugs.strike()
+
+    bench.bus.on_publish = fails
+    commands = [plain(bench, sandbox="s1", id=ident, text=ident) for ident in ("a", "bad", "b", "c")]
+    await route(router(bench), *commands)
+    assert [(end.command, end.outcome, end.reason) for end in bench.bus.receipts()] == ends
+    assert copied(bench, "s1") == (["a", "b", "c"] if ends else ["a", "bad", "b", "c"])
+    assert [letter.data for letter in bench.bus.found("DEAD")] == [commands[1].data] * len(ends)
+    assert [command.acks for command in commands] == [1] * 4
+
+
+@pytest.mark.parametrize(
+    ("raising", "told"),
+    [(["decode_command"], ("s1", "c1")), (["decode_command", "salvage_ids"], (UNROUTED, "1"))],
+    ids=["its ids can be read", "nothing can be read"],
+)
+async def test_a_command_on_which_the_reader_raises_ends(
+    raising: list[str], told: tuple[str, str], bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(*_: object) -> Outbound:
+        raise RuntimeError
+
+    for name in raising:
+        monkeypatch.setattr(module, name, fails)
+    delivery = plain(bench, sandbox="s1", id="c1", text="hi", headers={H_MSG_ID: "h1"})
+    await route(router(bench), delivery)
+    (receipt,) = bench.bus.receipts()
+    assert (receipt.sandbox, receipt.command) == told
+    assert (receipt.outcome, receipt.reason) == ("dead_lettered", "crashed")
+    assert len(bench.bus.found("DEAD")) == delivery.acks == 1
+
+
+async def test_a_command_whose_end_raises_stays_until_it_is_delivered_again(bench: Bench) -> None:
+    bugs = Bugs(ALWAYS)
+
+    async def fails(message: Message) -> None:
+        if message.stream == "event":
+            bugs.strike()
+
+    bench.bus.on_publish = fails
+    broken, routed = plain(bench, b"{"), router(bench)
+    routed.on_delivery(broken)
+    await route(routed, plain(bench, sandbox="s1", text="hi"))
+    await asyncio.sleep(60)
+    assert (broken.acks, bench.bus.receipts()) == (0, [])
+    bugs.left = 0
+    again = broken.again()
+    await route(routed, again)
+    assert (again.acks, len(bench.bus.receipts()), len(bench.bus.found("DEAD"))) == (1, 1, 1)

@@ -34,7 +34,7 @@ async def test_commands_of_one_user_go_in_order_one_at_a_time() -> None:
     bench.chat.took_s = 3.0
     deliveries = [bench.command(f"t{number}", id=f"c{number}") for number in range(5)]
     for delivery in deliveries:
-        shard.intake.on_delivery(delivery)
+        shard.on_delivery(delivery)
     await asyncio.sleep(60)
 
     assert bench.chat.texts == ["t0", "t1", "t2", "t3", "t4"]
@@ -45,8 +45,8 @@ async def test_commands_of_one_user_go_in_order_one_at_a_time() -> None:
 
 async def test_two_sends_to_one_user_keep_their_distance() -> None:
     bench, shard = await ready()
-    shard.intake.on_delivery(bench.command(items=[{"kind": "text", "text": "a"}, {"kind": "text", "text": "b"}]))
-    shard.intake.on_delivery(bench.command("c"))
+    shard.on_delivery(bench.command(items=[{"kind": "text", "text": "a"}, {"kind": "text", "text": "b"}]))
+    shard.on_delivery(bench.command("c"))
     await asyncio.sleep(60)
     at = [sent.at_s for sent in bench.chat.sent]
     assert [later - earlier for earlier, later in pairwise(at)] == [GAP_S, GAP_S]
@@ -55,8 +55,8 @@ async def test_two_sends_to_one_user_keep_their_distance() -> None:
 async def test_the_distance_is_kept_also_where_nobody_answers() -> None:
     bench, shard = await ready()
     bench.chat.sends.extend([TIMEOUT, Temporary("http_5xx")])
-    shard.intake.on_delivery(bench.command("a"))
-    await asyncio.sleep(60)
+    shard.on_delivery(bench.command("a"))
+    await asyncio.sleep(400)
     at = [sent.at_s for sent in bench.chat.sent]
     assert len(at) == 3
     assert all(later - earlier >= GAP_S for earlier, later in pairwise(at))
@@ -68,12 +68,12 @@ async def test_no_lane_waits_for_another(bench: Bench) -> None:
         await bench.bind(bot=f"b{number}@im.bot", user=f"u{number}@im.wechat")
         if number != 3:
             bench.hears("s1", f"u{number}@im.wechat", bot=f"b{number}@im.bot")
-    shard = bench.processor()
+    shard = bench.shard()
     bench.chat.hold_sends["u1@im.wechat"] = asyncio.Event()
     bench.chat.sends_to["u2@im.wechat"] = deque([THROTTLED])
     for text in ("one", "two"):
         for number in range(1, 5):
-            shard.intake.on_delivery(bench.command(text, bot=f"b{number}@im.bot", id=f"{text}-{number}"))
+            shard.on_delivery(bench.command(text, bot=f"b{number}@im.bot", id=f"{text}-{number}"))
     await asyncio.sleep(5)
 
     assert [(sent.user, sent.text) for sent in bench.chat.sent] == [
@@ -93,11 +93,11 @@ async def test_a_user_whose_request_hangs_holds_up_none_of_many_others(users: in
         await bench.bind(sandbox=f"s{number}", bot=f"b{number}@im.bot", user=f"u{number}@im.wechat")
         bench.hears(f"s{number}", f"u{number}@im.wechat", bot=f"b{number}@im.bot")
     names = {shard_of(f"s{number}"): f"s{number}" for number in range(users)}
-    shards = {number: bench.processor(sandbox) for number, sandbox in names.items()}
+    shards = {number: bench.shard(sandbox) for number, sandbox in names.items()}
     bench.chat.hold_sends["u0@im.wechat"] = asyncio.Event()
     for number in range(users):
         for text in ("one", "two"):
-            shards[shard_of(f"s{number}")].intake.on_delivery(
+            shards[shard_of(f"s{number}")].on_delivery(
                 bench.command(text, sandbox=f"s{number}", id=f"{text}-{number}")
             )
     await asyncio.sleep(60)
@@ -116,7 +116,7 @@ async def test_a_command_that_needs_more_sends_than_are_left_is_told_so(when_clo
     """It was told that they are used up, beside a window that has some."""
     bench, shard = await ready()
     bench.hears(sends_used=8)
-    shard.intake.on_delivery(bench.command("a" * 9000, id="c1", when_closed=when_closed))
+    shard.on_delivery(bench.command("a" * 9000, id="c1", when_closed=when_closed))
     await asyncio.sleep(30)
     (receipt,) = bench.bus.receipts()
     assert (receipt.outcome, receipt.reason, receipt.window.remaining) == (outcome, "quota", 2)
@@ -128,7 +128,7 @@ async def test_minus_14_on_one_send_is_tried_once_more_while_the_session_lives()
     bench, shard = await ready()
     bench.chat.sends.extend([STALE] * 2)
     for number in range(2):
-        shard.intake.on_delivery(bench.command(f"t{number}", id=f"c{number}"))
+        shard.on_delivery(bench.command(f"t{number}", id=f"c{number}"))
     await asyncio.sleep(60)
     assert bench.chat.texts == ["t0", "t0", "t1"]
     assert outcomes(bench) == [("c0", "refused", "rejected"), ("c1", "accepted", "")]
@@ -140,8 +140,8 @@ async def test_minus_14_on_a_send_and_on_notifystart_waits_for_the_login() -> No
     bench, shard = await ready()
     bench.chat.sends.append(STALE)
     bench.chat.notify_fails = STALE
-    shard.intake.on_delivery(bench.command("hi", id="c1"))
-    shard.intake.on_delivery(bench.command("now", id="c2", when_closed="refuse"))
+    shard.on_delivery(bench.command("hi", id="c1"))
+    shard.on_delivery(bench.command("now", id="c2", when_closed="refuse"))
     await asyncio.sleep(5)
     assert outcomes(bench) == []
     assert bench.polled_now == [BOT]  # the poller has the say
@@ -166,9 +166,9 @@ async def test_where_notifystart_brings_no_answer_the_next_poll_decides(
     bench.chat.notify_fails = Temporary("timeout")
     await bench.bind()
     bench.hears()
-    shard = bench.processor()
+    shard = bench.shard()
     bench.chat.sends.extend([STALE] * 2)
-    shard.intake.on_delivery(bench.command("hi", id="c1"))
+    shard.on_delivery(bench.command("hi", id="c1"))
     await asyncio.sleep(5)
     assert (outcomes(bench), bench.polled_now) == ([], [BOT])
     for _ in range(2):  # it is asked at each -14
@@ -184,7 +184,7 @@ async def test_where_notifystart_brings_no_answer_the_next_poll_decides(
 async def test_nothing_is_sent_while_the_poller_tries_a_stale_token() -> None:
     bench, shard = await ready()
     bench.stale.add(BOT)
-    shard.intake.on_delivery(bench.command("hi", id="c1"))
+    shard.on_delivery(bench.command("hi", id="c1"))
     await asyncio.sleep(60)
     assert bench.chat.sent == []
     assert outcomes(bench) == [("c1", "parked", "needs_login")]
@@ -197,7 +197,7 @@ async def test_nothing_is_sent_while_the_poller_tries_a_stale_token() -> None:
 async def test_what_waits_for_a_login_goes_to_the_bot_that_is_bound_then() -> None:
     bench, shard = await ready()
     await bench.bind(state="needs_login")
-    shard.intake.on_delivery(bench.command("hi", id="c1"))
+    shard.on_delivery(bench.command("hi", id="c1"))
     await asyncio.sleep(60)
     assert outcomes(bench) == [("c1", "parked", "needs_login")]
 
@@ -208,11 +208,38 @@ async def test_what_waits_for_a_login_goes_to_the_bot_that_is_bound_then() -> No
     assert [sent.bot for sent in bench.chat.sent] == ["b9@im.bot"]
 
 
+async def test_a_new_bot_sends_nothing_with_the_token_of_the_one_before() -> None:
+    """iLink takes a context token from the bot alone to which the user wrote."""
+    bench, shard = await ready()
+    await bench.bind(bot="b9@im.bot")
+    await bench.bindings.remove(BOT)
+    shard.on_delivery(bench.command("hi", id="c1"))
+    await asyncio.sleep(30)
+    assert (bench.chat.sent, outcomes(bench)) == ([], [("c1", "parked", "window_closed")])
+    await user_writes(bench, bot="b9@im.bot")
+    await asyncio.sleep(5)
+    assert [(sent.bot, sent.text) for sent in bench.chat.sent] == [("b9@im.bot", "hi")]
+
+
+async def test_a_newer_token_of_a_message_to_another_bot_is_none_of_this_one() -> None:
+    """The former bot's poller gets the message once more, after the user has a new bot."""
+    bench, shard = await ready()
+    await bench.wrote("in:2")
+    conversation = await shard.conversation("s1", USER, BOT)
+    conversation.on_repeat("in:2", BOT, "newer")
+    assert conversation.record.token == "newer"
+    await bench.bind(bot="b2@im.bot")
+    await bench.bindings.remove(BOT)
+    assert (conversation.record.bot, conversation.record.token) == ("b2@im.bot", "")
+    conversation.on_repeat("in:2", BOT, "newest")
+    assert conversation.record.token == ""
+
+
 async def test_a_refusal_for_want_of_a_login_tells_of_the_parts_that_were_sent() -> None:
     bench, shard = await ready()
     bench.chat.sends.extend([Accepted("1", 0, None, ""), STALE])
     bench.chat.notify_fails = STALE
-    shard.intake.on_delivery(
+    shard.on_delivery(
         bench.command(
             id="c1", when_closed="refuse", items=[{"kind": "text", "text": "a"}, {"kind": "text", "text": "b"}]
         )
@@ -236,7 +263,7 @@ async def test_lanes_that_wait_for_the_lease_hardly_look_at_it() -> None:
         check(shard)
 
     bench.leases.ensure_owned = counted  # type: ignore[method-assign]
-    shard.intake.on_delivery(bench.command("t0"))
+    shard.on_delivery(bench.command("t0"))
     await asyncio.sleep(60)
     assert 0 < looks < 15
     bench.leases.has_lease = True  # a notification that got lost does not matter
@@ -248,7 +275,7 @@ async def test_a_bug_in_one_lane_is_logged_and_tried_again() -> None:
     bench, shard = await ready()
     bench.chat.on_send = Failing(2, RuntimeError("a bug"))
     with capture_logs() as logs:
-        shard.intake.on_delivery(bench.command("hi", id="c1"))
-        await asyncio.sleep(60)
+        shard.on_delivery(bench.command("hi", id="c1"))
+        await asyncio.sleep(400)
     assert [line["event"] for line in logs].count("send.crashed") == 2
     assert outcomes(bench) == [("c1", "uncertain", "")]  # it may have left

@@ -12,9 +12,9 @@ import pytest
 from adapter.contract.messages import Options
 from adapter.contract.records import Binding
 from adapter.errors import Refused, SessionExpired, Temporary, Throttled
-from adapter.outbound.processor import ShardCommandProcessor
+from adapter.outbound.shard import Shard
 from adapter.outbound.typing_indicator import RENEW_S
-from tests.fakes import Bench, FakeDelivery, settle
+from tests.fakes import Bench, settle
 from tests.outbound.shards import BOT, USER, outcomes, parked, user_writes
 
 VIRTUAL_TIME = True
@@ -23,22 +23,22 @@ NO_TICKET = Refused("typing", "iLink answered -4", ret=-4, errmsg="GetTypingTick
 STALE = SessionExpired("needs_login", "iLink answered -14", errcode=-14)
 
 
-async def ready(*, auto: bool = False) -> tuple[Bench, ShardCommandProcessor]:
+async def ready(*, auto: bool = False) -> tuple[Bench, Shard]:
     """One bound user with an open window."""
     bench = Bench()
     await bench.bind(options=Options(auto_typing=auto))
     bench.hears()
-    return bench, bench.processor()
+    return bench, bench.shard()
 
 
 def shown(bench: Bench) -> list[bool]:
     return [call.on for call in bench.chat.typing]
 
 
-async def showing() -> tuple[Bench, ShardCommandProcessor]:
+async def showing() -> tuple[Bench, Shard]:
     """One bound user who is shown typing."""
     bench, shard = await ready()
-    shard.intake.on_delivery(bench.command(typing="on"))
+    shard.on_delivery(bench.command(typing="on"))
     await asyncio.sleep(1)
     return bench, shard
 
@@ -49,9 +49,9 @@ async def showing() -> tuple[Bench, ShardCommandProcessor]:
 async def test_on_is_shown_at_once_and_every_five_seconds_until_off() -> None:
     bench, shard = await ready()
     on, off = bench.command(typing="on", id="on"), bench.command(typing="off", id="off")
-    shard.intake.on_delivery(on)
+    shard.on_delivery(on)
     await asyncio.sleep(17)
-    shard.intake.on_delivery(off)
+    shard.on_delivery(off)
     await asyncio.sleep(100)
     assert shown(bench) == [True, True, True, True, False]
     at = [call.at_s for call in bench.chat.typing[:4]]
@@ -62,7 +62,7 @@ async def test_on_is_shown_at_once_and_every_five_seconds_until_off() -> None:
 
 async def test_a_typing_command_costs_nothing_of_the_window() -> None:
     bench, shard = await ready()
-    shard.intake.on_delivery(bench.command(typing="on", id="on"))
+    shard.on_delivery(bench.command(typing="on", id="on"))
     await asyncio.sleep(1)
     (receipt,) = bench.bus.receipts()
     assert (receipt.window.remaining, receipt.attempts, receipt.bot, receipt.user) == (10, 0, BOT, USER)
@@ -80,7 +80,7 @@ async def test_on_comes_after_the_texts_before_it_and_the_text_after_it_ends_it(
     bench.chat.on_send = look
     bench.chat.took_s = 4.0
     for command in (bench.command("a"), bench.command(typing="on"), bench.command("b")):
-        shard.intake.on_delivery(command)
+        shard.on_delivery(command)
     await asyncio.sleep(60)
     assert seen == [("a", []), ("b", [True])]
     assert shown(bench)[-1] is False
@@ -89,8 +89,8 @@ async def test_on_comes_after_the_texts_before_it_and_the_text_after_it_ends_it(
 
 async def test_on_after_an_answer_stays() -> None:
     bench, shard = await ready()
-    shard.intake.on_delivery(bench.command("wait a moment"))
-    shard.intake.on_delivery(bench.command(typing="on"))
+    shard.on_delivery(bench.command("wait a moment"))
+    shard.on_delivery(bench.command(typing="on"))
     await asyncio.sleep(12)
     assert shown(bench) == [True, True, True]
     shard.stop()
@@ -99,10 +99,10 @@ async def test_on_after_an_answer_stays() -> None:
 async def test_the_message_is_sent_before_typing_ends_and_while_more_waits_it_stays() -> None:
     bench, shard = await ready()
     bench.chat.took_s = 1.0
-    shard.intake.on_delivery(bench.command(typing="on"))
+    shard.on_delivery(bench.command(typing="on"))
     await asyncio.sleep(0.5)
-    shard.intake.on_delivery(bench.command("a"))
-    shard.intake.on_delivery(bench.command("b"))
+    shard.on_delivery(bench.command("a"))
+    shard.on_delivery(bench.command("b"))
     await asyncio.sleep(60)
     off = bench.chat.typing[-1]
     assert not off.on
@@ -113,14 +113,14 @@ async def test_the_message_is_sent_before_typing_ends_and_while_more_waits_it_st
 async def test_a_command_that_comes_again_after_its_receipt_shows_nothing() -> None:
     bench, shard = await ready()
     first = bench.command(typing="on", id="on")
-    shard.intake.on_delivery(first)
+    again = first.again()
+    shard.on_delivery(first)
     await asyncio.sleep(1)
     shard.stop()
     await settle()
     calls = len(bench.chat.typing)
-    again = FakeDelivery(first.subject, first.data, seq=first.seq, time_ms=first.time_ms, redelivered=True)
-    other = Bench(bench).processor()
-    other.intake.on_delivery(again)
+    other = Bench(bench).shard()
+    other.on_delivery(again)
     await asyncio.sleep(5)
     assert len(bench.chat.typing) == calls
     assert again.acks == 1
@@ -130,7 +130,7 @@ async def test_a_command_that_comes_again_after_its_receipt_shows_nothing() -> N
 async def test_a_command_that_comes_again_without_a_receipt_is_carried_out() -> None:
     """Whoever had it in hand died before that."""
     bench, shard = await ready()
-    shard.intake.on_delivery(bench.command(typing="on", id="on", redelivered=True))
+    shard.on_delivery(bench.command(typing="on", id="on", redelivered=True))
     await asyncio.sleep(1)
     assert shown(bench) == [True]
     assert outcomes(bench) == [("on", "accepted", "")]
@@ -139,9 +139,9 @@ async def test_a_command_that_comes_again_without_a_receipt_is_carried_out() -> 
 
 async def test_on_again_extends_it_without_another_call_and_it_ends_after_a_minute() -> None:
     bench, shard = await ready()
-    shard.intake.on_delivery(bench.command(typing="on", id="1"))
+    shard.on_delivery(bench.command(typing="on", id="1"))
     await asyncio.sleep(2)
-    shard.intake.on_delivery(bench.command(typing="on", id="2"))
+    shard.on_delivery(bench.command(typing="on", id="2"))
     await asyncio.sleep(1)
     assert shown(bench) == [True]
     assert outcomes(bench) == [("1", "accepted", ""), ("2", "accepted", "")]
@@ -149,7 +149,7 @@ async def test_on_again_extends_it_without_another_call_and_it_ends_after_a_minu
     on, off = bench.chat.typing[0], bench.chat.typing[-1]
     assert shown(bench).count(False) == 1
     assert (off.on, round(off.at_s - on.at_s)) == (False, 62)
-    shard.intake.on_delivery(bench.command(typing="on", id="3"))
+    shard.on_delivery(bench.command(typing="on", id="3"))
     await asyncio.sleep(1)
     assert (shown(bench)[-1], len(bench.chat.tickets_asked)) == (True, 1)
     shard.stop()
@@ -159,7 +159,7 @@ async def test_what_was_switched_quickly_makes_few_calls() -> None:
     """Flicker, and a suspicion of throttling."""
     bench, shard = await ready()
     for number in range(20):
-        shard.intake.on_delivery(bench.command(typing="off" if number % 2 else "on", id=str(number)))
+        shard.on_delivery(bench.command(typing="off" if number % 2 else "on", id=str(number)))
         await asyncio.sleep(0.1)
     await asyncio.sleep(20)
     assert len(shown(bench)) <= 5  # in two seconds
@@ -170,7 +170,7 @@ async def test_what_was_switched_quickly_makes_few_calls() -> None:
 async def test_on_and_off_that_come_together_leave_nothing_shown() -> None:
     bench, shard = await ready()
     for switch in ("on", "off"):
-        shard.intake.on_delivery(bench.command(typing=switch))
+        shard.on_delivery(bench.command(typing=switch))
     await asyncio.sleep(60)
     assert shown(bench)[-1] is False
 
@@ -179,7 +179,7 @@ async def test_an_on_that_is_too_old_is_not_shown() -> None:
     bench, shard = await ready()
     late = bench.command(typing="on", id="on")
     await asyncio.sleep(61)
-    shard.intake.on_delivery(late)
+    shard.on_delivery(late)
     await asyncio.sleep(10)
     assert (shown(bench), outcomes(bench)) == ([], [("on", "refused", "expired")])
 
@@ -187,7 +187,7 @@ async def test_an_on_that_is_too_old_is_not_shown() -> None:
 async def test_nothing_of_it_is_stored() -> None:
     bench, shard = await showing()
     stored = bench.record()
-    shard.intake.on_delivery(bench.command(typing="off"))
+    shard.on_delivery(bench.command(typing="off"))
     await asyncio.sleep(60)
     assert shown(bench) == [True, False]
     assert bench.record() == stored
@@ -199,8 +199,8 @@ async def test_nothing_of_it_is_stored() -> None:
 async def test_behind_what_is_parked_it_is_refused_at_once() -> None:
     bench, shard = await ready()
     bench.hears(sends_used=10)
-    shard.intake.on_delivery(bench.command("later", id="c1"))
-    shard.intake.on_delivery(bench.command(typing="on", id="on"))
+    shard.on_delivery(bench.command("later", id="c1"))
+    shard.on_delivery(bench.command(typing="on", id="on"))
     await asyncio.sleep(5)
     assert parked(bench) == ["c1"]
     assert outcomes(bench) == [("c1", "parked", "quota"), ("on", "refused", "window_closed")]
@@ -211,15 +211,15 @@ async def test_behind_what_is_parked_it_is_refused_at_once() -> None:
 async def test_a_bot_that_needs_a_login_is_not_called() -> None:
     bench, shard = await ready()
     await bench.bind(state="needs_login")
-    shard.intake.on_delivery(bench.command(typing="on", id="on"))
+    shard.on_delivery(bench.command(typing="on", id="on"))
     await asyncio.sleep(5)
     assert outcomes(bench) == [("on", "refused", "needs_login")]
     assert bench.chat.tickets_asked == []
 
 
 async def test_nobody_bound_is_not_bound(bench: Bench) -> None:
-    shard = bench.processor()
-    shard.intake.on_delivery(bench.command(typing="on", id="on"))
+    shard = bench.shard()
+    shard.on_delivery(bench.command(typing="on", id="on"))
     await asyncio.sleep(5)
     assert outcomes(bench) == [("on", "refused", "not_bound")]
 
@@ -230,9 +230,9 @@ async def test_nobody_bound_is_not_bound(bench: Bench) -> None:
 async def test_a_renewal_that_fails_is_tried_again_and_hidden_in_the_end() -> None:
     bench, shard = await ready()
     bench.chat.typing_answers.extend([True, Temporary("network"), Temporary("network"), True])
-    shard.intake.on_delivery(bench.command(typing="on"))
+    shard.on_delivery(bench.command(typing="on"))
     await asyncio.sleep(17)
-    shard.intake.on_delivery(bench.command("hi"))
+    shard.on_delivery(bench.command("hi"))
     await asyncio.sleep(5)
     assert shown(bench) == [True, True, True, True, False]
 
@@ -241,8 +241,8 @@ async def test_a_renewal_that_fails_is_tried_again_and_hidden_in_the_end() -> No
 async def test_without_a_ticket_nothing_is_shown_and_messages_go_on(problem: Exception) -> None:
     bench, shard = await ready()
     bench.chat.tickets.append(problem)
-    shard.intake.on_delivery(bench.command(typing="on", id="on"))
-    shard.intake.on_delivery(bench.command("hi", id="c1"))
+    shard.on_delivery(bench.command(typing="on", id="on"))
+    shard.on_delivery(bench.command("hi", id="c1"))
     await asyncio.sleep(10)
     assert outcomes(bench) == [("on", "accepted", ""), ("c1", "accepted", "")]
     assert bench.chat.typing == []
@@ -251,8 +251,8 @@ async def test_without_a_ticket_nothing_is_shown_and_messages_go_on(problem: Exc
 async def test_a_ticket_that_never_comes_delays_no_message_and_no_receipt() -> None:
     bench, shard = await ready()
     bench.chat.ticket_took_s = 1000.0
-    shard.intake.on_delivery(bench.command(typing="on", id="on"))
-    shard.intake.on_delivery(bench.command("hi", id="c1"))
+    shard.on_delivery(bench.command(typing="on", id="on"))
+    shard.on_delivery(bench.command("hi", id="c1"))
     await asyncio.sleep(0.1)
     assert outcomes(bench) == [("on", "accepted", ""), ("c1", "accepted", "")]
     shard.stop()
@@ -262,10 +262,10 @@ async def test_a_ticket_that_never_comes_delays_no_message_and_no_receipt() -> N
 async def test_a_call_that_ilink_refuses_ends_it_and_the_next_has_another_ticket(refusal: Any) -> None:
     bench, shard = await ready()
     bench.chat.typing_answers.extend([True, refusal])
-    shard.intake.on_delivery(bench.command(typing="on"))
+    shard.on_delivery(bench.command(typing="on"))
     await asyncio.sleep(60)
     assert shown(bench) == [True, True]
-    shard.intake.on_delivery(bench.command(typing="on"))
+    shard.on_delivery(bench.command(typing="on"))
     await asyncio.sleep(1)
     assert [call.ticket for call in bench.chat.typing] == ["ticket-1", "ticket-1", "ticket-2"]
     shard.stop()
@@ -289,7 +289,7 @@ async def test_nothing_is_called_without_the_lease() -> None:
 async def test_no_ticket_is_asked_for_without_the_lease() -> None:
     bench, shard = await ready()
     bench.leases.has_lease = False
-    shard.intake.on_delivery(bench.command(typing="on"))
+    shard.on_delivery(bench.command(typing="on"))
     await asyncio.sleep(60)
     assert bench.chat.tickets_asked == []
     shard.stop()
@@ -303,7 +303,7 @@ async def test_each_message_shows_typing_until_the_answer_where_the_binding_says
     await user_writes(bench)
     await asyncio.sleep(12)
     assert shown(bench) == [True, True, True]
-    shard.intake.on_delivery(bench.command("hi"))
+    shard.on_delivery(bench.command("hi"))
     await asyncio.sleep(60)
     assert shown(bench) == [True, True, True, False]
 
@@ -318,9 +318,9 @@ async def test_without_the_option_nothing_is_shown() -> None:
 async def test_an_answer_that_must_wait_for_the_user_ends_typing() -> None:
     bench, shard = await ready()
     bench.hears(sends_used=9)
-    shard.intake.on_delivery(bench.command(typing="on"))
+    shard.on_delivery(bench.command(typing="on"))
     await asyncio.sleep(1)
-    shard.intake.on_delivery(bench.command(items=[{"kind": "text", "text": "a"}, {"kind": "text", "text": "b"}]))
+    shard.on_delivery(bench.command(items=[{"kind": "text", "text": "a"}, {"kind": "text", "text": "b"}]))
     await asyncio.sleep(5)
     assert parked(bench)
     assert shown(bench) == [True, False]
@@ -331,7 +331,7 @@ async def test_typing_stays_until_the_last_of_what_was_parked_is_sent() -> None:
     bench, shard = await ready(auto=True)
     bench.hears(sends_used=10)
     for text in ("a" * 2000, "b" * 2000, "c" * 2000):
-        shard.intake.on_delivery(bench.command(text))
+        shard.on_delivery(bench.command(text))
     await asyncio.sleep(5)
     bench.chat.took_s = 2.0
     await user_writes(bench)
@@ -353,7 +353,7 @@ async def test_a_drain_hides_everything() -> None:
 async def test_a_drain_does_not_wait_long_for_an_ilink_that_hangs() -> None:
     bench, shard = await ready()
     bench.chat.ticket_took_s = 1000.0
-    shard.intake.on_delivery(bench.command(typing="on"))
+    shard.on_delivery(bench.command(typing="on"))
     await asyncio.sleep(1)
     before = bench.clock.monotonic()
     await shard.drain(44.0)

@@ -1,5 +1,5 @@
 /* Messages of the bus, generated from the JSON Schemas here by `make generate`; do not edit.
-   Of: c07e47db6eb3042087e889eb42638dc92eb62f6a40e315aff3d7e34cbdd920de */
+   Of: aeea31f4fb2952cdc5f71aa4ee97a36b29e7d2af4d82c0e815fe00246c06e0cf */
 
 /**
  * Options of a binding.
@@ -808,7 +808,7 @@ export interface OutVoice {
  */
 export interface Outbound {
   /**
-   * Idempotency key. Default: the header Nats-Msg-Id, else the stream sequence.
+   * Idempotency key: a command with the `id` of one of its user's last 32 that ended, and not as refused, is not sent; its receipt has `repeat_of`. Default: the header Nats-Msg-Id, else the stream sequence, which only name the command.
    */
   id?: string | null;
   /**
@@ -875,11 +875,15 @@ export interface Receipt {
    */
   reply_to?: string;
   /**
-   * accepted: iLink answered with a message id. accepted_unconfirmed: success without an id; WeChat often drops it, and it is never resent. refused: will not be sent. uncertain: sent without an answer, also after one repeat with the same id. dead_lettered: unreadable, or every attempt failed; see WECHAT_DEAD. parked (not final): waits for the user or the login.
+   * Sequence of the earlier command with the same `id`, whose outcome this is: this one is not sent. 0: it is no repeat.
+   */
+  repeat_of?: number;
+  /**
+   * accepted: iLink answered with a message id. accepted_unconfirmed: success without an id; WeChat often drops it, and it is never resent. refused: will not be sent. uncertain: sent without an answer, also to one repeat with the same client_id. dead_lettered: unreadable, or the adapter failed on it; see WECHAT_DEAD. parked (not final): waits for the user or the login.
    */
   outcome: "accepted" | "accepted_unconfirmed" | "dead_lettered" | "parked" | "refused" | "uncertain";
   /**
-   * invalid, not_bound, ambiguous_bot, other_user, window_closed, quota, reserved, throttled, needs_login, too_long, expired, rejected, unreadable, too_large, unreachable, crashed, backlog, media; empty when accepted.
+   * invalid, not_bound, ambiguous_bot, other_user, window_closed, quota, reserved, throttled, needs_login, too_long, expired, rejected, unreadable, too_large, crashed, backlog, media; empty when accepted.
    */
   reason?: string;
   /**

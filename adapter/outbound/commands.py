@@ -21,11 +21,11 @@ from adapter.contract.messages import (
     OutVideo,
     OutVoice,
 )
-from adapter.contract.names import H_SEQUENCE, H_SINCE_MS, check_sandbox, is_sandbox
-from adapter.conversation import split
-from adapter.conversation.literal import to_literal, to_literal_start
+from adapter.contract.names import check_sandbox, is_sandbox
 from adapter.errors import UNDECODABLE, Refused, Unreadable
 from adapter.kit.json_repair import without_halves
+from adapter.outbound import split
+from adapter.outbound.literal import to_literal, to_literal_start
 
 _PEER = re.compile(r"[!-~]{0,128}")
 """Id of a bot or user, which becomes part of a subject."""
@@ -77,30 +77,20 @@ Part: TypeAlias = str | MediaPart
 
 
 class Command(msgspec.Struct, frozen=True):
-    """A valid command. `parts`: the texts and media to send, one request each."""
+    """What a valid command asks for. `parts`: the texts and media to send, one request each."""
 
-    id: str
-    client: str
-    """Base of the client_ids of its parts, the same in every attempt and unique to the command."""
-    sandbox: str
     bot: str
     """"" for the sandbox's only bot."""
     user: str
     """"" for the bot's user."""
     parts: list[Part]
     when_closed: Literal["park", "refuse"]
-    sequence: int
-    """Sequence at which the command was first stored. A copy by the router has the sequence of the original."""
-    stored_ms: int
-    """Time at which the command was first stored, also for a copy."""
     expires_ms: int
     """A command that is unsent at this time is refused."""
     typing: Literal["", "on", "off"] = ""
     """Shows or hides the typing indicator. A command with this field has no parts."""
     optional: bool = False
     """The command may not use the reserved sends."""
-    reply_to: str = ""
-    """Id of the inbound message that the command answers."""
 
     @property
     def kind(self) -> Literal["text", "media", "typing", "unreadable"]:
@@ -186,20 +176,8 @@ def sandbox_of(body: Outbound) -> str:
     return check_sandbox(body.sandbox)
 
 
-def original_position(headers: Mapping[str, str], sequence: int, time_ms: int) -> tuple[int, int]:
-    """Sequence and time at which a command was first stored. A copy by the router has those of the original.
-
-    Only earlier values count. A sandbox may write any headers, and harms only its own commands.
-    """
-    return _header_or(headers.get(H_SEQUENCE, ""), sequence), _header_or(headers.get(H_SINCE_MS, ""), time_ms)
-
-
-def _header_or(header: str, own: int) -> int:
-    return min(own, int(header)) if header.isascii() and header.isdecimal() and len(header) < 19 else own
-
-
-def read_command(body: Outbound, *, sandbox: str, ident: str, sequence: int, time_ms: int, limits: Limits) -> Command:
-    """The command, addressed to `sandbox` by its subject; `sequence` and `time_ms` are those of the original.
+def read_command(body: Outbound, *, sandbox: str, stored_ms: int, limits: Limits) -> Command:
+    """The command, addressed to `sandbox` by its subject. `stored_ms`: that of the original.
 
     Raises Refused("invalid"), Refused("too_long").
     """
@@ -215,19 +193,13 @@ def read_command(body: Outbound, *, sandbox: str, ident: str, sequence: int, tim
     if body.expires_in_s is not None:
         patience_ms = int(min(body.expires_in_s * 1000, patience_ms))
     return Command(
-        id=ident,
-        client=client_id_base(sandbox, sequence, time_ms),
-        sandbox=sandbox,
         bot=body.bot or "",
         user=body.user or "",
         parts=parts,
         when_closed="refuse" if body.typing else body.when_closed,  # it is never parked
-        sequence=sequence,
-        stored_ms=time_ms,
-        expires_ms=time_ms + patience_ms,
+        expires_ms=stored_ms + patience_ms,
         typing=body.typing or "",
         optional=body.optional,
-        reply_to=body.reply_to or "",
     )
 
 
@@ -242,7 +214,7 @@ def _read_parts(body: Outbound, sandbox: str, limits: Limits) -> list[Part]:
             if item.caption.strip():
                 parts += _split_text(item.caption, limits, is_literal=is_literal)
             parts.append(_read_media_part(item, sandbox))
-        if sum(isinstance(part, str) for part in parts) > limits.parts:
+        if len(parts) > limits.parts and sum(isinstance(part, str) for part in parts) > limits.parts:
             raise _too_long(limits)
     return parts
 

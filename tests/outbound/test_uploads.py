@@ -8,9 +8,9 @@ from typing import Literal
 
 import pytest
 
-from adapter.conversation.commands import MediaPart
-from adapter.conversation.uploads import StoreAway
 from adapter.errors import Refused, SessionExpired, Temporary, Unreadable
+from adapter.outbound.commands import MediaPart
+from adapter.outbound.uploads import StoreAway
 from adapter.ports import Account
 from adapter.replica.wiring import TRANSFERS_PER_SANDBOX
 from tests.fakes import MEDIA_BYTES, Bench, Carried

@@ -1,6 +1,6 @@
-"""The stored state of a conversation: bucket `wechat_conversations`, key `<sandbox>.<user>`.
+"""The stored state of a conversation: bucket `wechat_conversations`, key `<sandbox>.<user>`, sealed.
 
-The conversation's actor is the only writer. The next owner of the shard reads the record and goes on from there.
+The conversation is the only writer. The next owner of the shard reads the record and goes on from there.
 """
 
 from __future__ import annotations
@@ -37,12 +37,14 @@ class SendWindow(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """When the request to which iLink answered -2 was sent; 0: never."""
 
 
-class CommandRef(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+class CommandRef(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, array_like=True):
     """Identifies a command by its stored sequence and time. `id` is its author's, who may use it again."""
 
     sequence: int
     stored_ms: int
     id: str
+    is_named: bool = False
+    """The author wrote the id into the body: another command with this id repeats this one."""
 
 
 class SendProgress(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -53,12 +55,16 @@ class SendProgress(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True
     client_id_base: str
     bot: str
     """The bot of the last request."""
-    digest: str = ""
-    """Digest of the merged text; "" if nothing was merged. A repeat must have the same text."""
+    merged: int = 0
+    """Number of commands after the first one whose texts are in the message."""
     part: int = 0
     attempts: int = 0
     unanswered_attempts: int = 0
     """Requests for this part that may have been sent and have no answer, including the one about to be sent."""
+    posted_ms: int = 0
+    """When the first of these was sent."""
+    unanswered_ms: int = 0
+    """When it was over without an answer; 0: its owner ended before that."""
     counted_in_window: str = ""
     throttled_in_window: str = ""
     message_ids: list[str] = []
@@ -91,7 +97,16 @@ class SentText(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
         return f"SentText({self.kind!r})"  # keeps the text out of logs and tracebacks
 
 
-class ConversationRecord(PrivateRecord, frozen=True, kw_only=True, omit_defaults=True):
+class SealedConversation(PrivateRecord, frozen=True, kw_only=True, omit_defaults=True):
+    """The value in the bucket. Its version is also that of the record in it."""
+
+    bots: list[str] = []  # noqa: RUF012 - msgspec copies it
+    """`ConversationRecord.bots`, in clear: an erasure finds what a bot has left by it, whatever the key."""
+    sealed: bytes = b""
+    """The record, sealed (`store.seal_record`), since it holds the context token and texts."""
+
+
+class ConversationRecord(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """All that is stored for one user of one sandbox."""
 
     bot: str = ""
@@ -101,12 +116,13 @@ class ConversationRecord(PrivateRecord, frozen=True, kw_only=True, omit_defaults
     window: SendWindow = SendWindow()
     inbox_seq: int = 0
     """Sequence of the sandbox's inbox up to which this record has all messages of the user."""
-    bots: list[str] = []  # noqa: RUF012 - msgspec copies it
+    bots: list[str] = []
     """The bots that have brought messages of the user, the latest last."""
     head: SendProgress | None = None
-    recent: list[str] = []  # noqa: RUF012 - msgspec copies it
-    """Ids of the last commands that were sent or may have been. A command with such an id is a duplicate."""
-    sent: list[SentText] = []  # noqa: RUF012 - msgspec copies it
+    recent: list[CommandRef] = []
+    """The last commands with an id of their author that ended, and not as refused. Another one with such an id is a
+    repeat."""
+    sent: list[SentText] = []
     other: bool = False
     """The user is not the one of the bot's binding; the record has a time to live."""
     unserved: bool = False

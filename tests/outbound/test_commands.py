@@ -7,38 +7,29 @@ from typing import Any
 import msgspec
 import pytest
 
-from adapter.contract.headers import HEADERS_KEPT, forwardable_headers
+from adapter.contract.headers import forwardable_headers
 from adapter.contract.messages import Outbound
-from adapter.contract.names import H_SEQUENCE, H_SINCE_MS
-from adapter.conversation.commands import (
+from adapter.errors import Refused, Unreadable
+from adapter.outbound.commands import (
     Command,
     Limits,
     MediaPart,
     client_id,
+    client_id_base,
     command_id,
     decode_command,
-    original_position,
     read_command,
     sandbox_of,
 )
-from adapter.errors import Refused, Unreadable
 
 NOW = 1_789_000_000_000
 HOUR = 3_600_000
 LIMITS = Limits(park_ms=72 * HOUR)
 
 
-def read(
-    *,
-    sandbox: str = "s1",
-    ident: str = "c1",
-    sequence: int = 7,
-    stored_ms: int = NOW,
-    limits: Limits = LIMITS,
-    **body: Any,
-) -> Command:
+def read(*, sandbox: str = "s1", stored_ms: int = NOW, limits: Limits = LIMITS, **body: Any) -> Command:
     outbound = decode_command(msgspec.json.encode(body), limits)
-    return read_command(outbound, sandbox=sandbox, ident=ident, sequence=sequence, time_ms=stored_ms, limits=limits)
+    return read_command(outbound, sandbox=sandbox, stored_ms=stored_ms, limits=limits)
 
 
 def items(*texts: str) -> list[dict[str, str]]:
@@ -56,26 +47,9 @@ KEPT: list[tuple[str, dict[str, str], dict[str, str]]] = [
 ]
 
 
-@pytest.mark.parametrize(
-    ("since", "found"),
-    [("", 5000), ("4000", 4000), ("6000", 5000), ("-1", 5000), ("soon", 5000), ("9" * 20, 5000), ("٤", 5000)],
-    ids=["none", "earlier", "later", "negative", "words", "too-long", "other-digits"],
-)
-def test_a_command_waits_since_its_copy_says_but_not_from_the_future(since: str, found: int) -> None:
-    """A sandbox writes headers as it likes."""
-    assert original_position({H_SINCE_MS: since, H_SEQUENCE: since}, 5000, 5000) == (found, found)
-
-
 @pytest.mark.parametrize(("headers", "kept"), [row[1:] for row in KEPT], ids=[row[0] for row in KEPT])
 def test_of_a_strangers_headers_only_harmless_ones_are_copied(headers: dict[str, str], kept: dict[str, str]) -> None:
     assert forwardable_headers(headers) == kept
-
-
-def test_since_when_a_command_waits_is_passed_on_whatever_else_its_headers_hold() -> None:
-    """It stands behind them all."""
-    headers = {f"Theirs-{number}": "x" for number in range(100)} | {H_SINCE_MS: "1"}
-    assert forwardable_headers(headers)[H_SINCE_MS] == "1"
-    assert len(forwardable_headers(headers)) == HEADERS_KEPT
 
 
 PARTS: list[tuple[str, dict[str, Any], list[str]]] = [
@@ -111,8 +85,7 @@ def test_half_an_emoji_at_the_end_of_a_cut_text_costs_only_itself(half: bytes) -
 
 def test_the_rest_is_defaults() -> None:
     command = read(text="hi")
-    assert (command.id, command.sandbox, command.bot, command.user) == ("c1", "s1", "", "")
-    assert (command.when_closed, command.stored_ms) == ("park", NOW)
+    assert (command.bot, command.user, command.when_closed) == ("", "", "park")
 
 
 def test_bot_user_and_patience_can_be_named() -> None:
@@ -161,10 +134,9 @@ def test_what_cannot_be_sent_is_refused(body: dict[str, Any], reason: str) -> No
 def test_a_body_for_another_sandbox_is_refused() -> None:
     body = Outbound(sandbox="s2", text="hi")
     with pytest.raises(Refused, match="invalid"):
-        read_command(body, sandbox="s1", ident="c", sequence=7, time_ms=NOW, limits=LIMITS)
-    assert read_command(
-        Outbound(sandbox="s1", text="hi"), sandbox="s1", ident="c", sequence=7, time_ms=NOW, limits=LIMITS
-    ).parts == ["hi"]
+        read_command(body, sandbox="s1", stored_ms=NOW, limits=LIMITS)
+    own = Outbound(sandbox="s1", text="hi")
+    assert read_command(own, sandbox="s1", stored_ms=NOW, limits=LIMITS).parts == ["hi"]
 
 
 @pytest.mark.parametrize("name", ["S1", "a.b", "", "a b", "ä", "a" * 65, "s1\n", "*", ">"])
@@ -244,11 +216,10 @@ def test_ids_that_are_too_long_and_begin_alike_are_two() -> None:
 
 def test_a_client_id_is_the_same_for_the_same_command_and_another_for_any_other() -> None:
     """WeChat shows a client_id once: the same after a redelivery, never shared by two messages."""
-    command = read(items=items("one", "two"))
-    again = read(items=items("one", "two"))
-    assert client_id(command.client, 0) == client_id(again.client, 0)
-    others = [read(text="x", sequence=8), read(text="x", sandbox="s2"), read(text="x", stored_ms=NOW + 1)]
-    ids = [client_id(command.client, part) for part in range(2)] + [client_id(other.client, 0) for other in others]
+    base = client_id_base("s1", 7, NOW)
+    assert client_id(base, 0) == client_id(client_id_base("s1", 7, NOW), 0)
+    others = [client_id_base("s1", 8, NOW), client_id_base("s2", 7, NOW), client_id_base("s1", 7, NOW + 1)]
+    ids = [client_id(base, part) for part in range(2)] + [client_id(other, 0) for other in others]
     assert len(set(ids)) == len(ids)
     assert all(len(ident) <= 64 and ident.isascii() for ident in ids)
 

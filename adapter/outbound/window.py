@@ -12,7 +12,7 @@ from typing import Literal, NamedTuple, TypeAlias
 import msgspec
 
 from adapter.contract.messages import Window
-from adapter.conversation.record import ConversationRecord, SendProgress, SendWindow
+from adapter.outbound.record import BOTS_KEPT, ConversationRecord, SendProgress, SendWindow
 
 Closed: TypeAlias = Literal["", "window_closed", "quota", "throttled", "reserved"]
 """Why nothing may be sent; "" if it may."""
@@ -90,50 +90,56 @@ def _is_unexpired(record: ConversationRecord, now_ms: int, policy: WindowPolicy)
 # transitions ------------------------------------------------------------------------------------------
 
 
-def on_inbound(
-    record: ConversationRecord,
-    *,
-    message: str,
-    token: str,
-    bot: str,
-    now_ms: int,
-    received_ms: int,
-    written_ms: int,
-    in_flight: int,
-    sequence: int,
-) -> ConversationRecord:
-    """Opens a new window, unless this message or a later one opened the current window before.
+class InboundReceived(msgspec.Struct, frozen=True):
+    """The user wrote."""
 
-    A message without a token leaves the known token. iLink's window opened when the user wrote (`written_ms`,
-    WeChat's clock; 0: unknown). Sends since that time count against it, and so do requests in flight, which iLink may
-    process after the message. A -2 to a send since that time belongs to the new window. A time in whole seconds may
-    be any moment of its second.
+    message: str
+    """Message id on the bus."""
+    token: str
+    """Context token; "" if iLink gave none."""
+    bot: str
+    written_ms: int
+    """WeChat's clock; 0: unknown."""
+    sequence: int
+    """Sequence of the message in the sandbox's inbox. A message counts once."""
+    received_ms: int | None = None
+    """When iLink delivered the message, possibly long ago; None: now."""
+
+
+def open_window(
+    record: ConversationRecord, inbound: InboundReceived, now_ms: int, in_flight: int
+) -> ConversationRecord:
+    """The record after a message of the user, which opens a new window, unless it or a later one did so before.
+
+    A message without a token leaves the known token. iLink's window opened when the user wrote. Sends since that time
+    count against it, and so do requests in flight (`in_flight`), which iLink may process after the message. A -2 to a
+    send since that time belongs to the new window. A time in whole seconds may be any moment of its second.
     """
-    window = record.window
-    if sequence < window.sequence:
-        return record
-    token = token or record.token
-    if message == window.id:
-        return msgspec.structs.replace(record, token=token, bot=bot)
+    window, written_ms = record.window, inbound.written_ms
+    received_ms = now_ms if inbound.received_ms is None else min(now_ms, inbound.received_ms)
+    changes: dict[str, object] = {"inbox_seq": max(record.inbox_seq, inbound.sequence)}
+    if record.bots[-1:] != [inbound.bot]:
+        changes["bots"] = [*(bot for bot in record.bots if bot != inbound.bot), inbound.bot][-BOTS_KEPT:]
+    if inbound.sequence < window.sequence:
+        return msgspec.structs.replace(record, **changes)
+    changes |= {"token": inbound.token or record.token, "bot": inbound.bot}
+    if inbound.message == window.id:
+        return msgspec.structs.replace(record, **changes)
     if received_ms - written_ms > CLOCK_ERROR_MS:
         written_ms = 0
     until_ms = now_ms + CLOCK_ERROR_MS
     since = [sent_ms for sent_ms in window.sent_at_ms if 0 < written_ms <= sent_ms <= until_ms]
     latest_ms = written_ms + 999 if written_ms % 1000 == 0 else written_ms
     is_throttled = bool(written_ms) and latest_ms <= window.throttled_at_ms <= until_ms
-    return msgspec.structs.replace(
-        record,
-        token=token,
-        bot=bot,
-        window=SendWindow(
-            id=message,
-            sequence=sequence,
-            opened_ms=received_ms,
-            sends_used=max(in_flight, len(since)),
-            sent_at_ms=since,
-            throttled_at_ms=window.throttled_at_ms if is_throttled else 0,
-        ),
+    changes["window"] = SendWindow(
+        id=inbound.message,
+        sequence=inbound.sequence,
+        opened_ms=received_ms,
+        sends_used=max(in_flight, len(since)),
+        sent_at_ms=since,
+        throttled_at_ms=window.throttled_at_ms if is_throttled else 0,
     )
+    return msgspec.structs.replace(record, **changes)
 
 
 def record_attempt(record: ConversationRecord, progress: SendProgress, now_ms: int) -> ConversationRecord:
@@ -150,6 +156,8 @@ def record_attempt(record: ConversationRecord, progress: SendProgress, now_ms: i
         attempts=progress.attempts + 1,
         unanswered_attempts=progress.unanswered_attempts + 1,
         counted_in_window=window.id,
+        posted_ms=progress.posted_ms if progress.unanswered_attempts else now_ms,
+        unanswered_ms=progress.unanswered_ms if progress.unanswered_attempts else 0,
     )
     window = msgspec.structs.replace(
         window, sends_used=window.sends_used + is_new, sent_at_ms=[*earlier, now_ms][-SENT_KEPT:]
@@ -184,10 +192,12 @@ def record_throttled(record: ConversationRecord, progress: SendProgress, now_ms:
     return msgspec.structs.replace(record, window=msgspec.structs.replace(record.window, throttled_at_ms=left_ms))
 
 
-def record_answer_time(record: ConversationRecord, now_ms: int) -> ConversationRecord:
-    """Moves the time of the last request to its end: iLink may have counted it at any moment until then."""
+def record_unanswered(record: ConversationRecord, progress: SendProgress, now_ms: int) -> ConversationRecord:
+    """Records that the last request had no answer: iLink may have counted it at any moment until its end."""
     window = msgspec.structs.replace(record.window, sent_at_ms=[*record.window.sent_at_ms[:-1], now_ms])
-    return msgspec.structs.replace(record, window=window)
+    return msgspec.structs.replace(
+        record, window=window, head=msgspec.structs.replace(progress, unanswered_ms=now_ms)
+    )
 
 
 def record_accepted(record: ConversationRecord, progress: SendProgress, now_ms: int) -> ConversationRecord:

@@ -9,9 +9,9 @@ from functools import partial
 from typing import NamedTuple
 
 from adapter.content.media import HEAD, file_name, identify
-from adapter.conversation.commands import MediaPart
 from adapter.errors import AdapterError, Refused, Temporary, Unreadable
 from adapter.kit.slots import FairSlots
+from adapter.outbound.commands import MediaPart
 from adapter.ports import Account, Cdn, MediaKind, Objects, Pieces, Uploaded
 
 PIECE = 64 * 1024

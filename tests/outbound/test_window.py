@@ -5,12 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 import msgspec
-import pytest
 
 from adapter.contract.messages import Window
-from adapter.conversation import window
-from adapter.conversation.record import ConversationRecord, SendProgress, SendWindow
-from adapter.conversation.window import CLOCK_ERROR_MS, SENT_KEPT, WindowPolicy
+from adapter.outbound import window
+from adapter.outbound.record import ConversationRecord, SendProgress, SendWindow
+from adapter.outbound.window import CLOCK_ERROR_MS, SENT_KEPT, InboundReceived, WindowPolicy
+from tests.outbound.shards import rows
 
 HOUR_MS = 3_600_000
 POLICY = WindowPolicy(sends=3, hours=1.0, cooldown_s=60.0, reserve=1)
@@ -26,25 +26,25 @@ def progress(**fields: Any) -> SendProgress:
     return SendProgress(**{"commands": [], "client_id_base": "k", "bot": "b1", **fields})
 
 
-@pytest.mark.parametrize(
-    ("known", "now_ms", "asked", "blocker"),
-    [
-        (record(token=""), OPENED, {}, "window_closed"),
-        (record(opened_ms=0), 1, {}, "window_closed"),
-        (record(), OPENED + HOUR_MS - 1, {}, ""),
-        (record(), OPENED + HOUR_MS, {}, "window_closed"),
-        (record(throttled_at_ms=OPENED), OPENED + 59_999, {}, "throttled"),
-        (record(throttled_at_ms=OPENED), OPENED + 60_000, {}, ""),
-        (record(2), OPENED, {}, ""),
-        (record(3), OPENED, {}, "quota"),
-        (record(1), OPENED, {"needed": 2}, ""),
-        (record(2), OPENED, {"needed": 2}, "quota"),
-        (record(0), OPENED, {"needed": 9}, ""),
-        (record(1), OPENED, {"needed": 9}, "quota"),
-        (record(3), OPENED, {"needed": 0}, ""),
-        (record(1), OPENED, {"optional": True}, ""),
-        (record(2), OPENED, {"optional": True}, "reserved"),
-    ],
+@rows(
+    "known, now_ms, asked, blocker",
+    {
+        "no token, no window": (record(token=""), OPENED, {}, "window_closed"),
+        "it opens with a message": (record(opened_ms=0), 1, {}, "window_closed"),
+        "it is open for its hours": (record(), OPENED + HOUR_MS - 1, {}, ""),
+        "and not longer": (record(), OPENED + HOUR_MS, {}, "window_closed"),
+        "a -2 closes it for the cool-down": (record(throttled_at_ms=OPENED), OPENED + 59_999, {}, "throttled"),
+        "after that a probe may go": (record(throttled_at_ms=OPENED), OPENED + 60_000, {}, ""),
+        "the last send of the budget goes": (record(2), OPENED, {}, ""),
+        "one more does not": (record(3), OPENED, {}, "quota"),
+        "two that fit go": (record(1), OPENED, {"needed": 2}, ""),
+        "two that do not fit wait": (record(2), OPENED, {"needed": 2}, "quota"),
+        "what exceeds the whole budget fits a fresh window": (record(0), OPENED, {"needed": 9}, ""),
+        "and no other": (record(1), OPENED, {"needed": 9}, "quota"),
+        "what needs none always goes": (record(3), OPENED, {"needed": 0}, ""),
+        "what is optional leaves the reserve": (record(1), OPENED, {"optional": True}, ""),
+        "and does not touch it": (record(2), OPENED, {"optional": True}, "reserved"),
+    },
 )
 def test_a_send_fits_or_is_blocked(
     known: ConversationRecord, now_ms: int, asked: dict[str, Any], blocker: str
@@ -57,17 +57,17 @@ def test_a_budget_of_none_is_not_counted() -> None:
     assert window.send_blocker(record(), OPENED, POLICY._replace(reserve=9), optional=True) == "reserved"
 
 
-@pytest.mark.parametrize(
-    ("known", "now_ms", "policy", "left"),
-    [
-        (record(), OPENED + HOUR_MS, POLICY, Window(remaining=0)),
-        (record(throttled_at_ms=1), OPENED + HOUR_MS - 1, POLICY, 0),
-        (record(9), OPENED, POLICY._replace(sends=0), None),
-        (record(3), OPENED, POLICY, 0),
-        (record(4), OPENED, POLICY, 0),
-        (record(2), OPENED, POLICY, 1),
-        (record(1), OPENED, POLICY, 2),
-    ],
+@rows(
+    "known, now_ms, policy, left",
+    {
+        "closed has no end": (record(), OPENED + HOUR_MS, POLICY, Window(remaining=0)),
+        "throttled has nothing left": (record(throttled_at_ms=1), OPENED + HOUR_MS - 1, POLICY, 0),
+        "without a budget nothing is counted": (record(9), OPENED, POLICY._replace(sends=0), None),
+        "used up": (record(3), OPENED, POLICY, 0),
+        "more than used up": (record(4), OPENED, POLICY, 0),
+        "what is left may be reserved": (record(2), OPENED, POLICY, 1),
+        "or more than that": (record(1), OPENED, POLICY, 2),
+    },
 )
 def test_a_window_is_shown_as_it_stands(
     known: ConversationRecord, now_ms: int, policy: WindowPolicy, left: Window | int | None
@@ -80,10 +80,11 @@ def test_a_window_is_shown_as_it_stands(
 
 
 def hear(known: ConversationRecord, *, message: str = "in:2", now_ms: int, **fields: Any) -> SendWindow:
-    told: dict[str, Any] = {"token": "new", "bot": "b2", "written_ms": 0, "in_flight": 0, "sequence": 2}
-    told |= {"received_ms": now_ms} | fields
-    after = window.on_inbound(known, message=message, now_ms=now_ms, **told)
-    assert (after.token, after.bot) == (told["token"] or "t", "b2")
+    in_flight = fields.pop("in_flight", 0)
+    told: dict[str, Any] = {"token": "new", "bot": "b2", "written_ms": 0, "sequence": 2, "received_ms": now_ms}
+    inbound = InboundReceived(message, **told | fields)
+    after = window.open_window(known, inbound, now_ms, in_flight)
+    assert (after.token, after.bot) == (inbound.token or "t", "b2")
     return after.window
 
 
@@ -91,6 +92,38 @@ def test_a_message_opens_a_window_and_its_repeat_does_not() -> None:
     assert hear(record(3), now_ms=OPENED + 5) == SendWindow(id="in:2", sequence=2, opened_ms=OPENED + 5)
     assert hear(record(3), message="in:1", now_ms=OPENED + 5, token="") == record(3).window
     assert hear(record(3), now_ms=OPENED + 5, in_flight=1).sends_used == 1
+    assert hear(record(3), now_ms=OPENED + 5, received_ms=None).opened_ms == OPENED + 5
+    assert hear(record(3), now_ms=OPENED + 5, received_ms=OPENED + 3).opened_ms == OPENED + 3
+    assert hear(record(3), now_ms=OPENED + 5, received_ms=OPENED + 9).opened_ms == OPENED + 5
+
+
+@rows(
+    "message, sequence, now_as",
+    {
+        "a later one opens another": ("in:3", 3, ("in:3", "new", "b2", 3)),
+        "the one that opened it may have a newer token": ("in:2", 2, ("in:2", "new", "b2", 2)),
+        "an earlier one changes nothing": ("in:0", 1, ("in:2", "t", "b1", 2)),
+    },
+)
+def test_of_two_messages_the_later_one_counts(message: str, sequence: int, now_as: tuple[str, str, str, int]) -> None:
+    known = msgspec.structs.replace(record(3, id="in:2", sequence=2), inbox_seq=2)
+    after = window.open_window(known, InboundReceived(message, "new", "b2", 0, sequence), OPENED + 5, 0)
+    assert (after.window.id, after.token, after.bot, after.inbox_seq) == now_as
+    assert after.window.sends_used == (0 if message == "in:3" else 3)
+
+
+@rows(
+    "bots, after",
+    {
+        "the first": ([], ["b"]),
+        "the same again": (["a", "b"], ["a", "b"]),
+        "one of before is the latest": (["b", "a"], ["a", "b"]),
+        "no more than four": (["1", "2", "3", "4"], ["2", "3", "4", "b"]),
+    },
+)
+def test_the_latest_bots_of_a_user_are_known(bots: list[str], after: list[str]) -> None:
+    known = msgspec.structs.replace(record(), bots=bots)
+    assert window.open_window(known, InboundReceived("in:2", "t", "b", 0, 2), OPENED, 0).bots == after
 
 
 def test_a_send_after_the_message_was_written_counts_against_it() -> None:
@@ -115,15 +148,15 @@ def test_a_clock_that_is_wrong_counts_nothing() -> None:
     )
 
 
-@pytest.mark.parametrize(
-    ("written_ms", "throttled_ms", "stays"),
-    [
-        (OPENED + 5, OPENED + 5, True),
-        (OPENED + 6, OPENED + 5, False),
-        (OPENED, OPENED + 998, False),
-        (OPENED, OPENED + 999, True),
-        (0, OPENED, False),
-    ],
+@rows(
+    "written_ms, throttled_ms, stays",
+    {
+        "at the time of the message": (OPENED + 5, OPENED + 5, True),
+        "before the message": (OPENED + 6, OPENED + 5, False),
+        "within the second of a message in whole seconds": (OPENED, OPENED + 998, False),
+        "at the end of its second": (OPENED, OPENED + 999, True),
+        "at an unknown time": (0, OPENED, False),
+    },
 )
 def test_a_throttle_belongs_to_the_window_in_which_its_request_left(
     written_ms: int, throttled_ms: int, stays: bool
@@ -131,6 +164,7 @@ def test_a_throttle_belongs_to_the_window_in_which_its_request_left(
     known = record(throttled_at_ms=throttled_ms)
     found = hear(known, now_ms=OPENED + 2000, written_ms=written_ms)
     assert found.throttled_at_ms == (throttled_ms if stays else 0)
+    assert hear(record(), now_ms=OPENED + 2000, written_ms=written_ms).throttled_at_ms == 0
 
 
 def test_a_request_counts_once_in_each_window() -> None:
@@ -138,9 +172,13 @@ def test_a_request_counts_once_in_each_window() -> None:
     assert first.head is not None
     assert (first.head.attempts, first.head.unanswered_attempts, first.head.counted_in_window) == (1, 1, "in:1")
     assert (first.window.sends_used, first.window.sent_at_ms) == (1, [OPENED + 1])
+    assert (first.head.posted_ms, first.head.unanswered_ms) == (OPENED + 1, 0)
 
-    again = window.record_attempt(first, first.head, OPENED + 2)
+    silent = window.record_unanswered(first, first.head, OPENED + 1)
+    assert silent.head is not None
+    again = window.record_attempt(silent, silent.head, OPENED + 2)
     assert again.head is not None
+    assert (again.head.posted_ms, again.head.unanswered_ms) == (OPENED + 1, OPENED + 1)
     assert (again.head.attempts, again.head.unanswered_attempts) == (2, 2)
     assert (again.window.sends_used, again.window.sent_at_ms) == (1, [OPENED + 2])
 
@@ -149,6 +187,11 @@ def test_a_request_counts_once_in_each_window() -> None:
     )
     anew = window.record_attempt(heard, again.head, OPENED + 4)
     assert (anew.window.sends_used, anew.window.sent_at_ms) == (2, [OPENED + 4])
+    answered = progress(attempts=2, part=1, counted_in_window="in:1", posted_ms=1, unanswered_ms=2)
+    following = window.record_attempt(record(2, sent_at_ms=[OPENED]), answered, OPENED + 5)
+    assert following.head is not None
+    assert (following.window.sends_used, following.window.sent_at_ms) == (3, [OPENED, OPENED + 5])
+    assert (following.head.posted_ms, following.head.unanswered_ms) == (OPENED + 5, 0)
     full = record(sent_at_ms=list(range(SENT_KEPT)))
     assert window.record_attempt(full, progress(), 99).window.sent_at_ms == [*range(1, SENT_KEPT), 99]
 
@@ -189,8 +232,9 @@ def test_a_throttle_speaks_of_the_window_that_its_request_left_in() -> None:
 
 def test_an_answer_tells_up_to_when_its_request_may_have_been_counted() -> None:
     known = record(1, sent_at_ms=[OPENED, OPENED + 1], throttled_at_ms=OPENED)
-    answered = window.record_answer_time(known, OPENED + 9)
-    assert (answered.window.sent_at_ms, answered.window.throttled_at_ms) == ([OPENED, OPENED + 9], OPENED)
+    silent = window.record_unanswered(known, progress(unanswered_attempts=1), OPENED + 9)
+    assert (silent.window.sent_at_ms, silent.window.throttled_at_ms) == ([OPENED, OPENED + 9], OPENED)
+    assert silent.head == progress(unanswered_attempts=1, unanswered_ms=OPENED + 9)
     taken = window.record_accepted(known, progress(part=1), OPENED + 9)
     assert (taken.window.sent_at_ms, taken.window.throttled_at_ms) == ([OPENED, OPENED + 9], 0)
     assert taken.head == progress(part=1)

@@ -9,8 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from markdown_it import MarkdownIt
 
-from adapter.conversation.literal import to_literal, to_literal_start
-from adapter.conversation.split import split
+from adapter.outbound.literal import to_literal, to_literal_start
+from adapter.outbound.split import split
 
 INDENT = "\N{NO-BREAK SPACE}"
 TABLE = [

@@ -1,0 +1,53 @@
+"""Work that has to succeed, however long that takes, as long as this replica may do it."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+from typing import Any, Protocol, TypeVar
+
+import structlog
+
+from adapter.errors import AdapterError, Crashed, LeaseLost, RecordTooNew
+from adapter.kit.timing import Clock, backoff
+
+log = structlog.get_logger()
+
+T = TypeVar("T")
+
+ATTEMPTS = 3
+
+
+class Owner(Protocol):
+    """A right to act that may pause, and that ends for good."""
+
+    def check(self) -> None:
+        """Raises LeaseLost unless the right holds now."""
+
+    async def valid(self) -> None:
+        """Waits out a pause. Raises LeaseLost once the right is over."""
+
+
+async def persist(work: Callable[[], Awaitable[T]], owner: Owner, clock: Clock, name: str, **fields: Any) -> T:
+    """The result of `work`, which is tried again after a failure of the bus and after a pause of the lease.
+
+    `name` and `fields` are logged. Raises LeaseLost once the right to act is over; Crashed for a bug, which raises in
+    every attempt; RecordTooNew. `work` checks the right itself, right before it acts.
+    """
+    failures = crashes = 0
+    while True:
+        try:
+            return await work()
+        except LeaseLost:
+            await owner.valid()
+        except (Crashed, RecordTooNew):
+            raise
+        except AdapterError as exc:
+            failures += 1
+            log.warning("work.retrying", work=name, reason=exc.reason, failures=failures, **fields)
+            await clock.sleep(backoff(failures, first_s=0.2, longest_s=5.0))
+        except Exception as exc:
+            crashes += 1
+            log.exception("work.crashed", work=name, crashes=crashes, **fields)
+            if crashes == ATTEMPTS:
+                raise Crashed from exc
+            await clock.sleep(backoff(crashes, first_s=0.5))

@@ -1,0 +1,368 @@
+"""What becomes of a user's commands: pure decisions, which `conversation.Conversation` carries out.
+
+The commands of a user form one queue, in the order of their sequences. Only its head is worked on: the first command,
+with the commands that are merged into its message. The head may be sent when a bot with a live token serves the user
+and the window has room (`blocker`). Otherwise the queue waits, and each command is told so once (`parked`), or ends
+as refused. Nothing here has a clock or does I/O.
+
+    iLink's answer to a request     what follows
+    ------------------------------  --------------------------------------------------------------------------
+    accepted                        the next part, or the commands of the message end
+    none, or one of a gateway       one repeat with the same client_id (`repeat_due_ms`), then `uncertain`
+    not taken                       tried again after a pause, until the command expires
+    -2, -13                         the window is throttled; throttled in a second window: refused
+    -14                             the session is tested: alive: one more try, then refused; dead: the queue waits
+    refused                         the command ends; commands that were merged are sent one by one
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Literal, NamedTuple
+
+import msgspec
+
+from adapter.content.quotes import placeholder_summary
+from adapter.contract.messages import Outcome
+from adapter.errors import AdapterError, Refused, Throttled, Uncertain
+from adapter.outbound import window
+from adapter.outbound.commands import MERGE_SEPARATOR, Part
+from adapter.outbound.record import (
+    RECENT_COMMANDS,
+    SENT_TEXT_CHARS,
+    SENT_TEXTS,
+    CommandRef,
+    ConversationRecord,
+    SendProgress,
+    SentText,
+)
+from adapter.outbound.split import MAX_BYTES, is_open
+from adapter.outbound.window import WindowPolicy
+from adapter.ports import Accepted, Content, Delivery
+
+MAX_RESENDS = 1
+"""Repeats of a request that got no answer. They have the same client_id, by which clients expect WeChat to show the
+message once (docs/reference/ilink-protocol.md, "sendmessage")."""
+REPEAT_AFTER_MS = 60_000
+"""Least time between a request without an answer and its repeat: an iLink that hangs gets no second request."""
+REPEAT_LATEST_MS = 300_000
+"""Time after which it is repeated although iLink has accepted nothing from anybody."""
+MERGED_AT_ONCE = 32
+"""Most texts in one merged message."""
+EXPIRED = "It was not sent in time."
+UNBOUND = "The bot was unbound."
+
+
+class SendPolicy(NamedTuple):
+    """Settings of sending."""
+
+    window: WindowPolicy
+    gap_ms: int
+    """Least time between two requests to one user."""
+    merge_chars: int
+    """Most characters of a message merged from parked texts; 0: no merging."""
+
+
+class Bot(NamedTuple):
+    """The bot that serves a user."""
+
+    id: str
+    is_usable: bool
+    """False: iLink refuses the bot's token (-14). Nothing is sent until iLink takes it again or the bot changes."""
+    serves_other: bool = False
+    """The user is not the one of its binding."""
+
+
+class CommandResult(msgspec.Struct, frozen=True):
+    """Result of a command in the terms of its receipt. The outcome `parked` is not final."""
+
+    outcome: Outcome
+    reason: str = ""
+    detail: str = ""
+    message_ids: tuple[str, ...] = ()
+    attempts: int = 0
+    ret: int | None = None
+    errcode: int | None = None
+    errmsg: str = ""
+    repeat_of: int = 0
+
+    @property
+    def is_sent(self) -> bool:
+        """iLink accepted all parts."""
+        return self.outcome in ("accepted", "accepted_unconfirmed")
+
+    @property
+    def may_be_sent(self) -> bool:
+        """The message may be on the user's phone."""
+        return self.is_sent or self.outcome == "uncertain"
+
+
+class QueuedCommand(msgspec.Struct, kw_only=True, eq=False):
+    """A command in flight: delivered, and without a final receipt."""
+
+    sequence: int
+    """Its own in the stream: counts for the order, the acknowledgement, and to read it again."""
+    ref: CommandRef
+    """Its identity. For a copy by the router it is that of the original."""
+    sandbox: str
+    client_id_base: str
+    bot: str = ""
+    """As its author names it."""
+    user: str = ""
+    """As its author names them."""
+    kind: Literal["text", "media", "typing", "unreadable"] = "unreadable"
+    """Metrics label; unreadable for a message that is no command."""
+    parts: list[Part] | None = None
+    """One request each; None: the body is only on the bus."""
+    part_count: int = 0
+    chars: int = 0
+    """Length of the text if the text is the only part, else 0."""
+    expires_ms: int = 0
+    when_closed: Literal["park", "refuse"] = "park"
+    optional: bool = False
+    typing: Literal["", "on", "off"] = ""
+    reply_to: str = ""
+    """The inbound message that it answers; "" for none, and for what is too long to be one."""
+    is_checked: bool = False
+    """It is known to be new, or its receipt was looked up: nobody has worked on it before."""
+    parked: bool = False
+    """The sandbox has a receipt `parked` for it."""
+    parked_for: str = ""
+    """The user to whom the former owner wanted to send it when it parked it."""
+    receipt: int = 0
+    """Sequence of its newest receipt; 0: none is known."""
+    traceparent: str = ""
+    """Its author's."""
+    delivery: Delivery
+    size: int = 0
+    """Bytes of the body in memory."""
+
+    def __repr__(self) -> str:
+        return f"QueuedCommand({self.sequence})"  # no text gets into a log or traceback
+
+
+# before a request -------------------------------------------------------------------------------------
+
+
+def blocker(command: QueuedCommand, record: ConversationRecord, bot: Bot, policy: SendPolicy, now_ms: int) -> str:
+    """Why the head may not be sent now; "" if it may. All its parts must fit before its first request. A repeat was
+    counted before."""
+    if not bot.is_usable:
+        return "needs_login"
+    if command.typing:
+        return ""
+    progress, needed, optional = record.head, command.part_count, command.optional
+    if progress is not None and progress.is_partially_sent and progress.has_command(command.ref.sequence):
+        is_counted = progress.unanswered_attempts and progress.counted_in_window == record.window.id
+        needed, optional = 0 if is_counted else 1, False
+    return window.send_blocker(record, now_ms, policy.window, needed=needed, optional=optional)
+
+
+def while_blocked(command: QueuedCommand, reason: str, *, is_head: bool) -> CommandResult:
+    """What a command is told whose queue waits: that it is parked, or refused."""
+    if command.typing and not is_head:
+        return CommandResult("refused", "window_closed")
+    if command.optional and reason in ("reserved", "quota"):
+        return CommandResult("refused", "reserved")
+    return CommandResult("refused" if command.when_closed == "refuse" else "parked", reason)
+
+
+def repeat_due_ms(progress: SendProgress, *, is_accepting: bool) -> int:
+    """When a request without an answer may be repeated. `is_accepting`: iLink has accepted a send of anybody since.
+
+    If the owner of the request ended before its time was over, nothing says that iLink is away.
+    """
+    if not progress.unanswered_ms:
+        return 0
+    return progress.posted_ms + (REPEAT_AFTER_MS if is_accepting else REPEAT_LATEST_MS)
+
+
+def is_repeatable(progress: SendProgress, bot: str) -> bool:
+    """Whether the request under way may be made, again if it had no answer. Through another bot it would be a second
+    message on the phone."""
+    return not progress.unanswered_attempts or (progress.unanswered_attempts <= MAX_RESENDS and progress.bot == bot)
+
+
+def in_progress(queue: Sequence[QueuedCommand], record: ConversationRecord) -> list[QueuedCommand]:
+    """The commands of the message in progress that are in the queue; empty if the first one is not of it."""
+    progress = record.head
+    if progress is None or not queue or not progress.has_command(queue[0].ref.sequence):
+        return []
+    return [command for command in queue[:MERGED_AT_ONCE] if progress.has_command(command.ref.sequence)]
+
+
+def next_message(
+    queue: Sequence[QueuedCommand], record: ConversationRecord, policy: SendPolicy, alone_up_to: int
+) -> list[QueuedCommand]:
+    """The first command, and the parked texts after it that fit into its message by their lengths.
+
+    `alone_up_to`: commands up to this sequence are not merged, since iLink refused them merged.
+    """
+    first = queue[0]
+    if record.head is not None and record.head.is_partially_sent:
+        return in_progress(queue, record)
+    if not first.parked or first.sequence <= alone_up_to or not _is_mergeable(first):
+        return [first]
+    group, chars = [first], first.chars
+    ids = {first.ref.id, *(ref.id for ref in record.recent)}
+    for command in queue[1:MERGED_AT_ONCE]:
+        chars += len(MERGE_SEPARATOR) + command.chars
+        if not command.parked or not _is_mergeable(command) or command.ref.id in ids or chars > policy.merge_chars:
+            break
+        ids.add(command.ref.id)
+        group.append(command)
+    return group
+
+
+def mergeable_prefix(group: list[QueuedCommand]) -> list[QueuedCommand]:
+    """The commands that fit into one message by their texts."""
+    size = 0
+    for count, command in enumerate(group):
+        text = only_text(command)
+        size += len(text.encode()) + len(MERGE_SEPARATOR)
+        if count and size > MAX_BYTES:
+            return group[:count]
+        if is_open(text):  # the next text would become part of its code
+            return group[: count + 1]
+    return group
+
+
+def _is_mergeable(command: QueuedCommand) -> bool:
+    return bool(command.chars) and not command.optional
+
+
+def only_text(command: QueuedCommand) -> str:
+    part = command.parts[0] if command.parts else ""
+    return part if isinstance(part, str) else ""
+
+
+def begun(group: Sequence[QueuedCommand], record: ConversationRecord, bot: str) -> SendProgress:
+    """The progress of the message that is about to be sent."""
+    progress, refs = record.head, [command.ref for command in group]
+    if progress is None or (progress.commands != refs and not progress.is_partially_sent):
+        base = group[0].client_id_base
+        return SendProgress(commands=refs, client_id_base=base, bot=bot, merged=len(refs) - 1)
+    return progress if progress.bot == bot else msgspec.structs.replace(progress, bot=bot)
+
+
+# after a request --------------------------------------------------------------------------------------
+
+
+def after_answer(
+    record: ConversationRecord, answer: Accepted | AdapterError, content: Content, now_ms: int
+) -> ConversationRecord:
+    """The record after iLink's answer to the request under way, or after its failure."""
+    progress = record.head
+    assert progress is not None
+    match answer:
+        case Accepted():
+            return _after_accepted(record, progress, answer, content, now_ms)
+        case Uncertain():
+            return window.record_unanswered(record, progress, now_ms)
+        case Throttled():
+            record = window.record_throttled(record, progress, now_ms)
+        case _:
+            record = window.undo_attempt(record, progress)
+    progress = record.head
+    if isinstance(answer, Refused) and progress is not None and not progress.is_partially_sent:
+        # of a merged message the first command is tried alone, so that the one at fault is found
+        record = msgspec.structs.replace(
+            record, head=msgspec.structs.replace(progress, commands=progress.commands[:1], merged=0)
+        )
+    return record
+
+
+def _after_accepted(
+    record: ConversationRecord, progress: SendProgress, answer: Accepted, content: Content, now_ms: int
+) -> ConversationRecord:
+    told: Accepted | SendProgress = progress if progress.unconfirmed else answer
+    progress = msgspec.structs.replace(
+        progress,
+        ret=told.ret,
+        errcode=told.errcode,
+        errmsg=told.errmsg,
+        part=progress.part + 1,
+        unanswered_attempts=0,
+        message_ids=[*progress.message_ids, *filter(None, [answer.message_id])],
+        unconfirmed=progress.unconfirmed or not answer.message_id,
+    )
+    record = window.record_accepted(record, progress, now_ms)
+    if not answer.message_id:
+        return record
+    if isinstance(content, str):
+        kind, text = "text", content[:SENT_TEXT_CHARS]
+    else:
+        kind, text = content.kind, placeholder_summary(content.kind, content.name if content.kind == "file" else "")
+    sent = [*record.sent, SentText(id=answer.message_id, kind=kind, text=text)][-SENT_TEXTS:]
+    return msgspec.structs.replace(record, sent=sent)
+
+
+def is_throttled_again(before: SendProgress) -> bool:
+    """Whether a -2 met a command that had one in an earlier window: it is itself at fault. `before` the answer."""
+    return before.throttled_in_window not in ("", before.counted_in_window)
+
+
+def refusal(answer: Refused, attempts: int) -> CommandResult:
+    """iLink's refusal as the result of a command."""
+    reason = "throttled" if isinstance(answer, Throttled) else answer.reason
+    return CommandResult("refused", reason, answer.detail, (), attempts, answer.ret, answer.errcode, answer.errmsg)
+
+
+# how commands end -------------------------------------------------------------------------------------
+
+
+def expired(queue: Sequence[QueuedCommand], record: ConversationRecord, now_ms: int) -> list[QueuedCommand]:
+    """The commands that have waited too long. Those of a message that may have been sent end together."""
+    group = in_progress(queue, record) if record.head is not None and record.head.is_partially_sent else []
+    ended = group if any(command.expires_ms <= now_ms for command in group) else []
+    return ended + [command for command in queue if command.expires_ms <= now_ms and command not in group]
+
+
+def final_result(result: CommandResult, record: ConversationRecord, command: QueuedCommand) -> CommandResult:
+    """The result to publish for a command that ends with `result`, given its progress.
+
+    A command with an unanswered request cannot be called refused: iLink may have taken it. Every part may have been
+    accepted although the receipt was not published in time.
+    """
+    progress = record.head
+    if progress is None or result.is_sent or not progress.has_command(command.ref.sequence):
+        return result
+    if progress.part and progress.part >= command.part_count:
+        return accepted_result(progress)
+    attempts = max(result.attempts, progress.attempts)
+    result = msgspec.structs.replace(result, message_ids=tuple(progress.message_ids), attempts=attempts)
+    if not progress.unanswered_attempts or result.outcome == "uncertain":
+        return result
+    detail = f"An earlier request got no answer, so the message may have been sent. Last answer: {result.detail}"
+    return msgspec.structs.replace(result, outcome="uncertain", reason="", detail=detail)
+
+
+def accepted_result(progress: SendProgress) -> CommandResult:
+    """The result when iLink accepted every part."""
+    return CommandResult(
+        "accepted_unconfirmed" if progress.unconfirmed else "accepted",
+        message_ids=tuple(progress.message_ids),
+        attempts=progress.attempts,
+        ret=progress.ret,
+        errcode=progress.errcode,
+        errmsg=progress.errmsg,
+    )
+
+
+def with_ended(record: ConversationRecord, ref: CommandRef, *, is_refused: bool) -> ConversationRecord:
+    """The record after a command has its final receipt. Not refused: an author's id may not be used again."""
+    changes: dict[str, Any] = {}
+    if (progress := record.head) is not None and progress.has_command(ref.sequence):
+        rest = [each for each in progress.commands if each.sequence != ref.sequence]
+        changes["head"] = msgspec.structs.replace(progress, commands=rest) if rest else None
+    if ref.is_named and not is_refused:
+        changes["recent"] = [*(each for each in record.recent if each.id != ref.id), ref][-RECENT_COMMANDS:]
+    return msgspec.structs.replace(record, **changes) if changes else record
+
+
+def without_lost_head(record: ConversationRecord) -> ConversationRecord:
+    """The record without a message whose commands are over: the previous owner ended them, and did not store that."""
+    assert record.head is not None
+    for ref in record.head.commands:
+        record = with_ended(record, ref, is_refused=not record.head.is_partially_sent)
+    return record

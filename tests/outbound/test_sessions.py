@@ -1,0 +1,88 @@
+"""A bot's session with iLink is restarted, and when iLink accepts sends."""
+
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+
+from adapter.errors import SessionExpired, Temporary
+from adapter.outbound.sessions import AcceptedSends, BotSessions
+from adapter.ports import Account
+from tests.capture import Capture
+from tests.fakes import Bench, ready
+
+VIRTUAL_TIME = True
+BOT, OTHER = "b1@im.bot", "b2@im.bot"
+HERE, ELSEWHERE = "https://a.weixin.qq.com", "https://b.weixin.qq.com"
+
+
+def sessions_of(bench: Bench) -> BotSessions:
+    def account(binding: object) -> Account:
+        return Account(BOT, "token", "")
+
+    return BotSessions(bench.bindings, bench.chat, account, lambda: bench, bench.clock)
+
+
+async def test_a_session_is_restarted_at_most_once_a_minute() -> None:
+    bench = await ready()
+    sessions = sessions_of(bench)
+    for _ in range(120):
+        sessions.restart_soon(BOT)
+        await asyncio.sleep(1)
+    assert bench.chat.notified == [True, True]
+    sessions.restart_soon(BOT)
+    await asyncio.sleep(0)
+    assert bench.chat.notified == [True, True, True]
+
+
+async def test_each_bot_has_a_minute_of_its_own_and_one_that_serves_nobody_is_left_alone() -> None:
+    bench = await ready()
+    await bench.bind("s2", OTHER, "u2@im.wechat")
+    sessions = sessions_of(bench)
+    for bot in (BOT, OTHER, BOT, "unbound@im.bot", OTHER):
+        sessions.restart_soon(bot)
+    await asyncio.sleep(1)
+    assert bench.chat.notified == [True, True]
+
+
+@pytest.mark.parametrize("problem", [Temporary("network"), SessionExpired("needs_login")], ids=["away", "-14"])
+async def test_a_restart_that_fails_is_no_alarm_and_is_tried_after_a_minute(
+    problem: Exception, captured: Capture
+) -> None:
+    bench = await ready()
+    bench.chat.notify_fails = problem
+    sessions = sessions_of(bench)
+    sessions.restart_soon(BOT)
+    await asyncio.sleep(60)
+    sessions.restart_soon(BOT)
+    await asyncio.sleep(1)
+    assert bench.chat.notified == [True, True]
+    said = [(line["body"], line["severity_text"]) for line in captured.lines()]
+    assert said == [("restart.failed", "DEBUG")] * 2
+
+
+async def test_a_send_is_accepted_since_a_time_at_its_base_url_alone() -> None:
+    bench = await ready()
+    accepted = AcceptedSends(bench.clock)
+    before = bench.clock.monotonic()
+    assert not accepted.since(HERE, before)
+    await asyncio.sleep(1)
+    accepted.note(HERE)
+    at = bench.clock.monotonic()
+    assert [accepted.since(HERE, when) for when in (before, at, at + 0.001)] == [True, True, False]
+    assert not accepted.since(ELSEWHERE, before)
+
+
+async def test_whoever_waits_for_an_accepted_send_is_woken_by_it() -> None:
+    bench = await ready()
+    accepted = AcceptedSends(bench.clock)
+    began = bench.clock.monotonic()
+    waiting = asyncio.create_task(accepted.changed.wait_until(lambda: accepted.since(HERE, began)))
+    await asyncio.sleep(1)
+    accepted.note(ELSEWHERE)
+    await asyncio.sleep(1)
+    assert not waiting.done()
+    accepted.note(HERE)
+    assert await waiting
+    assert bench.clock.monotonic() == began + 2
