@@ -18,13 +18,17 @@ ROUNDS = 40
 
 
 def set_faults(made: World) -> None:
-    """Error pages, spoilt bodies, resets, repeats and replays, at 5 % each."""
+    """Error pages, spoilt bodies, resets, repeats and replays, at 5 % each; of sends a few, since each that may have
+    been taken costs its user a minute."""
     for rule in (
-        FaultRule(fault="F1", probability=0.05),
+        FaultRule(fault="F1", endpoint="getupdates", probability=0.05),
+        FaultRule(fault="F1", endpoint="sendmessage", probability=0.05, count=10),
         FaultRule(fault="F3", endpoint="getupdates", probability=0.05),
-        FaultRule(fault="F3", endpoint="sendmessage", probability=0.05, params={"kind": "malformed"}),
-        FaultRule(fault="F6", probability=0.025, params={"when": "before"}),
-        FaultRule(fault="F6", probability=0.025, params={"when": "after"}),
+        FaultRule(fault="F3", endpoint="sendmessage", probability=0.05, count=10, params={"kind": "malformed"}),
+        FaultRule(fault="F6", endpoint="getupdates", probability=0.025, params={"when": "before"}),
+        FaultRule(fault="F6", endpoint="getupdates", probability=0.025, params={"when": "after"}),
+        FaultRule(fault="F6", endpoint="sendmessage", probability=0.025, count=10, params={"when": "before"}),
+        FaultRule(fault="F6", endpoint="sendmessage", probability=0.025, count=10, params={"when": "after"}),
         FaultRule(fault="F16", probability=0.05),
         FaultRule(fault="F18", probability=0.05, count=-1),
     ):
@@ -50,7 +54,7 @@ async def test_50_bots_with_faults_at_5_percent(tmp_path: Path) -> None:
         set_faults(made)
         await load(made, nc, rounds=ROUNDS, pause_s=0.05, rng=random.Random(1))
         made.sim.clear_faults()
-        await made.settle(nc)
+        await made.settle(nc, patience_s=400)
         result = await audit(made, nc)
         await nc.close()
     assert result.faults() == []
@@ -151,10 +155,10 @@ async def test_two_adapters_started_by_mistake_never_poll_one_bot_at_once(tmp_pa
         nc = await made.nc()
         second = await made.add_adapter()
         await load(made, nc, rounds=5, pause_s=0.2, rng=random.Random(6))
-        await made.settle(nc)
+        await made.settle(nc, patience_s=400)
         await made.adapters[0].kill()
         await load(made, nc, rounds=5, pause_s=0.2, rng=random.Random(7), first=5)
-        await made.settle(nc)
+        await made.settle(nc, patience_s=400)
         result = await audit(made, nc)
         assert second.running
         await nc.close()
