@@ -186,7 +186,9 @@ class Conversation:
             record = msgspec.structs.replace(record, bot=serving.id)
         self.record = self._stored = record
         self._revision, self.is_loaded = revision, True
-        self._unanswered_at = self._shard.deps.clock.monotonic()
+        clock, head = self._shard.deps.clock, record.head
+        age_ms = max(0, clock.now_ms() - head.unanswered_ms) if head is not None and head.unanswered_ms else 0
+        self._unanswered_at = clock.monotonic() - age_ms / 1000  # sends that were accepted here since then count
         self.on_binding()
         if newest is not None:
             self.on_inbound(newest)

@@ -126,7 +126,7 @@ async def run(folder: Path, *, command: str, mode: str, seed: int, minutes: floa
         made.sim.clear_faults()
         lossy = mode == "ack_on_delivery"
         try:
-            await made.settle(nc, patience_s=max(240.0, began + minutes * 60 - time.monotonic() - 10), lossy=lossy)
+            await made.settle(nc, patience_s=max(400.0, began + minutes * 60 - time.monotonic() - 10), lossy=lossy)
         except TimeoutError as exc:
             print(f"it did not settle: {exc}", file=sys.stderr)
         lost = in_killed_hands(made, troubles.happened) if lossy else set()
