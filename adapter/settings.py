@@ -101,8 +101,8 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     """Least pause between two sends to one user, in milliseconds. Shorter provokes iLink's throttling (-2)."""
 
     send_timeout_s: Annotated[float, Meta(gt=0)] = 15.0
-    """Seconds that a send waits for iLink's answer; then it is repeated once, and after that its command ends as
-    `uncertain`."""
+    """Seconds that a send waits for iLink's answer. It is repeated once, one to five minutes later; then its command
+    ends as `uncertain`."""
 
     merge_chars: AtLeast0 = 3000
     """Parked texts of one user are sent as one message up to so many characters; 0: each on its own."""

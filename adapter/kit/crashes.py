@@ -5,7 +5,7 @@ An exception that is no AdapterError is a bug. The message that triggers it must
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 from typing import Any, TypeVar
 
 import structlog
@@ -17,33 +17,13 @@ log = structlog.get_logger()
 T = TypeVar("T")
 
 ATTEMPTS = 3
-PAUSE_S = 1.0
-"""Pause between two attempts."""
-
-
-async def retry_on_bug(
-    work: Callable[[], Awaitable[T]],
-    sleep: Callable[[float], Awaitable[None]],
-    event: str,
-    *,
-    tries: int = ATTEMPTS,
-    **fields: Any,
-) -> T:
-    """The result of `work`. Raises Crashed, and the AdapterErrors of `work`. `event` and `fields` are logged."""
-    for tried in range(1, tries + 1):
-        try:
-            return await work()
-        except AdapterError:
-            raise
-        except Exception:
-            log.exception(event, **fields)
-        if tried < tries:
-            await sleep(PAUSE_S)
-    raise Crashed
 
 
 def retry_on_bug_now(work: Callable[[], T], event: str, *, tries: int = ATTEMPTS, **fields: Any) -> T:
-    """As `retry_on_bug`, without a pause, so that later messages cannot overtake."""
+    """The result of `work`, tried again without a pause, so that later messages cannot overtake.
+
+    `event` and `fields` are logged. Raises Crashed, and the AdapterErrors of `work`.
+    """
     for _ in range(tries):
         try:
             return work()

@@ -20,8 +20,6 @@ DELAYED_GRACE_S = 1.0
 """Longest time to read all sockets then, even thousands."""
 READ_GRACE_S = 0.1
 """The same for a timer in time, since the process may have been stopped just before."""
-LEASE_RETRY_S = 0.2
-"""Pause before work that was interrupted by a lost lease is tried again."""
 
 _WITH_SUSPENSION = getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC)
 """time.monotonic stands still while a machine is suspended, and a lease must not. Linux alone has the other clock."""

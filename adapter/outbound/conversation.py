@@ -683,9 +683,9 @@ class Conversation:
         one of a merged message knows the result of the others."""
         ends = [(command, sending.final_result(result, self.record, command)) for command, result in ends]
         if len(ends) == 1:
-            told = [await self._tell(*ends[0])]
+            told = [await self._publish_final(*ends[0])]
         else:
-            told = await asyncio.gather(*(self._tell(command, result) for command, result in ends))
+            told = await asyncio.gather(*(self._publish_final(command, result) for command, result in ends))
         for (command, result), is_told in zip(ends, told, strict=True):
             self._leave(command, result)
             if is_told:
@@ -696,7 +696,7 @@ class Conversation:
         if (not self.queue or self.reason) and not (command.typing == "on" and result.is_sent):
             self._shard.typing.hide(self.sandbox, self.user)
 
-    async def _tell(self, command: QueuedCommand, result: CommandResult) -> bool:
+    async def _publish_final(self, command: QueuedCommand, result: CommandResult) -> bool:
         """Publishes a final receipt. False: a bug prevents it, and the command comes again to the next owner."""
         said = result
         for _ in range(2):

@@ -6,7 +6,7 @@ is in flight for each sandbox: if the stream's leader fails, a copy may be lost 
 one. A command without a valid sandbox, one that is unreadable, and one whose copy is refused, end with a receipt.
 
 A copy that is repeated soon has the same Nats-Msg-Id, and the stream drops it. A later one becomes a second copy with
-the same identity (outbound/copies.py), which its conversation drops. The router never splits, merges or sends.
+the same identity (outbound/copies.py), which its shard or conversation drops. The router never splits or sends.
 """
 
 from __future__ import annotations

@@ -41,7 +41,7 @@ class Pollers(Protocol):
 
 
 class BotSessions:
-    """Implements shard.Sessions."""
+    """Whether sends may go through a bot."""
 
     def __init__(
         self,

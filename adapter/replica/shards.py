@@ -25,7 +25,7 @@ class ShardWork(Protocol):
         """A required loop ended for good, so that only a restart of the process helps."""
 
     def consumer_loops(self, shard: Shard) -> list[Coroutine[Any, Any, None]]:
-        """The pull loops of a shard. What is parked is loaded before the first delivery."""
+        """The pull loops of a shard."""
 
 
 class OwnedShards(dict[int, Shard]):
