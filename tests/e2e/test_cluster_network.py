@@ -28,7 +28,7 @@ async def heard(made: World, other: Node, sandbox: str, text: str) -> None:
         return False
 
     try:
-        await eventually(told, f"{text} is on the bus")
+        await eventually(told, f"{text} is on the bus", patience_s=180)
     finally:
         await nc.close()
 

@@ -168,7 +168,7 @@ async def test_pain_02_what_ilink_refuses_is_never_called_sent(tmp_path: Path) -
         await s.sends("stranger", text="stranger", user="o9cqNOBODY@im.wechat", when_closed="refuse")
         throttled, stranger = await s.final("throttled"), await s.final("stranger")
         assert (throttled.outcome, throttled.reason, throttled.ret) == ("refused", "throttled", -2)
-        assert (stranger.outcome, stranger.reason) == ("refused", "window_closed")
+        assert (stranger.outcome, stranger.reason) == ("refused", "not_bound")
         assert s.shown() == ["good"]
 
 
