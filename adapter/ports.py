@@ -257,7 +257,7 @@ class Cdn(Protocol):
 # The bus: streams -----------------------------------------------------------------------------------
 
 
-class Message(msgspec.Struct, frozen=True):
+class BusMessage(msgspec.Struct, frozen=True):
     """A message to store in a stream. `stream` is its metrics label: in, event, dead, out …"""
 
     stream: str
@@ -282,10 +282,10 @@ class PubAck(msgspec.Struct):
 class Bus(Protocol):
     """Publishes to streams, in the order of the calls for each stream. Waits while the bus or the stream is away."""
 
-    async def publish(self, message: Message) -> PubAck:
+    async def publish(self, message: BusMessage) -> PubAck:
         """Raises Conflict, BusRefused, and what `ensure_owner` of the message raises."""
 
-    async def publish_all(self, messages: Sequence[Message]) -> list[PubAck | BusRefused]:
+    async def publish_all(self, messages: Sequence[BusMessage]) -> list[PubAck | BusRefused]:
         """Stores all messages, pipelined and in order for each stream. A refusal takes the place of an ack.
 
         Raises what `ensure_owner` of a message raises; some of the other messages may then be stored.
@@ -313,7 +313,7 @@ class Delivery(Protocol):
         """Acknowledges it. If the acknowledgement is lost, it is delivered again."""
 
 
-class Stored(NamedTuple):
+class StoredMessage(NamedTuple):
     """A message read from a stream."""
 
     subject: str
@@ -329,19 +329,19 @@ class History(Protocol):
 
     def read(
         self, stream: str, subject: str, *, after: int = 0, since_ms: int | None = None, limit: int | None = None
-    ) -> AsyncIterator[Stored]:
+    ) -> AsyncIterator[StoredMessage]:
         """The first `limit` messages of `subject` after a sequence or since a time, oldest first.
 
         Raises Temporary.
         """
 
-    async def read_last(self, stream: str, subject: str) -> Stored | None:
+    async def read_last(self, stream: str, subject: str) -> StoredMessage | None:
         """The newest message of a subject. Raises Temporary."""
 
-    async def read_last_of_each(self, stream: str, subjects: Sequence[str]) -> list[Stored]:
+    async def read_last_of_each(self, stream: str, subjects: Sequence[str]) -> list[StoredMessage]:
         """The newest message of each subject, read from the stream's leader. Raises Temporary."""
 
-    async def get(self, stream: str, seq: int) -> Stored | None:
+    async def get(self, stream: str, seq: int) -> StoredMessage | None:
         """A message, read from the stream's leader, or None if there is none. Raises Temporary."""
 
     async def last_sequence(self, stream: str) -> int:
@@ -363,7 +363,9 @@ class History(Protocol):
 class Archive(History, Protocol):
     """History with paging from the newest message on."""
 
-    async def read_newest(self, stream: str, subject: str, *, count: int, before: int | None = None) -> list[Stored]:
+    async def read_newest(
+        self, stream: str, subject: str, *, count: int, before: int | None = None
+    ) -> list[StoredMessage]:
         """At most `count` messages, newest first, older than the sequence `before` if given. Raises Temporary."""
 
 
@@ -392,7 +394,7 @@ class Bucket(Protocol):
     ) -> int:
         """Writes the value if the key's revision is `revision` (0: the key never existed), and returns the new
         revision. A retry recognises its own earlier write whose answer was lost. With `ttl_s` the key expires after
-        so many seconds unless it is written again. `ensure_owner`: as in Message.
+        so many seconds unless it is written again. `ensure_owner`: as in BusMessage.
 
         Raises Conflict, Temporary (the bucket is full), and what `ensure_owner` raises.
         """

@@ -21,7 +21,7 @@ from adapter.errors import UNDECODABLE, Refused, SettingsError, Temporary
 SECRET_PREFIX = "whsec_"
 
 
-class Reply(msgspec.Struct):
+class WebhookReply(msgspec.Struct):
     """A JSON response."""
 
     reply: str = ""
@@ -104,7 +104,7 @@ def _read_answer(response: httpx.Response, body: bytes) -> str:
     if response.headers.get("content-type", "").partition(";")[0].strip() != "application/json":
         return body.decode(errors="replace")
     try:
-        return msgspec.json.decode(body or b"{}", type=Reply).reply
+        return msgspec.json.decode(body or b"{}", type=WebhookReply).reply
     except UNDECODABLE:
         raise Refused("response", 'The response is no JSON such as {"reply": "…"}.') from None
 

@@ -41,7 +41,7 @@ class Eraser(Protocol):
         """Erases a person whose bots are unbound. Raises Temporary, BusRefused."""
 
 
-class Request(NamedTuple):
+class ControlRequest(NamedTuple):
     """A control command that is being applied."""
 
     number: int
@@ -89,7 +89,7 @@ class Binder:
         if (changed := self._changed.get(bot)) is not None:
             changed.set()
 
-    async def bind(self, command: Bind, request: Request) -> ControlAnswer:
+    async def bind(self, command: Bind, request: ControlRequest) -> ControlAnswer:
         """Binds a bot to a sandbox. Another bot of the same user there is replaced.
 
         Raises Refused, Temporary, LeaseLost.
@@ -190,7 +190,7 @@ class Binder:
             start_cursor=self._sealed_start_cursor(command, before),
         )
 
-    async def unbind(self, command: Unbind, request: Request) -> ControlAnswer:
+    async def unbind(self, command: Unbind, request: ControlRequest) -> ControlAnswer:
         """Unbinds a bot, or all bots of a sandbox. A missing binding is no error. Raises Refused, Temporary,
         LeaseLost."""
         check_sandbox(command.sandbox)
@@ -206,7 +206,7 @@ class Binder:
             for binding in self._bindings.of_sandbox(sandbox):
                 self._bindings.ensure_known(binding.bot)
 
-    async def remove(self, sandbox: str, leaving: Collection[Binding], request: Request) -> None:
+    async def remove(self, sandbox: str, leaving: Collection[Binding], request: ControlRequest) -> None:
         """Unbinds these bots of a sandbox, and empties its inbox if nobody stays. Raises Temporary, LeaseLost."""
         await self.close(leaving, request)
         await self.exclude_earlier_commands(sandbox, leaving)
@@ -214,7 +214,7 @@ class Binder:
         await self.announce_end(leaving, request)
         await self.delete(leaving)
 
-    async def announce_end(self, leaving: Collection[Binding], request: Request) -> None:
+    async def announce_end(self, leaving: Collection[Binding], request: ControlRequest) -> None:
         """Raises Temporary, LeaseLost."""
         for binding in leaving:
             await self._publish_binding_event(binding, "unbound", request)
@@ -232,7 +232,7 @@ class Binder:
                 lambda now: structs.replace(now, closing=0, closed=0) if now.closing == number else None,
             )
 
-    async def close(self, leaving: Collection[Binding], request: Request) -> None:
+    async def close(self, leaving: Collection[Binding], request: ControlRequest) -> None:
         """Marks bindings as closing, and returns once their shard's owner has confirmed. Raises Temporary,
         LeaseLost."""
 
@@ -304,7 +304,7 @@ class Binder:
         return structs.replace(before, **unimportant) == structs.replace(after, **unimportant)
 
     async def _publish_binding_event(
-        self, binding: Binding, change: BindingChange, request: Request, *, reason: str = ""
+        self, binding: Binding, change: BindingChange, request: ControlRequest, *, reason: str = ""
     ) -> None:
         event = binding.event(change, reason=reason, request=request.id)
         await self._deps.access.events.publish_binding_event(event, ensure_owner_if_delayed=self._deps.ensure_owner)

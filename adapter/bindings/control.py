@@ -15,7 +15,7 @@ import msgspec
 import structlog
 from msgspec import structs
 
-from adapter.bindings.binder import Binder, ControlDeps, Request
+from adapter.bindings.binder import Binder, ControlDeps, ControlRequest
 from adapter.contract import messages as contract
 from adapter.contract.messages import Bind, BindingEvent, ControlAnswer, Erase, Unbind
 from adapter.contract.names import H_ERROR, H_ERROR_CODE, H_MSG_ID, H_REPLY_TO, H_SCHEMA, is_inbox
@@ -174,7 +174,7 @@ class Control:
             detail = "An owner has not confirmed yet that the bot is released; the work goes on."
             await self._answer(delivery, ControlAnswer(ok=False, id=request.id, pending=True, error=detail))
 
-        request = Request(delivery.seq, command.id or "", on_pending)
+        request = ControlRequest(delivery.seq, command.id or "", on_pending)
         try:
             if isinstance(command, Bind):
                 answer = await self._binder.bind(command, request)
@@ -202,7 +202,7 @@ class Control:
             log.warning("binding.refused", sandbox=command.sandbox, bot=command.bot, reason=exc.reason)
         return ControlAnswer(ok=False, id=command.id or "", error=exc.detail)
 
-    async def _erase_person(self, command: Erase, request: Request) -> ControlAnswer:
+    async def _erase_person(self, command: Erase, request: ControlRequest) -> ControlAnswer:
         """Unbinds a person and erases what is theirs; messages one by one, since a purge leaves them on the disk.
         Raises Temporary, LeaseLost."""
         if command.dry_run:

@@ -10,7 +10,7 @@ import msgspec
 from adapter.contract.names import Names
 from adapter.contract.records import Binding
 from adapter.errors import UNDECODABLE, Conflict
-from adapter.ports import History, LeaderBucket, Stored
+from adapter.ports import History, LeaderBucket, StoredMessage
 from adapter.security.seal import Sealer, Sealing, cursor_context
 
 
@@ -45,7 +45,7 @@ async def reseal_tokens(history: History, bucket: LeaderBucket, names: Names, se
     return sealed
 
 
-async def _stored_bindings(history: History, names: Names) -> AsyncIterator[tuple[Stored, Binding]]:
+async def _stored_bindings(history: History, names: Names) -> AsyncIterator[tuple[StoredMessage, Binding]]:
     async for stored in history.read(f"KV_{names.bindings}", f"$KV.{names.bindings}.>"):
         if not stored.data:
             continue  # it was deleted

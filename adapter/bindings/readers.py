@@ -8,7 +8,7 @@ import msgspec
 import structlog
 from msgspec import structs
 
-from adapter.contract.records import Reader
+from adapter.contract.records import ReaderRecord
 from adapter.errors import UNDECODABLE, Conflict
 from adapter.kit.timing import Clock
 from adapter.observability.records import RecordDecoder
@@ -24,12 +24,14 @@ class Readers:
     def __init__(self, bucket: LeaderBucket, clock: Clock) -> None:
         self._bucket = bucket
         self._clock = clock
-        self._decoder = RecordDecoder(Reader)
+        self._decoder = RecordDecoder(ReaderRecord)
 
-    async def load(self, sandbox: str) -> Reader:
+    async def load(self, sandbox: str) -> ReaderRecord:
         return (await self._load(sandbox))[0]
 
-    async def change(self, sandbox: str, change: Callable[[Reader], Reader | None]) -> tuple[Reader, Reader]:
+    async def change(
+        self, sandbox: str, change: Callable[[ReaderRecord], ReaderRecord | None]
+    ) -> tuple[ReaderRecord, ReaderRecord]:
         """The record before and after `change`, which is called again after a write of somebody else. None: it is not
         written."""
         while True:
@@ -50,17 +52,17 @@ class Readers:
             sandbox, lambda now: structs.replace(now, handled=sequence) if now.handled < sequence else None
         )
 
-    async def _load(self, sandbox: str) -> tuple[Reader, int]:
+    async def _load(self, sandbox: str) -> tuple[ReaderRecord, int]:
         entry = await self._bucket.get(sandbox)
         if entry is None or entry.value is None:
-            return Reader(), entry.revision if entry else 0
+            return ReaderRecord(), entry.revision if entry else 0
         try:
             record = self._decoder.decode(entry.value, sandbox=sandbox)
         except UNDECODABLE as exc:  # not written by the adapter: it is overwritten
             log.error("reader.unreadable", sandbox=sandbox, detail=type(exc).__name__)
-            record = Reader()
+            record = ReaderRecord()
         return _numbered(record, entry.revision), entry.revision
 
 
-def _numbered(record: Reader, revision: int) -> Reader:
+def _numbered(record: ReaderRecord, revision: int) -> ReaderRecord:
     return record if record.reader else structs.replace(record, reader=revision)

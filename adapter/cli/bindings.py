@@ -17,7 +17,7 @@ from cyclopts import Parameter
 from nats.errors import Error as NatsError
 
 from adapter.cli import bulk, output
-from adapter.cli.bus import BROKE, Bus, connected_bus, decode_answer
+from adapter.cli.bus import BROKE, BusConnection, connected_bus, decode_answer
 from adapter.cli.exit_codes import NO, OK, TIMEOUT, UNREACHABLE, USAGE, Failed
 from adapter.cli.files import read_text
 from adapter.cli.options import (
@@ -242,7 +242,7 @@ async def _run_rows(
         return await bulk.run_rows(rows, run_row, done=done, failed_file=failed, limit=ROWS_UNDER_WAY)
 
 
-async def _serving(bus: Bus, bot: str | None = None) -> dict[str, str]:
+async def _serving(bus: BusConnection, bot: str | None = None) -> dict[str, str]:
     """The sandbox that a bot, or each bot, serves; nothing while no adapter runs. Raises Failed."""
     try:
         return {info.bot: info.sandbox for info in await all_bindings(bus, bot=bot)}
@@ -302,7 +302,7 @@ def _health_row(info: BindingInfo) -> tuple[str, ...]:
 
 
 async def all_bindings(
-    bus: Bus, sandbox: str | None = None, bot: str | None = None, *, health: bool = False
+    bus: BusConnection, sandbox: str | None = None, bot: str | None = None, *, health: bool = False
 ) -> list[BindingInfo]:
     """Every page of wechat.svc.bindings.list. Raises Failed."""
     found: list[BindingInfo] = []
@@ -335,7 +335,7 @@ def _read_token(token: str | None, token_file: Path | None) -> str:
     return text.strip()
 
 
-async def request_control(bus: Bus, asked: Bind | Unbind | Erase, timeout_s: float) -> ControlAnswer:
+async def request_control(bus: BusConnection, asked: Bind | Unbind | Erase, timeout_s: float) -> ControlAnswer:
     """Stores a command and waits for the adapter's answer. Raises Failed."""
     inbox = bus.nc.new_inbox()
     headers = {H_MSG_ID: asked.id or "", H_REPLY_TO: inbox, H_SCHEMA: SCHEMA_VERSION}

@@ -59,7 +59,7 @@ class OptionsRow(Row, kw_only=True):
 R = TypeVar("R", bound=Row)
 
 
-class _Read(NamedTuple, Generic[R]):
+class _ParsedRow(NamedTuple, Generic[R]):
     """A row as it was written, and as it is read; or why it cannot be."""
 
     number: int
@@ -71,7 +71,7 @@ class _Read(NamedTuple, Generic[R]):
 class Rows(NamedTuple, Generic[R]):
     """What a file holds."""
 
-    rows: list[_Read[R]]
+    rows: list[_ParsedRow[R]]
     columns: list[str]
     """Of CSV; none: the rows are JSON lines."""
 
@@ -80,18 +80,18 @@ def read_rows(source: Path, kind: type[R], options: dict[str, Any]) -> Rows[R]:
     """Reads a file. `options`: values of the columns that a row leaves out. A row that is invalid has its error.
     Raises Failed if the file cannot be read."""
 
-    def read_row(number: int, written: dict[str, Any]) -> _Read[R]:
+    def read_row(number: int, written: dict[str, Any]) -> _ParsedRow[R]:
         given = {name: value for name, value in written.items() if value is not None}
         try:
-            return _Read(number, written, msgspec.convert(options | given, kind, strict=False), "")
+            return _ParsedRow(number, written, msgspec.convert(options | given, kind, strict=False), "")
         except msgspec.ValidationError as exc:
-            return _Read(number, written, None, f"{exc}.")
+            return _ParsedRow(number, written, None, f"{exc}.")
 
-    def read_line(number: int, line: str) -> _Read[R]:
+    def read_line(number: int, line: str) -> _ParsedRow[R]:
         try:
             return read_row(number, msgspec.json.decode(line, type=dict[str, Any]))
         except msgspec.MsgspecError:
-            return _Read(number, {"line": line}, None, "The line is no JSON object.")
+            return _ParsedRow(number, {"line": line}, None, "The line is no JSON object.")
 
     text = sys.stdin.read() if str(source) == "-" else read_text(source)
     if text.lstrip().startswith("{"):
@@ -113,7 +113,7 @@ async def run_rows(
     outcomes: dict[int, Failed | None] = {}
     began = time.monotonic()
 
-    async def run_row(read: _Read[R], before: Sequence[asyncio.Task[None]]) -> None:
+    async def run_row(read: _ParsedRow[R], before: Sequence[asyncio.Task[None]]) -> None:
         async with slots:  # first come, first served: who is waited for below has had one
             if before:
                 await asyncio.wait(before)

@@ -31,7 +31,7 @@ from adapter.jetstream.api_replies import MESSAGE_GONE, NO_STREAM
 from adapter.jetstream.client import BusClient, permission_violation
 from adapter.jetstream.history import StreamHistory
 from adapter.jetstream.managed_connection import ManagedConnection
-from adapter.ports import Stored
+from adapter.ports import StoredMessage
 from adapter.security.permissions import grants, overlaps
 from adapter.settings import CREDENTIALS, Settings
 
@@ -49,7 +49,7 @@ S = TypeVar("S", bound=msgspec.Struct)
 T = TypeVar("T")
 
 
-class Bus:
+class BusConnection:
     """A connection and the names on it."""
 
     def __init__(self, nc: BusClient, settings: Settings) -> None:
@@ -164,7 +164,7 @@ class Bus:
             said = f"The bus did not confirm {subject}: unclear whether it is stored, repeat with the same id."
             raise Failed(UNREACHABLE, said) from None
 
-    async def read_stored(self, stream: str, subject: str, *, keep: Callable[[Stored], T | None]) -> list[T]:
+    async def read_stored(self, stream: str, subject: str, *, keep: Callable[[StoredMessage], T | None]) -> list[T]:
         """Reads what a stream holds under a subject, oldest first. Returns what `keep` makes of each message, except
         None. Raises Failed."""
         await self.api_request(f"STREAM.INFO.{stream}")  # without a stream, a direct get has no answer
@@ -175,7 +175,7 @@ class Bus:
 
         return await self.ask_jetstream(f"DIRECT.GET.{stream}", read())
 
-    async def get_stored(self, stream: str, seq: int) -> Stored | None:
+    async def get_stored(self, stream: str, seq: int) -> StoredMessage | None:
         """One message; None: there is none. Raises Failed."""
         await self.api_request(f"STREAM.INFO.{stream}")
         return await self.ask_jetstream(f"DIRECT.GET.{stream}", self.history.get(stream, seq))
@@ -239,10 +239,10 @@ def settings_here(*, adapter: bool = False) -> Settings:
 
 
 @contextlib.asynccontextmanager
-async def connected_bus(settings: Settings | None = None, *, lasting: bool = False) -> AsyncIterator[Bus]:
+async def connected_bus(settings: Settings | None = None, *, lasting: bool = False) -> AsyncIterator[BusConnection]:
     """A bus for the duration of the block. A `lasting` one reconnects after a break. Raises Failed, SettingsError."""
     settings = settings or settings_here()
-    bus = Bus(BusClient(), settings)
+    bus = BusConnection(BusClient(), settings)
     try:
         await connect(bus.nc, settings, "wechat-nats cli", bus.complaints)
     except Temporary as exc:

@@ -11,13 +11,13 @@ import msgspec
 from cyclopts import App, Parameter
 
 from adapter.cli import output
-from adapter.cli.bus import Bus, connected_bus
+from adapter.cli.bus import BusConnection, connected_bus
 from adapter.cli.exit_codes import NO, OK, USAGE, Failed
 from adapter.cli.options import Json
 from adapter.contract.names import H_MSG_ID, Names
 from adapter.errors import UNDECODABLE, Refused
 from adapter.outbound.store import open_record
-from adapter.ports import Stored
+from adapter.ports import StoredMessage
 from adapter.security.seal import Sealer, dead_context
 from adapter.services.dead_letters import DeadLetter, dead_letter_of, retry_message
 
@@ -37,7 +37,7 @@ async def list_dead_letters(
 ) -> int:
     """List dead letters, oldest first. Bodies are not shown: they may hold message text."""
 
-    def to_letter(one: Stored) -> DeadLetter | None:
+    def to_letter(one: StoredMessage) -> DeadLetter | None:
         letter = dead_letter_of(one.seq, one.subject, one.headers, size=len(one.data), stored_ms=one.time_ms)
         return letter if stream in (None, letter.stream) else None
 
@@ -59,7 +59,7 @@ async def show(*seqs: Seqs, json: Json = False) -> int:
     dead letter is sealed: WECHAT_NATS_TOKEN_KEY opens it, as adapters have it.
     """
 
-    async def show_one(bus: Bus, letter: Stored) -> bool:
+    async def show_one(bus: BusConnection, letter: StoredMessage) -> bool:
         headers = _own_headers(letter.headers)
         body = readable_body(bus, letter)
         if json:
@@ -80,7 +80,7 @@ async def retry(*seqs: Seqs) -> int:
     For what came from WECHAT_OUT and WECHAT_CTL. Inbound dead letters cannot be retried: the user has to write again.
     """
 
-    async def retry_one(bus: Bus, letter: Stored) -> bool:
+    async def retry_one(bus: BusConnection, letter: StoredMessage) -> bool:
         try:
             message = retry_message(bus.names, letter.seq, letter.headers, letter.data)
         except Refused as exc:
@@ -101,7 +101,7 @@ async def drop(*seqs: Seqs) -> int:
     return await for_each(seqs, "dead", lambda bus, seq: drop_one(bus, bus.names.stream_dead, seq, "dead letter"))
 
 
-async def drop_one(bus: Bus, stream: str, seq: int, what: str) -> bool:
+async def drop_one(bus: BusConnection, stream: str, seq: int, what: str) -> bool:
     """Deletes a message. False: it is not there. Raises Failed."""
     if not await bus.delete_stored(stream, seq):
         output.complain(f"There is no {what} {seq}.")
@@ -110,7 +110,7 @@ async def drop_one(bus: Bus, stream: str, seq: int, what: str) -> bool:
     return True
 
 
-async def for_each(seqs: tuple[int, ...], command: str, work: Callable[[Bus, int], Awaitable[bool]]) -> int:
+async def for_each(seqs: tuple[int, ...], command: str, work: Callable[[BusConnection, int], Awaitable[bool]]) -> int:
     """Does `work` with each; the exit code is NO if it failed with one. Raises Failed."""
     if not seqs:
         raise Failed(USAGE, f"Which ones? Give numbers as `wechat-nats {command} ls` shows them.")
@@ -118,8 +118,10 @@ async def for_each(seqs: tuple[int, ...], command: str, work: Callable[[Bus, int
         return OK if all([await work(bus, seq) for seq in seqs]) else NO
 
 
-async def _for_each_letter(seqs: tuple[int, ...], work: Callable[[Bus, Stored], Awaitable[bool]]) -> int:
-    async def read_one(bus: Bus, seq: int) -> bool:
+async def _for_each_letter(
+    seqs: tuple[int, ...], work: Callable[[BusConnection, StoredMessage], Awaitable[bool]]
+) -> int:
+    async def read_one(bus: BusConnection, seq: int) -> bool:
         letter = await bus.get_stored(bus.names.stream_dead, seq)
         if letter is None:
             output.complain(f"There is no dead letter {seq}.")
@@ -133,7 +135,7 @@ def _own_headers(headers: Mapping[str, str]) -> dict[str, str]:
     return {k: v for k, v in headers.items() if k == H_MSG_ID or not k.startswith("Nats-")}
 
 
-def readable_body(bus: Bus, stored: Stored) -> str:
+def readable_body(bus: BusConnection, stored: StoredMessage) -> str:
     """The body of a message with its secrets masked. A sealed one is opened; a sentence says if that fails."""
     names, data, sealer = bus.names, stored.data, Sealer(bus.settings.token_key)
     conversations = f"$KV.{names.conversations}."

@@ -27,7 +27,7 @@ from adapter.cli.lifetime import adapter_running, while_alive
 from adapter.cli.options import flag
 from adapter.cli.output import can_style
 from adapter.cli.stdin import LineEditor, lines
-from adapter.cli.talk import SANDBOX, Chat, Screen
+from adapter.cli.talk import SANDBOX, Screen, TalkSession
 from adapter.contract.messages import Bind
 from adapter.observability import logs
 from adapter.settings import Settings
@@ -90,7 +90,7 @@ async def _demo(screen: Screen, program: str | None, echo: bool, typed: AsyncIte
         screen.note(f"NATS at {nats.url}, sandbox {SANDBOX}. You are a WeChat user: write. ctrl-C ends.")
         screen.note(f"{hint}\n")
         patience_s = PATIENCE_S if agent is not None and program is None else PATIENCE_S + AGENT_S
-        talk = Chat(bus, simulator, bot, screen, patience_s)
+        talk = TalkSession(bus, simulator, bot, screen, patience_s)
         return await while_alive(talk.run(typed, agent), nats, adapter)
 
 

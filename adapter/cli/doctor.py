@@ -17,10 +17,10 @@ from nats.errors import Error as NatsError
 from adapter.bindings.key_rotation import count_stored_tokens, reseal_tokens
 from adapter.cli import output, permission_checks
 from adapter.cli.bindings import TROUBLE, all_bindings, status_of
-from adapter.cli.bus import Bus, connected_bus
+from adapter.cli.bus import BusConnection, connected_bus
 from adapter.cli.exit_codes import NO, OK, UNREACHABLE, Failed
 from adapter.cli.options import Json, MaybeSandbox, flag
-from adapter.cli.permission_checks import Check, State
+from adapter.cli.permission_checks import PermissionCheck, State
 from adapter.contract.messages import BOT_STATUSES, BindingInfo, BotStatus
 from adapter.contract.names import H_MSG_ID, digest
 from adapter.errors import UNDECODABLE, BusRefused, Conflict, Refused, Temporary
@@ -30,7 +30,7 @@ from adapter.jetstream.buckets import LeaderKvBucket
 from adapter.jetstream.history import count_by_subject
 from adapter.jetstream.layout import EXPECTS, LAYOUT, Shape, largest, read_layout, shape_of, with_shape, write_layout
 from adapter.outbound.copies import copy_headers, identity_of
-from adapter.ports import Stored
+from adapter.ports import StoredMessage
 from adapter.security.seal import Sealer, Sealing
 from adapter.settings import PREFIX
 
@@ -80,21 +80,21 @@ async def doctor(
     except Failed as exc:
         if exc.code != UNREACHABLE:
             raise
-        checks = [Check("nats", "fail", str(exc))]
+        checks = [PermissionCheck("nats", "fail", str(exc))]
     output.listing(checks, json, ("check", "state", ""), lambda c: (c.check, c.state, c.say), styles=STYLES)
     failing = [check.check for check in checks if check.state == "fail"]
     return UNREACHABLE if failing == ["nats"] else NO if failing else OK
 
 
-async def _run_checks(bus: Bus, *, fix: bool, allow_loss: bool, quiet: bool) -> list[Check]:
+async def _run_checks(bus: BusConnection, *, fix: bool, allow_loss: bool, quiet: bool) -> list[PermissionCheck]:
     """Every check, after the fixes."""
     there, here = await query_adapters(bus), shape_of(bus.settings)
-    left: list[Check] = []
+    left: list[PermissionCheck] = []
     if fix:
         left = await _fix(bus, await _adopt_settings(bus, there, here), allow_loss=allow_loss, quiet=quiet)
     names, version, url = bus.names, bus.nc.connected_server_version, bus.nc.connected_url
     server = f"nats-server {version.major}.{version.minor}.{version.patch}"
-    checks = [Check("nats", "ok", f"{server}, {url.netloc.rpartition('@')[2] if url else '?'}")]
+    checks = [PermissionCheck("nats", "ok", f"{server}, {url.netloc.rpartition('@')[2] if url else '?'}")]
     checks += await permission_checks.check_permissions(bus)
     checks += await _attempt("jetstream", _check_api_level(bus))
     if checks[-1].state == "ok":
@@ -113,51 +113,55 @@ async def _run_checks(bus: Bus, *, fix: bool, allow_loss: bool, quiet: bool) -> 
     return checks + await _attempt("dead letters", letters) + await _attempt("commands waiting", commands)
 
 
-async def _attempt(name: str, check: Awaitable[list[Check] | None]) -> list[Check]:
+async def _attempt(name: str, check: Awaitable[list[PermissionCheck] | None]) -> list[PermissionCheck]:
     """A check that cannot be made fails, and does not hide the others."""
     try:
         return await check or []
     except Failed as exc:
-        return [Check(name, "fail", str(exc))]
+        return [PermissionCheck(name, "fail", str(exc))]
     except (BusRefused, Temporary, NatsError) as exc:
         why = exc if isinstance(exc, NatsError) else exc.detail or exc.reason
         said = f"Cannot be told ({why}): is JetStream enabled, may this user publish to $JS.API.>?"
-        return [Check(name, "fail", said)]
+        return [PermissionCheck(name, "fail", said)]
 
 
-async def _check_api_level(bus: Bus) -> list[Check]:
+async def _check_api_level(bus: BusConnection) -> list[PermissionCheck]:
     level = await topology.api_level(bus.connection)
     if level >= topology.API_LEVEL:
-        return [Check("jetstream", "ok", f"API level {level}")]
+        return [PermissionCheck("jetstream", "ok", f"API level {level}")]
     said = f"API level {level}; {topology.API_LEVEL} is needed: nats-server 2.14 or newer."
-    return [Check("jetstream", "fail", said)]
+    return [PermissionCheck("jetstream", "fail", said)]
 
 
-async def _check_topology(bus: Bus) -> list[Check]:
+async def _check_topology(bus: BusConnection) -> list[PermissionCheck]:
     missing, different = await topology.inspect_topology(bus.connection, bus.names, bus.settings)
     checks = [
-        Check(w.name, "fail", f"This stream is missing: {RESTORE}; if it never was, start an adapter, or use --fix.")
+        PermissionCheck(
+            w.name, "fail", f"This stream is missing: {RESTORE}; if it never was, start an adapter, or use --fix."
+        )
         for w in missing
         if not w.stream
     ]
     if consumers := [w for w in missing if w.stream]:
-        checks.append(Check("consumers", "fail", f"{len(consumers)} are missing: start an adapter, or use --fix."))
+        checks.append(
+            PermissionCheck("consumers", "fail", f"{len(consumers)} are missing: start an adapter, or use --fix.")
+        )
     for d in different:
         said = f"{d.field} is {_short(d.found)}, should be {_short(d.wanted)}: use --fix"
         if d.lowers:
             said += f" --allow-loss, with {await _at_stake(bus, d)}"
         said += "." if d.critical or d.lacks_copies else ", or leave it if it is meant."
-        checks.append(Check(d.name, "fail" if d.critical or d.lacks_copies else "warn", said))
+        checks.append(PermissionCheck(d.name, "fail" if d.critical or d.lacks_copies else "warn", said))
     if not missing and (paused := await topology.paused_consumers(bus.connection, bus.names)):
         said = f"{', '.join(paused)}: delivers nothing until `nats consumer resume`, by an administrator."
-        checks.append(Check("consumers paused", "fail", said))
+        checks.append(PermissionCheck("consumers paused", "fail", said))
     if not missing and (count := await _count_unrouted(bus)):
         said = f"{count} were stored where no adapter looks, without the subject transform: use --fix."
-        checks.append(Check("commands astray", "fail", said))
-    return checks or [Check("streams", "ok", "all streams, buckets and consumers are as they should be")]
+        checks.append(PermissionCheck("commands astray", "fail", said))
+    return checks or [PermissionCheck("streams", "ok", "all streams, buckets and consumers are as they should be")]
 
 
-async def _at_stake(bus: Bus, lowering: topology.Difference) -> str:
+async def _at_stake(bus: BusConnection, lowering: topology.Difference) -> str:
     """What lowering a limit or the copies of a stream costs at most."""
     state = (await bus.api_request(f"STREAM.INFO.{lowering.name}"))["state"]
     messages, size = int(state["messages"]), int(state["bytes"])
@@ -166,7 +170,7 @@ async def _at_stake(bus: Bus, lowering: topology.Difference) -> str:
     return f"{messages:,} messages at stake"
 
 
-async def _adopt_settings(bus: Bus, there: list[Adapter] | None, here: Shape) -> Check:
+async def _adopt_settings(bus: BusConnection, there: list[Adapter] | None, here: Shape) -> PermissionCheck:
     """Has `bus.settings` shape streams as expected, and says whose settings that are. `here`: those of the shell."""
     layout = None
     with contextlib.suppress(Temporary):  # there is no bucket, or this user may not read it
@@ -179,26 +183,26 @@ async def _adopt_settings(bus: Bus, there: list[Adapter] | None, here: Shape) ->
         shape, whose = layout.settings, "the layout key"
     bus.settings = with_shape(bus.settings, shape)
     if layout is not None and layout.version != LAYOUT:
-        return Check("layout", "fail", topology.layout_advice(layout))
+        return PermissionCheck("layout", "fail", topology.layout_advice(layout))
     said = f"version {LAYOUT}, settings of {whose}"
     if differ := [f"{PREFIX}{name.upper()} is {here[name]}" for name in shape if shape[name] != here.get(name)]:
         said += f", not those here ({', '.join(differ)})"
     if layout is None:
-        return Check("layout", "warn", f"{said}. There is no layout key: start an adapter, or use --fix.")
-    return Check("layout", "ok", said)
+        return PermissionCheck("layout", "warn", f"{said}. There is no layout key: start an adapter, or use --fix.")
+    return PermissionCheck("layout", "ok", said)
 
 
-async def _check_unknown_streams(bus: Bus) -> list[Check]:
+async def _check_unknown_streams(bus: BusConnection) -> list[PermissionCheck]:
     """Streams of an earlier layout, whose messages nobody reads any more."""
     found = await topology.unknown_streams(bus.connection, bus.names, bus.settings)
     advice = "Unknown to this version: of an earlier layout, or of another program. Handle or export its"
     return [
-        Check(name, "warn", f"{advice} {count:,} messages before a roll-out, then `nats stream rm {name}`.")
+        PermissionCheck(name, "warn", f"{advice} {count:,} messages before a roll-out, then `nats stream rm {name}`.")
         for name, count in found.items()
     ]
 
 
-async def _check_storage(bus: Bus) -> list[Check]:
+async def _check_storage(bus: BusConnection) -> list[PermissionCheck]:
     """Whether the account's limit has room for what streams reserve, and some for the others."""
     need = topology.reserved_bytes(bus.names, bus.settings) * bus.settings.replicas
     answer = await bus.connection.api_request("INFO")
@@ -206,42 +210,42 @@ async def _check_storage(bus: Bus) -> list[Check]:
     said = f"streams reserve {need / GIB:.1f} GiB"
     if limit < 0:
         said += "; max_file_store of the servers has to be larger by what buckets take"
-        return [Check("storage", "ok", said)]
+        return [PermissionCheck("storage", "ok", said)]
     said += f" of the account's {limit / GIB:.1f}"
     if limit - need < UNRESERVED:
-        return [Check("storage", "warn", f"{said}: {topology.MORE_ROOM}.")]
-    return [Check("storage", "ok", said)]
+        return [PermissionCheck("storage", "warn", f"{said}: {topology.MORE_ROOM}.")]
+    return [PermissionCheck("storage", "ok", said)]
 
 
-async def _check_tokens(bus: Bus) -> list[Check]:
+async def _check_tokens(bus: BusConnection) -> list[PermissionCheck]:
     """How bot tokens are stored, as far as this command's keys tell."""
     sealer = Sealer(bus.settings.token_key)
     try:
         found = await count_stored_tokens(bus.history, bus.names, sealer)
     except Temporary:
         said = "this user cannot read how they are stored; adapters look at their start"
-        return [Check("tokens", "ok", said)]
+        return [PermissionCheck("tokens", "ok", said)]
     said = ", ".join(f"{count} {_SEALED[sealing]}" for sealing, count in sorted(found.items())) or "none yet"
     for with_key, sealing, state, advice in TOKEN_ADVICE:
         if bool(bus.settings.token_key) is with_key and found[sealing]:
-            return [Check("tokens", state, f"{said}: {advice}.")]
-    return [Check("tokens", "ok", said)]
+            return [PermissionCheck("tokens", state, f"{said}: {advice}.")]
+    return [PermissionCheck("tokens", "ok", said)]
 
 
-async def _check_positions(bus: Bus) -> list[Check]:
+async def _check_positions(bus: BusConnection) -> list[PermissionCheck]:
     """Whether the stream of the inboxes has reached what bots, users and agents know of it."""
     try:
         above, unopened = await find_above(bus.history, bus.names, Sealer(bus.settings.token_key))
     except Temporary:
-        return [Check("positions", "ok", "this user cannot read them; adapters look at them")]
+        return [PermissionCheck("positions", "ok", "this user cannot read them; adapters look at them")]
     if above:
         said = f"{len(above)} are above the last sequence of {bus.names.stream_in}, which was set back:"
         said += " nothing is polled, sent or read there. Stop the adapters, use --fix, start them."
-        return [Check("positions", "fail", said)]
+        return [PermissionCheck("positions", "fail", said)]
     if unopened:
         said = f"{unopened} cannot be told, and --fix does not lower them: their key is not in {PREFIX}TOKEN_KEY here"
-        return [Check("positions", "warn", f"{said}, or they are damaged.")]
-    return [Check("positions", "ok", f"none is above the last sequence of {bus.names.stream_in}")]
+        return [PermissionCheck("positions", "warn", f"{said}, or they are damaged.")]
+    return [PermissionCheck("positions", "ok", f"none is above the last sequence of {bus.names.stream_in}")]
 
 
 def _short(value: Any) -> str:
@@ -257,7 +261,7 @@ class Adapter(msgspec.Struct):
     metadata: dict[str, str] = {}
 
 
-async def query_adapters(bus: Bus) -> list[Adapter] | None:
+async def query_adapters(bus: BusConnection) -> list[Adapter] | None:
     """Asks all adapters, and waits for their answers. None: somebody subscribes and nobody answers. Raises Failed,
     NatsError."""
     ping, inbox = f"$SRV.PING.{SERVICE}", bus.nc.new_inbox()
@@ -273,25 +277,25 @@ async def query_adapters(bus: Bus) -> list[Adapter] | None:
     return None if silent else found
 
 
-def _check_adapters(bus: Bus, there: list[Adapter] | None) -> Check:
+def _check_adapters(bus: BusConnection, there: list[Adapter] | None) -> PermissionCheck:
     if there is None:
         said = "Somebody hears the question for adapters, and none answers on"
         said += f" {bus.settings.nats_inbox_prefix}.>: set NATS_INBOX_PREFIX to _INBOX_operator; or an adapter hangs,"
         said += " or something else listens to all subjects."
-        return Check("adapters", "fail", said)
+        return PermissionCheck("adapters", "fail", said)
     if not there:
-        return Check("adapters", "fail", "None answers: start one with `wechat-nats run`.")
+        return PermissionCheck("adapters", "fail", "None answers: start one with `wechat-nats run`.")
     versions = ", ".join(sorted({adapter.version for adapter in there}))
-    return Check("adapters", "ok", f"{len(there)} running, version {versions}")
+    return PermissionCheck("adapters", "ok", f"{len(there)} running, version {versions}")
 
 
-async def _check_bindings(bus: Bus) -> list[Check]:
+async def _check_bindings(bus: BusConnection) -> list[PermissionCheck]:
     every = await all_bindings(bus, health=True)
     bucket = f"KV_{bus.names.bindings}"
     stored = await bus.api_request(f"STREAM.INFO.{bucket}")
     if (lost := len(every) - int(stored["state"]["messages"])) > 0:
         said = f"{lost} that adapters know are not in {bucket}: {RESTORE}."
-        return [Check("bindings", "fail", said)]
+        return [PermissionCheck("bindings", "fail", said)]
     bots_of: dict[BotStatus, list[str]] = {status: [] for status in BOT_STATUSES}
     for info in every:
         bots_of[status_of(info)].append(_in_words(info))
@@ -302,12 +306,12 @@ async def _check_bindings(bus: Bus) -> list[Check]:
     ]
     said = "; ".join(parts) or "none yet"
     if not any(bots_of[status] for status in TROUBLE):
-        return [Check("bindings", "ok", said)]
+        return [PermissionCheck("bindings", "ok", said)]
     said += ". See `wechat-nats bindings --state trouble`"
     if bots_of["not_polled"] or bots_of["too_new"] or bots_of["failing"]:
-        return [Check("bindings", "fail", f"{said}.")]
+        return [PermissionCheck("bindings", "fail", f"{said}.")]
     advice = "; who needs a login has to scan a new QR code" if bots_of["needs_login"] else ""
-    return [Check("bindings", "warn", f"{said}{advice}.")]
+    return [PermissionCheck("bindings", "warn", f"{said}{advice}.")]
 
 
 def _in_words(info: BindingInfo) -> str:
@@ -317,15 +321,19 @@ def _in_words(info: BindingInfo) -> str:
     return f"{said}: {why.rstrip('.')}" if why else said
 
 
-async def _check_backlog(bus: Bus, name: str, stream: str, state: State, advice: str) -> list[Check]:
+async def _check_backlog(
+    bus: BusConnection, name: str, stream: str, state: State, advice: str
+) -> list[PermissionCheck]:
     count = int((await bus.api_request(f"STREAM.INFO.{stream}"))["state"]["messages"])
-    return [Check(name, state, f"{count}: {advice}") if count else Check(name, "ok", "none")]
+    return [PermissionCheck(name, state, f"{count}: {advice}") if count else PermissionCheck(name, "ok", "none")]
 
 
-async def _fix(bus: Bus, layout: Check, *, allow_loss: bool, quiet: bool) -> list[Check]:
+async def _fix(
+    bus: BusConnection, layout: PermissionCheck, *, allow_loss: bool, quiet: bool
+) -> list[PermissionCheck]:
     """Creates and alters. Returns what is left since it costs messages. Raises Failed at the first that the server
     refuses, and for streams of a newer program."""
-    left: list[Check] = []
+    left: list[PermissionCheck] = []
 
     def say(text: str) -> None:
         if not quiet:
@@ -344,7 +352,7 @@ async def _fix(bus: Bus, layout: Check, *, allow_loss: bool, quiet: bool) -> lis
             if d.lowers:
                 change += f", with {await _at_stake(bus, d)}"
             if d.lowers and not allow_loss:
-                left.append(Check(d.name, "fail", f"Not changed without --allow-loss: {change}."))
+                left.append(PermissionCheck(d.name, "fail", f"Not changed without --allow-loss: {change}."))
             else:
                 say(f"changing {change}")
         changes = [d for d in different if allow_loss or not d.lowers]
@@ -359,7 +367,7 @@ async def _fix(bus: Bus, layout: Check, *, allow_loss: bool, quiet: bool) -> lis
         count = await _count_unrouted(bus)
         if count and not settings.token_key:
             without = f"{count} are not published again without {PREFIX}TOKEN_KEY, as adapters have it."
-            left.append(Check("commands astray", "fail", without))
+            left.append(PermissionCheck("commands astray", "fail", without))
         elif count:
             say(f"publishing {count} commands again that were stored where no adapter looks")
             await _republish_unrouted(bus, sealer)
@@ -382,13 +390,13 @@ async def _fix(bus: Bus, layout: Check, *, allow_loss: bool, quiet: bool) -> lis
         raise Failed(UNREACHABLE, f"JetStream did not answer ({exc.detail}): try again.") from exc
 
 
-async def _count_unrouted(bus: Bus) -> int:
+async def _count_unrouted(bus: BusConnection) -> int:
     """How many commands were stored without the subject transform of WECHAT_OUT: no consumer sees them. Raises
     Temporary, BusRefused."""
     return sum((await count_by_subject(bus.connection, bus.names.stream_out, bus.names.out("*"))).values())
 
 
-async def _republish_unrouted(bus: Bus, sealer: Sealer) -> None:
+async def _republish_unrouted(bus: BusConnection, sealer: Sealer) -> None:
     """Publishes each of them again, oldest first, so that the transform routes it to its shard, and deletes the
     original.
 
@@ -404,7 +412,7 @@ async def _republish_unrouted(bus: Bus, sealer: Sealer) -> None:
     await bus.ask_jetstream(f"DIRECT.GET.{stream}", republish())
 
 
-def _copy_headers(stored: Stored, sealer: Sealer) -> dict[str, str]:
+def _copy_headers(stored: StoredMessage, sealer: Sealer) -> dict[str, str]:
     """A copy's id is derived from the original, so that a repeated copy is stored once. The copy has the original's
     identity, so that its receipt and its expiry are those of the original."""
     sandbox = stored.subject.rpartition(".")[2]

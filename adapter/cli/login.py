@@ -16,7 +16,7 @@ from typing import Annotated, Any
 from cyclopts import Parameter
 
 from adapter.cli import bulk, output, stdin
-from adapter.cli.bus import Bus, connected_bus
+from adapter.cli.bus import BusConnection, connected_bus
 from adapter.cli.exit_codes import NO, OK, UNREACHABLE, USAGE, Failed
 from adapter.cli.files import write_private
 from adapter.cli.options import AutoTyping, Json, RowSandbox, flag
@@ -97,7 +97,7 @@ async def login(
 
 
 async def _follow(
-    bus: Bus,
+    bus: BusConnection,
     now: Login,
     start: Callable[[], Awaitable[Login]],
     view: _View,
@@ -141,7 +141,7 @@ async def _follow(
             now = await _refresh(bus, now, png=png)
 
 
-async def _refresh(bus: Bus, now: Login, *, png: bool) -> Login:
+async def _refresh(bus: BusConnection, now: Login, *, png: bool) -> Login:
     """How the login stands. An adapter that is away for a moment does not end it. Raises Failed."""
     try:
         return await bus.request_service("login.status", LoginQuery(login=now.login, png=png), Login)

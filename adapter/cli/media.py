@@ -10,7 +10,7 @@ from cyclopts import App, Parameter
 
 from adapter.agent.media import Request, get_media, put_media
 from adapter.cli import output
-from adapter.cli.bus import Bus, connected_bus
+from adapter.cli.bus import BusConnection, connected_bus
 from adapter.cli.exit_codes import OK, USAGE, Failed
 from adapter.cli.files import read_bytes, write_private
 from adapter.cli.options import Json, Sandbox, flag
@@ -73,12 +73,12 @@ def read_media(file: Path) -> bytes:
     return data
 
 
-async def upload(bus: Bus, sandbox: str, name: str, data: bytes) -> Media:
+async def upload(bus: BusConnection, sandbox: str, name: str, data: bytes) -> Media:
     """Raises Failed."""
     return await put_media(_requests_over(bus), sandbox, data, name)
 
 
-def _requests_over(bus: Bus) -> Request:
+def _requests_over(bus: BusConnection) -> Request:
     async def request(verb: str, payload: bytes, headers: dict[str, str]) -> tuple[bytes, dict[str, str]]:
         reply = await bus.service_reply(verb, payload, PIECE_S, headers)
         return reply.data, reply.headers or {}

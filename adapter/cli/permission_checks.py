@@ -9,7 +9,7 @@ from typing import Literal, TypeAlias
 import msgspec
 from nats.errors import Error as NatsError
 
-from adapter.cli.bus import Bus, connected_bus
+from adapter.cli.bus import BusConnection, connected_bus
 from adapter.cli.exit_codes import NO, Failed
 from adapter.cli.output import some_of
 from adapter.contract.names import Names
@@ -21,7 +21,7 @@ ASK_S = 2.0
 State: TypeAlias = Literal["ok", "warn", "fail"]
 
 
-class Check(msgspec.Struct, frozen=True):
+class PermissionCheck(msgspec.Struct, frozen=True):
     """The result of one check. `say` tells what to do unless all is well."""
 
     check: str
@@ -29,22 +29,22 @@ class Check(msgspec.Struct, frozen=True):
     say: str
 
 
-async def check_permissions(bus: Bus) -> list[Check]:
+async def check_permissions(bus: BusConnection) -> list[PermissionCheck]:
     """Compares what the server says of this user with what an adapter does; tries to get in without credentials."""
     user = await _fetch_user(bus)
     return [_check_user(user, bus), *await _check_strangers(user, bus)]
 
 
-async def _fetch_user(bus: Bus) -> User | None:
+async def _fetch_user(bus: BusConnection) -> User | None:
     """What the server says of the user of this connection; None if it does not."""
     with contextlib.suppress(NatsError, TimeoutError, *UNDECODABLE):
         return user_of((await bus.nc.request(USER_INFO, b"", timeout=ASK_S)).data)
     return None
 
 
-def _check_user(user: User | None, bus: Bus) -> Check:
+def _check_user(user: User | None, bus: BusConnection) -> PermissionCheck:
     if user is None:
-        return Check("permissions", "warn", f"Cannot be told: let this user publish to {USER_INFO}.")
+        return PermissionCheck("permissions", "warn", f"Cannot be told: let this user publish to {USER_INFO}.")
     may = user.permissions
     lacks = may.missing(required(bus.names, bus.settings.nats_inbox_prefix))
     inboxes = ("_INBOX.>", "_INBOX_platform.>", "_INBOX_operator.>")
@@ -52,12 +52,12 @@ def _check_user(user: User | None, bus: Bus) -> Check:
         lacks = ["publish to the inboxes of whoever asks"]
     if not lacks and not may.publish.allows_all_of("_R_.>"):
         said = "An adapter with this user could not answer to other accounts: let it publish to _R_.>"
-        return Check("permissions", "warn", f"{said}; {WHERE}.")
+        return PermissionCheck("permissions", "warn", f"{said}; {WHERE}.")
     if not lacks:
-        return Check("permissions", "ok", "this user may do all that an adapter does")
+        return PermissionCheck("permissions", "ok", "this user may do all that an adapter does")
     if not may.missing(grants(bus.names, "operator")):
-        return Check("permissions", "ok", "an operator's; the adapter needs a user of its own")
-    return Check("permissions", "fail", f"An adapter with this user may not {some_of(lacks)}: {WHERE}.")
+        return PermissionCheck("permissions", "ok", "an operator's; the adapter needs a user of its own")
+    return PermissionCheck("permissions", "fail", f"An adapter with this user may not {some_of(lacks)}: {WHERE}.")
 
 
 # Others -------------------------------------------------------------------------------------------------
@@ -73,7 +73,7 @@ def foreign_grants(names: Names) -> Grants:
     return Grants((*ask, *(f"$JS.API.{verb}" for verb in api), "$SRV.INFO"), tuple(subscribe))
 
 
-async def _check_strangers(user: User | None, bus: Bus) -> list[Check]:
+async def _check_strangers(user: User | None, bus: BusConnection) -> list[PermissionCheck]:
     """Whether somebody without credentials gets in, and into this account."""
     settings = bus.settings
     with_credentials = any((settings.nats_creds, settings.nats_nkey, settings.nats_user, settings.nats_token))
@@ -82,7 +82,7 @@ async def _check_strangers(user: User | None, bus: Bus) -> list[Check]:
         if settings.nats_cert:
             return []
         said = "No credentials are asked for: whoever reaches this server reads every chat and can bind bots"
-        return [Check("strangers", "warn", f"{said}; {WHERE}.")]
+        return [PermissionCheck("strangers", "warn", f"{said}; {WHERE}.")]
     nobody = msgspec.structs.replace(
         settings, nats_url=urls, nats_creds="", nats_nkey="", nats_user="", nats_password="", nats_token=""
     )
@@ -90,15 +90,15 @@ async def _check_strangers(user: User | None, bus: Bus) -> list[Check]:
         try:
             anonymous = await stack.enter_async_context(connected_bus(nobody))
         except Failed:
-            return [Check("strangers", "ok", "nobody gets in without credentials")]
+            return [PermissionCheck("strangers", "ok", "nobody gets in without credentials")]
         open_to, _ = await _probe(anonymous, foreign_grants(bus.names))
         theirs = await _fetch_user(anonymous)
     if not open_to or (user and theirs and user.account != theirs.account):
-        return [Check("strangers", "ok", "who has no credentials gets in, but not at this bus")]
-    return [Check("strangers", "fail", f"Without credentials one may {some_of(open_to)}: {WHERE}.")]
+        return [PermissionCheck("strangers", "ok", "who has no credentials gets in, but not at this bus")]
+    return [PermissionCheck("strangers", "fail", f"Without credentials one may {some_of(open_to)}: {WHERE}.")]
 
 
-async def _probe(bus: Bus, what: Grants) -> tuple[list[str], list[str]]:
+async def _probe(bus: BusConnection, what: Grants) -> tuple[list[str], list[str]]:
     """Tries what of `what` the server lets this connection do. Returns what it allows and what it forbids. Raises
     Failed."""
     bus.complaints.clear()
@@ -119,17 +119,17 @@ async def _probe(bus: Bus, what: Grants) -> tuple[list[str], list[str]]:
     return [done for done in tried if done not in refused], refused
 
 
-async def check_sandbox_confined(bus: Bus, sandbox: str) -> list[Check]:
+async def check_sandbox_confined(bus: BusConnection, sandbox: str) -> list[PermissionCheck]:
     """Checks the credentials of a sandbox: what is its own is allowed, and nothing else of what can be tried without
     harm."""
     asks = tuple(bus.names.svc(f"{verb}.{sandbox}") for verb in ("replay", "window"))
     _, missing = await _probe(bus, Grants(asks, grants(bus.names, "sandbox", sandbox).subscribe))
     open_to, _ = await _probe(bus, foreign_grants(bus.names))
     return [
-        Check("own", "fail", f"It may not {some_of(missing)}: {WHERE}.")
+        PermissionCheck("own", "fail", f"It may not {some_of(missing)}: {WHERE}.")
         if missing
-        else Check("own", "ok", f"{sandbox} gets what is its own"),
-        Check("others", "fail", f"It may {some_of(open_to)}: {WHERE}.")
+        else PermissionCheck("own", "ok", f"{sandbox} gets what is its own"),
+        PermissionCheck("others", "fail", f"It may {some_of(open_to)}: {WHERE}.")
         if open_to
-        else Check("others", "ok", "and nothing of others that was tried"),
+        else PermissionCheck("others", "ok", "and nothing of others that was tried"),
     ]

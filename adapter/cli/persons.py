@@ -10,7 +10,7 @@ from cyclopts import Parameter
 
 from adapter.cli import output
 from adapter.cli.bindings import request_control
-from adapter.cli.bus import Bus, connected_bus
+from adapter.cli.bus import BusConnection, connected_bus
 from adapter.cli.dead import readable_body
 from adapter.cli.exit_codes import NO, OK, USAGE, Failed
 from adapter.cli.options import Json, MaybeSandbox, RequestId, flag, new_id
@@ -87,7 +87,7 @@ async def export(*, user: User, sandbox: MaybeSandbox = None) -> int:
     return OK
 
 
-def _as_line(bus: Bus, found: Found) -> dict[str, Any]:
+def _as_line(bus: BusConnection, found: Found) -> dict[str, Any]:
     stored = found.stored
     line = {
         "kind": found.kind,
@@ -101,7 +101,7 @@ def _as_line(bus: Bus, found: Found) -> dict[str, Any]:
     return line | ({} if found.kind == "checkpoint" else {"content": _content(bus, found)})
 
 
-def _content(bus: Bus, found: Found) -> Any:
+def _content(bus: BusConnection, found: Found) -> Any:
     data = found.stored.data
     match found.kind:
         case "binding":

@@ -15,14 +15,14 @@ from adapter.cli.exit_codes import OK
 from adapter.cli.options import Json, MaybeSandbox, flag
 from adapter.contract.names import H_COMMAND, H_MSG_ID, Names
 from adapter.outbound.commands import Limits, command_id, salvage_ids
-from adapter.ports import Stored
+from adapter.ports import StoredMessage
 
 app = App(name="queue", help="Commands that wait to be sent: list, delete.")
 
 COLUMNS = ("seq", "sandbox", "id", "age", "size", "body")
 
 
-class QueuedCommand(msgspec.Struct, frozen=True, kw_only=True):
+class ListedCommand(msgspec.Struct, frozen=True, kw_only=True):
     """A command as it is listed."""
 
     seq: int
@@ -42,11 +42,11 @@ async def list_queued(
     json: Json = False,
 ) -> int:
     """List commands that have no final receipt yet, oldest first."""
-    found: list[QueuedCommand] = []
+    found: list[ListedCommand] = []
     async with connected_bus() as bus:
         names = bus.names
 
-        def to_command(stored: Stored) -> QueuedCommand | None:
+        def to_command(stored: StoredMessage) -> ListedCommand | None:
             command = to_queued_command(names, stored, bodies=bodies)
             return command if sandbox in (None, command.sandbox) else None
 
@@ -55,7 +55,7 @@ async def list_queued(
     found.sort(key=lambda command: command.seq)
     columns = COLUMNS if bodies else COLUMNS[:-1]
 
-    def row(x: QueuedCommand) -> tuple[object, ...]:
+    def row(x: ListedCommand) -> tuple[object, ...]:
         return (x.seq, x.sandbox, x.id, output.span(x.age_s * 1000), x.size, x.body)[: len(columns)]
 
     output.listing(found, json, columns, row, empty="No commands wait.")
@@ -71,11 +71,11 @@ async def drop(*seqs: Annotated[int, Parameter(help="Numbers, as `queue ls` show
     return await for_each(seqs, "queue", lambda bus, seq: drop_one(bus, bus.names.stream_out, seq, "waiting command"))
 
 
-def to_queued_command(names: Names, stored: Stored, *, bodies: bool) -> QueuedCommand:
+def to_queued_command(names: Names, stored: StoredMessage, *, bodies: bool) -> ListedCommand:
     body = salvage_ids(stored.data, Limits(command_bytes=len(stored.data), park_ms=0))
     routed, msg_id = stored.headers.get(H_COMMAND, ""), stored.headers.get(H_MSG_ID, "")
     plain = stored.subject == names.out_plain
-    return QueuedCommand(
+    return ListedCommand(
         seq=stored.seq,
         sandbox=(body.sandbox or "") if plain else stored.subject.rpartition(".")[2],
         id=command_id(body.id, routed, msg_id, stored.seq),

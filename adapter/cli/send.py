@@ -30,7 +30,7 @@ from adapter.contract.messages import (
 )
 from adapter.contract.names import H_MSG_ID, H_SCHEMA
 from adapter.errors import UNDECODABLE
-from adapter.ports import Stored
+from adapter.ports import StoredMessage
 
 Content = tuple[type[OutImage] | type[OutFile], str, bytes]
 """What is sent as what, its name, and its bytes."""
@@ -131,7 +131,7 @@ async def _wait_outcome(receipts: Subscription, command_id: str, timeout_s: floa
         raise Failed(UNREACHABLE, f"Stored (id {command_id}), but the connection broke before the receipt.") from None
 
 
-def _if_final(stored: Stored) -> Receipt | None:
+def _if_final(stored: StoredMessage) -> Receipt | None:
     receipt = _decode_receipt(stored.data)
     return receipt if receipt and receipt.outcome in FINAL_OUTCOMES else None
 

@@ -16,7 +16,7 @@ from nats.errors import NotJSMessageError
 from nats.js import JetStreamContext, api
 
 from adapter.cli import output
-from adapter.cli.bus import Bus, connected_bus
+from adapter.cli.bus import BusConnection, connected_bus
 from adapter.cli.exit_codes import OK, TIMEOUT, UNREACHABLE, USAGE, Failed
 from adapter.cli.options import Age, Json, MaybeSandbox, flag, moment
 from adapter.cli.send import describe
@@ -85,7 +85,7 @@ async def tail(
 
 
 async def _replay(
-    bus: Bus, arrivals: Arrivals, stored: list[tuple[str, str]], since_ms: int | None, *, follow: bool
+    bus: BusConnection, arrivals: Arrivals, stored: list[tuple[str, str]], since_ms: int | None, *, follow: bool
 ) -> None:
     """Forwards what streams hold under subjects, in the order in which it was stored; then what comes, or None as the
     end. `since_ms` None: nothing; 0: all. Raises Failed."""
@@ -109,7 +109,7 @@ async def _replay(
     await asyncio.gather(*(_forward(reader, arrivals) for reader in readers if follow))
 
 
-async def _open(bus: Bus, stream: str, subject: str, since_ms: int) -> PushSubscription:
+async def _open(bus: BusConnection, stream: str, subject: str, since_ms: int) -> PushSubscription:
     """Raises Failed."""
     await bus.api_request(f"STREAM.INFO.{stream}")
     config = api.ConsumerConfig(inactive_threshold=30.0)

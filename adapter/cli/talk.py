@@ -12,7 +12,7 @@ from nats.aio.msg import Msg
 from rich.console import Console
 from rich.text import Text
 
-from adapter.cli.bus import Bus
+from adapter.cli.bus import BusConnection
 from adapter.cli.exit_codes import NO, OK, TIMEOUT, Failed
 from adapter.cli.output import can_colour, can_style, pad, printable
 from adapter.cli.send import describe
@@ -84,10 +84,12 @@ class Screen:
         self._out.flush()
 
 
-class Chat:
+class TalkSession:
     """What a user types goes in, everything that follows is shown."""
 
-    def __init__(self, bus: Bus, simulator: Simulator, bot: BotRecord, screen: Screen, patience_s: float) -> None:
+    def __init__(
+        self, bus: BusConnection, simulator: Simulator, bot: BotRecord, screen: Screen, patience_s: float
+    ) -> None:
         """`patience_s`: seconds without any progress after which an answer that is due has failed."""
         self._bus = bus
         self._simulator = simulator

@@ -8,7 +8,7 @@ import msgspec
 from cyclopts import Parameter
 
 from adapter.cli import output
-from adapter.cli.bus import Bus, connected_bus
+from adapter.cli.bus import BusConnection, connected_bus
 from adapter.cli.exit_codes import NO, OK
 from adapter.cli.options import Json, Sandbox, flag
 from adapter.cli.queued import to_queued_command
@@ -26,7 +26,7 @@ from adapter.contract.names import (
     stream_of,
 )
 from adapter.errors import UNDECODABLE
-from adapter.ports import Stored
+from adapter.ports import StoredMessage
 
 COLUMNS = ("time", "step", "id", "seq", "what", "text")
 
@@ -83,11 +83,11 @@ async def trace(
     return OK
 
 
-async def _find_steps(bus: Bus, sandbox: str, ident: str, *, texts: bool) -> list[Step]:
+async def _find_steps(bus: BusConnection, sandbox: str, ident: str, *, texts: bool) -> list[Step]:
     """In order. Raises Failed."""
     names, trace_id = bus.names, derive_traceparent(ident)[:36]
 
-    def if_part(stored: Stored) -> Stored | None:
+    def if_part(stored: StoredMessage) -> StoredMessage | None:
         body, headers = _body(stored), stored.headers
         if sandbox != (headers.get(H_SANDBOX) or body.sandbox or sandbox):
             return None
@@ -97,7 +97,7 @@ async def _find_steps(bus: Bus, sandbox: str, ident: str, *, texts: bool) -> lis
         return stored if ident in ids or headers.get(H_TRACEPARENT, "").startswith(trace_id) else None
 
     inbox = names.stream_in, names.inbox(sandbox)
-    found: list[Stored] = []
+    found: list[StoredMessage] = []
     for stream, subject in (
         inbox,
         (names.stream_event, names.receipts(sandbox)),
@@ -117,7 +117,7 @@ async def _find_steps(bus: Bus, sandbox: str, ident: str, *, texts: bool) -> lis
     return sorted(once.values(), key=lambda step: (step.at_ms, step.step == "receipt"))
 
 
-def _steps_of(names: Names, stored: Stored, ident: str, *, texts: bool) -> list[Step]:
+def _steps_of(names: Names, stored: StoredMessage, ident: str, *, texts: bool) -> list[Step]:
     stream = stream_of(stored.subject)
     this = Step(
         at_ms=stored.time_ms,
@@ -149,7 +149,7 @@ def _steps_of(names: Names, stored: Stored, ident: str, *, texts: bool) -> list[
         return [this]
 
 
-def _body(stored: Stored) -> _Body:
+def _body(stored: StoredMessage) -> _Body:
     try:
         return msgspec.json.decode(stored.data, type=_Body)
     except UNDECODABLE:

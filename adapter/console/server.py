@@ -40,7 +40,7 @@ _LETTER = re.compile(r"/dead/([0-9]{1,18})")
 SIGNED_OUT = Platform([], 0, 0, 0)
 
 
-class Request(NamedTuple):
+class BrowserRequest(NamedTuple):
     """What a browser asks for."""
 
     method: str
@@ -95,7 +95,7 @@ class Console(Listener):
         nonce = secrets.token_urlsafe(16)
         try:
             request = read_request(environ, nonce)  # before it takes room: a stranger may send slowly
-            answer = self._answer_with_slot(request) if isinstance(request, Request) else request
+            answer = self._answer_with_slot(request) if isinstance(request, BrowserRequest) else request
         except Exception:  # a bug: the page says so, and the others go on
             log.exception("console.crashed")
             answer = Response("500 Internal Server Error", b"The console failed; the adapter's log says why.\n")
@@ -111,7 +111,7 @@ class Console(Listener):
         )
         return [] if environ.get("REQUEST_METHOD") == "HEAD" else [answer.body]
 
-    def _answer_with_slot(self, request: Request) -> Response:
+    def _answer_with_slot(self, request: BrowserRequest) -> Response:
         if not self._slots.acquire(blocking=False):
             return Response("503 Service Unavailable", b"too many requests at once\n")
         try:
@@ -119,7 +119,7 @@ class Console(Listener):
         finally:
             self._slots.release()
 
-    def _answer(self, request: Request) -> Response:
+    def _answer(self, request: BrowserRequest) -> Response:
         if request.method not in ("GET", "HEAD", "POST"):
             return Response("405 Method Not Allowed", b"GET, HEAD or POST\n", (("Allow", "GET, HEAD, POST"),))
         if request.method == "POST" and not is_same_origin(request):
@@ -134,7 +134,7 @@ class Console(Listener):
             return Response("403 Forbidden", b"This form is of another session; go back and load the page again.\n")
         return self._answer_signed_in(request)
 
-    def _sign_in(self, request: Request) -> Response:
+    def _sign_in(self, request: BrowserRequest) -> Response:
         now_s = self._now_ms() // 1000
         if not self._auth.may_try(request.peer, now_s):
             wrong = "Too many wrong tokens came from your address: wait a minute."
@@ -146,7 +146,7 @@ class Console(Listener):
         log.info("console.signed_in", peer=request.peer)
         return see_other("/", cookie(self._auth.new_session(now_s, request.nonce), SESSION_S, secure=request.secure))
 
-    def _answer_signed_in(self, request: Request) -> Response:
+    def _answer_signed_in(self, request: BrowserRequest) -> Response:
         try:
             if request.method == "POST":
                 return self._answer_post(request)
@@ -164,7 +164,7 @@ class Console(Listener):
         except AdapterError as exc:
             return self._problem_page(request, "409 Conflict", "That did not work", exc.detail or exc.reason)
 
-    def _answer_get(self, request: Request) -> Response:
+    def _answer_get(self, request: BrowserRequest) -> Response:
         service = self._service
         if request.path == "/":
             page = request.query.get("page", "1")
@@ -188,7 +188,7 @@ class Console(Listener):
             return self._render_page(request, "login", here="/logins", shown=shown, refresh_s=REFRESH_S)
         return self._problem_page(request, "404 Not Found", "Not here", "There is no such page.")
 
-    def _answer_post(self, request: Request) -> Response:
+    def _answer_post(self, request: BrowserRequest) -> Response:
         service, form = self._service, request.form
         if request.path == "/signout":
             self._auth.sign_out(request.session, self._now_ms() // 1000)
@@ -235,7 +235,7 @@ class Console(Listener):
 
     # pages ------------------------------------------------------------------------------------------
 
-    def _render_page(self, request: Request, name: str, status: str = "200 OK", **values: Any) -> Response:
+    def _render_page(self, request: BrowserRequest, name: str, status: str = "200 OK", **values: Any) -> Response:
         is_signed_in = self._auth.is_valid_session(request.session, self._now_ms() // 1000)
         proof = self._auth.form_proof(request.session) if is_signed_in else ""
         common = {
@@ -252,13 +252,15 @@ class Console(Listener):
         }
         return Response(status, self._pages.render(name, **{**common, **values}))
 
-    def _logins_page(self, request: Request, sandbox: str = "", wrong: str = "", status: str = "200 OK") -> Response:
+    def _logins_page(
+        self, request: BrowserRequest, sandbox: str = "", wrong: str = "", status: str = "200 OK"
+    ) -> Response:
         found = self._run_in_loop(self._service.open_logins())
         return self._render_page(
             request, "logins", status, logins=found, sandbox=sandbox, wrong=wrong, refresh_s=REFRESH_S
         )
 
-    def _problem_page(self, request: Request, status: str, headline: str, sentence: str) -> Response:
+    def _problem_page(self, request: BrowserRequest, status: str, headline: str, sentence: str) -> Response:
         """Asks nothing of the bus: it may be the problem."""
         back = "/" + request.path.split("/")[1]
         return self._render_page(
@@ -266,7 +268,7 @@ class Console(Listener):
         )
 
 
-def read_request(environ: dict[str, Any], nonce: str) -> Request | Response:
+def read_request(environ: dict[str, Any], nonce: str) -> BrowserRequest | Response:
     """What is asked for; at once the answer to what no browser sends."""
     form: dict[str, str] = {}
     try:
@@ -283,7 +285,7 @@ def read_request(environ: dict[str, Any], nonce: str) -> Request | Response:
         return Response("408 Request Timeout", b"This form was cut.\n")
     except ValueError:  # too many fields
         return Response("400 Bad Request", b"This is no form of ours.\n")
-    return Request(
+    return BrowserRequest(
         method=environ.get("REQUEST_METHOD", ""),
         path=environ.get("PATH_INFO", ""),
         query=query,
@@ -299,7 +301,7 @@ def read_request(environ: dict[str, Any], nonce: str) -> Request | Response:
     )
 
 
-def is_same_origin(request: Request) -> bool:
+def is_same_origin(request: BrowserRequest) -> bool:
     """Browsers say where a form is from; a page of another site, or none that it will name, is not ours."""
     return request.origin == "" or request.origin.partition("://")[2] == request.host
 

@@ -12,7 +12,7 @@ import msgspec
 
 from adapter.bindings.registry import Bindings
 from adapter.console.auth import ConsoleAuth
-from adapter.console.view import PAGE, BindingFilter, BindingsPage, DeadPage, OpenLogin, Platform, ShownLogin
+from adapter.console.view import PAGE, BindingFilter, BindingsOverview, DeadPage, OpenLogin, Platform, ShownLogin
 from adapter.contract.messages import BOT_STATUSES, BotStatus, Login, LoginQuery, LoginStart, LoginVerify, Options
 from adapter.contract.records import Binding
 from adapter.errors import Refused
@@ -21,7 +21,7 @@ from adapter.logins.qr import html_element
 from adapter.logins.registry import LoginRegistry
 from adapter.observability.events import BusAccess
 from adapter.ownership.replica_status import query_replicas
-from adapter.ports import Stored
+from adapter.ports import StoredMessage
 from adapter.services import health
 from adapter.services.dead_letters import dead_letter_of, is_command, original_subject, retry_message
 from adapter.services.health import HealthDeps
@@ -63,7 +63,7 @@ class ConsoleService:
             replicas, expected, await self._dead_count(), sum(1 for _, record in deps.registry if not record.is_over)
         )
 
-    async def find_bindings(self, wanted: BindingFilter) -> BindingsPage:
+    async def find_bindings(self, wanted: BindingFilter) -> BindingsOverview:
         """Those that are in the worst way first, then by sandbox."""
         every, now = list(self._deps.bindings), self._deps.clock.monotonic()
         if now - self._asked_at > STATUSES_S:
@@ -77,7 +77,7 @@ class ConsoleService:
         pages = max(1, -(-len(matching) // PAGE))
         first = (min(max(1, wanted.page), pages) - 1) * PAGE
         rows = await health.describe(matching[first : first + PAGE], self._deps.health)
-        return BindingsPage(rows, len(matching), pages, len(every), Counter(status_of.values()))
+        return BindingsOverview(rows, len(matching), pages, len(every), Counter(status_of.values()))
 
     async def dead_letters(self, before: int | None) -> DeadPage:
         """Dead letters, newest first; `before`: older than this one."""
@@ -140,7 +140,7 @@ class ConsoleService:
         history, names = self._deps.access.history, self._deps.access.names
         return sum((await history.count_by_subject(names.stream_dead, names.dead_letters("*"))).values())
 
-    async def _read_dead_letter(self, seq: int) -> Stored:
+    async def _read_dead_letter(self, seq: int) -> StoredMessage:
         stored = await self._deps.access.history.get(self._deps.access.names.stream_dead, seq)
         if stored is None:
             raise Refused("not_found", f"There is no dead letter {seq} (any more).")

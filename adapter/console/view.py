@@ -23,7 +23,7 @@ class BindingFilter(NamedTuple):
     page: int = 1
 
 
-class BindingsPage(NamedTuple):
+class BindingsOverview(NamedTuple):
     """Bindings as they are asked for, and all in numbers."""
 
     rows: list[BindingInfo]

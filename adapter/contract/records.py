@@ -135,7 +135,7 @@ class LoginRecord(PrivateRecord, frozen=True, kw_only=True, omit_defaults=True):
         return self.status in FINAL_STATUSES
 
 
-class Reader(PrivateRecord, frozen=True, kw_only=True, omit_defaults=True):
+class ReaderRecord(PrivateRecord, frozen=True, kw_only=True, omit_defaults=True):
     """Bucket `readers`, key: the sandbox. How far it has handled its inbox, and who reads it."""
 
     handled: int = 0

@@ -28,7 +28,7 @@ import structlog
 from adapter.errors import AdapterError, LeaseLost, Refused, SessionExpired, Temporary, Throttled, Uncertain
 from adapter.ilink import protocol, urls
 from adapter.ilink.network import LookUpHost, Resolver, proxies, resolve_host
-from adapter.ilink.protocol import Reply, Request, Upload
+from adapter.ilink.protocol import IlinkReply, IlinkRequest, Upload
 from adapter.ilink.tls import ResumingContext
 from adapter.ilink.transport import Transport
 from adapter.ilink.unpack import Oversized, unpack
@@ -130,14 +130,14 @@ class ILink:
         finally:
             on_connected()
 
-    async def _read_updates(self, reply: Reply, started: float) -> Polled:
+    async def _read_updates(self, reply: IlinkReply, started: float) -> Polled:
         polled_s = time.monotonic() - started
         if len(reply.body) <= SMALL:
             with contextlib.suppress(Oversized):
                 return protocol.read_updates(_unpacked(reply, SMALL), polled_s=polled_s)
         return await complete_with_grace(self._read_large(reply, polled_s), GRACE_S)
 
-    async def _read_large(self, reply: Reply, polled_s: float) -> Polled:
+    async def _read_large(self, reply: IlinkReply, polled_s: float) -> Polled:
         """Reads answers one after the other, and leaves time for others in between."""
         async with self._large:
             size = len(reply.body)
@@ -213,7 +213,7 @@ class ILink:
             return None
 
     async def _call_repeatable(
-        self, account: Account, request: Request, read: Callable[[Reply], T], timeout_s: float = ASK_S
+        self, account: Account, request: IlinkRequest, read: Callable[[IlinkReply], T], timeout_s: float = ASK_S
     ) -> T:
         """A call that may be repeated, so that a missing answer is Temporary, too. Raises what `read` raises."""
         try:
@@ -233,8 +233,8 @@ class ILink:
         await self._transport.close()
 
     async def _post(
-        self, account: Account, request: Request, timeout_s: float, check: Callable[[], None] | None = None
-    ) -> Reply:
+        self, account: Account, request: IlinkRequest, timeout_s: float, check: Callable[[], None] | None = None
+    ) -> IlinkReply:
         """Raises TimeoutError, Temporary (not sent), Uncertain (sent), Refused("url")."""
         checked = self.check_base_url(account.base_url or self._default_base_url)
         fresh = account.bot in self._fresh_connection_bots
@@ -243,7 +243,7 @@ class ILink:
         return msgspec.structs.replace(reply, secrets=request.secrets)
 
 
-def _unpacked(reply: Reply, limit: int) -> Reply:
+def _unpacked(reply: IlinkReply, limit: int) -> IlinkReply:
     """The body of an error page that cannot be unpacked is empty. Raises Uncertain("unreadable"), Oversized."""
     encoding = reply.headers.get("content-encoding")
     if not encoding:

@@ -12,7 +12,7 @@ from typing import cast
 import httptools
 
 from adapter.errors import Temporary, Uncertain
-from adapter.ilink.protocol import Reply
+from adapter.ilink.protocol import IlinkReply
 from adapter.kit.timing import Deadline
 
 HEAD_BYTES = 65_536
@@ -122,7 +122,7 @@ class Connection(asyncio.Protocol):
         self._loop = asyncio.get_running_loop()
         self._answer: _Answer
         self._transport: asyncio.Transport | None = None
-        self._result: asyncio.Future[Reply] | None = None
+        self._result: asyncio.Future[IlinkReply] | None = None
         self._deadline: Deadline
         self.idle_since = 0.0
         """End of the last answer, by the loop's clock."""
@@ -138,7 +138,7 @@ class Connection(asyncio.Protocol):
         """Whether no byte came in answer to the last request."""
         return self._answer.read == 0
 
-    async def send_request(self, request: bytes, timeout_s: float, limit: int) -> Reply:
+    async def send_request(self, request: bytes, timeout_s: float, limit: int) -> IlinkReply:
         """Sends the request and reads its answer, still compressed. Closes the connection if it is cancelled or
         fails.
 
@@ -153,7 +153,7 @@ class Connection(asyncio.Protocol):
         self._transport.write(request)
         del request
         try:
-            reply: Reply = await result
+            reply: IlinkReply = await result
             return reply
         except BaseException:
             self._abort()
@@ -223,6 +223,6 @@ class Connection(asyncio.Protocol):
         if self._result is None or self._result.done():
             return
         answer = self._answer
-        self._result.set_result(Reply(answer.status, answer.headers, bytes(answer.body)))
+        self._result.set_result(IlinkReply(answer.status, answer.headers, bytes(answer.body)))
         if not answer.keeps:
             self.close()

@@ -75,7 +75,7 @@ UNREACHED = (521, 523, 525, 526)
 """HTTP statuses of an edge that had no connection to iLink: refused, no route, no TLS, a wrong certificate."""
 
 
-class Request(msgspec.Struct, frozen=True):
+class IlinkRequest(msgspec.Struct, frozen=True):
     """One request. Headers, body and path contain secrets."""
 
     endpoint: str
@@ -91,7 +91,7 @@ class Request(msgspec.Struct, frozen=True):
     """Largest unpacked answer in bytes."""
 
 
-class Reply(msgspec.Struct, frozen=True):
+class IlinkReply(msgspec.Struct, frozen=True):
     """An HTTP answer."""
 
     status: int
@@ -116,16 +116,16 @@ _POST_HEADERS = {"Content-Type": "application/json", "AuthorizationType": "ilink
 
 def _request(
     name: str, token: str, number: int, body: dict[str, Any], *, secret: str = "", repeatable: bool = True
-) -> Request:
+) -> IlinkRequest:
     """`secret`: a secret in the body beside the token."""
     headers = {**_POST_HEADERS, "X-WECHAT-UIN": uin(number), "Authorization": f"Bearer {token}"}
     body["base_info"] = {"channel_version": CHANNEL_VERSION, "bot_agent": AGENT}
     secrets = (token, token.rpartition(":")[2], secret)
     endpoint, encoded = name.rpartition("/")[2], msgspec.json.encode(body)
-    return Request(endpoint, f"/ilink/bot/{name}", headers, encoded, secrets=secrets, repeatable=repeatable)
+    return IlinkRequest(endpoint, f"/ilink/bot/{name}", headers, encoded, secrets=secrets, repeatable=repeatable)
 
 
-def updates_request(token: str, cursor: str, number: int) -> Request:
+def updates_request(token: str, cursor: str, number: int) -> IlinkRequest:
     """getupdates. `cursor` is "" at the start; iLink's cursors contain the bot's token in base64."""
     request = _request("getupdates", token, number, {"get_updates_buf": cursor}, secret=cursor)
     return msgspec.structs.replace(request, largest=ANSWER_BYTES)
@@ -133,7 +133,7 @@ def updates_request(token: str, cursor: str, number: int) -> Request:
 
 def message_request(
     token: str, number: int, item: dict[str, Any], *, user: str, client_id: str, context_token: str
-) -> Request:
+) -> IlinkRequest:
     """sendmessage with one item, in the official form. An empty `context_token` is omitted."""
     msg: dict[str, Any] = {
         "from_user_id": "",
@@ -185,7 +185,7 @@ class Upload(NamedTuple):
         return f"Upload({self.kind!r}, size={self.size})"  # keeps the key out of logs and tracebacks
 
 
-def upload_request(token: str, number: int, upload: Upload) -> Request:
+def upload_request(token: str, number: int, upload: Upload) -> IlinkRequest:
     """getuploadurl."""
     body = {
         "filekey": upload.filekey,
@@ -200,7 +200,7 @@ def upload_request(token: str, number: int, upload: Upload) -> Request:
     return _request("getuploadurl", token, number, body, secret=upload.key.hex())
 
 
-def read_upload_url(reply: Reply, *, cdn_base_url: str, filekey: str) -> str:
+def read_upload_url(reply: IlinkReply, *, cdn_base_url: str, filekey: str) -> str:
     """The upload URL, unchecked. Raises SessionExpired (-14), Refused("media"), Temporary."""
     if refusal := _find_refusal(reply):
         raise _refused_upload(refusal)
@@ -235,7 +235,7 @@ def cdn_refusal(status: int, headers: Mapping[str, str]) -> Refused:
     return Refused("media", f"The CDN refused the upload: HTTP {status} {words}".strip())
 
 
-def config_request(token: str, number: int, *, user: str, context_token: str) -> Request:
+def config_request(token: str, number: int, *, user: str, context_token: str) -> IlinkRequest:
     """getconfig for the user's typing ticket."""
     body: dict[str, Any] = {"ilink_user_id": user}
     if context_token:
@@ -243,30 +243,30 @@ def config_request(token: str, number: int, *, user: str, context_token: str) ->
     return _request("getconfig", token, number, body, secret=context_token)
 
 
-def typing_request(token: str, number: int, *, user: str, ticket: str, on: bool) -> Request:
+def typing_request(token: str, number: int, *, user: str, ticket: str, on: bool) -> IlinkRequest:
     """sendtyping."""
     body: dict[str, Any] = {"ilink_user_id": user, "typing_ticket": ticket, "status": 1 if on else 2}
     return _request("sendtyping", token, number, body, secret=ticket)
 
 
-def notify_request(token: str, number: int, *, start: bool) -> Request:
+def notify_request(token: str, number: int, *, start: bool) -> IlinkRequest:
     """msg/notifystart or msg/notifystop."""
     return _request("msg/notifystart" if start else "msg/notifystop", token, number, {})
 
 
-def qrcode_request(number: int, tokens: Sequence[str]) -> Request:
+def qrcode_request(number: int, tokens: Sequence[str]) -> IlinkRequest:
     """get_bot_qrcode, without authorization and base_info. `tokens`: newest first; the first ten are sent."""
     body = msgspec.json.encode({"local_token_list": list(tokens[:TOKENS_LISTED])})
     headers = {**_POST_HEADERS, "X-WECHAT-UIN": uin(number)}
-    return Request("get_bot_qrcode", "/ilink/bot/get_bot_qrcode?bot_type=3", headers, body)
+    return IlinkRequest("get_bot_qrcode", "/ilink/bot/get_bot_qrcode?bot_type=3", headers, body)
 
 
-def qrcode_status_request(handle: str, verify_code: str) -> Request:
+def qrcode_status_request(handle: str, verify_code: str) -> IlinkRequest:
     """get_qrcode_status: a GET with only the app headers. `verify_code`: "" if none is required."""
     path = f"/ilink/bot/get_qrcode_status?qrcode={quote(handle, safe='')}"
     if verify_code:
         path += f"&verify_code={quote(verify_code, safe='')}"
-    return Request("get_qrcode_status", path, _APP_HEADERS, b"", "GET")
+    return IlinkRequest("get_qrcode_status", path, _APP_HEADERS, b"", "GET")
 
 
 def hold_ms(hint: bytes) -> int:
@@ -277,7 +277,7 @@ def hold_ms(hint: bytes) -> int:
     return min(max(number, low), high) if number else HOLD_MS
 
 
-def read_updates(reply: Reply, *, polled_s: float) -> Polled:
+def read_updates(reply: IlinkReply, *, polled_s: float) -> Polled:
     """Raises SessionExpired (-14), and Temporary otherwise, since a poll may always be repeated.
 
     524 late in a poll is how the edge ends an idle poll, and an empty body is accepted by all clients: both are an
@@ -322,7 +322,7 @@ def _split(messages: bytes) -> list[bytes]:
     raise Temporary("unreadable", "the answer has too many messages")
 
 
-def read_sent(reply: Reply) -> Accepted:
+def read_sent(reply: IlinkReply) -> Accepted:
     """Raises SessionExpired (-14), Throttled (-2 and its like), Refused for other codes, Temporary if nothing was
     taken, and Uncertain if something may have been taken.
 
@@ -364,14 +364,14 @@ def _check_sent(answer: wire.WireReply) -> None:
             raise Refused("rejected", _error_text(answer), **_diagnostics(answer))
 
 
-def read_notified(reply: Reply) -> None:
+def read_notified(reply: IlinkReply) -> None:
     """Raises SessionExpired, Temporary. The caller logs errors, since the call is best effort."""
     answer = _read_answer(reply, wire.WireReply)
     if answer.code:
         raise Temporary("ret_other", _error_text(answer))
 
 
-def read_ticket(reply: Reply) -> str:
+def read_ticket(reply: IlinkReply) -> str:
     """Raises SessionExpired (-14), Refused("typing") for other codes, Temporary without a usable answer."""
     config = _read_answer(reply, wire.Config)
     if not config.code and config.typing_ticket:
@@ -380,23 +380,23 @@ def read_ticket(reply: Reply) -> str:
     raise Refused("typing", why.get(config.code) or _error_text(config), **_diagnostics(config))
 
 
-def read_typing(reply: Reply) -> None:
+def read_typing(reply: IlinkReply) -> None:
     """Raises SessionExpired (-14), Refused("typing") for other codes, Temporary without a usable answer."""
     answer = _read_answer(reply, wire.WireReply)
     if answer.code:
         raise Refused("typing", _error_text(answer), **_diagnostics(answer))
 
 
-def read_qrcode(reply: Reply) -> QrCode:
+def read_qrcode(reply: IlinkReply) -> QrCode:
     """Raises Temporary for any answer without a code."""
-    answer = _read_login(reply, wire.QrCode)
+    answer = _read_login(reply, wire.WireQrCode)
     handle, url = answer.qrcode or "", answer.qrcode_img_content or ""
     if not 0 < len(handle) <= URL_CHARS or not PLAIN_URL.fullmatch(url) or len(url) > QR_CHARS:
         raise Temporary("unreadable", "the answer holds no QR code")
     return QrCode(handle, url)
 
 
-def read_qrcode_status(reply: Reply) -> Scan:
+def read_qrcode_status(reply: IlinkReply) -> Scan:
     """An unknown status counts as `wait`. Raises Temporary without a status; the caller asks again."""
     answer = _read_login(reply, wire.QrStatus)
     if answer.status not in STATUSES:
@@ -411,7 +411,7 @@ def read_qrcode_status(reply: Reply) -> Scan:
     )
 
 
-def _read_login(reply: Reply, kind: type[A]) -> A:
+def _read_login(reply: IlinkReply, kind: type[A]) -> A:
     _check_status(reply)
     try:
         answer = _decode(reply, kind)
@@ -422,7 +422,7 @@ def _read_login(reply: Reply, kind: type[A]) -> A:
     return answer
 
 
-def _read_answer(reply: Reply, kind: type[A]) -> A:
+def _read_answer(reply: IlinkReply, kind: type[A]) -> A:
     """The answer to a call that may be repeated, with any code but -14.
 
     Raises SessionExpired (-14), and Temporary without a usable answer.
@@ -440,7 +440,7 @@ def _read_answer(reply: Reply, kind: type[A]) -> A:
     return answer
 
 
-def _decode(reply: Reply, kind: type[A]) -> A:
+def _decode(reply: IlinkReply, kind: type[A]) -> A:
     """Decodes an answer, and removes the request's secrets from its error text. Raises ValueError.
 
     One bad text or number would cost the whole answer at every repeat. So a lone surrogate (a cut emoji) and invalid
@@ -473,7 +473,7 @@ def _decode_error_text(errmsg: bytes) -> str:
     return str(msgspec.json.decode(as_utf8(errmsg)) or "") if is_text or len(errmsg) <= WORDS_BYTES else ""
 
 
-def _find_refusal(reply: Reply) -> wire.WireReply | None:
+def _find_refusal(reply: IlinkReply) -> wire.WireReply | None:
     """iLink's own refusal beside an error status, which tells more than the status. None: a gateway answered.
 
     Beside a status of BUSY only a stale token and a throttle count. Raises SessionExpired (-14).
@@ -490,7 +490,7 @@ def _find_refusal(reply: Reply) -> wire.WireReply | None:
     return answer if counts else None
 
 
-def _check_status(reply: Reply) -> None:
+def _check_status(reply: IlinkReply) -> None:
     if reply.status == 429 or reply.status >= 500:
         raise Temporary(
             "http_5xx" if reply.status >= 500 else "http_4xx",

@@ -24,7 +24,7 @@ from adapter.ports import InboundMessage, MediaRef
 S = TypeVar("S", bound=msgspec.Struct)
 
 _PLAIN = msgspec.json.Decoder(wire.PlainMessage)
-_WHOLE = msgspec.json.Decoder(wire.Message, strict=False)
+_WHOLE = msgspec.json.Decoder(wire.WireMessage, strict=False)
 _ITEM = msgspec.json.Decoder(wire.Item, strict=False)
 MAX_ID = 128
 """A longer user id is invalid, since it does not fit into a subject."""
@@ -93,7 +93,7 @@ def _read_plain(raw: bytes, message: wire.PlainMessage) -> InboundMessage:
 def _read_whole(raw: bytes) -> InboundMessage:
     readable = as_utf8(raw)
     try:
-        message, misfits = _decode_fast(readable, _WHOLE, wire.Message)
+        message, misfits = _decode_fast(readable, _WHOLE, wire.WireMessage)
     except UNDECODABLE as exc:
         raise Unreadable("unreadable", str(exc)[:200]) from exc
     if len(message.item_list or ()) > MOST_ITEMS:
@@ -202,7 +202,7 @@ def _read_media(
 ) -> tuple[MediaRef | None, str]:
     """The location of the media; or None and the reason why they cannot be downloaded."""
     try:
-        media = msgspec.convert(payload.media, wire.Media)
+        media = msgspec.convert(payload.media, wire.WireMedia)
     except msgspec.ValidationError:
         return None, "reference"
     url, reference = text_or_empty(media.full_url), text_or_empty(media.encrypt_query_param)
@@ -232,7 +232,7 @@ def _context_token(value: object) -> str:
     return value if isinstance(value, str) and len(value) <= wire.OPAQUE_CHARS else ""
 
 
-def _sender_of(message: wire.PlainMessage | wire.Message) -> str:
+def _sender_of(message: wire.PlainMessage | wire.WireMessage) -> str:
     """Raises Unreadable if there is no sender, unless the message is an echo."""
     user = message.from_user_id or ""
     if message.message_type != wire.BOT and (user in NOBODY or len(user) > MAX_ID):

@@ -20,7 +20,7 @@ import aiohappyeyeballs
 from adapter.errors import Temporary, Uncertain
 from adapter.ilink.connection import Connection
 from adapter.ilink.network import CONNECT_S, KEPT_S, PORTS, TLS_S, Proxy, Resolver, proxy_of
-from adapter.ilink.protocol import AGENT, Reply, Request
+from adapter.ilink.protocol import AGENT, IlinkReply, IlinkRequest
 from adapter.ilink.tls import ResumingContext
 
 STALE_S = 1.0
@@ -60,12 +60,12 @@ class Transport:
     async def exchange(
         self,
         base_url: str,
-        request: Request,
+        request: IlinkRequest,
         timeout_s: float,
         *,
         fresh: bool = False,
         check: Callable[[], None] | None = None,
-    ) -> Reply:
+    ) -> IlinkReply:
         """`fresh`: use a new connection, and resolve the name again. `check`: see ports.Chat.
 
         Repeats a repeatable request once over a new connection if the kept one was closed. The answer may be
@@ -190,7 +190,7 @@ def _parse_base_url(url: str) -> Base:
     return Base(url, scheme, host, port, parts.path, named if port == PORTS[scheme] else f"{named}:{port}")
 
 
-def _encode_request(request: Request, base: Base, *, close: bool) -> bytes:
+def _encode_request(request: IlinkRequest, base: Base, *, close: bool) -> bytes:
     """Raises Temporary for headers that would form another request."""
     headers, body = request.headers, request.body
     lines = "".join([f"{name}: {value}\r\n" for name, value in headers.items()])

@@ -72,7 +72,7 @@ class Config(WireReply, kw_only=True):
     typing_ticket: str | None = None
 
 
-class QrCode(WireReply, kw_only=True):
+class WireQrCode(WireReply, kw_only=True):
     """Answer of get_bot_qrcode. `qrcode_img_content` is the URL to encode; one client treats it as an image."""
 
     qrcode: str | None = None
@@ -94,7 +94,7 @@ class TextPayload(msgspec.Struct):
     text: str | None = None
 
 
-class Media(msgspec.Struct):
+class WireMedia(msgspec.Struct):
     """Location and key of media. The types are Any, since a wrong type must cost the media only, not the message."""
 
     encrypt_query_param: Any = None
@@ -197,7 +197,7 @@ class PlainMessage(Head, kw_only=True):
     item_list: tuple[PlainItem]
 
 
-class Message(Head, kw_only=True):
+class WireMessage(Head, kw_only=True):
     """Any inbound message."""
 
     from_user_id: str | None = None

@@ -41,7 +41,7 @@ class _Position(msgspec.Struct, omit_defaults=True):
     inbox_seq: int = 0
 
 
-class Stored(msgspec.Struct, frozen=True):
+class StoredCheckpoint(msgspec.Struct, frozen=True):
     """A checkpoint as the bucket has it."""
 
     bot: str
@@ -82,11 +82,11 @@ class Checkpoints:
         self._decoder = RecordDecoder(CheckpointRecord)
         self._reads = Batches(self._read_all)
 
-    async def read(self, bot: str) -> Stored:
+    async def read(self, bot: str) -> StoredCheckpoint:
         """A bot's checkpoint, an empty one of revision 0 if there is none. Raises RecordTooNew, Temporary."""
         entry = await self._reads.get(to_subject_token(bot))
         if entry is None or entry.value is None:
-            return Stored(bot, revision=entry.revision if entry else 0)
+            return StoredCheckpoint(bot, revision=entry.revision if entry else 0)
         owner, position, is_unreadable = "", _Position(), False
         try:
             record = self._decoder.decode(entry.value, bot=bot)
@@ -95,7 +95,7 @@ class Checkpoints:
         except (*UNDECODABLE, Refused) as exc:  # the bot starts anew, and the inbox tells repeats
             log.error("checkpoint.unreadable", bot=bot, detail=type(exc).__name__)
             is_unreadable = True
-        return Stored(bot, owner, entry.revision, position, is_unreadable)
+        return StoredCheckpoint(bot, owner, entry.revision, position, is_unreadable)
 
     async def exists(self, bot: str) -> bool:
         """Whether the bot has a checkpoint; it has none after its person was erased. Raises Temporary."""
@@ -107,7 +107,7 @@ class Checkpoints:
 
     async def write(
         self,
-        stored: Stored,
+        stored: StoredCheckpoint,
         *,
         ensure_owner: Callable[[], None] | None = None,
         ttl_s: int = 0,
@@ -117,7 +117,7 @@ class Checkpoints:
         value, key = _encode(stored.owner, stored.bot, stored.position, self._sealer), to_subject_token(stored.bot)
         return await self._bucket.update(key, value, stored.revision, ttl_s=ttl_s, ensure_owner=ensure_owner)
 
-    async def clear_owner(self, stored: Stored) -> bool:
+    async def clear_owner(self, stored: StoredCheckpoint) -> bool:
         """Removes the owner's name; False: the checkpoint was written meanwhile. Raises Temporary."""
         try:
             await self.write(msgspec.structs.replace(stored, owner=""))
@@ -129,7 +129,7 @@ class Checkpoints:
 class Checkpoint:
     """The checkpoint of one bot that this replica polls. Only the bot's poller changes it."""
 
-    def __init__(self, stored: Stored, store: Checkpoints, leases: Leases, clock: Clock) -> None:
+    def __init__(self, stored: StoredCheckpoint, store: Checkpoints, leases: Leases, clock: Clock) -> None:
         self.bot = stored.bot
         self.owner = leases.incarnation
         self._store = store
@@ -210,7 +210,7 @@ class Checkpoint:
             while True:
                 prints = self.seen.kept(self._clock.now_ms())
                 position = _Position(self.sandbox, self.cursor, self._start, prints, self.inbox_seq)
-                stored = Stored(self.bot, owner, self._revision, position)
+                stored = StoredCheckpoint(self.bot, owner, self._revision, position)
                 try:
                     self._revision = await self._store.write(stored, ensure_owner=ensure_owner, ttl_s=ttl_s)
                 except Conflict as exc:

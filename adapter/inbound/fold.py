@@ -24,7 +24,7 @@ from adapter.inbound.sealed import unseal
 from adapter.kit.batches import Batches
 from adapter.kit.timing import Clock
 from adapter.outbound.window import InboundReceived
-from adapter.ports import Archive, Stored
+from adapter.ports import Archive, StoredMessage
 from adapter.security.seal import Sealer
 
 log = structlog.get_logger()
@@ -154,7 +154,7 @@ class InboxReader:
         checkpoint.sandbox = sandbox
         checkpoint.note()
 
-    def _token_of(self, stored: Stored, sandbox: str) -> str:
+    def _token_of(self, stored: StoredMessage, sandbox: str) -> str:
         try:
             return unseal(self._sealer, stored, sandbox).token
         except Refused as exc:
@@ -162,7 +162,7 @@ class InboxReader:
             return ""
 
 
-def _print_of(stored: Stored) -> bytes:
+def _print_of(stored: StoredMessage) -> bytes:
     try:
         line = base64.b64decode(stored.headers.get(H_SEEN, ""), validate=True)
     except (binascii.Error, ValueError):

@@ -11,11 +11,11 @@ from typing import NamedTuple
 import msgspec
 
 from adapter.contract.names import Names, from_subject_token
-from adapter.contract.records import Reader
+from adapter.contract.records import ReaderRecord
 from adapter.errors import UNDECODABLE, Refused
 from adapter.inbound.checkpoint import lowered_checkpoint
 from adapter.outbound.store import open_record, seal_record
-from adapter.ports import History, Stored
+from adapter.ports import History, StoredMessage
 from adapter.security.seal import Sealer
 
 
@@ -56,12 +56,12 @@ async def find_above(history: History, names: Names, sealer: Sealer) -> tuple[li
     return above, unopened
 
 
-def _lowered(bucket: str, key: str, stored: Stored, last: int, names: Names, sealer: Sealer) -> bytes | None:
+def _lowered(bucket: str, key: str, stored: StoredMessage, last: int, names: Names, sealer: Sealer) -> bytes | None:
     """None: the position is not above. Raises Refused, UNDECODABLE."""
     if bucket == names.checkpoints:
         return lowered_checkpoint(from_subject_token(key), stored.data, last, sealer)
     if bucket == names.readers:
-        reader = msgspec.json.decode(stored.data, type=Reader)
+        reader = msgspec.json.decode(stored.data, type=ReaderRecord)
         if reader.handled <= last:
             return None
         # the reader's number is the revision of the write that made it

@@ -49,7 +49,7 @@ from adapter.outbound.record import ConversationRecord, SendWindow
 from adapter.outbound.shard import Shard
 from adapter.outbound.window import InboundReceived
 from adapter.ownership.leases import Leases
-from adapter.ports import Archive, Bus, InboundMessage, MediaRef, Message, Polled, PubAck
+from adapter.ports import Archive, Bus, BusMessage, InboundMessage, MediaRef, Polled, PubAck
 from adapter.security.seal import Sealer, dead_context
 
 log = structlog.get_logger()
@@ -416,7 +416,7 @@ class Receiver:
 
             try:
                 acks = await deps.bus.publish_all(
-                    [Message("in", subject, one.payload, one.headers, check) for one in waiting]
+                    [BusMessage("in", subject, one.payload, one.headers, check) for one in waiting]
                 )
             except LeaseLost as exc:
                 maybe_published = True

@@ -9,7 +9,7 @@ import msgspec
 
 from adapter.contract.names import H_BOT, H_MSG_ID, H_SEALED
 from adapter.errors import UNDECODABLE, Refused
-from adapter.ports import MediaRef, Stored
+from adapter.ports import MediaRef, StoredMessage
 from adapter.security.seal import Sealer, inbox_context
 
 
@@ -35,7 +35,7 @@ def seal(sealer: Sealer, message: str, bot: str, sandbox: str, part: Sealed) -> 
     return sealer.seal(inbox_context(message, bot, sandbox), _encoder.encode(part).decode())
 
 
-def unseal(sealer: Sealer, stored: Stored, sandbox: str) -> Sealed:
+def unseal(sealer: Sealer, stored: StoredMessage, sandbox: str) -> Sealed:
     """The sealed part of a stored message of the sandbox's inbox; empty where there is none. Raises
     Refused("token_key") if no known key opens it, or it was changed."""
     headers = stored.headers

@@ -21,7 +21,7 @@ from adapter.jetstream.api_replies import ApiReply, decode_reply, write_error_of
 from adapter.jetstream.history import StreamHistory, get_from_leader
 from adapter.jetstream.managed_connection import ManagedConnection
 from adapter.jetstream.publisher import Publisher
-from adapter.ports import Entry, Message, Stored
+from adapter.ports import BusMessage, Entry, StoredMessage
 
 log = structlog.get_logger()
 
@@ -143,7 +143,9 @@ class KvBucket:
         if ttl_s:
             headers[TTL] = f"{ttl_s}s"
         try:
-            return (await self._publisher.publish(Message("kv", self.subject(key), value, headers, ensure_owner))).seq
+            return (
+                await self._publisher.publish(BusMessage("kv", self.subject(key), value, headers, ensure_owner))
+            ).seq
         except BusRefused as exc:
             if not exc.is_full:
                 raise
@@ -256,7 +258,7 @@ class _Ack(ApiReply):
     seq: int = 0
 
 
-def _entry(bucket: str, stored: Stored) -> Entry:
+def _entry(bucket: str, stored: StoredMessage) -> Entry:
     key = stored.subject.removeprefix(f"$KV.{bucket}.")
     is_deleted = OPERATION in stored.headers or MARKER in stored.headers
     return Entry(key, None if is_deleted else stored.data, stored.seq)

@@ -16,7 +16,7 @@ from adapter.errors import BusRefused, Temporary
 from adapter.jetstream.api_replies import MESSAGE_GONE, NO_STREAM, ApiError, ApiReply, decode_reply, unix_ms
 from adapter.jetstream.managed_connection import ManagedConnection
 from adapter.jetstream.multiplexer import Reply
-from adapter.ports import Stored
+from adapter.ports import StoredMessage
 
 PAGE_BYTES = 1024 * 1024
 """As `consumer.PULL_BYTES`."""
@@ -41,7 +41,7 @@ class StreamHistory:
         since_ms: int | None = None,
         limit: int | None = None,
         page: int = 200,
-    ) -> AsyncGenerator[Stored, None]:
+    ) -> AsyncGenerator[StoredMessage, None]:
         """`page`: most messages that are read at once."""
         start: dict[str, Any] = {"seq": after + 1} if since_ms is None else {"start_time": _rfc3339(since_ms)}
         remaining = sys.maxsize if limit is None else limit
@@ -62,12 +62,12 @@ class StreamHistory:
                 return
             await asyncio.sleep(0.05)
 
-    async def read_last(self, stream: str, subject: str) -> Stored | None:
+    async def read_last(self, stream: str, subject: str) -> StoredMessage | None:
         get = get_from_leader if self._replicated else direct_get_one
         return await get(self._connection, stream, {"last_by_subj": subject})
 
-    async def read_last_of_each(self, stream: str, subjects: Sequence[str]) -> list[Stored]:
-        found: list[Stored] = []
+    async def read_last_of_each(self, stream: str, subjects: Sequence[str]) -> list[StoredMessage]:
+        found: list[StoredMessage] = []
         for start in range(0, len(subjects), SUBJECTS_AT_ONCE):
             page = subjects[start : start + SUBJECTS_AT_ONCE]
             newest = await self.read_last(stream, ">") if self._replicated else None
@@ -79,7 +79,7 @@ class StreamHistory:
             found += messages
         return found
 
-    async def _known_to(self, stream: str, messages: list[Stored], end: dict[str, str]) -> int:
+    async def _known_to(self, stream: str, messages: list[StoredMessage], end: dict[str, str]) -> int:
         """The sequence up to which the server with this answer knows the stream."""
         if "Nats-UpTo-Sequence" in end:
             return int(end["Nats-UpTo-Sequence"])
@@ -96,14 +96,16 @@ class StreamHistory:
     async def count_by_subject(self, stream: str, subject: str) -> dict[str, int]:
         return await count_by_subject(self._connection, stream, subject)
 
-    async def read_newest(self, stream: str, subject: str, *, count: int, before: int | None = None) -> list[Stored]:
+    async def read_newest(
+        self, stream: str, subject: str, *, count: int, before: int | None = None
+    ) -> list[StoredMessage]:
         state = (await self._connection.api_request(f"STREAM.INFO.{stream}"))["state"]
         first, last = int(state["first_seq"]), int(state["last_seq"])
         end = last + 1 if before is None else min(before, last + 1)
         width = count
         while True:
             start = max(first, end - width)
-            found: deque[Stored] = deque(maxlen=count)
+            found: deque[StoredMessage] = deque(maxlen=count)
             async with contextlib.aclosing(self.read(stream, subject, after=start - 1, page=count)) as messages:
                 async for stored in messages:
                     if stored.seq >= end:
@@ -113,7 +115,7 @@ class StreamHistory:
                 return list(reversed(found))
             width *= 4  # all messages in the range were deleted
 
-    async def get(self, stream: str, seq: int) -> Stored | None:
+    async def get(self, stream: str, seq: int) -> StoredMessage | None:
         stored = await direct_get_one(self._connection, stream, {"seq": seq})
         if stored is None and self._replicated:  # a lagging server may have answered
             return await get_from_leader(self._connection, stream, {"seq": seq})
@@ -151,10 +153,10 @@ async def count_by_subject(connection: ManagedConnection, stream: str, subject: 
 
 async def direct_get(
     connection: ManagedConnection, stream: str, body: dict[str, Any]
-) -> tuple[list[Stored], dict[str, str]]:
+) -> tuple[list[StoredMessage], dict[str, str]]:
     """Any server's answers to a direct get (ADR-31), possibly fewer than the leader has, and the headers of the end.
     Raises Temporary, even if one answer is missing: each names the previous one."""
-    found: list[Stored] = []
+    found: list[StoredMessage] = []
     with connection.open_request() as request:
         await connection.publish(f"$JS.API.DIRECT.GET.{stream}", msgspec.json.encode(body), reply=request.reply)
         last_seq = "0"
@@ -169,17 +171,17 @@ async def direct_get(
             last_seq = str(stored.seq)
 
 
-async def direct_get_one(connection: ManagedConnection, stream: str, body: dict[str, Any]) -> Stored | None:
+async def direct_get_one(connection: ManagedConnection, stream: str, body: dict[str, Any]) -> StoredMessage | None:
     """As direct_get, for one message. Raises Temporary."""
     return _decode_stored(await connection.request(f"$JS.API.DIRECT.GET.{stream}", msgspec.json.encode(body)))
 
 
-def has_more(stored: Stored) -> bool:
+def has_more(stored: StoredMessage) -> bool:
     """Whether the server that answered knows of more messages behind this one of a batch."""
     return stored.headers.get("Nats-Num-Pending", "0") != "0"
 
 
-def _decode_stored(answer: Reply) -> Stored | None:
+def _decode_stored(answer: Reply) -> StoredMessage | None:
     """Decodes an answer to a direct get; None: no message, or no more. Raises Temporary."""
     headers = answer.headers
     # The server adds the sequence to a message. The message's own headers, such as Status, are its author's.
@@ -189,7 +191,7 @@ def _decode_stored(answer: Reply) -> Stored | None:
     if status is not None:
         raise Temporary("bus_busy", f"{status} {headers.get('Description', '')}")
     stored_ms = unix_ms(headers["Nats-Time-Stamp"])
-    return Stored(headers["Nats-Subject"], int(headers["Nats-Sequence"]), headers, answer.data, stored_ms)
+    return StoredMessage(headers["Nats-Subject"], int(headers["Nats-Sequence"]), headers, answer.data, stored_ms)
 
 
 class _LeaderMessage(msgspec.Struct):
@@ -205,7 +207,7 @@ class _MsgGet(ApiReply):
 
 async def get_from_leader(
     connection: ManagedConnection, stream: str, query: dict[str, Any], *, timeout_s: float = 5.0
-) -> Stored | None:
+) -> StoredMessage | None:
     """One message from the stream's leader, without its time; None: there is none. Raises Temporary."""
     reply = await connection.request(f"$JS.API.STREAM.MSG.GET.{stream}", msgspec.json.encode(query), timeout_s)
     answer = decode_reply(reply.data, _MsgGet, "STREAM.MSG.GET")
@@ -217,4 +219,4 @@ async def get_from_leader(
     found = answer.message
     _, *lines = found.hdrs.decode(errors="replace").split("\r\n")
     headers = {name: value.strip() for name, _, value in (line.partition(":") for line in lines) if name}
-    return Stored(found.subject, found.seq, headers, found.data)
+    return StoredMessage(found.subject, found.seq, headers, found.data)

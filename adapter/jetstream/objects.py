@@ -35,7 +35,7 @@ from adapter.jetstream.history import StreamHistory, direct_get_one, get_from_le
 from adapter.jetstream.managed_connection import ManagedConnection
 from adapter.jetstream.publisher import Publisher
 from adapter.kit.timing import shield_with_grace
-from adapter.ports import Message, Pieces, StoredObject
+from adapter.ports import BusMessage, Pieces, StoredObject
 
 log = structlog.get_logger()
 
@@ -152,7 +152,7 @@ class ObjectStore:
                 headers = {H_OFFSET: str(offset), H_EXPECTED: str(before.seq if before else 0)}
                 try:
                     async with asyncio.timeout(APPEND_S):
-                        await self._publisher.publish(Message("media", subject, piece, headers))
+                        await self._publisher.publish(BusMessage("media", subject, piece, headers))
                 except TimeoutError as exc:
                     raise Temporary("bus_timeout", "The piece is not stored yet: send it again.") from exc
                 except Conflict:
@@ -203,21 +203,21 @@ class ObjectStore:
     async def _store_chunks(self, ident: str, pieces: Pieces) -> tuple[int, int, bytes, bytes]:
         """Stores the chunks. Returns size, number of chunks, digest, and the first chunk."""
         digest, size, chunks, head = hashlib.sha256(), 0, 0, b""
-        batch: list[Message] = []
+        batch: list[BusMessage] = []
         async for chunk in _rechunk(pieces):
             head = head or chunk
             digest.update(chunk)
             size += len(chunk)
             chunks += 1
             # the id drops a duplicate that is sent again after a break
-            batch.append(Message("media", self._chunks + ident, chunk, {H_MSG_ID: f"{ident}.{chunks}"}))
+            batch.append(BusMessage("media", self._chunks + ident, chunk, {H_MSG_ID: f"{ident}.{chunks}"}))
             if len(batch) == BATCH:
                 await self._store_batch(batch)
                 batch = []
         await self._store_batch(batch)
         return size, chunks, digest.digest(), head
 
-    async def _store_batch(self, batch: list[Message]) -> None:
+    async def _store_batch(self, batch: list[BusMessage]) -> None:
         async with self._batch_slots:
             # after a cancellation, too, since a chunk in flight might be stored after the purge
             outcomes = await shield_with_grace(self._publisher.publish_all(batch), SETTLE_S)
@@ -250,7 +250,7 @@ class ObjectStore:
                 return stored
             headers = {"Nats-Rollup": "sub", H_EXPECTED: str(revision)}
             try:
-                await self._publisher.publish(Message("media", subject, data, headers, ensure_owner))
+                await self._publisher.publish(BusMessage("media", subject, data, headers, ensure_owner))
                 return _known(meta.name, meta)
             except Conflict:  # stored meanwhile, perhaps by an attempt whose answer was lost; or a server lagged
                 await asyncio.sleep(0.05)

@@ -34,7 +34,7 @@ from adapter.jetstream.client import BusClient, has_no_responders
 from adapter.jetstream.managed_connection import ManagedConnection
 from adapter.kit.timing import ChangeSignal, Clock, wait_event
 from adapter.observability.metrics import Metrics
-from adapter.ports import Message, PubAck
+from adapter.ports import BusMessage, PubAck
 
 log = structlog.get_logger()
 
@@ -61,7 +61,7 @@ class _PublishReply(PubAck):
 
 class _Outstanding(msgspec.Struct):
     number: int
-    message: Message
+    message: BusMessage
     stream: _Stream
     future: asyncio.Future[PubAck]
     requested_at: float
@@ -129,7 +129,7 @@ class Publisher:
         """Whether `wait_writable` would return at once."""
         return not any(stream.is_interrupted and stream.name in streams for stream in self._streams.values())
 
-    async def publish(self, message: Message) -> PubAck:
+    async def publish(self, message: BusMessage) -> PubAck:
         """Returns when the stream has the message. Raises Conflict, BusRefused, LeaseLost."""
         alone = not self._outstanding
         future, now = asyncio.get_running_loop().create_future(), self._clock.monotonic()
@@ -140,7 +140,7 @@ class Publisher:
         finally:
             self._remove_outstanding(entry)
 
-    async def publish_all(self, messages: Sequence[Message]) -> list[PubAck | BusRefused]:
+    async def publish_all(self, messages: Sequence[BusMessage]) -> list[PubAck | BusRefused]:
         """Publishes all messages, pipelined, those of one stream in this order. A refusal takes the place of an ack.
 
         Raises LeaseLost.
@@ -166,7 +166,7 @@ class Publisher:
                     self._remove_outstanding(entry)
 
     def _add_outstanding(
-        self, message: Message, stream: _Stream, future: asyncio.Future[PubAck], now: float
+        self, message: BusMessage, stream: _Stream, future: asyncio.Future[PubAck], now: float
     ) -> _Outstanding:
         """Adds a message in the order of the calls. A message that can never be written is refused at once."""
         number = next(self._numbers)
@@ -175,7 +175,7 @@ class Publisher:
         self._reject_oversized(entry)
         return entry
 
-    def _stream_of(self, message: Message) -> _Stream:
+    def _stream_of(self, message: BusMessage) -> _Stream:
         """The stream of a message, by the first two tokens of its subject."""
         subject = message.subject
         end = subject.find(".", subject.find(".") + 1)

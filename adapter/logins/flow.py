@@ -32,7 +32,7 @@ from adapter.logins.steps import ADVICE, next_step
 from adapter.observability.events import BusAccess, read_binding_events
 from adapter.observability.metrics import Metrics
 from adapter.ownership.leases import Leases
-from adapter.ports import Logins, Message, QrCode, Scan
+from adapter.ports import BusMessage, Logins, QrCode, Scan
 from adapter.security.seal import Sealer, bind_context, login_context
 
 log = structlog.get_logger()
@@ -289,7 +289,7 @@ class LoginFlow:
             check=False,  # iLink has just given it
         )
         headers = {H_MSG_ID: request, H_SCHEMA: contract.SCHEMA_VERSION}
-        await deps.access.bus.publish(Message("ctl", deps.access.names.bind, msgspec.json.encode(bind), headers))
+        await deps.access.bus.publish(BusMessage("ctl", deps.access.names.bind, msgspec.json.encode(bind), headers))
 
     async def _confirm(self, scan: Scan) -> None:
         """Stores the bind command, and waits for the outcome. From then on the login cannot be cancelled. Raises

@@ -32,7 +32,7 @@ from adapter.contract.names import (
 from adapter.errors import UNDECODABLE, BusRefused, Conflict, Temporary
 from adapter.kit.timing import Clock, backoff
 from adapter.observability.metrics import Metrics
-from adapter.ports import Archive, Bus, History, Message, PubAck
+from adapter.ports import Archive, Bus, BusMessage, History, PubAck
 
 log = structlog.get_logger()
 
@@ -74,7 +74,7 @@ class Events:
     ) -> None:
         """Publishes a binding event. The same event for the same cause or request is a duplicate.
 
-        `ensure_owner_if_delayed`: see Message; it may raise LeaseLost."""
+        `ensure_owner_if_delayed`: see BusMessage; it may raise LeaseLost."""
         event = msgspec.structs.replace(event, at_ms=self._clock.now_ms())
         cause = cause or event.request or f"{event.at_ms}.{next(self._event_numbers)}"
         msg_id = f"binding:{event.bot}:{event.change}:{cause}"
@@ -101,7 +101,7 @@ class Events:
         """Publishes a receipt. Returns its sequence. `traceparent`: that of the command, whose trace it continues.
 
         `expected`: sequence of the subject's last receipt; 0: none. A receipt that the stream refuses is shortened,
-        then it becomes a dead letter (0). `ensure_owner`: as in ports.Message. Raises Conflict; Temporary if nothing
+        then it becomes a dead letter (0). `ensure_owner`: as in BusMessage. Raises Conflict; Temporary if nothing
         of it can be stored; what `ensure_owner` raises.
         """
         receipt = msgspec.structs.replace(receipt, at_ms=self._clock.now_ms())
@@ -116,7 +116,7 @@ class Events:
         subject = self._names.receipt(receipt.sandbox, receipt.command, receipt.sequence)
         payload = msgspec.json.encode(receipt)
         try:
-            ack = await self._publish_shortened(Message("event", subject, payload, kept, ensure_owner), receipt)
+            ack = await self._publish_shortened(BusMessage("event", subject, payload, kept, ensure_owner), receipt)
         except Conflict:
             raise
         except BusRefused as exc:
@@ -145,7 +145,7 @@ class Events:
         )
         return ack.seq
 
-    async def _publish_shortened(self, message: Message, receipt: contract.Receipt) -> PubAck:
+    async def _publish_shortened(self, message: BusMessage, receipt: contract.Receipt) -> PubAck:
         """Publishes a receipt, and if it is refused, once more without what iLink and the adapter say in words.
         Raises BusRefused."""
         try:
@@ -174,12 +174,12 @@ class Events:
         subject, payload = self._names.event(event.sandbox, kind), msgspec.json.encode(event)
         try:
             await self._publish_until_stored(
-                Message("event", subject, payload, headers, ensure_owner_if_delayed=ensure_owner_if_delayed)
+                BusMessage("event", subject, payload, headers, ensure_owner_if_delayed=ensure_owner_if_delayed)
             )
         except BusRefused as exc:
             log.error("event.refused", sandbox=event.sandbox, kind=kind, detail=exc.detail)
 
-    async def _publish_until_stored(self, message: Message) -> PubAck:
+    async def _publish_until_stored(self, message: BusMessage) -> PubAck:
         """Retries while the stream is full, which only an operator's own limits can cause, since a command must not
         end without its receipt. Raises BusRefused."""
         failures = 0
@@ -235,7 +235,7 @@ class Events:
                 kept[H_BODY] = "sealed" if len(payload) == len(data) else "sealed, cut"
                 payload = seal(payload)
             try:
-                await self._bus.publish(Message("dead", subject_to, payload, kept))
+                await self._bus.publish(BusMessage("dead", subject_to, payload, kept))
                 return True
             except BusRefused as exc:
                 why = exc.detail

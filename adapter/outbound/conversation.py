@@ -40,7 +40,7 @@ from adapter.kit.timing import ChangeSignal, backoff
 from adapter.outbound import sending, window
 from adapter.outbound.commands import MERGE_SEPARATOR, MediaPart, client_id
 from adapter.outbound.record import ConversationRecord, SendProgress
-from adapter.outbound.sending import Bot, CommandResult, QueuedCommand
+from adapter.outbound.sending import CommandResult, QueuedCommand, ServingBot
 from adapter.outbound.uploads import StoreAway
 from adapter.outbound.window import InboundReceived
 from adapter.ports import Accepted, Content
@@ -81,7 +81,7 @@ class Conversation:
         self.sandbox = sandbox
         self.user = user
         self.record = ConversationRecord()
-        self.bot: Bot | None = None
+        self.bot: ServingBot | None = None
         """None: no bot of the sandbox serves the user."""
         self.queue: list[QueuedCommand] = []
         """In the order of their sequences."""
@@ -351,7 +351,7 @@ class Conversation:
             if result.may_be_sent and command in group:  # one message, one answer
                 await self._end([(each, result) for each in group if each is not command])
 
-    async def _end_of(self, head: QueuedCommand, bot: Bot) -> CommandResult | None:
+    async def _end_of(self, head: QueuedCommand, bot: ServingBot) -> CommandResult | None:
         """The result of a command for which no request is to be made; None: one is."""
         progress = self.record.head
         if progress is not None:
@@ -381,7 +381,7 @@ class Conversation:
 
     # waiting ----------------------------------------------------------------------------------------
 
-    def _next_due_s(self, bot: Bot, now_ms: int) -> float:
+    def _next_due_s(self, bot: ServingBot, now_ms: int) -> float:
         """Seconds until the next request may be made."""
         due_s = self._not_before - self._shard.deps.clock.monotonic()
         progress = self.record.head
@@ -390,7 +390,7 @@ class Conversation:
             due_s = max(due_s, min(repeat_ms - now_ms, sending.REPEAT_LATEST_MS) / 1000)
         return due_s
 
-    def _is_accepting(self, bot: Bot) -> bool:
+    def _is_accepting(self, bot: ServingBot) -> bool:
         """Whether iLink has accepted a send of anybody since it left one of this user without an answer."""
         return self._shard.deps.accepted.since(self._shard.base_url_of(bot.id), self._unanswered_at)
 
@@ -469,7 +469,7 @@ class Conversation:
 
     # sending ----------------------------------------------------------------------------------------
 
-    async def _send(self, bot: Bot, seen: int) -> None:
+    async def _send(self, bot: ServingBot, seen: int) -> None:
         """Makes the next request for the first command, or the step that has to come before it."""
         deps = self._shard.deps
         group = sending.next_message(self.queue, self.record, deps.policy, self._alone_up_to)
@@ -505,13 +505,13 @@ class Conversation:
         if answer is not None:
             await self._after(answer, bot, group, content)
 
-    def _is_wanted(self, bot: Bot, group: list[QueuedCommand]) -> bool:
+    def _is_wanted(self, bot: ServingBot, group: list[QueuedCommand]) -> bool:
         """Whether a message may still be sent after something was awaited."""
         is_same = self.bot == bot and self.queue[:1] == group[:1] and not self._shard.is_draining
         return is_same and min(each.expires_ms for each in group) > self._shard.deps.clock.now_ms()
 
     async def _request(
-        self, bot: Bot, progress: SendProgress, content: Content, group: list[QueuedCommand]
+        self, bot: ServingBot, progress: SendProgress, content: Content, group: list[QueuedCommand]
     ) -> Accepted | AdapterError | None:
         """Counts and stores the request, and makes it. None: it was not made, and is taken back."""
         shard, deps = self._shard, self._shard.deps
@@ -555,7 +555,7 @@ class Conversation:
         self._not_before = -math.inf
 
     async def _after(
-        self, answer: Accepted | AdapterError, bot: Bot, group: list[QueuedCommand], content: Content
+        self, answer: Accepted | AdapterError, bot: ServingBot, group: list[QueuedCommand], content: Content
     ) -> None:
         """Does what iLink's answer asks for."""
         deps, before = self._shard.deps, self.record.head
@@ -587,7 +587,7 @@ class Conversation:
     async def _after_failure(
         self,
         answer: AdapterError,
-        bot: Bot,
+        bot: ServingBot,
         group: list[QueuedCommand],
         *,
         attempts: int = 0,
@@ -620,7 +620,7 @@ class Conversation:
                 await self._save()
 
     async def _check_session(
-        self, answer: SessionExpired, bot: Bot, group: list[QueuedCommand], attempts: int
+        self, answer: SessionExpired, bot: ServingBot, group: list[QueuedCommand], attempts: int
     ) -> None:
         """-14 to a send is no proof of a dead session: iLink answers a malformed body with it, too."""
         deps, refusal = self._shard.deps, sending.refusal(answer, attempts)
@@ -651,7 +651,7 @@ class Conversation:
                 command.parts = body
 
     async def _upload(
-        self, part: MediaPart, bot: Bot, group: list[QueuedCommand], content_of: tuple[int, int, int, str]
+        self, part: MediaPart, bot: ServingBot, group: list[QueuedCommand], content_of: tuple[int, int, int, str]
     ) -> None:
         try:
             account = self._shard.account(self.sandbox, bot.id)
@@ -662,7 +662,7 @@ class Conversation:
         except AdapterError as exc:
             await self._after_failure(exc, bot, group, is_upload=True)
 
-    def _report(self, answer: AdapterError, bot: Bot, progress: SendProgress | None) -> None:
+    def _report(self, answer: AdapterError, bot: ServingBot, progress: SendProgress | None) -> None:
         raw = {}
         if isinstance(answer, Refused):
             raw = {"ret": answer.ret, "errcode": answer.errcode, "errmsg": answer.errmsg}

@@ -23,7 +23,7 @@ from adapter.kit.batches import Batches
 from adapter.observability.events import Events
 from adapter.outbound.record import CommandRef
 from adapter.outbound.sending import CommandResult
-from adapter.ports import History, Stored
+from adapter.ports import History, StoredMessage
 
 log = structlog.get_logger()
 
@@ -73,7 +73,7 @@ class Receipts:
         """Publishes a receipt. Returns its sequence in WECHAT_EVENT. `reply_to`: the message that the
         command answers.
 
-        `expected`: sequence of the receipt before it; 0: none. `ensure_owner`: as in ports.Message. Raises Temporary,
+        `expected`: sequence of the receipt before it; 0: none. `ensure_owner`: as in BusMessage. Raises Temporary,
         and what `ensure_owner` raises.
         """
         receipt = _receipt(ref, result, address, shown, reply_to)
@@ -110,7 +110,7 @@ class Receipts:
                 found[ref.sequence] = StoredReceipt(last.seq, receipt)
         return found
 
-    async def _read_lasts(self, subjects: Sequence[str]) -> Mapping[str, Stored]:
+    async def _read_lasts(self, subjects: Sequence[str]) -> Mapping[str, StoredMessage]:
         lasts = await self._history.read_last_of_each(self._names.stream_event, subjects)
         return {last.subject: last for last in lasts}
 
@@ -162,7 +162,7 @@ def _receipt(
     )
 
 
-def _read(stored: Stored | None) -> Receipt | None:
+def _read(stored: StoredMessage | None) -> Receipt | None:
     """None also for a message that is no receipt."""
     try:
         return msgspec.json.decode(stored.data, type=Receipt) if stored else None

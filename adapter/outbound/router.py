@@ -36,7 +36,7 @@ from adapter.outbound.receipts import Address, Receipts, is_final
 from adapter.outbound.record import CommandRef
 from adapter.outbound.sending import CommandResult
 from adapter.ownership.tenure import Tenure
-from adapter.ports import Delivery, Message
+from adapter.ports import BusMessage, Delivery
 from adapter.security.seal import Sealer
 
 log = structlog.get_logger()
@@ -166,7 +166,7 @@ class Router:
                 await command.delivery.ack()
         return ending
 
-    def _copy_of(self, sandbox: str, command: _Command) -> Message:
+    def _copy_of(self, sandbox: str, command: _Command) -> BusMessage:
         """The copy of a command.
 
         Its Nats-Msg-Id is a digest of position and body. Ids are unique in the stream, so a sandbox that guessed the
@@ -178,7 +178,7 @@ class Router:
         words = hashlib.blake2b(position + delivery.data, digest_size=16).hexdigest()
         headers = copy_headers(ref, delivery.headers, delivery.data, sandbox, self._sealer)
         headers[H_MSG_ID] = f"routed:{words}"
-        return Message(
+        return BusMessage(
             "out", self._access.names.out(sandbox), delivery.data, headers, ensure_owner=self._tenure.check
         )
 

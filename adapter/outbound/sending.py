@@ -63,7 +63,7 @@ class SendPolicy(NamedTuple):
     """Most characters of a message merged from parked texts; 0: no merging."""
 
 
-class Bot(NamedTuple):
+class ServingBot(NamedTuple):
     """The bot that serves a user."""
 
     id: str
@@ -144,7 +144,9 @@ class QueuedCommand(msgspec.Struct, kw_only=True, eq=False):
 # before a request -------------------------------------------------------------------------------------
 
 
-def blocker(command: QueuedCommand, record: ConversationRecord, bot: Bot, policy: SendPolicy, now_ms: int) -> str:
+def blocker(
+    command: QueuedCommand, record: ConversationRecord, bot: ServingBot, policy: SendPolicy, now_ms: int
+) -> str:
     """Why the head may not be sent now; "" if it may. All its parts must fit before its first request. A repeat was
     counted before."""
     if not bot.is_usable:

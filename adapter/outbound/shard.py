@@ -52,7 +52,7 @@ from adapter.outbound.conversation import Conversation
 from adapter.outbound.copies import identity_of
 from adapter.outbound.receipts import Address, Receipts, is_final, result_of
 from adapter.outbound.record import CommandRef, ConversationRecord
-from adapter.outbound.sending import Bot, CommandResult, QueuedCommand, SendPolicy
+from adapter.outbound.sending import CommandResult, QueuedCommand, SendPolicy, ServingBot
 from adapter.outbound.sessions import AcceptedSends, BotSessions
 from adapter.outbound.store import ConversationStore
 from adapter.outbound.typing_indicator import TypingIndicators
@@ -435,7 +435,7 @@ class Shard:
 
     # bots -------------------------------------------------------------------------------------------
 
-    def bot_of(self, sandbox: str, user: str, bot: str) -> Bot | None:
+    def bot_of(self, sandbox: str, user: str, bot: str) -> ServingBot | None:
         """The bot that serves a user now. `bot`: the last one."""
         bindings = self.deps.bindings
         found, is_other = bindings.serving_user(sandbox, user), False
@@ -445,7 +445,7 @@ class Shard:
                 return None
             found, is_other = [binding], bool(binding.user)
         best = min(found, key=lambda each: (not self._is_usable(each), each.bot != bot))
-        return Bot(best.bot, self._is_usable(best), is_other)
+        return ServingBot(best.bot, self._is_usable(best), is_other)
 
     def _is_usable(self, binding: Binding) -> bool:
         if binding.state != "active" or self.deps.sessions.is_recovering(binding.bot):

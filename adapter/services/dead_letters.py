@@ -20,7 +20,7 @@ from adapter.contract.names import (
     Names,
 )
 from adapter.errors import UNDECODABLE, Refused
-from adapter.ports import Message
+from adapter.ports import BusMessage
 
 DEAD_LETTER_HEADERS = frozenset({H_SUBJECT, H_REASON, H_DETAIL, H_SEQUENCE, H_TIME_MS, H_USER})
 """Headers of the dead letter itself, not of the message in it."""
@@ -75,7 +75,7 @@ def is_command(names: Names, subject: str) -> bool:
     return subject in (names.bind, names.unbind, names.out_plain) or subject.startswith(f"{names.out_plain}.")
 
 
-def retry_message(names: Names, seq: int, headers: Mapping[str, str], data: bytes) -> Message:
+def retry_message(names: Names, seq: int, headers: Mapping[str, str], data: bytes) -> BusMessage:
     """The message that retries a dead command. It names the person for whom the command was.
 
     Its id is derived from the dead letter, so that a repeated retry is stored once. Raises Refused.
@@ -88,7 +88,7 @@ def retry_message(names: Names, seq: int, headers: Mapping[str, str], data: byte
     own_headers = {*DEAD_LETTER_HEADERS, H_SEALED}  # the retry is another command, with its own time to live
     kept = {k: v for k, v in headers.items() if k not in own_headers and not k.startswith("Nats-")}
     msg_id = f"retry-{seq}-{headers.get(H_TIME_MS) or '0'}"
-    return Message("out", subject, data, kept | {H_MSG_ID: msg_id})
+    return BusMessage("out", subject, data, kept | {H_MSG_ID: msg_id})
 
 
 def _for_its_person(data: bytes, user: str) -> bytes:

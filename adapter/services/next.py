@@ -12,11 +12,11 @@ from msgspec import structs
 from adapter.bindings.readers import Readers
 from adapter.contract.messages import Handed, NextPage, NextQuery
 from adapter.contract.names import Names, check_sandbox
-from adapter.contract.records import Reader
+from adapter.contract.records import ReaderRecord
 from adapter.errors import Refused, Temporary
 from adapter.kit.timing import Clock
 from adapter.observability.metrics import Metrics
-from adapter.ports import History, SandboxRequest, SandboxResponse, Stored
+from adapter.ports import History, SandboxRequest, SandboxResponse, StoredMessage
 from adapter.services.requests import read_request
 
 REPLACED = "Another agent reads this sandbox now. Start only one, or ask without `reader` to take its place."
@@ -70,7 +70,7 @@ class Next:
             {},
         )
 
-    async def _confirm(self, sandbox: str, query: NextQuery) -> tuple[Reader, Reader]:
+    async def _confirm(self, sandbox: str, query: NextQuery) -> tuple[ReaderRecord, ReaderRecord]:
         """Makes a new reader, or moves the position. Returns the record before and after it. Raises Refused,
         Temporary."""
         deps, asking, handled = self._deps, query.reader, query.after or 0
@@ -81,7 +81,7 @@ class Next:
         if not await self._is_reached(handled):
             raise Refused("invalid", "`after` is above the sequence of every message.")
 
-        def confirm(now: Reader) -> Reader | None:
+        def confirm(now: ReaderRecord) -> ReaderRecord | None:
             _ensure_reads(now, asking)
             if now.reader and now.handled >= handled:
                 return None
@@ -95,12 +95,12 @@ class Next:
             self._last = await self._deps.history.last_sequence(self._deps.names.stream_in)
         return sequence <= self._last
 
-    async def _read(self, sandbox: str, after: int, most: int, before: Reader) -> tuple[list[Handed], bool]:
+    async def _read(self, sandbox: str, after: int, most: int, before: ReaderRecord) -> tuple[list[Handed], bool]:
         """The messages behind a position, and whether others before them may be gone unread. Raises Temporary."""
         names, size, lacks = self._deps.names, 0, False
         found: list[Handed] = []
         stored_ones = self._deps.history.read(names.stream_in, names.inbox(sandbox), after=after, limit=most)
-        async with contextlib.aclosing(cast("AsyncGenerator[Stored]", stored_ones)) as messages:
+        async with contextlib.aclosing(cast("AsyncGenerator[StoredMessage]", stored_ones)) as messages:
             async for stored in messages:
                 size += len(stored.data)
                 if found and size > self._deps.page_bytes():
@@ -111,17 +111,17 @@ class Next:
             self._last = max(self._last, found[-1].sequence)
         return found, lacks
 
-    def _may_lack(self, before: Reader, first: Stored) -> bool:
+    def _may_lack(self, before: ReaderRecord, first: StoredMessage) -> bool:
         """Whether messages between the position and the oldest one that is left may be gone: the sandbox has not
         asked for as long as they are kept, or the inbox is full of unread ones."""
         unread = int(first.headers.get("Nats-Num-Pending", "0")) + 1
         return unread >= self._deps.kept or (before.reader > 0 and self._age_ms(before) > self._deps.kept_ms)
 
-    def _age_ms(self, reader: Reader) -> int:
+    def _age_ms(self, reader: ReaderRecord) -> int:
         return self._deps.clock.now_ms() - reader.written_ms
 
 
-def _ensure_reads(now: Reader, asking: int) -> None:
+def _ensure_reads(now: ReaderRecord, asking: int) -> None:
     """Raises Refused where another agent reads. Where nobody does, since the record is gone, whoever asks goes on."""
     if now.reader not in (0, asking):
         raise Refused("replaced", REPLACED)

@@ -22,7 +22,7 @@ from adapter.contract.names import H_COMMAND, H_MSG_ID, H_SANDBOX, H_USER, Names
 from adapter.errors import UNDECODABLE, Conflict, Temporary
 from adapter.kit.timing import Clock
 from adapter.observability.events import BusAccess
-from adapter.ports import Bucket, History, Stored
+from adapter.ports import Bucket, History, StoredMessage
 
 log = structlog.get_logger()
 
@@ -39,7 +39,7 @@ class Found(NamedTuple):
 
     kind: Kind
     stream: str
-    stored: Stored
+    stored: StoredMessage
     sandbox: str = ""
     bot: str = ""
 
@@ -108,7 +108,7 @@ class PersonSearch:
             ("command", names.stream_out, names.out_plain),
         ]
 
-    def _match(self, kind: Kind, stream: str, stored: Stored) -> Found | None:
+    def _match(self, kind: Kind, stream: str, stored: StoredMessage) -> Found | None:
         try:
             about = msgspec.json.decode(stored.data, type=_About)
         except UNDECODABLE:  # a delete marker, or unreadable
@@ -133,7 +133,7 @@ class PersonSearch:
             self._commands.add((sandbox, about.command))
         return Found(kind, stream, stored, sandbox, about.bot or "")
 
-    def _is_their_dead_letter(self, stored: Stored) -> bool:
+    def _is_their_dead_letter(self, stored: StoredMessage) -> bool:
         headers = stored.headers
         if self._sandbox not in (None, headers.get(H_SANDBOX)):
             return False

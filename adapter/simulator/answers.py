@@ -10,7 +10,7 @@ import msgspec
 from aiohttp import web
 from msgspec import Struct
 
-from adapter.simulator.clock import Clock
+from adapter.simulator.clock import VirtualClock
 from adapter.simulator.faults import FaultRule
 from adapter.simulator.parameters import GARBLED
 
@@ -21,7 +21,7 @@ def ignore_outcome(written: bool, outcome: str) -> None:
     """`settle` of an answer that needs no settling."""
 
 
-class Answer(Struct, kw_only=True):
+class HttpAnswer(Struct, kw_only=True):
     """An answer to write. `settle(written, outcome)` is called once, after the answer was written or lost."""
 
     body: bytes
@@ -34,23 +34,23 @@ class Answer(Struct, kw_only=True):
     settle: Callable[[bool, str], None] = ignore_outcome
 
 
-def json_answer(value: Any, *, status: int = 200) -> Answer:
+def json_answer(value: Any, *, status: int = 200) -> HttpAnswer:
     """`value` None makes an empty body."""
-    return Answer(body=b"" if value is None else msgspec.json.encode(value), status=status)
+    return HttpAnswer(body=b"" if value is None else msgspec.json.encode(value), status=status)
 
 
-def error_page(rule: FaultRule, status: int) -> Answer:
+def error_page(rule: FaultRule, status: int) -> HttpAnswer:
     """The error page of a gateway in front of iLink (faults `F1`, `F2`)."""
     body = str(rule.params["body"]).encode() if "body" in rule.params else HTML % (status, status)
-    return Answer(body=body, status=status, content_type="text/html", outcome=rule.fault)
+    return HttpAnswer(body=body, status=status, content_type="text/html", outcome=rule.fault)
 
 
-def gateway_timeout(rule: FaultRule) -> Answer:
+def gateway_timeout(rule: FaultRule) -> HttpAnswer:
     """The error page of the edge for a poll that it cut (fault `F2`)."""
     return error_page(rule, int(rule.params.get("status", 524)))
 
 
-def garble(answer: Answer, kind: str) -> None:
+def garble(answer: HttpAnswer, kind: str) -> None:
     """Spoils an answer in one of the ways of fault `F3`."""
     if kind == "malformed":
         answer.body = b'{"ret":0,,"msgs":[{]}'
@@ -77,7 +77,7 @@ def reset_connection(request: web.Request) -> None:
     transport.abort()
 
 
-async def write(request: web.Request, answer: Answer) -> web.StreamResponse:
+async def write(request: web.Request, answer: HttpAnswer) -> web.StreamResponse:
     """Raises ConnectionError if the client closed the connection before the last byte was handed over."""
     response = web.Response(body=answer.body, status=answer.status, content_type=answer.content_type)
     await response.prepare(request)
@@ -85,7 +85,9 @@ async def write(request: web.Request, answer: Answer) -> web.StreamResponse:
     return response
 
 
-async def dribble(request: web.Request, answer: Answer, rule: FaultRule, clock: Clock) -> web.StreamResponse:
+async def dribble(
+    request: web.Request, answer: HttpAnswer, rule: FaultRule, clock: VirtualClock
+) -> web.StreamResponse:
     """Writes the headers at once and the body in small pieces (fault `F4`)."""
     size = max(int(rule.params.get("chunk", 1)), 1)
     pause_s = float(rule.params.get("pause_ms", 200)) / 1000
@@ -100,7 +102,7 @@ async def dribble(request: web.Request, answer: Answer, rule: FaultRule, clock: 
     return response
 
 
-async def stay_silent(rule: FaultRule, clock: Clock) -> None:
+async def stay_silent(rule: FaultRule, clock: VirtualClock) -> None:
     """Waits `hang_ms`, or until the client gives up (fault `F5`)."""
     if "hang_ms" in rule.params:
         await clock.sleep(float(rule.params["hang_ms"]) / 1000)

@@ -10,16 +10,16 @@ from aiohttp import web
 from adapter.simulator import answers
 from adapter.simulator.aes import encrypt
 from adapter.simulator.faults import FaultRule
-from adapter.simulator.media import Blob, Media, look_inside
+from adapter.simulator.media import Blob, MediaStore, look_inside
 from adapter.simulator.world import World
 
 PIECE = 256 * 1024
 
 
-class Cdn:
+class CdnServer:
     """The CDN requires no iLink headers. A token in a request is noted as a violation."""
 
-    def __init__(self, world: World, media: Media) -> None:
+    def __init__(self, world: World, media: MediaStore) -> None:
         self._world = world
         self._media = media
 
@@ -74,7 +74,7 @@ class Cdn:
             return web.Response(status=400, text="invalid encrypted_param")
         if rule := self._strike_download("F25", blob):
             return broken_download(blob, rule)
-        answer = answers.Answer(body=blob.data, content_type="application/octet-stream")
+        answer = answers.HttpAnswer(body=blob.data, content_type="application/octet-stream")
         if rule := self._strike_download("F4", blob):
             return await answers.dribble(request, answer, rule, self._world.clock)
         if rule := self._strike_download("F5", blob):

@@ -16,7 +16,7 @@ class Timer:
     handle: asyncio.TimerHandle | None = None
 
 
-class Clock:
+class VirtualClock:
     """Business time in Unix milliseconds, and timers that fire in real time or by `advance`."""
 
     def __init__(self, frozen_at_ms: int | None = None) -> None:

@@ -8,13 +8,13 @@ import msgspec
 from msgspec import Struct
 
 from adapter.simulator import ids
-from adapter.simulator.answers import Answer, gateway_timeout, json_answer
+from adapter.simulator.answers import HttpAnswer, gateway_timeout, json_answer
 from adapter.simulator.faults import FaultRule, edge_s
 from adapter.simulator.inbox import Inbox
-from adapter.simulator.media import Media
+from adapter.simulator.media import MediaStore
 from adapter.simulator.outbox import Outbox, stale_body, text_of
 from adapter.simulator.records import Json, SendRecord
-from adapter.simulator.world import TICKETS_KEPT, Bot, Entry, Poll, World
+from adapter.simulator.world import TICKETS_KEPT, Bot, LogEntry, Poll, World
 
 
 class Call(Struct):
@@ -27,17 +27,17 @@ class Call(Struct):
     edge: FaultRule | None = None
 
 
-Endpoint = Callable[[Call], Awaitable[Answer]]
+Endpoint = Callable[[Call], Awaitable[HttpAnswer]]
 
 
-def malformed(world: World, endpoint: str, bot: Bot | None, reason: str) -> Answer:
+def malformed(world: World, endpoint: str, bot: Bot | None, reason: str) -> HttpAnswer:
     """The answer to a request that cannot be read. iLink's text for it is unknown, so the reason goes to the
     violations."""
     world.violate("malformed", endpoint, bot, reason)
     return json_answer({"ret": -2}, status=400 if world.settings_of(bot).malformed == "http400" else 200)
 
 
-def no_ticket(ret: int, params: Json | None = None) -> Answer:
+def no_ticket(ret: int, params: Json | None = None) -> HttpAnswer:
     """The answer of a getconfig that fails: the text observed with the code, or `errmsg` of fault `F26`."""
     errmsg = (params or {}).get("errmsg", {-2: "ilink_user_id required", -4: "GetTypingTicket rpc failed"}.get(ret))
     return json_answer({"ret": ret} if errmsg is None else {"ret": ret, "errmsg": errmsg})
@@ -46,7 +46,7 @@ def no_ticket(ret: int, params: Json | None = None) -> Answer:
 class Endpoints:
     """The authenticated endpoints, by name."""
 
-    def __init__(self, world: World, inbox: Inbox, outbox: Outbox, media: Media) -> None:
+    def __init__(self, world: World, inbox: Inbox, outbox: Outbox, media: MediaStore) -> None:
         self._world = world
         self._inbox = inbox
         self._outbox = outbox
@@ -61,7 +61,7 @@ class Endpoints:
             "msg/notifystop": self.notifystop,
         }
 
-    async def getupdates(self, call: Call) -> Answer:
+    async def getupdates(self, call: Call) -> HttpAnswer:
         bot, world = call.bot, self._world
         cursor = call.body.get("get_updates_buf", "")
         if not isinstance(cursor, str):
@@ -83,7 +83,7 @@ class Endpoints:
         self._inbox.end_poll(bot, poll)
         return self._poll_answer(call, poll)
 
-    async def sendmessage(self, call: Call) -> Answer:
+    async def sendmessage(self, call: Call) -> HttpAnswer:
         bot, world, message = call.bot, self._world, call.body.get("msg")
         if not isinstance(message, dict):
             return self.malformed(call, "msg required")
@@ -99,7 +99,7 @@ class Endpoints:
         answer.settle = lambda written, outcome: self.close_send(record, answer, written=written)
         return answer
 
-    async def getconfig(self, call: Call) -> Answer:
+    async def getconfig(self, call: Call) -> HttpAnswer:
         user, bot, world = call.body.get("ilink_user_id"), call.bot, self._world
         if not isinstance(user, str) or not user:
             return no_ticket(-2)
@@ -116,10 +116,10 @@ class Endpoints:
             del window.tickets[next(iter(window.tickets))]
         return json_answer({"ret": 0, "typing_ticket": ticket})
 
-    async def getuploadurl(self, call: Call) -> Answer:
+    async def getuploadurl(self, call: Call) -> HttpAnswer:
         return json_answer(self._media.offer(call.bot, call.body))
 
-    async def sendtyping(self, call: Call) -> Answer:
+    async def sendtyping(self, call: Call) -> HttpAnswer:
         user, bot, world = str(call.body.get("ilink_user_id") or ""), call.bot, self._world
         status, ticket = call.body.get("status"), str(call.body.get("typing_ticket") or "")
         window = bot.windows.get(user)
@@ -141,13 +141,13 @@ class Endpoints:
             window.typing_since_ms = None
         return json_answer({"ret": 0})
 
-    async def notifystart(self, call: Call) -> Answer:
+    async def notifystart(self, call: Call) -> HttpAnswer:
         return self._notify(call.bot, online=True)
 
-    async def notifystop(self, call: Call) -> Answer:
+    async def notifystop(self, call: Call) -> HttpAnswer:
         return self._notify(call.bot, online=False)
 
-    def malformed(self, call: Call, reason: str) -> Answer:
+    def malformed(self, call: Call, reason: str) -> HttpAnswer:
         """`malformed` for the bot of the call, recorded with the bot's calls."""
         answer = malformed(self._world, call.endpoint, call.bot, reason)
         if call.endpoint == "getupdates":
@@ -182,7 +182,7 @@ class Endpoints:
             call.bot.sends.popleft()
         return record
 
-    def close_send(self, record: SendRecord, answer: Answer | None, *, written: bool) -> None:
+    def close_send(self, record: SendRecord, answer: HttpAnswer | None, *, written: bool) -> None:
         """`written` is False if the bot did not get the answer."""
         if record.end_ms:
             return
@@ -193,7 +193,7 @@ class Endpoints:
         record.end_ms = self._world.clock.exact_ms()
         record.status = answer.status if answer is not None and written else 0
 
-    def record_unprocessed(self, call: Call, answer: Answer, why: str) -> None:
+    def record_unprocessed(self, call: Call, answer: HttpAnswer, why: str) -> None:
         """Records an attempt that gets `answer` without being processed."""
         if call.endpoint == "sendmessage":
             record = self.open_send(call)
@@ -240,7 +240,7 @@ class Endpoints:
             return longest
         return self._world.rng.uniform(min(settings.hold_min_ms / 1000, longest), longest)
 
-    def _poll_answer(self, call: Call, poll: Poll) -> Answer:
+    def _poll_answer(self, call: Call, poll: Poll) -> HttpAnswer:
         bot, outcome = call.bot, poll.verdict or "messages"
         if outcome == "empty" and call.edge is not None:
             answer = gateway_timeout(call.edge)
@@ -280,15 +280,15 @@ class Endpoints:
             body["longpolling_timeout_ms"] = rule.params.get("hint", 0)
         return body
 
-    def _bad_ticket(self, bot: Bot) -> Answer:
+    def _bad_ticket(self, bot: Bot) -> HttpAnswer:
         return json_answer({"ret": -2 if self._world.settings_of(bot).bad_ticket == "refuse" else 0})
 
-    def _notify(self, bot: Bot, *, online: bool) -> Answer:
+    def _notify(self, bot: Bot, *, online: bool) -> HttpAnswer:
         self._world.turn(bot, online=online)
         return json_answer({"ret": 0})
 
 
-def out_of_order(batch: list[Entry], order: str) -> list[Any]:
+def out_of_order(batch: list[LogEntry], order: str) -> list[Any]:
     """The same messages in the same places, with `seq` and times reversed or all alike (fault `F20`)."""
     messages: list[Json] = [msgspec.json.decode(entry.raw) for entry in batch]
     keys = ("seq", "create_time_ms", "update_time_ms")

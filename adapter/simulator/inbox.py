@@ -10,7 +10,7 @@ from adapter.simulator import ids
 from adapter.simulator.kinds import IDLE
 from adapter.simulator.parameters import CHANGES
 from adapter.simulator.records import InboundRecord, Json, PollRecord, SimulatorError
-from adapter.simulator.world import Bot, Entry, Poll, World
+from adapter.simulator.world import Bot, LogEntry, Poll, World
 
 
 class Inbox:
@@ -20,7 +20,7 @@ class Inbox:
         self._world = world
         self.closing = False
 
-    def inject(self, bot: Bot, message: Json, *, fill: bool = True) -> Entry:
+    def inject(self, bot: Bot, message: Json, *, fill: bool = True) -> LogEntry:
         """Queues a message. `fill` adds the fields that the message and its items lack, in iLink's form, and drops
         keys whose value is None. Without `fill` the message is sent exactly as given."""
         if fill:
@@ -203,9 +203,9 @@ class Inbox:
         if token := message.get("context_token"):
             self._world.issue(bot, user, str(token))
 
-    def _append(self, bot: Bot, message: Json) -> Entry:
+    def _append(self, bot: Bot, message: Json) -> LogEntry:
         bot.last_position += 1
-        entry = Entry(
+        entry = LogEntry(
             position=bot.last_position,
             message_id=str(message.get("message_id") or ""),
             client_id=str(message.get("client_id") or ""),
@@ -229,7 +229,7 @@ class Inbox:
         while len(bot.log) > limit and bot.log[0].deliveries and not bot.log[0].in_flight:
             bot.log.popleft()
 
-    def _entry(self, bot: Bot, message_id: str) -> Entry:
+    def _entry(self, bot: Bot, message_id: str) -> LogEntry:
         for entry in reversed(bot.log):
             if message_id in (entry.message_id, entry.client_id):
                 return entry
@@ -258,7 +258,7 @@ class Inbox:
             message["message_id"] = 0 if change == "zero_message_id" else ""
         return message
 
-    def _next_entries(self, bot: Bot, start: int) -> list[Entry]:
+    def _next_entries(self, bot: Bot, start: int) -> list[LogEntry]:
         settings = self._world.settings_of(bot)
         limit = settings.batch_max or len(bot.log)
         if settings.cursor_mode == "cursor_replay":
@@ -269,7 +269,7 @@ class Inbox:
         self._world.counts["in_flight"] += len(batch)
         return batch
 
-    def _entries_after(self, bot: Bot, start: int, limit: int) -> list[Entry]:
+    def _entries_after(self, bot: Bot, start: int, limit: int) -> list[LogEntry]:
         if bot.rewound_to is not None:
             start, bot.rewound_to = min(start, bot.rewound_to), None
         if start >= bot.last_position:
@@ -277,7 +277,7 @@ class Inbox:
         newest_first = itertools.takewhile(lambda entry: entry.position > start, reversed(bot.log))
         return list(newest_first)[::-1][:limit]
 
-    def _deliver(self, bot: Bot, batch: list[Entry]) -> None:
+    def _deliver(self, bot: Bot, batch: list[LogEntry]) -> None:
         world = self._world
         for entry in batch:
             world.counts["redelivered" if entry.deliveries else "delivered"] += 1
@@ -340,7 +340,7 @@ def number(value: Any) -> int:
         return 0
 
 
-def record(bot: Bot, entry: Entry) -> InboundRecord:
+def record(bot: Bot, entry: LogEntry) -> InboundRecord:
     """The public record of `entry`."""
     return InboundRecord(
         bot=bot.id,

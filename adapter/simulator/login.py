@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from adapter.simulator import ids
-from adapter.simulator.answers import Answer, gateway_timeout, json_answer
+from adapter.simulator.answers import HttpAnswer, gateway_timeout, json_answer
 from adapter.simulator.faults import FaultRule, edge_s
 from adapter.simulator.records import Json, QrRecord, SimulatorError
 from adapter.simulator.world import Bot, World
@@ -57,7 +57,7 @@ class Qr:
         )
 
 
-class Logins:
+class QrLogins:
     """All codes. The phone calls `scan`, `confirm` and the like; the client calls `create` and `status`."""
 
     def __init__(self, world: World) -> None:
@@ -80,7 +80,7 @@ class Logins:
 
     async def status(
         self, code: str, verify_code: str, urls: tuple[str, str], *, second: bool, edge: FaultRule | None = None
-    ) -> Answer:
+    ) -> HttpAnswer:
         """Waits for a change, or until the hold is over. `urls` are the base URLs of the first and the second host;
         `second` says that the second was asked; `edge` is the rule (fault `F2`) that cuts a poll without news."""
         qr = self.codes.get(code)
@@ -206,7 +206,7 @@ class Logins:
         if qr.wrong_codes >= self._world.settings.verify_attempts:
             qr.change("verify_code_blocked")
 
-    def _answer_status(self, qr: Qr, base_url: str) -> Answer:
+    def _answer_status(self, qr: Qr, base_url: str) -> HttpAnswer:
         """The present status, which counts as told once the answer is written."""
         status = qr.status
 

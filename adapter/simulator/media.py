@@ -27,7 +27,7 @@ KEY_FORMS = ("usual", "hex", "raw_base64", "hex_base64", "none")
 characters; or no key, with a blob in plain text."""
 
 
-class Upload(Struct, kw_only=True):
+class UploadRequest(Struct, kw_only=True):
     """The fields of a `getuploadurl` request."""
 
     bot: str
@@ -55,7 +55,7 @@ class Blob(Struct, kw_only=True):
         return not self.media_type
 
 
-class Sealed(NamedTuple):
+class SealedMedia(NamedTuple):
     """Encrypted content of a user, ready for the CDN."""
 
     name: str
@@ -80,13 +80,13 @@ def look_inside(data: bytes, key: bytes | None) -> tuple[int, str] | None:
     return len(plain), hashlib.md5(plain).hexdigest()
 
 
-class Media:
+class MediaStore:
     """All blobs, oldest first. `cdn_url` returns the base URL of the CDN."""
 
     def __init__(self, world: World, cdn_url: Callable[[], str]) -> None:
         self._world = world
         self._cdn_url = cdn_url
-        self.uploads: OrderedDict[str, Upload] = OrderedDict()
+        self.uploads: OrderedDict[str, UploadRequest] = OrderedDict()
         self.blobs: OrderedDict[str, Blob] = OrderedDict()
         self._bytes = 0
 
@@ -111,7 +111,7 @@ class Media:
             answer["thumb_upload_param"] = self._expect(thumb)
         return answer
 
-    def receive(self, upload: Upload, data: bytes, plain: tuple[int, str] | None) -> str:
+    def receive(self, upload: UploadRequest, data: bytes, plain: tuple[int, str] | None) -> str:
         """Stores an upload whose content under the registered key is `plain`. Returns its reference."""
         bot = self._world.bots[upload.bot]
         if plain != (upload.size, upload.md5.lower()):
@@ -159,7 +159,7 @@ class Media:
         sample: str | None = None,
         size: int | None = None,
         key_form: str = "usual",
-    ) -> Sealed:
+    ) -> SealedMedia:
         """Encrypts what a user sends: `content` or a sample, cut or filled up to `size` bytes. Any thread may call
         it."""
         if kind not in ITEMS or key_form not in KEY_FORMS:
@@ -174,9 +174,9 @@ class Media:
         key = None if key_form == "none" else self._world.rng.randbytes(16)
         data = content if key is None else encrypt(content, key)
         md5, playtime_ms = hashlib.md5(content).hexdigest(), samples.silk_ms(content)
-        return Sealed(name, len(content), md5, playtime_ms or 1500, key_form, key, data)
+        return SealedMedia(name, len(content), md5, playtime_ms or 1500, key_form, key, data)
 
-    def item(self, bot: Bot, kind: str, sealed: Sealed, url: str = "both", fields: Json | None = None) -> Json:
+    def item(self, bot: Bot, kind: str, sealed: SealedMedia, url: str = "both", fields: Json | None = None) -> Json:
         """An inbound media item. `url`: `full`, `param` or `both`; `fields` are added to the payload."""
         if url not in ("full", "param", "both"):
             raise SimulatorError("url: full, param or both")
@@ -206,7 +206,7 @@ class Media:
             media["full_url"] = f"{self._cdn_url()}/download?encrypted_query_param={quoted}&taskid={taskid}"
         return media
 
-    def _addresses(self, upload: Upload, style: str) -> Json:
+    def _addresses(self, upload: UploadRequest, style: str) -> Json:
         """Addresses for the upload: a whole URL, a parameter for a URL that the client makes, or both."""
         param = self._expect(upload)
         full = (
@@ -216,7 +216,7 @@ class Media:
         answer = {"upload_full_url": full, "upload_param": param}
         return answer if style == "both" else {f"upload_{style}": answer[f"upload_{style}"]}
 
-    def _expect(self, upload: Upload) -> str:
+    def _expect(self, upload: UploadRequest) -> str:
         param = self._reference()
         self.uploads[param] = upload
         while len(self.uploads) > 10_000:
@@ -244,7 +244,7 @@ class Media:
         return reference
 
 
-def read_upload(bot: Bot, body: Json) -> Upload | None:
+def read_upload(bot: Bot, body: Json) -> UploadRequest | None:
     """The upload that the request describes, or None if it breaks a rule of the protocol file, "getuploadurl"."""
     texts = [body.get(name) for name in ("filekey", "rawfilemd5", "aeskey")]
     sizes = [body.get(name) for name in ("rawsize", "filesize", "media_type")]
@@ -256,7 +256,7 @@ def read_upload(bot: Bot, body: Json) -> Upload | None:
     if padded != encrypted_size(size) or not 1 <= media_type <= 4:
         return None
     filekey, md5, key = (str(text) for text in texts)
-    return Upload(
+    return UploadRequest(
         bot=bot.id,
         user=str(body["to_user_id"]),
         filekey=filekey,
@@ -268,14 +268,14 @@ def read_upload(bot: Bot, body: Json) -> Upload | None:
     )
 
 
-def read_thumb(upload: Upload, body: Json) -> Upload | None:
+def read_thumb(upload: UploadRequest, body: Json) -> UploadRequest | None:
     """The upload of the thumbnail of an image or a video, or None if the request has no valid one."""
     if upload.media_type not in (MEDIA_TYPES["image"], MEDIA_TYPES["video"]):
         return None
     size, md5, padded = (body.get(f"thumb_{name}") for name in ("rawsize", "rawfilemd5", "filesize"))
     if type(size) is not int or size < 0 or not isinstance(md5, str) or padded != encrypted_size(size):
         return None
-    return Upload(
+    return UploadRequest(
         bot=upload.bot,
         user=upload.user,
         filekey=upload.filekey,
@@ -336,7 +336,7 @@ def take_sample(sample: str) -> tuple[str, bytes]:
     return name, make()
 
 
-def media_fields(kind: str, sealed: Sealed) -> Json:
+def media_fields(kind: str, sealed: SealedMedia) -> Json:
     """The fields beside `media` in an inbound payload."""
     fields: dict[str, Json] = {
         "image": {"mid_size": len(sealed.data)},
@@ -347,7 +347,7 @@ def media_fields(kind: str, sealed: Sealed) -> Json:
     return fields[kind]
 
 
-def write_key(payload: Json, kind: str, sealed: Sealed) -> None:
+def write_key(payload: Json, kind: str, sealed: SealedMedia) -> None:
     """Writes the key where its kind has it: beside `media` in hex and in it raw for images, as hex text otherwise."""
     if sealed.key is None:
         return

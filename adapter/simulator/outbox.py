@@ -7,9 +7,9 @@ from typing import Any
 from msgspec import Struct
 
 from adapter.simulator.faults import FaultRule
-from adapter.simulator.media import Media
+from adapter.simulator.media import MediaStore
 from adapter.simulator.records import Json, Shown
-from adapter.simulator.world import CLIENT_IDS_KEPT, Bot, Window, World
+from adapter.simulator.world import CLIENT_IDS_KEPT, Bot, WindowState, World
 
 PAYLOADS = {
     1: "text_item",
@@ -30,7 +30,7 @@ FIELDS = frozenset(
 """The fields that a sent message may have."""
 
 
-class Verdict(Struct, kw_only=True):
+class SendOutcome(Struct, kw_only=True):
     """The outcome of one send. `body` None means an empty body. `why` is that of `SendRecord`."""
 
     body: Json | None
@@ -42,11 +42,11 @@ class Verdict(Struct, kw_only=True):
         return self.why == "shown"
 
 
-def refusal(code: int, why: str, errmsg: str | None = None, field: str = "ret") -> Verdict:
+def refusal(code: int, why: str, errmsg: str | None = None, field: str = "ret") -> SendOutcome:
     body: Json = {field: code}
     if errmsg is not None:
         body["errmsg"] = errmsg
-    return Verdict(body=body, why=why)
+    return SendOutcome(body=body, why=why)
 
 
 def stale_body(world: World, bot: Bot | None) -> Json:
@@ -71,11 +71,11 @@ def _is_object(item: Json, key: str) -> bool:
 class Outbox:
     """Judges sends in the order in which they arrive. The phone shows them in the same order."""
 
-    def __init__(self, world: World, media: Media) -> None:
+    def __init__(self, world: World, media: MediaStore) -> None:
         self._world = world
         self._media = media
 
-    def send(self, bot: Bot, message: Json) -> Verdict:
+    def send(self, bot: Bot, message: Json) -> SendOutcome:
         """Does everything of `sendmessage` between reading the request and writing the answer."""
         user = str(message.get("to_user_id") or "")
         self._note_careless(bot, message)
@@ -127,7 +127,7 @@ class Outbox:
         for kind in (kind for kind, found in faults.items() if found):
             self._world.violate(kind, "sendmessage", bot)
 
-    def _fault_verdict(self, bot: Bot, user: str) -> Verdict | None:
+    def _fault_verdict(self, bot: Bot, user: str) -> SendOutcome | None:
         """Faults `F11` and `F12`: -2 or another code, for a reason that the client cannot see."""
         if rule := self._world.faults.strike("F11", "sendmessage", bot.id, user):
             texts = rule.params.get("errmsgs") or [rule.params.get("errmsg", "prepare failed")]
@@ -151,13 +151,13 @@ class Outbox:
         recent = itertools.takewhile(lambda send: send.start_ms >= since_ms, reversed(bot.sends))
         return sum(send.shown and send.user == user for send in recent) >= int(rule.params.get("burst", 0))
 
-    def _penalise(self, rule: FaultRule, user: str) -> Verdict:
+    def _penalise(self, rule: FaultRule, user: str) -> SendOutcome:
         """Every attempt restarts the penalty, so it ends only after a pause."""
         penalty_ms = float(rule.params.get("penalty_s", 3600)) * 1000
         rule.state[user] = self._world.clock.now_ms() + penalty_ms
         return refusal(-2, "F12", rule.params.get("errmsg", "rate limited"))
 
-    def _malformed_verdict(self, bot: Bot, message: Json) -> Verdict | None:
+    def _malformed_verdict(self, bot: Bot, message: Json) -> SendOutcome | None:
         items, settings = message.get("item_list"), self._world.settings_of(bot)
         if not isinstance(items, list) or not items:
             return self._incomplete_verdict(bot, "empty_item_list")
@@ -175,25 +175,25 @@ class Outbox:
             return refusal(-2, "text_too_long", "prepare failed")
         return None
 
-    def _incomplete_verdict(self, bot: Bot, why: str) -> Verdict:
+    def _incomplete_verdict(self, bot: Bot, why: str) -> SendOutcome:
         """-2, or the answer to a dead token, as one project saw it while the session lived."""
         if self._world.settings_of(bot).incomplete_sends == "-14":
-            return Verdict(body=stale_body(self._world, bot), why=why)
+            return SendOutcome(body=stale_body(self._world, bot), why=why)
         return refusal(-2, why, "unknown error")
 
-    def _unknown_peer(self, bot: Bot, user: str) -> Verdict | None:
+    def _unknown_peer(self, bot: Bot, user: str) -> SendOutcome | None:
         """-3 if no user has this id in exactly this spelling. A known user who never wrote only lacks a window."""
         known = user in bot.windows or user == bot.user or user in self._world.by_user
         if not user.endswith("@im.wechat") or not known:
             return refusal(-3, "bad_user_id")
         return None
 
-    def _not_started(self, bot: Bot) -> Verdict | None:
+    def _not_started(self, bot: Bot) -> SendOutcome | None:
         if self._world.settings_of(bot).require_notifystart and not bot.online:
             return refusal(-2, "not_started", "prepare failed")
         return None
 
-    def _duplicate(self, bot: Bot, user: str, message: Json) -> Verdict | None:
+    def _duplicate(self, bot: Bot, user: str, message: Json) -> SendOutcome | None:
         """Success for a repeated message, which the phone does not show again."""
         client_id = str(message.get("client_id") or "")
         first_id = bot.window(user).client_ids.get(client_id) if client_id else None
@@ -205,7 +205,7 @@ class Outbox:
             bot.window(user).sent += 1
         return self._success(bot, "duplicate", first_id)
 
-    def _window_closed(self, bot: Bot, user: str) -> Verdict | None:
+    def _window_closed(self, bot: Bot, user: str) -> SendOutcome | None:
         settings, window = self._world.settings_of(bot), bot.window(user)
         if window.opened_ms is None:
             self._world.violate("send_before_inbound", "sendmessage", bot)
@@ -218,7 +218,7 @@ class Outbox:
             return refusal(-2, "quota", "prepare failed")
         return None
 
-    def _context_refused(self, bot: Bot, user: str, message: Json) -> Verdict | None:
+    def _context_refused(self, bot: Bot, user: str, message: Json) -> SendOutcome | None:
         settings, window = self._world.settings_of(bot), bot.window(user)
         token = str(message.get("context_token") or "")
         if settings.context_check == "ignored":
@@ -237,19 +237,19 @@ class Outbox:
             return refusal(-2, "context_token", "prepare failed")
         return None
 
-    def _tokenless_verdict(self, mode: str) -> Verdict | None:
+    def _tokenless_verdict(self, mode: str) -> SendOutcome | None:
         if mode == "refuse":
             return refusal(-2, "tokenless", "prepare failed")
-        return Verdict(body={}, why="tokenless") if mode == "drop" else None
+        return SendOutcome(body={}, why="tokenless") if mode == "drop" else None
 
-    def _accept(self, bot: Bot, user: str, message: Json) -> Verdict:
+    def _accept(self, bot: Bot, user: str, message: Json) -> SendOutcome:
         """Uses up one send of the window, and decides whether the phone shows the message."""
         window, settings = bot.window(user), self._world.settings_of(bot)
         window.sent += 1
         message_id = self._message_id(bot, message)
         hidden = TOOL_CALLS if settings.tool_calls == "hidden" else ()
         if any(item["type"] in hidden for item in message["item_list"]):
-            return Verdict(body=None, why="tool_call")
+            return SendOutcome(body=None, why="tool_call")
         if any(item["type"] == 3 for item in message["item_list"]) and settings.voice_sends != "shown":
             self._remember(window, message, message_id)
             return self._success(bot, "voice", message_id)
@@ -272,15 +272,15 @@ class Outbox:
             return own
         return str(next(self._world.message_ids))
 
-    def _success(self, bot: Bot, why: str, message_id: str) -> Verdict:
+    def _success(self, bot: Bot, why: str, message_id: str) -> SendOutcome:
         body: Json = {"message_id": self._world.answered_id(message_id, bot)}
         style = self._world.settings_of(bot).send_ret_style
         # changes every two answers, so that ids of both types come with and without it
         if style == "zero" or (style == "alternate" and bot.ids_answered % 4 < 2):
             body = {"ret": 0} | body
-        return Verdict(body=body, why=why, message_id=message_id)
+        return SendOutcome(body=body, why=why, message_id=message_id)
 
-    def _is_silenced(self, bot: Bot, window: Window, message: Json) -> bool:
+    def _is_silenced(self, bot: Bot, window: WindowState, message: Json) -> bool:
         token = str(message.get("context_token") or "")
         if self._world.settings_of(bot).strict_client_id and token in window.silenced:
             return True
@@ -288,7 +288,7 @@ class Outbox:
             window.silenced.add(token)
         return False
 
-    def _dropped_verdict(self, bot: Bot, user: str, message: Json, message_id: str) -> Verdict | None:
+    def _dropped_verdict(self, bot: Bot, user: str, message: Json, message_id: str) -> SendOutcome | None:
         """Faults `F13` and `F14`: success without an id. By default the phone does not show the message."""
         for fault in ("F13", "F14"):
             if rule := self._world.faults.strike(fault, "sendmessage", bot.id, user):
@@ -296,16 +296,16 @@ class Outbox:
                     self._remember(bot.window(user), message, message_id)  # on the phone, it is never shown again
                     self.release(bot, user, message, message_id)
                 empty: Json | None = None if rule.params.get("body") == "empty" else {}
-                return Verdict(body={"ret": 0} if fault == "F13" else empty, why=fault)
+                return SendOutcome(body={"ret": 0} if fault == "F13" else empty, why=fault)
         return None
 
-    def _remember(self, window: Window, message: Json, message_id: str) -> None:
+    def _remember(self, window: WindowState, message: Json, message_id: str) -> None:
         if client_id := str(message.get("client_id") or ""):
             window.client_ids[client_id] = message_id
             while len(window.client_ids) > self._world.share(CLIENT_IDS_KEPT, least=200):
                 window.client_ids.popitem(last=False)
 
-    def _count(self, verdict: Verdict) -> None:
+    def _count(self, verdict: SendOutcome) -> None:
         refused = bool(verdict.body and (verdict.body.get("ret") or verdict.body.get("errcode")))
         if verdict.why == "duplicate":
             self._world.counts["duplicates_suppressed"] += 1

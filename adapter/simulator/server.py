@@ -8,10 +8,10 @@ from aiohttp import web
 from msgspec import Struct
 
 from adapter.simulator import answers
-from adapter.simulator.answers import Answer, json_answer
+from adapter.simulator.answers import HttpAnswer, json_answer
 from adapter.simulator.endpoints import Call, Endpoints, malformed
 from adapter.simulator.faults import FaultRule
-from adapter.simulator.login import Logins
+from adapter.simulator.login import QrLogins
 from adapter.simulator.outbox import stale_body, text_of
 from adapter.simulator.parameters import GARBLED
 from adapter.simulator.records import Json
@@ -82,7 +82,7 @@ def read_body(endpoint: str, raw: bytes) -> Json | None:
 class Server:
     """Answers the paths below `/ilink/bot/`, and 404 for any other."""
 
-    def __init__(self, world: World, endpoints: Endpoints, logins: Logins, watch: ClientWatch) -> None:
+    def __init__(self, world: World, endpoints: Endpoints, logins: QrLogins, watch: ClientWatch) -> None:
         self._world = world
         self._endpoints = endpoints
         self._logins = logins
@@ -127,7 +127,7 @@ class Server:
         named = place.get("to_user_id") or body.get("ilink_user_id")
         return str(named or (visit.bot.user if visit.bot else ""))
 
-    async def _process(self, visit: Visit) -> Answer:
+    async def _process(self, visit: Visit) -> HttpAnswer:
         """Processes a request without regard to faults."""
         endpoint, bot = visit.endpoint, visit.bot
         if visit.request.method not in LOGIN_METHODS.get(endpoint, ("POST",)):
@@ -143,7 +143,7 @@ class Server:
             return self._endpoints.malformed(call, "invalid json")
         return await self._endpoints.table[endpoint](call)
 
-    async def _login(self, visit: Visit) -> Answer:
+    async def _login(self, visit: Visit) -> HttpAnswer:
         query = visit.request.query
         if visit.body is None:
             return malformed(self._world, visit.endpoint, visit.bot, "invalid json")
@@ -177,7 +177,7 @@ class Server:
         faults = ("F8", "F9", "F10")
         return any(world.faults.strike(fault, visit.endpoint, bot.id, visit.user, fits) for fault in faults)
 
-    def _stale_answer(self, visit: Visit) -> Answer:
+    def _stale_answer(self, visit: Visit) -> HttpAnswer:
         """-14. Counts the answer with the bot, and records a violation if the client goes on calling."""
         bot = visit.bot
         if bot is None:
@@ -191,7 +191,7 @@ class Server:
         self._endpoints.record_unprocessed(call, answer, "stale")
         return answer
 
-    async def _fault_answer(self, visit: Visit) -> Answer | None:
+    async def _fault_answer(self, visit: Visit) -> HttpAnswer | None:
         """The answer of a fault `F1` to `F6` that strikes before processing. Later faults are in `visit`."""
         for fault in ("F1", "F2", "F3", "F4", "F5", "F6"):
             rule = self._world.faults.strike(fault, visit.endpoint, visit.bot_id, visit.user)
@@ -209,7 +209,7 @@ class Server:
             return None if fault == "F5" and "hang_ms" in rule.params else answer
         return None
 
-    async def _pause(self, rule: FaultRule, answer: Answer) -> None:
+    async def _pause(self, rule: FaultRule, answer: HttpAnswer) -> None:
         """Waits before a fault strikes: `after_ms`, or `hang_ms` of `F5`."""
         pause_ms = float(rule.params.get("after_ms", 0))
         try:
@@ -223,7 +223,7 @@ class Server:
         if rule.fault == "F5":
             answer.settle(False, "F5")
 
-    def _broken_answer(self, visit: Visit, rule: FaultRule) -> Answer:
+    def _broken_answer(self, visit: Visit, rule: FaultRule) -> HttpAnswer:
         """The answer that a fault gives instead of processing."""
         if rule.fault == "F1":
             default = self._world.rng.choice((500, 502, 503, 504))
@@ -241,7 +241,7 @@ class Server:
     def _kind(self, rule: FaultRule) -> str:
         return str(rule.params.get("kind") or self._world.rng.choice(GARBLED))
 
-    async def _deliver(self, visit: Visit, answer: Answer) -> web.StreamResponse:
+    async def _deliver(self, visit: Visit, answer: HttpAnswer) -> web.StreamResponse:
         """Writes the answer, or what a late fault leaves of it, and calls its `settle`."""
         rule, request = visit.late, visit.request
         answer.content_type = answer.content_type or self._world.settings_of(visit.bot).json_type

@@ -7,12 +7,12 @@ from types import TracebackType
 from typing import Any, Self
 
 from adapter.simulator import admin, inbox, kinds
-from adapter.simulator.cdn import Cdn
+from adapter.simulator.cdn import CdnServer
 from adapter.simulator.endpoints import Endpoints
 from adapter.simulator.faults import FaultRule
 from adapter.simulator.inbox import Inbox
-from adapter.simulator.login import Logins
-from adapter.simulator.media import Media, Sealed
+from adapter.simulator.login import QrLogins
+from adapter.simulator.media import MediaStore, SealedMedia
 from adapter.simulator.outbox import Outbox
 from adapter.simulator.records import (
     BotRecord,
@@ -47,15 +47,15 @@ class Simulator:
     def __init__(self, settings: SimulatorSettings | None = None) -> None:
         self.world = World(settings or SimulatorSettings())
         self.inbox = Inbox(self.world)
-        self.logins = Logins(self.world)
+        self.logins = QrLogins(self.world)
         self.watch = ClientWatch(self.world)
-        self.media = Media(self.world, lambda: self.cdn_url)
+        self.media = MediaStore(self.world, lambda: self.cdn_url)
         outbox = Outbox(self.world, self.media)
         endpoints = Endpoints(self.world, self.inbox, outbox, self.media)
         self._server = Server(self.world, endpoints, self.logins, self.watch)
         shared = {
             "/_sim/{call:.*}": admin.Admin(self).handle,
-            "/c2c/{action:.*}": Cdn(self.world, self.media).handle,
+            "/c2c/{action:.*}": CdnServer(self.world, self.media).handle,
         }
         self._first = Site(shared | {"/{path:.*}": self._server.handle})
         self._second = Site(shared | {"/{path:.*}": self._server.handle_second})
@@ -213,7 +213,7 @@ class Simulator:
         self,
         to: str,
         kind: str,
-        content: bytes | Sealed | None = None,
+        content: bytes | SealedMedia | None = None,
         *,
         sample: str | None = None,
         size: int | None = None,
@@ -227,7 +227,7 @@ class Simulator:
         the content to that many bytes. 100 MB take a second, unless a thread has called `media.seal` before.
         """
         bot = self.world.find(to)
-        if not isinstance(content, Sealed):
+        if not isinstance(content, SealedMedia):
             content = self.media.seal(kind, content, sample=sample, size=size, key_form=key_form)
         return self.inject(to, {"item_list": [self.media.item(bot, kind, content, url, fields)]})
 

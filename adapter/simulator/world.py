@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from msgspec import structs
 
 from adapter.simulator import ids, reading
-from adapter.simulator.clock import Clock
+from adapter.simulator.clock import VirtualClock
 from adapter.simulator.faults import Faults
 from adapter.simulator.records import (
     BotRecord,
@@ -32,7 +32,7 @@ TICKETS_KEPT = 1_000
 
 
 @dataclass(slots=True, eq=False)
-class Entry:
+class LogEntry:
     """A message in a bot's log. `raw` is its JSON, and `position` counts from 1."""
 
     position: int
@@ -56,11 +56,11 @@ class Poll:
     woken: "asyncio.Future[None] | None" = None
     verdict: str = ""
     hung_up: bool = False
-    batch: list[Entry] = field(default_factory=list)
+    batch: list[LogEntry] = field(default_factory=list)
 
 
 @dataclass(slots=True, eq=False)
-class Window:
+class WindowState:
     """What one bot may send to one user, and what it has shown there."""
 
     opened_ms: int | None = None
@@ -90,8 +90,8 @@ class Bot:
     last_position: int = 0
     delivered_position: int = 0
     rewound_to: int | None = None
-    log: "deque[Entry]" = field(default_factory=deque)
-    pending: "deque[Entry]" = field(default_factory=deque)
+    log: "deque[LogEntry]" = field(default_factory=deque)
+    pending: "deque[LogEntry]" = field(default_factory=deque)
     polls: list[Poll] = field(default_factory=list)
     poll_records: "deque[PollRecord]" = field(default_factory=deque)
     polls_total: int = 0
@@ -100,7 +100,7 @@ class Bot:
     cursor_salt: int = 0
     calls: "dict[str, deque[float]]" = field(default_factory=dict)
     call_counts: dict[str, int] = field(default_factory=dict)
-    windows: dict[str, Window] = field(default_factory=dict)
+    windows: dict[str, WindowState] = field(default_factory=dict)
     sends: "deque[SendRecord]" = field(default_factory=deque)
     ids_answered: int = 0
     updates_answered: int = 0
@@ -111,8 +111,8 @@ class Bot:
     def record(self) -> BotRecord:
         return BotRecord(bot=self.id, user=self.user, token=self.token)
 
-    def window(self, user: str) -> Window:
-        return self.windows.setdefault(user, Window())
+    def window(self, user: str) -> WindowState:
+        return self.windows.setdefault(user, WindowState())
 
     def wake(self) -> None:
         """Makes every parked poll look for messages again."""
@@ -127,7 +127,7 @@ class World:
     def __init__(self, settings: SimulatorSettings) -> None:
         self.settings = settings
         self.rng = random.Random(settings.seed)
-        self.clock = Clock(settings.frozen_at_ms)
+        self.clock = VirtualClock(settings.frozen_at_ms)
         self.faults = Faults(self.rng)
         self.cursors = ids.Cursors(self.rng)
         self.message_ids = ids.message_ids(self.rng)

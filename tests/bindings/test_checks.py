@@ -9,7 +9,7 @@ import msgspec
 import pytest
 
 from adapter.errors import SessionExpired, Temporary
-from adapter.ports import Message
+from adapter.ports import BusMessage
 from tests.bindings.test_control import BOT, TOKEN, USER, Platform
 from tests.fakes import FakeDelivery
 
@@ -110,7 +110,7 @@ async def test_a_bind_that_has_begun_is_not_refused_when_it_goes_on(problem: Exc
     await platform.bind()
     failures = [Temporary("bus_down")]
 
-    async def on_publish(message: Message) -> None:
+    async def on_publish(message: BusMessage) -> None:
         if message.stream == "event" and failures:
             platform.bench.chat.notify_fails = problem
             raise failures.pop()

@@ -18,7 +18,7 @@ from adapter.contract.names import H_ERROR, H_ERROR_CODE, H_MSG_ID, H_REPLY_TO, 
 from adapter.contract.records import Binding
 from adapter.errors import BusRefused, Refused, Temporary
 from adapter.ilink.wire import OPAQUE_CHARS
-from adapter.ports import Entry, Message, Stored
+from adapter.ports import BusMessage, Entry, StoredMessage
 from adapter.security.seal import Sealer, cursor_context
 from tests.fakes import Bench, Failing, FakeDelivery
 from tests.newer import made_newer
@@ -369,7 +369,7 @@ async def test_one_that_was_cut_off_for_long_tells_nothing_that_is_over(platform
     """Another has told it, and the stream does not know that event's id any more."""
     await platform.bind()
 
-    async def cut_off(_: Message) -> None:
+    async def cut_off(_: BusMessage) -> None:
         bus = platform.bench.bus
         bus.on_publish, platform.bench.leases.has_lease = None, False
         other = heir(platform)
@@ -419,7 +419,7 @@ async def test_what_a_bind_reads_does_not_grow_with_the_bots_of_its_sandbox(plat
 
 
 async def test_foreign_messages_among_the_events_of_a_sandbox_stand_in_nobodys_way(platform: Platform) -> None:
-    await platform.bench.bus.publish(Message("event", platform.bench.names.event("s1", "binding"), b"\xff", {}))
+    await platform.bench.bus.publish(BusMessage("event", platform.bench.names.event("s1", "binding"), b"\xff", {}))
     assert (await platform.bind()).ok
     answer = await heir(platform).say("unbind", sandbox="s1")
     assert [info.bot for info in answer.bindings] == [BOT]
@@ -647,7 +647,7 @@ async def test_an_owner_frozen_before_it_empties_the_inbox_deletes_nothing_new(
     writes(platform)
     read_last, frozen = platform.bench.bus.read_last, False
 
-    async def freezes(stream: str, subject: str) -> Stored | None:
+    async def freezes(stream: str, subject: str) -> StoredMessage | None:
         nonlocal frozen
         if not frozen and stream == platform.bench.names.stream_in:
             frozen = True

@@ -12,9 +12,9 @@ from adapter.bindings.stale_token import mark_active, publish_login_event
 from adapter.contract.messages import BindingEvent, BindingState
 from adapter.contract.records import Binding
 from adapter.errors import Temporary
-from adapter.ilink.protocol import Reply, read_sent, read_updates
+from adapter.ilink.protocol import IlinkReply, read_sent, read_updates
 from adapter.inbound.poller import BotPoller, State
-from adapter.ports import Account, Entry, Message, Polled
+from adapter.ports import Account, BusMessage, Entry, Polled
 from tests.fakes import Bench, batch, ready
 from tests.inbound.pollers import BOT, STALE, USER, Poller, raw, tended, texts
 
@@ -164,12 +164,12 @@ async def test_ten_minutes_of_a_firewall_cost_neither_a_login_nor_a_command(poll
             read()
 
     def polled() -> Polled:
-        forbid(lambda: read_updates(Reply(status, {}, b"<html>no</html>"), polled_s=0.1))
+        forbid(lambda: read_updates(IlinkReply(status, {}, b"<html>no</html>"), polled_s=0.1))
         bench.chat.polls.clear()  # no other poll is answered
         return batch(raw())
 
     async def sent(_: object) -> None:
-        forbid(lambda: read_sent(Reply(status, {}, b"<html>no</html>")))
+        forbid(lambda: read_sent(IlinkReply(status, {}, b"<html>no</html>")))
 
     bench.chat.polls.extend([polled] * 1000)
     bench.chat.on_send = sent
@@ -302,7 +302,7 @@ async def test_a_login_that_cannot_be_called_lost_does_not_hold_up_who_leaves(aw
     async def fail(*_: object) -> None:
         raise Temporary("bus_timeout")
 
-    async def fail_events(message: Message) -> None:
+    async def fail_events(message: BusMessage) -> None:
         if message.stream == "event":
             await fail()
 

@@ -21,7 +21,7 @@ from adapter.jetstream.managed_connection import ManagedConnection
 from adapter.jetstream.publisher import Publisher
 from adapter.kit.timing import SystemClock
 from adapter.observability.metrics import Metrics
-from adapter.ports import Message
+from adapter.ports import BusMessage
 from adapter.settings import Settings
 
 NAMES = Names()
@@ -110,8 +110,8 @@ async def rig_on(bus: Bus, *, streams: bool = True) -> AsyncIterator[Rig]:
         rig.stop()
 
 
-def event(number: int, sandbox: str = "s1") -> Message:
-    return Message("event", NAMES.event(sandbox, "receipt"), str(number).encode(), {H_MSG_ID: f"e{number}"})
+def event(number: int, sandbox: str = "s1") -> BusMessage:
+    return BusMessage("event", NAMES.event(sandbox, "receipt"), str(number).encode(), {H_MSG_ID: f"e{number}"})
 
 
 class Fence:
@@ -143,4 +143,4 @@ async def control(rig: Rig, *texts: str) -> None:
         if wanted.name == topology.CONTROL:
             await topology.create_resource(rig.connection, wanted)
     for text in texts:
-        await rig.publisher.publish(Message("ctl", NAMES.bind, text.encode(), {}))
+        await rig.publisher.publish(BusMessage("ctl", NAMES.bind, text.encode(), {}))

@@ -18,13 +18,13 @@ from adapter.jetstream import topology
 from adapter.jetstream.buckets import KvBucket, LeaderKvBucket
 from adapter.jetstream.history import direct_get
 from adapter.jetstream.publisher import Publisher
-from adapter.ports import Entry, Message, PubAck, Stored
+from adapter.ports import BusMessage, Entry, PubAck, StoredMessage
 from tests.bus.rig import NAMES, STATUS, Rig, event
 from tests.e2e.waiting import eventually, until
 from tests.growth import census, growing
 
 KEY = conversation_key("s1", "u1@im.wechat")
-Found = tuple[list[Stored], dict[str, str]]
+Found = tuple[list[StoredMessage], dict[str, str]]
 
 
 async def test_a_stored_message_with_a_status_among_its_headers_is_read_as_any_other(rig: Rig) -> None:
@@ -78,7 +78,7 @@ class Twice:
     def __init__(self, publisher: Publisher) -> None:
         self._publisher = publisher
 
-    async def publish(self, message: Message) -> PubAck:
+    async def publish(self, message: BusMessage) -> PubAck:
         await self._publisher.publish(message)
         return await self._publisher.publish(message)
 
@@ -318,7 +318,7 @@ async def test_nobody_empties_a_bucket(rig: Rig, name: str) -> None:
         assert refused.value.code == code
     with pytest.raises(BusRefused, match="rollup not permitted"):  # as `nats kv purge` writes it
         await rig.publisher.publish(
-            Message("kv", bucket.subject("a"), b"", {"KV-Operation": "PURGE", "Nats-Rollup": "sub"})
+            BusMessage("kv", bucket.subject("a"), b"", {"KV-Operation": "PURGE", "Nats-Rollup": "sub"})
         )
     assert await bucket.get("a") == kept
 

@@ -16,7 +16,7 @@ from adapter.contract.names import H_MSG_ID, shard_of
 from adapter.jetstream import topology
 from adapter.jetstream.consumer import Consumer, Delivery
 from adapter.kit.timing import SystemClock
-from adapter.ports import Message
+from adapter.ports import BusMessage
 from tests.bus.rig import NAMES, PATIENCE_S, STATUS, Fence, Rig, control
 from tests.e2e.waiting import eventually, until
 
@@ -121,7 +121,7 @@ async def test_what_has_come_is_delivered_in_its_turn_and_not_after_the_pull_has
 async def test_a_delivery_with_a_status_among_its_headers_is_one_as_any_other(rig: Rig) -> None:
     await control(rig)
     for number, headers in enumerate(STATUS):
-        await rig.publisher.publish(Message("ctl", NAMES.bind, str(number).encode(), headers))
+        await rig.publisher.publish(BusMessage("ctl", NAMES.bind, str(number).encode(), headers))
     reader = Reader(rig)
     await reader.have(len(STATUS))
     assert (reader.texts, reader.resets) == (["0", "1", "2", "3", "4"], 1)
@@ -150,7 +150,7 @@ async def test_the_next_owner_gets_what_is_unsettled_in_order_and_is_told_so(rig
     await eventually(settled, "both are acknowledged")
     first.task.cancel()
     await asyncio.wait([first.task])
-    await rig.publisher.publish(Message("ctl", NAMES.bind, b"new", {}))
+    await rig.publisher.publish(BusMessage("ctl", NAMES.bind, b"new", {}))
 
     heir = Reader(rig)
     await heir.have(5)
@@ -218,7 +218,7 @@ async def test_a_kill_of_the_server_brings_what_is_unsettled_again_in_order(rig:
     assert reader.resets == 2
     assert all(delivery.redelivered for delivery in reader.got[3:])
     count = len(reader.got)
-    await rig.publisher.publish(Message("ctl", NAMES.bind, b"3", {}))
+    await rig.publisher.publish(BusMessage("ctl", NAMES.bind, b"3", {}))
     await reader.have(count + 1)
     assert reader.texts[count:] == ["3"]
 
@@ -235,13 +235,13 @@ async def test_a_delivery_that_got_lost_on_its_way_comes_again_before_what_is_af
     await reader.have(1)
     stolen = rig.connection.client().new_inbox()
     thief = await rig.connection.client().subscribe(stolen)
-    await rig.publisher.publish(Message("ctl", NAMES.bind, b"1", {}))
+    await rig.publisher.publish(BusMessage("ctl", NAMES.bind, b"1", {}))
     await rig.connection.publish(
         f"$JS.API.CONSUMER.MSG.NEXT.{NAMES.stream_ctl}.{topology.CONTROL}", b'{"batch":1}', reply=stolen
     )
     assert (await thief.next_msg(timeout=30)).data == b"1"
     if more:
-        await rig.publisher.publish(Message("ctl", NAMES.bind, b"2", {}))
+        await rig.publisher.publish(BusMessage("ctl", NAMES.bind, b"2", {}))
     await reader.got[0].ack()
     await reader.have(2)
     await reader.got[1].ack()
@@ -306,7 +306,7 @@ async def test_an_owner_that_was_frozen_takes_nothing_from_the_one_after_it(rig:
     heir = Reader(rig, room=8)
     await heir.have(8)
     await heir.got[0].ack()
-    await rig.publisher.publish(Message("ctl", NAMES.bind, b"8", {}))
+    await rig.publisher.publish(BusMessage("ctl", NAMES.bind, b"8", {}))
     async with asyncio.timeout(PATIENCE_S):
         while (await heir.consumer.get_info())["num_ack_pending"] != 7:  # the ack has no answer of its own
             await asyncio.sleep(0.01)
@@ -317,7 +317,7 @@ async def test_an_owner_that_was_frozen_takes_nothing_from_the_one_after_it(rig:
     thawed.task.cancel()
     await asyncio.wait([thawed.task])
     await heir.got[1].ack()
-    await rig.publisher.publish(Message("ctl", NAMES.bind, b"9", {}))
+    await rig.publisher.publish(BusMessage("ctl", NAMES.bind, b"9", {}))
     await heir.have(10)
     assert heir.texts == [*texts, "8", "9"]
     assert thawed.got == []
@@ -360,7 +360,7 @@ async def test_a_shards_consumer_which_no_server_keeps_is_made_again_after_a_kil
     name = topology.out_consumer(shard_of("s1"))
     reader = Reader(rig, name=name)
     for text in (b"0", b"1", b"2"):
-        await rig.publisher.publish(Message("out", NAMES.out("s1"), text, {}))
+        await rig.publisher.publish(BusMessage("out", NAMES.out("s1"), text, {}))
     await reader.have(3)
     await reader.got[0].ack()
     while len(await rig.read(NAMES.stream_out, NAMES.out_shard(shard_of("s1")))) > 2:
@@ -368,7 +368,7 @@ async def test_a_shards_consumer_which_no_server_keeps_is_made_again_after_a_kil
     rig.bus.kill()
     await rig.bus.start()
     await reader.have(5)
-    await rig.publisher.publish(Message("out", NAMES.out("s1"), b"3", {}))
+    await rig.publisher.publish(BusMessage("out", NAMES.out("s1"), b"3", {}))
     await reader.have(6)
     later = [(delivery.data, delivery.redelivered) for delivery in reader.got[3:]]
     assert later == [(b"1", True), (b"2", True), (b"3", False)]

@@ -14,7 +14,7 @@ from adapter.jetstream import topology
 from adapter.jetstream.consumer import Consumer
 from adapter.jetstream.history import StreamHistory, direct_get
 from adapter.kit.timing import SystemClock
-from adapter.ports import Message, PubAck, Stored
+from adapter.ports import BusMessage, PubAck, StoredMessage
 from tests.bus.rig import NAMES, Rig, control, event
 from tests.e2e.waiting import until
 
@@ -44,7 +44,7 @@ async def test_a_purge_keeps_the_newest_over_all_subjects_of_a_wildcard(rig: Rig
     """The receipts of one sandbox: of each command there may be one, and the subjects together are bounded."""
     sandboxes = ["s1", "s1", "s2"]
     receipts = [
-        Message("event", NAMES.receipt(sandboxes[number % 3], f"c{number}", number), str(number).encode(), {})
+        BusMessage("event", NAMES.receipt(sandboxes[number % 3], f"c{number}", number), str(number).encode(), {})
         for number in range(600)
     ]
     await rig.publisher.publish_all([*receipts, event(1, "s1")])
@@ -63,7 +63,7 @@ async def test_what_is_large_is_read_whole_and_never_more_at_once_than_a_server_
     await rig.connection.api_request(f"STREAM.UPDATE.{NAMES.stream_out}", config | {"max_msg_size": -1})
     large = [bytes([number]) * 700_000 for number in range(12)]
     large.append(b"x" * (rig.connection.max_payload - 12))  # with what belongs to it more than a pull brings
-    await rig.publisher.publish_all([Message("out", NAMES.out("s1"), data, {}) for data in large])
+    await rig.publisher.publish_all([BusMessage("out", NAMES.out("s1"), data, {}) for data in large])
     asked: list[Msg] = []
 
     async def on_message(msg: Msg) -> None:
@@ -88,7 +88,7 @@ async def test_what_is_large_is_read_whole_and_never_more_at_once_than_a_server_
 
 async def test_a_message_is_deleted_once_and_deleting_it_again_is_no_error(rig: Rig) -> None:
     subject = NAMES.inbox("s1")
-    acks = [await rig.publisher.publish(Message("in", subject, str(n).encode(), {})) for n in range(3)]
+    acks = [await rig.publisher.publish(BusMessage("in", subject, str(n).encode(), {})) for n in range(3)]
     for _ in range(2):
         await rig.history.delete(NAMES.stream_in, acks[1].seq)
     assert await rig.read(NAMES.stream_in, subject) == [b"0", b"2"]
@@ -121,7 +121,7 @@ async def test_a_replicated_history_ends_where_the_leader_has_no_more(
     await control(rig, "0", "1", "2")
     asked = 0
 
-    async def lagging(*query: Any) -> tuple[list[Stored], dict[str, str]]:
+    async def lagging(*query: Any) -> tuple[list[StoredMessage], dict[str, str]]:
         nonlocal asked
         asked += 1
         found, end = await direct_get(*query)
@@ -158,7 +158,7 @@ async def test_the_newest_messages_are_found_behind_what_was_deleted(rig: Rig) -
     stream, subject = NAMES.stream_dead, NAMES.dead_letters("*")
     assert await rig.history.read_newest(stream, subject, count=3) == []
     for number in range(1, 41):
-        await rig.publisher.publish(Message("dead", NAMES.dead_letters(f"X{number % 2}"), b"%d" % number, {}))
+        await rig.publisher.publish(BusMessage("dead", NAMES.dead_letters(f"X{number % 2}"), b"%d" % number, {}))
 
     async def newest(**where: Any) -> list[int]:
         return [stored.seq for stored in await rig.history.read_newest(stream, subject, **where)]

@@ -12,7 +12,7 @@ from adapter.contract.names import H_MSG_ID
 from adapter.errors import Temporary
 from adapter.jetstream.buckets import LeaderKvBucket
 from adapter.jetstream.objects import CHUNK, ObjectStore
-from adapter.ports import Entry, Message, PubAck
+from adapter.ports import BusMessage, Entry, PubAck
 from tests.bus.rig import NAMES, PATIENCE_S, Bus, Rig, control, event, rig_on
 from tests.bus.test_consumer import Reader
 from tests.bus.test_objects import content, count, pieces_of, whole
@@ -54,7 +54,10 @@ async def test_a_batch_is_stored_once_and_in_order(rig: Rig, lossy: Lossy, place
     for begin in (0, BATCH):
         losses = [lose_ack(lossy, stream, skip=place) for stream in SUBJECTS]
         batches = [
-            [Message("event", subject, b"%d" % n, {H_MSG_ID: f"{subject}.{n}"}) for n in range(begin, begin + BATCH)]
+            [
+                BusMessage("event", subject, b"%d" % n, {H_MSG_ID: f"{subject}.{n}"})
+                for n in range(begin, begin + BATCH)
+            ]
             for subject in SUBJECTS.values()
         ]
         async with asyncio.timeout(PATIENCE_S):

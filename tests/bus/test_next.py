@@ -15,7 +15,7 @@ from adapter.contract.messages import NextPage, NextQuery
 from adapter.errors import Refused, Temporary
 from adapter.jetstream.buckets import TTL, LeaderKvBucket
 from adapter.kit.timing import SystemClock
-from adapter.ports import Message, SandboxRequest, Stored
+from adapter.ports import BusMessage, SandboxRequest, StoredMessage
 from adapter.services.next import Next, NextDeps
 from tests.bus.rig import NAMES, Rig
 from tests.newer import made_newer
@@ -40,7 +40,7 @@ class Held:
         self.meanwhile: Callable[[], Any] | None = None
         self.last_sequences = 0
 
-    async def read(self, stream: str, subject: str, **where: Any) -> AsyncIterator[Stored]:
+    async def read(self, stream: str, subject: str, **where: Any) -> AsyncIterator[StoredMessage]:
         found = [stored async for stored in self._history.read(stream, subject, **where)]
         meanwhile, self.meanwhile = self.meanwhile, None
         if meanwhile is not None:
@@ -67,7 +67,7 @@ class Place:
 
     async def say(self, *texts: str, sandbox: str = "s1") -> list[int]:
         """Their sequences."""
-        messages = [Message("in", NAMES.inbox(sandbox), msgspec.json.encode({"text": text}), {}) for text in texts]
+        messages = [BusMessage("in", NAMES.inbox(sandbox), msgspec.json.encode({"text": text}), {}) for text in texts]
         acks = await self.rig.publisher.publish_all(messages)
         return [getattr(ack, "seq", 0) for ack in acks]
 

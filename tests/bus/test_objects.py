@@ -17,7 +17,7 @@ from adapter.errors import BusRefused, LeaseLost, Refused, Temporary, Unreadable
 from adapter.jetstream import topology
 from adapter.jetstream.history import direct_get
 from adapter.jetstream.objects import BATCH, CHUNK, ObjectStore
-from adapter.ports import Objects, Pieces, Stored, StoredObject
+from adapter.ports import Objects, Pieces, StoredMessage, StoredObject
 from tests.bus.rig import NAMES, Bus, Rig, rig_on
 from tests.e2e.waiting import until
 
@@ -120,7 +120,7 @@ async def test_an_object_does_not_end_early_where_a_server_lags_behind(
     data = content(chunks * CHUNK)
     stored = await store.put("s1/x", pieces_of(data))
 
-    async def lagging(*asked: Any) -> tuple[list[Stored], dict[str, str]]:
+    async def lagging(*asked: Any) -> tuple[list[StoredMessage], dict[str, str]]:
         found, end = await direct_get(*asked)
         return [one._replace(headers=one.headers | {"Nats-Num-Pending": "0"}) for one in found], end
 

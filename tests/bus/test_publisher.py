@@ -20,7 +20,7 @@ from adapter.errors import BusRefused, LeaseLost
 from adapter.jetstream import topology
 from adapter.jetstream.publisher import DELAYED_PUBLISH_S, Publisher
 from adapter.kit.timing import SystemClock
-from adapter.ports import Message, PubAck
+from adapter.ports import BusMessage, PubAck
 from adapter.settings import Settings
 from tests.bus.rig import NAMES, PATIENCE_S, Bus, Fence, Rig, event, rig_on
 from tests.e2e.cluster import NatsCluster
@@ -73,7 +73,7 @@ async def test_kills_of_the_server_cost_neither_a_message_nor_the_order(rig: Rig
 
 
 async def test_one_too_large_is_refused_and_the_others_of_its_batch_are_stored(rig: Rig) -> None:
-    large = Message("event", NAMES.event("s1", "receipt"), b"x" * (rig.connection.max_payload + 1), {})
+    large = BusMessage("event", NAMES.event("s1", "receipt"), b"x" * (rig.connection.max_payload + 1), {})
     acks = await rig.publisher.publish_all([event(0), large, event(1)])
     assert [isinstance(ack, BusRefused) for ack in acks] == [False, True, False]
     with pytest.raises(BusRefused):
@@ -83,8 +83,8 @@ async def test_one_too_large_is_refused_and_the_others_of_its_batch_are_stored(r
 
 async def test_a_subject_that_would_break_the_connection_is_refused(rig: Rig) -> None:
     with pytest.raises(BusRefused):
-        await rig.publisher.publish(Message("event", NAMES.event("x" * 4000, "receipt"), b"x", {}))
-    await rig.publisher.publish(Message("event", NAMES.event("x" * 3000, "receipt"), b"x", {}))
+        await rig.publisher.publish(BusMessage("event", NAMES.event("x" * 4000, "receipt"), b"x", {}))
+    await rig.publisher.publish(BusMessage("event", NAMES.event("x" * 3000, "receipt"), b"x", {}))
     assert rig.connection.epoch == 1
 
 
@@ -92,7 +92,7 @@ async def test_a_subject_that_would_break_the_connection_is_refused(rig: Rig) ->
 async def test_headers_count_against_the_largest_message(rig: Rig, over: int) -> None:
     """Refused here or stored there, never a connection broken by the server."""
     headers = {H_MSG_ID: "x" * 100, "traceparent": "é" * 50}
-    message = Message("event", NAMES.event("s1", "receipt"), b"x" * (rig.connection.max_payload + over), headers)
+    message = BusMessage("event", NAMES.event("s1", "receipt"), b"x" * (rig.connection.max_payload + over), headers)
     (ack,) = await rig.publisher.publish_all([message])
     assert isinstance(ack, PubAck | BusRefused)
     await rig.publisher.publish(event(1))
@@ -131,7 +131,7 @@ async def reloaded(tmp_path: Path) -> AsyncIterator[Bus]:
 async def test_a_lowered_limit_for_messages_holds_up_nothing(reloaded: Bus) -> None:
     assert isinstance(reloaded.server, Reloaded)
     async with rig_on(reloaded) as rig:
-        message = Message("event", NAMES.event("s1", "receipt"), b"x" * 2000, {H_MSG_ID: "e0" * 100})
+        message = BusMessage("event", NAMES.event("s1", "receipt"), b"x" * 2000, {H_MSG_ID: "e0" * 100})
         await reloaded.server.limit(2048)  # with its headers it has more
         acks = await asyncio.wait_for(rig.publisher.publish_all([event(1), message, event(2)]), PATIENCE_S)
         assert [isinstance(ack, BusRefused) for ack in acks] == [False, True, False]
@@ -166,7 +166,7 @@ async def test_headers_that_speak_as_the_server_does_hide_nothing(rig: Rig) -> N
 
 async def test_a_message_for_no_stream_waits_for_one(rig: Rig) -> None:
     """No responders: the stream is being made, or moves. Nothing is lost, and others follow."""
-    waiting = asyncio.create_task(rig.publisher.publish(Message("event", "late.1", b"x", {})))
+    waiting = asyncio.create_task(rig.publisher.publish(BusMessage("event", "late.1", b"x", {})))
     await asyncio.sleep(0.3)
     assert not waiting.done()
     await rig.connection.api_request("STREAM.CREATE.LATE", {"name": "LATE", "subjects": ["late.*"]})
@@ -183,7 +183,7 @@ async def others_go_on(rig: Rig, first: int = 0) -> None:
     """What is written to other streams than that of events is stored, and who asks is told that it can be."""
     inbox, numbers = NAMES.inbox("s1"), range(first, first + 20)
     async with asyncio.timeout(PATIENCE_S):
-        await rig.publisher.publish_all([Message("in", inbox, b"%d" % n, {H_MSG_ID: f"i{n}"}) for n in numbers])
+        await rig.publisher.publish_all([BusMessage("in", inbox, b"%d" % n, {H_MSG_ID: f"i{n}"}) for n in numbers])
         await asyncio.gather(*(rig.bucket().update(f"k{number}", b"1", 0) for number in numbers))
         await rig.publisher.wait_writable(OTHERS)
     assert await rig.read(NAMES.stream_in, inbox) == [b"%d" % number for number in range(first + 20)]

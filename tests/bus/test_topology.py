@@ -27,7 +27,7 @@ from adapter.jetstream.multiplexer import Reply
 from adapter.jetstream.publisher import Publisher
 from adapter.kit.timing import SystemClock
 from adapter.observability.metrics import Metrics
-from adapter.ports import Message
+from adapter.ports import BusMessage
 from adapter.settings import Settings
 from tests.bus.rig import NAMES, PATIENCE_S, Bus, Rig, rig_on
 
@@ -308,8 +308,8 @@ async def test_a_sandboxs_shard_is_the_servers(rig: Rig) -> None:
     """The transform's partition() and ours, for 300 names; and plain wechat.out stays as it is."""
     names = [f"sandbox-{number}" for number in range(290)]
     names += ["a", "_", "-", "0", "z" * 64, "a_b-c", "s1", "s2", "00000000", "x-y_z"]
-    await rig.publisher.publish_all([Message("out", NAMES.out(name), name.encode(), {}) for name in names])
-    await rig.publisher.publish(Message("out", NAMES.out_plain, b"plain", {}))
+    await rig.publisher.publish_all([BusMessage("out", NAMES.out(name), name.encode(), {}) for name in names])
+    await rig.publisher.publish(BusMessage("out", NAMES.out_plain, b"plain", {}))
     nc = await rig.bus.client()
     stored = {}
     first = await rig.first(NAMES.stream_out)
@@ -327,8 +327,10 @@ async def test_what_is_stored_inbound_reaches_a_plain_subscriber_with_its_sequen
     heard = await nc.subscribe(NAMES.live("s1"))
     await nc.flush()
     for number in range(2):
-        await rig.publisher.publish(Message("in", NAMES.inbox("s1"), str(number).encode(), {H_MSG_ID: f"i{number}"}))
-    await rig.publisher.publish(Message("in", NAMES.inbox("s1"), b"1", {H_MSG_ID: "i1"}))
+        await rig.publisher.publish(
+            BusMessage("in", NAMES.inbox("s1"), str(number).encode(), {H_MSG_ID: f"i{number}"})
+        )
+    await rig.publisher.publish(BusMessage("in", NAMES.inbox("s1"), b"1", {H_MSG_ID: "i1"}))
     first, second = await heard.next_msg(5), await heard.next_msg(5)
     assert (first.data, second.data) == (b"0", b"1")
     assert second.headers is not None
@@ -343,10 +345,10 @@ async def test_a_sandbox_whose_queue_is_full_is_refused_and_others_are_not(bus: 
     bus.settings = msgspec.structs.replace(bus.settings, out_max_per_sandbox=2)
     async with rig_on(bus) as rig:
         for _ in range(2):
-            await rig.publisher.publish(Message("out", NAMES.out("s1"), b"x", {}))
+            await rig.publisher.publish(BusMessage("out", NAMES.out("s1"), b"x", {}))
         with pytest.raises(BusRefused):
-            await rig.publisher.publish(Message("out", NAMES.out("s1"), b"x", {}))
-        await rig.publisher.publish(Message("out", NAMES.out("s2"), b"x", {H_COMMAND: "c1"}))
+            await rig.publisher.publish(BusMessage("out", NAMES.out("s1"), b"x", {}))
+        await rig.publisher.publish(BusMessage("out", NAMES.out("s2"), b"x", {H_COMMAND: "c1"}))
 
 
 async def test_what_is_too_large_to_be_a_command_is_refused_to_its_publisher(bus: Bus) -> None:
@@ -354,7 +356,7 @@ async def test_what_is_too_large_to_be_a_command_is_refused_to_its_publisher(bus
     async with rig_on(bus, streams=False) as rig:
         await topology.ensure_topology(rig.connection, NAMES, bus.settings)
         headers = {"long": "x" * (topology.HEADER_BYTES - 64)}
-        largest = Message("out", NAMES.out("s1"), b"x" * COMMAND_BYTES, headers)
+        largest = BusMessage("out", NAMES.out("s1"), b"x" * COMMAND_BYTES, headers)
         await rig.publisher.publish(largest)
         too_large = msgspec.structs.replace(largest, payload=bytes(COMMAND_BYTES + topology.HEADER_BYTES))
         with pytest.raises(BusRefused, match="message size exceeds maximum allowed"):
@@ -367,9 +369,11 @@ async def test_commands_and_dead_letters_end_at_their_size_and_leave_room_for_th
     payload = bytes(256 * 1024)
     async with rig_on(bus, streams=False) as rig:
         await topology.ensure_topology(rig.connection, NAMES, settings)
-        dead = [await rig.publisher.publish(Message("dead", NAMES.dead_letters("X"), payload, {})) for _ in range(10)]
+        dead = [
+            await rig.publisher.publish(BusMessage("dead", NAMES.dead_letters("X"), payload, {})) for _ in range(10)
+        ]
         assert await rig.first(NAMES.stream_dead) > dead[0].seq
-        out = [Message("out", NAMES.out(f"s{number}"), payload, {}) for number in range(25)]
+        out = [BusMessage("out", NAMES.out(f"s{number}"), payload, {}) for number in range(25)]
         answers = await rig.publisher.publish_all(out)
         refused = [answer for answer in answers if isinstance(answer, BusRefused)]
         assert refused == answers[-len(refused) :]
@@ -377,7 +381,7 @@ async def test_commands_and_dead_letters_end_at_their_size_and_leave_room_for_th
         for name, limit in ((NAMES.stream_out, 5 << 20), (NAMES.stream_dead, 1 << 20)):
             state = (await rig.connection.api_request(f"STREAM.INFO.{name}"))["state"]
             assert limit - 2 * len(payload) < state["bytes"] <= limit
-        await rig.publisher.publish(Message("in", NAMES.inbox("s1"), b"x", {}))
+        await rig.publisher.publish(BusMessage("in", NAMES.inbox("s1"), b"x", {}))
 
 
 class Hurried(EmbeddedNats):
@@ -399,7 +403,7 @@ async def test_what_a_flooded_stream_does_not_take_in_is_written_again(tmp_path:
         await connection.wait_connected(PATIENCE_S)
         (wanted,) = [w for w in topology.wanted_streams(NAMES, settings) if w.name == NAMES.stream_out]
         await topology.create_resource(connection, wanted)
-        copies = [Message("out", NAMES.out("s1"), b"x", {H_MSG_ID: str(number)}) for number in range(500)]
+        copies = [BusMessage("out", NAMES.out("s1"), b"x", {H_MSG_ID: str(number)}) for number in range(500)]
         answers = await publisher.publish_all(copies)
         assert not [answer for answer in answers if isinstance(answer, BusRefused)]
         assert metrics.value("nats_publish_total", stream="out", outcome="retried") > 0

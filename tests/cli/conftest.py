@@ -13,7 +13,7 @@ import pytest
 import structlog
 
 from adapter.cli import main
-from adapter.cli.bus import Bus, connected_bus
+from adapter.cli.bus import BusConnection, connected_bus
 from adapter.cli.demo import demo_settings
 from adapter.cli.embedded import EmbeddedNats
 from adapter.cli.lifetime import adapter_running
@@ -78,7 +78,7 @@ def settings(server: EmbeddedNats) -> Settings:
 
 
 @pytest.fixture
-async def bus(settings: Settings, request: pytest.FixtureRequest) -> AsyncIterator[Bus]:
+async def bus(settings: Settings, request: pytest.FixtureRequest) -> AsyncIterator[BusConnection]:
     """A connection to a NATS with all streams, and no adapter. Its 130 consumers are there for modules that say
     `CONSUMERS = True`: most commands have nothing to do with them, and the server takes a second to make them."""
     async with connected_bus(settings) as found:

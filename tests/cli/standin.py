@@ -8,7 +8,7 @@ from collections.abc import AsyncIterator, Callable, Sequence
 import msgspec
 from nats.aio.msg import Msg
 
-from adapter.cli.bus import Bus
+from adapter.cli.bus import BusConnection
 from adapter.contract.messages import (
     Bind,
     BindingHealth,
@@ -35,7 +35,7 @@ def with_health(info: BindingInfo) -> BindingInfo:
 class StandIn:
     """What it was asked, and what it answers: both may be looked at and set by a test."""
 
-    def __init__(self, bus: Bus) -> None:
+    def __init__(self, bus: BusConnection) -> None:
         self._bus = bus
         self.bindings: list[BindingInfo] = []
         self.control = ControlAnswer(ok=True, checked=True)
@@ -91,7 +91,7 @@ class StandIn:
 
 
 @contextlib.asynccontextmanager
-async def answering(bus: Bus) -> AsyncIterator[StandIn]:
+async def answering(bus: BusConnection) -> AsyncIterator[StandIn]:
     """A stand-in on the bus."""
     standin = StandIn(bus)
     await standin.start()

@@ -13,7 +13,7 @@ from typing import Any
 import msgspec
 import pytest
 
-from adapter.cli.bus import Bus
+from adapter.cli.bus import BusConnection
 from adapter.contract.messages import (
     Bind,
     BindingHealth,
@@ -39,7 +39,9 @@ def token_file(tmp_path: Path) -> str:
     return str(path)
 
 
-async def test_bind_without_an_adapter_is_stored_and_says_so(cli: Command, bus: Bus, token_file: str) -> None:
+async def test_bind_without_an_adapter_is_stored_and_says_so(
+    cli: Command, bus: BusConnection, token_file: str
+) -> None:
     result = await cli("bind", "s1", "bot1@im.bot", "--token-file", token_file, "--timeout", "0.1")
     assert result.code == 4
     assert "Stored" in result.err
@@ -51,7 +53,9 @@ async def test_bind_without_an_adapter_is_stored_and_says_so(cli: Command, bus: 
     assert (stored.headers or {})[H_REPLY_TO].startswith("_INBOX.")
 
 
-async def test_bind_shows_what_is_bound_now(cli: Command, bus: Bus, token_file: str, tmp_path: Path) -> None:
+async def test_bind_shows_what_is_bound_now(
+    cli: Command, bus: BusConnection, token_file: str, tmp_path: Path
+) -> None:
     async with answering(bus) as adapter:
         adapter.control = ControlAnswer(ok=True, bindings=[BOUND], replaced=["bot0@im.bot"])
         options = (
@@ -78,13 +82,17 @@ async def test_a_cursor_is_no_argument_since_a_token_stands_in_it(cli: Command, 
     assert "ChAIARCd" not in result.out + result.err
 
 
-async def test_a_bot_is_bound_from_the_start_by_an_empty_cursor(cli: Command, bus: Bus, token_file: str) -> None:
+async def test_a_bot_is_bound_from_the_start_by_an_empty_cursor(
+    cli: Command, bus: BusConnection, token_file: str
+) -> None:
     await cli("bind", "s1", "bot1@im.bot", "--token-file", token_file, "--cursor", "", "--timeout", "0.1")
     stored = await bus.js.get_last_msg(bus.names.stream_ctl, ">")
     assert msgspec.json.decode(stored.data or b"", type=Bind).cursor == ""
 
 
-async def test_a_refused_bind_is_1_with_the_adapters_sentence(cli: Command, bus: Bus, token_file: str) -> None:
+async def test_a_refused_bind_is_1_with_the_adapters_sentence(
+    cli: Command, bus: BusConnection, token_file: str
+) -> None:
     async with answering(bus) as adapter:
         adapter.control = ControlAnswer(ok=False, error="The host is not allowed.")
         result = await cli("bind", "s1", "bot1@im.bot", "--token-file", token_file)
@@ -94,7 +102,7 @@ async def test_a_refused_bind_is_1_with_the_adapters_sentence(cli: Command, bus:
         assert result.rows[0]["error"] == "The host is not allowed."
 
 
-async def test_the_same_id_again_has_no_second_effect(cli: Command, bus: Bus, token_file: str) -> None:
+async def test_the_same_id_again_has_no_second_effect(cli: Command, bus: BusConnection, token_file: str) -> None:
     async with answering(bus):
         arguments = ("bind", "s1", "bot1@im.bot", "--token-file", token_file, "--id", "r1")
         assert (await cli(*arguments)).code == 0
@@ -103,7 +111,7 @@ async def test_the_same_id_again_has_no_second_effect(cli: Command, bus: Bus, to
     assert "Request r1 was stored before" in again.err
 
 
-async def test_a_token_is_never_an_argument_and_not_repeated(cli: Command, bus: Bus) -> None:
+async def test_a_token_is_never_an_argument_and_not_repeated(cli: Command, bus: BusConnection) -> None:
     result = await cli("bind", "s1", "bot1@im.bot", "--token", TOKEN)
     assert result.code == 2
     assert "secret" not in result.err
@@ -115,11 +123,11 @@ async def test_a_token_is_never_an_argument_and_not_repeated(cli: Command, bus: 
     [("--token", "-", "--token-file", "/dev/null"), ("--token-file", "/nowhere"), ("--token-file", "/dev/null")],
     ids=["both", "no file", "empty"],
 )
-async def test_a_token_that_cannot_be_had_is_2(cli: Command, bus: Bus, options: tuple[str, ...]) -> None:
+async def test_a_token_that_cannot_be_had_is_2(cli: Command, bus: BusConnection, options: tuple[str, ...]) -> None:
     assert (await cli("bind", "s1", "bot1@im.bot", *options)).code == 2
 
 
-async def test_the_token_may_come_from_standard_input(bus: Bus) -> None:
+async def test_the_token_may_come_from_standard_input(bus: BusConnection) -> None:
     async with answering(bus) as adapter, started("bind", "s1", "bot1@im.bot", "--token", "-") as process:
         _, err = await process.communicate(TOKEN.encode() + b"\n")
         assert (process.returncode, err) == (0, b"")
@@ -128,21 +136,21 @@ async def test_the_token_may_come_from_standard_input(bus: Bus) -> None:
     assert asked.bot_token == TOKEN
 
 
-async def test_an_unbind_of_what_is_not_bound_does_not_say_that_it_unbound(cli: Command, bus: Bus) -> None:
+async def test_an_unbind_of_what_is_not_bound_does_not_say_that_it_unbound(cli: Command, bus: BusConnection) -> None:
     async with answering(bus) as adapter:
         assert (await cli("unbind", "s1")).out == "Nothing was bound.\n"
         adapter.control = ControlAnswer(ok=True, bindings=[BOUND])
         assert (await cli("unbind", "s1")).out.endswith("\nunbound.\n")
 
 
-async def test_without_a_terminal_nobody_is_asked_for_the_token(bus: Bus) -> None:
+async def test_without_a_terminal_nobody_is_asked_for_the_token(bus: BusConnection) -> None:
     async with started("bind", "s1", "bot1@im.bot") as process:
         _, err = await process.communicate(b"")
         assert process.returncode == 2
         assert b"--token -" in err
 
 
-async def test_on_a_terminal_the_token_is_asked_for_and_not_shown(bus: Bus) -> None:
+async def test_on_a_terminal_the_token_is_asked_for_and_not_shown(bus: BusConnection) -> None:
     async with answering(bus) as adapter, on_terminal("bind", "s1", "bot1@im.bot") as (process, main):
         shown = b""
         while b"not shown" not in shown:
@@ -157,7 +165,7 @@ async def test_on_a_terminal_the_token_is_asked_for_and_not_shown(bus: Bus) -> N
     assert b"secret" not in shown
 
 
-async def test_unbind_one_or_all(cli: Command, bus: Bus) -> None:
+async def test_unbind_one_or_all(cli: Command, bus: BusConnection) -> None:
     async with answering(bus) as adapter:
         adapter.control = ControlAnswer(ok=True, bindings=[BOUND])
         assert (await cli("unbind", "s1")).code == 0
@@ -169,7 +177,7 @@ async def test_unbind_one_or_all(cli: Command, bus: Bus) -> None:
     assert (one.bot, other.bot) == (None, "bot1@im.bot")
 
 
-async def test_bindings_come_in_pages_and_are_shown_whole(cli: Command, bus: Bus) -> None:
+async def test_bindings_come_in_pages_and_are_shown_whole(cli: Command, bus: BusConnection) -> None:
     async with answering(bus) as adapter:
         adapter.bindings = [BindingInfo(sandbox=f"s{i % 2}", bot=f"bot{i}@im.bot") for i in range(5)]
         result = await cli("bindings", "--json")
@@ -190,7 +198,7 @@ def bot(number: int, status: BotStatus, sandbox: str = "s1", **health: Any) -> B
     )
 
 
-async def test_bindings_are_shown_with_what_runs_the_worst_first(cli: Command, bus: Bus) -> None:
+async def test_bindings_are_shown_with_what_runs_the_worst_first(cli: Command, bus: BusConnection) -> None:
     now_ms = int(time.time() * 1000)
     window = Window(remaining=7, closes_at_ms=now_ms + 3 * 3600_000 + 5000)
     async with answering(bus) as adapter:
@@ -227,20 +235,20 @@ async def test_bindings_are_shown_with_what_runs_the_worst_first(cli: Command, b
         assert (await cli("bindings", "--state", "wrong")).code == 2
 
 
-async def test_no_bindings_is_no_error(cli: Command, bus: Bus) -> None:
+async def test_no_bindings_is_no_error(cli: Command, bus: BusConnection) -> None:
     async with answering(bus):
         result = await cli("bindings")
         assert (result.code, result.out) == (0, "Nothing is bound.\n")
         assert (await cli("bindings", "--json")).out == ""
 
 
-async def test_bindings_without_an_adapter_is_3(cli: Command, bus: Bus) -> None:
+async def test_bindings_without_an_adapter_is_3(cli: Command, bus: BusConnection) -> None:
     result = await cli("bindings")
     assert result.code == 3
     assert "wechat-nats run" in result.err
 
 
-async def test_an_error_of_the_service_is_1(cli: Command, bus: Bus) -> None:
+async def test_an_error_of_the_service_is_1(cli: Command, bus: BusConnection) -> None:
     async with answering(bus) as adapter:
         adapter.error = ("403", "This sandbox is not yours.")
         result = await cli("bindings")
@@ -249,7 +257,7 @@ async def test_an_error_of_the_service_is_1(cli: Command, bus: Bus) -> None:
 
 
 async def test_a_token_that_ilink_did_not_look_at_is_said_to_be_unchecked(
-    cli: Command, bus: Bus, token_file: str
+    cli: Command, bus: BusConnection, token_file: str
 ) -> None:
     async with answering(bus) as adapter:
         adapter.control = ControlAnswer(ok=True, bindings=[BOUND])
@@ -259,7 +267,7 @@ async def test_a_token_that_ilink_did_not_look_at_is_said_to_be_unchecked(
     assert [asked.check for asked in adapter.asked if isinstance(asked, Bind)] == [True, False]
 
 
-async def test_a_bot_is_moved_after_a_question(bus: Bus, token_file: str) -> None:
+async def test_a_bot_is_moved_after_a_question(bus: BusConnection, token_file: str) -> None:
     for answer, moved in (b"n\n", 0), (b"y\n", 1):
         async with answering(bus) as adapter:
             adapter.bindings = [BOUND]

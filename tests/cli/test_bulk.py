@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from adapter.cli.bus import Bus
+from adapter.cli.bus import BusConnection
 from adapter.cli.demo import demo_settings
 from adapter.cli.embedded import EmbeddedNats
 from adapter.cli.lifetime import adapter_running
@@ -32,7 +32,7 @@ def rows(tmp_path: Path) -> Path:
 
 
 async def test_rows_of_csv_are_bound_and_what_is_no_row_can_be_mended_and_run_again(
-    cli: Command, bus: Bus, rows: Path, tmp_path: Path
+    cli: Command, bus: BusConnection, rows: Path, tmp_path: Path
 ) -> None:
     failed = tmp_path / "failed.csv"
     failed.touch(0o644)
@@ -68,7 +68,7 @@ async def test_rows_of_csv_are_bound_and_what_is_no_row_can_be_mended_and_run_ag
     }
 
 
-async def test_rows_of_json_come_from_standard_input_too(bus: Bus) -> None:
+async def test_rows_of_json_come_from_standard_input_too(bus: BusConnection) -> None:
     async with answering(bus) as adapter, started("unbind", "--from", "-", "--json") as process:
         out, err = await process.communicate(b'{"sandbox":"s1","bot":"b1@im.bot"}\n\n{"sandbox":"s2","bot":null}\n')
     assert (process.returncode, out.count(b'{"ok":true')) == (0, 2)
@@ -77,7 +77,7 @@ async def test_rows_of_json_come_from_standard_input_too(bus: Bus) -> None:
     assert sorted((each.sandbox, each.bot) for each in asked) == [("s1", "b1@im.bot"), ("s2", None)]
 
 
-async def test_rows_of_one_sandbox_or_bot_are_stored_in_order(cli: Command, bus: Bus, rows: Path) -> None:
+async def test_rows_of_one_sandbox_or_bot_are_stored_in_order(cli: Command, bus: BusConnection, rows: Path) -> None:
     """Also where a hundred others are on their way at the same time."""
     lines = [f'{{"sandbox":"s{i % 3}","bot":"b{i % 4}@im.bot","token":"t{i}"}}\n' for i in range(300)]
     write(rows, "".join(lines))
@@ -92,7 +92,9 @@ async def test_rows_of_one_sandbox_or_bot_are_stored_in_order(cli: Command, bus:
     assert len(adapter.asked) == 300
 
 
-async def test_without_an_adapter_all_is_stored_and_4(cli: Command, bus: Bus, rows: Path, tmp_path: Path) -> None:
+async def test_without_an_adapter_all_is_stored_and_4(
+    cli: Command, bus: BusConnection, rows: Path, tmp_path: Path
+) -> None:
     write(rows, '{"sandbox":"s1","bot":"b1@im.bot","token":"t"}\nno json\n')
     failed = tmp_path / "failed"
     result = await cli("bind", "--from", str(rows), "--failed", str(failed), "--timeout", "0.1")
@@ -103,7 +105,7 @@ async def test_without_an_adapter_all_is_stored_and_4(cli: Command, bus: Bus, ro
     assert (await cli("bind", "--from", str(rows), "--timeout", "0.1")).code == 4
 
 
-async def test_what_ctrl_c_leaves_undone_is_in_the_file(bus: Bus, rows: Path, tmp_path: Path) -> None:
+async def test_what_ctrl_c_leaves_undone_is_in_the_file(bus: BusConnection, rows: Path, tmp_path: Path) -> None:
     write(rows, "".join(f'{{"sandbox":"s{i}","bot":"b{i}@im.bot","token":"t"}}\n' for i in range(300)))
     failed = tmp_path / "failed"
     async with started("bind", "--from", str(rows), "--failed", str(failed)) as process:

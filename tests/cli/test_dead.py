@@ -7,7 +7,7 @@ import re
 
 import pytest
 
-from adapter.cli.bus import Bus
+from adapter.cli.bus import BusConnection
 from adapter.cli.dead import mask_secrets
 from adapter.contract.names import (
     H_BODY,
@@ -37,7 +37,7 @@ def _token_key(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WECHAT_NATS_TOKEN_KEY", base64.b64encode(KEY).decode())
 
 
-async def die(bus: Bus, stream: str, subject: str, body: bytes, **extra: str) -> int:
+async def die(bus: BusConnection, stream: str, subject: str, body: bytes, **extra: str) -> int:
     """A dead letter as the adapter leaves it, sealed if it is an inbound one."""
     headers = {
         H_SUBJECT: subject,
@@ -54,12 +54,12 @@ async def die(bus: Bus, stream: str, subject: str, body: bytes, **extra: str) ->
     return (await bus.js.publish(bus.names.dead_letters(stream), body, headers=headers)).seq
 
 
-async def test_none_is_no_error(cli: Command, bus: Bus) -> None:
+async def test_none_is_no_error(cli: Command, bus: BusConnection) -> None:
     result = await cli("dead", "ls")
     assert (result.code, result.out) == (0, "No dead letters.\n")
 
 
-async def test_ls_shows_no_bodies(cli: Command, bus: Bus) -> None:
+async def test_ls_shows_no_bodies(cli: Command, bus: BusConnection) -> None:
     await die(bus, OUT, "wechat.out.17.s1", b"private words")
     await die(bus, IN, "wechat.inbox.s1", b"private words too")
     result = await cli("dead", "ls")
@@ -72,7 +72,7 @@ async def test_ls_shows_no_bodies(cli: Command, bus: Bus) -> None:
     assert (row["seq"], row["detail"], row["time_ms"]) == (2, "Not JSON.", 1_760_000_000_000)
 
 
-async def test_show_prints_headers_and_body(cli: Command, bus: Bus) -> None:
+async def test_show_prints_headers_and_body(cli: Command, bus: BusConnection) -> None:
     await die(bus, OUT, "wechat.out.17.s1", b'{"text": "private\x1b[2J" ')
     result = await cli("dead", "show", "1")
     assert result.code == 0
@@ -81,7 +81,7 @@ async def test_show_prints_headers_and_body(cli: Command, bus: Bus) -> None:
     assert r"private\x1b[2J" in result.out
 
 
-async def test_show_opens_what_ilink_sent(cli: Command, bus: Bus) -> None:
+async def test_show_opens_what_ilink_sent(cli: Command, bus: BusConnection) -> None:
     await die(bus, IN, "wechat.inbox.s1", b'{"text":"private"}', **{H_BODY: "sealed"})
     result = await cli("dead", "show", "1")
     assert (result.code, result.err) == (0, "")
@@ -97,7 +97,7 @@ async def test_show_opens_what_ilink_sent(cli: Command, bus: Bus) -> None:
     ids=["none", "another"],
 )
 async def test_without_the_key_a_sentence_stands_for_what_ilink_sent(
-    cli: Command, bus: Bus, monkeypatch: pytest.MonkeyPatch, key: str
+    cli: Command, bus: BusConnection, monkeypatch: pytest.MonkeyPatch, key: str
 ) -> None:
     monkeypatch.setenv("WECHAT_NATS_TOKEN_KEY", key)
     await die(bus, IN, "wechat.inbox.s1", b"private")
@@ -109,7 +109,7 @@ async def test_without_the_key_a_sentence_stands_for_what_ilink_sent(
     assert (letter["headers"][H_REASON], command["body"]) == ("unreadable", "clear")
 
 
-async def test_an_authors_header_hides_no_command(cli: Command, bus: Bus) -> None:
+async def test_an_authors_header_hides_no_command(cli: Command, bus: BusConnection) -> None:
     await die(bus, OUT, "wechat.out.17.s1", b"clear", **{H_BODY: "sealed"})
     (row,) = (await cli("dead", "show", "1", "--json")).rows
     assert row["body"] == "clear"
@@ -133,7 +133,7 @@ async def test_an_authors_header_hides_no_command(cli: Command, bus: Bus) -> Non
 )
 @pytest.mark.parametrize("options", [(), ("--json",)], ids=["text", "json"])
 async def test_show_masks_what_opens_something(
-    cli: Command, bus: Bus, stream: str, body: bytes, options: tuple[str, ...]
+    cli: Command, bus: BusConnection, stream: str, body: bytes, options: tuple[str, ...]
 ) -> None:
     await die(bus, stream, "wechat.ctl.bind", body)
     result = await cli("dead", "show", "1", *options)
@@ -152,7 +152,7 @@ def test_a_letter_full_of_what_may_name_a_secret_is_shown_too() -> None:
 )
 @pytest.mark.parametrize("options", [(), ("--json",)], ids=["text", "json"])
 async def test_show_prints_whatever_a_sandbox_made_a_dead_letter(
-    cli: Command, bus: Bus, body: bytes, options: tuple[str, ...]
+    cli: Command, bus: BusConnection, body: bytes, options: tuple[str, ...]
 ) -> None:
     await die(bus, OUT, "wechat.out.17.s1", body)
     result = await cli("dead", "show", "1", *options)
@@ -160,7 +160,7 @@ async def test_show_prints_whatever_a_sandbox_made_a_dead_letter(
     assert body.decode(errors="backslashreplace") in result.out.replace("\\\\", "\\").replace('\\"', '"')
 
 
-async def test_headers_that_are_not_ascii_are_shown_and_kept_by_a_retry(cli: Command, bus: Bus) -> None:
+async def test_headers_that_are_not_ascii_are_shown_and_kept_by_a_retry(cli: Command, bus: BusConnection) -> None:
     await die(bus, OUT, "wechat.out.17.s1", b"{}", kind="Gr\u00fc\u00dfe \u4f60", **{H_USER: "u1@im.wechat"})
     (row,) = (await cli("dead", "show", "1", "--json")).rows
     assert row["headers"]["kind"] == "Gr\u00fc\u00dfe \u4f60"
@@ -171,14 +171,14 @@ async def test_headers_that_are_not_ascii_are_shown_and_kept_by_a_retry(cli: Com
     assert (await bus.nc.parse_headers(base64.b64decode(stored.hdrs)))["kind"] == "Gr\u00fc\u00dfe \u4f60"
 
 
-async def test_several_of_which_one_is_not_there(cli: Command, bus: Bus) -> None:
+async def test_several_of_which_one_is_not_there(cli: Command, bus: BusConnection) -> None:
     await die(bus, OUT, "wechat.out.17.s1", b"{}")
     result = await cli("dead", "show", "1", "5", "--json")
     assert (result.code, [row["body"] for row in result.rows]) == (1, ["{}"])
     assert result.err == "wechat-nats: There is no dead letter 5.\n"
 
 
-async def test_retry_stores_the_command_again_and_deletes_the_letter(cli: Command, bus: Bus) -> None:
+async def test_retry_stores_the_command_again_and_deletes_the_letter(cli: Command, bus: BusConnection) -> None:
     about = {H_COMMAND: "c1", H_SEALED: "s1.of-the-first", H_USER: "u1@im.wechat"}
     await die(bus, OUT, "wechat.out.17.s1", b'{"text":"hi"}', **about)
     result = await cli("dead", "retry", "1")
@@ -190,7 +190,9 @@ async def test_retry_stores_the_command_again_and_deletes_the_letter(cli: Comman
     assert (await cli("dead", "ls")).out == "No dead letters.\n"
 
 
-async def test_a_command_of_which_nobody_knows_whom_it_was_for_is_not_retried(cli: Command, bus: Bus) -> None:
+async def test_a_command_of_which_nobody_knows_whom_it_was_for_is_not_retried(
+    cli: Command, bus: BusConnection
+) -> None:
     """Another person may be bound by now."""
     await die(bus, OUT, "wechat.out.17.s1", b'{"text":"hi"}')
     result = await cli("dead", "retry", "1")
@@ -198,13 +200,13 @@ async def test_a_command_of_which_nobody_knows_whom_it_was_for_is_not_retried(cl
     assert (await cli("dead", "show", "1")).code == 0
 
 
-async def test_a_bind_can_be_retried_too(cli: Command, bus: Bus) -> None:
+async def test_a_bind_can_be_retried_too(cli: Command, bus: BusConnection) -> None:
     await die(bus, CTL, "wechat.ctl.bind", b"{}")
     assert (await cli("dead", "retry", "1")).code == 0
     assert (await bus.js.get_last_msg(bus.names.stream_ctl, ">")).subject == "wechat.ctl.bind"
 
 
-async def test_a_retry_cut_half_way_and_repeated_stores_once(cli: Command, bus: Bus) -> None:
+async def test_a_retry_cut_half_way_and_repeated_stores_once(cli: Command, bus: BusConnection) -> None:
     await die(bus, OUT, "wechat.out.17.s1", b'{"text":"hi","user":"u1@im.wechat"}')
     await bus.js.publish("wechat.out.s1", b'{"text":"hi"}', headers={H_MSG_ID: "retry-1-1760000000000"})
     assert (await cli("dead", "retry", "1")).code == 0
@@ -212,7 +214,7 @@ async def test_a_retry_cut_half_way_and_repeated_stores_once(cli: Command, bus: 
 
 
 @pytest.mark.parametrize("subject", ["wechat.inbox.s1", "", "$KV.wechat_bindings.b", "wechat.in.s1"])
-async def test_what_is_no_command_cannot_be_retried_and_stays(cli: Command, bus: Bus, subject: str) -> None:
+async def test_what_is_no_command_cannot_be_retried_and_stays(cli: Command, bus: BusConnection, subject: str) -> None:
     await die(bus, IN, subject, b"{}")
     result = await cli("dead", "retry", "1")
     assert result.code == 1
@@ -220,7 +222,7 @@ async def test_what_is_no_command_cannot_be_retried_and_stays(cli: Command, bus:
     assert (await cli("dead", "show", "1")).code == 0
 
 
-async def test_drop_deletes_several(cli: Command, bus: Bus) -> None:
+async def test_drop_deletes_several(cli: Command, bus: BusConnection) -> None:
     for n in range(3):
         await die(bus, OUT, "wechat.out.17.s1", b"x" * n)
     result = await cli("dead", "drop", "1", "3", "9")

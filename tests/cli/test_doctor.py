@@ -14,11 +14,11 @@ import msgspec
 import pytest
 
 from adapter.cli import permission_checks
-from adapter.cli.bus import Bus, connected_bus
+from adapter.cli.bus import BusConnection, connected_bus
 from adapter.cli.embedded import EmbeddedNats
 from adapter.contract.messages import BindingHealth, BindingInfo, BotStatus
 from adapter.contract.names import conversation_key, shard_of, to_subject_token
-from adapter.contract.records import Binding, CheckpointRecord, Reader
+from adapter.contract.records import Binding, CheckpointRecord, ReaderRecord
 from adapter.environment import read_settings
 from adapter.errors import Refused
 from adapter.jetstream.buckets import LeaderKvBucket
@@ -58,7 +58,7 @@ async def test_fix_creates_what_is_missing_and_says_so(cli: Command, server: Emb
     assert [check for check, state in found.items() if state == "fail"] == ["adapters"]
 
 
-async def test_with_an_adapter_all_is_well(cli: Command, bus: Bus) -> None:
+async def test_with_an_adapter_all_is_well(cli: Command, bus: BusConnection) -> None:
     async with answering(bus) as adapter:
         adapter.bindings = [BindingInfo(sandbox="s1", bot="b")]
         await bus.store(f"$KV.{bus.names.bindings}.b", b"{}", {})
@@ -70,7 +70,7 @@ async def test_with_an_adapter_all_is_well(cli: Command, bus: Bus) -> None:
     assert "1 polling" in result.out
 
 
-async def test_warnings_do_not_fail(cli: Command, bus: Bus) -> None:
+async def test_warnings_do_not_fail(cli: Command, bus: BusConnection) -> None:
     await bus.js.publish(bus.names.dead_letters("WECHAT_OUT"), b"x")
     async with answering(bus) as adapter:
         adapter.bindings = [BindingInfo(sandbox="s1", bot="b", state="needs_login")]
@@ -91,7 +91,7 @@ async def test_warnings_do_not_fail(cli: Command, bus: Bus) -> None:
     ],
 )
 async def test_bots_in_trouble_are_named_and_those_that_nobody_polls_fail(
-    cli: Command, bus: Bus, status: BotStatus, code: int, state: str
+    cli: Command, bus: BusConnection, status: BotStatus, code: int, state: str
 ) -> None:
     async with answering(bus) as adapter:
         health = BindingHealth(status=status)
@@ -105,7 +105,7 @@ async def test_bots_in_trouble_are_named_and_those_that_nobody_polls_fail(
     assert ("(b0@im.bot, b1@im.bot, b2@im.bot, b3@im.bot and 1 more)" in said) is (state != "ok")
 
 
-async def test_since_when_a_bot_is_in_trouble_and_why_is_told(cli: Command, bus: Bus) -> None:
+async def test_since_when_a_bot_is_in_trouble_and_why_is_told(cli: Command, bus: BusConnection) -> None:
     since_ms = int(time.time() * 1000) - 5 * 60_000
     async with answering(bus) as adapter:
         health = BindingHealth(status="paused", since_ms=since_ms, detail="NATS accepts no writes.")
@@ -115,7 +115,7 @@ async def test_since_when_a_bot_is_in_trouble_and_why_is_told(cli: Command, bus:
     assert "1 paused (b1@im.bot for 5 min: NATS accepts no writes). See" in said
 
 
-async def test_bindings_that_the_bucket_has_lost_fail(cli: Command, bus: Bus) -> None:
+async def test_bindings_that_the_bucket_has_lost_fail(cli: Command, bus: BusConnection) -> None:
     """--fix has nothing that it could put there."""
     async with answering(bus) as adapter:
         adapter.bindings = [BindingInfo(sandbox="s1", bot=bot) for bot in ("a", "b", "c")]
@@ -126,7 +126,7 @@ async def test_bindings_that_the_bucket_has_lost_fail(cli: Command, bus: Bus) ->
             assert result.code == 1
 
 
-async def test_an_operators_own_limit_is_a_warning_until_fixed(cli: Command, bus: Bus) -> None:
+async def test_an_operators_own_limit_is_a_warning_until_fixed(cli: Command, bus: BusConnection) -> None:
     config = (await bus.api_request(f"STREAM.INFO.{bus.names.stream_in}"))["config"]
     await bus.api_request(f"STREAM.UPDATE.{bus.names.stream_in}", config | {"max_msgs_per_subject": 5})
     async with answering(bus):
@@ -142,24 +142,24 @@ async def test_an_operators_own_limit_is_a_warning_until_fixed(cli: Command, bus
 SMALL = 10_000
 
 
-async def crowded(bus: Bus) -> dict[str, object]:
+async def crowded(bus: BusConnection) -> dict[str, object]:
     """A hundred messages in the inbox, which are twice as large as SMALL; its configuration."""
     for number in range(100):
         await bus.js.publish(bus.names.inbox("s1"), b"x" * 150 + str(number).encode())
     return await config_of(bus)
 
 
-async def config_of(bus: Bus) -> dict[str, object]:
+async def config_of(bus: BusConnection) -> dict[str, object]:
     config: dict[str, object] = (await bus.api_request(f"STREAM.INFO.{bus.names.stream_in}"))["config"]
     return config
 
 
-async def messages_of(bus: Bus) -> int:
+async def messages_of(bus: BusConnection) -> int:
     return int((await bus.api_request(f"STREAM.INFO.{bus.names.stream_in}"))["state"]["messages"])
 
 
 async def test_settings_of_a_shell_do_not_count_where_adapters_run(
-    cli: Command, bus: Bus, monkeypatch: pytest.MonkeyPatch
+    cli: Command, bus: BusConnection, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     before = await crowded(bus)
     async with answering(bus) as adapter:
@@ -174,7 +174,7 @@ async def test_settings_of_a_shell_do_not_count_where_adapters_run(
 
 
 async def test_the_layout_key_counts_where_no_adapter_runs(
-    cli: Command, bus: Bus, monkeypatch: pytest.MonkeyPatch
+    cli: Command, bus: BusConnection, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     before = await crowded(bus)
     monkeypatch.setenv("WECHAT_NATS_IN_MAX_BYTES", str(SMALL))
@@ -184,7 +184,7 @@ async def test_the_layout_key_counts_where_no_adapter_runs(
 
 
 async def test_nothing_is_lowered_unless_loss_is_allowed(
-    cli: Command, bus: Bus, monkeypatch: pytest.MonkeyPatch
+    cli: Command, bus: BusConnection, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     before = await crowded(bus)
     claims = LeaderKvBucket(bus.connection, bus.names.claims)
@@ -205,7 +205,7 @@ async def test_nothing_is_lowered_unless_loss_is_allowed(
     assert abs(100 - await messages_of(bus) - int(words[0])) <= 1
 
 
-async def test_of_adapters_that_expect_different_settings_the_larger_count(cli: Command, bus: Bus) -> None:
+async def test_of_adapters_that_expect_different_settings_the_larger_count(cli: Command, bus: BusConnection) -> None:
     """As during a roll-out, which may wait for what is raised."""
     async with answering(bus) as adapter:
         for change in ({"in_max_per_sandbox": 20_000}, {"in_max_age_h": 1.0}, {"in_max_bytes": -1}):
@@ -218,14 +218,14 @@ async def test_of_adapters_that_expect_different_settings_the_larger_count(cli: 
     assert (config["max_msgs_per_subject"], config["max_age"], config["max_bytes"]) == (20_000, 72 * HOUR_NS, -1)
 
 
-async def test_a_program_does_not_change_streams_of_a_newer_layout(cli: Command, bus: Bus) -> None:
+async def test_a_program_does_not_change_streams_of_a_newer_layout(cli: Command, bus: BusConnection) -> None:
     await bus.store(f"$KV.{bus.names.claims}.{KEY}", b'{"version":2,"settings":{}}', {})
     assert said(await cli("doctor", "--json"), "layout")[0] == "fail"
     refused = await cli("doctor", "--fix")
     assert (refused.code, "use a newer program" in refused.err) == (1, True)
 
 
-async def test_streams_of_an_earlier_layout_are_named_with_their_messages(cli: Command, bus: Bus) -> None:
+async def test_streams_of_an_earlier_layout_are_named_with_their_messages(cli: Command, bus: BusConnection) -> None:
     await bus.js.add_stream(name="WECHAT_OLD", subjects=["old.>"])
     await bus.js.add_stream(name="KV_wechat_old")
     await bus.js.add_stream(name="WECHATTER", subjects=["other.>"])
@@ -237,7 +237,7 @@ async def test_streams_of_an_earlier_layout_are_named_with_their_messages(cli: C
     assert "3 messages before a roll-out" in unknown["WECHAT_OLD"]
 
 
-async def test_a_difference_that_breaks_a_guarantee_fails_until_fixed(cli: Command, bus: Bus) -> None:
+async def test_a_difference_that_breaks_a_guarantee_fails_until_fixed(cli: Command, bus: BusConnection) -> None:
     config = (await bus.api_request(f"STREAM.INFO.{bus.names.stream_in}"))["config"]
     del config["republish"]
     await bus.api_request(f"STREAM.UPDATE.{bus.names.stream_in}", config)
@@ -247,7 +247,7 @@ async def test_a_difference_that_breaks_a_guarantee_fails_until_fixed(cli: Comma
         assert (await cli("doctor", "--fix")).code == 0
 
 
-async def test_a_consumer_that_is_paused_is_told(cli: Command, bus: Bus) -> None:
+async def test_a_consumer_that_is_paused_is_told(cli: Command, bus: BusConnection) -> None:
     for consumer in ("WECHAT_CTL.control", "WECHAT_OUT.out-007"):
         await bus.api_request(f"CONSUMER.PAUSE.{consumer}", {"pause_until": "2100-01-01T00:00:00Z"})
     result = await cli("doctor", "--json")
@@ -260,7 +260,7 @@ async def test_a_consumer_that_is_paused_is_told(cli: Command, bus: Bus) -> None
 
 
 async def test_commands_that_were_stored_without_the_transform_are_brought_to_their_shards(
-    cli: Command, bus: Bus, monkeypatch: pytest.MonkeyPatch
+    cli: Command, bus: BusConnection, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Where no consumer looks they would wait for ever, and their senders for a receipt."""
     monkeypatch.setenv("WECHAT_NATS_TOKEN_KEY", TOKEN_KEY)
@@ -290,7 +290,7 @@ async def test_commands_that_were_stored_without_the_transform_are_brought_to_th
 
 
 async def test_commands_brought_back_wait_since_they_were_stored_first(
-    cli: Command, bus: Bus, monkeypatch: pytest.MonkeyPatch
+    cli: Command, bus: BusConnection, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """By that they expire, and their receipts name it."""
     names, sealer = bus.names, Sealer((bytes(32),))
@@ -314,7 +314,7 @@ async def test_commands_brought_back_wait_since_they_were_stored_first(
 
 
 async def test_a_command_that_cannot_be_brought_back_is_named_and_can_be_deleted(
-    cli: Command, bus: Bus, monkeypatch: pytest.MonkeyPatch
+    cli: Command, bus: BusConnection, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It fits as it was stored, and not with what a copy says of it."""
     monkeypatch.setenv("WECHAT_NATS_TOKEN_KEY", TOKEN_KEY)
@@ -332,7 +332,7 @@ async def test_a_command_that_cannot_be_brought_back_is_named_and_can_be_deleted
     assert state == {f"wechat.out.{shard_of(sandbox)}.{sandbox}": 1 for sandbox in ("s1", "s2")}
 
 
-async def test_what_the_server_will_not_change_is_left_to_people(cli: Command, bus: Bus) -> None:
+async def test_what_the_server_will_not_change_is_left_to_people(cli: Command, bus: BusConnection) -> None:
     """Retention cannot become a work queue again in place."""
     await bus.js.delete_stream(bus.names.stream_ctl)
     await bus.js.add_stream(name=bus.names.stream_ctl, subjects=[bus.names.bind, bus.names.unbind])
@@ -341,7 +341,7 @@ async def test_what_the_server_will_not_change_is_left_to_people(cli: Command, b
     assert "by hand" in result.err
 
 
-async def test_an_unreachable_service_does_not_hide_the_rest(cli: Command, bus: Bus) -> None:
+async def test_an_unreachable_service_does_not_hide_the_rest(cli: Command, bus: BusConnection) -> None:
     async with answering(bus) as adapter:
         adapter.error = ("500", "Broken.")
         result = await cli("doctor", "--json")
@@ -567,7 +567,7 @@ async def test_the_credentials_of_a_sandbox_can_be_checked(
 OLD, NEW, OTHER = (base64.b64encode(bytes([number]) * 32).decode() for number in (1, 2, 3))
 
 
-async def bound(bus: Bus, *tokens: str, start_cursor: str | None = None) -> None:
+async def bound(bus: BusConnection, *tokens: str, start_cursor: str | None = None) -> None:
     """Bindings as they lie in the bucket."""
     for number, token in enumerate(tokens):
         binding = Binding(sandbox=f"s{number}", bot=f"b{number}@im.bot", token=token, start_cursor=start_cursor)
@@ -575,14 +575,14 @@ async def bound(bus: Bus, *tokens: str, start_cursor: str | None = None) -> None
         await bus.js.publish(key, msgspec.json.encode(binding))
 
 
-async def stored_bindings(bus: Bus) -> list[Binding]:
+async def stored_bindings(bus: BusConnection) -> list[Binding]:
     connection = ManagedConnection(bus.settings, "test")
     await connection.adopt_client(bus.nc)
     found = StreamHistory(connection).read(f"KV_{bus.names.bindings}", f"$KV.{bus.names.bindings}.>")
     return [msgspec.json.decode(stored.data, type=Binding) async for stored in found]
 
 
-async def stored_tokens(bus: Bus) -> list[str]:
+async def stored_tokens(bus: BusConnection) -> list[str]:
     return [binding.token for binding in await stored_bindings(bus)]
 
 
@@ -609,7 +609,13 @@ def sealer(*keys: str) -> Sealer:
     ids=["keyless", "keyless-none", "none", "sealed", "unsealed", "rotated", "lost"],
 )
 async def test_doctor_says_how_tokens_lie_in_the_bucket(
-    cli: Command, bus: Bus, monkeypatch: pytest.MonkeyPatch, keys: str, how: list[str], state: str, word: str
+    cli: Command,
+    bus: BusConnection,
+    monkeypatch: pytest.MonkeyPatch,
+    keys: str,
+    how: list[str],
+    state: str,
+    word: str,
 ) -> None:
     kinds = {"open": "T", "new": sealer(NEW).seal("b0@im.bot", "T"), "old": sealer(OLD).seal("b1@im.bot", "T")}
     await bound(bus, *(kinds[one] for one in how))
@@ -620,7 +626,9 @@ async def test_doctor_says_how_tokens_lie_in_the_bucket(
     assert word in row["say"]
 
 
-async def test_fix_seals_what_is_under_an_older_key(cli: Command, bus: Bus, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_fix_seals_what_is_under_an_older_key(
+    cli: Command, bus: BusConnection, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Rotation: set the new key before the old one, fix, take the old one away."""
     await bound(
         bus,
@@ -641,7 +649,9 @@ async def test_fix_seals_what_is_under_an_older_key(cli: Command, bus: Bus, monk
     assert "sealing" not in (await cli("doctor", "--fix")).out
 
 
-async def test_fix_seals_the_cursor_to_begin_at_too(cli: Command, bus: Bus, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_fix_seals_the_cursor_to_begin_at_too(
+    cli: Command, bus: BusConnection, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The token stands in it."""
     start = sealer(OLD).seal(cursor_context("b0@im.bot"), "TOKEN-0 and more")
     await bound(bus, sealer(NEW).seal("b0@im.bot", "TOKEN-0"), start_cursor=start)
@@ -657,7 +667,7 @@ ROTATION = [(OLD,), (OLD, NEW), (NEW, OLD), (NEW,)]
 
 
 async def test_rotating_a_key_leaves_no_adapter_with_a_token_that_it_cannot_open(
-    cli: Command, bus: Bus, monkeypatch: pytest.MonkeyPatch
+    cli: Command, bus: BusConnection, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Those of two neighbouring steps run side by side for a while, and each reads what the other wrote."""
     await bound(bus, *(sealer(OLD).seal(f"b{number}@im.bot", "TOKEN") for number in range(3)))
@@ -679,7 +689,7 @@ def checkpoint(inbox_seq: int, key: str = NEW) -> bytes:
 
 
 async def test_positions_above_a_restored_inbox_are_told_and_lowered(
-    cli: Command, bus: Bus, monkeypatch: pytest.MonkeyPatch
+    cli: Command, bus: BusConnection, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A backup of WECHAT_IN is older than what bots, users and agents have seen."""
     names = bus.names
@@ -695,8 +705,8 @@ async def test_positions_above_a_restored_inbox_are_told_and_lowered(
     told = ConversationRecord(bot="b1@im.bot", inbox_seq=was, window=SendWindow(id="m", sequence=was, opened_ms=1))
     await bus.store(keys[0], checkpoint(was), {"Nats-TTL": "3600s"})
     await bus.store(keys[1], seal_record(user, told, sealer(NEW)), {})
-    revision = (await bus.store(keys[2], msgspec.json.encode(Reader(handled=was)), {})).seq
-    await bus.store(f"$KV.{names.readers}.s2", msgspec.json.encode(Reader(handled=last, reader=7)), {})
+    revision = (await bus.store(keys[2], msgspec.json.encode(ReaderRecord(handled=was)), {})).seq
+    await bus.store(f"$KV.{names.readers}.s2", msgspec.json.encode(ReaderRecord(handled=last, reader=7)), {})
 
     assert (await say_of(cli, "positions")).startswith(
         "3 are above the last sequence of WECHAT_IN, which was set back"
@@ -717,12 +727,12 @@ async def test_positions_above_a_restored_inbox_are_told_and_lowered(
     window = msgspec.structs.replace(told.window, sequence=last)
     lowered = msgspec.structs.replace(told, inbox_seq=last, window=window)
     assert open_record(user, values[1], sealer(NEW)) == lowered
-    assert msgspec.json.decode(values[2], type=Reader) == Reader(handled=last, reader=revision)
+    assert msgspec.json.decode(values[2], type=ReaderRecord) == ReaderRecord(handled=last, reader=revision)
 
 
 @pytest.mark.parametrize("key", ["", OLD])
 async def test_a_position_is_lowered_only_with_its_key(
-    cli: Command, bus: Bus, monkeypatch: pytest.MonkeyPatch, key: str
+    cli: Command, bus: BusConnection, monkeypatch: pytest.MonkeyPatch, key: str
 ) -> None:
     monkeypatch.setenv("WECHAT_NATS_TOKEN_KEY", key)
     names, conversation = bus.names, conversation_key("s1", "u1@im.wechat")

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from adapter.cli.bus import Bus
+from adapter.cli.bus import BusConnection
 from adapter.cli.demo import demo_settings
 from adapter.cli.embedded import EmbeddedNats
 from adapter.cli.lifetime import adapter_running
@@ -40,7 +40,7 @@ async def printed(process: Running, words: bytes) -> None:
         assert line
 
 
-async def tailed(process: Running, bus: Bus) -> None:
+async def tailed(process: Running, bus: BusConnection) -> None:
     """Waits until what comes is printed."""
     reading = asyncio.create_task(printed(process, b"hello"))
     while not reading.done():
@@ -51,7 +51,7 @@ async def tailed(process: Running, bus: Bus) -> None:
 
 @pytest.mark.parametrize("name", COMMANDS)
 async def test_a_second_ctrl_c_ends_it_within_a_second(
-    name: str, server: EmbeddedNats, simulator: Simulator, bus: Bus, tmp_path: Path
+    name: str, server: EmbeddedNats, simulator: Simulator, bus: BusConnection, tmp_path: Path
 ) -> None:
     """Also where no server answers, which is when somebody presses it twice."""
     arguments, words = COMMANDS[name]

@@ -9,7 +9,7 @@ import msgspec
 import pytest
 from nats.aio.msg import Msg
 
-from adapter.cli.bus import Bus
+from adapter.cli.bus import BusConnection
 from adapter.cli.media import WAIT_S
 from adapter.contract.messages import MediaQuery
 from adapter.contract.names import H_NEXT, H_SHA256
@@ -18,7 +18,7 @@ from tests.cli.conftest import Command
 
 @pytest.mark.parametrize(("options", "sequence", "wait_s"), [((), 0, 0), (("--sequence", "4711"), 4711, WAIT_S)])
 async def test_who_names_the_message_waits_for_its_media(
-    cli: Command, bus: Bus, tmp_path: Path, options: tuple[str, ...], sequence: int, wait_s: float
+    cli: Command, bus: BusConnection, tmp_path: Path, options: tuple[str, ...], sequence: int, wait_s: float
 ) -> None:
     asked: list[MediaQuery] = []
     pieces = [b"one ", b"two"]

@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 from rich.cells import cell_len
 
-from adapter.cli.bus import Bus
+from adapter.cli.bus import BusConnection
 from adapter.cli.files import write_private
 from adapter.cli.output import can_colour, can_style, complain, json_line, printable, table, with_defaults
 from adapter.cli.stdin import LineEditor, lines
@@ -192,8 +192,8 @@ class Forgetful(BusClient):
     ],
     ids=["an adapter", "a stream"],
 )
-async def test_ctrl_c_is_not_forgotten_while_an_answer_comes(ask: Callable[[Bus], Awaitable[Any]]) -> None:
-    asking = asyncio.ensure_future(ask(Bus(Forgetful(), Settings())))
+async def test_ctrl_c_is_not_forgotten_while_an_answer_comes(ask: Callable[[BusConnection], Awaitable[Any]]) -> None:
+    asking = asyncio.ensure_future(ask(BusConnection(Forgetful(), Settings())))
     await asyncio.sleep(0)
     asking.cancel()
     with pytest.raises(asyncio.CancelledError):

@@ -11,7 +11,7 @@ import msgspec
 import pytest
 from nats.aio.msg import Msg
 
-from adapter.cli.bus import Bus
+from adapter.cli.bus import BusConnection
 from adapter.contract.messages import ControlAnswer, Erase, ErasedEvent
 from adapter.contract.names import H_MSG_ID, H_REPLY_TO, H_USER, conversation_key, to_subject_token
 from adapter.contract.records import LoginRecord
@@ -20,7 +20,7 @@ from adapter.jetstream.history import StreamHistory
 from adapter.jetstream.managed_connection import ManagedConnection
 from adapter.outbound.record import ConversationRecord, SentText
 from adapter.outbound.store import seal_record
-from adapter.ports import Stored
+from adapter.ports import StoredMessage
 from adapter.security.seal import Sealer, dead_context
 from adapter.settings import Settings
 from adapter.simulator import BotRecord, Simulator, samples
@@ -31,20 +31,20 @@ KINDS = {"conversation", "login", "message", "event", "receipt", "dead_letter", 
 """All that is there once a person's bots are unbound and their commands have ended."""
 
 
-async def everything(bus: Bus, settings: Settings) -> list[Stored]:
+async def everything(bus: BusConnection, settings: Settings) -> list[StoredMessage]:
     """What is in all streams, but for the marks of deleted keys."""
     connection = ManagedConnection(settings, "test")
     await connection.adopt_client(bus.nc)
-    found: list[Stored] = []
+    found: list[StoredMessage] = []
     for wanted in topology.wanted_streams(bus.names, settings):
         found += [stored async for stored in StreamHistory(connection).read(wanted.name, ">")]
     return [stored for stored in found if "KV-Operation" not in stored.headers]
 
 
-def naming(stored: list[Stored], *words: str) -> list[Stored]:
+def naming(stored: list[StoredMessage], *words: str) -> list[StoredMessage]:
     """Those that have one of the words in subject, headers or body."""
 
-    def text(one: Stored) -> str:
+    def text(one: StoredMessage) -> str:
         return f"{one.subject} {one.headers} {one.data.decode(errors='replace')}"
 
     return [
@@ -53,7 +53,13 @@ def naming(stored: list[Stored], *words: str) -> list[Stored]:
 
 
 async def serve(
-    cli: Command, simulator: Simulator, bus: Bus, tmp_path: Path, sandbox: str, *, bot: BotRecord | None = None
+    cli: Command,
+    simulator: Simulator,
+    bus: BusConnection,
+    tmp_path: Path,
+    sandbox: str,
+    *,
+    bot: BotRecord | None = None,
 ) -> BotRecord:
     """A person writes, sends a picture and is answered; one command is dead, one login is known."""
     bot = bot or simulator.add_bot()
@@ -79,7 +85,12 @@ async def serve(
 
 
 async def test_nothing_of_an_erased_person_is_left_and_all_of_another(
-    cli: Command, adapter: asyncio.Task[None], simulator: Simulator, bus: Bus, settings: Settings, tmp_path: Path
+    cli: Command,
+    adapter: asyncio.Task[None],
+    simulator: Simulator,
+    bus: BusConnection,
+    settings: Settings,
+    tmp_path: Path,
 ) -> None:
     gone = await serve(cli, simulator, bus, tmp_path, "s1")
     stays = await serve(cli, simulator, bus, tmp_path, "s2")
@@ -122,7 +133,12 @@ async def test_nothing_of_an_erased_person_is_left_and_all_of_another(
 
 
 async def test_a_person_who_comes_back_after_an_erasure_begins_anew(
-    cli: Command, adapter: asyncio.Task[None], simulator: Simulator, bus: Bus, settings: Settings, tmp_path: Path
+    cli: Command,
+    adapter: asyncio.Task[None],
+    simulator: Simulator,
+    bus: BusConnection,
+    settings: Settings,
+    tmp_path: Path,
 ) -> None:
     bot = await serve(cli, simulator, bus, tmp_path, "s1")
     assert (await cli("erase", "--user", bot.user, "--yes")).code == 0
@@ -137,7 +153,12 @@ async def test_a_person_who_comes_back_after_an_erasure_begins_anew(
 
 
 async def test_one_sandbox_of_a_person_is_erased_and_the_other_stays(
-    cli: Command, adapter: asyncio.Task[None], simulator: Simulator, bus: Bus, settings: Settings, tmp_path: Path
+    cli: Command,
+    adapter: asyncio.Task[None],
+    simulator: Simulator,
+    bus: BusConnection,
+    settings: Settings,
+    tmp_path: Path,
 ) -> None:
     bot = await serve(cli, simulator, bus, tmp_path, "s1")
     await serve(cli, simulator, bus, tmp_path, "s2", bot=simulator.add_bot(user=bot.user))
@@ -150,7 +171,7 @@ async def test_one_sandbox_of_a_person_is_erased_and_the_other_stays(
 
 
 async def test_an_export_has_every_message_and_no_secret(
-    cli: Command, adapter: asyncio.Task[None], simulator: Simulator, bus: Bus, tmp_path: Path
+    cli: Command, adapter: asyncio.Task[None], simulator: Simulator, bus: BusConnection, tmp_path: Path
 ) -> None:
     bot = await serve(cli, simulator, bus, tmp_path, "s1")
     await serve(cli, simulator, bus, tmp_path, "s2")
@@ -168,7 +189,7 @@ SENT = [SentText(id="m1", kind="text", text="what was sent")]
 
 @pytest.mark.parametrize("has_key", [True, False])
 async def test_an_export_opens_what_is_sealed_with_the_key_and_says_where_it_lacks(
-    cli: Command, bus: Bus, monkeypatch: pytest.MonkeyPatch, has_key: bool
+    cli: Command, bus: BusConnection, monkeypatch: pytest.MonkeyPatch, has_key: bool
 ) -> None:
     headers, sealer = {H_MSG_ID: "dead:b1@im.bot:x", H_USER: "u1@im.wechat"}, Sealer((bytes(32),))
     sealed = sealer.seal_bytes(dead_context(headers[H_MSG_ID]), b'{"text":"hi","context_token":"sesame"}')
@@ -187,7 +208,9 @@ async def test_an_export_opens_what_is_sealed_with_the_key_and_says_where_it_lac
         assert all("that is not in WECHAT_NATS_TOKEN_KEY" in content for content in rows.values())
 
 
-async def test_an_export_shows_nothing_of_a_conversation_that_a_newer_version_wrote(cli: Command, bus: Bus) -> None:
+async def test_an_export_shows_nothing_of_a_conversation_that_a_newer_version_wrote(
+    cli: Command, bus: BusConnection
+) -> None:
     subject = f"$KV.{bus.names.conversations}.{conversation_key('s1', 'u1@im.wechat')}"
     await bus.store(subject, b'{"v":2,"token":"sesame"}', {})
     (row,) = (await cli("export", "--user", "u1@im.wechat")).rows
@@ -198,7 +221,7 @@ async def test_an_export_shows_nothing_of_a_conversation_that_a_newer_version_wr
 
 
 @pytest.mark.parametrize("command", ["erase", "export"])
-async def test_nobody_is_named_in_what_a_stranger_asks(cli: Command, bus: Bus, command: str) -> None:
+async def test_nobody_is_named_in_what_a_stranger_asks(cli: Command, bus: BusConnection, command: str) -> None:
     """Without an adapter an erasure waits on the bus, and an export finds nothing."""
     result = await cli(
         command, "--user", "nobody@im.wechat", *(["--timeout", "0.5", "--yes"] if command == "erase" else [])
@@ -206,7 +229,9 @@ async def test_nobody_is_named_in_what_a_stranger_asks(cli: Command, bus: Bus, c
     assert (result.code, result.out) == ((4, "") if command == "erase" else (0, ""))
 
 
-async def test_without_a_terminal_and_without_yes_nothing_is_asked_of_anybody(cli: Command, bus: Bus) -> None:
+async def test_without_a_terminal_and_without_yes_nothing_is_asked_of_anybody(
+    cli: Command, bus: BusConnection
+) -> None:
     result = await cli("erase", "--user", "u@im.wechat", "--timeout", "0.5")
     assert (result.code, result.out) == (2, "")
     assert "give --yes" in result.err
@@ -214,7 +239,7 @@ async def test_without_a_terminal_and_without_yes_nothing_is_asked_of_anybody(cl
 
 
 @pytest.mark.parametrize("said", ["y", "n"])
-async def test_at_a_terminal_the_counts_are_shown_before_a_person_is_erased(bus: Bus, said: str) -> None:
+async def test_at_a_terminal_the_counts_are_shown_before_a_person_is_erased(bus: BusConnection, said: str) -> None:
     asked: list[Erase] = []
 
     async def answer(msg: Msg) -> None:

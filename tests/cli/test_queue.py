@@ -6,22 +6,22 @@ import re
 
 import pytest
 
-from adapter.cli.bus import Bus
+from adapter.cli.bus import BusConnection
 from adapter.contract.names import H_COMMAND, H_MSG_ID
 from tests.cli.conftest import Command
 
 
-async def queue(bus: Bus, subject: str, body: bytes, **headers: str) -> int:
+async def queue(bus: BusConnection, subject: str, body: bytes, **headers: str) -> int:
     return (await bus.js.publish(subject, body, headers=headers)).seq
 
 
-async def test_none_is_no_error(cli: Command, bus: Bus) -> None:
+async def test_none_is_no_error(cli: Command, bus: BusConnection) -> None:
     result = await cli("queue", "ls")
     assert (result.code, result.out) == (0, "No commands wait.\n")
     assert (await cli("queue", "ls", "--json")).out == ""
 
 
-async def test_ls_shows_what_waits_in_order_and_no_words(cli: Command, bus: Bus) -> None:
+async def test_ls_shows_what_waits_in_order_and_no_words(cli: Command, bus: BusConnection) -> None:
     seqs = [
         await queue(bus, "wechat.out.s1", b'{"id":"c1","text":"private"}'),
         await queue(bus, "wechat.out", b'{"sandbox":"s2","text":"private"}', **{H_MSG_ID: "m2"}),
@@ -45,7 +45,7 @@ async def test_ls_shows_what_waits_in_order_and_no_words(cli: Command, bus: Bus)
     assert all(0 <= row["age_s"] < 600 for row in found)
 
 
-async def test_ls_of_one_sandbox_and_with_bodies(cli: Command, bus: Bus) -> None:
+async def test_ls_of_one_sandbox_and_with_bodies(cli: Command, bus: BusConnection) -> None:
     await queue(bus, "wechat.out.s1", b'{"text":"a\x1b[2J\xff"}')
     first = await queue(bus, "wechat.out", b'{"sandbox":"s2","text":"b"}')
     second = await queue(bus, "wechat.out.s2", b'{"text":"c"}')
@@ -58,14 +58,14 @@ async def test_ls_of_one_sandbox_and_with_bodies(cli: Command, bus: Bus) -> None
     assert r"a\x1b[2J\xff" in shown.out
 
 
-async def test_more_than_a_page_is_listed(cli: Command, bus: Bus) -> None:
+async def test_more_than_a_page_is_listed(cli: Command, bus: BusConnection) -> None:
     for number in range(450):
         await bus.nc.publish(f"wechat.out.s{number % 7}", b'{"text":"hi"}')
     await bus.nc.flush()
     assert len((await cli("queue", "ls", "--json")).rows) == 450
 
 
-async def test_drop_deletes_several(cli: Command, bus: Bus) -> None:
+async def test_drop_deletes_several(cli: Command, bus: BusConnection) -> None:
     seqs = [await queue(bus, "wechat.out.s1", b'{"text":"hi"}') for _ in range(3)]
     result = await cli("queue", "drop", str(seqs[0]), str(seqs[2]), "9")
     assert (result.code, result.out) == (1, f"{seqs[0]}  dropped\n{seqs[2]}  dropped\n")

@@ -8,7 +8,7 @@ from typing import Any
 import msgspec
 import pytest
 
-from adapter.cli.bus import Bus
+from adapter.cli.bus import BusConnection
 from adapter.contract.messages import Outbound, Receipt
 from adapter.contract.names import H_MSG_ID, H_SCHEMA
 from tests.cli.conftest import Command
@@ -26,7 +26,7 @@ def answer(*outcomes: str, **fields: Any) -> Callable[[Outbound], Sequence[Recei
     return receipts
 
 
-async def test_accepted_is_0(cli: Command, bus: Bus) -> None:
+async def test_accepted_is_0(cli: Command, bus: BusConnection) -> None:
     async with answering(bus) as adapter:
         adapter.receipts = answer("accepted", message_ids=["m1"])
         result = await cli("send", "s1", "hi")
@@ -35,21 +35,21 @@ async def test_accepted_is_0(cli: Command, bus: Bus) -> None:
 
 
 @pytest.mark.parametrize("outcome", ["accepted_unconfirmed", "refused", "uncertain", "dead_lettered"])
-async def test_everything_else_that_is_final_is_1(cli: Command, bus: Bus, outcome: str) -> None:
+async def test_everything_else_that_is_final_is_1(cli: Command, bus: BusConnection, outcome: str) -> None:
     async with answering(bus) as adapter:
         adapter.receipts = answer(outcome, reason="why", detail="A sentence.", ret=-2)
         result = await cli("send", "s1", "hi")
     assert (result.code, result.out) == (1, f"{outcome}  (why, A sentence, ret -2)\n")
 
 
-async def test_parked_is_0_and_clearly_not_sent(cli: Command, bus: Bus) -> None:
+async def test_parked_is_0_and_clearly_not_sent(cli: Command, bus: BusConnection) -> None:
     async with answering(bus) as adapter:
         adapter.receipts = answer("parked", reason="window_closed")
         result = await cli("send", "s1", "hi")
     assert (result.code, result.out) == (0, "parked  (not sent yet: window_closed)\n")
 
 
-async def test_wait_final_waits_beyond_parked(cli: Command, bus: Bus) -> None:
+async def test_wait_final_waits_beyond_parked(cli: Command, bus: BusConnection) -> None:
     async with answering(bus) as adapter:
         adapter.receipts = answer("parked", "refused", reason="expired")
         result = await cli("send", "s1", "hi", "--wait-final")
@@ -60,13 +60,13 @@ async def test_wait_final_waits_beyond_parked(cli: Command, bus: Bus) -> None:
     assert "Parked until the user writes" in result.err
 
 
-async def test_no_receipt_is_4_and_names_the_id(cli: Command, bus: Bus) -> None:
+async def test_no_receipt_is_4_and_names_the_id(cli: Command, bus: BusConnection) -> None:
     result = await cli("send", "s1", "hi", "--timeout", "0.1", "--id", "c1")
     assert result.code == 4
     assert "(id c1)" in result.err
 
 
-async def test_receipts_of_other_commands_do_not_count(cli: Command, bus: Bus) -> None:
+async def test_receipts_of_other_commands_do_not_count(cli: Command, bus: BusConnection) -> None:
     async with answering(bus) as adapter:
         adapter.receipts = lambda command: [
             *answer("refused")(Outbound(id="other")),
@@ -75,7 +75,7 @@ async def test_receipts_of_other_commands_do_not_count(cli: Command, bus: Bus) -
         assert (await cli("send", "s1", "hi")).code == 0
 
 
-async def test_no_wait_ends_as_soon_as_it_is_stored(cli: Command, bus: Bus) -> None:
+async def test_no_wait_ends_as_soon_as_it_is_stored(cli: Command, bus: BusConnection) -> None:
     result = await cli("send", "s1", "hi", "--no-wait", "--json", "--id", "c1")
     assert (result.code, result.rows) == (0, [{"command": "c1", "outcome": "stored"}])
     stored = await bus.js.get_last_msg(bus.names.stream_out, ">")
@@ -83,7 +83,7 @@ async def test_no_wait_ends_as_soon_as_it_is_stored(cli: Command, bus: Bus) -> N
     assert msgspec.json.decode(stored.data or b"") == {"id": "c1", "text": "hi"}
 
 
-async def test_every_option_reaches_the_command(cli: Command, bus: Bus) -> None:
+async def test_every_option_reaches_the_command(cli: Command, bus: BusConnection) -> None:
     options = ("--user", "u", "--bot", "b", "--when-closed", "refuse", "--format", "literal", "--expires-in", "5")
     await cli("send", "s1", "hi", "--no-wait", *options)
     stored = msgspec.json.decode((await bus.js.get_last_msg(bus.names.stream_out, ">")).data or b"", type=Outbound)
@@ -91,7 +91,7 @@ async def test_every_option_reaches_the_command(cli: Command, bus: Bus) -> None:
     assert stored.expires_in_s == 5
 
 
-async def test_the_same_id_again_gets_the_receipt_of_the_first(cli: Command, bus: Bus) -> None:
+async def test_the_same_id_again_gets_the_receipt_of_the_first(cli: Command, bus: BusConnection) -> None:
     async with answering(bus) as adapter:
         adapter.receipts = answer("accepted", message_ids=["m1"])
         assert (await cli("send", "s1", "hi", "--id", "c1")).code == 0
@@ -99,7 +99,7 @@ async def test_the_same_id_again_gets_the_receipt_of_the_first(cli: Command, bus
     assert (again.code, again.out) == (0, "accepted  (message id m1)\n")
 
 
-async def test_json_has_every_field(cli: Command, bus: Bus) -> None:
+async def test_json_has_every_field(cli: Command, bus: BusConnection) -> None:
     async with answering(bus) as adapter:
         adapter.receipts = answer("refused", reason="not_bound")
         (row,) = (await cli("send", "s1", "hi", "--json")).rows
@@ -109,7 +109,7 @@ async def test_json_has_every_field(cli: Command, bus: Bus) -> None:
     )
 
 
-async def test_text_from_standard_input(bus: Bus) -> None:
+async def test_text_from_standard_input(bus: BusConnection) -> None:
     async with answering(bus) as adapter:
         adapter.receipts = answer("accepted", message_ids=["m1"])
         async with started("send", "s1", "-") as process:
@@ -125,7 +125,7 @@ async def test_without_streams_it_is_3(cli: Command, server: object) -> None:
     assert "doctor --fix" in result.err
 
 
-async def test_too_many_waiting_commands_are_refused_with_1(cli: Command, bus: Bus) -> None:
+async def test_too_many_waiting_commands_are_refused_with_1(cli: Command, bus: BusConnection) -> None:
     stream = await bus.js.stream_info(bus.names.stream_out)
     config = stream.config.as_dict() | {"max_msgs_per_subject": 1}
     await bus.api_request(f"STREAM.UPDATE.{bus.names.stream_out}", config)
@@ -135,14 +135,14 @@ async def test_too_many_waiting_commands_are_refused_with_1(cli: Command, bus: B
     assert "too many messages wait" in result.err
 
 
-async def test_a_text_larger_than_the_server_takes_is_1(bus: Bus) -> None:
+async def test_a_text_larger_than_the_server_takes_is_1(bus: BusConnection) -> None:
     async with started("send", "s1", "-") as process:
         _, err = await process.communicate(b"x" * 1_100_000)
         assert process.returncode == 1
         assert b"larger than" in err
 
 
-async def test_ctrl_c_is_130(bus: Bus) -> None:
+async def test_ctrl_c_is_130(bus: BusConnection) -> None:
     async with started("send", "s1", "hi", "--id", "c1") as process:
         events = await bus.nc.subscribe(bus.names.out("s1"))
         await events.next_msg(timeout=30)
@@ -151,7 +151,7 @@ async def test_ctrl_c_is_130(bus: Bus) -> None:
         assert (process.returncode, err) == (130, b"")
 
 
-async def test_its_own_arguments_move_no_cursor(cli: Command, bus: Bus) -> None:
+async def test_its_own_arguments_move_no_cursor(cli: Command, bus: BusConnection) -> None:
     stored = await cli("send", "s1", "hi", "--no-wait", "--id", "c\x1b[2J\u200b")
     assert (stored.code, stored.out) == (0, "stored  (id c\\x1b[2J\\x200b)\n")
     late = await cli("send", "s1", "hi", "--timeout", "0.1", "--id", "d\x1b[2J")

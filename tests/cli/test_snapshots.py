@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from adapter.cli.bus import Bus, connected_bus
+from adapter.cli.bus import BusConnection, connected_bus
 from adapter.cli.embedded import EmbeddedNats
 from adapter.settings import Settings
 from tests import snapshots
@@ -13,7 +13,7 @@ from tests import snapshots
 CONSUMERS = True
 
 
-async def states(bus: Bus) -> dict[str, dict[str, Any]]:
+async def states(bus: BusConnection) -> dict[str, dict[str, Any]]:
     """By stream: what is in it, and how many consumers it has."""
     names = (await bus.api_request("STREAM.NAMES"))["streams"]
     found = {}
@@ -25,7 +25,9 @@ async def states(bus: Bus) -> dict[str, dict[str, Any]]:
     return found
 
 
-async def test_all_that_must_last_comes_back_on_another_server(bus: Bus, settings: Settings, tmp_path: Path) -> None:
+async def test_all_that_must_last_comes_back_on_another_server(
+    bus: BusConnection, settings: Settings, tmp_path: Path
+) -> None:
     """Messages, the first two of which are purged, a command, and an entry of a bucket."""
     bodies = [b"x" * 300_000 + str(number).encode() for number in range(5)]
     seqs = [(await bus.js.publish("wechat.inbox.s1", body)).seq for body in bodies]

@@ -10,7 +10,7 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from adapter.cli.bus import Bus, connected_bus
+from adapter.cli.bus import BusConnection, connected_bus
 from adapter.cli.embedded import EmbeddedNats
 from adapter.cli.options import moment, seconds
 from adapter.cli.output import clock
@@ -45,11 +45,11 @@ def inbound(n: int, text: str = "hello", sandbox: str = "s1") -> Inbound:
     )
 
 
-async def arrive(bus: Bus, message: Inbound) -> None:
+async def arrive(bus: BusConnection, message: Inbound) -> None:
     await bus.js.publish(bus.names.inbox(message.sandbox), msgspec.json.encode(message))
 
 
-async def shown(process: Running, bus: Bus, word: str) -> None:
+async def shown(process: Running, bus: BusConnection, word: str) -> None:
     """Publishes a word to the sandbox until the command prints it: then it listens."""
     line = msgspec.json.encode({"word": word})
 
@@ -70,7 +70,7 @@ def texts(result: Result) -> list[str]:
     return [row["text"] for row in result.rows]
 
 
-async def test_all_that_is_stored(cli: Command, bus: Bus) -> None:
+async def test_all_that_is_stored(cli: Command, bus: BusConnection) -> None:
     for n in range(3):
         await arrive(bus, inbound(n, f"text {n}"))
     await arrive(bus, inbound(9, "elsewhere", "s2"))
@@ -80,12 +80,12 @@ async def test_all_that_is_stored(cli: Command, bus: Bus) -> None:
     assert texts(result)[3] == "elsewhere"
 
 
-async def test_since_a_while_ago(cli: Command, bus: Bus) -> None:
+async def test_since_a_while_ago(cli: Command, bus: BusConnection) -> None:
     await arrive(bus, inbound(1))
     assert (await cli("tail", "s1", "--since", "10m", "--count", "1")).code == 0
 
 
-async def test_lines_for_people(cli: Command, bus: Bus) -> None:
+async def test_lines_for_people(cli: Command, bus: BusConnection) -> None:
     await arrive(bus, inbound(1, "two\nlines \x1b[31mred\x1b[0m 你好"))
     await arrive(bus, inbound(2, ""))
     first, second = (await cli("tail", "--all", "--count", "2")).out.splitlines()
@@ -99,7 +99,7 @@ async def test_lines_for_people(cli: Command, bus: Bus) -> None:
     assert third.startswith(clock(1_760_000_000_003))
 
 
-async def test_lines_of_json_move_no_cursor_and_stay_lines(cli: Command, bus: Bus) -> None:
+async def test_lines_of_json_move_no_cursor_and_stay_lines(cli: Command, bus: BusConnection) -> None:
     said = "\x9b2J\x1b[2J\x7f\x85\u2028\u2029\u202e\u200f\u4f60\n"
     await arrive(bus, inbound(1, said))
     result = await cli("tail", "--all", "--count", "1", "--json")
@@ -108,7 +108,7 @@ async def test_lines_of_json_move_no_cursor_and_stay_lines(cli: Command, bus: Bu
 
 
 @pytest.mark.parametrize("sandbox", ["s1\n", "s1\x1b[2J"])
-async def test_a_sandbox_that_is_no_sandbox_moves_no_cursor(cli: Command, bus: Bus, sandbox: str) -> None:
+async def test_a_sandbox_that_is_no_sandbox_moves_no_cursor(cli: Command, bus: BusConnection, sandbox: str) -> None:
     odd = {"id": "i", "sandbox": sandbox, "bot": "b", "user": "u", "sent_at_ms": 1, "received_at_ms": 1, "text": "hi"}
     command = {"sandbox": sandbox, "text": "hi"}
 
@@ -128,7 +128,7 @@ async def test_a_sandbox_that_is_no_sandbox_moves_no_cursor(cli: Command, bus: B
     assert "unreadable" in result.out
 
 
-async def test_events_too(cli: Command, bus: Bus) -> None:
+async def test_events_too(cli: Command, bus: BusConnection) -> None:
     receipt = Receipt(command="c1", sandbox="s1", outcome="refused", reason="expired", user="u@im.wechat", at_ms=1)
     change = BindingEvent(sandbox="s1", bot="b", change="bound", at_ms=2)
     await bus.js.publish(bus.names.event("s1", "receipt"), msgspec.json.encode(receipt))
@@ -142,7 +142,7 @@ async def test_events_too(cli: Command, bus: Bus) -> None:
 
 
 async def test_what_is_stored_is_printed_in_order_and_that_is_all_unless_it_is_followed(
-    cli: Command, bus: Bus
+    cli: Command, bus: BusConnection
 ) -> None:
     assert (await cli("tail", "s1", "--all")).out == ""
     for n in range(3):
@@ -168,7 +168,7 @@ async def test_what_is_stored_is_printed_in_order_and_that_is_all_unless_it_is_f
         assert b"later" in await process.stdout.readline()
 
 
-async def test_commands_with_their_texts_where_that_is_asked_for(cli: Command, bus: Bus) -> None:
+async def test_commands_with_their_texts_where_that_is_asked_for(cli: Command, bus: BusConnection) -> None:
     result = await cli("tail", "--all", "--commands")
     assert (result.code, "--follow" in result.err) == (2, True)
     commands = [
@@ -196,11 +196,11 @@ async def test_commands_with_their_texts_where_that_is_asked_for(cli: Command, b
     ]
 
 
-async def test_too_few_in_time_is_4(cli: Command, bus: Bus) -> None:
+async def test_too_few_in_time_is_4(cli: Command, bus: BusConnection) -> None:
     assert (await cli("tail", "--all", "--count", "1", "--timeout", "0.2")).code == 4
 
 
-async def test_live_until_ctrl_c(bus: Bus) -> None:
+async def test_live_until_ctrl_c(bus: BusConnection) -> None:
     async with started("tail", "s1", "--json") as process:
         await shown(process, bus, "first")
         await arrive(bus, inbound(1, "live"))
@@ -213,7 +213,7 @@ async def test_live_until_ctrl_c(bus: Bus) -> None:
         assert (process.returncode, err) == (130, b"")
 
 
-async def test_a_reader_that_has_enough_is_no_error(bus: Bus, tmp_path: Path) -> None:
+async def test_a_reader_that_has_enough_is_no_error(bus: BusConnection, tmp_path: Path) -> None:
     for n in range(3):
         await arrive(bus, inbound(n))
     reading, writing = os.pipe()

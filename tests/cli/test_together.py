@@ -9,7 +9,7 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from adapter.cli.bus import Bus
+from adapter.cli.bus import BusConnection
 from adapter.cli.demo import demo_settings
 from adapter.cli.embedded import EmbeddedNats
 from adapter.cli.lifetime import adapter_running
@@ -55,7 +55,7 @@ async def test_bind_send_look_and_unbind(
 
 
 async def test_an_unreadable_command_can_be_looked_at_and_dropped(
-    cli: Command, adapter: asyncio.Task[None], server: EmbeddedNats, bus: Bus
+    cli: Command, adapter: asyncio.Task[None], server: EmbeddedNats, bus: BusConnection
 ) -> None:
     events = await bus.nc.subscribe(bus.names.receipts("s1"))
     await bus.nc.flush()
@@ -116,7 +116,7 @@ async def test_a_bot_for_which_no_replica_has_room_is_named_and_fails_the_doctor
 
 
 async def test_an_inbox_of_an_old_backup_stops_polls_until_doctor_lowers_positions(
-    cli: Command, bus: Bus, simulator: Simulator, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    cli: Command, bus: BusConnection, simulator: Simulator, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     settings, bot, names = demo_settings(bus.settings.nats_url[0], simulator.url), simulator.add_bot(), bus.names
     token = tmp_path / "token"

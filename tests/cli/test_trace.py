@@ -8,7 +8,7 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from adapter.cli.bus import Bus
+from adapter.cli.bus import BusConnection
 from adapter.cli.embedded import EmbeddedNats
 from adapter.contract.headers import derive_traceparent
 from adapter.contract.names import H_COMMAND, H_REASON, H_SANDBOX, H_TRACEPARENT
@@ -27,13 +27,13 @@ async def bound(cli: Command, simulator: Simulator, tmp_path: Path) -> BotRecord
     return bot
 
 
-async def answer(bus: Bus, ident: str, headers: dict[str, str] | None = None, **body: str) -> None:
+async def answer(bus: BusConnection, ident: str, headers: dict[str, str] | None = None, **body: str) -> None:
     payload = msgspec.json.encode({"id": ident, "text": f"answer {ident}", **body})
     await bus.js.publish(bus.names.out("s1"), payload, headers=headers)
 
 
 async def test_the_story_of_a_message_from_the_phone_to_the_answers(
-    cli: Command, adapter: asyncio.Task[None], simulator: Simulator, bus: Bus, tmp_path: Path
+    cli: Command, adapter: asyncio.Task[None], simulator: Simulator, bus: BusConnection, tmp_path: Path
 ) -> None:
     bot = await bound(cli, simulator, tmp_path)
     simulator.say(bot.user, "private words")
@@ -70,7 +70,7 @@ async def test_the_story_of_a_message_from_the_phone_to_the_answers(
 
 
 async def test_the_story_of_a_command_that_was_parked_and_of_one_that_is_dead(
-    cli: Command, adapter: asyncio.Task[None], simulator: Simulator, bus: Bus, tmp_path: Path
+    cli: Command, adapter: asyncio.Task[None], simulator: Simulator, bus: BusConnection, tmp_path: Path
 ) -> None:
     bot = await bound(cli, simulator, tmp_path)
     await cli("send", "s1", "too early", "--id", "c1")
@@ -95,13 +95,13 @@ async def test_the_story_of_a_command_that_was_parked_and_of_one_that_is_dead(
 
 
 @pytest.mark.parametrize("ident", ["nobody-knows", "*", "a.b"])
-async def test_what_the_bus_does_not_know_is_said(cli: Command, bus: Bus, ident: str) -> None:
+async def test_what_the_bus_does_not_know_is_said(cli: Command, bus: BusConnection, ident: str) -> None:
     result = await cli("trace", "s1", ident)
     assert (result.code, result.out) == (1, "")
     assert "has nothing of" in result.err
 
 
-async def test_a_message_that_became_a_dead_letter_is_found_by_its_trace(cli: Command, bus: Bus) -> None:
+async def test_a_message_that_became_a_dead_letter_is_found_by_its_trace(cli: Command, bus: BusConnection) -> None:
     """And nobody else's: not that of a command of the same id in another sandbox."""
     headers = {H_REASON: "too_large", H_TRACEPARENT: derive_traceparent("in:b:m1")}
     await bus.js.publish(bus.names.dead_letters("WECHAT_IN"), b"s1.01234567.\xff\x00", headers=headers)

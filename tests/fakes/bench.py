@@ -12,7 +12,7 @@ import msgspec
 
 from adapter.contract.names import Names, conversation_key, shard_of
 from adapter.contract.records import Binding
-from adapter.inbound.checkpoint import Stored as StoredCheckpoint
+from adapter.inbound.checkpoint import StoredCheckpoint
 from adapter.inbound.poller import BotPoller, PollDeps
 from adapter.kit.slots import FairSlots
 from adapter.observability.metrics import Metrics
@@ -23,7 +23,7 @@ from adapter.outbound.sessions import Pollers
 from adapter.outbound.shard import OutboundDeps, Shard
 from adapter.outbound.store import open_record, seal_record
 from adapter.outbound.window import InboundReceived, WindowPolicy
-from adapter.ports import Stored
+from adapter.ports import StoredMessage
 from adapter.replica.connections import Connections
 from adapter.replica.wiring import Edges, Replica
 from adapter.security.seal import MARK, cursor_context
@@ -248,7 +248,7 @@ class Bench:
         payload = msgspec.json.encode(body) if data is None else data
         seq, now_ms = next(self.numbers), self.clock.now_ms()
         stream = self.bus.stream_of(subject)
-        self.bus.kept.append(Kept(stream, Stored(subject, seq, headers or {}, payload, now_ms), now_ms))
+        self.bus.kept.append(Kept(stream, StoredMessage(subject, seq, headers or {}, payload, now_ms), now_ms))
         delivery = FakeDelivery(subject, payload, seq=seq, time_ms=now_ms, headers=headers, redelivered=redelivered)
         self.deliveries.append(delivery)
         return delivery

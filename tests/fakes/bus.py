@@ -12,7 +12,7 @@ from adapter.contract.messages import BindingEvent, Inbound, Receipt
 from adapter.contract.names import H_EXPECTED, H_MSG_ID, Names
 from adapter.errors import BusRefused, Conflict, Temporary
 from adapter.jetstream.publisher import DELAYED_PUBLISH_S
-from adapter.ports import Entry, Message, PubAck, Stored
+from adapter.ports import BusMessage, Entry, PubAck, StoredMessage
 from tests.fakes.clock import FakeClock
 
 
@@ -20,7 +20,7 @@ class Kept(NamedTuple):
     """A message in a stream of FakeBus."""
 
     stream: str
-    stored: Stored
+    stored: StoredMessage
     time_ms: int
 
 
@@ -31,8 +31,8 @@ class FakeBus:
         self.kept: list[Kept] = []
         self.writes: list[str] = []
         """What was stored, in order: labels of streams and buckets."""
-        self.refuse: Callable[[Message], BusRefused | None] = lambda message: None
-        self.on_publish: Callable[[Message], Awaitable[None]] | None = None
+        self.refuse: Callable[[BusMessage], BusRefused | None] = lambda message: None
+        self.on_publish: Callable[[BusMessage], Awaitable[None]] | None = None
         """Awaited before a message is stored: to let something happen meanwhile, or to fail."""
         self.on_delete: Callable[[], Awaitable[None]] | None = None
         """Awaited before a message is deleted."""
@@ -51,13 +51,13 @@ class FakeBus:
 
     # Bus
 
-    async def publish(self, message: Message) -> PubAck:
+    async def publish(self, message: BusMessage) -> PubAck:
         (ack,) = await self.publish_all([message])
         if isinstance(ack, BusRefused):
             raise ack
         return ack
 
-    async def publish_all(self, messages: Sequence[Message]) -> list[PubAck | BusRefused]:
+    async def publish_all(self, messages: Sequence[BusMessage]) -> list[PubAck | BusRefused]:
         await asyncio.sleep(0)
         acks: list[PubAck | BusRefused] = []
         began = self._clock.monotonic()
@@ -73,20 +73,20 @@ class FakeBus:
             )
         return acks
 
-    def _repeat(self, message: Message) -> PubAck | None:
+    def _repeat(self, message: BusMessage) -> PubAck | None:
         """A cluster looks at the id first, then at what is expected; one server the other way round."""
         stream = self.stream_of(message.subject)
         known = self._ids.get((stream, message.headers.get(H_MSG_ID, "")))
         return PubAck(stream=stream, seq=known, duplicate=True) if known else None
 
-    def _conflict(self, message: Message) -> Conflict | None:
+    def _conflict(self, message: BusMessage) -> Conflict | None:
         if (expected := message.headers.get(H_EXPECTED)) is None:
             return None
         of_subject = reversed(self.kept) if message.subject in self._subjects else ()
         last = next((kept.stored.seq for kept in of_subject if kept.stored.subject == message.subject), 0)
         return None if int(expected) == last else Conflict(10071, "wrong last sequence")
 
-    def store(self, message: Message) -> PubAck:
+    def store(self, message: BusMessage) -> PubAck:
         stream = self.stream_of(message.subject)
         return PubAck(stream=stream, seq=self.put(message.subject, message.payload, message.headers, message.stream))
 
@@ -97,7 +97,7 @@ class FakeBus:
         if ident := headers.get(H_MSG_ID, ""):
             self._ids[stream, ident] = seq
         now_ms = self._clock.now_ms()
-        self.kept.append(Kept(stream, Stored(subject, seq, headers, payload, now_ms), now_ms))
+        self.kept.append(Kept(stream, StoredMessage(subject, seq, headers, payload, now_ms), now_ms))
         self._subjects.add(subject)
         self.writes.append(label)
         return seq
@@ -112,7 +112,7 @@ class FakeBus:
 
     async def read(
         self, stream: str, subject: str, *, after: int = 0, since_ms: int | None = None, limit: int | None = None
-    ) -> AsyncIterator[Stored]:
+    ) -> AsyncIterator[StoredMessage]:
         await asyncio.sleep(0)
         left = len(self.kept) if limit is None else limit
         if self.unreadable:
@@ -127,19 +127,21 @@ class FakeBus:
                 self.read_back += 1
                 yield found
 
-    async def read_last(self, stream: str, subject: str) -> Stored | None:
+    async def read_last(self, stream: str, subject: str) -> StoredMessage | None:
         found = [stored async for stored in self.read(stream, subject)]
         return found[-1] if found else None
 
-    async def read_last_of_each(self, stream: str, subjects: Sequence[str]) -> list[Stored]:
+    async def read_last_of_each(self, stream: str, subjects: Sequence[str]) -> list[StoredMessage]:
         found = [await self.read_last(stream, subject) for subject in subjects]
         return [stored for stored in found if stored is not None]
 
-    async def read_newest(self, stream: str, subject: str, *, count: int, before: int | None = None) -> list[Stored]:
+    async def read_newest(
+        self, stream: str, subject: str, *, count: int, before: int | None = None
+    ) -> list[StoredMessage]:
         found = [stored async for stored in self.read(stream, subject) if before is None or stored.seq < before]
         return found[::-1][:count]
 
-    async def get(self, stream: str, seq: int) -> Stored | None:
+    async def get(self, stream: str, seq: int) -> StoredMessage | None:
         await asyncio.sleep(0)
         if self.unreadable:
             self.unreadable -= 1
@@ -184,7 +186,7 @@ class FakeBus:
         """The window against duplicates has passed."""
         self._ids.clear()
 
-    def found(self, kind: str) -> list[Stored]:
+    def found(self, kind: str) -> list[StoredMessage]:
         """What a stream holds: IN, EVENT, DEAD, OUT."""
         stream = f"{self._names.prefix.upper()}_{kind}"
         return [kept.stored for kept in self.kept if kept.stream == stream]

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from adapter.errors import BusRefused, Temporary
-from adapter.ports import Message, PubAck
+from adapter.ports import BusMessage, PubAck
 from tests.fakes import Bench, FakeBus, FakeDelivery, Life
 
 BUCKETS = ["conversation_bucket", "checkpoint_bucket", "bindings_bucket", "claims_bucket", "readers_bucket"]
@@ -34,7 +34,7 @@ class Reached:
             return partial(self._read, found)
         return partial(self._ask, found) if inspect.iscoroutinefunction(found) else found
 
-    async def publish_all(self, messages: Sequence[Message]) -> list[PubAck | BusRefused]:
+    async def publish_all(self, messages: Sequence[BusMessage]) -> list[PubAck | BusRefused]:
         """The replica may die between two messages, and the bus may have some of them."""
         acks: list[PubAck | BusRefused] = []
         for message in messages:

@@ -37,7 +37,7 @@ from adapter.ilink import protocol, urls
 from adapter.ilink.addresses import is_public
 from adapter.ilink.cipher import Decryption, read_key
 from adapter.ilink.connection import Connection
-from adapter.ilink.protocol import Reply
+from adapter.ilink.protocol import IlinkReply
 from adapter.ilink.translate import read_message
 from adapter.ilink.unpack import unpack
 from adapter.logins.qr import check_content, html_element, terminal_text
@@ -180,7 +180,7 @@ def reply(data: bytes) -> None:
     number, _, body = data.partition(b"\n")
     status = int(number[:3]) if number[:3].isdigit() else 200
     name, _, value = number[3:].decode("latin-1").partition(":")
-    answer = Reply(status, {name.lower(): value.strip()}, body)
+    answer = IlinkReply(status, {name.lower(): value.strip()}, body)
     readers: list[Callable[[], Any]] = [
         lambda: protocol.read_updates(answer, polled_s=20.0),
         lambda: protocol.read_updates(answer, polled_s=1.0),
@@ -205,7 +205,7 @@ def reply(data: bytes) -> None:
 
 def login(data: bytes) -> None:
     """Answers about QR codes: they may hold a token, which no error may repeat."""
-    answer = Reply(200, {}, data.replace(b"SECRET", SECRET.encode()))
+    answer = IlinkReply(200, {}, data.replace(b"SECRET", SECRET.encode()))
     for read in (protocol.read_qrcode, protocol.read_qrcode_status):
         try:
             found = read(answer)

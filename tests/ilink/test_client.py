@@ -11,7 +11,7 @@ import pytest
 
 from adapter.errors import AdapterError, Temporary, Uncertain
 from adapter.ilink.client import ILink
-from adapter.ilink.protocol import HOLD_MS, Reply, Request
+from adapter.ilink.protocol import HOLD_MS, IlinkReply, IlinkRequest
 from adapter.observability.metrics import Metrics
 from adapter.ports import Account
 
@@ -31,7 +31,7 @@ class Answering:
     """An `ILink` whose every request gets the same answer, or the one that `answer` gives."""
 
     def __init__(
-        self, monkeypatch: pytest.MonkeyPatch, answer: Reply | Exception | Callable[[Request], Reply]
+        self, monkeypatch: pytest.MonkeyPatch, answer: IlinkReply | Exception | Callable[[IlinkRequest], IlinkReply]
     ) -> None:
         self.metrics = Metrics()
         self.ilink = ILink(
@@ -45,9 +45,11 @@ class Answering:
         self.timeout_s = 0.0
         self.fresh: list[bool] = []
         """Of each call: whether it got a connection of its own."""
-        self.requests: list[Request] = []
+        self.requests: list[IlinkRequest] = []
 
-        async def exchange(_url: str, request: Request, timeout_s: float, *, fresh: bool, **_: object) -> Reply:
+        async def exchange(
+            _url: str, request: IlinkRequest, timeout_s: float, *, fresh: bool, **_: object
+        ) -> IlinkReply:
             self.repeatable = request.repeatable
             self.timeout_s = timeout_s
             self.fresh.append(fresh)
@@ -59,8 +61,8 @@ class Answering:
         monkeypatch.setattr(self.ilink._transport, "exchange", exchange)
 
 
-def reply(body: Any, status: int = 200, **headers: str) -> Reply:
-    return Reply(status, headers, msgspec.json.encode(body))
+def reply(body: Any, status: int = 200, **headers: str) -> IlinkReply:
+    return IlinkReply(status, headers, msgspec.json.encode(body))
 
 
 @pytest.mark.parametrize("endpoint", CALLS)
@@ -77,7 +79,7 @@ def reply(body: Any, status: int = 200, **headers: str) -> Reply:
     ids=["no answer", "cut", "not there", "502", "404", "refused"],
 )
 async def test_each_call_that_fails_is_counted_by_how(
-    monkeypatch: pytest.MonkeyPatch, endpoint: str, answer: Reply | Exception, outcome: str
+    monkeypatch: pytest.MonkeyPatch, endpoint: str, answer: IlinkReply | Exception, outcome: str
 ) -> None:
     answering = Answering(monkeypatch, answer)
     with contextlib.suppress(AdapterError):
@@ -153,10 +155,10 @@ async def test_a_send_alone_may_not_be_asked_twice(monkeypatch: pytest.MonkeyPat
         (TimeoutError(), (Uncertain, "timeout")),
         (Uncertain("network", "cut"), (Uncertain, "network")),
         (Temporary("network", "refused"), (Temporary, "network")),
-        (Reply(503, {"content-encoding": "br"}, b"?"), (Temporary, "http_5xx")),
-        (Reply(403, {"content-encoding": "gzip"}, b"?"), (Temporary, "http_4xx")),
-        (Reply(502, {"content-encoding": "gzip"}, b"?"), (Uncertain, "http_5xx")),
-        (Reply(200, {"content-encoding": "gzip"}, b"?"), (Uncertain, "unreadable")),
+        (IlinkReply(503, {"content-encoding": "br"}, b"?"), (Temporary, "http_5xx")),
+        (IlinkReply(403, {"content-encoding": "gzip"}, b"?"), (Temporary, "http_4xx")),
+        (IlinkReply(502, {"content-encoding": "gzip"}, b"?"), (Uncertain, "http_5xx")),
+        (IlinkReply(200, {"content-encoding": "gzip"}, b"?"), (Uncertain, "unreadable")),
     ],
     ids=[
         "no answer",
@@ -169,7 +171,7 @@ async def test_a_send_alone_may_not_be_asked_twice(monkeypatch: pytest.MonkeyPat
     ],
 )
 async def test_what_a_send_may_have_done_is_told_apart(
-    monkeypatch: pytest.MonkeyPatch, answer: Reply | Exception, expected: object
+    monkeypatch: pytest.MonkeyPatch, answer: IlinkReply | Exception, expected: object
 ) -> None:
     answering = Answering(monkeypatch, answer)
     with pytest.raises(AdapterError) as caught:

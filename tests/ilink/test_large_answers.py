@@ -13,7 +13,7 @@ import pytest
 
 from adapter.errors import Temporary
 from adapter.ilink.client import READ_BYTES_PER_S, SMALL, ILink
-from adapter.ilink.protocol import ANSWER_BYTES, MESSAGES, OTHER_BYTES, Reply
+from adapter.ilink.protocol import ANSWER_BYTES, MESSAGES, OTHER_BYTES, IlinkReply
 from adapter.observability.metrics import Metrics
 from adapter.ports import Account, Polled
 from tests.e2e.waiting import until
@@ -134,7 +134,7 @@ async def test_who_waits_after_a_large_answer_that_cannot_be_read_does_not_keep_
             frames.append(trace.tb_frame)
             trace = trace.tb_next
         problem = problem.__cause__
-    kept = [value for frame in frames for value in frame.f_locals.values() if isinstance(value, Reply)]
+    kept = [value for frame in frames for value in frame.f_locals.values() if isinstance(value, IlinkReply)]
     assert frames
     assert not [reply for reply in kept if len(reply.body) > SMALL]
 

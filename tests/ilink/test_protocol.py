@@ -13,7 +13,7 @@ from msgspec.structs import replace
 from adapter.errors import AdapterError, Refused, SessionExpired, Temporary, Throttled, Uncertain
 from adapter.ilink import protocol
 from adapter.ilink.protocol import (
-    Reply,
+    IlinkReply,
     hold_ms,
     read_notified,
     read_qrcode,
@@ -32,9 +32,9 @@ HTML = b"<html><head><title>502 Bad Gateway</title></head></html>"
 JSON = {"content-type": "application/json"}
 
 
-def reply(body: bytes | dict[str, Any], status: int = 200, **headers: str) -> Reply:
+def reply(body: bytes | dict[str, Any], status: int = 200, **headers: str) -> IlinkReply:
     data = body if isinstance(body, bytes) else msgspec.json.encode(body)
-    return Reply(status, {**JSON, **{name.replace("_", "-"): value for name, value in headers.items()}}, data)
+    return IlinkReply(status, {**JSON, **{name.replace("_", "-"): value for name, value in headers.items()}}, data)
 
 
 def outcome(read: Callable[[], object]) -> object:
@@ -140,7 +140,7 @@ SENT = [
 
 
 @pytest.mark.parametrize(("answer", "expected"), [row[1:] for row in SENT], ids=[row[0] for row in SENT])
-def test_an_answer_to_a_send_has_one_meaning(answer: Reply, expected: object) -> None:
+def test_an_answer_to_a_send_has_one_meaning(answer: IlinkReply, expected: object) -> None:
     assert outcome(lambda: read_sent(answer)) == expected
 
 
@@ -226,7 +226,7 @@ UPDATES = [
 @pytest.mark.parametrize(
     ("answer", "polled_s", "expected"), [row[1:] for row in UPDATES], ids=[row[0] for row in UPDATES]
 )
-def test_an_answer_to_a_poll_has_one_meaning(answer: Reply, polled_s: float, expected: object) -> None:
+def test_an_answer_to_a_poll_has_one_meaning(answer: IlinkReply, polled_s: float, expected: object) -> None:
     assert outcome(lambda: read_updates(answer, polled_s=polled_s)) == expected
 
 
@@ -416,7 +416,7 @@ NOTIFIED = [
 
 
 @pytest.mark.parametrize(("answer", "expected"), [row[1:] for row in NOTIFIED], ids=[row[0] for row in NOTIFIED])
-def test_an_answer_to_a_notification_has_one_meaning(answer: Reply, expected: object) -> None:
+def test_an_answer_to_a_notification_has_one_meaning(answer: IlinkReply, expected: object) -> None:
     assert outcome(lambda: read_notified(answer)) == expected
 
 
@@ -443,7 +443,7 @@ TICKETS = [
 
 
 @pytest.mark.parametrize(("answer", "expected"), [row[1:] for row in TICKETS], ids=[row[0] for row in TICKETS])
-def test_a_ticket_is_there_only_where_ilink_says_so(answer: Reply, expected: object) -> None:
+def test_a_ticket_is_there_only_where_ilink_says_so(answer: IlinkReply, expected: object) -> None:
     assert outcome(lambda: protocol.read_ticket(answer)) == expected
 
 
@@ -476,7 +476,7 @@ TYPED = [
 
 
 @pytest.mark.parametrize(("answer", "expected"), [row[1:] for row in TYPED], ids=[row[0] for row in TYPED])
-def test_an_answer_to_typing_says_whether_it_was_done(answer: Reply, expected: object) -> None:
+def test_an_answer_to_typing_says_whether_it_was_done(answer: IlinkReply, expected: object) -> None:
     assert outcome(lambda: protocol.read_typing(answer)) == expected
 
 
@@ -493,12 +493,12 @@ KEY = bytes.fromhex("00112233445566778899aabbccddeeff")
 FILEKEY = "0f1e2d3c4b5a69788796a5b4c3d2e1f0"
 
 
-def upload_request(kind: MediaKind = "file") -> protocol.Request:
+def upload_request(kind: MediaKind = "file") -> protocol.IlinkRequest:
     upload = protocol.Upload("o9Cq@im.wechat", kind, 14, "7d36e586ba5d45ede81619df48a3d898", FILEKEY, KEY)
     return protocol.upload_request("bot:secret", 305419896, upload)
 
 
-def send_request() -> protocol.Request:
+def send_request() -> protocol.IlinkRequest:
     return protocol.message_request(
         "bot:secret", 305419896, protocol.text_item("on it 😀"),
         user="o9Cq@im.wechat", client_id="c-1", context_token="AARz",
@@ -528,7 +528,7 @@ def test_the_uin_is_the_decimal_text_in_base64(number: int, header: str) -> None
     ],
     ids=lambda request: request.endpoint,
 )
-def test_every_post_carries_all_headers(request_: protocol.Request) -> None:
+def test_every_post_carries_all_headers(request_: protocol.IlinkRequest) -> None:
     """2.1; no Content-Length by hand."""
     assert request_.headers == {
         "Content-Type": "application/json",
@@ -649,7 +649,7 @@ UPLOAD_URLS = [
 @pytest.mark.parametrize(
     ("answer", "expected"), [row[1:] for row in UPLOAD_URLS], ids=[row[0] for row in UPLOAD_URLS]
 )
-def test_an_answer_to_getuploadurl_has_one_meaning(answer: Reply, expected: object) -> None:
+def test_an_answer_to_getuploadurl_has_one_meaning(answer: IlinkReply, expected: object) -> None:
     assert outcome(lambda: protocol.read_upload_url(answer, cdn_base_url=CDN, filekey=FILEKEY)) == expected
 
 
@@ -748,7 +748,7 @@ QRCODES = [
 
 
 @pytest.mark.parametrize(("answer", "expected"), [row[1:] for row in QRCODES], ids=[row[0] for row in QRCODES])
-def test_an_answer_to_the_wish_for_a_code_has_one_meaning(answer: Reply, expected: object) -> None:
+def test_an_answer_to_the_wish_for_a_code_has_one_meaning(answer: IlinkReply, expected: object) -> None:
     assert outcome(lambda: read_qrcode(answer)) == expected
 
 
@@ -779,7 +779,7 @@ SCANS = [
 
 
 @pytest.mark.parametrize(("answer", "expected"), [row[1:] for row in SCANS], ids=[row[0] for row in SCANS])
-def test_an_answer_about_a_code_has_one_meaning(answer: Reply, expected: object) -> None:
+def test_an_answer_about_a_code_has_one_meaning(answer: IlinkReply, expected: object) -> None:
     assert outcome(lambda: read_qrcode_status(answer)) == expected
 
 

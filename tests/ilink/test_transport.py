@@ -22,7 +22,7 @@ from adapter.errors import LeaseLost, Refused, Temporary, Uncertain
 from adapter.ilink.client import ILink
 from adapter.ilink.connection import Connection
 from adapter.ilink.network import Resolver
-from adapter.ilink.protocol import AGENT, Reply, Request
+from adapter.ilink.protocol import AGENT, IlinkReply, IlinkRequest
 from adapter.ilink.tls import ResumingContext
 from adapter.ilink.transport import Transport
 from adapter.observability.metrics import Metrics
@@ -94,8 +94,8 @@ async def transport() -> AsyncIterator[Transport]:
     await made.close()
 
 
-async def post(transport: Transport, url: str, *, timeout_s: float = 30.0, fresh: bool = False) -> Reply:
-    request = Request("x", "", {"X-One": "1"}, b"{}", largest=LARGEST)
+async def post(transport: Transport, url: str, *, timeout_s: float = 30.0, fresh: bool = False) -> IlinkReply:
+    request = IlinkRequest("x", "", {"X-One": "1"}, b"{}", largest=LARGEST)
     return await transport.exchange(url, request, timeout_s, fresh=fresh)
 
 
@@ -460,7 +460,7 @@ async def test_what_meets_a_connection_that_closes_is_asked_once_more(
             await Server.say(OK)(writer)
 
     server.answer = answer
-    request = Request("x", "", {}, b"{}", repeatable=repeatable)
+    request = IlinkRequest("x", "", {}, b"{}", repeatable=repeatable)
     await transport.exchange(server.url, request, 5)
     if repeatable:
         assert (await transport.exchange(server.url, request, 5)).status == 200
@@ -580,7 +580,7 @@ async def test_a_body_without_end_is_not_read(server: Server, transport: Transpo
 @pytest.mark.parametrize("value", ["a\r\nX-Evil: 1", "a\nX-Evil: 1", "a\rb", "a\0b"])
 async def test_a_header_cannot_become_two(server: Server, transport: Transport, value: str) -> None:
     with pytest.raises(Temporary):
-        await transport.exchange(server.url, Request("x", "", {"Authorization": value}, b"{}"), 5)
+        await transport.exchange(server.url, IlinkRequest("x", "", {"Authorization": value}, b"{}"), 5)
     assert server.heads == []
 
 
@@ -604,7 +604,7 @@ async def test_what_may_not_be_sent_any_more_does_not_leave(server: Server, kept
         if kept:
             await post(made, url)
         with pytest.raises(LeaseLost):
-            await made.exchange(url, Request("x", "", {}, b"{}"), 5, check=check)
+            await made.exchange(url, IlinkRequest("x", "", {}, b"{}"), 5, check=check)
     finally:
         await made.close()
     assert asked == ["address", "check"]
@@ -613,7 +613,7 @@ async def test_what_may_not_be_sent_any_more_does_not_leave(server: Server, kept
 
 async def test_a_query_is_sent_as_it_is_and_a_get_has_no_body(server: Server) -> None:
     made = Transport(tls=ResumingContext(), resolver=RESOLVER)
-    await made.exchange(server.url, Request("x", "?qrcode=a%2Fb&x=1?2", {}, b"", "GET"), 5)
+    await made.exchange(server.url, IlinkRequest("x", "?qrcode=a%2Fb&x=1?2", {}, b"", "GET"), 5)
     await made.close()
     (head,) = server.heads
     assert head.startswith(b"GET /ilink/bot/x?qrcode=a%2Fb&x=1?2 HTTP/1.1\r\nHost: 127.0.0.1:")
@@ -734,7 +734,7 @@ async def test_a_request_that_fails_leaves_no_garbage(server: Server, transport:
 
 @hypothesis.given(cuts=st.lists(st.integers(1, len(PIECES) - 1), max_size=6))
 def test_an_answer_may_come_in_any_pieces(cuts: list[int]) -> None:
-    async def ask() -> tuple[Reply, bool]:
+    async def ask() -> tuple[IlinkReply, bool]:
         connection = Connection()
         wire = Wire()
         connection.connection_made(wire)

@@ -11,7 +11,7 @@ import msgspec
 from adapter.contract.names import H_MSG_ID, H_REASON
 from adapter.errors import SessionExpired
 from adapter.inbound.poller import BotPoller
-from adapter.ports import Stored
+from adapter.ports import StoredMessage
 from adapter.security.seal import dead_context
 from tests.fakes import Bench, raw_message, settle
 
@@ -95,7 +95,7 @@ def texts(bench: Bench) -> list[str]:
     return [inbound.text for inbound in bench.bus.inbound()]
 
 
-def opened(bench: Bench, letter: Stored) -> bytes:
+def opened(bench: Bench, letter: StoredMessage) -> bytes:
     """What is sealed in an inbound dead letter."""
     return bench.sealer.open_bytes(dead_context(letter.headers[H_MSG_ID]), letter.data)
 

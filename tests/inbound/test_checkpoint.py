@@ -14,7 +14,7 @@ from adapter.contract.records import CheckpointRecord
 from adapter.errors import Conflict, LeaseLost, Temporary
 from adapter.inbound.checkpoint import SAVE_AFTER_NEW, SAVE_AFTER_S, Checkpoint
 from adapter.inbound.poller import UNSAVED_S, BotPoller, State
-from adapter.ports import Message, Polled
+from adapter.ports import BusMessage, Polled
 from adapter.security.seal import Sealer, cursor_context
 from tests.fakes import Bench, Failing, batch, ready
 from tests.inbound.pollers import BOT, STALE, Poller, Replica, heir_to, polls, raw, set_owner, tended, texts
@@ -133,7 +133,7 @@ async def test_it_knows_only_messages_that_the_inbox_has(poller: Poller) -> None
     bench.chat.polls.append(batch(*(raw(f"t{number}", number) for number in range(5)), cursor="b"))
     gate = asyncio.Event()
 
-    async def wait(message: Message) -> None:
+    async def wait(message: BusMessage) -> None:
         if message.stream == "in" and len(texts(bench)) == 3:
             await gate.wait()
 

@@ -18,7 +18,7 @@ from adapter.inbound.checkpoint import lowered_checkpoint
 from adapter.inbound.fold import SET_BACK_S, FoldedInbox, Folds
 from adapter.inbound.poller import State
 from adapter.outbound.store import seal_record
-from adapter.ports import Stored
+from adapter.ports import StoredMessage
 from tests.fakes import Bench, batch, ready
 from tests.fakes.bus import Kept
 from tests.inbound.pollers import BOT, USER, Poller, Replica, heir_to, polls, raw, set_owner, tended, texts
@@ -279,7 +279,7 @@ async def test_an_inbox_that_is_slow_to_read_holds_up_no_other() -> None:
         bench.bus.put(f"wechat.inbox.{sandbox}", b'{"id":"in:1","user":"u"}', {})
     read, is_free = bench.bus.read, asyncio.Event()
 
-    async def slowly(stream: str, subject: str, **where: Any) -> AsyncIterator[Stored]:
+    async def slowly(stream: str, subject: str, **where: Any) -> AsyncIterator[StoredMessage]:
         if subject.endswith("slow") and "after" in where:
             await is_free.wait()
         async for stored in read(stream, subject, **where):
@@ -453,7 +453,7 @@ async def test_what_nobody_can_read_in_an_inbox_costs_only_what_it_would_have_to
         headers[H_SEALED] = headers[H_SEALED][:-8] + "AAAAAAAA"
     if damage == "seen":
         headers[H_SEEN] = "???"
-    changed = Stored(stored.subject, stored.seq, headers, data, stored.time_ms)
+    changed = StoredMessage(stored.subject, stored.seq, headers, data, stored.time_ms)
     heir.bus.kept = [Kept(one.stream, changed, one.time_ms) if one is kept else one for one in heir.bus.kept]
     with capture_logs() as logs:
         session = poller(heir)
@@ -473,7 +473,9 @@ async def test_the_sealed_part_of_another_message_gives_no_token() -> None:
     first, second = [one for one in heir.bus.kept if one.stream == "WECHAT_IN"]
     headers = second.stored.headers | {H_SEALED: first.stored.headers[H_SEALED]}
     stored = second.stored
-    swapped = Kept("WECHAT_IN", Stored(stored.subject, 2, headers, stored.data, stored.time_ms), second.time_ms)
+    swapped = Kept(
+        "WECHAT_IN", StoredMessage(stored.subject, 2, headers, stored.data, stored.time_ms), second.time_ms
+    )
     heir.bus.kept = [first, swapped]
     heir.shard().on_delivery(heir.command("answer", id="c1"))
     await asyncio.sleep(5)
@@ -485,7 +487,7 @@ async def test_the_newest_of_many_inboxes_are_asked_for_in_one_request() -> None
     asked: list[int] = []
     read = bench.bus.read_last_of_each
 
-    async def counted(stream: str, subjects: Sequence[str]) -> list[Stored]:
+    async def counted(stream: str, subjects: Sequence[str]) -> list[StoredMessage]:
         asked.append(len(subjects))
         return await read(stream, subjects)
 

@@ -17,7 +17,7 @@ from adapter.outbound import window
 from adapter.outbound.conversation import Conversation
 from adapter.outbound.shard import Shard
 from adapter.outbound.window import InboundReceived
-from adapter.ports import InboundMessage, Message, Polled, PubAck
+from adapter.ports import BusMessage, InboundMessage, Polled, PubAck
 from tests.capture import ALWAYS, WORDS, Bugs, Capture
 from tests.fakes import Bench, FakeChat, batch, raw_message, ready
 from tests.inbound.pollers import Poller, Replica, heir_to, opened, raw, tended, texts
@@ -66,7 +66,7 @@ def building(bench: Bench, times: int) -> dict[str, Any]:
 def publishing(bench: Bench, times: int) -> dict[str, Any]:
     bugs = Bugs(times)
 
-    async def fails(message: Message) -> None:
+    async def fails(message: BusMessage) -> None:
         if message.stream == "in" and is_bad(message.payload):
             bugs.strike()
 
@@ -136,7 +136,7 @@ async def test_a_fault_after_the_message_is_on_the_bus_makes_no_dead_letter_of_i
     bench = await ready(batch(raw("one", 1), BAD, raw("three", 3), cursor="b"))
     store, bugs = bench.bus.store, Bugs(ALWAYS)
 
-    def stored_all_the_same(message: Message) -> PubAck:
+    def stored_all_the_same(message: BusMessage) -> PubAck:
         ack = store(message)
         if message.stream == "in" and is_bad(message.payload):
             bugs.strike()
@@ -155,7 +155,7 @@ async def test_a_dead_letter_is_stored_before_the_next_poll(poller: Poller) -> N
     bench = await ready(batch(BAD, cursor="b"))
     gate = asyncio.Event()
 
-    async def wait(message: Message) -> None:
+    async def wait(message: BusMessage) -> None:
         if message.stream == "dead":
             await gate.wait()
 
@@ -174,7 +174,7 @@ async def test_another_bot_is_not_held_up_meanwhile(bench: Bench) -> None:
     bench.chat.polls.append(batch(BAD, cursor="b"))
     gate = asyncio.Event()
 
-    async def fails(message: Message) -> None:
+    async def fails(message: BusMessage) -> None:
         if message.stream == "dead":
             await gate.wait()
         if message.stream == "in" and is_bad(message.payload):

@@ -20,7 +20,7 @@ from adapter.errors import Refused, Temporary
 from adapter.ilink.translate import read_message
 from adapter.inbound.poller import AFTER_CANCEL_S, ANSWER_GRACE_S, HOLD_MS, LONGEST_HOLD_MS, BotPoller, State
 from adapter.kit.timing import PerTickLimiter, RateLimiter, complete_with_grace
-from adapter.ports import Account, InboundMessage, Message, Polled
+from adapter.ports import Account, BusMessage, InboundMessage, Polled
 from adapter.security.seal import Sealer
 from tests.fakes import Bench, Failing, FakeClock, Rounds, batch, ready
 from tests.inbound.pollers import BOT, STALE, Poller, polls, raw, tended, texts
@@ -44,7 +44,7 @@ async def test_no_poll_starts_before_all_of_an_answer_is_stored(poller: Poller) 
     bench = await ready(batch(raw("one", 1), raw("two", 2), cursor="b"))
     gate = asyncio.Event()
 
-    async def wait(message: Message) -> None:
+    async def wait(message: BusMessage) -> None:
         if message.stream == "in" and texts(bench):
             await gate.wait()
 
@@ -507,7 +507,7 @@ async def test_stopping_stores_the_batch_in_hand() -> None:
     bench = await ready(batch(raw("in hand")))
     release = asyncio.Event()
 
-    async def slow(message: Message) -> None:
+    async def slow(message: BusMessage) -> None:
         if bench.chat.asked:
             await release.wait()
 

@@ -30,7 +30,7 @@ from adapter.inbound.receive import IDS_KNOWN_S, OTHER_USERS, retry
 from adapter.inbound.sealed import unseal
 from adapter.kit.timing import PerTickLimiter
 from adapter.outbound.record import ConversationRecord
-from adapter.ports import InboundMessage, Message, Polled
+from adapter.ports import BusMessage, InboundMessage, Polled
 from tests.capture import Capture
 from tests.fakes import EPOCH_MS, Bench, Failing, FakeClock, Rounds, batch, raw_message, ready, settle
 from tests.inbound.pollers import (
@@ -196,7 +196,7 @@ async def test_a_message_that_the_bus_refuses_all_the_same_leaves_a_stub_and_a_d
 async def test_a_stub_that_the_bus_refuses_too_leaves_the_dead_letter_and_stops_nobody() -> None:
     bench = await ready(batch(raw("t1", 1), raw("bad", 2), raw("t3", 3)))
 
-    def refuse(message: Message) -> BusRefused | None:
+    def refuse(message: BusMessage) -> BusRefused | None:
         is_bad = message.stream == "in" and message.headers[H_MSG_ID].endswith("002")
         return BusRefused(10054, "too large") if is_bad else None
 
@@ -412,7 +412,7 @@ async def test_a_conversation_takes_the_last_message_once_all_are_stored() -> No
     bench = await ready(batch(raw(number=1), raw(number=2), raw(number=3, context_token=None)))
     known: list[str] = []
 
-    async def look(message: Message) -> None:
+    async def look(message: BusMessage) -> None:
         if message.stream == "in":
             record = record_in_memory(bench)
             known.append(record.token if record else "")
@@ -440,7 +440,7 @@ async def test_a_conversation_that_is_held_up_takes_it_in_its_turn_and_holds_up_
     bench.hears()
     shard, gate = bench.shard(), asyncio.Event()
 
-    async def away(message: Message) -> None:
+    async def away(message: BusMessage) -> None:
         if message.stream == "event":
             await gate.wait()
 
@@ -546,7 +546,7 @@ async def test_a_conversation_is_not_let_go_while_its_message_is_being_stored(po
     bench = await ready(words(1))
     gate = asyncio.Event()
 
-    async def wait(message: Message) -> None:
+    async def wait(message: BusMessage) -> None:
         if message.stream == "in":
             await gate.wait()
 
@@ -627,7 +627,7 @@ async def test_what_a_poll_brings_after_the_bot_was_bound_elsewhere_is_for_that_
         bench.bindings_bucket.put(key, msgspec.json.encode(msgspec.structs.replace(binding, sandbox="s2")))
         return batch(raw("to the second"))
 
-    async def look(message: Message) -> None:
+    async def look(message: BusMessage) -> None:
         if message.stream == "in":
             position = (await bench.checkpoint()).position
             named.append(f"{position.sandbox} {position.inbox_seq}")
@@ -678,7 +678,7 @@ async def test_a_dead_letter_is_tried_again_while_the_bus_is_away(poller: Poller
     bench = await ready(batch(b"[]", raw("two", 2)))
     failing = Failing(20, Temporary("bus_down"))
 
-    async def away(message: Message) -> None:
+    async def away(message: BusMessage) -> None:
         if message.stream == "dead":
             await failing()
 
@@ -729,7 +729,7 @@ async def test_what_was_published_when_the_lease_paused_is_looked_for_before_the
     bench = await ready(words(1, 2, 3))
     resume: list[Callable[[], None]] = []
 
-    async def pause(message: Message) -> None:
+    async def pause(message: BusMessage) -> None:
         if message.stream == "in" and len(bench.bus.found("IN")) == 2:
             resume.append(pause_of_the_lease(bench))
 
@@ -751,7 +751,7 @@ async def test_what_has_no_ack_for_half_a_minute_is_looked_for_before_the_next_t
     bench = await ready(words(1, 2, 3))
     held = True
 
-    async def slow(message: Message) -> None:
+    async def slow(message: BusMessage) -> None:
         nonlocal held
         if message.stream == "in" and held and len(bench.bus.found("IN")) == 2:
             held = False
@@ -771,7 +771,7 @@ async def test_what_has_no_ack_for_half_a_minute_is_looked_for_before_the_next_t
 async def test_what_is_younger_is_not_looked_for(poller: Poller) -> None:
     bench = await ready(words(1, 2, 3))
 
-    async def slow(message: Message) -> None:
+    async def slow(message: BusMessage) -> None:
         if message.stream == "in":
             await asyncio.sleep((IDS_KNOWN_S - 2) / 3)
 
@@ -787,7 +787,7 @@ async def test_a_look_that_fails_is_made_again(poller: Poller) -> None:
     bench = await ready(words(1, 2))
     resume: list[Callable[[], None]] = []
 
-    async def pause(message: Message) -> None:
+    async def pause(message: BusMessage) -> None:
         if message.stream == "in" and len(bench.bus.found("IN")) == 1:
             resume.append(pause_of_the_lease(bench))
 
@@ -810,7 +810,7 @@ async def frozen_with(bench: Bench, *answers: Polled, meanwhile: Callable[[], Aw
     _, task = tended(bench)
     frozen = asyncio.Event()
 
-    async def freeze(message: Message) -> None:
+    async def freeze(message: BusMessage) -> None:
         if message.stream == "in":
             bench.bus.on_publish, bench.leases.has_lease = None, False
             bench.leases.incarnation = "me-2"  # it was revoked, and has joined anew
@@ -944,7 +944,7 @@ async def test_a_lease_that_only_pauses_keeps_the_answer_in_hand(poller: Poller)
     bench = await ready(words(1, 2))
     resume: list[Callable[[], None]] = []
 
-    async def pause(message: Message) -> None:
+    async def pause(message: BusMessage) -> None:
         if message.stream == "in" and not resume:
             resume.append(pause_of_the_lease(bench))
 
@@ -966,7 +966,7 @@ async def killed_after(count: int, *script: Any) -> Bench:
     all_sent = asyncio.Event()
     sent = 0
 
-    async def die(message: Message) -> None:
+    async def die(message: BusMessage) -> None:
         nonlocal sent
         if message.stream == "in":
             sent += 1
@@ -1037,7 +1037,7 @@ async def test_an_answer_is_stored_before_the_poller_stops() -> None:
     bench = await ready(words(1, 2))
     gate = asyncio.Event()
 
-    async def slow(message: Message) -> None:
+    async def slow(message: BusMessage) -> None:
         if message.stream == "in":
             await gate.wait()
 
@@ -1077,7 +1077,7 @@ async def test_a_bug_in_a_publish_ends_no_bots_messages(poller: Poller) -> None:
     bench = await ready(words(1, 2))
     failures = iter([RuntimeError("a bug"), LeaseLost("lease_lost")])
 
-    async def fails(message: Message) -> None:
+    async def fails(message: BusMessage) -> None:
         if message.stream == "in" and (problem := next(failures, None)):
             raise problem
 

@@ -30,7 +30,7 @@ from adapter.errors import BusRefused, Refused, Temporary
 from adapter.logins.flow import DEAD_CODES, REFRESH_S, LoginDeps
 from adapter.logins.registry import LoginRegistry
 from adapter.logins.runner import LoginRunner
-from adapter.ports import Entry, Message, QrCode, Scan, ScanStatus
+from adapter.ports import BusMessage, Entry, QrCode, Scan, ScanStatus
 from adapter.security.seal import Sealer
 from adapter.services.logins import LOGIN_S, OPEN_PER_SANDBOX, LoginService
 from tests.bindings.test_control import NoEraser
@@ -521,7 +521,7 @@ async def test_who_is_told_to_stop_stores_the_bind_of_an_answer_in_hand() -> Non
     login = await doors.start()
     stuck = asyncio.Event()
 
-    async def slow(message: Message) -> None:
+    async def slow(message: BusMessage) -> None:
         if message.stream == "ctl":
             stuck.set()
             await asyncio.sleep(2)
@@ -679,7 +679,7 @@ async def test_a_cancelled_login_is_left_at_once(doors: Doors) -> None:
 async def test_each_step_is_told_once_to_those_who_only_listen(doors: Doors) -> None:
     steps: list[str] = []
 
-    async def listen(message: Message) -> None:
+    async def listen(message: BusMessage) -> None:
         if message.subject == "wechat.event.s1.login":
             steps.append(message.headers[H_MSG_ID])
 

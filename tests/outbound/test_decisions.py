@@ -21,10 +21,10 @@ from adapter.outbound.record import (
 from adapter.outbound.sending import (
     REPEAT_AFTER_MS,
     REPEAT_LATEST_MS,
-    Bot,
     CommandResult,
     QueuedCommand,
     SendPolicy,
+    ServingBot,
 )
 from adapter.outbound.split import MAX_BYTES
 from adapter.outbound.window import WindowPolicy
@@ -34,7 +34,7 @@ from tests.outbound.shards import rows
 
 NOW = 1_000_000_000
 POLICY = SendPolicy(window=WindowPolicy(sends=10, hours=24.0, reserve=3), gap_ms=0, merge_chars=100)
-BOT = Bot("b1", is_usable=True)
+BOT = ServingBot("b1", is_usable=True)
 YES = Accepted("m1", 0, None, "")
 NO_ID = Accepted("", 0, 7, "sure")
 
@@ -99,10 +99,15 @@ HALF: dict[str, Any] = {"part": 1, "unanswered_attempts": 0}
         "a bot whose token is refused sends nothing": (
             command(1),
             record(),
-            Bot("b1", is_usable=False),
+            ServingBot("b1", is_usable=False),
             "needs_login",
         ),
-        "nor does it show typing": (command(1, typing="on"), record(), Bot("b1", is_usable=False), "needs_login"),
+        "nor does it show typing": (
+            command(1, typing="on"),
+            record(),
+            ServingBot("b1", is_usable=False),
+            "needs_login",
+        ),
         "typing needs no window": (command(1, typing="on"), record(opened_ms=0), BOT, ""),
         "a message needs one": (command(1), record(opened_ms=0), BOT, "window_closed"),
         "a window without a token is none": (command(1), record(token=""), BOT, "window_closed"),
@@ -133,7 +138,9 @@ HALF: dict[str, Any] = {"part": 1, "unanswered_attempts": 0}
         ),
     },
 )
-def test_whether_the_head_may_be_sent(first: QueuedCommand, known: ConversationRecord, bot: Bot, reason: str) -> None:
+def test_whether_the_head_may_be_sent(
+    first: QueuedCommand, known: ConversationRecord, bot: ServingBot, reason: str
+) -> None:
     assert sending.blocker(first, known, bot, POLICY, NOW) == reason
 
 

@@ -13,7 +13,7 @@ from adapter.contract.names import H_REASON, H_SUBJECT
 from adapter.outbound import sending
 from adapter.outbound import shard as outbound
 from adapter.outbound.shard import Shard
-from adapter.ports import Account, Content, Message
+from adapter.ports import Account, BusMessage, Content
 from tests.capture import ALWAYS, WORDS, Bugs, Capture
 from tests.fakes import Bench, FakeDelivery
 from tests.outbound.shards import BOT, STALE, USER, finals, free_slots, parked, ready, user_writes
@@ -61,7 +61,7 @@ def once_it_has_left(_: pytest.MonkeyPatch, bench: Bench, __: Shard, bugs: Bugs)
 
 
 def receipt(patch: pytest.MonkeyPatch, bench: Bench, shard: Shard, bugs: Bugs) -> None:
-    async def fails(message: Message) -> None:
+    async def fails(message: BusMessage) -> None:
         if ".receipt." in message.subject and b'"bad"' in message.payload:
             bugs.strike()
 
@@ -296,7 +296,7 @@ async def test_a_command_that_comes_as_another_ends_that_made_opening_raise_is_s
     bugs = Bugs(3)
     calling(lambda _, shard: shard, "load", always)(monkeypatch, bench, shard, bugs)
 
-    async def slow(_: Message) -> None:
+    async def slow(_: BusMessage) -> None:
         await asyncio.sleep(1)
 
     bench.bus.on_publish = slow

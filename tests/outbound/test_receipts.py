@@ -14,7 +14,7 @@ from adapter.outbound import receipts
 from adapter.outbound.receipts import Address
 from adapter.outbound.record import CommandRef
 from adapter.outbound.sending import CommandResult
-from adapter.ports import Message
+from adapter.ports import BusMessage
 from tests.fakes import Bench
 from tests.outbound.shards import ready
 
@@ -109,7 +109,7 @@ async def test_a_final_receipt_is_no_repeat_of_a_parked_one_that_nobody_knew_of(
 async def test_the_last_receipt_of_each_is_found_and_nothing_else(bench: Bench) -> None:
     await tell(bench, ref(1), "accepted")
     await tell(bench, ref(2), "parked")
-    await bench.bus.publish(Message("event", bench.names.receipt("s1", "c3", 3), b"\xff", {}))
+    await bench.bus.publish(BusMessage("event", bench.names.receipt("s1", "c3", 3), b"\xff", {}))
     found = await bench.receipts.find("s1", [ref(number) for number in range(1, 5)])
     assert {sequence: stored.receipt.outcome for sequence, stored in found.items()} == {1: "accepted", 2: "parked"}
 
@@ -145,7 +145,7 @@ TOO_LARGE = BusRefused(10054, "message size exceeds maximum allowed")
 
 
 def refusing(bench: Bench, *streams: str, above: int = 0) -> None:
-    def refuse(message: Message) -> BusRefused | None:
+    def refuse(message: BusMessage) -> BusRefused | None:
         return TOO_LARGE if message.stream in streams and len(message.payload) > above else None
 
     bench.bus.refuse = refuse

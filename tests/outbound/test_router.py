@@ -17,7 +17,7 @@ from adapter.outbound.copies import copy_headers, identity_of
 from adapter.outbound.record import CommandRef
 from adapter.outbound.router import Router
 from adapter.ownership.tenure import Tenure
-from adapter.ports import Message, PubAck, Stored
+from adapter.ports import BusMessage, PubAck, StoredMessage
 from adapter.security.seal import Sealer
 from tests.capture import ALWAYS, Bugs
 from tests.fakes import LIMITS, Bench, FakeBus, FakeDelivery, settle
@@ -42,11 +42,11 @@ async def route(routing: Router, *deliveries: FakeDelivery) -> None:
             await asyncio.sleep(0.01)
 
 
-def identity(bench: Bench, copy: Stored, sandbox: str = "s1") -> CommandRef:
+def identity(bench: Bench, copy: StoredMessage, sandbox: str = "s1") -> CommandRef:
     return identity_of(copy.headers, copy.data, sandbox, copy.seq, copy.time_ms, bench.sealer)
 
 
-def receipts_of_sandbox(sandbox: str) -> Callable[[Message], bool]:
+def receipts_of_sandbox(sandbox: str) -> Callable[[BusMessage], bool]:
     return lambda message: message.subject.startswith(f"wechat.event.{sandbox}.receipt.")
 
 
@@ -64,7 +64,7 @@ class InPieces(FakeBus):
         super().__init__(bench.names, bench.clock)
         self.pieces: list[int] = []
 
-    async def publish_all(self, messages: Sequence[Message]) -> list[PubAck | BusRefused]:
+    async def publish_all(self, messages: Sequence[BusMessage]) -> list[PubAck | BusRefused]:
         if messages:
             self.pieces.append(len(messages))
         return await super().publish_all(messages)
@@ -269,7 +269,7 @@ async def test_a_copy_waits_until_the_one_before_it_is_stored(bench: Bench) -> N
     """Out at once they could change places where the stream's leader goes; those of other sandboxes go on."""
     routed, leader = router(bench), asyncio.Event()
 
-    async def lose_first(message: Message) -> None:
+    async def lose_first(message: BusMessage) -> None:
         if b"first" in message.payload:
             await leader.wait()
 
@@ -393,7 +393,7 @@ async def test_what_ends_here_is_counted_as_taken_and_what_is_copied_is_not(benc
 async def test_one_that_was_cut_off_makes_no_second_copy(bench: Bench) -> None:
     """The next owner has made one, and the stream may not know its id any more."""
 
-    async def cut_off(_: Message) -> None:
+    async def cut_off(_: BusMessage) -> None:
         bench.leases.has_lease = False
 
     bench.bus.on_publish = cut_off
@@ -425,7 +425,7 @@ async def test_deliveries_that_come_again_while_they_wait_are_not_taken_again(be
     """While receipts cannot be stored the consumer is reset again and again: tasks and memory grew without end."""
     back = asyncio.Event()
 
-    async def away(message: Message) -> None:
+    async def away(message: BusMessage) -> None:
         if message.stream == "event":
             await back.wait()
 
@@ -462,7 +462,7 @@ async def test_a_sandbox_with_nothing_to_copy_has_no_task(bench: Bench) -> None:
 async def test_a_full_queue_holds_up_no_other_sandbox(bench: Bench) -> None:
     back, is_of_full = asyncio.Event(), receipts_of_sandbox("full")
 
-    async def away(message: Message) -> None:
+    async def away(message: BusMessage) -> None:
         if is_of_full(message):
             await back.wait()
 
@@ -485,7 +485,7 @@ async def test_a_full_queue_holds_up_no_other_sandbox(bench: Bench) -> None:
 async def test_a_flood_that_is_refused_ends_in_batches(bench: Bench) -> None:
     """What is behind it in the stream, for others, comes after it."""
 
-    async def takes_a_while(_: Message) -> None:
+    async def takes_a_while(_: BusMessage) -> None:
         await asyncio.sleep(0.1)
 
     bench.bus.on_publish = takes_a_while
@@ -514,7 +514,7 @@ async def test_a_command_whose_copy_raises_ends_and_the_others_are_copied_in_ord
 ) -> None:
     bugs = Bugs(times)
 
-    async def fails(message: Message) -> None:
+    async def fails(message: BusMessage) -> None:
         if message.stream == "out" and b'"bad"' in message.payload:
             bugs.strike()
 
@@ -551,7 +551,7 @@ async def test_a_command_on_which_the_reader_raises_ends(
 async def test_a_command_whose_end_raises_stays_until_it_is_delivered_again(bench: Bench) -> None:
     bugs = Bugs(ALWAYS)
 
-    async def fails(message: Message) -> None:
+    async def fails(message: BusMessage) -> None:
         if message.stream == "event":
             bugs.strike()
 

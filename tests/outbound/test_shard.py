@@ -16,7 +16,7 @@ from adapter.errors import BusRefused, Refused, Temporary
 from adapter.outbound.copies import copy_headers
 from adapter.outbound.record import CommandRef
 from adapter.outbound.shard import DEAD_LETTERS, Shard
-from adapter.ports import Accepted, Message
+from adapter.ports import Accepted, BusMessage
 from tests.fakes import GAP_S, Bench, Failing, FakeDelivery, settle
 from tests.outbound.shards import BOT, THROTTLED, TIMEOUT, USER, finals, outcomes, parked, ready, user_writes
 
@@ -166,7 +166,7 @@ async def test_bodies_that_are_no_commands_leave_memory_and_few_are_written_at_o
     deliveries = [bench.command(data=body) for body in bodies]
     running = most = 0
 
-    async def slow(message: Message) -> None:
+    async def slow(message: BusMessage) -> None:
         nonlocal running, most
         if message.stream == "dead":
             running += 1
@@ -190,7 +190,7 @@ async def test_who_has_lost_the_shard_tells_only_that_something_was_sent(
     """The next owner may send what the former one was about to call parked."""
     bench, shard = await ready(is_open=is_open)
 
-    async def lose(message: Message) -> None:
+    async def lose(message: BusMessage) -> None:
         if ".receipt." in message.subject:
             bench.leases.owned.clear()
 
@@ -722,7 +722,7 @@ async def test_a_user_who_is_learned_while_a_command_is_being_parked(bench: Benc
     shard = bench.shard()
     learned = False
 
-    async def learn(message: Message) -> None:
+    async def learn(message: BusMessage) -> None:
         nonlocal learned
         if message.stream == "event" and not learned:
             learned = True
