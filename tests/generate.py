@@ -18,9 +18,10 @@ from typing import Any, NamedTuple
 
 import msgspec
 
-from adapter.cli.schema import DOCUMENTED, RAW, asyncapi, channels, json_schema
+from adapter.cli.schema import DOCUMENTED, json_schema
 from adapter.contract.names import Names
 from adapter.settings import GROUPS, SECRETS, Settings, variable_of
+from tests.asyncapi import RAW, asyncapi, channels
 from tests.bus.accounts import FILES, nsc_scripts, server_config
 
 ROOT = Path(__file__).parents[1]

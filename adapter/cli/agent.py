@@ -22,7 +22,7 @@ from adapter.agent.runner import Agent, Runner, Sessions
 from adapter.agent.sandbox import connect
 from adapter.cli.bus import BROKE, connected_bus, settings_here
 from adapter.cli.contexts import with_context
-from adapter.cli.exit_codes import NO, OK, UNREACHABLE, USAGE, Failed
+from adapter.cli.exits import NO, OK, UNREACHABLE, USAGE, Failed
 from adapter.cli.files import read_text
 from adapter.cli.options import Sandbox as SandboxName
 from adapter.cli.options import Timeout

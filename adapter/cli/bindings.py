@@ -18,7 +18,7 @@ from nats.errors import Error as NatsError
 
 from adapter.cli import bulk, output
 from adapter.cli.bus import BROKE, BusConnection, connected_bus, decode_answer
-from adapter.cli.exit_codes import NO, OK, TIMEOUT, UNREACHABLE, USAGE, Failed
+from adapter.cli.exits import NO, OK, TIMEOUT, UNREACHABLE, USAGE, Failed
 from adapter.cli.files import read_text
 from adapter.cli.options import (
     AutoTyping,

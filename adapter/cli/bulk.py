@@ -18,7 +18,7 @@ import msgspec
 from cyclopts import Parameter
 
 from adapter.cli import output
-from adapter.cli.exit_codes import NO, OK, USAGE, Failed
+from adapter.cli.exits import NO, OK, USAGE, Failed
 from adapter.cli.files import read_text, write_private
 from adapter.contract.messages import Options, SandboxId
 

@@ -23,7 +23,7 @@ from nats.js.errors import APIError, NoStreamResponseError
 
 from adapter.agent.sandbox import connect
 from adapter.cli.contexts import with_context
-from adapter.cli.exit_codes import NO, UNREACHABLE, Failed
+from adapter.cli.exits import NO, UNREACHABLE, Failed
 from adapter.contract.names import H_ERROR, H_ERROR_CODE, Names
 from adapter.environment import read_settings
 from adapter.errors import STORE_FAILED, UNDECODABLE, BusRefused, Temporary

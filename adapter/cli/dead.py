@@ -12,7 +12,7 @@ from cyclopts import App, Parameter
 
 from adapter.cli import output
 from adapter.cli.bus import BusConnection, connected_bus
-from adapter.cli.exit_codes import NO, OK, USAGE, Failed
+from adapter.cli.exits import NO, OK, USAGE, Failed
 from adapter.cli.options import Json
 from adapter.contract.names import H_MSG_ID, Names
 from adapter.errors import UNDECODABLE, Refused

@@ -18,7 +18,7 @@ from adapter.bindings.key_rotation import count_stored_tokens, reseal_tokens
 from adapter.cli import output, permission_checks
 from adapter.cli.bindings import TROUBLE, all_bindings, status_of
 from adapter.cli.bus import BusConnection, connected_bus
-from adapter.cli.exit_codes import NO, OK, UNREACHABLE, Failed
+from adapter.cli.exits import NO, OK, UNREACHABLE, Failed
 from adapter.cli.options import Json, MaybeSandbox, flag
 from adapter.cli.permission_checks import PermissionCheck, State
 from adapter.contract.messages import BOT_STATUSES, BindingInfo, BotStatus

@@ -18,7 +18,7 @@ import tempfile
 from pathlib import Path
 from typing import BinaryIO, Self
 
-from adapter.cli.exit_codes import NO, USAGE, Failed
+from adapter.cli.exits import NO, USAGE, Failed
 from adapter.cli.files import write_private
 from adapter.kit.children import die_with_parent
 

@@ -6,7 +6,7 @@ import os
 import stat
 from pathlib import Path
 
-from adapter.cli.exit_codes import USAGE, Failed
+from adapter.cli.exits import USAGE, Failed
 
 
 def read_bytes(path: Path) -> bytes:

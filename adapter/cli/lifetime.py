@@ -8,7 +8,7 @@ from collections.abc import AsyncIterator, Coroutine
 from typing import Any, TypeVar
 
 from adapter.cli.embedded import EmbeddedNats
-from adapter.cli.exit_codes import NO, TIMEOUT, UNREACHABLE, Failed
+from adapter.cli.exits import NO, TIMEOUT, UNREACHABLE, Failed
 from adapter.settings import Settings
 
 T = TypeVar("T")

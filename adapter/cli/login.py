@@ -17,7 +17,7 @@ from cyclopts import Parameter
 
 from adapter.cli import bulk, output, stdin
 from adapter.cli.bus import BusConnection, connected_bus
-from adapter.cli.exit_codes import NO, OK, UNREACHABLE, USAGE, Failed
+from adapter.cli.exits import NO, OK, UNREACHABLE, USAGE, Failed
 from adapter.cli.files import write_private
 from adapter.cli.options import AutoTyping, Json, RowSandbox, flag
 from adapter.contract.messages import CHECKING, FINAL_STATUSES, Login, LoginQuery, LoginStart, LoginVerify

@@ -11,7 +11,7 @@ from cyclopts import App, Parameter
 from adapter.agent.media import Request, get_media, put_media
 from adapter.cli import output
 from adapter.cli.bus import BusConnection, connected_bus
-from adapter.cli.exit_codes import OK, USAGE, Failed
+from adapter.cli.exits import OK, USAGE, Failed
 from adapter.cli.files import read_bytes, write_private
 from adapter.cli.options import Json, Sandbox, flag
 from adapter.contract.messages import Media

@@ -10,7 +10,7 @@ import msgspec
 from nats.errors import Error as NatsError
 
 from adapter.cli.bus import BusConnection, connected_bus
-from adapter.cli.exit_codes import NO, Failed
+from adapter.cli.exits import NO, Failed
 from adapter.cli.output import some_of
 from adapter.contract.names import Names
 from adapter.errors import UNDECODABLE

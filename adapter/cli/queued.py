@@ -11,7 +11,7 @@ from cyclopts import App, Parameter
 from adapter.cli import output
 from adapter.cli.bus import connected_bus
 from adapter.cli.dead import drop_one, for_each
-from adapter.cli.exit_codes import OK
+from adapter.cli.exits import OK
 from adapter.cli.options import Json, MaybeSandbox, flag
 from adapter.contract.names import H_COMMAND, H_MSG_ID, Names
 from adapter.outbound.commands import Limits, command_id, salvage_ids

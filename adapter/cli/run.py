@@ -1,10 +1,9 @@
-"""`run`, `simulator`, `schema`: commands that only start something."""
+"""`run`, `simulator`: commands that only start something."""
 
 from __future__ import annotations
 
 import base64
 import contextlib
-import json
 import re
 import secrets
 from pathlib import Path
@@ -15,14 +14,12 @@ import structlog
 from cyclopts import App, Parameter
 
 from adapter import __version__
-from adapter.cli import output
 from adapter.cli.bus import URL_FILE, settings_here
 from adapter.cli.embedded import EmbeddedNats
-from adapter.cli.exit_codes import OK, USAGE, Failed
+from adapter.cli.exits import CLOSING_S, OK, draining_on_signal
 from adapter.cli.files import write_private
 from adapter.cli.lifetime import while_alive
 from adapter.cli.options import flag
-from adapter.cli.signals import CLOSING_S, draining_on_signal
 from adapter.environment import read_settings
 from adapter.observability import logs
 from adapter.replica.eventloop import run_fast
@@ -110,15 +107,3 @@ def simulate(*tokens: Rest) -> int:
     from adapter import simulator as simulated  # noqa: PLC0415 -- other commands start faster without it
 
     return simulated.run(list(tokens))
-
-
-def schema(message: Annotated[str, Parameter(help="Name of a message, or `asyncapi`.")] = "", /) -> int:
-    """Print the JSON Schema of a message, or the AsyncAPI document of the bus; without a name, which there are."""
-    from adapter.cli import schema as made  # noqa: PLC0415 -- other commands start faster without it
-
-    names = [*made.DOCUMENTED, "asyncapi"]
-    if message not in names:
-        raise Failed(USAGE, f"Name a message, one of {', '.join(names)}.")
-    document = made.asyncapi() if message == "asyncapi" else made.json_schema(message)
-    output.say(json.dumps(document, indent=2, ensure_ascii=False))
-    return OK

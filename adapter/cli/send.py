@@ -15,7 +15,7 @@ from nats.errors import Error as NatsError
 
 from adapter.cli import output
 from adapter.cli.bus import connected_bus
-from adapter.cli.exit_codes import NO, OK, TIMEOUT, UNREACHABLE, USAGE, Failed
+from adapter.cli.exits import NO, OK, TIMEOUT, UNREACHABLE, USAGE, Failed
 from adapter.cli.media import read_media, upload
 from adapter.cli.options import Json, RequestId, Sandbox, Timeout, flag, new_id
 from adapter.contract.messages import (

@@ -17,7 +17,7 @@ from nats.js import JetStreamContext, api
 
 from adapter.cli import output
 from adapter.cli.bus import BusConnection, connected_bus
-from adapter.cli.exit_codes import OK, TIMEOUT, UNREACHABLE, USAGE, Failed
+from adapter.cli.exits import OK, TIMEOUT, UNREACHABLE, USAGE, Failed
 from adapter.cli.options import Age, Json, MaybeSandbox, flag, moment
 from adapter.cli.send import describe
 from adapter.content.quotes import kind_of

@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.text import Text
 
 from adapter.cli.bus import BusConnection
-from adapter.cli.exit_codes import NO, OK, TIMEOUT, Failed
+from adapter.cli.exits import NO, OK, TIMEOUT, Failed
 from adapter.cli.output import can_colour, can_style, pad, printable
 from adapter.cli.send import describe
 from adapter.cli.stdin import LineEditor

@@ -9,7 +9,7 @@ from cyclopts import Parameter
 
 from adapter.cli import output
 from adapter.cli.bus import BusConnection, connected_bus
-from adapter.cli.exit_codes import NO, OK
+from adapter.cli.exits import NO, OK
 from adapter.cli.options import Json, Sandbox, flag
 from adapter.cli.queued import to_queued_command
 from adapter.cli.send import describe

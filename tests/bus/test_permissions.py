@@ -15,7 +15,6 @@ import pytest
 from nats.aio.msg import Msg
 from structlog.testing import capture_logs
 
-from adapter.cli.schema import channels
 from adapter.contract.names import H_NAME, H_UPLOAD
 from adapter.environment import read_settings
 from adapter.jetstream import topology
@@ -23,6 +22,7 @@ from adapter.jetstream.managed_connection import ManagedConnection
 from adapter.security.permissions import covers, streams
 from adapter.services.media import PIECE_MAX
 from adapter.settings import Settings
+from tests.asyncapi import channels
 from tests.bus import roles
 from tests.bus.accounts import ROLES, grants
 from tests.bus.guarded import NAMES, TEMPLATES, WITNESS, Guarded, Player, guarded

@@ -84,21 +84,12 @@ def test_what_cannot_be_used_is_named(tmp_path: Path, name: str, words: str) -> 
     assert "a-secret" not in str(caught.value)
 
 
-@pytest.mark.parametrize("arguments", [("--context", "prod", "bindings"), ("bindings", "--context=prod")])
-async def test_a_command_connects_by_it(
-    cli: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: tuple[str, ...]
-) -> None:
+async def test_a_command_connects_by_it(cli: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path))
-    monkeypatch.setenv("NATS_CONTEXT", "")  # so that it is put back
+    monkeypatch.setenv("NATS_CONTEXT", "prod")
     async with EmbeddedNats(tmp_path / "data", token="a1") as server:
         host, token = server.url.rpartition("@")[2], "a1"
         save(tmp_path, "prod", url=f"nats://{host}", token=token)
-        assert "No adapter runs on this bus" in (await cli(*arguments)).err
+        assert "No adapter runs on this bus" in (await cli("bindings")).err
         save(tmp_path, "prod", url=f"nats://{host}", token="wrong")
-        assert "refused the credentials" in (await cli(*arguments)).err
-
-
-async def test_an_option_without_a_name_is_a_mistake(cli: Command, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("NATS_CONTEXT", "")
-    assert (await cli("bindings", "--context")).code == 2
-    assert "no option --context" in (await cli("send", "s1", "--", "--context")).err
+        assert "refused the credentials" in (await cli("bindings")).err

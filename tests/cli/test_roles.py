@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from adapter.cli.bus import connected_bus
-from adapter.cli.exit_codes import Failed
+from adapter.cli.exits import Failed
 from adapter.contract.messages import BindingsPage, BindingsQuery
 from adapter.jetstream import topology
 from adapter.jetstream.managed_connection import ManagedConnection

@@ -13,6 +13,7 @@ from typing import Any
 from adapter.cli import schema
 from adapter.contract.messages import SCHEMA_VERSION
 from adapter.contract.names import Names
+from tests import asyncapi
 from tests.compat.rules import breaks
 from tests.generate import ROOT
 
@@ -22,13 +23,15 @@ NOW = HERE / f"v{SCHEMA_VERSION}"
 
 def is_sent(name: str) -> bool:
     """Whether the adapter writes this message; else it reads it."""
-    channels = schema.channels(Names())
+    channels = asyncapi.channels(Names())
     return any(channel.answer == name or (channel.message == name and channel.does == "send") for channel in channels)
 
 
 def subjects() -> dict[str, list[str]]:
     """What goes over each subject: the message, what the adapter does with it, and the message of the answer."""
-    return {channel.subject: [channel.message, channel.does, channel.answer] for channel in schema.channels(Names())}
+    return {
+        channel.subject: [channel.message, channel.does, channel.answer] for channel in asyncapi.channels(Names())
+    }
 
 
 def found_breaks(folder: Path = NOW) -> list[str]:

@@ -11,7 +11,7 @@ import sys
 from typing import Any
 
 from adapter import __version__
-from adapter.cli.signals import draining_on_signal
+from adapter.cli.exits import draining_on_signal
 from adapter.environment import read_settings
 from adapter.observability import logs
 from adapter.replica.app import run_replica

@@ -6,7 +6,6 @@ import base64
 import contextlib
 import os
 import random
-import re
 import signal
 import subprocess
 import tomllib
@@ -369,16 +368,3 @@ def test_an_image_that_leaves_nothing_out_holds_the_demo(image: str, checkout: P
     options = ("--rm", "--interactive", "--read-only", "--cap-drop=all", "--tmpfs=/tmp:size=1g")
     said = podman("run", *options, f"{IMAGE}-demo", "demo", stdin="hello\n").stdout
     assert "You said: hello" in said
-
-
-async def test_an_image_for_a_plain_run_has_no_package_of_the_commands(
-    image: str, checkout: Path, nats_image: str, tmp_path: Path
-) -> None:
-    """The other build argument of that comment."""
-    (left_out,) = re.findall(r'`LEAVE_OUT="([^"]+)"`', (ROOT / "Dockerfile").read_text())
-    build(checkout, f"{IMAGE}-slim", f"--build-arg=LEAVE_OUT={left_out}")
-    installed = inside(f"{IMAGE}-slim", "ls", "/opt/wechat-nats/lib/python3.13/site-packages").split()
-    assert not {"cyclopts", "rich", "pygments"} & set(installed)
-    async with setting(tmp_path, nats_image) as made:
-        await made.add_container(f"{IMAGE}-slim")
-        await until(lambda: made.probe("/readyz") == 200, "the adapter is ready")

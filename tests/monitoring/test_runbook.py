@@ -96,7 +96,7 @@ def test_queries_ask_for_metrics_that_there_are(tmp_path: Path) -> None:
 @pytest.mark.parametrize("line", commands())
 def test_commands_are_ones_that_there_are(line: str) -> None:
     """Read as the command line is, with all its arguments; a sentence may leave those out that have to be there."""
-    words = shlex.split(line.removesuffix(" again").replace("--context prod ", ""))[1:]
+    words = shlex.split(line.removesuffix(" again"))[1:]
     named = {"--help": "doctor", "unbind": "unbind s1", "login SANDBOX": "login s1"}
     words = named.get(" ".join(words), "").split() or words
     with contextlib.suppress(MissingArgumentError):

@@ -1,4 +1,4 @@
-"""How every command ends on ctrl-C, SIGTERM or a closed terminal. Imports no library: a plain `run` may have few."""
+"""How a command ends: exit codes that scripts can trust, the one sentence that goes with a failure, and signals."""
 
 from __future__ import annotations
 
@@ -13,10 +13,36 @@ from typing import Any, TypeVar
 
 T = TypeVar("T")
 
+OK = 0
+NO = 1
+USAGE = 2
+UNREACHABLE = 3
+TIMEOUT = 4
+INTERRUPTED = 130
+
+EXIT_CODES = """\
+Exit codes:
+
+* 0 done
+* 1 refused, not found, or not accepted
+* 2 wrong usage or settings
+* 3 NATS unreachable, or no adapter answered
+* 4 the outcome did not come in time
+* 130 ctrl-C
+"""
+
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 AT_ONCE_S = 0.3
 """An end that takes longer is explained to the person at the terminal."""
 CLOSING_S = 10.0
+
+
+class Failed(Exception):
+    """A command ends with `code`. The text is one sentence that says what to do and never holds a secret."""
+
+    def __init__(self, code: int, sentence: str) -> None:
+        super().__init__(sentence)
+        self.code = code
 
 
 @contextlib.contextmanager
