@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from adapter.content.dedup import KEEP, KEEP_MS, SAME_TIME_MS, SIZE, BatchDedup, DedupWindow, MessageKeys, bot_of
+from adapter.content.dedup import KEEP, KEEP_MS, SAME_TIME_MS, SIZE, DedupWindow, MessageKeys, bot_of
 from adapter.contract.names import digest
 
 NOW = 1_789_000_000_000
@@ -71,10 +71,9 @@ ROWS = [
 
 @pytest.mark.parametrize("row", ROWS, ids=lambda row: row.name)
 def test_a_repeat_is_told_from_a_person_who_says_it_twice(row: Row) -> None:
-    seen, batch = DedupWindow(), BatchDedup()
+    seen = DedupWindow()
     remember(seen, row.before)
-    batch.add(row.before)
-    assert seen.is_repeat(row.after) is batch.is_repeat(row.after) is row.repeat
+    assert seen.is_repeat(row.after) is row.repeat
 
 
 @pytest.mark.parametrize("later_ms", [1_000, 8_000, 40 * MINUTE, KEEP_MS])
@@ -109,11 +108,10 @@ NOTHING = say(**NAMELESS, sent_at_ms=0)
 def test_where_there_is_neither_an_id_nor_a_time_the_place_tells(
     before: tuple[str, int], after: tuple[str, int], repeat: bool
 ) -> None:
-    seen, batch = DedupWindow(), BatchDedup()
+    seen = DedupWindow()
     remember(seen, NOTHING.with_position(*before))
-    batch.add(NOTHING.with_position(*before))
     found = NOTHING.with_position(*after)
-    assert again(seen).is_repeat(found) is batch.is_repeat(found) is repeat
+    assert again(seen).is_repeat(found) is repeat
     assert not seen.is_repeat(say(**NAMELESS, sent_at_ms=0, content="beef").with_position(*before)), "other words"
     ids = {NOTHING.with_position(*place).id_for("b@im.bot") for place in (before, after)}
     assert len(ids) == len({before, after})
@@ -234,15 +232,6 @@ def test_a_bots_memory_is_small() -> None:
     finally:
         tracemalloc.stop()
     assert (after - before) / len(bots) < 2.2 * KEEP * SIZE
-
-
-@given(st.lists(any_keys, max_size=40), any_keys)
-def test_a_batch_and_the_memory_of_it_think_alike(keys: list[MessageKeys], probe: MessageKeys) -> None:
-    seen, batch = DedupWindow(), BatchDedup()
-    remember(seen, *keys)
-    for one in keys:
-        batch.add(one)
-    assert seen.is_repeat(probe) is batch.is_repeat(probe)
 
 
 def test_other_words_under_the_same_seq_are_another_message() -> None:

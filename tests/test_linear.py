@@ -27,8 +27,7 @@ from adapter.logins import registry
 from adapter.observability import logs
 from adapter.outbound import commands
 from adapter.outbound.commands import Limits
-from adapter.outbound.literal import to_literal
-from adapter.outbound.split import is_open, split
+from adapter.outbound.texts import is_open, split, to_literal
 from tests.hostile import TEXTS, steps
 
 ROOT = Path(adapter.__file__).parent
@@ -116,8 +115,7 @@ TRIED = {
     "kit/json_repair.py": 4,
     "contract/names.py": 3,
     "outbound/commands.py": 3,
-    "outbound/literal.py": 4,
-    "outbound/split.py": 2,
+    "outbound/texts.py": 6,
 }
 """Regular expressions by file of `adapter/`, which RULES try."""
 OPERATORS = {

@@ -25,7 +25,7 @@ from adapter.contract.messages import FINAL_OUTCOMES, BindingEvent, Receipt
 from adapter.contract.names import H_BOT, H_MSG_ID, H_SEALED, shard_of
 from adapter.contract.records import Binding
 from adapter.errors import Refused, SessionExpired, Temporary, Throttled, Uncertain
-from adapter.inbound.sealed import Sealed, seal
+from adapter.outbound.inbox import Sealed, seal
 from adapter.outbound.shard import Shard
 from adapter.ports import Accepted, Entry
 from tests.fakes import LIMITS, Bench, FakeBucket, FakeChat, FakeDelivery, Life, Sent, VirtualLoop

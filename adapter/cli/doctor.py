@@ -29,7 +29,7 @@ from adapter.jetstream import topology
 from adapter.jetstream.buckets import LeaderKvBucket
 from adapter.jetstream.history import count_by_subject
 from adapter.jetstream.layout import EXPECTS, LAYOUT, Shape, largest, read_layout, shape_of, with_shape, write_layout
-from adapter.outbound.copies import copy_headers, identity_of
+from adapter.outbound.commands import copy_headers, identity_of
 from adapter.ports import StoredMessage
 from adapter.security.seal import Sealer, Sealing
 from adapter.settings import PREFIX

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import struct
 from collections.abc import Iterable
-from typing import Any, NamedTuple
+from typing import Any
 
 import msgspec
 
@@ -20,6 +20,8 @@ KEEP_MS = 3_600_000
 HASH = 6
 """Bytes of a hash."""
 _RECORD = struct.Struct(f">{HASH}s{HASH}s{HASH}s{HASH}sQQ")
+"""A fingerprint: hashes of the three ids and of the content (zeros for what iLink did not give), and the milliseconds
+at which it was sent and seen."""
 SIZE = _RECORD.size
 """Bytes of a fingerprint."""
 _CONTENT_AT = 3 * HASH
@@ -31,17 +33,6 @@ MARKS = 8192
 _BLANK = hashlib.blake2b(digest_size=HASH)
 SAME_TIME_MS = 1000
 """Two messages without any id are the same if their times differ by less than this."""
-
-
-class _Print(NamedTuple):
-    """A fingerprint: hashes (zeros for what iLink did not give), and times in milliseconds."""
-
-    message: bytes
-    client: bytes
-    seq: bytes
-    content: bytes
-    sent_at_ms: int
-    seen_at_ms: int
 
 
 class MessageKeys(msgspec.Struct, frozen=True, gc=False):
@@ -119,7 +110,7 @@ class DedupWindow:
             return True
         if not self._has(content, _CONTENT_AT):
             return False
-        probe = _print_of(keys)
+        probe = (*keys.hashed, keys.sent_at_ms, 0)
         return any(old[3] == content and _is_same_message(probe, old) for old in _RECORD.iter_unpack(self._prints))
 
     def __contains__(self, line: bytes) -> bool:
@@ -162,55 +153,9 @@ class DedupWindow:
             self._marks[content % MARKS >> 3] |= 1 << (content & 7)
 
 
-class BatchDedup:
-    """The messages of one answer of iLink, possibly thousands, for lookups among themselves."""
-
-    def __init__(self) -> None:
-        self._ids: set[bytes] = set()
-        """Ids of messages, and contents with other ids or with the time."""
-        self._by_time: dict[tuple[bytes, int, bool], list[_Print]] = {}
-        """By content, second, and whether an id is absent."""
-
-    def is_repeat(self, keys: MessageKeys) -> bool:
-        """As DedupWindow.is_repeat."""
-        if not self._ids.isdisjoint(_ids_of(keys, is_new=True)):
-            return True
-        if not keys.sent_at_ms:
-            return False
-        probe, second = _print_of(keys), keys.sent_at_ms // SAME_TIME_MS
-        # with an id of its own it is the same only as one without that id
-        kinds = (True, False) if probe.message == probe.client == _ABSENT else (True,)
-        near = [(probe.content, at, lacks) for at in (second - 1, second, second + 1) for lacks in kinds]
-        return any(_is_same_message(probe, old) for place in near for old in self._by_time.get(place, ()))
-
-    def add(self, keys: MessageKeys) -> None:
-        message, client, _, content = keys.hashed
-        self._ids.update(_ids_of(keys, is_new=False))
-        place = content, keys.sent_at_ms // SAME_TIME_MS, _ABSENT in (message, client)
-        self._by_time.setdefault(place, []).append(_print_of(keys))
-
-
-def _ids_of(keys: MessageKeys, *, is_new: bool) -> list[bytes]:
-    """What tells that two messages are the same, whenever they were written. `seq` does only for a new one that has
-    no other id."""
-    message, client, seq, content = keys.hashed
-    found = [message] if message != _ABSENT else []
-    if client != _ABSENT:
-        found.append(content + b"c" + client)
-    if seq != _ABSENT and not (is_new and (message != _ABSENT or client != _ABSENT)):
-        found.append(content + b"s" + seq)
-    if keys.sent_at_ms:
-        found.append(content + b"t" + keys.sent_at_ms.to_bytes(8, "big"))
-    return found
-
-
-def _print_of(keys: MessageKeys) -> _Print:
-    return _Print(*keys.hashed, keys.sent_at_ms, 0)
-
-
 def _is_same_message(new: tuple[Any, ...], old: tuple[Any, ...]) -> bool:
     """Whether `new`, with the content of `old`, is the same message: ids first, then the time of writing. Both are
-    fingerprints as in `_Print`."""
+    fingerprints as in `_RECORD`."""
     message, client, seq, _, sent_at_ms, _ = new
     old_message, old_client, old_seq, _, old_sent_at_ms, _ = old
     if client != _ABSENT and client == old_client:

@@ -42,8 +42,8 @@ H_BOT = "Wechat-Bot"
 H_SEEN = "Wechat-Seen"
 """On inbound messages: what tells a repeat of it (`content.dedup`). Readers ignore it."""
 H_SEALED = "Wechat-Sealed"
-"""What only the adapter may read: on inbound messages (`inbound.sealed`), and on copies of commands
-(`outbound.copies`)."""
+"""What only the adapter may read: on inbound messages (`outbound.inbox.Sealed`), and on copies of commands
+(`outbound.commands`)."""
 H_NEXT = "Wechat-Next"
 """On pieces of an object: value of `after` for the next request; absent on the last piece."""
 H_SIZE = "Wechat-Size"

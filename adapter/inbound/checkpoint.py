@@ -1,8 +1,8 @@
 """The checkpoint of a bot: who polls it, and how far. Bucket `wechat_checkpoints`, key: the bot.
 
 A checkpoint is lazy. iLink repeats what lies behind an old cursor, the fingerprints drop it, and what was published
-after the last write is found in the inbox behind `inbox_seq` (`inbound.fold`). It is also the fence: each write is a
-compare-and-set by the owner, so that a replica that lost the bot cannot write any more.
+after the last write is found in the inbox behind `inbox_seq` (`outbound.inbox`). It is also the fence: each write is
+a compare-and-set by the owner, so that a replica that lost the bot cannot write any more.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from adapter.errors import UNDECODABLE, Conflict, LeaseLost, Refused
 from adapter.kit.batches import Batches
 from adapter.kit.timing import Clock
 from adapter.observability.records import RecordDecoder
+from adapter.outbound.inbox import FoldedInbox, InboxReader
 from adapter.ownership.leases import Leases
 from adapter.ports import Bucket, Entry
 from adapter.security.seal import Sealer, checkpoint_context, cursor_context
@@ -175,6 +176,20 @@ class Checkpoint:
         if self._start != mark:
             self.cursor, self._start = start, mark
             self.note()
+
+    async def move(self, sandbox: str, inboxes: InboxReader) -> None:
+        """Makes it one of another sandbox, whose inbox has nothing of the bot yet. It must be saved before something
+        is published there. Raises Temporary."""
+        if (former := self.sandbox) == sandbox:
+            return
+        newest = await inboxes.newest(sandbox)
+        if former and (last := await inboxes.newest(former)) > self.inbox_seq:  # its owner may have died
+            known = FoldedInbox(self.inbox_seq, last)
+            await inboxes.read(former, self.inbox_seq, last, known)
+            self.seen.add(line for _, line in known.seen.get(self.bot, ()))
+        self.inbox_seq = 0 if self.is_unreadable and not former else newest
+        self.sandbox = sandbox
+        self.note()
 
     def note(self, messages: int = 0) -> None:
         """Notes that the stored checkpoint lacks something: so many messages, or only the cursor."""

@@ -22,11 +22,11 @@ from adapter.content.quotes import kind_of
 from adapter.contract.messages import Inbound, InboundItem, Media, VoiceItem
 from adapter.contract.names import Names, media_object
 from adapter.errors import UNDECODABLE, BusRefused, LeaseLost, Refused, Temporary, Unreadable
-from adapter.inbound.sealed import unseal
 from adapter.kit.slots import FairSlots
 from adapter.kit.tasks import TaskSet
 from adapter.kit.timing import Clock, backoff
 from adapter.observability.metrics import Metrics
+from adapter.outbound.inbox import unseal
 from adapter.ports import Cdn, History, MediaRef, Objects, Pieces, StoredObject
 from adapter.security.seal import Sealer
 

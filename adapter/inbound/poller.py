@@ -399,7 +399,7 @@ class BotPoller:
         self._open_account(binding)
         checkpoint = Checkpoint(stored, deps.checkpoints, self._leases, self._clock)
         checkpoint.apply_start_cursor(binding, deps.sealer)
-        await deps.inboxes.move(checkpoint, binding.sandbox)
+        await checkpoint.move(binding.sandbox, deps.inboxes)
         if stored.owner != checkpoint.owner or checkpoint.is_stale:
             try:
                 await checkpoint.save()

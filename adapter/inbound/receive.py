@@ -17,7 +17,7 @@ import msgspec
 import structlog
 
 from adapter.bindings.registry import Bindings
-from adapter.content.dedup import BatchDedup
+from adapter.content.dedup import DedupWindow
 from adapter.content.quotes import resolve_quote
 from adapter.contract import messages as contract
 from adapter.contract.headers import derive_traceparent
@@ -36,15 +36,14 @@ from adapter.contract.names import (
 from adapter.contract.records import Binding
 from adapter.errors import AdapterError, BusRefused, Crashed, LeaseLost, RecordTooNew, Temporary, Unreadable
 from adapter.inbound.checkpoint import Checkpoint, Checkpoints
-from adapter.inbound.fold import InboxReader
 from adapter.inbound.media import MediaFetcher, name_media
-from adapter.inbound.sealed import Sealed, seal
 from adapter.kit.crashes import ATTEMPTS, retry_on_bug_now
 from adapter.kit.timing import Clock, PerTickLimiter, backoff
 from adapter.observability.events import Events
 from adapter.observability.metrics import Metrics
 from adapter.outbound import window
 from adapter.outbound.conversation import Conversation
+from adapter.outbound.inbox import InboxReader, Sealed, seal
 from adapter.outbound.record import ConversationRecord, SendWindow
 from adapter.outbound.shard import Shard
 from adapter.outbound.window import InboundReceived
@@ -137,7 +136,7 @@ class Receiver:
 
     async def receive(self, polled: Polled, checkpoint: Checkpoint) -> None:
         """Returns when all messages are stored. Raises LeaseLost if the bot is lost; all are stored then, too."""
-        among = BatchDedup() if len(polled.messages) > 1 else None
+        among = DedupWindow() if len(polled.messages) > 1 else None
         received_ms = self._deps.clock.now_ms()
         lost: LeaseLost | None = None
         start = 0
@@ -158,7 +157,7 @@ class Receiver:
             raise lost
 
     async def _read(
-        self, part: Sequence[bytes], first: int, cursor: str, checkpoint: Checkpoint, among: BatchDedup | None
+        self, part: Sequence[bytes], first: int, cursor: str, checkpoint: Checkpoint, among: DedupWindow | None
     ) -> list[_Read]:
         """Translates messages and finds repeats. `first`: index of the first one in the answer."""
         found, work = [], 0
@@ -175,7 +174,7 @@ class Receiver:
         return found
 
     def _read_one(
-        self, raw: bytes, cursor: str, number: int, checkpoint: Checkpoint, among: BatchDedup | None
+        self, raw: bytes, cursor: str, number: int, checkpoint: Checkpoint, among: DedupWindow | None
     ) -> _Read:
         try:
             message = self._deps.read_message(raw)
@@ -190,7 +189,7 @@ class Receiver:
             one.outcome = "repeat"
         else:
             if among is not None:
-                among.add(message.keys)
+                among.add([message.keys.fingerprint(0)])
             if message.group:
                 # an answer might go to the group, or to a member who is not the bot's user
                 one.outcome, one.detail = "group", "The message is from a group."
@@ -203,7 +202,7 @@ class Receiver:
         deps, binding = self._deps, await self._find_binding()
         held: list[Conversation] = []
         if binding is not None and binding.sandbox != checkpoint.sandbox:
-            await self._retry(partial(deps.inboxes.move, checkpoint, binding.sandbox))
+            await self._retry(partial(checkpoint.move, binding.sandbox, deps.inboxes))
             await self._retry(checkpoint.save)
         try:
             shard = await self._address(read, binding, held)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import re
 import unicodedata
@@ -11,6 +12,7 @@ from typing import Any, Literal, NamedTuple, TypeAlias
 import msgspec
 from msgspec.structs import replace
 
+from adapter.contract.headers import forwardable_headers
 from adapter.contract.messages import (
     COMMAND_BYTES,
     CommandId,
@@ -21,11 +23,13 @@ from adapter.contract.messages import (
     OutVideo,
     OutVoice,
 )
-from adapter.contract.names import check_sandbox, is_sandbox
+from adapter.contract.names import H_COMMAND, H_SEALED, check_sandbox, digest, is_sandbox
 from adapter.errors import UNDECODABLE, Refused, Unreadable
 from adapter.kit.json_repair import without_halves
-from adapter.outbound import split
-from adapter.outbound.literal import to_literal, to_literal_start
+from adapter.outbound import texts
+from adapter.outbound.record import CommandRef
+from adapter.outbound.texts import to_literal, to_literal_start
+from adapter.security.seal import Sealer, copy_context
 
 _PEER = re.compile(r"[!-~]{0,128}")
 """Id of a bot or user, which becomes part of a subject."""
@@ -44,7 +48,7 @@ MERGE_SEPARATOR = "\n\n"
 TYPING_MS = 60_000
 """Age at which a command to show the typing indicator expires: nobody needs it shown late."""
 TEXT_CHARS = 4000
-"""Longest part of a split text. In every script it has fewer bytes than iLink takes (split.MAX_BYTES)."""
+"""Longest part of a split text. In every script it has fewer bytes than iLink takes (texts.MAX_BYTES)."""
 PARTS = 10
 """Most parts of a split text: the sends of a window."""
 
@@ -227,7 +231,7 @@ def _split_text(text: str, limits: Limits, *, is_literal: bool) -> list[str]:
         text = to_literal(text)
     if not text.strip():
         raise Refused("invalid", "The text is empty.")
-    parts = split.split(text, limits.text_chars)
+    parts = texts.split(text, limits.text_chars)
     return [to_literal_start(part) for part in parts] if is_literal else parts
 
 
@@ -281,3 +285,35 @@ def _describe_error(exc: Exception) -> str:
         path = f" - at {text.rpartition(' - at ')[2]}" if text.endswith("`") else ""
         text = f"{text[: value.start()]}value{path}"
     return text[:200]
+
+
+# copies -----------------------------------------------------------------------------------------------
+#
+# Commands that are stored a second time: the router's copies, and what `doctor --fix` brings to its shard. A copy
+# keeps the identity of its original in the header Wechat-Sealed, which only the adapter can write. The header counts
+# for that body in that sandbox.
+
+_decoder = msgspec.json.Decoder(CommandRef)
+_encoder = msgspec.json.Encoder()
+
+
+def copy_headers(
+    original: CommandRef, headers: Mapping[str, str], data: bytes, sandbox: str, sealer: Sealer
+) -> dict[str, str]:
+    """The headers of a copy that goes to `sandbox`, without its Nats-Msg-Id. `headers`, `data`: of the original."""
+    identity = sealer.seal(copy_context(sandbox, digest(data)), _encoder.encode(original).decode())
+    return forwardable_headers(headers) | {H_COMMAND: original.id, H_SEALED: identity}
+
+
+def identity_of(
+    headers: Mapping[str, str], data: bytes, sandbox: str, sequence: int, time_ms: int, sealer: Sealer
+) -> CommandRef:
+    """The identity of the original for a copy, else that of the message itself, whose `id` is "".
+
+    `sequence`, `time_ms`: at which the message is stored; a copy is a message whose identity has another sequence.
+    """
+    if sealed := headers.get(H_SEALED):
+        # a sandbox may write any header: what does not open says nothing
+        with contextlib.suppress(Refused, *UNDECODABLE):
+            return _decoder.decode(sealer.open(copy_context(sandbox, digest(data)), sealed))
+    return CommandRef(sequence=sequence, stored_ms=time_ms, id="")

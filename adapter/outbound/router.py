@@ -6,7 +6,7 @@ is in flight for each sandbox: if the stream's leader fails, a copy may be lost 
 one. A command without a valid sandbox, one that is unreadable, and one whose copy is refused, end with a receipt.
 
 A copy that is repeated soon has the same Nats-Msg-Id, and the stream drops it. A later one becomes a second copy with
-the same identity (outbound/copies.py), which its shard or conversation drops. The router never splits or sends.
+the same identity (`commands.copy_headers`), which its shard or conversation drops. The router never splits or sends.
 """
 
 from __future__ import annotations
@@ -30,8 +30,7 @@ from adapter.kit.tasks import TaskSet
 from adapter.kit.timing import Clock
 from adapter.observability.events import BusAccess
 from adapter.observability.metrics import Metrics
-from adapter.outbound.commands import Limits, command_id, decode_command, salvage_ids, sandbox_of
-from adapter.outbound.copies import copy_headers
+from adapter.outbound.commands import Limits, command_id, copy_headers, decode_command, salvage_ids, sandbox_of
 from adapter.outbound.receipts import Address, Receipts, is_final
 from adapter.outbound.record import CommandRef
 from adapter.outbound.sending import CommandResult

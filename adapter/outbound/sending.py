@@ -36,7 +36,7 @@ from adapter.outbound.record import (
     SendProgress,
     SentText,
 )
-from adapter.outbound.split import MAX_BYTES, is_open
+from adapter.outbound.texts import MAX_BYTES, is_open
 from adapter.outbound.window import WindowPolicy
 from adapter.ports import Accepted, Content, Delivery
 

@@ -19,7 +19,7 @@ import math
 from collections import Counter
 from collections.abc import Awaitable, Callable, Collection, Iterator, Mapping, Sequence
 from functools import partial
-from typing import NamedTuple, Protocol, TypeVar
+from typing import NamedTuple, TypeVar
 
 import msgspec
 import structlog
@@ -45,11 +45,12 @@ from adapter.outbound.commands import (
     client_id_base,
     command_id,
     decode_command,
+    identity_of,
     read_command,
     salvage_ids,
 )
 from adapter.outbound.conversation import Conversation
-from adapter.outbound.copies import identity_of
+from adapter.outbound.inbox import Folds, InboxReader
 from adapter.outbound.receipts import Address, Receipts, is_final, result_of
 from adapter.outbound.record import CommandRef, ConversationRecord
 from adapter.outbound.sending import CommandResult, QueuedCommand, SendPolicy, ServingBot
@@ -84,24 +85,6 @@ MAX_REPLY_TO = 256
 """Most characters of an inbound message's id: a bot's name, and iLink's id of it or a digest."""
 
 
-class Folds(Protocol):
-    """What the inboxes of a shard have that its conversations may not know."""
-
-    async def newest_of(self, sandbox: str, user: str, after: int, *, again: bool = False) -> InboundReceived | None:
-        """The user's newest message after a sequence of the inbox, with the newest token, as far as it was published
-        before this replica took the shard. `again`: or since then. Raises Temporary."""
-
-    async def prints_of(self, sandbox: str, bot: str, after: int) -> tuple[list[bytes], int]:
-        """The fingerprints of a bot's messages after a sequence of the inbox as it is now, and the sequence up to
-        which it was read. Open conversations have got what is new. Raises Temporary."""
-
-    def forget(self, sandbox: str) -> None:
-        """Drops what the inbox had, since a bot serves the sandbox no more; who needs the rest reads it again."""
-
-    def stop(self) -> None:
-        """Tells no conversation any more."""
-
-
 class OutboundDeps(NamedTuple):
     """What the shards of a replica need."""
 
@@ -123,8 +106,7 @@ class OutboundDeps(NamedTuple):
     sealer: Sealer
     account: Callable[[Binding], Account]
     """Raises Refused("token_key")."""
-    new_folds: Callable[[Callable[[str, str, InboundReceived], None]], Folds]
-    """Called for each shard that is taken, see `inbound.fold.Folds`."""
+    inboxes: InboxReader
     turns: PerTickLimiter
     clock: Clock
     metrics: Metrics
@@ -138,7 +120,7 @@ class Shard:
         self.deps = deps
         self.tenure = Tenure(number, deps.leases, deps.turns.wait_turn)
         self.is_draining = False
-        self.folds = deps.new_folds(self._on_folded)
+        self.folds = Folds(deps.inboxes, self._on_folded)
         self.typing = TypingIndicators(deps.chat, deps.clock, self.tenure.check)
         self._conversations: dict[str, dict[str, Conversation]] = {}
         """By sandbox and user."""

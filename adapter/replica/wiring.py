@@ -26,7 +26,6 @@ from adapter.ilink.cdn import TRANSFERS
 from adapter.ilink.translate import read_message
 from adapter.inbound import poller
 from adapter.inbound.checkpoint import Checkpoints
-from adapter.inbound.fold import Folds, InboxReader
 from adapter.inbound.media import FetchDeps, MediaFetcher
 from adapter.inbound.poller import BotPoller, Pacing, PollDeps
 from adapter.inbound.receive import ReceiveDeps
@@ -42,6 +41,7 @@ from adapter.logins.runner import LoginRunner
 from adapter.observability.events import BusAccess, Events
 from adapter.observability.metrics import Metrics
 from adapter.outbound.commands import Limits
+from adapter.outbound.inbox import InboxReader
 from adapter.outbound.receipts import Receipts
 from adapter.outbound.router import Router
 from adapter.outbound.sending import SendPolicy
@@ -278,7 +278,7 @@ class Replica:
             sessions=BotSessions(self.bindings, connections.chat, account, self._pollers, clock),
             accepted=AcceptedSends(clock),
             account=account,
-            new_folds=lambda on_read: Folds(self.inboxes, on_read),
+            inboxes=self.inboxes,
             turns=self.turns,
             clock=clock,
             metrics=self.metrics,

@@ -48,7 +48,6 @@ from adapter.contract.names import (
 )
 from adapter.errors import Refused
 from adapter.inbound.media import FetchDeps, MediaFetcher, name_media
-from adapter.inbound.sealed import Sealed, seal
 from adapter.jetstream import topology
 from adapter.jetstream.history import StreamHistory, direct_get_one
 from adapter.jetstream.managed_connection import ManagedConnection
@@ -58,6 +57,7 @@ from adapter.jetstream.publisher import Publisher
 from adapter.kit.slots import FairSlots
 from adapter.kit.timing import SystemClock
 from adapter.observability.metrics import Metrics
+from adapter.outbound.inbox import Sealed, seal
 from adapter.ports import MediaRef, Pieces, SandboxRequest
 from adapter.security.seal import Sealer
 from adapter.services.media import MAX_WAITS_PER_SANDBOX, PIECE_MAX, PIECE_MIN, Fetcher, MediaService

@@ -26,7 +26,7 @@ from adapter.jetstream.history import StreamHistory
 from adapter.jetstream.layout import KEY, expects
 from adapter.jetstream.managed_connection import ManagedConnection
 from adapter.jetstream.topology import HOUR_NS
-from adapter.outbound.copies import copy_headers, identity_of
+from adapter.outbound.commands import copy_headers, identity_of
 from adapter.outbound.record import CommandRef, ConversationRecord, SendWindow
 from adapter.outbound.store import open_record, seal_record
 from adapter.security.seal import Sealer, checkpoint_context, cursor_context

@@ -51,8 +51,7 @@ from adapter.outbound.commands import (
     salvage_ids,
     sandbox_of,
 )
-from adapter.outbound.literal import to_literal
-from adapter.outbound.split import MAX_BYTES, is_open, split
+from adapter.outbound.texts import MAX_BYTES, is_open, split, to_literal
 from adapter.ports import Scan
 from adapter.security.seal import Sealer
 from tests.fakes import Wire

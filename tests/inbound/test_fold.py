@@ -15,8 +15,8 @@ from adapter.contract.names import H_BOT, H_MSG_ID, H_SEALED, H_SEEN, conversati
 from adapter.errors import Temporary
 from adapter.ilink.translate import read_message
 from adapter.inbound.checkpoint import lowered_checkpoint
-from adapter.inbound.fold import SET_BACK_S, FoldedInbox, Folds
 from adapter.inbound.poller import State
+from adapter.outbound.inbox import SET_BACK_S, FoldedInbox, Folds
 from adapter.outbound.store import seal_record
 from adapter.ports import StoredMessage
 from tests.fakes import Bench, batch, ready

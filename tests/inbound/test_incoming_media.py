@@ -25,8 +25,8 @@ from adapter.inbound.media import (
     MediaFetcher,
     name_media,
 )
-from adapter.inbound.sealed import Sealed, seal
 from adapter.kit.slots import FairSlots
+from adapter.outbound.inbox import Sealed, seal
 from adapter.ports import MediaRef
 from adapter.simulator import samples
 from tests.fakes import Bench, raw_message, settle

@@ -11,6 +11,7 @@ import msgspec
 import pytest
 from structlog.testing import capture_logs
 
+from adapter.content.dedup import KEEP
 from adapter.contract.messages import ImageItem, Options, UnsupportedItem
 from adapter.contract.names import (
     H_BODY,
@@ -27,8 +28,8 @@ from adapter.contract.names import (
 from adapter.errors import BusRefused, LeaseLost, Refused, Temporary
 from adapter.ilink.translate import read_message
 from adapter.inbound.receive import IDS_KNOWN_S, OTHER_USERS, retry
-from adapter.inbound.sealed import unseal
 from adapter.kit.timing import PerTickLimiter
+from adapter.outbound.inbox import unseal
 from adapter.outbound.record import ConversationRecord
 from adapter.ports import BusMessage, InboundMessage, Polled
 from tests.capture import Capture
@@ -282,11 +283,11 @@ async def test_a_repeat_is_known(fields: dict[str, Any], where: str) -> None:
 
 
 async def test_a_repeat_far_down_a_huge_answer_is_known() -> None:
-    """More than a checkpoint remembers."""
+    """As far as a checkpoint remembers."""
     again = raw("t0", 0, message_id=99, client_id="wx-x", seq=999)
-    bench = await ready(batch(*(raw(f"t{number}", number) for number in range(600)), again))
+    bench = await ready(batch(*(raw(f"t{number}", number) for number in range(KEEP)), again))
     await polls(bench)
-    assert texts(bench) == [f"t{number}" for number in range(600)]
+    assert texts(bench) == [f"t{number}" for number in range(KEEP)]
 
 
 async def test_the_same_words_without_ids_and_times_are_heard_as_often_as_they_are_said() -> None:

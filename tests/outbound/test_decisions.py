@@ -26,7 +26,7 @@ from adapter.outbound.sending import (
     SendPolicy,
     ServingBot,
 )
-from adapter.outbound.split import MAX_BYTES
+from adapter.outbound.texts import MAX_BYTES
 from adapter.outbound.window import WindowPolicy
 from adapter.ports import Accepted, Content, MediaKind, Uploaded
 from tests.fakes import FakeDelivery

@@ -9,8 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from markdown_it import MarkdownIt
 
-from adapter.outbound.literal import to_literal, to_literal_start
-from adapter.outbound.split import split
+from adapter.outbound.texts import split, to_literal, to_literal_start
 
 INDENT = "\N{NO-BREAK SPACE}"
 TABLE = [

@@ -13,7 +13,7 @@ from adapter.contract.messages import Outbound, Receipt
 from adapter.contract.names import H_COMMAND, H_MSG_ID, H_SEALED, UNROUTED
 from adapter.errors import BusRefused
 from adapter.outbound import router as module
-from adapter.outbound.copies import copy_headers, identity_of
+from adapter.outbound.commands import copy_headers, identity_of
 from adapter.outbound.record import CommandRef
 from adapter.outbound.router import Router
 from adapter.ownership.tenure import Tenure

@@ -13,7 +13,7 @@ from structlog.testing import capture_logs
 from adapter.contract.headers import derive_traceparent
 from adapter.contract.names import H_MSG_ID, H_USER, UNROUTED
 from adapter.errors import BusRefused, Refused, Temporary
-from adapter.outbound.copies import copy_headers
+from adapter.outbound.commands import copy_headers
 from adapter.outbound.record import CommandRef
 from adapter.outbound.shard import DEAD_LETTERS, Shard
 from adapter.ports import Accepted, BusMessage

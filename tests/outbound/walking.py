@@ -24,7 +24,7 @@ import structlog
 from adapter.contract.messages import FINAL_OUTCOMES, Receipt
 from adapter.contract.names import H_BOT, H_MSG_ID, H_SEALED, Names, shard_of
 from adapter.errors import Temporary, Uncertain
-from adapter.inbound.sealed import Sealed, seal
+from adapter.outbound.inbox import Sealed, seal
 from adapter.ports import Accepted
 from tests.fakes import WINDOW, Bench, FakeBus, FakeChat, FakeClock, FakeDelivery, Life, Sent, VirtualLoop
 from tests.fakes.mortal import Command, mortal

@@ -17,15 +17,13 @@ import msgspec
 import structlog
 
 from adapter.content.dedup import KEEP, KEEP_MS, SIZE
-from adapter.contract.names import H_BOT, H_SEEN, Names
+from adapter.contract.names import H_BOT, H_MSG_ID, H_SEALED, H_SEEN, Names
 from adapter.errors import UNDECODABLE, Refused, Temporary
-from adapter.inbound.checkpoint import Checkpoint
-from adapter.inbound.sealed import unseal
 from adapter.kit.batches import Batches
 from adapter.kit.timing import Clock
 from adapter.outbound.window import InboundReceived
-from adapter.ports import Archive, StoredMessage
-from adapter.security.seal import Sealer
+from adapter.ports import Archive, MediaRef, StoredMessage
+from adapter.security.seal import Sealer, inbox_context
 
 log = structlog.get_logger()
 
@@ -33,6 +31,41 @@ SET_BACK_S = 120.0
 """Time for which a position above the stream counts after it was met; pollers try again once a minute."""
 READS = 32
 """Inboxes that are read at the same time, so that thousands do not delay polls."""
+
+
+class Sealed(msgspec.Struct, frozen=True, omit_defaults=True):
+    """The sealed part of a message."""
+
+    token: str = ""
+    """The context token; "" if iLink gave none."""
+    media: tuple[MediaRef, ...] = ()
+    """Media of the items on iLink's CDN."""
+
+    def __repr__(self) -> str:
+        return "Sealed()"  # keeps tokens and keys out of logs and tracebacks
+
+
+_NOTHING = Sealed()
+_decoder = msgspec.json.Decoder(Sealed)
+_encoder = msgspec.json.Encoder()
+
+
+def seal(sealer: Sealer, message: str, bot: str, sandbox: str, part: Sealed) -> str:
+    """The value of the header. `message`: the id on the bus."""
+    return sealer.seal(inbox_context(message, bot, sandbox), _encoder.encode(part).decode())
+
+
+def unseal(sealer: Sealer, stored: StoredMessage, sandbox: str) -> Sealed:
+    """The sealed part of a stored message of the sandbox's inbox; empty where there is none. Raises
+    Refused("token_key") if no known key opens it, or it was changed."""
+    headers = stored.headers
+    if not (sealed := headers.get(H_SEALED, "")):
+        return _NOTHING
+    context = inbox_context(headers.get(H_MSG_ID, ""), headers.get(H_BOT, ""), sandbox)
+    try:
+        return _decoder.decode(sealer.open(context, sealed))
+    except UNDECODABLE as exc:
+        raise Refused("token_key", "The sealed part of the message cannot be read.") from exc
 
 
 class _Head(msgspec.Struct):
@@ -140,20 +173,6 @@ class InboxReader:
             known.seen[bot] = sorted({*known.seen.get(bot, ()), *lines})[-KEEP:]
         return found
 
-    async def move(self, checkpoint: Checkpoint, sandbox: str) -> None:
-        """Makes a checkpoint one of another sandbox, whose inbox has nothing of the bot yet. It must be saved before
-        something is published there. Raises Temporary."""
-        if (former := checkpoint.sandbox) == sandbox:
-            return
-        newest = await self.newest(sandbox)
-        if former and (last := await self.newest(former)) > checkpoint.inbox_seq:  # its owner may have died
-            known = FoldedInbox(checkpoint.inbox_seq, last)
-            await self.read(former, checkpoint.inbox_seq, last, known)
-            checkpoint.seen.add(line for _, line in known.seen.get(checkpoint.bot, ()))
-        checkpoint.inbox_seq = 0 if checkpoint.is_unreadable and not former else newest
-        checkpoint.sandbox = sandbox
-        checkpoint.note()
-
     def _token_of(self, stored: StoredMessage, sandbox: str) -> str:
         try:
             return unseal(self._sealer, stored, sandbox).token
@@ -171,7 +190,7 @@ def _print_of(stored: StoredMessage) -> bytes:
 
 
 class Folds:
-    """The inboxes of one shard, from when this replica took it. Implements outbound.shard.Folds.
+    """The inboxes of one shard, from when this replica took it.
 
     Messages that this replica publishes itself need not be read: `receive` gives them to their conversations.
     """
@@ -188,7 +207,7 @@ class Folds:
         """By sandbox, while it is read: a slow or broken inbox holds up no other."""
 
     def stop(self) -> None:
-        """Tells nobody any more; breaks reference cycles."""
+        """Tells nobody any more; breaks a reference cycle."""
         self._on_read = lambda *_: None
 
     def forget(self, sandbox: str) -> None:
@@ -235,10 +254,15 @@ class Folds:
         return len(found)
 
     async def prints_of(self, sandbox: str, bot: str, after: int) -> tuple[list[bytes], int]:
+        """The fingerprints of a bot's messages after a sequence of the inbox as it is now, and perhaps of some
+        before, and the sequence up to which it was read. Open conversations have got what is new. Raises
+        Temporary."""
         known = await self.read(sandbox, after)
-        return [line for sequence, line in known.seen.get(bot, ()) if sequence > after], known.high
+        return [line for _, line in known.seen.get(bot, ())], known.high
 
     async def newest_of(self, sandbox: str, user: str, after: int, *, again: bool = False) -> InboundReceived | None:
+        """The user's newest message after a sequence of the inbox, with the newest token, as far as it was published
+        before this replica took the shard. `again`: or since then. Raises Temporary."""
         newest = (await self.read(sandbox, after, again=again)).newest
         found = newest.get(user)
         if found is None or found.sequence <= after:
