@@ -16,7 +16,7 @@ import msgspec
 import pytest
 
 import adapter
-from adapter.cli import dead, output, stdin
+from adapter.cli import output, stdin, stored
 from adapter.console import server
 from adapter.contract import headers, names
 from adapter.errors import Refused, Unreadable
@@ -91,8 +91,7 @@ RULES: dict[str, Callable[[str], object]] = {
     "headers to write": lambda text: client._publish_command("a", "", {"a": text, text: "a"}, b""),
     "ids among headers": lambda text: client._IDS.search(b"NATS/1.0" + raw(text)),
     "a complaint of the server": lambda text: client.permission_violation(Exception(text)),
-    "a dead letter": dead._up_to_secret,
-    "a name that may be a secret's": dead._SECRET_NAME.search,
+    "a name that may be a secret's": stored._SECRET_NAME.search,
     "what a command prints": output.printable,
     "JSON that a command prints": lambda text: output._UNPRINTABLE_IN_JSON.sub("", text),
     "a code on a terminal": lambda text: stdin.COLOURS.sub("", text),
@@ -100,7 +99,7 @@ RULES: dict[str, Callable[[str], object]] = {
 }
 
 TRIED = {
-    "cli/dead.py": 2,
+    "cli/stored.py": 1,
     "cli/login.py": 1,  # what an operator types
     "cli/output.py": 2,
     "cli/stdin.py": 1,

@@ -20,12 +20,11 @@ from adapter.agent import Sandbox
 from adapter.agent.program import Program
 from adapter.agent.runner import Agent, Runner, Sessions
 from adapter.agent.sandbox import connect
-from adapter.cli.bus import BROKE, connected_bus, settings_here
-from adapter.cli.contexts import with_context
+from adapter.cli.bus import BROKE, connected_bus, settings_here, with_context
 from adapter.cli.exits import NO, OK, UNREACHABLE, USAGE, Failed
-from adapter.cli.files import read_text
 from adapter.cli.options import Sandbox as SandboxName
 from adapter.cli.options import Timeout
+from adapter.cli.output import read_text
 from adapter.environment import read_settings
 from adapter.errors import UNDECODABLE
 from adapter.jetstream.client import BusClient

@@ -19,7 +19,6 @@ from nats.errors import Error as NatsError
 from adapter.cli import bulk, output
 from adapter.cli.bus import BROKE, BusConnection, connected_bus, decode_answer
 from adapter.cli.exits import NO, OK, TIMEOUT, UNREACHABLE, USAGE, Failed
-from adapter.cli.files import read_text
 from adapter.cli.options import (
     AutoTyping,
     Json,
@@ -29,6 +28,7 @@ from adapter.cli.options import (
     flag,
     new_id,
 )
+from adapter.cli.output import read_text
 from adapter.contract.messages import (
     BOT_STATUSES,
     SCHEMA_VERSION,

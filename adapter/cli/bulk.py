@@ -19,7 +19,7 @@ from cyclopts import Parameter
 
 from adapter.cli import output
 from adapter.cli.exits import NO, OK, USAGE, Failed
-from adapter.cli.files import read_text, write_private
+from adapter.cli.output import read_text, write_private
 from adapter.contract.messages import Options, SandboxId
 
 Source = Annotated[

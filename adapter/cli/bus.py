@@ -10,7 +10,7 @@ import contextlib
 import os
 import ssl
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Coroutine
+from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -22,17 +22,15 @@ from nats.js import JetStreamContext, api
 from nats.js.errors import APIError, NoStreamResponseError
 
 from adapter.agent.sandbox import connect
-from adapter.cli.contexts import with_context
 from adapter.cli.exits import NO, UNREACHABLE, Failed
 from adapter.contract.names import H_ERROR, H_ERROR_CODE, Names
 from adapter.environment import read_settings
-from adapter.errors import STORE_FAILED, UNDECODABLE, BusRefused, Temporary
-from adapter.jetstream.api_replies import MESSAGE_GONE, NO_STREAM
+from adapter.errors import STORE_FAILED, UNDECODABLE, BusRefused, SettingsError, Temporary
+from adapter.jetstream.api_replies import NO_STREAM
 from adapter.jetstream.client import BusClient, permission_violation
 from adapter.jetstream.history import StreamHistory
 from adapter.jetstream.managed_connection import ManagedConnection
 from adapter.ports import StoredMessage
-from adapter.security.permissions import grants, overlaps
 from adapter.settings import CREDENTIALS, Settings
 
 ANSWER_S = 5.0
@@ -44,6 +42,15 @@ COMPLAINTS_KEPT = 1000
 
 URL_FILE = "nats.url"
 """In the data folder of `run --embedded`: where its server listens, with the token that it asks for."""
+
+SELECTED = "@selected"
+"""Instead of a name: the context that `nats context select` has chosen."""
+SERVER = "nats://127.0.0.1:4222"
+"""That of a context without a URL, as `nats` has it."""
+IDENTITIES = ("user", "creds", "nkey", "token")
+"""The first one that a context has counts."""
+FIELDS = ("url", "password", "ca", "cert", "key", "tls_first", "inbox_prefix")
+UNSUPPORTED = ("user_jwt", "nsc", "socks_proxy", "jetstream_domain", "jetstream_api_prefix")
 
 S = TypeVar("S", bound=msgspec.Struct)
 T = TypeVar("T")
@@ -92,17 +99,8 @@ class BusConnection:
                 )
             for wanted in subjects:
                 if f"{subject}.".startswith(f"{wanted.lower()}."):
-                    verb, who = ("hear", "an operator's")
-                    if does == "publish":
-                        verb, who = "publish to", self._whose_credentials(wanted)
-                    raise Failed(NO, f"This user may not {verb} {wanted}: use {who} credentials.")
-
-    def _whose_credentials(self, subject: str) -> str:
-        if any(overlaps(one, subject) for one in grants(self.names, "operator").publish):
-            return "an operator's"
-        if any(overlaps(one, subject) for one in grants(self.names, "adapter").publish):
-            return "the adapter's"
-        return "an administrator's"
+                    verb = "publish to" if does == "publish" else "hear"
+                    raise Failed(NO, f"This user may not {verb} {wanted}: use credentials that may, see helm/nats/.")
 
     async def unless_forbidden(self, subject: str, asking: Coroutine[Any, Any, T]) -> T:
         """Awaits `asking`, but not after the server has forbidden `subject`: a forbidden request gets no answer.
@@ -182,18 +180,10 @@ class BusConnection:
 
     async def delete_stored(self, stream: str, seq: int) -> bool:
         """False: there is no such message. Raises Failed."""
-        verb = f"STREAM.MSG.DELETE.{stream}"
-
-        async def delete() -> bool:
-            try:
-                await self.connection.api_request(verb, {"seq": seq})
-            except BusRefused as exc:
-                if exc.code not in MESSAGE_GONE:
-                    raise
-                return False
-            return True
-
-        return await self.ask_jetstream(verb, delete())
+        if await self.get_stored(stream, seq) is None:
+            return False
+        await self.ask_jetstream(f"STREAM.MSG.DELETE.{stream}", self.history.delete(stream, seq))
+        return True
 
     async def api_request(self, verb: str, body: dict[str, Any] | None = None) -> dict[str, Any]:
         """JetStream's answer to `$JS.API.<verb>`. Raises Failed, also for an error of JetStream's."""
@@ -236,6 +226,33 @@ def settings_here(*, adapter: bool = False) -> Settings:
     except OSError:
         return settings
     return read_settings({**environ, "NATS_URL": url})
+
+
+def with_context(environ: Mapping[str, str]) -> dict[str, str]:
+    """`environ`, with what the context of the command `nats` that NATS_CONTEXT names says of variables that are not
+    set. Raises SettingsError, whose text holds no secret."""
+    given = {name: value for name, value in environ.items() if value.strip()}
+    if not (name := given.get("NATS_CONTEXT", "").strip()):
+        return given
+    home = Path(given.get("XDG_CONFIG_HOME") or Path.home() / ".config") / "nats"
+    try:
+        name = (home / "context.txt").read_text(encoding="utf-8").strip() if name == SELECTED else name
+        context = msgspec.json.decode((home / "context" / f"{name}.json").read_bytes(), type=dict[str, Any])
+    except OSError as exc:
+        known = ", ".join(sorted(file.stem for file in (home / "context").glob("*.json"))) or "none"
+        said = f"NATS_CONTEXT: cannot read {exc.filename}: {exc.strerror}; contexts: {known}."
+        raise SettingsError("nats_context", said) from None
+    except UNDECODABLE:
+        raise SettingsError("nats_context", f"NATS_CONTEXT: the context {name} is no JSON object.") from None
+    if unusable := [field for field in UNSUPPORTED if context.get(field)]:
+        said = (
+            f"NATS_CONTEXT: the context {name} has {', '.join(unusable)}, which is not supported: use creds, or nkey."
+        )
+        raise SettingsError("nats_context", said)
+    identity = next((field for field in IDENTITIES if context.get(field)), "")
+    found = {f"NATS_{field.upper()}": context[field] for field in (*FIELDS, identity) if context.get(field)}
+    texts = {name: "true" if value is True else str(value) for name, value in found.items()}
+    return {"NATS_URL": SERVER, **texts, **given}
 
 
 @contextlib.asynccontextmanager

@@ -21,9 +21,8 @@ from adapter.agent.runner import Answer, Runner, Sessions, Turn
 from adapter.cli.agent import MAX_OUTPUT, Exec
 from adapter.cli.bindings import request_control
 from adapter.cli.bus import connected_bus
-from adapter.cli.embedded import EmbeddedNats
+from adapter.cli.embedded import EmbeddedNats, adapter_running, while_alive
 from adapter.cli.exits import NO, OK, Failed
-from adapter.cli.lifetime import adapter_running, while_alive
 from adapter.cli.options import flag
 from adapter.cli.output import can_style
 from adapter.cli.stdin import LineEditor, lines

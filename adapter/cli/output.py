@@ -1,4 +1,4 @@
-"""What commands print: tables on a terminal, aligned text elsewhere, JSON lines on request.
+"""What commands print and write: tables on a terminal, aligned text elsewhere, JSON lines on request, private files.
 
 Texts and names come from other people: nothing of theirs may move the cursor, colour the screen or stay unseen.
 """
@@ -8,11 +8,12 @@ from __future__ import annotations
 import json
 import os
 import re
-import shutil
+import stat
 import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any, TextIO, TypeVar
 
 import msgspec
@@ -21,13 +22,12 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from adapter.cli.exits import USAGE, Failed
 from adapter.observability.logs import UNSEEN
 
 _UNPRINTABLE = re.compile(f"[\x00-\x1f{UNSEEN}]")
 _UNPRINTABLE_IN_JSON = re.compile(f"[{UNSEEN}]")
 """Characters that JSON may contain unescaped although they move the cursor or end a line."""
-NARROW = 8
-"""A terminal with fewer columns than this for each column of a table gets a block for each row."""
 T = TypeVar("T")
 _NAMED = {"\n": "⏎", "\t": " ", "\r": ""}
 
@@ -121,8 +121,7 @@ def table(
     if not cells:
         say(empty)
     elif can_style(sys.stdout):
-        width = shutil.get_terminal_size().columns
-        (_stacked if width < NARROW * len(columns) else _rich)(columns, cells, styles or {})
+        _rich(columns, cells, styles or {})
     else:
         _aligned(columns, cells)
 
@@ -152,15 +151,6 @@ def _rich(columns: Sequence[str], cells: list[list[str]], styles: dict[str, str]
     Console(highlight=False).print(grid)
 
 
-def _stacked(columns: Sequence[str], cells: list[list[str]], styles: dict[str, str]) -> None:
-    """A block of lines for each row."""
-    console, label = Console(highlight=False), max(map(cell_len, columns))
-    for row in cells:
-        for column, cell in zip(columns, row, strict=True):
-            console.print(Text(pad(column, label + 2), style="bold") + Text(cell, style=styles.get(cell, "")))
-        console.print()
-
-
 def _aligned(columns: Sequence[str], cells: list[list[str]]) -> None:
     lines = [[column.upper() for column in columns], *cells]
     widths = [max(cell_len(line[i]) for line in lines) for i in range(len(columns))]
@@ -177,3 +167,32 @@ def with_defaults(value: Any) -> Any:
             return [with_defaults(part) for part in value]
         case _:
             return value
+
+
+def read_bytes(path: Path) -> bytes:
+    """Raises Failed."""
+    try:
+        return path.read_bytes()
+    except OSError as exc:
+        raise Failed(USAGE, f"Cannot read {path}: {exc.strerror}.") from None
+
+
+def read_text(path: Path) -> str:
+    """Raises Failed."""
+    try:
+        return read_bytes(path).decode("utf-8-sig")
+    except UnicodeDecodeError:
+        raise Failed(USAGE, f"Cannot read {path}: it is not UTF-8.") from None
+
+
+def write_private(path: str | Path, content: str | bytes, *, advice: str = "") -> None:
+    """Writes a file, and the folder that it is in. A file that others may read becomes private; a device or a pipe
+    stays as it is. `advice` is said where it cannot be written. Raises Failed."""
+    try:
+        Path(path).parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "wb") as file:
+            if stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+                os.fchmod(file.fileno(), 0o600)
+            file.write(content.encode() if isinstance(content, str) else content)
+    except OSError as exc:
+        raise Failed(USAGE, f"Cannot write {path}: {exc.strerror}.{advice}") from None

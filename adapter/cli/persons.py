@@ -11,9 +11,9 @@ from cyclopts import Parameter
 from adapter.cli import output
 from adapter.cli.bindings import request_control
 from adapter.cli.bus import BusConnection, connected_bus
-from adapter.cli.dead import readable_body
 from adapter.cli.exits import NO, OK, USAGE, Failed
 from adapter.cli.options import Json, MaybeSandbox, RequestId, flag, new_id
+from adapter.cli.stored import readable_body
 from adapter.contract.messages import ControlAnswer, Erase
 from adapter.contract.records import Binding, LoginRecord
 from adapter.errors import UNDECODABLE

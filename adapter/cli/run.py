@@ -15,11 +15,10 @@ from cyclopts import App, Parameter
 
 from adapter import __version__
 from adapter.cli.bus import URL_FILE, settings_here
-from adapter.cli.embedded import EmbeddedNats
+from adapter.cli.embedded import EmbeddedNats, while_alive
 from adapter.cli.exits import CLOSING_S, OK, draining_on_signal
-from adapter.cli.files import write_private
-from adapter.cli.lifetime import while_alive
 from adapter.cli.options import flag
+from adapter.cli.output import write_private
 from adapter.environment import read_settings
 from adapter.observability import logs
 from adapter.replica.eventloop import run_fast

@@ -1,4 +1,4 @@
-"""`send`: one command to a sandbox's user, and what became of it."""
+"""`send`: one command to a sandbox's user, and what became of it; `media`: its bytes, and those of a message."""
 
 from __future__ import annotations
 
@@ -9,18 +9,20 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import msgspec
-from cyclopts import Parameter
+from cyclopts import App, Parameter
 from nats.aio.subscription import Subscription
 from nats.errors import Error as NatsError
 
+from adapter.agent.media import Request, get_media, put_media
 from adapter.cli import output
-from adapter.cli.bus import connected_bus
+from adapter.cli.bus import BusConnection, connected_bus
 from adapter.cli.exits import NO, OK, TIMEOUT, UNREACHABLE, USAGE, Failed
-from adapter.cli.media import read_media, upload
 from adapter.cli.options import Json, RequestId, Sandbox, Timeout, flag, new_id
+from adapter.cli.output import read_bytes, write_private
 from adapter.contract.messages import (
     FINAL_OUTCOMES,
     SCHEMA_VERSION,
+    Media,
     Outbound,
     OutFile,
     OutImage,
@@ -28,10 +30,17 @@ from adapter.contract.messages import (
     OutText,
     Receipt,
 )
-from adapter.contract.names import H_MSG_ID, H_SCHEMA
+from adapter.contract.names import H_MSG_ID, H_SCHEMA, is_sandbox
 from adapter.errors import UNDECODABLE
 from adapter.ports import StoredMessage
 
+media = App(name="media", help="Pictures, files and voice in the object store: fetch, bring.")
+
+WAIT_S = 50.0
+"""Seconds for which the adapter waits for media that it is fetching."""
+PIECE_S = 60.0
+"""Seconds for one piece. The first one of a message's media takes longest, and the last one of an upload: the adapter
+reads it back for its digest."""
 Content = tuple[type[OutImage] | type[OutFile], str, bytes]
 """What is sent as what, its name, and its bytes."""
 _OPTION = re.compile(r"--[a-z][a-z-]*")
@@ -71,7 +80,7 @@ async def send(
     if text is None and not sent:
         raise Failed(USAGE, "There is nothing to send: give a text, --image or --file.")
     said = None if text is None else _read_text(text)
-    contents = [(kind, path.name, read_media(path)) for kind, path in sent]
+    contents = [(kind, path.name, _read_media(path)) for kind, path in sent]
     command = Outbound(
         id=command_id,
         text=said,
@@ -92,7 +101,7 @@ async def send(
         if contents:
             items: list[OutItem] = [] if said is None else [OutText(text=said)]
             for kind, name, data in contents:
-                items.append(kind(media=await upload(bus, sandbox, name, data), name=name))
+                items.append(kind(media=await _upload(bus, sandbox, name, data), name=name))
             command = msgspec.structs.replace(command, text=None, items=items)
         headers = {H_MSG_ID: command_id, H_SCHEMA: SCHEMA_VERSION}
         ack = await bus.store(bus.names.out(sandbox), msgspec.json.encode(command), headers)
@@ -155,3 +164,63 @@ def describe(receipt: Receipt) -> str:
             return f"parked  (not sent yet: {why or 'it waits for the user to write'})"
         case outcome:
             return f"{outcome}  ({why or 'no reason given'})"
+
+
+@media.command
+async def get(
+    name: Annotated[str, Parameter(help="`media.object` of a message, as `tail` shows it: <sandbox>/…")],
+    to: Annotated[str, Parameter(allow_leading_hyphen=True, help="File to write; -: standard output.")],
+    /,
+    *,
+    sequence: Annotated[
+        int, Parameter(help="Sequence of the message, as `tail` shows it: waits for media that are not stored yet.")
+    ] = 0,
+    force: Annotated[bool, flag("Overwrite the file.")] = False,
+) -> int:
+    """Fetch an object and check its digest. The bytes are what a person sent: treat them as private."""
+    sandbox = name.partition("/")[0]
+    if not is_sandbox(sandbox):
+        raise Failed(USAGE, "An object's name begins with its sandbox: <sandbox>/…")
+    if to != "-" and not force and Path(to).exists():  # noqa: ASYNC240 -- nothing else runs in a command
+        raise Failed(USAGE, f"{to} is there: give --force to overwrite it.")
+    async with connected_bus() as bus:
+        data = await get_media(
+            _requests_over(bus), sandbox, name, sequence=sequence, wait_s=WAIT_S if sequence else 0
+        )
+    if to == "-":
+        sys.stdout.buffer.write(data)
+        return OK
+    write_private(to, data)
+    output.say(f"{len(data):,} bytes are in {output.printable(to)}")
+    return OK
+
+
+@media.command
+async def put(sandbox: Sandbox, file: Path, /, *, json: Json = False) -> int:
+    """Bring a file, for commands of the sandbox to name. `send --file` does both."""
+    data = _read_media(file)
+    async with connected_bus() as bus:
+        stored = await _upload(bus, sandbox, file.name, data)
+    output.tell(stored, json, f"{stored.object}  {stored.mime}, {stored.size:,} bytes")
+    return OK
+
+
+def _read_media(file: Path) -> bytes:
+    """Raises Failed."""
+    data = read_bytes(file)
+    if not data:
+        raise Failed(USAGE, f"{file} is empty.")
+    return data
+
+
+async def _upload(bus: BusConnection, sandbox: str, name: str, data: bytes) -> Media:
+    """Raises Failed."""
+    return await put_media(_requests_over(bus), sandbox, data, name)
+
+
+def _requests_over(bus: BusConnection) -> Request:
+    async def request(verb: str, payload: bytes, headers: dict[str, str]) -> tuple[bytes, dict[str, str]]:
+        reply = await bus.service_reply(verb, payload, PIECE_S, headers)
+        return reply.data, reply.headers or {}
+
+    return request

@@ -11,8 +11,8 @@ from adapter.cli import output
 from adapter.cli.bus import BusConnection, connected_bus
 from adapter.cli.exits import NO, OK
 from adapter.cli.options import Json, Sandbox, flag
-from adapter.cli.queued import to_queued_command
 from adapter.cli.send import describe
+from adapter.cli.stored import listed_command_of
 from adapter.content.quotes import kind_of
 from adapter.contract.headers import derive_traceparent
 from adapter.contract.messages import Inbound, Receipt
@@ -132,7 +132,7 @@ def _steps_of(names: Names, stored: StoredMessage, ident: str, *, texts: bool) -
         if stream == names.stream_dead:
             return [replace(this, step="dead", what=stored.headers.get(H_REASON, ""))]
         if stream == names.stream_out:
-            command = to_queued_command(names, stored, bodies=texts)
+            command = listed_command_of(names, stored, bodies=texts)
             return [replace(this, step="command", id=command.id, what="waits", text=command.body)]
         if stream == names.stream_in:
             inbound = msgspec.json.decode(stored.data, type=Inbound)

@@ -15,8 +15,7 @@ import structlog
 from adapter.cli import main
 from adapter.cli.bus import BusConnection, connected_bus
 from adapter.cli.demo import demo_settings
-from adapter.cli.embedded import EmbeddedNats
-from adapter.cli.lifetime import adapter_running
+from adapter.cli.embedded import EmbeddedNats, adapter_running
 from adapter.environment import read_settings
 from adapter.jetstream import topology
 from adapter.jetstream.managed_connection import ManagedConnection

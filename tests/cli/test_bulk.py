@@ -10,8 +10,7 @@ import pytest
 
 from adapter.cli.bus import BusConnection
 from adapter.cli.demo import demo_settings
-from adapter.cli.embedded import EmbeddedNats
-from adapter.cli.lifetime import adapter_running
+from adapter.cli.embedded import EmbeddedNats, adapter_running
 from adapter.contract.messages import Bind, Unbind
 from adapter.simulator import Simulator, SimulatorSettings
 from tests.cli.conftest import Command

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from adapter.cli.contexts import with_context
+from adapter.cli.bus import with_context
 from adapter.cli.embedded import EmbeddedNats
 from adapter.errors import SettingsError
 from tests.cli.conftest import Command
@@ -68,11 +68,10 @@ def test_the_selected_one_counts_where_it_is_asked_for(tmp_path: Path) -> None:
     ("name", "words"),
     [
         ("absent", r"absent\.json: No such file or directory; contexts: jwt, list, text\."),
-        ("../context/jwt", "no name of a context"),
         ("@selected", r"context\.txt: No such file"),
         ("jwt", "has user_jwt, which is not supported"),
         ("list", "no JSON object"),
-        ("text", "no JSON"),
+        ("text", "no JSON object"),
     ],
 )
 def test_what_cannot_be_used_is_named(tmp_path: Path, name: str, words: str) -> None:

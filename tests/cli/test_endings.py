@@ -14,8 +14,7 @@ import pytest
 
 from adapter.cli.bus import BusConnection
 from adapter.cli.demo import demo_settings
-from adapter.cli.embedded import EmbeddedNats
-from adapter.cli.lifetime import adapter_running
+from adapter.cli.embedded import EmbeddedNats, adapter_running
 from adapter.simulator import Simulator
 from tests.cli.conftest import START_S
 from tests.cli.process import TOKEN_KEY, Running, children, started

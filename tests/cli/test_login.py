@@ -15,8 +15,7 @@ import msgspec
 import pytest
 
 from adapter.cli.demo import demo_settings
-from adapter.cli.embedded import EmbeddedNats
-from adapter.cli.lifetime import adapter_running
+from adapter.cli.embedded import EmbeddedNats, adapter_running
 from adapter.logins.qr import DARK_ON_LIGHT, PLAIN, terminal_text
 from adapter.simulator import FaultRule, Simulator, SimulatorSettings
 from tests.cli.conftest import Command

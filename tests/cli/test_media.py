@@ -10,7 +10,7 @@ import pytest
 from nats.aio.msg import Msg
 
 from adapter.cli.bus import BusConnection
-from adapter.cli.media import WAIT_S
+from adapter.cli.send import WAIT_S
 from adapter.contract.messages import MediaQuery
 from adapter.contract.names import H_NEXT, H_SHA256
 from tests.cli.conftest import Command

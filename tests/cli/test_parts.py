@@ -7,7 +7,6 @@ import contextlib
 import io
 import json
 import os
-import re
 import stat
 import sys
 import unicodedata
@@ -19,8 +18,16 @@ import pytest
 from rich.cells import cell_len
 
 from adapter.cli.bus import BusConnection
-from adapter.cli.files import write_private
-from adapter.cli.output import can_colour, can_style, complain, json_line, printable, table, with_defaults
+from adapter.cli.output import (
+    can_colour,
+    can_style,
+    complain,
+    json_line,
+    printable,
+    table,
+    with_defaults,
+    write_private,
+)
 from adapter.cli.stdin import LineEditor, lines
 from adapter.cli.talk import LABEL, Screen
 from adapter.contract.messages import BindingInfo, LoginQuery, Receipt
@@ -226,17 +233,6 @@ def test_a_terminal_gets_what_it_can_show_and_no_colours_where_nobody_wants_them
     table(("a", "b"), [("x", "bad")], styles={"bad": "red"})
     assert ("\x1b[31m" in shown.getvalue()) is colours
     assert styles or "\x1b" not in shown.getvalue()
-
-
-def test_a_narrow_terminal_gets_a_block_for_each_row(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("TERM", "xterm")
-    monkeypatch.setenv("NO_COLOR", "1")
-    monkeypatch.setenv("COLUMNS", "20")
-    shown = Terminal()
-    monkeypatch.setattr(sys, "stdout", shown)
-    table(("seq", "detail", "size"), [(1, "why it is", 7), (2, "-", 8)])
-    lines = [re.sub(r"\x1b\[[0-9;]*m", "", line).rstrip() for line in shown.getvalue().splitlines()]
-    assert lines == ["seq     1", "detail  why it is", "size    7", "", "seq     2", "detail  -", "size    8", ""]
 
 
 def test_a_file_becomes_private_and_a_pipe_stays_as_it_is(tmp_path: Path) -> None:
