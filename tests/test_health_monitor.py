@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from types import SimpleNamespace
-from typing import Any, cast
+from typing import Any
 
 import pytest
 from structlog.testing import capture_logs
@@ -13,8 +13,7 @@ from adapter.contract.names import Names
 from adapter.errors import BusRefused, Temporary
 from adapter.jetstream.topology import Difference
 from adapter.observability.metrics import Metrics
-from adapter.replica.health_monitor import CHECK_S, HealthMonitor
-from adapter.replica.probes import BUS_GRACE_S, Health
+from adapter.replica.health import BUS_GRACE_S, CHECK_S, Health, HealthMonitor
 from tests.fakes import FakeClock
 
 VIRTUAL_TIME = True
@@ -31,27 +30,29 @@ class Replica:
         self.metrics = Metrics()
         self.connection = SimpleNamespace(is_connected=True, api_request=self._api)
         self.publisher = SimpleNamespace(waiting_s=0.0, last_error="WECHAT_IN: full")
-        self.leases = SimpleNamespace(is_valid=True, last_error="refused")
+        self.leases = SimpleNamespace(is_valid=True, last_error="refused", owned=set(), orphans=set())
         self.silence: Exception | None = None
         self.absent: list[str] = []
         self.altered: dict[str, list[Difference]] = {}
         self.incomplete: list[str] = []
         self.paused = False
         self.looks = 0
-        self.monitor = HealthMonitor(
-            connections=cast(
-                Any, SimpleNamespace(connection=self.connection, bus=self.publisher, media_bus=self.publisher)
-            ),
-            inspector=cast(Any, self),
-            set_back=lambda: "",
-            supervisor=cast(Any, SimpleNamespace(leases=self.leases, shards=SimpleNamespace(in_flight=4))),
-            names=NAMES,
-            health=self.health,
+        edges = SimpleNamespace(
+            connection=self.connection,
+            bus=self.publisher,
+            media_bus=self.publisher,
             clock=self.clock,
             metrics=self.metrics,
         )
+        shard = SimpleNamespace(queue_depths=lambda parked: (4, None), tasks=0, throttled_bots=set())
+        supervisor = SimpleNamespace(leases=self.leases, bindings=(), pollers={}, shards={1: shard})
+        parts: Any = edges, self, SimpleNamespace(set_back=""), supervisor
+        self.monitor = HealthMonitor(parts[0], NAMES, self.health, *parts[1:])
         self.monitor.on_started()
-        self.task = asyncio.create_task(self.monitor.check_jetstream_forever())
+        self.tasks = [
+            asyncio.create_task(self.monitor.check_jetstream_forever()),
+            asyncio.create_task(self.monitor.heartbeat_forever()),
+        ]
 
     @property
     def problem(self) -> str:
@@ -134,7 +135,7 @@ async def test_a_lost_connection_is_no_problem_of_jetstream() -> None:
 async def test_what_is_gone_or_lacks_keys_is_told_and_waited_for() -> None:
     replica = Replica()
     replica.absent, replica.incomplete = ["WECHAT_IN"], ["KV_wechat_bindings"]
-    await asyncio.sleep(2 * CHECK_S)
+    await asyncio.sleep(4 * CHECK_S)
     (check,) = (check for check in replica.health.check_ready() if check.name == "streams")
     assert (check.ok, check.detail) == (
         False,

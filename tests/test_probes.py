@@ -15,7 +15,8 @@ import pytest
 from adapter.errors import SettingsError
 from adapter.kit.web import MAX_CONNECTIONS
 from adapter.observability.metrics import Metrics
-from adapter.replica.probes import Health, ProbeServer
+from adapter.replica.health import Health
+from adapter.replica.probes import ProbeServer
 
 DIRECT = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 
@@ -143,7 +144,7 @@ def test_since_is_when_a_check_changed(server: ProbeServer, health: Health, monk
     now_s = 1_000
 
     def since() -> tuple[int, int]:
-        monkeypatch.setattr("adapter.replica.probes.time.time_ns", lambda: now_s * 1_000_000_000)
+        monkeypatch.setattr("adapter.replica.health.time.time_ns", lambda: now_s * 1_000_000_000)
         found = checks(server, "/readyz")[1]
         return found["not_draining"]["since_ms"] // 1000, found["started"]["since_ms"] // 1000
 

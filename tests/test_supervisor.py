@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
-from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Coroutine, Iterable
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Iterable
 from typing import Any
 
 import msgspec
@@ -14,7 +14,7 @@ from adapter.contract.names import SHARDS, shard_of, to_subject_token
 from adapter.contract.records import Binding
 from adapter.inbound.poller import ANSWER_GRACE_S, BotPoller, State
 from adapter.outbound import shard as outbound
-from adapter.replica.gauges import observe
+from adapter.replica.health import observe
 from adapter.replica.supervisor import Supervisor
 from tests.fakes import Bench, FakeLeases, batch, ready, settle
 from tests.inbound.pollers import BOT, raw, texts
@@ -46,21 +46,21 @@ class Shard:
     def stop(self) -> None: ...
 
 
-class Work:
-    """Implements ShardWork with one object for all shards."""
+class Supervised(Supervisor):
+    """With one object for all shards, which consume nothing."""
 
-    def __init__(self, shard: Shard) -> None:
-        self._shard: Any = shard
+    new_poller: Callable[[str], BotPoller]
+    shard: Any
 
-    def new_shard(self, number: int) -> outbound.Shard:
-        made: outbound.Shard = self._shard
-        return made
+    async def follow(self) -> None:
+        await self.run(lambda number: self.shard, _consume, self.new_poller)
 
-    def on_failed(self, name: str, detail: str) -> None:
-        raise AssertionError(f"{name} failed: {detail}")
 
-    def consumer_loops(self, shard: outbound.Shard) -> list[Coroutine[Any, Any, None]]:
-        return []
+async def _consume(shard: outbound.Shard) -> None: ...
+
+
+def fails(name: str, detail: str) -> None:
+    raise AssertionError(f"{name} failed: {detail}")
 
 
 def no_poller(bot: str) -> BotPoller:
@@ -74,28 +74,28 @@ def supervisor(
     new_poller: Callable[[str], BotPoller] = no_poller,
     capacity: int = BOTS,
     shard: Shard | None = None,
-) -> Supervisor:
-    async def publish_released() -> None: ...
-
-    return Supervisor(
-        bindings=bench.bindings,
-        leases=leases or bench.leases,
-        new_poller=new_poller,
-        work=Work(shard or Shard()),
-        publish_released=publish_released,
-        is_connecting=lambda bot: False,
+) -> Supervised:
+    made = Supervised(
+        bench.bindings,
+        leases or bench.leases,
+        bench.checkpoints,
+        bench,
+        bench.chat,
+        bench.clock,
         capacity=capacity,
-        follow_closing=lambda bot: None,
+        on_failed=fails,
     )
+    made.shard, made.new_poller = shard or Shard(), new_poller
+    return made
 
 
 @pytest.fixture
-async def following() -> AsyncIterator[Callable[[Supervisor], Awaitable[asyncio.Task[None]]]]:
+async def following() -> AsyncIterator[Callable[[Supervised], Awaitable[asyncio.Task[None]]]]:
     """Has a supervisor follow leases and bindings until the test is over."""
     begun: list[asyncio.Task[None]] = []
 
-    async def begin(made: Supervisor) -> asyncio.Task[None]:
-        begun.append(asyncio.create_task(made.run()))
+    async def begin(made: Supervised) -> asyncio.Task[None]:
+        begun.append(asyncio.create_task(made.follow()))
         await settle()
         return begun[-1]
 
@@ -105,7 +105,7 @@ async def following() -> AsyncIterator[Callable[[Supervisor], Awaitable[asyncio.
     await asyncio.gather(*begun, return_exceptions=True)
 
 
-Following = Callable[[Supervisor], Awaitable[asyncio.Task[None]]]
+Following = Callable[[Supervised], Awaitable[asyncio.Task[None]]]
 
 
 def bound(count: int) -> Bench:
@@ -142,7 +142,7 @@ async def test_ten_thousand_bindings_are_a_scrape_of_the_same_size(following: Fo
     states = {state: bench.metrics.value("bindings", state=state) for state in (*names, "throttled")}
     assert sum(states.values()) == BOTS
     assert states["throttled"] == len(range(STATES.index(State.POLLING), 60, len(STATES)))
-    assert bench.metrics.value("tasks", kind="other") == 30_000
+    assert bench.metrics.value("tasks", kind="other") == 30_000 - BOTS
 
 
 async def test_what_the_polls_of_a_bot_show_of_its_token() -> None:
@@ -150,12 +150,12 @@ async def test_what_the_polls_of_a_bot_show_of_its_token() -> None:
     bench = bound(1)
     made = supervisor(bench)
     binding = next(iter(bench.bindings))
-    assert not made.pollers.has_polled_since(binding.bot, 0.0)
+    assert not made.has_polled_since(binding.bot, 0.0)
     session = made.pollers[binding.bot] = bench.new_poller(binding.bot)
     session.polled_at = 10.0
-    assert [made.pollers.has_polled_since(binding.bot, since) for since in (5.0, 10.0, 15.0)] == [True, False, False]
+    assert [made.has_polled_since(binding.bot, since) for since in (5.0, 10.0, 15.0)] == [True, False, False]
     session.state = State.STALE
-    assert not made.pollers.has_polled_since(binding.bot, 5.0)
+    assert not made.has_polled_since(binding.bot, 5.0)
 
 
 async def test_the_bot_that_was_answered_longest_ago_is_seen_among_ten_thousand() -> None:
@@ -270,7 +270,7 @@ async def test_a_lease_that_is_back_before_its_polls_were_cut_costs_none(
     leases.changed.notify_all()
     await asyncio.sleep(5)
     assert len(bench.chat.asked) == asked
-    made.pollers.poll_now(BOT)
+    made.poll_now(BOT)
     await asyncio.sleep(5)
     assert len(bench.chat.asked) == asked + 1
     await bench.bindings.remove(BOT)
@@ -322,7 +322,7 @@ class Giving(FakeLeases):
         self.surplus = set()
 
 
-async def handing_over(following: Following) -> tuple[Supervisor, Giving, Shard, asyncio.Task[None]]:
+async def handing_over(following: Following) -> tuple[Supervised, Giving, Shard, asyncio.Task[None]]:
     """A replica whose only shard goes to another one, which waits for a request that is out."""
     shard, leases = Shard(), Giving()
     made = supervisor(Bench(), leases=leases, shard=shard)

@@ -48,7 +48,7 @@ class BotSessions:
         bindings: Bindings,
         chat: Chat,
         account: Callable[[Binding], Account],
-        pollers: Callable[[], Pollers],
+        pollers: Pollers,
         clock: Clock,
     ) -> None:
         self._bindings = bindings
@@ -61,10 +61,10 @@ class BotSessions:
         """Monotonic times by bot, oldest first, of the last RESTART_EVERY_S."""
 
     def is_recovering(self, bot: str) -> bool:
-        return self._pollers().is_stale(bot)
+        return self._pollers.is_stale(bot)
 
     def is_polled_here(self, bot: str) -> bool:
-        return self._pollers().is_taken(bot)
+        return self._pollers.is_taken(bot)
 
     async def is_alive(self, bot: str) -> bool:
         """Tests the token after -14 to a send, which is no proof: iLink answers a malformed body with -14, too
@@ -85,7 +85,7 @@ class BotSessions:
 
     async def _polls(self, bot: str) -> bool:
         """Whether iLink accepts the token in a poll that begins now. An earlier poll is no proof."""
-        pollers, since = self._pollers(), self._clock.monotonic()
+        pollers, since = self._pollers, self._clock.monotonic()
         pollers.poll_now(bot)
         while not pollers.has_polled_since(bot, since):
             if self._clock.monotonic() - since > POLLED_WITHIN_S:

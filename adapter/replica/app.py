@@ -4,21 +4,30 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 import resource
+import socket
 from collections.abc import Callable, Coroutine
+from functools import partial
 from typing import Any
 
 import structlog
 
 from adapter import __version__
-from adapter.errors import SettingsError
-from adapter.replica import service_manager
-from adapter.replica.preflight import run_preflight
+from adapter.content import media
+from adapter.errors import UNDECODABLE, SettingsError, Temporary
+from adapter.jetstream import topology
+from adapter.kit.timing import wait_any
+from adapter.replica.consumers import consume
 from adapter.replica.probes import ProbeServer
-from adapter.replica.wiring import RELEASE_S, Replica
+from adapter.replica.wiring import Replica
+from adapter.security.permissions import USER_INFO, required, user_of
 from adapter.settings import Settings
 
 log = structlog.get_logger()
+
+RELEASE_S = 5.0
+"""Part of the drain time that is reserved for releasing the shards."""
 
 
 async def run(
@@ -47,38 +56,77 @@ async def run_replica(replica: Replica, stop: asyncio.Event, on_ready: Callable[
 
             start_loop(replica.health_monitor.heartbeat_forever(), "heartbeat")
             start_loop(replica.health_monitor.check_jetstream_forever(), "jetstream")
-            for name, loop in replica.connections.loops():
+            for name, loop in replica.edges.loops():
                 start_loop(loop, name)
             try:
-                if await run_preflight(replica, stop):
+                if await _prepare(replica, stop):
                     leasing = start_loop(replica.leases.run(), "leases")
                     start_loop(replica.bindings.run(), "bindings")
                     start_loop(replica.logins.registry.run(), "logins")
                     running_logins = start_loop(replica.login_runner.run(), "logins.run")
-                    following = group.create_task(replica.supervisor.run(), name="supervisor")
+                    supervisor = replica.supervisor
+                    supervising = group.create_task(
+                        supervisor.run(replica.new_shard, partial(consume, replica), replica.new_poller),
+                        name="supervisor",
+                    )
                     replica.health_monitor.on_started()
                     log.info("adapter.started", instance=replica.instance, version=__version__, http=probes.port)
-                    service_manager.notify(service_manager.READY)
+                    _tell_service_manager("READY=1")
                     if on_ready is not None:
                         on_ready()
                     await stop.wait()
-                    await _drain(replica, following, running_logins, leasing)
+                    await _drain(replica, supervising, running_logins, leasing)
             finally:
                 for task in background:
                     task.cancel()
-                await replica.connections.close()
+                await replica.edges.close()
     log.info("adapter.stopped", instance=replica.instance)
 
 
+async def _prepare(replica: Replica, stop: asyncio.Event) -> bool:
+    """Waits for the connection and verifies the streams. False: it was stopped meanwhile. Raises SettingsError."""
+    if not media.HAS_VOICE:
+        log.info("voice.not_converted", detail="Voice comes as SILK alone. For WAV, too: pip install silk-python.")
+    replica.health.phase = "connecting to NATS"
+    connection, epoch = replica.edges.connection, 0
+    while True:
+        await wait_any(replica.edges.wait_connected(), stop.wait())
+        if stop.is_set():
+            return False
+        if epoch != connection.epoch:
+            epoch = connection.epoch
+            await _log_missing_permissions(replica)
+        replica.health.phase = "verifying streams"
+        try:
+            await topology.ensure_topology(connection, replica.names, replica.settings)
+        except Temporary as exc:
+            log.warning("streams.unverified", reason=exc.reason, detail=exc.detail)
+            await replica.clock.sleep(0.5)
+        else:
+            return True
+
+
+async def _log_missing_permissions(replica: Replica) -> None:
+    """Logs the permissions that the server's answer lacks. A missing right to subscribe prevents the connection."""
+    try:
+        answer = await replica.edges.connection.request(USER_INFO, b"", timeout_s=2.0)
+        may = user_of(answer.data).permissions
+    except (Temporary, *UNDECODABLE):
+        return  # not permitted to ask: missing permissions show when they are needed
+    if lacks := may.missing(required(replica.names, replica.settings.nats_inbox_prefix)):
+        names = ", ".join(lacks[:8])
+        log.error("permissions.missing", lacks=names, count=len(lacks), detail="`wechat-nats doctor` lists them.")
+
+
 async def _drain(
-    replica: Replica, following: asyncio.Task[None], running_logins: asyncio.Task[None], leasing: asyncio.Task[None]
+    replica: Replica, supervising: asyncio.Task[None], running_logins: asyncio.Task[None], leasing: asyncio.Task[None]
 ) -> None:
     replica.health.draining = True
-    service_manager.notify(service_manager.STOPPING)
+    _tell_service_manager("STOPPING=1")
     log.info("adapter.draining", polls=len(replica.supervisor.pollers))
     try:
         async with asyncio.timeout(max(1.0, replica.settings.drain_s - 1.0)):
-            following.cancel()
+            supervising.cancel()
             await replica.supervisor.drain(max(0.5, replica.settings.drain_s - RELEASE_S))
             running_logins.cancel()
             await asyncio.wait([running_logins])
@@ -89,6 +137,19 @@ async def _drain(
             await replica.media.close()
     except TimeoutError:
         log.warning("drain.timed_out", drain_s=replica.settings.drain_s)
+
+
+def _tell_service_manager(state: str) -> None:
+    """Tells systemd that the service is ready, or stops: `Type=notify` of helm/systemd/wechat-nats.service, by a
+    datagram to the socket in NOTIFY_SOCKET, if there is one (sd_notify(3))."""
+    if not (path := os.environ.get("NOTIFY_SOCKET")):
+        return
+    address = f"\0{path[1:]}" if path.startswith("@") else path
+    try:
+        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager:
+            manager.sendto(state.encode(), address)
+    except OSError as exc:
+        log.warning("service_manager.unreachable", state=state, detail=exc.strerror)
 
 
 def _raise_file_limit(capacity: int) -> None:

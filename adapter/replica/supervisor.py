@@ -1,7 +1,7 @@
-"""Starts and stops the pollers and shards of a replica as leases and bindings change.
+"""What runs in this replica: its shards with their consumers, a poller for each of their bots, and the ends of
+bindings.
 
-`run` reconciles what runs with what should run. Each owned shard has a `Shard` with its consumers,
-and each binding of an owned shard has a poller. Bindings that changed are collected in `_dirty` and followed in
+`run` reconciles what runs with what should run. Bindings that changed are collected in `_dirty` and followed in
 batches; changes of the leases are followed in every round:
 
 - A new shard is opened, and its bots are polled.
@@ -11,27 +11,36 @@ batches; changes of the leases are followed in every round:
   in the inbox.
 - When the lease pauses, polls are cancelled. When it is valid again without a change of owner, the cancellation is
   withdrawn.
+- A binding that the applier of control commands has marked as closing is confirmed once the bot is released and
+  nothing more can come of its commands. If the owner dies, the next one confirms.
 
-`drain` hands over all shards when the replica stops. The supervisor never writes to the bus itself, and never moves a
-claim except by `Leases.release`.
+`drain` hands over all shards when the replica stops. The supervisor never moves a claim except by `Leases.release`.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
+import contextlib
+import itertools
+from collections.abc import Callable, Coroutine
+from functools import partial
+from typing import Any
 
 import structlog
+from msgspec import structs
 
 from adapter.bindings.registry import Bindings
 from adapter.contract.names import shard_of
 from adapter.contract.records import Binding
-from adapter.inbound.poller import BotPoller
-from adapter.kit.timing import ChangeSignal, wait_any
+from adapter.errors import LeaseLost, Temporary
+from adapter.inbound.checkpoint import Checkpoints
+from adapter.inbound.poller import BotPoller, OtherReplicas
+from adapter.kit.persist import persist
+from adapter.kit.tasks import TaskSet
+from adapter.kit.timing import ChangeSignal, Clock, backoff, wait_any
 from adapter.outbound.shard import Shard
 from adapter.ownership.leases import Leases
-from adapter.replica.pollers import BotPollers
-from adapter.replica.shards import OwnedShards, ShardWork
+from adapter.ports import Chat
 
 log = structlog.get_logger()
 
@@ -41,126 +50,151 @@ CUT_S = 1.0
 """Time for what is cut to end."""
 SEND_GRACE_S = 20.0
 """Time for requests in flight during a handover; longer than a send may take."""
+RESTART_S = 0.2
+"""Pause before a poller that ended although it should run is started again."""
+ASK_EVERY = 8
+"""Looks at a bot whose binding is closing after which the replica is asked whose name the bot has: it may have none
+any more after a restore."""
 
 
 class Supervisor:
-    """Starts and stops pollers and shards as leases and bindings change."""
+    """Starts and stops pollers and shards as leases and bindings change. Implements outbound.sessions.Pollers."""
 
     def __init__(
         self,
-        *,
         bindings: Bindings,
         leases: Leases,
-        new_poller: Callable[[str], BotPoller],
-        work: ShardWork,
-        publish_released: Callable[[], Awaitable[None]],
-        is_connecting: Callable[[str], bool],
+        checkpoints: Checkpoints,
+        others: OtherReplicas,
+        chat: Chat,
+        clock: Clock,
+        *,
         capacity: int,
-        follow_closing: Callable[[str], None],
+        on_failed: Callable[[str, str], None],
     ) -> None:
-        """`follow_closing` is called for each bot of this replica whose binding changed or whose shard is new."""
+        """`capacity`: most pollers. `on_failed(name, detail)`: a shard cannot be worked or handed over, so that only
+        a restart of the process helps."""
+        self.shards: dict[int, Shard] = {}
+        """Those that work here, by number."""
+        self.pollers: dict[str, BotPoller] = {}
+        """Those that run here, by bot."""
         self.bindings = bindings
         self.leases = leases
-        self.pollers = BotPollers(leases, new_poller, self._is_wanted, self._retry, capacity)
-        self.shards = OwnedShards(work)
-        self._follow_closing = follow_closing
-        self._publish_released = publish_released
-        """Announces to the other replicas that a shard was released. Never raises."""
-        self._is_connecting = is_connecting
-        """Whether a bot's poll has not left yet, so that no answer to it can be missed."""
-        self._dirty: set[str] = set()
+        self._checkpoints = checkpoints
+        self._others = others
+        self._chat = chat
+        self._clock = clock
+        self._capacity = capacity
+        self._on_failed = on_failed
         self._owned: set[int] = set()
-        self._changed = ChangeSignal()
+        """Shards that were owned at the last look at the leases."""
+        self._opened = ChangeSignal()
+        self._consuming: dict[int, asyncio.Task[None]] = {}
+        """The consumers of each shard."""
         self._leaving: dict[int, asyncio.Task[None]] = {}
         """Shards that are being handed over."""
         self._handing = asyncio.Semaphore(HANDED_AT_ONCE)
-        self._draining = False
+        self._polling: dict[asyncio.Task[None], BotPoller] = {}
+        self._crowded: set[str] = set()
+        """Bots without room here, which are tried again when a poller ends."""
+        self._closing: set[str] = set()
+        """Bots whose bindings are being closed."""
+        self._tasks = TaskSet(_report)
+        self._dirty: set[str] = set()
+        """Bots to be followed in the next round."""
+        self._changed = ChangeSignal()
+        self._departures = 0
+        self._valid_as = ""
+        """The incarnation whose lease was valid at the last look; "": none."""
+        self._paused_as = ""
+        """The incarnation that last lost its lease."""
         bindings.add_listener(self._on_binding)
-
-    async def open_shard(self, sandbox: str) -> Shard | None:
-        """The shard of a sandbox once it works; None: this replica does not own it."""
-        number = shard_of(sandbox)
-        while (shard := self.shards.get(number)) is None:
-            if number not in self.leases.owned or number in self._leaving or self._draining:
-                return None
-            await self.shards.opened.wait_until(lambda: number in self.shards or number not in self.leases.owned, 0.5)
-        return shard
-
-    def _retry(self, bot: str) -> None:
-        self._dirty.add(bot)
-        self._changed.notify_all()
 
     # reconciliation ---------------------------------------------------------------------------------
 
-    def _on_binding(self, bot: str, before: Binding | None, after: Binding | None) -> None:
-        self.shards.on_binding(bot, before, after)
-        poller = self.pollers.get(bot)
-        if poller is not None and (
-            after is None
-            or after.closing
-            or (before is not None and (before.token, before.base_url) != (after.token, after.base_url))
-        ):
-            poller.cancel_poll()  # it polls with an outdated token or URL
-        self._retry(bot)
-
-    async def run(self) -> None:
-        """Reconciles until cancelled; `drain` then stops what runs."""
+    async def run(
+        self,
+        new_shard: Callable[[int], Shard],
+        consume: Callable[[Shard], Coroutine[Any, Any, None]],
+        new_poller: Callable[[str], BotPoller],
+    ) -> None:
+        """Reconciles until cancelled; `drain` then stops what runs. `consume`: the endless work for a shard."""
         await self.bindings.changed.wait_until(lambda: self.bindings.is_loaded)
         self._dirty.update(binding.bot for binding in self.bindings)
         while True:
-            self._follow_leases()
-            if self._dirty:
-                bots, self._dirty = self._dirty, set()
-                for number, bot in enumerate(sorted(bots)):
-                    self._follow(bot)
-                    if number % 200 == 199:
-                        await asyncio.sleep(0)  # thousands must not delay the renewal
-            await self._wait()
-
-    async def _wait(self) -> None:
-        owned = set(self.leases.owned)
-
-        def leases_changed() -> bool:
-            return (
-                self.leases.owned != owned
-                or not self.leases.surplus <= self._leaving.keys()
-                or self.pollers.is_lease_changed()
+            self._follow_lease()
+            self._follow_shards(new_shard, consume)
+            bots, self._dirty = self._dirty, set()
+            for number, bot in enumerate(sorted(bots)):
+                self._follow(bot, new_poller)
+                if number % 200 == 199:
+                    await asyncio.sleep(0)  # thousands must not delay the renewal
+            await wait_any(
+                self._changed.wait_until(lambda: bool(self._dirty)),
+                self.leases.changed.wait_until(self._is_lease_changed),
+                timeout_s=1.0,
             )
 
-        await wait_any(
-            self._changed.wait_until(lambda: bool(self._dirty)),
-            self.leases.changed.wait_until(leases_changed),
-            timeout_s=1.0,
+    def _is_lease_changed(self) -> bool:
+        """Whether `_follow_lease` or `_follow_shards` has something to do."""
+        leases = self.leases
+        return (
+            leases.owned != self._owned
+            or not leases.surplus <= self._leaving.keys()
+            or leases.is_valid != bool(self._valid_as)
+            or leases.membership_epoch != self._departures
         )
 
-    def _follow_leases(self) -> None:
-        owned = set(self.leases.owned)
-        self.pollers.follow_lease()
-        for shard in self.leases.surplus - self._leaving.keys():
-            leaving = asyncio.get_running_loop().create_task(self._hand_over(shard), name=f"leave.{shard}")
-            self._leaving[shard] = leaving
-            leaving.add_done_callback(self.shards.report)
-        for shard in self._owned - owned:
-            self.shards.drop(shard)
-        for shard in owned - self._owned:
-            self.shards.open(shard)
+    def _follow_lease(self) -> None:
+        """Cancels polls when the lease pauses, and withdraws that when it is valid again as the same incarnation."""
+        now_as = self.leases.incarnation if self.leases.is_valid else ""
+        if self._valid_as not in ("", now_as):
+            self._paused_as = self._valid_as
+            for poller in self.pollers.values():
+                poller.cancel_poll(for_lease=True)  # stop before another replica may start
+        elif now_as not in ("", self._valid_as) and now_as == self._paused_as:
+            for poller in self.pollers.values():
+                poller.withdraw_cancel()  # no shard was taken: that would revoke the incarnation first
+        self._valid_as = now_as
+        if self._departures != self.leases.membership_epoch:
+            self._departures = self.leases.membership_epoch
+            for poller in self.pollers.values():
+                if poller.checkpoint is None:
+                    poller.on_released()
+
+    def _follow_shards(
+        self, new_shard: Callable[[int], Shard], consume: Callable[[Shard], Coroutine[Any, Any, None]]
+    ) -> None:
+        owned, loop = set(self.leases.owned), asyncio.get_running_loop()
+        for number in self.leases.surplus - self._leaving.keys():
+            self._leaving[number] = leaving = loop.create_task(self._hand_over(number), name=f"leave.{number}")
+            leaving.add_done_callback(self._report_failed)
+        for number in self._owned - owned:
+            self._drop(number)
+        for number in owned - self._owned:
+            shard = self.shards[number] = new_shard(number)
+            self._consuming[number] = consuming = loop.create_task(consume(shard), name=f"shard.{number}")
+            consuming.add_done_callback(self._report_failed)
         changed, self._owned = owned ^ self._owned, owned
-        for shard in changed:
-            self._dirty.update(binding.bot for binding in self.bindings.of_shard(shard))
+        for number in changed:
+            self._dirty.update(binding.bot for binding in self.bindings.of_shard(number))
+        if changed:
+            self._opened.notify_all()
 
     def _is_wanted(self, bot: str) -> bool:
+        """Whether this replica should poll a bot."""
         binding = self.bindings.serving(bot)
-        if binding is None or binding.state == "too_new" or self._draining:
+        if binding is None or binding.state == "too_new" or self.leases.draining:
             return False
         shard = shard_of(binding.sandbox)
         return shard in self._owned and shard not in self._leaving
 
-    def _follow(self, bot: str) -> None:
-        self._follow_closing(bot)
+    def _follow(self, bot: str, new_poller: Callable[[str], BotPoller]) -> None:
+        self.close(bot)
         poller = self.pollers.get(bot)
         if poller is None:
             if self._is_wanted(bot):
-                self.pollers.start(bot)
+                self._start(bot, new_poller)
             return
         binding = self.bindings.serving(bot)
         if binding is None:
@@ -170,35 +204,186 @@ class Supervisor:
             moved = poller.last_binding is not None and poller.last_binding.sandbox != binding.sandbox
             poller.stop(immediately=not poller.is_handed_over and not moved)
 
+    def _start(self, bot: str, new_poller: Callable[[str], BotPoller]) -> None:
+        """Starts a poller. If there is no room, a bot that still wants it gets the room of the next that ends."""
+        if len(self.pollers) >= self._capacity:
+            self._crowded.add(bot)
+            return
+        poller = self.pollers[bot] = new_poller(bot)
+        task = asyncio.get_running_loop().create_task(poller.run(), name=f"poller.{bot}")
+        self._polling[task] = poller
+        task.add_done_callback(self._on_poller_ended)
+
+    def _on_poller_ended(self, task: asyncio.Task[None]) -> None:
+        bot = self._polling.pop(task).bot
+        if not task.cancelled() and (exc := task.exception()):
+            log.error("poller.crashed", bot=bot, exc_info=exc)
+        self.pollers.pop(bot, None)
+        if self._is_wanted(bot):
+            asyncio.get_running_loop().call_later(RESTART_S, self._follow_soon, bot)
+        while self._crowded:
+            if self._is_wanted(waits := self._crowded.pop()):
+                self._follow_soon(waits)
+                break
+
+    def _follow_soon(self, bot: str) -> None:
+        self._dirty.add(bot)
+        self._changed.notify_all()
+
+    def _on_binding(self, bot: str, before: Binding | None, after: Binding | None) -> None:
+        sides = [binding for binding in (before, after) if binding is not None]
+        users = {binding.user for binding in sides}
+        for sandbox in {binding.sandbox for binding in sides}:
+            if shard := self.shards.get(shard_of(sandbox)):
+                shard.on_binding(sandbox, bot, users)
+        if (poller := self.pollers.get(bot)) and (
+            after is None
+            or after.closing
+            or (before is not None and (before.token, before.base_url) != (after.token, after.base_url))
+        ):
+            poller.cancel_poll()  # it polls with an outdated token or URL
+        self._follow_soon(bot)
+
+    def _report_failed(self, task: asyncio.Task[None]) -> None:
+        """Reports a shard that cannot be worked or handed over: /livez fails, since only a restart helps."""
+        if not task.cancelled() and (exc := task.exception()):
+            log.error("task.crashed", task=task.get_name(), exc_info=exc)
+            self._on_failed(task.get_name(), f"crashed: {type(exc).__name__}")
+
+    # for others -------------------------------------------------------------------------------------
+
+    async def open_shard(self, sandbox: str) -> Shard | None:
+        """The shard of a sandbox once it works; None: this replica does not own it."""
+        number, leases = shard_of(sandbox), self.leases
+        while (shard := self.shards.get(number)) is None:
+            if number not in leases.owned or number in self._leaving or leases.draining:
+                return None
+            await self._opened.wait_until(lambda: number in self.shards or number not in leases.owned, 0.5)
+        return shard
+
+    def on_session_changed(self, binding: Binding) -> None:
+        """A refused token is retried, or no longer: the bot's conversations are notified."""
+        if shard := self.shards.get(shard_of(binding.sandbox)):
+            shard.on_binding(binding.sandbox, binding.bot, {binding.user})
+
+    def on_released(self, bot: str) -> None:
+        """Another replica has released a bot, or has stored a late message of it; without a bot: it has released a
+        shard."""
+        if not bot:
+            self.leases.claim_now()
+        elif poller := self.pollers.get(bot):
+            poller.on_released()
+
+    async def is_released(self, bot: str, *, ask: bool) -> bool:
+        """Whether no living replica polls a bot. `ask`: also ask the one whose name the bot's checkpoint has, which
+        it may not know any more. Raises Temporary."""
+        if bot in self.pollers:
+            return False
+        owner = (await self._checkpoints.read(bot)).owner
+        if owner in ("", self.leases.incarnation):
+            return True
+        return await self.leases.revoke_if_expired(owner) or (ask and await self._others.is_idle(owner, bot))
+
+    def is_stale(self, bot: str) -> bool:
+        poller = self.pollers.get(bot)
+        return poller is not None and poller.is_stale
+
+    def is_taken(self, bot: str) -> bool:
+        poller = self.pollers.get(bot)
+        return poller is not None and poller.is_taken
+
+    def poll_now(self, bot: str) -> None:
+        if poller := self.pollers.get(bot):
+            poller.cancel_poll()
+
+    def has_polled_since(self, bot: str, since: float) -> bool:
+        poller = self.pollers.get(bot)
+        return poller is not None and not poller.is_stale and poller.polled_at > since
+
+    # bindings that end ------------------------------------------------------------------------------
+
+    def close(self, bot: str) -> None:
+        """Starts to close a bot's binding if it has to be closed."""
+        if self._to_close(bot) is not None and bot not in self._closing:
+            self._closing.add(bot)
+            self._tasks.spawn(self._close(bot))
+
+    def _to_close(self, bot: str) -> Binding | None:
+        binding = self.bindings.get(bot)
+        return binding if binding is not None and binding.closing != binding.closed else None
+
+    async def _close(self, bot: str) -> None:
+        try:
+            while (binding := self._to_close(bot)) and (shard := await self.open_shard(binding.sandbox)):
+                with contextlib.suppress(LeaseLost):  # if it is another replica's, that one confirms
+                    work = partial(self._confirm_close, binding, shard)
+                    await persist(work, shard.tenure, self._clock, "binding.close", bot=bot)
+        finally:
+            self._closing.discard(bot)
+
+    async def _confirm_close(self, binding: Binding, shard: Shard) -> None:
+        """Writes this replica's name into a binding that is closing, once its bot is released, the commands of its
+        user have ended, and no request is in flight. Raises Temporary, LeaseLost."""
+
+        def confirmed(now: Binding) -> Binding | None:
+            shard.ensure_owner()
+            is_same = now.closing == binding.closing
+            return structs.replace(now, closed=now.closing, closed_by=self.leases.incarnation) if is_same else None
+
+        await shard.end_service(binding)
+        for looks in itertools.count(1):
+            if self._to_close(binding.bot) != binding:
+                return  # it was opened again, or is closed anew
+            if shard.is_service_ended(binding) and await self.is_released(binding.bot, ask=looks % ASK_EVERY == 0):
+                break
+            await self._clock.sleep(backoff(looks, first_s=0.05, longest_s=1.0))
+            shard.ensure_owner()
+        if await self.bindings.update(binding.bot, confirmed) is None and self._to_close(binding.bot) == binding:
+            raise Temporary("binding_gone")  # or nobody can read it
+
     # handing over -----------------------------------------------------------------------------------
 
-    async def _hand_over(self, shard: int) -> None:
+    async def _hand_over(self, number: int) -> None:
         """Hands a shard over: requests end first, then the claim is released; polls end at their boundaries."""
         async with self._handing:
             try:
-                await self._give_away(shard, SEND_GRACE_S)
+                await self._give_away(number, SEND_GRACE_S)
             finally:
-                del self._leaving[shard]
-                self._dirty.update(binding.bot for binding in self.bindings.of_shard(shard))
+                del self._leaving[number]
+                self._dirty.update(binding.bot for binding in self.bindings.of_shard(number))
                 self._changed.notify_all()
 
-    async def _give_away(self, shard: int, grace_s: float) -> None:
-        self.shards.stop_consumers(shard)
-        await self.shards.drain(shard, grace_s)
-        if not self._draining:  # otherwise `_drain` has stopped all pollers
-            for binding in self.bindings.of_shard(shard):
+    async def _give_away(self, number: int, grace_s: float) -> None:
+        self._stop_consumers(number)
+        if shard := self.shards.pop(number, None):
+            try:
+                await shard.drain(grace_s)
+            except asyncio.CancelledError:
+                self.shards[number] = shard  # another call ends its requests
+                raise
+        if not self.leases.draining:  # otherwise `drain` has stopped all pollers
+            for binding in self.bindings.of_shard(number):
                 if poller := self.pollers.get(binding.bot):
                     poller.is_handed_over = True
                     poller.stop(immediately=False)
-        await self.leases.release(shard)
-        await self._publish_released()
+        await self.leases.release(number)
+        await self._others.publish_released("")
+
+    def _stop_consumers(self, number: int) -> None:
+        if consuming := self._consuming.pop(number, None):
+            consuming.cancel()
+
+    def _drop(self, number: int) -> None:
+        """Stops a shard at once."""
+        self._stop_consumers(number)
+        if shard := self.shards.pop(number, None):
+            shard.stop()
 
     # draining ---------------------------------------------------------------------------------------
 
     async def drain(self, seconds: float) -> None:
         """Gives everything back in order, for at most `seconds` and while the lease is valid. Then cuts what is left,
         as nothing more can be gained; only an answer of iLink that is not stored yet may use up the time."""
-        self._draining = True
         loop = asyncio.get_running_loop()
         deadline = loop.time() + seconds
         giving = loop.create_task(self._give_all_away(seconds))
@@ -210,16 +395,19 @@ class Supervisor:
         for task in (giving, *self._leaving.values()):
             task.cancel()
         await asyncio.wait({giving, *self._leaving.values()})
-        for shard in list(self.shards):
-            self.shards.drop(shard)
+        for number in list(self.shards):
+            self._drop(number)
         log.info("polls.cancelled", polls=len(self.pollers))
         for poller in self.pollers.values():
             poller.stop(immediately=True)
-        await self.pollers.wait_ended(CUT_S)
-        self.pollers.cancel(lambda poller: not poller.has_answer)
-        await self.pollers.wait_ended(max(CUT_S, deadline - loop.time()))
-        self.pollers.cancel(lambda poller: True)
-        await self.pollers.wait_ended(CUT_S)
+        await self._wait_pollers(CUT_S)
+        for task, poller in self._polling.items():
+            if not poller.has_answer:
+                task.cancel()
+        await self._wait_pollers(max(CUT_S, deadline - loop.time()))
+        for task in self._polling:
+            task.cancel()
+        await self._wait_pollers(CUT_S)
 
     async def _give_all_away(self, seconds: float) -> None:
         """No new commands, requests in flight end, polls end at their boundary."""
@@ -230,7 +418,16 @@ class Supervisor:
             await asyncio.wait(list(self._leaving.values()))
         for poller in self.pollers.values():
             poller.is_handed_over = True
-            poller.stop(immediately=self._is_connecting(poller.bot))
+            poller.stop(immediately=self._chat.is_connecting(poller.bot))  # no answer to it can be missed
         while owned := sorted(self.leases.owned):  # a claim in flight may still land
-            await asyncio.gather(*(self._give_away(shard, max(1.0, seconds - 1.0)) for shard in owned))
-        await self.pollers.wait_ended(seconds)
+            await asyncio.gather(*(self._give_away(number, max(1.0, seconds - 1.0)) for number in owned))
+        await self._wait_pollers(seconds)
+
+    async def _wait_pollers(self, within_s: float) -> None:
+        """Returns when all pollers have ended, or after so many seconds."""
+        if self._polling:
+            await asyncio.wait(set(self._polling), timeout=within_s)
+
+
+def _report(exc: BaseException) -> None:
+    log.error("task.crashed", task="closing", exc_info=exc)

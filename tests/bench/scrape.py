@@ -12,7 +12,7 @@ import statistics
 import time
 from collections.abc import Callable
 
-from adapter.replica.gauges import observe
+from adapter.replica.health import observe
 from tests.test_supervisor import BOTS, bound, poll, supervisor
 
 RUNS = 50

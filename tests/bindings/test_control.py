@@ -62,7 +62,7 @@ class Platform:
                 metrics=self.bench.metrics,
             )
         )
-        self.bench.bindings.add_listener(lambda bot, _before, _after: self.bench.replica.closings.follow(bot))
+        self.bench.bindings.add_listener(lambda bot, _before, _after: self.bench.replica.supervisor.close(bot))
         self.deliveries: list[FakeDelivery] = []
         self.task = asyncio.get_running_loop().create_task(self.control.run())
 
@@ -548,7 +548,7 @@ async def test_an_unbind_waits_for_the_owner_of_the_shard_and_other_persons_for_
     assert (unbind.acks, behind.acks, inbox(platform)) == (0, 0, ["hello"])
     assert platform.binding().closing == unbind.seq
     platform.bench.leases.owned.add(shard_of("s1"))
-    platform.bench.replica.closings.follow(BOT)
+    platform.bench.replica.supervisor.close(BOT)
     await asyncio.sleep(1)
     assert (unbind.acks, behind.acks, inbox(platform)) == (1, 1, [])
     assert platform.bound == {"b2@im.bot": "s1", "b3@im.bot": "s2"}

@@ -116,20 +116,21 @@ class Visitors:
 
     async def _is_empty(self) -> bool:
         adapter = self.adapter
-        adapter.supervisor.shards.evict_idle()
-        keys, _ = await adapter.connections.bucket(adapter.names.bindings).stream_state()
+        for shard in adapter.supervisor.shards.values():
+            shard.evict_idle()
+        keys, _ = await adapter.edges.bucket(adapter.names.bindings).stream_state()
         return not (keys or adapter.supervisor.pollers)
 
 
 def subscriptions(adapter: Replica) -> int:
     """0 while there is no connection. Each reading of a stream has one for as long as it lasts."""
-    return len(adapter.connections.connection.nc._subs) if adapter.connections.connection.nc is not None else 0
+    return len(adapter.edges.connection.nc._subs) if adapter.edges.connection.nc is not None else 0
 
 
 async def close_unused(adapter: Replica) -> None:
     """Closes connections to iLink that wait for their next use: how many there are is chance."""
-    await adapter.connections.chat._transport.close()
-    await adapter.connections.cdn._pool.aclose()
+    await adapter.edges.chat._transport.close()
+    await adapter.edges.cdn._pool.aclose()
 
 
 def forget_the_last(adapter: Replica) -> None:

@@ -19,7 +19,7 @@ from adapter.cli.embedded import EmbeddedNats
 from adapter.environment import read_settings
 from adapter.jetstream import topology
 from adapter.replica.app import run_replica
-from adapter.replica.probes import STUCK_S
+from adapter.replica.health import STUCK_S
 from adapter.replica.wiring import Replica
 from adapter.simulator import FaultRule, Simulator
 from tests.e2e.waiting import eventually, free_port
@@ -131,7 +131,7 @@ async def test_a_command_that_the_bus_does_not_let_route_holds_up_no_end(tmp_pat
         running = asyncio.create_task(run_replica(replica, stop, ready.set))
         await ready.wait()
         names, nc = replica.names, await nats.connect(server.url)
-        jetstream = replica.connections.connection
+        jetstream = replica.edges.connection
         config = (await jetstream.api_request(f"STREAM.INFO.{names.stream_out}"))["config"]
         changed = config | {"subjects": [names.out_plain], "subject_transform": None}
         await jetstream.api_request(f"STREAM.UPDATE.{names.stream_out}", changed)

@@ -6,6 +6,7 @@ import asyncio
 import itertools
 from collections import defaultdict
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import msgspec
@@ -19,13 +20,13 @@ from adapter.observability.metrics import Metrics
 from adapter.outbound.commands import Limits
 from adapter.outbound.record import ConversationRecord, SendWindow
 from adapter.outbound.sending import SendPolicy
-from adapter.outbound.sessions import Pollers
 from adapter.outbound.shard import OutboundDeps, Shard
 from adapter.outbound.store import open_record, seal_record
 from adapter.outbound.window import InboundReceived, WindowPolicy
 from adapter.ports import StoredMessage
-from adapter.replica.connections import Connections
-from adapter.replica.wiring import Edges, Replica
+from adapter.replica.edges import Edges
+from adapter.replica.supervisor import Supervisor
+from adapter.replica.wiring import Replica
 from adapter.security.seal import MARK, cursor_context
 from adapter.settings import Settings
 from tests.fakes.bus import FakeBucket, FakeBus, FakeCoreBus, FakeDelivery, Kept
@@ -50,10 +51,11 @@ class FakeConnection:
     def on_connect(self, action: object) -> None: ...
 
 
-class FakeConnections(Connections):
+class FakeEdges(Edges):
     """What a replica reaches, in memory."""
 
     def __init__(self, bench: Bench) -> None:
+        self.clock, self.metrics, self.leases = bench.clock, bench.metrics, bench.leases
         connection: Any = FakeConnection()
         self.connection = self.lease_connection = self.media_connection = connection
         self.service_connection = self.upload_connection = connection
@@ -91,18 +93,29 @@ class FakeGate:
         await self._bus_up.wait()
 
 
-class FakeReplica(Replica):
-    """The production wiring. Its shards and pollers are the test's."""
+class FakeSupervisor(Supervisor):
+    """One whose shards and pollers are the test's."""
 
-    def __init__(self, bench: Bench, settings: Settings, edges: Edges) -> None:
+    def __init__(self, bench: Bench, *parts: Any, **options: Any) -> None:
+        super().__init__(*parts, **options)
         self._bench = bench
-        super().__init__(settings, edges=edges)
 
-    async def _open_shard(self, sandbox: str) -> Shard | None:
+    async def open_shard(self, sandbox: str) -> Shard | None:
         return await self._bench.open_shard(sandbox)
 
-    def _pollers(self) -> Pollers:
-        return self._bench
+    def is_stale(self, bot: str) -> bool:
+        return bot in self._bench.stale
+
+    def is_taken(self, bot: str) -> bool:
+        return bot not in self._bench.elsewhere
+
+    def poll_now(self, bot: str) -> None:
+        self._bench.polled_now.append(bot)
+        if self._bench.chat.poll_is_stale:
+            self._bench.stale.add(bot)
+
+    def has_polled_since(self, bot: str, since: float) -> bool:
+        return self._bench.polled_at.get(bot, 0.0) > since
 
 
 class Bench:
@@ -136,8 +149,7 @@ class Bench:
         self.leases = FakeLeases(incarnation)
         self.metrics = metrics or Metrics()
         settings = Settings(token_key=token_key, merge_chars=0, media_max_bytes=MEDIA_BYTES)
-        edges = Edges(self.clock, self.metrics, FakeConnections(self), self.leases)
-        self.replica = FakeReplica(self, settings, edges)
+        self.replica = Replica(settings, edges=FakeEdges(self), new_supervisor=partial(FakeSupervisor, self))
         self.bindings = self.replica.bindings
         for entry in self.bindings_bucket.entries.values():
             self.bindings._apply_entry(entry)
@@ -189,7 +201,7 @@ class Bench:
     async def close(self, bot: str = "b1@im.bot") -> None:
         """Has the owner of the bot's shard close its binding, as control does before it ends it."""
         await self.bindings.update(bot, lambda now: msgspec.structs.replace(now, closing=1))
-        self.replica.closings.follow(bot)
+        self.replica.supervisor.close(bot)
         await self.bindings.changed.wait_until(lambda: all(each.closed for each in self.bindings if each.bot == bot))
 
     def hears(self, sandbox: str = "s1", user: str = "u1@im.wechat", *, newer: bool = False, **fields: Any) -> None:
@@ -281,20 +293,6 @@ class Bench:
         return self.replica.outbound._replace(
             **{"policy": policy, "slots": defaultdict(lambda: self.slots), "limits": self.limits} | changes
         )
-
-    def is_stale(self, bot: str) -> bool:
-        return bot in self.stale
-
-    def is_taken(self, bot: str) -> bool:
-        return bot not in self.elsewhere
-
-    def poll_now(self, bot: str) -> None:
-        self.polled_now.append(bot)
-        if self.chat.poll_is_stale:
-            self.stale.add(bot)
-
-    def has_polled_since(self, bot: str, since: float) -> bool:
-        return self.polled_at.get(bot, 0.0) > since
 
     def shard(self, sandbox: str = "s1", **changes: Any) -> Shard:
         """The shard of a sandbox's shard, told of changed bindings as the supervisor tells it."""

@@ -21,7 +21,7 @@ def sessions_of(bench: Bench) -> BotSessions:
     def account(binding: object) -> Account:
         return Account(BOT, "token", "")
 
-    return BotSessions(bench.bindings, bench.chat, account, lambda: bench, bench.clock)
+    return BotSessions(bench.bindings, bench.chat, account, bench.replica.supervisor, bench.clock)
 
 
 async def test_a_session_is_restarted_at_most_once_a_minute() -> None:

@@ -146,9 +146,9 @@ class Owner:
         self.life = Mark(at, self._on_point)
         self.bench = mortal(walk.world, number, self.life)
         self.shard = self.bench.shard(SANDBOX, **walk.story.settings)
-        self.bench.bindings.add_listener(lambda bot, _before, _after: self.bench.replica.closings.follow(bot))
+        self.bench.bindings.add_listener(lambda bot, _before, _after: self.bench.replica.supervisor.close(bot))
         for binding in self.bench.bindings:
-            self.bench.replica.closings.follow(binding.bot)
+            self.bench.replica.supervisor.close(binding.bot)
         self._router = router(self.bench)
         self.began_at = walk.world.clock.monotonic()
         self._tasks: set[asyncio.Task[None]] = set()

@@ -1,4 +1,4 @@
-"""A replica's connections to NATS and iLink, and the clients that need only these."""
+"""What a replica reaches: the clock, NATS, iLink, and the clients that need only these."""
 
 from __future__ import annotations
 
@@ -16,8 +16,9 @@ from adapter.jetstream.history import StreamHistory
 from adapter.jetstream.managed_connection import ManagedConnection
 from adapter.jetstream.objects import ObjectStore
 from adapter.jetstream.publisher import Publisher
-from adapter.kit.timing import Clock
+from adapter.kit.timing import Clock, SystemClock
 from adapter.observability.metrics import Metrics
+from adapter.ownership.leases import Leases
 from adapter.settings import Settings
 
 READER_LIVES = 2
@@ -25,11 +26,13 @@ READER_LIVES = 2
 up to it is left to be handed out again."""
 
 
-class Connections:
-    """Nothing is connected until the `loops` run."""
+class Edges:
+    """Tests replace it. Nothing is connected until the `loops` run."""
 
-    def __init__(self, settings: Settings, names: Names, instance: str, clock: Clock, metrics: Metrics) -> None:
+    def __init__(self, settings: Settings, names: Names, instance: str) -> None:
         client = f"wechat-nats/{__version__} {instance}"
+        self.clock: Clock = SystemClock()
+        self.metrics = Metrics()
         self.connection = ManagedConnection(settings, client)
         # leases have a connection of their own, so that a renewal never waits behind bulk data
         self.lease_connection = ManagedConnection(settings, f"{client} leases")
@@ -39,8 +42,16 @@ class Connections:
         # sandboxes' requests use others, so that a flood never ends JetStream's connection
         self.service_connection = ManagedConnection(settings, f"{client} services")
         self.upload_connection = ManagedConnection(settings, f"{client} uploads")
-        self.bus = Publisher(self.connection, clock, metrics)
-        self.media_bus = Publisher(self.media_connection, clock, metrics)
+        self.leases = Leases(
+            LeaderKvBucket(self.lease_connection, names.members, ttl_s=max(60, int(settings.lease_s * 15))),
+            LeaderKvBucket(self.lease_connection, names.claims),
+            self.clock,
+            self.metrics,
+            instance=instance,
+            lease_s=settings.lease_s,
+        )
+        self.bus = Publisher(self.connection, self.clock, self.metrics)
+        self.media_bus = Publisher(self.media_connection, self.clock, self.metrics)
         self._replicated = settings.replicas > 1
         self.history = StreamHistory(self.connection, replicated=self._replicated)
         self.bulk_history = StreamHistory(self.media_connection, replicated=self._replicated)
@@ -52,14 +63,14 @@ class Connections:
         self.core = CoreNats(self.connection)
         self.objects = ObjectStore(self.media_connection, self.media_bus, names.media)
         self.chat = ILink(
-            metrics,
+            self.metrics,
             default_base_url=settings.ilink_base_url,
             allowed_hosts=settings.allowed_hosts,
             send_timeout_s=settings.send_timeout_s,
         )
         self.cdn = CdnClient(
             self.chat,
-            metrics,
+            self.metrics,
             base_url=settings.cdn_base_url,
             allowed_hosts=settings.allowed_hosts,
             max_bytes=settings.media_max_bytes,

@@ -1,0 +1,80 @@
+"""The consumers of a shard that this replica owns; for shard 0 also those of the router and of control commands."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from functools import partial
+
+import structlog
+
+from adapter.errors import Crashed, LeaseLost
+from adapter.jetstream import topology
+from adapter.jetstream.consumer import Consumer
+from adapter.kit.persist import persist
+from adapter.outbound.shard import Shard
+from adapter.ports import Delivery
+from adapter.replica.wiring import Replica
+
+log = structlog.get_logger()
+
+MAX_IN_FLIGHT = 512
+"""Commands of a consumer that are delivered and not settled; for shards, commands that are requested at once."""
+
+
+async def consume(replica: Replica, shard: Shard) -> None:
+    """Runs until cancelled, or until the shard is lost. A consumer that keeps crashing fails /livez."""
+
+    async def keep(name: str, work: Callable[[], Awaitable[None]]) -> None:
+        try:
+            await persist(work, shard.tenure, replica.clock, name)
+        except LeaseLost:
+            log.debug("consumer.ended", consumer=name)
+        except Crashed as exc:
+            replica.health.report_failed_loop(name, f"crashed: {type(exc.__cause__).__name__}")
+
+    out = topology.out_consumer(shard.number)
+    async with asyncio.TaskGroup() as group:
+        group.create_task(keep(out, partial(_consume, replica, shard, out, shard.on_delivery)))
+        if shard.number == 0:
+            group.create_task(keep(topology.ROUTER, partial(_route, replica, shard)))
+            group.create_task(keep(topology.CONTROL, partial(_control, replica, shard)))
+
+
+async def _route(replica: Replica, shard: Shard) -> None:
+    router = replica.new_router(shard.tenure)
+    try:
+        await _consume(replica, shard, topology.ROUTER, router.on_delivery)
+    finally:
+        router.stop()
+
+
+async def _control(replica: Replica, shard: Shard) -> None:
+    async with asyncio.TaskGroup() as group:
+        group.create_task(_consume(replica, shard, topology.CONTROL, replica.control.enqueue))
+        group.create_task(replica.control.run())
+
+
+async def _consume(replica: Replica, shard: Shard, name: str, on_delivery: Callable[[Delivery], None]) -> None:
+    is_out = name not in (topology.ROUTER, topology.CONTROL)
+    redeliveries = replica.metrics.nats_redeliveries.labels(consumer="out" if is_out else name)
+
+    def take_delivery(delivery: Delivery) -> None:
+        if delivery.redelivered:
+            redeliveries.inc()
+        try:
+            on_delivery(delivery)
+        except Exception:  # a bug: the message stays unsettled, and others are delivered
+            log.exception("delivery.crashed", consumer=name, sequence=delivery.seq)
+
+    consumer = Consumer(
+        replica.edges.connection,
+        topology.wanted_consumer(replica.names, name),
+        room=MAX_IN_FLIGHT,
+        # a shard bounds its deliveries itself; otherwise one sandbox could fill its consumer
+        until_acked=not is_out,
+        confirm_acks=name == topology.CONTROL,  # processed again, an old bind would undo a later unbind
+        check=shard.ensure_owner,
+        turn=replica.turns.wait_turn,
+    )
+    await consumer.run(take_delivery)

@@ -1,0 +1,337 @@
+"""How this replica is: the answers of the probes, the gauges, and whether the bus takes what polls may bring."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections import Counter
+from collections.abc import Callable, Collection
+
+import msgspec
+import structlog
+
+from adapter.contract.names import Names, shard_of
+from adapter.errors import BusRefused, Temporary
+from adapter.inbound.poller import State
+from adapter.jetstream import topology
+from adapter.jetstream.inspector import Inspector
+from adapter.kit.timing import ChangeSignal, Clock
+from adapter.observability.metrics import PARKED, STATES, Metrics
+from adapter.outbound.inbox import InboxReader
+from adapter.replica.edges import Edges
+from adapter.replica.supervisor import Supervisor
+
+log = structlog.get_logger()
+
+STUCK_S = 30.0
+"""Age of a heartbeat at which the event loop counts as stuck."""
+BUS_GRACE_S = 10.0
+"""Longest NATS outage during which the replica stays ready: it keeps its bindings and reconnects."""
+TICK_S = 0.5
+"""Interval between two heartbeats."""
+OBSERVED_EVERY = 8
+"""Ticks between two counts of pollers and commands, each of which takes milliseconds with thousands of bots."""
+EVICTED_EVERY = 60
+"""Ticks between two clean-ups of idle state."""
+CHECK_S = 2.0
+"""Interval between two checks of JetStream. Every second check includes streams and consumers."""
+POLLED = (State.POLLING, State.STORING, State.RETRYING, State.STALE, State.PAUSED)
+"""States in which iLink should answer polls."""
+
+
+class Check(msgspec.Struct, frozen=True, kw_only=True):
+    """One line of an answer. `since_ms`: Unix milliseconds of the first answer with this `ok`."""
+
+    name: str
+    ok: bool
+    since_ms: int
+    detail: str = ""
+
+
+class Health:
+    """The health of this replica. The event loop sets it, and the probe thread reads it. Texts are for operators.
+
+    `clock` gives monotonic seconds. NATS and iLink never affect liveness, since a restart of thousands of long polls
+    repairs neither. Single bindings do not count.
+    """
+
+    def __init__(self, *, clock: Callable[[], float] = time.monotonic) -> None:
+        self.phase = "starting"
+        """What the start waits for; "" once the first connection succeeded with all subscriptions, streams and
+        buckets are verified, and loops run."""
+        self.draining = False
+        """SIGTERM was received."""
+        self.jetstream_problem = "JetStream does not answer"
+        """What was wrong with JetStream at the last check; "": nothing."""
+        self.nats_down_since: float | None = None
+        """`clock()` when the connection was lost; None while it is connected."""
+        self.missing = ""
+        """Streams and buckets that were deleted."""
+        self.incomplete = ""
+        """Buckets that lack keys which were not deleted."""
+        self.altered = ""
+        """Streams that were changed, and how."""
+        self.paused: list[str] = []
+        """Paused consumers with their streams."""
+        self.clock = clock
+        self._heartbeat_at = clock()
+        self._failed_loops: dict[str, str] = {}
+        self._since_ms: dict[tuple[str, bool], int] = {}
+        """By check and its result: when it was first answered."""
+
+    @property
+    def started(self) -> bool:
+        return not self.phase
+
+    def record_heartbeat(self) -> None:
+        """Called by the event loop far more often than every STUCK_S seconds."""
+        self._heartbeat_at = self.clock()
+
+    def report_failed_loop(self, name: str, detail: str) -> None:
+        """Reports that a loop ended for good, so that only a restart helps. `detail` must not contain secrets."""
+        self._failed_loops = {**self._failed_loops, name: detail}
+
+    def set_connected(self, connected: bool) -> None:
+        """Starts the clock of an outage unless it runs, or ends the outage."""
+        if connected:
+            self.nats_down_since = None
+        elif self.nats_down_since is None:
+            self.nats_down_since = self.clock()
+
+    def check_started(self) -> list[Check]:
+        """/startupz: once true, true for good."""
+        return [self._check("started", self.phase)]
+
+    def check_live(self) -> list[Check]:
+        """/livez: whether a restart would help."""
+        silent_s = self.clock() - self._heartbeat_at
+        stuck = f"no heartbeat for {silent_s:.0f} s" if silent_s >= STUCK_S else ""
+        return [
+            self._check("event_loop", stuck),
+            *(self._check(name, detail) for name, detail in self._failed_loops.items()),
+        ]
+
+    def check_ready(self) -> list[Check]:
+        """/readyz: whether this replica can take over bindings."""
+        down_s = 0.0 if self.nats_down_since is None else self.clock() - self.nats_down_since
+        outage = f"disconnected for {down_s:.0f} s" if down_s else ""
+        return [
+            *self.check_started(),
+            self._check("nats", outage, ok=down_s <= BUS_GRACE_S),
+            self._check("jetstream", self.jetstream_problem),
+            self._check("streams", self._stream_problems()),
+            self._check("not_draining", "shutting down" if self.draining else ""),
+        ]
+
+    def _stream_problems(self) -> str:
+        """What is wrong with the streams and what helps; "": nothing."""
+        troubles = (
+            ("deleted", self.missing, "restore from the backup, or create empty by `wechat-nats doctor --fix`"),
+            ("incomplete", self.incomplete, "restore from the backup"),
+            ("altered", self.altered, "`wechat-nats doctor --fix`"),
+        )
+        sentences = [f"{problem}: {names}; {advice}" for problem, names, advice in troubles if names]
+        sentences += [f"paused: `nats consumer resume {consumer}`" for consumer in self.paused]
+        return "; ".join(sentences)
+
+    def _check(self, name: str, problem: str, *, ok: bool | None = None) -> Check:
+        """`ok`: by default, whether there is no problem."""
+        ok = not problem if ok is None else ok
+        since_ms = self._since_ms.setdefault((name, ok), time.time_ns() // 1_000_000)
+        self._since_ms.pop((name, not ok), None)
+        return Check(name=name, ok=ok, since_ms=since_ms, detail=problem)
+
+
+class HealthMonitor:
+    """Runs two loops: a heartbeat of the event loop, and checks of JetStream, whose answers may take long.
+
+    Implements inbound.poller.PollGate.
+    """
+
+    def __init__(
+        self,
+        edges: Edges,
+        names: Names,
+        health: Health,
+        inspector: Inspector,
+        inboxes: InboxReader,
+        supervisor: Supervisor,
+    ) -> None:
+        self._connection = edges.connection
+        self._bus, self._media_bus = edges.bus, edges.media_bus
+        self._clock, self._metrics = edges.clock, edges.metrics
+        self._names = names
+        self._health = health
+        self._inspector = inspector
+        self._inboxes = inboxes
+        self._supervisor = supervisor
+        self._polls_need = (
+            names.stream_in,
+            *(f"KV_{bucket}" for bucket in (names.bindings, names.checkpoints, names.conversations)),
+        )
+        self._healthy_at = self._clock.monotonic()
+        """Time of the last check without a problem."""
+        self._missing: set[str] = set()
+        """Deleted streams, and buckets that lacked keys, at the last check."""
+        self._checked = ChangeSignal()
+        self._in_flight = 0
+        """Commands in flight at the last count."""
+
+    # whether the bus takes what is done -------------------------------------------------------------
+
+    def is_open(self) -> bool:
+        """Whether the bus accepts what a poll may bring."""
+        return (
+            self._connection.is_connected
+            and self._bus.is_writable(self._polls_need)
+            and self._missing.isdisjoint(self._polls_need)
+        )
+
+    async def wait_writable(self) -> None:
+        """Returns when the bus accepts what a poll may bring."""
+        await self._connection.wait_connected()
+        await self._bus.wait_writable(self._polls_need)
+        await self.wait_complete(self._polls_need)
+
+    async def wait_complete(self, streams: Collection[str]) -> None:
+        """Returns when these streams exist with all their keys, as far as known."""
+        await self._checked.wait_until(lambda: self._missing.isdisjoint(streams))
+
+    # loops ------------------------------------------------------------------------------------------
+
+    def on_started(self) -> None:
+        """Called when the service has started with verified streams."""
+        self._health.jetstream_problem = self._health.phase = ""
+        self._healthy_at = self._clock.monotonic()
+
+    async def heartbeat_forever(self) -> None:
+        """Reports heartbeats to the probes, and sets the sampled gauges, until cancelled."""
+        loop, metrics = asyncio.get_running_loop(), self._metrics
+        ticks = 0
+        while True:
+            due = loop.time() + TICK_S
+            await asyncio.sleep(TICK_S)
+            metrics.event_loop_lag.observe(max(0.0, loop.time() - due))
+            self._health.record_heartbeat()
+            metrics.nats_connected.set(1 if self._connection.is_connected else 0)
+            self._health.set_connected(self._connection.is_connected)
+            metrics.nats_publish_oldest.set(max(self._bus.waiting_s, self._media_bus.waiting_s))
+            ticks += 1
+            if ticks % OBSERVED_EVERY == 0:
+                self._in_flight = observe(self._supervisor, self._clock, metrics, len(asyncio.all_tasks()))
+            if ticks % EVICTED_EVERY == 0:
+                for shard in self._supervisor.shards.values():
+                    shard.evict_idle()
+
+    async def check_jetstream_forever(self) -> None:
+        """Checks until cancelled that JetStream answers and accepts writes, and that its streams exist."""
+        rounds = 0
+        while True:
+            await self._clock.sleep(CHECK_S)
+            if not (self._health.started and self._connection.is_connected):
+                continue  # a lost connection has its own check and grace time
+            rounds += 1
+            try:
+                await self._connection.api_request("INFO", timeout_s=1.0)
+                if rounds % 2 == 1 or self._health.jetstream_problem:  # after an outage something may be missing
+                    await self._check_streams()
+                    await self._check_consumers()
+            except (Temporary, BusRefused) as exc:
+                if self._connection.is_connected:
+                    self._report_problem(f"JetStream does not answer: {exc.detail or exc.reason}"[:200])
+            else:
+                self._report_problem(self._current_problem()[:200])
+
+    def _current_problem(self) -> str:
+        """Why this replica cannot work although JetStream answers; "": it can."""
+        bus, leases = self._bus, self._supervisor.leases
+        if set_back := self._inboxes.set_back:
+            return set_back
+        if bus.waiting_s > BUS_GRACE_S:
+            return f"JetStream takes nothing for {bus.last_error}"
+        return "" if leases.is_valid else f"the lease cannot be renewed: {leases.last_error}"
+
+    def _report_problem(self, problem: str) -> None:
+        """Reports a problem after BUS_GRACE_S, since an election takes seconds and this replica keeps its shards."""
+        now = self._clock.monotonic()
+        self._healthy_at = self._healthy_at if problem else now
+        if not problem or now - self._healthy_at > BUS_GRACE_S:
+            self._health.jetstream_problem = problem
+
+    async def _check_streams(self) -> None:
+        """Raises Temporary, BusRefused."""
+        missing = await self._inspector.inspect_streams(self._connection)
+        incomplete = self._inspector.incomplete
+        self._missing = {*missing, *incomplete}
+        self._metrics.nats_streams_missing.set(len(self._missing))
+        altered = [f"{name} ({', '.join(d.field for d in found)})" for name, found in self._inspector.altered.items()]
+        self._metrics.nats_streams_altered.set(len(altered) + len(self._health.paused))
+        self._health.missing, self._health.altered = ", ".join(missing), ", ".join(altered)
+        self._health.incomplete = ", ".join(incomplete)
+        self._checked.notify_all()
+
+    async def _check_consumers(self) -> None:
+        """Raises Temporary."""
+        names, metrics = self._names, self._metrics
+        before, paused = self._health.paused, []
+        for label, stream, consumer in (
+            ("router", names.stream_out, topology.ROUTER),
+            ("control", names.stream_ctl, topology.CONTROL),
+        ):
+            try:
+                info = await self._connection.api_request(f"CONSUMER.INFO.{stream}.{consumer}")
+            except BusRefused as exc:  # deleted by an operator; its owner recreates it
+                log.warning("consumer.missing", consumer=consumer, detail=exc.detail)
+                continue
+            name = f"{stream} {consumer}"
+            if info.get("paused"):
+                paused.append(name)
+                if name not in before:
+                    log.error("consumer.paused", consumer=consumer, detail="It delivers nothing until it is resumed.")
+            elif name in before:
+                log.info("consumer.resumed", consumer=consumer)
+            metrics.nats_consumer_pending.labels(consumer=label).set(info["num_pending"])
+            metrics.nats_consumer_ack_pending.labels(consumer=label).set(info["num_ack_pending"])
+        self._health.paused = paused
+        waiting = max(0, self._inspector.message_count(names.stream_out) - self._in_flight)
+        metrics.nats_consumer_pending.labels(consumer="out").set(waiting)
+        metrics.nats_consumer_ack_pending.labels(consumer="out").set(self._in_flight)
+
+
+def observe(supervisor: Supervisor, clock: Clock, metrics: Metrics, tasks: int) -> int:
+    """Sets the gauges that are counted over all pollers and shards. `tasks`: those of the whole event loop. Returns
+    the number of commands in flight."""
+    pollers, shards = supervisor.pollers, supervisor.shards.values()
+    _observe_polls(supervisor, metrics, clock.monotonic())
+    parked: Counter[str] = Counter()
+    counted = [shard.queue_depths(parked) for shard in shards]
+    for reason in PARKED.split():
+        metrics.outbound_parked.labels(reason=reason).set(parked[reason])
+    in_flight = sum(number for number, _ in counted)
+    metrics.outbound_in_flight.set(in_flight)
+    now_ms = clock.now_ms()
+    oldest_ms = min((stored_ms for _, stored_ms in counted if stored_ms is not None), default=now_ms)
+    metrics.outbound_oldest_pending.set(max(0.0, (now_ms - oldest_ms) / 1000))
+    conversations = sum(shard.tasks for shard in shards)
+    metrics.tasks.labels(kind="poller").set(len(pollers))
+    metrics.tasks.labels(kind="conversation").set(conversations)
+    metrics.tasks.labels(kind="other").set(tasks - len(pollers) - conversations)
+    return in_flight
+
+
+def _observe_polls(supervisor: Supervisor, metrics: Metrics, now: float) -> None:
+    throttled = {bot for shard in supervisor.shards.values() for bot in shard.throttled_bots}
+    pollers = supervisor.pollers.values()
+    states = Counter(
+        "throttled" if poller.state is State.POLLING and poller.bot in throttled else poller.state.value
+        for poller in pollers
+    )
+    for state in STATES.split():
+        metrics.bindings.labels(state=state).set(states[state])
+    polled = [poller for poller in pollers if poller.state in POLLED]
+    ages = [now - poller.unanswered_since for poller in polled if poller.unanswered_since]
+    metrics.oldest_poll_age.set(max(ages, default=0.0))
+    # every replica reports shards without an owner, since it may be the only one left
+    open_to_us = supervisor.leases.owned | supervisor.leases.orphans
+    unpolled = (binding for binding in supervisor.bindings if binding.bot not in supervisor.pollers)
+    metrics.bindings_unowned.set(sum(shard_of(binding.sandbox) in open_to_us for binding in unpolled))
