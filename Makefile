@@ -6,7 +6,8 @@
 # make integration  one part against a real nats-server, or over real sockets
 # make system       whole adapters as processes, also what takes long
 # make ops          chart, image's files, alerts, console in a browser, clients of others; skips what cannot be installed
-# make slow         what `make test` leaves out of these three, since it takes minutes
+# make slow         what `make test` leaves out of these three, since it takes seconds or minutes of work
+# make long         what neither has: outages in their real length, minutes of waiting each, all at once
 # make load         chaos, attacks and load, each in its short form
 #
 # make image-test   the image, built and run: needs root and Debian, and installs buildah and podman
@@ -45,7 +46,7 @@ NPM_STAMP := $(NPM)/node_modules/.installed
 # An environment that is there is kept, whichever Python it has. The last one is the newest, not yet among the tested.
 PYTHONS := $(BIN)/python python3 python3.14 python3.13 python3.12 python3.11 python3.15
 
-.PHONY: test check unit integration system ops load slow image-test alerts-test console-test bench chaos soak attacks fuzz \
+.PHONY: test check unit integration system ops load slow long image-test alerts-test console-test bench chaos soak attacks fuzz \
   audit demo format generate dashboard-picture docs docs-tools dist npm clean install
 .DEFAULT_GOAL := test
 
@@ -58,7 +59,7 @@ pytest = $(BIN)/pytest -n $(JOBS) --dist worksteal
 
 # `check` has run the two that are left out.
 test: check
-	@$(pytest) -m '(unit or integration or system) and not slow' --ignore tests/test_docs.py --ignore tests/test_words.py </dev/null
+	@$(pytest) -m '(unit or integration or system) and not (slow or long)' --ignore tests/test_docs.py --ignore tests/test_words.py </dev/null
 
 unit: install
 	@$(BIN)/pytest -n 2 --dist worksteal -m 'unit and not slow' </dev/null
@@ -67,15 +68,18 @@ integration: install
 	@$(pytest) -m integration </dev/null
 
 system: install
-	@$(pytest) --timeout 600 -m system </dev/null
+	@$(pytest) --timeout 600 -m 'system and not long' </dev/null
 
 ops: install
 	@$(BIN)/pytest -n 2 --dist loadfile --timeout 900 -m ops </dev/null
 
-# What `make test` leaves out of its tiers.
+# What `make test` leaves out of its tiers, without what mostly waits.
 slow: install
 	@$(BIN)/pytest -n 4 --dist worksteal --timeout 900 -m '(unit or integration or system) and slow' </dev/null
 	@SCHEDULES=500 $(BIN)/pytest -n 2 tests/test_schedules.py tests/test_schedules_inbound.py </dev/null
+
+long: install
+	@$(BIN)/pytest -n 10 --timeout 1200 -m long </dev/null
 
 load: install
 	@$(BIN)/pytest -n 3 --dist worksteal --timeout 900 -m load </dev/null

@@ -167,7 +167,7 @@ async def last(seconds: float, since: float) -> None:
     await asyncio.sleep(since + seconds - asyncio.get_running_loop().time())
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("kind", ["502", "silent sends", "stopped"])
 async def test_a_minute_without_answers_makes_nothing_uncertain(tmp_path: Path, kind: str) -> None:
     """Half of the users are written to when it begins, half in its middle; the first send that iLink accepts
@@ -190,7 +190,7 @@ async def test_a_minute_without_answers_makes_nothing_uncertain(tmp_path: Path, 
             assert s.assert_repeated_once_and_late(120_000) == len([*early, *late])
 
 
-@pytest.mark.slow
+@pytest.mark.long
 async def test_without_other_sends_the_repeat_comes_after_five_minutes(tmp_path: Path) -> None:
     users = names("user", 20)
     async with scene(tmp_path) as s:
@@ -206,7 +206,7 @@ async def test_without_other_sends_the_repeat_comes_after_five_minutes(tmp_path:
 
 @pytest.mark.parametrize("kind", ["503", "403", "refused"])
 @pytest.mark.parametrize(
-    ("seconds", "tries"), [(15, 8), pytest.param(600, 30, marks=pytest.mark.slow)], ids=["seconds", "ten-minutes"]
+    ("seconds", "tries"), [(15, 8), pytest.param(600, 30, marks=pytest.mark.long)], ids=["seconds", "ten-minutes"]
 )
 async def test_what_never_reached_ilink_is_tried_until_it_does(
     tmp_path: Path, kind: str, seconds: float, tries: int
@@ -226,7 +226,7 @@ async def test_what_never_reached_ilink_is_tried_until_it_does(
         assert max(map(len, s.requests().values())) <= tries, "the pauses grow"
 
 
-@pytest.mark.slow
+@pytest.mark.long
 async def test_users_whose_sends_hang_delay_nobody_and_are_not_hurried(tmp_path: Path) -> None:
     """While iLink answers the others, nothing of those whose sends hang is posted again within a minute."""
     hung, served = names("hung", 15), names("served", 15)
