@@ -202,9 +202,6 @@ class Chat(Protocol):
     async def notify(self, account: Account, *, start: bool) -> None:
         """Tells iLink that polling starts or has stopped. Raises Temporary, SessionExpired, Refused."""
 
-    async def recycle(self, bot: str) -> None:
-        """Closes the bot's connections; the next call opens a new one."""
-
     def check_base_url(self, url: str) -> str:
         """Raises Refused("url") for a base URL that is not allowed."""
 

@@ -66,7 +66,7 @@ TIERS = {
     "tests/ilink/test_hostile_answers.py": "integration",
     "tests/ilink/test_large_answers.py": "integration",
     "tests/ilink/test_proxy.py": "integration",
-    "tests/ilink/test_transport.py": "integration",
+    "tests/ilink/test_connection.py": "integration",
     "tests/simulator": "integration",
     "tests/test_probes.py": "integration",
     "tests/chart": "ops",

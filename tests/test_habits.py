@@ -26,7 +26,7 @@ PRIVATE = {
     "bus/test_multiplexer.py": "_multiplexer",
     "bus/test_objects.py": "_outstanding",
     "bus/test_agent.py": "_number _reader",
-    "ilink/test_transport.py": "_idle",
+    "ilink/test_connection.py": "_idle",
     "ownership/test_leases.py": "_sightings",
     "inbound/test_poller.py": "_poll_task",
     "test_supervisor.py": "_cut",
@@ -40,7 +40,7 @@ PRIVATE = {
     # in place of the network, the bucket's watcher or the consumer
     "fakes/bench.py": "_apply_entry",
     "bindings/test_control.py": "_apply_entry",
-    "ilink/test_client.py": "_transport",
+    "ilink/test_client.py": "_pool",
     "logins/test_flow.py": "_apply_and_answer _apply_until_done",
     "bus/test_media_service.py": "_upload_ident",
     "cli/test_embedded.py": "_with_token_key",

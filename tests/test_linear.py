@@ -20,7 +20,7 @@ from adapter.cli import output, stdin, stored
 from adapter.console import server
 from adapter.contract import headers, names
 from adapter.errors import Refused, Unreadable
-from adapter.ilink import cipher, protocol, urls
+from adapter.ilink import cipher, network, protocol, wire
 from adapter.jetstream import client
 from adapter.kit import json_repair
 from adapter.logins import registry
@@ -48,14 +48,14 @@ def unreadable(text: str) -> None:
 
 
 def url(text: str) -> None:
-    for check in (urls.check_url, urls.check_link):
+    for check in (network.check_url, network.check_link):
         for start in ("", "https://"):
             try:
-                check(start + text[: urls.URL_CHARS], ())
+                check(start + text[: wire.URL_CHARS], ())
             except Refused:
                 continue
-    urls._HOST_PORT.fullmatch(text)
-    urls._HOST.fullmatch(text)
+    network._HOST_PORT.fullmatch(text)
+    network._HOST.fullmatch(text)
 
 
 def name(text: str) -> None:
@@ -81,7 +81,7 @@ RULES: dict[str, Callable[[str], object]] = {
     "controls in a string": lambda text: json_repair.without_controls(b'{"a":"' + raw(text)),
     "words of the CDN": lambda text: protocol.cdn_refusal(400, {"x-error-message": text}),
     "a URL": url,
-    "a URL of a code": urls.PLAIN_URL.fullmatch,
+    "a URL of a code": wire.PLAIN_URL.fullmatch,
     "a key": cipher._HEX_KEY.fullmatch,
     "a name": name,
     "the id of a login": registry._ID.fullmatch,
@@ -107,7 +107,8 @@ TRIED = {
     "contract/headers.py": 2,
     "ilink/cipher.py": 1,
     "ilink/protocol.py": 2,
-    "ilink/urls.py": 3,
+    "ilink/network.py": 2,
+    "ilink/wire.py": 1,
     "jetstream/client.py": 5,
     "logins/registry.py": 1,
     "observability/logs.py": 4,

@@ -7,15 +7,16 @@ import contextlib
 import secrets
 import ssl
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
+from urllib.parse import urlsplit
 
-import httpcore
+import httpx
 
 from adapter.errors import Refused, Temporary, Unreadable
-from adapter.ilink import protocol, urls
+from adapter.ilink import protocol
 from adapter.ilink.cipher import BLOCK, KEY_BYTES, Decryption, Encryption, cipher_size
 from adapter.ilink.client import CountedCall, ILink
-from adapter.ilink.network import CONNECT_S, KEPT_S, CheckedNetwork, Resolver
+from adapter.ilink.network import CONNECT_S, NEXT_S, PORTS, Resolver, check_link
 from adapter.observability.metrics import Metrics
 from adapter.ports import Account, MediaKind, MediaRef, Pieces, Uploaded
 
@@ -32,13 +33,13 @@ ATTEMPTS = 3
 PARAM = "x-encrypted-param"
 SOURCE = "source"
 """Reason of an error that is the source's, not the CDN's."""
-HEADERS: dict[str | bytes, str | bytes] = {"User-Agent": protocol.AGENT, "Accept": "*/*"}
+HEADERS = {"User-Agent": protocol.AGENT, "Accept": "*/*"}
 
 Read = Callable[[], Pieces]
 
 
 class CdnClient:
-    """Implements ports.Cdn. It uses no proxy: the environment's proxies are for iLink's API."""
+    """Implements ports.Cdn. Each transfer has a connection of its own, and none goes through a proxy."""
 
     def __init__(
         self,
@@ -50,7 +51,7 @@ class CdnClient:
         max_bytes: int,
         stall_s: float = STALL_S,
         grace_s: float = GRACE_S,
-        network: CheckedNetwork | None = None,
+        resolver: Resolver | None = None,
     ) -> None:
         self._ilink = ilink
         self._metrics = metrics
@@ -59,25 +60,24 @@ class CdnClient:
         self._max_bytes = max_bytes
         self._stall_s = stall_s
         self._grace_s = grace_s
-        self._extensions = {"timeout": {"connect": CONNECT_S, "read": stall_s, "write": stall_s}}
-        self._pool = httpcore.AsyncConnectionPool(
-            ssl_context=ssl.create_default_context(),
-            max_connections=None,
-            max_keepalive_connections=TRANSFERS,
-            keepalive_expiry=KEPT_S,
-            network_backend=network or CheckedNetwork(Resolver(allowed_hosts)),
+        self._resolver = resolver or Resolver(allowed_hosts)
+        # no client of httpx, which would keep cookies, follow redirects and unpack
+        self._transport = httpx.AsyncHTTPTransport(
+            verify=ssl.create_default_context(),
+            trust_env=False,
+            limits=httpx.Limits(max_connections=None, max_keepalive_connections=0),
         )
 
     async def close(self) -> None:
         """Closes all connections."""
-        await self._pool.aclose()
+        await self._transport.aclose()
 
     async def download(self, fetch: MediaRef) -> Pieces:
         if not fetch.url and not fetch.reference:
             raise Refused("reference", "iLink gave neither a URL nor a reference.")
         try:
             url = fetch.url or protocol.download_url(self._base_url, fetch.reference)
-            urls.check_link(url, self._allowed_hosts)
+            check_link(url, self._allowed_hosts)
         except Refused as exc:
             raise Refused("reference", exc.detail) from None
         with self._counted_transfer("in") as moved:
@@ -102,7 +102,7 @@ class CdnClient:
         with self._counted_transfer("out") as moved:
             url = await self._ilink.upload_url(account, upload, self._base_url)
             try:
-                urls.check_link(url, self._allowed_hosts)
+                check_link(url, self._allowed_hosts)
             except Refused as exc:
                 raise Refused("media", f"iLink gave an upload URL that is not allowed. {exc.detail}") from None
             reference = await self._post(url, key, size, read)
@@ -118,10 +118,9 @@ class CdnClient:
                 async with asyncio.timeout(self._grace_s):
                     # compression is not requested: a small answer must not unpack into a huge one
                     headers = {**HEADERS, "Accept-Encoding": "identity"}
-                    request = self._pool.stream("GET", url, headers=headers, extensions=self._extensions)
-                    response = await stack.enter_async_context(request)
+                    response = await stack.enter_async_context(self._exchange("GET", url, headers))
                 self._check_head(response, encrypted=encrypted)
-                pieces = response.aiter_stream()
+                pieces = response.aiter_raw()
                 while True:
                     began = clock()
                     async with asyncio.timeout(_transfer_timeout_s(self._grace_s, size) - waited_s):
@@ -132,14 +131,13 @@ class CdnClient:
                     size += len(piece)
                     yield piece
 
-    def _check_head(self, response: httpcore.Response, *, encrypted: bool) -> None:
+    def _check_head(self, response: httpx.Response, *, encrypted: bool) -> None:
         """Raises Temporary, Refused."""
-        headers = _headers_of(response)
-        if response.status == 429 or response.status >= 500:
-            reason = "http_5xx" if response.status >= 500 else "http_4xx"
-            raise Temporary(reason, f"HTTP {response.status} from the CDN")
-        if response.status != 200 or headers.get("content-encoding", "").strip().lower() not in ("", "identity"):
-            raise Refused("unavailable", f"HTTP {response.status} from the CDN")
+        status, headers = response.status_code, response.headers
+        if status == 429 or status >= 500:
+            raise Temporary("http_5xx" if status >= 500 else "http_4xx", f"HTTP {status} from the CDN")
+        if status != 200 or headers.get("content-encoding", "").strip().lower() not in ("", "identity"):
+            raise Refused("unavailable", f"HTTP {status} from the CDN")
         length = headers.get("content-length", "")
         if "transfer-encoding" in headers or not (length.isascii() and length.isdigit()):
             return  # unknown (RFC 9112, 6.3): the bytes are counted as they arrive
@@ -169,7 +167,7 @@ class CdnClient:
         headers = {
             **HEADERS,
             "Content-Type": "application/octet-stream",
-            # h11 checks the body against it, httpcore then sends no chunks, and the CDN compares it with `filesize`
+            # h11 checks the body against it, httpx then sends no chunks, and the CDN compares it with `filesize`
             "Content-Length": str(cipher_size(size)),
         }
         with self._counted_request("cdn_upload"):
@@ -177,11 +175,9 @@ class CdnClient:
             async with (
                 asyncio.timeout(_transfer_timeout_s(self._stall_s, size)),
                 contextlib.aclosing(body),
-                self._pool.stream(
-                    "POST", url, headers=headers, content=body, extensions=self._extensions
-                ) as response,
+                self._exchange("POST", url, headers, body) as response,
             ):
-                status, answered = response.status, _headers_of(response)
+                status, answered = response.status_code, response.headers
             if 400 <= status < 500:
                 raise protocol.cdn_refusal(status, answered)
             if status != 200:
@@ -189,6 +185,35 @@ class CdnClient:
             if not answered.get(PARAM):
                 raise Temporary("unreadable", f"The CDN answered success without {PARAM}.")
             return answered[PARAM]
+
+    @contextlib.asynccontextmanager
+    async def _exchange(
+        self, method: str, url: str, headers: dict[str, str], content: Pieces | None = None
+    ) -> AsyncIterator[httpx.Response]:
+        """The answer of an address that was checked, its body unread. The request still names the host."""
+        parts = urlsplit(url)
+        host, port = parts.hostname or "", parts.port or PORTS[parts.scheme]
+        *others, last = await self._resolver.addresses(host, port)
+        for address in (*others, last):
+            connect_s = CONNECT_S if address == last else NEXT_S
+            timeout = {"connect": connect_s, "read": self._stall_s, "write": self._stall_s}
+            request = httpx.Request(
+                method,
+                httpx.URL(url).copy_with(host=address),
+                headers={"Host": parts.netloc, **headers},
+                content=content,
+                extensions={"timeout": timeout, "sni_hostname": host},
+            )
+            try:
+                response = await self._transport.handle_async_request(request)
+                break
+            except (httpx.ConnectError, httpx.ConnectTimeout):
+                if address == last:
+                    raise
+        try:
+            yield response
+        finally:
+            await response.aclose()
 
     @contextlib.contextmanager
     def _counted_transfer(self, direction: str) -> Iterator[list[int]]:
@@ -204,13 +229,13 @@ class CdnClient:
 
     @contextlib.contextmanager
     def _counted_request(self, endpoint: str) -> Iterator[None]:
-        """Counts one request, and turns httpcore's errors into Temporary."""
+        """Counts one request, and turns httpx' errors into Temporary."""
         with CountedCall(self._metrics, endpoint):
             try:
                 yield
-            except (httpcore.TimeoutException, TimeoutError) as exc:
+            except (httpx.TimeoutException, TimeoutError) as exc:
                 raise Temporary("timeout", f"{type(exc).__name__}: it took too long") from exc
-            except (httpcore.NetworkError, httpcore.ProtocolError, OSError) as exc:
+            except (httpx.TransportError, OSError) as exc:
                 raise Temporary("network", type(exc).__name__) from exc
 
 
@@ -241,10 +266,6 @@ async def _encrypt_pieces(read: Read, key: bytes, size: int) -> Pieces:
     if remaining:
         raise Refused("media", f"The media have not the announced size of {size} bytes.")
     yield work.finish()
-
-
-def _headers_of(response: httpcore.Response) -> dict[str, str]:
-    return {name.decode("latin-1").lower(): value.decode("latin-1") for name, value in response.headers}
 
 
 def _transfer_timeout_s(grace_s: float, size: int) -> float:

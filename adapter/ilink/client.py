@@ -1,8 +1,8 @@
-"""iLink's API calls: builds requests and reads answers by `protocol`, and sends them by a transport.
+"""iLink's API calls: builds requests and reads answers by `protocol`, and sends them over the pool's connections.
 
 `ILink` implements ports.Chat and ports.Logins, which pollers, conversations and logins call. A call does four things:
-build a `Request` (`protocol`), check the base URL (`urls`), exchange it (`transport`), and read the `Reply`
-(`protocol`). Every call is counted once with its outcome.
+build an `IlinkRequest` (`protocol`), check the base URL (`network`), exchange it (`connection`), and read the
+`IlinkReply` (`protocol`). Every call is counted once with its outcome.
 
 Errors say what the caller may do. Temporary: nothing was taken, try again. Uncertain: a send may have been taken.
 SessionExpired: the token is refused (-14). Throttled: -2. Refused: do not try again. Only a send can be Uncertain;
@@ -13,8 +13,6 @@ The client never retries a call, never waits for the send window, and never logs
 
 from __future__ import annotations
 
-import asyncio
-import contextlib
 import random
 import time
 import traceback
@@ -26,14 +24,11 @@ import msgspec
 import structlog
 
 from adapter.errors import AdapterError, LeaseLost, Refused, SessionExpired, Temporary, Throttled, Uncertain
-from adapter.ilink import protocol, urls
-from adapter.ilink.network import LookUpHost, Resolver, proxies, resolve_host
+from adapter.ilink import network, protocol
+from adapter.ilink.connection import ConnectionPool
+from adapter.ilink.network import LookUpHost, Resolver, ResumingContext
 from adapter.ilink.protocol import IlinkReply, IlinkRequest, Upload
-from adapter.ilink.tls import ResumingContext
-from adapter.ilink.transport import Transport
-from adapter.ilink.unpack import Oversized, unpack
 from adapter.ilink.wire import THROTTLED
-from adapter.kit.timing import complete_with_grace
 from adapter.observability.metrics import LONG_POLLS, Metrics
 from adapter.ports import Accepted, Account, Content, Polled, QrCode, Scan
 
@@ -46,13 +41,6 @@ POLL_MARGIN_S = 7.0
 UPLOAD_URL_S = 15.0
 ASK_S = 10.0
 """The official client's timeout of getconfig, sendtyping, the notifications and get_bot_qrcode."""
-SMALL = 65_536
-"""Largest answer to a poll that is read at once; nearly all are smaller."""
-READ_BYTES_PER_S = 16 << 20
-"""Of larger ones, one after the other: more than their messages can be published. Reading 8 MiB takes 50 to 100 ms of
-the event loop, and as much memory again for a moment."""
-GRACE_S = 5.0
-"""Time to read an answer that arrived before its poll was cut, since iLink may count it as delivered."""
 _NOBODY = Account("", "", "")
 """For calls without a bot."""
 
@@ -88,26 +76,22 @@ class ILink:
         allowed_hosts: tuple[str, ...],
         send_timeout_s: float,
         poll_margin_s: float = POLL_MARGIN_S,
-        look_up: LookUpHost = resolve_host,
+        look_up: LookUpHost = network.resolve_host,
     ) -> None:
         self._metrics = metrics
         self._default_base_url = default_base_url
         self._allowed_hosts = allowed_hosts
         self._poll_margin_s = poll_margin_s
         self._send_timeout_s = send_timeout_s
-        resolver = Resolver(allowed_hosts + proxies(), look_up=look_up)
-        self._transport = Transport(tls=ResumingContext(), resolver=resolver)
-        self._large = asyncio.Lock()
-        """Held while a large answer is read."""
-        self._fresh_connection_bots: set[str] = set()
-        """Bots whose connections seem dead; their next call uses a new one."""
+        resolver = Resolver(allowed_hosts + network.proxies(), look_up=look_up)
+        self._pool = ConnectionPool(tls=ResumingContext(), resolver=resolver)
         self._connecting: set[str] = set()
 
     def check_base_url(self, url: str) -> str:
-        return urls.check_url(url, self._allowed_hosts)
+        return network.check_url(url, self._allowed_hosts)
 
     def redirect_base_url(self, host: str, base_url: str) -> str:
-        return urls.redirect_url(host, base_url or self._default_base_url, self._allowed_hosts)
+        return network.redirect_url(host, base_url or self._default_base_url, self._allowed_hosts)
 
     def is_connecting(self, bot: str) -> bool:
         return bot in self._connecting
@@ -119,7 +103,10 @@ class ILink:
         self._connecting.add(account.bot)
         try:
             with CountedCall(self._metrics, "getupdates"):
-                return await self._read_updates(await self._post(account, request, timeout_s, on_connected), started)
+                # in no variable of this frame, since an error keeps it
+                return protocol.read_updates(
+                    await self._post(account, request, timeout_s, on_connected), polled_s=time.monotonic() - started
+                )
         except TimeoutError:
             return None
         except AdapterError as exc:
@@ -129,25 +116,6 @@ class ILink:
             raise
         finally:
             on_connected()
-
-    async def _read_updates(self, reply: IlinkReply, started: float) -> Polled:
-        polled_s = time.monotonic() - started
-        if len(reply.body) <= SMALL:
-            with contextlib.suppress(Oversized):
-                return protocol.read_updates(_unpacked(reply, SMALL), polled_s=polled_s)
-        return await complete_with_grace(self._read_large(reply, polled_s), GRACE_S)
-
-    async def _read_large(self, reply: IlinkReply, polled_s: float) -> Polled:
-        """Reads answers one after the other, and leaves time for others in between."""
-        async with self._large:
-            size = len(reply.body)
-            try:
-                reply = _unpacked(reply, protocol.ANSWER_BYTES)
-                size = len(reply.body)
-                await asyncio.sleep(0)
-                return protocol.read_updates(reply, polled_s=polled_s)
-            finally:
-                await asyncio.sleep(size / READ_BYTES_PER_S)
 
     async def send(
         self,
@@ -166,7 +134,7 @@ class ILink:
         try:
             with CountedCall(self._metrics, "sendmessage"):
                 reply = await self._post(account, request, self._send_timeout_s, check)
-                return protocol.read_sent(_unpacked(reply, request.largest))
+                return protocol.read_sent(reply)
         except TimeoutError as exc:
             raise Uncertain("timeout", f"no answer within {self._send_timeout_s:g} s") from exc
 
@@ -218,43 +186,26 @@ class ILink:
         """A call that may be repeated, so that a missing answer is Temporary, too. Raises what `read` raises."""
         try:
             with CountedCall(self._metrics, request.endpoint):
-                return read(_unpacked(await self._post(account, request, timeout_s), request.largest))
+                return read(await self._post(account, request, timeout_s))
         except TimeoutError as exc:
             raise Temporary("timeout", f"no answer within {timeout_s:g} s") from exc
         except Uncertain as exc:
             raise Temporary("network", exc.detail) from exc
 
-    async def recycle(self, bot: str) -> None:
-        """Makes the bot's next call resolve and connect again."""
-        self._fresh_connection_bots.add(bot)
-
     async def close(self) -> None:
         """Closes all connections."""
-        await self._transport.close()
+        await self._pool.close()
 
     async def _post(
         self, account: Account, request: IlinkRequest, timeout_s: float, check: Callable[[], None] | None = None
     ) -> IlinkReply:
-        """Raises TimeoutError, Temporary (not sent), Uncertain (sent), Refused("url")."""
+        """The answer, unpacked. `check` is called right before the request is written.
+
+        Raises TimeoutError, Temporary (not sent), Uncertain (sent), Refused("url").
+        """
         checked = self.check_base_url(account.base_url or self._default_base_url)
-        fresh = account.bot in self._fresh_connection_bots
-        self._fresh_connection_bots.discard(account.bot)
-        reply = await self._transport.exchange(checked, request, timeout_s, fresh=fresh, check=check)
-        return msgspec.structs.replace(reply, secrets=request.secrets)
-
-
-def _unpacked(reply: IlinkReply, limit: int) -> IlinkReply:
-    """The body of an error page that cannot be unpacked is empty. Raises Uncertain("unreadable"), Oversized."""
-    encoding = reply.headers.get("content-encoding")
-    if not encoding:
-        return reply
-    try:
-        body = unpack(encoding, reply.body, limit)
-    except Uncertain:
-        if 200 <= reply.status < 300:
-            raise
-        body = b""
-    return msgspec.structs.replace(reply, body=body)
+        reply = await self._pool.exchange(checked, request, timeout_s, check)
+        return protocol.unpack(msgspec.structs.replace(reply, secrets=request.secrets), request.largest)
 
 
 def _forget_frames(exc: BaseException | None) -> None:

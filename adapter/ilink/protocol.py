@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import base64
 import re
+import zlib
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, TypeVar, get_args
 from urllib.parse import quote
@@ -18,7 +19,6 @@ from adapter.content.quotes import as_id
 from adapter.errors import Refused, SessionExpired, Temporary, Throttled, Uncertain
 from adapter.ilink import wire
 from adapter.ilink.cipher import cipher_size, write_key
-from adapter.ilink.urls import PLAIN_URL, URL_CHARS
 from adapter.kit.json_repair import as_utf8, without_controls, without_halves
 from adapter.observability.logs import HIDDEN, hide_secrets
 from adapter.ports import Accepted, MediaKind, Polled, QrCode, Scan, ScanStatus, Uploaded
@@ -35,9 +35,9 @@ A = TypeVar("A", bound=wire.WireReply)
 
 ANSWER_BYTES = 8 << 20
 """Largest unpacked answer to a poll: some thousand messages of about a kilobyte."""
-MESSAGES, COMMAS = 100_000, 500_000
-"""Most messages and commas of an answer. Commas are counted first, since a list of millions of messages takes a
-second and hundreds of megabytes; 8 MiB of ordinary messages have fewer."""
+COMMAS = 500_000
+"""Most commas of an answer, since a list of millions of messages takes a second and hundreds of megabytes; 8 MiB of
+ordinary messages have fewer."""
 OTHER_BYTES = 262_144
 """Largest answer to any other call."""
 REPAIRED_BYTES = 262_144
@@ -277,6 +277,31 @@ def hold_ms(hint: bytes) -> int:
     return min(max(number, low), high) if number else HOLD_MS
 
 
+_GZIP_OR_ZLIB = 47
+
+
+def unpack(reply: IlinkReply, limit: int) -> IlinkReply:
+    """The answer with its body decompressed, if that has at most `limit` bytes: a few can expand to gigabytes.
+
+    The body of an error page that cannot be unpacked is empty. Raises Uncertain("unreadable").
+    """
+    encoding, body = reply.headers.get("content-encoding", "").strip().lower(), reply.body
+    problem = ""
+    if body and encoding not in ("", "identity"):
+        work = zlib.decompressobj(_GZIP_OR_ZLIB)
+        try:
+            body = work.decompress(body, limit + 1)
+        except zlib.error:
+            problem = "the answer cannot be unpacked"
+        else:
+            problem = "" if work.eof or len(body) > limit else "the packed answer ends early"
+    if len(body) > limit:
+        problem = f"the answer exceeds {limit} bytes"
+    if problem and 200 <= reply.status < 300:
+        raise Uncertain("unreadable", problem)
+    return msgspec.structs.replace(reply, body=b"" if problem else body)
+
+
 def read_updates(reply: IlinkReply, *, polled_s: float) -> Polled:
     """Raises SessionExpired (-14), and Temporary otherwise, since a poll may always be repeated.
 
@@ -317,9 +342,9 @@ def _split(messages: bytes) -> list[bytes]:
         return []
     if not messages.startswith(b"["):
         raise Temporary("unreadable", "the messages are no list")
-    if messages.count(b",") <= COMMAS and len(found := _MESSAGES.decode(messages)) <= MESSAGES:
-        return [bytes(raw) for raw in found]
-    raise Temporary("unreadable", "the answer has too many messages")
+    if messages.count(b",") > COMMAS:
+        raise Temporary("unreadable", "the answer has too many messages")
+    return [bytes(raw) for raw in _MESSAGES.decode(messages)]
 
 
 def read_sent(reply: IlinkReply) -> Accepted:
@@ -391,7 +416,7 @@ def read_qrcode(reply: IlinkReply) -> QrCode:
     """Raises Temporary for any answer without a code."""
     answer = _read_login(reply, wire.WireQrCode)
     handle, url = answer.qrcode or "", answer.qrcode_img_content or ""
-    if not 0 < len(handle) <= URL_CHARS or not PLAIN_URL.fullmatch(url) or len(url) > QR_CHARS:
+    if not 0 < len(handle) <= wire.URL_CHARS or not wire.PLAIN_URL.fullmatch(url) or len(url) > QR_CHARS:
         raise Temporary("unreadable", "the answer holds no QR code")
     return QrCode(handle, url)
 

@@ -5,6 +5,7 @@ docs/reference/ilink-protocol.md, "Endpoints" and "Messages", has the tables of 
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, Any, Final, Literal, TypeAlias
 
 import msgspec
@@ -16,6 +17,10 @@ THROTTLED: Final = (-2, -12, -13)
 OPAQUE_CHARS: Final = 131_072
 """Longest cursor and context token that are kept. Some 130 characters are usual. The bus has room for 1 MiB in a
 message: a character may take six bytes of a record, and sealing adds a third."""
+
+URL_CHARS: Final = 8192
+"""Longest URL that is called. Upload URLs have a long parameter."""
+PLAIN_URL: Final = re.compile(r"[!-~]+")
 
 USER: Final = 1
 BOT: Final = 2

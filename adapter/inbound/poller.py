@@ -653,7 +653,6 @@ class BotPoller:
         if polls.timeouts >= DEAD_PATH_AFTER:
             log.warning("poll.dead_path", bot=self.bot, timeouts=polls.timeouts)
             self.why = f"iLink has not answered {polls.timeouts} polls in a row."
-            await self._deps.chat.recycle(self.bot)
 
     # a token that iLink refuses ---------------------------------------------------------------------
 

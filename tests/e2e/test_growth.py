@@ -129,8 +129,7 @@ def subscriptions(adapter: Replica) -> int:
 
 async def close_unused(adapter: Replica) -> None:
     """Closes connections to iLink that wait for their next use: how many there are is chance."""
-    await adapter.edges.chat._transport.close()
-    await adapter.edges.cdn._pool.aclose()
+    await adapter.edges.chat._pool.close()
 
 
 def forget_the_last(adapter: Replica) -> None:

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import msgspec
 
 from adapter.errors import Refused, Uncertain
-from adapter.ilink import urls
+from adapter.ilink import network
 from adapter.kit.timing import ChangeSignal
 from adapter.ports import Accepted, Account, Content, Polled, QrCode, Scan, ScanStatus, Uploaded
 from tests.fakes.clock import EPOCH_MS, FakeClock
@@ -81,7 +81,6 @@ class FakeChat:
         self.poll_is_stale = False
         """Whether a poll that begins is answered with -14."""
         self.notify_took_s = 0.0
-        self.recycled = 0
         self.polling = 0
         """Polls that are out now."""
         self.took_s = 0.0
@@ -197,11 +196,8 @@ class FakeChat:
         if self.notify_fails is not None:
             raise self.notify_fails
 
-    async def recycle(self, bot: str) -> None:
-        self.recycled += 1
-
     def check_base_url(self, url: str) -> str:
-        return urls.check_url(url, ("127.0.0.1:8080",))
+        return network.check_url(url, ("127.0.0.1:8080",))
 
     @property
     def texts(self) -> list[str]:
@@ -267,10 +263,10 @@ class FakeLogins:
         return answer
 
     def redirect_base_url(self, host: str, base_url: str) -> str:
-        return urls.redirect_url(host, base_url, ())
+        return network.redirect_url(host, base_url, ())
 
     def check_base_url(self, url: str) -> str:
-        return urls.check_url(url, ())
+        return network.check_url(url, ())
 
 
 class Wire(asyncio.Transport):

@@ -33,13 +33,11 @@ from adapter.contract.names import (
     user_of_key,
 )
 from adapter.errors import AdapterError, Refused, Temporary, Uncertain, Unreadable
-from adapter.ilink import protocol, urls
-from adapter.ilink.addresses import is_public
+from adapter.ilink import network, protocol
 from adapter.ilink.cipher import Decryption, read_key
 from adapter.ilink.connection import Connection
-from adapter.ilink.protocol import IlinkReply
+from adapter.ilink.protocol import IlinkReply, unpack
 from adapter.ilink.translate import read_message
-from adapter.ilink.unpack import unpack
 from adapter.logins.qr import check_content, html_element, terminal_text
 from adapter.observability import logs
 from adapter.outbound.commands import (
@@ -230,9 +228,9 @@ def url(data: bytes) -> None:
 def _url(text: str) -> None:
     allowed: list[str] = []
     checks: list[Callable[[], str]] = [
-        lambda: urls.check_url(text, ()),
-        lambda: urls.check_link(text, ()),
-        lambda: urls.redirect_url(text, "https://ilinkai.weixin.qq.com", ()),
+        lambda: network.check_url(text, ()),
+        lambda: network.check_link(text, ()),
+        lambda: network.redirect_url(text, "https://ilinkai.weixin.qq.com", ()),
     ]
     for check in checks:
         try:
@@ -244,7 +242,7 @@ def _url(text: str) -> None:
         assert host.endswith((".weixin.qq.com", ".wechat.com"))
         assert urlsplit(one).scheme == "https"
         assert urlsplit(one).username is None
-        assert not is_public(host)  # a name, no address
+        assert not network.is_public(host)  # a name, no address
         assert httpx.URL(one).host.lower() == host
         assert httpx.URL(one).scheme == "https"
 
@@ -276,7 +274,7 @@ def answer(data: bytes) -> None:
         with contextlib.suppress(Uncertain):
             reply = await asking
             assert reply.status >= 200
-            assert len(unpack(reply.headers.get("content-encoding", ""), reply.body, ANSWER_BYTES)) <= ANSWER_BYTES
+            assert len(unpack(reply, ANSWER_BYTES).body) <= ANSWER_BYTES
 
     LOOP.run_until_complete(ask())
 
@@ -285,7 +283,8 @@ def packed(data: bytes) -> None:
     """Packed answers."""
     encoding, _, body = data.partition(b"\n")
     try:
-        assert len(unpack(encoding.decode("latin-1"), body, max(10_000, len(body)))) <= max(10_000, len(body))
+        reply = IlinkReply(200, {"content-encoding": encoding.decode("latin-1")}, body)
+        assert len(unpack(reply, max(10_000, len(body))).body) <= max(10_000, len(body))
     except Uncertain:
         return
 

@@ -10,7 +10,6 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
-import httpcore
 import pytest
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
@@ -19,17 +18,9 @@ from cryptography.x509.oid import NameOID
 from structlog.testing import capture_logs
 
 from adapter.errors import Refused, Temporary
-from adapter.ilink.addresses import is_exempt, is_public
 from adapter.ilink.cdn import CdnClient
 from adapter.ilink.client import ILink
-from adapter.ilink.network import (
-    CheckedNetwork,
-    LookUpHost,
-    NotPublic,
-    Resolver,
-    addresses_of,
-    resolve_host,
-)
+from adapter.ilink.network import LookUpHost, Resolver, is_exempt, is_public, resolve_host
 from adapter.observability.metrics import Metrics
 from adapter.ports import Account, MediaRef, Pieces
 from tests.e2e.waiting import free_port, until
@@ -133,62 +124,24 @@ def leads_to(*turns: list[str]) -> tuple[LookUpHost, list[tuple[str, int]]]:
 )
 async def test_a_host_with_an_address_that_is_not_public_is_not_called(addresses: list[str]) -> None:
     look_up, _ = leads_to(addresses)
-    with capture_logs() as logs, pytest.raises(NotPublic):
-        await addresses_of(HOST, 443, (), look_up=look_up)
+    with capture_logs() as logs, pytest.raises(Temporary, match="NotPublic"):
+        await Resolver((), look_up=look_up).addresses(HOST, 443)
     assert [(line["event"], line["host"]) for line in logs] == [("address.refused", HOST)]
-    assert await addresses_of(HOST, 443, (HOST,), look_up=look_up) == addresses
+    assert await Resolver((HOST,), look_up=look_up).addresses(HOST, 443) == addresses
 
 
 async def test_the_system_says_where_a_name_leads() -> None:
     assert "127.0.0.1" in await resolve_host("localhost", 80)
-    with pytest.raises(NotPublic):
-        await addresses_of("localhost", 80, ())
+    with pytest.raises(Temporary, match="NotPublic"):
+        await Resolver(()).addresses("localhost", 80)
 
 
-class Wire(httpcore.AsyncNetworkBackend):
-    """A network in which nobody answers, and which notes who was called."""
-
-    def __init__(self) -> None:
-        self.connected: list[tuple[str, int, float | None]] = []
-
-    async def connect_tcp(self, host: str, port: int, timeout: float | None = None, *_: Any, **__: Any) -> Any:
-        self.connected.append((host, port, timeout))
-        raise httpcore.ConnectTimeout("silence")
-
-
-async def test_what_is_connected_to_is_the_address_that_was_checked() -> None:
-    """A name that leads elsewhere a moment later (DNS rebinding) is asked for once per connection."""
-    look_up, asked = leads_to([PUBLIC], ["127.0.0.1"])
-    wire = Wire()
-    network = CheckedNetwork(Resolver((), look_up=look_up), inner=wire)
-    with pytest.raises(httpcore.ConnectTimeout):
-        await network.connect_tcp(HOST, 443, 10.0)
-    assert (asked, wire.connected) == ([(HOST, 443)], [(PUBLIC, 443, 10.0)])
-    with pytest.raises(httpcore.ConnectError, match="NotPublic"):
-        await network.connect_tcp(HOST, 443, 10.0)
-    assert wire.connected == [(PUBLIC, 443, 10.0)]
-
-
-async def test_an_address_that_is_silent_holds_up_the_next_one_only_shortly() -> None:
-    look_up, _ = leads_to(["2606:4700::1", PUBLIC])
-    wire = Wire()
-    with pytest.raises(httpcore.ConnectTimeout):
-        await CheckedNetwork(Resolver((), look_up=look_up), inner=wire).connect_tcp(HOST, 443, 10.0)
-    assert wire.connected == [("2606:4700::1", 443, 2.0), (PUBLIC, 443, 10.0)]
-
-
-async def test_a_name_that_is_not_resolved_in_time_or_at_all_is_a_failed_connection() -> None:
-    async def never(host: str, port: int) -> list[str]:
-        await asyncio.Event().wait()
-        return []
-
+async def test_a_name_that_cannot_be_resolved_is_a_failed_connection() -> None:
     async def unknown(host: str, port: int) -> list[str]:
         raise OSError("Name or service not known")
 
-    with pytest.raises(httpcore.ConnectTimeout):
-        await CheckedNetwork(Resolver((), look_up=never)).connect_tcp(HOST, 443, 0.01)
-    with pytest.raises(httpcore.ConnectError):
-        await CheckedNetwork(Resolver((), look_up=unknown)).connect_tcp(HOST, 443, 10.0)
+    with pytest.raises(Temporary, match="OSError"):
+        await Resolver((), look_up=unknown).addresses(HOST, 443)
 
 
 # the whole way, by TLS -----------------------------------------------------------------------------------
@@ -300,9 +253,6 @@ async def test_a_name_that_leads_inside_gets_no_byte(tmp_path: Path, monkeypatch
             await ilink.fetch_code([])
         redirected = ilink.redirect_base_url(f"{HOST}:{server.port}", account.base_url)
         assert await ilink.read_code("qr", redirected, "") is None
-        await ilink.recycle(account.bot)
-        with pytest.raises(Temporary):
-            await ilink.poll(account, "", 1000)
         await ilink.close()
     assert (server.names, server.requests) == ([], [])
 
@@ -409,10 +359,9 @@ INSIDE = [
 
 
 class Untouched:
-    """Clients in a world where every name is public; nothing of it may be asked or connected to."""
+    """Clients in a world where every name is public; no name may be asked for."""
 
     def __init__(self) -> None:
-        self.wire = Wire()
         look_up, self.asked = leads_to([PUBLIC])
         self.ilink = ILink(
             Metrics(),
@@ -428,11 +377,11 @@ class Untouched:
             base_url=f"{BASE}/c2c",
             allowed_hosts=(),
             max_bytes=100,
-            network=CheckedNetwork(Resolver((), look_up=look_up), inner=self.wire),
+            resolver=Resolver((), look_up=look_up),
         )
 
     def check(self) -> None:
-        assert (self.wire.connected, self.asked) == ([], [])
+        assert self.asked == []
 
 
 @pytest.fixture(scope="module")
@@ -485,20 +434,54 @@ async def test_media_are_fetched_from_and_brought_to_no_such_place(
 
 
 async def test_media_of_a_host_that_leads_inside_are_not_fetched(untouched: Untouched) -> None:
-    wire = Wire()
-    network = CheckedNetwork(Resolver((), look_up=leads_to(["10.0.0.7"])[0]), inner=wire)
     cdn = CdnClient(
         untouched.ilink,
         Metrics(),
         base_url=f"{BASE}/c2c",
         allowed_hosts=(),
         max_bytes=100,
-        network=network,
+        resolver=Resolver((), look_up=leads_to(["10.0.0.7"])[0]),
     )
-    with pytest.raises(Temporary):
+    with pytest.raises(Temporary, match="NotPublic"):
         [piece async for piece in cdn.download(MediaRef(0, "", "reference", None, ""))]
     await cdn.close()
-    assert wire.connected == []
+
+
+async def test_media_come_from_the_address_that_was_checked_under_their_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where the name has an address that does not answer."""
+    async with tls(tmp_path, HOST, "HTTP/1.1 200 OK\nSet-Cookie: who=bot1\nContent-Length: 2\n\nhi") as server:
+        ilink, account = client(server, ["127.0.0.1"], monkeypatch)
+        allowed = (f"{HOST}:{server.port}",)
+        look_up, asked = leads_to(["127.0.0.2", "127.0.0.1"], ["127.0.0.3"])
+        resolver = Resolver(allowed, look_up=look_up)
+        cdn = CdnClient(
+            ilink, Metrics(), base_url=account.base_url, allowed_hosts=allowed, max_bytes=100, resolver=resolver
+        )
+        for _ in range(2):
+            assert b"".join([piece async for piece in cdn.download(MediaRef(0, "", "a b", None, ""))]) == b"hi"
+        await cdn.close()
+    assert (asked, server.names) == ([(HOST, server.port)], [HOST, HOST])
+    assert f"\r\nhost: {HOST}:{server.port}\r\n" in server.requests[0].lower()
+    assert "/download?encrypted_query_param=a%20b " in server.requests[0]
+    assert "cookie" not in server.requests[1].lower()
+
+
+async def test_media_of_a_host_with_a_certificate_of_another_name_are_not_fetched(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with tls(tmp_path, "evil.example", EMPTY) as server:
+        ilink, account = client(server, ["127.0.0.1"], monkeypatch)
+        allowed = (f"{HOST}:{server.port}",)
+        resolver = Resolver(allowed, look_up=leads_to(["127.0.0.1"])[0])
+        cdn = CdnClient(
+            ilink, Metrics(), base_url=account.base_url, allowed_hosts=allowed, max_bytes=100, resolver=resolver
+        )
+        with pytest.raises(Temporary):
+            [piece async for piece in cdn.download(MediaRef(0, "", "reference", None, ""))]
+        await cdn.close()
+    assert server.requests == []
 
 
 async def test_a_proxy_of_the_environment_may_be_inside_and_resolves_for_itself(

@@ -43,22 +43,17 @@ class Answering:
         )
         self.repeatable = False
         self.timeout_s = 0.0
-        self.fresh: list[bool] = []
-        """Of each call: whether it got a connection of its own."""
         self.requests: list[IlinkRequest] = []
 
-        async def exchange(
-            _url: str, request: IlinkRequest, timeout_s: float, *, fresh: bool, **_: object
-        ) -> IlinkReply:
+        async def exchange(_url: str, request: IlinkRequest, timeout_s: float, _check: object) -> IlinkReply:
             self.repeatable = request.repeatable
             self.timeout_s = timeout_s
-            self.fresh.append(fresh)
             self.requests.append(request)
             if isinstance(answer, Exception):
                 raise answer
             return answer(request) if callable(answer) else answer
 
-        monkeypatch.setattr(self.ilink._transport, "exchange", exchange)
+        monkeypatch.setattr(self.ilink._pool, "exchange", exchange)
 
 
 def reply(body: Any, status: int = 200, **headers: str) -> IlinkReply:
@@ -128,16 +123,6 @@ async def test_a_code_is_what_ilink_gave(monkeypatch: pytest.MonkeyPatch) -> Non
     code = await answering.ilink.fetch_code(())
     assert (code.handle, code.url) == ("handle", "https://example.com/qr")
     assert answering.metrics.value("upstream_requests_total", endpoint="get_bot_qrcode", outcome="ok") == 1
-
-
-async def test_one_call_goes_over_a_new_connection_where_those_of_a_bot_seem_dead(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    answering = Answering(monkeypatch, TimeoutError())
-    await answering.ilink.recycle(ACCOUNT.bot)
-    for _ in range(2):
-        await CALLS["getupdates"](answering.ilink)
-    assert answering.fresh == [True, False]
 
 
 @pytest.mark.parametrize("endpoint", CALLS)

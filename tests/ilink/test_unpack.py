@@ -13,7 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from adapter.errors import Uncertain
-from adapter.ilink.unpack import unpack
+from adapter.ilink import protocol
+from adapter.ilink.protocol import IlinkReply
 
 MOST = 1_000_000
 TEXT = b'{"ret":0,"msgs":[]}' * 100
@@ -24,6 +25,10 @@ PACKED: dict[str, Callable[[bytes], bytes]] = {
     "X-GZIP": gzip.compress,
     " Deflate": zlib.compress,
 }
+
+
+def unpack(encoding: str, body: bytes, limit: int) -> bytes:
+    return protocol.unpack(IlinkReply(200, {"content-encoding": encoding}, body), limit).body
 
 
 @pytest.mark.parametrize("encoding", PACKED)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from adapter.errors import Refused
-from adapter.ilink.urls import check_link, check_url, redirect_url
+from adapter.ilink.network import check_link, check_url, redirect_url
 
 CDN = "https://novac2c.cdn.weixin.qq.com/c2c"
 LOCAL = ("127.0.0.1:8080", "simulator", "[::1]:8080")
