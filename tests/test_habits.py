@@ -18,7 +18,7 @@ PRIVATE = {
     " _ps _reading_task _status _transport",
     "bus/test_tls.py": "_io_writer _transport",
     "conftest.py": "_send_ping",
-    "e2e/test_growth.py": "_deleted _pool _settled _subs _transport",  # forgets what is bounded
+    "e2e/test_growth.py": "_deleted _pool _settled _subs",  # forgets what is bounded
     # headers that no client writes
     "bus/test_consumer.py": "_on_status _send_command",
     "bus/test_publisher.py": "_interrupt _outstanding _send_command _stream_of",
