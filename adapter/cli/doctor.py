@@ -22,35 +22,21 @@ from adapter.cli.exits import NO, OK, UNREACHABLE, Failed
 from adapter.cli.options import Json, MaybeSandbox, flag
 from adapter.cli.permission_checks import PermissionCheck, State
 from adapter.contract.messages import BOT_STATUSES, BindingInfo, BotStatus
-from adapter.contract.names import H_MSG_ID, digest
 from adapter.errors import UNDECODABLE, BusRefused, Conflict, Refused, Temporary
 from adapter.inbound.positions import find_above
 from adapter.jetstream import topology
 from adapter.jetstream.buckets import LeaderKvBucket
-from adapter.jetstream.history import count_by_subject
 from adapter.jetstream.layout import EXPECTS, LAYOUT, Shape, largest, read_layout, shape_of, with_shape, write_layout
-from adapter.outbound.commands import copy_headers, identity_of
-from adapter.ports import StoredMessage
 from adapter.security.seal import Sealer, Sealing
 from adapter.settings import PREFIX
 
 SERVICE = "wechat-nats"
 PING_S = 1.0
-GIB = 1 << 30
-UNRESERVED = GIB
-"""Bytes for what reserves no space: buckets, events, parked commands."""
 _SEALED: dict[Sealing, str] = {
     "sealed": "sealed",
     "older": "sealed with an older key",
     "foreign": "sealed with a key that is not set here, or damaged",
 }
-TOKEN_ADVICE: tuple[tuple[bool, Sealing, State, str], ...] = (
-    # whoever operates the bus need not have the key
-    (False, "foreign", "warn", "without WECHAT_NATS_TOKEN_KEY it cannot be told whether adapters can open them"),
-    (True, "foreign", "fail", "set that key too, after the first, or bind those bots anew"),
-    (True, "older", "warn", "use --fix before you take the older key away"),
-)
-"""Whether this command has a key, how tokens are stored, and what that means. The first row that applies counts."""
 RESTORE = "restore it from the backup"
 STYLES = {"ok": "green", "warn": "yellow", "fail": "bold red"}
 
@@ -100,11 +86,9 @@ async def _run_checks(bus: BusConnection, *, fix: bool, allow_loss: bool, quiet:
     if checks[-1].state == "ok":
         checks += [await _adopt_settings(bus, there, here), *left]
         checks += await _attempt("streams", _check_topology(bus))
-        checks += await _attempt("unknown streams", _check_unknown_streams(bus))
-        checks += await _attempt("storage", _check_storage(bus))
         sealed = _attempt("tokens", _check_tokens(bus)), _attempt("positions", _check_positions(bus))
         checks += itertools.chain(*await asyncio.gather(*sealed))  # both time out where this user may not read
-    checks.append(_check_adapters(bus, there))
+    checks.append(_check_adapters(there))
     if checks[-1].state == "ok":
         checks += await _attempt("bindings", _check_bindings(bus))
     wait = "in turn, for their users to write, or for a login"
@@ -152,12 +136,6 @@ async def _check_topology(bus: BusConnection) -> list[PermissionCheck]:
             said += f" --allow-loss, with {await _at_stake(bus, d)}"
         said += "." if d.critical or d.lacks_copies else ", or leave it if it is meant."
         checks.append(PermissionCheck(d.name, "fail" if d.critical or d.lacks_copies else "warn", said))
-    if not missing and (paused := await topology.paused_consumers(bus.connection, bus.names)):
-        said = f"{', '.join(paused)}: delivers nothing until `nats consumer resume`, by an administrator."
-        checks.append(PermissionCheck("consumers paused", "fail", said))
-    if not missing and (count := await _count_unrouted(bus)):
-        said = f"{count} were stored where no adapter looks, without the subject transform: use --fix."
-        checks.append(PermissionCheck("commands astray", "fail", said))
     return checks or [PermissionCheck("streams", "ok", "all streams, buckets and consumers are as they should be")]
 
 
@@ -170,13 +148,13 @@ async def _at_stake(bus: BusConnection, lowering: topology.Difference) -> str:
     return f"{messages:,} messages at stake"
 
 
-async def _adopt_settings(bus: BusConnection, there: list[Adapter] | None, here: Shape) -> PermissionCheck:
+async def _adopt_settings(bus: BusConnection, there: list[Adapter], here: Shape) -> PermissionCheck:
     """Has `bus.settings` shape streams as expected, and says whose settings that are. `here`: those of the shell."""
     layout = None
     with contextlib.suppress(Temporary):  # there is no bucket, or this user may not read it
         layout = await read_layout(bus.connection, bus.names)
     shape, whose = here, "this shell"
-    if all_expect := {adapter.metadata[EXPECTS] for adapter in there or () if EXPECTS in adapter.metadata}:
+    if all_expect := {adapter.metadata[EXPECTS] for adapter in there if EXPECTS in adapter.metadata}:
         shape = largest([msgspec.json.decode(expects, type=Shape) for expects in all_expect])
         whose = "the running adapters" + (", of which the largest count" if len(all_expect) > 1 else "")
     elif layout is not None and layout.settings:
@@ -192,31 +170,6 @@ async def _adopt_settings(bus: BusConnection, there: list[Adapter] | None, here:
     return PermissionCheck("layout", "ok", said)
 
 
-async def _check_unknown_streams(bus: BusConnection) -> list[PermissionCheck]:
-    """Streams of an earlier layout, whose messages nobody reads any more."""
-    found = await topology.unknown_streams(bus.connection, bus.names, bus.settings)
-    advice = "Unknown to this version: of an earlier layout, or of another program. Handle or export its"
-    return [
-        PermissionCheck(name, "warn", f"{advice} {count:,} messages before a roll-out, then `nats stream rm {name}`.")
-        for name, count in found.items()
-    ]
-
-
-async def _check_storage(bus: BusConnection) -> list[PermissionCheck]:
-    """Whether the account's limit has room for what streams reserve, and some for the others."""
-    need = topology.reserved_bytes(bus.names, bus.settings) * bus.settings.replicas
-    answer = await bus.connection.api_request("INFO")
-    limit = int((answer.get("limits") or {}).get("max_storage", -1))
-    said = f"streams reserve {need / GIB:.1f} GiB"
-    if limit < 0:
-        said += "; max_file_store of the servers has to be larger by what buckets take"
-        return [PermissionCheck("storage", "ok", said)]
-    said += f" of the account's {limit / GIB:.1f}"
-    if limit - need < UNRESERVED:
-        return [PermissionCheck("storage", "warn", f"{said}: {topology.MORE_ROOM}.")]
-    return [PermissionCheck("storage", "ok", said)]
-
-
 async def _check_tokens(bus: BusConnection) -> list[PermissionCheck]:
     """How bot tokens are stored, as far as this command's keys tell."""
     sealer = Sealer(bus.settings.token_key)
@@ -226,9 +179,14 @@ async def _check_tokens(bus: BusConnection) -> list[PermissionCheck]:
         said = "this user cannot read how they are stored; adapters look at their start"
         return [PermissionCheck("tokens", "ok", said)]
     said = ", ".join(f"{count} {_SEALED[sealing]}" for sealing, count in sorted(found.items())) or "none yet"
-    for with_key, sealing, state, advice in TOKEN_ADVICE:
-        if bool(bus.settings.token_key) is with_key and found[sealing]:
-            return [PermissionCheck("tokens", state, f"{said}: {advice}.")]
+    if found["foreign"] and bus.settings.token_key:
+        advice = "set that key too, after the first, or bind those bots anew"
+        return [PermissionCheck("tokens", "fail", f"{said}: {advice}.")]
+    if found["foreign"]:  # whoever operates the bus need not have the key
+        advice = "without WECHAT_NATS_TOKEN_KEY it cannot be told whether adapters can open them"
+        return [PermissionCheck("tokens", "warn", f"{said}: {advice}.")]
+    if found["older"]:
+        return [PermissionCheck("tokens", "warn", f"{said}: use --fix before you take the older key away.")]
     return [PermissionCheck("tokens", "ok", said)]
 
 
@@ -261,30 +219,25 @@ class Adapter(msgspec.Struct):
     metadata: dict[str, str] = {}
 
 
-async def query_adapters(bus: BusConnection) -> list[Adapter] | None:
-    """Asks all adapters, and waits for their answers. None: somebody subscribes and nobody answers. Raises Failed,
-    NatsError."""
+async def query_adapters(bus: BusConnection) -> list[Adapter]:
+    """Asks all adapters, and waits for their answers. Raises Failed, NatsError."""
     ping, inbox = f"$SRV.PING.{SERVICE}", bus.nc.new_inbox()
     answers = await bus.nc.subscribe(inbox)
     await bus.nc.publish(ping, b"", reply=inbox)
     await asyncio.sleep(PING_S)
     bus.raise_if_forbidden(ping)
     found: list[Adapter] = []
-    silent = not answers.pending_msgs
     while answers.pending_msgs:
         with contextlib.suppress(*UNDECODABLE):  # empty: the server says that nobody subscribes
             found.append(msgspec.json.decode((await answers.next_msg()).data, type=Adapter))
-    return None if silent else found
+    return found
 
 
-def _check_adapters(bus: BusConnection, there: list[Adapter] | None) -> PermissionCheck:
-    if there is None:
-        said = "Somebody hears the question for adapters, and none answers on"
-        said += f" {bus.settings.nats_inbox_prefix}.>: set NATS_INBOX_PREFIX to _INBOX_operator; or an adapter hangs,"
-        said += " or something else listens to all subjects."
-        return PermissionCheck("adapters", "fail", said)
+def _check_adapters(there: list[Adapter]) -> PermissionCheck:
     if not there:
-        return PermissionCheck("adapters", "fail", "None answers: start one with `wechat-nats run`.")
+        return PermissionCheck(
+            "adapters", "fail", "None answers: start one with `wechat-nats run`, or look why it hangs."
+        )
     versions = ", ".join(sorted({adapter.version for adapter in there}))
     return PermissionCheck("adapters", "ok", f"{len(there)} running, version {versions}")
 
@@ -364,13 +317,6 @@ async def _fix(
         if count := found["older"]:
             say(f"sealing {count} bot tokens with the first key")
             await reseal_tokens(bus.history, LeaderKvBucket(connection, names.bindings), names, sealer)
-        count = await _count_unrouted(bus)
-        if count and not settings.token_key:
-            without = f"{count} are not published again without {PREFIX}TOKEN_KEY, as adapters have it."
-            left.append(PermissionCheck("commands astray", "fail", without))
-        elif count:
-            say(f"publishing {count} commands again that were stored where no adapter looks")
-            await _republish_unrouted(bus, sealer)
         above, _ = await find_above(bus.history, names, sealer)
         if above:
             say(f"lowering {len(above)} positions to the last sequence of {names.stream_in}")
@@ -388,36 +334,3 @@ async def _fix(
         if bus.forbidden:
             raise Failed(NO, "This user may not do what --fix does: use the adapter's credentials.") from exc
         raise Failed(UNREACHABLE, f"JetStream did not answer ({exc.detail}): try again.") from exc
-
-
-async def _count_unrouted(bus: BusConnection) -> int:
-    """How many commands were stored without the subject transform of WECHAT_OUT: no consumer sees them. Raises
-    Temporary, BusRefused."""
-    return sum((await count_by_subject(bus.connection, bus.names.stream_out, bus.names.out("*"))).values())
-
-
-async def _republish_unrouted(bus: BusConnection, sealer: Sealer) -> None:
-    """Publishes each of them again, oldest first, so that the transform routes it to its shard, and deletes the
-    original.
-
-    The transform must be in place. Raises Failed at the first that is not stored; the next attempt starts there.
-    """
-    stream = bus.names.stream_out
-
-    async def republish() -> None:
-        async for stored in bus.history.read(stream, bus.names.out("*")):
-            await bus.store(stored.subject, stored.data, _copy_headers(stored, sealer))
-            await bus.delete_stored(stream, stored.seq)
-
-    await bus.ask_jetstream(f"DIRECT.GET.{stream}", republish())
-
-
-def _copy_headers(stored: StoredMessage, sealer: Sealer) -> dict[str, str]:
-    """A copy's id is derived from the original, so that a repeated copy is stored once. The copy has the original's
-    identity, so that its receipt and its expiry are those of the original."""
-    sandbox = stored.subject.rpartition(".")[2]
-    original = identity_of(stored.headers, stored.data, sandbox, stored.seq, stored.time_ms, sealer)
-    ident = original.id or stored.headers.get(H_MSG_ID) or str(stored.seq)
-    original = msgspec.structs.replace(original, id=ident)
-    headers = copy_headers(original, stored.headers, stored.data, sandbox, sealer)
-    return headers | {H_MSG_ID: f"astray:{stored.seq}:{stored.time_ms}:{digest(stored.data)}"}

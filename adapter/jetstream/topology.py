@@ -314,20 +314,6 @@ async def inspect_topology(
     return missing, different
 
 
-async def paused_consumers(connection: ManagedConnection, names: Names) -> list[str]:
-    """The adapter's consumers that are paused. Raises Temporary."""
-    wanted = wanted_consumers(names)
-
-    async def info(consumer: Wanted) -> dict[str, Any]:
-        try:
-            return await connection.api_request(f"CONSUMER.INFO.{consumer.stream}.{consumer.name}")
-        except BusRefused:  # missing ones are reported elsewhere
-            return {}
-
-    found = await asyncio.gather(*(info(consumer) for consumer in wanted))
-    return [consumer.name for consumer, its in zip(wanted, found, strict=True) if its.get("paused")]
-
-
 async def create_resource(connection: ManagedConnection, wanted: Wanted) -> None:
     """Creates a stream or a consumer. Raises Temporary, BusRefused.
 
@@ -408,20 +394,6 @@ def layout_advice(layout: Layout) -> str:
     """What to do where streams have the layout of another version."""
     said = f"The streams have layout {layout.version}, this program has {LAYOUT}"
     return f"{said}: {'use a newer program' if layout.version > LAYOUT else 'run `wechat-nats doctor --fix`'}."
-
-
-async def unknown_streams(connection: ManagedConnection, names: Names, settings: Settings) -> dict[str, int]:
-    """Streams with our prefix that this version does not use, with their numbers of messages. Raises Temporary."""
-    prefix, known = names.prefix, {wanted.name for wanted in wanted_streams(names, settings)}
-    found: list[dict[str, Any]] = []
-    while True:
-        answer = await connection.api_request("STREAM.LIST", {"offset": len(found)})
-        found += (page := answer.get("streams") or [])
-        if not page or len(found) >= int(answer.get("total", 0)):
-            break
-    counts = {str(stream["config"]["name"]): int(stream["state"]["messages"]) for stream in found}
-    ours = (f"{prefix.upper()}_", f"KV_{prefix}_", f"OBJ_{prefix}_")
-    return {name: count for name, count in sorted(counts.items()) if name.startswith(ours) and name not in known}
 
 
 async def _create_all(connection: ManagedConnection, missing: list[Wanted]) -> None:

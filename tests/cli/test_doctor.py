@@ -17,7 +17,7 @@ from adapter.cli import permission_checks
 from adapter.cli.bus import BusConnection, connected_bus
 from adapter.cli.embedded import EmbeddedNats
 from adapter.contract.messages import BindingHealth, BindingInfo, BotStatus
-from adapter.contract.names import conversation_key, shard_of, to_subject_token
+from adapter.contract.names import conversation_key, to_subject_token
 from adapter.contract.records import Binding, CheckpointRecord, ReaderRecord
 from adapter.environment import read_settings
 from adapter.errors import Refused
@@ -26,8 +26,7 @@ from adapter.jetstream.history import StreamHistory
 from adapter.jetstream.layout import KEY, expects
 from adapter.jetstream.managed_connection import ManagedConnection
 from adapter.jetstream.topology import HOUR_NS
-from adapter.outbound.commands import copy_headers, identity_of
-from adapter.outbound.record import CommandRef, ConversationRecord, SendWindow
+from adapter.outbound.record import ConversationRecord, SendWindow
 from adapter.outbound.store import open_record, seal_record
 from adapter.security.seal import Sealer, checkpoint_context, cursor_context
 from tests.bus.guarded import Guarded, guarded
@@ -225,18 +224,6 @@ async def test_a_program_does_not_change_streams_of_a_newer_layout(cli: Command,
     assert (refused.code, "use a newer program" in refused.err) == (1, True)
 
 
-async def test_streams_of_an_earlier_layout_are_named_with_their_messages(cli: Command, bus: BusConnection) -> None:
-    await bus.js.add_stream(name="WECHAT_OLD", subjects=["old.>"])
-    await bus.js.add_stream(name="KV_wechat_old")
-    await bus.js.add_stream(name="WECHATTER", subjects=["other.>"])
-    for _ in range(3):
-        await bus.js.publish("old.x", b"x")
-    result = await cli("doctor", "--json")
-    unknown = {row["check"]: row["say"] for row in result.rows if "Unknown to this version" in row["say"]}
-    assert list(unknown) == ["KV_wechat_old", "WECHAT_OLD"]
-    assert "3 messages before a roll-out" in unknown["WECHAT_OLD"]
-
-
 async def test_a_difference_that_breaks_a_guarantee_fails_until_fixed(cli: Command, bus: BusConnection) -> None:
     config = (await bus.api_request(f"STREAM.INFO.{bus.names.stream_in}"))["config"]
     del config["republish"]
@@ -245,91 +232,6 @@ async def test_a_difference_that_breaks_a_guarantee_fails_until_fixed(cli: Comma
         result = await cli("doctor", "--json")
         assert (result.code, states(result)["WECHAT_IN"]) == (1, "fail")
         assert (await cli("doctor", "--fix")).code == 0
-
-
-async def test_a_consumer_that_is_paused_is_told(cli: Command, bus: BusConnection) -> None:
-    for consumer in ("WECHAT_CTL.control", "WECHAT_OUT.out-007"):
-        await bus.api_request(f"CONSUMER.PAUSE.{consumer}", {"pause_until": "2100-01-01T00:00:00Z"})
-    result = await cli("doctor", "--json")
-    (told,) = [row["say"] for row in result.rows if row["check"] == "consumers paused"]
-    assert told.startswith("out-007, control: ")
-    assert result.code == 1
-    for consumer in ("WECHAT_CTL.control", "WECHAT_OUT.out-007"):
-        await bus.api_request(f"CONSUMER.PAUSE.{consumer}", {})
-    assert states(await cli("doctor", "--json"))["streams"] == "ok"
-
-
-async def test_commands_that_were_stored_without_the_transform_are_brought_to_their_shards(
-    cli: Command, bus: BusConnection, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Where no consumer looks they would wait for ever, and their senders for a receipt."""
-    monkeypatch.setenv("WECHAT_NATS_TOKEN_KEY", TOKEN_KEY)
-    names = bus.names
-    config = (await bus.api_request(f"STREAM.INFO.{names.stream_out}"))["config"]
-    await bus.api_request(f"STREAM.UPDATE.{names.stream_out}", config | {"subject_transform": None})
-    first = await bus.store(names.out("s1"), b"one", {})
-    await bus.store(names.out("s2"), b"two", {"Nats-Msg-Id": "mine", "traceparent": "00-1"})
-    routed = CommandRef(sequence=1, stored_ms=1, id="routed")
-    await bus.store(names.out("s1"), b"three", copy_headers(routed, {}, b"three", "s1", Sealer((bytes(32),))))
-    result = await cli("doctor", "--json")
-    assert (states(result)["WECHAT_OUT"], states(result)["commands astray"]) == ("fail", "fail")
-    assert "publishing 3 commands again" in (await cli("doctor", "--fix")).out
-    result = await cli("doctor", "--json")
-    assert (states(result)["streams"], "commands astray" in states(result)) == ("ok", False)
-    connection = ManagedConnection(bus.settings, "test")
-    await connection.adopt_client(bus.nc)
-    found = [
-        (stored.subject, stored.data, stored.headers["Wechat-Command"], stored.headers.get("traceparent"))
-        async for stored in StreamHistory(connection).read(names.stream_out, names.out(">"))
-    ]
-    assert found == [
-        (f"wechat.out.{shard_of('s1')}.s1", b"one", str(first.seq), None),
-        (f"wechat.out.{shard_of('s2')}.s2", b"two", "mine", "00-1"),
-        (f"wechat.out.{shard_of('s1')}.s1", b"three", "routed", None),
-    ]
-
-
-async def test_commands_brought_back_wait_since_they_were_stored_first(
-    cli: Command, bus: BusConnection, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """By that they expire, and their receipts name it."""
-    names, sealer = bus.names, Sealer((bytes(32),))
-    config = (await bus.api_request(f"STREAM.INFO.{names.stream_out}"))["config"]
-    await bus.api_request(f"STREAM.UPDATE.{names.stream_out}", config | {"subject_transform": None})
-    await bus.store(names.out("s1"), b'{"text":"now or never","expires_in_s":0.5}', {})
-    original, copy = CommandRef(sequence=7, stored_ms=1234, id="c7"), b'{"text":"a copy"}'
-    await bus.store(names.out("s1"), copy, copy_headers(original, {}, copy, "s1", sealer))
-    connection = ManagedConnection(bus.settings, "test")
-    await connection.adopt_client(bus.nc)
-    history = StreamHistory(connection)
-    before = [stored async for stored in history.read(names.stream_out, names.out("s1"))]
-    assert "2 are not published again without WECHAT_NATS_TOKEN_KEY" in (await cli("doctor", "--fix")).out
-    monkeypatch.setenv("WECHAT_NATS_TOKEN_KEY", TOKEN_KEY)
-    assert "publishing 2 commands again" in (await cli("doctor", "--fix")).out
-    after = [stored async for stored in history.read(names.stream_out, names.out(">"))]
-    assert [stored.data for stored in after] == [stored.data for stored in before]
-    first = CommandRef(sequence=before[0].seq, stored_ms=before[0].time_ms, id=str(before[0].seq))
-    found = [identity_of(one.headers, one.data, "s1", one.seq, one.time_ms, sealer) for one in after]
-    assert found == [first, original]
-
-
-async def test_a_command_that_cannot_be_brought_back_is_named_and_can_be_deleted(
-    cli: Command, bus: BusConnection, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """It fits as it was stored, and not with what a copy says of it."""
-    monkeypatch.setenv("WECHAT_NATS_TOKEN_KEY", TOKEN_KEY)
-    names = bus.names
-    config = (await bus.api_request(f"STREAM.INFO.{names.stream_out}"))["config"]
-    await bus.api_request(f"STREAM.UPDATE.{names.stream_out}", config | {"subject_transform": None})
-    for sandbox, size in (("s1", config["max_msg_size"] - 50), ("s2", 10), ("s1", 10)):
-        await bus.nc.jetstream().publish(names.out(sandbox), b"x" * size)
-    result = await cli("doctor", "--fix")
-    assert (result.code, "Not stored" in result.err) == (1, True)
-    (largest,) = [row["seq"] for row in (await cli("queue", "ls", "--json")).rows if row["size"] > 10]
-    assert (await cli("queue", "drop", str(largest))).code == 0
-    assert "publishing 2 commands again" in (await cli("doctor", "--fix")).out
-    state = (await bus.api_request(f"STREAM.INFO.{names.stream_out}", {"subjects_filter": ">"}))["state"]["subjects"]
-    assert state == {f"wechat.out.{shard_of(sandbox)}.{sandbox}": 1 for sandbox in ("s1", "s2")}
 
 
 async def test_what_the_server_will_not_change_is_left_to_people(cli: Command, bus: BusConnection) -> None:
@@ -410,24 +312,6 @@ async def test_streams_that_reserve_more_than_there_is_name_the_settings(
         monkeypatch.setenv("WECHAT_NATS_IN_MAX_BYTES", "600000000")
         monkeypatch.setenv("WECHAT_NATS_MEDIA_STORE_BYTES", "1000000000")
         assert (await cli("doctor", "--fix")).err == ""
-
-
-@pytest.mark.parametrize(("limit_gib", "state"), [(0, "ok"), (30, "ok"), (26, "warn")])
-async def test_what_streams_reserve_is_compared_with_what_the_account_may_have(
-    cli: Command, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, limit_gib: int, state: str
-) -> None:
-    """By default 10 GiB of inbound messages, 5 of commands, 1 of dead letters and 10 of media. 0: no limit."""
-    bound = f"{{ max_file: {limit_gib}GB }}" if limit_gib else "enabled"
-    account = f'{{ jetstream: {bound}\n users: [ {{ user: adapter, password: "adapter-secret" }} ] }}'
-    async with guarded(tmp_path, edit=lambda _: f"accounts {{ WECHAT {account} }}\n") as server:
-        enter(monkeypatch, server, "adapter")
-        row = said(await cli("doctor", "--json"), "storage")
-    assert row[0] == state
-    assert "26.0 GiB" in row[1]
-    assert ("WECHAT_NATS_IN_MAX_BYTES" in row[1]) == (state == "warn")
-
-
-# permissions ---------------------------------------------------------------------------------------------
 
 
 def enter(monkeypatch: pytest.MonkeyPatch, server: Guarded, who: str) -> None:
