@@ -263,9 +263,6 @@ class BusMessage(msgspec.Struct, frozen=True):
     headers: dict[str, str]
     ensure_owner: Callable[[], None] | None = None
     """Called before each attempt to write. Raises LeaseLost if this replica may no longer write the message."""
-    ensure_owner_if_delayed: Callable[[], None] | None = None
-    """Like `ensure_owner`, for an attempt after the stream may have forgotten a message that another replica stored
-    with the same id."""
 
 
 class PubAck(msgspec.Struct):

@@ -307,7 +307,7 @@ class Binder:
         self, binding: Binding, change: BindingChange, request: ControlRequest, *, reason: str = ""
     ) -> None:
         event = binding.event(change, reason=reason, request=request.id)
-        await self._deps.access.events.publish_binding_event(event, ensure_owner_if_delayed=self._deps.ensure_owner)
+        await self._deps.access.events.publish_binding_event(event, ensure_owner=self._deps.ensure_owner)
         log.info("binding.changed", change=change, sandbox=binding.sandbox, bot=binding.bot)
 
 

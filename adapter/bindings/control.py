@@ -198,7 +198,7 @@ class Control:
                 request=command.id or "",
             )
             events, ensure_owner = self._deps.access.events, self._deps.ensure_owner
-            await events.publish_binding_event(event, ensure_owner_if_delayed=ensure_owner)
+            await events.publish_binding_event(event, ensure_owner=ensure_owner)
             log.warning("binding.refused", sandbox=command.sandbox, bot=command.bot, reason=exc.reason)
         return ControlAnswer(ok=False, id=command.id or "", error=exc.detail)
 

@@ -11,7 +11,6 @@ import asyncio
 import contextlib
 import functools
 import re
-import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -19,34 +18,22 @@ from nats.aio.client import PING_PROTO, Client
 from nats.aio.msg import Msg
 from nats.aio.transport import TcpTransport
 from nats.errors import ConnectionReconnectingError
-from nats.protocol.parser import Parser
 
 from adapter.security.nkeys import UserKey
 
 _NAME = re.compile(r"[!#$%&'*+\-.^_`|~0-9A-Za-z]+")
-_HEADERS = re.compile(rf"(?:{_NAME.pattern}: (?! )[ -~]*(?<! )\r\n)+")
-"""Headers that need no further check: names and printable ASCII values without spaces around them, which nats-py
-would strip."""
-
-_PLAIN = re.compile(rb"NATS/1\.0(?: (\d{3}) ([!-~][ -~]*))?\r\n((?:%b)?)\r\n" % _HEADERS.pattern.encode())
-"""Status and reason, if they are the server's own, and the header lines."""
-
-_IDS = re.compile(rb"\r\nNats-Msg-Id:([^\r]*)")
-
+_VERSION = "NATS/1.0"
 _VIOLATION = re.compile(r'permissions violation for (publish|subscription) to "([^"]+)"')
 
 RawCallback = Callable[[str, bytes, bytes], None]
-"""Subject, payload and raw headers of a message; see `has_no_responders` and `parse_headers`."""
+"""Subject, payload and raw headers of a message; see `has_no_responders`, `parse_headers`."""
 Admission = Callable[[str, str, int], bool]
 """Decides by subject, reply subject and payload size whether a message is accepted."""
 
-
-PIECE = 8 * 1024
-"""Bytes that are parsed at once on a connection that pauses."""
-WORK_S = 0.001
-"""Parsing time after which the connection pauses for four times as long, so that a flood takes a fifth of the event
-loop's time."""
-
+BURST, BURST_BYTES = 64, 512 * 1024
+"""Messages, or bytes of them, after which a connection pauses. They take about a millisecond."""
+PAUSE_S = 0.004
+"""Length of such a pause, so that a flood takes a fifth of the event loop's time."""
 
 UNWRITTEN_BYTES = 1024 * 1024
 """Bytes that the server has not taken, from which on nats-py's writer waits for it."""
@@ -59,44 +46,20 @@ class UserCredentials(NamedTuple):
     jwt: str = ""
 
 
-class ConnectionBroke(ConnectionReconnectingError, ConnectionResetError):
-    """The socket broke in this moment. Callers of nats-py expect its errors, its read loop those of the socket."""
-
-    def __str__(self) -> str:
-        return "nats: the connection broke"
-
-
-class _Parser(Parser):
-    """Can pause for other tasks, while nats-py parses everything that has arrived."""
-
-    _worked_s = 0.0
-
-    async def parse(self, data: bytes = b"") -> None:
-        if not self.nc.pauses:
-            await super().parse(data)
-            return
-        for first in range(0, len(data), PIECE):
-            began = time.perf_counter()
-            await super().parse(data[first : first + PIECE])
-            self._worked_s += time.perf_counter() - began
-            if self._worked_s > WORK_S:
-                await asyncio.sleep(4 * self._worked_s)
-                self._worked_s = 0.0
-
-
 class BusClient(Client):
     """One connection. `publish` writes what nats-py's does. Messages for `subscribe_raw` skip nats-py's queue and
     task."""
 
     def __init__(self) -> None:
         super().__init__()
-        self._ps = _Parser(self)
         self._raw_callbacks: dict[int, RawCallback] = {}
         self._admit: Admission | None = None
         self._flush: asyncio.Handle | None = None
         """The flush that is scheduled."""
         self.pauses = False
         """Whether incoming messages may take only a part of the event loop's time."""
+        self._burst = 0.0
+        """Part of a burst that has come since the last pause."""
 
     def set_admission(self, admit: Admission) -> None:
         """Makes a connection that other clients write to pause, and call `admit` before it processes a message that
@@ -123,16 +86,12 @@ class BusClient(Client):
     async def publish(
         self, subject: str, payload: bytes = b"", reply: str = "", headers: dict[str, str] | None = None
     ) -> None:
-        if self.enqueue_publish(subject, payload, reply, headers):
-            self.flush_soon()
-        else:
+        if not self.try_publish(subject, payload, reply, headers):
             await super().publish(subject, payload, reply, headers)
 
-    def enqueue_publish(self, subject: str, payload: bytes, reply: str, headers: dict[str, str] | None) -> bool:
-        """Queues a publish. False: nothing is queued, and nats-py has to handle it.
-
-        It is written after `flush_soon` or `flush_now`.
-        """
+    def try_publish(self, subject: str, payload: bytes, reply: str, headers: dict[str, str] | None) -> bool:
+        """Queues a publish, which is written together with others of this turn of the event loop. False: nothing is
+        queued, and nats-py has to handle it."""
         if self._status != self.CONNECTED or len(payload) > self._max_payload:
             return False
         if self._pending_data_size > self._max_pending_size:
@@ -144,18 +103,13 @@ class BusClient(Client):
         self.stats["out_bytes"] += len(payload)
         self._pending.append(command)
         self._pending_data_size += len(command)
+        if self._flush is None:
+            self._flush = asyncio.get_running_loop().call_soon(self._write_pending)
         return True
 
-    def flush_soon(self) -> None:
-        """Writes queued publishes together with others of this turn of the event loop."""
-        if self._flush is None:
-            self._flush = asyncio.get_running_loop().call_soon(self.flush_now)
-
-    def flush_now(self) -> None:
-        """Writes queued publishes at once, by nats-py's writer if the server does not keep up."""
-        if self._flush is not None:
-            self._flush.cancel()
-            self._flush = None
+    def _write_pending(self) -> None:
+        """Writes queued publishes, by nats-py's writer if the server does not keep up."""
+        self._flush = None
         if not self._pending:
             return
         if self._status == self.CONNECTED and isinstance(self._transport, TcpTransport):
@@ -178,14 +132,9 @@ class BusClient(Client):
 
     async def _close(self, status: int, do_cbs: bool = True) -> None:
         """Closes a connection that broke with unwritten data. nats-py fails on it before it has ended its tasks."""
-        try:
-            await super()._close(status, do_cbs)
-        # from uvloop, and from asyncio in Python 3.13 and 3.12
-        except (OSError, RuntimeError, TypeError, AttributeError):
-            self._pending = []
-            self._pending_data_size = 0
-            self._status = self.DISCONNECTED  # otherwise nats-py does nothing
-            await super()._close(status, do_cbs)
+        if self._is_socket_closed():
+            self._pending, self._pending_data_size = [], 0
+        await super()._close(status, do_cbs)
 
     async def _send_ping(self, future: asyncio.Future[bool] | None = None) -> None:
         """Sends the ping after queued data. nats-py's ping overtakes them, so that a subscription might not exist
@@ -195,17 +144,12 @@ class BusClient(Client):
         await self._flush_pending()
 
     async def _flush_pending(self, force_flush: bool = False) -> Any:
-        """Raises ConnectionBroke for the socket's error, which nats-py lets through if its own flusher has ended, and
-        reconnects as the flusher does."""
-        try:
-            return await super()._flush_pending(force_flush)
-        # from uvloop, and from asyncio in Python 3.13 and 3.12
-        except (OSError, RuntimeError, TypeError, AttributeError) as exc:
-            if not (isinstance(exc, OSError) or self._is_socket_closed()):
-                raise
-            if asyncio.current_task() is not self._reconnection_task:
-                await self._process_op_err(exc)
-            raise ConnectionBroke from exc
+        """Reconnects if the socket is closed and nats-py's flusher, which would do so, has ended. nats-py lets the
+        socket's error through."""
+        if self._flusher_task is not None and self._flusher_task.done() and self._is_socket_closed():
+            await self._process_op_err(ConnectionResetError())
+            raise ConnectionReconnectingError
+        return await super()._flush_pending(force_flush)
 
     def _is_socket_closed(self) -> bool:
         writer = self._transport._io_writer if isinstance(self._transport, TcpTransport) else None
@@ -220,32 +164,16 @@ class BusClient(Client):
         subscription = await self.subscribe(subject, cb=on_message, pending_msgs_limit=0, pending_bytes_limit=0)
         self._raw_callbacks[subscription._id] = on_raw_message
 
-    async def parse_headers(self, raw: bytes) -> dict[str, str]:
-        """Decodes raw headers. The server's status is called `Status`, its reason `Description`."""
-        return await self._process_headers(raw) or {}
-
     async def _process_headers(self, headers: bytes | None) -> dict[str, str] | None:
-        """Takes the first of several ids, by which the server drops duplicates."""
-        found = await self._read_headers(headers)
-        if found and headers and headers.count(b"Nats-Msg-Id") > 1 and (first := _IDS.search(headers)):
-            found["Nats-Msg-Id"] = first[1].decode(errors="replace").strip()
-        return found
-
-    async def _read_headers(self, headers: bytes | None) -> dict[str, str] | None:
-        """Fast path for plain headers. nats-py checks each letter of each name, and twice if the server adds a
-        status."""
-        plain = _PLAIN.fullmatch(headers) if headers else None
-        if plain is None:
-            return await super()._process_headers(headers)
-        status, why, lines = plain.groups()
-        found = {"Status": status.decode("ascii"), "Description": why.decode("ascii")} if status else {}
-        for line in lines.decode("ascii").split("\r\n")[:-1]:
-            name, _, value = line.partition(": ")
-            found[name] = value
-        return found or None
+        return parse_headers(headers) if headers else None
 
     async def _process_msg(self, sid: int, subject: bytes, reply: bytes, data: bytes, headers: Any) -> None:
         on_raw_message = self._raw_callbacks.get(sid)
+        if self.pauses:
+            self._burst += 1 / BURST + len(data) / BURST_BYTES
+            if self._burst > 1:
+                self._burst = 0.0
+                await asyncio.sleep(PAUSE_S)
         if on_raw_message is None:
             if self._admit is None or self._admit(
                 subject.decode(errors="replace"), reply.decode(errors="replace"), len(data)
@@ -258,6 +186,20 @@ class BusClient(Client):
             on_raw_message(subject.decode(), data, headers or b"")
         except Exception as exc:  # noqa: BLE001 - as nats-py does: a callback must not end the connection
             await self._error_cb(exc)
+
+
+def parse_headers(raw: bytes) -> dict[str, str]:
+    """Decodes raw headers, in a third of nats-py's time. The server's status is called `Status`, its reason
+    `Description`. Of repeated headers the first counts: by the first id the server drops duplicates."""
+    first, *lines = raw.decode(errors="replace").split("\r\n")
+    found: dict[str, str] = {}
+    if len(first) > len(_VERSION):
+        found["Status"], _, found["Description"] = first[len(_VERSION) :].strip().partition(" ")
+    for line in lines:
+        name, _, value = line.partition(":")
+        if _is_name(name):
+            found.setdefault(name, value.strip())
+    return found
 
 
 def permission_violation(exc: Exception) -> tuple[str, str] | None:

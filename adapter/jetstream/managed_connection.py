@@ -105,7 +105,7 @@ class ManagedConnection:
             self._lost.set()  # without a client the next one is being made, and must not be given up
         raise Temporary("bus_down", self.down_reason)
 
-    def _record_answered(self, answered: bool) -> None:
+    def record_answered(self, answered: bool) -> None:
         """Records whether a server with a known leader answered a request. A server through which none is answered is
         left for another, since it may be cut off from the cluster. If no server answers, moving does not help and
         happens ever more rarely.
@@ -223,13 +223,13 @@ class ManagedConnection:
         try:
             answer = await request.next_reply(timeout_s)
         except TimeoutError:
-            self._record_answered(False)
+            self.record_answered(False)
             raise Temporary("bus_timeout", f"nothing in {timeout_s:g} s") from None
         if answer.no_responders:
-            self._record_answered(False)
+            self.record_answered(False)
             raise Temporary("bus_busy", "no responders")
         # a stored message has headers, at least
-        self._record_answered(bool(answer.headers) or not is_leaderless(answer.data))
+        self.record_answered(bool(answer.headers) or not is_leaderless(answer.data))
         return answer
 
     async def api_request(

@@ -134,8 +134,7 @@ class Services:
         self._metrics.service_refusals.labels(reason=admission).inc()
         if shares.count_refusal(sandbox):
             headers = {H_ERROR: BUSY.format(count=self._max_per_sandbox), H_ERROR_CODE: "429"}
-            if nc.enqueue_publish(reply, b"", "", headers):
-                nc.flush_soon()
+            nc.try_publish(reply, b"", "", headers)
         return False
 
     async def _answer_platform(self, handler: Handler, request: Request) -> None:

@@ -13,7 +13,7 @@ from types import TracebackType
 from typing import NamedTuple
 
 from adapter.errors import Temporary
-from adapter.jetstream.client import BusClient, has_no_responders
+from adapter.jetstream.client import BusClient, has_no_responders, parse_headers
 
 
 class Reply(NamedTuple):
@@ -78,7 +78,7 @@ class PendingRequest:
         data, headers = self._replies.popleft()
         if not headers:
             return Reply(data, {})
-        return Reply(data, await self._multiplexer.client.parse_headers(headers), has_no_responders(headers))
+        return Reply(data, parse_headers(headers), has_no_responders(headers))
 
 
 class RequestMultiplexer:
@@ -86,13 +86,11 @@ class RequestMultiplexer:
 
     def __init__(self) -> None:
         self.pending: dict[str, PendingRequest] = {}
-        self.client = BusClient()
         self._prefix = ""
         self._numbers = itertools.count(1)
 
     async def subscribe(self, nc: BusClient) -> None:
         """Called for each new client before its use."""
-        self.client = nc
         self._prefix = nc.new_inbox() + "."
         await nc.subscribe_raw(self._prefix + "*", self._on_reply)
 

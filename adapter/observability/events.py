@@ -70,15 +70,15 @@ class Events:
         event: contract.BindingEvent,
         *,
         cause: str = "",
-        ensure_owner_if_delayed: Callable[[], None] | None = None,
+        ensure_owner: Callable[[], None] | None = None,
     ) -> None:
         """Publishes a binding event. The same event for the same cause or request is a duplicate.
 
-        `ensure_owner_if_delayed`: see BusMessage; it may raise LeaseLost."""
+        `ensure_owner`: see BusMessage; it may raise LeaseLost."""
         event = msgspec.structs.replace(event, at_ms=self._clock.now_ms())
         cause = cause or event.request or f"{event.at_ms}.{next(self._event_numbers)}"
         msg_id = f"binding:{event.bot}:{event.change}:{cause}"
-        await self._publish_event("binding", event, msg_id, ensure_owner_if_delayed=ensure_owner_if_delayed)
+        await self._publish_event("binding", event, msg_id, ensure_owner=ensure_owner)
 
     async def publish_login_event(self, event: contract.LoginEvent, *, step: int) -> None:
         """Publishes a step of a QR login. The stream drops the same step as a duplicate."""
@@ -163,7 +163,7 @@ class Events:
         event: contract.BindingEvent | contract.LoginEvent | contract.ErasedEvent,
         msg_id: str,
         *,
-        ensure_owner_if_delayed: Callable[[], None] | None = None,
+        ensure_owner: Callable[[], None] | None = None,
     ) -> None:
         """A refusal by the stream is logged."""
         headers = {
@@ -174,7 +174,7 @@ class Events:
         subject, payload = self._names.event(event.sandbox, kind), msgspec.json.encode(event)
         try:
             await self._publish_until_stored(
-                BusMessage("event", subject, payload, headers, ensure_owner_if_delayed=ensure_owner_if_delayed)
+                BusMessage("event", subject, payload, headers, ensure_owner=ensure_owner)
             )
         except BusRefused as exc:
             log.error("event.refused", sandbox=event.sandbox, kind=kind, detail=exc.detail)

@@ -18,8 +18,6 @@ from adapter.cli.embedded import EmbeddedNats
 from adapter.contract.names import H_MSG_ID
 from adapter.errors import BusRefused, LeaseLost
 from adapter.jetstream import topology
-from adapter.jetstream.publisher import DELAYED_PUBLISH_S, Publisher
-from adapter.kit.timing import SystemClock
 from adapter.ports import BusMessage, PubAck
 from adapter.settings import Settings
 from tests.bus.rig import NAMES, PATIENCE_S, Bus, Fence, Rig, event, rig_on
@@ -79,13 +77,6 @@ async def test_one_too_large_is_refused_and_the_others_of_its_batch_are_stored(r
     with pytest.raises(BusRefused):
         await rig.publisher.publish(large)
     assert rig.connection.epoch == 1, "the connection was not spent on it"
-
-
-async def test_a_subject_that_would_break_the_connection_is_refused(rig: Rig) -> None:
-    with pytest.raises(BusRefused):
-        await rig.publisher.publish(BusMessage("event", NAMES.event("x" * 4000, "receipt"), b"x", {}))
-    await rig.publisher.publish(BusMessage("event", NAMES.event("x" * 3000, "receipt"), b"x", {}))
-    assert rig.connection.epoch == 1
 
 
 @pytest.mark.parametrize("over", [-2000, -200, -20, 0, 20])
@@ -291,38 +282,3 @@ async def test_what_waits_for_the_bus_is_not_written_after_its_writer_lost_the_r
     assert stored[0] == b"0"
     assert b"1" not in stored
     assert stored[-1] == b"3"
-
-
-@pytest.mark.parametrize("waits_s", [DELAYED_PUBLISH_S - 10, DELAYED_PUBLISH_S + 10], ids=["in-time", "late"])
-async def test_a_message_that_outwaited_the_dedup_window_is_written_by_its_owner_alone(
-    rig: Rig, waits_s: float
-) -> None:
-    """Another replica has stored the same by then, and the stream drops an id for five minutes."""
-    ahead, ensure_owner = Ahead(), Fence(lost_from=0)
-    publisher = Publisher(rig.connection, ahead, rig.metrics)
-    running = asyncio.create_task(publisher.run())
-    rig.bus.kill()
-    await until(lambda: not rig.connection.is_connected, "the break is noticed")
-    waiting = asyncio.create_task(
-        publisher.publish(msgspec.structs.replace(event(0), ensure_owner_if_delayed=ensure_owner))
-    )
-    await asyncio.sleep(0.1)
-    ahead.by_s = waits_s
-    await rig.bus.start()
-    async with asyncio.timeout(PATIENCE_S):
-        if waits_s > DELAYED_PUBLISH_S:
-            with pytest.raises(LeaseLost):
-                await waiting
-        else:
-            await waiting
-    assert len(await rig.read(NAMES.stream_event, NAMES.event("s1", "receipt"))) == (waits_s < DELAYED_PUBLISH_S)
-    running.cancel()
-
-
-class Ahead(SystemClock):
-    """Time that may be ahead."""
-
-    by_s = 0.0
-
-    def monotonic(self) -> float:
-        return super().monotonic() + self.by_s

@@ -22,6 +22,7 @@ from adapter.contract.names import (
     H_USER,
     Names,
 )
+from adapter.jetstream.client import parse_headers
 from adapter.security.seal import Sealer, dead_context
 from adapter.services.dead_letters import original_subject
 from tests.cli.conftest import Command
@@ -161,7 +162,7 @@ async def test_headers_that_are_not_ascii_are_shown_and_kept_by_a_retry(cli: Com
     assert (await cli("dead", "retry", "1")).code == 0
     stored = await bus.js.get_last_msg(OUT, "wechat.out.*.s1")
     assert stored.hdrs is not None
-    assert (await bus.nc.parse_headers(base64.b64decode(stored.hdrs)))["kind"] == "Gr\u00fc\u00dfe \u4f60"
+    assert parse_headers(base64.b64decode(stored.hdrs))["kind"] == "Gr\u00fc\u00dfe \u4f60"
 
 
 async def test_several_of_which_one_is_not_there(cli: Command, bus: BusConnection) -> None:

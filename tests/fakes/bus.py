@@ -11,7 +11,6 @@ import msgspec
 from adapter.contract.messages import BindingEvent, Inbound, Receipt
 from adapter.contract.names import H_EXPECTED, H_MSG_ID, Names
 from adapter.errors import BusRefused, Conflict, Temporary
-from adapter.jetstream.publisher import DELAYED_PUBLISH_S
 from adapter.ports import BusMessage, Entry, PubAck, StoredMessage
 from tests.fakes.clock import FakeClock
 
@@ -60,14 +59,11 @@ class FakeBus:
     async def publish_all(self, messages: Sequence[BusMessage]) -> list[PubAck | BusRefused]:
         await asyncio.sleep(0)
         acks: list[PubAck | BusRefused] = []
-        began = self._clock.monotonic()
         for message in messages:
             if self.on_publish is not None:
                 await self.on_publish(message)
             if message.ensure_owner is not None:
                 message.ensure_owner()
-            if message.ensure_owner_if_delayed is not None and self._clock.monotonic() - began > DELAYED_PUBLISH_S:
-                message.ensure_owner_if_delayed()
             acks.append(
                 self.refuse(message) or self._repeat(message) or self._conflict(message) or self.store(message)
             )
