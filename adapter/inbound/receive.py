@@ -224,7 +224,7 @@ class Receiver:
             checkpoint.seen.add(lines)
             checkpoint.note(len(lines))
             took_s = max(0, deps.clock.now_ms() - received_ms) / 1000
-            deps.metrics.inbound_publish_duration.observe(took_s, len(lines))
+            deps.metrics.inbound_publish_duration.observe(took_s)
 
     async def _find_binding(self) -> Binding | None:
         """The bot's binding, or None if the bus has none, even when asked directly."""

@@ -1,23 +1,26 @@
 """Every metric of the adapter, in one class with its own registry.
 
-Only this module and `fast_metrics` import prometheus_client. Labels are enums, and the help text lists their values.
-A bot, user, sandbox, subject, id, URL or error text is never a label.
+Only this module imports prometheus_client. Labels are enums, and the help text lists their values. A bot, user,
+sandbox, subject, id, URL or error text is never a label.
 """
 
 from __future__ import annotations
 
+import functools
 import itertools
 import platform
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from typing import Self
 
+import prometheus_client
 from prometheus_client import CollectorRegistry, Gauge, GCCollector, ProcessCollector
 from prometheus_client.exposition import choose_encoder
 
 from adapter import __version__
 from adapter.contract.messages import FINAL_OUTCOMES, FINAL_STATUSES, SCHEMA_VERSION
-from adapter.observability.fast_metrics import Counter, Histogram
 
 NAMESPACE = "wechat_adapter"
+prometheus_client.disable_created_metrics()  # type: ignore[no-untyped-call] # a third of all samples
 
 REFUSED = (
     "invalid not_bound ambiguous_bot other_user window_closed quota reserved throttled needs_login too_long "
@@ -40,6 +43,24 @@ CONSUMERS = "out router control"
 _FAST_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.0, 5.0, 10.0)
 _CALL_S = (0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 15.0, 30.0)
 _MESSAGE_S = (0.1, 0.25, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0, 60.0, 300.0, 900.0, 3600.0)
+
+
+class Counter(prometheus_client.Counter):
+    """The library's, with `child`."""
+
+    @functools.cached_property
+    def child(self) -> Callable[..., Self]:
+        """As `labels`, in a tenth of its time, for values that each message decides. Other callers keep the child."""
+        return functools.cache(self.labels)
+
+
+class Histogram(prometheus_client.Histogram):
+    """The library's, with `child`."""
+
+    @functools.cached_property
+    def child(self) -> Callable[..., Self]:
+        """As in Counter."""
+        return functools.cache(self.labels)
 
 
 class Metrics:
@@ -140,7 +161,7 @@ class Metrics:
         )
         self.inbound_publish_duration = self._histogram(
             "inbound_publish_duration_seconds",
-            "Time from the answer of a poll to the stream's acknowledgement, per new message.",
+            "Time from the answer of a poll to the stream's acknowledgement of its new messages.",
             _FAST_S,
         )
         self.inbound_age = self._histogram(
@@ -281,8 +302,8 @@ class Metrics:
         self, name: str, text: str, *, children: Iterable[tuple[str, ...]] | None = None, **labels: str
     ) -> Counter:
         """`labels`: the values of each label, as words. `children`: those that exist; by default all combinations."""
-        metric = Counter(f"{NAMESPACE}_{name}", _help(text, labels), list(labels), self.registry)
-        for values in _combinations(labels) if children is None else children:
+        metric = Counter(name, _help(text, labels), list(labels), namespace=NAMESPACE, registry=self.registry)
+        for values in (_combinations(labels) if children is None else children) if labels else ():
             metric.child(*values)
         return metric
 
@@ -293,8 +314,10 @@ class Metrics:
         return metric
 
     def _histogram(self, name: str, text: str, buckets: Sequence[float], **labels: str) -> Histogram:
-        metric = Histogram(f"{NAMESPACE}_{name}", _help(text, labels), list(labels), self.registry, buckets)
-        for values in _combinations(labels):
+        metric = Histogram(
+            name, _help(text, labels), list(labels), namespace=NAMESPACE, registry=self.registry, buckets=buckets
+        )
+        for values in _combinations(labels) if labels else ():
             metric.child(*values)
         return metric
 
