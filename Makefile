@@ -54,7 +54,7 @@ demo: install
 	@exec $(BIN)/wechat-nats demo $${AGENT:+--exec "$$AGENT"}
 
 # Tests at a time: more than a small machine has cores, since most tests wait for processes and timers.
-JOBS := 6
+JOBS := 10
 pytest = $(BIN)/pytest -n $(JOBS) --dist worksteal
 
 # `check` has run the one that is left out.

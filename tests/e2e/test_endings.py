@@ -15,7 +15,7 @@ import pytest
 from tests.e2e.waiting import until
 from tests.e2e.world import world
 
-DRAIN_S = 20
+DRAIN_S = 10
 LEASE_S = 4
 FEW_S = 5
 """What an end needs beside what it waits for, on a machine that does other things, too."""

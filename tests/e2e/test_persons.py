@@ -187,7 +187,7 @@ async def test_an_answer_that_crosses_the_next_persons_bind_is_not_theirs(tmp_pa
         nc = await made.nc()
         js = nc.jetstream()
         early = 0
-        for number in range(100):
+        for number in range(30):
             sandbox, first, second = f"s{number}", made.sim.add_bot(), made.sim.add_bot()
             assert (await made.bind(nc, sandbox, first)).ok
             await made.control(nc, NAMES.unbind, msgspec.json.encode(Unbind(sandbox=sandbox)))

@@ -13,7 +13,7 @@ from nats.aio.client import Client
 
 from tests.e2e.world import World, audit, load, until, world
 
-BOTS = 40
+BOTS = 20
 
 
 async def with_bots(made: World, nc: Client) -> None:
@@ -27,7 +27,7 @@ async def test_a_replica_that_comes_later_gets_its_share_at_poll_boundaries(tmp_
         first = await made.add_adapter()
         nc = await made.nc()
         await with_bots(made, nc)
-        loading = asyncio.create_task(load(made, nc, rounds=15, pause_s=0.3, rng=random.Random(1)))
+        loading = asyncio.create_task(load(made, nc, rounds=10, pause_s=0.3, rng=random.Random(1)))
         second = await made.add_adapter()
         await until(lambda: "shards.claimed" in second.log.read_text(), "the second replica has its share")
         await loading
@@ -43,7 +43,7 @@ async def test_a_replica_that_comes_later_gets_its_share_at_poll_boundaries(tmp_
 
         for adapter in (first, second):  # a rolling restart
             loading = asyncio.create_task(
-                load(made, nc, rounds=6, pause_s=0.3, rng=random.Random(2), first=len(made.said["s0"]))
+                load(made, nc, rounds=4, pause_s=0.3, rng=random.Random(2), first=len(made.said["s0"]))
             )
             adapter.signal(signal.SIGTERM)
             assert await adapter.ended() == 0

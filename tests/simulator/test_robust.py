@@ -47,7 +47,7 @@ def test_no_json_object_breaks_an_endpoint(calls: list[tuple[str, dict[str, Any]
     asyncio.run(run())
 
 
-ODD: list[Any] = [None, True, -1, 0, 1, 2**64, 1.5, 1e300, "", "x", "\0", [], [[]], [{}], {}, {"x": []}]
+ODD: list[Any] = [None, True, -1, 2**64, 1e300, "", "\0", [[]], [{}], {"x": []}]
 MEDIA = {"encrypt_query_param": "x", "aes_key": "MDAxMTIyMzM0NDU1NjY3Nzg4OTlhYWJiY2NkZGVlZmY=", "encrypt_type": 1}
 ITEMS = [
     {"type": 1, "text_item": {"text": "hi"}},
@@ -85,7 +85,8 @@ def whole_bodies(user: str, token: str, ticket: str) -> list[tuple[str, dict[str
     }
     bodies: list[tuple[str, dict[str, Any]]] = [
         ("getupdates", {"get_updates_buf": "", "sync_buf": "", "timeout": 0}),
-        *(("sendmessage", {"msg": message | {"item_list": [item]}}) for item in ITEMS),
+        ("sendmessage", {"msg": message | {"item_list": ITEMS[:1]}}),
+        *(("sendmessage", {"msg": {"to_user_id": user, "item_list": [item]}}) for item in ITEMS[1:]),
         ("getuploadurl", upload),
         ("getconfig", {"ilink_user_id": user, "context_token": token}),
         ("sendtyping", {"ilink_user_id": user, "typing_ticket": ticket, "status": 1}),
