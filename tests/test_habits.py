@@ -18,7 +18,7 @@ PRIVATE = {
     " _ps _reading_task _status _transport",
     "bus/test_tls.py": "_io_writer _transport",
     "conftest.py": "_send_ping",
-    "e2e/test_growth.py": "_deleted _pool _settled _subs",  # forgets what is bounded
+    "e2e/test_growth.py": "_deleted _pool _subs",  # forgets what is bounded
     # headers that no client writes
     "bus/test_consumer.py": "_on_status _send_command",
     "bus/test_publisher.py": "_interrupt _outstanding _send_command _stream_of",
@@ -41,7 +41,6 @@ PRIVATE = {
     "fakes/bench.py": "_apply_entry",
     "bindings/test_control.py": "_apply_entry",
     "ilink/test_client.py": "_pool",
-    "logins/test_flow.py": "_apply_and_answer _apply_until_done",
     "bus/test_media_service.py": "_upload_ident",
     "cli/test_embedded.py": "_with_token_key",
     "forks.py": "_exit",  # os's own: of a process that has no end of its own

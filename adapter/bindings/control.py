@@ -3,46 +3,85 @@
 A command claims all its keys at once: its bot, its sandbox, the bot's present sandbox, a person who is named. It
 waits for earlier commands that have or want one of them. Commands without common keys are applied at the same time,
 so that one that waits (for iLink's answer about a token, an owner's confirmation, NATS) delays no other person.
+
+The outcome of a command is remembered for a day. A command that was applied is not applied again, whether it is
+delivered again or stored again with the same id: an old bind would undo a later unbind.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections import deque
+import hashlib
+from collections.abc import Awaitable, Callable
+from functools import partial
 from typing import TypeAlias
 
 import msgspec
 import structlog
 from msgspec import structs
 
-from adapter.bindings.binder import Binder, ControlDeps, ControlRequest
+from adapter.bindings.binder import Binder
+from adapter.bindings.registry import Bindings
 from adapter.contract import messages as contract
 from adapter.contract.messages import Bind, BindingEvent, ControlAnswer, Erase, Unbind
 from adapter.contract.names import H_ERROR, H_ERROR_CODE, H_MSG_ID, H_REPLY_TO, H_SCHEMA, is_inbox
-from adapter.errors import UNDECODABLE, AdapterError, BusRefused, LeaseLost, Refused, Temporary, Unreadable
+from adapter.contract.records import ControlOutcome
+from adapter.errors import (
+    UNDECODABLE,
+    AdapterError,
+    BusRefused,
+    Crashed,
+    LeaseLost,
+    RecordTooNew,
+    Refused,
+    Temporary,
+    Unreadable,
+)
+from adapter.kit.persist import Owner, persist
 from adapter.kit.tasks import TaskSet
-from adapter.kit.timing import backoff
-from adapter.ports import Delivery
+from adapter.kit.timing import Clock
+from adapter.observability.events import Events
+from adapter.observability.metrics import Metrics
+from adapter.ports import Bucket, CoreBus, Delivery
 
 log = structlog.get_logger()
 
-MAX_BUGS = 5
-"""Crashes on a command after which it becomes a dead letter."""
-FAILS = "The adapter fails on this command."
 MAX_BYTES = 262_144
 """Largest command; a larger one becomes a dead letter. A bind may have the longest cursor that a poll returns."""
-SETTLED_KEPT = 1000
-"""Sequences of completed commands that are remembered in case of a redelivery."""
+OUTCOME = "control."
+"""Beginning of the keys of outcomes in the bucket `logins`, which forgets after a day."""
 ControlCommand: TypeAlias = Bind | Unbind | Erase
 _KINDS: dict[str, type[ControlCommand]] = {"bind": Bind, "unbind": Unbind, "erase": Erase}
 
 
 class Control:
-    """Applies bind, unbind and erase."""
+    """Applies commands during one tenure of shard 0."""
 
-    def __init__(self, deps: ControlDeps) -> None:
-        self._deps = deps
-        self._binder = Binder(deps)
+    def __init__(
+        self,
+        binder: Binder,
+        bindings: Bindings,
+        outcomes: Bucket,
+        events: Events,
+        core: CoreBus,
+        *,
+        wait_complete: Callable[[], Awaitable[object]],
+        owner: Owner,
+        clock: Clock,
+        metrics: Metrics,
+    ) -> None:
+        """`wait_complete` returns when the bucket of bindings is complete; a write
+        before that would be overwritten by its restore. `owner`: its check raises LeaseLost on a replica that was cut
+        off: another one may have applied its commands, and later ones."""
+        self._binder = binder
+        self._bindings = bindings
+        self._outcomes = outcomes
+        self._events = events
+        self._core = core
+        self._wait_complete = wait_complete
+        self._owner = owner
+        self._clock = clock
+        self._metrics = metrics
         self._tasks = TaskSet(_report)
         self._changed = asyncio.Event()
         """Set when a command arrives or ends."""
@@ -52,7 +91,8 @@ class Control:
         """Commands that have not begun, in their order; None: unreadable."""
         self._claims: dict[int, set[str]] = {}
         """Keys of the commands that have begun."""
-        self._settled: deque[int] = deque(maxlen=SETTLED_KEPT)
+
+    # order ------------------------------------------------------------------------------------------
 
     def enqueue(self, delivery: Delivery) -> None:
         """Queues a command once. It is redelivered after each connect until its acknowledgement arrives."""
@@ -67,26 +107,14 @@ class Control:
     async def run(self) -> None:
         """Applies commands until cancelled. The next owner gets those that have not ended."""
         try:
-            await self._reload()
+            # the copy of the bucket here may lag behind what the former owner of shard 0 wrote last
+            await persist(self._bindings.reload, self._owner, self._clock, "control.reload")
             while True:
                 await self._changed.wait()
                 self._changed.clear()
                 self._begin_ready()
         finally:
             self._tasks.cancel_all()
-            for kept in (self._deliveries, self._waiting, self._claims):
-                kept.clear()
-
-    async def _reload(self) -> None:
-        """Reads what the former owner of shard 0 wrote last."""
-        failures = 0
-        while True:
-            try:
-                return await self._deps.bindings.reload()
-            except Temporary as exc:
-                log.warning("control.retrying", reason=exc.reason)
-            failures += 1
-            await self._deps.clock.sleep(backoff(failures, first_s=0.2, longest_s=5.0))
 
     def _begin_ready(self) -> None:
         """Begins each waiting command whose keys no earlier command has or wants."""
@@ -101,7 +129,7 @@ class Control:
 
     def _keys_of(self, command: ControlCommand | None) -> set[str]:
         if isinstance(command, Erase):
-            bound = [each for each in self._deps.bindings if each.user == command.user]
+            bound = [each for each in self._bindings if each.user == command.user]
             named = {command.sandbox} if command.sandbox else {each.sandbox for each in bound}
             return {
                 f"user {command.user}",
@@ -113,81 +141,62 @@ class Control:
         keys = {f"sandbox {command.sandbox}"}
         if command.bot:
             keys.add(f"bot {command.bot}")
-            if present := self._deps.bindings.get(command.bot):
+            if present := self._bindings.get(command.bot):
                 keys.add(f"sandbox {present.sandbox}")
         if isinstance(command, Bind) and command.user:
             keys.add(f"user {command.user}")
         return keys
 
     async def _process(self, number: int) -> None:
-        """Applies one command, and acknowledges it."""
-        if number not in self._settled:  # applied again, an old bind would undo a later unbind
-            await self._deps.wait_complete()
-            await self._apply_until_done(number)
-        self._settled.append(number)
+        """Applies one command, and acknowledges it. One that keeps crashing becomes a dead letter."""
         try:
+            await self._wait_complete()
+            work = partial(self._apply, number)
+            try:
+                await persist(work, self._owner, self._clock, "control", sequence=number)
+            except Crashed as exc:
+                work = partial(self._give_up, number, exc)
+                await persist(work, self._owner, self._clock, "control.give_up", sequence=number)
             await self._deliveries.pop(number).ack()
+        except LeaseLost:
+            log.info("control.lease_lost", sequence=number)
         finally:
             self._claims.pop(number, None)
             self._changed.set()
 
-    async def _apply_until_done(self, number: int) -> None:
-        """Waits while the bus is away. A command that keeps crashing becomes a dead letter."""
-        failures = bugs = 0
-        while True:
-            delivery = self._deliveries[number]
-            try:
-                self._deps.ensure_owner()
-                if bugs < MAX_BUGS:
-                    await self._apply_and_answer(delivery)
-                else:
-                    await self._reopen(number)
-                    await self._dead_letter(delivery, Unreadable("unreadable", FAILS))
-            except (Temporary, LeaseLost) as exc:
-                log.warning("control.retrying", sequence=number, reason=exc.reason)
-            except Exception:
-                bugs += 1
-                log.exception("control.crashed", sequence=number, bugs=bugs)
-            else:
-                return
-            failures += 1
-            await self._deps.clock.sleep(backoff(failures, first_s=0.2, longest_s=5.0))
+    # one command ------------------------------------------------------------------------------------
 
-    async def _reopen(self, number: int) -> None:
-        """Raises Temporary."""
-        try:
-            await self._binder.reopen(number)
-        except BusRefused as exc:
-            log.error("binding.not_reopened", sequence=number, detail=exc.detail)
-
-    async def _apply_and_answer(self, delivery: Delivery) -> None:
+    async def _apply(self, number: int) -> None:
         """Applies and answers a command. Raises Temporary, LeaseLost."""
+        self._owner.check()
+        delivery, binder, reason = self._deliveries[number], self._binder, ""
+        on_pending = partial(self._answer_pending, number)
         try:
             command = decode(delivery)
         except Unreadable as exc:
-            self._deps.metrics.schema_violations.labels(kind="ctl").inc()
+            self._metrics.schema_violations.labels(kind="ctl").inc()
             await self._dead_letter(delivery, exc)
             return
-
-        async def on_pending() -> None:
-            log.warning("control.pending", sequence=delivery.seq)
-            detail = "An owner has not confirmed yet that the bot is released; the work goes on."
-            await self._answer(delivery, ControlAnswer(ok=False, id=request.id, pending=True, error=detail))
-
-        request = ControlRequest(delivery.seq, command.id or "", on_pending)
+        known = await find_outcome(self._outcomes, command, number)
+        if known is not None and (known.answer.ok or known.sequence == number):
+            await self._answer(delivery, known.answer)
+            return
         try:
             if isinstance(command, Bind):
-                answer = await self._binder.bind(command, request)
+                answer = await binder.bind(command, number, on_pending)
             elif isinstance(command, Unbind):
-                answer = await self._binder.unbind(command, request)
+                answer = await binder.unbind(command, number, on_pending)
             else:
-                answer = await self._erase_person(command, request)
-        except Refused as exc:
-            await self._reopen(delivery.seq)
-            answer = await self._refuse(command, exc)
+                answer = await binder.erase(command, number, on_pending)
+        except RecordTooNew as exc:
+            raise Temporary(exc.reason, exc.detail) from exc  # until this replica is replaced, too
+        except (Refused, BusRefused) as exc:
+            await binder.reopen(number)
+            answer, reason = await self._refuse(command, exc), exc.reason
+        await self._remember(command, ControlOutcome(sequence=number, answer=answer, reason=reason))
         await self._answer(delivery, answer)
 
-    async def _refuse(self, command: ControlCommand, exc: Refused) -> ControlAnswer:
+    async def _refuse(self, command: ControlCommand, exc: Refused | BusRefused) -> ControlAnswer:
         if not isinstance(command, Erase):
             event = BindingEvent(
                 sandbox=command.sandbox,
@@ -197,37 +206,29 @@ class Control:
                 detail=exc.detail,
                 request=command.id or "",
             )
-            events, ensure_owner = self._deps.access.events, self._deps.ensure_owner
-            await events.publish_binding_event(event, ensure_owner=ensure_owner)
+            await self._events.publish_binding_event(event, ensure_owner=self._owner.check)
             log.warning("binding.refused", sandbox=command.sandbox, bot=command.bot, reason=exc.reason)
         return ControlAnswer(ok=False, id=command.id or "", error=exc.detail)
 
-    async def _erase_person(self, command: Erase, request: ControlRequest) -> ControlAnswer:
-        """Unbinds a person and erases what is theirs; messages one by one, since a purge leaves them on the disk.
-        Raises Temporary, LeaseLost."""
-        if command.dry_run:
-            return await self._deps.eraser.run(command)
-        bound = [b for b in self._deps.bindings if b.user == command.user and command.sandbox in (None, b.sandbox)]
-        sandboxes = sorted({binding.sandbox for binding in bound})
-        self._binder.ensure_known(sandboxes)
-        await self._binder.close(bound, request)
-        for sandbox in sandboxes:
-            await self._binder.exclude_earlier_commands(sandbox, bound)
-        await self._binder.announce_end(bound, request)  # its event is erased, too
-        try:
-            answer = await self._deps.eraser.run(command)
-            for sandbox in sandboxes:
-                await self._binder.empty_inbox(sandbox, bound)
-        except BusRefused as exc:
-            advice = f"The erasure is not complete ({exc.reason}): erase again."
-            answer = ControlAnswer(ok=False, id=request.id, error=advice)
-        await self._binder.delete(bound)  # last: an erasure that is cut finds them again
-        return structs.replace(answer, bindings=[binding.info() for binding in bound])
+    async def _remember(self, command: ControlCommand, outcome: ControlOutcome) -> None:
+        """Stores an outcome, without the names of persons and their bots. Raises Temporary."""
+        if isinstance(command, Erase) and command.dry_run:
+            return
+        kept = structs.replace(outcome, answer=structs.replace(outcome.answer, bindings=[], replaced=[]))
+        key = _outcome_key(command, outcome.sequence)
+        before = await self._outcomes.get(key)
+        self._owner.check()
+        await self._outcomes.update(key, msgspec.json.encode(kept), before.revision if before else 0)
 
-    async def _dead_letter(self, delivery: Delivery, exc: Unreadable) -> None:
+    async def _give_up(self, number: int, exc: Crashed) -> None:
+        """Raises Temporary."""
+        await self._binder.reopen(number)
+        await self._dead_letter(self._deliveries[number], exc)
+
+    async def _dead_letter(self, delivery: Delivery, exc: Unreadable | Crashed) -> None:
         request = delivery.headers.get(H_MSG_ID, "")[:128]
-        is_secret = _is_secret(delivery)
-        await self._deps.access.events.publish_dead_letter(
+        is_secret = not delivery.subject.endswith(".unbind")  # it holds a token, or names a person to forget
+        await self._events.publish_dead_letter(
             "CTL",
             b"" if is_secret else delivery.data,
             subject=delivery.subject,
@@ -239,6 +240,14 @@ class Control:
         )
         await self._answer(delivery, ControlAnswer(ok=False, id=request, error=exc.detail))
 
+    async def _answer_pending(self, number: int) -> None:
+        log.warning("control.pending", sequence=number)
+        delivery = self._deliveries[number]
+        detail = "An owner has not confirmed yet that the bot is released; the work goes on."
+        await self._answer(
+            delivery, ControlAnswer(ok=False, id=decode(delivery).id or "", pending=True, error=detail)
+        )
+
     async def _answer(self, delivery: Delivery, answer: ControlAnswer) -> None:
         """Answers to the subject in the header Reply-To. It must be an inbox, so that no client can make the adapter
         write elsewhere."""
@@ -249,7 +258,7 @@ class Control:
         if not answer.ok:
             headers |= {H_ERROR: answer.error.encode("ascii", "replace").decode(), H_ERROR_CODE: "400"}
         try:
-            await self._deps.core.publish(reply_to, msgspec.json.encode(answer), headers)
+            await self._core.publish(reply_to, msgspec.json.encode(answer), headers)
         except AdapterError as exc:
             log.info("control.unanswered", reason=exc.reason)
 
@@ -265,9 +274,21 @@ def decode(delivery: Delivery) -> ControlCommand:
     return structs.replace(command, id=command.id or delivery.headers.get(H_MSG_ID, "")[:128] or None)
 
 
-def _is_secret(delivery: Delivery) -> bool:
-    """Whether it holds a token, or names a person to forget."""
-    return not delivery.subject.endswith(".unbind")
+async def find_outcome(bucket: Bucket, command: ControlCommand, number: int = 0) -> ControlOutcome | None:
+    """What became of a command with this id, if it has ended within a day. `number`: its sequence, which stands for a
+    missing id. Raises Temporary."""
+    entry = await bucket.get(_outcome_key(command, number))
+    if entry is None or entry.value is None:
+        return None
+    try:
+        return msgspec.json.decode(entry.value, type=ControlOutcome)
+    except UNDECODABLE:  # of a newer version: the command is applied again
+        return None
+
+
+def _outcome_key(command: ControlCommand, number: int) -> str:
+    ident = f"{type(command).__name__} {command.sandbox} {command.id or f'#{number}'}"
+    return OUTCOME + hashlib.sha256(ident.encode()).hexdigest()[:32]
 
 
 def _report(exc: BaseException) -> None:

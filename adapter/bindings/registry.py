@@ -2,33 +2,54 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections import Counter, OrderedDict
+from collections.abc import AsyncIterator, Callable, Iterator
 
 import msgspec
 import structlog
+from msgspec import structs
 
-from adapter.contract.names import SHARDS, from_subject_token, shard_of, to_subject_token
+from adapter.contract.messages import BindingState
+from adapter.contract.names import SHARDS, Names, from_subject_token, shard_of, to_subject_token
 from adapter.contract.records import Binding
 from adapter.errors import UNDECODABLE, Conflict, RecordTooNew, Refused
-from adapter.kit.timing import ChangeSignal
+from adapter.kit.timing import ChangeSignal, Clock
+from adapter.observability.events import Events
 from adapter.observability.records import RecordDecoder
-from adapter.ports import Account, Bucket, Entry
-from adapter.security.seal import Sealer
+from adapter.ports import Account, Bucket, Entry, History, LeaderBucket, StoredMessage
+from adapter.security.seal import Sealer, Sealing, cursor_context
 
 log = structlog.get_logger()
 
 DELETED_KEPT = 10_000
 
 
-class BindingIndex:
-    """Bindings in memory, by bot, sandbox and shard."""
+class Bindings:
+    """All bindings of the platform. Each replica holds all of them."""
 
-    def __init__(self) -> None:
+    def __init__(
+        self,
+        bucket: Bucket,
+        same_token: Callable[[str, str, str], bool] = lambda _, one, other: one == other,
+        *,
+        unbound_s: int = 0,
+    ) -> None:
+        """`unbound_s`: time to live of the delete marker of a binding; 0: no limit."""
         self._by_bot: dict[str, tuple[Binding, int]] = {}
         """With their revisions."""
         self._by_shard: list[dict[str, dict[str, Binding]]] = [{} for _ in range(SHARDS)]
         """By sandbox and bot, in the order of bot ids."""
+        self.changed = ChangeSignal()
+        self.is_loaded = False
+        """False until the bucket was read once; before that, a missing binding means nothing."""
+        self._bucket = bucket
+        self._same_token = same_token
+        """Whether two stored tokens of a bot are the same token, even if sealed again; then nothing has changed."""
+        self._unbound_s = unbound_s
+        self._decoder = RecordDecoder(Binding)
+        self._deleted: OrderedDict[str, int] = OrderedDict()
+        """Revisions of the last deletions, since a read that began before one may end after it."""
+        self._listeners: list[Callable[[str, Binding | None, Binding | None], None]] = []
 
     def get(self, bot: str) -> Binding | None:
         return self.with_revision(bot)[0]
@@ -63,46 +84,6 @@ class BindingIndex:
     def __len__(self) -> int:
         return len(self._by_bot)
 
-    def _replace(self, bot: str, after: Binding | None, revision: int) -> None:
-        before = self.get(bot)
-        if before is not None:
-            sandboxes = self._by_shard[shard_of(before.sandbox)]
-            del sandboxes[before.sandbox][bot]
-            if not sandboxes[before.sandbox]:
-                del sandboxes[before.sandbox]
-        if after is None:
-            self._by_bot.pop(bot, None)
-        else:
-            self._by_bot[bot] = after, revision
-            sandboxes = self._by_shard[shard_of(after.sandbox)]
-            bound = {**sandboxes.get(after.sandbox, {}), bot: after}
-            sandboxes[after.sandbox] = dict(sorted(bound.items())) if len(bound) > 1 else bound
-
-
-class Bindings(BindingIndex):
-    """All bindings of the platform. Each replica holds all of them."""
-
-    def __init__(
-        self,
-        bucket: Bucket,
-        same_token: Callable[[str, str, str], bool] = lambda _, one, other: one == other,
-        *,
-        unbound_s: int = 0,
-    ) -> None:
-        """`unbound_s`: time to live of the delete marker of a binding; 0: no limit."""
-        super().__init__()
-        self.changed = ChangeSignal()
-        self.is_loaded = False
-        """False until the bucket was read once; before that, a missing binding means nothing."""
-        self._bucket = bucket
-        self._same_token = same_token
-        """Whether two stored tokens of a bot are the same token, even if sealed again; then nothing has changed."""
-        self._unbound_s = unbound_s
-        self._decoder = RecordDecoder(Binding)
-        self._deleted: OrderedDict[str, int] = OrderedDict()
-        """Revisions of the last deletions, since a read that began before one may end after it."""
-        self._listeners: list[Callable[[str, Binding | None, Binding | None], None]] = []
-
     def add_listener(self, on_change: Callable[[str, Binding | None, Binding | None], None]) -> None:
         """Calls `on_change(bot, before, after)` at every change."""
         self._listeners.append(on_change)
@@ -118,50 +99,51 @@ class Bindings(BindingIndex):
                 "too_new", "A newer version wrote this bot's binding: finish the roll-out, then bind again."
             )
 
-    async def put(self, binding: Binding, ensure_owner: Callable[[], None] = lambda: None) -> None:
-        """Writes a binding over any existing one. `ensure_owner` is called after each read; the revision then refuses
-        the write if another replica has written since. Raises Refused("too_new")."""
-        _, revision = self.with_revision(binding.bot)
-        while True:
-            ensure_owner()
-            if await self._write_if_unchanged(binding, revision):
-                return
-            entry = await self._bucket.get(to_subject_token(binding.bot))
-            if entry is not None:
-                self._apply_entry(entry)
-            revision = entry.revision if entry else 0
+    async def put(self, binding: Binding, check: Callable[[], None] = lambda: None) -> None:
+        """Writes a binding over any existing one. `check` is called after each read; the revision then refuses the
+        write if another replica has written since. Raises Refused("too_new")."""
+
+        def make(_: Binding | None) -> Binding:
+            check()
+            return binding
+
+        if await self._change(binding.bot, make) is None:
+            self.ensure_known(binding.bot)
 
     async def update(self, bot: str, make: Callable[[Binding], Binding | None]) -> Binding | None:
         """Changes an existing binding and returns it. `make` gets the newest one, and returns None to leave it."""
-        while True:
-            entry = await self._bucket.get(to_subject_token(bot))
-            if entry is None:
-                return None
-            self._apply_entry(entry)
-            if entry.value is None:
-                return None
-            try:
-                before = self._decoder.decode(entry.value, bot=bot)
-            except RecordTooNew:
-                return None  # only a newer replica changes it
-            except UNDECODABLE:
-                return None  # counts as missing: a bind overwrites it
-            after = make(before)
-            if after is None:
-                return None
-            if await self._write_if_unchanged(after, entry.revision):
-                return after
+        return await self._change(bot, lambda now: None if now is None else make(now))
 
-    async def remove(self, bot: str, ensure_owner: Callable[[], None] = lambda: None) -> None:
-        """Deletes a binding; a missing one is no error. A binding that the bucket lost still gets a delete marker,
-        for replicas that have it in memory. `ensure_owner`: as for `put`."""
+    async def _change(self, bot: str, make: Callable[[Binding | None], Binding | None]) -> Binding | None:
+        """Writes what `make` makes of the newest binding (None: there is none that can be read). Returns it; None: it
+        is left, or only a newer replica may change it."""
         while True:
-            entry = await self._bucket.get(to_subject_token(bot))
-            ensure_owner()
-            if entry and entry.value is None:
-                self._apply_entry(entry)
-            is_deleted = entry.value is None if entry else self.get(bot) is None
-            if is_deleted:
+            entry = await self.refresh(bot)
+            before = None
+            if entry is not None and entry.value is not None:
+                try:
+                    before = self._decoder.decode(entry.value, bot=bot)
+                except RecordTooNew:
+                    return None
+                except UNDECODABLE:
+                    pass  # counts as missing: a bind overwrites it
+            if (after := make(before)) is None:
+                return None
+            value = msgspec.json.encode(after)
+            try:
+                revision = await self._bucket.update(to_subject_token(bot), value, entry.revision if entry else 0)
+            except Conflict:
+                continue  # written meanwhile: read again
+            self._apply_entry(Entry(to_subject_token(bot), value, revision))
+            return after
+
+    async def remove(self, bot: str, check: Callable[[], None] = lambda: None) -> None:
+        """Deletes a binding; a missing one is no error. A binding that the bucket lost still gets a delete marker,
+        for replicas that have it in memory. `check`: as for `put`."""
+        while True:
+            entry = await self.refresh(bot)
+            check()
+            if self.get(bot) is None and (entry is None or entry.value is None):
                 return
             try:
                 revision = await self._bucket.delete(
@@ -172,10 +154,11 @@ class Bindings(BindingIndex):
             self._apply_entry(Entry(to_subject_token(bot), None, revision))
             return
 
-    async def refresh(self, bot: str) -> None:
-        """Reads a binding anew. Raises Temporary."""
+    async def refresh(self, bot: str) -> Entry | None:
+        """Reads a binding anew, and returns its key. Raises Temporary."""
         if entry := await self._bucket.get(to_subject_token(bot)):
             self._apply_entry(entry)
+        return entry
 
     async def reload(self) -> None:
         """Reads all bindings anew, since this replica may lag behind another one's writes. Raises Temporary."""
@@ -186,16 +169,6 @@ class Bindings(BindingIndex):
         for binding in self:
             if to_subject_token(binding.bot) not in keys:  # it was deleted
                 await self.refresh(binding.bot)
-
-    async def _write_if_unchanged(self, binding: Binding, revision: int) -> bool:
-        self.ensure_known(binding.bot)
-        value = msgspec.json.encode(binding)
-        try:
-            written = await self._bucket.update(to_subject_token(binding.bot), value, revision)
-        except Conflict:
-            return False  # written meanwhile: read again
-        self._apply_entry(Entry(to_subject_token(binding.bot), value, written))
-        return True
 
     def _on_loaded(self) -> None:
         if not self.is_loaded:
@@ -224,11 +197,26 @@ class Bindings(BindingIndex):
             if len(self._deleted) > DELETED_KEPT:
                 self._deleted.popitem(last=False)
         if before and after and before.token != after.token and self._same_token(bot, before.token, after.token):
-            before = msgspec.structs.replace(before, token=after.token)
+            before = structs.replace(before, token=after.token)
         if before != after:
             for listener in self._listeners:
                 listener(bot, before, after)
             self.changed.notify_all()
+
+    def _replace(self, bot: str, after: Binding | None, revision: int) -> None:
+        before = self.get(bot)
+        if before is not None:
+            sandboxes = self._by_shard[shard_of(before.sandbox)]
+            del sandboxes[before.sandbox][bot]
+            if not sandboxes[before.sandbox]:
+                del sandboxes[before.sandbox]
+        if after is None:
+            self._by_bot.pop(bot, None)
+        else:
+            self._by_bot[bot] = after, revision
+            sandboxes = self._by_shard[shard_of(after.sandbox)]
+            bound = {**sandboxes.get(after.sandbox, {}), bot: after}
+            sandboxes[after.sandbox] = dict(sorted(bound.items())) if len(bound) > 1 else bound
 
     def _decode(self, bot: str, value: bytes) -> Binding:
         """A binding of a newer version is in the state `too_new`, without a token. Raises UNDECODABLE."""
@@ -249,3 +237,89 @@ class _Served(msgspec.Struct):
 def account_of(binding: Binding, sealer: Sealer) -> Account:
     """The iLink account of a binding. Raises Refused("token_key")."""
     return Account(binding.bot, sealer.open(binding.bot, binding.token), binding.base_url)
+
+
+# the state of a login -------------------------------------------------------------------------------
+
+
+async def mark_login(bindings: Bindings, clock: Clock, binding: Binding, state: BindingState) -> Binding | None:
+    """Marks a binding `needs_login`, since iLink refuses its token (-14), or active again; its event is pending.
+
+    None: it is marked, or was bound again. Raises Temporary.
+    """
+    reason = "stale_token" if state == "needs_login" else ""
+
+    def marked(now: Binding) -> Binding | None:
+        if now.token != binding.token or now.state == state:
+            return None
+        return structs.replace(now, state=state, reason=reason, since_ms=clock.now_ms(), event_pending=True)
+
+    changed = await bindings.update(binding.bot, marked)
+    if changed is not None and state == "needs_login":
+        log.error("session.needs_login", bot=binding.bot, sandbox=binding.sandbox)
+    return changed
+
+
+async def publish_login_event(bindings: Bindings, events: Events, binding: Binding, detail: str = "") -> Binding:
+    """Publishes the pending event of a binding, and returns the binding without the mark.
+
+    The mark survives a crash, or an outage of the bus, between the change and its event. Raises Temporary.
+    """
+    if not binding.event_pending:
+        return binding
+    event = binding.event("recovered")
+    if binding.state == "needs_login":
+        advice = "Have the user scan a new QR code and bind the new bot; what is parked waits for it."
+        event = binding.event("needs_login", reason=detail, detail=advice)
+    await events.publish_binding_event(event, cause=str(binding.since_ms))
+
+    def without_mark(now: Binding) -> Binding | None:
+        return structs.replace(now, event_pending=False) if now == binding else None
+
+    return await bindings.update(binding.bot, without_mark) or binding
+
+
+# the keys that seal tokens --------------------------------------------------------------------------
+
+
+async def count_stored_tokens(history: History, names: Names, sealer: Sealer) -> Counter[Sealing]:
+    """Number of tokens by their sealing. Raises Temporary."""
+    return Counter(
+        [
+            sealer.sealing_of(text)
+            async for _, binding in _stored_bindings(history, names)
+            for text in (binding.token, binding.start_cursor)
+            if text
+        ]
+    )
+
+
+async def reseal_tokens(history: History, bucket: LeaderBucket, names: Names, sealer: Sealer) -> int:
+    """Seals what another known key sealed with the first. Returns the number of changes. Concurrent writes have
+    priority. Raises Temporary, Refused (a token cannot be opened)."""
+    sealed = 0
+    async for stored, binding in _stored_bindings(history, names):
+        start, context = binding.start_cursor, cursor_context(binding.bot)
+        if "older" not in [sealer.sealing_of(text) for text in (binding.token, start) if text]:
+            continue
+        token = sealer.seal(binding.bot, sealer.open(binding.bot, binding.token))
+        if start and sealer.sealing_of(start) == "older":
+            start = sealer.seal(context, sealer.open(context, start))
+        value = msgspec.json.encode(structs.replace(binding, token=token, start_cursor=start))
+        try:
+            await bucket.write(stored.subject.removeprefix(f"$KV.{names.bindings}."), value, stored.seq)
+        except Conflict:
+            continue
+        sealed += 1
+    return sealed
+
+
+async def _stored_bindings(history: History, names: Names) -> AsyncIterator[tuple[StoredMessage, Binding]]:
+    async for stored in history.read(f"KV_{names.bindings}", f"$KV.{names.bindings}.>"):
+        if not stored.data:
+            continue  # it was deleted
+        try:
+            binding = msgspec.json.decode(stored.data, type=Binding)
+        except UNDECODABLE:
+            continue  # unreadable, or of a newer version: `Bindings` logs and ignores it
+        yield stored, binding

@@ -14,7 +14,7 @@ import msgspec
 from cyclopts import Parameter
 from nats.errors import Error as NatsError
 
-from adapter.bindings.key_rotation import count_stored_tokens, reseal_tokens
+from adapter.bindings.registry import count_stored_tokens, reseal_tokens
 from adapter.cli import output, permission_checks
 from adapter.cli.bindings import TROUBLE, all_bindings, status_of
 from adapter.cli.bus import BusConnection, connected_bus

@@ -16,6 +16,7 @@ from adapter.contract.messages import (
     BindingEvent,
     BindingInfo,
     BindingState,
+    ControlAnswer,
     LoginStatus,
     Options,
 )
@@ -133,6 +134,17 @@ class LoginRecord(PrivateRecord, frozen=True, kw_only=True, omit_defaults=True):
     @property
     def is_over(self) -> bool:
         return self.status in FINAL_STATUSES
+
+
+class ControlOutcome(PrivateRecord, frozen=True, kw_only=True, omit_defaults=True):
+    """Bucket `logins`, key: `control.` and a digest of the command's id. What became of a control command."""
+
+    sequence: int
+    """Of the command, in WECHAT_CTL."""
+    answer: ControlAnswer
+    """Its answer, without bindings and bots."""
+    reason: str = ""
+    """Why it was refused; "": it was not."""
 
 
 class ReaderRecord(PrivateRecord, frozen=True, kw_only=True, omit_defaults=True):

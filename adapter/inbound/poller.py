@@ -22,8 +22,7 @@ from typing import Any, NamedTuple, Protocol
 
 import structlog
 
-from adapter.bindings.registry import account_of
-from adapter.bindings.stale_token import mark_active, mark_needs_login, publish_login_event
+from adapter.bindings.registry import account_of, mark_login, publish_login_event
 from adapter.contract.names import shard_of
 from adapter.contract.records import Binding
 from adapter.errors import AdapterError, BusRefused, LeaseLost, SessionExpired, Temporary
@@ -503,7 +502,9 @@ class BotPoller:
                 checkpoint.note()
             if binding.state == "needs_login":  # the verdict was wrong, or is not true any more
                 log.info("session.recovered", bot=self.bot)
-                await retry(partial(mark_active, self._bindings, self._clock, binding), self._clock, self.bot)
+                await retry(
+                    partial(mark_login, self._bindings, self._clock, binding, "active"), self._clock, self.bot
+                )
             is_instant = self.unanswered_since - began < INSTANT_S and not (polled.messages and is_new)
             polls.instants = polls.instants + 1 if is_instant else 0
             if polls.instants > 1:
@@ -734,9 +735,9 @@ class BotPoller:
         return await retry(attempt, self._clock, self.bot)
 
     async def _mark_needs_login(self, binding: Binding) -> Binding | None:
-        """`mark_needs_login`, unless another replica may poll by now. Raises Temporary, LeaseLost."""
+        """`mark_login`, unless another replica may poll by now. Raises Temporary, LeaseLost."""
         self._check_owned(binding)
-        return await mark_needs_login(self._bindings, self._clock, binding)
+        return await mark_login(self._bindings, self._clock, binding, "needs_login")
 
     # the end ----------------------------------------------------------------------------------------
 

@@ -289,10 +289,10 @@ class Receiver:
         return user == binding.user or not binding.user or user in self._others
 
     async def _learn_user(self, binding: Binding, user: str) -> Binding:
-        """Adds the user to a binding without one, and removes an older bot of the same user in the sandbox. Raises
-        Temporary."""
-        bindings = self._deps.bindings
-        bound = bindings.of_sandbox(binding.sandbox)
+        """Adds the user to a binding without one, and has an older bot of the same user in the sandbox unbound, which
+        WeChat has disabled: one user has one bot. Raises Temporary."""
+        deps = self._deps
+        bound = deps.bindings.of_sandbox(binding.sandbox)
         older = [other for other in bound if other.user == user and other.bot != binding.bot]
 
         def with_user(now: Binding) -> Binding | None:
@@ -301,12 +301,11 @@ class Receiver:
             known = older[0] if older else now
             return msgspec.structs.replace(now, user=user, out_after=known.out_after)
 
-        await bindings.update(binding.bot, with_user)
-        for other in older:  # WeChat has disabled it: one user has one bot
-            detail = "The user is served by another bot now."
-            await self._deps.events.publish_binding_event(other.event("replaced", detail=detail))
-            await bindings.remove(other.bot)
-        return bindings.get(self.bot) or binding
+        await deps.bindings.update(binding.bot, with_user)
+        for other in older:
+            unbind = msgspec.json.encode(contract.Unbind(sandbox=binding.sandbox, bot=other.bot))
+            await deps.bus.publish(BusMessage("ctl", deps.names.unbind, unbind, {H_SCHEMA: contract.SCHEMA_VERSION}))
+        return deps.bindings.get(self.bot) or binding
 
     # what is published ------------------------------------------------------------------------------
 

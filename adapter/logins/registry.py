@@ -14,6 +14,7 @@ import msgspec
 import structlog
 from msgspec import structs
 
+from adapter.bindings.control import OUTCOME
 from adapter.contract.records import LoginRecord
 from adapter.errors import UNDECODABLE, Conflict, RecordTooNew, Refused
 from adapter.kit.timing import ChangeSignal, Clock
@@ -108,6 +109,8 @@ class LoginRegistry:
 
     def _apply_entry(self, entry: Entry) -> None:
         """In the order of the revisions of a key."""
+        if entry.key.startswith(OUTCOME):
+            return
         self._records.pop(entry.key, None)
         try:
             record = None if entry.value is None else self._decoder.decode(entry.value, login=entry.key[:6])

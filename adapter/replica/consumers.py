@@ -50,9 +50,10 @@ async def _route(replica: Replica, shard: Shard) -> None:
 
 
 async def _control(replica: Replica, shard: Shard) -> None:
+    control = replica.new_control(shard.tenure)
     async with asyncio.TaskGroup() as group:
-        group.create_task(_consume(replica, shard, topology.CONTROL, replica.control.enqueue))
-        group.create_task(replica.control.run())
+        group.create_task(_consume(replica, shard, topology.CONTROL, control.enqueue))
+        group.create_task(control.run())
 
 
 async def _consume(replica: Replica, shard: Shard, name: str, on_delivery: Callable[[Delivery], None]) -> None:

@@ -10,9 +10,8 @@ from collections.abc import Callable, Sequence
 from functools import partial
 
 from adapter import __version__
-from adapter.bindings.binder import ControlDeps
+from adapter.bindings.binder import Binder
 from adapter.bindings.control import Control
-from adapter.bindings.readers import Readers
 from adapter.bindings.registry import Bindings, account_of
 from adapter.console.server import Console
 from adapter.console.service import ConsoleDeps
@@ -54,7 +53,7 @@ from adapter.security.seal import Sealer
 from adapter.services.health import HealthDeps
 from adapter.services.logins import LoginService
 from adapter.services.media import MediaService
-from adapter.services.next import Next, NextDeps
+from adapter.services.next import Next, Readers
 from adapter.services.persons import Erasure
 from adapter.services.queries import Queries
 from adapter.settings import Settings
@@ -221,29 +220,13 @@ class Replica:
         )
 
         # control commands
-        erasure = Erasure(
+        self.erasure = Erasure(
             access._replace(history=edges.bulk_history),  # it reads all streams: commands do not wait for it
             bindings,
             {f"KV_{name}": edges.bucket(name) for name in (names.checkpoints, names.conversations, names.logins)},
             partial(supervisor.is_released, ask=True),
             clock,
         )
-        self.control = Control(
-            ControlDeps(
-                access=access,
-                bindings=bindings,
-                chat=edges.chat,
-                sealer=sealer,
-                core=edges.core,
-                readers=self.readers,
-                ensure_owner=lambda: leases.ensure_owned(0),
-                wait_complete=lambda: self.health_monitor.wait_complete([f"KV_{names.bindings}"]),
-                eraser=erasure,
-                clock=clock,
-                metrics=metrics,
-            )
-        )
-
         # what is asked
         self.logins = LoginDeps(
             logins=edges.chat,
@@ -283,6 +266,32 @@ class Replica:
     def new_router(self, tenure: Tenure) -> Router:
         return Router(self.access, self.receipts, self.limits, self.sealer, tenure, self.clock, self.metrics)
 
+    def new_control(self, tenure: Tenure) -> Control:
+        edges, events = self.edges, self.access.events
+        binder = Binder(
+            bindings=self.bindings,
+            events=events,
+            history=edges.history,
+            names=self.names,
+            chat=edges.chat,
+            sealer=self.sealer,
+            skip_inbox=self.readers.skip,
+            erase=self.erasure.run,
+            owner=tenure,
+            clock=self.clock,
+        )
+        return Control(
+            binder,
+            self.bindings,
+            edges.bucket(self.names.logins),
+            events,
+            edges.core,
+            wait_complete=lambda: self.health_monitor.wait_complete([f"KV_{self.names.bindings}"]),
+            owner=tenure,
+            clock=self.clock,
+            metrics=self.metrics,
+        )
+
     def new_poller(self, bot: str) -> BotPoller:
         return BotPoller(bot, self.inbound)
 
@@ -296,16 +305,14 @@ class Replica:
         queries = Queries(self.bindings, self.health_deps, receipts, edges.bulk_history, names, metrics)
         store = MediaService(edges.objects, self.media, metrics, max_bytes=settings.media_max_bytes)
         following = Next(
-            NextDeps(
-                readers=self.readers,
-                history=edges.inboxes,
-                names=names,
-                clock=self.clock,
-                metrics=metrics,
-                page_bytes=lambda: edges.service_connection.max_payload // 2,
-                kept=settings.in_max_per_sandbox,
-                kept_ms=int(settings.in_max_age_h * 3_600_000),
-            )
+            self.readers,
+            edges.inboxes,
+            names,
+            self.clock,
+            metrics,
+            page_bytes=lambda: edges.service_connection.max_payload // 2,
+            kept=settings.in_max_per_sandbox,
+            kept_ms=int(settings.in_max_age_h * 3_600_000),
         )
         handlers: dict[str, Handler] = {
             "bindings.list": queries.list_bindings,

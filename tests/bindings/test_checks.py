@@ -121,14 +121,6 @@ async def test_a_bind_that_has_begun_is_not_refused_when_it_goes_on(problem: Exc
     assert [change for *_, change in platform.changes] == ["bound", "bound", "replaced"]
 
 
-async def test_a_request_id_that_is_used_again_lets_no_token_through_unchecked(platform: Platform) -> None:
-    """The stream's window against duplicates has passed."""
-    await platform.bind(id="r1")
-    platform.bench.chat.notify_fails = STALE
-    assert not (await platform.bind(bot_token=f"{TOKEN}-wrong", id="r1")).ok
-    assert platform.token() == TOKEN
-
-
 @pytest.mark.parametrize("problem", [STALE, SILENT])
 async def test_where_nothing_works_the_bind_is_not_asked_for(problem: Exception, platform: Platform) -> None:
     """The login of the bot is lost, or the same token is bound again."""

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import base64
+from collections.abc import Awaitable, Callable
 from typing import Any
 
 import msgspec
 import pytest
 from structlog.testing import capture_logs
 
-from adapter.bindings.binder import ControlDeps, Eraser
+from adapter.bindings.binder import Binder
 from adapter.bindings.control import Control
 from adapter.bindings.registry import Bindings
 from adapter.contract.messages import Bind, ControlAnswer, Erase
@@ -18,9 +19,10 @@ from adapter.contract.names import H_ERROR, H_ERROR_CODE, H_MSG_ID, H_REPLY_TO, 
 from adapter.contract.records import Binding
 from adapter.errors import BusRefused, Refused, Temporary
 from adapter.ilink.wire import OPAQUE_CHARS
+from adapter.ownership.tenure import Tenure
 from adapter.ports import BusMessage, Entry, StoredMessage
 from adapter.security.seal import Sealer, cursor_context
-from tests.fakes import Bench, Failing, FakeDelivery
+from tests.fakes import Bench, Failing, FakeBucket, FakeDelivery
 from tests.newer import made_newer
 
 VIRTUAL_TIME = True
@@ -30,47 +32,39 @@ TOKEN = "b1@im.bot:SECRET"
 INBOX = "_INBOX.abc.1"
 
 
-class NoEraser:
+async def erase_nothing(command: Erase) -> ControlAnswer:
     """Nothing is there of anybody."""
+    return ControlAnswer(ok=True, id=command.id or "")
 
-    async def run(self, command: Erase) -> ControlAnswer:
-        return ControlAnswer(ok=True, id=command.id or "")
+
+Erasing = Callable[[Erase], Awaitable[ControlAnswer]]
 
 
 class Platform:
     """Publishes control commands, and looks at what comes of them."""
 
     def __init__(
-        self, bench: Bench | None = None, sealer: Sealer | None = None, eraser: Eraser | None = None
+        self, bench: Bench | None = None, sealer: Sealer | None = None, erase: Erasing = erase_nothing
     ) -> None:
         self.bench = bench or Bench()
         self.complete = asyncio.Event()
         """The bucket of bindings lacks nothing."""
         self.complete.set()
-        self.control = Control(
-            ControlDeps(
-                access=self.bench.access,
-                bindings=self.bench.bindings,
-                chat=self.bench.chat,
-                sealer=sealer or self.bench.sealer,
-                core=self.bench.core,
-                readers=self.bench.replica.readers,
-                ensure_owner=lambda: self.bench.leases.ensure_owned(0),
-                wait_complete=self.complete.wait,
-                eraser=eraser or NoEraser(),
-                clock=self.bench.clock,
-                metrics=self.bench.metrics,
-            )
-        )
+        self._sealer, self._erase = sealer or self.bench.sealer, erase
         self.bench.bindings.add_listener(lambda bot, _before, _after: self.bench.replica.supervisor.close(bot))
         self.deliveries: list[FakeDelivery] = []
+        self._start()
+
+    def _start(self) -> None:
+        """As the owner of shard 0."""
+        self.control = new_control(self.bench, self._sealer, self._erase, self.complete)
         self.task = asyncio.get_running_loop().create_task(self.control.run())
 
     async def starts_again(self) -> None:
         """Loses the commands, and has them again."""
         self.task.cancel()
         await asyncio.wait([self.task])
-        self.task = asyncio.get_running_loop().create_task(self.control.run())
+        self._start()
 
     def publish(
         self, verb: str, body: bytes, *, reply_to: str = INBOX, headers: dict[str, str] | None = None
@@ -78,7 +72,7 @@ class Platform:
         delivery = FakeDelivery(
             f"wechat.ctl.{verb}",
             body,
-            seq=len(self.deliveries) + 1,
+            seq=next(self.bench.numbers),
             time_ms=self.bench.clock.now_ms(),
             headers={H_REPLY_TO: reply_to} | (headers or {}),
         )
@@ -122,6 +116,45 @@ class Platform:
 
     def cursor(self) -> str:
         return self.bench.sealer.open(cursor_context(BOT), self.binding().start_cursor or "")
+
+
+def new_control(
+    bench: Bench,
+    sealer: Sealer | None = None,
+    erase: Erasing = erase_nothing,
+    complete: asyncio.Event | None = None,
+    outcomes: FakeBucket | None = None,
+) -> Control:
+    """As the replica makes it for a tenure of shard 0."""
+    owner = Tenure(0, bench.leases)
+    binder = Binder(
+        bindings=bench.bindings,
+        events=bench.events,
+        history=bench.bus,
+        names=bench.names,
+        chat=bench.chat,
+        sealer=sealer or bench.sealer,
+        skip_inbox=bench.replica.readers.skip,
+        erase=erase,
+        owner=owner,
+        clock=bench.clock,
+    )
+
+    async def wait_complete() -> None:
+        if complete is not None:
+            await complete.wait()
+
+    return Control(
+        binder,
+        bench.bindings,
+        bench.logins_bucket if outcomes is None else outcomes,
+        bench.events,
+        bench.core,
+        wait_complete=wait_complete,
+        owner=owner,
+        clock=bench.clock,
+        metrics=bench.metrics,
+    )
 
 
 async def test_a_bind_is_stored_told_and_answered(platform: Platform) -> None:
@@ -733,22 +766,6 @@ async def test_a_bot_that_turns_out_to_be_of_another_person_begins_anew(platform
     assert platform.binding().out_after == command
 
 
-async def test_binds_at_the_same_time_ask_once_for_the_newest_command(platform: Platform) -> None:
-    asked, ask = 0, platform.bench.bus.last_sequence
-
-    async def count(stream: str) -> int:
-        nonlocal asked
-        asked += 1
-        return await ask(stream)
-
-    platform.bench.bus.last_sequence = count  # type: ignore[method-assign]
-    for number in range(100):
-        bind = {"sandbox": f"s{number}", "bot": f"b{number}@im.bot", "bot_token": "t"}
-        platform.publish("bind", msgspec.json.encode(bind))
-    await asyncio.sleep(1)
-    assert (len(platform.bound), asked) == (100, 1)
-
-
 # refused -------------------------------------------------------------------------------------------------
 
 
@@ -864,6 +881,48 @@ async def test_an_old_bind_that_comes_again_does_not_undo_the_unbind_after_it(pl
     assert repeated.acks == 1
 
 
+@pytest.mark.parametrize("taken_over", [False, True])
+async def test_a_bind_with_an_id_of_the_last_day_is_answered_and_not_applied(
+    taken_over: bool, platform: Platform
+) -> None:
+    """Whoever asked had no answer, and an unbind has come since."""
+    first = await platform.bind(id="r1")
+    await platform.say("unbind", sandbox="s1", id="r1")
+    later = heir(platform) if taken_over else platform
+    again = await later.bind(id="r1", bot_token="b1@im.bot:WRONG")
+    assert (again.ok, again.id, first.ok, later.bound) == (True, "r1", True, {})
+    assert (await later.bind(id="r2")).ok
+    assert later.bound == {BOT: "s1"}
+
+
+async def test_a_refused_bind_may_be_tried_again_with_its_id(platform: Platform) -> None:
+    assert not (await platform.bind(id="r1", base_url="https://evil.example")).ok
+    assert (await platform.bind(id="r1")).ok
+    assert platform.bound == {BOT: "s1"}
+
+
+async def test_what_is_remembered_of_a_command_names_nobody(platform: Platform) -> None:
+    await platform.bind(id="r1")
+    await platform.bind(bot="b2@im.bot", id="r2")
+    await platform.say("unbind", sandbox="s1", id="r3")
+    stored = [entry.value or b"" for entry in platform.bench.logins_bucket.entries.values()]
+    assert len(stored) == 3
+    for name in (BOT, "b2@im.bot", USER, "SECRET"):
+        assert not any(name.encode() in value for value in stored)
+
+
+async def test_a_bot_whose_user_another_one_serves_is_replaced_by_an_unbind(platform: Platform) -> None:
+    """As a poller asks for once it knows whose bot it polls: nothing of the person ends."""
+    await platform.bind()
+    await platform.bench.bind(bot="b2@im.bot", out_after=1)
+    writes(platform)
+    orders(platform)
+    assert (await platform.say("unbind", sandbox="s1", bot=BOT)).ok
+    assert (platform.bound, inbox(platform)) == ({"b2@im.bot": "s1"}, ["hello"])
+    assert platform.binding("b2@im.bot").out_after == 1
+    assert platform.changes[-1] == ("s1", BOT, "replaced")
+
+
 async def test_a_command_that_comes_again_while_it_waits_is_settled_by_its_newest_delivery(
     platform: Platform,
 ) -> None:
@@ -897,7 +956,7 @@ async def test_a_command_that_breaks_the_adapter_is_put_aside_and_the_next_one_g
         )
         platform.publish("bind", msgspec.json.encode({"sandbox": "s1", "bot": BOT, "bot_token": TOKEN}))
         await asyncio.sleep(120)
-    assert "control.crashed" in [line["event"] for line in logs]
+    assert "work.crashed" in [line["event"] for line in logs]
     assert bad.acks == 1
     assert platform.bound == {BOT: "s1"}
     assert len(platform.bench.bus.found("DEAD")) == 1

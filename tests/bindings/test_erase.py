@@ -9,12 +9,12 @@ import pytest
 
 from adapter.contract.messages import ControlAnswer, Erase
 from adapter.errors import BusRefused, Temporary
-from tests.bindings.test_control import BOT, USER, NoEraser, Platform
+from tests.bindings.test_control import BOT, USER, Platform
 
 VIRTUAL_TIME = True
 
 
-class SlowEraser(NoEraser):
+class SlowEraser:
     """Counts one message, once it may."""
 
     def __init__(self) -> None:
@@ -33,7 +33,7 @@ class SlowEraser(NoEraser):
 
 async def bound(eraser: SlowEraser) -> Platform:
     """The person has a bot in two sandboxes, and somebody else has one."""
-    platform = Platform(eraser=eraser)
+    platform = Platform(erase=eraser.run)
     await platform.bind()
     await platform.bind(sandbox="s2", bot="b2@im.bot")
     await platform.bind(sandbox="s2", bot="b3@im.bot", user="other@im.wechat")
@@ -77,7 +77,7 @@ async def test_only_commands_of_the_same_person_wait_for_an_erasure() -> None:
 
 
 async def test_a_bind_right_behind_an_erasure_gets_no_command_of_before() -> None:
-    platform = Platform(eraser=SlowEraser())
+    platform = Platform(erase=SlowEraser().run)
     await platform.bind()
     command = platform.bench.bus.put(platform.bench.names.out_of_sandbox("s1"), b'{"text":"for the first"}', {})
     body = {"sandbox": "s1", "bot": "b9@im.bot", "bot_token": "t9", "user": "other@im.wechat"}
@@ -114,7 +114,7 @@ async def test_one_that_was_cut_empties_the_inbox_when_it_is_carried_on() -> Non
     """Somebody who was unbound before has left messages there, and the next person's agent reads all."""
     eraser = SlowEraser()
     eraser.failure = Temporary("bus_timeout")
-    platform = Platform(eraser=eraser)
+    platform = Platform(erase=eraser.run)
     await platform.bind()
     platform.bench.bus.put(platform.bench.names.inbox("s1"), b'{"text":"of somebody before"}', {})
     delivery = platform.publish("erase", msgspec.json.encode({"user": USER}))

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from adapter.bindings.stale_token import mark_active, publish_login_event
+from adapter.bindings.registry import mark_login, publish_login_event
 from adapter.contract.messages import BindingEvent, BindingState
 from adapter.contract.records import Binding
 from adapter.errors import Temporary
@@ -372,7 +372,7 @@ async def test_what_a_send_found_of_a_login_and_could_not_tell_is_told_by_who_po
     await asyncio.sleep(1)
     binding = bench.bindings.get(BOT)
     assert binding is not None
-    assert await mark_active(bench.bindings, bench.clock, binding) is not None
+    assert await mark_login(bench.bindings, bench.clock, binding, "active") is not None
     await asyncio.sleep(1)
     assert (changes(bench), session.state) == (["recovered"], State.POLLING)
 

@@ -10,13 +10,12 @@ from typing import Any
 import msgspec
 import pytest
 
-from adapter.bindings.readers import Readers
 from adapter.contract.messages import NextPage, NextQuery
 from adapter.errors import Refused, Temporary
 from adapter.jetstream.buckets import TTL, LeaderKvBucket
 from adapter.kit.timing import SystemClock
 from adapter.ports import BusMessage, SandboxRequest, StoredMessage
-from adapter.services.next import Next, NextDeps
+from adapter.services.next import Next, Readers
 from tests.bus.rig import NAMES, Rig
 from tests.newer import made_newer
 
@@ -62,8 +61,7 @@ class Place:
         self.readers = Readers(self.bucket, self.clock)
         history: Any = self.history
         limits = {"page_bytes": lambda: PAGE_BYTES, "kept": KEPT, "kept_ms": KEPT_S * 1000}
-        deps = NextDeps(self.readers, history, NAMES, self.clock, rig.metrics, **limits)  # type: ignore[arg-type]
-        self._service = Next(deps)
+        self._service = Next(self.readers, history, NAMES, self.clock, rig.metrics, **limits)  # type: ignore[arg-type]
 
     async def say(self, *texts: str, sandbox: str = "s1") -> list[int]:
         """Their sequences."""

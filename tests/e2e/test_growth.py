@@ -134,7 +134,6 @@ async def close_unused(adapter: Replica) -> None:
 
 def forget_the_last(adapter: Replica) -> None:
     """Empties what is bounded by a number that is higher than what happens here: the last so many of a kind."""
-    adapter.control._settled.clear()
     adapter.bindings._deleted.clear()
 
 

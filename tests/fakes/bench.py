@@ -70,7 +70,7 @@ class FakeEdges(Edges):
             names.checkpoints: bench.checkpoint_bucket,
             names.conversations: bench.conversation_bucket,
             names.claims: bench.claims_bucket,
-            names.logins: FakeBucket("login"),
+            names.logins: bench.logins_bucket,
         }
 
     def bucket(self, name: str) -> Any:
@@ -145,6 +145,7 @@ class Bench:
         self.objects: FakeObjects = world.objects if world else FakeObjects(self.bus.writes)
         self.claims_bucket: FakeBucket = world.claims_bucket if world else FakeBucket("claim", self.bus.writes)
         self.readers_bucket: FakeBucket = world.readers_bucket if world else FakeBucket("reader", self.bus.writes)
+        self.logins_bucket: FakeBucket = world.logins_bucket if world else FakeBucket("login", self.bus.writes)
         self.core = FakeCoreBus()
         self.leases = FakeLeases(incarnation)
         self.metrics = metrics or Metrics()

@@ -337,8 +337,9 @@ async def test_a_new_bot_whose_user_becomes_known_goes_on_where_their_old_one_wa
     binding = bench.bindings.get(BOT)
     assert binding is not None
     assert (binding.user, binding.out_after) == (USER, 2)
-    assert bench.bindings.get("b0@im.bot") is None
-    assert [event.change for event in bench.bus.events() if event.bot == "b0@im.bot"] == ["replaced"]
+    (unbind,) = bench.bus.found("CTL")
+    assert unbind.subject == bench.names.unbind
+    assert msgspec.json.decode(unbind.data) == {"sandbox": "s1", "bot": "b0@im.bot"}
 
 
 async def test_messages_of_more_than_eight_other_users_of_a_bot_become_dead_letters() -> None:

@@ -11,8 +11,6 @@ import msgspec
 import pytest
 from structlog.testing import capture_logs
 
-from adapter.bindings.binder import ControlDeps
-from adapter.bindings.control import Control
 from adapter.contract.messages import (
     Bind,
     BindingEvent,
@@ -33,7 +31,7 @@ from adapter.logins.runner import LoginRunner
 from adapter.ports import BusMessage, Entry, QrCode, Scan, ScanStatus
 from adapter.security.seal import Sealer
 from adapter.services.logins import LOGIN_S, OPEN_PER_SANDBOX, LoginService
-from tests.bindings.test_control import NoEraser
+from tests.bindings.test_control import new_control
 from tests.fakes import Bench, FakeBucket, FakeDelivery, FakeLogins
 from tests.newer import made_newer
 
@@ -66,25 +64,12 @@ class Doors:
         )
         self.runner = LoginRunner(deps)
         self.service = LoginService(deps, self.runner)
-        self.control = Control(
-            ControlDeps(
-                access=self.bench.access,
-                bindings=self.bench.bindings,
-                chat=self.bench.chat,
-                sealer=self.sealer,
-                core=self.bench.core,
-                readers=self.bench.replica.readers,
-                ensure_owner=lambda: None,
-                wait_complete=lambda: asyncio.sleep(0),
-                eraser=NoEraser(),
-                clock=self.clock,
-                metrics=self.bench.metrics,
-            )
-        )
+        self.control = new_control(self.bench, outcomes=self.bucket)
         self.controlled = True
         """Whether stored binds are carried out."""
         loop = asyncio.get_running_loop()
         self.tasks = [loop.create_task(work) for work in (self.registry.run(), self.runner.run(), self._control())]
+        self.tasks.append(loop.create_task(self.control.run()))
 
     async def _control(self) -> None:
         done = 0
@@ -93,7 +78,6 @@ class Doors:
             for message in stored[done:] if self.controlled else []:
                 delivery = FakeDelivery(message.subject, message.data, seq=message.seq, time_ms=self.clock.now_ms())
                 self.control.enqueue(delivery)
-                await self.control._apply_and_answer(delivery)
                 done += 1
             await asyncio.sleep(0.05)
 
@@ -803,10 +787,10 @@ async def test_a_bind_that_was_sealed_for_a_login_is_good_for_nothing_else() -> 
     (bind,) = doors.binds()
     for changes in ({"sandbox": "s2"}, {"bot": "b2@im.bot"}):
         told = len(doors.bench.core.published)
-        body = msgspec.json.encode(msgspec.structs.replace(bind, **changes))
+        body = msgspec.json.encode(msgspec.structs.replace(bind, id=f"again {told}", **changes))
         headers = {H_REPLY_TO: "_INBOX.1"}
         doors.control.enqueue(FakeDelivery("wechat.ctl.bind", body, seq=10**6 + told, time_ms=0, headers=headers))
-        await doors.control._apply_until_done(10**6 + told)
+        await asyncio.sleep(1)
         answer = msgspec.json.decode(doors.bench.core.published[-1][1], type=ControlAnswer)
         assert (answer.ok, len(doors.bench.core.published)) == (False, told + 1)
 
