@@ -1,7 +1,7 @@
-"""Which shards this replica owns. Each shard has at most one owner (docs/explanation/ownership.md).
+"""Which replicas live, and which shards this one owns: each has at most one owner (docs/explanation/ownership.md).
 
-A replica has one key in `wechat_members`, which it renews (`membership`), and each shard has one claim in
-`wechat_claims`, which is written only when its owner changes. `run` repeats one round:
+A replica has one key in `wechat_members`, which it renews, and each shard has one claim in `wechat_claims`, which is
+written only when its owner changes. `run` renews, and repeats one round:
 
 1. Observe which members are alive.
 2. Find surplus shards: owned ones for which a living member has a higher rank. The supervisor hands them over and
@@ -10,30 +10,71 @@ A replica has one key in `wechat_members`, which it renews (`membership`), and e
 4. Claim free shards with the highest rank here: without an owner, or with one whose lease is proven to be over
    (`revoke_if_expired`).
 
+No wall clocks are compared. An observer calls a member dead when its key kept one revision for `lease_s` seconds on
+the observer's own monotonic clock, while its own reads and renewals worked all along. It then revokes that key by
+compare-and-set, and only then takes the shards. The holder stops well before that on a timer of its own, counted from
+the time at which it *sent* its last successful renewal.
+
 `ensure_owned` is called right before each poll, send and publish. It is true only while the lease is valid. A replica
 whose key was revoked gives up all shards and joins again as another incarnation. Claims are written by
-compare-and-set, so that only one of two replicas gets a shard. No clock of another machine is used.
+compare-and-set, so that only one of two replicas gets a shard.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import functools
 import hashlib
+import secrets
 
 import msgspec
 import structlog
 
 from adapter.contract.names import SHARDS
-from adapter.contract.records import Claim
+from adapter.contract.records import Claim, Member
 from adapter.errors import UNDECODABLE, Conflict, LeaseLost, RecordTooNew, Temporary
-from adapter.kit.timing import Clock, raise_if_cancelled, wait_event
+from adapter.kit.timing import ChangeSignal, Clock, raise_if_cancelled, wait_event
 from adapter.observability.metrics import Metrics
 from adapter.observability.records import RecordDecoder
-from adapter.ownership.membership import Membership
 from adapter.ports import Entry, LeaderBucket
 
 log = structlog.get_logger()
+
+DEAD_KEPT = 1000
+"""Most members known to be dead, and keys known to be absent, that are remembered."""
+OBSERVE_FRACTION = 1 / 8
+"""Interval between two observations, as a fraction of the lease."""
+SHORTEST_S = 0.05
+"""Shortest interval between two observations, since clocks may differ slightly about the end of a lease."""
+MIN_OWN_RENEWALS = 4
+"""Own renewals after which a silent member counts as able to renew: each member renews as often in a lease. Failures
+of this replica then no longer extend the wait for that member."""
+HOLDER_FRACTION = 0.8
+"""Fraction of the lease after which the holder stops. The rest allows for clocks that differ and answers in
+flight."""
+
+
+class _Sighting(msgspec.Struct):
+    """A member's key as observed here. Times are monotonic."""
+
+    revision: int = 0
+    since: float = 0.0
+    """When this revision was first seen, or the observation restarted."""
+    renewals: int = 0
+    """Own renewals when the revision was first seen."""
+    alive_since: float = 0.0
+    """When the member was first seen alive, while it is."""
+    draining: bool = False
+
+
+class _Draining(msgspec.Struct):
+    """What every version of a member has."""
+
+    draining: bool = False
+
+
+_decode_member = msgspec.json.Decoder(_Draining).decode
 
 
 @functools.lru_cache(maxsize=8192)  # called for all shards and members in each round
@@ -42,13 +83,13 @@ def rank(member: str, shard: int) -> bytes:
     return hashlib.blake2b(f"{member}|{shard}".encode(), digest_size=8).digest()
 
 
-def highest_ranked(members: list[str], shard: int) -> str:
-    """The member that should own the shard; "": there is none."""
-    return max(members, key=lambda member: rank(member, shard), default="")
+def highest_ranked(members: list[str], shard: int) -> str | None:
+    """The member that should own the shard; None: there is none."""
+    return max(members, key=lambda member: rank(member, shard), default=None)
 
 
-class Leases(Membership):
-    """The claims of shards. This replica owns the shards in `owned` while `is_valid`."""
+class Leases:
+    """The lease of this replica, and its shards: it owns those in `owned` while `is_valid`."""
 
     def __init__(
         self,
@@ -60,17 +101,55 @@ class Leases(Membership):
         instance: str,
         lease_s: float,
     ) -> None:
-        super().__init__(members, clock, metrics, instance=instance, lease_s=lease_s)
+        self.incarnation = ""
+        self.owned: set[int] = set()
         self.surplus: set[int] = set()
         """Owned shards that another replica should own; `release` hands them over."""
         self.orphans: set[int] = set()
         """Shards without a living owner in the last round."""
+        self.changed = ChangeSignal()
+        """Notified when shards come or go, members leave, and when the lease pauses or resumes."""
+        self.membership_epoch = 0
+        """Counts members that left or fell silent, after which waits for them are checked again."""
+        self.draining = False
+        self.last_error = "no answer yet"
+        """Cause of the last failed renewal, for operators."""
+        self._members = members
         self._claims = claims
-        self._claim_decoder = RecordDecoder(Claim)
+        self._clock = clock
+        self._metrics = metrics
+        self._instance = instance
+        self._lease_s = lease_s
+        # the own key
+        self._revision = 0
+        self._renewing = asyncio.Lock()
+        self._deadline = 0.0
+        """Monotonic time at which the lease ends."""
+        self._renewed_at = 0.0
+        """When the last successful renewal was answered."""
+        self._renewals = 0
+        """Number of successful renewals."""
+        self._paused = True
+        # the others
+        self._sightings: dict[str, _Sighting] = {}
+        """By member."""
+        self._live: dict[str, _Sighting] = {}
+        """Those that were alive at the last observation."""
+        self._last_read_at = 0.0
+        self._known_dead: set[str] = set()
+        self._absent_since: dict[str, float] = {}
+        """Members and claims without a key, and since when. The bucket may be gone while the owner is alive."""
+        # the claims
+        self._decoder = RecordDecoder(Claim)
         self._claim_revisions: dict[int, int] = {}
         self._release_unconfirmed: set[int] = set()
         """Released shards whose write may have failed or may still land; only another write settles that."""
         self._claim_soon = asyncio.Event()
+
+    @property
+    def is_valid(self) -> bool:
+        """Whether the owned shards may be used now."""
+        return self._clock.monotonic() < self._deadline
 
     def ensure_owned(self, shard: int) -> None:
         """Raises LeaseLost unless this replica may poll and send for `shard` now."""
@@ -81,10 +160,15 @@ class Leases(Membership):
         """Returns when `ensure_owned` would pass, or after `timeout_s` seconds."""
         await self.changed.wait_until(lambda: self.is_valid and shard in self.owned, timeout_s)
 
+    def claim_now(self) -> None:
+        """Starts the next round at once, since another replica has released shards."""
+        self._claim_soon.set()
+
     async def run(self) -> None:
-        """Joins, renews and claims until cancelled. Joins again as another incarnation after a revocation."""
+        """Renews and claims until cancelled. Joins again as another incarnation after a revocation."""
         while True:
-            await self._join()
+            self.incarnation = f"{self._instance}-{secrets.token_hex(4)}"
+            self._revision = 0
             try:
                 # a separate task: before Python 3.13 a group that fails while it is cancelled forgets the
                 # cancellation
@@ -102,11 +186,145 @@ class Leases(Membership):
             group.create_task(self._watch_forever(), name="leases.watch")
             group.create_task(self._claim_forever(), name="leases.claim")
 
-    def claim_now(self) -> None:
-        """Starts the next round at once, since another replica has released shards."""
-        self._claim_soon.set()
+    # the own key -----------------------------------------------------------------------------------
+
+    async def _renew_forever(self) -> None:
+        failures = 0
+        while True:
+            try:
+                await self._renew()
+                failures = 0
+            except (Temporary, Conflict) as exc:  # Conflict: an earlier write landed without an answer
+                failures += 1
+                self.last_error = exc.detail or exc.reason
+                if failures == 1:
+                    log.warning("lease.unrenewed", reason=exc.reason, detail=exc.detail)
+            await self._clock.sleep(self._lease_s / 4 if self.is_valid else 0.1)
+
+    async def _renew(self) -> None:
+        """Raises Temporary, and LeaseLost if another replica revoked this incarnation."""
+        async with self._renewing:  # `drain` may renew while a renewal is in flight
+            await self._renew_once()
+
+    async def _renew_once(self) -> None:
+        sent = self._clock.monotonic()
+        value = msgspec.json.encode(Member(instance=self._instance, draining=self.draining))
+        try:
+            self._revision = await self._members.write(self.incarnation, value, self._revision)
+        except (Temporary, Conflict):
+            # After a lost answer the write may have landed. Only this replica writes the key, so its revision is
+            # valid if the key exists; a tombstone means that the incarnation was revoked.
+            entry = await self._members.get(self.incarnation)
+            if self._revision and (entry is None or entry.value is None):
+                raise LeaseLost("lease_revoked") from None
+            self._revision = entry.revision if entry else 0
+            raise
+        ran_out = not self.is_valid  # also without a pause, if a busy loop reads this answer before the timer fires
+        self._renewed_at, self._deadline = self._clock.monotonic(), sent + self._lease_s * HOLDER_FRACTION
+        self._renewals += 1
+        if (self._paused or ran_out) and self.is_valid:
+            self._paused = False
+            log.info("lease.valid", incarnation=self.incarnation, shards=len(self.owned))
+            self.changed.notify_all()
+
+    async def _watch_forever(self) -> None:
+        """Announces the end of the lease at once, on a timer of its own, since a renewal may hang."""
+        while True:
+            left_s = self._deadline - self._clock.monotonic()
+            if left_s > 0:
+                await self._clock.sleep(left_s)
+                continue
+            if not self._paused:
+                self._paused = True
+                log.warning("lease.paused", incarnation=self.incarnation, shards=len(self.owned))
+                self.changed.notify_all()
+            await self._clock.sleep(0.05)
+
+    # the others -----------------------------------------------------------------------------------
+
+    def _next_look_s(self) -> float:
+        """Seconds until the next observation: at the latest the end of a silent member's lease."""
+        now = self._clock.monotonic()
+        ends = [seen.since + self._lease_s - now for name, seen in self._live.items() if name != self.incarnation]
+        return max(SHORTEST_S, min([OBSERVE_FRACTION * self._lease_s, *(left_s for left_s in ends if left_s > 0)]))
+
+    async def _observe_members(self) -> None:
+        """Reads which members are alive. After a gap in its reads, or in its own renewals, all observations restart,
+        since others can still read a bucket without a leader, but not write it. Members for which `MIN_OWN_RENEWALS`
+        have passed are not observed again after a gap in renewals, as such a gap may recur."""
+        entries = await self._members.list_entries()
+        now, patience_s = self._clock.monotonic(), self._lease_s / 4 + 1.0
+        was_blind, was_mute = now - self._last_read_at > patience_s, now - self._renewed_at > patience_s
+        self._last_read_at = now
+        sightings, live = dict[str, _Sighting](), dict[str, _Sighting]()
+        for name, value, revision in entries:
+            if value is None:
+                continue
+            seen = sightings[name] = self._sightings.get(name) or _Sighting()
+            if was_blind or seen.revision != revision:
+                seen.revision, seen.since, seen.renewals = revision, now, self._renewals
+            elif was_mute and self._renewals - seen.renewals < MIN_OWN_RENEWALS:
+                seen.since = now
+            if now - seen.since < self._lease_s:
+                with contextlib.suppress(*UNDECODABLE):  # another program's key is no member
+                    seen.draining = _decode_member(value).draining
+                    seen.alive_since = seen.alive_since if name in self._live else now
+                    live[name] = seen
+        if self._live.keys() - live.keys():
+            self.membership_epoch += 1
+            self.changed.notify_all()
+        self._sightings, self._live = sightings, live
+
+    @property
+    def is_alone(self) -> bool:
+        """Whether no other replica is there to take over."""
+        return not any(name != self.incarnation and not member.draining for name, member in self._live.items())
+
+    @property
+    def living_count(self) -> int:
+        """Number of living replicas as known here, including this one."""
+        return len(self._live.keys() | {self.incarnation})
+
+    @property
+    def other_incarnations(self) -> set[str]:
+        """Other living incarnations as known here."""
+        return self._live.keys() - {self.incarnation}
+
+    async def revoke_if_expired(self, incarnation: str) -> bool:
+        """Whether `incarnation` is proven to do nothing more. Revokes it if its lease has expired."""
+        if incarnation in self._known_dead:
+            return True
+        if incarnation == self.incarnation or incarnation in self._live:
+            return False
+        try:
+            entry = await self._members.get(incarnation)
+            if entry is None and not self._is_long_absent(f"member {incarnation}"):
+                return False  # the bucket may be gone: the member notices at its next renewal, or stops by its timer
+            if entry is not None and entry.value is not None:
+                seen = self._sightings.get(incarnation) or _Sighting()
+                if seen.revision != entry.revision or self._clock.monotonic() - seen.since < self._lease_s:
+                    return False
+                await self._members.write(incarnation, None, entry.revision)
+                log.warning("lease.expired", incarnation=incarnation)
+        except (Temporary, Conflict):
+            return False  # renewed or revoked meanwhile, or unknown: the next round checks again
+        if len(self._known_dead) >= DEAD_KEPT:
+            self._known_dead.clear()  # found again when needed
+        self._known_dead.add(incarnation)
+        self._absent_since.pop(f"member {incarnation}", None)
+        return True
+
+    def _is_long_absent(self, key: str) -> bool:
+        """Whether a key has been absent for a lease, in which a living owner notices that."""
+        now = self._clock.monotonic()
+        if len(self._absent_since) > DEAD_KEPT:
+            self._absent_since.clear()  # found again when needed
+        return now - self._absent_since.setdefault(key, now) >= self._lease_s
+
+    # claims ---------------------------------------------------------------------------------------
 
     async def _claim_forever(self) -> None:
+        await self.changed.wait_until(lambda: self.is_valid)  # the others must see it, too
         while True:
             try:
                 await self._observe_members()
@@ -124,9 +342,11 @@ class Leases(Membership):
         """Finds surplus shards. A member counts after it has lived for a lease, so that an unstable one moves
         nothing."""
         grown = [
-            name for name in self._live if self._sightings[name].since - self._first_seen_at[name] >= self._lease_s
+            name
+            for name, seen in self._live.items()
+            if seen.since - seen.alive_since >= self._lease_s and not seen.draining
         ]
-        names = [*(name for name in grown if not self._live[name].draining), self.incarnation]
+        names = [*grown, self.incarnation]
         surplus = {shard for shard in self.owned if highest_ranked(names, shard) != self.incarnation}
         if surplus != self.surplus:
             self.surplus = surplus
@@ -175,7 +395,7 @@ class Leases(Membership):
         return self._claim_revisions.pop(shard)
 
     async def _claim_free(self, claims: dict[str, Entry]) -> None:
-        eligible = [name for name, member in self._live.items() if not member.draining]
+        eligible = [name for name, seen in self._live.items() if not seen.draining]
         free_shards, orphans = [], set()
         for shard in range(SHARDS):
             if shard in self.owned:
@@ -225,7 +445,7 @@ class Leases(Membership):
         """None: there is no claim, not even an empty one. Only others delete claims or write anything else. Raises
         RecordTooNew."""
         try:
-            return self._claim_decoder.decode(entry.value, shard=entry.key) if entry and entry.value else None
+            return self._decoder.decode(entry.value, shard=entry.key) if entry and entry.value else None
         except UNDECODABLE:
             return None
 
