@@ -27,6 +27,7 @@ from nats.aio.client import Client
 
 from adapter.inbound.poller import BotPoller
 from adapter.jetstream.client import BusClient
+from adapter.observability.records import log_once
 from tests import canary
 from tests.capture import Capture, capturing
 from tests.fakes import Bench, VirtualLoop
@@ -187,3 +188,9 @@ def npm() -> Path:
             pytest.skip(reason)
         pytest.fail(reason)
     return NPM
+
+
+@pytest.fixture(autouse=True)
+def forget_logged() -> None:
+    """A line that is logged once in a process is logged in each test."""
+    log_once.cache_clear()

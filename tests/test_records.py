@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import msgspec
 import pytest
 from structlog.testing import capture_logs
 
 from adapter.contract.records import Binding, Claim, LoginRecord, Member, PrivateRecord
 from adapter.errors import UNDECODABLE, RecordTooNew
-from adapter.observability.records import SAID_KEPT, RecordDecoder
+from adapter.observability.records import SAID_KEPT, decode_record
 from adapter.outbound.record import SealedConversation
 from tests.newer import made_newer
 
@@ -26,26 +24,24 @@ RECORDS: list[PrivateRecord] = [
 @pytest.mark.parametrize("record", RECORDS, ids=lambda record: type(record).__name__)
 def test_every_private_record_has_its_version(record: PrivateRecord) -> None:
     value = msgspec.json.encode(record)
-    decoder: RecordDecoder[Any] = RecordDecoder(type(record))
     assert msgspec.json.decode(value)["v"] == 1
-    assert decoder.decode(value, bot="b1") == record
+    assert decode_record(value, type(record), bot="b1") == record
     with pytest.raises(RecordTooNew, match="version 2, this replica knows 1"):
-        decoder.decode(made_newer(value), bot="b1")
+        decode_record(made_newer(value), type(record), bot="b1")
 
 
 def test_what_the_adapter_has_not_written_is_no_newer_version() -> None:
-    decoder = RecordDecoder(Claim)
     for text in (b"x", b'{"v":"2"}', b'{"v":0}', b'{"owner":5,"v":1}', b'{"owner":"\xff"}', b"[" * 100_000):
         with pytest.raises(UNDECODABLE):
-            decoder.decode(text, shard="7")
+            decode_record(text, Claim, shard="7")
 
 
 def test_a_newer_record_is_said_once_by_each_that_reads_it_without_its_content() -> None:
-    decoder, text = RecordDecoder(Claim), made_newer(msgspec.json.encode(Claim(owner="secret")))
+    text = made_newer(msgspec.json.encode(Claim(owner="secret")))
     with capture_logs() as logs:
         for shard in ("7", "7", "8", *map(str, range(100, 100 + SAID_KEPT)), "8"):
             with pytest.raises(RecordTooNew):
-                decoder.decode(text, shard=shard)
+                decode_record(text, Claim, shard=shard)
     assert [line["shard"] for line in logs[:2]] == ["7", "8"]
     assert len(logs) == 2 + SAID_KEPT + 1  # what is remembered has a limit
     assert "secret" not in str(logs)

@@ -15,7 +15,7 @@ from adapter.contract.records import Binding
 from adapter.errors import UNDECODABLE, Conflict, RecordTooNew, Refused
 from adapter.kit.timing import ChangeSignal, Clock
 from adapter.observability.events import Events
-from adapter.observability.records import RecordDecoder
+from adapter.observability.records import decode_record
 from adapter.ports import Account, Bucket, Entry, History, LeaderBucket, StoredMessage
 from adapter.security.seal import Sealer, Sealing, cursor_context
 
@@ -46,7 +46,6 @@ class Bindings:
         self._same_token = same_token
         """Whether two stored tokens of a bot are the same token, even if sealed again; then nothing has changed."""
         self._unbound_s = unbound_s
-        self._decoder = RecordDecoder(Binding)
         self._deleted: OrderedDict[str, int] = OrderedDict()
         """Revisions of the last deletions, since a read that began before one may end after it."""
         self._listeners: list[Callable[[str, Binding | None, Binding | None], None]] = []
@@ -122,7 +121,7 @@ class Bindings:
             before = None
             if entry is not None and entry.value is not None:
                 try:
-                    before = self._decoder.decode(entry.value, bot=bot)
+                    before = decode_record(entry.value, Binding, bot=bot)
                 except RecordTooNew:
                     return None
                 except UNDECODABLE:
@@ -221,7 +220,7 @@ class Bindings:
     def _decode(self, bot: str, value: bytes) -> Binding:
         """A binding of a newer version is in the state `too_new`, without a token. Raises UNDECODABLE."""
         try:
-            return self._decoder.decode(value, bot=bot)
+            return decode_record(value, Binding, bot=bot)
         except RecordTooNew:
             known = msgspec.json.decode(value, type=_Served)
             return Binding(sandbox=known.sandbox, bot=bot, token="", user=known.user, state="too_new")

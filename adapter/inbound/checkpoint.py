@@ -18,7 +18,7 @@ from adapter.contract.records import Binding, CheckpointRecord
 from adapter.errors import UNDECODABLE, Conflict, LeaseLost, Refused
 from adapter.kit.batches import Batches
 from adapter.kit.timing import Clock
-from adapter.observability.records import RecordDecoder
+from adapter.observability.records import decode_record
 from adapter.outbound.inbox import FoldedInbox, InboxReader
 from adapter.ownership.leases import Leases
 from adapter.ports import Bucket, Entry
@@ -80,7 +80,6 @@ class Checkpoints:
     def __init__(self, bucket: Bucket, sealer: Sealer) -> None:
         self._bucket = bucket
         self._sealer = sealer
-        self._decoder = RecordDecoder(CheckpointRecord)
         self._reads = Batches(self._read_all)
 
     async def read(self, bot: str) -> StoredCheckpoint:
@@ -90,7 +89,7 @@ class Checkpoints:
             return StoredCheckpoint(bot, revision=entry.revision if entry else 0)
         owner, position, is_unreadable = "", _Position(), False
         try:
-            record = self._decoder.decode(entry.value, bot=bot)
+            record = decode_record(entry.value, CheckpointRecord, bot=bot)
             owner = record.owner  # in clear: who polls is known without the key
             position = _open(record, bot, self._sealer)
         except (*UNDECODABLE, Refused) as exc:  # the bot starts anew, and the inbox tells repeats

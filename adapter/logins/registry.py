@@ -21,7 +21,7 @@ from adapter.kit.timing import ChangeSignal, Clock
 from adapter.logins.steps import event_of
 from adapter.observability.events import Events
 from adapter.observability.metrics import Metrics
-from adapter.observability.records import RecordDecoder
+from adapter.observability.records import decode_record
 from adapter.ports import Bucket, Entry
 
 log = structlog.get_logger()
@@ -42,7 +42,6 @@ class LoginRegistry:
         self._events = events
         self._clock = clock
         self._metrics = metrics
-        self._decoder = RecordDecoder(LoginRecord)
         self._records: dict[str, tuple[LoginRecord, int]] = {}
 
     async def run(self) -> None:
@@ -67,7 +66,7 @@ class LoginRegistry:
         entry = await self._bucket.get(login) if _ID.fullmatch(login) else None
         if entry is None or entry.value is None:
             raise Refused("not_found", "There is no such login, or it ended more than a day ago.")
-        return self._decoder.decode(entry.value, login=login[:6]), entry.revision
+        return decode_record(entry.value, LoginRecord, login=login[:6]), entry.revision
 
     async def create(self, login: str, record: LoginRecord) -> tuple[LoginRecord, int]:
         """Stores a new login, and waits until this replica knows it. Raises BusRefused, Temporary."""
@@ -113,7 +112,7 @@ class LoginRegistry:
             return
         self._records.pop(entry.key, None)
         try:
-            record = None if entry.value is None else self._decoder.decode(entry.value, login=entry.key[:6])
+            record = None if entry.value is None else decode_record(entry.value, LoginRecord, login=entry.key[:6])
         except RecordTooNew:
             record = None
         except UNDECODABLE:

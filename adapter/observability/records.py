@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Generic, TypeVar
+import functools
+from typing import TypeVar
 
 import msgspec
 import structlog
@@ -21,35 +22,23 @@ class _Version(msgspec.Struct):
     v: int = 0
 
 
-class RecordDecoder(Generic[R]):
-    """Reads the records of one bucket."""
+def decode_record(value: bytes, kind: type[R], **names: str) -> R:
+    """Raises RecordTooNew, which is logged once for each record, and UNDECODABLE for what the adapter has not
+    written. `names`: the fields of the log line, which name the record."""
+    try:
+        return msgspec.json.decode(value, type=kind)
+    except UNDECODABLE as exc:
+        version, known = _version_in(value), int(kind.__struct_config__.tag or 0)
+        if version <= known:
+            raise
+        log_once("record.too_new", record=kind.__name__, version=version, known=known, **names)
+        raise RecordTooNew("record_too_new", f"A record has version {version}, this replica knows {known}.") from exc
 
-    def __init__(self, kind: type[R]) -> None:
-        self._decoder = msgspec.json.Decoder(kind)
-        self._version = int(kind.__struct_config__.tag or 0)
-        self._said: set[tuple[str | int, ...]] = set()
 
-    def decode(self, value: bytes, **names: str) -> R:
-        """Raises RecordTooNew, which is logged once for each record, and UNDECODABLE for what the adapter has not
-        written. `names`: the fields of the log line, which name the record."""
-        try:
-            return self._decoder.decode(value)
-        except UNDECODABLE as exc:
-            version = _version_in(value)
-            if version <= self._version:
-                raise
-            self.say_once("record.too_new", version=version, known=self._version, **names)
-            detail = f"A record has version {version}, this replica knows {self._version}."
-            raise RecordTooNew("record_too_new", detail) from exc
-
-    def say_once(self, event: str, **fields: str | int) -> None:
-        """Logs an error, once with the same fields."""
-        if (said := (event, *fields.values())) in self._said:
-            return
-        if len(self._said) >= SAID_KEPT:
-            self._said.clear()
-        self._said.add(said)
-        log.error(event, **fields)
+@functools.lru_cache(maxsize=SAID_KEPT)
+def log_once(event: str, **fields: str | int) -> None:
+    """Logs an error, once with the same fields."""
+    log.error(event, **fields)
 
 
 def _version_in(value: bytes) -> int:

@@ -9,7 +9,7 @@ import msgspec
 
 from adapter.contract.names import conversation_key, digest, user_of_key
 from adapter.errors import UNDECODABLE, RecordTooNew, Refused
-from adapter.observability.records import RecordDecoder
+from adapter.observability.records import decode_record, log_once
 from adapter.outbound.record import ConversationRecord, SealedConversation
 from adapter.ports import Bucket, Entry
 from adapter.security.seal import Sealer, conversation_context
@@ -47,14 +47,11 @@ class ConversationStore:
         sealer: Sealer,
         *,
         unserved_s: int = 0,
-        decoder: RecordDecoder[SealedConversation] | None = None,
     ) -> None:
-        """`unserved_s`: time to live of a record whose user no bot serves; 0: no limit. `decoder`: that of another
-        store of this replica, so that both log a record once."""
+        """`unserved_s`: time to live of a record whose user no bot serves; 0: no limit."""
         self._bucket = bucket
         self._sealer = sealer
         self._unserved_s = unserved_s
-        self.decoder = decoder or RecordDecoder(SealedConversation)
 
     async def load(self, sandbox: str, user: str) -> tuple[ConversationRecord, int]:
         """The record and its revision; an empty record and 0 if there is none. Raises RecordTooNew, Temporary."""
@@ -98,9 +95,9 @@ class ConversationStore:
         sandbox, _, user = entry.key.partition(".")
         names = {"sandbox": sandbox, "conversation": digest(user.encode())}
         try:
-            return _open(entry.key, self.decoder.decode(entry.value, **names), self._sealer)
+            return _open(entry.key, decode_record(entry.value, SealedConversation, **names), self._sealer)
         except Refused as exc:  # its key is gone: the inbox tells the window, and the user the next one
-            self.decoder.say_once("conversation.unopenable", **names, detail=exc.detail)
+            log_once("conversation.unopenable", **names, detail=exc.detail)
         except UNDECODABLE as exc:  # not written by the adapter
-            self.decoder.say_once("conversation.unreadable", **names, detail=type(exc).__name__)
+            log_once("conversation.unreadable", **names, detail=type(exc).__name__)
         return ConversationRecord()

@@ -36,7 +36,7 @@ from adapter.contract.records import Claim, Member
 from adapter.errors import UNDECODABLE, Conflict, LeaseLost, RecordTooNew, Temporary
 from adapter.kit.timing import ChangeSignal, Clock, raise_if_cancelled, wait_event
 from adapter.observability.metrics import Metrics
-from adapter.observability.records import RecordDecoder
+from adapter.observability.records import decode_record
 from adapter.ports import Entry, LeaderBucket
 
 log = structlog.get_logger()
@@ -140,7 +140,6 @@ class Leases:
         self._absent_since: dict[str, float] = {}
         """Members and claims without a key, and since when. The bucket may be gone while the owner is alive."""
         # the claims
-        self._decoder = RecordDecoder(Claim)
         self._claim_revisions: dict[int, int] = {}
         self._release_unconfirmed: set[int] = set()
         """Released shards whose write may have failed or may still land; only another write settles that."""
@@ -445,7 +444,7 @@ class Leases:
         """None: there is no claim, not even an empty one. Only others delete claims or write anything else. Raises
         RecordTooNew."""
         try:
-            return self._decoder.decode(entry.value, shard=entry.key) if entry and entry.value else None
+            return decode_record(entry.value, Claim, shard=entry.key) if entry and entry.value else None
         except UNDECODABLE:
             return None
 

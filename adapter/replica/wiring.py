@@ -245,9 +245,7 @@ class Replica:
             subject=names.replica_status(),
             living_count=lambda: leases.living_count,
             # any server may answer: these data change little, and a flood of requests must not delay commands
-            conversations=ConversationStore(
-                edges.bulk_bucket(names.conversations), sealer, decoder=self.conversation_store.decoder
-            ),
+            conversations=ConversationStore(edges.bulk_bucket(names.conversations), sealer),
             policy=self.policy.window,
             clock=clock,
         )

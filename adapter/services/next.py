@@ -19,7 +19,7 @@ from adapter.contract.records import ReaderRecord
 from adapter.errors import UNDECODABLE, Conflict, Refused, Temporary
 from adapter.kit.timing import Clock
 from adapter.observability.metrics import Metrics
-from adapter.observability.records import RecordDecoder
+from adapter.observability.records import decode_record
 from adapter.ports import History, LeaderBucket, SandboxRequest, SandboxResponse, StoredMessage
 from adapter.services.requests import read_request
 
@@ -36,7 +36,6 @@ class Readers:
     def __init__(self, bucket: LeaderBucket, clock: Clock) -> None:
         self._bucket = bucket
         self._clock = clock
-        self._decoder = RecordDecoder(ReaderRecord)
 
     async def load(self, sandbox: str) -> ReaderRecord:
         return (await self._load(sandbox))[0]
@@ -69,7 +68,7 @@ class Readers:
         if entry is None or entry.value is None:
             return ReaderRecord(), entry.revision if entry else 0
         try:
-            record = self._decoder.decode(entry.value, sandbox=sandbox)
+            record = decode_record(entry.value, ReaderRecord, sandbox=sandbox)
         except UNDECODABLE as exc:  # not written by the adapter: it is overwritten
             log.error("reader.unreadable", sandbox=sandbox, detail=type(exc).__name__)
             record = ReaderRecord()

@@ -127,7 +127,7 @@ async def test_what_cannot_be_opened_counts_as_empty_is_said_once_and_overwritte
     if value is not None:
         for user in (U1, U2):
             made.bucket.put(conversation_key("s1", user), value)
-    shared = ConversationStore(made.bucket, Sealer((NEW,)), decoder=made.reader.decoder)
+    shared = ConversationStore(made.bucket, Sealer((NEW,)))
     with capture_logs() as logs:
         for _ in range(3):
             empty, revision = await made.reader.load("s1", U1)
