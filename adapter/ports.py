@@ -516,15 +516,12 @@ class SandboxResponse(NamedTuple):
     headers: dict[str, str]
 
 
-class AllReplicas(Protocol):
-    """Requests to all replicas at once, including this one."""
-
-    async def query_replicas(self, subject: str, payload: bytes, *, count: int, within_s: float) -> list[bytes]:
-        """Returns the answers once there are `count` of them or the time is over. Raises Temporary."""
-
-
 class CoreBus(Protocol):
     """Core NATS without storage."""
 
     async def publish(self, subject: str, payload: bytes, headers: dict[str, str]) -> None:
         """Publishes at most once. Raises Temporary."""
+
+    async def query_replicas(self, subject: str, payload: bytes, *, count: int, within_s: float) -> list[bytes]:
+        """Asks all replicas, this one included. Returns the answers once there are `count` of them or the time is
+        over. Raises Temporary."""

@@ -20,11 +20,10 @@ from adapter.kit.timing import Clock
 from adapter.logins.qr import html_element
 from adapter.logins.registry import LoginRegistry
 from adapter.observability.events import BusAccess
-from adapter.ownership.replica_status import query_replicas
+from adapter.ownership.replica_status import OtherReplicas
 from adapter.ports import StoredMessage
-from adapter.services import health
 from adapter.services.dead_letters import dead_letter_of, is_command, original_subject, retry_message
-from adapter.services.health import HealthDeps
+from adapter.services.health import BotHealth
 
 S = TypeVar("S", bound=msgspec.Struct)
 STATUSES_S = 3.0
@@ -37,7 +36,8 @@ class ConsoleDeps(NamedTuple):
     """What the console is given."""
 
     bindings: Bindings
-    health: HealthDeps
+    others: OtherReplicas
+    health: BotHealth
     access: BusAccess
     registry: LoginRegistry
     services: Mapping[str, Callable[[bytes], Awaitable[bytes]]]
@@ -57,17 +57,16 @@ class ConsoleService:
 
     async def platform_status(self) -> Platform:
         deps = self._deps
-        expected = deps.health.living_count()
-        replicas = await query_replicas(deps.health.replicas, deps.health.subject, [], expected)
+        replicas, living = await deps.others.query([])
         return Platform(
-            replicas, expected, await self._dead_count(), sum(1 for _, record in deps.registry if not record.is_over)
+            replicas, living, await self._dead_count(), sum(1 for _, record in deps.registry if not record.is_over)
         )
 
     async def find_bindings(self, wanted: BindingFilter) -> BindingsOverview:
         """Those that are in the worst way first, then by sandbox."""
         every, now = list(self._deps.bindings), self._deps.clock.monotonic()
         if now - self._asked_at > STATUSES_S:
-            found = await health.statuses(every, self._deps.health)
+            found = await self._deps.health.statuses(every)
             self._status_of, self._asked_at = {bot: one.status for bot, one in found.items()}, now
         status_of: dict[str, BotStatus] = {
             binding.bot: self._status_of.get(binding.bot, "unknown") for binding in every
@@ -76,7 +75,7 @@ class ConsoleService:
         matching = await asyncio.to_thread(_filter_bindings, every, wanted, status_of)
         pages = max(1, -(-len(matching) // PAGE))
         first = (min(max(1, wanted.page), pages) - 1) * PAGE
-        rows = await health.describe(matching[first : first + PAGE], self._deps.health)
+        rows = await self._deps.health.describe(matching[first : first + PAGE])
         return BindingsOverview(rows, len(matching), pages, len(every), Counter(status_of.values()))
 
     async def dead_letters(self, before: int | None) -> DeadPage:

@@ -14,7 +14,7 @@ from adapter.kit.timing import wait_event
 
 
 class CoreNats:
-    """Implements ports.CoreBus and ports.AllReplicas."""
+    """Implements ports.CoreBus."""
 
     def __init__(self, connection: ManagedConnection) -> None:
         self._connection = connection

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
-from typing import Protocol
 
 import msgspec
 import structlog
@@ -11,7 +10,7 @@ import structlog
 from adapter.contract.names import Names
 from adapter.errors import UNDECODABLE, Temporary
 from adapter.ownership.leases import Leases
-from adapter.ports import AllReplicas, CoreBus
+from adapter.ports import CoreBus
 
 log = structlog.get_logger()
 
@@ -69,33 +68,26 @@ def is_idle(answers: Collection[ReplicaStatus], incarnation: str, bot: str, othe
     return all(name in by_incarnation and bot not in by_incarnation[name].polls for name in {incarnation, *others})
 
 
-async def query_replicas(
-    replicas: AllReplicas, subject: str, bots: Sequence[str], expected: int
-) -> list[ReplicaStatus]:
-    """The replicas that answer in time, by name. Returns early when `expected` have answered. Raises Temporary."""
-    payload = msgspec.json.encode(StatusRequest(bots=list(bots)))
-    answers = await replicas.query_replicas(subject, payload, count=expected, within_s=QUERY_TIMEOUT_S)
-    return sorted(
-        (msgspec.json.decode(data, type=ReplicaStatus) for data in answers), key=lambda present: present.instance
-    )
-
-
-class ReplicaBus(AllReplicas, CoreBus, Protocol):
-    """Reaches all replicas at once."""
-
-
 class OtherReplicas:
-    """This replica's queries and announcements to the others."""
+    """This replica's queries and announcements to all replicas."""
 
-    def __init__(self, core: ReplicaBus, names: Names, leases: Leases) -> None:
+    def __init__(self, core: CoreBus, names: Names, leases: Leases) -> None:
         self._core = core
         self._names = names
         self._leases = leases
 
+    async def query(self, bots: Sequence[str]) -> tuple[list[ReplicaStatus], int]:
+        """The replicas that answer in time, this one included, by name; and how many live. Raises Temporary."""
+        payload, living = msgspec.json.encode(StatusRequest(bots=list(bots))), self._leases.living_count
+        answers = await self._core.query_replicas(
+            self._names.replica_status(), payload, count=living, within_s=QUERY_TIMEOUT_S
+        )
+        found = [msgspec.json.decode(data, type=ReplicaStatus) for data in answers]
+        return sorted(found, key=lambda present: present.instance), living
+
     async def is_idle(self, incarnation: str, bot: str) -> bool:
         """Whether a replica and all other living ones report that they have no poller of a bot. Raises Temporary."""
-        subject, expected = self._names.replica_status(), self._leases.living_count
-        answers = await query_replicas(self._core, subject, [bot], expected)
+        answers, _ = await self.query([bot])
         return is_idle(answers, incarnation, bot, self._leases.other_incarnations)
 
     async def publish_released(self, bot: str = "") -> None:

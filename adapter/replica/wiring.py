@@ -50,7 +50,7 @@ from adapter.replica.edges import Edges
 from adapter.replica.health import Health, HealthMonitor
 from adapter.replica.supervisor import Supervisor
 from adapter.security.seal import Sealer
-from adapter.services.health import HealthDeps
+from adapter.services.health import BotHealth
 from adapter.services.logins import LoginService
 from adapter.services.media import MediaService
 from adapter.services.next import Next, Readers
@@ -237,15 +237,9 @@ class Replica:
             refresh_s=login_refresh_s,
         )
         self.login_runner = LoginRunner(self.logins)
-        self.health_deps = HealthDeps(
-            replicas=edges.core,
-            subject=names.replica_status(),
-            living_count=lambda: leases.living_count,
-            # any server may answer: these data change little, and a flood of requests must not delay commands
-            conversations=ConversationStore(edges.bulk_bucket(names.conversations), sealer),
-            policy=self.policy.window,
-            clock=clock,
-        )
+        # any server may answer: these data change little, and a flood of requests must not delay commands
+        conversations = ConversationStore(edges.bulk_bucket(names.conversations), sealer)
+        self.bot_health = BotHealth(self.others, conversations, self.policy.window, clock)
         self.handlers = self._serve()
         edges.core.respond(names.replica_status(), lambda data: replica_status.status_reply(data, self._status))
         edges.core.subscribe(
@@ -297,7 +291,7 @@ class Replica:
         settings, edges, names, metrics = self.settings, self.edges, self.names, self.metrics
         login = LoginService(self.logins, self.login_runner)
         receipts = Receipts(self.access.events, edges.bulk_history, names)
-        queries = Queries(self.bindings, self.health_deps, receipts, edges.bulk_history, names, metrics)
+        queries = Queries(self.bindings, self.bot_health, receipts, edges.bulk_history, names, metrics)
         store = MediaService(edges.objects, self.media, metrics, max_bytes=settings.media_max_bytes)
         following = Next(
             self.readers,
@@ -352,7 +346,8 @@ class Replica:
             return contextlib.nullcontext()
         deps = ConsoleDeps(
             bindings=self.bindings,
-            health=self.health_deps,
+            others=self.others,
+            health=self.bot_health,
             access=self.access,
             registry=self.logins.registry,
             services=self.handlers,

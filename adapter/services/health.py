@@ -5,19 +5,17 @@ One request asks all replicas.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from collections.abc import Sequence
 
 from msgspec import structs
 
-from adapter.contract.messages import BOT_STATUSES, BindingHealth, BindingInfo, BotStatus
+from adapter.contract.messages import BOT_STATUSES, BindingHealth, BindingInfo, BotStatus, Window
 from adapter.contract.records import Binding
 from adapter.kit.timing import Clock
 from adapter.outbound import window
 from adapter.outbound.record import ConversationRecord
 from adapter.outbound.store import ConversationStore
-from adapter.ownership.replica_status import PollerStatus, query_replicas
-from adapter.ports import AllReplicas
+from adapter.ownership.replica_status import OtherReplicas, PollerStatus
 
 BOTS_PER_REQUEST = 1000
 """Keeps request and answers well below the 1 MiB of a message."""
@@ -25,46 +23,70 @@ FAILING_MS = 60_000
 """A bot counts as failing after this time without an answer. An idle poll takes half of it."""
 
 
-class HealthDeps(NamedTuple):
-    """Dependencies of the functions of this module."""
+class BotHealth:
+    """How bots fare."""
 
-    replicas: AllReplicas
-    subject: str
-    """Subject of the request to all replicas."""
-    living_count: Callable[[], int]
-    conversations: ConversationStore
-    policy: window.WindowPolicy
-    clock: Clock
+    def __init__(
+        self, others: OtherReplicas, conversations: ConversationStore, policy: window.WindowPolicy, clock: Clock
+    ) -> None:
+        self._others = others
+        self._conversations = conversations
+        self._policy = policy
+        self._clock = clock
 
+    async def statuses(self, bindings: Sequence[Binding]) -> dict[str, BindingHealth]:
+        """Health by bot, without the data of users. Raises Temporary."""
+        found: dict[str, BindingHealth] = {}
+        for start in range(0, len(bindings), BOTS_PER_REQUEST):
+            page = bindings[start : start + BOTS_PER_REQUEST]
+            replicas, living = await self._others.query([binding.bot for binding in page])
+            polls = {bot: (each.instance, poller) for each in replicas for bot, poller in each.polls.items()}
+            absence: tuple[BotStatus, str] = "not_polled", "no replica polls it"
+            if len(replicas) < living:
+                absence = "unknown", f"{living - len(replicas)} of {living} replicas gave no answer"
+            elif any(each.capacity and each.bots >= each.capacity for each in replicas):
+                absence = "not_polled", "no capacity: add replicas, or raise WECHAT_NATS_CAPACITY"
+            now_ms = self._clock.now_ms()
+            for binding in page:
+                instance, poller = polls.get(binding.bot, ("", None))
+                status, detail = _status(binding, poller, absence)
+                since_ms = now_ms - poller.since_ms if poller is not None else 0
+                answered_ms = now_ms - poller.ago_ms if poller is not None and poller.ago_ms is not None else 0
+                health = BindingHealth(
+                    status=status,
+                    detail=detail,
+                    since_ms=binding.since_ms if status == "needs_login" else since_ms,
+                    replica=instance,
+                    answered_ms=answered_ms,
+                )
+                found[binding.bot] = health
+        return found
 
-async def statuses(bindings: Sequence[Binding], deps: HealthDeps) -> dict[str, BindingHealth]:
-    """Health by bot, without the data of users. Raises Temporary."""
-    found: dict[str, BindingHealth] = {}
-    for start in range(0, len(bindings), BOTS_PER_REQUEST):
-        page = bindings[start : start + BOTS_PER_REQUEST]
-        expected = deps.living_count()
-        replicas = await query_replicas(deps.replicas, deps.subject, [binding.bot for binding in page], expected)
-        polls = {bot: (each.instance, poller) for each in replicas for bot, poller in each.polls.items()}
-        absence: tuple[BotStatus, str] = "not_polled", "no replica polls it"
-        if len(replicas) < expected:
-            absence = "unknown", f"{expected - len(replicas)} of {expected} replicas gave no answer"
-        elif any(each.capacity and each.bots >= each.capacity for each in replicas):
-            absence = "not_polled", "no capacity: add replicas, or raise WECHAT_NATS_CAPACITY"
-        now_ms = deps.clock.now_ms()
-        for binding in page:
-            instance, poller = polls.get(binding.bot, ("", None))
-            status, detail = _status(binding, poller, absence)
-            since_ms = now_ms - poller.since_ms if poller is not None else 0
-            answered_ms = now_ms - poller.ago_ms if poller is not None and poller.ago_ms is not None else 0
-            health = BindingHealth(
-                status=status,
-                detail=detail,
-                since_ms=binding.since_ms if status == "needs_login" else since_ms,
-                replica=instance,
-                answered_ms=answered_ms,
-            )
-            found[binding.bot] = health
-    return found
+    async def window(self, sandbox: str, user: str) -> Window:
+        """What may be sent to a user. Raises Temporary."""
+        record, _ = await self._conversations.load(sandbox, user)
+        return window.visible_window(record, self._clock.now_ms(), self._policy)
+
+    async def describe(self, bindings: Sequence[Binding]) -> list[BindingInfo]:
+        """Bindings with their health, in the given order. Raises Temporary."""
+        found = await self.statuses(bindings)
+        records = await self._conversations.load_all([(each.sandbox, each.user) for each in bindings if each.user])
+        now_ms = self._clock.now_ms()
+        infos = []
+        for binding in bindings:
+            stored = records.get((binding.sandbox, binding.user), (ConversationRecord(), 0))
+            health = found[binding.bot]
+            if stored is None:
+                health = structs.replace(health, is_unread=True)
+            elif (record := stored[0]).window.opened_ms:
+                health = structs.replace(
+                    health,
+                    inbound_ms=record.window.opened_ms,
+                    sent_ms=record.window.sent_at_ms[-1] if record.window.sent_at_ms else 0,
+                    window=window.visible_window(record, now_ms, self._policy),
+                )
+            infos.append(structs.replace(binding.info(), health=health))
+        return infos
 
 
 def _status(binding: Binding, poller: PollerStatus | None, absence: tuple[BotStatus, str]) -> tuple[BotStatus, str]:
@@ -80,25 +102,3 @@ def _status(binding: Binding, poller: PollerStatus | None, absence: tuple[BotSta
     if poller.state == "storing" and poller.since_ms >= FAILING_MS:
         return "failing", "iLink's answer cannot be stored (inbound.retrying, inbound.full in the log)"
     return next((state for state in BOT_STATUSES if state == poller.state), "unknown"), poller.why
-
-
-async def describe(bindings: Sequence[Binding], deps: HealthDeps) -> list[BindingInfo]:
-    """Bindings with their health, in the given order. Raises Temporary."""
-    found = await statuses(bindings, deps)
-    records = await deps.conversations.load_all([(each.sandbox, each.user) for each in bindings if each.user])
-    now_ms = deps.clock.now_ms()
-    infos = []
-    for binding in bindings:
-        stored = records.get((binding.sandbox, binding.user), (ConversationRecord(), 0))
-        health = found[binding.bot]
-        if stored is None:
-            health = structs.replace(health, is_unread=True)
-        elif (record := stored[0]).window.opened_ms:
-            health = structs.replace(
-                health,
-                inbound_ms=record.window.opened_ms,
-                sent_ms=record.window.sent_at_ms[-1] if record.window.sent_at_ms else 0,
-                window=window.visible_window(record, now_ms, deps.policy),
-            )
-        infos.append(structs.replace(binding.info(), health=health))
-    return infos

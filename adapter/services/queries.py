@@ -23,10 +23,9 @@ from adapter.contract.names import MAX_SEQ, Names, check_sandbox
 from adapter.contract.records import Binding
 from adapter.errors import Refused
 from adapter.observability.metrics import Metrics
-from adapter.outbound import window
 from adapter.outbound.receipts import Receipts
 from adapter.ports import History, SandboxRequest, SandboxResponse
-from adapter.services.health import HealthDeps, describe
+from adapter.services.health import BotHealth
 from adapter.services.requests import read_request
 
 S = TypeVar("S", WindowQuery, ReceiptQuery, ReplayQuery)
@@ -42,7 +41,7 @@ class Queries:
     def __init__(
         self,
         bindings: Bindings,
-        health: HealthDeps,
+        health: BotHealth,
         receipts: Receipts,
         history: History,
         names: Names,
@@ -64,7 +63,7 @@ class Queries:
         )
         page = [binding for binding in found if binding.bot > query.after][: query.limit]
         more = bool(page) and page[-1].bot != found[-1].bot
-        infos = await describe(page, self._health) if query.health else [binding.info() for binding in page]
+        infos = await self._health.describe(page) if query.health else [binding.info() for binding in page]
         return msgspec.json.encode(BindingsPage(bindings=infos, next=page[-1].bot if more else ""))
 
     async def get_bindings(self, data: bytes) -> bytes:
@@ -108,8 +107,7 @@ class Queries:
         if len(found) > 1:
             raise Refused("invalid", "Name the `bot` or `user`: the sandbox has several.")
         user = query.user or found[0].user
-        record, _ = await self._health.conversations.load(found[0].sandbox, user)
-        return msgspec.json.encode(window.visible_window(record, self._health.clock.now_ms(), self._health.policy))
+        return msgspec.json.encode(await self._health.window(found[0].sandbox, user))
 
     async def _answer_receipt(self, query: ReceiptQuery) -> bytes:
         receipt = await self._receipts.last(query.sandbox or "", query.command, query.sequence)

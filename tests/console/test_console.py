@@ -7,7 +7,7 @@ import contextlib
 import re
 import socket
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
 import httpx
@@ -25,9 +25,9 @@ from adapter.logins.flow import REFRESH_S, LoginDeps
 from adapter.logins.registry import LoginRegistry
 from adapter.logins.runner import LoginRunner
 from adapter.logins.steps import next_step
-from adapter.ownership.replica_status import PollerStatus, ReplicaStatus, StatusRequest
+from adapter.ownership.replica_status import OtherReplicas, PollerStatus, ReplicaStatus
 from adapter.security.seal import login_context
-from adapter.services.health import HealthDeps
+from adapter.services.health import BotHealth
 from adapter.services.logins import LoginService
 from tests.fakes import WINDOW, Bench, FakeBucket, FakeClock, FakeLogins
 from tests.hostile import UNSEEN_CHARS
@@ -43,21 +43,20 @@ class AnyThreadsClock(FakeClock):
         return time.monotonic()
 
 
-class FakeReplicas:
-    """Implements AllReplicas: replicas that answer with what the test says."""
+class FakeReplicas(OtherReplicas):
+    """Replicas that answer with what the test says."""
 
     def __init__(self) -> None:
+        self.living = 1
         self.polls: dict[str, PollerStatus] = {}
         self.away = False
 
-    async def query_replicas(self, subject: str, payload: bytes, *, count: int, within_s: float) -> list[bytes]:
+    async def query(self, bots: Sequence[str]) -> tuple[list[ReplicaStatus], int]:
         if self.away:
             raise Temporary("bus_down")
-        asked = msgspec.json.decode(payload, type=StatusRequest).bots
-        polls = {bot: polling for bot, polling in self.polls.items() if bot in asked}
-        return [
-            msgspec.json.encode(ReplicaStatus(instance="r1", version="1", shards=128, bots=len(polls), polls=polls))
-        ]
+        polls = {bot: polling for bot, polling in self.polls.items() if bot in bots}
+        status = ReplicaStatus(instance="r1", version="1", shards=128, bots=len(polls), polls=polls)
+        return [status], self.living
 
 
 class Office:
@@ -91,17 +90,10 @@ class Office:
             return answer
 
         self.following = asyncio.create_task(self.registry.run())
-        self.living = 1
         self.deps = ConsoleDeps(
             bindings=self.bench.bindings,
-            health=HealthDeps(
-                replicas=self.replicas,
-                subject=self.bench.names.replica_status(),
-                living_count=lambda: self.living,
-                conversations=self.bench.store,
-                policy=WINDOW,
-                clock=self.clock,
-            ),
+            others=self.replicas,
+            health=BotHealth(self.replicas, self.bench.store, WINDOW, self.clock),
             access=self.bench.access,
             registry=self.registry,
             services={
@@ -458,7 +450,7 @@ async def test_what_nobody_sees_is_shown(office: Office, unseen: str) -> None:
 
 async def test_a_replica_that_does_not_answer_is_missed(office: Office) -> None:
     assert "did not answer" not in (await office.browser.get("/")).text
-    office.living = 2
+    office.replicas.living = 2
     assert "1 of 2 replicas did not answer" in (await office.browser.get("/")).text
 
 

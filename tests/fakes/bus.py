@@ -352,6 +352,9 @@ class FakeCoreBus:
     async def publish(self, subject: str, payload: bytes, headers: dict[str, str]) -> None:
         self.published.append((subject, payload, headers))
 
+    async def query_replicas(self, subject: str, payload: bytes, *, count: int, within_s: float) -> list[bytes]:
+        return []
+
     def subscribe(self, subject: str, on_message: object) -> None: ...
 
     def respond(self, subject: str, make: object) -> None: ...

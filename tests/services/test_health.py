@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
-import msgspec
 import pytest
 
 from adapter.contract.messages import BOT_STATUSES, BindingInfo
 from adapter.inbound.poller import State
-from adapter.ownership.replica_status import PollerStatus, ReplicaStatus, StatusRequest
-from adapter.services.health import BOTS_PER_REQUEST, FAILING_MS, HealthDeps, describe, statuses
+from adapter.ownership.replica_status import OtherReplicas, PollerStatus, ReplicaStatus
+from adapter.services.health import BOTS_PER_REQUEST, FAILING_MS, BotHealth
 from tests.fakes import WINDOW, Bench
 
 VIRTUAL_TIME = True
@@ -18,17 +18,17 @@ VIRTUAL_TIME = True
 BOT, USER = "b1@im.bot", "u1@im.wechat"
 
 
-class Replicas:
-    """Implements AllReplicas: each answers of the bots that it polls."""
+class Replicas(OtherReplicas):
+    """Each answers of the bots that it polls."""
 
-    def __init__(self, *polls: dict[str, PollerStatus], capacity: int = 100) -> None:
+    def __init__(self, *polls: dict[str, PollerStatus], capacity: int = 100, living: int | None = None) -> None:
         self.polls = polls
+        self.living = len(polls) if living is None else living
         self.capacity = capacity
         self.requests: list[int] = []
 
-    async def query_replicas(self, subject: str, payload: bytes, *, count: int, within_s: float) -> list[bytes]:
-        asked = msgspec.json.decode(payload, type=StatusRequest).bots
-        self.requests.append(len(asked))
+    async def query(self, bots: Sequence[str]) -> tuple[list[ReplicaStatus], int]:
+        self.requests.append(len(bots))
         answers = [
             ReplicaStatus(
                 instance=f"r{number}",
@@ -36,17 +36,15 @@ class Replicas:
                 shards=1,
                 bots=len(polls),
                 capacity=self.capacity,
-                polls={bot: poller for bot, poller in polls.items() if bot in asked},
+                polls={bot: poller for bot, poller in polls.items() if bot in bots},
             )
             for number, polls in enumerate(self.polls, 1)
         ]
-        return [msgspec.json.encode(answer) for answer in answers]
+        return answers, self.living
 
 
-async def described(bench: Bench, replicas: Replicas, living: int | None = None) -> list[BindingInfo]:
-    living = len(replicas.polls) if living is None else living
-    deps = HealthDeps(replicas, "", lambda: living, bench.store, WINDOW, bench.clock)
-    return await describe(list(bench.bindings), deps)
+async def described(bench: Bench, replicas: Replicas) -> list[BindingInfo]:
+    return await BotHealth(replicas, bench.store, WINDOW, bench.clock).describe(list(bench.bindings))
 
 
 @pytest.mark.parametrize(
@@ -98,7 +96,7 @@ def test_every_state_of_a_poller_has_a_word() -> None:
 
 async def test_where_a_replica_is_silent_it_is_not_known_whether_a_bot_is_polled(bench: Bench) -> None:
     await bench.bind()
-    (info,) = await described(bench, Replicas({}), living=2)
+    (info,) = await described(bench, Replicas({}, living=2))
     assert info.health is not None
     assert (info.health.status, info.health.detail) == ("unknown", "1 of 2 replicas gave no answer")
 
@@ -132,6 +130,6 @@ async def test_thousands_of_bots_are_asked_for_in_pieces(bench: Bench) -> None:
     for number in range(BOTS_PER_REQUEST + 1):
         await bench.bind(f"s{number}", f"b{number}@im.bot", f"u{number}@im.wechat")
     replicas = Replicas({})
-    deps = HealthDeps(replicas, "", lambda: 1, bench.store, WINDOW, bench.clock)
-    assert len(await statuses(list(bench.bindings), deps)) == BOTS_PER_REQUEST + 1
+    health = BotHealth(replicas, bench.store, WINDOW, bench.clock)
+    assert len(await health.statuses(list(bench.bindings))) == BOTS_PER_REQUEST + 1
     assert replicas.requests == [BOTS_PER_REQUEST, 1]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import msgspec
@@ -9,8 +10,9 @@ import pytest
 
 from adapter.contract.messages import BindingsPage, ReplayPage, Window
 from adapter.errors import Refused, Temporary
+from adapter.ownership.replica_status import OtherReplicas, ReplicaStatus
 from adapter.ports import SandboxRequest
-from adapter.services.health import HealthDeps
+from adapter.services.health import BotHealth
 from adapter.services.queries import REPLAY_BYTES, Queries
 from tests.fakes import WINDOW, Bench
 
@@ -19,15 +21,17 @@ VIRTUAL_TIME = True
 BOT, USER = "b1@im.bot", "u1@im.wechat"
 
 
-class Nobody:
-    """Implements AllReplicas: none answers."""
+class Nobody(OtherReplicas):
+    """None answers."""
 
-    async def query_replicas(self, subject: str, payload: bytes, *, count: int, within_s: float) -> list[bytes]:
-        return []
+    def __init__(self) -> None: ...
+
+    async def query(self, bots: Sequence[str]) -> tuple[list[ReplicaStatus], int]:
+        return [], 1
 
 
 def queries(bench: Bench) -> Queries:
-    health = HealthDeps(Nobody(), "", lambda: 1, bench.store, WINDOW, bench.clock)
+    health = BotHealth(Nobody(), bench.store, WINDOW, bench.clock)
     return Queries(bench.bindings, health, bench.receipts, bench.bus, bench.names, bench.metrics)
 
 
