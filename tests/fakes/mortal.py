@@ -13,8 +13,8 @@ from adapter.errors import BusRefused, Temporary
 from adapter.ports import BusMessage, PubAck
 from tests.fakes import Bench, FakeBus, FakeDelivery, Life
 
-BUCKETS = ["conversation_bucket", "checkpoint_bucket", "bindings_bucket", "claims_bucket", "readers_bucket"]
-REACHED = ["bus", "chat", "cdn", "objects", *BUCKETS]
+BUCKETS = ("conversation", "checkpoint", "bindings", "claims", "readers", "logins")
+REACHED = ["bus", "chat", "cdn", "objects", *(f"{name}_bucket" for name in BUCKETS)]
 """The parts of a bench that a replica reaches."""
 
 
