@@ -280,7 +280,8 @@ class HealthMonitor:
         ):
             try:
                 info = await self._connection.api_request(f"CONSUMER.INFO.{stream}.{consumer}")
-            except BusRefused:  # its owner creates it
+            except BusRefused as exc:  # deleted by an operator; its owner recreates it
+                log.warning("consumer.missing", consumer=consumer, detail=exc.detail)
                 continue
             name = f"{stream} {consumer}"
             if info.get("paused"):

@@ -451,33 +451,6 @@ async def test_an_id_that_comes_again_gets_the_first_ones_outcome_and_is_not_sen
         assert remembered.repeat_of == (await last_of(remembered.repeat_of)).sequence != 0
 
 
-async def test_an_id_is_of_one_conversation(tmp_path: Path) -> None:
-    async with started(tmp_path) as (made, nc, told):
-        bots = [made.sim.add_bot() for _ in range(2)]
-        for bot in bots:
-            await made.bind(nc, "s1", bot)
-            made.sim.say(bot.bot, "hello")
-        for bot in bots:
-            await put(nc, "same", user=bot.user)
-        await until(lambda: len(told.finals("same")) == 2, "both have ended")
-        assert [(one.outcome, one.repeat_of) for one in told.finals("same")] == [("accepted", 0)] * 2
-        assert [[shown.text for shown in made.sim.phone(bot.user)] for bot in bots] == [["answer same"]] * 2
-
-
-async def test_an_id_that_comes_again_while_the_first_one_waits_is_sent_once(tmp_path: Path) -> None:
-    async with started(tmp_path) as (made, nc, told):
-        await made.bind(nc, "s1", made.sim.add_bot())
-        first = await put(nc, "k1")
-        await put(nc, "k1")
-        await put(nc, "k2")
-        await delivered(nc, "s1")
-        made.say("s1", "hello")
-        await told.end("k2")
-        await until(lambda: len(told.finals("k1")) == 2, "both have ended", patience_s=20)
-        assert [(one.outcome, one.repeat_of) for one in told.finals("k1")] == [("accepted", 0), ("accepted", first)]
-        assert made.phone_texts("s1") == ["answer k1", "answer k2"]
-
-
 # silence -----------------------------------------------------------------------------------------------------
 
 

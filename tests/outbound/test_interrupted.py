@@ -6,13 +6,11 @@ import asyncio
 import base64
 from typing import Any
 
-import pytest
 from structlog.testing import capture_logs
 
 from adapter.contract.names import conversation_key
 from adapter.errors import Temporary
 from tests.fakes import Bench, FakeDelivery
-from tests.fakes.ilink import Sent
 from tests.outbound.shards import BOT, STALE, THROTTLED, TIMEOUT, USER, free_slots, outcomes, ready, user_writes
 
 VIRTUAL_TIME = True
@@ -28,35 +26,6 @@ async def hang(_: str) -> None:
 def media(bench: Bench, data: bytes, **fields: Any) -> FakeDelivery:
     """A command for a file."""
     return bench.command(items=[{"kind": "file", "data": base64.b64encode(data).decode()}], **fields)
-
-
-async def test_a_slot_comes_back_if_the_shard_is_lost_while_the_send_is_stored() -> None:
-    bench, shard = await ready()
-    bench.conversation_bucket.on_write = hang
-    shard.on_delivery(bench.command("a"))
-    await asyncio.sleep(5)
-    assert free_slots(bench) == 7
-    shard.stop()
-    await asyncio.sleep(5)
-    assert free_slots(bench) == 8
-
-
-@pytest.mark.parametrize("steps", range(8))
-async def test_a_slot_comes_back_if_the_shard_is_lost_before_it_is_used(steps: int) -> None:
-    bench, shard = await ready()
-    slots = bench.slots
-    for _ in range(8):
-        assert slots.try_acquire("other")
-    shard.on_delivery(bench.command("a"))
-    await asyncio.sleep(5)
-    slots.release("other")
-    for _ in range(steps):
-        await asyncio.sleep(0)
-    shard.stop()
-    await asyncio.sleep(1)
-    for _ in range(7):
-        slots.release("other")
-    assert free_slots(bench) == 8
 
 
 async def test_the_drain_of_a_shard_whose_records_cannot_be_stored_has_an_end() -> None:
@@ -101,33 +70,6 @@ async def test_a_bot_that_is_not_polled_does_not_keep_a_command_from_expiring() 
     shard.on_delivery(bench.command("a", id="a", bot=BOT, expires_in_s=60))
     await asyncio.sleep(400)
     assert [(command, outcome) for command, outcome, _ in outcomes(bench)][-1] == ("a", "refused")
-
-
-async def test_a_command_whose_ack_got_lost_does_not_hold_up_the_next_which_was_begun() -> None:
-    """Its receipt was stored, the next one's request went out, and then the owner and the bus were gone."""
-    bench, shard = await ready(gap_ms=0)
-    acks = [bench.command("a", id="a"), bench.command("b", id="b")]
-    lost = asyncio.Event()
-
-    async def dies(sent: Sent) -> None:
-        if sent.text == "b":
-            lost.set()
-            await asyncio.Event().wait()
-
-    bench.chat.on_send = dies
-    for delivery in acks:
-        shard.on_delivery(delivery)
-    await lost.wait()
-    shard.stop()
-    await asyncio.sleep(1)
-    acks[0].acks = 0  # it did not reach the server
-    bench.chat.on_send = None
-    second = Bench(world=bench, incarnation="other-1")
-    second.redeliver(second.shard(gap_ms=0))
-    await asyncio.sleep(600)
-    assert outcomes(second) == [("a", "accepted", ""), ("b", "accepted", "")]
-    assert len({sent.client_id for sent in bench.chat.sent if sent.text == "b"}) == 1
-    assert bench.chat.texts == ["a", "b", "b"]
 
 
 async def test_a_file_that_was_being_uploaded_is_not_taken_for_what_goes_before_it() -> None:

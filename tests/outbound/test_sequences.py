@@ -55,22 +55,6 @@ async def test_an_id_is_free_again_once_enough_others_were_sent() -> None:
     assert Counter(one.sequence for one in finals(bench)) == Counter(range(1, 43))
 
 
-async def test_an_id_of_a_refused_command_is_free_for_the_next_owner() -> None:
-    """The receipts of both are on one subject, and the next owner asks for each."""
-    bench, shard = await ready()
-    bench.chat.sends.append(Refused("rejected", "no", ret=-3))
-    shard.on_delivery(bench.command("hi", id="c1"))
-    await asyncio.sleep(5)
-    bench.chat.hold_sends[USER] = asyncio.Event()
-    shard.on_delivery(bench.command("hi again", id="c1"))
-    await asyncio.sleep(5)
-    bench.chat.hold_sends.clear()
-    next_owner(bench, shard)
-    await asyncio.sleep(30)
-    assert [receipt.outcome for receipt in finals(bench)] == ["refused", "accepted"]
-    assert len(bench.chat.taken) == 1
-
-
 async def test_two_users_with_one_id_have_a_receipt_each_also_after_a_take_over() -> None:
     bench, shard = await ready(is_open=False)
     await bench.bind(bot="b2@im.bot", user="u2@im.wechat")
@@ -115,91 +99,6 @@ async def test_a_parked_receipt_of_a_frozen_owner_keeps_no_final_one_away() -> N
     bench.leases.owned.clear()
     shard.stop()
     assert outcomes(bench) == [("c1", "parked", "window_closed"), ("c1", "refused", "expired")]
-
-
-async def test_a_command_without_user_is_not_the_next_persons_after_a_crash() -> None:
-    """Its person was unbound and another one bound while nobody ran; one half of it was never begun."""
-    bench, shard = await ready(is_open=False)
-    old = [bench.command("for the first", id=f"c{number}") for number in range(2)]
-    shard.on_delivery(old[0])
-    await asyncio.sleep(5)
-    assert parked(bench) == ["c0"]
-    shard.stop()
-    await bench.bindings.remove(BOT)
-    await bench.bind(bot="b2@im.bot", user="u2@im.wechat", out_after=old[-1].seq)
-    bench.hears(user="u2@im.wechat", bot="b2@im.bot")
-    _heir, second = next_owner(bench, shard)
-    second.on_delivery(bench.command("for the second", id="c2"))
-    await asyncio.sleep(30)
-    assert [(sent.user, sent.text) for sent in bench.chat.sent] == [("u2@im.wechat", "for the second")]
-    assert sorted((one.command, one.outcome, one.reason) for one in finals(bench)) == [
-        ("c0", "refused", "not_bound"),
-        ("c1", "refused", "not_bound"),
-        ("c2", "accepted", ""),
-    ]
-
-
-async def test_a_message_that_may_have_been_sent_is_not_the_next_persons_after_a_crash() -> None:
-    bench, shard = await ready()
-    bench.chat.hold_sends[USER] = asyncio.Event()
-    shard.on_delivery(bench.command("for the first", id="c1"))
-    await asyncio.sleep(5)
-    shard.stop()
-    await bench.bindings.remove(BOT)
-    await bench.bind(bot="b2@im.bot", user="u2@im.wechat", out_after=100)
-    bench.hears(user="u2@im.wechat", bot="b2@im.bot")
-    next_owner(bench, shard)
-    await asyncio.sleep(30)
-    assert [sent.user for sent in bench.chat.sent] == [USER]
-    assert [(one.user, one.outcome) for one in finals(bench)] == [(USER, "uncertain")]
-
-
-@pytest.mark.parametrize("short", [0, 1], ids=["first", "second"])
-async def test_a_merged_message_that_was_out_as_its_owner_died_is_uncertain(short: int) -> None:
-    """It may be on the phone, and all of it is uncertain."""
-    bench, shard = await ready(is_open=False, merge_chars=100)
-    for number in range(2):
-        expires_in_s = 60 if number == short else 9000
-        shard.on_delivery(bench.command(f"t{number}", id=f"c{number}", expires_in_s=expires_in_s))
-    await asyncio.sleep(5)
-    bench.chat.hold_sends[USER] = asyncio.Event()
-    await user_writes(bench)
-    await asyncio.sleep(5)
-    shard.stop()
-    bench.chat.hold_sends.clear()
-    await asyncio.sleep(300)
-    next_owner(bench, shard, merge_chars=100)
-    await asyncio.sleep(30)
-    assert [one.text for one in bench.chat.taken.values()] == ["t0\n\nt1"]
-    assert [(one.command, one.outcome) for one in finals(bench)] == [("c0", "uncertain"), ("c1", "uncertain")]
-
-
-@pytest.mark.parametrize("late", [False, True], ids=["before the look", "behind the look"])
-async def test_a_frozen_owner_that_goes_on_between_save_and_post_shows_nothing_twice(late: bool) -> None:
-    bench, shard = await ready()
-    frozen = asyncio.Event()
-
-    async def freeze(*_: object) -> None:
-        bench.conversation_bucket.on_write = bench.chat.on_send = None
-        await frozen.wait()
-
-    if late:
-        bench.chat.on_send = freeze
-    else:
-        bench.conversation_bucket.on_write = freeze
-    shard.on_delivery(bench.command("hi", id="c1"))
-    await asyncio.sleep(5)
-    bench.leases.has_lease = False  # by its clock, which it looks at once it runs again
-    heir = Bench(bench, incarnation="heir-1")
-    second = heir.shard()
-    bench.redeliver(second)
-    await asyncio.sleep(30)
-    frozen.set()
-    await asyncio.sleep(30)
-    shard.stop()
-    assert len(bench.chat.sent) == (2 if late else 1)
-    assert [sent.text for sent in bench.chat.taken.values()] == ["hi"]
-    assert [one.outcome for one in finals(bench)] == ["accepted"]
 
 
 async def test_a_shard_full_of_parked_commands_is_taken_over_and_told_nothing_again() -> None:
@@ -325,37 +224,6 @@ async def test_merged_texts_that_may_be_sent_are_one_message_also_where_they_com
     await asyncio.sleep(400)
     assert bench.chat.texts == ["a\n\nb"]
     assert [(one.command, one.outcome) for one in finals(bench)] == [("a", "uncertain"), ("b", "uncertain")]
-
-
-async def test_what_ilink_has_not_taken_is_sent_by_the_next_owner() -> None:
-    """The former one died in the pause before it would have asked once more."""
-    bench, shard = await ready(is_open=False, merge_chars=3000)
-    for text in ("a", "b"):
-        shard.on_delivery(bench.command(text, id=text))
-    await asyncio.sleep(5)
-    bench.chat.sends.extend([Temporary("unavailable")] * 2)
-    await user_writes(bench)
-    await asyncio.sleep(2.5)
-    assert bench.chat.texts == ["a\n\nb"] * 2
-    next_owner(bench, shard, merge_chars=3000)
-    await asyncio.sleep(100)
-    assert bench.chat.texts == ["a\n\nb"] * 3
-    assert [(one.command, one.outcome) for one in finals(bench)] == [("a", "accepted"), ("b", "accepted")]
-
-
-async def test_an_id_of_a_refused_command_is_free_though_its_owner_died_upon_that() -> None:
-    """The record of that owner says that the command was begun."""
-    bench, shard = await ready()
-    bench.chat.sends.append(Refused("invalid", "no", ret=-3))
-    shard.on_delivery(bench.command("hi", id="c1"))
-    await asyncio.sleep(0.5)
-    assert bench.record().head is not None
-    _heir, second = next_owner(bench, shard)
-    await asyncio.sleep(5)
-    second.on_delivery(bench.command("hi again", id="c1"))
-    await asyncio.sleep(5)
-    assert bench.chat.texts == ["hi", "hi again"]
-    assert [(one.outcome, one.repeat_of) for one in finals(bench)] == [("refused", 0), ("accepted", 0)]
 
 
 # copies of the router's ---------------------------------------------------------------------------------

@@ -17,25 +17,10 @@ from adapter.outbound.commands import copy_headers
 from adapter.outbound.record import CommandRef
 from adapter.outbound.shard import DEAD_LETTERS, Shard
 from adapter.ports import Accepted, BusMessage
-from tests.fakes import GAP_S, Bench, Failing, FakeDelivery, settle
-from tests.outbound.shards import BOT, THROTTLED, TIMEOUT, USER, finals, outcomes, parked, ready, user_writes
+from tests.fakes import GAP_S, Bench, Failing, FakeDelivery
+from tests.outbound.shards import BOT, THROTTLED, TIMEOUT, USER, finals, outcomes, ready, user_writes
 
 VIRTUAL_TIME = True
-
-
-async def test_a_command_that_comes_again_while_in_hand_is_sent_once() -> None:
-    """After each connect the consumer delivers again what is not settled; the ack goes to the newest delivery."""
-    bench, shard = await ready()
-    bench.chat.took_s = 5.0
-    first = bench.command("hi", id="c1")
-    shard.on_delivery(first)
-    await asyncio.sleep(1)
-    again = FakeDelivery(first.subject, first.data, seq=first.seq, time_ms=first.time_ms, redelivered=True)
-    shard.on_delivery(again)
-    await asyncio.sleep(30)
-    assert bench.chat.texts == ["hi"]
-    assert (first.acks, again.acks) == (0, 1)
-    assert outcomes(bench) == [("c1", "accepted", "")]
 
 
 async def test_a_receipt_that_waits_for_the_lease_outlives_that_the_user_becomes_known() -> None:
@@ -63,19 +48,6 @@ async def test_an_idle_conversation_is_stored_and_let_go() -> None:
         await asyncio.sleep(1)
     assert list(shard) == []
     assert ([ref.id for ref in bench.record().recent], bench.record().head) == (["c1"], None)
-
-
-async def test_a_command_whose_ack_got_lost_is_only_acked_again() -> None:
-    bench, shard = await ready()
-    first = bench.command("hi")
-    shard.on_delivery(first)
-    await asyncio.sleep(5)
-    again = FakeDelivery(first.subject, first.data, seq=first.seq, time_ms=first.time_ms, redelivered=True)
-    shard.on_delivery(again)
-    await settle()
-    assert again.acks == 1
-    assert bench.chat.texts == ["hi"]
-    assert len(finals(bench)) == 1
 
 
 async def test_a_stream_that_was_made_anew_begins_again() -> None:
@@ -383,15 +355,6 @@ async def test_typing_under_one_id_is_no_repeat_and_makes_none_of_an_answer() ->
     shard.stop()
 
 
-async def test_a_repeated_id_in_the_same_queue_sends_nothing() -> None:
-    bench, shard = await ready()
-    for text in ("hi", "hi again", "bye"):
-        shard.on_delivery(bench.command(text, id="c2" if text == "bye" else "c1"))
-    await asyncio.sleep(30)
-    assert bench.chat.texts == ["hi", "bye"]
-    assert repeats(bench) == [("c1", 1, "accepted", 0), ("c1", 2, "accepted", 1), ("c2", 3, "accepted", 0)]
-
-
 async def test_a_repeated_id_of_a_parked_command_is_not_sent() -> None:
     bench, shard = await ready(is_open=False)
     for _ in range(2):
@@ -670,33 +633,6 @@ async def test_a_copy_of_the_routers_is_as_old_as_what_was_copied() -> None:
         shard.on_delivery(bench.command(data=body, headers=headers))
     await asyncio.sleep(30)
     assert [reason for _, _, reason in sorted(outcomes(bench))] == ["not_bound", ""]
-
-
-async def test_an_unbind_refuses_what_waits() -> None:
-    bench, shard = await ready(is_open=False)
-    for number in range(2):
-        shard.on_delivery(bench.command("hi", id=f"c{number}"))
-    await asyncio.sleep(5)
-    await bench.bindings.remove(BOT)
-    await asyncio.sleep(5)
-    assert outcomes(bench)[2:] == [("c0", "refused", "not_bound"), ("c1", "refused", "not_bound")]
-    assert parked(bench) == []
-
-
-async def test_a_new_bot_of_the_same_user_gets_what_was_parked() -> None:
-    bench, shard = await ready(is_open=False)
-    for number in range(2):
-        shard.on_delivery(bench.command(f"t{number}", id=f"c{number}"))
-    await asyncio.sleep(5)
-    await bench.bind(bot="b9@im.bot")
-    await bench.bindings.remove(BOT)
-    await asyncio.sleep(5)
-    assert finals(bench) == []
-
-    await user_writes(bench, bot="b9@im.bot")
-    await asyncio.sleep(30)
-    assert [(sent.bot, sent.text) for sent in bench.chat.sent] == [("b9@im.bot", "t0"), ("b9@im.bot", "t1")]
-    assert [receipt.bot for receipt in finals(bench)] == ["b9@im.bot", "b9@im.bot"]
 
 
 async def test_the_lane_of_a_user_who_is_learned_later_keeps_its_order(bench: Bench) -> None:

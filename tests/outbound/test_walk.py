@@ -201,6 +201,18 @@ STORIES = {
         {"a": "refused/expired"},
         killed={"a": "uncertain"},
     ),
+    "merged, and unreachable until one expires": Story(
+        [
+            answers("a", *[Temporary("network")] * 12),
+            command("a", expires_in_s=60),
+            command("b"),
+            pause(2),
+            writes(),
+        ],
+        {"a": "refused/expired", "b": "accepted"},
+        killed=UNCERTAIN,
+        settings={"merge_chars": 3000},
+    ),
     "expired while parked": Story(
         [command("a", expires_in_s=30), command("b"), pause(60), writes()],
         {"a": "refused/expired", "b": "accepted"},
@@ -295,6 +307,11 @@ STORIES = {
     "a repeated id": Story(
         [writes(), command("a"), pause(5), command("b", id="a"), pause(5), command("c")],
         ALL,
+    ),
+    "-3, then its id again": Story(
+        [writes(), answers("a", REJECTED), command("a"), pause(5), command("b", id="a")],
+        {"a": "refused/rejected", "b": "accepted"},
+        killed={"a": "accepted uncertain", "b": "uncertain"},
     ),
     "delivered again": Story(
         [writes(), slow(3), command("a"), command("b"), pause(1), again(), pause(3), again()],
