@@ -4,31 +4,24 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import csv
 import getpass
+import io
 import sys
 import time
-from collections.abc import Callable
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal
 
 import msgspec
 from cyclopts import Parameter
 from nats.errors import Error as NatsError
 
-from adapter.cli import bulk, output
+from adapter.cli import output
 from adapter.cli.bus import BROKE, BusConnection, connected_bus, decode_answer
 from adapter.cli.exits import NO, OK, TIMEOUT, UNREACHABLE, USAGE, Failed
-from adapter.cli.options import (
-    AutoTyping,
-    Json,
-    MaybeTimeout,
-    RequestId,
-    RowSandbox,
-    flag,
-    new_id,
-)
-from adapter.cli.output import read_text
+from adapter.cli.options import AutoTyping, Json, RequestId, RowSandbox, Sandbox, Timeout, flag, new_id
+from adapter.cli.output import read_text, write_private
 from adapter.contract.messages import (
     BOT_STATUSES,
     SCHEMA_VERSION,
@@ -40,6 +33,8 @@ from adapter.contract.messages import (
     BotStatus,
     ControlAnswer,
     Erase,
+    Options,
+    SandboxId,
     Unbind,
 )
 from adapter.contract.names import H_MSG_ID, H_REPLY_TO, H_SCHEMA, is_sandbox
@@ -47,7 +42,6 @@ from adapter.contract.names import H_MSG_ID, H_REPLY_TO, H_SCHEMA, is_sandbox
 COLUMNS = ("sandbox", "bot", "user", "state", "since", "reason")
 HEALTH_COLUMNS = ("sandbox", "bot", "user", "state", "since", "last poll", "user wrote", "window", "why")
 TROUBLE: tuple[BotStatus, ...] = ("not_polled", "too_new", "failing", "needs_login", "unknown", "stale", "paused")
-R = TypeVar("R", bound=bulk.Row)
 UNREASONED = "The adapter refused without a reason."
 STYLES = {
     "active": "green",
@@ -58,26 +52,24 @@ STYLES = {
     "failing": "red",
     "too_new": "red",
 }
+BIND_S = 30.0
+"""For the answer to a bind: iLink is asked, and another sandbox may have to release the bot."""
+UNDER_WAY = 256
+"""Binds of `--from` that may wait for answers at the same time."""
 
 
-ROWS_UNDER_WAY = 256
-"""Requests of `--from` that may wait for answers at the same time."""
+class _Row(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
+    """A row of `bind --from`. `error`: why it failed before; it is not read."""
 
-
-class BindRow(bulk.OptionsRow):
-    """A row of `bind --from`."""
-
+    sandbox: SandboxId
+    bot: str
     token: str
     user: str | None = None
     base_url: str | None = None
     cursor: str | None = None
+    auto_typing: bool = False
     id: str | None = None
-
-
-class UnbindRow(bulk.Row):
-    """A row of `unbind --from`."""
-
-    id: str | None = None
+    error: str = ""
 
 
 async def bind(
@@ -85,8 +77,14 @@ async def bind(
     bot: Annotated[str | None, Parameter(help="iLink's bot id, …@im.bot.")] = None,
     /,
     *,
-    rows: bulk.Source = None,
-    failed: bulk.FailedFile = None,
+    rows: Annotated[
+        Path | None,
+        Parameter(name="--from", allow_leading_hyphen=True, help="CSV with a header, a bot in each row; - is stdin."),
+    ] = None,
+    failed: Annotated[
+        Path | None,
+        Parameter(name="--failed", help="With --from: write the rows that failed, and why, to this file."),
+    ] = None,
     token: Annotated[
         str | None,
         Parameter(allow_leading_hyphen=True, help="Only `-`: read the bot's token from standard input."),
@@ -103,7 +101,7 @@ async def bind(
         bool, flag("Take ids as they are and do not ask iLink whether it takes the token: while iLink is away.")
     ] = False,
     request_id: RequestId = None,
-    timeout: MaybeTimeout = None,
+    timeout: Timeout = BIND_S,
     json: Json = False,
 ) -> int:
     """Let a bot serve a sandbox.
@@ -116,87 +114,53 @@ async def bind(
     iLink is asked first whether it accepts the token. A refused token is not bound, and earlier bindings stay.
 
     With --from, rows have the columns sandbox, bot and token, and may have user, base_url, cursor,
-    auto_typing and id. Those of one sandbox or bot are carried out in order, all others at the same time.
+    auto_typing and id. They are stored in their order, and carried out at the same time where they have nothing to do
+    with each other.
     """
-
-    def asked(row: BindRow) -> Bind:
-        return Bind(
-            sandbox=row.sandbox,
-            bot=row.bot or "",
-            bot_token=row.token,
-            id=row.id or new_id(),
-            base_url=row.base_url,
-            user=row.user,
-            cursor=row.cursor,
-            options=row.options,
-            check=not no_check,
-        )
-
-    options: dict[str, Any] = {"base_url": base_url, "auto_typing": auto_typing}
+    defaults: dict[str, Any] = {"base_url": base_url, "auto_typing": auto_typing}
     if rows is not None:
-        _check_alone(sandbox, bot, token, token_file, user, cursor, request_id)
-        found = bulk.read_rows(rows, BindRow, options)
-        return await _run_rows(found, asked, "bound", failed, timeout, json, may_move=yes)
+        if any(given is not None for given in (sandbox, bot, token, token_file, user, cursor, request_id)):
+            raise Failed(USAGE, "With --from, sandboxes, bots and all that is their own stand in the rows.")
+        return await _bind_rows(rows, defaults, failed, timeout, json, check=not no_check, may_move=yes)
     if sandbox is None or bot is None:
         raise Failed(USAGE, "Name a sandbox and a bot, or give --from.")
     if cursor:
         raise Failed(USAGE, "A cursor on the command line can be read by others, and a token in it: use --from.")
     secret = _read_token(token, token_file)
-    row = BindRow(sandbox=sandbox, bot=bot, token=secret, user=user, cursor=cursor, id=request_id, **options)
-    return await _run_one(asked(row), "bound", timeout, json, may_move=yes)
+    row = _Row(sandbox=sandbox, bot=bot, token=secret, user=user, cursor=cursor, id=request_id, **defaults)
+    async with connected_bus() as bus:
+        await bus.check_subscribed()
+        serves = sandbox if yes else (await _serving(bus, bot)).get(bot, sandbox)
+        if serves != sandbox and not output.confirm(f"{bot} serves {serves}: move it to {sandbox}?"):
+            raise Failed(NO, f"{bot} serves {serves}: give --yes to move it.")
+        answer = await request_control(bus, _bind_of(row, check=not no_check), timeout)
+    if answer.ok and not (no_check or answer.checked or json):
+        output.complain("iLink gave no answer: whether it takes the token is not known.")
+    return _print_answer(answer, "bound", json)
 
 
 async def unbind(
-    sandbox: RowSandbox = None,
+    sandbox: Sandbox,
     bot: Annotated[str | None, Parameter(help="Bot to unbind; default: every bot of the sandbox.")] = None,
     /,
     *,
-    rows: bulk.Source = None,
-    failed: bulk.FailedFile = None,
     request_id: RequestId = None,
-    timeout: MaybeTimeout = None,
+    timeout: Timeout = BIND_S,
     json: Json = False,
 ) -> int:
     """Let a bot, or every bot of a sandbox, serve it no longer.
 
     Where nobody stays bound, the sandbox's inbox is deleted, so that the next person's agent reads nothing of the
     former one. Commands that wait for the person are refused.
-    With --from, rows have the column sandbox, and may have bot and id.
     """
-
-    def asked(row: UnbindRow) -> Unbind:
-        return Unbind(sandbox=row.sandbox, bot=row.bot, id=row.id or new_id())
-
-    if rows is not None:
-        _check_alone(sandbox, bot, request_id)
-        found = bulk.read_rows(rows, UnbindRow, {})
-        return await _run_rows(found, asked, "unbound", failed, timeout, json)
-    if sandbox is None:
-        raise Failed(USAGE, "Name a sandbox, or give --from.")
-    row = UnbindRow(sandbox=sandbox, bot=bot, id=request_id)
-    return await _run_one(asked(row), "unbound", timeout, json)
-
-
-def _check_alone(*others: object) -> None:
-    """Raises Failed."""
-    if any(other is not None for other in others):
-        raise Failed(USAGE, "With --from, sandboxes, bots and all that is their own stand in the rows.")
-
-
-async def _run_one(
-    asked: Bind | Unbind, done: str, timeout_s: float | None, json: bool, *, may_move: bool = True
-) -> int:
     async with connected_bus() as bus:
         await bus.check_subscribed()
-        if isinstance(asked, Bind) and not may_move:
-            serves = (await _serving(bus, asked.bot)).get(asked.bot, asked.sandbox)
-            if serves != asked.sandbox and not output.confirm(
-                f"{asked.bot} serves {serves}: move it to {asked.sandbox}?"
-            ):
-                raise Failed(NO, f"{asked.bot} serves {serves}: give --yes to move it.")
-        answer = await request_control(bus, asked, timeout_s or 10.0)
-    if answer.ok and isinstance(asked, Bind) and asked.check and not answer.checked and not json:
-        output.complain("iLink gave no answer: whether it takes the token is not known.")
+        answer = await request_control(bus, Unbind(sandbox=sandbox, bot=bot, id=request_id or new_id()), timeout)
+    return _print_answer(answer, "unbound", json)
+
+
+def _print_answer(answer: ControlAnswer, done: str, json: bool) -> int:
+    """Returns the exit code."""
     if json:
         output.json_line(answer)
     elif not answer.ok:
@@ -215,31 +179,84 @@ async def _run_one(
     return OK if answer.ok else NO
 
 
-async def _run_rows(
-    rows: bulk.Rows[R],
-    asked: Callable[[R], Bind | Unbind],
-    done: str,
-    failed: Path | None,
-    timeout_s: float | None,
+async def _bind_rows(
+    source: Path,
+    defaults: dict[str, Any],
+    failed_file: Path | None,
+    timeout_s: float,
     json: bool,
     *,
-    may_move: bool = True,
+    check: bool,
+    may_move: bool,
 ) -> int:
-    async with connected_bus(lasting=True) as bus:
-        await bus.check_subscribed()
-        serving = {} if may_move else await _serving(bus)
+    """Binds each row. `defaults`: values of the columns that a row leaves out. However it ends, `failed_file` gets
+    the rows that were not done. Returns the exit code. Raises Failed if `source` cannot be read."""
+    text = sys.stdin.read() if str(source) == "-" else read_text(source)
+    reader = csv.DictReader(io.StringIO(text, newline=""), restkey="more", skipinitialspace=True)
+    rows: dict[int, dict[str, Any]] = {}
+    for cells in reader:
+        rows[reader.line_num] = cells
+    undone = Failed(NO, "Not tried, or not answered yet.")
+    failures = dict.fromkeys(rows, undone)
+    slots, began = asyncio.Semaphore(UNDER_WAY), time.monotonic()
 
-        async def run_row(row: R) -> None:
-            serves = serving.get(row.bot or "", row.sandbox)
+    async def bind_row(bus: BusConnection, number: int, serving: dict[str, str]) -> None:
+        try:
+            given = {name: cell for name, cell in rows[number].items() if cell}
+            row = msgspec.convert(defaults | given, _Row, strict=False)
+            serves = serving.get(row.bot, row.sandbox)
             if serves != row.sandbox:
                 raise Failed(NO, f"{row.bot} serves {serves}: give --yes to move it.")
-            answer = await request_control(bus, asked(row), timeout_s or 60.0)
+            answer = await request_control(bus, _bind_of(row, check=check), timeout_s)
             if json:
                 output.json_line(answer)
             if not answer.ok:
                 raise Failed(NO, answer.error or UNREASONED)
+            del failures[number]
+        except msgspec.ValidationError as exc:
+            failures[number] = Failed(USAGE, f"{exc}.")
+        except Failed as exc:
+            failures[number] = exc
+        finally:
+            slots.release()
 
-        return await bulk.run_rows(rows, run_row, done=done, failed_file=failed, limit=ROWS_UNDER_WAY)
+    try:
+        async with connected_bus(lasting=True) as bus:
+            await bus.check_subscribed()
+            serving = {} if may_move else await _serving(bus)
+            async with asyncio.TaskGroup() as group:
+                for number in rows:
+                    await slots.acquire()
+                    group.create_task(bind_row(bus, number, serving))
+    finally:
+        if failed_file is not None:
+            left = io.StringIO(newline="")
+            columns = [name for name in reader.fieldnames or [] if name != "error"]
+            writer = csv.DictWriter(left, [*columns, "error"], extrasaction="ignore", lineterminator="\n")
+            writer.writeheader()
+            writer.writerows(rows[number] | {"error": str(why)} for number, why in failures.items())
+            write_private(failed_file, left.getvalue())
+    for number, why in failures.items():
+        output.complain(f"line {number} ({rows[number].get('sandbox', '?')}): {why}")
+    where = f"; what failed is in {failed_file}" if failures and failed_file else ""
+    summary = f"{len(rows) - len(failures)} bound, {len(failures)} failed, in {time.monotonic() - began:.1f} s"
+    print(f"{summary}{where}.", file=sys.stderr, flush=True)
+    codes = {why.code for why in failures.values()}
+    return OK if not codes else codes.pop() if len(codes) == 1 else NO
+
+
+def _bind_of(row: _Row, *, check: bool) -> Bind:
+    return Bind(
+        sandbox=row.sandbox,
+        bot=row.bot,
+        bot_token=row.token,
+        id=row.id or new_id(),
+        base_url=row.base_url,
+        user=row.user,
+        cursor=row.cursor,
+        options=Options(auto_typing=row.auto_typing),
+        check=check,
+    )
 
 
 async def _serving(bus: BusConnection, bot: str | None = None) -> dict[str, str]:
@@ -343,7 +360,8 @@ async def request_control(bus: BusConnection, asked: Bind | Unbind | Erase, time
     answers = await bus.nc.subscribe(inbox)
     said = f"Stored; no adapter answered in {timeout_s:g} s, takes effect when one runs."
     try:
-        ack = await bus.store(subject, msgspec.json.encode(asked), headers)
+        async with bus.storing:  # so that rows are stored in their order
+            ack = await bus.store(subject, msgspec.json.encode(asked), headers)
         if ack.duplicate:
             said = f"Request {asked.id} was stored before: `wechat-nats bindings` shows what holds now."
             raise Failed(TIMEOUT, said)

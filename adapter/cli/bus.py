@@ -69,6 +69,8 @@ class BusConnection:
         self.history = StreamHistory(self.connection)
         self.complaints: deque[Exception] = deque(maxlen=COMPLAINTS_KEPT)
         """Errors that the server reported outside of answers."""
+        self.storing = asyncio.Lock()
+        """Held while a control command is stored."""
 
     @property
     def forbidden(self) -> list[tuple[str, str]]:

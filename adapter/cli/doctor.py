@@ -124,19 +124,14 @@ async def _check_topology(bus: BusConnection) -> list[PermissionCheck]:
             w.name, "fail", f"This stream is missing: {RESTORE}; if it never was, start an adapter, or use --fix."
         )
         for w in missing
-        if not w.stream
     ]
-    if consumers := [w for w in missing if w.stream]:
-        checks.append(
-            PermissionCheck("consumers", "fail", f"{len(consumers)} are missing: start an adapter, or use --fix.")
-        )
     for d in different:
         said = f"{d.field} is {_short(d.found)}, should be {_short(d.wanted)}: use --fix"
         if d.lowers:
             said += f" --allow-loss, with {await _at_stake(bus, d)}"
         said += "." if d.critical or d.lacks_copies else ", or leave it if it is meant."
         checks.append(PermissionCheck(d.name, "fail" if d.critical or d.lacks_copies else "warn", said))
-    return checks or [PermissionCheck("streams", "ok", "all streams, buckets and consumers are as they should be")]
+    return checks or [PermissionCheck("streams", "ok", "all streams and buckets are as they should be")]
 
 
 async def _at_stake(bus: BusConnection, lowering: topology.Difference) -> str:
@@ -298,8 +293,8 @@ async def _fix(
     try:
         missing, different = await topology.inspect_topology(connection, names, settings)
         for wanted in missing:
-            say(f"creating {wanted.description} {wanted.name}")
-            await topology.create_resource(connection, wanted)
+            say(f"creating stream {wanted.name}")
+            await topology.create_stream(connection, wanted)
         for d in different:
             change = f"{d.name}: {d.field} from {_short(d.found)} to {_short(d.wanted)}"
             if d.lowers:

@@ -43,10 +43,6 @@ RowSandbox = Annotated[
 Json = Annotated[bool, flag("One JSON object per line.", name="--json")]
 AutoTyping = Annotated[bool, flag("Show that the bot types from each message to the answer.")]
 Timeout = Annotated[float, Parameter(validator=POSITIVE, help="Seconds to wait for the outcome.")]
-MaybeTimeout = Annotated[
-    float | None,
-    Parameter(validator=POSITIVE, help="Seconds to wait for the outcome; default: 10, with --from 60."),
-]
 Age = Annotated[str | None, Parameter(validator=_legal_age, help="Start this long ago: 30s, 10m, 2h, 3d.")]
 RequestId = Annotated[
     str | None,

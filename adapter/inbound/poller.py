@@ -131,11 +131,10 @@ class Pacing(NamedTuple):
     takeovers: asyncio.Semaphore
     """Bounds how many bots are taken at once."""
     starts: RateLimiter
-    """Spreads the first polls. Polls that begin together end together, and would begin together for ever."""
+    """Spreads the first polls, and those after an outage. Polls that begin together end together, and would begin
+    together for ever."""
     wakeups: WakeupBatcher
     """Groups the next polls of bots that got no message."""
-    spread_s: Callable[[], float]
-    """Time over which polls that could all start at the same moment are spread."""
     stale_retry_s: Sequence[float]
     """Pauses between retries of a token that iLink has refused (-14)."""
     login_polls_s: Sequence[float]
@@ -554,7 +553,7 @@ class BotPoller:
             if not self._leases.is_valid:
                 self._enter(State.PAUSED, "The lease of this replica is not valid.")
                 await self._wait_until(self._leases.changed, lambda: self._leases.is_valid)
-                await wait_event(self._cut, self._clock.jitter(deps.pacing.spread_s()))
+                await wait_event(self._cut, deps.pacing.starts.reserve_delay_s())
                 await deps.receiving.turns.wait_turn()
                 self.unanswered_since = self._clock.monotonic()
                 continue

@@ -37,7 +37,7 @@ from adapter.contract.records import Binding
 from adapter.errors import AdapterError, BusRefused, Crashed, LeaseLost, RecordTooNew, Temporary, Unreadable
 from adapter.inbound.checkpoint import Checkpoint, Checkpoints
 from adapter.inbound.media import MediaFetcher, name_media
-from adapter.kit.crashes import ATTEMPTS, retry_on_bug_now
+from adapter.kit.persist import ATTEMPTS, retry_on_bug_now
 from adapter.kit.timing import Clock, PerTickLimiter, backoff
 from adapter.observability.events import Events
 from adapter.observability.metrics import Metrics

@@ -23,12 +23,9 @@ ACCOUNT_FULL = 10002
 """The account has no storage left. Its streams accept nothing until something is removed."""
 NO_STREAM = 10059
 NO_CONSUMER = 10014
-"""An operator deleted a consumer that existed at the start."""
 MESSAGE_GONE = (10037, 10043, 10057)
 """Answers to a deletion of a missing message. The last code, a failed deletion, also means a sequence that never
 existed."""
-CONSUMER_EXISTS = 10148
-"""The consumer exists with another configuration. An identical one is no error."""
 
 
 class ApiError(msgspec.Struct):

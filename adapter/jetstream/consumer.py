@@ -9,8 +9,8 @@ They do not show a reset by another replica that then takes as many messages as 
 valid lease neither resets nor pulls, and it checks again between the two: a late reset is then followed by no pull.
 Pulls of a former owner that is frozen or cut off take deliveries until they expire, even after a reset.
 
-A consumer that an operator has deleted, or that was in the memory of a server that was restarted, is created again.
-Messages stored before that may have been delivered by the former one.
+The owner creates a consumer that does not exist: at the first start, after an operator has deleted it, and after a
+restart of the server that had it in its memory.
 """
 
 from __future__ import annotations
@@ -25,14 +25,16 @@ from nats.aio.client import Client
 from nats.aio.msg import Msg
 
 from adapter.errors import BusRefused, LeaseLost, Temporary
-from adapter.jetstream import topology
-from adapter.jetstream.api_replies import NO_CONSUMER, unix_ms
+from adapter.jetstream.api_replies import NO_CONSUMER
 from adapter.jetstream.managed_connection import ManagedConnection, temporary_inbox
-from adapter.jetstream.topology import Wanted
-from adapter.kit.timing import backoff, wait_event
+from adapter.kit.timing import ChangeSignal, backoff
 
 log = structlog.get_logger()
 
+BATCH, REQUEST_AT = 512, 384
+"""Messages that are requested at most, and the number of those at which more are requested."""
+CREATE_S = 15.0
+"""Longest wait for a new consumer; in a cluster each takes a tenth of a second, and a start makes 130."""
 EXPIRES_S = 10.0
 """Duration of a pull, and so the time for which the pulls of a frozen owner take deliveries. It is the shortest one
 for these heartbeats."""
@@ -40,8 +42,8 @@ HEARTBEAT_S = 5.0
 SILENT_S = 15.0
 """Time without a delivery or a heartbeat after which the server has forgotten the pull."""
 PULL_BYTES = 1024 * 1024
-"""Most bytes of a pull. A server closes the connection of a client with 64 MB pending; after the next connect all of
-it would be redelivered, and the connection closed again."""
+"""Most bytes of a pull, more than a message of these streams has. A server closes the connection of a client with
+64 MB pending; after the next connect all of it would be redelivered, and the connection closed again."""
 CONFIRM_S = 1.0
 """Time without a confirmation after which an acknowledgement is repeated."""
 LOST = "a delivery got lost"
@@ -54,22 +56,22 @@ class Delivery:
 
     __slots__ = (
         "_consumer",
-        "_reply",
         "data",
         "headers",
         "is_old",
         "number",
         "redelivered",
+        "reply",
         "seq",
         "subject",
         "time_ms",
     )
 
-    def __init__(self, consumer: Consumer, msg: Msg, redelivered_to: int, made_ms: int, old_to: int) -> None:
+    def __init__(self, consumer: Consumer, msg: Msg) -> None:
         tokens = msg.reply.split(".")
         base = 2 if len(tokens) < 11 else 4  # newer servers may add domain and account hash
         self._consumer = consumer
-        self._reply = msg.reply
+        self.reply = msg.reply
         self.subject = msg.subject
         self.data = msg.data
         self.headers: dict[str, str] = msg.headers or {}
@@ -77,24 +79,17 @@ class Delivery:
         self.number = int(tokens[base + 4])
         """Number of the delivery since the last reset of the consumer."""
         self.time_ms = int(tokens[base + 5]) // 1_000_000
-        self.redelivered = self.seq <= redelivered_to or self.time_ms <= made_ms
-        """It was delivered before, as far as the consumer knows."""
-        self.is_old = self.redelivered or self.seq <= old_to
+        self.redelivered = self.seq <= consumer.redelivered_to
+        self.is_old = self.redelivered or self.seq <= (consumer.old_to or 0)
 
     async def ack(self) -> None:
         """Acknowledges the message. After a lost acknowledgement it is redelivered with the next connect."""
-        self._consumer.on_acked()
-        try:
-            await self._consumer.acknowledge(self._reply)
-        except Temporary:
-            log.debug("ack.lost", consumer=self._consumer.name, seq=self.seq)
+        await self._consumer.acknowledge(self)
 
 
 class Consumer:
-    """The pull loop of one durable consumer. `room` bounds the deliveries that are not acknowledged. Without
-    `until_acked` it bounds the requested ones, and the receiver bounds the others. `confirm_acks`: acknowledgements
-    are repeated until the server confirms them, also after a lost connection, for those who rely on it that a settled
-    message never comes again.
+    """The pull loop of one durable consumer. `confirm_acks`: acknowledgements are repeated until the server confirms
+    them, also after a lost connection, for those who rely on it that a settled message never comes again.
 
     `check` raises LeaseLost unless this replica may read now. `turn` is awaited before each delivery, since nats-py
     passes on everything that has arrived in one turn of the event loop.
@@ -103,75 +98,55 @@ class Consumer:
     def __init__(
         self,
         connection: ManagedConnection,
-        wanted: Wanted,
+        stream: str,
+        config: dict[str, Any],
         *,
-        room: int,
-        until_acked: bool = True,
         confirm_acks: bool = False,
         check: Callable[[], None] = lambda: None,
         turn: Callable[[], Awaitable[None]] | None = None,
     ) -> None:
         self.connection = connection
-        self.name = wanted.name
-        self._wanted = wanted
-        self._stream = wanted.stream
-        self._max_in_flight = room
+        self.name: str = config["name"]
+        self._stream = stream
+        self._config = config
         self._check = check
         self._wait_turn = turn
-        self._until_acked = until_acked
         self._confirm_acks = confirm_acks
-        self._in_flight = 0
         self._requested = 0
-        self._pull_bytes = PULL_BYTES
+        """Messages that are requested and have not come."""
         self._last_delivery = 0
         """Number of the last delivery."""
-        self._redelivered_to = 0
-        """Stream sequence up to which messages may have been delivered before. The server forgets it at a reset."""
-        self._old_to = -1
-        """Newest sequence of the stream when this process read from it first; -1: it has not. A consumer in memory
-        forgets what it has delivered when its servers restart."""
-        self._created_ms = 0
-        """Creation time of the consumer. An earlier consumer may have delivered older messages."""
-        self._wake = asyncio.Event()
+        self.redelivered_to = 0
+        """Sequence of the stream up to which messages were delivered before, as far as known. The server forgets it
+        at a reset, and with a consumer in its memory."""
+        self.old_to: int | None = None
+        """Newest sequence of the stream when this owner read from it first; None: it has not."""
+        self._changed = ChangeSignal()
 
-    def on_acked(self) -> None:
-        """One message is settled."""
-        if self._until_acked:
-            self._free_slot()
-
-    async def acknowledge(self, reply: str) -> None:
-        """Acknowledges a delivery. Raises Temporary, unless acknowledgements are confirmed."""
-        if not self._confirm_acks:
-            await self.connection.publish(reply, b"+ACK")
-            return
+    async def acknowledge(self, delivery: Delivery) -> None:
+        """Acknowledges a delivery. A lost acknowledgement is repeated only if acknowledgements are confirmed."""
         while True:
             try:
-                await self.connection.request(reply, b"+ACK", CONFIRM_S)
-            except Temporary as exc:
-                if exc.reason != "bus_timeout":  # refused at once: no connection, or nobody who reads it
-                    await asyncio.sleep(CONFIRM_S / 10)
-            else:
+                if self._confirm_acks:
+                    await self.connection.request(delivery.reply, b"+ACK", CONFIRM_S)
+                else:
+                    await self.connection.publish(delivery.reply, b"+ACK")
                 return
-
-    def _free_slot(self) -> None:
-        self._in_flight = max(0, self._in_flight - 1)
-        if self._max_in_flight - self._in_flight - self._requested >= max(1, self._max_in_flight // 4):
-            self._wake.set()
-
-    async def get_info(self) -> dict[str, Any]:
-        return await self.connection.api_request(f"CONSUMER.INFO.{self._stream}.{self.name}")
+            except Temporary:
+                log.debug("ack.lost", consumer=self.name, seq=delivery.seq)
+                if not self._confirm_acks:
+                    return
+                await asyncio.sleep(CONFIRM_S / 10)
 
     async def run(self, on_delivery: Callable[[Delivery], None]) -> None:
         """Delivers until cancelled. After each reset all messages that are not acknowledged are delivered."""
         failures = 0
         while True:
-            await self.connection.wait_connected()
-            epoch = self.connection.epoch
+            nc = await self.connection.wait_connected()
             try:
-                nc = self.connection.client()
                 await self.reset()
                 failures = 0
-                await self._pull(nc, epoch, on_delivery)
+                await self._pull(nc, on_delivery)
             except LeaseLost:  # a paused lease may come back; if it is lost, the owner ends this loop
                 log.debug("consumer.fenced", consumer=self.name)
                 await asyncio.sleep(0.1)
@@ -181,81 +156,70 @@ class Consumer:
                 await asyncio.sleep(backoff(failures, first_s=0.2, longest_s=3.0))
 
     async def reset(self) -> None:
-        """Has everything redelivered that is not acknowledged. Raises Temporary, BusRefused, LeaseLost."""
+        """Has everything redelivered that is not acknowledged. Creates the consumer if it is missing. Raises
+        Temporary, BusRefused (no stream), LeaseLost."""
         self._check()
-        info = await self._get_or_create()
-        if self._old_to < 0:
-            stream = await self.connection.api_request(f"STREAM.INFO.{self._stream}")
-            self._old_to = int(stream["state"]["last_seq"])
-        self._created_ms = unix_ms(info["created"])
-        if info.get("paused"):
-            log.error("consumer.paused", consumer=self.name, detail="It delivers nothing until it is resumed.")
-        self._check()
-        self._redelivered_to = max(self._redelivered_to, int(info["delivered"]["stream_seq"]))
-        info = await self.connection.api_request(f"CONSUMER.RESET.{self._stream}.{self.name}")
-        # not the delivered sequence: another replica's pull may have taken some messages meanwhile
-        self._last_delivery = int(info["ack_floor"]["consumer_seq"])
-        self._in_flight = self._requested = 0
-
-    async def _get_or_create(self) -> dict[str, Any]:
-        """The consumer's info. Creates the consumer if it is missing. Raises Temporary, BusRefused (no stream)."""
+        request, path = self.connection.api_request, f"{self._stream}.{self.name}"
         try:
-            return await self.get_info()
+            info = await request(f"CONSUMER.INFO.{path}")
         except BusRefused as exc:
             if exc.code != NO_CONSUMER:
                 raise
-        await topology.create_resource(self.connection, self._wanted)
-        was_in_memory = self._wanted.config.get("mem_storage")
-        (log.info if was_in_memory else log.error)("consumer.recreated", consumer=self.name, stream=self._stream)
-        return await self.get_info()
+            create = {"stream_name": self._stream, "config": self._config, "action": "create"}
+            info = await request(f"CONSUMER.CREATE.{path}", create, timeout_s=CREATE_S)
+            log.info("consumer.created", consumer=self.name, stream=self._stream)
+        if self.old_to is None:
+            self.old_to = int((await request(f"STREAM.INFO.{self._stream}"))["state"]["last_seq"])
+        if info.get("paused"):
+            log.error("consumer.paused", consumer=self.name, detail="It delivers nothing until it is resumed.")
+        self._check()
+        self.redelivered_to = max(self.redelivered_to, int(info["delivered"]["stream_seq"]))
+        info = await request(f"CONSUMER.RESET.{path}")
+        # not the delivered sequence: another replica's pull may have taken some messages meanwhile
+        self._last_delivery = int(info["ack_floor"]["consumer_seq"])
+        self._requested = 0
 
-    async def _pull(self, nc: Client, epoch: int, on_delivery: Callable[[Delivery], None]) -> None:
-        last_message_at = asyncio.get_running_loop().time()
-        broken = ""
+    async def _pull(self, nc: Client, on_delivery: Callable[[Delivery], None]) -> None:
+        """Delivers until the connection is lost. Raises Temporary after a lost delivery or without heartbeats,
+        LeaseLost."""
+        loop = asyncio.get_running_loop()
+        last_message_at, broken = loop.time(), ""
 
         async def on_message(msg: Msg) -> None:
             nonlocal last_message_at, broken
-            last_message_at = asyncio.get_running_loop().time()
+            last_message_at = loop.time()
             if broken:  # later messages must not overtake the lost one
                 return
             status = None if msg.reply.startswith(DELIVERED) else (msg.headers or {}).get("Status")
             if status is None and self._wait_turn is not None:
                 await self._wait_turn()  # the end of the pull also ends the subscription and this task
             broken = self._deliver(msg, on_delivery) if status is None else self._on_status(status, msg.headers or {})
-            if broken or status in ("408", "409"):
-                self._wake.set()
+            if broken or self._requested <= REQUEST_AT:
+                self._changed.notify_all()
 
-        down = asyncio.get_running_loop().create_task(self.connection.wait_disconnected(epoch))
-        down.add_done_callback(lambda _: self._wake.set())
-        try:
-            async with temporary_inbox(nc, on_message) as inbox:
-                while self.connection.epoch == epoch and self.connection.nc is nc:
-                    if broken:
-                        raise Temporary("consumer_broken", broken)
-                    left_s = last_message_at + SILENT_S - asyncio.get_running_loop().time()
-                    if left_s <= 0:
-                        raise Temporary("consumer_silent")
-                    self._wake.clear()
-                    missing = self._max_in_flight - self._in_flight - self._requested
-                    if missing >= max(1, self._max_in_flight // 4):
-                        await self._request_batch(inbox, missing)
-                    if not down.done():
-                        await wait_event(self._wake, left_s)
-        finally:
-            down.cancel()
+        def must_act() -> bool:
+            return bool(broken) or self._requested <= REQUEST_AT or self.connection.nc is not nc
+
+        async with temporary_inbox(nc, on_message) as inbox:
+            while self.connection.nc is nc:
+                if broken:
+                    raise Temporary("consumer_broken", broken)
+                left_s = last_message_at + SILENT_S - loop.time()
+                if left_s <= 0:
+                    raise Temporary("consumer_silent")
+                if self._requested <= REQUEST_AT:
+                    await self._request_batch(inbox, BATCH - self._requested)
+                await self._changed.wait_until(must_act, left_s, also=self.connection.changed)
 
     def _deliver(self, msg: Msg, on_delivery: Callable[[Delivery], None]) -> str:
         """Passes a delivery on. Returns why the pull is broken, or ""."""
-        delivery = Delivery(self, msg, self._redelivered_to, self._created_ms, self._old_to)
+        delivery = Delivery(self, msg)
         if delivery.number != self._last_delivery + 1:
             return LOST
         self._last_delivery = delivery.number
-        self._requested = max(0, self._requested - 1)
-        self._in_flight += 1
-        self._redelivered_to = max(self._redelivered_to, delivery.seq)  # a killed server may forget it
+        self._requested -= 1
+        self.redelivered_to = max(self.redelivered_to, delivery.seq)
         on_delivery(delivery)
-        if not self._until_acked:
-            self._free_slot()
         return ""
 
     def _on_status(self, status: str, headers: dict[str, str]) -> str:
@@ -264,20 +228,17 @@ class Consumer:
             return LOST if int(headers.get("Nats-Last-Consumer", "0")) > self._last_delivery else ""
         if status not in ("408", "409"):
             return status
-        self._requested = max(0, self._requested - int(headers.get("Nats-Pending-Messages", "0")))
+        self._requested -= int(headers.get("Nats-Pending-Messages", "0"))
         description = headers.get("Description", "")
-        if "Exceeds MaxBytes" in description:
-            if int(headers.get("Nats-Pending-Bytes", "0")) >= self._pull_bytes:
-                self._pull_bytes *= 2  # the first message did not fit
-            return ""
-        return description or status if status == "409" and "Batch Completed" not in description else ""
+        is_end = status == "408" or any(words in description for words in ("Batch Completed", "Exceeds MaxBytes"))
+        return "" if is_end else description or status
 
     async def _request_batch(self, inbox: str, batch: int) -> None:
         self._check()
         self._requested += batch
         body = {
             "batch": batch,
-            "max_bytes": self._pull_bytes,
+            "max_bytes": PULL_BYTES,
             "expires": int(EXPIRES_S * 1e9),
             "idle_heartbeat": int(HEARTBEAT_S * 1e9),
         }

@@ -1,26 +1,24 @@
-"""The streams, buckets and consumers of the bridge: their configuration, and its comparison with the server.
+"""The streams, buckets and consumers of the bridge: their configuration, and the comparison with the server.
 
 Missing ones are created. Existing ones are verified and never changed silently: a difference that breaks a guarantee
 stops the start with a message, and other differences (an operator's own limits) are logged. `wechat-nats doctor
---fix` changes them.
+--fix` changes them. Consumers are created by their owners (consumer.py).
 """
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import math
 import time
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-import msgspec
 import structlog
 
 from adapter.contract.messages import COMMAND_BYTES
 from adapter.contract.names import SHARDS, Names
 from adapter.errors import BusRefused, Conflict, SettingsError, Temporary
-from adapter.jetstream.api_replies import ACCOUNT_FULL, CONSUMER_EXISTS, NO_STREAM
+from adapter.jetstream.api_replies import ACCOUNT_FULL, NO_STREAM
 from adapter.jetstream.buckets import updates_subject_of
 from adapter.jetstream.layout import LAYOUT, Layout, read_layout, write_layout
 from adapter.jetstream.managed_connection import ManagedConnection
@@ -60,39 +58,32 @@ connect."""
 EVENTS_KEPT = 100_000
 """Events of one kind and sandbox that are kept. A sandbox with thousands of refused commands must not fill the disk.
 Receipts have a subject for each command; outbound/receipts.py bounds them."""
-CREATED_AT_ONCE = 16
-"""Consumers that are created at the same time. Each waits for a disk, in a cluster for a majority of disks. One by
-one, the 130 consumers take 37 s in a cluster instead of 13 s, and 3.7 s on one server instead of 2.1 s (on a busy
-machine)."""
 OUT_UNSETTLED = 100_000
-"""Commands of a shard that are delivered and not settled: the full queues of ten sandboxes."""
+"""Commands of a shard that are delivered and not settled: the full queues of ten sandboxes. The shard bounds their
+bytes itself; otherwise one sandbox could fill its consumer."""
+UNSETTLED = 512
+"""Commands of the router, or control commands, that are delivered and not settled."""
 
 LIMITS = ("num_replicas", "max_bytes", "max_age", "max_msgs_per_subject")
 
+OUT = "out-"
 ROUTER = "router"
 CONTROL = "control"
 
 
 def out_consumer(shard: int) -> str:
     """Name of the durable consumer for one shard's commands."""
-    return f"out-{shard:03d}"
+    return f"{OUT}{shard:03d}"
 
 
 class Wanted(NamedTuple):
-    """A stream or consumer with its configuration. `critical`: fields whose difference breaks a guarantee."""
+    """A stream with its configuration. `critical`: fields whose difference breaks a guarantee."""
 
     name: str
     config: dict[str, Any]
     critical: tuple[str, ...] = ()
     from_one: bool = False
-    """Its sequences start at 1, see `create_resource`."""
-    stream: str = ""
-    """The stream of a consumer; "" for a stream."""
-
-    @property
-    def description(self) -> str:
-        """Description for operators."""
-        return f"consumer of {self.stream}" if self.stream else "stream"
+    """Its sequences start at 1, see `create_stream`."""
 
     @property
     def reserves_space(self) -> bool:
@@ -190,6 +181,7 @@ def wanted_streams(names: Names, settings: Settings) -> list[Wanted]:
             ("subjects", "retention"),
             subjects=[names.bind, names.unbind, names.erase],
             retention="workqueue",
+            max_msg_size=COMMAND_BYTES + HEADER_BYTES,
         ),
         stream(
             names.stream_event,
@@ -239,40 +231,27 @@ def reserved_bytes(names: Names, settings: Settings) -> int:
     return sum(wanted.config["max_bytes"] for wanted in wanted_streams(names, settings) if wanted.reserves_space)
 
 
-def wanted_consumers(names: Names) -> list[Wanted]:
-    """All durable consumers of the adapter. Each has one owner (leases), so the ack wait is long."""
-    common = {
+def consumer_config(names: Names, name: str) -> tuple[str, dict[str, Any]]:
+    """The stream of one of the adapter's durable consumers, and its configuration. Each has one owner (leases), so
+    the ack wait is long."""
+    config = {
+        "durable_name": name,
+        "name": name,
         "ack_policy": "explicit",
         "deliver_policy": "all",
         "ack_wait": OUT_ACK_WAIT_NS,
         "max_deliver": -1,
-        "max_ack_pending": 5000,
+        "max_ack_pending": UNSETTLED,
         "replay_policy": "instant",
     }
-
-    def consumer(stream: str, name: str, **config: Any) -> Wanted:
-        return Wanted(name, {"durable_name": name, "name": name, **common, **config}, stream=stream)
-
-    return [
-        *(
-            consumer(
-                names.stream_out,
-                out_consumer(shard),
-                filter_subject=names.out_shard(shard),
-                max_ack_pending=OUT_UNSETTLED,
-                mem_storage=True,  # or a server writes a file for each that is in use, ten times a second
-            )
-            for shard in range(SHARDS)
-        ),
-        consumer(names.stream_out, ROUTER, filter_subject=names.out_plain),
-        consumer(names.stream_ctl, CONTROL),
-    ]
-
-
-def wanted_consumer(names: Names, name: str) -> Wanted:
-    """The configuration of one of the adapter's consumers."""
-    (wanted,) = [w for w in wanted_consumers(names) if w.name == name]
-    return wanted
+    if name == CONTROL:
+        return names.stream_ctl, config
+    if name == ROUTER:
+        return names.stream_out, config | {"filter_subject": names.out_plain}
+    subject = names.out_shard(int(name.removeprefix(OUT)))
+    # in memory, or a server writes a file for each that is in use, ten times a second
+    own = {"filter_subject": subject, "max_ack_pending": OUT_UNSETTLED, "mem_storage": True}
+    return names.stream_out, config | own
 
 
 def differences(wanted: Wanted, found: dict[str, Any]) -> list[Difference]:
@@ -294,7 +273,7 @@ async def api_level(connection: ManagedConnection) -> int:
 async def inspect_topology(
     connection: ManagedConnection, names: Names, settings: Settings
 ) -> tuple[list[Wanted], list[Difference]]:
-    """Missing resources in the order of their creation, and the differences. Raises Temporary, BusRefused."""
+    """Missing streams in the order of their creation, and the differences. Raises Temporary, BusRefused."""
     missing: list[Wanted] = []
     different: list[Difference] = []
     for wanted in wanted_streams(names, settings):
@@ -305,39 +284,25 @@ async def inspect_topology(
             different += differences(wanted, found)
     # A full server creates nothing more. If the largest stream does not fit, no storage is reserved.
     missing.sort(key=lambda wanted: (wanted.reserves_space, -wanted.config.get("max_bytes", 0)))
-    present = {
-        (stream, name)
-        for stream in (names.stream_out, names.stream_ctl)
-        for name in await _consumer_names(connection, stream)
-    }
-    missing += [w for w in wanted_consumers(names) if (w.stream, w.name) not in present]
     return missing, different
 
 
-async def create_resource(connection: ManagedConnection, wanted: Wanted) -> None:
-    """Creates a stream or a consumer. Raises Temporary, BusRefused.
+async def create_stream(connection: ManagedConnection, wanted: Wanted) -> None:
+    """Creates a stream. Raises Temporary, BusRefused.
 
-    The sequences of a stream start at the time in milliseconds. A stream that is recreated after a deletion starts
-    above the former sequences, so that a remembered sequence or revision (of a reader, a cursor, the adapter) never
-    means another message.
+    Its sequences start at the time in milliseconds. A stream that is recreated after a deletion starts above the
+    former sequences, so that a remembered sequence or revision (of a reader, a cursor, the adapter) never means
+    another message.
     """
-    if not wanted.stream:
-        config = wanted.config if wanted.from_one else wanted.config | {"first_seq": time.time_ns() // 1_000_000}
-        try:
-            await connection.api_request(f"STREAM.CREATE.{wanted.name}", config, timeout_s=15)
-        except BusRefused as exc:
-            if exc.code in NO_ROOM:  # also the error if another replica created it first
-                if await _stream_config(connection, wanted.name) is not None:
-                    return
-                raise BusRefused(exc.code, f"{exc.detail.partition(' ')[2]}: {MORE_ROOM}") from exc
-            if exc.code != NAME_IN_USE:  # another replica created it first
-                raise
-        return
-    body = {"stream_name": wanted.stream, "config": wanted.config, "action": "create"}
+    config = wanted.config if wanted.from_one else wanted.config | {"first_seq": time.time_ns() // 1_000_000}
     try:
-        await connection.api_request(f"CONSUMER.CREATE.{wanted.stream}.{wanted.name}", body, timeout_s=15)
+        await connection.api_request(f"STREAM.CREATE.{wanted.name}", config, timeout_s=15)
     except BusRefused as exc:
-        if exc.code != CONSUMER_EXISTS:  # another replica created it first
+        if exc.code in NO_ROOM:  # also the error if another replica created it first
+            if await _stream_config(connection, wanted.name) is not None:
+                return
+            raise BusRefused(exc.code, f"{exc.detail.partition(' ')[2]}: {MORE_ROOM}") from exc
+        if exc.code != NAME_IN_USE:  # another replica created it first
             raise
 
 
@@ -349,7 +314,7 @@ async def alter_stream(connection: ManagedConnection, stream: str, different: Se
 
 
 async def ensure_topology(connection: ManagedConnection, names: Names, settings: Settings) -> list[Difference]:
-    """Creates missing resources, and returns the harmless differences.
+    """Creates missing streams, and returns the harmless differences.
 
     Raises Temporary, and SettingsError if the server is too old or a difference would break a guarantee.
     """
@@ -365,20 +330,19 @@ async def ensure_topology(connection: ManagedConnection, names: Names, settings:
     if level < API_LEVEL:
         raise SettingsError("server_too_old", f"JetStream API level {level}; nats-server 2.14 or newer is needed.")
     missing, different = await inspect_topology(connection, names, settings)
-    streams = [wanted for wanted in missing if not wanted.stream]
-    gone = [wanted.name for wanted in streams]
+    gone = [wanted.name for wanted in missing]
     layout = None if f"KV_{names.claims}" in gone else await read_layout(connection, names)
     if layout is not None and layout.version != LAYOUT:
         raise SettingsError("layout_differs", layout_advice(layout))
     if layout is not None and gone:
         advice = "Restore what was deleted from the backup; `wechat-nats doctor --fix` creates empty streams"
         raise SettingsError("stream_missing", f"{', '.join(gone)}: missing. {advice}.")
-    consumers = missing[len(streams) :]
-    for wanted in streams:  # concurrent creations have no order
-        await _create_all(connection, [wanted])
+    for wanted in missing:
+        try:
+            await create_stream(connection, wanted)
+        except BusRefused as exc:
+            raise SettingsError("jetstream", f"stream {wanted.name} cannot be created: {exc.detail}") from exc
         log.info("stream.created", stream=wanted.name)
-    for first in range(0, len(consumers), CREATED_AT_ONCE):
-        await _create_all(connection, consumers[first : first + CREATED_AT_ONCE])
     if broken := [d for d in different if d.critical]:
         lines = [f"stream {d.name}: {d.field} is {d.found!r}, must be {d.wanted!r}" for d in broken]
         raise SettingsError("stream_differs", "; ".join(lines) + ". `wechat-nats doctor --fix` changes it.")
@@ -396,17 +360,6 @@ def layout_advice(layout: Layout) -> str:
     return f"{said}: {'use a newer program' if layout.version > LAYOUT else 'run `wechat-nats doctor --fix`'}."
 
 
-async def _create_all(connection: ManagedConnection, missing: list[Wanted]) -> None:
-    """Creates streams or consumers at the same time. Raises SettingsError, Temporary."""
-    created = (create_resource(connection, wanted) for wanted in missing)
-    for wanted, failure in zip(missing, await asyncio.gather(*created, return_exceptions=True), strict=True):
-        if isinstance(failure, BusRefused):
-            why = f"{wanted.description} {wanted.name} cannot be created: {failure.detail}"
-            raise SettingsError("jetstream", why) from failure
-        if failure is not None:
-            raise failure
-
-
 async def _stream_config(connection: ManagedConnection, stream: str) -> dict[str, Any] | None:
     """The configuration of a stream; None: it is missing."""
     try:
@@ -417,18 +370,3 @@ async def _stream_config(connection: ManagedConnection, stream: str) -> dict[str
         raise
     config: dict[str, Any] = answer["config"]
     return config
-
-
-async def _consumer_names(connection: ManagedConnection, stream: str) -> list[str]:
-    found: list[str] = []
-    while True:
-        try:
-            answer = await connection.api_request(f"CONSUMER.NAMES.{stream}", {"offset": len(found)})
-        except BusRefused as exc:
-            if exc.code == NO_STREAM:
-                return []
-            raise
-        page = msgspec.convert(answer.get("consumers") or [], list[str])
-        found += page
-        if not page or len(found) >= int(answer.get("total", 0)):
-            return found

@@ -10,21 +10,10 @@ from collections import deque
 from collections.abc import Callable, Coroutine
 from typing import Any, Protocol, TypeVar
 
-import structlog
-
 T = TypeVar("T")
-
-DELAYED_TIMER_S = 0.1
-"""Delay from which on a timer counts as late, after a stop of the process or much work."""
-DELAYED_GRACE_S = 1.0
-"""Longest time to read all sockets then, even thousands."""
-READ_GRACE_S = 0.1
-"""The same for a timer in time, since the process may have been stopped just before."""
 
 _WITH_SUSPENSION = getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC)
 """time.monotonic stands still while a machine is suspended, and a lease must not. Linux alone has the other clock."""
-
-log = structlog.get_logger()
 
 
 class Clock(Protocol):
@@ -63,28 +52,6 @@ def backoff(failures: int, *, first_s: float = 1.0, longest_s: float = 60.0) -> 
     return min(longest_s, first_s * 2.0 ** min(max(failures, 1) - 1, 30))
 
 
-async def run_with_restarts(
-    run: Callable[[], Coroutine[Any, Any, None]], name: str, clock: Clock, *, restarts: int, steady_s: float
-) -> Exception:
-    """Runs an endless loop, and restarts it after a crash. Returns the last crash after more than `restarts` in a
-    row.
-
-    A run of `steady_s` seconds or more restarts the count.
-    """
-    crashes = 0
-    while True:
-        began = clock.monotonic()
-        try:
-            await run()
-            raise RuntimeError(f"{name} ended")
-        except Exception as exc:
-            crashes = 1 if clock.monotonic() - began >= steady_s else crashes + 1
-            log.exception("loop.crashed", loop=name, crashes=crashes)
-            if crashes > restarts:
-                return exc
-        await clock.sleep(backoff(crashes))
-
-
 def is_cancelled() -> bool:
     """Whether this task was cancelled, even if an awaited call swallowed the CancelledError, as nats-py does while it
     connects and flushes."""
@@ -118,43 +85,6 @@ async def shield_with_grace(work: Coroutine[Any, Any, T], grace_s: float) -> T:
             task.exception()  # marks it as seen: the caller gets the cancellation
         raise
     return task.result()
-
-
-async def complete_with_grace(work: Coroutine[Any, Any, T], grace_s: float) -> T:
-    """Awaits `work`. After a cancellation, gives it `grace_s` more seconds. A result within that time has priority
-    over the cancellation, which the caller finds by `is_cancelled`."""
-    task = asyncio.get_running_loop().create_task(work)
-    try:
-        return await asyncio.shield(task)
-    except asyncio.CancelledError:
-        try:
-            await asyncio.wait([task], timeout=grace_s)
-            if task.done():
-                return task.result()
-            raise
-        finally:
-            task.cancel()
-
-
-class Deadline:
-    """Calls `over` shortly after `seconds`. When a stopped process continues, the deadline has passed and the answer
-    is in the socket; uvloop runs timers first, so the delay lets the answer be read."""
-
-    __slots__ = ("_due", "_loop", "_on_expired", "_timer")
-
-    def __init__(self, loop: asyncio.AbstractEventLoop, seconds: float, over: Callable[[], None]) -> None:
-        self._loop = loop
-        self._on_expired = over
-        self._due = loop.time() + seconds
-        self._timer = loop.call_at(self._due, self._on_due)
-
-    def cancel(self) -> None:
-        """Prevents the call."""
-        self._timer.cancel()
-
-    def _on_due(self) -> None:
-        is_late = self._loop.time() - self._due > DELAYED_TIMER_S
-        self._timer = self._loop.call_later(DELAYED_GRACE_S if is_late else READ_GRACE_S, self._on_expired)
 
 
 class Flag:

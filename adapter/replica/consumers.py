@@ -18,9 +18,6 @@ from adapter.replica.wiring import Replica
 
 log = structlog.get_logger()
 
-MAX_IN_FLIGHT = 512
-"""Commands of a consumer that are delivered and not settled; for shards, commands that are requested at once."""
-
 
 async def consume(replica: Replica, shard: Shard) -> None:
     """Runs until cancelled, or until the shard is lost. A consumer that keeps crashing fails /livez."""
@@ -70,10 +67,7 @@ async def _consume(replica: Replica, shard: Shard, name: str, on_delivery: Calla
 
     consumer = Consumer(
         replica.edges.connection,
-        topology.wanted_consumer(replica.names, name),
-        room=MAX_IN_FLIGHT,
-        # a shard bounds its deliveries itself; otherwise one sandbox could fill its consumer
-        until_acked=not is_out,
+        *topology.consumer_config(replica.names, name),
         confirm_acks=name == topology.CONTROL,  # processed again, an old bind would undo a later unbind
         check=shard.ensure_owner,
         turn=replica.turns.wait_turn,

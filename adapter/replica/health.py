@@ -280,8 +280,7 @@ class HealthMonitor:
         ):
             try:
                 info = await self._connection.api_request(f"CONSUMER.INFO.{stream}.{consumer}")
-            except BusRefused as exc:  # deleted by an operator; its owner recreates it
-                log.warning("consumer.missing", consumer=consumer, detail=exc.detail)
+            except BusRefused:  # its owner creates it
                 continue
             name = f"{stream} {consumer}"
             if info.get("paused"):

@@ -70,10 +70,8 @@ PER_TICK = 64
 after a pause or a failure. Without a limit, five thousand answers in a process with a quarter of a core made a turn
 longer than the lease, which was lost again and again."""
 STARTS_PER_S = 3000
-"""Most first polls in a second, at a start and whenever these polls end together. A dead replica's bots must be
-polled within six seconds, most of which pass before another replica may take them."""
-POLLS_PER_S = 1000
-"""Approximate rate of polls after an outage."""
+"""Most first polls in a second, at a start and after an outage, and whenever these polls end together. A dead
+replica's bots must be polled within six seconds, most of which pass before another replica may take them."""
 WAKEUP_S = 0.1
 """Longest time between an empty answer and the bot's next poll; polls of that time start together."""
 
@@ -180,7 +178,6 @@ class Replica:
             takeovers=asyncio.Semaphore(MAX_CONCURRENT_TAKEOVERS),
             starts=RateLimiter(STARTS_PER_S),
             wakeups=WakeupBatcher(WAKEUP_S),
-            spread_s=lambda: len(supervisor.pollers) / POLLS_PER_S,
             stale_retry_s=stale_retry_s,
             login_polls_s=login_polls_s,
             keep_s=unbound_s,

@@ -78,7 +78,7 @@ def _adapter_publishes(names: Names) -> tuple[str, ...]:
         *(f"$KV.{bucket}.>" for bucket in buckets(names)),
         f"$O.{names.media}.>",
         *_api_subjects("INFO", "STREAM.INFO.*", "STREAM.MSG.GET.*", "DIRECT.GET.>"),
-        *_api_subjects("CONSUMER.NAMES.*", "CONSUMER.INFO.*.*"),
+        *_api_subjects("CONSUMER.INFO.*.*"),
         *_api_subjects(*(f"STREAM.{verb}.{stream}" for verb in ("CREATE", "UPDATE") for stream in streams(names))),
         *_api_subjects(*(f"STREAM.MSG.DELETE.{stream}" for stream in _purged_streams(names))),
         *_api_subjects(*(f"STREAM.PURGE.{stream}" for stream in (media, names.stream_event, names.stream_in))),

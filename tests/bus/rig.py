@@ -102,7 +102,7 @@ async def rig_on(bus: Bus, *, streams: bool = True) -> AsyncIterator[Rig]:
         if streams:
             await asyncio.gather(
                 *(
-                    topology.create_resource(connection, wanted)
+                    topology.create_stream(connection, wanted)
                     for wanted in topology.wanted_streams(NAMES, bus.settings)
                 )
             )
@@ -138,9 +138,6 @@ STATUS = [
 
 
 async def control(rig: Rig, *texts: str) -> None:
-    """Makes the consumer of control commands, and stores such texts for it."""
-    for wanted in topology.wanted_consumers(NAMES):
-        if wanted.name == topology.CONTROL:
-            await topology.create_resource(rig.connection, wanted)
+    """Stores such texts as control commands."""
     for text in texts:
         await rig.publisher.publish(BusMessage("ctl", NAMES.bind, text.encode(), {}))

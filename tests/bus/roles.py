@@ -172,7 +172,7 @@ API: list[tuple[str, dict[str, str]]] = [
     ("$JS.API.STREAM.CANCEL_MOVE.<stream>", {}),
     ("$JS.API.DIRECT.GET.<stream>", {"adapter": ALL, "operator": f"{READ} WECHAT_OUT KV_wechat_claims"}),
     ("$JS.API.DIRECT.GET.<stream>.wechat.x", {"adapter": ALL, "operator": READ}),
-    ("$JS.API.CONSUMER.NAMES.<stream>", {"adapter": ALL, "operator": ALL}),
+    ("$JS.API.CONSUMER.NAMES.<stream>", {"operator": ALL}),
     ("$JS.API.CONSUMER.LIST.<stream>", {"operator": ALL}),
     ("$JS.API.CONSUMER.INFO.<stream>.<sandbox>", {"adapter": ALL, "operator": ALL}),
     ("$JS.API.CONSUMER.CREATE.<stream>", {"operator": READ}),

@@ -47,8 +47,9 @@ class Reader:
         turn: Callable[[], Awaitable[None]] | None = None,
     ) -> None:
         self.got: list[Delivery] = []
-        wanted = topology.wanted_consumer(NAMES, name)
-        self.consumer = Counted(rig.connection, wanted, room=room, confirm_acks=confirm_acks, check=check, turn=turn)
+        stream, config = topology.consumer_config(NAMES, name)
+        self.stream, self.name, config = stream, name, config | {"max_ack_pending": room}
+        self.consumer = Counted(rig.connection, stream, config, confirm_acks=confirm_acks, check=check, turn=turn)
         self.task = rig.spawn(self.consumer.run(self.got.append))
 
     @property
@@ -58,6 +59,11 @@ class Reader:
     @property
     def texts(self) -> list[str]:
         return [delivery.data.decode() for delivery in self.got]
+
+    async def unacknowledged(self) -> int:
+        """How many the server holds for unacknowledged. An acknowledgement has no answer of its own."""
+        info = await self.consumer.connection.api_request(f"CONSUMER.INFO.{self.stream}.{self.name}")
+        return int(info["num_ack_pending"])
 
     async def have(self, count: int) -> None:
         await until(lambda: len(self.got) >= count, f"{count} deliveries")
@@ -145,7 +151,7 @@ async def test_the_next_owner_gets_what_is_unsettled_in_order_and_is_told_so(rig
         await first.got[number].ack()
 
     async def settled() -> bool:  # the server may answer others before it has looked at an acknowledgement
-        return bool((await first.consumer.get_info())["num_ack_pending"] == 4)
+        return await first.unacknowledged() == 4
 
     await eventually(settled, "both are acknowledged")
     first.task.cancel()
@@ -209,7 +215,7 @@ async def test_a_kill_of_the_server_brings_what_is_unsettled_again_in_order(rig:
     await reader.have(3)
     await reader.got[0].ack()
     async with asyncio.timeout(60):
-        while (await reader.consumer.get_info())["num_ack_pending"] != 2:  # the ack has no answer of its own
+        while await reader.unacknowledged() != 2:
             await asyncio.sleep(0.01)
     rig.bus.kill()
     await rig.bus.start()
@@ -230,26 +236,26 @@ async def test_a_delivery_that_got_lost_on_its_way_comes_again_before_what_is_af
     """As when the consumer's leader dies with it: here somebody else gets it."""
     if not more:
         monkeypatch.setattr("adapter.jetstream.consumer.HEARTBEAT_S", 0.2)
+    monkeypatch.setattr("adapter.jetstream.consumer.BATCH", 1)
+    monkeypatch.setattr("adapter.jetstream.consumer.REQUEST_AT", 0)
     await control(rig, "0")
-    reader = Reader(rig, room=1)
+    reader = Reader(rig)
     await reader.have(1)
-    stolen = rig.connection.client().new_inbox()
-    thief = await rig.connection.client().subscribe(stolen)
-    await rig.publisher.publish(BusMessage("ctl", NAMES.bind, b"1", {}))
-    await rig.connection.publish(
-        f"$JS.API.CONSUMER.MSG.NEXT.{NAMES.stream_ctl}.{topology.CONTROL}", b'{"batch":1}', reply=stolen
-    )
-    assert (await thief.next_msg(timeout=30)).data == b"1"
+    thief = await rig.connection.client().subscribe(rig.connection.client().new_inbox())
+    pull = f"$JS.API.CONSUMER.MSG.NEXT.{NAMES.stream_ctl}.{topology.CONTROL}"
+    await rig.connection.publish(pull, b'{"batch":1}', reply=thief.subject)
+    texts = ["0"]
+    while not thief.pending_msgs:  # the server gives one to each that waits
+        texts.append(str(len(texts)))
+        await control(rig, texts[-1])
+        await until(lambda: thief.pending_msgs + len(reader.got) == len(texts), "somebody has got it")
+    before = len(reader.got)
     if more:
-        await rig.publisher.publish(BusMessage("ctl", NAMES.bind, b"2", {}))
-    await reader.got[0].ack()
-    await reader.have(2)
-    await reader.got[1].ack()
-    assert reader.texts == ["0", "1"]
+        texts.append(str(len(texts)))
+        await control(rig, texts[-1])
+    await reader.have(before + len(texts))
+    assert reader.texts == [*texts[:before], *texts]
     assert reader.resets == 2
-    if more:
-        await reader.have(3)
-        assert reader.texts == ["0", "1", "2"]
 
 
 async def test_heartbeats_that_know_of_nothing_more_interrupt_nothing(
@@ -308,7 +314,7 @@ async def test_an_owner_that_was_frozen_takes_nothing_from_the_one_after_it(rig:
     await heir.got[0].ack()
     await rig.publisher.publish(BusMessage("ctl", NAMES.bind, b"8", {}))
     async with asyncio.timeout(PATIENCE_S):
-        while (await heir.consumer.get_info())["num_ack_pending"] != 7:  # the ack has no answer of its own
+        while await heir.unacknowledged() != 8:
             await asyncio.sleep(0.01)
 
     ensure_owner = Fence(lost_from=1)
@@ -352,7 +358,7 @@ async def test_a_consumer_that_is_deleted_is_made_again_and_takes_nothing_for_ne
     await heir.have(1)
     await control(rig, "2")
     await heir.have(2)
-    assert [(delivery.data, delivery.redelivered) for delivery in heir.got] == [(b"1", True), (b"2", False)]
+    assert [(delivery.data, delivery.is_old) for delivery in heir.got] == [(b"1", True), (b"2", False)]
 
 
 async def test_a_shards_consumer_which_no_server_keeps_is_made_again_after_a_kill(rig: Rig) -> None:
@@ -375,6 +381,10 @@ async def test_a_shards_consumer_which_no_server_keeps_is_made_again_after_a_kil
 
 
 async def test_a_consumer_that_is_paused_is_told_when_it_is_read(rig: Rig) -> None:
+    first = Reader(rig)
+    await until(lambda: first.resets > 0, "there is a consumer")
+    first.task.cancel()
+    await asyncio.wait([first.task])
     await control(rig, "0")
     pause = f"CONSUMER.PAUSE.{NAMES.stream_ctl}.{topology.CONTROL}"
     await rig.connection.api_request(pause, {"pause_until": "2999-01-01T00:00:00Z"})

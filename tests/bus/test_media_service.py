@@ -174,7 +174,7 @@ async def place(tmp_path: Path, request: pytest.FixtureRequest) -> AsyncIterator
         tasks = [group.create_task(connection.run()), group.create_task(publisher.run())]
         await connection.wait_connected(PATIENCE_S)
         for wanted in topology.wanted_streams(NAMES, settings):
-            await topology.create_resource(connection, wanted)
+            await topology.create_stream(connection, wanted)
         yield Place(url, connection, store, metrics, group, accounts, fetcher)
         for task in tasks:
             task.cancel()

@@ -288,9 +288,7 @@ async def test_a_full_store_refuses_and_keeps_nothing(bus: Bus) -> None:
     async with rig_on(bus, streams=False) as rig:
         settings = bus.settings
         (wanted,) = [w for w in topology.wanted_streams(NAMES, settings) if w.name == STREAM]
-        await topology.create_resource(
-            rig.connection, wanted._replace(config=wanted.config | {"max_bytes": 5 * CHUNK})
-        )
+        await topology.create_stream(rig.connection, wanted._replace(config=wanted.config | {"max_bytes": 5 * CHUNK}))
         store = ObjectStore(rig.connection, rig.publisher, NAMES.media)
         with pytest.raises(BusRefused):
             await store.put("s1/large", pieces_of(content(20 * CHUNK)))

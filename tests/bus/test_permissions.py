@@ -49,7 +49,7 @@ async def with_streams(server: Guarded) -> Player:
     connection = ManagedConnection(Settings(), "test")
     await connection.adopt_client(witness.nc)
     for wanted in topology.wanted_streams(NAMES, Settings(in_max_bytes=-1, media_store_bytes=-1)):
-        await topology.create_resource(connection, wanted)
+        await topology.create_stream(connection, wanted)
     return witness
 
 

@@ -192,7 +192,7 @@ async def test_a_stream_that_is_deleted_holds_up_what_is_written_to_it_and_nothi
         await others_go_on(rig, 20)
         assert [task.done() for task in (waiting, later, writable)] == [False] * 3
         assert rig.publisher.last_error == "WECHAT_EVENT: no stream takes it, or none has a leader"
-        await topology.create_resource(rig.connection, wanted)
+        await topology.create_stream(rig.connection, wanted)
         async with asyncio.timeout(PATIENCE_S):
             await asyncio.gather(waiting, later, writable)
     assert await rig.read(NAMES.stream_event, ">") == [b"0", b"1", b"2"]
@@ -224,9 +224,9 @@ async def test_a_stream_without_a_leader_holds_up_what_is_written_to_it_and_noth
             async with rig_on(bus, streams=False) as rig:
                 for wanted in topology.wanted_streams(NAMES, bus.settings):
                     if wanted.name in OTHERS:
-                        await topology.create_resource(rig.connection, wanted)
+                        await topology.create_stream(rig.connection, wanted)
                     elif wanted.name == NAMES.stream_event:
-                        await topology.create_resource(
+                        await topology.create_stream(
                             rig.connection, wanted._replace(config=wanted.config | {"num_replicas": 1})
                         )
             dying = await cluster.leader(NAMES.stream_event)

@@ -106,7 +106,7 @@ async def test_a_stream_that_another_replica_was_faster_to_create_needs_no_room_
     async with tight_link(tmp_path) as (connection, settings):
         await topology.ensure_topology(connection, NAMES, settings)
         for wanted in topology.wanted_streams(NAMES, settings):
-            await topology.create_resource(connection, wanted)  # by whoever has looked before they were there
+            await topology.create_stream(connection, wanted)  # by whoever has looked before they were there
 
 
 async def test_what_reserves_its_room_is_created_after_all_that_does_not(tmp_path: Path) -> None:
@@ -143,7 +143,6 @@ class NewServer(OldServer):
         super().__init__(topology.API_LEVEL)
         self.refused = refused
         self.created: list[str] = []
-        self.at_once = self.limit = 0
 
     async def api_request(
         self, verb: str, body: dict[str, Any] | None = None, timeout_s: float = 5.0
@@ -152,44 +151,33 @@ class NewServer(OldServer):
             return await super().api_request(verb)
         if ".CREATE." not in verb:
             raise BusRefused(NO_STREAM, "stream not found")
-        self.at_once += 1
-        self.limit = max(self.limit, self.at_once)
-        await asyncio.sleep(0)
-        self.at_once -= 1
         self.created.append(verb)
         if verb.rpartition(".")[2] in self.refused:
             raise BusRefused(10047, "insufficient storage resources available")
         return {}
 
 
-async def test_what_is_missing_is_created_some_at_a_time_and_streams_first() -> None:
-    """Each waits for a disk, in a cluster for those of a majority: one after the other took half a minute there."""
+async def test_the_layout_key_is_written_after_all_streams_are_created() -> None:
     server = NewServer()
     await topology.ensure_topology(server, NAMES, Settings())
-    streams, consumers = topology.wanted_streams(NAMES, Settings()), topology.wanted_consumers(NAMES)
     *created, _, last = server.created
-    kinds = [verb.partition(".")[0] for verb in created]
-    assert kinds == ["STREAM"] * len(streams) + ["CONSUMER"] * len(consumers)
-    assert {verb.rpartition(".")[2] for verb in created} == {each.name for each in [*streams, *consumers]}
-    assert last == f"$KV.{NAMES.claims}.{KEY}", "the layout key comes last"
-    assert server.limit == topology.CREATED_AT_ONCE
+    wanted = {f"STREAM.CREATE.{each.name}" for each in topology.wanted_streams(NAMES, Settings())}
+    assert set(created) == wanted
+    assert last == f"$KV.{NAMES.claims}.{KEY}"
 
 
 async def test_what_is_created_one_after_the_other_reserves_its_room_last_too() -> None:
     """So does `doctor --fix`, which could not create the others where the inbound stream alone took all the room."""
     missing, _ = await topology.inspect_topology(NewServer(), NAMES, Settings())
-    made = [wanted for wanted in missing if not wanted.stream]
-    assert missing[: len(made)] == made
-    assert [wanted.name for wanted in made if wanted.reserves_space] == [wanted.name for wanted in made[-4:]]
+    assert [wanted.reserves_space for wanted in missing] == [False] * (len(missing) - 4) + [True] * 4
 
 
-async def test_the_first_that_cannot_be_created_is_named_and_none_is_left_on_its_way() -> None:
+async def test_the_first_that_cannot_be_created_is_named() -> None:
     media = f"OBJ_{NAMES.media}"
     server = NewServer(media, NAMES.stream_event)
     with pytest.raises(SettingsError, match=rf"stream {NAMES.stream_event} cannot be created: 10047 .*MAX_BYTES"):
         await topology.ensure_topology(server, NAMES, Settings())
-    assert server.at_once == 0
-    assert not [verb for verb in server.created if verb.startswith("CONSUMER")]
+    assert f"STREAM.CREATE.{media}" not in server.created
 
 
 async def test_a_stream_that_would_break_a_guarantee_stops_the_start_with_a_sentence(bus: Bus) -> None:
@@ -255,7 +243,7 @@ async def test_what_was_deleted_stays_deleted_when_a_replica_starts(bus: Bus) ->
 async def test_a_creation_that_was_cut_short_is_completed(bus: Bus) -> None:
     async with rig_on(bus, streams=False) as rig:
         for wanted in topology.wanted_streams(NAMES, bus.settings)[::2]:
-            await topology.create_resource(rig.connection, wanted)
+            await topology.create_stream(rig.connection, wanted)
         assert await topology.ensure_topology(rig.connection, NAMES, bus.settings) == []
         assert await read_layout(rig.connection, NAMES) == Layout(LAYOUT, shape_of(bus.settings))
 
@@ -402,7 +390,7 @@ async def test_what_a_flooded_stream_does_not_take_in_is_written_again(tmp_path:
         running = [group.create_task(loop) for loop in (connection.run(), publisher.run())]
         await connection.wait_connected(PATIENCE_S)
         (wanted,) = [w for w in topology.wanted_streams(NAMES, settings) if w.name == NAMES.stream_out]
-        await topology.create_resource(connection, wanted)
+        await topology.create_stream(connection, wanted)
         copies = [BusMessage("out", NAMES.out("s1"), b"x", {H_MSG_ID: str(number)}) for number in range(500)]
         answers = await publisher.publish_all(copies)
         assert not [answer for answer in answers if isinstance(answer, BusRefused)]

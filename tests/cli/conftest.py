@@ -87,10 +87,7 @@ async def bus(settings: Settings, request: pytest.FixtureRequest) -> AsyncIterat
             await topology.ensure_topology(connection, found.names, settings)
         else:
             await asyncio.gather(
-                *(
-                    topology.create_resource(connection, each)
-                    for each in topology.wanted_streams(found.names, settings)
-                )
+                *(topology.create_stream(connection, each) for each in topology.wanted_streams(found.names, settings))
             )
         yield found
 

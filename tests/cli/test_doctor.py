@@ -46,7 +46,7 @@ async def test_an_empty_server_lacks_everything(cli: Command, server: EmbeddedNa
     assert result.code == 1
     found = states(result)
     assert (found["nats"], found["jetstream"], found["adapters"]) == ("ok", "ok", "fail")
-    assert (found["WECHAT_IN"], found["KV_wechat_bindings"], found["consumers"]) == ("fail", "fail", "fail")
+    assert (found["WECHAT_IN"], found["KV_wechat_bindings"]) == ("fail", "fail")
 
 
 async def test_fix_creates_what_is_missing_and_says_so(cli: Command, server: EmbeddedNats) -> None:

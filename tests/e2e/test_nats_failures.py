@@ -139,6 +139,7 @@ async def test_consumers_that_are_deleted_are_made_again(tmp_path: Path) -> None
         loading = asyncio.create_task(loaded(made, nc, 10, pause_s=0.3))
         names = [f"{NAMES.stream_out}.out-{shard_of(sandbox):03d}" for sandbox in made.bots]
         names += [f"{NAMES.stream_out}.router", f"{NAMES.stream_ctl}.control"]
+        at_start = adapter.said("consumer.created")
         for times in range(1, 4):
             reached = sum(map(len, made.sent.values())) + 2 * BOTS
             await until(  # or all have been sent by then, where the machine was slow to make the consumers again
@@ -147,7 +148,8 @@ async def test_consumers_that_are_deleted_are_made_again(tmp_path: Path) -> None
             )
             for name in names:
                 assert (await ask(nc, f"CONSUMER.DELETE.{name}")).get("success")
-            await until(lambda times=times: adapter.said("consumer.recreated") == times * len(names), "all are back")  # type: ignore[misc]
+            created = at_start + times * len(names)
+            await until(lambda created=created: adapter.said("consumer.created") == created, "all are back")  # type: ignore[misc]
         await loading
         assert (await made.bind(nc, "later", made.sim.add_bot())).ok
         await faultless(made, nc)

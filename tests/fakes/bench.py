@@ -336,7 +336,7 @@ class Bench:
         made: PollDeps = changed(
             deps,
             receiving=changed(deps.receiving, publish_released=self.publish_released),
-            pacing=changed(deps.pacing, spread_s=lambda: 0.0, keep_s=3600),
+            pacing=changed(deps.pacing, keep_s=3600),
             gate=FakeGate(self.bus_up),
             others=self,
             on_session_changed=lambda binding: self.changed_sessions.append(binding.sandbox),

@@ -12,7 +12,7 @@ import pytest
 from adapter.contract.messages import TextItem, Window
 from adapter.contract.names import H_REASON, H_SUBJECT
 from adapter.ilink.translate import read_message
-from adapter.kit.crashes import ATTEMPTS
+from adapter.kit.persist import ATTEMPTS
 from adapter.outbound import window
 from adapter.outbound.conversation import Conversation
 from adapter.outbound.shard import Shard

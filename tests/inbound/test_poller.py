@@ -19,10 +19,10 @@ from adapter.contract.messages import BindingEvent
 from adapter.errors import Refused, Temporary
 from adapter.ilink.translate import read_message
 from adapter.inbound.poller import AFTER_CANCEL_S, ANSWER_GRACE_S, HOLD_MS, LONGEST_HOLD_MS, BotPoller, State
-from adapter.kit.timing import PerTickLimiter, RateLimiter, complete_with_grace
+from adapter.kit.timing import PerTickLimiter, RateLimiter
 from adapter.ports import Account, BusMessage, InboundMessage, Polled
 from adapter.security.seal import Sealer
-from tests.fakes import Bench, Failing, FakeClock, Rounds, batch, ready
+from tests.fakes import Bench, Failing, Rounds, batch, ready
 from tests.inbound.pollers import BOT, STALE, Poller, polls, raw, tended, texts
 
 VIRTUAL_TIME = True
@@ -359,26 +359,22 @@ async def test_a_poll_that_was_cut_has_a_moment_to_end_at_ilink_before_the_next(
     assert again - cut >= ANSWER_GRACE_S + AFTER_CANCEL_S
 
 
-async def test_after_an_outage_polls_start_spread_over_a_time_that_grows_with_their_number(poller: Poller) -> None:
+async def test_after_an_outage_polls_start_at_the_rate_of_first_polls(poller: Poller) -> None:
     """All would start at the same moment: the lease is back for all bots at once."""
 
-    class Chance(FakeClock):
-        def jitter(self, seconds: float) -> float:
-            return seconds * 0.7
-
     bench = await ready()
-    session = poller(bench, clock=Chance(), spread_s=lambda: 10.0)
+    began = bench.clock.monotonic()
+    session = poller(bench, starts=RateLimiter(1 / 20))
     await asyncio.sleep(5)
     before = len(bench.chat.polled_at)
     bench.leases.has_lease = False
     session.cancel_poll()
     await asyncio.sleep(8)
     bench.leases.has_lease = True
-    back = bench.clock.monotonic()
     bench.leases.changed.notify_all()
     await asyncio.sleep(30)
     assert len(bench.chat.polled_at) == before + 1
-    assert bench.chat.polled_at[-1] - back == pytest.approx(7.0, abs=0.01)
+    assert bench.chat.polled_at[-1] - began == pytest.approx(20.0, abs=0.1)
 
 
 async def test_a_poller_that_is_cancelled_outright_ends() -> None:
@@ -669,26 +665,6 @@ async def test_an_answer_that_was_read_when_the_cut_is_due_is_kept() -> None:
     session.stop(immediately=True)  # its time is over in the same turn of the loop
     await task
     assert texts(bench) == ["late"]
-
-
-async def test_an_answer_that_is_still_being_read_when_its_poll_is_cut_is_kept() -> None:
-    """A large one is unpacked elsewhere for a moment, also after the cut."""
-    bench = await ready()
-
-    async def poll(account: Account, cursor: str, hold_ms: int) -> Polled:
-        async def read() -> Polled:
-            await asyncio.sleep(ANSWER_GRACE_S + 2)
-            return batch(raw("large"))
-
-        return await complete_with_grace(read(), 5.0)
-
-    bench.chat.poll = poll  # type: ignore[method-assign]
-    session, task = tended(bench)
-    while session._poll_task is None:
-        await asyncio.sleep(0)
-    session.stop(immediately=True)
-    await task
-    assert texts(bench) == ["large"]
 
 
 @pytest.mark.parametrize("new_loop", [asyncio.new_event_loop, uvloop.new_event_loop], ids=["asyncio", "uvloop"])
