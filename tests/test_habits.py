@@ -29,7 +29,7 @@ PRIVATE = {
     "ilink/test_connection.py": "_idle",
     "ownership/test_leases.py": "_sightings",
     "inbound/test_poller.py": "_poll_task",
-    "test_supervisor.py": "_cut",
+    "test_supervisor.py": "_is_cut",
     # memory, which nothing else shows
     "growth.py": "_lru_cache_wrapper _scheduled _timer_cancelled_count",
     "test_growth.py": "_deleted",

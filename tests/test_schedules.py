@@ -469,6 +469,7 @@ class Model:
         bot, replica = self.bots[user], self.owner
         for bench in replica.benches.values():
             bench.stale.add(bot)
+            bench.replica.sessions.changed.notify_all()
 
         def over() -> None:
             for bench in replica.benches.values():

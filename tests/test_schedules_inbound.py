@@ -270,8 +270,6 @@ class Model:
         def back() -> None:
             leases.has_lease = bool(leases.owned)
             leases.changed.notify_all()
-            if session is not None and leases.is_valid:
-                session.withdraw_cancel()
 
         self._later(seconds, back)
 

@@ -9,7 +9,6 @@ from collections import Counter
 import pytest
 
 from adapter.kit.timing import (
-    Flag,
     PerTickLimiter,
     RateLimiter,
     WakeupBatcher,
@@ -154,18 +153,3 @@ async def test_one_that_is_cancelled_as_it_waits_takes_no_turn() -> None:
     turns = PerTickLimiter(1)
     assert max(Counter(await rounds_of(turns, 4, cancelled=2)).values()) == 1
     await turns.wait_turn()
-
-
-async def test_a_flag_wakes_all_that_wait_even_if_it_is_cleared_at_once() -> None:
-    flag = Flag()
-    waits = [asyncio.create_task(flag.wait()) for _ in range(3)]
-    await asyncio.sleep(0)
-    waits[0].cancel()
-    await asyncio.sleep(0)
-    flag.set()
-    flag.clear()
-    await asyncio.gather(*waits[1:])
-    assert waits[0].cancelled()
-    assert not flag.is_set()
-    flag.set()
-    await flag.wait()

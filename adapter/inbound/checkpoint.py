@@ -127,7 +127,8 @@ class Checkpoints:
 
 
 class Checkpoint:
-    """The checkpoint of one bot that this replica polls. Only the bot's poller changes it."""
+    """The checkpoint of one bot that this replica polls. Only the bot's poller changes it. Implements
+    kit.persist.Owner: whoever may write it may publish what the bot got."""
 
     def __init__(self, stored: StoredCheckpoint, store: Checkpoints, leases: Leases, clock: Clock) -> None:
         self.bot = stored.bot
@@ -150,16 +151,23 @@ class Checkpoint:
         self.is_unreadable = stored.is_unreadable
         """What was stored could not be read; the inbox tells what iLink repeats."""
         self._revision = stored.revision
+        self._is_lost = False
+        """Another replica has taken the bot."""
         self._new = 0
         """Messages since the last write."""
         self._stale_at: float | None = None
         """Monotonic time since which the stored checkpoint lacks something; None: it lacks nothing."""
 
-    def ensure_owner(self) -> None:
+    def check(self) -> None:
         """Raises LeaseLost unless this replica may write for the bot now. It may while it is alive, even if it has
         handed the shard over, since no other replica takes the bot before its release."""
-        if not self._leases.is_valid or self._leases.incarnation != self.owner:
+        if self._is_lost or not self._leases.is_valid or self._leases.incarnation != self.owner:
             raise LeaseLost("lease_lost", self.bot)
+
+    async def valid(self) -> None:
+        """Waits out a pause of the lease. Raises LeaseLost once the bot may be another replica's."""
+        await self._leases.changed.wait_until(lambda: self._is_lost or self._leases.is_valid)
+        self.check()
 
     def apply_start_cursor(self, binding: Binding, sealer: Sealer) -> None:
         """Applies the cursor of a bind request, once."""
@@ -210,7 +218,7 @@ class Checkpoint:
 
     async def save(self) -> None:
         """Writes the checkpoint. Raises LeaseLost, Temporary, BusRefused."""
-        await self._write(self.owner, self.ensure_owner)
+        await self._write(self.owner, self.check)
 
     async def release(self, *, ttl_s: int = 0) -> None:
         """Writes the checkpoint without an owner, even while the lease is not valid, since no other replica takes the
@@ -230,6 +238,7 @@ class Checkpoint:
                 except Conflict as exc:
                     now = await self._store.read(self.bot)
                     if now.owner != self.owner:
+                        self._is_lost = True
                         raise LeaseLost("bot_taken", self.bot) from exc
                     self._revision = now.revision  # of another write here, perhaps one that was cancelled
                 else:

@@ -8,10 +8,11 @@ the same, for whoever the binding names then (`_store_after_loss`).
 
 from __future__ import annotations
 
+import asyncio
 import base64
 from collections.abc import Awaitable, Callable, Sequence
 from functools import partial
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import msgspec
 import structlog
@@ -34,21 +35,23 @@ from adapter.contract.names import (
     digest,
 )
 from adapter.contract.records import Binding
-from adapter.errors import AdapterError, BusRefused, Crashed, LeaseLost, RecordTooNew, Temporary, Unreadable
+from adapter.errors import BusRefused, Crashed, LeaseLost, RecordTooNew, Unreadable
 from adapter.inbound.checkpoint import Checkpoint, Checkpoints
 from adapter.inbound.media import MediaFetcher, name_media
-from adapter.kit.persist import ATTEMPTS, retry_on_bug_now
-from adapter.kit.timing import Clock, PerTickLimiter, backoff
+from adapter.kit.persist import Owner, persist
+from adapter.kit.timing import Clock, PerTickLimiter, RateLimiter, WakeupBatcher
 from adapter.observability.events import Events
 from adapter.observability.metrics import Metrics
 from adapter.outbound import window
 from adapter.outbound.conversation import Conversation
 from adapter.outbound.inbox import InboxReader, Sealed, seal
 from adapter.outbound.record import ConversationRecord, SendWindow
+from adapter.outbound.sessions import BotSessions
 from adapter.outbound.shard import Shard
 from adapter.outbound.window import InboundReceived
 from adapter.ownership.leases import Leases
-from adapter.ports import Archive, Bus, BusMessage, InboundMessage, MediaRef, Polled, PubAck
+from adapter.ownership.replica_status import OtherReplicas
+from adapter.ports import Archive, Bus, BusMessage, Chat, InboundMessage, MediaRef, Polled, PubAck
 from adapter.security.seal import Sealer, dead_context
 
 log = structlog.get_logger()
@@ -73,9 +76,10 @@ conversation."""
 _NOBODY = ConversationRecord()
 
 
-class ReceiveDeps(NamedTuple):
-    """Dependencies of `receive`."""
+class InboundDeps(NamedTuple):
+    """What the pollers of a replica need."""
 
+    chat: Chat
     read_message: Callable[[bytes], InboundMessage]
     bus: Bus
     history: Archive
@@ -85,17 +89,45 @@ class ReceiveDeps(NamedTuple):
     sealer: Sealer
     bindings: Bindings
     checkpoints: Checkpoints
+    sessions: BotSessions
+    on_session_changed: Callable[[Binding], None]
+    """Called when a bot may or may no longer send, as its token is refused or taken again."""
     open_shard: Callable[[str], Awaitable[Shard | None]]
     """The shard of a sandbox once it works; None: another replica owns it."""
     policy: window.WindowPolicy
     media: MediaFetcher
     leases: Leases
-    publish_released: Callable[[str], Awaitable[None]]
-    """Tells the bot's new owner of a late message. Never raises."""
+    others: OtherReplicas
     max_payload: Callable[[], int]
+    is_writable: Callable[[], bool]
+    """Whether `wait_writable` would return at once."""
+    wait_writable: Callable[[], Awaitable[None]]
+    """Returns when the bus accepts what a poll may bring; no poll starts before."""
+    stale_retry_s: Sequence[float]
+    """Pauses between retries of a token that iLink has refused (-14)."""
+    login_polls_s: Sequence[float]
+    """When a binding that needs a login is polled all the same (poller.LOGIN_POLLS_S)."""
+    keep_s: int
+    """Seconds for which the checkpoint of an unbound bot is kept."""
+    # what spreads the work of thousands of bots, which would otherwise delay the event loop and the lease
+    takeovers: asyncio.Semaphore
+    """Bounds how many bots are taken at once."""
+    starts: RateLimiter
+    """Spreads the first polls, and those after an outage. Polls that begin together end together, and would begin
+    together for ever."""
+    wakeups: WakeupBatcher
+    """Groups the next polls of bots that got no message."""
     turns: PerTickLimiter
     clock: Clock
     metrics: Metrics
+
+
+class _Anybody:
+    """Implements kit.persist.Owner. What a replica has in hand that lost the bot may exist nowhere else."""
+
+    def check(self) -> None: ...
+
+    async def valid(self) -> None: ...
 
 
 class _Read(msgspec.Struct):
@@ -119,14 +151,12 @@ class _Read(msgspec.Struct):
     conversation: Conversation | None = None
     sequence: int = 0
     """In the inbox."""
-    crashes: int = 0
-    """Publishes of this message alone that raised an unexpected error."""
 
 
 class Receiver:
     """Receives for one bot. Only its poller calls it."""
 
-    def __init__(self, bot: str, deps: ReceiveDeps) -> None:
+    def __init__(self, bot: str, deps: InboundDeps) -> None:
         self.bot = bot
         self._deps = deps
         self._others: tuple[str, ...] = ()
@@ -153,7 +183,7 @@ class Receiver:
                 log.warning("inbound.fenced", bot=self.bot, reason=exc.reason)
             await self._store_after_loss(read, received_ms, checkpoint)
         if lost is not None:
-            await self._deps.publish_released(self.bot)
+            await self._deps.others.publish_released(self.bot)
             raise lost
 
     async def _read(
@@ -166,12 +196,17 @@ class Receiver:
             if work > TURN:
                 work = 0
                 await self._deps.turns.wait_turn()
-            read_one = partial(self._read_one, raw, cursor, number, checkpoint, among)
-            try:
-                found.append(retry_on_bug_now(read_one, "inbound.crashed", bot=self.bot))
-            except Crashed as exc:
-                found.append(_Read(raw, outcome="crashed", detail=exc.detail))
+            one = self._survive(self._read_one, raw, cursor, number, checkpoint, among)
+            found.append(one or _Read(raw, outcome="crashed", detail=Crashed().detail))
         return found
+
+    def _survive(self, work: Callable[..., T], *args: Any) -> T | None:
+        """The result of `work` for one message, the one place where the code may raise for it; None: it did."""
+        try:
+            return work(*args)
+        except Exception:
+            log.exception("inbound.crashed", bot=self.bot, work=work.__name__)
+            return None
 
     def _read_one(
         self, raw: bytes, cursor: str, number: int, checkpoint: Checkpoint, among: DedupWindow | None
@@ -199,17 +234,20 @@ class Receiver:
 
     async def _store(self, read: Sequence[_Read], received_ms: int, checkpoint: Checkpoint) -> None:
         """Stores messages and gives them to their conversations. Raises LeaseLost."""
-        deps, binding = self._deps, await self._find_binding()
+        deps, bindings = self._deps, self._deps.bindings
+        if (binding := bindings.get(self.bot)) is None:  # the bus may have one that is not known here yet
+            await self._persist(lambda: bindings.refresh(self.bot), checkpoint)
+            binding = bindings.get(self.bot)
         held: list[Conversation] = []
         if binding is not None and binding.sandbox != checkpoint.sandbox:
-            await self._retry(partial(checkpoint.move, binding.sandbox, deps.inboxes))
-            await self._retry(checkpoint.save)
+            await self._persist(partial(checkpoint.move, binding.sandbox, deps.inboxes), checkpoint)
+            await self._persist(checkpoint.save, checkpoint)
         try:
-            shard = await self._address(read, binding, held)
+            shard = await self._address(read, binding, held, checkpoint)
             if binding is not None:
                 self._build_all(read, binding, received_ms)
-            await self._publish(read, checkpoint, checkpoint.ensure_owner)
-            await self._end_others(read, binding)
+            await self._publish(read, checkpoint, checkpoint)
+            await self._end_others(read, binding, checkpoint)
             if binding is not None:
                 self._update_conversations(read, binding, shard, received_ms, checkpoint)
         finally:
@@ -226,16 +264,8 @@ class Receiver:
             took_s = max(0, deps.clock.now_ms() - received_ms) / 1000
             deps.metrics.inbound_publish_duration.observe(took_s)
 
-    async def _find_binding(self) -> Binding | None:
-        """The bot's binding, or None if the bus has none, even when asked directly."""
-        bindings = self._deps.bindings
-        if (binding := bindings.get(self.bot)) is None:
-            await self._retry(lambda: bindings.refresh(self.bot))
-            binding = bindings.get(self.bot)
-        return binding
-
     async def _address(
-        self, read: Sequence[_Read], binding: Binding | None, held: list[Conversation]
+        self, read: Sequence[_Read], binding: Binding | None, held: list[Conversation], checkpoint: Checkpoint
     ) -> Shard | None:
         """Finds who gets each message, and opens their conversations, each of which is added to `held`. None: the
         shard is another replica's, whose conversations find the message in the inbox. Raises LeaseLost."""
@@ -258,28 +288,19 @@ class Receiver:
                 _end_new(messages, "stranger", "The bot has too many other users.")
                 continue
             if not binding.user:
-                binding = await self._retry(partial(self._learn_user, binding, user))
-            if (
-                shard is not None
-                and (conversation := await self._open_conversation(shard, binding, user)) is not None
-            ):
-                conversation.holds += 1
-                held.append(conversation)
-                for one in messages:
-                    one.conversation = conversation
+                binding = await self._persist(partial(self._learn_user, binding, user), checkpoint)
+            if shard is None:
+                continue
+            try:
+                opens = partial(shard.conversation, binding.sandbox, user, self.bot)
+                conversation = await self._persist(opens, checkpoint)
+            except (Crashed, RecordTooNew):  # the messages go on without it
+                continue
+            conversation.holds += 1
+            held.append(conversation)
+            for one in messages:
+                one.conversation = conversation
         return shard
-
-    async def _open_conversation(self, shard: Shard, binding: Binding, user: str) -> Conversation | None:
-        """None: a bug, or a record that only a newer replica knows; the message goes on without it. Raises
-        LeaseLost."""
-        try:
-            return await self._retry(partial(shard.conversation, binding.sandbox, user, self.bot))
-        except (RecordTooNew, LeaseLost) as exc:
-            if isinstance(exc, LeaseLost):
-                raise
-        except Exception:
-            log.exception("inbound.crashed", bot=self.bot, work="conversation")
-        return None
 
     def _has_room_for(self, user: str, binding: Binding) -> bool:
         """Whether a user is the bot's own, or among the first others."""
@@ -311,14 +332,10 @@ class Receiver:
 
     def _build_all(self, read: Sequence[_Read], binding: Binding, received_ms: int) -> None:
         for one in read:
-            if one.outcome == "new":
-                build = partial(self._build, one, binding, received_ms)
-                try:
-                    retry_on_bug_now(build, "inbound.crashed", bot=self.bot)
-                except Crashed as exc:
-                    one.outcome, one.detail = "crashed", exc.detail
+            if one.outcome == "new" and not self._survive(self._build, one, binding, received_ms):
+                one.outcome, one.detail = "crashed", Crashed().detail
 
-    def _build(self, one: _Read, binding: Binding, received_ms: int) -> None:
+    def _build(self, one: _Read, binding: Binding, received_ms: int) -> bool:
         """Makes the message for the inbox."""
         deps, message, sandbox = self._deps, one.message, binding.sandbox
         assert message is not None
@@ -342,7 +359,7 @@ class Receiver:
             text=message.text,
             items=[*one.items],
             quote=quote,
-            window=self._opened_window(one, received_ms),
+            window=self._survive(self._opened_window, one, received_ms) or contract.Window(),
         )
         payload = msgspec.json.encode(inbound)
         one.fingerprint = message.keys.fingerprint(received_ms)
@@ -359,9 +376,10 @@ class Receiver:
             one.detail = "The bus refuses a message of this size."
             payload = _stub_of(inbound)
         one.payload = payload
+        return True
 
     def _opened_window(self, one: _Read, now_ms: int) -> contract.Window:
-        """The window that the message opens. A bug costs the window, not the message."""
+        """The window that the message opens."""
         conversation, message = one.conversation, one.message
         assert message is not None
         record = conversation.record if conversation is not None else _NOBODY
@@ -370,72 +388,56 @@ class Receiver:
         is_whole = bool(message.context_token) and not used
         if is_whole and self._whole[0] == now_ms:  # as that of another message of this answer
             return self._whole[1]
-        try:
-            if is_whole:
-                opened = ConversationRecord(token=message.context_token, window=SendWindow(opened_ms=now_ms))
-            else:
-                opened = window.open_window(record, _as_inbound(one, self.bot, MAX_SEQ, now_ms), now_ms, in_flight)
-            shown = window.visible_window(opened, now_ms, self._deps.policy)
-            if is_whole:
-                self._whole = now_ms, shown
-            return shown
-        except Exception:
-            log.exception("inbound.crashed", bot=self.bot, work="window")
-            return contract.Window()
+        if is_whole:
+            opened = ConversationRecord(token=message.context_token, window=SendWindow(opened_ms=now_ms))
+        else:
+            opened = window.open_window(record, _as_inbound(one, self.bot, MAX_SEQ, now_ms), now_ms, in_flight)
+        shown = window.visible_window(opened, now_ms, self._deps.policy)
+        if is_whole:
+            self._whole = now_ms, shown
+        return shown
 
     async def _publish(
-        self,
-        read: Sequence[_Read],
-        checkpoint: Checkpoint,
-        ensure_owner: Callable[[], None],
-        *,
-        maybe_published: bool = False,
+        self, read: Sequence[_Read], checkpoint: Checkpoint, owner: Owner, *, maybe_published: bool = False
     ) -> None:
         """Publishes messages in order until all are stored or refused for good. Raises LeaseLost.
 
-        `maybe_published`: they may be stored without that the stream knows their ids, as what is tried again after a
-        pause of the lease, or after IDS_KNOWN_S. Then the inbox is read first, and what is there is not published
-        again.
+        `maybe_published`: they may be stored without that the stream knows their ids, as whatever is tried again.
+        Then the inbox is read first, and what is there is not published again.
         """
-        deps, failures, is_one_by_one = self._deps, 0, False
-        subject = deps.names.inbox(checkpoint.sandbox)
-        while waiting := [one for one in read if one.payload and not one.sequence]:
-            waiting = waiting[:1] if is_one_by_one else waiting
-            if maybe_published:
-                await self._retry(partial(self._find_stored, waiting, subject, checkpoint.inbox_seq))
-                maybe_published = False
-                continue
-            until = deps.clock.monotonic() + IDS_KNOWN_S
+        deps, subject = self._deps, self._deps.names.inbox(checkpoint.sandbox)
 
-            def check(until: float = until) -> None:
-                ensure_owner()
-                if deps.clock.monotonic() > until:
-                    raise LeaseLost("publish_delayed", self.bot)
+        async def publish() -> None:
+            nonlocal maybe_published
+            while waiting := [one for one in read if one.payload and not one.sequence]:
+                if maybe_published:
+                    await self._find_stored(waiting, subject, checkpoint.inbox_seq)
+                    maybe_published = False
+                    continue
+                until = deps.clock.monotonic() + IDS_KNOWN_S
 
-            try:
-                acks = await deps.bus.publish_all(
-                    [BusMessage("in", subject, one.payload, one.headers, check) for one in waiting]
-                )
-            except LeaseLost as exc:
+                def check(until: float = until) -> None:
+                    owner.check()
+                    if deps.clock.monotonic() > until:
+                        raise LeaseLost("publish_delayed", self.bot)
+
+                messages = [BusMessage("in", subject, one.payload, one.headers, check) for one in waiting]
                 maybe_published = True
-                if exc.reason != "publish_delayed":
-                    await deps.leases.changed.wait_until(lambda: deps.leases.is_valid)
-                ensure_owner()
-                continue
-            except AdapterError:
-                raise
-            except Exception:  # a bug, which may be of one message
-                log.exception("inbound.crashed", bot=self.bot, messages=len(waiting))
-                waiting[0].crashes += is_one_by_one
-                if waiting[0].crashes == ATTEMPTS:
-                    waiting[0].payload, waiting[0].outcome, waiting[0].detail = b"", "crashed", Crashed().detail
-                is_one_by_one = True
-                continue
-            refusals = self._note_answers(waiting, acks, checkpoint.sandbox)
-            if any(refusal.is_full for refusal in refusals):  # its discard policy was changed
-                failures += 1
-                log.error("inbound.full", bot=self.bot, failures=failures)
-                await deps.clock.sleep(backoff(failures, first_s=0.5, longest_s=10.0))
+                acks = await deps.bus.publish_all(messages)
+                maybe_published = False
+                refusals = self._note_answers(waiting, acks, checkpoint.sandbox)
+                if full := next((refusal for refusal in refusals if refusal.is_full), None):
+                    log.error("inbound.full", bot=self.bot)  # its discard policy was changed
+                    raise full
+
+        try:
+            await self._persist(publish, owner)
+        except Crashed as exc:
+            if len(read) > 1:  # it may be of one message
+                for one in read:
+                    await self._publish([one], checkpoint, owner, maybe_published=True)
+            else:
+                read[0].payload, read[0].outcome, read[0].detail = b"", "crashed", exc.detail
 
     async def _find_stored(self, waiting: Sequence[_Read], subject: str, after: int) -> None:
         """Finds messages that are in the inbox. Raises Temporary."""
@@ -477,7 +479,7 @@ class Receiver:
         one.detail = "The bus refuses the message."
         one.payload = _stub_of(msgspec.json.decode(one.payload, type=Inbound))
 
-    async def _end_others(self, read: Sequence[_Read], binding: Binding | None) -> None:
+    async def _end_others(self, read: Sequence[_Read], binding: Binding | None, owner: Owner) -> None:
         """Counts what is for no inbox, and stores dead letters, also of what could not be read completely."""
         for one in read:
             if one.outcome == "echo":
@@ -487,18 +489,18 @@ class Receiver:
                 log.info("inbound.duplicate", sandbox=binding.sandbox if binding else "", message=one.id)
             elif one.outcome != "new":
                 self._count(one, "unbound" if one.outcome == "not_bound" else "dead_lettered")
-                await self._dead_letter(one, one.outcome, one.detail, binding)
+                await self._dead_letter(one, one.outcome, one.detail, binding, owner)
             elif one.detail:
-                await self._dead_letter(one, "too_large", one.detail, binding)
+                await self._dead_letter(one, "too_large", one.detail, binding, owner)
             elif one.message is not None and one.message.broken:
-                await self._dead_letter(one, "unreadable", one.message.broken, binding)
+                await self._dead_letter(one, "unreadable", one.message.broken, binding, owner)
 
-    async def _dead_letter(self, one: _Read, reason: str, detail: str, binding: Binding | None) -> None:
+    async def _dead_letter(self, one: _Read, reason: str, detail: str, binding: Binding | None, owner: Owner) -> None:
         deps, sandbox = self._deps, binding.sandbox if binding is not None else ""
         msg_id = f"dead:{self.bot}:{digest(one.raw)}"
         # an erasure cannot look into what is sealed; the bot of what cannot be read serves one person
         user = one.message.user if one.message is not None else binding.user if binding is not None else ""
-        await self._retry(
+        await self._persist(
             lambda: deps.events.publish_dead_letter(
                 "IN",
                 one.raw,
@@ -510,7 +512,8 @@ class Receiver:
                 sandbox=sandbox,
                 user=user if user.isascii() and user.isprintable() else "",  # else no header can name it
                 seal=partial(deps.sealer.seal_bytes, dead_context(msg_id)),
-            )
+            ),
+            owner,
         )
 
     # after the acks ---------------------------------------------------------------------------------
@@ -535,10 +538,8 @@ class Receiver:
             if shard is None or one.conversation is None or one.conversation.is_stopped:
                 is_given = False
                 continue
-            try:
-                one.conversation.on_inbound(_as_inbound(one, self.bot, one.sequence, received_ms, token))
-            except Exception:  # it costs the window, not the message
-                log.exception("inbound.crashed", bot=self.bot, message=one.id)
+            inbound = _as_inbound(one, self.bot, one.sequence, received_ms, token)
+            self._survive(one.conversation.on_inbound, inbound)  # it costs the window, not the message
             if binding.options.auto_typing:
                 shard.show_typing(one.conversation)
         for one in read:
@@ -553,10 +554,10 @@ class Receiver:
 
     async def _store_after_loss(self, read: Sequence[_Read], received_ms: int, checkpoint: Checkpoint) -> None:
         """Stores messages of a bot that another replica may poll by now."""
-        deps = self._deps
-        await self._retry(lambda: deps.bindings.refresh(self.bot))
+        deps, anybody = self._deps, _Anybody()
+        await self._persist(lambda: deps.bindings.refresh(self.bot), anybody)
         binding = deps.bindings.get(self.bot)
-        if not await self._retry(lambda: deps.checkpoints.exists(self.bot)):
+        if not await self._persist(lambda: deps.checkpoints.exists(self.bot), anybody):
             log.warning("inbound.dropped", bot=self.bot, messages=len(read), detail="Its person was erased.")
             return
         serving = deps.bindings.serving(self.bot)
@@ -567,31 +568,16 @@ class Receiver:
                 if one.message is not None and serving.user not in ("", one.message.user):
                     _end_new([one], "not_bound", "The bot serves another person.")
             self._build_all([one for one in read if not one.payload], serving, received_ms)
-            await self._publish(read, checkpoint, lambda: None, maybe_published=True)
-        await self._end_others(read, binding)
+            await self._publish(read, checkpoint, anybody, maybe_published=True)
+        await self._end_others(read, binding, anybody)
 
-    async def _retry(self, work: Callable[[], Awaitable[T]]) -> T:
-        """Retries until the work succeeds, even if the bus refuses the write: iLink may not deliver the messages
-        again, and an operator can lift a limit. Raises LeaseLost."""
-        return await retry(work, self._deps.clock, self.bot)
+    def _persist(self, work: Callable[[], Awaitable[T]], owner: Owner) -> Awaitable[T]:
+        """Retries also what the bus refuses: iLink may not deliver the messages again, and an operator can lift a
+        limit. Raises LeaseLost, Crashed, RecordTooNew."""
+        return persist(work, owner, self._deps.clock, "receive", bot=self.bot)
 
     def _count(self, one: _Read, outcome: str) -> None:
         self._deps.metrics.inbound_messages.child(one.message.kind if one.message else "unsupported", outcome).inc()
-
-
-async def retry(work: Callable[[], Awaitable[T]], clock: Clock, bot: str) -> T:
-    """Retries until the work succeeds, even if the bus refuses it. Raises LeaseLost, RecordTooNew."""
-    failures = 0
-    while True:
-        try:
-            return await work()
-        except RecordTooNew:
-            raise
-        except (Temporary, BusRefused) as exc:
-            failures += 1
-            log.warning("inbound.retrying", bot=bot, reason=exc.reason, detail=exc.detail, failures=failures)
-            longest_s = 1.0 if isinstance(exc, Temporary) else 10.0
-            await clock.sleep(backoff(failures, first_s=0.05, longest_s=longest_s))
 
 
 def _slice(messages: Sequence[bytes], start: int) -> Sequence[bytes]:

@@ -55,18 +55,3 @@ async def persist(work: Callable[[], Awaitable[T]], owner: Owner, clock: Clock, 
             if crashes == ATTEMPTS:
                 raise Crashed from exc
             await clock.sleep(backoff(crashes, first_s=0.5))
-
-
-def retry_on_bug_now(work: Callable[[], T], event: str, *, tries: int = ATTEMPTS, **fields: Any) -> T:
-    """The result of `work`, tried again without a pause, so that later messages cannot overtake.
-
-    `event` and `fields` are logged. Raises Crashed, and the AdapterErrors of `work`.
-    """
-    for _ in range(tries):
-        try:
-            return work()
-        except AdapterError:
-            raise
-        except Exception:
-            log.exception(event, **fields)
-    raise Crashed

@@ -87,41 +87,7 @@ async def shield_with_grace(work: Coroutine[Any, Any, T], grace_s: float) -> T:
     return task.result()
 
 
-class Flag:
-    """As asyncio.Event, in a tenth of its memory while nobody waits: each of thousands of pollers has two."""
-
-    __slots__ = ("_is_set", "_waiters")
-
-    def __init__(self) -> None:
-        self._is_set = False
-        self._waiters: list[asyncio.Future[None]] = []
-
-    def is_set(self) -> bool:
-        return self._is_set
-
-    def set(self) -> None:
-        """Wakes all that wait."""
-        self._is_set = True
-        for waiter in self._waiters:
-            if not waiter.done():
-                waiter.set_result(None)
-
-    def clear(self) -> None:
-        self._is_set = False
-
-    async def wait(self) -> None:
-        """Returns once it is set, even if it is cleared before the caller runs."""
-        if self._is_set:
-            return
-        waiter = asyncio.get_running_loop().create_future()
-        self._waiters.append(waiter)
-        try:
-            await waiter
-        finally:
-            self._waiters.remove(waiter)
-
-
-async def wait_event(event: asyncio.Event | Flag, timeout_s: float | None) -> bool:
+async def wait_event(event: asyncio.Event, timeout_s: float | None) -> bool:
     """Waits until `event` is set or `timeout_s` seconds have passed. Returns whether it is set."""
     if event.is_set():
         return True

@@ -579,7 +579,7 @@ class Conversation:
             self._refusal = refusal
             self._alone_up_to = max(self._alone_up_to, group[0].sequence)
             if answer.errmsg == PREPARE_FAILED:
-                self._shard.deps.sessions.restart_soon(bot.id)
+                self._shard.restart_session(bot.id)
             await self._save()
             return
         await self._after_failure(answer, bot, group, attempts=before.attempts)

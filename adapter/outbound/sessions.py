@@ -4,118 +4,103 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Protocol
 
 import structlog
 
-from adapter.bindings.registry import Bindings
-from adapter.contract.records import Binding
+from adapter.bindings.registry import Bindings, account_of
 from adapter.errors import AdapterError, Refused, SessionExpired, Temporary, Uncertain
-from adapter.kit.tasks import TaskSet
 from adapter.kit.timing import ChangeSignal, Clock
-from adapter.ports import Account, Chat
+from adapter.ports import Chat
+from adapter.security.seal import Sealer
 
 log = structlog.get_logger()
 
-LOOK_S = 0.2
 RESTART_EVERY_S = 60.0
 """Shortest time between two restarts of a bot's session."""
 POLLED_WITHIN_S = 90.0
 """A bot that is not polled for so long, for instance while a stream is full, counts as not alive for now."""
 
 
-class Pollers(Protocol):
-    """The pollers of this replica."""
+class BotSession:
+    """What the poller of a bot on this replica tells the bot's conversations."""
 
-    def is_stale(self, bot: str) -> bool:
-        """Whether iLink has refused the bot's token and the poller retries it."""
+    __slots__ = ("is_stale", "is_taken", "poll_now", "polled_at", "restarted_at")
 
-    def is_taken(self, bot: str) -> bool:
-        """Whether this replica has taken the bot, and read what its former owners published."""
-
-    def poll_now(self, bot: str) -> None:
-        """Ends the bot's long poll, so that the next one tests the token."""
-
-    def has_polled_since(self, bot: str, since: float) -> bool:
-        """Whether a poll of the bot was answered after the monotonic time `since`."""
+    def __init__(self) -> None:
+        self.poll_now: Callable[[], None] | None = None
+        """Ends the bot's long poll, so that the next one tests the token; None: the poller does not run."""
+        self.is_taken = False
+        """This replica has taken the bot, and read what its former owners published."""
+        self.is_stale = False
+        """iLink has refused the bot's token, which is tried again; nothing may be sent."""
+        self.polled_at = -math.inf
+        """Monotonic time of iLink's last answer to a poll."""
+        self.restarted_at = -math.inf
+        """Monotonic time of the last restart."""
 
 
 class BotSessions:
     """Whether sends may go through a bot."""
 
-    def __init__(
-        self,
-        bindings: Bindings,
-        chat: Chat,
-        account: Callable[[Binding], Account],
-        pollers: Pollers,
-        clock: Clock,
-    ) -> None:
+    def __init__(self, bindings: Bindings, chat: Chat, sealer: Sealer, clock: Clock) -> None:
+        self.polled: dict[str, BotSession] = {}
+        """By bot; pollers enter themselves."""
+        self.changed = ChangeSignal()
+        """A poll was answered, or a token refused."""
         self._bindings = bindings
         self._chat = chat
-        self._account = account
-        self._pollers = pollers
+        self._sealer = sealer
         self._clock = clock
-        self._restarts = TaskSet(_report)
-        self._restarted: dict[str, float] = {}
-        """Monotonic times by bot, oldest first, of the last RESTART_EVERY_S."""
 
     def is_recovering(self, bot: str) -> bool:
-        return self._pollers.is_stale(bot)
+        session = self.polled.get(bot)
+        return session is not None and session.is_stale
 
     def is_polled_here(self, bot: str) -> bool:
-        return self._pollers.is_taken(bot)
+        session = self.polled.get(bot)
+        return session is not None and session.is_taken
 
     async def is_alive(self, bot: str) -> bool:
         """Tests the token after -14 to a send, which is no proof: iLink answers a malformed body with -14, too
         (docs/reference/ilink-protocol.md, "Stale token"). If `notifystart` fails, a new poll decides, and its poller
-        starts the recovery if it is refused."""
-        binding = self._bindings.serving(bot)
-        if binding is None or binding.state == "needs_login" or self.is_recovering(bot):
+        starts the recovery if it is refused. An earlier poll is no proof."""
+        binding, since = self._bindings.serving(bot), self._clock.monotonic()
+        if binding is None or self._is_dead(bot):
             return False
         try:
-            await self._chat.notify(self._account(binding), start=True)
+            await self._chat.notify(account_of(binding, self._sealer), start=True)
+            return True
         except (SessionExpired, Temporary, Uncertain):
             pass
         except Refused:
             return True  # any answer but -14
-        else:
-            return True
-        return await self._polls(bot)
 
-    async def _polls(self, bot: str) -> bool:
-        """Whether iLink accepts the token in a poll that begins now. An earlier poll is no proof."""
-        pollers, since = self._pollers, self._clock.monotonic()
-        pollers.poll_now(bot)
-        while not pollers.has_polled_since(bot, since):
-            if self._clock.monotonic() - since > POLLED_WITHIN_S:
-                return False
-            binding = self._bindings.serving(bot)
-            if binding is None or binding.state == "needs_login" or pollers.is_stale(bot):
-                return False
-            await self._clock.sleep(LOOK_S)
-        return True
+        def is_polled() -> bool:
+            session = self.polled.get(bot)
+            return session is not None and session.polled_at > since
 
-    def restart_soon(self, bot: str) -> None:
+        if (session := self.polled.get(bot)) is not None and session.poll_now is not None:
+            session.poll_now()
+        await self.changed.wait_until(
+            lambda: is_polled() or self._is_dead(bot), POLLED_WITHIN_S, also=self._bindings.changed
+        )
+        return is_polled() and not self._is_dead(bot)
+
+    def _is_dead(self, bot: str) -> bool:
+        binding = self._bindings.serving(bot)
+        return binding is None or binding.state == "needs_login" or self.is_recovering(bot)
+
+    async def restart(self, bot: str) -> None:
         """Announces the bot by `notifystart`, at most once a minute: iLink may refuse the sends of a degraded session
         until then (docs/reference/ilink-protocol.md, "Refused sends"). Best effort."""
-        now = self._clock.monotonic()
-        while self._restarted and now - self._restarted[oldest := next(iter(self._restarted))] >= RESTART_EVERY_S:
-            del self._restarted[oldest]
-        binding = self._bindings.serving(bot)
-        if bot not in self._restarted and binding is not None:
-            self._restarted[bot] = now
-            self._restarts.spawn(self._restart(binding))
-
-    async def _restart(self, binding: Binding) -> None:
+        session, binding, now = self.polled.get(bot), self._bindings.serving(bot), self._clock.monotonic()
+        if session is None or binding is None or now - session.restarted_at < RESTART_EVERY_S:
+            return
+        session.restarted_at = now
         try:
-            await self._chat.notify(self._account(binding), start=True)
+            await self._chat.notify(account_of(binding, self._sealer), start=True)
         except AdapterError as exc:
-            log.debug("restart.failed", bot=binding.bot, reason=exc.reason)
-
-
-def _report(exc: BaseException) -> None:
-    log.error("task.crashed", task="restart", exc_info=exc)
+            log.debug("restart.failed", bot=bot, reason=exc.reason)
 
 
 class AcceptedSends:

@@ -24,7 +24,7 @@ from typing import NamedTuple, TypeVar
 import msgspec
 import structlog
 
-from adapter.bindings.registry import Bindings
+from adapter.bindings.registry import Bindings, account_of
 from adapter.contract import messages as contract
 from adapter.contract.headers import author_traceparent, command_traceparent
 from adapter.contract.names import H_COMMAND, H_MSG_ID, H_TRACEPARENT, UNROUTED, Names
@@ -104,8 +104,6 @@ class OutboundDeps(NamedTuple):
     sessions: BotSessions
     accepted: AcceptedSends
     sealer: Sealer
-    account: Callable[[Binding], Account]
-    """Raises Refused("token_key")."""
     inboxes: InboxReader
     turns: PerTickLimiter
     clock: Clock
@@ -448,12 +446,15 @@ class Shard:
             raise Refused("not_bound", "The bot no longer serves this sandbox.")
         known = self._accounts.get(bot)
         if known is None or known[0] is not binding:  # opens a token once instead of for each send
-            known = self._accounts[bot] = binding, self.deps.account(binding)
+            known = self._accounts[bot] = binding, account_of(binding, self.deps.sealer)
         return known[1]
 
     def base_url_of(self, bot: str) -> str:
         binding = self.deps.bindings.serving(bot)
         return binding.base_url if binding is not None else ""
+
+    def restart_session(self, bot: str) -> None:
+        self._tasks.spawn(self.deps.sessions.restart(bot))
 
     def show_typing(self, conversation: Conversation) -> None:
         """Shows the typing indicator. Best effort."""

@@ -9,8 +9,7 @@ batches; changes of the leases are followed in every round:
 - A surplus shard, which another replica should own, is handed over in this order: its consumers stop, its requests in
   flight end, the claim is released. A poll that waits is not cut. Its answer is stored, and the next owner finds it
   in the inbox.
-- When the lease pauses, polls are cancelled. When it is valid again without a change of owner, the cancellation is
-  withdrawn.
+- When the lease pauses, polls are cancelled, unless it is valid again a moment later.
 - A binding that the applier of control commands has marked as closing is confirmed once the bot is released and
   nothing more can come of its commands. If the owner dies, the next one confirms.
 
@@ -34,12 +33,13 @@ from adapter.contract.names import shard_of
 from adapter.contract.records import Binding
 from adapter.errors import LeaseLost, Temporary
 from adapter.inbound.checkpoint import Checkpoints
-from adapter.inbound.poller import BotPoller, OtherReplicas
+from adapter.inbound.poller import BotPoller
 from adapter.kit.persist import persist
 from adapter.kit.tasks import TaskSet
 from adapter.kit.timing import ChangeSignal, Clock, backoff, wait_any
 from adapter.outbound.shard import Shard
 from adapter.ownership.leases import Leases
+from adapter.ownership.replica_status import OtherReplicas
 from adapter.ports import Chat
 
 log = structlog.get_logger()
@@ -58,7 +58,7 @@ any more after a restore."""
 
 
 class Supervisor:
-    """Starts and stops pollers and shards as leases and bindings change. Implements outbound.sessions.Pollers."""
+    """Starts and stops pollers and shards as leases and bindings change."""
 
     def __init__(
         self,
@@ -106,8 +106,6 @@ class Supervisor:
         self._departures = 0
         self._valid_as = ""
         """The incarnation whose lease was valid at the last look; "": none."""
-        self._paused_as = ""
-        """The incarnation that last lost its lease."""
         bindings.add_listener(self._on_binding)
 
     # reconciliation ---------------------------------------------------------------------------------
@@ -146,15 +144,11 @@ class Supervisor:
         )
 
     def _follow_lease(self) -> None:
-        """Cancels polls when the lease pauses, and withdraws that when it is valid again as the same incarnation."""
+        """Cancels polls when the lease pauses."""
         now_as = self.leases.incarnation if self.leases.is_valid else ""
         if self._valid_as not in ("", now_as):
-            self._paused_as = self._valid_as
             for poller in self.pollers.values():
                 poller.cancel_poll(for_lease=True)  # stop before another replica may start
-        elif now_as not in ("", self._valid_as) and now_as == self._paused_as:
-            for poller in self.pollers.values():
-                poller.withdraw_cancel()  # no shard was taken: that would revoke the incarnation first
         self._valid_as = now_as
         if self._departures != self.leases.membership_epoch:
             self._departures = self.leases.membership_epoch
@@ -283,22 +277,6 @@ class Supervisor:
         if owner in ("", self.leases.incarnation):
             return True
         return await self.leases.revoke_if_expired(owner) or (ask and await self._others.is_idle(owner, bot))
-
-    def is_stale(self, bot: str) -> bool:
-        poller = self.pollers.get(bot)
-        return poller is not None and poller.is_stale
-
-    def is_taken(self, bot: str) -> bool:
-        poller = self.pollers.get(bot)
-        return poller is not None and poller.is_taken
-
-    def poll_now(self, bot: str) -> None:
-        if poller := self.pollers.get(bot):
-            poller.cancel_poll()
-
-    def has_polled_since(self, bot: str, since: float) -> bool:
-        poller = self.pollers.get(bot)
-        return poller is not None and not poller.is_stale and poller.polled_at > since
 
     # bindings that end ------------------------------------------------------------------------------
 

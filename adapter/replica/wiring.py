@@ -12,7 +12,7 @@ from functools import partial
 from adapter import __version__
 from adapter.bindings.binder import Binder
 from adapter.bindings.control import Control
-from adapter.bindings.registry import Bindings, account_of
+from adapter.bindings.registry import Bindings
 from adapter.console.server import Console
 from adapter.console.service import ConsoleDeps
 from adapter.content import media
@@ -22,8 +22,8 @@ from adapter.ilink.cdn import TRANSFERS
 from adapter.ilink.translate import read_message
 from adapter.inbound.checkpoint import Checkpoints
 from adapter.inbound.media import FetchDeps, MediaFetcher
-from adapter.inbound.poller import LOGIN_POLLS_S, STALE_RETRY_S, BotPoller, Pacing, PollDeps
-from adapter.inbound.receive import ReceiveDeps
+from adapter.inbound.poller import LOGIN_POLLS_S, STALE_RETRY_S, BotPoller
+from adapter.inbound.receive import InboundDeps
 from adapter.jetstream.inspector import Inspector
 from adapter.jetstream.layout import expects
 from adapter.jetstream.microservice import MAX_UPLOADS_PER_SANDBOX, UPLOADS, Handler, Services
@@ -97,7 +97,6 @@ class Replica:
         self.clock, self.metrics, self.leases = clock, metrics, leases = edges.clock, edges.metrics, edges.leases
         self.turns = PerTickLimiter(PER_TICK)
         self.sealer = sealer = Sealer(settings.token_key)
-        account = partial(account_of, sealer=sealer)
         metrics.bindings_capacity.set(settings.capacity)
 
         # what is stored
@@ -154,7 +153,9 @@ class Replica:
             metrics=metrics,
         )
         self.media = MediaFetcher(self.fetching)
-        receiving = ReceiveDeps(
+        self.sessions = BotSessions(bindings, edges.chat, sealer, clock)
+        self.inbound = InboundDeps(
+            chat=edges.chat,
             read_message=read_message,
             bus=edges.bus,
             history=edges.history,
@@ -164,31 +165,25 @@ class Replica:
             sealer=sealer,
             bindings=bindings,
             checkpoints=self.checkpoints,
+            sessions=self.sessions,
+            on_session_changed=supervisor.on_session_changed,
             open_shard=supervisor.open_shard,
             policy=self.policy.window,
             media=self.media,
             leases=leases,
-            publish_released=self.others.publish_released,
+            others=self.others,
             max_payload=lambda: edges.connection.max_payload,
-            turns=self.turns,
-            clock=clock,
-            metrics=metrics,
-        )
-        pacing = Pacing(
-            takeovers=asyncio.Semaphore(MAX_CONCURRENT_TAKEOVERS),
-            starts=RateLimiter(STARTS_PER_S),
-            wakeups=WakeupBatcher(WAKEUP_S),
+            is_writable=self.health_monitor.is_open,
+            wait_writable=self.health_monitor.wait_writable,
             stale_retry_s=stale_retry_s,
             login_polls_s=login_polls_s,
             keep_s=unbound_s,
-        )
-        self.inbound = PollDeps(
-            chat=edges.chat,
-            receiving=receiving,
-            pacing=pacing,
-            gate=self.health_monitor,
-            others=self.others,
-            on_session_changed=supervisor.on_session_changed,
+            takeovers=asyncio.Semaphore(MAX_CONCURRENT_TAKEOVERS),
+            starts=RateLimiter(STARTS_PER_S),
+            wakeups=WakeupBatcher(WAKEUP_S),
+            turns=self.turns,
+            clock=clock,
+            metrics=metrics,
         )
 
         # outbound
@@ -207,9 +202,8 @@ class Replica:
             receipts=self.receipts,
             bindings=bindings,
             leases=leases,
-            sessions=BotSessions(bindings, edges.chat, account, supervisor, clock),
+            sessions=self.sessions,
             accepted=AcceptedSends(clock),
-            account=account,
             inboxes=self.inboxes,
             turns=self.turns,
             clock=clock,

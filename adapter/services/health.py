@@ -98,7 +98,7 @@ def _status(binding: Binding, poller: PollerStatus | None, absence: tuple[BotSta
     if poller is None:
         return absence
     if poller.state == "retrying" and (poller.ago_ms is None or poller.ago_ms >= FAILING_MS):
-        return "failing", f"{poller.why or 'iLink answers no poll'} (poll.failed, poller.failed in the log)"
+        return "failing", f"{poller.why or 'iLink answers no poll'} (poll.failed, poller.crashed in the log)"
     if poller.state == "storing" and poller.since_ms >= FAILING_MS:
-        return "failing", "iLink's answer cannot be stored (inbound.retrying, inbound.full in the log)"
+        return "failing", "iLink's answer cannot be stored (work.retrying, inbound.full in the log)"
     return next((state for state in BOT_STATUSES if state == poller.state), "unknown"), poller.why

@@ -117,7 +117,7 @@ async def test_a_bot_bound_anew_wins_over_the_last_tries(poller: Poller) -> None
     await asyncio.sleep(2)
     assert bench.chat.tokens[3:] == ["new"]
     assert changes(bench) == ["stale", "needs_login"]
-    assert (session.state, session.is_stale) == (State.POLLING, False)
+    assert (session.state, session.session.is_stale) == (State.POLLING, False)
 
 
 async def test_a_binding_that_a_send_found_dead_is_not_tried_by_the_poller_too(poller: Poller) -> None:
@@ -135,9 +135,9 @@ async def test_minus_14_once_recovers_quickly(poller: Poller) -> None:
     bench = await ready(STALE, batch(raw()))
     session = poller(bench)
     await asyncio.sleep(1)
-    assert session.is_stale
+    assert session.session.is_stale
     await asyncio.sleep(10)
-    assert not session.is_stale
+    assert not session.session.is_stale
     assert changes(bench) == ["stale", "recovered"]
     assert texts(bench) == ["hello"]
     assert bench.changed_sessions == ["s1", "s1"]  # tried again, alive
@@ -198,7 +198,7 @@ async def test_a_new_token_ends_the_recovery_of_the_old_one(poller: Poller) -> N
     await asyncio.sleep(1)
     assert bench.chat.tokens[-1] == "new"
     assert changes(bench) == ["stale"]
-    assert not session.is_stale
+    assert not session.session.is_stale
 
 
 async def test_a_token_bound_anew_polls_again_after_needs_login(poller: Poller) -> None:
@@ -396,11 +396,11 @@ async def test_however_a_recovery_ends_the_lanes_look_again(end: str) -> None:
     bench, told = await ready(STALE), list[tuple[str, bool]]()
 
     def session_changed(binding: Binding) -> None:
-        told.append((binding.sandbox, session.is_stale))
+        told.append((binding.sandbox, session.session.is_stale))
 
     session, task = tended(bench, on_session_changed=session_changed)
     await asyncio.sleep(6 if end == "bound anew" else 1)
-    assert (session.is_stale, len(bench.chat.asked)) == (True, 2 if end == "bound anew" else 1)
+    assert (session.session.is_stale, len(bench.chat.asked)) == (True, 2 if end == "bound anew" else 1)
     if end == "bound anew":
         await bench.bind(token="new")
         session.cancel_poll()
@@ -410,6 +410,10 @@ async def test_however_a_recovery_ends_the_lanes_look_again(end: str) -> None:
     else:
         bench.leases.has_lease = False
     await asyncio.sleep(10)
+    if end == "lease lost":  # nothing is sent meanwhile
+        assert told == [("s1", True)]
+        session.stop(immediately=True)
+        await task
     assert told == [("s1", True), ("s2" if end == "moved" else "s1", False)]
     session.stop(immediately=True)
     await task

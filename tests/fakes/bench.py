@@ -14,12 +14,14 @@ import msgspec
 from adapter.contract.names import Names, conversation_key, shard_of
 from adapter.contract.records import Binding
 from adapter.inbound.checkpoint import StoredCheckpoint
-from adapter.inbound.poller import BotPoller, PollDeps
+from adapter.inbound.poller import BotPoller
+from adapter.inbound.receive import InboundDeps
 from adapter.kit.slots import FairSlots
 from adapter.observability.metrics import Metrics
 from adapter.outbound.commands import Limits
 from adapter.outbound.record import ConversationRecord, SendWindow
 from adapter.outbound.sending import SendPolicy
+from adapter.outbound.sessions import BotSession
 from adapter.outbound.shard import OutboundDeps, Shard
 from adapter.outbound.store import open_record, seal_record
 from adapter.outbound.window import InboundReceived, WindowPolicy
@@ -80,19 +82,6 @@ class FakeEdges(Edges):
         return self._buckets[name]
 
 
-class FakeGate:
-    """Implements poller.PollGate."""
-
-    def __init__(self, bus_up: asyncio.Event) -> None:
-        self._bus_up = bus_up
-
-    def is_open(self) -> bool:
-        return self._bus_up.is_set()
-
-    async def wait_writable(self) -> None:
-        await self._bus_up.wait()
-
-
 class FakeSupervisor(Supervisor):
     """One whose shards and pollers are the test's."""
 
@@ -103,19 +92,22 @@ class FakeSupervisor(Supervisor):
     async def open_shard(self, sandbox: str) -> Shard | None:
         return await self._bench.open_shard(sandbox)
 
-    def is_stale(self, bot: str) -> bool:
-        return bot in self._bench.stale
 
-    def is_taken(self, bot: str) -> bool:
-        return bot not in self._bench.elsewhere
+class FakeSessions(dict[str, BotSession]):
+    """What pollers tell of their bots, as the test says it."""
 
-    def poll_now(self, bot: str) -> None:
-        self._bench.polled_now.append(bot)
-        if self._bench.chat.poll_is_stale:
-            self._bench.stale.add(bot)
+    def __init__(self, bench: Bench) -> None:
+        super().__init__()
+        self._bench = bench
+        self._told: dict[str, BotSession] = {}
 
-    def has_polled_since(self, bot: str, since: float) -> bool:
-        return self._bench.polled_at.get(bot, 0.0) > since
+    def get(self, bot: str, default: Any = None) -> Any:
+        bench = self._bench
+        session = self._told.setdefault(bot, BotSession())
+        session.poll_now = partial(bench.poll_now, bot)
+        session.is_stale, session.is_taken = bot in bench.stale, bot not in bench.elsewhere
+        session.polled_at = bench.polled_at.get(bot, 0.0)
+        return session
 
 
 class Bench:
@@ -151,6 +143,7 @@ class Bench:
         self.metrics = metrics or Metrics()
         settings = Settings(token_key=token_key, merge_chars=0, media_max_bytes=MEDIA_BYTES)
         self.replica = Replica(settings, edges=FakeEdges(self), new_supervisor=partial(FakeSupervisor, self))
+        self.replica.sessions.polled = FakeSessions(self)
         self.bindings = self.replica.bindings
         for entry in self.bindings_bucket.entries.values():
             self.bindings._apply_entry(entry)
@@ -315,7 +308,12 @@ class Bench:
             self.shard(sandbox)
         return self.shards.get(number)
 
-    # sessions.OtherReplicas, as the poller meets them ------------------------------------------------
+    def poll_now(self, bot: str) -> None:
+        self.polled_now.append(bot)
+        if self.chat.poll_is_stale:
+            self.stale.add(bot)
+
+    # replica_status.OtherReplicas, as the poller meets them ------------------------------------------
 
     async def publish_released(self, bot: str = "") -> None:
         self.freed.append(bot)
@@ -324,25 +322,18 @@ class Bench:
         return (incarnation, bot) in self.idle
 
     def new_poller(self, bot: str = "b1@im.bot", **changes: Any) -> BotPoller:
-        """`changes`: of the dependencies, or of any struct in them."""
+        """`changes`: of the dependencies."""
         return BotPoller(bot, self.poll_deps(**changes))
 
-    def poll_deps(self, **changes: Any) -> PollDeps:
-        deps = self.replica.inbound
-
-        def changed(made: Any, **others: Any) -> Any:
-            return made._replace(**others | {k: changes.pop(k) for k in list(changes) if k in made._fields})
-
-        made: PollDeps = changed(
-            deps,
-            receiving=changed(deps.receiving, publish_released=self.publish_released),
-            pacing=changed(deps.pacing, keep_s=3600),
-            gate=FakeGate(self.bus_up),
-            others=self,
-            on_session_changed=lambda binding: self.changed_sessions.append(binding.sandbox),
-        )
-        assert not changes
-        return made
+    def poll_deps(self, **changes: Any) -> InboundDeps:
+        usual: dict[str, Any] = {
+            "keep_s": 3600,
+            "is_writable": self.bus_up.is_set,
+            "wait_writable": self.bus_up.wait,
+            "others": self,
+            "on_session_changed": lambda binding: self.changed_sessions.append(binding.sandbox),
+        }
+        return self.replica.inbound._replace(**usual | changes)
 
 
 async def ready(*script: Any, token_key: tuple[bytes, ...] = (bytes(32),), **binding: Any) -> Bench:

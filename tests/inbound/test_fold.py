@@ -129,10 +129,10 @@ async def test_a_bot_is_taken_once_what_the_inbox_has_is_known(
     monkeypatch.setattr(heir.bus, "read", slow)
     session = poller(heir)
     await asyncio.sleep(5)
-    assert (session.checkpoint is not None, session.is_taken) == (True, False)
+    assert (session.checkpoint is not None, session.session.is_taken) == (True, False)
     held.set()
     await asyncio.sleep(1)
-    assert session.is_taken
+    assert session.session.is_taken
 
 
 async def test_many_bots_of_a_sandbox_need_one_read(poller: Poller) -> None:
@@ -492,6 +492,6 @@ async def test_the_newest_of_many_inboxes_are_asked_for_in_one_request() -> None
         return await read(stream, subjects)
 
     bench.bus.read_last_of_each = counted  # type: ignore[method-assign]
-    inboxes = bench.replica.inbound.receiving.inboxes
+    inboxes = bench.replica.inbound.inboxes
     found = await asyncio.gather(*(inboxes.newest(f"s{number}") for number in range(100)))
     assert (found, len(asked) <= 2, sum(asked)) == ([0] * 100, True, 100)

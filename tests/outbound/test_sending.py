@@ -146,6 +146,7 @@ async def test_minus_14_on_a_send_and_on_notifystart_waits_for_the_login() -> No
     assert outcomes(bench) == []
     assert bench.polled_now == [BOT]  # the poller has the say
     bench.stale.add(BOT)
+    bench.replica.sessions.changed.notify_all()
     await asyncio.sleep(5)
     assert outcomes(bench) == [("c1", "parked", "needs_login"), ("c2", "refused", "needs_login")]
     assert bench.bus.receipts()[0].errcode == -14
@@ -176,6 +177,7 @@ async def test_where_notifystart_brings_no_answer_the_next_poll_decides(
             bench.stale.add(BOT)
         else:
             bench.polled_at[BOT] = bench.clock.monotonic()
+        bench.replica.sessions.changed.notify_all()
         await asyncio.sleep(5)
     assert outcomes(bench) == [("c1", *outcome)]
     assert set(bench.chat.notified) == {True}
@@ -246,6 +248,7 @@ async def test_a_refusal_for_want_of_a_login_tells_of_the_parts_that_were_sent()
     )
     await asyncio.sleep(10)
     bench.stale.add(BOT)
+    bench.replica.sessions.changed.notify_all()
     await asyncio.sleep(10)
     (receipt,) = bench.bus.receipts()
     assert (receipt.outcome, receipt.reason, receipt.message_ids) == ("refused", "needs_login", ["1"])

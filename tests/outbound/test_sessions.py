@@ -7,8 +7,7 @@ import asyncio
 import pytest
 
 from adapter.errors import SessionExpired, Temporary
-from adapter.outbound.sessions import AcceptedSends, BotSessions
-from adapter.ports import Account
+from adapter.outbound.sessions import AcceptedSends, BotSession, BotSessions
 from tests.capture import Capture
 from tests.fakes import Bench, ready
 
@@ -17,32 +16,30 @@ BOT, OTHER = "b1@im.bot", "b2@im.bot"
 HERE, ELSEWHERE = "https://a.weixin.qq.com", "https://b.weixin.qq.com"
 
 
-def sessions_of(bench: Bench) -> BotSessions:
-    def account(binding: object) -> Account:
-        return Account(BOT, "token", "")
-
-    return BotSessions(bench.bindings, bench.chat, account, bench.replica.supervisor, bench.clock)
+def sessions_of(bench: Bench, *bots: str) -> BotSessions:
+    """Those of a replica that polls these bots."""
+    sessions = BotSessions(bench.bindings, bench.chat, bench.sealer, bench.clock)
+    sessions.polled.update({bot: BotSession() for bot in bots})
+    return sessions
 
 
 async def test_a_session_is_restarted_at_most_once_a_minute() -> None:
     bench = await ready()
-    sessions = sessions_of(bench)
+    sessions = sessions_of(bench, BOT)
     for _ in range(120):
-        sessions.restart_soon(BOT)
+        await sessions.restart(BOT)
         await asyncio.sleep(1)
     assert bench.chat.notified == [True, True]
-    sessions.restart_soon(BOT)
-    await asyncio.sleep(0)
+    await sessions.restart(BOT)
     assert bench.chat.notified == [True, True, True]
 
 
 async def test_each_bot_has_a_minute_of_its_own_and_one_that_serves_nobody_is_left_alone() -> None:
     bench = await ready()
     await bench.bind("s2", OTHER, "u2@im.wechat")
-    sessions = sessions_of(bench)
+    sessions = sessions_of(bench, BOT, OTHER, "unbound@im.bot")
     for bot in (BOT, OTHER, BOT, "unbound@im.bot", OTHER):
-        sessions.restart_soon(bot)
-    await asyncio.sleep(1)
+        await sessions.restart(bot)
     assert bench.chat.notified == [True, True]
 
 
@@ -52,11 +49,10 @@ async def test_a_restart_that_fails_is_no_alarm_and_is_tried_after_a_minute(
 ) -> None:
     bench = await ready()
     bench.chat.notify_fails = problem
-    sessions = sessions_of(bench)
-    sessions.restart_soon(BOT)
+    sessions = sessions_of(bench, BOT)
+    await sessions.restart(BOT)
     await asyncio.sleep(60)
-    sessions.restart_soon(BOT)
-    await asyncio.sleep(1)
+    await sessions.restart(BOT)
     assert bench.chat.notified == [True, True]
     said = [(line["body"], line["severity_text"]) for line in captured.lines()]
     assert said == [("restart.failed", "DEBUG")] * 2
