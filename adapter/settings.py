@@ -125,7 +125,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
 
     # operators -----------------------------------------------------------------------------------------
 
-    token_key: tuple[bytes, ...] = ()
+    token_key: tuple[Annotated[bytes, Meta(min_length=32, max_length=32)], ...] = ()
     """Keys that seal bot tokens at rest, separated by commas: 32 bytes each, in base64. The first seals, all open.
 
     Secret. An adapter needs one (`openssl rand -base64 32`). Of other commands, `doctor`, `dead show` and
@@ -191,5 +191,5 @@ def split_addr(addr: str) -> tuple[str, int]:
     """Host and port of `host:port`, `:port` or `[v6]:port`. Raises ValueError."""
     match = re.fullmatch(r"(?:\[([0-9a-fA-F:.]+)\]|([A-Za-z0-9_.-]*)):(\d{1,5})", addr)
     if match is None or int(match[3]) > 65535:
-        raise ValueError(f"not host:port: {addr!r}")
+        raise ValueError(f"expected host:port, got {addr!r}")
     return match[1] or match[2] or "", int(match[3])
