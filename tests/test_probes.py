@@ -8,11 +8,14 @@ import socket
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+from adapter.contract.names import Names
 from adapter.errors import SettingsError
+from adapter.kit.timing import SystemClock
 from adapter.kit.web import MAX_CONNECTIONS
 from adapter.observability.metrics import Metrics
 from adapter.replica.health import Health
@@ -21,11 +24,14 @@ from adapter.replica.probes import ProbeServer
 DIRECT = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 
 
-class Clock:
+class Clock(SystemClock):
     now = 1000.0
 
-    def __call__(self) -> float:
+    def monotonic(self) -> float:
         return self.now
+
+    def now_ms(self) -> int:
+        return int(self.now * 1000)
 
 
 @pytest.fixture
@@ -33,11 +39,17 @@ def clock() -> Clock:
     return Clock()
 
 
+def starting(clock: Clock) -> Health:
+    edges: Any = SimpleNamespace(clock=clock, metrics=Metrics())
+    nothing: Any = SimpleNamespace(altered={}, incomplete=[])
+    return Health(edges, Names(), nothing, nothing)
+
+
 @pytest.fixture
 def health(clock: Clock) -> Health:
     """A replica in service."""
-    health = Health(clock=clock)
-    health.phase = health.jetstream_problem = ""
+    health = starting(clock)
+    health.on_started()
     return health
 
 
@@ -75,7 +87,7 @@ def test_a_replica_in_service_passes_every_probe(server: ProbeServer) -> None:
 
 
 def test_before_the_start_is_done_only_life_is_claimed(clock: Clock) -> None:
-    health = Health(clock=clock)
+    health = starting(clock)
     health.phase = "waiting for NATS"
     with ProbeServer("127.0.0.1:0", health, Metrics()) as server:
         status, found = checks(server, "/startupz")
@@ -95,7 +107,7 @@ async def test_a_blocked_event_loop_is_reported_while_it_is_blocked(
     assert (status, found["event_loop"]["ok"]) == (503, False)
     assert "no heartbeat for 30 s" in found["event_loop"]["detail"]
     assert ask(server, "/metrics")[0] == 200
-    health.record_heartbeat()
+    health.on_heartbeat(is_connected=True)
     assert ask(server, "/livez")[0] == 200
 
 
@@ -110,19 +122,18 @@ def test_a_loop_that_died_for_good_fails_liveness(server: ProbeServer, health: H
 def test_an_outage_of_nats_costs_readiness_after_ten_seconds_and_never_life(
     server: ProbeServer, clock: Clock, health: Health
 ) -> None:
-    health.set_connected(False)
+    health.on_heartbeat(is_connected=False)
     clock.now += 10
-    health.set_connected(False)
-    health.record_heartbeat()
+    health.on_heartbeat(is_connected=False)
     status, found = checks(server, "/readyz")
     assert (status, found["nats"]["detail"]) == (200, "disconnected for 10 s")
     clock.now += 0.5
     assert ask(server, "/readyz")[0] == 503
     clock.now += 3600
-    health.record_heartbeat()
+    health.on_heartbeat(is_connected=False)
     assert ask(server, "/livez")[0] == 200
     assert ask(server, "/startupz")[0] == 200
-    health.set_connected(True)
+    health.on_heartbeat(is_connected=True)
     assert ask(server, "/readyz")[0] == 200
 
 
@@ -140,19 +151,16 @@ def test_draining_costs_readiness_at_once(server: ProbeServer, health: Health) -
     assert ask(server, "/livez")[0] == 200
 
 
-def test_since_is_when_a_check_changed(server: ProbeServer, health: Health, monkeypatch: pytest.MonkeyPatch) -> None:
-    now_s = 1_000
-
+def test_since_is_when_a_check_changed(server: ProbeServer, health: Health, clock: Clock) -> None:
     def since() -> tuple[int, int]:
-        monkeypatch.setattr("adapter.replica.health.time.time_ns", lambda: now_s * 1_000_000_000)
         found = checks(server, "/readyz")[1]
         return found["not_draining"]["since_ms"] // 1000, found["started"]["since_ms"] // 1000
 
     assert since() == (1_000, 1_000)
-    now_s = 1_100
+    clock.now = 1_100
     health.draining = True
     assert since() == (1_100, 1_000)
-    now_s = 1_200
+    clock.now = 1_200
     assert since() == (1_100, 1_000)
     health.draining = False
     assert since() == (1_200, 1_000)

@@ -54,8 +54,8 @@ async def run_replica(replica: Replica, stop: asyncio.Event, on_ready: Callable[
                 background.append(group.create_task(loop, name=name))
                 return background[-1]
 
-            start_loop(replica.health_monitor.heartbeat_forever(), "heartbeat")
-            start_loop(replica.health_monitor.check_jetstream_forever(), "jetstream")
+            start_loop(replica.health.heartbeat_forever(replica.supervisor), "heartbeat")
+            start_loop(replica.health.check_jetstream_forever(), "jetstream")
             for name, loop in replica.edges.loops():
                 start_loop(loop, name)
             try:
@@ -69,7 +69,7 @@ async def run_replica(replica: Replica, stop: asyncio.Event, on_ready: Callable[
                         supervisor.run(replica.new_shard, partial(consume, replica), replica.new_poller),
                         name="supervisor",
                     )
-                    replica.health_monitor.on_started()
+                    replica.health.on_started()
                     log.info("adapter.started", instance=replica.instance, version=__version__, http=probes.port)
                     _tell_service_manager("READY=1")
                     if on_ready is not None:

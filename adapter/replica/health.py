@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-import time
 from collections import Counter
-from collections.abc import Callable, Collection
+from collections.abc import Collection
 
 import msgspec
 import structlog
@@ -49,54 +48,58 @@ class Check(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Health:
-    """The health of this replica. The event loop sets it, and the probe thread reads it. Texts are for operators.
+    """How this replica is. The event loop sets it, and the probe thread reads it. Texts are for operators.
 
-    `clock` gives monotonic seconds. NATS and iLink never affect liveness, since a restart of thousands of long polls
-    repairs neither. Single bindings do not count.
+    NATS and iLink never affect liveness, since a restart of thousands of long polls repairs neither. Single bindings
+    do not count. Implements inbound.poller.PollGate.
     """
 
-    def __init__(self, *, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(self, edges: Edges, names: Names, inspector: Inspector, inboxes: InboxReader) -> None:
         self.phase = "starting"
         """What the start waits for; "" once the first connection succeeded with all subscriptions, streams and
         buckets are verified, and loops run."""
         self.draining = False
         """SIGTERM was received."""
+        self.clock = edges.clock
+        self._edges = edges
+        self._names = names
+        self._inspector = inspector
+        self._inboxes = inboxes
+        self._polls_need = (
+            names.stream_in,
+            *(f"KV_{bucket}" for bucket in (names.bindings, names.checkpoints, names.conversations)),
+        )
+        self._heartbeat_at = self.clock.monotonic()
+        self._failed_loops: dict[str, str] = {}
+        self._down_since: float | None = None
+        """When the connection was lost; None while it is connected."""
         self.jetstream_problem = "JetStream does not answer"
         """What was wrong with JetStream at the last check; "": nothing."""
-        self.nats_down_since: float | None = None
-        """`clock()` when the connection was lost; None while it is connected."""
-        self.missing = ""
+        self._healthy_at = self.clock.monotonic()
+        """Time of the last check without a problem."""
+        self._missing: list[str] = []
         """Streams and buckets that were deleted."""
-        self.incomplete = ""
-        """Buckets that lack keys which were not deleted."""
-        self.altered = ""
+        self._altered: list[str] = []
         """Streams that were changed, and how."""
-        self.paused: list[str] = []
+        self._paused: list[str] = []
         """Paused consumers with their streams."""
-        self.clock = clock
-        self._heartbeat_at = clock()
-        self._failed_loops: dict[str, str] = {}
+        self._checked = ChangeSignal()
+        """Notified when streams were checked."""
+        self._in_flight = 0
+        """Commands in flight at the last count."""
         self._since_ms: dict[tuple[str, bool], int] = {}
         """By check and its result: when it was first answered."""
 
-    @property
-    def started(self) -> bool:
-        return not self.phase
-
-    def record_heartbeat(self) -> None:
-        """Called by the event loop far more often than every STUCK_S seconds."""
-        self._heartbeat_at = self.clock()
+    def on_started(self) -> None:
+        """The service has started with verified streams."""
+        self.jetstream_problem = self.phase = ""
+        self._healthy_at = self.clock.monotonic()
 
     def report_failed_loop(self, name: str, detail: str) -> None:
         """Reports that a loop ended for good, so that only a restart helps. `detail` must not contain secrets."""
         self._failed_loops = {**self._failed_loops, name: detail}
 
-    def set_connected(self, connected: bool) -> None:
-        """Starts the clock of an outage unless it runs, or ends the outage."""
-        if connected:
-            self.nats_down_since = None
-        elif self.nats_down_since is None:
-            self.nats_down_since = self.clock()
+    # for the probes ---------------------------------------------------------------------------------
 
     def check_started(self) -> list[Check]:
         """/startupz: once true, true for good."""
@@ -104,7 +107,7 @@ class Health:
 
     def check_live(self) -> list[Check]:
         """/livez: whether a restart would help."""
-        silent_s = self.clock() - self._heartbeat_at
+        silent_s = self.clock.monotonic() - self._heartbeat_at
         stuck = f"no heartbeat for {silent_s:.0f} s" if silent_s >= STUCK_S else ""
         return [
             self._check("event_loop", stuck),
@@ -113,7 +116,7 @@ class Health:
 
     def check_ready(self) -> list[Check]:
         """/readyz: whether this replica can take over bindings."""
-        down_s = 0.0 if self.nats_down_since is None else self.clock() - self.nats_down_since
+        down_s = 0.0 if self._down_since is None else self.clock.monotonic() - self._down_since
         outage = f"disconnected for {down_s:.0f} s" if down_s else ""
         return [
             *self.check_started(),
@@ -126,125 +129,91 @@ class Health:
     def _stream_problems(self) -> str:
         """What is wrong with the streams and what helps; "": nothing."""
         troubles = (
-            ("deleted", self.missing, "restore from the backup, or create empty by `wechat-nats doctor --fix`"),
-            ("incomplete", self.incomplete, "restore from the backup"),
-            ("altered", self.altered, "`wechat-nats doctor --fix`"),
+            ("deleted", self._missing, "restore from the backup, or create empty by `wechat-nats doctor --fix`"),
+            ("incomplete", self._inspector.incomplete, "restore from the backup"),
+            ("altered", self._altered, "`wechat-nats doctor --fix`"),
         )
-        sentences = [f"{problem}: {names}; {advice}" for problem, names, advice in troubles if names]
-        sentences += [f"paused: `nats consumer resume {consumer}`" for consumer in self.paused]
-        return "; ".join(sentences)
+        sentences = [f"{problem}: {', '.join(names)}; {advice}" for problem, names, advice in troubles if names]
+        return "; ".join(sentences + [f"paused: `nats consumer resume {consumer}`" for consumer in self._paused])
 
     def _check(self, name: str, problem: str, *, ok: bool | None = None) -> Check:
         """`ok`: by default, whether there is no problem."""
         ok = not problem if ok is None else ok
-        since_ms = self._since_ms.setdefault((name, ok), time.time_ns() // 1_000_000)
+        since_ms = self._since_ms.setdefault((name, ok), self.clock.now_ms())
         self._since_ms.pop((name, not ok), None)
         return Check(name=name, ok=ok, since_ms=since_ms, detail=problem)
-
-
-class HealthMonitor:
-    """Runs two loops: a heartbeat of the event loop, and checks of JetStream, whose answers may take long.
-
-    Implements inbound.poller.PollGate.
-    """
-
-    def __init__(
-        self,
-        edges: Edges,
-        names: Names,
-        health: Health,
-        inspector: Inspector,
-        inboxes: InboxReader,
-        supervisor: Supervisor,
-    ) -> None:
-        self._connection = edges.connection
-        self._bus, self._media_bus = edges.bus, edges.media_bus
-        self._clock, self._metrics = edges.clock, edges.metrics
-        self._names = names
-        self._health = health
-        self._inspector = inspector
-        self._inboxes = inboxes
-        self._supervisor = supervisor
-        self._polls_need = (
-            names.stream_in,
-            *(f"KV_{bucket}" for bucket in (names.bindings, names.checkpoints, names.conversations)),
-        )
-        self._healthy_at = self._clock.monotonic()
-        """Time of the last check without a problem."""
-        self._missing: set[str] = set()
-        """Deleted streams, and buckets that lacked keys, at the last check."""
-        self._checked = ChangeSignal()
-        self._in_flight = 0
-        """Commands in flight at the last count."""
 
     # whether the bus takes what is done -------------------------------------------------------------
 
     def is_open(self) -> bool:
         """Whether the bus accepts what a poll may bring."""
-        return (
-            self._connection.is_connected
-            and self._bus.is_writable(self._polls_need)
-            and self._missing.isdisjoint(self._polls_need)
-        )
+        is_writable = self._edges.connection.is_connected and self._edges.bus.is_writable(self._polls_need)
+        return is_writable and self._is_complete(self._polls_need)
 
     async def wait_writable(self) -> None:
         """Returns when the bus accepts what a poll may bring."""
-        await self._connection.wait_connected()
-        await self._bus.wait_writable(self._polls_need)
+        await self._edges.connection.wait_connected()
+        await self._edges.bus.wait_writable(self._polls_need)
         await self.wait_complete(self._polls_need)
 
     async def wait_complete(self, streams: Collection[str]) -> None:
         """Returns when these streams exist with all their keys, as far as known."""
-        await self._checked.wait_until(lambda: self._missing.isdisjoint(streams))
+        await self._checked.wait_until(lambda: self._is_complete(streams))
+
+    def _is_complete(self, streams: Collection[str]) -> bool:
+        return not any(name in streams for name in (*self._missing, *self._inspector.incomplete))
 
     # loops ------------------------------------------------------------------------------------------
 
-    def on_started(self) -> None:
-        """Called when the service has started with verified streams."""
-        self._health.jetstream_problem = self._health.phase = ""
-        self._healthy_at = self._clock.monotonic()
-
-    async def heartbeat_forever(self) -> None:
+    async def heartbeat_forever(self, supervisor: Supervisor) -> None:
         """Reports heartbeats to the probes, and sets the sampled gauges, until cancelled."""
-        loop, metrics = asyncio.get_running_loop(), self._metrics
+        loop, edges, metrics = asyncio.get_running_loop(), self._edges, self._edges.metrics
         ticks = 0
         while True:
             due = loop.time() + TICK_S
             await asyncio.sleep(TICK_S)
             metrics.event_loop_lag.observe(max(0.0, loop.time() - due))
-            self._health.record_heartbeat()
-            metrics.nats_connected.set(1 if self._connection.is_connected else 0)
-            self._health.set_connected(self._connection.is_connected)
-            metrics.nats_publish_oldest.set(max(self._bus.waiting_s, self._media_bus.waiting_s))
+            self.on_heartbeat(is_connected=edges.connection.is_connected)
+            metrics.nats_publish_oldest.set(max(edges.bus.waiting_s, edges.media_bus.waiting_s))
             ticks += 1
             if ticks % OBSERVED_EVERY == 0:
-                self._in_flight = observe(self._supervisor, self._clock, metrics, len(asyncio.all_tasks()))
+                self._in_flight = observe(supervisor, self.clock, metrics, len(asyncio.all_tasks()))
             if ticks % EVICTED_EVERY == 0:
-                for shard in self._supervisor.shards.values():
+                for shard in supervisor.shards.values():
                     shard.evict_idle()
 
+    def on_heartbeat(self, *, is_connected: bool) -> None:
+        """The event loop runs; far more often than every STUCK_S seconds."""
+        self._heartbeat_at = self.clock.monotonic()
+        self._edges.metrics.nats_connected.set(1 if is_connected else 0)
+        if is_connected:
+            self._down_since = None
+        elif self._down_since is None:
+            self._down_since = self._heartbeat_at
+
     async def check_jetstream_forever(self) -> None:
-        """Checks until cancelled that JetStream answers and accepts writes, and that its streams exist."""
-        rounds = 0
+        """Checks until cancelled that JetStream answers and accepts writes, and that its streams exist; beside the
+        heartbeat, since its answers may take long."""
+        connection, rounds = self._edges.connection, 0
         while True:
-            await self._clock.sleep(CHECK_S)
-            if not (self._health.started and self._connection.is_connected):
+            await self.clock.sleep(CHECK_S)
+            if self.phase or not connection.is_connected:
                 continue  # a lost connection has its own check and grace time
             rounds += 1
             try:
-                await self._connection.api_request("INFO", timeout_s=1.0)
-                if rounds % 2 == 1 or self._health.jetstream_problem:  # after an outage something may be missing
+                await connection.api_request("INFO", timeout_s=1.0)
+                if rounds % 2 == 1 or self.jetstream_problem:  # after an outage something may be missing
                     await self._check_streams()
                     await self._check_consumers()
             except (Temporary, BusRefused) as exc:
-                if self._connection.is_connected:
+                if connection.is_connected:
                     self._report_problem(f"JetStream does not answer: {exc.detail or exc.reason}"[:200])
             else:
                 self._report_problem(self._current_problem()[:200])
 
     def _current_problem(self) -> str:
         """Why this replica cannot work although JetStream answers; "": it can."""
-        bus, leases = self._bus, self._supervisor.leases
+        bus, leases = self._edges.bus, self._edges.leases
         if set_back := self._inboxes.set_back:
             return set_back
         if bus.waiting_s > BUS_GRACE_S:
@@ -253,34 +222,33 @@ class HealthMonitor:
 
     def _report_problem(self, problem: str) -> None:
         """Reports a problem after BUS_GRACE_S, since an election takes seconds and this replica keeps its shards."""
-        now = self._clock.monotonic()
+        now = self.clock.monotonic()
         self._healthy_at = self._healthy_at if problem else now
         if not problem or now - self._healthy_at > BUS_GRACE_S:
-            self._health.jetstream_problem = problem
+            self.jetstream_problem = problem
 
     async def _check_streams(self) -> None:
         """Raises Temporary, BusRefused."""
-        missing = await self._inspector.inspect_streams(self._connection)
-        incomplete = self._inspector.incomplete
-        self._missing = {*missing, *incomplete}
-        self._metrics.nats_streams_missing.set(len(self._missing))
-        altered = [f"{name} ({', '.join(d.field for d in found)})" for name, found in self._inspector.altered.items()]
-        self._metrics.nats_streams_altered.set(len(altered) + len(self._health.paused))
-        self._health.missing, self._health.altered = ", ".join(missing), ", ".join(altered)
-        self._health.incomplete = ", ".join(incomplete)
+        metrics, inspector = self._edges.metrics, self._inspector
+        self._missing = await inspector.inspect_streams(self._edges.connection)
+        altered = inspector.altered.items()
+        self._altered = [f"{name} ({', '.join(d.field for d in found)})" for name, found in altered]
+        metrics.nats_streams_missing.set(len({*self._missing, *inspector.incomplete}))
+        metrics.nats_streams_altered.set(len(self._altered) + len(self._paused))
         self._checked.notify_all()
 
     async def _check_consumers(self) -> None:
         """Raises Temporary."""
-        names, metrics = self._names, self._metrics
-        before, paused = self._health.paused, []
+        names, metrics = self._names, self._edges.metrics
+        before, paused = self._paused, []
         for label, stream, consumer in (
             ("router", names.stream_out, topology.ROUTER),
             ("control", names.stream_ctl, topology.CONTROL),
         ):
             try:
-                info = await self._connection.api_request(f"CONSUMER.INFO.{stream}.{consumer}")
-            except BusRefused:  # its owner creates it
+                info = await self._edges.connection.api_request(f"CONSUMER.INFO.{stream}.{consumer}")
+            except BusRefused as exc:  # deleted by an operator; its owner recreates it
+                log.warning("consumer.missing", consumer=consumer, detail=exc.detail)
                 continue
             name = f"{stream} {consumer}"
             if info.get("paused"):
@@ -291,7 +259,7 @@ class HealthMonitor:
                 log.info("consumer.resumed", consumer=consumer)
             metrics.nats_consumer_pending.labels(consumer=label).set(info["num_pending"])
             metrics.nats_consumer_ack_pending.labels(consumer=label).set(info["num_ack_pending"])
-        self._health.paused = paused
+        self._paused = paused
         waiting = max(0, self._inspector.message_count(names.stream_out) - self._in_flight)
         metrics.nats_consumer_pending.labels(consumer="out").set(waiting)
         metrics.nats_consumer_ack_pending.labels(consumer="out").set(self._in_flight)

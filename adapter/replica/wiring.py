@@ -47,7 +47,7 @@ from adapter.ownership import replica_status
 from adapter.ownership.replica_status import OtherReplicas, PollerStatus, ReplicaStatus
 from adapter.ownership.tenure import Tenure
 from adapter.replica.edges import Edges
-from adapter.replica.health import Health, HealthMonitor
+from adapter.replica.health import Health
 from adapter.replica.supervisor import Supervisor
 from adapter.security.seal import Sealer
 from adapter.services.health import BotHealth
@@ -111,7 +111,8 @@ class Replica:
 
         # what runs, and how it is
         self.others = OtherReplicas(edges.core, names, leases)
-        self.health = Health()
+        inspector = Inspector(names, settings, at_least={names.bindings: lambda: len(bindings)})
+        self.health = Health(edges, names, inspector, self.inboxes)
         self.supervisor = supervisor = new_supervisor(
             bindings,
             leases,
@@ -121,14 +122,6 @@ class Replica:
             clock,
             capacity=settings.capacity,
             on_failed=self.health.report_failed_loop,
-        )
-        self.health_monitor = HealthMonitor(
-            edges,
-            names,
-            self.health,
-            Inspector(names, settings, at_least={names.bindings: lambda: len(bindings)}),
-            self.inboxes,
-            supervisor,
         )
 
         # inbound
@@ -173,8 +166,8 @@ class Replica:
             leases=leases,
             others=self.others,
             max_payload=lambda: edges.connection.max_payload,
-            is_writable=self.health_monitor.is_open,
-            wait_writable=self.health_monitor.wait_writable,
+            is_writable=self.health.is_open,
+            wait_writable=self.health.wait_writable,
             stale_retry_s=stale_retry_s,
             login_polls_s=login_polls_s,
             keep_s=unbound_s,
@@ -269,7 +262,7 @@ class Replica:
             edges.bucket(self.names.logins),
             events,
             edges.core,
-            wait_complete=lambda: self.health_monitor.wait_complete([f"KV_{self.names.bindings}"]),
+            wait_complete=lambda: self.health.wait_complete([f"KV_{self.names.bindings}"]),
             owner=tenure,
             clock=self.clock,
             metrics=self.metrics,

@@ -13,7 +13,7 @@ from adapter.contract.names import Names
 from adapter.errors import BusRefused, Temporary
 from adapter.jetstream.topology import Difference
 from adapter.observability.metrics import Metrics
-from adapter.replica.health import BUS_GRACE_S, CHECK_S, Health, HealthMonitor
+from adapter.replica.health import BUS_GRACE_S, CHECK_S, Health
 from tests.fakes import FakeClock
 
 VIRTUAL_TIME = True
@@ -26,7 +26,6 @@ class Replica:
 
     def __init__(self) -> None:
         self.clock = FakeClock()
-        self.health = Health(clock=self.clock.monotonic)
         self.metrics = Metrics()
         self.connection = SimpleNamespace(is_connected=True, api_request=self._api)
         self.publisher = SimpleNamespace(waiting_s=0.0, last_error="WECHAT_IN: full")
@@ -37,21 +36,23 @@ class Replica:
         self.incomplete: list[str] = []
         self.paused = False
         self.looks = 0
-        edges = SimpleNamespace(
+        edges: Any = SimpleNamespace(
             connection=self.connection,
             bus=self.publisher,
             media_bus=self.publisher,
             clock=self.clock,
             metrics=self.metrics,
+            leases=self.leases,
         )
         shard = SimpleNamespace(queue_depths=lambda parked: (4, None), tasks=0, throttled_bots=set())
-        supervisor = SimpleNamespace(leases=self.leases, bindings=(), pollers={}, shards={1: shard})
-        parts: Any = edges, self, SimpleNamespace(set_back=""), supervisor
-        self.monitor = HealthMonitor(parts[0], NAMES, self.health, *parts[1:])
-        self.monitor.on_started()
+        supervisor: Any = SimpleNamespace(leases=self.leases, bindings=(), pollers={}, shards={1: shard})
+        inspector: Any = self
+        inboxes: Any = SimpleNamespace(set_back="")
+        self.health = Health(edges, NAMES, inspector, inboxes)
+        self.health.on_started()
         self.tasks = [
-            asyncio.create_task(self.monitor.check_jetstream_forever()),
-            asyncio.create_task(self.monitor.heartbeat_forever()),
+            asyncio.create_task(self.health.check_jetstream_forever()),
+            asyncio.create_task(self.health.heartbeat_forever(supervisor)),
         ]
 
     @property
@@ -143,10 +144,10 @@ async def test_what_is_gone_or_lacks_keys_is_told_and_waited_for() -> None:
         " incomplete: KV_wechat_bindings; restore from the backup",
     )
     waits = [
-        asyncio.create_task(replica.monitor.wait_complete(["WECHAT_OUT", name]))
+        asyncio.create_task(replica.health.wait_complete(["WECHAT_OUT", name]))
         for name in ("WECHAT_IN", "KV_wechat_bindings")
     ]
-    await replica.monitor.wait_complete(["WECHAT_OUT"])
+    await replica.health.wait_complete(["WECHAT_OUT"])
     assert not any(wait.done() for wait in waits)
     assert replica.metrics.value("nats_streams_missing") == 2
     assert replica.metrics.value("nats_consumer_pending", consumer="out") == 6  # 10 stored, 4 in hand
@@ -164,7 +165,7 @@ async def test_what_was_changed_is_told_as_long_as_it_is_so() -> None:
     (check,) = (check for check in replica.health.check_ready() if check.name == "streams")
     assert (check.ok, check.detail) == (False, "altered: WECHAT_IN (republish); `wechat-nats doctor --fix`")
     assert replica.metrics.value("nats_streams_altered") == 1
-    await replica.monitor.wait_complete(["WECHAT_IN"])
+    await replica.health.wait_complete(["WECHAT_IN"])
     replica.altered = {}
     await asyncio.sleep(2 * CHECK_S)
     assert all(check.ok for check in replica.health.check_ready())
@@ -195,7 +196,7 @@ async def test_a_consumer_that_is_paused_is_told_once_until_it_is_not() -> None:
         assert replica.metrics.value("nats_streams_altered") == 1
         replica.paused = False
         await asyncio.sleep(4 * CHECK_S)
-    assert (replica.health.paused, replica.metrics.value("nats_streams_altered")) == ([], 0)
+    assert (replica.health._paused, replica.metrics.value("nats_streams_altered")) == ([], 0)
     assert [line["event"] for line in logs if line.get("consumer") == "router"] == [
         "consumer.paused",
         "consumer.resumed",
