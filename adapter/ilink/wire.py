@@ -108,7 +108,7 @@ class WireMedia(msgspec.Struct):
 
 
 class MediaPayload(msgspec.Struct):
-    """4.3. `aeskey` is hex, and preferred to the key in `media`."""
+    """What all media have. `aeskey` is hex, and preferred to the key in `media`."""
 
     media: Any = None
     aeskey: Any = None

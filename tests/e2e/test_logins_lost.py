@@ -84,7 +84,7 @@ def _refuse_sends(made: World, bot: BotRecord) -> None:
 
 @pytest.mark.parametrize("evidence", ["notifystart", "poll"])
 async def test_minus_14_on_one_message_refuses_it_and_nothing_else(tmp_path: Path, evidence: str) -> None:
-    """15.3: so iLink answers to a message that it does not like, too, while the session lives."""
+    """So iLink answers to a message that it does not like, too, while the session lives."""
     async with world(tmp_path, parts=SOON) as made:
         nc, bot = await made.begun()
         made.sim.set_fault(FaultRule(fault="F10", params={"text": "cursed"}))

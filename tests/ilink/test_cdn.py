@@ -337,7 +337,7 @@ async def test_a_refused_connection_is_tried_again_by_the_caller(rig: Rig) -> No
 
 
 async def test_what_is_asked_of_the_cdn_names_no_bot(rig: Rig) -> None:
-    """3.9: no iLink headers."""
+    """No iLink headers."""
     heads = []
 
     async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:

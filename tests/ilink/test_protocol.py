@@ -529,7 +529,7 @@ def test_the_uin_is_the_decimal_text_in_base64(number: int, header: str) -> None
     ids=lambda request: request.endpoint,
 )
 def test_every_post_carries_all_headers(request_: protocol.IlinkRequest) -> None:
-    """2.1; no Content-Length by hand."""
+    """Exactly these headers; no Content-Length by hand."""
     assert request_.headers == {
         "Content-Type": "application/json",
         "AuthorizationType": "ilink_bot_token",
@@ -550,7 +550,7 @@ def test_the_uin_of_any_uint32_decodes_to_its_text() -> None:
 
 
 def test_a_send_has_the_official_shape() -> None:
-    """3.4: exactly these fields, one item."""
+    """Exactly these fields, one item."""
     request = send_request()
     assert request.path == "/ilink/bot/sendmessage"
     assert msgspec.json.decode(request.body)["msg"] == {
@@ -669,7 +669,7 @@ MEDIA = {
     ],
 )
 def test_media_go_out_in_the_official_least_shape(kind: MediaKind, item: dict[str, Any]) -> None:
-    """9.4, and the example of 9.3."""
+    """As the protocol's pages on outbound items and test vectors have them."""
     media = Uploaded(kind, "hello.txt", 14, 16, "REF", KEY)
     request = protocol.message_request(
         "bot:secret",
@@ -704,7 +704,7 @@ def test_keys_and_links_are_in_no_repr() -> None:
 
 
 def test_a_qr_code_is_asked_for_without_authorization_and_base_info() -> None:
-    """2.1, 2.3, 3.1: ten tokens at most, the newest."""
+    """Ten tokens at most, the newest."""
     request = protocol.qrcode_request(305419896, [f"token-{n}" for n in range(12)])
     assert (request.method, request.path) == ("POST", "/ilink/bot/get_bot_qrcode?bot_type=3")
     assert request.headers == {
@@ -718,7 +718,6 @@ def test_a_qr_code_is_asked_for_without_authorization_and_base_info() -> None:
 
 
 def test_a_status_is_asked_for_by_get_with_the_app_headers_alone() -> None:
-    """2.2, 3.2."""
     request = protocol.qrcode_status_request("a/b&c=1 é", "")
     assert (request.method, request.body) == ("GET", b"")
     assert request.path == "/ilink/bot/get_qrcode_status?qrcode=a%2Fb%26c%3D1%20%C3%A9"

@@ -122,7 +122,7 @@ def test_what_ilink_leaves_out_is_empty() -> None:
 
 
 def test_the_bots_own_words_are_an_echo() -> None:
-    """4.1: filtered out, so that no bot answers itself."""
+    """Filtered out, so that no bot answers itself."""
     assert said("bot-echo").echo
 
 
@@ -148,7 +148,6 @@ def test_an_echo_needs_no_sender(sender: str | None, fields: dict[str, Any]) -> 
     ids=["named", "number", "sender", "empty", "zero", "zero as text", "none"],
 )
 def test_what_was_written_in_a_group_is_known(fields: dict[str, Any], group: bool, more: dict[str, Any]) -> None:
-    """1.3 and 4.1."""
     assert read_message(changed("text", **fields, **more)).group == group
 
 
@@ -323,7 +322,6 @@ KEY_FORMS: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
 @pytest.mark.parametrize("kind", PAYLOADS)
 @pytest.mark.parametrize(("media", "fields"), [row[1:] for row in KEY_FORMS], ids=[row[0] for row in KEY_FORMS])
 def test_a_key_is_read_in_every_form(kind: str, media: dict[str, Any], fields: dict[str, Any]) -> None:
-    """9.2."""
     (fetch,) = with_media(kind, {"full_url": URL, **media}, **fields).fetches
     assert fetch.key == AES
 

@@ -18,7 +18,7 @@ LONG = SimulatorSettings(hold_ms=60_000, qr_hold_ms=60_000, overlap_grace_ms=5, 
 
 
 def headers(token: str | None = None) -> dict[str, str]:
-    """All that 2.1 asks for."""
+    """All headers of a POST."""
     uin = base64.b64encode(str(random.getrandbits(32)).encode()).decode()
     sent = {
         "Content-Type": "application/json",

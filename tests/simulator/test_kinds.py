@@ -65,7 +65,7 @@ async def test_s21_numeric_ids_above_2_to_the_53_stand_as_digits_on_the_wire(cli
 
 
 async def test_s21_ids_are_numbers_in_messages_and_quotes_unless_a_setting_says_otherwise(client: Client) -> None:
-    """4.6: clients that decode an int64 lose a message whose id is a string."""
+    """Clients that decode an int64 lose a message whose id is a string."""
     for style, expected in (("number", [int] * 4), ("string", [str] * 4), ("alternate", [str, int, str, int])):
         client.sim.configure(inbound_id_style=style)
         client.sim.add_bot(client.bot.user)
@@ -192,7 +192,7 @@ async def test_s21_a_partial_quote_is_found_again_by_its_ends(client: Client, pa
 
 
 def find_part(text: str, partial: Json) -> str:
-    """The reading of 4.5 that counts over the whole text."""
+    """The reading of a quote's part that counts over the whole text."""
     start = nth_place(text, partial["start"], partial["startindex"])
     end = nth_place(text, partial["end"], partial["endindex"])
     return text[start : end + len(partial["end"])]

@@ -325,7 +325,7 @@ async def test_s10_several_items_may_be_refused(make: MakeClient, style: str, re
 async def test_incomplete_sends_may_be_answered_like_a_dead_token(
     make: MakeClient, changes: dict[str, Any], why: str
 ) -> None:
-    """15.3: their structure is checked before the context token, and the session lives."""
+    """Their structure is checked before the context token, and the session lives."""
     client = await make(incomplete_sends="-14", stale_style="both")
     client.sim.say(client.bot.user, "hello")
 
