@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from adapter.contract.headers import author_traceparent, command_traceparent, derive_traceparent
-from adapter.contract.names import H_TRACEPARENT
+from adapter.contract.names import H_TRACEPARENT, author_traceparent, command_traceparent, derive_traceparent
 
 WHOLE = "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01"
 

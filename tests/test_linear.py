@@ -18,7 +18,7 @@ import pytest
 import adapter
 from adapter.cli import output, stdin, stored
 from adapter.console import server
-from adapter.contract import headers, names
+from adapter.contract import names
 from adapter.errors import Refused, Unreadable
 from adapter.ilink import cipher, network, protocol, wire
 from adapter.jetstream import client
@@ -85,8 +85,8 @@ RULES: dict[str, Callable[[str], object]] = {
     "a key": cipher._HEX_KEY.fullmatch,
     "a name": name,
     "the id of a login": registry._ID.fullmatch,
-    "a header of a command": lambda text: headers.forwardable_headers({text: text}),
-    "a traceparent": lambda text: headers.author_traceparent({"traceparent": text}),
+    "a header of a command": lambda text: names.forwardable_headers({text: text}),
+    "a traceparent": lambda text: names.author_traceparent({"traceparent": text}),
     "headers of a message": lambda text: client.parse_headers(b"NATS/1.0\r\n" + raw(text) + b"\r\n"),
     "headers to write": lambda text: client._publish_command("a", "", {"a": text, text: "a"}, b""),
     "a complaint of the server": lambda text: client.permission_violation(Exception(text)),
@@ -103,7 +103,6 @@ TRIED = {
     "cli/output.py": 2,
     "cli/stdin.py": 1,
     "console/server.py": 3,
-    "contract/headers.py": 2,
     "ilink/cipher.py": 1,
     "ilink/protocol.py": 2,
     "ilink/network.py": 2,
@@ -112,7 +111,7 @@ TRIED = {
     "logins/registry.py": 1,
     "observability/logs.py": 4,
     "kit/json_repair.py": 4,
-    "contract/names.py": 3,
+    "contract/names.py": 5,
     "outbound/commands.py": 3,
     "outbound/texts.py": 6,
 }

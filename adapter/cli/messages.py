@@ -19,9 +19,17 @@ from adapter.cli.options import Age, Json, MaybeSandbox, Sandbox, flag, moment
 from adapter.cli.send import describe
 from adapter.cli.stored import listed_command_of
 from adapter.content.quotes import kind_of
-from adapter.contract.headers import derive_traceparent
 from adapter.contract.messages import Inbound, Outbound, OutText, Receipt
-from adapter.contract.names import H_COMMAND, H_MSG_ID, H_REASON, H_SANDBOX, H_TRACEPARENT, Names, stream_of
+from adapter.contract.names import (
+    H_COMMAND,
+    H_MSG_ID,
+    H_REASON,
+    H_SANDBOX,
+    H_TRACEPARENT,
+    Names,
+    derive_traceparent,
+    stream_of,
+)
 from adapter.errors import UNDECODABLE
 from adapter.ports import StoredMessage
 

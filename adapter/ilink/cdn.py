@@ -23,10 +23,8 @@ from adapter.ports import Account, MediaKind, MediaRef, Pieces, Uploaded
 STALL_S = 30.0
 """A transfer ends when no byte has moved for this long."""
 SLOWEST = 4096
-"""Bytes a second. A transfer that is slower ends, apart from STALL_S for an upload and GRACE_S for a download: its
-user waits for it, and other transfers for its slot."""
-GRACE_S = 10.0
-"""A message waits a minute for its media. In that time several slow downloads have to release their slots."""
+"""Bytes a second. A transfer that is slower ends, apart from STALL_S: its user waits for it, and other transfers for
+its slot."""
 TRANSFERS = 8
 """Concurrent transfers of a replica, for all users. Each takes CPU time, and more would delay messages."""
 ATTEMPTS = 3
@@ -50,7 +48,6 @@ class CdnClient:
         allowed_hosts: tuple[str, ...],
         max_bytes: int,
         stall_s: float = STALL_S,
-        grace_s: float = GRACE_S,
         resolver: Resolver | None = None,
     ) -> None:
         self._ilink = ilink
@@ -59,7 +56,6 @@ class CdnClient:
         self._allowed_hosts = allowed_hosts
         self._max_bytes = max_bytes
         self._stall_s = stall_s
-        self._grace_s = grace_s
         self._resolver = resolver or Resolver(allowed_hosts)
         # no client of httpx, which would keep cookies, follow redirects and unpack
         self._transport = httpx.AsyncHTTPTransport(
@@ -115,7 +111,7 @@ class CdnClient:
         size, waited_s = 0, 0.0
         with self._counted_request("cdn_download"):
             async with contextlib.AsyncExitStack() as stack:
-                async with asyncio.timeout(self._grace_s):
+                async with asyncio.timeout(self._stall_s):
                     # compression is not requested: a small answer must not unpack into a huge one
                     headers = {**HEADERS, "Accept-Encoding": "identity"}
                     response = await stack.enter_async_context(self._exchange("GET", url, headers))
@@ -123,7 +119,7 @@ class CdnClient:
                 pieces = response.aiter_raw()
                 while True:
                     began = clock()
-                    async with asyncio.timeout(_transfer_timeout_s(self._grace_s, size) - waited_s):
+                    async with asyncio.timeout(self._longest_s(size) - waited_s):
                         piece = await anext(pieces, b"")
                     if not piece:
                         return
@@ -173,7 +169,7 @@ class CdnClient:
         with self._counted_request("cdn_upload"):
             body = _encrypt_pieces(read, key, size)
             async with (
-                asyncio.timeout(_transfer_timeout_s(self._stall_s, size)),
+                asyncio.timeout(self._longest_s(size)),
                 contextlib.aclosing(body),
                 self._exchange("POST", url, headers, body) as response,
             ):
@@ -185,6 +181,10 @@ class CdnClient:
             if not answered.get(PARAM):
                 raise Temporary("unreadable", f"The CDN answered success without {PARAM}.")
             return answered[PARAM]
+
+    def _longest_s(self, size: int) -> float:
+        """Longest time for a transfer of `size` bytes."""
+        return self._stall_s + size / SLOWEST
 
     @contextlib.asynccontextmanager
     async def _exchange(
@@ -266,8 +266,3 @@ async def _encrypt_pieces(read: Read, key: bytes, size: int) -> Pieces:
     if remaining:
         raise Refused("media", f"The media have not the announced size of {size} bytes.")
     yield work.finish()
-
-
-def _transfer_timeout_s(grace_s: float, size: int) -> float:
-    """Longest time for a transfer of `size` bytes."""
-    return grace_s + size / SLOWEST

@@ -156,10 +156,10 @@ class Connection(asyncio.Protocol):
             self._keeps = False
             if not self._is_complete:
                 self._fail(Uncertain("network", type(exc).__name__))
-        if self._is_complete:
-            self._finish()
-        elif self._read > self._limit + HEAD_BYTES:
+        if self._read > self._limit + HEAD_BYTES:
             self._fail(Uncertain("unreadable", f"the answer exceeds {self._limit} bytes"))
+        elif self._is_complete:
+            self._finish()
 
     def eof_received(self) -> None:
         """The server closes its side, so this side closes, too; `connection_lost` follows."""

@@ -100,9 +100,6 @@ class IlinkReply(msgspec.Struct, frozen=True):
     body: bytes
     secrets: tuple[str, ...] = ()
     """The secrets of its request."""
-    tells_tokens: bool = False
-    """The error text may have secrets that the request does not have, such as context tokens: long words are
-    removed."""
 
 
 def uin(number: int) -> str:
@@ -299,7 +296,9 @@ def unpack(reply: IlinkReply, limit: int) -> IlinkReply:
         problem = f"the answer exceeds {limit} bytes"
     if problem and 200 <= reply.status < 300:
         raise Uncertain("unreadable", problem)
-    return msgspec.structs.replace(reply, body=b"" if problem else body)
+    return (
+        reply if body is reply.body and not problem else msgspec.structs.replace(reply, body=b"" if problem else body)
+    )
 
 
 def read_updates(reply: IlinkReply, *, polled_s: float) -> Polled:
@@ -308,7 +307,6 @@ def read_updates(reply: IlinkReply, *, polled_s: float) -> Polled:
     524 late in a poll is how the edge ends an idle poll, and an empty body is accepted by all clients: both are an
     empty answer. `polled_s`: duration of the poll.
     """
-    reply = msgspec.structs.replace(reply, tells_tokens=True)
     if reply.status == EDGE_TIMEOUT:
         _find_refusal(reply)
     elif reply.body.strip() or not 200 <= reply.status < 300:
@@ -487,9 +485,8 @@ def _decode(reply: IlinkReply, kind: type[A]) -> A:
         for secret in reply.secrets:
             if len(secret) >= SECRET_CHARS:
                 words = words.replace(secret, HIDDEN)
-        if reply.tells_tokens:
-            words = _LONG.sub(HIDDEN, words)
-        answer.errmsg = msgspec.Raw(msgspec.json.encode(words[:WORDS_CHARS]))
+        words = _LONG.sub(HIDDEN, words)[:WORDS_CHARS]  # context tokens in the answer to a poll, for one
+        answer.errmsg = msgspec.Raw(msgspec.json.encode(words))
     return answer
 
 

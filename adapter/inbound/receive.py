@@ -21,7 +21,6 @@ from adapter.bindings.registry import Bindings
 from adapter.content.dedup import DedupWindow
 from adapter.content.quotes import resolve_quote
 from adapter.contract import messages as contract
-from adapter.contract.headers import derive_traceparent
 from adapter.contract.messages import Inbound, InboundItem
 from adapter.contract.names import (
     H_BOT,
@@ -32,6 +31,7 @@ from adapter.contract.names import (
     H_TRACEPARENT,
     MAX_SEQ,
     Names,
+    derive_traceparent,
     digest,
 )
 from adapter.contract.records import Binding

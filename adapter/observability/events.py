@@ -11,7 +11,6 @@ import msgspec
 import structlog
 
 from adapter.contract import messages as contract
-from adapter.contract.headers import author_traceparent, derive_traceparent, forwardable_headers
 from adapter.contract.names import (
     H_BODY,
     H_COMMAND,
@@ -28,6 +27,9 @@ from adapter.contract.names import (
     H_TRACEPARENT,
     H_USER,
     Names,
+    author_traceparent,
+    derive_traceparent,
+    forwardable_headers,
 )
 from adapter.errors import UNDECODABLE, BusRefused, Conflict, Temporary
 from adapter.kit.timing import Clock, backoff

@@ -12,7 +12,6 @@ from typing import Any, Literal, NamedTuple, TypeAlias
 import msgspec
 from msgspec.structs import replace
 
-from adapter.contract.headers import forwardable_headers
 from adapter.contract.messages import (
     COMMAND_BYTES,
     CommandId,
@@ -23,7 +22,7 @@ from adapter.contract.messages import (
     OutVideo,
     OutVoice,
 )
-from adapter.contract.names import H_COMMAND, H_SEALED, check_sandbox, digest, is_sandbox
+from adapter.contract.names import H_COMMAND, H_SEALED, check_sandbox, digest, forwardable_headers, is_sandbox
 from adapter.errors import UNDECODABLE, Refused, Unreadable
 from adapter.kit.json_repair import without_halves
 from adapter.outbound import texts

@@ -22,8 +22,7 @@ import msgspec
 import structlog
 
 from adapter.contract import messages as contract
-from adapter.contract.headers import author_traceparent, command_traceparent
-from adapter.contract.names import H_COMMAND, H_MSG_ID, UNROUTED
+from adapter.contract.names import H_COMMAND, H_MSG_ID, UNROUTED, author_traceparent, command_traceparent
 from adapter.errors import BusRefused, Crashed, LeaseLost, Refused, Unreadable
 from adapter.kit.persist import persist
 from adapter.kit.tasks import TaskSet

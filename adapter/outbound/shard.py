@@ -26,8 +26,15 @@ import structlog
 
 from adapter.bindings.registry import Bindings, account_of
 from adapter.contract import messages as contract
-from adapter.contract.headers import author_traceparent, command_traceparent
-from adapter.contract.names import H_COMMAND, H_MSG_ID, H_TRACEPARENT, UNROUTED, Names
+from adapter.contract.names import (
+    H_COMMAND,
+    H_MSG_ID,
+    H_TRACEPARENT,
+    UNROUTED,
+    Names,
+    author_traceparent,
+    command_traceparent,
+)
 from adapter.contract.records import Binding
 from adapter.errors import BusRefused, Crashed, LeaseLost, RecordTooNew, Refused, Temporary, Unreadable
 from adapter.kit.batches import Batches

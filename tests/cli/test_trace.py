@@ -10,8 +10,7 @@ import pytest
 
 from adapter.cli.bus import BusConnection
 from adapter.cli.embedded import EmbeddedNats
-from adapter.contract.headers import derive_traceparent
-from adapter.contract.names import H_COMMAND, H_REASON, H_SANDBOX, H_TRACEPARENT
+from adapter.contract.names import H_COMMAND, H_REASON, H_SANDBOX, H_TRACEPARENT, derive_traceparent
 from adapter.simulator import BotRecord, Simulator
 from tests.cli.conftest import START_S, Command
 

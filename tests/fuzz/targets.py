@@ -22,11 +22,13 @@ from adapter.console import server
 from adapter.content import media
 from adapter.content.dedup import SIZE, DedupWindow
 from adapter.contract import messages as contract
-from adapter.contract.headers import HEADER_CHARS, HEADERS_KEPT, forwardable_headers
 from adapter.contract.messages import Bind, Inbound, MediaPiece, MediaQuery, Unbind
 from adapter.contract.names import (
+    HEADER_CHARS,
+    HEADERS_KEPT,
     Names,
     conversation_key,
+    forwardable_headers,
     from_subject_token,
     is_inbox,
     to_subject_token,

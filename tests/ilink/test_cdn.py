@@ -297,7 +297,7 @@ async def test_a_download_that_comes_byte_by_byte_ends(rig: Rig, begun: bytes) -
             told += 1
             await asyncio.sleep(0.01)
 
-    assert await failure(fetch_from(rig, serve, grace_s=0.2)) == (Temporary, "timeout")
+    assert await failure(fetch_from(rig, serve, stall_s=0.2)) == (Temporary, "timeout")
     assert told < bytes_told
 
 
@@ -314,7 +314,7 @@ async def test_a_download_may_take_long_where_bytes_come_or_nobody_takes_them(ri
             await asyncio.sleep(0.1)
 
     async with server(serve) as host:
-        other = Rig(rig.sim, allowed_hosts=(host,), grace_s=0.5)
+        other = Rig(rig.sim, allowed_hosts=(host,), stall_s=0.5)
         came, began = 0, asyncio.get_running_loop().time()
         async for got in other.cdn.download(MediaRef(0, f"http://{host}/", "", None, "")):
             if not came:

@@ -153,7 +153,7 @@ def test_a_refusal_keeps_what_ilink_said() -> None:
 
 def test_a_long_errmsg_is_cut() -> None:
     with pytest.raises(Refused) as caught:
-        read_sent(reply({"ret": -7, "errmsg": "x" * 100_000}))
+        read_sent(reply({"ret": -7, "errmsg": "words " * 20_000}))
     assert len(caught.value.errmsg) == 200
     assert len(caught.value.detail) < 300
 

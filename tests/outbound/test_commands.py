@@ -7,8 +7,8 @@ from typing import Any
 import msgspec
 import pytest
 
-from adapter.contract.headers import forwardable_headers
 from adapter.contract.messages import Outbound
+from adapter.contract.names import forwardable_headers
 from adapter.errors import Refused, Unreadable
 from adapter.outbound.commands import (
     Command,

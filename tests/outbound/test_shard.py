@@ -10,8 +10,7 @@ import msgspec
 import pytest
 from structlog.testing import capture_logs
 
-from adapter.contract.headers import derive_traceparent
-from adapter.contract.names import H_MSG_ID, H_USER, UNROUTED
+from adapter.contract.names import H_MSG_ID, H_USER, UNROUTED, derive_traceparent
 from adapter.errors import BusRefused, Refused, Temporary
 from adapter.outbound.commands import copy_headers
 from adapter.outbound.record import CommandRef
