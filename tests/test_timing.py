@@ -128,7 +128,7 @@ async def rounds_of(turns: PerTickLimiter, count: int, *, cancelled: int | None 
             loop.call_soon(tick)
 
     async def take(number: int) -> None:
-        await turns.wait_turn()
+        await turns.wait_tick()
         had[number] = now
 
     tasks = [asyncio.create_task(take(number)) for number in range(count)]
@@ -152,4 +152,4 @@ async def test_so_many_have_their_turn_in_each_round_and_the_others_in_their_ord
 async def test_one_that_is_cancelled_as_it_waits_takes_no_turn() -> None:
     turns = PerTickLimiter(1)
     assert max(Counter(await rounds_of(turns, 4, cancelled=2)).values()) == 1
-    await turns.wait_turn()
+    await turns.wait_tick()

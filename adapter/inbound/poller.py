@@ -241,7 +241,7 @@ class BotPoller:
                 log.info("poller.fenced", bot=self.bot, reason=exc.reason)
                 return
             except AdapterError as exc:
-                await self._deps.turns.wait_turn()  # iLink may have closed all connections at once
+                await self._deps.ticks.wait_tick()  # iLink may have closed all connections at once
                 problem, retry_after_s = _problem(exc), getattr(exc, "retry_after_s", None)
                 if exc.reason == "inbox_set_back":  # an operator lowers what is stored
                     self._forget_checkpoint()
@@ -257,7 +257,7 @@ class BotPoller:
             if not self._must_stop():
                 await self._pause(wait_s + self._clock.jitter(wait_s / 2))
             self._is_cut = False
-            await self._deps.turns.wait_turn()
+            await self._deps.ticks.wait_tick()
 
     async def _step(self) -> None:
         """Takes the bot, or polls once. Raises LeaseLost, Refused, Temporary."""
@@ -398,7 +398,7 @@ class BotPoller:
                 self._enter(State.PAUSED, "The lease of this replica is not valid.")
                 await self._wait_until(self._leases.changed, lambda: self._leases.is_valid)
                 await self._pause(deps.starts.reserve_delay_s())
-                await deps.turns.wait_turn()
+                await deps.ticks.wait_tick()
                 self.unanswered_since = self._clock.monotonic()
                 continue
             binding = self._bindings.serving(self.bot)
@@ -466,7 +466,7 @@ class BotPoller:
         is_new = polled.cursor not in (None, checkpoint.cursor)
         if polled.messages:
             self._enter(State.STORING)
-            await deps.turns.wait_turn()
+            await deps.ticks.wait_tick()
             await self._receiver.receive(polled, checkpoint)
             self._enter(State.POLLING)
         else:
@@ -519,7 +519,7 @@ class BotPoller:
             self._is_cut = False
             # iLink may see the new poll before the old connection ends, and report two pollers
             await self._pause(AFTER_CANCEL_S)
-            await self._deps.turns.wait_turn()
+            await self._deps.ticks.wait_tick()
             return
         self._timeouts += 1
         self._hold_ms = min(LONGEST_HOLD_MS, 2 * self._hold_ms)

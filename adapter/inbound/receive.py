@@ -117,7 +117,7 @@ class InboundDeps(NamedTuple):
     together for ever."""
     wakeups: WakeupBatcher
     """Groups the next polls of bots that got no message."""
-    turns: PerTickLimiter
+    ticks: PerTickLimiter
     clock: Clock
     metrics: Metrics
 
@@ -195,7 +195,7 @@ class Receiver:
             work += 1 + len(raw) // 1024
             if work > TURN:
                 work = 0
-                await self._deps.turns.wait_turn()
+                await self._deps.ticks.wait_tick()
             one = self._survive(self._read_one, raw, cursor, number, checkpoint, among)
             found.append(one or _Read(raw, outcome="crashed", detail=Crashed().detail))
         return found

@@ -91,8 +91,8 @@ class Consumer:
     """The pull loop of one durable consumer. `confirm_acks`: acknowledgements are repeated until the server confirms
     them, also after a lost connection, for those who rely on it that a settled message never comes again.
 
-    `check` raises LeaseLost unless this replica may read now. `turn` is awaited before each delivery, since nats-py
-    passes on everything that has arrived in one turn of the event loop.
+    `check` raises LeaseLost unless this replica may read now. `wait_tick` is awaited before each delivery, since
+    nats-py passes on everything that has arrived in one turn of the event loop.
     """
 
     def __init__(
@@ -103,14 +103,14 @@ class Consumer:
         *,
         confirm_acks: bool = False,
         check: Callable[[], None] = lambda: None,
-        turn: Callable[[], Awaitable[None]] | None = None,
+        wait_tick: Callable[[], Awaitable[None]] | None = None,
     ) -> None:
         self.connection = connection
         self.name: str = config["name"]
         self._stream = stream
         self._config = config
         self._check = check
-        self._wait_turn = turn
+        self._wait_tick = wait_tick
         self._confirm_acks = confirm_acks
         self._requested = 0
         """Messages that are requested and have not come."""
@@ -191,8 +191,8 @@ class Consumer:
             if broken:  # later messages must not overtake the lost one
                 return
             status = None if msg.reply.startswith(DELIVERED) else (msg.headers or {}).get("Status")
-            if status is None and self._wait_turn is not None:
-                await self._wait_turn()  # the end of the pull also ends the subscription and this task
+            if status is None and self._wait_tick is not None:
+                await self._wait_tick()  # the end of the pull also ends the subscription and this task
             broken = self._deliver(msg, on_delivery) if status is None else self._on_status(status, msg.headers or {})
             if broken or self._requested <= REQUEST_AT:
                 self._changed.notify_all()

@@ -155,8 +155,8 @@ class PerTickLimiter:
         self._remaining = per_round
         self._waiters: deque[asyncio.Future[None]] = deque()
 
-    async def wait_turn(self) -> None:
-        """Waits for the caller's turn, which is now while the limit is not reached."""
+    async def wait_tick(self) -> None:
+        """Waits for the caller's tick, which is this one while the limit is not reached."""
         if self._waiters or not self._remaining:
             waiter = asyncio.get_running_loop().create_future()
             self._waiters.append(waiter)

@@ -93,7 +93,7 @@ class LoginFlow:
         """Codes that expired or were blocked; codes that were replaced before do not count."""
         self._base_url = ""
         """Base URL of the requests about the codes; "": the service's default."""
-        self._turn = asyncio.Lock()
+        self._lock = asyncio.Lock()
         """Held while an answer is applied."""
 
     async def run(self, first: QrCode) -> None:
@@ -102,7 +102,7 @@ class LoginFlow:
             renewing = self._group.create_task(self._renew_codes())
             self._add_code(_Code(1, first))
             await self._wait_until(lambda: self._now().is_over, (self._record.until_ms - self._now_ms()) / 1000)
-            async with self._turn:  # a confirmed bot is being bound
+            async with self._lock:  # a confirmed bot is being bound
                 await self._step(status="expired", reason="time")
             for task in (renewing, *self._codes.values()):
                 task.cancel()
@@ -175,7 +175,7 @@ class LoginFlow:
             await shield_with_grace(self._on_code(code), GRACE_S)
 
     async def _on_code(self, code: QrCode) -> None:
-        async with self._turn:
+        async with self._lock:
             if self._now().status != "wait":
                 return
             self._keep_codes(*[*self._codes][1 - CODES :])
@@ -208,7 +208,7 @@ class LoginFlow:
 
     async def _on_scan(self, code: _Code, sent: str, scan: Scan) -> None:
         """`sent`: the digits in the request, sealed. Raises Refused for an answer that no login could use."""
-        async with self._turn:
+        async with self._lock:
             record = self._now()
             if code not in self._codes or record.is_over:
                 return

@@ -288,7 +288,7 @@ class Conversation:
     async def _step(self) -> None:
         """Does the next thing for the first command."""
         shard, deps, queue = self._shard, self._shard.deps, self.queue
-        await deps.turns.wait_turn()
+        await deps.ticks.wait_tick()
         if self._must_store:
             self._must_store = False
             await self._save()

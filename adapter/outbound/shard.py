@@ -112,7 +112,7 @@ class OutboundDeps(NamedTuple):
     accepted: AcceptedSends
     sealer: Sealer
     inboxes: InboxReader
-    turns: PerTickLimiter
+    ticks: PerTickLimiter
     clock: Clock
     metrics: Metrics
 
@@ -123,7 +123,7 @@ class Shard:
     def __init__(self, number: int, deps: OutboundDeps) -> None:
         self.number = number
         self.deps = deps
-        self.tenure = Tenure(number, deps.leases, deps.turns.wait_turn)
+        self.tenure = Tenure(number, deps.leases, deps.ticks.wait_tick)
         self.is_draining = False
         self.folds = Folds(deps.inboxes, self._on_folded)
         self.typing = TypingIndicators(deps.chat, deps.clock, self.tenure.check)

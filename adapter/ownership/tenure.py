@@ -19,11 +19,11 @@ class Tenure:
     The lease may pause and come back. The tenure is over once the shard is another's, or was given up by `end`.
     """
 
-    def __init__(self, shard: int, leases: Leases, turn: Callable[[], Awaitable[None]] | None = None) -> None:
-        """`turn`: awaited after a pause, so that thousands do not go on at the same time."""
+    def __init__(self, shard: int, leases: Leases, wait_tick: Callable[[], Awaitable[None]] | None = None) -> None:
+        """`wait_tick`: awaited after a pause, so that thousands do not go on at the same time."""
         self.shard = shard
         self._leases = leases
-        self._turn = turn
+        self._wait_tick = wait_tick
         self._is_over = False
 
     def check(self) -> None:
@@ -36,8 +36,8 @@ class Tenure:
         """Waits out a pause of the lease. Raises LeaseLost once the tenure is over."""
         while not self._is_over:
             await self._leases.wait_owned(self.shard, LOOK_S)
-            if self._turn is not None:
-                await self._turn()
+            if self._wait_tick is not None:
+                await self._wait_tick()
             with contextlib.suppress(LeaseLost):
                 return self.check()
             await asyncio.sleep(0)  # whoever is told first may find it paused again

@@ -70,6 +70,6 @@ async def _consume(replica: Replica, shard: Shard, name: str, on_delivery: Calla
         *topology.consumer_config(replica.names, name),
         confirm_acks=name == topology.CONTROL,  # processed again, an old bind would undo a later unbind
         check=shard.ensure_owner,
-        turn=replica.turns.wait_turn,
+        wait_tick=replica.ticks.wait_tick,
     )
     await consumer.run(take_delivery)

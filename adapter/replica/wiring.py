@@ -95,7 +95,7 @@ class Replica:
         self.names = names = Names(settings.prefix)
         self.edges = edges = edges or Edges(settings, names, self.instance)
         self.clock, self.metrics, self.leases = clock, metrics, leases = edges.clock, edges.metrics, edges.leases
-        self.turns = PerTickLimiter(PER_TICK)
+        self.ticks = PerTickLimiter(PER_TICK)
         self.sealer = sealer = Sealer(settings.token_key)
         metrics.bindings_capacity.set(settings.capacity)
 
@@ -174,7 +174,7 @@ class Replica:
             takeovers=asyncio.Semaphore(MAX_CONCURRENT_TAKEOVERS),
             starts=RateLimiter(STARTS_PER_S),
             wakeups=WakeupBatcher(WAKEUP_S),
-            turns=self.turns,
+            ticks=self.ticks,
             clock=clock,
             metrics=metrics,
         )
@@ -198,7 +198,7 @@ class Replica:
             sessions=self.sessions,
             accepted=AcceptedSends(clock),
             inboxes=self.inboxes,
-            turns=self.turns,
+            ticks=self.ticks,
             clock=clock,
             metrics=metrics,
         )

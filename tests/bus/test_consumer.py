@@ -44,12 +44,14 @@ class Reader:
         name: str = topology.CONTROL,
         confirm_acks: bool = False,
         check: Callable[[], None] = lambda: None,
-        turn: Callable[[], Awaitable[None]] | None = None,
+        wait_tick: Callable[[], Awaitable[None]] | None = None,
     ) -> None:
         self.got: list[Delivery] = []
         stream, config = topology.consumer_config(NAMES, name)
         self.stream, self.name, config = stream, name, config | {"max_ack_pending": room}
-        self.consumer = Counted(rig.connection, stream, config, confirm_acks=confirm_acks, check=check, turn=turn)
+        self.consumer = Counted(
+            rig.connection, stream, config, confirm_acks=confirm_acks, check=check, wait_tick=wait_tick
+        )
         self.task = rig.spawn(self.consumer.run(self.got.append))
 
     @property
@@ -103,12 +105,12 @@ async def test_what_has_come_is_delivered_in_its_turn_and_not_after_the_pull_has
     await control(rig, *texts)
     asked, turns = 0, asyncio.Semaphore(0)
 
-    async def turn() -> None:
+    async def wait_tick() -> None:
         nonlocal asked
         asked += 1
         await turns.acquire()
 
-    reader = Reader(rig, room=8, turn=turn)
+    reader = Reader(rig, room=8, wait_tick=wait_tick)
     await until(lambda: asked == 1, "one waits for its turn")
     turns.release()
     await reader.have(1)

@@ -208,7 +208,7 @@ async def test_answers_that_come_at_once_are_stored_a_few_in_each_round_of_the_e
     bench.chat.poll = poll  # type: ignore[method-assign]
     for number, bot in enumerate(bots):
         await bench.bind(f"s{number}", bot, bot.replace("bot", "wechat"))
-    deps = bench.poll_deps(turns=PerTickLimiter(3), read_message=read)
+    deps = bench.poll_deps(ticks=PerTickLimiter(3), read_message=read)
     sessions = [BotPoller(bot, deps) for bot in bots]
     tasks = [asyncio.create_task(session.run()) for session in sessions]
     await asyncio.sleep(5)
@@ -253,7 +253,7 @@ async def test_polls_that_fail_together_begin_again_a_few_in_each_round_of_the_l
     bench.chat.poll = poll  # type: ignore[method-assign]
     for number, bot in enumerate(bots):
         await bench.bind(f"s{number}", bot, bot.replace("bot", "wechat"))
-    deps = bench.poll_deps(turns=PerTickLimiter(3))
+    deps = bench.poll_deps(ticks=PerTickLimiter(3))
     sessions = [BotPoller(bot, deps) for bot in bots]
     tasks = [asyncio.create_task(session.run()) for session in sessions]
     await asyncio.sleep(5)

@@ -154,7 +154,7 @@ async def test_a_huge_answer_is_translated_a_little_in_each_round_of_the_event_l
         return read_message(message)
 
     bench = await ready(words(*range(1000)))
-    await polls(bench, read_message=read, turns=PerTickLimiter(1))
+    await polls(bench, read_message=read, ticks=PerTickLimiter(1))
     assert rounds.seen["read"].total() == 1000
     assert max(rounds.seen["read"].values()) < 200
 
