@@ -158,7 +158,7 @@ class Control:
                 work = partial(self._give_up, number, exc)
                 await persist(work, self._owner, self._clock, "control.give_up", sequence=number)
             await self._deliveries.pop(number).ack()
-        except LeaseLost:
+        except LeaseLost:  # it is delivered to the next owner
             log.info("control.lease_lost", sequence=number)
         finally:
             self._claims.pop(number, None)

@@ -44,8 +44,6 @@ SILENT_S = 15.0
 PULL_BYTES = 1024 * 1024
 """Most bytes of a pull, more than a message of these streams has. A server closes the connection of a client with
 64 MB pending; after the next connect all of it would be redelivered, and the connection closed again."""
-CONFIRM_S = 1.0
-"""Time without a confirmation after which an acknowledgement is repeated."""
 LOST = "a delivery got lost"
 DELIVERED = "$JS.ACK."
 """Start of the reply subject of a delivery. Its headers are the author's, and may contain a `Status`."""
@@ -84,12 +82,14 @@ class Delivery:
 
     async def ack(self) -> None:
         """Acknowledges the message. After a lost acknowledgement it is redelivered with the next connect."""
-        await self._consumer.acknowledge(self)
+        try:
+            await self._consumer.connection.publish(self.reply, b"+ACK")
+        except Temporary:
+            log.debug("ack.lost", consumer=self._consumer.name, seq=self.seq)
 
 
 class Consumer:
-    """The pull loop of one durable consumer. `confirm_acks`: acknowledgements are repeated until the server confirms
-    them, also after a lost connection, for those who rely on it that a settled message never comes again.
+    """The pull loop of one durable consumer.
 
     `check` raises LeaseLost unless this replica may read now. `wait_tick` is awaited before each delivery, since
     nats-py passes on everything that has arrived in one turn of the event loop.
@@ -101,7 +101,6 @@ class Consumer:
         stream: str,
         config: dict[str, Any],
         *,
-        confirm_acks: bool = False,
         check: Callable[[], None] = lambda: None,
         wait_tick: Callable[[], Awaitable[None]] | None = None,
     ) -> None:
@@ -111,7 +110,6 @@ class Consumer:
         self._config = config
         self._check = check
         self._wait_tick = wait_tick
-        self._confirm_acks = confirm_acks
         self._requested = 0
         """Messages that are requested and have not come."""
         self._last_delivery = 0
@@ -122,21 +120,6 @@ class Consumer:
         self.old_to: int | None = None
         """Newest sequence of the stream when this owner read from it first; None: it has not."""
         self._changed = ChangeSignal()
-
-    async def acknowledge(self, delivery: Delivery) -> None:
-        """Acknowledges a delivery. A lost acknowledgement is repeated only if acknowledgements are confirmed."""
-        while True:
-            try:
-                if self._confirm_acks:
-                    await self.connection.request(delivery.reply, b"+ACK", CONFIRM_S)
-                else:
-                    await self.connection.publish(delivery.reply, b"+ACK")
-                return
-            except Temporary:
-                log.debug("ack.lost", consumer=self.name, seq=delivery.seq)
-                if not self._confirm_acks:
-                    return
-                await asyncio.sleep(CONFIRM_S / 10)
 
     async def run(self, on_delivery: Callable[[Delivery], None]) -> None:
         """Delivers until cancelled. After each reset all messages that are not acknowledged are delivered."""

@@ -68,7 +68,6 @@ async def _consume(replica: Replica, shard: Shard, name: str, on_delivery: Calla
     consumer = Consumer(
         replica.edges.connection,
         *topology.consumer_config(replica.names, name),
-        confirm_acks=name == topology.CONTROL,  # processed again, an old bind would undo a later unbind
         check=shard.ensure_owner,
         wait_tick=replica.ticks.wait_tick,
     )

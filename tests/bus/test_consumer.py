@@ -42,16 +42,13 @@ class Reader:
         *,
         room: int = 8,
         name: str = topology.CONTROL,
-        confirm_acks: bool = False,
         check: Callable[[], None] = lambda: None,
         wait_tick: Callable[[], Awaitable[None]] | None = None,
     ) -> None:
         self.got: list[Delivery] = []
         stream, config = topology.consumer_config(NAMES, name)
         self.stream, self.name, config = stream, name, config | {"max_ack_pending": room}
-        self.consumer = Counted(
-            rig.connection, stream, config, confirm_acks=confirm_acks, check=check, wait_tick=wait_tick
-        )
+        self.consumer = Counted(rig.connection, stream, config, check=check, wait_tick=wait_tick)
         self.task = rig.spawn(self.consumer.run(self.got.append))
 
     @property
@@ -190,7 +187,7 @@ async def test_an_owner_cut_off_before_it_reads_knows_what_was_in_flight_before(
 async def test_a_command_is_on_no_disk_once_all_are_acknowledged(rig: Rig, tmp_path: Path) -> None:
     """A bind has a token. A command that waits keeps the file with the others."""
     await control(rig)
-    reader = Reader(rig, room=512, confirm_acks=True)
+    reader = Reader(rig, room=512)
 
     def on_disk() -> set[bytes]:
         return {

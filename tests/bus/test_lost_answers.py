@@ -111,37 +111,6 @@ async def test_an_object_is_stored_once(rig: Rig, lossy: Lossy, place: int) -> N
     assert await count(rig, f"$O.{NAMES.media}.C.>") == 5
 
 
-@pytest.mark.parametrize("part", [b"PUB $JS.ACK.", b"MSG"], ids=["on-its-way", "its-answer"])
-async def test_a_settled_control_command_counts_as_settled(rig: Rig, lossy: Lossy, part: bytes) -> None:
-    """Nobody carries it out again, and a later command of the same sandbox does not wait for its redelivery."""
-    await control(rig, "first", "second")
-    reader = Reader(rig, confirm_acks=True)
-    await reader.have(2)
-    losses = [lossy.lose(part, *([] if part.startswith(b"PUB") else [b" 0\r\n"])) for _ in range(2)]
-    for delivery in reader.got:
-        await delivery.ack()
-    async with asyncio.timeout(PATIENCE_S):
-        while await count(rig, f"{NAMES.prefix}.ctl.>"):
-            await asyncio.sleep(0.05)
-    assert all(loss.has_happened for loss in losses)
-    assert reader.texts == ["first", "second"]
-
-
-async def test_a_control_command_is_settled_although_the_connection_breaks(rig: Rig) -> None:
-    """Only then comes the next one of its sandbox: an old bind that is carried out again undoes an unbind."""
-    await control(rig, "first", "second")
-    reader = Reader(rig, confirm_acks=True)
-    await reader.have(2)
-    rig.bus.kill()
-    await until(lambda: not rig.connection.is_connected, "the connection is broken")
-    settling = asyncio.create_task(reader.got[0].ack())
-    await rig.bus.start()
-    async with asyncio.timeout(PATIENCE_S):
-        await settling
-    state = (await rig.connection.api_request(f"STREAM.INFO.{NAMES.stream_ctl}"))["state"]
-    assert (state["messages"], state["first_seq"]) == (1, reader.got[1].seq)
-
-
 async def test_a_pull_that_gets_lost_is_made_again(rig: Rig, lossy: Lossy) -> None:
     await control(rig, "first")
     loss = lossy.lose(b"PUB $JS.API.CONSUMER.MSG.NEXT.")
