@@ -23,7 +23,7 @@ from adapter.errors import Refused, Unreadable
 from adapter.ilink import cipher, network, protocol, wire
 from adapter.jetstream import client
 from adapter.kit import json_repair
-from adapter.logins import registry
+from adapter.logins import records
 from adapter.observability import logs
 from adapter.outbound import commands
 from adapter.outbound.commands import Limits
@@ -84,7 +84,7 @@ RULES: dict[str, Callable[[str], object]] = {
     "a URL of a code": wire.PLAIN_URL.fullmatch,
     "a key": cipher._HEX_KEY.fullmatch,
     "a name": name,
-    "the id of a login": registry._ID.fullmatch,
+    "the id of a login": records._ID.fullmatch,
     "a header of a command": lambda text: names.forwardable_headers({text: text}),
     "a traceparent": lambda text: names.author_traceparent({"traceparent": text}),
     "headers of a message": lambda text: client.parse_headers(b"NATS/1.0\r\n" + raw(text) + b"\r\n"),
@@ -108,7 +108,7 @@ TRIED = {
     "ilink/network.py": 2,
     "ilink/wire.py": 1,
     "jetstream/client.py": 2,
-    "logins/registry.py": 1,
+    "logins/records.py": 1,
     "observability/logs.py": 4,
     "kit/json_repair.py": 4,
     "contract/names.py": 5,

@@ -18,7 +18,7 @@ from adapter.contract.records import Binding
 from adapter.errors import Refused
 from adapter.kit.timing import Clock
 from adapter.logins.qr import html_element
-from adapter.logins.registry import LoginRegistry
+from adapter.logins.records import LoginRecords
 from adapter.observability.events import BusAccess
 from adapter.ownership.replica_status import OtherReplicas
 from adapter.ports import StoredMessage
@@ -39,7 +39,7 @@ class ConsoleDeps(NamedTuple):
     others: OtherReplicas
     health: BotHealth
     access: BusAccess
-    registry: LoginRegistry
+    registry: LoginRecords
     services: Mapping[str, Callable[[bytes], Awaitable[bytes]]]
     """The handlers of `wechat.svc.*`, by verb: a login is asked for as anybody asks."""
     clock: Clock

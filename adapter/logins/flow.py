@@ -19,20 +19,18 @@ import msgspec
 import structlog
 from msgspec import structs
 
+from adapter.bindings.control import find_outcome
 from adapter.bindings.registry import Bindings
 from adapter.contract import messages as contract
-from adapter.contract.messages import Bind, BindingEvent, Options
-from adapter.contract.names import H_MSG_ID, H_SCHEMA
-from adapter.contract.records import Binding, LoginRecord
+from adapter.contract.messages import Bind, Options
+from adapter.contract.names import H_MSG_ID, H_SCHEMA, Names
+from adapter.contract.records import Binding, ControlOutcome, LoginRecord
 from adapter.errors import BusRefused, Refused, Temporary
 from adapter.kit.timing import Clock, backoff, shield_with_grace, wait_event
 from adapter.logins.qr import check_content
-from adapter.logins.registry import LoginRegistry
-from adapter.logins.steps import ADVICE, next_step
-from adapter.observability.events import BusAccess, read_binding_events
+from adapter.logins.records import ADVICE, LoginRecords, next_step
 from adapter.observability.metrics import Metrics
-from adapter.ownership.leases import Leases
-from adapter.ports import BusMessage, Logins, QrCode, Scan
+from adapter.ports import Bus, BusMessage, Logins, QrCode, Scan
 from adapter.security.seal import Sealer, bind_context, login_context
 
 log = structlog.get_logger()
@@ -53,21 +51,6 @@ DEAD_CODES = 3
 LONGEST_ID, LONGEST_TOKEN = 128, 1024
 
 
-class LoginDeps(NamedTuple):
-    """Dependencies of the flows."""
-
-    logins: Logins
-    registry: LoginRegistry
-    bindings: Bindings
-    leases: Leases
-    access: BusAccess
-    sealer: Sealer
-    clock: Clock
-    metrics: Metrics
-    refresh_s: float
-    """Age at which an unscanned code is replaced."""
-
-
 class _Code(NamedTuple):
     """A code that may be scanned."""
 
@@ -78,12 +61,36 @@ class _Code(NamedTuple):
 class LoginFlow:
     """Continues one login from its first code to its end."""
 
-    def __init__(self, login: str, stored: tuple[LoginRecord, int], options: Options, deps: LoginDeps) -> None:
-        """`stored`: the record with the first code, and its revision."""
+    def __init__(
+        self,
+        login: str,
+        stored: tuple[LoginRecord, int],
+        options: Options,
+        records: LoginRecords,
+        ilink: Logins,
+        bindings: Bindings,
+        bus: Bus,
+        names: Names,
+        sealer: Sealer,
+        clock: Clock,
+        metrics: Metrics,
+        *,
+        refresh_s: float,
+    ) -> None:
+        """`stored`: the record with the first code, and its revision. `refresh_s`: age at which an unscanned code is
+        replaced."""
         self._login = login
         self._record, self._revision = stored
         self._options = options
-        self._deps = deps
+        self._records = records
+        self._ilink = ilink
+        self._bindings = bindings
+        self._bus = bus
+        self._names = names
+        self._sealer = sealer
+        self._clock = clock
+        self._metrics = metrics
+        self._refresh_s = refresh_s
         self._codes: dict[_Code, asyncio.Task[None]] = {}
         """Oldest first, with who asks about it: the newest and the one before it, or only the scanned one. Empty: one
         has to be fetched."""
@@ -114,16 +121,16 @@ class LoginFlow:
 
     def _now(self) -> LoginRecord:
         """The newest record known here: others write digits and an end."""
-        record, revision = self._deps.registry.get(self._login)
+        record, revision = self._records.get(self._login)
         if record is not None and revision > self._revision:
             self._record, self._revision = record, revision
         return self._record
 
     def _now_ms(self) -> int:
-        return self._deps.clock.now_ms()
+        return self._clock.now_ms()
 
     async def _wait_until(self, holds: Callable[[], bool], timeout_s: float | None = None) -> None:
-        await self._deps.registry.changed.wait_until(holds, timeout_s)
+        await self._records.changed.wait_until(holds, timeout_s)
 
     async def _step(self, **changes: object) -> None:
         """Stores a step, unless the login is over."""
@@ -133,16 +140,16 @@ class LoginFlow:
         """Changes the record, unless the login is over."""
         while True:
             try:
-                self._record, self._revision = await self._deps.registry.update(
+                self._record, self._revision = await self._records.update(
                     self._login, lambda record: None if record.is_over else make(record)
                 )
                 return
             except Temporary as exc:
                 log.warning("login.retrying", login=self._login[:6], reason=exc.reason)
-                await self._deps.clock.sleep(RETRY_S)
+                await self._clock.sleep(RETRY_S)
 
     def _seal_url(self, code: QrCode) -> str:
-        return self._deps.sealer.seal(login_context(self._login, "url"), code.url)
+        return self._sealer.seal(login_context(self._login, "url"), code.url)
 
     # codes ------------------------------------------------------------------------------------------
 
@@ -157,18 +164,18 @@ class LoginFlow:
 
     async def _renew_codes(self) -> None:
         """Fetches a code once the newest one is old or dead, and shows it unless somebody has scanned meanwhile."""
-        deps, failures = self._deps, 0
+        failures = 0
         while True:
             if not failures:
-                await wait_event(self._needs_code, deps.refresh_s)
+                await wait_event(self._needs_code, self._refresh_s)
                 await self._wait_until(lambda: self._now().status == "wait")
             try:
-                code = await fetch_code(deps.logins, deps.bindings.of_sandbox(self._record.sandbox), deps.sealer)
+                code = await fetch_code(self._ilink, self._bindings.of_sandbox(self._record.sandbox), self._sealer)
             except Temporary as exc:
                 failures += 1
                 wait_s = exc.retry_after_s or backoff(failures, longest_s=10.0)
                 log.warning("login.no_code", login=self._login[:6], reason=exc.reason, wait_s=wait_s)
-                await deps.clock.sleep(wait_s)
+                await self._clock.sleep(wait_s)
                 continue
             failures = 0
             self._needs_code.clear()
@@ -181,7 +188,7 @@ class LoginFlow:
             self._keep_codes(*[*self._codes][1 - CODES :])
             await self._step(number=(number := self._record.number + 1), url=self._seal_url(code))
             self._add_code(_Code(number, code))
-            self._deps.metrics.qr_refreshes.inc()
+            self._metrics.qr_refreshes.inc()
 
     async def _ask(self, code: _Code) -> None:
         """Asks about a code until it is dead, or another one was scanned.
@@ -189,20 +196,19 @@ class LoginFlow:
         While digits are awaited no request is made, as in the official client: how iLink treats a request without
         them is unknown.
         """
-        deps = self._deps
         while code in self._codes:
             await self._wait_until(lambda: self._now().status != "need_verify_code" or bool(self._record.digits))
             sent, before = self._record.digits, self._record.status
-            digits = deps.sealer.open(login_context(self._login, "digits"), sent) if sent else ""
+            digits = self._sealer.open(login_context(self._login, "digits"), sent) if sent else ""
             try:
-                scan = await deps.logins.read_code(code.code.handle, self._base_url, digits)
+                scan = await self._ilink.read_code(code.code.handle, self._base_url, digits)
                 if scan is not None:
                     await shield_with_grace(self._on_scan(code, sent, scan), GRACE_S)
             except Refused as exc:
                 await self.fail(exc.reason, exc.detail)
             # a redirect during the scan is new
             if scan is None or scan.status == "wait" or before == "scanned":
-                await deps.clock.sleep(PAUSE_S)
+                await self._clock.sleep(PAUSE_S)
 
     # answers ----------------------------------------------------------------------------------------
 
@@ -219,7 +225,7 @@ class LoginFlow:
                     await self._on_already_bound()
                 case "scaned_but_redirect":
                     if scan.redirect_host:
-                        self._base_url = self._deps.logins.redirect_base_url(scan.redirect_host, self._base_url)
+                        self._base_url = self._ilink.redirect_base_url(scan.redirect_host, self._base_url)
                     if record.status == "wait":
                         await self._on_scanned(code, "", status="scanned")
                 case "scaned" if record.status != "scanned":
@@ -264,24 +270,24 @@ class LoginFlow:
 
     async def _on_already_bound(self) -> None:
         """iLink does not say which bot it means. If the sandbox has one, it is that, and gets the options given."""
-        serving = self._deps.bindings.serving_sandbox(self._record.sandbox)
+        serving = self._bindings.serving_sandbox(self._record.sandbox)
         bound = [binding for binding in serving if binding.state == "active"]
         if len(bound) != 1:
             await self._step(status="already_bound")
             return
         (binding,) = bound
         if self._options not in (Options(), binding.options):
-            token = self._deps.sealer.open(binding.bot, binding.token)
+            token = self._sealer.open(binding.bot, binding.token)
             await self._store_bind(binding.bot, token, binding.user, binding.base_url or None)
         await self._step(status="already_bound", bot=binding.bot, user=binding.user)
 
-    async def _store_bind(self, bot: str, token: str, user: str, base_url: str | None) -> None:
+    async def _store_bind(self, bot: str, token: str, user: str, base_url: str | None) -> Bind:
         """Publishes a bind command, since only control commands write bindings. Raises BusRefused."""
-        deps, sandbox, request = self._deps, self._record.sandbox, f"login:{self._login}"
+        sandbox, request = self._record.sandbox, f"login:{self._login}"
         bind = Bind(
             sandbox=sandbox,
             bot=bot,
-            bot_token=deps.sealer.seal(bind_context(sandbox, bot), token),
+            bot_token=self._sealer.seal(bind_context(sandbox, bot), token),
             id=request,
             base_url=base_url,
             user=user or None,
@@ -289,54 +295,45 @@ class LoginFlow:
             check=False,  # iLink has just given it
         )
         headers = {H_MSG_ID: request, H_SCHEMA: contract.SCHEMA_VERSION}
-        await deps.access.bus.publish(BusMessage("ctl", deps.access.names.bind, msgspec.json.encode(bind), headers))
+        await self._bus.publish(BusMessage("ctl", self._names.bind, msgspec.json.encode(bind), headers))
+        return bind
 
     async def _confirm(self, scan: Scan) -> None:
         """Stores the bind command, and waits for the outcome. From then on the login cannot be cancelled. Raises
         Refused for credentials that no bind could use."""
-        deps, sandbox, request = self._deps, self._record.sandbox, f"login:{self._login}"
+        sandbox = self._record.sandbox
         _check_credentials(scan)
-        base_url = deps.logins.check_base_url(scan.base_url) if scan.base_url else None
-        others = {binding.user for binding in deps.bindings.serving_sandbox(sandbox)} - {""}
+        base_url = self._ilink.check_base_url(scan.base_url) if scan.base_url else None
+        others = {binding.user for binding in self._bindings.serving_sandbox(sandbox)} - {""}
         former_user = min(others, default="") if scan.user and scan.user not in others else ""
         binding_now = {"bot": scan.bot, "user": scan.user, "former_user": former_user, "url": "", "digits": ""}
         await self._update(lambda record: structs.replace(record, **binding_now))
         if self._record.is_over:
             return
         try:
-            await self._store_bind(scan.bot, scan.token, scan.user, base_url)
+            bind = await self._store_bind(scan.bot, scan.token, scan.user, base_url)
         except BusRefused as exc:
             log.error("login.unbound", login=self._login[:6], sandbox=sandbox, detail=exc.detail)
             await self.fail("bus", "The bus did not take the bind command; start another login.")
             return
-        deadline = deps.clock.monotonic() + BOUND_S
-        while deps.clock.monotonic() < deadline:
-            if await deps.bindings.changed.wait_until(lambda: self._find_bound(scan, request) is not None, 2.0):
-                break
-            if refused := await self._find_refusal(request):
-                await self.fail(refused.reason, refused.detail)
-                return
-        binding = self._find_bound(scan, request)
-        bound = {"bot": binding.bot, "user": binding.user} if binding else _PENDING
+        outcome = await self._outcome_of(bind)
+        if outcome is not None and not outcome.answer.ok:
+            await self.fail(outcome.reason, outcome.answer.error)
+            return
+        pending = {} if outcome is not None else _PENDING
         warning = {"detail": _WARNING.format(former_user)} if former_user else {}
-        await self._step(status="confirmed", **{**warning, **bound})
+        await self._step(status="confirmed", **{**warning, **pending})
 
-    def _find_bound(self, scan: Scan, request: str) -> Binding | None:
-        """The binding that the bind command made, even if it changed nothing."""
-        same, bound = self._deps.sealer.is_same_secret, self._deps.bindings.of_sandbox(self._record.sandbox)
-        made = (b for b in bound if b.request == request or (b.bot == scan.bot and same(b.bot, b.token, scan.token)))
-        return next(made, None)
-
-    async def _find_refusal(self, request: str) -> BindingEvent | None:
-        """The event with which the bind command was refused."""
-        access, since_ms = self._deps.access, self._record.changed_ms - 60_000
-        found = read_binding_events(access.history, access.names, self._record.sandbox, since_ms=since_ms)
-        try:
-            async for _, event in found:
-                if event.request == request and event.change == "refused":
-                    return event
-        except Temporary as exc:
-            log.info("login.unread", sandbox=self._record.sandbox, reason=exc.reason)
+    async def _outcome_of(self, bind: Bind) -> ControlOutcome | None:
+        """What became of the bind command; None: it was not applied within BOUND_S."""
+        deadline = self._clock.monotonic() + BOUND_S
+        while self._clock.monotonic() < deadline:
+            try:
+                if (outcome := await find_outcome(self._records.bucket, bind)) is not None:
+                    return outcome
+            except Temporary as exc:
+                log.info("login.unread", sandbox=bind.sandbox, reason=exc.reason)
+            await self._clock.sleep(RETRY_S)
         return None
 
 

@@ -4,7 +4,7 @@ message."""
 from __future__ import annotations
 
 import itertools
-from collections.abc import AsyncIterator, Callable
+from collections.abc import Callable
 from typing import NamedTuple
 
 import msgspec
@@ -31,30 +31,16 @@ from adapter.contract.names import (
     derive_traceparent,
     forwardable_headers,
 )
-from adapter.errors import UNDECODABLE, BusRefused, Conflict, Temporary
+from adapter.errors import BusRefused, Conflict, Temporary
 from adapter.kit.timing import Clock, backoff
 from adapter.observability.metrics import Metrics
-from adapter.ports import Archive, Bus, BusMessage, History, PubAck
+from adapter.ports import Archive, Bus, BusMessage, PubAck
 
 log = structlog.get_logger()
 
 MAX_HEADER = 512
 BEGINNINGS = 256 * 1024, 64 * 1024
 """Bytes that are kept of what the bus refuses whole: the first that it takes show at least what it was."""
-
-
-async def read_binding_events(
-    history: History, names: Names, sandbox: str, *, after: int = 0, since_ms: int | None = None
-) -> AsyncIterator[tuple[int, contract.BindingEvent]]:
-    """A sandbox's binding events with their sequences, after a sequence or since a time. Messages that are no such
-    events are skipped. Raises Temporary."""
-    stored_events = history.read(names.stream_event, names.event(sandbox, "binding"), after=after, since_ms=since_ms)
-    async for stored in stored_events:
-        try:
-            event = msgspec.json.decode(stored.data, type=contract.BindingEvent)
-        except UNDECODABLE:
-            continue
-        yield stored.seq, event
 
 
 class Events:

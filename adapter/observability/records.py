@@ -1,4 +1,4 @@
-"""Reads the private records of the buckets, and says which of them a newer version has written."""
+"""Reads the private records of the buckets, and says which of them a newer version has written; reads requests."""
 
 from __future__ import annotations
 
@@ -9,13 +9,15 @@ import msgspec
 import structlog
 
 from adapter.contract.records import PrivateRecord
-from adapter.errors import UNDECODABLE, RecordTooNew
+from adapter.errors import UNDECODABLE, RecordTooNew, Refused
+from adapter.observability.metrics import Metrics
 
 log = structlog.get_logger()
 
 SAID_KEPT = 10_000
 """Most lines about records of which a replica remembers that it has logged them."""
 R = TypeVar("R", bound=PrivateRecord)
+Q = TypeVar("Q", bound=msgspec.Struct)
 
 
 class _Version(msgspec.Struct):
@@ -46,3 +48,17 @@ def _version_in(value: bytes) -> int:
         return msgspec.json.decode(value, type=_Version).v
     except UNDECODABLE:
         return 0
+
+
+def read_request(data: bytes, kind: type[Q], metrics: Metrics) -> Q:
+    """Decodes a request of `wechat.svc.*`; an empty one has no fields. Raises Refused("invalid"), and counts that."""
+    try:
+        return msgspec.json.decode(data or b"{}", type=kind)
+    except UNDECODABLE as exc:
+        raise invalid_request(exc, metrics) from exc
+
+
+def invalid_request(exc: Exception, metrics: Metrics) -> Refused:
+    """The error for a request that does not match its schema; counts it."""
+    metrics.schema_violations.labels(kind="svc").inc()
+    return Refused("invalid", str(exc)[:200])

@@ -62,8 +62,8 @@ async def run_replica(replica: Replica, stop: asyncio.Event, on_ready: Callable[
                 if await _prepare(replica, stop):
                     leasing = start_loop(replica.leases.run(), "leases")
                     start_loop(replica.bindings.run(), "bindings")
-                    start_loop(replica.logins.registry.run(), "logins")
-                    running_logins = start_loop(replica.login_runner.run(), "logins.run")
+                    start_loop(replica.login_records.run(), "logins")
+                    running_logins = start_loop(replica.logins.run(), "logins.run")
                     supervisor = replica.supervisor
                     supervising = group.create_task(
                         supervisor.run(replica.new_shard, partial(consume, replica), replica.new_poller),

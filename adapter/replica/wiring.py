@@ -29,9 +29,9 @@ from adapter.jetstream.layout import expects
 from adapter.jetstream.microservice import MAX_UPLOADS_PER_SANDBOX, UPLOADS, Handler, Services
 from adapter.kit.slots import FairSlots
 from adapter.kit.timing import PerTickLimiter, RateLimiter, WakeupBatcher
-from adapter.logins.flow import REFRESH_S, LoginDeps
-from adapter.logins.registry import LoginRegistry
-from adapter.logins.runner import LoginRunner
+from adapter.logins.flow import REFRESH_S
+from adapter.logins.records import LoginRecords
+from adapter.logins.service import LoginService
 from adapter.observability.events import BusAccess, Events
 from adapter.outbound.commands import Limits
 from adapter.outbound.inbox import InboxReader
@@ -51,7 +51,6 @@ from adapter.replica.health import Health
 from adapter.replica.supervisor import Supervisor
 from adapter.security.seal import Sealer
 from adapter.services.health import BotHealth
-from adapter.services.logins import LoginService
 from adapter.services.media import MediaService
 from adapter.services.next import Next, Readers
 from adapter.services.persons import Erasure
@@ -212,18 +211,19 @@ class Replica:
             clock,
         )
         # what is asked
-        self.logins = LoginDeps(
-            logins=edges.chat,
-            registry=LoginRegistry(edges.bucket(names.logins), events, clock, metrics),
-            bindings=bindings,
-            leases=leases,
-            access=access,
-            sealer=sealer,
-            clock=clock,
-            metrics=metrics,
+        self.login_records = LoginRecords(edges.bucket(names.logins), events, clock, metrics)
+        self.logins = LoginService(
+            self.login_records,
+            edges.chat,
+            bindings,
+            leases,
+            edges.bus,
+            names,
+            sealer,
+            clock,
+            metrics,
             refresh_s=login_refresh_s,
         )
-        self.login_runner = LoginRunner(self.logins)
         # any server may answer: these data change little, and a flood of requests must not delay commands
         conversations = ConversationStore(edges.bulk_bucket(names.conversations), sealer)
         self.bot_health = BotHealth(self.others, conversations, self.policy.window, clock)
@@ -276,7 +276,6 @@ class Replica:
     def _serve(self) -> dict[str, Handler]:
         """Registers `wechat.svc.*`. Returns the handlers for requests without a sandbox."""
         settings, edges, names, metrics = self.settings, self.edges, self.names, self.metrics
-        login = LoginService(self.logins, self.login_runner)
         receipts = Receipts(self.access.events, edges.bulk_history, names)
         queries = Queries(self.bindings, self.bot_health, receipts, edges.bulk_history, names, metrics)
         store = MediaService(edges.objects, self.media, metrics, max_bytes=settings.media_max_bytes)
@@ -296,10 +295,10 @@ class Replica:
             "receipt": queries.query_receipt,
             "window": queries.query_window,
             "replay": queries.query_replay,
-            "login.start": login.start,
-            "login.status": login.status,
-            "login.verify": login.verify,
-            "login.cancel": login.cancel,
+            "login.start": self.logins.start,
+            "login.status": self.logins.status,
+            "login.verify": self.logins.verify,
+            "login.cancel": self.logins.cancel,
         }
         of_sandbox = {
             "media.get": store.get,
@@ -336,7 +335,7 @@ class Replica:
             others=self.others,
             health=self.bot_health,
             access=self.access,
-            registry=self.logins.registry,
+            registry=self.login_records,
             services=self.handlers,
             clock=self.clock,
         )

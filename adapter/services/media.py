@@ -29,8 +29,8 @@ from adapter.contract.names import (
 from adapter.errors import BusRefused, Refused, Temporary, Unreadable
 from adapter.kit.slots import FairSlots
 from adapter.observability.metrics import Metrics
+from adapter.observability.records import invalid_request, read_request
 from adapter.ports import PartialObjects, SandboxRequest, SandboxResponse, StoredObject
-from adapter.services.requests import invalid_request, read_request
 
 PIECE_MIN, PIECE_MAX = 16 * 1024, 512 * 1024
 """Sizes of an upload's pieces; the last may be shorter. They stay well below a message's usual limit of 1 MiB."""

@@ -19,9 +19,8 @@ from adapter.contract.records import ReaderRecord
 from adapter.errors import UNDECODABLE, Conflict, Refused, Temporary
 from adapter.kit.timing import Clock
 from adapter.observability.metrics import Metrics
-from adapter.observability.records import decode_record
+from adapter.observability.records import decode_record, read_request
 from adapter.ports import History, LeaderBucket, SandboxRequest, SandboxResponse, StoredMessage
-from adapter.services.requests import read_request
 
 log = structlog.get_logger()
 

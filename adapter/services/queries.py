@@ -23,10 +23,10 @@ from adapter.contract.names import MAX_SEQ, Names, check_sandbox
 from adapter.contract.records import Binding
 from adapter.errors import Refused
 from adapter.observability.metrics import Metrics
+from adapter.observability.records import read_request
 from adapter.outbound.receipts import Receipts
 from adapter.ports import History, SandboxRequest, SandboxResponse
 from adapter.services.health import BotHealth
-from adapter.services.requests import read_request
 
 S = TypeVar("S", WindowQuery, ReceiptQuery, ReplayQuery)
 REPLAY_BYTES = 512 * 1024

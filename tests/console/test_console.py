@@ -21,14 +21,11 @@ from adapter.console.service import ConsoleDeps
 from adapter.contract.messages import LoginStart, Options
 from adapter.contract.names import H_DETAIL, H_MSG_ID, H_REASON, H_SUBJECT, H_TIME_MS, H_USER
 from adapter.errors import BusRefused, SettingsError, Temporary
-from adapter.logins.flow import REFRESH_S, LoginDeps
-from adapter.logins.registry import LoginRegistry
-from adapter.logins.runner import LoginRunner
-from adapter.logins.steps import next_step
+from adapter.logins.records import LoginRecords, next_step
+from adapter.logins.service import LoginService
 from adapter.ownership.replica_status import OtherReplicas, PollerStatus, ReplicaStatus
 from adapter.security.seal import login_context
 from adapter.services.health import BotHealth
-from adapter.services.logins import LoginService
 from tests.fakes import WINDOW, Bench, FakeBucket, FakeClock, FakeLogins
 from tests.hostile import UNSEEN_CHARS
 
@@ -68,20 +65,18 @@ class Office:
         self.clock = AnyThreadsClock()
         self.replicas = FakeReplicas()
         self.ilink = FakeLogins(self.bench.clock)
-        self.registry = LoginRegistry(FakeBucket("login"), self.bench.events, self.bench.clock, self.bench.metrics)
-        logins = LoginDeps(
-            logins=self.ilink,
-            registry=self.registry,
-            bindings=self.bench.bindings,
-            leases=self.bench.leases,
-            access=self.bench.access,
-            sealer=self.bench.sealer,
-            clock=self.bench.clock,
-            metrics=self.bench.metrics,
-            refresh_s=REFRESH_S,
+        self.records = LoginRecords(FakeBucket("login"), self.bench.events, self.bench.clock, self.bench.metrics)
+        service = LoginService(
+            self.records,
+            self.ilink,
+            self.bench.bindings,
+            self.bench.leases,
+            self.bench.bus,
+            self.bench.names,
+            self.bench.sealer,
+            self.bench.clock,
+            self.bench.metrics,
         )
-        self.runner = LoginRunner(logins)
-        service = LoginService(logins, self.runner)
         self.started: list[LoginStart] = []
 
         async def start(data: bytes) -> bytes:
@@ -89,13 +84,13 @@ class Office:
             self.started.append(msgspec.json.decode(data, type=LoginStart))
             return answer
 
-        self.following = asyncio.create_task(self.registry.run())
+        self.following = asyncio.create_task(self.records.run())
         self.deps = ConsoleDeps(
             bindings=self.bench.bindings,
             others=self.replicas,
             health=BotHealth(self.replicas, self.bench.store, WINDOW, self.clock),
             access=self.bench.access,
-            registry=self.registry,
+            registry=self.records,
             services={
                 "login.start": start,
                 "login.status": service.status,
@@ -161,7 +156,7 @@ async def test_without_the_token_nothing_can_be_done(guest: Office, path: str) -
     )
     assert answer.status_code == 403
     assert len(guest.bench.bus.found("DEAD")) == 1
-    assert list(guest.registry) == []
+    assert list(guest.records) == []
 
 
 async def test_a_wrong_token_is_refused_and_logged_without_it(guest: Office) -> None:
@@ -297,7 +292,7 @@ async def test_a_form_that_was_cut_does_nothing(office: Office) -> None:
     writer.write_eof()
     assert b" 400 Bad Request" in await reader.readline()
     writer.close()
-    assert list(office.registry) == []
+    assert list(office.records) == []
 
 
 async def test_nonsense_is_refused(office: Office) -> None:
@@ -514,7 +509,7 @@ async def test_old_letters_are_found_by_leafing(office: Office) -> None:
 async def test_a_login_shows_its_code_and_no_secret_in_the_address(office: Office) -> None:
     answer = await office.post("/logins", sandbox="s1", auto_typing="on")
     assert answer.status_code == 303
-    ((login, record),) = list(office.registry)
+    ((login, record),) = list(office.records)
     (asked,) = office.started
     assert (record.sandbox, asked.options) == ("s1", Options(auto_typing=True))
     place = answer.headers["Location"]
@@ -543,16 +538,16 @@ async def test_digits_are_handed_on_as_they_are_typed(office: Office) -> None:
     place = (await office.post("/logins", sandbox="s1")).headers["Location"]
     answer = await office.post(f"{place}/verify", digits="4711")
     assert (answer.status_code, "No digits are asked for" in answer.text) == (400, True)
-    ((login, record),) = list(office.registry)
-    await office.registry.update(login, lambda now: next_step(now, status="need_verify_code"))
+    ((login, record),) = list(office.records)
+    await office.records.update(login, lambda now: next_step(now, status="need_verify_code"))
     page = (await office.browser.get(place)).text
     assert "Type the digits that the phone shows." in page
     assert (await office.post(f"{place}/verify", digits=" 47 11 ")).status_code == 303
-    ((_, record),) = list(office.registry)
+    ((_, record),) = list(office.records)
     assert office.bench.sealer.open(login_context(login, "digits"), record.digits) == "4711"
     assert "The digits are being checked." in (await office.browser.get(place)).text
     assert 'class="digits"' not in (await office.browser.get(place)).text
-    await office.registry.update(
+    await office.records.update(
         login, lambda now: next_step(now, status="need_verify_code", reason="wrong_code", digits="")
     )
     assert "type them once more" in (await office.browser.get(place)).text
@@ -560,9 +555,9 @@ async def test_digits_are_handed_on_as_they_are_typed(office: Office) -> None:
 
 async def test_a_login_that_another_person_took_than_was_bound_before_says_so(office: Office) -> None:
     place = (await office.post("/logins", sandbox="s1")).headers["Location"]
-    ((login, _),) = list(office.registry)
+    ((login, _),) = list(office.records)
     words = {"former_user": "u0@im.wechat", "detail": "Another person than before."}
-    await office.registry.update(login, lambda now: next_step(now, status="confirmed", **words))
+    await office.records.update(login, lambda now: next_step(now, status="confirmed", **words))
     assert '<p role="status" class="warn">Another person than before.' in (await office.browser.get(place)).text
 
 

@@ -25,12 +25,11 @@ from adapter.contract.messages import (
 from adapter.contract.names import H_MSG_ID, H_REPLY_TO
 from adapter.contract.records import LoginRecord
 from adapter.errors import BusRefused, Refused, Temporary
-from adapter.logins.flow import DEAD_CODES, REFRESH_S, LoginDeps
-from adapter.logins.registry import LoginRegistry
-from adapter.logins.runner import LoginRunner
+from adapter.logins.flow import DEAD_CODES, REFRESH_S
+from adapter.logins.records import LoginRecords
+from adapter.logins.service import LOGIN_S, OPEN_PER_SANDBOX, LoginService
 from adapter.ports import BusMessage, Entry, QrCode, Scan, ScanStatus
 from adapter.security.seal import Sealer
-from adapter.services.logins import LOGIN_S, OPEN_PER_SANDBOX, LoginService
 from tests.bindings.test_control import new_control
 from tests.fakes import Bench, FakeBucket, FakeDelivery, FakeLogins
 from tests.newer import made_newer
@@ -50,25 +49,23 @@ class Doors:
         self.bucket: FakeBucket = world.bucket if world else FakeBucket("login", self.bench.bus.writes)
         self.sealer: Sealer = self.bench.sealer
         self.ilink: FakeLogins = world.ilink if world else FakeLogins(self.clock)
-        self.registry = LoginRegistry(self.bucket, self.bench.events, self.clock, self.bench.metrics)
-        deps = LoginDeps(
-            logins=self.ilink,
-            registry=self.registry,
-            bindings=self.bench.bindings,
-            leases=self.bench.leases,
-            access=self.bench.access,
-            sealer=self.sealer,
-            clock=self.clock,
-            metrics=self.bench.metrics,
-            refresh_s=REFRESH_S,
+        self.records = LoginRecords(self.bucket, self.bench.events, self.clock, self.bench.metrics)
+        self.service = LoginService(
+            self.records,
+            self.ilink,
+            self.bench.bindings,
+            self.bench.leases,
+            self.bench.bus,
+            self.bench.names,
+            self.sealer,
+            self.clock,
+            self.bench.metrics,
         )
-        self.runner = LoginRunner(deps)
-        self.service = LoginService(deps, self.runner)
         self.control = new_control(self.bench, outcomes=self.bucket)
         self.controlled = True
         """Whether stored binds are carried out."""
         loop = asyncio.get_running_loop()
-        self.tasks = [loop.create_task(work) for work in (self.registry.run(), self.runner.run(), self._control())]
+        self.tasks = [loop.create_task(work) for work in (self.records.run(), self.service.run(), self._control())]
         self.tasks.append(loop.create_task(self.control.run()))
 
     async def _control(self) -> None:
@@ -539,7 +536,7 @@ async def test_a_deleted_login_never_comes_back_in_memory(doors: Doors) -> None:
 
     doors.bucket.update = late  # type: ignore[method-assign]
     await doors.ask("cancel", LoginQuery(login=login.login))
-    assert [*doors.registry] == []
+    assert [*doors.records] == []
     with pytest.raises(Refused, match="no such login"):
         await doors.status(login)
 
@@ -740,7 +737,7 @@ async def test_what_is_no_id_is_no_key_of_the_bucket(login: str, doors: Doors) -
 
     doors.bucket.get = never  # type: ignore[method-assign]
     with pytest.raises(Refused):
-        await doors.registry.read(login)
+        await doors.records.read(login)
 
 
 async def test_logins_of_one_sandbox_are_bounded(doors: Doors) -> None:

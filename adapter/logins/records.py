@@ -9,20 +9,23 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import msgspec
 import structlog
 from msgspec import structs
 
 from adapter.bindings.control import OUTCOME
+from adapter.contract.messages import CHECKING, Login, LoginEvent
 from adapter.contract.records import LoginRecord
 from adapter.errors import UNDECODABLE, Conflict, RecordTooNew, Refused
 from adapter.kit.timing import ChangeSignal, Clock
-from adapter.logins.steps import event_of
+from adapter.logins.qr import png_base64, terminal_text
 from adapter.observability.events import Events
 from adapter.observability.metrics import Metrics
 from adapter.observability.records import decode_record
 from adapter.ports import Bucket, Entry
+from adapter.security.seal import Sealer, login_context
 
 log = structlog.get_logger()
 
@@ -31,14 +34,25 @@ KEEP_ENDED_MS = 240_000
 SEEN_WITHIN_S = 1.0
 PATIENCE_S = 0.05
 _ID = re.compile(r"[A-Za-z0-9_-]{1,64}")
+ADVICE = {
+    "wait": "Scan the code with WeChat.",
+    "scanned": "Confirm on the phone.",
+    "need_verify_code": "Send the digits shown on the phone by login.verify.",
+    "confirmed": "The bot is bound. The user must write a first message before anything can be sent to them.",
+    "already_bound": "A bot of this sandbox serves this user already, and goes on with it.",
+    "expired": "No code was scanned and confirmed in time; start another login.",
+    "failed": "The login failed; start another one.",
+    "cancelled": "The login was cancelled.",
+    "lost": "The replica that ran the login is gone; start another one.",
+}
 
 
-class LoginRegistry:
+class LoginRecords:
     """Every open login, and those that ended recently. Each replica holds all of them."""
 
     def __init__(self, bucket: Bucket, events: Events, clock: Clock, metrics: Metrics) -> None:
         self.changed = ChangeSignal()
-        self._bucket = bucket
+        self.bucket = bucket
         self._events = events
         self._clock = clock
         self._metrics = metrics
@@ -46,7 +60,7 @@ class LoginRegistry:
 
     async def run(self) -> None:
         """Follows the bucket until cancelled."""
-        await self._bucket.watch(self._apply_entry, on_loaded=self.changed.notify_all)
+        await self.bucket.watch(self._apply_entry, on_loaded=self.changed.notify_all)
 
     def get(self, login: str) -> tuple[LoginRecord | None, int]:
         """The record in memory and its revision."""
@@ -63,7 +77,7 @@ class LoginRegistry:
 
     async def read(self, login: str) -> tuple[LoginRecord, int]:
         """The newest record and its revision. Raises Refused("not_found"), Temporary."""
-        entry = await self._bucket.get(login) if _ID.fullmatch(login) else None
+        entry = await self.bucket.get(login) if _ID.fullmatch(login) else None
         if entry is None or entry.value is None:
             raise Refused("not_found", "There is no such login, or it ended more than a day ago.")
         return decode_record(entry.value, LoginRecord, login=login[:6]), entry.revision
@@ -71,9 +85,9 @@ class LoginRegistry:
     async def create(self, login: str, record: LoginRecord) -> tuple[LoginRecord, int]:
         """Stores a new login, and waits until this replica knows it. Raises BusRefused, Temporary."""
         record = structs.replace(record, changed_ms=self._clock.now_ms())
-        revision = await self._bucket.update(login, msgspec.json.encode(record), 0)
+        revision = await self.bucket.update(login, msgspec.json.encode(record), 0)
         log.info("login.started", login=login[:6], sandbox=record.sandbox)
-        await self._events.publish_login_event(event_of(login, record), step=record.step)
+        await self._events.publish_login_event(_event_of(login, record), step=record.step)
         await self.changed.wait_until(lambda: login in self._records, SEEN_WITHIN_S)
         return record, revision
 
@@ -94,14 +108,14 @@ class LoginRegistry:
             if after.is_over:
                 after = structs.replace(after, url="", digits="")
             try:
-                revision = await self._bucket.update(login, msgspec.json.encode(after), revision)
+                revision = await self.bucket.update(login, msgspec.json.encode(after), revision)
             except Conflict:  # written meanwhile: read again
                 await self._clock.sleep(PATIENCE_S)
                 continue
             if is_step:
                 log.info("login.changed", login=login[:6], sandbox=after.sandbox, status=after.status,
                          reason=after.reason, code=after.number)  # fmt: skip
-                await self._events.publish_login_event(event_of(login, after), step=after.step)
+                await self._events.publish_login_event(_event_of(login, after), step=after.step)
             if after.is_over:
                 self._metrics.logins.labels(outcome=after.status).inc()
             return after, revision
@@ -121,3 +135,43 @@ class LoginRegistry:
         if record is not None and not (record.is_over and self._clock.now_ms() - record.changed_ms > KEEP_ENDED_MS):
             self._records[entry.key] = record, entry.revision
         self.changed.notify_all()
+
+
+def next_step(record: LoginRecord, **changes: object) -> LoginRecord:
+    """The record after a step that has an event."""
+    return structs.replace(record, **{"reason": "", "detail": "", **changes, "step": record.step + 1})
+
+
+def to_login(sealer: Sealer, login: str, record: LoginRecord, *, with_png: bool) -> Login:
+    """The answer to a request, with the newest code. Raises Refused("token_key")."""
+    url = sealer.open(login_context(login, "url"), record.url) if record.url else ""
+    shown = _shown(login, record)
+    if record.digits:
+        shown |= {"reason": CHECKING, "detail": "The digits are being checked."}
+    return Login(
+        **shown,
+        qrcode_url=url,
+        qrcode_text=terminal_text(url) if url else "",
+        qrcode_png=png_base64(url) if url and with_png else "",
+        expires_at_ms=record.until_ms,
+    )
+
+
+def _event_of(login: str, record: LoginRecord) -> LoginEvent:
+    """The event of a step, without secrets."""
+    return LoginEvent(**_shown(login, record), at_ms=record.changed_ms)
+
+
+def _shown(login: str, record: LoginRecord) -> dict[str, Any]:
+    """What answers and events have in common."""
+    return {
+        "login": login,
+        "sandbox": record.sandbox,
+        "status": record.status,
+        "code": record.number,
+        "bot": record.bot if record.is_over else "",
+        "user": record.user if record.is_over else "",
+        "former_user": record.former_user if record.status == "confirmed" else "",
+        "reason": record.reason,
+        "detail": record.detail or ADVICE[record.status],
+    }
