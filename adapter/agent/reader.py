@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import itertools
+import math
+import time
 from collections.abc import Awaitable, Callable
-from typing import Any, get_args
+from typing import Any, TypeVar, get_args
 
 import msgspec
 import structlog
@@ -34,12 +35,13 @@ WINDOW = 32
 as many messages of a person."""
 GATHER_S = 0.1
 """Delay of a request while messages are in hand, so that one request serves several of them."""
-ANSWER_S, ANSWER_MAX_S = 2.0, 16.0
-"""Time after which a request is repeated: it doubles."""
+ANSWER_S = 5.0
+"""Time after which a request is repeated."""
 TICK_S = 1.0
 CLOSE_S = 2.0
 BUSY = ("429", "500", "503")
 """Error codes of a service that is to be asked again later."""
+T = TypeVar("T")
 KINDS = {str(kind.__struct_config__.tag) for kind in get_args(InboundItem)}
 
 
@@ -51,6 +53,24 @@ def read_inbound(data: bytes | msgspec.Raw) -> Inbound:
         fields = msgspec.json.decode(data, type=dict[str, Any])
         fields["items"] = [item for item in fields.get("items", ()) if item["kind"] in KINDS]
         return msgspec.convert(fields, Inbound)
+
+
+async def retry(
+    work: Callable[[], Awaitable[T]], *, first_s: float = 0.2, longest_s: float = 5.0, give_up_s: float = math.inf
+) -> T:
+    """The result of `work`, which is repeated while it raises Temporary, with growing pauses. Raises Temporary once
+    `give_up_s` are over, and what else `work` raises."""
+    failures, began = 0, time.monotonic()
+    while True:
+        try:
+            return await work()
+        except Temporary as exc:
+            failures += 1
+            wait_s = exc.retry_after_s or backoff(failures, first_s=first_s, longest_s=longest_s)
+            if time.monotonic() + wait_s - began > give_up_s:
+                raise
+            log.info("agent.retrying", reason=exc.reason, detail=exc.detail, wait_s=wait_s)
+            await asyncio.sleep(wait_s)
 
 
 class Reader:
@@ -86,7 +106,7 @@ class Reader:
         while True:
             await self._due()
             self._rang = False
-            await self._ask()
+            await retry(self._ask)
 
     async def _due(self) -> None:
         """Returns when it is time for a request, at the latest after ASK_S, or at once after a broken connection."""
@@ -102,24 +122,18 @@ class Reader:
         return self._rang or self._finished > self._confirmed
 
     async def _ask(self) -> None:
-        """One request, repeated until it is answered."""
-        for failures in itertools.count(1):
-            await self._ready()  # nats-py would keep the request, and send it later
-            after = self._finished
-            self._answered = asyncio.get_running_loop().create_future()
-            query = NextQuery(reader=self._number, after=after if self._number and after else None, max=WINDOW)
-            try:
-                async with asyncio.timeout(backoff(failures, first_s=ANSWER_S, longest_s=ANSWER_MAX_S)):
-                    await self._nc.publish(self._subject, msgspec.json.encode(query), reply=self._reply)
-                    await self._answered
-            except (TimeoutError, ConnectionReconnectingError):
-                continue
-            except Temporary as exc:
-                log.info("sandbox.asking_again", reason=exc.reason, detail=exc.detail)
-                await asyncio.sleep(backoff(failures, first_s=0.2, longest_s=5.0))
-                continue
-            self._confirmed = max(self._confirmed, after)
-            return
+        """One request. Raises Temporary if it is to be repeated, Refused."""
+        await self._ready()  # nats-py would keep the request, and send it later
+        after = self._finished
+        self._answered = asyncio.get_running_loop().create_future()
+        query = NextQuery(reader=self._number, after=after if self._number and after else None, max=WINDOW)
+        try:
+            async with asyncio.timeout(ANSWER_S):
+                await self._nc.publish(self._subject, msgspec.json.encode(query), reply=self._reply)
+                await self._answered
+        except (TimeoutError, ConnectionReconnectingError) as exc:
+            raise Temporary("no_answer", "There was no answer in time.") from exc
+        self._confirmed = max(self._confirmed, after)
 
     async def _on_ring(self, _: Msg) -> None:
         self._rang = True

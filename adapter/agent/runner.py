@@ -10,7 +10,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
-import time
 from collections.abc import Awaitable, Callable, Hashable, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -20,11 +19,11 @@ import msgspec
 import structlog
 from nats.errors import Error as NatsError
 
+from adapter.agent.reader import retry
 from adapter.agent.sandbox import Message, Sandbox
 from adapter.contract.messages import OutItem
 from adapter.contract.names import digest
-from adapter.errors import AdapterError, Temporary
-from adapter.kit.timing import backoff
+from adapter.errors import AdapterError
 
 log = structlog.get_logger()
 
@@ -70,17 +69,7 @@ def cut(output: bytes, most: int) -> str:
 
 async def until_answered(ask: Callable[[], Awaitable[Answer]]) -> Answer:
     """Repeats `ask` while it raises Temporary. Raises Temporary after GIVE_UP_S."""
-    failures, began = 0, time.monotonic()
-    while True:
-        try:
-            return await ask()
-        except Temporary as exc:
-            failures += 1
-            wait_s = exc.retry_after_s or backoff(failures)
-            if time.monotonic() + wait_s - began > GIVE_UP_S:
-                raise
-            log.info("agent.retrying", reason=exc.reason, detail=exc.detail, wait_s=wait_s)
-            await asyncio.sleep(wait_s)
+    return await retry(ask, first_s=1.0, longest_s=60.0, give_up_s=GIVE_UP_S)
 
 
 class Sessions:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import itertools
 import os
+import time
 from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Hashable, Sequence
 from types import TracebackType
@@ -17,8 +17,7 @@ from nats.errors import ConnectionClosedError, ConnectionReconnectingError, NoRe
 from nats.errors import Error as NatsError
 
 from adapter.agent.media import get_media, put_media
-from adapter.agent.reader import BUSY, Reader
-from adapter.agent.windows import SendWindows
+from adapter.agent.reader import BUSY, Reader, retry
 from adapter.contract.messages import (
     COMMAND_BYTES,
     SCHEMA_VERSION,
@@ -42,7 +41,7 @@ from adapter.errors import UNDECODABLE, BusRefused, Refused, Temporary
 from adapter.jetstream.api_replies import ApiError, decode_reply, write_error_of
 from adapter.jetstream.client import BusClient, permission_violation
 from adapter.jetstream.managed_connection import connect_options
-from adapter.kit.timing import backoff
+from adapter.kit.timing import wait_event
 from adapter.security.permissions import inbox as inbox_prefix
 from adapter.settings import Settings
 
@@ -50,13 +49,52 @@ ANSWER_S = 5.0
 CONNECT_S = 6.0
 RECONNECT_S = 0.5
 MEDIA_WAIT_S = 10.0
-"""Longest wait of one request for media that are being fetched. It is repeated five times."""
+"""Longest wait of one request for media that are being fetched."""
+MEDIA_S = 60.0
+"""Time after which a request for media, or with media, is not repeated any more."""
 FULL_S = 60.0
 """Pause between two attempts to store a command if the stream is full."""
 ANY_PREFIX = "_INBOX"
 """Default inbox prefix of the settings. A sandbox with permissions may not use it."""
 
+LONGEST_WAIT_S = 60.0
+"""Longest wait between two looks at the clock, which may be set, or stop with the machine."""
+
 Handler = Callable[["Message"], Awaitable[None]]
+
+
+class SendWindows:
+    """Each person's window. The adapter's times are compared with this machine's clock."""
+
+    def __init__(self) -> None:
+        self.by_user: dict[str, Window] = {}
+        """That of the newest message or receipt is the last one."""
+        self._seen_ms: dict[str, int] = {}
+        """When the message or receipt with that window was made."""
+        self._told: dict[tuple[str, float], int | None] = {}
+        """By person and `before_s`: the end of the last window of which `closing` has told."""
+        self._changed = asyncio.Event()
+
+    def note(self, user: str, window: Window, at_ms: int) -> None:
+        """Takes over a window, unless a newer one is known. The receipt of a refused command may have none."""
+        if user and window != Window() and at_ms >= self._seen_ms.get(user, 0):
+            self.by_user.pop(user, None)
+            self.by_user[user], self._seen_ms[user] = window, at_ms
+            self._changed.set()
+
+    async def closing(self, before_s: float) -> str:
+        while True:
+            self._changed.clear()
+            now_ms, wait_s = time.time() * 1000, LONGEST_WAIT_S
+            for user, window in self.by_user.items():
+                closes_ms, key = window.closes_at_ms or 0, (user, before_s)
+                if closes_ms <= now_ms or window.remaining == 0 or self._told.get(key) == closes_ms:
+                    continue
+                if (due_s := (closes_ms - now_ms) / 1000 - before_s) <= 0:
+                    self._told[key] = closes_ms
+                    return user
+                wait_s = min(wait_s, due_s)
+            await wait_event(self._changed, wait_s)
 
 
 class PubAck(msgspec.Struct):
@@ -234,23 +272,21 @@ class Sandbox:
         if len(payload) > COMMAND_BYTES:
             raise Refused("too_large", f"The command has {len(payload)} bytes; {COMMAND_BYTES} fit.")
         headers, subject = {H_SCHEMA: SCHEMA_VERSION}, self._names.out(self.name)
-        for failures in itertools.count(1):
+
+        async def store() -> None:
             await self._ready()
-            wait_s = backoff(failures, first_s=0.2, longest_s=5.0)
             try:
                 reply = await self._nc.request(subject, payload, timeout=ANSWER_S, headers=headers)
-                ack = decode_reply(reply.data, PubAck, "a publish")
-                if ack.error is not None:
-                    raise write_error_of(ack.error)
-                if ack.seq:
-                    return
-            except (TimeoutError, ConnectionReconnectingError, NoRespondersError, Temporary):
-                pass  # repeated
-            except BusRefused as exc:
-                if not exc.is_full:
-                    raise
-                wait_s = FULL_S
-            await asyncio.sleep(wait_s)
+            except (TimeoutError, ConnectionReconnectingError, NoRespondersError) as exc:
+                raise Temporary("no_answer", "The bus did not confirm a command.") from exc
+            ack = decode_reply(reply.data, PubAck, "a publish")
+            failure = write_error_of(ack.error) if ack.error is not None else None
+            if isinstance(failure, BusRefused) and failure.is_full:
+                raise Temporary("full", failure.detail, retry_after_s=FULL_S)
+            if failure is not None or not ack.seq:
+                raise failure or Temporary("no_answer", "Not JetStream has answered.")
+
+        await retry(store)
 
     async def publish(self, command: Outbound) -> None:
         """Sends a command at most once, without confirmation. Raises NatsError."""
@@ -267,26 +303,23 @@ class Sandbox:
         return await put_media(self._request, self.name, data, name)
 
     async def _request(self, verb: str, payload: bytes, headers: dict[str, str]) -> tuple[bytes, dict[str, Any]]:
-        """A request to the adapter, made five times if there is no answer, or none yet. Raises Refused, Temporary."""
-        failures = 0
-        while True:
-            failures += 1
-            failure = Temporary("no_answer", f"No adapter answers {verb}.")
+        """A request to the adapter, repeated for a while if there is no answer, or none yet. Raises Refused,
+        Temporary."""
+
+        async def ask() -> tuple[bytes, dict[str, Any]]:
             try:
                 timeout_s = MEDIA_WAIT_S + ANSWER_S
                 msg = await self._nc.request(self._names.svc(verb), payload, timeout=timeout_s, headers=headers)
-            except (TimeoutError, NatsError):
+            except (TimeoutError, NatsError) as exc:
                 self._raise_if_forbidden()
-            else:
-                answered = msg.headers or {}
-                if H_ERROR not in answered:
-                    return msg.data, answered
-                if answered.get(H_ERROR_CODE) not in BUSY:
-                    raise Refused("refused", answered[H_ERROR])
-                failure = Temporary("busy", answered[H_ERROR])
-            if failures == 5:
-                raise failure
-            await asyncio.sleep(backoff(failures))
+                raise Temporary("no_answer", f"No adapter answers {verb}.") from exc
+            answered = msg.headers or {}
+            if H_ERROR not in answered:
+                return msg.data, answered
+            kind = Temporary if answered.get(H_ERROR_CODE) in BUSY else Refused
+            raise kind("refused", answered[H_ERROR])
+
+        return await retry(ask, first_s=1.0, give_up_s=MEDIA_S)
 
     async def _ready(self) -> None:
         """Waits for the connection, since nats-py would keep what is sent meanwhile. Raises Refused("forbidden"),
