@@ -26,6 +26,10 @@ class Account(NamedTuple):
         return f"Account({self.bot!r})"
 
 
+HOLD_MS = 35_000
+"""Assumed hold of a poll until iLink gives a hint. The client waits a margin longer."""
+
+
 class Polled(msgspec.Struct, frozen=True):
     """A readable answer to a poll: raw messages in order, the new cursor (None: keep the old one), and the next
     hold."""

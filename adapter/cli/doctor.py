@@ -27,10 +27,10 @@ from adapter.inbound.positions import find_above
 from adapter.jetstream import topology
 from adapter.jetstream.buckets import LeaderKvBucket
 from adapter.jetstream.layout import EXPECTS, LAYOUT, Shape, largest, read_layout, shape_of, with_shape, write_layout
+from adapter.jetstream.microservice import SERVICE
 from adapter.security.seal import Sealer, Sealing
 from adapter.settings import PREFIX
 
-SERVICE = "wechat-nats"
 PING_S = 1.0
 _SEALED: dict[Sealing, str] = {
     "sealed": "sealed",

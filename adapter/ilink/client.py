@@ -30,7 +30,7 @@ from adapter.ilink.network import LookUpHost, Resolver, ResumingContext
 from adapter.ilink.protocol import IlinkReply, IlinkRequest, Upload
 from adapter.ilink.wire import THROTTLED
 from adapter.observability.metrics import LONG_POLLS, Metrics
-from adapter.ports import Accepted, Account, Content, Polled, QrCode, Scan
+from adapter.ports import HOLD_MS, Accepted, Account, Content, Polled, QrCode, Scan
 
 log = structlog.get_logger()
 
@@ -172,7 +172,7 @@ class ILink:
     async def read_code(self, handle: str, base_url: str, verify_code: str) -> Scan | None:
         """None: a timeout, a network or gateway error, or an unreadable answer."""
         request = protocol.qrcode_status_request(handle, verify_code)
-        timeout_s = protocol.HOLD_MS / 1000 + self._poll_margin_s
+        timeout_s = HOLD_MS / 1000 + self._poll_margin_s
         account = _NOBODY._replace(base_url=base_url)
         try:
             return await self._call_repeatable(account, request, protocol.read_qrcode_status, timeout_s)

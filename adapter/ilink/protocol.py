@@ -21,7 +21,7 @@ from adapter.ilink import wire
 from adapter.ilink.cipher import cipher_size, write_key
 from adapter.kit.json_repair import as_utf8, without_controls, without_halves
 from adapter.observability.logs import HIDDEN, hide_secrets
-from adapter.ports import Accepted, MediaKind, Polled, QrCode, Scan, ScanStatus, Uploaded
+from adapter.ports import HOLD_MS, Accepted, MediaKind, Polled, QrCode, Scan, ScanStatus, Uploaded
 
 AGENT = f"wechat-nats/{__version__}"
 CHANNEL_VERSION = "2.4.9"
@@ -57,7 +57,6 @@ TOKENS_LISTED = 10
 """Most tokens in `local_token_list`."""
 STATUSES: tuple[str, ...] = get_args(ScanStatus)
 
-HOLD_MS = 35_000
 HOLD_RANGE_MS = (5_000, 60_000)
 """Limits of the server's hint for the next poll; 0 and less mean no hint."""
 

@@ -29,7 +29,7 @@ from adapter.inbound.receive import InboundDeps, Receiver
 from adapter.kit.persist import persist
 from adapter.kit.timing import ChangeSignal, backoff, raise_if_cancelled, shield_with_grace
 from adapter.outbound.sessions import BotSession
-from adapter.ports import Account, Polled
+from adapter.ports import HOLD_MS, Account, Polled
 
 log = structlog.get_logger()
 
@@ -80,8 +80,6 @@ hints: a poll that is cut again and again may lose the answer that is just being
 (docs/reference/ilink-protocol.md, "Rules for a client")."""
 ON_TIME_MS = 5_000
 """An idle poll answered at most this long after the hinted hold confirms the hint."""
-HOLD_MS = 35_000
-"""Assumed hold of a poll until the server gives a hint. The client waits a margin longer."""
 INSTANT_S = 0.5
 """An answer without news within this time was no long poll. The poller then slows down."""
 STALE_RETRY_S = (5.0, 30.0)

@@ -11,9 +11,9 @@ import pytest
 
 from adapter.errors import AdapterError, Temporary, Uncertain
 from adapter.ilink.client import ILink
-from adapter.ilink.protocol import HOLD_MS, IlinkReply, IlinkRequest
+from adapter.ilink.protocol import IlinkReply, IlinkRequest
 from adapter.observability.metrics import Metrics
-from adapter.ports import Account
+from adapter.ports import HOLD_MS, Account
 
 BASE = "https://ilinkai.weixin.qq.com"
 ACCOUNT = Account("b1@im.bot", "token", BASE)

@@ -22,12 +22,12 @@ from adapter.ilink.protocol import (
     read_updates,
     retry_after,
 )
-from adapter.ports import Accepted, MediaKind, MediaRef, Polled, QrCode, Scan, Uploaded
+from adapter.ports import HOLD_MS, Accepted, MediaKind, MediaRef, Polled, QrCode, Scan, Uploaded
 
 BIG = 7497484083968569736
 """Beyond 2^53: a double would make 7497484083968569344 of it."""
 
-IDLE = Polled([], None, protocol.HOLD_MS)
+IDLE = Polled([], None, HOLD_MS)
 HTML = b"<html><head><title>502 Bad Gateway</title></head></html>"
 JSON = {"content-type": "application/json"}
 

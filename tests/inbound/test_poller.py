@@ -18,9 +18,9 @@ from structlog.testing import capture_logs
 from adapter.contract.messages import BindingEvent
 from adapter.errors import Refused, Temporary
 from adapter.ilink.translate import read_message
-from adapter.inbound.poller import AFTER_CANCEL_S, ANSWER_GRACE_S, HOLD_MS, LONGEST_HOLD_MS, BotPoller, State
+from adapter.inbound.poller import AFTER_CANCEL_S, ANSWER_GRACE_S, LONGEST_HOLD_MS, BotPoller, State
 from adapter.kit.timing import PerTickLimiter, RateLimiter
-from adapter.ports import Account, BusMessage, InboundMessage, Polled
+from adapter.ports import HOLD_MS, Account, BusMessage, InboundMessage, Polled
 from adapter.security.seal import Sealer
 from tests.fakes import Bench, Failing, Rounds, batch, ready
 from tests.inbound.pollers import BOT, STALE, Poller, polls, raw, tended, texts
