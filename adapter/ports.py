@@ -357,10 +357,6 @@ class History(Protocol):
         """Deletes the messages under a wildcard, except the newest `keep`, or those up to a sequence. Raises
         Temporary, BusRefused."""
 
-
-class Archive(History, Protocol):
-    """History with paging from the newest message on."""
-
     async def read_newest(
         self, stream: str, subject: str, *, count: int, before: int | None = None
     ) -> list[StoredMessage]:
@@ -481,12 +477,9 @@ class Objects(Protocol):
         raises.
         """
 
-
-class PartialObjects(Objects, Protocol):
-    """Objects that are uploaded in pieces, perhaps to different replicas."""
-
     async def append(self, name: str, offset: int, piece: bytes) -> int:
-        """Adds a piece, and returns the number of bytes so far. A repeated piece changes nothing.
+        """Adds a piece of an upload, and returns the number of bytes so far. The pieces may come to different
+        replicas. A repeated piece changes nothing.
 
         Raises Refused("invalid") (a gap, or the object is complete), Temporary, BusRefused.
         """

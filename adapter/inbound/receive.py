@@ -51,7 +51,7 @@ from adapter.outbound.shard import Shard
 from adapter.outbound.window import InboundReceived
 from adapter.ownership.leases import Leases
 from adapter.ownership.replica_status import OtherReplicas
-from adapter.ports import Archive, Bus, BusMessage, Chat, InboundMessage, MediaRef, Polled, PubAck
+from adapter.ports import Bus, BusMessage, Chat, History, InboundMessage, MediaRef, Polled, PubAck
 from adapter.security.seal import Sealer, dead_context
 
 log = structlog.get_logger()
@@ -82,7 +82,7 @@ class InboundDeps(NamedTuple):
     chat: Chat
     read_message: Callable[[bytes], InboundMessage]
     bus: Bus
-    history: Archive
+    history: History
     inboxes: InboxReader
     events: Events
     names: Names

@@ -25,7 +25,7 @@ SUBJECTS_AT_ONCE = 256
 
 
 class StreamHistory:
-    """Implements ports.Archive by direct get. `replicated`: the streams have several servers, any of which answers,
+    """Implements ports.History by direct get. `replicated`: the streams have several servers, any of which answers,
     even a lagging one; the leader then confirms that there are no more messages."""
 
     def __init__(self, connection: ManagedConnection, *, replicated: bool = False) -> None:

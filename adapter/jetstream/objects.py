@@ -71,7 +71,7 @@ class _Meta(msgspec.Struct):
 
 
 class ObjectStore:
-    """Implements ports.Objects and ports.PartialObjects."""
+    """Implements ports.Objects."""
 
     def __init__(self, connection: ManagedConnection, publisher: Publisher, bucket: str) -> None:
         self._connection = connection

@@ -34,7 +34,7 @@ from adapter.contract.names import (
 from adapter.errors import BusRefused, Conflict, Temporary
 from adapter.kit.timing import Clock, backoff
 from adapter.observability.metrics import Metrics
-from adapter.ports import Archive, Bus, BusMessage, PubAck
+from adapter.ports import Bus, BusMessage, History, PubAck
 
 log = structlog.get_logger()
 
@@ -236,6 +236,6 @@ class BusAccess(NamedTuple):
     """Access to the bus for loops: publishing, reading, events, and names."""
 
     bus: Bus
-    history: Archive
+    history: History
     events: Events
     names: Names

@@ -22,7 +22,7 @@ from adapter.errors import UNDECODABLE, Refused, Temporary
 from adapter.kit.batches import Batches
 from adapter.kit.timing import Clock
 from adapter.outbound.window import InboundReceived
-from adapter.ports import Archive, MediaRef, StoredMessage
+from adapter.ports import History, MediaRef, StoredMessage
 from adapter.security.seal import Sealer, inbox_context
 
 log = structlog.get_logger()
@@ -95,7 +95,7 @@ class FoldedInbox(msgspec.Struct):
 class InboxReader:
     """Reads the inboxes of a replica's sandboxes, many in one request."""
 
-    def __init__(self, history: Archive, names: Names, sealer: Sealer, clock: Clock) -> None:
+    def __init__(self, history: History, names: Names, sealer: Sealer, clock: Clock) -> None:
         self.names = names
         self.clock = clock
         self._history = history

@@ -68,7 +68,7 @@ from adapter.outbound.uploads import Uploads
 from adapter.outbound.window import InboundReceived
 from adapter.ownership.leases import Leases
 from adapter.ownership.tenure import Tenure
-from adapter.ports import Account, Archive, Chat, Delivery
+from adapter.ports import Account, Chat, Delivery, History
 from adapter.security.seal import Sealer
 
 log = structlog.get_logger()
@@ -96,7 +96,7 @@ class OutboundDeps(NamedTuple):
     """What the shards of a replica need."""
 
     events: Events
-    history: Archive
+    history: History
     names: Names
     store: ConversationStore
     chat: Chat

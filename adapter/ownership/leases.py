@@ -280,11 +280,6 @@ class Leases:
         return not any(name != self.incarnation and not member.draining for name, member in self._live.items())
 
     @property
-    def living_count(self) -> int:
-        """Number of living replicas as known here, including this one."""
-        return len(self._live.keys() | {self.incarnation})
-
-    @property
     def other_incarnations(self) -> set[str]:
         """Other living incarnations as known here."""
         return self._live.keys() - {self.incarnation}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence
 
 import msgspec
 import structlog
@@ -58,16 +58,6 @@ def status_reply(data: bytes, about: Callable[[Sequence[str]], ReplicaStatus]) -
     return msgspec.json.encode(about(request.bots))
 
 
-def is_idle(answers: Collection[ReplicaStatus], incarnation: str, bot: str, others: Collection[str]) -> bool:
-    """Whether a replica and all `others` that are alive, by incarnation, report that they do not poll a bot.
-
-    If the record is wrong, a replica that it does not name may still have a poll. A version that does not report its
-    incarnation proves nothing.
-    """
-    by_incarnation = {present.incarnation: present for present in answers}
-    return all(name in by_incarnation and bot not in by_incarnation[name].polls for name in {incarnation, *others})
-
-
 class OtherReplicas:
     """This replica's queries and announcements to all replicas."""
 
@@ -78,7 +68,8 @@ class OtherReplicas:
 
     async def query(self, bots: Sequence[str]) -> tuple[list[ReplicaStatus], int]:
         """The replicas that answer in time, this one included, by name; and how many live. Raises Temporary."""
-        payload, living = msgspec.json.encode(StatusRequest(bots=list(bots))), self._leases.living_count
+        payload = msgspec.json.encode(StatusRequest(bots=list(bots)))
+        living = len(self._leases.other_incarnations) + 1
         answers = await self._core.query_replicas(
             self._names.replica_status(), payload, count=living, within_s=QUERY_TIMEOUT_S
         )
@@ -86,9 +77,12 @@ class OtherReplicas:
         return sorted(found, key=lambda present: present.instance), living
 
     async def is_idle(self, incarnation: str, bot: str) -> bool:
-        """Whether a replica and all other living ones report that they have no poller of a bot. Raises Temporary."""
+        """Whether a replica and all other living ones report that they have no poller of a bot: one that its record
+        does not name may still have a poll. A version that does not report its incarnation proves nothing. Raises
+        Temporary."""
         answers, _ = await self.query([bot])
-        return is_idle(answers, incarnation, bot, self._leases.other_incarnations)
+        idle = {present.incarnation for present in answers if bot not in present.polls}
+        return {incarnation, *self._leases.other_incarnations} <= idle
 
     async def publish_released(self, bot: str = "") -> None:
         """Tells every replica, at most once, that a bot was given back; without a bot: a shard."""

@@ -215,10 +215,10 @@ class Supervisor:
         self.pollers.pop(bot, None)
         if self._is_wanted(bot):
             asyncio.get_running_loop().call_later(RESTART_S, self._follow_soon, bot)
-        while self._crowded:
-            if self._is_wanted(waits := self._crowded.pop()):
-                self._follow_soon(waits)
-                break
+        if self._crowded:
+            self._dirty |= self._crowded
+            self._crowded.clear()
+            self._changed.notify_all()
 
     def _follow_soon(self, bot: str) -> None:
         self._dirty.add(bot)

@@ -30,7 +30,7 @@ from adapter.errors import BusRefused, Refused, Temporary, Unreadable
 from adapter.kit.slots import FairSlots
 from adapter.observability.metrics import Metrics
 from adapter.observability.records import invalid_request, read_request
-from adapter.ports import PartialObjects, SandboxRequest, SandboxResponse, StoredObject
+from adapter.ports import Objects, SandboxRequest, SandboxResponse, StoredObject
 
 PIECE_MIN, PIECE_MAX = 16 * 1024, 512 * 1024
 """Sizes of an upload's pieces; the last may be shorter. They stay well below a message's usual limit of 1 MiB."""
@@ -55,7 +55,7 @@ class Fetcher(Protocol):
 class MediaService:
     """The handlers of media.get and media.put."""
 
-    def __init__(self, objects: PartialObjects, fetcher: Fetcher, metrics: Metrics, *, max_bytes: int) -> None:
+    def __init__(self, objects: Objects, fetcher: Fetcher, metrics: Metrics, *, max_bytes: int) -> None:
         self._objects = objects
         self._fetcher = fetcher
         self._metrics = metrics

@@ -24,7 +24,7 @@ class Kept(NamedTuple):
 
 
 class FakeBus:
-    """Implements Bus and Archive: streams in memory, with the server's rules about ids and order."""
+    """Implements Bus and History: streams in memory, with the server's rules about ids and order."""
 
     def __init__(self, names: Names, clock: FakeClock) -> None:
         self.kept: list[Kept] = []
