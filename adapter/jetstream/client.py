@@ -190,7 +190,7 @@ class BusClient(Client):
 
 def parse_headers(raw: bytes) -> dict[str, str]:
     """Decodes raw headers, in a third of nats-py's time. The server's status is called `Status`, its reason
-    `Description`. Of repeated headers the first counts: by the first id the server drops duplicates."""
+    `Description`. Of repeated headers the last counts: the server adds its own behind those of the author."""
     first, *lines = raw.decode(errors="replace").split("\r\n")
     found: dict[str, str] = {}
     if len(first) > len(_VERSION):
@@ -198,7 +198,7 @@ def parse_headers(raw: bytes) -> dict[str, str]:
     for line in lines:
         name, _, value = line.partition(":")
         if _is_name(name):
-            found.setdefault(name, value.strip())
+            found[name] = value.strip()
     return found
 
 

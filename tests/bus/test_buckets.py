@@ -283,26 +283,6 @@ async def test_many_members_are_read_whole(rig: Rig) -> None:
     assert len(await bucket.list_entries()) == SHARDS
 
 
-async def test_a_register_is_read_anew_when_it_has_changed_and_now_and_then(
-    rig: Rig, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    bucket, other = (LeaderKvBucket(rig.connection, NAMES.members, ttl_s=60) for _ in range(2))
-    first = await other.write("1", b"x", 0)
-    second = await other.write("2", b"y", 0)
-    known = await bucket.list_entries()
-    assert known == [Entry("1", b"x", first), Entry("2", b"y", second)]
-    assert await bucket.list_entries() is known, "nothing has changed"
-    third = await other.write("1", b"z", first)
-    assert sorted(await bucket.list_entries()) == [Entry("1", b"z", third), Entry("2", b"y", second)]
-    await LeaderKvBucket(rig.connection, NAMES.members, ttl_s=1).write("2", b"y", second)
-    monkeypatch.setattr("adapter.jetstream.buckets.RELOAD_S", 0.1)
-
-    async def noticed() -> bool:
-        return await bucket.list_entries() == [Entry("1", b"z", third)]
-
-    await eventually(noticed, "the end of the other is seen")
-
-
 @pytest.mark.parametrize("name", [NAMES.bindings, NAMES.conversations, NAMES.members, NAMES.claims, NAMES.logins])
 async def test_nobody_empties_a_bucket(rig: Rig, name: str) -> None:
     """Nor takes a single key out of it without a mark: what is in there is nowhere else."""

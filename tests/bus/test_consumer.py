@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from structlog.testing import capture_logs
 
-from adapter.contract.names import H_MSG_ID, shard_of
+from adapter.contract.names import shard_of
 from adapter.jetstream import topology
 from adapter.jetstream.consumer import Consumer, Delivery
 from adapter.kit.timing import SystemClock
@@ -66,20 +66,6 @@ class Reader:
 
     async def have(self, count: int) -> None:
         await until(lambda: len(self.got) >= count, f"{count} deliveries")
-
-
-@pytest.mark.parametrize("more", ["", "Unusual:  1\r\n"], ids=["short-way", "nats-pys-way"])
-async def test_of_two_message_ids_the_one_by_which_the_server_drops_repeats_counts(rig: Rig, more: str) -> None:
-    """Else a receipt would bear an id under which a repeat is another command."""
-    await control(rig)
-    nc = rig.connection.client()
-    for other in ("b", "c"):
-        head = f"NATS/1.0\r\n{more}Nats-Msg-Id: a\r\nNats-Msg-Id: {other}\r\n\r\n".encode()
-        await nc._send_command(b"HPUB %s %d %d\r\n%s\r\n" % (NAMES.bind.encode(), len(head), len(head), head))
-    await control(rig, "the end")
-    reader = Reader(rig)
-    await reader.have(2)
-    assert [delivery.headers.get(H_MSG_ID) for delivery in reader.got] == ["a", None]
 
 
 async def test_a_consumer_delivers_in_order_and_no_more_than_there_is_room_for(rig: Rig) -> None:
