@@ -7,7 +7,6 @@ import concurrent.futures
 import ipaddress
 import re
 import secrets
-import threading
 from collections.abc import Callable, Coroutine, Iterable
 from http.cookies import CookieError, SimpleCookie
 from typing import Any, NamedTuple, Self, TypeVar
@@ -17,10 +16,10 @@ import structlog
 
 from adapter.console.auth import SESSION_S, ConsoleAuth
 from adapter.console.pages import Pages
-from adapter.console.service import ConsoleDeps, ConsoleService
-from adapter.console.view import BindingFilter, Platform
+from adapter.console.service import ConsoleService
 from adapter.contract.messages import BOT_STATUSES, Options
 from adapter.errors import AdapterError, Refused, Temporary
+from adapter.kit.timing import Clock
 from adapter.kit.web import Listener
 from adapter.settings import split_addr
 
@@ -31,13 +30,11 @@ COOKIE = "wechat_nats_console"
 ANSWER_S = 15.0
 """How long a page waits for the event loop before it says that nobody answers."""
 MAX_BODY = 4096
-MAX_IN_FLIGHT = 32
-"""Requests served at the same time; one more is refused."""
 REFRESH_S = 5
 _NUMBER = re.compile(r"[0-9]{1,18}")
 _LOGIN = re.compile(r"/logins/([0-9a-f]{24})(/verify|/cancel|)")
 _LETTER = re.compile(r"/dead/([0-9]{1,18})")
-SIGNED_OUT = Platform([], 0, 0, 0)
+SIGNED_OUT: dict[str, Any] = {"replicas": [], "expected": 0, "dead": 0, "logins": 0}
 
 
 class BrowserRequest(NamedTuple):
@@ -71,13 +68,12 @@ class Response(NamedTuple):
 class Console(Listener):
     """Serves at `addr` while entered; see Listener."""
 
-    def __init__(self, addr: str, token: str, deps: ConsoleDeps) -> None:
+    def __init__(self, addr: str, auth: ConsoleAuth, service: ConsoleService, clock: Clock) -> None:
         super().__init__("console_addr", addr, self._serve)
-        self._auth = ConsoleAuth(token)
-        self._service = ConsoleService(deps, self._auth)
+        self._auth = auth
+        self._service = service
+        self._now_ms = clock.now_ms
         self._pages = Pages()
-        self._slots = threading.BoundedSemaphore(MAX_IN_FLIGHT)
-        self._now_ms = deps.clock.now_ms
 
     def __enter__(self) -> Self:
         self._loop = asyncio.get_running_loop()
@@ -94,8 +90,8 @@ class Console(Listener):
     def _serve(self, environ: dict[str, Any], start_response: Callable[..., Any]) -> Iterable[bytes]:
         nonce = secrets.token_urlsafe(16)
         try:
-            request = read_request(environ, nonce)  # before it takes room: a stranger may send slowly
-            answer = self._answer_with_slot(request) if isinstance(request, BrowserRequest) else request
+            request = read_request(environ, nonce)
+            answer = self._answer(request) if isinstance(request, BrowserRequest) else request
         except Exception:  # a bug: the page says so, and the others go on
             log.exception("console.crashed")
             answer = Response("500 Internal Server Error", b"The console failed; the adapter's log says why.\n")
@@ -110,14 +106,6 @@ class Console(Listener):
             ],
         )
         return [] if environ.get("REQUEST_METHOD") == "HEAD" else [answer.body]
-
-    def _answer_with_slot(self, request: BrowserRequest) -> Response:
-        if not self._slots.acquire(blocking=False):
-            return Response("503 Service Unavailable", b"too many requests at once\n")
-        try:
-            return self._answer(request)
-        finally:
-            self._slots.release()
 
     def _answer(self, request: BrowserRequest) -> Response:
         if request.method not in ("GET", "HEAD", "POST"):
@@ -167,20 +155,13 @@ class Console(Listener):
     def _answer_get(self, request: BrowserRequest) -> Response:
         service = self._service
         if request.path == "/":
-            page = request.query.get("page", "1")
-            state = request.query.get("state", "")
-            wanted = BindingFilter(
-                words=request.query.get("q", "")[:100],
-                state=state if state in BOT_STATUSES else "",
-                page=int(page) if _NUMBER.fullmatch(page) else 1,
-            )
-            found = self._run_in_loop(service.find_bindings(wanted))
-            wanted = wanted._replace(page=min(max(1, wanted.page), found.pages))
-            return self._render_page(request, "bindings", found=found, wanted=wanted, refresh_s=REFRESH_S)
+            words, state, page = (request.query.get(name, "") for name in ("q", "state", "page"))
+            state = state if state in BOT_STATUSES else ""
+            number = int(page) if _NUMBER.fullmatch(page) else 1
+            found = self._run_in_loop(service.find_bindings(words[:100], state, number))
+            return self._render_page(request, "bindings", found=found, refresh_s=REFRESH_S)
         if request.path == "/dead":
-            before = request.query.get("before", "")
-            letters = self._run_in_loop(service.dead_letters(int(before) if _NUMBER.fullmatch(before) else None))
-            return self._render_page(request, "dead", dead=letters)
+            return self._dead_page(request, request.query.get("before", ""))
         if request.path == "/logins":
             return self._logins_page(request)
         if (match := _LOGIN.fullmatch(request.path)) and not match[2]:
@@ -217,9 +198,7 @@ class Console(Listener):
                 self._run_in_loop(service.drop_dead_letter(seq))
                 notice = f"Letter {seq} is dropped."
             log.info("console.dead_letter", sequence=seq, action=form["do"])
-            return self._render_page(
-                request, "dead", here="/dead", dead=self._run_in_loop(service.dead_letters(None)), notice=notice
-            )
+            return self._dead_page(request, notice=notice)
         return self._problem_page(request, "404 Not Found", "Not here", "There is no such page.")
 
     def _run_in_loop(self, work: Coroutine[Any, Any, T]) -> T:
@@ -238,19 +217,25 @@ class Console(Listener):
     def _render_page(self, request: BrowserRequest, name: str, status: str = "200 OK", **values: Any) -> Response:
         is_signed_in = self._auth.is_valid_session(request.session, self._now_ms() // 1000)
         proof = self._auth.form_proof(request.session) if is_signed_in else ""
+        platform = SIGNED_OUT
+        if proof and "platform" not in values:
+            platform = self._run_in_loop(self._service.platform())
         common = {
             "nonce": request.nonce,
             "part": request.part,
             "proof": proof,
             "here": request.path,
-            "platform": self._run_in_loop(self._service.platform_status())
-            if proof and "platform" not in values
-            else SIGNED_OUT,
+            "platform": platform,
             "notice": "",
             "refresh_s": 0,
             "now_ms": self._now_ms(),
         }
         return Response(status, self._pages.render(name, **{**common, **values}))
+
+    def _dead_page(self, request: BrowserRequest, before: str = "", notice: str = "") -> Response:
+        older_than = int(before) if _NUMBER.fullmatch(before) else None
+        letters = self._run_in_loop(self._service.dead_letters(older_than))
+        return self._render_page(request, "dead", here="/dead", dead=letters, notice=notice)
 
     def _logins_page(
         self, request: BrowserRequest, sandbox: str = "", wrong: str = "", status: str = "200 OK"

@@ -13,8 +13,9 @@ from adapter import __version__
 from adapter.bindings.binder import Binder
 from adapter.bindings.control import Control
 from adapter.bindings.registry import Bindings
+from adapter.console.auth import ConsoleAuth
 from adapter.console.server import Console
-from adapter.console.service import ConsoleDeps
+from adapter.console.service import ConsoleService
 from adapter.content import media
 from adapter.contract.names import Names
 from adapter.contract.records import UNBOUND_S
@@ -330,16 +331,19 @@ class Replica:
         settings = self.settings
         if not settings.console_addr:
             return contextlib.nullcontext()
-        deps = ConsoleDeps(
-            bindings=self.bindings,
-            others=self.others,
-            health=self.bot_health,
-            access=self.access,
-            registry=self.login_records,
-            services=self.handlers,
-            clock=self.clock,
+        auth = ConsoleAuth(settings.console_token)
+        service = ConsoleService(
+            auth,
+            self.bindings,
+            self.others,
+            self.bot_health,
+            self.edges.bus,
+            self.edges.history,
+            self.names,
+            self.login_records,
+            self.handlers,
         )
-        return Console(settings.console_addr, settings.console_token, deps)
+        return Console(settings.console_addr, auth, service, self.clock)
 
     def _status(self, bots: Sequence[str]) -> ReplicaStatus:
         pollers, now = self.supervisor.pollers, self.clock.monotonic()

@@ -16,8 +16,8 @@ import pytest
 from structlog.testing import capture_logs
 
 from adapter.console.auth import SESSION_S, WRONG_A_MINUTE, ConsoleAuth
-from adapter.console.server import MAX_BODY, MAX_IN_FLIGHT, Console, is_loopback
-from adapter.console.service import ConsoleDeps
+from adapter.console.server import MAX_BODY, Console, is_loopback
+from adapter.console.service import ConsoleService
 from adapter.contract.messages import LoginStart, Options
 from adapter.contract.names import H_DETAIL, H_MSG_ID, H_REASON, H_SUBJECT, H_TIME_MS, H_USER
 from adapter.errors import BusRefused, SettingsError, Temporary
@@ -85,20 +85,21 @@ class Office:
             return answer
 
         self.following = asyncio.create_task(self.records.run())
-        self.deps = ConsoleDeps(
-            bindings=self.bench.bindings,
-            others=self.replicas,
-            health=BotHealth(self.replicas, self.bench.store, WINDOW, self.clock),
-            access=self.bench.access,
-            registry=self.records,
-            services={
-                "login.start": start,
-                "login.status": service.status,
-                "login.verify": service.verify,
-                "login.cancel": service.cancel,
-            },
-            clock=self.clock,
+        self.handlers = {
+            "login.start": start,
+            "login.status": service.status,
+            "login.verify": service.verify,
+            "login.cancel": service.cancel,
+        }
+
+    def console(self, addr: str = "127.0.0.1:0") -> Console:
+        bench, auth = self.bench, ConsoleAuth(TOKEN)
+        health = BotHealth(self.replicas, bench.store, WINDOW, self.clock)
+        bus: Any = bench.bus
+        service = ConsoleService(
+            auth, bench.bindings, self.replicas, health, bus, bus, bench.names, self.records, self.handlers
         )
+        return Console(addr, auth, service, self.clock)
 
     async def sign_in(self) -> None:
         answer = await self.browser.post("/signin", data={"token": TOKEN})
@@ -124,7 +125,7 @@ async def guest() -> AsyncIterator[Office]:
     async with httpx.AsyncClient(trust_env=False, verify=False) as browser:
         made = Office(browser)
         made.bench.bindings.is_loaded = True
-        with Console("127.0.0.1:0", TOKEN, made.deps) as console:
+        with made.console() as console:
             browser.base_url = httpx.URL(console.url)
             yield made
 
@@ -274,7 +275,7 @@ async def test_what_the_script_fetches_has_no_script_and_no_style(office: Office
 
 async def test_strangers_who_send_slowly_take_nobodys_room(guest: Office) -> None:
     async with contextlib.AsyncExitStack() as opened:
-        for _ in range(MAX_IN_FLIGHT + 1):
+        for _ in range(40):
             _, writer = await asyncio.open_connection("127.0.0.1", guest.browser.base_url.port)
             opened.callback(writer.close)
             writer.write(b"POST /signin HTTP/1.1\r\nHost: x\r\nContent-Length: 100\r\n\r\ntoken=")
@@ -314,7 +315,7 @@ def test_what_is_loopback(host: str, answer: bool) -> None:
 
 
 async def test_an_address_beyond_this_machine_is_warned_of(guest: Office) -> None:
-    with capture_logs() as logs, Console(":0", TOKEN, guest.deps):
+    with capture_logs() as logs, guest.console(":0"):
         pass
     assert "console.exposed" in [line["event"] for line in logs]
 
@@ -323,7 +324,7 @@ async def test_an_address_that_cannot_be_had_stops_the_start(guest: Office) -> N
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
-        console = Console(f"127.0.0.1:{taken.getsockname()[1]}", TOKEN, guest.deps)
+        console = guest.console(f"127.0.0.1:{taken.getsockname()[1]}")
         with pytest.raises(SettingsError, match="WECHAT_NATS_CONSOLE_ADDR: expected an address"):
             console.__enter__()
 
@@ -563,7 +564,7 @@ async def test_a_login_that_another_person_took_than_was_bound_before_says_so(of
 
 async def test_any_replica_finds_a_login_by_its_address(office: Office) -> None:
     place = (await office.post("/logins", sandbox="s1")).headers["Location"]
-    with Console("127.0.0.1:0", TOKEN, office.deps) as other:
+    with office.console() as other:
         answer = await office.browser.get(f"{other.url}{place}")
     assert "<svg" in answer.text
     assert (await office.browser.get("/logins/" + "f" * 24)).status_code == 404
