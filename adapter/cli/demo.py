@@ -1,18 +1,23 @@
-"""`demo`: everything in one terminal, with nothing to install and no WeChat account."""
+"""`demo`: a conversation of a simulated phone with an agent in one terminal, over a real bus."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
 import secrets
+import shutil
 import sys
 import tempfile
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any, TextIO
 from urllib.parse import urlsplit
 
+import msgspec
 from cyclopts import Parameter
+from nats.aio.msg import Msg
+from rich.console import Console
+from rich.text import Text
 
 from adapter import __version__
 from adapter.agent import Sandbox
@@ -20,17 +25,30 @@ from adapter.agent.program import Program
 from adapter.agent.runner import Answer, Runner, Sessions, Turn
 from adapter.cli.agent import MAX_OUTPUT, Exec
 from adapter.cli.bindings import request_control
-from adapter.cli.bus import connected_bus
+from adapter.cli.bus import BusConnection, connected_bus
 from adapter.cli.embedded import EmbeddedNats, adapter_running, while_alive
-from adapter.cli.exits import NO, OK, Failed
+from adapter.cli.exits import NO, OK, TIMEOUT, Failed
 from adapter.cli.options import flag
-from adapter.cli.output import can_style
+from adapter.cli.output import can_colour, can_style, pad, printable
+from adapter.cli.send import describe
 from adapter.cli.stdin import LineEditor, lines
-from adapter.cli.talk import SANDBOX, Screen, TalkSession
-from adapter.contract.messages import Bind
+from adapter.contract.messages import FINAL_OUTCOMES, Bind, Inbound, Outbound, Receipt
+from adapter.kit.timing import raise_if_cancelled, wait_event
 from adapter.observability import logs
 from adapter.settings import Settings
 
+if TYPE_CHECKING:
+    from adapter.simulator import BotRecord, Simulator
+
+SANDBOX = "demo"
+UNANSWERED = 5
+"""Most lines without an answer at once. Each line opens the send window anew, for ten sends; further answers would
+wait for the next line."""
+
+WIDTH, LABEL = 80, 18
+"""Columns of a line, and of its label."""
+COLOURS = {"you": "36", "wechat.out.demo": "35", "receipt": "32", "phone": "1;36", "problem": "1;31"}
+OTHER = "2"
 PATIENCE_S = 30.0
 AGENT_S = 600.0
 """Seconds that a program may take for an answer."""
@@ -123,11 +141,161 @@ def _log(screen: Screen, verbose: bool) -> Iterator[None]:
         return
     handle, name = tempfile.mkstemp(prefix="wechat-nats-demo-", suffix=".log")
     with open(handle, "wb", buffering=0) as file:
-        screen.note(f"The adapter logs to {name} (--verbose: to standard error).")
+        screen.note(f"The adapter logs to {name}, which stays if something fails (--verbose: to standard error).")
         logs.configure("info", file, version=__version__)
-        try:
-            yield
-        except BaseException:
-            screen.note(f"The log of what went wrong: {name}")
-            raise
+        yield
     Path(name).unlink()
+
+
+class Screen:
+    """Writes lines of at most WIDTH columns. On a terminal it has colours and keeps a prompt below."""
+
+    def __init__(self, out: TextIO, *, prompting: bool, editor: LineEditor | None = None) -> None:
+        """`editor`: what shows the prompt, and reads behind it."""
+        self._out = out
+        self._editor = editor
+        self._colours = can_colour(out)
+        self.is_prompting = prompting and can_style(out)
+        """Whether the terminal itself shows what is typed, after the prompt."""
+        self._width = min(WIDTH, shutil.get_terminal_size().columns) if out.isatty() else WIDTH
+        self._prompted = False
+
+    def prompt(self) -> None:
+        """Prompts the user, if somebody types."""
+        if self.is_prompting and not self._prompted:
+            label = self._label("you")
+            self._write(label if self._editor is None else self._editor.prompt(label))
+            self._prompted = True
+
+    def on_line_typed(self) -> None:
+        """The user has ended the line with the prompt."""
+        self._prompted = False
+
+    def show(self, label: str, text: str) -> None:
+        """One entry, over several lines if it is long."""
+        self._clear_prompt()
+        wrapped = Text(printable(text)).wrap(Console(), max(self._width - LABEL, LABEL))
+        self._write(self._label(label) + f"\n{' ' * LABEL}".join(line.plain.rstrip() for line in wrapped) + "\n")
+
+    def note(self, text: str) -> None:
+        """A line without a label, as it is."""
+        self._clear_prompt()
+        self._write(text + "\n")
+
+    def _label(self, label: str) -> str:
+        padded = pad(label, LABEL)
+        return f"\x1b[{COLOURS.get(label, OTHER)}m{padded}\x1b[0m" if self._colours else padded
+
+    def _clear_prompt(self) -> None:
+        if self._prompted:
+            self._write("\r\x1b[K")
+            self._prompted = False
+
+    def _write(self, text: str) -> None:
+        self._out.write(text)
+        self._out.flush()
+
+
+class TalkSession:
+    """What a user types goes in, everything that follows is shown."""
+
+    def __init__(
+        self, bus: BusConnection, simulator: Simulator, bot: BotRecord, screen: Screen, patience_s: float
+    ) -> None:
+        """`patience_s`: seconds without any progress after which an answer that is due has failed."""
+        self._bus = bus
+        self._simulator = simulator
+        self._user = bot.user
+        self._screen = screen
+        self._patience_s = patience_s
+        self._moved = asyncio.Event()
+        self._open = 0
+        """Lines without an answer."""
+        self._failed = False
+
+    async def run(self, lines: AsyncIterator[str], agent: Callable[[], Coroutine[Any, Any, None]] | None) -> int:
+        """Holds the conversation, beside `agent` if it is ours, until the lines end and all are answered: the exit
+        code. Raises Failed if it stands still, and what the agent raises."""
+        names, nc = self._bus.names, self._bus.nc
+        await nc.subscribe(names.live(SANDBOX), cb=self._on_inbound)
+        await nc.subscribe(names.out(SANDBOX), cb=self._on_command)
+        await nc.subscribe(names.receipts(SANDBOX), cb=self._on_receipt)
+        await nc.flush()
+        raise_if_cancelled()
+        try:
+            async with asyncio.TaskGroup() as group:
+                beside = [group.create_task(agent())] if agent is not None else []
+                await self._talk(lines)
+                for task in beside:
+                    task.cancel()
+        except ExceptionGroup as several:
+            raise several.exceptions[0] from None
+        return NO if self._failed else OK
+
+    async def _talk(self, lines: AsyncIterator[str]) -> None:
+        screen = self._screen
+        screen.prompt()
+        async for line in lines:
+            screen.on_line_typed()
+            if not line.strip():
+                screen.prompt()
+                continue
+            await self._wait_open(UNANSWERED - 1)
+            if not screen.is_prompting:
+                screen.show("you", line)
+            self._open += 1
+            self._simulator.say(self._user, line)
+        await self._wait_open(0)
+
+    async def _wait_open(self, most: int) -> None:
+        """Waits until at most so many lines are open. Raises Failed once nothing has moved for too long."""
+        while self._open > most:
+            self._moved.clear()
+            if not await wait_event(self._moved, self._patience_s):
+                said = f"Lines without an answer: {self._open}; nothing happened for {self._patience_s:g} s."
+                raise Failed(TIMEOUT, said)
+
+    async def _on_inbound(self, msg: Msg) -> None:
+        message = msgspec.json.decode(msg.data, type=Inbound)
+        left = message.window.remaining
+        budget = "" if left is None else f", {left} sends left"
+        self._screen.show(msg.subject, f'"{message.text}"  (id {message.id[-12:]}{budget})')
+        self._moved.set()
+
+    async def _on_command(self, msg: Msg) -> None:
+        command = msgspec.json.decode(msg.data, type=Outbound)
+        if command.typing == "off":  # the agent is done, and has nothing to say
+            self._close(True)
+        elif not command.typing:
+            said = f'"{command.text}"' if command.text else f"{len(command.items or [])} items"
+            self._screen.show(msg.subject, said)
+            self._moved.set()
+
+    async def _on_receipt(self, msg: Msg) -> None:
+        """Shows what became of an answer, then what the phone shows of it."""
+        receipt = msgspec.json.decode(msg.data, type=Receipt)
+        if receipt.outcome == "accepted" and not receipt.message_ids:  # typing
+            return
+        self._screen.show("receipt", describe(receipt))
+        if receipt.outcome == "accepted":
+            for message_id in receipt.message_ids:
+                self._screen.show("phone", await self._on_phone(message_id))
+        if receipt.outcome in FINAL_OUTCOMES:
+            self._close(receipt.outcome == "accepted")
+
+    async def _on_phone(self, message_id: str) -> str:
+        """The text of a message, once the phone shows it."""
+        while True:
+            for shown in reversed(self._simulator.phone(self._user)):
+                if shown.message_id == message_id:
+                    return shown.text
+            await asyncio.sleep(0.01)
+
+    def _close(self, good: bool) -> None:
+        """A line is answered, or has failed; another answer to a closed line changes nothing."""
+        if self._open:
+            self._open -= 1
+            self._failed |= not good
+        self._moved.set()
+        if not self._open:
+            self._screen.prompt()

@@ -16,8 +16,7 @@ from nats.aio.client import Client
 from nats.errors import Error as NatsError
 from nats.js.errors import NotFoundError
 
-from adapter.cli.demo import demo_settings
-from adapter.cli.talk import LABEL
+from adapter.cli.demo import LABEL, demo_settings
 from tests.cli.process import Running, alive, children, started
 
 STARTED = b"You are a WeChat user"

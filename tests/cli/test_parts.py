@@ -18,6 +18,7 @@ import pytest
 from rich.cells import cell_len
 
 from adapter.cli.bus import BusConnection
+from adapter.cli.demo import LABEL, Screen
 from adapter.cli.output import (
     can_colour,
     can_style,
@@ -29,7 +30,6 @@ from adapter.cli.output import (
     write_private,
 )
 from adapter.cli.stdin import LineEditor, lines
-from adapter.cli.talk import LABEL, Screen
 from adapter.contract.messages import BindingInfo, LoginQuery, Receipt
 from adapter.jetstream.client import BusClient
 from adapter.settings import Settings
