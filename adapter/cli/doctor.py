@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import itertools
 import math
-import time
+from collections import Counter
 from collections.abc import Awaitable
 from typing import Annotated, Any
 
@@ -20,8 +20,8 @@ from adapter.cli.bindings import TROUBLE, all_bindings, status_of
 from adapter.cli.bus import BusConnection, connected_bus
 from adapter.cli.exits import NO, OK, UNREACHABLE, Failed
 from adapter.cli.options import Json, MaybeSandbox, flag
-from adapter.cli.permission_checks import PermissionCheck, State
-from adapter.contract.messages import BOT_STATUSES, BindingInfo, BotStatus
+from adapter.cli.permission_checks import Finding, State
+from adapter.contract.messages import BOT_STATUSES
 from adapter.errors import UNDECODABLE, BusRefused, Conflict, Refused, Temporary
 from adapter.inbound.positions import find_above
 from adapter.jetstream import topology
@@ -66,21 +66,21 @@ async def doctor(
     except Failed as exc:
         if exc.code != UNREACHABLE:
             raise
-        checks = [PermissionCheck("nats", "fail", str(exc))]
+        checks = [Finding("nats", "fail", str(exc))]
     output.listing(checks, json, ("check", "state", ""), lambda c: (c.check, c.state, c.say), styles=STYLES)
     failing = [check.check for check in checks if check.state == "fail"]
     return UNREACHABLE if failing == ["nats"] else NO if failing else OK
 
 
-async def _run_checks(bus: BusConnection, *, fix: bool, allow_loss: bool, quiet: bool) -> list[PermissionCheck]:
+async def _run_checks(bus: BusConnection, *, fix: bool, allow_loss: bool, quiet: bool) -> list[Finding]:
     """Every check, after the fixes."""
     there, here = await query_adapters(bus), shape_of(bus.settings)
-    left: list[PermissionCheck] = []
+    left: list[Finding] = []
     if fix:
         left = await _fix(bus, await _adopt_settings(bus, there, here), allow_loss=allow_loss, quiet=quiet)
     names, version, url = bus.names, bus.nc.connected_server_version, bus.nc.connected_url
     server = f"nats-server {version.major}.{version.minor}.{version.patch}"
-    checks = [PermissionCheck("nats", "ok", f"{server}, {url.netloc.rpartition('@')[2] if url else '?'}")]
+    checks = [Finding("nats", "ok", f"{server}, {url.netloc.rpartition('@')[2] if url else '?'}")]
     checks += await permission_checks.check_permissions(bus)
     checks += await _attempt("jetstream", _check_api_level(bus))
     if checks[-1].state == "ok":
@@ -97,30 +97,30 @@ async def _run_checks(bus: BusConnection, *, fix: bool, allow_loss: bool, quiet:
     return checks + await _attempt("dead letters", letters) + await _attempt("commands waiting", commands)
 
 
-async def _attempt(name: str, check: Awaitable[list[PermissionCheck] | None]) -> list[PermissionCheck]:
+async def _attempt(name: str, check: Awaitable[list[Finding] | None]) -> list[Finding]:
     """A check that cannot be made fails, and does not hide the others."""
     try:
         return await check or []
     except Failed as exc:
-        return [PermissionCheck(name, "fail", str(exc))]
+        return [Finding(name, "fail", str(exc))]
     except (BusRefused, Temporary, NatsError) as exc:
         why = exc if isinstance(exc, NatsError) else exc.detail or exc.reason
         said = f"Cannot be told ({why}): is JetStream enabled, may this user publish to $JS.API.>?"
-        return [PermissionCheck(name, "fail", said)]
+        return [Finding(name, "fail", said)]
 
 
-async def _check_api_level(bus: BusConnection) -> list[PermissionCheck]:
+async def _check_api_level(bus: BusConnection) -> list[Finding]:
     level = await topology.api_level(bus.connection)
     if level >= topology.API_LEVEL:
-        return [PermissionCheck("jetstream", "ok", f"API level {level}")]
+        return [Finding("jetstream", "ok", f"API level {level}")]
     said = f"API level {level}; {topology.API_LEVEL} is needed: nats-server 2.14 or newer."
-    return [PermissionCheck("jetstream", "fail", said)]
+    return [Finding("jetstream", "fail", said)]
 
 
-async def _check_topology(bus: BusConnection) -> list[PermissionCheck]:
+async def _check_topology(bus: BusConnection) -> list[Finding]:
     missing, different = await topology.inspect_topology(bus.connection, bus.names, bus.settings)
     checks = [
-        PermissionCheck(
+        Finding(
             w.name, "fail", f"This stream is missing: {RESTORE}; if it never was, start an adapter, or use --fix."
         )
         for w in missing
@@ -130,8 +130,8 @@ async def _check_topology(bus: BusConnection) -> list[PermissionCheck]:
         if d.lowers:
             said += f" --allow-loss, with {await _at_stake(bus, d)}"
         said += "." if d.critical or d.lacks_copies else ", or leave it if it is meant."
-        checks.append(PermissionCheck(d.name, "fail" if d.critical or d.lacks_copies else "warn", said))
-    return checks or [PermissionCheck("streams", "ok", "all streams and buckets are as they should be")]
+        checks.append(Finding(d.name, "fail" if d.critical or d.lacks_copies else "warn", said))
+    return checks or [Finding("streams", "ok", "all streams and buckets are as they should be")]
 
 
 async def _at_stake(bus: BusConnection, lowering: topology.Difference) -> str:
@@ -143,7 +143,7 @@ async def _at_stake(bus: BusConnection, lowering: topology.Difference) -> str:
     return f"{messages:,} messages at stake"
 
 
-async def _adopt_settings(bus: BusConnection, there: list[Adapter], here: Shape) -> PermissionCheck:
+async def _adopt_settings(bus: BusConnection, there: list[Adapter], here: Shape) -> Finding:
     """Has `bus.settings` shape streams as expected, and says whose settings that are. `here`: those of the shell."""
     layout = None
     with contextlib.suppress(Temporary):  # there is no bucket, or this user may not read it
@@ -156,49 +156,49 @@ async def _adopt_settings(bus: BusConnection, there: list[Adapter], here: Shape)
         shape, whose = layout.settings, "the layout key"
     bus.settings = with_shape(bus.settings, shape)
     if layout is not None and layout.version != LAYOUT:
-        return PermissionCheck("layout", "fail", topology.layout_advice(layout))
+        return Finding("layout", "fail", topology.layout_advice(layout))
     said = f"version {LAYOUT}, settings of {whose}"
     if differ := [f"{PREFIX}{name.upper()} is {here[name]}" for name in shape if shape[name] != here.get(name)]:
         said += f", not those here ({', '.join(differ)})"
     if layout is None:
-        return PermissionCheck("layout", "warn", f"{said}. There is no layout key: start an adapter, or use --fix.")
-    return PermissionCheck("layout", "ok", said)
+        return Finding("layout", "warn", f"{said}. There is no layout key: start an adapter, or use --fix.")
+    return Finding("layout", "ok", said)
 
 
-async def _check_tokens(bus: BusConnection) -> list[PermissionCheck]:
+async def _check_tokens(bus: BusConnection) -> list[Finding]:
     """How bot tokens are stored, as far as this command's keys tell."""
     sealer = Sealer(bus.settings.token_key)
     try:
         found = await count_stored_tokens(bus.history, bus.names, sealer)
     except Temporary:
         said = "this user cannot read how they are stored; adapters look at their start"
-        return [PermissionCheck("tokens", "ok", said)]
+        return [Finding("tokens", "ok", said)]
     said = ", ".join(f"{count} {_SEALED[sealing]}" for sealing, count in sorted(found.items())) or "none yet"
     if found["foreign"] and bus.settings.token_key:
         advice = "set that key too, after the first, or bind those bots anew"
-        return [PermissionCheck("tokens", "fail", f"{said}: {advice}.")]
+        return [Finding("tokens", "fail", f"{said}: {advice}.")]
     if found["foreign"]:  # whoever operates the bus need not have the key
         advice = "without WECHAT_NATS_TOKEN_KEY it cannot be told whether adapters can open them"
-        return [PermissionCheck("tokens", "warn", f"{said}: {advice}.")]
+        return [Finding("tokens", "warn", f"{said}: {advice}.")]
     if found["older"]:
-        return [PermissionCheck("tokens", "warn", f"{said}: use --fix before you take the older key away.")]
-    return [PermissionCheck("tokens", "ok", said)]
+        return [Finding("tokens", "warn", f"{said}: use --fix before you take the older key away.")]
+    return [Finding("tokens", "ok", said)]
 
 
-async def _check_positions(bus: BusConnection) -> list[PermissionCheck]:
+async def _check_positions(bus: BusConnection) -> list[Finding]:
     """Whether the stream of the inboxes has reached what bots, users and agents know of it."""
     try:
         above, unopened = await find_above(bus.history, bus.names, Sealer(bus.settings.token_key))
     except Temporary:
-        return [PermissionCheck("positions", "ok", "this user cannot read them; adapters look at them")]
+        return [Finding("positions", "ok", "this user cannot read them; adapters look at them")]
     if above:
         said = f"{len(above)} are above the last sequence of {bus.names.stream_in}, which was set back:"
         said += " nothing is polled, sent or read there. Stop the adapters, use --fix, start them."
-        return [PermissionCheck("positions", "fail", said)]
+        return [Finding("positions", "fail", said)]
     if unopened:
         said = f"{unopened} cannot be told, and --fix does not lower them: their key is not in {PREFIX}TOKEN_KEY here"
-        return [PermissionCheck("positions", "warn", f"{said}, or they are damaged.")]
-    return [PermissionCheck("positions", "ok", f"none is above the last sequence of {bus.names.stream_in}")]
+        return [Finding("positions", "warn", f"{said}, or they are damaged.")]
+    return [Finding("positions", "ok", f"none is above the last sequence of {bus.names.stream_in}")]
 
 
 def _short(value: Any) -> str:
@@ -228,60 +228,39 @@ async def query_adapters(bus: BusConnection) -> list[Adapter]:
     return found
 
 
-def _check_adapters(there: list[Adapter]) -> PermissionCheck:
+def _check_adapters(there: list[Adapter]) -> Finding:
     if not there:
-        return PermissionCheck(
-            "adapters", "fail", "None answers: start one with `wechat-nats run`, or look why it hangs."
-        )
+        return Finding("adapters", "fail", "None answers: start one with `wechat-nats run`, or look why it hangs.")
     versions = ", ".join(sorted({adapter.version for adapter in there}))
-    return PermissionCheck("adapters", "ok", f"{len(there)} running, version {versions}")
+    return Finding("adapters", "ok", f"{len(there)} running, version {versions}")
 
 
-async def _check_bindings(bus: BusConnection) -> list[PermissionCheck]:
+async def _check_bindings(bus: BusConnection) -> list[Finding]:
     every = await all_bindings(bus, health=True)
     bucket = f"KV_{bus.names.bindings}"
     stored = await bus.api_request(f"STREAM.INFO.{bucket}")
     if (lost := len(every) - int(stored["state"]["messages"])) > 0:
-        said = f"{lost} that adapters know are not in {bucket}: {RESTORE}."
-        return [PermissionCheck("bindings", "fail", said)]
-    bots_of: dict[BotStatus, list[str]] = {status: [] for status in BOT_STATUSES}
-    for info in every:
-        bots_of[status_of(info)].append(_in_words(info))
-    parts = [
-        f"{len(bots)} {status}" + (f" ({output.some_of(bots)})" if status in TROUBLE else "")
-        for status, bots in bots_of.items()
-        if bots
-    ]
-    said = "; ".join(parts) or "none yet"
-    if not any(bots_of[status] for status in TROUBLE):
-        return [PermissionCheck("bindings", "ok", said)]
+        return [Finding("bindings", "fail", f"{lost} that adapters know are not in {bucket}: {RESTORE}.")]
+    bots = Counter(map(status_of, every))
+    said = "; ".join(f"{bots[status]} {status}" for status in BOT_STATUSES if bots[status]) or "none yet"
+    if not bots.keys() & set(TROUBLE):
+        return [Finding("bindings", "ok", said)]
     said += ". See `wechat-nats bindings --state trouble`"
-    if bots_of["not_polled"] or bots_of["too_new"] or bots_of["failing"]:
-        return [PermissionCheck("bindings", "fail", f"{said}.")]
-    advice = "; who needs a login has to scan a new QR code" if bots_of["needs_login"] else ""
-    return [PermissionCheck("bindings", "warn", f"{said}{advice}.")]
+    if bots["not_polled"] or bots["too_new"] or bots["failing"]:
+        return [Finding("bindings", "fail", f"{said}.")]
+    advice = "; who needs a login has to scan a new QR code" if bots["needs_login"] else ""
+    return [Finding("bindings", "warn", f"{said}{advice}.")]
 
 
-def _in_words(info: BindingInfo) -> str:
-    """A bot, since when it is in its state, and why."""
-    since_ms, why = (info.health.since_ms, info.health.detail) if info.health is not None else (0, "")
-    said = f"{info.bot} for {output.span(time.time() * 1000 - since_ms)}" if since_ms else info.bot
-    return f"{said}: {why.rstrip('.')}" if why else said
-
-
-async def _check_backlog(
-    bus: BusConnection, name: str, stream: str, state: State, advice: str
-) -> list[PermissionCheck]:
+async def _check_backlog(bus: BusConnection, name: str, stream: str, state: State, advice: str) -> list[Finding]:
     count = int((await bus.api_request(f"STREAM.INFO.{stream}"))["state"]["messages"])
-    return [PermissionCheck(name, state, f"{count}: {advice}") if count else PermissionCheck(name, "ok", "none")]
+    return [Finding(name, state, f"{count}: {advice}") if count else Finding(name, "ok", "none")]
 
 
-async def _fix(
-    bus: BusConnection, layout: PermissionCheck, *, allow_loss: bool, quiet: bool
-) -> list[PermissionCheck]:
+async def _fix(bus: BusConnection, layout: Finding, *, allow_loss: bool, quiet: bool) -> list[Finding]:
     """Creates and alters. Returns what is left since it costs messages. Raises Failed at the first that the server
     refuses, and for streams of a newer program."""
-    left: list[PermissionCheck] = []
+    left: list[Finding] = []
 
     def say(text: str) -> None:
         if not quiet:
@@ -300,7 +279,7 @@ async def _fix(
             if d.lowers:
                 change += f", with {await _at_stake(bus, d)}"
             if d.lowers and not allow_loss:
-                left.append(PermissionCheck(d.name, "fail", f"Not changed without --allow-loss: {change}."))
+                left.append(Finding(d.name, "fail", f"Not changed without --allow-loss: {change}."))
             else:
                 say(f"changing {change}")
         changes = [d for d in different if allow_loss or not d.lowers]

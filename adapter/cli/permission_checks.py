@@ -21,7 +21,7 @@ ASK_S = 2.0
 State: TypeAlias = Literal["ok", "warn", "fail"]
 
 
-class PermissionCheck(msgspec.Struct, frozen=True):
+class Finding(msgspec.Struct, frozen=True):
     """The result of one check. `say` tells what to do unless all is well."""
 
     check: str
@@ -29,7 +29,7 @@ class PermissionCheck(msgspec.Struct, frozen=True):
     say: str
 
 
-async def check_permissions(bus: BusConnection) -> list[PermissionCheck]:
+async def check_permissions(bus: BusConnection) -> list[Finding]:
     """Compares what the server says of this user with what an adapter does; tries to get in without credentials."""
     user = await _fetch_user(bus)
     return [_check_user(user, bus), *await _check_strangers(user, bus)]
@@ -42,9 +42,9 @@ async def _fetch_user(bus: BusConnection) -> User | None:
     return None
 
 
-def _check_user(user: User | None, bus: BusConnection) -> PermissionCheck:
+def _check_user(user: User | None, bus: BusConnection) -> Finding:
     if user is None:
-        return PermissionCheck("permissions", "warn", f"Cannot be told: let this user publish to {USER_INFO}.")
+        return Finding("permissions", "warn", f"Cannot be told: let this user publish to {USER_INFO}.")
     may = user.permissions
     lacks = may.missing(required(bus.names, bus.settings.nats_inbox_prefix))
     inboxes = ("_INBOX.>", "_INBOX_platform.>", "_INBOX_operator.>")
@@ -52,12 +52,12 @@ def _check_user(user: User | None, bus: BusConnection) -> PermissionCheck:
         lacks = ["publish to the inboxes of whoever asks"]
     if not lacks and not may.publish.allows_all_of("_R_.>"):
         said = "An adapter with this user could not answer to other accounts: let it publish to _R_.>"
-        return PermissionCheck("permissions", "warn", f"{said}; {WHERE}.")
+        return Finding("permissions", "warn", f"{said}; {WHERE}.")
     if not lacks:
-        return PermissionCheck("permissions", "ok", "this user may do all that an adapter does")
+        return Finding("permissions", "ok", "this user may do all that an adapter does")
     if not may.missing(grants(bus.names, "operator")):
-        return PermissionCheck("permissions", "ok", "an operator's; the adapter needs a user of its own")
-    return PermissionCheck("permissions", "fail", f"An adapter with this user may not {some_of(lacks)}: {WHERE}.")
+        return Finding("permissions", "ok", "an operator's; the adapter needs a user of its own")
+    return Finding("permissions", "fail", f"An adapter with this user may not {some_of(lacks)}: {WHERE}.")
 
 
 # Others -------------------------------------------------------------------------------------------------
@@ -73,7 +73,7 @@ def foreign_grants(names: Names) -> Grants:
     return Grants((*ask, *(f"$JS.API.{verb}" for verb in api), "$SRV.INFO"), tuple(subscribe))
 
 
-async def _check_strangers(user: User | None, bus: BusConnection) -> list[PermissionCheck]:
+async def _check_strangers(user: User | None, bus: BusConnection) -> list[Finding]:
     """Whether somebody without credentials gets in, and into this account."""
     settings = bus.settings
     with_credentials = any((settings.nats_creds, settings.nats_nkey, settings.nats_user, settings.nats_token))
@@ -82,7 +82,7 @@ async def _check_strangers(user: User | None, bus: BusConnection) -> list[Permis
         if settings.nats_cert:
             return []
         said = "No credentials are asked for: whoever reaches this server reads every chat and can bind bots"
-        return [PermissionCheck("strangers", "warn", f"{said}; {WHERE}.")]
+        return [Finding("strangers", "warn", f"{said}; {WHERE}.")]
     nobody = msgspec.structs.replace(
         settings, nats_url=urls, nats_creds="", nats_nkey="", nats_user="", nats_password="", nats_token=""
     )
@@ -90,12 +90,12 @@ async def _check_strangers(user: User | None, bus: BusConnection) -> list[Permis
         try:
             anonymous = await stack.enter_async_context(connected_bus(nobody))
         except Failed:
-            return [PermissionCheck("strangers", "ok", "nobody gets in without credentials")]
+            return [Finding("strangers", "ok", "nobody gets in without credentials")]
         open_to, _ = await _probe(anonymous, foreign_grants(bus.names))
         theirs = await _fetch_user(anonymous)
     if not open_to or (user and theirs and user.account != theirs.account):
-        return [PermissionCheck("strangers", "ok", "who has no credentials gets in, but not at this bus")]
-    return [PermissionCheck("strangers", "fail", f"Without credentials one may {some_of(open_to)}: {WHERE}.")]
+        return [Finding("strangers", "ok", "who has no credentials gets in, but not at this bus")]
+    return [Finding("strangers", "fail", f"Without credentials one may {some_of(open_to)}: {WHERE}.")]
 
 
 async def _probe(bus: BusConnection, what: Grants) -> tuple[list[str], list[str]]:
@@ -119,17 +119,17 @@ async def _probe(bus: BusConnection, what: Grants) -> tuple[list[str], list[str]
     return [done for done in tried if done not in refused], refused
 
 
-async def check_sandbox_confined(bus: BusConnection, sandbox: str) -> list[PermissionCheck]:
+async def check_sandbox_confined(bus: BusConnection, sandbox: str) -> list[Finding]:
     """Checks the credentials of a sandbox: what is its own is allowed, and nothing else of what can be tried without
     harm."""
     asks = tuple(bus.names.svc(f"{verb}.{sandbox}") for verb in ("replay", "window"))
     _, missing = await _probe(bus, Grants(asks, grants(bus.names, "sandbox", sandbox).subscribe))
     open_to, _ = await _probe(bus, foreign_grants(bus.names))
     return [
-        PermissionCheck("own", "fail", f"It may not {some_of(missing)}: {WHERE}.")
+        Finding("own", "fail", f"It may not {some_of(missing)}: {WHERE}.")
         if missing
-        else PermissionCheck("own", "ok", f"{sandbox} gets what is its own"),
-        PermissionCheck("others", "fail", f"It may {some_of(open_to)}: {WHERE}.")
+        else Finding("own", "ok", f"{sandbox} gets what is its own"),
+        Finding("others", "fail", f"It may {some_of(open_to)}: {WHERE}.")
         if open_to
-        else PermissionCheck("others", "ok", "and nothing of others that was tried"),
+        else Finding("others", "ok", "and nothing of others that was tried"),
     ]
