@@ -203,8 +203,8 @@ STORIES = {
     ),
     "merged, and unreachable until one expires": Story(
         [
-            answers("a", *[Temporary("network")] * 12),
-            command("a", expires_in_s=60),
+            answers("a", *[Temporary("network")] * 50),
+            command("a", expires_in_s=30),
             command("b"),
             pause(2),
             writes(),
