@@ -73,7 +73,7 @@ def test_a_failed_installation_is_tried_again(checkout: Path) -> None:
     assert make(checkout, "demo").returncode != 0
 
 
-def test_a_machine_without_python_is_told_what_is_missing(checkout: Path) -> None:
+def test_a_machine_without_python_gets_the_name_of_what_is_missing(checkout: Path) -> None:
     script(checkout / "path" / "python-old", "exit 1")
     run = make(checkout, "install", "PYTHONS=python-old python-absent")
     assert run.returncode != 0
@@ -81,7 +81,7 @@ def test_a_machine_without_python_is_told_what_is_missing(checkout: Path) -> Non
     assert "make PYTHONS=/path/to/python3" in run.stderr
 
 
-def test_a_machine_whose_python_cannot_install_is_told_what_is_missing(checkout: Path) -> None:
+def test_a_machine_whose_python_cannot_install_gets_what_is_missing(checkout: Path) -> None:
     """As Debian's without its package for venv, and no uv beside it."""
     alone = checkout / "alone"
     script(

@@ -30,7 +30,7 @@ def stored_bytes(bench: Bench, stream: str) -> int:
     )
 
 
-async def heard(per_answer: int) -> Bench:
+async def inbound_message(per_answer: int) -> Bench:
     """The user has written MESSAGES messages, a second's worth."""
     answers = [
         batch(*(raw("hello there", first + number) for number in range(per_answer)), cursor=f"c{first}")
@@ -43,14 +43,14 @@ async def heard(per_answer: int) -> Bench:
 
 
 async def test_a_message_costs_one_write_and_a_conversation_one_a_second() -> None:
-    bench = await heard(1)
+    bench = await inbound_message(1)
     writes = Counter(bench.bus.writes)
     assert writes.pop("conversation", 0) <= 6  # five seconds of answers
     assert writes == {"in": MESSAGES, "checkpoint": MESSAGES // SAVE_AFTER_NEW + 1}
 
 
 async def test_a_batch_costs_a_write_for_each_message() -> None:
-    bench = await heard(20)
+    bench = await inbound_message(20)
     writes = Counter(bench.bus.writes)
     assert writes.pop("conversation", 0) <= 1
     assert writes.pop("checkpoint") <= MESSAGES // SAVE_AFTER_NEW + 1  # with the release
@@ -58,7 +58,7 @@ async def test_a_batch_costs_a_write_for_each_message() -> None:
 
 
 async def test_the_bytes_of_a_message() -> None:
-    bench = await heard(20)
+    bench = await inbound_message(20)
     assert stored_bytes(bench, "IN") / MESSAGES < 660
     entry = next(iter(bench.checkpoint_bucket.entries.values()))
     assert entry.value is not None

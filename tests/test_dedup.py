@@ -70,7 +70,7 @@ ROWS = [
 
 
 @pytest.mark.parametrize("row", ROWS, ids=lambda row: row.name)
-def test_a_repeat_is_told_from_a_person_who_says_it_twice(row: Row) -> None:
+def test_a_repeat_differs_from_a_person_who_says_it_twice(row: Row) -> None:
     seen = DedupWindow()
     remember(seen, row.before)
     assert seen.is_repeat(row.after) is row.repeat
@@ -105,7 +105,7 @@ NOTHING = say(**NAMELESS, sent_at_ms=0)
     ],
     ids=["the same place", "another answer", "another place", "no mix-up"],
 )
-def test_where_there_is_neither_an_id_nor_a_time_the_place_tells(
+def test_where_there_is_neither_an_id_nor_a_time_the_place_decides(
     before: tuple[str, int], after: tuple[str, int], repeat: bool
 ) -> None:
     seen = DedupWindow()
@@ -253,10 +253,10 @@ def test_ids_that_a_header_would_change_stay_apart() -> None:
 @pytest.mark.parametrize(
     "keys", [OK, say(message=""), say(message="", client=""), say(**NAMELESS), say(message="a:b", client="c:d")]
 )
-def test_the_id_of_a_message_tells_its_bot(keys: MessageKeys) -> None:
+def test_the_id_of_a_message_names_its_bot(keys: MessageKeys) -> None:
     assert bot_of(keys.id_for("b1@im.bot")) == "b1@im.bot"
 
 
 @pytest.mark.parametrize("ident", ["", "in", "in:", "in:b1@im.bot", "out:b1@im.bot:m1", "42", "::", "\n"])
-def test_another_id_tells_none(ident: str) -> None:
+def test_another_id_names_none(ident: str) -> None:
     assert bot_of(ident) == ""

@@ -67,7 +67,7 @@ def test_every_figure_that_matters_is_bounded(name: str) -> None:
     assert judge(Series(name, TIMES, TIMES), 0.0, BOUNDS) is not None
 
 
-def test_the_table_tells_what_grows() -> None:
+def test_the_table_shows_what_grows() -> None:
     verdicts = [verdict for leak in (0, 5000) if (verdict := judge(memory(leak=leak), 600.0, ANY))]
     flat, grows = table(verdicts).splitlines()[2:]
     assert flat == "| adapter 1 own memory | 60.00 MiB | 60.00 MiB | 0.00 MiB | 1.50 MiB | flat |"

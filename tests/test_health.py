@@ -133,7 +133,7 @@ async def test_a_lost_connection_is_no_problem_of_jetstream() -> None:
     assert (replica.problem, replica.looks) == ("", 0)
 
 
-async def test_what_is_gone_or_lacks_keys_is_told_and_waited_for() -> None:
+async def test_what_is_gone_or_lacks_keys_is_reported_and_waited_for() -> None:
     replica = Replica()
     replica.absent, replica.incomplete = ["WECHAT_IN"], ["KV_wechat_bindings"]
     await asyncio.sleep(4 * CHECK_S)
@@ -157,7 +157,7 @@ async def test_what_is_gone_or_lacks_keys_is_told_and_waited_for() -> None:
     assert all(wait.done() for wait in waits)
 
 
-async def test_what_was_changed_is_told_as_long_as_it_is_so() -> None:
+async def test_what_was_changed_is_reported_as_long_as_it_is_so() -> None:
     """Nothing waits for it: what can be done is done."""
     replica = Replica()
     replica.altered = {"WECHAT_IN": [Difference("WECHAT_IN", "republish", {}, None, critical=True)]}
@@ -185,7 +185,7 @@ async def test_what_is_back_is_looked_at_at_once() -> None:
     assert replica.looks == 6
 
 
-async def test_a_consumer_that_is_paused_is_told_once_until_it_is_not() -> None:
+async def test_a_paused_consumer_is_reported_once_until_it_is_not() -> None:
     """It holds back what services have sent, and everything else looks well."""
     replica = Replica()
     replica.paused = True

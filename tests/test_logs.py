@@ -218,7 +218,7 @@ class Minute:
             return None
 
 
-def test_the_first_line_after_a_minute_tells_how_many_were_dropped() -> None:
+def test_the_first_line_after_a_minute_says_how_many_were_dropped() -> None:
     minute = Minute()
     said = [minute.says("s1") for _ in range(100)]
     assert sum(line is not None for line in said) == logs.OTHERS_PER_MINUTE
@@ -241,7 +241,7 @@ def test_only_the_latest_sandboxes_are_counted() -> None:
     assert minute.says("s1") is not None
 
 
-def test_libraries_are_heard_from_warning_on(captured: Capture) -> None:
+def test_libraries_are_logged_from_warning_on(captured: Capture) -> None:
     """httpx logs whole URLs at INFO."""
     logging.getLogger("httpx").info("HTTP Request: GET https://ilink.example")
     logging.getLogger("nats.aio").warning("slow consumer")

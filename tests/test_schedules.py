@@ -435,7 +435,7 @@ class Model:
             self.ever.add(bot)
             await self.world.bind(sandbox, bot, known, token=f"{bot}:{self.tokens}")
             if before is not None and before.bot == bot and before.sandbox != sandbox:
-                await self._tell_unbound(before)
+                await self._publish_unbound(before)
             if known:
                 await self._replace(sandbox, bot, name)
 
@@ -450,10 +450,10 @@ class Model:
 
     async def _remove(self, bot: str) -> None:
         if binding := self.world.bindings.get(bot):
-            await self._tell_unbound(binding)
+            await self._publish_unbound(binding)
             await self.world.bindings.remove(bot)
 
-    async def _tell_unbound(self, binding: Binding) -> None:
+    async def _publish_unbound(self, binding: Binding) -> None:
         event = BindingEvent(sandbox=binding.sandbox, bot=binding.bot, user=binding.user, change="unbound")
         await self.world.events.publish_binding_event(event)
 

@@ -36,7 +36,7 @@ async def test_nothing_is_lost_that_nobody_else_holds() -> None:
     assert (done, failures, len(found)) == ([1], [], 0)
 
 
-async def test_it_waits_for_what_begins_meanwhile_and_no_longer_than_it_was_told() -> None:
+async def test_it_waits_for_what_begins_meanwhile_and_no_longer_than_its_limit() -> None:
     found, _ = tasks()
     loop = asyncio.get_running_loop()
 
@@ -53,7 +53,7 @@ async def test_it_waits_for_what_begins_meanwhile_and_no_longer_than_it_was_told
     assert await found.wait_ended(0), "there is nothing to wait for"
 
 
-async def test_a_crash_is_told_and_a_cancellation_is_none() -> None:
+async def test_a_crash_is_reported_and_a_cancellation_is_none() -> None:
     found, failures = tasks()
 
     async def crash() -> None:

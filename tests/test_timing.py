@@ -19,7 +19,7 @@ from adapter.kit.timing import (
 VIRTUAL_TIME = True
 
 
-async def test_a_cancellation_that_was_swallowed_is_heeded_all_the_same() -> None:
+async def test_a_cancellation_that_was_swallowed_takes_effect_all_the_same() -> None:
     async def swallow() -> str:
         with contextlib.suppress(asyncio.CancelledError):
             await asyncio.Event().wait()

@@ -28,12 +28,12 @@ async def flood(rig: Rig, subject: str, body: bytes, *, sender: str, told_as: st
     witness = await rig.server.connect(WITNESS)
     receipts = NAMES.receipt(told_as, "x")
 
-    async def are_told() -> bool:
+    async def have_receipts() -> bool:
         found = await witness.nc.jetstream().stream_info(NAMES.stream_event, subjects_filter=receipts)
         return len(found.state.subjects or {}) == COMMANDS
 
     began = time.monotonic()
     flooding = asyncio.create_task(rig.flood(chunks, sandbox=sender))
-    await eventually(are_told, "each command has its receipt")
+    await eventually(have_receipts, "each command has its receipt")
     rig.note(f"{COMMANDS} receipts after {time.monotonic() - began:.1f} s")
     await flooding

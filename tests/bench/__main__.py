@@ -218,14 +218,14 @@ def check(disordered: int, more: int = 0) -> None:
         raise RuntimeError(f"{disordered} came twice or out of order, {more} more than were asked for")
 
 
-async def heard(nc: Client, *, timed: bool = False) -> Received:
+async def read_inboxes(nc: Client, *, timed: bool = False) -> Received:
     received = Received(timed=timed, numbered=True)
     await nc.subscribe("wechat.in.*", cb=received.on_message, pending_msgs_limit=0, pending_bytes_limit=0)
     await nc.flush()
     return received
 
 
-async def told(nc: Client) -> Received:
+async def read_receipts(nc: Client) -> Received:
     received = Received()
     await nc.subscribe(
         "wechat.event.*.receipt.>", cb=received.on_message, pending_msgs_limit=0, pending_bytes_limit=0
@@ -300,7 +300,7 @@ async def inbound(bench: Bench) -> None:
                 bound = bots if kind == "adapter" else 1
                 async with bench.rig(f"in: {kind}, {bots} bots", bound=bound, sync=sync) as (made, nc):
                     process = await bridge_in(made, kind, bots)
-                    received = await heard(nc)
+                    received = await read_inboxes(nc)
                     await said_once(made, received, range(bots))
                     await asyncio.sleep(SETTLE_S if bots >= MANY and kind == "adapter" else 0)
                     for per_answer, total in ((1, single), (20, batched)):
@@ -330,7 +330,7 @@ async def latency(bench: Bench) -> None:
             bound = bots if kind == "adapter" else 1
             async with bench.rig(f"latency in: {kind}, {bots} bots", bound=bound) as (made, nc):
                 process = await bridge_in(made, kind, bots)
-                received = await heard(nc, timed=True)
+                received = await read_inboxes(nc, timed=True)
                 await said_once(made, received, range(bots))
                 await asyncio.sleep(SETTLE_S if bots >= MANY else 0)
                 before, spent, count = received.count, Spent(made.server, process), 10 * per_s
@@ -377,7 +377,7 @@ async def asked(nc: Client, bots: int, *, count: int, per_s: float) -> list[floa
 async def ready_to_send(made: Rig, nc: Client, bots: int) -> Process:
     """An adapter whose users have all written, so that each may be answered."""
     adapter = await bridge_in(made, "adapter", bots)
-    await said_once(made, await heard(nc), range(bots))
+    await said_once(made, await read_inboxes(nc), range(bots))
     return adapter
 
 
@@ -442,7 +442,7 @@ async def outbound(bench: Bench) -> None:
                 found.setdefault("floor", []).append(await sent_by_floor(made, nc, bots, count))
             async with bench.rig(f"out: adapter, {bots} bots", bound=bots, sync=sync) as (made, nc):
                 process = await ready_to_send(made, nc, bots)
-                receipts = await told(nc)
+                receipts = await read_receipts(nc)
                 await sent(made, nc, receipts, bots, bots, process)
                 figures = await sent(made, nc, receipts, bots, count, process, first=bots)
                 found.setdefault("adapter", []).append(figures)
@@ -463,7 +463,7 @@ async def grown(bench: Bench) -> None:
     bots, active, silent = MANY, 100, 1000
     async with bench.rig("as state grows", bound=bots, hold_s=LONG_S) as (made, nc):
         process = await bridge_in(made, "adapter", bots)
-        received, receipts = await heard(nc), await told(nc)
+        received, receipts = await read_inboxes(nc), await read_receipts(nc)
         await said_once(made, received, range(active))
         await fed(made, received, active, 6000, 1, process)  # as the others will come after some
         pushed = waiting = 0
@@ -549,7 +549,7 @@ async def shared(bench: Bench) -> None:
             await made.ask("hold", seconds=HOLD_S)
             await asyncio.sleep(2 * SHORT_S)
             await made.polled(bots)
-            received = await heard(nc)
+            received = await read_inboxes(nc)
             await said_once(made, received, range(bots))
             figures, each_s = await fed(made, received, bots, 10_000, 1, *group)
             await made.polled(bots)
@@ -637,7 +637,7 @@ async def silent(bench: Bench) -> None:
     bots, messages, bucket = MANY, 5, "KV_wechat_checkpoints"
     async with bench.rig(f"{bots} bots fall silent", bound=bots) as (made, nc):
         process = await bridge_in(made, "adapter", bots)
-        received, js = await heard(nc), nc.jetstream()
+        received, js = await read_inboxes(nc), nc.jetstream()
         await asyncio.sleep(SETTLE_S)
         first = (await js.stream_info(bucket)).state.last_seq
         for _ in range(messages):

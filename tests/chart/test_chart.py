@@ -313,7 +313,7 @@ def test_what_can_work_is_not_refused(values: Object) -> None:
     assert rendered(values)
 
 
-def test_several_faults_are_told_at_once() -> None:
+def test_several_faults_are_reported_at_once() -> None:
     with pytest.raises(Refused) as caught:
         rendered(
             {"terminationGracePeriodSeconds": 1, "podDisruptionBudget": {"maxUnavailable": 1, "minAvailable": 1}}

@@ -32,7 +32,7 @@ def test_the_grace_period_follows_the_drain() -> None:
 
 
 @pytest.mark.parametrize("kind", ["Deployment", "Pod"])
-def test_the_pod_is_nobodys(kind: str) -> None:
+def test_the_pod_runs_as_an_unprivileged_user(kind: str) -> None:
     pod = pod_of(rendered(), kind)
     assert pod["automountServiceAccountToken"] is False
     assert pod["enableServiceLinks"] is False

@@ -79,7 +79,7 @@ MISFITS = [
 ]
 
 
-def test_the_types_tell_right_from_wrong(npm: Path, tmp_path: Path) -> None:
+def test_the_types_accept_valid_and_reject_invalid_messages(npm: Path, tmp_path: Path) -> None:
     (tmp_path / "wechat-nats.d.ts").write_bytes((ROOT / TYPES).read_bytes())
     (tmp_path / "fits.ts").write_text(COMMANDS.format(command=FITS, outcome="accepted"))
     for number, (command, outcome, _) in enumerate(MISFITS):
@@ -92,7 +92,7 @@ def test_the_types_tell_right_from_wrong(npm: Path, tmp_path: Path) -> None:
         assert complaint in said
 
 
-def test_what_the_page_tells_to_install_is_what_was_tried() -> None:
+def test_what_the_page_says_to_install_is_what_was_tried() -> None:
     """The packages of the TypeScript examples, by their versions."""
     shown = json.loads((ROOT / "schemas" / "examples" / "typescript" / "package.json").read_bytes())
     tried = json.loads((ROOT / "tests" / "npm" / "package.json").read_bytes())["devDependencies"]

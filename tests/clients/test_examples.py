@@ -94,10 +94,10 @@ async def listening(nc: Client, sandbox: str) -> list[Outbound]:
     """The commands that the sandbox sends from now on."""
     commands: list[Outbound] = []
 
-    async def heard(msg: Msg) -> None:
+    async def received(msg: Msg) -> None:
         commands.append(msgspec.json.decode(msg.data, type=Outbound))
 
-    await nc.subscribe(NAMES.out(sandbox), cb=heard)
+    await nc.subscribe(NAMES.out(sandbox), cb=received)
     await nc.flush()
     return commands
 

@@ -273,7 +273,7 @@ async def test_what_the_script_fetches_has_no_script_and_no_style(office: Office
     assert "<style" in (await office.browser.get("/")).text
 
 
-async def test_strangers_who_send_slowly_take_nobodys_room(guest: Office) -> None:
+async def test_strangers_who_send_slowly_take_no_room_of_others(guest: Office) -> None:
     async with contextlib.AsyncExitStack() as opened:
         for _ in range(40):
             _, writer = await asyncio.open_connection("127.0.0.1", guest.browser.base_url.port)

@@ -52,7 +52,7 @@ class Audit(msgspec.Struct):
     """Messages on the bus."""
     live: int = 0
     """Messages that live subscribers got."""
-    told_again: int = 0
+    repeated_live: int = 0
     """How many of these they had: the server publishes what it has stored once more where it stood still."""
     shown: int = 0
     """Texts on the phones."""
@@ -116,15 +116,15 @@ async def _inbound(
         on_bus[sandbox].append(inbound.text)
         _whose(made, sandbox, inbound, f"the inbox of {sandbox}", found)
     for sandbox, said in made.said.items():
-        heard = Counter(on_bus[sandbox])
-        missing = [text for text in said if not heard[text]]
+        received = Counter(on_bus[sandbox])
+        missing = [text for text in said if not received[text]]
         lost = [text for text in missing if (sandbox, text) not in may_be_lost]
         found.lost += [f"{sandbox}: {text!r} is not on the bus" for text in lost]
         found.excused_lost += len(missing) - len(lost)
         found.doubled += [
-            f"{sandbox}: {text!r} is on the bus {n} times" for text, n in heard.items() if n > said.count(text)
+            f"{sandbox}: {text!r} is on the bus {n} times" for text, n in received.items() if n > said.count(text)
         ]
-        there, wanted = list(dict.fromkeys(on_bus[sandbox])), [text for text in said if heard[text]]
+        there, wanted = list(dict.fromkeys(on_bus[sandbox])), [text for text in said if received[text]]
         late = {text for text in wanted if (sandbox, text) in may_be_late}
         if [text for text in there if text not in late] != [text for text in wanted if text not in late]:
             found.disordered.append(f"{sandbox}: said {said}, on the bus {there}")
@@ -143,17 +143,17 @@ def misplaced(there: Sequence[str], wanted: Sequence[str]) -> int:
 
 
 def _live(made: World, listener: Listener, found: Audit) -> None:
-    for sandbox, heard in listener.heard.items():
-        found.live += len(heard)
+    for sandbox, received in listener.received.items():
+        found.live += len(received)
         first: dict[int, Live] = {}
-        for live in heard:
+        for live in received:
             first.setdefault(live.seq, live)  # one sequence was stored once: the next copy is the server's
-        found.told_again += len(heard) - len(first)
+        found.repeated_live += len(received) - len(first)
         times = Counter(live.inbound.id for live in first.values())
         found.doubled += [f"{sandbox} was told {ident} {n} times" for ident, n in times.items() if n > 1]
         if any(later.seq < earlier.seq for earlier, later in pairwise(first.values())):
             found.disordered.append(f"{sandbox} was told messages out of order")
-        for live in heard:
+        for live in received:
             _whose(made, sandbox, live.inbound, f"what {sandbox} was told", found)
 
 

@@ -70,7 +70,7 @@ class Report(msgspec.Struct):
             ("events", len(self.happened)),
             ("messages sent by users", self.said),
             ("received on the bus", found.stored),
-            ("told to live subscribers (once more by a server)", f"{found.live} ({found.told_again})"),
+            ("told to live subscribers (once more by a server)", f"{found.live} ({found.repeated_live})"),
             ("commands sent", self.sent),
             ("received on the phones", found.shown),
             ("final receipts", outcomes),

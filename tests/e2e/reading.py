@@ -113,14 +113,14 @@ class Listener:
     """A plain subscriber per sandbox, as the sandboxes are: what is sent while its connection is away it misses."""
 
     def __init__(self) -> None:
-        self.heard: dict[str, list[Live]] = defaultdict(list)
+        self.received: dict[str, list[Live]] = defaultdict(list)
         """By the subject's sandbox, as it came."""
 
     async def listen(self, nc: Client) -> None:
-        await nc.subscribe(NAMES.live("*"), cb=self._hear, pending_msgs_limit=0, pending_bytes_limit=0)
+        await nc.subscribe(NAMES.live("*"), cb=self._on_message, pending_msgs_limit=0, pending_bytes_limit=0)
         await nc.flush()
 
-    async def _hear(self, msg: Msg) -> None:
+    async def _on_message(self, msg: Msg) -> None:
         headers = msg.headers or {}
         live = Live(int(headers["Nats-Sequence"]), msgspec.json.decode(msg.data, type=Inbound))
-        self.heard[msg.subject.rpartition(".")[2]].append(live)
+        self.received[msg.subject.rpartition(".")[2]].append(live)

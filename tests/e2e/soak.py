@@ -185,7 +185,7 @@ class Soak:
         self.nc = nc
         self.rng = rng
         self.counts: Counter[str] = Counter()
-        self.heard: set[str] = set()
+        self.received: set[str] = set()
         """Ids of inbound messages, as live subscribers see them."""
         self.open: set[str] = set()
         """Commands without a final receipt."""
@@ -205,8 +205,8 @@ class Soak:
 
     async def _on_inbound(self, msg: Msg) -> None:
         ident = (msg.headers or {}).get("Nats-Msg-Id", "")
-        self.doubled += ident in self.heard
-        self.heard.add(ident)
+        self.doubled += ident in self.received
+        self.received.add(ident)
 
     async def _on_receipt(self, msg: Msg) -> None:
         """A core subscriber sees what a publisher repeats; the stream has it once."""
@@ -384,7 +384,7 @@ class Soak:
         if self._tasks:
             await asyncio.wait(set(self._tasks))
         with contextlib.suppress(AssertionError):  # what a bot was told as it was unbound is lost with it
-            await until(lambda: len(self.heard) >= self.counts["said"], "all is on the bus", patience_s=30)
+            await until(lambda: len(self.received) >= self.counts["said"], "all is on the bus", patience_s=30)
         for sandbox in sorted(self._visitors - residents.keys()):
             await self.unbind(sandbox)
         for _ in range(100):
@@ -585,13 +585,13 @@ async def settle_in(soak: Soak, count: int, letter: str, **options: Any) -> dict
 async def leftovers(soak: Soak) -> list[str]:
     """What was promised and did not come: messages on the bus, a final receipt for each command."""
     with contextlib.suppress(AssertionError):
-        await until(lambda: len(soak.heard) >= soak.counts["said"], "all came", patience_s=60)
+        await until(lambda: len(soak.received) >= soak.counts["said"], "all came", patience_s=60)
     faults = [f"{len(soak.open)} commands without a final receipt: {sorted(soak.open)[:5]}"] if soak.open else []
-    if missing := soak.counts["said"] - len(soak.heard):
+    if missing := soak.counts["said"] - len(soak.received):
         faults.append(f"{missing} messages are not on the bus")
     if soak.doubled:
         faults.append(f"{soak.doubled} messages came twice")
-    soak.counts["of these on the bus, once"] = len(soak.heard)
+    soak.counts["of these on the bus, once"] = len(soak.received)
     return faults
 
 
@@ -605,7 +605,7 @@ def crashes(folder: Path) -> list[str]:
     return [f"{line} ({count} times)" for line, count in found.items()][:20]
 
 
-async def until_told(work: Coroutine[Any, Any, Result]) -> Result:
+async def until_signalled(work: Coroutine[Any, Any, Result]) -> Result:
     """A SIGTERM or ctrl-C ends everything that was started, too."""
     task = asyncio.ensure_future(work)
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -621,7 +621,7 @@ def main() -> int:
     given = parser.parse_args()
     folder = Path(tempfile.mkdtemp(prefix="soak-"))
     print(f"seed {given.seed}, everything is in {folder}", file=sys.stderr)
-    result = asyncio.run(until_told(run(folder, seed=given.seed, minutes=given.minutes, bots=given.bots)))
+    result = asyncio.run(until_signalled(run(folder, seed=given.seed, minutes=given.minutes, bots=given.bots)))
     (folder / "report.md").write_text(result.report() + "\n")
     (folder / "plot.svg").write_text(picture(panels(result.measured.series), result.judged_from_s))
     (folder / "samples.json").write_bytes(msgspec.json.encode(result.measured))

@@ -139,7 +139,7 @@ async def test_slow_media_are_waited_for_and_what_cannot_be_had_says_why(place: 
                 assert caught.value.detail == WHY["unavailable"]
 
 
-async def test_windows_are_known_and_one_that_closes_is_told_of_once(place: Place) -> None:
+async def test_windows_are_known_and_a_closing_one_is_reported_once(place: Place) -> None:
     """A window is open for 23 hours, so `before_s` is over three seconds after a message."""
     first, second = place.users
     before_s = 23 * 3600 - 3.0

@@ -85,7 +85,7 @@ async def test_without_a_leader_answers_stay_in_hand_and_then_everything_goes_on
 
 
 @pytest.mark.slow
-async def test_a_server_that_is_down_delays_nobodys_bind(tmp_path: Path) -> None:
+async def test_a_server_that_is_down_delays_no_bind(tmp_path: Path) -> None:
     async with world(tmp_path, clustered=True) as made:
         await made.add_adapter()
         nc = await made.nc()

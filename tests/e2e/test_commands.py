@@ -127,7 +127,7 @@ async def test_receipts_add_up_and_no_secret_or_text_is_in_log_or_metrics(tmp_pa
     assert all(msgspec.json.decode(line)["body"] for line in log.splitlines())
 
 
-async def test_the_log_tells_by_its_id_what_became_of_each_message_and_command(tmp_path: Path) -> None:
+async def test_the_log_shows_by_its_id_what_became_of_each_message_and_command(tmp_path: Path) -> None:
     """At the default level, and without a word of them."""
     async with world(tmp_path) as made:
         nc, bot = await made.begun()
@@ -150,8 +150,8 @@ async def test_the_log_tells_by_its_id_what_became_of_each_message_and_command(t
         log = adapter.log.read_text()
     (published,) = [line for line in adapter.lines("inbound.published") if message in line["messages"]]
     assert published["sandbox"] == "s1"
-    told = [(line["command"], line["outcome"], line["reply_to"]) for line in adapter.lines("receipt.stored")]
-    assert sorted(told) == [
+    logged = [(line["command"], line["outcome"], line["reply_to"]) for line in adapter.lines("receipt.stored")]
+    assert sorted(logged) == [
         ("parked", "accepted", ""),
         ("parked", "accepted", message),
         ("parked", "parked", message),
@@ -172,7 +172,7 @@ def _sums(text: str) -> dict[str, float]:
     return out
 
 
-async def test_a_command_that_an_operator_drops_holds_up_nobody(tmp_path: Path) -> None:
+async def test_a_command_that_an_operator_drops_delays_nobody(tmp_path: Path) -> None:
     """One that an adapter has in hand is sent all the same; after a crash it is gone. Those behind it go on."""
     async with world(tmp_path, environ={"WECHAT_NATS_SEND_GAP_MS": "2000"}, quota=0) as made:
         nc, _ = await made.begun()

@@ -71,10 +71,10 @@ async def test_what_was_taken_is_what_ended_waits_or_is_in_hand_over_all_replica
             if number != 8:  # somebody who has not written yet
                 made.say(f"s{number}", "hello")
 
-        async def heard() -> bool:
+        async def all_stored() -> bool:
             return len(await stream(nc, NAMES.stream_in, NAMES.inbox("*"))) == BOTS - 1
 
-        await eventually(heard, "all have been heard")
+        await eventually(all_stored, "all have been heard")
         first = await every_outcome(made, nc, "first")
         second = await made.add_adapter(WECHAT_NATS_HTTP_ADDR=f"127.0.0.1:{ports[1]}")
         await until(lambda: "shards.claimed" in second.log.read_text(), "the second replica has its share")
@@ -97,9 +97,9 @@ async def test_what_was_taken_is_what_ended_waits_or_is_in_hand_over_all_replica
         assert outcomes.pop("duplicate") == 2
         receipts = await made.receipts(nc)
         assert by_label(values, "receipts_total", "outcome") == Counter(receipt.outcome for receipt in receipts)
-        told = Counter(receipt.outcome for receipt in receipts if not receipt.repeat_of)
-        del told["parked"]
-        assert outcomes == told
+        by_outcome = Counter(receipt.outcome for receipt in receipts if not receipt.repeat_of)
+        del by_outcome["parked"]
+        assert outcomes == by_outcome
         assert by_label(values, "outbound_messages_total", "kind").keys() == {"text", "media", "typing", "unreadable"}
         dead = await stream(nc, NAMES.stream_dead, NAMES.dead_letters("*"))
         assert values['dead_letters_total{stream="out"}'] == len(dead) == 4

@@ -66,7 +66,7 @@ def lose(lossy: Lossy, point: Point) -> Loss:
     return lossy.lose(*point.parts, skip=point.skip, is_last=True)
 
 
-async def told(nc: Client, sandbox: str) -> list[str]:
+async def inbox_texts(nc: Client, sandbox: str) -> list[str]:
     """The texts in the sandbox's inbox."""
     stored = await stream(nc, NAMES.stream_in, NAMES.inbox(sandbox))
     return [msgspec.json.decode(body, type=Inbound).text for _, body in stored]
@@ -118,11 +118,11 @@ async def test_a_crash_at_each_point_loses_and_doubles_nothing(tmp_path: Path, p
         if texts:
             await made.command(nc, "s1", "before another message")
             await made.settle(nc)
-            assert await told(nc, "s1") == texts
+            assert await inbox_texts(nc, "s1") == texts
         made.say("s1", "the last one")
         await made.command(nc, "s1", "at the end")
         await faultless(made, nc, accepted=len(made.sent["s1"]))
-        assert await told(nc, "s1") == [*texts, "the last one"]
+        assert await inbox_texts(nc, "s1") == [*texts, "the last one"]
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -153,7 +153,7 @@ async def test_a_crash_at_each_point_of_a_take_over_loses_and_doubles_nothing(
 
         await made.add_adapter()
         await made.settle(nc)
-        assert [await told(nc, sandbox) for sandbox in ("s1", "s2")] == [["text 0", "text 1", "text 2"]] * 2
+        assert [await inbox_texts(nc, sandbox) for sandbox in ("s1", "s2")] == [["text 0", "text 1", "text 2"]] * 2
         for sandbox in ("s1", "s2"):
             made.say(sandbox, "the last one")
         await faultless(made, nc, accepted=2)

@@ -120,7 +120,7 @@ async def test_an_adapters_probes_from_its_start_to_its_end(tmp_path: Path) -> N
                 await adapter.kill()
 
 
-async def test_a_command_that_the_bus_does_not_let_route_holds_up_no_end(tmp_path: Path) -> None:
+async def test_a_command_that_cannot_be_routed_delays_no_shutdown(tmp_path: Path) -> None:
     """Its copy is written until a stream takes it: the replica had given everything back, and never ended."""
     async with EmbeddedNats(tmp_path / "nats", free_port()) as server:
         variables = {

@@ -65,16 +65,16 @@ async def is_served(made: World, nc: Client, ident: str) -> None:
     await until(lambda: f"answer {ident}" in made.phone_texts(GOOD), f"{ident} is shown")
 
 
-async def is_told(made: World, nc: Client, idents: set[str], outcomes: tuple[str, ...]) -> None:
+async def wait_receipts(made: World, nc: Client, idents: set[str], outcomes: tuple[str, ...]) -> None:
     missing: set[str] = set()
 
-    async def told() -> bool:
+    async def have_receipts() -> bool:
         missing.clear()
         missing.update(idents - {r.command for r in await made.receipts(nc) if r.outcome in outcomes})
         return not missing
 
     try:
-        await eventually(told, "each command has its receipt")
+        await eventually(have_receipts, "each command has its receipt")
     except AssertionError:
         raise AssertionError(f"no receipt of {outcomes}: {sorted(missing)}") from None
 
@@ -92,14 +92,14 @@ async def test_headers_are_a_strangers_words(tmp_path: Path) -> None:
             ):
                 await publish_raw(made, subject, headers, f'{{"text":"x","id":"{name}"{body}}}'.encode())
         idents = {*HEADERS, *(f"plain-{ident}" for ident in HEADERS)}
-        await is_told(made, nc, idents, ("parked",))
+        await wait_receipts(made, nc, idents, ("parked",))
         await is_served(made, nc, "after the tricks")
 
         await adapter.kill()
         await adapter.start()
         await is_served(made, nc, "after a crash")
         made.say(BAD, "now")
-        await is_told(made, nc, idents, ("accepted",))
+        await wait_receipts(made, nc, idents, ("accepted",))
 
         # and sent at once, not parked
         await publish_raw(made, NAMES.out(BAD), HEADERS["a-status"], b'{"text":"x","id":"again"}')
@@ -123,7 +123,7 @@ async def flood(made: World, nc: Client, idents: list[str], *, sandbox: str = BA
 
 
 @pytest.mark.slow
-async def test_a_sandbox_with_thousands_of_commands_holds_up_nobody(tmp_path: Path) -> None:
+async def test_a_sandbox_with_thousands_of_commands_delays_nobody(tmp_path: Path) -> None:
     """Its user is sent one message in a minute, so its commands wait for days. The other sandbox of the shard is
     served at once, also after a crash, when all of them are delivered again."""
     slowly = {"WECHAT_NATS_SENDS_PER_WINDOW": "0", "WECHAT_NATS_SEND_GAP_MS": "60000"}
@@ -172,13 +172,13 @@ async def test_who_has_the_connections_of_the_services_cut_cuts_nothing_else(tmp
         try:
             platform, s1 = [await server.connect(who) for who in ("platform", "s1")]
             await made.bind(platform.nc, "s1", sim.add_bot())
-            heard = await s1.nc.subscribe(NAMES.live("s1"))
+            received = await s1.nc.subscribe(NAMES.live("s1"))
             await s1.nc.flush()
             await kick(server.url, ("services", "uploads"))
             await until(lambda: len(adapter.lines("bus.lost")) == 2, "both are lost")
             assert await adapter.unready() == {}
             made.say("s1", "hello")
-            assert b"hello" in (await heard.next_msg(timeout=30)).data
+            assert b"hello" in (await received.next_msg(timeout=30)).data
 
             async def both_answer() -> bool:
                 put = {H_UPLOAD: "x", H_LAST: "true"}
@@ -217,7 +217,7 @@ MEAN = {
 LOST = ("lease.paused", "lease.revoked", "claim.lost")
 
 
-async def test_a_text_that_takes_long_to_read_holds_up_nobody(tmp_path: Path) -> None:
+async def test_a_text_that_takes_long_to_read_delays_nobody(tmp_path: Path) -> None:
     async with world(tmp_path, quota=0) as made:
         adapter = await made.add_adapter(WECHAT_NATS_SENDS_PER_WINDOW="0")
         nc = await both(made)
@@ -226,7 +226,7 @@ async def test_a_text_that_takes_long_to_read_holds_up_nobody(tmp_path: Path) ->
             body = msgspec.json.encode({"text": text, "format": "literal", "id": name})
             await nc.jetstream().publish(NAMES.out(BAD), body)
         await is_served(made, nc, "meanwhile")
-        await is_told(made, nc, set(MEAN), FINAL_OUTCOMES)
+        await wait_receipts(made, nc, set(MEAN), FINAL_OUTCOMES)
         assert [adapter.said(event) for event in LOST] == [0, 0, 0]
         await made.command(nc, BAD, "after all")
         await until(lambda: "answer after all" in made.phone_texts(BAD), "the bad one goes on")

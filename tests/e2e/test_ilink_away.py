@@ -119,12 +119,12 @@ async def scene(folder: Path) -> AsyncIterator[Scene]:
         nc = await made.nc()
         final: dict[str, tuple[float, Receipt]] = {}
 
-        async def hear(message: Msg) -> None:
+        async def on_receipt(message: Msg) -> None:
             receipt = msgspec.json.decode(message.data, type=Receipt)
             if receipt.outcome in FINAL_OUTCOMES:
                 final[receipt.command] = asyncio.get_running_loop().time(), receipt
 
-        await nc.subscribe(NAMES.receipts("*"), cb=hear)
+        await nc.subscribe(NAMES.receipts("*"), cb=on_receipt)
         yield Scene(made, nc, gate, final, {})
 
 
@@ -227,7 +227,7 @@ async def test_what_never_reached_ilink_is_tried_until_it_does(
 
 
 @pytest.mark.long
-async def test_users_whose_sends_hang_delay_nobody_and_are_not_hurried(tmp_path: Path) -> None:
+async def test_users_whose_sends_hang_delay_nobody_and_are_not_repeated_early(tmp_path: Path) -> None:
     """While iLink answers the others, nothing of those whose sends hang is posted again within a minute."""
     hung, served = names("hung", 15), names("served", 15)
     async with scene(tmp_path) as s:

@@ -33,7 +33,7 @@ NS = 1_000_000_000
 
 def texts(listener: Listener, sandbox: str) -> list[str]:
     """What a plain subscriber was told: each stored message once, though the inbox has let it go."""
-    return [live.inbound.text for live in {live.seq: live for live in listener.heard[sandbox]}.values()]
+    return [live.inbound.text for live in {live.seq: live for live in listener.received[sandbox]}.values()]
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -51,14 +51,14 @@ async def test_an_inbox_that_evicts_faster_than_the_checkpoint_is_written_double
         wanted = [f"text {number}" for number in range(12)]
         for text in wanted:  # an answer for each
             made.say("s1", text)
-            await until(lambda text=text: text in texts(listener, "s1"), f"{text} is told")  # type: ignore[misc]
+            await until(lambda text=text: text in texts(listener, "s1"), f"{text} has it")  # type: ignore[misc]
         assert len(await stream(nc, NAMES.stream_in, NAMES.inbox("s1"))) == KEPT
         for turn in range(2):
             await adapter.kill()
             await adapter.start()
             wanted.append(f"after kill {turn}")
             made.say("s1", wanted[-1])
-            await until(lambda: wanted[-1] in texts(listener, "s1"), "it is told")
+            await until(lambda: wanted[-1] in texts(listener, "s1"), "it has it")
         await made.command(nc, "s1", "c1")
         await until(lambda: made.phone_texts("s1") == ["answer c1"], "the conversation has the newest token")
         assert texts(listener, "s1") == wanted
@@ -108,12 +108,12 @@ async def test_positions_above_the_inboxes_stop_polls_until_doctor_lowers_them(t
             made.say(sandbox, "after it was made")
         await adapter.start()
 
-        async def told() -> bool:
+        async def is_reported() -> bool:
             with contextlib.suppress(OSError):  # it does not listen yet
                 return NAMES.stream_in in str(await adapter.unready())
             return False
 
-        await eventually(told, "it says so")
+        await eventually(is_reported, "it says so")
         assert "--fix" in str(await adapter.unready())
         assert made.sim.stats().polls == polls, "no poll starts"
         assert NAMES.stream_in in await operator(made, "doctor")
@@ -153,7 +153,7 @@ async def dead(nc: Client) -> int:
 
 
 @pytest.mark.parametrize("mode", MODES)
-async def test_a_bot_that_moves_between_shards_under_load_tells_each_message_once(tmp_path: Path, mode: str) -> None:
+async def test_a_bot_that_moves_between_shards_under_load_stores_each_message_once(tmp_path: Path, mode: str) -> None:
     """Each owner has released it before the next one polls, and what an inbox has is in no other."""
     homes = ["s1", "s2", "s3"]
     assert len({shard_of(sandbox) for sandbox in homes}) == 3
@@ -166,19 +166,19 @@ async def test_a_bot_that_moves_between_shards_under_load_tells_each_message_onc
         await made.bind(nc, "s1", bot)
         async with writing(made, "s1"):
             for home in ["s2", "s3", "s1"] * 3:
-                heard = len(listener.heard[home])
+                before = len(listener.received[home])
                 answer = await made.bind(nc, home, bot)
                 assert answer.ok, answer
-                await until(lambda home=home, heard=heard: len(listener.heard[home]) > heard, f"{home} is told")  # type: ignore[misc]
+                await until(lambda home=home, before=before: len(listener.received[home]) > before, f"{home} has it")  # type: ignore[misc]
         said = made.said["s1"]
 
-        async def all_told() -> bool:
+        async def all_delivered() -> bool:
             return sum(len(texts(listener, home)) for home in homes) + await dead(nc) >= len(said)
 
-        await eventually(all_told, "all is told")
-        told = [text for home in homes for text in texts(listener, home)]
-        assert len(told) == len(set(told)), "nothing is told twice"
-        assert len(set(said) - set(told)) == await dead(nc), "what is told to nobody is a dead letter"
+        await eventually(all_delivered, "all is delivered")
+        delivered = [text for home in homes for text in texts(listener, home)]
+        assert len(delivered) == len(set(delivered)), "nothing comes twice"
+        assert len(set(said) - set(delivered)) == await dead(nc), "what reaches nobody is a dead letter"
         for home in homes:
             assert texts(listener, home) == [text for text in said if text in set(texts(listener, home))]
         assert made.sim.violations(kind="concurrent_polls") == []
@@ -213,30 +213,32 @@ async def test_persons_that_change_under_load_meet_nothing_of_each_other(tmp_pat
                 group.create_task(write(name))
             for name in ["anna", "bert"] * 4:
                 assert await inbox(nc, "s1") == [], "nothing of the former one is there"
-                heard = len(listener.heard["s1"])
+                before = len(listener.received["s1"])
                 assert (await made.bind(nc, "s1", persons[name])).ok
-                await until(lambda heard=heard: len(listener.heard["s1"]) > heard + 3, "the sandbox is told")  # type: ignore[misc]
+                await until(lambda before=before: len(listener.received["s1"]) > before + 3, "they come")  # type: ignore[misc]
                 assert {message.user for message in await inbox(nc, "s1")} == {persons[name].user}
                 answer = await made.control(nc, NAMES.unbind, msgspec.json.encode(Unbind(sandbox="s1")))
                 assert answer.bindings
                 assert await inbox(nc, "s1") == []
-                assert {live.inbound.user for live in listener.heard["s1"][heard:]} == {persons[name].user}
+                assert {live.inbound.user for live in listener.received["s1"][before:]} == {persons[name].user}
             over.set()
         for name, bot in persons.items():  # what they wrote while the other one was there waits with iLink
             assert (await made.bind(nc, f"of-{name}", bot)).ok
 
-        def told(name: str) -> list[str]:
+        def delivered(name: str) -> list[str]:
             every = [*texts(listener, "s1"), *texts(listener, f"of-{name}")]
             return [text for text in every if text in said[name]]
 
-        async def all_told() -> bool:
-            return sum(len(told(name)) for name in persons) + await dead(nc) >= sum(map(len, said.values()))
+        async def all_delivered() -> bool:
+            return sum(len(delivered(name)) for name in persons) + await dead(nc) >= sum(map(len, said.values()))
 
-        await eventually(all_told, "all is told, or a dead letter")
+        await eventually(all_delivered, "all is delivered, or a dead letter")
         for name in persons:
-            assert told(name) == [text for text in said[name] if text in set(told(name))], "once, and in order"
-        lost = sum(len(said[name]) - len(told(name)) for name in persons)
-        assert lost == await dead(nc), "what is told to nobody is a dead letter"
+            assert delivered(name) == [text for text in said[name] if text in set(delivered(name))], (
+                "once, and in order"
+            )
+        lost = sum(len(said[name]) - len(delivered(name)) for name in persons)
+        assert lost == await dead(nc), "what reaches nobody is a dead letter"
         assert made.sim.violations(kind="concurrent_polls") == []
 
 

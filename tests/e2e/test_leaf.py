@@ -69,16 +69,16 @@ async def behind_the_leaf(made: World, hub: Hub) -> Client:
     return nc
 
 
-async def test_a_sandbox_behind_a_leaf_node_is_told_answers_and_reads_again(tmp_path: Path) -> None:
+async def test_a_sandbox_behind_a_leaf_node_receives_answers_and_reads_again(tmp_path: Path) -> None:
     hub = Hub(tmp_path / "nats")
     async with world(tmp_path, bus=hub, environ={"WECHAT_NATS_REPLICAS": "1"}) as made:
         await made.add_adapter()
         nc = await behind_the_leaf(made, hub)
-        told = await nc.subscribe(NAMES.live("s1"))
+        live = await nc.subscribe(NAMES.live("s1"))
         receipts = await nc.subscribe(NAMES.receipts("s1"))
         assert (await made.bind(nc, "s1", made.sim.add_bot())).ok
         made.say("s1", "hello")
-        message = msgspec.json.decode((await told.next_msg(timeout=30)).data, type=Inbound)
+        message = msgspec.json.decode((await live.next_msg(timeout=30)).data, type=Inbound)
         assert message.text == "hello"
         for plain in (False, True):
             await made.command(nc, "s1", f"answer {plain}", plain=plain)

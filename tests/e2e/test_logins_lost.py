@@ -21,7 +21,7 @@ async def changes(nc: Client, sandbox: str = "s1") -> list[BindingEvent]:
     return [msgspec.json.decode(data, type=BindingEvent) for _, data in found]
 
 
-async def told(nc: Client, change: str) -> BindingEvent:
+async def wait_binding_event(nc: Client, change: str) -> BindingEvent:
     """The first event of this kind, once there is one."""
     found: list[BindingEvent] = []
 
@@ -61,11 +61,11 @@ async def test_f9_costs_exactly_the_scheduled_calls_on_every_endpoint(tmp_path: 
         await until(lambda: made.sim.polls(bot.bot).now == 1, "a poll is held")
         before = counts(made, bot.bot)
         made.sim.kill_token(bot.bot)
-        await told(nc, "stale")
+        await wait_binding_event(nc, "stale")
         for number in range(3):
             await made.command(nc, "s1", f"c{number}")
         await parked(made, nc, 3)
-        lost = await told(nc, "needs_login")
+        lost = await wait_binding_event(nc, "needs_login")
         assert "-14" in lost.reason
         assert "QR code" in lost.detail
         assert [event.change for event in await changes(nc)] == ["bound", "stale", "needs_login"]
@@ -171,7 +171,7 @@ async def test_the_same_bot_with_a_new_token_gets_what_was_parked_too(tmp_path: 
     async with world(tmp_path, parts=SOON) as made:
         nc, bot = await made.begun()
         made.sim.kill_token(bot.bot)
-        await told(nc, "needs_login")
+        await wait_binding_event(nc, "needs_login")
         for number in range(3):
             await made.command(nc, "s1", f"c{number}")
         await parked(made, nc, 3)
@@ -186,7 +186,7 @@ async def _lost(made: World) -> tuple[Client, BotRecord]:
     nc, bot = await made.begun()
     made.sim.kill_token(bot.bot)
     await made.command(nc, "s1", "c")
-    await told(nc, "needs_login")
+    await wait_binding_event(nc, "needs_login")
     return nc, bot
 
 
@@ -211,7 +211,7 @@ async def test_a_bot_that_was_called_dead_by_mistake_comes_back_by_itself(tmp_pa
         second = await made.add_adapter(WECHAT_NATS_HTTP_ADDR=f"127.0.0.1:{free_port()}")
         await made.adapters[0].kill()
         made.sim.revive_token(bot.bot)
-        await told(nc, "recovered")
+        await wait_binding_event(nc, "recovered")
         made.say("s1", "still there?")
         await made.settle(nc)
         assert [event.change for event in await changes(nc)] == ["bound", "stale", "needs_login", "recovered"]

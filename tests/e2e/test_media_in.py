@@ -26,7 +26,7 @@ async def inbox(nc: Client, sandbox: str) -> list[Inbound]:
     return [msgspec.json.decode(data, type=Inbound) for _, data in stored]
 
 
-async def told(nc: Client, sandbox: str, count: int) -> list[Inbound]:
+async def wait_stored(nc: Client, sandbox: str, count: int) -> list[Inbound]:
     """Waits until the sandbox has so many messages."""
 
     async def are_there() -> bool:
@@ -84,7 +84,7 @@ async def hanging(made: World, bot: str, *behind: str, **params: Any) -> None:
     await until(lambda: made.sim.faults()[0].struck >= 1, "the download has begun")
 
 
-async def test_a_voice_message_can_be_heard(tmp_path: Path) -> None:
+async def test_a_voice_message_comes_as_a_playable_wav(tmp_path: Path) -> None:
     """The bytes as they came, and a WAV of the same length, also of SILK by another encoder."""
     tone = b"".join((8000 if step // 27 % 2 else -8000).to_bytes(2, "little", signed=True) for step in range(24_000))
     (tmp_path / "tone.pcm").write_bytes(tone)
@@ -95,7 +95,7 @@ async def test_a_voice_message_can_be_heard(tmp_path: Path) -> None:
         nc = await made.nc()
         await start(made, nc, "s1")
         made.sim.say_media(made.bots["s1"].bot, "voice", silk, playtime=1000, text="la la")
-        (message,) = await told(nc, "s1", 1)
+        (message,) = await wait_stored(nc, "s1", 1)
         (item,) = message.items
         assert isinstance(item, VoiceItem)
         assert (message.text, item.transcript, item.duration_ms) == ("la la", "la la", 1000)
@@ -135,8 +135,8 @@ async def test_no_fault_of_the_cdn_delays_a_word_or_another_sandbox(tmp_path: Pa
             made.sim.say(bot, "after")
         made.sim.say_media(made.bots["sound"].bot, "image", picture)
         async with asyncio.timeout(20):
-            messages = [await told(nc, sandbox, 3) for sandbox in sandboxes]
-            assert await content_of(nc, (await told(nc, "sound", 1))[0]) == picture
+            messages = [await wait_stored(nc, sandbox, 3) for sandbox in sandboxes]
+            assert await content_of(nc, (await wait_stored(nc, "sound", 1))[0]) == picture
         assert [[short(message) for message in each] for each in messages] == [["before", "+", "after"]] * len(FAULTS)
         answers = await asyncio.gather(*(asked(nc, each[1], 5) for each in messages))
         for answer, (_, _, why) in zip(answers, FAULTS, strict=True):
@@ -160,8 +160,8 @@ async def test_a_silent_download_lets_the_same_bot_be_polled_and_words_come_in_o
             made.sim.say(bot, f"word {number}")
             await until(lambda seen=before: made.sim.polls(bot).total > seen, "polls go on")  # type: ignore[misc]
         made.sim.say(made.bots["s2"].bot, "not held up")
-        await told(nc, "s2", 1)
-        messages = await told(nc, "s1", 6)
+        await wait_stored(nc, "s2", 1)
+        messages = await wait_stored(nc, "s1", 6)
         assert [short(message) for message in messages] == ["+", *(f"word {number}" for number in range(5))]
         assert await asked(nc, messages[0], 0.1) == STILL.encode()
 
@@ -175,12 +175,12 @@ async def test_kill_9_in_the_middle_of_a_download(tmp_path: Path, mode: str) -> 
         (adapter,) = made.adapters
         bot = made.bots["s1"].bot
         await hanging(made, bot, "after")
-        await told(nc, "s1", 2)
+        await wait_stored(nc, "s1", 2)
         await adapter.kill()
         made.sim.clear_faults()
         await adapter.start()
         made.sim.say(bot, "last")
-        messages = await told(nc, "s1", 3)
+        messages = await wait_stored(nc, "s1", 3)
         assert [short(message) for message in messages] == ["+", "after", "last"]
         assert await content_of(nc, messages[0]) == samples.png()
 
@@ -199,10 +199,10 @@ async def test_kill_9_again_and_again_while_pictures_come(tmp_path: Path) -> Non
                 said += [samples.png(seed=turn * 6 + number), f"word {turn}.{number}"]
                 made.sim.say_media(bot, "image", samples.png(seed=turn * 6 + number))
                 made.sim.say(bot, f"word {turn}.{number}")
-            await told(nc, "s1", turn * 12 + 1 + 2 * turn)  # somewhere in the middle of it
+            await wait_stored(nc, "s1", turn * 12 + 1 + 2 * turn)  # somewhere in the middle of it
             await adapter.kill()
             await adapter.start()
-        messages = await told(nc, "s1", len(said))
+        messages = await wait_stored(nc, "s1", len(said))
         assert len(messages) == len(said)
         for expected, message in zip(said, messages, strict=True):
             assert (message.text if isinstance(expected, str) else await content_of(nc, message)) == expected
@@ -215,7 +215,7 @@ async def test_sigterm_waits_for_no_download(tmp_path: Path) -> None:
         await start(made, nc, "s1")
         (adapter,) = made.adapters
         await hanging(made, made.bots["s1"].bot, "after")
-        messages = await told(nc, "s1", 2)
+        messages = await wait_stored(nc, "s1", 2)
         adapter.signal(signal.SIGTERM)
         assert await adapter.ended() == 0
         made.sim.clear_faults()
@@ -232,7 +232,7 @@ async def test_any_replica_that_is_asked_fetches_and_one_copy_stays(tmp_path: Pa
         made.sim.set_fault(FaultRule(fault="F25", endpoint="cdn/download", bot=bot, params={"status": 500}))
         made.sim.say_media(bot, "image", picture)
         made.sim.say_media(bot, "image", picture)
-        first, second = await told(nc, "s1", 2)
+        first, second = await wait_stored(nc, "s1", 2)
         assert await content_of(nc, first) == WHY["unavailable"].encode()
         made.sim.clear_faults()
         assert await asyncio.gather(*(content_of(nc, first) for _ in range(8))) == [picture] * 8
@@ -251,11 +251,11 @@ async def test_a_nats_outage_during_downloads_costs_no_picture(tmp_path: Path) -
         made.sim.set_fault(FaultRule(fault="F5", endpoint="cdn/download", bot=bot, params={"hang_ms": 300}))
         for picture in pictures:
             made.sim.say_media(bot, "image", picture)
-        await told(nc, "s1", 2)
+        await wait_stored(nc, "s1", 2)
         made.server.kill()
         await asyncio.sleep(1.0)  # the length of the outage, not a wait for something
         await made.server.start()
-        messages = await told(nc, "s1", len(pictures))
+        messages = await wait_stored(nc, "s1", len(pictures))
         assert [await content_of(nc, message) for message in messages] == pictures
 
 
@@ -267,7 +267,7 @@ async def test_after_an_unbind_no_media_of_the_person_are_stored(tmp_path: Path)
         (adapter,) = made.adapters
         bot = made.bots["s1"]
         await hanging(made, bot.bot, hang_ms=5000)
-        await told(nc, "s1", 1)
+        await wait_stored(nc, "s1", 1)
         await made.bind(nc, "s2", bot)
 
         async def has_ended() -> bool:

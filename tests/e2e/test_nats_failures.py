@@ -166,10 +166,10 @@ async def test_bindings_that_are_lost_stop_the_polls_until_they_are_restored(tmp
         assert (await ask(nc, f"STREAM.DELETE.{bucket}")).get("success")
         assert f"creating stream {bucket}" in await operator(made, "doctor", "--fix")
 
-        async def told() -> bool:
+        async def is_reported() -> bool:
             return await adapter.unready() == {"streams": f"incomplete: {bucket}; restore from the backup"}
 
-        await eventually(told, "it is not ready")
+        await eventually(is_reported, "it is not ready")
         assert await adapter.metric("nats_streams_missing") == 1
         assert f"{BOTS} that adapters know are not in {bucket}" in await operator(made, "doctor", "--json")
         await until(lambda: made.sim.stats().parked == 0, "nobody is polled")
@@ -334,7 +334,7 @@ async def test_streams_that_no_poll_writes_to_stop_none(tmp_path: Path) -> None:
         assert (await read_media(nc, "s2", picture.media.object)).data
 
 
-async def test_events_without_room_hold_up_receipts_and_no_message(tmp_path: Path) -> None:
+async def test_events_without_room_delay_receipts_and_no_message(tmp_path: Path) -> None:
     async with running(tmp_path, bots=3) as (made, nc, adapter):
         await loaded(made, nc, 1)
         await made.settle(nc)
@@ -383,10 +383,10 @@ async def test_a_message_or_an_acknowledgement_that_gets_lost_delays_a_bot_for_s
         for number in range(4):
             made.say("s0", f"then {number}")
 
-        async def told() -> bool:
+        async def all_stored() -> bool:
             return len(await stream(nc, *INBOXES)) == ANSWER + 4
 
-        await eventually(told, "all is told")
+        await eventually(all_stored, "all is told")
         assert time.monotonic() - lost_s < DELAY_S
         for number in range(4):
             await made.command(nc, "s0", f"c{number}")
@@ -440,14 +440,14 @@ async def test_a_stream_that_is_altered_takes_readiness_until_it_is_mended(tmp_p
 async def test_bots_whose_checkpoint_names_a_replica_that_does_not_poll_them(tmp_path: Path) -> None:
     """It lives, so that no lease runs out, and cannot give back what it does not have."""
     async with running(tmp_path, bots=4) as (made, nc, adapter):
-        heir = await made.add_adapter(WECHAT_NATS_HTTP_ADDR=f"127.0.0.1:{free_port()}")
+        second = await made.add_adapter(WECHAT_NATS_HTTP_ADDR=f"127.0.0.1:{free_port()}")
         js = nc.jetstream()
         claims, checkpoints = await js.key_value(NAMES.claims), await js.key_value(NAMES.checkpoints)
 
-        await until(lambda: heir.said("shards.claimed") > 0, "it is there")
+        await until(lambda: second.said("shards.claimed") > 0, "it is there")
 
         async def shared() -> bool:
-            owned = [await replica.metric("shards_owned") for replica in (adapter, heir)]
+            owned = [await replica.metric("shards_owned") for replica in (adapter, second)]
             return min(owned) > 0 and sum(owned) == SHARDS
 
         await eventually(shared, "the other has its share")
@@ -500,25 +500,25 @@ async def test_a_replica_that_starts_makes_no_empty_bucket_of_what_was_deleted(t
         await faultless(made, nc)
 
 
-async def test_a_stream_that_is_full_loses_its_oldest_or_refuses_or_holds_up_as_promised(tmp_path: Path) -> None:
+async def test_a_full_stream_drops_its_oldest_or_refuses_or_delays_as_promised(tmp_path: Path) -> None:
     few = {"WECHAT_NATS_OUT_MAX_PER_SANDBOX": "5"}
     async with running(tmp_path, bots=3, environ=few) as (made, nc, adapter):
         js = nc.jetstream()
         await made.command(nc, "s0", "parked")  # nobody has written yet
 
-        async def told(ident: str, outcome: str) -> bool:
+        async def has_receipt(ident: str, outcome: str) -> bool:
             return any((r.command, r.outcome) == (ident, outcome) for r in await made.receipts(nc))
 
-        await eventually(lambda: told("parked", "parked"), "the first is parked")
+        await eventually(lambda: has_receipt("parked", "parked"), "the first is parked")
 
         messages = (await ask(nc, f"STREAM.INFO.{NAMES.stream_event}"))["state"]["messages"]
         await change(nc, NAMES.stream_event, discard="new", max_msgs=messages)
         made.say("s0", "hello")
         await until(lambda: "answer parked" in made.phone_texts("s0"), "it is sent")
         await until(lambda: adapter.said("event.retrying") > 0, "its receipt waits")
-        assert not await told("parked", "accepted")
+        assert not await has_receipt("parked", "accepted")
         await change(nc, NAMES.stream_event, discard="old", max_msgs=-1)
-        await eventually(lambda: told("parked", "accepted"), "the receipt is there")
+        await eventually(lambda: has_receipt("parked", "accepted"), "the receipt is there")
         assert made.phone_texts("s0").count("answer parked") == 1
 
         await change(nc, NAMES.stream_in, discard="new", max_msgs=1)
@@ -551,16 +551,16 @@ async def test_a_stream_that_is_full_loses_its_oldest_or_refuses_or_holds_up_as_
         await until(lambda: made.phone_texts("s2") == texts, "those that were taken are sent")
 
 
-async def test_a_lease_that_cannot_be_renewed_is_told(tmp_path: Path) -> None:
+async def test_a_lease_that_cannot_be_renewed_is_reported(tmp_path: Path) -> None:
     """All else of JetStream answers, and nothing is polled: it must not look ready, nor as if its bots were heard."""
     async with running(tmp_path, bots=3) as (made, nc, adapter):
         members = f"KV_{NAMES.members}"
         await change(nc, members, max_msg_size=1)
 
-        async def told() -> bool:
+        async def is_reported() -> bool:
             return "the lease cannot be renewed: 10054" in (await adapter.unready()).get("jetstream", "")
 
-        await eventually(told, "it is not ready")
+        await eventually(is_reported, "it is not ready")
         assert made.sim.stats().parked == 0
         assert await adapter.metric("oldest_poll_age_seconds") > 5
         await change(nc, members, max_msg_size=-1)
@@ -570,7 +570,7 @@ async def test_a_lease_that_cannot_be_renewed_is_told(tmp_path: Path) -> None:
         await faultless(made, nc)
 
 
-async def test_a_stream_that_is_full_holds_up_an_answer_in_hand_and_loses_nothing(tmp_path: Path) -> None:
+async def test_a_full_stream_delays_an_answer_in_hand_and_loses_nothing(tmp_path: Path) -> None:
     """iLink gives nothing again: what a poll brought is in hand until the inboxes take it."""
     async with running(tmp_path, bots=3, cursor_mode="ack_on_delivery") as (made, nc, adapter):
         await loaded(made, nc, 1)
@@ -586,7 +586,7 @@ async def test_a_stream_that_is_full_holds_up_an_answer_in_hand_and_loses_nothin
 
 
 @pytest.mark.slow
-async def test_an_account_without_room_holds_everything_up_and_loses_nothing(tmp_path: Path) -> None:
+async def test_an_account_without_room_delays_everything_and_loses_nothing(tmp_path: Path) -> None:
     bus = LimitedNats(tmp_path / "nats", account_bytes=2_000_000)
     small = {"WECHAT_NATS_IN_MAX_BYTES": "-1", "WECHAT_NATS_MEDIA_STORE_BYTES": "-1"}
     async with running(tmp_path, bus=bus, environ=small) as (made, nc, adapter):
@@ -613,7 +613,7 @@ async def test_an_account_without_room_holds_everything_up_and_loses_nothing(tmp
         await eventually(adapter.is_ready, "it is ready again")
 
 
-async def test_a_full_disk_holds_everything_up_until_the_server_is_restarted_with_room(
+async def test_a_full_disk_delays_everything_until_the_server_restarts_with_room(
     tmp_path: Path,
 ) -> None:
     disk = tmp_path / "disk"

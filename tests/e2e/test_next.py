@@ -65,7 +65,7 @@ async def test_an_adapter_that_is_killed_takes_no_position_and_no_reader_with_it
             await made.settle(nc)
 
 
-async def test_of_two_agents_the_newer_one_goes_on_and_the_other_is_told(tmp_path: Path) -> None:
+async def test_of_two_agents_the_newer_one_goes_on_and_the_other_ends_with_the_reason(tmp_path: Path) -> None:
     async with world(tmp_path) as made:
         nc, _ = await made.begun()
         first, second = Asker(nc), Asker(await made.nc())

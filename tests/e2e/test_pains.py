@@ -50,27 +50,27 @@ class Scene(NamedTuple):
 
     async def says(self, text: str) -> None:
         """The person writes, and the message is on the bus."""
-        before = len(await self.heard())
+        before = len(await self.received())
         self.made.say("s1", text)
 
         async def more() -> bool:
-            return len(await self.heard()) > before
+            return len(await self.received()) > before
 
         await eventually(more, "the message is on the bus")
 
-    async def heard(self) -> list[Inbound]:
+    async def received(self) -> list[Inbound]:
         """What the sandbox got."""
         stored = await stream(self.nc, NAMES.stream_in, NAMES.inbox("s1"))
         return [msgspec.json.decode(data, type=Inbound) for _, data in stored]
 
-    async def have_heard(self, count: int) -> list[Inbound]:
+    async def wait_received(self, count: int) -> list[Inbound]:
         """What the sandbox got, once it is so much."""
 
         async def are_there() -> bool:
-            return len(await self.heard()) >= count
+            return len(await self.received()) >= count
 
         await eventually(are_there, f"{count} messages are on the bus")
-        return await self.heard()
+        return await self.received()
 
     async def sends(self, ident: str, **body: Any) -> None:
         """The sandbox says something, as the command `ident`."""
@@ -143,7 +143,7 @@ async def scene(folder: Path, environ: dict[str, str] | None = None, **settings:
 async def test_pain_01_what_is_said_after_hours_of_silence_waits_for_the_user(tmp_path: Path) -> None:
     async with scene(tmp_path, {"WECHAT_NATS_WINDOW_HOURS": "0.001"}) as s:  # 3.6 seconds
         await s.says("hello")
-        (said,) = await s.have_heard(1)
+        (said,) = await s.wait_received(1)
         assert said.window.remaining == 10
         closes_ms = said.window.closes_at_ms or 0
         await until(lambda: time.time() * 1000 > closes_ms, "the window has closed")
@@ -172,7 +172,7 @@ async def test_pain_02_what_ilink_refuses_is_never_called_sent(tmp_path: Path) -
         assert s.shown() == ["good"]
 
 
-async def test_pain_03_success_without_a_message_id_is_told_apart_and_counted(tmp_path: Path) -> None:
+async def test_pain_03_success_without_a_message_id_is_an_outcome_of_its_own(tmp_path: Path) -> None:
     async with scene(tmp_path) as s:
         s.made.sim.set_fault(FaultRule(fault="F13", bot=s.bot.bot))
         await s.says("hello")
@@ -232,7 +232,7 @@ async def test_pain_06_a_throttle_is_not_prolonged_by_retries(tmp_path: Path) ->
         assert "\n".join(s.shown()).split() == [f"c{number}" for number in range(5)]
 
 
-async def test_pain_07_a_dead_login_is_told_and_nothing_is_called_any_more(tmp_path: Path) -> None:
+async def test_pain_07_a_dead_login_is_published_and_nothing_is_called_any_more(tmp_path: Path) -> None:
     async with scene(tmp_path, parts=SOON) as s:
         await s.says("hello")
         s.made.sim.kill_token(s.bot.bot)
@@ -246,7 +246,7 @@ async def test_pain_07_a_dead_login_is_told_and_nothing_is_called_any_more(tmp_p
         assert {call.endpoint: call.count for call in s.made.sim.calls(s.bot.bot)} == before
 
 
-async def test_pain_08_a_login_is_renewed_over_the_bus_and_starts_afresh(tmp_path: Path) -> None:
+async def test_pain_08_a_login_is_renewed_over_the_bus_and_starts_again(tmp_path: Path) -> None:
     async with scene(tmp_path, parts=SOON) as s:
         await s.says("hello")
         s.made.sim.kill_token(s.bot.bot)
@@ -268,7 +268,7 @@ async def test_pain_08_a_login_is_renewed_over_the_bus_and_starts_afresh(tmp_pat
         assert s.shown() == ["kept"]
 
 
-async def test_pain_09_a_code_is_renewed_before_it_dies_and_every_step_is_told(tmp_path: Path) -> None:
+async def test_pain_09_a_code_is_renewed_before_it_dies_and_every_step_is_published(tmp_path: Path) -> None:
     async with scene(tmp_path, parts={"login_refresh_s": 1}, qr_hold_ms=200) as s:
         login: Login = await ask(s.nc, "login.start", Login, sandbox="s2")
         await until(lambda: len(s.made.sim.qrcodes()) >= 2, "a second code is there")
@@ -339,10 +339,10 @@ async def test_pain_11_two_replicas_never_poll_one_bot_at_once(tmp_path: Path) -
         await s.says("and now?")
         stats = s.made.sim.stats()
         assert (stats.poll_overlaps, stats.redelivered) == (0, 0)
-        assert [m.text for m in await s.heard()] == s.made.said["s1"]
+        assert [m.text for m in await s.received()] == s.made.said["s1"]
 
 
-async def test_pain_12_copies_of_a_message_are_heard_once_and_repeated_words_twice(tmp_path: Path) -> None:
+async def test_pain_12_copies_of_a_message_arrive_once_and_repeated_words_twice(tmp_path: Path) -> None:
     async with scene(tmp_path) as s:
         await s.says("ok")
         first = s.made.sim.inbound(s.bot.bot)[-1]
@@ -352,7 +352,7 @@ async def test_pain_12_copies_of_a_message_are_heard_once_and_repeated_words_twi
         s.made.sim.advance(8)
         await s.says("ok")  # the same words, meant
         await s.says("the end")
-        assert [m.text for m in await s.heard()] == ["ok", "ok", "the end"]
+        assert [m.text for m in await s.received()] == ["ok", "ok", "the end"]
 
 
 async def test_pain_13_a_crash_loses_nothing_and_repeats_nothing(tmp_path: Path) -> None:
@@ -364,7 +364,7 @@ async def test_pain_13_a_crash_loses_nothing_and_repeats_nothing(tmp_path: Path)
             await s.adapter.kill()
             await s.adapter.start()
         await s.made.settle(s.nc)
-        assert [m.text for m in await s.heard()] == s.made.said["s1"]
+        assert [m.text for m in await s.received()] == s.made.said["s1"]
         words = "\n".join(s.shown()).replace("answer ", "").split()
         assert words == s.made.sent["s1"]
 
@@ -415,7 +415,7 @@ async def test_pain_17_media_arrive_whole_go_out_openable_and_never_stop_the_pol
         for key_form in ("usual", "hex", "raw_base64", "hex_base64", "none"):
             s.made.sim.say_media(s.bot.bot, "image", picture, key_form=key_form)
         s.made.say("s1", "five pictures")
-        *pictures, _ = await s.have_heard(6)
+        *pictures, _ = await s.wait_received(6)
         for message in pictures:
             (item,) = message.items
             assert isinstance(item, ImageItem)
@@ -437,7 +437,7 @@ async def test_pain_17_media_arrive_whole_go_out_openable_and_never_stop_the_pol
         polls = s.made.sim.polls(s.bot.bot).total
         await until(lambda: s.made.sim.polls(s.bot.bot).total > polls + 1, "polls go on during a download")
         s.made.say("s1", "after it")
-        late, after = (await s.have_heard(8))[-2:]
+        late, after = (await s.wait_received(8))[-2:]
         assert after.text == "after it"
         s.made.sim.clear_faults()
         (item,) = late.items
@@ -451,7 +451,7 @@ async def test_pain_18_voice_comes_with_its_sound_and_transcript_and_goes_out_as
     async with scene(tmp_path) as s:
         s.made.sim.say_media(s.bot.bot, "voice", silk, text="good morning")
         s.made.say("s1", "the end")
-        message, _ = await s.have_heard(2)
+        message, _ = await s.wait_received(2)
         assert message.text == "good morning"
         (item,) = message.items
         assert isinstance(item, VoiceItem)

@@ -42,10 +42,10 @@ class Sandbox:
 
     async def listen(self) -> None:
         for subject in (NAMES.live(self.name), NAMES.event(self.name, "*"), NAMES.receipts(self.name)):
-            await self.nc.subscribe(subject, cb=self._hear)
+            await self.nc.subscribe(subject, cb=self._on_message)
         await self.nc.flush()
 
-    async def _hear(self, msg: Msg) -> None:
+    async def _on_message(self, msg: Msg) -> None:
         self.got.append(msg)
 
     def genuine(self) -> list[Msg]:
@@ -53,7 +53,7 @@ class Sandbox:
         mine = NAMES.live(self.name), NAMES.event(self.name, "")
         return [m for m in self.got if _is_of(m, *mine) and H_MSG_ID in (m.headers or {})]
 
-    def heard(self) -> list[str]:
+    def received(self) -> list[str]:
         """The texts of its users."""
         live = [m for m in self.genuine() if m.subject == NAMES.live(self.name)]
         return [msgspec.json.decode(m.data, type=Inbound).text for m in live]
@@ -125,7 +125,7 @@ async def talk(scene: Scene) -> None:
     for sandbox in (scene.s1, scene.s2):
         scene.world.say(sandbox.name, f"hello {sandbox.name}")
     for sandbox in (scene.s1, scene.s2):
-        await until(lambda sandbox=sandbox: sandbox.heard() == [f"hello {sandbox.name}"], "it hears its user")  # type: ignore[misc]
+        await until(lambda sandbox=sandbox: sandbox.received() == [f"hello {sandbox.name}"], "it hears its user")  # type: ignore[misc]
 
 
 async def test_every_role_can_do_its_work(scene: Scene) -> None:
@@ -141,9 +141,9 @@ async def test_every_role_can_do_its_work(scene: Scene) -> None:
 
     await eventually(is_open, "the window is open")
     world.sim.say_media(world.bots["s1"].bot, "image", samples.png())
-    await until(lambda: len(s1.heard()) == 2, "the picture comes")
-    told = [m for m in s1.genuine() if m.subject == NAMES.live("s1")][-1]
-    image, sequence = json.loads(told.data)["items"][0]["media"], int((told.headers or {})["Nats-Sequence"])
+    await until(lambda: len(s1.received()) == 2, "the picture comes")
+    live = [m for m in s1.genuine() if m.subject == NAMES.live("s1")][-1]
+    image, sequence = json.loads(live.data)["items"][0]["media"], int((live.headers or {})["Nats-Sequence"])
     query = {"object": image["object"], "sequence": sequence, "wait_s": 8}
     piece = await s1.ask("media.get", json.dumps(query).encode())
     assert hashlib.sha256(piece.data).hexdigest() == (piece.headers or {})[H_SHA256]
@@ -204,11 +204,11 @@ async def test_a_sandbox_learns_nothing_of_others_whatever_it_asks(scene: Scene)
     assert world.phone_texts("s2") == []
     # no address of another comes back, but where the sandbox said it itself
     said = {msg.data for msg in s1.genuine() if json.loads(msg.data).get("command") in ("c1", "c2", "c3")}
-    told = b"\n".join(_whole(msg) for msg in s1.got if msg.data not in said)
-    assert b"hello s1" in told
-    assert re.findall(rb"""["'./]s2\b|hello s2|of s2""", told) == []
-    assert other.encode() not in told
-    assert user.encode() not in told
+    received = b"\n".join(_whole(msg) for msg in s1.got if msg.data not in said)
+    assert b"hello s1" in received
+    assert re.findall(rb"""["'./]s2\b|hello s2|of s2""", received) == []
+    assert other.encode() not in received
+    assert user.encode() not in received
     # its errors are those of nobody
     codes = [(await s1.ask("window", json.dumps({"bot": bot}).encode())).headers for bot in (other, "no@im.bot")]
     assert codes[0] == codes[1]
@@ -218,8 +218,8 @@ async def test_a_sandbox_learns_nothing_of_others_whatever_it_asks(scene: Scene)
     await scene.service.nc.jetstream().publish(NAMES.out_plain, spoken)
     await until(lambda: ("private", "accepted") in scene.s2.outcomes(), "it is sent")
     expecting = {"Nats-Expected-Last-Msg-Id": "another"}
-    told = (await s1.nc.request(NAMES.out("s1"), b'{"text":"hi"}', timeout=10, headers=expecting)).data
-    assert re.search(rb"wrong last msg ID: routed:[0-9a-f]{32}\W", told), told
+    answer = (await s1.nc.request(NAMES.out("s1"), b'{"text":"hi"}', timeout=10, headers=expecting)).data
+    assert re.search(rb"wrong last msg ID: routed:[0-9a-f]{32}\W", answer), answer
     assert s1.refusals == []
 
 
@@ -255,9 +255,9 @@ async def test_no_reply_subject_makes_others_write_where_a_sandbox_may_not(scene
     evil = b'{"sandbox":"s2","text":"evil","bot":"x@im.bot","bot_token":"t","config":{},"id":"evil"}'
     media = await s1.bring("evil", evil)
     world.say("s1", evil.decode())
-    await until(lambda: len(s1.heard()) == 2, "the user's words come")
+    await until(lambda: len(s1.received()) == 2, "the user's words come")
     before = await _state(scene.witness.nc)
-    heard = len(s2.got)
+    received = len(s2.got)
     for subject, body in [
         (NAMES.svc("media.get.s1"), json.dumps({"object": media.object}).encode()),
         (NAMES.svc("replay.s1"), b"{}"),
@@ -273,10 +273,10 @@ async def test_no_reply_subject_makes_others_write_where_a_sandbox_may_not(scene
     await s2.nc.flush()
     assert await _state(scene.witness.nc) == before
     assert world.phone_texts("s2") == []
-    foreign = s2.got[heard:]
+    foreign = s2.got[received:]
     assert [msg for msg in foreign if scene.server.each or H_MSG_ID in (msg.headers or {})] == []
     assert [msg.subject for msg in foreign if msg in s2.genuine()] == []
-    assert s2.heard() == ["hello s2"]
+    assert s2.received() == ["hello s2"]
     assert {text for text in s1.refusals if "publish with reply of" not in text} == set()
 
 
@@ -344,7 +344,7 @@ async def _command(scene: Scene, who: str, *arguments: str) -> tuple[int, list[d
 SERVED, CLOSED = '"wechat.svc.>", "wechat.kv.>"', '"wechat.kv.>"'
 
 
-async def test_an_adapter_that_may_not_hear_what_it_serves_waits_until_it_may(tmp_path: Path) -> None:
+async def test_an_adapter_without_a_subscribe_permission_waits_until_it_has_it(tmp_path: Path) -> None:
     """It says what is missing, and is neither started nor ready; once the user may, it starts by itself."""
     port = free_port()
 
@@ -375,7 +375,7 @@ async def test_an_adapter_that_may_not_hear_what_it_serves_waits_until_it_may(tm
             await adapter.kill()
 
 
-async def test_what_an_adapter_may_not_publish_is_told_at_its_start(tmp_path: Path) -> None:
+async def test_missing_publish_permissions_are_reported_at_the_start(tmp_path: Path) -> None:
     def narrow(text: str) -> str:
         return text.replace('            "$KV.wechat_conversations.>"\n', "", 1)
 

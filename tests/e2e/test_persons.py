@@ -52,11 +52,11 @@ async def outcome(made: World, nc: Client, ident: str, **body: Any) -> Receipt:
     await nc.jetstream().publish(subject, payload)
     found: list[Receipt] = []
 
-    async def told() -> bool:
+    async def has_receipt() -> bool:
         found[:] = [receipt for receipt in await made.receipts(nc) if receipt.command == ident]
         return bool(found)
 
-    await eventually(told, f"{ident} has its receipt")
+    await eventually(has_receipt, f"{ident} has its receipt")
     return found[-1]
 
 
@@ -209,13 +209,13 @@ async def test_an_answer_that_crosses_the_next_persons_bind_is_not_theirs(tmp_pa
 
             found: list[Receipt] = []
 
-            async def told_of(sandbox: str, found: list[Receipt]) -> bool:
+            async def has_receipt(sandbox: str, found: list[Receipt]) -> bool:
                 found[:] = [one for one in await made.receipts(nc) if one.sandbox == sandbox]
                 return bool(found)
 
-            await eventually(partial(told_of, sandbox, found), "the answer has its receipt")
-            told = found[-1]
-            if told.received_at_ms < int(bound_ms):
+            await eventually(partial(has_receipt, sandbox, found), "the answer has its receipt")
+            receipt = found[-1]
+            if receipt.received_at_ms < int(bound_ms):
                 early += 1
-                assert (told.outcome, made.phone_texts(sandbox)) == ("refused", [])
+                assert (receipt.outcome, made.phone_texts(sandbox)) == ("refused", [])
         assert early

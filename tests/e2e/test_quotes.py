@@ -48,7 +48,7 @@ async def test_every_shape_of_a_quote_has_the_words_of_the_answer_that_it_names(
             assert quoted == Quote(id=ident, text=text, said_by="bot", kind="text"), shape
 
 
-async def test_a_quote_of_an_answer_is_told_also_after_a_restart_and_to_no_other_sandbox(tmp_path: Path) -> None:
+async def test_a_quote_of_an_answer_has_its_text_after_a_restart_and_in_no_other_sandbox(tmp_path: Path) -> None:
     async with world(tmp_path) as made:
         first = await made.add_adapter()
         nc = await made.nc()

@@ -19,7 +19,7 @@ KINDS = {"image": ImageItem, "voice": VoiceItem, "file": FileItem, "video": Vide
 COMES_BACK_AS = {"image": "image", "voice": "file", "file": "file", "video": "video"}
 
 
-async def heard(nc: Client, sandbox: str) -> list[Inbound]:
+async def inbox_messages(nc: Client, sandbox: str) -> list[Inbound]:
     stored = await stream(nc, NAMES.stream_in, NAMES.inbox(sandbox))
     return [msgspec.json.decode(data, type=Inbound) for _, data in stored]
 
@@ -27,7 +27,7 @@ async def heard(nc: Client, sandbox: str) -> list[Inbound]:
 async def echo(made: World, nc: Client, sandbox: str, kind: str, content: bytes) -> None:
     """The sandbox reads the newest message's media and sends the item back as it came."""
     bot = made.bots[sandbox]
-    message = (await heard(nc, sandbox))[-1]
+    message = (await inbox_messages(nc, sandbox))[-1]
     (item,) = message.items
     assert isinstance(item, KINDS[kind])
     assert item.media is not None, item.reason
@@ -51,7 +51,7 @@ async def scene(made: World) -> Client:
 
 async def arrived(made: World, nc: Client, count: int) -> None:
     async def are_there() -> bool:
-        return len(await heard(nc, "s1")) >= count
+        return len(await inbox_messages(nc, "s1")) >= count
 
     await eventually(are_there, f"{count} messages are on the bus")
 
@@ -102,14 +102,14 @@ async def test_texts_of_all_scripts(tmp_path: Path) -> None:
         for number, text in enumerate(texts, 1):
             made.say("s1", text)
             await arrived(made, nc, number)
-            message = (await heard(nc, "s1"))[-1]
+            message = (await inbox_messages(nc, "s1"))[-1]
             assert message.items == [TextItem(text=text)]
             await nc.jetstream().publish(NAMES.out("s1"), msgspec.json.encode({"text": message.text}))
             await until(lambda number=number: len(made.sim.phone(user)) == number, "it is shown")  # type: ignore[misc]
         assert [shown.text for shown in made.sim.phone(made.bots["s1"].user)] == texts
 
 
-async def test_copies_of_a_message_are_heard_once_and_repeated_words_twice(tmp_path: Path) -> None:
+async def test_copies_of_a_message_arrive_once_and_repeated_words_twice(tmp_path: Path) -> None:
     async with world(tmp_path) as made:
         nc = await scene(made)
         bot = made.bots["s1"].bot
@@ -122,4 +122,4 @@ async def test_copies_of_a_message_are_heard_once_and_repeated_words_twice(tmp_p
         made.sim.say(bot, "ok")  # the same words, meant
         made.sim.say(bot, "the end")
         await arrived(made, nc, 3)
-        assert [message.text for message in await heard(nc, "s1")] == ["ok", "ok", "the end"]
+        assert [message.text for message in await inbox_messages(nc, "s1")] == ["ok", "ok", "the end"]

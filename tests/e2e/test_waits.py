@@ -36,27 +36,27 @@ FEW_S = 3.0
 NOBODY = "nobody@im.wechat"
 
 
-class Told:
+class ReceiptLog:
     """The receipts as their author hears them, and when."""
 
     def __init__(self) -> None:
-        self.heard: dict[str, list[Receipt]] = {}
+        self.received: dict[str, list[Receipt]] = {}
         """By command."""
         self.ended_at: dict[str, float] = {}
         """Monotonic time of its first final receipt, by command."""
 
     async def listen(self, nc: Client) -> None:
-        await nc.subscribe(NAMES.receipts("*"), cb=self._hear, pending_msgs_limit=0, pending_bytes_limit=0)
+        await nc.subscribe(NAMES.receipts("*"), cb=self._on_receipt, pending_msgs_limit=0, pending_bytes_limit=0)
         await nc.flush()
 
-    async def _hear(self, msg: Msg) -> None:
+    async def _on_receipt(self, msg: Msg) -> None:
         receipt = msgspec.json.decode(msg.data, type=Receipt)
-        self.heard.setdefault(receipt.command, []).append(receipt)
+        self.received.setdefault(receipt.command, []).append(receipt)
         if receipt.outcome in FINAL_OUTCOMES:
             self.ended_at.setdefault(receipt.command, time.monotonic())
 
     def finals(self, ident: str) -> list[Receipt]:
-        return [one for one in self.heard.get(ident, ()) if one.outcome in FINAL_OUTCOMES]
+        return [one for one in self.received.get(ident, ()) if one.outcome in FINAL_OUTCOMES]
 
     async def end(self, *idents: str, within_s: float = 30.0) -> list[Receipt]:
         """Their final receipts, once all have one; each has no other."""
@@ -82,14 +82,14 @@ def waited_s(receipt: Receipt) -> float:
 
 
 @contextlib.asynccontextmanager
-async def started(folder: Path, **settings: Any) -> AsyncIterator[tuple[World, Client, Told]]:
+async def started(folder: Path, **settings: Any) -> AsyncIterator[tuple[World, Client, ReceiptLog]]:
     """One adapter that serves nobody yet."""
     async with world(folder, **settings) as made:
         await made.add_adapter()
-        nc, told = await made.nc(), Told()
+        nc, log = await made.nc(), ReceiptLog()
         await until(lambda: made.adapters[0].said("adapter.started") > 0, "the adapter has started")
-        await told.listen(nc)
-        yield made, nc, told
+        await log.listen(nc)
+        yield made, nc, log
 
 
 async def bind_unknown(made: World, nc: Client, sandbox: str = "s1") -> BotRecord:
@@ -118,14 +118,14 @@ async def delivered(nc: Client, *sandboxes: str) -> None:
 async def changed(nc: Client, sandbox: str, bot: str, change: str) -> None:
     """Returns when the sandbox was told so of a bot."""
 
-    async def is_told() -> bool:
+    async def is_published() -> bool:
         found = [
             msgspec.json.decode(data, type=BindingEvent) for _, data in await stream(nc, NAMES.stream_event, event)
         ]
         return any((one.bot, one.change) == (bot, change) for one in found)
 
     event = NAMES.event(sandbox, "binding")
-    await eventually(is_told, f"{bot} is told to be {change}")
+    await eventually(is_published, f"{bot} is told to be {change}")
 
 
 # a bot that cannot be used -----------------------------------------------------------------------------------
@@ -144,10 +144,10 @@ async def unusable(made: World, nc: Client, why: str) -> BotRecord:
     if named is not None:
         made.sim.say(bot.bot, "hello")
 
-        async def is_heard() -> bool:
+        async def is_stored() -> bool:
             return len(await stream(nc, NAMES.stream_in, NAMES.inbox("s1"))) == 1
 
-        await eventually(is_heard, "it is heard")
+        await eventually(is_stored, "it is heard")
     if why != "its token is sealed":
         made.sim.kill_token(bot.bot)
         await changed(nc, "s1", bot.bot, "needs_login")
@@ -161,27 +161,27 @@ async def unusable(made: World, nc: Client, why: str) -> BotRecord:
 async def test_commands_for_a_bot_that_cannot_be_used_delay_nobody_and_expire(tmp_path: Path, why: str) -> None:
     expires_s = 6.0
     async with world(tmp_path, parts=SOON) as made:
-        nc, told = await made.nc(), Told()
+        nc, log = await made.nc(), ReceiptLog()
         dead = await unusable(made, nc, why)
         await made.bind(nc, "s1", made.sim.add_bot())
         made.say("s1", "hello")
-        await told.listen(nc)
+        await log.listen(nc)
         idle = [f"idle-{number}" for number in range(20)]
         address = {"bot": dead.bot} if why == "nobody has written" else {"user": dead.user}
         for ident in idle:
             await put(nc, ident, expires_in_s=expires_s, **address)
         await put(nc, "other", user=made.bots["s1"].user)
-        (other,) = await told.end("other", within_s=FEW_S)
+        (other,) = await log.end("other", within_s=FEW_S)
         assert other.outcome == "accepted"
-        assert not told.ended_at.keys() & set(idle)
-        finals = await told.end(*idle, within_s=expires_s + 2 * FEW_S)
+        assert not log.ended_at.keys() & set(idle)
+        finals = await log.end(*idle, within_s=expires_s + 2 * FEW_S)
         assert ends(finals) == {("refused", "expired")}
         assert all(expires_s <= waited_s(receipt) < expires_s + FEW_S for receipt in finals)
         await eventually(lambda: is_empty(nc), "every command is acknowledged")
 
 
-async def test_a_wrong_bot_is_told_while_binds_arrive_without_a_pause(tmp_path: Path) -> None:
-    async with started(tmp_path) as (made, nc, told):
+async def test_a_command_with_a_wrong_bot_ends_while_binds_arrive_without_a_pause(tmp_path: Path) -> None:
+    async with started(tmp_path) as (made, nc, log):
         await made.bind(nc, "s1", made.sim.add_bot())
         made.say("s1", "hello")
         bots = [made.sim.add_bot() for _ in range(5)]
@@ -210,9 +210,9 @@ async def test_a_wrong_bot_is_told_while_binds_arrive_without_a_pause(tmp_path: 
                 await eventually(are_behind, "binds wait to be applied")
                 await put(nc, f"wrong-{number}", bot="stranger@im.bot")
                 await put(nc, f"behind-{number}")
-                (wrong,) = await told.end(f"wrong-{number}", within_s=FEW_S)
+                (wrong,) = await log.end(f"wrong-{number}", within_s=FEW_S)
                 assert (wrong.outcome, wrong.reason) == ("refused", "not_bound")
-                assert (await told.end(f"behind-{number}", within_s=FEW_S))[0].outcome == "accepted"
+                assert (await log.end(f"behind-{number}", within_s=FEW_S))[0].outcome == "accepted"
             over.set()
 
         async def are_applied() -> bool:
@@ -230,7 +230,7 @@ async def test_what_is_stored_for_an_unknown_user_is_sent_in_order_once_they_wri
 ) -> None:
     """Its owner may die meanwhile. Commands go on while the user becomes known."""
     sandboxes = [f"s{number}" for number in range(12)]
-    async with started(tmp_path, environ={"WECHAT_NATS_MERGE_CHARS": "0"}, quota=0) as (made, nc, told):
+    async with started(tmp_path, environ={"WECHAT_NATS_MERGE_CHARS": "0"}, quota=0) as (made, nc, log):
         bots = {sandbox: await bind_unknown(made, nc, sandbox) for sandbox in sandboxes}
         idents = {sandbox: [f"{sandbox}.{number}" for number in range(8)] for sandbox in sandboxes}
         for sandbox, bot in bots.items():
@@ -243,7 +243,7 @@ async def test_what_is_stored_for_an_unknown_user_is_sent_in_order_once_they_wri
             await made.add_adapter()
             await until(lambda: made.adapters[1].said("shards.claimed") > 0, "another one has taken over")
             await delivered(nc, *sandboxes)
-        assert not told.ended_at
+        assert not log.ended_at
         assert made.sim.stats().sends == 0
 
         async def talk(sandbox: str) -> None:
@@ -254,7 +254,7 @@ async def test_what_is_stored_for_an_unknown_user_is_sent_in_order_once_they_wri
                 await put(nc, ident, sandbox)
 
         await asyncio.gather(*(talk(sandbox) for sandbox in sandboxes))
-        finals = await told.end(*(ident for each in idents.values() for ident in each))
+        finals = await log.end(*(ident for each in idents.values() for ident in each))
         assert ends(finals) == {("accepted", "")}
         shown = {sandbox: made.phone_texts(sandbox) for sandbox in sandboxes}
         assert shown == {sandbox: [f"answer {ident}" for ident in each] for sandbox, each in idents.items()}
@@ -263,7 +263,7 @@ async def test_what_is_stored_for_an_unknown_user_is_sent_in_order_once_they_wri
 
 async def test_a_welcome_that_races_with_bind_and_first_message_always_ends(tmp_path: Path) -> None:
     """The user wrote before the bind, which does not name them. A welcome stored before it is nobody's."""
-    async with started(tmp_path) as (made, nc, told):
+    async with started(tmp_path) as (made, nc, log):
         idents = [f"welcome-{number}" for number in range(60)]
         for number, ident in enumerate(idents):
             sandbox, bot = f"s{number}", made.sim.add_bot()
@@ -274,36 +274,36 @@ async def test_a_welcome_that_races_with_bind_and_first_message_always_ends(tmp_
             await asyncio.sleep((number % 15) * 0.002)  # where it meets the bind, not a wait for something
             await put(nc, ident, sandbox)
             await asyncio.sleep(0.1)
-        finals = await told.end(*idents, within_s=20)
+        finals = await log.end(*idents, within_s=20)
         assert ends(finals) <= {("accepted", ""), ("refused", "not_bound")}
         assert ("accepted", "") in ends(finals)
         await eventually(lambda: is_empty(nc), "every command is acknowledged")
 
 
 async def test_commands_for_a_user_who_never_writes_expire(tmp_path: Path) -> None:
-    async with started(tmp_path) as (made, nc, told):
+    async with started(tmp_path) as (made, nc, log):
         bot = await bind_unknown(made, nc)
         await put(nc, "bare", expires_in_s=3)
         await put(nc, "named", expires_in_s=3, bot=bot.bot)
         await put(nc, "person", expires_in_s=3, user=NOBODY)
         await put(nc, "stays")
-        finals = await told.end("bare", "named", "person", within_s=3 + FEW_S)
+        finals = await log.end("bare", "named", "person", within_s=3 + FEW_S)
         assert ends(finals) == {("refused", "expired")}
         assert all(3 <= waited_s(receipt) < 3 + FEW_S for receipt in finals)
         made.say("s1", "hello")
-        (stays,) = await told.end("stays")
+        (stays,) = await log.end("stays")
         assert stays.outcome == "accepted"
         assert made.phone_texts("s1") == ["answer stays"]
 
 
 async def test_a_command_for_a_person_who_turns_out_to_be_another_is_refused(tmp_path: Path) -> None:
-    async with started(tmp_path) as (made, nc, told):
+    async with started(tmp_path) as (made, nc, log):
         await bind_unknown(made, nc)
         await put(nc, "stranger", user=NOBODY)
         await put(nc, "bare")
         await delivered(nc, "s1")
         made.say("s1", "hello")
-        stranger, bare = await told.end("stranger", "bare")
+        stranger, bare = await log.end("stranger", "bare")
         assert (stranger.outcome, stranger.reason) == ("refused", "not_bound")
         assert bare.outcome == "accepted"
         assert made.phone_texts("s1") == ["answer bare"]
@@ -313,7 +313,7 @@ async def test_a_command_for_a_person_who_turns_out_to_be_another_is_refused(tmp
 
 
 async def test_a_command_for_a_user_whom_nobody_serves_is_refused_at_once(tmp_path: Path) -> None:
-    async with started(tmp_path) as (made, nc, told):
+    async with started(tmp_path) as (made, nc, log):
         bot = made.sim.add_bot()
         await made.bind(nc, "s1", bot)
         await put(nc, "of-nobody", user=NOBODY)
@@ -323,8 +323,8 @@ async def test_a_command_for_a_user_whom_nobody_serves_is_refused_at_once(tmp_pa
         plain = msgspec.json.encode({"id": "plain", "sandbox": "s1", "user": NOBODY, "text": "hi"})
         await nc.jetstream().publish(NAMES.out_plain, plain)
         idents = ("of-nobody", "by-the-bot", "refuse", "typing", "plain")
-        assert ends(await told.end(*idents, within_s=FEW_S)) == {("refused", "not_bound")}
-        assert all(len(told.heard[ident]) == 1 for ident in idents), "none was said to be parked"
+        assert ends(await log.end(*idents, within_s=FEW_S)) == {("refused", "not_bound")}
+        assert all(len(log.received[ident]) == 1 for ident in idents), "none was said to be parked"
         await eventually(lambda: is_empty(nc), "every command is acknowledged")
 
 
@@ -338,7 +338,7 @@ def resident_mib(pid: int) -> float:
 async def test_a_thousand_commands_a_second_for_nobody_open_nothing(tmp_path: Path) -> None:
     """Whether they have written before is asked for many of them at once; no record is written, memory stays, and
     another sandbox is answered meanwhile."""
-    async with started(tmp_path) as (made, nc, told):
+    async with started(tmp_path) as (made, nc, log):
         adapter = made.adapters[0]
         for sandbox in ("s1", "victim"):
             await made.bind(nc, sandbox, made.sim.add_bot())
@@ -364,10 +364,10 @@ async def test_a_thousand_commands_a_second_for_nobody_open_nothing(tmp_path: Pa
                     await nc.publish(NAMES.out("s1"), msgspec.json.encode(body))
                 if at % 1000 == 0:
                     await put(nc, f"victim-{at}", "victim", text=None, typing="off")
-                    await told.end(f"victim-{at}")
-                    waits.append(told.ended_at[f"victim-{at}"] - began)
+                    await log.end(f"victim-{at}")
+                    waits.append(log.ended_at[f"victim-{at}"] - began)
                 await asyncio.sleep(max(0.0, began + 0.1 - time.monotonic()))
-            await told.end(*(f"c{number}" for number in range(first, first + 5000)))
+            await log.end(*(f"c{number}" for number in range(first, first + 5000)))
             assert adapter.process is not None
             return resident_mib(adapter.process.pid), waits
 
@@ -375,7 +375,7 @@ async def test_a_thousand_commands_a_second_for_nobody_open_nothing(tmp_path: Pa
         used.clear()
         after, waits = await flood(5000)
         print(f"{before:.1f} -> {after:.1f} MiB, requests {dict(used)}, the victim's waits {waits}")
-        assert ends([receipt for each in told.heard.values() for receipt in each if receipt.command[0] == "c"]) == {
+        assert ends([receipt for each in log.received.values() for receipt in each if receipt.command[0] == "c"]) == {
             ("refused", "not_bound")
         }
         assert set(used) <= set(reads)

@@ -30,22 +30,22 @@ async def left(nc: Client, remaining: int) -> None:
     await eventually(is_left, f"{remaining} sends are left")
 
 
-async def is_parked(made: World, nc: Client, reason: str) -> None:
+async def wait_parked_for(made: World, nc: Client, reason: str) -> None:
     """Waits until a command waits for `reason`."""
 
-    async def is_told() -> bool:
+    async def is_parked() -> bool:
         return reason in [r.reason for r in await made.receipts(nc) if r.outcome == "parked"]
 
-    await eventually(is_told, f"a command is parked: {reason}")
+    await eventually(is_parked, f"a command is parked: {reason}")
 
 
-async def is_parked_now(made: World, nc: Client, command: str) -> None:
+async def wait_parked(made: World, nc: Client, command: str) -> None:
     """Waits until this command is parked."""
 
-    async def is_told() -> bool:
+    async def is_parked() -> bool:
         return command in [r.command for r in await made.receipts(nc) if r.outcome == "parked"]
 
-    await eventually(is_told, f"{command} is parked")
+    await eventually(is_parked, f"{command} is parked")
 
 
 async def all_ended(made: World, nc: Client) -> None:
@@ -63,7 +63,7 @@ async def test_by_quota_and_by_minus_2(tmp_path: Path) -> None:
         nc, bot = await made.begun()
         await left(nc, 10)
         await commands(made, nc, 12)
-        await is_parked(made, nc, "quota")
+        await wait_parked_for(made, nc, "quota")
         assert (await shown(nc)).remaining == 0
         made.say("s1", "go on")
         await all_ended(made, nc)
@@ -71,7 +71,7 @@ async def test_by_quota_and_by_minus_2(tmp_path: Path) -> None:
         assert (await shown(nc)).remaining == 9
         made.sim.set_fault(FaultRule(fault="F11", bot=bot.bot, count=1))
         await commands(made, nc, 1, first=12)
-        await is_parked(made, nc, "throttled")
+        await wait_parked_for(made, nc, "throttled")
         assert (await shown(nc)).remaining == 0
         made.say("s1", "and on")
         await all_ended(made, nc)
@@ -93,7 +93,7 @@ async def test_prepare_failed_in_an_open_window_restarts_the_session_once(tmp_pa
             made.sim.set_fault(FaultRule(fault="F11", bot=bot.bot, count=1, params={"errmsg": words}))
             await commands(made, nc, 1, first=number)
             await until(lambda: len(made.sim.sends(bot.bot)) == 2 * number + 1, "it is refused")  # noqa: B023 -- awaited
-            await is_parked_now(made, nc, f"c{number}")
+            await wait_parked(made, nc, f"c{number}")
             await until(lambda: restarts() == expected, "the session is restarted")  # noqa: B023 -- awaited
             assert [send.why for send in made.sim.sends(bot.bot)] == [*["F11", "shown"] * number, "F11"]
             made.say("s1", f"go on {number}")
@@ -114,7 +114,7 @@ async def test_by_time_while_nothing_happens(tmp_path: Path) -> None:
             await left(nc, 0)
             assert await shown(nc) == Window(remaining=0)
         await commands(made, nc, 1)
-        await is_parked(made, nc, "window_closed")
+        await wait_parked_for(made, nc, "window_closed")
 
 
 async def test_kill_minus_9_forgets_no_send(tmp_path: Path) -> None:
@@ -129,5 +129,5 @@ async def test_kill_minus_9_forgets_no_send(tmp_path: Path) -> None:
         await first.kill()
         await made.add_adapter()
         await commands(made, nc, 3, first=8)
-        await is_parked(made, nc, "quota")
+        await wait_parked_for(made, nc, "quota")
         await left(nc, 0)

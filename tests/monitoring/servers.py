@@ -202,7 +202,7 @@ class Webhook:
 
     async def __aenter__(self) -> Webhook:
         application = web.Application()
-        application.router.add_post("/", self._hear)
+        application.router.add_post("/", self._on_alert)
         self._runner = web.AppRunner(application, access_log=None)
         await self._runner.setup()
         port = free_port()
@@ -215,10 +215,10 @@ class Webhook:
     ) -> None:
         await self._runner.cleanup()
 
-    async def _hear(self, request: web.Request) -> web.Response:
+    async def _on_alert(self, request: web.Request) -> web.Response:
         self.alerts += (await request.json())["alerts"]
         return web.Response()
 
-    def heard(self, status: str) -> dict[str, dict[str, Any]]:
+    def received(self, status: str) -> dict[str, dict[str, Any]]:
         """By name, the alerts that came as `firing` or as `resolved`."""
         return {one["labels"]["alertname"]: one for one in self.alerts if one["status"] == status}

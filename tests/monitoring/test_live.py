@@ -102,7 +102,7 @@ class Scene:
 
             await eventually(so, f"{name} fires; firing are {await self.prometheus.firing()}")
             told = f"Wechat{name}"
-            await until(lambda told=told: told in self.webhook.heard("firing"), f"{told} reached the webhook")  # type: ignore[misc]
+            await until(lambda told=told: told in self.webhook.received("firing"), f"{told} reached the webhook")  # type: ignore[misc]
         self.seen |= {*names}
 
     async def metric(self, holds: Callable[[dict[str, float]], bool], what: str) -> None:
@@ -294,7 +294,7 @@ FAULTS: list[Callable[[Scene], Awaitable[None]]] = [
 ]
 
 
-async def test_every_alert_fires_from_a_real_fault_and_is_told_and_ends(tmp_path: Path) -> None:
+async def test_every_alert_fires_from_a_real_fault_is_delivered_and_ends(tmp_path: Path) -> None:
     for program in ("prometheus", "prometheus-alertmanager"):
         need(program)
     ports = [free_port(), free_port()]
@@ -329,7 +329,7 @@ async def test_every_alert_fires_from_a_real_fault_and_is_told_and_ends(tmp_path
             return not await prometheus.firing()
 
         await eventually(quiet, "all is well again", patience_s=120)
-        await until(lambda: webhook.heard("resolved").keys() >= named, "the webhook heard that each is over")
-        down = webhook.heard("firing")["WechatAdapterDown"]
+        await until(lambda: webhook.received("resolved").keys() >= named, "the webhook heard that each is over")
+        down = webhook.received("firing")["WechatAdapterDown"]
         assert down["labels"]["severity"] == "critical"
         assert down["annotations"]["runbook_url"].endswith("#wechatadapterdown")

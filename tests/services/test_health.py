@@ -76,7 +76,7 @@ async def test_a_bot_fares_as_the_replica_that_polls_it_says(
     assert info.health.detail.startswith(detail)
 
 
-async def test_since_when_a_bot_is_in_its_state_is_told_by_this_clock(bench: Bench) -> None:
+async def test_since_when_a_bot_is_in_its_state_is_given_by_this_clock(bench: Bench) -> None:
     """A replica tells how long, since its clock may be wrong. A login is missed since the verdict, whoever polls."""
     now_ms = bench.clock.now_ms()
     await bench.bind()
@@ -111,7 +111,7 @@ async def test_a_bot_for_which_there_is_no_room_says_so(bench: Bench) -> None:
     assert "WECHAT_NATS_CAPACITY" in second.health.detail
 
 
-async def test_what_is_kept_of_the_user_is_told(bench: Bench) -> None:
+async def test_what_is_kept_of_the_user_is_in_the_answer(bench: Bench) -> None:
     for number in (1, 2, 3):
         await bench.bind(f"s{number}", f"b{number}@im.bot", f"u{number}@im.wechat")
     heard_ms = bench.clock.now_ms() - 60_000

@@ -168,7 +168,7 @@ async def test_the_window_of_a_user_whom_a_newer_version_serves_is_not_known() -
     assert (caught.value.reason, "version 2" in caught.value.detail) == ("record_too_new", True)
 
 
-async def test_a_user_whom_no_bot_serves_is_told_so_and_not_to_choose() -> None:
+async def test_a_user_whom_no_bot_serves_is_not_found_rather_than_ambiguous() -> None:
     with pytest.raises(Refused) as caught:
         await queries(await crowd(1)).query_window(ask(sandbox="s0", user="nobody"))
     assert "several" not in caught.value.detail
@@ -319,7 +319,7 @@ async def test_a_replay_can_begin_at_a_time(bench: Bench) -> None:
     assert numbers(await replayed(bench, since_ms=since_ms)) == [0, 1]
 
 
-async def test_a_bus_that_is_away_is_told_as_such(bench: Bench) -> None:
+async def test_a_bus_that_is_away_is_reported_as_such(bench: Bench) -> None:
     bench.bus.unreadable = 1
     with pytest.raises(Temporary):
         await replayed(bench)

@@ -570,7 +570,7 @@ def test_the_readme_names_each_fault_and_its_parameters() -> None:
         assert [name for name in names if f"`{name}`" not in written[fault]] == []
 
 
-async def test_a_rule_strikes_so_many_times_and_is_told(talking: Client) -> None:
+async def test_a_rule_strikes_so_many_times_and_is_counted(talking: Client) -> None:
     rule = strike(talking, "F11", count=2)
 
     assert [(await talking.send())["ret"] for _ in range(3)] == [-2, -2, 0]

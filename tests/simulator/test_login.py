@@ -78,7 +78,7 @@ async def test_s4_an_answer_that_was_lost_is_given_again_after_the_hold(client: 
     assert [(await status(client, code))["status"] for _ in range(2)] == ["confirmed", "confirmed"]
 
 
-async def test_s4_every_parked_poll_hears_of_a_change(make: MakeClient) -> None:
+async def test_s4_every_parked_poll_is_answered_at_a_change(make: MakeClient) -> None:
     client = await make(LONG)
     code = await qrcode(client)
     polls = [asyncio.create_task(status(client, code)) for _ in range(3)]
@@ -90,7 +90,7 @@ async def test_s4_every_parked_poll_hears_of_a_change(make: MakeClient) -> None:
 
 
 @pytest.mark.parametrize("params", [{"when": "before"}, {"when": "after"}])
-async def test_s4_an_answer_that_was_cut_has_told_nothing(make: MakeClient, params: Json) -> None:
+async def test_s4_an_answer_that_was_cut_is_given_again(make: MakeClient, params: Json) -> None:
     client = await make(LONG)
     code = await qrcode(client)
     client.sim.scan(code)
@@ -101,7 +101,7 @@ async def test_s4_an_answer_that_was_cut_has_told_nothing(make: MakeClient, para
     assert (await asyncio.wait_for(status(client, code), 10))["status"] == "scaned"
 
 
-async def test_s4_a_client_that_hangs_up_has_heard_nothing(make: MakeClient) -> None:
+async def test_s4_a_client_that_hangs_up_is_answered_again(make: MakeClient) -> None:
     client = await make(LONG)
     code = await qrcode(client)
     client.sim.set_fault(FaultRule(fault="F5", endpoint="get_qrcode_status", count=1, params={"processed": True}))
@@ -256,7 +256,7 @@ async def test_f2_the_edge_cuts_a_status_poll(make: MakeClient) -> None:
     assert response.status_code == 524
 
 
-async def test_f2_a_status_that_changes_is_told_in_time(make: MakeClient) -> None:
+async def test_f2_a_status_that_changes_is_answered_in_time(make: MakeClient) -> None:
     client = await make(LONG)
     rule = client.sim.set_fault(FaultRule(fault="F2", count=1))
     code = await qrcode(client)

@@ -242,19 +242,19 @@ async def test_a_download_that_is_given_up_does_no_harm(client: Client) -> None:
     assert (await client.http.get(url)).status_code == 200
 
 
-async def test_listeners_hear_what_appears_on_a_phone(client: Client) -> None:
-    heard: list[tuple[str, str]] = []
+async def test_listeners_are_called_with_what_appears_on_a_phone(client: Client) -> None:
+    shown_texts: list[tuple[str, str]] = []
 
-    def hear(user: str, shown: Shown) -> None:
-        heard.append((user, shown.text))
+    def on_shown(user: str, shown: Shown) -> None:
+        shown_texts.append((user, shown.text))
 
-    client.sim.listen(hear)
+    client.sim.listen(on_shown)
     client.sim.say(client.bot.user, "hello")
 
     await client.send("one")
     await client.send("two")
 
-    assert heard == [(client.bot.user, "one"), (client.bot.user, "two")]
+    assert shown_texts == [(client.bot.user, "one"), (client.bot.user, "two")]
 
 
 async def test_records_are_bounded(make: MakeClient) -> None:
