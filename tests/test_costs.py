@@ -80,7 +80,7 @@ async def test_a_command_costs_a_write_before_it_and_a_receipt() -> None:
     assert len(entry.value) < 2000
 
 
-async def test_a_bind_costs_its_binding_and_an_event_and_deletes_nothing() -> None:
+async def test_a_bind_costs_its_binding_its_event_and_its_outcome_and_deletes_nothing() -> None:
     platform = Platform()
     deleted = 0
 
@@ -90,7 +90,7 @@ async def test_a_bind_costs_its_binding_and_an_event_and_deletes_nothing() -> No
 
     platform.bench.bus.on_delete = count
     await platform.bind()
-    assert Counter(platform.bench.bus.writes) == {"binding": 1, "event": 1}
+    assert Counter(platform.bench.bus.writes) == {"binding": 1, "event": 1, "login": 1}
     assert deleted == 0
 
 
