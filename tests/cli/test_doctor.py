@@ -6,7 +6,6 @@ import base64
 import contextlib
 import itertools
 import re
-import time
 from collections.abc import Callable
 from pathlib import Path
 
