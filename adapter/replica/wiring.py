@@ -27,7 +27,13 @@ from adapter.inbound.poller import LOGIN_POLLS_S, STALE_RETRY_S, BotPoller
 from adapter.inbound.receive import InboundDeps
 from adapter.jetstream.inspector import Inspector
 from adapter.jetstream.layout import expects
-from adapter.jetstream.microservice import MAX_UPLOADS_PER_SANDBOX, UPLOADS, Handler, Services
+from adapter.jetstream.microservice import (
+    MAX_UPLOADS_PER_SANDBOX,
+    UPLOADS,
+    Handler,
+    SandboxHandler,
+    Services,
+)
 from adapter.kit.slots import FairSlots
 from adapter.kit.timing import PerTickLimiter, RateLimiter, WakeupBatcher
 from adapter.logins.flow import REFRESH_S
@@ -55,7 +61,7 @@ from adapter.services.health import BotHealth
 from adapter.services.media import MediaService
 from adapter.services.next import Next, Readers
 from adapter.services.persons import Erasure
-from adapter.services.queries import Queries
+from adapter.services.queries import Queries, of_sandbox
 from adapter.settings import Settings
 
 MAX_CONCURRENT_TAKEOVERS = 512
@@ -279,7 +285,7 @@ class Replica:
         settings, edges, names, metrics = self.settings, self.edges, self.names, self.metrics
         receipts = Receipts(self.access.events, edges.bulk_history, names)
         queries = Queries(self.bindings, self.bot_health, receipts, edges.bulk_history, names, metrics)
-        store = MediaService(edges.objects, self.media, metrics, max_bytes=settings.media_max_bytes)
+        store = MediaService(edges.objects, self.media.ensure, metrics, max_bytes=settings.media_max_bytes)
         following = Next(
             self.readers,
             edges.inboxes,
@@ -293,20 +299,20 @@ class Replica:
         handlers: dict[str, Handler] = {
             "bindings.list": queries.list_bindings,
             "bindings.get": queries.get_bindings,
-            "receipt": queries.query_receipt,
-            "window": queries.query_window,
-            "replay": queries.query_replay,
+            "receipt": queries.receipt,
+            "window": queries.window,
+            "replay": queries.replay,
             "login.start": self.logins.start,
             "login.status": self.logins.status,
             "login.verify": self.logins.verify,
             "login.cancel": self.logins.cancel,
         }
-        of_sandbox = {
+        own: dict[str, SandboxHandler] = {
             "media.get": store.get,
             "next": following.answer,
-            "receipt": queries.query_receipt_of_sandbox,
-            "replay": queries.query_replay_of_sandbox,
-            "window": queries.query_window_of_sandbox,
+            "receipt": of_sandbox(queries.receipt),
+            "replay": of_sandbox(queries.replay),
+            "window": of_sandbox(queries.window),
         }
         serve = partial(
             Services,
@@ -316,7 +322,7 @@ class Replica:
             instance=self.instance,
             metadata=expects(settings),
         )
-        serve(edges.service_connection, handlers=handlers, of_sandbox=of_sandbox)
+        serve(edges.service_connection, handlers=handlers, of_sandbox=own)
         serve(
             edges.upload_connection,
             handlers={},

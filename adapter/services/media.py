@@ -7,7 +7,8 @@ Requests do not depend on each other, so any replica answers any piece.
 from __future__ import annotations
 
 import asyncio
-from typing import Protocol
+from collections.abc import Awaitable, Callable
+from typing import TypeAlias
 from urllib.parse import quote, unquote
 
 import msgspec
@@ -42,22 +43,17 @@ MAX_READS = 64
 MAX_WAITS, MAX_WAITS_PER_SANDBOX = 1024, 8
 """Requests that wait for media which are being fetched, of all sandboxes and of one. They hold none of MAX_READS, and
 a quarter of the requests that a sandbox may have open."""
-
-
-class Fetcher(Protocol):
-    """What fetches media from iLink (`inbound.media.MediaFetcher`)."""
-
-    async def ensure(self, sandbox: str, sequence: int, name: str) -> None:
-        """Returns when an object of the message with this sequence is in the store. Raises Refused, whose detail says
-        why it cannot be had, or Temporary."""
+Fetch: TypeAlias = Callable[[str, int, str], Awaitable[None]]
+"""Returns when an object of the sandbox's message with this sequence is in the store. Raises Refused, whose detail
+says why it cannot be had, or Temporary."""
 
 
 class MediaService:
     """The handlers of media.get and media.put."""
 
-    def __init__(self, objects: Objects, fetcher: Fetcher, metrics: Metrics, *, max_bytes: int) -> None:
+    def __init__(self, objects: Objects, fetch: Fetch, metrics: Metrics, *, max_bytes: int) -> None:
         self._objects = objects
-        self._fetcher = fetcher
+        self._fetch = fetch
         self._metrics = metrics
         self._max_bytes = max_bytes
         self._reads = FairSlots(MAX_READS, share=MAX_READS)
@@ -112,7 +108,7 @@ class MediaService:
             raise Temporary("busy", "Too many requests wait for media: ask again after their answers.")
         try:
             async with asyncio.timeout(query.wait_s):
-                await self._fetcher.ensure(sandbox, query.sequence, query.object)
+                await self._fetch(sandbox, query.sequence, query.object)
         except TimeoutError:
             raise Temporary("fetching", "The media are still being fetched: ask again.") from None
         except Refused as exc:

@@ -5,6 +5,7 @@ A sandbox asks on a subject of its own, so that the server checks its permission
 
 from __future__ import annotations
 
+from collections.abc import Awaitable, Callable
 from typing import TypeVar
 
 import msgspec
@@ -74,31 +75,9 @@ class Queries:
         found = self._find_bindings(query.sandbox, query.bot)
         return msgspec.json.encode(BindingsPage(bindings=[binding.info() for binding in found]))
 
-    async def query_window(self, data: bytes) -> bytes:
+    async def window(self, data: bytes, sandbox: str | None = None) -> bytes:
         """window: what may be sent to a user now. Raises Refused, Temporary."""
-        return await self._answer_window(_require_sandbox(read_request(data, WindowQuery, self._metrics)))
-
-    async def query_window_of_sandbox(self, request: SandboxRequest) -> SandboxResponse:
-        """window.<sandbox>: the same for a user of this sandbox. Raises Refused, Temporary."""
-        return SandboxResponse(await self._answer_window(self._read_sandbox_query(request, WindowQuery)), {})
-
-    async def query_receipt(self, data: bytes) -> bytes:
-        """receipt: the last receipt of a command. Raises Refused, Temporary."""
-        return await self._answer_receipt(_require_sandbox(read_request(data, ReceiptQuery, self._metrics)))
-
-    async def query_receipt_of_sandbox(self, request: SandboxRequest) -> SandboxResponse:
-        """receipt.<sandbox>: the same for a command of this sandbox. Raises Refused, Temporary."""
-        return SandboxResponse(await self._answer_receipt(self._read_sandbox_query(request, ReceiptQuery)), {})
-
-    async def query_replay(self, data: bytes) -> bytes:
-        """replay: a sandbox's inbound messages again, from a sequence or a time. Raises Refused, Temporary."""
-        return await self._answer_replay(_require_sandbox(read_request(data, ReplayQuery, self._metrics)))
-
-    async def query_replay_of_sandbox(self, request: SandboxRequest) -> SandboxResponse:
-        """replay.<sandbox>: the same for this sandbox. Raises Refused, Temporary."""
-        return SandboxResponse(await self._answer_replay(self._read_sandbox_query(request, ReplayQuery)), {})
-
-    async def _answer_window(self, query: WindowQuery) -> bytes:
+        query = self._read(data, WindowQuery, sandbox)
         found = [
             b for b in self._find_bindings(query.sandbox, query.bot) if query.user in (None, b.user) or query.bot
         ]
@@ -109,22 +88,23 @@ class Queries:
         user = query.user or found[0].user
         return msgspec.json.encode(await self._health.window(found[0].sandbox, user))
 
-    async def _answer_receipt(self, query: ReceiptQuery) -> bytes:
+    async def receipt(self, data: bytes, sandbox: str | None = None) -> bytes:
+        """receipt: the last receipt of a command. Raises Refused, Temporary."""
+        query = self._read(data, ReceiptQuery, sandbox)
         receipt = await self._receipts.last(query.sandbox or "", query.command, query.sequence)
         if receipt is None:
             raise Refused("not_found", "No receipt of this command is kept: it has none yet, or it is too old.")
         return msgspec.json.encode(receipt)
 
-    async def _answer_replay(self, query: ReplayQuery) -> bytes:
+    async def replay(self, data: bytes, sandbox: str | None = None) -> bytes:
+        """replay: a sandbox's inbound messages again, from a sequence or a time. Raises Refused, Temporary."""
+        query = self._read(data, ReplayQuery, sandbox)
         if query.after > MAX_SEQ or (query.since_ms or 0) > MAX_TIME_MS:
             raise Refused("invalid", "`after` is a sequence of the stream, `since_ms` a time in milliseconds.")
         messages: list[Replayed] = []
         size, more = 0, False
-        sandbox = query.sandbox or ""
-        since_ms = None if query.after else query.since_ms
-        async for stored in self._history.read(
-            self._names.stream_in, self._names.inbox(sandbox), after=query.after, since_ms=since_ms
-        ):
+        inbox, since_ms = self._names.inbox(query.sandbox or ""), None if query.after else query.since_ms
+        async for stored in self._history.read(self._names.stream_in, inbox, after=query.after, since_ms=since_ms):
             size += len(stored.data)
             if len(messages) == query.limit or (messages and size > REPLAY_BYTES):
                 more = True
@@ -141,22 +121,27 @@ class Queries:
             raise _not_bound()
         return found
 
-    def _read_sandbox_query(self, request: SandboxRequest, kind: type[S]) -> S:
-        """The request, for the sandbox in its subject. Raises Refused("invalid")."""
-        sandbox = check_sandbox(request.sandbox)
-        query = read_request(request.data, kind, self._metrics)
-        if query.sandbox not in (None, sandbox):
+    def _read(self, data: bytes, kind: type[S], sandbox: str | None) -> S:
+        """A request with its sandbox. Raises Refused("invalid")."""
+        query = read_request(data, kind, self._metrics)
+        named = query.sandbox if sandbox is None else sandbox
+        if named is None:
+            raise Refused("invalid", "Name a `sandbox`, or ask on a subject that ends with it.")
+        if query.sandbox not in (None, named):
             raise Refused("invalid", "The body names another sandbox than the subject.")
-        return msgspec.structs.replace(query, sandbox=sandbox)
+        return msgspec.structs.replace(query, sandbox=check_sandbox(named))
+
+
+def of_sandbox(
+    answer: Callable[[bytes, str], Awaitable[bytes]],
+) -> Callable[[SandboxRequest], Awaitable[SandboxResponse]]:
+    """The handler of the same question on a sandbox's own subject."""
+
+    async def answer_sandbox(request: SandboxRequest) -> SandboxResponse:
+        return SandboxResponse(await answer(request.data, request.sandbox), {})
+
+    return answer_sandbox
 
 
 def _not_bound() -> Refused:
     return Refused("not_bound", "Nothing is bound under that name.")
-
-
-def _require_sandbox(query: S) -> S:
-    """Raises Refused("invalid")."""
-    if query.sandbox is None:
-        raise Refused("invalid", "Name a `sandbox`, or ask on a subject that ends with it.")
-    check_sandbox(query.sandbox)
-    return query

@@ -60,7 +60,7 @@ from adapter.observability.metrics import Metrics
 from adapter.outbound.inbox import Sealed, seal
 from adapter.ports import MediaRef, Pieces, SandboxRequest
 from adapter.security.seal import Sealer
-from adapter.services.media import MAX_WAITS_PER_SANDBOX, PIECE_MAX, PIECE_MIN, Fetcher, MediaService
+from adapter.services.media import MAX_WAITS_PER_SANDBOX, PIECE_MAX, PIECE_MIN, Fetch, MediaService
 from adapter.settings import Settings
 from adapter.simulator import samples
 from tests.bus.guarded import ports_of
@@ -133,7 +133,7 @@ async def server_with_users(folder: Path, accounts: bool) -> AsyncIterator[str]:
 
 
 class FakeFetcher:
-    """Implements services.media.Fetcher: what each object's fetch does."""
+    """What each object's fetch does."""
 
     def __init__(self) -> None:
         self.does: dict[str, Callable[[], Awaitable[object]]] = {}
@@ -170,7 +170,7 @@ async def place(tmp_path: Path, request: pytest.FixtureRequest) -> AsyncIterator
         publisher = Publisher(connection, SystemClock(), metrics)
         store = ObjectStore(connection, publisher, NAMES.media)
         fetcher = FakeFetcher()
-        offer(connection, store, metrics, fetcher)
+        offer(connection, store, metrics, fetcher.ensure)
         tasks = [group.create_task(connection.run()), group.create_task(publisher.run())]
         await connection.wait_connected(PATIENCE_S)
         for wanted in topology.wanted_streams(NAMES, settings):
@@ -180,10 +180,8 @@ async def place(tmp_path: Path, request: pytest.FixtureRequest) -> AsyncIterator
             task.cancel()
 
 
-def offer(
-    connection: ManagedConnection, store: ObjectStore, metrics: Metrics, fetcher: Fetcher | None = None
-) -> None:
-    media = MediaService(store, fetcher or FakeFetcher(), metrics, max_bytes=MAX_BYTES)
+def offer(connection: ManagedConnection, store: ObjectStore, metrics: Metrics, fetch: Fetch | None = None) -> None:
+    media = MediaService(store, fetch or FakeFetcher().ensure, metrics, max_bytes=MAX_BYTES)
     of_sandbox = {"media.get": media.get, "media.put": media.put}
     Services(connection, NAMES, {}, metrics, version="1.0.0", instance="i", of_sandbox=of_sandbox)
 
@@ -448,7 +446,7 @@ async def test_two_replicas_that_are_asked_at_once_give_the_same_and_leave_one_c
                 FairSlots(8, share=4), SystemClock(), metrics,
             )
         )  # fmt: skip
-        return MediaService(place.store, fetches, metrics, max_bytes=MAX_BYTES)
+        return MediaService(place.store, fetches.ensure, metrics, max_bytes=MAX_BYTES)
 
     (item,) = items
     assert isinstance(item, ImageItem)

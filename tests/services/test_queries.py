@@ -13,7 +13,7 @@ from adapter.errors import Refused, Temporary
 from adapter.ownership.replica_status import OtherReplicas, ReplicaStatus
 from adapter.ports import SandboxRequest
 from adapter.services.health import BotHealth
-from adapter.services.queries import REPLAY_BYTES, Queries
+from adapter.services.queries import REPLAY_BYTES, Queries, of_sandbox
 from tests.fakes import WINDOW, Bench
 
 VIRTUAL_TIME = True
@@ -111,7 +111,7 @@ async def test_no_answer_holds_a_token() -> None:
     answers = [
         await asked.list_bindings(b""),
         await asked.get_bindings(ask(bot="b001@im.bot")),
-        await asked.query_window(ask(sandbox="s1")),
+        await asked.window(ask(sandbox="s1")),
     ]
     assert b"SECRET" not in b"".join(answers)
 
@@ -130,23 +130,23 @@ REFUSED: list[tuple[str, str, bytes, str]] = [
     ("get-unknown-bot", "get_bindings", ask(bot="nobody"), "not_bound"),
     ("get-unknown-sandbox", "get_bindings", ask(sandbox="nobody"), "not_bound"),
     ("get-bot-of-another-sandbox", "get_bindings", ask(sandbox="s2", bot="b001@im.bot"), "not_bound"),
-    ("window-of-several", "query_window", ask(sandbox="s1"), "invalid"),
-    ("window-unknown-sandbox", "query_window", ask(sandbox="nobody"), "not_bound"),
-    ("window-unknown-user", "query_window", ask(sandbox="s1", user="nobody"), "not_bound"),
-    ("window-bot-of-another-sandbox", "query_window", ask(sandbox="s2", bot="b001@im.bot"), "not_bound"),
-    ("window-without-sandbox", "query_window", ask(), "invalid"),
+    ("window-of-several", "window", ask(sandbox="s1"), "invalid"),
+    ("window-unknown-sandbox", "window", ask(sandbox="nobody"), "not_bound"),
+    ("window-unknown-user", "window", ask(sandbox="s1", user="nobody"), "not_bound"),
+    ("window-bot-of-another-sandbox", "window", ask(sandbox="s2", bot="b001@im.bot"), "not_bound"),
+    ("window-without-sandbox", "window", ask(), "invalid"),
     ("list-no-json", "list_bindings", b"hello", "invalid"),
     ("list-limit-0", "list_bindings", ask(limit=0), "invalid"),
     ("list-limit-too-high", "list_bindings", ask(limit=1001), "invalid"),
     ("list-nested-without-end", "list_bindings", b'{"bot":' + b"[" * 5000, "invalid"),
-    ("replay-without-sandbox", "query_replay", ask(), "invalid"),
-    ("replay-of-all", "query_replay", ask(sandbox="*"), "invalid"),
-    ("replay-of-a-wildcard", "query_replay", ask(sandbox=">"), "invalid"),
-    ("replay-with-a-line-end", "query_replay", ask(sandbox="s1\n"), "invalid"),
-    ("window-with-a-line-end", "query_window", ask(sandbox="s1\n"), "invalid"),
-    ("replay-after-a-negative", "query_replay", ask(sandbox="s1", after=-1), "invalid"),
-    ("replay-after-no-sequence", "query_replay", ask(sandbox="s1", after=2**64 - 1), "invalid"),
-    ("replay-since-nanoseconds", "query_replay", ask(sandbox="s1", since_ms=1_790_000_000_000_000_000), "invalid"),
+    ("replay-without-sandbox", "replay", ask(), "invalid"),
+    ("replay-of-all", "replay", ask(sandbox="*"), "invalid"),
+    ("replay-of-a-wildcard", "replay", ask(sandbox=">"), "invalid"),
+    ("replay-with-a-line-end", "replay", ask(sandbox="s1\n"), "invalid"),
+    ("window-with-a-line-end", "window", ask(sandbox="s1\n"), "invalid"),
+    ("replay-after-a-negative", "replay", ask(sandbox="s1", after=-1), "invalid"),
+    ("replay-after-no-sequence", "replay", ask(sandbox="s1", after=2**64 - 1), "invalid"),
+    ("replay-since-nanoseconds", "replay", ask(sandbox="s1", since_ms=1_790_000_000_000_000_000), "invalid"),
 ]
 
 
@@ -164,13 +164,13 @@ async def test_the_window_of_a_user_whom_a_newer_version_serves_is_not_known() -
     (binding,) = bench.bindings.of_sandbox("s0")
     bench.hears("s0", binding.user, newer=True)
     with pytest.raises(Temporary) as caught:
-        await queries(bench).query_window(ask(sandbox="s0"))
+        await queries(bench).window(ask(sandbox="s0"))
     assert (caught.value.reason, "version 2" in caught.value.detail) == ("record_too_new", True)
 
 
 async def test_a_user_whom_no_bot_serves_is_not_found_rather_than_ambiguous() -> None:
     with pytest.raises(Refused) as caught:
-        await queries(await crowd(1)).query_window(ask(sandbox="s0", user="nobody"))
+        await queries(await crowd(1)).window(ask(sandbox="s0", user="nobody"))
     assert "several" not in caught.value.detail
 
 
@@ -184,15 +184,15 @@ async def test_the_subject_says_whose_window_and_messages_are_asked_for(body: di
     await bench.bind(sandbox="s2", bot="b2@im.bot", user="u2@im.wechat")
     bench.hears(sends_used=4)
     fill(bench, 2)
-    answer = await queries(bench).query_window_of_sandbox(asked_as("s1", **body))
+    answer = await of_sandbox(queries(bench).window)(asked_as("s1", **body))
     assert msgspec.json.decode(answer.data, type=Window).remaining == 6
     page = msgspec.json.decode(
-        (await queries(bench).query_replay_of_sandbox(asked_as("s1", **body))).data, type=ReplayPage
+        (await of_sandbox(queries(bench).replay)(asked_as("s1", **body))).data, type=ReplayPage
     )
     assert numbers(page) == [0, 1]
 
 
-@pytest.mark.parametrize("verb", ["query_window_of_sandbox", "query_replay_of_sandbox"])
+@pytest.mark.parametrize("verb", ["window", "replay"])
 @pytest.mark.parametrize(
     ("subject_ends", "body"),
     [
@@ -212,7 +212,7 @@ async def test_a_sandbox_cannot_ask_in_the_name_of_another(
     bench = await crowd(9)
     fill(bench, 2)
     with pytest.raises(Refused) as caught:
-        await getattr(queries(bench), verb)(asked_as(subject_ends, **body))
+        await of_sandbox(getattr(queries(bench), verb))(asked_as(subject_ends, **body))
     assert caught.value.reason == "invalid"
 
 
@@ -221,7 +221,7 @@ async def test_what_is_absent_and_what_is_others_look_the_same() -> None:
     said = set()
     for body in ({"bot": "b002@im.bot"}, {"bot": "nobody@im.bot"}):
         with pytest.raises(Refused) as caught:
-            await queries(bench).query_window_of_sandbox(asked_as("s1", **body))
+            await of_sandbox(queries(bench).window)(asked_as("s1", **body))
         said.add((caught.value.reason, caught.value.detail))
     assert len(said) == 1
 
@@ -229,7 +229,7 @@ async def test_what_is_absent_and_what_is_others_look_the_same() -> None:
 async def test_the_window_of_the_only_bot_needs_no_name(bench: Bench) -> None:
     await bench.bind()
     bench.hears(sends_used=4)
-    answer = await queries(bench).query_window(ask(sandbox="s1"))
+    answer = await queries(bench).window(ask(sandbox="s1"))
     assert msgspec.json.decode(answer, type=Window).remaining == 6
 
 
@@ -237,15 +237,15 @@ async def test_the_window_of_one_of_several_is_named_by_bot_or_user() -> None:
     bench = await crowd(9)
     bench.hears("s1", "u4@im.wechat", bot="b004@im.bot", sends_used=4)
     asked = queries(bench)
-    by_bot = await asked.query_window(ask(sandbox="s1", bot="b004@im.bot"))
-    by_user = await asked.query_window(ask(sandbox="s1", user="u4@im.wechat"))
+    by_bot = await asked.window(ask(sandbox="s1", bot="b004@im.bot"))
+    by_user = await asked.window(ask(sandbox="s1", user="u4@im.wechat"))
     assert by_bot == by_user
     assert msgspec.json.decode(by_bot, type=Window).remaining == 6
 
 
 async def test_the_window_of_a_user_who_never_wrote_is_closed(bench: Bench) -> None:
     await bench.bind()
-    answer = await queries(bench).query_window(ask(sandbox="s1"))
+    answer = await queries(bench).window(ask(sandbox="s1"))
     assert msgspec.json.decode(answer, type=Window) == Window(remaining=0)
 
 
@@ -253,7 +253,7 @@ async def test_a_window_that_time_has_closed_is_closed(bench: Bench) -> None:
     await bench.bind()
     bench.hears()
     await bench.clock.sleep(23 * 3600)
-    answer = await queries(bench).query_window(ask(sandbox="s1"))
+    answer = await queries(bench).window(ask(sandbox="s1"))
     assert msgspec.json.decode(answer, type=Window) == Window(remaining=0)
 
 
@@ -265,7 +265,7 @@ def fill(bench: Bench, count: int, size: int = 10) -> None:
 
 
 async def replayed(bench: Bench, **body: Any) -> ReplayPage:
-    return msgspec.json.decode(await queries(bench).query_replay(ask(sandbox="s1", **body)), type=ReplayPage)
+    return msgspec.json.decode(await queries(bench).replay(ask(sandbox="s1", **body)), type=ReplayPage)
 
 
 def numbers(page: ReplayPage) -> list[int]:
@@ -297,7 +297,7 @@ async def test_a_replay_that_fits_says_that_it_was_all(bench: Bench) -> None:
 
 async def test_a_page_of_a_replay_stays_below_the_limit_of_a_message(bench: Bench) -> None:
     fill(bench, 10, size=200_000)
-    data = await queries(bench).query_replay(ask(sandbox="s1"))
+    data = await queries(bench).replay(ask(sandbox="s1"))
     assert len(data) < REPLAY_BYTES + 200_000
     page = msgspec.json.decode(data, type=ReplayPage)
     assert numbers(page) == [0, 1]
