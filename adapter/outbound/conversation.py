@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import asyncio
 import bisect
+import contextlib
 import math
 from collections.abc import Awaitable, Callable, Sequence
 from functools import partial
@@ -159,7 +160,8 @@ class Conversation:
             return
         former, self.bot = self.bot, self._shard.bot_of(self.sandbox, self.user, self.record.bot)
         marks = self.bot is None, self.bot is not None and self.bot.serves_other
-        if marks != (self.record.unserved, self.record.other):  # the record gets a time to live, or loses it
+        is_there = self.bot is not None or self._revision or self.record.bots  # else they have never written
+        if is_there and marks != (self.record.unserved, self.record.other):  # it gets a time to live, or loses it
             self.record = msgspec.structs.replace(self.record, unserved=marks[0], other=marks[1])
             self._must_store = True
         elif self.bot == former:
@@ -259,6 +261,8 @@ class Conversation:
             log.debug("conversation.fenced", sandbox=self.sandbox)
         finally:
             self._task = None
+            if self.bot is None:  # a sandbox may name any number of users
+                self._shard.drop_idle(self)
 
     async def _after_crash(self, exc: Exception, crashes: int) -> None:
         """The third crash ends the first command. Commands that were merged are tried one by one before."""
@@ -298,11 +302,11 @@ class Conversation:
         head, progress, self.reason = queue[0], self.record.head, ""
         if self._expires_ms <= now_ms:
             await self._end_expired(now_ms)
-        elif self.bot is None:
-            result = CommandResult("refused", "not_bound", sending.UNBOUND)
-            await self._end([(command, result) for command in queue[:MAX_TOGETHER]])
         elif not head.is_checked:
             await self._look_up(queue[:MAX_TOGETHER])
+        elif self.bot is None:
+            result = CommandResult("refused", "not_bound", sending.UNSERVED)
+            await self._end([(command, result) for command in queue[:MAX_TOGETHER]])
         elif progress is not None and not progress.has_command(head.ref.sequence):
             await self._find_head(progress, seen)
         elif ended := await self._end_of(head, self.bot):
@@ -543,9 +547,6 @@ class Conversation:
             raise
         except AdapterError as exc:
             return exc
-        except Exception:  # a bug: the request may have been sent
-            log.exception("send.crashed", bot=bot.id, sandbox=self.sandbox)
-            return Uncertain("crashed")
         deps.accepted.note(account.base_url)
         return accepted
 
@@ -698,15 +699,13 @@ class Conversation:
 
     async def _publish_final(self, command: QueuedCommand, result: CommandResult) -> bool:
         """Publishes a final receipt. False: a bug prevents it, and the command comes again to the next owner."""
-        said = result
-        for _ in range(2):
-            try:
+        bare = CommandResult("dead_lettered", "crashed", Crashed().detail)
+        if result.may_be_sent:  # no dead letter, which somebody might send again
+            bare = CommandResult(result.outcome, message_ids=result.message_ids, attempts=result.attempts)
+        for said in (result, bare):
+            with contextlib.suppress(Crashed):
                 await self._persist(partial(self._shard.publish_receipt, command, said, self), "receipt")
                 return True
-            except Crashed as exc:
-                said = CommandResult("dead_lettered", exc.reason, exc.detail)
-                if result.may_be_sent:  # no dead letter, which somebody might send again
-                    said = CommandResult(result.outcome, message_ids=result.message_ids, attempts=result.attempts)
         log.error("command.abandoned", sandbox=self.sandbox, sequence=command.sequence)
         self._shard.release_body(command)
         return False

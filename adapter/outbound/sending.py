@@ -50,7 +50,7 @@ REPEAT_LATEST_MS = 300_000
 MERGED_AT_ONCE = 32
 """Most texts in one merged message."""
 EXPIRED = "It was not sent in time."
-UNBOUND = "The bot was unbound."
+UNSERVED = "No bot of the sandbox serves this user, or not any more."
 
 
 class SendPolicy(NamedTuple):

@@ -41,12 +41,11 @@ from adapter.kit.batches import Batches
 from adapter.kit.persist import persist
 from adapter.kit.slots import FairSlots
 from adapter.kit.tasks import TaskSet
-from adapter.kit.timing import ChangeSignal, Clock, PerTickLimiter
+from adapter.kit.timing import Clock, PerTickLimiter
 from adapter.observability.events import Events
 from adapter.observability.metrics import Metrics
 from adapter.outbound import sending, window
 from adapter.outbound.commands import (
-    Command,
     Limits,
     Part,
     client_id_base,
@@ -131,11 +130,8 @@ class Shard:
         """By sandbox and user."""
         self._commands: dict[int, QueuedCommand] = {}
         """All in flight, by the sequences of their identities."""
-        self._looked_for: dict[tuple[str, str], list[QueuedCommand]] = {}
-        """By sandbox and user: commands for others than the bots' own users, while their records are read."""
         self._held: dict[str, list[QueuedCommand]] = {}
         """By bot: commands of bots whose users are not known."""
-        self._held_changed = ChangeSignal()
         self._heads: dict[str, dict[int, str]] = {}
         """By sandbox: the users to whom former owners were sending commands, by sequence."""
         self._accounts: dict[str, tuple[Binding, Account]] = {}
@@ -173,73 +169,81 @@ class Shard:
         else:
             if not delivery.redelivered:
                 self.deps.metrics.outbound_received.inc()
-            command, result = self._read(delivery, ref)
-            self._commands[ref.sequence] = command
-            if result is None:
-                self._place(command)
-            else:
-                self._tasks.spawn(self._end(command, result))
+            command = self._commands[ref.sequence] = _queued(delivery, ref, sandbox)
+            try:
+                refusal = self._read(command, delivery)
+                if refusal is None:
+                    self._place(command)
+                else:
+                    self._tasks.spawn(self._end(command, refusal))
+            except Exception as exc:  # the one place where the code may raise for a command that has no conversation
+                log.exception("command.crashed", subject=delivery.subject, sequence=delivery.seq)
+                crashed = CommandResult("dead_lettered", "crashed", type(exc).__name__)
+                self._tasks.spawn(self._place_after_look(command, crashed))
+            finally:
+                _without_data(delivery)
 
-    def _read(self, delivery: Delivery, ref: CommandRef) -> tuple[QueuedCommand, CommandResult | None]:
-        """The command, and how it ends if it is none."""
-        deps, sandbox = self.deps, delivery.subject.rpartition(".")[2]
-        body, read, result = contract.Outbound(), None, None
+    def _read(self, command: QueuedCommand, delivery: Delivery) -> CommandResult | None:
+        """Reads the body. Returns how the command ends if it is none."""
+        deps, ref, unreadable = self.deps, command.ref, None
         try:
             body = decode_command(delivery.data, deps.limits)
-            read = read_command(body, sandbox=sandbox, stored_ms=ref.stored_ms, limits=deps.limits)
-        except (Refused, Unreadable) as exc:
-            result = _result_of(exc)
-            if isinstance(exc, Unreadable):
-                body = salvage_ids(delivery.data, deps.limits)
-        except Exception as exc:
-            log.exception("command.crashed", subject=delivery.subject, sequence=delivery.seq)
-            result = CommandResult("dead_lettered", "crashed", type(exc).__name__)
+        except Unreadable as exc:
+            body, unreadable = salvage_ids(delivery.data, deps.limits), exc
         ident = command_id(body.id, ref.id, delivery.headers.get(H_MSG_ID, ""), delivery.seq)
         is_named = bool(body.id) and not body.typing  # showing it again is no repeat
-        ref = CommandRef(sequence=ref.sequence, stored_ms=ref.stored_ms, id=ident, is_named=is_named)
-        command = _queued(read, delivery, ref, sandbox, body)
+        command.ref = msgspec.structs.replace(ref, id=ident, is_named=is_named)
+        command.reply_to = body.reply_to if body.reply_to and len(body.reply_to) <= MAX_REPLY_TO else ""
         command.is_checked = not delivery.is_old and ref.sequence == delivery.seq
-        if result is not None:
+        try:
+            if unreadable is not None:
+                raise unreadable
+            read = read_command(body, sandbox=command.sandbox, stored_ms=ref.stored_ms, limits=deps.limits)
+        except (Refused, Unreadable) as exc:
             deps.metrics.schema_violations.labels(kind="out").inc()
-        elif self._body_bytes + len(delivery.data) > BODY_BYTES:
-            command.parts = None
-        else:
-            command.size = len(delivery.data)
+            return _result_of(exc)
+        only = read.parts[0] if len(read.parts) == 1 else None
+        command.bot, command.user, command.kind, command.typing = read.bot, read.user, read.kind, read.typing
+        command.part_count, command.chars = len(read.parts), len(only) if isinstance(only, str) else 0
+        command.expires_ms, command.when_closed, command.optional = read.expires_ms, read.when_closed, read.optional
+        if self._body_bytes + len(delivery.data) <= BODY_BYTES:
+            command.parts, command.size = read.parts, len(delivery.data)
             self._body_bytes += command.size
-        _without_data(delivery)
-        return command, result
+        return None
 
     def _place(self, command: QueuedCommand) -> None:
         """Passes a command to its conversation, holds it, or ends it."""
-        sandbox = command.sandbox
         try:
             binding = self._binding_for(command)
         except Refused as exc:
             self._tasks.spawn(self._place_after_look(command, _result_of(exc)))
             return
-        except Exception as exc:  # a bug, which must not end the consumer
-            log.exception("command.crashed", sandbox=sandbox, sequence=command.sequence)
-            crashed = CommandResult("dead_lettered", "crashed", type(exc).__name__)
-            self._tasks.spawn(self._place_after_look(command, crashed))
-            return
-        user = command.user or binding.user
-        if user == binding.user != "":
-            self._conversation(sandbox, user).enqueue(command)
-        elif binding.user and (waiting := self._looked_for.get((sandbox, user))) is not None:
-            waiting.append(command)
-        elif binding.user and user in self._conversations.get(sandbox, {}):
-            self._conversation(sandbox, user).enqueue(command)
-        elif binding.user:
-            self._looked_for[sandbox, user] = [command]
-            self._tasks.spawn(self._look_for(sandbox, user))
+        if binding.user:  # where nobody serves the user whom the command names, their conversation ends it
+            self._conversation(command.sandbox, command.user or binding.user).enqueue(command)
         elif not command.is_checked:
             self._tasks.spawn(self._place_after_look(command, None))
         else:
-            if binding.bot not in self._held:
-                self._held[binding.bot] = []
-                self._tasks.spawn(self._hold(binding.bot, sandbox))
-            self._held[binding.bot].append(command)
-            self._held_changed.notify_all()
+            self._hold(command, binding.bot)
+
+    def _hold(self, command: QueuedCommand, bot: str) -> None:
+        """Parks a command until the bot's user is known (`on_binding`), or it expires."""
+        told = sending.while_blocked(command, "window_closed", is_head=True)
+        if told.outcome == "refused":
+            self._tasks.spawn(self._end(command, told))
+            return
+        self._held.setdefault(bot, []).append(command)
+        if not command.parked:
+            self._tasks.spawn(self._park(command, told))
+
+    def _end_expired(self) -> None:
+        """Ends the commands on hold that have expired."""
+        now_ms, result = self.deps.clock.now_ms(), CommandResult("refused", "expired", sending.EXPIRED)
+        for bot, commands in list(self._held.items()):
+            for command in [each for each in commands if each.expires_ms <= now_ms]:
+                commands.remove(command)
+                self._tasks.spawn(self._end(command, result))
+            if not commands:
+                del self._held[bot]
 
     def _binding_for(self, command: QueuedCommand) -> Binding:
         """The binding of the person for whom a command is meant. Raises Refused."""
@@ -256,28 +260,6 @@ class Shard:
         if not (command.user or command.bot) and command.ref.sequence <= bound[0].out_after:
             raise Refused("not_bound", "Another person was bound when the command was stored: name the `user`.")
         return bound[0]
-
-    async def _look_for(self, sandbox: str, user: str) -> None:
-        """Passes commands to a user who is not a binding's, if they have written to the sandbox."""
-        commands = self._looked_for[sandbox, user]
-        try:
-            is_known = await self._persist(lambda: self._is_known(sandbox, user), commands[0])
-        except Crashed:
-            is_known = False
-        del self._looked_for[sandbox, user]
-        unserved = CommandResult("refused", "not_bound", "No bot of the sandbox serves this user.")
-        for command in commands:
-            if is_known or user in self._conversations.get(sandbox, {}):  # they may have written meanwhile
-                self._conversation(sandbox, user).enqueue(command)
-            else:
-                self._tasks.spawn(self._place_after_look(command, unserved))
-
-    async def _is_known(self, sandbox: str, user: str) -> bool:
-        """Whether a user has written to the sandbox. Raises Temporary."""
-        try:
-            return bool((await self._record_of(sandbox, user))[0].bots)
-        except RecordTooNew:
-            return True
 
     async def _place_after_look(self, command: QueuedCommand, refusal: CommandResult | None) -> None:
         """Places a command whose user is not served or not known: with whom a former owner was sending it to, or has
@@ -309,31 +291,6 @@ class Shard:
         if (heads := self._heads.get(sandbox)) is None:
             heads = self._heads[sandbox] = await self._head_reads.get(sandbox) or {}
         return heads
-
-    async def _hold(self, bot: str, sandbox: str) -> None:
-        """Keeps commands until the bot's user is known (`on_binding` takes them), and ends those that expire."""
-        clock = self.deps.clock
-        while commands := self._held.get(bot):
-            now_ms, count = clock.now_ms(), len(commands)
-            for command in [each for each in commands if not each.parked or each.expires_ms <= now_ms]:
-                if self._held.get(bot) is not commands:  # they are in a conversation now
-                    return
-                told = sending.while_blocked(command, "window_closed", is_head=True)
-                if command.expires_ms <= now_ms:
-                    told = CommandResult("refused", "expired", sending.EXPIRED)
-                if told.outcome == "refused":
-                    commands.remove(command)
-                    await self._end(command, told)
-                else:
-                    await self._park(command, told)
-            due_s = (min((each.expires_ms for each in commands), default=now_ms) - now_ms) / 1000
-            is_changed = partial(self._is_held_changed, bot, commands, count)
-            await self._held_changed.wait_until(is_changed, max(0.01, due_s))
-        if self._held.get(bot) == []:
-            del self._held[bot]
-
-    def _is_held_changed(self, bot: str, commands: list[QueuedCommand], count: int) -> bool:
-        return self._held.get(bot) is not commands or len(commands) != count
 
     async def _park(self, command: QueuedCommand, told: CommandResult) -> None:
         with contextlib.suppress(Crashed):  # it is told its end
@@ -478,14 +435,12 @@ class Shard:
         if not is_served:
             self.folds.forget(sandbox)
         if bot in self._held and not (is_served and binding is not None and not binding.user):
-            commands = self._held.pop(bot)
-            self._held_changed.notify_all()
-            for command in commands:
+            for command in self._held.pop(bot):
                 self._place(command)
         of_sandbox = self._conversations.get(sandbox, {})
         for user, conversation in list(of_sandbox.items()):  # a sandbox may have thousands of users
             if is_served and conversation.record.unserved and self._is_idle(conversation):
-                del of_sandbox[user]  # its record may have been erased, so it is read again
+                self.drop_idle(conversation)  # its record may have been erased, so it is read again
             elif user in users or bot in (conversation.record.bot, conversation.bot and conversation.bot.id):
                 conversation.on_binding()
 
@@ -658,7 +613,6 @@ class Shard:
         """Starts nothing more, gives requests `grace_s` seconds, stores the records, and stops."""
         self.is_draining = True
         self._held.clear()
-        self._held_changed.notify_all()
         self._tasks.spawn(self.typing.drain(min(grace_s, DRAIN_S)))
         running = [task for each in self if (task := each.drain()) is not None]
         if running:
@@ -697,16 +651,20 @@ class Shard:
     def _is_idle(self, conversation: Conversation) -> bool:
         return not (conversation.is_running or conversation.queue or conversation.holds or conversation.is_dirty)
 
-    def evict_idle(self) -> None:
-        """Drops what can be read again. A record that is not stored yet is stored first."""
-        for sandbox, of_sandbox in list(self._conversations.items()):
-            for user, conversation in list(of_sandbox.items()):
-                if self._is_idle(conversation):
-                    del of_sandbox[user]
-                else:
-                    conversation.store()
+    def drop_idle(self, conversation: Conversation) -> None:
+        """Drops a conversation that can be read again."""
+        of_sandbox = self._conversations.get(conversation.sandbox, {})
+        if self._is_idle(conversation) and of_sandbox.get(conversation.user) is conversation:
+            del of_sandbox[conversation.user]
             if not of_sandbox:
-                del self._conversations[sandbox]
+                del self._conversations[conversation.sandbox]
+
+    def evict_idle(self) -> None:
+        """Drops what can be read again. A record that is not stored yet is stored first. Ends what has expired."""
+        self._end_expired()
+        for conversation in self:
+            conversation.store()
+            self.drop_idle(conversation)
         bindings = self.deps.bindings
         self._accounts = {bot: known for bot, known in self._accounts.items() if bindings.get(bot)}
         self.typing.evict_idle(lambda bot: bindings.get(bot) is not None)
@@ -742,26 +700,17 @@ async def _read_records(
     return {user: found[user] or RecordTooNew("record_too_new") for user in found}
 
 
-def _queued(
-    read: Command | None, delivery: Delivery, ref: CommandRef, sandbox: str, body: contract.Outbound
-) -> QueuedCommand:
-    reply_to = body.reply_to or ""
-    command = QueuedCommand(
+def _queued(delivery: Delivery, ref: CommandRef, sandbox: str) -> QueuedCommand:
+    """A command that is not read."""
+    ident = command_id(None, ref.id, delivery.headers.get(H_MSG_ID, ""), delivery.seq)
+    return QueuedCommand(
         sequence=delivery.seq,
-        ref=ref,
+        ref=msgspec.structs.replace(ref, id=ident),
         sandbox=sandbox,
         client_id_base=client_id_base(sandbox, ref.sequence, ref.stored_ms),
-        reply_to=reply_to if len(reply_to) <= MAX_REPLY_TO else "",
         traceparent=author_traceparent(delivery.headers),
         delivery=delivery,
     )
-    if read is not None:
-        only = read.parts[0] if len(read.parts) == 1 else None
-        command.bot, command.user, command.kind, command.typing = read.bot, read.user, read.kind, read.typing
-        command.parts, command.part_count = read.parts, len(read.parts)
-        command.chars = len(only) if isinstance(only, str) else 0
-        command.expires_ms, command.when_closed, command.optional = read.expires_ms, read.when_closed, read.optional
-    return command
 
 
 def _result_of(exc: Refused | Unreadable) -> CommandResult:

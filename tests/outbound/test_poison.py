@@ -228,7 +228,7 @@ async def test_a_fault_that_ends_leaves_the_command_as_it_is(
 # what is no single command's fault --------------------------------------------------------------------------
 
 
-async def test_commands_wait_while_the_account_cannot_be_opened() -> None:
+async def test_commands_wait_while_the_account_cannot_be_opened(monkeypatch: pytest.MonkeyPatch) -> None:
     bugs = Bugs(ALWAYS)
     bench = Bench()
     await bench.bind()
@@ -236,12 +236,13 @@ async def test_commands_wait_while_the_account_cannot_be_opened() -> None:
     bench.hears()
     bench.hears("s1", OTHER, bot=OTHER_BOT)
 
-    def account(binding: Any) -> Account:
+    def account(binding: Any, sealer: object) -> Account:
         if binding.bot == BOT:
             bugs.strike()
         return Account(binding.bot, binding.token, "")
 
-    shard = bench.shard(gap_ms=0, account=account)
+    monkeypatch.setattr(outbound, "account_of", account)
+    shard = bench.shard(gap_ms=0)
     for text, user in ((WORDS, USER), ("for another", OTHER), ("after", USER)):
         shard.on_delivery(bench.command(text, id=text, user=user))
     await asyncio.sleep(30)

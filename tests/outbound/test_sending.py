@@ -280,5 +280,5 @@ async def test_a_bug_in_one_lane_is_logged_and_tried_again() -> None:
     with capture_logs() as logs:
         shard.on_delivery(bench.command("hi", id="c1"))
         await asyncio.sleep(400)
-    assert [line["event"] for line in logs].count("send.crashed") == 2
+    assert [line["event"] for line in logs].count("conversation.crashed") == 2
     assert outcomes(bench) == [("c1", "uncertain", "")]  # it may have left

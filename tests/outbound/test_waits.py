@@ -41,6 +41,8 @@ async def test_what_waits_for_an_unknown_user_expires_after_the_longest_time(ben
     await asyncio.sleep(71 * HOUR_S)
     assert finals(bench) == []
     await asyncio.sleep(2 * HOUR_S)
+    shard.evict_idle()
+    await asyncio.sleep(1)
     assert sorted(outcomes(bench)[-3:]) == [(f"c{number}", "refused", "expired") for number in (1, 2, 3)]
     assert bench.chat.texts == []
     assert not bench.conversation_bucket.entries

@@ -152,9 +152,16 @@ class Owner:
         self._router = router(self.bench)
         self.began_at = walk.world.clock.monotonic()
         self._tasks: set[asyncio.Task[None]] = set()
+        self._look_after_shard()
         self._seen = 0
         self._old_to = max((stored.seq for stored in walk.world.bus.found("OUT")), default=0)
         self.deliver()
+
+    def _look_after_shard(self) -> None:
+        """As the health monitor does."""
+        if self.life.is_going and not self.shard.is_draining:
+            self.shard.evict_idle()
+            asyncio.get_running_loop().call_later(30, self._look_after_shard)
 
     def deliver(self, *, again: bool = False) -> None:
         """What the consumers bring: what they have not brought yet, or all that is not acknowledged."""
