@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
-from typing import NamedTuple
 
 import msgspec
 import structlog
@@ -34,7 +33,7 @@ from adapter.contract.names import (
 from adapter.errors import BusRefused, Conflict, Temporary
 from adapter.kit.timing import Clock, backoff
 from adapter.observability.metrics import Metrics
-from adapter.ports import Bus, BusMessage, History, PubAck
+from adapter.ports import Bus, BusMessage, PubAck
 
 log = structlog.get_logger()
 
@@ -230,12 +229,3 @@ class Events:
         # the stream may be full: later messages must not wait for it
         log.error("dead_letter.refused", stream=stream, sandbox=sandbox, detail=why)
         return False
-
-
-class BusAccess(NamedTuple):
-    """Access to the bus for loops: publishing, reading, events, and names."""
-
-    bus: Bus
-    history: History
-    events: Events
-    names: Names

@@ -22,19 +22,19 @@ import msgspec
 import structlog
 
 from adapter.contract import messages as contract
-from adapter.contract.names import H_COMMAND, H_MSG_ID, UNROUTED, author_traceparent, command_traceparent
+from adapter.contract.names import H_COMMAND, H_MSG_ID, UNROUTED, Names, author_traceparent, command_traceparent
 from adapter.errors import BusRefused, Crashed, LeaseLost, Refused, Unreadable
 from adapter.kit.persist import persist
 from adapter.kit.tasks import TaskSet
 from adapter.kit.timing import Clock
-from adapter.observability.events import BusAccess
+from adapter.observability.events import Events
 from adapter.observability.metrics import Metrics
 from adapter.outbound.commands import Limits, command_id, copy_headers, decode_command, salvage_ids, sandbox_of
 from adapter.outbound.receipts import Address, Receipts, is_final
 from adapter.outbound.record import CommandRef
 from adapter.outbound.sending import CommandResult
 from adapter.ownership.tenure import Tenure
-from adapter.ports import BusMessage, Delivery
+from adapter.ports import Bus, BusMessage, Delivery
 from adapter.security.seal import Sealer
 
 log = structlog.get_logger()
@@ -64,7 +64,9 @@ class Router:
 
     def __init__(
         self,
-        access: BusAccess,
+        bus: Bus,
+        events: Events,
+        names: Names,
         receipts: Receipts,
         limits: Limits,
         sealer: Sealer,
@@ -72,7 +74,9 @@ class Router:
         clock: Clock,
         metrics: Metrics,
     ) -> None:
-        self._access = access
+        self._bus = bus
+        self._events = events
+        self._names = names
         self._receipts = receipts
         self._limits = limits
         self._sealer = sealer
@@ -153,7 +157,7 @@ class Router:
         ended = {sequence for sequence, stored in found.items() if is_final(stored.receipt)}
         going = [command for command in batch if command.ref.sequence not in ended]
         copies = [command for command in going if command.result is None]
-        answers = await self._access.bus.publish_all([self._copy_of(sandbox, command) for command in copies])
+        answers = await self._bus.publish_all([self._copy_of(sandbox, command) for command in copies])
         for command, answer in zip(copies, answers, strict=True):
             if isinstance(answer, BusRefused):
                 detail = f"The sandbox's queue refuses it: {answer.detail}"
@@ -176,9 +180,7 @@ class Router:
         words = hashlib.blake2b(position + delivery.data, digest_size=16).hexdigest()
         headers = copy_headers(ref, delivery.headers, delivery.data, sandbox, self._sealer)
         headers[H_MSG_ID] = f"routed:{words}"
-        return BusMessage(
-            "out", self._access.names.out(sandbox), delivery.data, headers, ensure_owner=self._tenure.check
-        )
+        return BusMessage("out", self._names.out(sandbox), delivery.data, headers, ensure_owner=self._tenure.check)
 
     async def _end_or_abandon(self, sandbox: str, command: _Command) -> None:
         """Ends a command. If that raises in every attempt, the command stays unsettled and is redelivered."""
@@ -193,10 +195,10 @@ class Router:
         self._tenure.check()
         ref, result, delivery = command.ref, command.result or _CRASHED, command.delivery
         if result.outcome == "dead_lettered":
-            await self._access.events.publish_dead_letter(
+            await self._events.publish_dead_letter(
                 "OUT",
                 delivery.data,
-                subject=self._access.names.out_plain,
+                subject=self._names.out_plain,
                 headers=delivery.headers | {H_COMMAND: ref.id},
                 reason=result.reason,
                 detail=result.detail,

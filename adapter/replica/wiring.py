@@ -39,7 +39,7 @@ from adapter.kit.timing import PerTickLimiter, RateLimiter, WakeupBatcher
 from adapter.logins.flow import REFRESH_S
 from adapter.logins.records import LoginRecords
 from adapter.logins.service import LoginService
-from adapter.observability.events import BusAccess, Events
+from adapter.observability.events import Events
 from adapter.outbound.commands import Limits
 from adapter.outbound.inbox import InboxReader
 from adapter.outbound.receipts import Receipts
@@ -106,8 +106,7 @@ class Replica:
         metrics.bindings_capacity.set(settings.capacity)
 
         # what is stored
-        events = Events(edges.bus, names, clock, metrics)
-        self.access = access = BusAccess(edges.bus, edges.history, events, names)
+        self.events = events = Events(edges.bus, names, clock, metrics)
         self.receipts = Receipts(events, edges.history, names)
         self.bindings = bindings = Bindings(edges.bucket(names.bindings), sealer.is_same_secret, unbound_s=unbound_s)
         self.readers = Readers(edges.readers, clock)
@@ -211,7 +210,9 @@ class Replica:
 
         # control commands
         self.erasure = Erasure(
-            access._replace(history=edges.bulk_history),  # it reads all streams: commands do not wait for it
+            edges.bulk_history,  # it reads all streams: commands do not wait for it
+            events,
+            names,
             bindings,
             {f"KV_{name}": edges.bucket(name) for name in (names.checkpoints, names.conversations, names.logins)},
             partial(supervisor.is_released, ask=True),
@@ -247,10 +248,20 @@ class Replica:
         return Shard(number, self.outbound)
 
     def new_router(self, tenure: Tenure) -> Router:
-        return Router(self.access, self.receipts, self.limits, self.sealer, tenure, self.clock, self.metrics)
+        return Router(
+            self.edges.bus,
+            self.events,
+            self.names,
+            self.receipts,
+            self.limits,
+            self.sealer,
+            tenure,
+            self.clock,
+            self.metrics,
+        )
 
     def new_control(self, tenure: Tenure) -> Control:
-        edges, events = self.edges, self.access.events
+        edges, events = self.edges, self.events
         binder = Binder(
             bindings=self.bindings,
             events=events,
@@ -283,7 +294,7 @@ class Replica:
     def _serve(self) -> dict[str, Handler]:
         """Registers `wechat.svc.*`. Returns the handlers for requests without a sandbox."""
         settings, edges, names, metrics = self.settings, self.edges, self.names, self.metrics
-        receipts = Receipts(self.access.events, edges.bulk_history, names)
+        receipts = Receipts(self.events, edges.bulk_history, names)
         queries = Queries(self.bindings, self.bot_health, receipts, edges.bulk_history, names, metrics)
         store = MediaService(edges.objects, self.media.ensure, metrics, max_bytes=settings.media_max_bytes)
         following = Next(

@@ -21,7 +21,7 @@ from adapter.contract.messages import ControlAnswer, Erase, ErasedEvent
 from adapter.contract.names import H_COMMAND, H_MSG_ID, H_SANDBOX, H_USER, Names, media_prefix, to_subject_token
 from adapter.errors import UNDECODABLE, Conflict, Temporary
 from adapter.kit.timing import Clock
-from adapter.observability.events import BusAccess
+from adapter.observability.events import Events
 from adapter.ports import Bucket, History, StoredMessage
 
 log = structlog.get_logger()
@@ -175,7 +175,9 @@ class Erasure:
 
     def __init__(
         self,
-        access: BusAccess,
+        history: History,
+        events: Events,
+        names: Names,
         bindings: Bindings,
         buckets: Mapping[str, Bucket],
         is_released: Callable[[str], Awaitable[bool]],
@@ -183,7 +185,9 @@ class Erasure:
     ) -> None:
         """`buckets`: those of checkpoints, conversations and logins, by stream name. `is_released`: whether no living
         replica polls a bot; raises Temporary."""
-        self._access = access
+        self._history = history
+        self._events = events
+        self._names = names
         self._bindings = bindings
         self._buckets = buckets
         self._is_released = is_released
@@ -222,11 +226,11 @@ class Erasure:
         return ControlAnswer(ok=not left, id=command.id or "", counts=dict(total), left=dict(left), error=advice)
 
     def _search(self, command: Erase) -> AsyncIterator[Found]:
-        return PersonSearch(self._access.history, self._access.names, command.user, command.sandbox).find()
+        return PersonSearch(self._history, self._names, command.user, command.sandbox).find()
 
     async def _delete(self, found: Found) -> None:
         """Raises Temporary."""
-        history, stored = self._access.history, found.stored
+        history, stored = self._history, found.stored
         if found.kind == "checkpoint":
             await self._bindings.refresh(found.bot)
             if self._bindings.serving(found.bot) is not None or not await self._is_released(found.bot):
@@ -247,4 +251,4 @@ class Erasure:
             log.info("person.erased", person=person, sandbox=sandbox, counts=dict(of_sandbox), left=dict(left))
             if sandbox:
                 event = ErasedEvent(sandbox=sandbox, person=person, counts=dict(of_sandbox), request=command.id or "")
-                await self._access.events.publish_erased_event(event)
+                await self._events.publish_erased_event(event)

@@ -154,8 +154,8 @@ class Bench:
         self.limits = limits
         self.slots = FairSlots(8, share=8)
         """For requests."""
-        self.access, self.receipts = self.replica.access, self.replica.receipts
-        self.events, self.sealer = self.replica.access.events, self.replica.sealer
+        self.receipts = self.replica.receipts
+        self.events, self.sealer = self.replica.events, self.replica.sealer
         self.store, self.checkpoints = self.replica.conversation_store, self.replica.checkpoints
         self.transfers, self.uploads = self.replica.transfers, self.replica.outbound.uploads
         self.bus_up = asyncio.Event()

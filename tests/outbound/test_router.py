@@ -29,7 +29,17 @@ FULL = BusRefused(10077, "maximum messages per subject exceeded")
 
 def router(bench: Bench, tenure: Tenure | None = None) -> Router:
     tenure = tenure or Tenure(0, bench.leases)
-    return Router(bench.access, bench.receipts, LIMITS, bench.sealer, tenure, bench.clock, bench.metrics)
+    return Router(
+        bench.bus,
+        bench.events,
+        bench.names,
+        bench.receipts,
+        LIMITS,
+        bench.sealer,
+        tenure,
+        bench.clock,
+        bench.metrics,
+    )
 
 
 async def route(routing: Router, *deliveries: FakeDelivery) -> None:
@@ -290,7 +300,6 @@ async def test_a_copy_waits_until_the_one_before_it_is_stored(bench: Bench) -> N
 async def test_what_waits_for_its_turn_is_copied_in_pieces(size: int, pieces: list[int], bench: Bench) -> None:
     """One by one a flood for one sandbox would take a round trip each, and hold up what is behind it for others."""
     bench.bus = bus = InPieces(bench)
-    bench.access = bench.access._replace(bus=bus)
     routed = router(bench)
     commands = [plain(bench, sandbox="s1", text=f"{number:0{size}}") for number in range(99)]
     await route(routed, *commands)
