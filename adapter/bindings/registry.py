@@ -42,6 +42,9 @@ class Bindings:
         self.changed = ChangeSignal()
         self.is_loaded = False
         """False until the bucket was read once; before that, a missing binding means nothing."""
+        self.is_current = True
+        """False after each connect, until the bucket was read once more: what another replica has bound meanwhile may
+        be missing."""
         self._bucket = bucket
         self._same_token = same_token
         """Whether two stored tokens of a bot are the same token, even if sealed again; then nothing has changed."""
@@ -169,7 +172,12 @@ class Bindings:
             if to_subject_token(binding.bot) not in keys:  # it was deleted
                 await self.refresh(binding.bot)
 
+    async def on_connect(self, _: object) -> None:
+        """Called before a new connection is used."""
+        self.is_current = False
+
     def _on_loaded(self) -> None:
+        self.is_current = True
         if not self.is_loaded:
             self.is_loaded = True
             log.info("bindings.loaded", bindings=len(self))

@@ -281,10 +281,13 @@ class Shard:
             refusal = CommandResult("uncertain", detail=exc.detail)
         if user:
             self._conversation(sandbox, user).enqueue(command)
-        elif refusal is not None:
-            await self._end(command, refusal)
-        else:
+        elif refusal is None:
             self._place(command)
+        elif refusal.reason == "not_bound" and not (bindings := self.deps.bindings).is_current:
+            await bindings.changed.wait_until(lambda: bindings.is_current)
+            self._place(command)
+        else:
+            await self._end(command, refusal)
 
     async def _heads_of(self, sandbox: str) -> dict[int, str]:
         """The users to whom former owners were sending commands, by sequence. Raises Temporary."""

@@ -241,6 +241,7 @@ class Replica:
             names.bot_released(), lambda data: supervisor.on_released(data.decode("utf-8", "replace"))
         )
         edges.connection.on_connect(self._count_connect)
+        edges.connection.on_connect(bindings.on_connect)
 
     # what starts with a shard or a bot ----------------------------------------------------------------
 

@@ -37,6 +37,22 @@ async def test_a_receipt_that_waits_for_the_lease_outlives_that_the_user_becomes
     assert shard.queue_depths(Counter()) == (0, None)
 
 
+async def test_a_command_waits_until_the_bindings_are_read_after_a_reconnect() -> None:
+    """Another replica has answered the bind; this one has not read the bucket on its new connection."""
+    bench = Bench()
+    shard = bench.shard()
+    await bench.bindings.on_connect(None)
+    shard.on_delivery(bench.command("hi", id="c1", user=USER))
+    await asyncio.sleep(60)
+    assert outcomes(bench) == []
+    await bench.bind()
+    await user_writes(bench)
+    following = asyncio.get_running_loop().create_task(bench.bindings.run())
+    await asyncio.sleep(60)
+    following.cancel()
+    assert [(ident, outcome) for ident, outcome, _ in outcomes(bench)] == [("c1", "accepted")]
+
+
 async def test_an_idle_conversation_is_stored_and_let_go() -> None:
     bench, shard = await ready()
     shard.on_delivery(bench.command("hi", id="c1"))
