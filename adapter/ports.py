@@ -42,9 +42,9 @@ class Polled(msgspec.Struct, frozen=True):
 
 
 class Accepted(msgspec.Struct, frozen=True):
-    """A send that iLink accepted. `message_id` is "" if iLink gave none."""
+    """A send that iLink accepted. `message_id` is None if iLink gave none."""
 
-    message_id: str
+    message_id: str | None
     ret: int | None
     errcode: int | None
     errmsg: str

@@ -54,7 +54,7 @@ class Dead(SessionExpired):
 
 ANSWERS: dict[str, Callable[[int], Accepted | Exception]] = {
     "ok": lambda number: Accepted(f"m{number}", 0, None, ""),
-    "no id": lambda number: Accepted("", 0, None, ""),
+    "no id": lambda number: Accepted(None, 0, None, ""),
     "throttled": lambda number: Throttled("throttled", "iLink answered -2", ret=-2),
     "stale": lambda number: (Dead if number % 2 else SessionExpired)(
         "needs_login", "iLink answered -14", errcode=-14
@@ -596,7 +596,7 @@ def receipts_are_true(model: Model) -> list[str]:
     for sent in model.chat.shown:
         for piece in pieces(sent):
             shown[piece].append(sent)
-    ids: dict[str, set[str]] = defaultdict(set)
+    ids: dict[str, set[str | None]] = defaultdict(set)
     idless: set[str] = set()
     for sent, answer in model.chat.answers:
         assert isinstance(answer, Accepted)

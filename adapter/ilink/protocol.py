@@ -359,7 +359,7 @@ def read_sent(reply: IlinkReply) -> Accepted:
         raise Uncertain("http_5xx", f"HTTP {reply.status}")
     _check_status(reply)
     if not reply.body.strip():
-        return Accepted("", None, None, "")
+        return Accepted(None, None, None, "")
     try:
         sent = _decode(reply, wire.Sent)
     except ValueError as exc:
@@ -368,7 +368,7 @@ def read_sent(reply: IlinkReply) -> Accepted:
     ident = as_id(sent.message_id)
     # any other text is no id, and may be too long for a receipt
     is_number = ident.isascii() and ident.isdigit() and len(ident) <= ID_CHARS
-    return Accepted(ident if is_number else "", sent.ret, sent.errcode, _server_message(sent))
+    return Accepted(ident if is_number else None, sent.ret, sent.errcode, _server_message(sent))
 
 
 def _check_sent(answer: wire.WireReply) -> None:

@@ -36,7 +36,7 @@ NOW = 1_000_000_000
 POLICY = SendPolicy(window=WindowPolicy(sends=10, hours=24.0, reserve=3), gap_ms=0, merge_chars=100)
 BOT = ServingBot("b1", is_usable=True)
 YES = Accepted("m1", 0, None, "")
-NO_ID = Accepted("", 0, 7, "sure")
+NO_ID = Accepted(None, 0, 7, "sure")
 
 
 def ref(number: int, *, ident: str = "", named: bool = True) -> CommandRef:

@@ -243,7 +243,7 @@ async def test_a_full_window_takes_more_than_ten_commands() -> None:
 
 
 SHARED: list[tuple[str, list[Exception | Accepted], str, str]] = [
-    ("unconfirmed", [Accepted("", 0, None, "")], "accepted_unconfirmed", ""),
+    ("unconfirmed", [Accepted(None, 0, None, "")], "accepted_unconfirmed", ""),
     ("uncertain", [TIMEOUT, TIMEOUT], "uncertain", ""),
     ("not-taken", [Temporary("unavailable")] * 3, "accepted", ""),
     ("refused-after-silence", [TIMEOUT, Refused("rejected", "no")], "uncertain", ""),

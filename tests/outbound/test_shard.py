@@ -82,7 +82,7 @@ async def test_a_stream_that_was_made_anew_begins_again() -> None:
 
 ENDINGS: list[tuple[str, list[Any], str, str]] = [
     ("accepted", [Accepted("1", 0, None, "")], "accepted", ""),
-    ("unconfirmed", [Accepted("", 0, None, "")], "accepted_unconfirmed", ""),
+    ("unconfirmed", [Accepted(None, 0, None, "")], "accepted_unconfirmed", ""),
     ("refused", [Refused("invalid", "no such user", ret=-3)], "refused", "invalid"),
     ("uncertain", [TIMEOUT, TIMEOUT], "uncertain", ""),
     ("not-taken-twice", [Temporary("unavailable")] * 2, "accepted", ""),

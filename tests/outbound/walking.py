@@ -96,7 +96,7 @@ class Phone(FakeChat):
 
     def __init__(self, clock: FakeClock) -> None:
         super().__init__(clock)
-        self.answered: dict[str, list[str]] = defaultdict(list)
+        self.answered: dict[str, list[str | None]] = defaultdict(list)
         """The message ids that it has answered."""
         self.arrived: Counter[str] = Counter()
         """Requests that it took, or may have taken."""
