@@ -634,7 +634,7 @@ def receipts_are_true(model: Model) -> list[str]:
                 case _:
                     if min(times) > 0 and not to_both:
                         wrong.append(f"{one.ident} is {receipt.outcome} ({receipt.reason}), and was shown {times}")
-            known = {ident for piece in one.pieces for ident in ids[piece]} - {""}
+            known = {ident for piece in one.pieces for ident in ids[piece]} - {None}
             waited = KNOWN and receipt.bot and one.user and receipt.bot[:2] != one.user[:2]  # at another user's bot
             if not silent and not waited and set(receipt.message_ids) != known:
                 wrong.append(f"{one.ident} is {receipt.outcome} and names {receipt.message_ids} of {known}")
