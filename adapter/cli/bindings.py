@@ -357,11 +357,11 @@ async def request_control(bus: BusConnection, asked: Bind | Unbind | Erase, time
     inbox = bus.nc.new_inbox()
     headers = {H_MSG_ID: asked.id or "", H_REPLY_TO: inbox, H_SCHEMA: SCHEMA_VERSION}
     subject = {Bind: bus.names.bind, Unbind: bus.names.unbind, Erase: bus.names.erase}[type(asked)]
-    answers = await bus.nc.subscribe(inbox)
+    async with bus.storing:  # so that rows are stored in their order
+        answers = await bus.nc.subscribe(inbox)
+        ack = await bus.store(subject, msgspec.json.encode(asked), headers)
     said = f"Stored; no adapter answered in {timeout_s:g} s, takes effect when one runs."
     try:
-        async with bus.storing:  # so that rows are stored in their order
-            ack = await bus.store(subject, msgspec.json.encode(asked), headers)
         if ack.duplicate:
             said = f"Request {asked.id} was stored before: `wechat-nats bindings` shows what holds now."
             raise Failed(TIMEOUT, said)
