@@ -304,6 +304,9 @@ class Conversation:
             await self._end_expired(now_ms)
         elif not head.is_checked:
             await self._look_up(queue[:MAX_TOGETHER])
+        elif self.bot is None and not (bindings := deps.bindings).is_current:
+            await bindings.changed.wait_until(lambda: bindings.is_current)
+            self.on_binding()
         elif self.bot is None:
             result = CommandResult("refused", "not_bound", sending.UNSERVED)
             await self._end([(command, result) for command in queue[:MAX_TOGETHER]])

@@ -17,18 +17,24 @@ import structlog
 
 from adapter.contract import messages as contract
 from adapter.contract.messages import Receipt
-from adapter.contract.names import Names
+from adapter.contract.names import H_COMMAND, H_TRACEPARENT, UNROUTED, Names, command_traceparent
 from adapter.errors import UNDECODABLE, BusRefused, Conflict, Temporary
 from adapter.kit.batches import Batches
+from adapter.kit.timing import Clock
 from adapter.observability.events import Events
+from adapter.observability.metrics import Metrics
 from adapter.outbound.record import CommandRef
-from adapter.outbound.sending import CommandResult
+from adapter.outbound.sending import CommandResult, QueuedCommand
 from adapter.ports import History, StoredMessage
 
 log = structlog.get_logger()
 
 RECEIPTS_KEPT = 100_000
 """Receipts that a sandbox keeps. Each takes up to 0.56 kB of the server's memory, for its command's subject."""
+DEAD_LETTERS = 16
+"""Dead letters that are written at the same time; each may be large."""
+MAX_NAME = 64
+"""Most characters of a sandbox's name (names.SANDBOX_PATTERN)."""
 PURGE_EVERY = 10_000
 """Average number of receipts between two purges. A purge of 110,000 receipts takes tens of milliseconds."""
 
@@ -51,12 +57,76 @@ class StoredReceipt(NamedTuple):
 class Receipts:
     """Publishes receipts through Events, and reads them from WECHAT_EVENT."""
 
-    def __init__(self, events: Events, history: History, names: Names) -> None:
+    def __init__(self, events: Events, history: History, names: Names, clock: Clock, metrics: Metrics) -> None:
         self._events = events
         self._history = history
         self._names = names
+        self._clock = clock
+        self._metrics = metrics
+        self._dead_letters = asyncio.Semaphore(DEAD_LETTERS)
         self._lasts = Batches(self._read_lasts)
         """Of the commands of many conversations, in one request."""
+
+    async def tell(
+        self,
+        command: QueuedCommand,
+        result: CommandResult,
+        address: Address,
+        check: Callable[[], None],
+        shown: contract.Window = contract.Window(),  # noqa: B008 - frozen
+    ) -> None:
+        """Publishes the receipt of a command, and before that the dead letter if it is one, and counts it. `check`
+        raises LeaseLost unless this replica may end the command. Raises Temporary, LeaseLost."""
+        ref = command.ref
+        ensure_owner = None if result.is_sent else check  # another owner may still send it
+        if ensure_owner is not None:
+            ensure_owner()
+        if len(address.sandbox) > MAX_NAME:  # a longer name in the subject would break the connection
+            address = Address(UNROUTED)
+        trace = command_traceparent(
+            command.traceparent, address.sandbox, ref.sequence, ref.stored_ms, command.reply_to
+        )
+        if result.outcome == "dead_lettered":
+            await self._publish_dead_letter(command, result, address, trace)
+        command.receipt = await self.publish(
+            ref,
+            result,
+            address,
+            shown,
+            trace,
+            reply_to=command.reply_to,
+            expected=command.receipt,
+            ensure_owner=ensure_owner,
+        )
+        if result.outcome == "parked":
+            return
+        outcome = "duplicate" if result.repeat_of else result.outcome
+        self._metrics.outbound_messages.child(command.kind, outcome, result.reason or "none").inc()
+        if not command.parked:
+            failed = result.outcome in ("dead_lettered", "uncertain")
+            took_s = max(0, self._clock.now_ms() - ref.stored_ms) / 1000
+            self._metrics.outbound_duration.child("failed" if failed else "settled").observe(took_s)
+
+    async def _publish_dead_letter(
+        self, command: QueuedCommand, result: CommandResult, address: Address, trace: str
+    ) -> None:
+        names, delivery = self._names, command.delivery
+        async with self._dead_letters:
+            data, headers = delivery.data, delivery.headers
+            if not data and (stored := await self._history.get(names.stream_out, command.sequence)):
+                data, headers = stored.data, stored.headers
+            is_plain = delivery.subject == names.out_plain
+            await self._events.publish_dead_letter(
+                "OUT",
+                data,
+                subject=names.out_plain if is_plain else names.out(address.sandbox),
+                headers=headers | {H_COMMAND: command.ref.id, H_TRACEPARENT: trace},
+                reason=result.reason,
+                detail=result.detail,
+                msg_id=f"dead:{command.client_id_base}",
+                sandbox=address.sandbox,
+                user=address.user,
+            )
 
     async def publish(
         self,

@@ -24,9 +24,10 @@ import msgspec
 
 from adapter.content.quotes import placeholder_summary
 from adapter.contract.messages import Outcome
-from adapter.errors import AdapterError, Refused, Throttled, Uncertain
+from adapter.contract.names import H_MSG_ID, author_traceparent
+from adapter.errors import AdapterError, Refused, Throttled, Uncertain, Unreadable
 from adapter.outbound import window
-from adapter.outbound.commands import MERGE_SEPARATOR, Part
+from adapter.outbound.commands import MERGE_SEPARATOR, Part, client_id_base, command_id
 from adapter.outbound.record import (
     RECENT_COMMANDS,
     SENT_TEXT_CHARS,
@@ -139,6 +140,24 @@ class QueuedCommand(msgspec.Struct, kw_only=True, eq=False):
 
     def __repr__(self) -> str:
         return f"QueuedCommand({self.sequence})"  # no text gets into a log or traceback
+
+
+def unread(delivery: Delivery, ref: CommandRef, sandbox: str) -> QueuedCommand:
+    """A command before its body is read. `ref`: its identity."""
+    ident = command_id(None, ref.id, delivery.headers.get(H_MSG_ID, ""), delivery.seq)
+    return QueuedCommand(
+        sequence=delivery.seq,
+        ref=msgspec.structs.replace(ref, id=ident),
+        sandbox=sandbox,
+        client_id_base=client_id_base(sandbox, ref.sequence, ref.stored_ms),
+        traceparent=author_traceparent(delivery.headers),
+        delivery=delivery,
+    )
+
+
+def unreadable_result(exc: Refused | Unreadable) -> CommandResult:
+    """How a command ends that cannot be read, or is for nobody."""
+    return CommandResult("refused" if isinstance(exc, Refused) else "dead_lettered", exc.reason, exc.detail)
 
 
 # before a request -------------------------------------------------------------------------------------

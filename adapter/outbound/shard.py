@@ -25,15 +25,9 @@ import msgspec
 import structlog
 
 from adapter.bindings.registry import Bindings, account_of
-from adapter.contract import messages as contract
 from adapter.contract.names import (
-    H_COMMAND,
     H_MSG_ID,
-    H_TRACEPARENT,
-    UNROUTED,
     Names,
-    author_traceparent,
-    command_traceparent,
 )
 from adapter.contract.records import Binding
 from adapter.errors import BusRefused, Crashed, LeaseLost, RecordTooNew, Refused, Temporary, Unreadable
@@ -48,7 +42,6 @@ from adapter.outbound import sending, window
 from adapter.outbound.commands import (
     Limits,
     Part,
-    client_id_base,
     command_id,
     decode_command,
     identity_of,
@@ -76,8 +69,6 @@ T = TypeVar("T")
 
 BODY_BYTES = 8 * 1024 * 1024
 """Bytes of bodies that a shard holds in memory."""
-DEAD_LETTERS = 4
-"""Dead letters of a shard that are written at the same time; each may be large."""
 STORED_WITHIN_S = 1.0
 """Delay before an inbound message is stored in its record. It covers later messages."""
 MISSING_CONFIRM_S = 10.0
@@ -85,8 +76,6 @@ MISSING_CONFIRM_S = 10.0
 not show all messages, and later commands overtake one that is taken for gone."""
 DRAIN_S, CANCEL_GRACE_S = 5.0, 1.0
 """Time to hide typing indicators and store records at the end, and for cancelled tasks to end."""
-MAX_NAME = 64
-"""Most characters of a sandbox's name (names.SANDBOX_PATTERN)."""
 MAX_REPLY_TO = 256
 """Most characters of an inbound message's id: a bot's name, and iLink's id of it or a digest."""
 
@@ -141,7 +130,6 @@ class Shard:
         ones takes long."""
         self._unstored: dict[Conversation, None] = {}
         """Conversations whose record lacks an inbound message."""
-        self._dead_letters = asyncio.Semaphore(DEAD_LETTERS)
         self._head_reads = Batches(partial(_read_heads, deps.store))
         self._records = Batches(partial(_read_records, deps.store))
         self._tasks = TaskSet(_report)
@@ -169,7 +157,7 @@ class Shard:
         else:
             if not delivery.redelivered:
                 self.deps.metrics.outbound_received.inc()
-            command = self._commands[ref.sequence] = _queued(delivery, ref, sandbox)
+            command = self._commands[ref.sequence] = sending.unread(delivery, ref, sandbox)
             try:
                 refusal = self._read(command, delivery)
                 if refusal is None:
@@ -201,7 +189,7 @@ class Shard:
             read = read_command(body, sandbox=command.sandbox, stored_ms=ref.stored_ms, limits=deps.limits)
         except (Refused, Unreadable) as exc:
             deps.metrics.schema_violations.labels(kind="out").inc()
-            return _result_of(exc)
+            return sending.unreadable_result(exc)
         only = read.parts[0] if len(read.parts) == 1 else None
         command.bot, command.user, command.kind, command.typing = read.bot, read.user, read.kind, read.typing
         command.part_count, command.chars = len(read.parts), len(only) if isinstance(only, str) else 0
@@ -216,7 +204,7 @@ class Shard:
         try:
             binding = self._binding_for(command)
         except Refused as exc:
-            self._tasks.spawn(self._place_after_look(command, _result_of(exc)))
+            self._tasks.spawn(self._place_after_look(command, sending.unreadable_result(exc)))
             return
         if binding.user:  # where nobody serves the user whom the command names, their conversation ends it
             self._conversation(command.sandbox, command.user or binding.user).enqueue(command)
@@ -297,15 +285,16 @@ class Shard:
 
     async def _park(self, command: QueuedCommand, told: CommandResult) -> None:
         with contextlib.suppress(Crashed):  # it is told its end
-            await self._persist(lambda: self._publish(command, told, Address(command.sandbox)), command)
+            tell, address = self.deps.receipts.tell, Address(command.sandbox)
+            await self._persist(lambda: tell(command, told, address, self.tenure.check), command)
             command.parked = True
             self.release_body(command)
 
     async def _end(self, command: QueuedCommand, result: CommandResult) -> None:
         """Ends a command that is in no conversation."""
-        address = Address(command.sandbox, command.bot, command.user)
+        tell, address = self.deps.receipts.tell, Address(command.sandbox, command.bot, command.user)
         try:
-            await self._persist(lambda: self._publish(command, result, address), command)
+            await self._persist(lambda: tell(command, result, address, self.tenure.check), command)
         except Crashed:
             log.error("command.abandoned", sandbox=command.sandbox, sequence=command.sequence)
             self.release_body(command)
@@ -507,69 +496,14 @@ class Shard:
             return None
         return msgspec.structs.replace(result_of(receipt), repeat_of=first.sequence)
 
-    def publish_receipt(
+    async def publish_receipt(
         self, command: QueuedCommand, result: CommandResult, conversation: Conversation
-    ) -> Awaitable[None]:
+    ) -> None:
         """Raises Temporary, LeaseLost."""
         bot = conversation.bot.id if conversation.bot is not None else conversation.record.bot
         shown = window.visible_window(conversation.record, self.deps.clock.now_ms(), self.deps.policy.window)
-        return self._publish(command, result, Address(conversation.sandbox, bot, conversation.user), shown)
-
-    async def _publish(
-        self,
-        command: QueuedCommand,
-        result: CommandResult,
-        address: Address,
-        shown: contract.Window = contract.Window(),  # noqa: B008 - frozen
-    ) -> None:
-        """Publishes a receipt, and before that the dead letter if it is one. Raises Temporary, LeaseLost."""
-        deps, ref = self.deps, command.ref
-        ensure_owner = None if result.is_sent else self.tenure.check  # another owner may still send it
-        if ensure_owner is not None:
-            ensure_owner()
-        if len(address.sandbox) > MAX_NAME:  # a longer name in the subject would break the connection
-            address = Address(UNROUTED)
-        trace = command_traceparent(
-            command.traceparent, address.sandbox, ref.sequence, ref.stored_ms, command.reply_to
-        )
-        if result.outcome == "dead_lettered":
-            await self._publish_dead_letter(command, result, address, trace)
-        command.receipt = await deps.receipts.publish(
-            ref,
-            result,
-            address,
-            shown,
-            trace,
-            reply_to=command.reply_to,
-            expected=command.receipt,
-            ensure_owner=ensure_owner,
-        )
-        if result.outcome == "parked":
-            return
-        outcome = "duplicate" if result.repeat_of else result.outcome
-        deps.metrics.outbound_messages.child(command.kind, outcome, result.reason or "none").inc()
-        if not command.parked:
-            failed = result.outcome in ("dead_lettered", "uncertain")
-            took_s = max(0, deps.clock.now_ms() - ref.stored_ms) / 1000
-            deps.metrics.outbound_duration.child("failed" if failed else "settled").observe(took_s)
-
-    async def _publish_dead_letter(
-        self, command: QueuedCommand, result: CommandResult, address: Address, trace: str
-    ) -> None:
-        names = self.deps.names
-        async with self._dead_letters:
-            stored = await self.deps.history.get(names.stream_out, command.sequence)
-            await self.deps.events.publish_dead_letter(
-                "OUT",
-                stored.data if stored else b"",
-                subject=names.out(address.sandbox),
-                headers=(stored.headers if stored else {}) | {H_COMMAND: command.ref.id, H_TRACEPARENT: trace},
-                reason=result.reason,
-                detail=result.detail,
-                msg_id=f"dead:{command.client_id_base}",
-                sandbox=address.sandbox,
-                user=address.user,
-            )
+        address = Address(conversation.sandbox, bot, conversation.user)
+        await self.deps.receipts.tell(command, result, address, self.tenure.check, shown)
 
     async def acknowledge(self, command: QueuedCommand) -> None:
         """Removes an ended command from the bus."""
@@ -608,7 +542,7 @@ class Shard:
             body = decode_command(data, self.deps.limits)
             return read_command(body, sandbox=sandbox, stored_ms=0, limits=self.deps.limits).parts
         except (Refused, Unreadable) as exc:
-            return _result_of(exc)
+            return sending.unreadable_result(exc)
 
     # the end ----------------------------------------------------------------------------------------
 
@@ -701,24 +635,6 @@ async def _read_records(
 ) -> Mapping[tuple[str, str], tuple[ConversationRecord, int] | RecordTooNew]:
     found = await store.load_all(users)
     return {user: found[user] or RecordTooNew("record_too_new") for user in found}
-
-
-def _queued(delivery: Delivery, ref: CommandRef, sandbox: str) -> QueuedCommand:
-    """A command that is not read."""
-    ident = command_id(None, ref.id, delivery.headers.get(H_MSG_ID, ""), delivery.seq)
-    return QueuedCommand(
-        sequence=delivery.seq,
-        ref=msgspec.structs.replace(ref, id=ident),
-        sandbox=sandbox,
-        client_id_base=client_id_base(sandbox, ref.sequence, ref.stored_ms),
-        traceparent=author_traceparent(delivery.headers),
-        delivery=delivery,
-    )
-
-
-def _result_of(exc: Refused | Unreadable) -> CommandResult:
-    """How a command ends that cannot be read, or is for nobody."""
-    return CommandResult("refused" if isinstance(exc, Refused) else "dead_lettered", exc.reason, exc.detail)
 
 
 def _without_data(delivery: Delivery) -> Delivery:

@@ -107,7 +107,7 @@ class Replica:
 
         # what is stored
         self.events = events = Events(edges.bus, names, clock, metrics)
-        self.receipts = Receipts(events, edges.history, names)
+        self.receipts = Receipts(events, edges.history, names, clock, metrics)
         self.bindings = bindings = Bindings(edges.bucket(names.bindings), sealer.is_same_secret, unbound_s=unbound_s)
         self.readers = Readers(edges.readers, clock)
         self.checkpoints = Checkpoints(edges.bucket(names.checkpoints), sealer)
@@ -251,7 +251,6 @@ class Replica:
     def new_router(self, tenure: Tenure) -> Router:
         return Router(
             self.edges.bus,
-            self.events,
             self.names,
             self.receipts,
             self.limits,
@@ -295,7 +294,7 @@ class Replica:
     def _serve(self) -> dict[str, Handler]:
         """Registers `wechat.svc.*`. Returns the handlers for requests without a sandbox."""
         settings, edges, names, metrics = self.settings, self.edges, self.names, self.metrics
-        receipts = Receipts(self.events, edges.bulk_history, names)
+        receipts = Receipts(self.events, edges.bulk_history, names, self.clock, metrics)
         queries = Queries(self.bindings, self.bot_health, receipts, edges.bulk_history, names, metrics)
         store = MediaService(edges.objects, self.media.ensure, metrics, max_bytes=settings.media_max_bytes)
         following = Next(

@@ -13,8 +13,9 @@ from structlog.testing import capture_logs
 from adapter.contract.names import H_MSG_ID, H_USER, UNROUTED, derive_traceparent
 from adapter.errors import BusRefused, Refused, Temporary
 from adapter.outbound.commands import copy_headers
+from adapter.outbound.receipts import DEAD_LETTERS
 from adapter.outbound.record import CommandRef
-from adapter.outbound.shard import DEAD_LETTERS, Shard
+from adapter.outbound.shard import Shard
 from adapter.ports import Accepted, BusMessage
 from tests.fakes import GAP_S, Bench, Failing, FakeDelivery
 from tests.outbound.shards import BOT, THROTTLED, TIMEOUT, USER, finals, outcomes, ready, user_writes
