@@ -31,7 +31,7 @@ from adapter.observability.records import log_once
 from tests import canary
 from tests.capture import Capture, capturing
 from tests.fakes import Bench, VirtualLoop
-from tests.inbound.pollers import Poller, tended
+from tests.inbound.pollers import Poller, start_poller
 
 canary.mark()
 
@@ -153,11 +153,11 @@ async def bench() -> Bench:
 
 @pytest.fixture
 async def poller() -> AsyncIterator[Poller]:
-    """As `tended`, told to leave when the test is over."""
+    """As `start_poller`, told to leave when the test is over."""
     begun: list[tuple[BotPoller, asyncio.Task[None]]] = []
 
     def begin(bench: Bench, **changes: Any) -> BotPoller:
-        begun.append(tended(bench, **changes))
+        begun.append(start_poller(bench, **changes))
         return begun[-1][0]
 
     yield begin

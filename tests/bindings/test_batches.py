@@ -15,7 +15,7 @@ from tests.bindings.test_control import Platform
 VIRTUAL_TIME = True
 
 
-async def test_a_bind_that_waits_for_the_bus_does_not_hold_up_those_of_other_sandboxes(platform: Platform) -> None:
+async def test_a_bind_that_waits_for_the_bus_does_not_delay_those_of_other_sandboxes(platform: Platform) -> None:
     stuck = asyncio.Event()
 
     async def on_write(key: str) -> None:
@@ -59,10 +59,10 @@ async def _outcome(seed: int, pause_s: float) -> tuple[object, object]:
         await asyncio.sleep(pause_s)
     await asyncio.sleep(3600)
     assert [delivery.acks for delivery in platform.deliveries] == [1] * 60
-    told: dict[str, list[tuple[str, str, str]]] = defaultdict(list)
+    events: dict[str, list[tuple[str, str, str]]] = defaultdict(list)
     for event in platform.bench.bus.events():
-        told[event.sandbox].append((event.bot, event.change, event.request))
-    return platform.bound, told
+        events[event.sandbox].append((event.bot, event.change, event.request))
+    return platform.bound, events
 
 
 @pytest.mark.parametrize("seed", range(6))

@@ -73,7 +73,7 @@ async def test_a_working_bot_is_not_taken_out_by_a_token_that_ilink_does_not_tak
     assert (await platform.bind(**fields, check=False)).ok
 
 
-async def test_an_ilink_that_is_slow_about_one_token_holds_up_no_other_sandbox_or_bot(platform: Platform) -> None:
+async def test_an_ilink_that_is_slow_about_one_token_delays_no_other_sandbox_or_bot(platform: Platform) -> None:
     """But those stored later for the same sandbox or bot wait, also where the bot is to leave the sandbox."""
     await platform.bind(bot="b2@im.bot", sandbox="s2", user="u2@im.wechat", id="r0")
     platform.bench.chat.notify_took_s = 3.0
@@ -92,7 +92,7 @@ async def test_an_ilink_that_is_slow_about_one_token_holds_up_no_other_sandbox_o
     assert platform.bound == {"b3@im.bot": "s2", "b4@im.bot": "s4"}
 
 
-async def test_an_ilink_that_hangs_holds_up_the_next_command_for_seconds_only(platform: Platform) -> None:
+async def test_an_ilink_that_hangs_delays_the_next_command_for_seconds_only(platform: Platform) -> None:
     await platform.bind()
     platform.bench.chat.notify_took_s = 3600.0
     started = platform.bench.clock.monotonic()

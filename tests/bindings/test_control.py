@@ -82,11 +82,11 @@ class Platform:
 
     async def say(self, verb: str, *, headers: dict[str, str] | None = None, **body: Any) -> ControlAnswer:
         """Publishes a command and waits for its answer."""
-        told = len(self.bench.core.published)
+        before = len(self.bench.core.published)
         delivery = self.publish(verb, msgspec.json.encode(body), headers=headers)
         await asyncio.sleep(1)
         assert delivery.acks == 1
-        assert len(self.bench.core.published) == told + 1
+        assert len(self.bench.core.published) == before + 1
         subject, payload, _ = self.bench.core.published[-1]
         assert subject == INBOX
         return msgspec.json.decode(payload, type=ControlAnswer)
@@ -157,7 +157,7 @@ def new_control(
     )
 
 
-async def test_a_bind_is_stored_told_and_answered(platform: Platform) -> None:
+async def test_a_bind_is_stored_published_as_an_event_and_answered(platform: Platform) -> None:
     answer = await platform.bind(id="r1")
     assert (answer.ok, answer.id, answer.error) == (True, "r1", "")
     assert [(info.sandbox, info.bot, info.user, info.state) for info in answer.bindings] == [
@@ -184,16 +184,16 @@ async def test_a_bind_that_says_nothing_new_disturbs_nobody(platform: Platform) 
     assert platform.changes == [("s1", BOT, "bound")]
 
 
-async def test_a_bind_that_comes_again_after_a_crash_is_told_once(platform: Platform) -> None:
+async def test_a_bind_that_comes_again_after_a_crash_has_one_event(platform: Platform) -> None:
     """It was applied, and the owner died before the ack."""
     await platform.bind(id="r1")
-    heir = Platform(Bench(platform.bench, incarnation="heir-1"))
-    await heir.bind(id="r1")
+    successor = Platform(Bench(platform.bench, incarnation="next-1"))
+    await successor.bind(id="r1")
     assert platform.changes == [("s1", BOT, "bound")]
-    assert heir.bound == {BOT: "s1"}
+    assert successor.bound == {BOT: "s1"}
 
 
-async def test_a_bind_stored_before_a_crash_is_told_when_the_command_comes_again(bench: Bench) -> None:
+async def test_a_bind_stored_before_a_crash_has_its_event_when_it_is_redelivered(bench: Bench) -> None:
     await bench.bind(token=TOKEN, request="r1")
     platform = Platform(bench)
     await platform.bind(id="r1")
@@ -261,7 +261,7 @@ async def test_a_bot_that_moves_to_another_sandbox_leaves_the_first(platform: Pl
 
 
 @pytest.mark.parametrize("breaks_off", ["before", "after"])
-async def test_a_sandbox_is_told_once_that_its_bot_has_moved_also_where_that_breaks_off(
+async def test_a_bot_that_moves_has_one_event_for_its_former_sandbox_despite_a_crash(
     breaks_off: str, platform: Platform
 ) -> None:
     await platform.bind(id="r1")
@@ -335,7 +335,7 @@ async def test_an_unbind_without_a_bot_takes_all_of_the_sandbox(platform: Platfo
     assert platform.changes[-2:] == [("s1", BOT, "unbound"), ("s1", "b2@im.bot", "unbound")]
 
 
-def heir(before: Platform) -> Platform:
+def next_owner(before: Platform) -> Platform:
     """A replica that has heard of no binding yet."""
     bench = Bench(before.bench)
     bench.bindings = Bindings(bench.bindings_bucket)
@@ -347,9 +347,9 @@ async def test_a_replica_that_has_taken_over_knows_the_bots_that_the_one_before_
     """Its own copy of the bucket may lag."""
     before = Platform()
     await before.bind()
-    answer = await heir(before).bind(bot="b2@im.bot", bot_token="b2@im.bot:x")
+    answer = await next_owner(before).bind(bot="b2@im.bot", bot_token="b2@im.bot:x")
     assert answer.replaced == [BOT]
-    answer = await heir(before).say("unbind", sandbox="s1")
+    answer = await next_owner(before).say("unbind", sandbox="s1")
     assert [info.bot for info in answer.bindings] == ["b2@im.bot"]
     assert [entry.value for entry in before.bench.bindings_bucket.entries.values()] == [None, None]
 
@@ -357,7 +357,7 @@ async def test_a_replica_that_has_taken_over_knows_the_bots_that_the_one_before_
 async def test_an_owner_of_the_control_commands_once_more_knows_the_binds_in_between() -> None:
     other = Platform()
     await other.bind()
-    platform = heir(other)
+    platform = next_owner(other)
     await platform.bind(bot="b2@im.bot", user="u2@im.wechat")
     await other.bind(bot="b3@im.bot", user="u3@im.wechat")
     await platform.starts_again()
@@ -372,7 +372,7 @@ async def test_a_command_that_another_owner_has_carried_out_is_not_carried_out_a
     unbind = platform.publish("unbind", b'{"sandbox":"s1"}')
     await asyncio.sleep(30)
     assert (platform.bound, unbind.acks) == ({BOT: "s1"}, 0)
-    other = heir(platform)
+    other = next_owner(platform)
     await other.say("unbind", sandbox="s1")
     await other.bind()
     platform.bench.leases.has_lease = True
@@ -390,7 +390,7 @@ async def test_an_owner_cut_off_as_it_wrote_changes_nothing_that_another_has_wri
     async def cut_off(_: str) -> None:
         platform.bench.bindings_bucket.on_write = None
         platform.bench.leases.has_lease = False
-        await heir(platform).bind(sandbox="s9")
+        await next_owner(platform).bind(sandbox="s9")
 
     platform.bench.bindings_bucket.on_write = cut_off
     platform.publish(verb, msgspec.json.encode({"sandbox": "s1", "bot": BOT, "bot_token": f"{TOKEN}2"}))
@@ -398,14 +398,14 @@ async def test_an_owner_cut_off_as_it_wrote_changes_nothing_that_another_has_wri
     assert platform.bound == {BOT: "s9"}
 
 
-async def test_one_that_was_cut_off_for_long_tells_nothing_that_is_over(platform: Platform) -> None:
+async def test_an_owner_cut_off_for_long_publishes_no_event_that_is_over(platform: Platform) -> None:
     """Another has told it, and the stream does not know that event's id any more."""
     await platform.bind()
 
     async def cut_off(_: BusMessage) -> None:
         bus = platform.bench.bus
         bus.on_publish, platform.bench.leases.has_lease = None, False
-        other = heir(platform)
+        other = next_owner(platform)
         await other.say("unbind", sandbox="s1")
         await other.bind(id="again")
         await asyncio.sleep(400)
@@ -431,7 +431,7 @@ async def test_an_owner_cut_off_as_it_read_changes_nothing_that_another_has_writ
         if looks == last:  # before it writes
             bucket.get = read  # type: ignore[method-assign]
             platform.bench.leases.has_lease = False
-            await heir(platform).bind(sandbox="s9")
+            await next_owner(platform).bind(sandbox="s9")
         return await read(key)
 
     bucket.get = cut_off  # type: ignore[method-assign]
@@ -451,10 +451,10 @@ async def test_what_a_bind_reads_does_not_grow_with_the_bots_of_its_sandbox(plat
     assert platform.bench.bus.read_back == before
 
 
-async def test_foreign_messages_among_the_events_of_a_sandbox_stand_in_nobodys_way(platform: Platform) -> None:
+async def test_foreign_messages_among_the_events_of_a_sandbox_block_nothing(platform: Platform) -> None:
     await platform.bench.bus.publish(BusMessage("event", platform.bench.names.event("s1", "binding"), b"\xff", {}))
     assert (await platform.bind()).ok
-    answer = await heir(platform).say("unbind", sandbox="s1")
+    answer = await next_owner(platform).say("unbind", sandbox="s1")
     assert [info.bot for info in answer.bindings] == [BOT]
 
 
@@ -576,8 +576,8 @@ async def test_an_unbind_waits_for_the_owner_of_the_shard_and_other_persons_for_
     await asyncio.sleep(30)
     assert (await platform.bind(sandbox="s2", bot="b3@im.bot", user="u3@im.wechat")).ok
     await asyncio.sleep(40)
-    told = [msgspec.json.decode(payload, type=ControlAnswer) for _, payload, _ in platform.bench.core.published]
-    assert [(answer.id, answer.pending) for answer in told if answer.id == "u1"] == [("u1", True)]
+    answers = [msgspec.json.decode(payload, type=ControlAnswer) for _, payload, _ in platform.bench.core.published]
+    assert [(answer.id, answer.pending) for answer in answers if answer.id == "u1"] == [("u1", True)]
     assert (unbind.acks, behind.acks, inbox(platform)) == (0, 0, ["hello"])
     assert platform.binding().closing == unbind.seq
     platform.bench.leases.owned.add(shard_of("s1"))
@@ -593,7 +593,7 @@ async def test_a_new_owner_of_the_control_commands_carries_on_with_what_is_closi
     unbind = platform.publish("unbind", b'{"sandbox":"s1"}')
     await asyncio.sleep(1)
     platform.task.cancel()
-    later = heir(platform)
+    later = next_owner(platform)
     later.control.enqueue(unbind.again())
     await asyncio.sleep(1)
     assert (later.bound, [change for *_, change in later.changes]) == ({}, ["bound", "unbound"])
@@ -621,7 +621,7 @@ async def test_an_unbind_that_breaks_the_adapter_opens_what_it_had_closed(platfo
     ],
     ids=["a-command-that-names-both", "two-unknown-users"],
 )
-async def test_a_command_that_waits_for_another_person_holds_up_no_unbind(
+async def test_a_command_that_waits_for_another_person_delays_no_unbind(
     others: dict[str, Any], command: dict[str, Any], platform: Platform
 ) -> None:
     bench = platform.bench
@@ -685,7 +685,7 @@ async def test_an_owner_frozen_before_it_empties_the_inbox_deletes_nothing_new(
         if not frozen and stream == platform.bench.names.stream_in:
             frozen = True
             platform.bench.leases.has_lease = False
-            other = heir(platform)
+            other = next_owner(platform)
             other.bench.bindings_bucket.followers.append(other.bench.replica.bindings._apply_entry)
             await other.say("unbind", sandbox="s1", id="u2")
             await other.bind(**OTHER)
@@ -703,7 +703,7 @@ async def test_a_new_owner_that_missed_an_unbind_empties_the_inbox_all_the_same(
     await platform.bind()
     await platform.bind(**OTHER)
     writes(platform)
-    other = heir(platform)
+    other = next_owner(platform)
     await asyncio.sleep(1)
     other.bench.bindings_bucket.followers.remove(other.bench.bindings._apply_entry)
     await platform.say("unbind", sandbox="s1", bot=BOT)
@@ -742,7 +742,7 @@ async def test_the_same_person_keeps_what_was_parked(
     await platform.bind()
     orders(platform)
     writes(platform)
-    later = heir(platform) if taken_over else platform
+    later = next_owner(platform) if taken_over else platform
     await later.bind(**fields)
     (binding,) = later.bench.bindings.of_sandbox("s1")
     assert (binding.out_after, inbox(platform)) == (0, ["hello"])
@@ -845,7 +845,7 @@ async def test_an_answer_goes_to_an_inbox_or_nowhere(reply_to: str, platform: Pl
     assert platform.bound == {BOT: "s1"}
 
 
-async def test_an_answer_that_nobody_can_hear_is_no_failure(platform: Platform) -> None:
+async def test_an_answer_that_nobody_receives_is_no_failure(platform: Platform) -> None:
 
     async def fail(subject: str, payload: bytes, headers: dict[str, str]) -> None:
         raise Temporary("bus_down")
@@ -888,7 +888,7 @@ async def test_a_bind_with_an_id_of_the_last_day_is_answered_and_not_applied(
     """Whoever asked had no answer, and an unbind has come since."""
     first = await platform.bind(id="r1")
     await platform.say("unbind", sandbox="s1", id="r1")
-    later = heir(platform) if taken_over else platform
+    later = next_owner(platform) if taken_over else platform
     again = await later.bind(id="r1", bot_token="b1@im.bot:WRONG")
     assert (again.ok, again.id, first.ok, later.bound) == (True, "r1", True, {})
     assert (await later.bind(id="r2")).ok

@@ -119,12 +119,12 @@ async def test_a_bind_that_meets_a_newer_version_leaves_what_that_one_wrote() ->
 async def test_a_token_that_was_sealed_anew_is_no_change() -> None:
     bucket = FakeBucket()
     bindings = Bindings(bucket, same_token=lambda bot, one, other: True)
-    heard: list[tuple[str, Binding | None, Binding | None]] = []
-    bindings.add_listener(lambda bot, before, after: heard.append((bot, before, after)))
+    changes: list[tuple[str, Binding | None, Binding | None]] = []
+    bindings.add_listener(lambda bot, before, after: changes.append((bot, before, after)))
     await bindings.put(BOUND)
     sealed = msgspec.structs.replace(BOUND, token="the same, sealed")
     await bindings.put(sealed)
-    assert heard == [(BOT, None, BOUND)]
+    assert changes == [(BOT, None, BOUND)]
     assert bindings.get(BOT) == sealed
 
 

@@ -16,7 +16,7 @@ from adapter.ilink.protocol import IlinkReply, read_sent, read_updates
 from adapter.inbound.poller import BotPoller, State
 from adapter.ports import Account, BusMessage, Entry, Polled
 from tests.fakes import Bench, batch, ready
-from tests.inbound.pollers import BOT, STALE, USER, Poller, raw, tended, texts
+from tests.inbound.pollers import BOT, STALE, USER, Poller, raw, start_poller, texts
 
 VIRTUAL_TIME = True
 
@@ -55,7 +55,7 @@ async def test_two_events_at_once_are_two() -> None:
     assert changes(bench) == ["stale", "stale"]
 
 
-async def test_an_event_of_a_request_is_told_once() -> None:
+async def test_an_event_of_a_request_is_published_once() -> None:
     bench = await ready()
     for _ in range(2):
         await bench.events.publish_binding_event(BindingEvent(sandbox="s1", bot=BOT, change="bound", request="r1"))
@@ -97,7 +97,7 @@ async def test_only_a_poll_that_succeeds_undoes_the_verdict_and_any_owner_makes_
 
 
 @pytest.mark.parametrize("count", [0, 1, 4])
-async def test_needs_login_is_told_when_the_last_retry_is_refused(poller: Poller, count: int) -> None:
+async def test_needs_login_is_published_when_the_last_retry_is_refused(poller: Poller, count: int) -> None:
     bench = await ready(*[STALE] * 100)
     poller(bench, stale_retry_s=[20.0] * count)
     await asyncio.sleep(250)
@@ -225,13 +225,13 @@ async def in_its_last_try(*script: Any) -> tuple[Bench, asyncio.Event, asyncio.T
         return await poll(account, cursor, hold_ms)
 
     bench.chat.poll = asked  # type: ignore[method-assign]
-    session, task = tended(bench)
+    session, task = start_poller(bench)
     await asyncio.sleep(345)
     assert (len(bench.chat.asked), changes(bench)) == (4, ["stale", "needs_login"])
     return bench, answered, task, session
 
 
-async def test_the_result_of_the_last_try_is_told_also_where_the_bot_was_bound_meanwhile() -> None:
+async def test_the_result_of_the_last_try_is_published_though_the_bot_was_bound_meanwhile() -> None:
     bench, answered, task, session = await in_its_last_try()
     await bench.bind()
     answered.set()
@@ -241,7 +241,7 @@ async def test_the_result_of_the_last_try_is_told_also_where_the_bot_was_bound_m
     assert texts(bench) == ["late"]
 
 
-async def test_what_the_last_try_brings_is_told_also_where_the_bus_is_away_for_a_moment() -> None:
+async def test_the_result_of_the_last_try_is_published_after_an_outage_of_the_bus() -> None:
     bench, answered, task, session = await in_its_last_try()
     get, failures = bench.bindings_bucket.get, [Temporary("bus_timeout")]
 
@@ -261,17 +261,17 @@ async def test_what_the_last_try_brings_is_told_also_where_the_bus_is_away_for_a
 
 def untellable(bench: Bench, change: str) -> None:
     """The bus is away as a change of a login is to be told for the first time."""
-    tell, failures = bench.events.publish_binding_event, [Temporary("bus_timeout")]
+    publish, failures = bench.events.publish_binding_event, [Temporary("bus_timeout")]
 
     async def binding(event: BindingEvent, **more: Any) -> None:
         if failures and event.change == change:
             raise failures.pop()
-        await tell(event, **more)
+        await publish(event, **more)
 
     bench.events.publish_binding_event = binding  # type: ignore[method-assign]
 
 
-async def test_that_a_login_lives_again_is_told_also_where_the_bus_is_away_for_a_moment() -> None:
+async def test_a_recovered_login_is_published_after_an_outage_of_the_bus() -> None:
     bench, answered, task, session = await in_its_last_try()
     untellable(bench, "recovered")
     answered.set()
@@ -281,10 +281,10 @@ async def test_that_a_login_lives_again_is_told_also_where_the_bus_is_away_for_a
     assert changes(bench)[2:] == ["recovered"]
 
 
-async def test_a_lost_login_is_told_and_tried_on_also_where_the_bus_is_away_for_a_moment() -> None:
+async def test_a_lost_login_is_published_and_tried_again_after_an_outage_of_the_bus() -> None:
     bench = await ready(STALE, STALE, STALE, batch(raw()))
     untellable(bench, "needs_login")
-    session, task = tended(bench)
+    session, task = start_poller(bench)
     await asyncio.sleep(360)
     session.stop(immediately=True)
     await task
@@ -293,10 +293,10 @@ async def test_a_lost_login_is_told_and_tried_on_also_where_the_bus_is_away_for_
 
 
 @pytest.mark.parametrize("away", ["binding", "event"])
-async def test_a_login_that_cannot_be_called_lost_does_not_hold_up_who_leaves(away: str) -> None:
+async def test_a_login_that_cannot_be_stored_as_lost_does_not_delay_the_drain(away: str) -> None:
     """Nothing is in hand: the next owner hears of the dead token, too, or finds the mark."""
     bench = await ready(STALE, STALE, STALE)
-    session, task = tended(bench)
+    session, task = start_poller(bench)
     await asyncio.sleep(20)
 
     async def fail(*_: object) -> None:
@@ -319,7 +319,7 @@ async def test_a_login_that_cannot_be_called_lost_does_not_hold_up_who_leaves(aw
 
 async def test_who_lost_the_bot_while_the_bus_was_away_does_not_end_its_login() -> None:
     bench = await ready(STALE, STALE, STALE)
-    session, task = tended(bench)
+    session, task = start_poller(bench)
     await asyncio.sleep(20)
     away = [True]
 
@@ -331,9 +331,9 @@ async def test_who_lost_the_bot_while_the_bus_was_away_does_not_end_its_login() 
     await asyncio.sleep(340)
     bench.leases.owned.clear()
     session.stop(immediately=True)
-    heir = Bench(bench, incarnation="heir-1")
-    heir.leases.proven_dead.add("me-1")
-    second, next_task = tended(heir)
+    successor = Bench(bench, incarnation="next-1")
+    successor.leases.proven_dead.add("me-1")
+    second, next_task = start_poller(successor)
     await asyncio.sleep(5)
     away.clear()
     await asyncio.sleep(5)
@@ -355,7 +355,7 @@ async def test_a_crash_between_a_login_and_its_event_leaves_the_event_to_the_nex
     assert not binding.event_pending
 
 
-async def test_a_login_s_event_that_was_told_before_the_crash_is_one_event(poller: Poller) -> None:
+async def test_a_login_event_published_before_a_crash_is_not_published_again(poller: Poller) -> None:
     bench = await ready(state="needs_login", since_ms=7, event_pending=True)
     binding = bench.bindings.get(BOT)
     assert binding is not None
@@ -366,7 +366,7 @@ async def test_a_login_s_event_that_was_told_before_the_crash_is_one_event(polle
     assert changes(bench) == ["needs_login"]
 
 
-async def test_what_a_send_found_of_a_login_and_could_not_tell_is_told_by_who_polls(poller: Poller) -> None:
+async def test_a_dead_login_that_a_send_could_not_publish_is_published_by_the_poller(poller: Poller) -> None:
     bench = await ready(state="needs_login")
     session = poller(bench)
     await asyncio.sleep(1)
@@ -390,15 +390,15 @@ async def test_no_try_begins_while_the_bus_takes_nothing(poller: Poller) -> None
 
 
 @pytest.mark.parametrize("end", ["bound anew", "moved", "lease lost"])
-async def test_however_a_recovery_ends_the_lanes_look_again(end: str) -> None:
+async def test_however_a_recovery_ends_the_conversations_check_again(end: str) -> None:
     """They slept for an hour where a new token was bound as a try's poll waited, the bot's next sandbox had sent
     while the old one was tried, or the lease paused."""
-    bench, told = await ready(STALE), list[tuple[str, bool]]()
+    bench, changes = await ready(STALE), list[tuple[str, bool]]()
 
     def session_changed(binding: Binding) -> None:
-        told.append((binding.sandbox, session.session.is_stale))
+        changes.append((binding.sandbox, session.session.is_stale))
 
-    session, task = tended(bench, on_session_changed=session_changed)
+    session, task = start_poller(bench, on_session_changed=session_changed)
     await asyncio.sleep(6 if end == "bound anew" else 1)
     assert (session.session.is_stale, len(bench.chat.asked)) == (True, 2 if end == "bound anew" else 1)
     if end == "bound anew":
@@ -411,17 +411,17 @@ async def test_however_a_recovery_ends_the_lanes_look_again(end: str) -> None:
         bench.leases.has_lease = False
     await asyncio.sleep(10)
     if end == "lease lost":  # nothing is sent meanwhile
-        assert told == [("s1", True)]
+        assert changes == [("s1", True)]
         session.stop(immediately=True)
         await task
-    assert told == [("s1", True), ("s2" if end == "moved" else "s1", False)]
+    assert changes == [("s1", True), ("s2" if end == "moved" else "s1", False)]
     session.stop(immediately=True)
     await task
 
 
 async def test_leaving_cuts_a_recovery_short() -> None:
     bench = await ready(*[STALE] * 10)
-    session, task = tended(bench)
+    session, task = start_poller(bench)
     await asyncio.sleep(20)
     session.stop(immediately=True)
     await asyncio.sleep(5)

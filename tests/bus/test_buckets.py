@@ -33,7 +33,7 @@ async def test_a_stored_message_with_a_status_among_its_headers_is_read_as_any_o
     assert await rig.read(NAMES.stream_event, NAMES.event("s1", "*")) == [b"0", b"1", b"2", b"3", b"4"]
 
 
-async def test_a_bucket_tells_what_is_there_below_a_token(rig: Rig) -> None:
+async def test_a_bucket_lists_what_is_below_a_token(rig: Rig) -> None:
     bucket = rig.bucket(NAMES.conversations)
     assert await bucket.list_prefix("s1") == []
     first = await bucket.update(KEY, b"1", 0)
@@ -158,7 +158,7 @@ async def looks(rig: Rig, bucket: KvBucket) -> Callable[[int], Awaitable[None]]:
 
 
 @pytest.mark.parametrize("lost", ["every news", "one in the middle", "the last"])
-async def test_a_follower_finds_what_no_news_told_it(rig: Rig, lost: str) -> None:
+async def test_a_follower_finds_changes_of_which_it_got_no_message(rig: Rig, lost: str) -> None:
     """News are at most once."""
     bucket = rig.bucket(NAMES.bindings)
     seen: dict[str, Entry] = {}
@@ -336,7 +336,7 @@ async def test_a_follower_forgets_what_is_there_no_more(rig: Rig) -> None:
     assert growing(*counts, by=45) == []
 
 
-async def test_a_follower_tells_nothing_of_keys_that_a_bucket_has_lost(rig: Rig) -> None:
+async def test_a_follower_reports_no_deletion_of_keys_that_a_bucket_has_lost(rig: Rig) -> None:
     """Who knows them keeps them; what is written from then on is heard."""
     bucket = rig.bucket(NAMES.bindings)
     seen: list[Entry] = []

@@ -106,11 +106,11 @@ async def test_publishes_by_both_paths_are_written_in_one_order(server: Embedded
     client = BusClient()
     await client.connect(server.url)
     try:
-        inbox, heard, enough = client.new_inbox(), list[bytes](), asyncio.Event()
+        inbox, received, enough = client.new_inbox(), list[bytes](), asyncio.Event()
 
         def take(_: str, data: bytes, headers: bytes) -> None:
-            heard.append(data)
-            if len(heard) == 300:
+            received.append(data)
+            if len(received) == 300:
                 enough.set()
 
         await client.subscribe_raw(inbox, take)
@@ -122,7 +122,7 @@ async def test_publishes_by_both_paths_are_written_in_one_order(server: Embedded
                 await asyncio.sleep(0)
         async with asyncio.timeout(30):
             await enough.wait()
-        assert heard == [b"%d" % number for number in range(300)]
+        assert received == [b"%d" % number for number in range(300)]
     finally:
         await client.close()
 
@@ -165,7 +165,7 @@ def test_a_connection_that_broke_with_something_to_write_is_closed_all_the_same(
                 writer.write(b"PONG\r\n")
         writer.close()
 
-    async def hear(_: Msg) -> None:
+    async def on_message(_: Msg) -> None:
         raise AssertionError("nothing was said")
 
     async def broken() -> set[str]:
@@ -174,7 +174,7 @@ def test_a_connection_that_broke_with_something_to_write_is_closed_all_the_same(
         before = asyncio.all_tasks()
         client = BusClient()
         await client.connect(f"nats://127.0.0.1:{port}", allow_reconnect=False)
-        await client.subscribe("news", cb=hear)
+        await client.subscribe("news", cb=on_message)
         await client.flush()
         assert isinstance(client._transport, TcpTransport)
         assert client._transport._io_writer is not None
@@ -277,16 +277,16 @@ async def server(tmp_path: Path) -> AsyncIterator[EmbeddedNats]:
     server.kill()
 
 
-async def test_what_comes_is_heard_in_order_and_a_bad_ear_ends_nothing(server: EmbeddedNats) -> None:
-    heard: list[tuple[str, bytes, bool]] = []
+async def test_messages_arrive_in_order_and_a_callback_that_raises_ends_nothing(server: EmbeddedNats) -> None:
+    received: list[tuple[str, bytes, bool]] = []
     errors: list[Exception] = []
     enough = asyncio.Event()
 
     def take(subject: str, data: bytes, headers: bytes) -> None:
-        heard.append((subject, data, has_no_responders(headers)))
+        received.append((subject, data, has_no_responders(headers)))
         if data == b"bad":
             raise ValueError
-        if len(heard) == 102:
+        if len(received) == 102:
             enough.set()
 
     async def on_error(exc: Exception) -> None:
@@ -306,7 +306,7 @@ async def test_what_comes_is_heard_in_order_and_a_bad_ear_ends_nothing(server: E
     finally:
         await client.close()
     numbers = [(f"{inbox}.{number}", b"%d" % number, False) for number in range(100)]
-    assert heard == [(f"{inbox}.bad", b"bad", False), *numbers, (f"{inbox}.asked", b"", True)]
+    assert received == [(f"{inbox}.bad", b"bad", False), *numbers, (f"{inbox}.asked", b"", True)]
     assert [type(exc) for exc in errors] == [ValueError]
 
 

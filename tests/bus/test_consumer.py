@@ -127,7 +127,7 @@ async def test_a_delivery_knows_when_and_where_it_was_stored(rig: Rig) -> None:
     assert abs(delivery.time_ms - SystemClock().now_ms()) < 10_000
 
 
-async def test_the_next_owner_gets_what_is_unsettled_in_order_and_is_told_so(rig: Rig) -> None:
+async def test_the_next_owner_gets_what_is_unsettled_in_order_as_redelivered(rig: Rig) -> None:
     texts = [str(number) for number in range(6)]
     await control(rig, *texts)
     first = Reader(rig)
@@ -143,10 +143,10 @@ async def test_the_next_owner_gets_what_is_unsettled_in_order_and_is_told_so(rig
     await asyncio.wait([first.task])
     await rig.publisher.publish(BusMessage("ctl", NAMES.bind, b"new", {}))
 
-    heir = Reader(rig)
-    await heir.have(5)
-    assert heir.texts == ["1", "3", "4", "5", "new"]
-    assert [delivery.redelivered for delivery in heir.got] == [True] * 4 + [False]
+    successor = Reader(rig)
+    await successor.have(5)
+    assert successor.texts == ["1", "3", "4", "5", "new"]
+    assert [delivery.redelivered for delivery in successor.got] == [True] * 4 + [False]
 
 
 async def test_an_owner_cut_off_before_it_reads_knows_what_was_in_flight_before(rig: Rig) -> None:
@@ -157,17 +157,17 @@ async def test_an_owner_cut_off_before_it_reads_knows_what_was_in_flight_before(
     first.task.cancel()
     await asyncio.wait([first.task])
 
-    heir = Reader(rig)
+    successor = Reader(rig)
 
     def cut() -> None:
-        if heir.resets == 1:
+        if successor.resets == 1:
             rig.bus.kill()
             rig.spawn(rig.bus.start())
 
-    heir.consumer.on_reset = cut
-    await heir.have(2)
-    assert heir.resets == 2
-    assert [(delivery.data, delivery.redelivered) for delivery in heir.got] == [(b"0", True), (b"1", True)]
+    successor.consumer.on_reset = cut
+    await successor.have(2)
+    assert successor.resets == 2
+    assert [(delivery.data, delivery.redelivered) for delivery in successor.got] == [(b"0", True), (b"1", True)]
 
 
 async def test_a_command_is_on_no_disk_once_all_are_acknowledged(rig: Rig, tmp_path: Path) -> None:
@@ -294,12 +294,12 @@ async def test_an_owner_that_was_frozen_takes_nothing_from_the_one_after_it(rig:
     missing for the new owner, and its numbers would fit, as it takes just as many as the new owner has had."""
     texts = [str(number) for number in range(8)]
     await control(rig, *texts)
-    heir = Reader(rig, room=8)
-    await heir.have(8)
-    await heir.got[0].ack()
+    successor = Reader(rig, room=8)
+    await successor.have(8)
+    await successor.got[0].ack()
     await rig.publisher.publish(BusMessage("ctl", NAMES.bind, b"8", {}))
     async with asyncio.timeout(PATIENCE_S):
-        while await heir.unacknowledged() != 8:
+        while await successor.unacknowledged() != 8:
             await asyncio.sleep(0.01)
 
     ensure_owner = Fence(lost_from=1)
@@ -307,18 +307,18 @@ async def test_an_owner_that_was_frozen_takes_nothing_from_the_one_after_it(rig:
     await until(lambda: ensure_owner.asked > 3 or len(thawed.got) == 8, "it tried")
     thawed.task.cancel()
     await asyncio.wait([thawed.task])
-    await heir.got[1].ack()
+    await successor.got[1].ack()
     await rig.publisher.publish(BusMessage("ctl", NAMES.bind, b"9", {}))
-    await heir.have(10)
-    assert heir.texts == [*texts, "8", "9"]
+    await successor.have(10)
+    assert successor.texts == [*texts, "8", "9"]
     assert thawed.got == []
 
 
 @pytest.mark.parametrize("before", [1, 2, 3], ids=["before it looks", "before its reset", "before its pull"])
 async def test_an_owner_that_loses_its_lease_on_the_way_stops_there(rig: Rig, before: int) -> None:
     await control(rig, "0")
-    heir = Reader(rig)
-    await heir.have(1)
+    successor = Reader(rig)
+    await successor.have(1)
     ensure_owner = Fence(lost_from=before)
     loser = Reader(rig, check=ensure_owner)
     await until(lambda: ensure_owner.asked > before + 2, "it tried again")
@@ -339,11 +339,11 @@ async def test_a_consumer_that_is_deleted_is_made_again_and_takes_nothing_for_ne
         await asyncio.sleep(0.01)
     first.task.cancel()
     await rig.connection.api_request(f"CONSUMER.DELETE.{NAMES.stream_ctl}.{topology.CONTROL}")
-    heir = Reader(rig)
-    await heir.have(1)
+    successor = Reader(rig)
+    await successor.have(1)
     await control(rig, "2")
-    await heir.have(2)
-    assert [(delivery.data, delivery.is_old) for delivery in heir.got] == [(b"1", True), (b"2", False)]
+    await successor.have(2)
+    assert [(delivery.data, delivery.is_old) for delivery in successor.got] == [(b"1", True), (b"2", False)]
 
 
 async def test_a_shards_consumer_which_no_server_keeps_is_made_again_after_a_kill(rig: Rig) -> None:
@@ -365,7 +365,7 @@ async def test_a_shards_consumer_which_no_server_keeps_is_made_again_after_a_kil
     assert later == [(b"1", True), (b"2", True), (b"3", False)]
 
 
-async def test_a_consumer_that_is_paused_is_told_when_it_is_read(rig: Rig) -> None:
+async def test_a_paused_consumer_is_reported_when_it_is_read(rig: Rig) -> None:
     first = Reader(rig)
     await until(lambda: first.resets > 0, "there is a consumer")
     first.task.cancel()

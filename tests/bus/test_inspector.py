@@ -29,14 +29,14 @@ async def test_an_inspector_names_streams_that_are_gone_and_buckets_that_lack_ke
     assert (await inspector.inspect_streams(rig.connection), inspector.incomplete) == ([], [])
 
 
-async def test_an_inspector_tells_of_fewer_copies_than_its_replica_expects(rig: Rig) -> None:
+async def test_an_inspector_reports_fewer_copies_than_its_replica_expects(rig: Rig) -> None:
     inspector = Inspector(NAMES, msgspec.structs.replace(rig.bus.settings, replicas=3), at_least={})
     await inspector.inspect_streams(rig.connection)
     assert {d.field for found in inspector.altered.values() for d in found} == {"num_replicas"}
     assert len(inspector.altered) == len(topology.wanted_streams(NAMES, rig.bus.settings))
 
 
-async def test_an_inspector_tells_what_was_changed_once_and_not_an_operators_own_limits(rig: Rig) -> None:
+async def test_an_inspector_reports_a_change_once_and_no_limits_of_an_operator(rig: Rig) -> None:
     inspector = Inspector(NAMES, rig.bus.settings, at_least={})
     config = (await rig.connection.api_request(f"STREAM.INFO.{NAMES.stream_out}"))["config"]
     changed = {key: value for key, value in config.items() if key != "subject_transform"}

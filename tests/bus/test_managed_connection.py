@@ -50,13 +50,13 @@ async def why_not(url: str) -> list[str]:
     return [line["reason"] for line in logs if line["event"] == "bus.unreachable"]
 
 
-async def test_why_there_is_no_connection_is_told() -> None:
+async def test_the_reason_for_having_no_connection_is_given() -> None:
     """Where nobody listened the log said TimeoutError, of our own patience."""
     assert await why_not("nats://127.0.0.1:1") == ["[Errno 111] Connect call failed ('127.0.0.1', 1)"]
 
 
 @pytest.mark.filterwarnings("ignore:parameter .timeout.:DeprecationWarning")  # of aiohttp, which nats-py calls so
-async def test_a_websocket_that_nobody_answers_is_told_as_such() -> None:
+async def test_a_websocket_that_nobody_answers_is_reported_as_such() -> None:
     """nats-py waits for its upgrade without a word, and for ever."""
     with socket.create_server(("127.0.0.1", 0)) as silent:
         assert await why_not(f"ws://127.0.0.1:{silent.getsockname()[1]}") == ["no answer within 6 s"]

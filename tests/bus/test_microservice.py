@@ -106,13 +106,13 @@ async def test_requests_without_an_inbox_are_counted_and_said_once(bus: Bus) -> 
 
 
 @pytest.mark.parametrize(
-    ("inbox", "heard"),
+    ("inbox", "is_answered"),
     [
         ("_INBOX.x.1", True), ("_INBOX_s1.x", True), ("_INBOX_operator.x", True), ("_INBOX_service.x", True),
         ("_INBOX_s2.x", False), ("_INBOX_s10.x", False), ("_INBOX_adapter.x", False),
     ],
 )  # fmt: skip
-async def test_the_answers_of_a_sandbox_go_to_inboxes_of_its_own(bus: Bus, inbox: str, heard: bool) -> None:
+async def test_the_answers_of_a_sandbox_go_to_inboxes_of_its_own(bus: Bus, inbox: str, is_answered: bool) -> None:
     """Or to the default one, and to those of who may ask for any sandbox."""
 
     async def own(_: SandboxRequest) -> SandboxResponse:
@@ -120,7 +120,7 @@ async def test_the_answers_of_a_sandbox_go_to_inboxes_of_its_own(bus: Bus, inbox
 
     answers: list[bytes] = []
 
-    async def hear(msg: Msg) -> None:
+    async def on_message(msg: Msg) -> None:
         answers.append(msg.data)
 
     async with asyncio.TaskGroup() as group:
@@ -129,11 +129,11 @@ async def test_the_answers_of_a_sandbox_go_to_inboxes_of_its_own(bus: Bus, inbox
         task = group.create_task(connection.run())
         await connection.wait_connected(PATIENCE_S)
         nc = await bus.client()
-        await nc.subscribe(inbox, cb=hear)
+        await nc.subscribe(inbox, cb=on_message)
         await nc.publish(NAMES.svc("own.s1"), b"", reply=inbox)
         refused = partial(metrics.value, "service_refusals_total", reason="reply")
         await until(lambda: bool(answers) or bool(refused()), "it is answered or refused")
-        assert (answers, refused()) == (([b"answer"], 0) if heard else ([], 1))
+        assert (answers, refused()) == (([b"answer"], 0) if is_answered else ([], 1))
         await nc.close()
         task.cancel()
 

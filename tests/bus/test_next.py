@@ -218,7 +218,7 @@ async def test_a_position_is_moved_even_where_nobody_has_read(place: Place) -> N
     assert (texts(page), page.first) == ([], 0)
 
 
-async def test_messages_that_are_gone_unread_are_told_by_the_first_that_is_left(place: Place) -> None:
+async def test_first_names_the_oldest_message_left_when_unread_ones_are_gone(place: Place) -> None:
     sequences = await place.say(*map(str, range(KEPT - 1)))
     page = await place.ask()
     assert page.first == 0
@@ -239,7 +239,7 @@ async def test_messages_that_are_gone_unread_are_told_by_the_first_that_is_left(
     assert (page.first, page.messages) == (0, []), "what is gone was another person's"
 
 
-async def test_who_was_away_for_longer_than_messages_are_kept_is_told_so(place: Place) -> None:
+async def test_a_reader_away_for_longer_than_messages_are_kept_gets_first(place: Place) -> None:
     (sequence,) = await place.say("one")
     reader = (await place.ask()).reader
     await place.ask(reader=reader, after=sequence)
@@ -286,7 +286,7 @@ async def test_the_bucket_forgets_who_does_not_ask_and_who_asks_then_goes_on(pla
     assert await place.refused(reader=reader + 1) == "replaced"
 
 
-async def test_a_position_above_all_that_is_stored_holds_up_until_it_is_lowered(place: Place) -> None:
+async def test_a_position_above_all_that_is_stored_blocks_until_it_is_lowered(place: Place) -> None:
     """As after a restore of an older inbox: what is stored from then on would be taken for handled."""
     (last,) = await place.say("one")
     reader = (await place.ask()).reader

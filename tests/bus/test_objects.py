@@ -262,7 +262,7 @@ async def test_many_objects_at_once(rig: Rig, store: ObjectStore) -> None:
     assert found == [content(500_000, n) for n in range(10)]
 
 
-async def test_missing_or_other_bytes_are_told(rig: Rig, store: ObjectStore) -> None:
+async def test_missing_or_other_bytes_raise(rig: Rig, store: ObjectStore) -> None:
     stored = await store.put("s1/x", pieces_of(content(3 * CHUNK)))
     with pytest.raises(Unreadable):
         await whole(store, stored._replace(sha256="0" * 64))
@@ -277,7 +277,7 @@ async def test_missing_or_other_bytes_are_told(rig: Rig, store: ObjectStore) -> 
         await whole(store, stored)
 
 
-async def test_an_empty_object_with_a_wrong_digest_is_told_too(store: ObjectStore) -> None:
+async def test_an_empty_object_with_a_wrong_digest_raises(store: ObjectStore) -> None:
     stored = await store.put("s1/x", pieces_of(b""))
     assert await whole(store, stored) == b""
     with pytest.raises(Unreadable):

@@ -146,30 +146,30 @@ async def test_no_wildcard_and_no_similar_name_opens_another_sandbox(server: Gua
         assert len(tried) > len(mine) // 2
 
 
-async def test_each_role_hears_what_it_may_and_nothing_else(server: Guarded) -> None:
+async def test_each_role_may_subscribe_to_its_subjects_and_nothing_else(server: Guarded) -> None:
     witness = await server.connect(WITNESS)
     for column in COLUMNS:
         player = await server.connect(player_of(column))
-        heard: list[str] = []
+        received: list[str] = []
 
-        async def hear(msg: Msg, heard: list[str] = heard) -> None:
-            heard.append(msg.subject)
+        async def on_message(msg: Msg, received: list[str] = received) -> None:
+            received.append(msg.subject)
 
         rows = rows_of(column, "subscribe")
         for row in rows:
-            await player.nc.subscribe(concrete(row, column), cb=hear)
+            await player.nc.subscribe(concrete(row, column), cb=on_message)
         may = {concrete(row, column) for row in rows if row.may(column)}
         tried = {concrete(row, column) for row in rows}
         assert await refusals(player) == {subject.lower() for subject in tried - may}, column
-        told = [re.sub(r">$", "x.y", subject).replace("*", OTHER) for subject in tried if subject[0] not in ">*"]
-        for subject in told:
+        published = [re.sub(r">$", "x.y", subject).replace("*", OTHER) for subject in tried if subject[0] not in ">*"]
+        for subject in published:
             await witness.nc.publish(subject, b"x")
         await witness.nc.flush()
         outside = {f"_INBOX_{player_of(column)}.x.y"} if column not in ("adapter", "operator", "platform") else set()
-        expected = {subject for subject in told if any(_matches(pattern, subject) for pattern in may)} - outside
-        await until(lambda: expected <= set(heard), f"{column} hears {expected}")  # noqa: B023
+        expected = {subject for subject in published if any(_matches(pattern, subject) for pattern in may)} - outside
+        await until(lambda: expected <= set(received), f"{column} hears {expected}")  # noqa: B023
         await player.nc.flush()
-        assert set(heard) == expected, column
+        assert set(received) == expected, column
 
 
 def _matches(pattern: str, subject: str) -> bool:
@@ -190,8 +190,8 @@ async def test_what_the_server_forbids_is_a_warning_in_the_log(tmp_path: Path) -
             async with linked(settings) as connection:
                 await (await connection.wait_connected(30)).publish("not.ours", b"")
                 await until(lambda: any("not.ours" in str(line.get("detail")) for line in logs), "it is told")
-        told = {(line["event"], line["log_level"]) for line in logs if line["log_level"] != "info"}
-        assert told >= {("bus.unreachable", "warning"), ("bus.error", "warning")}
+        logged = {(line["event"], line["log_level"]) for line in logs if line["log_level"] != "info"}
+        assert logged >= {("bus.unreachable", "warning"), ("bus.error", "warning")}
 
 
 async def test_a_message_of_a_sandbox_is_no_larger_than_a_piece_of_media(server: Guarded) -> None:
@@ -208,7 +208,7 @@ async def test_a_message_of_a_sandbox_is_no_larger_than_a_piece_of_media(server:
         await adapter.nc.flush()
 
 
-async def test_a_sandbox_is_told_that_its_command_is_stored(server: Guarded) -> None:
+async def test_a_sandbox_gets_the_ack_of_its_command(server: Guarded) -> None:
     """By the acknowledgement that answers a plain request: no JetStream API, in whichever account it is."""
     await with_streams(server)
     for who in (OWN, "agents"):

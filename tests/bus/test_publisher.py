@@ -99,14 +99,14 @@ class Reloaded(EmbeddedNats):
         config.write_text("\n".join([*lines, f"max_payload: {limit}", ""]))
         os.kill(self.pid, signal.SIGHUP)
 
-        async def told() -> bool:
+        async def has_new_limit() -> bool:
             nc = await nats.connect(self.url)
             try:
                 return nc.max_payload == limit
             finally:
                 await nc.close()
 
-        await eventually(told, "new clients are told")
+        await eventually(has_new_limit, "new clients are told")
 
 
 @pytest.fixture
@@ -119,7 +119,7 @@ async def reloaded(tmp_path: Path) -> AsyncIterator[Bus]:
     await made.server.stop()
 
 
-async def test_a_lowered_limit_for_messages_holds_up_nothing(reloaded: Bus) -> None:
+async def test_a_lowered_limit_for_messages_delays_nothing(reloaded: Bus) -> None:
     assert isinstance(reloaded.server, Reloaded)
     async with rig_on(reloaded) as rig:
         message = BusMessage("event", NAMES.event("s1", "receipt"), b"x" * 2000, {H_MSG_ID: "e0" * 100})
@@ -129,7 +129,7 @@ async def test_a_lowered_limit_for_messages_holds_up_nothing(reloaded: Bus) -> N
         assert rig.connection.epoch == 2, "the server has ended the first connection, and no other"
 
 
-async def test_what_the_client_will_not_write_is_refused_and_holds_up_nobody(rig: Rig) -> None:
+async def test_what_the_client_will_not_write_is_refused_and_delays_nobody(rig: Rig) -> None:
     acks = await rig.publisher.publish_all(
         [event(0), msgspec.structs.replace(event(1), headers={"(odd)": "x"}), event(2)]
     )
@@ -180,7 +180,7 @@ async def others_go_on(rig: Rig, first: int = 0) -> None:
     assert await rig.read(NAMES.stream_in, inbox) == [b"%d" % number for number in range(first + 20)]
 
 
-async def test_a_stream_that_is_deleted_holds_up_what_is_written_to_it_and_nothing_else(rig: Rig) -> None:
+async def test_a_deleted_stream_delays_what_is_written_to_it_and_nothing_else(rig: Rig) -> None:
     (wanted,) = [w for w in topology.wanted_streams(NAMES, rig.bus.settings) if w.name == NAMES.stream_event]
     await others_go_on(rig)
     await rig.connection.api_request(f"STREAM.DELETE.{NAMES.stream_event}")
@@ -196,8 +196,8 @@ async def test_a_stream_that_is_deleted_holds_up_what_is_written_to_it_and_nothi
         async with asyncio.timeout(PATIENCE_S):
             await asyncio.gather(waiting, later, writable)
     assert await rig.read(NAMES.stream_event, ">") == [b"0", b"1", b"2"]
-    told = [(line["event"], line["stream"]) for line in logs if line["event"].startswith("publish.")]
-    assert told == [("publish.retrying", "WECHAT_EVENT"), ("publish.resumed", "WECHAT_EVENT")]
+    logged = [(line["event"], line["stream"]) for line in logs if line["event"].startswith("publish.")]
+    assert logged == [("publish.retrying", "WECHAT_EVENT"), ("publish.resumed", "WECHAT_EVENT")]
 
 
 async def test_a_stream_that_is_full_refuses_and_the_others_go_on(rig: Rig) -> None:
@@ -215,7 +215,7 @@ async def test_a_stream_that_is_full_refuses_and_the_others_go_on(rig: Rig) -> N
     await rig.publisher.publish(large)
 
 
-async def test_a_stream_without_a_leader_holds_up_what_is_written_to_it_and_nothing_else(tmp_path: Path) -> None:
+async def test_a_stream_without_a_leader_delays_what_is_written_to_it_and_nothing_else(tmp_path: Path) -> None:
     """It lies on one server of three, which dies; the others have a leader again after some seconds."""
     with in_memory(tmp_path / "nats"):
         async with NatsCluster(tmp_path / "nats") as cluster:

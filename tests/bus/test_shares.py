@@ -48,7 +48,7 @@ async def test_a_sandbox_above_its_share_waits_for_the_next_second_and_others_do
     assert loop.time() == began + 1
 
 
-async def test_refusals_are_told_so_many_times_a_second() -> None:
+async def test_refusals_are_answered_a_bounded_number_of_times_a_second() -> None:
     shares = RequestQuota(1)
     with capture_logs() as logs:
         for _ in range(2):

@@ -85,14 +85,14 @@ async def test_a_server_of_another_authority_is_not_believed(tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize("by", ["the URL", "the authority"])
-async def test_who_asks_for_tls_tells_nothing_to_a_server_that_does_not_offer_it(tmp_path: Path, by: str) -> None:
+async def test_a_client_that_wants_tls_sends_nothing_to_a_server_without_it(tmp_path: Path, by: str) -> None:
     """The greeting is not encrypted, and may be another's than the server's: nats-py would send the password then."""
-    heard = bytearray()
+    received = bytearray()
 
     async def greet(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         writer.write(b'INFO {"server_id":"x","version":"2.14.0","max_payload":1048576,"headers":true}\r\n')
         while data := await reader.read(4096):
-            heard.extend(data)
+            received.extend(data)
             if b"PING\r\n" in data:
                 writer.write(b"PONG\r\n")
             elif not data.startswith(b"CONNECT"):  # a handshake, which nats-server ends so
@@ -108,8 +108,8 @@ async def test_who_asks_for_tls_tells_nothing_to_a_server_that_does_not_offer_it
         async with linked(replace(settings, nats_user="me", nats_password="not to be heard")) as connection:
             await until(lambda: connection.is_connected or "SSL" in connection.down_reason, "it has tried")
             assert not connection.is_connected
-    assert heard
-    assert b"not to be heard" not in heard
+    assert received
+    assert b"not to be heard" not in received
 
 
 async def test_who_asks_for_tls_has_it_of_a_server_that_leaves_it_open(tmp_path: Path) -> None:

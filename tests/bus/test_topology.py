@@ -211,7 +211,7 @@ async def test_a_bucket_that_may_lose_its_keys_stops_the_start_until_a_repair_ke
         assert await rig.bucket(NAMES.conversations).update("s1.u1", b"2", kept, ttl_s=60) > kept
 
 
-async def test_an_operators_own_limits_are_only_told_and_never_changed(bus: Bus) -> None:
+async def test_an_operators_own_limits_are_reported_and_never_changed(bus: Bus) -> None:
     async with rig_on(bus, streams=False) as rig:
         (wanted,) = [w for w in topology.wanted_streams(NAMES, bus.settings) if w.name == NAMES.stream_in]
         await rig.connection.api_request(f"STREAM.CREATE.{wanted.name}", {**wanted.config, "max_msgs_per_subject": 7})
@@ -255,7 +255,7 @@ async def test_a_creation_that_was_cut_short_is_completed(bus: Bus) -> None:
         (b"?", "layout 0, this program has 1: run `wechat-nats doctor --fix`"),
     ],
 )
-async def test_streams_of_another_layout_are_told_by_who_starts_and_by_who_runs(
+async def test_streams_of_another_layout_are_reported_at_the_start_and_while_running(
     bus: Bus, value: bytes, advice: str
 ) -> None:
     async with rig_on(bus, streams=False) as rig:
@@ -281,7 +281,7 @@ async def test_a_server_that_is_too_old_is_refused(level: int | None) -> None:
     assert "2.14" in caught.value.detail
 
 
-async def test_a_user_without_jetstream_is_told_so() -> None:
+async def test_a_user_without_jetstream_gets_that_error() -> None:
     class Forbidden(OldServer):
         async def api_request(
             self, verb: str, body: dict[str, Any] | None = None, timeout_s: float = 5.0
@@ -312,20 +312,20 @@ async def test_a_sandboxs_shard_is_the_servers(rig: Rig) -> None:
 
 async def test_what_is_stored_inbound_reaches_a_plain_subscriber_with_its_sequence(rig: Rig) -> None:
     nc = await rig.bus.client()
-    heard = await nc.subscribe(NAMES.live("s1"))
+    live = await nc.subscribe(NAMES.live("s1"))
     await nc.flush()
     for number in range(2):
         await rig.publisher.publish(
             BusMessage("in", NAMES.inbox("s1"), str(number).encode(), {H_MSG_ID: f"i{number}"})
         )
     await rig.publisher.publish(BusMessage("in", NAMES.inbox("s1"), b"1", {H_MSG_ID: "i1"}))
-    first, second = await heard.next_msg(5), await heard.next_msg(5)
+    first, second = await live.next_msg(5), await live.next_msg(5)
     assert (first.data, second.data) == (b"0", b"1")
     assert second.headers is not None
     seq = await rig.first(NAMES.stream_in)
     assert (second.headers["Nats-Sequence"], second.headers["Nats-Last-Sequence"]) == (str(seq + 1), str(seq))
     with pytest.raises(nats.errors.TimeoutError):
-        await heard.next_msg(0.1)
+        await live.next_msg(0.1)
     await nc.close()
 
 

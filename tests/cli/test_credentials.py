@@ -45,7 +45,7 @@ UNUSABLE = {
 
 
 @pytest.mark.parametrize(("field", "content"), UNUSABLE.values(), ids=UNUSABLE)
-async def test_what_cannot_be_used_is_told_by_the_name_of_its_setting(
+async def test_credentials_that_cannot_be_used_are_reported_by_their_setting(
     cli: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, field: str, content: bytes
 ) -> None:
     file = tmp_path / "secret"
@@ -65,7 +65,7 @@ async def test_what_cannot_be_used_is_told_by_the_name_of_its_setting(
         assert text not in caught.value.detail + result.err
 
 
-async def test_a_file_that_has_gone_is_told_too(tmp_path: Path) -> None:
+async def test_a_missing_file_is_reported_too(tmp_path: Path) -> None:
     for field in ("nats_creds", "nats_nkey", "nats_ca", "nats_cert"):
         with pytest.raises(Temporary, match=field.upper()):
             connect_options(msgspec.structs.replace(Settings(), **{field: str(tmp_path / "gone")}), "test", [])

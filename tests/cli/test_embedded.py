@@ -174,7 +174,7 @@ def test_commands_find_its_address_where_nothing_else_is_said(
     assert (settings_here().nats_url == ("nats://a1@127.0.0.1:4333",)) is found
 
 
-async def test_systemd_is_told_when_it_is_ready_and_when_it_stops(tmp_path: Path) -> None:
+async def test_systemd_is_notified_when_it_is_ready_and_when_it_stops(tmp_path: Path) -> None:
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager:
         manager.bind(f"\0{tmp_path}")  # an abstract one, since the path of a file is limited to 107 bytes
         manager.setblocking(False)

@@ -92,7 +92,7 @@ async def test_what_is_bound_can_be_listed(sim: Simulator, cli: Command) -> None
     assert row["options"] == {"auto_typing": True, "media": True}
 
 
-async def test_a_user_who_has_a_bot_is_told_so(sim: Simulator) -> None:
+async def test_a_user_who_has_a_bot_gets_that_message(sim: Simulator) -> None:
     async with started("login", "s1") as process:
         sim.confirm(await code_of(sim))
         await process.communicate()

@@ -54,7 +54,9 @@ DEAF = {
 }
 
 
-async def test_what_an_adapters_user_may_not_hear_is_told_before_anything_is_sent(cli: Command, scene: Scene) -> None:
+async def test_subjects_that_an_adapter_may_not_subscribe_to_are_reported_before_sending(
+    cli: Command, scene: Scene
+) -> None:
     scene.enter("adapter")
     for arguments, subject in DEAF.values():
         result = await cli(*arguments)
@@ -85,7 +87,7 @@ FORBIDDEN = {
 }
 
 
-async def test_what_it_may_not_ask_or_store_is_told(cli: Command, scene: Scene) -> None:
+async def test_requests_and_writes_that_it_may_not_make_are_reported(cli: Command, scene: Scene) -> None:
     scene.enter("s1")
     for arguments, subject in FORBIDDEN.items():
         result = await cli(*arguments.split())
@@ -109,7 +111,7 @@ async def test_for_an_answer_that_is_forbidden_nobody_waits(scene: Scene) -> Non
             await bus.request_service("bindings.list", BindingsQuery(), BindingsPage, timeout_s=3600.0)
 
 
-async def test_who_may_fix_is_told_to_an_operator(cli: Command, scene: Scene) -> None:
+async def test_an_operator_is_told_which_user_may_fix(cli: Command, scene: Scene) -> None:
     """It was told that JetStream did not answer."""
     scene.enter("operator")
     result = await cli("doctor", "--fix")
@@ -118,7 +120,7 @@ async def test_who_may_fix_is_told_to_an_operator(cli: Command, scene: Scene) ->
 
 
 @pytest.mark.parametrize("arguments", [["send", "s1", "hello"], ["bindings"], ["tail"]], ids=" ".join)
-async def test_a_foreign_inbox_prefix_is_told_by_its_setting(
+async def test_a_foreign_inbox_prefix_is_reported_by_its_setting(
     cli: Command, scene: Scene, arguments: list[str]
 ) -> None:
     scene.enter("operator", NATS_INBOX_PREFIX="_INBOX")

@@ -54,8 +54,8 @@ async def test_the_story_of_a_message_from_the_phone_to_the_answers(
     assert {ident for step, ident in steps if step == "receipt"} == {"named", "traced", "own", "broken"}
     assert [ident for step, ident in steps if step == "dead"] == ["broken"]
     assert [row["at_ms"] for row in story.rows[2:]] == sorted(row["at_ms"] for row in story.rows[2:])
-    told = [row for row in story.rows if row["step"] in ("published", "receipt")]
-    traces = {row["id"]: row["traceparent"] for row in told}
+    published = [row for row in story.rows if row["step"] in ("published", "receipt")]
+    traces = {row["id"]: row["traceparent"] for row in published}
     assert traces["own"] == AUTHORS
     assert {traces[ident][:36] for ident in (message["id"], "named", "traced")} == {trace[:36]}
     assert traces["named"] != trace

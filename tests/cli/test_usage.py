@@ -187,7 +187,7 @@ async def test_a_reader_who_has_read_enough_is_no_failure(arguments: tuple[str, 
     assert (process.returncode, err) == (0, b"")
 
 
-async def test_what_is_not_utf_8_is_told_in_a_line() -> None:
+async def test_input_that_is_not_utf_8_is_reported_in_a_line() -> None:
     async with started("send", "s1", "-", stdin=asyncio.subprocess.PIPE) as process:
         _, err = await process.communicate(b"caf\xe9")
     async with started("send", "s1", os.fsdecode(b"caf\xe9")) as other:
@@ -245,7 +245,7 @@ main()
 """
 
 
-async def test_a_bug_that_nobody_caught_tells_no_secret() -> None:
+async def test_the_message_of_an_uncaught_bug_has_no_secret() -> None:
     """Of the main thread, of another one, and of what Python only mentions."""
     secret = "b0f5860fdecb@im.bot:06canary06canary"
     process = await asyncio.create_subprocess_exec(

@@ -109,7 +109,7 @@ class FakeObjects:
         """So many more questions fail."""
         self.reads = 0
         self.piece_bytes = 1000
-        self.told: dict[str, tuple[str, str]] = {}
+        self.described: dict[str, tuple[str, str]] = {}
         """Type and title of what was put."""
         self.puts: list[str] = []
         self.on_put: Callable[[str], Awaitable[None]] | None = None
@@ -149,7 +149,7 @@ class FakeObjects:
         if name not in self.stored:
             if ensure_owner is not None:
                 ensure_owner()
-            self.stored[name], self.told[name] = data, describe(data)
+            self.stored[name], self.described[name] = data, describe(data)
             self._journal.append("object")
         data = self.stored[name]
         return StoredObject(name, "chunks", len(data), hashlib.sha256(data).hexdigest())

@@ -53,7 +53,7 @@ class Rig:
         await self.ilink.close()
         await self.cdn.close()
 
-    async def hear(self, kind: str, content: bytes, **fields: Any) -> MediaRef:
+    async def receive(self, kind: str, content: bytes, **fields: Any) -> MediaRef:
         """A medium of the user, as the poll brings it."""
         self.sim.say_media(self.bot.user, kind, content, **fields)
         polled = await self.ilink.poll(self.account, "", 1000)
@@ -111,7 +111,7 @@ async def rig() -> AsyncIterator[Rig]:
 @pytest.mark.parametrize("kind", ["image", "voice", "file", "video"])
 @pytest.mark.parametrize("key_form", ["usual", "hex", "raw_base64", "hex_base64", "none"])
 async def test_media_of_every_kind_and_key_come_down(rig: Rig, kind: str, key_form: str) -> None:
-    fetch = await rig.hear(kind, HELLO, key_form=key_form)
+    fetch = await rig.receive(kind, HELLO, key_form=key_form)
     assert await whole(rig.cdn.download(fetch)) == HELLO
     assert await whole(rig.cdn.download(fetch._replace(url=""))) == HELLO, "by reference"
 
@@ -119,7 +119,7 @@ async def test_media_of_every_kind_and_key_come_down(rig: Rig, kind: str, key_fo
 @pytest.mark.parametrize("size", [0, 1, 16, 65_535, 65_536, LARGEST])
 async def test_media_of_any_size_come_down(rig: Rig, size: int) -> None:
     content = bytes(i % 251 for i in range(size))
-    assert await whole(rig.cdn.download(await rig.hear("file", content))) == content
+    assert await whole(rig.cdn.download(await rig.receive("file", content))) == content
     assert rig.metrics.value("media_bytes_total", direction="in") == size
     assert rig.transfers("in", "ok") == rig.requests("cdn_download", "ok") == 1
     assert rig.metrics.value("media_duration_seconds_count", direction="in") == 1
@@ -127,7 +127,7 @@ async def test_media_of_any_size_come_down(rig: Rig, size: int) -> None:
 
 @pytest.mark.parametrize("key_form", ["usual", "none"])
 async def test_media_above_the_limit_are_not_fetched(rig: Rig, key_form: str) -> None:
-    fetch = await rig.hear("file", bytes(LARGEST + 1), key_form=key_form)
+    fetch = await rig.receive("file", bytes(LARGEST + 1), key_form=key_form)
     assert await failure(whole(rig.cdn.download(fetch))) == (Refused, "too_large")
     assert rig.transfers("in", "failed") == 1
 
@@ -145,7 +145,7 @@ async def test_media_above_the_limit_are_not_fetched(rig: Rig, key_form: str) ->
 async def test_f25_a_download_fails(
     rig: Rig, params: dict[str, Any], expected: tuple[type[AdapterError], str], outcome: str
 ) -> None:
-    fetch = await rig.hear("file", HELLO)
+    fetch = await rig.receive("file", HELLO)
     rig.sim.set_fault(FaultRule(fault="F25", params=params))
     assert await failure(whole(rig.cdn.download(fetch))) == expected
     assert rig.requests("cdn_download", outcome) == 1
@@ -168,7 +168,7 @@ async def test_a_link_that_may_not_be_followed_is_not(rig: Rig, fetch: MediaRef)
 
 
 async def test_environment_proxies_are_passed_by(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
-    fetch = await rig.hear("file", HELLO)
+    fetch = await rig.receive("file", HELLO)
     for name in ("HTTP_PROXY", "http_proxy", "ALL_PROXY"):
         monkeypatch.setenv(name, "http://127.0.0.1:9")
     other = Rig(rig.sim)
@@ -224,7 +224,7 @@ def answering(head: str, *bodies: bytes, then: Callable[[], Awaitable[object]] |
     return serve
 
 
-async def test_a_length_that_is_not_told_is_counted(rig: Rig) -> None:
+async def test_a_body_without_a_length_is_counted(rig: Rig) -> None:
     sent = 0
 
     async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -285,20 +285,20 @@ async def test_a_stall_ends_a_download(rig: Rig) -> None:
 @pytest.mark.parametrize("begun", [b"HTTP/1.1 200 OK\r\nx-slow: ", b"HTTP/1.1 200 OK\r\n\r\n"], ids=["head", "body"])
 async def test_a_download_that_comes_byte_by_byte_ends(rig: Rig, begun: bytes) -> None:
     """No pause is a stall, and the place is held for others."""
-    told, bytes_told = 0, 300
+    sent, bytes_told = 0, 300
 
     async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        nonlocal told
+        nonlocal sent
         await reader.readuntil(b"\r\n\r\n")
         writer.write(begun)
         for _ in range(bytes_told):
             writer.write(b"a")
             await writer.drain()
-            told += 1
+            sent += 1
             await asyncio.sleep(0.01)
 
     assert await failure(fetch_from(rig, serve, stall_s=0.2)) == (Temporary, "timeout")
-    assert told < bytes_told
+    assert sent < bytes_told
 
 
 async def test_a_download_may_take_long_where_bytes_come_or_nobody_takes_them(rig: Rig) -> None:
@@ -442,7 +442,7 @@ async def test_a_user_that_is_no_peer_gets_no_place_to_upload_to(rig: Rig) -> No
     assert rig.requests("getuploadurl", "ret_other") == 1
 
 
-async def test_a_stale_token_is_told_as_such(rig: Rig) -> None:
+async def test_a_stale_token_raises_session_expired(rig: Rig) -> None:
     rig.sim.kill_token(rig.bot.bot)
     assert await failure(rig.upload(HELLO)) == (SessionExpired, "needs_login")
 
@@ -542,16 +542,16 @@ async def test_an_upload_is_read_as_fast_as_it_is_sent(rig: Rig) -> None:
 
 async def test_an_upload_that_is_answered_byte_by_byte_ends(rig: Rig) -> None:
     """No pause is a stall, and the answer has no end in sight."""
-    told, bytes_told = 0, 300
+    sent, bytes_told = 0, 300
 
     async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        nonlocal told
+        nonlocal sent
         await reader.readuntil(b"\r\n\r\n")
         writer.write(b"HTTP/1.1 200 OK\r\nx-slow: ")
         for _ in range(bytes_told):
             writer.write(b"a")
             await writer.drain()
-            told += 1
+            sent += 1
             await asyncio.sleep(0.01)
 
     async with server(serve) as host:
@@ -561,7 +561,7 @@ async def test_an_upload_that_is_answered_byte_by_byte_ends(rig: Rig) -> None:
         assert await failure(other.upload(HELLO)) == (Refused, "media")
         assert other.requests("cdn_upload", "timeout") == 3
         await other.close()
-    assert told < bytes_told
+    assert sent < bytes_told
 
 
 async def failure(work: Awaitable[object]) -> tuple[type[AdapterError], str]:

@@ -103,7 +103,7 @@ def test_keys_stand_in_four_ways(aes_key: str | None, hex_key: str | None, key: 
         (None, "0" * 32 + "\n"),
     ],
 )
-def test_a_key_of_no_known_form_is_told_and_not_shown(aes_key: str | None, hex_key: str | None) -> None:
+def test_a_key_of_no_known_form_is_an_error_that_does_not_show_it(aes_key: str | None, hex_key: str | None) -> None:
     with pytest.raises(Refused) as caught:
         read_key(aes_key, hex_key)
     assert caught.value.reason == "corrupt"

@@ -155,7 +155,7 @@ async def test_a_send_alone_may_not_be_asked_twice(monkeypatch: pytest.MonkeyPat
         "200 in broken gzip",
     ],
 )
-async def test_what_a_send_may_have_done_is_told_apart(
+async def test_failures_of_a_send_say_whether_it_may_have_arrived(
     monkeypatch: pytest.MonkeyPatch, answer: IlinkReply | Exception, expected: object
 ) -> None:
     answering = Answering(monkeypatch, answer)

@@ -399,7 +399,7 @@ def test_a_call_that_is_given_up_in_its_handshake_leaves_no_connection(loop: str
         runner.run(talk())
 
 
-async def test_thousands_of_calls_hold_up_none(server: Server) -> None:
+async def test_thousands_of_calls_delay_none(server: Server) -> None:
     """Logins are held for half a minute each; a start notifies of thousands of bots."""
     parked = asyncio.Event()
 

@@ -248,7 +248,7 @@ def test_only_an_answer_of_bounded_size_is_repaired() -> None:
     [["x"] * 3000, {"a": "token-of-bot" * 1000}, "x" * 3000, 5, "token-of-bot"],
     ids=["list", "object", "text", "number", "secret"],
 )
-def test_words_are_told_shortly_and_without_the_secrets_of_the_request(said: object) -> None:
+def test_error_messages_are_short_and_without_the_secrets_of_the_request(said: object) -> None:
     with pytest.raises(Temporary) as caught:
         read_updates(replace(reply({"ret": -9, "errmsg": said}), secrets=("token-of-bot",)), polled_s=1)
     assert len(caught.value.detail) < 250
@@ -301,7 +301,7 @@ def test_a_stale_token_is_one_also_in_quotes() -> None:
 
 
 @pytest.mark.parametrize("secret", ["no-usual-token:0b1c2d", "0b1c2d", "any context"])
-def test_an_error_message_tells_no_secret_of_its_request_whatever_it_looks_like(secret: str) -> None:
+def test_an_error_message_has_no_secret_of_its_request_whatever_it_looks_like(secret: str) -> None:
     request = protocol.message_request(
         "no-usual-token:0b1c2d", 1, {}, user="u", client_id="c", context_token="any context"
     )
@@ -313,7 +313,7 @@ def test_an_error_message_tells_no_secret_of_its_request_whatever_it_looks_like(
     assert secret[:4] not in caught.value.detail + caught.value.errmsg
 
 
-def test_an_error_message_that_quotes_the_cursor_tells_no_token() -> None:
+def test_an_error_message_that_quotes_the_cursor_has_no_token() -> None:
     """It stands in there, in base64."""
     cursor = base64.b64encode(b"\n\x02\x08\x01\x12\x16b1@im.bot:060000secret").decode()
     request = protocol.updates_request("b1@im.bot:060000secret", cursor, 1)
@@ -324,7 +324,7 @@ def test_an_error_message_that_quotes_the_cursor_tells_no_token() -> None:
 
 
 @pytest.mark.parametrize("status", [200, 401])
-def test_an_error_message_of_a_poll_tells_no_token_of_a_user(status: int) -> None:
+def test_an_error_message_of_a_poll_has_no_token_of_a_user(status: int) -> None:
     """The request has none of them, and their form is iLink's to choose."""
     with pytest.raises(SessionExpired) as caught:
         read_updates(reply({"errcode": -14, "errmsg": f"context {'qZ8+' * 30}== is dead"}, status), polled_s=1)
@@ -348,7 +348,7 @@ def test_where_ilink_says_no_words_there_are_none() -> None:
     assert caught.value.detail == "iLink answered -2"
 
 
-def test_an_error_message_that_quotes_the_request_tells_no_secret() -> None:
+def test_an_error_message_that_quotes_the_request_has_no_secret() -> None:
     with pytest.raises(SessionExpired) as caught:
         read_updates(reply({"errcode": -14, "errmsg": "token b1@im.bot:060000secret is dead"}), polled_s=1)
     assert "secret" not in caught.value.detail + caught.value.errmsg
@@ -684,14 +684,14 @@ def test_media_go_out_in_the_official_least_shape(kind: MediaKind, item: dict[st
     assert msgspec.json.decode(request.body)["msg"] == text | {"item_list": [item]}
 
 
-def test_the_words_of_the_cdn_are_cut_to_what_may_be_told() -> None:
+def test_the_cdns_error_message_is_cut_to_what_may_be_shown() -> None:
     headers = {
         "x-error-code": "-5102031",
         "x-error-message": "illegal\x1b[2J content " + "A" * 40 + " é " + "b " * 500,
     }
-    told = protocol.cdn_refusal(400, headers)
-    assert (told.reason, len(told.detail) < 300) == ("media", True)
-    assert told.detail.startswith("The CDN refused the upload: HTTP 400 -5102031 illegal [2J content …")
+    refusal = protocol.cdn_refusal(400, headers)
+    assert (refusal.reason, len(refusal.detail) < 300) == ("media", True)
+    assert refusal.detail.startswith("The CDN refused the upload: HTTP 400 -5102031 illegal [2J content …")
     assert protocol.cdn_refusal(403, {}).detail == "The CDN refused the upload: HTTP 403"
 
 

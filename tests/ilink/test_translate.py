@@ -98,7 +98,7 @@ ROWS = [
 
 
 @pytest.mark.parametrize("row", ROWS, ids=lambda row: row.name)
-def test_a_message_is_told_in_the_words_of_the_bus(row: Row) -> None:
+def test_a_message_is_translated_to_that_of_the_bus(row: Row) -> None:
     found = said(row.name)
     assert (found.text, found.items, found.kind, found.quote) == (row.text, row.items, row.kind, row.quote)
     assert (found.user, found.echo, found.broken) == (USER, False, "")
@@ -222,9 +222,9 @@ def test_a_text_with_the_fields_that_ilink_sends_takes_the_short_way() -> None:
 @pytest.mark.parametrize("name", ["button_item_list", "at_bot_username_list"])
 def test_a_list_that_was_always_empty_counts_once_it_is_not(name: str) -> None:
     item = AS_CAPTURED | {name: [{"something": 1}]}
-    told = read_message(changed("text", item_list=[item]))
-    assert told.text == "hello"
-    assert told.keys.content != said("text").keys.content
+    message = read_message(changed("text", item_list=[item]))
+    assert message.text == "hello"
+    assert message.keys.content != said("text").keys.content
 
 
 @given(st.text())
@@ -327,12 +327,12 @@ def test_a_key_is_read_in_every_form(kind: str, media: dict[str, Any], fields: d
 
 
 @pytest.mark.parametrize(
-    ("told", "size"), [("14", 14), (14, 14), ("", 0), (-1, 0), ("-1", 0), ("1e3", 0), (True, 0), ([], 0), (2**53, 0)]
+    ("given", "size"), [("14", 14), (14, 14), ("", 0), (-1, 0), ("-1", 0), ("1e3", 0), (True, 0), ([], 0), (2**53, 0)]
 )
-def test_a_size_that_cannot_be_read_is_not_told(told: Any, size: int) -> None:
+def test_a_size_that_cannot_be_read_is_left_out(given: Any, size: int) -> None:
     """And costs the message nothing."""
     for kind, field in (("file", "len"), ("video", "video_size")):
-        found = with_media(kind, {"full_url": URL}, **{field: told})
+        found = with_media(kind, {"full_url": URL}, **{field: given})
         assert ([fetch.size for fetch in found.fetches], found.broken) == ([size], "")
 
 
@@ -402,7 +402,7 @@ def test_the_same_picture_under_another_url_is_the_same_content() -> None:
     assert with_media("image", {"full_url": URL}).keys.content != with_media("image", {"full_url": "x"}).keys.content
 
 
-def test_a_text_that_was_cut_in_the_middle_of_a_character_is_told() -> None:
+def test_a_text_that_was_cut_in_the_middle_of_a_character_is_translated() -> None:
     """The official client reads it so: JavaScript's decoder never fails."""
     raw = sample("text").replace(b'"hello"', b'"hello \xe4\xbd","ref_msg":{"title":"\xe4\xbd"}')
     found = read_message(raw)
@@ -515,7 +515,7 @@ def test_a_sender_of_a_wrong_type_is_who_it_says_or_nobody(value: str) -> None:
 
 
 @pytest.mark.parametrize("value", VALUES)
-def test_a_text_of_a_wrong_type_is_told_as_it_is_written(value: str) -> None:
+def test_a_text_of_a_wrong_type_is_passed_on_as_written(value: str) -> None:
     """Words that cannot be read are told as such, and kept whole for a person."""
     payload = b'{"text":%b}' % VALUES[value]
     found = read_message(spoilt("text_item", payload, of_item=True))
@@ -536,7 +536,7 @@ def test_a_payload_of_a_wrong_type_costs_no_other_item(value: str) -> None:
 
 
 @pytest.mark.parametrize("value", [value for value in VALUES if value not in ("null", "list")])
-def test_items_of_a_wrong_type_are_told_as_something(value: str) -> None:
+def test_items_of_a_wrong_type_become_unsupported_items(value: str) -> None:
     found = read_message(spoilt("item_list", VALUES[value]))
     assert (found.user, found.text, found.kind) == (USER, "", "unsupported")
     assert found.items == [UnsupportedItem(type=0, reason="malformed")]
@@ -673,7 +673,7 @@ QUOTES: list[tuple[str, Any, Quote | None, tuple[str, ...]]] = [
 
 
 @pytest.mark.parametrize(("ref", "quote", "ids"), [row[1:] for row in QUOTES], ids=[row[0] for row in QUOTES])
-def test_a_quote_tells_what_is_known_and_costs_no_message_its_words(
+def test_a_quote_has_what_is_known_and_costs_no_message_its_text(
     ref: Any, quote: Quote | None, ids: tuple[str, ...]
 ) -> None:
     found = quoting(ref)

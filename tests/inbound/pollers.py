@@ -26,7 +26,7 @@ def raw(text: str = "hello", number: int = 1, **fields: Any) -> bytes:
     return raw_message(number, {"type": 1, "text_item": {"text": text}}, **fields)
 
 
-def tended(bench: Bench, **changes: Any) -> tuple[BotPoller, asyncio.Task[None]]:
+def start_poller(bench: Bench, **changes: Any) -> tuple[BotPoller, asyncio.Task[None]]:
     """A poller as the supervisor runs it."""
     session = bench.new_poller(BOT, **changes)
     return session, asyncio.get_running_loop().create_task(session.run())
@@ -35,7 +35,7 @@ def tended(bench: Bench, **changes: Any) -> tuple[BotPoller, asyncio.Task[None]]
 async def polls(bench: Bench, **changes: Any) -> BotPoller:
     """Polls until the script ends, and leaves. `bench.bus.writes` begins after the taking."""
     ends_at = len(bench.chat.asked) + len(bench.chat.polls) + 1
-    session, task = tended(bench, **changes)
+    session, task = start_poller(bench, **changes)
     while not bench.chat.polling:
         await asyncio.sleep(0.01)
     bench.bus.writes.clear()
@@ -55,7 +55,7 @@ class Replica:
 
     def __init__(self, bench: Bench, **changes: Any) -> None:
         self.bench = bench
-        self.session, self.poller = tended(bench, **changes)
+        self.session, self.poller = start_poller(bench, **changes)
 
     async def leave(self) -> None:
         self.session.stop(immediately=True)
@@ -76,12 +76,12 @@ class Replica:
 async def nothing(**_: int) -> None: ...
 
 
-def heir_to(bench: Bench, name: str = "heir-1") -> Bench:
+def successor_of(bench: Bench, name: str = "next-1") -> Bench:
     """Another replica of the world, after the server has forgotten all ids (its window is two minutes)."""
     bench.bus.forget_ids()
-    heir = Bench(bench, incarnation=name)
-    heir.leases.proven_dead.add(bench.leases.incarnation)
-    return heir
+    successor = Bench(bench, incarnation=name)
+    successor.leases.proven_dead.add(bench.leases.incarnation)
+    return successor
 
 
 async def set_owner(bench: Bench, owner: str, **position: Any) -> None:

@@ -17,7 +17,18 @@ from adapter.inbound.poller import UNSAVED_S, BotPoller, State
 from adapter.ports import BusMessage, Polled
 from adapter.security.seal import Sealer, cursor_context
 from tests.fakes import Bench, Failing, batch, ready
-from tests.inbound.pollers import BOT, STALE, Poller, Replica, heir_to, polls, raw, set_owner, tended, texts
+from tests.inbound.pollers import (
+    BOT,
+    STALE,
+    Poller,
+    Replica,
+    polls,
+    raw,
+    set_owner,
+    start_poller,
+    successor_of,
+    texts,
+)
 from tests.newer import made_newer
 
 VIRTUAL_TIME = True
@@ -41,7 +52,7 @@ async def taken(bench: Bench, poller: Poller) -> tuple[BotPoller, Checkpoint]:
 
 async def test_a_bot_is_taken_and_released_by_a_write(poller: Poller) -> None:
     bench = await ready()
-    session, task = tended(bench)
+    session, task = start_poller(bench)
     await asyncio.sleep(1)
     assert (writes(bench), (await bench.checkpoint()).owner) == (1, "me-1")
     session.stop(immediately=True)
@@ -99,7 +110,7 @@ async def test_it_is_written_though_no_poll_is_answered_any_more(answer: Excepti
     assert (position.cursor, position.inbox_seq, len(position.prints)) == ("b", 1, SIZE)
 
 
-async def test_a_write_holds_up_no_poll_until_it_has_failed_for_long(poller: Poller) -> None:
+async def test_a_write_delays_no_poll_until_it_has_failed_for_long(poller: Poller) -> None:
     bench = await ready(
         *[batch(raw(f"t{n}", n), cursor=f"c{n}") for n in range(SAVE_AFTER_NEW)], *[None, batch(cursor=None)] * 50
     )
@@ -153,7 +164,7 @@ async def test_it_knows_only_messages_that_the_inbox_has(poller: Poller) -> None
 
 async def test_it_keeps_the_last_hundred_or_so_fingerprints_of_the_last_hour(poller: Poller) -> None:
     bench = await ready(batch(*(raw(f"t{number}", number) for number in range(200)), cursor="b"))
-    session, task = tended(bench)
+    session, task = start_poller(bench)
     await asyncio.sleep(5)
     assert len((await bench.checkpoint()).position.prints) == KEEP * SIZE
     await asyncio.sleep(3601)
@@ -162,20 +173,20 @@ async def test_it_keeps_the_last_hundred_or_so_fingerprints_of_the_last_hour(pol
     assert (await bench.checkpoint()).position.prints == b""
 
 
-async def test_what_the_inbox_had_and_let_go_is_not_told_again_by_the_next_owner() -> None:
+async def test_what_the_inbox_had_and_evicted_is_not_stored_again_by_the_next_owner() -> None:
     """With other ids, after the server forgot the old ones."""
     many = 2 * SAVE_AFTER_NEW
     bench = await ready(*[batch(raw(f"t{n}", n), cursor=f"c{n}") for n in range(many)])
     replica = Replica(bench)
     await asyncio.sleep(30)
     await replica.die()
-    heir = heir_to(bench)
-    heir.bus.kept = [kept for kept in heir.bus.kept if kept.stream != "WECHAT_IN"]
+    successor = successor_of(bench)
+    successor.bus.kept = [kept for kept in successor.bus.kept if kept.stream != "WECHAT_IN"]
     again = (raw(f"t{n}", n, message_id=n + 1, client_id=f"x{n}") for n in range(many))
-    heir.chat.polls.append(batch(*again, raw("new", many)))
-    replica = Replica(heir)
+    successor.chat.polls.append(batch(*again, raw("new", many)))
+    replica = Replica(successor)
     await asyncio.sleep(30)
-    assert texts(heir) == ["new"]
+    assert texts(successor) == ["new"]
     await replica.leave()
 
 
@@ -184,11 +195,11 @@ async def test_a_stale_cursor_makes_ilink_repeat_what_is_known() -> None:
     replica = Replica(bench)
     await asyncio.sleep(5)
     await replica.die()
-    heir = heir_to(bench)
-    heir.chat.polls.append(batch(raw("t1", 1), raw("t2", 2), raw("t3", 3), cursor="d"))
-    replica = Replica(heir)
+    successor = successor_of(bench)
+    successor.chat.polls.append(batch(raw("t1", 1), raw("t2", 2), raw("t3", 3), cursor="d"))
+    replica = Replica(successor)
     await asyncio.sleep(5)
-    assert (heir.chat.asked[-2:], texts(heir)) == (["", "d"], ["t1", "t2", "t3"])
+    assert (successor.chat.asked[-2:], texts(successor)) == (["", "d"], ["t1", "t2", "t3"])
     await replica.leave()
 
 
@@ -268,11 +279,11 @@ async def test_the_position_is_sealed_and_the_next_owner_opens_it_with_an_older_
     sealer = Sealer((bytes(32),))
     start = sealer.seal(cursor_context(BOT), given) if given else None
     bench = await ready(batch(raw("secret"), cursor="cursor-b"), start_cursor=start)
-    heir = Bench(bench, incarnation="heir-1", token_key=(b"\1" * 32, bytes(32)))
-    heir.leases.proven_dead.add("me-1")
+    successor = Bench(bench, incarnation="next-1", token_key=(b"\1" * 32, bytes(32)))
+    successor.leases.proven_dead.add("me-1")
     with capture_logs() as logs:
         await polls(bench)
-        await polls(heir)
+        await polls(successor)
     assert bench.chat.asked == [given or "", "cursor-b", "cursor-b"]
     assert not [entry for entry in logs if entry["log_level"] == "error"]
     (entry,) = bench.checkpoint_bucket.entries.values()
@@ -311,10 +322,10 @@ async def test_a_bot_whose_checkpoint_is_of_a_later_version_is_left_alone(poller
 
 
 @pytest.mark.parametrize("value", [b"\xff\xfe", b"garbage", b'{"v":1,"owner":"","sealed":"none"}'])
-async def test_a_checkpoint_that_nobody_can_read_is_told_and_the_inbox_tells_repeats(value: bytes) -> None:
+async def test_an_unreadable_checkpoint_is_reported_and_the_inbox_finds_repeats(value: bytes) -> None:
     """By another hand. Nothing is lost but the cursor, and nothing is told twice."""
     bench = await ready(batch(raw("one", 1), cursor="b"))
-    session, task = tended(bench)
+    session, task = start_poller(bench)
     await asyncio.sleep(5)
     session.stop(immediately=True)
     await task
@@ -323,7 +334,7 @@ async def test_a_checkpoint_that_nobody_can_read_is_told_and_the_inbox_tells_rep
     bench.bus.forget_ids()
     bench.chat.polls.append(batch(raw("one", 1), raw("two", 2), cursor="c"))
     with capture_logs() as logs:
-        session, task = tended(bench)
+        session, task = start_poller(bench)
         await asyncio.sleep(30)
     assert texts(bench) == ["one", "two"]
     assert "checkpoint.unreadable" in [entry["event"] for entry in logs]

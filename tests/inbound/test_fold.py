@@ -21,7 +21,7 @@ from adapter.outbound.store import seal_record
 from adapter.ports import StoredMessage
 from tests.fakes import Bench, batch, ready
 from tests.fakes.bus import Kept
-from tests.inbound.pollers import BOT, USER, Poller, Replica, heir_to, polls, raw, set_owner, tended, texts
+from tests.inbound.pollers import BOT, USER, Poller, Replica, polls, raw, set_owner, start_poller, successor_of, texts
 
 VIRTUAL_TIME = True
 
@@ -35,7 +35,7 @@ async def left_behind(*numbers: int, **binding: Any) -> Bench:
     await asyncio.sleep(0.2)
     await replica.die()
     assert (len(texts(bench)), bench.conversation_bucket.entries) == (len(numbers), {})
-    return heir_to(bench)
+    return successor_of(bench)
 
 
 def spied(bench: Bench) -> list[tuple[str, int]]:
@@ -55,29 +55,29 @@ def spied(bench: Bench) -> list[tuple[str, int]]:
 
 
 async def test_a_taking_learns_fingerprints_and_position_and_writes_them(poller: Poller) -> None:
-    heir = await left_behind(1, 2, 3)
-    assert (await heir.checkpoint()).position.prints == b""
-    session = poller(heir)
+    successor = await left_behind(1, 2, 3)
+    assert (await successor.checkpoint()).position.prints == b""
+    session = poller(successor)
     await asyncio.sleep(1)
-    position = (await heir.checkpoint()).position
+    position = (await successor.checkpoint()).position
     assert (position.inbox_seq, len(position.prints) > 0, session.state) == (3, True, State.POLLING)
-    heir.chat.polls.append(batch(raw("t2", 2, message_id=99, client_id="x", seq=99), raw("t4", 4), cursor="c"))
+    successor.chat.polls.append(batch(raw("t2", 2, message_id=99, client_id="x", seq=99), raw("t4", 4), cursor="c"))
     session.cancel_poll()
     await asyncio.sleep(5)
-    assert texts(heir) == ["t1", "t2", "t3", "t4"]
+    assert texts(successor) == ["t1", "t2", "t3", "t4"]
 
 
 async def test_nothing_is_read_where_nothing_is_newer(poller: Poller) -> None:
     """Of ten thousand bots, most are silent."""
     bench = await ready(batch(raw()))
     await polls(bench)
-    heir = heir_to(bench)
-    reads = spied(heir)
-    writes = len(heir.bus.writes)
-    poller(heir)
+    successor = successor_of(bench)
+    reads = spied(successor)
+    writes = len(successor.bus.writes)
+    poller(successor)
     await asyncio.sleep(1)
-    assert (reads, heir.chat.polling) == ([], 1)
-    assert heir.bus.writes[writes:].count("checkpoint") == 1, "its name"
+    assert (reads, successor.chat.polling) == ([], 1)
+    assert successor.bus.writes[writes:].count("checkpoint") == 1, "its name"
 
 
 async def test_a_late_message_is_known_below_newer_ones_that_were_published_here(poller: Poller) -> None:
@@ -103,22 +103,22 @@ async def test_a_late_message_is_known_below_newer_ones_that_were_published_here
 
 
 async def test_no_poll_starts_before_the_inbox_is_read(poller: Poller) -> None:
-    heir = await left_behind(1)
-    heir.bus.unreadable = 3
-    session = poller(heir)
-    asked = len(heir.chat.asked)
+    successor = await left_behind(1)
+    successor.bus.unreadable = 3
+    session = poller(successor)
+    asked = len(successor.chat.asked)
     await asyncio.sleep(0.4)
-    assert (len(heir.chat.asked) - asked, session.state) == (0, State.RETRYING)
+    assert (len(successor.chat.asked) - asked, session.state) == (0, State.RETRYING)
     await asyncio.sleep(30)
-    assert (len(heir.chat.asked) - asked, session.state) == (1, State.POLLING)
+    assert (len(successor.chat.asked) - asked, session.state) == (1, State.POLLING)
 
 
 async def test_a_bot_is_taken_once_what_the_inbox_has_is_known(
     poller: Poller, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Until then a former owner's message may open a window, so nothing is parked or refused for want of one."""
-    heir = await left_behind(1)
-    held, read = asyncio.Event(), heir.bus.read
+    successor = await left_behind(1)
+    held, read = asyncio.Event(), successor.bus.read
 
     async def slow(stream: str, subject: str, **where: Any) -> Any:
         if stream == "WECHAT_IN":
@@ -126,8 +126,8 @@ async def test_a_bot_is_taken_once_what_the_inbox_has_is_known(
         async for stored in read(stream, subject, **where):
             yield stored
 
-    monkeypatch.setattr(heir.bus, "read", slow)
-    session = poller(heir)
+    monkeypatch.setattr(successor.bus, "read", slow)
+    session = poller(successor)
     await asyncio.sleep(5)
     assert (session.checkpoint is not None, session.session.is_taken) == (True, False)
     held.set()
@@ -142,10 +142,10 @@ async def test_many_bots_of_a_sandbox_need_one_read(poller: Poller) -> None:
         await bench.bind(bot=bot, user=bot.replace("bot", "wechat"))
     await polls(bench)
     bench.bus.put("wechat.inbox.s1", bench.bus.found("IN")[0].data, {H_BOT: OTHER_BOT})
-    heir = heir_to(bench)
-    reads = spied(heir)
-    sessions = [heir.new_poller(bot) for bot in bots]
-    heir.chat.poll = never  # type: ignore[method-assign,assignment]
+    successor = successor_of(bench)
+    reads = spied(successor)
+    sessions = [successor.new_poller(bot) for bot in bots]
+    successor.chat.poll = never  # type: ignore[method-assign,assignment]
     tasks = [asyncio.create_task(session.run()) for session in sessions]
     await asyncio.sleep(5)
     assert [session.state for session in sessions] == [State.POLLING] * len(bots)
@@ -161,16 +161,16 @@ async def never(*_: Any) -> None:
 
 async def test_the_messages_of_another_bot_are_not_this_ones(poller: Poller) -> None:
     """Two bots of a sandbox may get the same words at the same time."""
-    heir = await left_behind(1)
-    await heir.bind(bot=OTHER_BOT, user=OTHER)
-    session, task = tended(heir)
-    other = heir.new_poller(OTHER_BOT)
-    heir.chat.poll = never  # type: ignore[method-assign,assignment]
+    successor = await left_behind(1)
+    await successor.bind(bot=OTHER_BOT, user=OTHER)
+    session, task = start_poller(successor)
+    other = successor.new_poller(OTHER_BOT)
+    successor.chat.poll = never  # type: ignore[method-assign,assignment]
     other_task = asyncio.create_task(other.run())
     await asyncio.sleep(5)
     assert session.checkpoint is not None
     assert other.checkpoint is not None
-    now_ms = heir.clock.now_ms()
+    now_ms = successor.clock.now_ms()
     assert (len(session.checkpoint.seen.kept(now_ms)) > 0, other.checkpoint.seen.kept(now_ms)) == (True, b"")
     for one, ended in ((session, task), (other, other_task)):
         one.stop(immediately=True)
@@ -178,13 +178,13 @@ async def test_the_messages_of_another_bot_are_not_this_ones(poller: Poller) -> 
 
 
 async def test_of_messages_older_than_an_hour_the_position_counts_and_no_fingerprint(poller: Poller) -> None:
-    heir = await left_behind(1, 2)
+    successor = await left_behind(1, 2)
     await asyncio.sleep(3601)
-    session = poller(heir)
+    session = poller(successor)
     await asyncio.sleep(5)
     assert session.checkpoint is not None
     assert session.checkpoint.inbox_seq == 2
-    assert session.checkpoint.seen.kept(heir.clock.now_ms()) == b""
+    assert session.checkpoint.seen.kept(successor.clock.now_ms()) == b""
 
 
 async def test_the_word_of_a_late_message_makes_the_owner_fold_again_before_its_next_poll(poller: Poller) -> None:
@@ -203,13 +203,13 @@ async def test_the_word_of_a_late_message_makes_the_owner_fold_again_before_its_
 
 async def test_a_bot_that_moved_while_nobody_had_it_knows_what_its_former_sandbox_got(poller: Poller) -> None:
     """Its last owner may have died before it wrote the checkpoint."""
-    heir = await left_behind(1, 2)
-    await heir.bind("s2")
-    heir.chat.polls.append(batch(raw("t2", 2, message_id=99, client_id="x"), raw("t3", 3), cursor="c"))
-    poller(heir)
+    successor = await left_behind(1, 2)
+    await successor.bind("s2")
+    successor.chat.polls.append(batch(raw("t2", 2, message_id=99, client_id="x"), raw("t3", 3), cursor="c"))
+    poller(successor)
     await asyncio.sleep(5)
-    assert [(one.sandbox, one.text) for one in heir.bus.inbound()] == [("s1", "t1"), ("s1", "t2"), ("s2", "t3")]
-    assert (await heir.checkpoint()).position.sandbox == "s2"
+    assert [(one.sandbox, one.text) for one in successor.bus.inbound()] == [("s1", "t1"), ("s1", "t2"), ("s2", "t3")]
+    assert (await successor.checkpoint()).position.sandbox == "s2"
 
 
 async def test_a_position_above_the_stream_stops_the_polls_until_it_is_lowered(poller: Poller) -> None:
@@ -232,7 +232,7 @@ async def test_polls_begin_once_the_position_is_lowered_in_the_bucket(poller: Po
     bench = await ready()
     bench.bus.put("wechat.inbox.s1", b"{}", {})
     await set_owner(bench, "", sandbox="s1", inbox_seq=500)
-    session, task = tended(bench)
+    session, task = start_poller(bench)
     await asyncio.sleep(30)
     assert (bench.chat.asked, session.why[:15]) == ([], "inbox_set_back:")
     (entry,) = bench.checkpoint_bucket.entries.values()
@@ -273,7 +273,7 @@ async def test_a_position_above_the_stream_fails_no_other_inbox() -> None:
     assert [isinstance(one, FoldedInbox) and one.high for one in others] == list(range(1, 21))
 
 
-async def test_an_inbox_that_is_slow_to_read_holds_up_no_other() -> None:
+async def test_an_inbox_that_is_slow_to_read_delays_no_other() -> None:
     bench = await ready()
     for sandbox in ("slow", "beside", "later"):
         bench.bus.put(f"wechat.inbox.{sandbox}", b'{"id":"in:1","user":"u"}', {})
@@ -302,30 +302,30 @@ async def test_an_inbox_that_is_slow_to_read_holds_up_no_other() -> None:
 async def test_an_open_conversation_gets_token_and_window_of_what_the_fold_finds(poller: Poller) -> None:
     """Also while a command of it waits for the window."""
     bench = await ready(batch(raw("t1", 1)))
-    heir = heir_to(bench)
-    heir.shard().on_delivery(heir.command("answer", id="c1"))
+    successor = successor_of(bench)
+    successor.shard().on_delivery(successor.command("answer", id="c1"))
     await asyncio.sleep(60)
-    assert [one.outcome for one in heir.bus.receipts()] == ["parked"]
+    assert [one.outcome for one in successor.bus.receipts()] == ["parked"]
     replica = Replica(bench)
     await asyncio.sleep(0.2)
     await replica.die()
-    poller(heir)
+    poller(successor)
     await asyncio.sleep(5)
-    assert [one.outcome for one in heir.bus.receipts()] == ["parked", "accepted"]
-    assert [sent.context_token for sent in heir.chat.sent] == ["token-1"]
-    assert (heir.record().inbox_seq, heir.record().window.id[-3:]) == (1, "001")
+    assert [one.outcome for one in successor.bus.receipts()] == ["parked", "accepted"]
+    assert [sent.context_token for sent in successor.chat.sent] == ["token-1"]
+    assert (successor.record().inbox_seq, successor.record().window.id[-3:]) == (1, "001")
 
 
 async def test_a_conversation_that_is_opened_later_folds_for_itself() -> None:
     """Commands need not wait for a poller to catch up; this bot has none."""
-    heir = await left_behind(1, 2)
-    opened_ms = heir.clock.now_ms()
+    successor = await left_behind(1, 2)
+    opened_ms = successor.clock.now_ms()
     await asyncio.sleep(3600)
-    heir.shard().on_delivery(heir.command("answer", id="c1", when_closed="refuse"))
+    successor.shard().on_delivery(successor.command("answer", id="c1", when_closed="refuse"))
     await asyncio.sleep(5)
-    assert [one.outcome for one in heir.bus.receipts()] == ["accepted"]
-    assert [sent.context_token for sent in heir.chat.sent] == ["token-2"]
-    record = heir.record()
+    assert [one.outcome for one in successor.bus.receipts()] == ["accepted"]
+    assert [sent.context_token for sent in successor.chat.sent] == ["token-2"]
+    record = successor.record()
     assert (record.inbox_seq, record.bots) == (2, [BOT])
     assert opened_ms - 1000 < record.window.opened_ms <= opened_ms
 
@@ -341,11 +341,11 @@ async def test_a_conversation_takes_each_message_once(poller: Poller) -> None:
     spent = msgspec.structs.replace(record, window=msgspec.structs.replace(record.window, sends_used=7))
     key = conversation_key("s1", USER)
     bench.conversation_bucket.put(key, seal_record(key, spent, bench.sealer))
-    heir = heir_to(bench)
-    heir.shard().on_delivery(heir.command("answer", id="c1"))
-    poller(heir)
+    successor = successor_of(bench)
+    successor.shard().on_delivery(successor.command("answer", id="c1"))
+    poller(successor)
     await asyncio.sleep(5)
-    assert (texts(heir), heir.record().window.sends_used) == (["t1"], 8)
+    assert (texts(successor), successor.record().window.sends_used) == (["t1"], 8)
 
 
 async def test_the_newest_token_counts_though_the_last_message_has_none() -> None:
@@ -353,11 +353,11 @@ async def test_the_newest_token_counts_though_the_last_message_has_none() -> Non
     replica = Replica(bench)
     await asyncio.sleep(0.2)
     await replica.die()
-    heir = heir_to(bench)
-    heir.shard().on_delivery(heir.command("answer", id="c1"))
+    successor = successor_of(bench)
+    successor.shard().on_delivery(successor.command("answer", id="c1"))
     await asyncio.sleep(5)
-    assert [sent.context_token for sent in heir.chat.sent] == ["token-1"]
-    assert heir.record().window.id.endswith("002")
+    assert [sent.context_token for sent in successor.chat.sent] == ["token-1"]
+    assert successor.record().window.id.endswith("002")
 
 
 async def test_a_conversation_with_a_position_above_the_stream_waits_until_it_is_lowered(poller: Poller) -> None:
@@ -369,16 +369,16 @@ async def test_a_conversation_with_a_position_above_the_stream_waits_until_it_is
     await replica.die()
     last = bench.bus.found("IN")[-1].seq
     bench.hears(inbox_seq=last + 40, sends_used=10)
-    heir = heir_to(bench)
-    heir.chat.polls.append(batch(raw("t2", 2), cursor="c"))
-    session = poller(heir)
+    successor = successor_of(bench)
+    successor.chat.polls.append(batch(raw("t2", 2), cursor="c"))
+    session = poller(successor)
     await asyncio.sleep(600)
-    assert (texts(heir), session.state) == (["t1"], State.STORING)
-    assert heir.replica.inboxes.set_back.startswith(f"A position ({last + 40}) is above")
-    heir.hears(inbox_seq=last, sends_used=10)
+    assert (texts(successor), session.state) == (["t1"], State.STORING)
+    assert successor.replica.inboxes.set_back.startswith(f"A position ({last + 40}) is above")
+    successor.hears(inbox_seq=last, sends_used=10)
     await asyncio.sleep(120)
-    assert (texts(heir), session.state) == (["t1", "t2"], State.POLLING)
-    assert (heir.record().token, heir.record().window.sends_used) == ("token-2", 0)
+    assert (texts(successor), session.state) == (["t1", "t2"], State.POLLING)
+    assert (successor.record().token, successor.record().window.sends_used) == ("token-2", 0)
 
 
 @pytest.mark.parametrize(("user", "was_open"), [(USER, False), (USER, True), (OTHER, False)])
@@ -388,65 +388,63 @@ async def test_token_and_window_of_an_erased_person_do_not_come_back(user: str, 
     replica = Replica(bench)
     await asyncio.sleep(0.2)
     await replica.die()
-    heir = heir_to(bench)
-    session, task = tended(heir)
+    successor = successor_of(bench)
+    session, task = start_poller(successor)
     await asyncio.sleep(5)
-    shard, binding = heir.shards[shard_of("s1")], heir.bindings.get(BOT)
+    shard, binding = successor.shards[shard_of("s1")], successor.bindings.get(BOT)
     assert binding is not None
     if was_open:
         await shard.conversation("s1", USER, BOT)
         await asyncio.sleep(5)
-        assert heir.record().token == "token-1"
+        assert successor.record().token == "token-1"
     session.stop(immediately=True)
     await task
-    await heir.close()
-    await heir.bus.purge("WECHAT_IN", "wechat.inbox.s1", up_to=1)
-    await heir.conversation_bucket.delete(conversation_key("s1", user))
-    await heir.checkpoint_bucket.delete(to_subject_token(BOT))
-    await heir.bindings.remove(BOT)
+    await successor.close()
+    await successor.bus.purge("WECHAT_IN", "wechat.inbox.s1", up_to=1)
+    await successor.conversation_bucket.delete(conversation_key("s1", user))
+    await successor.checkpoint_bucket.delete(to_subject_token(BOT))
+    await successor.bindings.remove(BOT)
     shard.evict_idle()
-    await heir.bind(bot=OTHER_BOT, user=user)
-    shard.on_delivery(heir.command("answer", id="c1", when_closed="refuse"))
+    await successor.bind(bot=OTHER_BOT, user=user)
+    shard.on_delivery(successor.command("answer", id="c1", when_closed="refuse"))
     await asyncio.sleep(5)
-    assert [(one.outcome, one.reason) for one in heir.bus.receipts()] == [("refused", "window_closed")]
-    assert heir.chat.sent == []
+    assert [(one.outcome, one.reason) for one in successor.bus.receipts()] == [("refused", "window_closed")]
+    assert successor.chat.sent == []
 
 
 async def test_the_token_of_another_bots_message_is_not_taken_over() -> None:
     """The user's newest message came over their new bot, and has none."""
-    heir = await left_behind(1)
-    (stored,) = heir.bus.found("IN")
-    await heir.bindings.remove(BOT)
-    await heir.bind(bot=OTHER_BOT)
+    successor = await left_behind(1)
+    (stored,) = successor.bus.found("IN")
+    await successor.bindings.remove(BOT)
+    await successor.bind(bot=OTHER_BOT)
     headers = {H_BOT: OTHER_BOT, H_SEEN: stored.headers[H_SEEN], H_MSG_ID: "in:b2@im.bot:2"}
-    heir.bus.put(stored.subject, stored.data, headers)
-    heir.shard().on_delivery(heir.command("answer", id="c1"))
+    successor.bus.put(stored.subject, stored.data, headers)
+    successor.shard().on_delivery(successor.command("answer", id="c1"))
     await asyncio.sleep(5)
-    assert heir.record().token == ""
+    assert successor.record().token == ""
 
 
 async def test_bots_and_conversations_of_a_sandbox_share_one_read(poller: Poller) -> None:
-    heir = await left_behind(1, 2)
-    reads = spied(heir)
-    shard = heir.shard()
+    successor = await left_behind(1, 2)
+    reads = spied(successor)
+    shard = successor.shard()
     for number in range(5):
-        shard.on_delivery(heir.command("answer", id=f"c{number}"))
-    poller(heir)
+        shard.on_delivery(successor.command("answer", id=f"c{number}"))
+    poller(successor)
     await asyncio.sleep(5)
     assert len(reads) == 1
-    assert [one.outcome for one in heir.bus.receipts()].count("accepted") > 0
+    assert [one.outcome for one in successor.bus.receipts()].count("accepted") > 0
 
 
 # what cannot be read -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("damage", ["data", "sealed", "seen"])
-async def test_what_nobody_can_read_in_an_inbox_costs_only_what_it_would_have_told(
-    damage: str, poller: Poller
-) -> None:
+async def test_an_unreadable_message_in_an_inbox_costs_only_its_own_state(damage: str, poller: Poller) -> None:
     """By another hand, or where a key is gone."""
-    heir = await left_behind(1, 2)
-    kept = next(one for one in heir.bus.kept if one.stream == "WECHAT_IN" and one.stored.seq == 2)
+    successor = await left_behind(1, 2)
+    kept = next(one for one in successor.bus.kept if one.stream == "WECHAT_IN" and one.stored.seq == 2)
     stored, headers = kept.stored, dict(kept.stored.headers)
     data = b"garbage" if damage == "data" else stored.data
     if damage == "sealed":
@@ -454,32 +452,34 @@ async def test_what_nobody_can_read_in_an_inbox_costs_only_what_it_would_have_to
     if damage == "seen":
         headers[H_SEEN] = "???"
     changed = StoredMessage(stored.subject, stored.seq, headers, data, stored.time_ms)
-    heir.bus.kept = [Kept(one.stream, changed, one.time_ms) if one is kept else one for one in heir.bus.kept]
+    successor.bus.kept = [
+        Kept(one.stream, changed, one.time_ms) if one is kept else one for one in successor.bus.kept
+    ]
     with capture_logs() as logs:
-        session = poller(heir)
+        session = poller(successor)
         await asyncio.sleep(1)
-        heir.shards[shard_of("s1")].on_delivery(heir.command("answer", id="c1"))
+        successor.shards[shard_of("s1")].on_delivery(successor.command("answer", id="c1"))
         await asyncio.sleep(5)
     assert session.state is State.POLLING
     known = {"data": "token-1", "sealed": "token-1", "seen": "token-2"}
-    assert [sent.context_token for sent in heir.chat.sent] == [known[damage]]
-    told = [line["event"] for line in logs if line["log_level"] == "error"]
-    assert set(told) == {"data": {"inbox.unreadable"}, "sealed": {"inbox.unopenable"}}.get(damage, set())
+    assert [sent.context_token for sent in successor.chat.sent] == [known[damage]]
+    logged = [line["event"] for line in logs if line["log_level"] == "error"]
+    assert set(logged) == {"data": {"inbox.unreadable"}, "sealed": {"inbox.unopenable"}}.get(damage, set())
 
 
 async def test_the_sealed_part_of_another_message_gives_no_token() -> None:
     """Nobody gets another person's token by a copied header."""
-    heir = await left_behind(1, 2)
-    first, second = [one for one in heir.bus.kept if one.stream == "WECHAT_IN"]
+    successor = await left_behind(1, 2)
+    first, second = [one for one in successor.bus.kept if one.stream == "WECHAT_IN"]
     headers = second.stored.headers | {H_SEALED: first.stored.headers[H_SEALED]}
     stored = second.stored
     swapped = Kept(
         "WECHAT_IN", StoredMessage(stored.subject, 2, headers, stored.data, stored.time_ms), second.time_ms
     )
-    heir.bus.kept = [first, swapped]
-    heir.shard().on_delivery(heir.command("answer", id="c1"))
+    successor.bus.kept = [first, swapped]
+    successor.shard().on_delivery(successor.command("answer", id="c1"))
     await asyncio.sleep(5)
-    assert [sent.context_token for sent in heir.chat.sent] == ["token-1"], "the last one that opens"
+    assert [sent.context_token for sent in successor.chat.sent] == ["token-1"], "the last one that opens"
 
 
 async def test_the_newest_of_many_inboxes_are_asked_for_in_one_request() -> None:

@@ -104,7 +104,7 @@ async def bench() -> Bench:
 # names ---------------------------------------------------------------------------------------------------
 
 
-async def test_an_item_names_its_object_with_what_ilink_tells(bench: Bench) -> None:
+async def test_an_item_names_its_object_with_what_ilink_says(bench: Bench) -> None:
     file = {"file_name": "报告.pdf", "len": "14", "media": {"encrypt_query_param": "f"}}
     video = {"video_size": 1008, "play_length": 1500, "media": {"encrypt_query_param": "v"}}
     text = {"type": 1, "text_item": {"text": "look"}}
@@ -153,7 +153,7 @@ async def test_the_owner_fetches_behind_the_message(bench: Bench) -> None:
     made.fetch_by(fetches)
     await asyncio.sleep(1)
     assert bench.objects.stored == {made.media().object: PNG}
-    assert bench.objects.told == {made.media().object: ("image/png", "image.png")}
+    assert bench.objects.described == {made.media().object: ("image/png", "image.png")}
     assert bench.metrics.value("media_fetches_total", outcome="stored") == 1
 
 
@@ -163,7 +163,7 @@ async def test_a_file_keeps_the_senders_name(bench: Bench) -> None:
     made = Published(bench, file)
     made.fetch_by(fetcher(bench))
     await asyncio.sleep(1)
-    assert bench.objects.told == {made.media().object: ("application/pdf", "报告.pdf")}
+    assert bench.objects.described == {made.media().object: ("application/pdf", "报告.pdf")}
 
 
 async def test_an_empty_file_is_a_file(bench: Bench) -> None:
@@ -183,8 +183,8 @@ async def test_a_recording_is_stored_as_it_came_and_as_wav(bench: Bench) -> None
     assert bench.objects.stored.keys() == {name, f"{name}.wav"}
     assert bench.objects.stored[name] == silk
     assert media.wav_duration_ms(bench.objects.stored[f"{name}.wav"]) == 2000
-    assert bench.objects.told[name] == ("audio/silk", "voice.silk")
-    assert bench.objects.told[f"{name}.wav"] == ("audio/wav", "voice.wav")
+    assert bench.objects.described[name] == ("audio/silk", "voice.silk")
+    assert bench.objects.described[f"{name}.wav"] == ("audio/wav", "voice.wav")
 
 
 async def test_a_wav_that_was_not_stored_is_made_on_demand_from_what_is_stored(bench: Bench) -> None:
@@ -322,7 +322,7 @@ FAILURES: list[tuple[str, Exception, str, int]] = [
 @pytest.mark.parametrize(
     ("failure", "reason", "attempts"), [row[1:] for row in FAILURES], ids=[row[0] for row in FAILURES]
 )
-async def test_a_failure_is_told_counted_and_not_kept(
+async def test_a_failure_is_answered_counted_and_not_kept(
     bench: Bench, failure: Exception, reason: str, attempts: int
 ) -> None:
     bench.cdn.has("p1", failure)
@@ -354,7 +354,7 @@ async def test_a_silent_download_ends_and_gives_its_slot_back(bench: Bench) -> N
     assert bench.metrics.value("media_fetches_total", outcome="timeout") == 1
 
 
-async def test_silent_downloads_of_one_sandbox_hold_up_no_other(bench: Bench) -> None:
+async def test_silent_downloads_of_one_sandbox_delay_no_other(bench: Bench) -> None:
     await bench.bind("s2", "b2@im.bot")
     fetches = fetcher(bench, transfers=FairSlots(4, share=2))
     for number in range(1, 11):

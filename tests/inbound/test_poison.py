@@ -20,7 +20,7 @@ from adapter.outbound.window import InboundReceived
 from adapter.ports import BusMessage, InboundMessage, Polled, PubAck
 from tests.capture import ALWAYS, WORDS, Bugs, Capture
 from tests.fakes import Bench, FakeChat, batch, raw_message, ready
-from tests.inbound.pollers import Poller, Replica, heir_to, opened, raw, tended, texts
+from tests.inbound.pollers import Poller, Replica, opened, raw, start_poller, successor_of, texts
 
 VIRTUAL_TIME = True
 
@@ -105,7 +105,7 @@ async def test_the_message_at_fault_alone_becomes_a_dead_letter(
     assert WORDS.encode() not in captured.getvalue()
 
 
-async def test_what_goes_through_at_the_second_try_is_told_once_and_in_its_place(poller: Poller) -> None:
+async def test_what_succeeds_at_the_second_try_is_stored_once_and_in_its_place(poller: Poller) -> None:
     bench = await ready(batch(raw("one", 1), BAD, raw("three", 3), cursor="b"))
     poller(bench, **publishing(bench, 1))
     await asyncio.sleep(60)
@@ -165,7 +165,7 @@ async def test_a_dead_letter_is_stored_before_the_next_poll(poller: Poller) -> N
     assert (bench.chat.asked, len(letters(bench))) == (["", "b"], 1)
 
 
-async def test_another_bot_is_not_held_up_meanwhile(bench: Bench) -> None:
+async def test_another_bot_is_not_delayed_meanwhile(bench: Bench) -> None:
     await bench.bind()
     await bench.bind("s2", "b2@im.bot", "u2@im.wechat")
     bench.chat.polls.append(batch(BAD, cursor="b"))
@@ -178,7 +178,7 @@ async def test_another_bot_is_not_held_up_meanwhile(bench: Bench) -> None:
             raise RuntimeError("a bug")
 
     bench.bus.on_publish = fails
-    session, task = tended(bench)
+    session, task = start_poller(bench)
     await asyncio.sleep(1)
     chat = FakeChat(bench.clock)
     chat.polls.append(batch(raw("hello", 7, from_user_id="u2@im.wechat"), cursor="b"))
@@ -248,10 +248,10 @@ async def test_a_conversation_that_raises_as_it_takes_a_message_costs_its_window
     assert len(captured.crashes()) == 1
     await replica.die()
     monkeypatch.setattr(Conversation, "on_inbound", taken)
-    heir = heir_to(bench)
-    heir.shard().on_delivery(heir.command("answer", id="c1", when_closed="refuse"))
+    successor = successor_of(bench)
+    successor.shard().on_delivery(successor.command("answer", id="c1", when_closed="refuse"))
     await asyncio.sleep(5)
-    assert [one.outcome for one in heir.bus.receipts()] == ["accepted"]
+    assert [one.outcome for one in successor.bus.receipts()] == ["accepted"]
 
 
 async def test_a_conversation_that_cannot_be_opened_costs_its_window(

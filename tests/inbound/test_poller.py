@@ -23,7 +23,7 @@ from adapter.kit.timing import PerTickLimiter, RateLimiter
 from adapter.ports import HOLD_MS, Account, BusMessage, InboundMessage, Polled
 from adapter.security.seal import Sealer
 from tests.fakes import Bench, Failing, Rounds, batch, ready
-from tests.inbound.pollers import BOT, STALE, Poller, polls, raw, tended, texts
+from tests.inbound.pollers import BOT, STALE, Poller, polls, raw, start_poller, texts
 
 VIRTUAL_TIME = True
 
@@ -324,7 +324,7 @@ async def test_bots_that_start_together_are_polled_one_after_the_other_and_leave
 async def test_nothing_is_polled_for_a_shard_that_is_not_ours() -> None:
     bench = await ready()
     bench.leases.owned.clear()
-    _, task = tended(bench)
+    _, task = start_poller(bench)
     await asyncio.sleep(5)
     assert task.done()
     assert bench.chat.asked == []
@@ -379,7 +379,7 @@ async def test_after_an_outage_polls_start_at_the_rate_of_first_polls(poller: Po
 
 async def test_a_poller_that_is_cancelled_outright_ends() -> None:
     """A poll that is cut is cancelled, too, and goes on."""
-    _, task = tended(bench := await ready())
+    _, task = start_poller(bench := await ready())
     await asyncio.sleep(1)
     assert bench.chat.polling
     task.cancel()
@@ -390,7 +390,7 @@ async def test_a_poller_that_is_cancelled_outright_ends() -> None:
 async def test_an_answer_that_has_arrived_when_its_poll_is_cut_is_stored() -> None:
     """As after a pause of the whole process: the timer of the lease and the answer are there at the same moment."""
     bench = await ready(batch(raw()))
-    session, task = tended(bench)
+    session, task = start_poller(bench)
     while not bench.chat.polling:
         await asyncio.sleep(0)
     session.stop(immediately=True)
@@ -439,23 +439,23 @@ async def test_ilink_is_told_of_the_start_after_each_idle_poll_until_it_answers(
     """Sends may be refused until it knows."""
     bench = await ready()
     bench.chat.notify_fails = Temporary("http_5xx")
-    told: list[int] = []
+    counts: list[int] = []
 
     def answered(number: int) -> Polled:
-        told.append(len(bench.chat.notified))
+        counts.append(len(bench.chat.notified))
         if number == 3:
             bench.chat.notify_fails = None
         return Polled([raw(number=number)] if number == 2 else [], f"c{number}", 35_000)
 
     bench.chat.polls.extend([partial(answered, number) for number in range(1, 6)])
     await polls(bench)
-    assert told == [1, 2, 2, 3, 3]
+    assert counts == [1, 2, 2, 3, 3]
 
 
-async def test_ilink_is_told_of_the_start_and_the_end_and_need_not_answer() -> None:
+async def test_notifystart_and_notifystop_are_sent_and_need_no_answer() -> None:
     bench = await ready()
     bench.chat.notify_fails = Temporary("timeout")
-    session, task = tended(bench)
+    session, task = start_poller(bench)
     await asyncio.sleep(1)
     assert bench.chat.notified == [True]
     assert bench.chat.asked == [""]
@@ -466,10 +466,10 @@ async def test_ilink_is_told_of_the_start_and_the_end_and_need_not_answer() -> N
     assert (await bench.checkpoint()).owner == ""
 
 
-async def test_ilink_is_not_told_of_an_end_where_another_replica_goes_on() -> None:
+async def test_no_notifystop_is_sent_where_another_replica_goes_on() -> None:
     bench = await ready()
     bench.leases.has_no_peers = False
-    session, task = tended(bench)
+    session, task = start_poller(bench)
     await asyncio.sleep(1)
     session.is_handed_over = True
     session.stop(immediately=True)
@@ -481,7 +481,7 @@ async def test_ilink_is_not_told_of_an_end_where_another_replica_goes_on() -> No
 
 async def test_leaving_at_a_boundary_lets_the_poll_deliver() -> None:
     bench = await ready(batch(raw("last words"), cursor="b"), batch(raw("never asked", 2)))
-    session, task = tended(bench)
+    session, task = start_poller(bench)
     await asyncio.sleep(0.01)
     assert bench.chat.polling == 1
     session.stop(immediately=False)
@@ -501,7 +501,7 @@ async def test_stopping_stores_the_batch_in_hand() -> None:
             await release.wait()
 
     bench.bus.on_publish = slow
-    session, task = tended(bench)
+    session, task = start_poller(bench)
     await asyncio.sleep(1)
     session.stop(immediately=True)
     await asyncio.sleep(1)
@@ -524,7 +524,7 @@ async def test_a_recovered_tokens_answer_is_stored_before_its_event() -> None:
         await publish(event, **options)
 
     bench.events.publish_binding_event = recovered_late  # type: ignore[method-assign]
-    session, task = tended(bench)
+    session, task = start_poller(bench)
     await asyncio.sleep(60)
     assert (len(bench.chat.asked), texts(bench)) == (2, ["in hand"])
     session.stop(immediately=True)
@@ -536,7 +536,7 @@ async def test_a_recovered_tokens_answer_is_stored_before_its_event() -> None:
 async def test_stopping_ends_a_poller_that_reads_the_inbox_again_in_vain() -> None:
     """Unbinding, a move and a hand-over go on while `WECHAT_IN` has no leader."""
     bench = await ready()
-    session, task = tended(bench)
+    session, task = start_poller(bench)
     await asyncio.sleep(1)
     bench.bus.unreadable = 10**6
     session.on_released()
@@ -548,7 +548,7 @@ async def test_stopping_ends_a_poller_that_reads_the_inbox_again_in_vain() -> No
     assert (task.done(), (await bench.checkpoint()).owner) == (True, "")
 
 
-async def test_a_poller_that_is_cancelled_while_it_tells_of_a_dead_token_lets_go() -> None:
+async def test_a_poller_cancelled_while_it_publishes_a_dead_token_releases_its_bot() -> None:
     """As by a drain while the bus takes no events."""
     bench = await ready(STALE)
 
@@ -556,7 +556,7 @@ async def test_a_poller_that_is_cancelled_while_it_tells_of_a_dead_token_lets_go
         await asyncio.Event().wait()
 
     bench.events.publish_binding_event = never  # type: ignore[method-assign]
-    session, task = tended(bench)
+    session, task = start_poller(bench)
     await asyncio.sleep(5)
     assert session.session.is_stale
     task.cancel()
@@ -566,7 +566,7 @@ async def test_a_poller_that_is_cancelled_while_it_tells_of_a_dead_token_lets_go
 
 async def test_unbinding_ends_the_poll_at_once_and_keeps_what_came_late() -> None:
     bench = await ready()
-    session, task = tended(bench)
+    session, task = start_poller(bench)
     await asyncio.sleep(1)
     await bench.bindings.remove(BOT)
     session.stop(immediately=True)
@@ -585,7 +585,7 @@ async def test_a_new_token_is_used_at_once(poller: Poller) -> None:
     assert bench.chat.tokens == [f"{BOT}:t", "new"]
 
 
-async def test_polls_that_go_on_failing_are_told_less_and_less_often(poller: Poller) -> None:
+async def test_polls_that_go_on_failing_are_logged_less_and_less_often(poller: Poller) -> None:
     """Thousands fail together where iLink is away; the metric counts each."""
     bench = await ready(*[Temporary("network")] * 20)
     with capture_logs() as logs:
@@ -626,7 +626,7 @@ async def test_a_url_that_may_not_be_called_is_tried_again_with_backoff_only(pol
 async def test_a_bug_ends_no_poller() -> None:
     bench = await ready(RuntimeError("a bug"), batch(raw()))
     with capture_logs() as logs:
-        session, task = tended(bench)
+        session, task = start_poller(bench)
         await asyncio.sleep(30)
     assert texts(bench) == ["hello"]
     assert "poller.crashed" in [line["event"] for line in logs]
@@ -637,7 +637,7 @@ async def test_a_bug_ends_no_poller() -> None:
 async def test_a_pause_after_a_failure_is_a_boundary() -> None:
     """Who hands the bot over, or stops, need not wait for it."""
     bench = await ready(Temporary("http_4xx", "HTTP 429", retry_after_s=300.0))
-    session, task = tended(bench)
+    session, task = start_poller(bench)
     await asyncio.sleep(60)
     session.is_handed_over = True
     session.stop(immediately=False)
@@ -653,7 +653,7 @@ async def test_an_answer_that_was_read_when_the_cut_is_due_is_kept() -> None:
         return await answer  # type: ignore[no-any-return]
 
     bench.chat.poll = poll  # type: ignore[method-assign]
-    session, task = tended(bench)
+    session, task = start_poller(bench)
     await asyncio.sleep(5)
     loop = asyncio.get_running_loop()
     loop.call_later(ANSWER_GRACE_S, answer.set_result, batch(raw("late")))
@@ -669,7 +669,7 @@ def test_an_answer_that_came_while_the_loop_was_busy_is_read_before_the_poll_is_
     """A busy machine holds a process up between two reads; uvloop calls what is due by then before it reads on."""
     (ours, ilink), (busy, waker) = socket.socketpair(), socket.socketpair()
 
-    def hold_up() -> None:
+    def block() -> None:
         busy.recv(1)
         ilink.send(b"hi")
         time.sleep(ANSWER_GRACE_S * 2)  # stands for the others, who have the shard
@@ -677,7 +677,7 @@ def test_an_answer_that_came_while_the_loop_was_busy_is_read_before_the_poll_is_
     async def poll() -> bytes:
         loop, session = asyncio.get_running_loop(), Bench().new_poller("b1")
         reader, writer = await asyncio.open_connection(sock=ours)
-        loop.add_reader(busy, hold_up)
+        loop.add_reader(busy, block)
         session._poll_task = asyncio.current_task()
         session.cancel_poll()
         waker.send(b"!")
@@ -705,7 +705,7 @@ async def test_no_secret_reaches_the_log_or_the_bus() -> None:
     script = STALE, Temporary("network"), batch(raw("my secret text"), cursor="SECRET")
     bench = await ready(*script, token=sealer.seal(BOT, "b1@im.bot:SECRET"))
     with capture_logs() as logs:
-        session, task = tended(bench)
+        session, task = start_poller(bench)
         await asyncio.sleep(60)
         session.stop(immediately=True)
         await task

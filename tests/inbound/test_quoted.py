@@ -39,7 +39,7 @@ def says(message: str = "1", *, quotes: str = "", part: Part | None = None, **fi
     return msgspec.structs.replace(said, **fields)
 
 
-async def hear(bench: Bench, *saids: InboundMessage) -> list[Inbound]:
+async def receive(bench: Bench, *saids: InboundMessage) -> list[Inbound]:
     """Polls messages of the bot's user; all that are in the inbox."""
     if bench.bindings.get(BOT) is None:
         await bench.bind()
@@ -50,7 +50,7 @@ async def hear(bench: Bench, *saids: InboundMessage) -> list[Inbound]:
 
 
 async def quote_of(bench: Bench, said: InboundMessage) -> Quote:
-    quote = (await hear(bench, said))[-1].quote
+    quote = (await receive(bench, said))[-1].quote
     assert quote is not None
     return quote
 
@@ -76,6 +76,6 @@ async def test_a_part_of_what_was_sent_is_shown(bench: Bench) -> None:
 
 
 async def test_the_inbox_is_not_searched(bench: Bench) -> None:
-    heard = await hear(bench, says("41"), says("43", quotes="41"))
-    assert heard[1].quote == Quote(id="41")
+    received = await receive(bench, says("41"), says("43", quotes="41"))
+    assert received[1].quote == Quote(id="41")
     assert bench.bus.read_back == 0

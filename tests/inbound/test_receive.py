@@ -41,12 +41,12 @@ from tests.inbound.pollers import (
     Poller,
     Replica,
     dead,
-    heir_to,
     opened,
     polls,
     raw,
     set_owner,
-    tended,
+    start_poller,
+    successor_of,
     texts,
 )
 
@@ -109,22 +109,22 @@ async def test_the_log_has_the_ids_of_all_messages_of_an_answer(captured: Captur
     """It keeps only the begin of a list, so there are several lines for many."""
     bench = await ready(words(*range(1, 121)))
     await polls(bench)
-    told = [line["messages"] for line in captured.lines() if line["body"] == "inbound.published"]
-    assert [ident for line in told for ident in line] == [inbound.id for inbound in bench.bus.inbound()]
-    assert len(told) == 3
+    published = [line["messages"] for line in captured.lines() if line["body"] == "inbound.published"]
+    assert [ident for line in published for ident in line] == [inbound.id for inbound in bench.bus.inbound()]
+    assert len(published) == 3
 
 
 async def test_the_same_message_has_the_same_id_in_every_replica() -> None:
     """Where the server still knows the id, it keeps the first one."""
     bench = await ready(words(1, 2))
     await polls(bench)
-    heir = Bench(bench, incarnation="heir-1")
-    heir.leases.proven_dead.add("me-1")
-    heir.bus.kept = []
-    heir.chat.polls.append(words(1, 2))
-    await polls(heir)
-    assert heir.bus.found("IN") == []
-    assert heir.metrics.value("inbound_messages_total", kind="text", outcome="duplicate") == 2
+    successor = Bench(bench, incarnation="next-1")
+    successor.leases.proven_dead.add("me-1")
+    successor.bus.kept = []
+    successor.chat.polls.append(words(1, 2))
+    await polls(successor)
+    assert successor.bus.found("IN") == []
+    assert successor.metrics.value("inbound_messages_total", kind="text", outcome="duplicate") == 2
 
 
 async def test_the_order_in_an_answer_is_ilinks_whatever_seq_and_time_say() -> None:
@@ -139,7 +139,7 @@ async def test_the_time_to_the_stream_is_observed_for_each_answer() -> None:
     assert bench.metrics.value("inbound_publish_duration_seconds_count") == 2
 
 
-async def test_a_huge_answer_is_told_whole() -> None:
+async def test_a_huge_answer_is_stored_whole() -> None:
     bench = await ready(words(*range(1000)))
     await polls(bench)
     assert texts(bench) == [f"t{number}" for number in range(1000)]
@@ -273,7 +273,7 @@ async def test_a_repeat_is_known(fields: dict[str, Any], where: str) -> None:
         case _:
             bench = await ready(batch(first))
             await polls(bench)
-            bench = heir_to(bench)
+            bench = successor_of(bench)
             bench.chat.polls.append(batch(again, new, cursor="c"))
     bench.bus.forget_ids()
     await polls(bench)
@@ -289,7 +289,7 @@ async def test_a_repeat_far_down_a_huge_answer_is_known() -> None:
     assert texts(bench) == [f"t{number}" for number in range(KEEP)]
 
 
-async def test_the_same_words_without_ids_and_times_are_heard_as_often_as_they_are_said() -> None:
+async def test_the_same_words_without_ids_and_times_are_stored_as_often_as_sent() -> None:
     ok = raw("ok", **NOTHING)
     bench = await ready(batch(ok, ok), batch(ok, cursor="c"), batch(ok, cursor="c"))
     await polls(bench)
@@ -345,14 +345,14 @@ async def test_a_new_bot_whose_user_becomes_known_goes_on_where_their_old_one_wa
 async def test_messages_of_more_than_eight_other_users_of_a_bot_become_dead_letters() -> None:
     """Each user costs a conversation."""
     users = [f"u{number}@im.wechat" for number in range(2, OTHER_USERS + 4)]
-    heard = [raw(user, number, from_user_id=user) for number, user in enumerate(users, 2)]
-    bench = await ready(batch(*heard, raw("own", 1)))
+    polled = [raw(user, number, from_user_id=user) for number, user in enumerate(users, 2)]
+    bench = await ready(batch(*polled, raw("own", 1)))
     await polls(bench)
     assert texts(bench) == [*users[:OTHER_USERS], "own"]
     assert [reason for reason, _ in dead(bench)] == ["stranger"] * 2
 
 
-async def test_what_was_written_in_a_group_is_kept_and_told_to_nobody() -> None:
+async def test_what_was_written_in_a_group_is_a_dead_letter_and_in_no_inbox() -> None:
     """An answer might be shown to the group, or to a stranger: who speaks there is not who scanned the code."""
     strange = raw("hello all", 1, group_id="7@chatroom", from_user_id="stranger@im.wechat")
     theirs = raw("to all", 2, group_id="7@chatroom")
@@ -370,7 +370,7 @@ async def test_what_was_written_in_a_group_is_kept_and_told_to_nobody() -> None:
 # what cannot be read -------------------------------------------------------------------------------------
 
 
-async def test_what_is_no_message_of_anybody_is_a_dead_letter_and_the_others_go_on() -> None:
+async def test_what_has_no_sender_is_a_dead_letter_and_the_others_go_on() -> None:
     bench = await ready(batch(raw("one", 1), b'{"message_id":5}', b"[]", raw("two", 2)))
     await polls(bench)
     assert texts(bench) == ["one", "two"]
@@ -386,7 +386,7 @@ async def test_a_field_of_a_wrong_type_costs_no_words() -> None:
     assert dead(bench)[:1] == [("unreadable", lossy)]
 
 
-async def test_a_broken_message_is_told_as_unsupported_and_kept_whole() -> None:
+async def test_a_broken_message_is_stored_as_unsupported_and_kept_whole() -> None:
     broken = raw("x", 2, item_list="nothing")
     bench = await ready(batch(raw("one", 1), broken, raw("three", 3)))
     await polls(bench)
@@ -427,7 +427,7 @@ async def test_a_conversation_takes_the_last_message_once_all_are_stored() -> No
     assert record.inbox_seq == bench.bus.found("IN")[-1].seq
 
 
-async def test_what_was_heard_is_stored_within_a_second_once_for_many_messages(poller: Poller) -> None:
+async def test_many_messages_are_one_write_of_the_record_within_a_second(poller: Poller) -> None:
     bench = await ready(*[words(number, cursor=f"c{number}") for number in range(1, 11)])
     poller(bench)
     await asyncio.sleep(2)
@@ -435,7 +435,7 @@ async def test_what_was_heard_is_stored_within_a_second_once_for_many_messages(p
     assert (bench.record().token, bench.record().inbox_seq) == ("token-10", 10)
 
 
-async def test_a_conversation_that_is_held_up_takes_it_in_its_turn_and_holds_up_no_inbox(poller: Poller) -> None:
+async def test_a_conversation_that_is_delayed_takes_it_in_its_turn_and_delays_no_inbox(poller: Poller) -> None:
     """As one that waits for a receipt that cannot be stored."""
     bench = await ready()
     bench.hears()
@@ -486,14 +486,14 @@ async def test_what_a_poll_brings_after_the_hand_over_is_the_next_conversations(
         return words(1)
 
     bench.chat.polls.append(handed_over)
-    session, task = tended(bench)
+    session, task = start_poller(bench)
     await task
     assert (texts(bench), (await bench.checkpoint()).owner, bench.conversation_bucket.entries) == (["t1"], "", {})
     assert (await bench.checkpoint()).position.inbox_seq == 0, "this owner's conversations have not taken it"
-    heir = Bench(bench, incarnation="heir-1")
-    heir.shard().on_delivery(heir.command("answer", id="c1", when_closed="refuse"))
+    successor = Bench(bench, incarnation="next-1")
+    successor.shard().on_delivery(successor.command("answer", id="c1", when_closed="refuse"))
     await asyncio.sleep(5)
-    assert [one.outcome for one in heir.bus.receipts()] == ["accepted"]
+    assert [one.outcome for one in successor.bus.receipts()] == ["accepted"]
 
 
 @pytest.mark.parametrize("when_closed", ["refuse", "park"])
@@ -516,18 +516,18 @@ async def test_a_command_while_a_former_owner_polls_knows_what_that_one_brings(
     for shard in bench.shards.values():
         shard.stop()
     bench.shards.clear()
-    heir = Bench(bench, incarnation="heir-1")
-    heir.elsewhere.add(BOT)
-    shard = heir.shard()
-    shard.on_delivery(heir.command("early", id="c1", when_closed="refuse"))
+    successor = Bench(bench, incarnation="next-1")
+    successor.elsewhere.add(BOT)
+    shard = successor.shard()
+    shard.on_delivery(successor.command("early", id="c1", when_closed="refuse"))
     await asyncio.sleep(5)
     answer.set_result(words(1))
     await asyncio.sleep(1)
-    assert (texts(heir), heir.chat.sent) == (["t1"], [])
-    shard.on_delivery(heir.command("answer", id="c2", when_closed=when_closed))
+    assert (texts(successor), successor.chat.sent) == (["t1"], [])
+    shard.on_delivery(successor.command("answer", id="c2", when_closed=when_closed))
     await asyncio.sleep(5)
-    assert [(one.command, one.outcome) for one in heir.bus.receipts()] == [("c1", "refused"), ("c2", "accepted")]
-    assert [sent.context_token for sent in heir.chat.sent] == ["token-1"]
+    assert [(one.command, one.outcome) for one in successor.bus.receipts()] == [("c1", "refused"), ("c2", "accepted")]
+    assert [sent.context_token for sent in successor.chat.sent] == ["token-1"]
 
 
 async def test_a_command_is_decided_also_where_a_former_owners_message_cannot_be_read() -> None:
@@ -583,7 +583,7 @@ async def test_a_message_for_a_bot_that_was_unbound_while_it_came_is_a_dead_lett
         return batch(raw("too late"))
 
     bench.chat.polls.append(unbind_and_answer)
-    _, task = tended(bench)
+    _, task = start_poller(bench)
     await task
     assert texts(bench) == []
     (letter,) = bench.bus.found("DEAD")
@@ -596,7 +596,7 @@ async def test_a_message_for_a_bot_that_was_unbound_while_it_came_is_a_dead_lett
     assert len(bench.bus.found("DEAD")) == 1, "a repeat is for none of its next sandboxes"
 
 
-async def test_a_message_for_a_bot_that_was_bound_anew_is_told_though_the_news_are_late() -> None:
+async def test_a_message_for_a_bot_bound_again_is_stored_though_the_change_comes_late() -> None:
     bench = await ready()
     platform = Bench(bench)
 
@@ -609,7 +609,7 @@ async def test_a_message_for_a_bot_that_was_bound_anew_is_told_though_the_news_a
         return batch(raw("in time"))
 
     bench.chat.polls.append(rebound)
-    session, task = tended(bench)
+    session, task = start_poller(bench)
     await asyncio.sleep(5)
     assert (texts(bench), bench.bus.found("DEAD")) == (["in time"], [])
     session.stop(immediately=True)
@@ -648,13 +648,13 @@ async def test_what_was_said_before_the_bot_moved_opens_no_window_in_its_new_san
     await asyncio.sleep(5)
     await replica.die()
     await asyncio.sleep(30 * 3600)
-    heir = heir_to(bench)
-    replica = Replica(heir)
+    successor = successor_of(bench)
+    replica = Replica(successor)
     await asyncio.sleep(30)
-    heir.shard("s2").on_delivery(heir.command("hi", id="c1", sandbox="s2"))
+    successor.shard("s2").on_delivery(successor.command("hi", id="c1", sandbox="s2"))
     await asyncio.sleep(5)
-    assert [(one.outcome, one.reason) for one in heir.bus.receipts()] == [("parked", "window_closed")]
-    assert [inbound.sandbox for inbound in heir.bus.inbound()] == ["s1"]
+    assert [(one.outcome, one.reason) for one in successor.bus.receipts()] == [("parked", "window_closed")]
+    assert [inbound.sandbox for inbound in successor.bus.inbound()] == ["s1"]
     await replica.leave()
 
 
@@ -792,7 +792,7 @@ async def test_a_look_that_fails_is_made_again(poller: Poller) -> None:
 async def frozen_with(bench: Bench, *answers: Polled, meanwhile: Callable[[], Awaitable[None]]) -> None:
     """The replica is stopped with an answer in hand, loses its lease for good, and goes on long after `meanwhile`."""
     bench.chat.polls.extend(answers)
-    _, task = tended(bench)
+    _, task = start_poller(bench)
     frozen = asyncio.Event()
 
     async def freeze(message: BusMessage) -> None:
@@ -813,15 +813,15 @@ async def frozen_with(bench: Bench, *answers: Polled, meanwhile: Callable[[], Aw
 
 
 @pytest.mark.parametrize("given", [(1, 2), (2,), ()], ids=["all again", "a part again", "nothing again"])
-async def test_who_was_frozen_with_an_answer_tells_what_the_new_owner_did_not_get(given: Sequence[int]) -> None:
+async def test_an_owner_frozen_with_an_answer_stores_what_the_new_owner_did_not_get(given: Sequence[int]) -> None:
     """The server's window against duplicates has passed by then."""
     bench = await ready()
-    heir = heir_to(bench)
+    successor = successor_of(bench)
     heirs: list[Any] = []
 
     async def taken_over() -> None:
-        heir.chat.polls.extend([words(*given) if given else batch(cursor="b"), None, None])
-        heirs.extend(tended(heir))
+        successor.chat.polls.extend([words(*given) if given else batch(cursor="b"), None, None])
+        heirs.extend(start_poller(successor))
         await asyncio.sleep(60)
 
     await frozen_with(bench, words(1, 2, cursor="zombie"), meanwhile=taken_over)
@@ -834,49 +834,49 @@ async def test_who_was_frozen_with_an_answer_tells_what_the_new_owner_did_not_ge
     assert set(bench.chat.asked) == {"", "b"}
 
 
-async def test_the_owner_of_now_hears_of_a_late_message_and_folds_it(poller: Poller) -> None:
+async def test_the_present_owner_learns_of_a_late_message_and_folds_it(poller: Poller) -> None:
     """Its conversation gets the window, and iLink's repeats are known."""
     bench = await ready(None)
-    heir = heir_to(bench)
+    successor = successor_of(bench)
     session = None
 
     async def taken_over() -> None:
         nonlocal session
-        session = poller(heir)
+        session = poller(successor)
         await asyncio.sleep(5)
 
     await frozen_with(bench, words(1, cursor="zombie"), meanwhile=taken_over)
     assert session is not None
     session.on_released()  # as the supervisor says at the word of the other one
-    heir.bus.forget_ids()
-    heir.chat.polls.append(batch(raw("t1", 1, message_id=99), raw("t2", 2), cursor="c"))
+    successor.bus.forget_ids()
+    successor.chat.polls.append(batch(raw("t1", 1, message_id=99), raw("t2", 2), cursor="c"))
     session.cancel_poll()
     await asyncio.sleep(5)
-    assert texts(heir) == ["t1", "t2"]
-    assert heir.record().window.id.endswith("002")
+    assert texts(successor) == ["t1", "t2"]
+    assert successor.record().window.id.endswith("002")
 
 
 async def test_a_late_message_is_known_before_the_poll_that_waits_ends(poller: Poller) -> None:
     """A command that waits for it goes out at once."""
     bench = await ready(None)
-    heir = heir_to(bench)
+    successor = successor_of(bench)
     session = None
 
     async def taken_over() -> None:
         nonlocal session
-        session = poller(heir)
+        session = poller(successor)
         await asyncio.sleep(5)
-        heir.shards[shard_of("s1")].on_delivery(heir.command("answer", id="c1"))
+        successor.shards[shard_of("s1")].on_delivery(successor.command("answer", id="c1"))
         await asyncio.sleep(5)
 
     await frozen_with(bench, words(1, cursor="zombie"), meanwhile=taken_over)
     assert session is not None
-    assert [one.outcome for one in heir.bus.receipts()] == ["parked"]
-    asked = len(heir.chat.asked)
+    assert [one.outcome for one in successor.bus.receipts()] == ["parked"]
+    asked = len(successor.chat.asked)
     session.on_released()
     await asyncio.sleep(2)
-    assert [one.outcome for one in heir.bus.receipts()] == ["parked", "accepted"]
-    assert (len(heir.chat.asked), heir.chat.polling) == (asked, 1)
+    assert [one.outcome for one in successor.bus.receipts()] == ["parked", "accepted"]
+    assert (len(successor.chat.asked), successor.chat.polling) == (asked, 1)
 
 
 async def test_a_late_answer_for_an_erased_person_is_dropped() -> None:
@@ -966,35 +966,35 @@ async def killed_after(count: int, *script: Any) -> Bench:
     await replica.die()
     await asyncio.sleep(600)
     bench.bus.on_publish = None
-    return heir_to(bench)
+    return successor_of(bench)
 
 
 @pytest.mark.parametrize("again", ["never", "the same", "with other ids"])
 @pytest.mark.parametrize("count", range(5))
-async def test_after_a_kill_each_message_is_told_once_and_in_order(count: int, again: str) -> None:
+async def test_after_a_kill_each_message_is_stored_once_and_in_order(count: int, again: str) -> None:
     """Whether iLink gives the answer again or not: what it has, or the inbox, is not lost."""
-    heir = await killed_after(count, words(1, 2, 3, 4))
+    successor = await killed_after(count, words(1, 2, 3, 4))
     if again == "with other ids":
         others = [{"message_id": 90 + n, "client_id": f"x{n}", "seq": 90 + n} for n in range(5)]
-        heir.chat.polls.append(batch(*(raw(f"t{n}", n, **others[n]) for n in range(1, 5))))
+        successor.chat.polls.append(batch(*(raw(f"t{n}", n, **others[n]) for n in range(1, 5))))
     elif again == "the same":
-        heir.chat.polls.append(words(1, 2, 3, 4))
-    heir.chat.polls.append(words(5, cursor="c"))
-    replica = Replica(heir)
+        successor.chat.polls.append(words(1, 2, 3, 4))
+    successor.chat.polls.append(words(5, cursor="c"))
+    replica = Replica(successor)
     await asyncio.sleep(30)
-    told = count if again == "never" else 4
-    assert texts(heir) == [*(f"t{number}" for number in range(1, told + 1)), "t5"]
-    assert heir.record().token == "token-5"
+    expected = count if again == "never" else 4
+    assert texts(successor) == [*(f"t{number}" for number in range(1, expected + 1)), "t5"]
+    assert successor.record().token == "token-5"
     await replica.leave()
 
 
 @pytest.mark.parametrize("count", range(4))
 async def test_who_takes_over_from_a_replica_that_was_killed_as_it_took_over_loses_nothing(count: int) -> None:
     """In the middle of its fold, too: nothing is written before it is read."""
-    heir = await killed_after(count, words(1, 2, 3))
+    successor = await killed_after(count, words(1, 2, 3))
     gate = asyncio.Event()
-    heir.checkpoint_bucket.on_write = None
-    read = heir.bus.read
+    successor.checkpoint_bucket.on_write = None
+    read = successor.bus.read
 
     async def slow(stream: str, subject: str, **where: Any) -> Any:
         found = [stored async for stored in read(stream, subject, **where)]
@@ -1003,13 +1003,13 @@ async def test_who_takes_over_from_a_replica_that_was_killed_as_it_took_over_los
         for stored in found:
             yield stored
 
-    heir.bus.read = slow  # type: ignore[method-assign]
-    replica = Replica(heir)
+    successor.bus.read = slow  # type: ignore[method-assign]
+    replica = Replica(successor)
     await asyncio.sleep(5)
     await replica.die()
-    heir.bus.read = read  # type: ignore[method-assign]
-    last = heir_to(heir, "last-1")
-    last.leases.proven_dead.add("heir-1")
+    successor.bus.read = read  # type: ignore[method-assign]
+    last = successor_of(successor, "last-1")
+    last.leases.proven_dead.add("next-1")
     last.chat.polls.append(words(1, 2, 3, 4))
     replica = Replica(last)
     await asyncio.sleep(30)
@@ -1027,7 +1027,7 @@ async def test_an_answer_is_stored_before_the_poller_stops() -> None:
             await gate.wait()
 
     bench.bus.on_publish = slow
-    session, task = tended(bench)
+    session, task = start_poller(bench)
     await asyncio.sleep(1)
     session.stop(immediately=True)
     await asyncio.sleep(1)
@@ -1047,14 +1047,14 @@ async def test_after_a_kill_a_window_is_open_and_typing_is_not_shown_again() -> 
     await replica.die()
     shown = len(bench.chat.typing)
     await asyncio.sleep(3600)
-    heir = heir_to(bench)
-    heir.shard().on_delivery(heir.command("answer", id="c1", when_closed="refuse"))
+    successor = successor_of(bench)
+    successor.shard().on_delivery(successor.command("answer", id="c1", when_closed="refuse"))
     await asyncio.sleep(5)
-    assert [(one.outcome, one.reason) for one in heir.bus.receipts()] == [("accepted", "")]
-    assert abs(heir.record().window.opened_ms - opened_ms) < 1000, "as iLink handed it over, however late it is told"
-    replica = Replica(heir)
+    assert [(one.outcome, one.reason) for one in successor.bus.receipts()] == [("accepted", "")]
+    assert abs(successor.record().window.opened_ms - opened_ms) < 1000, "as iLink gave it, however late"
+    replica = Replica(successor)
     await asyncio.sleep(5)
-    assert len(heir.chat.typing) == shown
+    assert len(successor.chat.typing) == shown
     await replica.leave()
 
 
@@ -1077,7 +1077,7 @@ async def test_a_bug_in_a_publish_ends_no_bots_messages(poller: Poller) -> None:
 async def test_nothing_is_left_of_a_poller_that_has_ended() -> None:
     bench = await ready(words(1), words(2, cursor="c"))
     tasks = len(asyncio.all_tasks())
-    session, task = tended(bench)
+    session, task = start_poller(bench)
     await asyncio.sleep(30)
     session.stop(immediately=True)
     await task

@@ -12,7 +12,7 @@ from adapter.errors import AdapterError, BusRefused, Temporary
 from adapter.inbound.poller import BotPoller, State
 from adapter.security.seal import Sealer, cursor_context
 from tests.fakes import Bench, Failing, FakeLeases, batch, ready, settle
-from tests.inbound.pollers import BOT, Poller, heir_to, polls, raw, set_owner, tended, texts
+from tests.inbound.pollers import BOT, Poller, polls, raw, set_owner, start_poller, successor_of, texts
 
 VIRTUAL_TIME = True
 
@@ -36,7 +36,7 @@ async def test_a_new_owner_waits_until_the_old_one_has_stopped(poller: Poller) -
     assert bench.chat.asked == ["c"]
 
 
-async def test_a_new_owner_that_is_not_told_finds_out(poller: Poller) -> None:
+async def test_a_new_owner_that_gets_no_notice_finds_out(poller: Poller) -> None:
     bench = await ready()
     await set_owner(bench, "other-1", cursor="b")
     poller(bench)
@@ -94,7 +94,7 @@ async def test_an_owner_that_begins_to_poll_as_it_is_asked_keeps_its_bot(poller:
     assert (bench.chat.asked, await owner_of(bench)) == ([], "other-1")
 
 
-async def test_who_waits_for_an_owner_holds_up_no_other_bot() -> None:
+async def test_a_bot_that_waits_for_an_owner_delays_no_other_bot() -> None:
     """Starts are bounded; one that waits for a replica elsewhere must not use up the bound."""
     bench = await ready()
     await set_owner(bench, "other-1", cursor="b")
@@ -155,14 +155,14 @@ async def test_a_poller_whose_bot_another_took_ends_at_its_next_write(poller: Po
 async def test_a_checkpoint_that_was_set_back_ends_the_poller_which_names_itself_anew() -> None:
     """Else whom the shard is handed to takes the bot from one that is dead, while this one's last poll waits."""
     bench = await ready(batch(cursor="b"), *[None, batch(cursor=None)] * 2)
-    session, task = tended(bench)
+    session, task = start_poller(bench)
     await asyncio.sleep(1)
     await set_owner(bench, "dead-1", cursor="old")
     bench.leases.proven_dead.add("dead-1")
     await asyncio.sleep(120)
     assert task.done(), "the supervisor begins another one, as long as the shard is its own"
     bench.chat.polls = deque([batch(raw(), cursor="c")])
-    session, task = tended(bench)
+    session, task = start_poller(bench)
     await asyncio.sleep(5)
     assert (await owner_of(bench), bench.chat.asked[-2:], texts(bench)) == ("me-1", ["old", "c"], ["hello"])
     session.stop(immediately=True)
@@ -190,7 +190,7 @@ async def test_a_bot_that_is_closed_before_it_is_taken_is_not_taken(poller: Poll
 async def test_a_bot_is_given_back_also_where_the_bus_refuses_it_at_first(problem: AdapterError) -> None:
     """This replica lives on, so that nobody else could ever take the bot."""
     bench = await ready()
-    session, task = tended(bench)
+    session, task = start_poller(bench)
     await settle()
     bench.checkpoint_bucket.on_write = refuses = Failing(3, problem)
     session.stop(immediately=True)
@@ -205,7 +205,7 @@ async def test_who_cannot_open_the_token_leaves_the_checkpoint_as_it_is() -> Non
     before = dict(bench.checkpoint_bucket.entries)
     stranger = Bench(bench, incarnation="other-1", token_key=(b"\1" * 32,))
     stranger.leases.proven_dead.add("me-1")
-    session, task = tended(stranger)
+    session, task = start_poller(stranger)
     await asyncio.sleep(60)
     assert (session.state, session.why[:10]) == (State.RETRYING, "token_key:")
     assert bench.checkpoint_bucket.entries == before
@@ -215,7 +215,7 @@ async def test_who_cannot_open_the_token_leaves_the_checkpoint_as_it_is() -> Non
 
 async def test_the_checkpoint_of_a_bot_that_is_unbound_goes_in_time() -> None:
     bench = await ready(batch(raw("one", 1)), batch(raw("two", 2), cursor="c"))
-    session, task = tended(bench)
+    session, task = start_poller(bench)
     await asyncio.sleep(5)
     assert bench.checkpoint_bucket.ttls == {}
     await bench.bindings.remove(BOT)
@@ -227,28 +227,28 @@ async def test_the_checkpoint_of_a_bot_that_is_unbound_goes_in_time() -> None:
 
 
 @pytest.mark.parametrize("moved", [False, True], ids=["by the owner that told it", "by another owner"])
-async def test_what_was_told_before_the_end_of_a_bot_is_a_repeat_for_its_next_sandbox(moved: bool) -> None:
+async def test_what_was_stored_before_a_bot_ended_is_a_repeat_for_its_next_sandbox(moved: bool) -> None:
     """iLink repeats for an hour, also where the inbox has let the message go."""
     bench = await ready(*[batch(raw(f"word {n}", n), cursor=f"c{n}") for n in range(40)])
-    session, task = tended(bench)
+    session, task = start_poller(bench)
     await asyncio.sleep(30)
-    told = len(texts(bench))
+    stored = len(texts(bench))
     if moved:
         session.stop(immediately=True)
         await task
-        bench = heir_to(bench)
-        session, task = tended(bench)
+        bench = successor_of(bench)
+        session, task = start_poller(bench)
         await asyncio.sleep(5)
     await bench.bindings.remove(BOT)
     session.stop(immediately=True)
     await task
     bench.bus.forget_ids()
-    told_before, bench.bus.kept = bench.bus.inbound(), []
+    stored_before, bench.bus.kept = bench.bus.inbound(), []
     await bench.bind("s2")
     bench.chat.polls.append(batch(raw("word 3", 3), raw("word 39", 99, create_time_ms=1789000000039), cursor="z"))
-    session, task = tended(bench)
+    session, task = start_poller(bench)
     await asyncio.sleep(5)
-    assert (told, len(told_before), texts(bench)) == (40, 40, [])
+    assert (stored, len(stored_before), texts(bench)) == (40, 40, [])
     session.stop(immediately=True)
     await task
 
@@ -259,7 +259,7 @@ async def test_what_was_told_before_the_end_of_a_bot_is_a_repeat_for_its_next_sa
 async def test_a_start_cursor_is_used_once() -> None:
     bench = await ready(batch(cursor="b"), batch(raw(), cursor="c"), start_cursor="given")
     await polls(bench)
-    await polls(heir_to(bench))
+    await polls(successor_of(bench))
     assert bench.chat.asked == ["given", "b", "c", "c"]
 
 
@@ -290,7 +290,7 @@ async def test_a_start_cursor_of_which_the_key_is_gone_leaves_the_bot_where_it_i
 
 async def test_a_start_cursor_bound_while_the_bot_is_polled_is_used_once_and_at_once() -> None:
     bench = await ready(batch(raw("one"), cursor="b"))
-    session, task = tended(bench)
+    session, task = start_poller(bench)
     await asyncio.sleep(5)
     await bench.bind(start_cursor="given")
     bench.chat.polls.append(batch(raw("two", 2), cursor="c"))
@@ -299,9 +299,9 @@ async def test_a_start_cursor_bound_while_the_bot_is_polled_is_used_once_and_at_
     session.stop(immediately=True)
     await task
     assert bench.chat.asked == ["", "b", "given", "c"]
-    heir, task = tended(bench)
+    successor, task = start_poller(bench)
     await asyncio.sleep(5)
-    heir.stop(immediately=True)
+    successor.stop(immediately=True)
     await task
     assert bench.chat.asked[4:] == ["c"]
 
@@ -309,7 +309,7 @@ async def test_a_start_cursor_bound_while_the_bot_is_polled_is_used_once_and_at_
 async def test_a_bot_is_given_back_also_while_the_lease_is_paused() -> None:
     """This replica lives, so that nobody would take it: it was not polled for half a minute."""
     bench = await ready(batch(raw()))
-    session, task = tended(bench)
+    session, task = start_poller(bench)
     await asyncio.sleep(2)
     bench.leases.has_lease = False
     bench.leases.changed.notify_all()

@@ -96,7 +96,7 @@ class Doors:
             task.cancel()
         await asyncio.wait(self.tasks)
 
-    def told(self, sandbox: str = "s1") -> list[tuple[str, int, str]]:
+    def steps(self, sandbox: str = "s1") -> list[tuple[str, int, str]]:
         return [(event.status, event.code, event.reason) for event in self.events(sandbox)]
 
     def events(self, sandbox: str = "s1") -> list[LoginEvent]:
@@ -147,7 +147,7 @@ async def test_a_login_goes_from_the_code_to_the_bot(doors: Doors) -> None:
     await asyncio.sleep(5)
     done = await doors.status(login)
     assert (done.status, done.bot, done.user, done.qrcode_url) == ("confirmed", BOT, USER, "")
-    assert doors.told() == [("wait", 1, ""), ("scanned", 1, ""), ("confirmed", 1, "")]
+    assert doors.steps() == [("wait", 1, ""), ("scanned", 1, ""), ("confirmed", 1, "")]
     (bind,) = doors.binds()
     assert (bind.sandbox, bind.bot, bind.user, bind.base_url) == ("s1", BOT, USER, "https://ilinkai.wechat.com")
     binding = doors.bench.bindings.get(BOT)
@@ -167,7 +167,7 @@ async def test_between_two_requests_about_a_code_is_a_second(doors: Doors) -> No
     await asyncio.sleep(10)
     times = [asked.at_s for asked in doors.ilink.asked]
     assert [round(b - a) for a, b in itertools.pairwise(times)] == [1] * 5
-    assert doors.told() == [("wait", 1, "")]
+    assert doors.steps() == [("wait", 1, "")]
 
 
 async def test_the_digits_of_the_phone_are_sent_at_once(doors: Doors) -> None:
@@ -190,7 +190,7 @@ async def test_the_digits_of_the_phone_are_sent_at_once(doors: Doors) -> None:
     assert second.at_s - first.at_s >= 1
     assert doors.record(login).digits == ""
     assert doors.ilink.asked[-1].digits == ""
-    assert doors.told() == [("wait", 1, ""), ("need_verify_code", 1, ""), ("scanned", 1, "")]
+    assert doors.steps() == [("wait", 1, ""), ("need_verify_code", 1, ""), ("scanned", 1, "")]
 
 
 async def test_wrong_digits_are_asked_for_again_each_time(doors: Doors) -> None:
@@ -204,7 +204,7 @@ async def test_wrong_digits_are_asked_for_again_each_time(doors: Doors) -> None:
         now = await doors.status(login)
         assert (now.status, now.reason) == ("need_verify_code", "wrong_code")
     again = ("need_verify_code", 1, "wrong_code")
-    assert doors.told() == [("wait", 1, ""), ("need_verify_code", 1, ""), again, again]
+    assert doors.steps() == [("wait", 1, ""), ("need_verify_code", 1, ""), again, again]
 
 
 async def test_too_many_wrong_digits_cost_the_code(doors: Doors) -> None:
@@ -227,7 +227,7 @@ async def test_three_expired_codes_are_an_expired_login(doors: Doors) -> None:
     for number in range(1, DEAD_CODES + 1):
         doors.ilink.happens(f"q{number}", "expired")
         await asyncio.sleep(3)
-    assert doors.told() == [("wait", 1, ""), ("wait", 2, ""), ("wait", 3, ""), ("expired", 3, "codes")]
+    assert doors.steps() == [("wait", 1, ""), ("wait", 2, ""), ("wait", 3, ""), ("expired", 3, "codes")]
     assert (await doors.status(login)).status == "expired"
     assert len(doors.ilink.tokens) == DEAD_CODES
     assert doors.counted("expired") == 1
@@ -271,7 +271,7 @@ async def test_a_code_that_expires_after_the_scan_is_followed_by_another(doors: 
     await asyncio.sleep(5)
     now = await doors.status(login)
     assert (now.status, now.code, now.qrcode_url) == ("wait", 2, "https://q/q2")
-    assert doors.told() == [("wait", 1, ""), ("scanned", 1, ""), ("wait", 2, "")]
+    assert doors.steps() == [("wait", 1, ""), ("scanned", 1, ""), ("wait", 2, "")]
 
 
 async def test_the_code_before_may_expire_after_its_scan_too(doors: Doors) -> None:
@@ -339,7 +339,7 @@ async def test_a_redirected_code_is_asked_about_there(doors: Doors) -> None:
     doors.ilink.happens("q1", "expired")
     await asyncio.sleep(2)
     assert (doors.ilink.asked[-1].handle, doors.ilink.asked[-1].base_url) == ("q2", there)
-    assert doors.told() == [("wait", 1, ""), ("scanned", 1, ""), ("wait", 2, "")]
+    assert doors.steps() == [("wait", 1, ""), ("scanned", 1, ""), ("wait", 2, "")]
     assert (await doors.status(login)).code == 2
 
 
@@ -373,7 +373,7 @@ async def test_what_cannot_be_used_fails_the_login(scan: Scan, reason: str, door
     assert now.detail
     assert doors.binds() == []
     assert {asked.base_url for asked in doors.ilink.asked} == {""}
-    assert doors.told()[-1] == ("failed", 1, reason)
+    assert doors.steps()[-1] == ("failed", 1, reason)
 
 
 async def test_a_long_token_fits_into_its_bind_when_it_is_sealed() -> None:
@@ -434,7 +434,7 @@ async def test_a_code_that_cannot_be_fetched_is_tried_again_while_the_old_one_co
     assert (await doors.status(login)).code == 2
 
 
-async def test_the_first_code_that_cannot_be_had_is_told_to_who_asked(doors: Doors) -> None:
+async def test_a_first_code_that_cannot_be_had_is_an_error_to_the_requester(doors: Doors) -> None:
     doors.ilink.codes.append(Temporary("timeout", "iLink gave no QR code within 10 s."))
     with pytest.raises(Temporary, match="no QR code"):
         await doors.start()
@@ -454,11 +454,11 @@ async def test_any_replica_takes_digits_and_a_cancellation(doors: Doors) -> None
     assert (await other.ask("cancel", LoginQuery(login=login.login))).status == "cancelled"
     await asyncio.sleep(0.1)
     assert doors.ilink.out == set()
-    assert doors.told() == [("wait", 1, ""), ("need_verify_code", 1, ""), ("cancelled", 1, "")]
+    assert doors.steps() == [("wait", 1, ""), ("need_verify_code", 1, ""), ("cancelled", 1, "")]
 
 
 @pytest.mark.parametrize("status", ["wait", "scanned"])
-async def test_a_login_whose_replica_is_gone_is_lost_and_told_once(status: str, doors: Doors) -> None:
+async def test_a_login_whose_replica_is_gone_is_lost_and_published_once(status: str, doors: Doors) -> None:
     others = [Doors(doors, incarnation=f"other-{n}") for n in range(2)]
     login = await doors.start()
     if status == "scanned":
@@ -473,8 +473,8 @@ async def test_a_login_whose_replica_is_gone_is_lost_and_told_once(status: str, 
     await asyncio.sleep(2)
     now = await others[1].status(login)
     assert (now.status, now.qrcode_url, "start another" in now.detail) == ("lost", "", True)
-    assert others[0].told()[-1] == ("lost", 1, "")
-    assert [step for step, _, _ in others[0].told()].count("lost") == 1
+    assert others[0].steps()[-1] == ("lost", 1, "")
+    assert [step for step, _, _ in others[0].steps()].count("lost") == 1
     assert sum(other.counted("lost") for other in others) == 1
     assert doors.record(login).url == ""
     asked = len(doors.ilink.asked)
@@ -496,7 +496,7 @@ async def test_a_login_that_is_called_lost_while_its_replica_lives_ends_there(do
     assert doors.binds() == []
 
 
-async def test_who_is_told_to_stop_stores_the_bind_of_an_answer_in_hand() -> None:
+async def test_a_flow_that_is_stopped_stores_the_bind_of_an_answer_in_hand() -> None:
     """iLink need not give the credentials again, and they are never stored open."""
     doors = Doors()
     login = await doors.start()
@@ -551,7 +551,7 @@ async def test_a_login_of_a_newer_version_is_left_alone_and_ends_no_other(doors:
     assert doors.bucket.entries["x" * 24].value == newer
 
 
-async def test_who_scans_beside_another_person_is_told_as_such(doors: Doors) -> None:
+async def test_a_scan_beside_another_person_is_reported_as_such(doors: Doors) -> None:
     await doors.bench.bind(bot="b0@im.bot", user="u0@im.wechat")
     login = await doors.start()
     assert login.former_user == ""
@@ -588,7 +588,7 @@ async def test_who_has_confirmed_cannot_be_cancelled_half_way(doors: Doors) -> N
     assert (await doors.status(login)).qrcode_url == ""
 
 
-async def test_a_bind_that_nobody_carries_out_is_told_as_such(doors: Doors) -> None:
+async def test_a_bind_that_nobody_carries_out_is_reported_as_such(doors: Doors) -> None:
     login = await doors.start()
     doors.controlled = False
     doors.ilink.happens("q1", CONFIRMED)
@@ -650,14 +650,14 @@ async def test_a_cancelled_login_is_left_at_once(doors: Doors) -> None:
     assert (await doors.ask("cancel", LoginQuery(login=login.login))).status == "cancelled"
     await asyncio.sleep(0.1)
     assert doors.ilink.out == set()
-    assert doors.told() == [("wait", 1, ""), ("cancelled", 1, "")]
+    assert doors.steps() == [("wait", 1, ""), ("cancelled", 1, "")]
     assert (await doors.ask("cancel", LoginQuery(login=login.login))).status == "cancelled"
     assert doors.counted("cancelled") == 1
     with pytest.raises(Refused, match="over"):
         await doors.verify(login, "1")
 
 
-async def test_each_step_is_told_once_to_those_who_only_listen(doors: Doors) -> None:
+async def test_each_step_is_one_event_for_subscribers(doors: Doors) -> None:
     steps: list[str] = []
 
     async def listen(message: BusMessage) -> None:
@@ -755,7 +755,7 @@ async def test_a_login_cannot_be_guessed(doors: Doors) -> None:
     assert all(len(base64.urlsafe_b64decode(ident)) == 18 for ident in idents)
 
 
-async def test_no_secret_of_a_login_is_stored_open_told_or_logged() -> None:
+async def test_no_secret_of_a_login_is_stored_in_clear_published_or_logged() -> None:
     doors = Doors()
     doors.ilink.codes.append(QrCode("HANDLE-1", "https://q/HANDLE-1"))
     with capture_logs() as logs:
@@ -783,13 +783,13 @@ async def test_a_bind_that_was_sealed_for_a_login_is_good_for_nothing_else() -> 
     await asyncio.sleep(3)
     (bind,) = doors.binds()
     for changes in ({"sandbox": "s2"}, {"bot": "b2@im.bot"}):
-        told = len(doors.bench.core.published)
-        body = msgspec.json.encode(msgspec.structs.replace(bind, id=f"again {told}", **changes))
+        before = len(doors.bench.core.published)
+        body = msgspec.json.encode(msgspec.structs.replace(bind, id=f"again {before}", **changes))
         headers = {H_REPLY_TO: "_INBOX.1"}
-        doors.control.enqueue(FakeDelivery("wechat.ctl.bind", body, seq=10**6 + told, time_ms=0, headers=headers))
+        doors.control.enqueue(FakeDelivery("wechat.ctl.bind", body, seq=10**6 + before, time_ms=0, headers=headers))
         await asyncio.sleep(1)
         answer = msgspec.json.decode(doors.bench.core.published[-1][1], type=ControlAnswer)
-        assert (answer.ok, len(doors.bench.core.published)) == (False, told + 1)
+        assert (answer.ok, len(doors.bench.core.published)) == (False, before + 1)
 
 
 async def test_a_record_that_cannot_be_read_ends_no_other_login(doors: Doors) -> None:

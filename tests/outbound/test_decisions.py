@@ -145,7 +145,7 @@ def test_whether_the_head_may_be_sent(
 
 
 @rows(
-    "waits, reason, is_head, told",
+    "waits, reason, is_head, expected",
     {
         "a command is parked": (command(1), "quota", True, ("parked", "quota")),
         "one behind it as well": (command(2), "throttled", False, ("parked", "throttled")),
@@ -165,11 +165,11 @@ def test_whether_the_head_may_be_sent(
         ),
     },
 )
-def test_what_a_command_is_told_whose_queue_waits(
-    waits: QueuedCommand, reason: str, is_head: bool, told: tuple[str, str]
+def test_the_receipt_of_a_command_whose_queue_waits(
+    waits: QueuedCommand, reason: str, is_head: bool, expected: tuple[str, str]
 ) -> None:
     result = sending.while_blocked(waits, reason, is_head=is_head)
-    assert (result.outcome, result.reason) == told
+    assert (result.outcome, result.reason) == expected
 
 
 @rows(
@@ -471,10 +471,10 @@ def test_a_command_is_at_fault_that_meets_a_minus_2_in_two_windows(before: SendP
         "a -2 is a throttle, whatever it says": (Throttled("quota", "bad", ret=-2, errmsg="no"), "throttled"),
     },
 )
-def test_a_refusal_tells_what_ilink_said(answer: Refused, reason: str) -> None:
-    told = sending.refusal(answer, 2)
-    assert (told.outcome, told.reason, told.detail, told.attempts) == ("refused", reason, "bad", 2)
-    assert (told.ret, told.errcode, told.errmsg) == (answer.ret, None, "no")
+def test_a_refusal_has_what_ilink_said(answer: Refused, reason: str) -> None:
+    result = sending.refusal(answer, 2)
+    assert (result.outcome, result.reason, result.detail, result.attempts) == ("refused", reason, "bad", 2)
+    assert (result.ret, result.errcode, result.errmsg) == (answer.ret, None, "no")
 
 
 # how commands end -------------------------------------------------------------------------------------
@@ -515,7 +515,7 @@ UNSURE = "An earlier request got no answer, so the message may have been sent. L
 
 
 @rows(
-    "result, known, parts, told",
+    "result, known, parts, expected",
     {
         "refused if nothing was tried": (EXPIRED, record(), 1, EXPIRED),
         "refused if another message was": (EXPIRED, record(under_way(9)), 1, EXPIRED),
@@ -586,10 +586,10 @@ UNSURE = "An earlier request got no answer, so the message may have been sent. L
         ),
     },
 )
-def test_what_a_command_is_told_at_its_end(
-    result: CommandResult, known: ConversationRecord, parts: int, told: CommandResult
+def test_the_receipt_of_a_command_at_its_end(
+    result: CommandResult, known: ConversationRecord, parts: int, expected: CommandResult
 ) -> None:
-    assert sending.final_result(result, known, command(1, part_count=parts)) == told
+    assert sending.final_result(result, known, command(1, part_count=parts)) == expected
 
 
 @rows(
@@ -599,10 +599,10 @@ def test_what_a_command_is_told_at_its_end(
         "unconfirmed if one has none": (under_way(1, message_ids=["m1"], unconfirmed=True), "accepted_unconfirmed"),
     },
 )
-def test_what_was_accepted_is_told_with_ilinks_answer(progress: SendProgress, outcome: str) -> None:
+def test_an_accepted_receipt_has_ilinks_answer(progress: SendProgress, outcome: str) -> None:
     progress = msgspec.structs.replace(progress, ret=0, errcode=7, errmsg="sure")
-    told = sending.accepted_result(progress)
-    assert told == CommandResult(
+    result = sending.accepted_result(progress)
+    assert result == CommandResult(
         outcome,  # type: ignore[arg-type]
         message_ids=("m1",),
         attempts=1,
@@ -610,7 +610,7 @@ def test_what_was_accepted_is_told_with_ilinks_answer(progress: SendProgress, ou
         errcode=7,
         errmsg="sure",
     )
-    assert (told.is_sent, told.may_be_sent) == (True, True)
+    assert (result.is_sent, result.may_be_sent) == (True, True)
 
 
 OLD = [ref(number + 100) for number in range(RECENT_COMMANDS)]

@@ -33,7 +33,7 @@ async def waiting(*texts: str, **changes: Any) -> tuple[Bench, Shard]:
     return bench, shard
 
 
-def told(bench: Bench) -> list[tuple[str, str, tuple[str, ...]]]:
+def final_receipts(bench: Bench) -> list[tuple[str, str, tuple[str, ...]]]:
     return [(receipt.command, receipt.outcome, tuple(receipt.message_ids)) for receipt in finals(bench)]
 
 
@@ -48,7 +48,7 @@ async def test_what_was_parked_arrives_in_one_message_and_each_has_its_receipt()
     await user_writes(bench)
     await asyncio.sleep(30)
     assert bench.chat.texts == ["\n\n".join(f"t{number}" for number in range(15))]
-    assert told(bench) == [(f"c{number}", "accepted", ("m1",)) for number in range(15)]
+    assert final_receipts(bench) == [(f"c{number}", "accepted", ("m1",)) for number in range(15)]
     assert {receipt.attempts for receipt in finals(bench)} == {1}
     assert {receipt.window.remaining for receipt in finals(bench)} == {9}
     assert parked(bench) == []
@@ -67,9 +67,9 @@ async def test_one_that_was_sent_and_is_published_again_takes_no_other_with_it(p
     assert parked(bench) == idents
     shard.stop()
     bench.hears(recent=[CommandRef(sequence=77, stored_ms=1, id="c", is_named=True)], opened_ms=0)
-    heir = Bench(bench, incarnation="heir-1")
-    bench.redeliver(heir.shard(merge_chars=CHARS))
-    await user_writes(heir)
+    successor = Bench(bench, incarnation="next-1")
+    bench.redeliver(successor.shard(merge_chars=CHARS))
+    await user_writes(successor)
     await asyncio.sleep(30)
     assert shown(bench) == ["a", "b"]
     assert [receipt.command for receipt in finals(bench)] == idents
@@ -105,7 +105,7 @@ async def test_a_repeat_holds_also_what_the_bus_does_not_show_for_a_moment() -> 
     show()
     await asyncio.sleep(400)
     assert set(bench.chat.texts) == {"a\n\nb\n\nc"}
-    assert [outcome for _, outcome, _ in told(bench)] == ["accepted"] * 3
+    assert [outcome for _, outcome, _ in final_receipts(bench)] == ["accepted"] * 3
 
 
 async def test_an_expired_command_may_be_retried_also_where_one_behind_it_was_not_shown() -> None:
@@ -121,7 +121,7 @@ async def test_an_expired_command_may_be_retried_also_where_one_behind_it_was_no
     await user_writes(bench)
     shard.on_delivery(bench.command("again", id="c1"))
     await asyncio.sleep(30)
-    assert [one[:2] for one in told(bench)] == [("c1", "refused"), ("c2", "refused"), ("c1", "accepted")]
+    assert [one[:2] for one in final_receipts(bench)] == [("c1", "refused"), ("c2", "refused"), ("c1", "accepted")]
 
 
 async def test_texts_that_are_read_twice_take_their_room_in_memory_once(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -303,7 +303,7 @@ async def test_minus_2_leaves_all_parked_and_the_first_goes_alone_the_next_time(
     await user_writes(bench)
     await asyncio.sleep(30)
     assert bench.chat.texts == ["a\n\nb\n\nc", "a", "b\n\nc"]
-    assert [command for command, *_ in told(bench)] == ["c0", "c1", "c2"]
+    assert [command for command, *_ in final_receipts(bench)] == ["c0", "c1", "c2"]
 
 
 async def test_one_that_ilink_never_takes_does_not_block_those_around_it() -> None:
@@ -397,7 +397,7 @@ async def test_those_of_a_message_that_may_be_on_the_phone_expire_together() -> 
     await asyncio.sleep(55)
     assert finals(bench) == []
     await asyncio.sleep(10)
-    assert told(bench) == [("c0", "uncertain", ()), ("c1", "uncertain", ())]
+    assert final_receipts(bench) == [("c0", "uncertain", ()), ("c1", "uncertain", ())]
     for ident in ("c0", "c1"):
         shard.on_delivery(bench.command("again", id=ident))
     await user_writes(bench)
@@ -414,7 +414,7 @@ async def test_all_of_a_message_that_may_be_on_the_phone_are_uncertain_if_one_ex
     await user_writes(bench)
     await asyncio.sleep(600)
     assert bench.chat.texts == ["\n\n".join(f"t{number}" for number in range(17))]
-    assert told(bench) == [(f"c{number}", "uncertain", ()) for number in range(17)]
+    assert final_receipts(bench) == [(f"c{number}", "uncertain", ()) for number in range(17)]
 
 
 async def test_a_drain_does_not_wait_for_an_upload() -> None:
@@ -428,14 +428,14 @@ async def test_a_drain_does_not_wait_for_an_upload() -> None:
     assert bench.clock.monotonic() - began < 1.0
     assert (delivery.acks, bench.chat.sent) == (0, [])
     bench.cdn.hold.clear()
-    heir = Bench(bench, incarnation="heir-1")
-    second = heir.shard()
-    heir.redeliver(second)
+    successor = Bench(bench, incarnation="next-1")
+    second = successor.shard()
+    successor.redeliver(second)
     await asyncio.sleep(5)
     assert (len(bench.chat.sent), [one.acks for one in bench.deliveries]) == (1, [1])
 
 
-async def test_a_slow_upload_holds_up_nobody_else() -> None:
+async def test_a_slow_upload_delays_nobody_else() -> None:
     bench, shard = await ready()
     await bench.bind(bot="b2@im.bot", user="u2@im.wechat")
     bench.hears("s1", "u2@im.wechat", bot="b2@im.bot")
@@ -446,7 +446,7 @@ async def test_a_slow_upload_holds_up_nobody_else() -> None:
     for number in range(3):
         shard.on_delivery(bench.command(items=file, bot="b2@im.bot", id=f"c{number}"))
     await asyncio.sleep(3 * GAP_S)
-    assert [command for command, *_ in told(bench)] == ["c0", "c1", "c2"]
+    assert [command for command, *_ in final_receipts(bench)] == ["c0", "c1", "c2"]
     shard.stop()
 
 
@@ -458,7 +458,7 @@ async def test_parked_media_are_brought_when_they_may_go() -> None:
     bench.objects.stored["s1/x"] = b"hello"
     await user_writes(bench)
     await asyncio.sleep(5)
-    assert told(bench) == [("c1", "accepted", ("m1",))]
+    assert final_receipts(bench) == [("c1", "accepted", ("m1",))]
     assert bench.cdn.uploads[0].data == b"hello"
 
 

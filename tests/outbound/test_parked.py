@@ -74,7 +74,7 @@ async def test_what_another_version_parked_and_this_one_does_not_accept_ends(
     assert [letter.data for letter in bench.bus.found("DEAD")] == ([body] if end[1] == "dead_lettered" else [])
 
 
-async def test_many_that_are_gone_hold_up_what_is_behind_them_once() -> None:
+async def test_many_that_are_gone_delay_what_is_behind_them_once() -> None:
     """An operator has purged what is parked."""
     bench, shard = await ready(is_open=False)
     for number in range(30):
@@ -239,7 +239,7 @@ async def test_what_does_not_want_to_wait_is_refused_between_others_that_are_par
     assert parked(bench) == ["a", "c"]
 
 
-async def test_what_answers_another_person_is_told_so_and_not_parked() -> None:
+async def test_what_answers_another_person_is_refused_and_not_parked() -> None:
     bench, shard = await ready(is_open=False)
     shard.on_delivery(bench.command("a", id="a"))
     shard.on_delivery(bench.command("b", id="b", reply_to="in:b9@im.bot:1"))

@@ -27,25 +27,25 @@ def ref(number: int, ident: str = "") -> CommandRef:
     return CommandRef(sequence=number, stored_ms=1000 + number, id=ident or f"c{number}")
 
 
-async def tell(bench: Bench, which: CommandRef, outcome: str = "accepted", *, expected: int = 0) -> int:
+async def store(bench: Bench, which: CommandRef, outcome: str = "accepted", *, expected: int = 0) -> int:
     result = CommandResult(outcome)  # type: ignore[arg-type]
     return await bench.receipts.publish(which, result, TO, Window(), "", expected=expected)
 
 
-def told(bench: Bench) -> list[tuple[int, str]]:
+def stored(bench: Bench) -> list[tuple[int, str]]:
     return [(receipt.sequence, receipt.outcome) for receipt in bench.bus.receipts()]
 
 
 async def test_a_receipt_has_a_subject_of_its_own(bench: Bench) -> None:
-    await tell(bench, ref(1, "a/b c"))
+    await store(bench, ref(1, "a/b c"))
     (stored,) = bench.bus.found("EVENT")
     assert stored.subject == "wechat.event.s1.receipt.a=2Fb=20c.1"
     assert H_MSG_ID in stored.headers, "without it readers take it for a stranger's"
 
 
 async def test_an_id_that_is_a_wildcard_is_a_name(bench: Bench) -> None:
-    await tell(bench, ref(1, "other"))
-    await tell(bench, ref(2, "*"))
+    await store(bench, ref(1, "other"))
+    await store(bench, ref(2, "*"))
     assert bench.bus.found("EVENT")[-1].subject == "wechat.event.s1.receipt.=2A.2"
     assert await bench.receipts.last("s1", ">", None) is None
 
@@ -53,7 +53,7 @@ async def test_an_id_that_is_a_wildcard_is_a_name(bench: Bench) -> None:
 async def test_a_long_id_is_a_digest_in_the_subject(bench: Bench) -> None:
     """The server keeps all subjects in memory; this one has 1,536 bytes when it is escaped."""
     for number, ident in enumerate(("😀" * 128, "😀" * 127 + "😁"), 1):
-        await tell(bench, ref(number, ident))
+        await store(bench, ref(number, ident))
         last = await bench.receipts.last("s1", ident, None)
         assert last is not None
         assert last.sequence == number
@@ -62,25 +62,25 @@ async def test_a_long_id_is_a_digest_in_the_subject(bench: Bench) -> None:
     assert {len(subject) for subject in subjects} == {len("wechat.event.s1.receipt.==.1") + 32}
 
 
-async def test_two_owners_cannot_tell_two_finals(bench: Bench) -> None:
-    await tell(bench, ref(1), "accepted")
-    await tell(bench, ref(1), "uncertain")
-    await tell(bench, ref(1), "parked")  # late, behind the final one
-    assert told(bench) == [(1, "accepted")]
+async def test_two_owners_cannot_store_two_final_receipts(bench: Bench) -> None:
+    await store(bench, ref(1), "accepted")
+    await store(bench, ref(1), "uncertain")
+    await store(bench, ref(1), "parked")  # late, behind the final one
+    assert stored(bench) == [(1, "accepted")]
 
 
 async def test_a_final_follows_parked_also_where_its_sequence_is_not_known_any_more(bench: Bench) -> None:
-    parked = await tell(bench, ref(1), "parked")
-    await tell(bench, ref(2), "parked")
-    await tell(bench, ref(1), "accepted", expected=parked)
-    await tell(bench, ref(2), "accepted")
-    assert told(bench) == [(1, "parked"), (2, "parked"), (1, "accepted"), (2, "accepted")]
+    parked = await store(bench, ref(1), "parked")
+    await store(bench, ref(2), "parked")
+    await store(bench, ref(1), "accepted", expected=parked)
+    await store(bench, ref(2), "accepted")
+    assert stored(bench) == [(1, "parked"), (2, "parked"), (1, "accepted"), (2, "accepted")]
 
 
 async def test_an_id_that_is_used_again_has_a_final_receipt_for_each_command(bench: Bench) -> None:
-    await tell(bench, ref(1, "same"), "refused")
-    await tell(bench, ref(2, "same"), "accepted")
-    assert told(bench) == [(1, "refused"), (2, "accepted")]
+    await store(bench, ref(1, "same"), "refused")
+    await store(bench, ref(2, "same"), "accepted")
+    assert stored(bench) == [(1, "refused"), (2, "accepted")]
     for asked, outcomes in (([1], {1: "refused"}), ([1, 2], {1: "refused", 2: "accepted"}), ([3], {})):
         found = await bench.receipts.find("s1", [ref(number, "same") for number in asked])
         assert {sequence: stored.receipt.outcome for sequence, stored in found.items()} == outcomes
@@ -89,26 +89,26 @@ async def test_an_id_that_is_used_again_has_a_final_receipt_for_each_command(ben
 async def test_two_commands_with_one_id_have_one_final_receipt_each(bench: Bench) -> None:
     """Another owner tells of the first one late."""
     for number in (1, 2):
-        await tell(bench, ref(number, "same"), "parked")
+        await store(bench, ref(number, "same"), "parked")
     for number in (1, 2):
-        await tell(bench, ref(number, "same"), "accepted")
-    await tell(bench, ref(1, "same"), "uncertain")
-    await tell(bench, ref(1, "same"), "parked")
-    assert told(bench) == [(1, "parked"), (2, "parked"), (1, "accepted"), (2, "accepted")]
+        await store(bench, ref(number, "same"), "accepted")
+    await store(bench, ref(1, "same"), "uncertain")
+    await store(bench, ref(1, "same"), "parked")
+    assert stored(bench) == [(1, "parked"), (2, "parked"), (1, "accepted"), (2, "accepted")]
     found = await bench.receipts.find("s1", [ref(number, "same") for number in (1, 2)])
     assert {stored.receipt.outcome for stored in found.values()} == {"accepted"}
 
 
 async def test_a_final_receipt_is_no_repeat_of_a_parked_one_that_nobody_knew_of(bench: Bench) -> None:
     """The owner before stored it late, with the same expectation: a server would take the second for the first."""
-    await tell(bench, ref(1), "parked")
-    await tell(bench, ref(1), "accepted")
-    assert told(bench) == [(1, "parked"), (1, "accepted")]
+    await store(bench, ref(1), "parked")
+    await store(bench, ref(1), "accepted")
+    assert stored(bench) == [(1, "parked"), (1, "accepted")]
 
 
 async def test_the_last_receipt_of_each_is_found_and_nothing_else(bench: Bench) -> None:
-    await tell(bench, ref(1), "accepted")
-    await tell(bench, ref(2), "parked")
+    await store(bench, ref(1), "accepted")
+    await store(bench, ref(2), "parked")
     await bench.bus.publish(BusMessage("event", bench.names.receipt("s1", "c3", 3), b"\xff", {}))
     found = await bench.receipts.find("s1", [ref(number) for number in range(1, 5)])
     assert {sequence: stored.receipt.outcome for sequence, stored in found.items()} == {1: "accepted", 2: "parked"}
@@ -116,9 +116,9 @@ async def test_the_last_receipt_of_each_is_found_and_nothing_else(bench: Bench) 
 
 async def test_the_last_receipt_of_a_command_can_be_asked_for(bench: Bench) -> None:
     assert await bench.receipts.last("s1", "same", None) is None
-    await tell(bench, ref(1, "same"), "parked")
-    await tell(bench, ref(1, "same"), "accepted")
-    await tell(bench, ref(2, "same"), "refused")
+    await store(bench, ref(1, "same"), "parked")
+    await store(bench, ref(1, "same"), "accepted")
+    await store(bench, ref(2, "same"), "refused")
     for sequence, wanted in ((None, (2, "refused")), (1, (1, "accepted")), (2, (2, "refused")), (3, None)):
         last = await bench.receipts.last("s1", "same", sequence)
         assert (last and (last.sequence, last.outcome)) == wanted
@@ -126,17 +126,17 @@ async def test_the_last_receipt_of_a_command_can_be_asked_for(bench: Bench) -> N
 
 async def test_a_command_of_a_stream_made_anew_is_not_the_one_with_its_sequence(bench: Bench) -> None:
     before, now = ref(1, "same"), CommandRef(sequence=1, stored_ms=99_000, id="same")
-    await tell(bench, before, "refused")
+    await store(bench, before, "refused")
     assert await bench.receipts.find("s1", [now]) == {}
-    await tell(bench, now, "accepted")
-    assert told(bench) == [(1, "refused"), (1, "accepted")]
+    await store(bench, now, "accepted")
+    assert stored(bench) == [(1, "refused"), (1, "accepted")]
 
 
 async def test_the_receipts_of_many_commands_with_one_id_cost_no_read(bench: Bench) -> None:
     """Each read all before it: a sandbox with 300 such commands kept the others from their receipts for minutes."""
     for number in range(100):
-        await tell(bench, ref(number, "same"), "refused")
-    assert (len(told(bench)), bench.bus.read_back) == (100, 0)
+        await store(bench, ref(number, "same"), "refused")
+    assert (len(stored(bench)), bench.bus.read_back) == (100, 0)
 
 
 # what the stream refuses --------------------------------------------------------------------------------
@@ -162,7 +162,7 @@ async def test_a_receipt_that_is_too_large_loses_its_words(bench: Bench) -> None
 
 async def test_a_receipt_that_is_refused_again_is_a_dead_letter(bench: Bench) -> None:
     refusing(bench, "event")
-    await tell(bench, ref(1))
+    await store(bench, ref(1))
     assert bench.bus.receipts() == []
     (letter,) = bench.bus.found("DEAD")
     assert msgspec.json.decode(letter.data, type=Receipt).outcome == "accepted"
@@ -190,8 +190,8 @@ async def test_a_sandboxs_receipts_are_bounded_and_anothers_stay(monkeypatch: py
     bench = Bench()
     await bench.receipts.publish(ref(99), CommandResult("accepted"), Address("s2"), Window(), "")
     for number in range(9):
-        await tell(bench, ref(number))
-    assert [sequence for sequence, _ in told(bench)] == [99, *range(4, 9)]
+        await store(bench, ref(number))
+    assert [sequence for sequence, _ in stored(bench)] == [99, *range(4, 9)]
 
 
 async def test_a_purge_that_fails_keeps_no_receipt_away(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -202,5 +202,5 @@ async def test_a_purge_that_fails_keeps_no_receipt_away(monkeypatch: pytest.Monk
         raise Temporary("bus_down")
 
     monkeypatch.setattr(bench.bus, "purge", purge)
-    assert await tell(bench, ref(1)) == 1
-    assert told(bench) == [(1, "accepted")]
+    assert await store(bench, ref(1)) == 1
+    assert stored(bench) == [(1, "accepted")]

@@ -202,14 +202,14 @@ async def test_a_record_of_a_newer_version_holds_its_own_user_only(fields: dict[
         shard.on_delivery(bench.command("waits", id="c1", user=USER))
         shard.on_delivery(bench.command("waits behind it", id="c2", bot=BOT))
         shard.on_delivery(bench.command("goes on", id="c3", user="u2@im.wechat"))
-        heard = asyncio.create_task(user_writes(bench))
+        writing = asyncio.create_task(user_writes(bench))
         await bench.bind(token="another")
         await asyncio.sleep(60)
     assert bench.chat.texts == ["goes on"]
     assert bench.conversation_bucket.entries[KEY].value == text
     said = [(line["event"], line["sandbox"]) for line in logs if line["log_level"] in ("warning", "error")]
     assert said == [("record.too_new", "s1")]
-    assert type(heard.exception()).__name__ == "RecordTooNew"  # its poller tries again
+    assert type(writing.exception()).__name__ == "RecordTooNew"  # its poller tries again
 
     bench.hears()  # as if the newer replica had gone back
     await asyncio.sleep(60)
@@ -219,16 +219,16 @@ async def test_a_record_of_a_newer_version_holds_its_own_user_only(fields: dict[
 async def test_a_record_whose_key_is_gone_costs_the_window_and_not_the_message() -> None:
     """An operator took the old key away too early."""
     bench, _ = await ready()
-    heir = Bench(bench, incarnation="me-2", token_key=(bytes(range(32)),))
-    await heir.bind()
+    successor = Bench(bench, incarnation="me-2", token_key=(bytes(range(32)),))
+    await successor.bind()
     with capture_logs() as logs:
-        heir.shard().on_delivery(heir.command("hi", id="c1"))
+        successor.shard().on_delivery(successor.command("hi", id="c1"))
         await asyncio.sleep(60)
-        assert outcomes(heir) == [("c1", "parked", "window_closed")]
-        await user_writes(heir)
+        assert outcomes(successor) == [("c1", "parked", "window_closed")]
+        await user_writes(successor)
         await asyncio.sleep(60)
-    assert outcomes(heir) == [("c1", "parked", "window_closed"), ("c1", "accepted", "")]
-    assert heir.record().window.opened_ms, "sealed with the key that is there"
+    assert outcomes(successor) == [("c1", "parked", "window_closed"), ("c1", "accepted", "")]
+    assert successor.record().window.opened_ms, "sealed with the key that is there"
     assert [line["event"] for line in logs].count("conversation.unopenable") == 1
 
 

@@ -177,10 +177,10 @@ async def test_a_copy_that_comes_late_expires_as_if_it_had_not(with_heir: bool, 
     assert [receipt.outcome for receipt in bench.bus.receipts()] == ["parked"]
     if with_heir:
         shard.stop()
-        heir = Bench(bench, incarnation="heir-1")
-        heir.stale.add("b1@im.bot")
+        successor = Bench(bench, incarnation="next-1")
+        successor.stale.add("b1@im.bot")
         again = bench.command(data=copy.data, headers=copy.headers, redelivered=True)
-        heir.shard().on_delivery(again)
+        successor.shard().on_delivery(again)
     await asyncio.sleep(2)
     assert [receipt.reason for receipt in bench.bus.receipts()] == ["needs_login", "expired"]
     assert {receipt.received_at_ms for receipt in bench.bus.receipts()} == {late.time_ms}
@@ -191,7 +191,7 @@ async def test_a_copy_that_comes_late_expires_as_if_it_had_not(with_heir: bool, 
     [({"text": "hi"}, "accepted"), ({"text": "hi", "typing": "on"}, "refused")],
     ids=["sent", "invalid"],
 )
-async def test_a_receipt_tells_when_the_command_was_stored_and_not_its_copy(
+async def test_a_receipt_has_the_time_of_the_command_and_not_of_its_copy(
     body: Any, outcome: str, bench: Bench
 ) -> None:
     await bench.bind()
@@ -206,7 +206,7 @@ async def test_a_receipt_tells_when_the_command_was_stored_and_not_its_copy(
     await asyncio.sleep(2)
     (receipt,) = bench.bus.receipts()
     assert (receipt.outcome, receipt.received_at_ms) == (outcome, late.time_ms)
-    Bench(bench, incarnation="heir-1").shard().on_delivery(again)
+    Bench(bench, incarnation="next-1").shard().on_delivery(again)
     await asyncio.sleep(2)
     assert bench.bus.receipts() == [receipt], "it is found by it"
 
@@ -344,7 +344,7 @@ async def test_what_goes_nowhere_has_a_receipt(
     assert bench.metrics.value("schema_violations_total", kind="out") == 1
 
 
-async def test_what_cannot_be_read_is_told_to_the_sandbox_that_it_names(bench: Bench) -> None:
+async def test_an_unreadable_command_has_a_receipt_for_the_sandbox_that_it_names(bench: Bench) -> None:
     await route(router(bench), plain(bench, b'{"text":5,"sandbox":"s1","id":"c1"}', headers={H_MSG_ID: "h1"}))
     (receipt,) = bench.bus.receipts()
     assert (receipt.sandbox, receipt.command, receipt.outcome) == ("s1", "c1", "dead_lettered")
@@ -467,7 +467,7 @@ async def test_a_sandbox_with_nothing_to_copy_has_no_task(bench: Bench) -> None:
     assert len(asyncio.all_tasks()) == 1
 
 
-async def test_a_full_queue_holds_up_no_other_sandbox(bench: Bench) -> None:
+async def test_a_full_queue_delays_no_other_sandbox(bench: Bench) -> None:
     back, is_of_full = asyncio.Event(), receipts_of_sandbox("full")
 
     async def away(message: BusMessage) -> None:

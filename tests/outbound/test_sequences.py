@@ -37,11 +37,11 @@ def next_owner(bench: Bench, shard: Shard, *, deliver: bool = True, **changes: A
     bench.leases.owned.clear()
     shard.stop()
     bench.bus.forget_ids()
-    heir = Bench(bench, incarnation="heir-1")
-    second = heir.shard(**changes)
+    successor = Bench(bench, incarnation="next-1")
+    second = successor.shard(**changes)
     if deliver:
         bench.redeliver(second)
-    return heir, second
+    return successor, second
 
 
 async def test_an_id_is_free_again_once_enough_others_were_sent() -> None:
@@ -61,11 +61,11 @@ async def test_two_users_with_one_id_have_a_receipt_each_also_after_a_take_over(
     for number in (1, 2):
         shard.on_delivery(bench.command(f"for {number}", id="same", user=f"u{number}@im.wechat"))
     await asyncio.sleep(5)
-    heir, _second = next_owner(bench, shard)
+    successor, _second = next_owner(bench, shard)
     await asyncio.sleep(5)
-    await user_writes(heir, bot="b2@im.bot", user="u2@im.wechat")
+    await user_writes(successor, bot="b2@im.bot", user="u2@im.wechat")
     await asyncio.sleep(5)
-    await user_writes(heir)
+    await user_writes(successor)
     await asyncio.sleep(5)
     assert [(sent.user, sent.text) for sent in bench.chat.sent] == [("u2@im.wechat", "for 2"), (USER, "for 1")]
     assert [(one.user, one.outcome) for one in finals(bench)] == [("u2@im.wechat", "accepted"), (USER, "accepted")]
@@ -84,8 +84,8 @@ async def test_a_parked_receipt_of_a_frozen_owner_keeps_no_final_one_away() -> N
     bench.bus.on_publish = freeze
     shard.on_delivery(bench.command("hi", id="c1", expires_in_s=60))
     await asyncio.sleep(5)
-    heir = Bench(bench, incarnation="heir-1")
-    second = heir.shard()
+    successor = Bench(bench, incarnation="next-1")
+    second = successor.shard()
 
     async def thaw(*_: object) -> None:
         bench.bus.on_publish = None
@@ -101,7 +101,7 @@ async def test_a_parked_receipt_of_a_frozen_owner_keeps_no_final_one_away() -> N
     assert outcomes(bench) == [("c1", "parked", "window_closed"), ("c1", "refused", "expired")]
 
 
-async def test_a_shard_full_of_parked_commands_is_taken_over_and_told_nothing_again() -> None:
+async def test_a_shard_full_of_parked_commands_is_taken_over_without_new_receipts() -> None:
     bench, shard = await ready(is_open=False, merge_chars=3000)
     users = [USER, "u2@im.wechat"]
     await bench.bind(bot="b2@im.bot", user=users[1])
@@ -109,7 +109,7 @@ async def test_a_shard_full_of_parked_commands_is_taken_over_and_told_nothing_ag
         shard.on_delivery(bench.command(f"t{number}", id=f"c{number}", user=users[number % 2]))
     await asyncio.sleep(60)
     assert len(parked(bench)) == 300
-    heir, second = next_owner(bench, shard, merge_chars=3000)
+    successor, second = next_owner(bench, shard, merge_chars=3000)
     await asyncio.sleep(60)
     assert len(bench.bus.receipts()) == 300
     waiting: Counter[str] = Counter()
@@ -117,7 +117,7 @@ async def test_a_shard_full_of_parked_commands_is_taken_over_and_told_nothing_ag
     assert waiting == {"window_closed": 300}
     for _ in range(3):
         for bot, user in ((BOT, users[0]), ("b2@im.bot", users[1])):
-            await user_writes(heir, bot=bot, user=user)
+            await user_writes(successor, bot=bot, user=user)
         await asyncio.sleep(60)
     for user, first in zip(users, (0, 1), strict=True):
         texts = [text for sent in bench.chat.sent if sent.user == user for text in sent.text.split("\n\n")]
@@ -172,7 +172,7 @@ async def redeliver_apart(bench: Bench, shard: Shard) -> None:
         await asyncio.sleep(0.05)
 
 
-async def test_an_older_command_that_comes_again_holds_up_nothing_that_was_begun() -> None:
+async def test_an_older_command_that_comes_again_delays_nothing_that_was_begun() -> None:
     """Its ack got lost, and the message in progress is that of a later command."""
     bench, shard = await ready()
     bench.chat.sends.extend([FIRST, THROTTLED])
@@ -182,13 +182,13 @@ async def test_an_older_command_that_comes_again_holds_up_nothing_that_was_begun
     shard.on_delivery(bench.command("b", id="b"))
     await asyncio.sleep(5)
     first.acks = 0
-    heir, _second = next_owner(bench, shard)
+    successor, _second = next_owner(bench, shard)
     await asyncio.sleep(10)
-    await user_writes(heir)
+    await user_writes(successor)
     await asyncio.sleep(30)
     assert bench.chat.texts == ["a", "b", "b"]
     assert outcomes(bench) == [("a", "accepted", ""), ("b", "parked", "throttled"), ("b", "accepted", "")]
-    await asyncio.wait_for(heir.close(), 600)
+    await asyncio.wait_for(successor.close(), 600)
 
 
 async def test_an_older_command_that_comes_again_first_makes_no_part_be_sent_twice() -> None:

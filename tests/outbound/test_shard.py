@@ -94,7 +94,9 @@ ENDINGS: list[tuple[str, list[Any], str, str]] = [
 @pytest.mark.parametrize(
     ("script", "outcome", "reason"), [row[1:] for row in ENDINGS], ids=[row[0] for row in ENDINGS]
 )
-async def test_each_ending_is_told_once_and_settles_the_command(script: list[Any], outcome: str, reason: str) -> None:
+async def test_each_ending_has_one_receipt_and_settles_the_command(
+    script: list[Any], outcome: str, reason: str
+) -> None:
     bench, shard = await ready()
     bench.chat.sends.extend(script)
     delivery = bench.command("hi", id="c1", expires_in_s=600)
@@ -126,11 +128,11 @@ async def test_each_receipt_goes_on_with_the_trace_of_its_command() -> None:
     await asyncio.sleep(30)
     await user_writes(bench)
     await asyncio.sleep(30)
-    told = [stored.headers["traceparent"] for stored in bench.bus.found("EVENT") if "receipt" in stored.subject]
+    traces = [stored.headers["traceparent"] for stored in bench.bus.found("EVENT") if "receipt" in stored.subject]
     assert bench.chat.texts == ["a\n\nb\n\nc\n\nd"]
-    assert told[:4] == told[4:]  # those of `parked`, and the final ones
-    assert (told[0], told[1][:36]) == (authors, derive_traceparent(message)[:36])
-    assert len({trace[:36] for trace in told}) == 4
+    assert traces[:4] == traces[4:]  # those of `parked`, and the final ones
+    assert (traces[0], traces[1][:36]) == (authors, derive_traceparent(message)[:36])
+    assert len({trace[:36] for trace in traces}) == 4
     assert [receipt.reply_to for receipt in bench.bus.receipts()] == [message, message, "", ""] * 2
     assert not any("b3" in stored.headers for stored in bench.bus.found("EVENT"))
 
@@ -143,8 +145,8 @@ async def test_a_dead_letter_holds_the_original_before_its_receipt() -> None:
     (dead,) = bench.bus.found("DEAD")
     assert msgspec.json.decode(dead.data) == {"text": "hi", "id": "c1"}
     assert (dead.headers["b3"], dead.headers[H_USER]) == ("1", USER)
-    told = [stored.headers["traceparent"] for stored in bench.bus.found("EVENT") if "receipt" in stored.subject]
-    assert {dead.headers["traceparent"]} == set(told)
+    traces = [stored.headers["traceparent"] for stored in bench.bus.found("EVENT") if "receipt" in stored.subject]
+    assert {dead.headers["traceparent"]} == set(traces)
     assert bench.bus.writes[-2:] == ["dead", "event"]
 
 
@@ -171,9 +173,11 @@ async def test_bodies_that_are_no_commands_leave_memory_and_few_are_written_at_o
     assert sorted(letter.data for letter in bench.bus.found("DEAD")) == sorted(bodies)
 
 
-@pytest.mark.parametrize(("is_open", "told"), [(True, [("c1", "accepted", "")]), (False, [])], ids=["sent", "parked"])
-async def test_who_has_lost_the_shard_tells_only_that_something_was_sent(
-    is_open: bool, told: list[tuple[str, str, str]]
+@pytest.mark.parametrize(
+    ("is_open", "expected"), [(True, [("c1", "accepted", "")]), (False, [])], ids=["sent", "parked"]
+)
+async def test_who_has_lost_the_shard_stores_no_receipt_but_that_of_a_send(
+    is_open: bool, expected: list[tuple[str, str, str]]
 ) -> None:
     """The next owner may send what the former one was about to call parked."""
     bench, shard = await ready(is_open=is_open)
@@ -187,7 +191,7 @@ async def test_who_has_lost_the_shard_tells_only_that_something_was_sent(
     await asyncio.sleep(30)
     shard.stop()
     assert bench.leases.owned == set()
-    assert outcomes(bench) == told
+    assert outcomes(bench) == expected
 
 
 async def test_a_dead_letter_that_its_stream_refuses_costs_nobody_a_receipt() -> None:
@@ -224,7 +228,9 @@ BROKEN: list[tuple[str, bytes, str, str]] = [
 
 
 @pytest.mark.parametrize(("data", "outcome", "reason"), [row[1:] for row in BROKEN], ids=[row[0] for row in BROKEN])
-async def test_what_is_no_command_is_told_under_the_id_of_its_header(data: bytes, outcome: str, reason: str) -> None:
+async def test_what_is_no_command_has_a_receipt_under_the_id_of_its_header(
+    data: bytes, outcome: str, reason: str
+) -> None:
     bench, shard = await ready()
     delivery = bench.command(data=data, headers={H_MSG_ID: "h1"})
     shard.on_delivery(delivery)
@@ -244,7 +250,9 @@ async def test_what_is_no_command_is_told_under_the_id_of_its_header(data: bytes
     ],
     ids=["blank", "a-number", "unknown-word", "half-an-emoji"],
 )
-async def test_what_is_wrong_in_its_content_is_told_under_its_own_id(data: bytes, outcome: str, reason: str) -> None:
+async def test_what_is_wrong_in_its_content_has_a_receipt_under_its_own_id(
+    data: bytes, outcome: str, reason: str
+) -> None:
     """The sandbox waits for a receipt with the id that it gave."""
     bench, shard = await ready()
     shard.on_delivery(bench.command(data=data, headers={H_MSG_ID: "h1"}))
@@ -281,7 +289,7 @@ def repeats(bench: Bench) -> list[tuple[str, int, str, int]]:
     return [(one.command, one.sequence, one.outcome, one.repeat_of) for one in finals(bench)]
 
 
-async def test_a_repeated_id_sends_nothing_and_is_told_what_became_of_the_first() -> None:
+async def test_a_repeated_id_sends_nothing_and_gets_the_outcome_of_the_first() -> None:
     bench, shard = await ready()
     for text in ("hi", "hi again", "and again"):
         delivery = bench.command(text, id="c1")
@@ -334,7 +342,9 @@ async def test_a_repeat_of_what_has_no_receipt_any_more_is_uncertain() -> None:
 
 @pytest.mark.parametrize("hindrance", ["window", "login", "expired"])
 @pytest.mark.parametrize("when_closed", ["park", "refuse"])
-async def test_a_repeated_id_is_told_so_also_where_nothing_could_be_sent(hindrance: str, when_closed: str) -> None:
+async def test_a_repeated_id_gets_the_first_outcome_also_where_nothing_could_be_sent(
+    hindrance: str, when_closed: str
+) -> None:
     """Its sender was told that it is parked, or refused, although it was sent."""
     bench, shard = await ready()
     shard.on_delivery(bench.command("hi", id="a"))
@@ -425,7 +435,7 @@ async def test_a_receipt_waits_for_room_and_its_command_with_it() -> None:
     assert (len(bench.chat.sent), delivery.acks, outcomes(bench)) == (1, 1, [("c1", "accepted", "")])
 
 
-async def test_a_sandbox_without_a_bot_is_told_so(bench: Bench) -> None:
+async def test_a_command_for_a_sandbox_without_a_bot_is_refused(bench: Bench) -> None:
     shard = bench.shard()
     shard.on_delivery(bench.command("hi", id="c1"))
     await asyncio.sleep(5)
@@ -502,16 +512,16 @@ async def test_what_was_being_sent_to_one_user_goes_to_no_other_after_a_crash() 
     await bench.events.publish_binding_event(binding.event("unbound"))
     await bench.bindings.remove(BOT)
 
-    heir = Bench(bench, incarnation="me-2")
-    await heir.bind(bot="b2@im.bot", user="u2@im.wechat", out_after=command.seq)
-    heir.hears("s1", "u2@im.wechat", bot="b2@im.bot")
-    second = heir.shard()
-    heir.redeliver(second)
-    after = heir.command("to the new one", id="c2")
+    successor = Bench(bench, incarnation="me-2")
+    await successor.bind(bot="b2@im.bot", user="u2@im.wechat", out_after=command.seq)
+    successor.hears("s1", "u2@im.wechat", bot="b2@im.bot")
+    second = successor.shard()
+    successor.redeliver(second)
+    after = successor.command("to the new one", id="c2")
     second.on_delivery(after)
     await asyncio.sleep(30)
     assert [(sent.bot, sent.text) for sent in bench.chat.sent] == [(BOT, "one"), ("b2@im.bot", "to the new one")]
-    assert sorted(outcomes(heir)) == [("c1", "refused", "not_bound"), ("c2", "accepted", "")]
+    assert sorted(outcomes(successor)) == [("c1", "refused", "not_bound"), ("c2", "accepted", "")]
 
 
 B2, USER2 = "b2@im.bot", "u2@im.wechat"
@@ -651,7 +661,7 @@ async def test_a_copy_of_the_routers_is_as_old_as_what_was_copied() -> None:
     assert [reason for _, _, reason in sorted(outcomes(bench))] == ["not_bound", ""]
 
 
-async def test_the_lane_of_a_user_who_is_learned_later_keeps_its_order(bench: Bench) -> None:
+async def test_the_conversation_of_a_user_who_is_learned_later_keeps_its_order(bench: Bench) -> None:
     """Before a bot's first message nobody knows whom it serves."""
     await bench.bind(user="")
     shard = bench.shard()
@@ -720,10 +730,10 @@ async def test_a_bus_that_is_away_delays_and_loses_nothing() -> None:
     shard.on_delivery(bench.command("t0", id="c0"))
     await asyncio.sleep(5)
     shard.stop()
-    heir = Bench(bench, incarnation="heir-1")
-    second = heir.shard()
+    successor = Bench(bench, incarnation="next-1")
+    second = successor.shard()
     bench.bus.unreadable = 5
-    delivery = heir.command("t1", id="c1", redelivered=True)
+    delivery = successor.command("t1", id="c1", redelivered=True)
     second.on_delivery(delivery)
     await asyncio.sleep(30)
     assert bench.chat.texts == ["t0", "t1"]

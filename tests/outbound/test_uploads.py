@@ -68,10 +68,10 @@ KINDS: list[tuple[str, Kind, bytes, Kind]] = [
 ]
 
 
-@pytest.mark.parametrize(("told", "data", "sent"), [row[1:] for row in KINDS], ids=[row[0] for row in KINDS])
-async def test_only_pictures_and_videos_are_sent_as_such(told: Kind, data: bytes, sent: Kind) -> None:
+@pytest.mark.parametrize(("kind", "data", "sent"), [row[1:] for row in KINDS], ids=[row[0] for row in KINDS])
+async def test_only_pictures_and_videos_are_sent_as_such(kind: Kind, data: bytes, sent: Kind) -> None:
     """A phone shows a grey box for what it cannot decode; a file can at least be saved."""
-    assert (await carried(Bench(), part(data, kind=told))).kind == sent
+    assert (await carried(Bench(), part(data, kind=kind))).kind == sent
 
 
 @pytest.mark.parametrize(
@@ -125,7 +125,7 @@ async def test_the_cdns_own_word_is_passed_on(problem: Exception, bench: Bench) 
 
 
 @pytest.mark.parametrize("when", ["asked", "measured", "brought"])
-async def test_a_bus_that_is_away_is_told_from_a_cdn_that_is(when: str, bench: Bench) -> None:
+async def test_a_bus_that_is_away_is_told_apart_from_a_cdn_that_is(when: str, bench: Bench) -> None:
     bench.objects.stored["s1/x"] = PDF
     if when == "asked":
         bench.objects.away = 1
@@ -147,7 +147,7 @@ async def test_a_damaged_object_is_refused(when: str, bench: Bench) -> None:
     assert caught.value.reason == "media"
 
 
-async def test_a_sandbox_whose_uploads_hang_holds_up_no_other(bench: Bench) -> None:
+async def test_a_sandbox_whose_uploads_hang_delays_no_other(bench: Bench) -> None:
     hanging = asyncio.Event()
     bench.cdn.hold["hanging"] = hanging
     uploads = [

@@ -353,21 +353,21 @@ STORIES = {
 }
 
 
-def told(name: str, point: Point) -> tuple[list[int], list[str]]:
+def walked(name: str, point: Point) -> tuple[list[int], list[str]]:
     passed, found = walk_to(STORIES[name], point)
     return passed, [f"{name}, {point}: {fault}" for fault in found]
 
 
 def points(name: str) -> Iterator[int]:
     """Each point of the first owner."""
-    (passed,), found = told(name, Point())
+    (passed,), found = walked(name, Point())
     assert found == []
     yield from range(1, passed + 1)
 
 
 @pytest.mark.parametrize("name", STORIES)
 def test_an_owner_killed_at_each_point_costs_nothing(name: str) -> None:
-    assert [fault for at in points(name) for fault in told(name, Point((at,)))[1]] == []
+    assert [fault for at in points(name) for fault in walked(name, Point((at,)))[1]] == []
 
 
 @pytest.mark.slow
@@ -376,20 +376,20 @@ def test_a_second_owner_killed_as_well_costs_nothing(name: str) -> None:
     """The second one at some of its points, other ones for each of the first's."""
     found = []
     for at in points(name):
-        passed, _ = told(name, Point((at,)))
+        passed, _ = walked(name, Point((at,)))
         if len(passed) > 1:
             for second in range(1 + at % STRIDE, passed[1] + 1, STRIDE):
-                found += told(name, Point((at, second)))[1]
+                found += walked(name, Point((at, second)))[1]
     assert found == []
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", STORIES)
 def test_an_owner_stopped_at_each_point_does_no_harm_when_it_goes_on(name: str) -> None:
-    assert [fault for at in points(name) for fault in told(name, Point((at,), is_frozen=True))[1]] == []
+    assert [fault for at in points(name) for fault in walked(name, Point((at,), is_frozen=True))[1]] == []
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", STORIES)
 def test_each_call_may_fail_once_or_its_answer_get_lost(name: str) -> None:
-    assert [fault for at in points(name) for fault in told(name, Point((at,), is_failing=True))[1]] == []
+    assert [fault for at in points(name) for fault in walked(name, Point((at,), is_failing=True))[1]] == []

@@ -79,22 +79,22 @@ def test_a_window_is_shown_as_it_stands(
     assert window.visible_window(known, now_ms, policy) == left
 
 
-def hear(known: ConversationRecord, *, message: str = "in:2", now_ms: int, **fields: Any) -> SendWindow:
+def receive(known: ConversationRecord, *, message: str = "in:2", now_ms: int, **fields: Any) -> SendWindow:
     in_flight = fields.pop("in_flight", 0)
-    told: dict[str, Any] = {"token": "new", "bot": "b2", "written_ms": 0, "sequence": 2, "received_ms": now_ms}
-    inbound = InboundReceived(message, **told | fields)
+    given: dict[str, Any] = {"token": "new", "bot": "b2", "written_ms": 0, "sequence": 2, "received_ms": now_ms}
+    inbound = InboundReceived(message, **given | fields)
     after = window.open_window(known, inbound, now_ms, in_flight)
     assert (after.token, after.bot) == (inbound.token or "t", "b2")
     return after.window
 
 
 def test_a_message_opens_a_window_and_its_repeat_does_not() -> None:
-    assert hear(record(3), now_ms=OPENED + 5) == SendWindow(id="in:2", sequence=2, opened_ms=OPENED + 5)
-    assert hear(record(3), message="in:1", now_ms=OPENED + 5, token="") == record(3).window
-    assert hear(record(3), now_ms=OPENED + 5, in_flight=1).sends_used == 1
-    assert hear(record(3), now_ms=OPENED + 5, received_ms=None).opened_ms == OPENED + 5
-    assert hear(record(3), now_ms=OPENED + 5, received_ms=OPENED + 3).opened_ms == OPENED + 3
-    assert hear(record(3), now_ms=OPENED + 5, received_ms=OPENED + 9).opened_ms == OPENED + 5
+    assert receive(record(3), now_ms=OPENED + 5) == SendWindow(id="in:2", sequence=2, opened_ms=OPENED + 5)
+    assert receive(record(3), message="in:1", now_ms=OPENED + 5, token="") == record(3).window
+    assert receive(record(3), now_ms=OPENED + 5, in_flight=1).sends_used == 1
+    assert receive(record(3), now_ms=OPENED + 5, received_ms=None).opened_ms == OPENED + 5
+    assert receive(record(3), now_ms=OPENED + 5, received_ms=OPENED + 3).opened_ms == OPENED + 3
+    assert receive(record(3), now_ms=OPENED + 5, received_ms=OPENED + 9).opened_ms == OPENED + 5
 
 
 @rows(
@@ -129,21 +129,21 @@ def test_the_latest_bots_of_a_user_are_known(bots: list[str], after: list[str]) 
 def test_a_send_after_the_message_was_written_counts_against_it() -> None:
     at = [OPENED + 1000, OPENED + 2000, OPENED + 3000]
     known, now_ms = record(3, sent_at_ms=at), OPENED + 4000
-    found = hear(known, now_ms=now_ms, written_ms=OPENED + 2000)
+    found = receive(known, now_ms=now_ms, written_ms=OPENED + 2000)
     assert (found.sends_used, found.sent_at_ms) == (2, at[1:])
-    assert hear(known, now_ms=now_ms, written_ms=OPENED + 2001, in_flight=1).sends_used == 1
-    assert hear(known, now_ms=now_ms).sends_used == 0
+    assert receive(known, now_ms=now_ms, written_ms=OPENED + 2001, in_flight=1).sends_used == 1
+    assert receive(known, now_ms=now_ms).sends_used == 0
 
 
 def test_a_clock_that_is_wrong_counts_nothing() -> None:
     known = record(1, sent_at_ms=[OPENED], throttled_at_ms=OPENED)
     edge = OPENED + CLOCK_ERROR_MS
-    assert hear(known, now_ms=edge, written_ms=OPENED).sends_used == 1
-    assert hear(known, now_ms=edge + 1, written_ms=OPENED) == SendWindow(id="in:2", sequence=2, opened_ms=edge + 1)
+    assert receive(known, now_ms=edge, written_ms=OPENED).sends_used == 1
+    assert receive(known, now_ms=edge + 1, written_ms=OPENED) == SendWindow(id="in:2", sequence=2, opened_ms=edge + 1)
     before = OPENED - CLOCK_ERROR_MS
-    assert hear(known, now_ms=before, written_ms=before).sends_used == 1
-    assert hear(known, now_ms=before, written_ms=before).throttled_at_ms == OPENED
-    assert hear(known, now_ms=before - 1, written_ms=before - 1) == SendWindow(
+    assert receive(known, now_ms=before, written_ms=before).sends_used == 1
+    assert receive(known, now_ms=before, written_ms=before).throttled_at_ms == OPENED
+    assert receive(known, now_ms=before - 1, written_ms=before - 1) == SendWindow(
         id="in:2", sequence=2, opened_ms=before - 1
     )
 
@@ -162,9 +162,9 @@ def test_a_throttle_belongs_to_the_window_in_which_its_request_left(
     written_ms: int, throttled_ms: int, stays: bool
 ) -> None:
     known = record(throttled_at_ms=throttled_ms)
-    found = hear(known, now_ms=OPENED + 2000, written_ms=written_ms)
+    found = receive(known, now_ms=OPENED + 2000, written_ms=written_ms)
     assert found.throttled_at_ms == (throttled_ms if stays else 0)
-    assert hear(record(), now_ms=OPENED + 2000, written_ms=written_ms).throttled_at_ms == 0
+    assert receive(record(), now_ms=OPENED + 2000, written_ms=written_ms).throttled_at_ms == 0
 
 
 def test_a_request_counts_once_in_each_window() -> None:
@@ -182,10 +182,10 @@ def test_a_request_counts_once_in_each_window() -> None:
     assert (again.head.attempts, again.head.unanswered_attempts) == (2, 2)
     assert (again.window.sends_used, again.window.sent_at_ms) == (1, [OPENED + 2])
 
-    heard = msgspec.structs.replace(
+    opened = msgspec.structs.replace(
         again, window=SendWindow(id="in:2", sequence=2, opened_ms=OPENED + 3, sends_used=1)
     )
-    anew = window.record_attempt(heard, again.head, OPENED + 4)
+    anew = window.record_attempt(opened, again.head, OPENED + 4)
     assert (anew.window.sends_used, anew.window.sent_at_ms) == (2, [OPENED + 4])
     answered = progress(attempts=2, part=1, counted_in_window="in:1", posted_ms=1, unanswered_ms=2)
     following = window.record_attempt(record(2, sent_at_ms=[OPENED]), answered, OPENED + 5)
@@ -223,14 +223,14 @@ def test_a_throttle_speaks_of_the_window_that_its_request_left_in() -> None:
     unknown = window.record_throttled(record(), once.head, OPENED + 9)
     assert unknown.window.throttled_at_ms == OPENED + 9
 
-    heard = msgspec.structs.replace(
+    opened = msgspec.structs.replace(
         once, window=SendWindow(id="in:2", sequence=2, opened_ms=OPENED + 3, sends_used=1)
     )
-    found = window.record_throttled(heard, once.head, OPENED + 9)
+    found = window.record_throttled(opened, once.head, OPENED + 9)
     assert (found.window.throttled_at_ms, found.window.sends_used) == (0, 0)
 
 
-def test_an_answer_tells_up_to_when_its_request_may_have_been_counted() -> None:
+def test_an_answer_bounds_when_its_request_may_have_been_counted() -> None:
     known = record(1, sent_at_ms=[OPENED, OPENED + 1], throttled_at_ms=OPENED)
     silent = window.record_unanswered(known, progress(unanswered_attempts=1), OPENED + 9)
     assert (silent.window.sent_at_ms, silent.window.throttled_at_ms) == ([OPENED, OPENED + 9], OPENED)

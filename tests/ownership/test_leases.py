@@ -36,7 +36,7 @@ async def test_one_replica_owns_everything(cluster: Cluster) -> None:
     alone.leases.ensure_owned(5)
 
 
-async def test_who_waits_for_a_shard_is_told_when_it_is_there(cluster: Cluster) -> None:
+async def test_who_waits_for_a_shard_is_woken_when_it_is_owned(cluster: Cluster) -> None:
     alone = cluster.start()
     waiting = asyncio.create_task(alone.leases.wait_owned(5))
     await cluster.run(2)
@@ -89,7 +89,7 @@ async def test_a_claim_that_an_answer_lacks_since_it_is_older_is_not_written_aga
     assert cluster.claims.writes == written
 
 
-async def test_a_lease_that_runs_out_before_a_renewal_has_failed_can_be_told_of(cluster: Cluster) -> None:
+async def test_a_lease_that_runs_out_before_a_renewal_has_failed_is_reported(cluster: Cluster) -> None:
     """A request to a bucket without a leader hangs for seconds, and so does a process that was frozen."""
     replica = cluster.start()
     await cluster.run(2)
@@ -184,14 +184,14 @@ async def test_a_dead_replica_is_replaced_in_six_seconds_and_not_before_its_leas
 ) -> None:
     first = cluster.start()
     await cluster.run(3)
-    heir = cluster.start()
+    successor = cluster.start()
     await cluster.run(3)
     owned = set(first.working)
     await first.kill()
     await cluster.run(HOLDER_FRACTION * LEASE_S - 1.0)
-    assert heir.working == set(range(SHARDS)) - owned
+    assert successor.working == set(range(SHARDS)) - owned
     await cluster.run(6.0 - HOLDER_FRACTION * LEASE_S + 1.0)
-    assert heir.working == set(range(SHARDS))
+    assert successor.working == set(range(SHARDS))
 
 
 @pytest.mark.parametrize("write_s", [0.5, 0.7, 0.9])
@@ -227,21 +227,21 @@ async def test_a_dead_replica_is_found_out_at_the_end_of_its_lease_and_not_a_loo
 ) -> None:
     first = cluster.start()
     await cluster.run(3)
-    heir = cluster.start()
+    successor = cluster.start()
     await cluster.run(6 + later_s)
     await first.kill()
     await cluster.run(1.0)
-    seen = heir.leases._sightings[first.leases.incarnation].since
-    while heir.leases.membership_epoch == 0:
+    seen = successor.leases._sightings[first.leases.incarnation].since
+    while successor.leases.membership_epoch == 0:
         await cluster.run(0.02)
     passed_s = asyncio.get_running_loop().time() - seen
     assert LEASE_S <= passed_s < LEASE_S + 0.1
 
 
-async def test_a_replica_that_cannot_renew_stops_before_anybody_takes_over(cluster: Cluster) -> None:
+async def test_a_replica_that_cannot_renew_stops_before_another_takes_over(cluster: Cluster) -> None:
     first = cluster.start()
     await cluster.run(3)
-    heir = cluster.start()
+    successor = cluster.start()
     await cluster.run(1)
     first.cut()
     with capture_logs() as logs:
@@ -252,30 +252,30 @@ async def test_a_replica_that_cannot_renew_stops_before_anybody_takes_over(clust
         first.leases.ensure_owned(next(iter(first.leases.owned)))
     assert "lease.paused" in [line["event"] for line in logs]
     await cluster.run(4)
-    assert heir.working == set(range(SHARDS))
+    assert successor.working == set(range(SHARDS))
 
 
-async def test_whoever_works_is_told_when_the_lease_runs_out(cluster: Cluster) -> None:
+async def test_work_is_notified_when_the_lease_runs_out(cluster: Cluster) -> None:
     replica = cluster.start()
     await cluster.run(5)
-    told = asyncio.create_task(replica.leases.changed.wait_until(lambda: not replica.leases.is_valid))
+    expired = asyncio.create_task(replica.leases.changed.wait_until(lambda: not replica.leases.is_valid))
     replica.cut()
     await cluster.run(HOLDER_FRACTION * LEASE_S + 0.1)
-    assert told.done()
+    assert expired.done()
 
 
 async def test_a_lease_counts_from_the_time_at_which_its_renewal_was_sent(cluster: Cluster) -> None:
     """Its answer may wait for a process that is stopped: counted from then on, the lease would outlive itself."""
     first = cluster.start()
     await cluster.run(3)
-    heir = cluster.start()
+    successor = cluster.start()
     await cluster.run(1)
     first.members.on_write = first.life.stop
     await cluster.run(LEASE_S)
     first.members.on_write = lambda: None
     first.life.go_on()
     await cluster.run(LEASE_S)
-    assert heir.working
+    assert successor.working
     assert cluster.worked_for == SHARDS
 
 
@@ -297,19 +297,19 @@ async def test_a_holder_whose_machine_was_suspended_trusts_no_lease_of_before(
     holder.leases.ensure_owned(0)
 
 
-async def test_a_caller_that_finds_the_lease_ended_before_its_timer_hears_of_its_renewal(cluster: Cluster) -> None:
+async def test_a_caller_that_finds_the_lease_ended_before_its_timer_sees_its_renewal(cluster: Cluster) -> None:
     """On a busy loop the answer is read before the timer has its turn, and what came before it has seen the gap."""
     replica = cluster.start()
     await cluster.run(2)
 
-    def hold_up() -> None:
+    def block() -> None:
         replica.members.on_write = lambda: None
         replica.clock.ahead_s += (
             LEASE_S * HOLDER_FRACTION - 0.5
         )  # past the old deadline, before the new one; no timer has run
         replica.life.stop()
 
-    replica.members.on_write = hold_up
+    replica.members.on_write = block
     await cluster.run(1)
     assert not replica.leases.is_valid
     waiting = asyncio.ensure_future(replica.leases.changed.wait_until(lambda: replica.leases.is_valid))
@@ -323,7 +323,7 @@ async def test_a_caller_that_finds_the_lease_ended_before_its_timer_hears_of_its
 async def test_a_revoked_holder_finds_out_and_joins_as_somebody_new(cluster: Cluster) -> None:
     first = cluster.start()
     await cluster.run(3)
-    heir = cluster.start()
+    successor = cluster.start()
     incarnation = first.leases.incarnation
     first.cut()
     await cluster.run(10)
@@ -332,8 +332,8 @@ async def test_a_revoked_holder_finds_out_and_joins_as_somebody_new(cluster: Clu
         await cluster.run(8)
     assert "lease.revoked" in [line["event"] for line in logs]
     assert first.leases.incarnation != incarnation
-    assert await heir.leases.revoke_if_expired(incarnation)
-    assert not await heir.leases.revoke_if_expired(first.leases.incarnation)
+    assert await successor.leases.revoke_if_expired(incarnation)
+    assert not await successor.leases.revoke_if_expired(first.leases.incarnation)
     assert cluster.worked_for == SHARDS
 
 
@@ -437,12 +437,12 @@ async def test_a_claim_that_lands_late_is_given_back_where_the_shard_should_be_a
 async def test_one_who_drains_claims_nothing_and_hands_over_at_once(cluster: Cluster) -> None:
     first = cluster.start()
     await cluster.run(3)
-    heir = cluster.start()
+    successor = cluster.start()
     await cluster.run(1)
     leaving = asyncio.get_running_loop().create_task(first.leave())
     await cluster.run(2.0)
     await leaving
-    assert heir.working == set(range(SHARDS))
+    assert successor.working == set(range(SHARDS))
     assert first.leases.owned == set()
 
 
@@ -471,13 +471,13 @@ async def test_one_who_drains_does_not_take_the_shards_of_one_who_dies(cluster: 
 async def test_a_replica_that_cannot_give_back_is_taken_over_when_its_lease_runs_out(cluster: Cluster) -> None:
     first = cluster.start()
     await cluster.run(3)
-    heir = cluster.start()
+    successor = cluster.start()
     await cluster.run(1)
     first.cut()
     leaving = asyncio.get_running_loop().create_task(first.leave())
     await cluster.run(10)
     await leaving
-    assert heir.working == set(range(SHARDS))
+    assert successor.working == set(range(SHARDS))
 
 
 async def test_nobody_is_dead_who_renews(cluster: Cluster) -> None:
@@ -557,9 +557,9 @@ async def test_claims_that_are_gone_are_claimed_anew_where_no_owner_is_left(
     await cluster.run(5)
     await replica.kill()
     overwrite(cluster.claims, value)
-    heir = cluster.start()
+    successor = cluster.start()
     await cluster.run(3 * LEASE_S)
-    assert heir.working == set(range(SHARDS))
+    assert successor.working == set(range(SHARDS))
 
 
 async def test_a_claim_of_a_newer_version_is_nobody_elses(cluster: Cluster) -> None:
@@ -623,7 +623,7 @@ async def test_a_claim_that_another_hand_has_changed_is_given_up(cluster: Cluste
 
 
 @pytest.mark.parametrize("steps", range(12))
-async def test_who_is_told_to_end_at_the_moment_of_its_revocation_ends(steps: int) -> None:
+async def test_a_replica_stopped_at_the_moment_of_its_revocation_ends(steps: int) -> None:
     """A process that was frozen learns both as it goes on."""
     cluster = Cluster()
     replica = cluster.start()
