@@ -24,9 +24,7 @@ from adapter.contract.names import H_EXPECTED, H_MSG_ID, H_OFFSET
 from adapter.errors import (
     UNDECODABLE,
     AdapterError,
-    BusRefused,
     Conflict,
-    LeaseLost,
     Refused,
     Temporary,
     Unreadable,
@@ -34,20 +32,17 @@ from adapter.errors import (
 from adapter.jetstream.history import StreamHistory, direct_get_one, get_from_leader, has_more
 from adapter.jetstream.managed_connection import ManagedConnection
 from adapter.jetstream.publisher import Publisher
-from adapter.kit.timing import shield_with_grace
 from adapter.ports import BusMessage, Pieces, StoredObject
 
 log = structlog.get_logger()
 
 CHUNK = 128 * 1024
 """Size of a chunk, as in other clients."""
-BATCH = 8
-"""Chunks that are stored or read at once, which is all of an object that is in memory."""
-BATCHES = 2
-"""Batches of all objects that are stored at once: a slow bus acknowledges as much before the publisher sends it
+CHUNKS_AT_ONCE = 16
+"""Chunks of all objects that are stored at once: a slow bus acknowledges as much before the publisher sends it
 again."""
-SETTLE_S, PURGE_S = 2.0, 5.0
-"""How long a failed upload waits for its chunks in flight, and for their deletion."""
+PURGE_S = 5.0
+"""How long a failed upload waits for the deletion of its chunks."""
 DIGEST = "SHA-256="
 APPEND_S = 5.0
 APPEND_ATTEMPTS = 5
@@ -70,6 +65,22 @@ class _Meta(msgspec.Struct):
     options: dict[str, Any] | None = None
 
 
+class _Contents:
+    """What the description of an object says of its bytes."""
+
+    def __init__(self) -> None:
+        self.size = self.chunks = 0
+        self.digest = hashlib.sha256()
+        self.head = b""
+        """The first bytes, at most HEAD."""
+
+    def add(self, chunk: bytes) -> None:
+        self.size += len(chunk)
+        self.chunks += 1
+        self.digest.update(chunk)
+        self.head += chunk[: HEAD - len(self.head)]
+
+
 class ObjectStore:
     """Implements ports.Objects."""
 
@@ -81,7 +92,7 @@ class ObjectStore:
         self._stream = f"OBJ_{bucket}"
         self._chunks, self._metas = f"$O.{bucket}.C.", f"$O.{bucket}.M."
         """Start of the subjects of chunks and of descriptions."""
-        self._batch_slots = asyncio.Semaphore(BATCHES)
+        self._chunk_slots = asyncio.Semaphore(CHUNKS_AT_ONCE)
 
     async def get_info(self, name: str) -> StoredObject | None:
         return _described(name, (await self._read_meta(name))[0])
@@ -116,18 +127,22 @@ class ObjectStore:
         describe: Callable[[bytes], tuple[str, str]] = lambda head: ("", ""),
         ensure_owner: Callable[[], None] | None = None,
     ) -> StoredObject:
-        ident = secrets.token_hex(11)
+        ident, contents = secrets.token_hex(11), _Contents()
         try:
             async with contextlib.aclosing(pieces):
-                size, chunks, digest, head = await self._store_chunks(ident, pieces)
+                async for chunk in _rechunk(pieces):
+                    contents.add(chunk)
+                    # the id drops a duplicate that is sent again after a break
+                    headers = {H_MSG_ID: f"{ident}.{contents.chunks}"}
+                    async with self._chunk_slots:
+                        await self._publisher.publish(BusMessage("media", self._chunks + ident, chunk, headers))
         except BaseException:
             await self._delete_chunks(ident)
             raise
-        mime, title = describe(head)
-        meta = self._new_meta(name, ident, size, chunks, digest, mime=mime, title=title)
+        mime, title = describe(contents.head)
         try:
-            stored = await self._store_meta(meta, ensure_owner)
-        except (BusRefused, LeaseLost):  # after a cancellation the meta may be stored, so the chunks must stay
+            stored = await self._store_meta(name, ident, contents, mime, title, ensure_owner)
+        except AdapterError:  # after a cancellation the meta may be stored, so the chunks must stay
             await self._delete_chunks(ident)
             raise
         if stored.ident != ident:
@@ -165,93 +180,67 @@ class ObjectStore:
     async def complete_upload(
         self, name: str, size: int, *, sha256: str, title: str, mime_of: Callable[[bytes], str]
     ) -> tuple[StoredObject, bytes]:
-        ident = _upload_ident(name)
+        ident, contents = _upload_ident(name), _Contents()
         done = await self.get_info(name)
         if done is not None and (done.ident, done.size) == (ident, size):
             if sha256 not in ("", done.sha256):
                 raise Refused("invalid", "The upload is complete already, with other bytes: take another id.")
-            return done, (await self._read_upload(name, ident, size, head_only=True))[2]
-        digest, chunks, head = await self._read_upload(name, ident, size)
-        if sha256 not in ("", digest.hexdigest()):
+            await self._read_upload(name, size, contents, stop_at=HEAD)
+            return done, contents.head
+        await self._read_upload(name, size, contents, stop_at=size)
+        if sha256 not in ("", contents.digest.hexdigest()):
             await self._delete_chunks(ident)
             raise Refused("invalid", "The bytes are not those of your SHA-256: begin again at 0.")
-        meta = self._new_meta(name, ident, size, chunks, digest.digest(), mime=mime_of(head), title=title)
-        stored = await self._store_meta(meta)
+        stored = await self._store_meta(name, ident, contents, mime_of(contents.head), title)
         if stored.ident != ident:
             raise Refused("invalid", "There is an object of this name already: take another id.")
-        return stored, head
+        return stored, contents.head
 
-    async def _read_upload(
-        self, name: str, ident: str, size: int, *, head_only: bool = False
-    ) -> tuple[hashlib._Hash, int, bytes]:
-        """Digest and number of the uploaded pieces, and their first bytes. Raises Temporary."""
-        digest, chunks, head = hashlib.sha256(), 0, b""
+    async def _read_upload(self, name: str, size: int, contents: _Contents, *, stop_at: int) -> None:
+        """Reads the uploaded pieces up to `stop_at` bytes at least. Raises Temporary."""
         try:
-            async with contextlib.aclosing(self._read_chunks(name, ident, size)) as pieces:
+            async with contextlib.aclosing(self._read_chunks(name, _upload_ident(name), size)) as pieces:
                 async for piece in pieces:
-                    digest.update(piece)
-                    chunks += 1
-                    head += piece[: HEAD - len(head)]
-                    if head_only and len(head) == HEAD:
+                    contents.add(piece)
+                    if contents.size >= stop_at:
                         break
         except Unreadable as exc:
             raise Temporary("object", "Pieces are missing: send them again.") from exc
-        return digest, chunks, head
 
     # writing ----------------------------------------------------------------------------------------
 
-    async def _store_chunks(self, ident: str, pieces: Pieces) -> tuple[int, int, bytes, bytes]:
-        """Stores the chunks. Returns size, number of chunks, digest, and the first chunk."""
-        digest, size, chunks, head = hashlib.sha256(), 0, 0, b""
-        batch: list[BusMessage] = []
-        async for chunk in _rechunk(pieces):
-            head = head or chunk
-            digest.update(chunk)
-            size += len(chunk)
-            chunks += 1
-            # the id drops a duplicate that is sent again after a break
-            batch.append(BusMessage("media", self._chunks + ident, chunk, {H_MSG_ID: f"{ident}.{chunks}"}))
-            if len(batch) == BATCH:
-                await self._store_batch(batch)
-                batch = []
-        await self._store_batch(batch)
-        return size, chunks, digest.digest(), head
-
-    async def _store_batch(self, batch: list[BusMessage]) -> None:
-        async with self._batch_slots:
-            # after a cancellation, too, since a chunk in flight might be stored after the purge
-            outcomes = await shield_with_grace(self._publisher.publish_all(batch), SETTLE_S)
-        for outcome in outcomes:
-            if isinstance(outcome, BusRefused):
-                raise outcome
-
-    def _new_meta(
-        self, name: str, ident: str, size: int, chunks: int, digest: bytes, *, mime: str, title: str
-    ) -> _Meta:
-        return _Meta(
+    async def _store_meta(
+        self,
+        name: str,
+        ident: str,
+        contents: _Contents,
+        mime: str,
+        title: str,
+        ensure_owner: Callable[[], None] | None = None,
+    ) -> StoredObject:
+        """Makes the chunks of `ident` the object, unless there is one already. Returns the one that is there then.
+        Raises Temporary, BusRefused, LeaseLost."""
+        meta = _Meta(
             name=name,
             bucket=self._bucket,
             nuid=ident,
-            size=size,
+            size=contents.size,
             mtime="0001-01-01T00:00:00Z",  # readers take the time of the message
-            chunks=chunks,
-            digest=DIGEST + base64.urlsafe_b64encode(digest).decode(),
+            chunks=contents.chunks,
+            digest=DIGEST + base64.urlsafe_b64encode(contents.digest.digest()).decode(),
             description=title,
             headers={"Content-Type": [mime]} if mime else None,
             options={"max_chunk_size": CHUNK},
         )
-
-    async def _store_meta(self, meta: _Meta, ensure_owner: Callable[[], None] | None = None) -> StoredObject:
-        """Makes the chunks of `meta` its object, unless that exists already. Returns the one that exists then."""
-        subject, data = self._metas + _encode_name(meta.name), msgspec.json.encode(meta)
+        subject, data = self._metas + _encode_name(name), msgspec.json.encode(meta)
         while True:
-            before, revision = await self._read_meta_with_retry(meta.name)
-            if (stored := _described(meta.name, before)) is not None:
+            before, revision = await self._read_meta(name)
+            if (stored := _described(name, before)) is not None:
                 return stored
             headers = {"Nats-Rollup": "sub", H_EXPECTED: str(revision)}
             try:
                 await self._publisher.publish(BusMessage("media", subject, data, headers, ensure_owner))
-                return _known(meta.name, meta)
+                return _known(name, meta)
             except Conflict:  # stored meanwhile, perhaps by an attempt whose answer was lost; or a server lagged
                 await asyncio.sleep(0.05)
 
@@ -269,7 +258,7 @@ class ObjectStore:
         """The first `size` bytes of the chunks of `ident`. Raises Temporary, Unreadable."""
         remaining = size
         if size:
-            chunks = self._history.read(self._stream, self._chunks + ident, page=BATCH)
+            chunks = self._history.read(self._stream, self._chunks + ident)
             async with contextlib.aclosing(chunks):
                 async for chunk in chunks:
                     remaining -= len(chunk.data)
@@ -293,14 +282,6 @@ class ObjectStore:
         except UNDECODABLE:
             log.warning("media.unreadable", detail="The description of an object cannot be read.")
             return None, stored.seq
-
-    async def _read_meta_with_retry(self, name: str) -> tuple[_Meta | None, int]:
-        while True:
-            try:
-                return await self._read_meta(name)
-            except Temporary:
-                await self._connection.wait_connected()
-                await asyncio.sleep(0.1)
 
 
 def _described(name: str, meta: _Meta | None) -> StoredObject | None:
