@@ -142,7 +142,7 @@ class KvBucket(LeaderKvBucket):
         have refused writes. The bucket is read completely after each connect, and when a check every `reload_s`
         seconds finds a missed update. An entry may come twice, but never after a newer one.
         """
-        watch, epoch = _Watch(self, on_entry), -1
+        watch, epoch = _Watcher(self, on_entry), -1
         while True:
             try:
                 nc = await self._connection.wait_connected()
@@ -164,7 +164,7 @@ class KvBucket(LeaderKvBucket):
         return self._connection.epoch != epoch
 
 
-class _Watch:
+class _Watcher:
     """What one watcher of a bucket has seen."""
 
     def __init__(self, bucket: KvBucket, on_entry: Callable[[Entry], None]) -> None:

@@ -14,6 +14,7 @@ import msgspec
 
 from adapter.errors import BusRefused, Temporary
 from adapter.jetstream.api_replies import MESSAGE_GONE, NO_STREAM, ApiError, ApiReply, decode_reply, unix_ms
+from adapter.jetstream.client import parse_headers
 from adapter.jetstream.managed_connection import ManagedConnection
 from adapter.jetstream.multiplexer import Reply
 from adapter.ports import StoredMessage
@@ -94,7 +95,14 @@ class StreamHistory:
         return int(info["state"]["last_seq"])
 
     async def count_by_subject(self, stream: str, subject: str) -> dict[str, int]:
-        return await count_by_subject(self._connection, stream, subject)
+        found: dict[str, int] = {}
+        while True:
+            query = {"subjects_filter": subject, "offset": len(found)}
+            answer = await self._connection.api_request(f"STREAM.INFO.{stream}", query)
+            page = answer["state"].get("subjects") or {}
+            found |= page
+            if not page or len(found) >= int(answer.get("total", 0)):
+                return found
 
     async def read_newest(
         self, stream: str, subject: str, *, count: int, before: int | None = None
@@ -136,19 +144,6 @@ class StreamHistory:
 def _rfc3339(time_ms: int) -> str:
     moment = datetime.fromtimestamp(max(time_ms, 0) / 1000, UTC)
     return moment.strftime("%Y-%m-%dT%H:%M:%S.%fZ")
-
-
-async def count_by_subject(connection: ManagedConnection, stream: str, subject: str) -> dict[str, int]:
-    """Messages by subject under a wildcard. Raises Temporary, BusRefused (no such stream)."""
-    found: dict[str, int] = {}
-    while True:
-        answer = await connection.api_request(
-            f"STREAM.INFO.{stream}", {"subjects_filter": subject, "offset": len(found)}
-        )
-        page = (answer["state"].get("subjects") or {}) if answer.get("state") else {}
-        found |= page
-        if not page or len(found) >= int(answer.get("total", 0)):
-            return found
 
 
 async def direct_get(
@@ -217,6 +212,4 @@ async def get_from_leader(
             raise Temporary("bus_busy", error.description[:200])
         return None
     found = answer.message
-    _, *lines = found.hdrs.decode(errors="replace").split("\r\n")
-    headers = {name: value.strip() for name, _, value in (line.partition(":") for line in lines) if name}
-    return StoredMessage(found.subject, found.seq, headers, found.data)
+    return StoredMessage(found.subject, found.seq, parse_headers(found.hdrs) if found.hdrs else {}, found.data)

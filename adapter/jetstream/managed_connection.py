@@ -213,7 +213,7 @@ class ManagedConnection:
             await self.publish(subject, payload, reply=request.reply, headers=headers)
             return await self.next_reply(request, timeout_s)
 
-    def open_request(self) -> PendingRequest:
+    def open_request(self) -> contextlib.AbstractContextManager[PendingRequest]:
         """A request with several replies. It ends with its connection. Raises Temporary("bus_down")."""
         self.client()
         return self._multiplexer.new_request()

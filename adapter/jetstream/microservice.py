@@ -1,23 +1,31 @@
-"""The NATS micro service `wechat-nats`, which is registered with each connection."""
+"""The NATS micro service `wechat-nats`, which is registered with each connection.
+
+The server delivers whatever a sandbox publishes, at any rate. So a request is checked by its subject before it is
+processed. A sandbox has a number of requests in flight, and starts a number in a second, so that one that floods the
+services takes neither slots nor time from others. Requests beyond that are refused, and dropped where refusals would
+cost too much.
+"""
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
-from collections.abc import Awaitable, Callable, Container, Mapping
+from collections import Counter
+from collections.abc import Awaitable, Callable, Coroutine, Mapping
 from functools import partial
+from typing import Any, Literal, TypeAlias
 
 import structlog
 from nats import micro
 from nats.errors import ConnectionClosedError
 from nats.micro.request import Request
-from nats.micro.service import EndpointConfig, Service
+from nats.micro.service import EndpointConfig
 
 from adapter.contract.messages import SCHEMA_VERSION
 from adapter.contract.names import H_ERROR, H_ERROR_CODE, H_SCHEMA, Names, is_inbox
 from adapter.errors import AdapterError, Refused, Temporary
 from adapter.jetstream.client import BusClient
 from adapter.jetstream.managed_connection import ManagedConnection
-from adapter.jetstream.shares import RefusalLog, RequestQuota
 from adapter.kit.slots import FairSlots
 from adapter.kit.tasks import TaskSet
 from adapter.observability.metrics import Metrics
@@ -28,6 +36,7 @@ log = structlog.get_logger()
 
 SERVICE = "wechat-nats"
 Handler = Callable[[bytes], Awaitable[bytes]]
+Verdict: TypeAlias = Literal["taken", "busy", "full"]
 SandboxHandler = Callable[[SandboxRequest], Awaitable[SandboxResponse]]
 IMPORTED_REPLY = "_R_."
 """Prefix that the server gives to the inbox of a request from another account."""
@@ -45,9 +54,80 @@ COSTS = {"replay": 32, "media.get": 2, "media.put": 8, "next": 4}
 """Cost of a request in the sandbox's share of a second, relative to others; roughly its time."""
 UPLOADS, MAX_UPLOADS_PER_SANDBOX = f"{SERVICE}-uploads", 8
 """The service whose requests have up to half a megabyte, and the most of one sandbox that are processed at once."""
+PER_S = 256
+"""Requests of one sandbox that start in a second; fewer if they cost more. Others wait for the next second."""
+REFUSALS_PER_S = 64
+"""Requests of one sandbox that are answered with 429 in a second; others get no answer."""
+MAX_IN_FLIGHT_BYTES = 64 * 1024 * 1024
+"""Bytes of all requests in flight."""
 CODES = {"not_bound": "404", "not_found": "404", "replaced": "409"}
 """Of an error, by the reason of Refused."""
 BUSY = "{count} requests of this sandbox, or too many bytes of all, are in hand: ask again after their answers."
+
+
+class RequestQuota:
+    """The requests of one connection. All times are those of the running loop. The log names one sandbox a second."""
+
+    def __init__(self, of_one: int) -> None:
+        self._max_per_sandbox = of_one
+        self._in_flight: Counter[str] = Counter()
+        self._held_bytes = 0
+        self._second_ends_at = 0.0
+        """When the counts below are reset."""
+        self._started_count: Counter[str] = Counter()
+        self._refused_count: Counter[str] = Counter()
+        self._has_named_one = False
+        """Whether the log has named a sandbox without an inbox."""
+
+    def try_admit(self, sandbox: str, size: int) -> Verdict:
+        """Whether a request of `size` bytes is admitted. An admitted one has to be released."""
+        if self._in_flight[sandbox] >= self._max_per_sandbox:
+            return "busy"
+        if self._held_bytes + size > MAX_IN_FLIGHT_BYTES:
+            return "full"
+        self._in_flight[sandbox] += 1
+        self._held_bytes += size
+        return "taken"
+
+    def release(self, sandbox: str, size: int) -> None:
+        """Releases an answered request."""
+        self._held_bytes -= size
+        self._in_flight[sandbox] -= 1
+        if not self._in_flight[sandbox]:
+            del self._in_flight[sandbox]
+
+    def count_refusal(self, sandbox: str) -> bool:
+        """Counts a refusal. Returns whether it is still answered."""
+        self._begin_second()
+        self._refused_count[sandbox] += 1
+        return self._refused_count[sandbox] <= REFUSALS_PER_S
+
+    def log_without_inbox(self, sandbox: str) -> None:
+        """Logs a request that may not be answered where it says. `sandbox`: "" for requests without one."""
+        self._begin_second()
+        if not self._has_named_one:
+            self._has_named_one = True
+            log.warning("service.reply_refused", sandbox=sandbox)
+
+    async def wait_turn(self, sandbox: str, cost: int = 1) -> None:
+        """Returns when the sandbox's next request may start."""
+        while True:
+            self._begin_second()
+            if self._started_count[sandbox] < PER_S:
+                self._started_count[sandbox] += cost
+                return
+            await asyncio.sleep(self._second_ends_at - asyncio.get_running_loop().time())
+
+    def _begin_second(self) -> None:
+        now = asyncio.get_running_loop().time()
+        if now >= self._second_ends_at:
+            for sandbox, count in self._refused_count.most_common(1):
+                if count > REFUSALS_PER_S:
+                    log.warning("service.flooded", sandbox=sandbox, refused=count)
+            self._second_ends_at = now + 1
+            self._started_count.clear()
+            self._refused_count.clear()
+            self._has_named_one = False
 
 
 class Services:
@@ -71,9 +151,9 @@ class Services:
         metadata: Mapping[str, str] | None = None,
         of_one: int = MAX_IN_FLIGHT_PER_SANDBOX,
     ) -> None:
-        self._names = names
-        self._handlers = handlers
-        self._sandbox_handlers = of_sandbox or {}
+        self._handlers = {names.svc(verb): (verb, handler) for verb, handler in handlers.items()}
+        self._sandbox_handlers = {names.svc(verb): (verb, handler) for verb, handler in (of_sandbox or {}).items()}
+        """Verb and handler, by subject, for sandboxes without the last token."""
         self._metrics = metrics
         self._version = version
         self._service = service
@@ -83,15 +163,11 @@ class Services:
         self._slots_by_verb = {"replay": FairSlots(MAX_REPLAYS, share=1), "media.get": None}
         """Slots of verbs that have their own. None: the handler takes them."""
         self._answers = TaskSet(_log_unanswered)
-        self._refusals = RefusalLog()
         connection.on_connect(self._register)
 
     async def _register(self, nc: BusClient) -> None:
-        shares = RequestQuota(self._max_per_sandbox)
-        plain, shared = (
-            {self._names.svc(verb) for verb in verbs} for verbs in (self._handlers, self._sandbox_handlers)
-        )
-        nc.set_admission(partial(self._admit, nc, shares, plain, shared))
+        quota = RequestQuota(self._max_per_sandbox)
+        nc.set_admission(partial(self._admit, nc, quota))
         service = await micro.add_service(
             nc,
             name=self._service,
@@ -99,83 +175,63 @@ class Services:
             description="The bridge between WeChat and NATS",
             metadata=self._metadata,
         )
-        for verb, handler in self._handlers.items():
-            await _add_endpoint(service, verb, self._names.svc(verb), partial(self._answer_platform, handler))
-        for verb, of_sandbox in self._sandbox_handlers.items():
-            name = f"{verb}.own" if verb in self._handlers else verb
-            handle = partial(self._answer_sandbox, shares, verb, of_sandbox)
-            await _add_endpoint(service, name, f"{self._names.svc(verb)}.*", handle)
 
-    def _admit(
-        self,
-        nc: BusClient,
-        shares: RequestQuota,
-        plain: Container[str],
-        shared: Container[str],
-        subject: str,
-        reply: str,
-        size: int,
-    ) -> bool:
+        async def add(name: str, subject: str, answer: Callable[[Request], Coroutine[Any, Any, None]]) -> None:
+            async def begin(request: Request) -> None:  # in a task: a slow request does not delay the next one
+                self._answers.spawn(answer(request))
+
+            name = name.replace(".", "-")
+            await service.add_endpoint(EndpointConfig(name=name, subject=subject, handler=begin))
+
+        for subject, (verb, handler) in self._handlers.items():
+            await add(verb, subject, partial(self._answer_platform, handler))
+        for subject, (verb, of_sandbox) in self._sandbox_handlers.items():
+            name = f"{verb}.own" if subject in self._handlers else verb
+            await add(name, f"{subject}.*", partial(self._answer_sandbox, quota, verb, of_sandbox))
+
+    def _admit(self, nc: BusClient, quota: RequestQuota, subject: str, reply: str, size: int) -> bool:
         """Decides about a message before it is read. Sandboxes have shares (RequestQuota)."""
         verb, _, sandbox = subject.rpartition(".")
-        if verb not in shared:
-            if subject not in plain:
+        if verb not in self._sandbox_handlers:
+            if subject not in self._handlers:
                 return True
             sandbox = PLATFORM
         if not _is_reply_allowed(reply, sandbox):
             self._metrics.service_refusals.labels(reason="reply").inc()
-            self._refusals.log_refusal(sandbox)
+            quota.log_without_inbox(sandbox)
             return False
         if sandbox == PLATFORM:
             return True
-        admission = shares.try_admit(sandbox, size)
+        admission = quota.try_admit(sandbox, size)
         if admission == "taken":
             return True
         self._metrics.service_refusals.labels(reason=admission).inc()
-        if shares.count_refusal(sandbox):
+        if quota.count_refusal(sandbox):
             headers = {H_ERROR: BUSY.format(count=self._max_per_sandbox), H_ERROR_CODE: "429"}
             nc.try_publish(reply, b"", "", headers)
         return False
 
     async def _answer_platform(self, handler: Handler, request: Request) -> None:
-        """Answers in a task of its own, so that a slow request does not delay the next one."""
-        await self._slots.acquire(PLATFORM)
-
-        async def answer() -> None:
-            try:
-                await _respond(request, handler(request.data))
-            finally:
-                self._slots.release(PLATFORM)
-
-        self._answers.spawn(answer())
+        async with self._slots.slot(PLATFORM):
+            await _respond(request, handler(request.data))
 
     async def _answer_sandbox(
-        self, shares: RequestQuota, verb: str, handler: SandboxHandler, request: Request
+        self, quota: RequestQuota, verb: str, handler: SandboxHandler, request: Request
     ) -> None:
-        """As `_answer_platform`, for an admitted request. Nothing is awaited here, so that no queue builds up."""
+        """Answers an admitted request."""
         sandbox = request.subject.rpartition(".")[2]
-
-        async def answer() -> None:
-            try:
-                await shares.wait_turn(sandbox, COSTS.get(verb, 1))
-                slots = self._slots_by_verb.get(verb, self._slots)
-                async with slots.slot(sandbox) if slots else contextlib.nullcontext():
-                    await _respond(request, handler(SandboxRequest(sandbox, request.headers or {}, request.data)))
-            finally:
-                shares.release(sandbox, len(request.data))
-
-        self._answers.spawn(answer())
+        try:
+            await quota.wait_turn(sandbox, COSTS.get(verb, 1))
+            slots = self._slots_by_verb.get(verb, self._slots)
+            async with slots.slot(sandbox) if slots else contextlib.nullcontext():
+                await _respond(request, handler(SandboxRequest(sandbox, request.headers or {}, request.data)))
+        finally:
+            quota.release(sandbox, len(request.data))
 
 
 def _log_unanswered(exc: BaseException) -> None:
     """The connection broke before the answer."""
     log.info("service.unanswered", reason=type(exc).__name__)
-
-
-async def _add_endpoint(
-    service: Service, name: str, subject: str, handle: Callable[[Request], Awaitable[None]]
-) -> None:
-    await service.add_endpoint(EndpointConfig(name=name.replace(".", "-"), subject=subject, handler=handle))
 
 
 async def _respond(request: Request, answering: Awaitable[SandboxResponse | bytes]) -> None:

@@ -7,9 +7,9 @@ header `Status` of another client for the server's. A start makes thousands of r
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import itertools
-from collections import deque
-from types import TracebackType
+from collections.abc import Iterator
 from typing import NamedTuple
 
 from adapter.errors import Temporary
@@ -27,58 +27,20 @@ class Reply(NamedTuple):
 
 
 class PendingRequest:
-    """`with multiplexer.new_request() as request` collects the replies to `request.reply`, in order, until the block
-    ends."""
+    """The replies to one request, in order. The request is published with the reply subject `reply`."""
 
-    def __init__(self, multiplexer: RequestMultiplexer, number: str, reply: str) -> None:
+    def __init__(self, reply: str) -> None:
         self.reply = reply
-        self._multiplexer = multiplexer
-        self._number = number
-        self._replies: deque[tuple[bytes, bytes]] = deque()
-        self._waiter: asyncio.Future[None] | None = None
-
-    def __enter__(self) -> PendingRequest:
-        self._multiplexer.pending[self._number] = self
-        return self
-
-    def __exit__(
-        self, exc_type: type[BaseException] | None, exc: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._multiplexer.pending.pop(self._number, None)
-
-    def append_reply(self, data: bytes, headers: bytes) -> None:
-        self._replies.append((data, headers))
-        self._wake()
-
-    def fail(self) -> None:
-        """Ends the request, since no more replies can come."""
-        self._multiplexer.pending.pop(self._number, None)
-        self._wake()
-
-    def _wake(self) -> None:
-        if self._waiter is not None and not self._waiter.done():
-            self._waiter.set_result(None)
+        self.replies: asyncio.Queue[Reply | None] = asyncio.Queue()
+        """None: no more can come."""
 
     async def next_reply(self, timeout_s: float) -> Reply:
         """The next reply. Raises Temporary("bus_down"), TimeoutError."""
-        if not self._replies:
-            loop = asyncio.get_running_loop()
-            self._waiter = waiter = loop.create_future()
-            timer = loop.call_later(timeout_s, self._wake)
-            try:
-                if self._number in self._multiplexer.pending:
-                    await waiter
-            finally:
-                timer.cancel()
-                self._waiter = None
-            if not self._replies:
-                if self._number not in self._multiplexer.pending:
-                    raise Temporary("bus_down", "the connection was lost")
-                raise TimeoutError
-        data, headers = self._replies.popleft()
-        if not headers:
-            return Reply(data, {})
-        return Reply(data, parse_headers(headers), has_no_responders(headers))
+        async with asyncio.timeout(timeout_s):
+            found = await self.replies.get()
+        if found is None:
+            raise Temporary("bus_down", "the connection was lost")
+        return found
 
 
 class RequestMultiplexer:
@@ -96,14 +58,21 @@ class RequestMultiplexer:
 
     def fail_all(self) -> None:
         """Fails all requests, since the client is closed."""
-        for request in list(self.pending.values()):
-            request.fail()
+        for request in self.pending.values():
+            request.replies.put_nowait(None)
 
-    def new_request(self) -> PendingRequest:
+    @contextlib.contextmanager
+    def new_request(self) -> Iterator[PendingRequest]:
+        """A request that collects replies until the block ends."""
         number = str(next(self._numbers))
-        return PendingRequest(self, number, self._prefix + number)
+        request = self.pending[number] = PendingRequest(self._prefix + number)
+        try:
+            yield request
+        finally:
+            del self.pending[number]
 
     def _on_reply(self, subject: str, data: bytes, headers: bytes) -> None:
         request = self.pending.get(subject[len(self._prefix) :])
         if request is not None:  # otherwise it is late
-            request.append_reply(data, headers)
+            found = parse_headers(headers) if headers else {}
+            request.replies.put_nowait(Reply(data, found, has_no_responders(headers)))

@@ -14,6 +14,7 @@ from nats.aio.msg import Msg
 from adapter.cli.embedded import EmbeddedNats
 from adapter.errors import Temporary
 from adapter.jetstream.managed_connection import ManagedConnection
+from adapter.jetstream.multiplexer import Reply
 from adapter.settings import Settings
 from tests.e2e.waiting import until
 
@@ -102,7 +103,7 @@ async def test_a_cancellation_that_meets_the_answer_is_not_forgotten(connection:
     asking = asyncio.create_task(connection.request("silence", b""))
     await until(lambda: bool(connection._multiplexer.pending), "it is asked")
     (question,) = connection._multiplexer.pending.values()
-    question.append_reply(b"", b"")
+    question.replies.put_nowait(Reply(b"", {}))
     asking.cancel()
     with pytest.raises(asyncio.CancelledError):
         await asking

@@ -6,13 +6,10 @@ import asyncio
 
 from structlog.testing import capture_logs
 
-from adapter.jetstream.shares import (
-    LOG_EVERY_S,
+from adapter.jetstream.microservice import (
     MAX_IN_FLIGHT_BYTES,
-    MAX_LOGGED_SANDBOXES,
     PER_S,
     REFUSALS_PER_S,
-    RefusalLog,
     RequestQuota,
 )
 
@@ -62,23 +59,15 @@ async def test_refusals_are_answered_a_bounded_number_of_times_a_second() -> Non
     ]
 
 
-async def test_what_is_refused_is_said_once_a_minute_for_each_sandbox() -> None:
-    refusals = RefusalLog()
+async def test_one_request_without_an_inbox_is_logged_in_a_second() -> None:
+    quota = RequestQuota(1)
     with capture_logs() as logs:
-        for _ in range(3):
+        for sandbox in ("bad", ""):
             for _ in range(100):
-                refusals.log_refusal("bad")
-            refusals.log_refusal("")
-            await asyncio.sleep(LOG_EVERY_S)
+                quota.log_without_inbox(sandbox)
+                quota.log_without_inbox("other")
+            await asyncio.sleep(1)
     assert [(one["event"], one["sandbox"]) for one in logs] == [
         ("service.reply_refused", "bad"),
         ("service.reply_refused", ""),
-    ] * 3
-
-
-async def test_of_many_sandboxes_so_many_are_said() -> None:
-    refusals = RefusalLog()
-    with capture_logs() as logs:
-        for number in range(2 * MAX_LOGGED_SANDBOXES):
-            refusals.log_refusal(f"s{number}")
-    assert len(logs) == MAX_LOGGED_SANDBOXES
+    ]
