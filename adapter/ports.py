@@ -95,6 +95,8 @@ Content: TypeAlias = str | Uploaded
 
 Pieces: TypeAlias = AsyncGenerator[bytes, None]
 """Bytes in pieces. A consumer that stops early closes the generator (`contextlib.aclosing`)."""
+Read: TypeAlias = Callable[[], Pieces]
+"""Begins to read them, from their first byte."""
 
 
 class InboundMessage(msgspec.Struct, frozen=True, gc=False):
@@ -247,7 +249,7 @@ class Cdn(Protocol):
         name: str,
         size: int,
         md5: str,
-        read: Callable[[], Pieces],
+        read: Read,
     ) -> Uploaded:
         """Uploads `size` plain bytes to the CDN. `read` starts at their beginning, and is called for each attempt.
 

@@ -20,7 +20,7 @@ from adapter.cli.bindings import TROUBLE, all_bindings, status_of
 from adapter.cli.bus import BusConnection, connected_bus
 from adapter.cli.exits import NO, OK, UNREACHABLE, Failed
 from adapter.cli.options import Json, MaybeSandbox, flag
-from adapter.cli.permission_checks import Finding, State
+from adapter.cli.permission_checks import CheckState, Finding
 from adapter.contract.messages import BOT_STATUSES
 from adapter.errors import UNDECODABLE, BusRefused, Conflict, Refused, Temporary
 from adapter.inbound.positions import find_above
@@ -252,7 +252,7 @@ async def _check_bindings(bus: BusConnection) -> list[Finding]:
     return [Finding("bindings", "warn", f"{said}{advice}.")]
 
 
-async def _check_backlog(bus: BusConnection, name: str, stream: str, state: State, advice: str) -> list[Finding]:
+async def _check_backlog(bus: BusConnection, name: str, stream: str, state: CheckState, advice: str) -> list[Finding]:
     count = int((await bus.api_request(f"STREAM.INFO.{stream}"))["state"]["messages"])
     return [Finding(name, state, f"{count}: {advice}") if count else Finding(name, "ok", "none")]
 

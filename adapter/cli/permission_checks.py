@@ -18,14 +18,14 @@ from adapter.security.permissions import USER_INFO, Grants, User, grants, requir
 
 WHERE = "see helm/nats/"
 ASK_S = 2.0
-State: TypeAlias = Literal["ok", "warn", "fail"]
+CheckState: TypeAlias = Literal["ok", "warn", "fail"]
 
 
 class Finding(msgspec.Struct, frozen=True):
     """The result of one check. `say` tells what to do unless all is well."""
 
     check: str
-    state: State
+    state: CheckState
     say: str
 
 

@@ -41,7 +41,7 @@ WAIT_S = 50.0
 PIECE_S = 60.0
 """Seconds for one piece. The first one of a message's media takes longest, and the last one of an upload: the adapter
 reads it back for its digest."""
-Content = tuple[type[OutImage] | type[OutFile], str, bytes]
+Attached = tuple[type[OutImage] | type[OutFile], str, bytes]
 """What is sent as what, its name, and its bytes."""
 _OPTION = re.compile(r"--[a-z][a-z-]*")
 

@@ -7,7 +7,7 @@ import contextlib
 import secrets
 import ssl
 import time
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Iterator
 from urllib.parse import urlsplit
 
 import httpx
@@ -18,7 +18,7 @@ from adapter.ilink.cipher import BLOCK, KEY_BYTES, Decryption, Encryption, ciphe
 from adapter.ilink.client import CountedCall, ILink
 from adapter.ilink.network import CONNECT_S, NEXT_S, PORTS, Resolver, check_link
 from adapter.observability.metrics import Metrics
-from adapter.ports import Account, MediaKind, MediaRef, Pieces, Uploaded
+from adapter.ports import Account, MediaKind, MediaRef, Pieces, Read, Uploaded
 
 STALL_S = 30.0
 """A transfer ends when no byte has moved for this long."""
@@ -32,8 +32,6 @@ PARAM = "x-encrypted-param"
 SOURCE = "source"
 """Reason of an error that is the source's, not the CDN's."""
 HEADERS = {"User-Agent": protocol.AGENT, "Accept": "*/*"}
-
-Read = Callable[[], Pieces]
 
 
 class CdnClient:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple
 
@@ -12,11 +11,9 @@ from adapter.content.media import HEAD, file_name, identify
 from adapter.errors import AdapterError, Refused, Temporary, Unreadable
 from adapter.kit.slots import FairSlots
 from adapter.outbound.commands import MediaPart
-from adapter.ports import Account, Cdn, MediaKind, Objects, Pieces, Uploaded
+from adapter.ports import Account, Cdn, MediaKind, Objects, Pieces, Read, Uploaded
 
 PIECE = 64 * 1024
-
-Read = Callable[[], Pieces]
 
 
 class StoreAway(Temporary):

@@ -26,7 +26,7 @@ from adapter.ports import Bucket, History, StoredMessage
 
 log = structlog.get_logger()
 
-Kind: TypeAlias = Literal[
+StoredKind: TypeAlias = Literal[
     "binding", "conversation", "login", "message", "event", "receipt", "command", "dead_letter", "media", "checkpoint"
 ]
 MARK_S = 60
@@ -37,7 +37,7 @@ WRITTEN_BY_SANDBOXES = ("command", "receipt", "dead_letter")
 class Found(NamedTuple):
     """A stored message about the person."""
 
-    kind: Kind
+    kind: StoredKind
     stream: str
     stored: StoredMessage
     sandbox: str = ""
@@ -94,7 +94,7 @@ class PersonSearch:
                 if stored.data:  # no delete marker
                     yield Found("checkpoint", stream, stored, bot=bot)
 
-    def _places(self) -> list[tuple[Kind, str, str]]:
+    def _places(self) -> list[tuple[StoredKind, str, str]]:
         names, sandbox = self._names, self._sandbox or "*"
         conversation = f"$KV.{names.conversations}.{sandbox}.{to_subject_token(self._user)}"
         out = names.out_of_sandbox(self._sandbox) if self._sandbox else f"{names.out_plain}.>"
@@ -108,7 +108,7 @@ class PersonSearch:
             ("command", names.stream_out, names.out_plain),
         ]
 
-    def _match(self, kind: Kind, stream: str, stored: StoredMessage) -> Found | None:
+    def _match(self, kind: StoredKind, stream: str, stored: StoredMessage) -> Found | None:
         try:
             about = msgspec.json.decode(stored.data, type=_About)
         except UNDECODABLE:  # a delete marker, or unreadable
@@ -160,7 +160,7 @@ class PersonSearch:
                     yield Found("media", stream, piece, sandbox)
 
 
-def _bots_of_user(kind: Kind, tokens: Sequence[str], about: _About) -> set[str]:
+def _bots_of_user(kind: StoredKind, tokens: Sequence[str], about: _About) -> set[str]:
     """The bots that a message or record shows to be its user's. A sandbox chooses user and bot of its commands, and
     so also those of their receipts and of a conversation's record."""
     if kind == "conversation":
