@@ -8,9 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections import Counter
 from collections.abc import Awaitable, Callable, Sequence
-from functools import partial
 from typing import NamedTuple
 
 import msgspec
@@ -65,25 +63,6 @@ class MediaFetch(NamedTuple):
     source: MediaRef
 
 
-class FetchDeps(NamedTuple):
-    """Dependencies of fetches."""
-
-    cdn: Cdn
-    objects: Objects
-    history: History
-    names: Names
-    sealer: Sealer
-    to_wav: Callable[[bytes], Awaitable[bytes | None]]
-    """Converts a SILK recording to WAV in a thread; None: it cannot be converted."""
-    may_store: Callable[[str, str, str], bool]
-    """Whether a sandbox is served by a bot, or for a user: `may_store(sandbox, bot, user)`. Asked right before an
-    object comes into being, since an erasure finds only what is there."""
-    transfers: FairSlots
-    """Limits concurrent downloads and uploads."""
-    clock: Clock
-    metrics: Metrics
-
-
 def name_media(
     sandbox: str, user: str, message: str, items: Sequence[InboundItem], fetches: Sequence[MediaRef]
 ) -> list[InboundItem]:
@@ -114,13 +93,38 @@ def name_media(
 class MediaFetcher:
     """All fetches of a replica."""
 
-    def __init__(self, deps: FetchDeps) -> None:
-        self._deps = deps
+    def __init__(
+        self,
+        cdn: Cdn,
+        objects: Objects,
+        history: History,
+        names: Names,
+        sealer: Sealer,
+        to_wav: Callable[[bytes], Awaitable[bytes | None]],
+        may_store: Callable[[str, str, str], bool],
+        transfers: FairSlots,
+        clock: Clock,
+        metrics: Metrics,
+    ) -> None:
+        """`to_wav` converts a SILK recording in a thread; None: it cannot be converted.
+
+        `may_store(sandbox, bot, user)`: whether a sandbox is served by a bot, or for a user. It is asked right before
+        an object comes into being, since an erasure finds only what is there. `transfers` limits concurrent downloads
+        and uploads.
+        """
+        self._cdn = cdn
+        self._objects = objects
+        self._history = history
+        self._names = names
+        self._sealer = sealer
+        self._to_wav = to_wav
+        self._may_store = may_store
+        self._transfers = transfers
+        self._clock = clock
+        self._metrics = metrics
         self._tasks = TaskSet(_log_crash)
         self._running: dict[str, asyncio.Task[str]] = {}
-        """By object: fetches, which end with "", or with a reason."""
-        self._counts: Counter[str] = Counter()
-        """Of `_running`, by sandbox."""
+        """By object, which begins with its sandbox: fetches, which end with "", or with a reason."""
 
     def fetch_soon(
         self, sandbox: str, user: str, message: str, items: Sequence[InboundItem], fetches: Sequence[MediaRef]
@@ -141,12 +145,11 @@ class MediaFetcher:
         """
         base = name.removesuffix(WAV)
         if (task := self._running.get(base)) is None:
-            fetch = await self._find(sandbox, sequence, base)
-            task = self._begin(fetch, wait_s=OWNER_S)
+            task = self._begin(await self._find(sandbox, sequence, base), wait_s=OWNER_S)
         if task is None:
             raise Temporary("busy", "Too many media of this sandbox are being fetched: ask again.")
         reason = await asyncio.shield(task)
-        if not reason and name != base and await self._deps.objects.get_info(name) is None:
+        if not reason and name != base and await self._objects.get_info(name) is None:
             reason = "corrupt"
         if reason:
             raise Refused(reason, WHY[reason])
@@ -158,12 +161,11 @@ class MediaFetcher:
 
     async def _find(self, sandbox: str, sequence: int, name: str) -> MediaFetch:
         """The item with this object. Raises Refused, Temporary."""
-        deps = self._deps
-        stored = await deps.history.get(deps.names.stream_in, sequence)
-        if stored is not None and stored.subject == deps.names.inbox(sandbox):
+        stored = await self._history.get(self._names.stream_in, sequence)
+        if stored is not None and stored.subject == self._names.inbox(sandbox):
             try:
                 inbound = msgspec.json.decode(stored.data, type=Inbound)
-                for source in unseal(deps.sealer, stored, sandbox).media:
+                for source in unseal(self._sealer, stored, sandbox).media:
                     item = inbound.items[source.item]
                     if _names(item, name):
                         return MediaFetch(sandbox, inbound.bot, inbound.user, name, item, source)
@@ -176,79 +178,59 @@ class MediaFetcher:
         may be first."""
         if task := self._running.get(fetch.object):
             return task
-        sandbox = fetch.sandbox
-        if len(self._running) >= MAX_FETCHES or self._counts[sandbox] >= MAX_FETCHES_PER_SANDBOX:
-            self._deps.metrics.media_fetches.labels(outcome="dropped").inc()
+        of_sandbox = sum(name.startswith(f"{fetch.sandbox}/") for name in self._running)
+        if len(self._running) >= MAX_FETCHES or of_sandbox >= MAX_FETCHES_PER_SANDBOX:
+            self._metrics.media_fetches.labels(outcome="dropped").inc()
             return None
         task = self._running[fetch.object] = self._tasks.spawn(self._run(fetch, wait_s))
-        self._counts[sandbox] += 1
-        task.add_done_callback(lambda _: self._on_ended(fetch))
+        task.add_done_callback(lambda _: self._running.pop(fetch.object))
         return task
-
-    def _on_ended(self, fetch: MediaFetch) -> None:
-        del self._running[fetch.object]
-        self._counts[fetch.sandbox] -= 1
-        if not self._counts[fetch.sandbox]:
-            del self._counts[fetch.sandbox]
 
     async def _run(self, fetch: MediaFetch, wait_s: float) -> str:
         """Fetches in a few attempts. Returns "", or the reason of the failure."""
-        deps = self._deps
-        if await self._appears(fetch, wait_s):
-            return ""
-        failures = 0
-        while True:
-            reason, again = await self._try(fetch)
-            failures += 1
-            if not reason or not again or failures == ATTEMPTS:
+        until = self._clock.monotonic() + wait_s
+        while self._clock.monotonic() < until:  # another replica may store it
+            with contextlib.suppress(Temporary):
+                if await self._objects.get_info(_last_object(fetch)) is not None:
+                    return ""
+            await self._clock.sleep(LOOK_S)
+        for attempt in range(1, ATTEMPTS + 1):
+            reason, is_final = await self._try(fetch)
+            if is_final or attempt == ATTEMPTS:
                 break
-            await deps.clock.sleep(backoff(failures, first_s=0.5))
-        deps.metrics.media_fetches.labels(outcome=reason or "stored").inc()
+            await self._clock.sleep(backoff(attempt, first_s=0.5))
+        self._metrics.media_fetches.labels(outcome=reason or "stored").inc()
         if reason:
             log.info("media.missing", sandbox=fetch.sandbox, object=fetch.object, reason=reason)
         return reason
 
-    async def _appears(self, fetch: MediaFetch, within_s: float) -> bool:
-        """Whether another replica stores all of it within this time."""
-        waited_s = 0.0
-        while waited_s < within_s:
-            with contextlib.suppress(Temporary):
-                if await self._deps.objects.get_info(_last_object(fetch)) is not None:
-                    return True
-            await self._deps.clock.sleep(LOOK_S)
-            waited_s += LOOK_S
-        return False
-
     async def _try(self, fetch: MediaFetch) -> tuple[str, bool]:
-        """One attempt. Returns "", or a reason and whether another attempt may succeed."""
+        """One attempt. Returns "", or a reason, and whether another attempt would be in vain."""
         try:
-            async with self._deps.transfers.slot(fetch.sandbox), asyncio.timeout(FETCH_S):
+            async with self._transfers.slot(fetch.sandbox), asyncio.timeout(FETCH_S):
                 await self._fetch(fetch)
         except TimeoutError:
-            return "timeout", False
-        except Refused as exc:  # of the CDN
-            return exc.reason, exc.reason == "unavailable"
+            return "timeout", True
+        except (Refused, LeaseLost) as exc:  # of the CDN; nobody is bound
+            return exc.reason, exc.reason != "unavailable"
         except (Temporary, Unreadable):
-            return "store", True
+            return "store", False
         except BusRefused as exc:
             log.error("media.refused", code=exc.code, detail=exc.detail)
-            return "store", False
-        except LeaseLost as exc:
-            return exc.reason, False
+            return "store", True
         except Exception:
             log.exception("media.crashed", sandbox=fetch.sandbox)
-            return "unavailable", True
-        return "", False
+            return "unavailable", False
+        return "", True
 
     async def _fetch(self, fetch: MediaFetch) -> None:
         """Raises Refused (the CDN failed), Temporary, Unreadable, BusRefused (the store failed), LeaseLost, and
         anything where the code fails."""
-        objects = self._deps.objects
-        stored = await objects.get_info(fetch.object) or await self._put(fetch, self._plain(fetch.source))
+        stored = await self._objects.get_info(fetch.object) or await self._put(fetch, self._plain(fetch.source))
         if _last_object(fetch) == fetch.object or stored.size > media.SILK_MAX_BYTES:
             return
-        recording = b"".join([piece async for piece in objects.read(stored)])
-        if media.is_silk(recording) and (wav := await self._deps.to_wav(recording)) is not None:
+        recording = b"".join([piece async for piece in self._objects.read(stored)])
+        if media.is_silk(recording) and (wav := await self._to_wav(recording)) is not None:
             await self._put(fetch._replace(object=_last_object(fetch)), _once(wav))
 
     async def _put(self, fetch: MediaFetch, pieces: Pieces) -> StoredObject:
@@ -256,18 +238,16 @@ class MediaFetcher:
             kind = media.identify(head, fetch.source.name)
             return kind.mime, fetch.source.name or media.file_name(kind_of(fetch.item), kind.suffix)
 
-        ensure_owner = partial(self._ensure_served, fetch)
-        return await self._deps.objects.put(fetch.object, pieces, describe=describe, ensure_owner=ensure_owner)
+        def ensure_served() -> None:
+            if not self._may_store(fetch.sandbox, fetch.bot, fetch.user):
+                raise LeaseLost("unbound", WHY["unbound"])
 
-    def _ensure_served(self, fetch: MediaFetch) -> None:
-        """Raises LeaseLost."""
-        if not self._deps.may_store(fetch.sandbox, fetch.bot, fetch.user):
-            raise LeaseLost("unbound", WHY["unbound"])
+        return await self._objects.put(fetch.object, pieces, describe=describe, ensure_owner=ensure_served)
 
     async def _plain(self, source: MediaRef) -> Pieces:
         """The bytes from the CDN. Raises Refused for all its errors, so that others are those of the object store."""
         try:
-            async with contextlib.aclosing(self._deps.cdn.download(source)) as pieces:
+            async with contextlib.aclosing(self._cdn.download(source)) as pieces:
                 async for piece in pieces:
                     yield piece
         except Temporary as exc:

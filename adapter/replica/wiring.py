@@ -22,7 +22,7 @@ from adapter.contract.records import UNBOUND_S
 from adapter.ilink.cdn import TRANSFERS
 from adapter.ilink.translate import read_message
 from adapter.inbound.checkpoint import Checkpoints
-from adapter.inbound.media import FetchDeps, MediaFetcher
+from adapter.inbound.media import MediaFetcher
 from adapter.inbound.poller import LOGIN_POLLS_S, STALE_RETRY_S, BotPoller
 from adapter.inbound.receive import InboundDeps
 from adapter.jetstream.inspector import Inspector
@@ -138,19 +138,18 @@ class Replica:
             gap_ms=settings.send_gap_ms,
             merge_chars=settings.merge_chars,
         )
-        self.fetching = FetchDeps(
-            cdn=edges.cdn,
-            objects=edges.objects,
-            history=edges.bulk_history,
-            names=names,
-            sealer=sealer,
-            to_wav=lambda silk: asyncio.to_thread(media.silk_to_wav, silk),
-            may_store=self._may_store,
-            transfers=self.transfers,
-            clock=clock,
-            metrics=metrics,
+        self.media = MediaFetcher(
+            edges.cdn,
+            edges.objects,
+            edges.bulk_history,
+            names,
+            sealer,
+            lambda silk: asyncio.to_thread(media.silk_to_wav, silk),
+            self.may_store,
+            self.transfers,
+            clock,
+            metrics,
         )
-        self.media = MediaFetcher(self.fetching)
         self.sessions = BotSessions(bindings, edges.chat, sealer, clock)
         self.inbound = InboundDeps(
             chat=edges.chat,
@@ -375,7 +374,7 @@ class Replica:
             polls={bot: _poller_status(pollers[bot], now) for bot in bots if bot in pollers},
         )
 
-    def _may_store(self, sandbox: str, bot: str, user: str) -> bool:
+    def may_store(self, sandbox: str, bot: str, user: str) -> bool:
         """Whether a bot, or another one of its user, serves a sandbox: an erasure begins with the end of the binding,
         and media must not follow it."""
         bindings, serves = self.bindings, self.bindings.serving(bot)

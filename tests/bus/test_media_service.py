@@ -47,7 +47,7 @@ from adapter.contract.names import (
     Names,
 )
 from adapter.errors import Refused
-from adapter.inbound.media import FetchDeps, MediaFetcher, name_media
+from adapter.inbound.media import MediaFetcher, name_media
 from adapter.jetstream import topology
 from adapter.jetstream.history import StreamHistory, direct_get_one
 from adapter.jetstream.managed_connection import ManagedConnection
@@ -441,10 +441,8 @@ async def test_two_replicas_that_are_asked_at_once_give_the_same_and_leave_one_c
             return None
 
         fetches = MediaFetcher(
-            FetchDeps(
-                cdn, place.store, StreamHistory(place.connection), NAMES, sealer, to_wav, lambda *_: True,
-                FairSlots(8, share=4), SystemClock(), metrics,
-            )
+            cdn, place.store, StreamHistory(place.connection), NAMES, sealer, to_wav, lambda *_: True,
+            FairSlots(8, share=4), SystemClock(), metrics,
         )  # fmt: skip
         return MediaService(place.store, fetches.ensure, metrics, max_bytes=MAX_BYTES)
 

@@ -42,7 +42,19 @@ def fetcher(bench: Bench, **changes: Any) -> MediaFetcher:
     async def to_wav(silk: bytes) -> bytes | None:
         return media.silk_to_wav(silk)  # no thread: time must not jump meanwhile
 
-    return MediaFetcher(bench.replica.fetching._replace(to_wav=to_wav, **changes))
+    parts: dict[str, Any] = {
+        "cdn": bench.cdn,
+        "objects": bench.objects,
+        "history": bench.bus,
+        "names": bench.names,
+        "sealer": bench.sealer,
+        "to_wav": to_wav,
+        "may_store": bench.replica.may_store,
+        "transfers": bench.transfers,
+        "clock": bench.clock,
+        "metrics": bench.metrics,
+    }
+    return MediaFetcher(**parts | changes)
 
 
 class Published:
