@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable, Collection
-from typing import TypeAlias
 
 import structlog
 from msgspec import structs
@@ -27,19 +26,15 @@ from adapter.security.seal import Sealer, bind_context, cursor_context
 
 log = structlog.get_logger()
 
-PENDING_S = 60.0
-"""Time after which an author is told that the end of a binding takes longer."""
 CHECK_S = 5.0
 """Time limit of a token's check: a `notifystart`, which consumes no messages, unlike a poll."""
 BOT_SUFFIX, USER_SUFFIX = "@im.bot", "@im.wechat"
 """The ends of all known ids of iLink."""
-OnPending: TypeAlias = Callable[[], Awaitable[None]]
 
 
 class Binder:
-    """Applies commands. `number` is the command's sequence in WECHAT_CTL; `on_pending` is called once if owners have
-    not confirmed within PENDING_S that bots are released. All methods raise Refused before anything has changed;
-    Temporary, BusRefused, LeaseLost."""
+    """Applies commands. `number` is the command's sequence in WECHAT_CTL. All methods raise Refused before anything
+    has changed; Temporary, BusRefused, LeaseLost."""
 
     def __init__(
         self,
@@ -70,7 +65,7 @@ class Binder:
 
     # bind -------------------------------------------------------------------------------------------
 
-    async def bind(self, command: Bind, number: int, on_pending: OnPending) -> ControlAnswer:
+    async def bind(self, command: Bind, number: int) -> ControlAnswer:
         """Binds a bot to a sandbox. Another bot of the same user there is replaced."""
         sandbox, before = check_sandbox(command.sandbox), self._bindings.get(command.bot)
         token = self._open_token(command)
@@ -100,7 +95,7 @@ class Binder:
         is_checked = not (is_begun or is_closed) and await self._check_token(command, token, displaced)
         moved = before if before is not None and before.sandbox != sandbox else None
         if moved is not None:
-            await self._leave(moved.sandbox, [moved], command, number, on_pending, reason="moved")
+            await self._leave(moved.sandbox, [moved], command, number, reason="moved")
         serving = self._bindings.serving_sandbox(sandbox)
         known = next((other for other in serving if _is_same_person(other, binding)), None)
         # read right before the write: what is stored until then was not meant for this person
@@ -189,7 +184,7 @@ class Binder:
 
     # unbind and erase -------------------------------------------------------------------------------
 
-    async def unbind(self, command: Unbind, number: int, on_pending: OnPending) -> ControlAnswer:
+    async def unbind(self, command: Unbind, number: int) -> ControlAnswer:
         """Unbinds a bot, or all bots of a sandbox. A missing binding is no error."""
         sandbox = check_sandbox(command.sandbox)
         bound = [each for each in self._bindings.of_sandbox(sandbox) if command.bot in (None, "", each.bot)]
@@ -198,18 +193,18 @@ class Binder:
         replaced = [each for each in bound if each.user in served]
         leaving = [each for each in bound if each.user not in served]
         await self._replace(replaced, command)
-        await self._leave(sandbox, leaving, command, number, on_pending)
+        await self._leave(sandbox, leaving, command, number)
         await self._delete(leaving)
         return ControlAnswer(ok=True, id=command.id or "", bindings=[each.info() for each in bound])
 
-    async def erase(self, command: Erase, number: int, on_pending: OnPending) -> ControlAnswer:
+    async def erase(self, command: Erase, number: int) -> ControlAnswer:
         """Unbinds a person and erases what is theirs; messages one by one, since a purge leaves them on the disk."""
         if command.dry_run:
             return await self._erase_stored(command)
         bound = [b for b in self._bindings if b.user == command.user and command.sandbox in (None, b.sandbox)]
         sandboxes = sorted({binding.sandbox for binding in bound})
         self._ensure_known(sandboxes)
-        await self._close(bound, number, on_pending)
+        await self._close(bound, number)
         for sandbox in sandboxes:
             await self._exclude_earlier_commands(sandbox, bound)
         await self._announce(bound, "unbound", command)  # its event is erased, too
@@ -251,17 +246,15 @@ class Binder:
         leaving: Collection[Binding],
         command: Bind | Unbind,
         number: int,
-        on_pending: OnPending,
-        *,
         reason: str = "",
     ) -> None:
         """Ends the service of bots in a sandbox, whose bindings stay closed."""
-        await self._close(leaving, number, on_pending)
+        await self._close(leaving, number)
         await self._exclude_earlier_commands(sandbox, leaving)
         await self._empty_inbox(sandbox, leaving)
         await self._announce(leaving, "unbound", command, reason=reason)
 
-    async def _close(self, leaving: Collection[Binding], number: int, on_pending: OnPending) -> None:
+    async def _close(self, leaving: Collection[Binding], number: int) -> None:
         """Marks bindings as closing, and returns once their shard's owner has confirmed."""
 
         def closing(now: Binding) -> Binding | None:
@@ -275,9 +268,7 @@ class Binder:
 
         for binding in leaving:
             await self._bindings.update(binding.bot, closing)
-        if not await self._bindings.changed.wait_until(are_closed, PENDING_S):
-            await on_pending()
-            await self._bindings.changed.wait_until(are_closed)
+        await self._bindings.changed.wait_until(are_closed)
 
     async def _exclude_earlier_commands(self, sandbox: str, leaving: Collection[Binding]) -> None:
         """Commands that were stored until now and name nobody may have meant who leaves: not for who stays."""

@@ -48,6 +48,8 @@ log = structlog.get_logger()
 
 MAX_BYTES = 262_144
 """Largest command; a larger one becomes a dead letter. A bind may have the longest cursor that a poll returns."""
+PENDING_S = 60.0
+"""Time after which an author is told that a command takes longer."""
 OUTCOME = "control."
 """Beginning of the keys of outcomes in the bucket `logins`, which forgets after a day."""
 ControlCommand: TypeAlias = Bind | Unbind | Erase
@@ -87,8 +89,8 @@ class Control:
         """Set when a command arrives or ends."""
         self._deliveries: dict[int, Delivery] = {}
         """The newest delivery of each command that has not ended, whose acknowledgement counts, by sequence."""
-        self._waiting: dict[int, ControlCommand | None] = {}
-        """Commands that have not begun, in their order; None: unreadable."""
+        self._waiting: dict[int, ControlCommand | Unreadable] = {}
+        """Commands that have not begun, in their order."""
         self._claims: dict[int, set[str]] = {}
         """Keys of the commands that have begun."""
 
@@ -99,8 +101,8 @@ class Control:
         if delivery.seq not in self._deliveries:
             try:
                 self._waiting[delivery.seq] = decode(delivery)
-            except Unreadable:
-                self._waiting[delivery.seq] = None
+            except Unreadable as exc:
+                self._waiting[delivery.seq] = exc
             self._changed.set()
         self._deliveries[delivery.seq] = delivery
 
@@ -124,10 +126,10 @@ class Control:
             if not keys & blocked:
                 del self._waiting[number]
                 self._claims[number] = keys
-                self._tasks.spawn(self._process(number))
+                self._tasks.spawn(self._process(number, command))
             blocked |= keys
 
-    def _keys_of(self, command: ControlCommand | None) -> set[str]:
+    def _keys_of(self, command: ControlCommand | Unreadable) -> set[str]:
         if isinstance(command, Erase):
             bound = [each for each in self._bindings if each.user == command.user]
             named = {command.sandbox} if command.sandbox else {each.sandbox for each in bound}
@@ -136,7 +138,7 @@ class Control:
                 *(f"sandbox {sandbox}" for sandbox in named),
                 *(f"bot {each.bot}" for each in bound),
             }
-        if command is None:
+        if isinstance(command, Unreadable):
             return set()
         keys = {f"sandbox {command.sandbox}"}
         if command.bot:
@@ -147,11 +149,12 @@ class Control:
             keys.add(f"user {command.user}")
         return keys
 
-    async def _process(self, number: int) -> None:
+    async def _process(self, number: int, command: ControlCommand | Unreadable) -> None:
         """Applies one command, and acknowledges it. One that keeps crashing becomes a dead letter."""
+        pending = self._tasks.spawn(self._answer_pending(number, command))
         try:
             await self._wait_complete()
-            work = partial(self._apply, number)
+            work = partial(self._apply, number, command)
             try:
                 await persist(work, self._owner, self._clock, "control", sequence=number)
             except Crashed as exc:
@@ -161,39 +164,38 @@ class Control:
         except LeaseLost:  # it is delivered to the next owner
             log.info("control.lease_lost", sequence=number)
         finally:
+            pending.cancel()
             self._claims.pop(number, None)
             self._changed.set()
 
     # one command ------------------------------------------------------------------------------------
 
-    async def _apply(self, number: int) -> None:
+    async def _apply(self, number: int, command: ControlCommand | Unreadable) -> None:
         """Applies and answers a command. Raises Temporary, LeaseLost."""
         self._owner.check()
         delivery, binder, reason = self._deliveries[number], self._binder, ""
-        on_pending = partial(self._answer_pending, number)
-        try:
-            command = decode(delivery)
-        except Unreadable as exc:
+        if isinstance(command, Unreadable):
             self._metrics.schema_violations.labels(kind="ctl").inc()
-            await self._dead_letter(delivery, exc)
+            await self._dead_letter(delivery, command)
             return
-        known = await find_outcome(self._outcomes, command, number)
+        known = await find_outcome(self._outcomes, command, _own_id(delivery))
         if known is not None and (known.answer.ok or known.sequence == number):
             await self._answer(delivery, known.answer)
             return
         try:
             if isinstance(command, Bind):
-                answer = await binder.bind(command, number, on_pending)
+                answer = await binder.bind(command, number)
             elif isinstance(command, Unbind):
-                answer = await binder.unbind(command, number, on_pending)
+                answer = await binder.unbind(command, number)
             else:
-                answer = await binder.erase(command, number, on_pending)
+                answer = await binder.erase(command, number)
         except RecordTooNew as exc:
             raise Temporary(exc.reason, exc.detail) from exc  # until this replica is replaced, too
         except (Refused, BusRefused) as exc:
             await binder.reopen(number)
             answer, reason = await self._refuse(command, exc), exc.reason
-        await self._remember(command, ControlOutcome(sequence=number, answer=answer, reason=reason))
+        outcome = ControlOutcome(sequence=number, answer=answer, reason=reason)
+        await self._remember(command, outcome, _own_id(delivery))
         await self._answer(delivery, answer)
 
     async def _refuse(self, command: ControlCommand, exc: Refused | BusRefused) -> ControlAnswer:
@@ -210,12 +212,12 @@ class Control:
             log.warning("binding.refused", sandbox=command.sandbox, bot=command.bot, reason=exc.reason)
         return ControlAnswer(ok=False, id=command.id or "", error=exc.detail)
 
-    async def _remember(self, command: ControlCommand, outcome: ControlOutcome) -> None:
+    async def _remember(self, command: ControlCommand, outcome: ControlOutcome, own_id: str) -> None:
         """Stores an outcome, without the names of persons and their bots. Raises Temporary."""
         if isinstance(command, Erase) and command.dry_run:
             return
         kept = structs.replace(outcome, answer=structs.replace(outcome.answer, bindings=[], replaced=[]))
-        key = _outcome_key(command, outcome.sequence)
+        key = _outcome_key(command, own_id)
         before = await self._outcomes.get(key)
         self._owner.check()
         await self._outcomes.update(key, msgspec.json.encode(kept), before.revision if before else 0)
@@ -240,13 +242,13 @@ class Control:
         )
         await self._answer(delivery, ControlAnswer(ok=False, id=request, error=exc.detail))
 
-    async def _answer_pending(self, number: int) -> None:
+    async def _answer_pending(self, number: int, command: ControlCommand | Unreadable) -> None:
+        """Tells the author of a command that it takes longer."""
+        await self._clock.sleep(PENDING_S)
         log.warning("control.pending", sequence=number)
-        delivery = self._deliveries[number]
-        detail = "An owner has not confirmed yet that the bot is released; the work goes on."
-        await self._answer(
-            delivery, ControlAnswer(ok=False, id=decode(delivery).id or "", pending=True, error=detail)
-        )
+        ident = "" if isinstance(command, Unreadable) else command.id or ""
+        advice = "It is not done after a minute: a replica or NATS is away, or there is much to erase. It goes on."
+        await self._answer(self._deliveries[number], ControlAnswer(ok=False, id=ident, pending=True, error=advice))
 
     async def _answer(self, delivery: Delivery, answer: ControlAnswer) -> None:
         """Answers to the subject in the header Reply-To. It must be an inbox, so that no client can make the adapter
@@ -274,10 +276,10 @@ def decode(delivery: Delivery) -> ControlCommand:
     return structs.replace(command, id=command.id or delivery.headers.get(H_MSG_ID, "")[:128] or None)
 
 
-async def find_outcome(bucket: Bucket, command: ControlCommand, number: int = 0) -> ControlOutcome | None:
-    """What became of a command with this id, if it has ended within a day. `number`: its sequence, which stands for a
-    missing id. Raises Temporary."""
-    entry = await bucket.get(_outcome_key(command, number))
+async def find_outcome(bucket: Bucket, command: ControlCommand, own_id: str = "") -> ControlOutcome | None:
+    """What became of a command with this id, if it has ended within a day. `own_id` stands for a missing id. Raises
+    Temporary."""
+    entry = await bucket.get(_outcome_key(command, own_id))
     if entry is None or entry.value is None:
         return None
     try:
@@ -286,8 +288,13 @@ async def find_outcome(bucket: Bucket, command: ControlCommand, number: int = 0)
         return None
 
 
-def _outcome_key(command: ControlCommand, number: int) -> str:
-    ident = f"{type(command).__name__} {command.sandbox} {command.id or f'#{number}'}"
+def _own_id(delivery: Delivery) -> str:
+    """Of a stored command without an id."""
+    return f"#{delivery.seq}.{delivery.time_ms}"
+
+
+def _outcome_key(command: ControlCommand, own_id: str) -> str:
+    ident = f"{type(command).__name__} {command.sandbox} {command.id or own_id}"
     return OUTCOME + hashlib.sha256(ident.encode()).hexdigest()[:32]
 
 

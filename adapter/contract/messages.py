@@ -484,8 +484,8 @@ class ControlAnswer(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tru
     pending: Annotated[
         bool,
         Meta(
-            description="A bot is not released yet, for a minute already: its replica or NATS is away. The work goes"
-            " on; another answer and the event follow."
+            description="It is not done after a minute: a replica or NATS is away, or there is much to erase. The"
+            " work goes on; another answer and the event follow."
         ),
     ] = False
     error: Annotated[str, Meta(description="One sentence that says what to do.")] = ""

@@ -1,5 +1,5 @@
 /* Messages of the bus, generated from the JSON Schemas here by `make generate`; do not edit.
-   Of: aeea31f4fb2952cdc5f71aa4ee97a36b29e7d2af4d82c0e815fe00246c06e0cf */
+   Of: 77cadbac67fe6f935aa5e09fda66207c14ff0a4af193412b8c7197dbfd146fe7 */
 
 /**
  * Options of a binding.
@@ -232,7 +232,7 @@ export interface ControlAnswer {
     [k: string]: number;
   };
   /**
-   * A bot is not released yet, for a minute already: its replica or NATS is away. The work goes on; another answer and the event follow.
+   * It is not done after a minute: a replica or NATS is away, or there is much to erase. The work goes on; another answer and the event follow.
    */
   pending?: boolean;
   /**
