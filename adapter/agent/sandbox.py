@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import ssl
 import time
 from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Hashable, Sequence
@@ -352,6 +353,16 @@ async def connect(nc: BusClient, settings: Settings, name: str, errors: deque[Ex
         async with asyncio.timeout(CONNECT_S):
             await nc.connect(**options | {"max_reconnect_attempts": 1, "error_cb": on_error})
     except (NatsError, OSError, TimeoutError) as exc:
-        raise Temporary("bus_down", f"NATS is not reachable: {errors[-1] if errors else exc}") from exc
+        raise Temporary("bus_down", _why_unreachable(settings, errors[-1] if errors else exc)) from exc
     # set after the first connect, which would never end with a wrong password
     nc.options |= {"allow_reconnect": True, "max_reconnect_attempts": -1, "reconnect_time_wait": RECONNECT_S}
+
+
+def _why_unreachable(settings: Settings, why: BaseException) -> str:
+    text = str(why).lower()
+    if "authorization" in text or "authentication" in text:
+        return "NATS refused the credentials: check NATS_CREDS, NATS_NKEY, NATS_USER, NATS_PASSWORD or NATS_TOKEN."
+    if isinstance(why, ssl.SSLError) or "certificate" in text or "tls" in text:
+        return "The TLS handshake with NATS failed: check NATS_CA, NATS_CERT and NATS_KEY."
+    servers = ", ".join(url.rpartition("@")[2].removeprefix("nats://") for url in settings.nats_url)
+    return f"NATS is not reachable at {servers}: start it, or set NATS_URL."

@@ -14,8 +14,8 @@ from cyclopts import App, CycloptsError
 
 from adapter import __version__
 from adapter.cli import output
-from adapter.cli.exits import EXIT_CODES, INTERRUPTED, NO, OK, USAGE, Failed, until_signalled
-from adapter.errors import AdapterError, SettingsError
+from adapter.cli.exits import EXIT_CODES, INTERRUPTED, NO, OK, UNREACHABLE, USAGE, Failed, until_signalled
+from adapter.errors import AdapterError, SettingsError, Temporary
 
 HELP = "The bridge between WeChat (iLink bots) and NATS."
 CONNECTION = """\
@@ -86,7 +86,7 @@ def _run(argv: list[str]) -> tuple[int, str]:
     except SettingsError as exc:
         return USAGE, exc.detail
     except AdapterError as exc:
-        return NO, exc.detail or exc.reason
+        return UNREACHABLE if isinstance(exc, Temporary) else NO, exc.detail or exc.reason
     except UnicodeError:  # of standard input, or of an argument, whose wrong bytes Python has as surrogates
         return USAGE, "What it was given is not UTF-8."
     except (KeyboardInterrupt, asyncio.CancelledError):

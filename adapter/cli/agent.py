@@ -20,7 +20,7 @@ from adapter.agent import Sandbox
 from adapter.agent.program import Program
 from adapter.agent.runner import Agent, Runner, Sessions
 from adapter.agent.sandbox import connect
-from adapter.cli.bus import BROKE, connected_bus, settings_here, with_context
+from adapter.cli.bus import BROKE, settings_here, with_context
 from adapter.cli.exits import NO, OK, UNREACHABLE, USAGE, Failed
 from adapter.cli.options import Sandbox as SandboxName
 from adapter.cli.options import Timeout
@@ -97,12 +97,10 @@ async def agent(
             answering = await stack.enter_async_context(_webhook(http, timeout, max_output))
         else:
             answering = await stack.enter_async_context(_nats_agent(nats_agent or "", settings, timeout, max_output))
-        async with connected_bus(settings):
-            pass  # says in a sentence why there is no connection
-        logs.configure(settings.log, version=__version__)
-        connected = await stack.enter_async_context(Sandbox(sandbox, settings))
-        log.info("agent.started", sandbox=sandbox)
         try:
+            connected = await stack.enter_async_context(Sandbox(sandbox, settings))
+            logs.configure(settings.log, version=__version__)
+            log.info("agent.started", sandbox=sandbox)
             await Runner(connected, answering, sessions).run()
         except asyncio.CancelledError:
             return OK

@@ -8,7 +8,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
-import ssl
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
 from pathlib import Path
@@ -265,8 +264,7 @@ async def connected_bus(settings: Settings | None = None, *, lasting: bool = Fal
     try:
         await connect(bus.nc, settings, "wechat-nats cli", bus.complaints)
     except Temporary as exc:
-        why = bus.complaints[-1] if bus.complaints else exc.__cause__
-        raise Failed(UNREACHABLE, _unreachable_failure(settings, why) if why else f"{exc.detail}.") from None
+        raise Failed(UNREACHABLE, exc.detail) from None
     bus.complaints.clear()
     bus.nc.options["allow_reconnect"] = lasting
     try:
@@ -277,13 +275,3 @@ async def connected_bus(settings: Settings | None = None, *, lasting: bool = Fal
     finally:
         with contextlib.suppress(NatsError, OSError, TimeoutError):
             await bus.nc.close()
-
-
-def _unreachable_failure(settings: Settings, why: BaseException) -> str:
-    text = str(why).lower()
-    if "authorization" in text or "authentication" in text:
-        return "NATS refused the credentials: check NATS_CREDS, NATS_NKEY, NATS_USER, NATS_PASSWORD or NATS_TOKEN."
-    if isinstance(why, ssl.SSLError) or "certificate" in text or "tls" in text:
-        return "The TLS handshake with NATS failed: check NATS_CA, NATS_CERT and NATS_KEY."
-    servers = ", ".join(url.rpartition("@")[2].removeprefix("nats://") for url in settings.nats_url)
-    return f"NATS is not reachable at {servers}: start it, or set NATS_URL."
