@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-from adapter.cli.schema import DOCUMENTED, definitions_of
-from adapter.contract.messages import SCHEMA_VERSION
+from adapter.cli.schema import definitions_of
+from adapter.contract.messages import MESSAGES, SCHEMA_VERSION
 from adapter.contract.names import H_MSG_ID, H_REPLY_TO, H_SCHEMA, H_TRACEPARENT, SANDBOX_PATTERN, Names
 
 RAW = ("media_bytes", "media_piece")
@@ -80,7 +80,7 @@ def channels(names: Names) -> list[Channel]:
 def asyncapi() -> dict[str, Any]:
     """AsyncAPI 3.0 of the bus, under the default prefix."""
     listed = channels(Names())
-    definitions = definitions_of(DOCUMENTED.values(), "#/components/schemas/{name}")
+    definitions = definitions_of(MESSAGES.values(), "#/components/schemas/{name}")
     return {
         "asyncapi": "3.0.0",
         "info": {
@@ -99,7 +99,7 @@ def asyncapi() -> dict[str, Any]:
         },
         "operations": {channel.key: _operation(channel) for channel in listed},
         "components": {
-            "messages": {name: _message(name) for name in DOCUMENTED},
+            "messages": {name: _message(name) for name in MESSAGES},
             "schemas": {**_without_discriminators(dict(sorted(definitions.items()))), "Headers": _headers()},
         },
     }
@@ -144,7 +144,7 @@ def _operation(channel: Channel) -> dict[str, Any]:
 
 
 def _message(name: str) -> dict[str, Any]:
-    kind = DOCUMENTED[name]
+    kind = MESSAGES[name]
     about = {"name": name, "title": kind.__name__, "summary": " ".join((kind.__doc__ or "").split())}
     shape = _reference("components/schemas", kind.__name__)
     if name in RAW:

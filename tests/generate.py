@@ -18,7 +18,8 @@ from typing import Any, NamedTuple
 
 import msgspec
 
-from adapter.cli.schema import DOCUMENTED, json_schema
+from adapter.cli.schema import json_schema
+from adapter.contract.messages import MESSAGES
 from adapter.contract.names import Names
 from adapter.settings import GROUPS, SECRETS, Settings, variable_of
 from tests.asyncapi import RAW, asyncapi, channels
@@ -76,7 +77,7 @@ def messages_markdown() -> str:
     """`MESSAGES_PAGE`: of each message where it is, what it is, and its fullest sample."""
     listed = channels(Names())
     text = MESSAGES_HEAD
-    for name, kind in DOCUMENTED.items():
+    for name, kind in MESSAGES.items():
         subjects = [f"`{channel.subject}`" for channel in listed if channel.message == name]
         subjects += [f"the answer to `{channel.subject}`" for channel in listed if channel.answer == name]
         where = ", ".join(subjects).replace("{", "<").replace("}", ">")
@@ -95,7 +96,7 @@ def _first_sentence(kind: type[msgspec.Struct]) -> str:
 
 def generated_files(root: Path = ROOT) -> dict[Path, str]:
     """Path below `root` and text of every generated file."""
-    files = {Path("schemas") / f"{name}.json": _document_text(json_schema(name)) for name in DOCUMENTED}
+    files = {Path("schemas") / f"{name}.json": _document_text(json_schema(name)) for name in MESSAGES}
     files[Path("schemas/asyncapi.json")] = _document_text(asyncapi())
     for own_accounts, file in FILES.items():
         files[Path("helm/nats") / file] = server_config(Names(), EXAMPLES, own_accounts=own_accounts)
@@ -112,7 +113,7 @@ def generated_files(root: Path = ROOT) -> dict[Path, str]:
 def types_stamp(files: dict[Path, str]) -> str:
     """What the types say of the JSON Schemas that they were made of, in hex."""
     digest = hashlib.sha256()
-    for name in sorted(DOCUMENTED):
+    for name in sorted(MESSAGES):
         path = Path("schemas") / f"{name}.json"
         digest.update(f"{path.name}\0{files[path]}\0".encode())
     return digest.hexdigest()

@@ -13,7 +13,7 @@ import msgspec
 import pytest
 from jsonschema import Draft202012Validator  # type: ignore[import-untyped]
 
-from adapter.cli import schema
+from adapter.contract.messages import MESSAGES
 from adapter.contract.names import Names
 from adapter.settings import Settings, variable_of
 from tests import generate
@@ -111,7 +111,7 @@ def test_an_unknown_argument_is_refused() -> None:
     assert generate.main(["--chek"]) == 2
 
 
-@pytest.mark.parametrize("name", schema.DOCUMENTED)
+@pytest.mark.parametrize("name", MESSAGES)
 def test_every_schema_is_one(name: str) -> None:
     document = stored(name)
     assert document["$schema"] == "https://json-schema.org/draft/2020-12/schema"
@@ -122,7 +122,7 @@ def test_every_schema_is_one(name: str) -> None:
         assert resolve(document, target)
 
 
-@pytest.mark.parametrize("name", schema.DOCUMENTED)
+@pytest.mark.parametrize("name", MESSAGES)
 def test_every_message_has_samples_of_both_kinds(name: str) -> None:
     assert name in {name_of(sample) for sample in VALID}
     assert name in {name_of(sample) for sample in INVALID}
@@ -132,7 +132,7 @@ def test_every_message_has_samples_of_both_kinds(name: str) -> None:
 def test_a_valid_sample_satisfies_schema_and_decoder(sample: Path) -> None:
     """And what the decoder made of it satisfies the schema again: readers see what we write, not what we read."""
     raw = sample.read_bytes()
-    kind = schema.DOCUMENTED[name_of(sample)]
+    kind = MESSAGES[name_of(sample)]
     validator = Draft202012Validator(stored(name_of(sample)))
     validator.validate(json.loads(raw))
     decoded = msgspec.json.decode(raw, type=kind)
@@ -146,7 +146,7 @@ def test_an_invalid_sample_satisfies_neither(sample: Path) -> None:
     raw = sample.read_bytes()
     assert not Draft202012Validator(stored(name_of(sample))).is_valid(json.loads(raw))
     with pytest.raises(msgspec.ValidationError):
-        msgspec.json.decode(raw, type=schema.DOCUMENTED[name_of(sample)])
+        msgspec.json.decode(raw, type=MESSAGES[name_of(sample)])
 
 
 def test_asyncapi_refers_to_what_it_holds() -> None:
@@ -162,7 +162,7 @@ def test_asyncapi_covers_every_message_and_has_no_discriminator() -> None:
     """AsyncAPI refuses the word as code generators use it; the single schemas keep it for them."""
     document = stored("asyncapi")
     carried = {message for channel in document["channels"].values() for message in channel["messages"]}
-    assert carried == set(schema.DOCUMENTED)
+    assert carried == set(MESSAGES)
     assert "discriminator" not in json.dumps(document)
     assert "discriminator" in json.dumps(stored("inbound"))
 

@@ -12,29 +12,22 @@ from cyclopts import Parameter
 
 from adapter.cli import output
 from adapter.cli.exits import OK, USAGE, Failed
-from adapter.contract.messages import MESSAGES, SCHEMA_VERSION, NextPage, ReplayPage, ReplayQuery
+from adapter.contract.messages import MESSAGES, SCHEMA_VERSION
 
 DIALECT = "https://json-schema.org/draft/2020-12/schema"
-DOCUMENTED: dict[str, type[msgspec.Struct]] = {
-    **MESSAGES,
-    "next_page": NextPage,
-    "replay_query": ReplayQuery,
-    "replay_page": ReplayPage,
-}
-"""Every message that has a schema, by its name."""
 
 
 def schema(message: Annotated[str, Parameter(help="Name of a message.")] = "", /) -> int:
     """Print the JSON Schema of a message of the bus; without a name, which there are."""
-    if message not in DOCUMENTED:
-        raise Failed(USAGE, f"Name a message, one of {', '.join(DOCUMENTED)}.")
+    if message not in MESSAGES:
+        raise Failed(USAGE, f"Name a message, one of {', '.join(MESSAGES)}.")
     output.say(json.dumps(json_schema(message), indent=2, ensure_ascii=False))
     return OK
 
 
 def json_schema(name: str) -> dict[str, Any]:
-    """JSON Schema 2020-12 of one of `DOCUMENTED`, complete in itself."""
-    kind = DOCUMENTED[name]
+    """JSON Schema 2020-12 of one of `MESSAGES`, complete in itself."""
+    kind = MESSAGES[name]
     definitions = definitions_of([kind], "#/$defs/{name}")
     root = definitions.pop(kind.__name__)
     schema = {"$schema": DIALECT, "$id": f"urn:wechat-nats:schema:{SCHEMA_VERSION}:{name}", **root}

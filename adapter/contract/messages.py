@@ -7,43 +7,17 @@ unknown fields, so optional fields may be added. Any other change is a new major
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, Literal, TypeAlias, get_args
 
 import msgspec
 from msgspec import Meta
 
-from adapter.contract.names import (
-    H_DURATION_MS,
-    H_HEIGHT,
-    H_LAST,
-    H_MIME,
-    H_NAME,
-    H_NEXT,
-    H_OFFSET,
-    H_SHA256,
-    H_SIZE,
-    H_UPLOAD,
-    H_WIDTH,
-    SANDBOX_PATTERN,
-)
+from adapter.contract.names import SANDBOX_PATTERN
 
 SCHEMA_VERSION = "1"
 COMMAND_BYTES = 256 * 1024
 """Largest command in bytes. With its headers it fits into the largest message of a sandbox. Media go by object."""
-
-_HEADERS = {
-    "upload": H_UPLOAD,
-    "offset": H_OFFSET,
-    "last": H_LAST,
-    "name": H_NAME,
-    "size": H_SIZE,
-    "sha256": H_SHA256,
-    "next": H_NEXT,
-    "mime": H_MIME,
-    "width": H_WIDTH,
-    "height": H_HEIGHT,
-    "duration_ms": H_DURATION_MS,
-}
 
 SandboxId = Annotated[str, Meta(pattern=rf"^{SANDBOX_PATTERN}\Z", description="Name of a sandbox.")]
 CommandId = Annotated[str, Meta(min_length=1, max_length=128, description="Idempotency key of a command.")]
@@ -647,7 +621,12 @@ class MediaQuery(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     ] = 0
 
 
-class MediaBytes(msgspec.Struct, frozen=True, kw_only=True, rename=_HEADERS.get):
+def _header_of(field: str) -> str:
+    """The header (in `names`) that has a field: Wechat-Duration-Ms for `duration_ms`."""
+    return "-".join(part.capitalize() for part in ("wechat", *field.split("_")))
+
+
+class MediaBytes(msgspec.Struct, frozen=True, kw_only=True, rename=_header_of):
     """Headers of the answer of wechat.svc.media.get.<sandbox>, whose payload is the piece. The first piece has those
     that describe the content, as far as it shows them."""
 
@@ -661,7 +640,7 @@ class MediaBytes(msgspec.Struct, frozen=True, kw_only=True, rename=_HEADERS.get)
     duration_ms: Annotated[int | None, Meta(description="Length of a recording.")] = None
 
 
-class MediaPiece(msgspec.Struct, frozen=True, kw_only=True, rename=_HEADERS.get):
+class MediaPiece(msgspec.Struct, frozen=True, kw_only=True, rename=_header_of):
     """Headers of wechat.svc.media.put.<sandbox>, whose payload is a piece of 16 KiB (the last may be shorter) to 512
     KiB. The answer is a Media, complete after the last piece. A piece may be repeated."""
 
@@ -781,29 +760,13 @@ class ReplayPage(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
 
 
 MESSAGES: dict[str, type[msgspec.Struct]] = {
-    "inbound": Inbound,
-    "outbound": Outbound,
-    "receipt": Receipt,
-    "bind": Bind,
-    "unbind": Unbind,
-    "erase": Erase,
-    "control_answer": ControlAnswer,
-    "binding_event": BindingEvent,
-    "bindings_query": BindingsQuery,
-    "bindings_page": BindingsPage,
-    "erased_event": ErasedEvent,
-    "login_event": LoginEvent,
-    "login_start": LoginStart,
-    "login_query": LoginQuery,
-    "login_verify": LoginVerify,
-    "login": Login,
-    "media": Media,
-    "media_query": MediaQuery,
-    "media_bytes": MediaBytes,
-    "media_piece": MediaPiece,
-    "next_query": NextQuery,
-    "window_query": WindowQuery,
-    "receipt_query": ReceiptQuery,
-    "window": Window,
+    re.sub(r"\B(?=[A-Z])", "_", kind.__name__).lower(): kind
+    for kind in (
+        *(Inbound, Outbound, Receipt, Window, Bind, Unbind, Erase, ControlAnswer),
+        *(BindingEvent, ErasedEvent, BindingsQuery, BindingsPage),
+        *(LoginEvent, LoginStart, LoginQuery, LoginVerify, Login),
+        *(Media, MediaQuery, MediaBytes, MediaPiece),
+        *(NextQuery, NextPage, WindowQuery, ReceiptQuery, ReplayQuery, ReplayPage),
+    )
 }
 """Messages of the bus, by the name of their file in `schemas/`."""

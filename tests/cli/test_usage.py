@@ -14,7 +14,7 @@ from adapter.cli import COMMANDS
 from adapter.cli.bus import connected_bus
 from adapter.cli.embedded import EmbeddedNats
 from adapter.cli.exits import UNREACHABLE, Failed
-from adapter.cli.schema import DOCUMENTED
+from adapter.contract.messages import MESSAGES
 from adapter.settings import Settings
 from tests.cli.conftest import Command
 from tests.cli.process import started
@@ -168,7 +168,7 @@ async def test_the_simulators_own_parser_answers_for_it(cli: Command) -> None:
     assert (await cli("simulator", "--nonsense")).code == 2
 
 
-@pytest.mark.parametrize("name", DOCUMENTED)
+@pytest.mark.parametrize("name", MESSAGES)
 async def test_schema_prints_one_document(cli: Command, name: str) -> None:
     result = await cli("schema", name)
     assert result.code == 0

@@ -10,7 +10,7 @@ from typing import Any
 import msgspec
 import pytest
 
-from adapter.cli import schema
+from adapter.contract import messages
 from adapter.contract.messages import SCHEMA_VERSION
 from tests.compat.freeze import HERE, NOW, found_breaks, is_sent
 from tests.compat.rules import breaks
@@ -22,7 +22,7 @@ MESSAGES = sorted(HERE.glob("v*/messages/*.json"))
 def test_a_message_as_released_is_read_for_ever(path: Path) -> None:
     """And nothing that it says gets lost on the way."""
     raw = json.loads(path.read_bytes())
-    read = msgspec.json.decode(path.read_bytes(), type=schema.DOCUMENTED[path.stem.partition("-")[0]])
+    read = msgspec.json.decode(path.read_bytes(), type=messages.MESSAGES[path.stem.partition("-")[0]])
     shape = json.loads((path.parents[1] / "schemas" / f"{path.stem.partition('-')[0]}.json").read_bytes())
     written = json.loads(msgspec.json.encode(read))
     for name, value in raw.items():
@@ -66,7 +66,7 @@ def test_what_is_gone_is_seen(tmp_path: Path) -> None:
 
 
 def test_who_reads_a_message_is_known() -> None:
-    assert {name for name in schema.DOCUMENTED if not is_sent(name)} == {
+    assert {name for name in messages.MESSAGES if not is_sent(name)} == {
         *("outbound", "bind", "unbind", "erase", "bindings_query", "window_query", "receipt_query", "replay_query"),
         *("login_start", "login_query", "login_verify", "media_query", "media_piece", "next_query"),
     }
