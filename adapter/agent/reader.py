@@ -167,9 +167,7 @@ class Reader:
         self._number = max(self._number or 0, page.reader)
         if page.first > max(self._gone_before, self._newest):
             self._gone_before = page.first
-            log.warning(
-                "sandbox.gap", first=page.first, detail="The inbox dropped older messages before they were read."
-            )
+            log.warning("sandbox.gap", first=page.first, detail="Older messages were dropped before they were read.")
         for handed in page.messages:
             if handed.sequence > self._newest:
                 self._newest = handed.sequence

@@ -39,9 +39,10 @@ from adapter.contract.names import (
 )
 from adapter.environment import read_settings
 from adapter.errors import UNDECODABLE, BusRefused, Refused, Temporary
-from adapter.jetstream.api_replies import ApiError, decode_reply, write_error_of
+from adapter.jetstream.api_replies import decode_reply, write_error_of
 from adapter.jetstream.client import BusClient, permission_violation
 from adapter.jetstream.managed_connection import connect_options
+from adapter.jetstream.publisher import PublishReply
 from adapter.kit.timing import wait_event
 from adapter.security.permissions import inbox as inbox_prefix
 from adapter.settings import Settings
@@ -96,13 +97,6 @@ class SendWindows:
                     return user
                 wait_s = min(wait_s, due_s)
             await wait_event(self._changed, wait_s)
-
-
-class PubAck(msgspec.Struct):
-    """JetStream's answer to a publish."""
-
-    seq: int = 0
-    error: ApiError | None = None
 
 
 class Message:
@@ -280,7 +274,7 @@ class Sandbox:
                 reply = await self._nc.request(subject, payload, timeout=ANSWER_S, headers=headers)
             except (TimeoutError, ConnectionReconnectingError, NoRespondersError) as exc:
                 raise Temporary("no_answer", "The bus did not confirm a command.") from exc
-            ack = decode_reply(reply.data, PubAck, "a publish")
+            ack = decode_reply(reply.data, PublishReply, "a publish")
             failure = write_error_of(ack.error) if ack.error is not None else None
             if isinstance(failure, BusRefused) and failure.is_full:
                 raise Temporary("full", failure.detail, retry_after_s=FULL_S)

@@ -48,7 +48,7 @@ WARN_AGAIN_S = 30.0
 NO_ACK = "no acknowledgement"
 
 
-class _PublishReply(PubAck):
+class PublishReply(PubAck):
     """JetStream's answer to a publish."""
 
     error: ApiError | None = None
@@ -100,7 +100,7 @@ class Publisher:
         self._numbers = itertools.count()
         self._resumed = ChangeSignal()
         self._interrupted = asyncio.Event()
-        self._decode = msgspec.json.Decoder(_PublishReply)
+        self._decode = msgspec.json.Decoder(PublishReply)
         self._prefix = ""
         """Start of the subjects of acknowledgements; the number follows."""
         connection.on_connect(self._subscribe)
