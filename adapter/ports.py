@@ -347,9 +347,8 @@ class History(Protocol):
     async def last_sequence(self, stream: str) -> int:
         """The newest sequence that the stream's leader has given, even if that message is gone. Raises Temporary."""
 
-    async def count_by_subject(self, stream: str, subject: str) -> dict[str, int]:
-        """Number of messages per subject under a wildcard. Raises Temporary, BusRefused if the stream does not
-        exist."""
+    async def count(self, stream: str) -> int:
+        """Number of messages of a stream. Raises Temporary."""
 
     async def delete(self, stream: str, seq: int, *, erase: bool = False) -> None:
         """Deletes a message. With `erase` the server also overwrites it on its disk. A missing message is no error.

@@ -26,7 +26,6 @@ from adapter.errors import UNDECODABLE, BusRefused, Conflict, Refused, Temporary
 from adapter.inbound.positions import find_above
 from adapter.jetstream import topology
 from adapter.jetstream.buckets import LeaderKvBucket
-from adapter.jetstream.layout import EXPECTS, LAYOUT, Shape, largest, read_layout, shape_of, with_shape, write_layout
 from adapter.jetstream.microservice import SERVICE
 from adapter.security.seal import Sealer, Sealing
 from adapter.settings import PREFIX
@@ -53,7 +52,7 @@ async def doctor(
     """Check NATS, permissions, streams, adapters, bindings and what waits.
 
     Run it with the adapter's credentials, or an operator's. --fix needs the adapter's. What streams should be like is
-    said by the running adapters; where none runs by the layout key, and only without it by the settings here.
+    said by the layout key, which adapters write at their start, and only without it by the settings here.
     Exit code 0: nothing fails (warnings do not count); 1: something fails; 3: NATS is not reachable.
     """
     try:
@@ -74,21 +73,21 @@ async def doctor(
 
 async def _run_checks(bus: BusConnection, *, fix: bool, allow_loss: bool, quiet: bool) -> list[Finding]:
     """Every check, after the fixes."""
-    there, here = await query_adapters(bus), shape_of(bus.settings)
+    here = topology.shape_of(bus.settings)
     left: list[Finding] = []
     if fix:
-        left = await _fix(bus, await _adopt_settings(bus, there, here), allow_loss=allow_loss, quiet=quiet)
+        left = await _fix(bus, await _adopt_settings(bus, here), allow_loss=allow_loss, quiet=quiet)
     names, version, url = bus.names, bus.nc.connected_server_version, bus.nc.connected_url
     server = f"nats-server {version.major}.{version.minor}.{version.patch}"
     checks = [Finding("nats", "ok", f"{server}, {url.netloc.rpartition('@')[2] if url else '?'}")]
     checks += await permission_checks.check_permissions(bus)
     checks += await _attempt("jetstream", _check_api_level(bus))
     if checks[-1].state == "ok":
-        checks += [await _adopt_settings(bus, there, here), *left]
+        checks += [await _adopt_settings(bus, here), *left]
         checks += await _attempt("streams", _check_topology(bus))
         sealed = _attempt("tokens", _check_tokens(bus)), _attempt("positions", _check_positions(bus))
         checks += itertools.chain(*await asyncio.gather(*sealed))  # both time out where this user may not read
-    checks.append(_check_adapters(there))
+    checks.append(_check_adapters(await query_adapters(bus)))
     if checks[-1].state == "ok":
         checks += await _attempt("bindings", _check_bindings(bus))
     wait = "in turn, for their users to write, or for a login"
@@ -143,21 +142,19 @@ async def _at_stake(bus: BusConnection, lowering: topology.Difference) -> str:
     return f"{messages:,} messages at stake"
 
 
-async def _adopt_settings(bus: BusConnection, there: list[Adapter], here: Shape) -> Finding:
+async def _adopt_settings(bus: BusConnection, here: topology.Shape) -> Finding:
     """Has `bus.settings` shape streams as expected, and says whose settings that are. `here`: those of the shell."""
     layout = None
     with contextlib.suppress(Temporary):  # there is no bucket, or this user may not read it
-        layout = await read_layout(bus.connection, bus.names)
+        layout = await topology.read_layout(bus.connection, bus.names)
     shape, whose = here, "this shell"
-    if all_expect := {adapter.metadata[EXPECTS] for adapter in there if EXPECTS in adapter.metadata}:
-        shape = largest([msgspec.json.decode(expects, type=Shape) for expects in all_expect])
-        whose = "the running adapters" + (", of which the largest count" if len(all_expect) > 1 else "")
-    elif layout is not None and layout.settings:
+    if layout is not None and layout.settings:
         shape, whose = layout.settings, "the layout key"
-    bus.settings = with_shape(bus.settings, shape)
-    if layout is not None and layout.version != LAYOUT:
+    known = {name: value for name, value in shape.items() if name in topology.SHAPING}
+    bus.settings = msgspec.structs.replace(bus.settings, **known)
+    if layout is not None and layout.version != topology.LAYOUT:
         return Finding("layout", "fail", topology.layout_advice(layout))
-    said = f"version {LAYOUT}, settings of {whose}"
+    said = f"version {topology.LAYOUT}, settings of {whose}"
     if differ := [f"{PREFIX}{name.upper()} is {here[name]}" for name in shape if shape[name] != here.get(name)]:
         said += f", not those here ({', '.join(differ)})"
     if layout is None:
@@ -207,11 +204,10 @@ def _short(value: Any) -> str:
 
 
 class Adapter(msgspec.Struct):
-    """An adapter's answer to a ping. `metadata` has what it expects streams to be like (layout.Shape), as JSON."""
+    """An adapter's answer to a ping."""
 
     id: str
     version: str
-    metadata: dict[str, str] = {}
 
 
 async def query_adapters(bus: BusConnection) -> list[Adapter]:
@@ -285,7 +281,7 @@ async def _fix(bus: BusConnection, layout: Finding, *, allow_loss: bool, quiet: 
         changes = [d for d in different if allow_loss or not d.lowers]
         for name in dict.fromkeys(d.name for d in changes):
             await topology.alter_stream(connection, name, [d for d in changes if d.name == name])
-        await write_layout(connection, names, settings)
+        await topology.write_layout(connection, names, settings)
         sealer = Sealer(settings.token_key)
         found = await count_stored_tokens(bus.history, names, sealer)
         if count := found["older"]:

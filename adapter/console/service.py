@@ -61,7 +61,8 @@ class ConsoleService:
         """Everything in numbers, for the head of each page. `expected`: replicas that live, as far as is known."""
         replicas, living = await self._others.query([])
         is_open = [not record.is_over for _, record in self._logins]
-        return {"replicas": replicas, "expected": living, "dead": await self._dead_count(), "logins": sum(is_open)}
+        dead = await self._history.count(self._names.stream_dead)
+        return {"replicas": replicas, "expected": living, "dead": dead, "logins": sum(is_open)}
 
     async def find_bindings(self, words: str, state: str, page: int) -> dict[str, Any]:
         """A page of the bindings whose sandbox, bot or user contains the words, and whose bot is in the state, if one
@@ -134,10 +135,6 @@ class ConsoleService:
 
     async def cancel_login(self, handle: str) -> None:
         await self._ask("login.cancel", LoginQuery(login=self._login_id(handle)))
-
-    async def _dead_count(self) -> int:
-        names = self._names
-        return sum((await self._history.count_by_subject(names.stream_dead, names.dead_letters("*"))).values())
 
     async def _read_dead_letter(self, seq: int) -> StoredMessage:
         stored = await self._history.get(self._names.stream_dead, seq)

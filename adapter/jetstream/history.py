@@ -88,26 +88,23 @@ class StreamHistory:
         return last.seq if last else 0
 
     async def last_sequence(self, stream: str) -> int:
+        return int((await self._read_state(stream))["last_seq"])
+
+    async def count(self, stream: str) -> int:
+        return int((await self._read_state(stream))["messages"])
+
+    async def _read_state(self, stream: str) -> dict[str, Any]:
+        """Raises Temporary."""
         try:
-            info = await self._connection.api_request(f"STREAM.INFO.{stream}")
+            state: dict[str, Any] = (await self._connection.api_request(f"STREAM.INFO.{stream}"))["state"]
         except BusRefused as exc:
             raise Temporary("bus_refused", exc.detail) from exc
-        return int(info["state"]["last_seq"])
-
-    async def count_by_subject(self, stream: str, subject: str) -> dict[str, int]:
-        found: dict[str, int] = {}
-        while True:
-            query = {"subjects_filter": subject, "offset": len(found)}
-            answer = await self._connection.api_request(f"STREAM.INFO.{stream}", query)
-            page = answer["state"].get("subjects") or {}
-            found |= page
-            if not page or len(found) >= int(answer.get("total", 0)):
-                return found
+        return state
 
     async def read_newest(
         self, stream: str, subject: str, *, count: int, before: int | None = None
     ) -> list[StoredMessage]:
-        state = (await self._connection.api_request(f"STREAM.INFO.{stream}"))["state"]
+        state = await self._read_state(stream)
         first, last = int(state["first_seq"]), int(state["last_seq"])
         end = last + 1 if before is None else min(before, last + 1)
         width = count

@@ -9,9 +9,8 @@ import structlog
 from adapter.contract.names import Names
 from adapter.errors import BusRefused, Temporary
 from adapter.jetstream.api_replies import NO_STREAM
-from adapter.jetstream.layout import LAYOUT, read_layout
 from adapter.jetstream.managed_connection import ManagedConnection
-from adapter.jetstream.topology import Difference, differences, wanted_streams
+from adapter.jetstream.topology import LAYOUT, Difference, differences, read_layout, wanted_streams
 from adapter.settings import Settings
 
 log = structlog.get_logger()

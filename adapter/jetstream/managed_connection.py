@@ -93,10 +93,6 @@ class ManagedConnection:
         await self.changed.wait_until(lambda: self.is_connected, timeout_s)
         return self.client()
 
-    async def wait_disconnected(self, epoch: int) -> None:
-        """Returns when the client of `epoch` is closed."""
-        await self.changed.wait_until(lambda: self.epoch != epoch or self.nc is None)
-
     def client(self) -> Client:
         """The client. Raises Temporary("bus_down")."""
         if self.nc is not None and not self.nc.is_closed:

@@ -148,7 +148,6 @@ class Services:
         instance: str,
         of_sandbox: Mapping[str, SandboxHandler] | None = None,
         service: str = SERVICE,
-        metadata: Mapping[str, str] | None = None,
         of_one: int = MAX_IN_FLIGHT_PER_SANDBOX,
     ) -> None:
         self._handlers = {names.svc(verb): (verb, handler) for verb, handler in handlers.items()}
@@ -157,7 +156,7 @@ class Services:
         self._metrics = metrics
         self._version = version
         self._service = service
-        self._metadata = {"instance": instance, "prefix": names.prefix, **(metadata or {})}
+        self._metadata = {"instance": instance, "prefix": names.prefix}
         self._max_per_sandbox = of_one
         self._slots = FairSlots(MAX_IN_FLIGHT, share=MAX_IN_FLIGHT)
         self._slots_by_verb = {"replay": FairSlots(MAX_REPLAYS, share=1), "media.get": None}

@@ -1,8 +1,12 @@
-"""The streams, buckets and consumers of the bridge: their configuration, and the comparison with the server.
+"""The streams, buckets and consumers of the bridge: their configuration, and its comparison with the server.
 
 Missing ones are created. Existing ones are verified and never changed silently: a difference that breaks a guarantee
 stops the start with a message, and other differences (an operator's own limits) are logged. `wechat-nats doctor
 --fix` changes them. Consumers are created by their owners (consumer.py).
+
+The layout key says which layout the streams have, and the settings that the adapters have for them. It is written
+last, when all streams are there, into the bucket whose loss costs least. While it exists no stream is made anew but
+by `doctor --fix`: what is missing was deleted, and an empty stream would hide that.
 """
 
 from __future__ import annotations
@@ -13,18 +17,35 @@ import time
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+import msgspec
 import structlog
 
 from adapter.contract.messages import COMMAND_BYTES
 from adapter.contract.names import SHARDS, Names
-from adapter.errors import BusRefused, Conflict, SettingsError, Temporary
+from adapter.errors import UNDECODABLE, BusRefused, Conflict, SettingsError, Temporary
 from adapter.jetstream.api_replies import ACCOUNT_FULL, NO_STREAM
-from adapter.jetstream.buckets import updates_subject_of
-from adapter.jetstream.layout import LAYOUT, Layout, read_layout, write_layout
+from adapter.jetstream.buckets import LeaderKvBucket, updates_subject_of
+from adapter.jetstream.history import direct_get_one
 from adapter.jetstream.managed_connection import ManagedConnection
 from adapter.settings import Settings
 
 log = structlog.get_logger()
+
+LAYOUT = 1
+"""Version of `wanted_streams`: one more with each change of names, subjects or meanings."""
+KEY = "layout"
+SHAPING = (
+    "replicas",
+    "in_max_per_sandbox",
+    "in_max_age_h",
+    "in_max_bytes",
+    "out_max_per_sandbox",
+    "park_hours",
+    "media_hours",
+    "media_store_bytes",
+)
+"""Settings that shape streams."""
+Shape = dict[str, int | float]
 
 NAME_IN_USE = 10058
 NO_ROOM = (ACCOUNT_FULL, 10047)
@@ -348,10 +369,38 @@ async def ensure_topology(connection: ManagedConnection, names: Names, settings:
         raise SettingsError("stream_differs", "; ".join(lines) + ". `wechat-nats doctor --fix` changes it.")
     for difference in different:
         log.warning("stream.differs", stream=difference.name, field=difference.field, found=str(difference.found))
-    if layout is None:
-        with contextlib.suppress(Conflict):  # another replica was first
-            await write_layout(connection, names, settings)
+    with contextlib.suppress(Conflict):  # another replica was first
+        await write_layout(connection, names, settings)
     return different
+
+
+class Layout(msgspec.Struct, frozen=True):
+    """Value of the layout key. `version` 0: it cannot be read."""
+
+    version: int
+    settings: Shape = {}
+
+
+def shape_of(settings: Settings) -> Shape:
+    """Those of the settings that shape streams."""
+    return {name: getattr(settings, name) for name in SHAPING}
+
+
+async def read_layout(connection: ManagedConnection, names: Names) -> Layout | None:
+    """None: there is no key. Raises Temporary, also without its bucket."""
+    stored = await direct_get_one(connection, f"KV_{names.claims}", {"last_by_subj": f"$KV.{names.claims}.{KEY}"})
+    try:
+        return msgspec.json.decode(stored.data, type=Layout) if stored and stored.data else None
+    except UNDECODABLE:
+        return Layout(0)
+
+
+async def write_layout(connection: ManagedConnection, names: Names, settings: Settings) -> None:
+    """Raises Temporary, Conflict."""
+    bucket, value = LeaderKvBucket(connection, names.claims), msgspec.json.encode(Layout(LAYOUT, shape_of(settings)))
+    entry = await bucket.get(KEY)
+    if entry is None or entry.value != value:
+        await bucket.write(KEY, value, entry.revision if entry else 0)
 
 
 def layout_advice(layout: Layout) -> str:

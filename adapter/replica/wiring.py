@@ -26,7 +26,6 @@ from adapter.inbound.media import MediaFetcher
 from adapter.inbound.poller import LOGIN_POLLS_S, STALE_RETRY_S, BotPoller
 from adapter.inbound.receive import InboundDeps
 from adapter.jetstream.inspector import Inspector
-from adapter.jetstream.layout import expects
 from adapter.jetstream.microservice import (
     MAX_UPLOADS_PER_SANDBOX,
     UPLOADS,
@@ -330,7 +329,6 @@ class Replica:
             metrics=metrics,
             version=__version__,
             instance=self.instance,
-            metadata=expects(settings),
         )
         serve(edges.service_connection, handlers=handlers, of_sandbox=own)
         serve(

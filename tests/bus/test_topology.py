@@ -21,10 +21,10 @@ from adapter.jetstream import topology
 from adapter.jetstream.api_replies import NO_STREAM
 from adapter.jetstream.buckets import LeaderKvBucket
 from adapter.jetstream.inspector import Inspector
-from adapter.jetstream.layout import KEY, LAYOUT, Layout, read_layout, shape_of
 from adapter.jetstream.managed_connection import ManagedConnection
 from adapter.jetstream.multiplexer import Reply
 from adapter.jetstream.publisher import Publisher
+from adapter.jetstream.topology import KEY, LAYOUT, Layout, read_layout, shape_of
 from adapter.kit.timing import SystemClock
 from adapter.observability.metrics import Metrics
 from adapter.ports import BusMessage
@@ -246,6 +246,16 @@ async def test_a_creation_that_was_cut_short_is_completed(bus: Bus) -> None:
             await topology.create_stream(rig.connection, wanted)
         assert await topology.ensure_topology(rig.connection, NAMES, bus.settings) == []
         assert await read_layout(rig.connection, NAMES) == Layout(LAYOUT, shape_of(bus.settings))
+
+
+async def test_the_layout_key_has_the_settings_of_the_adapter_that_started_last(bus: Bus) -> None:
+    async with rig_on(bus) as rig:
+        for hours in (72.0, 100.0):
+            settings = msgspec.structs.replace(bus.settings, in_max_age_h=hours)
+            await topology.ensure_topology(rig.connection, NAMES, settings)
+            layout = await read_layout(rig.connection, NAMES)
+            assert layout is not None
+            assert layout.settings["in_max_age_h"] == hours
 
 
 @pytest.mark.parametrize(

@@ -43,7 +43,6 @@ class StandIn:
         self.asked: list[Bind | Unbind] = []
         self.sent: list[Outbound] = []
         self.error: tuple[str, str] | None = None
-        self.expects: list[dict[str, str]] = [{}]
         """What each adapter says of its settings."""
 
     async def start(self) -> None:
@@ -85,9 +84,7 @@ class StandIn:
         await msg.respond(msgspec.json.encode(BindingsPage(bindings=page, next=more)))
 
     async def _on_ping(self, msg: Msg) -> None:
-        for number, metadata in enumerate(self.expects):
-            pong = {"name": "wechat-nats", "id": f"{number}", "version": "0.1.0", "metadata": metadata}
-            await msg.respond(msgspec.json.encode(pong))
+        await msg.respond(msgspec.json.encode({"name": "wechat-nats", "id": "0", "version": "0.1.0"}))
 
 
 @contextlib.asynccontextmanager

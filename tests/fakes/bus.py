@@ -148,11 +148,8 @@ class FakeBus:
         await asyncio.sleep(0)
         return max([kept.stored.seq for kept in self.kept if kept.stream == stream] + [self._seqs.get(stream, 0)])
 
-    async def count_by_subject(self, stream: str, subject: str) -> dict[str, int]:
-        found: dict[str, int] = {}
-        async for stored in self.read(stream, subject):
-            found[stored.subject] = found.get(stored.subject, 0) + 1
-        return found
+    async def count(self, stream: str) -> int:
+        return sum(kept.stream == stream for kept in self.kept)
 
     async def delete(self, stream: str, seq: int, *, erase: bool = False) -> None:
         await asyncio.sleep(0)
