@@ -42,7 +42,7 @@ from adapter.kit.tasks import TaskSet
 from adapter.kit.timing import Clock
 from adapter.observability.events import Events
 from adapter.observability.metrics import Metrics
-from adapter.ports import Bucket, CoreBus, Delivery
+from adapter.ports import Bucket, CoreBus, Delivery, Entry
 
 log = structlog.get_logger()
 
@@ -173,12 +173,14 @@ class Control:
     async def _apply(self, number: int, command: ControlCommand | Unreadable) -> None:
         """Applies and answers a command. Raises Temporary, LeaseLost."""
         self._owner.check()
-        delivery, binder, reason = self._deliveries[number], self._binder, ""
+        delivery, binder, reason = self._deliveries[number], self._binder, None
         if isinstance(command, Unreadable):
             self._metrics.schema_violations.labels(kind="ctl").inc()
             await self._dead_letter(delivery, command)
             return
-        known = await find_outcome(self._outcomes, command, _own_id(delivery))
+        key = _outcome_key(command, f"#{delivery.seq}.{delivery.time_ms}")
+        entry = await self._outcomes.get(key)
+        known = _outcome_in(entry)
         if known is not None and (known.answer.ok or known.sequence == number):
             await self._answer(delivery, known.answer)
             return
@@ -194,8 +196,11 @@ class Control:
         except (Refused, BusRefused) as exc:
             await binder.reopen(number)
             answer, reason = await self._refuse(command, exc), exc.reason
-        outcome = ControlOutcome(sequence=number, answer=answer, reason=reason)
-        await self._remember(command, outcome, _own_id(delivery))
+        if not (isinstance(command, Erase) and command.dry_run):
+            kept = structs.replace(answer, bindings=[], replaced=[])  # what would name persons and their bots
+            outcome = ControlOutcome(sequence=number, answer=kept, reason=reason)
+            self._owner.check()
+            await self._outcomes.update(key, msgspec.json.encode(outcome), entry.revision if entry else 0)
         await self._answer(delivery, answer)
 
     async def _refuse(self, command: ControlCommand, exc: Refused | BusRefused) -> ControlAnswer:
@@ -211,16 +216,6 @@ class Control:
             await self._events.publish_binding_event(event, ensure_owner=self._owner.check)
             log.warning("binding.refused", sandbox=command.sandbox, bot=command.bot, reason=exc.reason)
         return ControlAnswer(ok=False, id=command.id or "", error=exc.detail)
-
-    async def _remember(self, command: ControlCommand, outcome: ControlOutcome, own_id: str) -> None:
-        """Stores an outcome, without the names of persons and their bots. Raises Temporary."""
-        if isinstance(command, Erase) and command.dry_run:
-            return
-        kept = structs.replace(outcome, answer=structs.replace(outcome.answer, bindings=[], replaced=[]))
-        key = _outcome_key(command, own_id)
-        before = await self._outcomes.get(key)
-        self._owner.check()
-        await self._outcomes.update(key, msgspec.json.encode(kept), before.revision if before else 0)
 
     async def _give_up(self, number: int, exc: Crashed) -> None:
         """Raises Temporary."""
@@ -276,10 +271,12 @@ def decode(delivery: Delivery) -> ControlCommand:
     return structs.replace(command, id=command.id or delivery.headers.get(H_MSG_ID, "")[:128] or None)
 
 
-async def find_outcome(bucket: Bucket, command: ControlCommand, own_id: str = "") -> ControlOutcome | None:
-    """What became of a command with this id, if it has ended within a day. `own_id` stands for a missing id. Raises
-    Temporary."""
-    entry = await bucket.get(_outcome_key(command, own_id))
+async def find_outcome(bucket: Bucket, command: ControlCommand) -> ControlOutcome | None:
+    """What became of a command with an id, if it has ended within a day. Raises Temporary."""
+    return _outcome_in(await bucket.get(_outcome_key(command)))
+
+
+def _outcome_in(entry: Entry | None) -> ControlOutcome | None:
     if entry is None or entry.value is None:
         return None
     try:
@@ -288,12 +285,8 @@ async def find_outcome(bucket: Bucket, command: ControlCommand, own_id: str = ""
         return None
 
 
-def _own_id(delivery: Delivery) -> str:
-    """Of a stored command without an id."""
-    return f"#{delivery.seq}.{delivery.time_ms}"
-
-
-def _outcome_key(command: ControlCommand, own_id: str) -> str:
+def _outcome_key(command: ControlCommand, own_id: str = "") -> str:
+    """`own_id`: stands for a missing id."""
     ident = f"{type(command).__name__} {command.sandbox} {command.id or own_id}"
     return OUTCOME + hashlib.sha256(ident.encode()).hexdigest()[:32]
 

@@ -143,8 +143,8 @@ class ControlOutcome(PrivateRecord, frozen=True, kw_only=True, omit_defaults=Tru
     """Of the command, in WECHAT_CTL."""
     answer: ControlAnswer
     """Its answer, without bindings and bots."""
-    reason: str = ""
-    """Why it was refused; "": it was not."""
+    reason: str | None = None
+    """Why it was refused; None: it was not."""
 
 
 class ReaderRecord(PrivateRecord, frozen=True, kw_only=True, omit_defaults=True):

@@ -318,7 +318,7 @@ class LoginFlow:
             return
         outcome = await self._outcome_of(bind)
         if outcome is not None and not outcome.answer.ok:
-            await self.fail(outcome.reason, outcome.answer.error)
+            await self.fail(outcome.reason or "refused", outcome.answer.error)
             return
         pending = {} if outcome is not None else _PENDING
         warning = {"detail": _WARNING.format(former_user)} if former_user else {}
