@@ -1,5 +1,5 @@
 # make test         what to run before each commit: check, unit, integration and most of system
-# make check        format, lint, types, import contracts, generated files
+# make check        format, lint, types, import contracts, generated files, and that all tests can be collected
 #
 # The tiers of the tests; .ci/run runs make test, load, slow and ops. How long each takes is in tests/README.md.
 # make unit         no server, no connection, nothing slow
@@ -46,7 +46,7 @@ NPM_STAMP := $(NPM)/node_modules/.installed
 # An environment that is there is kept, whichever Python it has. The last one is the newest, not yet among the tested.
 PYTHONS := $(BIN)/python python3 python3.14 python3.13 python3.12 python3.11 python3.15
 
-.PHONY: test check unit integration system ops load slow long image-test alerts-test console-test bench chaos soak attacks fuzz \
+.PHONY: test check types lint contracts generated tests-collect unit integration system ops load slow long image-test alerts-test console-test bench chaos soak attacks fuzz \
   audit demo format generate dashboard-picture docs docs-tools dist npm clean install
 .DEFAULT_GOAL := test
 
@@ -54,7 +54,7 @@ demo: install
 	@exec $(BIN)/wechat-nats demo $${AGENT:+--exec "$$AGENT"}
 
 # Tests at a time: more than a small machine has cores, since most tests wait for processes and timers.
-JOBS := 10
+JOBS := 12
 pytest = $(BIN)/pytest -n $(JOBS) --dist worksteal
 
 # `check` has run the one that is left out.
@@ -75,7 +75,7 @@ ops: install
 
 # What `make test` leaves out of its tiers, without what mostly waits.
 slow: install
-	@$(BIN)/pytest -n 4 --dist worksteal --timeout 900 -m '(unit or integration or system) and slow' </dev/null
+	@$(BIN)/pytest -n 6 --dist worksteal --timeout 900 -m '(unit or integration or system) and slow' </dev/null
 	@SCHEDULES=500 $(BIN)/pytest -n 2 tests/test_schedules.py tests/test_schedules_inbound.py </dev/null
 
 long: install
@@ -113,15 +113,29 @@ alerts-test: install
 	@.ci/need promtool prometheus prometheus-alertmanager || true
 	@$(BIN)/pytest -s --timeout 900 tests/monitoring </dev/null
 
+# Two at a time, of which `types` takes longest in a fresh checkout.
 check: install
-	@found=$$($(BIN)/ruff format --check . 2>&1) || { echo "$$found" >&2; echo 'run: make format' >&2; exit 1; }
-	@$(BIN)/ruff check --quiet .
+	@$(MAKE) -j 2 types lint contracts generated tests-collect
+
+types: install
 	@$(BIN)/mypy
 	@$(BIN)/mypy schemas/examples/python/*.py
+
+lint: install
+	@found=$$($(BIN)/ruff format --check . 2>&1) || { echo "$$found" >&2; echo 'run: make format' >&2; exit 1; }
+	@$(BIN)/ruff check --quiet .
+
+contracts: install
 	@found=$$($(BIN)/lint-imports --no-logo 2>&1) || { echo "$$found" >&2; exit 1; }
+
+generated: install
 	@$(BIN)/python -m tests.generate --check
 	@$(BIN)/python -m tests.bus.roles --check
 	@found=$$($(BIN)/pytest -q -p no:cacheprovider tests/test_docs.py </dev/null 2>&1) || { echo "$$found" >&2; exit 1; }
+
+# All tests can be collected; what this compiles, none of the workers of a run compiles again.
+tests-collect: install
+	@found=$$($(BIN)/pytest --collect-only -qq -p no:cacheprovider </dev/null 2>&1) || { echo "$$found" >&2; exit 1; }
 
 format: install
 	@$(BIN)/ruff format .

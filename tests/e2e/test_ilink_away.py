@@ -204,7 +204,7 @@ async def test_without_other_sends_the_repeat_comes_after_five_minutes(tmp_path:
         assert s.assert_repeated_once_and_late() == len(users)
 
 
-@pytest.mark.parametrize("kind", ["503", "403", "refused"])
+@pytest.mark.parametrize("kind", ["503", pytest.param("403", marks=pytest.mark.slow), "refused"])
 @pytest.mark.parametrize(
     ("seconds", "tries"), [(15, 8), pytest.param(600, 30, marks=pytest.mark.long)], ids=["seconds", "ten-minutes"]
 )
@@ -250,7 +250,11 @@ async def test_users_whose_sends_hang_delay_nobody_and_are_not_repeated_early(tm
 
 @pytest.mark.parametrize(
     ("kind", "tenants"),
-    [("stopped", 20), ("refused", 20), pytest.param("stopped", 300, marks=pytest.mark.slow)],
+    [
+        ("stopped", 20),
+        pytest.param("refused", 20, marks=pytest.mark.slow),
+        pytest.param("stopped", 300, marks=pytest.mark.slow),
+    ],
     ids=["silent", "refused", "silent-and-many"],
 )
 async def test_a_tenant_whose_ilink_is_away_delays_nobody(tmp_path: Path, kind: str, tenants: int) -> None:

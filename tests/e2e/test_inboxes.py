@@ -23,7 +23,7 @@ from tests.e2e.reading import Listener
 from tests.e2e.test_nats_failures import ask, change, faultless, loaded, operator, running
 from tests.e2e.world import NAMES, World, eventually, stream, until, world
 
-MODES = ["cursor_replay", "ack_on_delivery"]
+MODES = ["cursor_replay", pytest.param("ack_on_delivery", marks=pytest.mark.slow)]
 KEPT = 3
 """Messages that an inbox keeps where it is small."""
 KNOWN_S = 35

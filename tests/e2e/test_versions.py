@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import msgspec
+import pytest
 from nats.aio.client import Client
 from nats.errors import NoRespondersError
 
@@ -31,6 +32,7 @@ async def is_polled_on(made: World, bot: str) -> None:
     await until(lambda: made.sim.polls(bot).total > enough, "the bot is polled")
 
 
+@pytest.mark.slow
 async def test_a_bot_whose_binding_is_newer_is_not_polled_and_all_others_are(tmp_path: Path) -> None:
     async with world(tmp_path) as made:
         adapter = await made.add_adapter()
@@ -74,6 +76,7 @@ async def test_a_bot_whose_binding_is_newer_is_not_polled_and_all_others_are(tmp
         assert (checks["bindings"]["state"], "1 too_new" in checks["bindings"]["say"]) == ("fail", True)
 
 
+@pytest.mark.slow
 async def test_a_conversation_whose_record_is_newer_holds_its_own_user_only(tmp_path: Path) -> None:
     """Another user of the same sandbox does not wait, and the user's commands go out once the record can be read."""
     async with world(tmp_path) as made:
