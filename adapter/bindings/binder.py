@@ -223,7 +223,7 @@ class Binder:
         for binding in [each for each in self._bindings if each.closing == number]:
             await self._bindings.update(
                 binding.bot,
-                lambda now: structs.replace(now, closing=0, closed=0) if now.closing == number else None,
+                lambda now: structs.replace(now, closing=None, closed=None) if now.closing == number else None,
             )
 
     def _ensure_known(self, sandboxes: Collection[str]) -> None:
@@ -259,7 +259,7 @@ class Binder:
 
         def closing(now: Binding) -> Binding | None:
             self._owner.check()  # the read may have been slow
-            return None if now.closing == number else structs.replace(now, closing=number, closed=0)
+            return None if now.closing == number else structs.replace(now, closing=number, closed=None)
 
         def are_closed() -> bool:
             # without the mark it is deleted or unreadable: nobody would confirm

@@ -52,9 +52,9 @@ class Binding(PrivateRecord, frozen=True, kw_only=True, omit_defaults=True):
     out_after: int = 0
     """Last sequence of WECHAT_OUT when the person was bound: commands up to it that name neither user nor bot were
     not meant for this person."""
-    closing: int = 0
-    """Sequence of the control command that ends the binding; 0: none. The bot serves nobody any more."""
-    closed: int = 0
+    closing: int | None = None
+    """Sequence of the control command that ends the binding; None: there is none. The bot serves nobody any more."""
+    closed: int | None = None
     """`closing`, once the shard's owner has released the bot and nothing of its user is in flight."""
     closed_by: str = ""
     """The incarnation of that owner."""
