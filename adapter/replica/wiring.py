@@ -214,7 +214,6 @@ class Replica:
             bindings,
             {f"KV_{name}": edges.bucket(name) for name in (names.checkpoints, names.conversations, names.logins)},
             partial(supervisor.is_released, ask=True),
-            clock,
         )
         # what is asked
         self.login_records = LoginRecords(edges.bucket(names.logins), events, clock, metrics)

@@ -20,7 +20,6 @@ from adapter.content.dedup import bot_of
 from adapter.contract.messages import ControlAnswer, Erase, ErasedEvent
 from adapter.contract.names import H_COMMAND, H_MSG_ID, H_SANDBOX, H_USER, Names, media_prefix, to_subject_token
 from adapter.errors import UNDECODABLE, Conflict, Temporary
-from adapter.kit.timing import Clock
 from adapter.observability.events import Events
 from adapter.ports import Bucket, History, StoredMessage
 
@@ -181,7 +180,6 @@ class Erasure:
         bindings: Bindings,
         buckets: Mapping[str, Bucket],
         is_released: Callable[[str], Awaitable[bool]],
-        clock: Clock,
     ) -> None:
         """`buckets`: those of checkpoints, conversations and logins, by stream name. `is_released`: whether no living
         replica polls a bot; raises Temporary."""
@@ -191,7 +189,6 @@ class Erasure:
         self._bindings = bindings
         self._buckets = buckets
         self._is_released = is_released
-        self._clock = clock
 
     async def run(self, command: Erase) -> ControlAnswer:
         """Erases a person whom no bot serves any more; with `dry_run` only counts. Raises Temporary, BusRefused."""

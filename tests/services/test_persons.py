@@ -45,7 +45,7 @@ class Place:
         async def is_released(_: str) -> bool:
             return not polled
 
-        self.erasure = Erasure(bench.bus, bench.events, bench.names, bench.bindings, {}, is_released, bench.clock)
+        self.erasure = Erasure(bench.bus, bench.events, bench.names, bench.bindings, {}, is_released)
 
     async def erase(self, sandbox: str | None = None) -> ControlAnswer:
         return await self.erasure.run(Erase(user=USER, sandbox=sandbox))
