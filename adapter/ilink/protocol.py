@@ -276,10 +276,14 @@ def hold_ms(hint: bytes) -> int:
 _GZIP_OR_ZLIB = 47
 
 
+class Oversized(Uncertain):
+    """The answer is too large."""
+
+
 def unpack(reply: IlinkReply, limit: int) -> IlinkReply:
     """The answer with its body decompressed, if that has at most `limit` bytes: a few can expand to gigabytes.
 
-    The body of an error page that cannot be unpacked is empty. Raises Uncertain("unreadable").
+    The body of an error page that cannot be unpacked is empty. Raises Uncertain("unreadable"), Oversized.
     """
     encoding, body = reply.headers.get("content-encoding", "").strip().lower(), reply.body
     problem = ""
@@ -291,10 +295,10 @@ def unpack(reply: IlinkReply, limit: int) -> IlinkReply:
             problem = "the answer cannot be unpacked"
         else:
             problem = "" if work.eof or len(body) > limit else "the packed answer ends early"
-    if len(body) > limit:
+    if is_oversized := len(body) > limit:
         problem = f"the answer exceeds {limit} bytes"
     if problem and 200 <= reply.status < 300:
-        raise Uncertain("unreadable", problem)
+        raise (Oversized if is_oversized else Uncertain)("unreadable", problem)
     return (
         reply if body is reply.body and not problem else msgspec.structs.replace(reply, body=b"" if problem else body)
     )

@@ -1,8 +1,10 @@
-"""Large answers: read up to a cap, and refused above it with the reason."""
+"""Large answers: read up to a cap, one after the other, and refused above it with the reason."""
 
 from __future__ import annotations
 
+import asyncio
 import gzip
+import time
 import zlib
 from collections.abc import AsyncIterator
 from types import FrameType
@@ -10,10 +12,11 @@ from types import FrameType
 import pytest
 
 from adapter.errors import Temporary
-from adapter.ilink.client import ILink
+from adapter.ilink.client import READ_BYTES_PER_S, SMALL, ILink
 from adapter.ilink.protocol import ANSWER_BYTES, COMMAS, OTHER_BYTES, IlinkReply
 from adapter.observability.metrics import Metrics
 from adapter.ports import Account, Polled
+from tests.e2e.waiting import until
 from tests.ilink.test_connection import Server, server
 
 __all__ = ["server"]
@@ -91,6 +94,22 @@ async def test_an_answer_to_any_other_call_is_smaller(server: Server, ilink: ILi
             await ilink.notify(Account("b1@im.bot", "token", ""), start=True)
 
 
+async def test_large_answers_are_read_one_after_the_other_and_small_ones_pass_them(
+    server: Server, ilink: ILink
+) -> None:
+    body = FRAME % LARGEST
+    server.answer = Server.say(packed(body))
+    began = time.monotonic()
+    large = [asyncio.create_task(poll(ilink)) for _ in range(4)]
+    await until(lambda: len(server.heads) == len(large), "all have asked")
+    server.answer = Server.say(packed(FRAME % b"small"))
+    for _ in range(10):
+        await poll(ilink)
+    assert not all(task.done() for task in large)
+    await asyncio.gather(*large)
+    assert time.monotonic() - began >= len(large) * len(body) / READ_BYTES_PER_S
+
+
 async def test_who_waits_after_a_large_answer_that_cannot_be_read_does_not_keep_it(
     server: Server, ilink: ILink
 ) -> None:
@@ -107,7 +126,7 @@ async def test_who_waits_after_a_large_answer_that_cannot_be_read_does_not_keep_
         problem = problem.__cause__
     kept = [value for frame in frames for value in frame.f_locals.values() if isinstance(value, IlinkReply)]
     assert frames
-    assert not [reply for reply in kept if len(reply.body) > 1000]
+    assert not [reply for reply in kept if len(reply.body) > SMALL]
 
 
 async def test_a_byte_a_chunk_takes_no_more_memory_than_the_answer_has_bytes(server: Server, ilink: ILink) -> None:
