@@ -95,7 +95,7 @@ async def test_a_bot_in_use_is_moved_only_on_purpose_and_never_lost_to_a_wrong_t
     assert [(row["sandbox"], row["bot"], row["state"]) for row in listed.rows] == [("s3", bot.bot, "active")]
 
 
-async def test_a_bot_for_which_no_replica_has_room_is_named_and_fails_the_doctor(
+async def test_a_bot_for_which_no_replica_has_room_fails_the_doctor(
     cli: Command, server: EmbeddedNats, simulator: Simulator, tmp_path: Path
 ) -> None:
     settings = msgspec.structs.replace(demo_settings(server.url, simulator.url), capacity=1)
@@ -111,7 +111,7 @@ async def test_a_bot_for_which_no_replica_has_room_is_named_and_fails_the_doctor
         assert (row["health"]["status"], "WECHAT_NATS_CAPACITY" in row["health"]["detail"]) == ("not_polled", True)
         doctor = await cli("doctor", "--json")
         (said,) = [check["say"] for check in doctor.rows if check["check"] == "bindings"]
-        assert (doctor.code, f"1 not_polled ({row['bot']}" in said) == (1, True)
+        assert (doctor.code, "1 not_polled" in said) == (1, True)
 
 
 async def test_an_inbox_of_an_old_backup_stops_polls_until_doctor_lowers_positions(
