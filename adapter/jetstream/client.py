@@ -8,7 +8,6 @@ The fast path uses parts of nats-py that are not public, so `pyproject.toml` bou
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import functools
 import re
 from collections.abc import Callable
@@ -35,9 +34,6 @@ BURST, BURST_BYTES = 64, 512 * 1024
 PAUSE_S = 0.004
 """Length of such a pause, so that a flood takes a fifth of the event loop's time."""
 
-UNWRITTEN_BYTES = 1024 * 1024
-"""Bytes that the server has not taken, from which on nats-py's writer waits for it."""
-
 
 class UserCredentials(NamedTuple):
     """A user of the server: by its JWT, or by its key alone. nats-py's option `user_credentials`."""
@@ -54,8 +50,6 @@ class BusClient(Client):
         super().__init__()
         self._raw_callbacks: dict[int, RawCallback] = {}
         self._admit: Admission | None = None
-        self._flush: asyncio.Handle | None = None
-        """The flush that is scheduled."""
         self.pauses = False
         """Whether incoming messages may take only a part of the event loop's time."""
         self._burst = 0.0
@@ -103,25 +97,9 @@ class BusClient(Client):
         self.stats["out_bytes"] += len(payload)
         self._pending.append(command)
         self._pending_data_size += len(command)
-        if self._flush is None:
-            self._flush = asyncio.get_running_loop().call_soon(self._write_pending)
-        return True
-
-    def _write_pending(self) -> None:
-        """Writes queued publishes, by nats-py's writer if the server does not keep up."""
-        self._flush = None
-        if not self._pending:
-            return
-        if self._status == self.CONNECTED and isinstance(self._transport, TcpTransport):
-            writer = self._transport._io_writer
-            if writer is not None and writer.transport.get_write_buffer_size() < UNWRITTEN_BYTES:
-                with contextlib.suppress(OSError, RuntimeError):  # the connection is closing; nats-py handles it
-                    writer.write(b"".join(self._pending))
-                    self._pending = []
-                    self._pending_data_size = 0
-                    return
         if self._flush_queue is not None and self._flush_queue.empty():
             self._flush_queue.put_nowait(asyncio.get_running_loop().create_future())
+        return True
 
     async def _process_connect_init(self) -> None:
         """Logs in. Turns the error that uvloop raises for a broken socket into ConnectionResetError."""

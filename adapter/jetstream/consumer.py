@@ -16,6 +16,7 @@ restart of the server that had it in its memory.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import Awaitable, Callable
 from typing import Any
 
@@ -23,10 +24,11 @@ import msgspec
 import structlog
 from nats.aio.client import Client
 from nats.aio.msg import Msg
+from nats.errors import Error as NatsError
 
 from adapter.errors import BusRefused, LeaseLost, Temporary
 from adapter.jetstream.api_replies import NO_CONSUMER
-from adapter.jetstream.managed_connection import ManagedConnection, temporary_inbox
+from adapter.jetstream.managed_connection import ManagedConnection
 from adapter.kit.timing import ChangeSignal, backoff
 
 log = structlog.get_logger()
@@ -183,7 +185,12 @@ class Consumer:
         def must_act() -> bool:
             return bool(broken) or self._requested <= REQUEST_AT or self.connection.nc is not nc
 
-        async with temporary_inbox(nc, on_message) as inbox:
+        inbox = nc.new_inbox()
+        try:
+            subscription = await nc.subscribe(inbox, cb=on_message, pending_msgs_limit=0, pending_bytes_limit=0)
+        except NatsError as exc:
+            raise Temporary("bus_down", type(exc).__name__) from exc
+        try:
             while self.connection.nc is nc:
                 if broken:
                     raise Temporary("consumer_broken", broken)
@@ -193,6 +200,9 @@ class Consumer:
                 if self._requested <= REQUEST_AT:
                     await self._request_batch(inbox, BATCH - self._requested)
                 await self._changed.wait_until(must_act, left_s, also=self.connection.changed)
+        finally:
+            with contextlib.suppress(NatsError):  # a closed client has no subscriptions
+                await subscription.unsubscribe()
 
     def _deliver(self, msg: Msg, on_delivery: Callable[[Delivery], None]) -> str:
         """Passes a delivery on. Returns why the pull is broken, or ""."""

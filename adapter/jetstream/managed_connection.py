@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import random
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import Awaitable, Callable
 from typing import Any
 
 import msgspec
@@ -19,6 +19,7 @@ from nats.aio.client import Client
 from nats.aio.msg import Msg
 from nats.errors import Error as NatsError
 
+from adapter.contract.names import is_inbox
 from adapter.errors import Temporary
 from adapter.jetstream.api_replies import ApiReply, decode_reply, error_of, is_leaderless
 from adapter.jetstream.client import BusClient, permission_violation
@@ -249,19 +250,47 @@ class ManagedConnection:
             raise Temporary("bus_down", str(exc)) from exc
 
 
-@contextlib.asynccontextmanager
-async def temporary_inbox(nc: Client, on_message: Callable[[Msg], Awaitable[None]]) -> AsyncIterator[str]:
-    """An inbox on one client for the duration of the block. Raises Temporary."""
-    inbox = nc.new_inbox()
-    try:
-        subscription = await nc.subscribe(inbox, cb=on_message, pending_msgs_limit=0, pending_bytes_limit=0)
-    except NatsError as exc:
-        raise Temporary("bus_down", type(exc).__name__) from exc
-    try:
-        yield inbox
-    finally:
-        with contextlib.suppress(NatsError):  # a closed client has no subscriptions
-            await subscription.unsubscribe()
+class CoreNats:
+    """Implements ports.CoreBus."""
+
+    def __init__(self, connection: ManagedConnection) -> None:
+        self._connection = connection
+
+    async def publish(self, subject: str, payload: bytes, headers: dict[str, str]) -> None:
+        await self._connection.publish(subject, payload, headers=headers)
+
+    def subscribe(self, subject: str, on_message: Callable[[bytes], None]) -> None:
+        """Subscribes on every connection. Messages that arrive while there is none are lost."""
+
+        async def receive(msg: Msg) -> None:
+            on_message(msg.data)
+
+        self._on_each(subject, receive)
+
+    def respond(self, subject: str, make: Callable[[bytes], bytes | None]) -> None:
+        """Answers queries to all replicas, if the reply subject is an inbox; None: no answer."""
+
+        async def receive(msg: Msg) -> None:
+            reply = make(msg.data) if is_inbox(msg.reply) else None
+            if reply is not None:
+                await msg.respond(reply)
+
+        self._on_each(subject, receive)
+
+    def _on_each(self, subject: str, receive: Callable[[Msg], Awaitable[None]]) -> None:
+        async def subscribe(nc: Client) -> None:
+            await nc.subscribe(subject, cb=receive)
+
+        self._connection.on_connect(subscribe)
+
+    async def query_replicas(self, subject: str, payload: bytes, *, count: int, within_s: float) -> list[bytes]:
+        answers: list[bytes] = []
+        with contextlib.suppress(TimeoutError), self._connection.open_request() as request:
+            await self._connection.publish(subject, payload, reply=request.reply)
+            async with asyncio.timeout(within_s):
+                while len(answers) < count and not (reply := await request.next_reply(within_s)).no_responders:
+                    answers.append(reply.data)
+        return answers
 
 
 def _check_subscriptions(refused: list[tuple[str, str]], inbox_prefix: str) -> None:

@@ -247,11 +247,6 @@ def _share_of_inbound_bytes(settings: Settings, part: int) -> int:
     return settings.in_max_bytes // part if settings.in_max_bytes > 0 else -1
 
 
-def reserved_bytes(names: Names, settings: Settings) -> int:
-    """Storage that the streams reserve when they are created, on each server with a copy."""
-    return sum(wanted.config["max_bytes"] for wanted in wanted_streams(names, settings) if wanted.reserves_space)
-
-
 def consumer_config(names: Names, name: str) -> tuple[str, dict[str, Any]]:
     """The stream of one of the adapter's durable consumers, and its configuration. Each has one owner (leases), so
     the ack wait is long."""

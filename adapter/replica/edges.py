@@ -11,9 +11,8 @@ from adapter.ilink.cdn import CdnClient
 from adapter.ilink.client import ILink
 from adapter.jetstream.buckets import KvBucket, LeaderKvBucket
 from adapter.jetstream.client import BusClient
-from adapter.jetstream.core import CoreNats
 from adapter.jetstream.history import StreamHistory
-from adapter.jetstream.managed_connection import ManagedConnection
+from adapter.jetstream.managed_connection import CoreNats, ManagedConnection
 from adapter.jetstream.objects import ObjectStore
 from adapter.jetstream.publisher import Publisher
 from adapter.kit.timing import Clock, SystemClock

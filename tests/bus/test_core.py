@@ -8,8 +8,7 @@ from typing import Any
 import msgspec
 
 from adapter.contract.names import H_SCHEMA
-from adapter.jetstream.core import CoreNats
-from adapter.jetstream.managed_connection import ManagedConnection
+from adapter.jetstream.managed_connection import CoreNats, ManagedConnection
 from tests.bus.rig import NAMES, PATIENCE_S, Rig
 
 

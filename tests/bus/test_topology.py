@@ -50,7 +50,8 @@ async def test_replicas_that_start_at_once_do_not_hinder_each_other(bus: Bus) ->
         assert results == [[], [], []]
 
 
-TIGHT = topology.reserved_bytes(NAMES, Settings(in_max_bytes=1 << 30, media_store_bytes=1 << 30))
+WANTED = topology.wanted_streams(NAMES, Settings(in_max_bytes=1 << 30, media_store_bytes=1 << 30))
+TIGHT = sum(wanted.config["max_bytes"] for wanted in WANTED if wanted.reserves_space)
 
 
 class TightNats(EmbeddedNats):

@@ -12,7 +12,7 @@ import pytest
 import yaml
 
 from adapter.contract.names import Names
-from adapter.jetstream.topology import reserved_bytes
+from adapter.jetstream.topology import wanted_streams
 from adapter.settings import Settings
 from tests.chart.helm import (
     CHART,
@@ -288,7 +288,8 @@ def test_the_server_for_evaluation_keeps_what_it_acknowledges() -> None:
     (claim,) = stateful["spec"]["volumeClaimTemplates"]
     assert claim["spec"]["resources"]["requests"]["storage"] == "4Gi"
     read = settings_of(adapter_of(objects))
-    assert reserved_bytes(Names(), read) <= 3 * 2**30, "JetStream reserves it, of three quarters of 4 GiB"
+    reserved = sum(w.config["max_bytes"] for w in wanted_streams(Names(), read) if w.reserves_space)
+    assert reserved <= 3 * 2**30, "JetStream reserves it, of three quarters of 4 GiB"
     other = rendered(CHART / "ci" / "evaluation-without-volume-values.yaml")
     assert "volumeClaimTemplates" not in one(other, "StatefulSet")["spec"]
     assert settings_of(adapter_of(other)).media_store_bytes == 2**31
