@@ -335,7 +335,7 @@ async def test_an_address_that_cannot_be_had_stops_the_start(guest: Office) -> N
 async def test_a_binding_with_all_that_is_known_of_it(office: Office) -> None:
     await office.bench.bind("s1", "b1@im.bot", "u1@im.wechat", token="b1@im.bot:SECRET")
     heard_ms = office.bench.clock.now_ms() - 60_000
-    office.bench.hears(sends_used=2, opened_ms=heard_ms, sent_at_ms=[heard_ms])
+    office.bench.open_window(sends_used=2, opened_ms=heard_ms, sent_at_ms=[heard_ms])
     office.replicas.polls["b1@im.bot"] = PollerStatus(state="polling", ago_ms=4000)
     page = (await office.browser.get("/")).text
     for words in ("s1", "b1@im.bot", "u1@im.wechat", ">active<", "8 sends left", "closes in 22 h", "4 s ago", "r1"):
@@ -381,7 +381,7 @@ async def test_what_is_wrong_with_a_binding_is_said(
 )
 async def test_the_window_in_words(office: Office, context: dict[str, Any], words: str) -> None:
     await office.bench.bind("s1")
-    office.bench.hears(**context)
+    office.bench.open_window(**context)
     assert words in (await office.browser.get("/")).text
 
 
@@ -389,7 +389,7 @@ async def test_a_record_of_a_newer_version_hides_no_other(office: Office) -> Non
     """In the middle of an upgrade."""
     for number in (1, 2):
         await office.bench.bind(f"s{number}", f"b{number}@im.bot", f"u{number}@im.wechat")
-        office.bench.hears(f"s{number}", f"u{number}@im.wechat", newer=number == 2)
+        office.bench.open_window(f"s{number}", f"u{number}@im.wechat", newer=number == 2)
     page = (await office.browser.get("/")).text
     assert ("10 sends left" in page, page.count("of a newer version")) == (True, 1)
 

@@ -26,7 +26,7 @@ async def ready(*, is_open: bool = True, **changes: Any) -> tuple[Bench, Shard]:
     bench = Bench()
     await bench.bind()
     if is_open:
-        bench.hears()
+        bench.open_window()
     return bench, bench.shard(**changes)
 
 
