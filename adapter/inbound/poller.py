@@ -20,7 +20,7 @@ from functools import partial
 
 import structlog
 
-from adapter.bindings.registry import account_of, mark_login, publish_login_event
+from adapter.bindings.registry import mark_login, publish_login_event
 from adapter.contract.names import shard_of
 from adapter.contract.records import Binding
 from adapter.errors import AdapterError, LeaseLost, SessionExpired, Temporary
@@ -29,7 +29,7 @@ from adapter.inbound.receive import InboundDeps, Receiver
 from adapter.kit.persist import persist
 from adapter.kit.timing import ChangeSignal, backoff, raise_if_cancelled, shield_with_grace
 from adapter.outbound.sessions import BotSession
-from adapter.ports import HOLD_MS, Account, Polled
+from adapter.ports import HOLD_MS, Polled
 
 log = structlog.get_logger()
 
@@ -155,7 +155,6 @@ class BotPoller:
         self._folding: asyncio.Task[None] | None = None
         self._poll_task: asyncio.Task[Polled | None] | None = None
         """The poll that waits."""
-        self._account: tuple[Binding, Account] | None = None
         # what the last polls tell about the next one
         self._failures = 0
         """Failed steps in a row."""
@@ -224,8 +223,7 @@ class BotPoller:
             self.session.is_taken, self.session.poll_now = False, None  # breaks a reference cycle
             if self.checkpoint is not None:
                 await shield_with_grace(self._release(self.checkpoint), RELEASE_GRACE_S)
-            if sessions.polled.get(self.bot) is self.session:
-                del sessions.polled[self.bot]
+            sessions.forget(self.bot, self.session)
             self._enter(State.ENDED)
 
     async def _serve(self) -> None:
@@ -331,7 +329,7 @@ class BotPoller:
         ):
             self.why = f"{stored.owner} has not released it"
             return None
-        self._open_account(binding)
+        deps.sessions.account(binding)
         checkpoint = Checkpoint(stored, deps.checkpoints, self._leases, self._clock)
         checkpoint.apply_start_cursor(binding, deps.sealer)
         await checkpoint.move(binding.sandbox, deps.inboxes)
@@ -488,7 +486,7 @@ class BotPoller:
         Refused."""
         self._check_owned(binding)
         self.last_binding = binding
-        account = self._open_account(binding)
+        account = self._deps.sessions.account(binding)
         if self._is_cut:
             return None
         poll = self._deps.chat.poll(account, cursor, self._hold_ms)
@@ -616,12 +614,6 @@ class BotPoller:
 
     # small things -----------------------------------------------------------------------------------
 
-    def _open_account(self, binding: Binding) -> Account:
-        """`account_of`, which opens a token once instead of for each poll. Raises Refused("token_key")."""
-        if self._account is None or self._account[0] is not binding:
-            self._account = binding, account_of(binding, self._deps.sealer)
-        return self._account[1]
-
     async def _notify(self, *, start: bool, even_stale: bool = False) -> None:
         """Tells iLink that polling starts or stops. Best effort, and not for a token that is known to be dead."""
         binding = self._bindings.get(self.bot) or self.last_binding
@@ -629,7 +621,7 @@ class BotPoller:
             return
         try:
             async with asyncio.timeout(NOTIFY_S):
-                await self._deps.chat.notify(self._open_account(binding), start=start)
+                await self._deps.chat.notify(self._deps.sessions.account(binding), start=start)
             self._is_announced = start
         except (AdapterError, TimeoutError) as exc:
             reason = exc.reason if isinstance(exc, AdapterError) else "timeout"

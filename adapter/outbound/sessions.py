@@ -8,9 +8,10 @@ from collections.abc import Callable
 import structlog
 
 from adapter.bindings.registry import Bindings, account_of
+from adapter.contract.records import Binding
 from adapter.errors import AdapterError, Refused, SessionExpired, Temporary, Uncertain
 from adapter.kit.timing import ChangeSignal, Clock
-from adapter.ports import Chat
+from adapter.ports import Account, Chat
 from adapter.security.seal import Sealer
 
 log = structlog.get_logger()
@@ -47,10 +48,24 @@ class BotSessions:
         """By bot; pollers enter themselves."""
         self.changed = ChangeSignal()
         """A poll was answered, or a token refused."""
+        self._accounts: dict[str, tuple[Binding, Account]] = {}
         self._bindings = bindings
         self._chat = chat
         self._sealer = sealer
         self._clock = clock
+
+    def account(self, binding: Binding) -> Account:
+        """The bot's account. The token is opened once, not for each request. Raises Refused("token_key")."""
+        known = self._accounts.get(binding.bot)
+        if known is None or known[0] is not binding:
+            known = self._accounts[binding.bot] = binding, account_of(binding, self._sealer)
+        return known[1]
+
+    def forget(self, bot: str, session: BotSession) -> None:
+        """The poller has ended."""
+        if self.polled.get(bot) is session:
+            del self.polled[bot]
+        self._accounts.pop(bot, None)
 
     def is_recovering(self, bot: str) -> bool:
         session = self.polled.get(bot)
@@ -68,7 +83,7 @@ class BotSessions:
         if binding is None or self._is_dead(bot):
             return False
         try:
-            await self._chat.notify(account_of(binding, self._sealer), start=True)
+            await self._chat.notify(self.account(binding), start=True)
             return True
         except (SessionExpired, Temporary, Uncertain):
             pass
@@ -98,7 +113,7 @@ class BotSessions:
             return
         session.restarted_at = now
         try:
-            await self._chat.notify(account_of(binding, self._sealer), start=True)
+            await self._chat.notify(self.account(binding), start=True)
         except AdapterError as exc:
             log.debug("restart.failed", bot=bot, reason=exc.reason)
 

@@ -24,7 +24,7 @@ from typing import NamedTuple, TypeVar
 import msgspec
 import structlog
 
-from adapter.bindings.registry import Bindings, account_of
+from adapter.bindings.registry import Bindings
 from adapter.contract.names import (
     H_MSG_ID,
     Names,
@@ -123,7 +123,6 @@ class Shard:
         """By bot: commands of bots whose users are not known."""
         self._heads: dict[str, dict[int, str]] = {}
         """By sandbox: the users to whom former owners were sending commands, by sequence."""
-        self._accounts: dict[str, tuple[Binding, Account]] = {}
         self._body_bytes = 0
         self._missing = (-math.inf, -math.inf)
         """Span of monotonic time in which commands were missing on the bus, so that only the first of many missing
@@ -400,10 +399,7 @@ class Shard:
         binding = self.deps.bindings.serving(bot)
         if binding is None or binding.sandbox != sandbox:
             raise Refused("not_bound", "The bot no longer serves this sandbox.")
-        known = self._accounts.get(bot)
-        if known is None or known[0] is not binding:  # opens a token once instead of for each send
-            known = self._accounts[bot] = binding, account_of(binding, self.deps.sealer)
-        return known[1]
+        return self.deps.sessions.account(binding)
 
     def base_url_of(self, bot: str) -> str:
         binding = self.deps.bindings.serving(bot)
@@ -603,7 +599,6 @@ class Shard:
             conversation.store()
             self.drop_idle(conversation)
         bindings = self.deps.bindings
-        self._accounts = {bot: known for bot, known in self._accounts.items() if bindings.get(bot)}
         self.typing.evict_idle(lambda bot: bindings.get(bot) is not None)
 
     def queue_depths(self, parked: Counter[str]) -> tuple[int, int | None]:

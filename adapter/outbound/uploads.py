@@ -8,7 +8,7 @@ from functools import partial
 from typing import NamedTuple
 
 from adapter.content.media import HEAD, file_name, identify
-from adapter.errors import AdapterError, Refused, Temporary, Unreadable
+from adapter.errors import Refused, Temporary, Unreadable
 from adapter.kit.slots import FairSlots
 from adapter.outbound.commands import MediaPart
 from adapter.ports import Account, Cdn, MediaKind, Objects, Pieces, Read, Uploaded
@@ -40,11 +40,10 @@ class Uploads:
 
         Raises Refused("media"), SessionExpired, StoreAway, Temporary (iLink is unreachable).
         """
-        problems: list[Temporary | Unreadable] = []
-        read = _recording_problems(await self._open_source(part), problems)
+        read = partial(_reading, await self._open_source(part))
+        measured = await self._measure_content(read)
+        found = identify(measured.head, part.name)
         try:
-            measured = await self._measure_content(read)
-            found = identify(measured.head, part.name)
             async with self._transfers.slot(sandbox):
                 return await self._cdn.upload(
                     account,
@@ -55,12 +54,9 @@ class Uploads:
                     md5=measured.md5,
                     read=read,
                 )
-        except AdapterError as exc:
-            match problems:
-                case [Temporary() as problem, *_]:
-                    raise StoreAway(problem.reason, problem.detail) from exc
-                case [Unreadable(), *_]:
-                    raise Refused("media", "The object changed or got damaged while it was read.") from exc
+        except Temporary as exc:
+            if isinstance(exc.__cause__, StoreAway):
+                raise exc.__cause__ from None
             raise
 
     async def _open_source(self, part: MediaPart) -> Read:
@@ -78,7 +74,7 @@ class Uploads:
         return partial(self._objects.read, stored)
 
     async def _measure_content(self, read: Read) -> _Measured:
-        """Reads the content once. Raises Refused("media"), Temporary, Unreadable."""
+        """Reads the content once. Raises Refused("media"), StoreAway."""
         digest, size, head = hashlib.md5(usedforsecurity=False), 0, b""
         async with contextlib.aclosing(read()) as pieces:
             async for piece in pieces:
@@ -99,20 +95,16 @@ def _media_kind_of(part: MediaPart, mime: str) -> MediaKind:
     return part.kind if mime.startswith(f"{part.kind}/") else "file"
 
 
-def _recording_problems(read: Read, problems: list[Temporary | Unreadable]) -> Read:
-    """`read`, with its failures recorded, since the uploader may wrap them, and closed together with its reader."""
-
-    async def watched() -> Pieces:
-        problems.clear()
-        try:
-            async with contextlib.aclosing(read()) as pieces:
-                async for piece in pieces:
-                    yield piece
-        except (Temporary, Unreadable) as exc:
-            problems.append(exc)
-            raise
-
-    return watched
+async def _reading(read: Read) -> Pieces:
+    """The pieces of a source, closed together with their reader. Raises StoreAway, Refused("media")."""
+    try:
+        async with contextlib.aclosing(read()) as pieces:
+            async for piece in pieces:
+                yield piece
+    except Temporary as exc:
+        raise StoreAway(exc.reason, exc.detail) from exc
+    except Unreadable as exc:
+        raise Refused("media", "The object changed or got damaged while it was read.") from exc
 
 
 async def _single_piece(data: bytes) -> Pieces:

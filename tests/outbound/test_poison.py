@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import pytest
 
 from adapter.contract.names import H_REASON, H_SUBJECT
-from adapter.outbound import sending
+from adapter.outbound import sending, sessions
 from adapter.outbound import shard as outbound
 from adapter.outbound.shard import Shard
 from adapter.ports import Account, BusMessage, Content
@@ -241,7 +241,7 @@ async def test_commands_wait_while_the_account_cannot_be_opened(monkeypatch: pyt
             bugs.strike()
         return Account(binding.bot, binding.token, "")
 
-    monkeypatch.setattr(outbound, "account_of", account)
+    monkeypatch.setattr(sessions, "account_of", account)
     shard = bench.shard(gap_ms=0)
     for text, user in ((WORDS, USER), ("for another", OTHER), ("after", USER)):
         shard.on_delivery(bench.command(text, id=text, user=user))
