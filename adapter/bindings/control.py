@@ -182,7 +182,9 @@ class Control:
         entry = await self._outcomes.get(key)
         known = _outcome_in(entry)
         if known is not None and (known.answer.ok or known.sequence == number):
-            await self._answer(delivery, known.answer)
+            bound = self._bindings.get(command.bot) if isinstance(command, Bind) else None
+            now = [bound.info()] if bound is not None and bound.sandbox == command.sandbox else []
+            await self._answer(delivery, structs.replace(known.answer, bindings=now))
             return
         try:
             if isinstance(command, Bind):
