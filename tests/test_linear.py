@@ -122,7 +122,7 @@ OPERATORS = {
     "cli/run.py": 1,
     "cli/send.py": 1,
     "cli/embedded.py": 2,
-    "environment.py": 3,
+    "environment.py": 1,
     "settings.py": 2,
 }
 """Those that see nothing but what an operator typed or set, and what the server beside us says of itself."""

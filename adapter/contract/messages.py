@@ -7,7 +7,6 @@ unknown fields, so optional fields may be added. Any other change is a new major
 
 from __future__ import annotations
 
-import re
 from typing import Annotated, Literal, TypeAlias, get_args
 
 import msgspec
@@ -760,7 +759,7 @@ class ReplayPage(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
 
 
 MESSAGES: dict[str, type[msgspec.Struct]] = {
-    re.sub(r"\B(?=[A-Z])", "_", kind.__name__).lower(): kind
+    "".join(f"_{char.lower()}" if char.isupper() else char for char in kind.__name__)[1:]: kind
     for kind in (
         *(Inbound, Outbound, Receipt, Window, Bind, Unbind, Erase, ControlAnswer),
         *(BindingEvent, ErasedEvent, BindingsQuery, BindingsPage),
