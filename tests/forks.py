@@ -44,15 +44,15 @@ class Forked:
             if stream not in (number, given[number]):
                 os.close(stream)
         there.close()
-        control, closing = await asyncio.open_unix_connection(sock=here)
+        told, closing = await asyncio.open_unix_connection(sock=here)
         if outer[0] is not None:
             self.stdin = await _writing(outer[0])
         self.stdout, self.stderr = [None if stream is None else await _reading(stream) for stream in outer[1:]]
-        self.pid = int(await control.readline())
+        self.pid = int(await told.readline())
 
         async def end() -> int:
             try:
-                return int(await control.read())
+                return int(await told.read())
             finally:
                 closing.close()
 
@@ -158,15 +158,15 @@ def serve() -> dict[str, Any]:
             os.close(file)
     control.close()
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-    *streams, outcome = files
+    *streams, told = files
     if pid := os.fork():  # this is its keeper
         for number in (0, 1, 2, *streams):
             os.close(number)
-        os.write(outcome, b"%d\n" % pid)
-        os.write(outcome, b"%d" % os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))
+        os.write(told, b"%d\n" % pid)
+        os.write(told, b"%d" % os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))
         os._exit(0)
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    os.close(outcome)
+    os.close(told)
     for number, stream in enumerate(streams):
         os.dup2(stream, number)
         os.close(stream)

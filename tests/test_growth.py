@@ -83,7 +83,7 @@ async def test_users_who_were_unbound_leave_nothing_behind(bench: Bench) -> None
 
 async def test_tickets_are_kept_as_long_as_they_are_good(bench: Bench) -> None:
     await bench.bind()
-    bench.open_window()
+    bench.hears()
     shard = bench.shard()
     shard.on_delivery(bench.command(typing="on"))
     await asyncio.sleep(1)
@@ -136,7 +136,7 @@ async def test_what_has_ended_goes_without_the_garbage_collector() -> None:
 
     bench = Bench()
     await bench.bind()
-    bench.open_window()
+    bench.hears()
     gc.collect()
     gc.disable()
     try:

@@ -520,12 +520,12 @@ class Model:
             self.chat.unanswered |= {sent.client_id for sent in self.chat.sent if sent.at_s > self._now() - 60}
         before.lose()
         if again and self.retired:
-            successor = self.retired.pop()
-            successor.open()
+            heir = self.retired.pop()
+            heir.open()
         else:
-            successor = self._replica()
+            heir = self._replica()
         self.retired.append(before)
-        await self.take_over(successor)
+        await self.take_over(heir)
 
     def _now(self) -> float:
         return self.world.clock.monotonic()

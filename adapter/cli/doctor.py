@@ -87,7 +87,7 @@ async def _run_checks(bus: BusConnection, *, fix: bool, allow_loss: bool, quiet:
         checks += await _attempt("streams", _check_topology(bus))
         sealed = _attempt("tokens", _check_tokens(bus)), _attempt("positions", _check_positions(bus))
         checks += itertools.chain(*await asyncio.gather(*sealed))  # both time out where this user may not read
-    checks += await _attempt("adapters", _check_adapters(bus))
+    checks.append(_check_adapters(await query_adapters(bus)))
     if checks[-1].state == "ok":
         checks += await _attempt("bindings", _check_bindings(bus))
     wait = "in turn, for their users to write, or for a login"
@@ -203,25 +203,32 @@ def _short(value: Any) -> str:
     return text if len(text) <= 80 else text[:79] + "…"
 
 
-class _Pong(msgspec.Struct):
+class Adapter(msgspec.Struct):
     """An adapter's answer to a ping."""
 
+    id: str
     version: str
 
 
-async def _check_adapters(bus: BusConnection) -> list[Finding]:
+async def query_adapters(bus: BusConnection) -> list[Adapter]:
+    """Asks all adapters, and waits for their answers. Raises Failed, NatsError."""
     ping, inbox = f"$SRV.PING.{SERVICE}", bus.nc.new_inbox()
     answers = await bus.nc.subscribe(inbox)
     await bus.nc.publish(ping, b"", reply=inbox)
     await asyncio.sleep(PING_S)
     bus.raise_if_forbidden(ping)
-    versions = []
+    found: list[Adapter] = []
     while answers.pending_msgs:
         with contextlib.suppress(*UNDECODABLE):  # empty: the server says that nobody subscribes
-            versions.append(msgspec.json.decode((await answers.next_msg()).data, type=_Pong).version)
-    if not versions:
-        return [Finding("adapters", "fail", "None answers: start one with `wechat-nats run`, or look why it hangs.")]
-    return [Finding("adapters", "ok", f"{len(versions)} running, version {', '.join(sorted(set(versions)))}")]
+            found.append(msgspec.json.decode((await answers.next_msg()).data, type=Adapter))
+    return found
+
+
+def _check_adapters(there: list[Adapter]) -> Finding:
+    if not there:
+        return Finding("adapters", "fail", "None answers: start one with `wechat-nats run`, or look why it hangs.")
+    versions = ", ".join(sorted({adapter.version for adapter in there}))
+    return Finding("adapters", "ok", f"{len(there)} running, version {versions}")
 
 
 async def _check_bindings(bus: BusConnection) -> list[Finding]:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import concurrent.futures
+import ipaddress
 import re
 import secrets
 from collections.abc import Callable, Coroutine, Iterable
+from http.cookies import CookieError, SimpleCookie
 from typing import Any, NamedTuple, Self, TypeVar
 from urllib.parse import parse_qs
 
@@ -25,8 +27,6 @@ log = structlog.get_logger()
 
 T = TypeVar("T")
 COOKIE = "wechat_nats_console"
-LOOPBACK = ("127.0.0.1", "::1", "localhost")
-"""Hosts of addresses that nobody but this machine reaches."""
 ANSWER_S = 15.0
 """How long a page waits for the event loop before it says that nobody answers."""
 MAX_BODY = 4096
@@ -79,7 +79,7 @@ class Console(Listener):
         self._loop = asyncio.get_running_loop()
         super().__enter__()
         log.info("console.started", url=self.url)
-        if split_addr(self._addr)[0] not in LOOPBACK:
+        if not is_loopback(split_addr(self._addr)[0]):
             log.warning(
                 "console.exposed", url=self.url, detail="Put TLS in front of it: the token passes in the clear."
             )
@@ -291,6 +291,16 @@ def is_same_origin(request: BrowserRequest) -> bool:
     return request.origin == "" or request.origin.partition("://")[2] == request.host
 
 
+def is_loopback(host: str) -> bool:
+    """Whether nobody but this machine reaches an address."""
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
 def security_headers(nonce: str) -> list[tuple[str, str]]:
     """Nothing from elsewhere, nothing kept, nothing framed; scripts and styles only with the page's nonce."""
     policy = (
@@ -324,5 +334,8 @@ def _fields(text: str) -> dict[str, str]:
 
 
 def _session(header: str) -> str:
-    pairs = [pair.strip().partition("=") for pair in header.split(";")]
-    return next((value for name, _, value in pairs if name == COOKIE), "")
+    try:
+        found = SimpleCookie(header).get(COOKIE)
+    except CookieError:
+        return ""
+    return found.value if found else ""

@@ -1,7 +1,7 @@
 """One QR login from its first code to its bot, in the memory of the replica that started it.
 
-One task asks iLink about each code that may be scanned, and one fetches new codes. The flow applies their answers one
-after the other, and stores what readers may know by compare-and-set. Others write into the record, too: digits
+One task asks iLink about each code that may be scanned, and one fetches new codes. Their answers are applied one
+after the other, and what readers may know is stored by compare-and-set. Others write into the record, too: digits
 (`login.verify`), and its end (`login.cancel`). After a confirmation the flow publishes a bind command, and waits
 until it is applied or refused.
 
@@ -91,7 +91,7 @@ class LoginFlow:
         self._clock = clock
         self._metrics = metrics
         self._refresh_s = refresh_s
-        self._codes: dict[_Code, asyncio.Task[tuple[str, Scan]]] = {}
+        self._codes: dict[_Code, asyncio.Task[None]] = {}
         """Oldest first, with who asks about it: the newest and the one before it, or only the scanned one. Empty: one
         has to be fetched."""
         self._needs_code = asyncio.Event()
@@ -100,27 +100,18 @@ class LoginFlow:
         """Codes that expired or were blocked; codes that were replaced before do not count."""
         self._base_url = ""
         """Base URL of the requests about the codes; "": the service's default."""
+        self._lock = asyncio.Lock()
+        """Held while an answer is applied."""
 
     async def run(self, first: QrCode) -> None:
-        """Applies what is heard of the codes, one answer after the other. Raises Refused("not_found") if the record
-        was deleted, and bugs."""
-        spawn = asyncio.get_running_loop().create_task
-        left_s = (self._record.until_ms - self._clock.now_ms()) / 1000
-        over = spawn(self._records.changed.wait_until(lambda: self._now().is_over, left_s))
-        renewing = spawn(self._next_code())
-        self._ask(_Code(1, first))
-        try:
-            while not over.done():
-                await asyncio.wait({over, renewing, *self._codes.values()}, return_when=asyncio.FIRST_COMPLETED)
-                for code, asking in list(self._codes.items()):
-                    if asking.done() and code in self._codes:
-                        await shield_with_grace(self._on_answer(code, asking), GRACE_S)
-                if renewing.done():
-                    await shield_with_grace(self._on_code(renewing.result()), GRACE_S)
-                    renewing = spawn(self._next_code())
-            await self._step(status="expired", reason="time")
-        finally:
-            for task in (over, renewing, *self._codes.values()):
+        """Raises a group: Refused("not_found") if the record was deleted, and bugs."""
+        async with asyncio.TaskGroup() as self._group:
+            renewing = self._group.create_task(self._renew_codes())
+            self._add_code(_Code(1, first))
+            await self._wait_until(lambda: self._now().is_over, (self._record.until_ms - self._now_ms()) / 1000)
+            async with self._lock:  # a confirmed bot is being bound
+                await self._step(status="expired", reason="time")
+            for task in (renewing, *self._codes.values()):
                 task.cancel()
 
     async def fail(self, reason: str, detail: str = "") -> None:
@@ -134,6 +125,12 @@ class LoginFlow:
         if record is not None and revision > self._revision:
             self._record, self._revision = record, revision
         return self._record
+
+    def _now_ms(self) -> int:
+        return self._clock.now_ms()
+
+    async def _wait_until(self, holds: Callable[[], bool], timeout_s: float | None = None) -> None:
+        await self._records.changed.wait_until(holds, timeout_s)
 
     async def _step(self, **changes: object) -> None:
         """Stores a step, unless the login is over."""
@@ -156,19 +153,22 @@ class LoginFlow:
 
     # codes ------------------------------------------------------------------------------------------
 
-    def _ask(self, code: _Code, pause_s: float = 0.0) -> None:
-        self._codes[code] = asyncio.get_running_loop().create_task(self._next_answer(code, pause_s))
+    def _add_code(self, code: _Code) -> None:
+        self._codes[code] = self._group.create_task(self._ask(code))
 
     def _keep_codes(self, *kept: _Code) -> None:
         for code in self._codes.keys() - {*kept}:
-            self._codes.pop(code).cancel()
+            task = self._codes.pop(code)
+            if task is not asyncio.current_task():
+                task.cancel()
 
-    async def _next_code(self) -> QrCode:
-        """Another code, once the newest one is old or dead and nobody has scanned."""
-        await wait_event(self._needs_code, self._refresh_s)
-        await self._records.changed.wait_until(lambda: self._now().status == "wait")
+    async def _renew_codes(self) -> None:
+        """Fetches a code once the newest one is old or dead, and shows it unless somebody has scanned meanwhile."""
         failures = 0
         while True:
+            if not failures:
+                await wait_event(self._needs_code, self._refresh_s)
+                await self._wait_until(lambda: self._now().status == "wait")
             try:
                 code = await fetch_code(self._ilink, self._bindings.of_sandbox(self._record.sandbox), self._sealer)
             except Temporary as exc:
@@ -176,76 +176,70 @@ class LoginFlow:
                 wait_s = exc.retry_after_s or backoff(failures, longest_s=10.0)
                 log.warning("login.no_code", login=self._login[:6], reason=exc.reason, wait_s=wait_s)
                 await self._clock.sleep(wait_s)
-            else:
-                self._needs_code.clear()
-                return code
+                continue
+            failures = 0
+            self._needs_code.clear()
+            await shield_with_grace(self._on_code(code), GRACE_S)
 
     async def _on_code(self, code: QrCode) -> None:
-        """Shows a code, unless somebody has scanned another one meanwhile."""
-        if self._now().status == "wait":
+        async with self._lock:
+            if self._now().status != "wait":
+                return
             self._keep_codes(*[*self._codes][1 - CODES :])
             await self._step(number=(number := self._record.number + 1), url=self._seal_url(code))
-            self._ask(_Code(number, code))
+            self._add_code(_Code(number, code))
             self._metrics.qr_refreshes.inc()
 
-    async def _next_answer(self, code: _Code, pause_s: float) -> tuple[str, Scan]:
-        """The next answer about a code that says more than `wait`, after the digits in the request, sealed. Raises
-        Refused.
+    async def _ask(self, code: _Code) -> None:
+        """Asks about a code until it is dead, or another one was scanned.
 
         While digits are awaited no request is made, as in the official client: how iLink treats a request without
         them is unknown.
         """
-        while True:
-            await self._clock.sleep(pause_s)
-            await self._records.changed.wait_until(
-                lambda: self._now().status != "need_verify_code" or bool(self._record.digits)
-            )
-            sent = self._record.digits
+        while code in self._codes:
+            await self._wait_until(lambda: self._now().status != "need_verify_code" or bool(self._record.digits))
+            sent, before = self._record.digits, self._record.status
             digits = self._sealer.open(login_context(self._login, "digits"), sent) if sent else ""
-            scan = await self._ilink.read_code(code.code.handle, self._base_url, digits)
-            if scan is not None and scan.status != "wait":
-                return sent, scan
-            pause_s = PAUSE_S
+            try:
+                scan = await self._ilink.read_code(code.code.handle, self._base_url, digits)
+                if scan is not None:
+                    await shield_with_grace(self._on_scan(code, sent, scan), GRACE_S)
+            except Refused as exc:
+                await self.fail(exc.reason, exc.detail)
+            # a redirect during the scan is new
+            if scan is None or scan.status == "wait" or before == "scanned":
+                await self._clock.sleep(PAUSE_S)
 
     # answers ----------------------------------------------------------------------------------------
 
-    async def _on_answer(self, code: _Code, asking: asyncio.Task[tuple[str, Scan]]) -> None:
-        """Applies an answer, or fails for one that no login could use, and asks on about a code that lives."""
-        pause_s = PAUSE_S if self._now().status == "scanned" else 0.0  # for iLink repeats itself, or redirects
-        try:
-            await self._on_scan(code, *asking.result())
-        except Refused as exc:
-            await self.fail(exc.reason, exc.detail)
-        if code in self._codes:
-            self._ask(code, pause_s)
-
     async def _on_scan(self, code: _Code, sent: str, scan: Scan) -> None:
         """`sent`: the digits in the request, sealed. Raises Refused for an answer that no login could use."""
-        record = self._now()
-        if record.is_over:
-            return
-        match scan.status:
-            case "confirmed":
-                await self._confirm(scan)
-            case "binded_redirect":
-                await self._on_already_bound()
-            case "scaned_but_redirect":
-                if scan.redirect_host:
-                    self._base_url = self._ilink.redirect_base_url(scan.redirect_host, self._base_url)
-                if record.status == "wait":
-                    await self._on_scanned(code, "", status="scanned")
-            case "scaned" if record.status != "scanned":
-                await self._on_scanned(code, sent, status="scanned")
-            case "need_verifycode" if sent:
-                detail = "The digits are not those shown on the phone; send them again."
-                wrong = {"status": "need_verify_code", "reason": "wrong_code", "detail": detail}
-                await self._on_scanned(code, sent, **wrong)
-            case "need_verifycode" if record.status != "need_verify_code":
-                await self._on_scanned(code, "", status="need_verify_code")
-            case "expired" | "verify_code_blocked":
-                await self._on_dead(code, blocked=scan.status == "verify_code_blocked")
-            case _:
-                pass
+        async with self._lock:
+            record = self._now()
+            if code not in self._codes or record.is_over:
+                return
+            match scan.status:
+                case "confirmed":
+                    await self._confirm(scan)
+                case "binded_redirect":
+                    await self._on_already_bound()
+                case "scaned_but_redirect":
+                    if scan.redirect_host:
+                        self._base_url = self._ilink.redirect_base_url(scan.redirect_host, self._base_url)
+                    if record.status == "wait":
+                        await self._on_scanned(code, "", status="scanned")
+                case "scaned" if record.status != "scanned":
+                    await self._on_scanned(code, sent, status="scanned")
+                case "need_verifycode" if sent:
+                    detail = "The digits are not those shown on the phone; send them again."
+                    wrong = {"status": "need_verify_code", "reason": "wrong_code", "detail": detail}
+                    await self._on_scanned(code, sent, **wrong)
+                case "need_verifycode" if record.status != "need_verify_code":
+                    await self._on_scanned(code, "", status="need_verify_code")
+                case "expired" | "verify_code_blocked":
+                    await self._on_dead(code, blocked=scan.status == "verify_code_blocked")
+                case _:
+                    pass
 
     async def _on_scanned(self, code: _Code, sent: str, **changes: object) -> None:
         """Somebody has scanned this code, so it is the only one that counts. If other digits than `sent` have come

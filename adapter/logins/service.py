@@ -183,9 +183,9 @@ class LoginService:
 async def _run_flow(login: str, flow: LoginFlow, code: QrCode) -> None:
     try:
         await flow.run(code)
-    except Refused as exc:  # the record was deleted
-        log.info("login.abandoned", login=login[:6], reason=exc.reason)
-    except Exception:  # a bug ends this login, and the others continue
+    except* Refused as exc:  # the record was deleted
+        log.info("login.abandoned", login=login[:6], reason=exc.exceptions[0].args[0])
+    except* Exception:  # a bug ends this login, and the others continue
         log.exception("login.crashed", login=login[:6])
         await flow.fail("crashed", "The adapter failed, see its log; start another login.")
 

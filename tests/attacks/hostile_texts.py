@@ -38,11 +38,9 @@ async def attack(rig: Rig) -> None:
     (attacker,) = rig.attackers
     done = await rig.flood(commands(rig.rng, attacker), bytes_per_s=BYTES_PER_S)
     witness = await rig.server.connect(WITNESS)
-    outcomes = Counter(
+    told = Counter(
         receipt.outcome
         for receipt in await rig.world.receipts(witness.nc)
         if receipt.sandbox == attacker and receipt.outcome in FINAL_OUTCOMES
     )
-    rig.note(
-        f"{done.chunks / rig.seconds:,.0f} commands/s, of which {sum(outcomes.values())} have ended: {dict(outcomes)}"
-    )
+    rig.note(f"{done.chunks / rig.seconds:,.0f} commands/s, of which {sum(told.values())} have ended: {dict(told)}")

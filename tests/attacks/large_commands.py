@@ -20,7 +20,7 @@ ENVIRON = {"WECHAT_NATS_IN_MAX_BYTES": str(6 << 30)}
 async def attack(rig: Rig) -> None:
     for size in SIZES:
         done = await rig.flood(_commands(size), seconds=rig.seconds / len(SIZES))
-        refused = f" ({sum(done.replies.values())} times cut off)" if done.replies else ""
+        refused = f" ({sum(done.heard.values())} times cut off)" if done.heard else ""
         rig.note(f"{size // 1000} kB: {done.written / rig.seconds * len(SIZES) / 1e6:,.0f} MB/s{refused}")
     witness = await rig.connect(WITNESS)
     for name in (NAMES.stream_out, NAMES.stream_dead):

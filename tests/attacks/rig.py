@@ -179,7 +179,7 @@ class Flooded:
         self.written = 0
         """Bytes."""
         self.connections = 0
-        self.replies: Counter[str] = Counter()
+        self.heard: Counter[str] = Counter()
         """Errors that the server told, and acknowledgements and answers of services by their codes."""
 
 
@@ -201,7 +201,7 @@ def _flood(url: str, creds: Path, chunks: Iterator[bytes], bytes_per_s: float, s
                 done.connections += 1
                 _write(connection, chunks, bytes_per_s, time.monotonic() + left, done)
         except OSError as exc:  # the server has enough of it: come again
-            done.replies[type(exc).__name__] += 1
+            done.heard[type(exc).__name__] += 1
             time.sleep(0.05)
     return done
 
@@ -233,11 +233,11 @@ def _write(connection: socket.socket, chunks: Iterator[bytes], bytes_per_s: floa
         may_write = bool(waiting) or written < bytes_per_s * (now - begun)
         readable, writable, _ = select.select([connection], [connection] if may_write else [], [], 0.02)
         if readable:
-            data = connection.recv(WRITTEN)
-            if not data:
+            heard = connection.recv(WRITTEN)
+            if not heard:
                 raise ConnectionError
-            pongs += b"PONG\r\n" * data.count(b"PING\r\n")
-            tail = _listen(tail + data, done)
+            pongs += b"PONG\r\n" * heard.count(b"PING\r\n")
+            tail = _listen(tail + heard, done)
         if writable:
             if not waiting:
                 waiting, pongs = memoryview(pongs + next(chunks)), b""
@@ -248,16 +248,16 @@ def _write(connection: socket.socket, chunks: Iterator[bytes], bytes_per_s: floa
             done.written += sent
 
 
-def _listen(data: bytes, done: Flooded) -> bytes:
+def _listen(heard: bytes, done: Flooded) -> bytes:
     """Counts what the server said in whole lines; the rest."""
-    *lines, tail = data.split(b"\r\n")
+    *lines, tail = heard.split(b"\r\n")
     for line in lines:
         if line.startswith(b"-ERR"):
-            done.replies[line.decode()[:80]] += 1
+            done.heard[line.decode()[:80]] += 1
         elif line.startswith((b"Nats-Service-Error-Code:", b"NATS/1.0 503")):
-            done.replies[line.decode()[-3:]] += 1
+            done.heard[line.decode()[-3:]] += 1
         elif line.startswith(b'{"error":'):
-            done.replies[str(json.loads(line)["error"].get("err_code"))] += 1
+            done.heard[str(json.loads(line)["error"].get("err_code"))] += 1
     return tail[-WRITTEN:]
 
 
@@ -275,7 +275,7 @@ class Victim:
         self._ended: dict[str, float] = {}
         self._receipts: defaultdict[str, set[str]] = defaultdict(set)
         """Their Nats-Msg-Ids, by command."""
-        self._received: Counter[str] = Counter()
+        self._heard: Counter[str] = Counter()
         self._number = 0
 
     async def listen(self) -> None:
@@ -285,7 +285,7 @@ class Victim:
 
     async def _on_message(self, msg: Msg) -> None:
         text = msgspec.json.decode(msg.data, type=Inbound).text
-        self._received[text] += 1
+        self._heard[text] += 1
         self._ended.setdefault(text, time.monotonic())
 
     async def _on_receipt(self, msg: Msg) -> None:
@@ -337,7 +337,7 @@ class Victim:
         shown = Counter(self._world.phone_texts(VICTIM))
         checks = [
             ("messages on the bus", stored, texts),
-            ("messages heard", self._received, texts),
+            ("messages heard", self._heard, texts),
             ("final receipts", Counter({command: len(ids) for command, ids in self._receipts.items()}), idents),
             ("answers on the phone", shown, [f"answer {ident}" for ident in idents]),
         ]

@@ -628,7 +628,7 @@ async def test_a_command_that_waits_for_another_person_delays_no_unbind(
     await bench.bind(user="" if not others["user"] else USER)
     await bench.bind(bot="b2@im.bot", **others)
     if others["user"]:
-        bench.open_window(user=others["user"], bot="b2@im.bot", opened_ms=0)  # they have written, long ago
+        bench.hears(user=others["user"], bot="b2@im.bot", opened_ms=0)  # they have written, long ago
     bench.shard().on_delivery(bench.command("hi", id="c1", **command))
     await asyncio.sleep(5)
     assert bench.bus.receipts()[-1].outcome == "parked"

@@ -156,7 +156,7 @@ async def test_a_server_that_cannot_be_reached_proves_no_login_lost(poller: Poll
 async def test_ten_minutes_of_a_firewall_cost_neither_a_login_nor_a_command(poller: Poller, status: int) -> None:
     """The poll whose answer it forbids is made again, and so is the send, until iLink is there."""
     bench = await ready()
-    bench.open_window()
+    bench.hears()
     ends_at = bench.clock.monotonic() + 600
 
     def forbid(read: Callable[[], object]) -> None:

@@ -48,8 +48,8 @@ def grants(names: Names, role: Role, sandbox: str = TAG) -> Grants:
     match role:
         case "platform":
             asks = (names.svc("bindings.*"), names.svc("login.*"), names.svc("window"), names.svc("receipt"))
-            subscribed = (names.event("*", ">"), f"{inbox(role)}.>")
-            return Grants((names.bind, names.unbind, names.erase, *asks), subscribed)
+            heard = (names.event("*", ">"), f"{inbox(role)}.>")
+            return Grants((names.bind, names.unbind, names.erase, *asks), heard)
         case "service":
             publish = (names.out_plain, names.svc("window"), names.svc("receipt"), names.svc("media.put.*"))
             return Grants(publish, (names.receipts("*"), f"{inbox(role)}.>"))

@@ -383,7 +383,7 @@ async def test_a_fetch_of_others_media_is_not_begun(place: Place, s1: Sandbox) -
     assert place.fetcher.asked == []
 
 
-async def test_media_that_cannot_be_had_are_refused_with_the_reason(place: Place, s1: Sandbox) -> None:
+async def test_media_that_cannot_be_had_are_told_with_the_reason(place: Place, s1: Sandbox) -> None:
     async def refuse() -> None:
         raise Refused("corrupt", "The media cannot be decrypted.")
 
@@ -392,7 +392,7 @@ async def test_media_that_cannot_be_had_are_refused_with_the_reason(place: Place
     assert (code_of(msg), (msg.headers or {})[H_ERROR]) == ("404", "The media cannot be decrypted.")
 
 
-async def test_media_that_take_longer_than_the_wait_are_answered_with_503(place: Place, s1: Sandbox) -> None:
+async def test_media_that_take_longer_than_the_wait_are_told_as_such(place: Place, s1: Sandbox) -> None:
     place.fetcher.does["s1/in/x"] = asyncio.Event().wait
     msg = await s1.ask_get("s1/in/x", sequence=7, wait_s=0.1)
     assert (code_of(msg), (msg.headers or {})[H_ERROR]) == ("503", "The media are still being fetched: ask again.")
@@ -513,24 +513,24 @@ async def test_the_object_store_of_nats_py_is_closed(place: Place, s1: Sandbox) 
 @BOTH
 async def test_nobody_listens_to_the_requests_and_answers_of_others(place: Place, s1: Sandbox) -> None:
     await place.store.put("s2/in/x", one(SECRET))
-    received = []
+    heard = []
 
-    async def on_message(msg: Msg) -> None:
-        received.append(msg.data)
+    async def hear(msg: Msg) -> None:
+        heard.append(msg.data)
 
     subjects = [
         "wechat.svc.media.get.s2", "wechat.svc.media.get.*", "wechat.svc.media.put.>", "wechat.>", ">",
         "_INBOX_s2.>", "*.x", "_INBOX.>", "*.>", f"$O.{NAMES.media}.>",
     ]  # fmt: skip
     for subject in subjects:
-        await s1.nc.subscribe(subject, cb=on_message)
+        await s1.nc.subscribe(subject, cb=hear)
     await s1.nc.flush()
     await until(lambda: len(s1.errors) == len(subjects), "all are refused")
     other = await Sandbox("s2").connect(place.url)
     assert await other.get("s2/in/x") == SECRET
     await other.nc.close()
     await s1.nc.flush()
-    assert received == []
+    assert heard == []
 
 
 @BOTH
@@ -567,8 +567,8 @@ async def test_the_adapter_writes_to_inboxes_only(place: Place, s1: Sandbox) -> 
             await until(lambda: refused() == 2 * len(replies), "all are seen")
     await watch.flush()
     assert [subject for subject in seen if subject != "wechat.svc.media.get.s2"] == []
-    logged = [(one["event"], one["sandbox"]) for one in logs]
-    assert logged == ([] if place.accounts else [("service.reply_refused", "s1")])
+    told = [(one["event"], one["sandbox"]) for one in logs]
+    assert told == ([] if place.accounts else [("service.reply_refused", "s1")])
     await watch.close()
 
 

@@ -222,7 +222,7 @@ async def test_a_sandbox_that_asks_without_end_leaves_room_for_the_others(bus: B
         answer = await nc.request(f"{NAMES.svc('slow')}.good", b"", timeout=PATIENCE_S)
         assert answer.data == b"done"
         assert metrics.value("service_refusals_total", reason="busy") == asked - MAX_IN_FLIGHT_PER_SANDBOX
-        await until(lambda: refusals["429"] >= REFUSALS_PER_S, "it is reported")
+        await until(lambda: refusals["429"] >= REFUSALS_PER_S, "it is told")
         held.set()
         await until(lambda: refusals[""] == MAX_IN_FLIGHT_PER_SANDBOX, "what was taken is answered")
         assert (await nc.request(f"{NAMES.svc('slow')}.bad", b"", timeout=PATIENCE_S)).data == b"done"

@@ -123,7 +123,7 @@ async def test_each_role_publishes_what_it_may_and_nothing_else(server: Guarded)
         tried = {concrete(row, column) for row in rows}
         assert refused == {subject.lower() for subject in tried - may}, column
         visible = {subject for subject in may if not subject.startswith(UNSEEN)}
-        await until(lambda: visible <= {s for s, data in seen if data == mark}, f"{column} receives it")  # noqa: B023
+        await until(lambda: visible <= {s for s, data in seen if data == mark}, f"{column} is heard")  # noqa: B023
         assert {s for s, data in seen if data == mark} <= may, column
 
 
@@ -167,7 +167,7 @@ async def test_each_role_may_subscribe_to_its_subjects_and_nothing_else(server: 
         await witness.nc.flush()
         outside = {f"_INBOX_{player_of(column)}.x.y"} if column not in ("adapter", "operator", "platform") else set()
         expected = {subject for subject in published if any(_matches(pattern, subject) for pattern in may)} - outside
-        await until(lambda: expected <= set(received), f"{column} receives {expected}")  # noqa: B023
+        await until(lambda: expected <= set(received), f"{column} hears {expected}")  # noqa: B023
         await player.nc.flush()
         assert set(received) == expected, column
 
@@ -184,12 +184,12 @@ async def test_what_the_server_forbids_is_a_warning_in_the_log(tmp_path: Path) -
         foreign = msgspec.structs.replace(settings, nats_inbox_prefix="_INBOX")
         with capture_logs() as logs:
             async with linked(foreign) as connection:
-                await until(lambda: "may not subscribe _inbox." in connection.down_reason, "it is reported")
+                await until(lambda: "may not subscribe _inbox." in connection.down_reason, "it is told")
                 assert "set NATS_INBOX_PREFIX" in connection.down_reason
                 assert not connection.is_connected
             async with linked(settings) as connection:
                 await (await connection.wait_connected(30)).publish("not.ours", b"")
-                await until(lambda: any("not.ours" in str(line.get("detail")) for line in logs), "it is reported")
+                await until(lambda: any("not.ours" in str(line.get("detail")) for line in logs), "it is told")
         logged = {(line["event"], line["log_level"]) for line in logs if line["log_level"] != "info"}
         assert logged >= {("bus.unreachable", "warning"), ("bus.error", "warning")}
 

@@ -106,7 +106,7 @@ class Reloaded(EmbeddedNats):
             finally:
                 await nc.close()
 
-        await eventually(has_new_limit, "new clients have it")
+        await eventually(has_new_limit, "new clients are told")
 
 
 @pytest.fixture

@@ -359,7 +359,7 @@ ROWS: list[tuple[str, str, Callable[[str], str], tuple[str, str], tuple[str, str
 @pytest.mark.parametrize(
     ("who", "edit", "permissions", "strangers"), [row[1:] for row in ROWS], ids=[row[0] for row in ROWS]
 )
-async def test_missing_permissions_and_open_ones_of_strangers_are_reported(
+async def test_what_a_user_may_not_and_a_stranger_may_is_told(
     tmp_path: Path,
     who: str,
     edit: Callable[[str], str],
@@ -376,7 +376,7 @@ async def test_missing_permissions_and_open_ones_of_strangers_are_reported(
         assert words in check.say, checks
 
 
-async def test_doctor_reports_a_foreign_inbox_first(
+async def test_a_foreign_inbox_is_what_doctor_tells_first(
     cli: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Without answers nothing else can be told, and JetStream is not at fault."""
@@ -533,7 +533,7 @@ def checkpoint(inbox_seq: int, key: str = NEW) -> bytes:
     return msgspec.json.encode(CheckpointRecord(owner="r", sealed=sealed))
 
 
-async def test_positions_above_a_restored_inbox_are_reported_and_lowered(
+async def test_positions_above_a_restored_inbox_are_told_and_lowered(
     cli: Command, bus: BusConnection, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A backup of WECHAT_IN is older than what bots, users and agents have seen."""
@@ -547,9 +547,9 @@ async def test_positions_above_a_restored_inbox_are_reported_and_lowered(
     assert last == 100
     bot, user = to_subject_token("b1@im.bot"), conversation_key("s1", "u1@im.wechat")
     keys = [f"$KV.{names.checkpoints}.{bot}", f"$KV.{names.conversations}.{user}", f"$KV.{names.readers}.s1"]
-    written = ConversationRecord(bot="b1@im.bot", inbox_seq=was, window=SendWindow(id="m", sequence=was, opened_ms=1))
+    told = ConversationRecord(bot="b1@im.bot", inbox_seq=was, window=SendWindow(id="m", sequence=was, opened_ms=1))
     await bus.store(keys[0], checkpoint(was), {"Nats-TTL": "3600s"})
-    await bus.store(keys[1], seal_record(user, written, sealer(NEW)), {})
+    await bus.store(keys[1], seal_record(user, told, sealer(NEW)), {})
     revision = (await bus.store(keys[2], msgspec.json.encode(ReaderRecord(handled=was)), {})).seq
     await bus.store(f"$KV.{names.readers}.s2", msgspec.json.encode(ReaderRecord(handled=last, reader=7)), {})
 
@@ -569,8 +569,8 @@ async def test_positions_above_a_restored_inbox_are_reported_and_lowered(
     )
     assert stored[0] is not None
     assert stored[0].headers["Nats-TTL"] == "3600s"
-    window = msgspec.structs.replace(written.window, sequence=last)
-    lowered = msgspec.structs.replace(written, inbox_seq=last, window=window)
+    window = msgspec.structs.replace(told.window, sequence=last)
+    lowered = msgspec.structs.replace(told, inbox_seq=last, window=window)
     assert open_record(user, values[1], sealer(NEW)) == lowered
     assert msgspec.json.decode(values[2], type=ReaderRecord) == ReaderRecord(handled=last, reader=revision)
 

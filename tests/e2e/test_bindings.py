@@ -78,12 +78,14 @@ async def test_unbind_of_a_whole_sandbox_stops_its_polls_and_refuses_its_command
         bots = [made.sim.add_bot() for _ in range(2)]
         for bot in bots:
             await made.bind(nc, "s1", bot)
-        await until(lambda: all(made.sim.online(bot.bot).online for bot in bots), "both have sent notifystart")
+        await until(lambda: all(made.sim.online(bot.bot).online for bot in bots), "both told iLink that they poll")
         unbind = Unbind(sandbox="s1")
         answer = await made.control(nc, NAMES.unbind, msgspec.json.encode(unbind))
         assert sorted(binding.bot for binding in answer.bindings) == sorted(bot.bot for bot in bots)
         await until(lambda: all(made.sim.polls(bot.bot).now == 0 for bot in bots), "no poll is open")
-        await until(lambda: not any(made.sim.online(bot.bot).online for bot in bots), "both have sent notifystop")
+        await until(
+            lambda: not any(made.sim.online(bot.bot).online for bot in bots), "both told iLink that they stopped"
+        )
         await made.command(nc, "s1", "late")
         await made.settle(nc)
         (receipt,) = await made.receipts(nc)

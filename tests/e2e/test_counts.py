@@ -74,7 +74,7 @@ async def test_what_was_taken_is_what_ended_waits_or_is_in_hand_over_all_replica
         async def all_stored() -> bool:
             return len(await stream(nc, NAMES.stream_in, NAMES.inbox("*"))) == BOTS - 1
 
-        await eventually(all_stored, "all are stored")
+        await eventually(all_stored, "all have been heard")
         first = await every_outcome(made, nc, "first")
         second = await made.add_adapter(WECHAT_NATS_HTTP_ADDR=f"127.0.0.1:{ports[1]}")
         await until(lambda: "shards.claimed" in second.log.read_text(), "the second replica has its share")

@@ -95,7 +95,7 @@ class Visitors:
                 open_.discard(receipt.command)
 
         await nc.subscribe(NAMES.receipts("*"), cb=on_receipt)
-        live = await nc.subscribe(NAMES.live("*"))
+        heard = await nc.subscribe(NAMES.live("*"))
         for sandbox in sandboxes:
             bot = (await http.post("add_bot", json={})).json()
             bind = Bind(sandbox=sandbox, bot=bot["bot"], bot_token=bot["token"], user=bot["user"])
@@ -103,7 +103,7 @@ class Visitors:
             for kind in ("image", "quote_full"):
                 await http.post("say_kind", json={"to": bot["bot"], "kind": kind})
         for _ in range(2 * USERS):
-            await live.next_msg(timeout=60)
+            await heard.next_msg(timeout=60)
         for sandbox in sandboxes:
             for body in ({"text": "hello"}, {"typing": "on"}, {"items": [{"kind": "file", "data": "aGVsbG8="}]}):
                 self.number += 1

@@ -116,15 +116,15 @@ async def test_a_login_from_the_first_code_to_the_first_message(tmp_path: Path) 
         made.say("s1", "hello")
         await made.command(nc, "s1", "c1")
         await made.settle(nc)
-        steps = await events(nc)
-        assert [(event.status, event.reason) for event in steps] == [
+        told = await events(nc)
+        assert [(event.status, event.reason) for event in told] == [
             ("wait", ""),
             ("need_verify_code", ""),
             ("need_verify_code", "wrong_code"),
             ("scanned", ""),
             ("confirmed", ""),
         ]
-        assert (steps[-1].bot, steps[-1].user, steps[-1].code) == (bot.bot, bot.user, 1)
+        assert (told[-1].bot, told[-1].user, told[-1].code) == (bot.bot, bot.user, 1)
         assert made.sim.violations() == []
         asked = made.sim.requests("get_qrcode_status")
         assert {request.method for request in asked} == {"GET"}
@@ -247,8 +247,8 @@ async def test_two_replicas_answer_for_each_other_and_lose_only_the_logins_of_th
         page = await ask(nc, "bindings.list", BindingsQuery(), BindingsPage)
         assert {binding.sandbox for binding in page.bindings} == {login.sandbox for login in ended} - {*lost}
         for login in ended:
-            steps = [event.status for event in await events(nc, login.sandbox)]
-            assert steps == ["wait", "need_verify_code", "scanned", login.status]
+            told = [event.status for event in await events(nc, login.sandbox)]
+            assert told == ["wait", "need_verify_code", "scanned", login.status]
 
 
 async def test_what_was_parked_for_a_user_is_sent_by_the_bot_of_their_next_login(tmp_path: Path) -> None:

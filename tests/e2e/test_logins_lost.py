@@ -29,7 +29,7 @@ async def wait_binding_event(nc: Client, change: str) -> BindingEvent:
         found[:] = [event for event in await changes(nc) if event.change == change]
         return bool(found)
 
-    await eventually(is_there, f"{change} is published")
+    await eventually(is_there, f"{change} is told")
     return found[0]
 
 

@@ -386,7 +386,7 @@ async def test_a_message_or_an_acknowledgement_that_gets_lost_delays_a_bot_for_s
         async def all_stored() -> bool:
             return len(await stream(nc, *INBOXES)) == ANSWER + 4
 
-        await eventually(all_stored, "all is stored")
+        await eventually(all_stored, "all is told")
         assert time.monotonic() - lost_s < DELAY_S
         for number in range(4):
             await made.command(nc, "s0", f"c{number}")

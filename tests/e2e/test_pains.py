@@ -374,7 +374,7 @@ async def test_pain_14_a_poll_that_hangs_for_ever_is_noticed_and_its_connection_
         await s.says("hello")
         s.made.sim.set_fault(FaultRule(fault="F5", bot=s.bot.bot, endpoint="getupdates", count=3))
         s.made.sim.cut_polls(s.bot.bot)
-        await until(lambda: "poll.dead_path" in s.adapter.log.read_text(), "the dead path is logged")
+        await until(lambda: "poll.dead_path" in s.adapter.log.read_text(), "the dead path is told")
         metrics = await s.metrics()
         assert metrics['polls_total{outcome="client_timeout"}'] >= 3
         await s.says("are you there?")  # over a new connection

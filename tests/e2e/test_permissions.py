@@ -125,7 +125,7 @@ async def talk(scene: Scene) -> None:
     for sandbox in (scene.s1, scene.s2):
         scene.world.say(sandbox.name, f"hello {sandbox.name}")
     for sandbox in (scene.s1, scene.s2):
-        await until(lambda sandbox=sandbox: sandbox.received() == [f"hello {sandbox.name}"], "the words come")  # type: ignore[misc]
+        await until(lambda sandbox=sandbox: sandbox.received() == [f"hello {sandbox.name}"], "it hears its user")  # type: ignore[misc]
 
 
 async def test_every_role_can_do_its_work(scene: Scene) -> None:

@@ -173,7 +173,7 @@ async def test_an_answer_that_comes_too_late_is_not_the_next_persons(tmp_path: P
         made.said.clear()
         made.sim.say(second.bot, "hi")
         await made.adapters[0].start()
-        await until(lambda: made.sim.polls(second.bot).total > 1, "the next person is polled")
+        await until(lambda: made.sim.polls(second.bot).total > 1, "the next person is heard")
         assert (await outcome(made, nc, "now", user=second.user)).outcome == "accepted"
         assert [one.outcome for one in await made.receipts(nc) if one.command == "late"] == ["refused"]
         assert [message.text for message in made.sim.phone(second.user)] == ["answer now"]

@@ -125,7 +125,7 @@ async def changed(nc: Client, sandbox: str, bot: str, change: str) -> None:
         return any((one.bot, one.change) == (bot, change) for one in found)
 
     event = NAMES.event(sandbox, "binding")
-    await eventually(is_published, f"{bot} is published as {change}")
+    await eventually(is_published, f"{bot} is told to be {change}")
 
 
 # a bot that cannot be used -----------------------------------------------------------------------------------
@@ -147,7 +147,7 @@ async def unusable(made: World, nc: Client, why: str) -> BotRecord:
         async def is_stored() -> bool:
             return len(await stream(nc, NAMES.stream_in, NAMES.inbox("s1"))) == 1
 
-        await eventually(is_stored, "it is stored")
+        await eventually(is_stored, "it is heard")
     if why != "its token is sealed":
         made.sim.kill_token(bot.bot)
         await changed(nc, "s1", bot.bot, "needs_login")

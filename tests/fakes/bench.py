@@ -198,9 +198,7 @@ class Bench:
         self.replica.supervisor.close(bot)
         await self.bindings.changed.wait_until(lambda: all(each.closed for each in self.bindings if each.bot == bot))
 
-    def open_window(
-        self, sandbox: str = "s1", user: str = "u1@im.wechat", *, newer: bool = False, **fields: Any
-    ) -> None:
+    def hears(self, sandbox: str = "s1", user: str = "u1@im.wechat", *, newer: bool = False, **fields: Any) -> None:
         """The user has just written: their window is open. `fields`: of the window, or of the record. `newer`: a
         newer version has written the record."""
         opened: dict[str, Any] = {"id": "in:1", "opened_ms": self.clock.now_ms()}

@@ -279,7 +279,7 @@ async def test_a_conversation_that_cannot_be_opened_costs_its_window(
 async def test_a_record_that_only_a_newer_replica_knows_costs_the_window(poller: Poller) -> None:
     """It is left alone; the message goes on."""
     bench = await ready(batch(raw("one", 1), cursor="b"))
-    bench.open_window(newer=True)
+    bench.hears(newer=True)
     (before,) = bench.conversation_bucket.entries.values()
     poller(bench)
     await asyncio.sleep(60)

@@ -56,7 +56,7 @@ async def quote_of(bench: Bench, said: InboundMessage) -> Quote:
 
 
 async def test_what_was_sent_is_found(bench: Bench) -> None:
-    bench.open_window("s1", USER, sent=[SentText(id="51", kind="text", text="an answer")])
+    bench.hears("s1", USER, sent=[SentText(id="51", kind="text", text="an answer")])
     assert await quote_of(bench, says("43", quotes="51")) == Quote(
         id="51", text="an answer", said_by="bot", kind="text"
     )
@@ -66,12 +66,12 @@ async def test_what_was_sent_is_found(bench: Bench) -> None:
 async def test_what_was_sent_from_another_sandbox_or_to_another_user_is_not_shown(
     sandbox: str, user: str, bench: Bench
 ) -> None:
-    bench.open_window(sandbox, user, sent=[SentText(id="51", kind="text", text="secret")])
+    bench.hears(sandbox, user, sent=[SentText(id="51", kind="text", text="secret")])
     assert await quote_of(bench, says("43", quotes="51")) == Quote(id="51")
 
 
 async def test_a_part_of_what_was_sent_is_shown(bench: Bench) -> None:
-    bench.open_window("s1", USER, sent=[SentText(id="51", kind="text", text="hello hello")])
+    bench.hears("s1", USER, sent=[SentText(id="51", kind="text", text="hello hello")])
     assert (await quote_of(bench, says("43", quotes="51", part=Part("ello", "h", 0, 1, "")))).text == "ello h"
 
 

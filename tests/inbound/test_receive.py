@@ -438,7 +438,7 @@ async def test_many_messages_are_one_write_of_the_record_within_a_second(poller:
 async def test_a_conversation_that_is_delayed_takes_it_in_its_turn_and_delays_no_inbox(poller: Poller) -> None:
     """As one that waits for a receipt that cannot be stored."""
     bench = await ready()
-    bench.open_window()
+    bench.hears()
     shard, gate = bench.shard(), asyncio.Event()
 
     async def away(message: BusMessage) -> None:

@@ -26,7 +26,7 @@ async def ready(*, is_open: bool = True, **changes: Any) -> tuple[Bench, Shard]:
     bench = Bench()
     await bench.bind()
     if is_open:
-        bench.open_window()
+        bench.hears()
     return bench, bench.shard(**changes)
 
 

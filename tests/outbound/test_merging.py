@@ -66,7 +66,7 @@ async def test_one_that_was_sent_and_is_published_again_takes_no_other_with_it(p
     await asyncio.sleep(5)
     assert parked(bench) == idents
     shard.stop()
-    bench.open_window(recent=[CommandRef(sequence=77, stored_ms=1, id="c", is_named=True)], opened_ms=0)
+    bench.hears(recent=[CommandRef(sequence=77, stored_ms=1, id="c", is_named=True)], opened_ms=0)
     successor = Bench(bench, incarnation="next-1")
     bench.redeliver(successor.shard(merge_chars=CHARS))
     await user_writes(successor)
@@ -438,7 +438,7 @@ async def test_a_drain_does_not_wait_for_an_upload() -> None:
 async def test_a_slow_upload_delays_nobody_else() -> None:
     bench, shard = await ready()
     await bench.bind(bot="b2@im.bot", user="u2@im.wechat")
-    bench.open_window("s1", "u2@im.wechat", bot="b2@im.bot")
+    bench.hears("s1", "u2@im.wechat", bot="b2@im.bot")
     bench.cdn.hold[USER] = asyncio.Event()
     file = [{"kind": "file", "data": "aGVsbG8="}]
     for number in range(20):

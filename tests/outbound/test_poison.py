@@ -156,8 +156,8 @@ async def two_users() -> tuple[Bench, Shard]:
     bench = Bench()
     await bench.bind()
     await bench.bind(bot=OTHER_BOT, user=OTHER)
-    bench.open_window()
-    bench.open_window("s1", OTHER, bot=OTHER_BOT)
+    bench.hears()
+    bench.hears("s1", OTHER, bot=OTHER_BOT)
     bench.objects.stored["s1/x"] = b"hello"
     return bench, bench.shard(gap_ms=0)
 
@@ -233,8 +233,8 @@ async def test_commands_wait_while_the_account_cannot_be_opened(monkeypatch: pyt
     bench = Bench()
     await bench.bind()
     await bench.bind(bot=OTHER_BOT, user=OTHER)
-    bench.open_window()
-    bench.open_window("s1", OTHER, bot=OTHER_BOT)
+    bench.hears()
+    bench.hears("s1", OTHER, bot=OTHER_BOT)
 
     def account(binding: Any, sealer: object) -> Account:
         if binding.bot == BOT:
@@ -268,7 +268,7 @@ async def test_reading_back_that_crashes_is_tried_again(monkeypatch: pytest.Monk
     assert len(parked(bench)) == 10
 
 
-async def test_a_receipt_that_cannot_be_written_at_all_delays_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_receipt_that_cannot_be_written_at_all_holds_up_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
     """The command stays on the bus for the next owner, who does not send it again."""
     bench, shard = await ready(gap_ms=0)
     bugs = Bugs(ALWAYS)
@@ -282,8 +282,8 @@ async def test_a_receipt_that_cannot_be_written_at_all_delays_nobody(monkeypatch
     assert shard.tasks == 0
     shard.stop()
     bugs.left = 0
-    successor = Bench(bench, incarnation="next-1")
-    successor.redeliver(successor.shard(gap_ms=0))
+    heir = Bench(bench, incarnation="heir-1")
+    heir.redeliver(heir.shard(gap_ms=0))
     await asyncio.sleep(30)
     assert bench.chat.texts == [WORDS, "after"]
     assert [(one.command, one.outcome, one.repeat_of) for one in finals(bench)][1:] == [("bad", "uncertain", 0)]

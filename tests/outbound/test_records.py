@@ -63,7 +63,7 @@ async def test_the_record_of_an_unbound_user_goes_in_time_unless_a_bot_serves_th
     bench, shard = await ready()
     shard.on_delivery(bench.command("hi", id="c1"))
     await asyncio.sleep(25 * 3600)  # the window has closed, and the next one opens unseen
-    bench.open_window(sends_used=3)
+    bench.hears(sends_used=3)
     if in_memory:
         await shard.conversation("s1", USER, BOT)
     else:
@@ -155,7 +155,7 @@ async def test_a_record_that_was_erased_is_not_written_again_from_memory() -> No
 async def test_what_was_erased_does_not_come_back_with_the_persons_next_message() -> None:
     """Their last message was cut as it was told: the conversation stayed in memory."""
     bench, shard = await ready()
-    bench.open_window(sent=[SentText(id="1", kind="text", text="your secret")])
+    bench.hears(sent=[SentText(id="1", kind="text", text="your secret")])
     await shard.conversation("s1", USER, BOT)
     await bench.wrote("in:2")
     await bench.close()
@@ -197,7 +197,7 @@ async def test_a_record_of_a_newer_version_holds_its_own_user_only(fields: dict[
     text = made_newer(entry.value or b"", **fields)
     bench.conversation_bucket.put(KEY, text)
     await bench.bind(bot=AGAIN, user="u2@im.wechat")
-    bench.open_window(user="u2@im.wechat", bot=AGAIN)
+    bench.hears(user="u2@im.wechat", bot=AGAIN)
     with capture_logs() as logs:
         shard.on_delivery(bench.command("waits", id="c1", user=USER))
         shard.on_delivery(bench.command("waits behind it", id="c2", bot=BOT))
@@ -211,7 +211,7 @@ async def test_a_record_of_a_newer_version_holds_its_own_user_only(fields: dict[
     assert said == [("record.too_new", "s1")]
     assert type(writing.exception()).__name__ == "RecordTooNew"  # its poller tries again
 
-    bench.open_window()  # as if the newer replica had gone back
+    bench.hears()  # as if the newer replica had gone back
     await asyncio.sleep(60)
     assert bench.chat.texts == ["goes on", "waits", "waits behind it"]
 
@@ -234,7 +234,7 @@ async def test_a_record_whose_key_is_gone_costs_the_window_and_not_the_message()
 
 async def test_what_is_held_for_a_newer_replica_ends_with_the_shard_and_no_later() -> None:
     bench, shard = await ready()
-    bench.open_window(newer=True)
+    bench.hears(newer=True)
     shard.on_delivery(delivery := bench.command("waits", id="c1"))
     await asyncio.sleep(10)
     began = bench.clock.monotonic()

@@ -164,7 +164,7 @@ async def test_the_id_of_a_copy_cannot_be_foretold_without_its_words() -> None:
 async def test_a_copy_that_comes_late_expires_as_if_it_had_not(with_heir: bool, bench: Bench) -> None:
     """While no adapter ran it waited on plain wechat.out, and its time began anew with the copy."""
     await bench.bind()
-    bench.open_window()
+    bench.hears()
     late = plain(bench, sandbox="s1", id="c1", text="now or never", expires_in_s=60)
     await asyncio.sleep(50)
     await route(router(bench), late)
@@ -195,7 +195,7 @@ async def test_a_receipt_has_the_time_of_the_command_and_not_of_its_copy(
     body: Any, outcome: str, bench: Bench
 ) -> None:
     await bench.bind()
-    bench.open_window()
+    bench.hears()
     late = plain(bench, sandbox="s1", id="c1", **body)
     await asyncio.sleep(50)
     await route(router(bench), late)
@@ -232,7 +232,7 @@ async def test_an_identity_that_was_forged_or_moved_says_nothing(
 ) -> None:
     """A sandbox writes headers as it likes: with another's identity it would speak for another time and command."""
     await bench.bind()
-    bench.open_window()
+    bench.hears()
     for _ in range(5):
         next(bench.numbers)
     body = b'{"text":"hi"}'

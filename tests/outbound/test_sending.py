@@ -62,12 +62,12 @@ async def test_the_distance_is_kept_also_where_nobody_answers() -> None:
     assert all(later - earlier >= GAP_S for earlier, later in pairwise(at))
 
 
-async def test_no_conversation_waits_for_another(bench: Bench) -> None:
+async def test_no_lane_waits_for_another(bench: Bench) -> None:
     """One user gets no answer, one is throttled, one has a closed window; the fourth notices nothing."""
     for number in range(1, 5):
         await bench.bind(bot=f"b{number}@im.bot", user=f"u{number}@im.wechat")
         if number != 3:
-            bench.open_window("s1", f"u{number}@im.wechat", bot=f"b{number}@im.bot")
+            bench.hears("s1", f"u{number}@im.wechat", bot=f"b{number}@im.bot")
     shard = bench.shard()
     bench.chat.hold_sends["u1@im.wechat"] = asyncio.Event()
     bench.chat.sends_to["u2@im.wechat"] = deque([THROTTLED])
@@ -87,11 +87,11 @@ async def test_no_conversation_waits_for_another(bench: Bench) -> None:
 
 
 @pytest.mark.parametrize("users", [300, pytest.param(10_000, marks=pytest.mark.slow)])
-async def test_a_user_whose_request_hangs_delays_none_of_many_others(users: int, bench: Bench) -> None:
+async def test_a_user_whose_request_hangs_holds_up_none_of_many_others(users: int, bench: Bench) -> None:
     """Over all shards, the hanging one first: the commands of all others are sent, and theirs once it is answered."""
     for number in range(users):
         await bench.bind(sandbox=f"s{number}", bot=f"b{number}@im.bot", user=f"u{number}@im.wechat")
-        bench.open_window(f"s{number}", f"u{number}@im.wechat", bot=f"b{number}@im.bot")
+        bench.hears(f"s{number}", f"u{number}@im.wechat", bot=f"b{number}@im.bot")
     names = {shard_of(f"s{number}"): f"s{number}" for number in range(users)}
     shards = {number: bench.shard(sandbox) for number, sandbox in names.items()}
     bench.chat.hold_sends["u0@im.wechat"] = asyncio.Event()
@@ -112,10 +112,10 @@ async def test_a_user_whose_request_hangs_delays_none_of_many_others(users: int,
 
 
 @pytest.mark.parametrize(("when_closed", "outcome"), [("park", "parked"), ("refuse", "refused")])
-async def test_a_command_that_needs_more_sends_than_are_left_has_that_receipt(when_closed: str, outcome: str) -> None:
+async def test_a_command_that_needs_more_sends_than_are_left_is_told_so(when_closed: str, outcome: str) -> None:
     """It was told that they are used up, beside a window that has some."""
     bench, shard = await ready()
-    bench.open_window(sends_used=8)
+    bench.hears(sends_used=8)
     shard.on_delivery(bench.command("a" * 9000, id="c1", when_closed=when_closed))
     await asyncio.sleep(30)
     (receipt,) = bench.bus.receipts()
@@ -166,7 +166,7 @@ async def test_where_notifystart_brings_no_answer_the_next_poll_decides(
 ) -> None:
     bench.chat.notify_fails = Temporary("timeout")
     await bench.bind()
-    bench.open_window()
+    bench.hears()
     shard = bench.shard()
     bench.chat.sends.extend([STALE] * 2)
     shard.on_delivery(bench.command("hi", id="c1"))
@@ -237,7 +237,7 @@ async def test_a_newer_token_of_a_message_to_another_bot_is_none_of_this_one() -
     assert conversation.record.token == ""
 
 
-async def test_a_refusal_for_want_of_a_login_names_the_parts_that_were_sent() -> None:
+async def test_a_refusal_for_want_of_a_login_tells_of_the_parts_that_were_sent() -> None:
     bench, shard = await ready()
     bench.chat.sends.extend([Accepted("1", 0, None, ""), STALE])
     bench.chat.notify_fails = STALE
@@ -254,7 +254,7 @@ async def test_a_refusal_for_want_of_a_login_names_the_parts_that_were_sent() ->
     assert (receipt.outcome, receipt.reason, receipt.message_ids) == ("refused", "needs_login", ["1"])
 
 
-async def test_conversations_that_wait_for_the_lease_hardly_check_it() -> None:
+async def test_lanes_that_wait_for_the_lease_hardly_look_at_it() -> None:
     """Thousands that look several times a second keep a process so busy that it does not get the lease back."""
     bench, shard = await ready()
     bench.leases.has_lease, looks = False, 0
@@ -274,7 +274,7 @@ async def test_conversations_that_wait_for_the_lease_hardly_check_it() -> None:
     assert bench.chat.texts == ["t0"]
 
 
-async def test_a_bug_in_one_conversation_is_logged_and_tried_again() -> None:
+async def test_a_bug_in_one_lane_is_logged_and_tried_again() -> None:
     bench, shard = await ready()
     bench.chat.on_send = Failing(2, RuntimeError("a bug"))
     with capture_logs() as logs:

@@ -445,7 +445,7 @@ async def test_a_command_for_a_sandbox_without_a_bot_is_refused(bench: Bench) ->
 async def test_several_bots_need_a_name() -> None:
     bench, shard = await ready()
     await bench.bind(bot="b2@im.bot", user="u2@im.wechat")
-    bench.open_window("s1", "u2@im.wechat", bot="b2@im.bot")
+    bench.hears("s1", "u2@im.wechat", bot="b2@im.bot")
     shard.on_delivery(bench.command("hi", id="c1"))
     shard.on_delivery(bench.command("by bot", id="c2", bot="b2@im.bot"))
     shard.on_delivery(bench.command("by user", id="c3", user=USER))
@@ -514,7 +514,7 @@ async def test_what_was_being_sent_to_one_user_goes_to_no_other_after_a_crash() 
 
     successor = Bench(bench, incarnation="me-2")
     await successor.bind(bot="b2@im.bot", user="u2@im.wechat", out_after=command.seq)
-    successor.open_window("s1", "u2@im.wechat", bot="b2@im.bot")
+    successor.hears("s1", "u2@im.wechat", bot="b2@im.bot")
     second = successor.shard()
     successor.redeliver(second)
     after = successor.command("to the new one", id="c2")
@@ -539,8 +539,8 @@ async def next_person(*, keeps_first: bool = False) -> tuple[Bench, Shard]:
         await bench.bindings.remove(BOT)
     await bench.bind(bot=B2, user=USER2)
     await bench.bind(sandbox="s9", bot="b9@im.bot", user="u9@im.wechat")
-    bench.open_window()
-    bench.open_window(user=USER2, bot=B2)
+    bench.hears()
+    bench.hears(user=USER2, bot=B2)
     return bench, bench.shard()
 
 
@@ -596,7 +596,7 @@ async def test_with_two_persons_an_answer_goes_to_the_one_whom_it_answers_or_to_
 
 async def test_a_new_bot_answers_what_its_person_wrote_to_the_one_before() -> None:
     bench, shard = await ready()
-    bench.open_window(bots=["b0@im.bot", BOT])
+    bench.hears(bots=["b0@im.bot", BOT])
     shard.on_delivery(bench.command("hi", id="c1", reply_to="in:b0@im.bot:m1"))
     shard.on_delivery(bench.command("hi again", id="c2", reply_to="in:b0@im.bot:m1", user=USER))
     await asyncio.sleep(30)
@@ -606,7 +606,7 @@ async def test_a_new_bot_answers_what_its_person_wrote_to_the_one_before() -> No
 async def test_an_answer_to_one_of_several_who_write_to_the_same_bot_goes_to_them() -> None:
     """As in a group, where the operator has it told as if it were written to the bot alone."""
     bench, shard = await ready()
-    bench.open_window(user=USER2)
+    bench.hears(user=USER2)
     shard.on_delivery(bench.command("hi", id="c1", reply_to=f"in:{BOT}:m1", user=USER2))
     await asyncio.sleep(30)
     assert [(sent.user, sent.text) for sent in bench.chat.sent] == [(USER2, "hi")]
@@ -753,7 +753,7 @@ async def test_what_was_refused_may_be_published_again_also_after_a_reset() -> N
 
 async def test_when_a_bot_lives_again_what_is_for_any_of_its_users_goes() -> None:
     bench, shard = await ready()
-    bench.open_window(user="u2@im.wechat")
+    bench.hears(user="u2@im.wechat")
     bench.stale.add(BOT)
     for user in (USER, "u2@im.wechat"):
         shard.on_delivery(bench.command(user, user=user))

@@ -27,7 +27,7 @@ async def ready(*, auto: bool = False) -> tuple[Bench, Shard]:
     """One bound user with an open window."""
     bench = Bench()
     await bench.bind(options=Options(auto_typing=auto))
-    bench.open_window()
+    bench.hears()
     return bench, bench.shard()
 
 
@@ -198,7 +198,7 @@ async def test_nothing_of_it_is_stored() -> None:
 
 async def test_behind_what_is_parked_it_is_refused_at_once() -> None:
     bench, shard = await ready()
-    bench.open_window(sends_used=10)
+    bench.hears(sends_used=10)
     shard.on_delivery(bench.command("later", id="c1"))
     shard.on_delivery(bench.command(typing="on", id="on"))
     await asyncio.sleep(5)
@@ -317,7 +317,7 @@ async def test_without_the_option_nothing_is_shown() -> None:
 
 async def test_an_answer_that_must_wait_for_the_user_ends_typing() -> None:
     bench, shard = await ready()
-    bench.open_window(sends_used=9)
+    bench.hears(sends_used=9)
     shard.on_delivery(bench.command(typing="on"))
     await asyncio.sleep(1)
     shard.on_delivery(bench.command(items=[{"kind": "text", "text": "a"}, {"kind": "text", "text": "b"}]))
@@ -329,7 +329,7 @@ async def test_an_answer_that_must_wait_for_the_user_ends_typing() -> None:
 
 async def test_typing_stays_until_the_last_of_what_was_parked_is_sent() -> None:
     bench, shard = await ready(auto=True)
-    bench.open_window(sends_used=10)
+    bench.hears(sends_used=10)
     for text in ("a" * 2000, "b" * 2000, "c" * 2000):
         shard.on_delivery(bench.command(text))
     await asyncio.sleep(5)

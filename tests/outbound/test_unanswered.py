@@ -22,7 +22,7 @@ async def silent(*, base_url: str = "", **fields: Any) -> tuple[Bench, Shard]:
     """A user whose request has had no answer right now, and another one. `base_url`: of the other's bot."""
     bench, shard = await ready()
     await bench.bind(bot=OTHER_BOT, user=OTHER, base_url=base_url)
-    bench.open_window(user=OTHER, bot=OTHER_BOT)
+    bench.hears(user=OTHER, bot=OTHER_BOT)
     bench.chat.sends_to[USER] = deque([TIMEOUT])
     shard.on_delivery(bench.command("hi", id="c1", user=USER, **fields))
     await asyncio.sleep(1)

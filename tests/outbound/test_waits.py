@@ -16,7 +16,7 @@ HOUR_S = 3600
 
 async def test_what_waits_for_a_record_that_only_a_newer_replica_can_read_expires() -> None:
     bench, shard = await ready(is_open=False)
-    bench.open_window(newer=True)
+    bench.hears(newer=True)
     shard.on_delivery(bench.command("hi", id="c1", expires_in_s=60))
     await asyncio.sleep(90)
     assert outcomes(bench)[-1] == ("c1", "refused", "expired")
@@ -52,7 +52,7 @@ async def test_what_waits_for_a_login_expires_and_delays_no_other_user(bench: Be
     await bench.bind(state="needs_login")
     await bench.bind(bot="b2@im.bot", user=OTHER)
     for user in (USER, OTHER):
-        bench.open_window(user=user, bot=BOT if user == USER else "b2@im.bot")
+        bench.hears(user=user, bot=BOT if user == USER else "b2@im.bot")
     shard = bench.shard()
     for number in range(20):
         shard.on_delivery(bench.command(f"t{number}", id=f"c{number}", user=USER, expires_in_s=HOUR_S))

@@ -189,7 +189,7 @@ class Owner:
         else:
             self.bench.deliver(command)
 
-    async def on_message(self, ident: str, bot: str, user: str, sequence: int) -> None:
+    async def hears(self, ident: str, bot: str, user: str, sequence: int) -> None:
         """What its poller does once the message is in the inbox."""
         while self.bench.bindings.get(bot):
             try:
@@ -316,7 +316,7 @@ class Walk:
         headers = {H_MSG_ID: f"{SANDBOX}.{ident}", H_BOT: bot, H_SEALED: sealed}
         seq = self.world.bus.put(self.world.names.inbox(SANDBOX), msgspec.json.encode(head), headers)
         if owner := self.owner:
-            owner.spawn(owner.on_message(ident, bot, user, seq))
+            owner.spawn(owner.hears(ident, bot, user, seq))
 
 
 # steps ---------------------------------------------------------------------------------------------------

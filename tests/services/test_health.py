@@ -115,8 +115,8 @@ async def test_what_is_kept_of_the_user_is_in_the_answer(bench: Bench) -> None:
     for number in (1, 2, 3):
         await bench.bind(f"s{number}", f"b{number}@im.bot", f"u{number}@im.wechat")
     heard_ms = bench.clock.now_ms() - 60_000
-    bench.open_window("s1", "u1@im.wechat", sends_used=2, opened_ms=heard_ms, sent_at_ms=[heard_ms + 5])
-    bench.open_window("s2", "u2@im.wechat", newer=True)
+    bench.hears("s1", "u1@im.wechat", sends_used=2, opened_ms=heard_ms, sent_at_ms=[heard_ms + 5])
+    bench.hears("s2", "u2@im.wechat", newer=True)
     one, newer, never = [info.health for info in await described(bench, Replicas({}))]
     assert one is not None
     assert newer is not None

@@ -106,7 +106,7 @@ async def test_an_empty_request_lists_everything() -> None:
 
 async def test_no_answer_holds_a_token() -> None:
     bench = await crowd(3)
-    bench.open_window("b001@im.bot", "u1@im.wechat", token="SECRET")
+    bench.hears("b001@im.bot", "u1@im.wechat", token="SECRET")
     asked = queries(bench)
     answers = [
         await asked.list_bindings(b""),
@@ -162,7 +162,7 @@ async def test_a_question_that_has_no_answer_is_refused(verb: str, body: bytes, 
 async def test_the_window_of_a_user_whom_a_newer_version_serves_is_not_known() -> None:
     bench = await crowd(1)
     (binding,) = bench.bindings.of_sandbox("s0")
-    bench.open_window("s0", binding.user, newer=True)
+    bench.hears("s0", binding.user, newer=True)
     with pytest.raises(Temporary) as caught:
         await queries(bench).window(ask(sandbox="s0"))
     assert (caught.value.reason, "version 2" in caught.value.detail) == ("record_too_new", True)
@@ -182,7 +182,7 @@ def asked_as(subject_ends: str, **body: Any) -> SandboxRequest:
 async def test_the_subject_says_whose_window_and_messages_are_asked_for(body: dict[str, Any], bench: Bench) -> None:
     await bench.bind()
     await bench.bind(sandbox="s2", bot="b2@im.bot", user="u2@im.wechat")
-    bench.open_window(sends_used=4)
+    bench.hears(sends_used=4)
     fill(bench, 2)
     answer = await of_sandbox(queries(bench).window)(asked_as("s1", **body))
     assert msgspec.json.decode(answer.data, type=Window).remaining == 6
@@ -228,14 +228,14 @@ async def test_what_is_absent_and_what_is_others_look_the_same() -> None:
 
 async def test_the_window_of_the_only_bot_needs_no_name(bench: Bench) -> None:
     await bench.bind()
-    bench.open_window(sends_used=4)
+    bench.hears(sends_used=4)
     answer = await queries(bench).window(ask(sandbox="s1"))
     assert msgspec.json.decode(answer, type=Window).remaining == 6
 
 
 async def test_the_window_of_one_of_several_is_named_by_bot_or_user() -> None:
     bench = await crowd(9)
-    bench.open_window("s1", "u4@im.wechat", bot="b004@im.bot", sends_used=4)
+    bench.hears("s1", "u4@im.wechat", bot="b004@im.bot", sends_used=4)
     asked = queries(bench)
     by_bot = await asked.window(ask(sandbox="s1", bot="b004@im.bot"))
     by_user = await asked.window(ask(sandbox="s1", user="u4@im.wechat"))
@@ -251,7 +251,7 @@ async def test_the_window_of_a_user_who_never_wrote_is_closed(bench: Bench) -> N
 
 async def test_a_window_that_time_has_closed_is_closed(bench: Bench) -> None:
     await bench.bind()
-    bench.open_window()
+    bench.hears()
     await bench.clock.sleep(23 * 3600)
     answer = await queries(bench).window(ask(sandbox="s1"))
     assert msgspec.json.decode(answer, type=Window) == Window(remaining=0)
