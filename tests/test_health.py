@@ -44,7 +44,7 @@ class Replica:
             metrics=self.metrics,
             leases=self.leases,
         )
-        shard = SimpleNamespace(queue_depths=lambda parked: (4, None), tasks=0, throttled_bots=set())
+        shard = SimpleNamespace(queue_depths=lambda parked: (4, None), tasks=0, throttled_bots=set(), evict_idle=list)
         supervisor: Any = SimpleNamespace(leases=self.leases, bindings=(), pollers={}, shards={1: shard})
         inspector: Any = self
         inboxes: Any = SimpleNamespace(set_back="")
