@@ -346,13 +346,15 @@ async def ensure_topology(connection: ManagedConnection, names: Names, settings:
     if level < API_LEVEL:
         raise SettingsError("server_too_old", f"JetStream API level {level}; nats-server 2.14 or newer is needed.")
     missing, different = await inspect_topology(connection, names, settings)
-    gone = [wanted.name for wanted in missing]
-    layout = None if f"KV_{names.claims}" in gone else await read_layout(connection, names)
+    has_claims = all(wanted.name != f"KV_{names.claims}" for wanted in missing)
+    layout = await read_layout(connection, names) if has_claims else None
     if layout is not None and layout.version != LAYOUT:
         raise SettingsError("layout_differs", layout_advice(layout))
-    if layout is not None and gone:
-        advice = "Restore what was deleted from the backup; `wechat-nats doctor --fix` creates empty streams"
-        raise SettingsError("stream_missing", f"{', '.join(gone)}: missing. {advice}.")
+    if layout is not None and missing:  # another replica may have created the rest since
+        missing, different = await inspect_topology(connection, names, settings)
+        if gone := ", ".join(wanted.name for wanted in missing):
+            advice = "Restore what was deleted from the backup; `wechat-nats doctor --fix` creates empty streams"
+            raise SettingsError("stream_missing", f"{gone}: missing. {advice}.")
     for wanted in missing:
         try:
             await create_stream(connection, wanted)
