@@ -92,9 +92,6 @@ async def bind(
     token_file: Annotated[Path | None, Parameter(help="Read the bot's token from this file.")] = None,
     user: Annotated[str | None, Parameter(help="The WeChat user, …@im.wechat; learned if absent.")] = None,
     base_url: Annotated[str | None, Parameter(help="iLink API base of this bot; default: the service's.")] = None,
-    cursor: Annotated[
-        str | None, Parameter(help='Only `""`: poll from the start; default: from where it was.')
-    ] = None,
     auto_typing: AutoTyping = False,
     yes: Annotated[bool, flag("Move bots that serve another sandbox, without asking.", name=["--yes", "-y"])] = False,
     no_check: Annotated[
@@ -107,8 +104,8 @@ async def bind(
     """Let a bot serve a sandbox.
 
     The bot's token comes from a file, from standard input, or is asked for without echo. It is never an argument,
-    since every user of a machine can read those. The same holds for a cursor of iLink, which contains the token: it
-    may stand in a row of --from.
+    since every user of a machine can read those. A cursor of iLink contains the token: it may stand in a row of
+    --from.
     The request is stored even while no adapter runs (exit code 4 then).
 
     iLink is asked first whether it accepts the token. A refused token is not bound, and earlier bindings stay.
@@ -119,15 +116,13 @@ async def bind(
     """
     defaults: dict[str, Any] = {"base_url": base_url, "auto_typing": auto_typing}
     if rows is not None:
-        if any(given is not None for given in (sandbox, bot, token, token_file, user, cursor, request_id)):
+        if any(given is not None for given in (sandbox, bot, token, token_file, user, request_id)):
             raise Failed(USAGE, "With --from, sandboxes, bots and all that is their own stand in the rows.")
         return await _bind_rows(rows, defaults, failed, timeout, json, check=not no_check, may_move=yes)
     if sandbox is None or bot is None:
         raise Failed(USAGE, "Name a sandbox and a bot, or give --from.")
-    if cursor:
-        raise Failed(USAGE, "A cursor on the command line can be read by others, and a token in it: use --from.")
     secret = _read_token(token, token_file)
-    row = _Row(sandbox=sandbox, bot=bot, token=secret, user=user, cursor=cursor, id=request_id, **defaults)
+    row = _Row(sandbox=sandbox, bot=bot, token=secret, user=user, id=request_id, **defaults)
     async with connected_bus() as bus:
         await bus.check_subscribed()
         serves = sandbox if yes else (await _serving(bus, bot)).get(bot, sandbox)

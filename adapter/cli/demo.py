@@ -72,9 +72,8 @@ async def demo(
     step of a message and of its answer is shown. Lines may also be piped in: at the end of the input it waits for
     the last answers and ends. Exit code 0 then, and after ctrl-C too, which is how a chat ends.
     """
-    prompting = sys.stdin is not None and sys.stdin.isatty()
-    editor = LineEditor() if prompting and can_style(sys.stdout) else None
-    screen = Screen(sys.stdout, prompting=prompting, editor=editor)
+    editor = LineEditor() if sys.stdin.isatty() and can_style(sys.stdout) else None
+    screen = Screen(sys.stdout, editor)
     with _log(screen, verbose):
         try:
             return await _demo(screen, program, echo, editor.lines() if editor else lines())
@@ -150,21 +149,18 @@ def _log(screen: Screen, verbose: bool) -> Iterator[None]:
 class Screen:
     """Writes lines of at most WIDTH columns. On a terminal it has colours and keeps a prompt below."""
 
-    def __init__(self, out: TextIO, *, prompting: bool, editor: LineEditor | None = None) -> None:
-        """`editor`: what shows the prompt, and reads behind it."""
+    def __init__(self, out: TextIO, editor: LineEditor | None = None) -> None:
+        """`editor`: what shows the prompt, and reads behind it; None: nobody types at a terminal."""
         self._out = out
-        self._editor = editor
+        self.editor = editor
         self._colours = can_colour(out)
-        self.is_prompting = prompting and can_style(out)
-        """Whether the terminal itself shows what is typed, after the prompt."""
         self._width = min(WIDTH, shutil.get_terminal_size().columns) if out.isatty() else WIDTH
         self._prompted = False
 
     def prompt(self) -> None:
         """Prompts the user, if somebody types."""
-        if self.is_prompting and not self._prompted:
-            label = self._label("you")
-            self._write(label if self._editor is None else self._editor.prompt(label))
+        if self.editor is not None and not self._prompted:
+            self._write(self.editor.prompt(self._label("you")))
             self._prompted = True
 
     def on_line_typed(self) -> None:
@@ -241,7 +237,7 @@ class TalkSession:
                 screen.prompt()
                 continue
             await self._wait_open(UNANSWERED - 1)
-            if not screen.is_prompting:
+            if screen.editor is None:
                 screen.show("you", line)
             self._open += 1
             self._simulator.say(self._user, line)

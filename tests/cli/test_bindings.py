@@ -75,21 +75,6 @@ async def test_bind_shows_what_is_bound_now(
     assert (asked.user, asked.options.auto_typing) == ("user1@im.wechat", True)
 
 
-async def test_a_cursor_is_no_argument_since_a_token_stands_in_it(cli: Command, token_file: str) -> None:
-    result = await cli("bind", "s1", "bot1@im.bot", "--token-file", token_file, "--cursor", "ChAIARCd")
-    assert result.code == 2
-    assert "use --from" in result.err
-    assert "ChAIARCd" not in result.out + result.err
-
-
-async def test_a_bot_is_bound_from_the_start_by_an_empty_cursor(
-    cli: Command, bus: BusConnection, token_file: str
-) -> None:
-    await cli("bind", "s1", "bot1@im.bot", "--token-file", token_file, "--cursor", "", "--timeout", "0.1")
-    stored = await bus.js.get_last_msg(bus.names.stream_ctl, ">")
-    assert msgspec.json.decode(stored.data or b"", type=Bind).cursor == ""
-
-
 async def test_a_refused_bind_is_1_with_the_adapters_sentence(
     cli: Command, bus: BusConnection, token_file: str
 ) -> None:

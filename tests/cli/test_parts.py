@@ -129,6 +129,13 @@ def test_json_for_scripts_has_every_field() -> None:
     assert with_defaults(Receipt(command="c", sandbox="s", outcome="parked"))["window"]["remaining"] is None
 
 
+class Editor(LineEditor):
+    """Shows the prompt as it is."""
+
+    def prompt(self, label: str) -> str:
+        return label
+
+
 class Terminal(io.StringIO):
     def isatty(self) -> bool:
         return True
@@ -137,7 +144,7 @@ class Terminal(io.StringIO):
 @pytest.mark.parametrize("text", ["word " * 60, "长" * 200, "x" * 300, "https://" + "y" * 90 + " end"])
 def test_entries_stay_within_80_columns(text: str) -> None:
     out = io.StringIO()
-    Screen(out, prompting=True).show("phone", text)
+    Screen(out).show("phone", text)
     written = out.getvalue().splitlines()
     assert all(cell_len(line) <= 80 for line in written)
     assert written[0].startswith("phone".ljust(LABEL))
@@ -146,16 +153,15 @@ def test_entries_stay_within_80_columns(text: str) -> None:
 
 def test_no_colours_and_no_prompt_without_a_terminal() -> None:
     out = io.StringIO()
-    screen = Screen(out, prompting=True)
+    screen = Screen(out)
     screen.prompt()
     screen.show("you", "hello")
     assert out.getvalue() == "you".ljust(LABEL) + "hello\n"
-    assert not screen.is_prompting
 
 
 def test_on_a_terminal_news_replace_the_prompt() -> None:
     out = Terminal()
-    screen = Screen(out, prompting=True)
+    screen = Screen(out, Editor())
     screen.prompt()
     screen.prompt()
     screen.show("phone", "news")
@@ -174,7 +180,7 @@ def test_news_show_again_what_is_being_typed() -> None:
 
     asked: list[str] = []
     out = Terminal()
-    screen = Screen(out, prompting=True, editor=Typing())
+    screen = Screen(out, Typing())
     screen.prompt()
     screen.show("phone", "news")
     screen.prompt()
@@ -224,7 +230,7 @@ def test_a_terminal_gets_what_it_can_show_and_no_colours_where_nobody_wants_them
     assert (can_style(Terminal()), can_colour(Terminal())) == (styles, colours)
     assert not can_style(io.StringIO())
     out = Terminal()
-    screen = Screen(out, prompting=True)
+    screen = Screen(out, Editor() if styles else None)
     screen.prompt()
     screen.show("you", "hello")
     assert ("\x1b[36m" in out.getvalue(), "\x1b[K" in out.getvalue()) == (colours, styles)
