@@ -54,15 +54,12 @@ class Bindings:
         self._listeners: list[Callable[[str, Binding | None, Binding | None], None]] = []
 
     def get(self, bot: str) -> Binding | None:
-        return self.with_revision(bot)[0]
+        return self._by_bot.get(bot, (None, 0))[0]
 
     def serving(self, bot: str) -> Binding | None:
         """The bot's binding, unless it is closing."""
         binding = self.get(bot)
         return None if binding is None or binding.closing else binding
-
-    def with_revision(self, bot: str) -> tuple[Binding | None, int]:
-        return self._by_bot.get(bot, (None, 0))
 
     def of_sandbox(self, sandbox: str) -> list[Binding]:
         """In the order of bot ids."""
@@ -189,7 +186,7 @@ class Bindings:
         except ValueError:  # another program's key
             log.error("binding.unreadable", key=entry.key[:64])
             return
-        before, revision = self.with_revision(bot)
+        before, revision = self._by_bot.get(bot, (None, 0))
         if entry.revision <= max(revision, self._deleted.get(bot, 0)):
             return
         try:
