@@ -15,7 +15,7 @@ from nats.aio.msg import Msg
 from nats.errors import Error as NatsError
 
 from adapter.contract.names import H_EXPECTED
-from adapter.errors import AdapterError, BusRefused, Conflict, Temporary
+from adapter.errors import BusRefused, Conflict, Temporary
 from adapter.jetstream.api_replies import ApiReply, decode_reply, write_error_of
 from adapter.jetstream.history import StreamHistory, get_from_leader
 from adapter.jetstream.managed_connection import ManagedConnection
@@ -127,8 +127,8 @@ class KvBucket(LeaderKvBucket):
             raise Temporary("bucket_full", f"{self.name}: {exc.detail}") from exc  # until an operator makes room
 
     async def stream_state(self) -> tuple[int, int]:
-        """Number of keys, including deleted ones, and the newest sequence. Raises Temporary, BusRefused."""
-        state = (await self._connection.api_request(f"STREAM.INFO.{self.stream}"))["state"]
+        """Number of keys, including deleted ones, and the newest sequence. Raises Temporary."""
+        state = await self._history.read_state(self.stream)
         return int(state["messages"]), int(state["last_seq"])
 
     async def watch(
@@ -152,7 +152,7 @@ class KvBucket(LeaderKvBucket):
                     epoch = self._connection.epoch
                 if await watch.reload_if_stale() and on_loaded is not None:
                     on_loaded()
-            except (AdapterError, NatsError) as exc:
+            except (Temporary, NatsError) as exc:
                 watch.is_complete = False
                 log.warning("bucket.unread", bucket=self.name, reason=getattr(exc, "reason", type(exc).__name__))
                 await asyncio.sleep(0.2)
@@ -193,7 +193,7 @@ class _Watcher:
     async def reload_if_stale(self) -> bool:
         """Reads the bucket if an update was missed or a key has expired. Returns whether it did.
 
-        Raises Temporary, BusRefused.
+        Raises Temporary.
         """
         keys, newest = await self._bucket.stream_state()
         if self.is_complete and (keys, newest) == (len(self._revisions), self._top):

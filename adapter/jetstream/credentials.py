@@ -27,13 +27,17 @@ def credential_options(settings: Settings) -> dict[str, Any]:
         "password": settings.nats_password,
         "token": settings.nats_token,
     }
-    if path := settings.nats_creds:
-        lines = _read_file("NATS_CREDS", path).splitlines()
-        if not (jwt := _line_below(lines, JWT)):
-            raise _unusable_file("NATS_CREDS", path, "it holds no user JWT")
-        options["user_credentials"] = UserCredentials(_read_key("NATS_CREDS", path, _line_below(lines, SEED)), jwt)
-    elif path := settings.nats_nkey:
-        options["user_credentials"] = UserCredentials(_read_key("NATS_NKEY", path, _read_file("NATS_NKEY", path)))
+    setting, path = ("NATS_CREDS", settings.nats_creds) if settings.nats_creds else ("NATS_NKEY", settings.nats_nkey)
+    if path:
+        try:
+            text = Path(path).read_text()
+            lines = text.splitlines()
+            seed, jwt = (_line_below(lines, SEED), _line_below(lines, JWT)) if settings.nats_creds else (text, "")
+            options["user_credentials"] = UserCredentials(UserKey(seed.strip()), jwt)
+        except OSError as exc:
+            raise _unusable_file(setting, path, exc.strerror) from None
+        except ValueError:  # what it says may be a secret
+            raise _unusable_file(setting, path, "it does not hold the credentials of a user") from None
     return {option: value for option, value in options.items() if value}
 
 
@@ -52,25 +56,12 @@ def tls_context(settings: Settings) -> ssl.SSLContext:
     return context
 
 
-def _read_file(setting: str, path: str) -> str:
-    try:
-        return Path(path).read_text()
-    except OSError as exc:
-        raise _unusable_file(setting, path, exc.strerror) from None
-    except ValueError:
-        raise _unusable_file(setting, path, "it is no text") from None
-
-
 def _line_below(lines: list[str], mark: str) -> str:
-    """The line below the one that contains `mark`; "": there is none."""
-    return next((below for line, below in itertools.pairwise(lines) if mark in line), "")
-
-
-def _read_key(setting: str, path: str, seed: str) -> UserKey:
-    try:
-        return UserKey(seed.strip())
-    except ValueError:
-        raise _unusable_file(setting, path, "it holds no seed of a user") from None
+    """The line below the one that contains `mark`. Raises ValueError."""
+    found = next((below for line, below in itertools.pairwise(lines) if mark in line), "")
+    if not found:
+        raise ValueError(mark)
+    return found
 
 
 def _unusable_file(setting: str, path: str, why: object) -> Temporary:

@@ -88,12 +88,12 @@ class StreamHistory:
         return last.seq if last else 0
 
     async def last_sequence(self, stream: str) -> int:
-        return int((await self._read_state(stream))["last_seq"])
+        return int((await self.read_state(stream))["last_seq"])
 
     async def count(self, stream: str) -> int:
-        return int((await self._read_state(stream))["messages"])
+        return int((await self.read_state(stream))["messages"])
 
-    async def _read_state(self, stream: str) -> dict[str, Any]:
+    async def read_state(self, stream: str) -> dict[str, Any]:
         """Raises Temporary."""
         try:
             state: dict[str, Any] = (await self._connection.api_request(f"STREAM.INFO.{stream}"))["state"]
@@ -104,7 +104,7 @@ class StreamHistory:
     async def read_newest(
         self, stream: str, subject: str, *, count: int, before: int | None = None
     ) -> list[StoredMessage]:
-        state = await self._read_state(stream)
+        state = await self.read_state(stream)
         first, last = int(state["first_seq"]), int(state["last_seq"])
         end = last + 1 if before is None else min(before, last + 1)
         width = count

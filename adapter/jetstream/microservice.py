@@ -13,7 +13,7 @@ import contextlib
 from collections import Counter
 from collections.abc import Awaitable, Callable, Coroutine, Mapping
 from functools import partial
-from typing import Any, Literal, TypeAlias
+from typing import Any
 
 import structlog
 from nats import micro
@@ -36,7 +36,6 @@ log = structlog.get_logger()
 
 SERVICE = "wechat-nats"
 Handler = Callable[[bytes], Awaitable[bytes]]
-Verdict: TypeAlias = Literal["taken", "busy", "full"]
 SandboxHandler = Callable[[SandboxRequest], Awaitable[SandboxResponse]]
 IMPORTED_REPLY = "_R_."
 """Prefix that the server gives to the inbox of a request from another account."""
@@ -58,6 +57,8 @@ PER_S = 256
 """Requests of one sandbox that start in a second; fewer if they cost more. Others wait for the next second."""
 REFUSALS_PER_S = 64
 """Requests of one sandbox that are answered with 429 in a second; others get no answer."""
+MAX_REQUESTS = 16_384
+"""Most requests of all sandboxes in flight."""
 MAX_IN_FLIGHT_BYTES = 64 * 1024 * 1024
 """Bytes of all requests in flight."""
 CODES = {"not_bound": "404", "not_found": "404", "replaced": "409"}
@@ -69,8 +70,7 @@ class RequestQuota:
     """The requests of one connection. All times are those of the running loop. The log names one sandbox a second."""
 
     def __init__(self, of_one: int) -> None:
-        self._max_per_sandbox = of_one
-        self._in_flight: Counter[str] = Counter()
+        self._slots = FairSlots(MAX_REQUESTS, share=of_one)
         self._held_bytes = 0
         self._second_ends_at = 0.0
         """When the counts below are reset."""
@@ -79,22 +79,20 @@ class RequestQuota:
         self._has_named_one = False
         """Whether the log has named a sandbox without an inbox."""
 
-    def try_admit(self, sandbox: str, size: int) -> Verdict:
-        """Whether a request of `size` bytes is admitted. An admitted one has to be released."""
-        if self._in_flight[sandbox] >= self._max_per_sandbox:
-            return "busy"
+    def try_admit(self, sandbox: str, size: int) -> str | None:
+        """Admits a request of `size` bytes, which has to be released, or returns why not: busy (the sandbox has its
+        share) or full."""
         if self._held_bytes + size > MAX_IN_FLIGHT_BYTES:
             return "full"
-        self._in_flight[sandbox] += 1
+        if not self._slots.try_acquire(sandbox):
+            return "busy"
         self._held_bytes += size
-        return "taken"
+        return None
 
     def release(self, sandbox: str, size: int) -> None:
         """Releases an answered request."""
         self._held_bytes -= size
-        self._in_flight[sandbox] -= 1
-        if not self._in_flight[sandbox]:
-            del self._in_flight[sandbox]
+        self._slots.release(sandbox)
 
     def count_refusal(self, sandbox: str) -> bool:
         """Counts a refusal. Returns whether it is still answered."""
@@ -201,10 +199,9 @@ class Services:
             return False
         if sandbox == PLATFORM:
             return True
-        admission = quota.try_admit(sandbox, size)
-        if admission == "taken":
+        if (reason := quota.try_admit(sandbox, size)) is None:
             return True
-        self._metrics.service_refusals.labels(reason=admission).inc()
+        self._metrics.service_refusals.labels(reason=reason).inc()
         if quota.count_refusal(sandbox):
             headers = {H_ERROR: BUSY.format(count=self._max_per_sandbox), H_ERROR_CODE: "429"}
             nc.try_publish(reply, b"", "", headers)

@@ -29,7 +29,7 @@ from adapter.errors import (
     Temporary,
     Unreadable,
 )
-from adapter.jetstream.history import StreamHistory, direct_get_one, get_from_leader, has_more
+from adapter.jetstream.history import StreamHistory, get_from_leader, has_more
 from adapter.jetstream.managed_connection import ManagedConnection
 from adapter.jetstream.publisher import Publisher
 from adapter.ports import BusMessage, Pieces, StoredObject
@@ -158,23 +158,22 @@ class ObjectStore:
         if done is not None and end > done.size:
             raise Refused("invalid", "The upload is already complete: use another id.")
         subject = self._chunks + _upload_ident(name)
-        for attempt in range(APPEND_ATTEMPTS):
-            before = await direct_get_one(self._connection, self._stream, {"last_by_subj": subject})
+        for _ in range(APPEND_ATTEMPTS):
+            before = await self._history.read_last(self._stream, subject)
             size = int(before.headers.get(H_OFFSET, "0")) + len(before.data) if before else 0
             if end <= size:
                 return size
-            if offset == size:
-                headers = {H_OFFSET: str(offset), H_EXPECTED: str(before.seq if before else 0)}
-                try:
-                    async with asyncio.timeout(APPEND_S):
-                        await self._publisher.publish(BusMessage("media", subject, piece, headers))
-                except TimeoutError as exc:
-                    raise Temporary("bus_timeout", "The piece is not stored yet: send it again.") from exc
-                except Conflict:
-                    pass  # another piece was stored meanwhile, or the read was outdated
-                else:
-                    return end
-            await asyncio.sleep(0.05 * attempt)  # there is a gap, or a lagging server answered
+            if offset != size:
+                break
+            headers = {H_OFFSET: str(offset), H_EXPECTED: str(before.seq if before else 0)}
+            try:
+                async with asyncio.timeout(APPEND_S):
+                    await self._publisher.publish(BusMessage("media", subject, piece, headers))
+            except TimeoutError as exc:
+                raise Temporary("bus_timeout", "The piece is not stored yet: send it again.") from exc
+            except Conflict:
+                continue  # another piece was stored meanwhile
+            return end
         raise Refused("invalid", f"Bytes {offset} to {end} do not follow: go on at {size}.")
 
     async def complete_upload(
@@ -241,8 +240,8 @@ class ObjectStore:
             try:
                 await self._publisher.publish(BusMessage("media", subject, data, headers, ensure_owner))
                 return _known(name, meta)
-            except Conflict:  # stored meanwhile, perhaps by an attempt whose answer was lost; or a server lagged
-                await asyncio.sleep(0.05)
+            except Conflict:  # stored meanwhile, perhaps by an attempt whose answer was lost
+                continue
 
     async def _delete_chunks(self, ident: str) -> None:
         """Deletes chunks. Those that cannot be deleted now expire with the store's age limit."""
@@ -271,10 +270,7 @@ class ObjectStore:
 
     async def _read_meta(self, name: str) -> tuple[_Meta | None, int]:
         """The description of an object, None if there is no readable one, and its sequence. Raises Temporary."""
-        query = {"last_by_subj": self._metas + _encode_name(name)}
-        stored = await direct_get_one(self._connection, self._stream, query)
-        if stored is None:  # a lagging server may have answered
-            stored = await get_from_leader(self._connection, self._stream, query)
+        stored = await self._history.read_last(self._stream, self._metas + _encode_name(name))
         if stored is None:
             return None, 0
         try:

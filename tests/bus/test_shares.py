@@ -18,18 +18,18 @@ VIRTUAL_TIME = True
 
 async def test_so_many_of_a_sandbox_are_in_hand_and_no_more() -> None:
     shares = RequestQuota(2)
-    assert [shares.try_admit("bad", 1) for _ in range(3)] == ["taken", "taken", "busy"]
-    assert shares.try_admit("good", 1) == "taken"
+    assert [shares.try_admit("bad", 1) for _ in range(3)] == [None, None, "busy"]
+    assert shares.try_admit("good", 1) is None
     shares.release("bad", 1)
-    assert [shares.try_admit("bad", 1) for _ in range(2)] == ["taken", "busy"]
+    assert [shares.try_admit("bad", 1) for _ in range(2)] == [None, "busy"]
 
 
 async def test_so_many_bytes_of_all_are_in_hand_and_no_more() -> None:
     shares = RequestQuota(2)
-    assert shares.try_admit("s1", MAX_IN_FLIGHT_BYTES) == "taken"
+    assert shares.try_admit("s1", MAX_IN_FLIGHT_BYTES) is None
     assert shares.try_admit("s2", 1) == "full"
     shares.release("s1", MAX_IN_FLIGHT_BYTES)
-    assert shares.try_admit("s2", 1) == "taken"
+    assert shares.try_admit("s2", 1) is None
 
 
 async def test_a_sandbox_above_its_share_waits_for_the_next_second_and_others_do_not() -> None:
