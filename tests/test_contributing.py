@@ -68,3 +68,21 @@ def test_what_a_page_names_is_there(page: Path) -> None:
 )
 def test_a_name_that_is_gone_would_be_found(text: str, count: int) -> None:
     assert len(lost_names(ROOT / "README.md", text)) == count
+
+
+BEHIND = re.compile(r"`([\w/]+\.py)`((?:,? (?:`(?![\w/]+\.py`)[\w.]+`|[A-Z][A-Z_]+\b))+)")
+"""A file, and names in it: functions and classes in backticks, constants as they are."""
+
+
+@pytest.mark.parametrize("page", ["docs/code-map.md", "docs/explanation/architecture.md"])
+def test_names_behind_a_file_are_in_it(page: str) -> None:
+    found = BEHIND.findall((ROOT / page).read_text("utf-8"))
+    named = [(file, name) for file, names in found for name in re.findall(r"(\w+)(?=`|,|$| )", names)]
+    assert len(named) > 10
+    absent = []
+    for file, name in named:
+        path = ROOT / file if file.startswith("tests/") else ROOT / "adapter" / file
+        definition = rf"^ *(?:async def |def |class ){name}\b|^[A-Z_, ]*\b{name}\b"
+        if not re.search(definition, path.read_text("utf-8"), re.MULTILINE):
+            absent.append((file, name))
+    assert absent == []
