@@ -51,7 +51,7 @@ class Health:
     """How this replica is. The event loop sets it, and the probe thread reads it. Texts are for operators.
 
     NATS and iLink never affect liveness, since a restart of thousands of long polls repairs neither. Single bindings
-    do not count. Implements inbound.poller.PollGate.
+    do not count.
     """
 
     def __init__(self, edges: Edges, names: Names, inspector: Inspector, inboxes: InboxReader) -> None:
@@ -145,10 +145,10 @@ class Health:
 
     # whether the bus takes what is done -------------------------------------------------------------
 
-    def is_open(self) -> bool:
+    def is_writable(self) -> bool:
         """Whether the bus accepts what a poll may bring."""
-        is_writable = self._edges.connection.is_connected and self._edges.bus.is_writable(self._polls_need)
-        return is_writable and self._is_complete(self._polls_need)
+        edges, streams = self._edges, self._polls_need
+        return edges.connection.is_connected and edges.bus.is_writable(streams) and self._is_complete(streams)
 
     async def wait_writable(self) -> None:
         """Returns when the bus accepts what a poll may bring."""

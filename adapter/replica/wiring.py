@@ -169,7 +169,7 @@ class Replica:
             leases=leases,
             others=self.others,
             max_payload=lambda: edges.connection.max_payload,
-            is_writable=self.health.is_open,
+            is_writable=self.health.is_writable,
             wait_writable=self.health.wait_writable,
             stale_retry_s=stale_retry_s,
             login_polls_s=login_polls_s,
