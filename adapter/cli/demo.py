@@ -140,7 +140,7 @@ def _log(screen: Screen, verbose: bool) -> Iterator[None]:
         return
     handle, name = tempfile.mkstemp(prefix="wechat-nats-demo-", suffix=".log")
     with open(handle, "wb", buffering=0) as file:
-        screen.note(f"The adapter logs to {name}, which stays if something fails (--verbose: to standard error).")
+        screen.note(f"The adapter logs to {name}, kept if it fails.")
         logs.configure("info", file, version=__version__)
         yield
     Path(name).unlink()
