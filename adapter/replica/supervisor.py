@@ -19,7 +19,6 @@ batches; changes of the leases are followed in every round:
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import itertools
 from collections.abc import Callable, Coroutine
 from functools import partial
@@ -31,7 +30,7 @@ from msgspec import structs
 from adapter.bindings.registry import Bindings
 from adapter.contract.names import shard_of
 from adapter.contract.records import Binding
-from adapter.errors import LeaseLost, Temporary
+from adapter.errors import Crashed, LeaseLost, RecordTooNew, Temporary
 from adapter.inbound.checkpoint import Checkpoints
 from adapter.inbound.poller import BotPoller
 from adapter.kit.persist import persist
@@ -55,6 +54,8 @@ RESTART_S = 0.2
 ASK_EVERY = 8
 """Looks at a bot whose binding is closing after which the replica is asked whose name the bot has: it may have none
 any more after a restore."""
+CLOSE_AGAIN_S = 30.0
+"""Pause before a binding is closed again whose end has crashed, or needs a newer version."""
 
 
 class Supervisor:
@@ -293,9 +294,14 @@ class Supervisor:
     async def _close(self, bot: str) -> None:
         try:
             while (binding := self._to_close(bot)) and (shard := await self.open_shard(binding.sandbox)):
-                with contextlib.suppress(LeaseLost):  # if it is another replica's, that one confirms
+                try:
                     work = partial(self._confirm_close, binding, shard)
                     await persist(work, shard.tenure, self._clock, "binding.close", bot=bot)
+                except LeaseLost:  # if it is another replica's, that one confirms
+                    pass
+                except (Crashed, RecordTooNew) as exc:  # nobody else tries again while this replica has the shard
+                    log.warning("binding.unclosed", bot=bot, sandbox=binding.sandbox, reason=exc.reason)
+                    await self._clock.sleep(CLOSE_AGAIN_S)
         finally:
             self._closing.discard(bot)
 

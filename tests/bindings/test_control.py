@@ -17,7 +17,7 @@ from adapter.bindings.registry import Bindings
 from adapter.contract.messages import Bind, ControlAnswer, Erase
 from adapter.contract.names import H_ERROR, H_ERROR_CODE, H_MSG_ID, H_REPLY_TO, shard_of, to_subject_token
 from adapter.contract.records import Binding
-from adapter.errors import BusRefused, Refused, Temporary
+from adapter.errors import BusRefused, RecordTooNew, Refused, Temporary
 from adapter.ilink.wire import OPAQUE_CHARS
 from adapter.ownership.tenure import Tenure
 from adapter.ports import BusMessage, Entry, StoredMessage
@@ -585,6 +585,23 @@ async def test_an_unbind_waits_for_the_owner_of_the_shard_and_other_persons_for_
     await asyncio.sleep(1)
     assert (unbind.acks, behind.acks, inbox(platform)) == (1, 1, [])
     assert platform.bound == {"b2@im.bot": "s1", "b3@im.bot": "s2"}
+
+
+@pytest.mark.parametrize("problem", [KeyError("a bug"), RecordTooNew("record_too_new")])
+async def test_an_unbind_goes_on_once_the_owner_can_confirm_it(problem: Exception, platform: Platform) -> None:
+    """Nobody else tries it again while the owner lives."""
+    await platform.bind()
+    supervisor, fails = platform.bench.replica.supervisor, Failing(4, problem)
+    is_released = supervisor.is_released
+
+    async def fails_first(bot: str, *, ask: bool) -> bool:
+        await fails()
+        return await is_released(bot, ask=ask)
+
+    supervisor.is_released = fails_first  # type: ignore[method-assign]
+    unbind = platform.publish("unbind", b'{"sandbox":"s1"}')
+    await asyncio.sleep(200)
+    assert (unbind.acks, platform.bound) == (1, {})
 
 
 async def test_a_new_owner_of_the_control_commands_carries_on_with_what_is_closing(platform: Platform) -> None:
