@@ -1,18 +1,24 @@
-"""The consumers of a shard: one that keeps crashing is reported, for a restart of the process."""
+"""The consumers of a shard: one that keeps crashing is reported, for a restart of the process; else it goes on."""
 
 from __future__ import annotations
 
+import asyncio
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
+import pytest
 from structlog.testing import capture_logs
 
 from adapter.jetstream import topology
 from adapter.kit.persist import ATTEMPTS
+from adapter.replica import consumers
 from adapter.replica.consumers import consume
 from tests.fakes import Bench
 
 VIRTUAL_TIME = True
+
+DAY_S = 86_400.0
 
 
 class Broken:
@@ -43,3 +49,28 @@ async def test_a_consumer_that_keeps_crashing_is_reported_and_ends(bench: Bench)
     assert failed == [(topology.out_consumer(shard.number), "crashed: ValueError")]
     assert connection.met == ATTEMPTS
     assert [line["crashes"] for line in logs if line["event"] == "work.crashed"] == [1, 2, 3]
+
+
+class Crashing:
+    """In place of a consumer: each works for a day, then it crashes."""
+
+    def __init__(self) -> None:
+        self.begun = 0
+
+    def __call__(self, *_: Any, **__: Any) -> Crashing:
+        self.begun += 1
+        return self
+
+    async def run(self, on_delivery: Callable[[Any], None]) -> None:
+        await asyncio.sleep(DAY_S)
+        raise KeyError("a bug")
+
+
+async def test_a_consumer_that_crashes_now_and_then_goes_on(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    crashing = Crashing()
+    monkeypatch.setattr(consumers, "Consumer", crashing)
+    running = asyncio.create_task(consume(bench.replica, bench.shard("s1")))
+    await asyncio.sleep(9.9 * DAY_S)
+    assert [check.name for check in bench.replica.health.check_live()] == ["event_loop"]
+    assert crashing.begun == 10
+    running.cancel()

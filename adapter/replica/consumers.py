@@ -18,17 +18,25 @@ from adapter.replica.wiring import Replica
 
 log = structlog.get_logger()
 
+BROKEN_S = 600.0
+"""Time within which a consumer crashes as often as `persist` lets it, if only a restart helps."""
+
 
 async def consume(replica: Replica, shard: Shard) -> None:
     """Runs until cancelled, or until the shard is lost. A consumer that keeps crashing fails /livez."""
 
     async def keep(name: str, work: Callable[[], Awaitable[None]]) -> None:
-        try:
-            await persist(work, shard.tenure, replica.clock, name)
-        except LeaseLost:
-            log.debug("consumer.ended", consumer=name)
-        except Crashed as exc:
-            replica.health.report_failed_loop(name, f"crashed: {type(exc.__cause__).__name__}")
+        while True:
+            began = replica.clock.monotonic()
+            try:
+                await persist(work, shard.tenure, replica.clock, name)
+            except LeaseLost:
+                log.debug("consumer.ended", consumer=name)
+                return
+            except Crashed as exc:
+                if replica.clock.monotonic() - began < BROKEN_S:
+                    replica.health.report_failed_loop(name, f"crashed: {type(exc.__cause__).__name__}")
+                    return
 
     out = topology.out_consumer(shard.number)
     async with asyncio.TaskGroup() as group:
