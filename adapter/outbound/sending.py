@@ -24,10 +24,10 @@ import msgspec
 
 from adapter.content.quotes import placeholder_summary
 from adapter.contract.messages import Outcome
-from adapter.contract.names import H_MSG_ID, author_traceparent
+from adapter.contract.names import author_traceparent
 from adapter.errors import AdapterError, Refused, Throttled, Uncertain, Unreadable
 from adapter.outbound import window
-from adapter.outbound.commands import MERGE_SEPARATOR, Part, client_id_base, command_id
+from adapter.outbound.commands import MERGE_SEPARATOR, Part, client_id_base
 from adapter.outbound.record import (
     RECENT_COMMANDS,
     SENT_TEXT_CHARS,
@@ -143,11 +143,10 @@ class QueuedCommand(msgspec.Struct, kw_only=True, eq=False):
 
 
 def unread(delivery: Delivery, ref: CommandRef, sandbox: str) -> QueuedCommand:
-    """A command before its body is read. `ref`: its identity."""
-    ident = command_id(None, ref.id, delivery.headers.get(H_MSG_ID, ""), delivery.seq)
+    """A command before its body is read. `ref`: its identity, whose `id` the body may name."""
     return QueuedCommand(
         sequence=delivery.seq,
-        ref=msgspec.structs.replace(ref, id=ident),
+        ref=ref,
         sandbox=sandbox,
         client_id_base=client_id_base(sandbox, ref.sequence, ref.stored_ms),
         traceparent=author_traceparent(delivery.headers),

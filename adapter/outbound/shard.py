@@ -166,6 +166,8 @@ class Shard:
             except Exception as exc:  # the one place where the code may raise for a command that has no conversation
                 log.exception("command.crashed", subject=delivery.subject, sequence=delivery.seq)
                 crashed = CommandResult("dead_lettered", "crashed", type(exc).__name__)
+                if not command.ref.id:
+                    command.ref = msgspec.structs.replace(ref, id=str(delivery.seq))
                 self._tasks.spawn(self._place_after_look(command, crashed))
             finally:
                 _without_data(delivery)
