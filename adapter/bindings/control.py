@@ -180,7 +180,8 @@ class Control:
             return
         key = _outcome_key(command, f"#{delivery.seq}.{delivery.time_ms}")
         entry = await self._outcomes.get(key)
-        known = _outcome_in(entry)
+        is_dry = isinstance(command, Erase) and command.dry_run
+        known = None if is_dry else _outcome_in(entry)
         if known is not None and (known.answer.ok or known.sequence == number):
             bound = self._bindings.get(command.bot) if isinstance(command, Bind) else None
             now = [bound.info()] if bound is not None and bound.sandbox == command.sandbox else []
@@ -198,7 +199,7 @@ class Control:
         except (Refused, BusRefused) as exc:
             await binder.reopen(number)
             answer, reason = await self._refuse(command, exc), exc.reason
-        if not (isinstance(command, Erase) and command.dry_run):
+        if not is_dry:
             kept = structs.replace(answer, bindings=[], replaced=[])  # what would name persons and their bots
             outcome = ControlOutcome(sequence=number, answer=kept, reason=reason)
             self._owner.check()
@@ -288,8 +289,9 @@ def _outcome_in(entry: Entry | None) -> ControlOutcome | None:
 
 
 def _outcome_key(command: ControlCommand, own_id: str = "") -> str:
-    """`own_id`: stands for a missing id."""
-    ident = f"{type(command).__name__} {command.sandbox} {command.id or own_id}"
+    """`own_id`: stands for a missing id. One used for several persons or bots is another command for each."""
+    meant = command.user if isinstance(command, Erase) else command.bot or ""
+    ident = f"{type(command).__name__} {command.sandbox} {meant} {command.id or own_id}"
     return OUTCOME + hashlib.sha256(ident.encode()).hexdigest()[:32]
 
 

@@ -919,6 +919,26 @@ async def test_a_refused_bind_may_be_tried_again_with_its_id(platform: Platform)
     assert platform.bound == {BOT: "s1"}
 
 
+async def test_an_id_that_was_used_for_several_persons_is_a_command_for_each() -> None:
+    """As the number of a ticket may be. Otherwise the second person would be reported as erased, and was not."""
+    erased: list[str] = []
+    counted: list[str] = []
+
+    async def erase(command: Erase) -> ControlAnswer:
+        (counted if command.dry_run else erased).append(command.user)
+        return ControlAnswer(ok=True, id=command.id or "")
+
+    platform = Platform(erase=erase)
+    for number in (1, 2, 2):
+        assert (await platform.bind(bot=f"b{number}@im.bot", user=f"u{number}@im.wechat", id="t1")).ok
+    assert set(platform.bound) == {BOT, "b2@im.bot"}
+    for number in (1, 2, 2):
+        assert (await platform.say("erase", user=f"u{number}@im.wechat", id="t2")).ok
+    assert erased == [USER, "u2@im.wechat"]
+    await platform.say("erase", user=USER, id="t2", dry_run=True)
+    assert (erased, counted) == ([USER, "u2@im.wechat"], [USER])  # whether something is left is looked up
+
+
 async def test_what_is_remembered_of_a_command_names_nobody(platform: Platform) -> None:
     await platform.bind(id="r1")
     await platform.bind(bot="b2@im.bot", id="r2")
