@@ -48,6 +48,8 @@ SMALL = 65_536
 READ_BYTES_PER_S = 16 << 20
 """Of larger ones, one after the other. Without it, a hundred bots of a hostile server took 1.5 GiB and delayed the
 messages of others by three seconds: reading 8 MiB takes 50 to 100 ms of the event loop."""
+GRACE_S = 5.0
+"""Time to read a large answer that arrived before its poll was cut, since iLink may count it as delivered."""
 _NOBODY = Account("", "", "")
 """For calls without a bot."""
 
@@ -127,10 +129,23 @@ class ILink:
             on_connected()
 
     async def _read_updates(self, reply: IlinkReply, started: float, limit: int) -> Polled:
-        """Reads large answers one after the other, and leaves time for others in between."""
+        """Reads a large answer even if its poll is cut, within GRACE_S."""
         polled_s = time.monotonic() - started
         with contextlib.suppress(protocol.Oversized):
             return protocol.read_updates(protocol.unpack(reply, SMALL), polled_s=polled_s)
+        reading = asyncio.get_running_loop().create_task(self._read_large(reply, polled_s, limit))
+        try:
+            return await asyncio.shield(reading)
+        except asyncio.CancelledError:
+            await asyncio.wait([reading], timeout=GRACE_S)
+            if not reading.done():
+                raise
+            return reading.result()
+        finally:
+            reading.cancel()
+
+    async def _read_large(self, reply: IlinkReply, polled_s: float, limit: int) -> Polled:
+        """Reads answers one after the other, and leaves time for others in between."""
         async with self._large:
             size = len(reply.body)
             try:

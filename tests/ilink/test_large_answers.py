@@ -110,6 +110,16 @@ async def test_large_answers_are_read_one_after_the_other_and_small_ones_pass_th
     assert time.monotonic() - began >= len(large) * len(body) / READ_BYTES_PER_S
 
 
+async def test_a_poll_that_is_cut_while_its_large_answer_is_read_brings_it(server: Server, ilink: ILink) -> None:
+    """iLink may count it as delivered."""
+    server.answer = Server.say(packed(FRAME % LARGEST))
+    cut = [asyncio.create_task(poll(ilink)) for _ in range(2)]
+    await until(ilink._large.locked, "one is being read")
+    for task in cut:
+        task.cancel()
+    assert [polled.cursor for polled in await asyncio.gather(*cut)] == ["b", "b"]
+
+
 async def test_who_waits_after_a_large_answer_that_cannot_be_read_does_not_keep_it(
     server: Server, ilink: ILink
 ) -> None:
