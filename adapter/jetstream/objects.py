@@ -24,7 +24,9 @@ from adapter.contract.names import H_EXPECTED, H_MSG_ID, H_OFFSET
 from adapter.errors import (
     UNDECODABLE,
     AdapterError,
+    BusRefused,
     Conflict,
+    LeaseLost,
     Refused,
     Temporary,
     Unreadable,
@@ -142,7 +144,7 @@ class ObjectStore:
         mime, title = describe(contents.head)
         try:
             stored = await self._store_meta(name, ident, contents, mime, title, ensure_owner)
-        except AdapterError:  # after a cancellation the meta may be stored, so the chunks must stay
+        except (BusRefused, LeaseLost):  # otherwise the meta may be stored, so the chunks must stay
             await self._delete_chunks(ident)
             raise
         if stored.ident != ident:
