@@ -79,7 +79,7 @@ class BotSessions:
         """Tests the token after -14 to a send, which is no proof: iLink answers a malformed body with -14, too
         (docs/reference/ilink-protocol.md, "Stale token"). If `notifystart` fails, a new poll decides, and its poller
         starts the recovery if it is refused. An earlier poll is no proof."""
-        binding, since = self._bindings.serving(bot), self._clock.monotonic()
+        binding = self._bindings.serving(bot)
         if binding is None or self._is_dead(bot):
             return False
         try:
@@ -89,6 +89,7 @@ class BotSessions:
             pass
         except Refused:
             return True  # any answer but -14
+        since = self._clock.monotonic()
 
         def is_polled() -> bool:
             session = self.polled.get(bot)

@@ -82,3 +82,19 @@ async def test_whoever_waits_for_an_accepted_send_is_woken_by_it() -> None:
     accepted.note(HERE)
     assert await waiting
     assert bench.clock.monotonic() == began + 2
+
+
+async def test_an_answer_to_a_poll_that_began_before_is_no_proof_that_the_session_lives() -> None:
+    """It comes while iLink is asked by notifystart."""
+    bench = await ready()
+    bench.chat.notify_fails, bench.chat.notify_took_s = SessionExpired("needs_login"), 2.0
+    sessions = sessions_of(bench, BOT)
+    asked = asyncio.get_running_loop().create_task(sessions.is_alive(BOT))
+    await asyncio.sleep(1)
+    sessions.polled[BOT].polled_at = bench.clock.monotonic()
+    sessions.changed.notify_all()
+    await asyncio.sleep(10)
+    assert not asked.done()
+    sessions.polled[BOT].is_stale = True  # as the next poll finds
+    sessions.changed.notify_all()
+    assert not await asked
