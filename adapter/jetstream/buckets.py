@@ -146,10 +146,10 @@ class KvBucket(LeaderKvBucket):
         while True:
             try:
                 nc = await self._connection.wait_connected()
-                if epoch != self._connection.epoch:
+                if epoch != (now := self._connection.epoch):
                     watch.is_complete = False
                     await nc.subscribe(self.updates_subject + ".>", cb=watch.on_update)
-                    epoch = self._connection.epoch
+                    epoch = now  # a subscription takes time, and the client may be another one by now
                 if await watch.reload_if_stale() and on_loaded is not None:
                     on_loaded()
             except (Temporary, NatsError) as exc:

@@ -16,6 +16,7 @@ from adapter.contract.names import SHARDS, conversation_key
 from adapter.errors import BusRefused, Conflict, Temporary
 from adapter.jetstream import topology
 from adapter.jetstream.buckets import KvBucket, LeaderKvBucket
+from adapter.jetstream.client import BusClient
 from adapter.jetstream.history import direct_get
 from adapter.jetstream.publisher import Publisher
 from adapter.ports import BusMessage, Entry, PubAck, StoredMessage
@@ -211,6 +212,26 @@ async def test_a_follower_that_misses_nothing_does_not_read_again(rig: Rig) -> N
     assert loads == before
     await bucket.update("k5", b"x", seen[5].revision, ttl_s=1)
     await until(lambda: loads > before, "its end is noticed")
+
+
+async def test_a_follower_hears_changes_over_a_client_that_came_as_it_subscribed(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bucket, connection, subscribe = rig.bucket(NAMES.bindings), rig.connection, BusClient.subscribe
+    loaded, seen, first = asyncio.Event(), list[bytes | None](), connection.epoch
+
+    async def breaks(client: BusClient, subject: str, *args: Any, **options: Any) -> Any:
+        subscription = await subscribe(client, subject, *args, **options)
+        if subject.startswith(bucket.updates_subject) and connection.epoch == first:
+            await client.close()
+            await until(lambda: connection.epoch > first and connection.is_connected, "there is another client")
+        return subscription
+
+    monkeypatch.setattr(BusClient, "subscribe", breaks)
+    rig.spawn(bucket.watch(lambda entry: seen.append(entry.value), on_loaded=loaded.set, reload_s=600.0))
+    await loaded.wait()
+    await bucket.update("k", b"1", 0)
+    await until(lambda: seen == [b"1"], "it is heard")
 
 
 async def test_a_follower_reads_again_when_the_server_that_answered_lags(
