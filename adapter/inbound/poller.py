@@ -424,6 +424,7 @@ class BotPoller:
                 if checkpoint.is_stale:
                     await self._save(checkpoint)
             is_due = not await self._wait_until(self._bindings.changed, self._is_rebound(binding), pause_s)
+            self._is_cut = False  # the loop checks the reason again
             self.unanswered_since = self._clock.monotonic()
         return None
 
@@ -595,9 +596,10 @@ class BotPoller:
         Retries until it succeeds, since no other replica can take the bot while this replica lives.
         """
         self._enter(State.RELEASING)
-        if self._saving is not None:
-            self._saving.cancel()
-            await asyncio.wait([self._saving])
+        for task in (self._folding, self._saving):  # a fold saves what it finds
+            if task is not None:
+                task.cancel()
+                await asyncio.wait([task])
 
         async def release() -> bool:
             is_unbound = self._bindings.serving(self.bot) is None

@@ -135,6 +135,33 @@ async def test_a_bot_is_taken_once_what_the_inbox_has_is_known(
     assert session.session.is_taken
 
 
+async def test_a_poller_that_ends_while_it_reads_the_inbox_leaves_no_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A late message is announced as the shard is handed over."""
+    bench = await ready(batch(raw("t1", 1)))
+    session, task = start_poller(bench)
+    await asyncio.sleep(1)
+    (first,) = bench.bus.found("IN")
+    body = msgspec.structs.replace(bench.bus.inbound()[0], id="in:late", text="t9")
+    seen = base64.b64encode(read_message(raw("t9", 9)).keys.fingerprint(bench.clock.now_ms())).decode()
+    bench.bus.put(first.subject, msgspec.json.encode(body), {H_BOT: BOT, H_SEEN: seen})
+    held, read = asyncio.Event(), bench.bus.read
+
+    async def slow(stream: str, subject: str, **where: Any) -> Any:
+        if stream == "WECHAT_IN":
+            await held.wait()
+        async for stored in read(stream, subject, **where):
+            yield stored
+
+    monkeypatch.setattr(bench.bus, "read", slow)
+    session.on_released()
+    await asyncio.sleep(1)
+    session.stop(immediately=True)
+    await task
+    held.set()
+    await asyncio.sleep(5)
+    assert (await bench.checkpoint()).owner == ""
+
+
 async def test_many_bots_of_a_sandbox_need_one_read(poller: Poller) -> None:
     bots = [f"b{number}@im.bot" for number in range(1, 11)]
     bench = await ready(batch(raw()))

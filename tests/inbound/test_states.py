@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from structlog.testing import capture_logs
 
-from adapter.inbound.poller import TRANSITIONS, BotPoller, State
+from adapter.inbound.poller import LOGIN_POLLS_S, TRANSITIONS, BotPoller, State
 from tests.fakes import Bench, batch, ready
 from tests.inbound.pollers import BOT, STALE, raw
 
@@ -90,6 +90,16 @@ async def test_a_bot_that_needs_a_login_is_paused_while_the_bus_is_away() -> Non
     await asyncio.sleep(600)
     assert session.taken[-2:] == [State.NEEDS_LOGIN, State.PAUSED]
     bench.bus_up.set()
+    await end(session, task)
+
+
+async def test_a_lease_that_pauses_costs_a_bot_that_needs_a_login_no_poll() -> None:
+    """The next one would be an hour later."""
+    bench = await ready(state="needs_login")
+    session, task = await run(bench)
+    session.cancel_poll(for_lease=True)
+    await asyncio.sleep(LOGIN_POLLS_S[0] + 10)
+    assert bench.chat.polling == 1
     await end(session, task)
 
 
