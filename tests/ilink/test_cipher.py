@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from adapter.errors import Refused
 from adapter.ilink.cipher import Decryption, Encryption, cipher_size, read_key, write_key
-from tests.simulator.plain_aes import encrypt
+from adapter.simulator.aes import encrypt
 
 KEY = bytes.fromhex("00112233445566778899aabbccddeeff")
 ODD = b"\xfb\xff" * 8

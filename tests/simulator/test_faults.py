@@ -33,15 +33,14 @@ def whys(client: Client) -> list[str]:
     return [send.why for send in client.sim.sends(client.bot.bot)]
 
 
-@pytest.mark.parametrize("status", [500, 502, 503, 504])
-async def test_f1_an_error_page_and_nothing_processed(talking: Client, status: int) -> None:
-    strike(talking, "F1", status=status, count=2)
+async def test_f1_an_error_page_and_nothing_processed(talking: Client) -> None:
+    strike(talking, "F1", status=503, count=2)
     talking.sim.say(talking.bot.user, "waits")
 
     poll = await talking.post("getupdates", {"get_updates_buf": talking.cursor})
     send = await talking.post("sendmessage", {"msg": talking.message()})
 
-    assert poll.status_code == send.status_code == status
+    assert poll.status_code == send.status_code == 503
     assert send.headers["content-type"].startswith("text/html")
     assert talking.phone() == []
     assert whys(talking) == ["F1"]
@@ -75,14 +74,6 @@ async def test_f2_a_poll_that_has_messages_is_answered_in_time(make: MakeClient)
 
     assert texts(await poll) == ["during"]
     assert (rule.count, rule.struck) == (1, 0)
-
-
-async def test_f2_what_is_refused_at_once_is_not_cut(make: MakeClient) -> None:
-    client = await make(LONG)
-    strike(client, "F2")
-    client.sim.kill_token(client.bot.bot)
-
-    assert await client.poll() == STALE
 
 
 @pytest.mark.parametrize("kind", ["malformed", "truncated", "html", "empty", "wrong_type"])
@@ -147,13 +138,6 @@ async def test_f5_silence_until_the_client_gives_up(talking: Client) -> None:
     assert (await talking.send("again"))["ret"] == 0
     await asyncio.sleep(0.02)
     assert talking.sim.stats().send_overlaps == talking.sim.stats().poll_overlaps == 0
-
-
-async def test_f5_after_hang_ms_the_request_is_served(talking: Client) -> None:
-    strike(talking, "F5", hang_ms=5, count=1)
-
-    assert (await talking.send("late"))["ret"] == 0
-    assert talking.phone() == ["late"]
 
 
 async def test_f5_processed_and_then_silence(talking: Client) -> None:
@@ -293,17 +277,6 @@ async def test_f12_a_burst_starts_the_penalty(make: MakeClient) -> None:
     assert answers == [0, 0, 0, 0, -2, -2, 0]
 
 
-async def test_f12_an_older_rule_that_is_used_up_starts_nothing(talking: Client) -> None:
-    strike(talking, "F12", penalty_s=60)
-    assert (await talking.send())["ret"] == -2
-    talking.sim.advance(61)
-    assert (await talking.send())["ret"] == 0
-
-    strike(talking, "F12", burst=3)
-
-    assert [(await talking.send())["ret"] for _ in range(3)] == [0, 0, -2]
-
-
 async def test_f13_success_without_an_id_for_one_user(talking: Client) -> None:
     other = Client(talking.sim, talking.sim.add_bot(), talking.http)
     other.sim.say(other.bot.user, "hello")
@@ -324,16 +297,6 @@ async def test_f14_an_empty_success(talking: Client, body: str, content: bytes, 
 
     assert (response.status_code, response.content) == (200, content)
     assert talking.phone() == ["hi"] * shown
-
-
-async def test_f15_the_phone_shows_it_later(talking: Client) -> None:
-    strike(talking, "F15", count=1, delay_s=600)
-    assert "message_id" in await talking.send("late")
-    await talking.send("soon")
-    assert talking.phone() == ["soon"]
-
-    talking.sim.advance(600)
-    assert talking.phone() == ["soon", "late"]
 
 
 IDENTITY = ("message_id", "client_id", "seq", "context_token", "create_time_ms")
@@ -373,9 +336,8 @@ async def test_f16_a_message_is_repeated_with_some_of_its_ids_changed(
     }.get(change, str(second.get("message_id")))
 
 
-@pytest.mark.parametrize("delay_s", [1, 8, 40 * 60])
-async def test_f16_the_repetition_comes_later(make: MakeClient, delay_s: int) -> None:
-    client = await make()
+async def test_f16_the_repetition_comes_later(make: MakeClient) -> None:
+    client, delay_s = await make(), 40 * 60
     said = client.sim.say(client.bot.user, "hello")
     client.sim.repeat(client.bot.user, said.message_id, delay_s=delay_s)
     assert ids(await client.follow()) == [said.message_id]
@@ -396,18 +358,6 @@ async def test_f16_as_a_rule_every_message_comes_twice(talking: Client) -> None:
 
     assert texts(messages) == ["x", "x"]
     assert ["message_id" in message for message in messages] == [True, False]
-
-
-async def test_f17_the_same_words_twice_are_two_messages(make: MakeClient) -> None:
-    client = await make(frozen_at_ms=1_789_000_000_000)
-    client.sim.say(client.bot.user, "ok")
-    client.sim.advance(2)
-    client.sim.say(client.bot.user, "ok")
-
-    first, second = await client.follow()
-
-    assert all(first[key] != second[key] for key in IDENTITY)
-    assert second["create_time_ms"] - first["create_time_ms"] == 2000
 
 
 @pytest.mark.parametrize("mode", ["ack_on_delivery", "cursor_replay"])
@@ -441,17 +391,6 @@ async def test_f18_a_replay_outlives_a_connection_that_breaks(make: MakeClient, 
     assert await client.follow() == first
 
 
-async def test_f18_what_is_replayed_comes_before_what_is_new(make: MakeClient) -> None:
-    client = await make()
-    client.sim.say(client.bot.user, "old")
-    await client.follow()
-    client.sim.say(client.bot.user, "new")
-
-    client.sim.replay(client.bot.bot)
-
-    assert texts(await client.follow()) == ["old", "new"]
-
-
 @pytest.mark.parametrize("cursor", ["empty", "absent"])
 async def test_f19_an_answer_with_messages_and_without_a_cursor(talking: Client, cursor: str) -> None:
     strike(talking, "F19", cursor=cursor)
@@ -481,7 +420,7 @@ async def test_f20_seq_and_times_are_out_of_order(make: MakeClient, order: str, 
     assert [m["create_time_ms"] for m in messages] == [said[place].create_time_ms for place in places]
 
 
-@pytest.mark.parametrize("hint", [0, -1, 5_000, 120_000, "35000", None])
+@pytest.mark.parametrize("hint", [120_000, "35000", None])
 async def test_f21_any_hint(talking: Client, hint: object) -> None:
     strike(talking, "F21", hint=hint)
 
@@ -515,14 +454,9 @@ async def test_f28_a_batch_of_a_thousand_messages_and_ten_megabytes(make: MakeCl
     "rule",
     [
         FaultRule(fault="F1", endpoint="getupdate"),
-        FaultRule(fault="F1", endpoint=""),
         FaultRule(fault="F1", bot="nobody"),
         FaultRule(fault="F1", endpoint="cdn/upload"),
-        FaultRule(fault="F4", endpoint="cdn/upload"),
-        FaultRule(fault="F9", endpoint="get_bot_qrcode"),
         FaultRule(fault="F23", bot="b0f5860fdecb@im.bot"),
-        FaultRule(fault="F27", bot="b0f5860fdecb@im.bot", params={"kind": "expired"}),
-        FaultRule(fault="F2", endpoint="get_qrcode_status", bot="b0f5860fdecb@im.bot"),
         FaultRule(fault="F1", endpoint="get_bot_qrcode", user="o9cq80Somebody@im.wechat"),
     ],
     ids=lambda rule: f"{rule.fault} {rule.endpoint or ''}",
@@ -538,16 +472,11 @@ async def test_a_rule_that_could_never_strike_is_refused(client: Client, rule: F
     ("fault", "params", "named"),
     [
         ("F1", {"status": "x"}, "status"),
-        ("F1", {"status": True}, "status"),
         ("F1", {"status": 99}, "status"),
         ("F1", {"after_ms": -1}, "after_ms"),
         ("F3", {"kind": "zzz"}, "malformed"),
-        ("F3", {"kind": []}, "malformed"),
-        ("F4", {"chunk": 0}, "chunk"),
         ("F8", {"count": 1}, "no parameters"),
         ("F11", {"errmsgs": "x"}, "errmsgs"),
-        ("F16", {"change": "zzz"}, "context_token"),
-        ("F27", {"kind": "zzz"}, "no_bot_id"),
         ("F27", {}, "kind"),
         ("F23", {}, "baseurl"),
         ("F5", {"hang": 1}, "hang_ms"),
@@ -577,14 +506,6 @@ async def test_a_rule_strikes_so_many_times_and_is_counted(talking: Client) -> N
     assert [(r.id, r.struck, r.count) for r in talking.sim.faults()] == [(rule.id, 2, 0)]
     assert talking.sim.clear_faults(rule_id=rule.id) == 1
     assert talking.sim.faults() == []
-
-
-async def test_a_rule_may_name_a_bot_by_its_user(talking: Client) -> None:
-    other = Client(talking.sim, talking.sim.add_bot(), talking.http)
-    strike(talking, "F9", bot=talking.bot.user)
-
-    assert await talking.poll() == STALE
-    assert (await other.poll())["msgs"] == []
 
 
 @pytest.mark.parametrize("rule", [{"probability": 1.5}, {"probability": -1}, {"count": -2}])
@@ -620,17 +541,3 @@ async def test_a_rule_strikes_what_is_meant_for_one_user(talking: Client, endpoi
 
     assert await status(talking.bot.user) == 200
     assert await status(other) >= 500
-
-
-async def test_a_rule_strikes_one_endpoint(talking: Client) -> None:
-    strike(talking, "F1", endpoint="getconfig")
-
-    assert (await talking.send())["ret"] == 0
-    assert (await talking.post("getconfig", {})).status_code >= 500
-
-
-def test_a_rule_that_cannot_be_is_refused(client: Client) -> None:
-    for rule in (FaultRule(fault="F99"), FaultRule(fault="F13", endpoint="getupdates")):
-        with pytest.raises(SimulatorError):
-            client.sim.set_fault(rule)
-    assert "F13" in FAULTS

@@ -52,15 +52,6 @@ async def test_s6_a_message_that_waits_is_answered_at_once(patient: Client) -> N
     assert item == {"type": 1, **times, "is_completed": True, **lists, "text_item": {"text": "hello"}}
 
 
-async def test_s6_a_parked_poll_is_answered_by_the_next_message(patient: Client) -> None:
-    poll = asyncio.create_task(patient.poll())
-    await parked(patient, 1)
-
-    patient.sim.say(patient.bot.user, "hello")
-
-    assert texts((await poll)["msgs"]) == ["hello"]
-
-
 async def test_s6_the_hold_ends_with_an_empty_answer_and_a_hint(client: Client) -> None:
     answer = await client.poll()
 
@@ -68,22 +59,6 @@ async def test_s6_the_hold_ends_with_an_empty_answer_and_a_hint(client: Client) 
     assert answer["longpolling_timeout_ms"] == 35_000
     assert answer["sync_buf"]
     assert client.bot.token.encode() in base64.b64decode(answer["get_updates_buf"])
-
-
-@pytest.mark.parametrize("body", [{}, {"get_updates_buf": None}, {"get_updates_buf": ""}])
-async def test_s6_a_first_poll_may_leave_its_cursor_unset(client: Client, body: Json) -> None:
-    client.sim.say(client.bot.user, "hello")
-
-    assert texts((await client.call("getupdates", body))["msgs"]) == ["hello"]
-
-
-async def test_s6_advancing_the_clock_ends_a_hold(patient: Client) -> None:
-    poll = asyncio.create_task(patient.poll())
-    await parked(patient, 1)
-
-    patient.sim.advance(60)
-
-    assert (await poll)["msgs"] == []
 
 
 @pytest.mark.parametrize(
@@ -104,15 +79,6 @@ async def test_s6_a_poll_without_news_may_say_less(make: MakeClient, style: str,
     assert await client.poll() == expected
     client.sim.say(client.bot.user, "hello")
     assert texts(await client.follow()) == ["hello"]
-
-
-async def test_s6_each_bot_has_answers_with_and_without_ret(make: MakeClient) -> None:
-    client = await make(ret_style="alternate")
-    other = Client(client.sim, client.sim.add_bot(), client.http)
-
-    answers = [await polling.poll() for _ in range(2) for polling in (client, other)]
-
-    assert ["ret" in answer for answer in answers] == [True, True, False, False]
 
 
 async def test_s6_messages_come_in_batches_in_their_order(make: MakeClient) -> None:
@@ -160,19 +126,6 @@ async def test_s7_ack_on_delivery_keeps_what_a_vanished_client_never_got(patient
         "disconnected",
         "messages",
     ]
-
-
-async def test_s7_cursor_replay_returns_what_follows_the_presented_cursor(make: MakeClient) -> None:
-    client = await make(cursor_mode="cursor_replay", batch_max=1)
-    for text in ("a", "b", "c"):
-        client.sim.say(client.bot.user, text)
-    first = await client.poll()
-    second = await client.poll(first["get_updates_buf"])
-
-    again = await client.poll(first["get_updates_buf"])
-
-    assert texts(second["msgs"]) == texts(again["msgs"]) == ["b"]
-    assert texts((await client.poll())["msgs"]) == ["a"]
 
 
 @given(cuts=st.lists(st.tuples(st.integers(0, 4), st.integers(1, 5), st.booleans()), min_size=1, max_size=12))
@@ -292,12 +245,3 @@ async def test_f22_two_polls_at_once_are_counted(patient: Client) -> None:
     view = patient.sim.polls(patient.bot.bot)
     assert (view.overlaps, view.most, view.now) == (1, 2, 0)
     assert [v.kind for v in patient.sim.violations()] == ["concurrent_polls"]
-
-
-async def test_f22_polls_one_after_another_are_not(client: Client) -> None:
-    for _ in range(3):
-        await client.poll()
-    await asyncio.sleep(0.02)
-
-    assert client.sim.stats().poll_overlaps == 0
-    assert client.sim.polls(client.bot.bot).most == 1

@@ -78,17 +78,6 @@ async def test_s4_an_answer_that_was_lost_is_given_again_after_the_hold(client: 
     assert [(await status(client, code))["status"] for _ in range(2)] == ["confirmed", "confirmed"]
 
 
-async def test_s4_every_parked_poll_is_answered_at_a_change(make: MakeClient) -> None:
-    client = await make(LONG)
-    code = await qrcode(client)
-    polls = [asyncio.create_task(status(client, code)) for _ in range(3)]
-    await client.sim.until(lambda: client.sim.qrcodes()[0].polls == 3)
-
-    client.sim.scan(code)
-
-    assert [(await poll)["status"] for poll in polls] == ["scaned"] * 3
-
-
 @pytest.mark.parametrize("params", [{"when": "before"}, {"when": "after"}])
 async def test_s4_an_answer_that_was_cut_is_given_again(make: MakeClient, params: Json) -> None:
     client = await make(LONG)
@@ -101,21 +90,8 @@ async def test_s4_an_answer_that_was_cut_is_given_again(make: MakeClient, params
     assert (await asyncio.wait_for(status(client, code), 10))["status"] == "scaned"
 
 
-async def test_s4_a_client_that_hangs_up_is_answered_again(make: MakeClient) -> None:
-    client = await make(LONG)
-    code = await qrcode(client)
-    client.sim.set_fault(FaultRule(fault="F5", endpoint="get_qrcode_status", count=1, params={"processed": True}))
-    client.sim.scan(code)
-    poll = asyncio.create_task(status(client, code))
-    await client.sim.until(lambda: client.sim.qrcodes()[0].polls)
-    poll.cancel()
-    await asyncio.gather(poll, return_exceptions=True)
-
-    assert (await asyncio.wait_for(status(client, code), 10))["status"] == "scaned"
-
-
-@pytest.mark.parametrize("ttl_s", [60, 120])
-async def test_s4_a_code_expires(make: MakeClient, ttl_s: int) -> None:
+async def test_s4_a_code_expires(make: MakeClient) -> None:
+    ttl_s = 60
     client = await make(LONG, qr_ttl_s=ttl_s, qr_hold_ms=10**6)
     code = await qrcode(client)
     poll = asyncio.create_task(status(client, code))
@@ -128,10 +104,6 @@ async def test_s4_a_code_expires(make: MakeClient, ttl_s: int) -> None:
     assert await poll == {"ret": 0, "status": "expired"}
 
 
-async def test_s4_an_unknown_code_is_expired(client: Client) -> None:
-    assert (await status(client, "nonsense"))["status"] == "expired"
-
-
 async def test_s4_a_code_may_be_expired_by_hand(client: Client) -> None:
     code = await qrcode(client)
     client.sim.expire(code)
@@ -139,14 +111,6 @@ async def test_s4_a_code_may_be_expired_by_hand(client: Client) -> None:
     assert (await status(client, code))["status"] == "expired"
     with pytest.raises(SimulatorError):
         client.sim.scan(code)
-
-
-async def test_s4_one_code_serves_one_user(client: Client) -> None:
-    code = await qrcode(client)
-    client.sim.scan(code)
-
-    with pytest.raises(SimulatorError):
-        client.sim.scan(code, "o9cq80Other@im.wechat")
 
 
 async def test_s4_only_who_has_scanned_can_confirm(client: Client) -> None:
@@ -173,16 +137,6 @@ async def test_s4_a_verify_code_is_asked_for_and_checked(client: Client) -> None
     assert (await status(client, code, verify_code="1234"))["status"] == "scaned"
     client.sim.confirm(code)
     assert (await status(client, code))["status"] == "confirmed"
-
-
-async def test_s4_a_second_scan_is_no_way_round_a_verify_code(client: Client) -> None:
-    code = await qrcode(client)
-    client.sim.require_verify(code, "1234")
-    user = client.sim.scan(code).user
-
-    assert client.sim.scan(code, user).status == "need_verifycode"
-    with pytest.raises(SimulatorError):
-        client.sim.confirm(code)
 
 
 async def test_s4_too_many_wrong_codes_block(make: MakeClient) -> None:
@@ -240,12 +194,6 @@ async def test_s5_a_user_who_scans_again_elsewhere_gets_a_new_bot(client: Client
     assert (await client.poll())["errcode"] == -14
 
 
-async def test_more_than_ten_listed_tokens_are_noted(client: Client) -> None:
-    await qrcode(client, ["x"] * 11)
-
-    assert [violation.kind for violation in client.sim.violations()] == ["too_many_tokens"]
-
-
 async def test_f2_the_edge_cuts_a_status_poll(make: MakeClient) -> None:
     client = await make(LONG)
     client.sim.set_fault(FaultRule(fault="F2", endpoint="get_qrcode_status", count=1, params={"after_ms": 1}))
@@ -254,21 +202,6 @@ async def test_f2_the_edge_cuts_a_status_poll(make: MakeClient) -> None:
     response = await client.http.get(f"{client.sim.url}/ilink/bot/get_qrcode_status?qrcode={code}")
 
     assert response.status_code == 524
-
-
-async def test_f2_a_status_that_changes_is_answered_in_time(make: MakeClient) -> None:
-    client = await make(LONG)
-    rule = client.sim.set_fault(FaultRule(fault="F2", count=1))
-    code = await qrcode(client)
-    poll = asyncio.create_task(status(client, code))
-    await client.sim.until(lambda: client.sim.qrcodes()[0].polls)
-
-    client.sim.scan(code)
-    assert (await poll)["status"] == "scaned"
-    client.sim.confirm(code)
-    assert (await status(client, code))["status"] == "confirmed"
-
-    assert rule.struck == 0
 
 
 @pytest.mark.parametrize("host", ["evil.example", None])
@@ -282,19 +215,6 @@ async def test_f23_a_redirect_to_a_host_of_ones_own_choice(client: Client, host:
     client.sim.confirm(code)
     answer = await status(client, code, "" if host is None else client.sim.second_url)
     assert answer["baseurl"] == "http://evil.example"
-
-
-async def test_f23_a_rule_for_the_base_url_alone_waits_for_the_end_of_the_login(client: Client) -> None:
-    rule = client.sim.set_fault(FaultRule(fault="F23", count=1, params={"baseurl": "http://evil.example"}))
-    code = await qrcode(client)
-    client.sim.scan(code)
-    await client.sim.redirect(code)
-    own = client.sim.second_url.removeprefix("http://")
-
-    assert (await status(client, code))["redirect_host"] == own
-    assert rule.struck == 0
-    client.sim.confirm(code)
-    assert (await status(client, code, client.sim.second_url))["baseurl"] == "http://evil.example"
 
 
 async def test_faults_strike_the_logins_of_one_user(client: Client) -> None:
@@ -329,19 +249,6 @@ async def test_f27_a_right_code_is_called_wrong_and_then_blocked(client: Client)
     assert (await status(client, code, verify_code="1234"))["status"] == "verify_code_blocked"
 
 
-async def test_f27_a_code_that_nobody_asked_for_is_not_called_wrong(client: Client) -> None:
-    rule = client.sim.set_fault(FaultRule(fault="F27", count=1, params={"kind": "wrong_code"}))
-    code = await qrcode(client)
-
-    assert (await status(client, code, verify_code="1234"))["status"] == "wait"
-    client.sim.require_verify(code, "1234")
-    client.sim.scan(code)
-
-    assert rule.struck == 0
-    assert (await status(client, code, verify_code="1234"))["status"] == "need_verifycode"
-    assert (await status(client, code, verify_code="1234"))["status"] == "scaned"
-
-
 async def test_f27_of_several_rules_each_strikes_where_it_can(client: Client) -> None:
     for kind in ("no_bot_id", "wrong_code"):
         client.sim.set_fault(FaultRule(fault="F27", count=1, params={"kind": kind}))
@@ -354,20 +261,3 @@ async def test_f27_of_several_rules_each_strikes_where_it_can(client: Client) ->
     client.sim.confirm(code)
     assert "ilink_bot_id" not in await status(client, code)
     assert "ilink_bot_id" in await status(client, code)
-
-
-async def test_f27_confirmed_without_a_bot_id(client: Client) -> None:
-    client.sim.set_fault(FaultRule(fault="F27", params={"kind": "no_bot_id"}))
-    code = await qrcode(client)
-    client.sim.confirm(code)
-
-    answer = await status(client, code)
-
-    assert answer["status"] == "confirmed"
-    assert "ilink_bot_id" not in answer
-
-
-async def test_a_status_poll_without_a_code(client: Client) -> None:
-    response: httpx.Response = await client.http.get(f"{client.sim.url}/ilink/bot/get_qrcode_status")
-
-    assert response.json()["ret"] == -2

@@ -1,21 +1,16 @@
 """Uploads, the CDN, and media on the phone."""
 
-import asyncio
 import base64
 import hashlib
-import json
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable
 from typing import Any
 
 import httpx
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
-from adapter.simulator import FaultRule, SimulatorError, samples
+from adapter.simulator import FaultRule, samples
 from adapter.simulator.aes import decrypt, encrypt
 from adapter.simulator.media import encrypted_size
-from tests.simulator import plain_aes
 from tests.simulator.client import Client
 from tests.simulator.conftest import MakeClient
 
@@ -45,29 +40,6 @@ def test_the_vectors_of_9_3(plain: bytes, cipher: str) -> None:
     assert encrypt(plain, KEY).hex() == cipher
     assert decrypt(bytes.fromhex(cipher), KEY) == plain
     assert encrypted_size(len(plain)) == len(cipher) // 2
-
-
-def test_the_example_of_the_standard() -> None:
-    """FIPS 197, appendices A.1 and C.1; the padding is a block of its own."""
-    key = bytes.fromhex("2b7e151628aed2a6abf7158809cf4f3c")
-    assert plain_aes.round_keys(key)[10].hex() == "d014f9a8c9ee2589e13f0cc8b6630ca6"
-    plain = bytes.fromhex("00112233445566778899aabbccddeeff")
-    for written in (encrypt, plain_aes.encrypt):
-        assert written(plain, bytes(range(16)))[:16].hex() == "69c4e0d86a7b0430d8cdb78070b4c55a"
-
-
-@given(st.binary(max_size=100), st.binary(min_size=16, max_size=16))
-def test_aes_agrees_with_one_written_out(plain: bytes, key: bytes) -> None:
-    expected = plain_aes.encrypt(plain, key)
-
-    assert encrypt(plain, key) == expected
-    assert decrypt(expected, key) == plain == plain_aes.decrypt(expected, key)
-
-
-@pytest.mark.parametrize("data", [b"", b"x", bytes(16)])
-def test_what_cannot_be_decrypted(data: bytes) -> None:
-    with pytest.raises(ValueError, match=r"16|padding"):
-        decrypt(data, KEY)
 
 
 def upload(client: Client, content: bytes = HELLO, **changes: Any) -> Json:
@@ -104,15 +76,12 @@ SHORT_KEY = base64.b64encode(KEY).decode()
     ("changes", "ret"),
     [
         ({"filesize": 14}, -2),
-        ({"filesize": "16"}, -2),
-        ({"rawsize": None}, -2),
         ({"filekey": "short"}, -2),
         ({"aeskey": SHORT_KEY}, -2),
         ({"rawfilemd5": ""}, -2),
         ({"media_type": 9}, -2),
         ({"to_user_id": "o9cq80nobody@im.wechat"}, -1),
         ({"to_user_id": []}, -1),
-        ({"to_user_id": {}}, -1),
     ],
 )
 async def test_s17_a_wrong_request_gets_no_url(talking: Client, changes: Json, ret: int) -> None:
@@ -236,59 +205,6 @@ async def test_s17_a_setting_lets_a_bot_upload_for_a_stranger(make: MakeClient) 
     assert await client.call("getuploadurl", upload(client, to_user_id=[])) == {"ret": -1}
 
 
-@pytest.mark.parametrize("kind", ["image", "voice", "file", "video"])
-@pytest.mark.parametrize("key_form", ["usual", "hex", "raw_base64", "hex_base64", "none"])
-async def test_s20_inbound_media_with_every_form_of_key(client: Client, kind: str, key_form: str) -> None:
-    client.sim.say_media(client.bot.user, kind, HELLO, key_form=key_form)
-    (message,) = await client.follow()
-    payload = message["item_list"][0][f"{kind}_item"]
-
-    by_url = await client.http.get(payload["media"]["full_url"])
-    params = {"encrypted_query_param": payload["media"]["encrypt_query_param"]}
-    by_param = await client.http.get(f"{client.sim.cdn_url}/download", params=params)
-
-    assert by_url.content == by_param.content
-    keys = []
-    if "aeskey" in payload:
-        keys.append(bytes.fromhex(payload["aeskey"]))
-    if "aes_key" in payload["media"]:
-        raw = base64.b64decode(payload["media"]["aes_key"])
-        keys.append(raw if len(raw) == 16 else bytes.fromhex(raw.decode()))
-    assert bool(keys) == (key_form != "none")
-    for key in keys:
-        assert decrypt(by_url.content, key) == HELLO
-    assert keys or by_url.content == HELLO
-
-
-@pytest.mark.parametrize(("url", "keys"), [("full", {"full_url"}), ("param", {"encrypt_query_param"})])
-async def test_s20_inbound_media_with_one_address_only(client: Client, url: str, keys: set[str]) -> None:
-    client.sim.say_media(client.bot.user, "file", HELLO, url=url, file_name="a.txt")
-
-    (message,) = await client.follow()
-
-    payload = message["item_list"][0]["file_item"]
-    assert set(payload["media"]) - {"encrypt_type", "aes_key"} == keys
-    assert (payload["file_name"], payload["len"]) == ("a.txt", "14")
-
-
-@pytest.mark.parametrize(
-    ("params", "statuses"),
-    [
-        ({"kind": "rejected"}, [400, 400]),
-        ({"kind": "error", "status": 503}, [503, 503]),
-        ({"kind": "no_header"}, [200, 200]),
-    ],
-)
-async def test_f24_uploads_fail(talking: Client, params: Json, statuses: list[int]) -> None:
-    talking.sim.set_fault(FaultRule(fault="F24", count=2, params=params))
-    url = (await talking.call("getuploadurl", upload(talking)))["upload_full_url"]
-    responses = [await talking.http.post(url, content=encrypt(HELLO, KEY), headers=OCTETS) for _ in range(3)]
-
-    assert [response.status_code for response in responses] == [*statuses, 200]
-    assert ["x-encrypted-param" in response.headers for response in responses] == [False, False, True]
-    assert ("x-error-message" in responses[0].headers) == (params["kind"] == "rejected")
-
-
 async def test_f24_and_f25_strike_the_media_of_one_user(talking: Client) -> None:
     await talking.follow()
     other = Client(talking.sim, talking.sim.add_bot(), talking.http)
@@ -304,31 +220,6 @@ async def test_f24_and_f25_strike_the_media_of_one_user(talking: Client) -> None
         statuses.append((await download(client)).status_code)
 
     assert statuses == [503, 503, 200, 200]
-
-
-async def test_f24_the_host_is_down(talking: Client) -> None:
-    talking.sim.set_fault(FaultRule(fault="F24", params={"kind": "down"}))
-    url = (await talking.call("getuploadurl", upload(talking)))["upload_full_url"]
-
-    with pytest.raises(httpx.TransportError):
-        await talking.http.post(url, content=encrypt(HELLO, KEY), headers=OCTETS)
-
-
-@pytest.mark.parametrize("status", [403, 404, 500])
-async def test_f25_downloads_fail(client: Client, status: int) -> None:
-    client.sim.set_fault(FaultRule(fault="F25", params={"status": status}))
-
-    assert (await download(client)).status_code == status
-
-
-@pytest.mark.parametrize("kind", ["wrong_key", "odd_length"])
-async def test_f25_downloads_that_cannot_be_decrypted(client: Client, kind: str) -> None:
-    client.sim.set_fault(FaultRule(fault="F25", params={"kind": kind}))
-
-    response = await download(client)
-
-    assert response.status_code == 200
-    assert (len(response.content) % 16 != 0) == (kind == "odd_length")
 
 
 async def test_f4_to_f6_strike_downloads_too(client: Client) -> None:
@@ -430,11 +321,9 @@ async def test_s19_voices_of_bots_are_not_shown(make: MakeClient, style: str, re
     [
         (lambda item: None, []),
         (lambda item: item.update(msg_id=None), []),
-        (lambda item: item["file_item"]["media"].update(full_url=None), []),
         (lambda item: item["file_item"].update(md5=hashlib.md5(HELLO).hexdigest()), []),
         (lambda item: item["file_item"].update(len=14), ["media_wrong_size"]),
         (lambda item: item["file_item"].pop("file_name"), ["media_fields"]),
-        (lambda item: item["file_item"]["media"].update(full_url=""), ["media_fields"]),
         (lambda item: item["file_item"]["media"].update(encrypt_type=0), ["media_fields"]),
         (lambda item: item.update(create_time_ms=1), ["media_fields"]),
     ],
@@ -457,16 +346,6 @@ async def test_s19_an_upload_of_another_type_and_size_is_noted(talking: Client) 
     await talking.send(item_list=[{"type": 5, "video_item": {"media": media, "video_size": 14}}])
 
     assert set(talking.sim.stats().violations) == {"media_wrong_type", "media_wrong_size"}
-
-
-async def test_s19_the_phone_opens_with_the_key_that_it_gets(talking: Client) -> None:
-    """Only the announcement was wrong."""
-    reference = await put(talking, key=bytes(16))
-
-    await talking.send(item_list=[file_item(reference, base64.b64encode(bytes(16).hex().encode()).decode())])
-
-    (view,) = talking.sim.phone(talking.bot.user)[0].media
-    assert (view.viewable, view.size, view.md5) == (True, 14, hashlib.md5(HELLO).hexdigest())
 
 
 @pytest.mark.parametrize(("kind", "sample"), samples.OF_KIND.items())
@@ -494,7 +373,7 @@ async def opened(client: Client, payload: Json) -> bytes:
     return decrypt((await client.http.get(payload["media"]["full_url"])).content, bytes.fromhex(key))
 
 
-@pytest.mark.parametrize("size", [0, 15, 16, 17, 2000])
+@pytest.mark.parametrize("size", [0, 2000])
 async def test_s20_a_sample_is_made_as_long_as_wanted(client: Client, size: int) -> None:
     client.sim.say_media(client.bot.user, "file", sample="zip", size=size)
     (message,) = await client.follow()
@@ -502,12 +381,6 @@ async def test_s20_a_sample_is_made_as_long_as_wanted(client: Client, size: int)
 
     assert len(content) == size
     assert content[:100] == samples.archive()[:size][:100]
-
-
-def test_s20_what_cannot_be_sent_is_refused(client: Client) -> None:
-    for kind, how in (("x", {}), ("file", {"sample": "x"}), ("file", {"size": -1}), ("file", {"url": "x"})):
-        with pytest.raises(SimulatorError):
-            client.sim.say_media(client.bot.user, kind, **how)
 
 
 async def test_the_cdn_keeps_the_latest_media(make: MakeClient) -> None:
@@ -519,47 +392,6 @@ async def test_the_cdn_keeps_the_latest_media(make: MakeClient) -> None:
     answers = [await client.http.get(payload["media"]["full_url"]) for payload in payloads]
 
     assert [answer.status_code for answer in answers] == [400, 200, 200, 200]
-
-
-async def test_the_cdn_bears_with_slashes(client: Client) -> None:
-    client.sim.say_media(client.bot.user, "file", HELLO)
-    (message,) = await client.follow()
-    url = message["item_list"][0]["file_item"]["media"]["full_url"]
-
-    assert (await client.http.get(url.replace("/c2c/download", "/c2c//download/"))).status_code == 200
-
-
-@pytest.mark.slow
-async def test_100_mb_go_both_ways_while_polls_are_answered(client: Client) -> None:
-    sim, user, size = client.sim, client.bot.user, 100 * 2**20
-    sim.configure(hold_ms=1)
-    arguments = {"to": user, "kind": "file", "sample": "blob", "size": size}
-    said = await beside_polls(client, client.http.post(f"{sim.admin_url}/say_media", json=arguments))
-    assert said.status_code == 200
-    payload = json.loads(sim.world.find(user).log[-1].raw)["item_list"][0]["file_item"]
-    key = bytes.fromhex(base64.b64decode(payload["media"]["aes_key"]).decode())
-
-    sealed = (await beside_polls(client, client.http.get(payload["media"]["full_url"]))).content
-
-    content = decrypt(sealed, key)
-    assert (len(content), hashlib.md5(content).hexdigest()) == (size, payload["md5"])
-    answer = await client.call("getuploadurl", upload(client, content, aeskey=key.hex()))
-    sending = client.http.post(answer["upload_full_url"], content=sealed, headers=OCTETS)
-    reference = (await beside_polls(client, sending)).headers["x-encrypted-param"]
-    media = {"encrypt_query_param": reference, "aes_key": payload["media"]["aes_key"], "encrypt_type": 1}
-    await client.send(item_list=[{"type": 4, "file_item": {"media": media, "file_name": "x", "len": str(size)}}])
-    (view,) = sim.phone(user)[0].media
-    assert (view.size, view.md5) == (size, payload["md5"])
-    assert sim.violations() == []
-
-
-async def beside_polls(client: Client, transfer: Coroutine[Any, Any, httpx.Response]) -> httpx.Response:
-    """Awaits `transfer`, and proves that polls have been answered meanwhile."""
-    task, before = asyncio.create_task(transfer), client.sim.stats().polls
-    while not task.done():
-        await client.poll()
-    assert client.sim.stats().polls > before + 3
-    return task.result()
 
 
 async def test_media_over_http(client: Client) -> None:

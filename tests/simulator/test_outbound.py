@@ -1,13 +1,10 @@
 """What is sent, and what the phone shows."""
 
 import asyncio
-import itertools
 from typing import Any
 
 import pytest
 
-from adapter.simulator import FaultRule
-from adapter.simulator.world import TICKETS_KEPT
 from tests.simulator.client import Client
 from tests.simulator.conftest import MakeClient
 
@@ -29,20 +26,6 @@ async def test_s10_an_accepted_send_has_a_large_id_as_string_and_number_by_turns
     assert {type(answer["message_id"]) for answer in answers} == {int, str}
     assert len({str(answer["message_id"]) for answer in answers}) == 4
     assert talking.phone() == ["hi"] * 4
-
-
-async def test_s10_whoever_answers_each_message_gets_ids_of_both_types_too(talking: Client) -> None:
-    """Neither inbound messages, nor other bots, nor answers without an id have a turn."""
-    other = Client(talking.sim, talking.sim.add_bot(), talking.http)
-    types = []
-    for _ in range(4):
-        for client in (talking, other):
-            client.sim.say(client.bot.user, "hello")
-            types.append(type((await client.send())["message_id"]))
-        talking.sim.set_fault(FaultRule(fault="F13", bot=talking.bot.bot, count=1))
-        assert await talking.send() == {"ret": 0}
-
-    assert types == [str, str, int, int, str, str, int, int]
 
 
 @pytest.mark.parametrize(
@@ -110,21 +93,6 @@ async def test_s10_the_eleventh_send_is_refused_until_the_user_writes(talking: C
 
     talking.sim.say(talking.bot.user, "go on")
     assert (await talking.send())["ret"] == 0
-
-
-async def test_s10_refused_sends_do_not_use_up_the_quota(make: MakeClient) -> None:
-    client = await make(quota=1)
-    client.sim.say(client.bot.user, "hello")
-    await client.send(item_list=[])
-
-    assert (await client.send())["ret"] == 0
-
-
-async def test_s10_a_quota_of_0_is_none(make: MakeClient) -> None:
-    client = await make(quota=0)
-    client.sim.say(client.bot.user, "hello")
-
-    assert {(await client.send())["ret"] for _ in range(15)} == {0}
 
 
 async def test_s10_the_window_closes_after_24_hours(talking: Client) -> None:
@@ -238,22 +206,6 @@ async def test_s12_sends_without_a_context_token(
     assert client.phone() == shown
 
 
-async def test_s12_ignored_does_not_notice_that_the_token_is_missing(make: MakeClient) -> None:
-    client = await make(context_check="ignored")
-    client.sim.say(client.bot.user, "hello")
-
-    assert (await client.send(context_token=None))["ret"] == 0
-
-
-async def test_s13_the_phone_shows_messages_in_order_of_receipt(talking: Client) -> None:
-    for number in range(5):
-        await talking.send(str(number))
-
-    shown = talking.sim.phone(talking.bot.user)
-    assert [message.text for message in shown] == ["0", "1", "2", "3", "4"]
-    assert [message.at_ms for message in shown] == sorted(message.at_ms for message in shown)
-
-
 async def test_s13_sends_that_overlap_are_noted(make: MakeClient) -> None:
     client = await make(send_latency_ms=50)
     client.sim.say(client.bot.user, "hello")
@@ -264,18 +216,6 @@ async def test_s13_sends_that_overlap_are_noted(make: MakeClient) -> None:
     first, second = sorted(client.sim.sends(client.bot.bot), key=lambda send: send.start_ms)
     assert second.start_ms < first.end_ms
     assert (first.overlapped, second.overlapped) == (False, True)
-
-
-async def test_s13_sends_one_after_another_do_not_overlap(make: MakeClient) -> None:
-    client = await make(send_latency_ms=5)
-    client.sim.say(client.bot.user, "hello")
-    for _ in range(5):
-        await client.send()
-    await asyncio.sleep(0.02)
-
-    sends = client.sim.sends(client.bot.bot)
-    assert client.sim.stats().send_overlaps == 0
-    assert all(a.end_ms <= b.start_ms for a, b in itertools.pairwise(sends))
 
 
 async def test_s14_getconfig_needs_the_user(client: Client) -> None:
@@ -335,10 +275,6 @@ async def test_incomplete_sends_may_be_answered_like_a_dead_token(
     assert [(send.why, send.ret) for send in client.sim.sends(client.bot.bot)] == [(why, -14)]
     assert (await client.send())["ret"] == 0
     assert (await client.call("msg/notifystart"), client.phone()) == ({"ret": 0}, ["hi"])
-
-
-async def test_an_empty_text_is_sent_by_default(talking: Client) -> None:
-    assert (await talking.send(""))["ret"] == 0
 
 
 @pytest.mark.parametrize(("counts", "ret"), [(False, 0), (True, -2)])
@@ -410,33 +346,10 @@ async def test_s15_a_bad_ticket_may_be_accepted_and_switches_nothing(make: MakeC
     assert client.sim.stats().violations["unknown_ticket"] == 1
 
 
-async def test_s14_old_tickets_are_forgotten_in_the_end(talking: Client) -> None:
-    asked = {"ilink_user_id": talking.bot.user}
-    first = (await talking.call("getconfig", asked))["typing_ticket"]
-    tickets = talking.sim.world.bots[talking.bot.bot].window(talking.bot.user).tickets
-    tickets.update({str(number): talking.sim.now_ms for number in range(TICKETS_KEPT)})
-
-    last = (await talking.call("getconfig", asked))["typing_ticket"]
-
-    assert (await talking.call("sendtyping", asked | {"typing_ticket": last, "status": 1}))["ret"] == 0
-    assert (await talking.call("sendtyping", asked | {"typing_ticket": first, "status": 1}))["ret"] == -2
-
-
 async def test_s16_notifystart_and_notifystop_keep_a_timeline(client: Client) -> None:
     assert await client.call("msg/notifystart") == {"ret": 0}
     assert client.sim.online(client.bot.bot).online
     assert await client.call("msg/notifystop") == {"ret": 0}
-
-    view = client.sim.online(client.bot.bot)
-    assert not view.online
-    assert [online for _, online in view.timeline] == [True, False]
-
-
-async def test_s16_a_token_that_dies_ends_the_timeline(client: Client) -> None:
-    await client.call("msg/notifystart")
-
-    client.sim.kill_token(client.bot.bot)
-    client.sim.kill_token(client.bot.bot)
 
     view = client.sim.online(client.bot.bot)
     assert not view.online

@@ -129,9 +129,6 @@ async def test_a_signal_ends_the_process_while_a_fault_keeps_requests_hanging(
     [
         ("quota", "many"),
         ("port", "99999"),
-        ("second_port", "-1"),
-        ("bots", "-1"),
-        ("window_hours", "-1"),
         ("qr_ttl_s", "nan"),
         ("public_url", "sim.internal"),
         ("cursor_mode", "none"),
@@ -143,13 +140,6 @@ def test_an_option_that_cannot_be_is_named(capsys: pytest.CaptureFixture[str], n
 
     assert ended.value.code == 2
     assert f"{name}: " in capsys.readouterr().err
-
-
-def test_what_an_option_or_an_argument_may_be_is_said(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit):
-        run(["--tokenless", "maybe"])
-
-    assert "refuse, drop, deliver" in capsys.readouterr().err
 
 
 def test_every_option_is_explained(capsys: pytest.CaptureFixture[str]) -> None:
@@ -164,34 +154,18 @@ def test_every_option_is_explained(capsys: pytest.CaptureFixture[str]) -> None:
     assert "[35000]" in told
 
 
-def test_a_port_file_that_cannot_be_written_is_named(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    assert run(["--port-file", str(tmp_path / "none" / "port")]) == 1
-
-    assert "cannot listen" not in (said := capsys.readouterr().err)
-    assert str(tmp_path) in said
-
-
 async def test_what_cannot_be_is_answered_with_400(client: Client) -> None:
     for call, arguments in {
         "say": {"to": "nobody", "text": "x"},
         "set_fault": {"fault": "F99"},
         "configure": {"cursor_mode": "none"},
         "add_bot": {"nonsense": 1},
-        "scan": {"qrcode": "none"},
         "repeat": {"to": client.bot.bot, "message_id": "none"},
-        "flood": {"to": client.bot.bot, "size": -(2**70)},
-        "add_bots": {"count": -1},
+        "add_bots": {"count": 1_000_001},
     }.items():
         response = await client.http.post(f"{client.sim.admin_url}/{call}", json=arguments)
         assert response.status_code == 400, call
         assert response.json()["error"]
-    too_many = 1_000_001
-    for call, arguments in (
-        ("flood", {"to": client.bot.bot, "messages": too_many}),
-        ("add_bots", {"count": too_many}),
-    ):
-        response = await client.http.post(f"{client.sim.admin_url}/{call}", json=arguments)
-        assert response.status_code == 400, call
     for content in (b"{", b"[" * 100_000):
         assert (await client.http.post(f"{client.sim.admin_url}/say", content=content)).status_code == 400
 
@@ -199,14 +173,9 @@ async def test_what_cannot_be_is_answered_with_400(client: Client) -> None:
 @pytest.mark.parametrize(
     ("call", "arguments", "named"),
     [
-        ("say", {"text": 5}, "text: "),
         ("say", {"text": "x", "overides": {}}, "text, overrides"),
-        ("say", {}, "`text`"),
-        ("say", {"text": "x", "overrides": True}, "overrides: "),
         ("say_kind", {"kind": "text", "key_form": "none at all"}, "hex_base64, none"),
         ("say_kind", {"kind": "quote_full", "nth": -1}, "nth: "),
-        ("say_media", {"kind": "image", "size": 1.5}, "size: "),
-        ("inject_many", {"messages": {}}, "messages: "),
     ],
 )
 async def test_an_argument_that_cannot_be_is_named(client: Client, call: str, arguments: Json, named: str) -> None:
@@ -218,7 +187,7 @@ async def test_an_argument_that_cannot_be_is_named(client: Client, call: str, ar
 
 
 @pytest.mark.parametrize("fill", [True, False])
-@pytest.mark.parametrize("message", [None, 1, "x", [], [["seq", 1]]])
+@pytest.mark.parametrize("message", [None, [["seq", 1]]])
 async def test_a_message_that_is_no_object_is_not_injected(client: Client, message: Any, fill: bool) -> None:
     for call, arguments in (("inject", {"message": message}), ("inject_many", {"messages": [message]})):
         response = await client.http.post(

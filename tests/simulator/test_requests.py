@@ -3,12 +3,9 @@
 import asyncio
 from typing import Any
 
-import httpx
 import pytest
 
-from adapter.simulator import FaultRule
-from adapter.simulator.world import VOID_TOKENS_KEPT
-from tests.simulator.client import BASE_INFO, LONG, Client, headers, texts
+from tests.simulator.client import BASE_INFO, LONG, Client, headers
 from tests.simulator.conftest import MakeClient
 
 STALE = {"errcode": -14, "errmsg": "session timeout"}
@@ -70,9 +67,7 @@ async def test_s1_other_paths_are_404(client: Client) -> None:
         pytest.param({"AuthorizationType": "other"}, id="other type"),
     ],
 )
-@pytest.mark.parametrize(
-    "endpoint", ["getupdates", "sendmessage", "getconfig", "sendtyping", "msg/notifystart", "msg/notifystop"]
-)
+@pytest.mark.parametrize("endpoint", ["getupdates", "sendmessage"])
 async def test_s2_without_authentication_the_answer_is_minus_14_at_once(
     make: MakeClient, endpoint: str, changes: dict[str, str | None]
 ) -> None:
@@ -80,14 +75,6 @@ async def test_s2_without_authentication_the_answer_is_minus_14_at_once(
     sent = {k: v for k, v in {**headers(client.bot.token), **changes}.items() if v is not None}
 
     assert await raw(client, sent, endpoint) == STALE
-
-
-async def test_s2_the_type_of_authorization_may_be_noted_alone(make: MakeClient) -> None:
-    client = await make(require_authorization_type=False)
-    sent = {k: v for k, v in headers(client.bot.token).items() if k != "AuthorizationType"}
-
-    assert (await raw(client, sent))["msgs"] == []
-    assert [violation.kind for violation in client.sim.violations()] == ["missing_authorization_type"]
 
 
 @pytest.mark.parametrize(
@@ -146,13 +133,10 @@ async def test_s3_the_uin_must_change(client: Client) -> None:
     [
         ({}, ["missing_base_info"]),
         ({"base_info": {}}, ["missing_channel_version"]),
-        ({"base_info": BASE_INFO}, []),
         ({"base_info": BASE_INFO | {"bot_agent": "OpenClaw"}}, []),
         ({"base_info": BASE_INFO | {"bot_agent": "openclaw"}}, ["wrong_bot_agent"]),
-        ({"base_info": BASE_INFO | {"bot_agent": "OpenClaw a/1"}}, ["wrong_bot_agent"]),
         ({"base_info": BASE_INFO | {"bot_agent": "a/1 (two words) b/2"}}, []),
         ({"base_info": BASE_INFO | {"bot_agent": "a/1 (x) (y)"}}, ["wrong_bot_agent"]),
-        ({"base_info": BASE_INFO | {"bot_agent": " ".join(["agent/1.0"] * 26)}}, ["wrong_bot_agent"]),
         ({"base_info": BASE_INFO, "sync_buf": ""}, ["deprecated_sync_buf"]),
     ],
 )
@@ -184,17 +168,6 @@ async def test_s3_fields_that_no_sent_message_has_are_noted(client: Client) -> N
     assert [violation.kind for violation in client.sim.violations()] == ["message_fields"]
 
 
-async def test_s3_a_field_that_is_null_is_none(client: Client) -> None:
-    client.sim.say(client.bot.user, "hello")
-    item = {"type": 1, "text_item": {"text": "hi"}, "msg_id": None, "image_item": None}
-    message = client.message(item_list=[item]) | {"create_time_ms": None, "group_id": None}
-
-    assert (await client.call("sendmessage", {"msg": message}))["ret"] == 0
-
-    assert client.phone() == ["hi"]
-    assert client.sim.violations() == []
-
-
 async def test_s3_headers_are_recorded_without_the_token(client: Client) -> None:
     await client.poll()
 
@@ -221,14 +194,6 @@ async def test_s5_a_new_scan_supersedes_the_bot_and_its_token_dies_after_29_seco
     assert await patient.send() == STALE
 
 
-async def test_s5_the_users_messages_go_to_the_new_bot(client: Client) -> None:
-    new = Client(client.sim, client.sim.add_bot(client.bot.user), client.http)
-
-    client.sim.say(client.bot.user, "hello")
-
-    assert texts((await new.poll())["msgs"]) == ["hello"]
-
-
 @pytest.mark.parametrize("check", ["window_only", "must_match_any_issued_within_24h", "must_be_latest"])
 async def test_s5_context_tokens_of_the_old_bot_are_void(make: MakeClient, check: str) -> None:
     client = await make(token_death_delay_s=29, context_check=check)
@@ -245,34 +210,6 @@ async def test_s5_context_tokens_of_the_old_bot_are_void(make: MakeClient, check
     assert (await new.send())["ret"] == 0
 
 
-async def test_s5_a_void_context_token_is_good_again_if_the_new_bot_gets_it(client: Client) -> None:
-    client.sim.say(client.bot.user, "hello", context_token="the same")
-    new = Client(client.sim, client.sim.add_bot(client.bot.user), client.http)
-
-    client.sim.say(client.bot.user, "hello", context_token="the same")
-
-    assert (await new.send(context_token="the same"))["ret"] == 0
-
-
-async def test_s5_void_context_tokens_are_not_even_looked_at_where_none_is(make: MakeClient) -> None:
-    client = await make(context_check="ignored")
-    old = client.sim.say(client.bot.user, "hello").context_token
-    new = Client(client.sim, client.sim.add_bot(client.bot.user), client.http)
-    client.sim.say(client.bot.user, "hello")
-
-    assert (await new.send(context_token=old))["ret"] == 0
-
-
-async def test_s5_void_context_tokens_are_forgotten_in_the_end(client: Client) -> None:
-    old = client.sim.say(client.bot.user, "hello").context_token
-    new = Client(client.sim, client.sim.add_bot(client.bot.user), client.http)
-    for number in range(VOID_TOKENS_KEPT):
-        client.sim.world.void(str(number))
-    client.sim.say(client.bot.user, "hello")
-
-    assert (await new.send(context_token=old))["ret"] == 0
-
-
 async def test_s5_a_client_that_goes_on_with_a_dead_token_is_noted(client: Client) -> None:
     client.sim.kill_token(client.bot.bot)
     await client.poll()
@@ -280,16 +217,6 @@ async def test_s5_a_client_that_goes_on_with_a_dead_token_is_noted(client: Clien
 
     await client.poll()
     assert [violation.kind for violation in client.sim.violations()] == ["call_after_minus_14"]
-
-
-async def test_s5_a_minus_14_that_was_cured_does_not_count_against_a_token_that_dies_later(client: Client) -> None:
-    client.sim.set_fault(FaultRule(fault="F8"))
-    await client.poll()
-    client.sim.kill_token(client.bot.bot)
-
-    await client.poll()
-
-    assert client.sim.violations() == []
 
 
 async def test_s5_a_setting_lets_a_token_die_of_its_users_silence(make: MakeClient) -> None:
@@ -309,31 +236,15 @@ async def test_s5_a_setting_lets_a_token_die_of_its_users_silence(make: MakeClie
     assert len((await client.poll())["msgs"]) == 1
 
 
-async def test_a_token_can_be_revived(client: Client) -> None:
-    client.sim.kill_token(client.bot.bot)
-    assert await client.poll() == STALE
-
-    client.sim.revive_token(client.bot.bot)
-    assert (await client.poll())["msgs"] == []
-
-
-@pytest.mark.parametrize(
-    "content", [b"{", b"", b"[]", b'"x"', b"\xff"], ids=["cut", "empty", "array", "string", "bytes"]
-)
+@pytest.mark.parametrize("content", [b"{", b"[]", b"\xff"], ids=["cut", "array", "bytes"])
 @pytest.mark.parametrize(("mode", "status"), [("ret", 200), ("http400", 400)])
 async def test_f29_a_body_that_is_no_object(make: MakeClient, content: bytes, mode: str, status: int) -> None:
     client = await make(malformed=mode)
-    endpoints = ["sendmessage", "getupdates", *(["get_bot_qrcode"] if content else [])]
-    for endpoint in endpoints:
+    for endpoint in ("sendmessage", "getupdates", "get_bot_qrcode"):
         response = await client.http.post(
             f"{client.sim.url}/ilink/bot/{endpoint}", content=content, headers=headers(client.bot.token)
         )
         assert (response.status_code, response.json()) == (status, {"ret": -2})
-
-
-@pytest.mark.parametrize("body", [{}, {"msg": None}, {"msg": []}, {"message": {}}])
-async def test_f29_a_send_without_msg(client: Client, body: dict[str, Any]) -> None:
-    assert await client.call("sendmessage", body) == {"ret": -2}
 
 
 @pytest.mark.parametrize(("mode", "status"), [("ret", 200), ("http400", 400)])
@@ -393,14 +304,3 @@ async def test_tokens_and_texts_are_in_no_log(client: Client, caplog: pytest.Log
 
     ours = [record.getMessage() for record in caplog.records if not record.name.startswith("http")]
     assert not [line for line in ours if "secret text" in line or client.bot.token in line]
-
-
-async def test_a_client_that_hangs_up_before_the_end_of_its_request_does_no_harm(client: Client) -> None:
-    url = httpx.URL(client.sim.url)
-    _, writer = await asyncio.open_connection(url.host, url.port)
-    writer.write(b"POST /ilink/bot/sendmessage HTTP/1.1\r\nHost: x\r\nContent-Length: 100\r\n\r\n{")
-    await writer.drain()
-    writer.close()
-    await writer.wait_closed()
-
-    assert (await client.poll())["msgs"] == []

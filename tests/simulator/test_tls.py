@@ -1,6 +1,5 @@
 """Https, and addresses that clients elsewhere can reach: they follow a login to `https://<redirect_host>`."""
 
-import asyncio
 import socket
 import ssl
 from collections.abc import AsyncIterator
@@ -9,11 +8,10 @@ from pathlib import Path
 import httpx
 import pytest
 
-from adapter.simulator import FaultRule, Simulator, SimulatorError
 from adapter.simulator.process import run
 from tests.authority import Authority
 from tests.e2e.waiting import free_port
-from tests.simulator.client import Client, headers, texts
+from tests.simulator.client import Client, headers
 from tests.simulator.conftest import MakeClient
 from tests.simulator.test_login import qrcode, status
 
@@ -44,32 +42,6 @@ async def test_a_redirected_login_is_followed_by_https(secure: Client) -> None:
         f"{answer['baseurl']}/ilink/bot/getupdates", json={"base_info": {}}, headers=headers(answer["bot_token"])
     )
     assert poll.json()["msgs"] == []
-
-
-async def test_media_have_https_urls(secure: Client) -> None:
-    secure.sim.say_kind(secure.bot.user, "image")
-    (message,) = await secure.follow()
-
-    url = message["item_list"][0]["image_item"]["media"]["full_url"]
-
-    assert url.startswith(f"{secure.sim.cdn_url}/")
-    assert url.startswith("https://127.0.0.1:")
-    assert (await secure.http.get(url)).status_code == 200
-
-
-async def test_connections_can_be_cut_under_tls_too(secure: Client) -> None:
-    secure.sim.say(secure.bot.user, "waits")
-    secure.sim.set_fault(FaultRule(fault="F6", count=1))
-
-    with pytest.raises(httpx.TransportError):
-        await secure.poll()
-
-    assert texts(await secure.follow()) == ["waits"]
-
-
-async def test_with_a_certificate_nothing_is_served_in_plain_text(secure: Client) -> None:
-    with pytest.raises(httpx.TransportError):
-        await secure.http.get(f"http://127.0.0.1:{secure.sim.port}/_sim/now")
 
 
 @pytest.mark.parametrize("scheme", ["http", "https"])
@@ -105,26 +77,12 @@ async def test_the_cdn_can_be_named_as_clients_reach_it(make: MakeClient) -> Non
     assert (await client.http.get(url.replace(cdn, own))).status_code == 200
 
 
-async def test_a_second_port_is_open_from_the_start(make: MakeClient) -> None:
-    port = free_port()
-
-    await make(second_port=port)
-
-    _, writer = await asyncio.open_connection("127.0.0.1", port)
-    writer.close()
-
-
 async def test_a_second_port_that_is_taken_ends_the_start_and_leaves_nothing_open(make: MakeClient) -> None:
     first = free_port()
     with socket.create_server(("127.0.0.1", 0)) as taken, pytest.raises(OSError, match="in use"):
         await make(port=first, second_port=taken.getsockname()[1])
 
     socket.create_server(("127.0.0.1", first)).close()
-
-
-async def test_before_the_start_there_is_no_second_host() -> None:
-    with pytest.raises(SimulatorError):
-        await Simulator().open_second_host()
 
 
 @pytest.mark.parametrize(
