@@ -166,7 +166,8 @@ class Supervisor:
             leaving.add_done_callback(self._report_failed)
         for number in self._owned - owned:
             self._drop(number)
-        for number in owned - self._owned:
+        # also one that was released and claimed again since the last look
+        for number in owned - self.shards.keys() - self._leaving.keys():
             shard = self.shards[number] = new_shard(number)
             self._consuming[number] = consuming = loop.create_task(consume(shard), name=f"shard.{number}")
             consuming.add_done_callback(self._report_failed)
