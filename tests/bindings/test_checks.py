@@ -39,11 +39,6 @@ async def test_an_impossible_bot_user_or_token_is_refused_unless_it_is_bound_unc
     assert (await platform.bind(**fields, check=False)).ok
 
 
-@pytest.mark.parametrize("token", ["x", "no-bot:x", ":"])
-async def test_a_token_need_not_begin_with_a_bot(token: str) -> None:
-    assert (await Platform().bind(bot_token=token)).ok
-
-
 async def test_a_new_bot_is_not_asked_for_unless_the_bind_says_so(platform: Platform) -> None:
     answer = await platform.bind()
     assert (answer.ok, answer.checked, platform.bench.chat.notified) == (True, False, [])
@@ -137,13 +132,6 @@ async def test_another_answer_than_14_binds_and_no_answer_is_said(
     platform.bench.chat.notify_fails = problem
     answer = await platform.bind(check=True)
     assert (answer.ok, answer.checked) == (True, checked)
-
-
-async def test_a_working_token_is_replaced_where_ilink_gives_another_answer_than_14(platform: Platform) -> None:
-    await platform.bind()
-    platform.bench.chat.notify_fails = OTHER
-    answer = await platform.bind(bot_token=f"{TOKEN}2")
-    assert (answer.ok, answer.checked, platform.token()) == (True, True, f"{TOKEN}2")
 
 
 async def test_a_bind_says_from_where_it_has_moved_the_bot(platform: Platform) -> None:

@@ -88,28 +88,6 @@ async def test_a_bind_right_behind_an_erasure_gets_no_command_of_before() -> Non
     assert platform.binding("b9@im.bot").out_after == command
 
 
-async def test_one_that_the_bus_delays_is_carried_on() -> None:
-    eraser = SlowEraser()
-    eraser.failure = Temporary("bus_timeout")
-    platform = await bound(eraser)
-    delivery = platform.publish("erase", msgspec.json.encode({"user": USER}))
-    await asyncio.sleep(60)
-    assert delivery.acks == 0
-    eraser.failure = None
-    await asyncio.sleep(60)
-    assert delivery.acks == 1
-
-
-async def test_who_stays_gets_no_command_for_an_erased_person_also_where_the_bus_delays_it() -> None:
-    eraser = SlowEraser()
-    eraser.failure = Temporary("bus_timeout")
-    platform = await bound(eraser)
-    command = platform.bench.bus.put(platform.bench.names.out_of_sandbox("s2"), b'{"text":"for whom?"}', {})
-    platform.publish("erase", msgspec.json.encode({"user": USER}))
-    await asyncio.sleep(5)
-    assert platform.binding("b3@im.bot").out_after == command
-
-
 async def test_one_that_was_cut_empties_the_inbox_when_it_is_carried_on() -> None:
     """Somebody who was unbound before has left messages there, and the next person's agent reads all."""
     eraser = SlowEraser()

@@ -59,15 +59,6 @@ async def test_an_update_that_meets_a_deletion_brings_nothing_back() -> None:
     assert bucket.entries[key].value is None
 
 
-async def test_an_update_that_reads_a_deletion_applies_it() -> None:
-    """The message that tells of it was lost."""
-    bindings, bucket = await following()
-    bucket.followers.clear()
-    bucket.put(to_subject_token(BOT), None)
-    assert await bindings.update(BOT, lambda now: msgspec.structs.replace(now, state="needs_login")) is None
-    assert bindings.get(BOT) is None
-
-
 async def test_the_mark_of_an_unbinding_goes_in_time() -> None:
     bindings, bucket = await following()
     await bindings.remove(BOT)

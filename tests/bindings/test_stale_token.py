@@ -14,7 +14,7 @@ from adapter.contract.records import Binding
 from adapter.errors import Temporary
 from adapter.ilink.protocol import IlinkReply, read_sent, read_updates
 from adapter.inbound.poller import BotPoller, State
-from adapter.ports import Account, BusMessage, Entry, Polled
+from adapter.ports import Account, BusMessage, Polled
 from tests.fakes import Bench, batch, ready
 from tests.inbound.pollers import BOT, STALE, USER, Poller, raw, start_poller, texts
 
@@ -46,20 +46,6 @@ async def test_minus_14_for_ever_ends_in_needs_login_and_few_polls(poller: Polle
     binding = bench.bindings.get(BOT)
     assert binding is not None
     assert (binding.state, binding.reason, session.state) == ("needs_login", "stale_token", State.NEEDS_LOGIN)
-
-
-async def test_two_events_at_once_are_two() -> None:
-    bench = await ready()
-    for _ in range(2):
-        await bench.events.publish_binding_event(BindingEvent(sandbox="s1", bot=BOT, change="stale"))
-    assert changes(bench) == ["stale", "stale"]
-
-
-async def test_an_event_of_a_request_is_published_once() -> None:
-    bench = await ready()
-    for _ in range(2):
-        await bench.events.publish_binding_event(BindingEvent(sandbox="s1", bot=BOT, change="bound", request="r1"))
-    assert changes(bench) == ["bound"]
 
 
 async def test_a_token_that_lives_again_after_needs_login_is_active_again(poller: Poller) -> None:
@@ -107,27 +93,6 @@ async def test_needs_login_is_published_when_the_last_retry_is_refused(poller: P
     assert changes(bench) == ["stale", "needs_login"]
     stale, lost = bench.bus.events()
     assert round((lost.at_ms - stale.at_ms) / 1000) == 20 * count
-
-
-async def test_a_bot_bound_anew_wins_over_the_last_tries(poller: Poller) -> None:
-    bench = await ready(STALE, STALE, STALE)
-    session = poller(bench)
-    await asyncio.sleep(100)
-    await bench.bind(token="new")
-    await asyncio.sleep(2)
-    assert bench.chat.tokens[3:] == ["new"]
-    assert changes(bench) == ["stale", "needs_login"]
-    assert (session.state, session.session.is_stale) == (State.POLLING, False)
-
-
-async def test_a_binding_that_a_send_found_dead_is_not_tried_by_the_poller_too(poller: Poller) -> None:
-    """-14 to sends, and then the poll that was out ends with -14: nothing is told again."""
-    bench = await ready(STALE)
-    poller(bench)
-    await bench.bind(state="needs_login")
-    await asyncio.sleep(3600)
-    assert len(bench.chat.asked) <= 1
-    assert changes(bench) == []
 
 
 async def test_minus_14_once_recovers_quickly(poller: Poller) -> None:
@@ -182,13 +147,6 @@ async def test_ten_minutes_of_a_firewall_cost_neither_a_login_nor_a_command(poll
     shard.stop()
 
 
-async def test_a_server_that_does_not_answer_proves_no_login_lost(poller: Poller) -> None:
-    bench = await ready(STALE, *[None] * 10, batch(raw()))
-    poller(bench)
-    await asyncio.sleep(24 * 3600)
-    assert changes(bench) == ["stale", "recovered"]
-
-
 async def test_a_new_token_ends_the_recovery_of_the_old_one(poller: Poller) -> None:
     bench = await ready(STALE)
     session = poller(bench)
@@ -241,24 +199,6 @@ async def test_the_result_of_the_last_try_is_published_though_the_bot_was_bound_
     assert texts(bench) == ["late"]
 
 
-async def test_the_result_of_the_last_try_is_published_after_an_outage_of_the_bus() -> None:
-    bench, answered, task, session = await in_its_last_try()
-    get, failures = bench.bindings_bucket.get, [Temporary("bus_timeout")]
-
-    async def read(key: str) -> Entry | None:
-        if failures:
-            raise failures.pop()
-        return await get(key)
-
-    bench.bindings_bucket.get = read  # type: ignore[method-assign]
-    answered.set()
-    await asyncio.sleep(5)
-    session.stop(immediately=True)
-    await task
-    assert texts(bench) == ["late"]
-    assert changes(bench)[2:] == ["recovered"]
-
-
 def untellable(bench: Bench, change: str) -> None:
     """The bus is away as a change of a login is to be told for the first time."""
     publish, failures = bench.events.publish_binding_event, [Temporary("bus_timeout")]
@@ -269,16 +209,6 @@ def untellable(bench: Bench, change: str) -> None:
         await publish(event, **more)
 
     bench.events.publish_binding_event = binding  # type: ignore[method-assign]
-
-
-async def test_a_recovered_login_is_published_after_an_outage_of_the_bus() -> None:
-    bench, answered, task, session = await in_its_last_try()
-    untellable(bench, "recovered")
-    answered.set()
-    await asyncio.sleep(5)
-    session.stop(immediately=True)
-    await task
-    assert changes(bench)[2:] == ["recovered"]
 
 
 async def test_a_lost_login_is_published_and_tried_again_after_an_outage_of_the_bus() -> None:
@@ -377,18 +307,6 @@ async def test_a_dead_login_that_a_send_could_not_publish_is_published_by_the_po
     assert (changes(bench), session.state) == (["recovered"], State.POLLING)
 
 
-async def test_no_try_begins_while_the_bus_takes_nothing(poller: Poller) -> None:
-    bench = await ready(STALE, batch(raw()))
-    poller(bench)
-    await asyncio.sleep(1)
-    bench.bus_up.clear()
-    await asyncio.sleep(60)
-    assert len(bench.chat.asked) == 1
-    bench.bus_up.set()
-    await asyncio.sleep(1)
-    assert texts(bench) == ["hello"]
-
-
 @pytest.mark.parametrize("end", ["bound anew", "moved", "lease lost"])
 async def test_however_a_recovery_ends_the_conversations_check_again(end: str) -> None:
     """They slept for an hour where a new token was bound as a try's poll waited, the bot's next sandbox had sent
@@ -417,13 +335,3 @@ async def test_however_a_recovery_ends_the_conversations_check_again(end: str) -
     assert changes == [("s1", True), ("s2" if end == "moved" else "s1", False)]
     session.stop(immediately=True)
     await task
-
-
-async def test_leaving_cuts_a_recovery_short() -> None:
-    bench = await ready(*[STALE] * 10)
-    session, task = start_poller(bench)
-    await asyncio.sleep(20)
-    session.stop(immediately=True)
-    await asyncio.sleep(5)
-    assert task.done()
-    assert changes(bench) == ["stale"]

@@ -50,17 +50,6 @@ async def taken(bench: Bench, poller: Poller) -> tuple[BotPoller, Checkpoint]:
 # when it is written --------------------------------------------------------------------------------------
 
 
-async def test_a_bot_is_taken_and_released_by_a_write(poller: Poller) -> None:
-    bench = await ready()
-    session, task = start_poller(bench)
-    await asyncio.sleep(1)
-    assert (writes(bench), (await bench.checkpoint()).owner) == (1, "me-1")
-    session.stop(immediately=True)
-    await task
-    stored = await bench.checkpoint()
-    assert (writes(bench), stored.owner, stored.position.sandbox) == (2, "", "s1")
-
-
 async def test_it_is_written_after_so_many_new_messages(poller: Poller) -> None:
     bench = await ready()
     session, _ = await taken(bench, poller)
@@ -90,13 +79,6 @@ async def test_it_is_written_a_minute_after_it_became_stale(poller: Poller) -> N
         session.cancel_poll()
         await asyncio.sleep(1)
         assert writes(bench) == written
-
-
-async def test_a_silent_bot_writes_nothing(poller: Poller) -> None:
-    bench = await ready(*[None] * 20)
-    await taken(bench, poller)
-    await asyncio.sleep(600)
-    assert bench.bus.writes == []
 
 
 @pytest.mark.parametrize("answer", [STALE, Temporary("http", "503")], ids=["needs_login", "outage"])
@@ -190,19 +172,6 @@ async def test_what_the_inbox_had_and_evicted_is_not_stored_again_by_the_next_ow
     await replica.leave()
 
 
-async def test_a_stale_cursor_makes_ilink_repeat_what_is_known() -> None:
-    bench = await ready(batch(raw("t1", 1), cursor="b"), batch(raw("t2", 2), cursor="c"))
-    replica = Replica(bench)
-    await asyncio.sleep(5)
-    await replica.die()
-    successor = successor_of(bench)
-    successor.chat.polls.append(batch(raw("t1", 1), raw("t2", 2), raw("t3", 3), cursor="d"))
-    replica = Replica(successor)
-    await asyncio.sleep(5)
-    assert (successor.chat.asked[-2:], texts(successor)) == (["", "d"], ["t1", "t2", "t3"])
-    await replica.leave()
-
-
 # who may write it ----------------------------------------------------------------------------------------
 
 
@@ -240,25 +209,6 @@ async def test_a_write_that_was_cancelled_is_adopted(poller: Poller) -> None:
     checkpoint.cursor = "second"
     await checkpoint.save()
     assert ((await bench.checkpoint()).position.cursor, checkpoint.stale_s()) == ("second", 0.0)
-
-
-async def test_what_comes_while_it_is_written_is_written_the_next_time(poller: Poller) -> None:
-    bench = await ready()
-    _, checkpoint = await taken(bench, poller)
-    checkpoint.note(SAVE_AFTER_NEW)
-    gate = asyncio.Event()
-
-    async def slow(_: str) -> None:
-        await gate.wait()
-
-    bench.checkpoint_bucket.on_write = slow
-    task = asyncio.create_task(checkpoint.save())
-    await asyncio.sleep(1)
-    checkpoint.note(1)
-    gate.set()
-    await task
-    await asyncio.sleep(1)
-    assert (checkpoint.is_due(), checkpoint.stale_s()) == (False, 1.0)
 
 
 async def test_a_replica_without_a_valid_lease_does_not_write(poller: Poller) -> None:

@@ -12,11 +12,10 @@ import pytest
 from structlog.testing import capture_logs
 
 from adapter.contract.names import H_BOT, H_MSG_ID, H_SEALED, H_SEEN, conversation_key, shard_of, to_subject_token
-from adapter.errors import Temporary
 from adapter.ilink.translate import read_message
 from adapter.inbound.checkpoint import lowered_checkpoint
 from adapter.inbound.poller import State
-from adapter.outbound.inbox import SET_BACK_S, FoldedInbox, Folds
+from adapter.outbound.inbox import Folds
 from adapter.outbound.store import seal_record
 from adapter.ports import StoredMessage
 from tests.fakes import Bench, batch, ready
@@ -102,17 +101,6 @@ async def test_a_late_message_is_known_below_newer_ones_that_were_published_here
     assert texts(bench) == ["t1", "t9", "t2"]
 
 
-async def test_no_poll_starts_before_the_inbox_is_read(poller: Poller) -> None:
-    successor = await left_behind(1)
-    successor.bus.unreadable = 3
-    session = poller(successor)
-    asked = len(successor.chat.asked)
-    await asyncio.sleep(0.4)
-    assert (len(successor.chat.asked) - asked, session.state) == (0, State.RETRYING)
-    await asyncio.sleep(30)
-    assert (len(successor.chat.asked) - asked, session.state) == (1, State.POLLING)
-
-
 async def test_a_bot_is_taken_once_what_the_inbox_has_is_known(
     poller: Poller, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -162,26 +150,6 @@ async def test_a_poller_that_ends_while_it_reads_the_inbox_leaves_no_name(monkey
     assert (await bench.checkpoint()).owner == ""
 
 
-async def test_many_bots_of_a_sandbox_need_one_read(poller: Poller) -> None:
-    bots = [f"b{number}@im.bot" for number in range(1, 11)]
-    bench = await ready(batch(raw()))
-    for bot in bots[1:]:
-        await bench.bind(bot=bot, user=bot.replace("bot", "wechat"))
-    await polls(bench)
-    bench.bus.put("wechat.inbox.s1", bench.bus.found("IN")[0].data, {H_BOT: OTHER_BOT})
-    successor = successor_of(bench)
-    reads = spied(successor)
-    sessions = [successor.new_poller(bot) for bot in bots]
-    successor.chat.poll = never  # type: ignore[method-assign,assignment]
-    tasks = [asyncio.create_task(session.run()) for session in sessions]
-    await asyncio.sleep(5)
-    assert [session.state for session in sessions] == [State.POLLING] * len(bots)
-    assert len(reads) <= 2, "the first one, and one for all that came meanwhile"
-    for session in sessions:
-        session.stop(immediately=True)
-    await asyncio.wait(tasks)
-
-
 async def never(*_: Any) -> None:
     await asyncio.Event().wait()
 
@@ -202,30 +170,6 @@ async def test_the_messages_of_another_bot_are_not_this_ones(poller: Poller) -> 
     for one, ended in ((session, task), (other, other_task)):
         one.stop(immediately=True)
         await ended
-
-
-async def test_of_messages_older_than_an_hour_the_position_counts_and_no_fingerprint(poller: Poller) -> None:
-    successor = await left_behind(1, 2)
-    await asyncio.sleep(3601)
-    session = poller(successor)
-    await asyncio.sleep(5)
-    assert session.checkpoint is not None
-    assert session.checkpoint.inbox_seq == 2
-    assert session.checkpoint.seen.kept(successor.clock.now_ms()) == b""
-
-
-async def test_the_word_of_a_late_message_makes_the_owner_fold_again_before_its_next_poll(poller: Poller) -> None:
-    bench = await ready(batch(raw("t1", 1)))
-    session = poller(bench)
-    await asyncio.sleep(5)
-    (stored,) = bench.bus.found("IN")
-    bench.bus.put(stored.subject, stored.data, stored.headers | {"Nats-Msg-Id": "s1.other"})
-    reads = spied(bench)
-    session.on_released()
-    session.cancel_poll()
-    await asyncio.sleep(5)
-    assert session.checkpoint is not None
-    assert (len(reads), session.checkpoint.inbox_seq) == (1, 2)
 
 
 async def test_a_bot_that_moved_while_nobody_had_it_knows_what_its_former_sandbox_got(poller: Poller) -> None:
@@ -272,32 +216,6 @@ async def test_polls_begin_once_the_position_is_lowered_in_the_bucket(poller: Po
     session.stop(immediately=True)
     await task
     assert (await bench.checkpoint()).position.inbox_seq == 1
-
-
-async def test_a_position_above_the_stream_is_shown_until_it_was_not_met_for_a_while() -> None:
-    """Right after an election, a server may answer with less than the stream has."""
-    bench = await ready()
-    inboxes = bench.replica.inboxes
-    bench.bus.put("wechat.inbox.s1", b"{}", {})
-    with pytest.raises(Temporary, match="inbox_set_back"):
-        await inboxes.check(2)
-    await asyncio.sleep(SET_BACK_S - 1)
-    assert inboxes.set_back.startswith("A position (2) is above the last sequence of WECHAT_IN (1)")
-    bench.bus.put("wechat.inbox.s1", b"{}", {})
-    await inboxes.check(2)
-    await asyncio.sleep(2)
-    assert inboxes.set_back == ""
-
-
-async def test_a_position_above_the_stream_fails_no_other_inbox() -> None:
-    bench, subjects = await ready(), [f"s{number}" for number in range(20)]
-    for sandbox in subjects:
-        bench.bus.put(f"wechat.inbox.{sandbox}", b'{"id":"in:1","user":"u"}', {})
-    folds = Folds(bench.replica.inboxes, lambda *_: None)
-    reads = (folds.read(sandbox, 0) for sandbox in subjects)
-    broken, *others = await asyncio.gather(folds.read("s99", 10**6), *reads, return_exceptions=True)
-    assert isinstance(broken, Temporary)
-    assert [isinstance(one, FoldedInbox) and one.high for one in others] == list(range(1, 21))
 
 
 async def test_an_inbox_that_is_slow_to_read_delays_no_other() -> None:
@@ -373,18 +291,6 @@ async def test_a_conversation_takes_each_message_once(poller: Poller) -> None:
     poller(successor)
     await asyncio.sleep(5)
     assert (texts(successor), successor.record().window.sends_used) == (["t1"], 8)
-
-
-async def test_the_newest_token_counts_though_the_last_message_has_none() -> None:
-    bench = await ready(batch(raw("t1", 1), raw("t2", 2, context_token=None)))
-    replica = Replica(bench)
-    await asyncio.sleep(0.2)
-    await replica.die()
-    successor = successor_of(bench)
-    successor.shard().on_delivery(successor.command("answer", id="c1"))
-    await asyncio.sleep(5)
-    assert [sent.context_token for sent in successor.chat.sent] == ["token-1"]
-    assert successor.record().window.id.endswith("002")
 
 
 async def test_a_conversation_with_a_position_above_the_stream_waits_until_it_is_lowered(poller: Poller) -> None:

@@ -169,22 +169,6 @@ async def test_the_owner_fetches_behind_the_message(bench: Bench) -> None:
     assert bench.metrics.value("media_fetches_total", outcome="stored") == 1
 
 
-async def test_a_file_keeps_the_senders_name(bench: Bench) -> None:
-    file = {"type": 4, "file_item": {"media": {"encrypt_query_param": "f"}, "file_name": "报告.pdf"}}
-    bench.cdn.has("f", samples.pdf())
-    made = Published(bench, file)
-    made.fetch_by(fetcher(bench))
-    await asyncio.sleep(1)
-    assert bench.objects.described == {made.media().object: ("application/pdf", "报告.pdf")}
-
-
-async def test_an_empty_file_is_a_file(bench: Bench) -> None:
-    bench.cdn.has("p1", b"")
-    made = Published(bench, image())
-    assert await made.ask(fetcher(bench)) == ""
-    assert bench.objects.stored == {made.media().object: b""}
-
-
 async def test_a_recording_is_stored_as_it_came_and_as_wav(bench: Bench) -> None:
     silk = samples.silk(2.0)
     bench.cdn.has("v", silk)
@@ -216,14 +200,6 @@ async def test_a_recording_that_cannot_be_converted_is_there_without_wav(bench: 
     assert await made.ask(fetches) == ""
     assert await made.ask(fetches, f"{made.media().object}.wav") == "corrupt"
     assert bench.objects.stored.keys() == {made.media().object}
-
-
-async def test_what_the_store_has_is_not_fetched_again(bench: Bench) -> None:
-    made = Published(bench, image())
-    for _ in range(2):  # a repeat of the message
-        made.fetch_by(fetcher(bench))
-        await asyncio.sleep(1)
-    assert (bench.cdn.fetched, bench.objects.puts) == (["p1"], [made.media().object])
 
 
 # on demand -----------------------------------------------------------------------------------------------
@@ -270,12 +246,6 @@ async def test_a_replica_that_is_asked_leaves_a_quick_fetch_to_the_owner(bench: 
     gate.set()
     assert await asked == ""
     assert bench.cdn.fetched == ["p1"]
-
-
-async def test_two_replicas_that_are_asked_at_once_leave_one_object(bench: Bench) -> None:
-    made = Published(bench, image())
-    assert await asyncio.gather(*(made.ask(fetcher(bench)) for _ in range(2))) == ["", ""]
-    assert bench.objects.stored == {made.media().object: PNG}
 
 
 async def test_who_stops_waiting_ends_no_fetch(bench: Bench) -> None:
@@ -350,22 +320,6 @@ async def test_a_failure_is_answered_counted_and_not_kept(
     assert await made.ask(fetches) == "", "it is tried again for who asks again"
 
 
-async def test_a_download_that_fails_once_is_tried_again(bench: Bench) -> None:
-    bench.cdn.has("p1", Temporary("network"), Refused("unavailable"), PNG)
-    assert await Published(bench, image()).ask(fetcher(bench)) == ""
-
-
-async def test_a_silent_download_ends_and_gives_its_slot_back(bench: Bench) -> None:
-    bench.cdn.has("p1", None)
-    made, transfers = Published(bench, image()), FairSlots(1, share=1)
-    made.fetch_by(fetcher(bench, transfers=transfers))
-    await asyncio.sleep(FETCH_S - 1)
-    assert not transfers.try_acquire("s2")
-    await asyncio.sleep(2)
-    assert transfers.try_acquire("s2")
-    assert bench.metrics.value("media_fetches_total", outcome="timeout") == 1
-
-
 async def test_silent_downloads_of_one_sandbox_delay_no_other(bench: Bench) -> None:
     await bench.bind("s2", "b2@im.bot")
     fetches = fetcher(bench, transfers=FairSlots(4, share=2))
@@ -425,14 +379,6 @@ async def test_a_store_that_takes_nothing_is_a_reason_and_not_a_hang(
     assert len(bench.objects.puts) == puts
     bench.objects.on_put = None
     assert await made.ask(fetches) == ""
-
-
-async def test_a_message_that_cannot_be_read_now_is_temporary(bench: Bench) -> None:
-    made = Published(bench, image())
-    bench.bus.unreadable = 1
-    with pytest.raises(Temporary):
-        await made.ask(fetcher(bench))
-    assert await made.ask(fetcher(bench)) == ""
 
 
 async def test_the_end_cancels_fetches_and_leaves_nothing_running(bench: Bench) -> None:

@@ -65,35 +65,10 @@ async def test_an_empty_cursor_keeps_the_old_one() -> None:
     assert len(texts(bench)) == 2
 
 
-async def test_the_next_hold_is_the_one_that_ilink_named() -> None:
-    bench = await ready(batch(hold_ms=20_000), batch(hold_ms=35_000))
-    await polls(bench)
-    assert bench.chat.holds == [35_000, 20_000, 35_000]
-
-
-async def test_the_hold_that_ilink_named_is_also_that_of_a_dead_tokens_tries() -> None:
-    """Shorter ones would end before iLink answers, and as long as nobody writes the token would stay dead."""
-    bench = await ready(batch(hold_ms=60_000), STALE, batch(hold_ms=60_000))
-    await polls(bench)
-    assert bench.chat.holds == [35_000, 60_000, 60_000, 60_000]
-
-
 async def test_what_a_server_is_given_beyond_its_word_is_also_that_of_a_dead_tokens_tries() -> None:
     bench = await ready(batch(hold_ms=20_000), None, batch(raw(), hold_ms=20_000), STALE, batch(hold_ms=20_000))
     await polls(bench)
     assert bench.chat.holds == [35_000, 20_000, 40_000, 40_000, 40_000, 20_000]
-
-
-async def test_a_dead_tokens_try_that_is_not_answered_in_time_is_given_more_the_next_time() -> None:
-    bench = await ready(batch(hold_ms=20_000), STALE, None, None, batch(hold_ms=20_000))
-    await polls(bench)
-    assert bench.chat.holds == [35_000, 20_000, 20_000, 40_000, 60_000, 20_000]
-
-
-async def test_a_failed_poll_is_repeated_from_the_same_cursor() -> None:
-    bench = await ready(batch(raw(), cursor="b"), Temporary("http_5xx"), Temporary("unreadable"), batch(cursor="c"))
-    await polls(bench)
-    assert bench.chat.asked == ["", "b", "b", "b", "c"]
 
 
 async def test_ilinks_own_delay_wins_over_our_backoff() -> None:
@@ -178,13 +153,6 @@ async def test_a_server_that_keeps_its_hold_is_waited_for_no_longer_after_a_lost
     bench = await ready(Polled([], "a", 5_000), None, Polled([], "b", 5_000), Polled([], "c", 5_000))
     await polls(bench)
     assert bench.chat.holds == [HOLD_MS, 5_000, 10_000, 5_000, 5_000]
-
-
-async def test_an_answer_ends_the_count_of_polls_without_one() -> None:
-    bench = await ready(None, None, batch(cursor="b"), None, None)
-    with capture_logs() as logs:
-        await polls(bench)
-    assert "poll.dead_path" not in {line["event"] for line in logs}
 
 
 @pytest.mark.parametrize("pause_s", [5.0, ANSWER_GRACE_S / 2], ids=["a pause", "over before the polls have ended"])
@@ -321,15 +289,6 @@ async def test_bots_that_start_together_are_polled_one_after_the_other_and_leave
     assert bench.chat.notified.count(True) == 4, "who had to wait is not said to have begun"
 
 
-async def test_nothing_is_polled_for_a_shard_that_is_not_ours() -> None:
-    bench = await ready()
-    bench.leases.owned.clear()
-    _, task = start_poller(bench)
-    await asyncio.sleep(5)
-    assert task.done()
-    assert bench.chat.asked == []
-
-
 async def test_a_lease_that_pauses_cuts_the_poll_and_one_that_resumes_polls_on(poller: Poller) -> None:
     bench = await ready(batch(cursor="b"))
     session = poller(bench)
@@ -377,16 +336,6 @@ async def test_after_an_outage_polls_start_at_the_rate_of_first_polls(poller: Po
     assert bench.chat.polled_at[-1] - began == pytest.approx(20.0, abs=0.1)
 
 
-async def test_a_poller_that_is_cancelled_outright_ends() -> None:
-    """A poll that is cut is cancelled, too, and goes on."""
-    _, task = start_poller(bench := await ready())
-    await asyncio.sleep(1)
-    assert bench.chat.polling
-    task.cancel()
-    await asyncio.sleep(1)
-    assert task.cancelled()
-
-
 async def test_an_answer_that_has_arrived_when_its_poll_is_cut_is_stored() -> None:
     """As after a pause of the whole process: the timer of the lease and the answer are there at the same moment."""
     bench = await ready(batch(raw()))
@@ -413,17 +362,6 @@ async def test_a_bot_that_waits_for_the_bus_does_not_count_as_polled(poller: Pol
     bench.bus_up.set()
     await asyncio.sleep(1)
     assert (bench.chat.asked, session.state) == (["", "b"], State.POLLING)
-
-
-async def test_no_poll_starts_while_the_bus_is_away(poller: Poller) -> None:
-    bench = await ready()
-    bench.bus_up.clear()
-    poller(bench)
-    await asyncio.sleep(60)
-    assert bench.chat.asked == []
-    bench.bus_up.set()
-    await asyncio.sleep(1)
-    assert bench.chat.asked == [""]
 
 
 async def test_a_notifystart_without_an_answer_holds_the_first_poll_up_for_a_moment_only(poller: Poller) -> None:
@@ -491,28 +429,6 @@ async def test_leaving_at_a_boundary_lets_the_poll_deliver() -> None:
     assert bench.chat.polling == 0
 
 
-async def test_stopping_stores_the_batch_in_hand() -> None:
-    """iLink may not say it again."""
-    bench = await ready(batch(raw("in hand")))
-    release = asyncio.Event()
-
-    async def slow(message: BusMessage) -> None:
-        if bench.chat.asked:
-            await release.wait()
-
-    bench.bus.on_publish = slow
-    session, task = start_poller(bench)
-    await asyncio.sleep(1)
-    session.stop(immediately=True)
-    await asyncio.sleep(1)
-    assert not task.done()
-    release.set()
-    await asyncio.sleep(1)
-    assert task.done()
-    assert texts(bench) == ["in hand"]
-    assert ((await bench.checkpoint()).owner, (await bench.checkpoint()).position.cursor) == ("", "b")
-
-
 async def test_a_recovered_tokens_answer_is_stored_before_its_event() -> None:
     """A drain ends pollers outright unless they have an answer in hand; iLink may not deliver it again."""
     bench = await ready(STALE, batch(raw("in hand")))
@@ -564,37 +480,6 @@ async def test_a_poller_cancelled_while_it_publishes_a_dead_token_releases_its_b
     assert (task.cancelled(), (await bench.checkpoint()).owner) == (True, "")
 
 
-async def test_unbinding_ends_the_poll_at_once_and_keeps_what_came_late() -> None:
-    bench = await ready()
-    session, task = start_poller(bench)
-    await asyncio.sleep(1)
-    await bench.bindings.remove(BOT)
-    session.stop(immediately=True)
-    await asyncio.sleep(5)
-    assert task.done()
-    assert bench.chat.polling == 0
-
-
-async def test_a_new_token_is_used_at_once(poller: Poller) -> None:
-    bench = await ready()
-    session = poller(bench)
-    await asyncio.sleep(1)
-    await bench.bind(token="new")
-    session.cancel_poll()  # the supervisor does, when it sees the change
-    await asyncio.sleep(1)
-    assert bench.chat.tokens == [f"{BOT}:t", "new"]
-
-
-async def test_polls_that_go_on_failing_are_logged_less_and_less_often(poller: Poller) -> None:
-    """Thousands fail together where iLink is away; the metric counts each."""
-    bench = await ready(*[Temporary("network")] * 20)
-    with capture_logs() as logs:
-        poller(bench)
-        await asyncio.sleep(1200)
-    assert [entry["failures"] for entry in logs if entry["event"] == "poll.failed"] == [1, 2, 4, 8, 16]
-    assert bench.metrics.value("polls_total", outcome="error") == 20
-
-
 async def test_a_cursor_too_long_to_keep_is_a_failure_that_is_shown(poller: Poller) -> None:
     """iLink gives the same again for the old one; told apart as repeats, nothing else would show it."""
     long = Polled([raw()], None, 35_000, overlong=70_000)
@@ -606,21 +491,6 @@ async def test_a_cursor_too_long_to_keep_is_a_failure_that_is_shown(poller: Poll
     failures = [entry["failures"] for entry in logs if entry["event"] == "poll.failed"]
     assert failures == [1, 2]
     assert texts(bench) == ["hello"]
-
-
-async def test_a_bot_polls_as_ever_once_its_cursor_is_kept_again(poller: Poller) -> None:
-    bench = await ready(Polled([], None, 35_000, overlong=70_000), batch(cursor="c"))
-    session = poller(bench)
-    await asyncio.sleep(10)
-    assert session.state is State.POLLING
-
-
-async def test_a_url_that_may_not_be_called_is_tried_again_with_backoff_only(poller: Poller) -> None:
-    bench = await ready(*[Refused("url", "not on the list")] * 100)
-    session = poller(bench)
-    await asyncio.sleep(600)
-    assert len(bench.chat.asked) < 30
-    assert session.state is State.RETRYING
 
 
 async def test_a_bug_ends_no_poller() -> None:
@@ -644,22 +514,6 @@ async def test_a_pause_after_a_failure_is_a_boundary() -> None:
     began = bench.clock.monotonic()
     await task
     assert bench.clock.monotonic() - began < 1.0
-
-
-async def test_an_answer_that_was_read_when_the_cut_is_due_is_kept() -> None:
-    bench, answer = await ready(), asyncio.get_running_loop().create_future()
-
-    async def poll(account: Account, cursor: str, hold_ms: int) -> Polled:
-        return await answer  # type: ignore[no-any-return]
-
-    bench.chat.poll = poll  # type: ignore[method-assign]
-    session, task = start_poller(bench)
-    await asyncio.sleep(5)
-    loop = asyncio.get_running_loop()
-    loop.call_later(ANSWER_GRACE_S, answer.set_result, batch(raw("late")))
-    session.stop(immediately=True)  # its time is over in the same turn of the loop
-    await task
-    assert texts(bench) == ["late"]
 
 
 @pytest.mark.parametrize("new_loop", [asyncio.new_event_loop, uvloop.new_event_loop], ids=["asyncio", "uvloop"])

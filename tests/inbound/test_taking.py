@@ -57,17 +57,6 @@ async def test_a_new_owner_takes_over_from_one_that_is_proven_dead(poller: Polle
     assert (bench.chat.asked, await owner_of(bench)) == (["b"], "me-1")
 
 
-async def test_a_bot_bound_anew_while_another_has_it_is_not_asked_for_without_a_pause(poller: Poller) -> None:
-    bench = await ready()
-    await set_owner(bench, "other-1", cursor="b")
-    session = poller(bench)
-    await asyncio.sleep(5)
-    asked = bench.leases.asked_dead
-    session.cancel_poll()
-    await asyncio.sleep(60)
-    assert 5 < bench.leases.asked_dead - asked < 60
-
-
 async def test_a_new_owner_takes_a_bot_whose_checkpoint_names_one_that_has_no_poller_of_it(poller: Poller) -> None:
     """As after a restore: it lives, and would never give back what it does not have."""
     bench = await ready()
@@ -169,20 +158,6 @@ async def test_a_checkpoint_that_was_set_back_ends_the_poller_which_names_itself
     await task
 
 
-# closed, unbound -----------------------------------------------------------------------------------------
-
-
-async def test_a_bot_that_is_closed_before_it_is_taken_is_not_taken(poller: Poller) -> None:
-    bench = await ready()
-    await set_owner(bench, "other-1")
-    session = poller(bench)
-    await asyncio.sleep(5)
-    await bench.bindings.remove(BOT)
-    await set_owner(bench, "")
-    await asyncio.sleep(30)
-    assert (bench.chat.asked, session.state, await owner_of(bench)) == ([], State.ENDED, "")
-
-
 # giving it back ------------------------------------------------------------------------------------------
 
 
@@ -254,13 +229,6 @@ async def test_what_was_stored_before_a_bot_ended_is_a_repeat_for_its_next_sandb
 
 
 # where polling begins ------------------------------------------------------------------------------------
-
-
-async def test_a_start_cursor_is_used_once() -> None:
-    bench = await ready(batch(cursor="b"), batch(raw(), cursor="c"), start_cursor="given")
-    await polls(bench)
-    await polls(successor_of(bench))
-    assert bench.chat.asked == ["given", "b", "c", "c"]
 
 
 async def test_a_start_cursor_counts_once_however_often_it_is_sealed() -> None:

@@ -22,7 +22,7 @@ from adapter.contract.messages import (
     LoginVerify,
     Options,
 )
-from adapter.contract.names import H_MSG_ID, H_REPLY_TO
+from adapter.contract.names import H_REPLY_TO
 from adapter.contract.records import LoginRecord
 from adapter.errors import BusRefused, Refused, Temporary
 from adapter.logins.flow import DEAD_CODES, REFRESH_S
@@ -193,20 +193,6 @@ async def test_the_digits_of_the_phone_are_sent_at_once(doors: Doors) -> None:
     assert doors.steps() == [("wait", 1, ""), ("need_verify_code", 1, ""), ("scanned", 1, "")]
 
 
-async def test_wrong_digits_are_asked_for_again_each_time(doors: Doors) -> None:
-    login = await doors.start()
-    doors.ilink.happens("q1", "need_verifycode")
-    await asyncio.sleep(1)
-    for _ in range(2):
-        await doors.verify(login, "1")
-        doors.ilink.happens("q1", "need_verifycode")
-        await asyncio.sleep(1)
-        now = await doors.status(login)
-        assert (now.status, now.reason) == ("need_verify_code", "wrong_code")
-    again = ("need_verify_code", 1, "wrong_code")
-    assert doors.steps() == [("wait", 1, ""), ("need_verify_code", 1, ""), again, again]
-
-
 async def test_too_many_wrong_digits_cost_the_code(doors: Doors) -> None:
     """Three times, and the login has failed."""
     login = await doors.start()
@@ -263,15 +249,6 @@ async def test_whoever_scans_the_code_before_counts(doors: Doors) -> None:
     doors.ilink.happens("q1", CONFIRMED)
     await asyncio.sleep(2)
     assert (await doors.status(login)).status == "confirmed"
-
-
-async def test_a_code_that_expires_after_the_scan_is_followed_by_another(doors: Doors) -> None:
-    login = await doors.start()
-    doors.ilink.happens("q1", "scaned", "expired")
-    await asyncio.sleep(5)
-    now = await doors.status(login)
-    assert (now.status, now.code, now.qrcode_url) == ("wait", 2, "https://q/q2")
-    assert doors.steps() == [("wait", 1, ""), ("scanned", 1, ""), ("wait", 2, "")]
 
 
 async def test_the_code_before_may_expire_after_its_scan_too(doors: Doors) -> None:
@@ -341,14 +318,6 @@ async def test_a_redirected_code_is_asked_about_there(doors: Doors) -> None:
     assert (doors.ilink.asked[-1].handle, doors.ilink.asked[-1].base_url) == ("q2", there)
     assert doors.steps() == [("wait", 1, ""), ("scanned", 1, ""), ("wait", 2, "")]
     assert (await doors.status(login)).code == 2
-
-
-async def test_redirects_in_a_circle_are_not_followed_faster_than_once_a_second(doors: Doors) -> None:
-    await doors.start()
-    hosts = [Scan("scaned_but_redirect", redirect_host=f"{'ab'[n % 2]}.weixin.qq.com") for n in range(10)]
-    doors.ilink.happens("q1", *hosts)
-    await asyncio.sleep(5)
-    assert len(doors.ilink.asked) <= 6
 
 
 BAD = [
@@ -432,13 +401,6 @@ async def test_a_code_that_cannot_be_fetched_is_tried_again_while_the_old_one_co
     await asyncio.sleep(10)
     assert round(doors.ilink.fetched_at[-1] - doors.ilink.fetched_at[-2]) == 20
     assert (await doors.status(login)).code == 2
-
-
-async def test_a_first_code_that_cannot_be_had_is_an_error_to_the_requester(doors: Doors) -> None:
-    doors.ilink.codes.append(Temporary("timeout", "iLink gave no QR code within 10 s."))
-    with pytest.raises(Temporary, match="no QR code"):
-        await doors.start()
-    assert doors.bucket.entries == {}
 
 
 async def test_any_replica_takes_digits_and_a_cancellation(doors: Doors) -> None:
@@ -597,18 +559,6 @@ async def test_a_bind_that_nobody_carries_out_is_reported_as_such(doors: Doors) 
     assert (now.status, now.reason) == ("confirmed", "bind_pending")
 
 
-async def test_a_bind_that_is_refused_fails_the_login(doors: Doors) -> None:
-    def refuse(url: str) -> str:
-        raise Refused("url", "Not allowed here.")
-
-    doors.bench.chat.check_base_url = refuse  # type: ignore[method-assign]
-    login = await doors.start()
-    doors.ilink.happens("q1", CONFIRMED)
-    await asyncio.sleep(10)
-    now = await doors.status(login)
-    assert (now.status, now.reason, now.detail) == ("failed", "url", "Not allowed here.")
-
-
 async def test_a_bind_that_is_refused_fails_the_login_also_of_a_bot_that_is_bound(doors: Doors) -> None:
     """With its token of before, which iLink may take no more. Others' binds were refused, too."""
     await doors.bench.bind(bot=BOT, user=USER, token="of-before")
@@ -635,15 +585,6 @@ async def test_a_bus_that_does_not_take_the_bind_fails_the_login(doors: Doors) -
     assert (await doors.status(login)).reason == "bus"
 
 
-async def test_the_old_bot_of_the_user_is_replaced(doors: Doors) -> None:
-    await doors.bench.bind(bot="old@im.bot", user=USER)
-    login = await doors.start()
-    doors.ilink.happens("q1", CONFIRMED)
-    await asyncio.sleep(3)
-    assert (await doors.status(login)).bot == BOT
-    assert [binding.bot for binding in doors.bench.bindings] == [BOT]
-
-
 async def test_a_cancelled_login_is_left_at_once(doors: Doors) -> None:
     login = await doors.start()
     await asyncio.sleep(5)
@@ -655,23 +596,6 @@ async def test_a_cancelled_login_is_left_at_once(doors: Doors) -> None:
     assert doors.counted("cancelled") == 1
     with pytest.raises(Refused, match="over"):
         await doors.verify(login, "1")
-
-
-async def test_each_step_is_one_event_for_subscribers(doors: Doors) -> None:
-    steps: list[str] = []
-
-    async def listen(message: BusMessage) -> None:
-        if message.subject == "wechat.event.s1.login":
-            steps.append(message.headers[H_MSG_ID])
-
-    doors.bench.bus.on_publish = listen
-    cancelled = await doors.start()
-    await asyncio.sleep(5)
-    await doors.ask("cancel", LoginQuery(login=cancelled.login))
-    bound = await doors.start()
-    doors.ilink.happens("q2", CONFIRMED)
-    await asyncio.sleep(20)
-    assert steps == [f"login:{login.login}:{step}" for login in (cancelled, bound) for step in (1, 2)]
 
 
 async def test_an_answer_that_cannot_be_stored_waits_for_the_bus(doors: Doors) -> None:
@@ -707,13 +631,9 @@ async def test_a_bug_ends_one_login_and_leaves_the_others_alone(doors: Doors) ->
 
 QUESTIONS = [
     ("start", b"{}", "invalid"),
-    ("start", b'{"sandbox":"S1"}', "invalid"),
     ("start", b'{"sandbox":"s1\\n"}', "invalid"),
-    ("start", b"hello", "invalid"),
     ("status", b'{"login":"nobody"}', "not_found"),
     ("status", b'{"login":"a.b"}', "not_found"),
-    ("status", b'{"login":"*"}', "not_found"),
-    ("cancel", b'{"login":"nobody"}', "not_found"),
     ("verify", b'{"login":"nobody","code":"1"}', "not_found"),
     ("verify", b'{"login":"nobody","code":"x"}', "invalid"),
 ]
@@ -727,7 +647,7 @@ async def test_a_question_that_has_no_answer_is_refused(verb: str, body: bytes, 
     assert caught.value.detail
 
 
-@pytest.mark.parametrize("login", ["*", ">", "a.b", "a b", "é", "x" * 64 + "\n"])
+@pytest.mark.parametrize("login", ["*", "a.b", "x" * 64 + "\n"])
 async def test_what_is_no_id_is_no_key_of_the_bucket(login: str, doors: Doors) -> None:
     """`*` would be answered with somebody's login."""
     await doors.start()
@@ -790,10 +710,3 @@ async def test_a_bind_that_was_sealed_for_a_login_is_good_for_nothing_else() -> 
         await asyncio.sleep(1)
         answer = msgspec.json.decode(doors.bench.core.published[-1][1], type=ControlAnswer)
         assert (answer.ok, len(doors.bench.core.published)) == (False, before + 1)
-
-
-async def test_a_record_that_cannot_be_read_ends_no_other_login(doors: Doors) -> None:
-    await asyncio.sleep(0.1)
-    for key, text in (("x" * 24, b"no login"), ("y" * 24, b'{"sandbox":"\xff"}')):
-        doors.bucket.put(key, text)
-    assert (await doors.status(await doors.start())).status == "wait"

@@ -14,7 +14,6 @@ from adapter.logins.qr import (
     DARK_ON_LIGHT,
     PIXELS,
     PLAIN,
-    QUIET,
     check_content,
     png_base64,
     terminal_text,
@@ -75,12 +74,6 @@ def pixels(data: bytes, width: int, height: int) -> list[list[int]]:
         bits = "".join(f"{byte:08b}" for byte in above)
         rows.append([int(bit == "0") for bit in bits[:width]])
     return rows
-
-
-def test_the_quiet_zone_is_as_wide_as_the_standard_asks_for() -> None:
-    lines = terminal_text("x").split("\n")
-    assert QUIET == 4
-    assert all(set(line.removeprefix(DARK_ON_LIGHT).removesuffix(PLAIN)) == {" "} for line in (*lines[:2], lines[-1]))
 
 
 @pytest.mark.parametrize(

@@ -78,7 +78,7 @@ async def test_a_sealed_dead_letter_is_theirs_by_the_user_that_it_names() -> Non
     assert (answer.ok, answer.counts["dead_letter"], place.kept) == (True, 3, 7)
 
 
-@pytest.mark.parametrize("done", range(6))
+@pytest.mark.parametrize("done", [0, 3, 5])
 async def test_one_that_was_cut_is_finished_by_the_next(done: int) -> None:
     place = Place()
 

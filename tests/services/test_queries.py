@@ -67,18 +67,6 @@ async def test_the_list_comes_in_pages_that_end() -> None:
     assert pages == 3
 
 
-@pytest.mark.parametrize(("limit", "last"), [(24, False), (25, True), (26, True)])
-async def test_a_page_says_whether_it_is_the_last(limit: int, last: bool) -> None:
-    page = await listed(await crowd(25), limit=limit)
-    assert (page.next == "") is last
-
-
-async def test_a_page_after_the_end_is_empty() -> None:
-    page = await listed(await crowd(3), after="b999@im.bot")
-    assert (page.bindings, page.next) == ([], "")
-    assert (await listed(Bench())).bindings == []
-
-
 async def test_how_bots_fare_is_said_where_that_is_asked() -> None:
     bench = await crowd(3)
     assert [info.health for info in (await listed(bench)).bindings] == [None] * 3
@@ -98,12 +86,6 @@ async def test_the_list_can_be_filtered() -> None:
     assert (await listed(bench, sandbox="nobody")).bindings == []
 
 
-async def test_an_empty_request_lists_everything() -> None:
-    bench = await crowd(3)
-    page = msgspec.json.decode(await queries(bench).list_bindings(b""), type=BindingsPage)
-    assert len(page.bindings) == 3
-
-
 async def test_no_answer_holds_a_token() -> None:
     bench = await crowd(3)
     bench.hears("b001@im.bot", "u1@im.wechat", token="SECRET")
@@ -116,34 +98,18 @@ async def test_no_answer_holds_a_token() -> None:
     assert b"SECRET" not in b"".join(answers)
 
 
-async def test_a_binding_is_found_by_bot_or_by_sandbox() -> None:
-    bench = await crowd(9)
-    asked = queries(bench)
-    one = msgspec.json.decode(await asked.get_bindings(ask(bot="b004@im.bot")), type=BindingsPage)
-    assert [info.bot for info in one.bindings] == ["b004@im.bot"]
-    several = msgspec.json.decode(await asked.get_bindings(ask(sandbox="s1")), type=BindingsPage)
-    assert len(several.bindings) == 3
-
-
 REFUSED: list[tuple[str, str, bytes, str]] = [
     ("get-nothing-named", "get_bindings", ask(), "invalid"),
     ("get-unknown-bot", "get_bindings", ask(bot="nobody"), "not_bound"),
-    ("get-unknown-sandbox", "get_bindings", ask(sandbox="nobody"), "not_bound"),
     ("get-bot-of-another-sandbox", "get_bindings", ask(sandbox="s2", bot="b001@im.bot"), "not_bound"),
     ("window-of-several", "window", ask(sandbox="s1"), "invalid"),
-    ("window-unknown-sandbox", "window", ask(sandbox="nobody"), "not_bound"),
     ("window-unknown-user", "window", ask(sandbox="s1", user="nobody"), "not_bound"),
     ("window-bot-of-another-sandbox", "window", ask(sandbox="s2", bot="b001@im.bot"), "not_bound"),
-    ("window-without-sandbox", "window", ask(), "invalid"),
     ("list-no-json", "list_bindings", b"hello", "invalid"),
-    ("list-limit-0", "list_bindings", ask(limit=0), "invalid"),
     ("list-limit-too-high", "list_bindings", ask(limit=1001), "invalid"),
     ("list-nested-without-end", "list_bindings", b'{"bot":' + b"[" * 5000, "invalid"),
-    ("replay-without-sandbox", "replay", ask(), "invalid"),
     ("replay-of-all", "replay", ask(sandbox="*"), "invalid"),
-    ("replay-of-a-wildcard", "replay", ask(sandbox=">"), "invalid"),
     ("replay-with-a-line-end", "replay", ask(sandbox="s1\n"), "invalid"),
-    ("window-with-a-line-end", "window", ask(sandbox="s1\n"), "invalid"),
     ("replay-after-a-negative", "replay", ask(sandbox="s1", after=-1), "invalid"),
     ("replay-after-no-sequence", "replay", ask(sandbox="s1", after=2**64 - 1), "invalid"),
     ("replay-since-nanoseconds", "replay", ask(sandbox="s1", since_ms=1_790_000_000_000_000_000), "invalid"),
@@ -166,12 +132,6 @@ async def test_the_window_of_a_user_whom_a_newer_version_serves_is_not_known() -
     with pytest.raises(Temporary) as caught:
         await queries(bench).window(ask(sandbox="s0"))
     assert (caught.value.reason, "version 2" in caught.value.detail) == ("record_too_new", True)
-
-
-async def test_a_user_whom_no_bot_serves_is_not_found_rather_than_ambiguous() -> None:
-    with pytest.raises(Refused) as caught:
-        await queries(await crowd(1)).window(ask(sandbox="s0", user="nobody"))
-    assert "several" not in caught.value.detail
 
 
 def asked_as(subject_ends: str, **body: Any) -> SandboxRequest:
@@ -198,12 +158,9 @@ async def test_the_subject_says_whose_window_and_messages_are_asked_for(body: di
     [
         ("s1", {"sandbox": "s2"}),
         ("s1", {"sandbox": "*"}),
-        ("s1", {"sandbox": ""}),
         ("s1", {"sandbox": ["s1"]}),
-        ("S1", {}),
         ("", {}),
         ("s1\n", {}),
-        ("s" * 65, {}),
     ],
 )
 async def test_a_sandbox_cannot_ask_in_the_name_of_another(
@@ -226,13 +183,6 @@ async def test_what_is_absent_and_what_is_others_look_the_same() -> None:
     assert len(said) == 1
 
 
-async def test_the_window_of_the_only_bot_needs_no_name(bench: Bench) -> None:
-    await bench.bind()
-    bench.hears(sends_used=4)
-    answer = await queries(bench).window(ask(sandbox="s1"))
-    assert msgspec.json.decode(answer, type=Window).remaining == 6
-
-
 async def test_the_window_of_one_of_several_is_named_by_bot_or_user() -> None:
     bench = await crowd(9)
     bench.hears("s1", "u4@im.wechat", bot="b004@im.bot", sends_used=4)
@@ -241,12 +191,6 @@ async def test_the_window_of_one_of_several_is_named_by_bot_or_user() -> None:
     by_user = await asked.window(ask(sandbox="s1", user="u4@im.wechat"))
     assert by_bot == by_user
     assert msgspec.json.decode(by_bot, type=Window).remaining == 6
-
-
-async def test_the_window_of_a_user_who_never_wrote_is_closed(bench: Bench) -> None:
-    await bench.bind()
-    answer = await queries(bench).window(ask(sandbox="s1"))
-    assert msgspec.json.decode(answer, type=Window) == Window(remaining=0)
 
 
 async def test_a_window_that_time_has_closed_is_closed(bench: Bench) -> None:
@@ -289,12 +233,6 @@ async def test_pages_of_a_replay_go_on_where_the_question_still_names_its_start(
     assert numbers(first) + numbers(second) == list(range(15))
 
 
-async def test_a_replay_that_fits_says_that_it_was_all(bench: Bench) -> None:
-    fill(bench, 10)
-    assert (await replayed(bench, limit=10)).next == 0
-    assert (await replayed(Bench())).messages == []
-
-
 async def test_a_page_of_a_replay_stays_below_the_limit_of_a_message(bench: Bench) -> None:
     fill(bench, 10, size=200_000)
     data = await queries(bench).replay(ask(sandbox="s1"))
@@ -317,9 +255,3 @@ async def test_a_replay_can_begin_at_a_time(bench: Bench) -> None:
     since_ms = bench.clock.now_ms()
     fill(bench, 2)
     assert numbers(await replayed(bench, since_ms=since_ms)) == [0, 1]
-
-
-async def test_a_bus_that_is_away_is_reported_as_such(bench: Bench) -> None:
-    bench.bus.unreadable = 1
-    with pytest.raises(Temporary):
-        await replayed(bench)
