@@ -343,15 +343,15 @@ async def test_messages_need_not_wait_for_the_requests_of_a_shard_that_is_given_
 
 async def test_a_shard_that_is_claimed_again_before_its_release_is_noticed_works_again(following: Following) -> None:
     """As when the replica that should have it stops in the same moment."""
-    made, leases, shard, _ = await handing_over(following)
+    made, leases, _, _ = await handing_over(following)
     release = leases.release
 
-    async def release_and_claim(number: int) -> None:
-        await release(number)
-        leases.owned.add(number)
+    async def release_and_claim(shard: int) -> None:
+        await release(shard)
+        leases.owned.add(shard)
 
     leases.release = release_and_claim  # type: ignore[method-assign]
-    shard.answered.set()
+    made.shard.answered.set()
     await asyncio.sleep(2.0)
     async with asyncio.timeout(1.0):
         assert await made.open_shard("s1") is made.shard
