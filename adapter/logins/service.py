@@ -8,7 +8,6 @@ stores the status `lost`, and a new code has to be asked for.
 from __future__ import annotations
 
 import secrets
-from functools import partial
 
 import msgspec
 import structlog
@@ -21,7 +20,7 @@ from adapter.contract.records import LoginRecord
 from adapter.errors import Refused, Temporary
 from adapter.kit.tasks import TaskSet
 from adapter.kit.timing import Clock
-from adapter.logins.flow import REFRESH_S, LoginFlow, fetch_code
+from adapter.logins.flow import LoginFlow, fetch_code, seal_url
 from adapter.logins.records import LoginRecords, next_step, to_login
 from adapter.observability.metrics import Metrics
 from adapter.observability.records import read_request
@@ -55,10 +54,7 @@ class LoginService:
         sealer: Sealer,
         clock: Clock,
         metrics: Metrics,
-        *,
-        refresh_s: float = REFRESH_S,
     ) -> None:
-        """`refresh_s`: age at which an unscanned code is replaced."""
         self._records = records
         self._ilink = ilink
         self._bindings = bindings
@@ -68,7 +64,6 @@ class LoginService:
         self._sealer = sealer
         self._clock = clock
         self._metrics = metrics
-        self._refresh_s = refresh_s
         self._tasks = TaskSet(_report)
 
     # requests ---------------------------------------------------------------------------------------
@@ -90,7 +85,7 @@ class LoginService:
         record = LoginRecord(
             owner=self._leases.incarnation,
             sandbox=sandbox,
-            url=self._sealer.seal(login_context(login, "url"), code.url),
+            url=seal_url(self._sealer, login, code),
             until_ms=self._clock.now_ms() + int(LOGIN_S * 1000),
         )
         stored = await self._records.create(login, record)
@@ -105,8 +100,6 @@ class LoginService:
             self._names,
             self._sealer,
             self._clock,
-            self._metrics,
-            refresh_s=self._refresh_s,
         )
         self._tasks.spawn(_run_flow(login, flow, code))
         return self._encode_answer(login, stored[0], with_png=request.png)
@@ -151,22 +144,16 @@ class LoginService:
 
     async def run(self) -> None:
         """Runs until cancelled; then answers that have arrived are applied."""
-        records, leases = self._records, self._leases
         try:
             while True:
-                records.forget_ended()
-                for login, record in records:
+                self._records.forget_ended()
+                for login, record in self._records:
                     if not record.is_over:
                         await self._end_if_lost(login, record.owner)
-                has_left = partial(self._has_left, leases.membership_epoch)
-                await leases.changed.wait_until(has_left, LOOK_S)
+                await self._clock.sleep(LOOK_S)
         finally:
             self._tasks.cancel_all()
             await self._tasks.wait_ended()
-
-    def _has_left(self, epoch: int) -> bool:
-        """Whether a replica has left since."""
-        return self._leases.membership_epoch != epoch
 
     async def _end_if_lost(self, login: str, owner: str) -> None:
         def lost(now: LoginRecord) -> LoginRecord | None:
