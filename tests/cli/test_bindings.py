@@ -75,18 +75,6 @@ async def test_bind_shows_what_is_bound_now(
     assert (asked.user, asked.options.auto_typing) == ("user1@im.wechat", True)
 
 
-async def test_a_refused_bind_is_1_with_the_adapters_sentence(
-    cli: Command, bus: BusConnection, token_file: str
-) -> None:
-    async with answering(bus) as adapter:
-        adapter.control = ControlAnswer(ok=False, error="The host is not allowed.")
-        result = await cli("bind", "s1", "bot1@im.bot", "--token-file", token_file)
-        assert (result.code, result.err) == (1, "wechat-nats: The host is not allowed.\n")
-        result = await cli("bind", "s1", "bot1@im.bot", "--token-file", token_file, "--json")
-        assert result.code == 1
-        assert result.rows[0]["error"] == "The host is not allowed."
-
-
 async def test_the_same_id_again_has_no_second_effect(cli: Command, bus: BusConnection, token_file: str) -> None:
     async with answering(bus):
         arguments = ("bind", "s1", "bot1@im.bot", "--token-file", token_file, "--id", "r1")
@@ -218,27 +206,6 @@ async def test_bindings_are_shown_with_what_runs_the_worst_first(cli: Command, b
             assert [row["bot"] for row in rows] == [f"b{number}@im.bot" for number in bots]
         assert (await cli("bindings", "--user", "nobody")).out == "Nothing matches.\n"
         assert (await cli("bindings", "--state", "wrong")).code == 2
-
-
-async def test_no_bindings_is_no_error(cli: Command, bus: BusConnection) -> None:
-    async with answering(bus):
-        result = await cli("bindings")
-        assert (result.code, result.out) == (0, "Nothing is bound.\n")
-        assert (await cli("bindings", "--json")).out == ""
-
-
-async def test_bindings_without_an_adapter_is_3(cli: Command, bus: BusConnection) -> None:
-    result = await cli("bindings")
-    assert result.code == 3
-    assert "wechat-nats run" in result.err
-
-
-async def test_an_error_of_the_service_is_1(cli: Command, bus: BusConnection) -> None:
-    async with answering(bus) as adapter:
-        adapter.error = ("403", "This sandbox is not yours.")
-        result = await cli("bindings")
-    assert result.code == 1
-    assert "This sandbox is not yours." in result.err
 
 
 async def test_a_token_that_ilink_did_not_look_at_is_said_to_be_unchecked(

@@ -67,17 +67,14 @@ def test_the_selected_one_counts_where_it_is_asked_for(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "words"),
     [
-        ("absent", r"absent\.json: No such file or directory; contexts: jwt, list, text\."),
-        ("@selected", r"context\.txt: No such file"),
+        ("absent", r"absent\.json: No such file or directory; contexts: jwt, list\."),
         ("jwt", "has user_jwt, which is not supported"),
         ("list", "no JSON object"),
-        ("text", "no JSON object"),
     ],
 )
 def test_what_cannot_be_used_is_named(tmp_path: Path, name: str, words: str) -> None:
     save(tmp_path, "jwt", user_jwt="a-secret")
-    (tmp_path / "nats" / "context" / "list.json").write_text("[]")
-    (tmp_path / "nats" / "context" / "text.json").write_text("a-secret")
+    (tmp_path / "nats" / "context" / "list.json").write_text('["a-secret"]')
     with pytest.raises(SettingsError, match=f"NATS_CONTEXT.*{words}") as caught:
         with_context({"XDG_CONFIG_HOME": str(tmp_path), "NATS_CONTEXT": name})
     assert "a-secret" not in str(caught.value)

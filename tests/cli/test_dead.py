@@ -54,11 +54,6 @@ async def die(bus: BusConnection, stream: str, subject: str, body: bytes, **extr
     return (await bus.js.publish(bus.names.dead_letters(stream), body, headers=headers)).seq
 
 
-async def test_none_is_no_error(cli: Command, bus: BusConnection) -> None:
-    result = await cli("dead", "ls")
-    assert (result.code, result.out) == (0, "No dead letters.\n")
-
-
 async def test_ls_shows_no_bodies(cli: Command, bus: BusConnection) -> None:
     await die(bus, OUT, "wechat.out.17.s1", b"private words")
     await die(bus, IN, "wechat.inbox.s1", b"private words too")
@@ -119,14 +114,11 @@ async def test_an_authors_header_hides_no_command(cli: Command, bus: BusConnecti
     ("stream", "body"),
     [
         (CTL, b'{"sandbox":"s1","bot_token":"sesame"}'),
-        (CTL, b'{"bot_token":"sesame'),
         (CTL, b"sesame"),
-        (IN, b'{"msgs":[{"context_token":"sesame"}]}'),
         (IN, b'{"msgs":[{"context_token":"sesame", "text":"\xff'),
         (IN, b'{"msgs":[{"media":{"aes_key":"sesame"}}]}'),
         (OUT, b'{"Authorization":"sesame'),
         (OUT, rb'{"token":"a\"sesame'),
-        (OUT, b'{"token":["sesame"'),
         (OUT, b"{'token':'sesame'}"),
         (OUT, b'{"token":"sesame","x":' + b"[" * 5000),
     ],
@@ -141,9 +133,7 @@ async def test_show_masks_what_opens_something(
     assert "sesame" not in result.out
 
 
-@pytest.mark.parametrize(
-    "body", [b'{"text":"\xff"}', b"[" * 5000, b"[" * 5000 + b"]" * 5000, b"[" * 970 + b"]" * 970], ids=range(4)
-)
+@pytest.mark.parametrize("body", [b'{"text":"\xff"}', b"[" * 5000, b"[" * 970 + b"]" * 970], ids=range(3))
 @pytest.mark.parametrize("options", [(), ("--json",)], ids=["text", "json"])
 async def test_show_prints_whatever_a_sandbox_made_a_dead_letter(
     cli: Command, bus: BusConnection, body: bytes, options: tuple[str, ...]
@@ -163,13 +153,6 @@ async def test_headers_that_are_not_ascii_are_shown_and_kept_by_a_retry(cli: Com
     stored = await bus.js.get_last_msg(OUT, "wechat.out.*.s1")
     assert stored.hdrs is not None
     assert parse_headers(base64.b64decode(stored.hdrs))["kind"] == "Gr\u00fc\u00dfe \u4f60"
-
-
-async def test_several_of_which_one_is_not_there(cli: Command, bus: BusConnection) -> None:
-    await die(bus, OUT, "wechat.out.17.s1", b"{}")
-    result = await cli("dead", "show", "1", "5", "--json")
-    assert (result.code, [row["body"] for row in result.rows]) == (1, ["{}"])
-    assert result.err == "wechat-nats: There is no dead letter 5.\n"
 
 
 async def test_retry_stores_the_command_again_and_deletes_the_letter(cli: Command, bus: BusConnection) -> None:
@@ -207,7 +190,7 @@ async def test_a_retry_cut_half_way_and_repeated_stores_once(cli: Command, bus: 
     assert (await bus.js.stream_info(bus.names.stream_out)).state.messages == 1
 
 
-@pytest.mark.parametrize("subject", ["wechat.inbox.s1", "", "$KV.wechat_bindings.b", "wechat.in.s1"])
+@pytest.mark.parametrize("subject", ["wechat.inbox.s1", "", "$KV.wechat_bindings.b"])
 async def test_what_is_no_command_cannot_be_retried_and_stays(cli: Command, bus: BusConnection, subject: str) -> None:
     await die(bus, IN, subject, b"{}")
     result = await cli("dead", "retry", "1")
@@ -222,11 +205,6 @@ async def test_drop_deletes_several(cli: Command, bus: BusConnection) -> None:
     result = await cli("dead", "drop", "1", "3", "9")
     assert (result.code, result.out) == (1, "1  dropped\n3  dropped\n")
     assert [row["seq"] for row in (await cli("dead", "ls", "--json")).rows] == [2]
-
-
-async def test_without_the_stream_it_is_3(cli: Command, server: object) -> None:
-    assert (await cli("dead", "ls")).code == 3
-    assert (await cli("dead", "show", "1")).code == 3
 
 
 @pytest.mark.parametrize(

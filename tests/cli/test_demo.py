@@ -16,7 +16,7 @@ from nats.aio.client import Client
 from nats.errors import Error as NatsError
 from nats.js.errors import NotFoundError
 
-from adapter.cli.demo import LABEL, demo_settings
+from adapter.cli.demo import LABEL
 from tests.cli.process import Running, alive, children, started
 
 STARTED = b"You are a WeChat user"
@@ -108,13 +108,6 @@ async def test_an_agent_of_ones_own_is_attached_by_the_line_that_is_printed(temp
             assert await agent.wait() == 0
         process.stdin.close()
         assert await process.wait() == 0
-
-
-async def test_no_input_is_a_short_visit(temporary: Path) -> None:
-    async with started("demo") as process:
-        out, err = await process.communicate(b"\n\n")
-        assert (process.returncode, err, entries(out)) == (0, b"", [])
-    assert os.listdir(temporary) == []
 
 
 async def test_a_file_will_do_as_input_and_verbose_puts_the_log_on_standard_error(
@@ -235,10 +228,3 @@ async def stream_exists(nc: Client, name: str) -> None:
                 await asyncio.sleep(0.02)
             else:
                 return
-
-
-def test_the_demo_runs_on_a_disk_that_is_nearly_full() -> None:
-    """A server reserves what its streams may grow to, and refuses a stream that does not fit."""
-    settings = demo_settings("nats://127.0.0.1:4222", "http://127.0.0.1:8080")
-    assert settings.in_max_bytes + settings.media_store_bytes <= 2**29
-    assert settings.media_store_bytes > settings.media_max_bytes

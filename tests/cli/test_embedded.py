@@ -12,7 +12,6 @@ from pathlib import Path
 
 import nats
 import pytest
-from nats.errors import Error as NatsError
 
 from adapter.cli.bus import URL_FILE, settings_here
 from adapter.cli.embedded import EmbeddedNats, find_server, server_config
@@ -37,19 +36,6 @@ async def test_it_answers_on_a_free_port_and_leaves_nothing() -> None:
     assert not alive(pid)
 
 
-async def test_two_run_side_by_side() -> None:
-    async with EmbeddedNats() as one, EmbeddedNats() as other:
-        assert one.url != other.url
-
-
-async def test_a_folder_keeps_what_was_stored(tmp_path: Path) -> None:
-    async with EmbeddedNats(tmp_path) as server, await nats.connect(server.url) as nc:
-        await nc.jetstream().add_stream(name="s", subjects=["s"])
-        await nc.jetstream().publish("s", b"kept")
-    async with EmbeddedNats(tmp_path) as server, await nats.connect(server.url) as nc:
-        assert (await nc.jetstream().get_msg("s", 1)).data == b"kept"
-
-
 async def test_what_was_acknowledged_survives_a_crash(tmp_path: Path) -> None:
     async with EmbeddedNats(tmp_path) as server:
         nc = await nats.connect(server.url, allow_reconnect=False)
@@ -59,13 +45,6 @@ async def test_what_was_acknowledged_survives_a_crash(tmp_path: Path) -> None:
         await nc.close()
     async with EmbeddedNats(tmp_path) as server, await nats.connect(server.url) as nc:
         assert (await nc.jetstream().get_msg("s", 1)).data == b"kept"
-
-
-async def test_a_fixed_port_is_kept() -> None:
-    async with EmbeddedNats() as first:
-        port = int(first.url.rpartition(":")[2])
-    async with EmbeddedNats(port=port) as second:
-        assert second.url == f"nats://127.0.0.1:{port}"
 
 
 async def test_a_port_in_use_is_named_and_nothing_stays() -> None:
@@ -148,21 +127,6 @@ def _absent(name: str) -> None:
     raise importlib.metadata.PackageNotFoundError(name)
 
 
-async def test_who_does_not_know_its_token_is_refused(tmp_path: Path) -> None:
-    async with EmbeddedNats(tmp_path, token="a1") as server:
-        assert server.url.startswith("nats://a1@127.0.0.1:")
-        assert (tmp_path / "nats-server.conf").stat().st_mode & 0o777 == 0o600
-        async with await nats.connect(server.url) as nc:
-            await nc.jetstream().account_info()
-        with pytest.raises(NatsError, match="Authorization"):
-            await nats.connect(
-                server.url.replace("a1@", ""),
-                allow_reconnect=False,
-                max_reconnect_attempts=1,
-                reconnect_time_wait=0.01,
-            )
-
-
 @pytest.mark.parametrize(("variable", "found"), [("", True), ("NATS_URL", False), ("NATS_USER", False)])
 def test_commands_find_its_address_where_nothing_else_is_said(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, variable: str, found: bool
@@ -238,9 +202,3 @@ async def test_a_start_that_fails_leaves_no_key_and_the_next_one_makes_it(tmp_pa
     async with started("run", "--embedded", "--port", port, env=environ):
         await until((tmp_path / URL_FILE).exists)
         assert (tmp_path / KEY_FILE).exists()
-
-
-def test_a_key_that_cannot_be_written_is_named(tmp_path: Path) -> None:
-    (tmp_path / "file").touch()
-    with pytest.raises(Failed, match="WECHAT_NATS_DATA_DIR"):
-        _with_token_key(Settings(), tmp_path / "file")

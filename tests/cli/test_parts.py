@@ -26,11 +26,10 @@ from adapter.cli.output import (
     json_line,
     printable,
     table,
-    with_defaults,
     write_private,
 )
 from adapter.cli.stdin import LineEditor, lines
-from adapter.contract.messages import BindingInfo, LoginQuery, Receipt
+from adapter.contract.messages import LoginQuery
 from adapter.jetstream.client import BusClient
 from adapter.settings import Settings
 from tests.hostile import UNSEEN_CHARS
@@ -69,34 +68,6 @@ async def test_lines_of_a_file_and_of_a_pipe(tmp_path: Path, given: bytes, expec
     assert found == expected
 
 
-async def test_a_reader_that_waits_does_not_keep_the_program() -> None:
-    script = (
-        "import asyncio\n"
-        "from adapter.cli.stdin import LineEditor, lines\n"
-        "async def main():\n"
-        "    async for line in lines():\n"
-        "        print(line)\n"
-        "        return\n"
-        "asyncio.run(main())\n"
-    )
-    pipe = asyncio.subprocess.PIPE
-    program = await asyncio.create_subprocess_exec(sys.executable, "-c", script, stdin=pipe, stdout=pipe, stderr=pipe)
-    assert program.stdin is not None
-    assert program.stdout is not None
-    assert program.stderr is not None
-    program.stdin.write(b"one\n")
-    assert await program.stdout.read() == b"one\n"
-    assert await program.wait() == 0
-    assert await program.stderr.read() == b""
-
-
-async def test_a_closed_standard_input_is_an_end() -> None:
-    reading, writing = os.pipe()
-    os.close(reading)
-    os.close(writing)
-    assert await read(reading) == []
-
-
 def test_nothing_of_others_moves_the_cursor() -> None:
     assert printable("a\x1b[2J\nb\tc\x9b\u202e\u061c") == "a\\x1b[2J⏎b c\\x9b\\x202e\\x61c"
 
@@ -120,13 +91,6 @@ def test_every_control_format_and_line_end_of_unicode_is_shown() -> None:
 
 def test_faces_and_flags_are_shown_as_they_are() -> None:
     assert printable("❤️ 🇨🇭 你好") == "❤️ 🇨🇭 你好"
-
-
-def test_json_for_scripts_has_every_field() -> None:
-    info = with_defaults(BindingInfo(sandbox="s", bot="b"))
-    assert info["state"] == "active"
-    assert info["options"] == {"auto_typing": False} | info["options"]
-    assert with_defaults(Receipt(command="c", sandbox="s", outcome="parked"))["window"]["remaining"] is None
 
 
 class Editor(LineEditor):

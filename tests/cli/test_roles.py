@@ -8,9 +8,6 @@ from pathlib import Path
 
 import pytest
 
-from adapter.cli.bus import connected_bus
-from adapter.cli.exits import Failed
-from adapter.contract.messages import BindingsPage, BindingsQuery
 from adapter.jetstream import topology
 from adapter.jetstream.managed_connection import ManagedConnection
 from adapter.settings import Settings
@@ -104,13 +101,6 @@ async def test_an_operator_lists_and_drops_what_is_queued(cli: Command, scene: S
     assert await scene.stored(NAMES.stream_out) == 0
 
 
-async def test_for_an_answer_that_is_forbidden_nobody_waits(scene: Scene) -> None:
-    scene.enter("s1")
-    async with connected_bus() as bus:
-        with pytest.raises(Failed, match=r"may not publish to wechat\.svc\.bindings\.list"):
-            await bus.request_service("bindings.list", BindingsQuery(), BindingsPage, timeout_s=3600.0)
-
-
 async def test_an_operator_is_told_which_user_may_fix(cli: Command, scene: Scene) -> None:
     """It was told that JetStream did not answer."""
     scene.enter("operator")
@@ -128,3 +118,16 @@ async def test_a_foreign_inbox_prefix_is_reported_by_its_setting(
     assert (result.code, result.out) == (1, "")
     assert "set NATS_INBOX_PREFIX" in result.err
     assert await scene.stored(NAMES.stream_out) == 0
+
+
+async def test_operators_may_ask_for_an_erasure_and_only_adapters_may_read_what_there_is(
+    cli: Command, scene: Scene
+) -> None:
+    scene.enter("operator")
+    asked = await cli("erase", "--user", "o9cq80demo@im.wechat", "--timeout", "0.5", "--yes")
+    assert (asked.code, await scene.stored(NAMES.stream_ctl)) == (4, 1)
+    refused = await cli("export", "--user", "o9cq80demo@im.wechat")
+    assert (refused.code, refused.out) == (1, "")
+    assert "use credentials that may" in refused.err
+    scene.enter("adapter")
+    assert (await cli("export", "--user", "o9cq80demo@im.wechat")).code == 0

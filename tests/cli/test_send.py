@@ -66,15 +66,6 @@ async def test_no_receipt_is_4_and_names_the_id(cli: Command, bus: BusConnection
     assert "(id c1)" in result.err
 
 
-async def test_receipts_of_other_commands_do_not_count(cli: Command, bus: BusConnection) -> None:
-    async with answering(bus) as adapter:
-        adapter.receipts = lambda command: [
-            *answer("refused")(Outbound(id="other")),
-            *answer("accepted", message_ids=["m1"])(command),
-        ]
-        assert (await cli("send", "s1", "hi")).code == 0
-
-
 async def test_no_wait_ends_as_soon_as_it_is_stored(cli: Command, bus: BusConnection) -> None:
     result = await cli("send", "s1", "hi", "--no-wait", "--json", "--id", "c1")
     assert (result.code, result.rows) == (0, [{"command": "c1", "outcome": "stored"}])
@@ -140,15 +131,6 @@ async def test_a_text_larger_than_the_server_takes_is_1(bus: BusConnection) -> N
         _, err = await process.communicate(b"x" * 1_100_000)
         assert process.returncode == 1
         assert b"larger than" in err
-
-
-async def test_ctrl_c_is_130(bus: BusConnection) -> None:
-    async with started("send", "s1", "hi", "--id", "c1") as process:
-        events = await bus.nc.subscribe(bus.names.out("s1"))
-        await events.next_msg(timeout=30)
-        process.send_signal(2)
-        _, err = await process.communicate()
-        assert (process.returncode, err) == (130, b"")
 
 
 async def test_its_own_arguments_move_no_cursor(cli: Command, bus: BusConnection) -> None:

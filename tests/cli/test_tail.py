@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import os
 from collections.abc import Awaitable
 from pathlib import Path
 
@@ -97,14 +96,6 @@ async def test_lines_for_people(cli: Command, bus: BusConnection) -> None:
     last = (await bus.js.stream_info("WECHAT_IN")).state.last_seq
     assert third.endswith(f"  look [image s1/in/abc-0, sequence {last}]")
     assert third.startswith(clock(1_760_000_000_003))
-
-
-async def test_lines_of_json_move_no_cursor_and_stay_lines(cli: Command, bus: BusConnection) -> None:
-    said = "\x9b2J\x1b[2J\x7f\x85\u2028\u2029\u202e\u200f\u4f60\n"
-    await arrive(bus, inbound(1, said))
-    result = await cli("tail", "--all", "--count", "1", "--json")
-    assert result.out.removesuffix("\n").isprintable()
-    assert texts(result) == [said]
 
 
 @pytest.mark.parametrize("sandbox", ["s1\n", "s1\x1b[2J"])
@@ -211,17 +202,6 @@ async def test_live_until_ctrl_c(bus: BusConnection) -> None:
         process.send_signal(2)
         _, err = await process.communicate()
         assert (process.returncode, err) == (130, b"")
-
-
-async def test_a_reader_that_has_enough_is_no_error(bus: BusConnection, tmp_path: Path) -> None:
-    for n in range(3):
-        await arrive(bus, inbound(n))
-    reading, writing = os.pipe()
-    os.close(reading)
-    async with started("tail", "--all", "--count", "3", stdout=writing) as process:
-        os.close(writing)
-        assert await process.communicate() == (b"", b"")
-        assert process.returncode == 0
 
 
 async def test_it_goes_on_after_the_server_was_gone(tmp_path: Path) -> None:

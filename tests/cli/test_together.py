@@ -6,12 +6,11 @@ import asyncio
 import base64
 from pathlib import Path
 
-import msgspec
 import pytest
 
 from adapter.cli.bus import BusConnection
 from adapter.cli.demo import demo_settings
-from adapter.cli.embedded import EmbeddedNats, adapter_running
+from adapter.cli.embedded import adapter_running
 from adapter.simulator import Simulator
 from tests.cli.conftest import START_S, Command, Result
 
@@ -53,21 +52,6 @@ async def test_bind_send_look_and_unbind(
     assert (refused.code, "not_bound" in refused.out) == (1, True)
 
 
-async def test_an_unreadable_command_can_be_looked_at_and_dropped(
-    cli: Command, adapter: asyncio.Task[None], server: EmbeddedNats, bus: BusConnection
-) -> None:
-    events = await bus.nc.subscribe(bus.names.receipts("s1"))
-    await bus.nc.flush()
-    await bus.js.publish(bus.names.out("s1"), b"no json")
-    await events.next_msg(timeout=START_S)
-    (letter,) = (await cli("dead", "ls", "--json")).rows
-    assert (letter["stream"], letter["subject"], letter["size"]) == ("WECHAT_OUT", bus.names.out("s1"), 7)
-    assert "no json" in (await cli("dead", "show", str(letter["seq"]))).out
-    assert "not known for whom it was" in (await cli("dead", "retry", str(letter["seq"]))).err
-    assert (await cli("dead", "drop", str(letter["seq"]))).code == 0
-    assert (await cli("dead", "ls", "--json")).rows == []
-
-
 async def test_a_bot_in_use_is_moved_only_on_purpose_and_never_lost_to_a_wrong_token(
     cli: Command, adapter: asyncio.Task[None], simulator: Simulator, tmp_path: Path
 ) -> None:
@@ -93,25 +77,6 @@ async def test_a_bot_in_use_is_moved_only_on_purpose_and_never_lost_to_a_wrong_t
     assert (await cli("bind", "--from", str(rows), "--yes")).code == 0
     listed = await cli("bindings", "--json")
     assert [(row["sandbox"], row["bot"], row["state"]) for row in listed.rows] == [("s3", bot.bot, "active")]
-
-
-async def test_a_bot_for_which_no_replica_has_room_fails_the_doctor(
-    cli: Command, server: EmbeddedNats, simulator: Simulator, tmp_path: Path
-) -> None:
-    settings = msgspec.structs.replace(demo_settings(server.url, simulator.url), capacity=1)
-    bots = [simulator.add_bot() for _ in range(2)]
-    rows = tmp_path / "rows"
-    rows.write_text("sandbox,bot,token\n" + "".join(f"s{n},{bot.bot},{bot.token}\n" for n, bot in enumerate(bots)))
-    async with adapter_running(settings, start_s=START_S, drain_s=START_S):
-        assert (await cli("bind", "--from", str(rows))).code == 0
-        async with asyncio.timeout(START_S):
-            while not (await cli("bindings", "--state", "polling", "--json")).rows:
-                pass
-        (row,) = (await cli("bindings", "--state", "trouble", "--json")).rows
-        assert (row["health"]["status"], "WECHAT_NATS_CAPACITY" in row["health"]["detail"]) == ("not_polled", True)
-        doctor = await cli("doctor", "--json")
-        (said,) = [check["say"] for check in doctor.rows if check["check"] == "bindings"]
-        assert (doctor.code, "1 not_polled" in said) == (1, True)
 
 
 async def test_an_inbox_of_an_old_backup_stops_polls_until_doctor_lowers_positions(

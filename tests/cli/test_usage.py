@@ -21,12 +21,9 @@ from tests.cli.process import started
 
 ASKING = (
     ("bindings",),
-    ("unbind", "s1"),
-    ("login", "s1"),
     ("send", "s1", "hi"),
     ("tail", "--count", "1"),
     ("dead", "ls"),
-    ("dead", "show", "1"),
     ("doctor",),
 )
 
@@ -47,31 +44,19 @@ async def test_help_names_every_command_and_exit_code(cli: Command) -> None:
     assert (await cli()).out == (await cli("-h")).out == result.out
 
 
-@pytest.mark.parametrize("name", [c for c in COMMANDS if c != "simulator"])
-async def test_every_command_explains_itself(cli: Command, name: str) -> None:
-    result = await cli(name, "--help")
-    assert result.code == 0
-    assert f"Usage: wechat-nats {name}" in result.out
-
-
 @pytest.mark.parametrize(
     "arguments",
     [
         ("nonsense",),
         ("send", "s1"),
         ("send", "s1", "hi", "--nonsense"),
-        ("send", "s1", "--nonsense"),
         ("send", "S1", "hi"),
-        ("send", "a.b", "hi"),
         ("send", "s1", "hi", "--timeout", "0"),
-        ("send", "s1", "hi", "--expires-in", "-3"),
         ("send", "s1", "hi", "--id", 129 * "x"),
         ("send", "s1", "hi", "--format", "html"),
-        ("send", "s1", "  "),
         ("tail", "--since", "yesterday"),
         ("tail", "--since", "1h", "--all"),
         ("dead", "show"),
-        ("dead", "show", "one"),
         ("schema", "nonsense"),
     ],
     ids=" ".join,
@@ -138,15 +123,6 @@ async def test_a_wrong_password_is_3_at_once_and_not_shown(cli: Command, monkeyp
                 pass
 
 
-async def test_the_right_password_is_let_in(cli: Command, monkeypatch: pytest.MonkeyPatch) -> None:
-    async with GuardedNats() as server:
-        monkeypatch.setenv("NATS_URL", server.url)
-        monkeypatch.setenv("NATS_USER", "me")
-        monkeypatch.setenv("NATS_PASSWORD", "right")
-        result = await cli("bindings")
-        assert "No adapter runs on this bus" in sentence(result.err)
-
-
 async def test_the_second_server_is_tried(
     cli: Command, server: EmbeddedNats, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -154,28 +130,18 @@ async def test_the_second_server_is_tried(
     assert "No adapter runs on this bus" in sentence((await cli("bindings")).err)
 
 
-async def test_the_simulator_runs_with_its_own_options(tmp_path: Path) -> None:
-    async with started("simulator", "--port-file", str(tmp_path / "port"), "--bots", "1") as process:
-        assert process.stdout is not None
-        assert b'"url": "http://127.0.0.1:' in await process.stdout.readline()
-        assert int((tmp_path / "port").read_text()) > 0
-        process.terminate()
-        assert await process.wait() == 0
-
-
 async def test_the_simulators_own_parser_answers_for_it(cli: Command) -> None:
     assert (await cli("simulator", "--help")).code == 0
     assert (await cli("simulator", "--nonsense")).code == 2
 
 
-@pytest.mark.parametrize("name", MESSAGES)
-async def test_schema_prints_one_document(cli: Command, name: str) -> None:
-    result = await cli("schema", name)
+async def test_schema_prints_one_document(cli: Command) -> None:
+    result = await cli("schema", next(iter(MESSAGES)))
     assert result.code == 0
     assert result.out.startswith("{\n")
 
 
-@pytest.mark.parametrize("arguments", [("--help",), ("send", "--help"), ("schema", "inbound")], ids=" ".join)
+@pytest.mark.parametrize("arguments", [("--help",), ("schema", "inbound")], ids=" ".join)
 async def test_a_reader_who_has_read_enough_is_no_failure(arguments: tuple[str, ...]) -> None:
     reader, writer = os.pipe()
     os.close(reader)
