@@ -134,3 +134,18 @@ def test_every_warning_in_the_log_is_explained() -> None:
     ends = [word for row in re.findall(r"(?m)^\| (`.*?) \|", sections()["Read the log"]) for word in row.split(", ")]
     known = tuple(word.strip("`") for word in ends)
     assert not [event for event in events if f"`{event}`" not in text and not event.endswith(known)]
+
+
+def test_the_page_of_the_log_explains_each_warning_and_no_other() -> None:
+    """By the end of its name in the table of endings, or by its name in another section."""
+    modules = (path.read_text() for path in (ROOT / "adapter").rglob("*.py") if "simulator" not in path.parts)
+    calls = re.findall(r'(?:log\.(\w+)|log_once)\(\s*"([a-z_.]+)"', "\n".join(modules))
+    events = {event for _, event in calls}
+    warnings = {event for level, event in calls if level not in ("debug", "info")}
+    rows = sections()["Read the log"].partition("| ends in |")[2].splitlines()[2:]
+    endings = tuple(
+        end for row in rows if row.startswith("|") for end in re.findall(r"`([\w.]+)`", row.split("|")[1])
+    )
+    assert len(endings) > 20
+    assert [end for end in endings if not any(event.endswith(end) for event in events)] == []
+    assert {event for event in warnings if not event.endswith(endings) and event not in RUNBOOK.read_text()} == set()
