@@ -74,12 +74,6 @@ def test_the_objects_of_nack_are_what_the_adapter_would_make(settings: Object) -
     assert all(made["spec"]["preventDelete"] for made in objects), "an uninstall deletes nobody's messages"
 
 
-def test_objects_of_nack_may_be_of_an_account_and_be_deleted_with_the_release() -> None:
-    nack = {"enabled": True, "account": "chat", "preventDelete": False}
-    objects = [made["spec"] for made in rendered({"nack": nack}) if made["kind"] == "Stream"]
-    assert {(spec["account"], spec["preventDelete"]) for spec in objects} == {("chat", False)}
-
-
 def test_every_setting_that_shapes_a_stream_is_tried_above() -> None:
     """A new one must be in the template, too."""
     plain = [each.config for each in topology.wanted_streams(Names(), Settings())]

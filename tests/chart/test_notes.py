@@ -57,10 +57,3 @@ def test_the_notes_name_commands_that_there_are(tmp_path: Path) -> None:
     named = set(re.findall(r"-- wechat-nats (\w+)", text))
     assert named == {"doctor", "login", "tail", "send"}
     assert all(name in build() for name in named)
-
-
-def test_with_credentials_the_notes_run_nothing_in_the_pod_that_its_user_may_not(tmp_path: Path) -> None:
-    text = notes({"nats": {"auth": {"creds": {"existingSecret": "s"}}}}, tmp_path)
-    assert re.findall(r"exec .*-- wechat-nats (\w+)", text) == ["doctor"]
-    assert re.findall(r"^ +wechat-nats (\w+)", text, re.MULTILINE) == ["login", "tail", "send"]
-    assert "NATS_INBOX_PREFIX=_INBOX_operator" in text

@@ -190,13 +190,12 @@ async def test_a_program_that_takes_too_long_is_ended(tmp_path: Path) -> None:
         assert '"reason":"timeout"' in agent.log.read_text()
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM], ids=["kill -9", "SIGTERM"])
-async def test_what_was_in_work_when_the_command_died_is_answered_once(tmp_path: Path, number: int) -> None:
+async def test_what_was_in_work_when_the_command_ended_is_answered_once(tmp_path: Path) -> None:
     async with agent_running(tmp_path) as (made, agent):
         made.say("s1", "wait for it")
         made.say("s1", "second")
         await until(lambda: len(agent.runs) == 1, "the program runs")
-        await agent.end(number)
+        await agent.end(signal.SIGTERM)
         await until(lambda: not alive(int(agent.runs[0]["pid"])), "its program ends with it")
         agent.go()
         await agent.start()
@@ -244,19 +243,6 @@ async def test_of_two_commands_the_newer_one_goes_on_and_the_other_says_why_it_e
             assert len(agent.runs) == 1
         finally:
             await newer.end(signal.SIGKILL)
-
-
-async def test_an_adapter_that_dies_meanwhile_loses_and_doubles_nothing(tmp_path: Path) -> None:
-    async with agent_running(tmp_path) as (made, agent):
-        made.say("s1", "wait for it")
-        await until(lambda: len(agent.runs) == 1, "the program runs")
-        await made.adapters[0].kill()
-        agent.go()
-        made.say("s1", "second")
-        await made.adapters[0].start()
-        await shows(made, "done: wait for it", "done: second")
-        await settled(made)
-        await shows(made, "done: wait for it", "done: second")
 
 
 async def test_a_server_that_dies_meanwhile_loses_and_doubles_nothing(tmp_path: Path) -> None:

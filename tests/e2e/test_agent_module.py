@@ -19,8 +19,7 @@ from adapter.agent import Message, Sandbox
 from adapter.contract.messages import ImageItem, Outbound, OutFile
 from adapter.environment import read_settings
 from adapter.errors import Refused
-from adapter.inbound.media import WHY
-from adapter.simulator import BotRecord, FaultRule, Simulator, samples
+from adapter.simulator import BotRecord, Simulator
 from tests.bus.guarded import guarded
 from tests.e2e.world import World, environ_of, fast, until
 from tests.forks import fork
@@ -112,31 +111,6 @@ async def test_media_come_and_go(place: Place) -> None:
         assert [view.md5 for view in file.media] == [hashlib.md5(sent).hexdigest()]
         with pytest.raises(Refused, match="no message with this object"):
             await sandbox.read_media(type(media)(object="s1/out/nothing"), message)
-
-
-async def test_slow_media_are_waited_for_and_what_cannot_be_had_says_why(place: Place) -> None:
-    slow, broken = place.users
-    picture = samples.png()
-    sim = place.world.sim
-    sim.set_fault(
-        FaultRule(fault="F4", endpoint="cdn/download", bot=slow.bot, params={"chunk": 100, "pause_ms": 200})
-    )
-    sim.set_fault(FaultRule(fault="F25", endpoint="cdn/download", bot=broken.bot, params={"status": 403}))
-    async with Sandbox("s1", place.settings["s1"]) as sandbox:
-        for user in place.users:
-            sim.say_media(user.bot, "image", picture)
-        messages = aiter(sandbox)
-        for _ in place.users:
-            message = await anext(messages)
-            (item,) = message.inbound.items
-            assert isinstance(item, ImageItem)
-            assert item.media is not None
-            if message.user == slow.user:
-                assert await sandbox.read_media(item.media, message) == picture
-            else:
-                with pytest.raises(Refused) as caught:
-                    await sandbox.read_media(item.media, message)
-                assert caught.value.detail == WHY["unavailable"]
 
 
 async def test_windows_are_known_and_a_closing_one_is_reported_once(place: Place) -> None:

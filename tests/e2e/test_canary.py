@@ -31,10 +31,6 @@ async def bridge(folder: Path, happens: Callable[[World, Client], Awaitable[obje
 async def nothing(_: World, __: Client) -> None: ...
 
 
-async def test_a_bridge_with_a_key_leaves_no_secret_anywhere(tmp_path: Path) -> None:
-    await bridge(tmp_path, nothing)
-
-
 async def test_a_conversations_record_holds_the_token_and_the_text_that_are_searched(tmp_path: Path) -> None:
     async def look(_: World, nc: Client) -> None:
         async def has_sent() -> bool:

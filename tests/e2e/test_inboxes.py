@@ -92,39 +92,6 @@ async def test_a_stream_of_inboxes_that_is_made_anew_under_load_goes_on(tmp_path
             await faultless(made, nc)
 
 
-async def test_positions_above_the_inboxes_stop_polls_until_doctor_lowers_them(tmp_path: Path) -> None:
-    """Somebody has made the stream by hand, so that it counts from one again: nobody guesses what is missing."""
-    async with running(tmp_path, bots=3) as (made, nc, adapter):
-        await loaded(made, nc, 2)
-        await made.settle(nc)
-        adapter.signal(signal.SIGTERM)
-        assert await adapter.ended() == 0  # each checkpoint says how far
-        config = (await ask(nc, f"STREAM.INFO.{NAMES.stream_in}"))["config"]
-        assert (await ask(nc, f"STREAM.DELETE.{NAMES.stream_in}")).get("success")
-        assert "error" not in await ask(nc, f"STREAM.CREATE.{NAMES.stream_in}", config | {"first_seq": 1})
-        made.said.clear()
-        polls = made.sim.stats().polls
-        for sandbox in made.bots:
-            made.say(sandbox, "after it was made")
-        await adapter.start()
-
-        async def is_reported() -> bool:
-            with contextlib.suppress(OSError):  # it does not listen yet
-                return NAMES.stream_in in str(await adapter.unready())
-            return False
-
-        await eventually(is_reported, "it says so")
-        assert "--fix" in str(await adapter.unready())
-        assert made.sim.stats().polls == polls, "no poll starts"
-        assert NAMES.stream_in in await operator(made, "doctor")
-        adapter.signal(signal.SIGTERM)
-        await adapter.ended()
-        await operator(made, "doctor", "--fix")
-        await adapter.start()
-        await loaded(made, nc, 1, first=2)
-        await faultless(made, nc)
-
-
 @contextlib.asynccontextmanager
 async def writing(made: World, sandbox: str, *, per_s: float = 20.0) -> AsyncIterator[None]:
     """The sandbox's person writes, as long as the block lasts."""

@@ -80,18 +80,6 @@ async def kill_server(made: World, rng: random.Random, away_s: Sequence[float], 
         await made.server.start()
 
 
-@pytest.mark.slow
-async def test_kill_9_of_the_adapter_20_times_during_that_load(tmp_path: Path) -> None:
-    rng = random.Random(2)
-    async with world(tmp_path, cursor_mode="cursor_replay", seed=2) as made:
-        await start(made)
-        set_faults(made)
-        trouble = kill_adapter(made, rng, 20, (1.5, 5.0))
-        result = await loaded(made, trouble, rounds=ROUNDS, pause_s=1.5, rng=rng)
-    assert result.faults() == []
-    assert sum(result.outcomes.values()) == BOTS * ROUNDS
-
-
 async def test_kill_9_of_the_adapter(tmp_path: Path) -> None:
     """The short form of the above, for every run of the tests."""
     rng = random.Random(3)
@@ -101,18 +89,6 @@ async def test_kill_9_of_the_adapter(tmp_path: Path) -> None:
         trouble = kill_adapter(made, rng, 3, (0.5, 2.5))
         result = await loaded(made, trouble, rounds=15, pause_s=0.5, rng=rng)
     assert result.faults() == []
-
-
-@pytest.mark.slow
-async def test_nats_server_killed_10_times_during_that_load(tmp_path: Path) -> None:
-    rng = random.Random(8)
-    async with world(tmp_path, cursor_mode="cursor_replay", seed=8) as made:
-        await start(made)
-        set_faults(made)
-        trouble = kill_server(made, rng, rng.choices((0.0, 0.5, 1.5, 4.0), k=10), (0.5, 3.0))
-        result = await loaded(made, trouble, rounds=ROUNDS, pause_s=1.0, rng=rng)
-    assert result.faults() == []
-    assert sum(result.outcomes.values()) == BOTS * ROUNDS
 
 
 async def test_nats_server_killed_and_restarted(tmp_path: Path) -> None:
@@ -145,21 +121,3 @@ async def test_sigterm_under_load(tmp_path: Path) -> None:
         result = await loaded(made, stop(), rounds=20, pause_s=0.3, rng=rng)
     assert result.faults() == []
     assert result.outcomes == {"accepted": 400}
-
-
-@pytest.mark.slow
-async def test_two_adapters_started_by_mistake_never_poll_one_bot_at_once(tmp_path: Path) -> None:
-    """The second one waits; when the first dies it takes over."""
-    async with world(tmp_path, cursor_mode="cursor_replay", seed=6) as made:
-        await start(made, bots=20)
-        nc = await made.nc()
-        second = await made.add_adapter()
-        await load(made, nc, rounds=5, pause_s=0.2, rng=random.Random(6))
-        await made.settle(nc, patience_s=400)
-        await made.adapters[0].kill()
-        await load(made, nc, rounds=5, pause_s=0.2, rng=random.Random(7), first=5)
-        await made.settle(nc, patience_s=400)
-        result = await audit(made, nc)
-        assert second.running
-        await nc.close()
-    assert result.faults() == []

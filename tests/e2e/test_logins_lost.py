@@ -190,16 +190,6 @@ async def _lost(made: World) -> tuple[Client, BotRecord]:
     return nc, bot
 
 
-async def test_a_bind_need_not_wait_for_the_next_poll_of_a_lost_login(tmp_path: Path) -> None:
-    """It is five minutes away when the word is given."""
-    async with world(tmp_path, parts=SOON) as made:
-        nc, bot = await _lost(made)
-        made.sim.revive_token(bot.bot)
-        await made.bind(nc, "s1", bot)
-        await made.settle(nc)
-        assert texts(made, bot.user) == ["answer c"]
-
-
 async def test_a_bot_that_was_called_dead_by_mistake_comes_back_by_itself(tmp_path: Path) -> None:
     """Also in the hands of another replica than the one that said so."""
     async with world(tmp_path, parts=WRONG) as made:

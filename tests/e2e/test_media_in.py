@@ -149,23 +149,6 @@ async def test_no_fault_of_the_cdn_delays_a_word_or_another_sandbox(tmp_path: Pa
         assert made.sim.stats().poll_overlaps == 0
 
 
-async def test_a_silent_download_lets_the_same_bot_be_polled_and_words_come_in_order(tmp_path: Path) -> None:
-    async with world(tmp_path) as made:
-        nc = await made.nc()
-        await start(made, nc, "s1", "s2")
-        bot = made.bots["s1"].bot
-        await hanging(made, bot)
-        for number in range(5):
-            before = made.sim.polls(bot).total
-            made.sim.say(bot, f"word {number}")
-            await until(lambda seen=before: made.sim.polls(bot).total > seen, "polls go on")  # type: ignore[misc]
-        made.sim.say(made.bots["s2"].bot, "not held up")
-        await wait_stored(nc, "s2", 1)
-        messages = await wait_stored(nc, "s1", 6)
-        assert [short(message) for message in messages] == ["+", *(f"word {number}" for number in range(5))]
-        assert await asked(nc, messages[0], 0.1) == STILL.encode()
-
-
 @pytest.mark.parametrize("mode", ["ack_on_delivery", "cursor_replay"])
 async def test_kill_9_in_the_middle_of_a_download(tmp_path: Path, mode: str) -> None:
     """Exactly one message in the end, and its bytes for who asks, whether iLink says it again or not."""
@@ -183,29 +166,6 @@ async def test_kill_9_in_the_middle_of_a_download(tmp_path: Path, mode: str) -> 
         messages = await wait_stored(nc, "s1", 3)
         assert [short(message) for message in messages] == ["+", "after", "last"]
         assert await content_of(nc, messages[0]) == samples.png()
-
-
-@pytest.mark.slow
-async def test_kill_9_again_and_again_while_pictures_come(tmp_path: Path) -> None:
-    """Wherever it strikes: each message once, in order, each picture with its own bytes."""
-    async with world(tmp_path, cursor_mode="cursor_replay") as made:
-        nc = await made.nc()
-        await start(made, nc, "s1")
-        (adapter,) = made.adapters
-        bot = made.bots["s1"].bot
-        said: list[bytes | str] = []
-        for turn in range(4):
-            for number in range(6):
-                said += [samples.png(seed=turn * 6 + number), f"word {turn}.{number}"]
-                made.sim.say_media(bot, "image", samples.png(seed=turn * 6 + number))
-                made.sim.say(bot, f"word {turn}.{number}")
-            await wait_stored(nc, "s1", turn * 12 + 1 + 2 * turn)  # somewhere in the middle of it
-            await adapter.kill()
-            await adapter.start()
-        messages = await wait_stored(nc, "s1", len(said))
-        assert len(messages) == len(said)
-        for expected, message in zip(said, messages, strict=True):
-            assert (message.text if isinstance(expected, str) else await content_of(nc, message)) == expected
 
 
 async def test_sigterm_waits_for_no_download(tmp_path: Path) -> None:

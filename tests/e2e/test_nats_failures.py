@@ -334,27 +334,6 @@ async def test_streams_that_no_poll_writes_to_stop_none(tmp_path: Path) -> None:
         assert (await read_media(nc, "s2", picture.media.object)).data
 
 
-async def test_events_without_room_delay_receipts_and_no_message(tmp_path: Path) -> None:
-    async with running(tmp_path, bots=3) as (made, nc, adapter):
-        await loaded(made, nc, 1)
-        await made.settle(nc)
-        await change(nc, NAMES.stream_event, discard="new", max_bytes=1)
-        for sandbox in made.bots:
-            await made.command(nc, sandbox, f"{sandbox} held")
-        await until(lambda: adapter.said("event.retrying") > 0, "receipts wait")
-        for sandbox in made.bots:
-            made.say(sandbox, "while it is full")
-
-        async def stored() -> bool:
-            return len(await stream(nc, *INBOXES)) == 6
-
-        await eventually(stored, "all is stored")
-        polls = made.sim.stats().polls
-        await until(lambda: made.sim.stats().polls >= polls + 6, "all are polled")
-        await change(nc, NAMES.stream_event, discard="old", max_bytes=-1)
-        await faultless(made, nc)
-
-
 @pytest.mark.parametrize("mode", ["cursor_replay", "ack_on_delivery"])
 @pytest.mark.parametrize(
     ("parts", "skip"),

@@ -109,7 +109,7 @@ async def forget_ids_soon(nc: Client) -> None:
     await change(nc, NAMES.stream_in, duplicate_window=int(FORGETS_S * 1e9))
 
 
-async def freeze_and_look(made: World, *, mode: str, frozen_s: float) -> None:
+async def freeze_and_look(made: World, *, mode: str) -> None:
     nc = await made.nc()
     two = await two_replicas(made, nc)
     await forget_ids_soon(nc)
@@ -127,7 +127,6 @@ async def freeze_and_look(made: World, *, mode: str, frozen_s: float) -> None:
         for sandbox in sandboxes:
             made.say(sandbox, f"meanwhile {number}")
             await made.command(nc, sandbox, f"{sandbox}.{number}")
-    await asyncio.sleep(frozen_s)  # the length of the pause, not a wait for something
 
     def taken_over() -> bool:
         return all(pollers(made, since_ms=stopped_ms).get(bot) == two.second_host for bot in theirs)
@@ -174,13 +173,7 @@ async def test_a_replica_that_was_stopped_neither_polls_nor_sends_nor_moves_a_cu
     """Until another has taken over; messages and commands for its bots lie in its sockets when it goes on. Both its
     lease and the ids of what the other has published meanwhile are gone by then."""
     async with world(tmp_path, hold_ms=HOLD_MS, cursor_mode=mode) as made:
-        await freeze_and_look(made, mode=mode, frozen_s=0)
-
-
-@pytest.mark.slow
-async def test_a_replica_that_was_stopped_for_a_minute_does_not_either(tmp_path: Path) -> None:
-    async with world(tmp_path, hold_ms=HOLD_MS, cursor_mode="cursor_replay") as made:
-        await freeze_and_look(made, mode="cursor_replay", frozen_s=60)
+        await freeze_and_look(made, mode=mode)
 
 
 @pytest.mark.parametrize("mode", ["cursor_replay", "ack_on_delivery"])

@@ -9,9 +9,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import json
-import os
 import re
-from asyncio.subprocess import PIPE
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -29,8 +27,7 @@ from adapter.simulator import Simulator, samples
 from tests import canary
 from tests.bus.guarded import NAMES, TEMPLATES, WITNESS, Guarded, Player, guarded
 from tests.e2e.asker import Asker
-from tests.e2e.world import TOKEN_KEY, AdapterProcess, World, environ_of, eventually, fast, free_port, stream, until
-from tests.forks import fork
+from tests.e2e.world import AdapterProcess, World, environ_of, eventually, fast, free_port, stream, until
 
 
 class Sandbox:
@@ -301,44 +298,6 @@ async def _state(nc: Client) -> dict[str, Any]:
     found["out of others"] = [s for s, _ in await stream(nc, NAMES.stream_out, ">") if not s.endswith(".s1")]
     consumers = json.loads((await nc.request("$JS.API.CONSUMER.NAMES.WECHAT_IN", timeout=10)).data)["consumers"]
     return found | {"consumers": sorted(consumers)}
-
-
-@pytest.mark.parametrize("scene", ["jwt"], indirect=True)
-async def test_operators_commands_work_with_their_user(scene: Scene) -> None:
-    await talk(scene)
-    await scene.s1.nc.jetstream().publish(NAMES.out("s1"), b"\xff no command")
-    letters: list[dict[str, Any]] = []
-
-    async def a_letter() -> bool:
-        letters[:] = (await _command(scene, "operator", "dead", "ls"))[1]
-        return bool(letters)
-
-    await eventually(a_letter, "the dead letter is listed")
-    seq = str(letters[0]["seq"])
-    done = await asyncio.gather(
-        _command(scene, "operator", "bindings"),
-        _command(scene, "operator", "send", "s1", "good morning"),
-        _command(scene, "operator", "tail", "--all", "--events", "--count", "4", "--timeout", "30"),
-        _command(scene, "operator", "dead", "show", seq),
-        _command(scene, "operator", "doctor"),
-        _command(scene, "adapter", "doctor"),
-    )
-    assert [code for code, _ in done] == [0] * 6, done
-    assert {info["sandbox"] for info in done[0][1]} == {"s1", "s2"}
-    for checks in (done[4][1], done[5][1]):
-        assert {check["state"] for check in checks if check["check"] != "dead letters"} == {"ok"}, checks
-
-
-async def _command(scene: Scene, who: str, *arguments: str) -> tuple[int, list[dict[str, Any]]]:
-    """`wechat-nats …` as an operator starts it: exit code, and what it printed."""
-    environ = {"NATS_URL": scene.server.url, **scene.server.users[who].environ}
-    if who == "adapter":  # as in its pod
-        environ["WECHAT_NATS_TOKEN_KEY"] = TOKEN_KEY
-    environ = {**os.environ, **environ}
-    process = await fork("adapter", *arguments, "--json", env=environ, stdout=PIPE, stderr=PIPE)
-    out, err = await process.communicate()
-    assert not err, err.decode()
-    return process.returncode or 0, [json.loads(line) for line in out.splitlines()]
 
 
 SERVED, CLOSED = '"wechat.svc.>", "wechat.kv.>"', '"wechat.kv.>"'

@@ -14,7 +14,6 @@ from adapter.simulator import samples
 from adapter.simulator.media import KEY_FORMS
 from tests.e2e.world import NAMES, World, eventually, read_media, stream, until, world
 
-MIB = 2**20
 KINDS = {"image": ImageItem, "voice": VoiceItem, "file": FileItem, "video": VideoItem}
 COMES_BACK_AS = {"image": "image", "voice": "file", "file": "file", "video": "video"}
 
@@ -80,17 +79,6 @@ async def test_sizes_around_every_boundary(tmp_path: Path) -> None:
             made.sim.say_media(made.bots["s1"].bot, "file", content)
             await arrived(made, nc, number)
             await echo(made, nc, "s1", "file", content)
-        assert made.sim.stats().violations == {}
-
-
-@pytest.mark.slow
-async def test_thirty_megabytes(tmp_path: Path) -> None:
-    content = samples.blob(30 * MIB, seed=30)
-    async with world(tmp_path) as made:
-        nc = await scene(made)
-        made.sim.say_media(made.bots["s1"].bot, "file", content)
-        await arrived(made, nc, 1)
-        await echo(made, nc, "s1", "file", content)
         assert made.sim.stats().violations == {}
 
 

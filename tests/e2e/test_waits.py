@@ -6,7 +6,6 @@ from __future__ import annotations
 import asyncio
 import base64
 import contextlib
-import gc
 import itertools
 import time
 from collections import Counter
@@ -21,15 +20,9 @@ from nats.aio.msg import Msg
 
 from adapter.contract.messages import FINAL_OUTCOMES, Bind, BindingEvent, Receipt
 from adapter.contract.names import shard_of
-from adapter.environment import read_settings
 from adapter.jetstream.topology import out_consumer
-from adapter.outbound.conversation import Conversation
-from adapter.replica.app import run_replica
-from adapter.replica.wiring import Replica
 from adapter.simulator import BotRecord
-from tests.capture import capturing
-from tests.e2e.memory import SMALL
-from tests.e2e.world import NAMES, SOON, World, environ_of, eventually, stream, until, world
+from tests.e2e.world import NAMES, SOON, World, eventually, stream, until, world
 
 FEW_S = 3.0
 """How long what waits for nobody may take on a machine that does other things, too."""
@@ -328,62 +321,6 @@ async def test_a_command_for_a_user_whom_nobody_serves_is_refused_at_once(tmp_pa
         await eventually(lambda: is_empty(nc), "every command is acknowledged")
 
 
-def resident_mib(pid: int) -> float:
-    status = Path(f"/proc/{pid}/status").read_text()
-    (line,) = [line for line in status.splitlines() if line.startswith("VmRSS")]
-    return int(line.split()[1]) / 1024
-
-
-@pytest.mark.slow
-async def test_a_thousand_commands_a_second_for_nobody_open_nothing(tmp_path: Path) -> None:
-    """Whether they have written before is asked for many of them at once; no record is written, memory stays, and
-    another sandbox is answered meanwhile."""
-    async with started(tmp_path) as (made, nc, log):
-        adapter = made.adapters[0]
-        for sandbox in ("s1", "victim"):
-            await made.bind(nc, sandbox, made.sim.add_bot())
-            made.say(sandbox, "hello")
-        await made.settle(nc)
-        used: Counter[str] = Counter()
-
-        async def on_request(msg: Msg) -> None:
-            used[msg.subject] += 1
-
-        bucket = f"KV_{NAMES.conversations}"
-        reads = [f"$JS.API.{verb}.{bucket}{rest}" for verb in ("DIRECT.GET", "STREAM.MSG.GET") for rest in ("", ".>")]
-        for subject in (*reads, f"$KV.{NAMES.conversations}.>"):
-            await nc.subscribe(subject, cb=on_request)
-
-        async def flood(first: int) -> tuple[float, list[float]]:
-            """5,000 commands to as many users; what the adapter takes afterwards, and the victim's waits."""
-            waits = []
-            for at in range(first, first + 5000, 100):
-                began = time.monotonic()
-                for number in range(at, at + 100):
-                    body = {"id": f"c{number}", "user": f"u{number}", "text": "t"}
-                    await nc.publish(NAMES.out("s1"), msgspec.json.encode(body))
-                if at % 1000 == 0:
-                    await put(nc, f"victim-{at}", "victim", text=None, typing="off")
-                    await log.end(f"victim-{at}")
-                    waits.append(log.ended_at[f"victim-{at}"] - began)
-                await asyncio.sleep(max(0.0, began + 0.1 - time.monotonic()))
-            await log.end(*(f"c{number}" for number in range(first, first + 5000)))
-            assert adapter.process is not None
-            return resident_mib(adapter.process.pid), waits
-
-        before, _ = await flood(0)
-        used.clear()
-        after, waits = await flood(5000)
-        print(f"{before:.1f} -> {after:.1f} MiB, requests {dict(used)}, the victim's waits {waits}")
-        assert ends([receipt for each in log.received.values() for receipt in each if receipt.command[0] == "c"]) == {
-            ("refused", "not_bound")
-        }
-        assert set(used) <= set(reads)
-        assert used.total() < 250
-        assert after - before < 4.0
-        assert max(waits) < 1.0
-
-
 # an id that comes again --------------------------------------------------------------------------------------
 
 
@@ -452,59 +389,6 @@ async def test_an_id_that_comes_again_gets_the_first_ones_outcome_and_is_not_sen
 
 
 # silence -----------------------------------------------------------------------------------------------------
-
-
-def conversations_in_memory() -> list[Conversation]:
-    return [thing for thing in gc.get_objects() if type(thing) is Conversation]
-
-
-@contextlib.asynccontextmanager
-async def running_here(made: World) -> AsyncIterator[None]:
-    """A replica in this process, so that its memory can be looked into."""
-    replica = Replica(read_settings(environ_of(made.url, made.sim) | SMALL))
-    stop, ready = asyncio.Event(), asyncio.Event()
-    with capturing():
-        async with asyncio.TaskGroup() as group:
-            group.create_task(run_replica(replica, stop, ready.set))
-            await ready.wait()
-            yield
-            stop.set()
-
-
-@pytest.mark.slow
-async def test_a_user_who_is_silent_leaves_memory_within_minutes(tmp_path: Path) -> None:
-    """Although their window is open, and stays so for a day."""
-    users = 2000
-    async with world(tmp_path, hold_ms=30_000) as made, running_here(made):
-        nc = await made.nc()
-        of_other_tests = set(map(id, kept := conversations_in_memory()))  # in this process, before this one
-        for at in range(0, users, 50):
-            named = [f"s{number}" for number in range(at, at + 50)]
-            await asyncio.gather(*(made.bind(nc, sandbox, made.sim.add_bot()) for sandbox in named))
-        await until(lambda: made.sim.stats().parked == users, "all are polled")
-        tasks = len(asyncio.all_tasks())
-        for sandbox in made.bots:
-            made.say(sandbox, "hello")
-        idents = [f"{sandbox}.{number}" for sandbox in made.bots for number in range(2)]
-        for at in range(0, len(idents), 50):
-            await asyncio.gather(*(put(nc, one, one.partition(".")[0]) for one in idents[at : at + 50]))
-
-        async def are_answered() -> bool:
-            await asyncio.sleep(2)  # they are many to read
-            finals = [one for one in await made.receipts(nc) if one.outcome in FINAL_OUTCOMES]
-            return ends(finals) == {("accepted", "")} and len(finals) == len(idents)
-
-        await eventually(are_answered, "everybody is answered", patience_s=120)
-        at_most, began = len(conversations_in_memory()) - len(kept), time.monotonic()
-
-        async def are_forgotten() -> bool:
-            await asyncio.sleep(1)  # looking takes a second, too
-            gc.collect()
-            left = [each for each in conversations_in_memory() if id(each) not in of_other_tests]
-            return not left and len(asyncio.all_tasks()) < tasks + 50
-
-        await eventually(are_forgotten, f"nothing of {at_most} conversations is in memory", patience_s=300)
-        print(f"{at_most} conversations were in memory, none after {time.monotonic() - began:.0f} s")
 
 
 # all servers at once -----------------------------------------------------------------------------------------

@@ -102,21 +102,6 @@ async def test_prepare_failed_in_an_open_window_restarts_the_session_once(tmp_pa
         assert {r.outcome for r in await made.receipts(nc)} == {"parked", "accepted"}
 
 
-async def test_by_time_while_nothing_happens(tmp_path: Path) -> None:
-    """A window of four seconds; the user writes again after it."""
-    async with world(tmp_path, environ={"WECHAT_NATS_WINDOW_HOURS": "0.00111"}) as made:
-        await made.add_adapter()
-        nc = await made.nc()
-        await made.bind(nc, "s1", made.sim.add_bot())
-        for number in range(2):
-            made.say("s1", f"hello {number}")
-            await left(nc, 10)
-            await left(nc, 0)
-            assert await shown(nc) == Window(remaining=0)
-        await commands(made, nc, 1)
-        await wait_parked_for(made, nc, "window_closed")
-
-
 async def test_kill_minus_9_forgets_no_send(tmp_path: Path) -> None:
     async with world(tmp_path) as made:
         first = await made.add_adapter()

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from cyclopts import CycloptsError, MissingArgumentError
+from cyclopts import MissingArgumentError
 
 from adapter.cli import build
 from adapter.contract.names import Names
@@ -101,12 +101,6 @@ def test_commands_are_ones_that_there_are(line: str) -> None:
     words = named.get(" ".join(words), "").split() or words
     with contextlib.suppress(MissingArgumentError):
         build().parse_args(words, exit_on_error=False, print_error=False)
-
-
-def test_a_command_that_is_none_would_be_found() -> None:
-    for words in (["bindings", "--nope"], ["resurrect", "17"]):
-        with pytest.raises(CycloptsError):
-            build().parse_args(words, exit_on_error=False, print_error=False)
 
 
 def test_settings_and_lines_of_the_log_are_called_by_their_names() -> None:
