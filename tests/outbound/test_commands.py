@@ -83,16 +83,6 @@ def test_half_an_emoji_at_the_end_of_a_cut_text_costs_only_itself(half: bytes) -
     assert body.text == "\U0001f600 \\ud83d hi" + "\ufffd" * (len(half) // 6)
 
 
-def test_the_rest_is_defaults() -> None:
-    command = read(text="hi")
-    assert (command.bot, command.user, command.when_closed) == ("", "", "park")
-
-
-def test_bot_user_and_patience_can_be_named() -> None:
-    command = read(text="hi", bot="b@im.bot", user="u@im.wechat", when_closed="refuse", reply_to="m1", sandbox_="s1")
-    assert (command.bot, command.user, command.when_closed) == ("b@im.bot", "u@im.wechat", "refuse")
-
-
 def test_a_typing_command_has_no_parts_and_never_waits_for_the_user() -> None:
     on, off = read(typing="on"), read(typing="off", when_closed="park")
     assert [(command.typing, command.parts, command.when_closed) for command in (on, off)] == [
@@ -145,12 +135,6 @@ def test_a_sandbox_that_is_none_is_refused_and_never_rewritten(name: str) -> Non
         read(sandbox=name, text="hi")
     with pytest.raises((Refused, Unreadable)):
         sandbox_of(decode_command(msgspec.json.encode({"sandbox": name, "text": "hi"}), LIMITS))
-
-
-def test_plain_wechat_out_needs_the_sandbox_in_the_body() -> None:
-    assert sandbox_of(Outbound(sandbox="s1", text="hi")) == "s1"
-    with pytest.raises(Refused, match="invalid"):
-        sandbox_of(Outbound(text="hi"))
 
 
 UNREADABLE = [
@@ -294,10 +278,6 @@ def test_media_become_parts_and_a_caption_a_part_before(
     body: list[dict[str, Any]], parts: list[str | MediaPart]
 ) -> None:
     assert read(items=body).parts == parts
-
-
-def test_a_caption_is_literal_too() -> None:
-    assert read(items=one(kind="file", data="", caption="**hi**"), format="literal").parts[0] == "＊＊hi＊＊"
 
 
 @pytest.mark.parametrize(

@@ -63,15 +63,6 @@ async def test_minus_14_asks_for_the_session_of_the_bot_that_sent() -> None:
     assert {sent.bot for sent in bench.chat.sent} == {"b2@im.bot"}
 
 
-async def test_a_bot_that_is_not_polled_does_not_keep_a_command_from_expiring() -> None:
-    bench, shard = await ready()
-    bench.chat.notify_fails = STALE
-    bench.chat.sends.extend([STALE] * 20)
-    shard.on_delivery(bench.command("a", id="a", bot=BOT, expires_in_s=60))
-    await asyncio.sleep(400)
-    assert [(command, outcome) for command, outcome, _ in outcomes(bench)][-1] == ("a", "refused")
-
-
 async def test_a_file_that_was_being_uploaded_is_not_taken_for_what_goes_before_it() -> None:
     """A command that waited until its bot's user was known is older."""
     bench, shard = await ready()
@@ -128,22 +119,6 @@ async def test_what_was_uploaded_before_it_was_parked_is_uploaded_again() -> Non
     await asyncio.sleep(30)
     assert [sent.media.reference for sent in bench.chat.sent if sent.media] == ["ref1", "ref2"]
     assert outcomes(bench) == [("file", "parked", "throttled"), ("file", "accepted", "")]
-
-
-async def test_a_request_that_did_not_leave_is_no_attempt() -> None:
-    bench, shard = await ready()
-
-    async def pause(_: str) -> None:
-        bench.conversation_bucket.on_write = None
-        bench.leases.has_lease = False
-
-    bench.conversation_bucket.on_write = pause
-    shard.on_delivery(bench.command("hi", id="c1"))
-    await asyncio.sleep(20)
-    assert bench.chat.sent == []
-    bench.leases.has_lease = True
-    await asyncio.sleep(20)
-    assert (len(bench.chat.sent), [one.attempts for one in bench.bus.receipts()]) == (1, [1])
 
 
 async def test_a_person_who_is_erased_as_their_send_is_stored_gets_nothing() -> None:

@@ -85,16 +85,6 @@ def hide(bench: Bench, number: int) -> Callable[[], None]:
     return lambda: bench.bus.kept.insert(place, hidden)
 
 
-async def test_a_text_that_the_bus_does_not_show_for_a_moment_is_not_overtaken_by_others() -> None:
-    bench, _shard = await waiting("a", "b", "c")
-    show = hide(bench, 1)
-    await user_writes(bench)
-    await asyncio.sleep(MISSING_CONFIRM_S / 2)
-    show()
-    await asyncio.sleep(30)
-    assert shown(bench) == ["a", "b", "c"]
-
-
 async def test_a_repeat_holds_also_what_the_bus_does_not_show_for_a_moment() -> None:
     bench, _shard = await waiting("a", "b", "c")
     bench.chat.sends.extend([TIMEOUT, SessionExpired("needs_login", "iLink answered -14", errcode=-14)])
@@ -148,29 +138,6 @@ async def test_texts_that_are_read_twice_take_their_room_in_memory_once(monkeypa
     assert asked == []
 
 
-async def test_they_count_each_once() -> None:
-    """accepted + unconfirmed + refused + uncertain + dead-lettered + parked + in flight = taken."""
-    bench, _shard = await waiting("a", "b", "c")
-    await user_writes(bench)
-    await asyncio.sleep(30)
-    messages = bench.metrics.value("outbound_messages_total", kind="text", outcome="accepted", reason="none")
-    assert messages == bench.metrics.value("outbound_received_total") == 3
-
-
-async def test_without_the_setting_each_goes_alone() -> None:
-    bench, _shard = await waiting("a", "b", merge_chars=0)
-    await user_writes(bench)
-    await asyncio.sleep(30)
-    assert bench.chat.texts == ["a", "b"]
-
-
-async def test_no_message_grows_beyond_its_measure() -> None:
-    bench, _shard = await waiting("a" * 10, "b" * 10, "c" * 10, "d" * 30, "e", merge_chars=22)
-    await user_writes(bench)
-    await asyncio.sleep(30)
-    assert bench.chat.texts == ["a" * 10 + "\n\n" + "b" * 10, "c" * 10, "d" * 30, "e"]
-
-
 async def test_what_is_more_than_one_text_goes_alone_and_in_its_place() -> None:
     bench, shard = await ready(is_open=False, merge_chars=CHARS)
     two = [{"kind": "text", "text": "c"}, {"kind": "text", "text": "d"}]
@@ -193,23 +160,6 @@ async def test_what_is_more_than_one_text_goes_alone_and_in_its_place() -> None:
     assert len(finals(bench)) == 7
 
 
-async def test_what_comes_while_nothing_waits_is_never_merged() -> None:
-    bench, shard = await ready(merge_chars=CHARS)
-    for text in ("a", "b", "c"):
-        shard.on_delivery(bench.command(text))
-    await asyncio.sleep(30)
-    assert bench.chat.texts == ["a", "b", "c"]
-
-
-async def test_what_comes_during_the_flush_goes_after_it() -> None:
-    bench, shard = await waiting("a", "b")
-    await user_writes(bench)
-    for text in ("c", "d"):
-        shard.on_delivery(bench.command(text))
-    await asyncio.sleep(30)
-    assert bench.chat.texts == ["a\n\nb", "c", "d"]
-
-
 async def test_a_repeated_id_in_a_flush_is_sent_once() -> None:
     bench, shard = await ready(is_open=False, merge_chars=CHARS)
     for text, ident in (("a", "c1"), ("b", "c2"), ("a again", "c1"), ("d", "c4")):
@@ -219,27 +169,6 @@ async def test_a_repeated_id_in_a_flush_is_sent_once() -> None:
     await asyncio.sleep(30)
     assert shown(bench) == ["a", "b", "d"]
     assert [(one.command, one.repeat_of) for one in finals(bench)] == [("c1", 0), ("c2", 0), ("c1", 1), ("c4", 0)]
-
-
-async def test_ids_that_went_out_in_a_flush_are_remembered() -> None:
-    bench, shard = await waiting("a", "b")
-    await user_writes(bench)
-    await asyncio.sleep(30)
-    shard.on_delivery(bench.command("b again", id="c1"))
-    await asyncio.sleep(5)
-    assert shown(bench) == ["a", "b"]
-    assert [one.repeat_of for one in finals(bench)] == [0, 0, 2]
-
-
-async def test_a_full_window_takes_more_than_ten_commands() -> None:
-    bench, _shard = await waiting(*("x" * 1400 for _ in range(30)))
-    await user_writes(bench)
-    await asyncio.sleep(60)
-    assert len(bench.chat.sent) == 10
-    assert len(finals(bench)) == 20
-    await user_writes(bench)
-    await asyncio.sleep(60)
-    assert len(finals(bench)) == 30
 
 
 SHARED: list[tuple[str, list[Exception | Accepted], str, str]] = [
@@ -277,22 +206,6 @@ async def test_a_refused_message_goes_apart_and_only_what_is_at_fault_is_refused
     ]
 
 
-async def test_what_is_parked_after_a_refusal_is_merged_again() -> None:
-    bench, shard = await waiting("a", "b")
-    bench.chat.sends.extend([Refused("rejected", "no")])
-    await user_writes(bench)
-    await asyncio.sleep(30)
-    for number in range(8):
-        shard.on_delivery(bench.command(f"t{number}"))
-    await asyncio.sleep(30)
-    for text in ("c", "d"):
-        shard.on_delivery(bench.command(text))
-    await asyncio.sleep(5)
-    await user_writes(bench)
-    await asyncio.sleep(30)
-    assert (bench.chat.texts[:3], bench.chat.texts[-1]) == (["a\n\nb", "a", "b"], "c\n\nd")
-
-
 async def test_minus_2_leaves_all_parked_and_the_first_goes_alone_the_next_time() -> None:
     """It may be quota, and then one send more is all that it costs; or the first one's own fault."""
     bench, _shard = await waiting("a", "b", "c")
@@ -306,43 +219,6 @@ async def test_minus_2_leaves_all_parked_and_the_first_goes_alone_the_next_time(
     assert [command for command, *_ in final_receipts(bench)] == ["c0", "c1", "c2"]
 
 
-async def test_one_that_ilink_never_takes_does_not_block_those_around_it() -> None:
-    bench, _shard = await waiting("a", "poison", "c")
-
-    async def judge(_: Any) -> None:
-        poisoned = "poison" in bench.chat.texts[-1]
-        bench.chat.sends.append(THROTTLED if poisoned else Accepted(f"m{len(bench.chat.sent)}", 0, None, ""))
-
-    bench.chat.on_send = judge
-    for _ in range(6):
-        await user_writes(bench)
-        await asyncio.sleep(30)
-    assert [(receipt.command, receipt.outcome) for receipt in finals(bench)] == [
-        ("c0", "accepted"),
-        ("c1", "refused"),
-        ("c2", "accepted"),
-    ]
-
-
-async def test_minus_14_keeps_all_of_them_in_hand() -> None:
-    bench, _shard = await waiting("a", "b")
-    bench.chat.sends.append(SessionExpired("needs_login", "stale", errcode=-14))
-    await user_writes(bench)
-    await asyncio.sleep(60)
-    assert shown(bench) == ["a", "b"]
-    assert bench.chat.texts == ["a\n\nb"] * 2
-    assert len(finals(bench)) == 2
-
-
-async def test_a_new_bot_of_the_user_gets_them_in_one_message() -> None:
-    bench, _shard = await waiting("a", "b")
-    await bench.bind(bot="b9@im.bot")
-    await bench.bindings.remove(BOT)
-    await user_writes(bench, bot="b9@im.bot")
-    await asyncio.sleep(30)
-    assert [(sent.bot, sent.text) for sent in bench.chat.sent] == [("b9@im.bot", "a\n\nb")]
-
-
 # expiry --------------------------------------------------------------------------------------------------
 
 
@@ -351,16 +227,6 @@ async def impatient(bench: Bench, shard: Shard, *seconds: float) -> None:
     for number, expires_in_s in enumerate(seconds):
         shard.on_delivery(bench.command(f"t{number}", id=f"c{number}", expires_in_s=expires_in_s))
     await asyncio.sleep(2)
-
-
-async def test_what_expired_is_not_in_the_message() -> None:
-    bench, shard = await ready(is_open=False, merge_chars=CHARS)
-    await impatient(bench, shard, 900, 60, 900)
-    await asyncio.sleep(100)
-    await user_writes(bench)
-    await asyncio.sleep(30)
-    assert bench.chat.texts == ["t0\n\nt2"]
-    assert outcomes(bench)[3:] == [("c1", "refused", "expired"), ("c0", "accepted", ""), ("c2", "accepted", "")]
 
 
 @pytest.mark.parametrize("expires_in_s", [(60.0, 900.0), (900.0, 60.0)], ids=["first", "second"])
@@ -373,19 +239,6 @@ async def test_one_that_expires_while_nothing_is_taken_leaves_the_others(expires
     late = expires_in_s.index(60.0)
     assert outcomes(bench)[2:] == [(f"c{late}", "refused", "expired"), (f"c{1 - late}", "accepted", "")]
     assert bench.chat.texts[-1] == f"t{1 - late}"
-
-
-async def test_one_that_has_expired_beside_others_may_be_tried_again() -> None:
-    """Its sender was told that it was not sent."""
-    bench, shard = await ready(is_open=False, merge_chars=CHARS)
-    await impatient(bench, shard, 900.0, 60.0)
-    bench.chat.sends.extend([Temporary("network")] * 12)
-    await user_writes(bench)
-    await asyncio.sleep(800)
-    assert outcomes(bench)[2:] == [("c1", "refused", "expired"), ("c0", "accepted", "")]
-    shard.on_delivery(bench.command("again", id="c1"))
-    await asyncio.sleep(30)
-    assert bench.chat.texts[-1] == "again"
 
 
 async def test_those_of_a_message_that_may_be_on_the_phone_expire_together() -> None:
@@ -404,17 +257,6 @@ async def test_those_of_a_message_that_may_be_on_the_phone_expire_together() -> 
     await asyncio.sleep(30)
     assert bench.chat.texts == ["t0\n\nt1"]
     assert [(one.outcome, one.repeat_of) for one in finals(bench)[2:]] == [("uncertain", 1), ("uncertain", 2)]
-
-
-async def test_all_of_a_message_that_may_be_on_the_phone_are_uncertain_if_one_expires() -> None:
-    """Also of one with more commands than end together elsewhere."""
-    bench, shard = await ready(is_open=False, merge_chars=CHARS)
-    await impatient(bench, shard, 40, *[900] * 16)
-    bench.chat.sends.append(TIMEOUT)
-    await user_writes(bench)
-    await asyncio.sleep(600)
-    assert bench.chat.texts == ["\n\n".join(f"t{number}" for number in range(17))]
-    assert final_receipts(bench) == [(f"c{number}", "uncertain", ()) for number in range(17)]
 
 
 async def test_a_drain_does_not_wait_for_an_upload() -> None:
@@ -460,12 +302,3 @@ async def test_parked_media_are_brought_when_they_may_go() -> None:
     await asyncio.sleep(5)
     assert final_receipts(bench) == [("c1", "accepted", ("m1",))]
     assert bench.cdn.uploads[0].data == b"hello"
-
-
-async def test_media_of_another_sandbox_are_out_of_reach() -> None:
-    bench, shard = await ready()
-    bench.objects.stored["s2/x"] = b"secret"
-    shard.on_delivery(bench.command(items=[{"kind": "file", "media": {"object": "s2/x"}}], id="c1"))
-    await asyncio.sleep(5)
-    assert outcomes(bench) == [("c1", "refused", "invalid")]
-    assert bench.objects.reads == 0

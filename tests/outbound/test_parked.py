@@ -8,7 +8,7 @@ import pytest
 
 from adapter.outbound.shard import MISSING_CONFIRM_S
 from tests.fakes import LIMITS, WINDOW
-from tests.outbound.shards import BOT, THROTTLED, finals, outcomes, parked, ready, user_writes
+from tests.outbound.shards import THROTTLED, finals, outcomes, parked, ready, user_writes
 
 VIRTUAL_TIME = True
 
@@ -87,26 +87,6 @@ async def test_many_that_are_gone_delay_what_is_behind_them_once() -> None:
     assert bench.chat.texts == ["hi"]
 
 
-async def test_a_message_not_shown_yet_is_waited_for_also_where_another_is_long_gone() -> None:
-    bench, shard = await ready(is_open=False)
-    shard.on_delivery(bench.command("gone"))
-    await asyncio.sleep(5)
-    bench.bus.kept.remove(next(kept for kept in bench.bus.kept if kept.stored in bench.bus.found("OUT")))
-    await user_writes(bench)
-    await asyncio.sleep(60)
-    bench.stale.add(BOT)
-    shard.on_delivery(bench.command("hi"))
-    await asyncio.sleep(5)
-    hidden = next(kept for kept in bench.bus.kept if kept.stored in bench.bus.found("OUT"))
-    bench.bus.kept.remove(hidden)
-    bench.stale.clear()
-    await user_writes(bench)
-    await asyncio.sleep(MISSING_CONFIRM_S / 2)
-    bench.bus.kept.append(hidden)
-    await asyncio.sleep(MISSING_CONFIRM_S)
-    assert bench.chat.texts == ["hi"]
-
-
 async def test_the_time_of_a_command_that_was_parked_is_not_counted_as_ours() -> None:
     bench, shard = await ready(is_open=False)
     shard.on_delivery(bench.command("hi", id="c1"))
@@ -118,35 +98,6 @@ async def test_the_time_of_a_command_that_was_parked_is_not_counted_as_ours() ->
     assert [receipt.outcome for receipt in finals(bench)] == ["accepted", "accepted"]
     assert bench.metrics.value("outbound_duration_seconds_count", outcome="settled") == 1
     assert bench.metrics.value("outbound_duration_seconds_sum", outcome="settled") < 10
-
-
-async def test_a_parked_receipt_says_why() -> None:
-    bench, shard = await ready(is_open=False)
-    shard.on_delivery(bench.command("hi", id="c1"))
-    await asyncio.sleep(5)
-    (receipt,) = bench.bus.receipts()
-    assert (receipt.outcome, receipt.reason) == ("parked", "window_closed")
-    assert receipt.detail
-
-
-async def test_minus_2_parks_this_and_everything_after_it() -> None:
-    bench, shard = await ready()
-    bench.chat.sends.append(THROTTLED)
-    for number in range(3):
-        shard.on_delivery(bench.command(f"t{number}", id=f"c{number}"))
-    await asyncio.sleep(30)
-    assert bench.chat.texts == ["t0"]
-    assert [(command, outcome) for command, outcome, _ in outcomes(bench)] == [
-        ("c0", "parked"),
-        ("c1", "parked"),
-        ("c2", "parked"),
-    ]
-
-    await user_writes(bench)
-    await asyncio.sleep(60)
-    assert bench.chat.texts == ["t0", "t0", "t1", "t2"]
-    assert bench.chat.sent[0].client_id == bench.chat.sent[1].client_id
-    assert [receipt.command for receipt in finals(bench)] == ["c0", "c1", "c2"]
 
 
 async def test_minus_2_costs_one_attempt() -> None:
@@ -188,40 +139,6 @@ async def test_minus_2_in_a_second_window_refuses_the_command_and_the_others_go(
     assert [receipt.command for receipt in finals(bench)] == ["c0", "c1"]
 
 
-async def test_ten_sends_per_window_and_the_rest_at_the_next_message() -> None:
-    bench, shard = await ready()
-    for number in range(25):
-        shard.on_delivery(bench.command(f"t{number}", id=f"c{number}"))
-    await asyncio.sleep(120)
-    assert len(bench.chat.sent) == 10
-    assert [reason for _, outcome, reason in outcomes(bench) if outcome == "parked"] == ["quota"] + ["quota"] * 14
-    await user_writes(bench)
-    await asyncio.sleep(120)
-    assert len(bench.chat.sent) == 20
-    await user_writes(bench)
-    await asyncio.sleep(120)
-    assert bench.chat.texts == [f"t{number}" for number in range(25)]
-    assert len(finals(bench)) == 25
-
-
-async def test_what_does_not_want_to_wait_is_refused_at_once() -> None:
-    bench, shard = await ready(is_open=False)
-    delivery = bench.command("hi", id="c1", when_closed="refuse")
-    shard.on_delivery(delivery)
-    await asyncio.sleep(5)
-    assert outcomes(bench) == [("c1", "refused", "window_closed")]
-    assert delivery.acks == 1
-    assert bench.chat.sent == []
-
-
-async def test_what_does_not_want_to_wait_is_refused_behind_others_that_do() -> None:
-    bench, shard = await ready(is_open=False)
-    shard.on_delivery(bench.command("hi", id="c1"))
-    shard.on_delivery(bench.command("hi", id="c2", when_closed="refuse"))
-    await asyncio.sleep(5)
-    assert outcomes(bench) == [("c1", "parked", "window_closed"), ("c2", "refused", "window_closed")]
-
-
 async def test_what_does_not_want_to_wait_is_refused_between_others_that_are_parked() -> None:
     """It comes after them, with a lower sequence."""
     bench, shard = await ready(is_open=False)
@@ -247,15 +164,6 @@ async def test_what_answers_another_person_is_refused_and_not_parked() -> None:
     assert outcomes(bench) == [("a", "parked", "window_closed"), ("b", "refused", "other_user")]
 
 
-async def test_what_does_not_want_to_wait_is_refused_at_minus_2_with_what_ilink_said() -> None:
-    bench, shard = await ready()
-    bench.chat.sends.append(THROTTLED)
-    shard.on_delivery(bench.command("hi", id="c1", when_closed="refuse"))
-    await asyncio.sleep(5)
-    (receipt,) = bench.bus.receipts()
-    assert (receipt.outcome, receipt.reason, receipt.ret, receipt.attempts) == ("refused", "throttled", -2, 1)
-
-
 async def test_what_waits_too_long_expires_where_it_waits() -> None:
     bench, shard = await ready(is_open=False)
     shard.on_delivery(bench.command("hi", id="c1", expires_in_s=600))
@@ -267,13 +175,3 @@ async def test_what_waits_too_long_expires_where_it_waits() -> None:
     assert parked(bench) == ["c2"]
     await asyncio.sleep(LIMITS.park_ms / 1000)
     assert [(receipt.command, receipt.reason) for receipt in finals(bench)] == [("c1", "expired"), ("c2", "expired")]
-
-
-async def test_what_expires_in_the_queue_is_not_sent() -> None:
-    bench, shard = await ready()
-    bench.chat.took_s = 20.0
-    shard.on_delivery(bench.command("slow", id="c1"))
-    shard.on_delivery(bench.command("late", id="c2", expires_in_s=5))
-    await asyncio.sleep(60)
-    assert bench.chat.texts == ["slow"]
-    assert sorted(outcomes(bench)) == [("c1", "accepted", ""), ("c2", "refused", "expired")]

@@ -77,15 +77,6 @@ async def test_a_final_follows_parked_also_where_its_sequence_is_not_known_any_m
     assert stored(bench) == [(1, "parked"), (2, "parked"), (1, "accepted"), (2, "accepted")]
 
 
-async def test_an_id_that_is_used_again_has_a_final_receipt_for_each_command(bench: Bench) -> None:
-    await store(bench, ref(1, "same"), "refused")
-    await store(bench, ref(2, "same"), "accepted")
-    assert stored(bench) == [(1, "refused"), (2, "accepted")]
-    for asked, outcomes in (([1], {1: "refused"}), ([1, 2], {1: "refused", 2: "accepted"}), ([3], {})):
-        found = await bench.receipts.find("s1", [ref(number, "same") for number in asked])
-        assert {sequence: stored.receipt.outcome for sequence, stored in found.items()} == outcomes
-
-
 async def test_two_commands_with_one_id_have_one_final_receipt_each(bench: Bench) -> None:
     """Another owner tells of the first one late."""
     for number in (1, 2):

@@ -230,14 +230,3 @@ async def test_a_record_whose_key_is_gone_costs_the_window_and_not_the_message()
     assert outcomes(successor) == [("c1", "parked", "window_closed"), ("c1", "accepted", "")]
     assert successor.record().window.opened_ms, "sealed with the key that is there"
     assert [line["event"] for line in logs].count("conversation.unopenable") == 1
-
-
-async def test_what_is_held_for_a_newer_replica_ends_with_the_shard_and_no_later() -> None:
-    bench, shard = await ready()
-    bench.hears(newer=True)
-    shard.on_delivery(delivery := bench.command("waits", id="c1"))
-    await asyncio.sleep(10)
-    began = bench.clock.monotonic()
-    await shard.drain(20)
-    assert bench.clock.monotonic() - began < 2
-    assert (outcomes(bench), delivery.acks) == ([], 0)

@@ -7,12 +7,11 @@ from collections import Counter, deque
 from itertools import pairwise
 
 import pytest
-from structlog.testing import capture_logs
 
 from adapter.contract.names import shard_of
 from adapter.errors import Temporary
 from adapter.ports import Accepted
-from tests.fakes import GAP_S, Bench, Failing
+from tests.fakes import GAP_S, Bench
 from tests.outbound.shards import (
     BOT,
     STALE,
@@ -27,20 +26,6 @@ from tests.outbound.shards import (
 )
 
 VIRTUAL_TIME = True
-
-
-async def test_commands_of_one_user_go_in_order_one_at_a_time() -> None:
-    bench, shard = await ready()
-    bench.chat.took_s = 3.0
-    deliveries = [bench.command(f"t{number}", id=f"c{number}") for number in range(5)]
-    for delivery in deliveries:
-        shard.on_delivery(delivery)
-    await asyncio.sleep(60)
-
-    assert bench.chat.texts == ["t0", "t1", "t2", "t3", "t4"]
-    assert bench.chat.overlaps == 0
-    assert outcomes(bench) == [(f"c{number}", "accepted", "") for number in range(5)]
-    assert [delivery.acks for delivery in deliveries] == [1] * 5
 
 
 async def test_two_sends_to_one_user_keep_their_distance() -> None:
@@ -183,19 +168,6 @@ async def test_where_notifystart_brings_no_answer_the_next_poll_decides(
     assert set(bench.chat.notified) == {True}
 
 
-async def test_nothing_is_sent_while_the_poller_tries_a_stale_token() -> None:
-    bench, shard = await ready()
-    bench.stale.add(BOT)
-    shard.on_delivery(bench.command("hi", id="c1"))
-    await asyncio.sleep(60)
-    assert bench.chat.sent == []
-    assert outcomes(bench) == [("c1", "parked", "needs_login")]
-    bench.stale.clear()
-    shard.on_binding("s1", BOT, {USER})
-    await asyncio.sleep(5)
-    assert bench.chat.texts == ["hi"]
-
-
 async def test_what_waits_for_a_login_goes_to_the_bot_that_is_bound_then() -> None:
     bench, shard = await ready()
     await bench.bind(state="needs_login")
@@ -208,19 +180,6 @@ async def test_what_waits_for_a_login_goes_to_the_bot_that_is_bound_then() -> No
     await user_writes(bench, bot="b9@im.bot")
     await asyncio.sleep(5)
     assert [sent.bot for sent in bench.chat.sent] == ["b9@im.bot"]
-
-
-async def test_a_new_bot_sends_nothing_with_the_token_of_the_one_before() -> None:
-    """iLink takes a context token from the bot alone to which the user wrote."""
-    bench, shard = await ready()
-    await bench.bind(bot="b9@im.bot")
-    await bench.bindings.remove(BOT)
-    shard.on_delivery(bench.command("hi", id="c1"))
-    await asyncio.sleep(30)
-    assert (bench.chat.sent, outcomes(bench)) == ([], [("c1", "parked", "window_closed")])
-    await user_writes(bench, bot="b9@im.bot")
-    await asyncio.sleep(5)
-    assert [(sent.bot, sent.text) for sent in bench.chat.sent] == [("b9@im.bot", "hi")]
 
 
 async def test_a_newer_token_of_a_message_to_another_bot_is_none_of_this_one() -> None:
@@ -272,13 +231,3 @@ async def test_lanes_that_wait_for_the_lease_hardly_look_at_it() -> None:
     bench.leases.has_lease = True  # a notification that got lost does not matter
     await asyncio.sleep(6)
     assert bench.chat.texts == ["t0"]
-
-
-async def test_a_bug_in_one_lane_is_logged_and_tried_again() -> None:
-    bench, shard = await ready()
-    bench.chat.on_send = Failing(2, RuntimeError("a bug"))
-    with capture_logs() as logs:
-        shard.on_delivery(bench.command("hi", id="c1"))
-        await asyncio.sleep(400)
-    assert [line["event"] for line in logs].count("conversation.crashed") == 2
-    assert outcomes(bench) == [("c1", "uncertain", "")]  # it may have left

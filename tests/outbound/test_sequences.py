@@ -147,20 +147,6 @@ async def test_a_command_whose_receipt_grew_too_old_is_not_sent_again() -> None:
     assert [one.acks for one in bench.deliveries] == [1]
 
 
-async def test_a_request_of_days_ago_is_uncertain_and_not_made_again() -> None:
-    bench, shard = await ready()
-    bench.chat.sends.append(TIMEOUT)
-    shard.on_delivery(bench.command("hi", id="c1"))
-    await asyncio.sleep(0.5)
-    shard.stop()
-    assert bench.record().head is not None
-    await asyncio.sleep(DAYS_4_S)
-    next_owner(bench, shard)
-    await asyncio.sleep(30)
-    assert bench.chat.texts == ["hi"]
-    assert [one.outcome for one in finals(bench)] == ["uncertain"]
-
-
 async def redeliver_apart(bench: Bench, shard: Shard) -> None:
     """As `Bench.redeliver`, with a pause after each command: those behind it are not in flight yet."""
     for delivery in [one for one in bench.deliveries if not one.acks]:
@@ -209,21 +195,6 @@ async def test_an_older_command_that_comes_again_first_makes_no_part_be_sent_twi
         ("a", "accepted", ["m1"]),
         ("b", "accepted", ["p1", "m4", "m5"]),
     ]
-
-
-async def test_merged_texts_that_may_be_sent_are_one_message_also_where_they_come_apart() -> None:
-    bench, shard = await ready(is_open=False, merge_chars=3000)
-    for text in ("a", "b"):
-        shard.on_delivery(bench.command(text, id=text))
-    await asyncio.sleep(5)
-    bench.chat.sends.append(TIMEOUT)
-    await user_writes(bench)
-    await asyncio.sleep(5)
-    _heir, second = next_owner(bench, shard, deliver=False, merge_chars=3000)
-    await redeliver_apart(bench, second)
-    await asyncio.sleep(400)
-    assert bench.chat.texts == ["a\n\nb"]
-    assert [(one.command, one.outcome) for one in finals(bench)] == [("a", "uncertain"), ("b", "uncertain")]
 
 
 # copies of the router's ---------------------------------------------------------------------------------

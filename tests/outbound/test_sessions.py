@@ -70,20 +70,6 @@ async def test_a_send_is_accepted_since_a_time_at_its_base_url_alone() -> None:
     assert not accepted.since(ELSEWHERE, before)
 
 
-async def test_whoever_waits_for_an_accepted_send_is_woken_by_it() -> None:
-    bench = await ready()
-    accepted = AcceptedSends(bench.clock)
-    began = bench.clock.monotonic()
-    waiting = asyncio.create_task(accepted.changed.wait_until(lambda: accepted.since(HERE, began)))
-    await asyncio.sleep(1)
-    accepted.note(ELSEWHERE)
-    await asyncio.sleep(1)
-    assert not waiting.done()
-    accepted.note(HERE)
-    assert await waiting
-    assert bench.clock.monotonic() == began + 2
-
-
 async def test_an_answer_to_a_poll_that_began_before_is_no_proof_that_the_session_lives() -> None:
     """It comes while iLink is asked by notifystart."""
     bench = await ready()

@@ -6,16 +6,14 @@ import asyncio
 from itertools import pairwise
 from typing import Any
 
-import msgspec
 import pytest
 
 from adapter.contract.messages import Options
-from adapter.contract.records import Binding
-from adapter.errors import Refused, SessionExpired, Temporary, Throttled
+from adapter.errors import Refused, SessionExpired, Temporary
 from adapter.outbound.shard import Shard
 from adapter.outbound.typing_indicator import RENEW_S
-from tests.fakes import Bench, settle
-from tests.outbound.shards import BOT, USER, outcomes, parked, user_writes
+from tests.fakes import Bench
+from tests.outbound.shards import BOT, outcomes, parked, user_writes
 
 VIRTUAL_TIME = True
 
@@ -60,16 +58,6 @@ async def test_on_is_shown_at_once_and_every_five_seconds_until_off() -> None:
     assert (on.acks, off.acks) == (1, 1)
 
 
-async def test_a_typing_command_costs_nothing_of_the_window() -> None:
-    bench, shard = await ready()
-    shard.on_delivery(bench.command(typing="on", id="on"))
-    await asyncio.sleep(1)
-    (receipt,) = bench.bus.receipts()
-    assert (receipt.window.remaining, receipt.attempts, receipt.bot, receipt.user) == (10, 0, BOT, USER)
-    assert bench.record().window.sends_used == 0
-    shard.stop()
-
-
 async def test_on_comes_after_the_texts_before_it_and_the_text_after_it_ends_it() -> None:
     bench, shard = await ready()
     seen: list[tuple[str, list[bool]]] = []
@@ -87,15 +75,6 @@ async def test_on_comes_after_the_texts_before_it_and_the_text_after_it_ends_it(
     assert len(bench.chat.sent) == 2
 
 
-async def test_on_after_an_answer_stays() -> None:
-    bench, shard = await ready()
-    shard.on_delivery(bench.command("wait a moment"))
-    shard.on_delivery(bench.command(typing="on"))
-    await asyncio.sleep(12)
-    assert shown(bench) == [True, True, True]
-    shard.stop()
-
-
 async def test_the_message_is_sent_before_typing_ends_and_while_more_waits_it_stays() -> None:
     bench, shard = await ready()
     bench.chat.took_s = 1.0
@@ -108,33 +87,6 @@ async def test_the_message_is_sent_before_typing_ends_and_while_more_waits_it_st
     assert not off.on
     assert shown(bench).count(False) == 1
     assert off.at_s >= bench.chat.sent[-1].at_s + 1.0
-
-
-async def test_a_command_that_comes_again_after_its_receipt_shows_nothing() -> None:
-    bench, shard = await ready()
-    first = bench.command(typing="on", id="on")
-    again = first.again()
-    shard.on_delivery(first)
-    await asyncio.sleep(1)
-    shard.stop()
-    await settle()
-    calls = len(bench.chat.typing)
-    other = Bench(bench).shard()
-    other.on_delivery(again)
-    await asyncio.sleep(5)
-    assert len(bench.chat.typing) == calls
-    assert again.acks == 1
-    assert len(outcomes(bench)) == 1
-
-
-async def test_a_command_that_comes_again_without_a_receipt_is_carried_out() -> None:
-    """Whoever had it in hand died before that."""
-    bench, shard = await ready()
-    shard.on_delivery(bench.command(typing="on", id="on", redelivered=True))
-    await asyncio.sleep(1)
-    assert shown(bench) == [True]
-    assert outcomes(bench) == [("on", "accepted", "")]
-    shard.stop()
 
 
 async def test_on_again_extends_it_without_another_call_and_it_ends_after_a_minute() -> None:
@@ -167,14 +119,6 @@ async def test_what_was_switched_quickly_makes_few_calls() -> None:
     assert shown(bench)[-1] is False
 
 
-async def test_on_and_off_that_come_together_leave_nothing_shown() -> None:
-    bench, shard = await ready()
-    for switch in ("on", "off"):
-        shard.on_delivery(bench.command(typing=switch))
-    await asyncio.sleep(60)
-    assert shown(bench)[-1] is False
-
-
 async def test_an_on_that_is_too_old_is_not_shown() -> None:
     bench, shard = await ready()
     late = bench.command(typing="on", id="on")
@@ -182,46 +126,6 @@ async def test_an_on_that_is_too_old_is_not_shown() -> None:
     shard.on_delivery(late)
     await asyncio.sleep(10)
     assert (shown(bench), outcomes(bench)) == ([], [("on", "refused", "expired")])
-
-
-async def test_nothing_of_it_is_stored() -> None:
-    bench, shard = await showing()
-    stored = bench.record()
-    shard.on_delivery(bench.command(typing="off"))
-    await asyncio.sleep(60)
-    assert shown(bench) == [True, False]
-    assert bench.record() == stored
-
-
-# what refuses it -----------------------------------------------------------------------------------------
-
-
-async def test_behind_what_is_parked_it_is_refused_at_once() -> None:
-    bench, shard = await ready()
-    bench.hears(sends_used=10)
-    shard.on_delivery(bench.command("later", id="c1"))
-    shard.on_delivery(bench.command(typing="on", id="on"))
-    await asyncio.sleep(5)
-    assert parked(bench) == ["c1"]
-    assert outcomes(bench) == [("c1", "parked", "quota"), ("on", "refused", "window_closed")]
-    assert bench.chat.typing == []
-    shard.stop()
-
-
-async def test_a_bot_that_needs_a_login_is_not_called() -> None:
-    bench, shard = await ready()
-    await bench.bind(state="needs_login")
-    shard.on_delivery(bench.command(typing="on", id="on"))
-    await asyncio.sleep(5)
-    assert outcomes(bench) == [("on", "refused", "needs_login")]
-    assert bench.chat.tickets_asked == []
-
-
-async def test_nobody_bound_is_not_bound(bench: Bench) -> None:
-    shard = bench.shard()
-    shard.on_delivery(bench.command(typing="on", id="on"))
-    await asyncio.sleep(5)
-    assert outcomes(bench) == [("on", "refused", "not_bound")]
 
 
 # failures cost nothing but the indicator ---------------------------------------------------------------------
@@ -237,7 +141,7 @@ async def test_a_renewal_that_fails_is_tried_again_and_hidden_in_the_end() -> No
     assert shown(bench) == [True, True, True, True, False]
 
 
-@pytest.mark.parametrize("problem", [NO_TICKET, Throttled("throttled", "-2"), Temporary("timeout"), STALE], ids=str)
+@pytest.mark.parametrize("problem", [NO_TICKET, Temporary("timeout")], ids=str)
 async def test_without_a_ticket_nothing_is_shown_and_messages_go_on(problem: Exception) -> None:
     bench, shard = await ready()
     bench.chat.tickets.append(problem)
@@ -286,15 +190,6 @@ async def test_nothing_is_called_without_the_lease() -> None:
     shard.stop()
 
 
-async def test_no_ticket_is_asked_for_without_the_lease() -> None:
-    bench, shard = await ready()
-    bench.leases.has_lease = False
-    shard.on_delivery(bench.command(typing="on"))
-    await asyncio.sleep(60)
-    assert bench.chat.tickets_asked == []
-    shard.stop()
-
-
 # while the user waits ------------------------------------------------------------------------------------
 
 
@@ -308,13 +203,6 @@ async def test_each_message_shows_typing_until_the_answer_where_the_binding_says
     assert shown(bench) == [True, True, True, False]
 
 
-async def test_without_the_option_nothing_is_shown() -> None:
-    bench, _shard = await ready()
-    await user_writes(bench)
-    await asyncio.sleep(12)
-    assert bench.chat.tickets_asked == []
-
-
 async def test_an_answer_that_must_wait_for_the_user_ends_typing() -> None:
     bench, shard = await ready()
     bench.hears(sends_used=9)
@@ -325,20 +213,6 @@ async def test_an_answer_that_must_wait_for_the_user_ends_typing() -> None:
     assert parked(bench)
     assert shown(bench) == [True, False]
     shard.stop()
-
-
-async def test_typing_stays_until_the_last_of_what_was_parked_is_sent() -> None:
-    bench, shard = await ready(auto=True)
-    bench.hears(sends_used=10)
-    for text in ("a" * 2000, "b" * 2000, "c" * 2000):
-        shard.on_delivery(bench.command(text))
-    await asyncio.sleep(5)
-    bench.chat.took_s = 2.0
-    await user_writes(bench)
-    await asyncio.sleep(60)
-    assert len(bench.chat.sent) == 3
-    assert shown(bench).count(False) == 1
-    assert bench.chat.typing[-1].at_s >= bench.chat.sent[-1].at_s + 2.0
 
 
 # the end and the next owner ------------------------------------------------------------------------------
@@ -358,14 +232,3 @@ async def test_a_drain_does_not_wait_long_for_an_ilink_that_hangs() -> None:
     before = bench.clock.monotonic()
     await shard.drain(44.0)
     assert bench.clock.monotonic() - before < 10
-
-
-async def test_a_bot_that_moved_to_another_sandbox_is_hidden() -> None:
-    bench, _ = await showing()
-
-    def moved(now: Binding) -> Binding:
-        return msgspec.structs.replace(now, sandbox="s2")
-
-    await bench.bindings.update(BOT, moved)
-    await asyncio.sleep(1)
-    assert shown(bench) == [True, False]

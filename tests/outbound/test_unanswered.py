@@ -10,7 +10,7 @@ import pytest
 
 from adapter.outbound.shard import Shard
 from tests.fakes import Bench
-from tests.outbound.shards import BOT, FIRST, THROTTLED, TIMEOUT, USER, finals, outcomes, ready, user_writes
+from tests.outbound.shards import FIRST, TIMEOUT, USER, finals, ready, user_writes
 from tests.outbound.test_sequences import next_owner
 
 VIRTUAL_TIME = True
@@ -76,41 +76,6 @@ async def test_what_another_ilink_accepts_says_nothing_of_this_one() -> None:
     assert posted_at(bench) == [0, 300]
 
 
-async def test_after_a_second_silence_it_is_uncertain() -> None:
-    bench, _ = await silent()
-    bench.chat.sends_to[USER].append(TIMEOUT)
-    await asyncio.sleep(1000)
-    assert posted_at(bench) == [0, 300]
-    assert outcomes(bench) == [("c1", "uncertain", "")]
-
-
-async def test_if_it_expires_before_its_repeat_it_is_uncertain() -> None:
-    bench, _ = await silent(expires_in_s=120)
-    await asyncio.sleep(118)
-    assert outcomes(bench) == []
-    await asyncio.sleep(5)
-    assert outcomes(bench) == [("c1", "uncertain", "")]
-    await asyncio.sleep(400)
-    assert posted_at(bench) == [0]
-
-
-async def test_through_another_bot_it_is_not_repeated() -> None:
-    bench, _ = await silent()
-    await bench.bind(bot="b9@im.bot")
-    await bench.bindings.remove(BOT)
-    await user_writes(bench, bot="b9@im.bot")
-    await asyncio.sleep(400)
-    assert posted_at(bench) == [0]
-    assert outcomes(bench) == [("c1", "uncertain", "")]
-
-
-async def test_what_comes_behind_waits_for_it() -> None:
-    bench, shard = await silent()
-    shard.on_delivery(bench.command("behind", id="c2", user=USER))
-    await asyncio.sleep(400)
-    assert [sent.text for sent in bench.chat.sent] == ["hi", "hi", "behind"]
-
-
 async def test_a_message_of_the_user_does_not_hasten_it() -> None:
     bench, _ = await silent()
     await asyncio.sleep(10)
@@ -118,17 +83,6 @@ async def test_a_message_of_the_user_does_not_hasten_it() -> None:
     await asyncio.sleep(400)
     assert posted_at(bench) == [0, 300]
     assert bench.record().window.sends_used == 1, "it may be the first request that this window counts"
-
-
-async def test_a_repeat_that_meets_minus_2_waits_for_the_user() -> None:
-    bench, _ = await silent()
-    bench.chat.sends_to[USER].append(THROTTLED)
-    await asyncio.sleep(400)
-    assert posted_at(bench) == [0, 300]
-    await user_writes(bench)
-    await asyncio.sleep(10)
-    assert [one.outcome for one in finals(bench)] == ["accepted"]
-    assert len({sent.client_id for sent in bench.chat.sent}) == 1
 
 
 async def test_the_next_owner_repeats_at_once_what_was_out_as_the_former_one_died() -> None:

@@ -8,7 +8,7 @@ from typing import Literal
 
 import pytest
 
-from adapter.errors import Refused, SessionExpired, Temporary, Unreadable
+from adapter.errors import Refused, Temporary, Unreadable
 from adapter.outbound.commands import MediaPart
 from adapter.outbound.uploads import StoreAway
 from adapter.ports import Account
@@ -48,11 +48,6 @@ async def test_an_object_is_read_piece_by_piece_twice(bench: Bench) -> None:
     brought = await carried(bench, part(stored="s1/x"))
     assert (brought.data, brought.md5) == (PDF * 3, hashlib.md5(PDF * 3).hexdigest())
     assert bench.objects.reads == 2
-
-
-@pytest.mark.parametrize("data", [b"", b"x"], ids=["nothing", "a-byte"])
-async def test_the_smallest_files_are_brought(data: bytes) -> None:
-    assert (await carried(Bench(), part(data))).data == data
 
 
 KINDS: list[tuple[str, Kind, bytes, Kind]] = [
@@ -105,23 +100,6 @@ async def test_what_is_too_large_is_refused_unread(stored: str, bench: Bench) ->
         await carried(bench, part(data, stored=stored))
     assert caught.value.reason == "media"
     assert (bench.objects.reads, bench.cdn.asked) == (0, 0)
-
-
-async def test_a_failed_upload_is_not_remembered(bench: Bench) -> None:
-    bench.cdn.script.append(Temporary("network"))
-    with pytest.raises(Temporary):
-        await carried(bench, part())
-    assert (await carried(bench, part())).data == b"hello"
-
-
-@pytest.mark.parametrize(
-    "problem", [Refused("media", "quota"), SessionExpired("needs_login"), Temporary("network")], ids=str
-)
-async def test_the_cdns_own_word_is_passed_on(problem: Exception, bench: Bench) -> None:
-    bench.cdn.script.append(problem)
-    with pytest.raises(type(problem)) as caught:
-        await carried(bench, part())
-    assert caught.value is problem
 
 
 @pytest.mark.parametrize("when", ["asked", "measured", "brought"])
