@@ -57,19 +57,6 @@ def test_what_a_page_names_is_there(page: Path) -> None:
     assert lost_names(page, page.read_text("utf-8")) == []
 
 
-@pytest.mark.parametrize(
-    ("text", "count"),
-    [
-        ("`adapter/gone.py`", 1),
-        ("`tests/gone/`", 1),
-        ("`test_docs.py::test_gone`", 1),
-        ("`outbound/sending.py::blocker`, `tests/test_docs.py::test_links_…`, `adapter/ilink/`", 0),
-    ],
-)
-def test_a_name_that_is_gone_would_be_found(text: str, count: int) -> None:
-    assert len(lost_names(ROOT / "README.md", text)) == count
-
-
 BEHIND = re.compile(r"`([\w/]+\.py)`((?:,? (?:`(?![\w/]+\.py`)[\w.]+`|[A-Z][A-Z_]+\b))+)")
 """A file, and names in it: functions and classes in backticks, constants as they are."""
 

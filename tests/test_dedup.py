@@ -12,7 +12,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from adapter.content.dedup import KEEP, KEEP_MS, SAME_TIME_MS, SIZE, DedupWindow, MessageKeys, bot_of
-from adapter.contract.names import digest
 
 NOW = 1_789_000_000_000
 MINUTE = 60_000
@@ -88,10 +87,6 @@ def test_a_repeat_is_found_however_late(row: Row, later_ms: int) -> None:
     assert again(seen, NOW + later_ms).is_repeat(row.after)
 
 
-def test_what_nobody_said_is_no_repeat() -> None:
-    assert not DedupWindow().is_repeat(OK)
-
-
 NOTHING = say(**NAMELESS, sent_at_ms=0)
 
 
@@ -121,15 +116,6 @@ def test_where_there_is_neither_an_id_nor_a_time_the_place_decides(
 def test_the_place_of_what_has_an_id_or_a_time_does_not_count(field: str) -> None:
     keys = msgspec.structs.replace(NOTHING, **{field: getattr(OK, field)})
     assert keys.with_position("b", 0) is keys
-
-
-def test_ids_longer_than_a_header_should_be_are_hashed() -> None:
-    assert len(say(message="9" * 1000).id_for("b@im.bot")) < 40
-    assert len(say(**NAMELESS).id_for("b@im.bot")) < 40
-
-
-def test_a_digest_names_the_same_bytes_the_same() -> None:
-    assert digest(b"x") == digest(b"x") != digest(b"y")
 
 
 # properties ----------------------------------------------------------------------------------------------

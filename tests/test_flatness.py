@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import os
 import random
 import re
-import xml.etree.ElementTree as ET
 
 import pytest
 
-from tests.e2e.flatness import MIB, Bound, Series, judge, of_process, picture, slope, table
+from tests.e2e.flatness import MIB, Bound, Series, judge
 from tests.e2e.soak import BOUNDS
 
 MINUTES = 30
@@ -46,13 +44,6 @@ def test_a_leak_of_two_kilobytes_a_second_is_found_and_nothing_else(series: Seri
     assert verdict.is_flat is flat
 
 
-def test_the_slope_does_not_mind_wild_samples() -> None:
-    values = [3.0 * at for at in TIMES]
-    for number in range(0, len(values), 4):
-        values[number] = 1e9
-    assert slope(TIMES, values) == pytest.approx(3.0)
-
-
 def test_what_has_no_bound_and_what_is_too_short_is_not_judged() -> None:
     assert judge(Series("simulator memory", TIMES, TIMES), 600.0, BOUNDS) is None
     assert judge(Series("adapter 1 tasks", [0.0, 5.0], [1.0, 2.0]), 0.0, BOUNDS) is None
@@ -65,26 +56,3 @@ def test_what_has_no_bound_and_what_is_too_short_is_not_judged() -> None:
 )  # fmt: skip
 def test_every_figure_that_matters_is_bounded(name: str) -> None:
     assert judge(Series(name, TIMES, TIMES), 0.0, BOUNDS) is not None
-
-
-def test_the_table_shows_what_grows() -> None:
-    verdicts = [verdict for leak in (0, 5000) if (verdict := judge(memory(leak=leak), 600.0, ANY))]
-    flat, grows = table(verdicts).splitlines()[2:]
-    assert flat == "| adapter 1 own memory | 60.00 MiB | 60.00 MiB | 0.00 MiB | 1.50 MiB | flat |"
-    assert grows.endswith("| 1.50 MiB | **grows** |")
-
-
-def test_the_picture_is_small_and_shows_every_line() -> None:
-    long = [5.0 * number for number in range(24 * 720)]
-    lines = [Series(f"line {number}", long, long) for number in range(6)]
-    drawn = picture([("own memory", lines), ("nothing yet", [Series("empty", [], [])])], 600.0)
-    root = ET.fromstring(drawn)
-    assert len(root.findall("{*}polyline")) == 7
-    assert len(drawn) < 60_000
-
-
-def test_a_process_is_measured() -> None:
-    found = of_process(os.getpid())
-    assert found["memory"] >= found["own memory"] > MIB
-    assert found["threads"] >= 1
-    assert found["open files"] >= 3

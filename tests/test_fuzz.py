@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import time
 from typing import Any
 
 import pytest
@@ -11,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.fuzz import costs
-from tests.fuzz.targets import TARGETS, Target, seeds
+from tests.fuzz.targets import TARGETS, seeds
 
 ODD: st.SearchStrategy[Any] = st.sampled_from(
     [
@@ -142,17 +141,3 @@ def test_no_text_takes_a_reader_long_or_much_memory(name: str) -> None:
 @pytest.mark.parametrize("name", TARGETS)
 def test_no_long_text_takes_a_reader_long_or_much_memory(name: str) -> None:
     print(name, costs.worst(name, 3000 if name in COSTLY else 30_000))
-
-
-def test_what_is_costly_is_a_finding(monkeypatch: pytest.MonkeyPatch) -> None:
-    def read(data: bytes) -> None:
-        kept = bytearray(len(data) * 60_000_000)
-        until = time.process_time() + 0.06
-        while time.process_time() < until:
-            kept[0] = 1
-
-    monkeypatch.setitem(TARGETS, "costly", Target(read))
-    with pytest.raises(AssertionError, match=r"costly: \d+ ms for 1 bytes, at most 50"):
-        costs.check("costly", b"x")
-    with pytest.raises(AssertionError, match="costly: 60 MB for 1 bytes"):
-        costs.check_memory("costly", b"x")

@@ -11,7 +11,6 @@ from hypothesis import strategies as st
 
 from adapter.contract.messages import Options
 from adapter.contract.names import Names, escape_token, from_subject_token, to_subject_token
-from adapter.errors import SessionExpired
 from adapter.ilink.connection import Connection
 from adapter.inbound.poller import BotPoller
 from adapter.outbound.shard import Shard
@@ -25,7 +24,6 @@ from tests.ownership.cluster import LEASE_S, Cluster
 VIRTUAL_TIME = True
 
 USERS = 50
-STALE = SessionExpired("needs_login", "iLink answered -14", errcode=-14)
 
 
 async def talk(bench: Bench, shard: Shard, first: int, *, unbind: bool) -> None:
@@ -120,9 +118,6 @@ async def test_replicas_of_the_past_are_forgotten() -> None:
     for number in range(2 * DEAD_KEPT):
         assert not await first.leases.revoke_if_expired(f"lost-{number}")
     assert tables(first.leases)["_absent_since"] <= DEAD_KEPT + 1
-
-
-# receipts ------------------------------------------------------------------------------------------------
 
 
 # without the collector -----------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from adapter.content import media
-from adapter.content.media import Kind, file_name, identify, silk_duration_ms, silk_to_wav, wav_duration_ms
+from adapter.content.media import Kind, identify, silk_duration_ms, silk_to_wav, wav_duration_ms
 from adapter.simulator import samples
 
 SILK = samples.silk(1.0)
@@ -59,15 +59,6 @@ def test_anything_is_something(head: bytes, name: str) -> None:
         kind = identify(prefix + head, name)
         assert "/" in kind.mime
         assert (kind.width is None) == (kind.height is None)
-
-
-def test_no_more_than_the_head_is_read() -> None:
-    assert identify(b"a" * media.HEAD + b"\x00").mime == "text/plain"
-
-
-def test_a_name_is_made_of_kind_and_type() -> None:
-    assert (file_name("image", ".jpg"), file_name("", "")) == ("image.jpg", "file")
-    assert (file_name("application", ".pdf"), file_name("text", ".txt")) == ("file.pdf", "file.txt")
 
 
 # recordings ----------------------------------------------------------------------------------------------

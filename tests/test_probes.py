@@ -137,40 +137,6 @@ def test_an_outage_of_nats_costs_readiness_after_ten_seconds_and_never_life(
     assert ask(server, "/readyz")[0] == 200
 
 
-def test_a_silent_jetstream_costs_readiness(server: ProbeServer, health: Health) -> None:
-    health.jetstream_problem = "it takes nothing"
-    status, found = checks(server, "/readyz")
-    assert (status, found["jetstream"]["ok"]) == (503, False)
-    assert ask(server, "/livez")[0] == 200
-
-
-def test_draining_costs_readiness_at_once(server: ProbeServer, health: Health) -> None:
-    health.draining = True
-    status, found = checks(server, "/readyz")
-    assert (status, found["not_draining"]["detail"]) == (503, "shutting down")
-    assert ask(server, "/livez")[0] == 200
-
-
-def test_since_is_when_a_check_changed(server: ProbeServer, health: Health, clock: Clock) -> None:
-    def since() -> tuple[int, int]:
-        found = checks(server, "/readyz")[1]
-        return found["not_draining"]["since_ms"] // 1000, found["started"]["since_ms"] // 1000
-
-    assert since() == (1_000, 1_000)
-    clock.now = 1_100
-    health.draining = True
-    assert since() == (1_100, 1_000)
-    clock.now = 1_200
-    assert since() == (1_100, 1_000)
-    health.draining = False
-    assert since() == (1_200, 1_000)
-
-
-def test_metrics_are_served_in_the_format_asked_for(server: ProbeServer) -> None:
-    assert b"wechat_adapter_polls_total" in ask(server, "/metrics")[1]
-    assert ask(server, "/metrics", accept="application/openmetrics-text; version=1.0.0")[1].endswith(b"# EOF\n")
-
-
 @pytest.mark.parametrize(
     ("method", "path", "status"),
     [("GET", "/", 404), ("GET", "/metrics/x", 404), ("POST", "/livez", 405), ("HEAD", "/livez", 200)],
@@ -205,11 +171,3 @@ def test_a_port_in_use_names_the_setting(server: ProbeServer, health: Health) ->
         ProbeServer(taken, health, Metrics()),
     ):
         pass
-
-
-def test_the_port_is_free_again_afterwards(health: Health) -> None:
-    with ProbeServer(":0", health, Metrics()) as server:
-        port = server.port
-        assert server.url == f"http://127.0.0.1:{port}"
-    with ProbeServer(f"127.0.0.1:{port}", health, Metrics()) as server:
-        assert ask(server, "/livez")[0] == 200

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -56,59 +54,6 @@ def resolve(document: Any, target: str) -> Any:
 def test_what_is_stored_is_what_the_code_says() -> None:
     """`make generate` writes it anew."""
     assert generate.stale_files() == []
-
-
-def test_no_description_has_the_indentation_of_its_docstring() -> None:
-    """Before Python 3.13 docstrings have it: what is generated would be another there."""
-    indented = [
-        path for path, text in generate.generated_files().items() if path.suffix == ".json" and r"\n    " in text
-    ]
-    assert indented == []
-
-
-def test_generating_twice_gives_the_same_bytes() -> None:
-    """In another process too, where hashes of strings are others."""
-    code = "from tests import generate; print(generate.generated_files())"
-    runs = {
-        subprocess.run(
-            [sys.executable, "-c", code],
-            check=True,
-            capture_output=True,
-            cwd=generate.ROOT,
-            env={"PYTHONHASHSEED": seed, "PYTHONIOENCODING": "utf-8"},
-        ).stdout
-        for seed in ("1", "2")
-    }
-    assert len(runs) == 1
-
-
-def test_a_stale_an_absent_and_a_leftover_file_are_named(tmp_path: Path) -> None:
-    page = tmp_path / generate.SETTINGS_PAGE
-    page.parent.mkdir(parents=True)
-    page.write_text("<!-- settings -->\nold\n<!-- /settings -->\n")
-    for path, text in generate.generated_files(tmp_path).items():
-        (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / path).write_text(text)
-    (tmp_path / generate.TYPES).parent.mkdir(parents=True)
-    (tmp_path / generate.TYPES).write_text(generate.types_stamp(generate.generated_files(tmp_path)))
-    assert generate.stale_files(tmp_path) == []
-
-    (tmp_path / "schemas/bind.json").write_text("{}")
-    (tmp_path / "schemas/inbound.json").unlink()
-    (tmp_path / "schemas/left_over.json").touch()
-    (tmp_path / generate.TYPES).write_text("export interface Bind {}")
-    page.write_text("<!-- settings -->\n<!-- /settings -->\n")
-    assert [str(path) for path in generate.stale_files(tmp_path)] == [
-        "docs/reference/settings.md",
-        "schemas/bind.json",
-        "schemas/examples/typescript/wechat-nats.d.ts",
-        "schemas/inbound.json",
-        "schemas/left_over.json",
-    ]
-
-
-def test_an_unknown_argument_is_refused() -> None:
-    assert generate.main(["--chek"]) == 2
 
 
 @pytest.mark.parametrize("name", MESSAGES)
@@ -193,8 +138,3 @@ def test_every_setting_explains_itself() -> None:
         variable_of(field) for field in Settings.__struct_fields__
     ]
     assert all(row.meaning.endswith(".") and len(row.meaning) > 15 for row in rows)
-
-
-def test_the_page_of_settings_holds_their_table() -> None:
-    """`make generate` rewrites it; the markers must not get lost."""
-    assert generate.SETTINGS_PAGE in generate.generated_files()

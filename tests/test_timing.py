@@ -10,8 +10,6 @@ import pytest
 
 from adapter.kit.timing import (
     PerTickLimiter,
-    RateLimiter,
-    WakeupBatcher,
     raise_if_cancelled,
     shield_with_grace,
 )
@@ -32,34 +30,6 @@ async def test_a_cancellation_that_was_swallowed_takes_effect_all_the_same() -> 
     with pytest.raises(asyncio.CancelledError):
         await task
     raise_if_cancelled()  # of a task that nobody cancelled it takes no notice
-
-
-async def test_at_a_beat_all_go_on_together_and_one_that_is_cancelled_holds_nobody_up() -> None:
-    beat, passed = WakeupBatcher(0.01), list[int]()
-
-    async def wait(number: int) -> None:
-        await beat.wait_for_batch()
-        passed.append(number)
-
-    tasks = [asyncio.create_task(wait(number)) for number in range(3)]
-    await asyncio.sleep(0)
-    assert passed == []
-    tasks[1].cancel()
-    await asyncio.wait(tasks)
-    assert passed == [0, 2]
-    await asyncio.wait_for(beat.wait_for_batch(), 10)  # and there is another one
-
-
-async def test_what_is_finished_gives_its_result_or_its_error() -> None:
-    async def work(problem: Exception | None) -> str:
-        await asyncio.sleep(1)
-        if problem is not None:
-            raise problem
-        return "done"
-
-    assert await shield_with_grace(work(None), 5) == "done"
-    with pytest.raises(ValueError, match="broken"):
-        await shield_with_grace(work(ValueError("broken")), 5)
 
 
 @pytest.mark.parametrize(("needs_s", "ended"), [(3.0, True), (30.0, False)], ids=["in time", "too slow"])
@@ -106,15 +76,6 @@ async def test_what_is_finished_at_the_end_of_a_cancelled_task_gets_its_grace_to
     await asyncio.wait([caller], timeout=10)
     assert caller.cancelled()
     assert did == ["ended"] * ended
-
-
-async def test_a_pace_holds_back_only_who_comes_too_soon() -> None:
-    pace = RateLimiter(4)
-    assert [pace.reserve_delay_s() for _ in range(3)] == [0.0, 0.25, 0.5]
-    await asyncio.sleep(0.5)
-    assert pace.reserve_delay_s() == 0.25
-    await asyncio.sleep(10)
-    assert [pace.reserve_delay_s() for _ in range(2)] == [0.0, 0.25]
 
 
 async def rounds_of(turns: PerTickLimiter, count: int, *, cancelled: int | None = None) -> list[int]:
