@@ -207,14 +207,6 @@ async def test_drop_deletes_several(cli: Command, bus: BusConnection) -> None:
     assert [row["seq"] for row in (await cli("dead", "ls", "--json")).rows] == [2]
 
 
-@pytest.mark.parametrize(
-    ("stored", "published"),
-    [
-        ("wechat.out.17.s1", "wechat.out.s1"),
-        ("wechat.out.s1", "wechat.out.s1"),
-        ("wechat.out", "wechat.out"),
-        ("wechat.ctl.bind", "wechat.ctl.bind"),
-    ],
-)
-def test_the_shard_is_no_part_of_what_was_published(stored: str, published: str) -> None:
-    assert original_subject(Names(), stored) == published
+def test_the_shard_is_no_part_of_what_was_published() -> None:
+    for stored, published in (("wechat.out.17.s1", "wechat.out.s1"), ("wechat.out", "wechat.out")):
+        assert original_subject(Names(), stored) == published

@@ -226,17 +226,6 @@ def adapter_environ(url: str) -> dict[str, str]:
     return {"NATS_URL": url, "WECHAT_NATS_HTTP_ADDR": "127.0.0.1:0", "WECHAT_NATS_TOKEN_KEY": TOKEN_KEY}
 
 
-async def test_an_adapter_waits_for_jetstream_by_its_name() -> None:
-    async with (
-        WithoutJetStream() as server,
-        started("run", env=adapter_environ(server.url)) as process,
-    ):
-        assert process.stdout is not None
-        while b"streams.unverified" not in (line := await process.stdout.readline()):
-            assert line, "it ended"
-        assert b"JetStream does not answer (no responders): is it enabled" in line
-
-
 class Small(EmbeddedNats):
     """A server with less room than the streams reserve."""
 

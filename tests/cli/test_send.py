@@ -26,14 +26,6 @@ def answer(*outcomes: str, **fields: Any) -> Callable[[Outbound], Sequence[Recei
     return receipts
 
 
-async def test_accepted_is_0(cli: Command, bus: BusConnection) -> None:
-    async with answering(bus) as adapter:
-        adapter.receipts = answer("accepted", message_ids=["m1"])
-        result = await cli("send", "s1", "hi")
-    assert (result.code, result.out) == (0, "accepted  (message id m1)\n")
-    assert [(c.text, c.when_closed, c.format) for c in adapter.sent] == [("hi", "park", "markdown")]
-
-
 @pytest.mark.parametrize("outcome", ["accepted_unconfirmed", "refused", "uncertain", "dead_lettered"])
 async def test_everything_else_that_is_final_is_1(cli: Command, bus: BusConnection, outcome: str) -> None:
     async with answering(bus) as adapter:

@@ -13,7 +13,6 @@ from adapter.contract.messages import (
     BindingEvent,
     Unbind,
 )
-from adapter.contract.names import to_subject_token
 from tests.e2e.world import NAMES, World, eventually, stream, until, world
 
 
@@ -54,22 +53,6 @@ async def test_a_bind_sent_while_no_adapter_runs_takes_effect_when_one_starts(tm
         await made.settle(nc)
         found = [(receipt.command, receipt.outcome, receipt.reason) for receipt in await made.receipts(nc)]
         assert found == [("early", "refused", "not_bound"), ("late", "accepted", "")]
-
-
-async def test_an_entry_that_is_no_binding_stops_nobody(tmp_path: Path) -> None:
-    """Neither the start, which looks at how all tokens lie, nor a bind of the same bot."""
-    async with world(tmp_path) as made:
-        nc = await started(made)
-        await until(lambda: "adapter.started" in made.adapters[0].log.read_text(), "streams are there")
-        await made.adapters[0].kill()
-        bot, other = made.sim.add_bot(), made.sim.add_bot()
-        bucket = await nc.jetstream().key_value(NAMES.bindings)
-        await bucket.put(to_subject_token(bot.bot), b"{}")
-        await made.adapters[0].start()
-        for sandbox, each in (("s1", other), ("s2", bot)):
-            assert (await made.bind(nc, sandbox, each)).ok
-        await until(lambda: all(made.sim.polls(one.bot).total for one in (bot, other)), "both are polled")
-        assert made.adapters[0].said("binding.unreadable")
 
 
 async def test_unbind_of_a_whole_sandbox_stops_its_polls_and_refuses_its_commands(tmp_path: Path) -> None:

@@ -42,12 +42,9 @@ def black_hole() -> Iterator[str]:
     [
         ("there", "waits", "held", DRAIN_S + 2),
         ("there", "refuses", "held", FEW_S),
-        ("there", "black hole", "held", FEW_S),
         ("killed", "waits", "held", LEASE_S + FEW_S),
-        ("killed", "refuses", "held", LEASE_S + FEW_S),
         ("frozen", "black hole", "held", LEASE_S + FEW_S),
         ("killed", "refuses", "gone", FEW_S),
-        ("frozen", "waits", "gone", FEW_S),
         ("killed", "has answered", "gone", DRAIN_S + 2),
         ("frozen", "has answered", "held", DRAIN_S + 2),
     ],

@@ -17,8 +17,6 @@ import pytest
 
 from adapter.cli.embedded import EmbeddedNats
 from adapter.environment import read_settings
-from adapter.errors import BusRefused
-from adapter.jetstream import topology
 from adapter.kit.timing import SystemClock
 from adapter.replica.app import run_replica
 from adapter.replica.health import STUCK_S
@@ -26,7 +24,6 @@ from adapter.replica.wiring import Replica
 from adapter.simulator import FaultRule, Simulator
 from tests.e2e.waiting import eventually, free_port
 from tests.e2e.world import TOKEN_KEY, AdapterProcess
-from tests.fakes import settle
 
 
 class Probes:
@@ -118,41 +115,6 @@ async def test_an_adapters_probes_from_its_start_to_its_end(tmp_path: Path) -> N
         finally:
             if adapter.running:
                 await adapter.kill()
-
-
-async def test_a_command_that_cannot_be_routed_delays_no_shutdown(tmp_path: Path) -> None:
-    """Its copy is written until a stream takes it: the replica had given everything back, and never ended."""
-    async with EmbeddedNats(tmp_path / "nats", free_port()) as server:
-        variables = {
-            "NATS_URL": server.url,
-            "WECHAT_NATS_HTTP_ADDR": f"127.0.0.1:{free_port()}",
-            "WECHAT_NATS_TOKEN_KEY": TOKEN_KEY,
-        }
-        before = asyncio.all_tasks()
-        replica, stop, ready = Replica(read_settings(variables)), asyncio.Event(), asyncio.Event()
-        running = asyncio.create_task(run_replica(replica, stop, ready.set))
-        await ready.wait()
-        names, nc = replica.names, await nats.connect(server.url)
-        jetstream = replica.edges.connection
-        config = (await jetstream.api_request(f"STREAM.INFO.{names.stream_out}"))["config"]
-        changed = config | {"subjects": [names.out_plain], "subject_transform": None}
-        await jetstream.api_request(f"STREAM.UPDATE.{names.stream_out}", changed)
-        await nc.jetstream().publish(names.out_plain, b'{"sandbox":"s1","text":"hi"}')
-
-        async def is_taken() -> bool:
-            try:
-                info = await jetstream.api_request(f"CONSUMER.INFO.{names.stream_out}.{topology.ROUTER}")
-            except BusRefused:
-                return False  # its owner creates it
-            return bool(info["num_ack_pending"] == 1)
-
-        await eventually(is_taken, "the router has it")
-        await nc.close()
-        stop.set()
-        async with asyncio.timeout(20):
-            await running
-        await settle()
-        assert asyncio.all_tasks() == before
 
 
 async def _bind(url: str, bot: str, token: str, user: str) -> None:

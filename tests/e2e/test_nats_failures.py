@@ -22,7 +22,7 @@ from nats.js.errors import APIError
 
 from adapter.cli.embedded import EmbeddedNats
 from adapter.contract.messages import ImageItem, Inbound, Login, LoginQuery
-from adapter.contract.names import SHARDS, shard_of, to_subject_token
+from adapter.contract.names import shard_of
 from tests import snapshots
 from tests.e2e.lossy import Lossy
 from tests.e2e.test_bindings import ask as service
@@ -231,42 +231,6 @@ async def test_logins_whose_bucket_was_deleted_are_begun_anew(tmp_path: Path) ->
         await eventually(is_ready, "the replica has seen the new bucket")
 
 
-async def test_a_stream_that_is_restored_under_a_running_adapter_goes_on(tmp_path: Path) -> None:
-    """Bindings, what nobody had read, and what waits for its user: the adapter is neither stopped nor restarted."""
-    async with running(tmp_path, bots=3) as (made, nc, adapter):
-        made.say("s1", "unread")
-        for number in range(3):
-            await made.command(nc, "s0", f"c{number}")
-
-        async def parked() -> bool:
-            return [receipt.outcome for receipt in await made.receipts(nc)] == ["parked"] * 3
-
-        await eventually(parked, "they wait for the user")
-
-        async def unread() -> bool:
-            return len(await stream(nc, *INBOXES)) == 1
-
-        await eventually(unread, "the message is there")
-        await snapshots.backup(made.url, tmp_path / "saved")
-        gone = (NAMES.stream_in, NAMES.stream_out, f"KV_{NAMES.bindings}")
-        for name in gone:
-            assert (await ask(nc, f"STREAM.DELETE.{name}")).get("success")
-
-        async def noticed() -> bool:
-            return await adapter.metric("nats_streams_missing") == len(gone)
-
-        await eventually(noticed, "it is noticed")
-        await snapshots.restore(made.url, [tmp_path / "saved" / name for name in gone])
-        await eventually(adapter.is_ready, "it is ready again")
-        await until(lambda: made.sim.stats().parked == 3, "all are polled")
-        made.say("s0", "go on")
-        await until(lambda: len(made.phone_texts("s0")) == 3, "what waited is sent")
-        await loaded(made, nc, 2, first=1)
-        await faultless(made, nc)
-        assert adapter.said("stream.missing") > 0
-        assert len(adapter.lines("adapter.started")) == 1
-
-
 async def test_a_stream_that_is_deleted_takes_readiness_until_it_is_back(tmp_path: Path) -> None:
     """What was in it is gone; what comes later is in order, once, also where its numbers are remembered."""
     async with running(tmp_path) as (made, nc, adapter):
@@ -416,50 +380,6 @@ async def test_a_stream_that_is_altered_takes_readiness_until_it_is_mended(tmp_p
         assert (adapter.said("stream.altered"), adapter.said("stream.restored")) == (1, 1)
 
 
-async def test_bots_whose_checkpoint_names_a_replica_that_does_not_poll_them(tmp_path: Path) -> None:
-    """It lives, so that no lease runs out, and cannot give back what it does not have."""
-    async with running(tmp_path, bots=4) as (made, nc, adapter):
-        second = await made.add_adapter(WECHAT_NATS_HTTP_ADDR=f"127.0.0.1:{free_port()}")
-        js = nc.jetstream()
-        claims, checkpoints = await js.key_value(NAMES.claims), await js.key_value(NAMES.checkpoints)
-
-        await until(lambda: second.said("shards.claimed") > 0, "it is there")
-
-        async def shared() -> bool:
-            owned = [await replica.metric("shards_owned") for replica in (adapter, second)]
-            return min(owned) > 0 and sum(owned) == SHARDS
-
-        await eventually(shared, "the other has its share")
-        await loaded(made, nc, 3)
-        # not the keys of the members: nats-py finds none where one is renewed as it looks
-        claimed = [msgspec.json.decode((await claims.get(key)).value or b"") for key in await claims.keys()]
-        replicas = {claim["owner"] for claim in claimed if "owner" in claim}  # one key is the layout
-
-        async def names_another(key: str) -> str:
-            """As after a restore; the sealed part cannot be opened under that name."""
-            entry = await checkpoints.get(key)
-            record = msgspec.json.decode(entry.value or b"")
-            other = min(replicas - {record["owner"]})
-            await checkpoints.put(key, msgspec.json.encode(record | {"owner": other}))
-            return str(other)
-
-        keys = {sandbox: to_subject_token(record.bot) for sandbox, record in made.bots.items()}
-        others = {sandbox: await names_another(key) for sandbox, key in keys.items()}
-
-        async def taken_back() -> bool:
-            found = {
-                name: msgspec.json.decode((await checkpoints.get(key)).value or b"") for name, key in keys.items()
-            }
-            return all(record.get("owner") not in ("", others[name]) for name, record in found.items())
-
-        for number in range(40):  # by then each of them has written its checkpoint, or found that it may not
-            for sandbox in made.bots:
-                made.say(sandbox, f"heard by one that finds its name gone {number}")
-        await eventually(taken_back, "they are taken from it")
-        await loaded(made, nc, 1, first=3)
-        await faultless(made, nc)
-
-
 async def test_a_replica_that_starts_makes_no_empty_bucket_of_what_was_deleted(tmp_path: Path) -> None:
     """It would know nobody, take everything over, and report ready. Restored and started, all go on."""
     bucket = f"KV_{NAMES.bindings}"
@@ -546,21 +466,6 @@ async def test_a_lease_that_cannot_be_renewed_is_reported(tmp_path: Path) -> Non
         await until(lambda: made.sim.stats().parked == 3, "all are polled again")
         await eventually(adapter.is_ready, "it is ready again")
         await loaded(made, nc, 2)
-        await faultless(made, nc)
-
-
-async def test_a_full_stream_delays_an_answer_in_hand_and_loses_nothing(tmp_path: Path) -> None:
-    """iLink gives nothing again: what a poll brought is in hand until the inboxes take it."""
-    async with running(tmp_path, bots=3, cursor_mode="ack_on_delivery") as (made, nc, adapter):
-        await loaded(made, nc, 1)
-        await made.settle(nc)
-        messages = (await ask(nc, f"STREAM.INFO.{NAMES.stream_in}"))["state"]["messages"]
-        await change(nc, NAMES.stream_in, discard="new", max_msgs=messages)
-        for sandbox in made.bots:
-            made.say(sandbox, "while there is no room")
-        await until(lambda: adapter.said("inbound.full") > 0, "it says that it waits")
-        await change(nc, NAMES.stream_in, discard="old", max_msgs=-1)
-        await loaded(made, nc, 1, first=1)
         await faultless(made, nc)
 
 

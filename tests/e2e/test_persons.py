@@ -130,29 +130,6 @@ async def test_commands_that_wait_for_who_leaves_end(tmp_path: Path) -> None:
         assert made.phone_texts("s1") == ["answer sent", "answer again"]
 
 
-@pytest.mark.parametrize("plain", [False, True], ids=["sandbox", "service"])
-async def test_a_command_that_names_nobody_does_not_wait_for_the_next_person(tmp_path: Path, plain: bool) -> None:
-    """It was stored before they were bound, while no adapter ran: nobody knows for whom."""
-    async with world(tmp_path) as made:
-        nc, _ = await begun(made)
-        await says(made, nc, "hello")
-        await unbind(made, nc)
-        made.said.clear()
-        await made.adapters[0].kill()
-        await made.command(nc, "s1", "early", plain=plain)
-        bot = made.sim.add_bot()
-        made.bots["s1"] = bot
-        bind = {"sandbox": "s1", "bot": bot.bot, "bot_token": bot.token, "user": bot.user}
-        await nc.jetstream().publish(NAMES.bind, msgspec.json.encode(bind))
-        await made.adapters[0].start()
-        await until(lambda: made.sim.polls(bot.bot).total > 0, "the next bot is polled")
-        await says(made, nc, "I am another one")
-        (receipt,) = await made.receipts(nc)
-        assert (receipt.outcome, receipt.reason) == ("refused", "not_bound")
-        assert (await outcome(made, nc, "now")).outcome == "accepted"
-        assert made.phone_texts("s1") == ["answer now"]
-
-
 @pytest.mark.parametrize("leaves", ["unbind", "erase"])
 async def test_an_answer_that_comes_too_late_is_not_the_next_persons(tmp_path: Path, leaves: str) -> None:
     """It is stored before the bind, while no adapter runs; after an erasure nothing tells of the former person."""

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
-import contextlib
 import hashlib
-import random
 import signal
 from pathlib import Path
 from typing import Any
@@ -28,7 +26,7 @@ from adapter.security.seal import Sealer
 from adapter.settings import Settings
 from adapter.simulator import BotRecord, FaultRule, samples
 from tests.e2e.test_commands import final_of
-from tests.e2e.world import NAMES, TOKEN_KEY, World, audit, eventually, until, world
+from tests.e2e.world import NAMES, TOKEN_KEY, World, eventually, until, world
 
 PNG, MP4, PDF, WAV = samples.png(), samples.mp4(), samples.pdf(), samples.wav()
 
@@ -245,45 +243,6 @@ async def test_captions_and_media_count_and_what_does_not_fit_is_parked_unread(t
         one = ("file", "file.pdf", PDF)
         assert seen(made, bot) == [entry for number in range(6) for entry in (f"{number}", one)]
         assert made.sim.stats().violations == {}
-
-
-@pytest.mark.slow
-async def test_kill_9_while_what_was_parked_goes_out(tmp_path: Path) -> None:
-    """20 users, 15 texts each, in a flush that dies four times: each once, in order, with one receipt."""
-    rng = random.Random(21)
-    async with world(tmp_path, cursor_mode="cursor_replay", seed=21, send_latency_ms=100) as made:
-        (adapter,) = [await made.add_adapter()]
-        nc = await made.nc()
-        for number in range(20):
-            await made.bind(nc, f"sb{number:02d}", made.sim.add_bot())
-        for number in range(15):
-            await asyncio.gather(*(made.command(nc, sandbox, f"{sandbox}.{number}") for sandbox in made.bots))
-
-        async def are_parked() -> bool:
-            return sum(r.outcome == "parked" for r in await made.receipts(nc)) == 300
-
-        await eventually(are_parked, "all are parked")
-        made.sim.set_fault(FaultRule(fault="F6", endpoint="sendmessage", probability=0.1, params={"when": "after"}))
-        made.sim.set_fault(FaultRule(fault="F1", endpoint="sendmessage", probability=0.1))
-        for round_of in range(4):
-            sent = sum(len(made.sim.sends(bot.bot)) for bot in made.bots.values())
-            for sandbox in made.bots:
-                made.say(sandbox, f"go on {round_of}")
-            with contextlib.suppress(TimeoutError):  # all may be sent by now
-                async with asyncio.timeout(10):
-                    while sum(len(made.sim.sends(bot.bot)) for bot in made.bots.values()) < sent + 3:
-                        await asyncio.sleep(0.005)
-            await asyncio.sleep(rng.uniform(0.0, 0.3))  # a random point of the flush, not a wait for something
-            await adapter.kill()
-            await adapter.start()
-        made.sim.clear_faults()
-        await made.settle(nc)
-        result = await audit(made, nc)
-        messages = sum(len(made.sim.phone(bot.user)) for bot in made.bots.values())
-        await nc.close()
-    assert result.faults() == []
-    assert sum(result.outcomes.values()) == 300
-    assert messages < 150, "they were merged"
 
 
 @pytest.mark.slow
