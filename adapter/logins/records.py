@@ -31,7 +31,6 @@ log = structlog.get_logger()
 
 KEEP_ENDED_MS = 240_000
 """Time for which an ended login stays in memory, where the console finds it."""
-SEEN_WITHIN_S = 1.0
 PATIENCE_S = 0.05
 _ID = re.compile(r"[A-Za-z0-9_-]{1,64}")
 ADVICE = {
@@ -83,12 +82,11 @@ class LoginRecords:
         return decode_record(entry.value, LoginRecord, login=login[:6]), entry.revision
 
     async def create(self, login: str, record: LoginRecord) -> tuple[LoginRecord, int]:
-        """Stores a new login, and waits until this replica knows it. Raises BusRefused, Temporary."""
+        """Stores a new login. Raises BusRefused, Temporary."""
         record = structs.replace(record, changed_ms=self._clock.now_ms())
         revision = await self.bucket.update(login, msgspec.json.encode(record), 0)
         log.info("login.started", login=login[:6], sandbox=record.sandbox)
         await self._events.publish_login_event(_event_of(login, record), step=record.step)
-        await self.changed.wait_until(lambda: login in self._records, SEEN_WITHIN_S)
         return record, revision
 
     async def update(self, login: str, make: Callable[[LoginRecord], LoginRecord | None]) -> tuple[LoginRecord, int]:

@@ -18,7 +18,7 @@ import structlog
 from adapter.bindings.registry import Bindings
 from adapter.content.dedup import bot_of
 from adapter.contract.messages import ControlAnswer, Erase, ErasedEvent
-from adapter.contract.names import H_COMMAND, H_MSG_ID, H_SANDBOX, H_USER, Names, media_prefix, to_subject_token
+from adapter.contract.names import H_MSG_ID, H_SANDBOX, H_USER, Names, media_prefix, to_subject_token
 from adapter.errors import UNDECODABLE, Conflict, Temporary
 from adapter.observability.events import Events
 from adapter.ports import Bucket, History, StoredMessage
@@ -51,7 +51,6 @@ class _About(msgspec.Struct):
     bot: str | None = None
     sandbox: str | None = None
     reply_to: str | None = None
-    command: str = ""
     bots: list[str] = []
 
 
@@ -73,8 +72,6 @@ class PersonSearch:
         self._bots: set[str] = set()
         self._serving_others: set[str] = set()
         """Bots that serve another sandbox or another person, so their checkpoints are in use."""
-        self._commands: set[tuple[str, str]] = set()
-        """Sandbox and id of each command that has a receipt."""
 
     async def find(self) -> AsyncIterator[Found]:
         """Everything about the person. Records that name their bots come first. Raises Temporary."""
@@ -129,20 +126,18 @@ class PersonSearch:
             return None
         if ".receipt." in stored.subject:
             kind = "receipt"
-            self._commands.add((sandbox, about.command))
         return Found(kind, stream, stored, sandbox, about.bot or "")
 
     def _is_their_dead_letter(self, stored: StoredMessage) -> bool:
+        """A dead letter names its person where that was known."""
         headers = stored.headers
         if self._sandbox not in (None, headers.get(H_SANDBOX)):
             return False
-        if headers.get(H_USER) == self._user:
-            return True
-        if (headers.get(H_SANDBOX, ""), headers.get(H_COMMAND, "")) in self._commands:
-            return True
-        if headers.get(H_MSG_ID, "").startswith(tuple(f"dead:{bot}:" for bot in self._bots)):
-            return True
-        return any(f'"{name}"'.encode() in stored.data for name in (self._user, *self._bots))
+        return (
+            headers.get(H_USER) == self._user
+            or headers.get(H_MSG_ID, "").startswith(tuple(f"dead:{bot}:" for bot in self._bots))
+            or any(f'"{name}"'.encode() in stored.data for name in (self._user, *self._bots))
+        )
 
     async def _find_media(self) -> AsyncIterator[Found]:
         """The media that the person sent. Each description precedes its pieces."""

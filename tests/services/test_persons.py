@@ -8,7 +8,7 @@ import msgspec
 import pytest
 
 from adapter.contract.messages import ControlAnswer, Erase
-from adapter.contract.names import H_COMMAND, H_MSG_ID, H_SANDBOX, H_USER, Names, to_subject_token
+from adapter.contract.names import H_MSG_ID, H_SANDBOX, H_USER, Names, to_subject_token
 from adapter.contract.records import CheckpointRecord
 from adapter.errors import Temporary
 from adapter.services.persons import Erasure
@@ -38,8 +38,7 @@ class Place:
             bench.bus.put(names.receipt("s1", f"c-{user}", 1), about, {})
             bench.bus.put(names.event("s1", "binding"), msgspec.json.encode({"bot": bot, "sandbox": "s1"}), {})
             bench.bus.put(names.dead_letters("WECHAT_IN"), b"raw", {H_MSG_ID: f"dead:{bot}:x", H_SANDBOX: "s1"})
-            command = {H_COMMAND: f"c-{user}", H_SANDBOX: "s1"}
-            bench.bus.put(names.dead_letters("WECHAT_OUT"), b"{", command)
+            bench.bus.put(names.dead_letters("WECHAT_OUT"), b"{", {H_USER: user, H_SANDBOX: "s1"})
             bench.bus.put(checkpoint_of(names, bot), CHECKPOINT, {})
 
         async def is_released(_: str) -> bool:
