@@ -51,8 +51,8 @@ SECRET_CHARS = 6
 """A shorter string is no secret, and would be found inside words."""
 ID_CHARS = 128
 """Longest message id; a uint64 has 20 digits."""
-QR_CHARS = 4096
-"""Longest content of a QR code; a code of capitals and digits holds 4,296 characters."""
+QR_CHARS = 2953
+"""Longest content that every QR code can hold."""
 TOKENS_LISTED = 10
 """Most tokens in `local_token_list`."""
 STATUSES: tuple[str, ...] = get_args(ScanStatus)

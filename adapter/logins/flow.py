@@ -28,7 +28,6 @@ from adapter.contract.names import H_MSG_ID, H_SCHEMA, Names
 from adapter.contract.records import Binding, ControlOutcome, LoginRecord
 from adapter.errors import BusRefused, Refused, Temporary
 from adapter.kit.timing import Clock, backoff, shield_with_grace
-from adapter.logins.qr import check_content
 from adapter.logins.records import ADVICE, LoginRecords, next_step
 from adapter.ports import Bus, BusMessage, Logins, QrCode, Scan
 from adapter.security.seal import Sealer, bind_context, login_context
@@ -282,7 +281,7 @@ def _check_credentials(scan: Scan) -> None:
 
 
 async def fetch_code(logins: Logins, bound: Iterable[Binding], sealer: Sealer) -> QrCode:
-    """A code that can be shown. Raises Temporary.
+    """A code. Raises Temporary.
 
     A scanning user should keep a bot of `bound`: its token goes with the request, newest first. Dead ones are left
     out, since their user needs a new bot instead of `already_bound`.
@@ -294,9 +293,7 @@ async def fetch_code(logins: Logins, bound: Iterable[Binding], sealer: Sealer) -
                 tokens.append(sealer.open(binding.bot, binding.token))
             except Refused as exc:
                 log.warning("login.token_unread", bot=binding.bot, reason=exc.reason)
-    code = await logins.fetch_code(tokens)
-    check_content(code.url)
-    return code
+    return await logins.fetch_code(tokens)
 
 
 def seal_url(sealer: Sealer, login: str, code: QrCode) -> str:

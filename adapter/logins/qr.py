@@ -8,8 +8,6 @@ from functools import lru_cache
 
 import segno
 
-from adapter.errors import Temporary
-
 QUIET = 4
 """Light modules around the code, as the standard requires."""
 PIXELS = 8
@@ -19,15 +17,6 @@ DARK_ON_LIGHT, PLAIN = "\x1b[38;5;16;48;5;231m", "\x1b[0m"
 
 _HALVES = {(False, False): " ", (True, False): "▀", (False, True): "▄", (True, True): "█"}
 """Upper and lower module of a character; true is dark."""
-
-
-def check_content(content: str) -> None:
-    """Raises Temporary for content that no code can show."""
-    try:
-        _make_qr(content)
-    except segno.DataOverflowError:
-        detail = f"iLink gave no QR code: {len(content)} bytes do not fit into one."
-        raise Temporary("unreadable", detail) from None
 
 
 @lru_cache(maxsize=64)

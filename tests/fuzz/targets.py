@@ -34,13 +34,13 @@ from adapter.contract.names import (
     to_subject_token,
     user_of_key,
 )
-from adapter.errors import AdapterError, Refused, Temporary, Uncertain, Unreadable
+from adapter.errors import AdapterError, Refused, Uncertain, Unreadable
 from adapter.ilink import network, protocol
 from adapter.ilink.cipher import Decryption, read_key
 from adapter.ilink.connection import Connection
 from adapter.ilink.protocol import IlinkReply, unpack
 from adapter.ilink.translate import read_message
-from adapter.logins.qr import check_content, html_element, terminal_text
+from adapter.logins.qr import html_element, terminal_text
 from adapter.observability import logs
 from adapter.outbound.commands import (
     Limits,
@@ -216,10 +216,8 @@ def login(data: bytes) -> None:
             for host in (found.redirect_host, found.base_url):
                 _url(host)
         else:
-            with contextlib.suppress(Temporary):
-                check_content(found.url)
-                assert html_element(found.url).startswith("<img src=" if found.url.startswith("data:") else "<svg")
-                assert terminal_text(found.url)
+            assert html_element(found.url).startswith("<img src=" if found.url.startswith("data:") else "<svg")
+            assert terminal_text(found.url)
 
 
 def url(data: bytes) -> None:

@@ -123,18 +123,6 @@ async def doors() -> Doors:
     return Doors()
 
 
-async def test_a_code_that_fits_no_qr_code_is_refused_in_words_and_another_is_fetched(doors: Doors) -> None:
-    doors.ilink.codes.append(QrCode("long", "https://q/" + "y" * 4000))
-    with pytest.raises(Temporary, match="4010 bytes"):
-        await doors.start()
-    login = await doors.start()
-    doors.ilink.codes.append(QrCode("long", "https://q/" + "y" * 4000))
-    doors.ilink.happens("q1", "expired")
-    await asyncio.sleep(5)
-    now = await doors.status(login)
-    assert (now.status, now.code, now.qrcode_url) == ("wait", 2, "https://q/q2")
-
-
 async def test_a_login_goes_from_the_code_to_the_bot(doors: Doors) -> None:
     login = await doors.start()
     assert (login.status, login.code, login.qrcode_url) == ("wait", 1, "https://q/q1")

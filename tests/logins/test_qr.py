@@ -9,12 +9,11 @@ import zlib
 import pytest
 import segno
 
-from adapter.errors import Temporary
+from adapter.ilink.protocol import QR_CHARS
 from adapter.logins.qr import (
     DARK_ON_LIGHT,
     PIXELS,
     PLAIN,
-    check_content,
     png_base64,
     terminal_text,
 )
@@ -76,18 +75,5 @@ def pixels(data: bytes, width: int, height: int) -> list[list[int]]:
     return rows
 
 
-@pytest.mark.parametrize(
-    "content",
-    [
-        pytest.param("https://a/" + "y" * 2944, id="a byte too long"),
-        pytest.param("a" * 4096, id="longest"),
-    ],
-)
-def test_what_can_be_shown_as_no_code_is_refused_in_words(content: str) -> None:
-    with pytest.raises(Temporary, match="no QR code") as caught:
-        check_content(content)
-    assert caught.value.reason == "unreadable"
-
-
-def test_a_code_of_capitals_and_digits_holds_more() -> None:
-    check_content("A" * 4096)
+def test_the_longest_content_that_ilink_may_give_is_shown() -> None:
+    assert terminal_text("y" * QR_CHARS)
