@@ -124,7 +124,8 @@ class BusClient(Client):
     async def _flush_pending(self, force_flush: bool = False) -> Any:
         """Reconnects if the socket is closed and nats-py's flusher, which would do so, has ended. nats-py lets the
         socket's error through."""
-        if self._flusher_task is not None and self._flusher_task.done() and self._is_socket_closed():
+        is_flusher_over = self._flusher_task is not None and self._flusher_task.done()
+        if is_flusher_over and self.is_connected and self._is_socket_closed():
             await self._process_op_err(ConnectionResetError())
             raise ConnectionReconnectingError
         return await super()._flush_pending(force_flush)

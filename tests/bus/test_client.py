@@ -191,6 +191,41 @@ def test_a_connection_that_broke_with_something_to_write_is_closed_all_the_same(
 
 
 @pytest.mark.parametrize("loop", [asyncio.new_event_loop, uvloop.new_event_loop], ids=["asyncio", "uvloop"])
+def test_nothing_is_left_of_a_connection_that_broke_after_its_flusher_had_ended(
+    loop: Callable[[], asyncio.AbstractEventLoop],
+) -> None:
+    """uvloop's error for a broken socket ends the flusher."""
+
+    async def broken() -> set[str]:
+        closed = asyncio.Event()
+
+        async def on_closed() -> None:
+            closed.set()
+
+        async def on_message(_: Msg) -> None:
+            raise AssertionError("nothing was said")
+
+        async with EmbeddedNats() as server:
+            before = asyncio.all_tasks()
+            client = BusClient()
+            await client.connect(server.url, allow_reconnect=False, closed_cb=on_closed)
+            await client.subscribe("news", cb=on_message)
+            await client.flush()
+            assert client._flusher_task is not None
+            assert isinstance(client._transport, TcpTransport)
+            assert client._transport._io_writer is not None
+            client._flusher_task.cancel()
+            await asyncio.wait([client._flusher_task])
+            client._transport._io_writer.transport.abort()
+            await asyncio.wait_for(closed.wait(), 30)
+            await asyncio.sleep(0)
+            return {repr(task) for task in asyncio.all_tasks() - before}
+
+    with asyncio.Runner(loop_factory=loop) as runner:
+        assert not runner.run(broken())
+
+
+@pytest.mark.parametrize("loop", [asyncio.new_event_loop, uvloop.new_event_loop], ids=["asyncio", "uvloop"])
 def test_a_server_that_breaks_off_behind_its_first_word_is_a_break_like_any_other(
     loop: Callable[[], asyncio.AbstractEventLoop],
 ) -> None:
