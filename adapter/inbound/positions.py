@@ -1,7 +1,7 @@
 """Finds stored positions that lie above the last sequence of the inboxes, which a restore of an old backup leaves.
 
-Whatever is stored up to such a position would be taken for known. So `fold.InboxReader.check` refuses it, and
-`wechat-nats doctor --fix` lowers it.
+Whatever is stored up to such a position would be taken for known. So `outbound.inbox.InboxReader.check` refuses it,
+and `wechat-nats doctor --fix` lowers it.
 """
 
 from __future__ import annotations
