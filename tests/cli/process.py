@@ -7,6 +7,7 @@ import base64
 import contextlib
 import os
 import pty
+import re
 import sys
 from asyncio.subprocess import PIPE, Process
 from collections.abc import AsyncIterator, Callable
@@ -54,6 +55,26 @@ async def on_terminal(*arguments: str) -> AsyncIterator[tuple[Running, int]]:
     finally:
         os.close(main)
         os.close(terminal)
+
+
+async def printed(process: Running, words: bytes, *, errors: bool = False) -> bytes:
+    """What is printed until `words` are."""
+    stream = process.stderr if errors else process.stdout
+    assert stream is not None
+    found = b""
+    while words not in found:
+        block = await stream.read(4096)
+        assert block, found
+        found += block
+    return found
+
+
+async def seen(main: int, *words: bytes) -> bytes:
+    """What the terminal shows until all the words are there, each after the one before."""
+    found = b""
+    while not re.search(b".*".join(re.escape(word) for word in words), found, re.DOTALL):
+        found += await asyncio.to_thread(os.read, main, 4096)
+    return found
 
 
 async def until(condition: Callable[[], object]) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import os
 import pty
 import re
@@ -25,7 +24,7 @@ from adapter.contract.messages import (
 )
 from adapter.contract.names import H_MSG_ID, H_REPLY_TO
 from tests.cli.conftest import Command
-from tests.cli.process import on_terminal, started
+from tests.cli.process import on_terminal, seen, started
 from tests.cli.standin import answering
 
 TOKEN = "bot1@im.bot:secret-of-the-bot"
@@ -125,12 +124,9 @@ async def test_without_a_terminal_nobody_is_asked_for_the_token(bus: BusConnecti
 
 async def test_on_a_terminal_the_token_is_asked_for_and_not_shown(bus: BusConnection) -> None:
     async with answering(bus) as adapter, on_terminal("bind", "s1", "bot1@im.bot") as (process, main):
-        shown = b""
-        while b"not shown" not in shown:
-            shown += await asyncio.to_thread(os.read, main, 4096)
+        shown = await seen(main, b"not shown")
         os.write(main, TOKEN.encode() + b"\n")
-        while b"bound." not in shown:
-            shown += await asyncio.to_thread(os.read, main, 4096)
+        shown += await seen(main, b"bound.")
         assert await process.wait() == 0
     (asked,) = adapter.asked
     assert isinstance(asked, Bind)
@@ -227,10 +223,7 @@ async def test_a_bot_is_moved_after_a_question(bus: BusConnection, token_file: s
             arguments = ("bind", "s2", "bot1@im.bot", "--token-file", token_file)
             async with started(*arguments, stdin=terminal, stderr=terminal) as process:
                 os.close(terminal)
-                said = b""
-                while b"[y/N]" not in said:
-                    said += await asyncio.to_thread(os.read, main, 1024)
-                assert b"bot1@im.bot serves s1: move it to s2?" in said
+                assert b"bot1@im.bot serves s1: move it to s2?" in await seen(main, b"[y/N]")
                 os.write(main, answer)
                 assert await process.wait() == 1 - moved
             os.close(main)

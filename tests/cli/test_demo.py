@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import os
-import pty
 import re
 import termios
 from pathlib import Path
-from typing import Any
 
 import nats
 import pytest
@@ -17,7 +15,7 @@ from nats.errors import Error as NatsError
 from nats.js.errors import NotFoundError
 
 from adapter.cli.demo import LABEL
-from tests.cli.process import Running, alive, children, started
+from tests.cli.process import alive, children, on_terminal, printed, seen, started
 
 STARTED = b"You are a WeChat user"
 HELLO = b"hello\n"
@@ -40,17 +38,6 @@ def entries(out: bytes) -> list[tuple[str, str]]:
 
 def said(out: bytes, label: str) -> list[str]:
     return [text for who, text in entries(out) if who == label]
-
-
-async def shown(process: Running, words: bytes) -> bytes:
-    """What is printed until `words` are."""
-    assert process.stdout is not None
-    found = b""
-    while words not in found:
-        block = await process.stdout.read(4096)
-        assert block, found
-        found += block
-    return found
 
 
 async def test_a_line_in_a_pipe_comes_back_to_the_phone(temporary: Path) -> None:
@@ -94,7 +81,7 @@ async def test_a_program_answers_instead(temporary: Path) -> None:
 
 async def test_an_agent_of_ones_own_is_attached_by_the_line_that_is_printed(temporary: Path, tmp_path: Path) -> None:
     async with started("demo", "--no-echo") as process:
-        out = await shown(process, b"PROGRAM'\n\n")
+        out = await printed(process, b"PROGRAM'\n\n")
         (line,) = [line for line in out.decode().splitlines() if line.startswith("Your agent: ")]
         variable, command, *arguments = line.removeprefix("Your agent: ").replace("PROGRAM", "cat").split(" ")
         assert command == "wechat-nats"
@@ -103,7 +90,7 @@ async def test_an_agent_of_ones_own_is_attached_by_the_line_that_is_printed(temp
         async with started(*(argument.strip("'") for argument in arguments), env=environ) as agent:
             assert process.stdin is not None
             process.stdin.write(HELLO)
-            await shown(process, b"phone             hello")
+            await printed(process, b"phone             hello")
             agent.send_signal(15)
             assert await agent.wait() == 0
         process.stdin.close()
@@ -129,11 +116,11 @@ async def test_a_file_will_do_as_input_and_verbose_puts_the_log_on_standard_erro
 @pytest.mark.parametrize("number", [2, 15, 1], ids=["ctrl-C", "SIGTERM", "closed terminal"])
 async def test_a_signal_ends_it_cleanly(temporary: Path, number: int) -> None:
     async with started("demo") as process:
-        await shown(process, STARTED)
+        await printed(process, STARTED)
         (server,) = children(process.pid)
         assert process.stdin is not None
         process.stdin.write(HELLO)
-        await shown(process, b"\nphone")
+        await printed(process, b"\nphone")
         process.send_signal(number)
         assert await process.wait() == 0
         assert process.stderr is not None
@@ -144,7 +131,7 @@ async def test_a_signal_ends_it_cleanly(temporary: Path, number: int) -> None:
 
 async def test_ctrl_c_while_it_starts_is_clean_too(temporary: Path) -> None:
     async with started("demo") as process:
-        await shown(process, b"The adapter logs to")
+        await printed(process, b"The adapter logs to")
         process.send_signal(2)
         assert await process.wait() == 0
     assert os.listdir(temporary) == []
@@ -152,7 +139,7 @@ async def test_ctrl_c_while_it_starts_is_clean_too(temporary: Path) -> None:
 
 async def test_a_bus_that_dies_is_a_failure_that_keeps_the_log(temporary: Path) -> None:
     async with started("demo") as process:
-        out = await shown(process, STARTED)
+        out = await printed(process, STARTED)
         (server,) = children(process.pid)
         os.kill(server, 9)
         assert await process.wait() == 3  # not `communicate`, which ends its input: that ends it, too, and well
@@ -163,39 +150,27 @@ async def test_a_bus_that_dies_is_a_failure_that_keeps_the_log(temporary: Path) 
 
 
 async def test_at_a_terminal_one_is_prompted_and_leaves_by_ctrl_c(temporary: Path) -> None:
-    main, terminal = pty.openpty()
-    tty: dict[str, Any] = {"stdin": terminal, "stdout": terminal, "stderr": terminal}
-    async with started("demo", **tty, preexec_fn=lambda: os.login_tty(terminal), fresh=True) as process:
-        os.close(terminal)
+    async with on_terminal("demo") as (process, main):
         plain = termios.tcgetattr(main)
-        await typed(main, b"You are a WeChat user", b"you")
+        await seen(main, b"You are a WeChat user", b"you")
         os.write(main, HELLO)
-        seen = await typed(main, b"phone", b"You said: hello", b"you")
-        assert seen.count(b"hello") == 4  # typed once, and shown by the bus, the agent and the phone
+        echoed = await seen(main, b"phone", b"You said: hello", b"you")
+        assert echoed.count(b"hello") == 4  # typed once, and shown by the bus, the agent and the phone
         os.write(main, b"edted\x1b[D\x1b[D\x1b[Di\n")  # the left arrow
-        await typed(main, b"phone", b"You said: edited", b"you")
+        await seen(main, b"phone", b"You said: edited", b"you")
         os.write(main, b"\x1b[A\x1b[A\n")  # the upper one
-        await typed(main, b"phone", b"You said: hello", b"you")
+        await seen(main, b"phone", b"You said: hello", b"you")
         os.write(main, b"\x03")
         assert await process.wait() == 0
-    assert termios.tcgetattr(main) == plain
-    os.close(main)
+        assert termios.tcgetattr(main) == plain
     assert os.listdir(temporary) == []
-
-
-async def typed(main: int, *words: bytes) -> bytes:
-    """What the terminal shows until all the words are there, each after the one before."""
-    seen = b""
-    while not re.search(b".*".join(re.escape(word) for word in words), seen, re.DOTALL):
-        seen += await asyncio.to_thread(os.read, main, 4096)
-    return seen
 
 
 async def test_run_embedded_keeps_its_data_and_drains(tmp_path: Path) -> None:
     environment = {"WECHAT_NATS_DATA_DIR": str(tmp_path / "data"), "WECHAT_NATS_HTTP_ADDR": "127.0.0.1:0"}
     for turn in range(2):
         async with started("run", "--embedded", "--port", "0", env=environment) as process:
-            await shown(process, b"adapter.started")
+            await printed(process, b"adapter.started")
             kept = tmp_path / "data" / "nats.url"
             url = kept.read_text().strip()
             assert kept.stat().st_mode & 0o777 == 0o600

@@ -17,7 +17,7 @@ from adapter.cli.demo import demo_settings
 from adapter.cli.embedded import EmbeddedNats, adapter_running
 from adapter.simulator import Simulator
 from tests.cli.conftest import START_S
-from tests.cli.process import TOKEN_KEY, Running, children, started
+from tests.cli.process import TOKEN_KEY, Running, children, printed, seen, started
 
 ENVIRON = {"WECHAT_NATS_HTTP_ADDR": "127.0.0.1:0", "WECHAT_NATS_TOKEN_KEY": TOKEN_KEY}
 COMMANDS: dict[str, tuple[tuple[str, ...], bytes]] = {
@@ -30,13 +30,6 @@ COMMANDS: dict[str, tuple[tuple[str, ...], bytes]] = {
     "simulator": (("simulator", "--bots", "1"), b"admin_url"),
 }
 """Arguments, and what is printed once it is at work; nothing by itself."""
-
-
-async def printed(process: Running, words: bytes) -> None:
-    """Waits until the words are printed."""
-    assert process.stdout is not None
-    while words not in (line := await process.stdout.readline()):
-        assert line
 
 
 async def tailed(process: Running, bus: BusConnection) -> None:
@@ -84,9 +77,7 @@ async def test_the_first_ctrl_c_of_run_says_what_it_waits_for_and_how_long(serve
         await printed(process, b"shards.claimed")  # before, there is nothing to give back, and it ends at once
         os.kill(server.pid, signal.SIGSTOP)
         process.send_signal(signal.SIGINT)
-        said = b""
-        while b"Ctrl-C again" not in said:
-            said += await asyncio.to_thread(os.read, main, 1024)
+        said = await seen(main, b"Ctrl-C again")
         assert b"waiting for open polls and for answers to what is being sent, 7 s at most." in said
         os.kill(server.pid, signal.SIGCONT)
         assert process.stdout is not None

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import os
-import pty
 import re
 import stat
 from collections.abc import AsyncIterator
 from pathlib import Path
-from typing import Any
 
 import msgspec
 import pytest
@@ -19,7 +17,7 @@ from adapter.cli.embedded import EmbeddedNats, adapter_running
 from adapter.logins.qr import DARK_ON_LIGHT, PLAIN, terminal_text
 from adapter.simulator import FaultRule, Simulator, SimulatorSettings
 from tests.cli.conftest import Command
-from tests.cli.process import Running, started, until
+from tests.cli.process import Running, on_terminal, printed, seen, started, until
 
 START_S = 60.0
 DIGITS = b"Digits shown on the phone: "
@@ -43,18 +41,6 @@ async def code_of(sim: Simulator) -> str:
     return sim.qrcodes()[-1].qrcode
 
 
-async def read(process: Running, words: bytes, *, errors: bool = False) -> bytes:
-    """What is printed until `words` are."""
-    stream = process.stderr if errors else process.stdout
-    assert stream is not None
-    found = b""
-    while words not in found:
-        block = await stream.read(4096)
-        assert block, found
-        found += block
-    return found
-
-
 def type_(process: Running, line: bytes) -> None:
     assert process.stdin is not None
     process.stdin.write(line)
@@ -63,17 +49,17 @@ def type_(process: Running, line: bytes) -> None:
 async def test_a_person_scans_types_digits_and_is_bound(sim: Simulator, cli: Command) -> None:
     async with started("login", "s1", "--auto-typing") as process:
         code = await code_of(sim)
-        shown = await read(process, b"Scan this code")
+        shown = await printed(process, b"Scan this code")
         drawn = terminal_text(f"https://liteapp.weixin.qq.com/q/sim?qrcode={code}")
         assert drawn.replace(DARK_ON_LIGHT, "").replace(PLAIN, "") in shown.decode()
         assert b"\x1b" not in shown
         sim.require_verify(code, "4711")
         sim.scan(code)
-        await read(process, DIGITS, errors=True)
+        await printed(process, DIGITS, errors=True)
         type_(process, b"not digits\n1111\n")
-        await read(process, b"Wrong. The digits shown on the phone: ", errors=True)
+        await printed(process, b"Wrong. The digits shown on the phone: ", errors=True)
         type_(process, b"47 11\n")
-        await read(process, b"Confirm on the phone.\n")
+        await printed(process, b"Confirm on the phone.\n")
         sim.confirm(code)
         out, err = await process.communicate()
         assert (process.returncode, err) == (0, b"")
@@ -130,7 +116,7 @@ async def test_a_picture_that_only_its_owner_can_read(sim: Simulator, tmp_path: 
     picture = tmp_path / "code.png"
     picture.touch(0o644)
     async with started("login", "s1", "--png", str(picture)) as process:
-        shown = await read(process, b"Scan this code")
+        shown = await printed(process, b"Scan this code")
         assert b"code.png" in shown
         assert "█" not in shown.decode()
         assert picture.read_bytes().startswith(b"\x89PNG")
@@ -142,9 +128,9 @@ async def test_a_picture_that_only_its_owner_can_read(sim: Simulator, tmp_path: 
 
 async def test_json_has_every_state(sim: Simulator) -> None:
     async with started("login", "s1", "--json") as process:
-        await read(process, b"\n")
+        await printed(process, b"\n")
         sim.scan(await code_of(sim))
-        await read(process, b"\n")
+        await printed(process, b"\n")
         sim.confirm(await code_of(sim))
         out, err = await process.communicate()
         assert (process.returncode, err) == (0, b"")
@@ -188,7 +174,7 @@ async def nobody_asks(sim: Simulator) -> None:
 @pytest.mark.parametrize("number", [2, 15], ids=["ctrl-C", "SIGTERM"])
 async def test_a_signal_cancels_the_login(sim: Simulator, cli: Command, number: int) -> None:
     async with started("login", "s1") as process:
-        await read(process, b"Scan this code")
+        await printed(process, b"Scan this code")
         process.send_signal(number)
         _, err = await process.communicate()
         assert (process.returncode, err) == (130, b"")
@@ -198,28 +184,16 @@ async def test_a_signal_cancels_the_login(sim: Simulator, cli: Command, number: 
 
 
 async def test_at_a_terminal_the_code_has_colours_of_its_own(sim: Simulator) -> None:
-    main, terminal = pty.openpty()
-    tty: dict[str, Any] = {"stdin": terminal, "stdout": terminal, "stderr": terminal}
-    async with started("login", "s1", **tty, preexec_fn=lambda: os.login_tty(terminal), fresh=True) as process:
-        os.close(terminal)
-        seen = await typed(main, b"Scan this code")
+    async with on_terminal("login", "s1") as (process, main):
+        shown = await seen(main, b"Scan this code")
         code = await code_of(sim)
         drawn = terminal_text(f"https://liteapp.weixin.qq.com/q/sim?qrcode={code}")
-        assert drawn in seen.decode().replace("\r\n", "\n")
+        assert drawn in shown.decode().replace("\r\n", "\n")
         sim.require_verify(code, "4711")
         sim.scan(code)
-        await typed(main, DIGITS)
+        await seen(main, DIGITS)
         os.write(main, b"4711\n")
-        await typed(main, b"Confirm on the phone.")
+        await seen(main, b"Confirm on the phone.")
         os.write(main, b"\x03")
         assert await process.wait() == 130
-    os.close(main)
     await nobody_asks(sim)
-
-
-async def typed(main: int, words: bytes) -> bytes:
-    """What the terminal shows until the words are there."""
-    seen = b""
-    while words not in seen:
-        seen += await asyncio.to_thread(os.read, main, 4096)
-    return seen

@@ -25,7 +25,7 @@ from adapter.security.seal import Sealer, dead_context
 from adapter.settings import Settings
 from adapter.simulator import BotRecord, Simulator, samples
 from tests.cli.conftest import Command
-from tests.cli.process import TOKEN_KEY, on_terminal
+from tests.cli.process import TOKEN_KEY, on_terminal, seen
 
 KINDS = {"conversation", "login", "message", "event", "receipt", "dead_letter", "media", "checkpoint"}
 """All that is there once a person's bots are unbound and their commands have ended."""
@@ -250,10 +250,7 @@ async def test_at_a_terminal_the_counts_are_shown_before_a_person_is_erased(bus:
     await bus.nc.subscribe(bus.names.erase, cb=answer)
     await bus.nc.flush()
     async with on_terminal("erase", "--user", "u@im.wechat") as (process, main):
-        shown = b""
-        while b"[y/N]" not in shown:
-            shown += await asyncio.to_thread(os.read, main, 4096)
-        assert re.search(rb"message +17", shown)
+        assert re.search(rb"message +17", await seen(main, b"[y/N]"))
         assert [each.dry_run for each in asked] == [True]
         os.write(main, said.encode() + b"\n")
         assert await process.wait() == (0 if said == "y" else 1)

@@ -8,7 +8,6 @@ import signal
 from collections import Counter
 from pathlib import Path
 
-import pytest
 from nats.aio.client import Client
 
 from tests.e2e.world import World, audit, load, until, world
@@ -59,22 +58,3 @@ async def test_a_replica_that_comes_later_gets_its_share_at_poll_boundaries(tmp_
         assert found.faults() == []
         assert made.sim.stats().duplicates_suppressed == 0, "no command was sent by both"
         assert "polls.cancelled" not in first.log.read_text() + second.log.read_text()
-
-
-@pytest.mark.slow
-async def test_a_cluster_that_loses_its_leader_and_a_replica_loses_nothing(tmp_path: Path) -> None:
-    async with world(tmp_path, clustered=True, cursor_mode="cursor_replay") as made:
-        for _ in range(2):
-            await made.add_adapter()
-        nc = await made.nc()
-        await with_bots(made, nc)
-        loading = asyncio.create_task(load(made, nc, rounds=15, pause_s=0.5, rng=random.Random(3)))
-        leader = await made.cluster.leader("WECHAT_IN")
-        leader.kill()
-        await made.adapters[0].kill()
-        await asyncio.sleep(5)  # the length of the outage, not a wait for something
-        leader.start()
-        await made.adapters[0].start()
-        await loading
-        await made.settle(nc)
-        assert (await audit(made, nc)).faults() == []
