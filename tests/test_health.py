@@ -125,14 +125,6 @@ async def test_a_problem_counts_once_it_has_lasted(trouble: Any, said: str) -> N
     assert replica.problem == ""
 
 
-async def test_a_lost_connection_is_no_problem_of_jetstream() -> None:
-    """It has a check of its own."""
-    replica = Replica()
-    replica.connection.is_connected = False
-    await asyncio.sleep(60)
-    assert (replica.problem, replica.looks) == ("", 0)
-
-
 async def test_what_is_gone_or_lacks_keys_is_reported_and_waited_for() -> None:
     replica = Replica()
     replica.absent, replica.incomplete = ["WECHAT_IN"], ["KV_wechat_bindings"]

@@ -19,7 +19,7 @@ from adapter.contract.names import H_ERROR, H_ERROR_CODE, H_MSG_ID, H_REPLY_TO, 
 from adapter.contract.records import Binding
 from adapter.errors import BusRefused, RecordTooNew, Refused, Temporary
 from adapter.ownership.tenure import Tenure
-from adapter.ports import BusMessage, Entry, StoredMessage
+from adapter.ports import BusMessage, StoredMessage
 from adapter.security.seal import Sealer, cursor_context
 from tests.fakes import Bench, Failing, FakeBucket, FakeDelivery
 from tests.newer import made_newer
@@ -368,32 +368,6 @@ async def test_an_owner_cut_off_for_long_publishes_no_event_that_is_over(platfor
     platform.publish("unbind", b'{"sandbox":"s1"}')
     await asyncio.sleep(600)
     assert [change for _, _, change in platform.changes] == ["bound", "unbound", "bound"]
-
-
-@pytest.mark.parametrize("last", [1, 2])
-async def test_an_owner_cut_off_as_it_read_changes_nothing_that_another_has_written_since(
-    last: int, platform: Platform
-) -> None:
-    """What it asked comes to the server once the path is there again, and is answered with what is new."""
-    await platform.bind()
-    bucket, looks = platform.bench.bindings_bucket, 0
-    read = bucket.get
-
-    async def cut_off(key: str) -> Entry | None:
-        nonlocal looks
-        looks += key == to_subject_token(BOT)
-        if looks == last:  # before it writes
-            bucket.get = read  # type: ignore[method-assign]
-            platform.bench.leases.has_lease = False
-            await next_owner(platform).bind(sandbox="s9")
-        return await read(key)
-
-    bucket.get = cut_off  # type: ignore[method-assign]
-    platform.publish("unbind", b'{"sandbox":"s1"}')
-    await asyncio.sleep(30)
-    assert looks == last
-    assert platform.bound == {BOT: "s9"}
-    assert platform.binding().closing is None
 
 
 async def test_an_unbind_of_nothing_is_no_error(platform: Platform) -> None:

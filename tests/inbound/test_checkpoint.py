@@ -9,7 +9,7 @@ import msgspec
 import pytest
 from structlog.testing import capture_logs
 
-from adapter.content.dedup import KEEP, SIZE
+from adapter.content.dedup import SIZE
 from adapter.contract.records import CheckpointRecord
 from adapter.errors import Conflict, LeaseLost, Temporary
 from adapter.inbound.checkpoint import SAVE_AFTER_NEW, SAVE_AFTER_S, Checkpoint
@@ -142,17 +142,6 @@ async def test_it_knows_only_messages_that_the_inbox_has(poller: Poller) -> None
     await checkpoint.save()
     position = (await bench.checkpoint()).position
     assert (len(position.prints), position.cursor, position.inbox_seq) == (5 * SIZE, "b", 5)
-
-
-async def test_it_keeps_the_last_hundred_or_so_fingerprints_of_the_last_hour(poller: Poller) -> None:
-    bench = await ready(batch(*(raw(f"t{number}", number) for number in range(200)), cursor="b"))
-    session, task = start_poller(bench)
-    await asyncio.sleep(5)
-    assert len((await bench.checkpoint()).position.prints) == KEEP * SIZE
-    await asyncio.sleep(3601)
-    session.stop(immediately=True)
-    await task
-    assert (await bench.checkpoint()).position.prints == b""
 
 
 async def test_what_the_inbox_had_and_evicted_is_not_stored_again_by_the_next_owner() -> None:

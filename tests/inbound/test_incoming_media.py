@@ -29,7 +29,7 @@ from adapter.kit.slots import FairSlots
 from adapter.outbound.inbox import Sealed, seal
 from adapter.ports import MediaRef
 from adapter.simulator import samples
-from tests.fakes import Bench, raw_message, settle
+from tests.fakes import Bench, raw_message
 
 VIRTUAL_TIME = True
 BOT, USER = "b1@im.bot", "u1@im.wechat"
@@ -210,20 +210,6 @@ async def test_any_replica_fetches_a_day_later_from_what_the_message_carries(ben
     await asyncio.sleep(24 * 3600)
     assert await made.ask(fetcher(bench)) == ""
     assert bench.objects.stored == {made.media().object: PNG}
-
-
-async def test_who_asks_waits_for_the_fetch_under_way(bench: Bench) -> None:
-    gate = asyncio.Event()
-    bench.cdn.has("p1", gate, PNG)
-    made, fetches = Published(bench, image()), fetcher(bench)
-    made.fetch_by(fetches)
-    await settle()
-    asked = [asyncio.create_task(made.ask(fetches)) for _ in range(3)]
-    await asyncio.sleep(FETCH_S / 2)
-    assert not any(task.done() for task in asked)
-    gate.set()
-    assert await asyncio.gather(*asked) == [""] * 3
-    assert bench.cdn.fetched == ["p1"]
 
 
 async def test_all_who_ask_a_replica_at_once_share_one_fetch(bench: Bench) -> None:

@@ -11,7 +11,6 @@ import msgspec
 import pytest
 from structlog.testing import capture_logs
 
-from adapter.content.dedup import KEEP
 from adapter.contract.messages import ImageItem, Options, UnsupportedItem
 from adapter.contract.names import (
     H_BODY,
@@ -25,9 +24,9 @@ from adapter.contract.names import (
     conversation_key,
     shard_of,
 )
-from adapter.errors import BusRefused, LeaseLost, Refused, Temporary
+from adapter.errors import BusRefused, Refused, Temporary
 from adapter.ilink.translate import read_message
-from adapter.inbound.receive import IDS_KNOWN_S, OTHER_USERS
+from adapter.inbound.receive import OTHER_USERS
 from adapter.kit.timing import PerTickLimiter
 from adapter.outbound.inbox import unseal
 from adapter.outbound.record import ConversationRecord
@@ -244,14 +243,6 @@ async def test_a_repeat_is_known(fields: dict[str, Any], where: str) -> None:
     assert bench.metrics.value("inbound_messages_total", kind="text", outcome="duplicate") == 1
 
 
-async def test_a_repeat_far_down_a_huge_answer_is_known() -> None:
-    """As far as a checkpoint remembers."""
-    again = raw("t0", 0, message_id=99, client_id="wx-x", seq=999)
-    bench = await ready(batch(*(raw(f"t{number}", number) for number in range(KEEP)), again))
-    await polls(bench)
-    assert texts(bench) == [f"t{number}" for number in range(KEEP)]
-
-
 async def test_the_same_words_without_ids_and_times_are_stored_as_often_as_sent() -> None:
     ok = raw("ok", **NOTHING)
     bench = await ready(batch(ok, ok), batch(ok, cursor="c"), batch(ok, cursor="c"))
@@ -405,29 +396,6 @@ async def test_a_new_users_first_words_are_stored_as_the_shard_is_given_away(pol
     assert bench.record().token == "token-1"
 
 
-async def test_what_a_poll_brings_after_the_hand_over_is_the_next_conversations() -> None:
-    bench = await ready()
-
-    def handed_over() -> Polled:
-        session.is_handed_over = True
-        session.stop(immediately=False)
-        bench.leases.owned.clear()
-        for shard in bench.shards.values():
-            shard.stop()
-        bench.shards.clear()
-        return words(1)
-
-    bench.chat.polls.append(handed_over)
-    session, task = start_poller(bench)
-    await task
-    assert (texts(bench), (await bench.checkpoint()).owner, bench.conversation_bucket.entries) == (["t1"], "", {})
-    assert (await bench.checkpoint()).position.inbox_seq == 0, "this owner's conversations have not taken it"
-    successor = Bench(bench, incarnation="next-1")
-    successor.shard().on_delivery(successor.command("answer", id="c1", when_closed="refuse"))
-    await asyncio.sleep(5)
-    assert [one.outcome for one in successor.bus.receipts()] == ["accepted"]
-
-
 @pytest.mark.parametrize("when_closed", ["refuse", "park"])
 async def test_a_command_while_a_former_owner_polls_knows_what_that_one_brings(
     poller: Poller, when_closed: str
@@ -460,28 +428,6 @@ async def test_a_command_while_a_former_owner_polls_knows_what_that_one_brings(
     await asyncio.sleep(5)
     assert [(one.command, one.outcome) for one in successor.bus.receipts()] == [("c1", "refused"), ("c2", "accepted")]
     assert [sent.context_token for sent in successor.chat.sent] == ["token-1"]
-
-
-async def test_a_conversation_is_not_let_go_while_its_message_is_being_stored(poller: Poller) -> None:
-    bench = await ready(words(1))
-    gate = asyncio.Event()
-
-    async def wait(message: BusMessage) -> None:
-        if message.stream == "in":
-            await gate.wait()
-
-    bench.bus.on_publish = wait
-    poller(bench)
-    await asyncio.sleep(30 * 3600)
-    shard = bench.shards[shard_of("s1")]
-    for is_known in (True, False):
-        for _ in range(2):
-            shard.evict_idle()
-            await asyncio.sleep(1)
-        assert (record_in_memory(bench) is not None) is is_known
-        gate.set()
-        await asyncio.sleep(5)
-    assert bench.record().inbox_seq == 1
 
 
 # the binding ---------------------------------------------------------------------------------------------
@@ -639,28 +585,6 @@ async def test_what_was_published_when_the_lease_paused_is_looked_for_before_the
     assert bench.record().inbox_seq == 3
 
 
-async def test_what_has_no_ack_for_half_a_minute_is_looked_for_before_the_next_try(poller: Poller) -> None:
-    """The server forgets ids, two minutes after it stored them."""
-    bench = await ready(words(1, 2, 3))
-    held = True
-
-    async def slow(message: BusMessage) -> None:
-        nonlocal held
-        if message.stream == "in" and held and len(bench.bus.found("IN")) == 2:
-            held = False
-            await asyncio.sleep(IDS_KNOWN_S + 1)
-            bench.bus.forget_ids()
-
-    bench.bus.on_publish = slow
-    with capture_logs() as logs:
-        poller(bench)
-        await asyncio.sleep(IDS_KNOWN_S + 10)
-    assert texts(bench) == ["t1", "t2", "t3"]
-    assert [line["event"] for line in logs if line["event"] in ("inbound.recovered", "inbound.fenced")] == [
-        "inbound.recovered"
-    ] * 2
-
-
 # late answers --------------------------------------------------------------------------------------------
 
 
@@ -803,50 +727,6 @@ async def test_a_late_answer_looks_at_the_binding_at_the_leader() -> None:
 # who ends ------------------------------------------------------------------------------------------------
 
 
-async def killed_after(count: int, *script: Any) -> Bench:
-    """The replica that takes over, long after the one before was killed as so many messages were in the inbox. Those
-    of the answer have no ack."""
-    bench = await ready(*script)
-    all_sent = asyncio.Event()
-    sent = 0
-
-    async def die(message: BusMessage) -> None:
-        nonlocal sent
-        if message.stream == "in":
-            sent += 1
-            if sent > count:
-                all_sent.set()
-                await asyncio.Event().wait()
-
-    bench.bus.on_publish = die
-    replica = Replica(bench)
-    await asyncio.sleep(5)
-    assert len(bench.bus.found("IN")) == count
-    await replica.die()
-    await asyncio.sleep(600)
-    bench.bus.on_publish = None
-    return successor_of(bench)
-
-
-@pytest.mark.parametrize("again", ["never", "the same", "with other ids"])
-@pytest.mark.parametrize("count", [0, 2, 4])
-async def test_after_a_kill_each_message_is_stored_once_and_in_order(count: int, again: str) -> None:
-    """Whether iLink gives the answer again or not: what it has, or the inbox, is not lost."""
-    successor = await killed_after(count, words(1, 2, 3, 4))
-    if again == "with other ids":
-        others = [{"message_id": 90 + n, "client_id": f"x{n}", "seq": 90 + n} for n in range(5)]
-        successor.chat.polls.append(batch(*(raw(f"t{n}", n, **others[n]) for n in range(1, 5))))
-    elif again == "the same":
-        successor.chat.polls.append(words(1, 2, 3, 4))
-    successor.chat.polls.append(words(5, cursor="c"))
-    replica = Replica(successor)
-    await asyncio.sleep(30)
-    expected = count if again == "never" else 4
-    assert texts(successor) == [*(f"t{number}" for number in range(1, expected + 1)), "t5"]
-    assert successor.record().token == "token-5"
-    await replica.leave()
-
-
 async def test_an_answer_is_stored_before_the_poller_stops() -> None:
     """iLink may not say it again."""
     bench = await ready(words(1, 2))
@@ -886,19 +766,3 @@ async def test_after_a_kill_a_window_is_open_and_typing_is_not_shown_again() -> 
     await asyncio.sleep(5)
     assert len(successor.chat.typing) == shown
     await replica.leave()
-
-
-async def test_a_bug_in_a_publish_ends_no_bots_messages(poller: Poller) -> None:
-    bench = await ready(words(1, 2))
-    failures = iter([RuntimeError("a bug"), LeaseLost("lease_lost")])
-
-    async def fails(message: BusMessage) -> None:
-        if message.stream == "in" and (problem := next(failures, None)):
-            raise problem
-
-    bench.bus.on_publish = fails
-    with capture_logs() as logs:
-        poller(bench)
-        await asyncio.sleep(10)
-    assert texts(bench) == ["t1", "t2"]
-    assert "work.crashed" in {line["event"] for line in logs}

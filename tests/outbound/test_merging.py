@@ -98,22 +98,6 @@ async def test_a_repeat_holds_also_what_the_bus_does_not_show_for_a_moment() -> 
     assert [outcome for _, outcome, _ in final_receipts(bench)] == ["accepted"] * 3
 
 
-async def test_an_expired_command_may_be_retried_also_where_one_behind_it_was_not_shown() -> None:
-    bench, shard = await ready()
-    bench.chat.sends.extend([Accepted("m1", 0, None, ""), THROTTLED])
-    for ident in ("c1", "c2"):
-        shard.on_delivery(bench.command(("A" * 3000 + "\n\n") * 3, id=ident, expires_in_s=60))
-    await asyncio.sleep(20)
-    show = hide(bench, 1)
-    await asyncio.sleep(45)
-    show()
-    await asyncio.sleep(5)
-    await user_writes(bench)
-    shard.on_delivery(bench.command("again", id="c1"))
-    await asyncio.sleep(30)
-    assert [one[:2] for one in final_receipts(bench)] == [("c1", "refused"), ("c2", "refused"), ("c1", "accepted")]
-
-
 async def test_texts_that_are_read_twice_take_their_room_in_memory_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """One of them is not shown at first; afterwards a shard has as much room as before."""
     bench, shard = await waiting(*("x" * 200 for _ in range(10)))

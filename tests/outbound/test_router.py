@@ -9,7 +9,7 @@ from typing import Any
 import msgspec
 import pytest
 
-from adapter.contract.messages import Outbound, Receipt
+from adapter.contract.messages import Outbound
 from adapter.contract.names import H_COMMAND, H_MSG_ID, H_SEALED, UNROUTED
 from adapter.errors import BusRefused
 from adapter.outbound import router as module
@@ -330,18 +330,6 @@ async def test_what_was_refused_is_not_copied_when_it_comes_again_and_there_is_r
     assert delivery.acks == 2
 
 
-async def test_what_had_its_receipt_is_only_acked(bench: Bench) -> None:
-    delivery = plain(bench, b"hello")
-    await route(router(bench), delivery)
-    delivery.redelivered = True
-    bench.bus.forget_ids()
-    bench.bus.unreadable = 2
-    await route(router(bench), delivery)
-    receipts: list[Receipt] = bench.bus.receipts()
-    assert len(receipts) == 1
-    assert delivery.acks == 2
-
-
 async def test_one_that_was_cut_off_makes_no_second_copy(bench: Bench) -> None:
     """The next owner has made one, and the stream may not know its id any more."""
 
@@ -357,17 +345,6 @@ async def test_one_that_was_cut_off_makes_no_second_copy(bench: Bench) -> None:
     bench.leases.has_lease, bench.bus.on_publish = True, None
     await asyncio.sleep(60)
     assert delivery.acks == len(copied(bench, "s1")) == 0
-
-
-async def test_without_the_lease_nothing_ends(bench: Bench) -> None:
-    bench.leases.has_lease = False
-    broken, routed = plain(bench, b"{"), router(bench)
-    routed.on_delivery(broken)
-    await asyncio.sleep(60)
-    assert (bench.bus.receipts(), bench.bus.found("DEAD"), broken.acks) == ([], [], 0)
-    bench.leases.has_lease = True
-    await asyncio.sleep(1)
-    assert (len(bench.bus.receipts()), len(bench.bus.found("DEAD")), broken.acks) == (1, 1, 1)
 
 
 # while something does not go on --------------------------------------------------------------------------

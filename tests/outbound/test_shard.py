@@ -7,7 +7,6 @@ from typing import Any
 
 import msgspec
 import pytest
-from structlog.testing import capture_logs
 
 from adapter.contract.names import H_MSG_ID, H_USER, UNROUTED, derive_traceparent
 from adapter.errors import BusRefused, Refused
@@ -287,21 +286,6 @@ async def test_a_repeated_id_gets_the_first_outcome_also_where_nothing_could_be_
     shard.stop()
 
 
-async def test_typing_under_one_id_is_no_repeat_and_makes_none_of_an_answer() -> None:
-    bench, shard = await ready()
-    for number in range(40):
-        shard.on_delivery(bench.command(typing="on", id="typing" if number % 2 else f"t{number}"))
-        await asyncio.sleep(5)
-        if not number:
-            shard.on_delivery(bench.command("hi", id="c1"))
-            await asyncio.sleep(5)
-    shard.on_delivery(bench.command("hi", id="c1"))
-    await asyncio.sleep(5)
-    assert bench.chat.texts == ["hi"]
-    assert [ident for ident, _, _, repeat_of in repeats(bench) if repeat_of] == ["c1"]
-    shard.stop()
-
-
 async def test_outcomes_are_counted_by_what_was_sent() -> None:
     bench, shard = await ready()
     for delivery in (
@@ -319,19 +303,6 @@ async def test_outcomes_are_counted_by_what_was_sent() -> None:
         ("unreadable", "dead_lettered", "unreadable"),
     ):
         assert bench.metrics.value("outbound_messages_total", kind=kind, outcome=outcome, reason=reason) == 1
-
-
-async def test_a_receipt_waits_for_room_and_its_command_with_it() -> None:
-    bench, shard = await ready()
-    full = BusRefused(10077, "maximum bytes exceeded")
-    bench.bus.refuse = lambda message: full if message.stream == "event" else None
-    delivery = bench.command("hi", id="c1")
-    shard.on_delivery(delivery)
-    await asyncio.sleep(60)
-    assert (len(bench.chat.sent), delivery.acks, outcomes(bench)) == (1, 0, [])
-    bench.bus.refuse = lambda message: None
-    await asyncio.sleep(60)
-    assert (len(bench.chat.sent), delivery.acks, outcomes(bench)) == (1, 1, [("c1", "accepted", "")])
 
 
 async def test_several_bots_need_a_name() -> None:
@@ -358,19 +329,6 @@ async def test_two_bots_of_one_user_need_no_name() -> None:
     shard.on_delivery(bench.command("hi", id="c2", user=USER))
     await asyncio.sleep(5)
     assert outcomes(bench) == [("c1", "accepted", ""), ("c2", "accepted", "")]
-
-
-async def test_a_user_by_name_is_waited_for_while_one_of_several_bots_has_none() -> None:
-    bench, shard = await ready()
-    await bench.bind(bot=B2, user="")
-    shard.on_delivery(bench.command("hi", id="c1", user=USER2))
-    await asyncio.sleep(5)
-    assert outcomes(bench) == [("c1", "parked", "window_closed")]
-    await bench.bind(bot=B2, user=USER2)
-    await user_writes(bench, bot=B2, user=USER2)
-    await asyncio.sleep(5)
-    assert outcomes(bench)[1:] == [("c1", "accepted", "")]
-    assert [(sent.bot, sent.user) for sent in bench.chat.sent] == [(B2, USER2)]
 
 
 async def test_many_commands_for_nobody_are_looked_for_by_one_read_of_their_sandbox(
@@ -478,29 +436,6 @@ async def test_with_two_persons_an_answer_goes_to_the_one_whom_it_answers_or_to_
     ]
 
 
-async def test_a_new_bot_answers_what_its_person_wrote_to_the_one_before() -> None:
-    bench, shard = await ready()
-    bench.hears(bots=["b0@im.bot", BOT])
-    shard.on_delivery(bench.command("hi", id="c1", reply_to="in:b0@im.bot:m1"))
-    shard.on_delivery(bench.command("hi again", id="c2", reply_to="in:b0@im.bot:m1", user=USER))
-    await asyncio.sleep(30)
-    assert bench.chat.texts == ["hi", "hi again"]
-
-
-async def test_nobody_is_sent_an_answer_to_somebody_else_before_it_is_known_who_they_are() -> None:
-    bench, shard = await next_person()
-    await bench.bindings.remove(B2)
-    await bench.bind(bot="b3@im.bot", user="")
-    shard.on_delivery(bench.command("hi", id="c1", reply_to=f"in:{BOT}:m1"))
-    shard.on_delivery(bench.command("hello", id="c2", reply_to="in:b3@im.bot:m1"))
-    await asyncio.sleep(30)
-    assert outcomes(bench) == [(ident, "parked", "window_closed") for ident in ("c1", "c2")]
-    await bench.bind(bot="b3@im.bot", user="u3@im.wechat")
-    await user_writes(bench, bot="b3@im.bot", user="u3@im.wechat")
-    await asyncio.sleep(30)
-    assert outcomes(bench)[2:] == [("c1", "refused", "other_user"), ("c2", "accepted", "")]
-
-
 async def test_a_bus_that_is_away_decides_nothing_about_an_answer() -> None:
     bench, shard = await next_person()
     bench.bus.unreadable = 3
@@ -534,29 +469,6 @@ async def test_a_copy_of_the_routers_is_as_old_as_what_was_copied() -> None:
         shard.on_delivery(bench.command(data=body, headers=headers))
     await asyncio.sleep(30)
     assert [reason for _, _, reason in sorted(outcomes(bench))] == ["not_bound", ""]
-
-
-async def test_a_user_who_is_learned_while_a_command_is_being_parked(bench: Bench) -> None:
-    await bench.bind(user="")
-    shard = bench.shard()
-    learned = False
-
-    async def learn(message: BusMessage) -> None:
-        nonlocal learned
-        if message.stream == "event" and not learned:
-            learned = True
-            await bench.bind()
-            await user_writes(bench)
-            await asyncio.sleep(0.5)
-
-    bench.bus.on_publish = learn
-    with capture_logs() as logs:
-        for number in range(3):
-            shard.on_delivery(bench.command(f"t{number}", id=f"c{number}"))
-        await asyncio.sleep(60)
-    assert bench.chat.texts == ["t0", "t1", "t2"]
-    assert [receipt.command for receipt in finals(bench)] == ["c0", "c1", "c2"]
-    assert "conversation.crashed" not in [line["event"] for line in logs]
 
 
 async def test_draining_ends_what_is_out_and_starts_nothing() -> None:

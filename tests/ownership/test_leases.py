@@ -29,14 +29,6 @@ async def cluster() -> AsyncIterator[Cluster]:
     made.stop()
 
 
-async def test_who_waits_for_a_shard_is_woken_when_it_is_owned(cluster: Cluster) -> None:
-    alone = cluster.start()
-    waiting = asyncio.create_task(alone.leases.wait_owned(5))
-    await cluster.run(2)
-    assert waiting.done()
-    assert alone.metrics.value("shards_owned") == SHARDS
-
-
 async def test_shards_that_nobody_could_claim_are_orphans_until_somebody_can(cluster: Cluster) -> None:
     alone = cluster.start()
     alone.claims.writes_fail = True
@@ -45,24 +37,6 @@ async def test_shards_that_nobody_could_claim_are_orphans_until_somebody_can(clu
     alone.claims.writes_fail = False
     await cluster.run(3)
     assert alone.leases.orphans == set()
-
-
-async def test_a_word_of_another_replica_makes_it_look_once(
-    cluster: Cluster, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    alone = cluster.start()
-    await cluster.run(5)
-    looks, entries = 0, alone.claims.list_entries
-
-    async def counted() -> list[Entry]:
-        nonlocal looks
-        looks += 1
-        return await entries()
-
-    monkeypatch.setattr(alone.claims, "list_entries", counted)
-    alone.leases.claim_now()
-    await cluster.run(1)
-    assert looks <= 4
 
 
 async def test_a_claim_that_an_answer_lacks_since_it_is_older_is_not_written_again(
@@ -80,16 +54,6 @@ async def test_a_claim_that_an_answer_lacks_since_it_is_older_is_not_written_aga
     await cluster.run(2)
     assert alone.working == set(range(SHARDS))
     assert cluster.claims.writes == written
-
-
-async def test_a_lease_that_runs_out_before_a_renewal_has_failed_is_reported(cluster: Cluster) -> None:
-    """A request to a bucket without a leader hangs for seconds, and so does a process that was frozen."""
-    replica = cluster.start()
-    await cluster.run(2)
-    replica.life.stop()
-    await asyncio.sleep(LEASE_S)
-    assert not replica.leases.is_valid
-    assert replica.leases.last_error
 
 
 async def test_a_replica_that_comes_later_gets_its_share_and_nobody_elses(cluster: Cluster) -> None:
@@ -350,18 +314,6 @@ async def test_one_who_drains_claims_nothing_and_hands_over_at_once(cluster: Clu
     assert first.leases.owned == set()
 
 
-async def test_one_who_drains_as_it_renews_is_known_to_drain_at_once(cluster: Cluster) -> None:
-    """Two renewals of one revision: the second would fail, and the others would hear a second later."""
-    first = cluster.start()
-    await cluster.run(3)
-    first.members.late_s = 0.5
-    with capture_logs() as logs:
-        for _ in range(5):  # in a renewal, and before one
-            await cluster.run(0.3)
-            await first.leases.drain()
-    assert [line["event"] for line in logs] == []
-
-
 async def test_one_who_drains_does_not_take_the_shards_of_one_who_dies(cluster: Cluster) -> None:
     first, second = cluster.start(), cluster.start()
     await cluster.run(5)
@@ -499,19 +451,6 @@ async def test_purged_members_cost_a_lease_and_no_shard_has_two_owners(cluster: 
     await cluster.run(3 * LEASE_S)
     assert cluster.worked_for == SHARDS
     assert not before & {replica.leases.incarnation for replica in replicas}
-
-
-async def test_a_claim_that_another_hand_has_changed_is_given_up(cluster: Cluster) -> None:
-    replica = cluster.start()
-    await cluster.run(5)
-    known = cluster.claims.entries["7"]
-    cluster.claims.write("7", b'{"owner":""}', known.revision)
-    with capture_logs() as logs:
-        await cluster.run(0.7)
-    assert "claim.lost" in [line["event"] for line in logs]
-    await cluster.run(2)
-    assert cluster.worked_for == SHARDS
-    assert 7 in replica.working
 
 
 @pytest.mark.parametrize("steps", range(0, 12, 2))

@@ -10,7 +10,7 @@ import pytest
 from adapter.contract.messages import BOT_STATUSES, BindingInfo
 from adapter.inbound.poller import State
 from adapter.ownership.replica_status import OtherReplicas, PollerStatus, ReplicaStatus
-from adapter.services.health import BOTS_PER_REQUEST, FAILING_MS, BotHealth
+from adapter.services.health import FAILING_MS, BotHealth
 from tests.fakes import WINDOW, Bench
 
 VIRTUAL_TIME = True
@@ -124,12 +124,3 @@ async def test_what_is_kept_of_the_user_is_in_the_answer(bench: Bench) -> None:
     assert (one.inbound_ms, one.sent_ms, one.window and one.window.remaining) == (heard_ms, heard_ms + 5, 8)
     assert (newer.is_unread, newer.window) == (True, None)
     assert (never.is_unread, never.inbound_ms, never.window) == (False, 0, None)
-
-
-async def test_thousands_of_bots_are_asked_for_in_pieces(bench: Bench) -> None:
-    for number in range(BOTS_PER_REQUEST + 1):
-        await bench.bind(f"s{number}", f"b{number}@im.bot", f"u{number}@im.wechat")
-    replicas = Replicas({})
-    health = BotHealth(replicas, bench.store, WINDOW, bench.clock)
-    assert len(await health.statuses(list(bench.bindings))) == BOTS_PER_REQUEST + 1
-    assert replicas.requests == [BOTS_PER_REQUEST, 1]
