@@ -8,30 +8,21 @@ import itertools
 from collections.abc import Awaitable, Callable
 from typing import Any
 
-import msgspec
 import pytest
 from nats.aio.msg import Msg
 
-from adapter.contract.names import SHARDS, conversation_key
+from adapter.contract.names import conversation_key
 from adapter.errors import BusRefused, Conflict, Temporary
 from adapter.jetstream import topology
 from adapter.jetstream.buckets import KvBucket, LeaderKvBucket
 from adapter.jetstream.client import BusClient
 from adapter.jetstream.history import direct_get
-from adapter.jetstream.publisher import Publisher
-from adapter.ports import BusMessage, Entry, PubAck, StoredMessage
-from tests.bus.rig import NAMES, STATUS, Rig, event
+from adapter.ports import BusMessage, Entry, StoredMessage
+from tests.bus.rig import NAMES, Rig
 from tests.e2e.waiting import eventually, until
-from tests.growth import census, growing
 
 KEY = conversation_key("s1", "u1@im.wechat")
 Found = tuple[list[StoredMessage], dict[str, str]]
-
-
-async def test_a_stored_message_with_a_status_among_its_headers_is_read_as_any_other(rig: Rig) -> None:
-    for number, headers in enumerate(STATUS):
-        await rig.publisher.publish(msgspec.structs.replace(event(number), headers=headers))
-    assert await rig.read(NAMES.stream_event, NAMES.event("s1", "*")) == [b"0", b"1", b"2", b"3", b"4"]
 
 
 async def test_a_bucket_lists_what_is_below_a_token(rig: Rig) -> None:
@@ -71,34 +62,6 @@ async def test_a_bucket_compares_and_sets(rig: Rig) -> None:
     gone = await bucket.delete(KEY, second)
     assert await bucket.get(KEY) == Entry(KEY, None, gone)
     assert await bucket.update(KEY, b"3", gone) > gone
-
-
-class Twice:
-    """A publisher that writes once more, as after an answer that got lost."""
-
-    def __init__(self, publisher: Publisher) -> None:
-        self._publisher = publisher
-
-    async def publish(self, message: BusMessage) -> PubAck:
-        await self._publisher.publish(message)
-        return await self._publisher.publish(message)
-
-
-async def test_a_write_whose_answer_got_lost_is_known_again(rig: Rig) -> None:
-    bucket = KvBucket(rig.connection, Twice(rig.publisher), NAMES.conversations)  # type: ignore[arg-type]
-    written = await bucket.update(KEY, b"1", 0)
-    assert await bucket.get(KEY) == Entry(KEY, b"1", written)
-    await rig.bucket().update(KEY, b"other", written)
-    with pytest.raises(Conflict):
-        await bucket.update(KEY, b"2", written)
-
-
-async def test_of_many_who_write_at_once_one_wins(rig: Rig) -> None:
-    bucket = rig.bucket()
-    results = await asyncio.gather(
-        *(bucket.update(KEY, str(number).encode(), 0) for number in range(20)), return_exceptions=True
-    )
-    assert [isinstance(result, Conflict) for result in results].count(False) == 1
 
 
 async def test_a_follower_sees_what_is_stored_and_never_what_was_refused(rig: Rig) -> None:
@@ -298,12 +261,6 @@ async def test_a_bucket_of_leases_answers_from_the_leader_and_fails_in_time(rig:
     assert asyncio.get_running_loop().time() - began < 2.0
 
 
-async def test_many_members_are_read_whole(rig: Rig) -> None:
-    bucket = LeaderKvBucket(rig.connection, NAMES.claims)
-    await asyncio.gather(*(bucket.write(str(number), b"x", 0) for number in range(SHARDS)))
-    assert len(await bucket.list_entries()) == SHARDS
-
-
 @pytest.mark.parametrize("name", [NAMES.bindings, NAMES.conversations, NAMES.members, NAMES.claims, NAMES.logins])
 async def test_nobody_empties_a_bucket(rig: Rig, name: str) -> None:
     """Nor takes a single key out of it without a mark: what is in there is nowhere else."""
@@ -336,25 +293,6 @@ async def test_what_is_written_for_a_time_goes_by_itself_unless_it_is_written_ag
     await eventually(gone, "the value and the mark are gone")
     assert await bucket.get("kept") == Entry("kept", b"2", kept)
     assert await bucket.update("mark", b"3", 0) > deleted  # as if it had never been
-
-
-async def test_a_follower_forgets_what_is_there_no_more(rig: Rig) -> None:
-    """Keys come and go, each under a name of its own."""
-    bucket = rig.bucket(NAMES.bindings)
-    more = await looks(rig, bucket)
-    rig.spawn(bucket.watch(lambda entry: None, reload_s=0.05))
-    counts = []
-    for round_ in range(3):
-        keys = [f"k{round_}-{number}" for number in range(50)]
-        await asyncio.gather(*(bucket.update(key, b"x", 0, ttl_s=1) for key in keys))
-
-        async def empty() -> bool:
-            return (await bucket.stream_state())[0] == 0
-
-        await eventually(empty, "all are gone")
-        await more(3)
-        counts.append(census())
-    assert growing(*counts, by=45) == []
 
 
 async def test_a_follower_reports_no_deletion_of_keys_that_a_bucket_has_lost(rig: Rig) -> None:

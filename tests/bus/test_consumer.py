@@ -15,7 +15,6 @@ from structlog.testing import capture_logs
 from adapter.contract.names import shard_of
 from adapter.jetstream import topology
 from adapter.jetstream.consumer import Consumer, Delivery
-from adapter.kit.timing import SystemClock
 from adapter.ports import BusMessage
 from tests.bus.rig import NAMES, PATIENCE_S, STATUS, Fence, Rig, control
 from tests.e2e.waiting import eventually, until
@@ -116,15 +115,6 @@ async def test_a_delivery_with_a_status_among_its_headers_is_one_as_any_other(ri
     reader = Reader(rig)
     await reader.have(len(STATUS))
     assert (reader.texts, reader.resets) == (["0", "1", "2", "3", "4"], 1)
-
-
-async def test_a_delivery_knows_when_and_where_it_was_stored(rig: Rig) -> None:
-    await control(rig, "x")
-    reader = Reader(rig)
-    await reader.have(1)
-    (delivery,) = reader.got
-    assert (delivery.subject, delivery.seq) == (NAMES.bind, await rig.first(NAMES.stream_ctl))
-    assert abs(delivery.time_ms - SystemClock().now_ms()) < 10_000
 
 
 async def test_the_next_owner_gets_what_is_unsettled_in_order_as_redelivered(rig: Rig) -> None:

@@ -67,12 +67,6 @@ async def test_each_gets_its_own_answers_in_their_order(connection: ManagedConne
     assert not connection._multiplexer.pending
 
 
-@pytest.mark.usefixtures("echo")
-async def test_answers_that_come_when_nobody_asks_any_more_are_let_go(connection: ManagedConnection) -> None:
-    assert (await connection.request("echo", b"a")).data == b"a0"
-    assert (await connection.request("echo", b"b")).data == b"b0"
-
-
 async def test_where_nobody_listens_it_is_said_at_once(connection: ManagedConnection) -> None:
     with pytest.raises(Temporary, match="no responders"):
         await connection.request("nobody", b"")

@@ -163,18 +163,6 @@ async def test_what_cannot_be_confirmed_is_refused_and_changes_nothing(place: Pl
             await place.ask(sandbox)
 
 
-async def test_the_newest_sequence_is_not_looked_up_for_each_confirmation(place: Place) -> None:
-    sequences = await place.say(*map(str, range(10)))
-    reader = (await place.ask()).reader
-    for sequence in sequences:
-        await place.ask(reader=reader, after=sequence)
-    assert place.history.last_sequences == 0, "this replica has handed them out"
-    other = Place(place.rig)
-    for sequence in sequences:
-        await other.ask(reader=reader, after=sequence)
-    assert other.history.last_sequences == 1
-
-
 async def test_pages_are_bounded_by_number_and_by_bytes(place: Place) -> None:
     await place.say(*map(str, range(30)))
     assert texts(await place.ask(max=3)) == ["0", "1", "2"]

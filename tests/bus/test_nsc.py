@@ -67,7 +67,7 @@ def test_the_longest_credentials_fit_into_the_line_that_a_server_reads() -> None
 
 
 @pytest.mark.parametrize("script", ["nsc-sandbox.sh", "nsc-sandbox-each.sh"])
-@pytest.mark.parametrize("name", ["S1", "s1.s2", "*", ">", "s1 s2", "../s1", "", "s1\n"])
+@pytest.mark.parametrize("name", ["S1", "*", "../s1", "", "s1\n"])
 def test_no_credentials_for_a_name_that_is_none(tmp_path: Path, script: str, name: str) -> None:
     """A tag `*` would open every sandbox."""
     (tmp_path / "nsc").write_text(f'#!/bin/sh\necho "$*" >>{tmp_path}/called\n')

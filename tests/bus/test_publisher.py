@@ -4,26 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-import os
-import signal
-from collections.abc import AsyncIterator
-from pathlib import Path
 
 import msgspec
-import nats
 import pytest
 from structlog.testing import capture_logs
 
-from adapter.cli.embedded import EmbeddedNats
 from adapter.contract.names import H_MSG_ID
 from adapter.errors import BusRefused, LeaseLost
 from adapter.jetstream import topology
 from adapter.ports import BusMessage, PubAck
-from adapter.settings import Settings
-from tests.bus.rig import NAMES, PATIENCE_S, Bus, Fence, Rig, event, rig_on
-from tests.e2e.cluster import NatsCluster
-from tests.e2e.memory import in_memory
-from tests.e2e.waiting import eventually, free_port, until
+from tests.bus.rig import NAMES, PATIENCE_S, Fence, Rig, event
+from tests.e2e.waiting import until
 
 
 async def test_messages_keep_the_order_of_their_calls(rig: Rig) -> None:
@@ -88,45 +79,6 @@ async def test_headers_count_against_the_largest_message(rig: Rig, over: int) ->
     assert isinstance(ack, PubAck | BusRefused)
     await rig.publisher.publish(event(1))
     assert rig.connection.epoch == 1
-
-
-class Reloaded(EmbeddedNats):
-    """A server whose limit for messages an operator changes while it runs, which it tells to new clients only."""
-
-    async def limit(self, limit: int) -> None:
-        config = self.folder / "nats-server.conf"
-        lines = [line for line in config.read_text().splitlines() if not line.startswith("max_payload")]
-        config.write_text("\n".join([*lines, f"max_payload: {limit}", ""]))
-        os.kill(self.pid, signal.SIGHUP)
-
-        async def has_new_limit() -> bool:
-            nc = await nats.connect(self.url)
-            try:
-                return nc.max_payload == limit
-            finally:
-                await nc.close()
-
-        await eventually(has_new_limit, "new clients are told")
-
-
-@pytest.fixture
-async def reloaded(tmp_path: Path) -> AsyncIterator[Bus]:
-    made = Bus(tmp_path)
-    made.server = Reloaded(tmp_path, free_port())
-    await made.server.start()
-    made.settings = Settings(nats_url=(made.server.url,))
-    yield made
-    await made.server.stop()
-
-
-async def test_a_lowered_limit_for_messages_delays_nothing(reloaded: Bus) -> None:
-    assert isinstance(reloaded.server, Reloaded)
-    async with rig_on(reloaded) as rig:
-        message = BusMessage("event", NAMES.event("s1", "receipt"), b"x" * 2000, {H_MSG_ID: "e0" * 100})
-        await reloaded.server.limit(2048)  # with its headers it has more
-        acks = await asyncio.wait_for(rig.publisher.publish_all([event(1), message, event(2)]), PATIENCE_S)
-        assert [isinstance(ack, BusRefused) for ack in acks] == [False, True, False]
-        assert rig.connection.epoch == 2, "the server has ended the first connection, and no other"
 
 
 async def test_what_the_client_will_not_write_is_refused_and_delays_nobody(rig: Rig) -> None:
@@ -213,38 +165,6 @@ async def test_a_stream_that_is_full_refuses_and_the_others_go_on(rig: Rig) -> N
     await others_go_on(rig)
     await rig.connection.api_request(f"STREAM.UPDATE.{NAMES.stream_event}", config)
     await rig.publisher.publish(large)
-
-
-async def test_a_stream_without_a_leader_delays_what_is_written_to_it_and_nothing_else(tmp_path: Path) -> None:
-    """It lies on one server of three, which dies; the others have a leader again after some seconds."""
-    with in_memory(tmp_path / "nats"):
-        async with NatsCluster(tmp_path / "nats") as cluster:
-            bus = Bus(tmp_path)
-            bus.settings = Settings(nats_url=(cluster.nodes[0].url,), replicas=3, in_max_bytes=1 << 30)
-            async with rig_on(bus, streams=False) as rig:
-                for wanted in topology.wanted_streams(NAMES, bus.settings):
-                    if wanted.name in OTHERS:
-                        await topology.create_stream(rig.connection, wanted)
-                    elif wanted.name == NAMES.stream_event:
-                        await topology.create_stream(
-                            rig.connection, wanted._replace(config=wanted.config | {"num_replicas": 1})
-                        )
-            dying = await cluster.leader(NAMES.stream_event)
-            bus.settings = msgspec.structs.replace(
-                bus.settings, nats_url=tuple(node.url for node in cluster.nodes if node is not dying)
-            )
-            async with rig_on(bus, streams=False) as rig:
-                await rig.publisher.publish(event(0))
-                dying.kill()
-                waiting = asyncio.create_task(rig.publisher.publish_all([event(1), event(2)]))
-                await others_go_on(rig)
-                assert not waiting.done()
-                assert rig.publisher.last_error.startswith("WECHAT_EVENT: ")
-                await others_go_on(rig, 20)
-                dying.start()
-                async with asyncio.timeout(PATIENCE_S):
-                    await waiting
-                assert await rig.read(NAMES.stream_event, ">") == [b"0", b"1", b"2"]
 
 
 async def test_a_caller_who_is_cancelled_leaves_nothing_behind(rig: Rig) -> None:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
-from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +16,9 @@ from adapter.contract.messages import COMMAND_BYTES
 from adapter.contract.names import H_COMMAND, H_MSG_ID, SHARDS, shard_of
 from adapter.errors import STORE_FAILED, BusRefused, SettingsError
 from adapter.jetstream import topology
-from adapter.jetstream.api_replies import NO_STREAM
 from adapter.jetstream.buckets import LeaderKvBucket
 from adapter.jetstream.inspector import Inspector
 from adapter.jetstream.managed_connection import ManagedConnection
-from adapter.jetstream.multiplexer import Reply
 from adapter.jetstream.publisher import Publisher
 from adapter.jetstream.topology import KEY, LAYOUT, Layout, read_layout, shape_of
 from adapter.kit.timing import SystemClock
@@ -42,79 +38,35 @@ async def test_what_is_missing_is_created_and_then_nothing_differs(bus: Bus) -> 
         assert (await rig.connection.api_request(f"STREAM.INFO.{NAMES.stream_out}"))["created"] == revision["created"]
 
 
-async def test_replicas_that_start_at_once_do_not_hinder_each_other(bus: Bus) -> None:
-    async with rig_on(bus, streams=False) as rig:
-        results = await asyncio.gather(
-            *(topology.ensure_topology(rig.connection, NAMES, bus.settings) for _ in range(3))
-        )
-        assert results == [[], [], []]
+class SmallNats(EmbeddedNats):
+    """A server with so many bytes for streams that reserve some, and no more."""
 
-
-WANTED = topology.wanted_streams(NAMES, Settings(in_max_bytes=1 << 30, media_store_bytes=1 << 30))
-TIGHT = sum(wanted.config["max_bytes"] for wanted in WANTED if wanted.reserves_space)
-
-
-class TightNats(EmbeddedNats):
-    """A server that has room for the streams that reserve some, and no more."""
+    room = 0
 
     def _write_config(self) -> Path:
         config = super()._write_config()
-        config.write_text(config.read_text().replace("jetstream {", f"jetstream {{ max_file: {TIGHT}", 1))
+        config.write_text(config.read_text().replace("jetstream {", f"jetstream {{ max_file: {self.room}", 1))
         return config
 
 
-class Watched(ManagedConnection):
-    """A connection that knows how many streams are being created while one is asked for that reserves its room."""
-
-    def __init__(self, settings: Settings) -> None:
-        super().__init__(settings, "test")
-        self.out = 0
-        self.beside: list[int] = []
-
-    async def api_request(
-        self, verb: str, body: dict[str, Any] | None = None, timeout_s: float = 5.0
-    ) -> dict[str, Any]:
-        if not verb.startswith("STREAM.CREATE.") or body is None:
-            return await super().api_request(verb, body, timeout_s)
-        if body.get("max_bytes", -1) > 0:
-            self.beside.append(self.out)
-            return await super().api_request(verb, body, timeout_s)
-        self.out += 1
-        try:
-            return await super().api_request(verb, body, timeout_s)
-        finally:
-            self.out -= 1
-
-
-@contextlib.asynccontextmanager
-async def tight_link(data_dir: Path) -> AsyncIterator[tuple[Watched, Settings]]:
-    server = TightNats(data_dir)
-    await server.start()
-    settings = Settings(nats_url=(server.url,), in_max_bytes=1 << 30, media_store_bytes=1 << 30)
-    connection = Watched(settings)
-    running = asyncio.create_task(connection.run())
-    try:
-        await connection.wait_connected(PATIENCE_S)
-        yield connection, settings
-    finally:
-        running.cancel()
-        await asyncio.wait([running])
-        server.kill()
-
-
-async def test_a_stream_that_another_replica_was_faster_to_create_needs_no_room_of_its_own(tmp_path: Path) -> None:
-    """Of replicas that started together some ended, and asked for more storage."""
-    async with tight_link(tmp_path) as (connection, settings):
-        await topology.ensure_topology(connection, NAMES, settings)
-        for wanted in topology.wanted_streams(NAMES, settings):
-            await topology.create_stream(connection, wanted)  # by whoever has looked before they were there
-
-
-async def test_what_reserves_its_room_is_created_after_all_that_does_not(tmp_path: Path) -> None:
-    """A server without a byte left creates no stream, be it empty: whether it had room depended on who was faster."""
-    async with tight_link(tmp_path) as (connection, settings):
-        await topology.ensure_topology(connection, NAMES, settings)
-        assert connection.beside == [0, 0, 0, 0]
+@pytest.mark.parametrize("missing", [0, 1])
+async def test_a_server_needs_room_for_each_stream_once(tmp_path: Path, missing: int) -> None:
+    """A stream that another replica was faster to create needs none. Without room the layout key is not written."""
+    bus, server = Bus(tmp_path), SmallNats(tmp_path)
+    settings = Settings(in_max_bytes=1 << 30, media_store_bytes=1 << 30)
+    wanted = topology.wanted_streams(NAMES, settings)
+    server.room = sum(each.config["max_bytes"] for each in wanted if each.reserves_space) - missing
+    async with server:
+        bus.settings = msgspec.structs.replace(settings, nats_url=(server.url,))
+        async with rig_on(bus, streams=False) as rig:
+            if missing:
+                with pytest.raises(SettingsError, match=r"stream \w+ cannot be created: 10047 .*MAX_BYTES"):
+                    await topology.ensure_topology(rig.connection, NAMES, bus.settings)
+                assert await read_layout(rig.connection, NAMES) is None
+            else:
+                await topology.ensure_topology(rig.connection, NAMES, bus.settings)
+                for each in wanted:
+                    await topology.create_stream(rig.connection, each)
 
 
 class OldServer(ManagedConnection):
@@ -128,57 +80,6 @@ class OldServer(ManagedConnection):
     ) -> dict[str, Any]:
         assert verb == "INFO", "nothing is created on it"
         return {} if self.level is None else {"api": {"level": self.level}}
-
-
-class NewServer(OldServer):
-    """One that has nothing yet, takes some time for each wish, and refuses what it is told to."""
-
-    async def request(
-        self, subject: str, payload: bytes, timeout_s: float = 5.0, headers: dict[str, str] | None = None
-    ) -> Reply:
-        """The layout key: there is none, and it is written."""
-        self.created.append(subject)
-        return Reply(b'{"seq":1}' if subject.startswith("$KV.") else b'{"error":{"code":404,"err_code":10037}}', {})
-
-    def __init__(self, *refused: str) -> None:
-        super().__init__(topology.API_LEVEL)
-        self.refused = refused
-        self.created: list[str] = []
-
-    async def api_request(
-        self, verb: str, body: dict[str, Any] | None = None, timeout_s: float = 5.0
-    ) -> dict[str, Any]:
-        if verb == "INFO":
-            return await super().api_request(verb)
-        if ".CREATE." not in verb:
-            raise BusRefused(NO_STREAM, "stream not found")
-        self.created.append(verb)
-        if verb.rpartition(".")[2] in self.refused:
-            raise BusRefused(10047, "insufficient storage resources available")
-        return {}
-
-
-async def test_the_layout_key_is_written_after_all_streams_are_created() -> None:
-    server = NewServer()
-    await topology.ensure_topology(server, NAMES, Settings())
-    *created, _, last = server.created
-    wanted = {f"STREAM.CREATE.{each.name}" for each in topology.wanted_streams(NAMES, Settings())}
-    assert set(created) == wanted
-    assert last == f"$KV.{NAMES.claims}.{KEY}"
-
-
-async def test_what_is_created_one_after_the_other_reserves_its_room_last_too() -> None:
-    """So does `doctor --fix`, which could not create the others where the inbound stream alone took all the room."""
-    missing, _ = await topology.inspect_topology(NewServer(), NAMES, Settings())
-    assert [wanted.reserves_space for wanted in missing] == [False] * (len(missing) - 4) + [True] * 4
-
-
-async def test_the_first_that_cannot_be_created_is_named() -> None:
-    media = f"OBJ_{NAMES.media}"
-    server = NewServer(media, NAMES.stream_event)
-    with pytest.raises(SettingsError, match=rf"stream {NAMES.stream_event} cannot be created: 10047 .*MAX_BYTES"):
-        await topology.ensure_topology(server, NAMES, Settings())
-    assert f"STREAM.CREATE.{media}" not in server.created
 
 
 async def test_a_stream_that_would_break_a_guarantee_stops_the_start_with_a_sentence(bus: Bus) -> None:
@@ -290,17 +191,6 @@ async def test_a_server_that_is_too_old_is_refused(level: int | None) -> None:
         await topology.ensure_topology(OldServer(level), NAMES, Settings())
     assert caught.value.reason == "server_too_old"
     assert "2.14" in caught.value.detail
-
-
-async def test_a_user_without_jetstream_gets_that_error() -> None:
-    class Forbidden(OldServer):
-        async def api_request(
-            self, verb: str, body: dict[str, Any] | None = None, timeout_s: float = 5.0
-        ) -> dict[str, Any]:
-            raise BusRefused(10039, "jetstream not enabled for account")
-
-    with pytest.raises(SettingsError, match="JetStream"):
-        await topology.ensure_topology(Forbidden(0), NAMES, Settings())
 
 
 async def test_a_sandboxs_shard_is_the_servers(rig: Rig) -> None:
