@@ -1,6 +1,7 @@
 """Certificates for servers and clients of tests."""
 
 import datetime
+from collections.abc import Sequence
 from ipaddress import ip_address
 from pathlib import Path
 
@@ -23,12 +24,16 @@ class Authority:
         self.file = folder / "ca.pem"
         self.file.write_bytes(self._signed(self.name, self.key, ca=True).public_bytes(serialization.Encoding.PEM))
 
-    def issue(self, name: str) -> tuple[Path, Path]:
-        """Certificate and key; valid for 127.0.0.1 and localhost."""
+    def issue(self, name: str, host: str = "") -> tuple[Path, Path]:
+        """Certificate and key; valid for `host`, else for 127.0.0.1 and localhost."""
         key = ec.generate_private_key(ec.SECP256R1())
         subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)])
         cert_file, key_file = self.folder / f"{name}.pem", self.folder / f"{name}-key.pem"
-        cert_file.write_bytes(self._signed(subject, key, ca=False).public_bytes(serialization.Encoding.PEM))
+        cert_file.write_bytes(
+            self._signed(subject, key, ca=False, names=[x509.DNSName(host)] if host else HERE).public_bytes(
+                serialization.Encoding.PEM
+            )
+        )
         key_file.write_bytes(
             key.private_bytes(
                 serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
@@ -36,7 +41,14 @@ class Authority:
         )
         return cert_file, key_file
 
-    def _signed(self, subject: x509.Name, key: ec.EllipticCurvePrivateKey, *, ca: bool) -> x509.Certificate:
+    def _signed(
+        self,
+        subject: x509.Name,
+        key: ec.EllipticCurvePrivateKey,
+        *,
+        ca: bool,
+        names: Sequence[x509.GeneralName] = HERE,
+    ) -> x509.Certificate:
         """With all that RFC 5280 asks for: Python 3.13 refuses certificates that lack some of it."""
         now = datetime.datetime.now(datetime.UTC)
         whose = x509.AuthorityKeyIdentifier.from_issuer_public_key(self.key.public_key())
@@ -52,7 +64,7 @@ class Authority:
             .add_extension(x509.SubjectKeyIdentifier.from_public_key(key.public_key()), critical=False)
             .add_extension(whose, critical=False)
             .add_extension(_usage(ca=ca), critical=True)
-            .add_extension(x509.SubjectAlternativeName(HERE), critical=False)
+            .add_extension(x509.SubjectAlternativeName(names), critical=False)
             .sign(self.key, hashes.SHA256())
         )
 

@@ -14,7 +14,7 @@ from nats.js.object_store import ObjectStore as TheirStore
 from adapter.content.media import HEAD
 from adapter.errors import BusRefused, Conflict, LeaseLost, Refused, Temporary, Unreadable
 from adapter.jetstream import topology
-from adapter.jetstream.history import direct_get
+from adapter.jetstream.history import StreamHistory, direct_get
 from adapter.jetstream.objects import CHUNK, ObjectStore
 from adapter.ports import BusMessage, Objects, Pieces, PubAck, StoredMessage, StoredObject
 from tests.bus.rig import NAMES, Bus, Rig, rig_on
@@ -119,25 +119,25 @@ async def test_an_object_stays_and_the_pieces_of_a_second_one_go(rig: Rig, store
 
 
 async def test_an_object_is_whole_where_only_the_answer_to_its_description_was_lost(
-    store: ObjectStore, monkeypatch: pytest.MonkeyPatch
+    rig: Rig, store: ObjectStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The publisher sends it again, which is a conflict, and then the stream does not answer."""
-    publish, read_last = store._publisher.publish, store._history.read_last
+    publish, read_last = rig.publisher.publish, StreamHistory.read_last
 
     async def answers_late(message: BusMessage) -> PubAck:
         ack = await publish(message)
         if ".M." not in message.subject:
             return ack
-        monkeypatch.setattr(store._history, "read_last", is_away)
+        monkeypatch.setattr(StreamHistory, "read_last", is_away)
         raise Conflict(10071)
 
     async def is_away(*_: object) -> None:
         raise Temporary("bus_timeout")
 
-    monkeypatch.setattr(store._publisher, "publish", answers_late)
+    monkeypatch.setattr(rig.publisher, "publish", answers_late)
     with pytest.raises(Temporary):
         await store.put("s1/x", pieces_of(content(300_000)))
-    monkeypatch.setattr(store._history, "read_last", read_last)
+    monkeypatch.setattr(StreamHistory, "read_last", read_last)
     stored = await store.get_info("s1/x")
     assert stored is not None
     assert await whole(store, stored) == content(300_000)

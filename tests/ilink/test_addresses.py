@@ -6,15 +6,10 @@ import asyncio
 import contextlib
 import ssl
 from collections.abc import AsyncIterator
-from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
 import pytest
-from cryptography import x509
-from cryptography.hazmat.primitives import hashes, serialization
-from cryptography.hazmat.primitives.asymmetric import ec
-from cryptography.x509.oid import NameOID
 from structlog.testing import capture_logs
 
 from adapter.errors import Refused, Temporary
@@ -23,6 +18,7 @@ from adapter.ilink.client import ILink
 from adapter.ilink.network import LookUpHost, Resolver, is_exempt, is_public, resolve_host
 from adapter.observability.metrics import Metrics
 from adapter.ports import Account, MediaRef, Pieces
+from tests.authority import Authority
 from tests.e2e.waiting import free_port, until
 
 HOST = "ilinkai.weixin.qq.com"
@@ -155,30 +151,10 @@ class TlsServer:
         self.requests: list[str] = []
         self.port = 0
         self._answer = answer.replace("\n", "\r\n").encode() + b"\r\n\r\n"
-        self.authority = folder / "cert.pem"
-        key = ec.generate_private_key(ec.SECP256R1())
-        subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)])
-        now = datetime.now(UTC)
-        certificate = (
-            x509.CertificateBuilder()
-            .subject_name(subject)
-            .issuer_name(subject)
-            .public_key(key.public_key())
-            .serial_number(1)
-            .not_valid_before(now - timedelta(days=1))
-            .not_valid_after(now + timedelta(days=1))
-            .add_extension(x509.SubjectAlternativeName([x509.DNSName(name)]), critical=False)
-            .add_extension(x509.BasicConstraints(ca=True, path_length=None), critical=True)
-            .sign(key, hashes.SHA256())
-        )
-        self.authority.write_bytes(certificate.public_bytes(serialization.Encoding.PEM))
-        (folder / "key.pem").write_bytes(
-            key.private_bytes(
-                serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
-            )
-        )
+        authority = Authority(folder)
+        self.authority = authority.file
         self._tls = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-        self._tls.load_cert_chain(self.authority, folder / "key.pem")
+        self._tls.load_cert_chain(*authority.issue("server", name))
         self._tls.sni_callback = lambda _, asked, __: self.names.append(asked)
 
     @contextlib.asynccontextmanager

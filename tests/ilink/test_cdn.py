@@ -325,17 +325,6 @@ async def test_a_download_may_take_long_where_bytes_come_or_nobody_takes_them(ri
         await other.close()
 
 
-async def test_a_refused_connection_is_tried_again_by_the_caller(rig: Rig) -> None:
-    async with server(answering("")) as host:
-        pass
-    other = Rig(rig.sim, allowed_hosts=(host,))
-    assert await failure(whole(other.cdn.download(MediaRef(0, f"http://{host}/", "", None, "")))) == (
-        Temporary,
-        "network",
-    )
-    await other.close()
-
-
 async def test_what_is_asked_of_the_cdn_names_no_bot(rig: Rig) -> None:
     """No iLink headers."""
     heads = []
@@ -435,23 +424,9 @@ async def test_f24_an_upload_that_fails_twice_is_tried_three_times(
     assert rig.requests("cdn_upload", outcome) == 5
 
 
-async def test_a_user_that_is_no_peer_gets_no_place_to_upload_to(rig: Rig) -> None:
-    with pytest.raises(Refused) as caught:
-        await rig.upload(HELLO, user="o9cq80nobody@im.wechat")
-    assert (caught.value.reason, caught.value.ret) == ("media", -1)
-    assert rig.requests("getuploadurl", "ret_other") == 1
-
-
 async def test_a_stale_token_raises_session_expired(rig: Rig) -> None:
     rig.sim.kill_token(rig.bot.bot)
     assert await failure(rig.upload(HELLO)) == (SessionExpired, "needs_login")
-
-
-@pytest.mark.parametrize("fault", ["F1", "F3"])
-async def test_ilink_in_trouble_is_temporary(rig: Rig, fault: str) -> None:
-    rig.sim.set_fault(FaultRule(fault=fault, endpoint="getuploadurl"))
-    with pytest.raises(Temporary):
-        await rig.upload(HELLO)
 
 
 async def test_a_medium_above_the_limit_is_not_announced(rig: Rig) -> None:

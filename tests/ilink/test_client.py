@@ -90,13 +90,6 @@ async def test_dead_tokens_are_counted_apart(monkeypatch: pytest.MonkeyPatch, en
     assert answering.metrics.value("upstream_requests_total", endpoint=endpoint, outcome="ret_14") == 1
 
 
-async def test_a_poll_that_http_forbids_is_counted_by_its_status(monkeypatch: pytest.MonkeyPatch) -> None:
-    answering = Answering(monkeypatch, reply({}, 403))
-    with pytest.raises(Temporary):
-        await CALLS["getupdates"](answering.ilink)
-    assert answering.metrics.value("upstream_requests_total", endpoint="getupdates", outcome="http_4xx") == 1
-
-
 @pytest.mark.parametrize(
     ("endpoint", "timeout_s"),
     [("getupdates", 27.0), ("sendmessage", 15.0), ("get_qrcode_status", HOLD_MS / 1000 + 7.0)],
@@ -108,21 +101,6 @@ async def test_a_call_that_ilink_holds_is_given_longer_than_that(
     with contextlib.suppress(AdapterError):
         await CALLS[endpoint](answering.ilink)
     assert answering.timeout_s == timeout_s
-
-
-async def test_when_ilink_wants_to_be_asked_for_a_code_again_is_handed_on(monkeypatch: pytest.MonkeyPatch) -> None:
-    answering = Answering(monkeypatch, reply({}, 503, **{"retry-after": "7"}))
-    with pytest.raises(Temporary) as caught:
-        await answering.ilink.fetch_code(())
-    assert caught.value.retry_after_s == 7
-
-
-async def test_a_code_is_what_ilink_gave(monkeypatch: pytest.MonkeyPatch) -> None:
-    given = {"ret": 0, "qrcode": "handle", "qrcode_img_content": "https://example.com/qr"}
-    answering = Answering(monkeypatch, reply(given))
-    code = await answering.ilink.fetch_code(())
-    assert (code.handle, code.url) == ("handle", "https://example.com/qr")
-    assert answering.metrics.value("upstream_requests_total", endpoint="get_bot_qrcode", outcome="ok") == 1
 
 
 @pytest.mark.parametrize("endpoint", CALLS)

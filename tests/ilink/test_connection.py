@@ -108,12 +108,6 @@ async def test_an_answer_is_read_whole_with_its_headers(server: Server, pool: Co
     assert head.count(b"Content-Length: 2\r\n") == 1
 
 
-async def test_requests_in_a_row_need_one_connection(server: Server, pool: ConnectionPool) -> None:
-    for _ in range(5):
-        await post(pool, server.url)
-    assert server.connections == 1
-
-
 async def test_what_nobody_took_did_not_leave(pool: ConnectionPool) -> None:
     with pytest.raises(Temporary) as caught:
         await post(pool, f"http://127.0.0.1:{free_port()}/")
@@ -206,14 +200,6 @@ async def test_a_long_header_does_not_cost_the_answer(server: Server, pool: Conn
     assert (await post(pool, server.url)).body == b"{}"
 
 
-async def test_a_redirect_is_an_answer_and_not_followed(server: Server, pool: ConnectionPool) -> None:
-    server.answer = Server.say(
-        b"HTTP/1.1 307 Temporary Redirect\r\nLocation: http://127.0.0.1:1/\r\nContent-Length: 0\r\n\r\n"
-    )
-    assert (await post(pool, server.url)).status == 307
-    assert len(server.heads) == 1
-
-
 def ilink_at(base: str) -> ILink:
     return ILink(
         Metrics(),
@@ -222,19 +208,6 @@ def ilink_at(base: str) -> ILink:
         poll_margin_s=1.0,
         send_timeout_s=10.0,
     )
-
-
-async def test_the_first_poll_of_a_bot_goes_over_the_connection_of_its_notification(server: Server) -> None:
-    """Thousands of bots are taken over at once: a second connection and httpx for each double the time."""
-    base, _, _ = server.url.rpartition("/ilink")
-    ilink, account = ilink_at(base), Account("b1@im.bot", "token", base)
-    body = b'{"ret":0}'
-    server.answer = Server.say(b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n%b" % (len(body), body))
-    await ilink.notify(account, start=True)
-    await ilink.poll(account, "", 1000)
-    await ilink.close()
-    assert [b"notifystart" in server.heads[0], b"getupdates" in server.heads[1]] == [True, True]
-    assert server.connections == 1
 
 
 async def test_what_an_answer_quotes_of_its_request_is_no_secret_any_more(server: Server) -> None:
@@ -247,13 +220,6 @@ async def test_what_an_answer_quotes_of_its_request_is_no_secret_any_more(server
         await ilink.send(account, user="u", client_id="c", context_token="odd context", content="hi")
     await ilink.close()
     assert caught.value.errmsg == "***, ***"
-
-
-async def test_cookies_are_not_kept(server: Server, pool: ConnectionPool) -> None:
-    server.answer = Server.say(b"HTTP/1.1 200 OK\r\nSet-Cookie: who=bot1\r\nContent-Length: 0\r\n\r\n")
-    await post(pool, server.url)
-    await post(pool, server.url)
-    assert b"ookie" not in server.heads[1]
 
 
 @pytest.mark.parametrize(
@@ -399,27 +365,6 @@ def test_a_call_that_is_given_up_in_its_handshake_leaves_no_connection(loop: str
         runner.run(talk())
 
 
-async def test_thousands_of_calls_delay_none(server: Server) -> None:
-    """Logins are held for half a minute each; a start notifies of thousands of bots."""
-    parked = asyncio.Event()
-
-    async def answer(writer: asyncio.StreamWriter) -> None:
-        if len(server.heads) <= 300:
-            await parked.wait()
-        await Server.say(OK)(writer)
-
-    server.answer = answer
-    made = ConnectionPool(tls=ResumingContext(), resolver=RESOLVER)
-    logins = [asyncio.create_task(post(made, server.url)) for _ in range(300)]
-    await until(lambda: len(server.heads) == 300, "they are parked")
-    for _ in range(100):
-        await post(made, server.url, timeout_s=5)
-    assert server.connections == 301
-    parked.set()
-    assert {reply.status for reply in await asyncio.gather(*logins)} == {200}
-    await made.close()
-
-
 async def test_a_kept_connection_that_the_server_closed_is_not_used(server: Server, pool: ConnectionPool) -> None:
     """Else a send would be uncertain for nothing."""
 
@@ -543,13 +488,6 @@ async def test_trailers_without_end_are_not_read(server: Server, pool: Connectio
     server.answer = pour
     with pytest.raises(Uncertain):
         await post(pool, server.url, timeout_s=5.0)
-
-
-async def test_a_trailer_changes_nothing_that_the_head_says(server: Server, pool: ConnectionPool) -> None:
-    chunks = b"2\r\n{}\r\n0\r\nContent-Encoding: gzip\r\nRetry-After: 9\r\n\r\n"
-    server.answer = Server.say(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n" + chunks)
-    reply = await post(pool, server.url)
-    assert (reply.body, "retry-after" in reply.headers) == (b"{}", False)
 
 
 async def test_a_body_without_end_is_not_read(server: Server, pool: ConnectionPool) -> None:

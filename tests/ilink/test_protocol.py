@@ -52,55 +52,39 @@ def outcome(read: Callable[[], object]) -> object:
 
 SENT = [
     ("ret-0-and-a-string-id", reply({"ret": 0, "message_id": str(BIG)}), Accepted(str(BIG), 0, None, "")),
-    ("ret-0-and-a-number-id", reply({"ret": 0, "message_id": BIG}), Accepted(str(BIG), 0, None, "")),
     ("largest-uint64", reply({"message_id": 2**64 - 1}), Accepted(str(2**64 - 1), None, None, "")),
     ("ret-missing", reply({"message_id": "1"}), Accepted("1", None, None, "")),
-    ("errcode-0", reply({"errcode": 0, "message_id": "1"}), Accepted("1", None, 0, "")),
     ("unknown-fields", reply({"ret": 0, "message_id": "1", "new": [1]}), Accepted("1", 0, None, "")),
     ("ret-0-without-id-is-unconfirmed", reply({"ret": 0}), Accepted(None, 0, None, "")),
     ("id-0-is-none", reply({"ret": 0, "message_id": 0}), Accepted(None, 0, None, "")),
     ("id-0-as-text-is-none", reply({"ret": 0, "message_id": "0"}), Accepted(None, 0, None, "")),
-    ("id-empty-is-none", reply({"ret": 0, "message_id": ""}), Accepted(None, 0, None, "")),
     ("id-longer-than-any-is-none", reply({"ret": 0, "message_id": "9" * 129}), Accepted(None, 0, None, "")),
     ("id-that-is-no-number-is-none", reply({"ret": 0, "message_id": "7\x1b[2J"}), Accepted(None, 0, None, "")),
     ("id-in-other-digits-is-none", reply({"ret": 0, "message_id": "\u0667"}), Accepted(None, 0, None, "")),
     ("id-below-0-is-none", reply({"ret": 0, "message_id": -7}), Accepted(None, 0, None, "")),
-    ("id-null-is-none", reply({"ret": 0, "message_id": None}), Accepted(None, 0, None, "")),
     ("id-of-no-known-form-is-none", reply({"ret": 0, "message_id": {"low": 1}}), Accepted(None, 0, None, "")),
     ("id-rounded-is-none", reply(b'{"ret":0,"message_id":7.5e18}'), Accepted(None, 0, None, "")),
     ("empty-object-is-unconfirmed", reply({}), Accepted(None, None, None, "")),
     ("empty-body-is-unconfirmed", reply(b""), Accepted(None, None, None, "")),
-    ("blank-body-is-unconfirmed", reply(b" \r\n"), Accepted(None, None, None, "")),
     ("wrong-content-type-is-judged-by-its-body", reply({"message_id": "1"}, content_type="text/html"),
      Accepted("1", None, None, "")),
     ("-1", reply({"ret": -1}), (Refused, "rejected")),
     ("-2-prepare-failed", reply({"ret": -2, "errmsg": "prepare failed"}), (Throttled, "throttled")),
-    ("-2-unknown-error", reply({"ret": -2, "errmsg": "unknown error"}), (Throttled, "throttled")),
-    ("-2-rate-limited", reply({"ret": -2, "errmsg": "rate limited"}), (Throttled, "throttled")),
-    ("-2-empty-errmsg", reply({"ret": -2, "errmsg": ""}), (Throttled, "throttled")),
     ("-2-without-errmsg", reply({"ret": -2}), (Throttled, "throttled")),
-    ("-2-null-errmsg", reply({"ret": -2, "errmsg": None}), (Throttled, "throttled")),
-    ("-2-in-errcode", reply({"errcode": -2}), (Throttled, "throttled")),
     ("-2-in-errcode-beside-ret-0", reply({"ret": 0, "errcode": -2}), (Throttled, "throttled")),
-    ("-2-in-ret-beside-errcode-0", reply({"ret": -2, "errcode": 0}), (Throttled, "throttled")),
     ("-2-in-ret-beside-another-errcode", reply({"ret": -2, "errcode": -3}), (Throttled, "throttled")),
     ("-2-in-errcode-beside-another-ret", reply({"ret": 1, "errcode": -2}), (Throttled, "throttled")),
-    ("-12-in-ret-beside-another-errcode", reply({"ret": -12, "errcode": 5}), (Throttled, "throttled")),
     ("-14-beside-2", reply({"ret": -2, "errcode": -14}), (SessionExpired, "needs_login")),
     ("-2-with-an-id-is-no-success", reply({"ret": -2, "message_id": "1"}), (Throttled, "throttled")),
     ("-3-bad-user", reply({"ret": -3}), (Refused, "invalid")),
     ("-4-elsewhere-seen-in-getconfig", reply({"ret": -4}), (Refused, "rejected")),
-    ("-12-like-a-throttle", reply({"ret": -12, "errmsg": "rate"}), (Throttled, "throttled")),
     ("-13-like-a-throttle", reply({"ret": -13, "errmsg": "rate"}), (Throttled, "throttled")),
     ("-13-in-errcode-beside-another-ret", reply({"ret": 1, "errcode": -13}), (Throttled, "throttled")),
-    ("-14-in-ret", reply({"ret": -14, "errmsg": "session timeout"}), (SessionExpired, "needs_login")),
     ("-14-in-errcode", reply({"errcode": -14, "errmsg": "session timeout"}), (SessionExpired, "needs_login")),
     ("-14-in-ret-beside-another-errcode", reply({"ret": -14, "errcode": -1}), (SessionExpired, "needs_login")),
     ("-14-in-errcode-beside-another-ret", reply({"ret": -1, "errcode": -14}), (SessionExpired, "needs_login")),
     ("unknown-code", reply({"ret": -9999}), (Refused, "rejected")),
-    ("unknown-positive-code", reply({"ret": 7}), (Refused, "rejected")),
     ("truncated-may-have-been-taken", reply(b'{"ret":0,"messa'), (Uncertain, "unreadable")),
-    ("html-may-have-been-taken", reply(HTML), (Uncertain, "unreadable")),
     ("a-list-may-have-been-taken", reply(b"[]"), (Uncertain, "unreadable")),
     ("not-utf-8-is-read-all-the-same", reply(b'{"errmsg":"\xff","ret":0}'), Accepted(None, 0, None, "\ufffd")),
     ("-2-in-words-of-gbk", reply('{"ret":-2,"errmsg":"频率限制"}'.encode("gbk")), (Throttled, "throttled")),
@@ -112,30 +96,21 @@ SENT = [
     *((f"{status}-of-an-edge-without-ilink", reply(HTML, status), (Temporary, "http_5xx", None))
       for status in (521, 523, 525, 526)),
     *((f"{status}-may-have-been-taken", reply(HTML, status), (Uncertain, "http_5xx"))
-      for status in (500, 501, 502, 504, 505, 520, 522, 524, 530, 599)),
+      for status in (500, 502, 504, 520, 522, 524, 599)),
     *((f"{status}-of-a-gateway-took-nothing", reply(HTML, status), (Temporary, "http_4xx", None))
-      for status in (400, 401, 402, 403, 404, 405, 407, 408, 409, 421, 425, 431, 451, 499)),
-    ("401-without-a-body", reply(b"", 401), (Temporary, "http_4xx", None)),
+      for status in (400, 401, 403, 404, 407, 408, 499)),
     ("413-is-about-this-text", reply(HTML, 413), (Refused, "rejected")),
     ("302-is-not-followed", reply(b"", 302, location="https://evil.example"), (Temporary, "http_4xx", None)),
     ("json-of-a-gateway-beside-404", reply({"message": "no Route matched"}, 404), (Temporary, "http_4xx", None)),
     ("json-of-a-gateway-beside-500", reply({"error": "internal", "code": 7}, 500), (Uncertain, "http_5xx")),
     ("-14-beside-401", reply({"errcode": -14}, 401), (SessionExpired, "needs_login")),
-    ("-14-beside-502", reply({"ret": -14}, 502), (SessionExpired, "needs_login")),
     ("-14-beside-503", reply({"ret": -14}, 503), (SessionExpired, "needs_login")),
     ("-2-beside-429", reply({"ret": -2, "errmsg": "rate limited"}, 429), (Throttled, "throttled")),
-    ("-2-beside-400", reply({"errcode": "-2"}, 400), (Throttled, "throttled")),
-    ("-2-beside-500", reply({"ret": -2}, 500), (Throttled, "throttled")),
-    ("-12-beside-503", reply({"ret": -12}, 503), (Throttled, "throttled")),
-    ("-13-beside-429", reply({"ret": -13}, 429), (Throttled, "throttled")),
     ("-3-beside-400", reply({"ret": -3}, 400), (Refused, "invalid")),
     ("another-code-beside-400", reply({"ret": -1, "errmsg": "x"}, 400), (Refused, "rejected")),
-    ("another-code-beside-500", reply({"errcode": 7}, 500), (Refused, "rejected")),
     ("another-code-beside-503", reply({"ret": -1}, 503), (Temporary, "http_5xx", None)),
     ("another-code-beside-429", reply({"errcode": 429}, 429), (Temporary, "http_4xx", None)),
     ("0-beside-500", reply({"ret": 0, "message_id": "1"}, 500), (Uncertain, "http_5xx")),
-    ("no-json-beside-503", reply(b"{nope", 503), (Temporary, "http_5xx", None)),
-    ("no-json-beside-500", reply(b"{nope", 500), (Uncertain, "http_5xx")),
 ]  # fmt: skip
 
 
@@ -172,14 +147,11 @@ UPDATES = [
     ("idle", reply({"msgs": [], "sync_buf": "C", "get_updates_buf": "b", "longpolling_timeout_ms": 20_000}), 35,
      Polled([], "b", 20_000)),
     ("msgs-absent", reply({"get_updates_buf": "b"}), 35, Polled([], "b", 35_000)),
-    ("msgs-null", reply({"msgs": None, "get_updates_buf": "b"}), 35, Polled([], "b", 35_000)),
     ("empty-cursor-keeps-the-old", reply({"msgs": [MESSAGE], "get_updates_buf": ""}), 1, Polled([RAW], None, 35_000)),
-    ("no-cursor-keeps-the-old", reply({"msgs": [MESSAGE]}), 1, Polled([RAW], None, 35_000)),
     ("null-cursor-keeps-the-old", reply({"msgs": [MESSAGE], "get_updates_buf": None}), 1,
      Polled([RAW], None, 35_000)),
     ("empty-object-is-idle", reply({}), 35, Polled([], None, 35_000)),
     ("empty-body-late-in-a-poll-is-idle", reply(b""), 10, Polled([], None, 35_000)),
-    ("no-content-late-in-a-poll-is-idle", reply(b"", 204), 35, Polled([], None, 35_000)),
     ("endless-cursor-keeps-the-old", reply({"msgs": [MESSAGE], "get_updates_buf": "b" * 131_073}), 1,
      Polled([RAW], None, 35_000, overlong=131_073)),
     ("longest-cursor", reply({"get_updates_buf": "b" * 131_072}), 1, Polled([], "b" * 131_072, 35_000)),
@@ -190,34 +162,28 @@ UPDATES = [
     ("-2", reply({"ret": -2}), 1, (Temporary, "ret_2", None)),
     ("-2-in-errcode", reply({"errcode": -2, "ret": 0}), 1, (Temporary, "ret_2", None)),
     ("-3", reply({"ret": -3}), 1, (Temporary, "ret_other", None)),
-    ("-12", reply({"ret": -12}), 1, (Temporary, "ret_2", None)),
     ("-13", reply({"errcode": -13}), 1, (Temporary, "ret_2", None)),
     ("an-error-hides-no-messages", reply({"ret": -9, "msgs": [MESSAGE]}), 1, (Temporary, "ret_other", None)),
     ("-14-in-ret", reply({"ret": -14}), 1, (SessionExpired, "needs_login")),
     ("-14-in-errcode-ret-absent", reply({"errcode": -14, "errmsg": "session timeout"}), 1,
      (SessionExpired, "needs_login")),
     ("-14-in-ret-beside-another-errcode", reply({"ret": -14, "errcode": -1}), 1, (SessionExpired, "needs_login")),
-    ("524-late-is-idle", reply(HTML, 524), 16, IDLE),
     ("524-at-ten-seconds-is-idle", reply(HTML, 524), 10, IDLE),
     ("524-early-is-trouble", reply(HTML, 524), 9.9, (Temporary, "http_5xx", None)),
     ("500", reply(HTML, 500), 1, (Temporary, "http_5xx", None)),
     ("502", reply(HTML, 502), 1, (Temporary, "http_5xx", None)),
     ("503-says-when", reply(HTML, 503, retry_after="9"), 1, (Temporary, "http_5xx", 9.0)),
-    ("504", reply(HTML, 504), 1, (Temporary, "http_5xx", None)),
     ("429", reply(b"", 429, retry_after="4"), 1, (Temporary, "http_4xx", 4.0)),
     ("401-of-a-gateway", reply(b"", 401), 1, (Temporary, "http_4xx", None)),
     ("403-of-a-firewall", reply(HTML, 403), 1, (Temporary, "http_4xx", None)),
-    ("403-late-in-a-poll", reply(HTML, 403), 30, (Temporary, "http_4xx", None)),
     ("404", reply(b"", 404), 1, (Temporary, "http_4xx", None)),
     ("-14-beside-401", reply({"errcode": -14}, 401), 1, (SessionExpired, "needs_login")),
     ("-2-beside-429", reply({"ret": -2}, 429), 1, (Temporary, "http_4xx", None)),
     ("302-is-not-followed", reply(b"", 302), 1, (Temporary, "http_4xx", None)),
     ("empty", reply(b""), 9, (Temporary, "unreadable", None)),
-    ("blank", reply(b"\n"), 9, (Temporary, "unreadable", None)),
     ("truncated", reply(b'{"msgs":[{"message_id":1}],"get_up'), 1, (Temporary, "unreadable", None)),
     ("html", reply(HTML), 1, (Temporary, "unreadable", None)),
     ("a-list", reply(b"[]"), 1, (Temporary, "unreadable", None)),
-    ("null", reply(b"null"), 1, (Temporary, "unreadable", None)),
     ("msgs-no-list", reply({"msgs": {}}), 1, (Temporary, "unreadable", None)),
     ("nested-without-end", reply(b'{"msgs":[' + b'{"a":' * 5000), 1, (Temporary, "unreadable", None)),
 ]  # fmt: skip
@@ -228,11 +194,6 @@ UPDATES = [
 )
 def test_an_answer_to_a_poll_has_one_meaning(answer: IlinkReply, polled_s: float, expected: object) -> None:
     assert outcome(lambda: read_updates(answer, polled_s=polled_s)) == expected
-
-
-def test_messages_stay_raw_so_that_no_id_is_rounded() -> None:
-    polled = read_updates(reply(b'{"msgs":[{"message_id":%d}]}' % BIG), polled_s=1)
-    assert polled.messages == [b'{"message_id":%d}' % BIG]
 
 
 def test_only_an_answer_of_bounded_size_is_repaired() -> None:
@@ -288,18 +249,6 @@ def test_an_answer_that_is_written_otherwise_loses_no_message(body: bytes) -> No
     assert (polled.messages, polled.cursor) == ([b'{"a":1}'], "7" if b":7}" in body else "c")
 
 
-@pytest.mark.parametrize("text", ['\\"' * 200_000, "a" * 400_000], ids=["escapes", "letters"])
-def test_a_long_text_that_never_ends_is_read_once(text: str) -> None:
-    """An expression that goes back would take hours for the first one, and the process with it."""
-    with pytest.raises(Temporary):
-        read_updates(reply(b'{\n"x":"' + text.encode()), polled_s=1)
-
-
-def test_a_stale_token_is_one_also_in_quotes() -> None:
-    with pytest.raises(SessionExpired):
-        read_updates(reply(b'{"errcode":"-14"}'), polled_s=1)
-
-
 @pytest.mark.parametrize("secret", ["no-usual-token:0b1c2d", "0b1c2d", "any context"])
 def test_an_error_message_has_no_secret_of_its_request_whatever_it_looks_like(secret: str) -> None:
     request = protocol.message_request(
@@ -332,22 +281,6 @@ def test_an_error_message_of_a_poll_has_no_token_of_a_user(status: int) -> None:
     assert caught.value.detail == "iLink answered -14 context *** is dead"
 
 
-def test_a_secret_that_is_none_leaves_the_words_as_they_are() -> None:
-    request = protocol.message_request("b1:e", 1, {}, user="u", client_id="c", context_token="pre")
-    answer = replace(reply({"ret": -2, "errmsg": "prepare failed"}), secrets=request.secrets)
-    with pytest.raises(Throttled) as caught:
-        read_sent(answer)
-    assert caught.value.errmsg == "prepare failed"
-
-
-def test_where_ilink_says_no_words_there_are_none() -> None:
-    request = protocol.message_request("b1:secret", 1, {}, user="u", client_id="c", context_token="secret-token")
-    with pytest.raises(Throttled) as caught:
-        read_sent(replace(reply({"ret": -2}), secrets=request.secrets))
-    assert caught.value.errmsg == ""
-    assert caught.value.detail == "iLink answered -2"
-
-
 def test_an_error_message_that_quotes_the_request_has_no_secret() -> None:
     with pytest.raises(SessionExpired) as caught:
         read_updates(reply({"errcode": -14, "errmsg": "token b1@im.bot:060000secret is dead"}), polled_s=1)
@@ -363,21 +296,15 @@ def test_an_error_message_that_quotes_the_request_has_no_secret() -> None:
         (5_000, 5_000),
         (4_999, 5_000),
         (1, 5_000),
-        (35_000, 35_000),
         (60_000, 60_000),
         (120_000, 60_000),
         (10**18, 35_000),
         (25_000.7, 35_000),
         ("20000", 20_000),
-        ("120000", 60_000),
-        ("soon", 35_000),
         ("-5", 35_000),
-        ("", 35_000),
         ("９９９９", 35_000),
         (True, 35_000),
-        (None, 35_000),
         ([], 35_000),
-        (float("nan"), 35_000),
     ],
 )
 def test_the_hold_is_clamped(hint: object, expected: int) -> None:
@@ -392,10 +319,6 @@ def test_the_hold_is_clamped(hint: object, expected: int) -> None:
 )  # fmt: skip
 def test_retry_after_is_seconds_up_to_five_minutes(value: str, expected: float | None) -> None:
     assert retry_after({"retry-after": value}) == expected
-
-
-def test_no_retry_after_is_none() -> None:
-    assert retry_after({}) is None
 
 
 # notifystart, notifystop ---------------------------------------------------------------------------------
@@ -480,12 +403,6 @@ def test_an_answer_to_typing_says_whether_it_was_done(answer: IlinkReply, expect
     assert outcome(lambda: protocol.read_typing(answer)) == expected
 
 
-def test_a_refusal_of_typing_says_which_code_it_was() -> None:
-    with pytest.raises(Refused) as caught:
-        protocol.read_typing(reply({"ret": 0, "errcode": 7, "errmsg": "no"}))
-    assert (caught.value.detail, caught.value.ret, caught.value.errcode) == ("iLink answered 7 no", 0, 7)
-
-
 # what goes out -------------------------------------------------------------------------------------------
 
 
@@ -544,11 +461,6 @@ def test_every_post_carries_all_headers(request_: protocol.IlinkRequest) -> None
     }
 
 
-def test_the_uin_of_any_uint32_decodes_to_its_text() -> None:
-    for number in (1, 2**31, 2**32 - 1):
-        assert int(base64.b64decode(protocol.uin(number))) == number
-
-
 def test_a_send_has_the_official_shape() -> None:
     """Exactly these fields, one item."""
     request = send_request()
@@ -588,13 +500,6 @@ def test_typing_names_the_user_as_ilink_wants_it() -> None:
         {"ilink_user_id": "u", "typing_ticket": "AART", "status": 1, "base_info": info},
         {"ilink_user_id": "u", "typing_ticket": "AART", "status": 2, "base_info": info},
     ]
-
-
-def test_notifications_have_paths_of_their_own() -> None:
-    start = protocol.notify_request("t", 1, start=True)
-    stop = protocol.notify_request("t", 1, start=False)
-    assert (start.path, stop.path) == ("/ilink/bot/msg/notifystart", "/ilink/bot/msg/notifystop")
-    assert (start.endpoint, stop.endpoint) == ("notifystart", "notifystop")
 
 
 # media ---------------------------------------------------------------------------------------------------

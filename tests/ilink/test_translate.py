@@ -116,11 +116,6 @@ def test_a_token_for_which_the_bus_has_no_room_is_none(chars: int, kept: int, mo
     assert len(read_message(changed("text", context_token="c" * chars, **more)).context_token) == kept
 
 
-def test_what_ilink_leaves_out_is_empty() -> None:
-    assert said("no-context-token").context_token == ""
-    assert (said("nulls").context_token, said("nulls").sent_at_ms) == ("", 0)
-
-
 def test_the_bots_own_words_are_an_echo() -> None:
     """Filtered out, so that no bot answers itself."""
     assert said("bot-echo").echo
@@ -266,11 +261,6 @@ def test_a_plain_text_is_read_as_any_message(message: dict[str, Any], text: str,
     assert read_message(raw) == msgspec.structs.replace(expected, keys=keys, raw=raw)
 
 
-def test_other_words_have_another_content() -> None:
-    contents = {said(row.name).keys.content for row in ROWS if row.text != "hello"}
-    assert len(contents) == len([row for row in ROWS if row.text != "hello"])
-
-
 # media ---------------------------------------------------------------------------------------------------
 
 
@@ -313,8 +303,6 @@ KEY_FORMS: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
     ("raw-base64", {"aes_key": RAW_KEY}, {}),
     ("hex-base64", {"aes_key": TEXT_KEY}, {}),
     ("hex", {}, {"aeskey": AES.hex()}),
-    ("upper-hex", {}, {"aeskey": AES.hex().upper()}),
-    ("hex-before-base64", {"aes_key": "AAAAAAAAAAAAAAAAAAAAAA=="}, {"aeskey": AES.hex()}),
     ("base64-beside-broken-hex", {"aes_key": RAW_KEY}, {"aeskey": "00"}),
 ]
 
@@ -385,11 +373,6 @@ def test_a_duration_is_what_can_be_one(value: Any, duration_ms: int | None) -> N
     assert with_media("video", media, play_length=value).items == [VideoItem(duration_ms=duration_ms)]
 
 
-def test_sizes_of_any_type_do_no_harm() -> None:
-    found = with_media("file", {"full_url": URL}, len=14, md5=None, file_name=7)
-    assert (found.items, found.broken, len(found.fetches)) == ([FileItem()], "", 1)
-
-
 def test_text_beside_media_counts_as_text() -> None:
     assert said("multi-item").kind == "text"
 
@@ -452,10 +435,6 @@ HEAD = ["message_id", "client_id", "seq", "create_time_ms", "update_time_ms", "d
 ITEM = ["type", "msg_id", "create_time_ms", "update_time_ms", "is_completed", "ref_msg", "button_item_list",
         "at_bot_username_list", "image_item", "voice_item", "file_item", "video_item",
         "tool_call_start_item"]  # fmt: skip
-SPOILT = [
-    *((field, False, value) for field in HEAD for value in VALUES),
-    *((field, True, value) for field in ITEM for value in VALUES if field != "type" or value not in NUMBERS),
-]
 
 
 def spoilt(field: str, value: bytes, *, of_item: bool = False) -> bytes:
@@ -465,12 +444,15 @@ def spoilt(field: str, value: bytes, *, of_item: bool = False) -> bytes:
     return msgspec.json.encode(message)
 
 
-@pytest.mark.parametrize(("field", "of_item", "value"), SPOILT)
-def test_a_field_of_a_wrong_type_costs_no_words(field: str, of_item: bool, value: str) -> None:
-    raw = spoilt(field, VALUES[value], of_item=of_item)
-    found = read_message(raw)
-    assert (found.user, found.text, found.items, found.echo) == (USER, "hello", [HELLO], False)
-    assert found.raw == raw
+@pytest.mark.parametrize("value", VALUES)
+def test_a_field_of_a_wrong_type_costs_no_words(value: str) -> None:
+    for field, of_item in [*((field, False) for field in HEAD), *((field, True) for field in ITEM)]:
+        if field == "type" and value in NUMBERS:
+            continue
+        raw = spoilt(field, VALUES[value], of_item=of_item)
+        found = read_message(raw)
+        assert (found.user, found.text, found.items, found.echo) == (USER, "hello", [HELLO], False), field
+        assert found.raw == raw
 
 
 def value_of(field: str, found: InboundMessage) -> Any:
