@@ -119,8 +119,8 @@ class Shard:
         """By sandbox and user."""
         self._commands: dict[int, QueuedCommand] = {}
         """All in flight, by the sequences of their identities."""
-        self._held: dict[str, list[QueuedCommand]] = {}
-        """By bot: commands of bots whose users are not known."""
+        self._held: dict[str, dict[int, QueuedCommand]] = {}
+        """By bot and sequence: commands of bots whose users are not known."""
         self._heads: dict[str, dict[int, str]] = {}
         """By sandbox: the users to whom former owners were sending commands, by sequence."""
         self._body_bytes = 0
@@ -220,19 +220,24 @@ class Shard:
         if told.outcome == "refused":
             self._tasks.spawn(self._end(command, told))
             return
-        self._held.setdefault(bot, []).append(command)
+        self._held.setdefault(bot, {})[command.sequence] = command
         if not command.parked:
             self._tasks.spawn(self._park(command, told))
+        self._expire(command, bot)
 
-    def _end_expired(self) -> None:
-        """Ends the commands on hold that have expired."""
-        now_ms, result = self.deps.clock.now_ms(), CommandResult("refused", "expired", sending.EXPIRED)
-        for bot, commands in list(self._held.items()):
-            for command in [each for each in commands if each.expires_ms <= now_ms]:
-                commands.remove(command)
-                self._tasks.spawn(self._end(command, result))
-            if not commands:
-                del self._held[bot]
+    def _expire(self, command: QueuedCommand, bot: str) -> None:
+        """Ends a command on hold when it has expired."""
+        commands = self._held.get(bot, {})
+        if commands.get(command.sequence) is not command:
+            return
+        left_ms = command.expires_ms - self.deps.clock.now_ms()
+        if left_ms > 0:
+            asyncio.get_running_loop().call_later(left_ms / 1000, self._expire, command, bot)
+            return
+        del commands[command.sequence]
+        if not commands:
+            del self._held[bot]
+        self._tasks.spawn(self._end(command, CommandResult("refused", "expired", sending.EXPIRED)))
 
     def _binding_for(self, command: QueuedCommand) -> Binding:
         """The binding of the person for whom a command is meant. Raises Refused."""
@@ -425,7 +430,7 @@ class Shard:
         if not is_served:
             self.folds.forget(sandbox)
         if bot in self._held and not (is_served and binding is not None and not binding.user):
-            for command in self._held.pop(bot):
+            for command in self._held.pop(bot).values():
                 self._place(command)
         of_sandbox = self._conversations.get(sandbox, {})
         for user, conversation in list(of_sandbox.items()):  # a sandbox may have thousands of users
@@ -595,8 +600,7 @@ class Shard:
                 del self._conversations[conversation.sandbox]
 
     def evict_idle(self) -> None:
-        """Drops what can be read again. A record that is not stored yet is stored first. Ends what has expired."""
-        self._end_expired()
+        """Drops what can be read again. A record that is not stored yet is stored first."""
         for conversation in self:
             conversation.store()
             self.drop_idle(conversation)
@@ -611,7 +615,7 @@ class Shard:
             count = sum(each.parked for each in conversation.queue) if conversation.reason else 0
             parked[conversation.reason] += count
             waiting += count
-        held = sum(each.parked for commands in self._held.values() for each in commands)
+        held = sum(each.parked for commands in self._held.values() for each in commands.values())
         parked["window_closed"] += held
         waiting += held
         stored_ms = (each.delivery.time_ms for each in self._commands.values() if not each.parked)
