@@ -6,18 +6,16 @@ import asyncio
 import gc
 import weakref
 
+from structlog.testing import capture_logs
+
+from adapter.errors import LeaseLost
 from adapter.kit.tasks import TaskSet
 
 VIRTUAL_TIME = True
 
 
-def tasks() -> tuple[TaskSet, list[BaseException]]:
-    failures: list[BaseException] = []
-    return TaskSet(failures.append), failures
-
-
 async def test_nothing_is_lost_that_nobody_else_holds() -> None:
-    found, failures = tasks()
+    found = TaskSet("test")
     done: list[int] = []
     awaited: list[weakref.ref[asyncio.Future[int]]] = []
 
@@ -33,11 +31,11 @@ async def test_nothing_is_lost_that_nobody_else_holds() -> None:
     assert future is not None, "the task was collected, and what it waited for with it"
     future.set_result(1)
     assert await found.wait_ended()
-    assert (done, failures, len(found)) == ([1], [], 0)
+    assert (done, len(found)) == ([1], 0)
 
 
 async def test_it_waits_for_what_begins_meanwhile_and_no_longer_than_its_limit() -> None:
-    found, _ = tasks()
+    found = TaskSet("test")
     loop = asyncio.get_running_loop()
 
     async def first() -> None:
@@ -53,16 +51,19 @@ async def test_it_waits_for_what_begins_meanwhile_and_no_longer_than_its_limit()
     assert await found.wait_ended(0), "there is nothing to wait for"
 
 
-async def test_a_crash_is_reported_and_a_cancellation_is_none() -> None:
-    found, failures = tasks()
+async def test_a_crash_is_logged_and_a_cancellation_or_a_lost_lease_is_none() -> None:
+    found = TaskSet("test")
 
-    async def crash() -> None:
-        raise ValueError("of a bug")
+    async def crash(exc: Exception) -> None:
+        raise exc
 
-    found.spawn(crash())
-    found.spawn(asyncio.sleep(3600))
-    await asyncio.sleep(1)
-    assert [str(exc) for exc in failures] == ["of a bug"]
-    found.cancel_all()
-    assert await found.wait_ended()
-    assert len(failures) == 1
+    with capture_logs() as logs:
+        found.spawn(crash(ValueError("of a bug")))
+        found.spawn(crash(LeaseLost("lease_lost")))
+        found.spawn(asyncio.sleep(3600))
+        await asyncio.sleep(1)
+        found.cancel_all()
+        assert await found.wait_ended()
+    assert [(entry["event"], entry["task"], str(entry["exc_info"])) for entry in logs] == [
+        ("task.crashed", "test", "of a bug")
+    ]

@@ -84,7 +84,7 @@ class Control:
         self._owner = owner
         self._clock = clock
         self._metrics = metrics
-        self._tasks = TaskSet(_report)
+        self._tasks = TaskSet("control")
         self._changed = asyncio.Event()
         """Set when a command arrives or ends."""
         self._deliveries: dict[int, Delivery] = {}
@@ -293,7 +293,3 @@ def _outcome_key(command: ControlCommand, own_id: str = "") -> str:
     meant = command.user if isinstance(command, Erase) else command.bot or ""
     ident = f"{type(command).__name__} {command.sandbox} {meant} {command.id or own_id}"
     return OUTCOME + hashlib.sha256(ident.encode()).hexdigest()[:32]
-
-
-def _report(exc: BaseException) -> None:
-    log.error("task.crashed", task="control", exc_info=exc)

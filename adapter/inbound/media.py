@@ -122,7 +122,7 @@ class MediaFetcher:
         self._transfers = transfers
         self._clock = clock
         self._metrics = metrics
-        self._tasks = TaskSet(_log_crash)
+        self._tasks = TaskSet("media")
         self._running: dict[str, asyncio.Task[str]] = {}
         """By object, which begins with its sandbox: fetches, which end with "", or with a reason."""
 
@@ -267,7 +267,3 @@ def _names(item: InboundItem, name: str) -> bool:
 def _last_object(fetch: MediaFetch) -> str:
     """The object that is stored last: a voice item's WAV."""
     return f"{fetch.object}{WAV}" if isinstance(fetch.item, VoiceItem) and fetch.item.wav else fetch.object
-
-
-def _log_crash(exc: BaseException) -> None:
-    log.error("media.crashed", exc_info=exc)

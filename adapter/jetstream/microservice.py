@@ -18,6 +18,7 @@ from typing import Any
 import structlog
 from nats import micro
 from nats.errors import ConnectionClosedError
+from nats.errors import Error as NatsError
 from nats.micro.request import Request
 from nats.micro.service import EndpointConfig
 
@@ -159,7 +160,7 @@ class Services:
         self._slots = FairSlots(MAX_IN_FLIGHT, share=MAX_IN_FLIGHT)
         self._slots_by_verb = {"replay": FairSlots(MAX_REPLAYS, share=1), "media.get": None}
         """Slots of verbs that have their own. None: the handler takes them."""
-        self._answers = TaskSet(_log_unanswered)
+        self._answers = TaskSet("service")
         connection.on_connect(self._register)
 
     async def _register(self, nc: BusClient) -> None:
@@ -225,12 +226,14 @@ class Services:
             quota.release(sandbox, len(request.data))
 
 
-def _log_unanswered(exc: BaseException) -> None:
-    """The connection broke before the answer."""
-    log.info("service.unanswered", reason=type(exc).__name__)
-
-
 async def _respond(request: Request, answering: Awaitable[SandboxResponse | bytes]) -> None:
+    try:
+        await _answer(request, answering)
+    except NatsError as exc:  # the connection broke before the answer
+        log.info("service.unanswered", reason=type(exc).__name__)
+
+
+async def _answer(request: Request, answering: Awaitable[SandboxResponse | bytes]) -> None:
     try:
         answer = await answering
         data, headers = (answer, {}) if isinstance(answer, bytes) else answer
@@ -241,7 +244,7 @@ async def _respond(request: Request, answering: Awaitable[SandboxResponse | byte
         await request.respond_error(CODES.get(exc.reason, "400"), _header_text(exc.detail))
     except AdapterError as exc:
         await request.respond_error("500", _header_text(exc.detail or exc.reason))
-    except ConnectionClosedError:  # the caller is gone, see `_log_unanswered`
+    except ConnectionClosedError:
         raise
     except Exception:  # nats-py would send the exception's repr to the caller
         log.exception("service.crashed")

@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Coroutine
+from collections.abc import Coroutine
 from typing import Any
+
+import structlog
+
+from adapter.errors import LeaseLost
+
+log = structlog.get_logger()
 
 
 class TaskSet:
     """The running tasks of one owner. asyncio holds tasks only weakly, and reports their failures late."""
 
-    def __init__(self, on_failure: Callable[[BaseException], None]) -> None:
-        """`on_failure` gets the exceptions of tasks, except cancellations. It must not be a method of the owner,
-        which would become a reference cycle."""
-        self._on_failure = on_failure
+    def __init__(self, name: str) -> None:
+        """`name` tells in the log whose task has crashed. The end of a lease is no crash."""
+        self._name = name
         self._running: dict[asyncio.Task[Any], None] = {}
         """A set would take 150 bytes more while it is empty, as it is for thousands of silent users."""
 
@@ -44,5 +49,6 @@ class TaskSet:
 
     def _on_task_done(self, task: asyncio.Task[Any]) -> None:
         self._running.pop(task, None)
-        if not task.cancelled() and (exc := task.exception()) is not None:
-            self._on_failure(exc)
+        if task.cancelled() or (exc := task.exception()) is None or isinstance(exc, LeaseLost):
+            return
+        log.error("task.crashed", task=self._name, exc_info=exc)

@@ -64,7 +64,7 @@ class LoginService:
         self._sealer = sealer
         self._clock = clock
         self._metrics = metrics
-        self._tasks = TaskSet(_report)
+        self._tasks = TaskSet("login")
 
     # requests ---------------------------------------------------------------------------------------
 
@@ -175,7 +175,3 @@ async def _run_flow(login: str, flow: LoginFlow, code: QrCode) -> None:
     except* Exception:  # a bug ends this login, and the others continue
         log.exception("login.crashed", login=login[:6])
         await flow.fail("crashed", "The adapter failed, see its log; start another login.")
-
-
-def _report(exc: BaseException) -> None:
-    log.error("task.crashed", task="login", exc_info=exc)

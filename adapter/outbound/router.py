@@ -78,7 +78,7 @@ class Router:
         self._metrics = metrics
         self._queues: dict[str, _Queue] = {}
         """By sandbox. Each has a task."""
-        self._tasks = TaskSet(_report)
+        self._tasks = TaskSet("routing")
 
     def on_delivery(self, delivery: Delivery) -> None:
         """Takes a command. One that is in hand already is not taken again."""
@@ -196,7 +196,3 @@ def _next_batch(waiting: Iterable[_Routed]) -> list[_Routed]:
             break
         batch.append(routed)
     return batch
-
-
-def _report(exc: BaseException) -> None:
-    log.error("task.crashed", task="routing", exc_info=exc)

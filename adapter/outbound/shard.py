@@ -131,7 +131,7 @@ class Shard:
         """Conversations whose record lacks an inbound message."""
         self._head_reads = Batches(partial(_read_heads, deps.store))
         self._records = Batches(partial(_read_records, deps.store))
-        self._tasks = TaskSet(_report)
+        self._tasks = TaskSet("shard")
 
     def __iter__(self) -> Iterator[Conversation]:
         return iter([each for of_sandbox in self._conversations.values() for each in of_sandbox.values()])
@@ -648,8 +648,3 @@ async def _save_once(conversation: Conversation) -> None:
         await conversation.save()
     except (Temporary, LeaseLost, BusRefused) as exc:
         log.warning("conversation.not_stored", sandbox=conversation.sandbox, reason=exc.reason)
-
-
-def _report(exc: BaseException) -> None:
-    if not isinstance(exc, LeaseLost):
-        log.error("task.crashed", task="shard", exc_info=exc)

@@ -54,7 +54,7 @@ class TypingIndicators:
         self._chat = chat
         self._clock = clock
         self._ensure_owner = ensure_owner
-        self._tasks = TaskSet(_report)
+        self._tasks = TaskSet("typing")
         self._shown: dict[tuple[str, str], _Indicator] = {}
         self._tickets: dict[tuple[str, str], _Ticket] = {}
         self._is_ending = False
@@ -132,7 +132,3 @@ class TypingIndicators:
             value = await self._chat.typing_ticket(account, user, context_token)
             ticket = self._tickets[account.bot, user] = _Ticket(value, self._clock.monotonic() + TICKET_S)
         return ticket.value
-
-
-def _report(exc: BaseException) -> None:
-    log.error("task.crashed", task="typing", exc_info=exc)

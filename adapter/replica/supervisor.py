@@ -100,7 +100,7 @@ class Supervisor:
         """Bots without room here, which are tried again when a poller ends."""
         self._closing: set[str] = set()
         """Bots whose bindings are being closed."""
-        self._tasks = TaskSet(_report)
+        self._tasks = TaskSet("closing")
         self._dirty: set[str] = set()
         """Bots to be followed in the next round."""
         self._changed = ChangeSignal()
@@ -412,7 +412,3 @@ class Supervisor:
         """Returns when all pollers have ended, or after so many seconds."""
         if self._polling:
             await asyncio.wait(set(self._polling), timeout=within_s)
-
-
-def _report(exc: BaseException) -> None:
-    log.error("task.crashed", task="closing", exc_info=exc)
