@@ -86,18 +86,6 @@ async def handling(sandbox: Sandbox, handler: Any) -> AsyncIterator[asyncio.Task
         await asyncio.wait({task})
 
 
-async def test_it_asks_at_the_start_and_at_each_ring(person: Person) -> None:
-    await person.say(2, ring=False)
-    async with opened(person) as sandbox:
-        messages = aiter(sandbox)
-        assert [(message := await anext(messages)).text, message.sequence] == ["1", 100]
-        assert (await anext(messages)).text == "2"
-        await person.say()
-        assert (await anext(messages)).text == "3"
-    assert person.adapter.queries[0].reader is None
-    assert all(query.reader == 1 for query in person.adapter.queries[1:])
-
-
 async def test_a_ring_that_is_lost_delays_a_message_and_no_more(
     person: Person, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -118,22 +106,6 @@ async def test_it_asks_when_the_connection_is_back_since_rings_were_lost(person:
         await person.rig.bus.start()
         async with asyncio.timeout(reader_module.ASK_S / 2):
             assert (await waiting).text == "1"
-
-
-async def test_what_is_finished_is_confirmed_soon_though_nothing_more_comes(person: Person) -> None:
-    done: list[str] = []
-
-    async def handle(message: Message) -> None:
-        done.append(message.text)
-
-    async with opened(person) as sandbox, handling(sandbox, handle):
-        await person.say(3)
-        await person.confirmed(3)
-        asked = len(person.adapter.queries)
-        await person.say()
-        await person.confirmed(4)
-        assert len(person.adapter.queries) == asked + 2  # the ring, and the confirmation
-    assert done == ["1", "2", "3", "4"]
 
 
 async def test_a_message_at_work_keeps_the_position_and_the_others_go_on_up_to_the_window(person: Person) -> None:
@@ -184,32 +156,6 @@ async def test_the_end_confirms_what_is_finished(person: Person) -> None:
     assert person.adapter.position == 200
 
 
-@pytest.mark.parametrize("way", ["loop", "run"])
-async def test_another_reader_ends_it_with_the_sentence_of_the_adapter(person: Person, way: str) -> None:
-    begun: list[str] = []
-
-    async def work(message: Message) -> None:
-        begun.append(message.text)
-        await asyncio.Event().wait()
-
-    async with opened(person) as sandbox:
-        await person.say()
-        if way == "loop":
-            messages = aiter(sandbox)
-            assert (await anext(messages)).text == "1"
-            ending: asyncio.Future[Any] = asyncio.ensure_future(anext(messages))
-            await person.confirmed(1)
-        else:
-            ending = asyncio.ensure_future(sandbox.run(work))
-            await until(lambda: begun == ["1"], "it is at work")
-        person.adapter.reader += 1
-        await person.nc.publish(NAMES.live("s1"))
-        with pytest.raises(Refused, match="Another agent reads this sandbox now") as caught:
-            await ending
-        assert caught.value.reason == "replaced"
-    assert person.adapter.position == (100 if way == "loop" else 0)
-
-
 async def test_a_request_without_an_answer_is_repeated_and_a_late_answer_counts(
     person: Person, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -247,20 +193,6 @@ async def test_an_adapter_that_has_no_time_is_asked_again(person: Person, code: 
     await person.say()
     async with opened(person) as sandbox:
         assert (await anext(aiter(sandbox))).text == "1"
-
-
-async def test_an_adapter_that_is_not_there_is_waited_for(rig: Rig) -> None:
-    with structlog.testing.capture_logs() as logs:
-        async with Sandbox("s1", rig.bus.settings) as sandbox:
-            waiting = asyncio.ensure_future(anext(aiter(sandbox)))
-            await until(lambda: any(line["event"] == "agent.retrying" for line in logs), "it asks")
-            nc = await rig.bus.client()
-            person = Person(rig, nc)
-            await person.say()
-            await person.adapter.start()
-            async with asyncio.timeout(PATIENCE_S):
-                assert (await waiting).text == "1"
-            await nc.close()
 
 
 async def test_any_other_refusal_ends_it(person: Person) -> None:

@@ -233,25 +233,6 @@ async def test_a_delivery_that_got_lost_on_its_way_comes_again_before_what_is_af
     assert reader.resets == 2
 
 
-async def test_heartbeats_that_know_of_nothing_more_interrupt_nothing(
-    rig: Rig, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("adapter.jetstream.consumer.HEARTBEAT_S", 0.1)
-    heed, beats = Consumer._on_status, 0
-
-    def counted(consumer: Consumer, status: str, headers: dict[str, str]) -> str:
-        nonlocal beats
-        beats += status == "100"
-        return heed(consumer, status, headers)
-
-    monkeypatch.setattr(Consumer, "_on_status", counted)
-    await control(rig, "0")
-    reader = Reader(rig)
-    await reader.have(1)
-    await until(lambda: beats >= 3, "three heartbeats")
-    assert reader.resets == 1
-
-
 async def test_what_a_pull_of_another_takes_before_the_reset_is_answered_comes_again(
     rig: Rig, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -274,19 +274,6 @@ async def test_the_bucket_forgets_who_does_not_ask_and_who_asks_then_goes_on(pla
     assert await place.refused(reader=reader + 1) == "replaced"
 
 
-async def test_a_position_above_all_that_is_stored_blocks_until_it_is_lowered(place: Place) -> None:
-    """As after a restore of an older inbox: what is stored from then on would be taken for handled."""
-    (last,) = await place.say("one")
-    reader = (await place.ask()).reader
-    await place.readers.skip("s1", last + 5)
-    for _ in range(2):
-        with pytest.raises(Temporary, match="doctor --fix"):
-            await place.ask(reader=reader)
-    await place.readers.change("s1", lambda now: msgspec.structs.replace(now, handled=last))
-    await place.say("two")
-    assert texts(await place.ask(reader=reader)) == ["two"]
-
-
 async def test_a_record_that_cannot_be_read_is_overwritten(place: Place) -> None:
     """The adapter did not write it. It must keep nobody from reading, and no bot from being unbound."""
     first, _ = await place.say("one", "two")

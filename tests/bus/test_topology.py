@@ -14,7 +14,7 @@ from structlog.testing import capture_logs
 from adapter.cli.embedded import EmbeddedNats
 from adapter.contract.messages import COMMAND_BYTES
 from adapter.contract.names import H_COMMAND, H_MSG_ID, SHARDS, shard_of
-from adapter.errors import STORE_FAILED, BusRefused, SettingsError
+from adapter.errors import BusRefused, SettingsError
 from adapter.jetstream import topology
 from adapter.jetstream.buckets import LeaderKvBucket
 from adapter.jetstream.inspector import Inspector
@@ -131,17 +131,6 @@ async def test_an_operators_own_limits_are_reported_and_never_changed(bus: Bus) 
 # the layout key ------------------------------------------------------------------------------------------
 
 
-async def test_what_was_deleted_stays_deleted_when_a_replica_starts(bus: Bus) -> None:
-    """An empty bucket of bindings would have the bots of everybody fall silent, and nobody told."""
-    async with rig_on(bus, streams=False) as rig:
-        await topology.ensure_topology(rig.connection, NAMES, bus.settings)
-        await rig.connection.api_request(f"STREAM.DELETE.KV_{NAMES.bindings}")
-        with pytest.raises(SettingsError, match=rf"KV_{NAMES.bindings}: missing. Restore .* creates empty streams"):
-            await topology.ensure_topology(rig.connection, NAMES, bus.settings)
-        missing, _ = await topology.inspect_topology(rig.connection, NAMES, bus.settings)
-        assert [wanted.name for wanted in missing] == [f"KV_{NAMES.bindings}"]
-
-
 async def test_a_creation_that_was_cut_short_is_completed(bus: Bus) -> None:
     async with rig_on(bus, streams=False) as rig:
         for wanted in topology.wanted_streams(NAMES, bus.settings)[::2]:
@@ -250,27 +239,6 @@ async def test_what_is_too_large_to_be_a_command_is_refused_to_its_publisher(bus
         too_large = msgspec.structs.replace(largest, payload=bytes(COMMAND_BYTES + topology.HEADER_BYTES))
         with pytest.raises(BusRefused, match="message size exceeds maximum allowed"):
             await rig.publisher.publish(too_large)
-
-
-async def test_commands_and_dead_letters_end_at_their_size_and_leave_room_for_the_rest(bus: Bus) -> None:
-    """Commands are refused then, and of dead letters the oldest go."""
-    settings = msgspec.structs.replace(bus.settings, in_max_bytes=10 << 20)
-    payload = bytes(256 * 1024)
-    async with rig_on(bus, streams=False) as rig:
-        await topology.ensure_topology(rig.connection, NAMES, settings)
-        dead = [
-            await rig.publisher.publish(BusMessage("dead", NAMES.dead_letters("X"), payload, {})) for _ in range(10)
-        ]
-        assert await rig.first(NAMES.stream_dead) > dead[0].seq
-        out = [BusMessage("out", NAMES.out(f"s{number}"), payload, {}) for number in range(25)]
-        answers = await rig.publisher.publish_all(out)
-        refused = [answer for answer in answers if isinstance(answer, BusRefused)]
-        assert refused == answers[-len(refused) :]
-        assert {answer.code for answer in refused} == {STORE_FAILED}
-        for name, limit in ((NAMES.stream_out, 5 << 20), (NAMES.stream_dead, 1 << 20)):
-            state = (await rig.connection.api_request(f"STREAM.INFO.{name}"))["state"]
-            assert limit - 2 * len(payload) < state["bytes"] <= limit
-        await rig.publisher.publish(BusMessage("in", NAMES.inbox("s1"), b"x", {}))
 
 
 class Hurried(EmbeddedNats):

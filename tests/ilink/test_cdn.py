@@ -151,22 +151,6 @@ async def test_f25_a_download_fails(
     assert rig.requests("cdn_download", outcome) == 1
 
 
-@pytest.mark.parametrize(
-    "fetch",
-    [
-        MediaRef(0, "", "", KEY, ""),
-        MediaRef(0, "https://evil.example/c2c/download?x=1", "", KEY, ""),
-        MediaRef(0, "https://evil.example/c2c/download?x=1", "a reference beside it", KEY, ""),
-        MediaRef(0, "http://127.0.0.1:1/c2c/download?x=1", "", KEY, ""),
-        MediaRef(0, "http://169.254.169.254/latest", "", KEY, ""),
-        MediaRef(0, "file:///etc/passwd", "", None, ""),
-    ],
-)
-async def test_a_link_that_may_not_be_followed_is_not(rig: Rig, fetch: MediaRef) -> None:
-    assert await failure(whole(rig.cdn.download(fetch))) == (Refused, "reference")
-    assert rig.metrics.value("upstream_request_duration_seconds_count", endpoint="cdn_download") == 0
-
-
 async def test_environment_proxies_are_passed_by(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
     fetch = await rig.receive("file", HELLO)
     for name in ("HTTP_PROXY", "http_proxy", "ALL_PROXY"):
@@ -456,16 +440,6 @@ async def test_a_source_that_fails_is_not_the_cdns_fault(
 
     assert await failure(rig.upload(HELLO, read=read)) == expected
     assert reads == 1
-
-
-async def test_the_place_that_ilink_names_is_checked(rig: Rig) -> None:
-    other = Rig(rig.sim, allowed_hosts=())
-    rig.sim.say(other.bot.user, "hello")
-    with pytest.raises(Refused) as caught:
-        await other.upload(HELLO)
-    assert caught.value.reason == "media"
-    assert "is not allowed" in caught.value.detail
-    await other.close()
 
 
 async def test_the_body_has_its_length_and_no_chunks(rig: Rig) -> None:
