@@ -104,7 +104,7 @@ async def list_dead_letters(
     """List dead letters, oldest first. Bodies are not shown: they may hold message text."""
 
     def to_letter(one: StoredMessage) -> DeadLetter | None:
-        letter = dead_letter_of(one.seq, one.subject, one.headers, size=len(one.data), stored_ms=one.time_ms)
+        letter = dead_letter_of(one.seq, one.subject, one.headers, size=len(one.data))
         return letter if stream in (None, letter.stream) else None
 
     async with connected_bus() as bus:

@@ -22,7 +22,7 @@ from adapter.logins.qr import html_element
 from adapter.logins.records import LoginRecords
 from adapter.ownership.replica_status import OtherReplicas
 from adapter.ports import Bus, History, StoredMessage
-from adapter.services.dead_letters import dead_letter_of, is_command, original_subject, retry_message
+from adapter.services.dead_letters import dead_letter_of, is_command, retry_message
 from adapter.services.health import BotHealth
 
 PAGE = 50
@@ -91,7 +91,7 @@ class ConsoleService:
         stored = await self._history.read_newest(stream, names.dead_letters("*"), count=PAGE + 1, before=before)
         letters = [dead_letter_of(one.seq, one.subject, one.headers, size=len(one.data)) for one in stored[:PAGE]]
         return {
-            "letters": [(one, is_command(names, original_subject(names, one.subject))) for one in letters],
+            "letters": [(one, is_command(names, one.subject)) for one in letters],
             "older": letters[-1].seq if len(stored) > PAGE else None,
         }
 

@@ -40,34 +40,18 @@ class DeadLetter(msgspec.Struct, frozen=True, kw_only=True):
     size: int
 
 
-def dead_letter_of(
-    seq: int, subject: str, headers: Mapping[str, str], *, size: int, stored_ms: int = 0
-) -> DeadLetter:
-    """`subject`: that of the dead letter. `stored_ms` replaces a time that the headers lack."""
+def dead_letter_of(seq: int, subject: str, headers: Mapping[str, str], *, size: int) -> DeadLetter:
+    """`subject`: that of the dead letter."""
     return DeadLetter(
         seq=seq,
         stream=subject.rpartition(".")[2],
         subject=headers.get(H_SUBJECT, ""),
-        sandbox=headers.get(H_SANDBOX, "") or _sandbox_in(headers.get(H_SUBJECT, "")),
+        sandbox=headers.get(H_SANDBOX, ""),
         reason=headers.get(H_REASON, ""),
         detail=headers.get(H_DETAIL, ""),
-        time_ms=_int_or_zero(headers.get(H_TIME_MS)) or stored_ms,
+        time_ms=_int_or_zero(headers.get(H_TIME_MS)),
         size=size,
     )
-
-
-def _sandbox_in(subject: str) -> str:
-    """Of a subject that ends with it: of commands, and of messages in the inbox."""
-    tokens = subject.split(".")
-    return tokens[-1] if len(tokens) > 2 and tokens[1] in ("out", "inbox") else ""
-
-
-def original_subject(names: Names, stored: str) -> str:
-    """The subject to which a publisher sent a message that is stored as `stored`: WECHAT_OUT inserts the shard."""
-    tokens = stored.split(".")
-    if stored.startswith(f"{names.out_plain}.") and len(tokens) == 4:
-        return names.out(tokens[3])
-    return stored
 
 
 def is_command(names: Names, subject: str) -> bool:
@@ -80,7 +64,7 @@ def retry_message(names: Names, seq: int, headers: Mapping[str, str], data: byte
 
     Its id is derived from the dead letter, so that a repeated retry is stored once. Raises Refused.
     """
-    subject = original_subject(names, headers.get(H_SUBJECT, ""))
+    subject = headers.get(H_SUBJECT, "")
     if not is_command(names, subject):
         raise Refused("invalid", "It is no command: what a user wrote cannot be tried again, they have to write.")
     if subject.startswith(names.out_plain):

@@ -14,17 +14,16 @@ from adapter.contract.names import (
     H_DETAIL,
     H_MSG_ID,
     H_REASON,
+    H_SANDBOX,
     H_SEALED,
     H_SEQUENCE,
     H_SUBJECT,
     H_TIME_MS,
     H_TRACEPARENT,
     H_USER,
-    Names,
 )
 from adapter.jetstream.client import parse_headers
 from adapter.security.seal import Sealer, dead_context
-from adapter.services.dead_letters import original_subject
 from tests.cli.conftest import Command
 
 OUT, CTL, IN = "WECHAT_OUT", "WECHAT_CTL", "WECHAT_IN"
@@ -47,6 +46,7 @@ async def die(bus: BusConnection, stream: str, subject: str, body: bytes, **extr
         H_TIME_MS: "1760000000000",
         H_MSG_ID: f"original-{subject}-{len(body)}",
         H_TRACEPARENT: "00-x",
+        **({H_SANDBOX: subject.rpartition(".")[2]} if subject.count(".") > 1 and stream != CTL else {}),
         **extra,
     }
     if stream == IN:
@@ -55,7 +55,7 @@ async def die(bus: BusConnection, stream: str, subject: str, body: bytes, **extr
 
 
 async def test_ls_shows_no_bodies(cli: Command, bus: BusConnection) -> None:
-    await die(bus, OUT, "wechat.out.17.s1", b"private words")
+    await die(bus, OUT, "wechat.out.s1", b"private words")
     await die(bus, IN, "wechat.inbox.s1", b"private words too")
     result = await cli("dead", "ls")
     head, first, second = result.out.splitlines()
@@ -68,7 +68,7 @@ async def test_ls_shows_no_bodies(cli: Command, bus: BusConnection) -> None:
 
 
 async def test_show_prints_headers_and_body(cli: Command, bus: BusConnection) -> None:
-    await die(bus, OUT, "wechat.out.17.s1", b'{"text": "private\x1b[2J" ')
+    await die(bus, OUT, "wechat.out.s1", b'{"text": "private\x1b[2J" ')
     result = await cli("dead", "show", "1")
     assert result.code == 0
     assert "Wechat-Reason: unreadable" in result.out
@@ -96,7 +96,7 @@ async def test_without_the_key_a_sentence_stands_for_what_ilink_sent(
 ) -> None:
     monkeypatch.setenv("WECHAT_NATS_TOKEN_KEY", key)
     await die(bus, IN, "wechat.inbox.s1", b"private")
-    await die(bus, OUT, "wechat.out.17.s1", b"clear")
+    await die(bus, OUT, "wechat.out.s1", b"clear")
     letter, command = (await cli("dead", "show", "1", "2", "--json")).rows
     assert re.fullmatch(
         r"\(withheld: It was sealed with a key \(\w{8}\) that is not in WECHAT_NATS_TOKEN_KEY.\)", letter["body"]
@@ -105,7 +105,7 @@ async def test_without_the_key_a_sentence_stands_for_what_ilink_sent(
 
 
 async def test_an_authors_header_hides_no_command(cli: Command, bus: BusConnection) -> None:
-    await die(bus, OUT, "wechat.out.17.s1", b"clear", **{H_BODY: "sealed"})
+    await die(bus, OUT, "wechat.out.s1", b"clear", **{H_BODY: "sealed"})
     (row,) = (await cli("dead", "show", "1", "--json")).rows
     assert row["body"] == "clear"
 
@@ -138,14 +138,14 @@ async def test_show_masks_what_opens_something(
 async def test_show_prints_whatever_a_sandbox_made_a_dead_letter(
     cli: Command, bus: BusConnection, body: bytes, options: tuple[str, ...]
 ) -> None:
-    await die(bus, OUT, "wechat.out.17.s1", body)
+    await die(bus, OUT, "wechat.out.s1", body)
     result = await cli("dead", "show", "1", *options)
     assert result.code == 0
     assert body.decode(errors="backslashreplace") in result.out.replace("\\\\", "\\").replace('\\"', '"')
 
 
 async def test_headers_that_are_not_ascii_are_shown_and_kept_by_a_retry(cli: Command, bus: BusConnection) -> None:
-    await die(bus, OUT, "wechat.out.17.s1", b"{}", kind="Gr\u00fc\u00dfe \u4f60", **{H_USER: "u1@im.wechat"})
+    await die(bus, OUT, "wechat.out.s1", b"{}", kind="Gr\u00fc\u00dfe \u4f60", **{H_USER: "u1@im.wechat"})
     (row,) = (await cli("dead", "show", "1", "--json")).rows
     assert row["headers"]["kind"] == "Gr\u00fc\u00dfe \u4f60"
     assert "kind: Gr\u00fc\u00dfe \u4f60" in (await cli("dead", "show", "1")).out
@@ -157,13 +157,14 @@ async def test_headers_that_are_not_ascii_are_shown_and_kept_by_a_retry(cli: Com
 
 async def test_retry_stores_the_command_again_and_deletes_the_letter(cli: Command, bus: BusConnection) -> None:
     about = {H_COMMAND: "c1", H_SEALED: "s1.of-the-first", H_USER: "u1@im.wechat"}
-    await die(bus, OUT, "wechat.out.17.s1", b'{"text":"hi"}', **about)
+    await die(bus, OUT, "wechat.out.s1", b'{"text":"hi"}', **about)
     result = await cli("dead", "retry", "1")
     assert result.code == 0
     assert "stored again on wechat.out.s1" in result.out
     stored = await bus.js.get_last_msg(bus.names.stream_out, ">")
     assert stored.data == b'{"text":"hi","user":"u1@im.wechat"}'
-    assert stored.headers == {H_COMMAND: "c1", H_TRACEPARENT: "00-x", H_MSG_ID: "retry-1-1760000000000"}
+    kept = {H_COMMAND: "c1", H_SANDBOX: "s1", H_TRACEPARENT: "00-x", H_MSG_ID: "retry-1-1760000000000"}
+    assert stored.headers == kept
     assert (await cli("dead", "ls")).out == "No dead letters.\n"
 
 
@@ -171,7 +172,7 @@ async def test_a_command_of_which_nobody_knows_whom_it_was_for_is_not_retried(
     cli: Command, bus: BusConnection
 ) -> None:
     """Another person may be bound by now."""
-    await die(bus, OUT, "wechat.out.17.s1", b'{"text":"hi"}')
+    await die(bus, OUT, "wechat.out.s1", b'{"text":"hi"}')
     result = await cli("dead", "retry", "1")
     assert (result.code, "for whom" in result.err) == (1, True)
     assert (await cli("dead", "show", "1")).code == 0
@@ -184,7 +185,7 @@ async def test_a_bind_can_be_retried_too(cli: Command, bus: BusConnection) -> No
 
 
 async def test_a_retry_cut_half_way_and_repeated_stores_once(cli: Command, bus: BusConnection) -> None:
-    await die(bus, OUT, "wechat.out.17.s1", b'{"text":"hi","user":"u1@im.wechat"}')
+    await die(bus, OUT, "wechat.out.s1", b'{"text":"hi","user":"u1@im.wechat"}')
     await bus.js.publish("wechat.out.s1", b'{"text":"hi"}', headers={H_MSG_ID: "retry-1-1760000000000"})
     assert (await cli("dead", "retry", "1")).code == 0
     assert (await bus.js.stream_info(bus.names.stream_out)).state.messages == 1
@@ -201,12 +202,7 @@ async def test_what_is_no_command_cannot_be_retried_and_stays(cli: Command, bus:
 
 async def test_drop_deletes_several(cli: Command, bus: BusConnection) -> None:
     for n in range(3):
-        await die(bus, OUT, "wechat.out.17.s1", b"x" * n)
+        await die(bus, OUT, "wechat.out.s1", b"x" * n)
     result = await cli("dead", "drop", "1", "3", "9")
     assert (result.code, result.out) == (1, "1  dropped\n3  dropped\n")
     assert [row["seq"] for row in (await cli("dead", "ls", "--json")).rows] == [2]
-
-
-def test_the_shard_is_no_part_of_what_was_published() -> None:
-    for stored, published in (("wechat.out.17.s1", "wechat.out.s1"), ("wechat.out", "wechat.out")):
-        assert original_subject(Names(), stored) == published

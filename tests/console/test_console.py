@@ -432,7 +432,7 @@ async def test_a_replica_that_does_not_answer_is_missed(office: Office) -> None:
 
 async def test_a_dead_command_is_stored_again_as_it_was(office: Office) -> None:
     about = {"traceparent": "00-1", H_MSG_ID: "dead:1", H_USER: "u1@im.wechat"}
-    seq = office.letter("wechat.out.57.s1", b'{"text":"hi"}', about)
+    seq = office.letter("wechat.out.s1", b'{"text":"hi"}', about)
     page = (await office.browser.get("/dead")).text
     assert "unreadable" in page
     assert '"text"' not in page
