@@ -14,6 +14,7 @@ from nats.aio.msg import Msg
 
 from adapter.contract.messages import Inbound, MediaQuery
 from adapter.contract.names import H_ERROR, H_NEXT, H_SHA256, H_SIZE, Names
+from tests.e2e.waiting import eventually
 
 NAMES = Names()
 
@@ -28,6 +29,22 @@ async def stream(nc: Client, name: str, subject: str) -> list[tuple[str, bytes]]
         if len(found) >= await _kept(nc, name, subject):
             return [(subject, data) for _, subject, data in found]
         await asyncio.sleep(0.1)
+
+
+async def inbox(nc: Client, sandbox: str) -> list[Inbound]:
+    """What the sandbox's inbox holds, oldest first."""
+    stored = await stream(nc, NAMES.stream_in, NAMES.inbox(sandbox))
+    return [msgspec.json.decode(data, type=Inbound) for _, data in stored]
+
+
+async def arrived(nc: Client, sandbox: str, count: int) -> list[Inbound]:
+    """What the inbox holds, once it is so many messages."""
+
+    async def are_there() -> bool:
+        return len(await inbox(nc, sandbox)) >= count
+
+    await eventually(are_there, f"{sandbox} has {count} messages")
+    return await inbox(nc, sandbox)
 
 
 class Got(NamedTuple):

@@ -6,9 +6,10 @@ from pathlib import Path
 
 import msgspec
 
-from adapter.contract.messages import FINAL_OUTCOMES, Inbound, Receipt
+from adapter.contract.messages import FINAL_OUTCOMES, Receipt
 from adapter.contract.names import shard_of
 from adapter.simulator import FaultRule
+from tests.e2e.reading import inbox
 from tests.e2e.world import NAMES, World, eventually, stream, until, world
 
 
@@ -89,8 +90,7 @@ async def test_the_log_shows_by_its_id_what_became_of_each_message_and_command(t
     """At the default level, and without a word of them."""
     async with world(tmp_path) as made:
         nc, bot = await made.begun()
-        ((_, data),) = await stream(nc, NAMES.stream_in, NAMES.inbox("s1"))
-        message = msgspec.json.decode(data, type=Inbound).id
+        message = (await inbox(nc, "s1"))[0].id
         publish = nc.jetstream().publish
         made.sim.set_fault(FaultRule(fault="F11", bot=bot.bot, count=1))
         for body in (

@@ -7,14 +7,13 @@ import asyncio
 from pathlib import Path
 from typing import NamedTuple
 
-import msgspec
 import pytest
 from nats.aio.client import Client
 
-from adapter.contract.messages import Inbound
 from tests.e2e.lossy import Loss, Lossy
+from tests.e2e.reading import inbox
 from tests.e2e.waiting import until
-from tests.e2e.world import NAMES, World, audit, stream, world
+from tests.e2e.world import World, audit, world
 
 PUBLISH = (b"HPUB wechat.inbox.",)
 PUBLISHED = (b"MSG", b'{"stream":"WECHAT_IN"')
@@ -69,9 +68,7 @@ def lose(lossy: Lossy, point: Point) -> Loss:
 
 
 async def inbox_texts(nc: Client, sandbox: str) -> list[str]:
-    """The texts in the sandbox's inbox."""
-    stored = await stream(nc, NAMES.stream_in, NAMES.inbox(sandbox))
-    return [msgspec.json.decode(body, type=Inbound).text for _, body in stored]
+    return [message.text for message in await inbox(nc, sandbox)]
 
 
 async def faultless(made: World, nc: Client, *, accepted: int) -> None:

@@ -14,12 +14,12 @@ import msgspec
 import pytest
 from nats.aio.client import Client
 
-from adapter.contract.messages import Inbound, Unbind
+from adapter.contract.messages import Unbind
 from adapter.contract.names import shard_of
 from adapter.simulator import BotRecord
 from tests.e2e.audit import audit
 from tests.e2e.lossy import Lossy
-from tests.e2e.reading import Listener
+from tests.e2e.reading import Listener, inbox
 from tests.e2e.test_nats_failures import ask, change, faultless, loaded, operator, running
 from tests.e2e.world import NAMES, World, eventually, stream, until, world
 
@@ -108,11 +108,6 @@ async def writing(made: World, sandbox: str, *, per_s: float = 20.0) -> AsyncIte
         group.create_task(write())
         yield
         over.set()
-
-
-async def inbox(nc: Client, sandbox: str) -> list[Inbound]:
-    stored = await stream(nc, NAMES.stream_in, NAMES.inbox(sandbox))
-    return [msgspec.json.decode(body, type=Inbound) for _, body in stored]
 
 
 async def dead(nc: Client) -> int:

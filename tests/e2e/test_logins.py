@@ -18,7 +18,6 @@ from nats.errors import Error as NatsError
 from adapter.contract.messages import (
     BindingsPage,
     BindingsQuery,
-    Inbound,
     Login,
     LoginEvent,
     LoginQuery,
@@ -27,6 +26,7 @@ from adapter.contract.messages import (
     Options,
 )
 from adapter.simulator import FaultRule
+from tests.e2e.reading import inbox
 from tests.e2e.test_bindings import ask, changes
 from tests.e2e.world import NAMES, SOON, AdapterProcess, World, eventually, stream, until, world
 from tests.forks import fork
@@ -273,8 +273,7 @@ async def test_what_was_parked_for_a_user_is_sent_by_the_bot_of_their_next_login
         await made.settle(nc)
         assert [shown.text for shown in made.sim.phone(old.user)] == ["answer waiting"]
         assert {send.client_id for send in made.sim.sends(old.bot)} == set()
-        inbound = await stream(nc, NAMES.stream_in, NAMES.inbox("s1"))
-        assert {msgspec.json.decode(data, type=Inbound).bot for _, data in inbound} == {done.bot}
+        assert {message.bot for message in await inbox(nc, "s1")} == {done.bot}
         page = await ask(nc, "bindings.list", BindingsQuery(), BindingsPage)
         assert [binding.bot for binding in page.bindings] == [done.bot]
         assert made.sim.polls(done.bot).records[0].cursor == ""

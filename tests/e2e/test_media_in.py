@@ -7,7 +7,6 @@ import signal
 from pathlib import Path
 from typing import Any
 
-import msgspec
 import pysilk
 import pytest
 from nats.aio.client import Client
@@ -16,24 +15,10 @@ from adapter.contract.messages import Inbound, InboundItem, Media, TextItem, Voi
 from adapter.contract.names import H_DURATION_MS, H_MIME, H_NAME
 from adapter.inbound.media import WHY
 from adapter.simulator import FaultRule, samples
+from tests.e2e.reading import arrived, inbox
 from tests.e2e.world import NAMES, World, eventually, free_port, read_media, stream, until, world
 
 STILL = "The media are still being fetched: ask again."
-
-
-async def inbox(nc: Client, sandbox: str) -> list[Inbound]:
-    stored = await stream(nc, NAMES.stream_in, NAMES.inbox(sandbox))
-    return [msgspec.json.decode(data, type=Inbound) for _, data in stored]
-
-
-async def wait_stored(nc: Client, sandbox: str, count: int) -> list[Inbound]:
-    """Waits until the sandbox has so many messages."""
-
-    async def are_there() -> bool:
-        return len(await inbox(nc, sandbox)) >= count
-
-    await eventually(are_there, f"{sandbox} has {count} messages")
-    return await inbox(nc, sandbox)
 
 
 def short(inbound: Inbound) -> str:
@@ -95,7 +80,7 @@ async def test_a_voice_message_comes_as_a_playable_wav(tmp_path: Path) -> None:
         nc = await made.nc()
         await start(made, nc, "s1")
         made.sim.say_media(made.bots["s1"].bot, "voice", silk, playtime=1000, text="la la")
-        (message,) = await wait_stored(nc, "s1", 1)
+        (message,) = await arrived(nc, "s1", 1)
         (item,) = message.items
         assert isinstance(item, VoiceItem)
         assert (message.text, item.transcript, item.duration_ms) == ("la la", "la la", 1000)
@@ -135,8 +120,8 @@ async def test_no_fault_of_the_cdn_delays_a_word_or_another_sandbox(tmp_path: Pa
             made.sim.say(bot, "after")
         made.sim.say_media(made.bots["sound"].bot, "image", picture)
         async with asyncio.timeout(20):
-            messages = [await wait_stored(nc, sandbox, 3) for sandbox in sandboxes]
-            assert await content_of(nc, (await wait_stored(nc, "sound", 1))[0]) == picture
+            messages = [await arrived(nc, sandbox, 3) for sandbox in sandboxes]
+            assert await content_of(nc, (await arrived(nc, "sound", 1))[0]) == picture
         assert [[short(message) for message in each] for each in messages] == [["before", "+", "after"]] * len(FAULTS)
         answers = await asyncio.gather(*(asked(nc, each[1], 5) for each in messages))
         for answer, (_, _, why) in zip(answers, FAULTS, strict=True):
@@ -158,12 +143,12 @@ async def test_kill_9_in_the_middle_of_a_download(tmp_path: Path, mode: str) -> 
         (adapter,) = made.adapters
         bot = made.bots["s1"].bot
         await hanging(made, bot, "after")
-        await wait_stored(nc, "s1", 2)
+        await arrived(nc, "s1", 2)
         await adapter.kill()
         made.sim.clear_faults()
         await adapter.start()
         made.sim.say(bot, "last")
-        messages = await wait_stored(nc, "s1", 3)
+        messages = await arrived(nc, "s1", 3)
         assert [short(message) for message in messages] == ["+", "after", "last"]
         assert await content_of(nc, messages[0]) == samples.png()
 
@@ -175,7 +160,7 @@ async def test_sigterm_waits_for_no_download(tmp_path: Path) -> None:
         await start(made, nc, "s1")
         (adapter,) = made.adapters
         await hanging(made, made.bots["s1"].bot, "after")
-        messages = await wait_stored(nc, "s1", 2)
+        messages = await arrived(nc, "s1", 2)
         adapter.signal(signal.SIGTERM)
         assert await adapter.ended() == 0
         made.sim.clear_faults()
@@ -192,7 +177,7 @@ async def test_any_replica_that_is_asked_fetches_and_one_copy_stays(tmp_path: Pa
         made.sim.set_fault(FaultRule(fault="F25", endpoint="cdn/download", bot=bot, params={"status": 500}))
         made.sim.say_media(bot, "image", picture)
         made.sim.say_media(bot, "image", picture)
-        first, second = await wait_stored(nc, "s1", 2)
+        first, second = await arrived(nc, "s1", 2)
         assert await content_of(nc, first) == WHY["unavailable"].encode()
         made.sim.clear_faults()
         assert await asyncio.gather(*(content_of(nc, first) for _ in range(8))) == [picture] * 8
@@ -211,11 +196,11 @@ async def test_a_nats_outage_during_downloads_costs_no_picture(tmp_path: Path) -
         made.sim.set_fault(FaultRule(fault="F5", endpoint="cdn/download", bot=bot, params={"hang_ms": 300}))
         for picture in pictures:
             made.sim.say_media(bot, "image", picture)
-        await wait_stored(nc, "s1", 2)
+        await arrived(nc, "s1", 2)
         made.server.kill()
         await asyncio.sleep(1.0)  # the length of the outage, not a wait for something
         await made.server.start()
-        messages = await wait_stored(nc, "s1", len(pictures))
+        messages = await arrived(nc, "s1", len(pictures))
         assert [await content_of(nc, message) for message in messages] == pictures
 
 
@@ -227,12 +212,12 @@ async def test_after_an_unbind_no_media_of_the_person_are_stored(tmp_path: Path)
         (adapter,) = made.adapters
         bot = made.bots["s1"]
         await hanging(made, bot.bot, hang_ms=5000)
-        await wait_stored(nc, "s1", 1)
+        await arrived(nc, "s1", 1)
         await made.bind(nc, "s2", bot)
 
         async def has_ended() -> bool:
             return await adapter.metric('media_fetches_total{outcome="unbound"}') == 1
 
         await eventually(has_ended, "the download has ended")
-        assert await stream(nc, NAMES.stream_in, NAMES.inbox("s1")) == []
+        assert await inbox(nc, "s1") == []
         assert await stream(nc, f"OBJ_{NAMES.media}", "$O.>") == []

@@ -20,9 +20,11 @@ import msgspec
 import pytest
 from nats.aio.client import Client
 
-from adapter.contract.messages import FINAL_OUTCOMES, BindingEvent, ImageItem, Inbound, Login, Receipt, VoiceItem
+from adapter.contract.messages import BindingEvent, ImageItem, Login, Receipt, VoiceItem
 from adapter.contract.names import H_HEIGHT, H_MIME, H_WIDTH
 from adapter.simulator import BotRecord, FaultRule, samples
+from tests.e2e.reading import arrived, inbox
+from tests.e2e.test_commands import final_of
 from tests.e2e.world import (
     NAMES,
     SOON,
@@ -50,27 +52,9 @@ class Scene(NamedTuple):
 
     async def says(self, text: str) -> None:
         """The person writes, and the message is on the bus."""
-        before = len(await self.received())
+        before = len(await inbox(self.nc, "s1"))
         self.made.say("s1", text)
-
-        async def more() -> bool:
-            return len(await self.received()) > before
-
-        await eventually(more, "the message is on the bus")
-
-    async def received(self) -> list[Inbound]:
-        """What the sandbox got."""
-        stored = await stream(self.nc, NAMES.stream_in, NAMES.inbox("s1"))
-        return [msgspec.json.decode(data, type=Inbound) for _, data in stored]
-
-    async def wait_received(self, count: int) -> list[Inbound]:
-        """What the sandbox got, once it is so much."""
-
-        async def are_there() -> bool:
-            return len(await self.received()) >= count
-
-        await eventually(are_there, f"{count} messages are on the bus")
-        return await self.received()
+        await arrived(self.nc, "s1", before + 1)
 
     async def sends(self, ident: str, **body: Any) -> None:
         """The sandbox says something, as the command `ident`."""
@@ -78,18 +62,7 @@ class Scene(NamedTuple):
         await self.nc.jetstream().publish(NAMES.out("s1"), payload, headers={"Nats-Msg-Id": ident})
 
     async def final(self, ident: str) -> Receipt:
-        """The command's one final receipt, once it is there."""
-        found: list[Receipt] = []
-
-        async def is_there() -> bool:
-            found[:] = [
-                r for r in await self.made.receipts(self.nc) if r.command == ident and r.outcome in FINAL_OUTCOMES
-            ]
-            return bool(found)
-
-        await eventually(is_there, f"{ident} has a final receipt")
-        (receipt,) = found
-        return receipt
+        return await final_of(self.made, ident)
 
     async def parked(self, *idents: str) -> list[Receipt]:
         """The `parked` receipts of these commands, once all are there."""
@@ -143,7 +116,7 @@ async def scene(folder: Path, environ: dict[str, str] | None = None, **settings:
 async def test_pain_01_what_is_said_after_hours_of_silence_waits_for_the_user(tmp_path: Path) -> None:
     async with scene(tmp_path, {"WECHAT_NATS_WINDOW_HOURS": "0.001"}) as s:  # 3.6 seconds
         await s.says("hello")
-        (said,) = await s.wait_received(1)
+        (said,) = await arrived(s.nc, "s1", 1)
         assert said.window.remaining == 10
         closes_ms = said.window.closes_at_ms or 0
         await until(lambda: time.time() * 1000 > closes_ms, "the window has closed")
@@ -339,7 +312,7 @@ async def test_pain_11_two_replicas_never_poll_one_bot_at_once(tmp_path: Path) -
         await s.says("and now?")
         stats = s.made.sim.stats()
         assert (stats.poll_overlaps, stats.redelivered) == (0, 0)
-        assert [m.text for m in await s.received()] == s.made.said["s1"]
+        assert [m.text for m in await inbox(s.nc, "s1")] == s.made.said["s1"]
 
 
 async def test_pain_12_copies_of_a_message_arrive_once_and_repeated_words_twice(tmp_path: Path) -> None:
@@ -352,7 +325,7 @@ async def test_pain_12_copies_of_a_message_arrive_once_and_repeated_words_twice(
         s.made.sim.advance(8)
         await s.says("ok")  # the same words, meant
         await s.says("the end")
-        assert [m.text for m in await s.received()] == ["ok", "ok", "the end"]
+        assert [m.text for m in await inbox(s.nc, "s1")] == ["ok", "ok", "the end"]
 
 
 async def test_pain_13_a_crash_loses_nothing_and_repeats_nothing(tmp_path: Path) -> None:
@@ -364,7 +337,7 @@ async def test_pain_13_a_crash_loses_nothing_and_repeats_nothing(tmp_path: Path)
             await s.adapter.kill()
             await s.adapter.start()
         await s.made.settle(s.nc)
-        assert [m.text for m in await s.received()] == s.made.said["s1"]
+        assert [m.text for m in await inbox(s.nc, "s1")] == s.made.said["s1"]
         words = "\n".join(s.shown()).replace("answer ", "").split()
         assert words == s.made.sent["s1"]
 
@@ -415,7 +388,7 @@ async def test_pain_17_media_arrive_whole_go_out_openable_and_never_stop_the_pol
         for key_form in ("usual", "hex", "raw_base64", "hex_base64", "none"):
             s.made.sim.say_media(s.bot.bot, "image", picture, key_form=key_form)
         s.made.say("s1", "five pictures")
-        *pictures, _ = await s.wait_received(6)
+        *pictures, _ = await arrived(s.nc, "s1", 6)
         for message in pictures:
             (item,) = message.items
             assert isinstance(item, ImageItem)
@@ -437,7 +410,7 @@ async def test_pain_17_media_arrive_whole_go_out_openable_and_never_stop_the_pol
         polls = s.made.sim.polls(s.bot.bot).total
         await until(lambda: s.made.sim.polls(s.bot.bot).total > polls + 1, "polls go on during a download")
         s.made.say("s1", "after it")
-        late, after = (await s.wait_received(8))[-2:]
+        late, after = (await arrived(s.nc, "s1", 8))[-2:]
         assert after.text == "after it"
         s.made.sim.clear_faults()
         (item,) = late.items
@@ -451,7 +424,7 @@ async def test_pain_18_voice_comes_with_its_sound_and_transcript_and_goes_out_as
     async with scene(tmp_path) as s:
         s.made.sim.say_media(s.bot.bot, "voice", silk, text="good morning")
         s.made.say("s1", "the end")
-        message, _ = await s.wait_received(2)
+        message, _ = await arrived(s.nc, "s1", 2)
         assert message.text == "good morning"
         (item,) = message.items
         assert isinstance(item, VoiceItem)

@@ -16,6 +16,7 @@ from adapter.contract.messages import Bind, Erase, Inbound, Receipt, ReplayPage,
 from adapter.contract.names import to_subject_token
 from adapter.simulator import BotRecord
 from tests.e2e.asker import Asker
+from tests.e2e.reading import inbox
 from tests.e2e.test_bindings import ask
 from tests.e2e.world import NAMES, World, eventually, stream, until, world
 
@@ -35,8 +36,7 @@ async def says(made: World, nc: Client, text: str) -> Inbound:
     """The sandbox's person writes; the message once it is on the bus."""
     made.say("s1", text)
     await made.settle(nc)
-    stored = await stream(nc, NAMES.stream_in, NAMES.inbox("s1"))
-    message = msgspec.json.decode(stored[-1][1], type=Inbound)
+    message = (await inbox(nc, "s1"))[-1]
     assert message.text == text
     return message
 
@@ -82,7 +82,7 @@ async def test_the_next_person_meets_nothing_of_the_one_before(tmp_path: Path) -
         assert (await made.bind(nc, "s1", made.sim.add_bot())).ok
         assert await handed(agent) == []
         assert [await replayed(nc), await replayed(nc, after=1), await replayed(nc, since_ms=1)] == [[], [], []]
-        assert await stream(nc, NAMES.stream_in, NAMES.inbox("s1")) == []
+        assert await inbox(nc, "s1") == []
         second = await says(made, nc, "of the second one")
         assert await handed(agent) == ["of the second one"]
         assert await replayed(nc) == ["of the second one"]

@@ -6,13 +6,13 @@ import signal
 from pathlib import Path
 from typing import Any
 
-import msgspec
 from nats.aio.client import Client
 
 from adapter.contract.messages import Inbound, Quote
 from adapter.simulator.kinds import text_item
+from tests.e2e.reading import inbox
 from tests.e2e.test_commands import final_of
-from tests.e2e.world import NAMES, World, eventually, stream, world
+from tests.e2e.world import World, eventually, world
 
 SHAPES = ("quote_full", "quote_type_8", "quote_type_0", "quote_svr_id", "quote_partial")
 
@@ -22,8 +22,7 @@ async def quote_in(made: World, nc: Client, sandbox: str, text: str) -> Quote | 
     found: list[Inbound] = []
 
     async def is_there() -> bool:
-        stored = await stream(nc, NAMES.stream_in, NAMES.inbox(sandbox))
-        found[:] = [msgspec.json.decode(data, type=Inbound) for _, data in stored]
+        found[:] = await inbox(nc, sandbox)
         return any(inbound.text == text for inbound in found)
 
     await eventually(is_there, f"{text} is on the bus")

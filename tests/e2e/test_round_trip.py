@@ -10,24 +10,20 @@ import msgspec
 import pytest
 from nats.aio.client import Client
 
-from adapter.contract.messages import FileItem, ImageItem, Inbound, TextItem, VideoItem, VoiceItem
+from adapter.contract.messages import FileItem, ImageItem, TextItem, VideoItem, VoiceItem
 from adapter.simulator import samples
 from adapter.simulator.media import KEY_FORMS
-from tests.e2e.world import NAMES, World, eventually, read_media, stream, until, world
+from tests.e2e.reading import arrived, inbox
+from tests.e2e.world import NAMES, World, read_media, until, world
 
 KINDS = {"image": ImageItem, "voice": VoiceItem, "file": FileItem, "video": VideoItem}
 COMES_BACK_AS = {"image": "image", "voice": "file", "file": "file", "video": "video"}
 
 
-async def inbox_messages(nc: Client, sandbox: str) -> list[Inbound]:
-    stored = await stream(nc, NAMES.stream_in, NAMES.inbox(sandbox))
-    return [msgspec.json.decode(data, type=Inbound) for _, data in stored]
-
-
 async def echo(made: World, nc: Client, sandbox: str, kind: str, content: bytes) -> None:
     """The sandbox reads the newest message's media and sends the item back as it came."""
     bot = made.bots[sandbox]
-    message = (await inbox_messages(nc, sandbox))[-1]
+    message = (await inbox(nc, sandbox))[-1]
     (item,) = message.items
     assert isinstance(item, KINDS[kind])
     assert item.media is not None, item.reason
@@ -49,13 +45,6 @@ async def scene(made: World) -> Client:
     return nc
 
 
-async def arrived(made: World, nc: Client, count: int) -> None:
-    async def are_there() -> bool:
-        return len(await inbox_messages(nc, "s1")) >= count
-
-    await eventually(are_there, f"{count} messages are on the bus")
-
-
 @pytest.mark.parametrize("kind", KINDS)
 async def test_each_kind_in_each_encoding_of_its_key(tmp_path: Path, kind: str) -> None:
     made_of = {"image": samples.png(20, 10), "voice": samples.silk(), "file": b"x", "video": samples.mp4()}
@@ -63,7 +52,7 @@ async def test_each_kind_in_each_encoding_of_its_key(tmp_path: Path, kind: str) 
         nc = await scene(made)
         for count, (key_form, url) in enumerate(zip(KEY_FORMS, itertools.cycle(("both", "full", "param"))), 1):
             made.sim.say_media(made.bots["s1"].bot, kind, made_of[kind], key_form=key_form, url=url)
-            await arrived(made, nc, count)
+            await arrived(nc, "s1", count)
             await echo(made, nc, "s1", kind, made_of[kind])
         assert made.sim.stats().violations == {}
 
@@ -75,7 +64,7 @@ async def test_sizes_around_every_boundary(tmp_path: Path) -> None:
         for number, size in enumerate(sizes, 1):
             content = samples.blob(size, seed=size)
             made.sim.say_media(made.bots["s1"].bot, "file", content)
-            await arrived(made, nc, number)
+            await arrived(nc, "s1", number)
             await echo(made, nc, "s1", "file", content)
         assert made.sim.stats().violations == {}
 
@@ -87,8 +76,8 @@ async def test_texts_of_all_scripts(tmp_path: Path) -> None:
         user = made.bots["s1"].user
         for number, text in enumerate(texts, 1):
             made.say("s1", text)
-            await arrived(made, nc, number)
-            message = (await inbox_messages(nc, "s1"))[-1]
+            await arrived(nc, "s1", number)
+            message = (await inbox(nc, "s1"))[-1]
             assert message.items == [TextItem(text=text)]
             await nc.jetstream().publish(NAMES.out("s1"), msgspec.json.encode({"text": message.text}))
             await until(lambda number=number: len(made.sim.phone(user)) == number, "it is shown")  # type: ignore[misc]
@@ -102,10 +91,10 @@ async def test_copies_of_a_message_arrive_once_and_repeated_words_twice(tmp_path
         first = made.sim.say(bot, "ok")
         for change in ("same", "message_id", "no_message_id", "empty_message_id", "context_token", "ids"):
             made.sim.repeat(bot, first.message_id, change)
-        await arrived(made, nc, 1)
+        await arrived(nc, "s1", 1)
         made.sim.replay(bot, 1)
         made.sim.advance(8)
         made.sim.say(bot, "ok")  # the same words, meant
         made.sim.say(bot, "the end")
-        await arrived(made, nc, 3)
-        assert [message.text for message in await inbox_messages(nc, "s1")] == ["ok", "ok", "the end"]
+        await arrived(nc, "s1", 3)
+        assert [message.text for message in await inbox(nc, "s1")] == ["ok", "ok", "the end"]
