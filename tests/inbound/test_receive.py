@@ -430,6 +430,19 @@ async def test_a_command_while_a_former_owner_polls_knows_what_that_one_brings(
     assert [sent.context_token for sent in successor.chat.sent] == ["token-1"]
 
 
+async def test_a_command_is_decided_also_where_a_former_owners_message_cannot_be_read() -> None:
+    bench = await ready()
+    bench.elsewhere.add(BOT)
+    shard = bench.shard()
+    shard.on_delivery(bench.command("one", id="c1", when_closed="refuse"))
+    await asyncio.sleep(5)
+    bench.bus.unreadable = 1
+    shard.on_delivery(bench.command("two", id="c2", when_closed="refuse"))
+    await asyncio.sleep(5)
+    assert [(one.command, one.outcome) for one in bench.bus.receipts()] == [("c1", "refused"), ("c2", "refused")]
+    assert bench.bus.unreadable == 0
+
+
 # the binding ---------------------------------------------------------------------------------------------
 
 

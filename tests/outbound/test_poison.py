@@ -254,6 +254,20 @@ async def test_commands_wait_while_the_account_cannot_be_opened(monkeypatch: pyt
     assert len(finals(bench)) == 3
 
 
+async def test_reading_back_that_crashes_is_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of commands beyond the room of a shard."""
+    bench, shard = await ready(gap_ms=0)
+    monkeypatch.setattr(outbound, "BODY_BYTES", 100)
+    bugs = Bugs(5)
+    calling(lambda bench, _: bench.bus, "get", always)(monkeypatch, bench, shard, bugs)
+    for number in range(20):
+        shard.on_delivery(bench.command(f"t{number}", id=f"c{number}"))
+    await asyncio.sleep(60)
+    assert bugs.left == 0
+    assert bench.chat.texts == [f"t{number}" for number in range(10)]  # the window's ten sends
+    assert len(parked(bench)) == 10
+
+
 async def test_a_receipt_that_cannot_be_written_at_all_holds_up_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
     """The command stays on the bus for the next owner, who does not send it again."""
     bench, shard = await ready(gap_ms=0)
@@ -274,6 +288,27 @@ async def test_a_receipt_that_cannot_be_written_at_all_holds_up_nobody(monkeypat
     assert bench.chat.texts == [WORDS, "after"]
     assert [(one.command, one.outcome, one.repeat_of) for one in finals(bench)][1:] == [("bad", "uncertain", 0)]
     assert all(one.acks for one in bench.deliveries)
+
+
+async def test_a_command_that_comes_as_another_ends_that_made_opening_raise_is_sent(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    bench, shard = await ready()
+    bugs = Bugs(3)
+    calling(lambda _, shard: shard, "load", always)(monkeypatch, bench, shard, bugs)
+
+    async def slow(_: BusMessage) -> None:
+        await asyncio.sleep(1)
+
+    bench.bus.on_publish = slow
+    shard.on_delivery(bench.command(WORDS, id="bad"))
+    while bugs.left:
+        await asyncio.sleep(0.1)
+    shard.on_delivery(bench.command("after", id="after"))
+    await asyncio.sleep(30)
+    assert ended(bench) == [("bad", *DEAD), ("after", *SENT)]
+    assert bench.chat.texts == ["after"]
+    assert shard.tasks == 0
 
 
 async def test_the_request_that_is_out_ends_by_its_answer_though_a_message_cannot_be_saved() -> None:

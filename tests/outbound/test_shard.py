@@ -506,3 +506,18 @@ async def test_when_a_bot_lives_again_what_is_for_any_of_its_users_goes() -> Non
     shard.on_binding("s1", BOT, {USER})
     await asyncio.sleep(5)
     assert sorted(bench.chat.texts) == [USER, "u2@im.wechat"]
+
+
+async def test_a_receipt_that_waits_for_the_lease_outlives_that_the_user_becomes_known() -> None:
+    bench, shard = await ready(is_open=False)
+    await bench.bind(user="")
+    bench.leases.has_lease = False
+    shard.on_delivery(bench.command("hi", id="c1", when_closed="refuse"))
+    await asyncio.sleep(5)
+    await bench.bind()
+    await asyncio.sleep(5)
+    assert outcomes(bench) == []
+    bench.leases.has_lease = True
+    await asyncio.sleep(5)
+    assert outcomes(bench) == [("c1", "refused", "window_closed")]
+    assert shard.queue_depths(Counter()) == (0, None)

@@ -39,6 +39,24 @@ async def test_shards_that_nobody_could_claim_are_orphans_until_somebody_can(clu
     assert alone.leases.orphans == set()
 
 
+async def test_a_word_of_another_replica_makes_it_look_once(
+    cluster: Cluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    alone = cluster.start()
+    await cluster.run(5)
+    looks, entries = 0, alone.claims.list_entries
+
+    async def counted() -> list[Entry]:
+        nonlocal looks
+        looks += 1
+        return await entries()
+
+    monkeypatch.setattr(alone.claims, "list_entries", counted)
+    alone.leases.claim_now()
+    await cluster.run(1)
+    assert looks <= 4
+
+
 async def test_a_claim_that_an_answer_lacks_since_it_is_older_is_not_written_again(
     cluster: Cluster, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -94,6 +112,19 @@ async def test_a_release_that_lands_late_frees_nothing_that_was_claimed_again(cl
     await cluster.run(12)
     assert cluster.worked_for == SHARDS
     assert second.working
+
+
+async def test_a_release_that_never_landed_is_made_up_for(cluster: Cluster) -> None:
+    first, second = cluster.start(), cluster.start()
+    await cluster.run(5)
+    theirs = next(iter(second.working))
+    await second.leases.release(theirs)
+    await cluster.run(3)
+    first.cut()
+    await asyncio.gather(*(first.leases.release(shard) for shard in sorted(first.working)[:3]))
+    first.cut(down=False)
+    await cluster.run(12)
+    assert cluster.worked_for == SHARDS
 
 
 async def test_writes_grow_with_the_number_of_replicas_and_not_with_their_shards(cluster: Cluster) -> None:
@@ -300,6 +331,31 @@ async def test_a_renewal_whose_answer_got_lost_is_adopted(cluster: Cluster) -> N
         await cluster.run(2.5)
     assert alone.leases.incarnation == incarnation
     assert alone.working == set(range(SHARDS))
+
+
+async def test_a_claim_whose_answer_got_lost_is_adopted(cluster: Cluster) -> None:
+    alone = cluster.start()
+    alone.claims.deaf = True
+    await cluster.run(5)
+    assert alone.working == set()
+    assert len(cluster.claims.entries) <= SHARDS
+    alone.claims.deaf = False
+    await cluster.run(3)
+    assert alone.working == set(range(SHARDS))
+
+
+async def test_a_claim_that_lands_late_is_given_back_where_the_shard_should_be_another_s(cluster: Cluster) -> None:
+    first = cluster.start()
+    first.claims.late_s = 3.0
+    await cluster.run(1)
+    second = cluster.start()
+    second.claims.down = True
+    await cluster.run(3)
+    assert len(cluster.claims.entries) == SHARDS
+    first.claims.late_s, second.claims.down = 0.0, False
+    await cluster.run(10)
+    assert cluster.worked_for == SHARDS
+    assert second.working
 
 
 async def test_one_who_drains_claims_nothing_and_hands_over_at_once(cluster: Cluster) -> None:
