@@ -1,8 +1,9 @@
 """One QR login from its first code to its bot, in the memory of the replica that started it.
 
-One task asks iLink about the code that is shown, and fetches the next one when it is dead. What readers may know is
-stored by compare-and-set. Others write into the record, too: digits (`login.verify`), and its end (`login.cancel`).
-After a confirmation the flow publishes a bind command, and waits until it is applied or refused.
+One task asks iLink about each code that may be scanned, and one fetches new codes. Their answers are applied one
+after the other, and what readers may know is stored by compare-and-set. Others write into the record, too: digits
+(`login.verify`), and its end (`login.cancel`). After a confirmation the flow publishes a bind command, and waits
+until it is applied or refused.
 
 Handles of codes, redirects and credentials are in memory alone; the token leaves it sealed in the bind command. The
 flow never writes a binding itself, and never logs a code, digits or a token.
@@ -11,10 +12,8 @@ flow never writes a binding itself, and never logs a code, digits or a token.
 from __future__ import annotations
 
 import asyncio
-import contextlib
-from collections.abc import Awaitable, Callable, Iterable
-from functools import partial
-from typing import TypeVar
+from collections.abc import Callable, Iterable
+from typing import NamedTuple
 
 import msgspec
 import structlog
@@ -27,15 +26,16 @@ from adapter.contract.messages import Bind, Options
 from adapter.contract.names import H_MSG_ID, H_SCHEMA, Names
 from adapter.contract.records import Binding, ControlOutcome, LoginRecord
 from adapter.errors import BusRefused, Refused, Temporary
-from adapter.kit.timing import Clock, backoff, shield_with_grace
+from adapter.kit.timing import Clock, backoff, shield_with_grace, wait_event
 from adapter.logins.records import ADVICE, LoginRecords, next_step
+from adapter.observability.metrics import Metrics
 from adapter.ports import Bus, BusMessage, Logins, QrCode, Scan
 from adapter.security.seal import Sealer, bind_context, login_context
 
 log = structlog.get_logger()
 
-T = TypeVar("T")
-
+REFRESH_S = 50.0
+"""Age at which an unscanned code is replaced; iLink's codes live for one to two minutes."""
 PAUSE_S = 1.0
 """Pause after an answer that says nothing new (docs/reference/ilink-protocol.md, "Login")."""
 RETRY_S = 0.5
@@ -43,9 +43,18 @@ BOUND_S = 30.0
 """Longest wait for the bind command to take effect."""
 GRACE_S = 5.0
 """Time to apply an answer when the task has to end."""
-CODES = 10
-"""Codes after which a login ends. Each lives for one to two minutes, unless wrong digits block it."""
+CODES = 2
+"""Codes of a login about which iLink is asked: the newest, and the one before it, which someone may be scanning."""
+DEAD_CODES = 3
+"""Expired or blocked codes after which a login ends, as in the official client."""
 LONGEST_ID, LONGEST_TOKEN = 128, 1024
+
+
+class _Code(NamedTuple):
+    """A code that may be scanned."""
+
+    number: int
+    code: QrCode
 
 
 class LoginFlow:
@@ -63,8 +72,12 @@ class LoginFlow:
         names: Names,
         sealer: Sealer,
         clock: Clock,
+        metrics: Metrics,
+        *,
+        refresh_s: float,
     ) -> None:
-        """`stored`: the record with the first code, and its revision."""
+        """`stored`: the record with the first code, and its revision. `refresh_s`: age at which an unscanned code is
+        replaced."""
         self._login = login
         self._record, self._revision = stored
         self._options = options
@@ -75,18 +88,30 @@ class LoginFlow:
         self._names = names
         self._sealer = sealer
         self._clock = clock
+        self._metrics = metrics
+        self._refresh_s = refresh_s
+        self._codes: dict[_Code, asyncio.Task[None]] = {}
+        """Oldest first, with who asks about it: the newest and the one before it, or only the scanned one. Empty: one
+        has to be fetched."""
+        self._needs_code = asyncio.Event()
+        """The newest code is dead."""
+        self._ended = 0
+        """Codes that expired or were blocked; codes that were replaced before do not count."""
         self._base_url = ""
         """Base URL of the requests about the codes; "": the service's default."""
+        self._lock = asyncio.Lock()
+        """Held while an answer is applied."""
 
     async def run(self, first: QrCode) -> None:
         """Raises a group: Refused("not_found") if the record was deleted, and bugs."""
-        left_s = (self._record.until_ms - self._clock.now_ms()) / 1000
-        async with asyncio.TaskGroup() as group:
-            asking = group.create_task(self._ask(first))
-            await self._records.changed.wait_until(lambda: self._now().is_over, left_s)
-            await self._update(lambda now: None if now.bot else next_step(now, status="expired", reason="time"))
-            if self._record.is_over:  # otherwise a confirmed bot is being bound
-                asking.cancel()
+        async with asyncio.TaskGroup() as self._group:
+            renewing = self._group.create_task(self._renew_codes())
+            self._add_code(_Code(1, first))
+            await self._wait_until(lambda: self._now().is_over, (self._record.until_ms - self._now_ms()) / 1000)
+            async with self._lock:  # a confirmed bot is being bound
+                await self._step(status="expired", reason="time")
+            for task in (renewing, *self._codes.values()):
+                task.cancel()
 
     async def fail(self, reason: str, detail: str = "") -> None:
         await self._step(status="failed", reason=reason, detail=detail)
@@ -100,97 +125,145 @@ class LoginFlow:
             self._record, self._revision = record, revision
         return self._record
 
+    def _now_ms(self) -> int:
+        return self._clock.now_ms()
+
+    async def _wait_until(self, holds: Callable[[], bool], timeout_s: float | None = None) -> None:
+        await self._records.changed.wait_until(holds, timeout_s)
+
     async def _step(self, **changes: object) -> None:
         """Stores a step, unless the login is over."""
         await self._update(lambda record: next_step(record, **changes))
 
     async def _update(self, make: Callable[[LoginRecord], LoginRecord | None]) -> None:
         """Changes the record, unless the login is over."""
-        work = partial(self._records.update, self._login, lambda now: None if now.is_over else make(now))
-        self._record, self._revision = await self._retry(work)
-
-    async def _retry(self, work: Callable[[], Awaitable[T]]) -> T:
-        """The result of `work`, which is tried again after each failure of iLink or the bus."""
-        failures = 0
         while True:
             try:
-                return await work()
+                self._record, self._revision = await self._records.update(
+                    self._login, lambda record: None if record.is_over else make(record)
+                )
+                return
             except Temporary as exc:
-                failures += 1
-                wait_s = exc.retry_after_s or backoff(failures, first_s=RETRY_S, longest_s=10.0)
-                log.warning("login.retrying", login=self._login[:6], reason=exc.reason, wait_s=wait_s)
-                await self._clock.sleep(wait_s)
+                log.warning("login.retrying", login=self._login[:6], reason=exc.reason)
+                await self._clock.sleep(RETRY_S)
+
+    def _seal_url(self, code: QrCode) -> str:
+        return self._sealer.seal(login_context(self._login, "url"), code.url)
 
     # codes ------------------------------------------------------------------------------------------
 
-    async def _ask(self, code: QrCode) -> None:
-        """Asks about one code after the other until the login is over.
+    def _add_code(self, code: _Code) -> None:
+        self._codes[code] = self._group.create_task(self._ask(code))
+
+    def _keep_codes(self, *kept: _Code) -> None:
+        for code in self._codes.keys() - {*kept}:
+            task = self._codes.pop(code)
+            if task is not asyncio.current_task():
+                task.cancel()
+
+    async def _renew_codes(self) -> None:
+        """Fetches a code once the newest one is old or dead, and shows it unless somebody has scanned meanwhile."""
+        failures = 0
+        while True:
+            if not failures:
+                await wait_event(self._needs_code, self._refresh_s)
+                await self._wait_until(lambda: self._now().status == "wait")
+            try:
+                code = await fetch_code(self._ilink, self._bindings.of_sandbox(self._record.sandbox), self._sealer)
+            except Temporary as exc:
+                failures += 1
+                wait_s = exc.retry_after_s or backoff(failures, longest_s=10.0)
+                log.warning("login.no_code", login=self._login[:6], reason=exc.reason, wait_s=wait_s)
+                await self._clock.sleep(wait_s)
+                continue
+            failures = 0
+            self._needs_code.clear()
+            await shield_with_grace(self._on_code(code), GRACE_S)
+
+    async def _on_code(self, code: QrCode) -> None:
+        async with self._lock:
+            if self._now().status != "wait":
+                return
+            self._keep_codes(*[*self._codes][1 - CODES :])
+            await self._step(number=(number := self._record.number + 1), url=self._seal_url(code))
+            self._add_code(_Code(number, code))
+            self._metrics.qr_refreshes.inc()
+
+    async def _ask(self, code: _Code) -> None:
+        """Asks about a code until it is dead, or another one was scanned.
 
         While digits are awaited no request is made, as in the official client: how iLink treats a request without
         them is unknown.
         """
-        while not self._now().is_over:
-            await self._records.changed.wait_until(
-                lambda: self._now().status != "need_verify_code" or bool(self._record.digits)
-            )
+        while code in self._codes:
+            await self._wait_until(lambda: self._now().status != "need_verify_code" or bool(self._record.digits))
             sent, before = self._record.digits, self._record.status
             digits = self._sealer.open(login_context(self._login, "digits"), sent) if sent else ""
             try:
-                scan = await self._ilink.read_code(code.handle, self._base_url, digits)
-                if scan is not None and scan.status in ("expired", "verify_code_blocked"):
-                    code = await self._next_code(code, is_blocked=scan.status == "verify_code_blocked")
-                elif scan is not None:
-                    await shield_with_grace(self._apply(scan, sent), GRACE_S)
+                scan = await self._ilink.read_code(code.code.handle, self._base_url, digits)
+                if scan is not None:
+                    await shield_with_grace(self._on_scan(code, sent, scan), GRACE_S)
             except Refused as exc:
                 await self.fail(exc.reason, exc.detail)
             # a redirect during the scan is new
             if scan is None or scan.status == "wait" or before == "scanned":
                 await self._clock.sleep(PAUSE_S)
 
-    async def _next_code(self, dead: QrCode, *, is_blocked: bool) -> QrCode:
-        """Shows another code; `dead` again once the login is over."""
-        if self._record.number < CODES:
-            none_now = {"status": "wait", "url": "", "digits": "", "reason": "", "detail": ""}
-            await self._update(lambda now: structs.replace(now, **none_now))  # the next code makes the step
-            bound = self._bindings.of_sandbox(self._record.sandbox)
-            code = await self._retry(partial(fetch_code, self._ilink, bound, self._sealer))
-            await self._step(number=self._record.number + 1, url=seal_url(self._sealer, self._login, code))
-            return code
-        if is_blocked:
+    # answers ----------------------------------------------------------------------------------------
+
+    async def _on_scan(self, code: _Code, sent: str, scan: Scan) -> None:
+        """`sent`: the digits in the request, sealed. Raises Refused for an answer that no login could use."""
+        async with self._lock:
+            record = self._now()
+            if code not in self._codes or record.is_over:
+                return
+            match scan.status:
+                case "confirmed":
+                    await self._confirm(scan)
+                case "binded_redirect":
+                    await self._on_already_bound()
+                case "scaned_but_redirect":
+                    if scan.redirect_host:
+                        self._base_url = self._ilink.redirect_base_url(scan.redirect_host, self._base_url)
+                    if record.status == "wait":
+                        await self._on_scanned(code, "", status="scanned")
+                case "scaned" if record.status != "scanned":
+                    await self._on_scanned(code, sent, status="scanned")
+                case "need_verifycode" if sent:
+                    detail = "The digits are not those shown on the phone; send them again."
+                    wrong = {"status": "need_verify_code", "reason": "wrong_code", "detail": detail}
+                    await self._on_scanned(code, sent, **wrong)
+                case "need_verifycode" if record.status != "need_verify_code":
+                    await self._on_scanned(code, "", status="need_verify_code")
+                case "expired" | "verify_code_blocked":
+                    await self._on_dead(code, blocked=scan.status == "verify_code_blocked")
+                case _:
+                    pass
+
+    async def _on_scanned(self, code: _Code, sent: str, **changes: object) -> None:
+        """Somebody has scanned this code, so it is the only one that counts. If other digits than `sent` have come
+        meanwhile, the verdict on them counts."""
+        self._keep_codes(code)
+        changes |= {"url": self._seal_url(code.code), "digits": ""}
+        await self._update(lambda record: next_step(record, **changes) if record.digits == sent else None)
+
+    async def _on_dead(self, code: _Code, *, blocked: bool) -> None:
+        """Removes a code. Only the end of the newest one counts, since the other was already replaced."""
+        others = [other for other in self._codes if other != code]
+        self._keep_codes(*others)
+        if others and code.number != self._record.number:
+            return
+        self._ended += 1
+        if self._ended < DEAD_CODES:  # the next code makes the step
+            url = self._seal_url(others[-1].code) if others else ""
+            changes = {"status": "wait", "url": url, "digits": "", "reason": "", "detail": ""}
+            await self._update(lambda record: structs.replace(record, **changes))
+            self._needs_code.set()
+        elif blocked:
             await self.fail("blocked", "Too many wrong digits; start another login.")
         else:
-            detail = f"{CODES} codes expired without being confirmed; start another login."
+            detail = f"{self._ended} codes expired without being confirmed; start another login."
             await self._step(status="expired", reason="codes", detail=detail)
-        return dead
-
-    async def _apply(self, scan: Scan, sent: str) -> None:
-        """`sent`: the digits in the request, sealed. Raises Refused for an answer that no login could use."""
-        record = self._now()
-        if record.is_over:
-            return
-        match scan.status:
-            case "confirmed":
-                await self._confirm(scan)
-            case "binded_redirect":
-                await self._on_already_bound()
-            case "scaned_but_redirect":
-                if scan.redirect_host:
-                    self._base_url = self._ilink.redirect_base_url(scan.redirect_host, self._base_url)
-                if record.status == "wait":
-                    await self._step(status="scanned")
-            case "scaned" if record.status != "scanned":
-                await self._on_verdict(sent, status="scanned")
-            case "need_verifycode" if sent:
-                detail = "The digits are not those shown on the phone; send them again."
-                await self._on_verdict(sent, status="need_verify_code", reason="wrong_code", detail=detail)
-            case "need_verifycode" if record.status != "need_verify_code":
-                await self._step(status="need_verify_code")
-            case _:
-                pass
-
-    async def _on_verdict(self, sent: str, **changes: object) -> None:
-        """If other digits than `sent` have come meanwhile, the verdict on them counts."""
-        await self._update(lambda now: next_step(now, digits="", **changes) if now.digits == sent else None)
 
     # binding ----------------------------------------------------------------------------------------
 
@@ -252,13 +325,14 @@ class LoginFlow:
 
     async def _outcome_of(self, bind: Bind) -> ControlOutcome | None:
         """What became of the bind command; None: it was not applied within BOUND_S."""
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(BOUND_S):
-                while True:
-                    outcome = await self._retry(partial(find_outcome, self._records.bucket, bind))
-                    if outcome is not None:
-                        return outcome
-                    await self._clock.sleep(RETRY_S)
+        deadline = self._clock.monotonic() + BOUND_S
+        while self._clock.monotonic() < deadline:
+            try:
+                if (outcome := await find_outcome(self._records.bucket, bind)) is not None:
+                    return outcome
+            except Temporary as exc:
+                log.info("login.unread", sandbox=bind.sandbox, reason=exc.reason)
+            await self._clock.sleep(RETRY_S)
         return None
 
 
@@ -294,7 +368,3 @@ async def fetch_code(logins: Logins, bound: Iterable[Binding], sealer: Sealer) -
             except Refused as exc:
                 log.warning("login.token_unread", bot=binding.bot, reason=exc.reason)
     return await logins.fetch_code(tokens)
-
-
-def seal_url(sealer: Sealer, login: str, code: QrCode) -> str:
-    return sealer.seal(login_context(login, "url"), code.url)

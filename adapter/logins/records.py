@@ -114,8 +114,6 @@ class LoginRecords:
                 log.info("login.changed", login=login[:6], sandbox=after.sandbox, status=after.status,
                          reason=after.reason, code=after.number)  # fmt: skip
                 await self._events.publish_login_event(_event_of(login, after), step=after.step)
-            if after.number > before.number:
-                self._metrics.qr_refreshes.inc()
             if after.is_over:
                 self._metrics.logins.labels(outcome=after.status).inc()
             return after, revision

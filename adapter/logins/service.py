@@ -8,6 +8,7 @@ stores the status `lost`, and a new code has to be asked for.
 from __future__ import annotations
 
 import secrets
+from functools import partial
 
 import msgspec
 import structlog
@@ -20,7 +21,7 @@ from adapter.contract.records import LoginRecord
 from adapter.errors import Refused, Temporary
 from adapter.kit.tasks import TaskSet
 from adapter.kit.timing import Clock
-from adapter.logins.flow import LoginFlow, fetch_code, seal_url
+from adapter.logins.flow import REFRESH_S, LoginFlow, fetch_code
 from adapter.logins.records import LoginRecords, next_step, to_login
 from adapter.observability.metrics import Metrics
 from adapter.observability.records import read_request
@@ -54,7 +55,10 @@ class LoginService:
         sealer: Sealer,
         clock: Clock,
         metrics: Metrics,
+        *,
+        refresh_s: float = REFRESH_S,
     ) -> None:
+        """`refresh_s`: age at which an unscanned code is replaced."""
         self._records = records
         self._ilink = ilink
         self._bindings = bindings
@@ -64,6 +68,7 @@ class LoginService:
         self._sealer = sealer
         self._clock = clock
         self._metrics = metrics
+        self._refresh_s = refresh_s
         self._tasks = TaskSet("login")
 
     # requests ---------------------------------------------------------------------------------------
@@ -85,7 +90,7 @@ class LoginService:
         record = LoginRecord(
             owner=self._leases.incarnation,
             sandbox=sandbox,
-            url=seal_url(self._sealer, login, code),
+            url=self._sealer.seal(login_context(login, "url"), code.url),
             until_ms=self._clock.now_ms() + int(LOGIN_S * 1000),
         )
         stored = await self._records.create(login, record)
@@ -100,6 +105,8 @@ class LoginService:
             self._names,
             self._sealer,
             self._clock,
+            self._metrics,
+            refresh_s=self._refresh_s,
         )
         self._tasks.spawn(_run_flow(login, flow, code))
         return self._encode_answer(login, stored[0], with_png=request.png)
@@ -144,16 +151,22 @@ class LoginService:
 
     async def run(self) -> None:
         """Runs until cancelled; then answers that have arrived are applied."""
+        records, leases = self._records, self._leases
         try:
             while True:
-                self._records.forget_ended()
-                for login, record in self._records:
+                records.forget_ended()
+                for login, record in records:
                     if not record.is_over:
                         await self._end_if_lost(login, record.owner)
-                await self._clock.sleep(LOOK_S)
+                has_left = partial(self._has_left, leases.membership_epoch)
+                await leases.changed.wait_until(has_left, LOOK_S)
         finally:
             self._tasks.cancel_all()
             await self._tasks.wait_ended()
+
+    def _has_left(self, epoch: int) -> bool:
+        """Whether a replica has left since."""
+        return self._leases.membership_epoch != epoch
 
     async def _end_if_lost(self, login: str, owner: str) -> None:
         def lost(now: LoginRecord) -> LoginRecord | None:

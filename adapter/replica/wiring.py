@@ -35,6 +35,7 @@ from adapter.jetstream.microservice import (
 )
 from adapter.kit.slots import FairSlots
 from adapter.kit.timing import PerTickLimiter, RateLimiter, WakeupBatcher
+from adapter.logins.flow import REFRESH_S
 from adapter.logins.records import LoginRecords
 from adapter.logins.service import LoginService
 from adapter.observability.events import Events
@@ -89,6 +90,7 @@ class Replica:
         *,
         stale_retry_s: Sequence[float] = STALE_RETRY_S,
         login_polls_s: Sequence[float] = LOGIN_POLLS_S,
+        login_refresh_s: float = REFRESH_S,
         unbound_s: int = UNBOUND_S,
         edges: Edges | None = None,
         new_supervisor: Callable[..., Supervisor] = Supervisor,
@@ -225,6 +227,7 @@ class Replica:
             sealer,
             clock,
             metrics,
+            refresh_s=login_refresh_s,
         )
         # any server may answer: these data change little, and a flood of requests must not delay commands
         conversations = ConversationStore(edges.bulk_bucket(names.conversations), sealer)

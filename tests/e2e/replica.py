@@ -1,6 +1,6 @@
 """A replica as `wechat-nats run` runs it, with other arguments of `Replica`, such as waits that are shorter.
 
-`python -m tests.e2e.replica '{"unbound_s": 60}'`: by name, as JSON.
+`python -m tests.e2e.replica '{"login_refresh_s": 1}'`: by name, as JSON.
 """
 
 from __future__ import annotations

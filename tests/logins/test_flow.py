@@ -25,7 +25,7 @@ from adapter.contract.messages import (
 from adapter.contract.names import H_REPLY_TO
 from adapter.contract.records import LoginRecord
 from adapter.errors import BusRefused, Refused, Temporary
-from adapter.logins.flow import CODES
+from adapter.logins.flow import DEAD_CODES, REFRESH_S
 from adapter.logins.records import LoginRecords
 from adapter.logins.service import LOGIN_S, OPEN_PER_SANDBOX, LoginService
 from adapter.ports import BusMessage, Entry, QrCode, Scan, ScanStatus
@@ -183,66 +183,94 @@ async def test_the_digits_of_the_phone_are_sent_at_once(doors: Doors) -> None:
 
 
 async def test_too_many_wrong_digits_cost_the_code(doors: Doors) -> None:
-    """Once too often, and the login has failed."""
+    """Three times, and the login has failed."""
     login = await doors.start()
-    for number in range(1, CODES + 1):
+    for number in range(1, DEAD_CODES + 1):
         doors.ilink.happens(f"q{number}", "need_verifycode")
         await asyncio.sleep(2)
         await doors.verify(login, "1")
         doors.ilink.happens(f"q{number}", "verify_code_blocked")
         await asyncio.sleep(2)
     now = await doors.status(login)
-    assert (now.status, now.reason, now.code) == ("failed", "blocked", CODES)
-    assert doors.bench.metrics.value("qr_refreshes_total") == CODES - 1
+    assert (now.status, now.reason, now.code) == ("failed", "blocked", DEAD_CODES)
+    assert doors.bench.metrics.value("qr_refreshes_total") == DEAD_CODES - 1
     assert doors.counted("failed") == 1
 
 
-async def test_a_login_ends_after_ten_expired_codes(doors: Doors) -> None:
+async def test_three_expired_codes_are_an_expired_login(doors: Doors) -> None:
     login = await doors.start()
-    for number in range(1, CODES + 1):
+    for number in range(1, DEAD_CODES + 1):
         doors.ilink.happens(f"q{number}", "expired")
         await asyncio.sleep(3)
-    assert doors.steps() == [*(("wait", number, "") for number in range(1, CODES + 1)), ("expired", CODES, "codes")]
+    assert doors.steps() == [("wait", 1, ""), ("wait", 2, ""), ("wait", 3, ""), ("expired", 3, "codes")]
     assert (await doors.status(login)).status == "expired"
-    assert len(doors.ilink.tokens) == CODES
+    assert len(doors.ilink.tokens) == DEAD_CODES
     assert doors.counted("expired") == 1
 
 
-async def test_a_login_that_nobody_scans_ends_after_its_time(doors: Doors) -> None:
+async def test_a_code_that_nobody_scans_is_replaced_and_that_does_not_count(doors: Doors) -> None:
+    """The one before it is asked about until it has expired, and no code is asked about for ever."""
     login = await doors.start()
-    await asyncio.sleep(LOGIN_S - 5)
-    doors.ilink.happens("q1", "expired")
-    await asyncio.sleep(2)
-    assert (await doors.status(login)).qrcode_url == "https://q/q2"
-    await asyncio.sleep(5)
+    started = doors.clock.monotonic()
+    await asyncio.sleep(3.5 * REFRESH_S)
+    assert [round((at - started) / REFRESH_S) for at in doors.ilink.fetched_at] == [0, 1, 2, 3]
+    assert doors.ilink.out == {"q3", "q4"}
+    doors.ilink.happens("q3", "expired")
+    await asyncio.sleep(1)
+    assert doors.ilink.out == {"q4"}
+    await asyncio.sleep(LOGIN_S)
     now = await doors.status(login)
-    assert (now.status, now.reason, now.code, now.qrcode_url) == ("expired", "time", 2, "")
+    assert (now.status, now.reason) == ("expired", "time")
     assert doors.ilink.out == set()
+    assert now.code == 10
 
 
-async def test_a_login_is_not_over_in_time_while_its_bot_is_being_bound(doors: Doors) -> None:
+async def test_whoever_scans_the_code_before_counts(doors: Doors) -> None:
     login = await doors.start()
-    await asyncio.sleep(LOGIN_S - 5)
-    doors.controlled = False
+    await asyncio.sleep(REFRESH_S + 5)
+    doors.ilink.happens("q1", "scaned")
+    await asyncio.sleep(1)
+    now = await doors.status(login)
+    assert (now.status, now.qrcode_url) == ("scanned", "https://q/q1")
+    await asyncio.sleep(2 * REFRESH_S)
+    assert doors.ilink.out == {"q1"}  # and no code is fetched while somebody confirms
+    assert len(doors.ilink.tokens) == 2
     doors.ilink.happens("q1", CONFIRMED)
-    await asyncio.sleep(10)
-    assert (await doors.status(login)).status == "wait"
-    doors.controlled = True
     await asyncio.sleep(2)
     assert (await doors.status(login)).status == "confirmed"
 
 
-async def test_a_code_that_cannot_be_fetched_is_tried_again(doors: Doors) -> None:
+async def test_the_code_before_may_expire_after_its_scan_too(doors: Doors) -> None:
     login = await doors.start()
-    doors.ilink.codes += [Temporary("http_5xx"), Temporary("http_4xx", retry_after_s=20)]
-    doors.ilink.happens("q1", "expired")
-    await asyncio.sleep(15)
+    await asyncio.sleep(REFRESH_S + 5)
+    doors.ilink.happens("q1", "scaned", "expired")
+    await asyncio.sleep(5)
     now = await doors.status(login)
-    assert (now.status, now.code, now.qrcode_url) == ("wait", 1, "")
-    await asyncio.sleep(10)
-    gaps = [b - a for a, b in itertools.pairwise(doors.ilink.fetched_at[1:])]
-    assert [round(gap, 1) for gap in gaps] == [0.5, 20]
-    assert (await doors.status(login)).code == 2
+    assert (now.status, now.code, now.qrcode_url) == ("wait", 3, "https://q/q3")
+
+
+async def test_a_code_that_comes_after_somebody_has_scanned_is_not_shown(doors: Doors) -> None:
+    login = await doors.start()
+    await asyncio.sleep(REFRESH_S - 5)
+    doors.ilink.fetch_s = 8
+    await asyncio.sleep(7)
+    doors.ilink.happens("q1", "scaned")
+    await asyncio.sleep(20)
+    now = await doors.status(login)
+    assert len(doors.ilink.tokens) == 2
+    assert (now.status, now.code, now.qrcode_url) == ("scanned", 1, "https://q/q1")
+
+
+async def test_two_codes_that_are_confirmed_at_once_bind_one_bot(doors: Doors) -> None:
+    login = await doors.start()
+    await asyncio.sleep(REFRESH_S + 5)
+    other = CONFIRMED._replace(bot="b2@im.bot", token="b2@im.bot:SECRET", user="u2@im.wechat")
+    doors.ilink.happens("q1", CONFIRMED)
+    doors.ilink.happens("q2", other)
+    await asyncio.sleep(5)
+    (bind,) = doors.binds()
+    assert (await doors.status(login)).bot == bind.bot == BOT  # the first one
+    assert [binding.bot for binding in doors.bench.bindings] == [BOT]
 
 
 @pytest.mark.parametrize("late", ["need_verifycode", "scaned"])
@@ -352,11 +380,16 @@ async def test_a_bot_that_is_bound_already_gets_the_options_given(options: dict[
     assert len(doors.binds()) == (options == {"auto_typing": True})
 
 
-async def test_a_first_code_that_cannot_be_had_is_an_error_to_the_requester(doors: Doors) -> None:
-    doors.ilink.codes.append(Temporary("timeout", "iLink gave no QR code within 10 s."))
-    with pytest.raises(Temporary, match="no QR code"):
-        await doors.start()
-    assert doors.bucket.entries == {}
+async def test_a_code_that_cannot_be_fetched_is_tried_again_while_the_old_one_counts(doors: Doors) -> None:
+    login = await doors.start()
+    doors.ilink.codes += [Temporary("http_5xx"), Temporary("http_4xx", retry_after_s=20)]
+    await asyncio.sleep(REFRESH_S + 15)
+    assert doors.ilink.out == {"q1"}
+    gaps = [b - a for a, b in itertools.pairwise(doors.ilink.fetched_at)]
+    assert [round(gap) for gap in gaps] == [50, 1]
+    await asyncio.sleep(10)
+    assert round(doors.ilink.fetched_at[-1] - doors.ilink.fetched_at[-2]) == 20
+    assert (await doors.status(login)).code == 2
 
 
 async def test_any_replica_takes_digits_and_a_cancellation(doors: Doors) -> None:
