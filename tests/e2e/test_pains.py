@@ -345,6 +345,8 @@ async def test_pain_13_a_crash_loses_nothing_and_repeats_nothing(tmp_path: Path)
 async def test_pain_14_a_poll_that_hangs_for_ever_is_noticed_and_its_connection_renewed(tmp_path: Path) -> None:
     async with scene(tmp_path, hint_ms=500) as s:
         await s.says("hello")
+        polls = s.made.sim.polls(s.bot.bot).total
+        await until(lambda: s.made.sim.polls(s.bot.bot).total > polls + 3, "idle polls confirm the hint")
         s.made.sim.set_fault(FaultRule(fault="F5", bot=s.bot.bot, endpoint="getupdates", count=3))
         s.made.sim.cut_polls(s.bot.bot)
         await until(lambda: "poll.dead_path" in s.adapter.log.read_text(), "the dead path is told")
