@@ -173,7 +173,7 @@ class LoginFlow:
             except Temporary as exc:
                 failures += 1
                 wait_s = exc.retry_after_s or backoff(failures, longest_s=10.0)
-                log.warning("login.no_code", login=self._login[:6], reason=exc.reason, wait_s=wait_s)
+                log.warning("login.retrying", login=self._login[:6], reason=exc.reason, wait_s=wait_s)
                 await self._clock.sleep(wait_s)
                 continue
             failures = 0
