@@ -23,7 +23,7 @@ from adapter.cli.options import Json, MaybeSandbox, flag
 from adapter.cli.permission_checks import CheckState, Finding
 from adapter.contract.messages import BOT_STATUSES
 from adapter.errors import UNDECODABLE, BusRefused, Conflict, Refused, Temporary
-from adapter.inbound.positions import find_above
+from adapter.inbound.restored import find_above
 from adapter.jetstream import topology
 from adapter.jetstream.buckets import LeaderKvBucket
 from adapter.jetstream.microservice import SERVICE
