@@ -17,7 +17,7 @@ from adapter.cli.stored import readable_body
 from adapter.contract.messages import ControlAnswer, Erase
 from adapter.contract.records import Binding, LoginRecord
 from adapter.errors import UNDECODABLE
-from adapter.services.persons import Found, PersonSearch
+from adapter.services.erasure import Found, PersonSearch
 
 User = Annotated[str, Parameter(help="The WeChat user, …@im.wechat.")]
 ERASE_S = 600.0

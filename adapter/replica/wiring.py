@@ -56,10 +56,10 @@ from adapter.replica.edges import Edges
 from adapter.replica.health import Health
 from adapter.replica.supervisor import Supervisor
 from adapter.security.seal import Sealer
+from adapter.services.erasure import Erasure
 from adapter.services.health import BotHealth
 from adapter.services.media import MediaService
 from adapter.services.next import Next, Readers
-from adapter.services.persons import Erasure
 from adapter.services.queries import Queries, of_sandbox
 from adapter.settings import Settings
 

@@ -11,7 +11,7 @@ from adapter.contract.messages import ControlAnswer, Erase
 from adapter.contract.names import H_MSG_ID, H_SANDBOX, H_USER, Names, to_subject_token
 from adapter.contract.records import CheckpointRecord
 from adapter.errors import Temporary
-from adapter.services.persons import Erasure
+from adapter.services.erasure import Erasure
 from tests.fakes import Bench
 
 VIRTUAL_TIME = True
