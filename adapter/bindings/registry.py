@@ -14,8 +14,8 @@ from adapter.contract.names import SHARDS, Names, from_subject_token, shard_of, 
 from adapter.contract.records import Binding
 from adapter.errors import UNDECODABLE, Conflict, RecordTooNew, Refused
 from adapter.kit.timing import ChangeSignal, Clock
+from adapter.observability.decoding import decode_record
 from adapter.observability.events import Events
-from adapter.observability.records import decode_record
 from adapter.ports import Account, Bucket, Entry, History, LeaderBucket, StoredMessage
 from adapter.security.seal import Sealer, Sealing, cursor_context
 

@@ -1,6 +1,6 @@
 """Records in the adapter's buckets. They are private, not part of the contract.
 
-Each carries the version of its form in `v`, and is read by `observability.records.decode_record`.
+Each carries the version of its form in `v`, and is read by `observability.decoding.decode_record`.
 """
 
 from __future__ import annotations

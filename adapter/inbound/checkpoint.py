@@ -18,7 +18,7 @@ from adapter.contract.records import Binding, CheckpointRecord
 from adapter.errors import UNDECODABLE, Conflict, LeaseLost, Refused
 from adapter.kit.batches import Batches
 from adapter.kit.timing import Clock
-from adapter.observability.records import decode_record
+from adapter.observability.decoding import decode_record
 from adapter.outbound.inbox import FoldedInbox, InboxReader
 from adapter.ownership.leases import Leases
 from adapter.ports import Bucket, Entry

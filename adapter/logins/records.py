@@ -21,9 +21,9 @@ from adapter.contract.records import LoginRecord
 from adapter.errors import UNDECODABLE, Conflict, RecordTooNew, Refused
 from adapter.kit.timing import ChangeSignal, Clock
 from adapter.logins.qr import png_base64, terminal_text
+from adapter.observability.decoding import decode_record
 from adapter.observability.events import Events
 from adapter.observability.metrics import Metrics
-from adapter.observability.records import decode_record
 from adapter.ports import Bucket, Entry
 from adapter.security.seal import Sealer, login_context
 

@@ -23,8 +23,8 @@ from adapter.kit.tasks import TaskSet
 from adapter.kit.timing import Clock
 from adapter.logins.flow import REFRESH_S, LoginFlow, fetch_code
 from adapter.logins.records import LoginRecords, next_step, to_login
+from adapter.observability.decoding import read_request
 from adapter.observability.metrics import Metrics
-from adapter.observability.records import read_request
 from adapter.ownership.leases import Leases
 from adapter.ports import Bus, Logins, QrCode
 from adapter.security.seal import Sealer, login_context

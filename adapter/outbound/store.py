@@ -9,7 +9,7 @@ import msgspec
 
 from adapter.contract.names import conversation_key, digest, user_of_key
 from adapter.errors import UNDECODABLE, RecordTooNew, Refused
-from adapter.observability.records import decode_record, log_once
+from adapter.observability.decoding import decode_record, log_once
 from adapter.outbound.record import ConversationRecord, SealedConversation
 from adapter.ports import Bucket, Entry
 from adapter.security.seal import Sealer, conversation_context

@@ -35,8 +35,8 @@ from adapter.contract.names import SHARDS
 from adapter.contract.records import Claim, Member
 from adapter.errors import UNDECODABLE, Conflict, LeaseLost, RecordTooNew, Temporary
 from adapter.kit.timing import ChangeSignal, Clock, raise_if_cancelled, wait_event
+from adapter.observability.decoding import decode_record
 from adapter.observability.metrics import Metrics
-from adapter.observability.records import decode_record
 from adapter.ports import Entry, LeaderBucket
 
 log = structlog.get_logger()

@@ -29,8 +29,8 @@ from adapter.contract.names import (
 )
 from adapter.errors import BusRefused, Refused, Temporary, Unreadable
 from adapter.kit.slots import FairSlots
+from adapter.observability.decoding import invalid_request, read_request
 from adapter.observability.metrics import Metrics
-from adapter.observability.records import invalid_request, read_request
 from adapter.ports import Objects, SandboxRequest, SandboxResponse, StoredObject
 
 PIECE_MIN, PIECE_MAX = 16 * 1024, 512 * 1024

@@ -18,8 +18,8 @@ from adapter.contract.names import Names, check_sandbox
 from adapter.contract.records import ReaderRecord
 from adapter.errors import UNDECODABLE, Conflict, Refused, Temporary
 from adapter.kit.timing import Clock
+from adapter.observability.decoding import decode_record, read_request
 from adapter.observability.metrics import Metrics
-from adapter.observability.records import decode_record, read_request
 from adapter.ports import History, LeaderBucket, SandboxRequest, SandboxResponse, StoredMessage
 
 log = structlog.get_logger()

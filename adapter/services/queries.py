@@ -23,8 +23,8 @@ from adapter.contract.messages import (
 from adapter.contract.names import MAX_SEQ, Names, check_sandbox
 from adapter.contract.records import Binding
 from adapter.errors import Refused
+from adapter.observability.decoding import read_request
 from adapter.observability.metrics import Metrics
-from adapter.observability.records import read_request
 from adapter.outbound.receipts import Receipts
 from adapter.ports import History, SandboxRequest, SandboxResponse
 from adapter.services.health import BotHealth

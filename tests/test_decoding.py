@@ -8,7 +8,7 @@ from structlog.testing import capture_logs
 
 from adapter.contract.records import Binding, Claim, LoginRecord, Member, PrivateRecord
 from adapter.errors import UNDECODABLE, RecordTooNew
-from adapter.observability.records import SAID_KEPT, decode_record
+from adapter.observability.decoding import SAID_KEPT, decode_record
 from adapter.outbound.record import SealedConversation
 from tests.newer import made_newer
 
