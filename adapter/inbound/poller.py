@@ -268,7 +268,7 @@ class BotPoller:
                 await self._notify(start=True)
             self._is_started = True
         self.unanswered_since = self.unanswered_since or self._clock.monotonic()
-        if (binding := await self._next_binding(checkpoint)) is None:
+        if (binding := await self._wait_until_pollable(checkpoint)) is None:
             return
         if checkpoint.is_due():
             await self._save(checkpoint)
@@ -379,7 +379,7 @@ class BotPoller:
 
     # polling ----------------------------------------------------------------------------------------
 
-    async def _next_binding(self, checkpoint: Checkpoint) -> Binding | None:
+    async def _wait_until_pollable(self, checkpoint: Checkpoint) -> Binding | None:
         """The binding to poll with, once the bus accepts writes and the lease is valid. A token that iLink has
         refused is polled after a pause and a notifystart; a few times, then by LOGIN_POLLS_S.
 
@@ -545,8 +545,8 @@ class BotPoller:
 
     async def _on_refused(self, exc: SessionExpired) -> None:
         """Handles -14 to a poll: the bot neither polls nor sends except for a few spaced retries, and then needs a
-        login (`_next_binding`). docs/reference/ilink-protocol.md, "Stale token", has what is known of -14. Raises
-        Temporary."""
+        login (`_wait_until_pollable`). docs/reference/ilink-protocol.md, "Stale token", has what is known of -14.
+        Raises Temporary."""
         binding = self._bindings.get(self.bot)
         if binding is None or binding.state == "needs_login":
             return
