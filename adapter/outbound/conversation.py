@@ -714,7 +714,12 @@ class Conversation:
         return False
 
     def _leave(self, command: QueuedCommand, result: CommandResult | None) -> None:
-        """Takes a command from the queue. `result`: of its final receipt; None: it has none."""
+        """Takes a command from the queue. `result`: of its final receipt; None: it has none.
+
+        Stores nothing. The record without the command goes along with the next write: for the next send, after the
+        user's next message (`Shard.store_soon`), or by `Shard.evict_idle`. A new owner that finds the command in the
+        stored record finds its receipt, too.
+        """
         is_first = self.queue[0] is command
         self.queue.remove(command)
         is_refused = result is None or result.outcome == "refused" or bool(result.repeat_of)

@@ -600,7 +600,8 @@ class Shard:
                 del self._conversations[conversation.sandbox]
 
     def evict_idle(self) -> None:
-        """Drops what can be read again. A record that is not stored yet is stored first."""
+        """Drops what can be read again. A record that is not stored yet is stored first, as after the last command of
+        a conversation; called each half minute."""
         for conversation in self:
             conversation.store()
             self.drop_idle(conversation)
