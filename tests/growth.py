@@ -11,6 +11,7 @@ from collections import Counter, deque
 from itertools import pairwise
 from types import ModuleType
 from typing import Any, TypeAlias
+from urllib.parse import urlsplit
 
 from adapter.kit.tasks import TaskSet
 
@@ -28,7 +29,8 @@ def tables(thing: object) -> dict[str, int]:
 def census() -> Census:
     """Takes stock of this process: all that the garbage collector knows. Strings and numbers, which it does not know,
     show in the tables that hold them. Caches with a bound are emptied first."""
-    for thing in gc.get_objects():
+    # what is frozen, as all that was imported before the adapter began, the collector does not name
+    for thing in (urlsplit, *gc.get_objects()):
         if isinstance(thing, functools._lru_cache_wrapper) and thing.cache_parameters()["maxsize"] is not None:
             thing.cache_clear()
     _drop_cancelled_timers()

@@ -121,13 +121,15 @@ def _empty(folder: Path) -> None:
 
 async def _is_whole(nc: Client) -> bool:
     """Whether all servers are up to date, so that the next one may be lost."""
-    for name in (NAMES.stream_in, f"KV_{NAMES.readers}", f"KV_{NAMES.claims}", f"KV_{NAMES.members}"):
-        with contextlib.suppress(Exception):
-            cluster = (await nc.jetstream(timeout=2).stream_info(name)).cluster
-            if cluster is not None and all(peer.current and not peer.offline for peer in cluster.replicas or []):
-                continue
-        return False
-    return True
+    with contextlib.suppress(Exception):
+        clusters = [each.cluster for each in await nc.jetstream(timeout=2).streams_info()]
+        return all(
+            cluster is not None
+            and cluster.leader
+            and all(peer.current and not peer.offline for peer in cluster.replicas or [])
+            for cluster in clusters
+        )
+    return False
 
 
 async def test_a_position_above_all_that_is_stored_is_refused(tmp_path: Path) -> None:
