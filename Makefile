@@ -75,7 +75,7 @@ ops: install
 
 # What `make test` leaves out of its tiers, without what mostly waits.
 slow: install
-	@$(BIN)/pytest -n 4 --dist worksteal --timeout 900 -m '(unit or integration or system) and slow' </dev/null
+	@$(BIN)/pytest -n 4 --dist worksteal --timeout 900 -m '(unit or integration or system) and slow and not long' </dev/null
 	@SCHEDULES=500 $(BIN)/pytest -n 2 tests/test_schedules.py tests/test_schedules_inbound.py </dev/null
 
 long: install

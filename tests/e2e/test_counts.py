@@ -88,7 +88,8 @@ async def test_what_was_taken_is_what_ended_waits_or_is_in_hand_over_all_replica
             ended = values["outbound_messages_total"] + values["outbound_parked"]
             return ended == taken and not values["outbound_in_flight"]
 
-        await eventually(at_rest, "all that was taken has ended or is parked", patience_s=200)
+        # a send without an answer is repeated after five minutes at the latest
+        await eventually(at_rest, "all that was taken has ended or is parked", patience_s=400)
         outcomes = by_label(values, "outbound_messages_total", "outcome")
         assert sum(outcomes.values()) + values["outbound_parked"] == taken
         # what was delivered to one replica while it gave the shard away, neither counts as taken
