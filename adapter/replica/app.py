@@ -71,7 +71,7 @@ async def run_replica(replica: Replica, stop: asyncio.Event, on_ready: Callable[
                     )
                     replica.health.on_started()
                     log.info("adapter.started", instance=replica.instance, version=__version__, http=probes.port)
-                    _tell_service_manager("READY=1")
+                    _notify_service_manager("READY=1")
                     if on_ready is not None:
                         on_ready()
                     await stop.wait()
@@ -122,7 +122,7 @@ async def _drain(
     replica: Replica, supervising: asyncio.Task[None], running_logins: asyncio.Task[None], leasing: asyncio.Task[None]
 ) -> None:
     replica.health.draining = True
-    _tell_service_manager("STOPPING=1")
+    _notify_service_manager("STOPPING=1")
     log.info("adapter.draining", polls=len(replica.supervisor.pollers))
     try:
         async with asyncio.timeout(max(1.0, replica.settings.drain_s - 1.0)):
@@ -139,7 +139,7 @@ async def _drain(
         log.warning("drain.timed_out", drain_s=replica.settings.drain_s)
 
 
-def _tell_service_manager(state: str) -> None:
+def _notify_service_manager(state: str) -> None:
     """Tells systemd that the service is ready, or stops: `Type=notify` of helm/systemd/wechat-nats.service, by a
     datagram to the socket in NOTIFY_SOCKET, if there is one (sd_notify(3))."""
     if not (path := os.environ.get("NOTIFY_SOCKET")):
