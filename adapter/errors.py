@@ -27,9 +27,11 @@ class AdapterError(Exception):
 class Temporary(AdapterError):
     """Try again, not before `retry_after_s` seconds (None: the caller's backoff)."""
 
-    def __init__(self, reason: str, detail: str = "", *, retry_after_s: float | None = None) -> None:
+    def __init__(self, reason: str, detail: str = "", *, retry_after_s: float | None = None, said: str = "") -> None:
+        """`said`: the last words of a program that failed, for the terminal of whoever runs it, and for no log."""
         super().__init__(reason, detail)
         self.retry_after_s = retry_after_s
+        self.said = said
 
 
 class RecordTooNew(Temporary):

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import time
 from collections.abc import Awaitable, Callable, Hashable, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -23,7 +24,7 @@ from adapter.agent.reader import retry
 from adapter.agent.sandbox import Message, Sandbox
 from adapter.contract.messages import OutItem
 from adapter.contract.names import digest
-from adapter.errors import AdapterError
+from adapter.errors import AdapterError, Temporary
 
 log = structlog.get_logger()
 
@@ -45,6 +46,22 @@ class Answer(NamedTuple):
 
     text: str = ""
     items: tuple[OutItem, ...] = ()
+
+
+class TurnEnd(NamedTuple):
+    """How a message was handled, for those who watch."""
+
+    message: Message
+    seconds: float
+    chars: int = 0
+    """Length of the answer's text."""
+    items: int = 0
+    reason: str = ""
+    """Why the agent failed, in a word; "" if it did not."""
+    detail: str = ""
+    """The same as a sentence."""
+    said: str = ""
+    """The last line of the output of a program that failed: for the terminal of whoever runs it, and for no log."""
 
 
 class Turn(NamedTuple):
@@ -101,7 +118,11 @@ class Sessions:
 class Runner:
     """Gives the messages of a sandbox to an agent, and sends its answers."""
 
-    def __init__(self, sandbox: Sandbox, agent: Agent, sessions: Sessions) -> None:
+    def __init__(
+        self, sandbox: Sandbox, agent: Agent, sessions: Sessions, on_end: Callable[[TurnEnd], None] | None = None
+    ) -> None:
+        """`on_end` is called after each message that was given to the agent; default: a line of the log."""
+        self._on_end = on_end or log_end
         self._sandbox = sandbox
         self._agent = agent
         self._sessions = sessions
@@ -160,7 +181,7 @@ class Runner:
             finally:
                 del self._questions[message.user]
 
-        turn = Turn(message, self._sessions.session_of(message.user), ask)
+        turn, began = Turn(message, self._sessions.session_of(message.user), ask), time.monotonic()
         task = asyncio.ensure_future(self._agent(turn))
         self._at_work[message.user] = task
         typing = asyncio.create_task(_type_forever(message))
@@ -171,21 +192,27 @@ class Runner:
             typing.cancel()
             await asyncio.wait({task, typing})
             del self._at_work[message.user]
-        answer = Answer() if task.cancelled() else _answer_of(task, message)
+        answer, end = Answer(), TurnEnd(message, time.monotonic() - began)
+        try:
+            answer = Answer() if task.cancelled() else task.result()
+            end = end._replace(chars=len(answer.text), items=len(answer.items))
+        except AdapterError as exc:
+            said = exc.said if isinstance(exc, Temporary) else ""
+            answer, end = Answer(SORRY), end._replace(reason=exc.reason, detail=exc.detail, said=said)
+        except Exception as exc:
+            log.exception("agent.crashed", message=message.id)
+            answer, end = Answer(SORRY), end._replace(reason="crashed", detail=type(exc).__name__)
+        self._on_end(end)
         if answer.text.strip() or answer.items:
             await message.reply(answer.text.strip(), answer.items)
         else:
             await message.typing("off")
 
 
-def _answer_of(task: asyncio.Future[Answer], message: Message) -> Answer:
-    try:
-        return task.result()
-    except AdapterError as exc:
-        log.warning("agent.failed", reason=exc.reason, detail=exc.detail, message=message.id)
-    except Exception:
-        log.exception("agent.crashed", message=message.id)
-    return Answer(SORRY)
+def log_end(end: TurnEnd) -> None:
+    """Logs a failure, without texts."""
+    if end.reason:
+        log.warning("agent.failed", reason=end.reason, detail=end.detail, message=end.message.id)
 
 
 async def _type_forever(message: Message) -> None:

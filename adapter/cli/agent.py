@@ -7,6 +7,7 @@ import contextlib
 import os
 from collections import deque
 from collections.abc import AsyncIterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 from urllib.parse import urlsplit
@@ -39,34 +40,61 @@ SECRET = "WECHAT_WEBHOOK_SECRET"
 MAX_OUTPUT = 40_000
 """Most bytes of an answer: they fit into a command even if JSON escapes many of them."""
 
-Exec = Annotated[
-    str | None,
-    Parameter(
-        name="--exec",
-        help="A program and its arguments: reads the message's text from standard input, prints the answer.",
-    ),
-]
+
+@dataclass(frozen=True)
+class AgentChoice:
+    """The options that say which agent answers. `opened` makes it."""
+
+    program: Annotated[
+        str | None,
+        Parameter(
+            name="--exec",
+            help="A program and its arguments: reads the message's text from standard input, prints the answer.",
+        ),
+    ] = None
+    http: Annotated[
+        str | None,
+        Parameter(help=f"A URL: gets each message as a POST that is signed with {SECRET}, responds with the answer."),
+    ] = None
+    nats_agent: Annotated[
+        str | None,
+        Parameter(
+            help="NAME[/OWNER[/SESSION]] of an agent that speaks the Synadia agent protocol, see AGENTS_NATS_URL."
+        ),
+    ] = None
+    timeout: Annotated[Timeout, Parameter(help="Seconds that a program or a response may take.")] = 600.0
+    max_output: Annotated[
+        int, Parameter(validator=validators.Number(gte=1, lte=MAX_OUTPUT), help="Most bytes of an answer.")
+    ] = 32_768
+
+    def check(self) -> None:
+        """Raises Failed unless one agent is named."""
+        if sum(kind is not None for kind in (self.program, self.http, self.nats_agent)) != 1:
+            raise Failed(USAGE, "Give one of --exec, --http and --nats-agent.")
+
+
+Choice = Annotated[AgentChoice, Parameter(name="*")]
+
+
+@contextlib.asynccontextmanager
+async def opened(choice: AgentChoice, settings: Settings, folder: Path) -> AsyncIterator[Agent]:
+    """The agent. `folder`: for what survives a restart. Raises SettingsError, Failed, Temporary."""
+    choice.check()
+    timeout_s, most = choice.timeout, choice.max_output
+    async with contextlib.AsyncExitStack() as stack:
+        if choice.program is not None:
+            yield Program(choice.program, timeout_s=timeout_s, max_output=most)
+        elif choice.http is not None:
+            yield await stack.enter_async_context(_webhook(choice.http, timeout_s, most))
+        else:
+            yield await stack.enter_async_context(_nats_agent(choice.nats_agent or "", settings, timeout_s, most))
 
 
 async def agent(
     sandbox: SandboxName,
     /,
     *,
-    program: Exec = None,
-    http: Annotated[
-        str | None,
-        Parameter(help=f"A URL: gets each message as a POST that is signed with {SECRET}, responds with the answer."),
-    ] = None,
-    nats_agent: Annotated[
-        str | None,
-        Parameter(
-            help="NAME[/OWNER[/SESSION]] of an agent that speaks the Synadia agent protocol, see AGENTS_NATS_URL."
-        ),
-    ] = None,
-    timeout: Annotated[Timeout, Parameter(help="Seconds that a program or a response may take.")] = 600.0,
-    max_output: Annotated[
-        int, Parameter(validator=validators.Number(gte=1, lte=MAX_OUTPUT), help="Most bytes of an answer.")
-    ] = 32_768,
+    choice: Choice = AgentChoice(),
     state: Annotated[
         Path | None,
         Parameter(help="Folder for what survives a restart; default: agent-SANDBOX in WECHAT_NATS_DATA_DIR."),
@@ -82,31 +110,29 @@ async def agent(
     code 1 if another agent opens the sandbox, which has its messages from then on.
     """
     settings = settings_here()
-    if sum(kind is not None for kind in (program, http, nats_agent)) != 1:
-        raise Failed(USAGE, "Give one of --exec, --http and --nats-agent.")
-    folder = state or Path(settings.data_dir) / f"agent-{sandbox}"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        sessions = Sessions(sandbox, folder / "sessions.json")
-    except (OSError, *UNDECODABLE) as exc:
-        raise Failed(NO, f"Cannot use {folder}: {exc}.") from None
-    async with contextlib.AsyncExitStack() as stack:
-        if program is not None:
-            answering: Agent = Program(program, timeout_s=timeout, max_output=max_output)
-        elif http is not None:
-            answering = await stack.enter_async_context(_webhook(http, timeout, max_output))
-        else:
-            answering = await stack.enter_async_context(_nats_agent(nats_agent or "", settings, timeout, max_output))
+    choice.check()
+    folder, sessions = state_of(sandbox, settings, state)
+    async with opened(choice, settings, folder) as answering:
         try:
-            connected = await stack.enter_async_context(Sandbox(sandbox, settings))
-            logs.configure(settings.log, version=__version__)
-            log.info("agent.started", sandbox=sandbox)
-            await Runner(connected, answering, sessions).run()
+            async with Sandbox(sandbox, settings) as connected:
+                logs.configure(settings.log, version=__version__)
+                log.info("agent.started", sandbox=sandbox)
+                await Runner(connected, answering, sessions).run()
         except asyncio.CancelledError:
             return OK
         except NatsError:
             raise Failed(UNREACHABLE, BROKE) from None
     return OK
+
+
+def state_of(sandbox: str, settings: Settings, folder: Path | None = None) -> tuple[Path, Sessions]:
+    """The folder for what survives a restart, and the sessions in it. Raises Failed."""
+    folder = folder or Path(settings.data_dir) / f"agent-{sandbox}"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        return folder, Sessions(sandbox, folder / "sessions.json")
+    except (OSError, *UNDECODABLE) as exc:
+        raise Failed(NO, f"Cannot use {folder}: {exc}.") from None
 
 
 @contextlib.asynccontextmanager

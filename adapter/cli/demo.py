@@ -21,11 +21,10 @@ from rich.text import Text
 
 from adapter import __version__
 from adapter.agent import Sandbox
-from adapter.agent.program import Program
-from adapter.agent.runner import Answer, Runner, Sessions, Turn
-from adapter.cli.agent import MAX_OUTPUT, Exec
+from adapter.agent.runner import Agent, Answer, Runner, Sessions, Turn
+from adapter.cli.agent import AgentChoice, Choice, opened
 from adapter.cli.bindings import request_control
-from adapter.cli.bus import BusConnection, connected_bus
+from adapter.cli.bus import BusConnection, connected_bus, settings_here
 from adapter.cli.embedded import EmbeddedNats, adapter_running, while_alive
 from adapter.cli.exits import NO, OK, TIMEOUT, Failed
 from adapter.cli.options import flag
@@ -60,7 +59,7 @@ HOLD_MS = 1000
 
 async def demo(
     *,
-    program: Exec = None,
+    choice: Choice = AgentChoice(),  # noqa: B008 -- frozen
     echo: Annotated[
         bool, Parameter(negative="--no-echo", show_default=False, help="Without an agent: attach one yourself.")
     ] = True,
@@ -76,18 +75,21 @@ async def demo(
     screen = Screen(sys.stdout, editor)
     with _log(screen, verbose):
         try:
-            return await _demo(screen, program, echo, editor.lines() if editor else lines())
+            return await _demo(screen, choice, echo, editor.lines() if editor else lines())
         except asyncio.CancelledError:
             screen.note("")
             return OK
 
 
-async def _demo(screen: Screen, program: str | None, echo: bool, typed: AsyncIterator[str]) -> int:
+async def _demo(screen: Screen, choice: AgentChoice, echo: bool, typed: AsyncIterator[str]) -> int:
     """Starts everything, holds the conversation and cleans up, however it ends. Returns the exit code."""
     from adapter.simulator import Simulator, SimulatorSettings  # noqa: PLC0415
 
-    answer = Program(program, timeout_s=AGENT_S, max_output=MAX_OUTPUT) if program is not None else _echo
     async with contextlib.AsyncExitStack() as stack:
+        answer: Agent | None = _echo if echo else None
+        if choice != AgentChoice():
+            folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="wechat-nats-demo-")))
+            answer = await stack.enter_async_context(opened(choice, settings_here(), folder))
         nats = await stack.enter_async_context(EmbeddedNats())
         simulator = await stack.enter_async_context(Simulator(SimulatorSettings(hold_ms=HOLD_MS, hint_ms=HOLD_MS)))
         settings = demo_settings(nats.url, simulator.url)
@@ -99,13 +101,13 @@ async def _demo(screen: Screen, program: str | None, echo: bool, typed: AsyncIte
         if not bound.ok:
             raise Failed(NO, f"The bot could not be bound: {bound.error}")
         agent, hint = None, f"Your agent: NATS_URL={nats.url} wechat-nats agent {SANDBOX} --exec 'PROGRAM'"
-        if program is not None or echo:
+        if answer is not None:
             sandbox = await stack.enter_async_context(Sandbox(SANDBOX, settings))
             agent = Runner(sandbox, answer, Sessions(SANDBOX)).run
             hint = "Another agent: wechat-nats demo --exec 'PROGRAM', or --no-echo."
         screen.note(f"NATS at {nats.url}, sandbox {SANDBOX}. You are a WeChat user: write. ctrl-C ends.")
         screen.note(f"{hint}\n")
-        patience_s = PATIENCE_S if agent is not None and program is None else PATIENCE_S + AGENT_S
+        patience_s = PATIENCE_S if answer is _echo else PATIENCE_S + AGENT_S
         talk = TalkSession(bus, simulator, bot, screen, patience_s)
         return await while_alive(talk.run(typed, agent), nats, adapter)
 
