@@ -123,6 +123,9 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     out_max_per_sandbox: AtLeast1 = 10000
     """Unsent commands kept per sandbox; one more is refused to its publisher."""
 
+    language: Literal["zh", "en"] = "zh"
+    """Language of what the agent's side itself tells persons: that something failed, the help, the welcome."""
+
     # operators -----------------------------------------------------------------------------------------
 
     token_key: tuple[Annotated[bytes, Meta(min_length=32, max_length=32)], ...] = ()

@@ -47,6 +47,7 @@ def test_an_empty_variable_counts_as_absent() -> None:
         ("WECHAT_NATS_SEND_GAP_MS", "0", "send_gap_ms", 0),
         ("WECHAT_NATS_WINDOW_HOURS", "22.5", "window_hours", 22.5),
         ("NATS_TLS_FIRST", "true", "nats_tls_first", True),
+        ("WECHAT_NATS_LANGUAGE", "en", "language", "en"),
         ("WECHAT_NATS_IN_MAX_BYTES", "-1", "in_max_bytes", -1),
     ],
 )

@@ -13,12 +13,14 @@ from types import TracebackType
 from typing import Any, Literal, Self
 
 import msgspec
+import structlog
 from nats.aio.msg import Msg
 from nats.errors import ConnectionClosedError, ConnectionReconnectingError, NoRespondersError
 from nats.errors import Error as NatsError
 
 from adapter.agent.media import get_media, put_media
 from adapter.agent.reader import BUSY, Reader, retry
+from adapter.agent.texts import TEXTS
 from adapter.contract.messages import (
     COMMAND_BYTES,
     SCHEMA_VERSION,
@@ -43,9 +45,11 @@ from adapter.jetstream.api_replies import decode_reply, write_error_of
 from adapter.jetstream.client import BusClient, permission_violation
 from adapter.jetstream.managed_connection import connect_options
 from adapter.jetstream.publisher import PublishReply
-from adapter.kit.timing import wait_event
+from adapter.kit.timing import raise_if_cancelled, wait_event
 from adapter.security.permissions import inbox as inbox_prefix
 from adapter.settings import Settings
+
+log = structlog.get_logger()
 
 ANSWER_S = 5.0
 CONNECT_S = 6.0
@@ -167,6 +171,7 @@ class Sandbox:
         if settings.nats_inbox_prefix == ANY_PREFIX:
             settings = msgspec.structs.replace(settings, nats_inbox_prefix=inbox_prefix("sandbox", name))
         self._settings = settings
+        self.texts = TEXTS[settings.language]
         self._names = Names(settings.prefix)
         self._errors: deque[Exception] = deque(maxlen=100)
         self._nc = BusClient()
@@ -202,14 +207,20 @@ class Sandbox:
 
     async def run(self, handler: Handler, *, lane: Callable[[Message], Hashable] = lambda m: m.user) -> None:
         """Handles messages until cancelled: those of one lane (default: one user) one after the other, and lanes in
-        parallel. A message is finished when its handler has returned. An error of a handler is raised here, and its
-        message comes again."""
+        parallel. A message is finished when its handler has returned. One whose handler raises is finished, too: the
+        log has the traceback, and the person an apology."""
         lanes: dict[Hashable, deque[Message]] = {}
         self._reader.rewind()
 
         async def work(key: Hashable) -> None:
             while lanes[key]:
-                await handler(lanes[key][0])
+                message = lanes[key][0]
+                try:
+                    await handler(message)
+                except (Exception, asyncio.CancelledError):  # the latter may also be that of a task of the handler
+                    raise_if_cancelled()
+                    await message.reply(self.texts.sorry, key="sorry")  # which raises what ends this agent
+                    log.exception("agent.crashed", message=message.id)
                 self._reader.finish(lanes[key].popleft().sequence)
             del lanes[key]
 

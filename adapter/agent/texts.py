@@ -1,0 +1,63 @@
+"""What persons are told by the bridge itself, in the language of WECHAT_NATS_LANGUAGE, and the commands they give."""
+
+from __future__ import annotations
+
+import unicodedata
+from typing import Literal, NamedTuple
+
+Command = Literal["help", "new", "stop"]
+
+
+class Texts(NamedTuple):
+    """One language."""
+
+    sorry: str
+    """The agent failed."""
+    new: str
+    stopped: str
+    idle: str
+    """There is nothing to stop."""
+    working: str
+    """The agent has been at work for a minute."""
+    welcome: str
+    """Before the first answer to a person."""
+    help: str
+
+
+TEXTS = {
+    "zh": Texts(
+        sorry="出错了，请再试一次。",
+        new="已开始新对话。",
+        stopped="已停止。",
+        idle="当前没有正在处理的内容。",
+        working="仍在处理，请稍候。",
+        welcome="你好！这里由 AI 助手回复。发送“帮助”查看可用指令。",
+        help=(
+            "直接发消息即可，AI 助手会回复。\n\n"
+            "帮助 /help：显示本说明\n新对话 /new：忘掉之前的内容，重新开始\n停止 /stop：停止当前的回复"
+        ),
+    ),
+    "en": Texts(
+        sorry="That did not work. Please try again.",
+        new="A new conversation begins.",
+        stopped="Stopped.",
+        idle="There is nothing to stop.",
+        working="Still working on it.",
+        welcome="Hello! An AI agent answers here. Write /help for what you can do.",
+        help=(
+            "Just write: an AI agent answers.\n\n"
+            "/help shows this text\n/new forgets what was said and begins anew\n/stop ends the answer under way"
+        ),
+    ),
+}
+_COMMANDS: dict[str, Command] = {
+    **{"/help": "help", "/帮助": "help", "帮助": "help"},
+    **{"/new": "new", "/新对话": "new", "新对话": "new"},
+    **{"/stop": "stop", "/停止": "stop", "停止": "stop"},
+}
+
+
+def command_of(text: str) -> Command | None:
+    """The command that the whole text is. Chinese keyboards give `、` and `／` for the slash."""
+    word = unicodedata.normalize("NFKC", text).strip().casefold()
+    return _COMMANDS.get(f"/{word[1:]}" if word.startswith("、") else word)
