@@ -20,6 +20,9 @@ _FILES = ("nats_creds", "nats_nkey", "nats_ca", "nats_cert", "nats_key")
 _BASE_URLS = ("ilink_base_url", "cdn_base_url")
 _HOST = r"(\[[0-9a-fA-F:.]+\]|[A-Za-z0-9_.-]+)"
 _BASE_URL = rf"https?://{_HOST}(:\d{{1,5}})?(/[^\s?#@]*)?", "https://host[/path] without query or password"
+_BYTE = r"(25[0-5]|2[0-4]\d|1\d\d|[1-9]?\d)"
+_PRODUCT = r"[A-Za-z0-9_.-]{1,32}/[A-Za-z0-9_.+-]{1,32}( \([ -'*-~]{1,64}\))?"
+"""Of the official client's `bot_agent` (docs/reference/ilink-protocol.md, "base_info")."""
 _FORMATS = {
     "nats_url": (
         rf"((nats|tls|ws|wss)://)?([^\s/]+@)?{_HOST}(:\d{{1,5}})?/?",
@@ -28,6 +31,12 @@ _FORMATS = {
     "allowed_hosts": (rf"{_HOST}(:\d{{1,5}})?", "host or host:port, several separated by commas"),
     "ilink_base_url": _BASE_URL,
     "cdn_base_url": _BASE_URL,
+    "ilink_version": (rf"{_BYTE}\.{_BYTE}\.{_BYTE}", "major.minor.patch, each 0 to 255, such as 2.4.9"),
+    "ilink_agent": (
+        rf"(?=.{{1,256}}\Z){_PRODUCT}( {_PRODUCT})*",
+        "Name/version (comment) of one or several products, 256 characters at most",
+    ),
+    "ilink_route_tag": (r"[!-~]{1,256}", "printable ASCII characters without spaces"),
     "console_token": (r"(?s).{16,}", "16 characters or more (openssl rand -hex 16)"),
 }
 """What a type cannot say of a text, or of each of several: a pattern, and the same in words."""

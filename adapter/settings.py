@@ -30,6 +30,8 @@ GROUPS = {
     "allowed_hosts": "For tests, the simulator and `--embedded`",
 }
 """Who turns which settings: the first field of each group, and its title in the reference."""
+NEWEST_ILINK_VERSION = "2.4.9"
+"""Of Tencent's plugin openclaw-weixin, 2026-09-17 (docs/reference/ilink-protocol.md, "Version timeline")."""
 _PASSWORD = re.compile(r"//[^/@,\s]*@")
 AtLeast0 = Annotated[int, Meta(ge=0)]
 AtLeast1 = Annotated[int, Meta(ge=1)]
@@ -81,6 +83,17 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
 
     cdn_base_url: str = "https://novac2c.cdn.weixin.qq.com/c2c"
     """Base of iLink's media URLs."""
+
+    ilink_version: str = NEWEST_ILINK_VERSION
+    """Version of Tencent's plugin openclaw-weixin that each request declares (`channel_version`,
+    `iLink-App-ClientVersion`). WeChat refuses the QR codes of versions that it calls old: raise it then."""
+
+    ilink_agent: str = ""
+    """`bot_agent` of each request, for Tencent's statistics, such as `MyPlatform/1.0 (team@example.org)`; empty:
+    `wechat-nats/` and its version."""
+
+    ilink_route_tag: str = ""
+    """Header `SKRouteTag` of each request, if Tencent gave you one; empty: it is not sent."""
 
     # platform ------------------------------------------------------------------------------------------
 

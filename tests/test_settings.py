@@ -49,6 +49,9 @@ def test_an_empty_variable_counts_as_absent() -> None:
         ("NATS_TLS_FIRST", "true", "nats_tls_first", True),
         ("WECHAT_NATS_LANGUAGE", "en", "language", "en"),
         ("WECHAT_NATS_IN_MAX_BYTES", "-1", "in_max_bytes", -1),
+        ("WECHAT_NATS_ILINK_VERSION", "2.10.255", "ilink_version", "2.10.255"),
+        ("WECHAT_NATS_ILINK_AGENT", "A_b.c/1.0+d (x <y@z>) E/2", "ilink_agent", "A_b.c/1.0+d (x <y@z>) E/2"),
+        ("WECHAT_NATS_ILINK_ROUTE_TAG", "gray-1", "ilink_route_tag", "gray-1"),
     ],
 )
 def test_a_variable_is_read(variable: str, raw: str, field: str, value: object) -> None:
@@ -73,6 +76,15 @@ def test_a_variable_is_read(variable: str, raw: str, field: str, value: object) 
         ("WECHAT_NATS_HTTP_ADDR", "a:99999", "expected host:port"),
         ("WECHAT_NATS_ILINK_BASE_URL", "ilink", "expected https://host"),
         ("WECHAT_NATS_ILINK_BASE_URL", "http://ilink", "or a host that WECHAT_NATS_ALLOWED_HOSTS names"),
+        *(
+            ("WECHAT_NATS_ILINK_VERSION", raw, "expected major.minor.patch, each 0 to 255, such as 2.4.9")
+            for raw in ("2.4", "2.4.256", "v2.4.9", "2.4.09", "2.4.9-beta")
+        ),
+        *(
+            ("WECHAT_NATS_ILINK_AGENT", raw, "expected Name/version (comment) of one or several products")
+            for raw in ("Name", "a/1  b/2", "a/1 (a(b)", "a/1 (é)", "a/1 ()", "n" * 33 + "/1", "ab/123" + " a/1" * 63)
+        ),
+        ("WECHAT_NATS_ILINK_ROUTE_TAG", "two tags", "expected printable ASCII characters without spaces"),
         ("WECHAT_NATS_TOKEN_KEY", "c2hvcnQ=", "expected base64 of 32 bytes"),
         ("WECHAT_NATS_CONSOLE_TOKEN", "short", "expected 16 characters or more"),
         ("WECHAT_NATS_LOG", "verbose", "expected one of debug, error, info, warning"),

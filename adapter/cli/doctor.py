@@ -28,7 +28,7 @@ from adapter.jetstream import topology
 from adapter.jetstream.buckets import LeaderKvBucket
 from adapter.jetstream.microservice import SERVICE
 from adapter.security.seal import Sealer, Sealing
-from adapter.settings import PREFIX
+from adapter.settings import NEWEST_ILINK_VERSION, PREFIX
 
 PING_S = 1.0
 _SEALED: dict[Sealing, str] = {
@@ -88,7 +88,7 @@ async def _run_checks(bus: BusConnection, *, fix: bool, allow_loss: bool, quiet:
         sealed = _attempt("tokens", _check_tokens(bus)), _attempt("positions", _check_positions(bus))
         checks += itertools.chain(*await asyncio.gather(*sealed))  # both time out where this user may not read
     checks.append(_check_adapters(await query_adapters(bus)))
-    if checks[-1].state == "ok":
+    if checks[-1].state != "fail":
         checks += await _attempt("bindings", _check_bindings(bus))
     wait = "in turn, for their users to write, or for a login"
     letters = _check_backlog(bus, "dead letters", names.stream_dead, "warn", "see `wechat-nats dead ls`")
@@ -208,6 +208,7 @@ class Adapter(msgspec.Struct):
 
     id: str
     version: str
+    metadata: dict[str, str] = {}
 
 
 async def query_adapters(bus: BusConnection) -> list[Adapter]:
@@ -228,7 +229,18 @@ def _check_adapters(there: list[Adapter]) -> Finding:
     if not there:
         return Finding("adapters", "fail", "None answers: start one with `wechat-nats run`, or look why it hangs.")
     versions = ", ".join(sorted({adapter.version for adapter in there}))
-    return Finding("adapters", "ok", f"{len(there)} running, version {versions}")
+    said = f"{len(there)} running, version {versions}"
+    declared = {adapter.metadata.get("ilink_version", "") for adapter in there} - {""}
+    if declared:
+        said += f", declare plugin version {', '.join(sorted(declared))} to iLink"
+    if any(_numbers(version) < _numbers(NEWEST_ILINK_VERSION) for version in declared):
+        said += f": older than {NEWEST_ILINK_VERSION}, WeChat may refuse its QR codes. Raise {PREFIX}ILINK_VERSION."
+        return Finding("adapters", "warn", said)
+    return Finding("adapters", "ok", said)
+
+
+def _numbers(version: str) -> list[int]:
+    return [int(number) for number in version.split(".")]
 
 
 async def _check_bindings(bus: BusConnection) -> list[Finding]:

@@ -152,7 +152,7 @@ class _View:
             case "wait" if now.code == 1:
                 self._say("Scan this code with WeChat.")
             case "wait":
-                self._say("Scan this new code; the old one is dying.")
+                self._say(f"The code before it is dying. {output.printable(now.detail)}")
             case "confirmed":
                 self._say(f"{output.printable(now.bot)} serves {now.sandbox}. {output.printable(now.detail)}")
             case "lost":

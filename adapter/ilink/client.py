@@ -29,7 +29,7 @@ from adapter.errors import AdapterError, LeaseLost, Refused, SessionExpired, Tem
 from adapter.ilink import network, protocol
 from adapter.ilink.connection import ConnectionPool
 from adapter.ilink.network import LookUpHost, Resolver, ResumingContext
-from adapter.ilink.protocol import IlinkReply, IlinkRequest, Upload
+from adapter.ilink.protocol import Declared, IlinkReply, IlinkRequest, Upload
 from adapter.ilink.wire import THROTTLED
 from adapter.observability.metrics import LONG_POLLS, Metrics
 from adapter.ports import HOLD_MS, Accepted, Account, Content, Polled, QrCode, Scan
@@ -84,12 +84,14 @@ class ILink:
         default_base_url: str,
         allowed_hosts: tuple[str, ...],
         send_timeout_s: float,
+        declared: Declared = protocol.NEWEST,
         poll_margin_s: float = POLL_MARGIN_S,
         look_up: LookUpHost = network.resolve_host,
     ) -> None:
         self._metrics = metrics
         self._default_base_url = default_base_url
         self._allowed_hosts = allowed_hosts
+        self._declared = declared
         self._poll_margin_s = poll_margin_s
         self._send_timeout_s = send_timeout_s
         resolver = Resolver(allowed_hosts + network.proxies(), look_up=look_up)
@@ -108,7 +110,7 @@ class ILink:
         return bot in self._connecting
 
     async def poll(self, account: Account, cursor: str, hold_ms: int) -> Polled | None:
-        request = protocol.updates_request(account.token, cursor, random.getrandbits(32))
+        request = protocol.updates_request(account.token, cursor, random.getrandbits(32), self._declared)
         started = time.monotonic()
         timeout_s, on_connected = hold_ms / 1000 + self._poll_margin_s, partial(self._connecting.discard, account.bot)
         self._connecting.add(account.bot)
@@ -167,7 +169,13 @@ class ILink:
     ) -> Accepted:
         item = protocol.text_item(content) if isinstance(content, str) else protocol.media_item(content)
         request = protocol.message_request(
-            account.token, random.getrandbits(32), item, user=user, client_id=client_id, context_token=context_token
+            account.token,
+            random.getrandbits(32),
+            item,
+            user=user,
+            client_id=client_id,
+            context_token=context_token,
+            declared=self._declared,
         )
         try:
             with CountedCall(self._metrics, "sendmessage"):
@@ -178,29 +186,35 @@ class ILink:
 
     async def upload_url(self, account: Account, upload: Upload, cdn_base_url: str) -> str:
         """getuploadurl, which may always be repeated. Raises SessionExpired, Refused("media"), Temporary."""
-        request = protocol.upload_request(account.token, random.getrandbits(32), upload)
+        request = protocol.upload_request(account.token, random.getrandbits(32), upload, self._declared)
         read = partial(protocol.read_upload_url, cdn_base_url=cdn_base_url, filekey=upload.filekey)
         return await self._call_repeatable(account, request, read, UPLOAD_URL_S)
 
     async def notify(self, account: Account, *, start: bool) -> None:
         """notifystart or notifystop."""
-        request = protocol.notify_request(account.token, random.getrandbits(32), start=start)
+        number = random.getrandbits(32)
+        request = protocol.notify_request(account.token, number, start=start, declared=self._declared)
         await self._call_repeatable(account, request, protocol.read_notified)
 
     async def typing_ticket(self, account: Account, user: str, context_token: str) -> str:
         """getconfig."""
         number = random.getrandbits(32)
-        request = protocol.config_request(account.token, number, user=user, context_token=context_token)
+        request = protocol.config_request(
+            account.token, number, user=user, context_token=context_token, declared=self._declared
+        )
         return await self._call_repeatable(account, request, protocol.read_ticket)
 
     async def show_typing(self, account: Account, user: str, ticket: str, *, on: bool) -> None:
         """sendtyping."""
-        request = protocol.typing_request(account.token, random.getrandbits(32), user=user, ticket=ticket, on=on)
+        number = random.getrandbits(32)
+        request = protocol.typing_request(
+            account.token, number, user=user, ticket=ticket, on=on, declared=self._declared
+        )
         await self._call_repeatable(account, request, protocol.read_typing)
 
     async def fetch_code(self, tokens: Sequence[str]) -> QrCode:
         """Requests a code, always from the default base URL (docs/reference/ilink-protocol.md, "Hosts")."""
-        request = protocol.qrcode_request(random.getrandbits(32), tokens)
+        request = protocol.qrcode_request(random.getrandbits(32), tokens, self._declared)
         try:
             return await self._call_repeatable(_NOBODY, request, protocol.read_qrcode)
         except AdapterError as exc:
@@ -209,7 +223,7 @@ class ILink:
 
     async def read_code(self, handle: str, base_url: str, verify_code: str) -> Scan | None:
         """None: a timeout, a network or gateway error, or an unreadable answer."""
-        request = protocol.qrcode_status_request(handle, verify_code)
+        request = protocol.qrcode_status_request(handle, verify_code, self._declared)
         timeout_s = HOLD_MS / 1000 + self._poll_margin_s
         account = _NOBODY._replace(base_url=base_url)
         try:

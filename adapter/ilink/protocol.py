@@ -22,11 +22,9 @@ from adapter.ilink.cipher import cipher_size, write_key
 from adapter.kit.json_repair import as_utf8, without_controls, without_halves
 from adapter.observability.logs import HIDDEN, hide_secrets
 from adapter.ports import HOLD_MS, Accepted, MediaKind, Polled, QrCode, Scan, ScanStatus, Uploaded
+from adapter.settings import NEWEST_ILINK_VERSION
 
 AGENT = f"wechat-nats/{__version__}"
-CHANNEL_VERSION = "2.4.9"
-"""Version of the official client whose behaviour this one follows."""
-APP_CLIENT_VERSION = str(2 << 16 | 4 << 8 | 9)
 
 _BOM = b"\xef\xbb\xbf"
 _MESSAGES = msgspec.json.Decoder(list[msgspec.Raw])
@@ -106,29 +104,63 @@ def uin(number: int) -> str:
     return base64.b64encode(str(number).encode()).decode()
 
 
-_APP_HEADERS = {"iLink-App-Id": "bot", "iLink-App-ClientVersion": APP_CLIENT_VERSION}
-_POST_HEADERS = {"Content-Type": "application/json", "AuthorizationType": "ilink_bot_token", **_APP_HEADERS}
+class Declared(NamedTuple):
+    """What requests tell iLink of this client."""
+
+    version: str = NEWEST_ILINK_VERSION
+    """major.minor.patch of the official client whose behaviour this one follows."""
+    agent: str = AGENT
+    route_tag: str = ""
+
+    @property
+    def app_headers(self) -> dict[str, str]:
+        """Those of every request, and the only ones of get_qrcode_status."""
+        major, minor, patch = map(int, self.version.split("."))
+        headers = {"iLink-App-Id": "bot", "iLink-App-ClientVersion": str(major << 16 | minor << 8 | patch)}
+        return headers | {"SKRouteTag": self.route_tag} if self.route_tag else headers
+
+    def post_headers(self, number: int) -> dict[str, str]:
+        """Those of a POST, without the authorization."""
+        kind = {"Content-Type": "application/json", "AuthorizationType": "ilink_bot_token"}
+        return {**kind, **self.app_headers, "X-WECHAT-UIN": uin(number)}
+
+
+NEWEST = Declared()
 
 
 def _request(
-    name: str, token: str, number: int, body: dict[str, Any], *, secret: str = "", repeatable: bool = True
+    name: str,
+    token: str,
+    number: int,
+    declared: Declared,
+    body: dict[str, Any],
+    *,
+    secret: str = "",
+    repeatable: bool = True,
 ) -> IlinkRequest:
     """`secret`: a secret in the body beside the token."""
-    headers = {**_POST_HEADERS, "X-WECHAT-UIN": uin(number), "Authorization": f"Bearer {token}"}
-    body["base_info"] = {"channel_version": CHANNEL_VERSION, "bot_agent": AGENT}
+    headers = {**declared.post_headers(number), "Authorization": f"Bearer {token}"}
+    body["base_info"] = {"channel_version": declared.version, "bot_agent": declared.agent}
     secrets = (token, token.rpartition(":")[2], secret)
     endpoint, encoded = name.rpartition("/")[2], msgspec.json.encode(body)
     return IlinkRequest(endpoint, f"/ilink/bot/{name}", headers, encoded, secrets=secrets, repeatable=repeatable)
 
 
-def updates_request(token: str, cursor: str, number: int) -> IlinkRequest:
+def updates_request(token: str, cursor: str, number: int, declared: Declared = NEWEST) -> IlinkRequest:
     """getupdates. `cursor` is "" at the start; iLink's cursors contain the bot's token in base64."""
-    request = _request("getupdates", token, number, {"get_updates_buf": cursor}, secret=cursor)
+    request = _request("getupdates", token, number, declared, {"get_updates_buf": cursor}, secret=cursor)
     return msgspec.structs.replace(request, largest=ANSWER_BYTES)
 
 
 def message_request(
-    token: str, number: int, item: dict[str, Any], *, user: str, client_id: str, context_token: str
+    token: str,
+    number: int,
+    item: dict[str, Any],
+    *,
+    user: str,
+    client_id: str,
+    context_token: str,
+    declared: Declared = NEWEST,
 ) -> IlinkRequest:
     """sendmessage with one item, in the official form. An empty `context_token` is omitted."""
     msg: dict[str, Any] = {
@@ -141,7 +173,7 @@ def message_request(
     }
     if context_token:
         msg["context_token"] = context_token
-    return _request("sendmessage", token, number, {"msg": msg}, secret=context_token, repeatable=False)
+    return _request("sendmessage", token, number, declared, {"msg": msg}, secret=context_token, repeatable=False)
 
 
 def text_item(text: str) -> dict[str, Any]:
@@ -181,7 +213,7 @@ class Upload(NamedTuple):
         return f"Upload({self.kind!r}, size={self.size})"  # keeps the key out of logs and tracebacks
 
 
-def upload_request(token: str, number: int, upload: Upload) -> IlinkRequest:
+def upload_request(token: str, number: int, upload: Upload, declared: Declared = NEWEST) -> IlinkRequest:
     """getuploadurl."""
     body = {
         "filekey": upload.filekey,
@@ -193,21 +225,24 @@ def upload_request(token: str, number: int, upload: Upload) -> IlinkRequest:
         "no_need_thumb": True,
         "aeskey": upload.key.hex(),
     }
-    return _request("getuploadurl", token, number, body, secret=upload.key.hex())
+    return _request("getuploadurl", token, number, declared, body, secret=upload.key.hex())
 
 
 def read_upload_url(reply: IlinkReply, *, cdn_base_url: str, filekey: str) -> str:
-    """The upload URL, unchecked. Raises SessionExpired (-14), Refused("media"), Temporary."""
+    """The upload URL, unchecked. A place to upload to counts, whatever the code, as for the official client.
+
+    Raises SessionExpired (-14), Refused("media"), Temporary.
+    """
     if refusal := _find_refusal(reply):
         raise _refused_upload(refusal)
     answer = _read_answer(reply, wire.UploadUrl)
-    if answer.code:
-        raise _refused_upload(answer)
     if answer.upload_full_url:
         return answer.upload_full_url
     if answer.upload_param:
         param = quote(answer.upload_param, safe="")
         return f"{cdn_base_url}/upload?encrypted_query_param={param}&filekey={quote(filekey, safe='')}"
+    if answer.code:
+        raise _refused_upload(answer)
     raise Refused("media", "iLink answered success, but no place to upload to.")
 
 
@@ -231,38 +266,42 @@ def cdn_refusal(status: int, headers: Mapping[str, str]) -> Refused:
     return Refused("media", f"The CDN refused the upload: HTTP {status} {words}".strip())
 
 
-def config_request(token: str, number: int, *, user: str, context_token: str) -> IlinkRequest:
+def config_request(
+    token: str, number: int, *, user: str, context_token: str, declared: Declared = NEWEST
+) -> IlinkRequest:
     """getconfig for the user's typing ticket."""
     body: dict[str, Any] = {"ilink_user_id": user}
     if context_token:
         body["context_token"] = context_token
-    return _request("getconfig", token, number, body, secret=context_token)
+    return _request("getconfig", token, number, declared, body, secret=context_token)
 
 
-def typing_request(token: str, number: int, *, user: str, ticket: str, on: bool) -> IlinkRequest:
+def typing_request(
+    token: str, number: int, *, user: str, ticket: str, on: bool, declared: Declared = NEWEST
+) -> IlinkRequest:
     """sendtyping."""
     body: dict[str, Any] = {"ilink_user_id": user, "typing_ticket": ticket, "status": 1 if on else 2}
-    return _request("sendtyping", token, number, body, secret=ticket)
+    return _request("sendtyping", token, number, declared, body, secret=ticket)
 
 
-def notify_request(token: str, number: int, *, start: bool) -> IlinkRequest:
+def notify_request(token: str, number: int, *, start: bool, declared: Declared = NEWEST) -> IlinkRequest:
     """msg/notifystart or msg/notifystop."""
-    return _request("msg/notifystart" if start else "msg/notifystop", token, number, {})
+    return _request("msg/notifystart" if start else "msg/notifystop", token, number, declared, {})
 
 
-def qrcode_request(number: int, tokens: Sequence[str]) -> IlinkRequest:
+def qrcode_request(number: int, tokens: Sequence[str], declared: Declared = NEWEST) -> IlinkRequest:
     """get_bot_qrcode, without authorization and base_info. `tokens`: newest first; the first ten are sent."""
     body = msgspec.json.encode({"local_token_list": list(tokens[:TOKENS_LISTED])})
-    headers = {**_POST_HEADERS, "X-WECHAT-UIN": uin(number)}
-    return IlinkRequest("get_bot_qrcode", "/ilink/bot/get_bot_qrcode?bot_type=3", headers, body)
+    path, headers = "/ilink/bot/get_bot_qrcode?bot_type=3", declared.post_headers(number)
+    return IlinkRequest("get_bot_qrcode", path, headers, body)
 
 
-def qrcode_status_request(handle: str, verify_code: str) -> IlinkRequest:
+def qrcode_status_request(handle: str, verify_code: str, declared: Declared = NEWEST) -> IlinkRequest:
     """get_qrcode_status: a GET with only the app headers. `verify_code`: "" if none is required."""
     path = f"/ilink/bot/get_qrcode_status?qrcode={quote(handle, safe='')}"
     if verify_code:
         path += f"&verify_code={quote(verify_code, safe='')}"
-    return IlinkRequest("get_qrcode_status", path, _APP_HEADERS, b"", "GET")
+    return IlinkRequest("get_qrcode_status", path, declared.app_headers, b"", "GET")
 
 
 def hold_ms(hint: bytes) -> int:

@@ -145,6 +145,7 @@ class Services:
         *,
         version: str,
         instance: str,
+        metadata: Mapping[str, str] | None = None,
         of_sandbox: Mapping[str, SandboxHandler] | None = None,
         service: str = SERVICE,
         of_one: int = MAX_IN_FLIGHT_PER_SANDBOX,
@@ -155,7 +156,7 @@ class Services:
         self._metrics = metrics
         self._version = version
         self._service = service
-        self._metadata = {"instance": instance, "prefix": names.prefix}
+        self._metadata = {"instance": instance, "prefix": names.prefix, **(metadata or {})}
         self._max_per_sandbox = of_one
         self._slots = FairSlots(MAX_IN_FLIGHT, share=MAX_IN_FLIGHT)
         self._slots_by_verb = {"replay": FairSlots(MAX_REPLAYS, share=1), "media.get": None}

@@ -27,7 +27,7 @@ from adapter.contract.names import H_MSG_ID, H_SCHEMA, Names
 from adapter.contract.records import Binding, ControlOutcome, LoginRecord
 from adapter.errors import BusRefused, Refused, Temporary
 from adapter.kit.timing import Clock, backoff, shield_with_grace, wait_event
-from adapter.logins.records import ADVICE, LoginRecords, next_step
+from adapter.logins.records import ADVICE, UPGRADE, LoginRecords, next_step
 from adapter.observability.metrics import Metrics
 from adapter.ports import Bus, BusMessage, Logins, QrCode, Scan
 from adapter.security.seal import Sealer, bind_context, login_context
@@ -97,6 +97,8 @@ class LoginFlow:
         """The newest code is dead."""
         self._ended = 0
         """Codes that expired or were blocked; codes that were replaced before do not count."""
+        self._is_scanned = False
+        """Somebody has scanned one of the codes."""
         self._base_url = ""
         """Base URL of the requests about the codes; "": the service's default."""
         self._lock = asyncio.Lock()
@@ -109,7 +111,7 @@ class LoginFlow:
             self._add_code(_Code(1, first))
             await self._wait_until(lambda: self._now().is_over, (self._record.until_ms - self._now_ms()) / 1000)
             async with self._lock:  # a confirmed bot is being bound
-                await self._step(status="expired", reason="time")
+                await self._step(status="expired", reason="time", detail=self._unscanned(ADVICE["expired"]))
             for task in (renewing, *self._codes.values()):
                 task.cancel()
 
@@ -185,7 +187,8 @@ class LoginFlow:
             if self._now().status != "wait":
                 return
             self._keep_codes(*[*self._codes][1 - CODES :])
-            await self._step(number=(number := self._record.number + 1), url=self._seal_url(code))
+            number, detail = self._record.number + 1, self._unscanned("Scan the new code with WeChat.")
+            await self._step(number=number, url=self._seal_url(code), detail=detail)
             self._add_code(_Code(number, code))
             self._metrics.qr_refreshes.inc()
 
@@ -221,7 +224,7 @@ class LoginFlow:
                 case "confirmed":
                     await self._confirm(scan)
                 case "binded_redirect":
-                    await self._on_already_bound()
+                    await self._on_already_bound(scan.bot)
                 case "scaned_but_redirect":
                     if scan.redirect_host:
                         self._base_url = self._ilink.redirect_base_url(scan.redirect_host, self._base_url)
@@ -244,6 +247,7 @@ class LoginFlow:
         """Somebody has scanned this code, so it is the only one that counts. If other digits than `sent` have come
         meanwhile, the verdict on them counts."""
         self._keep_codes(code)
+        self._is_scanned = True
         changes |= {"url": self._seal_url(code.code), "digits": ""}
         await self._update(lambda record: next_step(record, **changes) if record.digits == sent else None)
 
@@ -263,14 +267,18 @@ class LoginFlow:
             await self.fail("blocked", "Too many wrong digits; start another login.")
         else:
             detail = f"{self._ended} codes expired without being confirmed; start another login."
-            await self._step(status="expired", reason="codes", detail=detail)
+            await self._step(status="expired", reason="codes", detail=self._unscanned(detail))
+
+    def _unscanned(self, detail: str) -> str:
+        return detail if self._is_scanned else f"{detail} {UPGRADE}"
 
     # binding ----------------------------------------------------------------------------------------
 
-    async def _on_already_bound(self) -> None:
-        """iLink does not say which bot it means. If the sandbox has one, it is that, and gets the options given."""
+    async def _on_already_bound(self, bot: str) -> None:
+        """`bot`: which one it is; "": iLink does not say it. If the sandbox has one, it is that, and gets the options
+        given."""
         serving = self._bindings.serving_sandbox(self._record.sandbox)
-        bound = [binding for binding in serving if binding.state == "active"]
+        bound = [binding for binding in serving if binding.state == "active" and (not bot or binding.bot == bot)]
         if len(bound) != 1:
             await self._step(status="already_bound")
             return
@@ -358,7 +366,8 @@ async def fetch_code(logins: Logins, bound: Iterable[Binding], sealer: Sealer) -
     """A code. Raises Temporary.
 
     A scanning user should keep a bot of `bound`: its token goes with the request, newest first. Dead ones are left
-    out, since their user needs a new bot instead of `already_bound`.
+    out, since their user needs a new bot instead of `already_bound`. iLink may refuse a request because of its tokens
+    (docs/reference/ilink-protocol.md, "get_bot_qrcode"): then it is made once without.
     """
     tokens = []
     for binding in sorted(bound, key=lambda binding: binding.since_ms, reverse=True):
@@ -367,4 +376,10 @@ async def fetch_code(logins: Logins, bound: Iterable[Binding], sealer: Sealer) -
                 tokens.append(sealer.open(binding.bot, binding.token))
             except Refused as exc:
                 log.warning("login.token_unread", bot=binding.bot, reason=exc.reason)
-    return await logins.fetch_code(tokens)
+    try:
+        return await logins.fetch_code(tokens)
+    except Temporary as exc:
+        if not tokens or exc.reason not in ("ret_other", "unreadable"):
+            raise
+        log.info("login.without_tokens", reason=exc.reason)
+        return await logins.fetch_code([])

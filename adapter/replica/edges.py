@@ -9,6 +9,7 @@ from adapter import __version__
 from adapter.contract.names import Names
 from adapter.ilink.cdn import CdnClient
 from adapter.ilink.client import ILink
+from adapter.ilink.protocol import AGENT, Declared
 from adapter.jetstream.buckets import KvBucket, LeaderKvBucket
 from adapter.jetstream.client import BusClient
 from adapter.jetstream.history import StreamHistory
@@ -66,6 +67,7 @@ class Edges:
             default_base_url=settings.ilink_base_url,
             allowed_hosts=settings.allowed_hosts,
             send_timeout_s=settings.send_timeout_s,
+            declared=Declared(settings.ilink_version, settings.ilink_agent or AGENT, settings.ilink_route_tag),
         )
         self.cdn = CdnClient(
             self.chat,

@@ -328,6 +328,7 @@ class Replica:
             metrics=metrics,
             version=__version__,
             instance=self.instance,
+            metadata={"ilink_version": self.settings.ilink_version},
         )
         serve(edges.service_connection, handlers=handlers, of_sandbox=own)
         serve(

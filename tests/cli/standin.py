@@ -42,6 +42,7 @@ class StandIn:
         self.receipts: Callable[[Outbound], Sequence[Receipt]] = lambda _: []
         self.asked: list[Bind | Unbind] = []
         self.sent: list[Outbound] = []
+        self.metadata: dict[str, str] = {}
         self.error: tuple[str, str] | None = None
         """What each adapter says of its settings."""
 
@@ -84,7 +85,9 @@ class StandIn:
         await msg.respond(msgspec.json.encode(BindingsPage(bindings=page, next=more)))
 
     async def _on_ping(self, msg: Msg) -> None:
-        await msg.respond(msgspec.json.encode({"name": "wechat-nats", "id": "0", "version": "0.1.0"}))
+        await msg.respond(
+            msgspec.json.encode({"name": "wechat-nats", "id": "0", "version": "0.1.0", "metadata": self.metadata})
+        )
 
 
 @contextlib.asynccontextmanager

@@ -75,6 +75,20 @@ async def test_warnings_do_not_fail(cli: Command, bus: BusConnection) -> None:
     assert (states(result)["bindings"], states(result)["dead letters"]) == ("warn", "warn")
 
 
+@pytest.mark.parametrize(("version", "state"), [("2.4.9", "ok"), ("2.10.0", "ok"), ("2.4.6", "warn")])
+async def test_the_version_that_adapters_declare_is_shown_and_an_old_one_is_a_warning(
+    cli: Command, bus: BusConnection, version: str, state: str
+) -> None:
+    """The bindings are looked at all the same."""
+    async with answering(bus) as adapter:
+        adapter.metadata = {"ilink_version": version}
+        result = await cli("doctor", "--json")
+    found = said(result, "adapters")
+    assert (found[0], f"declare plugin version {version} to iLink" in found[1]) == (state, True)
+    assert ("WECHAT_NATS_ILINK_VERSION" in found[1]) == (state == "warn")
+    assert states(result)["bindings"] == "ok"
+
+
 @pytest.mark.parametrize(
     ("status", "code", "state"),
     [

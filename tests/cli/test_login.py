@@ -31,7 +31,9 @@ async def sim() -> AsyncIterator[Simulator]:
 
 @pytest.fixture(autouse=True)
 async def adapter(server: EmbeddedNats, sim: Simulator) -> AsyncIterator[None]:
-    async with adapter_running(demo_settings(server.url, sim.url), start_s=START_S, drain_s=START_S):
+    settings = demo_settings(server.url, sim.url)
+    settings = msgspec.structs.replace(settings, ilink_version="2.5.0", ilink_route_tag="gray")
+    async with adapter_running(settings, start_s=START_S, drain_s=START_S):
         yield
 
 
@@ -68,6 +70,10 @@ async def test_a_person_scans_types_digits_and_is_bound(sim: Simulator, cli: Com
     assert b"first message" in out
     (row,) = (await cli("bindings", "--json")).rows
     assert (row["bot"], row["options"]) == (bot.bot, {"auto_typing": True, "media": True})
+    await until(lambda: bool(sim.requests("getupdates")))
+    declared = {(it.headers["iLink-App-ClientVersion"], it.headers["SKRouteTag"]) for it in sim.requests()}
+    assert declared == {(str(2 << 16 | 5 << 8), "gray")}
+    assert "declare plugin version 2.5.0 to iLink" in (await cli("doctor")).out
 
 
 async def test_a_user_who_has_a_bot_gets_that_message(sim: Simulator) -> None:
@@ -153,6 +159,20 @@ async def test_an_ilink_without_a_code_is_1_with_a_sentence(sim: Simulator, cli:
     assert (result.code, result.out) == (1, "")
     assert "iLink gave no QR code" in result.err
     assert "503" in result.err
+
+
+async def test_a_person_whose_phone_calls_the_version_old_reads_what_that_means(sim: Simulator) -> None:
+    """iLink tells nothing of such a scan, so the code expires as if nobody had scanned."""
+    async with started("login", "s1") as process:
+        await printed(process, b"Scan this code")
+        for _ in range(2):
+            sim.expire(await code_of(sim))
+            await printed(process, "请在OpenClaw中升级微信接口版本".encode())  # with each new code
+        sim.expire(await code_of(sim))
+        _, err = await process.communicate()
+        assert process.returncode == 1
+    assert "3 codes expired" in err.decode()
+    assert "raise WECHAT_NATS_ILINK_VERSION" in err.decode()
 
 
 async def test_digits_that_nobody_can_type_end_it(sim: Simulator) -> None:

@@ -11,12 +11,13 @@ import pytest
 
 from adapter.errors import AdapterError, Temporary, Uncertain
 from adapter.ilink.client import ILink
-from adapter.ilink.protocol import IlinkReply, IlinkRequest
+from adapter.ilink.protocol import Declared, IlinkReply, IlinkRequest, Upload
 from adapter.observability.metrics import Metrics
 from adapter.ports import HOLD_MS, Account
 
 BASE = "https://ilinkai.weixin.qq.com"
 ACCOUNT = Account("b1@im.bot", "token", BASE)
+DECLARED = Declared("3.0.1", "Platform/2.0", "gray")
 CALLS: dict[str, Callable[[ILink], Awaitable[object]]] = {
     "getupdates": lambda ilink: ilink.poll(ACCOUNT, "", 20_000),
     "sendmessage": lambda ilink: ilink.send(ACCOUNT, user="u", client_id="c", context_token="t", content="hi"),
@@ -24,6 +25,10 @@ CALLS: dict[str, Callable[[ILink], Awaitable[object]]] = {
     "sendtyping": lambda ilink: ilink.show_typing(ACCOUNT, "u", "t", on=True),
     "get_bot_qrcode": lambda ilink: ilink.fetch_code(()),
     "get_qrcode_status": lambda ilink: ilink.read_code("handle", BASE, ""),
+}
+OTHERS: dict[str, Callable[[ILink], Awaitable[object]]] = {
+    "notifystart": lambda ilink: ilink.notify(ACCOUNT, start=True),
+    "getuploadurl": lambda ilink: ilink.upload_url(ACCOUNT, Upload("u", "file", 1, "md5", "key", bytes(16)), BASE),
 }
 
 
@@ -40,6 +45,7 @@ class Answering:
             allowed_hosts=(),
             poll_margin_s=7.0,
             send_timeout_s=15.0,
+            declared=DECLARED,
         )
         self.repeatable = False
         self.timeout_s = 0.0
@@ -80,6 +86,20 @@ async def test_each_call_that_fails_is_counted_by_how(
     with contextlib.suppress(AdapterError):
         await CALLS[endpoint](answering.ilink)
     assert answering.metrics.value("upstream_requests_total", endpoint=endpoint, outcome=outcome) == 1
+
+
+@pytest.mark.parametrize("endpoint", [*CALLS, *OTHERS])
+async def test_each_call_declares_what_the_settings_say(monkeypatch: pytest.MonkeyPatch, endpoint: str) -> None:
+    """The two about a QR code have no base_info, as in the official client."""
+    answering = Answering(monkeypatch, reply({}, 404))
+    with contextlib.suppress(AdapterError):
+        await (CALLS | OTHERS)[endpoint](answering.ilink)
+    (request,) = answering.requests
+    assert (request.endpoint, request.headers["iLink-App-ClientVersion"]) == (endpoint, str(3 << 16 | 1))
+    assert (request.headers["iLink-App-Id"], request.headers["SKRouteTag"]) == ("bot", "gray")
+    base_info = msgspec.json.decode(request.body or b"{}").get("base_info")
+    has_none = endpoint in ("get_bot_qrcode", "get_qrcode_status")
+    assert base_info == (None if has_none else {"channel_version": "3.0.1", "bot_agent": "Platform/2.0"})
 
 
 @pytest.mark.parametrize("endpoint", ["getupdates", "sendmessage", "getconfig"])

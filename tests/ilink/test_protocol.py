@@ -489,7 +489,7 @@ def test_typing_names_the_user_as_ilink_wants_it() -> None:
     bare = protocol.config_request("t", 1, user="u", context_token="")
     on = protocol.typing_request("t", 1, user="u", ticket="AART", on=True)
     off = protocol.typing_request("t", 1, user="u", ticket="AART", on=False)
-    info = {"channel_version": protocol.CHANNEL_VERSION, "bot_agent": protocol.AGENT}
+    info = {"channel_version": protocol.NEWEST.version, "bot_agent": protocol.AGENT}
     assert [(r.endpoint, r.path) for r in (config, on)] == [
         ("getconfig", "/ilink/bot/getconfig"),
         ("sendtyping", "/ilink/bot/sendtyping"),
@@ -534,6 +534,7 @@ UPLOAD_URLS = [
     ("the-whole-url-is-preferred", reply({"ret": 0, "upload_full_url": FULL, "upload_param": "x"}), FULL),
     ("a-parameter", reply({"upload_full_url": "", "upload_param": "a+b/c=="}),
      f"{CDN}/upload?encrypted_query_param=a%2Bb%2Fc%3D%3D&filekey={FILEKEY}"),
+    ("a-place-counts-whatever-the-code", reply({"ret": -1, "upload_full_url": FULL}), FULL),
     ("neither", reply({"ret": 0}), (Refused, "media")),
     ("-1", reply({"ret": -1}), (Refused, "media")),
     ("-2", reply({"ret": -2}), (Refused, "media")),

@@ -14,6 +14,7 @@ from structlog.testing import capture_logs
 from adapter.contract.messages import (
     Bind,
     BindingEvent,
+    BindingState,
     ControlAnswer,
     Login,
     LoginEvent,
@@ -26,7 +27,7 @@ from adapter.contract.names import H_REPLY_TO
 from adapter.contract.records import LoginRecord
 from adapter.errors import BusRefused, Refused, Temporary
 from adapter.logins.flow import DEAD_CODES, REFRESH_S
-from adapter.logins.records import LoginRecords
+from adapter.logins.records import UPGRADE, LoginRecords
 from adapter.logins.service import LOGIN_S, OPEN_PER_SANDBOX, LoginService
 from adapter.ports import BusMessage, Entry, QrCode, Scan, ScanStatus
 from adapter.security.seal import Sealer
@@ -204,6 +205,7 @@ async def test_three_expired_codes_are_an_expired_login(doors: Doors) -> None:
         await asyncio.sleep(3)
     assert doors.steps() == [("wait", 1, ""), ("wait", 2, ""), ("wait", 3, ""), ("expired", 3, "codes")]
     assert (await doors.status(login)).status == "expired"
+    assert [UPGRADE in event.detail for event in doors.events()] == [False, True, True, True]
     assert len(doors.ilink.tokens) == DEAD_CODES
     assert doors.counted("expired") == 1
 
@@ -221,8 +223,48 @@ async def test_a_code_that_nobody_scans_is_replaced_and_that_does_not_count(door
     await asyncio.sleep(LOGIN_S)
     now = await doors.status(login)
     assert (now.status, now.reason) == ("expired", "time")
+    assert now.detail.endswith(UPGRADE)
     assert doors.ilink.out == set()
     assert now.code == 10
+
+
+async def test_whose_code_was_scanned_is_not_told_that_the_phone_refused_it(doors: Doors) -> None:
+    login = await doors.start()
+    doors.ilink.happens("q1", "scaned", "expired")
+    for handle in ("q2", "q3"):
+        doors.ilink.happens(handle, "expired")
+    await asyncio.sleep(10)
+    assert (await doors.status(login)).status == "expired"
+    assert not any(UPGRADE in event.detail for event in doors.events())
+
+
+REFUSED = Temporary("ret_other", "iLink answered -1")
+
+
+@pytest.mark.parametrize(
+    ("answers", "state", "asked"),
+    [
+        ([REFUSED], "active", [["t"], []]),
+        ([Temporary("unreadable")], "active", [["t"], []]),
+        ([REFUSED, REFUSED], "active", [["t"], []]),
+        ([Temporary("network")], "active", [["t"]]),
+        ([Temporary("timeout")], "active", [["t"]]),
+        ([Temporary("http_5xx")], "active", [["t"]]),
+        ([REFUSED], "needs_login", [[]]),
+    ],
+    ids=["refused", "unreadable", "without tokens, too", "network", "timeout", "gateway", "no tokens"],
+)
+async def test_a_request_for_a_code_that_is_refused_is_made_once_without_tokens(
+    answers: list[Exception | QrCode], state: BindingState, asked: list[list[str]], doors: Doors
+) -> None:
+    await doors.bench.bind(bot=BOT, user=USER, token=doors.sealer.seal(BOT, "t"), state=state)
+    doors.ilink.codes.extend(answers)
+    if len(asked) > len(answers):
+        assert (await doors.start()).qrcode_url
+    else:
+        with pytest.raises(Temporary):
+            await doors.start()
+    assert doors.ilink.tokens == asked
 
 
 async def test_whoever_scans_the_code_before_counts(doors: Doors) -> None:
@@ -362,8 +404,12 @@ async def test_a_user_who_is_served_already_stays_so(doors: Doors) -> None:
     doors.ilink.happens("q2", "binded_redirect")
     await asyncio.sleep(1)
     assert (await doors.status(second)).bot == "other@im.bot"
+    third = await doors.start()
+    doors.ilink.happens("q3", Scan("binded_redirect", bot="old@im.bot"))
+    await asyncio.sleep(1)
+    assert (await doors.status(third)).bot == "old@im.bot"  # an unreleased official client reads it
     assert doors.binds() == []
-    assert doors.counted("already_bound") == 2
+    assert doors.counted("already_bound") == 3
 
 
 @pytest.mark.parametrize("options", [{}, {"auto_typing": True}, {"media": False}])
