@@ -36,7 +36,7 @@ PRIVATE = {
     "test_probes.py": "_connections _server",
     # each regular expression, and each reader of foreign words, by itself
     "test_linear.py": "_HEX_KEY _HOST _HOST_PORT _ID _INBOX _LETTER _LOGIN _PEER"
-    " _SECRET_NAME _UNPRINTABLE_IN_JSON _clean_file_name _describe_error _publish_command",
+    " _SECRET_NAME _UNPRINTABLE_IN_JSON _describe_error _publish_command",
     # in place of the network, the bucket's watcher or the consumer
     "fakes/bench.py": "_apply_entry",
     "bindings/test_control.py": "_apply_entry",

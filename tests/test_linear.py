@@ -18,6 +18,7 @@ import pytest
 import adapter
 from adapter.cli import output, stdin, stored
 from adapter.console import server
+from adapter.content.media import clean_file_name
 from adapter.contract import names
 from adapter.errors import Refused, Unreadable
 from adapter.ilink import cipher, network, protocol, wire
@@ -68,7 +69,7 @@ RULES: dict[str, Callable[[str], object]] = {
     "a text as it is written": to_literal,
     "a text in parts": lambda text: split(text.encode("utf-8", "replace").decode(), 4000),
     "an open fence": is_open,
-    "the name of a file": commands._clean_file_name,
+    "the name of a file": partial(clean_file_name, most=128),
     "a command that is none": unreadable,
     "what a decoder says": lambda text: commands._describe_error(ValueError(text)),
     "whom a command names": commands._PEER.fullmatch,
@@ -103,6 +104,7 @@ TRIED = {
     "cli/output.py": 2,
     "cli/stdin.py": 1,
     "console/server.py": 3,
+    "content/media.py": 1,
     "ilink/cipher.py": 1,
     "ilink/protocol.py": 2,
     "ilink/network.py": 2,
@@ -112,7 +114,7 @@ TRIED = {
     "observability/logs.py": 4,
     "kit/json_repair.py": 4,
     "contract/names.py": 5,
-    "outbound/commands.py": 3,
+    "outbound/commands.py": 2,
     "outbound/texts.py": 6,
 }
 """Regular expressions by file of `adapter/`, which RULES try."""

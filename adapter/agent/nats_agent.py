@@ -8,13 +8,11 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import mimetypes
 from binascii import Error as Base64Error
 from collections.abc import Sequence
 from json import JSONDecodeError
 from typing import Any
 
-import structlog
 from nats.errors import Error as NatsError
 from synadia_ai.agents import (
     Agent,
@@ -29,12 +27,9 @@ from synadia_ai.agents import (
 
 from adapter.agent.runner import Answer, Turn, cut, until_answered
 from adapter.agent.sandbox import Message
-from adapter.content.media import file_name, identify
 from adapter.content.quotes import kind_of
-from adapter.contract.messages import Media, OutFile, OutImage, OutItem, OutVideo
-from adapter.errors import AdapterError, Refused, Temporary, Unreadable
-
-log = structlog.get_logger()
+from adapter.contract.messages import OutItem
+from adapter.errors import AdapterError, Refused, Temporary
 
 ITEMS = 10
 """Most attachments of an answer, because a window has no more sends."""
@@ -43,8 +38,6 @@ SILENT_S = 90.0
 may wait behind others, and another prompt would only make that queue longer."""
 ROOM = 0.7
 """Share of a message for the bytes of attachments, which base64 makes a third larger."""
-KINDS: dict[str, type[OutImage | OutVideo | OutFile]] = {"image": OutImage, "video": OutVideo}
-"""By the first half of the MIME type. Other types are sent as files."""
 
 
 class NatsAgent:
@@ -112,38 +105,24 @@ class NatsAgent:
 
 
 async def _attachments(message: Message, agent: Agent) -> list[Attachment]:
-    """The user's media that the agent accepts, without those that cannot be had. Raises Temporary."""
+    """The user's media that the agent accepts, without those that cannot be had."""
     endpoint = agent.prompt_endpoint
-    room = int((endpoint.max_payload_bytes or 0) * ROOM) - len(message.text.encode())
-    found = []
-    for item in message.inbound.items:
-        media: Media | None = getattr(item, "media", None)
-        if media is None or not endpoint.attachments_ok or media.size > room:
-            continue
-        try:
-            data = await message.sandbox.read_media(media, message)
-        except (Refused, Unreadable) as exc:
-            log.warning("agent.no_media", reason=exc.reason, detail=exc.detail, message=message.id)
-            continue
-        if len(data) <= room:  # before they were fetched, the size was WeChat's word, if any
-            room -= len(data)
-            kind = identify(data, media.name)
-            name = media.name or file_name(kind.mime.partition("/")[0], kind.suffix)
-            found.append(Attachment.from_bytes(name, data))
-    return found
+    if not endpoint.attachments_ok:
+        return []
+    room = (endpoint.max_payload_bytes or 0) * ROOM - len(message.text.encode())
+    return [Attachment.from_bytes(file.name, file.data) async for file in message.media(room) if file.data]
 
 
 async def _items(message: Message, attachments: Sequence[Attachment] | None) -> list[OutItem]:
     """The attachments of an agent as items. Raises Refused, Temporary."""
     items: list[OutItem] = []
     for attachment in attachments or ():
-        kind = KINDS.get((mimetypes.guess_type(attachment.filename)[0] or "").partition("/")[0], OutFile)
         try:
             data = attachment.to_bytes()
         except (Base64Error, ValueError):
             raise Refused("agent_error", "An attachment is no base64.") from None
         try:
-            items.append(kind(media=await message.sandbox.put_media(data, attachment.filename)))
+            items.append(await message.sandbox.item_of(data, attachment.filename))
         except AdapterError as exc:
             raise Refused("media", exc.detail) from exc
     return items

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import math
+import mimetypes
 import os
 import ssl
 import time
 from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Hashable, Sequence
+from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, Self
 
@@ -18,18 +21,26 @@ from nats.aio.msg import Msg
 from nats.errors import ConnectionClosedError, ConnectionReconnectingError, NoRespondersError
 from nats.errors import Error as NatsError
 
-from adapter.agent.media import get_media, put_media
+from adapter.agent.media import File, MediaFile, get_media, put_media, read, save
 from adapter.agent.reader import BUSY, Reader, retry
 from adapter.agent.texts import TEXTS
+from adapter.content.media import OCTETS, file_name, identify
+from adapter.content.quotes import kind_of
 from adapter.contract.messages import (
     COMMAND_BYTES,
     SCHEMA_VERSION,
     Inbound,
+    InboundItem,
     Media,
     Outbound,
+    OutFile,
+    OutImage,
     OutItem,
     OutText,
+    OutVideo,
     Receipt,
+    TextItem,
+    VoiceItem,
     Window,
 )
 from adapter.contract.names import (
@@ -40,7 +51,7 @@ from adapter.contract.names import (
     check_sandbox,
 )
 from adapter.environment import read_settings
-from adapter.errors import UNDECODABLE, BusRefused, Refused, Temporary
+from adapter.errors import UNDECODABLE, BusRefused, Refused, Temporary, Unreadable
 from adapter.jetstream.api_replies import decode_reply, write_error_of
 from adapter.jetstream.client import BusClient, permission_violation
 from adapter.jetstream.managed_connection import connect_options
@@ -58,6 +69,10 @@ MEDIA_WAIT_S = 10.0
 """Longest wait of one request for media that are being fetched."""
 MEDIA_S = 60.0
 """Time after which a request for media, or with media, is not repeated any more."""
+STORE_S = 3600.0
+"""Time after which the file of a reply is given up."""
+KINDS: dict[str, type[OutImage | OutVideo | OutFile]] = {"image": OutImage, "video": OutVideo}
+"""By the first half of the MIME type. Other types are sent as files."""
 FULL_S = 60.0
 """Pause between two attempts to store a command if the stream is full."""
 ANY_PREFIX = "_INBOX"
@@ -127,18 +142,60 @@ class Message:
         """The text and transcripts of the message; "" for a picture alone."""
         return self.inbound.text
 
+    async def read_media(self, item: InboundItem) -> bytes:
+        """The bytes of an item; of a recording those of its WAV, if there is one. Waits about a minute for what the
+        adapter has to fetch from WeChat. Raises Refused, whose `detail` says why there are none, Temporary,
+        Unreadable."""
+        media: Media | None = getattr(item, "media", None)
+        if media is None:
+            raise Refused(getattr(item, "reason", "") or "no_media", "The item has no media.")
+        if isinstance(item, VoiceItem) and item.wav is not None:
+            with contextlib.suppress(Refused):  # it could not be converted: as it was recorded, then
+                return await self.sandbox.read_media(item.wav.object, self.sequence)
+        return await self.sandbox.read_media(media.object, self.sequence)
+
+    async def media(self, room: float = math.inf) -> AsyncIterator[MediaFile]:
+        """All items but texts, with their bytes, of at most `room` bytes together. Bytes that cannot be had are left
+        out, which the log says."""
+        for item in self.inbound.items:
+            if isinstance(item, TextItem):
+                continue
+            media, data = getattr(item, "media", None), b""
+            if media is None or media.size <= room:
+                try:
+                    data = await self.read_media(item)
+                except (Refused, Temporary, Unreadable) as exc:
+                    log.warning("agent.no_media", reason=exc.reason, detail=exc.detail, message=self.id)
+            if len(data) > room:  # before they were fetched, the size was WeChat's word, if any
+                data = b""
+            room -= len(data)
+            kind, name = kind_of(item), media.name if media else ""
+            yield MediaFile(kind, name or file_name(kind, identify(data).suffix), data)
+
+    async def save_media(self, folder: Path | str) -> list[Path]:
+        """Writes the media of the message into a folder, under their senders' names as far as these are safe and
+        free, and returns the files. Media that cannot be had are left out, which the log says. Raises OSError."""
+        return [await asyncio.to_thread(save, Path(folder), file) async for file in self.media() if file.data]
+
     async def reply(
-        self, text: str = "", items: Sequence[OutItem] = (), *, optional: bool = False, key: str = ""
+        self,
+        text: str = "",
+        items: Sequence[OutItem] = (),
+        *,
+        files: Sequence[File] = (),
+        optional: bool = False,
+        key: str = "",
     ) -> str:
         """Stores a reply and returns the command's id, which derives from the message's id and the reply's number.
 
         A message that comes again after a crash has the same ids, so that each reply is sent once. Waits while the
-        bus is away. `optional`: a progress report, see `Outbound`. `key` replaces the number in the id, for a reply
-        that differs after a crash.
-        Raises Refused("too_large") above 256 KiB, Refused("forbidden").
+        bus is away. `files` follow text and items, as `Sandbox.item_of` makes them. `optional`: a progress report,
+        see `Outbound`. `key` replaces the number in the id, for a reply that differs after a crash.
+        Raises Refused("too_large") above 256 KiB, Refused("forbidden"), and what `Sandbox.item_of` raises.
         """
         self._replies += not key
         number = f"-{key}" if key else "" if self._replies == 1 else f"-{self._replies}"
+        items = [*items, *[await self.sandbox.item_of(file) for file in files]]
         parts = [*([OutText(text=text)] if text else []), *items] if items else None
         command = Outbound(
             id=f"agent-{self.id}{number}",
@@ -298,15 +355,25 @@ class Sandbox:
         """Sends a command at most once, without confirmation. Raises NatsError."""
         await self._nc.publish(self._names.out(self.name), msgspec.json.encode(command))
 
-    async def read_media(self, media: Media, message: Message) -> bytes:
-        """Reads the bytes of an item of `message`, and waits about a minute for bytes that the adapter has to
-        fetch from WeChat. Raises Refused, whose `detail` says why there are none, Temporary, Unreadable."""
-        return await get_media(self._request, self.name, media.object, sequence=message.sequence, wait_s=MEDIA_WAIT_S)
+    async def read_media(self, name: str, sequence: int) -> bytes:
+        """The bytes of an object that the message with this sequence names; see `Message.read_media`."""
+        return await get_media(self._request, self.name, name, sequence=sequence, wait_s=MEDIA_WAIT_S)
 
     async def put_media(self, data: bytes, name: str = "") -> Media:
-        """Stores bytes for an item of a reply: `OutImage(media=await sandbox.put_media(png, "chart.png"))`.
-        Raises Refused, Temporary."""
+        """Stores bytes for an item that `item_of` does not make, such as one with a caption. Raises Refused,
+        Temporary."""
         return await put_media(self._request, self.name, data, name)
+
+    async def item_of(self, file: File, name: str = "") -> OutItem:
+        """A file as an item of a reply: a picture, a video or a file, by its content. `name`: what the person sees,
+        by default that of the path. Waits up to an hour for an adapter. Raises Refused, Temporary, OSError."""
+        data = await asyncio.to_thread(read, file, self._settings.media_max_bytes)
+        name = name or ("" if isinstance(file, bytes) else Path(file).name)
+        mime = identify(data, name).mime
+        if mime == OCTETS:
+            mime = mimetypes.guess_type(name)[0] or ""
+        media = await retry(lambda: self.put_media(data, name), give_up_s=STORE_S)
+        return KINDS.get(mime.partition("/")[0], OutFile)(media=media)
 
     async def _request(self, verb: str, payload: bytes, headers: dict[str, str]) -> tuple[bytes, dict[str, Any]]:
         """A request to the adapter, repeated for a while if there is no answer, or none yet. Raises Refused,

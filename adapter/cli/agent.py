@@ -83,7 +83,7 @@ async def opened(choice: AgentChoice, settings: Settings, folder: Path) -> Async
     timeout_s, most = choice.timeout, choice.max_output
     async with contextlib.AsyncExitStack() as stack:
         if choice.program is not None:
-            yield Program(choice.program, timeout_s=timeout_s, max_output=most)
+            yield Program(choice.program, folder / "files", timeout_s=timeout_s, max_output=most)
         elif choice.http is not None:
             yield await stack.enter_async_context(_webhook(choice.http, timeout_s, most))
         else:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import codecs
 import io
+import re
 import struct
 import unicodedata
 import wave
@@ -55,6 +56,8 @@ _BY_NAME = {
 }
 """Types that only a file name distinguishes. The name counts only if the content does not contradict it."""
 
+_UNSEEN = ("Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp")
+"""Unicode categories that are removed from file names."""
 NO_NAMES = (".", "..")
 """File names that are folders for whoever stores the file."""
 
@@ -85,6 +88,16 @@ def file_name(kind: str, suffix: str) -> str:
     """A name for media without one: `image.jpg`, `voice.silk`. `kind`: an item's kind, or the first word of a type. A
     kind that means little to people (`application`) becomes `file`."""
     return f"{kind if kind in ('image', 'video', 'voice', 'audio') else 'file'}{suffix}"
+
+
+def clean_file_name(name: str, most: int) -> str:
+    """A file name of at most `most` characters, without folders, control and invisible characters. A name that is
+    too long keeps its ending."""
+    name = "".join(c for c in re.split(r"[/\\]", name)[-1] if unicodedata.category(c) not in _UNSEEN).strip(" .")
+    if len(name) <= most:
+        return name
+    stem, dot, ending = name.rpartition(".")
+    return f"{stem[: most - len(ending) - 1]}.{ending}" if dot and len(ending) < 16 else name[:most]
 
 
 def is_silk(head: bytes) -> bool:

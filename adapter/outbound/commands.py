@@ -5,13 +5,13 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import re
-import unicodedata
 from collections.abc import Mapping
 from typing import Any, Literal, NamedTuple, TypeAlias
 
 import msgspec
 from msgspec.structs import replace
 
+from adapter.content.media import clean_file_name
 from adapter.contract.messages import (
     COMMAND_BYTES,
     CommandId,
@@ -38,8 +38,6 @@ ID_CHARS = 128
 """Most characters of a command's id (contract.CommandId)."""
 MAX_NAME = 128
 """Most characters of a file name."""
-_UNSEEN = ("Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp")
-"""Unicode categories that are removed from file names."""
 MERGE_SEPARATOR = "\n\n"
 """A blank line between merged texts: it ends a paragraph and a list in Markdown."""
 
@@ -252,16 +250,7 @@ def _read_media_part(item: OutImage | OutVideo | OutFile | OutVoice, sandbox: st
         case OutVideo():
             kind = "video"
     name = item.name or (item.media.name if item.media else "")
-    return MediaPart(kind, _clean_file_name(name), object_name, item.data or b"")
-
-
-def _clean_file_name(name: str) -> str:
-    """A file name without folders, control and invisible characters. A name that is too long keeps its ending."""
-    name = "".join(c for c in re.split(r"[/\\]", name)[-1] if unicodedata.category(c) not in _UNSEEN).strip(" .")
-    if len(name) <= MAX_NAME:
-        return name
-    stem, dot, ending = name.rpartition(".")
-    return f"{stem[: MAX_NAME - len(ending) - 1]}.{ending}" if dot and len(ending) < 16 else name[:MAX_NAME]
+    return MediaPart(kind, clean_file_name(name, MAX_NAME), object_name, item.data or b"")
 
 
 def client_id_base(sandbox: str, sequence: int, stored_ms: int) -> str:

@@ -25,7 +25,7 @@ from adapter.agent.runner import Answer, Turn
 from adapter.agent.webhook import Webhook, sign
 from adapter.cli.embedded import EmbeddedNats
 from adapter.contract.messages import Inbound, Media, OutItem, TextItem
-from adapter.errors import Refused
+from adapter.errors import Refused, Temporary
 from adapter.settings import Settings
 from tests.cli.conftest import Command
 from tests.cli.process import alive, until
@@ -99,7 +99,7 @@ def running(program: str, folder: Path) -> Program:
     """A script for sh, in a folder."""
     script = folder / "program.sh"
     script.write_text(f"cd {folder}\n{program}")
-    return Program(f"sh {script}", timeout_s=30, max_output=100)
+    return Program(f"sh {script}", folder / "files", timeout_s=30, max_output=100)
 
 
 async def test_an_answer_waits_for_no_child_of_the_program_and_none_is_left(tmp_path: Path) -> None:
@@ -126,6 +126,21 @@ async def test_a_long_text_is_on_standard_input_if_it_fits_into_no_variable(
     assert int(answer.text) == characters * 3
     message = msgspec.json.decode((tmp_path / "message").read_bytes(), type=Inbound)
     assert (message.id, bool(message.text), bool(message.items)) == ("m1", fits, fits)
+
+
+async def test_why_a_program_failed_is_its_last_line(tmp_path: Path) -> None:
+    """That of its standard error, which goes on to a log, else of its output."""
+    with (tmp_path / "log").open("wb") as log:
+        program = Program("sh", tmp_path / "files", timeout_s=30, max_output=100, stderr=log.fileno())
+        for text, said in (
+            ("echo partly; echo no >&2; echo 'Not logged in' >&2; echo >&2; exit 1", "Not logged in"),
+            ("echo 'Invalid API key'; exit 1", "Invalid API key"),
+            ("exit 1", ""),
+        ):
+            with pytest.raises(Temporary, match="exit code 1") as failed:
+                await program(turn(text))
+            assert failed.value.said == said
+    assert (tmp_path / "log").read_text() == "no\nNot logged in\n\n"
 
 
 async def test_a_url_is_asked_again_whatever_it_says_of_later() -> None:
@@ -201,12 +216,13 @@ async def test_a_program_does_not_read_what_its_parent_knows(tmp_path: Path) -> 
         "    except OSError as exc: print(file, type(exc).__name__)\n"
     )
     parent = (
-        "import asyncio, ctypes, os, sys\n"
+        "import asyncio, ctypes, os, pathlib, sys\n"
         "for capability in range(41): ctypes.CDLL(None).prctl(24, capability, 0, 0, 0)\n"  # PR_CAPBSET_DROP
         "if len(sys.argv) == 1: os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:], 'again'])\n"
         "from adapter.agent.program import Program\n"
         "from tests.cli.test_agent import turn\n"
-        f"program = Program(f'{{sys.executable}} {script}', timeout_s=30, max_output=1000)\n"
+        f"files = pathlib.Path('{tmp_path}/files')\n"
+        f"program = Program(f'{{sys.executable}} {script}', files, timeout_s=30, max_output=1000)\n"
         "print(asyncio.run(program(turn())).text)\n"
     )
     process = await asyncio.create_subprocess_exec(sys.executable, "-c", parent, stdout=asyncio.subprocess.PIPE)

@@ -59,7 +59,7 @@ class Agent:
         script.write_text(PROGRAM)
         program = (
             []
-            if {"--http", "--nats-agent"} & set(options)
+            if {"--exec", "--http", "--nats-agent"} & set(options)
             else [f"--exec={sys.executable} '{script}' '{self.folder}'"]
         )
         self._options = [*program, *options]

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 from adapter.agent import Message, Sandbox
-from adapter.contract.messages import ImageItem, Outbound, OutFile
+from adapter.contract.messages import Outbound, OutFile
 from adapter.environment import read_settings
 from adapter.errors import Refused
 from adapter.simulator import BotRecord, Simulator
@@ -92,25 +92,31 @@ async def test_users_have_their_answers_in_order_and_wait_for_nobody(place: Plac
         assert not running.done()
 
 
-async def test_media_come_and_go(place: Place) -> None:
+async def test_media_come_and_go(place: Place, tmp_path: Path) -> None:
     user, sent = place.users[0], secrets.token_bytes(600_000)
-    place.world.sim.say_media(user.bot, "image", b"\x89PNG\r\n\x1a\n" + sent)
+    picture = b"\x89PNG\r\n\x1a\n" + sent
+    place.world.sim.say_media(user.bot, "image", picture)
     async with Sandbox("s1", place.settings["s1"]) as sandbox:
         async for message in sandbox:
             (item,) = message.inbound.items
-            assert isinstance(item, ImageItem)
-            assert item.media is not None
-            assert await sandbox.read_media(item.media, message) == b"\x89PNG\r\n\x1a\n" + sent
+            assert await message.read_media(item) == picture
+            saved = [await message.save_media(tmp_path) for _ in range(2)]
+            assert saved == [[tmp_path / "image.png"], [tmp_path / "image-2.png"]]
+            assert saved[1][0].read_bytes() == picture
             media = await sandbox.put_media(sent, "back again.bin")
-            assert (media.size, media.name) == (len(sent), "back again.bin")
-            await message.reply("Here:", [OutFile(media=media)])
+            await message.reply("Here:", [OutFile(media=media)], files=[*saved[0], sent])
             break
-        await until(lambda: len(place.world.sim.phone(user.user)) == 2, "the phone shows it")
-        text, file = place.world.sim.phone(user.user)
+        await until(lambda: len(place.world.sim.phone(user.user)) == 4, "the phone shows it")
+        text, *files = place.world.sim.phone(user.user)
         assert text.text == "Here:"
-        assert [view.md5 for view in file.media] == [hashlib.md5(sent).hexdigest()]
+        shown = [(view.kind, view.md5, view.file_name) for file in files for view in file.media]
+        digests = [hashlib.md5(data).hexdigest() for data in (sent, picture)]
+        assert shown[:2] == [("file", digests[0], "back again.bin"), ("image", digests[1], "")]
+        assert shown[2][:2] == ("file", digests[0])
         with pytest.raises(Refused, match="no message with this object"):
-            await sandbox.read_media(type(media)(object="s1/out/nothing"), message)
+            await sandbox.read_media("s1/out/nothing", message.sequence)
+        with pytest.raises(Refused, match="is empty"):
+            await message.reply("And nothing:", files=[b""])
 
 
 async def test_windows_are_known_and_a_closing_one_is_reported_once(place: Place) -> None:
@@ -180,7 +186,7 @@ async def test_the_command_needs_no_other_rights(place: Place, tmp_path: Path) -
         await until(lambda: place.texts(place.users[0]) == ["HELLO"], "it is answered")
         process.send_signal(signal.SIGTERM)
         assert await process.wait() == 0
-        assert list((tmp_path / "agent-s1").iterdir()) == []
+        assert list((tmp_path / "agent-s1" / "files").iterdir()) == []
     finally:
         if process.returncode is None:
             process.kill()
