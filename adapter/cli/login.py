@@ -7,6 +7,7 @@ import base64
 import contextlib
 import re
 import sys
+import textwrap
 import time
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -152,7 +153,7 @@ class _View:
             case "wait" if now.code == 1:
                 self._say("Scan this code with WeChat.")
             case "wait":
-                self._say(f"The code before it is dying. {output.printable(now.detail)}")
+                self._say(textwrap.fill(f"The code before it is dying. {output.printable(now.detail)}", 70))
             case "confirmed":
                 self._say(f"{output.printable(now.bot)} serves {now.sandbox}. {output.printable(now.detail)}")
             case "lost":

@@ -45,8 +45,8 @@ ADVICE = {
     "lost": "The replica that ran the login is gone; start another one.",
 }
 UPGRADE = (
-    "If the phone asked to upgrade the WeChat interface version in OpenClaw (请在OpenClaw中升级微信接口版本), WeChat"
-    " refused the version that the adapter declares: its operator has to raise WECHAT_NATS_ILINK_VERSION."
+    "If the phone asks to upgrade OpenClaw (请在OpenClaw中升级微信接口版本), WeChat refuses the version that the"
+    " adapter declares: its operator has to raise WECHAT_NATS_ILINK_VERSION."
 )
 """What an unscanned code may mean: iLink tells nothing of such a scan, and the code stays in `wait`."""
 

@@ -172,7 +172,7 @@ async def test_a_person_whose_phone_calls_the_version_old_reads_what_that_means(
         _, err = await process.communicate()
         assert process.returncode == 1
     assert "3 codes expired" in err.decode()
-    assert "raise WECHAT_NATS_ILINK_VERSION" in err.decode()
+    assert "has to raise WECHAT_NATS_ILINK_VERSION" in err.decode()
 
 
 async def test_digits_that_nobody_can_type_end_it(sim: Simulator) -> None:
