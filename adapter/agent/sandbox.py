@@ -360,20 +360,19 @@ class Sandbox:
         return await get_media(self._request, self.name, name, sequence=sequence, wait_s=MEDIA_WAIT_S)
 
     async def put_media(self, data: bytes, name: str = "") -> Media:
-        """Stores bytes for an item that `item_of` does not make, such as one with a caption. Raises Refused,
-        Temporary."""
-        return await put_media(self._request, self.name, data, name)
+        """Stores bytes for an item that `item_of` does not make, such as one with a caption. Waits up to an hour for
+        an adapter. Raises Refused, Temporary."""
+        return await retry(lambda: put_media(self._request, self.name, data, name), give_up_s=STORE_S)
 
     async def item_of(self, file: File, name: str = "") -> OutItem:
         """A file as an item of a reply: a picture, a video or a file, by its content. `name`: what the person sees,
-        by default that of the path. Waits up to an hour for an adapter. Raises Refused, Temporary, OSError."""
+        by default that of the path. Raises OSError, and what `put_media` raises."""
         data = await asyncio.to_thread(read, file, self._settings.media_max_bytes)
         name = name or ("" if isinstance(file, bytes) else Path(file).name)
         mime = identify(data, name).mime
         if mime == OCTETS:
             mime = mimetypes.guess_type(name)[0] or ""
-        media = await retry(lambda: self.put_media(data, name), give_up_s=STORE_S)
-        return KINDS.get(mime.partition("/")[0], OutFile)(media=media)
+        return KINDS.get(mime.partition("/")[0], OutFile)(media=await self.put_media(data, name))
 
     async def _request(self, verb: str, payload: bytes, headers: dict[str, str]) -> tuple[bytes, dict[str, Any]]:
         """A request to the adapter, repeated for a while if there is no answer, or none yet. Raises Refused,

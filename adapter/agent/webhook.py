@@ -1,6 +1,7 @@
 """An agent behind HTTP: each message is a POST, signed like Standard Webhooks, and the response is the answer.
 
-A request is repeated with the same `webhook-id` after a failed connection, a timeout, 429 and 5xx.
+A request is repeated with the same `webhook-id` after a failed connection, a timeout, 429 and 5xx. Its media items
+have URLs.
 """
 
 from __future__ import annotations
@@ -11,20 +12,29 @@ import binascii
 import hashlib
 import hmac
 import time
+from typing import Annotated
 
 import httpx
 import msgspec
+from msgspec.structs import replace
 
-from adapter.agent.runner import Answer, Turn, until_answered
+from adapter.agent.media_urls import MediaUrls
+from adapter.agent.runner import Answer, ReadsBetween, Turn, until_answered
+from adapter.agent.sandbox import Sandbox
+from adapter.contract.messages import OutItem, OutText
 from adapter.errors import UNDECODABLE, Refused, SettingsError, Temporary
 
 SECRET_PREFIX = "whsec_"
+ITEMS_BYTES = 32 * 1024 * 1024
+"""Largest JSON response: its items may have data as base64."""
+JSON = "application/json"
 
 
 class WebhookReply(msgspec.Struct):
     """A JSON response."""
 
     reply: str = ""
+    items: Annotated[list[OutItem], msgspec.Meta(max_length=10)] = []
 
 
 def read_secret(text: str) -> bytes:
@@ -47,12 +57,16 @@ def sign(key: bytes, message_id: str, timestamp: int, body: bytes) -> str:
     return "v1," + base64.b64encode(hmac.digest(key, signed, hashlib.sha256)).decode()
 
 
-class Webhook:
+class Webhook(ReadsBetween):
     """Asks a URL for each answer. A call raises Refused for a response that a repeat would not change, and Temporary
     after GIVE_UP_S of repeats."""
 
-    def __init__(self, http: httpx.AsyncClient, url: str, key: bytes, *, timeout_s: float, max_output: int) -> None:
-        """`max_output`: most bytes of a response."""
+    def __init__(
+        self, http: httpx.AsyncClient, url: str, key: bytes, media: MediaUrls, *, timeout_s: float, max_output: int
+    ) -> None:
+        """`max_output`: most bytes of the text of a response."""
+        self.sandboxes = media.sandboxes
+        self._media = media
         self._http = http
         self._url = url
         self._key = key
@@ -60,20 +74,23 @@ class Webhook:
         self._max_output = max_output
 
     async def __call__(self, turn: Turn) -> Answer:
-        message = turn.message
-        event = {
-            "type": "wechat.message",
-            "session": turn.session,
-            "sequence": message.sequence,
-            "data": message.inbound,
-        }
-        body = msgspec.json.encode(event)
-        return await until_answered(lambda: self._post(message.id, body))
+        answer = await until_answered(lambda: self._post(turn))
+        return Answer(answer.text, tuple([await _stored(turn.message.sandbox, item) for item in answer.items]))
 
-    async def _post(self, message_id: str, body: bytes) -> Answer:
-        timestamp = int(time.time())
+    def _event(self, turn: Turn) -> bytes:
+        inbound, sequence = turn.message.inbound, turn.message.sequence
+        data = msgspec.to_builtins(inbound)
+        for item, shown in zip(inbound.items, data.get("items", ()), strict=True):
+            for field, url in (("media", "url"), ("wav", "wav_url")):
+                if media := getattr(item, field, None):
+                    shown[url] = self._media.url_of(media, sequence)
+        event = {"type": "wechat.message", "session": turn.session, "sequence": sequence, "data": data}
+        return msgspec.json.encode(event)
+
+    async def _post(self, turn: Turn) -> Answer:
+        timestamp, message_id, body = int(time.time()), turn.message.id, self._event(turn)
         headers = {
-            "content-type": "application/json",
+            "content-type": JSON,
             "accept-encoding": "identity",
             "webhook-id": message_id,
             "webhook-timestamp": str(timestamp),
@@ -83,30 +100,39 @@ class Webhook:
             async with asyncio.timeout(self._timeout_s):
                 async with self._http.stream("POST", self._url, content=body, headers=headers) as response:
                     _check_status(response)
-                    return Answer(_read_answer(response, await self._read_body(response)))
+                    return await self._read_answer(response)
         except (httpx.TransportError, TimeoutError) as exc:
             raise Temporary("unreachable", type(exc).__name__) from exc
 
-    async def _read_body(self, response: httpx.Response) -> bytes:
-        if response.headers.get("content-encoding", "identity") != "identity":  # 2 kB may unpack to 2 GB at once
-            raise Refused(
-                "response", "The response is compressed, although the request says Accept-Encoding: identity."
-            )
-        body = b""
-        async for block in response.aiter_raw():
-            body += block
-            if len(body) > self._max_output:
-                raise Refused("too_large", f"The response has more than {self._max_output} bytes.")
-        return body
+    async def _read_answer(self, response: httpx.Response) -> Answer:
+        if response.headers.get("content-type", "").partition(";")[0].strip() != JSON:
+            return Answer((await _read_body(response, self._max_output)).decode(errors="replace"))
+        body = await _read_body(response, ITEMS_BYTES)
+        try:
+            answer = msgspec.json.decode(body or b"{}", type=WebhookReply)
+        except UNDECODABLE:
+            raise Refused("response", 'The response is no JSON such as {"reply": "…"}.') from None
+        if len(answer.reply.encode(errors="replace")) > self._max_output:
+            raise Refused("too_large", f"The reply has more than {self._max_output} bytes.")
+        return Answer(answer.reply, tuple(answer.items))
 
 
-def _read_answer(response: httpx.Response, body: bytes) -> str:
-    if response.headers.get("content-type", "").partition(";")[0].strip() != "application/json":
-        return body.decode(errors="replace")
-    try:
-        return msgspec.json.decode(body or b"{}", type=WebhookReply).reply
-    except UNDECODABLE:
-        raise Refused("response", 'The response is no JSON such as {"reply": "…"}.') from None
+async def _stored(sandbox: Sandbox, item: OutItem) -> OutItem:
+    """The item, its data in the store: a command has little room. Raises Refused, Temporary."""
+    if isinstance(item, OutText) or item.data is None:
+        return item
+    return replace(item, data=None, media=await sandbox.put_media(item.data, item.name))
+
+
+async def _read_body(response: httpx.Response, most: int) -> bytes:
+    if response.headers.get("content-encoding", "identity") != "identity":  # 2 kB may unpack to 2 GB at once
+        raise Refused("response", "The response is compressed, although the request says Accept-Encoding: identity.")
+    body = bytearray()
+    async for block in response.aiter_raw():
+        body += block
+        if len(body) > most:
+            raise Refused("too_large", f"The response has more than {most} bytes.")
+    return bytes(body)
 
 
 def _check_status(response: httpx.Response) -> None:

@@ -67,6 +67,13 @@ class AgentChoice:
         int, Parameter(validator=validators.Number(gte=1, lte=MAX_OUTPUT), help="Most bytes of an answer.")
     ] = 32_768
 
+    files_addr: Annotated[
+        str, Parameter(help="With --http: host:port at which the agent gets pictures and files; port 0: a free one.")
+    ] = "127.0.0.1:0"
+    files_url: Annotated[
+        str, Parameter(help="With --http: the URL of --files-addr for an agent on another machine.")
+    ] = ""
+
     def check(self) -> None:
         """Raises Failed unless one agent is named."""
         if sum(kind is not None for kind in (self.program, self.http, self.nats_agent)) != 1:
@@ -85,7 +92,7 @@ async def opened(choice: AgentChoice, settings: Settings, folder: Path) -> Async
         if choice.program is not None:
             yield Program(choice.program, folder / "files", timeout_s=timeout_s, max_output=most)
         elif choice.http is not None:
-            yield await stack.enter_async_context(_webhook(choice.http, timeout_s, most))
+            yield await stack.enter_async_context(_webhook(choice, choice.http))
         else:
             yield await stack.enter_async_context(_nats_agent(choice.nats_agent or "", settings, timeout_s, most))
 
@@ -104,8 +111,9 @@ async def agent(
 
     Messages of one user are answered one after the other, those of several at once; a message is finished when its
     answer is stored. Users steer by /new, which begins a new session, and /stop, which ends the run under way. A
-    program has WECHAT_MESSAGE, the message as JSON, WECHAT_SEQUENCE and WECHAT_SESSION in its environment, and no
-    variable whose name begins with NATS_ or WECHAT_NATS_.
+    program has WECHAT_MESSAGE, the message as JSON, WECHAT_SEQUENCE and WECHAT_SESSION in its environment, and two
+    folders: WECHAT_FILES has the user's files, and files in WECHAT_OUT are sent. It has no variable whose name begins
+    with NATS_ or WECHAT_NATS_.
     Runs until SIGTERM or ctrl-C (exit code 0); what is in work then comes again after the next start. Ends with exit
     code 1 if another agent opens the sandbox, which has its messages from then on.
     """
@@ -136,17 +144,19 @@ def state_of(sandbox: str, settings: Settings, folder: Path | None = None) -> tu
 
 
 @contextlib.asynccontextmanager
-async def _webhook(url: str, timeout_s: float, max_output: int) -> AsyncIterator[Agent]:
+async def _webhook(choice: AgentChoice, url: str) -> AsyncIterator[Agent]:
     """Raises SettingsError, Failed."""
     import httpx  # noqa: PLC0415 -- other commands start faster without it
 
+    from adapter.agent.media_urls import MediaUrls  # noqa: PLC0415 -- so, too
     from adapter.agent.webhook import Webhook, read_secret  # noqa: PLC0415
 
     key = read_secret(_secret())
     if urlsplit(url).scheme not in ("http", "https") or not urlsplit(url).hostname:
         raise Failed(USAGE, "Expected a URL such as https://agent.example/wechat.")
-    async with httpx.AsyncClient(timeout=timeout_s) as client:
-        yield Webhook(client, url, key, timeout_s=timeout_s, max_output=max_output)
+    urls = MediaUrls(key, choice.files_addr, choice.files_url)
+    async with httpx.AsyncClient(timeout=choice.timeout) as client, urls as media:
+        yield Webhook(client, url, key, media, timeout_s=choice.timeout, max_output=choice.max_output)
 
 
 @contextlib.asynccontextmanager

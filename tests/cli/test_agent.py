@@ -19,6 +19,7 @@ import pytest
 from synadia_ai.agents import Attachment, ResponseChunk
 
 from adapter.agent import Message, Sandbox
+from adapter.agent.media_urls import MediaUrls
 from adapter.agent.nats_agent import NatsAgent
 from adapter.agent.program import Program
 from adapter.agent.runner import Answer, Turn
@@ -43,6 +44,8 @@ SECRET = f"whsec_{base64.b64encode(bytes(32)).decode()}"
         (["--http", "https://a.example"], "", "Set WECHAT_WEBHOOK_SECRET"),
         (["--http", "https://a.example"], "whsec_c2hvcnQ=", "The secret is whsec_"),
         (["--http", "a.example"], SECRET, "Expected a URL"),
+        (["--http", "https://a.example", "--files-addr", "here"], SECRET, "--files-addr: expected host:port"),
+        (["--http", "https://a.example", "--files-addr", ":80"], SECRET, "Give --files-url, the agent's way to :80."),
         (["--nats-agent", "a//c"], "", "Expected NAME, NAME/OWNER or NAME/OWNER/SESSION."),
     ],
 )
@@ -143,11 +146,16 @@ async def test_why_a_program_failed_is_its_last_line(tmp_path: Path) -> None:
     assert (tmp_path / "log").read_text() == "no\nNot logged in\n\n"
 
 
+def asking(http: httpx.AsyncClient) -> Webhook:
+    key = bytes(32)
+    return Webhook(http, "http://agent.example", key, MediaUrls(key, "127.0.0.1:0"), timeout_s=30, max_output=100)
+
+
 async def test_a_url_is_asked_again_whatever_it_says_of_later() -> None:
     later = httpx.Response(503, headers={b"retry-after": "\u00b2".encode()})
     responses = [later, httpx.Response(200, stream=httpx.ByteStream(b"done"))]
     async with httpx.AsyncClient(transport=httpx.MockTransport(lambda _: responses.pop(0))) as http:
-        webhook = Webhook(http, "http://agent.example", bytes(32), timeout_s=30, max_output=100)
+        webhook = asking(http)
         assert await webhook(turn()) == Answer("done")
 
 
@@ -165,7 +173,7 @@ async def test_a_response_is_never_unpacked(encoding: str) -> None:
     tracemalloc.start()
     try:
         async with httpx.AsyncClient(transport=httpx.MockTransport(answer)) as http:
-            webhook = Webhook(http, "http://agent.example", bytes(32), timeout_s=30, max_output=100)
+            webhook = asking(http)
             with pytest.raises(Refused, match="compressed"):
                 await webhook(turn())
         assert tracemalloc.get_traced_memory()[1] < 8 << 20

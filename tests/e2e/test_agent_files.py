@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import signal
 import sys
+import time
 from pathlib import Path
 
+import httpx
+import pytest
+from aiohttp import web
+
+from adapter.agent.media_urls import LIFE_S, MediaUrls
+from adapter.contract.messages import Media
 from adapter.simulator import FaultRule, samples
-from tests.e2e.test_agent import agent_running, settled
-from tests.e2e.world import World, until
+from tests.e2e.test_agent import Receiver, agent_running, settled
+from tests.e2e.test_agent import receiver as receiver  # noqa: PLC0414
+from tests.e2e.world import World, eventually, free_port, until
 
 PROGRAM = """
 import json, os, pathlib, shutil, sys, time
@@ -57,20 +66,24 @@ async def test_a_picture_alone_reaches_a_program_and_one_comes_back(tmp_path: Pa
         bot, picture, report = made.bots["s1"].bot, samples.jpeg(), b"%PDF-1.4 report"
         made.sim.say_media(bot, "image", picture)
         made.sim.say_media(bot, "file", report, file_name="../Bericht 年度.pdf")
+        made.sim.say_media(bot, "voice", samples.silk(), text="good morning")
         made.say("s1", "only words")
-        await until(lambda: len(shown(made)) == 5, "all are answered")
-        assert shown(made) == [
+        await until(lambda: len(shown(made)) == 7, "all are answered")
+        assert [(kind, name) for kind, name, _ in shown(made)[4:6]] == [("text", "Here:"), ("file", "voice.wav")]
+        assert shown(made)[:4] + shown(made)[6:] == [
             ("text", "Here:", b""),
             ("image", "", picture),
             ("text", "Here:", b""),
             ("file", "Bericht 年度.pdf", report),
             ("text", "Here:", b""),
         ]
-        image, file, words = prompts(tmp_path)
+        image, file, voice, words = prompts(tmp_path)
         folders = tmp_path / "state" / "files"
         assert image.startswith(f"[image: {folders}/")
         assert image.endswith("/in/image.jpg]")
         assert file.endswith("/in/Bericht 年度.pdf]")
+        assert voice.startswith("good morning\n[voice: ")
+        assert voice.endswith("/in/voice.wav]")
         assert words == "only words"
         assert list(folders.iterdir()) == []
 
@@ -104,3 +117,58 @@ async def test_after_a_kill_files_come_again_and_no_folder_stays(tmp_path: Path)
         await settled(made)
         assert shown(made) == [("text", "Here:", b""), ("image", "", picture)]
         assert list(folders.iterdir()) == []
+
+
+async def test_a_url_has_the_picture_and_answers_with_items(
+    tmp_path: Path, receiver: Receiver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    picture, report, addr = samples.png(), samples.blob(600_000), f"127.0.0.1:{free_port()}"
+    items = [
+        {"kind": "image", "data": base64.b64encode(picture).decode()},
+        {"kind": "file", "data": base64.b64encode(report).decode(), "name": "report.bin"},
+    ]
+    receiver.responses = [web.json_response({"reply": "Here:", "items": items})]
+    options = ("--http", receiver.url, "--files-addr", addr)
+    async with (
+        agent_running(tmp_path, *options, WECHAT_WEBHOOK_SECRET=receiver.secret) as (made, agent),
+        httpx.AsyncClient() as http,
+    ):
+        sent = samples.jpeg()
+        made.sim.say_media(made.bots["s1"].bot, "image", sent)
+        await until(lambda: len(shown(made)) == 3, "it is answered")
+        assert shown(made) == [("text", "Here:", b""), ("image", "", picture), ("file", "report.bin", report)]
+        (event,) = receiver.events
+        (item,) = event["data"]["items"]
+        url = item["url"]
+        got = await http.get(url)
+        assert (got.status_code, got.content, got.headers["content-type"]) == (200, sent, "image/jpeg")
+
+        made.say("s1", "another message")
+        await until(lambda: len(receiver.events) == 2, "the agent has a second message")
+        forged = [
+            url[:-1] + ("0" if url[-1] != "0" else "1"),
+            url.replace("s1%2F", "s2%2F"),
+            url.partition("&sig")[0],
+        ]
+        forged.append(url.replace("expires=1", "expires=2"))
+        assert [(await http.get(wrong)).status_code for wrong in forged] == [403] * len(forged)
+
+        late = MediaUrls(receiver.key, addr, f"http://{addr}")
+        media, now = Media(object=item["media"]["object"]), time.time()
+        monkeypatch.setattr(time, "time", lambda: now - LIFE_S - 1)
+        expired = late.url_of(media, event["sequence"])
+        monkeypatch.undo()
+        assert (await http.get(expired)).status_code == 410
+        missing = late.url_of(Media(object="s1/nothing"), event["sequence"])
+        assert (await http.get(missing)).status_code == 404
+
+        await agent.end()
+        await agent.start()
+
+        async def is_there() -> bool:
+            try:
+                return (await http.get(url)).content == sent
+            except httpx.TransportError:
+                return False
+
+        await eventually(is_there, "the URL works after a restart")
