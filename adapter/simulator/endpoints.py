@@ -142,6 +142,9 @@ class Endpoints:
         return json_answer({"ret": 0})
 
     async def notifystart(self, call: Call) -> HttpAnswer:
+        for rule in self._world.faults.find("F11", "sendmessage", call.bot.id, call.bot.user):
+            if rule.params.get("until_notifystart"):
+                rule.count = 0
         return self._notify(call.bot, online=True)
 
     async def notifystop(self, call: Call) -> HttpAnswer:
@@ -234,11 +237,7 @@ class Endpoints:
         if settings.zero_timeout == "instant" and call.body.get("timeout") == 0:
             return 0.0
         longest = settings.hold_ms / 1000
-        if call.edge is not None:
-            longest = min(longest, edge_s(call.edge))
-        if not settings.hold_min_ms:
-            return longest
-        return self._world.rng.uniform(min(settings.hold_min_ms / 1000, longest), longest)
+        return longest if call.edge is None else min(longest, edge_s(call.edge))
 
     def _poll_answer(self, call: Call, poll: Poll) -> HttpAnswer:
         bot, outcome = call.bot, poll.verdict or "messages"

@@ -16,6 +16,9 @@ from adapter.simulator.world import Bot, World
 RESTING = frozenset({"wait", "scaned", "need_verifycode"})
 """Statuses that are told once. A later poll is held until the status changes."""
 CODES_KEPT = 10_000
+QR_URL = "https://liteapp.weixin.qq.com/q/sim"
+UPGRADE = "Please upgrade WeChat interface version in OpenClaw / 请在OpenClaw中升级微信接口版本"
+"""What the phone shows where the client's version is too old."""
 
 
 @dataclass(slots=True, eq=False)
@@ -26,6 +29,8 @@ class Qr:
     code: str
     created_ms: int
     tokens: list[str]
+    is_outdated: bool = False
+    """The phone refuses its client's version."""
     status: str = "wait"
     told: str = "wait"
     user: str = ""
@@ -54,6 +59,7 @@ class Qr:
             bot=self.bot.id if self.bot else "",
             created_ms=self.created_ms,
             polls=self.polls,
+            phone=UPGRADE if self.is_outdated and self.user else "",
         )
 
 
@@ -65,9 +71,14 @@ class QrLogins:
         self.codes: dict[str, Qr] = {}
         self.closing = False
 
-    def create(self, tokens: list[str]) -> Json:
+    def create(self, tokens: list[str], version: str) -> Json:
+        """`version`: `iLink-App-ClientVersion` of the client, or ""."""
         world = self._world
-        qr = Qr(ids.new_qrcode(world.rng), world.clock.now_ms(), tokens)
+        if tokens and world.settings.listed_tokens == "refused":
+            return {"ret": -2}
+        oldest = world.settings.oldest_version
+        is_outdated = bool(oldest) and (ids.read_version(version) or ()) < tuple(map(int, oldest.split(".")))
+        qr = Qr(ids.new_qrcode(world.rng), world.clock.now_ms(), tokens, is_outdated)
         self.codes[qr.code] = qr
         while len(self.codes) > CODES_KEPT:
             self.codes.pop(next(iter(self.codes)))
@@ -75,7 +86,7 @@ class QrLogins:
         return {
             "ret": 0,
             "qrcode": qr.code,
-            "qrcode_img_content": f"{world.settings.qr_url}?qrcode={qr.code}",
+            "qrcode_img_content": f"{QR_URL}?qrcode={qr.code}",
         }
 
     async def status(
@@ -110,6 +121,8 @@ class QrLogins:
         if qr.user:
             return qr.record()
         qr.user = user or ids.new_user(self._world.rng)
+        if qr.is_outdated:
+            return qr.record()
         bound = self._world.by_user.get(qr.user)
         if bound is not None and not bound.dead and bound.token in qr.tokens:
             qr.change("binded_redirect")
@@ -133,12 +146,12 @@ class QrLogins:
     def confirm(self, code: str, user: str | None = None) -> QrRecord:
         """The user agrees on the phone, which scans first if needed. The simulator makes a new bot."""
         qr = self._live_code(code)
-        if qr.status == "wait":
+        if not qr.user:
             self.scan(code, user)
         elif user is not None and user != qr.user:
             raise SimulatorError("somebody else has scanned this code")
         if qr.status != "scaned":
-            if qr.status == "binded_redirect":
+            if qr.status == "binded_redirect" or qr.is_outdated:
                 return qr.record()
             raise SimulatorError(f"cannot confirm while the status is {qr.status}")
         qr.bot = self._world.add_bot(qr.user)

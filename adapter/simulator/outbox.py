@@ -94,7 +94,7 @@ class Outbox:
 
     def release(self, bot: Bot, user: str, message: Json, message_id: str) -> None:
         """Shows a message on the phone now."""
-        items: list[Json] = message.get("item_list") or []
+        items = [self._as_shown(bot, item) for item in message.get("item_list") or []]
         views = (self._media.view(bot, item) for item in items)
         shown = Shown(
             bot=bot.id,
@@ -112,6 +112,12 @@ class Outbox:
         self._world.counts["shown"] += 1
         for hear in self._world.listeners:
             hear(user, shown)
+
+    def _as_shown(self, bot: Bot, item: Json) -> Json:
+        """The item on the phone, which may cut its text (`cut_chars`, `cut_bytes`)."""
+        text, settings = text_of([item]), self._world.settings_of(bot)
+        shown = text[: settings.cut_chars or None].encode()[: settings.cut_bytes or None].decode(errors="ignore")
+        return item if shown == text else {**item, "text_item": {**item["text_item"], "text": shown}}
 
     def _note_careless(self, bot: Bot, message: Json) -> None:
         """Records violations, whatever the answer is."""

@@ -34,7 +34,10 @@ PARAMETERS: dict[str, dict[str, Any]] = {
     "F5": {"hang_ms": Duration, "processed": bool},
     "F6": {"when": ("before", "after"), "after_ms": Duration, "consumed": bool},
     "F10": {"text": str},
-    "F11": {"errmsg": str | None, "errmsgs": list[str | None], "code": int, "field": ("ret", "errcode")},
+    "F11": {
+        **{"errmsg": str | None, "errmsgs": list[str | None], "code": int, "field": ("ret", "errcode")},
+        "until_notifystart": bool,
+    },
     "F12": {"penalty_s": Duration, "errmsg": str | None, "burst": NotNegative, "burst_s": Duration},
     "F13": {"shown": bool},
     "F14": {"body": ("object", "empty"), "shown": bool},

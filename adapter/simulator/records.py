@@ -148,7 +148,8 @@ class OnlineView(Struct, frozen=True, kw_only=True):
 
 
 class QrRecord(Struct, frozen=True, kw_only=True):
-    """The present state of a QR login. `bot` is set once the user confirms."""
+    """The present state of a QR login. `bot` is set once the user confirms. `phone` is what the phone shows if it
+    refuses the client's version."""
 
     qrcode: str
     status: str
@@ -156,6 +157,7 @@ class QrRecord(Struct, frozen=True, kw_only=True):
     bot: str
     created_ms: int
     polls: int
+    phone: str = ""
 
 
 class Stats(Struct, frozen=True, kw_only=True):

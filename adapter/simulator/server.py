@@ -149,7 +149,8 @@ class Server:
             return malformed(self._world, visit.endpoint, visit.bot, "invalid json")
         if visit.endpoint == "get_bot_qrcode":
             tokens = visit.body.get("local_token_list")
-            return json_answer(self._logins.create(list(tokens) if isinstance(tokens, list) else []))
+            version = visit.request.headers.get("iLink-App-ClientVersion", "")
+            return json_answer(self._logins.create(list(tokens) if isinstance(tokens, list) else [], version))
         if not (code := query.get("qrcode")):
             return malformed(self._world, visit.endpoint, visit.bot, "qrcode required")
         verify_code = query.get("verify_code", "")

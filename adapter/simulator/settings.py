@@ -18,7 +18,7 @@ AT_THE_START = frozenset(
 """Settings that cannot change while the simulator runs."""
 FOR_ALL = frozenset(
     {
-        *("qr_ttl_s", "qr_hold_ms", "verify_attempts", "qr_url"),
+        *("qr_ttl_s", "qr_hold_ms", "verify_attempts", "oldest_version", "listed_tokens"),
         *("media_bytes_kept", "records_per_bot", "sends_per_bot"),
     }
 )
@@ -57,8 +57,6 @@ class SimulatorSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields
 
     hold_ms: NotNegative = 35_000
     """Time that `getupdates` waits for a message."""
-    hold_min_ms: NotNegative = 0
-    """If not 0, each hold is drawn between this and `hold_ms`. Observed holds are 15 to 35 s."""
     hint_ms: int | None = 35_000
     """`longpolling_timeout_ms` of the answers; null leaves it out."""
     json_type: Literal["application/json", "application/octet-stream"] = "application/json"
@@ -133,6 +131,11 @@ class SimulatorSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields
     """Whether each accepted `sendtyping` uses up one send of the window."""
     max_text_bytes: NotNegative = 16_384
     """Longest text in UTF-8 bytes."""
+    cut_chars: NotNegative = 0
+    """If not 0, the phone shows so many characters of a text, although the answer is like any other. Reports say
+    about 2,000."""
+    cut_bytes: NotNegative = 0
+    """The same in UTF-8 bytes. One report says 2,048."""
     require_notifystart: bool = False
     """Whether sends are refused before `msg/notifystart` is called."""
     send_latency_ms: NotNegative = 0
@@ -171,8 +174,11 @@ class SimulatorSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields
     """Time that `get_qrcode_status` waits for a change."""
     verify_attempts: Annotated[int, Meta(ge=1)] = 3
     """Number of wrong codes before `verify_code_blocked`."""
-    qr_url: str = "https://liteapp.weixin.qq.com/q/sim"
-    """Start of `qrcode_img_content`."""
+    oldest_version: Annotated[str, Meta(pattern=r"^(\d{1,2}\.\d{1,2}\.\d{1,2})?$")] = ""
+    """If set, the phone refuses the code of a client that declares an older `iLink-App-ClientVersion`, or none: it
+    shows a sentence, and the status stays `wait` until the code expires."""
+    listed_tokens: Literal["read", "refused"] = "read"
+    """A request for a code that lists tokens: answered, or -2, as one project saw."""
 
     records_per_bot: Annotated[int, Meta(ge=20)] = 1_000
     """Polls and calls remembered per bot. With many bots it is less, but at least 20."""

@@ -249,6 +249,15 @@ async def test_f11_any_code_in_either_field(talking: Client) -> None:
     assert talking.sim.stats().refused == 1
 
 
+async def test_f11_until_the_bot_says_that_it_starts(talking: Client) -> None:
+    strike(talking, "F11", until_notifystart=True)
+    refused = [await talking.send() for _ in range(2)]
+    await talking.call("msg/notifystart")
+
+    assert refused == [{"ret": -2, "errmsg": "prepare failed"}] * 2
+    assert (await talking.send())["ret"] == 0
+
+
 async def test_f12_every_attempt_extends_the_penalty(talking: Client) -> None:
     strike(talking, "F12", penalty_s=60)
     assert (await talking.send())["ret"] == -2

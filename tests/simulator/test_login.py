@@ -58,6 +58,27 @@ async def test_s4_wait_scaned_confirmed(client: Client) -> None:
     assert client.sim.violations() == []
 
 
+@pytest.mark.parametrize(("oldest", "asks"), [("2.4.9", True), ("2.4.10", False), ("3.0.0", False)])
+async def test_the_phone_refuses_the_code_of_an_old_client(make: MakeClient, oldest: str, asks: bool) -> None:
+    client = await make(oldest_version=oldest, frozen_at_ms=1_789_000_000_000)
+    code = await qrcode(client)
+    shown = [client.sim.scan(code).phone, client.sim.confirm(code).phone]
+
+    assert ["upgrade WeChat interface version" in phone for phone in shown] == [not asks] * 2
+    assert (await status(client, code))["status"] == ("confirmed" if asks else "wait")
+    client.sim.advance(120)
+    assert (await status(client, code))["status"] == ("confirmed" if asks else "expired")
+
+
+async def test_a_request_for_a_code_may_fail_for_the_tokens_in_it(make: MakeClient) -> None:
+    client = await make(listed_tokens="refused")
+    url = f"{client.sim.url}/ilink/bot/get_bot_qrcode?bot_type=3"
+    answer = await client.http.post(url, json={"local_token_list": [client.bot.token]}, headers=headers())
+
+    assert answer.json() == {"ret": -2}
+    assert await qrcode(client)
+
+
 async def test_s4_a_status_poll_is_held_until_something_happens(make: MakeClient) -> None:
     client = await make(LONG)
     code = await qrcode(client)

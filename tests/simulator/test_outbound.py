@@ -75,6 +75,18 @@ async def test_s10_exactly_the_greatest_length_passes(talking: Client) -> None:
     assert (await talking.send("x" * 16_384))["ret"] == 0
 
 
+async def test_the_phone_may_cut_what_the_answer_accepts(make: MakeClient) -> None:
+    client = await make(cut_chars=2000)
+    client.sim.say(client.bot.user, "hello")
+    assert (await client.send("好" * 2001))["ret"] == 0
+    client.sim.configure(cut_chars=0, cut_bytes=2048)
+    assert (await client.send("好" * 2001))["ret"] == 0
+    assert (await client.send("x" * 2048))["ret"] == 0
+
+    assert client.phone() == ["好" * 2000, "好" * 682, "x" * 2048]
+    assert [len(send.text) for send in client.sim.sends(client.bot.bot)] == [2001, 2001, 2048]
+
+
 async def test_s10_user_ids_are_case_sensitive(talking: Client) -> None:
     assert (await talking.send(to_user_id=talking.bot.user.lower()))["ret"] == -3
 
