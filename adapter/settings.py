@@ -117,8 +117,16 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     """Seconds that a send waits for iLink's answer. It is repeated once, one to five minutes later; then its command
     ends as `uncertain`."""
 
+    part_chars: Annotated[int, Meta(ge=100, le=16384)] = 1800
+    """Longest text that is sent as one message, in characters. Longer ones are sent in parts, ten at most, and each
+    costs a send. Phones are reported to cut texts near 2,000 characters although iLink accepted them."""
+
+    part_bytes: Annotated[int, Meta(ge=400, le=16384)] = 16384
+    """The same in bytes of UTF-8: what iLink accepts. 2000 if a phone cuts Chinese texts near 680 characters."""
+
     merge_chars: AtLeast0 = 3000
-    """Parked texts of one user are sent as one message up to so many characters; 0: each on its own."""
+    """Parked texts of one user are sent as one message up to so many characters, if one part may have as many; 0:
+    each on its own."""
 
     media_max_bytes: Annotated[int, Meta(ge=1)] = 104857600
     """Largest media, in bytes, both ways. A larger one of a user is named and not fetched, one of a sandbox

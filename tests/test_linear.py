@@ -32,7 +32,7 @@ from adapter.outbound.texts import is_open, split, to_literal
 from tests.hostile import TEXTS, steps
 
 ROOT = Path(adapter.__file__).parent
-LIMITS = Limits(command_bytes=10**7, text_chars=4000, parts=10, park_ms=1000)
+LIMITS = Limits(command_bytes=10**7, part_chars=4000, part_bytes=16_384, parts=10, park_ms=1000)
 
 
 def raw(text: str) -> bytes:
@@ -67,7 +67,7 @@ def name(text: str) -> None:
 
 RULES: dict[str, Callable[[str], object]] = {
     "a text as it is written": to_literal,
-    "a text in parts": lambda text: split(text.encode("utf-8", "replace").decode(), 4000),
+    "a text in parts": lambda text: split(text.encode("utf-8", "replace").decode(), 4000, 16_384),
     "an open fence": is_open,
     "the name of a file": partial(clean_file_name, most=128),
     "a command that is none": unreadable,
@@ -174,7 +174,7 @@ def test_eight_times_the_text_takes_about_eight_times_as_long(what: str) -> None
 
 
 @pytest.mark.parametrize(
-    "rule", [to_literal, is_open, partial(split, max_chars=400)], ids=["literal", "fence", "parts"]
+    "rule", [to_literal, is_open, partial(split, max_chars=400, max_bytes=16_384)], ids=["literal", "fence", "parts"]
 )
 def test_twice_the_text_takes_about_twice_the_steps(rule: Callable[[str], object]) -> None:
     many = {}

@@ -39,6 +39,8 @@ TYPING_AFTER_S, TYPING_S = 0.5, 50.0
 GIVE_UP_S = 3600.0
 """Time after which a message is given up with an answer to the user, whose next messages wait for it."""
 CUT = "…"
+LONGEST = 16_000
+"""Most characters of an answer. So many fit into the parts of a text, wherever it is cut (outbound/commands.py)."""
 
 
 class Answer(NamedTuple):
@@ -212,8 +214,9 @@ class Runner:
             log.exception("agent.crashed", message=message.id)
             answer, end = Answer(SORRY), end._replace(reason="crashed", detail=type(exc).__name__)
         self._on_end(end)
-        if answer.text.strip() or answer.items:
-            await message.reply(answer.text.strip(), answer.items)
+        text = answer.text.strip()
+        if text or answer.items:
+            await message.reply(text if len(text) <= LONGEST else text[:LONGEST] + CUT, answer.items)
         else:
             await message.typing("off")
 

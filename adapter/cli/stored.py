@@ -83,7 +83,7 @@ async def drop_queued(*seqs: Seqs) -> int:
 
 
 def listed_command_of(names: Names, stored: StoredMessage, *, bodies: bool) -> ListedCommand:
-    body = salvage_ids(stored.data, Limits(command_bytes=len(stored.data), park_ms=0))
+    body = salvage_ids(stored.data, Limits(park_ms=0, part_chars=0, part_bytes=0, command_bytes=len(stored.data)))
     routed, msg_id = stored.headers.get(H_COMMAND, ""), stored.headers.get(H_MSG_ID, "")
     plain = stored.subject == names.out_plain
     return ListedCommand(

@@ -44,18 +44,19 @@ MERGE_SEPARATOR = "\n\n"
 
 TYPING_MS = 60_000
 """Age at which a command to show the typing indicator expires: nobody needs it shown late."""
-TEXT_CHARS = 4000
-"""Longest part of a split text. In every script it has fewer bytes than iLink takes (texts.MAX_BYTES)."""
 PARTS = 10
 """Most parts of a split text: the sends of a window."""
+FILLED = 0.9
+"""Share of each part that is filled where a text needs more than PARTS otherwise (`texts.split`)."""
 
 
 class Limits(NamedTuple):
     """Limits for commands."""
 
     park_ms: int
+    part_chars: int
+    part_bytes: int
     command_bytes: int = COMMAND_BYTES
-    text_chars: int = TEXT_CHARS
     parts: int = PARTS
 
 
@@ -222,13 +223,15 @@ def _read_parts(body: Outbound, sandbox: str, limits: Limits) -> list[Part]:
 
 def _split_text(text: str, limits: Limits, *, is_literal: bool) -> list[str]:
     """Splits one text. Raises Refused("invalid"), Refused("too_long")."""
-    if len(text) > limits.parts * limits.text_chars:
+    if len(text) > limits.parts * limits.part_chars:
         raise _too_long(limits)
     if is_literal:
         text = to_literal(text)
     if not text.strip():
         raise Refused("invalid", "The text is empty.")
-    parts = texts.split(text, limits.text_chars)
+    parts = texts.split(text, limits.part_chars, limits.part_bytes)
+    if len(parts) > limits.parts:
+        parts = texts.split(text, limits.part_chars, limits.part_bytes, FILLED)
     return [to_literal_start(part) for part in parts] if is_literal else parts
 
 

@@ -485,7 +485,7 @@ class Conversation:
             return
         is_begun = self.record.head is not None and self.record.head.is_partially_sent
         if not is_begun:
-            group = sending.mergeable_prefix(group)
+            group = sending.mergeable_prefix(group, deps.policy.merge_bytes)
         progress = sending.begun(group, self.record, bot.id)
         content_of = group[0].sequence, progress.part, progress.merged, bot.id
         if progress.merged and not is_begun:

@@ -37,7 +37,7 @@ from adapter.outbound.record import (
     SendProgress,
     SentText,
 )
-from adapter.outbound.texts import MAX_BYTES, is_open
+from adapter.outbound.texts import is_open
 from adapter.outbound.window import WindowPolicy
 from adapter.ports import Accepted, Content, Delivery
 
@@ -62,6 +62,7 @@ class SendPolicy(NamedTuple):
     """Least time between two requests to one user."""
     merge_chars: int
     """Most characters of a message merged from parked texts; 0: no merging."""
+    merge_bytes: int
 
 
 class ServingBot(NamedTuple):
@@ -234,13 +235,13 @@ def next_message(
     return group
 
 
-def mergeable_prefix(group: list[QueuedCommand]) -> list[QueuedCommand]:
+def mergeable_prefix(group: list[QueuedCommand], max_bytes: int) -> list[QueuedCommand]:
     """The commands that fit into one message by their texts."""
     size = 0
     for count, command in enumerate(group):
         text = only_text(command)
         size += len(text.encode()) + len(MERGE_SEPARATOR)
-        if count and size > MAX_BYTES:
+        if count and size > max_bytes:
             return group[:count]
         if is_open(text):  # the next text would become part of its code
             return group[: count + 1]

@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import re
 
-MAX_BYTES = 16_384
-"""Longest text that iLink accepts (docs/reference/ilink-protocol.md, "Known numbers")."""
-
 _FENCE = re.compile(r"(`{3,6}|~{3,6}(?!~))([^`\n]*)")
 """A fence of more than six marks counts as text, since it would be repeated in every part."""
 _INFO_CHARS = 32
@@ -17,10 +14,11 @@ _CLOSING_ROOM = 8
 _SENTENCE = re.compile(r"(?<=[.!?…])\s+|(?<=[。！？；])")
 
 
-def split(text: str, max_chars: int, max_bytes: int = MAX_BYTES) -> list[str]:
-    """Splits `text` into as few parts as fit, at paragraphs, else lines, sentences or words.
+def split(text: str, max_chars: int, max_bytes: int, filled: float = 1 / 3) -> list[str]:
+    """Splits `text` into parts, at paragraphs, else lines, sentences or words. Each part costs a send.
 
-    A code fence that is cut is closed at the end of the part and reopened in the next. Each part costs a send.
+    A code fence that is cut is closed at the end of the part and reopened in the next. `filled`: share of a part
+    that is filled, even if that cuts a word.
     """
     if _is_within_limits(text, max_chars, max_bytes):
         return [text]
@@ -34,7 +32,7 @@ def split(text: str, max_chars: int, max_bytes: int = MAX_BYTES) -> list[str]:
         if _is_within_limits(opening + rest, max_chars, max_bytes):
             parts.append(opening + rest)
             break
-        cut = _cut_position(rest, room_chars, room_bytes)
+        cut = _cut_position(rest, room_chars, room_bytes, filled)
         piece, rest = rest[:cut], rest[cut:]
         part = opening + piece.rstrip("\n" if fence else " \n")
         fence = _open_fence(piece, fence)
@@ -56,13 +54,13 @@ def _is_within_limits(text: str, max_chars: int, max_bytes: int) -> bool:
     return len(text) <= max_chars and len(text.encode()) <= max_bytes
 
 
-def _cut_position(text: str, chars: int, size: int) -> int:
+def _cut_position(text: str, chars: int, size: int, filled: float) -> int:
     """The last good place to cut within the limits, at least one character in."""
     limit = min(chars, len(text))
     while len(text[:limit].encode()) > size:
         limit -= max(1, (len(text[:limit].encode()) - size) // 4)
     head = text[:limit]
-    least = limit // 3  # rather cut a line than make many tiny parts
+    least = int(limit * filled)  # rather cut a line than make many tiny parts
     for mark in ("\n\n", "\n"):
         at = head.rfind(mark)
         if at > least:

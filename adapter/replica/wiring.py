@@ -135,7 +135,8 @@ class Replica:
                 sends=settings.sends_per_window, hours=settings.window_hours, reserve=settings.reserve_sends
             ),
             gap_ms=settings.send_gap_ms,
-            merge_chars=settings.merge_chars,
+            merge_chars=min(settings.merge_chars, settings.part_chars),
+            merge_bytes=settings.part_bytes,
         )
         self.media = MediaFetcher(
             edges.cdn,
@@ -183,7 +184,11 @@ class Replica:
         )
 
         # outbound
-        self.limits = Limits(park_ms=int(settings.park_hours * 3_600_000))
+        self.limits = Limits(
+            park_ms=int(settings.park_hours * 3_600_000),
+            part_chars=settings.part_chars,
+            part_bytes=settings.part_bytes,
+        )
         self.outbound = OutboundDeps(
             events=events,
             history=edges.history,

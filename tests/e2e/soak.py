@@ -282,7 +282,7 @@ class Soak:
                 case 6:
                     await self.say(bot, "voice")
                 case 7:
-                    await self.command(sandbox, text="word " * 2000)
+                    await self.command(sandbox, text="word " * 1000)
             await asyncio.sleep(0.5)
 
     async def fall_silent(self, residents: dict[str, Bot]) -> None:

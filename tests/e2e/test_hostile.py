@@ -219,7 +219,7 @@ LOST = ("lease.paused", "lease.revoked", "claim.lost")
 
 async def test_a_text_that_takes_long_to_read_delays_nobody(tmp_path: Path) -> None:
     async with world(tmp_path, quota=0) as made:
-        adapter = await made.add_adapter(WECHAT_NATS_SENDS_PER_WINDOW="0")
+        adapter = await made.add_adapter(WECHAT_NATS_SENDS_PER_WINDOW="0", WECHAT_NATS_PART_CHARS="4000")
         nc = await both(made)
         made.say(BAD, "hello")
         for name, text in MEAN.items():

@@ -364,7 +364,7 @@ async def test_pain_15_a_long_text_is_cut_where_people_would_and_into_few_messag
         await s.sends("long", text=text)
         receipt = await s.final("long")
         assert receipt.outcome == "accepted"
-        assert len(receipt.message_ids) == len(s.shown()) == -(-len(text) // 4000)
+        assert len(receipt.message_ids) == len(s.shown()) == -(-len(text) // 1800)
         for part in s.shown():
             assert part.count("```") % 2 == 0
         for paragraph in paragraphs:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import hashlib
+import re
 import signal
 from pathlib import Path
 from typing import Any
@@ -272,3 +273,51 @@ def peak_rss(pid: int) -> int:
     status = Path(f"/proc/{pid}/status").read_text()
     (line,) = [line for line in status.splitlines() if line.startswith("VmHWM")]
     return int(line.split()[1]) * 1024
+
+
+# long texts ---------------------------------------------------------------------------------------------------
+
+CHINESE = "".join(f"这是第{number}句话，它说到这里为止。" for number in range(300))
+ENGLISH = "".join(f"This is sentence {number}, and here it ends. " for number in range(150))
+CUT = [
+    ("2,000 characters", {"cut_chars": 2000}, {}, CHINESE, False),
+    ("2,048 bytes of English", {"cut_bytes": 2048}, {}, ENGLISH, False),
+    ("2,048 bytes of Chinese", {"cut_bytes": 2048}, {}, CHINESE, True),
+    ("2,048 bytes, the setting", {"cut_bytes": 2048}, {"WECHAT_NATS_PART_BYTES": "2000"}, CHINESE, False),
+    ("longer parts", {"cut_chars": 2000}, {"WECHAT_NATS_PART_CHARS": "4000"}, CHINESE, True),
+]
+
+
+@pytest.mark.parametrize(("phone", "environ", "text", "loses"), [row[1:] for row in CUT], ids=[row[0] for row in CUT])
+async def test_a_phone_that_cuts_texts_shows_all_of_parts_that_are_short_enough(
+    tmp_path: Path, phone: dict[str, Any], environ: dict[str, str], text: str, loses: bool
+) -> None:
+    """iLink accepts them all, so that nothing but the phone tells."""
+    async with world(tmp_path, **phone) as made:
+        nc, bot = await started(made, **environ)
+        await send(made, nc, "long", {"kind": "text", "text": text})
+        receipt = await final_of(made, "long")
+        assert receipt.outcome == "accepted"
+        assert len(receipt.message_ids) == len(made.sim.phone(bot.user)) <= 10
+        words = [sentence for sentence in re.split(r"(?<=[.。]) ?", text) if sentence]
+        lost = [sentence for sentence in words if not any(sentence in shown for shown in made.phone_texts("s1"))]
+        assert bool(lost) == loses
+
+
+async def test_texts_that_waited_are_merged_into_no_more_than_a_phone_shows(tmp_path: Path) -> None:
+    async with world(tmp_path, cut_chars=2000) as made:
+        await made.add_adapter()
+        nc, bot = await made.nc(), made.sim.add_bot()
+        await made.bind(nc, "s1", bot)
+        texts = [f"{number}" * 800 for number in range(4)]
+        for number, text in enumerate(texts):
+            await send(made, nc, f"c{number}", {"kind": "text", "text": text})
+
+        async def are_parked() -> bool:
+            return len({each.command for each in await made.receipts(nc) if each.outcome == "parked"}) == 4
+
+        await eventually(are_parked, "they wait")
+        made.say("s1", "hello")
+        await final_of(made, "c3")
+        shown = [each.text for each in made.sim.phone(bot.user)]
+        assert shown == ["\n\n".join(texts[:2]), "\n\n".join(texts[2:])]

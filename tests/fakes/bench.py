@@ -38,10 +38,10 @@ from tests.fakes.media import FakeCdn, FakeObjects
 from tests.fakes.replicas import FakeLeases
 from tests.newer import made_newer
 
-LIMITS = Limits(park_ms=72 * 3_600_000)
+LIMITS = Limits(park_ms=72 * 3_600_000, part_chars=1800, part_bytes=16_384)
 WINDOW = WindowPolicy(sends=10, hours=23.0)
 GAP_S = 1.5
-POLICY = SendPolicy(window=WINDOW, gap_ms=int(GAP_S * 1000), merge_chars=0)
+POLICY = SendPolicy(window=WINDOW, gap_ms=int(GAP_S * 1000), merge_chars=0, merge_bytes=16_384)
 MEDIA_BYTES = 100_000
 
 

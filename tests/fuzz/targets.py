@@ -51,14 +51,14 @@ from adapter.outbound.commands import (
     salvage_ids,
     sandbox_of,
 )
-from adapter.outbound.texts import MAX_BYTES, is_open, split, to_literal
+from adapter.outbound.texts import is_open, split, to_literal
 from adapter.ports import Scan
 from adapter.security.seal import Sealer
 from tests.fakes import Wire
 
 ROOT = Path(__file__).parents[2]
 NAMES = Names()
-LIMITS = Limits(command_bytes=65_536, text_chars=400, parts=10, park_ms=1000)
+LIMITS = Limits(command_bytes=65_536, part_chars=400, part_bytes=16_384, parts=10, park_ms=1000)
 SEALER = Sealer((bytes(32),))
 LOOP = asyncio.new_event_loop()
 ANSWER_BYTES = 1000
@@ -89,7 +89,9 @@ def command(data: bytes) -> None:
         contract.Receipt(command="c", sandbox="s1", outcome="refused", reason=exc.reason, detail=exc.detail)
         return
     texts = [part for part in read.parts if isinstance(part, str)]
-    assert all(part.strip() and len(part) <= LIMITS.text_chars and len(part.encode()) <= MAX_BYTES for part in texts)
+    assert all(
+        part.strip() and len(part) <= LIMITS.part_chars and len(part.encode()) <= LIMITS.part_bytes for part in texts
+    )
     assert len(texts) <= LIMITS.parts
     assert read.expires_ms - 1 <= LIMITS.park_ms
     item = protocol.text_item("".join(texts))
@@ -251,8 +253,8 @@ def texts(data: bytes) -> None:
     """Long texts and Markdown."""
     text = data.decode("utf-8", "replace")
     for whole in (text, to_literal(text)):
-        for parts in (split(whole, 100), split(whole, 7, 40)):
-            assert all(len(part.encode()) <= MAX_BYTES for part in parts)
+        for chars, size in ((100, 16_384), (7, 40)):
+            assert all(len(part.encode()) <= 16_384 for part in split(whole, chars, size))
         is_open(whole)
 
 

@@ -17,7 +17,7 @@ THROTTLED = Throttled("throttled", "iLink answered -2", ret=-2, errmsg="prepare 
 STALE = SessionExpired("needs_login", "iLink answered -14", errcode=-14, errmsg="session timeout")
 TIMEOUT = Uncertain("timeout", "no answer")
 FIRST = Accepted("m1", 0, None, "")
-THREE = ("A" * 3000 + "\n\n") * 3
+THREE = ("A" * 1500 + "\n\n") * 3
 """A text of three parts."""
 
 

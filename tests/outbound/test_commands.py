@@ -24,7 +24,7 @@ from adapter.outbound.commands import (
 
 NOW = 1_789_000_000_000
 HOUR = 3_600_000
-LIMITS = Limits(park_ms=72 * HOUR)
+LIMITS = Limits(park_ms=72 * HOUR, part_chars=1800, part_bytes=16_384)
 
 
 def read(*, sandbox: str = "s1", stored_ms: int = NOW, limits: Limits = LIMITS, **body: Any) -> Command:
@@ -60,11 +60,11 @@ PARTS: list[tuple[str, dict[str, Any], list[str]]] = [
     ("literal", {"text": "**hi**\n- you", "format": "literal"}, ["＊＊hi＊＊  \n－ you"]),
     (
         "literal-where-a-part-begins",
-        {"text": "a" * 3990 + " - b" * 9, "format": "literal"},
-        ["a" * 3990, "－ b" + " - b" * 8],
+        {"text": "a" * 1790 + " - b" * 9, "format": "literal"},
+        ["a" * 1790, "－ b" + " - b" * 8],
     ),
     ("unknown-fields", {"text": "hi", "colour": "red"}, ["hi"]),
-    ("long", {"text": "a" * 3000 + "\n\n" + "b" * 3000}, ["a" * 3000, "b" * 3000]),
+    ("long", {"text": "a" * 1500 + "\n\n" + "b" * 1500}, ["a" * 1500, "b" * 1500]),
     ("emoji", {"text": "👩‍👩‍👧‍👦"}, ["👩‍👩‍👧‍👦"]),
     ("spaces-around", {"text": " hi "}, [" hi "]),
 ]
@@ -101,8 +101,8 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
     ("blank-text", {"text": " \n\t"}, "invalid"),
     ("blank-item", {"items": items("hi", " ")}, "invalid"),
     ("literal-of-nothing", {"text": " \n ", "format": "literal"}, "invalid"),
-    ("too-many-parts", {"text": "a" * 40_001}, "too_long"),
-    ("too-many-parts-in-all", {"items": items(*["a" * 5000] * 6)}, "too_long"),
+    ("too-many-parts", {"text": "a" * 18_001}, "too_long"),
+    ("too-many-parts-in-all", {"items": items(*["a" * 2000] * 6)}, "too_long"),
     ("far-too-long", {"text": "a" * 250_000}, "too_long"),
     ("far-too-long-as-literal", {"text": "![" * 100_000, "format": "literal"}, "too_long"),
     ("user-longer-than-any", {"text": "hi", "user": "u" * 129}, "invalid"),
@@ -262,8 +262,8 @@ MEDIA: list[tuple[str, list[dict[str, Any]], list[str | MediaPart]]] = [
     ),
     (
         "long-caption",
-        one(kind="image", media={"object": "s1/a"}, caption="a" * 3000 + "\n\n" + "b" * 3000),
-        ["a" * 3000, "b" * 3000, MediaPart("image", "", "s1/a", b"")],
+        one(kind="image", media={"object": "s1/a"}, caption="a" * 1500 + "\n\n" + "b" * 1500),
+        ["a" * 1500, "b" * 1500, MediaPart("image", "", "s1/a", b"")],
     ),
     (
         "in-the-order-of-the-items",
@@ -271,6 +271,17 @@ MEDIA: list[tuple[str, list[dict[str, Any]], list[str | MediaPart]]] = [
         ["one", MediaPart("file", "", "", b"hello"), "two"],
     ),
 ]
+
+
+@pytest.mark.parametrize(("length", "character", "part_bytes"), [(900, "a", 16_384), (225, "好", 2000)])
+def test_text_for_ten_parts_fits_whatever_its_paragraphs(length: int, character: str, part_bytes: int) -> None:
+    """Each paragraph alone would leave a third of its part empty."""
+    paragraphs = [character * length + " end."] * 16
+    text = "\n\n".join(paragraphs)
+    parts = read(text=text, limits=LIMITS._replace(part_bytes=part_bytes, part_chars=2 * length)).parts
+    assert len(parts) <= 10
+    assert all(isinstance(part, str) and len(part.encode()) <= part_bytes for part in parts)
+    assert "".join(map(str, parts)).replace("\n", "") == "".join(paragraphs)
 
 
 @pytest.mark.parametrize(("body", "parts"), [row[1:] for row in MEDIA], ids=[row[0] for row in MEDIA])

@@ -26,14 +26,13 @@ from adapter.outbound.sending import (
     SendPolicy,
     ServingBot,
 )
-from adapter.outbound.texts import MAX_BYTES
 from adapter.outbound.window import WindowPolicy
 from adapter.ports import Accepted, Content, MediaKind, Uploaded
 from tests.fakes import FakeDelivery
 from tests.outbound.shards import rows
 
 NOW = 1_000_000_000
-POLICY = SendPolicy(window=WindowPolicy(sends=10, hours=24.0, reserve=3), gap_ms=0, merge_chars=100)
+POLICY = SendPolicy(window=WindowPolicy(sends=10, hours=24.0, reserve=3), gap_ms=0, merge_chars=100, merge_bytes=400)
 BOT = ServingBot("b1", is_usable=True)
 YES = Accepted("m1", 0, None, "")
 NO_ID = Accepted(None, 0, 7, "sure")
@@ -271,16 +270,16 @@ def test_no_more_than_thirty_two_texts_go_together() -> None:
     "texts, together",
     {
         "all that fits": (["a", "b", "c"], 3),
-        "up to the bytes of a message": (["é" * (MAX_BYTES // 4), "é" * (MAX_BYTES // 4 - 2)], 2),
-        "and not a byte more": (["é" * (MAX_BYTES // 4), "é" * (MAX_BYTES // 4 - 2) + "a"], 1),
-        "one alone, however long": (["a" * (2 * MAX_BYTES)], 1),
+        "up to the bytes of a message": (["é" * (100), "é" * (100 - 2)], 2),
+        "and not a byte more": (["é" * (100), "é" * (100 - 2) + "a"], 1),
+        "one alone, however long": (["a" * (800)], 1),
         "nothing behind a text that ends within code": (["a", "```\ncode", "b"], 2),
         "more behind code that is closed": (["a", "```\ncode\n```", "b"], 3),
     },
 )
 def test_how_many_texts_fit_into_a_message(texts: list[str], together: int) -> None:
     group = [command(number, text) for number, text in enumerate(texts, 1)]
-    assert numbers(sending.mergeable_prefix(group)) == numbers(group[:together])
+    assert numbers(sending.mergeable_prefix(group, POLICY.merge_bytes)) == numbers(group[:together])
 
 
 @rows(

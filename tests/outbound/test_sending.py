@@ -101,7 +101,7 @@ async def test_a_command_that_needs_more_sends_than_are_left_is_told_so(when_clo
     """It was told that they are used up, beside a window that has some."""
     bench, shard = await ready()
     bench.hears(sends_used=8)
-    shard.on_delivery(bench.command("a" * 9000, id="c1", when_closed=when_closed))
+    shard.on_delivery(bench.command("a" * 4000, id="c1", when_closed=when_closed))
     await asyncio.sleep(30)
     (receipt,) = bench.bus.receipts()
     assert (receipt.outcome, receipt.reason, receipt.window.remaining) == (outcome, "quota", 2)

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from adapter.outbound.texts import MAX_BYTES, split
+from adapter.outbound.texts import split
 
 FENCED = "```py\n" + "\n".join(f"    line({number})" for number in range(12)) + "\n```"
 
@@ -32,11 +32,11 @@ SPLITS = [
 
 @pytest.mark.parametrize(("text", "chars", "parts"), [row[1:] for row in SPLITS], ids=[row[0] for row in SPLITS])
 def test_a_long_text_is_cut_where_a_reader_would(text: str, chars: int, parts: list[str]) -> None:
-    assert split(text, chars) == parts
+    assert split(text, chars, 16_384) == parts
 
 
 def test_a_fence_that_is_cut_is_closed_and_opened_again() -> None:
-    parts = split("Look:\n\n" + FENCED + "\n\nDone.", 100)
+    parts = split("Look:\n\n" + FENCED + "\n\nDone.", 100, 16_384)
     assert len(parts) > 1
     for part in parts:
         marks = [line for line in part.splitlines() if line.startswith("```")]
@@ -47,38 +47,38 @@ def test_a_fence_that_is_cut_is_closed_and_opened_again() -> None:
 
 def test_code_keeps_its_indentation_where_it_is_cut() -> None:
     """In Python it is meaning."""
-    lines = [line for part in split(FENCED, 60) for line in part.splitlines() if not line.startswith("```")]
+    lines = [line for part in split(FENCED, 60, 16_384) for line in part.splitlines() if not line.startswith("```")]
     assert lines == [f"    line({number})" for number in range(12)]
 
 
 def test_a_fence_of_tildes_is_closed_with_tildes() -> None:
-    parts = split("~~~\n" + "code code\n" * 20 + "~~~", 60)
+    parts = split("~~~\n" + "code code\n" * 20 + "~~~", 60, 16_384)
     assert all(part.startswith("~~~\n") and part.endswith("\n~~~") for part in parts)
 
 
 def test_backticks_within_a_line_open_no_fence() -> None:
-    parts = split("use ```x``` here " * 20, 60)
+    parts = split("use ```x``` here " * 20, 60, 16_384)
     assert not any(part.endswith("\n```") for part in parts)
 
 
 def test_a_fence_with_an_endless_info_string_costs_no_more_than_its_text() -> None:
     """Anybody on the bus may write one: it is not repeated in every part."""
-    parts = split("```" + "x" * 5000 + "\n" + "code\n" * 2000 + "```", 4000)
+    parts = split("```" + "x" * 5000 + "\n" + "code\n" * 2000 + "```", 4000, 16_384)
     assert len(parts) < 10
     assert all(len(part) <= 4000 for part in parts)
 
 
 def test_bytes_are_bounded_too() -> None:
     """4 bytes per emoji: 16,384 bytes come before 16,384 characters."""
-    parts = split("😀" * 10_000, 16_384)
-    assert all(len(part.encode()) <= MAX_BYTES for part in parts)
+    parts = split("😀" * 10_000, 16_384, 16_384)
+    assert all(len(part.encode()) <= 16_384 for part in parts)
     assert "".join(parts) == "😀" * 10_000
     assert len(parts) == 3
 
 
 def test_many_parts_are_not_tiny() -> None:
     """Each costs a send: a cut near the start of a part is worse than a cut word."""
-    parts = split("a\n\n" + "b" * 300, 100)
+    parts = split("a\n\n" + "b" * 300, 100, 16_384)
     assert len(parts) == 4
 
 
@@ -95,7 +95,7 @@ def bare(text: str) -> str:
 
 @given(texts, st.integers(20, 80))
 def test_nothing_is_lost(text: str, chars: int) -> None:
-    parts = split(text, chars)
+    parts = split(text, chars, 16_384)
     found, wanted = bare("\n".join(parts)), bare(text)
     # a fence that is opened again repeats its info string, so the original is a subsequence
     rest = iter(found)

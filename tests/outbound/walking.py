@@ -326,7 +326,7 @@ def command(name: str, *, to: str = USER, parts: int = 1, **fields: Any) -> Step
     """A command; bare unless `fields` name somebody. `to`: whom it is for."""
 
     async def step(walk: Walk) -> None:
-        text = "\n\n".join(f"@{name}.{part}" + " x" * 1500 * (parts > 1) for part in range(parts))
+        text = "\n\n".join(f"@{name}.{part}" + " x" * 700 * (parts > 1) for part in range(parts))
         body = {"id": name, **fields} if {"items", "typing"} & set(fields) else {"id": name, "text": text, **fields}
         count = 0 if "typing" in fields else 2 if "items" in fields else parts
         walk.store(name, f"wechat.out.{SHARD}.{SANDBOX}", body, user=to, parts=count)
