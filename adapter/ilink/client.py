@@ -110,7 +110,7 @@ class ILink:
         return bot in self._connecting
 
     async def poll(self, account: Account, cursor: str, hold_ms: int) -> Polled | None:
-        request = protocol.updates_request(account.token, cursor, random.getrandbits(32), self._declared)
+        request = protocol.updates_request(account.token, cursor, self._declare())
         started = time.monotonic()
         timeout_s, on_connected = hold_ms / 1000 + self._poll_margin_s, partial(self._connecting.discard, account.bot)
         self._connecting.add(account.bot)
@@ -169,13 +169,7 @@ class ILink:
     ) -> Accepted:
         item = protocol.text_item(content) if isinstance(content, str) else protocol.media_item(content)
         request = protocol.message_request(
-            account.token,
-            random.getrandbits(32),
-            item,
-            user=user,
-            client_id=client_id,
-            context_token=context_token,
-            declared=self._declared,
+            account.token, self._declare(), item, user=user, client_id=client_id, context_token=context_token
         )
         try:
             with CountedCall(self._metrics, "sendmessage"):
@@ -186,35 +180,28 @@ class ILink:
 
     async def upload_url(self, account: Account, upload: Upload, cdn_base_url: str) -> str:
         """getuploadurl, which may always be repeated. Raises SessionExpired, Refused("media"), Temporary."""
-        request = protocol.upload_request(account.token, random.getrandbits(32), upload, self._declared)
+        request = protocol.upload_request(account.token, self._declare(), upload)
         read = partial(protocol.read_upload_url, cdn_base_url=cdn_base_url, filekey=upload.filekey)
         return await self._call_repeatable(account, request, read, UPLOAD_URL_S)
 
     async def notify(self, account: Account, *, start: bool) -> None:
         """notifystart or notifystop."""
-        number = random.getrandbits(32)
-        request = protocol.notify_request(account.token, number, start=start, declared=self._declared)
+        request = protocol.notify_request(account.token, self._declare(), start=start)
         await self._call_repeatable(account, request, protocol.read_notified)
 
     async def typing_ticket(self, account: Account, user: str, context_token: str) -> str:
         """getconfig."""
-        number = random.getrandbits(32)
-        request = protocol.config_request(
-            account.token, number, user=user, context_token=context_token, declared=self._declared
-        )
+        request = protocol.config_request(account.token, self._declare(), user=user, context_token=context_token)
         return await self._call_repeatable(account, request, protocol.read_ticket)
 
     async def show_typing(self, account: Account, user: str, ticket: str, *, on: bool) -> None:
         """sendtyping."""
-        number = random.getrandbits(32)
-        request = protocol.typing_request(
-            account.token, number, user=user, ticket=ticket, on=on, declared=self._declared
-        )
+        request = protocol.typing_request(account.token, self._declare(), user=user, ticket=ticket, on=on)
         await self._call_repeatable(account, request, protocol.read_typing)
 
     async def fetch_code(self, tokens: Sequence[str]) -> QrCode:
         """Requests a code, always from the default base URL (docs/reference/ilink-protocol.md, "Hosts")."""
-        request = protocol.qrcode_request(random.getrandbits(32), tokens, self._declared)
+        request = protocol.qrcode_request(self._declare(), tokens)
         try:
             return await self._call_repeatable(_NOBODY, request, protocol.read_qrcode)
         except AdapterError as exc:
@@ -223,7 +210,7 @@ class ILink:
 
     async def read_code(self, handle: str, base_url: str, verify_code: str) -> Scan | None:
         """None: a timeout, a network or gateway error, or an unreadable answer."""
-        request = protocol.qrcode_status_request(handle, verify_code, self._declared)
+        request = protocol.qrcode_status_request(self._declare(), handle, verify_code)
         timeout_s = HOLD_MS / 1000 + self._poll_margin_s
         account = _NOBODY._replace(base_url=base_url)
         try:
@@ -243,6 +230,9 @@ class ILink:
             raise Temporary("timeout", f"no answer within {timeout_s:g} s") from exc
         except Uncertain as exc:
             raise Temporary("network", exc.detail) from exc
+
+    def _declare(self) -> Declared:
+        return self._declared._replace(number=random.getrandbits(32))
 
     async def close(self) -> None:
         """Closes all connections."""

@@ -105,12 +105,14 @@ def uin(number: int) -> str:
 
 
 class Declared(NamedTuple):
-    """What requests tell iLink of this client."""
+    """What a request tells iLink of this client."""
 
     version: str = NEWEST_ILINK_VERSION
     """major.minor.patch of the official client whose behaviour this one follows."""
     agent: str = AGENT
     route_tag: str = ""
+    number: int = 0
+    """A random uint32, another one in each request."""
 
     @property
     def app_headers(self) -> dict[str, str]:
@@ -119,48 +121,35 @@ class Declared(NamedTuple):
         headers = {"iLink-App-Id": "bot", "iLink-App-ClientVersion": str(major << 16 | minor << 8 | patch)}
         return headers | {"SKRouteTag": self.route_tag} if self.route_tag else headers
 
-    def post_headers(self, number: int) -> dict[str, str]:
+    @property
+    def post_headers(self) -> dict[str, str]:
         """Those of a POST, without the authorization."""
         kind = {"Content-Type": "application/json", "AuthorizationType": "ilink_bot_token"}
-        return {**kind, **self.app_headers, "X-WECHAT-UIN": uin(number)}
+        return {**kind, **self.app_headers, "X-WECHAT-UIN": uin(self.number)}
 
 
 NEWEST = Declared()
 
 
 def _request(
-    name: str,
-    token: str,
-    number: int,
-    declared: Declared,
-    body: dict[str, Any],
-    *,
-    secret: str = "",
-    repeatable: bool = True,
+    name: str, token: str, declared: Declared, body: dict[str, Any], *, secret: str = "", repeatable: bool = True
 ) -> IlinkRequest:
     """`secret`: a secret in the body beside the token."""
-    headers = {**declared.post_headers(number), "Authorization": f"Bearer {token}"}
+    headers = {**declared.post_headers, "Authorization": f"Bearer {token}"}
     body["base_info"] = {"channel_version": declared.version, "bot_agent": declared.agent}
     secrets = (token, token.rpartition(":")[2], secret)
     endpoint, encoded = name.rpartition("/")[2], msgspec.json.encode(body)
     return IlinkRequest(endpoint, f"/ilink/bot/{name}", headers, encoded, secrets=secrets, repeatable=repeatable)
 
 
-def updates_request(token: str, cursor: str, number: int, declared: Declared = NEWEST) -> IlinkRequest:
+def updates_request(token: str, cursor: str, declared: Declared) -> IlinkRequest:
     """getupdates. `cursor` is "" at the start; iLink's cursors contain the bot's token in base64."""
-    request = _request("getupdates", token, number, declared, {"get_updates_buf": cursor}, secret=cursor)
+    request = _request("getupdates", token, declared, {"get_updates_buf": cursor}, secret=cursor)
     return msgspec.structs.replace(request, largest=ANSWER_BYTES)
 
 
 def message_request(
-    token: str,
-    number: int,
-    item: dict[str, Any],
-    *,
-    user: str,
-    client_id: str,
-    context_token: str,
-    declared: Declared = NEWEST,
+    token: str, declared: Declared, item: dict[str, Any], *, user: str, client_id: str, context_token: str
 ) -> IlinkRequest:
     """sendmessage with one item, in the official form. An empty `context_token` is omitted."""
     msg: dict[str, Any] = {
@@ -173,7 +162,7 @@ def message_request(
     }
     if context_token:
         msg["context_token"] = context_token
-    return _request("sendmessage", token, number, declared, {"msg": msg}, secret=context_token, repeatable=False)
+    return _request("sendmessage", token, declared, {"msg": msg}, secret=context_token, repeatable=False)
 
 
 def text_item(text: str) -> dict[str, Any]:
@@ -213,7 +202,7 @@ class Upload(NamedTuple):
         return f"Upload({self.kind!r}, size={self.size})"  # keeps the key out of logs and tracebacks
 
 
-def upload_request(token: str, number: int, upload: Upload, declared: Declared = NEWEST) -> IlinkRequest:
+def upload_request(token: str, declared: Declared, upload: Upload) -> IlinkRequest:
     """getuploadurl."""
     body = {
         "filekey": upload.filekey,
@@ -225,7 +214,7 @@ def upload_request(token: str, number: int, upload: Upload, declared: Declared =
         "no_need_thumb": True,
         "aeskey": upload.key.hex(),
     }
-    return _request("getuploadurl", token, number, declared, body, secret=upload.key.hex())
+    return _request("getuploadurl", token, declared, body, secret=upload.key.hex())
 
 
 def read_upload_url(reply: IlinkReply, *, cdn_base_url: str, filekey: str) -> str:
@@ -266,37 +255,33 @@ def cdn_refusal(status: int, headers: Mapping[str, str]) -> Refused:
     return Refused("media", f"The CDN refused the upload: HTTP {status} {words}".strip())
 
 
-def config_request(
-    token: str, number: int, *, user: str, context_token: str, declared: Declared = NEWEST
-) -> IlinkRequest:
+def config_request(token: str, declared: Declared, *, user: str, context_token: str) -> IlinkRequest:
     """getconfig for the user's typing ticket."""
     body: dict[str, Any] = {"ilink_user_id": user}
     if context_token:
         body["context_token"] = context_token
-    return _request("getconfig", token, number, declared, body, secret=context_token)
+    return _request("getconfig", token, declared, body, secret=context_token)
 
 
-def typing_request(
-    token: str, number: int, *, user: str, ticket: str, on: bool, declared: Declared = NEWEST
-) -> IlinkRequest:
+def typing_request(token: str, declared: Declared, *, user: str, ticket: str, on: bool) -> IlinkRequest:
     """sendtyping."""
     body: dict[str, Any] = {"ilink_user_id": user, "typing_ticket": ticket, "status": 1 if on else 2}
-    return _request("sendtyping", token, number, declared, body, secret=ticket)
+    return _request("sendtyping", token, declared, body, secret=ticket)
 
 
-def notify_request(token: str, number: int, *, start: bool, declared: Declared = NEWEST) -> IlinkRequest:
+def notify_request(token: str, declared: Declared, *, start: bool) -> IlinkRequest:
     """msg/notifystart or msg/notifystop."""
-    return _request("msg/notifystart" if start else "msg/notifystop", token, number, declared, {})
+    return _request("msg/notifystart" if start else "msg/notifystop", token, declared, {})
 
 
-def qrcode_request(number: int, tokens: Sequence[str], declared: Declared = NEWEST) -> IlinkRequest:
+def qrcode_request(declared: Declared, tokens: Sequence[str]) -> IlinkRequest:
     """get_bot_qrcode, without authorization and base_info. `tokens`: newest first; the first ten are sent."""
     body = msgspec.json.encode({"local_token_list": list(tokens[:TOKENS_LISTED])})
-    path, headers = "/ilink/bot/get_bot_qrcode?bot_type=3", declared.post_headers(number)
+    path, headers = "/ilink/bot/get_bot_qrcode?bot_type=3", declared.post_headers
     return IlinkRequest("get_bot_qrcode", path, headers, body)
 
 
-def qrcode_status_request(handle: str, verify_code: str, declared: Declared = NEWEST) -> IlinkRequest:
+def qrcode_status_request(declared: Declared, handle: str, verify_code: str) -> IlinkRequest:
     """get_qrcode_status: a GET with only the app headers. `verify_code`: "" if none is required."""
     path = f"/ilink/bot/get_qrcode_status?qrcode={quote(handle, safe='')}"
     if verify_code:

@@ -95,7 +95,9 @@ def command(data: bytes) -> None:
     assert len(texts) <= LIMITS.parts
     assert read.expires_ms - 1 <= LIMITS.park_ms
     item = protocol.text_item("".join(texts))
-    protocol.message_request("t", 1, item, user=read.user, client_id=client_id("base", 0), context_token="c")
+    protocol.message_request(
+        "t", protocol.Declared(), item, user=read.user, client_id=client_id("base", 0), context_token="c"
+    )
     conversation_key("s1", read.user).encode("ascii")
     NAMES.receipt("s1", command_id(body.id, "", "", 7), 1).encode("ascii")
 

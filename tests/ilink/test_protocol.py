@@ -24,6 +24,7 @@ from adapter.ilink.protocol import (
 )
 from adapter.ports import HOLD_MS, Accepted, MediaKind, MediaRef, Polled, QrCode, Scan, Uploaded
 
+DECLARED = protocol.Declared(number=305419896)
 BIG = 7497484083968569736
 """Beyond 2^53: a double would make 7497484083968569344 of it."""
 
@@ -252,7 +253,7 @@ def test_an_answer_that_is_written_otherwise_loses_no_message(body: bytes) -> No
 @pytest.mark.parametrize("secret", ["no-usual-token:0b1c2d", "0b1c2d", "any context"])
 def test_an_error_message_has_no_secret_of_its_request_whatever_it_looks_like(secret: str) -> None:
     request = protocol.message_request(
-        "no-usual-token:0b1c2d", 1, {}, user="u", client_id="c", context_token="any context"
+        "no-usual-token:0b1c2d", DECLARED, {}, user="u", client_id="c", context_token="any context"
     )
     answer = replace(
         reply({"ret": -1, "errmsg": f"{'x' * 190} {secret} is wrong, {secret}"}), secrets=request.secrets
@@ -265,7 +266,7 @@ def test_an_error_message_has_no_secret_of_its_request_whatever_it_looks_like(se
 def test_an_error_message_that_quotes_the_cursor_has_no_token() -> None:
     """It stands in there, in base64."""
     cursor = base64.b64encode(b"\n\x02\x08\x01\x12\x16b1@im.bot:060000secret").decode()
-    request = protocol.updates_request("b1@im.bot:060000secret", cursor, 1)
+    request = protocol.updates_request("b1@im.bot:060000secret", cursor, DECLARED)
     answer = replace(reply({"ret": -2, "errmsg": f"bad get_updates_buf {cursor}"}), secrets=request.secrets)
     with pytest.raises(Temporary) as caught:
         read_updates(answer, polled_s=1)
@@ -412,18 +413,18 @@ FILEKEY = "0f1e2d3c4b5a69788796a5b4c3d2e1f0"
 
 def upload_request(kind: MediaKind = "file") -> protocol.IlinkRequest:
     upload = protocol.Upload("o9Cq@im.wechat", kind, 14, "7d36e586ba5d45ede81619df48a3d898", FILEKEY, KEY)
-    return protocol.upload_request("bot:secret", 305419896, upload)
+    return protocol.upload_request("bot:secret", DECLARED, upload)
 
 
 def send_request() -> protocol.IlinkRequest:
     return protocol.message_request(
-        "bot:secret", 305419896, protocol.text_item("on it 😀"),
+        "bot:secret", DECLARED, protocol.text_item("on it 😀"),
         user="o9Cq@im.wechat", client_id="c-1", context_token="AARz",
     )  # fmt: skip
 
 
 def test_a_send_without_a_context_token_leaves_it_out() -> None:
-    request = protocol.message_request("bot:secret", 1, {}, user="u", client_id="c", context_token="")
+    request = protocol.message_request("bot:secret", DECLARED, {}, user="u", client_id="c", context_token="")
     assert "context_token" not in msgspec.json.decode(request.body)["msg"]
 
 
@@ -438,9 +439,9 @@ def test_the_uin_is_the_decimal_text_in_base64(number: int, header: str) -> None
     "request_",
     [
         send_request(),
-        protocol.updates_request("bot:secret", "", 305419896),
-        protocol.notify_request("bot:secret", 305419896, start=True),
-        protocol.notify_request("bot:secret", 305419896, start=False),
+        protocol.updates_request("bot:secret", "", DECLARED),
+        protocol.notify_request("bot:secret", DECLARED, start=True),
+        protocol.notify_request("bot:secret", DECLARED, start=False),
         upload_request(),
     ],
     ids=lambda request: request.endpoint,
@@ -477,7 +478,7 @@ def test_a_send_has_the_official_shape() -> None:
 
 
 def test_a_poll_sends_the_cursor_and_nothing_deprecated() -> None:
-    request = protocol.updates_request("t", "CAES", 1)
+    request = protocol.updates_request("t", "CAES", DECLARED)
     assert request.path == "/ilink/bot/getupdates"
     assert msgspec.json.decode(request.body).keys() == {"get_updates_buf", "base_info"}
     assert msgspec.json.decode(request.body)["get_updates_buf"] == "CAES"
@@ -485,11 +486,11 @@ def test_a_poll_sends_the_cursor_and_nothing_deprecated() -> None:
 
 def test_typing_names_the_user_as_ilink_wants_it() -> None:
     """One client called the field `user_id` (13, row 8); another wrote `command` for `status`."""
-    config = protocol.config_request("t", 1, user="u", context_token="AARz")
-    bare = protocol.config_request("t", 1, user="u", context_token="")
-    on = protocol.typing_request("t", 1, user="u", ticket="AART", on=True)
-    off = protocol.typing_request("t", 1, user="u", ticket="AART", on=False)
-    info = {"channel_version": protocol.NEWEST.version, "bot_agent": protocol.AGENT}
+    config = protocol.config_request("t", DECLARED, user="u", context_token="AARz")
+    bare = protocol.config_request("t", DECLARED, user="u", context_token="")
+    on = protocol.typing_request("t", DECLARED, user="u", ticket="AART", on=True)
+    off = protocol.typing_request("t", DECLARED, user="u", ticket="AART", on=False)
+    info = {"channel_version": DECLARED.version, "bot_agent": protocol.AGENT}
     assert [(r.endpoint, r.path) for r in (config, on)] == [
         ("getconfig", "/ilink/bot/getconfig"),
         ("sendtyping", "/ilink/bot/sendtyping"),
@@ -579,7 +580,7 @@ def test_media_go_out_in_the_official_least_shape(kind: MediaKind, item: dict[st
     media = Uploaded(kind, "hello.txt", 14, 16, "REF", KEY)
     request = protocol.message_request(
         "bot:secret",
-        1,
+        DECLARED,
         protocol.media_item(media),
         user="o9Cq@im.wechat",
         client_id="c-1",
@@ -611,7 +612,7 @@ def test_keys_and_links_are_in_no_repr() -> None:
 
 def test_a_qr_code_is_asked_for_without_authorization_and_base_info() -> None:
     """Ten tokens at most, the newest."""
-    request = protocol.qrcode_request(305419896, [f"token-{n}" for n in range(12)])
+    request = protocol.qrcode_request(DECLARED, [f"token-{n}" for n in range(12)])
     assert (request.method, request.path) == ("POST", "/ilink/bot/get_bot_qrcode?bot_type=3")
     assert request.headers == {
         "Content-Type": "application/json",
@@ -624,11 +625,11 @@ def test_a_qr_code_is_asked_for_without_authorization_and_base_info() -> None:
 
 
 def test_a_status_is_asked_for_by_get_with_the_app_headers_alone() -> None:
-    request = protocol.qrcode_status_request("a/b&c=1 é", "")
+    request = protocol.qrcode_status_request(DECLARED, "a/b&c=1 é", "")
     assert (request.method, request.body) == ("GET", b"")
     assert request.path == "/ilink/bot/get_qrcode_status?qrcode=a%2Fb%26c%3D1%20%C3%A9"
     assert request.headers == {"iLink-App-Id": "bot", "iLink-App-ClientVersion": "132105"}
-    assert protocol.qrcode_status_request("q", "4711").path.endswith("?qrcode=q&verify_code=4711")
+    assert protocol.qrcode_status_request(DECLARED, "q", "4711").path.endswith("?qrcode=q&verify_code=4711")
 
 
 QR_URL = "https://liteapp.weixin.qq.com/q/demo?qrcode=qr-demo-1"
