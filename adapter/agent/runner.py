@@ -1,14 +1,15 @@
-"""Connects an existing agent to a sandbox: one session per user, and two commands for the user.
+"""Connects an existing agent to a sandbox: one session per user, and three commands for the user.
 
 `/new` starts a new session when its turn comes, after the messages before it. `/stop` ends the current run of its
 user at once; later messages follow. The name of a session derives from the user and the id of their last `/new`. A
-file keeps these ids; without it, users return to their first session after a restart.
+file keeps these ids; without it, users return to their first session after a restart, and are welcomed again.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import os
 import time
 from collections.abc import Awaitable, Callable, Hashable, Sequence
@@ -22,19 +23,17 @@ from nats.errors import Error as NatsError
 
 from adapter.agent.reader import retry
 from adapter.agent.sandbox import Message, Sandbox
+from adapter.agent.texts import command_of
 from adapter.contract.messages import OutItem
 from adapter.contract.names import digest
 from adapter.errors import AdapterError, Temporary
 
 log = structlog.get_logger()
 
-NEW, STOP = "/new", "/stop"
-STARTED_ANEW = "A new conversation begins."
-STOPPED = "Stopped."
-IDLE = "There is nothing to stop."
-SORRY = "That did not work. Please try again."
-TYPING_AFTER_S, TYPING_S = 0.5, 50.0
+TYPING_AFTER_S, TYPING_S = 0.5, 30.0
 """Delay before typing is shown, so that a quick answer shows none, and its interval: it is shown for a minute."""
+WORKING_AFTER = 2
+"""Intervals after which the person is told that the agent is still at work."""
 
 GIVE_UP_S = 3600.0
 """Time after which a message is given up with an answer to the user, whose next messages wait for it."""
@@ -106,6 +105,7 @@ class Sessions:
         self._sandbox = sandbox
         self._file = file
         self._begun: dict[str, str] = {}
+        """Of each user who has been welcomed; "": there was no `/new`."""
         if file is not None and file.exists():
             self._begun = msgspec.json.decode(file.read_bytes(), type=dict[str, str])
 
@@ -115,23 +115,43 @@ class Sessions:
     def begin(self, user: str, message_id: str) -> None:
         """Starts a session. Raises OSError, after which the former session continues."""
         begun = self._begun | {user: message_id}
+        self._store(begun)
+        self._begun = begun
+
+    def is_known(self, user: str) -> bool:
+        return user in self._begun
+
+    def note(self, user: str) -> None:
+        """Remembers a user who has been welcomed. Raises OSError, after which that is remembered until the end."""
+        self._begun.setdefault(user, "")
+        self._store(self._begun)
+
+    def _store(self, begun: dict[str, str]) -> None:
         if self._file is not None:
             with self._file.with_suffix(".new").open("wb") as file:
                 file.write(msgspec.json.encode(begun))
                 file.flush()
                 os.fsync(file.fileno())
             os.replace(file.name, self._file)
-        self._begun = begun
 
 
 class Runner:
     """Gives the messages of a sandbox to an agent, and sends its answers."""
 
     def __init__(
-        self, sandbox: Sandbox, agent: Agent, sessions: Sessions, on_end: Callable[[TurnEnd], None] | None = None
+        self,
+        sandbox: Sandbox,
+        agent: Agent,
+        sessions: Sessions,
+        on_end: Callable[[TurnEnd], None] | None = None,
+        *,
+        welcome: str | None = None,
     ) -> None:
-        """`on_end` is called after each message that was given to the agent; default: a line of the log."""
+        """`on_end` is called after each message that was given to the agent; default: a line of the log. `welcome`:
+        goes before the first answer to a person; None: that of the language, "": none."""
         self._on_end = on_end or log_end
+        self._texts = sandbox.texts
+        self._welcome = self._texts.welcome if welcome is None else welcome
         self._sandbox = sandbox
         self._agent = agent
         if isinstance(agent, ReadsBetween):
@@ -150,28 +170,43 @@ class Runner:
 
     def _lane(self, message: Message) -> Hashable:
         """The lane of a message. A command, and an answer to a question, wait for no other message."""
-        word, question = message.text.strip(), self._questions.get(message.user)
-        if question is not None and not question.done() and word not in (NEW, STOP):
-            question.set_result(message.text)
-            self._answered.add(message.id)
-        return message.user, word == STOP or (message.id in self._answered and message.id)
+        command, question = command_of(message.text), self._questions.get(message.user)
+        if question is not None and not question.done():
+            if command is None:
+                question.set_result(message.text)
+                self._answered.add(message.id)
+            elif command == "new":
+                question.cancel()  # and so the run that has asked it
+        return message.user, command in ("help", "stop") or (message.id in self._answered and message.id)
 
     async def _handle(self, message: Message) -> None:
-        word = message.text.strip()
+        command = command_of(message.text)
         if message.id in self._answered:
             self._answered.discard(message.id)
-        elif word == STOP:
-            await message.reply(STOPPED if await self._stop(message.user) else IDLE)
-        elif word == NEW:
-            answer = STARTED_ANEW
+        elif command == "help":
+            await message.reply(self._texts.help)
+        elif command == "stop":
+            await message.reply(self._texts.stopped if await self._stop(message.user) else self._texts.idle)
+        elif command == "new":
+            answer = self._texts.new
             try:
                 self._sessions.begin(message.user, message.id)
             except OSError as exc:
                 log.error("agent.session_not_stored", detail=str(exc))
-                answer = SORRY
+                answer = self._texts.sorry
             await message.reply(answer)
         else:
+            await self._greet(message)
             await self._answer(message)
+
+    async def _greet(self, message: Message) -> None:
+        """Welcomes a person once. After a crash in between the same command is stored again, and sent once."""
+        if self._welcome and not self._sessions.is_known(message.user):
+            await message.reply(self._welcome, optional=True, key="welcome")
+            try:
+                self._sessions.note(message.user)
+            except OSError as exc:
+                log.error("agent.session_not_stored", detail=str(exc))
 
     async def _stop(self, user: str) -> bool:
         """Ends the current run of a user. Returns whether there was one."""
@@ -195,7 +230,7 @@ class Runner:
         turn, began = Turn(message, self._sessions.session_of(message.user), ask), time.monotonic()
         task = asyncio.ensure_future(self._agent(turn))
         self._at_work[message.user] = task
-        typing = asyncio.create_task(_type_forever(message))
+        typing = asyncio.create_task(self._accompany(message))
         try:
             await asyncio.wait({task})
         finally:
@@ -209,10 +244,10 @@ class Runner:
             end = end._replace(chars=len(answer.text), items=len(answer.items))
         except AdapterError as exc:
             said = exc.said if isinstance(exc, Temporary) else ""
-            answer, end = Answer(SORRY), end._replace(reason=exc.reason, detail=exc.detail, said=said)
+            answer, end = Answer(self._texts.sorry), end._replace(reason=exc.reason, detail=exc.detail, said=said)
         except Exception as exc:
             log.exception("agent.crashed", message=message.id)
-            answer, end = Answer(SORRY), end._replace(reason="crashed", detail=type(exc).__name__)
+            answer, end = Answer(self._texts.sorry), end._replace(reason="crashed", detail=type(exc).__name__)
         self._on_end(end)
         text = answer.text.strip()
         if text or answer.items:
@@ -220,17 +255,19 @@ class Runner:
         else:
             await message.typing("off")
 
+    async def _accompany(self, message: Message) -> None:
+        """Shows typing, and says once that the agent is still at work, unless it waits for the person. Until
+        cancelled, or until the bus refuses it: the answer does not depend on it."""
+        with contextlib.suppress(NatsError, AdapterError):
+            await asyncio.sleep(TYPING_AFTER_S)
+            for interval in itertools.count():
+                if interval == WORKING_AFTER and message.user not in self._questions:
+                    await message.reply(self._texts.working, optional=True, key="still")
+                await message.typing()
+                await asyncio.sleep(TYPING_S)
+
 
 def log_end(end: TurnEnd) -> None:
     """Logs a failure, without texts."""
     if end.reason:
         log.warning("agent.failed", reason=end.reason, detail=end.detail, message=end.message.id)
-
-
-async def _type_forever(message: Message) -> None:
-    """Shows typing until cancelled, or until the bus refuses it: the answer does not depend on it."""
-    with contextlib.suppress(NatsError):
-        await asyncio.sleep(TYPING_AFTER_S)
-        while True:
-            await message.typing()
-            await asyncio.sleep(TYPING_S)

@@ -22,6 +22,7 @@ class Texts(NamedTuple):
     welcome: str
     """Before the first answer to a person."""
     help: str
+    """In paragraphs: WeChat reads Markdown, which joins lines."""
 
 
 TEXTS = {
@@ -34,7 +35,7 @@ TEXTS = {
         welcome="你好！这里由 AI 助手回复。发送“帮助”查看可用指令。",
         help=(
             "直接发消息即可，AI 助手会回复。\n\n"
-            "帮助 /help：显示本说明\n新对话 /new：忘掉之前的内容，重新开始\n停止 /stop：停止当前的回复"
+            "帮助 /help：显示本说明\n\n新对话 /new：忘掉之前的内容，重新开始\n\n停止 /stop：停止当前的回复"
         ),
     ),
     "en": Texts(
@@ -46,7 +47,7 @@ TEXTS = {
         welcome="Hello! An AI agent answers here. Write /help for what you can do.",
         help=(
             "Just write: an AI agent answers.\n\n"
-            "/help shows this text\n/new forgets what was said and begins anew\n/stop ends the answer under way"
+            "/help shows this text\n\n/new forgets what was said and begins anew\n\n/stop ends the answer under way"
         ),
     ),
 }

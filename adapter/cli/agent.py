@@ -73,6 +73,9 @@ class AgentChoice:
     files_url: Annotated[
         str, Parameter(help="With --http: the URL of --files-addr for an agent on another machine.")
     ] = ""
+    welcome: Annotated[
+        str | None, Parameter(help="Text before the first answer to a person; default: a greeting; '': none.")
+    ] = None
 
     def check(self) -> None:
         """Raises Failed unless one agent is named."""
@@ -110,10 +113,10 @@ async def agent(
     """Answer the users of a sandbox with a program, a URL or an agent on NATS: --exec, --http or --nats-agent.
 
     Messages of one user are answered one after the other, those of several at once; a message is finished when its
-    answer is stored. Users steer by /new, which begins a new session, and /stop, which ends the run under way. A
-    program has WECHAT_MESSAGE, the message as JSON, WECHAT_SEQUENCE and WECHAT_SESSION in its environment, and two
-    folders: WECHAT_FILES has the user's files, and files in WECHAT_OUT are sent. It has no variable whose name begins
-    with NATS_ or WECHAT_NATS_.
+    answer is stored. Users steer by /new, which begins a new session, /stop, which ends the run under way, and
+    /help. A program has WECHAT_MESSAGE, the message as JSON, WECHAT_SEQUENCE and WECHAT_SESSION in its
+    environment, and two folders: WECHAT_FILES has the user's files, and files in WECHAT_OUT are sent. It has no
+    variable whose name begins with NATS_ or WECHAT_NATS_.
     Runs until SIGTERM or ctrl-C (exit code 0); what is in work then comes again after the next start. Ends with exit
     code 1 if another agent opens the sandbox, which has its messages from then on.
     """
@@ -125,7 +128,7 @@ async def agent(
             async with Sandbox(sandbox, settings) as connected:
                 logs.configure(settings.log, version=__version__)
                 log.info("agent.started", sandbox=sandbox)
-                await Runner(connected, answering, sessions).run()
+                await Runner(connected, answering, sessions, welcome=choice.welcome).run()
         except asyncio.CancelledError:
             return OK
         except NatsError:

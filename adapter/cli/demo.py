@@ -92,7 +92,8 @@ async def _demo(screen: Screen, choice: AgentChoice, echo: bool, typed: AsyncIte
             answer = await stack.enter_async_context(opened(choice, settings_here(), folder))
         nats = await stack.enter_async_context(EmbeddedNats())
         simulator = await stack.enter_async_context(Simulator(SimulatorSettings(hold_ms=HOLD_MS, hint_ms=HOLD_MS)))
-        settings = demo_settings(nats.url, simulator.url)
+        made = demo_settings(nats.url, simulator.url)
+        settings = msgspec.structs.replace(made, language=settings_here().language)
         adapter = await stack.enter_async_context(adapter_running(settings, start_s=PATIENCE_S, drain_s=DRAIN_S * 2))
         bus = await stack.enter_async_context(connected_bus(settings))
         bot = simulator.add_bot()
@@ -103,7 +104,7 @@ async def _demo(screen: Screen, choice: AgentChoice, echo: bool, typed: AsyncIte
         agent, hint = None, f"Your agent: NATS_URL={nats.url} wechat-nats agent {SANDBOX} --exec 'PROGRAM'"
         if answer is not None:
             sandbox = await stack.enter_async_context(Sandbox(SANDBOX, settings))
-            agent = Runner(sandbox, answer, Sessions(SANDBOX)).run
+            agent = Runner(sandbox, answer, Sessions(SANDBOX), welcome=choice.welcome or "").run
             hint = "Another agent: wechat-nats demo --exec 'PROGRAM', or --no-echo."
         screen.note(f"NATS at {nats.url}, sandbox {SANDBOX}. You are a WeChat user: write. ctrl-C ends.")
         screen.note(f"{hint}\n")

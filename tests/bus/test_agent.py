@@ -16,8 +16,11 @@ from nats.aio.msg import Msg
 
 from adapter.agent import Message, Sandbox
 from adapter.agent import reader as reader_module
+from adapter.agent import runner as runner_module
 from adapter.agent import sandbox as sandbox_module
 from adapter.agent.reader import WINDOW
+from adapter.agent.runner import Answer, Runner, Sessions, Turn
+from adapter.agent.texts import TEXTS, Command, command_of
 from adapter.contract.messages import Inbound, NextPage, Outbound, TextItem
 from adapter.errors import BusRefused, Refused
 from adapter.jetstream.managed_connection import connect_options
@@ -36,13 +39,14 @@ class Person:
         self.adapter = NextStandIn(nc, NAMES, "s1")
         self.said = 0
 
-    async def say(self, count: int = 1, *, user: str = "u1", ring: bool = True) -> None:
-        """Texts are the numbers from one on; so are the sequences, in hundreds."""
+    async def say(self, count: int = 1, *, user: str = "u1", ring: bool = True, text: str = "") -> None:
+        """The default texts are the numbers from one on; so are the ids, and the sequences, in hundreds."""
+        words = text
         for _ in range(count):
             self.said += 1
-            text = str(self.said)
+            text = words or str(self.said)
             message = Inbound(
-                id=text,
+                id=str(self.said),
                 sandbox="s1",
                 bot="b1",
                 user=user,
@@ -343,3 +347,73 @@ async def test_a_message_on_which_the_handler_raises_costs_an_apology_and_no_mor
     assert told == [(f"agent-{number}-sorry", "u1", "出错了，请再试一次。") for number in (1, 2)]
     crashes = [(line["message"], line["exc_info"]) for line in logs if line["event"] == "agent.crashed"]
     assert crashes == [("1", True), ("2", True)]
+
+
+@pytest.mark.parametrize(
+    ("text", "command"),
+    [
+        *((text, "help") for text in ("/help", " /HELP\n", "帮助", "、帮助", "／help")),
+        *((text, "new") for text in ("/new", "、new", "／ＮＥＷ", "新对话", "\u3000/新对话")),
+        *((text, "stop") for text in ("/stop", "、stop", "停止")),
+        *((text, None) for text in ("", "、", "new", "/new please", "/model", "请停止", "、、new")),
+    ],
+)
+def test_a_command_is_the_whole_text_as_any_keyboard_writes_it(text: str, command: Command | None) -> None:
+    assert command_of(text) == command
+
+
+@contextlib.asynccontextmanager
+async def answered_by(person: Person, agent: Any, **options: Any) -> AsyncIterator[None]:
+    async with opened(person) as sandbox:
+        running = asyncio.create_task(Runner(sandbox, agent, Sessions("s1"), **options).run())
+        try:
+            yield
+        finally:
+            running.cancel()
+            await asyncio.wait({running})
+
+
+async def told(person: Person, count: int) -> list[tuple[str, str]]:
+    """What persons have been told, by user, once there is so much."""
+
+    async def enough() -> bool:
+        return len([command for command in await person.commands() if "typing" not in command]) >= count
+
+    await eventually(enough, f"{count} are stored")
+    return [(command["user"], command["text"]) for command in await person.commands() if "typing" not in command]
+
+
+async def test_who_waits_is_told_once_that_the_agent_is_at_work(
+    person: Person, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """But not a person whose answer the agent waits for, and at the cost of no answer's send."""
+    monkeypatch.setattr(runner_module, "TYPING_AFTER_S", 0.0)
+    monkeypatch.setattr(runner_module, "TYPING_S", 0.05)
+    texts = TEXTS["zh"]
+
+    async def agent(turn: Turn) -> Answer:
+        if turn.message.user == "u1":
+            await asyncio.sleep(1)
+            return Answer("done")
+        return Answer(await turn.ask("Which?", (), "q1"))
+
+    async with answered_by(person, agent, welcome=""):
+        await person.say(user="u2")
+        await person.say(user="u1")
+        assert sorted(await told(person, 3)) == [("u1", "done"), ("u1", texts.working), ("u2", "Which?")]
+        await person.say(user="u2", text="both")
+        assert (await told(person, 4))[3] == ("u2", "both")
+    optional = [command["id"] for command in await person.commands() if command.get("optional")]
+    assert optional == ["agent-2-still"]
+
+
+async def test_a_new_conversation_does_not_wait_for_an_answer_in_the_old_one(person: Person) -> None:
+    async def agent(turn: Turn) -> Answer:
+        return Answer(await turn.ask("Which?", (), "q1") if turn.message.text == "ask" else "done")
+
+    async with answered_by(person, agent):
+        await person.say(text="ask")
+        assert [text for _, text in await told(person, 2)] == [TEXTS["zh"].welcome, "Which?"]
+        await person.say(text="/new")
+        await person.say(text="hello")
+        assert [text for _, text in await told(person, 4)][2:] == [TEXTS["zh"].new, "done"]

@@ -72,7 +72,7 @@ async def test_more_lines_at_once_than_a_window_has_sends(temporary: Path) -> No
 async def test_a_program_answers_instead(temporary: Path) -> None:
     """Also where it has nothing to say, and where what it was given is one of the words that steer it."""
     program = "sed -e /quiet/d -e s/hello/bye/"
-    async with started("demo", "--exec", program) as process:
+    async with started("demo", "--exec", program, env={"WECHAT_NATS_LANGUAGE": "en"}) as process:
         out, err = await process.communicate(b"hello\nquiet\n/new\n")
         assert (process.returncode, err) == (0, b"")
     assert said(out, "phone") == ["bye", "A new conversation begins."]

@@ -24,6 +24,7 @@ from nats.aio.client import Client
 from nats.errors import Error as NatsError
 from nats.js.errors import KeyNotFoundError
 
+from adapter.agent.texts import TEXTS
 from tests.cli.process import alive
 from tests.e2e.world import NAMES, World, eventually, time_ms, until, world
 from tests.forks import Forked, fork
@@ -62,8 +63,9 @@ class Agent:
             if {"--exec", "--http", "--nats-agent"} & set(options)
             else [f"--exec={sys.executable} '{script}' '{self.folder}'"]
         )
-        self._options = [*program, *options]
-        self._environ = {"NATS_URL": made.url, "WECHAT_NATS_DATA_DIR": str(self.folder), **environ}
+        self._options = [*program, *([] if "--welcome" in " ".join(options) else ["--welcome="]), *options]
+        here = {"NATS_URL": made.url, "WECHAT_NATS_DATA_DIR": str(self.folder), "WECHAT_NATS_LANGUAGE": "en"}
+        self._environ = {**here, **environ}
         self.log = self.folder / "log"
         self.process: Forked | None = None
 
@@ -168,6 +170,30 @@ async def test_answers_come_in_order_and_steer_by_two_words(tmp_path: Path) -> N
         assert agent.runs[6]["session"] == sessions[5]
         assert "done" not in agent.log.read_text()
         assert "exit code 3" in agent.log.read_text()
+
+
+async def test_a_person_is_welcomed_once_and_told_what_to_write(tmp_path: Path) -> None:
+    """In Chinese unless the setting says otherwise, and also where the agent is killed in between."""
+    async with agent_running(tmp_path, "--welcome=Hi!", WECHAT_NATS_LANGUAGE="") as (made, agent):
+        made.say("s1", "wait for it")
+        await shows(made, "Hi!")
+        await agent.end(signal.SIGKILL)
+        agent.go()
+        await agent.start()
+        await shows(made, "Hi!", "done: wait for it")
+        for text in ("、HELP", "新对话", "／stop ", "/model"):
+            made.say("s1", text)
+        answers = ["Hi!", "done: wait for it", "已开始新对话。", "当前没有正在处理的内容。", "done: /model"]
+        answers += TEXTS["zh"].help.split("\n\n")
+        await until(lambda: len(made.phone_texts("s1")) == len(answers), "all are answered")
+        assert sorted(made.phone_texts("s1")) == sorted(answers)
+        await settled(made)
+        nc, other = await made.nc(), made.sim.add_bot()
+        await made.bind(nc, "s1", other)
+        made.sim.say(other.bot, "hello")
+        await until(lambda: len(made.sim.phone(other.user)) == 2, "another person is welcomed, too")
+        assert [shown.text for shown in made.sim.phone(other.user)] == ["Hi!", "done: hello"]
+        await nc.close()
 
 
 async def test_stop_ends_the_run_under_way_and_what_waits_goes_on(tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 
 from adapter.agent import Message, Sandbox
+from adapter.agent.texts import TEXTS
 from adapter.contract.messages import Outbound, OutFile
 from adapter.environment import read_settings
 from adapter.errors import Refused
@@ -183,7 +184,8 @@ async def test_the_command_needs_no_other_rights(place: Place, tmp_path: Path) -
     process = await fork("adapter", "agent", "s1", "--exec", "tr a-z A-Z", env=environ)
     try:
         place.world.sim.say(place.users[0].bot, "hello")
-        await until(lambda: place.texts(place.users[0]) == ["HELLO"], "it is answered")
+        await until(lambda: "HELLO" in place.texts(place.users[0]), "it is answered")
+        assert place.texts(place.users[0]) == [TEXTS["zh"].welcome, "HELLO"]
         process.send_signal(signal.SIGTERM)
         assert await process.wait() == 0
         assert list((tmp_path / "agent-s1" / "files").iterdir()) == []
