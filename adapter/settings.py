@@ -104,8 +104,9 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     reserve_sends: AtLeast0 = 0
     """Sends of each window kept back for answers: a command with `optional` is refused before it takes one."""
 
-    window_hours: Annotated[float, Meta(gt=0, le=24)] = 23.0
-    """Hours after an inbound message in which sends are tried. iLink closes at 24; the rest is safety."""
+    window_hours: Annotated[float, Meta(gt=0, le=96)] = 23.0
+    """Hours after an inbound message in which sends are tried. iLink closes at 24, the rest is safety: more is for
+    `acceptance --late` alone."""
 
     park_hours: Annotated[float, Meta(gt=0)] = 72.0
     """Hours that a parked command may wait for its user; longer: refused as `expired`."""

@@ -69,7 +69,7 @@ def test_a_variable_is_read(variable: str, raw: str, field: str, value: object) 
         ("WECHAT_NATS_SEND_GAP_MS", "-1", "expected integer, minimum 0"),
         ("WECHAT_NATS_LEASE_S", "nan", "expected number, minimum 0.5"),
         ("WECHAT_NATS_SENDS_PER_WINDOW", str(SENT_KEPT + 1), f"maximum {SENT_KEPT}, got '33'"),
-        ("WECHAT_NATS_WINDOW_HOURS", "25", "expected number, exclusiveMinimum 0, maximum 24"),
+        ("WECHAT_NATS_WINDOW_HOURS", "97", "expected number, exclusiveMinimum 0, maximum 96"),
         ("WECHAT_NATS_DRAIN_S", "inf", "expected number, minimum 0"),
         ("NATS_TLS_FIRST", "perhaps", "expected boolean"),
         ("WECHAT_NATS_ALLOWED_HOSTS", "http://sim", "expected host or host:port"),

@@ -29,6 +29,7 @@ COMMANDS = {
     "demo": ("demo:demo", "Chat with an echo agent: simulated WeChat, real bus."),
     "run": ("run:run", "Run the adapter; with --embedded also a NATS server."),
     "login": ("login:login", "Show a QR code: whoever scans it talks to this sandbox."),
+    "acceptance": ("acceptance:acceptance", "Try the real service with your phone, and write a report."),
     "bind": ("bindings:bind", "Let a bot serve a sandbox."),
     "unbind": ("bindings:unbind", "Let a bot, or every bot of a sandbox, serve it no longer."),
     "bindings": ("bindings:bindings", "List which bots serve which sandboxes, and their states."),

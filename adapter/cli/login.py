@@ -48,20 +48,27 @@ async def login(
     """
     if url and (png is not None or json):
         raise Failed(USAGE, "Give --url alone.")
-    view, typed = _View(png, url=url, json=json), stdin.lines()
     asked = LoginStart(sandbox=sandbox, options=Options(auto_typing=auto_typing), png=png is not None)
     async with connected_bus(lasting=True) as bus:
         await bus.check_subscribed()
-        try:
-            now = await _follow(bus, asked, view, typed)
-        except BaseException:  # ctrl-C, too: nobody shall scan a code that nobody waits for
-            if view.login is not None:
-                with contextlib.suppress(Failed):
-                    await bus.request_service("login.cancel", LoginQuery(login=view.login), Login)
-            raise
+        now = await log_in(bus, asked, stdin.lines(), _View(png, url=url, json=json))
     if now.status not in GOOD:
         raise Failed(NO, output.printable(now.detail or f"The login ended: {now.status}."))
     return OK
+
+
+async def log_in(
+    bus: BusConnection, asked: LoginStart, typed: AsyncIterator[str], view: _View | None = None
+) -> Login:
+    """Shows the codes of a login, and returns how it ended. Raises Failed."""
+    view = view or _View()
+    try:
+        return await _follow(bus, asked, view, typed)
+    except BaseException:  # ctrl-C, too: nobody shall scan a code that nobody waits for
+        if view.login is not None:
+            with contextlib.suppress(Failed):
+                await bus.request_service("login.cancel", LoginQuery(login=view.login), Login)
+        raise
 
 
 async def _follow(bus: BusConnection, asked: LoginStart, view: _View, typed: AsyncIterator[str]) -> Login:
@@ -112,7 +119,7 @@ async def _refresh(bus: BusConnection, now: Login, *, png: bool) -> Login:
 class _View:
     """Shows a login in words; with `url` only its codes on standard output; with `json` every state as an object."""
 
-    def __init__(self, png: Path | None, *, url: bool = False, json: bool = False) -> None:
+    def __init__(self, png: Path | None = None, *, url: bool = False, json: bool = False) -> None:
         self._png = png
         self._url = url
         self._json = json

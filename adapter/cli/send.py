@@ -109,7 +109,7 @@ async def send(
             output.tell({"command": command_id, "outcome": "stored"}, json, f"stored  (id {command_id})")
             return OK
         earlier = await bus.read_stored(bus.names.stream_event, subject, keep=_if_final) if ack.duplicate else []
-        last = earlier[0] if earlier else await _wait_outcome(receipts, command_id, timeout, wait_final)
+        last = earlier[0] if earlier else await wait_outcome(receipts, command_id, timeout, wait_final)
     output.tell(last, json, describe(last))
     return OK if last.outcome in ("accepted", "parked") else NO
 
@@ -123,7 +123,7 @@ def _read_text(text: str) -> str:
     return text
 
 
-async def _wait_outcome(receipts: Subscription, command_id: str, timeout_s: float, wait_final: bool) -> Receipt:
+async def wait_outcome(receipts: Subscription, command_id: str, timeout_s: float, wait_final: bool) -> Receipt:
     """The final receipt, or `parked` where that ends the wait. Raises Failed."""
     state = "Stored"
     try:
@@ -184,9 +184,7 @@ async def get(
     if to != "-" and not force and Path(to).exists():  # noqa: ASYNC240 -- nothing else runs in a command
         raise Failed(USAGE, f"{to} is there: give --force to overwrite it.")
     async with connected_bus() as bus:
-        data = await get_media(
-            _requests_over(bus), sandbox, name, sequence=sequence, wait_s=WAIT_S if sequence else 0
-        )
+        data = await get_media(requests_over(bus), sandbox, name, sequence=sequence, wait_s=WAIT_S if sequence else 0)
     if to == "-":
         sys.stdout.buffer.write(data)
         return OK
@@ -215,10 +213,10 @@ def _read_media(file: Path) -> bytes:
 
 async def _upload(bus: BusConnection, sandbox: str, name: str, data: bytes) -> Media:
     """Raises Failed."""
-    return await put_media(_requests_over(bus), sandbox, data, name)
+    return await put_media(requests_over(bus), sandbox, data, name)
 
 
-def _requests_over(bus: BusConnection) -> Request:
+def requests_over(bus: BusConnection) -> Request:
     async def request(verb: str, payload: bytes, headers: dict[str, str]) -> tuple[bytes, dict[str, str]]:
         reply = await bus.service_reply(verb, payload, PIECE_S, headers)
         return reply.data, reply.headers or {}

@@ -1,0 +1,166 @@
+"""The report of `acceptance`: what was seen, the settings that follow, what it says of the protocol page. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any, Literal, NamedTuple, TypeAlias
+
+import msgspec
+
+from adapter.cli.output import clock
+
+Facts: TypeAlias = dict[str, Any]
+"""What a step has seen, by name. Never an id, a token or a text of a person."""
+PAGE = "docs/reference/ilink-protocol.md"
+SENDS, HOURS = 10, 24.0
+"""The window as the page has it."""
+MAX_BYTES = 16_384
+"""Longest text that iLink accepts, as the page has it."""
+NOT_SHOWN = ("markdown", "newline")
+"""Steps whose text the phone does not show as written, as the page has it."""
+
+
+VERDICTS = {True: "confirmed", False: "refuted", None: "measured"}
+
+
+class Result(msgspec.Struct, frozen=True):
+    """How a step went. refused: iLink did; held back: the adapter did not ask iLink."""
+
+    status: Literal["done", "skipped", "refused", "held back"]
+    at_ms: int
+    facts: Facts
+
+
+class Report(msgspec.Struct, kw_only=True):
+    """The state of an acceptance, which the next call goes on with."""
+
+    sandbox: str
+    version: str
+    steps: dict[str, Result] = {}
+
+
+class Plan(NamedTuple):
+    """What a step is about."""
+
+    title: str
+    section: str
+    """Of the protocol page."""
+
+
+RULES, ITEMS, KNOWN, SENDS_REFUSED = "Rules for outbound messages", "Outbound items", "Known numbers", "Refused sends"
+PLANS = {
+    "login": Plan("Login", "Login"),
+    "first": Plan("First reply", "sendmessage"),
+    "text-2100": Plan("2,100 characters", KNOWN),
+    "text-4000": Plan("4,000 characters, half Chinese", KNOWN),
+    "literal": Plan("Underscores, literal", RULES),
+    "markdown": Plan("Underscores as Markdown", RULES),
+    "newline": Plan("A single line break", RULES),
+    "typing": Plan("Typing", "Typing"),
+    "picture": Plan("Picture", ITEMS),
+    "file": Plan("File", ITEMS),
+    "video": Plan("Video", ITEMS),
+    "voice": Plan("Voice", "Voice"),
+    "quote": Plan("Quote", "Quotes"),
+    "eleven": Plan("Eleven sends", SENDS_REFUSED),
+    "restart": Plan("Restart", "Redelivery"),
+    "late": Plan("A send after the window", SENDS_REFUSED),
+}
+"""All steps, in their order."""
+
+
+def findings(steps: Mapping[str, Facts]) -> Iterator[tuple[str, bool | None, str]]:
+    """What the facts of done steps say of the page: section, whether it is confirmed (None: sources disagree), and
+    words."""
+    for name, facts in steps.items():
+        title, section = PLANS[name]
+        for fact in [fact for fact, value in facts.items() if isinstance(value, bool)]:
+            words = f"{title}, {fact.replace('_', ' ')}: {'yes' if facts[fact] else 'no'}"
+            words += (
+                f", cut near {facts['last']:,} characters, {facts['last_bytes']:,} bytes" if "last" in facts else ""
+            )
+            is_said = None if name.startswith("text-") else facts[fact] != (name in NOT_SHOWN)
+            yield "Download" if fact == "arrived" else section, is_said, words
+        for sent in facts.get("sends", ()):
+            if sent["outcome"] == "accepted_unconfirmed":
+                yield "Success without a message id", not facts.get("shown"), f"{title}: shown {facts.get('shown')}"
+        if name == "eleven":
+            words = f"send number {min(facts['accepted'] + 1, 11)} was {_result(facts['sends'][0])}"
+            yield section, facts["accepted"] == SENDS, f"{words}; the phone shows {facts['shown_sends']}"
+        if name == "late":
+            sent = facts["sends"][0]
+            is_said = (sent["outcome"] == "accepted") == (facts["hours"] < HOURS)
+            yield section, is_said, f"{facts['hours']} h after the last message a send was {_result(sent)}"
+
+
+def settings(steps: Mapping[str, Facts]) -> Iterator[tuple[str, object, str]]:
+    """Settings that follow: name, value, reason."""
+    if login := steps.get("login"):
+        is_old = login["status"] == "expired"
+        why = f"The login ended: {login['status']}."
+        yield "WECHAT_NATS_ILINK_VERSION", f"newer than {login['declared']}" if is_old else login["declared"], why
+    if texts := [facts for name, facts in steps.items() if name.startswith("text-")]:
+        chars, size, why = part_limits(texts)
+        yield "WECHAT_NATS_PART_CHARS", chars, why
+        yield "WECHAT_NATS_PART_BYTES", size, why
+    if eleven := steps.get("eleven"):
+        most = min(eleven["accepted"], eleven["shown_sends"])
+        yield "WECHAT_NATS_SENDS_PER_WINDOW", most, f"Of eleven sends {most} were accepted and shown."
+    if late := steps.get("late"):
+        is_early = late["sends"][0]["outcome"] != "accepted" and late["hours"] < HOURS
+        why = f"A send {late['hours']} h after the last message was {late['sends'][0]['outcome']}."
+        yield "WECHAT_NATS_WINDOW_HOURS", f"below {late['hours']}" if is_early else HOURS - 1, why
+
+
+def part_limits(texts: list[Facts]) -> tuple[int, int, str]:
+    """The longest part that the phone shows whole, in characters and in bytes, and the reason.
+
+    A unit explains the cuts if no text was shown beyond the shortest of them. If both or none do, both limits count.
+    """
+    shown = [(t["chars"], t["bytes"]) if t["shown"] else (t["last"], t["last_bytes"]) for t in texts]
+    cuts = [one for one, text in zip(shown, texts, strict=True) if not text["shown"]]
+    if not cuts:
+        return max(shown)[0], MAX_BYTES, "No text was cut."
+    chars, size = (min(cut[unit] for cut in cuts) for unit in (0, 1))
+    by_chars = all(one[0] <= chars + 10 for one in shown)  # ten characters lie between two numbers
+    by_bytes = all(one[1] <= size + 20 for one in shown)
+    if by_chars == by_bytes:
+        return chars, size, "Texts were cut, by an unknown unit."
+    unit = f"{chars:,} characters" if by_chars else f"{size:,} bytes"
+    return chars if by_chars else size, MAX_BYTES if by_chars else size, f"Texts were cut at about {unit}."
+
+
+def markdown(report: Report) -> str:
+    """The report for people."""
+    done = {name: one.facts for name, one in report.steps.items() if one.status == "done"}
+    rows = [(plan.title, report.steps.get(name, Result("skipped", 0, {}))) for name, plan in PLANS.items()]
+    return "\n".join(
+        (
+            f"# Acceptance of {report.sandbox}\n",
+            f"wechat-nats {report.version}. Steps that are done: {len(done)} of {len(PLANS)}.\n",
+            "| step | when | how | seen |\n|---|---|---|---|",
+            *(f"| {title} | {clock(one.at_ms)} | {one.status} | {_words(one.facts)} |" for title, one in rows),
+            "\n## Settings that follow\n",
+            "| setting | value | why |\n|---|---|---|",
+            *(f"| `{name}` | {value} | {why} |" for name, value, why in settings(done)),
+            "\n## Sections of the protocol page\n",
+            *(
+                f"- [{section}]({PAGE}#{section.lower().replace(' ', '-')}): **{VERDICTS[is_confirmed]}**: {words}."
+                for section, is_confirmed, words in findings(done)
+            ),
+            "",
+        )
+    )
+
+
+def _words(facts: Facts) -> str:
+    told = [f"{name.replace('_', ' ')}: {value}" for name, value in facts.items() if name != "sends"]
+    sends = facts.get("sends", ())
+    told += [f"{_result(sent)}, ids: {sent['messages']} × {sent['id']}, {sent['took_ms']} ms" for sent in sends]
+    return "; ".join(told).replace("|", "/").replace("True", "yes").replace("False", "no")
+
+
+def _result(sent: Facts) -> str:
+    """The end of a send, with what iLink said."""
+    said = [f"{name} {sent[name]}" for name in ("reason", "ret", "errcode", "errmsg") if sent[name] not in ("", None)]
+    return f"{sent['outcome']} ({', '.join(said)})" if said else str(sent["outcome"])
