@@ -184,7 +184,7 @@ async def _items(message: Message, folder: Path) -> list[OutItem]:
 
 
 def _files_in(folder: Path) -> list[Path]:
-    return [file for file in sorted(folder.iterdir()) if file.is_file() and not file.is_symlink()]
+    return [file for file in sorted(folder.glob("*")) if file.is_file() and not file.is_symlink()]
 
 
 def _last_line(said: bytearray) -> str:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import math
-import mimetypes
 import os
 import ssl
 import time
@@ -24,7 +23,7 @@ from nats.errors import Error as NatsError
 from adapter.agent.media import File, MediaFile, get_media, put_media, read, save
 from adapter.agent.reader import BUSY, Reader, retry
 from adapter.agent.texts import TEXTS
-from adapter.content.media import OCTETS, file_name, identify
+from adapter.content.media import file_name, identify
 from adapter.content.quotes import kind_of
 from adapter.contract.messages import (
     COMMAND_BYTES,
@@ -161,7 +160,7 @@ class Message:
             if isinstance(item, TextItem):
                 continue
             media, data = getattr(item, "media", None), b""
-            if media is None or media.size <= room:
+            if media is not None and media.size <= room:
                 try:
                     data = await self.read_media(item)
                 except (Refused, Temporary, Unreadable) as exc:
@@ -369,10 +368,8 @@ class Sandbox:
         by default that of the path. Raises OSError, and what `put_media` raises."""
         data = await asyncio.to_thread(read, file, self._settings.media_max_bytes)
         name = name or ("" if isinstance(file, bytes) else Path(file).name)
-        mime = identify(data, name).mime
-        if mime == OCTETS:
-            mime = mimetypes.guess_type(name)[0] or ""
-        return KINDS.get(mime.partition("/")[0], OutFile)(media=await self.put_media(data, name))
+        kind = KINDS.get(identify(data).mime.partition("/")[0], OutFile)
+        return kind(media=await self.put_media(data, name))
 
     async def _request(self, verb: str, payload: bytes, headers: dict[str, str]) -> tuple[bytes, dict[str, Any]]:
         """A request to the adapter, repeated for a while if there is no answer, or none yet. Raises Refused,

@@ -71,7 +71,7 @@ class AgentChoice:
         str, Parameter(help="With --http: host:port at which the agent gets pictures and files; port 0: a free one.")
     ] = "127.0.0.1:0"
     files_url: Annotated[
-        str, Parameter(help="With --http: the URL of --files-addr for an agent on another machine.")
+        str, Parameter(show_default=False, help="With --http: the URL of --files-addr for an agent elsewhere.")
     ] = ""
     welcome: Annotated[
         str | None, Parameter(help="Text before the first answer to a person; default: a greeting; '': none.")

@@ -283,11 +283,12 @@ class TalkSession:
             self._close(receipt.outcome == "accepted")
 
     async def _on_phone(self, message_id: str) -> str:
-        """The text of a message, once the phone shows it."""
+        """The text of a message, or its media, once the phone shows it."""
         while True:
             for shown in reversed(self._simulator.phone(self._user)):
                 if shown.message_id == message_id:
-                    return shown.text
+                    media = [f"[{view.kind}: {view.file_name or f'{view.size:,} bytes'}]" for view in shown.media]
+                    return shown.text or " ".join(media)
             await asyncio.sleep(0.01)
 
     def _close(self, good: bool) -> None:

@@ -159,6 +159,16 @@ async def test_a_url_is_asked_again_whatever_it_says_of_later() -> None:
         assert await webhook(turn()) == Answer("done")
 
 
+@pytest.mark.parametrize(
+    ("content_type", "body"), [("text/plain", b"x" * 101), ("application/json", b'{"reply":"%s"}' % (b"x" * 101))]
+)
+async def test_a_longer_reply_than_may_be_is_refused(content_type: str, body: bytes) -> None:
+    response = httpx.Response(200, headers={"content-type": content_type}, stream=httpx.ByteStream(body))
+    async with httpx.AsyncClient(transport=httpx.MockTransport(lambda _: response)) as http:
+        with pytest.raises(Refused, match="more than 100 bytes"):
+            await asking(http)(turn())
+
+
 @pytest.mark.parametrize("encoding", ["gzip, gzip", "gzip"])
 async def test_a_response_is_never_unpacked(encoding: str) -> None:
     """Two kilobytes of `gzip, gzip` are two gigabytes; here they are 64 MB."""

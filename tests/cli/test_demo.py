@@ -79,6 +79,15 @@ async def test_a_program_answers_instead(temporary: Path) -> None:
     assert os.listdir(temporary) == []
 
 
+async def test_files_of_a_program_are_shown(temporary: Path, tmp_path: Path) -> None:
+    (tmp_path / "answer.sh").write_text('cat >"$WECHAT_OUT/said.txt"')
+    async with started("demo", "--exec", f"sh {tmp_path / 'answer.sh'}") as process:
+        out, err = await process.communicate(b"hello\n")
+        assert (process.returncode, err) == (0, b"")
+    assert said(out, "phone") == ["[file: said.txt]"]
+    assert os.listdir(temporary) == []
+
+
 async def test_an_agent_of_ones_own_is_attached_by_the_line_that_is_printed(temporary: Path, tmp_path: Path) -> None:
     async with started("demo", "--no-echo") as process:
         out = await printed(process, b"PROGRAM'\n\n")
