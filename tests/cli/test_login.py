@@ -89,6 +89,20 @@ async def test_a_user_who_has_a_bot_gets_that_message(sim: Simulator) -> None:
     assert b"serves this user already" in out
 
 
+async def test_a_code_that_is_refused_for_the_tokens_listed_is_asked_for_without(sim: Simulator) -> None:
+    async with started("login", "s1") as process:
+        sim.confirm(await code_of(sim))
+        await process.communicate()
+    sim.configure(listed_tokens="refused")
+    async with started("login", "s1") as process:
+        await until(lambda: len(sim.qrcodes()) == 2)
+        sim.confirm(await code_of(sim))
+        await process.communicate()
+        assert process.returncode == 0
+    assert len(sim.bots()) == 2
+    assert len(sim.requests("get_bot_qrcode")) == 3
+
+
 async def test_another_person_who_is_bound_is_noticed(sim: Simulator) -> None:
     async with started("login", "s1") as process:
         sim.confirm(await code_of(sim))
@@ -163,10 +177,13 @@ async def test_an_ilink_without_a_code_is_1_with_a_sentence(sim: Simulator, cli:
 
 async def test_a_person_whose_phone_calls_the_version_old_reads_what_that_means(sim: Simulator) -> None:
     """iLink tells nothing of such a scan, so the code expires as if nobody had scanned."""
+    sim.configure(oldest_version="2.5.1")
     async with started("login", "s1") as process:
         await printed(process, b"Scan this code")
         for _ in range(2):
-            sim.expire(await code_of(sim))
+            code = await code_of(sim)
+            assert "请在OpenClaw中升级微信接口版本" in sim.scan(code).phone
+            sim.expire(code)
             await printed(process, "请在OpenClaw中升级微信接口版本".encode())  # with each new code
         sim.expire(await code_of(sim))
         _, err = await process.communicate()

@@ -196,6 +196,14 @@ async def test_a_person_is_welcomed_once_and_told_what_to_write(tmp_path: Path) 
         await nc.close()
 
 
+async def test_an_answer_that_is_too_long_for_ten_messages_is_cut(tmp_path: Path) -> None:
+    async with agent_running(tmp_path) as (made, _):
+        made.say("s1", "flood")
+        await until(lambda: any("…" in text for text in made.phone_texts("s1")), "its end is shown")
+        assert "".join(made.phone_texts("s1")) == "x" * 16_000 + "…"
+        assert len(made.phone_texts("s1")) <= 10
+
+
 async def test_stop_ends_the_run_under_way_and_what_waits_goes_on(tmp_path: Path) -> None:
     async with agent_running(tmp_path) as (made, agent):
         made.say("s1", "wait for it")

@@ -69,8 +69,10 @@ async def test_by_quota_and_by_minus_2(tmp_path: Path) -> None:
         await all_ended(made, nc)
         assert len(made.sim.phone(bot.user)) == 11, "the parked ones came in one message"
         assert (await shown(nc)).remaining == 9
-        made.sim.set_fault(FaultRule(fault="F11", bot=bot.bot, count=1))
+        made.sim.set_fault(FaultRule(fault="F11", bot=bot.bot, params={"until_notifystart": True}))
+        (started,) = made.sim.calls(bot.bot, "msg/notifystart")
         await commands(made, nc, 1, first=12)
+        await until(lambda: made.sim.calls(bot.bot, "msg/notifystart")[0].count > started.count, "it starts anew")
         await wait_parked_for(made, nc, "throttled")
         assert (await shown(nc)).remaining == 0
         made.say("s1", "and on")
