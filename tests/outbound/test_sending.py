@@ -9,7 +9,7 @@ from itertools import pairwise
 import pytest
 
 from adapter.contract.names import shard_of
-from adapter.errors import Temporary, Throttled
+from adapter.errors import Temporary
 from adapter.ports import Accepted
 from tests.fakes import GAP_S, Bench
 from tests.outbound.shards import (
@@ -166,26 +166,6 @@ async def test_where_notifystart_brings_no_answer_the_next_poll_decides(
         await asyncio.sleep(5)
     assert outcomes(bench) == [("c1", *outcome)]
     assert set(bench.chat.notified) == {True}
-
-
-@pytest.mark.parametrize(
-    ("words", "notified"), [("prepare failed", [True]), ("rate limited", [])], ids=["prepare failed", "other"]
-)
-async def test_a_degraded_session_is_announced_anew_once_for_all_its_refusals(
-    words: str, notified: list[bool], bench: Bench
-) -> None:
-    """The window is open, so the session may be what iLink refuses. The command waits for its user all the same."""
-    await bench.bind()
-    bench.hears()
-    bench.chat.sends.extend([Throttled("throttled", ret=-2, errmsg=words)] * 2)
-    shard = bench.shard()
-    shard.on_delivery(bench.command("hi", id="c1"))
-    await asyncio.sleep(10)
-    await user_writes(bench)  # within the minute
-    await asyncio.sleep(10)
-    assert len(bench.chat.sent) == 2
-    assert bench.chat.notified == notified
-    assert outcomes(bench)[0] == ("c1", "parked", "throttled")
 
 
 async def test_what_waits_for_a_login_goes_to_the_bot_that_is_bound_then() -> None:
