@@ -74,19 +74,27 @@ class Program:
             received.mkdir()
             written.mkdir()
             text = await _prompt(turn.message, received)
-            given = {"WECHAT_FILES": str(received), "WECHAT_OUT": str(written)}
+            given = _about(turn) | {"WECHAT_FILES": str(received), "WECHAT_OUT": str(written)}
             return Answer(await self._run(turn, text, given), tuple(await _items(turn.message, written)))
         finally:
             _remove(folder)
 
     async def _run(self, turn: Turn, text: str, given: dict[str, str]) -> str:
-        """What the program prints."""
-        start = asyncio.ensure_future(self._start(turn, given))
+        """The answer's text: what the program prints. `given`: variables for it."""
+        code, output, errors = await self._execute(self._command, text, given)
+        if len(output) <= self._max_output and code:
+            detail = f"The program ended with exit code {code}."
+            raise Temporary("exit_code", detail, said=last_line(errors) or last_line(output))
+        return cut(output, self._max_output)
+
+    async def _execute(self, command: list[str], text: str, given: dict[str, str]) -> tuple[int, bytes, bytes]:
+        """Runs a program to its end: its exit code, its output, and the end of its standard error."""
+        start = asyncio.ensure_future(self._start(command, given))
         try:
             process = await asyncio.shield(start)
         except asyncio.CancelledError:  # the program may run already, and have children
             with contextlib.suppress(Temporary):
-                await _end(await start)
+                await end(await start)
             raise
         output, errors = bytearray(), bytearray()
         try:
@@ -94,28 +102,16 @@ class Program:
                 await self._converse(process, text, output, errors)
         except TimeoutError:
             detail = f"The program took more than {self._timeout_s:g} s."
-            raise Temporary("timeout", detail, said=_last_line(errors)) from None
+            raise Temporary("timeout", detail, said=last_line(errors)) from None
         finally:
-            await _end(process)
-        if len(output) <= self._max_output and process.returncode:
-            detail = f"The program ended with exit code {process.returncode}."
-            raise Temporary("exit_code", detail, said=_last_line(errors) or _last_line(output))
-        return cut(bytes(output), self._max_output)
+            await end(process)
+        return process.returncode or 0, bytes(output), bytes(errors)
 
-    async def _start(self, turn: Turn, given: dict[str, str]) -> Process:
+    async def _start(self, command: list[str], given: dict[str, str]) -> Process:
         inherited = {name: value for name, value in os.environ.items() if not name.startswith(OURS)}
-        message = msgspec.json.encode(turn.message.inbound)
-        if len(message) > MOST_BYTES:
-            head = msgspec.structs.replace(turn.message.inbound, text="", items=[], quote=None)
-            message = msgspec.json.encode(head)
-        given = given | {
-            "WECHAT_MESSAGE": message.decode(),
-            "WECHAT_SEQUENCE": str(turn.message.sequence),
-            "WECHAT_SESSION": turn.session,
-        }
         try:
             return await asyncio.create_subprocess_exec(
-                *self._command,
+                *command,
                 stdin=PIPE,
                 stdout=PIPE,
                 stderr=PIPE,
@@ -159,6 +155,19 @@ class Program:
                 os.write(self._stderr, block)
 
 
+def _about(turn: Turn) -> dict[str, str]:
+    """Variables about the message."""
+    message = msgspec.json.encode(turn.message.inbound)
+    if len(message) > MOST_BYTES:
+        head = msgspec.structs.replace(turn.message.inbound, text="", items=[], quote=None)
+        message = msgspec.json.encode(head)
+    return {
+        "WECHAT_MESSAGE": message.decode(),
+        "WECHAT_SEQUENCE": str(turn.message.sequence),
+        "WECHAT_SESSION": turn.session,
+    }
+
+
 async def _prompt(message: Message, folder: Path) -> str:
     """The text, and a line for each of the media, which are saved in the folder."""
     lines = [message.text] if message.text else []
@@ -187,7 +196,7 @@ def _files_in(folder: Path) -> list[Path]:
     return [file for file in sorted(folder.glob("*")) if file.is_file() and not file.is_symlink()]
 
 
-def _last_line(said: bytearray) -> str:
+def last_line(said: bytes | bytearray) -> str:
     lines = said[-SAID_BYTES:].decode(errors="replace").split("\n")
     return next((line.strip() for line in reversed(lines) if line.strip()), "")
 
@@ -197,7 +206,7 @@ def _remove(folder: Path) -> None:
     shutil.rmtree(folder, ignore_errors=True)
 
 
-async def _end(process: Process) -> None:
+async def end(process: Process) -> None:
     """Ends the program and all processes of its group."""
     if process.returncode is None:
         await _signal_group(process, signal.SIGTERM)

@@ -18,6 +18,7 @@ from nats.errors import Error as NatsError
 
 from adapter import __version__
 from adapter.agent import Sandbox
+from adapter.agent.presets import PRESETS, PresetAgent
 from adapter.agent.program import Program
 from adapter.agent.runner import Agent, Runner, Sessions
 from adapter.agent.sandbox import connect
@@ -62,6 +63,10 @@ class AgentChoice:
             help="NAME[/OWNER[/SESSION]] of an agent that speaks the Synadia agent protocol, see AGENTS_NATS_URL."
         ),
     ] = None
+    agent: Annotated[
+        str | None,
+        Parameter(help=f"One of {', '.join(PRESETS)}, and options for it; it remembers each user's conversation."),
+    ] = None
     timeout: Annotated[Timeout, Parameter(help="Seconds that a program or a response may take.")] = 600.0
     max_output: Annotated[
         int, Parameter(validator=validators.Number(gte=1, lte=MAX_OUTPUT), help="Most bytes of an answer.")
@@ -79,8 +84,8 @@ class AgentChoice:
 
     def check(self) -> None:
         """Raises Failed unless one agent is named."""
-        if sum(kind is not None for kind in (self.program, self.http, self.nats_agent)) != 1:
-            raise Failed(USAGE, "Give one of --exec, --http and --nats-agent.")
+        if sum(kind is not None for kind in (self.program, self.http, self.nats_agent, self.agent)) != 1:
+            raise Failed(USAGE, "Give one of --agent, --exec, --http and --nats-agent.")
 
 
 Choice = Annotated[AgentChoice, Parameter(name="*")]
@@ -94,6 +99,8 @@ async def opened(choice: AgentChoice, settings: Settings, folder: Path) -> Async
     async with contextlib.AsyncExitStack() as stack:
         if choice.program is not None:
             yield Program(choice.program, folder / "files", timeout_s=timeout_s, max_output=most)
+        elif choice.agent is not None:
+            yield PresetAgent(choice.agent, folder, timeout_s=timeout_s, max_output=most)
         elif choice.http is not None:
             yield await stack.enter_async_context(_webhook(choice, choice.http))
         else:

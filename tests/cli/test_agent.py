@@ -37,7 +37,7 @@ SECRET = f"whsec_{base64.b64encode(bytes(32)).decode()}"
 @pytest.mark.parametrize(
     ("arguments", "secret", "sentence"),
     [
-        ([], "", "Give one of --exec, --http and --nats-agent."),
+        ([], "", "Give one of --agent, --exec, --http and --nats-agent."),
         (["--exec", "printf 'no end"], "", "The program cannot be read: No closing quotation."),
         (["--exec", "true", "--timeout", "0"], "", "Must be > 0."),
         (["--exec", "true", "--max-output", "50000"], "", "Must be <= 40000"),
