@@ -325,8 +325,8 @@ STEPS: dict[str, Callable[[Walk], Awaitable[None]]] = {
     "video": partial(_media, "video", "a short video", OutVideo, b"", BACK),
     "voice": _voice,
     "quote": _quote,
-    "eleven": _eleven,
     "restart": _restart,
+    "eleven": _eleven,
     "late": _late,
 }
 """In the order of `PLANS`."""
@@ -371,6 +371,8 @@ async def acceptance(
         finally:
             _write(report, path)
             say(f"\nThe report is in {path.with_suffix('.md')}.")
+    if not late:
+        say("A day after your last message, with nothing written since: the same with --late.")
     return OK
 
 

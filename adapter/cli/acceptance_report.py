@@ -62,8 +62,8 @@ PLANS = {
     "video": Plan("Video", ITEMS),
     "voice": Plan("Voice", "Voice"),
     "quote": Plan("Quote", "Quotes"),
-    "eleven": Plan("Eleven sends", SENDS_REFUSED),
     "restart": Plan("Restart", "Redelivery"),
+    "eleven": Plan("Eleven sends", SENDS_REFUSED),
     "late": Plan("A send after the window", SENDS_REFUSED),
 }
 """All steps, in their order."""
@@ -133,7 +133,7 @@ def part_limits(texts: list[Facts]) -> tuple[int, int, str]:
 def markdown(report: Report) -> str:
     """The report for people."""
     done = {name: one.facts for name, one in report.steps.items() if one.status == "done"}
-    rows = [(plan.title, report.steps.get(name, Result("skipped", 0, {}))) for name, plan in PLANS.items()]
+    rows = [(PLANS[name].title, one) for name, one in report.steps.items()]
     return "\n".join(
         (
             f"# Acceptance of {report.sandbox}\n",

@@ -234,6 +234,18 @@ async def test_it_goes_on_where_it_stopped(server: EmbeddedNats, tmp_path: Path)
     assert (report.settings["WECHAT_NATS_PART_CHARS"], report.settings["WECHAT_NATS_PART_BYTES"]) == ("4000", "16384")
 
 
+async def test_a_phone_that_refuses_the_version_ends_it(server: EmbeddedNats, tmp_path: Path) -> None:
+    async with (
+        world(server, oldest_version="99.0.0", qr_ttl_s=0.3) as (sim, bridge),
+        started("acceptance", "s1", "--out", str(tmp_path)) as process,
+    ):
+        await Person(sim, bridge, process, "").follow()
+        assert await process.wait() == 1
+    report = ReadReport(tmp_path)
+    assert report.findings == [("Login", "refuted", "Login, succeeded: no")]
+    assert report.settings == {"WECHAT_NATS_ILINK_VERSION": f"newer than {bridge.usual.ilink_version}"}
+
+
 def test_a_send_a_day_later_confirms_or_refutes_the_window() -> None:
     for outcome, hours, verdict, value in (
         *(("refused", 25.0, True, 23.0), ("accepted", 25.0, False, 23.0)),
