@@ -178,7 +178,7 @@ class SimulatorSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields
     """If set, the phone refuses the code of a client that declares an older `iLink-App-ClientVersion`, or none: it
     shows a sentence, and the status stays `wait` until the code expires."""
     listed_tokens: Literal["read", "refused"] = "read"
-    """A request for a code that lists tokens: answered, or -2, as one project saw."""
+    """A request for a code that lists tokens: answered, or refused with -2. One project saw such requests fail."""
 
     records_per_bot: Annotated[int, Meta(ge=20)] = 1_000
     """Polls and calls remembered per bot. With many bots it is less, but at least 20."""
