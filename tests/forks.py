@@ -21,7 +21,14 @@ from asyncio.subprocess import DEVNULL, PIPE
 from collections.abc import Mapping
 from typing import IO, Any
 
-PRELOADED = ("adapter.cli.agent", "adapter.cli.demo", "adapter.cli.run", "adapter.replica.app", "uvloop")
+PRELOADED = (
+    "adapter.cli.agent",
+    "adapter.cli.demo",
+    "adapter.cli.run",
+    "adapter.cli.start",
+    "adapter.replica.app",
+    "uvloop",
+)
 ORDER_BYTES = 1 << 18
 Given = int | IO[Any] | None
 """A standard stream, as asyncio.create_subprocess_exec takes it."""

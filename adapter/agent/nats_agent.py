@@ -46,10 +46,23 @@ class NatsAgent:
     def __init__(self, agents: Agents, address: str, *, timeout_s: float, max_output: int) -> None:
         """`address`: NAME[/OWNER[/SESSION]]. `timeout_s`: for the whole answer, including the time of questions."""
         name, owner, session = [*address.split("/"), "", ""][:3]
+        self._address = address
         self._agents = agents
         self._filter = DiscoverFilter(agent=name, owner=owner or None, session_name=session or None)
         self._timeout_s = timeout_s
         self._max_output = max_output
+
+    async def check(self) -> None:
+        """Raises Temporary, with the agents that are there, if this one is not, and Refused if several are."""
+        try:
+            await self._find()
+        except Temporary as exc:
+            if exc.reason != "no_agent":
+                raise
+            found = await self._agents.discover()
+            names = sorted({"/".join(filter(None, (each.agent, each.owner, each.session_name))) for each in found})
+            said = f"Those that are there: {', '.join(names)}." if names else "No agent is there."
+            raise Temporary("no_agent", f"There is no agent {self._address}. {said}") from exc
 
     async def __call__(self, turn: Turn) -> Answer:
         async def ask() -> Answer:

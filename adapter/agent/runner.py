@@ -241,7 +241,7 @@ class Runner:
         answer, end = Answer(), TurnEnd(message, time.monotonic() - began)
         try:
             answer = Answer() if task.cancelled() else task.result()
-            end = end._replace(chars=len(answer.text), items=len(answer.items))
+            end = end._replace(chars=len(answer.text.strip()), items=len(answer.items))
         except AdapterError as exc:
             said = exc.said if isinstance(exc, Temporary) else ""
             answer, end = Answer(self._texts.sorry), end._replace(reason=exc.reason, detail=exc.detail, said=said)

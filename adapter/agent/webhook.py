@@ -24,6 +24,7 @@ from adapter.agent.sandbox import Sandbox
 from adapter.contract.messages import OutItem, OutText
 from adapter.errors import UNDECODABLE, Refused, SettingsError, Temporary
 
+CHECK_S = 5.0
 SECRET_PREFIX = "whsec_"
 ITEMS_BYTES = 32 * 1024 * 1024
 """Largest JSON response: its items may have data as base64."""
@@ -72,6 +73,16 @@ class Webhook(ReadsBetween):
         self._key = key
         self._timeout_s = timeout_s
         self._max_output = max_output
+
+    async def check(self) -> None:
+        """Raises Temporary if nothing answers at the URL. Any answer will do."""
+        try:
+            async with asyncio.timeout(CHECK_S):
+                await self._http.head(self._url)
+        except (httpx.TransportError, TimeoutError) as exc:
+            url = httpx.URL(self._url)
+            where = f"{url.scheme}://{url.netloc.decode()}{url.path}"  # without what may be secret in it
+            raise Temporary("unreachable", f"No answer at {where}: {str(exc) or 'timeout'}.") from exc
 
     async def __call__(self, turn: Turn) -> Answer:
         answer = await until_answered(lambda: self._post(turn))

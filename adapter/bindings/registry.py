@@ -12,7 +12,7 @@ from msgspec import structs
 from adapter.contract.messages import BindingState
 from adapter.contract.names import SHARDS, Names, from_subject_token, shard_of, to_subject_token
 from adapter.contract.records import Binding
-from adapter.errors import UNDECODABLE, Conflict, RecordTooNew, Refused
+from adapter.errors import UNDECODABLE, Conflict, RecordTooNew, Refused, Temporary
 from adapter.kit.timing import ChangeSignal, Clock
 from adapter.observability.decoding import decode_record
 from adapter.observability.events import Events
@@ -21,6 +21,8 @@ from adapter.security.seal import Sealer, Sealing, cursor_context
 
 log = structlog.get_logger()
 
+START_S = 5.0
+"""Longest wait for a replica that has just started."""
 DELETED_KEPT = 10_000
 
 
@@ -52,6 +54,11 @@ class Bindings:
         self._deleted: OrderedDict[str, int] = OrderedDict()
         """Revisions of the last deletions, since a read that began before one may end after it."""
         self._listeners: list[Callable[[str, Binding | None, Binding | None], None]] = []
+
+    async def wait_loaded(self) -> None:
+        """Raises Temporary if the bucket was not read in START_S."""
+        if not await self.changed.wait_until(lambda: self.is_loaded, START_S):
+            raise Temporary("starting", "The adapter is starting; ask again in a moment.")
 
     def get(self, bot: str) -> Binding | None:
         return self._by_bot.get(bot, (None, 0))[0]

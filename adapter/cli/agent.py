@@ -5,11 +5,13 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import shlex
+import shutil
 from collections import deque
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 from urllib.parse import urlsplit
 
 import structlog
@@ -19,19 +21,24 @@ from nats.errors import Error as NatsError
 from adapter import __version__
 from adapter.agent import Sandbox
 from adapter.agent.presets import PRESETS, PresetAgent
-from adapter.agent.program import Program
+from adapter.agent.program import STDERR, Program
 from adapter.agent.runner import Agent, Runner, Sessions
 from adapter.agent.sandbox import connect
+from adapter.cli import output
 from adapter.cli.bus import BROKE, settings_here, with_context
 from adapter.cli.exits import NO, OK, UNREACHABLE, USAGE, Failed
 from adapter.cli.options import Sandbox as SandboxName
 from adapter.cli.options import Timeout
 from adapter.cli.output import read_text
 from adapter.environment import read_settings
-from adapter.errors import UNDECODABLE
+from adapter.errors import UNDECODABLE, Temporary
 from adapter.jetstream.client import BusClient
 from adapter.observability import logs
 from adapter.settings import Settings
+
+if TYPE_CHECKING:
+    from adapter.agent.nats_agent import NatsAgent
+    from adapter.agent.webhook import Webhook
 
 log = structlog.get_logger()
 
@@ -92,19 +99,44 @@ Choice = Annotated[AgentChoice, Parameter(name="*")]
 
 
 @contextlib.asynccontextmanager
-async def opened(choice: AgentChoice, settings: Settings, folder: Path) -> AsyncIterator[Agent]:
-    """The agent. `folder`: for what survives a restart. Raises SettingsError, Failed, Temporary."""
+async def opened(
+    choice: AgentChoice, settings: Settings, folder: Path, *, may_be_away: bool = False, stderr: int = STDERR
+) -> AsyncIterator[Agent]:
+    """The agent, if it is there. `folder`: for what survives a restart. `may_be_away`: that a remote one gives no
+    answer now is only said, on standard error. `stderr`: as for `Program`. Raises SettingsError, Failed, Temporary.
+    """
     choice.check()
     timeout_s, most = choice.timeout, choice.max_output
     async with contextlib.AsyncExitStack() as stack:
         if choice.program is not None:
-            yield Program(choice.program, folder / "files", timeout_s=timeout_s, max_output=most)
-        elif choice.agent is not None:
-            yield PresetAgent(choice.agent, folder, timeout_s=timeout_s, max_output=most)
-        elif choice.http is not None:
-            yield await stack.enter_async_context(_webhook(choice, choice.http))
+            program = Program(choice.program, folder / "files", timeout_s=timeout_s, max_output=most, stderr=stderr)
+            check_program(choice.program)
+            yield program
+            return
+        if choice.agent is not None:
+            preset = PresetAgent(choice.agent, folder, timeout_s=timeout_s, max_output=most, stderr=stderr)
+            check_program(choice.agent)
+            yield preset
+            return
+        remote: Webhook | NatsAgent
+        if choice.http is not None:
+            remote = await stack.enter_async_context(_webhook(choice, choice.http))
         else:
-            yield await stack.enter_async_context(_nats_agent(choice.nats_agent or "", settings, timeout_s, most))
+            remote = await stack.enter_async_context(_nats_agent(choice.nats_agent or "", settings, timeout_s, most))
+        try:
+            await remote.check()
+        except Temporary as exc:
+            if not may_be_away:
+                raise
+            output.complain(f"{exc.detail} Messages wait for it.")
+        yield remote
+
+
+def check_program(command: str) -> None:
+    """Raises Failed unless the program of a command line is there."""
+    name = shlex.split(command)[0]
+    if shutil.which(name) is None:
+        raise Failed(USAGE, f"There is no program `{name}`{'' if '/' in name else ' on the PATH'}.")
 
 
 async def agent(
@@ -130,7 +162,7 @@ async def agent(
     settings = settings_here()
     choice.check()
     folder, sessions = state_of(sandbox, settings, state)
-    async with opened(choice, settings, folder) as answering:
+    async with opened(choice, settings, folder, may_be_away=True) as answering:
         try:
             async with Sandbox(sandbox, settings) as connected:
                 logs.configure(settings.log, version=__version__)
@@ -154,7 +186,7 @@ def state_of(sandbox: str, settings: Settings, folder: Path | None = None) -> tu
 
 
 @contextlib.asynccontextmanager
-async def _webhook(choice: AgentChoice, url: str) -> AsyncIterator[Agent]:
+async def _webhook(choice: AgentChoice, url: str) -> AsyncIterator[Webhook]:
     """Raises SettingsError, Failed."""
     import httpx  # noqa: PLC0415 -- other commands start faster without it
 
@@ -170,7 +202,9 @@ async def _webhook(choice: AgentChoice, url: str) -> AsyncIterator[Agent]:
 
 
 @contextlib.asynccontextmanager
-async def _nats_agent(address: str, settings: Settings, timeout_s: float, max_output: int) -> AsyncIterator[Agent]:
+async def _nats_agent(
+    address: str, settings: Settings, timeout_s: float, max_output: int
+) -> AsyncIterator[NatsAgent]:
     """Over a connection of its own, since a sandbox may not ask agents. Raises SettingsError, Failed, Temporary."""
     try:
         from synadia_ai.agents import Agents  # noqa: PLC0415 -- an extra

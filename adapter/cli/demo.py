@@ -73,23 +73,25 @@ async def demo(
     """
     editor = LineEditor() if sys.stdin.isatty() and can_style(sys.stdout) else None
     screen = Screen(sys.stdout, editor)
-    with _log(screen, verbose):
+    async with contextlib.AsyncExitStack() as stack:
+        answer: Agent | None = _echo if echo else None
+        if choice != AgentChoice():  # before all else, so that a fault of its own is the first thing that is said
+            folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="wechat-nats-demo-")))
+            answer = await stack.enter_async_context(opened(choice, settings_here(), folder))
+        stack.enter_context(_log(screen, verbose))
         try:
-            return await _demo(screen, choice, echo, editor.lines() if editor else lines())
+            return await _demo(screen, answer, choice.welcome or "", editor.lines() if editor else lines())
         except asyncio.CancelledError:
             screen.note("")
             return OK
 
 
-async def _demo(screen: Screen, choice: AgentChoice, echo: bool, typed: AsyncIterator[str]) -> int:
-    """Starts everything, holds the conversation and cleans up, however it ends. Returns the exit code."""
+async def _demo(screen: Screen, answer: Agent | None, welcome: str, typed: AsyncIterator[str]) -> int:
+    """Starts everything, holds the conversation and cleans up, however it ends. `answer`: None for an agent that is
+    attached by the user. Returns the exit code."""
     from adapter.simulator import Simulator, SimulatorSettings  # noqa: PLC0415
 
     async with contextlib.AsyncExitStack() as stack:
-        answer: Agent | None = _echo if echo else None
-        if choice != AgentChoice():
-            folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="wechat-nats-demo-")))
-            answer = await stack.enter_async_context(opened(choice, settings_here(), folder))
         nats = await stack.enter_async_context(EmbeddedNats())
         simulator = await stack.enter_async_context(Simulator(SimulatorSettings(hold_ms=HOLD_MS, hint_ms=HOLD_MS)))
         made = demo_settings(nats.url, simulator.url)
@@ -104,7 +106,7 @@ async def _demo(screen: Screen, choice: AgentChoice, echo: bool, typed: AsyncIte
         agent, hint = None, f"Your agent: NATS_URL={nats.url} wechat-nats agent {SANDBOX} --exec 'PROGRAM'"
         if answer is not None:
             sandbox = await stack.enter_async_context(Sandbox(SANDBOX, settings))
-            agent = Runner(sandbox, answer, Sessions(SANDBOX), welcome=choice.welcome or "").run
+            agent = Runner(sandbox, answer, Sessions(SANDBOX), welcome=welcome).run
             hint = "Another agent: wechat-nats demo --exec 'PROGRAM', or --no-echo."
         screen.note(f"NATS at {nats.url}, sandbox {SANDBOX}. You are a WeChat user: write. ctrl-C ends.")
         screen.note(f"{hint}\n")

@@ -60,7 +60,8 @@ class EmbeddedNats:
     def __init__(self, data_dir: Path | None = None, port: int = 0, token: str = "") -> None:
         self._token = token
         self._port = port
-        self._temporary = data_dir is None
+        self.is_temporary = data_dir is None
+        """Whether its folder, with data and log, goes with it."""
         self.folder = data_dir.resolve() if data_dir else Path(tempfile.mkdtemp(prefix="wechat-nats-"))
         """Where its data, configuration and log are."""
         self.log_file = self.folder / "nats-server.log"
@@ -117,14 +118,14 @@ class EmbeddedNats:
         A clean end takes 10 ms per durable consumer, which data that nobody will read again is not worth.
         """
         try:
-            if self._process is not None and not self._temporary:
+            if self._process is not None and not self.is_temporary:
                 self._process.terminate()
                 with contextlib.suppress(TimeoutError):
                     async with asyncio.timeout(grace_s):
                         await self.wait_ended()
         finally:  # also when cancelled: nobody else will end it
             self.kill()
-            if self._temporary:
+            if self.is_temporary:
                 shutil.rmtree(self.folder, ignore_errors=True)
 
     async def wait_ended(self) -> None:
@@ -176,7 +177,7 @@ class EmbeddedNats:
         lines = self.log_file.read_text(encoding="utf-8", errors="replace").splitlines()
         complaints = [line for line in lines if re.search(r"\[FTL]|\[ERR]|^nats-server:", line)]
         word = re.sub(r"^\[\d+\] \S+ \S+ ", "", [*(complaints or lines or ["it said nothing"])][-1])[:200]
-        return word if self._temporary else f"{word} (log: {self.log_file})"
+        return word if self.is_temporary else f"{word} (log: {self.log_file})"
 
 
 def server_config(folder: Path, port: int, token: str = "") -> str:
@@ -234,7 +235,7 @@ async def while_alive(
         if not task.done() or task.cancelled() or task.exception():
             await asyncio.wait({ended}, timeout=SERVER_END_S)
             if ended.done():
-                where = "" if adapter else f": see {server.log_file}"  # the log of a demo goes with its server
+                where = "" if server.is_temporary else f": see {server.log_file}"
                 raise Failed(UNREACHABLE, f"The embedded NATS server ended by itself{where}.")
             if adapter is not None and adapter.done():
                 adapter.result()  # its own error says more

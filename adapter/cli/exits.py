@@ -50,18 +50,29 @@ def on_signal(
     first: Callable[[], object], waits_for: str = "what is being closed", at_most_s: float = CLOSING_S
 ) -> Iterator[None]:
     """Calls `first` at the first signal, after which the process ends in `at_most_s` seconds, by force if need be.
-    A second signal ends it at once. `waits_for`: what the person at the terminal is told."""
+    A second signal ends it at once. `waits_for`: what the person at the terminal is told, above a countdown."""
     loop = asyncio.get_running_loop()
+    told: list[asyncio.TimerHandle] = []
+
+    def count_down(left_s: int) -> None:
+        sys.stderr.write(f"\r  {left_s} s at most; ctrl-C again ends it at once. ")
+        sys.stderr.flush()
+        told[:] = [loop.call_later(1.0, count_down, max(0, left_s - 1))]
 
     def explain() -> None:
         if sys.stderr.isatty():
-            told = f"wechat-nats: waiting for {waits_for}, {at_most_s:g} s at most. Ctrl-C again ends it at once.\n"
-            sys.stderr.write(told)
+            sys.stderr.write(f"\rwechat-nats: waiting for {waits_for}.\n")  # over the terminal's ^C
+            count_down(round(at_most_s))
+
+    def at_once(number: int, _: object) -> None:
+        if told:
+            os.write(2, b"\n")
+        os._exit(128 + number)
 
     def on_first(number: int) -> None:
         for each in SIGNALS:
             loop.remove_signal_handler(each)
-            signal.signal(each, lambda again, _: os._exit(128 + again))  # SIG_DFL does nothing in process 1
+            signal.signal(each, at_once)  # SIG_DFL does nothing in process 1
         loop.call_later(AT_ONCE_S, explain)
         loop.call_later(at_most_s + 1.0, os._exit, 128 + number)  # what has such a limit of its own comes first
         first()
@@ -72,6 +83,9 @@ def on_signal(
     try:
         yield
     finally:
+        if told:
+            told[0].cancel()
+            sys.stderr.write("\n")
         for number in heard:
             loop.remove_signal_handler(number)
 

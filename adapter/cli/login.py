@@ -23,6 +23,7 @@ from adapter.cli.output import write_private
 from adapter.contract.messages import CHECKING, FINAL_STATUSES, Login, LoginQuery, LoginStart, LoginVerify, Options
 
 START_S = 20.0
+WIDTH = 80
 REFRESH_S = 1.0
 """Seconds between two looks at a login."""
 EXPIRY_GRACE_S = 30.0
@@ -51,10 +52,14 @@ async def login(
     asked = LoginStart(sandbox=sandbox, options=Options(auto_typing=auto_typing), png=png is not None)
     async with connected_bus(lasting=True) as bus:
         await bus.check_subscribed()
-        now = await log_in(bus, asked, stdin.lines(), _View(png, url=url, json=json))
-    if now.status not in GOOD:
-        raise Failed(NO, output.printable(now.detail or f"The login ended: {now.status}."))
+        check_login(await log_in(bus, asked, stdin.lines(), _View(png, url=url, json=json)))
     return OK
+
+
+def check_login(ended: Login) -> None:
+    """Raises Failed unless the user has a bot of the sandbox."""
+    if ended.status not in GOOD:
+        raise Failed(NO, output.printable(ended.detail or f"The login ended: {ended.status}."))
 
 
 async def log_in(
@@ -160,7 +165,7 @@ class _View:
             case "wait" if now.code == 1:
                 self._say("Scan this code with WeChat.")
             case "wait":
-                self._say(textwrap.fill(f"The code before it is dying. {output.printable(now.detail)}", 70))
+                self._say(f"The code before it is dying. {output.printable(now.detail)}")
             case "confirmed":
                 self._say(f"{output.printable(now.bot)} serves {now.sandbox}. {output.printable(now.detail)}")
             case "lost":
@@ -170,7 +175,8 @@ class _View:
 
     def _say(self, text: str) -> None:
         if not self._json:
-            print(text, file=sys.stderr if self._url else sys.stdout, flush=True)
+            lines = textwrap.fill(text, WIDTH, break_on_hyphens=False)
+            print(lines, file=sys.stderr if self._url else sys.stdout, flush=True)
 
     def prompt(self, text: str) -> None:
         """A question that is answered on the same line."""

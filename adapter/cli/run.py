@@ -6,6 +6,7 @@ import base64
 import contextlib
 import re
 import secrets
+from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Annotated
 
@@ -64,13 +65,20 @@ async def _run(settings: Settings, *, embedded: bool, port: int) -> int:
         if not embedded:
             await app.run(settings, stop=stop)
             return OK
-        folder = Path(settings.data_dir)
-        async with EmbeddedNats(folder / "nats", port, _embedded_token(folder)) as server:
-            settings = _with_token_key(settings, folder)
-            write_private(folder / URL_FILE, server.url + "\n", advice=ADVICE)
-            log.info("nats.started", url_file=str(folder / URL_FILE), folder=str(server.folder))
-            await while_alive(app.run(embedded_settings(settings, server.url), stop=stop), server)
+        async with durable_nats(settings, port) as (server, its_settings):
+            await while_alive(app.run(its_settings, stop=stop), server)
     return OK
+
+
+@contextlib.asynccontextmanager
+async def durable_nats(settings: Settings, port: int) -> AsyncIterator[tuple[EmbeddedNats, Settings]]:
+    """The NATS server of the data folder, and the settings of an adapter on it. Commands find it by its URL file."""
+    folder = Path(settings.data_dir)
+    async with EmbeddedNats(folder / "nats", port, _embedded_token(folder)) as server:
+        settings = _with_token_key(settings, folder)
+        write_private(folder / URL_FILE, server.url + "\n", advice=ADVICE)
+        log.info("nats.started", url_file=str(folder / URL_FILE), folder=str(server.folder))
+        yield server, embedded_settings(settings, server.url)
 
 
 def embedded_settings(settings: Settings, url: str) -> Settings:

@@ -36,8 +36,6 @@ LOGIN_S = 480.0
 OPEN_PER_SANDBOX = 20
 """Most open logins of a sandbox. Each costs long polls; more than this is a loop in the platform."""
 LOOK_S = 1.0
-START_S = 5.0
-"""Longest wait for a replica that has just started."""
 
 
 class LoginService:
@@ -77,8 +75,7 @@ class LoginService:
         """Fetches the first code, stores the login, and runs it here."""
         request = read_request(data, LoginStart, self._metrics)
         sandbox = check_sandbox(request.sandbox)
-        if not await self._bindings.changed.wait_until(lambda: self._bindings.is_loaded, START_S):
-            raise Temporary("starting", "The adapter is starting; ask again in a moment.")
+        await self._bindings.wait_loaded()
         if self._leases.draining:
             raise Temporary("draining", "This replica stops; ask again.")
         are_open = [each for _, each in self._records if each.sandbox == sandbox and not each.is_over]

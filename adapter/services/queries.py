@@ -58,6 +58,7 @@ class Queries:
     async def list_bindings(self, data: bytes) -> bytes:
         """bindings.list. Raises Temporary."""
         query = read_request(data, BindingsQuery, self._metrics)
+        await self._bindings.wait_loaded()
         found = sorted(
             (b for b in self._bindings if query.sandbox in (None, b.sandbox) and query.bot in (None, b.bot)),
             key=lambda binding: binding.bot,
