@@ -10,7 +10,7 @@ from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NamedTuple
 
 import msgspec
 from cyclopts import Parameter
@@ -19,7 +19,7 @@ from adapter import __version__
 from adapter.agent.media import get_media, put_media
 from adapter.agent.reader import read_inbound
 from adapter.cli import output, stdin
-from adapter.cli.acceptance_report import PLANS, Facts, Report, Result, markdown
+from adapter.cli.acceptance_report import Facts, Report, Result, markdown
 from adapter.cli.bus import BusConnection, connected_bus
 from adapter.cli.doctor import query_adapters
 from adapter.cli.exits import NO, OK, UNREACHABLE, USAGE, Failed
@@ -41,7 +41,6 @@ RECEIPT_S = 30.0
 END = "⟂END"
 FIRST = f"First reply {END}"
 MARKS = "a_b_c.pdf, __init__, x_y"
-LINES = "first line\nsecond line"
 PICTURE = base64.b64decode(
     "iVBORw0KGgoAAAANSUhEUgAAAGAAAABAAQMAAADf+uBNAAAABlBMVEUarRn///+iMv0SAAAAGElEQVR42mNgoBP4jwRoyRn1z6h/6OgfAAEgfpB1"
     "x1wYAAAAAElFTkSuQmCC"
@@ -308,28 +307,38 @@ async def _late(walk: Walk) -> None:
     walk.facts["on_the_phone"] = await walk.answer(f"Does the phone show “Late {END}”?", "y/n/s", "y|n")
 
 
+class Step(NamedTuple):
+    title: str
+    section: str
+    """Of the protocol page, which it is about."""
+    run: Callable[[Walk], Awaitable[None]]
+
+
+RULES, ITEMS, KNOWN, REFUSED = "Rules for outbound messages", "Outbound items", "Known numbers", "Refused sends"
+FIRST_SHOWN = f"Does the phone show “{FIRST}”?"
 STRIPES = "Does the phone show a picture with green stripes?"
 FILE = f"Does file.txt open, and say {END}?"
 BACK = "Does the video that came back play?"
-STEPS: dict[str, Callable[[Walk], Awaitable[None]]] = {
-    "login": _login,
-    "first": partial(_shows, f"Does the phone show “{FIRST}”?", text=FIRST),
-    "text-2100": partial(_long, 2100, "text "),
-    "text-4000": partial(_long, 4000, "一二三四五"),
-    "literal": partial(_shows, f"Are all underscores there: {MARKS}?", text=MARKS, format="literal"),
-    "markdown": partial(_shows, f"And now: {MARKS}?", text=MARKS),
-    "newline": partial(_shows, "Is “second line” on a line of its own?", text=LINES),
-    "typing": _typing,
-    "picture": partial(_media, "image", "a picture", OutImage, PICTURE, STRIPES),
-    "file": partial(_media, "file", "a file", OutFile, END.encode(), FILE),
-    "video": partial(_media, "video", "a short video", OutVideo, b"", BACK),
-    "voice": _voice,
-    "quote": _quote,
-    "restart": _restart,
-    "eleven": _eleven,
-    "late": _late,
+LITERAL, MARKDOWN = f"Are all underscores there (maybe wide): {MARKS}?", f"And now: {MARKS}?"
+NEWLINE = "Is “second line” on a line of its own?"
+STEPS = {
+    "login": Step("Login", "Login", _login),
+    "first": Step("First reply", "sendmessage", partial(_shows, FIRST_SHOWN, text=FIRST)),
+    "text-2100": Step("2,100 characters", KNOWN, partial(_long, 2100, "text ")),
+    "text-4000": Step("4,000 characters, half Chinese", KNOWN, partial(_long, 4000, "一二三四五")),
+    "literal": Step("Underscores, literal", RULES, partial(_shows, LITERAL, text=MARKS, format="literal")),
+    "markdown": Step("Underscores as Markdown", RULES, partial(_shows, MARKDOWN, text=MARKS)),
+    "newline": Step("A single line break", RULES, partial(_shows, NEWLINE, text="first line\nsecond line")),
+    "typing": Step("Typing", "Typing", _typing),
+    "picture": Step("Picture", ITEMS, partial(_media, "image", "a picture", OutImage, PICTURE, STRIPES)),
+    "file": Step("File", ITEMS, partial(_media, "file", "a file", OutFile, END.encode(), FILE)),
+    "video": Step("Video", ITEMS, partial(_media, "video", "a short video", OutVideo, b"", BACK)),
+    "voice": Step("Voice", "Voice", _voice),
+    "quote": Step("Quote", "Quotes", _quote),
+    "restart": Step("Restart", "Redelivery", _restart),
+    "eleven": Step("Eleven sends", REFUSED, _eleven),  # may be followed by an hour of refusals
+    "late": Step("A send after the window", REFUSED, _late),
 }
-"""In the order of `PLANS`."""
 
 
 async def acceptance(
@@ -363,7 +372,7 @@ async def acceptance(
                     is_done = is_done and await walk.binding() is not None
                 if (name == "late") != late or (is_done and not late):
                     continue
-                say(f"\n[{place}/{len(STEPS)}] {PLANS[name].title}")
+                say(f"\n[{place}/{len(STEPS)}] {step.title}")
                 report.steps[name] = await _take(walk, step)
                 _write(report, path)
                 if name == "login" and await walk.binding() is None:
@@ -376,17 +385,17 @@ async def acceptance(
     return OK
 
 
-async def _take(walk: Walk, step: Callable[[Walk], Awaitable[None]]) -> Result:
+async def _take(walk: Walk, step: Step) -> Result:
     """Raises Failed."""
     status: Any = "done"
     walk.facts = {}
     try:
-        await step(walk)
+        await step.run(walk)
     except Undone as exc:
         status = exc.args[0]
         if status != "skipped":
             say(f"    It was {status} (see the settings above). The next call tries it again.")
-    return Result(status, int(time.time() * 1000), walk.facts)
+    return Result(step.title, step.section, status, int(time.time() * 1000), walk.facts)
 
 
 def _write(report: Report, path: Path) -> None:

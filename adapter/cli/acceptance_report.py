@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import Any, Literal, NamedTuple, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import msgspec
 
@@ -26,6 +26,9 @@ VERDICTS = {True: "confirmed", False: "refuted", None: "measured"}
 class Result(msgspec.Struct, frozen=True):
     """How a step went. refused: iLink did; held back: the adapter did not ask iLink."""
 
+    title: str
+    section: str
+    """Of the protocol page, which it is about."""
     status: Literal["done", "skipped", "refused", "held back"]
     at_ms: int
     facts: Facts
@@ -39,46 +42,14 @@ class Report(msgspec.Struct, kw_only=True):
     steps: dict[str, Result] = {}
 
 
-class Plan(NamedTuple):
-    """What a step is about."""
-
-    title: str
-    section: str
-    """Of the protocol page."""
-
-
-RULES, ITEMS, KNOWN, SENDS_REFUSED = "Rules for outbound messages", "Outbound items", "Known numbers", "Refused sends"
-PLANS = {
-    "login": Plan("Login", "Login"),
-    "first": Plan("First reply", "sendmessage"),
-    "text-2100": Plan("2,100 characters", KNOWN),
-    "text-4000": Plan("4,000 characters, half Chinese", KNOWN),
-    "literal": Plan("Underscores, literal", RULES),
-    "markdown": Plan("Underscores as Markdown", RULES),
-    "newline": Plan("A single line break", RULES),
-    "typing": Plan("Typing", "Typing"),
-    "picture": Plan("Picture", ITEMS),
-    "file": Plan("File", ITEMS),
-    "video": Plan("Video", ITEMS),
-    "voice": Plan("Voice", "Voice"),
-    "quote": Plan("Quote", "Quotes"),
-    "restart": Plan("Restart", "Redelivery"),
-    "eleven": Plan("Eleven sends", SENDS_REFUSED),
-    "late": Plan("A send after the window", SENDS_REFUSED),
-}
-"""All steps, in their order."""
-
-
-def findings(steps: Mapping[str, Facts]) -> Iterator[tuple[str, bool | None, str]]:
-    """What the facts of done steps say of the page: section, whether it is confirmed (None: sources disagree), and
-    words."""
-    for name, facts in steps.items():
-        title, section = PLANS[name]
+def findings(steps: Mapping[str, Result]) -> Iterator[tuple[str, bool | None, str]]:
+    """What done steps say of the page: section, whether it is confirmed (None: sources disagree), and words."""
+    for name, step in steps.items():
+        title, section, facts = step.title, step.section, step.facts
         for fact in [fact for fact, value in facts.items() if isinstance(value, bool)]:
             words = f"{title}, {fact.replace('_', ' ')}: {'yes' if facts[fact] else 'no'}"
-            words += (
-                f", cut near {facts['last']:,} characters, {facts['last_bytes']:,} bytes" if "last" in facts else ""
-            )
+            if "last" in facts:
+                words += f", cut near {facts['last']:,} characters, {facts['last_bytes']:,} bytes"
             is_said = None if name.startswith("text-") else facts[fact] != (name in NOT_SHOWN)
             yield "Download" if fact == "arrived" else section, is_said, words
         for sent in facts.get("sends", ()):
@@ -93,20 +64,20 @@ def findings(steps: Mapping[str, Facts]) -> Iterator[tuple[str, bool | None, str
             yield section, is_said, f"{facts['hours']} h after the last message a send was {_result(sent)}"
 
 
-def settings(steps: Mapping[str, Facts]) -> Iterator[tuple[str, object, str]]:
+def settings(steps: Mapping[str, Result]) -> Iterator[tuple[str, object, str]]:
     """Settings that follow: name, value, reason."""
-    if login := steps.get("login"):
-        is_old = login["status"] == "expired"
-        why = f"The login ended: {login['status']}."
-        yield "WECHAT_NATS_ILINK_VERSION", f"newer than {login['declared']}" if is_old else login["declared"], why
-    if texts := [facts for name, facts in steps.items() if name.startswith("text-")]:
+    facts = {name: step.facts for name, step in steps.items()}
+    if "succeeded" in (login := facts.get("login", {})):
+        value = f"newer than {login['declared']}" if login["status"] == "expired" else login["declared"]
+        yield "WECHAT_NATS_ILINK_VERSION", value, f"The login ended: {login['status']}."
+    if texts := [facts[name] for name in facts if name.startswith("text-")]:
         chars, size, why = part_limits(texts)
         yield "WECHAT_NATS_PART_CHARS", chars, why
         yield "WECHAT_NATS_PART_BYTES", size, why
-    if eleven := steps.get("eleven"):
+    if eleven := facts.get("eleven"):
         most = min(eleven["accepted"], eleven["shown_sends"])
         yield "WECHAT_NATS_SENDS_PER_WINDOW", most, f"Of eleven sends {most} were accepted and shown."
-    if late := steps.get("late"):
+    if late := facts.get("late"):
         is_early = late["sends"][0]["outcome"] != "accepted" and late["hours"] < HOURS
         why = f"A send {late['hours']} h after the last message was {late['sends'][0]['outcome']}."
         yield "WECHAT_NATS_WINDOW_HOURS", f"below {late['hours']}" if is_early else HOURS - 1, why
@@ -132,14 +103,13 @@ def part_limits(texts: list[Facts]) -> tuple[int, int, str]:
 
 def markdown(report: Report) -> str:
     """The report for people."""
-    done = {name: one.facts for name, one in report.steps.items() if one.status == "done"}
-    rows = [(PLANS[name].title, one) for name, one in report.steps.items()]
+    done = {name: step for name, step in report.steps.items() if step.status == "done"}
     return "\n".join(
         (
             f"# Acceptance of {report.sandbox}\n",
-            f"wechat-nats {report.version}. Steps that are done: {len(done)} of {len(PLANS)}.\n",
+            f"wechat-nats {report.version}. Steps that are done: {len(done)}.\n",
             "| step | when | how | seen |\n|---|---|---|---|",
-            *(f"| {title} | {clock(one.at_ms)} | {one.status} | {_words(one.facts)} |" for title, one in rows),
+            *(f"| {s.title} | {clock(s.at_ms)} | {s.status} | {_words(s.facts)} |" for s in report.steps.values()),
             "\n## Settings that follow\n",
             "| setting | value | why |\n|---|---|---|",
             *(f"| `{name}` | {value} | {why} |" for name, value, why in settings(done)),

@@ -17,7 +17,7 @@ import pytest
 from rich.cells import cell_len
 
 from adapter.cli.acceptance import FIRST, INTRODUCTION, MARKS, STEPS
-from adapter.cli.acceptance_report import PAGE, PLANS, findings, part_limits, settings
+from adapter.cli.acceptance_report import PAGE, Result, findings, part_limits, settings
 from adapter.cli.demo import demo_settings
 from adapter.cli.embedded import EmbeddedNats, adapter_running
 from adapter.environment import read_settings
@@ -252,7 +252,7 @@ def test_a_send_a_day_later_confirms_or_refutes_the_window() -> None:
         *(("refused", 16.5, False, "below 16.5"), ("accepted", 16.5, True, 23.0)),
     ):
         sent = {"outcome": outcome, "reason": "", "ret": -2, "errcode": None, "errmsg": ""}
-        steps = {"late": {"hours": hours, "sends": [sent]}}
+        steps = {"late": Result("", "Refused sends", "done", 0, {"hours": hours, "sends": [sent]})}
         assert [found[:2] for found in findings(steps)] == [("Refused sends", verdict)]
         assert [found[:2] for found in settings(steps)] == [("WECHAT_NATS_WINDOW_HOURS", value)]
 
@@ -271,6 +271,5 @@ def test_cuts_that_no_unit_explains_limit_both() -> None:
 
 
 def test_all_steps_name_a_section_of_the_page() -> None:
-    sections = {plan.section for plan in PLANS.values()} | {"Download", "Success without a message id"}
+    sections = {step.section for step in STEPS.values()} | {"Download", "Success without a message id"}
     assert {section.lower().replace(" ", "-") for section in sections} <= anchors(ROOT / PAGE)
-    assert list(PLANS) == list(STEPS)
