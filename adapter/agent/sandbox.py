@@ -372,11 +372,12 @@ class Sandbox:
         return kind(media=await self.put_media(data, name))
 
     async def _request(self, verb: str, payload: bytes, headers: dict[str, str]) -> tuple[bytes, dict[str, Any]]:
-        """A request to the adapter, repeated for a while if there is no answer, or none yet. Raises Refused,
-        Temporary."""
+        """A request to the adapter, which waits for the bus, and is repeated for a while if there is no answer, or
+        none yet. Raises Refused, Temporary."""
 
         async def ask() -> tuple[bytes, dict[str, Any]]:
             try:
+                await self._ready()
                 timeout_s = MEDIA_WAIT_S + ANSWER_S
                 msg = await self._nc.request(self._names.svc(verb), payload, timeout=timeout_s, headers=headers)
             except (TimeoutError, NatsError) as exc:

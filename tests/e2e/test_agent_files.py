@@ -38,6 +38,7 @@ if text == "many":
     (out / "01.txt").symlink_to(out / "02.txt")
     (out / "folder").mkdir()
 print("Here:")
+(home / "ended").touch()
 """
 
 
@@ -103,16 +104,28 @@ async def test_what_cannot_be_had_or_sent_is_left_out(tmp_path: Path) -> None:
         assert log.count("agent.file_not_sent") == 2  # the empty one, and the eleventh
 
 
-async def test_after_a_kill_files_come_again_and_no_folder_stays(tmp_path: Path) -> None:
+@pytest.mark.parametrize("victim", ["command", "adapter", "server"])
+async def test_after_a_kill_each_file_is_sent_once_and_no_folder_stays(tmp_path: Path, victim: str) -> None:
     async with agent_running(tmp_path, *options(tmp_path)) as (made, agent):
         picture = samples.png()
         made.sim.say_media(made.bots["s1"].bot, "image", picture)
         await until(lambda: len(prompts(tmp_path)) == 1, "the program runs")
         folders = tmp_path / "state" / "files"
         assert len(list(folders.iterdir())) == 1
-        await agent.end(signal.SIGKILL)
-        (tmp_path / "go").touch()
-        await agent.start()
+        if victim == "command":
+            await agent.end(signal.SIGKILL)
+            (tmp_path / "go").touch()
+            await agent.start()
+        elif victim == "adapter":
+            await made.adapters[0].kill()
+            (tmp_path / "go").touch()
+            await until(lambda: '"agent.retrying"' in agent.log.read_text(), "the file waits for an adapter")
+            await made.adapters[0].start()
+        else:
+            made.server.kill()
+            (tmp_path / "go").touch()
+            await until((tmp_path / "ended").exists, "the program ends while there is no bus")
+            await made.server.start()
         await until(lambda: len(shown(made)) == 2, "it is answered")
         await settled(made)
         assert shown(made) == [("text", "Here:", b""), ("image", "", picture)]
