@@ -67,7 +67,7 @@ class Program:
         self._stderr = stderr
 
     async def __call__(self, turn: Turn) -> Answer:
-        folder = self._folder / str(turn.message.sequence)
+        folder = self._folder / f"{turn.message.sequence}-{os.getpid()}"  # another process may take it over
         received, written = folder / "in", folder / "out"
         try:
             folder.mkdir(mode=0o700, parents=True)

@@ -16,7 +16,7 @@ from aiohttp import web
 from adapter.agent.media_urls import LIFE_S, MediaUrls
 from adapter.contract.messages import Media
 from adapter.simulator import FaultRule, samples
-from tests.e2e.test_agent import Receiver, agent_running, settled
+from tests.e2e.test_agent import Agent, Receiver, agent_running, settled
 from tests.e2e.test_agent import receiver as receiver  # noqa: PLC0414
 from tests.e2e.world import World, eventually, free_port, until
 
@@ -130,6 +130,25 @@ async def test_after_a_kill_each_file_is_sent_once_and_no_folder_stays(tmp_path:
         await settled(made)
         assert shown(made) == [("text", "Here:", b""), ("image", "", picture)]
         assert list(folders.iterdir()) == []
+
+
+async def test_a_newer_command_keeps_its_files_when_the_other_one_ends(tmp_path: Path) -> None:
+    async with agent_running(tmp_path, *options(tmp_path)) as (made, agent):
+        picture = samples.png()
+        made.sim.say_media(made.bots["s1"].bot, "image", picture)
+        await until(lambda: len(prompts(tmp_path)) == 1, "the program runs")
+        newer = Agent(made, *options(tmp_path), name="newer")
+        await newer.start()
+        try:
+            await until(lambda: len(prompts(tmp_path)) == 2, "the newer one has taken the message")
+            made.say("s1", "words")
+            assert agent.process is not None
+            assert await agent.process.wait() == 1
+            (tmp_path / "go").touch()
+            await until(lambda: len(shown(made)) == 3, "both are answered")
+            assert shown(made) == [("text", "Here:", b""), ("image", "", picture), ("text", "Here:", b"")]
+        finally:
+            await newer.end(signal.SIGKILL)
 
 
 async def test_a_url_has_the_picture_and_answers_with_items(
