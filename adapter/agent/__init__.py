@@ -10,5 +10,6 @@
 """
 
 from adapter.agent.sandbox import Message, Sandbox
+from adapter.agent.sandboxes import Sandboxes
 
-__all__ = ["Message", "Sandbox"]
+__all__ = ["Message", "Sandbox", "Sandboxes"]

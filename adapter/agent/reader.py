@@ -18,6 +18,7 @@ import msgspec
 import structlog
 from nats.aio.client import Client
 from nats.aio.msg import Msg
+from nats.aio.subscription import Subscription
 from nats.errors import ConnectionReconnectingError
 from nats.errors import Error as NatsError
 
@@ -82,6 +83,7 @@ class Reader:
         self._subject = names.svc(f"next.{sandbox}")
         self._live = names.live(sandbox)
         self._reply = ""
+        self._heard: list[Subscription] = []
         self._ready = ready
         self._number: int | None = None
         """What the adapter calls this reader; None: it has not answered yet."""
@@ -101,8 +103,8 @@ class Reader:
         """Reads until cancelled. Raises Refused (replaced: another agent reads the sandbox now), and what `ready`
         raises."""
         self._reply = self._nc.new_inbox()
-        await self._nc.subscribe(self._reply, cb=self._on_answer)
-        await self._nc.subscribe(self._live, cb=self._on_ring)
+        self._heard.append(await self._nc.subscribe(self._reply, cb=self._on_answer))
+        self._heard.append(await self._nc.subscribe(self._live, cb=self._on_ring))
         while True:
             await self._due()
             self._rang = False
@@ -210,3 +212,6 @@ class Reader:
             with contextlib.suppress(AdapterError, NatsError, TimeoutError):
                 async with asyncio.timeout(CLOSE_S):
                     await self._ask()
+        for subscription in self._heard:
+            with contextlib.suppress(NatsError):
+                await subscription.unsubscribe()

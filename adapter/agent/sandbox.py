@@ -6,22 +6,23 @@ import asyncio
 import contextlib
 import math
 import os
-import ssl
 import time
 from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Hashable, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal, Self
+from typing import Literal, Self
 
 import msgspec
 import structlog
 from nats.aio.msg import Msg
-from nats.errors import ConnectionClosedError, ConnectionReconnectingError, NoRespondersError
+from nats.aio.subscription import Subscription
+from nats.errors import ConnectionReconnectingError, NoRespondersError
 from nats.errors import Error as NatsError
 
+from adapter.agent.connection import ANSWER_S, MEDIA_WAIT_S, Connection
 from adapter.agent.media import File, MediaFile, get_media, put_media, read, save
-from adapter.agent.reader import BUSY, Reader, retry
+from adapter.agent.reader import Reader, retry
 from adapter.agent.texts import TEXTS
 from adapter.content.media import file_name, identify
 from adapter.content.quotes import kind_of
@@ -43,40 +44,24 @@ from adapter.contract.messages import (
     Window,
 )
 from adapter.contract.names import (
-    H_ERROR,
-    H_ERROR_CODE,
     H_SCHEMA,
-    Names,
     check_sandbox,
 )
 from adapter.environment import read_settings
 from adapter.errors import UNDECODABLE, BusRefused, Refused, Temporary, Unreadable
 from adapter.jetstream.api_replies import decode_reply, write_error_of
-from adapter.jetstream.client import BusClient, permission_violation
-from adapter.jetstream.managed_connection import connect_options
 from adapter.jetstream.publisher import PublishReply
 from adapter.kit.timing import raise_if_cancelled, wait_event
-from adapter.security.permissions import inbox as inbox_prefix
 from adapter.settings import Settings
 
 log = structlog.get_logger()
 
-ANSWER_S = 5.0
-CONNECT_S = 6.0
-RECONNECT_S = 0.5
-MEDIA_WAIT_S = 10.0
-"""Longest wait of one request for media that are being fetched."""
-MEDIA_S = 60.0
-"""Time after which a request for media, or with media, is not repeated any more."""
 STORE_S = 3600.0
 """Time after which the file of a reply is given up."""
 KINDS: dict[str, type[OutImage | OutVideo | OutFile]] = {"image": OutImage, "video": OutVideo}
 """By the first half of the MIME type. Other types are sent as files."""
 FULL_S = 60.0
 """Pause between two attempts to store a command if the stream is full."""
-ANY_PREFIX = "_INBOX"
-"""Default inbox prefix of the settings. A sandbox with permissions may not use it."""
-
 LONGEST_WAIT_S = 60.0
 """Longest wait between two looks at the clock, which may be set, or stop with the machine."""
 
@@ -220,25 +205,23 @@ class Sandbox:
     the sandbox, Refused("forbidden"), and NatsError after a server has refused the connection.
     """
 
-    def __init__(self, name: str, settings: Settings | None = None) -> None:
-        """Raises Refused("invalid"), SettingsError."""
+    def __init__(self, name: str, settings: Settings | None = None, *, connection: Connection | None = None) -> None:
+        """`connection`: one that is open, and that others use, too. Raises Refused("invalid"), SettingsError."""
         self.name = check_sandbox(name)
-        settings = settings or read_settings(os.environ)
-        if settings.nats_inbox_prefix == ANY_PREFIX:
-            settings = msgspec.structs.replace(settings, nats_inbox_prefix=inbox_prefix("sandbox", name))
-        self._settings = settings
-        self.texts = TEXTS[settings.language]
-        self._names = Names(settings.prefix)
-        self._errors: deque[Exception] = deque(maxlen=100)
-        self._nc = BusClient()
-        self._reader = Reader(self._nc, self._names, name, self._ready)
+        self._connection = connection or Connection(settings or read_settings(os.environ), name)
+        self._is_shared = connection is not None
+        self._settings, self._names, self._nc = self._connection.settings, self._connection.names, self._connection.nc
+        self.texts = TEXTS[self._settings.language]
+        self._reader = Reader(self._nc, self._names, name, self._connection.ready)
         self._windows = SendWindows()
+        self._heard: Subscription | None = None
         self._reading: asyncio.Task[None] | None = None
 
     async def __aenter__(self) -> Self:
         """Raises Temporary("bus_down")."""
-        await connect(self._nc, self._settings, f"sandbox {self.name}", self._errors)
-        await self._nc.subscribe(self._names.receipts(self.name), cb=self._on_receipt)
+        if not self._is_shared:
+            await self._connection.__aenter__()
+        self._heard = await self._nc.subscribe(self._names.receipts(self.name), cb=self._on_receipt)
         self._reading = asyncio.create_task(self._reader.run())
         return self
 
@@ -249,8 +232,11 @@ class Sandbox:
             self._reading.cancel()
             await asyncio.wait({self._reading})
         await self._reader.close()
-        with contextlib.suppress(NatsError, OSError, TimeoutError):
-            await self._nc.close()
+        if not self._is_shared:
+            await self._connection.__aexit__()
+        elif self._heard is not None:
+            with contextlib.suppress(NatsError):
+                await self._heard.unsubscribe()
 
     async def __aiter__(self) -> AsyncIterator[Message]:
         """Yields the messages one after the other. A message is finished when the next one is requested. If the loop
@@ -336,7 +322,7 @@ class Sandbox:
         headers, subject = {H_SCHEMA: SCHEMA_VERSION}, self._names.out(self.name)
 
         async def store() -> None:
-            await self._ready()
+            await self._connection.ready()
             try:
                 reply = await self._nc.request(subject, payload, timeout=ANSWER_S, headers=headers)
             except (TimeoutError, ConnectionReconnectingError, NoRespondersError) as exc:
@@ -356,12 +342,12 @@ class Sandbox:
 
     async def read_media(self, name: str, sequence: int) -> bytes:
         """The bytes of an object that the message with this sequence names; see `Message.read_media`."""
-        return await get_media(self._request, self.name, name, sequence=sequence, wait_s=MEDIA_WAIT_S)
+        return await get_media(self._connection.request, self.name, name, sequence=sequence, wait_s=MEDIA_WAIT_S)
 
     async def put_media(self, data: bytes, name: str = "") -> Media:
         """Stores bytes for an item that `item_of` does not make, such as one with a caption. Waits up to an hour for
         an adapter. Raises Refused, Temporary."""
-        return await retry(lambda: put_media(self._request, self.name, data, name), give_up_s=STORE_S)
+        return await retry(lambda: put_media(self._connection.request, self.name, data, name), give_up_s=STORE_S)
 
     async def item_of(self, file: File, name: str = "") -> OutItem:
         """A file as an item of a reply: a picture, a video or a file, by its content. `name`: what the person sees,
@@ -370,68 +356,3 @@ class Sandbox:
         name = name or ("" if isinstance(file, bytes) else Path(file).name)
         kind = KINDS.get(identify(data).mime.partition("/")[0], OutFile)
         return kind(media=await self.put_media(data, name))
-
-    async def _request(self, verb: str, payload: bytes, headers: dict[str, str]) -> tuple[bytes, dict[str, Any]]:
-        """A request to the adapter, which waits for the bus, and is repeated for a while if there is no answer, or
-        none yet. Raises Refused, Temporary."""
-
-        async def ask() -> tuple[bytes, dict[str, Any]]:
-            try:
-                await self._ready()
-                timeout_s = MEDIA_WAIT_S + ANSWER_S
-                msg = await self._nc.request(self._names.svc(verb), payload, timeout=timeout_s, headers=headers)
-            except (TimeoutError, NatsError) as exc:
-                self._raise_if_forbidden()
-                raise Temporary("no_answer", f"No adapter answers {verb}.") from exc
-            answered = msg.headers or {}
-            if H_ERROR not in answered:
-                return msg.data, answered
-            kind = Temporary if answered.get(H_ERROR_CODE) in BUSY else Refused
-            raise kind("refused", answered[H_ERROR])
-
-        return await retry(ask, first_s=1.0, give_up_s=MEDIA_S)
-
-    async def _ready(self) -> None:
-        """Waits for the connection, since nats-py would keep what is sent meanwhile. Raises Refused("forbidden"),
-        NatsError once the connection is closed for good."""
-        self._raise_if_forbidden()
-        while not self._nc.is_connected:
-            if self._nc.is_closed:
-                raise ConnectionClosedError
-            await asyncio.sleep(RECONNECT_S)
-
-    def _raise_if_forbidden(self) -> None:
-        for exc in self._errors:
-            if violation := permission_violation(exc):
-                verb, subject = "publish to" if violation[0] == "publish" else "hear", violation[1]
-                detail = f"This NATS user may not {verb} {subject}: use the credentials of the sandbox."
-                raise Refused("forbidden", detail)
-
-
-async def connect(nc: BusClient, settings: Settings, name: str, errors: deque[Exception]) -> None:
-    """Connects, and reconnects after each break. Errors that the server reports are added to `errors`.
-
-    Raises Temporary("bus_down").
-    """
-
-    async def on_error(exc: Exception) -> None:
-        errors.append(exc)
-
-    options = connect_options(settings, name, list(settings.nats_url))
-    try:
-        async with asyncio.timeout(CONNECT_S):
-            await nc.connect(**options | {"max_reconnect_attempts": 1, "error_cb": on_error})
-    except (NatsError, OSError, TimeoutError) as exc:
-        raise Temporary("bus_down", _why_unreachable(settings, errors[-1] if errors else exc)) from exc
-    # set after the first connect, which would never end with a wrong password
-    nc.options |= {"allow_reconnect": True, "max_reconnect_attempts": -1, "reconnect_time_wait": RECONNECT_S}
-
-
-def _why_unreachable(settings: Settings, why: BaseException) -> str:
-    text = str(why).lower()
-    if "authorization" in text or "authentication" in text:
-        return "NATS refused the credentials: check NATS_CREDS, NATS_NKEY, NATS_USER, NATS_PASSWORD or NATS_TOKEN."
-    if isinstance(why, ssl.SSLError) or "certificate" in text or "tls" in text:
-        return "The TLS handshake with NATS failed: check NATS_CA, NATS_CERT and NATS_KEY."
-    servers = ", ".join(url.rpartition("@")[2].removeprefix("nats://") for url in settings.nats_url)
-    return f"NATS is not reachable at {servers}: start it, or set NATS_URL."

@@ -20,18 +20,19 @@ from nats.errors import Error as NatsError
 
 from adapter import __version__
 from adapter.agent import Sandbox
+from adapter.agent.connection import connect
 from adapter.agent.presets import PRESETS, PresetAgent
 from adapter.agent.program import STDERR, Program
-from adapter.agent.runner import Agent, Runner, Sessions
-from adapter.agent.sandbox import connect
+from adapter.agent.runner import Agent, Answer, Runner, Sessions, Turn
+from adapter.agent.sandboxes import Sandboxes
 from adapter.cli import output
 from adapter.cli.bus import BROKE, settings_here, with_context
 from adapter.cli.exits import NO, OK, UNREACHABLE, USAGE, Failed
-from adapter.cli.options import Sandbox as SandboxName
-from adapter.cli.options import Timeout
+from adapter.cli.options import Timeout, flag
 from adapter.cli.output import read_text
+from adapter.contract.names import check_sandbox
 from adapter.environment import read_settings
-from adapter.errors import UNDECODABLE, Temporary
+from adapter.errors import UNDECODABLE, Refused, Temporary
 from adapter.jetstream.client import BusClient
 from adapter.observability import logs
 from adapter.settings import Settings
@@ -45,6 +46,8 @@ log = structlog.get_logger()
 AGENTS = "AGENTS_"
 """Prefix of the variables for the connection to agents: AGENTS_NATS_URL and so on."""
 SECRET = "WECHAT_WEBHOOK_SECRET"
+ANY = "*?"
+"""Characters that make a pattern of a sandbox's id."""
 MAX_OUTPUT = 40_000
 """Most bytes of an answer: they fit into a command even if JSON escapes many of them."""
 
@@ -85,6 +88,9 @@ class AgentChoice:
     files_url: Annotated[
         str, Parameter(show_default=False, help="With --http: the URL of --files-addr for an agent elsewhere.")
     ] = ""
+    at_once: Annotated[
+        int, Parameter(validator=validators.Number(gte=1), help="Most runs of a program; other messages wait.")
+    ] = 32
     welcome: Annotated[
         str | None, Parameter(help="Text before the first answer to a person; default: a greeting; '': none.")
     ] = None
@@ -111,12 +117,12 @@ async def opened(
         if choice.program is not None:
             program = Program(choice.program, folder / "files", timeout_s=timeout_s, max_output=most, stderr=stderr)
             check_program(choice.program)
-            yield program
+            yield _limited(program, choice.at_once)
             return
         if choice.agent is not None:
             preset = PresetAgent(choice.agent, folder, timeout_s=timeout_s, max_output=most, stderr=stderr)
             check_program(choice.agent)
-            yield preset
+            yield _limited(preset, choice.at_once)
             return
         remote: Webhook | NatsAgent
         if choice.http is not None:
@@ -132,6 +138,17 @@ async def opened(
         yield remote
 
 
+def _limited(agent: Agent, at_once: int) -> Agent:
+    """`agent`, with at most `at_once` runs at the same time: other messages wait for one to end."""
+    slots = asyncio.Semaphore(at_once)
+
+    async def answer(turn: Turn) -> Answer:
+        async with slots:
+            return await agent(turn)
+
+    return answer
+
+
 def check_program(command: str) -> None:
     """Raises Failed unless the program of a command line is there."""
     name = shlex.split(command)[0]
@@ -139,17 +156,30 @@ def check_program(command: str) -> None:
         raise Failed(USAGE, f"There is no program `{name}`{'' if '/' in name else ' on the PATH'}.")
 
 
+def _legal_pattern(_: object, value: str | None) -> None:
+    try:
+        check_sandbox((value or "x").translate(dict.fromkeys(map(ord, ANY), "x")))
+    except Refused as exc:
+        raise ValueError(exc.detail) from None
+
+
 async def agent(
-    sandbox: SandboxName,
+    sandbox: Annotated[
+        str | None,
+        Parameter(
+            validator=_legal_pattern, help="Id of the sandbox, or a pattern such as 'team-*' for all that match."
+        ),
+    ] = None,
     /,
     *,
+    every: Annotated[bool, flag("All sandboxes; needs, as a pattern does, the role agents.", name="--all")] = False,
     choice: Choice = AgentChoice(),
     state: Annotated[
         Path | None,
         Parameter(help="Folder for what survives a restart; default: agent-SANDBOX in WECHAT_NATS_DATA_DIR."),
     ] = None,
 ) -> int:
-    """Answer the users of a sandbox with a program, a URL or an agent on NATS: --exec, --http or --nats-agent.
+    """Answer the users of a sandbox, or of all, with a program, a URL or an agent on NATS.
 
     Messages of one user are answered one after the other, those of several at once; a message is finished when its
     answer is stored. Users steer by /new, which begins a new session, /stop, which ends the run under way, and
@@ -157,17 +187,31 @@ async def agent(
     environment, and two folders: WECHAT_FILES has the user's files, and files in WECHAT_OUT are sent. It has no
     variable whose name begins with NATS_ or WECHAT_NATS_.
     Runs until SIGTERM or ctrl-C (exit code 0); what is in work then comes again after the next start. Ends with exit
-    code 1 if another agent opens the sandbox, which has its messages from then on.
+    code 1 if another agent opens the sandbox, which has its messages from then on. Of all sandboxes those that others
+    take are left to them.
     """
+    if every == (sandbox is not None):
+        raise Failed(USAGE, "Give a sandbox, a pattern or --all.")
+    pattern = sandbox or "*"
+    several = not set(ANY).isdisjoint(pattern)
     settings = settings_here()
     choice.check()
-    folder, sessions = state_of(sandbox, settings, state)
+    folder, _ = state_of(pattern, settings, state or (Path(settings.data_dir) / "agents" if several else None))
+
+    async def serve(one: Sandbox) -> None:
+        _, sessions = state_of(one.name, settings, state / one.name if state and several else state)
+        log.info("agent.started", sandbox=one.name)
+        await Runner(one, answering, sessions, welcome=choice.welcome).run()
+
     async with opened(choice, settings, folder, may_be_away=True) as answering:
         try:
-            async with Sandbox(sandbox, settings) as connected:
+            if several:
                 logs.configure(settings.log, version=__version__)
-                log.info("agent.started", sandbox=sandbox)
-                await Runner(connected, answering, sessions, welcome=choice.welcome).run()
+                await Sandboxes(pattern, settings).run(serve)
+            else:
+                async with Sandbox(pattern, settings) as connected:
+                    logs.configure(settings.log, version=__version__)
+                    await serve(connected)
         except asyncio.CancelledError:
             return OK
         except NatsError:

@@ -20,7 +20,7 @@ from nats.errors import Error as NatsError
 from nats.js import JetStreamContext, api
 from nats.js.errors import APIError, NoStreamResponseError
 
-from adapter.agent.sandbox import connect
+from adapter.agent.connection import connect
 from adapter.cli.exits import NO, UNREACHABLE, Failed
 from adapter.contract.names import H_ERROR, H_ERROR_CODE, Names
 from adapter.environment import read_settings

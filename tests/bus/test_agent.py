@@ -243,7 +243,7 @@ async def test_a_reply_waits_for_the_bus_however_long_it_is_away(
         lost.set()
 
     monkeypatch.setattr(
-        "adapter.agent.sandbox.connect_options",
+        "adapter.agent.connection.connect_options",
         lambda *arguments: connect_options(*arguments) | {"pending_size": 10, "disconnected_cb": on_lost},
     )
     monkeypatch.setattr(reader_module, "ANSWER_S", 0.1)

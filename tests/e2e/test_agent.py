@@ -53,7 +53,7 @@ if word != "quiet":
 class Agent:
     """The command; with nothing else, with a program that waits for the file `go` where its text says so."""
 
-    def __init__(self, made: World, *options: str, name: str = "agent", **environ: str) -> None:
+    def __init__(self, made: World, *options: str, name: str = "agent", serves: str = "s1", **environ: str) -> None:
         self.folder = made.folder / name
         self.folder.mkdir()
         script = self.folder / "program.py"
@@ -66,13 +66,15 @@ class Agent:
         self._options = [*program, *([] if "--welcome" in " ".join(options) else ["--welcome="]), *options]
         here = {"NATS_URL": made.url, "WECHAT_NATS_DATA_DIR": str(self.folder), "WECHAT_NATS_LANGUAGE": "en"}
         self._environ = {**here, **environ}
+        self._serves = serves
         self.log = self.folder / "log"
         self.process: Forked | None = None
 
     async def start(self) -> None:
         with self.log.open("ab") as out:
             environ = {**os.environ, **self._environ}
-            self.process = await fork("adapter", "agent", "s1", *self._options, env=environ, stdout=out, stderr=out)
+            arguments = ("adapter", "agent", self._serves, *self._options)
+            self.process = await fork(*arguments, env=environ, stdout=out, stderr=out)
 
     async def start_unless_running(self) -> None:
         if self.process is None or self.process.returncode is not None:
@@ -82,6 +84,11 @@ class Agent:
         assert self.process is not None
         if self.process.returncode is None:
             self.process.send_signal(number)
+        return await self.process.wait()
+
+    async def ended(self) -> int:
+        """The exit code, once it ends by itself."""
+        assert self.process is not None
         return await self.process.wait()
 
     @property
