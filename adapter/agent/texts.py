@@ -23,6 +23,12 @@ class Texts(NamedTuple):
     """Before the first answer to a person."""
     help: str
     """In paragraphs: WeChat reads Markdown, which joins lines."""
+    may: str
+    """Before what a tool would do."""
+    options: dict[str, str]
+    """Answers to `may`, by the Agent Client Protocol's kinds of options."""
+    choose: str
+    """After the numbered answers."""
 
 
 TEXTS = {
@@ -37,6 +43,14 @@ TEXTS = {
             "直接发消息即可，AI 助手会回复。\n\n"
             "帮助 /help：显示本说明\n\n新对话 /new：忘掉之前的内容，重新开始\n\n停止 /stop：停止当前的回复"
         ),
+        may="可以执行吗？",
+        options={
+            "allow_once": "允许一次",
+            "allow_always": "总是允许",
+            "reject_once": "拒绝",
+            "reject_always": "总是拒绝",
+        },
+        choose="请回复数字。",
     ),
     "en": Texts(
         sorry="That did not work. Please try again.",
@@ -49,6 +63,14 @@ TEXTS = {
             "Just write: an AI agent answers.\n\n"
             "/help shows this text\n\n/new forgets what was said and begins anew\n\n/stop ends the answer under way"
         ),
+        may="May I?",
+        options={
+            "allow_once": "Allow once",
+            "allow_always": "Always allow",
+            "reject_once": "Reject",
+            "reject_always": "Always reject",
+        },
+        choose="Please answer with a number.",
     ),
 }
 _COMMANDS: dict[str, Command] = {

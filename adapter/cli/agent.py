@@ -77,6 +77,10 @@ class AgentChoice:
         str | None,
         Parameter(help=f"One of {', '.join(PRESETS)}, and options for it; it remembers each user's conversation."),
     ] = None
+    acp: Annotated[
+        str | None,
+        Parameter(help="A program that speaks the Agent Client Protocol, such as 'gemini --acp'; runs all the time."),
+    ] = None
     timeout: Annotated[Timeout, Parameter(help="Seconds that a program or a response may take.")] = 600.0
     max_output: Annotated[
         int, Parameter(validator=validators.Number(gte=1, lte=MAX_OUTPUT), help="Most bytes of an answer.")
@@ -97,8 +101,8 @@ class AgentChoice:
 
     def check(self) -> None:
         """Raises Failed unless one agent is named."""
-        if sum(kind is not None for kind in (self.program, self.http, self.nats_agent, self.agent)) != 1:
-            raise Failed(USAGE, "Give one of --agent, --exec, --http and --nats-agent.")
+        if sum(kind is not None for kind in (self.program, self.http, self.nats_agent, self.agent, self.acp)) != 1:
+            raise Failed(USAGE, "Give one of --acp, --agent, --exec, --http and --nats-agent.")
 
 
 Choice = Annotated[AgentChoice, Parameter(name="*")]
@@ -123,6 +127,9 @@ async def opened(
             preset = PresetAgent(choice.agent, folder, timeout_s=timeout_s, max_output=most, stderr=stderr)
             check_program(choice.agent)
             yield _limited(preset, choice.at_once)
+            return
+        if choice.acp is not None:
+            yield await stack.enter_async_context(_acp_agent(choice, choice.acp, folder, stderr))
             return
         remote: Webhook | NatsAgent
         if choice.http is not None:
@@ -243,6 +250,22 @@ async def _webhook(choice: AgentChoice, url: str) -> AsyncIterator[Webhook]:
     urls = MediaUrls(key, choice.files_addr, choice.files_url)
     async with httpx.AsyncClient(timeout=choice.timeout) as client, urls as media:
         yield Webhook(client, url, key, media, timeout_s=choice.timeout, max_output=choice.max_output)
+
+
+@contextlib.asynccontextmanager
+async def _acp_agent(choice: AgentChoice, command: str, folder: Path, stderr: int) -> AsyncIterator[Agent]:
+    """Raises SettingsError, Failed."""
+    try:
+        from adapter.agent.acp import AcpAgent  # noqa: PLC0415 -- needs an extra
+    except ImportError:
+        raise Failed(USAGE, "Install wechat-nats[acp].") from None
+    most = choice.max_output
+    answering = AcpAgent(command, folder, timeout_s=choice.timeout, max_output=most, stderr=stderr)
+    check_program(command)
+    try:
+        yield answering
+    finally:
+        await answering.close()
 
 
 @contextlib.asynccontextmanager

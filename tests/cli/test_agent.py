@@ -37,8 +37,10 @@ SECRET = f"whsec_{base64.b64encode(bytes(32)).decode()}"
 @pytest.mark.parametrize(
     ("arguments", "secret", "sentence"),
     [
-        ([], "", "Give one of --agent, --exec, --http and --nats-agent."),
+        ([], "", "Give one of --acp, --agent, --exec, --http and --nats-agent."),
         (["--exec", "printf 'no end"], "", "The program cannot be read: No closing quotation."),
+        (["--agent", "cloud"], "", "Known agents: claude, codex, gemini, opencode."),
+        (["--acp", "no-such-agent --acp"], "", "There is no program `no-such-agent` on the PATH."),
         (["--exec", "true", "--timeout", "0"], "", "Must be > 0."),
         (["--exec", "true", "--max-output", "50000"], "", "Must be <= 40000"),
         (["--http", "https://a.example"], "", "Set WECHAT_WEBHOOK_SECRET"),
