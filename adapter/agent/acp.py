@@ -17,22 +17,8 @@ from pathlib import Path
 from typing import Any
 
 import acp
-from acp import RequestError
+from acp import RequestError, schema
 from acp.client.connection import ClientSideConnection
-from acp.schema import (
-    AgentMessageChunk,
-    AllowedOutcome,
-    ClientCapabilities,
-    DeniedOutcome,
-    ImageContentBlock,
-    Implementation,
-    InitializeResponse,
-    PermissionOption,
-    RequestPermissionResponse,
-    TextContentBlock,
-    ToolCallStart,
-    ToolCallUpdate,
-)
 
 from adapter import __version__
 from adapter.agent.presets import HINT, Names
@@ -64,15 +50,11 @@ class Peer:
 
     process: Process
     connection: ClientSideConnection
-    about: InitializeResponse
+    can: schema.AgentCapabilities
     copying: asyncio.Task[None]
     """Of its standard error to ours."""
     sessions: set[str] = field(default_factory=set)
     """Those that it has open."""
-
-    @property
-    def has_ended(self) -> bool:
-        return self.process.returncode is not None
 
 
 class AcpAgent(Program):
@@ -105,7 +87,7 @@ class AcpAgent(Program):
     async def _run(self, turn: Turn, text: str, given: dict[str, str]) -> str:
         try:
             async with asyncio.timeout(self._timeout_s):
-                return cut((await self._prompt(turn, text, given)).encode(), self._max_output)
+                return cut((await self._prompt(turn, text, given)).encode(errors="replace"), self._max_output)
         except TimeoutError:
             raise Temporary("timeout", f"The agent took more than {self._timeout_s:g} s.") from None
         except RequestError as exc:
@@ -119,17 +101,16 @@ class AcpAgent(Program):
         peer = await self._connected()
         session = await self._session(peer, turn.session)
         prompt: list[Any] = [acp.text_block(f"{text}\n\n{HINT.format(out=given['WECHAT_OUT'])}")]
-        capabilities = peer.about.agent_capabilities
-        if capabilities and capabilities.prompt_capabilities and capabilities.prompt_capabilities.image:
+        if peer.can.prompt_capabilities and peer.can.prompt_capabilities.image:
             prompt += await asyncio.to_thread(_images, Path(given["WECHAT_FILES"]))
         conversation = self._answering[session] = Conversation(turn)
         prompting = asyncio.create_task(peer.connection.prompt(session_id=session, prompt=prompt))
         try:
             await asyncio.shield(prompting)
         finally:
+            for question in conversation.questions:
+                question.cancel()
             if not prompting.done():  # the person, or the time, has ended it
-                for question in conversation.questions:
-                    question.cancel()
                 with contextlib.suppress(ConnectionError):
                     await peer.connection.cancel(session_id=session)
                 await asyncio.wait({prompting}, timeout=GRACE_S)
@@ -140,7 +121,7 @@ class AcpAgent(Program):
     async def _connected(self) -> Peer:
         """The running process; another one where it has ended."""
         opening = self._peer
-        if opening is not None and opening.done() and (opening.exception() or opening.result().has_ended):
+        if opening and opening.done() and (opening.exception() or opening.result().process.returncode is not None):
             await self.close()
         if self._peer is None:
             self._peer = asyncio.create_task(self._open())
@@ -154,24 +135,24 @@ class AcpAgent(Program):
         copying = asyncio.create_task(self._copy(process.stderr, self._errors))
         make: Any = lambda _agent: self  # which has what an agent asks for of what it is offered  # noqa: E731
         connection = acp.connect_to_agent(make, process.stdin, process.stdout)
-        me = Implementation(name="wechat-nats", version=__version__)
+        me = schema.Implementation(name="wechat-nats", version=__version__)
         async with contextlib.AsyncExitStack() as undo:
             undo.push_async_callback(end, process)
             try:
                 async with asyncio.timeout(START_S):
-                    about = await connection.initialize(acp.PROTOCOL_VERSION, ClientCapabilities(), me)
+                    about = await connection.initialize(acp.PROTOCOL_VERSION, schema.ClientCapabilities(), me)
             except (TimeoutError, ConnectionError, RequestError) as exc:
                 detail = "The program does not speak the Agent Client Protocol."
                 raise Temporary("not_started", detail, said=last_line(self._errors)) from exc
             undo.pop_all()
-        return Peer(process, connection, about, copying)
+        return Peer(process, connection, about.agent_capabilities or schema.AgentCapabilities(), copying)
 
     async def _session(self, peer: Peer, ours: str) -> str:
         """The agent's session, loaded or new."""
         folder, session = str(Path.cwd()), self._names.get(ours)
         if session in peer.sessions:
             return session
-        if session and peer.about.agent_capabilities and peer.about.agent_capabilities.load_session:
+        if session and peer.can.load_session:
             with contextlib.suppress(RequestError):  # it does not know the session any more
                 await peer.connection.load_session(cwd=folder, session_id=session, mcp_servers=[])
                 peer.sessions.add(session)
@@ -183,16 +164,17 @@ class AcpAgent(Program):
 
     async def session_update(self, session_id: str, update: object, **_: object) -> None:
         """The agent says something. What a session says while it is loaded has been said before."""
-        conversation = self._answering.get(session_id)
-        if conversation is not None and isinstance(update, AgentMessageChunk):
-            if isinstance(update.content, TextContentBlock):
-                conversation.said += update.content.text
-        elif conversation is not None and conversation.said and isinstance(update, ToolCallStart):
-            conversation.said = conversation.said.rstrip() + "\n\n"
+        if (conversation := self._answering.get(session_id)) is None:
+            return
+        match update:
+            case schema.AgentMessageChunk(content=schema.TextContentBlock(text=text)):
+                conversation.said += text
+            case schema.ToolCallStart() if conversation.said:
+                conversation.said = conversation.said.rstrip() + "\n\n"
 
     async def request_permission(
-        self, session_id: str, tool_call: ToolCallUpdate, options: list[PermissionOption], **_: object
-    ) -> RequestPermissionResponse:
+        self, session_id: str, tool_call: schema.ToolCallUpdate, options: list[schema.PermissionOption], **_: object
+    ) -> schema.RequestPermissionResponse:
         """The agent asks whether it may use a tool. The end of the answer is the end of the question."""
         conversation = self._answering.get(session_id)
         if conversation is not None and options:
@@ -200,12 +182,14 @@ class AcpAgent(Program):
             conversation.questions.add(question)
             await asyncio.wait({question})
             if not question.cancelled():
-                outcome = AllowedOutcome(option_id=question.result(), outcome="selected")
-                return RequestPermissionResponse(outcome=outcome)
-        return RequestPermissionResponse(outcome=DeniedOutcome(outcome="cancelled"))
+                outcome = schema.AllowedOutcome(option_id=question.result(), outcome="selected")
+                return schema.RequestPermissionResponse(outcome=outcome)
+        return schema.RequestPermissionResponse(outcome=schema.DeniedOutcome(outcome="cancelled"))
 
 
-async def _ask(conversation: Conversation, tool_call: ToolCallUpdate, options: list[PermissionOption]) -> str:
+async def _ask(
+    conversation: Conversation, tool_call: schema.ToolCallUpdate, options: list[schema.PermissionOption]
+) -> str:
     """Asks the person until the answer is one of the options, by its number or words: the option's id."""
     texts = conversation.turn.message.sandbox.texts
     kinds = [option.kind for option in options]
@@ -224,7 +208,7 @@ async def _ask(conversation: Conversation, tool_call: ToolCallUpdate, options: l
                     return option.option_id
 
 
-def _images(folder: Path) -> list[ImageContentBlock]:
+def _images(folder: Path) -> list[schema.ImageContentBlock]:
     found = []
     for file in sorted(folder.iterdir()):
         mime = mimetypes.guess_type(file.name)[0] or ""

@@ -56,6 +56,10 @@ MAX_OUTPUT = 40_000
 class AgentChoice:
     """The options that say which agent answers. `opened` makes it."""
 
+    agent: Annotated[
+        str | None,
+        Parameter(help=f"One of {', '.join(PRESETS)}, and options for it; it remembers each user's conversation."),
+    ] = None
     program: Annotated[
         str | None,
         Parameter(
@@ -72,10 +76,6 @@ class AgentChoice:
         Parameter(
             help="NAME[/OWNER[/SESSION]] of an agent that speaks the Synadia agent protocol, see AGENTS_NATS_URL."
         ),
-    ] = None
-    agent: Annotated[
-        str | None,
-        Parameter(help=f"One of {', '.join(PRESETS)}, and options for it; it remembers each user's conversation."),
     ] = None
     acp: Annotated[
         str | None,

@@ -81,6 +81,11 @@ class Agent:
             case ["die"]:
                 print("out of memory", file=sys.stderr, flush=True)
                 os.kill(os.getpid(), signal.SIGKILL)
+            case ["ask", "and", "die"]:
+                question = asyncio.create_task(self._may(session_id, "one"))
+                while not (HOME / "asked").exists():
+                    await asyncio.wait({question}, timeout=0.01)
+                os.kill(os.getpid(), signal.SIGKILL)
             case ["refuse"]:
                 raise acp.RequestError.auth_required()
             case ["[image:", _]:

@@ -68,6 +68,33 @@ async def test_the_end_of_an_answer_is_that_of_its_question(agent: AcpAgent) -> 
     assert (await agent(said("next"))).text == "tools one, next"
 
 
+async def test_the_end_of_an_agent_is_that_of_its_question(agent: AcpAgent, home: Path) -> None:
+    """Otherwise the person's next message would be taken for the answer."""
+    ended = asyncio.Event()
+
+    async def ask(_question: str, _items: Sequence[OutItem], _ident: str) -> str:
+        (home / "asked").touch()
+        try:
+            return await asyncio.Future()
+        finally:
+            ended.set()
+
+    with pytest.raises(Temporary, match="The agent has ended"):
+        await agent(said("ask and die")._replace(ask=ask))
+    await asyncio.wait_for(ended.wait(), 10)
+
+
+async def test_a_person_does_not_wait_for_the_answer_of_another(agent: AcpAgent) -> None:
+    asked: list[tuple[str, str]] = []
+    first = asyncio.ensure_future(agent(said("tools one", asked=asked)))
+    await until(lambda: asked)
+    other = said("hello")
+    other = other._replace(session="other", message=Message(other.message.sandbox, 8, other.message.inbound))
+    assert (await agent(other)).text == "hello"
+    assert not first.done()
+    first.cancel()
+
+
 async def test_a_picture_is_part_of_the_prompt(agent: AcpAgent) -> None:
     picture = samples.jpeg()
     media = Media(object="o", mime="image/jpeg", size=len(picture))
