@@ -164,7 +164,7 @@ def install(folder: Path) -> dict[str, str]:
     """Makes programs of these names in a folder; the variables with which they are found."""
     for name in ("claude", "codex", "gemini", "opencode"):
         program = folder / name
-        program.write_text(f"#!/bin/sh\nexec '{sys.executable}' '{__file__}' {name} \"$@\"\n")
+        program.write_text(f"#!/bin/sh\nexec '{sys.executable}' -I -S '{__file__}' {name} \"$@\"\n")
         program.chmod(0o755)
     return {"PATH": f"{folder}:{os.environ['PATH']}", "AGENT_HOME": str(folder)}
 
