@@ -100,9 +100,16 @@ class AgentChoice:
     ] = None
 
     def check(self) -> None:
-        """Raises Failed unless one agent is named."""
+        """Raises Failed unless one agent is named, whose program is there if it has one."""
         if sum(kind is not None for kind in (self.program, self.http, self.nats_agent, self.agent, self.acp)) != 1:
             raise Failed(USAGE, "Give one of --acp, --agent, --exec, --http and --nats-agent.")
+        for command in filter(None, (self.program, self.agent, self.acp)):
+            try:
+                name = shlex.split(command)[0]
+            except (ValueError, IndexError) as exc:
+                raise Failed(USAGE, f"The program cannot be read: {exc}.") from None
+            if shutil.which(name) is None and (command is not self.agent or name in PRESETS):
+                raise Failed(USAGE, f"There is no program `{name}`{'' if '/' in name else ' on the PATH'}.")
 
 
 Choice = Annotated[AgentChoice, Parameter(name="*")]
@@ -120,12 +127,10 @@ async def opened(
     async with contextlib.AsyncExitStack() as stack:
         if choice.program is not None:
             program = Program(choice.program, folder / "files", timeout_s=timeout_s, max_output=most, stderr=stderr)
-            check_program(choice.program)
             yield _limited(program, choice.at_once)
             return
         if choice.agent is not None:
             preset = PresetAgent(choice.agent, folder, timeout_s=timeout_s, max_output=most, stderr=stderr)
-            check_program(choice.agent)
             yield _limited(preset, choice.at_once)
             return
         if choice.acp is not None:
@@ -154,13 +159,6 @@ def _limited(agent: Agent, at_once: int) -> Agent:
             return await agent(turn)
 
     return answer
-
-
-def check_program(command: str) -> None:
-    """Raises Failed unless the program of a command line is there."""
-    name = shlex.split(command)[0]
-    if shutil.which(name) is None:
-        raise Failed(USAGE, f"There is no program `{name}`{'' if '/' in name else ' on the PATH'}.")
 
 
 def _legal_pattern(_: object, value: str | None) -> None:
@@ -261,7 +259,6 @@ async def _acp_agent(choice: AgentChoice, command: str, folder: Path, stderr: in
         raise Failed(USAGE, "Install wechat-nats[acp].") from None
     most = choice.max_output
     answering = AcpAgent(command, folder, timeout_s=choice.timeout, max_output=most, stderr=stderr)
-    check_program(command)
     try:
         yield answering
     finally:

@@ -70,18 +70,18 @@ async def _start(sandbox: str, choice: AgentChoice, settings: Settings) -> None:
     """Starts everything, and serves until cancelled. Raises Failed, and what an agent's runner raises."""
     async with contextlib.AsyncExitStack() as stack:
         state, sessions = state_of(sandbox, settings)
-        log_file = Path(settings.data_dir) / LOG_FILE
-        log = stack.enter_context(os.fdopen(os.open(log_file, APPEND, 0o600), "ab", 0))
-        logs.configure(settings.log, log, version=__version__)
-        stderr = stack.enter_context(os.fdopen(os.open(state / STDERR_FILE, APPEND | os.O_TRUNC, 0o600), "ab"))
-        answer = await stack.enter_async_context(opened(choice, settings, state, stderr=stderr.fileno()))
+        data, named = Path(settings.data_dir), settings
         if settings.http_addr == Settings().http_addr:  # several may run on one machine
             settings = msgspec.structs.replace(settings, http_addr="127.0.0.1:0")
-        server, settings = await stack.enter_async_context(durable_nats(settings, 0))
+        server, settings = await stack.enter_async_context(durable_nats(settings, 0))  # and so this is the only one
+        log = stack.enter_context(os.fdopen(os.open(data / LOG_FILE, APPEND, 0o600), "ab", 0))
+        logs.configure(settings.log, log, version=__version__)
+        stderr = stack.enter_context(os.fdopen(os.open(state / STDERR_FILE, APPEND | os.O_TRUNC, 0o600), "ab"))
+        answer = await stack.enter_async_context(opened(choice, named, state, stderr=stderr.fileno()))
         running = adapter_running(settings, start_s=START_S, drain_s=settings.drain_s + 1.0)
         adapter = await stack.enter_async_context(running)
         _say(f"NATS, the adapter and the agent of the sandbox {sandbox} run.")
-        output.say(f"Log: {log_file}")
+        output.say(f"Log: {data / LOG_FILE}")
         bus = await stack.enter_async_context(connected_bus(settings, lasting=True))
         try:
             await while_alive(_serve(bus, sandbox, answer, sessions, choice.welcome), server, adapter)

@@ -80,8 +80,8 @@ async def test_the_first_ctrl_c_of_run_says_what_it_waits_for_and_how_long(serve
         await printed(process, b"shards.claimed")  # before, there is nothing to give back, and it ends at once
         os.kill(server.pid, signal.SIGSTOP)
         process.send_signal(signal.SIGINT)
-        await seen(main, b"waiting for open polls and for answers to what is being sent.")
-        said = await seen(main, b"7 s at most; ctrl-C again ends it at once.", b"\r  6 s at most")
+        what = b"waiting for open polls and for answers to what is being sent."
+        said = await seen(main, what, b"7 s at most; ctrl-C again ends it at once.", b"\r  6 s at most")
         assert b"\n" not in said.partition(b"7 s")[2]  # in place
         os.kill(server.pid, signal.SIGCONT)
         assert process.stdout is not None

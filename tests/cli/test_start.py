@@ -18,7 +18,7 @@ from rich.cells import cell_len
 from synadia_ai.agent_service import AgentService
 
 from adapter.cli.embedded import EmbeddedNats
-from adapter.simulator import Simulator, SimulatorSettings
+from adapter.simulator import FaultRule, Simulator, SimulatorSettings
 from tests.cli.process import Running, alive, children, on_terminal, printed, seen, started, until
 from tests.e2e.memory import SMALL, in_memory
 
@@ -78,6 +78,12 @@ async def test_from_nothing_to_an_answer_and_again_without_a_code(sim: Simulator
         print(f"from nothing to the first answer: {time.monotonic() - began:.1f} s")
         sim.say(bot.user, "fail")
         out = await printed(process, b"Invalid API key\n")
+        await answered(sim, bot.user, "done: hello", "That did not work. Please try again.")
+        sim.set_fault(FaultRule(fault="F11", endpoint="sendmessage", count=1, params={"errmsg": None}))
+        sim.say(bot.user, "hello")
+        assert f"{bot.user[:8]}…  answer parked  (".encode() in await printed(process, b"answer")
+        sim.say(bot.user, "hello")
+        await until(lambda: "done: hello" in sim.phone(bot.user)[-1].text)
         process.send_signal(signal.SIGINT)
         rest, err = await process.communicate()
         assert (process.returncode, err) == (0, b"")
@@ -170,6 +176,19 @@ async def test_a_session_that_wechat_has_ended_is_begun_anew_by_a_code(
         assert f"WeChat has ended the session of {bot.bot}".encode() in shown
         sim.say(bot.user, "hello")
         await answered(sim, bot.user, "done: hello")
+
+
+async def test_it_ends_with_a_login_that_has_failed(sim: Simulator, agent: tuple[str, ...]) -> None:
+    """And a second start beside the first one leaves that alone."""
+    sim.set_fault(FaultRule(fault="F27", endpoint="get_qrcode_status", count=1, params={"kind": "no_bot_id"}))
+    async with started(*agent) as process:
+        await printed(process, b"Scan this")
+        async with started(*agent) as second:
+            _, err = await second.communicate()
+            assert (second.returncode, b"Another server uses" in err) == (1, True)
+        sim.confirm(sim.qrcodes()[-1].qrcode)
+        _, err = await process.communicate()
+        assert (process.returncode, b"without naming the bot" in err) == (1, True)
 
 
 async def test_what_a_terminal_shows_fits_into_it(sim: Simulator, agent: tuple[str, ...]) -> None:
