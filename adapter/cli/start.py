@@ -44,7 +44,7 @@ LOOK_S = 3.0
 WIDTH, WHO = 80, 9
 TROUBLE: tuple[BotStatus, ...] = ("failing", "stale", "paused")
 """States of a bot whose user waits for an answer in vain."""
-WAITS_FOR = "WeChat's open poll, which takes up to 35 s"
+WAITS_FOR = "the end of WeChat's open poll, within 35 s as a rule"
 
 
 async def start(sandbox: SandboxName = SANDBOX, /, *, choice: Choice = AgentChoice()) -> int:  # noqa: B008 -- frozen
@@ -89,7 +89,7 @@ async def _start(sandbox: str, choice: AgentChoice, settings: Settings) -> None:
             if server.is_running and not adapter.done():
                 raise
             adapter.cancel()  # it would wait for NATS, to give everything back
-            raise Failed(exc.code, f"{exc} The next start goes on from here.") from None
+            raise Failed(exc.code, f"{exc}\nThe next start goes on from here.") from None
 
 
 async def _serve(bus: BusConnection, sandbox: str, answer: Agent, sessions: Sessions, welcome: str | None) -> None:
@@ -115,7 +115,7 @@ async def _keep_bound(bus: BusConnection, sandbox: str) -> None:
         found = await _bindings(bus, sandbox)
         lost = {info.bot for info in found if info.state == "needs_login"}
         for bot in (new := lost - asked):
-            _say(f"WeChat has ended the session of {bot}: its user has to scan a new code.")
+            _say(f"WeChat has ended the session of {bot}: scan a new code.")
         if new or not found:
             asked |= new
             try:
@@ -129,7 +129,7 @@ async def _keep_bound(bus: BusConnection, sandbox: str) -> None:
         if new or not found or is_first:
             output.say("Write to the bot now. Ctrl-C ends it.\n")
         is_first = False
-        for info in found:
+        for info in (info for info in found if info.bot not in lost):
             health = info.health if status_of(info) in TROUBLE else None
             why = f"{health.status}: {health.detail}" if health else ""
             if why != told.get(info.bot, ""):

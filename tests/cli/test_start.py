@@ -140,7 +140,7 @@ async def test_it_says_that_nats_has_ended_and_goes_on_at_the_next_start(
         os.kill(server, signal.SIGKILL)
         _, err = await process.communicate()
         assert (process.returncode, time.monotonic() - began < 10) == (3, True)
-        assert re.search(rb"NATS server ended by itself: see \S+\.log\. The next start goes on from here\.\n", err)
+        assert re.search(rb"NATS server ended by itself: see \S+\.log\.\nThe next start goes on from here\.\n", err)
     sim.say(bot.user, "hello")
     async with started(*agent) as process:
         await answered(sim, bot.user, "done: hello")
@@ -173,7 +173,7 @@ async def test_a_session_that_wechat_has_ended_is_begun_anew_by_a_code(
         (bot,) = sim.bots()
         sim.kill_token(bot.bot)
         shown = await scanned(sim, process, bot.user)
-        assert f"WeChat has ended the session of {bot.bot}".encode() in shown
+        assert f"WeChat has ended the session of {bot.bot}: scan a new code.".encode() in shown
         sim.say(bot.user, "hello")
         await answered(sim, bot.user, "done: hello")
 
