@@ -165,6 +165,7 @@ async def test_two_people_at_once_in_one_sandbox(sim: Simulator, agent: tuple[st
         assert other.user[:8].encode() in shown
 
 
+@pytest.mark.slow  # a refused token is tried again for half a minute
 async def test_a_session_that_wechat_has_ended_is_begun_anew_by_a_code(
     sim: Simulator, agent: tuple[str, ...]
 ) -> None:
