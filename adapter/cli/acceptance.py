@@ -19,11 +19,11 @@ from adapter import __version__
 from adapter.agent.media import get_media, put_media
 from adapter.agent.reader import read_inbound
 from adapter.cli import output, stdin
-from adapter.cli.acceptance_report import Facts, Report, Result, markdown
+from adapter.cli.acceptance_report import ACCEPTED, Facts, Report, Result, markdown
 from adapter.cli.bus import BusConnection, connected_bus
 from adapter.cli.doctor import query_adapters
 from adapter.cli.exits import NO, OK, UNREACHABLE, USAGE, Failed
-from adapter.cli.login import GOOD, log_in
+from adapter.cli.login import GOOD, fill, log_in
 from adapter.cli.options import Sandbox, flag, new_id
 from adapter.cli.output import say, write_private
 from adapter.cli.send import WAIT_S, requests_over, wait_outcome
@@ -56,6 +56,10 @@ it holds nothing back:
   wechat-nats run --embedded
 
 s and Enter skips a step; ctrl-C ends, and the same command goes on from there."""
+UNSHOWN = (
+    "The phone shows no reply, so nothing more can be tried. More sends do not help (the protocol page, “Success"
+    " without a message id”): look at the adapter's log, and try again on another day."
+)
 _RUNS = re.compile(r"\d+|[^\W\d_]+")
 
 
@@ -100,8 +104,10 @@ class Walk:
         self.facts[fact] = (await self.answer(question, "y/n/s", "y|n|yes|no"))[0] == "y"
         return bool(self.facts[fact])
 
-    async def counts(self, question: str) -> int:
-        return int(await self.answer(question, "number/s", "[0-9]{1,5}"))
+    async def counts(self, question: str, most: int) -> int:
+        while (number := int(await self.answer(question, "number/s", "[0-9]{1,5}"))) > most:
+            pass
+        return number
 
     async def _look(self) -> None:
         """For new messages of the person. Raises Failed."""
@@ -111,14 +117,18 @@ class Walk:
             self._after, self._may_send = each.seq, True
             self._came.append((each.seq, read_inbound(each.message)))
 
+    async def forget(self) -> None:
+        """What has come so far was not asked for. Raises Failed."""
+        await self._look()
+        self._came.clear()
+
     async def hears(
         self, request: str, fits: Callable[[Inbound], object] = bool, *, fresh: bool = True
     ) -> tuple[int, Inbound]:
         """A message that the person is asked for, and its sequence. `fresh`: none that came before. Raises Undone,
         Failed."""
-        await self._look()
         if fresh:
-            self._came.clear()
+            await self.forget()
         say(f"  > {request}")
         while True:
             while self._came:
@@ -128,8 +138,9 @@ class Walk:
                 say(f"    Came: {kinds}.")
                 if fits(message) or await self.answer("Is that what you sent?", "y/n/s", "y|n") == "y":
                     return sequence, message
-            await self.line(LOOK_S)
             await self._look()
+            if not self._came:
+                await self.line(LOOK_S)
 
     async def sends(self, **content: Any) -> Facts:
         """Sends a command, once the person has written. Returns what its receipt says. Raises Undone, Failed."""
@@ -219,7 +230,12 @@ async def _login(walk: Walk) -> None:
     ended = await log_in(walk.bus, contract.LoginStart(sandbox=walk.sandbox), walk.typed)
     walk.facts |= {"succeeded": ended.status in GOOD, "status": ended.status, "codes": ended.code}
     walk.facts["took_s"] = round(time.monotonic() - began)
-    say("" if ended.status in GOOD else f"    {output.printable(ended.detail)}")
+    if ended.status in GOOD:
+        say("")
+        return
+    say(fill(output.printable(ended.detail)))
+    if ended.status == "expired":
+        walk.facts["asked_to_upgrade"] = await walk.answer("Did the phone ask to upgrade OpenClaw?", "y/n/s", "y|n")
 
 
 async def _shows(question: str, walk: Walk, **content: Any) -> None:
@@ -233,7 +249,7 @@ async def _long(chars: int, filler: str, walk: Walk) -> None:
     if (await walk.sends(text=text))["messages"] > 1:
         raise Undone("held back")  # in parts it shows nothing
     if not await walk.asks("shown", f"Open it, scroll to its end. Is {END} there?"):
-        last = await walk.counts("What is the last whole number in it? 0: none.")
+        last = await walk.counts("What is the last whole number in it? 0: none.", chars)
         walk.facts |= {"last": last, "last_bytes": len(text[:last].encode())}
 
 
@@ -255,7 +271,8 @@ async def _media(kind: str, asked: str, item: Item, data: bytes, question: str, 
 
 async def _voice(walk: Walk) -> None:
     message, _ = await walk.receives("voice", "Hold the microphone and say a few words.")
-    walk.facts["has_transcript"] = bool(message.text)
+    if "voice" in walk.facts["came"]:
+        walk.facts["has_transcript"] = bool(message.text)
 
 
 async def _quote(walk: Walk) -> None:
@@ -269,17 +286,18 @@ async def _quote(walk: Walk) -> None:
 async def _eleven(walk: Walk) -> None:
     await walk.hears("Write a word to the bot. It then sends eleven messages.")
     accepted, sent = 0, Facts(outcome="accepted")
-    while accepted < 11 and sent["outcome"] == "accepted":
+    while accepted < 11 and sent["outcome"] in ACCEPTED:
         sent = await walk.sends_now(text=f"{accepted + 1} of 11 {END}")
-        accepted += sent["outcome"] == "accepted"
+        accepted += sent["outcome"] in ACCEPTED
     walk.facts |= {"accepted": accepted, "sends": [sent]}
-    walk.facts["shown_sends"] = await walk.counts("How many of the eleven does the phone show?")
+    walk.facts["shown_sends"] = await walk.counts("How many of the eleven does the phone show?", 11)
     await walk.hears("Write a word to the bot once more.")
     after = await walk.sends_now(text=f"The window is open {END}")
-    walk.facts["opened_by_a_message"] = after["outcome"] == "accepted"
+    walk.facts["opened_by_a_message"] = after["outcome"] in ACCEPTED
 
 
 async def _restart(walk: Walk) -> None:
+    await walk.forget()
     say("  > Stop the adapter: ctrl-C in its terminal. It may take a minute.")
     while await walk.binding():
         await walk.line(LOOK_S)
@@ -358,7 +376,8 @@ async def acceptance(
     if path.exists():
         try:
             report = msgspec.json.decode(output.read_bytes(path), type=Report)
-        except UNDECODABLE:
+            markdown(report)
+        except (*UNDECODABLE, LookupError, TypeError):
             raise Failed(USAGE, f"{path} is no report of this command: move it away.") from None
     say(INTRODUCTION)
     async with connected_bus(lasting=True) as bus:
@@ -370,6 +389,8 @@ async def acceptance(
                 is_done = name in report.steps and report.steps[name].status == "done"
                 if name == "login":
                     is_done = is_done and await walk.binding() is not None
+                elif name == "first":
+                    is_done = is_done and report.steps[name].facts["shown"]
                 if (name == "late") != late or (is_done and not late):
                     continue
                 say(f"\n[{place}/{len(STEPS)}] {step.title}")
@@ -377,6 +398,8 @@ async def acceptance(
                 _write(report, path)
                 if name == "login" and await walk.binding() is None:
                     raise Failed(NO, f"No bot serves {sandbox}, so there is nothing to try.")
+                if name == "first" and not report.steps[name].facts.get("shown", True):
+                    raise Failed(NO, UNSHOWN)
         finally:
             _write(report, path)
             say(f"\nThe report is in {path.with_suffix('.md')}.")
@@ -394,7 +417,8 @@ async def _take(walk: Walk, step: Step) -> Result:
     except Undone as exc:
         status = exc.args[0]
         if status != "skipped":
-            say(f"    It was {status} (see the settings above). The next call tries it again.")
+            why = "see the settings above" if status == "held back" else "iLink may need a pause of an hour"
+            say(f"    It was {status}: {why}. The next call tries it again.")
     return Result(step.title, step.section, status, int(time.time() * 1000), walk.facts)
 
 

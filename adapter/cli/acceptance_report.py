@@ -12,6 +12,8 @@ from adapter.cli.output import clock
 Facts: TypeAlias = dict[str, Any]
 """What a step has seen, by name. Never an id, a token or a text of a person."""
 PAGE = "docs/reference/ilink-protocol.md"
+ACCEPTED = ("accepted", "accepted_unconfirmed")
+"""Outcomes of a send for which `ret` was 0."""
 SENDS, HOURS = 10, 24.0
 """The window as the page has it."""
 MAX_BYTES = 16_384
@@ -53,29 +55,34 @@ def findings(steps: Mapping[str, Result]) -> Iterator[tuple[str, bool | None, st
             is_said = None if name.startswith("text-") else facts[fact] != (name in NOT_SHOWN)
             yield "Download" if fact == "arrived" else section, is_said, words
         for sent in facts.get("sends", ()):
-            if sent["outcome"] == "accepted_unconfirmed":
-                yield "Success without a message id", not facts.get("shown"), f"{title}: shown {facts.get('shown')}"
+            if sent["outcome"] == "accepted_unconfirmed" and "shown" in facts:
+                yield "Success without a message id", not facts["shown"], f"{title}, `ret` 0 without an id"
         if name == "eleven":
             words = f"send number {min(facts['accepted'] + 1, 11)} was {_result(facts['sends'][0])}"
             yield section, facts["accepted"] == SENDS, f"{words}; the phone shows {facts['shown_sends']}"
         if name == "late":
             sent = facts["sends"][0]
-            is_said = (sent["outcome"] == "accepted") == (facts["hours"] < HOURS)
+            is_open = sent["outcome"] in ACCEPTED and facts["on_the_phone"] == "y"
+            is_said = is_open == (facts["hours"] < HOURS)
             yield section, is_said, f"{facts['hours']} h after the last message a send was {_result(sent)}"
 
 
 def settings(steps: Mapping[str, Result]) -> Iterator[tuple[str, object, str]]:
     """Settings that follow: name, value, reason."""
     facts = {name: step.facts for name, step in steps.items()}
-    if "succeeded" in (login := facts.get("login", {})):
-        value = f"newer than {login['declared']}" if login["status"] == "expired" else login["declared"]
+    login = facts.get("login", {})
+    is_old = login.get("asked_to_upgrade") == "y"
+    if is_old or login.get("succeeded"):
+        value = f"newer than {login['declared']}" if is_old else login["declared"]
         yield "WECHAT_NATS_ILINK_VERSION", value, f"The login ended: {login['status']}."
-    if texts := [facts[name] for name in facts if name.startswith("text-")]:
+    texts = [facts[name] for name in facts if name.startswith("text-")]
+    if texts := [text for text in texts if text["shown"] or text["last"]]:  # others were not cut, but lost
         chars, size, why = part_limits(texts)
         yield "WECHAT_NATS_PART_CHARS", chars, why
         yield "WECHAT_NATS_PART_BYTES", size, why
     if eleven := facts.get("eleven"):
         most = min(eleven["accepted"], eleven["shown_sends"])
+    if eleven and most:  # 0 would be a setting without a limit
         yield "WECHAT_NATS_SENDS_PER_WINDOW", most, f"Of eleven sends {most} were accepted and shown."
     if late := facts.get("late"):
         is_early = late["sends"][0]["outcome"] != "accepted" and late["hours"] < HOURS

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Annotated
 
 from cyclopts import Parameter
+from rich.cells import cell_len
 
 from adapter.cli import output, stdin
 from adapter.cli.bus import BusConnection, connected_bus
@@ -121,6 +122,11 @@ async def _refresh(bus: BusConnection, now: Login, *, png: bool) -> Login:
         return now
 
 
+def fill(text: str) -> str:
+    """The text in lines of at most WIDTH columns; Chinese characters take two."""
+    return textwrap.fill(text, max(WIDTH // 2, WIDTH + len(text) - cell_len(text)), break_on_hyphens=False)
+
+
 class _View:
     """Shows a login in words; with `url` only its codes on standard output; with `json` every state as an object."""
 
@@ -175,8 +181,7 @@ class _View:
 
     def _say(self, text: str) -> None:
         if not self._json:
-            lines = textwrap.fill(text, WIDTH, break_on_hyphens=False)
-            print(lines, file=sys.stderr if self._url else sys.stdout, flush=True)
+            print(fill(text), file=sys.stderr if self._url else sys.stdout, flush=True)
 
     def prompt(self, text: str) -> None:
         """A question that is answered on the same line."""

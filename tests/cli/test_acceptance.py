@@ -22,7 +22,7 @@ from adapter.cli.demo import demo_settings
 from adapter.cli.embedded import EmbeddedNats, adapter_running
 from adapter.environment import read_settings
 from adapter.settings import Settings
-from adapter.simulator import Simulator, SimulatorSettings
+from adapter.simulator import FaultRule, Simulator, SimulatorSettings
 from tests.cli.process import Running, started, until
 from tests.test_docs import ROOT, anchors
 
@@ -98,6 +98,7 @@ class Person:
         elif "Then write a word" in request:
             (first,) = [shown for shown in self.sim.phone(self.user) if shown.text == FIRST]
             self.sim.say_kind(self.user, "quote_full", of=first.message_id)
+            self.says("one more, which nobody asked for")
         elif "Stop the adapter" in request:
             await self.bridge.stop()
         elif "Start the adapter" in request:
@@ -107,6 +108,8 @@ class Person:
 
     async def answers(self, question: str) -> str:
         """By what the phone shows."""
+        if "upgrade" in question:
+            return "ny"[any("upgrade" in code.phone for code in self.sim.qrcodes())]
         shown = self.sim.phone(self.user)
         last = shown[-1] if shown else None
         words = re.search("“(.*)”", question)
@@ -115,7 +118,8 @@ class Person:
             return ""
         if "sends a message" in question:
             return ""
-        assert last is not None
+        if last is None:
+            return "n"
         if "last whole number" in question:
             return str(re.findall(r"(?<!\d)\d{4}(?!\d)", last.text)[-1])
         if "How many of the eleven" in question:
@@ -239,11 +243,47 @@ async def test_a_phone_that_refuses_the_version_ends_it(server: EmbeddedNats, tm
         world(server, oldest_version="99.0.0", qr_ttl_s=0.3) as (sim, bridge),
         started("acceptance", "s1", "--out", str(tmp_path)) as process,
     ):
-        await Person(sim, bridge, process, "").follow()
+        person = Person(sim, bridge, process, "")
+        await person.follow()
         assert await process.wait() == 1
+        read = person.read.replace(str(tmp_path), ".")
+        assert [line for line in read.splitlines() if cell_len(line) > 80] == []
     report = ReadReport(tmp_path)
     assert report.findings == [("Login", "refuted", "Login, succeeded: no")]
     assert report.settings == {"WECHAT_NATS_ILINK_VERSION": f"newer than {bridge.usual.ilink_version}"}
+
+
+async def test_a_phone_that_shows_nothing_ends_it_each_time(server: EmbeddedNats, tmp_path: Path) -> None:
+    """More sends do not help such a person."""
+    async with world(server) as (sim, bridge):
+        sim.set_fault(FaultRule(fault="F13", count=-1))
+        for place in ("[1/16]", "[2/16]"):
+            async with started("acceptance", "s1", "--out", str(tmp_path)) as process:
+                person = Person(sim, bridge, process, "")
+                await person.follow()
+                assert await process.wait() == 1
+            assert place in person.read
+            assert "[3/16]" not in person.read
+    said = ("Success without a message id", "confirmed", "First reply, `ret` 0 without an id")
+    assert said in ReadReport(tmp_path).findings
+
+
+async def test_a_report_of_something_else_is_left_alone(tmp_path: Path) -> None:
+    path = tmp_path / "acceptance-s1.json"
+    login = {"title": "", "section": "", "status": "done", "at_ms": 0, "facts": {"succeeded": True}}
+    for damaged in (b"", msgspec.json.encode({"sandbox": "s1", "version": "1", "steps": {"login": login}})):
+        path.write_bytes(damaged)
+        async with started("acceptance", "s1", "--out", str(tmp_path)) as process:
+            assert process.stderr is not None
+            assert b"no report of this command" in await process.stderr.read()
+            assert await process.wait() == 2
+        assert path.read_bytes() == damaged
+
+
+def test_what_no_phone_showed_sets_no_limit() -> None:
+    lost = {"chars": 2100, "bytes": 2100, "shown": False, "last": 0, "last_bytes": 0}
+    facts = {"text-2100": lost, "eleven": {"accepted": 0, "shown_sends": 0}}
+    assert [*settings({name: Result("", "", "done", 0, found) for name, found in facts.items()})] == []
 
 
 def test_a_send_a_day_later_confirms_or_refutes_the_window() -> None:
@@ -252,7 +292,15 @@ def test_a_send_a_day_later_confirms_or_refutes_the_window() -> None:
         *(("refused", 16.5, False, "below 16.5"), ("accepted", 16.5, True, 23.0)),
     ):
         sent = {"outcome": outcome, "reason": "", "ret": -2, "errcode": None, "errmsg": ""}
-        steps = {"late": Result("", "Refused sends", "done", 0, {"hours": hours, "sends": [sent]})}
+        steps = {
+            "late": Result(
+                "",
+                "Refused sends",
+                "done",
+                0,
+                {"hours": hours, "sends": [sent], "on_the_phone": "ny"[outcome == "accepted"]},
+            )
+        }
         assert [found[:2] for found in findings(steps)] == [("Refused sends", verdict)]
         assert [found[:2] for found in settings(steps)] == [("WECHAT_NATS_WINDOW_HOURS", value)]
 
