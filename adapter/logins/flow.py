@@ -379,7 +379,7 @@ async def fetch_code(logins: Logins, bound: Iterable[Binding], sealer: Sealer) -
     try:
         return await logins.fetch_code(tokens)
     except Temporary as exc:
-        if not tokens or exc.reason not in ("ret_other", "unreadable"):
+        if not tokens or exc.retry_after_s or exc.reason not in ("ret_other", "unreadable", "http_4xx"):
             raise
         log.info("login.without_tokens", reason=exc.reason)
         return await logins.fetch_code([])

@@ -246,13 +246,25 @@ REFUSED = Temporary("ret_other", "iLink answered -1")
     [
         ([REFUSED], "active", [["t"], []]),
         ([Temporary("unreadable")], "active", [["t"], []]),
+        ([Temporary("http_4xx")], "active", [["t"], []]),
+        ([Temporary("http_4xx", retry_after_s=5.0)], "active", [["t"]]),
         ([REFUSED, REFUSED], "active", [["t"], []]),
         ([Temporary("network")], "active", [["t"]]),
         ([Temporary("timeout")], "active", [["t"]]),
         ([Temporary("http_5xx")], "active", [["t"]]),
         ([REFUSED], "needs_login", [[]]),
     ],
-    ids=["refused", "unreadable", "without tokens, too", "network", "timeout", "gateway", "no tokens"],
+    ids=[
+        "refused",
+        "unreadable",
+        "HTTP 400",
+        "HTTP 429",
+        "without tokens, too",
+        "network",
+        "timeout",
+        "gateway",
+        "no tokens",
+    ],
 )
 async def test_a_request_for_a_code_that_is_refused_is_made_once_without_tokens(
     answers: list[Exception | QrCode], state: BindingState, asked: list[list[str]], doors: Doors
