@@ -133,7 +133,7 @@ def markdown(report: Report) -> str:
 def _words(facts: Facts) -> str:
     told = [f"{name.replace('_', ' ')}: {value}" for name, value in facts.items() if name != "sends"]
     sends = facts.get("sends", ())
-    told += [f"{_result(sent)}, ids: {sent['messages']} × {sent['id']}, {sent['took_ms']} ms" for sent in sends]
+    told += [f"{_result(sent)}, ids: {sent['messages']}, {sent['took_ms']} ms" for sent in sends]
     return "; ".join(told).replace("|", "/").replace("True", "yes").replace("False", "no")
 
 

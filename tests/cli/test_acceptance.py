@@ -254,18 +254,22 @@ async def test_a_phone_that_refuses_the_version_ends_it(server: EmbeddedNats, tm
 
 
 async def test_a_phone_that_shows_nothing_ends_it_each_time(server: EmbeddedNats, tmp_path: Path) -> None:
-    """More sends do not help such a person."""
+    """More sends do not help such a person: neither where iLink loses them, nor where it refuses them."""
+    reports = []
     async with world(server) as (sim, bridge):
-        sim.set_fault(FaultRule(fault="F13", count=-1))
-        for place in ("[1/16]", "[2/16]"):
+        for place, fault in (("[1/16]", "F13"), ("[2/16]", "F11")):
+            sim.set_fault(FaultRule(fault=fault, count=-1))
             async with started("acceptance", "s1", "--out", str(tmp_path)) as process:
                 person = Person(sim, bridge, process, "")
                 await person.follow()
                 assert await process.wait() == 1
             assert place in person.read
             assert "[3/16]" not in person.read
+            reports.append(ReadReport(tmp_path))
+            sim.clear_faults()
     said = ("Success without a message id", "confirmed", "First reply, `ret` 0 without an id")
-    assert said in ReadReport(tmp_path).findings
+    assert said in reports[0].findings
+    assert reports[1].statuses == {"login": "done", "first": "refused"}
 
 
 async def test_a_report_of_something_else_is_left_alone(tmp_path: Path) -> None:
