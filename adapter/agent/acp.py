@@ -81,7 +81,8 @@ class AcpAgent(Program):
             if not opening.cancelled() and opening.exception() is None:
                 peer = opening.result()
                 await end(peer.process)
-                await peer.connection.close()
+                with contextlib.suppress(ConnectionError):  # of what was still to be written
+                    await peer.connection.close()
                 peer.copying.cancel()
 
     async def _run(self, turn: Turn, text: str, given: dict[str, str]) -> str:
