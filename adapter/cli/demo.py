@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 import secrets
 import shutil
 import sys
@@ -21,7 +22,8 @@ from rich.text import Text
 
 from adapter import __version__
 from adapter.agent import Sandbox
-from adapter.agent.runner import Agent, Answer, Runner, Sessions, Turn
+from adapter.agent.program import STDERR
+from adapter.agent.runner import Agent, Answer, Runner, Sessions, Turn, TurnEnd, log_end
 from adapter.cli.agent import AgentChoice, Choice, opened
 from adapter.cli.bindings import request_control
 from adapter.cli.bus import BusConnection, connected_bus, settings_here
@@ -77,7 +79,9 @@ async def demo(
         answer: Agent | None = _echo if echo else None
         if choice != AgentChoice():  # before all else, so that a fault of its own is the first thing that is said
             folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="wechat-nats-demo-")))
-            answer = await stack.enter_async_context(opened(choice, settings_here(), folder))
+            silent = stack.enter_context(os.fdopen(os.open(os.devnull, os.O_WRONLY)))
+            stderr = STDERR if verbose else silent.fileno()
+            answer = await stack.enter_async_context(opened(choice, settings_here(), folder, stderr=stderr))
         stack.enter_context(_log(screen, verbose))
         try:
             return await _demo(screen, answer, choice.welcome or "", editor.lines() if editor else lines())
@@ -103,12 +107,13 @@ async def _demo(screen: Screen, answer: Agent | None, welcome: str, typed: Async
         bound = await request_control(bus, asked, PATIENCE_S)
         if not bound.ok:
             raise Failed(NO, f"The bot could not be bound: {bound.error}")
-        agent, hint = None, f"Your agent: NATS_URL={nats.url} wechat-nats agent {SANDBOX} --exec 'PROGRAM'"
+        agent, hint = None, f"Your agent:\nNATS_URL={nats.url} wechat-nats agent {SANDBOX} --exec 'PROGRAM'"
         if answer is not None:
             sandbox = await stack.enter_async_context(Sandbox(SANDBOX, settings))
-            agent = Runner(sandbox, answer, Sessions(SANDBOX), welcome=welcome).run
+            agent = Runner(sandbox, answer, Sessions(SANDBOX), screen.tell_end, welcome=welcome).run
             hint = "Another agent: wechat-nats demo --exec 'PROGRAM', or --no-echo."
-        screen.note(f"NATS at {nats.url}, sandbox {SANDBOX}. You are a WeChat user: write. ctrl-C ends.")
+        screen.note(f"NATS at {nats.url}, sandbox {SANDBOX}.")
+        screen.note("You are a WeChat user: write. ctrl-C ends.")
         screen.note(f"{hint}\n")
         patience_s = PATIENCE_S if answer is _echo else PATIENCE_S + AGENT_S
         talk = TalkSession(bus, simulator, bot, screen, patience_s)
@@ -182,6 +187,12 @@ class Screen:
         """A line without a label, as it is."""
         self._clear_prompt()
         self._write(text + "\n")
+
+    def tell_end(self, end: TurnEnd) -> None:
+        """What went wrong with a message, if anything did."""
+        log_end(end)
+        for line in filter(None, (end.detail or end.reason, end.said)):
+            self.show("problem", line)
 
     def _label(self, label: str) -> str:
         padded = pad(label, LABEL)

@@ -122,9 +122,10 @@ async def _refresh(bus: BusConnection, now: Login, *, png: bool) -> Login:
         return now
 
 
-def fill(text: str) -> str:
-    """The text in lines of at most WIDTH columns; Chinese characters take two."""
-    return textwrap.fill(text, max(WIDTH // 2, WIDTH + len(text) - cell_len(text)), break_on_hyphens=False)
+def fill(text: str, indent: str = "") -> str:
+    """The text in lines of at most WIDTH columns; Chinese characters take two. `indent`: of all but the first."""
+    columns = max(WIDTH // 2, WIDTH + len(text) - cell_len(text))
+    return textwrap.fill(text, columns, subsequent_indent=indent, break_on_hyphens=False)
 
 
 class _View:

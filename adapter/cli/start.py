@@ -11,7 +11,7 @@ from pathlib import Path
 import msgspec
 from nats.aio.msg import Msg
 from nats.errors import Error as NatsError
-from rich.cells import cell_len, set_cell_size
+from rich.cells import set_cell_size
 
 from adapter import __version__
 from adapter.agent import Sandbox
@@ -19,15 +19,16 @@ from adapter.agent.runner import Agent, Runner, Sessions, TurnEnd, log_end
 from adapter.cli import output, stdin
 from adapter.cli.agent import AgentChoice, Choice, opened, state_of
 from adapter.cli.bindings import all_bindings, status_of
-from adapter.cli.bus import BROKE, BusConnection, connected_bus, settings_here
+from adapter.cli.bus import BROKE, BusConnection, connected_bus, with_context
 from adapter.cli.embedded import adapter_running, while_alive
 from adapter.cli.exits import CLOSING_S, OK, UNREACHABLE, Failed, on_signal
-from adapter.cli.login import check_login, log_in
+from adapter.cli.login import check_login, fill, log_in
 from adapter.cli.options import Sandbox as SandboxName
 from adapter.cli.run import durable_nats
 from adapter.cli.send import describe
 from adapter.content.quotes import kind_of
 from adapter.contract.messages import BindingInfo, BotStatus, LoginStart, Receipt, TextItem
+from adapter.environment import read_settings
 from adapter.errors import UNDECODABLE
 from adapter.observability import logs
 from adapter.settings import Settings
@@ -41,7 +42,10 @@ APPEND = os.O_WRONLY | os.O_CREAT | os.O_APPEND
 START_S = 60.0
 LOOK_S = 3.0
 """Pause between two looks at the bots."""
-WIDTH, WHO = 80, 9
+WHO = 9
+"""Columns of a user: the last characters, since the first ones of iLink's ids are the same for all."""
+LINE_CHARS = 300
+INDENT = " " * 10
 TROUBLE: tuple[BotStatus, ...] = ("failing", "stale", "paused")
 """States of a bot whose user waits for an answer in vain."""
 WAITS_FOR = "the end of WeChat's open poll, within 35 s as a rule"
@@ -56,7 +60,8 @@ async def start(sandbox: SandboxName = SANDBOX, /, *, choice: Choice = AgentChoi
     Other commands find this NATS server if they are called in the same folder. NATS_URL does not count.
     Ends at ctrl-C, with exit code 0.
     """
-    settings, task = settings_here(), asyncio.current_task()
+    # not settings_here(): in this folder it finds the server of the last start
+    settings, task = read_settings(with_context(os.environ)), asyncio.current_task()
     choice.check()
     assert task is not None
     draining = on_signal(task.cancel, WAITS_FOR, settings.drain_s + CLOSING_S)
@@ -160,14 +165,14 @@ def _tell_end(end: TurnEnd) -> None:
     became = "failed" if end.reason else " and ".join(answer) or "no answer"
     _say(f"{_now()}  {_short(message.user)}  {', '.join(wrote)} → {became}, {end.seconds:.1f} s")
     for line in filter(None, (end.detail or end.reason, end.said)):
-        _say(f"{'':8}  {line}")
+        _say(f"{INDENT}{line}")
 
 
 async def _tell_receipt(msg: Msg) -> None:
     """Says which answer has not reached the user."""
     with contextlib.suppress(*UNDECODABLE):  # of a later version
         receipt = msgspec.json.decode(msg.data, type=Receipt)
-        if receipt.outcome != "accepted":
+        if receipt.outcome != "accepted" and receipt.command.startswith("agent-"):  # typing has no such id
             _say(f"{_now()}  {_short(receipt.user)}  answer {describe(receipt)}")
 
 
@@ -177,7 +182,7 @@ def _count(number: int, noun: str) -> str:
 
 def _short(user: str) -> str:
     name = user.partition("@")[0]
-    return set_cell_size(output.printable(f"{name[: WHO - 1]}…" if len(name) > WHO else name), WHO)
+    return set_cell_size(output.printable(f"…{name[1 - WHO :]}" if len(name) > WHO else name), WHO)
 
 
 def _now() -> str:
@@ -185,6 +190,6 @@ def _now() -> str:
 
 
 def _say(text: str) -> None:
-    """A line that fits into the terminal."""
+    """A line, over several ones of the terminal if it is long."""
     line = output.printable(text)
-    output.say(line if cell_len(line) <= WIDTH else set_cell_size(line, WIDTH - 1) + "…")
+    output.say(fill(line if len(line) <= LINE_CHARS else f"{line[:LINE_CHARS]}…", INDENT))

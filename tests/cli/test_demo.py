@@ -91,8 +91,8 @@ async def test_files_of_a_program_are_shown(temporary: Path, tmp_path: Path) -> 
 async def test_an_agent_of_ones_own_is_attached_by_the_line_that_is_printed(temporary: Path, tmp_path: Path) -> None:
     async with started("demo", "--no-echo") as process:
         out = await printed(process, b"PROGRAM'\n\n")
-        (line,) = [line for line in out.decode().splitlines() if line.startswith("Your agent: ")]
-        variable, command, *arguments = line.removeprefix("Your agent: ").replace("PROGRAM", "cat").split(" ")
+        (line,) = [line for line in out.decode().splitlines() if line.startswith("NATS_URL=")]
+        variable, command, *arguments = line.replace("PROGRAM", "cat").split(" ")
         assert command == "wechat-nats"
         name, _, url = variable.partition("=")
         environ = {name: url, "WECHAT_NATS_DATA_DIR": str(tmp_path)}

@@ -62,6 +62,11 @@ async def scanned(sim: Simulator, process: Running, user: str | None = None) -> 
     return shown + await printed(process, READY)
 
 
+def short(user: str) -> str:
+    """The characters of a user that `start` shows."""
+    return user.partition("@")[0][-8:]
+
+
 async def answered(sim: Simulator, user: str, *texts: str) -> None:
     """Waits until the phone shows exactly these."""
     await until(lambda: len(sim.phone(user)) >= len(texts))
@@ -81,14 +86,14 @@ async def test_from_nothing_to_an_answer_and_again_without_a_code(sim: Simulator
         await answered(sim, bot.user, "done: hello", "That did not work. Please try again.")
         sim.set_fault(FaultRule(fault="F11", endpoint="sendmessage", count=1, params={"errmsg": None}))
         sim.say(bot.user, "hello")
-        assert f"{bot.user[:8]}…  answer parked  (".encode() in await printed(process, b"answer")
+        assert f"…{short(bot.user)}  answer parked  (".encode() in await printed(process, b"answer")
         sim.say(bot.user, "hello")
         await until(lambda: "done: hello" in sim.phone(bot.user)[-1].text)
         process.send_signal(signal.SIGINT)
         rest, err = await process.communicate()
         assert (process.returncode, err) == (0, b"")
         assert b"The next start goes on" in rest
-    who = f"{bot.user[:8]}…"
+    who = f"…{short(bot.user)}"
     assert re.fullmatch(
         rf"\n*\d\d:\d\d:\d\d  {who}  5 characters → 11 characters, \d+\.\d s\n"
         rf"\d\d:\d\d:\d\d  {who}  4 characters → failed, \d+\.\d s\n"
@@ -161,8 +166,8 @@ async def test_two_people_at_once_in_one_sandbox(sim: Simulator, agent: tuple[st
         await answered(sim, other.user, "done: hello")
         (tmp_path / "go").touch()
         await answered(sim, one.user, "done: wait")
-        shown = await printed(process, one.user[:8].encode())
-        assert other.user[:8].encode() in shown
+        shown = await printed(process, short(one.user).encode())
+        assert short(other.user).encode() in shown
 
 
 @pytest.mark.slow  # a refused token is tried again for half a minute
