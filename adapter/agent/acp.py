@@ -196,9 +196,10 @@ async def _ask(
     kinds = [option.kind for option in options]
     # the agent's words where ours do not tell the options apart
     names = [texts.options[option.kind] if kinds.count(option.kind) == 1 else option.name for option in options]
-    title = (tool_call.title or tool_call.kind or "?")[:TITLE_CHARS]
+    title = (tool_call.title or tool_call.kind or "?")[:TITLE_CHARS].replace("```", "` ` `")
     lines = [f"{number}. {name}" for number, name in enumerate(names, 1)]
-    question = "\n\n".join([f"{texts.may} {title}", "\n".join(lines), texts.choose])
+    # WeChat reads a text as Markdown: outside of a fence it would not show all characters of a command
+    question = "\n\n".join([texts.may, f"```\n{title}\n```", *lines, texts.choose])
     async with conversation.asking:
         while True:
             conversation.asked += 1  # several questions may be about one tool call

@@ -53,8 +53,8 @@ async def test_each_question_is_asked_until_it_is_answered(agent: AcpAgent) -> N
     asked: list[tuple[str, str]] = []
     answer = await agent(said("tools one two three four", "what?", "１", "允许一次", "reject", "3。", asked=asked))
     assert answer.text == "Let me see.\n\nI may: one always, two once, three no, four no"
-    assert asked[0][0] == "可以执行吗？ one\n\n1. 总是允许\n2. 允许一次\n3. 拒绝\n\n请回复数字。"
-    assert [question.split()[1] for question, _ in asked] == ["one", "one", "two", "three", "four"]
+    assert asked[0][0] == "可以执行吗？\n\n```\none\n```\n\n1. 总是允许\n\n2. 允许一次\n\n3. 拒绝\n\n请回复数字。"
+    assert [question.split()[2] for question, _ in asked] == ["one", "one", "two", "three", "four"]
     assert len({ident for _, ident in asked}) == len(asked)
 
 

@@ -9,7 +9,14 @@ from tests.cli import acp_agent as stand_in
 from tests.e2e.test_agent import agent_running, settled, shows
 from tests.e2e.world import until
 
-QUESTION = ["May I? `rm`", "1. Always allow\n2. Allow once\n3. Reject", "Please answer with a number."]
+QUESTION = [
+    "May I?",
+    "```\n`rm`\n```",
+    "1. Always allow",
+    "2. Allow once",
+    "3. Reject",
+    "Please answer with a number.",
+]
 
 
 async def test_an_agent_asks_the_person_and_is_stopped_by_them(tmp_path: Path) -> None:
