@@ -48,6 +48,8 @@ AGENTS = "AGENTS_"
 SECRET = "WECHAT_WEBHOOK_SECRET"
 ANY = "*?"
 """Characters that make a pattern of a sandbox's id."""
+IN_FOLDERS = str.maketrans(ANY, "+=")
+"""What stands for them in the name of a folder: processes with several patterns share none."""
 MAX_OUTPUT = 40_000
 """Most bytes of an answer: they fit into a command even if JSON escapes many of them."""
 
@@ -201,7 +203,7 @@ async def agent(
     several = not set(ANY).isdisjoint(pattern)
     settings = settings_here()
     choice.check()
-    folder, _ = state_of(pattern, settings, state or (Path(settings.data_dir) / "agents" if several else None))
+    folder, _ = state_of(pattern.translate(IN_FOLDERS), settings, state)
 
     async def serve(one: Sandbox) -> None:
         _, sessions = state_of(one.name, settings, state / one.name if state and several else state)
@@ -300,4 +302,5 @@ def _secret() -> str:
         return read_text(Path(file)).strip()
     if secret := os.environ.get(SECRET, "").strip():
         return secret
-    raise Failed(USAGE, f"Set {SECRET}, or {SECRET}_FILE, to the secret that signs the requests.")
+    make = f'export {SECRET}="whsec_$(openssl rand -base64 32)"'
+    raise Failed(USAGE, f"Set {SECRET}, or {SECRET}_FILE, with which requests are signed; to make one:\n{make}")

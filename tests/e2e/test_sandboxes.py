@@ -166,6 +166,19 @@ async def test_a_sandbox_that_another_agent_takes_is_left_to_it_and_the_others_g
     assert town.shows(stranger)
 
 
+async def test_processes_with_patterns_of_their_own_share_no_folder(town: Town, tmp_path: Path) -> None:
+    """Each removes at its start what a kill has left in its own."""
+    town.environ = {"WECHAT_NATS_DATA_DIR": str(tmp_path / "shared")}
+    one, other = [await town.person(sandbox) for sandbox in ("a1", "b1")]
+    first = await town.agent("a*")
+    town.made.sim.say(one.bot, "wait for it")
+    await until(lambda: len(first.runs) == 1, "the program runs")
+    (folder,) = (tmp_path / "shared").glob("*/files/*/out")
+    await town.agent("b*", name="second")
+    await town.says(other, "hello")
+    assert folder.exists()
+
+
 async def test_what_is_bound_is_served_though_its_event_was_missed_and_no_longer(
     town: Town, monkeypatch: pytest.MonkeyPatch
 ) -> None:
