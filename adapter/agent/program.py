@@ -75,7 +75,8 @@ class Program:
             written.mkdir()
             text = await _prompt(turn.message, received)
             given = _about(turn) | {"WECHAT_FILES": str(received), "WECHAT_OUT": str(written)}
-            return Answer(await self._run(turn, text, given), tuple(await _items(turn.message, written)))
+            answer = await self._run(turn, text, given)
+            return Answer(answer, *await _items(turn.message, written))
         finally:
             _remove(folder)
 
@@ -177,19 +178,19 @@ async def _prompt(message: Message, folder: Path) -> str:
     return "\n".join(lines)
 
 
-async def _items(message: Message, folder: Path) -> list[OutItem]:
-    """The files that the program wrote. Those that cannot be sent are left out, which the log says."""
+async def _items(message: Message, folder: Path) -> tuple[tuple[OutItem, ...], str]:
+    """The files that the program wrote, and why some are left out, which the log says, too."""
     items: list[OutItem] = []
     files = _files_in(folder)
+    left_out = [f"An answer has at most {ITEMS} files."] if files[ITEMS:] else []
     for file in files[:ITEMS]:
         try:
             items.append(await message.sandbox.item_of(file))
         except (Refused, OSError) as exc:
-            detail = exc.detail if isinstance(exc, Refused) else exc.strerror
-            log.warning("agent.file_not_sent", detail=detail, message=message.id)
-    if files[ITEMS:]:
-        log.warning("agent.file_not_sent", detail=f"An answer has at most {ITEMS} files.", message=message.id)
-    return items
+            left_out.append(exc.detail if isinstance(exc, Refused) else f"A file cannot be read: {exc.strerror}.")
+    for detail in left_out:
+        log.warning("agent.file_not_sent", detail=detail, message=message.id)
+    return tuple(items), " ".join(left_out)
 
 
 def _files_in(folder: Path) -> list[Path]:

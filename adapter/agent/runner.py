@@ -24,7 +24,7 @@ from nats.errors import Error as NatsError
 from adapter.agent.reader import retry
 from adapter.agent.sandbox import Message, Sandbox
 from adapter.agent.texts import command_of
-from adapter.contract.messages import OutItem
+from adapter.contract.messages import Outbound, OutItem, Receipt
 from adapter.contract.names import digest
 from adapter.errors import AdapterError, Temporary
 
@@ -40,6 +40,8 @@ GIVE_UP_S = 3600.0
 CUT = "…"
 LONGEST = 16_000
 """Most characters of an answer. So many fit into the parts of a text, wherever it is cut (outbound/commands.py)."""
+UNFIT = ("too_long", "invalid", "media")
+"""Why an answer is refused that could be sent if it were another one."""
 
 
 class Answer(NamedTuple):
@@ -47,6 +49,8 @@ class Answer(NamedTuple):
 
     text: str = ""
     items: tuple[OutItem, ...] = ()
+    left_out: str = ""
+    """Why a file is not among the items, as a sentence."""
 
 
 class TurnEnd(NamedTuple):
@@ -55,7 +59,7 @@ class TurnEnd(NamedTuple):
     message: Message
     seconds: float
     chars: int = 0
-    """Length of the answer's text."""
+    """Length of the text that is sent."""
     items: int = 0
     reason: str = ""
     """Why the agent failed, in a word; "" if it did not."""
@@ -154,6 +158,7 @@ class Runner:
         self._welcome = self._texts.welcome if welcome is None else welcome
         self._sandbox = sandbox
         self._agent = agent
+        sandbox.on_receipt = self._on_receipt
         if isinstance(agent, ReadsBetween):
             agent.sandboxes[sandbox.name] = sandbox
         self._sessions = sessions
@@ -241,7 +246,9 @@ class Runner:
         answer, end = Answer(), TurnEnd(message, time.monotonic() - began)
         try:
             answer = Answer() if task.cancelled() else task.result()
-            end = end._replace(chars=len(answer.text.strip()), items=len(answer.items))
+            text = answer.text.strip()
+            answer = answer._replace(text=text if len(text) <= LONGEST else text[:LONGEST] + CUT)
+            end = end._replace(chars=len(answer.text), items=len(answer.items), detail=answer.left_out)
         except AdapterError as exc:
             said = exc.said if isinstance(exc, Temporary) else ""
             answer, end = Answer(self._texts.sorry), end._replace(reason=exc.reason, detail=exc.detail, said=said)
@@ -249,11 +256,19 @@ class Runner:
             log.exception("agent.crashed", message=message.id)
             answer, end = Answer(self._texts.sorry), end._replace(reason="crashed", detail=type(exc).__name__)
         self._on_end(end)
-        text = answer.text.strip()
-        if text or answer.items:
-            await message.reply(text if len(text) <= LONGEST else text[:LONGEST] + CUT, answer.items)
+        if answer.text or answer.items:
+            await message.reply(answer.text, answer.items)
         else:
-            await message.typing("off")
+            with contextlib.suppress(NatsError):  # typing ends by itself
+                await message.typing("off")
+
+    async def _on_receipt(self, receipt: Receipt) -> None:
+        """Apologizes for an answer that cannot be sent as it is."""
+        command, is_ours = receipt.command, receipt.command.startswith("agent-")
+        if receipt.outcome == "refused" and receipt.reason in UNFIT and is_ours and not command.endswith("-sorry"):
+            log.warning("agent.refused", reason=receipt.reason, message=receipt.reply_to)
+            apology = Outbound(id=f"{command}-sorry", user=receipt.user or None, text=self._texts.sorry)
+            await self._sandbox.send(apology)
 
     async def _accompany(self, message: Message) -> None:
         """Shows typing, and says once that the agent is still at work, unless it waits for the person. Until

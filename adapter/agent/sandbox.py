@@ -214,6 +214,8 @@ class Sandbox:
         self.texts = TEXTS[self._settings.language]
         self._reader = Reader(self._nc, self._names, name, self._connection.ready)
         self._windows = SendWindows()
+        self.on_receipt: Callable[[Receipt], Awaitable[None]] | None = None
+        """Called with each receipt of the sandbox's commands."""
         self._heard: Subscription | None = None
         self._reading: asyncio.Task[None] | None = None
 
@@ -312,6 +314,8 @@ class Sandbox:
         with contextlib.suppress(*UNDECODABLE):  # of a later version: no window
             receipt = msgspec.json.decode(msg.data, type=Receipt)
             self._windows.note(receipt.user, receipt.window, receipt.at_ms)
+            if self.on_receipt is not None:
+                await self.on_receipt(receipt)
 
     async def send(self, command: Outbound) -> None:
         """Stores a command. Repeats until the bus has confirmed it, so the command needs an id. Raises Refused

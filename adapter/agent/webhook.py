@@ -122,7 +122,8 @@ class Webhook(ReadsBetween):
         try:
             answer = msgspec.json.decode(body or b"{}", type=WebhookReply)
         except UNDECODABLE:
-            raise Refused("response", 'The response is no JSON such as {"reply": "…"}.') from None
+            detail = 'The response is no JSON such as {"reply": "…", "items": […]}, with ten items at most.'
+            raise Refused("response", detail) from None
         if len(answer.reply.encode(errors="replace")) > self._max_output:
             raise Refused("too_large", f"The reply has more than {self._max_output} bytes.")
         return Answer(answer.reply, tuple(answer.items))

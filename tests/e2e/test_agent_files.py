@@ -16,7 +16,7 @@ from aiohttp import web
 from adapter.agent.media_urls import LIFE_S, MediaUrls
 from adapter.contract.messages import Media
 from adapter.simulator import FaultRule, samples
-from tests.e2e.test_agent import Agent, Receiver, agent_running, settled
+from tests.e2e.test_agent import Agent, Receiver, agent_running, settled, shows
 from tests.e2e.test_agent import receiver as receiver  # noqa: PLC0414
 from tests.e2e.world import World, eventually, free_port, until
 
@@ -149,6 +149,22 @@ async def test_a_newer_command_keeps_its_files_when_the_other_one_ends(tmp_path:
             assert shown(made) == [("text", "Here:", b""), ("image", "", picture), ("text", "Here:", b"")]
         finally:
             await newer.end(signal.SIGKILL)
+
+
+async def test_an_answer_that_is_refused_costs_an_apology(tmp_path: Path, receiver: Receiver) -> None:
+    """One with a file of somebody else, and one that needs more than ten messages."""
+    foreign = {"kind": "image", "media": {"object": "s2/picture"}}
+    long = {"kind": "text", "text": "x" * 20_000}
+    receiver.responses = [web.json_response({"reply": "Here:", "items": [item]}) for item in (foreign, long)]
+    async with agent_running(tmp_path, "--http", receiver.url, WECHAT_WEBHOOK_SECRET=receiver.secret) as (
+        made,
+        agent,
+    ):
+        made.say("s1", "a picture")
+        made.say("s1", "a story")
+        await shows(made, *["That did not work. Please try again."] * 2)
+        assert agent.log.read_text().count("agent.refused") == 2
+        assert "xxx" not in agent.log.read_text()
 
 
 async def test_a_url_has_the_picture_and_answers_with_items(
