@@ -21,7 +21,7 @@ from adapter.cli.bus import BusConnection, connected_bus
 from adapter.cli.exits import NO, OK, UNREACHABLE, Failed
 from adapter.cli.options import Json, MaybeSandbox, flag
 from adapter.cli.permission_checks import CheckState, Finding
-from adapter.contract.messages import BOT_STATUSES
+from adapter.contract.messages import BOT_STATUSES, BindingInfo
 from adapter.errors import UNDECODABLE, BusRefused, Conflict, Refused, Temporary
 from adapter.inbound.restored import find_above
 from adapter.jetstream import topology
@@ -31,6 +31,8 @@ from adapter.security.seal import Sealer, Sealing
 from adapter.settings import NEWEST_ILINK_VERSION, PREFIX
 
 PING_S = 1.0
+SPARE = 0.9
+"""Part of the capacity without one replica that may be used, as in the alert WechatSpareCapacityLow."""
 _SEALED: dict[Sealing, str] = {
     "sealed": "sealed",
     "older": "sealed with an older key",
@@ -87,9 +89,10 @@ async def _run_checks(bus: BusConnection, *, fix: bool, allow_loss: bool, quiet:
         checks += await _attempt("streams", _check_topology(bus))
         sealed = _attempt("tokens", _check_tokens(bus)), _attempt("positions", _check_positions(bus))
         checks += itertools.chain(*await asyncio.gather(*sealed))  # both time out where this user may not read
-    checks.append(_check_adapters(await query_adapters(bus)))
+    there = await query_adapters(bus)
+    checks.append(_check_adapters(there))
     if checks[-1].state != "fail":
-        checks += await _attempt("bindings", _check_bindings(bus))
+        checks += await _attempt("bindings", _check_bindings(bus, there))
     wait = "in turn, for their users to write, or for a login"
     letters = _check_backlog(bus, "dead letters", names.stream_dead, "warn", "see `wechat-nats dead ls`")
     commands = _check_backlog(bus, "commands waiting", names.stream_out, "ok", wait)
@@ -243,8 +246,28 @@ def _numbers(version: str) -> list[int]:
     return [int(number) for number in version.split(".")]
 
 
-async def _check_bindings(bus: BusConnection) -> list[Finding]:
+async def _check_bindings(bus: BusConnection, there: list[Adapter]) -> list[Finding]:
     every = await all_bindings(bus, health=True)
+    return [*await _check_bots(bus, every), *_check_capacity(len(every), there)]
+
+
+def _check_capacity(bots: int, there: list[Adapter]) -> list[Finding]:
+    """Whether the replicas that remain if one ends have room for every bot."""
+    each = [int(adapter.metadata.get("capacity", 0)) for adapter in there]
+    if not all(each):
+        return []  # an older program does not say it
+    if len(each) == 1:
+        return [
+            Finding("capacity", "ok", f"{bots:,} bindings of {each[0]:,}; nobody serves them if this replica ends")
+        ]
+    rest = sum(each) - max(each)
+    said = f"{bots:,} bindings; the replicas that remain if one ends hold {rest:,}"
+    if bots > SPARE * rest:
+        return [Finding("capacity", "warn", f"{said}: add a replica, or raise {PREFIX}CAPACITY.")]
+    return [Finding("capacity", "ok", said)]
+
+
+async def _check_bots(bus: BusConnection, every: list[BindingInfo]) -> list[Finding]:
     bucket = f"KV_{bus.names.bindings}"
     stored = await bus.api_request(f"STREAM.INFO.{bucket}")
     if (lost := len(every) - int(stored["state"]["messages"])) > 0:

@@ -333,7 +333,7 @@ class Replica:
             metrics=metrics,
             version=__version__,
             instance=self.instance,
-            metadata={"ilink_version": self.settings.ilink_version},
+            metadata={"ilink_version": self.settings.ilink_version, "capacity": str(self.settings.capacity)},
         )
         serve(edges.service_connection, handlers=handlers, of_sandbox=own)
         serve(

@@ -43,8 +43,10 @@ class StandIn:
         self.asked: list[Bind | Unbind] = []
         self.sent: list[Outbound] = []
         self.metadata: dict[str, str] = {}
-        self.error: tuple[str, str] | None = None
         """What each adapter says of its settings."""
+        self.capacities: tuple[int, ...] = (10_000,)
+        """Of each adapter for which it stands."""
+        self.error: tuple[str, str] | None = None
 
     async def start(self) -> None:
         names, nc = self._bus.names, self._bus.nc
@@ -85,9 +87,10 @@ class StandIn:
         await msg.respond(msgspec.json.encode(BindingsPage(bindings=page, next=more)))
 
     async def _on_ping(self, msg: Msg) -> None:
-        await msg.respond(
-            msgspec.json.encode({"name": "wechat-nats", "id": "0", "version": "0.1.0", "metadata": self.metadata})
-        )
+        for capacity in self.capacities:
+            metadata = {"capacity": str(capacity), **self.metadata}
+            answer = {"name": "wechat-nats", "id": "0", "version": "0.1.0", "metadata": metadata}
+            await msg.respond(msgspec.json.encode(answer))
 
 
 @contextlib.asynccontextmanager

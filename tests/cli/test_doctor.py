@@ -90,6 +90,42 @@ async def test_the_version_that_adapters_declare_is_shown_and_an_old_one_is_a_wa
 
 
 @pytest.mark.parametrize(
+    ("capacities", "state", "sentence"),
+    [
+        (
+            (10, 10),
+            "warn",
+            "10 bindings; the replicas that remain if one ends hold 10: add a replica, or raise WECHAT",
+        ),
+        (
+            (12, 10),
+            "warn",
+            "10 bindings; the replicas that remain if one ends hold 10: add a replica, or raise WECHAT",
+        ),
+        ((12, 12), "ok", "10 bindings; the replicas that remain if one ends hold 12"),
+        (
+            (5, 5, 7),
+            "warn",
+            "10 bindings; the replicas that remain if one ends hold 10: add a replica, or raise WECHAT",
+        ),
+        ((12,), "ok", "10 bindings of 12; nobody serves them if this replica ends"),
+    ],
+)
+async def test_it_warns_before_nobody_has_room_for_the_bots_of_a_dead_replica(
+    cli: Command, bus: BusConnection, capacities: tuple[int, ...], state: str, sentence: str
+) -> None:
+    async with answering(bus) as adapter:
+        adapter.capacities = capacities
+        adapter.bindings = [BindingInfo(sandbox="s1", bot=f"b{number}@im.bot") for number in range(10)]
+        for info in adapter.bindings:
+            await bus.store(f"$KV.{bus.names.bindings}.{to_subject_token(info.bot)}", b"{}", {})
+        result = await cli("doctor", "--json")
+    found = said(result, "capacity")
+    assert found[0] == state
+    assert found[1].startswith(sentence)
+
+
+@pytest.mark.parametrize(
     ("status", "code", "state"),
     [
         ("not_polled", 1, "fail"),

@@ -223,10 +223,18 @@ CASES = [
     Case(
         "CapacityNear",
         "the other replica has room",
-        bindings(polling=91) | both("100x100", "100x100", "bindings_capacity"),
+        bindings(polling=90) | both("100x100", "100x100", "bindings_capacity"),
         60,
         set(),
     ),
+    Case(
+        "SpareCapacityLow",
+        "the larger of two replicas must not end",
+        bindings(polling=91) | both("100x100", "120x100", "bindings_capacity"),
+        31,
+        {"SpareCapacityLow"},
+    ),
+    Case("SpareCapacityLow", "alone", bindings(polling=50) | gauge("bindings_capacity", "100x100"), 60, set()),
     Case(
         "SchemaViolations", "one", gauge("schema_violations_total", "0x5 1x30", kind="svc"), 7, {"SchemaViolations"}
     ),

@@ -128,6 +128,15 @@ async def full(s: Scene) -> None:
     await s.add_second()
 
 
+async def nothing_to_spare(s: Scene) -> None:
+    """Two replicas with room for all, and more bots than one of them is made for."""
+    async with s.fires("SpareCapacityLow"):
+        for number in range(BOTS, CAPACITY + 1):
+            await s.bind(number)
+    for number in range(BOTS, CAPACITY + 1):
+        await s.unbind(number)
+
+
 async def stalled_poll(s: Scene) -> None:
     """iLink takes a bot's poll and never answers."""
     async with s.fires("PollStalled"):
@@ -277,6 +286,7 @@ async def no_adapter(s: Scene) -> None:
 
 FAULTS: list[Callable[[Scene], Awaitable[None]]] = [
     full,
+    nothing_to_spare,
     no_adapter,
     stalled_poll,
     failing_polls,
