@@ -49,6 +49,7 @@ def test_there_is_a_budget_where_there_are_several(values: Object, budget: Objec
     else:
         spec = one(objects, "PodDisruptionBudget")["spec"]
         assert spec["selector"] == one(objects, "Deployment")["spec"]["selector"], "not of the test's pod"
+        assert spec.pop("unhealthyPodEvictionPolicy") == "AlwaysAllow", "an outage of NATS must not block a drain"
         assert {key: spec[key] for key in spec if key != "selector"} == budget
 
 
@@ -61,7 +62,7 @@ def test_an_autoscaler_counts_bots_per_replica() -> None:
             "type": "Pods",
             "pods": {
                 "metric": {"name": "wechat_adapter_bindings"},
-                "target": {"type": "AverageValue", "averageValue": "1400"},
+                "target": {"type": "AverageValue", "averageValue": "1000"},
             },
         }
     ]
@@ -84,7 +85,7 @@ def test_keda_asks_for_metrics_that_there_are() -> None:
     assert scaling["scaleDown"]["stabilizationWindowSeconds"] == 1200
     bots, age = spec["triggers"]
     assert bots["authenticationRef"] == age["authenticationRef"] == {"name": "prometheus"}
-    assert bots["metadata"]["threshold"] == str(Settings().capacity * 70 // 100)
+    assert bots["metadata"]["threshold"] == str(Settings().capacity * 50 // 100)
     assert (age["metricType"], age["metadata"]["threshold"]) == ("Value", "120")
     queries = bots["metadata"]["query"] + age["metadata"]["query"]
     names = set(re.findall(r"wechat_adapter_\w+", queries))

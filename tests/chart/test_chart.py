@@ -201,6 +201,11 @@ REFUSALS: list[tuple[str, Object, str]] = [
         "settings.WECHAT_NATS_REPLICAS: set 1 with evaluationNats.enabled",
     ),
     (
+        "a cluster and one copy",
+        {"nats": {"url": "nats://a:4222,nats://b:4222,nats://c:4222"}},
+        "settings.WECHAT_NATS_REPLICAS: set 3, since nats.url names a cluster",
+    ),
+    (
         "two autoscalers",
         {"autoscaling": {"hpa": {"enabled": True}, "keda": {"enabled": True, "prometheusAddress": "http://p"}}},
         "autoscaling: set hpa.enabled or keda.enabled, not both",
@@ -252,7 +257,8 @@ def test_what_cannot_work_is_refused_with_what_to_set(values: Object, sentence: 
 @pytest.mark.parametrize(
     "values",
     [
-        {"networkPolicy": {"enabled": True, "natsPorts": [4222, 4443]}, "nats": {"url": "nats://a,tls://b:4443/"}},
+        {"networkPolicy": {"enabled": True, "natsPorts": [4222, 4443]}, "nats": {"url": "nats://a,tls://b:4443/"},
+         "settings": {"WECHAT_NATS_REPLICAS": 1}},
         {"networkPolicy": {"enabled": True, "extraEgress": [{"ports": [{"port": 4443}]}]}, "nats": {"url": "tls://b:4443"}},
         {"networkPolicy": {"enabled": True, "natsPorts": [4222]}, "evaluationNats": {"enabled": True}},
         {"nats": {"url": "tls://b:4443"}},

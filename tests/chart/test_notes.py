@@ -32,9 +32,7 @@ def notes(values: Object, tmp_path: Path) -> str:
 
 
 def test_the_notes_name_the_next_commands(tmp_path: Path) -> None:
-    text = notes(
-        {"nats": {"auth": {"creds": {"existingSecret": "s"}}}, "tokenKey": {"existingSecret": "k"}}, tmp_path
-    )
+    text = notes({"nats": {"auth": {"creds": {"existingSecret": "s"}}, "inboxPrefix": "_INBOX_adapter"}}, tmp_path)
     assert text == (Path(__file__).with_name("notes.txt")).read_text()
 
 
@@ -44,10 +42,31 @@ def test_the_notes_name_the_next_commands(tmp_path: Path) -> None:
         ({}, "WARNING: the adapter logs in to NATS without credentials"),
         ({"evaluationNats": {"enabled": True}}, "WARNING: the NATS server of this release is for evaluation"),
         ({"replicaCount": 1}, "WARNING: with one replica"),
+        ({"nats": {"auth": {"nkey": {"existingSecret": "s"}}}}, "WARNING: nats.inboxPrefix is empty."),
+        ({"drainSeconds": 10}, "WARNING: drainSeconds is shorter than a long poll of WeChat"),
+        ({}, "Bind at most 10000 bots: so many are served if one of the 2 replicas ends."),
+        ({"replicaCount": 4, "settings": {"WECHAT_NATS_CAPACITY": 500}}, "Bind at most 1500 bots"),
+        (
+            {"autoscaling": {"hpa": {"enabled": True}, "minReplicas": 3, "targetPercent": 67}},
+            "Set it to 66, or raise",
+        ),
     ],
 )
 def test_the_notes_warn(values: Object, warning: str, tmp_path: Path) -> None:
     assert warning in notes(values, tmp_path)
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {},
+        {"autoscaling": {"hpa": {"enabled": True}}},
+        {"autoscaling": {"hpa": {"enabled": True}, "minReplicas": 4, "targetPercent": 75}},
+    ],
+)
+def test_the_notes_do_not_warn_of_what_is_right(values: Object, tmp_path: Path) -> None:
+    nats = {"auth": {"nkey": {"existingSecret": "s"}}, "inboxPrefix": "_INBOX_adapter"}
+    assert "WARNING" not in notes(values | {"nats": nats}, tmp_path)
 
 
 def test_the_notes_name_commands_that_there_are(tmp_path: Path) -> None:

@@ -142,7 +142,7 @@ def test_the_probes_ask_what_the_program_answers() -> None:
     """Each can be changed, and left out."""
     container = adapter_of(rendered())
     paths = {name: container[name]["httpGet"]["path"] for name in ("startupProbe", "livenessProbe", "readinessProbe")}
-    assert paths == {"startupProbe": "/startupz", "livenessProbe": "/livez", "readinessProbe": "/readyz"}
+    assert paths == {"startupProbe": "/livez", "livenessProbe": "/livez", "readinessProbe": "/readyz"}
     assert container["ports"] == [{"name": "http", "containerPort": 9464, "protocol": "TCP"}]
     assert {name: patience(container[name]) for name in paths} == {
         "startupProbe": (2, 1, 60), "livenessProbe": (10, 3, 3), "readinessProbe": (5, 3, 2),

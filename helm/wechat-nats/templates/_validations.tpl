@@ -24,6 +24,9 @@
 {{- if and $v.nats.auth.userPassword.existingSecret (not $v.nats.auth.userPassword.user) }}
 {{- $faults = append $faults "nats.auth.userPassword.user: set the user of the password in nats.auth.userPassword.existingSecret." }}
 {{- end }}
+{{- if and (contains "," $v.nats.url) (not $v.evaluationNats.enabled) (not (hasKey $v.settings "WECHAT_NATS_REPLICAS")) }}
+{{- $faults = append $faults "settings.WECHAT_NATS_REPLICAS: set 3, since nats.url names a cluster: with one copy a lost server loses messages, and stops all. 1, if that is meant." }}
+{{- end }}
 {{- if and $v.nats.tls.ca.existingSecret $v.nats.tls.ca.existingConfigMap }}
 {{- $faults = append $faults "nats.tls.ca: set existingSecret or existingConfigMap, not both." }}
 {{- end }}
