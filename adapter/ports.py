@@ -211,6 +211,9 @@ class Chat(Protocol):
     def check_base_url(self, url: str) -> str:
         """Raises Refused("url") for a base URL that is not allowed."""
 
+    def host_of(self, base_url: str) -> str:
+        """The host of a base URL ("": the default)."""
+
 
 class Logins(Protocol):
     """iLink's QR logins."""
@@ -229,6 +232,9 @@ class Logins(Protocol):
 
     def check_base_url(self, url: str) -> str:
         """Raises Refused("url") for a base URL that is not allowed."""
+
+    def host_of(self, base_url: str) -> str:
+        """The host of a base URL ("": the default)."""
 
 
 class Cdn(Protocol):

@@ -16,6 +16,7 @@ import structlog
 from adapter.contract.messages import Bind
 from adapter.observability import logs
 from tests.capture import Capture
+from tests.e2e.waiting import until
 
 TOKEN = "b0f5860fdecb@im.bot:0600abcdCANARY"
 CONTEXT = "AARzJWCANARY+x/y="
@@ -23,12 +24,12 @@ SEED = "SUACANARY" + "A" * 49
 
 
 def test_a_line_has_the_names_of_the_log_model(captured: Capture) -> None:
-    structlog.get_logger().warning("poll.failed", sandbox="s1", reason="timeout", wait_s=1.5)
+    structlog.get_logger().warning("poll.delayed", sandbox="s1", reason="timeout", wait_s=1.5)
     (line,) = captured.lines()
     assert line.pop("timestamp").endswith("Z")
     assert line == {
         "severity_text": "WARNING",
-        "body": "poll.failed",
+        "body": "poll.delayed",
         "service.name": "wechat-nats",
         "service.version": "1.2.3",
         "sandbox": "s1",
@@ -232,6 +233,39 @@ def test_only_the_latest_sandboxes_are_counted() -> None:
     for number in range(logs.KEPT_COUNTS):
         minute.says(f"another{number}")
     assert minute.says("s1") is not None
+
+
+async def test_what_fails_for_all_bots_is_a_line_at_once_and_one_a_minute(
+    captured: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(logs, "OUTAGE_S", 0.05)
+    log = structlog.get_logger()
+    for number in range(200):
+        log.warning("poll.failed", bot=f"b{number}", host="ilink", reason="network", detail=f"no {number}")
+        log.warning("session.stale", bot=f"b{number}")  # somebody's
+    log.warning("poll.failed", bot="b7", host="elsewhere", reason="network")
+    log.warning("poll.failed", bot="b7", host="ilink", reason="http_5xx")
+    log.info("notify.failed", bot="b7", host="ilink")
+    log.info("notify.failed", bot="b7", host="ilink")
+    assert Counter(line["body"] for line in captured.lines()) == {
+        "poll.failed": 3,
+        "session.stale": 200,
+        "notify.failed": 1,
+    }
+    await until(lambda: len(captured.lines()) == 206, "the minute is over")
+    *_, polls, notified = captured.lines()
+    assert {name: polls.get(name) for name in ("bot", "bots", "suppressed", "host", "detail", "severity_text")} == {
+        "bot": None,
+        "bots": 199,
+        "suppressed": 199,
+        "host": "ilink",
+        "detail": "no 199",
+        "severity_text": "WARNING",
+    }
+    assert (notified["bot"], notified["suppressed"], notified["severity_text"]) == ("b7", 1, "INFO")
+    log.warning("poll.failed", bot="b1", host="ilink", reason="network")  # within a minute of the last line
+    log.warning("poll.failed", bot="b1", host="elsewhere", reason="network")
+    assert captured.lines()[-1]["host"] == "elsewhere"
 
 
 def test_libraries_are_logged_from_warning_on(captured: Capture) -> None:

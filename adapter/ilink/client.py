@@ -21,6 +21,7 @@ import traceback
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import TypeVar
+from urllib.parse import urlsplit
 
 import msgspec
 import structlog
@@ -102,6 +103,9 @@ class ILink:
 
     def check_base_url(self, url: str) -> str:
         return network.check_url(url, self._allowed_hosts)
+
+    def host_of(self, base_url: str) -> str:
+        return urlsplit(base_url or self._default_base_url).netloc
 
     def redirect_base_url(self, host: str, base_url: str) -> str:
         return network.redirect_url(host, base_url or self._default_base_url, self._allowed_hosts)

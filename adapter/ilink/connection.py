@@ -318,7 +318,8 @@ class ConnectionPool:
                 raise
             self._tls.forget_session(base.host)
             exc.__traceback__ = None  # breaks a reference cycle
-            raise Temporary("network", type(exc).__name__) from exc
+            through = " through the proxy" if proxy else ""
+            raise Temporary("network", f"{type(exc).__name__}: no connection to {base.host}{through}") from exc
         return connection
 
     def _take_idle(self, base_url: str) -> Connection | None:

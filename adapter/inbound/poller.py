@@ -229,7 +229,7 @@ class BotPoller:
     async def _serve(self) -> None:
         """One step after the other. The one place where they fail."""
         while not self.stopping and self._bindings.serving(self.bot) is not None:
-            retry_after_s = None
+            retry_after_s, failure = None, {}
             try:
                 await self._step()
                 continue
@@ -239,16 +239,17 @@ class BotPoller:
             except AdapterError as exc:
                 await self._deps.ticks.wait_tick()  # iLink may have closed all connections at once
                 problem, retry_after_s = _problem(exc), getattr(exc, "retry_after_s", None)
+                failure = {"reason": exc.reason, "detail": exc.detail}
                 if exc.reason == "inbox_set_back":  # an operator lowers what is stored
                     self._forget_checkpoint()
             except Exception as exc:
                 problem = f"crashed: {type(exc).__name__}"
+                failure = {"reason": "crashed", "detail": type(exc).__name__}
                 log.exception("poller.crashed", bot=self.bot)
                 self._forget_checkpoint()  # what is in memory may be at fault
             self._failures += 1
             self._enter(State.RETRYING, problem)
-            if self._failures.bit_count() == 1:  # at 1, 2, 4 …: thousands of polls fail together while iLink is down
-                log.warning("poll.failed", bot=self.bot, detail=problem, failures=self._failures)
+            log.warning("poll.failed", bot=self.bot, host=self._host(), **failure, failures=self._failures)
             wait_s = retry_after_s or backoff(self._failures, first_s=0.5, longest_s=30.0)
             if not self._must_stop():
                 await self._pause(wait_s + self._clock.jitter(wait_s / 2))
@@ -522,7 +523,7 @@ class BotPoller:
         self._hold_ms = min(LONGEST_HOLD_MS, 2 * self._hold_ms)
         self._deps.metrics.polls.labels(outcome="client_timeout").inc()
         if self._timeouts >= DEAD_PATH_AFTER:
-            log.warning("poll.dead_path", bot=self.bot, timeouts=self._timeouts)
+            log.warning("poll.dead_path", bot=self.bot, host=self._host(), timeouts=self._timeouts)
             self.why = f"iLink has not answered {self._timeouts} polls in a row."
 
     async def _save(self, checkpoint: Checkpoint) -> None:
@@ -627,7 +628,12 @@ class BotPoller:
             self._is_announced = start
         except (AdapterError, TimeoutError) as exc:
             reason = exc.reason if isinstance(exc, AdapterError) else "timeout"
-            log.info("notify.failed", bot=self.bot, start=start, reason=reason)
+            log.info("notify.failed", bot=self.bot, host=self._host(), start=start, reason=reason)
+
+    def _host(self) -> str:
+        """Where iLink is for the bot, for the log."""
+        binding = self._bindings.get(self.bot) or self.last_binding
+        return self._deps.chat.host_of(binding.base_url) if binding is not None else ""
 
     def _must_stop(self) -> bool:
         """`stopping`, read after an await, where a type checker would assume the earlier value."""

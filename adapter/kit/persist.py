@@ -47,7 +47,7 @@ async def persist(work: Callable[[], Awaitable[T]], owner: Owner, clock: Clock, 
             raise
         except AdapterError as exc:
             failures += 1
-            log.warning("work.retrying", work=name, reason=exc.reason, failures=failures, **fields)
+            log.warning("work.retrying", work=name, reason=exc.reason, detail=exc.detail, failures=failures, **fields)
             await clock.sleep(backoff(failures, first_s=0.2, longest_s=5.0))
         except Exception as exc:
             crashes += 1

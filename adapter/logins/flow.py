@@ -146,7 +146,7 @@ class LoginFlow:
                 )
                 return
             except Temporary as exc:
-                log.warning("login.retrying", login=self._login[:6], reason=exc.reason)
+                log.warning("login.retrying", login=self._login[:6], reason=exc.reason, detail=exc.detail)
                 await self._clock.sleep(RETRY_S)
 
     def _seal_url(self, code: QrCode) -> str:
@@ -175,7 +175,14 @@ class LoginFlow:
             except Temporary as exc:
                 failures += 1
                 wait_s = exc.retry_after_s or backoff(failures, longest_s=10.0)
-                log.warning("login.retrying", login=self._login[:6], reason=exc.reason, wait_s=wait_s)
+                log.warning(
+                    "login.retrying",
+                    login=self._login[:6],
+                    host=self._ilink.host_of(""),
+                    reason=exc.reason,
+                    detail=exc.detail,
+                    wait_s=wait_s,
+                )
                 await self._clock.sleep(wait_s)
                 continue
             failures = 0

@@ -2,7 +2,8 @@
 adapter.
 
 At `info` there is a line with the ids of the messages of an answer of iLink, and one for each receipt and each
-repeated command. A sandbox decides how often that is, so the lines about one sandbox are limited (`FloodLimit`).
+repeated command. A sandbox decides how often that is, so the lines about one sandbox are limited (`FloodLimit`). In
+an outage the same fails for each of thousands of bots: that is a line a minute (`OUTAGE`).
 
 Field names follow OpenTelemetry's log model: `timestamp`, `severity_text`, `body` (the event), `service.*`, then the
 event's own. Tokens and texts must not be fields at all; redaction is only a safety net.
@@ -10,6 +11,7 @@ event's own. Tokens and texts must not be fields at all; redaction is only a saf
 
 from __future__ import annotations
 
+import asyncio
 import functools
 import logging
 import re
@@ -31,6 +33,22 @@ HIDDEN = "***"
 INFO_PER_MINUTE, OTHERS_PER_MINUTE = 60, 5
 """Most lines of one event about one sandbox: with ids, as much as a person and an agent write; and about trouble, of
 one reason."""
+OUTAGE = frozenset(
+    {
+        "conversation.retrying",
+        "login.retrying",
+        "notify.failed",
+        "poll.dead_path",
+        "poll.failed",
+        "poller.fenced",
+        "send.retrying",
+        "work.retrying",
+    }
+)
+"""Events that iLink or the bus causes for all bots at once. Only coroutines log them."""
+OUTAGE_S = 60.0
+PLURALS = {"bot": "bots", "sandbox": "sandboxes", "login": "logins"}
+"""Fields that name whom a line is about, and those with the number of them."""
 KEPT_COUNTS = 4096
 """Most events of sandboxes whose lines are counted, the latest ones: about 1 MB."""
 
@@ -125,18 +143,51 @@ def configure(
     logging.captureWarnings(True)
 
 
+class _Outage:
+    """The lines about what fails for one reason at one host that were left out in this minute."""
+
+    def __init__(self) -> None:
+        self.suppressed = 0
+        self.last: EventDict = {}
+        self._named: dict[str, set[str]] = {field: set() for field in PLURALS}
+
+    def add(self, event: EventDict) -> None:
+        self.suppressed += 1
+        self.last = event
+        for field, names in self._named.items():
+            if name := event.get(field):
+                names.add(str(name)[:FOREIGN_CHARS])
+
+    def summary(self) -> EventDict:
+        """The last line, with the number of those that the lines name instead of a name, if they are several."""
+        several = {field: len(names) for field, names in self._named.items() if len(names) > 1}
+        kept = {name: value for name, value in self.last.items() if name not in several}
+        counts = {PLURALS[field]: count for field, count in several.items()}
+        return {**kept, **counts, "suppressed": self.suppressed}
+
+
 class FloodLimit:
     """Drops lines about a sandbox (`sandbox`, or `subject` of its commands) that come too often; `suppressed` in the
-    first line after a minute says how many. Lines of severity `debug` are not limited."""
+    first line after a minute says how many. Lines of severity `debug` are not limited.
+
+    Of an event of `OUTAGE`, the first line is written at once. If more follow within a minute, one line at its end
+    has the last of them, `suppressed`, and the number of `bots`, `sandboxes` or `logins` instead of their names.
+    """
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
         self._lines: dict[tuple[object, ...], tuple[float, int]] = {}
         """By event, reason and sandbox: the end of the minute, and the lines in it."""
+        self._outages: dict[tuple[object, ...], _Outage] = {}
+        """By event, work, reason and host."""
 
     def __call__(self, _logger: WrappedLogger, method: str, event: EventDict) -> EventDict:
+        if method == "debug" or "suppressed" in event:
+            return event
+        if event["event"] in OUTAGE:
+            return self._limit_outage(method, event)
         about = event.get("sandbox") or event.get("subject")
-        if not about or method == "debug":
+        if not about:
             return event
         most, reason = (INFO_PER_MINUTE, "") if method == "info" else (OTHERS_PER_MINUTE, event.get("reason"))
         key, now = (event["event"], reason, str(about)[:FOREIGN_CHARS]), self._clock()
@@ -150,6 +201,24 @@ class FloodLimit:
         if lines >= most:
             raise structlog.DropEvent
         return {**event, "suppressed": suppressed} if suppressed else event
+
+    def _limit_outage(self, method: str, event: EventDict) -> EventDict:
+        key = (event["event"], *(event.get(field) for field in ("work", "reason", "host")))
+        if outage := self._outages.get(key):
+            outage.add(event)
+            raise structlog.DropEvent
+        self._begin_minute(key, method)
+        return event
+
+    def _begin_minute(self, key: tuple[object, ...], method: str) -> None:
+        self._outages[key] = _Outage()
+        asyncio.get_running_loop().call_later(OUTAGE_S, self._end_minute, key, method)
+
+    def _end_minute(self, key: tuple[object, ...], method: str) -> None:
+        outage = self._outages.pop(key)
+        if outage.suppressed:
+            self._begin_minute(key, method)
+            getattr(structlog.get_logger(), method)(**outage.summary())
 
 
 def _strip_exception_texts(_logger: WrappedLogger, _method: str, event: EventDict) -> EventDict:

@@ -671,12 +671,14 @@ class Conversation:
         if isinstance(answer, Refused):
             raw = {"ret": answer.ret, "errcode": answer.errcode, "errmsg": answer.errmsg}
         log.info(
-            "send.failed",
+            "send.retrying" if isinstance(answer, Temporary) else "send.failed",
             bot=bot.id,
+            host=self._shard.deps.chat.host_of(self._shard.base_url_of(bot.id)),
             sandbox=self.sandbox,
             commands=[ref.id for ref in progress.commands] if progress else [],
             failure=type(answer).__name__,
             reason=answer.reason,
+            detail=answer.detail,
             **raw,
         )
 

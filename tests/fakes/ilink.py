@@ -7,6 +7,7 @@ import itertools
 from collections import defaultdict, deque
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Any, NamedTuple
+from urllib.parse import urlsplit
 
 import msgspec
 
@@ -199,6 +200,9 @@ class FakeChat:
     def check_base_url(self, url: str) -> str:
         return network.check_url(url, ("127.0.0.1:8080",))
 
+    def host_of(self, base_url: str) -> str:
+        return urlsplit(base_url or "https://ilink").netloc
+
     @property
     def texts(self) -> list[str]:
         return [sent.text for sent in self.sent]
@@ -267,6 +271,9 @@ class FakeLogins:
 
     def check_base_url(self, url: str) -> str:
         return network.check_url(url, ())
+
+    def host_of(self, base_url: str) -> str:
+        return urlsplit(base_url or "https://ilink").netloc
 
 
 class Wire(asyncio.Transport):

@@ -599,7 +599,10 @@ async def test_a_server_that_does_not_take_the_connection_is_given_up(monkeypatc
         try:
             with pytest.raises(Temporary) as caught:
                 await post(made, f"http://127.0.0.1:{port}/")
-            assert (caught.value.reason, caught.value.detail) == ("network", "TimeoutError")
+            assert (caught.value.reason, caught.value.detail) == (
+                "network",
+                "TimeoutError: no connection to 127.0.0.1",
+            )
         finally:
             await made.close()
             for filler in fillers:
