@@ -72,7 +72,7 @@ class Binder:
         if command.base_url:
             self._chat.check_base_url(command.base_url)
         self._bindings.ensure_known(command.bot)
-        known_user = before.user if before is not None and before.sandbox == sandbox else ""
+        known_user = before.user if before is not None else ""
         binding = Binding(
             sandbox=sandbox,
             bot=command.bot,
@@ -134,10 +134,15 @@ class Binder:
         return token
 
     async def _check_token(self, command: Bind, token: str, displaced: Collection[Binding]) -> bool:
-        """Asks iLink whether it accepts the token, if the bind says so or would replace a working one. False: it was
-        not asked, or does not answer."""
+        """Asks iLink whether it accepts the token, if the bind says so or would replace a working one, or its base
+        URL. False: it was not asked, or does not answer."""
         is_risky = any(
-            known.state == "active" and not (known.bot == command.bot and self._is_same_token(known, token))
+            known.state == "active"
+            and not (
+                known.bot == command.bot
+                and known.base_url == (command.base_url or "").rstrip("/")
+                and self._is_same_token(known, token)
+            )
             for known in displaced
         )
         if command.check is False or not (command.check or is_risky):
@@ -156,8 +161,8 @@ class Binder:
             if is_risky:
                 raise Refused(
                     "unchecked",
-                    "iLink does not answer about this token, and the bind would replace a working token. Try again"
-                    " later, or bind without the check.",
+                    "iLink does not answer about this token, and the bind would replace a working token or base URL."
+                    " Try again later, or bind without the check.",
                 ) from exc
             return False
         return True

@@ -196,9 +196,8 @@ class Supervisor:
         if binding is None:
             poller.stop(immediately=True)
         elif not self._is_wanted(bot):
-            # moved or handed over: at the boundary, so that the poll's answer is not lost; shard lost: at once
-            moved = poller.last_binding is not None and poller.last_binding.sandbox != binding.sandbox
-            poller.stop(immediately=not poller.is_handed_over and not moved)
+            # handed over: at the boundary, so that the poll's answer is not lost; shard lost: at once
+            poller.stop(immediately=not poller.is_handed_over)
 
     def _start(self, bot: str, new_poller: Callable[[str], BotPoller]) -> None:
         """Starts a poller. If there is no room, a bot that still wants it gets the room of the next that ends."""

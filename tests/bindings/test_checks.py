@@ -55,17 +55,29 @@ async def test_a_dead_token_is_not_bound_where_the_bind_has_it_checked(platform:
 
 @pytest.mark.parametrize("problem", [STALE, SILENT])
 @pytest.mark.parametrize(
-    "fields", [{"bot_token": f"{TOKEN}2"}, {"bot_token": f"{TOKEN}2", "sandbox": "s2"}, {"bot": "b2@im.bot"}]
+    "fields",
+    [
+        {"bot_token": f"{TOKEN}2"},
+        {"bot_token": f"{TOKEN}2", "sandbox": "s2"},
+        {"bot": "b2@im.bot"},
+        {"base_url": "https://elsewhere.weixin.qq.com", "sandbox": "s2"},
+    ],
 )
 async def test_a_working_bot_is_not_taken_out_by_a_token_that_ilink_does_not_take(
     fields: dict[str, Any], problem: Exception, platform: Platform
 ) -> None:
-    """Neither its token, nor by another bot of its user."""
+    """Neither its token, nor by another bot of its user, nor by a base URL that leads nowhere."""
     await platform.bind()
     before, platform.bench.chat.notify_fails = platform.binding(), problem
     assert not (await platform.bind(**fields)).ok
     assert (platform.binding(), platform.bound) == (before, {BOT: "s1"})
     assert (await platform.bind(**fields, check=False)).ok
+
+
+async def test_a_bot_that_moves_without_naming_its_user_keeps_it(platform: Platform) -> None:
+    await platform.bind()
+    assert (await platform.bind(sandbox="s2", user=None)).moved_from == "s1"
+    assert platform.binding().user == USER
 
 
 async def test_an_ilink_that_is_slow_about_one_token_delays_no_other_sandbox_or_bot(platform: Platform) -> None:
