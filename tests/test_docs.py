@@ -40,6 +40,10 @@ SOURCE = re.compile(r'(docs/[\w./-]+\.md)((?:,? (?:and )?"[^"]+")*)')
 BLOCK = re.compile(r"```.*?```", re.DOTALL)
 
 
+CHINESE = [page for page in PAGES if page.name.endswith(".zh-CN.md")]
+COMMENT = re.compile(r"(?:^|(?<=\s))# .*", re.MULTILINE)
+
+
 def headings(page: Path) -> list[str]:
     return re.findall(r"^#+ (.+)$", BLOCK.sub("", page.read_text("utf-8")), re.MULTILINE)
 
@@ -75,6 +79,28 @@ def test_links_lead_somewhere(page: Path) -> None:
         if not file.exists() or (anchor and anchor not in anchors(file)):
             lost.append(f"{target}#{anchor}")
     assert lost == []
+
+
+def skeleton(page: Path) -> dict[str, object]:
+    """What a page has in common with the same one in the other language."""
+    text = page.read_text("utf-8").replace("LANGUAGE=zh", "LANGUAGE=en")
+    said = BLOCK.sub("", text)
+    links = [(target.replace(".zh-CN", ""), anchor) for target, anchor in LINK.findall(said)]
+    blocks = [re.sub(" +", " ", COMMENT.sub("", block)) for block in BLOCK.findall(text)]
+    return {
+        "blocks": [[line.rstrip() for line in block.splitlines()] for block in blocks],
+        "structure": re.findall(r"^(?:#+ |- |\d+\. |\|)", said, re.MULTILINE),
+        "code": set(re.findall(r"`([^`\n]+)`", said)),
+        "links": sorted((target, anchor if target else bool(anchor)) for target, anchor in links),
+    }
+
+
+@pytest.mark.parametrize("page", CHINESE, ids=[str(page.relative_to(ROOT)) for page in CHINESE])
+def test_a_page_has_the_same_code_and_structure_in_chinese(page: Path) -> None:
+    english = page.with_name(page.name.replace(".zh-CN", ""))
+    assert f"\n[中文]({page.name})\n" in english.read_text("utf-8")
+    assert f"\n[English]({english.name})\n" in page.read_text("utf-8")
+    assert skeleton(page) == skeleton(english)
 
 
 def test_pages_and_titles_that_code_names_are_there() -> None:
