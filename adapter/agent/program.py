@@ -198,7 +198,7 @@ def _files_in(folder: Path) -> list[Path]:
 
 
 def last_line(said: bytes | bytearray) -> str:
-    lines = said[-SAID_BYTES:].decode(errors="replace").split("\n")
+    lines = said[-SAID_BYTES:].decode(errors="replace").splitlines()
     return next((line.strip() for line in reversed(lines) if line.strip()), "")
 
 

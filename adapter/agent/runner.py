@@ -177,7 +177,7 @@ class Runner:
         """The lane of a message. A command, and an answer to a question, wait for no other message."""
         command, question = command_of(message.text), self._questions.get(message.user)
         if question is not None and not question.done():
-            if command is None:
+            if command is None and message.text:  # a picture alone waits for its turn
                 question.set_result(message.text)
                 self._answered.add(message.id)
             elif command == "new":

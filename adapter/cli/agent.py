@@ -303,4 +303,4 @@ def _secret() -> str:
     if secret := os.environ.get(SECRET, "").strip():
         return secret
     make = f'export {SECRET}="whsec_$(openssl rand -base64 32)"'
-    raise Failed(USAGE, f"Set {SECRET}, or {SECRET}_FILE, with which requests are signed; to make one:\n{make}")
+    raise Failed(USAGE, f"Set {SECRET} (or …_FILE), which signs requests:\n{make}")

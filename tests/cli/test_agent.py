@@ -140,12 +140,13 @@ async def test_why_a_program_failed_is_its_last_line(tmp_path: Path) -> None:
         for text, said in (
             ("echo partly; echo no >&2; echo 'Not logged in' >&2; echo >&2; exit 1", "Not logged in"),
             ("echo 'Invalid API key'; exit 1", "Invalid API key"),
+            (r"printf '1 %%\r100 %%' >&2; exit 1", "100 %"),
             ("exit 1", ""),
         ):
             with pytest.raises(Temporary, match="exit code 1") as failed:
                 await program(turn(text))
             assert failed.value.said == said
-    assert (tmp_path / "log").read_text() == "no\nNot logged in\n\n"
+    assert (tmp_path / "log").read_text() == "no\nNot logged in\n\n1 %\n100 %"
 
 
 def asking(http: httpx.AsyncClient) -> Webhook:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
+from adapter.simulator import samples
 from tests.cli import acp_agent as stand_in
 from tests.e2e.test_agent import agent_running, settled, shows
 from tests.e2e.world import until
@@ -25,8 +26,12 @@ async def test_an_agent_asks_the_person_and_is_stopped_by_them(tmp_path: Path) -
     async with agent_running(tmp_path, *options, **environ) as (made, agent):
         made.say("s1", "tools `rm`")
         await shows(made, *QUESTION)
+        picture = samples.jpeg()  # which is no answer, and waits
+        made.sim.say_media(made.bots["s1"].bot, "image", picture)
         made.say("s1", "2")
-        texts = [*QUESTION, "Let me see.", "I may: `rm` once"]
+        texts = [*QUESTION, "Let me see.", "I may: `rm` once", f"image/jpeg {len(picture)}"]
+        made.say("s1", "/new")
+        texts += ["A new conversation begins."]
         await shows(made, *texts)
         made.say("s1", "tools `rm`")
         await shows(made, *texts, *QUESTION)
@@ -35,7 +40,7 @@ async def test_an_agent_asks_the_person_and_is_stopped_by_them(tmp_path: Path) -
         await until((tmp_path / "waits").exists, "the agent works")
         made.say("s1", "/stop")
         made.say("s1", "1")
-        texts += [*QUESTION, "Stopped.", "Stopped.", "tools `rm`, tools `rm`, wait, 1"]
+        texts += [*QUESTION, "Stopped.", "Stopped.", "tools `rm`, wait, 1"]
         await shows(made, *texts)
         assert (tmp_path / "stopped").exists()
         await settled(made)
