@@ -146,6 +146,20 @@ async def test_ten_thousand_bindings_are_a_scrape_of_the_same_size(following: Fo
     assert bench.metrics.value("tasks", kind="other") == 30_000 - BOTS
 
 
+async def test_a_poll_that_ends_after_a_handover_is_counted_by_the_new_owner_alone() -> None:
+    bench = bound(BOTS)
+    made = supervisor(bench)
+    poll(made, bench, every_state=False)
+    mine = sorted(made.leases.owned)
+    given = {mine[0], mine[1]}
+    for session in made.pollers.values():
+        session.is_handed_over = True  # also those of shards that are still to be given away
+    made.leases.owned -= given
+    observe(made, bench.clock, bench.metrics, 0)
+    left = sum(shard_of(binding.sandbox) not in given for binding in bench.bindings)
+    assert bench.metrics.value("bindings", state="polling") == left < BOTS
+
+
 async def test_the_bot_that_was_answered_longest_ago_is_seen_among_ten_thousand() -> None:
     bench = bound(BOTS)
     made = supervisor(bench)

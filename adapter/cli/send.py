@@ -15,6 +15,7 @@ from nats.errors import Error as NatsError
 
 from adapter.agent.media import Request, get_media, put_media
 from adapter.cli import output
+from adapter.cli.bindings import TROUBLE, all_bindings
 from adapter.cli.bus import BusConnection, connected_bus
 from adapter.cli.exits import NO, OK, TIMEOUT, UNREACHABLE, USAGE, Failed
 from adapter.cli.options import Json, RequestId, Sandbox, Timeout, flag, new_id
@@ -109,7 +110,10 @@ async def send(
             output.tell({"command": command_id, "outcome": "stored"}, json, f"stored  (id {command_id})")
             return OK
         earlier = await bus.read_stored(bus.names.stream_event, subject, keep=_if_final) if ack.duplicate else []
-        last = earlier[0] if earlier else await wait_outcome(receipts, command_id, timeout, wait_final)
+        try:
+            last = earlier[0] if earlier else await wait_outcome(receipts, command_id, timeout, wait_final)
+        except Unanswered as exc:
+            raise Failed(TIMEOUT, f"{exc} {await _why_unanswered(bus, sandbox)}") from None
     output.tell(last, json, describe(last))
     return OK if last.outcome in ("accepted", "parked") else NO
 
@@ -123,8 +127,12 @@ def _read_text(text: str) -> str:
     return text
 
 
+class Unanswered(Failed):
+    """No final receipt came in time."""
+
+
 async def wait_outcome(receipts: Subscription, command_id: str, timeout_s: float, wait_final: bool) -> Receipt:
-    """The final receipt, or `parked` where that ends the wait. Raises Failed."""
+    """The final receipt, or `parked` where that ends the wait. Raises Failed, Unanswered among them."""
     state = "Stored"
     try:
         async with asyncio.timeout(timeout_s):
@@ -134,10 +142,22 @@ async def wait_outcome(receipts: Subscription, command_id: str, timeout_s: float
                     return receipt
                 state = "Parked until the user writes" if receipt else state
     except TimeoutError:
-        said = f"{state}; no final receipt within {timeout_s:g} s (id {command_id}): is an adapter running?"
-        raise Failed(TIMEOUT, said) from None
+        raise Unanswered(TIMEOUT, f"{state}; no final receipt within {timeout_s:g} s (id {command_id}).") from None
     except NatsError:
         raise Failed(UNREACHABLE, f"Stored (id {command_id}), but the connection broke before the receipt.") from None
+
+
+async def _why_unanswered(bus: BusConnection, sandbox: str) -> str:
+    """What its bots and the adapters tell of a command that waits."""
+    try:
+        every = await all_bindings(bus, sandbox, health=True)
+    except Failed as exc:  # no adapter runs, or this user may not ask
+        return str(exc)
+    for info in every:
+        if info.health is not None and info.health.status in TROUBLE:
+            detail = info.health.detail.rstrip(".") or "`wechat-nats bindings` has more"
+            return f"{info.bot} is {info.health.status}: {detail}."
+    return "An adapter runs, and iLink has not taken it yet: it is tried until it is taken, or expires."
 
 
 def _if_final(stored: StoredMessage) -> Receipt | None:

@@ -10,7 +10,7 @@ from adapter.contract.names import Names
 from adapter.errors import BusRefused, Temporary
 from adapter.jetstream.api_replies import NO_STREAM
 from adapter.jetstream.managed_connection import ManagedConnection
-from adapter.jetstream.topology import LAYOUT, Difference, differences, read_layout, wanted_streams
+from adapter.jetstream.topology import LAYOUT, Difference, differences, layout_advice, read_layout, wanted_streams
 from adapter.settings import Settings
 
 log = structlog.get_logger()
@@ -38,6 +38,7 @@ class Inspector:
     async def inspect_streams(self, connection: ManagedConnection) -> list[str]:
         """Checks all streams. Returns the missing ones. Raises Temporary."""
         missing, incomplete = [], []
+        broken: dict[str, list[Difference]] = {}
         for wanted in self._wanted:
             name = wanted.name
             at_least = self._minimum_keys.get(name, int)()  # before the request, after which there may be more
@@ -50,15 +51,22 @@ class Inspector:
                 log.error("stream.missing", stream=name, detail=detail)
                 missing.append(name)
                 continue
-            self._note(name, [d for d in differences(wanted, info["config"]) if d.critical or d.lacks_copies])
+            broken[name] = [d for d in differences(wanted, info["config"]) if d.critical or d.lacks_copies]
             self._message_counts[name] = int(info["state"]["messages"])
             if self._message_counts[name] < at_least:
                 log.error("bucket.incomplete", stream=name, keys=self._message_counts[name], at_least=at_least)
                 incomplete.append(name)
         self.incomplete = incomplete
-        if self._layout_stream not in missing and (layout := await read_layout(connection, self._names)):
-            other = Difference("layout", "version", LAYOUT, layout.version, critical=True)
-            self._note("layout", [other] if layout.version != LAYOUT else [])
+        layout = await read_layout(connection, self._names) if self._layout_stream not in missing else None
+        if layout is not None and layout.version != LAYOUT:  # the streams are what another version wants
+            if "layout" not in self.altered:
+                log.warning("layout.differs", detail=layout_advice(layout))
+            self.altered = {"layout": [Difference("layout", "version", LAYOUT, layout.version, critical=True)]}
+            return missing
+        if self.altered.pop("layout", None):
+            log.info("layout.restored")
+        for name, found in broken.items():
+            self._note(name, found)
         return missing
 
     def _note(self, name: str, broken: list[Difference]) -> None:

@@ -286,12 +286,19 @@ def observe(supervisor: Supervisor, clock: Clock, metrics: Metrics, tasks: int) 
     return in_flight
 
 
+def _is_anothers(supervisor: Supervisor, bot: str) -> bool:
+    """Whether another replica may have the shard of a bot by now."""
+    binding = supervisor.bindings.get(bot)
+    return binding is None or shard_of(binding.sandbox) not in supervisor.leases.owned
+
+
 def _observe_polls(supervisor: Supervisor, metrics: Metrics, now: float) -> None:
     throttled = {bot for shard in supervisor.shards.values() for bot in shard.throttled_bots}
     pollers = supervisor.pollers.values()
     states = Counter(
         "throttled" if poller.state is State.POLLING and poller.bot in throttled else poller.state.value
         for poller in pollers
+        if not (poller.is_handed_over and _is_anothers(supervisor, poller.bot))  # who has the shard counts it
     )
     for state in STATES.split():
         metrics.bindings.labels(state=state).set(states[state])

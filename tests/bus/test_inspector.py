@@ -55,3 +55,31 @@ async def test_an_inspector_reports_a_change_once_and_no_limits_of_an_operator(r
         await rig.connection.api_request(f"STREAM.UPDATE.{name}", before)
     await inspector.inspect_streams(rig.connection)
     assert inspector.altered == {}
+
+
+async def test_streams_of_a_newer_version_are_no_alteration(rig: Rig) -> None:
+    """`doctor --fix` of the new version comes before the replicas are replaced."""
+    inspector = Inspector(NAMES, rig.bus.settings, at_least={})
+    assert await inspector.inspect_streams(rig.connection) == []
+    config = (await rig.connection.api_request(f"STREAM.INFO.{NAMES.stream_out}"))["config"]
+    changed = {key: value for key, value in config.items() if key != "subject_transform"}
+    await rig.connection.api_request(f"STREAM.UPDATE.{NAMES.stream_out}", changed)
+    claims = rig.bucket(NAMES.claims)
+    await topology.write_layout(rig.connection, NAMES, rig.bus.settings)
+    layout = await claims.get(topology.KEY)
+    assert layout is not None
+    newer = msgspec.json.encode(topology.Layout(topology.LAYOUT + 1))
+    revision = await claims.write(topology.KEY, newer, layout.revision)
+    with capture_logs() as logs:
+        for _ in range(2):
+            assert await inspector.inspect_streams(rig.connection) == []
+    assert [(line["event"], line["log_level"]) for line in logs] == [("layout.differs", "warning")]
+    assert "use a newer program" in logs[0]["detail"]
+    assert list(inspector.altered) == ["layout"]
+    await claims.write(topology.KEY, layout.value, revision)
+    with capture_logs() as logs:
+        await inspector.inspect_streams(rig.connection)
+    assert [line["event"] for line in logs] == ["layout.restored", "stream.altered"]
+    await rig.connection.api_request(f"STREAM.UPDATE.{NAMES.stream_out}", config)
+    await inspector.inspect_streams(rig.connection)
+    assert inspector.altered == {}

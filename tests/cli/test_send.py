@@ -9,7 +9,7 @@ import msgspec
 import pytest
 
 from adapter.cli.bus import BusConnection
-from adapter.contract.messages import Outbound, Receipt
+from adapter.contract.messages import BindingHealth, BindingInfo, BotStatus, Outbound, Receipt
 from adapter.contract.names import H_MSG_ID, H_SCHEMA
 from tests.cli.conftest import Command
 from tests.cli.process import started
@@ -52,10 +52,29 @@ async def test_wait_final_waits_beyond_parked(cli: Command, bus: BusConnection) 
     assert "Parked until the user writes" in result.err
 
 
+@pytest.mark.parametrize(
+    ("status", "said"),
+    [
+        ("polling", "An adapter runs, and iLink has not taken it yet"),
+        ("failing", "b1@im.bot is failing: network: no connection to ilink"),
+    ],
+)
+async def test_a_send_that_waits_for_ilink_says_so(
+    status: BotStatus, said: str, cli: Command, bus: BusConnection
+) -> None:
+    health = BindingHealth(status=status, detail="network: no connection to ilink" if status == "failing" else "")
+    info = BindingInfo(sandbox="s1", bot="b1@im.bot", user="u1", state="active", since_ms=1, health=health)
+    async with answering(bus) as adapter:
+        adapter.bindings = [info]
+        result = await cli("send", "s1", "hi", "--timeout", "0.2", "--id", "c1")
+    assert (result.code, said in result.err) == (4, True), result.err
+
+
 async def test_no_receipt_is_4_and_names_the_id(cli: Command, bus: BusConnection) -> None:
     result = await cli("send", "s1", "hi", "--timeout", "0.1", "--id", "c1")
     assert result.code == 4
     assert "(id c1)" in result.err
+    assert "No adapter runs on this bus: start one with `wechat-nats run`." in result.err
 
 
 async def test_no_wait_ends_as_soon_as_it_is_stored(cli: Command, bus: BusConnection) -> None:

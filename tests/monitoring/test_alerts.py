@@ -359,7 +359,7 @@ def test_an_alert_says_in_words_what_is_wrong_where(tmp_path: Path) -> None:
                             "exp_annotations": {
                                 "summary": summary,
                                 "description": description,
-                                "runbook_url": f"https://example.com/wechat-nats/runbook.md#wechat{name.lower()}",
+                                "runbook_url": f"helm/runbook.md#wechat{name.lower()}",
                             },
                         }
                     ],
