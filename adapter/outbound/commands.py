@@ -30,7 +30,7 @@ from adapter.outbound.record import CommandRef
 from adapter.outbound.texts import to_literal, to_literal_start
 from adapter.security.seal import Sealer, copy_context
 
-_PEER = re.compile(r"[!-~]{0,128}")
+PEER = re.compile(r"[!-~]{0,128}")
 """Id of a bot or user, which becomes part of a subject."""
 _VALUE = re.compile(r"""value ['"]""")
 """The start of a rejected text that msgspec quotes, which ends at the path in backquotes or at the end."""
@@ -188,7 +188,7 @@ def read_command(body: Outbound, *, sandbox: str, stored_ms: int, limits: Limits
         raise Refused("invalid", f"The body names sandbox {body.sandbox[:64]!r}, the subject {sandbox!r}.")
     if [body.text, body.items, body.typing].count(None) != 2:
         raise Refused("invalid", "A command holds either text, items or typing.")
-    if not _PEER.fullmatch(body.bot or "") or not _PEER.fullmatch(body.user or ""):
+    if not PEER.fullmatch(body.bot or "") or not PEER.fullmatch(body.user or ""):
         raise Refused("invalid", "Bot and user are printable ASCII without spaces, at most 128 characters.")
     parts = _read_parts(body, sandbox, limits) if body.typing is None else []
     patience_ms = limits.park_ms if body.typing != "on" else min(limits.park_ms, TYPING_MS)

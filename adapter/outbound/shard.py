@@ -40,6 +40,7 @@ from adapter.observability.events import Events
 from adapter.observability.metrics import Metrics
 from adapter.outbound import sending, window
 from adapter.outbound.commands import (
+    PEER,
     Limits,
     Part,
     command_id,
@@ -190,6 +191,7 @@ class Shard:
             read = read_command(body, sandbox=command.sandbox, stored_ms=ref.stored_ms, limits=deps.limits)
         except (Refused, Unreadable) as exc:
             deps.metrics.schema_violations.labels(kind="out").inc()
+            command.user = body.user if body.user and PEER.fullmatch(body.user) else ""  # whom the receipt names
             return sending.unreadable_result(exc)
         only = read.parts[0] if len(read.parts) == 1 else None
         command.bot, command.user, command.kind, command.typing = read.bot, read.user, read.kind, read.typing

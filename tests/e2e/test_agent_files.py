@@ -160,6 +160,9 @@ async def test_an_answer_that_is_refused_costs_an_apology(tmp_path: Path, receiv
         made,
         agent,
     ):
+        nc = await made.nc()
+        await made.bind(nc, "s1", made.sim.add_bot())  # of two persons, the one who has asked has an answer
+        await nc.close()
         made.say("s1", "a picture")
         made.say("s1", "a story")
         await shows(made, *["That did not work. Please try again."] * 2)
