@@ -35,7 +35,7 @@ PRIVATE = {
     "test_growth.py": "_deleted",
     "test_probes.py": "_connections _server",
     # each regular expression, and each reader of foreign words, by itself
-    "test_linear.py": "_HEX_KEY _HOST _HOST_PORT _ID _INBOX _LETTER _LOGIN _PEER"
+    "test_linear.py": "_HEX_KEY _HOST _HOST_PORT _ID _INBOX _LETTER _LOGIN"
     " _SECRET_NAME _UNPRINTABLE_IN_JSON _describe_error _publish_command",
     # in place of the network, the bucket's watcher or the consumer
     "fakes/bench.py": "_apply_entry",

@@ -72,7 +72,7 @@ RULES: dict[str, Callable[[str], object]] = {
     "the name of a file": partial(clean_file_name, most=128),
     "a command that is none": unreadable,
     "what a decoder says": lambda text: commands._describe_error(ValueError(text)),
-    "whom a command names": commands._PEER.fullmatch,
+    "whom a command names": commands.PEER.fullmatch,
     "secrets in a log": logs.hide_secrets,
     "a line of a log": lambda text: logs.redact_text(text, 10**9),
     "a field of a log": lambda text: logs.redact(None, "", {text: "1"}),
