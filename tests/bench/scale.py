@@ -87,7 +87,7 @@ def size(bots: int) -> Size:
     costs, traffic, limits = Costs(), Traffic(), Limits()
     messages, commands = (bots * count / DAY_S * traffic.peak for count in (traffic.messages, traffic.commands))
     cores = bots * costs.bot_s_per_s + messages * costs.message_s + commands * costs.command_s
-    replicas = max(2, -(-bots // limits.bots), int(cores / limits.replica_cores) + 1)
+    replicas = 1 + max(-(-bots // limits.bots), int(cores / limits.replica_cores) + 1)  # one may end
     adapter_memory = replicas * costs.process_memory + bots * costs.bot_memory
     server_cores = bots * costs.server_bot_s_per_s
     server_cores += messages * costs.server_message_s + commands * costs.server_command_s
@@ -106,7 +106,7 @@ def size(bots: int) -> Size:
 def table(sizes: list[Size]) -> str:
     """The sizes as a table in Markdown."""
     rows = {
-        "replicas of the adapter": [f"{each.replicas:,}" for each in sizes],
+        "replicas of the adapter, one of which may end": [f"{each.replicas:,}" for each in sizes],
         "their cores in the busiest hour": [f"{each.adapter_cores:.2g}" for each in sizes],
         "their memory, GiB": [f"{each.adapter_gib:.3g}" for each in sizes],
         "clusters of three NATS servers": [f"{each.clusters}" for each in sizes],
