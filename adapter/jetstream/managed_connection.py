@@ -134,7 +134,13 @@ class ManagedConnection:
                 reason = exc.detail if isinstance(exc, Temporary) else str(exc)
                 self.down_reason = reason[:200] or type(exc).__name__
                 wait_s = backoff(failures, first_s=0.05, longest_s=1.0)
-                log.warning("bus.unreachable", connection=self.name, reason=self.down_reason, wait_s=wait_s)
+                log.warning(
+                    "bus.unreachable",
+                    connection=self.name,
+                    host=", ".join(sorted(map(_host_of, self._servers))),
+                    reason=self.down_reason,
+                    wait_s=wait_s,
+                )
                 await asyncio.sleep(wait_s)
                 continue
             failures = 0
@@ -302,6 +308,11 @@ def _check_subscriptions(refused: list[tuple[str, str]], inbox_prefix: str) -> N
     advice = "set NATS_INBOX_PREFIX to _INBOX_adapter" if inbox else "run `wechat-nats doctor`"
     named = subjects[0] + (f" and {len(subjects) - 1} more" if len(subjects) > 1 else "")
     raise Temporary("bus_forbidden", f"this user may not subscribe {named}: {advice}, and see helm/nats/")
+
+
+def _host_of(url: str) -> str:
+    """Host and port, without credentials."""
+    return url.rpartition("@")[2].rstrip("/").rpartition("/")[2]
 
 
 def _servers_for_reconnect(servers: list[str], nc: Client) -> list[str]:

@@ -35,6 +35,7 @@ INFO_PER_MINUTE, OTHERS_PER_MINUTE = 60, 5
 one reason."""
 OUTAGE = frozenset(
     {
+        "bus.unreachable",
         "conversation.retrying",
         "login.retrying",
         "notify.failed",
@@ -47,7 +48,7 @@ OUTAGE = frozenset(
 )
 """Events that iLink or the bus causes for all bots at once. Only coroutines log them."""
 OUTAGE_S = 60.0
-PLURALS = {"bot": "bots", "sandbox": "sandboxes", "login": "logins"}
+PLURALS = {"bot": "bots", "sandbox": "sandboxes", "login": "logins", "connection": "connections"}
 """Fields that name whom a line is about, and those with the number of them."""
 KEPT_COUNTS = 4096
 """Most events of sandboxes whose lines are counted, the latest ones: about 1 MB."""
@@ -171,7 +172,7 @@ class FloodLimit:
     first line after a minute says how many. Lines of severity `debug` are not limited.
 
     Of an event of `OUTAGE`, the first line is written at once. If more follow within a minute, one line at its end
-    has the last of them, `suppressed`, and the number of `bots`, `sandboxes` or `logins` instead of their names.
+    has the last of them, `suppressed`, and their number (`bots`, `sandboxes`, …) instead of their names.
     """
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
