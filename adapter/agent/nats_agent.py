@@ -72,7 +72,7 @@ class NatsAgent:
             except TimeoutError:
                 raise Refused("timeout", f"There was no answer within {self._timeout_s:g} s.") from None
 
-        return await until_answered(ask)
+        return await until_answered(turn, ask)
 
     async def _find(self) -> Agent:
         """Raises Temporary if there is no agent now, Refused if there are several."""

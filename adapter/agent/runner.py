@@ -76,6 +76,8 @@ class Turn(NamedTuple):
     session: str
     ask: Callable[[str, Sequence[OutItem], str], Awaitable[str]]
     """Sends a question (text, items, id) to the user, and returns the text of their next message."""
+    on_retry: Callable[[Temporary], None] = lambda _: None
+    """Called when the agent has failed, and is asked again."""
 
 
 Agent = Callable[[Turn], Awaitable[Answer]]
@@ -89,9 +91,21 @@ def cut(output: bytes, most: int) -> str:
     return output.decode(errors="replace")
 
 
-async def until_answered(ask: Callable[[], Awaitable[Answer]]) -> Answer:
-    """Repeats `ask` while it raises Temporary. Raises Temporary after GIVE_UP_S."""
-    return await retry(ask, first_s=1.0, longest_s=60.0, give_up_s=GIVE_UP_S)
+async def until_answered(turn: Turn, ask: Callable[[], Awaitable[Answer]]) -> Answer:
+    """Repeats `ask` while it raises Temporary, which is told once. Raises Temporary after GIVE_UP_S."""
+    told = False
+
+    async def ask_once() -> Answer:
+        nonlocal told
+        try:
+            return await ask()
+        except Temporary as exc:
+            if not told:
+                turn.on_retry(exc)
+            told = True
+            raise
+
+    return await retry(ask_once, first_s=1.0, longest_s=60.0, give_up_s=GIVE_UP_S)
 
 
 class ReadsBetween:
@@ -151,7 +165,8 @@ class Runner:
         *,
         welcome: str | None = None,
     ) -> None:
-        """`on_end` is called after each message that was given to the agent; default: a line of the log. `welcome`:
+        """`on_end` is called after each message that was given to the agent, and where it failed and is asked again;
+        default: a line of the log. `welcome`:
         goes before the first answer to a person; None: that of the language, "": none."""
         self._on_end = on_end or log_end
         self._texts = sandbox.texts
@@ -232,7 +247,11 @@ class Runner:
             finally:
                 del self._questions[message.user]
 
-        turn, began = Turn(message, self._sessions.session_of(message.user), ask), time.monotonic()
+        def on_retry(exc: Temporary) -> None:
+            detail = f"{exc.detail.rstrip('.')}. The agent is asked again, for an hour."
+            self._on_end(TurnEnd(message, time.monotonic() - began, reason=exc.reason, detail=detail))
+
+        turn, began = Turn(message, self._sessions.session_of(message.user), ask, on_retry), time.monotonic()
         task = asyncio.ensure_future(self._agent(turn))
         self._at_work[message.user] = task
         typing = asyncio.create_task(self._accompany(message))

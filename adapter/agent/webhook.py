@@ -85,7 +85,7 @@ class Webhook(ReadsBetween):
             raise Temporary("unreachable", f"No answer at {where}: {str(exc) or 'timeout'}.") from exc
 
     async def __call__(self, turn: Turn) -> Answer:
-        answer = await until_answered(lambda: self._post(turn))
+        answer = await until_answered(turn, lambda: self._post(turn))
         return Answer(answer.text, tuple([await _stored(turn.message.sandbox, item) for item in answer.items]))
 
     def _event(self, turn: Turn) -> bytes:

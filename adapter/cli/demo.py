@@ -65,7 +65,7 @@ async def demo(
     echo: Annotated[
         bool, Parameter(negative="--no-echo", show_default=False, help="Without an agent: attach one yourself.")
     ] = True,
-    verbose: Annotated[bool, flag("The adapter's log goes to standard error.")] = False,
+    verbose: Annotated[bool, flag("The log, and what a program writes, go to standard error.")] = False,
 ) -> int:
     """Chat as a WeChat user with an agent, through a real bus: one that echoes, or a program of yours.
 

@@ -372,7 +372,9 @@ async def test_a_url_answers_now_later_or_after_it_was_asked_again(tmp_path: Pat
             event["sequence"] for event in receiver.events
         )
         assert len({event["sequence"] for event in receiver.events}) == 6
-        assert receiver.secret not in agent.log.read_text()
+        log = agent.log.read_text()
+        assert receiver.secret not in log
+        assert (log.count("agent.failed"), log.count("HTTP 503. The agent is asked again")) == (3, 1)
 
 
 @pytest.mark.parametrize("victim", ["command", "server", "receiver"])
