@@ -17,7 +17,7 @@ from adapter.bindings.registry import Bindings
 from adapter.contract.messages import Bind, BindingChange, ControlAnswer, Erase, Unbind
 from adapter.contract.names import Names, check_sandbox
 from adapter.contract.records import Binding
-from adapter.errors import BusRefused, Refused, SessionExpired, Temporary, Uncertain
+from adapter.errors import AdapterError, BusRefused, Refused, SessionExpired, Temporary, Uncertain
 from adapter.kit.persist import Owner
 from adapter.kit.timing import Clock
 from adapter.observability.events import Events
@@ -159,9 +159,10 @@ class Binder:
             if isinstance(exc, Temporary) and exc.reason == "ret_other":
                 return True
             if is_risky:
+                why = f" ({exc.detail})" if isinstance(exc, AdapterError) and exc.detail else ""
                 raise Refused(
                     "unchecked",
-                    "iLink does not answer about this token, and the bind would replace a working token or base URL."
+                    f"iLink does not answer about this token{why}, and the bind would replace a working token or base URL."
                     " Try again later, or bind without the check.",
                 ) from exc
             return False

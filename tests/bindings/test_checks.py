@@ -15,7 +15,7 @@ from tests.fakes import FakeDelivery
 
 VIRTUAL_TIME = True
 
-STALE, SILENT = SessionExpired("stale_token", "-14"), Temporary("ilink_unavailable")
+STALE, SILENT = SessionExpired("stale_token", "-14"), Temporary("ilink_unavailable", "no way to ilink")
 OTHER = Temporary("ret_other", "iLink answered -2")
 
 
@@ -69,7 +69,8 @@ async def test_a_working_bot_is_not_taken_out_by_a_token_that_ilink_does_not_tak
     """Neither its token, nor by another bot of its user, nor by a base URL that leads nowhere."""
     await platform.bind()
     before, platform.bench.chat.notify_fails = platform.binding(), problem
-    assert not (await platform.bind(**fields)).ok
+    refused = await platform.bind(**fields)
+    assert (refused.ok, "no way to ilink" in refused.error) == (False, problem is SILENT)
     assert (platform.binding(), platform.bound) == (before, {BOT: "s1"})
     assert (await platform.bind(**fields, check=False)).ok
 
