@@ -162,8 +162,8 @@ class Binder:
                 why = f" ({exc.detail})" if isinstance(exc, AdapterError) and exc.detail else ""
                 raise Refused(
                     "unchecked",
-                    f"iLink does not answer about this token{why}, and the bind would replace a working token or base URL."
-                    " Try again later, or bind without the check.",
+                    f"iLink does not answer about this token{why}, and the bind would replace a working token or base"
+                    " URL. Try again later, or bind without the check.",
                 ) from exc
             return False
         return True
