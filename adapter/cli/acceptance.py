@@ -356,7 +356,7 @@ async def acceptance(
     sandbox: Sandbox,
     /,
     *,
-    out: Annotated[Path, Parameter(help="Folder of the report.")] = Path(),
+    out: Annotated[Path, Parameter(metavar="FOLDER", help="Folder of the report.")] = Path(),
     late: Annotated[bool, flag("Only the last step: a send a day after your last message.")] = False,
 ) -> int:
     """Try the real service for an hour, phone in hand: what it shows, and which settings follow.

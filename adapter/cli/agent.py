@@ -60,45 +60,72 @@ class AgentChoice:
 
     agent: Annotated[
         str | None,
-        Parameter(help=f"One of {', '.join(PRESETS)}, and options for it; it remembers each user's conversation."),
+        Parameter(
+            metavar="NAME",
+            help=f"One of {', '.join(PRESETS)}, and options for it; it remembers each user's conversation.",
+        ),
     ] = None
     program: Annotated[
         str | None,
         Parameter(
             name="--exec",
+            metavar="PROGRAM",
             help="A program and its arguments: reads the message's text from standard input, prints the answer.",
         ),
     ] = None
     http: Annotated[
         str | None,
-        Parameter(help=f"A URL: gets each message as a POST that is signed with {SECRET}, responds with the answer."),
+        Parameter(
+            metavar="URL",
+            help=f"A URL: gets each message as a POST that is signed with {SECRET}, responds with the answer.",
+        ),
     ] = None
     nats_agent: Annotated[
         str | None,
         Parameter(
-            help="NAME[/OWNER[/SESSION]] of an agent that speaks the Synadia agent protocol, see AGENTS_NATS_URL."
+            metavar="NAME",
+            help="NAME[/OWNER[/SESSION]] of an agent that speaks the Synadia agent protocol, see AGENTS_NATS_URL.",
         ),
     ] = None
     acp: Annotated[
         str | None,
-        Parameter(help="A program that speaks the Agent Client Protocol, such as 'gemini --acp'; runs all the time."),
+        Parameter(
+            metavar="PROGRAM",
+            help="A program that speaks the Agent Client Protocol, such as 'gemini --acp'; runs all the time.",
+        ),
     ] = None
-    timeout: Annotated[Timeout, Parameter(help="Seconds that a program or a response may take.")] = 600.0
+    timeout: Annotated[
+        Timeout, Parameter(metavar="SECONDS", help="Seconds that a program or a response may take.")
+    ] = 600.0
     max_output: Annotated[
-        int, Parameter(validator=validators.Number(gte=1, lte=MAX_OUTPUT), help="Most bytes of an answer.")
+        int,
+        Parameter(
+            validator=validators.Number(gte=1, lte=MAX_OUTPUT), metavar="BYTES", help="Most bytes of an answer."
+        ),
     ] = 32_768
 
     files_addr: Annotated[
-        str, Parameter(help="With --http: host:port at which the agent gets pictures and files; port 0: a free one.")
+        str,
+        Parameter(
+            metavar="HOST:PORT",
+            help="With --http: host:port at which the agent gets pictures and files; port 0: a free one.",
+        ),
     ] = "127.0.0.1:0"
     files_url: Annotated[
-        str, Parameter(show_default=False, help="With --http: the URL of --files-addr for an agent elsewhere.")
+        str,
+        Parameter(
+            show_default=False, metavar="URL", help="With --http: the URL of --files-addr for an agent elsewhere."
+        ),
     ] = ""
     at_once: Annotated[
-        int, Parameter(validator=validators.Number(gte=1), help="Most runs of a program; other messages wait.")
+        int,
+        Parameter(
+            validator=validators.Number(gte=1), metavar="NUMBER", help="Most runs of a program; other messages wait."
+        ),
     ] = 32
     welcome: Annotated[
-        str | None, Parameter(help="Text before the first answer to a person; default: a greeting; '': none.")
+        str | None,
+        Parameter(metavar="TEXT", help="Text before the first answer to a person; default: a greeting; '': none."),
     ] = None
 
     def check(self) -> None:
@@ -183,7 +210,10 @@ async def agent(
     choice: Choice = AgentChoice(),
     state: Annotated[
         Path | None,
-        Parameter(help="Folder for what survives a restart; default: agent-SANDBOX in WECHAT_NATS_DATA_DIR."),
+        Parameter(
+            metavar="FOLDER",
+            help="Folder for what survives a restart; default: agent-SANDBOX in WECHAT_NATS_DATA_DIR.",
+        ),
     ] = None,
 ) -> int:
     """Answer the users of a sandbox, or of all, with a program, a URL or an agent on NATS.

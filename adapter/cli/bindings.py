@@ -79,19 +79,30 @@ async def bind(
     *,
     rows: Annotated[
         Path | None,
-        Parameter(name="--from", allow_leading_hyphen=True, help="CSV with a header, a bot in each row; - is stdin."),
+        Parameter(
+            name="--from",
+            metavar="FILE",
+            allow_leading_hyphen=True,
+            help="CSV with a header, a bot in each row; - is stdin.",
+        ),
     ] = None,
     failed: Annotated[
         Path | None,
-        Parameter(name="--failed", help="With --from: write the rows that failed, and why, to this file."),
+        Parameter(
+            name="--failed", metavar="FILE", help="With --from: write the rows that failed, and why, to this file."
+        ),
     ] = None,
     token: Annotated[
         str | None,
-        Parameter(allow_leading_hyphen=True, help="Only `-`: read the bot's token from standard input."),
+        Parameter(metavar="-", allow_leading_hyphen=True, help="Only `-`: read the bot's token from standard input."),
     ] = None,
-    token_file: Annotated[Path | None, Parameter(help="Read the bot's token from this file.")] = None,
-    user: Annotated[str | None, Parameter(help="The WeChat user, …@im.wechat; learned if absent.")] = None,
-    base_url: Annotated[str | None, Parameter(help="iLink API base of this bot; default: the service's.")] = None,
+    token_file: Annotated[Path | None, Parameter(metavar="FILE", help="Read the bot's token from this file.")] = None,
+    user: Annotated[
+        str | None, Parameter(metavar="USER", help="The WeChat user, …@im.wechat; learned if absent.")
+    ] = None,
+    base_url: Annotated[
+        str | None, Parameter(metavar="URL", help="iLink API base of this bot; default: the service's.")
+    ] = None,
     auto_typing: AutoTyping = False,
     yes: Annotated[bool, flag("Move bots that serve another sandbox, without asking.", name=["--yes", "-y"])] = False,
     no_check: Annotated[
@@ -266,11 +277,15 @@ async def _serving(bus: BusConnection, bot: str | None = None) -> dict[str, str]
 
 async def bindings(
     *,
-    sandbox: Annotated[str | None, Parameter(help="Only this sandbox, or with * and ? those that match.")] = None,
-    user: Annotated[str | None, Parameter(help="Only this user, or with * and ? those that match.")] = None,
+    sandbox: Annotated[
+        str | None, Parameter(metavar="SANDBOX", help="Only this sandbox, or with * and ? those that match.")
+    ] = None,
+    user: Annotated[
+        str | None, Parameter(metavar="USER", help="Only this user, or with * and ? those that match.")
+    ] = None,
     state: Annotated[
         tuple[BotStatus | Literal["trouble"], ...],
-        flag("Only bots in this state; trouble: all that is not as it should be. May be repeated."),
+        flag("Only bots in this state; trouble: all that is not as it should be. May be repeated.", metavar="STATE"),
     ] = (),
     json: Json = False,
 ) -> int:

@@ -47,7 +47,8 @@ async def doctor(
     fix: Annotated[bool, flag("Create what is missing, change what differs; says it first.")] = False,
     allow_loss: Annotated[bool, flag("With --fix: also lower copies and limits, which costs messages.")] = False,
     sandbox: Annotated[
-        MaybeSandbox, Parameter(help="With the credentials of a sandbox: check only that they confine it.")
+        MaybeSandbox,
+        Parameter(metavar="SANDBOX", help="With the credentials of a sandbox: check only that they confine it."),
     ] = None,
     json: Json = False,
 ) -> int:

@@ -38,7 +38,7 @@ async def login(
     /,
     *,
     url: Annotated[bool, flag("Print only the text of each code, which is a URL.")] = False,
-    png: Annotated[Path | None, Parameter(help="Write each code as PNG to this file.")] = None,
+    png: Annotated[Path | None, Parameter(metavar="FILE", help="Write each code as PNG to this file.")] = None,
     auto_typing: AutoTyping = False,
     json: Json = False,
 ) -> int:

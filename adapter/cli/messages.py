@@ -58,8 +58,12 @@ async def tail(
     follow: Annotated[
         bool, flag("With --since or --all: go on with what comes. Else it always does.", name=["--follow", "-f"])
     ] = False,
-    count: Annotated[int | None, Parameter(help="End after so many messages (exit code 0).")] = None,
-    timeout: Annotated[float | None, Parameter(help="With --count: give up after so many seconds.")] = None,
+    count: Annotated[
+        int | None, Parameter(metavar="NUMBER", help="End after so many messages (exit code 0).")
+    ] = None,
+    timeout: Annotated[
+        float | None, Parameter(metavar="SECONDS", help="With --count: give up after so many seconds.")
+    ] = None,
     json: Json = False,
 ) -> int:
     """Print messages as they come: time, sandbox, user, text.

@@ -30,23 +30,29 @@ def _legal_age(_: object, value: str | None) -> None:
         seconds(value)
 
 
-def flag(text: str, *, name: str | list[str] | None = None) -> Parameter:
+def flag(text: str, *, name: str | list[str] | None = None, metavar: str | None = None) -> Parameter:
     """An option without a negative form: one without a value, or one that may be given several times."""
-    return Parameter(name=name, negative="", show_default=False, help=text)
+    return Parameter(name=name, negative="", show_default=False, help=text, metavar=metavar)
 
 
 Sandbox = Annotated[str, Parameter(validator=_legal_sandbox, help="Id of the sandbox.")]
-MaybeSandbox = Annotated[str | None, Parameter(validator=_legal_sandbox, help="Id of the sandbox; default: all.")]
+MaybeSandbox = Annotated[
+    str | None, Parameter(validator=_legal_sandbox, metavar="SANDBOX", help="Id of the sandbox; default: all.")
+]
 RowSandbox = Annotated[
     str | None, Parameter(validator=_legal_sandbox, help="Id of the sandbox. With --from it stands in the rows.")
 ]
 Json = Annotated[bool, flag("One JSON object per line.", name="--json")]
 AutoTyping = Annotated[bool, flag("Show that the bot types from each message to the answer.")]
-Timeout = Annotated[float, Parameter(validator=POSITIVE, help="Seconds to wait for the outcome.")]
-Age = Annotated[str | None, Parameter(validator=_legal_age, help="Start this long ago: 30s, 10m, 2h, 3d.")]
+Timeout = Annotated[float, Parameter(validator=POSITIVE, metavar="SECONDS", help="Seconds to wait for the outcome.")]
+Age = Annotated[
+    str | None, Parameter(validator=_legal_age, metavar="AGE", help="Start this long ago: 30s, 10m, 2h, 3d.")
+]
 RequestId = Annotated[
     str | None,
-    Parameter(name="--id", help="Idempotency key: the same id again has no second effect. Default: a new one."),
+    Parameter(
+        name="--id", metavar="ID", help="Idempotency key: the same id again has no second effect. Default: a new one."
+    ),
 ]
 
 

@@ -19,7 +19,7 @@ from adapter.contract.records import Binding, LoginRecord
 from adapter.errors import UNDECODABLE
 from adapter.services.erasure import Found, PersonSearch
 
-User = Annotated[str, Parameter(help="The WeChat user, …@im.wechat.")]
+User = Annotated[str, Parameter(metavar="USER", help="The WeChat user, …@im.wechat.")]
 ERASE_S = 600.0
 
 
@@ -30,7 +30,7 @@ async def erase(
     dry_run: Annotated[bool, flag("Only count what there is: nobody is unbound, and nothing erased.")] = False,
     yes: Annotated[bool, flag("Erase without asking.")] = False,
     request_id: RequestId = None,
-    timeout: Annotated[float, Parameter(help="Seconds to wait for the outcome.")] = ERASE_S,
+    timeout: Annotated[float, Parameter(metavar="SECONDS", help="Seconds to wait for the outcome.")] = ERASE_S,
     json: Json = False,
 ) -> int:
     """Unbind a person, and erase everything of theirs from streams and buckets.

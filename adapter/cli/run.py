@@ -45,7 +45,7 @@ def run(
     *,
     embedded: Annotated[bool, flag("Start a NATS server beside the adapter; data in WECHAT_NATS_DATA_DIR.")] = False,
     port: Annotated[
-        int, Parameter(help="With --embedded: the port of that server on 127.0.0.1; 0: a free one.")
+        int, Parameter(metavar="PORT", help="With --embedded: the port of that server on 127.0.0.1; 0: a free one.")
     ] = 4222,
 ) -> int:
     """Run the adapter until SIGTERM or ctrl-C, then drain and end.

@@ -54,17 +54,23 @@ async def send(
     ] = None,
     /,
     *,
-    file: Annotated[tuple[Path, ...], flag("Send this file after the text. May be repeated.")] = (),
-    image: Annotated[tuple[Path, ...], flag("Send this picture after the text. May be repeated.")] = (),
-    user: Annotated[str | None, Parameter(help="Recipient; default: the bot's user.")] = None,
-    bot: Annotated[str | None, Parameter(help="Needed only where the sandbox has several bots.")] = None,
+    file: Annotated[tuple[Path, ...], flag("Send this file after the text. May be repeated.", metavar="FILE")] = (),
+    image: Annotated[
+        tuple[Path, ...], flag("Send this picture after the text. May be repeated.", metavar="FILE")
+    ] = (),
+    user: Annotated[str | None, Parameter(metavar="USER", help="Recipient; default: the bot's user.")] = None,
+    bot: Annotated[
+        str | None, Parameter(metavar="BOT", help="Needed only where the sandbox has several bots.")
+    ] = None,
     when_closed: Annotated[
         Literal["park", "refuse"], Parameter(help="While the user must write first: wait for it, or refuse.")
     ] = "park",
     format: Annotated[  # noqa: A002 -- the name of the option
         Literal["markdown", "literal"], Parameter(help="literal: the text shows as written; marks become full-width.")
     ] = "markdown",
-    expires_in: Annotated[float | None, Parameter(help="Seconds; unsent by then: refused.")] = None,
+    expires_in: Annotated[
+        float | None, Parameter(metavar="SECONDS", help="Seconds; unsent by then: refused.")
+    ] = None,
     request_id: RequestId = None,
     no_wait: Annotated[bool, flag("End as soon as the command is stored.")] = False,
     wait_final: Annotated[bool, flag("Keep waiting when the command is parked.")] = False,
@@ -193,7 +199,11 @@ async def get(
     /,
     *,
     sequence: Annotated[
-        int, Parameter(help="Sequence of the message, as `tail` shows it: waits for media that are not stored yet.")
+        int,
+        Parameter(
+            metavar="NUMBER",
+            help="Sequence of the message, as `tail` shows it: waits for media that are not stored yet.",
+        ),
     ] = 0,
     force: Annotated[bool, flag("Overwrite the file.")] = False,
 ) -> int:

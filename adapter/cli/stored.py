@@ -99,7 +99,9 @@ def listed_command_of(names: Names, stored: StoredMessage, *, bodies: bool) -> L
 
 @dead.command(name="ls")
 async def list_dead_letters(
-    *, stream: Annotated[str | None, Parameter(help="Only of this stream: WECHAT_OUT …")] = None, json: Json = False
+    *,
+    stream: Annotated[str | None, Parameter(metavar="STREAM", help="Only of this stream: WECHAT_OUT …")] = None,
+    json: Json = False,
 ) -> int:
     """List dead letters, oldest first. Bodies are not shown: they may hold message text."""
 

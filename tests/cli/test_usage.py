@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import re
 import socket
 import sys
 from pathlib import Path
@@ -42,6 +43,18 @@ async def test_help_names_every_command_and_exit_code(cli: Command) -> None:
     assert all(f"\n • {code} " in result.out for code in (0, 1, 2, 3, 4, 130))
     assert max(map(len, result.out.splitlines())) <= 80
     assert (await cli()).out == (await cli("-h")).out == result.out
+
+
+INNER = {"queue": ["ls"], "dead": ["ls", "show"], "media": ["get", "put"]}
+
+
+@pytest.mark.parametrize("command", sorted(COMMANDS.keys() - {"simulator"}))  # it has a parser of its own
+async def test_the_help_of_a_command_names_what_each_option_takes(cli: Command, command: str) -> None:
+    for inner in INNER.get(command, [None]):
+        shown = (await cli(command, *filter(None, [inner]), "--help")).out
+        assert f"Usage: wechat-nats {command}" in shown
+        assert not re.search(r" --\S+ ((STR|FLOAT|INT|PATH)\b|CHOICE\|)", shown)
+        assert max(map(len, shown.splitlines())) <= 80
 
 
 @pytest.mark.parametrize(
