@@ -28,12 +28,14 @@ from adapter.cli.agent import AgentChoice, Choice, opened
 from adapter.cli.bindings import request_control
 from adapter.cli.bus import BusConnection, connected_bus, settings_here
 from adapter.cli.embedded import EmbeddedNats, adapter_running, while_alive
-from adapter.cli.exits import NO, OK, TIMEOUT, Failed
+from adapter.cli.exits import NO, OK, TIMEOUT, USAGE, Failed
 from adapter.cli.options import flag
-from adapter.cli.output import can_colour, can_style, pad, printable
+from adapter.cli.output import can_colour, can_style, pad, printable, read_bytes
 from adapter.cli.send import describe
 from adapter.cli.stdin import LineEditor, lines
-from adapter.contract.messages import FINAL_OUTCOMES, Bind, Inbound, Outbound, Receipt
+from adapter.content.media import identify
+from adapter.content.quotes import kind_of
+from adapter.contract.messages import FINAL_OUTCOMES, Bind, Inbound, Outbound, Receipt, TextItem
 from adapter.kit.timing import raise_if_cancelled, wait_event
 from adapter.observability import logs
 from adapter.settings import Settings
@@ -54,6 +56,9 @@ PATIENCE_S = 30.0
 AGENT_S = 600.0
 """Seconds that a program may take for an answer."""
 REPLY_CHARS = 2000
+MOST_CHARS = 100
+"""Characters of a text on its way."""
+IMAGE = "/image "
 DRAIN_S = 5.0
 HOLD_MS = 1000
 """How long the simulated iLink holds a poll. An adapter that stops waits for the end of its poll."""
@@ -70,8 +75,9 @@ async def demo(
     """Chat as a WeChat user with an agent, through a real bus: one that echoes, or a program of yours.
 
     Starts NATS in a temporary folder, a simulated iLink, the adapter and the agent. You type as the WeChat user; each
-    step of a message and of its answer is shown. Lines may also be piped in: at the end of the input it waits for
-    the last answers and ends. Exit code 0 then, and after ctrl-C too, which is how a chat ends.
+    step of a message and of its answer is shown. `/image FILE` sends a picture. Lines may also be piped in: at the
+    end of the input it waits for the last answers and ends. Exit code 0 then, and after ctrl-C too, which is how a
+    chat ends.
     """
     editor = LineEditor() if sys.stdin.isatty() and can_style(sys.stdout) else None
     screen = Screen(sys.stdout, editor)
@@ -86,8 +92,9 @@ async def demo(
         try:
             return await _demo(screen, answer, choice.welcome or "", editor.lines() if editor else lines())
         except asyncio.CancelledError:
-            screen.note("")
             return OK
+        finally:
+            screen.leave_prompt()
 
 
 async def _demo(screen: Screen, answer: Agent | None, welcome: str, typed: AsyncIterator[str]) -> int:
@@ -113,7 +120,7 @@ async def _demo(screen: Screen, answer: Agent | None, welcome: str, typed: Async
             agent = Runner(sandbox, answer, Sessions(SANDBOX), screen.tell_end, welcome=welcome).run
             hint = "Another agent: wechat-nats demo --exec 'PROGRAM', or --no-echo."
         screen.note(f"NATS at {nats.url}, sandbox {SANDBOX}.")
-        screen.note("You are a WeChat user: write. ctrl-C ends.")
+        screen.note("You are a WeChat user: write, or send a picture by /image FILE. ctrl-C ends.")
         screen.note(f"{hint}\n")
         patience_s = PATIENCE_S if answer is _echo else PATIENCE_S + AGENT_S
         talk = TalkSession(bus, simulator, bot, screen, patience_s)
@@ -121,7 +128,8 @@ async def _demo(screen: Screen, answer: Agent | None, welcome: str, typed: Async
 
 
 async def _echo(turn: Turn) -> Answer:
-    return Answer(f"You said: {turn.message.text}"[:REPLY_CHARS])
+    kinds = [f"[{kind_of(item)}]" for item in turn.message.inbound.items if not isinstance(item, TextItem)]
+    return Answer(f"You said: {' '.join([turn.message.text, *kinds]).strip()}"[:REPLY_CHARS])
 
 
 def demo_settings(nats_url: str, ilink_url: str) -> Settings:
@@ -164,11 +172,12 @@ class Screen:
         self._out = out
         self.editor = editor
         self._colours = can_colour(out)
-        self._width = min(WIDTH, shutil.get_terminal_size().columns) if out.isatty() else WIDTH
+        self._columns = shutil.get_terminal_size().columns if out.isatty() else WIDTH
+        self._width = min(WIDTH, self._columns)
         self._prompted = False
 
     def prompt(self) -> None:
-        """Prompts the user, if somebody types."""
+        """Prompts the user, if somebody types: from now on until the line ends, the prompt stays below all else."""
         if self.editor is not None and not self._prompted:
             self._write(self.editor.prompt(self._label("you")))
             self._prompted = True
@@ -177,16 +186,20 @@ class Screen:
         """The user has ended the line with the prompt."""
         self._prompted = False
 
+    def leave_prompt(self) -> None:
+        """What comes now goes below the prompt, and what was typed there."""
+        if self._prompted:
+            self._prompted = False
+            self._write("\n")
+
     def show(self, label: str, text: str) -> None:
         """One entry, over several lines if it is long."""
-        self._clear_prompt()
         wrapped = Text(printable(text)).wrap(Console(), max(self._width - LABEL, LABEL))
-        self._write(self._label(label) + f"\n{' ' * LABEL}".join(line.plain.rstrip() for line in wrapped) + "\n")
+        self._enter(self._label(label) + f"\n{' ' * LABEL}".join(line.plain.rstrip() for line in wrapped) + "\n")
 
     def note(self, text: str) -> None:
         """A line without a label, as it is."""
-        self._clear_prompt()
-        self._write(text + "\n")
+        self._enter(text + "\n")
 
     def tell_end(self, end: TurnEnd) -> None:
         """What went wrong with a message, if anything did."""
@@ -198,10 +211,12 @@ class Screen:
         padded = pad(label, LABEL)
         return f"\x1b[{COLOURS.get(label, OTHER)}m{padded}\x1b[0m" if self._colours else padded
 
-    def _clear_prompt(self) -> None:
-        if self._prompted:
-            self._write("\r\x1b[K")
-            self._prompted = False
+    def _enter(self, text: str) -> None:
+        """Writes lines above the prompt, behind which what was typed stays."""
+        if self.editor is not None and self._prompted:
+            before = self.editor.clear(LABEL, self._columns)
+            text = before + text + self.editor.prompt(self._label("you"))
+        self._write(text)
 
     def _write(self, text: str) -> None:
         self._out.write(text)
@@ -255,9 +270,24 @@ class TalkSession:
             await self._wait_open(UNANSWERED - 1)
             if screen.editor is None:
                 screen.show("you", line)
-            self._open += 1
-            self._simulator.say(self._user, line)
+            try:
+                self._say(line)
+                self._open += 1
+            except Failed as exc:
+                screen.show("problem", str(exc))
+            screen.prompt()
         await self._wait_open(0)
+
+    def _say(self, line: str) -> None:
+        """Raises Failed."""
+        if not line.startswith(IMAGE):
+            self._simulator.say(self._user, line)
+            return
+        file = Path(line.removeprefix(IMAGE).strip()).expanduser()
+        content = read_bytes(file)
+        if not identify(content).mime.startswith("image/"):
+            raise Failed(USAGE, f"{file} is no picture.")
+        self._simulator.say_media(self._user, "image", content)
 
     async def _wait_open(self, most: int) -> None:
         """Waits until at most so many lines are open. Raises Failed once nothing has moved for too long."""
@@ -271,7 +301,9 @@ class TalkSession:
         message = msgspec.json.decode(msg.data, type=Inbound)
         left = message.window.remaining
         budget = "" if left is None else f", {left} sends left"
-        self._screen.show(msg.subject, f'"{message.text}"  (id {message.id[-12:]}{budget})')
+        said = " ".join(f"[{kind_of(item)}]" for item in message.items if not isinstance(item, TextItem))
+        said = " ".join(filter(None, (message.text and _quoted(message.text), said)))
+        self._screen.show(msg.subject, f"{said}  (id {message.id[-12:]}{budget})")
         self._moved.set()
 
     async def _on_command(self, msg: Msg) -> None:
@@ -279,7 +311,7 @@ class TalkSession:
         if command.typing == "off":  # the agent is done, and has nothing to say
             self._close(True)
         elif not command.typing:
-            said = f'"{command.text}"' if command.text else f"{len(command.items or [])} items"
+            said = _quoted(command.text) if command.text else f"{len(command.items or [])} items"
             self._screen.show(msg.subject, said)
             self._moved.set()
 
@@ -310,5 +342,8 @@ class TalkSession:
             self._open -= 1
             self._failed |= not good
         self._moved.set()
-        if not self._open:
-            self._screen.prompt()
+
+
+def _quoted(text: str) -> str:
+    """What passes on the bus, cut: the phone shows it whole."""
+    return f'"{text}"' if len(text) <= MOST_CHARS else f'"{text[:MOST_CHARS]}…"  ({len(text):,} characters)'

@@ -14,8 +14,12 @@ import threading
 from collections.abc import AsyncIterator, Callable
 from queue import SimpleQueue
 
+from rich.cells import cell_len
+
 AHEAD = 1000
 """Lines that are read in advance."""
+PROMPT_S = 1.0
+"""Longest wait for readline, which takes a millisecond."""
 COLOURS = re.compile(r"\x1b\[[0-9;]*m")
 
 
@@ -43,14 +47,24 @@ class LineEditor:
         self._buffer = readline.get_line_buffer
         self._asked: SimpleQueue[str] = SimpleQueue()
         self._is_reading = False
+        self._shown = threading.Event()
+        readline.set_pre_input_hook(self._shown.set)
 
     def prompt(self, label: str) -> str:
         """Reads a line behind `label`. If one is being read, returns what has to be printed to show it again."""
         if self._is_reading:
             return label + self._buffer()
         self._is_reading = True
+        self._shown.clear()
         self._asked.put(COLOURS.sub("\001\\g<0>\002", label))  # readline counts no column for what is so marked
         return ""
+
+    def clear(self, columns: int, width: int) -> str:
+        """What has to be printed to wipe the prompt of so many columns with the line behind it, once readline has
+        shown it."""
+        self._shown.wait(PROMPT_S)
+        rows = (columns + cell_len(self._buffer())) // width
+        return (f"\x1b[{rows}A" if rows else "") + "\r\x1b[J"
 
     async def lines(self) -> AsyncIterator[str]:
         """Each line that was asked for; ends at the end of the input."""

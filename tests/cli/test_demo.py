@@ -19,6 +19,7 @@ from tests.cli.process import alive, children, on_terminal, printed, seen, start
 
 STARTED = b"You are a WeChat user"
 HELLO = b"hello\n"
+PICTURE = b"\x89PNG\r\n\x1a\n" + bytes(100)
 
 
 @pytest.fixture
@@ -173,6 +174,40 @@ async def test_at_a_terminal_one_is_prompted_and_leaves_by_ctrl_c(temporary: Pat
         assert await process.wait() == 0
         assert termios.tcgetattr(main) == plain
     assert os.listdir(temporary) == []
+
+
+async def test_what_is_typed_stays_while_an_answer_comes_that_is_whole_on_the_phone(
+    temporary: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "answer.sh").write_text(
+        f"cat; echo {300 * 'x'}; while ! test -e {tmp_path}/typed; do sleep 0.1; done"
+    )
+    async with on_terminal("demo", "--exec", f"sh {tmp_path / 'answer.sh'}", "--welcome", "") as (_, main):
+        await seen(main, b"you")
+        os.write(main, HELLO)
+        await seen(main, b"wechat.in.demo", b"you")
+        os.write(main, b"half a li")
+        await seen(main, b"half a li")
+        (tmp_path / "typed").touch()
+        shown = await seen(main, b"wechat.out.demo", b"you", b"phone", b"hello" + 10 * b"x", b"you", b"half a li")
+        assert b"half a li\x1b[35m" not in shown  # each entry wipes the line, and shows it again below
+        on_the_bus, _, on_the_phone = shown.partition(b"receipt")
+        assert '…"  (305 characters)'.encode() in on_the_bus
+        assert on_the_bus.count(b"x") < 100
+        assert on_the_phone.count(b"x") >= 300
+        os.write(main, b"ne\n")
+        await seen(main, b"wechat.in.demo", b'"half a line"')
+
+
+async def test_a_picture_is_sent_as_the_person_and_comes_back(temporary: Path, tmp_path: Path) -> None:
+    (tmp_path / "p.png").write_bytes(PICTURE)
+    program = tmp_path / "answer.sh"
+    program.write_text('cp "$WECHAT_FILES"/* "$WECHAT_OUT"')
+    async with started("demo", "--exec", f"sh {program}") as process:
+        out, _ = await process.communicate(f"/image {tmp_path / 'p.png'}\n/image {program}\n".encode())
+    assert said(out, "wechat.in.demo")[0].startswith("[image]  (id ")
+    assert said(out, "phone") == [f"[image: {len(PICTURE)} bytes]"]
+    assert "no picture." in out.decode()
 
 
 async def test_run_embedded_keeps_its_data_and_drains(tmp_path: Path) -> None:
