@@ -68,7 +68,8 @@ async def tail(
 ) -> int:
     """Print messages as they come: time, sandbox, user, text.
 
-    The sandbox still gets every message. With --json each line is the message as it is on the bus. With --since or
+    The sandbox still gets every message. Ids of users are shortened. With --json each line is the message as it is on
+    the bus: there are whole ids, and the `id` that `trace` takes. With --since or
     --all it prints what is stored, in order, and ends, unless --follow or --count is given. Otherwise it ends by
     ctrl-C (exit code 130), or with --count.
     """
@@ -110,7 +111,7 @@ async def tail(
                 if json:
                     output.json_line(arrival.data)
                 else:
-                    output.say(output.printable(_format_line(arrival)))
+                    output.say_wrapped(_format_line(arrival))
                 shown += 1
                 if shown == count:
                     return
@@ -191,7 +192,7 @@ def _line(at_ms: int, sandbox: str, user: str, said: str) -> str:
     """With enough of the user's id to tell two apart."""
     name = user.partition("@")[0]
     name = name if len(name) <= 12 else f"{name[:6]}…{name[-4:]}"
-    return f"{output.clock(at_ms)}  {sandbox}  {name}  {said}"
+    return f"{output.clock(at_ms)}  {sandbox}  {name or '-'}  {said}"
 
 
 class Step(msgspec.Struct, frozen=True, kw_only=True):

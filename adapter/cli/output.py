@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import stat
 import sys
 import time
@@ -29,6 +30,9 @@ _UNPRINTABLE = re.compile(f"[\x00-\x1f{UNSEEN}]")
 _UNPRINTABLE_IN_JSON = re.compile(f"[{UNSEEN}]")
 """Characters that JSON may contain unescaped although they move the cursor or end a line."""
 T = TypeVar("T")
+INDENT = " " * 4
+SHORT = 19
+"""Columns of what is never broken in a table though it has spaces, such as a time."""
 _NAMED = {"\n": "⏎", "\t": " ", "\r": ""}
 
 
@@ -89,6 +93,13 @@ def tell(value: object, json: bool, text: str) -> None:
         say(printable(text))
 
 
+def say_wrapped(text: str) -> None:
+    """A line of ours with texts of others, over several ones of a terminal if it is long."""
+    line = printable(text)
+    is_terminal = can_style(sys.stdout)
+    say("\n".join(wrapped([line], shutil.get_terminal_size().columns)) if is_terminal else line)
+
+
 def say(text: str = "") -> None:
     """A line for people."""
     print(text, flush=True)
@@ -143,12 +154,40 @@ def listing(
 
 
 def _rich(columns: Sequence[str], cells: list[list[str]], styles: dict[str, str]) -> None:
+    """A table whose sentences wrap; if its ids do not fit beside each other, a paragraph for each row."""
+    console = Console(highlight=False)
     grid = Table(box=None, pad_edge=False, header_style="bold")
-    for column in columns:
-        grid.add_column(column, overflow="fold")
+    least = 0
+    for column, values in zip(columns, zip(*cells, strict=True), strict=True):
+        wraps = any(" " in value and cell_len(value) > SHORT for value in values)
+        least += 2 + (SHORT if wraps else max(map(cell_len, (column, *values))))
+        grid.add_column(column, no_wrap=not wraps, overflow="fold")
+    if least - 2 <= console.width:
+        for row in cells:
+            grid.add_row(*(Text(cell, style=styles.get(cell, "")) for cell in row))
+        console.print(grid)
+        return
     for row in cells:
-        grid.add_row(*(Text(cell, style=styles.get(cell, "")) for cell in row))
-    Console(highlight=False).print(grid)
+        told = [f"{column} {cell}" for column, cell in zip(columns, row, strict=True) if cell not in ("", "-")]
+        shown = Text("\n".join(wrapped([row[0], *told[1:]], console.width)))
+        for cell in styles.keys() & set(row):
+            shown.highlight_words([cell], styles[cell])
+        console.print(shown, soft_wrap=True)
+
+
+def wrapped(pieces: Sequence[str], width: int) -> list[str]:
+    """Pieces on as few lines as it takes, broken between pieces or words, indented from the second one on. A word
+    that is longer than a line goes on at its end, so that it can be copied whole."""
+    lines = [""]
+    for piece in pieces:
+        fits = cell_len(piece) <= width - len(INDENT)
+        for number, word in enumerate([piece] if fits else piece.split(" ")):
+            gap = " " if number else "  " * bool(lines[-1])
+            if lines[-1] and cell_len(lines[-1] + gap + word) > width >= cell_len(INDENT + word):
+                lines.append(INDENT + word)
+            else:
+                lines[-1] += gap + word
+    return lines
 
 
 def _aligned(columns: Sequence[str], cells: list[list[str]]) -> None:

@@ -7,6 +7,7 @@ import contextlib
 import io
 import json
 import os
+import re
 import stat
 import sys
 import unicodedata
@@ -26,6 +27,7 @@ from adapter.cli.output import (
     json_line,
     printable,
     table,
+    wrapped,
     write_private,
 )
 from adapter.cli.stdin import LineEditor, lines
@@ -99,6 +101,10 @@ class Editor(LineEditor):
     def prompt(self, label: str) -> str:
         return label
 
+    def clear(self, columns: int, width: int) -> str:
+        assert (columns, width) == (LABEL, 80)
+        return "\x1b[J"
+
 
 class Terminal(io.StringIO):
     def isatty(self) -> bool:
@@ -123,7 +129,7 @@ def test_no_colours_and_no_prompt_without_a_terminal() -> None:
     assert out.getvalue() == "you".ljust(LABEL) + "hello\n"
 
 
-def test_on_a_terminal_news_replace_the_prompt() -> None:
+def test_on_a_terminal_news_go_above_the_prompt() -> None:
     out = Terminal()
     screen = Screen(out, Editor())
     screen.prompt()
@@ -133,7 +139,7 @@ def test_on_a_terminal_news_replace_the_prompt() -> None:
     screen.on_line_typed()
     screen.show("phone", "more")
     assert out.getvalue().count("you") == 2
-    assert out.getvalue().count("\r\x1b[K") == 1
+    assert out.getvalue().count("\x1b[J") == 1
 
 
 def test_news_show_again_what_is_being_typed() -> None:
@@ -197,12 +203,35 @@ def test_a_terminal_gets_what_it_can_show_and_no_colours_where_nobody_wants_them
     screen = Screen(out, Editor() if styles else None)
     screen.prompt()
     screen.show("you", "hello")
-    assert ("\x1b[36m" in out.getvalue(), "\x1b[K" in out.getvalue()) == (colours, styles)
+    assert ("\x1b[36m" in out.getvalue(), "\x1b[J" in out.getvalue()) == (colours, styles)
     shown = Terminal()
     monkeypatch.setattr(sys, "stdout", shown)
     table(("a", "b"), [("x", "bad")], styles={"bad": "red"})
     assert ("\x1b[31m" in shown.getvalue()) is colours
     assert styles or "\x1b" not in shown.getvalue()
+
+
+BOT, USER = "b0f5860fdecb@im.bot", "o9cq80SVqvWcKnj5ZTDpZSu3_6_U@im.wechat"
+
+
+@pytest.mark.parametrize(
+    "row", [("s1", BOT, "a reason of several words, " * 4), ("s1", BOT, USER, "x y " * 9, 64 * "x")]
+)
+def test_no_id_is_broken_at_a_terminal_of_80_columns(row: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither in a table, whose sentences wrap, nor where the ids do not fit beside each other."""
+    shown = Terminal()
+    monkeypatch.setattr(sys, "stdout", shown)
+    monkeypatch.setenv("COLUMNS", "80")
+    monkeypatch.setenv("TERM", "xterm")
+    table([f"column{number}" for number in range(len(row))], [row], styles={"s1": "red"})
+    lines = re.sub(r"\x1b\[[0-9;]*m", "", shown.getvalue()).splitlines()
+    assert max(map(len, lines)) <= 80
+    assert all(any(cell in line for line in lines) for cell in row if " " not in cell)
+    assert (lines[0].split() == ["column0", "column1", "column2"]) is (len(row) == 3)
+
+
+def test_a_word_that_is_longer_than_a_line_is_not_broken() -> None:
+    assert wrapped(["2026 s1 ", "x" * 100, "y z"], 20) == ["2026 s1   " + "x" * 100, "    y z"]
 
 
 def test_a_file_becomes_private_and_a_pipe_stays_as_it_is(tmp_path: Path) -> None:
