@@ -88,6 +88,7 @@ async def _run_checks(bus: BusConnection, *, fix: bool, allow_loss: bool, quiet:
     if checks[-1].state == "ok":
         checks += [await _adopt_settings(bus, here), *left]
         checks += await _attempt("streams", _check_topology(bus))
+        checks += await _attempt("unknown streams", _check_unknown_streams(bus))
         sealed = _attempt("tokens", _check_tokens(bus)), _attempt("positions", _check_positions(bus))
         checks += itertools.chain(*await asyncio.gather(*sealed))  # both time out where this user may not read
     there = await query_adapters(bus)
@@ -135,6 +136,22 @@ async def _check_topology(bus: BusConnection) -> list[Finding]:
         said += "." if d.critical or d.lacks_copies else ", or leave it if it is meant."
         checks.append(Finding(d.name, "fail" if d.critical or d.lacks_copies else "warn", said))
     return checks or [Finding("streams", "ok", "all streams and buckets are as they should be")]
+
+
+async def _check_unknown_streams(bus: BusConnection) -> list[Finding]:
+    """Streams and buckets under the prefix that this version does not use, so that it reads nothing of them."""
+    prefix = bus.names.prefix
+    ours = (f"{prefix.upper()}_", f"KV_{prefix}_", f"OBJ_{prefix}_")
+    known = {wanted.name for wanted in topology.wanted_streams(bus.names, bus.settings)}
+    counts: dict[str, int] = {}
+    while page := (await bus.api_request("STREAM.LIST", {"offset": len(counts)})).get("streams"):
+        counts |= {stream["config"]["name"]: stream["state"]["messages"] for stream in page}
+    said = "which this version does not read: of another layout, or another program's. If nothing uses it, export"
+    return [
+        Finding(name, "warn", f"{counts[name]:,} messages, {said} what you need, then `nats stream rm {name}`.")
+        for name in sorted(counts.keys() - known)
+        if name.startswith(ours)
+    ]
 
 
 async def _at_stake(bus: BusConnection, lowering: topology.Difference) -> str:

@@ -233,6 +233,21 @@ async def test_a_program_does_not_change_streams_of_a_newer_layout(cli: Command,
     assert (refused.code, "use a newer program" in refused.err) == (1, True)
 
 
+async def test_what_another_layout_holds_is_named_with_its_messages(cli: Command, bus: BusConnection) -> None:
+    for name, subject in (
+        ("WECHAT_OLD", "wechat.old.*"),
+        ("KV_wechat_old", "$KV.wechat_old.>"),
+        ("OTHERS", "others"),
+    ):
+        await bus.js.add_stream(name=name, subjects=[subject])
+    for number in range(3):
+        await bus.store(f"wechat.old.{number}", b"{}", {})
+    rows = (await cli("doctor", "--json")).rows
+    unknown = {row["check"]: (row["state"], row["say"]) for row in rows if "does not read" in row["say"]}
+    assert list(unknown) == ["KV_wechat_old", "WECHAT_OLD"]
+    assert (unknown["WECHAT_OLD"][0], unknown["WECHAT_OLD"][1][:12]) == ("warn", "3 messages, ")
+
+
 async def test_what_the_server_will_not_change_is_left_to_people(cli: Command, bus: BusConnection) -> None:
     """Retention cannot become a work queue again in place."""
     await bus.js.delete_stream(bus.names.stream_ctl)
