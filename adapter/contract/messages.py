@@ -403,12 +403,13 @@ class BindingHealth(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tru
     status: Annotated[
         BotStatus,
         Meta(
-            description="not_polled: no replica polls it. too_new: a newer version wrote the binding, and no"
-            " replica that knows it polls the bot. failing: for a minute iLink has answered no poll, or the"
-            " answer cannot be stored. unknown: a replica gave no answer. stale: iLink refuses its token, which is"
-            " tried again. paused: NATS or the lease is away. retrying: the last poll failed. releasing: its replica"
-            " gives it back. waiting: another replica may still poll it. taking: its replica takes it. storing: an"
-            " answer of iLink is being stored."
+            description="not_polled: no replica polls it. too_new: a newer version wrote the binding or the"
+            " checkpoint, and no replica that knows it polls the bot. failing: for a minute iLink has"
+            " answered no poll, or the answer cannot be stored. unknown: a replica gave no answer."
+            " stale: iLink refuses its token, which is tried again. paused: NATS or the lease is away."
+            " retrying: the last poll failed. releasing: its replica gives it back. waiting: another"
+            " replica may still poll it. taking: its replica takes it. storing: an answer of iLink is"
+            " being stored."
         ),
     ]
     detail: Annotated[str, Meta(description="Why, in a few words.")] = ""

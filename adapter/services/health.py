@@ -97,6 +97,8 @@ def _status(binding: Binding, poller: PollerStatus | None, absence: tuple[BotSta
         return "too_new", "a newer version wrote its binding: finish the roll-out"
     if poller is None:
         return absence
+    if poller.why.startswith("record_too_new"):
+        return "too_new", "a newer version wrote its checkpoint: finish the roll-out"
     if poller.state == "retrying" and (poller.ago_ms is None or poller.ago_ms >= FAILING_MS):
         return "failing", f"{poller.why or 'iLink answers no poll'} (poll.failed, poller.crashed in the log)"
     if poller.state == "storing" and poller.since_ms >= FAILING_MS:

@@ -47,11 +47,14 @@ NAMES = Names()
 
 
 class AdapterProcess:
-    """`wechat-nats run` as an operator starts it; its log goes to a file. `parts`: other arguments of `Replica`."""
+    """`wechat-nats run` as an operator starts it; its log goes to a file. `parts`: other arguments of `Replica`;
+    `module`: another program with the same commands."""
 
-    def __init__(self, environ: dict[str, str], log: Path, parts: dict[str, Any] | None = None) -> None:
+    def __init__(
+        self, environ: dict[str, str], log: Path, parts: dict[str, Any] | None = None, module: str = "adapter"
+    ) -> None:
         self._environ = environ
-        self._program = ["tests.e2e.replica", json.dumps(parts)] if parts else ["adapter", "run"]
+        self._program = ["tests.e2e.replica", json.dumps(parts)] if parts else [module, "run"]
         self.log = log
         self.process: Forked | None = None
         self._starting = asyncio.Lock()
@@ -182,9 +185,9 @@ class World:
         self._clients.append(client)
         return client
 
-    async def add_adapter(self, **environ: str) -> AdapterProcess:
+    async def add_adapter(self, *, module: str = "adapter", **environ: str) -> AdapterProcess:
         log = self.folder / f"adapter-{len(self.adapters)}.log"
-        adapter = AdapterProcess(self._environ | environ, log, self._parts)
+        adapter = AdapterProcess(self._environ | environ, log, self._parts, module)
         self.adapters.append(adapter)
         await adapter.start()
         return adapter

@@ -62,6 +62,7 @@ async def described(bench: Bench, replicas: Replicas) -> list[BindingInfo]:
         ({}, PollerStatus(state="retrying"), "failing", "iLink answers no poll"),
         ({}, PollerStatus(state="retrying", why="unreadable: the answer exceeds 8388608 bytes"), "failing",
          "unreadable: the answer exceeds 8388608 bytes"),
+        ({}, PollerStatus(state="retrying", why="record_too_new: version 2"), "too_new", "a newer version"),
         ({"state": "needs_login", "reason": "stale_token"}, None, "needs_login", "stale_token"),
         ({}, None, "not_polled", "no replica polls it"),
     ],

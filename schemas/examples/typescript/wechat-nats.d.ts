@@ -1,5 +1,5 @@
 /* Messages of the bus, generated from the JSON Schemas here by `make generate`; do not edit.
-   Of: 77cadbac67fe6f935aa5e09fda66207c14ff0a4af193412b8c7197dbfd146fe7 */
+   Of: 1a7f86e565ea528f727308b9df9e911ed0ad3f82a04f0974dac0fbe604c2750f */
 
 /**
  * Options of a binding.
@@ -79,7 +79,7 @@ export interface BindingEvent {
  */
 export interface BindingHealth {
   /**
-   * not_polled: no replica polls it. too_new: a newer version wrote the binding, and no replica that knows it polls the bot. failing: for a minute iLink has answered no poll, or the answer cannot be stored. unknown: a replica gave no answer. stale: iLink refuses its token, which is tried again. paused: NATS or the lease is away. retrying: the last poll failed. releasing: its replica gives it back. waiting: another replica may still poll it. taking: its replica takes it. storing: an answer of iLink is being stored.
+   * not_polled: no replica polls it. too_new: a newer version wrote the binding or the checkpoint, and no replica that knows it polls the bot. failing: for a minute iLink has answered no poll, or the answer cannot be stored. unknown: a replica gave no answer. stale: iLink refuses its token, which is tried again. paused: NATS or the lease is away. retrying: the last poll failed. releasing: its replica gives it back. waiting: another replica may still poll it. taking: its replica takes it. storing: an answer of iLink is being stored.
    */
   status:
     | "failing"
