@@ -10,6 +10,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from adapter import __version__
+from adapter.console.languages import LANGUAGES, Language
 from adapter.contract.messages import BotStatus
 from adapter.observability.logs import escape_invisible
 
@@ -36,36 +37,32 @@ class Pages:
     """Renders templates. `now_ms` is passed with each page: ages are counted from there."""
 
     def __init__(self) -> None:
-        self._templates = Environment(
-            loader=PackageLoader("adapter.console"),
-            autoescape=True,
-            finalize=_make_visible,
-            undefined=StrictUndefined,
-            trim_blocks=True,
-            lstrip_blocks=True,
-        )
-        self._templates.filters |= {"age": age, "moment": moment, "size": size, "count": count, "iso": iso}
-        self._templates.tests["past"] = lambda value, now_ms: value <= now_ms
-        self._templates.globals |= {"version": __version__, "query": query, "svg": Markup, "plenty": PLENTY}
-        self._templates.globals["status_names"] = STATUS_NAMES
+        self._templates = {name: _templates(language) for name, language in LANGUAGES.items()}
 
-    def render(self, page: str, **values: Any) -> bytes:
-        """`page`: the template's name without its suffix."""
-        return self._templates.get_template(f"{page}.html").render(values).encode()
+    def render(self, page: str, language: str, **values: Any) -> bytes:
+        """`page`: the template's name without its suffix; `language`: a key of LANGUAGES."""
+        return self._templates[language].get_template(f"{page}.html").render(values).encode()
+
+
+def _templates(language: Language) -> Environment:
+    made = Environment(
+        loader=PackageLoader("adapter.console"),
+        autoescape=True,
+        finalize=_make_visible,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    made.filters |= {"moment": moment, "size": size, "iso": iso}
+    made.tests["past"] = lambda value, now_ms: value <= now_ms
+    made.globals |= {"version": __version__, "query": query, "svg": Markup, "plenty": PLENTY, "_": language}
+    made.globals["status_names"] = STATUS_NAMES
+    return made
 
 
 def _make_visible(value: Any) -> Any:
     """What is foreign in a page: what nobody sees is made visible; markup of ours stays."""
     return escape_invisible(value) if isinstance(value, str) and not isinstance(value, Markup) else value
-
-
-def age(then_ms: int, now_ms: int) -> str:
-    """How long ago, or in how long, in its largest unit: `12 s`, `5 min`, `3 h`, `4 d`."""
-    seconds = abs(now_ms - then_ms) // 1000
-    for unit, length in (("d", 86400), ("h", 3600), ("min", 60)):
-        if seconds >= length:
-            return f"{seconds // length} {unit}"
-    return f"{seconds} s"
 
 
 def moment(then_ms: int) -> str:
@@ -83,11 +80,6 @@ def size(number: int) -> str:
     if number < 1024:
         return f"{number} B"
     return f"{number / 1024:.0f} KiB" if number < 1024 * 1024 else f"{number / 1024 / 1024:.1f} MiB"
-
-
-def count(number: int, one: str, many: str = "") -> str:
-    """`1 replica`, `2 replicas`."""
-    return f"{number:,} {one if number == 1 else many or one + 's'}"
 
 
 def query(**values: Any) -> str:

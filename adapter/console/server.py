@@ -10,11 +10,12 @@ import secrets
 from collections.abc import Callable, Coroutine, Iterable
 from http.cookies import CookieError, SimpleCookie
 from typing import Any, NamedTuple, Self, TypeVar
-from urllib.parse import parse_qs
+from urllib.parse import parse_qs, quote
 
 import structlog
 
 from adapter.console.auth import SESSION_S, ConsoleAuth
+from adapter.console.languages import LANGUAGES, preferred
 from adapter.console.pages import Pages
 from adapter.console.service import ConsoleService
 from adapter.contract.messages import BOT_STATUSES, Options
@@ -27,6 +28,9 @@ log = structlog.get_logger()
 
 T = TypeVar("T")
 COOKIE = "wechat_nats_console"
+LANGUAGE = "wechat_nats_language"
+"""Name of the cookie with the language that was chosen; without it the browser's counts."""
+LANGUAGE_S = 365 * 86400
 ANSWER_S = 15.0
 """How long a page waits for the event loop before it says that nobody answers."""
 MAX_BODY = 4096
@@ -45,6 +49,8 @@ class BrowserRequest(NamedTuple):
     query: dict[str, str]
     form: dict[str, str]
     session: str
+    language: str
+    """A key of LANGUAGES."""
     origin: str
     """"" where the browser says nothing."""
     host: str
@@ -114,6 +120,9 @@ class Console(Listener):
             return Response("403 Forbidden", b"This form is of another site.\n")
         if (request.method, request.path) == ("POST", "/signin"):
             return self._sign_in(request)
+        if request.method == "GET" and (language := request.query.get("lang", "")) in LANGUAGES:
+            kept = cookie(LANGUAGE, language, LANGUAGE_S, secure=request.secure)
+            return see_other(_place(request.path), kept)
         if not self._auth.is_valid_session(request.session, self._now_ms() // 1000):
             if request.method == "POST":
                 return Response("403 Forbidden", b"Sign in first.\n")
@@ -132,7 +141,9 @@ class Console(Listener):
             log.warning("console.refused", peer=request.peer)
             return self._render_page(request, "signin", "401 Unauthorized", wrong="This is not the token.")
         log.info("console.signed_in", peer=request.peer)
-        return see_other("/", cookie(self._auth.new_session(now_s, request.nonce), SESSION_S, secure=request.secure))
+        return see_other(
+            "/", cookie(COOKIE, self._auth.new_session(now_s, request.nonce), SESSION_S, secure=request.secure)
+        )
 
     def _answer_signed_in(self, request: BrowserRequest) -> Response:
         try:
@@ -173,7 +184,7 @@ class Console(Listener):
         service, form = self._service, request.form
         if request.path == "/signout":
             self._auth.sign_out(request.session, self._now_ms() // 1000)
-            return see_other("/", cookie("", 0, secure=request.secure))
+            return see_other("/", cookie(COOKIE, "", 0, secure=request.secure))
         if request.path == "/logins":
             sandbox = form.get("sandbox", "").strip()
             options = Options(auto_typing="auto_typing" in form)
@@ -191,12 +202,13 @@ class Console(Listener):
             self._run_in_loop(action)
             return see_other(f"/logins/{match[1]}")
         if (match := _LETTER.fullmatch(request.path)) and form.get("do") in ("retry", "drop"):
-            seq = int(match[1])
+            seq, say = int(match[1]), LANGUAGES[request.language]
             if form["do"] == "retry":
-                notice = f"Letter {seq} is stored again on {self._run_in_loop(service.retry_dead_letter(seq))}."
+                subject = self._run_in_loop(service.retry_dead_letter(seq))
+                notice = say("Letter {} is stored again on {}.", seq, subject)
             else:
                 self._run_in_loop(service.drop_dead_letter(seq))
-                notice = f"Letter {seq} is dropped."
+                notice = say("Letter {} is dropped.", seq)
             log.info("console.dead_letter", sequence=seq, action=form["do"])
             return self._dead_page(request, notice=notice)
         return self._problem_page(request, "404 Not Found", "Not here", "There is no such page.")
@@ -222,6 +234,8 @@ class Console(Listener):
             platform = self._run_in_loop(self._service.platform())
         common = {
             "nonce": request.nonce,
+            "language": request.language,
+            "switch": values.get("here", "/") if request.method == "POST" else _place(request.path),
             "part": request.part,
             "proof": proof,
             "here": request.path,
@@ -270,12 +284,15 @@ def read_request(environ: dict[str, Any], nonce: str) -> BrowserRequest | Respon
         return Response("408 Request Timeout", b"This form was cut.\n")
     except ValueError:  # too many fields
         return Response("400 Bad Request", b"This is no form of ours.\n")
+    cookies = _cookies(environ.get("HTTP_COOKIE", ""))
+    language = cookies.get(LANGUAGE, "")
     return BrowserRequest(
         method=environ.get("REQUEST_METHOD", ""),
         path=environ.get("PATH_INFO", ""),
         query=query,
         form=form,
-        session=_session(environ.get("HTTP_COOKIE", "")),
+        session=cookies.get(COOKIE, ""),
+        language=language if language in LANGUAGES else preferred(environ.get("HTTP_ACCEPT_LANGUAGE", "")),
         origin=environ.get("HTTP_ORIGIN", ""),
         # a proxy may call us by another name; no site can make a browser send this header to us
         host=environ.get("HTTP_X_FORWARDED_HOST") or environ.get("HTTP_HOST", ""),
@@ -322,9 +339,9 @@ def see_other(place: str, *headers: tuple[str, str]) -> Response:
     return Response("303 See Other", b"", (("Location", place), *headers))
 
 
-def cookie(value: str, seconds: int, *, secure: bool) -> tuple[str, str]:
+def cookie(name: str, value: str, seconds: int, *, secure: bool) -> tuple[str, str]:
     flags = "; Secure" if secure else ""
-    return "Set-Cookie", f"{COOKIE}={value}; Path=/; Max-Age={seconds}; HttpOnly; SameSite=Strict{flags}"
+    return "Set-Cookie", f"{name}={value}; Path=/; Max-Age={seconds}; HttpOnly; SameSite=Strict{flags}"
 
 
 def _fields(text: str) -> dict[str, str]:
@@ -333,9 +350,13 @@ def _fields(text: str) -> dict[str, str]:
     return {name: values[-1] for name, values in parsed.items()}
 
 
-def _session(header: str) -> str:
+def _place(path: str) -> str:
+    """The path as a link; two slashes would name another host."""
+    return "/" + quote(path.lstrip("/"))
+
+
+def _cookies(header: str) -> dict[str, str]:
     try:
-        found = SimpleCookie(header).get(COOKIE)
+        return {name: morsel.value for name, morsel in SimpleCookie(header).items()}
     except CookieError:
-        return ""
-    return found.value if found else ""
+        return {}

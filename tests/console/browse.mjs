@@ -18,7 +18,7 @@ const { PNG } = require("pngjs");
 const [executablePath, url, token, admin, pictures] = process.argv.slice(2);
 const lines = createInterface({ input: process.stdin })[Symbol.asyncIterator]();
 const patience = { timeout: 60_000 }; // only ends what hangs
-const sizes = { desk: { width: 1280, height: 900 }, phone: { width: 390, height: 844 } };
+const sizes = { desk: { width: 1280, height: 900 }, phone: { width: 380, height: 844 } };
 const browser = await chromium.launch({ executablePath, args: ["--no-sandbox", "--disable-dev-shm-usage"] });
 const faults = [];
 
@@ -118,6 +118,28 @@ await pictured(page, "no-match");
 const dark = await opened({ colorScheme: "dark" });
 await signIn(dark);
 await pictured(dark, "dark");
+
+// In Chinese, as a browser asks for it, and back by the link.
+const chinese = await opened({ locale: "zh-CN" });
+await pictured(chinese, "zh-sign-in");
+await chinese.fill("#token", token);
+await chinese.click("button");
+await chinese.waitForSelector(".badge.bad:text('需要登录')");
+await pictured(chinese, "zh-bindings");
+await chinese.click("nav >> text=死信");
+await chinese.waitForSelector("h1:text('死信')");
+await pictured(chinese, "zh-dead-letters");
+await chinese.click("nav >> text=登录");
+await chinese.fill("input[name=sandbox]", "zh-agent");
+await pictured(chinese, "zh-logins");
+await chinese.click("text=显示二维码");
+await chinese.waitForSelector(".code svg");
+await pictured(chinese, "zh-login");
+await chinese.click("text=取消登录");
+await chinese.waitForSelector("text=已取消");
+await pictured(chinese, "zh-cancelled");
+await chinese.click("header >> text=English");
+await chinese.waitForSelector("text=Start another");
 
 // Dead letters: one is tried again, one dropped.
 await page.click("nav >> text=Dead letters");

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import inspect
 import re
 import socket
 import time
 from collections.abc import AsyncIterator, Sequence
+from importlib import resources
 from typing import Any
 
 import httpx
@@ -15,12 +17,15 @@ import msgspec
 import pytest
 from structlog.testing import capture_logs
 
+from adapter.console import languages, server, service
+from adapter.console import pages as pages_module
 from adapter.console.auth import SESSION_S, WRONG_A_MINUTE, ConsoleAuth
 from adapter.console.server import MAX_BODY, Console, is_loopback
 from adapter.console.service import ConsoleService
 from adapter.contract.messages import LoginStart, Options
 from adapter.contract.names import H_DETAIL, H_MSG_ID, H_REASON, H_SUBJECT, H_TIME_MS, H_USER
 from adapter.errors import BusRefused, SettingsError, Temporary
+from adapter.logins import records
 from adapter.logins.records import LoginRecords, next_step
 from adapter.logins.service import LoginService
 from adapter.ownership.replica_status import OtherReplicas, PollerStatus, ReplicaStatus
@@ -566,3 +571,57 @@ async def test_a_fault_of_ours_is_logged_and_ends_one_page_only(
     assert "Traceback" not in answer.text
     assert "console.crashed" in [line["event"] for line in logs]
     assert (await office.browser.get("/dead")).status_code == 200
+
+
+# languages ------------------------------------------------------------------------------------------
+
+
+def test_every_text_of_a_page_has_its_chinese_and_no_chinese_is_left_over() -> None:
+    folder = resources.files("adapter.console")
+    pages = "".join(
+        page.read_text() for page in folder.joinpath("templates").iterdir() if page.name.endswith(".html")
+    )
+    named = set(re.findall(r'\b_\("([^"]+)"', pages))
+    named |= {f"{{}} {noun}" for noun in re.findall(r'_\.count\([^"]+"([a-z]+)"\)', pages)}
+    sources = "".join(
+        inspect.getsource(module) for module in (server, service, pages_module, languages.Language, records)
+    )
+    texts = languages.CHINESE.keys()
+    assert named - texts == set()
+    assert {text for text in texts - named if f'"{text}"' not in sources} == {
+        "Cancelled",
+        "Expired",
+        "Failed",
+        "Lost",
+    }
+    assert {text: said for text, said in languages.CHINESE.items() if text.count("{}") != said.count("{}")} == {}
+
+
+@pytest.mark.parametrize(
+    ("given", "tag"),
+    [
+        ("", "en"),
+        ("zh-CN,zh;q=0.9,en;q=0.8", "zh-CN"),
+        ("en-US,en;q=0.9,zh;q=0.8", "en"),
+        ("fr,zh;q=0.4,en;q=0.3", "zh-CN"),
+        ("de-DE, *;q=0.5", "en"),
+    ],
+)
+async def test_a_page_is_in_the_language_that_the_browser_prefers(guest: Office, given: str, tag: str) -> None:
+    page = await guest.browser.get("/", headers={"Accept-Language": given})
+    assert f'<html lang="{tag}">' in page.text
+    assert ("登入" in page.text) is (tag == "zh-CN")
+
+
+async def test_a_link_changes_the_language_for_good(office: Office) -> None:
+    page = await office.browser.get("/logins")
+    assert 'href="/logins?lang=zh" lang="zh-CN">中文<' in page.text
+    changed = await office.browser.get("/logins?lang=zh")
+    assert (changed.status_code, changed.headers["Location"]) == (303, "/logins")
+    sequence = office.letter("wechat.out.s1")
+    assert "显示二维码" in (await office.browser.get("/logins")).text
+    dropped = await office.post(f"/dead/{sequence}", do="drop")
+    assert f"死信 {sequence} 已丢弃。" in dropped.text
+    assert 'href="/dead?lang=en" lang="en">English<' in dropped.text
+    elsewhere = await office.browser.get(f"{office.browser.base_url}/other.example%0d%0aX:/?lang=en")
+    assert elsewhere.headers["Location"] == "/other.example%0D%0AX%3A/"
