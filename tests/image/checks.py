@@ -19,8 +19,9 @@ import yaml
 
 from adapter.simulator import Simulator, SimulatorSettings
 from tests.chart.helm import one, rendered
+from tests.e2e.memory import SMALL
 from tests.e2e.waiting import eventually, free_port, until
-from tests.e2e.world import World, audit, load
+from tests.e2e.world import World, audit, environ_of, load
 from tests.image.conftest import CANARY
 from tests.image.podman import BASE, HARDENED, IMAGE, ROOT, STORE, Container, build, inspect, podman
 
@@ -89,16 +90,8 @@ async def setting(folder: Path, nats_image: str, config: str = "") -> AsyncItera
     )  # fmt: skip
     fast = SimulatorSettings(hold_ms=500, hint_ms=5000, send_latency_ms=0)
     async with Simulator(fast) as sim:
-        environ = {
-            "NATS_URL": f"nats://127.0.0.1:{port}",
-            "WECHAT_NATS_ILINK_BASE_URL": sim.url,
-            "WECHAT_NATS_CDN_BASE_URL": sim.cdn_url,
-            "WECHAT_NATS_ALLOWED_HOSTS": "127.0.0.1",
-            "WECHAT_NATS_SEND_GAP_MS": "0",
-            "WECHAT_NATS_LEASE_S": "2",
-            "WECHAT_NATS_DRAIN_S": str(DRAIN_S),
-            "WECHAT_NATS_CAPACITY": "100",
-        }
+        environ = environ_of(f"nats://127.0.0.1:{port}", sim) | SMALL
+        environ |= {"WECHAT_NATS_DRAIN_S": str(DRAIN_S), "WECHAT_NATS_CAPACITY": "100"}
         made = Setting(folder, sim, environ["NATS_URL"], environ)
         await server.start()
         try:
@@ -283,7 +276,7 @@ async def test_the_charts_own_pod_runs_with_its_secrets(image: str, nats_image: 
             "settings": {
                 key: int(value) if value.isdigit() else value
                 for key, value in made.environ.items()
-                if key.startswith("WECHAT_NATS_") and key != "WECHAT_NATS_DRAIN_S"
+                if key.startswith("WECHAT_NATS_") and not key.endswith(("_DRAIN_S", "_HTTP_ADDR", "_TOKEN_KEY"))
             },
             "drainSeconds": DRAIN_S,
             "podSecurityContext": {"runAsGroup": 0},
