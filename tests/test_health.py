@@ -11,6 +11,7 @@ from structlog.testing import capture_logs
 
 from adapter.contract.names import Names
 from adapter.errors import BusRefused, Temporary
+from adapter.jetstream.copies import Lacking
 from adapter.jetstream.topology import Difference
 from adapter.observability.metrics import Metrics
 from adapter.replica.health import BUS_GRACE_S, CHECK_S, Health
@@ -34,6 +35,7 @@ class Replica:
         self.absent: list[str] = []
         self.altered: dict[str, list[Difference]] = {}
         self.incomplete: list[str] = []
+        self.lacking: list[Lacking] = []
         self.paused = False
         self.looks = 0
         edges: Any = SimpleNamespace(
@@ -162,6 +164,14 @@ async def test_what_was_changed_is_reported_as_long_as_it_is_so() -> None:
     await asyncio.sleep(2 * CHECK_S)
     assert all(check.ok for check in replica.health.check_ready())
     assert replica.metrics.value("nats_streams_altered") == 0
+
+
+async def test_streams_that_lack_copies_are_counted_and_the_replica_stays_ready() -> None:
+    replica = Replica()
+    replica.lacking = [Lacking("WECHAT_IN", "n1"), Lacking("WECHAT_IN", "n2"), Lacking("WECHAT_OUT", "n1")]
+    await asyncio.sleep(2 * CHECK_S)
+    assert replica.metrics.value("nats_streams_degraded") == 2
+    assert all(check.ok for check in replica.health.check_ready())
 
 
 async def test_what_is_back_is_looked_at_at_once() -> None:

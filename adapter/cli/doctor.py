@@ -26,11 +26,14 @@ from adapter.errors import UNDECODABLE, BusRefused, Conflict, Refused, Temporary
 from adapter.inbound.restored import find_above
 from adapter.jetstream import topology
 from adapter.jetstream.buckets import LeaderKvBucket
+from adapter.jetstream.copies import Copies, sentences
 from adapter.jetstream.microservice import SERVICE
 from adapter.security.seal import Sealer, Sealing
 from adapter.settings import NEWEST_ILINK_VERSION, PREFIX
 
 PING_S = 1.0
+SECOND_LOOK_S = 2.0
+"""After it an election is over, and a healthy copy has what was on its way."""
 SPARE = 0.9
 """Part of the capacity without one replica that may be used, as in the alert WechatSpareCapacityLow."""
 _SEALED: dict[Sealing, str] = {
@@ -89,6 +92,7 @@ async def _run_checks(bus: BusConnection, *, fix: bool, allow_loss: bool, quiet:
         checks += [await _adopt_settings(bus, here), *left]
         checks += await _attempt("streams", _check_topology(bus))
         checks += await _attempt("unknown streams", _check_unknown_streams(bus))
+        checks += await _attempt("copies", _check_copies(bus))
         sealed = _attempt("tokens", _check_tokens(bus)), _attempt("positions", _check_positions(bus))
         checks += itertools.chain(*await asyncio.gather(*sealed))  # both time out where this user may not read
     there = await query_adapters(bus)
@@ -152,6 +156,28 @@ async def _check_unknown_streams(bus: BusConnection) -> list[Finding]:
         for name in sorted(counts.keys() - known)
         if name.startswith(ours)
     ]
+
+
+async def _check_copies(bus: BusConnection) -> list[Finding]:
+    """Whether the streams have all their copies. They work without one, so nothing fails."""
+    copies = Copies()
+    infos = await _stream_infos(bus)
+    copies.look(infos)
+    if copies.is_suspicious:
+        await asyncio.sleep(SECOND_LOOK_S)
+        infos = await _stream_infos(bus)
+        if lacking := copies.look(infos):
+            return [Finding("copies", "warn", said) for said in sentences(lacking, len(infos))]
+    number = max((info["config"]["num_replicas"] for info in infos.values()), default=1)
+    return [Finding("copies", "ok", f"{number} of each stream, none is behind")] if number > 1 else []
+
+
+async def _stream_infos(bus: BusConnection) -> dict[str, dict[str, Any]]:
+    infos = {}
+    for wanted in topology.wanted_streams(bus.names, bus.settings):
+        with contextlib.suppress(BusRefused):  # it is missing, as the check of the streams says
+            infos[wanted.name] = await bus.connection.api_request(f"STREAM.INFO.{wanted.name}")
+    return infos
 
 
 async def _at_stake(bus: BusConnection, lowering: topology.Difference) -> str:

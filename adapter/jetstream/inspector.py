@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import structlog
 
 from adapter.contract.names import Names
 from adapter.errors import BusRefused, Temporary
 from adapter.jetstream.api_replies import NO_STREAM
+from adapter.jetstream.copies import Copies, Lacking, sentences
 from adapter.jetstream.managed_connection import ManagedConnection
 from adapter.jetstream.topology import LAYOUT, Difference, differences, layout_advice, read_layout, wanted_streams
 from adapter.settings import Settings
@@ -29,6 +31,9 @@ class Inspector:
         """By stream: differences that break a guarantee, at the last check."""
         self.incomplete: list[str] = []
         """Streams of buckets that lacked keys at the last check. Delete markers count as keys."""
+        self.lacking: list[Lacking] = []
+        """Copies of streams that were lost or behind at the last two checks. The streams work without them."""
+        self._copies = Copies()
         self._message_counts: dict[str, int] = {}
 
     def message_count(self, stream: str) -> int:
@@ -39,6 +44,7 @@ class Inspector:
         """Checks all streams. Returns the missing ones. Raises Temporary."""
         missing, incomplete = [], []
         broken: dict[str, list[Difference]] = {}
+        infos: dict[str, dict[str, Any]] = {}
         for wanted in self._wanted:
             name = wanted.name
             at_least = self._minimum_keys.get(name, int)()  # before the request, after which there may be more
@@ -51,12 +57,14 @@ class Inspector:
                 log.error("stream.missing", stream=name, detail=detail)
                 missing.append(name)
                 continue
+            infos[name] = info
             broken[name] = [d for d in differences(wanted, info["config"]) if d.critical or d.lacks_copies]
             self._message_counts[name] = int(info["state"]["messages"])
             if self._message_counts[name] < at_least:
                 log.error("bucket.incomplete", stream=name, keys=self._message_counts[name], at_least=at_least)
                 incomplete.append(name)
         self.incomplete = incomplete
+        self._note_copies(infos)
         layout = await read_layout(connection, self._names) if self._layout_stream not in missing else None
         if layout is not None and layout.version != LAYOUT:  # the streams are what another version wants
             if "layout" not in self.altered:
@@ -82,3 +90,14 @@ class Inspector:
         else:
             del self.altered[name]
             log.info("stream.restored", stream=name)
+
+    def _note_copies(self, infos: dict[str, dict[str, Any]]) -> None:
+        """Logs which servers lack copies when they become others."""
+        before = {each.server for each in self.lacking}
+        self.lacking = self._copies.look(infos)
+        if {each.server for each in self.lacking} == before:
+            return
+        if self.lacking:
+            log.warning("copies.degraded", detail=" ".join(sentences(self.lacking, len(infos))))
+        else:
+            log.info("copies.restored")

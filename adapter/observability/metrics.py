@@ -285,6 +285,10 @@ class Metrics:
             "nats_streams_altered",
             "Streams and buckets whose changed configuration breaks a guarantee, and paused consumers.",
         )
+        self.nats_streams_degraded = self._gauge(
+            "nats_streams_degraded",
+            "Streams and buckets with a copy on a server that is lost or behind, or with too few copies.",
+        )
         self.nats_publish_duration = self._histogram(
             "nats_publish_duration_seconds", "Time from a write to its acknowledgement.", _FAST_S, stream=streams
         )

@@ -235,6 +235,7 @@ class Health:
         self._altered = [f"{name} ({', '.join(d.field for d in found)})" for name, found in altered]
         metrics.nats_streams_missing.set(len({*self._missing, *inspector.incomplete}))
         metrics.nats_streams_altered.set(len(self._altered) + len(self._paused))
+        metrics.nats_streams_degraded.set(len({each.stream for each in inspector.lacking}))
         self._checked.notify_all()
 
     async def _check_consumers(self) -> None:

@@ -126,6 +126,14 @@ CASES = [
     Case("BotsUnowned", "a takeover", both("0x30", "0x5 40x2 0x20", "bindings_unowned"), 12, set()),
     Case("PollStalled", "one bot hangs", gauge("oldest_poll_age_seconds", "40x5 181+60x20"), 12, {"PollStalled"}),
     Case("PollStalled", "long polls", gauge("oldest_poll_age_seconds", "45x30"), 25, set()),
+    Case(
+        "StreamsDegraded",
+        "a server is lost, as both see",
+        both("0x5 13x20", "0x5 13x20", "nats_streams_degraded"),
+        12,
+        {"StreamsDegraded"},
+    ),
+    Case("StreamsDegraded", "a server is restarted", gauge("nats_streams_degraded", "0x5 13x3 0x20"), 12, set()),
     Case("BotsFailing", "one of many", bindings(polling=99, retrying=1), 11, {"BotsFailing"}),
     Case(
         "BotsFailing",

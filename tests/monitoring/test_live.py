@@ -284,6 +284,25 @@ async def no_adapter(s: Scene) -> None:
     await s.second.start()
 
 
+async def lost_server(s: Scene) -> None:
+    """One NATS server of three is killed, under an adapter of its own; and started again."""
+    port = free_port()
+    async with world(s.made.folder / "cluster", clustered=True, parts=SOON) as made:
+        adapter = await made.add_adapter(WECHAT_NATS_HTTP_ADDR=f"127.0.0.1:{port}")
+        s.prometheus.watch([*s.ports, port])
+
+        async def is_degraded(streams: int) -> bool:
+            return await adapter.metric("nats_streams_degraded") == streams
+
+        await eventually(lambda: is_degraded(0), "all copies are there")
+        async with s.fires("StreamsDegraded"):
+            made.cluster.nodes[0].kill()
+        assert await adapter.is_ready()
+        made.cluster.nodes[0].start()
+        await eventually(lambda: is_degraded(0), "all copies are there again")
+        s.prometheus.watch(s.ports)
+
+
 FAULTS: list[Callable[[Scene], Awaitable[None]]] = [
     full,
     nothing_to_spare,
@@ -301,6 +320,7 @@ FAULTS: list[Callable[[Scene], Awaitable[None]]] = [
     altered_stream,
     full_memory,
     no_bus,
+    lost_server,
 ]
 
 
