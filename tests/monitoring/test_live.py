@@ -286,15 +286,16 @@ async def no_adapter(s: Scene) -> None:
 
 async def lost_server(s: Scene) -> None:
     """One NATS server of three is killed, under an adapter of its own; and started again."""
-    port = free_port()
-    async with world(s.made.folder / "cluster", clustered=True, parts=SOON) as made:
+    port, folder = free_port(), s.made.folder / "cluster"
+    folder.mkdir()
+    async with world(folder, clustered=True, parts=SOON) as made:
         adapter = await made.add_adapter(WECHAT_NATS_HTTP_ADDR=f"127.0.0.1:{port}")
         s.prometheus.watch([*s.ports, port])
 
         async def is_degraded(streams: int) -> bool:
             return await adapter.metric("nats_streams_degraded") == streams
 
-        await eventually(lambda: is_degraded(0), "all copies are there")
+        await until(lambda: bool(adapter.said("adapter.started")), "all streams are there")
         async with s.fires("StreamsDegraded"):
             made.cluster.nodes[0].kill()
         assert await adapter.is_ready()
