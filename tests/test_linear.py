@@ -17,7 +17,7 @@ import pytest
 
 import adapter
 from adapter.cli import output, stdin, stored
-from adapter.console import server
+from adapter.console import languages, server
 from adapter.content.media import clean_file_name
 from adapter.contract import names
 from adapter.errors import Refused, Unreadable
@@ -95,6 +95,7 @@ RULES: dict[str, Callable[[str], object]] = {
     "what a command prints": output.printable,
     "JSON that a command prints": lambda text: output._UNPRINTABLE_IN_JSON.sub("", text),
     "a code on a terminal": lambda text: stdin.COLOURS.sub("", text),
+    "the languages of a browser": languages.preferred,
     "a path of the console": lambda text: (server._LOGIN.fullmatch(text), server._LETTER.fullmatch(text)),
 }
 
@@ -104,6 +105,7 @@ TRIED = {
     "cli/login.py": 1,  # what an operator types
     "cli/output.py": 2,
     "cli/stdin.py": 1,
+    "console/languages.py": 1,
     "console/server.py": 3,
     "content/media.py": 1,
     "ilink/cipher.py": 1,
