@@ -35,8 +35,8 @@ def peer(lag: int, active: int = 5_000_000, **more: Any) -> dict[str, Any]:
 )
 def test_a_copy_lacks_if_two_looks_say_so(looks: tuple[dict[str, Any], ...], found: list[Lacking]) -> None:
     copies = Copies()
-    assert copies.look({"S": looks[0]}) == []
-    assert copies.look({"S": looks[1]}) == found
+    assert copies.compare({"S": looks[0]}) == []
+    assert copies.compare({"S": looks[1]}) == found
 
 
 def test_a_server_is_one_sentence_with_its_streams_or_their_number() -> None:

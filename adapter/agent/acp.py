@@ -45,7 +45,7 @@ class Conversation:
 
 
 @dataclass
-class Peer:
+class AgentProcess:
     """The agent's process."""
 
     process: Process
@@ -68,7 +68,7 @@ class AcpAgent(Program):
         self._names = Names(folder / "acp.json")
         self._answering: dict[str, Conversation] = {}
         """By the agent's session."""
-        self._peer: asyncio.Task[Peer] | None = None
+        self._peer: asyncio.Task[AgentProcess] | None = None
         self._errors = bytearray()
         logging.getLogger().addFilter(_without_traceback)
 
@@ -119,7 +119,7 @@ class AcpAgent(Program):
             del self._answering[session]
         return conversation.said
 
-    async def _connected(self) -> Peer:
+    async def _connected(self) -> AgentProcess:
         """The running process; another one where it has ended."""
         opening = self._peer
         if opening and opening.done() and (opening.exception() or opening.result().process.returncode is not None):
@@ -128,7 +128,7 @@ class AcpAgent(Program):
             self._peer = asyncio.create_task(self._open())
         return await asyncio.shield(self._peer)
 
-    async def _open(self) -> Peer:
+    async def _open(self) -> AgentProcess:
         """Raises Temporary."""
         process = await self._start(self._command, {})
         assert process.stderr is not None
@@ -146,9 +146,9 @@ class AcpAgent(Program):
                 detail = "The program does not speak the Agent Client Protocol."
                 raise Temporary("not_started", detail, said=last_line(self._errors)) from exc
             undo.pop_all()
-        return Peer(process, connection, about.agent_capabilities or schema.AgentCapabilities(), copying)
+        return AgentProcess(process, connection, about.agent_capabilities or schema.AgentCapabilities(), copying)
 
-    async def _session(self, peer: Peer, ours: str) -> str:
+    async def _session(self, peer: AgentProcess, ours: str) -> str:
         """The agent's session, loaded or new."""
         folder, session = str(Path.cwd()), self._names.get(ours)
         if session in peer.sessions:

@@ -142,7 +142,7 @@ class PresetAgent(Program):
         raise failures[0]
 
 
-class Said(NamedTuple):
+class AgentOutput(NamedTuple):
     """What a run has printed."""
 
     text: str = ""
@@ -150,7 +150,7 @@ class Said(NamedTuple):
     error: str = ""
 
 
-def read_events(output: bytes) -> Said:
+def read_events(output: bytes) -> AgentOutput:
     """The agent's last words, in the events of any of PRESETS: what it says before it uses a tool is no answer."""
     text = session = error = ""
     goes_on = False
@@ -175,4 +175,4 @@ def read_events(output: bytes) -> Said:
                 goes_on = False
             case {"type": "error", "error": {"data": {"message": str(words)}}} | {"error": {"message": str(words)}}:
                 error = words
-    return Said(text, session, error)
+    return AgentOutput(text, session, error)

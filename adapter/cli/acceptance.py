@@ -387,7 +387,7 @@ async def acceptance(
                 if (name == "late") != late or (is_done and not late):
                     continue
                 say(f"\n[{place}/{len(STEPS)}] {step.title}")
-                result = report.steps[name] = await _take(walk, step)
+                result = report.steps[name] = await _run_step(walk, step)
                 _write(report, path)
                 if name == "login" and await walk.binding() is None:
                     raise Failed(NO, f"No bot serves {sandbox}, so there is nothing to try.")
@@ -401,7 +401,7 @@ async def acceptance(
     return OK
 
 
-async def _take(walk: Walk, step: Step) -> Result:
+async def _run_step(walk: Walk, step: Step) -> Result:
     """Raises Failed."""
     status: Any = "done"
     walk.facts = {}

@@ -162,11 +162,11 @@ async def _check_copies(bus: BusConnection) -> list[Finding]:
     """Whether the streams have all their copies. They work without one, so nothing fails."""
     copies = Copies()
     infos = await _stream_infos(bus)
-    copies.look(infos)
+    copies.compare(infos)
     if copies.is_suspicious:
         await asyncio.sleep(SECOND_LOOK_S)
         infos = await _stream_infos(bus)
-        if lacking := copies.look(infos):
+        if lacking := copies.compare(infos):
             return [Finding("copies", "warn", said) for said in sentences(lacking, len(infos))]
     number = max((info["config"]["num_replicas"] for info in infos.values()), default=1)
     return [Finding("copies", "ok", f"{number} of each stream, none is behind")] if number > 1 else []

@@ -99,10 +99,10 @@ async def _start(sandbox: str, choice: AgentChoice, settings: Settings) -> None:
 
 async def _serve(bus: BusConnection, sandbox: str, answer: Agent, sessions: Sessions, welcome: str | None) -> None:
     """Lets the agent answer, and users log in, until cancelled. Raises Failed, and what the runner raises."""
-    await bus.nc.subscribe(bus.names.receipts(sandbox), cb=_tell_receipt)
+    await bus.nc.subscribe(bus.names.receipts(sandbox), cb=_show_receipt)
     try:
         async with Sandbox(sandbox, bus.settings) as connected, asyncio.TaskGroup() as group:
-            group.create_task(Runner(connected, answer, sessions, _tell_end, welcome=welcome).run())
+            group.create_task(Runner(connected, answer, sessions, _show_turn, welcome=welcome).run())
             group.create_task(_keep_bound(bus, sandbox))
     except ExceptionGroup as several:
         first = several.exceptions[0]
@@ -154,7 +154,7 @@ async def _bindings(bus: BusConnection, sandbox: str) -> list[BindingInfo]:
             await asyncio.sleep(0.1)
 
 
-def _tell_end(end: TurnEnd) -> None:
+def _show_turn(end: TurnEnd) -> None:
     """Says how a message was handled, without its text."""
     log_end(end)
     message, length = end.message, len(end.message.text)
@@ -168,7 +168,7 @@ def _tell_end(end: TurnEnd) -> None:
         _say(f"{INDENT}{line}")
 
 
-async def _tell_receipt(msg: Msg) -> None:
+async def _show_receipt(msg: Msg) -> None:
     """Says which answer has not reached the user."""
     with contextlib.suppress(*UNDECODABLE):  # of a later version
         receipt = msgspec.json.decode(msg.data, type=Receipt)

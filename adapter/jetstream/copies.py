@@ -34,7 +34,7 @@ class Copies:
         self._suspects: set[tuple[str, str]] = set()
         """Stream and server of the copies that did not count at the last look."""
 
-    def look(self, infos: Mapping[str, dict[str, Any]]) -> list[Lacking]:
+    def compare(self, infos: Mapping[str, dict[str, Any]]) -> list[Lacking]:
         """Copies that count neither now nor at the last look. `infos`: by stream, the answer to STREAM.INFO."""
         found = [lacking for name, info in infos.items() for lacking in _lacking(name, info, self._last.get(name))]
         lasting = [lacking for lacking in found if (lacking.stream, lacking.server) in self._suspects]

@@ -94,7 +94,7 @@ class Inspector:
     def _note_copies(self, infos: dict[str, dict[str, Any]]) -> None:
         """Logs which servers lack copies when they become others."""
         before = {each.server for each in self.lacking}
-        self.lacking = self._copies.look(infos)
+        self.lacking = self._copies.compare(infos)
         if {each.server for each in self.lacking} == before:
             return
         if self.lacking:
