@@ -28,7 +28,7 @@ PRIVATE = {
     "ilink/test_connection.py": "_idle",
     "ilink/test_large_answers.py": "_large",
     "ownership/test_leases.py": "_sightings",
-    "inbound/test_poller.py": "_poll_task",
+    "inbound/test_poller.py": "_is_waiting _task",
     "test_supervisor.py": "_is_cut",
     # memory, which nothing else shows
     "growth.py": "_lru_cache_wrapper _scheduled _timer_cancelled_count",

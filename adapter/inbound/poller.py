@@ -17,6 +17,7 @@ import contextlib
 import enum
 from collections.abc import Callable, Sequence
 from functools import partial
+from typing import Any
 
 import structlog
 
@@ -27,14 +28,14 @@ from adapter.errors import AdapterError, LeaseLost, SessionExpired, Temporary
 from adapter.inbound.checkpoint import Checkpoint
 from adapter.inbound.receive import InboundDeps, Receiver
 from adapter.kit.persist import persist
-from adapter.kit.timing import ChangeSignal, backoff, raise_if_cancelled, shield_with_grace
+from adapter.kit.timing import ChangeSignal, backoff, shield_with_grace
 from adapter.outbound.sessions import BotSession
 from adapter.ports import HOLD_MS, Polled
 
 log = structlog.get_logger()
 
 
-class State(enum.Enum):
+class State(enum.StrEnum):
     """What a poller does, as `bindings`, `doctor` and the console show it."""
 
     WAITING = "waiting"
@@ -153,8 +154,10 @@ class BotPoller:
         """Reasons to read the inbox that came since the conversations and the checkpoint know what it has."""
         self._saving: asyncio.Task[None] | None = None
         self._folding: asyncio.Task[None] | None = None
-        self._poll_task: asyncio.Task[Polled | None] | None = None
-        """The poll that waits."""
+        self._task: asyncio.Task[Any] | None = None
+        """The poller's own."""
+        self._is_waiting = False
+        """A poll is out that `_end_poll` may cut."""
         # what the last polls tell about the next one
         self._failures = 0
         """Failed steps in a row."""
@@ -182,14 +185,14 @@ class BotPoller:
     def stop(self, *, immediately: bool) -> None:
         """Asks the poller to end at the next boundary or pause; with `immediately` also cuts a poll that waits."""
         self.stopping = True
-        if immediately or self._poll_task is None:
+        if immediately or not self._is_waiting:
             self.cancel_poll()
 
     def cancel_poll(self, *, for_lease: bool = False) -> None:
         """Ends a pause at once, and a poll after ANSWER_GRACE_S; not `for_lease` if that is valid again by then."""
         self._is_cut = True
         self._wake.notify_all()
-        if self._poll_task is not None:
+        if self._is_waiting:
             loop = asyncio.get_running_loop()
             # After everything that is due by then. Otherwise an answer would be dropped that was read but has not
             # woken the poller, or that arrived while the loop was busy: uvloop runs timers before it reads sockets.
@@ -214,7 +217,7 @@ class BotPoller:
 
         It is ended by `stop`. Cancellation would drop an answer that iLink may count as delivered.
         """
-        sessions = self._deps.sessions
+        self._task, sessions = asyncio.current_task(), self._deps.sessions
         sessions.polled[self.bot], self.session.poll_now = self.session, self.cancel_poll
         try:
             await self._serve()
@@ -491,25 +494,28 @@ class BotPoller:
         account = self._deps.sessions.account(binding)
         if self._is_cut:
             return None
-        poll = self._deps.chat.poll(account, cursor, self._hold_ms)
-        self._poll_task = asyncio.get_running_loop().create_task(poll)
+        assert self._task is not None
+        self._is_waiting = True
         try:
-            polled = await self._poll_task
-            raise_if_cancelled()  # the poll may have ended with an answer all the same
-            return polled
+            polled = await self._deps.chat.poll(account, cursor, self._hold_ms)
         except asyncio.CancelledError:
-            raise_if_cancelled()
-            return None
+            polled = None
         finally:
-            self._poll_task = None
+            if not self._is_waiting:  # it was cut, and may have ended with an answer all the same
+                self._task.uncancel()
+            self._is_waiting = False
+        if self._task.cancelling():  # the poller is to end
+            raise asyncio.CancelledError
+        return polled
 
     def _end_poll(self, for_lease: bool) -> None:
         """Ends the waiting poll, even one that began after `cancel_poll`, since the reason still holds."""
         if for_lease and self.checkpoint is not None:
             with contextlib.suppress(LeaseLost):
                 return self.checkpoint.check()  # it never belonged to another replica
-        if self._poll_task is not None and self._is_cut:
-            self._poll_task.cancel()
+        if self._is_waiting and self._is_cut and self._task is not None:
+            self._is_waiting = False
+            self._task.cancel()
 
     async def _on_no_answer(self) -> None:
         """Handles a poll that was cut, or got no answer within its hold and the client's margin."""
