@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 from nats.aio.client import PING_PROTO, Client
 from nats.aio.msg import Msg
+from nats.aio.subscription import Subscription
 from nats.aio.transport import TcpTransport
 from nats.errors import ConnectionReconnectingError
 
@@ -24,13 +25,15 @@ _NAME = re.compile(r"[!#$%&'*+\-.^_`|~0-9A-Za-z]+")
 _VERSION = "NATS/1.0"
 _VIOLATION = re.compile(r'permissions violation for (publish|subscription) to "([^"]+)"')
 
-RawCallback = Callable[[str, bytes, bytes], None]
-"""Subject, payload and raw headers of a message; see `has_no_responders`, `parse_headers`."""
+RawCallback = Callable[[str, bytes, bytes, bytes], None]
+"""Subject, reply subject, payload and raw headers of a message; see `has_no_responders`, `parse_headers`."""
 Admission = Callable[[str, str, int], bool]
 """Decides by subject, reply subject and payload size whether a message is accepted."""
 
 BURST, BURST_BYTES = 64, 512 * 1024
 """Messages, or bytes of them, after which a connection pauses. They take about a millisecond."""
+UNWRITTEN_BYTES = 64 * 1024
+"""Bytes that the socket has not taken, above which nats-py's flusher waits for it."""
 PAUSE_S = 0.004
 """Length of such a pause, so that a flood takes a fifth of the event loop's time."""
 
@@ -54,6 +57,7 @@ class BusClient(Client):
         """Whether incoming messages may take only a part of the event loop's time."""
         self._burst = 0.0
         """Part of a burst that has come since the last pause."""
+        self._is_write_due = False
 
     def set_admission(self, admit: Admission) -> None:
         """Makes a connection that other clients write to pause, and call `admit` before it processes a message that
@@ -97,9 +101,25 @@ class BusClient(Client):
         self.stats["out_bytes"] += len(payload)
         self._pending.append(command)
         self._pending_data_size += len(command)
-        if self._flush_queue is not None and self._flush_queue.empty():
-            self._flush_queue.put_nowait(asyncio.get_running_loop().create_future())
+        if not self._is_write_due:
+            self._is_write_due = True
+            asyncio.get_running_loop().call_soon(self._write_pending)
         return True
+
+    def _write_pending(self) -> None:
+        """Writes what is queued. nats-py's flusher does it if the server does not keep up or the socket is closed."""
+        self._is_write_due = False
+        writer = self._transport._io_writer if isinstance(self._transport, TcpTransport) else None
+        if (
+            writer is not None
+            and self._status == self.CONNECTED
+            and not writer.transport.is_closing()
+            and writer.transport.get_write_buffer_size() < UNWRITTEN_BYTES
+        ):
+            writer.transport.write(b"".join(self._pending))
+            self._pending, self._pending_data_size = [], 0
+        elif self._flush_queue is not None and self._flush_queue.empty():
+            self._flush_queue.put_nowait(asyncio.get_running_loop().create_future())
 
     async def _process_connect_init(self) -> None:
         """Logs in. Turns the error that uvloop raises for a broken socket into ConnectionResetError."""
@@ -134,7 +154,7 @@ class BusClient(Client):
         writer = self._transport._io_writer if isinstance(self._transport, TcpTransport) else None
         return writer is not None and writer.transport.is_closing()
 
-    async def subscribe_raw(self, subject: str, on_raw_message: RawCallback) -> None:
+    async def subscribe_raw(self, subject: str, on_raw_message: RawCallback) -> Subscription:
         """Subscribes. `on_raw_message` is called while messages are read; its errors go to `error_cb`."""
 
         async def on_message(msg: Msg) -> None:
@@ -142,6 +162,11 @@ class BusClient(Client):
 
         subscription = await self.subscribe(subject, cb=on_message, pending_msgs_limit=0, pending_bytes_limit=0)
         self._raw_callbacks[subscription._id] = on_raw_message
+        return subscription
+
+    def _remove_sub(self, sid: int, max_msgs: int = 0) -> None:
+        self._raw_callbacks.pop(sid, None)
+        super()._remove_sub(sid, max_msgs)
 
     async def _process_headers(self, headers: bytes | None) -> dict[str, str] | None:
         return parse_headers(headers) if headers else None
@@ -162,7 +187,7 @@ class BusClient(Client):
         self.stats["in_msgs"] += 1
         self.stats["in_bytes"] += len(data)
         try:
-            on_raw_message(subject.decode(), data, headers or b"")
+            on_raw_message(subject.decode(), reply, data, headers or b"")
         except Exception as exc:  # noqa: BLE001 - as nats-py does: a callback must not end the connection
             await self._error_cb(exc)
 
@@ -194,15 +219,14 @@ def has_no_responders(headers: bytes) -> bool:
 
 def _publish_command(subject: str, reply: str, headers: dict[str, str] | None, payload: bytes) -> bytes | None:
     """The protocol line and its payload; None: nats-py has to handle it."""
-    if not subject or " " in (names := subject + reply) or not names.isprintable():
+    if not subject or len((subject + reply).split()) != 1:
         return None
     if headers is None:
         return f"PUB {subject} {reply} {len(payload)}\r\n".encode() + payload + b"\r\n"
-    values = "".join(headers.values())
-    if not (headers and values.isascii() and values.isprintable() and all(map(_is_name, headers))):
+    text = "".join([f"{name}: {value.strip()}\r\n" for name, value in headers.items()])
+    if not (headers and text.isascii() and text.count("\r") == text.count("\n") == len(headers)):
         return None
-    text = "".join([f"{name}: {value}\r\n" for name, value in headers.items()])
-    if " \r" in text or ":  " in text:  # nats-py would strip the spaces
+    if not all(map(_is_name, headers)):
         return None
     size = len(text) + 12  # NATS/1.0 and two line ends
     head = f"HPUB {subject} {reply} {size} {size + len(payload)}\r\nNATS/1.0\r\n{text}\r\n"

@@ -17,17 +17,16 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 from typing import Any
 
 import msgspec
 import structlog
-from nats.aio.client import Client
-from nats.aio.msg import Msg
 from nats.errors import Error as NatsError
 
 from adapter.errors import BusRefused, LeaseLost, Temporary
 from adapter.jetstream.api_replies import NO_CONSUMER
+from adapter.jetstream.client import BusClient, parse_headers
 from adapter.jetstream.managed_connection import ManagedConnection
 from adapter.kit.timing import ChangeSignal, backoff
 
@@ -47,7 +46,7 @@ PULL_BYTES = 1024 * 1024
 """Most bytes of a pull, more than a message of these streams has. A server closes the connection of a client with
 64 MB pending; after the next connect all of it would be redelivered, and the connection closed again."""
 LOST = "a delivery got lost"
-DELIVERED = "$JS.ACK."
+DELIVERED = b"$JS.ACK."
 """Start of the reply subject of a delivery. Its headers are the author's, and may contain a `Status`."""
 
 
@@ -67,14 +66,14 @@ class Delivery:
         "time_ms",
     )
 
-    def __init__(self, consumer: Consumer, msg: Msg) -> None:
-        tokens = msg.reply.split(".")
+    def __init__(self, consumer: Consumer, subject: str, reply: str, data: bytes, headers: dict[str, str]) -> None:
+        tokens = reply.split(".")
         base = 2 if len(tokens) < 11 else 4  # newer servers may add domain and account hash
         self._consumer = consumer
-        self.reply = msg.reply
-        self.subject = msg.subject
-        self.data = msg.data
-        self.headers: dict[str, str] = msg.headers or {}
+        self.reply = reply
+        self.subject = subject
+        self.data = data
+        self.headers = headers
         self.seq = int(tokens[base + 3])
         self.number = int(tokens[base + 4])
         """Number of the delivery since the last reset of the consumer."""
@@ -93,8 +92,7 @@ class Delivery:
 class Consumer:
     """The pull loop of one durable consumer.
 
-    `check` raises LeaseLost unless this replica may read now. `wait_tick` is awaited before each delivery, since
-    nats-py passes on everything that has arrived in one turn of the event loop.
+    `check` raises LeaseLost unless this replica may read now.
     """
 
     def __init__(
@@ -104,14 +102,12 @@ class Consumer:
         config: dict[str, Any],
         *,
         check: Callable[[], None] = lambda: None,
-        wait_tick: Callable[[], Awaitable[None]] | None = None,
     ) -> None:
         self.connection = connection
         self.name: str = config["name"]
         self._stream = stream
         self._config = config
         self._check = check
-        self._wait_tick = wait_tick
         self._requested = 0
         """Messages that are requested and have not come."""
         self._last_delivery = 0
@@ -164,21 +160,22 @@ class Consumer:
         self._last_delivery = int(info["ack_floor"]["consumer_seq"])
         self._requested = 0
 
-    async def _pull(self, nc: Client, on_delivery: Callable[[Delivery], None]) -> None:
+    async def _pull(self, nc: BusClient, on_delivery: Callable[[Delivery], None]) -> None:
         """Delivers until the connection is lost. Raises Temporary after a lost delivery or without heartbeats,
         LeaseLost."""
         loop = asyncio.get_running_loop()
         last_message_at, broken = loop.time(), ""
 
-        async def on_message(msg: Msg) -> None:
+        def on_message(subject: str, reply: bytes, data: bytes, raw_headers: bytes) -> None:
             nonlocal last_message_at, broken
             last_message_at = loop.time()
             if broken:  # later messages must not overtake the lost one
                 return
-            status = None if msg.reply.startswith(DELIVERED) else (msg.headers or {}).get("Status")
-            if status is None and self._wait_tick is not None:
-                await self._wait_tick()  # the end of the pull also ends the subscription and this task
-            broken = self._deliver(msg, on_delivery) if status is None else self._on_status(status, msg.headers or {})
+            headers = parse_headers(raw_headers) if raw_headers else {}
+            if reply.startswith(DELIVERED):
+                broken = self._deliver(Delivery(self, subject, reply.decode(), data, headers), on_delivery)
+            else:
+                broken = self._on_status(headers.get("Status", ""), headers)
             if broken or self._requested <= REQUEST_AT:
                 self._changed.notify_all()
 
@@ -187,7 +184,7 @@ class Consumer:
 
         inbox = nc.new_inbox()
         try:
-            subscription = await nc.subscribe(inbox, cb=on_message, pending_msgs_limit=0, pending_bytes_limit=0)
+            subscription = await nc.subscribe_raw(inbox, on_message)
         except NatsError as exc:
             raise Temporary("bus_down", type(exc).__name__) from exc
         try:
@@ -204,9 +201,8 @@ class Consumer:
             with contextlib.suppress(NatsError):  # a closed client has no subscriptions
                 await subscription.unsubscribe()
 
-    def _deliver(self, msg: Msg, on_delivery: Callable[[Delivery], None]) -> str:
+    def _deliver(self, delivery: Delivery, on_delivery: Callable[[Delivery], None]) -> str:
         """Passes a delivery on. Returns why the pull is broken, or ""."""
-        delivery = Delivery(self, msg)
         if delivery.number != self._last_delivery + 1:
             return LOST
         self._last_delivery = delivery.number

@@ -89,12 +89,12 @@ class ManagedConnection:
     def is_connected(self) -> bool:
         return self.nc is not None and not self.nc.is_closed
 
-    async def wait_connected(self, timeout_s: float | None = None) -> Client:
+    async def wait_connected(self, timeout_s: float | None = None) -> BusClient:
         """The client, as soon as there is one. Raises Temporary("bus_down") after `timeout_s` seconds."""
         await self.changed.wait_until(lambda: self.is_connected, timeout_s)
         return self.client()
 
-    def client(self) -> Client:
+    def client(self) -> BusClient:
         """The client. Raises Temporary("bus_down")."""
         if self.nc is not None and not self.nc.is_closed:
             return self.nc

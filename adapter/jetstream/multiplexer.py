@@ -71,7 +71,7 @@ class RequestMultiplexer:
         finally:
             del self.pending[number]
 
-    def _on_reply(self, subject: str, data: bytes, headers: bytes) -> None:
+    def _on_reply(self, subject: str, _: bytes, data: bytes, headers: bytes) -> None:
         request = self.pending.get(subject[len(self._prefix) :])
         if request is not None:  # otherwise it is late
             found = parse_headers(headers) if headers else {}

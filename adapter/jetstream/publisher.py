@@ -126,10 +126,14 @@ class Publisher:
 
     async def publish(self, message: BusMessage) -> PubAck:
         """Returns when the stream has the message. Raises Conflict, BusRefused, LeaseLost."""
-        (answer,) = await self.publish_all([message])
-        if isinstance(answer, BusRefused):
-            raise answer
-        return answer
+        entry = self._add_outstanding(message, self._clock.monotonic())
+        try:
+            if not entry.stream.is_interrupted:  # else it is left to `_recover`
+                await self._write(entry, entry.requested_at)
+            return await entry.future
+        except BaseException:
+            self._remove_outstanding(entry)
+            raise
 
     async def publish_all(self, messages: Sequence[BusMessage]) -> list[PubAck | BusRefused]:
         """Publishes all messages, pipelined, those of one stream in this order. A refusal takes the place of an ack.
@@ -141,7 +145,7 @@ class Publisher:
         try:
             for entry in entries:
                 if not entry.stream.is_interrupted and entry.sent_at is None:  # else it is left to `_recover`
-                    await self._write(entry)
+                    await self._write(entry, now)
             answers: list[PubAck | BusRefused] = []
             for entry in entries:
                 try:
@@ -149,9 +153,10 @@ class Publisher:
                 except BusRefused as exc:
                     answers.append(exc)
             return answers
-        finally:
+        except BaseException:
             for entry in entries:
                 self._remove_outstanding(entry)
+            raise
 
     def _add_outstanding(self, message: BusMessage, now: float) -> _Outstanding:
         """Adds a message in the order of the calls."""
@@ -219,7 +224,7 @@ class Publisher:
             last = -1
             while fresh := [entry for number, entry in stream.outstanding.items() if number > last]:
                 for entry in fresh:
-                    await self._write(entry)
+                    await self._write(entry, self._clock.monotonic())
                 last = fresh[-1].number
             if stream.interruptions != interruptions:
                 continue
@@ -232,7 +237,7 @@ class Publisher:
     async def _write_alone(self, entry: _Outstanding) -> bool:
         """Writes a message, and waits until it is answered. False: the stream was interrupted, or no answer came."""
         stream, interruptions = entry.stream, entry.stream.interruptions
-        await self._write(entry)
+        await self._write(entry, self._clock.monotonic())
         if not await stream.changed.wait_until(
             lambda: entry.future.done() or stream.interruptions != interruptions, ACK_TIMEOUT_S
         ):
@@ -252,7 +257,7 @@ class Publisher:
         with contextlib.suppress(Temporary, BusRefused):
             await self._connection.api_request("INFO", timeout_s=ACK_TIMEOUT_S)  # its answer counts, if any
 
-    async def _write(self, entry: _Outstanding) -> None:
+    async def _write(self, entry: _Outstanding, now: float) -> None:
         """Writes a message, perhaps again, if its caller still waits and may still write it."""
         message, stream = entry.message, entry.stream
         if entry.future.done():
@@ -269,7 +274,7 @@ class Publisher:
             return
         if entry.sent_at is not None:
             stream.retried.inc()
-        entry.sent_at = self._clock.monotonic()
+        entry.sent_at = now
         if (nc := self._connection.nc) is None:
             self._interrupt(stream)
             return
@@ -297,7 +302,7 @@ class Publisher:
         self._prefix = nc.new_inbox() + "."
         await nc.subscribe_raw(self._prefix + "*", self._on_ack)
 
-    def _on_ack(self, subject: str, data: bytes, headers: bytes) -> None:
+    def _on_ack(self, subject: str, _: bytes, data: bytes, headers: bytes) -> None:
         number = subject[len(self._prefix) :]
         entry = self._outstanding.get(int(number)) if number.isdecimal() else None
         if entry is None or entry.future.done():

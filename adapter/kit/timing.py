@@ -8,6 +8,7 @@ import random
 import time
 from collections import deque
 from collections.abc import Callable, Coroutine
+from functools import partial
 from typing import Any, Protocol, TypeVar
 
 T = TypeVar("T")
@@ -37,8 +38,7 @@ class SystemClock:
     def now_ms(self) -> int:
         return time.time_ns() // 1_000_000
 
-    def monotonic(self) -> float:
-        return time.clock_gettime(_WITH_SUSPENSION)
+    monotonic = staticmethod(partial(time.clock_gettime, _WITH_SUSPENSION))
 
     async def sleep(self, seconds: float) -> None:
         await asyncio.sleep(seconds)

@@ -77,6 +77,5 @@ async def _consume(replica: Replica, shard: Shard, name: str, on_delivery: Calla
         replica.edges.connection,
         *topology.consumer_config(replica.names, name),
         check=shard.ensure_owner,
-        wait_tick=replica.ticks.wait_tick,
     )
     await consumer.run(take_delivery)

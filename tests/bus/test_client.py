@@ -108,7 +108,7 @@ async def test_publishes_by_both_paths_are_written_in_one_order(server: Embedded
     try:
         inbox, received, enough = client.new_inbox(), list[bytes](), asyncio.Event()
 
-        def take(_: str, data: bytes, headers: bytes) -> None:
+        def take(_: str, reply: bytes, data: bytes, headers: bytes) -> None:
             received.append(data)
             if len(received) == 300:
                 enough.set()
@@ -317,7 +317,7 @@ async def test_messages_arrive_in_order_and_a_callback_that_raises_ends_nothing(
     errors: list[Exception] = []
     enough = asyncio.Event()
 
-    def take(subject: str, data: bytes, headers: bytes) -> None:
+    def take(subject: str, reply: bytes, data: bytes, headers: bytes) -> None:
         received.append((subject, data, has_no_responders(headers)))
         if data == b"bad":
             raise ValueError

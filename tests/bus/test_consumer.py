@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import random
 import re
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -42,12 +42,11 @@ class Reader:
         room: int = 8,
         name: str = topology.CONTROL,
         check: Callable[[], None] = lambda: None,
-        wait_tick: Callable[[], Awaitable[None]] | None = None,
     ) -> None:
         self.got: list[Delivery] = []
         stream, config = topology.consumer_config(NAMES, name)
         self.stream, self.name, config = stream, name, config | {"max_ack_pending": room}
-        self.consumer = Counted(rig.connection, stream, config, check=check, wait_tick=wait_tick)
+        self.consumer = Counted(rig.connection, stream, config, check=check)
         self.task = rig.spawn(self.consumer.run(self.got.append))
 
     @property
@@ -79,33 +78,6 @@ async def test_a_consumer_delivers_in_order_and_no_more_than_there_is_room_for(r
         await reader.got[number].ack()
     assert reader.texts == texts
     assert not any(delivery.redelivered for delivery in reader.got)
-
-
-async def test_what_has_come_is_delivered_in_its_turn_and_not_after_the_pull_has_ended(rig: Rig) -> None:
-    """All in one round of the event loop would hold it up. What waits as a pull ends comes again after the reset."""
-    texts = [str(number) for number in range(8)]
-    await control(rig, *texts)
-    asked, turns = 0, asyncio.Semaphore(0)
-
-    async def wait_tick() -> None:
-        nonlocal asked
-        asked += 1
-        await turns.acquire()
-
-    reader = Reader(rig, room=8, wait_tick=wait_tick)
-    await until(lambda: asked == 1, "one waits for its turn")
-    turns.release()
-    await reader.have(1)
-    await until(lambda: asked == 2, "the next one waits")
-    assert reader.texts == ["0"]
-    rig.bus.kill()
-    await until(lambda: not rig.connection.is_connected, "the break is noticed")
-    await rig.bus.start()
-    await until(lambda: asked == 3 and reader.resets == 2, "the next pull's first one waits, too")
-    for _ in range(len(texts) + 1):
-        turns.release()
-    await reader.have(1 + len(texts))
-    assert reader.texts == ["0", *texts]
 
 
 async def test_a_delivery_with_a_status_among_its_headers_is_one_as_any_other(rig: Rig) -> None:
