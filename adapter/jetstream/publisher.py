@@ -279,9 +279,9 @@ class Publisher:
             self._interrupt(stream)
             return
         try:
-            await nc.publish(
-                message.subject, message.payload, f"{self._prefix}{entry.number}", message.headers or None
-            )
+            given = message.subject, message.payload, f"{self._prefix}{entry.number}", message.headers or None
+            if not nc.try_publish(*given):
+                await nc.publish(*given)
         except (BadHeaderError, BadSubjectError, MaxPayloadError, UnicodeError) as exc:
             # it can never be written, and must not block the messages behind it
             stream.refused.inc()

@@ -91,7 +91,6 @@ class Events:
         then it becomes a dead letter (0). `ensure_owner`: as in BusMessage. Raises Conflict; Temporary if nothing
         of it can be stored; what `ensure_owner` raises.
         """
-        receipt = msgspec.structs.replace(receipt, at_ms=self._clock.now_ms())
         # the id has `expected` and outcome: another receipt must meet the comparison, which comes after that of ids
         ident = f"receipt:{receipt.sandbox}:{receipt.sequence}:{receipt.received_at_ms}:{expected}:{receipt.outcome}"
         kept = {
@@ -101,25 +100,16 @@ class Events:
             H_TRACEPARENT: traceparent,
         }
         subject = self._names.receipt(receipt.sandbox, receipt.command, receipt.sequence)
-        payload = msgspec.json.encode(receipt)
+        message = BusMessage("event", subject, msgspec.json.encode(receipt), kept, ensure_owner)
         try:
-            ack = await self._publish_shortened(BusMessage("event", subject, payload, kept, ensure_owner), receipt)
+            ack = await self._publish_until_stored(message)
         except Conflict:
             raise
         except BusRefused as exc:
-            is_kept = await self.publish_dead_letter(
-                "EVENT",
-                payload,
-                subject=subject,
-                headers={H_COMMAND: receipt.command, H_TRACEPARENT: traceparent},
-                reason="receipt_refused",
-                detail=exc.detail,
-                msg_id=f"dead:{ident}",
-                sandbox=receipt.sandbox,
-            )
-            if not is_kept:
-                raise Temporary("receipt_refused", exc.detail) from exc
-            return 0
+            log.error("event.refused", sandbox=receipt.sandbox, kind="receipt", detail=exc.detail)
+            if (shortened := await self._publish_shortened(message, receipt)) is None:
+                return 0
+            ack = shortened
         self._metrics.receipts.child(receipt.outcome).inc()
         log.info(
             "receipt.stored",
@@ -132,17 +122,27 @@ class Events:
         )
         return ack.seq
 
-    async def _publish_shortened(self, message: BusMessage, receipt: contract.Receipt) -> PubAck:
-        """Publishes a receipt, and if it is refused, once more without what iLink and the adapter say in words.
-        Raises BusRefused."""
+    async def _publish_shortened(self, message: BusMessage, receipt: contract.Receipt) -> PubAck | None:
+        """Publishes a receipt without what iLink and the adapter say in words. None: it became a dead letter."""
+        short = msgspec.json.encode(msgspec.structs.replace(receipt, detail="", errmsg=""))
         try:
-            return await self._publish_until_stored(message)
+            return await self._publish_until_stored(msgspec.structs.replace(message, payload=short))
         except Conflict:
             raise
         except BusRefused as exc:
-            log.error("event.refused", sandbox=receipt.sandbox, kind="receipt", detail=exc.detail)
-        short = msgspec.json.encode(msgspec.structs.replace(receipt, detail="", errmsg=""))
-        return await self._publish_until_stored(msgspec.structs.replace(message, payload=short))
+            is_kept = await self.publish_dead_letter(
+                "EVENT",
+                message.payload,
+                subject=message.subject,
+                headers={H_COMMAND: receipt.command, H_TRACEPARENT: message.headers[H_TRACEPARENT]},
+                reason="receipt_refused",
+                detail=exc.detail,
+                msg_id=f"dead:{message.headers[H_MSG_ID]}",
+                sandbox=receipt.sandbox,
+            )
+            if not is_kept:
+                raise Temporary("receipt_refused", exc.detail) from exc
+            return None
 
     async def _publish_event(
         self,

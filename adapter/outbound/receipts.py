@@ -146,7 +146,7 @@ class Receipts:
         `expected`: sequence of the receipt before it; 0: none. `ensure_owner`: as in BusMessage. Raises Temporary,
         and what `ensure_owner` raises.
         """
-        receipt = _receipt(ref, result, address, shown, reply_to)
+        receipt = _receipt(ref, result, address, shown, reply_to, self._clock.now_ms())
         while True:
             try:
                 sequence = await self._events.publish_receipt(
@@ -209,7 +209,7 @@ def result_of(receipt: Receipt) -> CommandResult:
 
 
 def _receipt(
-    ref: CommandRef, result: CommandResult, address: Address, shown: contract.Window, reply_to: str
+    ref: CommandRef, result: CommandResult, address: Address, shown: contract.Window, reply_to: str, now_ms: int
 ) -> Receipt:
     return Receipt(
         command=ref.id,
@@ -229,6 +229,7 @@ def _receipt(
         repeat_of=result.repeat_of,
         attempts=result.attempts,
         received_at_ms=ref.stored_ms,
+        at_ms=now_ms,
     )
 
 
