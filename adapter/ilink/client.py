@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import random
 import time
 import traceback
 from collections.abc import Callable, Sequence
@@ -23,7 +22,6 @@ from functools import partial
 from typing import TypeVar
 from urllib.parse import urlsplit
 
-import msgspec
 import structlog
 
 from adapter.errors import AdapterError, LeaseLost, Refused, SessionExpired, Temporary, Throttled, Uncertain
@@ -68,7 +66,7 @@ class CountedCall:
         self._started = time.monotonic()
 
     def __exit__(self, kind: object, exc: BaseException | None, trace: object) -> None:
-        if isinstance(exc, LeaseLost) or not isinstance(exc, AdapterError | TimeoutError | None):
+        if exc is not None and (isinstance(exc, LeaseLost) or not isinstance(exc, (AdapterError, TimeoutError))):
             return  # no request was made, or it was cancelled
         self._metrics.upstream_requests.child(self._endpoint, _outcome_label(exc)).inc()
         if self._endpoint not in LONG_POLLS:
@@ -114,7 +112,7 @@ class ILink:
         return bot in self._connecting
 
     async def poll(self, account: Account, cursor: str, hold_ms: int) -> Polled | None:
-        request = protocol.updates_request(account.token, cursor, self._declare())
+        request = protocol.updates_request(account.token, cursor, self._declared)
         started = time.monotonic()
         timeout_s, on_connected = hold_ms / 1000 + self._poll_margin_s, partial(self._connecting.discard, account.bot)
         self._connecting.add(account.bot)
@@ -173,7 +171,7 @@ class ILink:
     ) -> Accepted:
         item = protocol.text_item(content) if isinstance(content, str) else protocol.media_item(content)
         request = protocol.message_request(
-            account.token, self._declare(), item, user=user, client_id=client_id, context_token=context_token
+            account.token, self._declared, item, user=user, client_id=client_id, context_token=context_token
         )
         try:
             with CountedCall(self._metrics, "sendmessage"):
@@ -184,28 +182,28 @@ class ILink:
 
     async def upload_url(self, account: Account, upload: Upload, cdn_base_url: str) -> str:
         """getuploadurl, which may always be repeated. Raises SessionExpired, Refused("media"), Temporary."""
-        request = protocol.upload_request(account.token, self._declare(), upload)
+        request = protocol.upload_request(account.token, self._declared, upload)
         read = partial(protocol.read_upload_url, cdn_base_url=cdn_base_url, filekey=upload.filekey)
         return await self._call_repeatable(account, request, read, UPLOAD_URL_S)
 
     async def notify(self, account: Account, *, start: bool) -> None:
         """notifystart or notifystop."""
-        request = protocol.notify_request(account.token, self._declare(), start=start)
+        request = protocol.notify_request(account.token, self._declared, start=start)
         await self._call_repeatable(account, request, protocol.read_notified)
 
     async def typing_ticket(self, account: Account, user: str, context_token: str) -> str:
         """getconfig."""
-        request = protocol.config_request(account.token, self._declare(), user=user, context_token=context_token)
+        request = protocol.config_request(account.token, self._declared, user=user, context_token=context_token)
         return await self._call_repeatable(account, request, protocol.read_ticket)
 
     async def show_typing(self, account: Account, user: str, ticket: str, *, on: bool) -> None:
         """sendtyping."""
-        request = protocol.typing_request(account.token, self._declare(), user=user, ticket=ticket, on=on)
+        request = protocol.typing_request(account.token, self._declared, user=user, ticket=ticket, on=on)
         await self._call_repeatable(account, request, protocol.read_typing)
 
     async def fetch_code(self, tokens: Sequence[str]) -> QrCode:
         """Requests a code, always from the default base URL (docs/reference/ilink-protocol.md, "Hosts")."""
-        request = protocol.qrcode_request(self._declare(), tokens)
+        request = protocol.qrcode_request(self._declared, tokens)
         try:
             return await self._call_repeatable(_NOBODY, request, protocol.read_qrcode)
         except AdapterError as exc:
@@ -214,7 +212,7 @@ class ILink:
 
     async def read_code(self, handle: str, base_url: str, verify_code: str) -> Scan | None:
         """None: a timeout, a network or gateway error, or an unreadable answer."""
-        request = protocol.qrcode_status_request(self._declare(), handle, verify_code)
+        request = protocol.qrcode_status_request(self._declared, handle, verify_code)
         timeout_s = HOLD_MS / 1000 + self._poll_margin_s
         account = _NOBODY._replace(base_url=base_url)
         try:
@@ -235,9 +233,6 @@ class ILink:
         except Uncertain as exc:
             raise Temporary("network", exc.detail) from exc
 
-    def _declare(self) -> Declared:
-        return self._declared._replace(number=random.getrandbits(32))
-
     async def close(self) -> None:
         """Closes all connections."""
         await self._pool.close()
@@ -257,7 +252,8 @@ class ILink:
         """
         checked = self.check_base_url(account.base_url or self._default_base_url)
         reply = await self._pool.exchange(checked, request, timeout_s, check)
-        return msgspec.structs.replace(reply, secrets=request.secrets)
+        reply.secrets = request.token, request.secret
+        return reply
 
 
 def _forget_frames(exc: BaseException | None) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import functools
+import random
 import socket
 import ssl
 from collections.abc import Callable
@@ -20,7 +21,7 @@ import httptools
 
 from adapter.errors import Temporary, Uncertain
 from adapter.ilink.network import CONNECT_S, NEXT_S, PORTS, TLS_S, Proxy, Resolver, ResumingContext, proxy_of
-from adapter.ilink.protocol import AGENT, IlinkReply, IlinkRequest
+from adapter.ilink.protocol import AGENT, IlinkReply, IlinkRequest, uin
 
 KEPT_S = 20.0
 """Time for which an idle connection is kept. It is shorter than what servers allow, so that no request meets a
@@ -44,6 +45,10 @@ the chunks override (RFC 9112, 5.2, 2.2, 6.3). iLink may count the messages in s
 deviations are dangerous only in a proxy, which passes them on."""
 _ALWAYS = f"User-Agent: {AGENT}\r\nAccept: */*\r\nAccept-Encoding: gzip, deflate\r\n"
 """Headers of every request."""
+READ_HEADERS = {
+    name.encode(): name for name in ("content-length", "transfer-encoding", "content-encoding", "retry-after")
+}
+"""The headers of an answer that are read."""
 
 
 class Connection(asyncio.Protocol):
@@ -70,7 +75,7 @@ class Connection(asyncio.Protocol):
         self._limit = limit
         self._read = self._status = 0
         self._headers: dict[str, str] = {}
-        self._body = bytearray()
+        self._body: list[bytes] = []
         self._has_head = self._is_complete = False
         self._framed = True
         """Whether the answer tells its own end."""
@@ -107,7 +112,7 @@ class Connection(asyncio.Protocol):
             raise
         finally:
             self._timer.cancel()
-            self._body = bytearray()
+            self._body = []
             self._result = None
             del result  # an error in it refers to this frame
             self.idle_since = self._loop.time()
@@ -132,7 +137,7 @@ class Connection(asyncio.Protocol):
     def _finish(self) -> None:
         if self._result is None or self._result.done():
             return
-        self._result.set_result(IlinkReply(self._status, self._headers, bytes(self._body)))
+        self._result.set_result(IlinkReply(self._status, self._headers, b"".join(self._body)))
         if not self._keeps:
             self.close()
 
@@ -184,9 +189,9 @@ class Connection(asyncio.Protocol):
             self._keeps = False
 
     def on_header(self, name: bytes, value: bytes) -> None:
-        """Keeps the first header of a name. A trailer may not change the head (RFC 9110, 6.5.1)."""
-        if not self._has_head:
-            self._headers.setdefault(name.decode("latin-1").lower(), value.decode("latin-1"))
+        """Keeps the first of each name in READ_HEADERS. A trailer may not change the head (RFC 9110, 6.5.1)."""
+        if (read := READ_HEADERS.get(name.lower())) and not self._has_head:
+            self._headers.setdefault(read, value.decode("latin-1"))
 
     def on_headers_complete(self) -> None:
         if not self._is_complete and (status := self._parser.get_status_code()) >= 200:
@@ -195,7 +200,7 @@ class Connection(asyncio.Protocol):
 
     def on_body(self, body: bytes) -> None:
         if not self._is_complete:
-            self._body += body
+            self._body.append(body)
 
     def on_message_complete(self) -> None:
         """An answer is complete; one with status 1xx does not count."""
@@ -237,9 +242,9 @@ class ConnectionPool:
         Raises TimeoutError, Temporary("network") (not sent), Uncertain (sent, or possibly sent).
         """
         base = _parse_base_url(base_url)
-        clock = asyncio.get_running_loop().time
-        began = clock()
         if (kept := self._take_idle(base_url)) is not None:
+            clock = asyncio.get_running_loop().time
+            began = clock()
             try:
                 return await self._send(kept, base, request, timeout_s, check)
             except (TimeoutError, Uncertain) as exc:
@@ -277,8 +282,6 @@ class ConnectionPool:
             raise
         if connection.is_usable:
             self._store_idle(base.url, connection)
-        else:
-            connection.close()
         return reply
 
     async def close(self) -> None:
@@ -366,15 +369,15 @@ def _parse_base_url(url: str) -> Base:
 
 
 def _encode_request(request: IlinkRequest, base: Base) -> bytes:
-    """Raises Temporary for headers that would form another request."""
-    headers, body = request.headers, request.body
-    lines = "".join([f"{name}: {value}\r\n" for name, value in headers.items()])
-    if lines.count("\n") != len(headers) or lines.count("\r") != len(headers) or "\0" in lines:
-        raise Temporary("network", "a header has a line break in it")
+    """Raises Temporary for a token that would form another header."""
+    head = f"{request.method} {base.path}{request.path} HTTP/1.1\r\nHost: {base.named}\r\n{_ALWAYS}{request.headers}"
+    if token := request.token:
+        if not token.isprintable():
+            raise Temporary("network", "a header has a line break in it")
+        head += f"Authorization: Bearer {token}\r\n"
     if request.method == "POST":
-        lines += f"Content-Length: {len(body)}\r\n"
-    first = f"{request.method} {base.path}{request.path} HTTP/1.1\r\nHost: {base.named}\r\n{_ALWAYS}"
-    return f"{first}{lines}\r\n".encode() + body
+        head += f"X-WECHAT-UIN: {uin(random.getrandbits(32))}\r\nContent-Length: {len(request.body)}\r\n"
+    return f"{head}\r\n".encode() + request.body
 
 
 async def _connect_tcp(addresses: list[str], port: int) -> asyncio.Transport:

@@ -5,7 +5,7 @@ docs/reference/ilink-protocol.md has what is known of each call ("Endpoints"), a
 
 from __future__ import annotations
 
-import base64
+import binascii
 import re
 import zlib
 from collections.abc import Mapping, Sequence
@@ -27,7 +27,7 @@ from adapter.settings import NEWEST_ILINK_VERSION
 AGENT = f"wechat-nats/{__version__}"
 
 _BOM = b"\xef\xbb\xbf"
-_MESSAGES = msgspec.json.Decoder(list[msgspec.Raw])
+_MESSAGES = msgspec.json.Decoder(list[msgspec.Raw] | None)
 
 A = TypeVar("A", bound=wire.WireReply)
 
@@ -73,22 +73,25 @@ UNREACHED = (521, 523, 525, 526)
 
 
 class IlinkRequest(msgspec.Struct, frozen=True):
-    """One request. Headers, body and path contain secrets."""
+    """One request. Token, body and path contain secrets."""
 
     endpoint: str
     path: str
-    headers: dict[str, str]
+    headers: str
+    """Lines of headers, beside those that `connection` adds."""
     body: bytes
     method: str = "POST"
-    secrets: tuple[str, ...] = ()
-    """Strings that are removed from the error text of the answer (`_decode`)."""
+    token: str = ""
+    """For the header Authorization; "": the request has none."""
+    secret: str = ""
+    """A secret in the body beside the token."""
     repeatable: bool = True
     """Whether the request may be repeated."""
     largest: int = OTHER_BYTES
     """Largest unpacked answer in bytes."""
 
 
-class IlinkReply(msgspec.Struct, frozen=True):
+class IlinkReply(msgspec.Struct):
     """An HTTP answer."""
 
     status: int
@@ -96,56 +99,47 @@ class IlinkReply(msgspec.Struct, frozen=True):
     """Names in lower case."""
     body: bytes
     secrets: tuple[str, ...] = ()
-    """The secrets of its request."""
+    """Those of its request, which are removed from its error text (`_decode`)."""
 
 
 def uin(number: int) -> str:
     """The header X-WECHAT-UIN: base64 of the decimal text of a random uint32."""
-    return base64.b64encode(str(number).encode()).decode()
+    return binascii.b2a_base64(b"%d" % number, newline=False).decode()
 
 
-class Declared(NamedTuple):
-    """What a request tells iLink of this client."""
+class Declared:
+    """What each request tells iLink of this client."""
 
-    version: str = NEWEST_ILINK_VERSION
-    """major.minor.patch of the official client whose behaviour this one follows."""
-    agent: str = AGENT
-    route_tag: str = ""
-    number: int = 0
-    """A random uint32, another one in each request."""
-
-    @property
-    def app_headers(self) -> dict[str, str]:
+    def __init__(self, version: str = NEWEST_ILINK_VERSION, agent: str = AGENT, route_tag: str = "") -> None:
+        """`version`: major.minor.patch of the official client whose behaviour this one follows."""
+        major, minor, patch = map(int, version.split("."))
+        self.base_info = {"channel_version": version, "bot_agent": agent}
+        self.app_headers = f"iLink-App-Id: bot\r\niLink-App-ClientVersion: {major << 16 | minor << 8 | patch}\r\n"
         """Those of every request, and the only ones of get_qrcode_status."""
-        major, minor, patch = map(int, self.version.split("."))
-        headers = {"iLink-App-Id": "bot", "iLink-App-ClientVersion": str(major << 16 | minor << 8 | patch)}
-        return headers | {"SKRouteTag": self.route_tag} if self.route_tag else headers
-
-    @property
-    def post_headers(self) -> dict[str, str]:
-        """Those of a POST, without the authorization."""
-        kind = {"Content-Type": "application/json", "AuthorizationType": "ilink_bot_token"}
-        return {**kind, **self.app_headers, "X-WECHAT-UIN": uin(self.number)}
+        if route_tag:
+            self.app_headers += f"SKRouteTag: {route_tag}\r\n"
+        kind = "Content-Type: application/json\r\nAuthorizationType: ilink_bot_token\r\n"
+        self.post_headers = kind + self.app_headers
+        """Those of a POST that differ neither between calls nor between bots."""
 
 
 NEWEST = Declared()
 
 
 def _request(
-    name: str, token: str, declared: Declared, body: dict[str, Any], *, secret: str = "", repeatable: bool = True
-) -> IlinkRequest:
-    """`secret`: a secret in the body beside the token."""
-    headers = {**declared.post_headers, "Authorization": f"Bearer {token}"}
-    body["base_info"] = {"channel_version": declared.version, "bot_agent": declared.agent}
-    secrets = (token, token.rpartition(":")[2], secret)
-    endpoint, encoded = name.rpartition("/")[2], msgspec.json.encode(body)
-    return IlinkRequest(endpoint, f"/ilink/bot/{name}", headers, encoded, secrets=secrets, repeatable=repeatable)
+    name: str, token: str, declared: Declared, body: dict[str, Any], secret: str = "", repeatable: bool = True,
+    largest: int = OTHER_BYTES,
+) -> IlinkRequest:  # fmt: skip
+    body["base_info"] = declared.base_info
+    endpoint, path, headers = name.rpartition("/")[2], f"/ilink/bot/{name}", declared.post_headers
+    return IlinkRequest(
+        endpoint, path, headers, msgspec.json.encode(body), "POST", token, secret, repeatable, largest
+    )
 
 
 def updates_request(token: str, cursor: str, declared: Declared) -> IlinkRequest:
     """getupdates. `cursor` is "" at the start; iLink's cursors contain the bot's token in base64."""
-    request = _request("getupdates", token, declared, {"get_updates_buf": cursor}, secret=cursor)
-    return msgspec.structs.replace(request, largest=ANSWER_BYTES)
+    return _request("getupdates", token, declared, {"get_updates_buf": cursor}, cursor, largest=ANSWER_BYTES)
 
 
 def message_request(
@@ -162,7 +156,7 @@ def message_request(
     }
     if context_token:
         msg["context_token"] = context_token
-    return _request("sendmessage", token, declared, {"msg": msg}, secret=context_token, repeatable=False)
+    return _request("sendmessage", token, declared, {"msg": msg}, context_token, repeatable=False)
 
 
 def text_item(text: str) -> dict[str, Any]:
@@ -214,7 +208,7 @@ def upload_request(token: str, declared: Declared, upload: Upload) -> IlinkReque
         "no_need_thumb": True,
         "aeskey": upload.key.hex(),
     }
-    return _request("getuploadurl", token, declared, body, secret=upload.key.hex())
+    return _request("getuploadurl", token, declared, body, upload.key.hex())
 
 
 def read_upload_url(reply: IlinkReply, *, cdn_base_url: str, filekey: str) -> str:
@@ -260,13 +254,13 @@ def config_request(token: str, declared: Declared, *, user: str, context_token: 
     body: dict[str, Any] = {"ilink_user_id": user}
     if context_token:
         body["context_token"] = context_token
-    return _request("getconfig", token, declared, body, secret=context_token)
+    return _request("getconfig", token, declared, body, context_token)
 
 
 def typing_request(token: str, declared: Declared, *, user: str, ticket: str, on: bool) -> IlinkRequest:
     """sendtyping."""
     body: dict[str, Any] = {"ilink_user_id": user, "typing_ticket": ticket, "status": 1 if on else 2}
-    return _request("sendtyping", token, declared, body, secret=ticket)
+    return _request("sendtyping", token, declared, body, ticket)
 
 
 def notify_request(token: str, declared: Declared, *, start: bool) -> IlinkRequest:
@@ -277,8 +271,8 @@ def notify_request(token: str, declared: Declared, *, start: bool) -> IlinkReque
 def qrcode_request(declared: Declared, tokens: Sequence[str]) -> IlinkRequest:
     """get_bot_qrcode, without authorization and base_info. `tokens`: newest first; the first ten are sent."""
     body = msgspec.json.encode({"local_token_list": list(tokens[:TOKENS_LISTED])})
-    path, headers = "/ilink/bot/get_bot_qrcode?bot_type=3", declared.post_headers
-    return IlinkRequest("get_bot_qrcode", path, headers, body)
+    path = "/ilink/bot/get_bot_qrcode?bot_type=3"
+    return IlinkRequest("get_bot_qrcode", path, declared.post_headers, body)
 
 
 def qrcode_status_request(declared: Declared, handle: str, verify_code: str) -> IlinkRequest:
@@ -289,9 +283,9 @@ def qrcode_status_request(declared: Declared, handle: str, verify_code: str) -> 
     return IlinkRequest("get_qrcode_status", path, declared.app_headers, b"", "GET")
 
 
-def hold_ms(hint: bytes) -> int:
+def hold_ms(hint: msgspec.Raw | bytes) -> int:
     """The server's hint for the next poll, as JSON, within HOLD_RANGE_MS; HOLD_MS if it is no positive number."""
-    digits = hint.strip(b'"')
+    digits = bytes(hint).strip(b'"')
     number = int(digits) if digits.isdigit() and len(digits) < 10 else 0
     low, high = HOLD_RANGE_MS
     return min(max(number, low), high) if number else HOLD_MS
@@ -309,9 +303,8 @@ def unpack(reply: IlinkReply, limit: int) -> IlinkReply:
 
     The body of an error page that cannot be unpacked is empty. Raises Uncertain("unreadable"), Oversized.
     """
-    encoding, body = reply.headers.get("content-encoding", "").strip().lower(), reply.body
-    problem = ""
-    if body and encoding not in ("", "identity"):
+    body, problem = reply.body, ""
+    if body and reply.headers.get("content-encoding", "").strip().lower() not in ("", "identity"):
         work = zlib.decompressobj(_GZIP_OR_ZLIB)
         try:
             body = work.decompress(body, limit + 1)
@@ -323,9 +316,8 @@ def unpack(reply: IlinkReply, limit: int) -> IlinkReply:
         problem = f"the answer exceeds {limit} bytes"
     if problem and 200 <= reply.status < 300:
         raise (Oversized if is_oversized else Uncertain)("unreadable", problem)
-    return (
-        reply if body is reply.body and not problem else msgspec.structs.replace(reply, body=b"" if problem else body)
-    )
+    reply.body = b"" if problem else body
+    return reply
 
 
 def read_updates(reply: IlinkReply, *, polled_s: float) -> Polled:
@@ -337,39 +329,29 @@ def read_updates(reply: IlinkReply, *, polled_s: float) -> Polled:
     if reply.status == EDGE_TIMEOUT:
         _find_refusal(reply)
     elif reply.body.strip() or not 200 <= reply.status < 300:
-        return _read_polled(_read_answer(reply, wire.Updates), polled_s)
+        updates = _read_answer(reply, wire.Updates)
+        if code := updates.code:
+            if code == -1 and polled_s >= IDLE_S:  # an idle timeout, as one client interprets it
+                return Polled([], None, HOLD_MS)
+            raise Temporary("ret_2" if code in wire.THROTTLED else "ret_other", _error_text(updates))
+        cursor = str(updates.get_updates_buf or "")
+        overlong = len(cursor) if len(cursor) > wire.OPAQUE_CHARS else 0
+        kept = None if overlong else cursor or None
+        return Polled(_split(updates.msgs), kept, hold_ms(updates.longpolling_timeout_ms), overlong)
     if polled_s >= IDLE_AFTER_S:
         return Polled([], None, HOLD_MS)
     reason = "http_5xx" if reply.status == EDGE_TIMEOUT else "unreadable"
     raise Temporary(reason, "an empty answer, too early for an idle poll")
 
 
-def _read_polled(updates: wire.Updates, polled_s: float) -> Polled:
-    match updates.code:
-        case 0:
-            messages = _split(bytes(updates.msgs))
-            cursor = str(updates.get_updates_buf or "")
-            overlong = len(cursor) if len(cursor) > wire.OPAQUE_CHARS else 0
-            kept = None if overlong else cursor or None
-            hold = hold_ms(bytes(updates.longpolling_timeout_ms))
-            return Polled(messages, kept, hold, overlong)
-        case -1 if polled_s >= IDLE_S:  # an idle timeout, as one client interprets it
-            return Polled([], None, HOLD_MS)
-        case code if code in wire.THROTTLED:
-            raise Temporary("ret_2", _error_text(updates))
-        case _:
-            raise Temporary("ret_other", _error_text(updates))
-
-
-def _split(messages: bytes) -> list[bytes]:
+def _split(messages: msgspec.Raw) -> list[bytes]:
     """The elements of a JSON list. Raises Temporary if it is none, or has too many."""
-    if messages == b"null":
-        return []
-    if not messages.startswith(b"["):
-        raise Temporary("unreadable", "the messages are no list")
-    if messages.count(b",") > COMMAS:
+    if bytes(messages).count(b",") > COMMAS:
         raise Temporary("unreadable", "the answer has too many messages")
-    return [bytes(raw) for raw in _MESSAGES.decode(messages)]
+    try:
+        return list(map(bytes, _MESSAGES.decode(messages) or ()))
+    except msgspec.ValidationError:
+        raise Temporary("unreadable", "the messages are no list") from None
 
 
 def read_sent(reply: IlinkReply) -> Accepted:
@@ -379,20 +361,22 @@ def read_sent(reply: IlinkReply) -> Accepted:
     An error status without iLink's code is a gateway's: 4xx, and 5xx of one that did not reach iLink, mean that
     nothing was taken; after any other 5xx iLink may have the request.
     """
-    if refusal := _find_refusal(reply):
-        _check_sent(refusal)
-    if reply.status == CONTENT_TOO_LARGE:
-        raise Refused("rejected", f"HTTP {reply.status}")
-    if reply.status >= 500 and reply.status not in (*BUSY, *UNREACHED):
-        raise Uncertain("http_5xx", f"HTTP {reply.status}")
-    _check_status(reply)
+    if not 200 <= reply.status < 300:
+        if refusal := _find_refusal(reply):
+            _check_sent(refusal)
+        if reply.status == CONTENT_TOO_LARGE:
+            raise Refused("rejected", f"HTTP {reply.status}")
+        if reply.status >= 500 and reply.status not in (*BUSY, *UNREACHED):
+            raise Uncertain("http_5xx", f"HTTP {reply.status}")
+        _check_status(reply)
     if not reply.body.strip():
         return Accepted(None, None, None, "")
     try:
         sent = _decode(reply, wire.Sent)
     except ValueError as exc:
         raise Uncertain("unreadable", str(exc)[:200]) from exc
-    _check_sent(sent)
+    if sent.code:
+        _check_sent(sent)
     ident = as_id(sent.message_id)
     # any other text is no id, and may be too long for a receipt
     is_number = ident.isascii() and ident.isdigit() and len(ident) <= ID_CHARS
@@ -400,10 +384,8 @@ def read_sent(reply: IlinkReply) -> Accepted:
 
 
 def _check_sent(answer: wire.WireReply) -> None:
-    """Raises what a code of sendmessage means: SessionExpired, Throttled, Refused; nothing for 0."""
+    """Raises what a code of sendmessage other than 0 means: SessionExpired, Throttled, Refused."""
     match answer.code:
-        case 0:
-            pass
         case wire.STALE_TOKEN:
             raise _session_expired(answer)
         case code if code in wire.THROTTLED:
@@ -477,10 +459,11 @@ def _read_answer(reply: IlinkReply, kind: type[A]) -> A:
 
     Raises SessionExpired (-14), and Temporary without a usable answer.
     """
-    _find_refusal(reply)
-    _check_status(reply)
+    if not 200 <= reply.status < 300:
+        _find_refusal(reply)
+        _check_status(reply)
     if kind is wire.WireReply and not reply.body.strip():  # of no other kind is this a usable answer
-        reply = msgspec.structs.replace(reply, body=b"{}")
+        reply.body = b"{}"
     try:
         answer = _decode(reply, kind)
     except ValueError as exc:
@@ -510,8 +493,9 @@ def _decode(reply: IlinkReply, kind: type[A]) -> A:
     if (errmsg := bytes(answer.errmsg)) != b"null":
         words = _decode_error_text(errmsg)
         for secret in reply.secrets:
-            if len(secret) >= SECRET_CHARS:
-                words = words.replace(secret, HIDDEN)
+            for part in (secret, secret.rpartition(":")[2]):  # a token begins with the bot's id
+                if len(part) >= SECRET_CHARS:
+                    words = words.replace(part, HIDDEN)
         words = _LONG.sub(HIDDEN, words)[:WORDS_CHARS]  # context tokens in the answer to a poll, for one
         answer.errmsg = msgspec.Raw(msgspec.json.encode(words))
     return answer

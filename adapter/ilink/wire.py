@@ -43,6 +43,8 @@ class WireReply(msgspec.Struct, kw_only=True):
     @property
     def code(self) -> int:
         """The decisive code; 0 is success. A stale token or a throttle in either field is decisive."""
+        if not (self.ret or self.errcode):
+            return 0
         codes = (self.ret, self.errcode)
         known = (code for code in (STALE_TOKEN, *THROTTLED) if code in codes)
         return next(known, self.errcode or self.ret or 0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import base64
 import contextlib
 import gc
 import inspect
@@ -37,7 +38,7 @@ LOOPS = {"asyncio": asyncio.new_event_loop, "uvloop": uvloop.new_event_loop}
 LARGEST = 100_000
 RESOLVER = Resolver(("127.0.0.1", "localhost"))
 PIECES = (
-    b"HTTP/1.1 100 Continue\r\n\r\nHTTP/1.1 200 OK\r\nX: 1\r\nTransfer-Encoding: chunked\r\n\r\n"
+    b"HTTP/1.1 100 Continue\r\n\r\nHTTP/1.1 200 OK\r\nRetry-After: 1\r\nTransfer-Encoding: chunked\r\n\r\n"
     b"5\r\nhello\r\n6\r\n world\r\n0\r\n\r\n"
 )
 
@@ -94,7 +95,7 @@ async def pool() -> AsyncIterator[ConnectionPool]:
 
 
 async def post(pool: ConnectionPool, url: str, *, timeout_s: float = 30.0) -> IlinkReply:
-    request = IlinkRequest("x", "", {"X-One": "1"}, b"{}", largest=LARGEST)
+    request = IlinkRequest("x", "", "X-One: 1\r\n", b"{}", largest=LARGEST)
     return await pool.exchange(url, request, timeout_s)
 
 
@@ -106,6 +107,14 @@ async def test_an_answer_is_read_whole_with_its_headers(server: Server, pool: Co
     assert f"User-Agent: {AGENT}\r\n".encode() in head
     assert b"X-One: 1\r\n" in head
     assert head.count(b"Content-Length: 2\r\n") == 1
+
+
+async def test_each_post_has_a_random_number_of_its_own(server: Server, pool: ConnectionPool) -> None:
+    for _ in range(3):
+        await post(pool, server.url)
+    numbers = [head.partition(b"X-WECHAT-UIN: ")[2].partition(b"\r\n")[0] for head in server.heads]
+    assert len({int(base64.b64decode(number)) for number in numbers}) == 3
+    assert all(len(base64.b64decode(number)) <= len(str(2**32)) for number in numbers)
 
 
 async def test_what_nobody_took_did_not_leave(pool: ConnectionPool) -> None:
@@ -394,7 +403,7 @@ async def test_what_meets_a_connection_that_closes_is_asked_once_more(
             await Server.say(OK)(writer)
 
     server.answer = answer
-    request = IlinkRequest("x", "", {}, b"{}", repeatable=repeatable)
+    request = IlinkRequest("x", "", "", b"{}", repeatable=repeatable)
     await pool.exchange(server.url, request, 5)
     if repeatable:
         assert (await pool.exchange(server.url, request, 5)).status == 200
@@ -504,10 +513,10 @@ async def test_a_body_without_end_is_not_read(server: Server, pool: ConnectionPo
     assert caught.value.reason == "unreadable"
 
 
-@pytest.mark.parametrize("value", ["a\r\nX-Evil: 1", "a\nX-Evil: 1", "a\rb", "a\0b"])
-async def test_a_header_cannot_become_two(server: Server, pool: ConnectionPool, value: str) -> None:
+@pytest.mark.parametrize("token", ["a\r\nX-Evil: 1", "a\nX-Evil: 1", "a\rb", "a\0b"])
+async def test_a_header_cannot_become_two(server: Server, pool: ConnectionPool, token: str) -> None:
     with pytest.raises(Temporary):
-        await pool.exchange(server.url, IlinkRequest("x", "", {"Authorization": value}, b"{}"), 5)
+        await pool.exchange(server.url, IlinkRequest("x", "", "", b"{}", token=token), 5)
     assert server.heads == []
 
 
@@ -531,7 +540,7 @@ async def test_what_may_not_be_sent_any_more_does_not_leave(server: Server, kept
         if kept:
             await post(made, url)
         with pytest.raises(LeaseLost):
-            await made.exchange(url, IlinkRequest("x", "", {}, b"{}"), 5, check=check)
+            await made.exchange(url, IlinkRequest("x", "", "", b"{}"), 5, check=check)
     finally:
         await made.close()
     assert asked == ["address", "check"]
@@ -540,7 +549,7 @@ async def test_what_may_not_be_sent_any_more_does_not_leave(server: Server, kept
 
 async def test_a_query_is_sent_as_it_is_and_a_get_has_no_body(server: Server) -> None:
     made = ConnectionPool(tls=ResumingContext(), resolver=RESOLVER)
-    await made.exchange(server.url, IlinkRequest("x", "?qrcode=a%2Fb&x=1?2", {}, b"", "GET"), 5)
+    await made.exchange(server.url, IlinkRequest("x", "?qrcode=a%2Fb&x=1?2", "", b"", "GET"), 5)
     await made.close()
     (head,) = server.heads
     assert head.startswith(b"GET /ilink/bot/x?qrcode=a%2Fb&x=1?2 HTTP/1.1\r\nHost: 127.0.0.1:")
@@ -699,7 +708,7 @@ def test_an_answer_may_come_in_any_pieces(cuts: list[int]) -> None:
         return await asking, connection.is_usable
 
     reply, usable = asyncio.run(ask())
-    assert (reply.status, reply.body, reply.headers["x"]) == (200, b"hello world", "1")
+    assert (reply.status, reply.body, reply.headers["retry-after"]) == (200, b"hello world", "1")
     assert usable
 
 

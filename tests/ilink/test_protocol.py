@@ -24,7 +24,7 @@ from adapter.ilink.protocol import (
 )
 from adapter.ports import HOLD_MS, Accepted, MediaKind, MediaRef, Polled, QrCode, Scan, Uploaded
 
-DECLARED = protocol.Declared(number=305419896)
+DECLARED = protocol.Declared()
 BIG = 7497484083968569736
 """Beyond 2^53: a double would make 7497484083968569344 of it."""
 
@@ -36,6 +36,15 @@ JSON = {"content-type": "application/json"}
 def reply(body: bytes | dict[str, Any], status: int = 200, **headers: str) -> IlinkReply:
     data = body if isinstance(body, bytes) else msgspec.json.encode(body)
     return IlinkReply(status, {**JSON, **{name.replace("_", "-"): value for name, value in headers.items()}}, data)
+
+
+APP_HEADERS = {"iLink-App-Id": "bot", "iLink-App-ClientVersion": "132105"}
+POST_HEADERS = {"Content-Type": "application/json", "AuthorizationType": "ilink_bot_token"} | APP_HEADERS
+
+
+def headers_of(request: protocol.IlinkRequest) -> dict[str, str]:
+    """The headers of a request beside those that the connection adds."""
+    return dict(line.split(": ") for line in request.headers.removesuffix("\r\n").split("\r\n"))
 
 
 def outcome(read: Callable[[], object]) -> object:
@@ -256,7 +265,8 @@ def test_an_error_message_has_no_secret_of_its_request_whatever_it_looks_like(se
         "no-usual-token:0b1c2d", DECLARED, {}, user="u", client_id="c", context_token="any context"
     )
     answer = replace(
-        reply({"ret": -1, "errmsg": f"{'x' * 190} {secret} is wrong, {secret}"}), secrets=request.secrets
+        reply({"ret": -1, "errmsg": f"{'x' * 190} {secret} is wrong, {secret}"}),
+        secrets=(request.token, request.secret),
     )
     with pytest.raises(Refused) as caught:
         read_sent(answer)
@@ -267,7 +277,9 @@ def test_an_error_message_that_quotes_the_cursor_has_no_token() -> None:
     """It stands in there, in base64."""
     cursor = base64.b64encode(b"\n\x02\x08\x01\x12\x16b1@im.bot:060000secret").decode()
     request = protocol.updates_request("b1@im.bot:060000secret", cursor, DECLARED)
-    answer = replace(reply({"ret": -2, "errmsg": f"bad get_updates_buf {cursor}"}), secrets=request.secrets)
+    answer = replace(
+        reply({"ret": -2, "errmsg": f"bad get_updates_buf {cursor}"}), secrets=(request.token, request.secret)
+    )
     with pytest.raises(Temporary) as caught:
         read_updates(answer, polled_s=1)
     assert cursor[:20] not in caught.value.detail
@@ -448,14 +460,7 @@ def test_the_uin_is_the_decimal_text_in_base64(number: int, header: str) -> None
 )
 def test_every_post_carries_all_headers(request_: protocol.IlinkRequest) -> None:
     """Exactly these headers; no Content-Length by hand."""
-    assert request_.headers == {
-        "Content-Type": "application/json",
-        "AuthorizationType": "ilink_bot_token",
-        "Authorization": "Bearer bot:secret",
-        "X-WECHAT-UIN": "MzA1NDE5ODk2",
-        "iLink-App-Id": "bot",
-        "iLink-App-ClientVersion": "132105",
-    }
+    assert (headers_of(request_), request_.token) == (POST_HEADERS, "bot:secret")
     assert msgspec.json.decode(request_.body)["base_info"] == {
         "channel_version": "2.4.9",
         "bot_agent": protocol.AGENT,
@@ -490,7 +495,7 @@ def test_typing_names_the_user_as_ilink_wants_it() -> None:
     bare = protocol.config_request("t", DECLARED, user="u", context_token="")
     on = protocol.typing_request("t", DECLARED, user="u", ticket="AART", on=True)
     off = protocol.typing_request("t", DECLARED, user="u", ticket="AART", on=False)
-    info = {"channel_version": DECLARED.version, "bot_agent": protocol.AGENT}
+    info = {"channel_version": "2.4.9", "bot_agent": protocol.AGENT}
     assert [(r.endpoint, r.path) for r in (config, on)] == [
         ("getconfig", "/ilink/bot/getconfig"),
         ("sendtyping", "/ilink/bot/sendtyping"),
@@ -614,13 +619,7 @@ def test_a_qr_code_is_asked_for_without_authorization_and_base_info() -> None:
     """Ten tokens at most, the newest."""
     request = protocol.qrcode_request(DECLARED, [f"token-{n}" for n in range(12)])
     assert (request.method, request.path) == ("POST", "/ilink/bot/get_bot_qrcode?bot_type=3")
-    assert request.headers == {
-        "Content-Type": "application/json",
-        "AuthorizationType": "ilink_bot_token",
-        "X-WECHAT-UIN": "MzA1NDE5ODk2",
-        "iLink-App-Id": "bot",
-        "iLink-App-ClientVersion": "132105",
-    }
+    assert (headers_of(request), request.token) == (POST_HEADERS, "")
     assert msgspec.json.decode(request.body) == {"local_token_list": [f"token-{n}" for n in range(10)]}
 
 
@@ -628,7 +627,7 @@ def test_a_status_is_asked_for_by_get_with_the_app_headers_alone() -> None:
     request = protocol.qrcode_status_request(DECLARED, "a/b&c=1 é", "")
     assert (request.method, request.body) == ("GET", b"")
     assert request.path == "/ilink/bot/get_qrcode_status?qrcode=a%2Fb%26c%3D1%20%C3%A9"
-    assert request.headers == {"iLink-App-Id": "bot", "iLink-App-ClientVersion": "132105"}
+    assert headers_of(request) == APP_HEADERS
     assert protocol.qrcode_status_request(DECLARED, "q", "4711").path.endswith("?qrcode=q&verify_code=4711")
 
 
