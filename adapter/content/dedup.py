@@ -35,7 +35,7 @@ SAME_TIME_MS = 1000
 """Two messages without any id are the same if their times differ by less than this."""
 
 
-class MessageKeys(msgspec.Struct, frozen=True, gc=False):
+class MessageKeys(msgspec.Struct, gc=False):
     """Identity of an inbound message; "" for what iLink did not give."""
 
     message: str
@@ -49,26 +49,29 @@ class MessageKeys(msgspec.Struct, frozen=True, gc=False):
 
     def __post_init__(self) -> None:
         message, client, seq = self.message, self.client, self.seq
-        hashed = (
+        self.hashed = (
             _hash_of(message) if message else _ABSENT,
             _hash_of(client) if client else _ABSENT,
             _hash_of(seq) if seq else _ABSENT,
             _hash_of(f"{self.user}|{self.content}"),
         )
-        msgspec.structs.force_setattr(self, "hashed", hashed)
 
     def id_for(self, bot: str) -> str:
         """The message's id on the bus, without the sandbox: the first known layer, never random.
 
         A `seq` need not be unique: another content with the same one is another message.
         """
-        layers = (("m", self.message), ("c", self.client), ("s", self.seq and f"{self.seq}-{self.hashed[3].hex()}"))
-        for letter, value in layers:
-            if value and len(value) <= 64 and _is_plain(value):
-                return f"in:{bot}:{letter}{value}"
-            if value:
-                return f"in:{bot}:{letter}{_hash_of(value).hex()}"
-        return f"in:{bot}:f{_hash_of(f'{self.user}|{self.sent_at_ms}|{self.content}').hex()}"
+        if value := self.message:
+            letter = "m"
+        elif value := self.client:
+            letter = "c"
+        elif value := self.seq:
+            letter, value = "s", f"{value}-{self.hashed[3].hex()}"
+        else:
+            return f"in:{bot}:f{_hash_of(f'{self.user}|{self.sent_at_ms}|{self.content}').hex()}"
+        # a NATS header collapses or strips other spaces than single inner ones
+        is_plain = len(value) <= 64 and value.isascii() and value.isprintable() and " " not in value
+        return f"in:{bot}:{letter}{value if is_plain else _hash_of(value).hex()}"
 
     def with_position(self, cursor: str, number: int) -> MessageKeys:
         """Adds the position in iLink's answer as an id, if the message has neither an id nor a time.
@@ -167,11 +170,6 @@ def _is_same_message(new: tuple[Any, ...], old: tuple[Any, ...]) -> bool:
     apart_ms = abs(sent_at_ms - old_sent_at_ms)
     nameless = _ABSENT in (message, old_message) and _ABSENT in (client, old_client)
     return apart_ms == 0 or (apart_ms < SAME_TIME_MS and nameless)
-
-
-def _is_plain(ident: str) -> bool:
-    """Whether a NATS header keeps the id as it is; it collapses or strips other spaces than single inner ones."""
-    return ident.isascii() and ident.isprintable() and " " not in ident
 
 
 def _hash_of(text: str) -> bytes:

@@ -14,10 +14,9 @@ The client never retries a call, never waits for the send window, and never logs
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from functools import partial
 from typing import TypeVar
 from urllib.parse import urlsplit
@@ -68,7 +67,8 @@ class CountedCall:
     def __exit__(self, kind: object, exc: BaseException | None, trace: object) -> None:
         if exc is not None and (isinstance(exc, LeaseLost) or not isinstance(exc, (AdapterError, TimeoutError))):
             return  # no request was made, or it was cancelled
-        self._metrics.upstream_requests.child(self._endpoint, _outcome_label(exc)).inc()
+        outcome = "ok" if exc is None else _outcome_label(exc)
+        self._metrics.upstream_requests.child(self._endpoint, outcome).inc()
         if self._endpoint not in LONG_POLLS:
             self._metrics.upstream_request_duration.child(self._endpoint).observe(time.monotonic() - self._started)
 
@@ -135,9 +135,10 @@ class ILink:
     async def _read_updates(self, reply: IlinkReply, started: float, limit: int) -> Polled:
         """Reads a large answer even if its poll is cut, within GRACE_S."""
         polled_s = time.monotonic() - started
-        with contextlib.suppress(protocol.Oversized):
+        try:
             return protocol.read_updates(protocol.unpack(reply, SMALL), polled_s=polled_s)
-        reading = asyncio.get_running_loop().create_task(self._read_large(reply, polled_s, limit))
+        except protocol.Oversized:
+            reading = asyncio.get_running_loop().create_task(self._read_large(reply, polled_s, limit))
         try:
             return await asyncio.shield(reading)
         except asyncio.CancelledError:
@@ -243,17 +244,15 @@ class ILink:
         """As `_exchange`, unpacked."""
         return protocol.unpack(await self._exchange(account, request, timeout_s, check), request.largest)
 
-    async def _exchange(
+    def _exchange(
         self, account: Account, request: IlinkRequest, timeout_s: float, check: Callable[[], None] | None = None
-    ) -> IlinkReply:
+    ) -> Coroutine[None, None, IlinkReply]:
         """The answer, packed. `check` is called right before the request is written.
 
         Raises TimeoutError, Temporary (not sent), Uncertain (sent), Refused("url").
         """
-        checked = self.check_base_url(account.base_url or self._default_base_url)
-        reply = await self._pool.exchange(checked, request, timeout_s, check)
-        reply.secrets = request.token, request.secret
-        return reply
+        checked = network.check_url(account.base_url or self._default_base_url, self._allowed_hosts)
+        return self._pool.exchange(checked, request, timeout_s, check)
 
 
 def _forget_frames(exc: BaseException | None) -> None:
@@ -263,10 +262,8 @@ def _forget_frames(exc: BaseException | None) -> None:
         exc = exc.__cause__ or exc.__context__
 
 
-def _outcome_label(exc: AdapterError | TimeoutError | None) -> str:
+def _outcome_label(exc: AdapterError | TimeoutError) -> str:
     match exc:
-        case None:
-            return "ok"
         case TimeoutError():
             return "timeout"
         case SessionExpired():

@@ -241,47 +241,35 @@ class ConnectionPool:
         Repeats a repeatable request once over a new connection if the kept one was closed.
         Raises TimeoutError, Temporary("network") (not sent), Uncertain (sent, or possibly sent).
         """
-        base = _parse_base_url(base_url)
-        if (kept := self._take_idle(base_url)) is not None:
-            clock = asyncio.get_running_loop().time
+        base, clock = _parse_base_url(base_url), asyncio.get_running_loop().time
+        connection = kept = self._take_idle(base_url)
+        while True:
+            if connection is None:
+                connection = await self._open(base, timeout_s)
             began = clock()
             try:
-                return await self._send(kept, base, request, timeout_s, check)
+                if check is not None:
+                    check()
+                # the bytes are in no variable, since a poll waits for half a minute
+                reply = await connection.send_request(_encode_request(request, base), timeout_s, request.largest)
+                break
             except (TimeoutError, Uncertain) as exc:
+                if connection is not kept:
+                    self._tls.forget_session(base.host)
+                    raise
                 self._close_idle(base_url, began)  # older connections are probably dead, too
                 closed = isinstance(exc, Uncertain) and kept.is_silent and clock() - began < STALE_S
                 if not (closed and request.repeatable):
                     raise
-        connection = await self._open(base, timeout_s)
-        try:
-            reply = await self._send(connection, base, request, timeout_s, check)
-        except (TimeoutError, Uncertain):
-            self._tls.forget_session(base.host)
-            raise
-        if connection.tls is not None:
-            self._tls.store_session(base.host, connection.tls)
-        return reply
-
-    async def _send(
-        self,
-        connection: Connection,
-        base: Base,
-        request: IlinkRequest,
-        timeout_s: float,
-        check: Callable[[], None] | None,
-    ) -> IlinkReply:
-        try:
-            encoded = _encode_request(request, base)
-            if check is not None:
-                check()
-            sending = connection.send_request(encoded, timeout_s, request.largest)
-            del encoded  # a poll waits for half a minute
-            reply = await sending
-        except BaseException:
-            connection.close()
-            raise
+                connection = None
+            except BaseException:
+                connection.close()
+                raise
         if connection.is_usable:
-            self._store_idle(base.url, connection)
+            self._store_idle(base_url, connection)
+        if connection is not kept and connection.tls is not None:
+            self._tls.store_session(base.host, connection.tls)
+        reply.secrets = request.token, request.secret
         return reply
 
     async def close(self) -> None:

@@ -27,7 +27,6 @@ from adapter.settings import NEWEST_ILINK_VERSION
 AGENT = f"wechat-nats/{__version__}"
 
 _BOM = b"\xef\xbb\xbf"
-_MESSAGES = msgspec.json.Decoder(list[msgspec.Raw] | None)
 
 A = TypeVar("A", bound=wire.WireReply)
 
@@ -304,7 +303,8 @@ def unpack(reply: IlinkReply, limit: int) -> IlinkReply:
     The body of an error page that cannot be unpacked is empty. Raises Uncertain("unreadable"), Oversized.
     """
     body, problem = reply.body, ""
-    if body and reply.headers.get("content-encoding", "").strip().lower() not in ("", "identity"):
+    encoding = reply.headers.get("content-encoding")
+    if encoding and body and encoding.strip().lower() not in ("", "identity"):
         work = zlib.decompressobj(_GZIP_OR_ZLIB)
         try:
             body = work.decompress(body, limit + 1)
@@ -329,6 +329,8 @@ def read_updates(reply: IlinkReply, *, polled_s: float) -> Polled:
     if reply.status == EDGE_TIMEOUT:
         _find_refusal(reply)
     elif reply.body.strip() or not 200 <= reply.status < 300:
+        if reply.body.count(b",") > COMMAS:
+            raise Temporary("unreadable", "the answer has too many messages")
         updates = _read_answer(reply, wire.Updates)
         if code := updates.code:
             if code == -1 and polled_s >= IDLE_S:  # an idle timeout, as one client interprets it
@@ -337,21 +339,12 @@ def read_updates(reply: IlinkReply, *, polled_s: float) -> Polled:
         cursor = str(updates.get_updates_buf or "")
         overlong = len(cursor) if len(cursor) > wire.OPAQUE_CHARS else 0
         kept = None if overlong else cursor or None
-        return Polled(_split(updates.msgs), kept, hold_ms(updates.longpolling_timeout_ms), overlong)
+        messages = [bytes(raw) for raw in updates.msgs or ()]
+        return Polled(messages, kept, hold_ms(updates.longpolling_timeout_ms), overlong)
     if polled_s >= IDLE_AFTER_S:
         return Polled([], None, HOLD_MS)
     reason = "http_5xx" if reply.status == EDGE_TIMEOUT else "unreadable"
     raise Temporary(reason, "an empty answer, too early for an idle poll")
-
-
-def _split(messages: msgspec.Raw) -> list[bytes]:
-    """The elements of a JSON list. Raises Temporary if it is none, or has too many."""
-    if bytes(messages).count(b",") > COMMAS:
-        raise Temporary("unreadable", "the answer has too many messages")
-    try:
-        return list(map(bytes, _MESSAGES.decode(messages) or ()))
-    except msgspec.ValidationError:
-        raise Temporary("unreadable", "the messages are no list") from None
 
 
 def read_sent(reply: IlinkReply) -> Accepted:

@@ -51,10 +51,9 @@ class WireReply(msgspec.Struct, kw_only=True):
 
 
 class Updates(WireReply, kw_only=True):
-    """Answer of getupdates. The list of messages stays raw, so that a broken message does not spoil the batch, and a
-    million messages do not become a million objects."""
+    """Answer of getupdates. The messages stay raw, so that a broken one does not spoil the batch."""
 
-    msgs: msgspec.Raw = msgspec.Raw(b"null")
+    msgs: list[msgspec.Raw] | None = None
     get_updates_buf: str | int | None = None
     longpolling_timeout_ms: msgspec.Raw = msgspec.Raw(b"null")
 
