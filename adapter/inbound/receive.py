@@ -9,10 +9,10 @@ the same, for whoever the binding names then (`_store_after_loss`).
 from __future__ import annotations
 
 import asyncio
-import base64
+import binascii
 from collections.abc import Awaitable, Callable, Sequence
 from functools import partial
-from typing import Any, NamedTuple, TypeVar
+from typing import NamedTuple, TypeVar
 
 import msgspec
 import structlog
@@ -58,14 +58,11 @@ log = structlog.get_logger()
 
 T = TypeVar("T")
 
-SLICE, SLICE_BYTES = 256, 1024 * 1024
-"""Most messages, and bytes of them, that are published together; they bound the memory that a huge answer takes."""
-TURN = 64
-"""Messages, or KiB, translated in one turn of the event loop."""
+SLICE = 50
+"""Most messages, or KiB of them, that are translated and published together. It bounds the memory that a huge answer
+takes, its share of a turn of the event loop, and the ids in a line of the log, which keeps no more of a list."""
 IDS_KNOWN_S = 30.0
 """Time for which the stream surely knows the id of what it has stored, even if it loses the acknowledgement."""
-LOGGED = 50
-"""Most ids in a line of the log, which keeps no more of a list."""
 OTHER_HEADERS = 1024
 """Bytes for the headers of a message beside the sealed one."""
 OTHER_USERS = 8
@@ -145,6 +142,7 @@ class _Read(msgspec.Struct):
     items: Sequence[InboundItem] = ()
     fetches: Sequence[MediaRef] = ()
     fingerprint: bytes = b""
+    """Empty for what was not read, repeats and echoes."""
     payload: bytes = b""
     """What is published; empty: nothing."""
     headers: dict[str, str] = {}
@@ -166,14 +164,16 @@ class Receiver:
 
     async def receive(self, polled: Polled, checkpoint: Checkpoint) -> None:
         """Returns when all messages are stored. Raises LeaseLost if the bot is lost; all are stored then, too."""
-        among = DedupWindow() if len(polled.messages) > 1 else None
+        messages, cursor = polled.messages, polled.cursor or ""
+        among = DedupWindow() if len(messages) > 1 else None
         received_ms = self._deps.clock.now_ms()
         lost: LeaseLost | None = None
         start = 0
-        while start < len(polled.messages):
-            part = _slice(polled.messages, start)
-            read = await self._read(part, start, polled.cursor or "", checkpoint, among)
-            start += len(part)
+        while start < len(messages):
+            if start:
+                await self._deps.ticks.wait_tick()
+            read = self._read(messages, start, received_ms, cursor, checkpoint, among)
+            start += len(read)
             try:
                 if lost is None:
                     await self._store(read, received_ms, checkpoint)
@@ -186,49 +186,47 @@ class Receiver:
             await self._deps.others.publish_released(self.bot)
             raise lost
 
-    async def _read(
-        self, part: Sequence[bytes], first: int, cursor: str, checkpoint: Checkpoint, among: DedupWindow | None
+    def _read(
+        self,
+        messages: Sequence[bytes],
+        start: int,
+        received_ms: int,
+        cursor: str,
+        checkpoint: Checkpoint,
+        among: DedupWindow | None,
     ) -> list[_Read]:
-        """Translates messages and finds repeats. `first`: index of the first one in the answer."""
-        found, work = [], 0
-        for number, raw in enumerate(part, first):
-            work += 1 + len(raw) // 1024
-            if work > TURN:
-                work = 0
-                await self._deps.ticks.wait_tick()
-            one = self._survive(self._read_one, raw, cursor, number, checkpoint, among)
-            found.append(one or _Read(raw, outcome="crashed", detail=Crashed().detail))
+        """Translates the messages from `start` on that are published together, at least one, and finds repeats."""
+        found: list[_Read] = []
+        size = 0
+        for number in range(start, len(messages)):
+            raw = messages[number]
+            size += 1 + len(raw) // 1024
+            if size > SLICE and found:
+                break
+            try:
+                message = self._deps.read_message(raw)
+                if not message.keys.message and cursor:
+                    message = msgspec.structs.replace(message, keys=message.keys.with_position(cursor, number))
+                keys = message.keys
+                one = _Read(raw, message, id=keys.id_for(self.bot))
+                if message.echo or message.user == self.bot:  # some echoes have no type
+                    one.outcome = "echo"
+                elif checkpoint.seen.is_repeat(keys) or (among is not None and among.is_repeat(keys)):
+                    one.outcome = "repeat"
+                else:
+                    one.fingerprint = keys.fingerprint(received_ms)
+                    if among is not None:
+                        among.add([one.fingerprint])
+                    if message.group:
+                        # an answer might go to the group, or to a member who is not the bot's user
+                        one.outcome, one.detail = "group", "The message is from a group."
+            except Unreadable as exc:
+                one = _Read(raw, outcome="unreadable", detail=exc.detail)
+            except Exception:
+                log.exception("inbound.crashed", bot=self.bot, work="_read")
+                one = _Read(raw, outcome="crashed", detail=Crashed().detail)
+            found.append(one)
         return found
-
-    def _survive(self, work: Callable[..., T], *args: Any) -> T | None:
-        """The result of `work` for one message, the one place where the code may raise for it; None: it did."""
-        try:
-            return work(*args)
-        except Exception:
-            log.exception("inbound.crashed", bot=self.bot, work=work.__name__)
-            return None
-
-    def _read_one(
-        self, raw: bytes, cursor: str, number: int, checkpoint: Checkpoint, among: DedupWindow | None
-    ) -> _Read:
-        try:
-            message = self._deps.read_message(raw)
-        except Unreadable as exc:
-            return _Read(raw, outcome="unreadable", detail=exc.detail)
-        if not message.keys.message and cursor:
-            message = msgspec.structs.replace(message, keys=message.keys.with_position(cursor, number))
-        one = _Read(raw, message, id=message.keys.id_for(self.bot))
-        if message.echo or message.user == self.bot:  # some echoes have no type
-            one.outcome = "echo"
-        elif checkpoint.seen.is_repeat(message.keys) or (among is not None and among.is_repeat(message.keys)):
-            one.outcome = "repeat"
-        else:
-            if among is not None:
-                among.add([message.keys.fingerprint(0)])
-            if message.group:
-                # an answer might go to the group, or to a member who is not the bot's user
-                one.outcome, one.detail = "group", "The message is from a group."
-        return one
 
     # storing ----------------------------------------------------------------------------------------
 
@@ -253,11 +251,7 @@ class Receiver:
         finally:
             for conversation in held:
                 conversation.holds -= 1
-        lines = [
-            one.fingerprint or one.message.keys.fingerprint(received_ms)
-            for one in read
-            if one.message is not None and one.outcome not in ("repeat", "echo")
-        ]
+        lines = [one.fingerprint for one in read if one.fingerprint]
         if lines:  # not before: a checkpoint must not know what the inbox lacks
             checkpoint.seen.add(lines)
             checkpoint.note(len(lines))
@@ -291,11 +285,12 @@ class Receiver:
                 binding = await self._persist(partial(self._learn_user, binding, user), checkpoint)
             if shard is None:
                 continue
-            try:
-                opens = partial(shard.conversation, binding.sandbox, user, self.bot)
-                conversation = await self._persist(opens, checkpoint)
-            except (Crashed, RecordTooNew):  # the messages go on without it
-                continue
+            if (conversation := shard.loaded(binding.sandbox, user)) is None:
+                try:
+                    opens = partial(shard.conversation, binding.sandbox, user, self.bot)
+                    conversation = await self._persist(opens, checkpoint)
+                except (Crashed, RecordTooNew):  # the messages go on without it
+                    continue
             conversation.holds += 1
             held.append(conversation)
             for one in messages:
@@ -304,10 +299,12 @@ class Receiver:
 
     def _has_room_for(self, user: str, binding: Binding) -> bool:
         """Whether a user is the bot's own, or among the first others."""
-        is_new = binding.user and user != binding.user and user not in self._others
-        if is_new and len(self._others) < OTHER_USERS:
-            self._others = (*self._others, user)
-        return user == binding.user or not binding.user or user in self._others
+        if user == binding.user or not binding.user or user in self._others:
+            return True
+        if len(self._others) == OTHER_USERS:
+            return False
+        self._others = (*self._others, user)
+        return True
 
     async def _learn_user(self, binding: Binding, user: str) -> Binding:
         """Adds the user to a binding without one, and has an older bot of the same user in the sandbox unbound, which
@@ -331,13 +328,18 @@ class Receiver:
     # what is published ------------------------------------------------------------------------------
 
     def _build_all(self, read: Sequence[_Read], binding: Binding, received_ms: int) -> None:
+        limit = self._deps.max_payload()
         for one in read:
-            if one.outcome == "new" and not self._survive(self._build, one, binding, received_ms):
-                one.outcome, one.detail = "crashed", Crashed().detail
+            if one.outcome == "new":
+                try:
+                    self._build(one, binding, received_ms, limit)
+                except Exception:
+                    log.exception("inbound.crashed", bot=self.bot, work="_build")
+                    one.outcome, one.detail = "crashed", Crashed().detail
 
-    def _build(self, one: _Read, binding: Binding, received_ms: int) -> bool:
+    def _build(self, one: _Read, binding: Binding, received_ms: int, limit: int) -> None:
         """Makes the message for the inbox."""
-        deps, message, sandbox = self._deps, one.message, binding.sandbox
+        message, sandbox = one.message, binding.sandbox
         assert message is not None
         one.items, one.fetches, quote = message.items, message.fetches, message.quote
         if message.fetches:
@@ -357,45 +359,42 @@ class Receiver:
             sent_at_ms=message.sent_at_ms,
             received_at_ms=received_ms,
             text=message.text,
-            items=[*one.items],
+            items=one.items,
             quote=quote,
-            window=self._survive(self._opened_window, one, received_ms) or contract.Window(),
+            window=self._opened_window(one, message, received_ms),
         )
         payload = msgspec.json.encode(inbound)
-        one.fingerprint = message.keys.fingerprint(received_ms)
         ident = f"{sandbox}.{one.id}"
+        sealed = seal(self._deps.sealer, ident, self.bot, sandbox, Sealed(message.context_token, one.fetches))
         one.headers = {
             H_MSG_ID: ident,
             H_SCHEMA: contract.SCHEMA_VERSION,
             H_BOT: self.bot,
-            H_SEEN: base64.b64encode(one.fingerprint).decode(),
-            H_SEALED: seal(deps.sealer, ident, self.bot, sandbox, Sealed(message.context_token, tuple(one.fetches))),
+            H_SEEN: binascii.b2a_base64(one.fingerprint, newline=False).decode(),
+            H_SEALED: sealed,
             H_TRACEPARENT: derive_traceparent(one.id),
         }
-        if len(payload) + len(one.headers[H_SEALED]) + OTHER_HEADERS > deps.max_payload():
+        if len(payload) + len(sealed) + OTHER_HEADERS > limit:
             one.detail = "The bus refuses a message of this size."
             payload = _stub_of(inbound)
         one.payload = payload
-        return True
 
-    def _opened_window(self, one: _Read, now_ms: int) -> contract.Window:
-        """The window that the message opens."""
-        conversation, message = one.conversation, one.message
-        assert message is not None
+    def _opened_window(self, one: _Read, message: InboundMessage, now_ms: int) -> contract.Window:
+        """The window that the message opens; none that is known if the code raises."""
+        conversation, policy = one.conversation, self._deps.policy
         record = conversation.record if conversation is not None else _NOBODY
         in_flight = 0 if conversation is None else int(conversation.is_sending)
-        used = in_flight or record.window.sent_at_ms or record.window.throttled_at_ms
-        is_whole = bool(message.context_token) and not used
-        if is_whole and self._whole[0] == now_ms:  # as that of another message of this answer
+        try:
+            if not message.context_token or in_flight or record.window.sent_at_ms or record.window.throttled_at_ms:
+                opened = window.open_window(record, _as_inbound(one, self.bot, MAX_SEQ, now_ms), now_ms, in_flight)
+                return window.visible_window(opened, now_ms, policy)
+            if self._whole[0] != now_ms:  # else as that of another message of this answer
+                opened = ConversationRecord(token=message.context_token, window=SendWindow(opened_ms=now_ms))
+                self._whole = now_ms, window.visible_window(opened, now_ms, policy)
             return self._whole[1]
-        if is_whole:
-            opened = ConversationRecord(token=message.context_token, window=SendWindow(opened_ms=now_ms))
-        else:
-            opened = window.open_window(record, _as_inbound(one, self.bot, MAX_SEQ, now_ms), now_ms, in_flight)
-        shown = window.visible_window(opened, now_ms, self._deps.policy)
-        if is_whole:
-            self._whole = now_ms, shown
-        return shown
+        except Exception:
+            log.exception("inbound.crashed", bot=self.bot, work="_opened_window")
+            return contract.Window()
 
     async def _publish(
         self, read: Sequence[_Read], checkpoint: Checkpoint, owner: Owner, *, maybe_published: bool = False
@@ -405,27 +404,29 @@ class Receiver:
         `maybe_published`: they may be stored without that the stream knows their ids, as whatever is tried again.
         Then the inbox is read first, and what is there is not published again.
         """
-        deps, subject = self._deps, self._deps.names.inbox(checkpoint.sandbox)
+        deps, clock, subject = self._deps, self._deps.clock, self._deps.names.inbox(checkpoint.sandbox)
+        until = 0.0
+
+        def check() -> None:
+            owner.check()
+            if clock.monotonic() > until:
+                raise LeaseLost("publish_delayed", self.bot)
 
         async def publish() -> None:
-            nonlocal maybe_published
+            nonlocal maybe_published, until
             while waiting := [one for one in read if one.payload and not one.sequence]:
                 if maybe_published:
                     await self._find_stored(waiting, subject, checkpoint.inbox_seq)
                     maybe_published = False
                     continue
-                until = deps.clock.monotonic() + IDS_KNOWN_S
-
-                def check(until: float = until) -> None:
-                    owner.check()
-                    if deps.clock.monotonic() > until:
-                        raise LeaseLost("publish_delayed", self.bot)
-
-                messages = [BusMessage("in", subject, one.payload, one.headers, check) for one in waiting]
+                until = clock.monotonic() + IDS_KNOWN_S
                 maybe_published = True
-                acks = await deps.bus.publish_all(messages)
+                answers = await deps.bus.publish_all(
+                    [BusMessage("in", subject, one.payload, one.headers, check) for one in waiting]
+                )
                 maybe_published = False
-                refusals = self._note_answers(waiting, acks, checkpoint.sandbox)
+                if not (refusals := self._note_answers(waiting, answers, checkpoint.sandbox)):
+                    return
                 if full := next((refusal for refusal in refusals if refusal.is_full), None):
                     log.error("inbound.full", bot=self.bot)  # its discard policy was changed
                     raise full
@@ -453,20 +454,19 @@ class Receiver:
         self, published: Sequence[_Read], answers: Sequence[PubAck | BusRefused], sandbox: str
     ) -> list[BusRefused]:
         """Returns the refusals."""
-        now_ms, ages, refusals, stored = self._deps.clock.now_ms(), self._deps.metrics.inbound_age, [], []
+        now_ms, ages, refusals = self._deps.clock.now_ms(), self._deps.metrics.inbound_age, []
         for one, answer in zip(published, answers, strict=True):
-            if isinstance(answer, PubAck):
-                one.sequence = answer.seq
-                stored.append(one.id)
-                self._count(one, "duplicate" if answer.duplicate else "published")
-                if one.message is not None and one.message.sent_at_ms:
-                    ages.observe(max(0, now_ms - one.message.sent_at_ms) / 1000)
-            else:
+            if isinstance(answer, BusRefused):
                 refusals.append(answer)
                 if not answer.is_full:
                     self._note_refused(one, answer)
-        for start in range(0, len(stored), LOGGED):
-            log.info("inbound.published", sandbox=sandbox, messages=stored[start : start + LOGGED])
+                continue
+            one.sequence = answer.seq
+            self._count(one, "duplicate" if answer.duplicate else "published")
+            if one.message is not None and one.message.sent_at_ms:
+                ages.observe(max(0, now_ms - one.message.sent_at_ms) / 1000)
+        if stored := [one.id for one in published if one.sequence]:
+            log.info("inbound.published", sandbox=sandbox, messages=stored)
         return refusals
 
     def _note_refused(self, one: _Read, refusal: BusRefused) -> None:
@@ -526,26 +526,26 @@ class Receiver:
         newest: dict[str, tuple[_Read, str]] = {}
         for one in read:
             message = one.message
-            if message is None:
-                continue
-            if one.sequence:
-                token = message.context_token or newest.get(message.user, (one, ""))[1]
-                newest[message.user] = one, token
+            if one.sequence and message is not None:
+                newest[message.user] = one, message.context_token or newest.get(message.user, (one, ""))[1]
                 if one.fetches:
                     deps.media.fetch_soon(binding.sandbox, message.user, one.id, one.items, one.fetches)
-        is_given = shard is not None
+        is_given, last = shard is not None, 0
         for one, token in newest.values():
-            if shard is None or one.conversation is None or one.conversation.is_stopped:
+            last = max(last, one.sequence)
+            conversation = one.conversation
+            if shard is None or conversation is None or conversation.is_stopped:
                 is_given = False
                 continue
-            inbound = _as_inbound(one, self.bot, one.sequence, received_ms, token)
-            self._survive(one.conversation.on_inbound, inbound)  # it costs the window, not the message
+            try:
+                conversation.on_inbound(_as_inbound(one, self.bot, one.sequence, received_ms, token))
+            except Exception:  # it costs the window, not the message
+                log.exception("inbound.crashed", bot=self.bot, work="on_inbound")
             if binding.options.auto_typing:
-                shard.show_typing(one.conversation)
+                shard.show_typing(conversation)
         for one in read:
             if one.outcome == "repeat" and one.conversation is not None and one.message is not None:
                 one.conversation.on_repeat(one.id, self.bot, one.message.context_token)
-        last = max((one.sequence for one, _ in newest.values()), default=0)
         deps.inboxes.reached = max(deps.inboxes.reached, last)
         if is_given:  # otherwise the next owner reads it
             checkpoint.inbox_seq = max(checkpoint.inbox_seq, last)
@@ -578,15 +578,6 @@ class Receiver:
 
     def _count(self, one: _Read, outcome: str) -> None:
         self._deps.metrics.inbound_messages.child(one.message.kind if one.message else "unsupported", outcome).inc()
-
-
-def _slice(messages: Sequence[bytes], start: int) -> Sequence[bytes]:
-    """The next messages to publish together; at least one."""
-    end, size = start, 0
-    while end < len(messages) and end - start < SLICE and (end == start or size + len(messages[end]) <= SLICE_BYTES):
-        size += len(messages[end])
-        end += 1
-    return messages[start:end]
 
 
 def _end_new(read: Sequence[_Read], reason: str, detail: str) -> None:

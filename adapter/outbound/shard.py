@@ -324,6 +324,11 @@ class Shard:
             conversation = of_sandbox[user] = Conversation(self, sandbox, user)
         return conversation
 
+    def loaded(self, sandbox: str, user: str) -> Conversation | None:
+        """The conversation, if it is here with its record."""
+        conversation = self._conversations.get(sandbox, {}).get(user)
+        return conversation if conversation is not None and conversation.is_loaded else None
+
     async def conversation(self, sandbox: str, user: str, bot: str) -> Conversation:
         """The conversation of a user whom a bot serves, with its record. Raises Temporary, RecordTooNew."""
         conversation = self._conversation(sandbox, user)
