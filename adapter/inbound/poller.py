@@ -15,7 +15,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import enum
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -230,12 +230,13 @@ class BotPoller:
             self._enter(State.ENDED)
 
     async def _serve(self) -> None:
-        """One step after the other. The one place where they fail."""
+        """One poll after the other. The one place where they fail."""
         while not self.stopping and self._bindings.serving(self.bot) is not None:
-            retry_after_s, failure = None, {}
+            retry_after_s = None
             try:
-                await self._step()
-                continue
+                while (binding := await self._prepare()) is not None and self.checkpoint is not None:
+                    await self._poll_once(binding, self.checkpoint)
+                return
             except LeaseLost as exc:
                 log.info("poller.fenced", bot=self.bot, reason=exc.reason)
                 return
@@ -259,12 +260,11 @@ class BotPoller:
             self._is_cut = False
             await self._deps.ticks.wait_tick()
 
-    async def _step(self) -> None:
-        """Takes the bot, or polls once. Raises LeaseLost, Refused, Temporary."""
-        if self.checkpoint is None and not await self._take_bot():
-            return
-        checkpoint = self.checkpoint
-        assert checkpoint is not None
+    async def _prepare(self) -> Binding | None:
+        """Does all that comes before a poll, and returns the binding to poll with; None: the poller must stop, or the
+        bot is not bound. Raises LeaseLost, Refused, Temporary."""
+        if (checkpoint := self.checkpoint) is None and (checkpoint := await self._take_bot()) is None:
+            return None
         if not self._is_started:
             await self._fold(checkpoint)
             await self._pause(self._deps.starts.reserve_delay_s())
@@ -273,13 +273,14 @@ class BotPoller:
             self._is_started = True
         self.unanswered_since = self.unanswered_since or self._clock.monotonic()
         if (binding := await self._wait_until_pollable(checkpoint)) is None:
-            return
+            return None
         if checkpoint.is_due():
             await self._save(checkpoint)
-        await self._fold(checkpoint)
+        if self._unfolded:
+            await self._fold(checkpoint)
         if checkpoint.applied != binding.start_cursor:
             checkpoint.apply_start_cursor(binding, self._deps.sealer)
-        await self._poll_once(binding, checkpoint)
+        return binding
 
     def _forget_checkpoint(self) -> None:
         self.checkpoint, self._is_started, self.session.is_taken = None, False, False
@@ -298,8 +299,8 @@ class BotPoller:
 
     # taking -----------------------------------------------------------------------------------------
 
-    async def _take_bot(self) -> bool:
-        """Takes the bot once no other replica can poll it; False: the poller must stop. Raises Temporary, LeaseLost,
+    async def _take_bot(self) -> Checkpoint | None:
+        """Takes the bot once no other replica can poll it; None: the poller must stop. Raises Temporary, LeaseLost,
         Refused."""
         attempts = 0
         while not self._must_stop() and (binding := self._bindings.serving(self.bot)) is not None:
@@ -311,7 +312,7 @@ class BotPoller:
             if self.checkpoint is not None:
                 self._enter(State.TAKING)
                 self._unfolded += 1
-                return True
+                return self.checkpoint
             attempts += 1
             if attempts % QUERY_EVERY == 0 and await self._clear_idle_owner():
                 continue
@@ -319,7 +320,7 @@ class BotPoller:
             wait_s += self._clock.jitter(wait_s / 2)
             await self._wake.wait_until(lambda: self._is_cut or self._is_released, wait_s)
             self._is_cut = False  # the loop checks the reason again
-        return False
+        return None
 
     async def _try_take(self, binding: Binding) -> Checkpoint | None:
         """None: the poller of another replica has not stopped, or the checkpoint changed meanwhile.
@@ -394,6 +395,7 @@ class BotPoller:
             if not deps.is_writable():
                 self._enter(State.PAUSED, "NATS accepts no writes.")
                 await deps.wait_writable()
+                continue
             if not self._leases.is_valid:
                 self._enter(State.PAUSED, "The lease of this replica is not valid.")
                 await self._wait_until(self._leases.changed, lambda: self._leases.is_valid)
@@ -402,7 +404,7 @@ class BotPoller:
                 self.unanswered_since = self._clock.monotonic()
                 continue
             binding = self._bindings.serving(self.bot)
-            if binding is None or self._must_stop():
+            if binding is None:
                 break
             if binding.event_pending:
                 binding = await publish_login_event(self._bindings, deps.events, binding, self._refusal)
@@ -461,21 +463,24 @@ class BotPoller:
         self._timeouts = 0
         self.unanswered_since = self.session.polled_at = now = self._clock.monotonic()
         deps.sessions.changed.notify_all()
-        (deps.metrics.polls_full if polled.messages else deps.metrics.polls_empty).inc()
-        is_on_time = not polled.messages and (now - began) * 1000 <= polled.hold_ms + ON_TIME_MS
-        self._hold_ms = polled.hold_ms if is_on_time else max(self._hold_ms, polled.hold_ms)
         is_new = polled.cursor not in (None, checkpoint.cursor)
         if polled.messages:
+            deps.metrics.polls_full.inc()
+            self._hold_ms = max(self._hold_ms, polled.hold_ms)
             self._enter(State.STORING)
             await deps.ticks.wait_tick()
             await self._receiver.receive(polled, checkpoint)
             self._enter(State.POLLING)
         else:
+            deps.metrics.polls_empty.inc()
+            is_on_time = (now - began) * 1000 <= polled.hold_ms + ON_TIME_MS
+            self._hold_ms = polled.hold_ms if is_on_time else max(self._hold_ms, polled.hold_ms)
             await deps.wakeups.wait_for_batch()
         if is_new and polled.cursor is not None:
             checkpoint.cursor = polled.cursor
             checkpoint.note()
-        await self._on_accepted(binding, checkpoint)
+        if binding.state == "needs_login" or self._refused is not None:
+            await self._on_accepted(binding, checkpoint)
         if polled.overlong:  # iLink may repeat the same messages for ever
             raise Temporary("cursor_too_long", f"The cursor has {polled.overlong} characters and cannot be kept.")
         self._failures, self._has_failed = 0, False
@@ -574,18 +579,15 @@ class BotPoller:
             raise
 
     async def _on_accepted(self, binding: Binding, checkpoint: Checkpoint) -> None:
-        """Handles an answer to a poll: the verdict on a refused token was wrong, or is not true any more. Raises
-        LeaseLost."""
+        """The verdict on a refused token was wrong, or is not true any more. Raises LeaseLost."""
         if binding.state == "needs_login":
-            mark = partial(mark_login, self._bindings, self._clock, binding, "active")
-            await persist(mark, checkpoint, self._clock, "binding", bot=self.bot)
-        elif self._refused is not None:
-            self._end_refusal()
-            event = binding.event("recovered")
-            tell = partial(self._deps.events.publish_binding_event, event)
-            await persist(tell, checkpoint, self._clock, "binding", bot=self.bot)
+            tell: Callable[[], Awaitable[object]] = partial(
+                mark_login, self._bindings, self._clock, binding, "active"
+            )
         else:
-            return
+            self._end_refusal()
+            tell = partial(self._deps.events.publish_binding_event, binding.event("recovered"))
+        await persist(tell, checkpoint, self._clock, "binding", bot=self.bot)
         log.info("session.recovered", bot=self.bot)
 
     def _end_refusal(self) -> None:
