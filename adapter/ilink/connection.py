@@ -55,7 +55,7 @@ class Connection(asyncio.Protocol):
     """One HTTP/1.1 connection: a request, its answer, the next request."""
 
     __slots__ = ("_body", "_framed", "_has_head", "_headers", "_is_complete", "_keeps", "_limit", "_loop", "_parser",
-                 "_read", "_result", "_status", "_timer", "_transport", "idle_since", "tls")  # fmt: skip
+                 "_read", "_result", "_status", "_timer", "_transport", "began", "idle_since", "tls")  # fmt: skip
 
     def __init__(self) -> None:
         self._loop = asyncio.get_running_loop()
@@ -66,8 +66,8 @@ class Connection(asyncio.Protocol):
         self._keeps = True
         """Whether another answer may follow."""
         self._begin(0)
-        self.idle_since = 0.0
-        """End of the last answer, by the loop's clock."""
+        self.began = self.idle_since = 0.0
+        """Begin of the last request and end of its answer, by the loop's clock."""
         self.tls: ssl.SSLObject | None = None
 
     def _begin(self, limit: int) -> None:
@@ -86,9 +86,9 @@ class Connection(asyncio.Protocol):
         return self._transport is not None and not self._transport.is_closing() and self._keeps
 
     @property
-    def is_silent(self) -> bool:
-        """Whether no byte came in answer to the last request."""
-        return self._read == 0
+    def was_closed(self) -> bool:
+        """Whether the last request met a connection that the server had closed (STALE_S)."""
+        return self._read == 0 and self.idle_since - self.began < STALE_S
 
     async def send_request(self, request: bytes, timeout_s: float, limit: int) -> IlinkReply:
         """Sends the request and reads its answer, still compressed. Closes the connection if it is cancelled or
@@ -100,6 +100,7 @@ class Connection(asyncio.Protocol):
         if self._transport is None or self._transport.is_closing():
             raise Temporary("network", "the connection is closed")
         self._begin(limit)
+        self.began = self._loop.time()
         self._result = result = self._loop.create_future()
         self._timer = self._loop.call_later(timeout_s, self._on_deadline)
         self._transport.write(request)
@@ -241,12 +242,11 @@ class ConnectionPool:
         Repeats a repeatable request once over a new connection if the kept one was closed.
         Raises TimeoutError, Temporary("network") (not sent), Uncertain (sent, or possibly sent).
         """
-        base, clock = _parse_base_url(base_url), asyncio.get_running_loop().time
+        base = _parse_base_url(base_url)
         connection = kept = self._take_idle(base_url)
         while True:
             if connection is None:
                 connection = await self._open(base, timeout_s)
-            began = clock()
             try:
                 if check is not None:
                     check()
@@ -257,9 +257,8 @@ class ConnectionPool:
                 if connection is not kept:
                     self._tls.forget_session(base.host)
                     raise
-                self._close_idle(base_url, began)  # older connections are probably dead, too
-                closed = isinstance(exc, Uncertain) and kept.is_silent and clock() - began < STALE_S
-                if not (closed and request.repeatable):
+                self._close_idle(base_url, kept.began)  # older connections are probably dead, too
+                if not (request.repeatable and kept.was_closed and isinstance(exc, Uncertain)):
                     raise
                 connection = None
             except BaseException:

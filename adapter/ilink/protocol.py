@@ -282,10 +282,9 @@ def qrcode_status_request(declared: Declared, handle: str, verify_code: str) -> 
     return IlinkRequest("get_qrcode_status", path, declared.app_headers, b"", "GET")
 
 
-def hold_ms(hint: msgspec.Raw | bytes) -> int:
-    """The server's hint for the next poll, as JSON, within HOLD_RANGE_MS; HOLD_MS if it is no positive number."""
-    digits = bytes(hint).strip(b'"')
-    number = int(digits) if digits.isdigit() and len(digits) < 10 else 0
+def hold_ms(hint: object) -> int:
+    """The server's hint for the next poll within HOLD_RANGE_MS; HOLD_MS if it is no positive number."""
+    number = wire.as_count(hint)
     low, high = HOLD_RANGE_MS
     return min(max(number, low), high) if number else HOLD_MS
 
@@ -339,7 +338,7 @@ def read_updates(reply: IlinkReply, *, polled_s: float) -> Polled:
         cursor = str(updates.get_updates_buf or "")
         overlong = len(cursor) if len(cursor) > wire.OPAQUE_CHARS else 0
         kept = None if overlong else cursor or None
-        messages = [bytes(raw) for raw in updates.msgs or ()]
+        messages = list(map(bytes, updates.msgs or ()))
         return Polled(messages, kept, hold_ms(updates.longpolling_timeout_ms), overlong)
     if polled_s >= IDLE_AFTER_S:
         return Polled([], None, HOLD_MS)

@@ -183,7 +183,7 @@ def _translate_item(item: wire.Item, index: int) -> _TranslatedItem:
             voice = item.voice_item
             transcript = transcript_of(voice)
             fetch, reason = _read_media(voice, index)
-            length = _count(voice.playtime)
+            length = wire.as_count(voice.playtime)
             return _TranslatedItem(
                 contract.VoiceItem(transcript=transcript, duration_ms=length, reason=reason), transcript, fetch=fetch
             )
@@ -194,7 +194,7 @@ def _translate_item(item: wire.Item, index: int) -> _TranslatedItem:
             return _TranslatedItem(contract.FileItem(name=name, reason=reason), fetch=fetch)
         case wire.VIDEO if item.video_item is not None:
             fetch, reason = _read_media(item.video_item, index, size=item.video_item.video_size)
-            length = _count(item.video_item.play_length)
+            length = wire.as_count(item.video_item.play_length)
             return _TranslatedItem(contract.VideoItem(duration_ms=length, reason=reason), fetch=fetch)
         case _:
             return _TranslatedItem(contract.UnsupportedItem(type=kind))
@@ -215,19 +215,12 @@ def _read_media(
         key = read_key(_key_or_none(media.aes_key), _key_or_none(payload.aeskey))
     except Refused as exc:
         return None, exc.reason
-    return MediaRef(index, url, reference, key, name, _count(size) or 0), ""
+    return MediaRef(index, url, reference, key, name, wire.as_count(size) or 0), ""
 
 
 def _key_or_none(value: object) -> str | None:
     """A key of a wrong type still says that the bytes are encrypted, so it becomes an invalid key."""
     return value if isinstance(value, str) or value is None else "?"
-
-
-def _count(value: object) -> int | None:
-    """A number, perhaps as text: milliseconds, bytes. None: it is none."""
-    if isinstance(value, str) and value.isascii() and value.isdigit() and len(value) < 16:
-        value = int(value)
-    return value if isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**53 else None
 
 
 def _context_token(value: object) -> str:

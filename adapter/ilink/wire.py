@@ -55,7 +55,7 @@ class Updates(WireReply, kw_only=True):
 
     msgs: list[msgspec.Raw] | None = None
     get_updates_buf: str | int | None = None
-    longpolling_timeout_ms: msgspec.Raw = msgspec.Raw(b"null")
+    longpolling_timeout_ms: Any = None
 
 
 class Sent(WireReply, kw_only=True):
@@ -208,3 +208,10 @@ class WireMessage(Head, kw_only=True):
 
     from_user_id: str | None = None
     item_list: list[msgspec.Raw] | None = None
+
+
+def as_count(value: object) -> int | None:
+    """A number, perhaps as text: milliseconds, bytes. None: it is none."""
+    if isinstance(value, str) and value.isascii() and value.isdigit() and len(value) < 16:
+        value = int(value)
+    return value if isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**53 else None
