@@ -20,10 +20,12 @@ class FairSlots:
 
     def try_acquire(self, sandbox: str) -> bool:
         """Takes a slot if one is free and no other caller waits for it."""
-        if self._free and self._used.get(sandbox, 0) < self._share and sandbox not in self._waiting:
-            self._use_slot(sandbox)
-            return True
-        return False
+        used = self._used.get(sandbox, 0)
+        if not self._free or used >= self._share or sandbox in self._waiting:
+            return False
+        self._free -= 1
+        self._used[sandbox] = used + 1
+        return True
 
     async def acquire(self, sandbox: str) -> None:
         """Waits for a slot."""
@@ -43,7 +45,8 @@ class FairSlots:
         self._free += 1
         if (used := self._used.pop(sandbox) - 1) > 0:
             self._used[sandbox] = used
-        self._grant_free_slots()
+        if self._waiting:
+            self._grant_free_slots()
 
     @contextlib.asynccontextmanager
     async def slot(self, sandbox: str) -> AsyncIterator[None]:
@@ -54,10 +57,6 @@ class FairSlots:
         finally:
             self.release(sandbox)
 
-    def _use_slot(self, sandbox: str) -> None:
-        self._free -= 1
-        self._used[sandbox] = self._used.get(sandbox, 0) + 1
-
     def _grant_free_slots(self) -> None:
         """Gives free slots to waiting sandboxes in turn."""
         for _ in range(len(self._waiting)):
@@ -66,8 +65,9 @@ class FairSlots:
             sandbox, waiters = next(iter(self._waiting.items()))
             while waiters and waiters[0].done():
                 waiters.popleft()
-            if waiters and self._used.get(sandbox, 0) < self._share:
-                self._use_slot(sandbox)
+            if waiters and (used := self._used.get(sandbox, 0)) < self._share:
+                self._free -= 1
+                self._used[sandbox] = used + 1
                 waiters.popleft().set_result(None)
             if waiters:
                 self._waiting.move_to_end(sandbox)

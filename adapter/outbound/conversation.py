@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import asyncio
 import bisect
-import contextlib
 import math
 from collections.abc import Awaitable, Callable, Sequence
 from functools import partial
@@ -237,7 +236,8 @@ class Conversation:
         """Works until no command is left and the record is stored. Between "nothing to do" and its end nothing is
         awaited, so nothing is missed."""
         try:
-            await self._open()
+            if not self.is_loaded:
+                await self._open()
             crashes = failures = 0
             while self.is_loaded and (self.queue or self._must_store) and not self._shard.is_draining:
                 head = self.queue[0] if self.queue else None
@@ -312,8 +312,11 @@ class Conversation:
             await self._end([(command, result) for command in queue[:MAX_TOGETHER]])
         elif progress is not None and not progress.has_command(head.ref.sequence):
             await self._find_head(progress, seen)
-        elif ended := await self._end_of(head, self.bot):
+        elif ended := self._end_of(head, self.bot):
             await self._end([(command, ended) for command in sending.in_progress(queue, self.record) or [head]])
+        elif progress is None and sending.earlier(head, self.record) is not None:
+            if (repeated := await self._result_of_repeat(head)) is not None:
+                await self._end([(head, repeated)])
         elif reason := sending.blocker(head, self.record, self.bot, deps.policy, now_ms):
             self.reason = reason
             await self._wait_blocked(head, reason, seen)
@@ -358,8 +361,8 @@ class Conversation:
             if result.may_be_sent and command in group:  # one message, one answer
                 await self._end([(each, result) for each in group if each is not command])
 
-    async def _end_of(self, head: QueuedCommand, bot: ServingBot) -> CommandResult | None:
-        """The result of a command for which no request is to be made; None: one is."""
+    def _end_of(self, head: QueuedCommand, bot: ServingBot) -> CommandResult | None:
+        """The result of a command for which no request is to be made; None: one is, unless it repeats a command."""
         progress = self.record.head
         if progress is not None:
             if progress.part >= head.part_count:
@@ -369,22 +372,19 @@ class Conversation:
                 detail = "iLink gave no answer that can be read, and is not asked again: that might show it twice."
                 return CommandResult("uncertain", "", detail)
             return None
-        if self._answers_other(head):
-            return OTHER_USER
-        return await self._result_of_repeat(head)
+        return OTHER_USER if self._answers_other(head) else None
 
     async def _result_of_repeat(self, command: QueuedCommand) -> CommandResult | None:
         """The result of a command whose id an earlier one had that may have been sent. None: it is no repeat."""
-        if command.ref.is_named:
-            earlier = (ref for ref in self.record.recent if ref.id == command.ref.id)
-            if (first := next(earlier, None)) is not None:
-                result = await self._persist(lambda: self._shard.result_of_repeat(self.sandbox, first), "repeat")
-                if (
-                    result is not None and first.sequence == command.ref.sequence
-                ):  # it has ended, and its receipt could not be stored
-                    return msgspec.structs.replace(result, repeat_of=0)
-                return result
-        return None
+        if (first := sending.earlier(command, self.record)) is None:
+            return None
+        result = await self._persist(lambda: self._shard.result_of_repeat(self.sandbox, first), "repeat")
+        if result is None:  # it was refused, and its owner could not store that
+            recent = [ref for ref in self.record.recent if ref != first]
+            self.record = msgspec.structs.replace(self.record, recent=recent)
+        elif first.sequence == command.ref.sequence:  # it has ended, and its receipt could not be stored
+            return msgspec.structs.replace(result, repeat_of=0)
+        return result
 
     # waiting ----------------------------------------------------------------------------------------
 
@@ -399,7 +399,7 @@ class Conversation:
 
     def _is_accepting(self, bot: ServingBot) -> bool:
         """Whether iLink has accepted a send of anybody since it left one of this user without an answer."""
-        return self._shard.deps.accepted.since(self._shard.base_url_of(bot.id), self._unanswered_at)
+        return self._shard.deps.accepted.since(bot.account.base_url, self._unanswered_at)
 
     async def _wait(self, due_s: float, seen: int) -> None:
         """Waits until something is due or has changed."""
@@ -463,7 +463,7 @@ class Conversation:
     async def _park_or_end(self, command: QueuedCommand, result: CommandResult) -> None:
         if result.outcome == "parked":
             try:
-                await self._persist(lambda: self._shard.publish_receipt(command, result, self), "receipt")
+                await self._tell(command, result)
             except Crashed as exc:
                 result = CommandResult("dead_lettered", exc.reason, exc.detail)
             else:
@@ -484,7 +484,7 @@ class Conversation:
             await self._read(missing)
             return
         is_begun = self.record.head is not None and self.record.head.is_partially_sent
-        if not is_begun:
+        if len(group) > 1 and not is_begun:
             group = sending.mergeable_prefix(group, deps.policy.merge_bytes)
         progress = sending.begun(group, self.record, bot.id)
         content_of = group[0].sequence, progress.part, progress.merged, bot.id
@@ -497,12 +497,14 @@ class Conversation:
                 await self._upload(part, bot, group, content_of)
                 return
             content = part
-        slots = deps.slots[self._shard.base_url_of(bot.id)]
-        if not slots.try_acquire(self.sandbox):
+        slots = deps.slots[bot.account.base_url]
+        if not (is_free := slots.try_acquire(self.sandbox)):
             await slots.acquire(self.sandbox)
         try:
-            blocker = sending.blocker(group[0], self.record, bot, deps.policy, deps.clock.now_ms())
-            if blocker or not self._is_wanted(bot, group):
+            if not is_free and (
+                sending.blocker(group[0], self.record, bot, deps.policy, deps.clock.now_ms())
+                or not self._is_wanted(bot, group)
+            ):
                 return
             self._is_acting = True
             answer = await self._request(bot, progress, content, group)
@@ -513,9 +515,9 @@ class Conversation:
             await self._after(answer, bot, group, content)
 
     def _is_wanted(self, bot: ServingBot, group: list[QueuedCommand]) -> bool:
-        """Whether a message may still be sent after something was awaited."""
+        """Whether a message may still be sent after something was awaited. One that may expire is looked at again."""
         is_same = self.bot == bot and self.queue[:1] == group[:1] and not self._shard.is_draining
-        return is_same and min(each.expires_ms for each in group) > self._shard.deps.clock.now_ms()
+        return is_same and self._expires_ms > self._shard.deps.clock.now_ms()
 
     async def _request(
         self, bot: ServingBot, progress: SendProgress, content: Content, group: list[QueuedCommand]
@@ -527,8 +529,7 @@ class Conversation:
         self._not_before = deps.clock.monotonic() + deps.policy.gap_ms / 1000
         try:
             while self._stored is not self.record:  # a token is in the bucket before a request uses it
-                await self._save()
-            account = shard.account(self.sandbox, bot.id)
+                await self.save()
             is_wanted = self.record.head is not None and self._is_wanted(bot, group)
         except BaseException:
             self._take_back()
@@ -538,7 +539,7 @@ class Conversation:
             return None
         try:
             accepted = await deps.chat.send(
-                account,
+                bot.account,
                 user=self.user,
                 client_id=client_id(progress.client_id_base, progress.part, progress.merged),
                 context_token=self.record.token,
@@ -550,7 +551,7 @@ class Conversation:
             raise
         except AdapterError as exc:
             return exc
-        deps.accepted.note(account.base_url)
+        deps.accepted.note(bot.account.base_url)
         return accepted
 
     def _take_back(self) -> None:
@@ -658,8 +659,7 @@ class Conversation:
         self, part: MediaPart, bot: ServingBot, group: list[QueuedCommand], content_of: tuple[int, int, int, str]
     ) -> None:
         try:
-            account = self._shard.account(self.sandbox, bot.id)
-            self._content = await self._shard.deps.uploads.upload_media(part, account, self.sandbox, self.user)
+            self._content = await self._shard.deps.uploads.upload_media(part, bot.account, self.sandbox, self.user)
             self._content_of = content_of
         except (StoreAway, LeaseLost):
             raise
@@ -673,7 +673,7 @@ class Conversation:
         log.info(
             "send.retrying" if isinstance(answer, Temporary) else "send.failed",
             bot=bot.id,
-            host=self._shard.deps.chat.host_of(self._shard.base_url_of(bot.id)),
+            host=self._shard.deps.chat.host_of(bot.account.base_url),
             sandbox=self.sandbox,
             commands=[ref.id for ref in progress.commands] if progress else [],
             failure=type(answer).__name__,
@@ -704,16 +704,23 @@ class Conversation:
 
     async def _publish_final(self, command: QueuedCommand, result: CommandResult) -> bool:
         """Publishes a final receipt. False: a bug prevents it, and the command comes again to the next owner."""
-        bare = CommandResult("dead_lettered", "crashed", Crashed().detail)
-        if result.may_be_sent:  # no dead letter, which somebody might send again
-            bare = CommandResult(result.outcome, message_ids=result.message_ids, attempts=result.attempts)
-        for said in (result, bare):
-            with contextlib.suppress(Crashed):
-                await self._persist(partial(self._shard.publish_receipt, command, said, self), "receipt")
-                return True
-        log.error("command.abandoned", sandbox=self.sandbox, sequence=command.sequence)
-        self._shard.release_body(command)
-        return False
+        try:
+            await self._tell(command, result)
+        except Crashed as exc:
+            bare = CommandResult("dead_lettered", exc.reason, exc.detail)
+            if result.may_be_sent:  # no dead letter, which somebody might send again
+                bare = CommandResult(result.outcome, message_ids=result.message_ids, attempts=result.attempts)
+            try:
+                await self._tell(command, bare)
+            except Crashed:
+                log.error("command.abandoned", sandbox=self.sandbox, sequence=command.sequence)
+                self._shard.release_body(command)
+                return False
+        return True
+
+    def _tell(self, command: QueuedCommand, result: CommandResult) -> Awaitable[None]:
+        """Publishes a receipt. Raises LeaseLost, Crashed."""
+        return self._persist(partial(self._shard.publish_receipt, command, result, self), "receipt")
 
     def _leave(self, command: QueuedCommand, result: CommandResult | None) -> None:
         """Takes a command from the queue. `result`: of its final receipt; None: it has none.

@@ -82,7 +82,7 @@ class SendProgress(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True
 
     def has_command(self, sequence: int) -> bool:
         """Whether a command is in the message."""
-        return any(command.sequence == sequence for command in self.commands)
+        return sequence in [command.sequence for command in self.commands]
 
 
 class SentText(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):

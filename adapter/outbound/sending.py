@@ -39,7 +39,7 @@ from adapter.outbound.record import (
 )
 from adapter.outbound.texts import is_open
 from adapter.outbound.window import WindowPolicy
-from adapter.ports import Accepted, Content, Delivery
+from adapter.ports import Accepted, Account, Content, Delivery
 
 MAX_RESENDS = 1
 """Repeats of a request that got no answer. They have the same client_id, by which clients expect WeChat to show the
@@ -73,6 +73,8 @@ class ServingBot(NamedTuple):
     """False: iLink refuses the bot's token (-14). Nothing is sent until iLink takes it again or the bot changes."""
     serves_other: bool = False
     """The user is not the one of its binding."""
+    account: Account = Account("", "", "")
+    """Its token is "" if it cannot be opened."""
 
 
 class CommandResult(msgspec.Struct, frozen=True):
@@ -266,6 +268,13 @@ def begun(group: Sequence[QueuedCommand], record: ConversationRecord, bot: str) 
     return progress if progress.bot == bot else msgspec.structs.replace(progress, bot=bot)
 
 
+def earlier(command: QueuedCommand, record: ConversationRecord) -> CommandRef | None:
+    """The earlier command whose id the command has from its author."""
+    if not command.ref.is_named:
+        return None
+    return next((ref for ref in record.recent if ref.id == command.ref.id), None)
+
+
 # after a request --------------------------------------------------------------------------------------
 
 
@@ -297,6 +306,7 @@ def _after_accepted(
     record: ConversationRecord, progress: SendProgress, answer: Accepted, content: Content, now_ms: int
 ) -> ConversationRecord:
     told: Accepted | SendProgress = progress if progress.unconfirmed else answer
+    ident, sent = answer.message_id, record.sent
     progress = msgspec.structs.replace(
         progress,
         ret=told.ret,
@@ -304,18 +314,17 @@ def _after_accepted(
         errmsg=told.errmsg,
         part=progress.part + 1,
         unanswered_attempts=0,
-        message_ids=[*progress.message_ids, *filter(None, [answer.message_id])],
-        unconfirmed=progress.unconfirmed or not answer.message_id,
+        message_ids=[*progress.message_ids, ident] if ident else progress.message_ids,
+        unconfirmed=progress.unconfirmed or not ident,
     )
-    record = window.record_accepted(record, progress, now_ms)
-    if not answer.message_id:
-        return record
-    if isinstance(content, str):
-        kind, text = "text", content[:SENT_TEXT_CHARS]
-    else:
-        kind, text = content.kind, placeholder_summary(content.kind, content.name if content.kind == "file" else "")
-    sent = [*record.sent, SentText(id=answer.message_id, kind=kind, text=text)][-SENT_TEXTS:]
-    return msgspec.structs.replace(record, sent=sent)
+    if ident:
+        if isinstance(content, str):
+            kind, text = "text", content[:SENT_TEXT_CHARS]
+        else:
+            name = content.name if content.kind == "file" else ""
+            kind, text = content.kind, placeholder_summary(content.kind, name)
+        sent = [*sent, SentText(id=ident, kind=kind, text=text)][-SENT_TEXTS:]
+    return msgspec.structs.replace(record, window=window.accepted(record.window, now_ms), head=progress, sent=sent)
 
 
 def is_throttled_again(before: SendProgress) -> bool:
@@ -346,7 +355,7 @@ def final_result(result: CommandResult, record: ConversationRecord, command: Que
     accepted although the receipt was not published in time.
     """
     progress = record.head
-    if progress is None or result.is_sent or not progress.has_command(command.ref.sequence):
+    if result.is_sent or progress is None or not progress.has_command(command.ref.sequence):
         return result
     if progress.part and progress.part >= command.part_count:
         return accepted_result(progress)
@@ -373,9 +382,10 @@ def accepted_result(progress: SendProgress) -> CommandResult:
 def with_ended(record: ConversationRecord, ref: CommandRef, *, is_refused: bool) -> ConversationRecord:
     """The record after a command has its final receipt. Not refused: an author's id may not be used again."""
     changes: dict[str, Any] = {}
-    if (progress := record.head) is not None and progress.has_command(ref.sequence):
+    if (progress := record.head) is not None:
         rest = [each for each in progress.commands if each.sequence != ref.sequence]
-        changes["head"] = msgspec.structs.replace(progress, commands=rest) if rest else None
+        if len(rest) < len(progress.commands):
+            changes["head"] = msgspec.structs.replace(progress, commands=rest) if rest else None
     if ref.is_named and not is_refused:
         changes["recent"] = [*(each for each in record.recent if each.id != ref.id), ref][-RECENT_COMMANDS:]
     return msgspec.structs.replace(record, **changes) if changes else record

@@ -393,31 +393,19 @@ class Shard:
             if binding is None or binding.sandbox != sandbox:
                 return None
             found, is_other = [binding], bool(binding.user)
-        best = min(found, key=lambda each: (not self._is_usable(each), each.bot != bot))
-        return ServingBot(best.bot, self._is_usable(best), is_other)
+        bots = [self._serving_bot(each, is_other=is_other) for each in found]
+        return min(bots, key=lambda each: (not each.is_usable, each.id != bot))
 
-    def _is_usable(self, binding: Binding) -> bool:
-        if binding.state != "active" or self.deps.sessions.is_recovering(binding.bot):
-            return False
+    def _serving_bot(self, binding: Binding, *, is_other: bool) -> ServingBot:
+        sessions, account = self.deps.sessions, Account(binding.bot, "", binding.base_url)
         try:
-            self.account(binding.sandbox, binding.bot)
+            account = sessions.account(binding)
         except Refused:  # its token cannot be opened
-            return False
+            pass
         except Exception:  # a bug that no command caused: commands wait, and a timer checks again
             log.exception("account.crashed", bot=binding.bot)
-            return False
-        return True
-
-    def account(self, sandbox: str, bot: str) -> Account:
-        """The iLink account of a bot of the sandbox. Raises Refused."""
-        binding = self.deps.bindings.serving(bot)
-        if binding is None or binding.sandbox != sandbox:
-            raise Refused("not_bound", "The bot no longer serves this sandbox.")
-        return self.deps.sessions.account(binding)
-
-    def base_url_of(self, bot: str) -> str:
-        binding = self.deps.bindings.serving(bot)
-        return binding.base_url if binding is not None else ""
+        is_active = binding.state == "active" and not sessions.is_recovering(binding.bot)
+        return ServingBot(binding.bot, is_active and bool(account.token), is_other, account)
 
     def restart_session(self, bot: str) -> None:
         self._tasks.spawn(self.deps.sessions.restart(bot))
@@ -425,10 +413,8 @@ class Shard:
     def show_typing(self, conversation: Conversation) -> None:
         """Shows the typing indicator. Best effort."""
         bot = conversation.bot
-        if bot is not None:
-            with contextlib.suppress(Refused):  # its token cannot be opened
-                account = self.account(conversation.sandbox, bot.id)
-                self.typing.show(account, conversation.sandbox, conversation.user, conversation.record.token)
+        if bot is not None and bot.account.token:
+            self.typing.show(bot.account, conversation.sandbox, conversation.user, conversation.record.token)
 
     def on_binding(self, sandbox: str, bot: str, users: Collection[str]) -> None:
         """Handles a changed binding, or a change of its token's state. `users`: its users before and after."""
@@ -506,14 +492,14 @@ class Shard:
             return None
         return msgspec.structs.replace(result_of(receipt), repeat_of=first.sequence)
 
-    async def publish_receipt(
+    def publish_receipt(
         self, command: QueuedCommand, result: CommandResult, conversation: Conversation
-    ) -> None:
+    ) -> Awaitable[None]:
         """Raises Temporary, LeaseLost."""
         bot = conversation.bot.id if conversation.bot is not None else conversation.record.bot
         shown = window.visible_window(conversation.record, self.deps.clock.now_ms(), self.deps.policy.window)
         address = Address(conversation.sandbox, bot, conversation.user)
-        await self.deps.receipts.tell(command, result, address, self.tenure.check, shown)
+        return self.deps.receipts.tell(command, result, address, self.tenure.check, shown)
 
     async def acknowledge(self, command: QueuedCommand) -> None:
         """Removes an ended command from the bus."""

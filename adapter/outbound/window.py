@@ -48,7 +48,7 @@ def send_blocker(
     """Why `needed` sends do not fit now; "" if they do. A command that exceeds the whole budget fits a fresh
     window."""
     window = record.window
-    if not _is_unexpired(record, now_ms, policy):
+    if now_ms >= closes_at_ms(record, policy):
         return "window_closed"
     if window.throttled_at_ms and now_ms < probes_at_ms(window, policy):
         return "throttled"
@@ -62,9 +62,9 @@ def send_blocker(
 
 def visible_window(record: ConversationRecord, now_ms: int, policy: WindowPolicy) -> Window:
     """The window as the bus sees it now."""
-    if not _is_unexpired(record, now_ms, policy):
+    closes_ms = closes_at_ms(record, policy)
+    if now_ms >= closes_ms:
         return Window(remaining=0)
-    closes_ms = closes_at_ms(record.window, policy)
     if record.window.throttled_at_ms:
         return Window(remaining=0, closes_at_ms=closes_ms)
     if not policy.sends:
@@ -73,18 +73,15 @@ def visible_window(record: ConversationRecord, now_ms: int, policy: WindowPolicy
     return Window(remaining=remaining, reserved=min(policy.reserve, remaining), closes_at_ms=closes_ms)
 
 
-def closes_at_ms(window: SendWindow, policy: WindowPolicy) -> int:
-    """When an open window closes by time."""
-    return window.opened_ms + int(policy.hours * 3_600_000)
+def closes_at_ms(record: ConversationRecord, policy: WindowPolicy) -> int:
+    """When the window closes by time; 0: none is open."""
+    opened_ms = record.window.opened_ms
+    return opened_ms + int(policy.hours * 3_600_000) if opened_ms and record.token else 0
 
 
 def probes_at_ms(window: SendWindow, policy: WindowPolicy) -> float:
     """When the probe after -2 may be sent."""
     return window.throttled_at_ms + policy.cooldown_s * 1000
-
-
-def _is_unexpired(record: ConversationRecord, now_ms: int, policy: WindowPolicy) -> bool:
-    return bool(record.window.opened_ms and record.token) and now_ms < closes_at_ms(record.window, policy)
 
 
 # transitions ------------------------------------------------------------------------------------------
@@ -200,8 +197,6 @@ def record_unanswered(record: ConversationRecord, progress: SendProgress, now_ms
     )
 
 
-def record_accepted(record: ConversationRecord, progress: SendProgress, now_ms: int) -> ConversationRecord:
-    """Records that iLink accepted the last request, which ends a throttle."""
-    sent_at_ms = [*record.window.sent_at_ms[:-1], now_ms]
-    window = msgspec.structs.replace(record.window, sent_at_ms=sent_at_ms, throttled_at_ms=0)
-    return msgspec.structs.replace(record, window=window, head=progress)
+def accepted(window: SendWindow, now_ms: int) -> SendWindow:
+    """The window after iLink accepted the last request, which ends a throttle."""
+    return msgspec.structs.replace(window, sent_at_ms=[*window.sent_at_ms[:-1], now_ms], throttled_at_ms=0)
