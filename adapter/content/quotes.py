@@ -36,12 +36,10 @@ class Reference(NamedTuple):
 
 def as_id(value: object) -> str:
     """An iLink id as text, without loss; "" for no id (absent, 0, neither number nor text)."""
-    if type(value) is int:  # the usual case
+    if type(value) is int:  # a bool is an int, too
         return str(value) if value else ""
-    if value is None or isinstance(value, bool) or not isinstance(value, (int, str)):
-        return ""
-    text = str(value).strip()
-    return "" if text in ("", "0") else text
+    text = value.strip() if isinstance(value, str) else ""
+    return "" if text == "0" else text
 
 
 def choose_part(text: str, part: Part) -> str | None:

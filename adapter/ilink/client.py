@@ -176,8 +176,8 @@ class ILink:
         )
         try:
             with CountedCall(self._metrics, "sendmessage"):
-                reply = await self._post(account, request, self._send_timeout_s, check)
-                return protocol.read_sent(reply)
+                reply = await self._exchange(account, request, self._send_timeout_s, check)
+                return protocol.read_sent(protocol.unpack(reply, request.largest))
         except TimeoutError as exc:
             raise Uncertain("timeout", f"no answer within {self._send_timeout_s:g} s") from exc
 
@@ -228,7 +228,7 @@ class ILink:
         """A call that may be repeated, so that a missing answer is Temporary, too. Raises what `read` raises."""
         try:
             with CountedCall(self._metrics, request.endpoint):
-                return read(await self._post(account, request, timeout_s))
+                return read(protocol.unpack(await self._exchange(account, request, timeout_s), request.largest))
         except TimeoutError as exc:
             raise Temporary("timeout", f"no answer within {timeout_s:g} s") from exc
         except Uncertain as exc:
@@ -237,12 +237,6 @@ class ILink:
     async def close(self) -> None:
         """Closes all connections."""
         await self._pool.close()
-
-    async def _post(
-        self, account: Account, request: IlinkRequest, timeout_s: float, check: Callable[[], None] | None = None
-    ) -> IlinkReply:
-        """As `_exchange`, unpacked."""
-        return protocol.unpack(await self._exchange(account, request, timeout_s, check), request.largest)
 
     def _exchange(
         self, account: Account, request: IlinkRequest, timeout_s: float, check: Callable[[], None] | None = None

@@ -223,9 +223,9 @@ def _key_or_none(value: object) -> str | None:
     return value if isinstance(value, str) or value is None else "?"
 
 
-def _context_token(value: object) -> str:
+def _context_token(value: str | None) -> str:
     """The context token; "" if it is missing or too long for the bus, which would refuse its record for ever."""
-    return value if isinstance(value, str) and len(value) <= wire.OPAQUE_CHARS else ""
+    return value if value and len(value) <= wire.OPAQUE_CHARS else ""
 
 
 def _sender_of(message: wire.PlainMessage | wire.WireMessage) -> str:
@@ -241,9 +241,9 @@ def _is_group(message: wire.Head, user: str) -> bool:
     return message.group_id not in (None, "", 0, "0") or user.endswith(CHATROOM_SUFFIX)
 
 
-def _time_ms(value: object) -> int:
+def _time_ms(value: int | None) -> int:
     """Unix milliseconds; 0: no valid time."""
-    return value if isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**53 else 0
+    return value if value and 0 <= value < 2**53 else 0
 
 
 def keys_of(message: wire.Head, user: str, sent_at_ms: int, content: str) -> MessageKeys:

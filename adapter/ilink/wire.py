@@ -214,4 +214,4 @@ def as_count(value: object) -> int | None:
     """A number, perhaps as text: milliseconds, bytes. None: it is none."""
     if isinstance(value, str) and value.isascii() and value.isdigit() and len(value) < 16:
         value = int(value)
-    return value if isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**53 else None
+    return value if type(value) is int and 0 <= value < 2**53 else None  # a bool is an int, too
