@@ -159,20 +159,20 @@ class Receiver:
         self._deps = deps
         self._others: tuple[str, ...] = ()
         """Users who are not the binding's."""
+        self._log = log.bind()  # for what each message calls: the module's binds anew for each call
         self._whole = 0, contract.Window()
         """A window of which nothing is used, and when it was opened."""
 
     async def receive(self, polled: Polled, checkpoint: Checkpoint) -> None:
         """Returns when all messages are stored. Raises LeaseLost if the bot is lost; all are stored then, too."""
         messages, cursor = polled.messages, polled.cursor or ""
-        among = DedupWindow() if len(messages) > 1 else None
         received_ms = self._deps.clock.now_ms()
         lost: LeaseLost | None = None
         start = 0
         while start < len(messages):
             if start:
                 await self._deps.ticks.wait_tick()
-            read = self._read(messages, start, received_ms, cursor, checkpoint, among)
+            read = self._read(messages, start, received_ms, cursor, checkpoint.seen)
             start += len(read)
             try:
                 if lost is None:
@@ -182,21 +182,18 @@ class Receiver:
                 lost = exc
                 log.warning("inbound.fenced", bot=self.bot, reason=exc.reason)
             await self._store_after_loss(read, received_ms, checkpoint)
+            checkpoint.seen.add(one.fingerprint for one in read)
         if lost is not None:
             await self._deps.others.publish_released(self.bot)
             raise lost
 
     def _read(
-        self,
-        messages: Sequence[bytes],
-        start: int,
-        received_ms: int,
-        cursor: str,
-        checkpoint: Checkpoint,
-        among: DedupWindow | None,
+        self, messages: Sequence[bytes], start: int, received_ms: int, cursor: str, seen: DedupWindow
     ) -> list[_Read]:
         """Translates the messages from `start` on that are published together, at least one, and finds repeats."""
+        bot, read_message = self.bot, self._deps.read_message
         found: list[_Read] = []
+        hashes: set[bytes] = set()  # of their ids and contents: a repeat has one of these
         size = 0
         for number in range(start, len(messages)):
             raw = messages[number]
@@ -204,19 +201,22 @@ class Receiver:
             if size > SLICE and found:
                 break
             try:
-                message = self._deps.read_message(raw)
+                message = read_message(raw)
                 if not message.keys.message and cursor:
                     message = msgspec.structs.replace(message, keys=message.keys.with_position(cursor, number))
                 keys = message.keys
-                one = _Read(raw, message, id=keys.id_for(self.bot))
-                if message.echo or message.user == self.bot:  # some echoes have no type
+                known_by = keys.hashed[::3]
+                one = _Read(raw, message, id=keys.id_for(bot))
+                if message.echo or message.user == bot:  # some echoes have no type
                     one.outcome = "echo"
-                elif checkpoint.seen.is_repeat(keys) or (among is not None and among.is_repeat(keys)):
+                elif seen.is_repeat(keys) or (
+                    not hashes.isdisjoint(known_by)
+                    and DedupWindow(b"".join([other.fingerprint for other in found])).is_repeat(keys)
+                ):
                     one.outcome = "repeat"
                 else:
+                    hashes.update(known_by)
                     one.fingerprint = keys.fingerprint(received_ms)
-                    if among is not None:
-                        among.add([one.fingerprint])
                     if message.group:
                         # an answer might go to the group, or to a member who is not the bot's user
                         one.outcome, one.detail = "group", "The message is from a group."
@@ -466,7 +466,7 @@ class Receiver:
             if one.message is not None and one.message.sent_at_ms:
                 ages.observe(max(0, now_ms - one.message.sent_at_ms) / 1000)
         if stored := [one.id for one in published if one.sequence]:
-            log.info("inbound.published", sandbox=sandbox, messages=stored)
+            self._log.info("inbound.published", sandbox=sandbox, messages=stored)
         return refusals
 
     def _note_refused(self, one: _Read, refusal: BusRefused) -> None:

@@ -114,29 +114,30 @@ def open_window(
     """
     window, written_ms = record.window, inbound.written_ms
     received_ms = now_ms if inbound.received_ms is None else min(now_ms, inbound.received_ms)
-    changes: dict[str, object] = {"inbox_seq": max(record.inbox_seq, inbound.sequence)}
-    if record.bots[-1:] != [inbound.bot]:
-        changes["bots"] = [*(bot for bot in record.bots if bot != inbound.bot), inbound.bot][-BOTS_KEPT:]
+    inbox_seq, bots = max(record.inbox_seq, inbound.sequence), record.bots
+    if not bots or bots[-1] != inbound.bot:
+        bots = [*(bot for bot in bots if bot != inbound.bot), inbound.bot][-BOTS_KEPT:]
     if inbound.sequence < window.sequence:
-        return msgspec.structs.replace(record, **changes)
-    changes |= {"token": inbound.token or record.token, "bot": inbound.bot}
-    if inbound.message == window.id:
-        return msgspec.structs.replace(record, **changes)
-    if received_ms - written_ms > CLOCK_ERROR_MS:
-        written_ms = 0
-    until_ms = now_ms + CLOCK_ERROR_MS
-    since = [sent_ms for sent_ms in window.sent_at_ms if 0 < written_ms <= sent_ms <= until_ms]
-    latest_ms = written_ms + 999 if written_ms % 1000 == 0 else written_ms
-    is_throttled = bool(written_ms) and latest_ms <= window.throttled_at_ms <= until_ms
-    changes["window"] = SendWindow(
-        id=inbound.message,
-        sequence=inbound.sequence,
-        opened_ms=received_ms,
-        sends_used=max(in_flight, len(since)),
-        sent_at_ms=since,
-        throttled_at_ms=window.throttled_at_ms if is_throttled else 0,
+        return msgspec.structs.replace(record, inbox_seq=inbox_seq, bots=bots)
+    if inbound.message != window.id:
+        if received_ms - written_ms > CLOCK_ERROR_MS:
+            written_ms = 0
+        until_ms = now_ms + CLOCK_ERROR_MS
+        since = [sent_ms for sent_ms in window.sent_at_ms if 0 < written_ms <= sent_ms <= until_ms]
+        latest_ms = written_ms + 999 if written_ms % 1000 == 0 else written_ms
+        is_throttled = bool(written_ms) and latest_ms <= window.throttled_at_ms <= until_ms
+        window = SendWindow(
+            id=inbound.message,
+            sequence=inbound.sequence,
+            opened_ms=received_ms,
+            sends_used=max(in_flight, len(since)),
+            sent_at_ms=since,
+            throttled_at_ms=window.throttled_at_ms if is_throttled else 0,
+        )
+    token = inbound.token or record.token
+    return msgspec.structs.replace(
+        record, inbox_seq=inbox_seq, bots=bots, token=token, bot=inbound.bot, window=window
     )
-    return msgspec.structs.replace(record, **changes)
 
 
 def record_attempt(record: ConversationRecord, progress: SendProgress, now_ms: int) -> ConversationRecord:
