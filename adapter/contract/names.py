@@ -201,7 +201,7 @@ def derive_traceparent(trace: str, span: str = "") -> str:
 def author_traceparent(headers: Mapping[str, str]) -> str:
     """The traceparent of whoever wrote a message; "" where there is none, or none that a tracer would take."""
     found = headers.get(H_TRACEPARENT, "")
-    return found if _TRACEPARENT.fullmatch(found) else ""
+    return found if found and _TRACEPARENT.fullmatch(found) else ""
 
 
 def command_traceparent(author: str, sandbox: str, sequence: int, stored_ms: int, reply_to: str) -> str:

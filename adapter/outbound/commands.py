@@ -99,14 +99,14 @@ class Command(msgspec.Struct, frozen=True):
         """Metrics label. Media with captions are media."""
         if self.typing:
             return "typing"
-        if any(isinstance(part, MediaPart) for part in self.parts):
+        if MediaPart in map(type, self.parts):
             return "media"
         return "text" if self.parts else "unreadable"
 
 
 def command_id(body_id: str | None, routed_id: str, msg_id: str, seq: int) -> str:
     """The idempotency key: the body's id, else the one from the router, else Nats-Msg-Id, else the sequence."""
-    return body_id or _bounded_id(routed_id) or _bounded_id(msg_id) or str(seq)
+    return body_id or _bounded_id(routed_id or msg_id) or str(seq)
 
 
 def _bounded_id(ident: str) -> str:
@@ -188,7 +188,7 @@ def read_command(body: Outbound, *, sandbox: str, stored_ms: int, limits: Limits
         raise Refused("invalid", f"The body names sandbox {body.sandbox[:64]!r}, the subject {sandbox!r}.")
     if [body.text, body.items, body.typing].count(None) != 2:
         raise Refused("invalid", "A command holds either text, items or typing.")
-    if not PEER.fullmatch(body.bot or "") or not PEER.fullmatch(body.user or ""):
+    if (body.bot and not PEER.fullmatch(body.bot)) or (body.user and not PEER.fullmatch(body.user)):
         raise Refused("invalid", "Bot and user are printable ASCII without spaces, at most 128 characters.")
     parts = _read_parts(body, sandbox, limits) if body.typing is None else []
     patience_ms = limits.park_ms if body.typing != "on" else min(limits.park_ms, TYPING_MS)

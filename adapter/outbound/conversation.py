@@ -201,8 +201,9 @@ class Conversation:
     def _change(self) -> None:
         """Has `run` look at the state."""
         self._version += 1
-        self._changed.notify_all()
-        if self._task is None and (self.queue or self._must_store) and not self._shard.is_draining:
+        if self._task is not None:
+            self._changed.notify_all()
+        elif (self.queue or self._must_store) and not self._shard.is_draining:
             self._task = asyncio.get_running_loop().create_task(self.run())
 
     @property
@@ -457,6 +458,8 @@ class Conversation:
 
     def _answers_other(self, command: QueuedCommand) -> bool:
         """Whether a command answers a message that this person has not written."""
+        if not command.reply_to:
+            return False
         author, bot = bot_of(command.reply_to), self.bot.id if self.bot is not None else ""
         return bool(author) and author not in (bot, self.record.bot, *self.record.bots)
 
@@ -559,9 +562,9 @@ class Conversation:
             self.record = window.undo_attempt(self.record, msgspec.structs.replace(head, attempts=head.attempts - 1))
         self._not_before = -math.inf
 
-    async def _after(
+    def _after(
         self, answer: Accepted | AdapterError, bot: ServingBot, group: list[QueuedCommand], content: Content
-    ) -> None:
+    ) -> Awaitable[None]:
         """Does what iLink's answer asks for."""
         deps, before = self._shard.deps, self.record.head
         assert before is not None
@@ -571,23 +574,19 @@ class Conversation:
             progress = self.record.head
             if progress is not None and progress.part >= group[0].part_count:
                 result = sending.accepted_result(progress)
-                await self._end([(command, result) for command in group])
-            else:  # the pause before the next part is long
-                await self._save()
-            return
+                return self._end([(command, result) for command in group])
+            return self._save()  # the pause before the next part is long
         if isinstance(answer, Throttled):
             self._report(answer, bot, before)
             refusal = sending.refusal(answer, before.attempts)
             if sending.is_throttled_again(before):
-                await self._end([(command, refusal) for command in group])
-                return
+                return self._end([(command, refusal) for command in group])
             self._refusal = refusal
             self._alone_up_to = max(self._alone_up_to, group[0].sequence)
             if answer.errmsg == PREPARE_FAILED:
                 self._shard.restart_session(bot.id)
-            await self._save()
-            return
-        await self._after_failure(answer, bot, group, attempts=before.attempts)
+            return self._save()
+        return self._after_failure(answer, bot, group, attempts=before.attempts)
 
     async def _after_failure(
         self,

@@ -18,7 +18,7 @@ as refused. Nothing here has a clock or does I/O.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import msgspec
 
@@ -381,14 +381,13 @@ def accepted_result(progress: SendProgress) -> CommandResult:
 
 def with_ended(record: ConversationRecord, ref: CommandRef, *, is_refused: bool) -> ConversationRecord:
     """The record after a command has its final receipt. Not refused: an author's id may not be used again."""
-    changes: dict[str, Any] = {}
-    if (progress := record.head) is not None:
-        rest = [each for each in progress.commands if each.sequence != ref.sequence]
-        if len(rest) < len(progress.commands):
-            changes["head"] = msgspec.structs.replace(progress, commands=rest) if rest else None
+    head, recent = record.head, record.recent
+    if head is not None:
+        rest = [each for each in head.commands if each.sequence != ref.sequence]
+        head = msgspec.structs.replace(head, commands=rest) if rest else None
     if ref.is_named and not is_refused:
-        changes["recent"] = [*(each for each in record.recent if each.id != ref.id), ref][-RECENT_COMMANDS:]
-    return msgspec.structs.replace(record, **changes) if changes else record
+        recent = [*(each for each in recent if each.id != ref.id), ref][-RECENT_COMMANDS:]
+    return msgspec.structs.replace(record, head=head, recent=recent)
 
 
 def without_lost_head(record: ConversationRecord) -> ConversationRecord:
