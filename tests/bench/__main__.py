@@ -1,4 +1,4 @@
-"""What the bridge costs, beside a bridge that promises nothing: `make bench`, or `python -m tests.bench in out idle`.
+"""What the bridge costs, beside a bridge that promises nothing: `make bench`, `python -m tests.bench in out`.
 
 Each row starts everything afresh. The CPU is the bridge's own process; messages per second are what two cores that
 the server, iLink's stand-in and the reader share give together, so compare them within one run only.
@@ -15,42 +15,34 @@ import statistics
 import sys
 import tempfile
 import time
+from collections import defaultdict
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
-from functools import partial
+from itertools import groupby
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import msgspec
 from nats.aio.client import Client
 from nats.aio.msg import Msg
-from nats.js.api import ConsumerConfig
 
-from adapter.contract.messages import Bind, Unbind
+from adapter.contract.messages import Bind, Inbound
 from adapter.contract.names import Names
+from tests.bench.peer import HOLD_S
 from tests.bench.plot import bars
 from tests.bench.rig import Process, Received, Rig, rig
-from tests.e2e.asker import Asker
+from tests.e2e.asker import Asker, AskRefused
 
 NAMES = Names()
-HOLD_S = 35.0
-LONG_S = 60.0
-"""How long a poll may be said to wait."""
-START_S = 12.0
-"""How long polls wait while more bots start than one process polls well."""
-SHORT_S = 1.0
-"""How long a poll waits while bots are shared: one moves at its next."""
-BRIEF_S = 0.6
-"""How long a poll waits while as many are made as may be; iLink's are not answered at once, else they are paced."""
+KINDS = ("floor", "adapter")
 SETTLE_S = 8.0
-"""After the last bot's first poll, and the looks at their users' windows, for what else a start leaves to be done."""
+"""After the last bot's first poll, for what else a start leaves to be done."""
+TAIL_S = 0.3
+"""After the last of a few messages, for what the bridge does when they have arrived."""
 MANY = 5000
 """Bots after whose start, or first messages, there is something left to be done."""
 CROWD = 10_000
-"""Bots that are bound by control commands; sandboxes that read."""
-RUNG = 1000
-"""Messages that are fetched at a ring."""
-TURNS = 3
-"""Runs of each bridge in a row that compares them; the row has the medians."""
+TIMES = {"cpu": "cpu_s", "mib": "mib"}
+"""What of idle bridges is compared."""
 REUSED = 0.01
 """New connections for each poll, at most."""
 PLOT = Path(__file__).with_name("bench.svg")
@@ -60,23 +52,28 @@ COLUMNS = {
     "share": "of the floor's",
     "cpu_us": "CPU µs each",
     "server_us": "server's CPU µs each",
-    "written": "bytes written each",
-    "both": "CPU of both, of the floor's",
+    "both": "CPU of both, times the floor's",
+    "warm": "CPU of a later one, of a first one's",
     "p50_ms": "p50 ms",
     "p99_ms": "p99 ms",
     "worst_ms": "worst ms",
-    "p50_share": "p50, of the floor's",
-    "p99_share": "p99, of the floor's",
+    "p50_times": "p50, times the floor's",
     "polled_s": "all polled after s",
-    "busiest": "requests in the busiest s",
     "cpu_s": "CPU s/min",
-    "cpu_share": "CPU, of the floor's",
+    "cpu_times": "CPU, times the floor's",
     "server_s": "server's CPU s/min",
     "mib": "private MiB",
-    "mib_share": "MiB, of the floor's",
+    "mib_times": "MiB, times the floor's",
     "kib": "KiB/bot",
     "server_kib": "server's KiB/bot",
 }
+PERCENT = {"share", "warm"}
+
+
+def _cell(name: str, value: float) -> str:
+    if name in PERCENT:
+        return f"{value:.0%}"
+    return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
 
 
 class Row(NamedTuple):
@@ -88,61 +85,57 @@ class Row(NamedTuple):
     bridge: str
     figures: dict[str, float]
 
-    def cells(self) -> list[str]:
-        found = [_cell(name, self.figures[name]) if name in self.figures else "" for name in COLUMNS]
-        return [self.what, f"{self.bots:,}", self.how, self.bridge, *found, reached(self)]
 
+class Line(NamedTuple):
+    """A line of the table that is read first: one figure of the adapter's rows, and what it should be."""
 
-def _cell(name: str, value: float) -> str:
-    if name == "share":
-        return f"{value:.0%}"
-    if name == "both":
-        return f"{value:.2f}"
-    return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
-
-
-class Aim(NamedTuple):
-    """What is to be reached by some of the adapter's rows."""
-
+    label: str
     what: str
-    bots: tuple[int, ...]
     how: str
-    """It begins so."""
     figure: str
-    bound: float
-    at_most: bool = True
+    aims: dict[int, float]
+    """For each number of bots."""
+    at_most: bool = False
+
+    def cell(self, row: Row | None) -> str:
+        if row is None or self.figure not in row.figures:
+            return ""
+        value, aim = row.figures[self.figure], self.aims.get(row.bots)
+        if aim is None:
+            return _cell(self.figure, value)
+        return f"{_cell(self.figure, value)} {'✓' if (value <= aim if self.at_most else value >= aim) else '✗'}"
+
+    @property
+    def aim(self) -> str:
+        """`65%, 90%`: in the order of the columns."""
+        values = dict.fromkeys(_cell(self.figure, value) for value in self.aims.values())
+        return f"{'≤' if self.at_most else '≥'} {', '.join(values)}"
 
 
-AIMS = (
-    Aim("inbound", (1, 100, 1000, 5000), "1 per answer", "share", 0.95, at_most=False),
-    Aim("inbound", (1, 5000), "20 per answer", "share", 0.65, at_most=False),
-    Aim("inbound", (100,), "20 per answer", "share", 0.55, at_most=False),
-    Aim("inbound", (1000,), "20 per answer", "share", 0.80, at_most=False),
-    Aim("inbound", (100,), "sync always", "share", 0.55, at_most=False),
-    Aim("outbound", (100, 1000), "with receipts", "share", 0.55, at_most=False),
-    Aim("outbound", (100, 1000), "with receipts", "both", 2.0),
-    Aim("latency in", (100,), "100/s", "p50_share", 1.3),
-    Aim("latency in", (100,), "100/s", "p99_share", 2.0),
-    Aim("bind", (10_000,), "wechat.ctl.bind", "per s", 1000, at_most=False),
-    Aim("bind", (10_000,), "wechat.ctl.bind", "polled_s", 25),
-    Aim("idle", (1000, 5000, 10_000), "TLS", "kib", 70),
-    Aim("idle", (5000, 10_000), "plain", "cpu_share", 1.3),
-    Aim("idle", (5000, 10_000), "plain", "mib_share", 1.1),
+ONE, BATCH, FIRST, ALWAYS = "1 per answer", "20 per answer", "first messages", "sync always, "
+OUT = ("no receipts", "receipts")
+"""The floor gives none."""
+LINES = (
+    Line("inbound, one per answer", "inbound", ONE, "share", dict.fromkeys((1, 100, 1000, 5000), 1.0)),
+    Line("inbound, 20 per answer", "inbound", BATCH, "share", {100: 0.65, 1000: 0.9}),
+    Line("the same with `sync_interval: always`: one", "inbound", ALWAYS + ONE, "share", {100: 0.95, 1000: 0.75}),
+    Line("… 20 per answer", "inbound", ALWAYS + BATCH, "share", {100: 0.7}),
+    Line("cold: CPU of a later message, of a first one's", "inbound", FIRST, "warm", {100: 0.8, 1000: 0.8}),
+    Line("outbound", "outbound", "receipts", "share", {100: 0.8, 1000: 0.8}),
+    Line("… CPU with the server's, times", "outbound", "receipts", "both", {100: 1.3, 1000: 1.3}, at_most=True),
+    Line("… with `sync_interval: always`", "outbound", ALWAYS + "receipts", "share", {100: 0.2}),
+    Line("latency in, p50, times", "latency in", "100/s", "p50_times", {100: 1.2}, at_most=True),
+    Line("idle: CPU, times", "idle", "plain", "cpu_times", {MANY: 1.3, CROWD: 1.3}, at_most=True),
+    Line("idle: memory, times", "idle", "plain", "mib_times", {MANY: 1.1, CROWD: 1.1}, at_most=True),
+    Line("idle: KiB for a bot, TLS", "idle", "TLS", "kib", {1000: 70, MANY: 70, CROWD: 70}, at_most=True),
+    Line("start: all polled after s, TLS", "idle", "TLS", "polled_s", {CROWD: 12}, at_most=True),
+    Line("binds a second", "bind", "all polled", "per s", {CROWD: 1000}),
 )
 
 
-def reached(row: Row) -> str:
-    """What was aimed at in this row, and whether it was reached."""
-    found = []
-    for aim in AIMS:
-        if row.bridge != "adapter" or aim.what != row.what or row.bots not in aim.bots:
-            continue
-        if not row.how.startswith(aim.how) or aim.figure not in row.figures:
-            continue
-        value, sign = row.figures[aim.figure], "≤" if aim.at_most else "≥"
-        is_reached = value <= aim.bound if aim.at_most else value >= aim.bound
-        found.append(f"{sign} {_cell(aim.figure, aim.bound)} {'✓' if is_reached else '✗'}")
-    return ", ".join(found)
+def _markdown(lines: Sequence[Sequence[str]]) -> str:
+    head, *rest = lines
+    return "\n".join("| " + " | ".join(line) + " |" for line in (head, ["---"] * len(head), *rest)) + "\n"
 
 
 def medians(turns: Sequence[dict[str, float]]) -> dict[str, float]:
@@ -153,24 +146,45 @@ def medians(turns: Sequence[dict[str, float]]) -> dict[str, float]:
 class Bench:
     """Runs measurements in folders of its own, and says what it does."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, *, quick: bool) -> None:
         self.folder = folder
+        self.turns = 1 if quick else 3
+        """Runs of each bridge in a row that compares them; the row has the medians."""
+        self.part = 10 if quick else 1
+        """Of the messages, and of the bots where there are thousands, only this part."""
         self.number = 0
         self.rows: list[Row] = []
         self._stores: dict[int, Path] = {}
-        """What a server has once so many bots were bound and polled."""
+        """What a server has once so many bots were bound and each person wrote and was answered."""
+        self._empty: dict[bool, tuple[float, float]] = {}
 
     def add(self, what: str, bots: int, how: str, bridge: str, **figures: float) -> None:
         self.rows.append(Row(what, bots, how, bridge, figures))
-        sys.stderr.write("  " + ", ".join(filter(None, self.rows[-1].cells())) + "\n")
+        told = ", ".join(f"{COLUMNS[name]} {_cell(name, value)}" for name, value in figures.items())
+        sys.stderr.write(f"  {what}, {bots:,} bots, {how}, {bridge}: {told}\n")
 
-    def table(self) -> str:
-        used = [name for name in COLUMNS if any(name in row.figures for row in self.rows)]
-        kept = [0, 1, 2, 3, *(4 + list(COLUMNS).index(name) for name in used), 4 + len(COLUMNS)]
-        head = ["what", "bots", "how", "bridge", *COLUMNS.values(), "aimed at"]
-        lines = [[head[at] for at in kept], ["---"] * len(kept)]
-        lines += [[row.cells()[at] for at in kept] for row in self.rows]
-        return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    def summary(self) -> str:
+        """One figure of each measurement, for each number of bots."""
+        found = {(row.what, row.how, row.bots): row for row in self.rows if row.bridge == "adapter"}
+        sizes = sorted({row.bots for row in self.rows})
+        lines = [[line.label, *(line.cell(found.get((line.what, line.how, bots))) for bots in sizes), line.aim]
+                 for line in LINES]  # fmt: skip
+        return _markdown(
+            [["bots", *(f"{bots:,}" for bots in sizes), "aim"], *filter(lambda line: any(line[1:-1]), lines)]
+        )
+
+    def tables(self) -> str:
+        """All figures, a table for each measurement."""
+        tables = []
+        for _, group in groupby(self.rows, lambda row: row.what):
+            rows = list(group)
+            used = [name for name in COLUMNS if any(name in row.figures for row in rows)]
+            lines = [["what", "bots", "how", "bridge", *(COLUMNS[name] for name in used)]]
+            for row in rows:
+                cells = [_cell(name, row.figures[name]) if name in row.figures else "" for name in used]
+                lines.append([row.what, f"{row.bots:,}", row.how, row.bridge, *cells])
+            tables.append(_markdown(lines))
+        return "\n".join(tables)
 
     @contextlib.asynccontextmanager
     async def rig(self, what: str, *, bound: int | None = None, **options: Any) -> AsyncIterator[tuple[Rig, Client]]:
@@ -191,18 +205,33 @@ class Bench:
 
     async def _store(self, bots: int) -> Path:
         if bots not in self._stores:
-            fewer = max((made for made in self._stores if made < bots), default=0)
-            async with self.rig(f"({bots} bots are bound)", store=self._stores.get(fewer)) as (made, nc):
-                if not fewer:  # the streams are an adapter's to make
-                    adapter = made.adapter()
-                    await made.claimed(nc)
-                    made.drop(adapter)
-                await made.bind(nc, bots, first=fewer)
+            async with self.rig(f"({bots} bots are bound, and each person writes and is answered)") as (made, nc):
+                adapter = made.adapter()  # the streams are its to make
+                await made.claimed(nc)
+                made.drop(adapter)
+                await made.bind(nc, bots)
+                adapter = await bridge_in(made, "adapter", bots)
+                await said_once(made, await read_inboxes(nc), bots)
+                await sent(made, nc, await read_receipts(nc), bots, bots, adapter)
+                made.drop(adapter)
                 await nc.close()
                 await asyncio.to_thread(made.server.stop, signal.SIGTERM)
                 self._stores[bots] = self.folder / f"bound{bots}"
                 await asyncio.to_thread(shutil.move, made.store, self._stores[bots])
         return self._stores[bots]
+
+    async def empty_mib(self, *, tls: bool) -> tuple[float, float]:
+        """The memory of an adapter with one bot, and of its server."""
+        if tls not in self._empty:
+            async with self.rig("memory with 1 bot", bound=1, tls=tls) as (made, _):
+                self._empty[tls] = (await bridge_in(made, "adapter", 1)).memory_mib(), made.server.memory_mib()
+        return self._empty[tls]
+
+    async def memory(self, made: Rig, process: Process, bots: int) -> dict[str, float]:
+        empty, server_empty = await self.empty_mib(tls=made.tls)
+        mib = process.memory_mib()
+        server_kib = (made.server.memory_mib() - server_empty) * 1024 / bots
+        return {"mib": mib, "kib": (mib - empty) * 1024 / bots, "server_kib": server_kib}
 
 
 async def bridge_in(made: Rig, kind: str, bots: int) -> Process:
@@ -219,64 +248,69 @@ def check(disordered: int, more: int = 0) -> None:
 
 
 async def read_inboxes(nc: Client, *, timed: bool = False) -> Received:
-    received = Received(timed=timed, numbered=True)
-    await nc.subscribe("wechat.in.*", cb=received.on_message, pending_msgs_limit=0, pending_bytes_limit=0)
-    await nc.flush()
-    return received
+    return await _read(nc, NAMES.live("*"), Received(timed=timed, numbered=True))
 
 
 async def read_receipts(nc: Client) -> Received:
-    received = Received()
-    await nc.subscribe(
-        "wechat.event.*.receipt.>", cb=received.on_message, pending_msgs_limit=0, pending_bytes_limit=0
-    )
+    return await _read(nc, "wechat.event.*.receipt.>", Received())
+
+
+async def _read(nc: Client, subject: str, received: Received) -> Received:
+    await nc.subscribe(subject, cb=received.on_message, pending_msgs_limit=0, pending_bytes_limit=0)
     await nc.flush()
     return received
 
 
-async def said_once(made: Rig, received: Received, bots: Iterable[int]) -> None:
-    """Every bot's user writes, so that what is read of each but once, at their first message, is read."""
-    bots = list(bots)
-    enough = received.count + len(bots)
-    await made.ask("feed", bots=bots, count=1, per_answer=1)
+async def said_once(made: Rig, received: Received, bots: int) -> None:
+    """Every bot's user writes."""
+    enough = received.count + bots
+    await made.ask("feed", bots=list(range(bots)), count=1, per_answer=1)
     await received.until(enough)
 
 
-class Spent:
-    """What bridges and their server spend on each of so many messages, and how many go through in a second."""
+async def later_of_first(made: Rig, received: Received, bots: int, process: Process) -> dict[str, float]:
+    """What a message of each person costs, their first one since the start, and what a later one, of that."""
+    spent_s = []
+    for _ in range(4):
+        before = process.cpu_s()
+        await said_once(made, received, bots)
+        await asyncio.sleep(TAIL_S)
+        spent_s.append(process.cpu_s() - before)
+    return {"cpu_us": spent_s[0] / bots * 1e6, "warm": statistics.median(spent_s[1:]) / spent_s[0]}
 
-    def __init__(self, server: Process, *bridges: Process) -> None:
-        self._processes = (server, *bridges)
+
+class Spent:
+    """What a bridge and its server spend on each of so many messages, and how many go through in a second."""
+
+    def __init__(self, server: Process, bridge: Process) -> None:
+        self._processes = (bridge, server)
         self._before = [process.cpu_s() for process in self._processes]
-        self._written = server.written()
         self.began = time.monotonic()
 
-    def each_s(self) -> list[float]:
-        """CPU seconds of each bridge."""
-        return self._each_s()[1:]
-
-    def _each_s(self) -> list[float]:
+    def cpu_s(self) -> list[float]:
+        """Of the bridge, and of the server."""
         return [process.cpu_s() - before for process, before in zip(self._processes, self._before, strict=True)]
 
     def on(self, count: int, until: float) -> dict[str, float]:
-        server_s, *bridges_s = self._each_s()
-        return {
-            "per s": count / (until - self.began),
-            "cpu_us": sum(bridges_s) / count * 1e6,
-            "server_us": server_s / count * 1e6,
-            "written": (self._processes[0].written() - self._written) / count,
-        }
+        bridge_s, server_s = self.cpu_s()
+        rate = count / (until - self.began)
+        return {"per s": rate, "cpu_us": bridge_s / count * 1e6, "server_us": server_s / count * 1e6}
+
+    def a_minute(self) -> dict[str, float]:
+        minutes = (time.monotonic() - self.began) / 60
+        bridge_s, server_s = self.cpu_s()
+        return {"cpu_s": bridge_s / minutes, "server_s": server_s / minutes}
 
 
 async def fed(
-    made: Rig, received: Received, bots: int, total: int, per_answer: int, *bridges: Process
-) -> tuple[dict[str, float], list[float]]:
-    """`total` messages in all come in for so many bots; what that costs, and each bridge's CPU seconds."""
-    spent, count, before = Spent(made.server, *bridges), total // bots * bots, received.count
+    made: Rig, received: Received, bots: int, total: int, per_answer: int, process: Process
+) -> dict[str, float]:
+    """`total` messages in all come in for so many bots; what that costs."""
+    spent, count, before = Spent(made.server, process), total // bots * bots, received.count
     await made.ask("feed", bots=list(range(bots)), count=total // bots, per_answer=per_answer)
     await received.until(before + count)
     check(received.disordered, received.count - before - count)
-    return spent.on(count, received.when), spent.each_s()
+    return spent.on(count, received.when)
 
 
 def compared(figures: dict[str, float], floor: dict[str, float]) -> dict[str, float]:
@@ -291,125 +325,75 @@ async def inbound(bench: Bench) -> None:
         (1, 3000, 30_000, ""),
         (100, 12_000, 60_000, ""),
         (1000, 12_000, 60_000, ""),
-        (MANY, 10_000, 60_000, ""),
-        (100, 3000, 0, "always"),
+        (MANY, 10_000, 100_000, ""),
+        (100, 3000, 20_000, "always"),
+        (1000, 4000, 0, "always"),
     ):
-        found: dict[tuple[int, str], list[dict[str, float]]] = {}
-        for _ in range(TURNS):
-            for kind in ("floor", "adapter"):
+        found = defaultdict[tuple[str, str], list[dict[str, float]]](list)
+        for _ in range(bench.turns):
+            for kind in KINDS:
                 bound = bots if kind == "adapter" else 1
                 async with bench.rig(f"in: {kind}, {bots} bots", bound=bound, sync=sync) as (made, nc):
                     process = await bridge_in(made, kind, bots)
                     received = await read_inboxes(nc)
-                    await said_once(made, received, range(bots))
-                    await asyncio.sleep(SETTLE_S if bots >= MANY and kind == "adapter" else 0)
-                    for per_answer, total in ((1, single), (20, batched)):
-                        if total:
-                            figures, _ = await fed(made, received, bots, total, per_answer, process)
-                            found.setdefault((per_answer, kind), []).append(figures)
-        for (per_answer, kind), turns in sorted(found.items(), key=lambda item: item[0][0]):
-            how, figures = f"{per_answer} per answer", medians(turns)
-            if kind != "floor":
-                figures = compared(figures, medians(found[per_answer, "floor"]))
-            bench.add("inbound", bots, f"sync always, {how}" if sync else how, kind, **figures)
+                    await asyncio.sleep(SETTLE_S if bots >= MANY and kind == "adapter" else TAIL_S)
+                    if kind == "floor" or sync or bots == 1:
+                        await said_once(made, received, bots)
+                    else:
+                        found[FIRST, kind].append(await later_of_first(made, received, bots, process))
+                    for how, per_answer, total in ((ONE, 1, single), (BATCH, 20, batched)):
+                        if total := max(total // bench.part, bots) if total else 0:
+                            found[how, kind].append(await fed(made, received, bots, total, per_answer, process))
+        for (how, kind), turns in found.items():
+            figures = medians(turns)
+            if kind == "adapter" and how != FIRST:
+                figures = compared(figures, medians(found[how, "floor"]))
+            bench.add("inbound", bots, ALWAYS + how if sync else how, kind, **figures)
 
 
-def ages(found: list[float], spent: Spent) -> dict[str, float]:
+def ages(found: list[float]) -> dict[str, float]:
     found.sort()
-    p50, p99 = statistics.median(found), found[int(len(found) * 0.99)]
-    cpu_us = sum(spent.each_s()) / len(found) * 1e6
-    return {"cpu_us": cpu_us, "p50_ms": p50, "p99_ms": p99, "worst_ms": found[-1]}
+    return {"p50_ms": statistics.median(found), "p99_ms": found[int(len(found) * 0.99)], "worst_ms": found[-1]}
 
 
 async def latency(bench: Bench) -> None:
-    """Also with thousands of bots, whose polls make the garbage collector's work long."""
-    found: dict[tuple[str, int], list[dict[str, float]]] = {}
-    for turn in range(TURNS):
-        plan = [("floor", 100, 100), ("adapter", 100, 100), *([] if turn else [("adapter", MANY, 1000)])]
-        for kind, bots, per_s in plan:
+    """Floor and adapter in turns, a hundred messages a second."""
+    bots, found = 100, defaultdict[str, list[dict[str, float]]](list)
+    for _ in range(bench.turns):
+        for kind in KINDS:
             bound = bots if kind == "adapter" else 1
             async with bench.rig(f"latency in: {kind}, {bots} bots", bound=bound) as (made, nc):
-                process = await bridge_in(made, kind, bots)
+                await bridge_in(made, kind, bots)
                 received = await read_inboxes(nc, timed=True)
-                await said_once(made, received, range(bots))
-                await asyncio.sleep(SETTLE_S if bots >= MANY else 0)
-                before, spent, count = received.count, Spent(made.server, process), 10 * per_s
+                await said_once(made, received, bots)
                 received.ages_ms.clear()
-                await made.ask("trickle", bots=bots, count=count, per_s=per_s)
-                await received.until(before + count)
+                count = 1000 // bench.part
+                await made.ask("trickle", bots=bots, count=count, per_s=100)
+                await received.until(bots + count)
                 check(received.disordered)
-                found.setdefault((kind, bots), []).append(ages(received.ages_ms, spent))
-    floor = medians(found["floor", 100])
-    for (kind, bots), turns in found.items():
-        figures = medians(turns)
-        if kind == "adapter" and bots == 100:
-            figures |= {f"{name}_share": figures[f"{name}_ms"] / floor[f"{name}_ms"] for name in ("p50", "p99")}
-        bench.add("latency in", bots, "100/s" if bots == 100 else "1,000/s", kind, **figures)
-    async with bench.rig("latency out: adapter", bound=100) as (made, nc):
-        process = await ready_to_send(made, nc, 100)
-        spent = Spent(made.server, process)
-        asked_ms = await asked(nc, 100, count=1000, per_s=100)
-        bench.add("latency out", 100, "100/s", "adapter", **ages(asked_ms, spent))
+                found[kind].append(ages(received.ages_ms))
+    for kind in KINDS:
+        figures = medians(found[kind])
+        if kind == "adapter":
+            figures["p50_times"] = figures["p50_ms"] / medians(found["floor"])["p50_ms"]
+        bench.add("latency in", bots, "100/s", kind, **figures)
 
 
-async def asked(nc: Client, bots: int, *, count: int, per_s: float) -> list[float]:
-    """Milliseconds from each command to its receipt, for commands that are sent evenly in time."""
-    sent: dict[str, float] = {}
-    ages: list[float] = []
-    done = asyncio.Event()
-
-    async def on_receipt(msg: Msg) -> None:
-        ages.append((time.monotonic() - sent[msgspec.json.decode(msg.data)["command"]]) * 1000)
-        if len(ages) == count:
-            done.set()
-
-    await nc.subscribe("wechat.event.*.receipt.>", cb=on_receipt)
-    await nc.flush()
-    began = time.monotonic()
-    for number in range(count):
-        await asyncio.sleep(max(0.0, began + number / per_s - time.monotonic()))
-        sent[f"c{number}"] = time.monotonic()
-        await nc.publish(f"wechat.out.s{number % bots}", b'{"id":"c%d","text":"hello there"}' % number)
-    await done.wait()
-    return ages
-
-
-async def ready_to_send(made: Rig, nc: Client, bots: int) -> Process:
-    """An adapter whose users have all written, so that each may be answered."""
-    adapter = await bridge_in(made, "adapter", bots)
-    await said_once(made, await read_inboxes(nc), range(bots))
-    return adapter
-
-
-async def push(nc: Client, bots: int, count: int, *, first: int = 0, plain: bool = False) -> None:
-    """Commands to all sandboxes in turn, as fast as the server takes them; numbers in their texts grow.
-
-    `plain`: they name their sandbox, and find their way to its subject through the adapter's router.
-    """
+async def push(nc: Client, bots: int, count: int, *, first: int = 0) -> None:
+    """Commands to all sandboxes in turn, as fast as the server takes them; numbers in their texts grow."""
     for number in range(first, first + count):
-        if plain:
-            await nc.publish("wechat.out", b'{"sandbox":"s%d","text":"hello there %d"}' % (number % bots, number))
-        else:
-            await nc.publish(f"wechat.out.s{number % bots}", b'{"text":"hello there %d"}' % number)
+        await nc.publish(f"wechat.out.s{number % bots}", b'{"text":"hello there %d"}' % number)
         if number % 200 == 199:
             await nc.flush()
 
 
 async def sent(
-    made: Rig,
-    nc: Client,
-    receipts: Received,
-    bots: int,
-    count: int,
-    process: Process,
-    *,
-    first: int = 0,
-    plain: bool = False,
+    made: Rig, nc: Client, receipts: Received, bots: int, count: int, process: Process, *, first: int = 0
 ) -> dict[str, float]:
     """So many commands get their receipts; what that costs."""
     enough, before = receipts.count + count, (await made.ask("stats"))["sends"]
     spent = Spent(made.server, process)
-    await push(nc, bots, count, first=first, plain=plain)
+    await push(nc, bots, count, first=first)
     await receipts.until(enough)
     stats = await made.ask("stats")
     check(stats["disordered"], stats["sends"] - before - count)
@@ -435,268 +419,89 @@ async def sent_by_floor(made: Rig, nc: Client, bots: int, count: int) -> dict[st
 
 async def outbound(bench: Bench) -> None:
     """Floor and adapter in turns."""
-    for bots, count, sync in ((100, 12_000, ""), (1000, 12_000, ""), (100, 2000, "always")):
-        found: dict[str, list[dict[str, float]]] = {}
-        for _ in range(TURNS):
+    for bots, total, sync in ((100, 12_000, ""), (1000, 12_000, ""), (100, 2000, "always")):
+        count = total // bench.part
+        found = defaultdict[str, list[dict[str, float]]](list)
+        for _ in range(bench.turns):
             async with bench.rig(f"out: floor, {bots} bots", bound=1, sync=sync) as (made, nc):
-                found.setdefault("floor", []).append(await sent_by_floor(made, nc, bots, count))
+                found["floor"].append(await sent_by_floor(made, nc, bots, count))
             async with bench.rig(f"out: adapter, {bots} bots", bound=bots, sync=sync) as (made, nc):
-                process = await ready_to_send(made, nc, bots)
+                process = await bridge_in(made, "adapter", bots)
+                await said_once(made, await read_inboxes(nc), bots)
                 receipts = await read_receipts(nc)
                 await sent(made, nc, receipts, bots, bots, process)
-                figures = await sent(made, nc, receipts, bots, count, process, first=bots)
-                found.setdefault("adapter", []).append(figures)
-                if bots == 100 and not sync:
-                    first = bots + count
-                    figures = await sent(made, nc, receipts, bots, count // 4, process, first=first, plain=True)
-                    found.setdefault("plain", []).append(figures)
-        floor = medians(found["floor"])
-        prefix = "sync always, " if sync else ""
+                found["adapter"].append(await sent(made, nc, receipts, bots, count, process, first=bots))
+        floor, prefix = medians(found["floor"]), ALWAYS if sync else ""
         bench.add("outbound", bots, f"{prefix}no receipts", "floor", **floor)
-        bench.add("outbound", bots, f"{prefix}with receipts", "adapter", **compared(medians(found["adapter"]), floor))
-        if "plain" in found:
-            bench.add("outbound", bots, "plain wechat.out, with receipts", "adapter", **medians(found["plain"]))
+        bench.add("outbound", bots, f"{prefix}receipts", "adapter", **compared(medians(found["adapter"]), floor))
 
 
-async def grown(bench: Bench) -> None:
-    """What a hundred users cost who write and are answered, beside others whose polls wait all the time."""
-    bots, active, silent = MANY, 100, 1000
-    async with bench.rig("as state grows", bound=bots, hold_s=LONG_S) as (made, nc):
+class Agent:
+    """Reads as `wechat-nats agent` does: at each ring, after what it has answered, and every half a minute."""
+
+    def __init__(self, nc: Client, sandbox: str) -> None:
+        self.nc = nc
+        self.asker = Asker(nc, sandbox)
+        self.asking = asyncio.Lock()
+        self.ages_ms: list[float] = []
+        """From iLink's answer with a message to the agent's having it."""
+
+    async def begin(self) -> None:
+        while await self.take():  # of earlier runs
+            pass
+        await self.nc.subscribe(NAMES.live(self.asker.sandbox), cb=self.look)
+
+    async def take(self) -> list[Inbound]:
+        while True:
+            try:
+                return await self.asker.take()
+            except AskRefused:  # for the moment, as is said
+                await asyncio.sleep(1)
+
+    async def look(self, _: Msg | None = None) -> None:
+        async with self.asking:
+            while messages := await self.take():
+                for message in messages:
+                    self.ages_ms.append((time.monotonic_ns() - int(message.text.removeprefix("at "))) / 1e6)
+                    command = b'{"id":"at %d","text":"hello there"}' % time.monotonic_ns()
+                    await self.nc.publish(NAMES.out(self.asker.sandbox), command)
+
+
+async def minute(bench: Bench) -> None:
+    """Thousands of people, each with an agent, who write once in a minute, or not at all: for the model."""
+    bots = MANY // bench.part
+    await bench.empty_mib(tls=True)
+    async with bench.rig(f"a minute of {bots} people", bound=bots, tls=True) as (made, nc):
         process = await bridge_in(made, "adapter", bots)
-        received, receipts = await read_inboxes(nc), await read_receipts(nc)
-        await said_once(made, received, range(active))
-        await fed(made, received, active, 6000, 1, process)  # as the others will come after some
-        pushed = waiting = 0
-        for users, parked in (
-            (active, 0),
-            (bots - silent, 0),
-            (bots - silent, 5 * silent),
-            (bots - silent, 95 * silent),
+        agents = [Agent(nc, f"s{number}") for number in range(bots)]
+        await _all_of(agents, Agent.begin)
+        receipts, back_ms = await read_receipts(nc), list[float]()
+
+        async def on_receipt(msg: Msg) -> None:
+            command = msgspec.json.decode(msg.data)["command"]
+            back_ms.append((time.monotonic_ns() - int(command.removeprefix("at "))) / 1e6)
+
+        await nc.subscribe("wechat.event.*.receipt.>", cb=on_receipt)
+        await asyncio.sleep(SETTLE_S)
+        # After the first message of each person, their checkpoints are due in the minute that is measured.
+        for how, seconds, count in (
+            ("nobody writes", 30, 0),
+            ("", 60, bots),
+            ("each writes and is answered", 60, bots),
         ):
-            waiting += parked
-            how = f"{active} of them active, {users:,} users with state, {waiting:,} parked"
-            sys.stderr.write(f"{time.strftime('%H:%M:%S')} {how} …\n")
-            if users > active and not parked:
-                await said_once(made, received, range(active, users))
-            enough = receipts.count + parked
-            for number in range(parked):
-                await nc.publish(f"wechat.out.s{bots - 1 - number % silent}", b'{"text":"they never wrote"}')
+            ages_ms, enough, spent = list[float](), receipts.count + count, Spent(made.server, process)
+            back_ms.clear()
+            for agent in agents:
+                agent.ages_ms = ages_ms
+            await made.ask("trickle", bots=bots, count=count, per_s=bots / seconds)
+            for number in range(10 * seconds):  # each agent asks twice a minute
+                await asyncio.sleep(max(0.0, spent.began + number / 10 - time.monotonic()))
+                await _all_of(agents[number % 300 :: 300], Agent.look)
             await receipts.until(enough)
-            await asyncio.sleep(SETTLE_S / 2)  # all is over before the first of those polls is
-            figures, _ = await fed(made, received, active, 6000, 1, process)
-            bench.add("inbound", bots, how, "adapter", **figures)
-            figures = await sent(made, nc, receipts, active, 6000, process, first=pushed)
-            bench.add("outbound", bots, how, "adapter", **figures)
-            pushed += 6000
-
-
-async def idle(bench: Bench) -> None:
-    """All of them at the same time, since waiting costs little: one after the other takes four minutes more."""
-    # first those that take longest to come to rest
-    plan = [("adapter", bots, tls) for bots in (10_000, 5000, 1000) for tls in (True, False)]
-    plan += [("floor", bots, False) for bots in (10_000, 5000)]
-    empty = {tls: await _empty_mib(bench, tls=tls) for tls in (True, False)}
-    async with contextlib.AsyncExitStack() as stack:
-        rigs, settled = [], 0.0
-        for kind, bots, tls in plan:
-            what = f"idle: {kind}, {bots} bots{', TLS' if tls else ''}"
-            bound = bots if kind == "adapter" else 1
-            made, _ = await stack.enter_async_context(bench.rig(what, bound=bound, tls=tls))
-            began = time.monotonic()
-            process = await bridge_in(made, kind, bots)
-            figures = {"polled_s": time.monotonic() - began, "busiest": (await made.ask("busiest"))["requests"]}
-            rigs.append((made, process, figures))
-            settled = max(settled, time.monotonic() + SETTLE_S)
-        await asyncio.sleep(settled - time.monotonic())
-        before = [
-            (await made.ask("stats"), process.cpu_s(), made.server.cpu_s(), time.monotonic())
-            for made, process, _ in rigs
-        ]
-        await asyncio.sleep(HOLD_S + 1)  # so that each bot polls again
-        for given, (made, process, figures), (stats, cpu_s, server_s, began) in zip(plan, rigs, before, strict=True):
-            kind, bots, tls = given
-            a_minute = 60 / (time.monotonic() - began)
-            figures["cpu_s"] = (process.cpu_s() - cpu_s) * a_minute
-            figures["server_s"] = (made.server.cpu_s() - server_s) * a_minute
-            after, figures["mib"] = await made.ask("stats"), process.memory_mib()
-            if kind == "adapter":
-                figures["kib"] = (figures["mib"] - empty[tls][0]) * 1024 / bots
-                figures["server_kib"] = (made.server.memory_mib() - empty[tls][1]) * 1024 / bots
-            opened = (after["connections"] - stats["connections"]) / (after["polls"] - stats["polls"])
-            if opened > REUSED:
-                raise RuntimeError(f"{opened:.2g} new connections for each poll")
-        measured = [(given, figures) for given, (_, _, figures) in zip(plan, rigs, strict=True)]
-        floors = {bots: figures for (kind, bots, _), figures in measured if kind == "floor"}
-        for (kind, bots, tls), figures in measured:
-            if kind == "adapter" and not tls and (floor := floors.get(bots)):
-                figures["cpu_share"] = figures["cpu_s"] / floor["cpu_s"]
-                figures["mib_share"] = figures["mib"] / floor["mib"]
-            bench.add("idle", bots, "TLS" if tls else "plain", kind, **figures)
-
-
-async def _empty_mib(bench: Bench, *, tls: bool) -> tuple[float, float]:
-    """The memory of an adapter with one bot, and of its server."""
-    async with bench.rig("idle: adapter, 1 bot", bound=1, tls=tls) as (made, _):
-        return (await bridge_in(made, "adapter", 1)).memory_mib(), made.server.memory_mib()
-
-
-async def shared(bench: Bench) -> None:
-    """Several processes on the machine's cores, and what is left when one is killed."""
-    for replicas, bots in ((2, 100), (3, 100), (2, 10_000)):
-        async with bench.rig(f"{replicas} adapters, {bots} bots", bound=bots, hold_s=SHORT_S) as (made, nc):
-            group = [made.adapter() for _ in range(replicas)]
-            await made.split(nc, replicas)
-            await made.ask("hold", seconds=HOLD_S)
-            await asyncio.sleep(2 * SHORT_S)
-            await made.polled(bots)
-            received = await read_inboxes(nc)
-            await said_once(made, received, range(bots))
-            figures, each_s = await fed(made, received, bots, 10_000, 1, *group)
-            await made.polled(bots)
-            shares = " : ".join(f"{cpu_s / sum(each_s):.0%}" for cpu_s in each_s)
-            bench.add("inbound", bots, f"1 per answer, shared {shares}", f"{replicas} adapters", **figures)
-            group[0].stop()
-            killed = time.monotonic()
-            await made.fewer(bots)
-            await made.polled(bots)
-            bench.add(
-                "kill -9", bots, "the others poll all", f"{replicas} adapters", polled_s=time.monotonic() - killed
-            )
-    await _polls_add_up(bench)
-
-
-async def _polls_add_up(bench: Bench) -> None:
-    """Polls that wait for half a second: more are due than one process makes. What two make.
-
-    Nothing comes, so that hardly anybody else works, and there is nearly a core for each.
-    """
-    bots, alone = 12_000, 0.0
-    async with bench.rig("polls: one adapter, then two", bound=bots, hold_s=START_S) as (made, nc):
-        adapters = [await bridge_in(made, "adapter", bots)]
-        await made.ask("hold", seconds=BRIEF_S)
-        await asyncio.sleep(START_S)
-        for how in ("one adapter", "two adapters"):
-            if alone:
-                adapters.append(made.adapter())
-                await made.split(nc, 2)
-            await asyncio.sleep(SETTLE_S if alone else SETTLE_S / 2)  # half of the bots have moved
-            before, spent = (await made.ask("stats"))["polls"], Spent(made.server, *adapters)
-            await asyncio.sleep(SETTLE_S / 2)
-            polls, now = (await made.ask("stats"))["polls"] - before, time.monotonic()
-            figures = spent.on(polls, now)
-            bench.add("empty polls", bots, "as fast as may be", how, **figures)
-            alone = figures["per s"]
-
-
-async def bound(bench: Bench) -> None:
-    """Bots come and go by control commands, published without a pause, while the same process polls them."""
-    for checked, how in ((None, "wechat.ctl.bind"), (True, "wechat.ctl.bind, each token checked")):
-        async with bench.rig(f"{how}, {CROWD} bots") as (made, nc):
-            process = made.adapter()
-            await made.claimed(nc)
-            await asyncio.sleep(SETTLE_S)  # all shards are claimed
-            last = (await nc.jetstream().stream_info("WECHAT_CTL")).state.last_seq
-            spent = Spent(made.server, process)
-            for number in range(CROWD):
-                bot, user = f"{number}@im.bot", f"user{number}@im.wechat"
-                asked = Bind(sandbox=f"s{number}", bot=bot, bot_token=f"{bot}:0600abcd", user=user, check=checked)
-                await command(nc, "wechat.ctl.bind", asked)
-            figures = spent.on(CROWD, await executed(nc, last + CROWD))
-            await made.polled(CROWD)
-            bench.add("bind", CROWD, how, "adapter", **figures, polled_s=time.monotonic() - spent.began)
-            if checked:
-                continue
-            await asyncio.sleep(SETTLE_S)
-            spent = Spent(made.server, process)
-            for number in range(CROWD):
-                await command(nc, "wechat.ctl.unbind", Unbind(sandbox=f"s{number}"))
-            bench.add(
-                "unbind",
-                CROWD,
-                "wechat.ctl.unbind",
-                "adapter",
-                **spent.on(CROWD, await executed(nc, last + 2 * CROWD)),
-            )
-
-
-async def command(nc: Client, subject: str, asked: Bind | Unbind) -> None:
-    await nc.publish(subject, msgspec.json.encode(asked), headers={"Nats-Msg-Id": f"{subject} {asked.sandbox}"})
-    if asked.sandbox.endswith("00"):
-        await nc.flush()
-
-
-async def executed(nc: Client, last: int) -> float:
-    """When no control command up to this one waits any more."""
-    while (state := (await nc.jetstream().stream_info("WECHAT_CTL")).state).messages or state.last_seq < last:
-        await asyncio.sleep(0.02)
-    return time.monotonic()
-
-
-async def silent(bench: Bench) -> None:
-    """Bots write, and then fall silent, so that a minute later all their checkpoints are written."""
-    bots, messages, bucket = MANY, 5, "KV_wechat_checkpoints"
-    async with bench.rig(f"{bots} bots fall silent", bound=bots) as (made, nc):
-        process = await bridge_in(made, "adapter", bots)
-        received, js = await read_inboxes(nc), nc.jetstream()
-        await asyncio.sleep(SETTLE_S)
-        first = (await js.stream_info(bucket)).state.last_seq
-        for _ in range(messages):
-            await said_once(made, received, range(bots))
-        while (last := (await js.stream_info(bucket)).state.last_seq) == first:
-            spent = Spent(made.server, process)
-            await asyncio.sleep(0.02)
-        while last < first + bots:
-            await asyncio.sleep(0.02)
-            last = (await js.stream_info(bucket)).state.last_seq
-        figures = spent.on(bots, time.monotonic())
-        bench.add("checkpoint written", bots, f"{messages} messages of each", "adapter", **figures)
-
-
-async def reading(bench: Bench) -> None:
-    """Sandboxes that wait at a doorbell and ask, and the durable consumers that would take the place of that."""
-    async with bench.rig(f"{CROWD} durables", bound=1) as (made, nc):
-        await bridge_in(made, "adapter", 1)
-        before, began = made.server.memory_mib(), time.monotonic()
-        await _all_of(range(CROWD), partial(_make_durable, nc))
-        made_s = time.monotonic() - began
-        await asyncio.sleep(SETTLE_S)
-        figures = {"per s": CROWD / made_s, "server_kib": (made.server.memory_mib() - before) * 1024 / CROWD}
-        bench.add("read", CROWD, "a durable each", "none", **figures)
-    async with bench.rig(f"{CROWD} doorbells", bound=1) as (made, nc):
-        process, took = await bridge_in(made, "adapter", 1), list[float]()
-        askers = [Asker(nc, f"s{number}") for number in range(CROWD)]
-        texts: list[int] = []
-
-        async def ring(asker: Asker, _: Msg) -> None:
-            began = time.monotonic()
-            texts.extend([len(await asker.take())])
-            took.append((time.monotonic() - began) * 1000)
-
-        before = made.server.memory_mib()
-        for how in ("each begins", "each asks in vain"):
-            spent = Spent(made.server, process)
-            await _all_of(askers, Asker.take)
-            figures = spent.on(CROWD, time.monotonic())
-            if how == "each begins":
-                for asker in askers:
-                    await nc.subscribe(NAMES.live(asker.sandbox), cb=partial(ring, asker))
-                await asyncio.sleep(SETTLE_S)
-                figures["server_kib"] = (made.server.memory_mib() - before) * 1024 / CROWD
-            bench.add("read", CROWD, how, "adapter", **figures)
-        said = next((Path(__file__).parents[2] / "schemas/samples/valid").glob("inbound-*.json")).read_bytes()
-        spent = Spent(made.server, process)
-        for number in range(RUNG):
-            await nc.publish(NAMES.inbox(f"s{number * 7}"), said)
-            await asyncio.sleep(max(0.0, spent.began + number / 100 - time.monotonic()))
-        while len(took) < RUNG:
-            await asyncio.sleep(0.02)
-        check(sum(count != 1 for count in texts))
-        bench.add("read", CROWD, "100/s, from the ring to the message", "adapter", **ages(took, spent))
-
-
-async def _make_durable(nc: Client, number: int) -> None:
-    config = ConsumerConfig(durable_name=f"s{number}", filter_subject=NAMES.inbox(f"s{number}"), num_replicas=1)
-    await nc.jetstream(timeout=60).add_consumer(NAMES.stream_in, config)
+            figures = spent.a_minute() | await bench.memory(made, process, bots)
+            if how:
+                bench.add("a minute", bots, how, "adapter", **figures, **(ages(ages_ms) if count else {}))
+        bench.add("a minute", bots, "from the command to the receipt", "adapter", **ages(back_ms))
 
 
 async def _all_of(items: Iterable[Any], act: Callable[[Any], Awaitable[object]]) -> None:
@@ -710,45 +515,97 @@ async def _all_of(items: Iterable[Any], act: Callable[[Any], Awaitable[object]])
     await asyncio.gather(*map(one, items))
 
 
+async def idle(bench: Bench) -> None:
+    """All of them at the same time, since waiting costs little: one after the other takes four minutes more."""
+    plan = [("floor", bots, False) for bots in (CROWD, MANY)]
+    plan += [("adapter", bots, tls) for bots in (CROWD, MANY, 1000) for tls in (True, False)]
+    for tls in (True, False):
+        await bench.empty_mib(tls=tls)
+    async with contextlib.AsyncExitStack() as stack:
+        rigs = []
+        for kind, bots, tls in plan:
+            what = f"idle: {kind}, {bots} bots{', TLS' if tls else ''}"
+            bound = bots // bench.part if kind == "adapter" else 1
+            made, _ = await stack.enter_async_context(bench.rig(what, bound=bound, tls=tls))
+            began = time.monotonic()
+            process = await bridge_in(made, kind, bots // bench.part)
+            rigs.append((made, process, time.monotonic() - began))
+        await asyncio.sleep(SETTLE_S)
+        before = [(await made.ask("stats"), Spent(made.server, process)) for made, process, _ in rigs]
+        await asyncio.sleep(HOLD_S + 1)  # so that each bot polls again
+        floors: dict[int, dict[str, float]] = {}
+        for given, (made, process, polled_s), (stats, spent) in zip(plan, rigs, before, strict=True):
+            kind, bots, tls = given
+            figures = {"polled_s": polled_s} | spent.a_minute()
+            after = await made.ask("stats")
+            opened = (after["connections"] - stats["connections"]) / (after["polls"] - stats["polls"])
+            if opened > REUSED:
+                raise RuntimeError(f"{opened:.2g} new connections for each poll")
+            if kind == "floor":
+                figures["mib"] = process.memory_mib()
+                floors[bots] = figures
+            else:
+                figures |= await bench.memory(made, process, bots // bench.part)
+                if not tls and (floor := floors.get(bots)):
+                    figures |= {f"{name}_times": figures[key] / floor[key] for name, key in TIMES.items()}
+            bench.add("idle", bots, "TLS" if tls else "plain", kind, **figures)
+
+
+async def bound(bench: Bench) -> None:
+    """Bots come by control commands, published without a pause, while the same process polls them."""
+    bots = CROWD // bench.part
+    async with bench.rig(f"{bots} binds") as (made, nc):
+        process = made.adapter()
+        await made.claimed(nc)
+        await asyncio.sleep(SETTLE_S)  # all shards are claimed
+        last = (await nc.jetstream().stream_info("WECHAT_CTL")).state.last_seq + bots
+        spent = Spent(made.server, process)
+        for number in range(bots):
+            bot, user = f"{number}@im.bot", f"user{number}@im.wechat"
+            asked = Bind(sandbox=f"s{number}", bot=bot, bot_token=f"{bot}:0600abcd", user=user)
+            await nc.publish("wechat.ctl.bind", msgspec.json.encode(asked), headers={"Nats-Msg-Id": bot})
+            if number % 100 == 99:
+                await nc.flush()
+        while (state := (await nc.jetstream().stream_info("WECHAT_CTL")).state).messages or state.last_seq < last:
+            await asyncio.sleep(0.02)
+        figures = spent.on(bots, time.monotonic())
+        await made.polled(bots)
+        bench.add("bind", bots, "all polled", "adapter", **figures, polled_s=time.monotonic() - spent.began)
+
+
 def plot(rows: list[Row]) -> str:
-    """CPU per message of all bridges."""
-    found: dict[str, dict[str, float]] = {}
-    for row in rows:
-        if row.what in ("inbound", "outbound") and row.bridge in ("floor", "adapter"):
-            how = "" if row.what == "outbound" else f", {row.how}"
-            if "active" not in row.how:
-                group = (
-                    f"{row.what}, {row.bots:,} bots{how}{', sync always' if 'sync' in row.how and not how else ''}"
-                )
-                found.setdefault(group, {})[row.bridge] = row.figures["cpu_us"]
-    return bars("CPU per message, µs", found)
+    """CPU per message of both bridges, and of their servers."""
+    found = defaultdict[str, dict[str, tuple[float, ...]]](dict)
+    for label, hows in (("inbound, one per answer", {ONE}), ("inbound, 20 per answer", {BATCH}), ("outbound", OUT)):
+        for row in rows:
+            if row.how in hows:
+                group = found[f"{label}, {row.bots:,} bots"]
+                group[row.bridge] = (row.figures["cpu_us"], row.figures["server_us"])
+    return bars("CPU per message, µs: bridge + nats-server", found)
 
 
 SUITES: dict[str, Callable[[Bench], Awaitable[None]]] = {
     "in": inbound,
     "latency": latency,
     "out": outbound,
-    "grown": grown,
-    "two": shared,
+    "minute": minute,
     "bind": bound,
-    "silent": silent,
-    "read": reading,
     "idle": idle,
 }
 
 
-async def run(names: list[str]) -> None:
+async def run(names: list[str], *, quick: bool) -> None:
     folder = Path(tempfile.mkdtemp(prefix="bench-"))
-    bench, began = Bench(folder), time.monotonic()
+    bench, began = Bench(folder, quick=quick), time.monotonic()
     try:
         for name in names:
             await SUITES[name](bench)
     finally:
-        print(bench.table(), flush=True)
+        print(f"{bench.summary()}\n{bench.tables()}", flush=True)
         await asyncio.to_thread(shutil.rmtree, folder)
     minutes, seconds = divmod(round(time.monotonic() - began), 60)
     sys.stderr.write(f"{minutes} min {seconds} s\n")
-    if {"in", "out"} <= set(names):
+    if {"in", "out"} <= set(names) and not quick:
         await asyncio.to_thread(PLOT.write_text, plot(bench.rows))
         sys.stderr.write(f"{PLOT}\n")
 
@@ -756,8 +613,9 @@ async def run(names: list[str]) -> None:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("suites", nargs="*", choices=[*SUITES, []], help="all of them, if none is named")
+    parser.add_argument("--quick", action="store_true", help="whether it runs at all: the figures are worth nothing")
     given = parser.parse_args()
-    asyncio.run(run(given.suites or list(SUITES)))
+    asyncio.run(run(given.suites or list(SUITES), quick=given.quick))
     return 0
 
 

@@ -126,7 +126,7 @@ async def outbound(base: str, url: str, connector: aiohttp.TCPConnector) -> None
 
 
 async def run(given: argparse.Namespace) -> None:
-    connector = aiohttp.TCPConnector(limit=0, ssl=not given.insecure)
+    connector = aiohttp.TCPConnector(limit=0)
     if given.direction == "in":
         await inbound(given.ilink, given.nats, given.bots, connector)
     else:
@@ -139,7 +139,6 @@ def main() -> int:
     parser.add_argument("--ilink", required=True)
     parser.add_argument("--nats", required=True)
     parser.add_argument("--bots", type=int, default=100)
-    parser.add_argument("--insecure", action="store_true")
     given = parser.parse_args()
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         runner.run(run(given))

@@ -21,6 +21,8 @@ from typing import Any
 import uvloop
 
 HEAD = b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n"
+HOLD_S = 35.0
+"""How long a poll waits."""
 
 
 class Bot:
@@ -41,16 +43,14 @@ class Bot:
 class Peer:
     """All bots, and what is counted of them."""
 
-    def __init__(self, hold_s: float) -> None:
-        self.hold_s = hold_s
+    def __init__(self) -> None:
         self.bots: dict[int, Bot] = {}
         self.counts = dict.fromkeys(("polls", "sends", "disordered", "connections", "other"), 0)
-        self.second = self.in_second = self.busiest = 0
-        """Requests in this second, and in the busiest one since the last look."""
         self.newest: dict[bytes, int] = {}
         """The number in the newest text that each bot sent."""
         self.per_answer = 1
-        self.ids = itertools.count(7497484083968569736)
+        self.ids = itertools.count(7497484083968569736 + time.time_ns() // 1000)
+        """Above those of an earlier peer, whose messages a bridge may remember."""
 
     def bot(self, number: int) -> Bot:
         return self.bots.setdefault(number, Bot(number))
@@ -94,13 +94,11 @@ class Peer:
         return b'{"msgs":[%s],"sync_buf":"CAES","get_updates_buf":"CAES%092d","longpolling_timeout_ms":%d}' % (
             b",".join(messages),
             bot.cursor,
-            int(self.hold_s * 1000),
+            int(HOLD_S * 1000),
         )
 
     def call(self, connection: Connection, path: bytes, token: bytes, body: bytes) -> None:
         """One request."""
-        if not path.startswith(b"/admin/"):
-            self.clock()
         if path.endswith(b"/getupdates"):
             self.counts["polls"] += 1
             bot = self.bot(int(token.partition(b"@")[0]))
@@ -111,7 +109,7 @@ class Peer:
                 return
             bot.poll = connection
             connection.bot = bot
-            bot.timer = asyncio.get_running_loop().call_later(self.hold_s, self.answer, bot)
+            bot.timer = asyncio.get_running_loop().call_later(HOLD_S, self.answer, bot)
         elif path.endswith(b"/sendmessage"):
             self.counts["sends"] += 1
             self.see(token, body)
@@ -121,12 +119,6 @@ class Peer:
         else:
             self.counts["other"] += 1
             connection.reply(b'{"ret":0}')
-
-    def clock(self) -> None:
-        second = int(time.monotonic())
-        self.in_second = self.in_second + 1 if second == self.second else 1
-        self.second = second
-        self.busiest = max(self.busiest, self.in_second)
 
     def see(self, token: bytes, body: bytes) -> None:
         """A bridge that keeps the order sends texts with numbers in the order of these, each once."""
@@ -142,11 +134,6 @@ class Peer:
                 self.per_answer = given["per_answer"]
                 for number in given["bots"]:
                     self.feed(number, given["count"])
-            case "hold":
-                self.hold_s = given["seconds"]
-            case "busiest":
-                busiest, self.busiest = self.busiest, 0
-                return {"requests": busiest}
             case "trickle":
                 asyncio.get_running_loop().create_task(self.trickle(given["bots"], given["count"], given["per_s"]))
         return {"polling": self.polling, **self.counts}
@@ -200,12 +187,12 @@ class Connection(asyncio.Protocol):
             self.transport.write(HEAD % len(body) + body)
 
 
-async def serve(port: int, hold_s: float, tls: Path | None) -> None:
+async def serve(port: int, tls: Path | None) -> None:
     context = None
     if tls is not None:
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-        context.load_cert_chain(tls / "cert.pem", tls / "key.pem")
-    peer = Peer(hold_s)
+        context.load_cert_chain(tls / "server.pem", tls / "server-key.pem")
+    peer = Peer()
     server = await asyncio.get_running_loop().create_server(
         lambda: Connection(peer), "127.0.0.1", port, backlog=20_000, ssl=context
     )
@@ -218,11 +205,10 @@ async def serve(port: int, hold_s: float, tls: Path | None) -> None:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--port", type=int, required=True)
-    parser.add_argument("--hold-s", type=float, default=35.0)
-    parser.add_argument("--tls", type=Path, help="folder with cert.pem and key.pem")
+    parser.add_argument("--tls", type=Path, help="folder with server.pem and server-key.pem")
     given = parser.parse_args()
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-        runner.run(serve(given.port, given.hold_s, given.tls))
+        runner.run(serve(given.port, given.tls))
     return 0
 
 

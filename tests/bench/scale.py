@@ -1,6 +1,6 @@
 """A model of large installations from measured unit costs: `python -m tests.bench.scale`.
 
-It prints the table of docs/reports/scale.md and draws docs/reports/scale.svg.
+It prints the tables of docs/reports/scale.md and draws docs/reports/scale.svg.
 """
 
 from __future__ import annotations
@@ -8,131 +8,121 @@ from __future__ import annotations
 from pathlib import Path
 from typing import NamedTuple
 
+from adapter.contract.names import SHARDS
 from tests.bench.plot import bars
 
 PLOT = Path(__file__).parents[2] / "docs" / "reports" / "scale.svg"
-BOTS = (10_000, 100_000, 1_000_000)
-DAY_S, GIB = 86_400, 1024**3
+MILLION, DAY_S, KIB, GIB = 1_000_000, 86_400, 1024, 1024**3
 
 
-class Costs(NamedTuple):
-    """What was measured (tests/bench/README.md), for TLS where it matters. CPU in seconds, sizes in bytes."""
+class Minute(NamedTuple):
+    """CPU seconds of a minute, for each of the people in a row "a minute" of `make bench`."""
 
-    bot_s_per_s: float = 1.7 / 60 / 10_000
-    """Adapter's CPU for a bot whose poll waits."""
-    message_s: float = 264e-6
-    """With 60 µs for the deletion of two records of the journal."""
-    command_s: float = 225e-6
-    server_bot_s_per_s: float = 0.4 / 60 / 10_000
-    server_message_s: float = 81e-6
-    """With 49 µs for these deletions."""
-    server_command_s: float = 76e-6
-    bot_memory: int = 70 * 1024
-    process_memory: int = 60 * 1024**2
-    server_bot_memory: int = 15 * 1024
-    receipt_memory: int = 360
-    """Of the server, for each receipt that is kept: its subject."""
-    bot_disk: int = 8 * 1024
-    message_disk: int = 500
-    receipt_disk: int = 840
+    adapter: float
+    server: float
 
 
-class Traffic(NamedTuple):
-    """What is assumed."""
+# From `make bench`, the rows "a minute" of so many people, over TLS:
+PEOPLE = 5000
+QUIET = Minute(5.45 / PEOPLE, 1.61 / PEOPLE)
+"""Nobody writes: polls wait, and each agent asks every half a minute. "CPU s/min", "server's CPU s/min"."""
+BUSY = Minute(24.8 / PEOPLE, 18.2 / PEOPLE)
+"""Each person writes once and is answered."""
+PERSON, SERVER_PERSON = 75 * KIB, 28 * KIB
+"""Memory of adapter and server for a person who writes: "KiB/bot", "server's KiB/bot"."""
+PROCESS = 49 * 1024 * KIB
+"""Memory of an adapter without people: the rest of "private MiB"."""
 
-    messages: int = 20
-    """Of a bot's user, each day."""
-    commands: int = 25
-    peak: float = 3.0
-    """The busiest hour, of the mean."""
-    kept_days: float = 3.0
-    copies: int = 3
-    """Servers that store each record; each of them is taken to spend what one server was measured to spend."""
+# Measured apart, with 40,000 messages and 80,000 to 200,000 receipts:
+RECEIPT = 400
+"""Memory of the server for the subject of a receipt, as long as it is kept."""
+RECEIPT_DISK, MESSAGE_DISK, PERSON_DISK = 580, 850, 6 * KIB
 
+# Assumed:
+MESSAGES, ANSWERS, KEPT_DAYS = 20, 25, 3
+"""Of a person, each day."""
+PEAK = 3
+"""The busiest hour, of the mean."""
+COPIES = 3
+"""Servers that store each record; each is taken to spend what one server was measured to spend."""
 
-class Limits(NamedTuple):
-    """How full a part may be, and its price for a month."""
+# Allowed, as the chart has it:
+CAPACITY, REPLICA_CORES, REPLICA_MEMORY = 10_000, 0.6, 2 * GIB
+SERVER_CORES, SERVER_MEMORY = 4.0, 32 * GIB
+# A replica owns whole shards: no cluster has more replicas.
 
-    bots: int = 10_000
-    """Of one replica."""
-    replica_cores: float = 0.6
-    server_cores: float = 4.0
-    server_memory: int = 32 * GIB
-    core: float = 30.0
-    gib_memory: float = 4.0
-    gib_disk: float = 0.1
-
-
-class Size(NamedTuple):
-    """An installation."""
-
-    bots: int
-    replicas: int
-    adapter_cores: float
-    """Of all replicas in the busiest hour."""
-    adapter_gib: float
-    clusters: int
-    """Groups of three servers."""
-    server_cores: float
-    """Of one server of a single cluster, in the busiest hour."""
-    server_gib: float
-    """Memory of such a server."""
-    disk_gib: float
-    """Of all servers."""
-    a_month: float
+# Dollars a month:
+CORE, GIB_MEMORY, GIB_DISK = 30.0, 4.0, 0.1
 
 
-def size(bots: int) -> Size:
-    """The installation that serves so many bots."""
-    costs, traffic, limits = Costs(), Traffic(), Limits()
-    messages, commands = (bots * count / DAY_S * traffic.peak for count in (traffic.messages, traffic.commands))
-    cores = bots * costs.bot_s_per_s + messages * costs.message_s + commands * costs.command_s
-    replicas = 1 + max(-(-bots // limits.bots), int(cores / limits.replica_cores) + 1)  # one may end
-    adapter_memory = replicas * costs.process_memory + bots * costs.bot_memory
-    server_cores = bots * costs.server_bot_s_per_s
-    server_cores += messages * costs.server_message_s + commands * costs.server_command_s
-    receipts = bots * traffic.commands * traffic.kept_days
-    server_memory = bots * costs.server_bot_memory + receipts * costs.receipt_memory
-    disk = bots * (costs.bot_disk + traffic.messages * traffic.kept_days * costs.message_disk)
-    disk = (disk + receipts * costs.receipt_disk) * traffic.copies
-    clusters = int(max(server_cores / limits.server_cores, server_memory / limits.server_memory)) + 1
-    a_month = limits.core * (cores / limits.replica_cores + clusters * 3 * max(1.0, server_cores / clusters))
-    a_month += limits.gib_memory * (adapter_memory + 3 * server_memory) / GIB + limits.gib_disk * disk / GIB
-    return Size(
-        bots, replicas, cores, adapter_memory / GIB, clusters, server_cores, server_memory / GIB, disk / GIB, a_month
-    )
+def cores(a_minute: float) -> Minute:
+    """Of adapter and server, for a person who writes so often."""
+    parts = (quiet + a_minute * (busy - quiet) for quiet, busy in zip(QUIET, BUSY, strict=True))
+    return Minute(*(part / 60 for part in parts))
 
 
-def table(sizes: list[Size]) -> str:
-    """The sizes as a table in Markdown."""
-    rows = {
-        "replicas of the adapter, one of which may end": [f"{each.replicas:,}" for each in sizes],
-        "their cores in the busiest hour": [f"{each.adapter_cores:.2g}" for each in sizes],
-        "their memory, GiB": [f"{each.adapter_gib:.3g}" for each in sizes],
-        "clusters of three NATS servers": [f"{each.clusters}" for each in sizes],
-        "cores of one server in the busiest hour, were there one cluster": [
-            f"{each.server_cores:.2g}" for each in sizes
-        ],
-        "memory of one server, were there one cluster, GiB": [f"{each.server_gib:.3g}" for each in sizes],
-        "disk of all servers, GiB": [f"{each.disk_gib:,.3g}" for each in sizes],
-        "a month, US dollars": [f"{each.a_month:,.0f}" for each in sizes],
+def server_memory() -> float:
+    """For a person, in each server."""
+    return SERVER_PERSON + ANSWERS * KEPT_DAYS * RECEIPT
+
+
+def limits(a_minute: float) -> tuple[dict[str, float], dict[str, float]]:
+    """The people whom a replica serves at most, by each of its limits, and those whom a cluster does."""
+    spent = cores(a_minute)
+    replica = {
+        f"CPU, {REPLICA_CORES:.0%} of a core": REPLICA_CORES / spent.adapter,
+        "`WECHAT_NATS_CAPACITY`": CAPACITY,
+        f"memory, {REPLICA_MEMORY / GIB:.0f} GiB": (REPLICA_MEMORY - PROCESS) / PERSON,
     }
-    lines = ["| bots | " + " | ".join(f"{each.bots:,}" for each in sizes) + " |", "|---|" + "---|" * len(sizes)]
-    return "\n".join([*lines, *(f"| {name} | {' | '.join(cells)} |" for name, cells in rows.items())])
+    cluster = {
+        f"CPU, {SERVER_CORES:.0f} cores a server": SERVER_CORES / spent.server,
+        f"memory, {SERVER_MEMORY / GIB:.0f} GiB a server": SERVER_MEMORY / server_memory(),
+        f"{SHARDS} shards, so as many replicas": SHARDS * min(replica.values()),
+    }
+    return replica, cluster
+
+
+def dollars(a_minute: float) -> dict[str, float]:
+    """What a million people cost in a month, by what is paid for."""
+    spent, (replica, cluster) = cores(a_minute), limits(a_minute)
+    replicas, clusters = MILLION / min(replica.values()), MILLION / min(cluster.values())
+    receipts, messages = ANSWERS * KEPT_DAYS * RECEIPT_DISK, MESSAGES * KEPT_DAYS * MESSAGE_DISK
+    return {
+        "adapters, CPU": CORE * MILLION * spent.adapter / REPLICA_CORES,
+        "adapters, memory": GIB_MEMORY * (replicas * PROCESS + MILLION * PERSON) / GIB,
+        "servers, CPU": CORE * COPIES * max(clusters, MILLION * spent.server),
+        "servers, memory": GIB_MEMORY * COPIES * MILLION * server_memory() / GIB,
+        "servers, disk": GIB_DISK * COPIES * MILLION * (PERSON_DISK + receipts + messages) / GIB,
+    }
+
+
+RATES = {"20 messages a day": PEAK * MESSAGES / DAY_S * 60, "once a minute": 1.0}
+
+
+def table() -> str:
+    """What one replica, one cluster and a million people come to, in Markdown."""
+    lines = [["each person writes", *RATES], ["---"] * (1 + len(RATES))]
+    found = [limits(rate) for rate in RATES.values()]
+    for part, whole in enumerate(("replica", "cluster")):
+        for name in found[0][part]:
+            cells = []
+            for limit in found:
+                value, least = limit[part][name], min(limit[part].values())
+                cells.append(f"**{value:,.0f}**" if value == least else f"{value:,.0f}")
+            lines.append([f"people per {whole}: {name}", *cells])
+    for name, memory in (("a replica", PERSON), ("each server", server_memory())):
+        lines.append([f"memory of {name} per person, KiB", *[f"{memory / KIB:.0f}"] * len(RATES)])
+    costs = [dollars(rate) for rate in RATES.values()]
+    lines.append(["a million people, dollars a month", *(f"{sum(cost.values()):,.0f}" for cost in costs)])
+    lines += [[f"… {name}", *(f"{cost[name]:,.0f}" for cost in costs)] for name in costs[0]]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
 def main() -> None:
-    sizes = [size(bots) for bots in BOTS]
-    print(table(sizes))
-    parts = {
-        f"{each.bots:,} bots": {
-            "adapter, GiB": each.adapter_gib,
-            "one server, GiB": each.server_gib,
-            "disks, GiB": each.disk_gib,
-        }
-        for each in sizes
-    }
-    PLOT.write_text(bars("Memory and disk, GiB", parts))
+    print(table())
+    costs = {how: dollars(rate) for how, rate in RATES.items()}
+    parts = {name: {how: (cost[name],) for how, cost in costs.items()} for name in costs["once a minute"]}
+    PLOT.write_text(bars("A million people, US dollars a month", parts))
 
 
 if __name__ == "__main__":
