@@ -12,7 +12,7 @@ import asyncio
 import binascii
 from collections.abc import Awaitable, Callable, Sequence
 from functools import partial
-from typing import NamedTuple, TypeVar
+from typing import TypeVar
 
 import msgspec
 import structlog
@@ -73,7 +73,7 @@ conversation."""
 _NOBODY = ConversationRecord()
 
 
-class InboundDeps(NamedTuple):
+class InboundDeps(msgspec.Struct, frozen=True):
     """What the pollers of a replica need."""
 
     chat: Chat
@@ -547,8 +547,8 @@ class Receiver:
             if one.outcome == "repeat" and one.conversation is not None and one.message is not None:
                 one.conversation.on_repeat(one.id, self.bot, one.message.context_token)
         deps.inboxes.reached = max(deps.inboxes.reached, last)
-        if is_given:  # otherwise the next owner reads it
-            checkpoint.inbox_seq = max(checkpoint.inbox_seq, last)
+        if is_given and last > checkpoint.inbox_seq:  # otherwise the next owner reads it
+            checkpoint.inbox_seq = last
 
     # a bot that is lost -----------------------------------------------------------------------------
 

@@ -333,7 +333,7 @@ class Bench:
             "others": self,
             "on_session_changed": lambda binding: self.changed_sessions.append(binding.sandbox),
         }
-        return self.replica.inbound._replace(**usual | changes)
+        return msgspec.structs.replace(self.replica.inbound, **usual | changes)
 
 
 async def ready(*script: Any, token_key: tuple[bytes, ...] = (bytes(32),), **binding: Any) -> Bench:
