@@ -50,7 +50,7 @@ FILLED = 0.9
 """Share of each part that is filled where a text needs more than PARTS otherwise (`texts.split`)."""
 
 
-class Limits(NamedTuple):
+class Limits(msgspec.Struct, frozen=True):
     """Limits for commands."""
 
     park_ms: int

@@ -248,7 +248,7 @@ class Conversation:
                 except LeaseLost:
                     await self._shard.tenure.valid()
                 except Exception as exc:
-                    if isinstance(exc, Temporary | BusRefused | Refused):  # the object store is away, or the bot went
+                    if isinstance(exc, Temporary | BusRefused | Refused):  # the bus or the object store is away
                         failures += 1
                         log.warning("conversation.retrying", sandbox=self.sandbox, reason=exc.reason)
                         await self._shard.deps.clock.sleep(backoff(failures, first_s=0.2, longest_s=5.0))
@@ -631,7 +631,7 @@ class Conversation:
         self._is_acting = False
         if not await self._persist(lambda: deps.sessions.is_alive(bot.id), "session"):
             if self.bot is not None and self.bot.id == bot.id:
-                self.bot = self.bot._replace(is_usable=False)
+                self.bot = msgspec.structs.replace(self.bot, is_usable=False)
             self._refusal = msgspec.structs.replace(refusal, reason="needs_login")
             await self._save()  # a login may take hours, and another bot repeats no unanswered request
         elif self._rejections:

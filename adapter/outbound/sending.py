@@ -18,7 +18,7 @@ as refused. Nothing here has a clock or does I/O.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import msgspec
 
@@ -54,7 +54,7 @@ EXPIRED = "It was not sent in time."
 UNSERVED = "No bot of the sandbox serves this user, or not any more."
 
 
-class SendPolicy(NamedTuple):
+class SendPolicy(msgspec.Struct, frozen=True):
     """Settings of sending."""
 
     window: WindowPolicy
@@ -65,7 +65,7 @@ class SendPolicy(NamedTuple):
     merge_bytes: int
 
 
-class ServingBot(NamedTuple):
+class ServingBot(msgspec.Struct, frozen=True):
     """The bot that serves a user."""
 
     id: str

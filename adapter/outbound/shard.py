@@ -19,7 +19,7 @@ import math
 from collections import Counter
 from collections.abc import Awaitable, Callable, Collection, Iterator, Mapping, Sequence
 from functools import partial
-from typing import NamedTuple, TypeVar
+from typing import TypeVar
 
 import msgspec
 import structlog
@@ -81,7 +81,7 @@ MAX_REPLY_TO = 256
 """Most characters of an inbound message's id: a bot's name, and iLink's id of it or a digest."""
 
 
-class OutboundDeps(NamedTuple):
+class OutboundDeps(msgspec.Struct, frozen=True):
     """What the shards of a replica need."""
 
     events: Events

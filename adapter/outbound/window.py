@@ -7,7 +7,7 @@ of the window ("Refused sends", "Context tokens").
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple, TypeAlias
+from typing import Literal, TypeAlias
 
 import msgspec
 
@@ -26,7 +26,7 @@ CLOCK_ERROR_MS = 300_000
 clocks is wrong. With a slow clock here, the sends of all windows would count against each new window for ever."""
 
 
-class WindowPolicy(NamedTuple):
+class WindowPolicy(msgspec.Struct, frozen=True):
     """Settings of the window."""
 
     sends: int

@@ -10,6 +10,7 @@ from functools import partial
 from typing import Any
 
 import msgspec
+from msgspec.structs import replace
 
 from adapter.contract.names import Names, conversation_key, shard_of
 from adapter.contract.records import Binding
@@ -194,7 +195,7 @@ class Bench:
 
     async def close(self, bot: str = "b1@im.bot") -> None:
         """Has the owner of the bot's shard close its binding, as control does before it ends it."""
-        await self.bindings.update(bot, lambda now: msgspec.structs.replace(now, closing=1))
+        await self.bindings.update(bot, lambda now: replace(now, closing=1))
         self.replica.supervisor.close(bot)
         await self.bindings.changed.wait_until(lambda: all(each.closed for each in self.bindings if each.bot == bot))
 
@@ -281,11 +282,13 @@ class Bench:
 
     def outbound(self, **changes: Any) -> OutboundDeps:
         """`changes`: of the dependencies, of the send policy, or of the window's."""
-        window = WINDOW._replace(**{k: changes.pop(k) for k in list(changes) if k in WindowPolicy._fields})
-        policy = POLICY._replace(window=window)
-        policy = policy._replace(**{k: changes.pop(k) for k in list(changes) if k in SendPolicy._fields})
-        return self.replica.outbound._replace(
-            **{"policy": policy, "slots": defaultdict(lambda: self.slots), "limits": self.limits} | changes
+        of_window, of_policy = WindowPolicy.__struct_fields__, SendPolicy.__struct_fields__
+        window = replace(WINDOW, **{k: changes.pop(k) for k in list(changes) if k in of_window})
+        policy = replace(POLICY, window=window)
+        policy = replace(policy, **{k: changes.pop(k) for k in list(changes) if k in of_policy})
+        return replace(
+            self.replica.outbound,
+            **{"policy": policy, "slots": defaultdict(lambda: self.slots), "limits": self.limits} | changes,
         )
 
     def shard(self, sandbox: str = "s1", **changes: Any) -> Shard:
@@ -333,7 +336,7 @@ class Bench:
             "others": self,
             "on_session_changed": lambda binding: self.changed_sessions.append(binding.sandbox),
         }
-        return msgspec.structs.replace(self.replica.inbound, **usual | changes)
+        return replace(self.replica.inbound, **usual | changes)
 
 
 async def ready(*script: Any, token_key: tuple[bytes, ...] = (bytes(32),), **binding: Any) -> Bench:

@@ -278,7 +278,8 @@ def test_text_for_ten_parts_fits_whatever_its_paragraphs(length: int, character:
     """Each paragraph alone would leave a third of its part empty."""
     paragraphs = [character * length + " end."] * 16
     text = "\n\n".join(paragraphs)
-    parts = read(text=text, limits=LIMITS._replace(part_bytes=part_bytes, part_chars=2 * length)).parts
+    limits = msgspec.structs.replace(LIMITS, part_bytes=part_bytes, part_chars=2 * length)
+    parts = read(text=text, limits=limits).parts
     assert len(parts) <= 10
     assert all(isinstance(part, str) and len(part.encode()) <= part_bytes for part in parts)
     assert "".join(map(str, parts)).replace("\n", "") == "".join(paragraphs)

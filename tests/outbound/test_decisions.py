@@ -262,7 +262,7 @@ def test_what_goes_into_the_next_message(
 
 
 def test_no_more_than_thirty_two_texts_go_together() -> None:
-    wide = POLICY._replace(merge_chars=10_000)
+    wide = msgspec.structs.replace(POLICY, merge_chars=10_000)
     assert len(sending.next_message(parked(*range(1, 41)), record(), wide, 0)) == 32
 
 

@@ -53,8 +53,9 @@ def test_a_send_fits_or_is_blocked(
 
 
 def test_a_budget_of_none_is_not_counted() -> None:
-    assert window.send_blocker(record(100), OPENED, POLICY._replace(sends=0)) == ""
-    assert window.send_blocker(record(), OPENED, POLICY._replace(reserve=9), optional=True) == "reserved"
+    assert window.send_blocker(record(100), OPENED, msgspec.structs.replace(POLICY, sends=0)) == ""
+    reserved = msgspec.structs.replace(POLICY, reserve=9)
+    assert window.send_blocker(record(), OPENED, reserved, optional=True) == "reserved"
 
 
 @rows(
@@ -62,7 +63,7 @@ def test_a_budget_of_none_is_not_counted() -> None:
     {
         "closed has no end": (record(), OPENED + HOUR_MS, POLICY, Window(remaining=0)),
         "throttled has nothing left": (record(throttled_at_ms=1), OPENED + HOUR_MS - 1, POLICY, 0),
-        "without a budget nothing is counted": (record(9), OPENED, POLICY._replace(sends=0), None),
+        "without a budget nothing is counted": (record(9), OPENED, msgspec.structs.replace(POLICY, sends=0), None),
         "used up": (record(3), OPENED, POLICY, 0),
         "more than used up": (record(4), OPENED, POLICY, 0),
         "what is left may be reserved": (record(2), OPENED, POLICY, 1),
