@@ -579,7 +579,7 @@ def plot(rows: list[Row]) -> str:
     for label, hows in (("inbound, one per answer", {ONE}), ("inbound, 20 per answer", {BATCH}), ("outbound", OUT)):
         for row in rows:
             if row.how in hows:
-                group = found[f"{label}, {row.bots:,} bots"]
+                group = found[f"{label}, {row.bots:,} bot{'s' if row.bots > 1 else ''}"]
                 group[row.bridge] = (row.figures["cpu_us"], row.figures["server_us"])
     return bars("CPU per message, µs: bridge + nats-server", found)
 
