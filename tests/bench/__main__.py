@@ -322,11 +322,11 @@ def compared(figures: dict[str, float], floor: dict[str, float]) -> dict[str, fl
 async def inbound(bench: Bench) -> None:
     """Floor and adapter in turns."""
     for bots, single, batched, sync in (
-        (1, 3000, 30_000, ""),
-        (100, 12_000, 60_000, ""),
-        (1000, 12_000, 60_000, ""),
+        (1, 3000, 20_000, ""),
+        (100, 10_000, 40_000, ""),
+        (1000, 10_000, 40_000, ""),
         (MANY, 10_000, 100_000, ""),
-        (100, 3000, 20_000, "always"),
+        (100, 3000, 10_000, "always"),
         (1000, 4000, 0, "always"),
     ):
         found = defaultdict[tuple[str, str], list[dict[str, float]]](list)
@@ -337,7 +337,7 @@ async def inbound(bench: Bench) -> None:
                     process = await bridge_in(made, kind, bots)
                     received = await read_inboxes(nc)
                     await asyncio.sleep(SETTLE_S if bots >= MANY and kind == "adapter" else TAIL_S)
-                    if kind == "floor" or sync or bots == 1:
+                    if kind == "floor" or sync or bots not in (100, 1000):
                         await said_once(made, received, bots)
                     else:
                         found[FIRST, kind].append(await later_of_first(made, received, bots, process))
@@ -367,7 +367,7 @@ async def latency(bench: Bench) -> None:
                 received = await read_inboxes(nc, timed=True)
                 await said_once(made, received, bots)
                 received.ages_ms.clear()
-                count = 1000 // bench.part
+                count = 600 // bench.part
                 await made.ask("trickle", bots=bots, count=count, per_s=100)
                 await received.until(bots + count)
                 check(received.disordered)
@@ -419,7 +419,7 @@ async def sent_by_floor(made: Rig, nc: Client, bots: int, count: int) -> dict[st
 
 async def outbound(bench: Bench) -> None:
     """Floor and adapter in turns."""
-    for bots, total, sync in ((100, 12_000, ""), (1000, 12_000, ""), (100, 2000, "always")):
+    for bots, total, sync in ((100, 10_000, ""), (1000, 10_000, ""), (100, 2000, "always")):
         count = total // bench.part
         found = defaultdict[str, list[dict[str, float]]](list)
         for _ in range(bench.turns):
