@@ -103,12 +103,16 @@ class BusClient(Client):
         self._pending_data_size += len(command)
         if not self._is_write_due:
             self._is_write_due = True
-            asyncio.get_running_loop().call_soon(self._write_pending)
+            asyncio.get_running_loop().call_soon(self._write_due)
         return True
 
-    def _write_pending(self) -> None:
-        """Writes what is queued. nats-py's flusher does it if the server does not keep up or the socket is closed."""
+    def _write_due(self) -> None:
         self._is_write_due = False
+        if self._pending:
+            self.write_pending()
+
+    def write_pending(self) -> None:
+        """Writes what is queued. nats-py's flusher does it if the server does not keep up or the socket is closed."""
         writer = self._transport._io_writer if isinstance(self._transport, TcpTransport) else None
         if (
             writer is not None

@@ -126,10 +126,13 @@ class Publisher:
 
     async def publish(self, message: BusMessage) -> PubAck:
         """Returns when the stream has the message. Raises Conflict, BusRefused, LeaseLost."""
+        is_alone = not self._outstanding
         entry = self._add_outstanding(message, self._clock.monotonic())
         try:
             if not entry.stream.is_interrupted:  # else it is left to `_recover`
                 await self._write(entry, entry.requested_at)
+                if is_alone and (nc := self._connection.nc) is not None:
+                    nc.write_pending()
             return await entry.future
         except BaseException:
             self._remove_outstanding(entry)
@@ -140,12 +143,14 @@ class Publisher:
 
         Raises LeaseLost.
         """
-        now = self._clock.monotonic()
+        now, is_alone = self._clock.monotonic(), not self._outstanding
         entries = [self._add_outstanding(message, now) for message in messages]
         try:
             for entry in entries:
                 if not entry.stream.is_interrupted and entry.sent_at is None:  # else it is left to `_recover`
                     await self._write(entry, now)
+            if is_alone and (nc := self._connection.nc) is not None:
+                nc.write_pending()
             answers: list[PubAck | BusRefused] = []
             for entry in entries:
                 try:
