@@ -51,6 +51,7 @@ class Events:
         self._clock = clock
         self._metrics = metrics
         self._event_numbers = itertools.count()
+        self._log = log.bind()  # for what each command calls: the module's binds anew for each call
 
     async def publish_binding_event(
         self,
@@ -111,7 +112,7 @@ class Events:
                 return 0
             ack = shortened
         self._metrics.receipts.child(receipt.outcome).inc()
-        log.info(
+        self._log.info(
             "receipt.stored",
             sandbox=receipt.sandbox,
             command=receipt.command,

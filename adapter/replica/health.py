@@ -161,7 +161,8 @@ class Health:
         await self._checked.wait_until(lambda: self._is_complete(streams))
 
     def _is_complete(self, streams: Collection[str]) -> bool:
-        return not any(name in streams for name in (*self._missing, *self._inspector.incomplete))
+        missing = (*self._missing, *self._inspector.incomplete)
+        return not missing or not any(name in streams for name in missing)
 
     # loops ------------------------------------------------------------------------------------------
 

@@ -234,7 +234,7 @@ async def test_a_holder_whose_machine_was_suspended_trusts_no_lease_of_before(
 ) -> None:
     """The clock that also advances while a machine is suspended has jumped; the others, and all timers, have not."""
     holder, monotonic = cluster.start(), SystemClock().monotonic
-    assert monotonic.args == (time.CLOCK_BOOTTIME,)
+    assert getattr(monotonic, "args", None) == (time.CLOCK_BOOTTIME,)
     monkeypatch.setattr(holder.clock, "monotonic", monotonic)
     await cluster.run(1)
     holder.leases.ensure_owned(0)
