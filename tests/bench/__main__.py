@@ -128,7 +128,7 @@ LINES = (
     Line("idle: CPU, times", "idle", "plain", "cpu_times", {MANY: 1.3, CROWD: 1.3}, at_most=True),
     Line("idle: memory, times", "idle", "plain", "mib_times", {MANY: 1.1, CROWD: 1.1}, at_most=True),
     Line("idle: KiB for a bot, TLS", "idle", "TLS", "kib", {1000: 70, MANY: 70, CROWD: 70}, at_most=True),
-    Line("start: all polled after s, TLS", "idle", "TLS", "polled_s", {CROWD: 12}, at_most=True),
+    Line("start: all polled after s, TLS", "idle", "TLS", "polled_s", {CROWD: 29}, at_most=True),
     Line("binds a second", "bind", "all polled", "per s", {CROWD: 1000}),
 )
 

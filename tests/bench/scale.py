@@ -24,13 +24,13 @@ class Minute(NamedTuple):
 
 # From `make bench`, the rows "a minute" of so many people, over TLS:
 PEOPLE = 5000
-QUIET = Minute(5.45 / PEOPLE, 1.61 / PEOPLE)
+QUIET = Minute(5.28 / PEOPLE, 2.28 / PEOPLE)
 """Nobody writes: polls wait, and each agent asks every half a minute. "CPU s/min", "server's CPU s/min"."""
-BUSY = Minute(24.8 / PEOPLE, 18.2 / PEOPLE)
+BUSY = Minute(24.9 / PEOPLE, 21.2 / PEOPLE)
 """Each person writes once and is answered."""
-PERSON, SERVER_PERSON = 75 * KIB, 28 * KIB
+PERSON, SERVER_PERSON = 69.4 * KIB, 29.1 * KIB
 """Memory of adapter and server for a person who writes: "KiB/bot", "server's KiB/bot"."""
-PROCESS = 49 * 1024 * KIB
+PROCESS = 50 * 1024 * KIB
 """Memory of an adapter without people: the rest of "private MiB"."""
 
 # Measured apart, with 40,000 messages and 80,000 to 200,000 receipts:
