@@ -75,7 +75,7 @@ class Connection(asyncio.Protocol):
         self._limit = limit
         self._read = self._status = 0
         self._headers: dict[str, str] = {}
-        self._body: list[bytes] = []
+        self._body = bytearray()  # of small chunks a list would take many times as much
         self._has_head = self._is_complete = False
         self._framed = True
         """Whether the answer tells its own end."""
@@ -113,7 +113,7 @@ class Connection(asyncio.Protocol):
             raise
         finally:
             self._timer.cancel()
-            self._body = []
+            self._body = bytearray()
             self._result = None
             del result  # an error in it refers to this frame
             self.idle_since = self._loop.time()
@@ -138,7 +138,7 @@ class Connection(asyncio.Protocol):
     def _finish(self) -> None:
         if self._result is None or self._result.done():
             return
-        self._result.set_result(IlinkReply(self._status, self._headers, b"".join(self._body)))
+        self._result.set_result(IlinkReply(self._status, self._headers, bytes(self._body)))
         if not self._keeps:
             self.close()
 
@@ -201,7 +201,7 @@ class Connection(asyncio.Protocol):
 
     def on_body(self, body: bytes) -> None:
         if not self._is_complete:
-            self._body.append(body)
+            self._body += body
 
     def on_message_complete(self) -> None:
         """An answer is complete; one with status 1xx does not count."""
@@ -360,7 +360,7 @@ def _encode_request(request: IlinkRequest, base: Base) -> bytes:
     head = f"{request.method} {base.path}{request.path} HTTP/1.1\r\nHost: {base.named}\r\n{_ALWAYS}{request.headers}"
     if token := request.token:
         if not token.isprintable():
-            raise Temporary("network", "a header has a line break in it")
+            raise Temporary("network", "the token has a character that no header may have")
         head += f"Authorization: Bearer {token}\r\n"
     if request.method == "POST":
         head += f"X-WECHAT-UIN: {uin(random.getrandbits(32))}\r\nContent-Length: {len(request.body)}\r\n"

@@ -6,6 +6,7 @@ docs/reference/ilink-protocol.md has what is known of each call ("Endpoints"), a
 from __future__ import annotations
 
 import binascii
+import contextlib
 import re
 import zlib
 from collections.abc import Mapping, Sequence
@@ -95,7 +96,7 @@ class IlinkReply(msgspec.Struct):
 
     status: int
     headers: Mapping[str, str]
-    """Names in lower case."""
+    """Those of `connection.READ_HEADERS` alone, in lower case."""
     body: bytes
     secrets: tuple[str, ...] = ()
     """Those of its request, which are removed from its error text (`_decode`)."""
@@ -282,9 +283,10 @@ def qrcode_status_request(declared: Declared, handle: str, verify_code: str) -> 
     return IlinkRequest("get_qrcode_status", path, declared.app_headers, b"", "GET")
 
 
-def hold_ms(hint: object) -> int:
-    """The server's hint for the next poll within HOLD_RANGE_MS; HOLD_MS if it is no positive number."""
-    number = wire.as_count(hint)
+def hold_ms(hint: bytes) -> int:
+    """The server's hint for the next poll, as JSON, within HOLD_RANGE_MS; HOLD_MS if it is no positive number."""
+    digits = hint.strip(b'"')
+    number = int(digits) if digits.isdigit() and len(digits) < 10 else 0
     low, high = HOLD_RANGE_MS
     return min(max(number, low), high) if number else HOLD_MS
 
@@ -339,7 +341,7 @@ def read_updates(reply: IlinkReply, *, polled_s: float) -> Polled:
         overlong = len(cursor) if len(cursor) > wire.OPAQUE_CHARS else 0
         kept = None if overlong else cursor or None
         messages = list(map(bytes, updates.msgs or ()))
-        return Polled(messages, kept, hold_ms(updates.longpolling_timeout_ms), overlong)
+        return Polled(messages, kept, hold_ms(bytes(updates.longpolling_timeout_ms)), overlong)
     if polled_s >= IDLE_AFTER_S:
         return Polled([], None, HOLD_MS)
     reason = "http_5xx" if reply.status == EDGE_TIMEOUT else "unreadable"
@@ -459,6 +461,9 @@ def _read_answer(reply: IlinkReply, kind: type[A]) -> A:
     try:
         answer = _decode(reply, kind)
     except ValueError as exc:
+        with contextlib.suppress(ValueError):  # what stands beside a code may be of any type
+            if (bare := _decode(reply, wire.WireReply)).code == wire.STALE_TOKEN:
+                raise _session_expired(bare) from None
         raise Temporary("unreadable", str(exc)[:200]) from exc
     if answer.code == wire.STALE_TOKEN:
         raise _session_expired(answer)

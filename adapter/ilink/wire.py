@@ -55,7 +55,7 @@ class Updates(WireReply, kw_only=True):
 
     msgs: list[msgspec.Raw] | None = None
     get_updates_buf: str | int | None = None
-    longpolling_timeout_ms: Any = None
+    longpolling_timeout_ms: msgspec.Raw = msgspec.Raw(b"null")
 
 
 class Sent(WireReply, kw_only=True):

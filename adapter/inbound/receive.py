@@ -59,7 +59,7 @@ log = structlog.get_logger()
 T = TypeVar("T")
 
 SLICE = 50
-"""Most messages, or KiB of them, that are translated and published together. It bounds the memory that a huge answer
+"""Most messages plus KiB of them that are translated and published together. It bounds the memory that a huge answer
 takes, its share of a turn of the event loop, and the ids in a line of the log, which keeps no more of a list."""
 IDS_KNOWN_S = 30.0
 """Time for which the stream surely knows the id of what it has stored, even if it loses the acknowledgement."""
@@ -159,7 +159,7 @@ class Receiver:
         self._deps = deps
         self._others: tuple[str, ...] = ()
         """Users who are not the binding's."""
-        self._log = log.bind()  # for what each message calls: the module's binds anew for each call
+        self._log = log.bind()  # of the module's proxy each call takes a microsecond more
         self._whole = 0, contract.Window()
         """A window of which nothing is used, and when it was opened."""
 

@@ -322,7 +322,19 @@ def test_an_error_message_that_quotes_the_request_has_no_secret() -> None:
 )
 def test_the_hold_is_clamped(hint: object, expected: int) -> None:
     """5 to 60 seconds; no positive number is no hint."""
-    assert hold_ms(hint) == expected
+    assert hold_ms(msgspec.json.encode(hint)) == expected
+
+
+@pytest.mark.parametrize("hint", [b"1e999", b"9" * 5000, b'{"a":[1]}'])
+def test_a_hint_that_is_no_number_costs_no_message(hint: bytes) -> None:
+    body = b'{"ret":0,"msgs":[{"message_id":1}],"get_updates_buf":"c","longpolling_timeout_ms":%b}' % hint
+    assert read_updates(reply(body), polled_s=1) == Polled([b'{"message_id":1}'], "c", HOLD_MS)
+
+
+@pytest.mark.parametrize("body", [{"errcode": -14, "msgs": ""}, {"ret": -14, "msgs": {}}])
+def test_a_stale_token_is_seen_whatever_stands_beside_it(body: dict[str, Any]) -> None:
+    with pytest.raises(SessionExpired):
+        read_updates(reply(body), polled_s=1)
 
 
 @pytest.mark.parametrize(
