@@ -51,7 +51,7 @@ class Events:
         self._clock = clock
         self._metrics = metrics
         self._event_numbers = itertools.count()
-        self._log = log.bind()  # for what each command calls: the module's binds anew for each call
+        self._log = log.bind()  # of the module's proxy each call takes a microsecond more
 
     async def publish_binding_event(
         self,

@@ -248,9 +248,10 @@ class Conversation:
                 except LeaseLost:
                     await self._shard.tenure.valid()
                 except Exception as exc:
-                    if isinstance(exc, Temporary | BusRefused | Refused):  # the bus or the object store is away
+                    if isinstance(exc, Temporary | BusRefused):  # the bus or the object store is away
                         failures += 1
-                        log.warning("conversation.retrying", sandbox=self.sandbox, reason=exc.reason)
+                        said = {"reason": exc.reason, "detail": exc.detail}
+                        log.warning("conversation.retrying", sandbox=self.sandbox, **said)
                         await self._shard.deps.clock.sleep(backoff(failures, first_s=0.2, longest_s=5.0))
                         continue
                     crashes = crashes + 1 if self.queue and self.queue[0] is head else 1
@@ -518,9 +519,9 @@ class Conversation:
             await self._after(answer, bot, group, content)
 
     def _is_wanted(self, bot: ServingBot, group: list[QueuedCommand]) -> bool:
-        """Whether a message may still be sent after something was awaited. One that may expire is looked at again."""
+        """Whether a message may still be sent after something was awaited."""
         is_same = self.bot == bot and self.queue[:1] == group[:1] and not self._shard.is_draining
-        return is_same and self._expires_ms > self._shard.deps.clock.now_ms()
+        return is_same and min([each.expires_ms for each in group]) > self._shard.deps.clock.now_ms()
 
     async def _request(
         self, bot: ServingBot, progress: SendProgress, content: Content, group: list[QueuedCommand]

@@ -1,6 +1,6 @@
 """What the bridge costs, beside a bridge that promises nothing: `make bench`, `python -m tests.bench in out`.
 
-Each row starts everything afresh. The CPU is the bridge's own process; messages per second are what two cores that
+The CPU is the bridge's own process; messages per second are what two cores that
 the server, iLink's stand-in and the reader share give together, so compare them within one run only.
 """
 

@@ -1,6 +1,6 @@
 """A model of large installations from measured unit costs: `python -m tests.bench.scale`.
 
-It prints the tables of docs/reports/scale.md and draws docs/reports/scale.svg.
+It prints the table of docs/reports/scale.md and draws docs/reports/scale.svg.
 """
 
 from __future__ import annotations

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from typing import Any
 
 from tests.fakes import Bench
 from tests.outbound.shards import BOT, USER, finals, free_slots, outcomes, ready, user_writes
@@ -133,3 +134,20 @@ async def test_what_expires_while_its_send_cannot_be_stored_is_not_sent() -> Non
     await asyncio.sleep(20)
     assert bench.chat.texts == []
     assert outcomes(bench) == [("c1", "refused", "expired")]
+
+
+async def test_what_expires_behind_a_command_delays_it_not() -> None:
+    """While the record is written, the clock goes on, and short-lived commands come and go."""
+    bench, shard = await ready()
+    update = bench.conversation_bucket.update
+
+    async def slow(*args: Any, **options: Any) -> int:
+        await asyncio.sleep(0.005)
+        return await update(*args, **options)
+
+    bench.conversation_bucket.update = slow  # type: ignore[method-assign]
+    shard.on_delivery(bench.command("the answer"))
+    for _ in range(10):
+        shard.on_delivery(bench.command("a note", expires_in_s=0.001))
+        await asyncio.sleep(0.004)
+    assert bench.chat.texts[:1] == ["the answer"]
