@@ -15,7 +15,7 @@ OF_NAMED_TUPLES = {"_asdict", "_fields", "_make", "_replace"}
 PRIVATE = {
     # nats-py offers no other way to what the client takes over from it, or to its socket
     "bus/test_client.py": "_flush_queue _flusher_task _io_reader _io_writer _max_payload _pending _process_headers"
-    " _ps _raw_callbacks _reading_task _status _transport",
+    " _ps _reading_task _status _transport",
     "bus/test_tls.py": "_io_writer _transport",
     "conftest.py": "_send_ping",
     "e2e/test_growth.py": "_deleted _pool _subs",  # forgets what is bounded

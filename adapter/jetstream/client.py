@@ -33,8 +33,6 @@ Admission = Callable[[str, str, int], bool]
 
 BURST, BURST_BYTES = 64, 512 * 1024
 """Messages, or bytes of them, after which a connection pauses. They take about a millisecond."""
-PER_TURN = 64
-"""Messages that are passed on in one turn of the event loop."""
 UNWRITTEN_BYTES = 64 * 1024
 """Bytes that the socket has not taken, above which nats-py's flusher waits for it."""
 PAUSE_S = 0.004
@@ -61,8 +59,6 @@ class BusClient(Client):
         self._burst = 0.0
         """Part of a burst that has come since the last pause."""
         self._is_write_due = False
-        self._in_turn = 0
-        """Messages passed on since the event loop last had its turn for this."""
 
     def set_admission(self, admit: Admission) -> None:
         """Makes a connection that other clients write to pause, and call `admit` before it processes a message that
@@ -199,10 +195,6 @@ class BusClient(Client):
             on_raw_message(subject.decode(), reply, data, headers or b"")
         except Exception as exc:  # noqa: BLE001 - as nats-py does: a callback must not end the connection
             await self._error_cb(exc)
-        self._in_turn += 1
-        if self._in_turn >= PER_TURN:  # nats-py goes on while the socket's buffer has something
-            self._in_turn = 0
-            await asyncio.sleep(0)
 
 
 def parse_headers(raw: bytes) -> dict[str, str]:

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+from collections import deque
 from collections.abc import Callable
 from typing import Any
 
@@ -46,6 +47,9 @@ PULL_BYTES = 1024 * 1024
 """Most bytes of a pull, more than a message of these streams has. A server closes the connection of a client with
 64 MB pending; after the next connect all of it would be redelivered, and the connection closed again."""
 LOST = "a delivery got lost"
+PER_TURN = 64
+"""Deliveries of a consumer in one turn of the event loop, which a backlog would hold up for a tenth of a second. They
+wait outside the client, so that acknowledgements behind them are read at once."""
 DELIVERED = b"$JS.ACK."
 """Start of the reply subject of a delivery. Its headers are the author's, and may contain a `Status`."""
 
@@ -165,10 +169,25 @@ class Consumer:
         LeaseLost."""
         loop = asyncio.get_running_loop()
         last_message_at, broken = loop.time(), ""
+        arrived = deque[tuple[str, bytes, bytes, bytes]]()
 
-        def on_message(subject: str, reply: bytes, data: bytes, raw_headers: bytes) -> None:
-            nonlocal last_message_at, broken
+        def on_message(*message: Any) -> None:
+            nonlocal last_message_at
             last_message_at = loop.time()
+            arrived.append(message)
+            if len(arrived) == 1:
+                loop.call_soon(pass_on)
+
+        def pass_on() -> None:
+            try:
+                for _ in range(min(PER_TURN, len(arrived))):
+                    process(*arrived.popleft())
+            finally:
+                if arrived:
+                    loop.call_soon(pass_on)
+
+        def process(subject: str, reply: bytes, data: bytes, raw_headers: bytes) -> None:
+            nonlocal broken
             if broken:  # later messages must not overtake the lost one
                 return
             headers = parse_headers(raw_headers) if raw_headers else {}
@@ -198,6 +217,7 @@ class Consumer:
                     await self._request_batch(inbox, BATCH - self._requested)
                 await self._changed.wait_until(must_act, left_s, also=self.connection.changed)
         finally:
+            arrived.clear()
             with contextlib.suppress(NatsError):  # a closed client has no subscriptions
                 await subscription.unsubscribe()
 

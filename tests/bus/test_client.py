@@ -20,7 +20,7 @@ from nats.errors import Error as NatsError
 from nats.errors import MaxPayloadError
 
 from adapter.cli.embedded import EmbeddedNats
-from adapter.jetstream.client import PER_TURN, BusClient, has_no_responders, parse_headers
+from adapter.jetstream.client import BusClient, has_no_responders, parse_headers
 from tests.e2e.waiting import free_port
 
 WORD = st.text(st.characters(codec="utf-8"), max_size=12)
@@ -368,24 +368,3 @@ async def test_a_flood_on_a_guarded_connection_leaves_others_their_turn() -> Non
     other.cancel()
     assert seen == {"wechat.svc.window.bad _R_.x 2": 20_000}
     assert turns > 10
-
-
-async def test_what_has_come_at_once_is_passed_on_in_turns() -> None:
-    """A backlog of commands would hold up the event loop, and the lease, for a tenth of a second."""
-    nc, passed, most, before = BusClient(), 0, 0, 0
-
-    def take(_: str, reply: bytes, data: bytes, headers: bytes) -> None:
-        nonlocal passed
-        passed += 1
-
-    async def take_turns() -> None:
-        nonlocal most, before
-        while True:
-            most, before = max(most, passed - before), passed
-            await asyncio.sleep(0)
-
-    nc._raw_callbacks[1] = take
-    other = asyncio.create_task(take_turns())
-    await nc._ps.parse(b"MSG _INBOX.x 1 $JS.ACK.y 2\r\n{}\r\n" * 1000)
-    other.cancel()
-    assert (passed, most) == (1000, PER_TURN)

@@ -14,7 +14,7 @@ from structlog.testing import capture_logs
 
 from adapter.contract.names import shard_of
 from adapter.jetstream import topology
-from adapter.jetstream.consumer import Consumer, Delivery
+from adapter.jetstream.consumer import PER_TURN, Consumer, Delivery
 from adapter.ports import BusMessage
 from tests.bus.rig import NAMES, PATIENCE_S, STATUS, Fence, Rig, control
 from tests.e2e.waiting import eventually, until
@@ -331,3 +331,14 @@ async def test_a_stream_made_again_goes_on_above_its_old_sequences(rig: Rig) -> 
     await topology.ensure_topology(rig.connection, NAMES, rig.bus.settings)
     assert last is not None
     assert await rig.first(NAMES.stream_ctl) > last.seq
+
+
+async def test_a_backlog_is_delivered_in_turns(rig: Rig) -> None:
+    """All in one turn of the event loop would hold it up."""
+    await control(rig, *map(str, range(300)))
+    reader, most, before = Reader(rig, room=300), 0, 0
+    while len(reader.got) < 300:
+        most, before = max(most, len(reader.got) - before), len(reader.got)
+        await asyncio.sleep(0)
+    assert most == PER_TURN
+    assert reader.texts == [*map(str, range(300))]
