@@ -72,8 +72,8 @@ SENDS_PER_SANDBOX, TRANSFERS_PER_SANDBOX = SENDS // 8, TRANSFERS // 4
 """Share of one sandbox, so that slow answers to its bots do not delay others."""
 PER_TICK = 64
 """Steps in one turn of the event loop: answers with messages, the steps of conversations, polls after a pause or a
-failure. Deliveries have a limit of their own (consumer.PER_TURN). Without a limit, five thousand answers in a process with a quarter of a core made a turn
-longer than the lease, which was lost again and again."""
+failure; deliveries have a limit of their own (consumer.PER_TURN). Without a limit, five thousand answers in a process
+with a quarter of a core made a turn longer than the lease, which was lost again and again."""
 STARTS_PER_S = 3000
 """Most first polls in a second, at a start and after an outage, and whenever these polls end together. A dead
 replica's bots must be polled within six seconds, most of which pass before another replica may take them."""
