@@ -36,11 +36,8 @@ class PendingRequest:
 
     async def next_reply(self, timeout_s: float) -> Reply:
         """The next reply. Raises Temporary("bus_down"), TimeoutError."""
-        if self.replies.empty():  # of many replies most have come
-            async with asyncio.timeout(timeout_s):
-                found = await self.replies.get()
-        else:
-            found = self.replies.get_nowait()
+        async with asyncio.timeout(timeout_s):
+            found = await self.replies.get()
         if found is None:
             raise Temporary("bus_down", "the connection was lost")
         return found

@@ -126,17 +126,10 @@ class Publisher:
 
     async def publish(self, message: BusMessage) -> PubAck:
         """Returns when the stream has the message. Raises Conflict, BusRefused, LeaseLost."""
-        is_alone = not self._outstanding
-        entry = self._add_outstanding(message, self._clock.monotonic())
-        try:
-            if not entry.stream.is_interrupted:  # else it is left to `_recover`
-                await self._write(entry, entry.requested_at)
-                if is_alone and (nc := self._connection.nc) is not None:
-                    nc.write_pending()
-            return await entry.future
-        except BaseException:
-            self._remove_outstanding(entry)
-            raise
+        (answer,) = await self.publish_all([message])
+        if isinstance(answer, BusRefused):
+            raise answer
+        return answer
 
     async def publish_all(self, messages: Sequence[BusMessage]) -> list[PubAck | BusRefused]:
         """Publishes all messages, pipelined, those of one stream in this order. A refusal takes the place of an ack.

@@ -467,7 +467,7 @@ class Conversation:
     async def _park_or_end(self, command: QueuedCommand, result: CommandResult) -> None:
         if result.outcome == "parked":
             try:
-                await self._tell(command, result)
+                await self._publish_receipt(command, result)
             except Crashed as exc:
                 result = CommandResult("dead_lettered", exc.reason, exc.detail)
             else:
@@ -705,20 +705,20 @@ class Conversation:
     async def _publish_final(self, command: QueuedCommand, result: CommandResult) -> bool:
         """Publishes a final receipt. False: a bug prevents it, and the command comes again to the next owner."""
         try:
-            await self._tell(command, result)
+            await self._publish_receipt(command, result)
         except Crashed as exc:
             bare = CommandResult("dead_lettered", exc.reason, exc.detail)
             if result.may_be_sent:  # no dead letter, which somebody might send again
                 bare = CommandResult(result.outcome, message_ids=result.message_ids, attempts=result.attempts)
             try:
-                await self._tell(command, bare)
+                await self._publish_receipt(command, bare)
             except Crashed:
                 log.error("command.abandoned", sandbox=self.sandbox, sequence=command.sequence)
                 self._shard.release_body(command)
                 return False
         return True
 
-    def _tell(self, command: QueuedCommand, result: CommandResult) -> Awaitable[None]:
+    def _publish_receipt(self, command: QueuedCommand, result: CommandResult) -> Awaitable[None]:
         """Publishes a receipt. Raises LeaseLost, Crashed."""
         return self._persist(partial(self._shard.publish_receipt, command, result, self), "receipt")
 

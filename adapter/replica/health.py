@@ -161,8 +161,7 @@ class Health:
         await self._checked.wait_until(lambda: self._is_complete(streams))
 
     def _is_complete(self, streams: Collection[str]) -> bool:
-        missing = (*self._missing, *self._inspector.incomplete)
-        return not missing or not any(name in streams for name in missing)
+        return not any(name in streams for name in (*self._missing, *self._inspector.incomplete))
 
     # loops ------------------------------------------------------------------------------------------
 
