@@ -204,6 +204,11 @@ async def unsent(s: Scene) -> None:
         s.made.sim.set_fault(FaultRule(fault="F5", endpoint="sendmessage", bot=s.bot(10)))
         await s.sends(10)
     s.made.sim.clear_faults()
+    await s.metric(lambda values: values['outbound_retries_total{reason="timeout"}'] > 0, "the request is over")
+    for number in range(BOTS):  # its repeat waits until this replica sees that iLink accepts something again
+        if number != 10:
+            await s.says(number)
+            await s.sends(number)
 
 
 async def slow_bus(s: Scene) -> None:
