@@ -38,6 +38,10 @@ class RecordTooNew(Temporary):
     """A private record has a version that only a newer replica knows: leave it alone."""
 
 
+class StaleRead(Temporary):
+    """A record, or a receipt, is newer than what was read. Nothing that was decided by the older one counts."""
+
+
 class Uncertain(AdapterError):
     """The request was sent without a usable answer, so it may have taken effect. Repeat it only with the same id."""
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from datetime import datetime
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import msgspec
 
@@ -19,6 +19,9 @@ BUSY_CODES = (10008, 10009, 10023, 10158, 10167)
 can write (a flood)."""
 LEADERLESS_CODES = (10008, 10009)
 """Errors of a server that is cut off from the cluster."""
+ONLY_LEADER_NS = 3_000_000_000
+"""Silence of its followers up to which a leader is the only one. They elect another after 4 s at the earliest
+(nats-server, `minElectionTimeout`); it may not notice for minutes."""
 ACCOUNT_FULL = 10002
 """The account has no storage left. Its streams accept nothing until something is removed."""
 NO_STREAM = 10059
@@ -75,10 +78,24 @@ def unix_ms(rfc3339: str) -> int:
     return int(datetime.fromisoformat(rfc3339).timestamp() * 1000)
 
 
+class _Answer(ApiReply):
+    cluster: dict[str, Any] | None = None
+
+
 def is_leaderless(data: bytes) -> bool:
-    """Whether a server answered that knows no leader. Such a server is alive but useless."""
+    """Whether a server answered that knows no leader, or a leader that may be none any more. Such a server is alive
+    but useless."""
     try:
-        error = msgspec.json.decode(data, type=ApiReply).error
+        answer = msgspec.json.decode(data, type=_Answer)
     except UNDECODABLE:  # not JetStream's
         return False
-    return error is not None and error.err_code in LEADERLESS_CODES
+    if answer.error is not None:
+        return answer.error.err_code in LEADERLESS_CODES
+    return not is_only_leader(answer.cluster)
+
+
+def is_only_leader(cluster: dict[str, Any] | None) -> bool:
+    """Whether the leader that describes its cluster has heard from a majority lately. None: a server of its own."""
+    followers: list[dict[str, Any]] = (cluster or {}).get("replicas") or []
+    heard = sum(0 < each.get("active", 0) < ONLY_LEADER_NS for each in followers)  # 0: never
+    return bool(2 * (heard + 1) > len(followers) + 1)

@@ -28,6 +28,7 @@ from nats.errors import Error as NatsError
 from adapter.errors import BusRefused, LeaseLost, Temporary
 from adapter.jetstream.api_replies import NO_CONSUMER
 from adapter.jetstream.client import BusClient, parse_headers
+from adapter.jetstream.history import read_leader_info
 from adapter.jetstream.managed_connection import ManagedConnection
 from adapter.kit.timing import ChangeSignal, backoff
 
@@ -154,7 +155,7 @@ class Consumer:
             info = await request(f"CONSUMER.CREATE.{path}", create, timeout_s=CREATE_S)
             log.info("consumer.created", consumer=self.name, stream=self._stream)
         if self.old_to is None:
-            self.old_to = int((await request(f"STREAM.INFO.{self._stream}"))["state"]["last_seq"])
+            self.old_to = int((await read_leader_info(self.connection, self._stream))["state"]["last_seq"])
         if info.get("paused"):
             log.error("consumer.paused", consumer=self.name, detail="It delivers nothing until it is resumed.")
         self._check()

@@ -13,7 +13,15 @@ from typing import Any
 import msgspec
 
 from adapter.errors import BusRefused, Temporary
-from adapter.jetstream.api_replies import MESSAGE_GONE, NO_STREAM, ApiError, ApiReply, decode_reply, unix_ms
+from adapter.jetstream.api_replies import (
+    MESSAGE_GONE,
+    NO_STREAM,
+    ApiError,
+    ApiReply,
+    decode_reply,
+    is_only_leader,
+    unix_ms,
+)
 from adapter.jetstream.client import parse_headers
 from adapter.jetstream.managed_connection import ManagedConnection
 from adapter.jetstream.multiplexer import Reply
@@ -71,7 +79,10 @@ class StreamHistory:
         found: list[StoredMessage] = []
         for start in range(0, len(subjects), SUBJECTS_AT_ONCE):
             page = subjects[start : start + SUBJECTS_AT_ONCE]
-            newest = await self.read_last(stream, ">") if self._replicated else None
+            newest = None
+            if self._replicated:
+                await self.read_state(stream)
+                newest = await self.read_last(stream, ">")
             while True:
                 messages, end = await direct_get(self._connection, stream, {"multi_last": page, "batch": len(page)})
                 if newest is None or await self._known_to(stream, messages, end) >= newest.seq:
@@ -94,12 +105,11 @@ class StreamHistory:
         return int((await self.read_state(stream))["messages"])
 
     async def read_state(self, stream: str) -> dict[str, Any]:
-        """Raises Temporary."""
+        """Raises Temporary, also if another leader may have been elected."""
         try:
-            state: dict[str, Any] = (await self._connection.api_request(f"STREAM.INFO.{stream}"))["state"]
+            return (await read_leader_info(self._connection, stream))["state"]  # type: ignore[no-any-return]
         except BusRefused as exc:
             raise Temporary("bus_refused", exc.detail) from exc
-        return state
 
     async def read_newest(
         self, stream: str, subject: str, *, count: int, before: int | None = None
@@ -136,6 +146,15 @@ class StreamHistory:
     async def purge(self, stream: str, subject: str, *, keep: int = 0, up_to: int = 0) -> None:
         bound = {"seq": up_to + 1} if up_to else {"keep": keep}
         await self._connection.api_request(f"STREAM.PURGE.{stream}", {"filter": subject, **bound})
+
+
+async def read_leader_info(connection: ManagedConnection, stream: str) -> dict[str, Any]:
+    """STREAM.INFO of the only leader. A leader that is cut off from its followers answers as well, with what it has.
+    Raises Temporary, BusRefused (no stream)."""
+    info = await connection.api_request(f"STREAM.INFO.{stream}")
+    if not is_only_leader(info.get("cluster")):
+        raise Temporary("bus_busy", f"{stream}: its leader has not heard from a majority for seconds")
+    return info
 
 
 def _rfc3339(time_ms: int) -> str:
@@ -201,7 +220,8 @@ async def get_from_leader(
     connection: ManagedConnection, stream: str, query: dict[str, Any], *, timeout_s: float = 5.0
 ) -> StoredMessage | None:
     """One message from the stream's leader, without its time; None: there is none. Raises Temporary."""
-    reply = await connection.request(f"$JS.API.STREAM.MSG.GET.{stream}", msgspec.json.encode(query), timeout_s)
+    subject, body = f"$JS.API.STREAM.MSG.GET.{stream}", msgspec.json.encode(query)
+    reply = await connection.request(subject, body, timeout_s, is_read=True)
     answer = decode_reply(reply.data, _MsgGet, "STREAM.MSG.GET")
     if answer.message is None:
         error = answer.error or ApiError(description="neither a message nor an error")

@@ -209,20 +209,27 @@ class ManagedConnection:
         return nc
 
     async def request(
-        self, subject: str, payload: bytes, timeout_s: float = 5.0, headers: dict[str, str] | None = None
+        self,
+        subject: str,
+        payload: bytes,
+        timeout_s: float = 5.0,
+        headers: dict[str, str] | None = None,
+        *,
+        is_read: bool = False,
     ) -> Reply:
-        """Raises Temporary if no answer comes."""
+        """`is_read`: as in `next_reply`. Raises Temporary if no answer comes."""
         with self.open_request() as request:
             await self.publish(subject, payload, reply=request.reply, headers=headers)
-            return await self.next_reply(request, timeout_s)
+            return await self.next_reply(request, timeout_s, is_read=is_read)
 
     def open_request(self) -> contextlib.AbstractContextManager[PendingRequest]:
         """A request with several replies. It ends with its connection. Raises Temporary("bus_down")."""
         self.client()
         return self._multiplexer.new_request()
 
-    async def next_reply(self, request: PendingRequest, timeout_s: float = 5.0) -> Reply:
-        """The next reply. Raises Temporary if none comes."""
+    async def next_reply(self, request: PendingRequest, timeout_s: float = 5.0, *, is_read: bool = False) -> Reply:
+        """The next reply. `is_read`: it proves nothing, since a server that is cut off answers reads, too. Raises
+        Temporary if none comes."""
         try:
             answer = await request.next_reply(timeout_s)
         except TimeoutError:
@@ -231,8 +238,10 @@ class ManagedConnection:
         if answer.no_responders:
             self.record_answered(False)
             raise Temporary("bus_busy", "no responders")
-        # a stored message has headers, at least
-        self.record_answered(bool(answer.headers) or not is_leaderless(answer.data))
+        if is_leaderless(answer.data):
+            self.record_answered(False)
+        elif not (is_read or answer.headers):  # one with headers is of a direct get
+            self.record_answered(True)
         return answer
 
     async def api_request(

@@ -11,7 +11,7 @@ from typing import Any, Protocol, TypeVar
 
 import structlog
 
-from adapter.errors import AdapterError, Crashed, LeaseLost, RecordTooNew
+from adapter.errors import AdapterError, Crashed, LeaseLost, RecordTooNew, StaleRead
 from adapter.kit.timing import Clock, backoff
 
 log = structlog.get_logger()
@@ -35,7 +35,7 @@ async def persist(work: Callable[[], Awaitable[T]], owner: Owner, clock: Clock, 
     """The result of `work`, which is tried again after a failure of the bus and after a pause of the lease.
 
     `name` and `fields` are logged. Raises LeaseLost once the right to act is over; Crashed for a bug, which raises in
-    every attempt; RecordTooNew. `work` checks the right itself, right before it acts.
+    every attempt; RecordTooNew; StaleRead. `work` checks the right itself, right before it acts.
     """
     failures = crashes = 0
     while True:
@@ -43,7 +43,7 @@ async def persist(work: Callable[[], Awaitable[T]], owner: Owner, clock: Clock, 
             return await work()
         except LeaseLost:
             await owner.valid()
-        except (Crashed, RecordTooNew):
+        except (Crashed, RecordTooNew, StaleRead):
             raise
         except AdapterError as exc:
             failures += 1

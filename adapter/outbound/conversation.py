@@ -31,6 +31,7 @@ from adapter.errors import (
     RecordTooNew,
     Refused,
     SessionExpired,
+    StaleRead,
     Temporary,
     Throttled,
     Uncertain,
@@ -105,6 +106,10 @@ class Conversation:
         self._stored = self.record
         """The record as the bucket has it."""
         self._revision = 0
+        self._written = self.record
+        """The record as it was written last, perhaps without an answer."""
+        self._is_confirmed = False
+        """A write has followed what was read, so that was the newest."""
         self._not_before = -math.inf
         """Earliest monotonic time of the next request: the gap, or the pause after a failure."""
         self._failures = 0
@@ -247,6 +252,8 @@ class Conversation:
                     failures = 0
                 except LeaseLost:
                     await self._shard.tenure.valid()
+                except StaleRead:
+                    await self._open()
                 except Exception as exc:
                     if isinstance(exc, Temporary | BusRefused):  # the bus or the object store is away
                         failures += 1
@@ -468,6 +475,9 @@ class Conversation:
         if result.outcome == "parked":
             try:
                 await self._publish_receipt(command, result)
+            except StaleRead:
+                command.is_checked = False
+                return
             except Crashed as exc:
                 result = CommandResult("dead_lettered", exc.reason, exc.detail)
             else:
@@ -747,10 +757,11 @@ class Conversation:
         return self._persist(self.save, "record")
 
     async def save(self) -> None:
-        """Stores the record. Raises Temporary, LeaseLost."""
+        """Stores the record. Raises Temporary, LeaseLost; StaleRead, after which it has to be read again."""
         shard, store = self._shard, self._shard.deps.store
         while True:
             shard.tenure.check()
+            written, self._written = self._written, self.record
             record = self.record
             try:
                 self._revision = await store.save(self.sandbox, self.user, record, self._revision)
@@ -759,17 +770,29 @@ class Conversation:
                 had_record = bool(self._revision)
                 stored, self._revision = await store.load(self.sandbox, self.user)
                 shard.tenure.check()  # the read may be slow, and the record that of a new owner
+                if not self._is_confirmed and stored != written:
+                    self._forget_reads()
+                    raise StaleRead("stale_read", "the record is newer than what was read of it") from None
+                self._is_confirmed = True
                 if had_record and stored == ConversationRecord():
                     # the person was erased meanwhile: nothing comes back from memory
                     self.record = self._stored = ConversationRecord(unserved=self.bot is None)
                     return
-                # a former owner's write came late: it has made no request since, and the inbox has its messages
             else:
-                self._stored = record
+                self._stored, self._is_confirmed = record, True
                 return
 
+    def _forget_reads(self) -> None:
+        """Forgets what was read: a server that had lost its leadership may have answered. No request was made by it,
+        since each is stored first. What came meanwhile is in the inbox."""
+        self.is_loaded, self.bot = False, None
+        self._begin_head()
+        for command in self.queue:
+            command.is_checked = False
+        self._shard.forget_reads(self.sandbox)
+
     def _persist(self, work: Callable[[], Awaitable[T]], name: str) -> Awaitable[T]:
-        """Raises LeaseLost, Crashed, RecordTooNew."""
+        """Raises LeaseLost, Crashed, RecordTooNew, StaleRead."""
         return persist(work, self._shard.tenure, self._shard.deps.clock, name, sandbox=self.sandbox)
 
 

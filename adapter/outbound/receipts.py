@@ -18,7 +18,7 @@ import structlog
 from adapter.contract import messages as contract
 from adapter.contract.messages import Receipt
 from adapter.contract.names import H_COMMAND, H_TRACEPARENT, UNROUTED, Names, command_traceparent
-from adapter.errors import UNDECODABLE, BusRefused, Conflict, Temporary
+from adapter.errors import UNDECODABLE, BusRefused, Conflict, StaleRead, Temporary
 from adapter.kit.batches import Batches
 from adapter.kit.timing import Clock
 from adapter.observability.events import Events
@@ -76,7 +76,8 @@ class Receipts:
         shown: contract.Window = contract.Window(),  # noqa: B008 - frozen
     ) -> None:
         """Publishes the receipt of a command, and before that the dead letter if it is one, and counts it. `check`
-        raises LeaseLost unless this replica may end the command. Raises Temporary, LeaseLost."""
+        raises LeaseLost unless this replica may end the command. Raises Temporary, LeaseLost; StaleRead if a command
+        is parked that has ended."""
         ref = command.ref
         ensure_owner = None if result.is_sent else check  # another owner may still send it
         if ensure_owner is not None:
@@ -144,7 +145,7 @@ class Receipts:
         command answers.
 
         `expected`: sequence of the receipt before it; 0: none. `ensure_owner`: as in BusMessage. Raises Temporary,
-        and what `ensure_owner` raises.
+        StaleRead (see `tell`), and what `ensure_owner` raises.
         """
         receipt = _receipt(ref, result, address, shown, reply_to, self._clock.now_ms())
         while True:
@@ -159,6 +160,8 @@ class Receipts:
                 last = await self._history.read_last(self._names.stream_event, self._subject(address.sandbox, ref))
             stored = _read(last)
             if last and stored and _is_of(stored, ref) and (is_final(stored) or not is_final(receipt)):
+                if is_final(stored) and not is_final(receipt):
+                    raise StaleRead("stale_read", "the command has its final receipt")
                 return last.seq
             expected = last.seq if last else 0
 

@@ -30,7 +30,16 @@ from adapter.contract.names import (
     Names,
 )
 from adapter.contract.records import Binding
-from adapter.errors import BusRefused, Crashed, LeaseLost, RecordTooNew, Refused, Temporary, Unreadable
+from adapter.errors import (
+    BusRefused,
+    Crashed,
+    LeaseLost,
+    RecordTooNew,
+    Refused,
+    StaleRead,
+    Temporary,
+    Unreadable,
+)
 from adapter.kit.batches import Batches
 from adapter.kit.persist import persist
 from adapter.kit.slots import FairSlots
@@ -292,11 +301,15 @@ class Shard:
         return heads
 
     async def _park(self, command: QueuedCommand, told: CommandResult) -> None:
-        with contextlib.suppress(Crashed):  # it is told its end
-            tell, address = self.deps.receipts.tell, Address(command.sandbox)
+        tell, address = self.deps.receipts.tell, Address(command.sandbox)
+        try:
             await self._persist(lambda: tell(command, told, address, self.tenure.check), command)
-            command.parked = True
-            self.release_body(command)
+        except StaleRead:
+            command.is_checked = False  # it is looked up when its turn comes
+        except Crashed:  # it is told its end
+            return
+        command.parked = True
+        self.release_body(command)
 
     async def _end(self, command: QueuedCommand, result: CommandResult) -> None:
         """Ends a command that is in no conversation."""
@@ -354,6 +367,11 @@ class Shard:
         if isinstance(found, RecordTooNew):
             raise found
         return found or (ConversationRecord(), 0)
+
+    def forget_reads(self, sandbox: str) -> None:
+        """Forgets what was read of a sandbox, since some of it was stale."""
+        self.folds.forget(sandbox)
+        self._heads.pop(sandbox, None)
 
     def _on_folded(self, sandbox: str, user: str, newest: InboundReceived) -> None:
         """Another owner published a message, and the conversation may be open here already."""

@@ -11,6 +11,7 @@ from nats.aio.msg import Msg
 
 from adapter.contract.names import shard_of
 from adapter.jetstream import topology
+from adapter.jetstream.api_replies import is_only_leader
 from adapter.jetstream.consumer import Consumer
 from adapter.jetstream.history import StreamHistory, direct_get
 from adapter.kit.timing import SystemClock
@@ -171,3 +172,21 @@ async def test_the_newest_messages_are_found_behind_what_was_deleted(rig: Rig) -
     assert (found.subject, found.data) == (NAMES.dead_letters("X0"), b"40")
     assert await rig.history.get(stream, 20) is None
     assert await rig.history.get(stream, 99) is None
+
+
+@pytest.mark.parametrize(
+    ("followers", "expected"),
+    [
+        (None, True),  # a server of its own
+        ([{"active": 400_000_000}, {"active": 0}], True),
+        ([{"active": 400_000_000}, {"active": 60_000_000_000}], True),
+        ([{"active": 4_000_000_000}, {"active": 5_000_000_000}], False),
+        ([{"active": 0}, {"active": 0}], False),  # it has never heard from one
+        ([{"active": 1}, {"active": 0}, {"active": 0}, {"active": 0}], False),
+        ([{"active": 1}, {"active": 1}, {"active": 0}, {"active": 0}], True),
+    ],
+)
+def test_a_leader_that_has_heard_from_no_majority_may_be_none(
+    followers: list[dict[str, int]] | None, *, expected: bool
+) -> None:
+    assert is_only_leader({"leader": "n0", "replicas": followers} if followers else None) == expected

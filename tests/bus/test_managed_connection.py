@@ -14,6 +14,7 @@ from structlog.testing import capture_logs
 from adapter.errors import Temporary
 from adapter.jetstream.api_replies import is_leaderless
 from adapter.jetstream.buckets import LeaderKvBucket
+from adapter.jetstream.history import direct_get_one
 from adapter.jetstream.managed_connection import ManagedConnection
 from adapter.jetstream.multiplexer import Reply
 from adapter.settings import Settings
@@ -62,6 +63,10 @@ async def test_the_reason_for_having_no_connection_is_given() -> None:
         (b'{"error":{"code":503,"err_code":10008,"description":"JetStream system temporarily unavailable"}}', True),
         (b'{"error":{"code":404,"err_code":10059,"description":"stream not found"}}', False),
         (b'{"stream":"WECHAT_IN","seq":1}', False),
+        (
+            b'{"cluster":{"leader":"n0","replicas":[{"name":"n1","active":9000000000},{"name":"n2","active":0}]}}',
+            True,
+        ),
         (b"no JSON", False),
         (b"", False),
     ],
@@ -99,6 +104,28 @@ async def test_an_answer_about_a_lease_that_nobody_can_read_is_an_outage_and_no_
     if said != b"{}":
         with pytest.raises(Temporary):
             await bucket.write("me", b"x", 0)
+
+
+async def test_a_server_that_answers_direct_gets_alone_is_left(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that is cut off from the others does, from its copy. A lease was not renewed through it for minutes."""
+    monkeypatch.setattr("adapter.jetstream.managed_connection.SUSPECT_AFTER_S", 0.2)
+    nc = await rig.bus.client()
+
+    async def answer(msg: Msg) -> None:
+        await msg.respond(b'{"error":{"code":503,"err_code":10008,"description":"unavailable"}}')
+
+    async def ask() -> None:
+        while True:
+            await asyncio.sleep(0.01)
+            with contextlib.suppress(Temporary):
+                await direct_get_one(rig.connection, NAMES.stream_in, {"last_by_subj": ">"})
+                await rig.connection.api_request("LEADERLESS")
+
+    await nc.subscribe("$JS.API.LEADERLESS", cb=answer)
+    await nc.flush()
+    rig.spawn(ask())
+    await until(lambda: rig.connection.epoch > 1, "it is left")
+    await nc.close()
 
 
 async def test_who_asks_for_a_connection_that_is_being_made_does_not_spoil_it(rig: Rig) -> None:

@@ -4,6 +4,7 @@ itself."""
 from __future__ import annotations
 
 import contextlib
+import itertools
 from pathlib import Path
 
 import nats
@@ -58,11 +59,10 @@ async def test_a_server_that_is_cut_off_is_left(tmp_path: Path) -> None:
         async with talking(made, nc):
             for cable, _ in CABLES:
                 before = lost(made)
-                for node in bus.nodes:
+                for node in itertools.cycle(bus.nodes):
                     await survives(made, bus, node, cable)
                     if lost(made) > before:  # else no adapter was connected to this one
                         break
-                assert lost(made) > before
         assert any("does not answer through this server" in adapter.log.read_text() for adapter in made.adapters)
         await faultless(made, nc)
         for adapter in made.adapters:

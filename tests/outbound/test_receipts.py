@@ -9,7 +9,7 @@ import pytest
 
 from adapter.contract.messages import Receipt, Window
 from adapter.contract.names import H_COMMAND, H_MSG_ID, H_REASON, H_SANDBOX
-from adapter.errors import BusRefused, Temporary
+from adapter.errors import BusRefused, StaleRead, Temporary
 from adapter.outbound import receipts
 from adapter.outbound.receipts import Address
 from adapter.outbound.record import CommandRef
@@ -65,7 +65,8 @@ async def test_a_long_id_is_a_digest_in_the_subject(bench: Bench) -> None:
 async def test_two_owners_cannot_store_two_final_receipts(bench: Bench) -> None:
     await store(bench, ref(1), "accepted")
     await store(bench, ref(1), "uncertain")
-    await store(bench, ref(1), "parked")  # late, behind the final one
+    with pytest.raises(StaleRead):
+        await store(bench, ref(1), "parked")  # late, behind the final one
     assert stored(bench) == [(1, "accepted")]
 
 

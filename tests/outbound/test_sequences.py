@@ -10,7 +10,7 @@ import pytest
 
 from adapter.errors import Refused, Temporary
 from adapter.outbound.shard import Shard
-from adapter.ports import Accepted
+from adapter.ports import Accepted, Entry
 from tests.fakes import Bench, FakeDelivery
 from tests.outbound.shards import (
     BOT,
@@ -247,3 +247,57 @@ async def test_a_copy_of_what_was_refused_is_not_sent() -> None:
     await asyncio.sleep(5)
     assert outcomes(bench) == [("c1", "refused", "window_closed")]
     assert (bench.chat.sent, second.acks) == ([], 1)
+
+
+async def test_a_stale_read_of_the_record_has_nothing_sent_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A server that is cut off takes itself for the leader for a while, and answers."""
+    bench, shard = await ready(gap_ms=1000)
+    bucket, current = bench.conversation_bucket, bench.conversation_bucket.get
+    before = dict(bucket.entries)
+    shard.on_delivery(bench.command(THREE, id="c1"))
+    await asyncio.sleep(1.5)
+    assert len(bench.chat.sent) == 2
+    stale_reads = 0
+
+    async def stale(key: str) -> Entry | None:
+        nonlocal stale_reads
+        monkeypatch.setattr(bucket, "get", current)
+        stale_reads += 1
+        return before.get(key)
+
+    monkeypatch.setattr(bucket, "get", stale)
+    successor, _ = next_owner(bench, shard, gap_ms=1000)
+    await user_writes(successor)
+    await asyncio.sleep(100)
+    assert stale_reads == 1
+    assert len(bench.chat.sent) == 3
+    assert [(one.outcome, len(one.message_ids)) for one in finals(bench)] == [("accepted", 3)]
+    assert successor.record().window.sends_used == 3
+
+
+async def test_a_stale_read_of_the_receipts_parks_and_sends_nothing_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A command that had ended was parked, and sent once the user wrote."""
+    bench, shard = await ready(sends=1)
+    delivery = bench.command("hi")
+    delivery.ack = lost  # type: ignore[method-assign]
+    shard.on_delivery(delivery)
+    await asyncio.sleep(5)
+    receipts = bench.replica.outbound.receipts
+    find = receipts.find
+
+    async def stale(*_: object) -> dict[int, Any]:
+        monkeypatch.setattr(receipts, "find", find)
+        return {}
+
+    monkeypatch.setattr(receipts, "find", stale)
+    bench.redeliver(shard)
+    await asyncio.sleep(5)
+    await user_writes(bench)
+    await asyncio.sleep(5)
+    assert bench.chat.texts == ["hi"]
+    assert [one.outcome for one in bench.bus.receipts()] == ["accepted"]
+    assert not shard.tasks
+
+
+async def lost() -> None:
+    """An acknowledgement that does not arrive."""
