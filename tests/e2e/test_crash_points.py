@@ -12,7 +12,7 @@ from nats.aio.client import Client
 
 from tests.e2e.lossy import Loss, Lossy
 from tests.e2e.reading import inbox
-from tests.e2e.waiting import until
+from tests.e2e.waiting import eventually, until
 from tests.e2e.world import World, audit, world
 
 PUBLISH = (b"HPUB wechat.inbox.",)
@@ -119,6 +119,11 @@ async def test_a_crash_at_each_point_loses_and_doubles_nothing(tmp_path: Path, p
             await made.settle(nc)
             assert await inbox_texts(nc, "s1") == texts
         made.say("s1", "the last one")
+
+        async def is_stored() -> bool:
+            return "the last one" in await inbox_texts(nc, "s1")
+
+        await eventually(is_stored, "it is in the inbox")  # else the command may be parked, and the user writes on
         await made.command(nc, "s1", "at the end")
         await faultless(made, nc, accepted=len(made.sent["s1"]))
         assert await inbox_texts(nc, "s1") == [*texts, "the last one"]
