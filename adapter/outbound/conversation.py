@@ -108,8 +108,6 @@ class Conversation:
         self._revision = 0
         self._written = self.record
         """The record as it was written last, perhaps without an answer."""
-        self._is_confirmed = False
-        """A write has followed what was read, so that was the newest."""
         self._not_before = -math.inf
         """Earliest monotonic time of the next request: the gap, or the pause after a failure."""
         self._failures = 0
@@ -770,16 +768,15 @@ class Conversation:
                 had_record = bool(self._revision)
                 stored, self._revision = await store.load(self.sandbox, self.user)
                 shard.tenure.check()  # the read may be slow, and the record that of a new owner
-                if not self._is_confirmed and stored != written:
-                    self._forget_reads()
-                    raise StaleRead("stale_read", "the record is newer than what was read of it") from None
-                self._is_confirmed = True
                 if had_record and stored == ConversationRecord():
                     # the person was erased meanwhile: nothing comes back from memory
                     self.record = self._stored = ConversationRecord(unserved=self.bot is None)
                     return
+                if stored != written:
+                    self._forget_reads()
+                    raise StaleRead("stale_read", "the record is newer than what was read of it") from None
             else:
-                self._stored, self._is_confirmed = record, True
+                self._stored = record
                 return
 
     def _forget_reads(self) -> None:
