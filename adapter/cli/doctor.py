@@ -26,14 +26,12 @@ from adapter.errors import UNDECODABLE, BusRefused, Conflict, Refused, Temporary
 from adapter.inbound.restored import find_above
 from adapter.jetstream import topology
 from adapter.jetstream.buckets import LeaderKvBucket
-from adapter.jetstream.copies import Copies, sentences
+from adapter.jetstream.copies import lacking_copies, sentences
 from adapter.jetstream.microservice import SERVICE
 from adapter.security.seal import Sealer, Sealing
 from adapter.settings import NEWEST_ILINK_VERSION, PREFIX
 
 PING_S = 1.0
-SECOND_LOOK_S = 2.0
-"""After it an election is over, and a healthy copy has what was on its way."""
 SPARE = 0.9
 """Part of the capacity without one replica that may be used, as in the alert WechatSpareCapacityLow."""
 _SEALED: dict[Sealing, str] = {
@@ -92,7 +90,6 @@ async def _run_checks(bus: BusConnection, *, fix: bool, allow_loss: bool, quiet:
         checks += [await _adopt_settings(bus, here), *left]
         checks += await _attempt("streams", _check_topology(bus))
         checks += await _attempt("unknown streams", _check_unknown_streams(bus))
-        checks += await _attempt("copies", _check_copies(bus))
         sealed = _attempt("tokens", _check_tokens(bus)), _attempt("positions", _check_positions(bus))
         checks += itertools.chain(*await asyncio.gather(*sealed))  # both time out where this user may not read
     there = await query_adapters(bus)
@@ -126,7 +123,8 @@ async def _check_api_level(bus: BusConnection) -> list[Finding]:
 
 
 async def _check_topology(bus: BusConnection) -> list[Finding]:
-    missing, different = await topology.inspect_topology(bus.connection, bus.names, bus.settings)
+    """Streams, their configuration and their copies. They work without a copy, so a lost one does not fail."""
+    missing, different, infos = await topology.inspect_topology(bus.connection, bus.names, bus.settings)
     checks = [
         Finding(
             w.name, "fail", f"This stream is missing: {RESTORE}; if it never was, start an adapter, or use --fix."
@@ -139,7 +137,12 @@ async def _check_topology(bus: BusConnection) -> list[Finding]:
             said += f" --allow-loss, with {await _at_stake(bus, d)}"
         said += "." if d.critical or d.lacks_copies else ", or leave it if it is meant."
         checks.append(Finding(d.name, "fail" if d.critical or d.lacks_copies else "warn", said))
-    return checks or [Finding("streams", "ok", "all streams and buckets are as they should be")]
+    if not checks:
+        checks = [Finding("streams", "ok", "all streams and buckets are as they should be")]
+    if lacking := lacking_copies(infos):
+        return [*checks, *(Finding("copies", "warn", said) for said in sentences(lacking, len(infos)))]
+    number = max((info["config"]["num_replicas"] for info in infos.values()), default=1)
+    return [*checks, Finding("copies", "ok", f"{number} of each stream, none is behind")] if number > 1 else checks
 
 
 async def _check_unknown_streams(bus: BusConnection) -> list[Finding]:
@@ -156,28 +159,6 @@ async def _check_unknown_streams(bus: BusConnection) -> list[Finding]:
         for name in sorted(counts.keys() - known)
         if name.startswith(ours)
     ]
-
-
-async def _check_copies(bus: BusConnection) -> list[Finding]:
-    """Whether the streams have all their copies. They work without one, so nothing fails."""
-    copies = Copies()
-    infos = await _stream_infos(bus)
-    copies.compare(infos)
-    if copies.is_suspicious:
-        await asyncio.sleep(SECOND_LOOK_S)
-        infos = await _stream_infos(bus)
-        if lacking := copies.compare(infos):
-            return [Finding("copies", "warn", said) for said in sentences(lacking, len(infos))]
-    number = max((info["config"]["num_replicas"] for info in infos.values()), default=1)
-    return [Finding("copies", "ok", f"{number} of each stream, none is behind")] if number > 1 else []
-
-
-async def _stream_infos(bus: BusConnection) -> dict[str, dict[str, Any]]:
-    infos = {}
-    for wanted in topology.wanted_streams(bus.names, bus.settings):
-        with contextlib.suppress(BusRefused):  # it is missing, as the check of the streams says
-            infos[wanted.name] = await bus.connection.api_request(f"STREAM.INFO.{wanted.name}")
-    return infos
 
 
 async def _at_stake(bus: BusConnection, lowering: topology.Difference) -> str:
@@ -345,7 +326,7 @@ async def _fix(bus: BusConnection, layout: Finding, *, allow_loss: bool, quiet: 
     if layout.state == "fail" and "--fix" not in layout.say:
         raise Failed(NO, layout.say)
     try:
-        missing, different = await topology.inspect_topology(connection, names, settings)
+        missing, different, _ = await topology.inspect_topology(connection, names, settings)
         for wanted in missing:
             say(f"creating stream {wanted.name}")
             await topology.create_stream(connection, wanted)

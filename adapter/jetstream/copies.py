@@ -6,7 +6,9 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 SILENT_S = 5.0
-"""Silence that is told. A stream's servers tell each other each second that they live."""
+"""Silence after which a copy counts as lost. A stream's servers tell each other each second that they live."""
+BEHIND = 1000
+"""Writes by which a copy is behind that does not keep up."""
 
 
 class Lacking(NamedTuple):
@@ -21,45 +23,23 @@ class Lacking(NamedTuple):
     """Since when the stream's leader has not heard of that server; 0 also if never, since it was elected."""
 
 
-class Copies:
-    """What two looks at all streams, seconds apart, tell of their copies.
+def lacking_copies(infos: Mapping[str, dict[str, Any]]) -> list[Lacking]:
+    """Copies that do not count. `infos`: by stream, the answer to STREAM.INFO.
 
-    One look does not tell: in a stream that is written to, a healthy copy is behind by what is on its way, and for a
-    second after an election the leader has heard of nobody.
+    In a stream that is written to, a healthy copy is behind by what is on its way, and after an election the leader
+    has heard of nobody for a second. Neither counts.
     """
-
-    def __init__(self) -> None:
-        self._last: dict[str, int] = {}
-        """By stream: its last sequence at the last look."""
-        self._suspects: set[tuple[str, str]] = set()
-        """Stream and server of the copies that did not count at the last look."""
-
-    def compare(self, infos: Mapping[str, dict[str, Any]]) -> list[Lacking]:
-        """Copies that count neither now nor at the last look. `infos`: by stream, the answer to STREAM.INFO."""
-        found = [lacking for name, info in infos.items() for lacking in _lacking(name, info, self._last.get(name))]
-        lasting = [lacking for lacking in found if (lacking.stream, lacking.server) in self._suspects]
-        self._suspects = {(lacking.stream, lacking.server) for lacking in found}
-        self._last = {name: info["state"]["last_seq"] for name, info in infos.items()}
-        return lasting
-
-    @property
-    def is_suspicious(self) -> bool:
-        """Whether a second look can tell more."""
-        return bool(self._suspects)
-
-
-def _lacking(name: str, info: dict[str, Any], last: int | None) -> list[Lacking]:
-    """`last`: the stream's last sequence at the look before."""
-    if "cluster" not in info:  # a server of its own
-        return []
-    peers = info["cluster"].get("replicas") or []
-    found = [Lacking(name, "")] if 1 + len(peers) < info["config"]["num_replicas"] else []
-    gained = 0 if last is None else info["state"]["last_seq"] - last
-    for peer in peers:
-        lag = int(peer.get("lag", 0))
-        # behind by more than came since: not what is on its way. Not current and not behind: silent
-        if peer.get("offline") or (not peer["current"] and not 0 < lag <= gained):
-            found.append(Lacking(name, peer["name"], lag, peer.get("active", 0) / 1e9))
+    found = []
+    for name, info in infos.items():
+        if "cluster" not in info:  # a server of its own
+            continue
+        peers = info["cluster"].get("replicas") or []
+        if 1 + len(peers) < info["config"]["num_replicas"]:
+            found.append(Lacking(name, ""))
+        for peer in peers:
+            lag, silent_s = int(peer.get("lag", 0)), peer.get("active", 0) / 1e9
+            if peer.get("offline") or (not peer["current"] and (silent_s >= SILENT_S or lag >= BEHIND)):
+                found.append(Lacking(name, peer["name"], lag, silent_s))
     return found
 
 

@@ -238,10 +238,10 @@ class ManagedConnection:
         if answer.no_responders:
             self.record_answered(False)
             raise Temporary("bus_busy", "no responders")
-        if is_leaderless(answer.data):
-            self.record_answered(False)
-        elif not (is_read or answer.headers):  # one with headers is of a direct get
-            self.record_answered(True)
+        if not answer.headers:  # else it is of a direct get, whose payload is somebody's data, whatever it looks like
+            is_alive = not is_leaderless(answer.data)
+            if not (is_read and is_alive):
+                self.record_answered(is_alive)
         return answer
 
     async def api_request(

@@ -210,7 +210,7 @@ def wanted_streams(names: Names, settings: Settings) -> list[Wanted]:
             subjects=[f"{prefix}.event.*.*", f"{prefix}.event.*.receipt.*.*"],
             retention="limits",
             discard="old",
-            max_age=int(max(72.0, settings.park_hours) * HOUR_NS),  # a receipt outlives its command
+            max_age=int((max(72.0, settings.park_hours) + 24) * HOUR_NS),  # a receipt outlives its command by a day
             max_msgs_per_subject=EVENTS_KEPT,
         ),
         stream(
@@ -286,21 +286,29 @@ async def api_level(connection: ManagedConnection) -> int:
     return int((info.get("api") or {}).get("level", 0))
 
 
-async def inspect_topology(
-    connection: ManagedConnection, names: Names, settings: Settings
-) -> tuple[list[Wanted], list[Difference]]:
-    """Missing streams in the order of their creation, and the differences. Raises Temporary, BusRefused."""
-    missing: list[Wanted] = []
-    different: list[Difference] = []
+class Inspected(NamedTuple):
+    """The streams at one look."""
+
+    missing: list[Wanted]
+    """In the order of their creation."""
+    different: list[Difference]
+    infos: dict[str, dict[str, Any]]
+    """By stream: the answer to STREAM.INFO."""
+
+
+async def inspect_topology(connection: ManagedConnection, names: Names, settings: Settings) -> Inspected:
+    """Compares all streams with what is wanted. Raises Temporary, BusRefused."""
+    found = Inspected([], [], {})
     for wanted in wanted_streams(names, settings):
-        found = await _stream_config(connection, wanted.name)
-        if found is None:
-            missing.append(wanted)
+        info = await _stream_info(connection, wanted.name)
+        if info is None:
+            found.missing.append(wanted)
         else:
-            different += differences(wanted, found)
+            found.infos[wanted.name] = info
+            found.different.extend(differences(wanted, info["config"]))
     # A full server creates nothing more. If the largest stream does not fit, no storage is reserved.
-    missing.sort(key=lambda wanted: (wanted.reserves_space, -wanted.config.get("max_bytes", 0)))
-    return missing, different
+    found.missing.sort(key=lambda wanted: (wanted.reserves_space, -wanted.config.get("max_bytes", 0)))
+    return found
 
 
 async def create_stream(connection: ManagedConnection, wanted: Wanted) -> None:
@@ -315,7 +323,7 @@ async def create_stream(connection: ManagedConnection, wanted: Wanted) -> None:
         await connection.api_request(f"STREAM.CREATE.{wanted.name}", config, timeout_s=15)
     except BusRefused as exc:
         if exc.code in NO_ROOM:  # also the error if another replica created it first
-            if await _stream_config(connection, wanted.name) is not None:
+            if await _stream_info(connection, wanted.name) is not None:
                 return
             raise BusRefused(exc.code, f"{exc.detail.partition(' ')[2]}: {MORE_ROOM}") from exc
         if exc.code != NAME_IN_USE:  # another replica created it first
@@ -324,7 +332,7 @@ async def create_stream(connection: ManagedConnection, wanted: Wanted) -> None:
 
 async def alter_stream(connection: ManagedConnection, stream: str, different: Sequence[Difference]) -> None:
     """Changes these fields of a stream (doctor --fix). Raises Temporary, BusRefused."""
-    config = await _stream_config(connection, stream) or {}
+    config = (await _stream_info(connection, stream) or {}).get("config", {})
     config |= {difference.field: difference.wanted for difference in different}
     await connection.api_request(f"STREAM.UPDATE.{stream}", config, timeout_s=15)
 
@@ -345,13 +353,13 @@ async def ensure_topology(connection: ManagedConnection, names: Names, settings:
         raise Temporary(exc.reason, f"JetStream does not answer ({exc.detail}): {why}") from exc
     if level < API_LEVEL:
         raise SettingsError("server_too_old", f"JetStream API level {level}; nats-server 2.14 or newer is needed.")
-    missing, different = await inspect_topology(connection, names, settings)
+    missing, different, _ = await inspect_topology(connection, names, settings)
     has_claims = all(wanted.name != f"KV_{names.claims}" for wanted in missing)
     layout = await read_layout(connection, names) if has_claims else None
     if layout is not None and layout.version != LAYOUT:
         raise SettingsError("layout_differs", layout_advice(layout))
     if layout is not None and missing:  # another replica may have created the rest since
-        missing, different = await inspect_topology(connection, names, settings)
+        missing, different, _ = await inspect_topology(connection, names, settings)
         if gone := ", ".join(wanted.name for wanted in missing):
             advice = "Restore what was deleted from the backup; `wechat-nats doctor --fix` creates empty streams"
             raise SettingsError("stream_missing", f"{gone}: missing. {advice}.")
@@ -406,13 +414,11 @@ def layout_advice(layout: Layout) -> str:
     return f"{said}: {'use a newer program' if layout.version > LAYOUT else 'run `wechat-nats doctor --fix`'}."
 
 
-async def _stream_config(connection: ManagedConnection, stream: str) -> dict[str, Any] | None:
-    """The configuration of a stream; None: it is missing."""
+async def _stream_info(connection: ManagedConnection, stream: str) -> dict[str, Any] | None:
+    """The answer to STREAM.INFO; None: the stream is missing."""
     try:
-        answer = await connection.api_request(f"STREAM.INFO.{stream}")
+        return await connection.api_request(f"STREAM.INFO.{stream}")
     except BusRefused as exc:
         if exc.code == NO_STREAM:
             return None
         raise
-    config: dict[str, Any] = answer["config"]
-    return config

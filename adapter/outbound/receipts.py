@@ -18,7 +18,7 @@ import structlog
 from adapter.contract import messages as contract
 from adapter.contract.messages import Receipt
 from adapter.contract.names import H_COMMAND, H_TRACEPARENT, UNROUTED, Names, command_traceparent
-from adapter.errors import UNDECODABLE, BusRefused, Conflict, StaleRead, Temporary
+from adapter.errors import UNDECODABLE, AdapterError, BusRefused, Conflict, StaleRead, Temporary
 from adapter.kit.batches import Batches
 from adapter.kit.timing import Clock
 from adapter.observability.events import Events
@@ -88,7 +88,12 @@ class Receipts:
             command.traceparent, address.sandbox, ref.sequence, ref.stored_ms, command.reply_to
         )
         if result.outcome == "dead_lettered":
-            await self._publish_dead_letter(command, result, address, trace)
+            try:
+                await self._publish_dead_letter(command, result, address, trace)
+            except AdapterError:
+                raise
+            except Exception:  # whatever makes the code raise, a command is not left without its receipt
+                log.exception("dead_letter.crashed", sandbox=address.sandbox, sequence=command.sequence)
         command.receipt = await self.publish(
             ref,
             result,

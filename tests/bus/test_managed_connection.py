@@ -14,9 +14,10 @@ from structlog.testing import capture_logs
 from adapter.errors import Temporary
 from adapter.jetstream.api_replies import is_leaderless
 from adapter.jetstream.buckets import LeaderKvBucket
-from adapter.jetstream.history import direct_get_one
+from adapter.jetstream.history import direct_get_one, get_from_leader
 from adapter.jetstream.managed_connection import ManagedConnection
 from adapter.jetstream.multiplexer import Reply
+from adapter.ports import BusMessage
 from adapter.settings import Settings
 from tests.bus.rig import NAMES, PATIENCE_S, Bus, Rig
 from tests.e2e.waiting import until
@@ -126,6 +127,31 @@ async def test_a_server_that_answers_direct_gets_alone_is_left(rig: Rig, monkeyp
     rig.spawn(ask())
     await until(lambda: rig.connection.epoch > 1, "it is left")
     await nc.close()
+
+
+@pytest.mark.parametrize(
+    "stored",
+    [b'{"error":{"err_code":10008}}', b'{"text":1,"cluster":{"replicas":[1]}}', b'{"cluster":{"replicas":[{}]}}'],
+)
+async def test_what_is_stored_is_data_whatever_it_looks_like(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch, stored: bytes
+) -> None:
+    """A tenant's command, or a file of a WeChat user, looked like an answer of a server without a leader. Reading it
+    made the adapter leave its server, again and again, or raise."""
+    monkeypatch.setattr("adapter.jetstream.managed_connection.SUSPECT_AFTER_S", 0.0)
+    subject = NAMES.out("s1")
+    ack = await rig.publisher.publish(BusMessage("out", subject, stored, {}))
+    kept = f"{NAMES.out_plain}.>"
+    for _ in range(5):
+        found = [
+            await rig.history.get(NAMES.stream_out, ack.seq),
+            await rig.history.read_last(NAMES.stream_out, kept),
+        ]
+        assert [one.data for one in found if one] == [stored, stored]
+        assert await rig.read(NAMES.stream_out, kept) == [stored]
+    assert await get_from_leader(rig.connection, NAMES.stream_out, {"seq": ack.seq}) is not None
+    await rig.connection.api_request("INFO")
+    assert (rig.connection.is_connected, rig.connection.epoch) == (True, 1)
 
 
 async def test_who_asks_for_a_connection_that_is_being_made_does_not_spoil_it(rig: Rig) -> None:

@@ -31,7 +31,7 @@ from tests.bus.rig import NAMES, PATIENCE_S, Bus, Rig, rig_on
 async def test_what_is_missing_is_created_and_then_nothing_differs(bus: Bus) -> None:
     async with rig_on(bus, streams=False) as rig:
         assert await topology.ensure_topology(rig.connection, NAMES, bus.settings) == []
-        missing, different = await topology.inspect_topology(rig.connection, NAMES, bus.settings)
+        missing, different, _ = await topology.inspect_topology(rig.connection, NAMES, bus.settings)
         assert (missing, different) == ([], [])
         revision = await rig.connection.api_request(f"STREAM.INFO.{NAMES.stream_out}")
         assert await topology.ensure_topology(rig.connection, NAMES, bus.settings) == []
@@ -107,7 +107,7 @@ async def test_a_bucket_that_may_lose_its_keys_stops_the_start_until_a_repair_ke
             SettingsError, match=r"deny_purge is False, must be True; .*allow_msg_ttl is False, must be True"
         ):
             await topology.ensure_topology(rig.connection, NAMES, bus.settings)
-        _, different = await topology.inspect_topology(rig.connection, NAMES, bus.settings)
+        _, different, _ = await topology.inspect_topology(rig.connection, NAMES, bus.settings)
         await topology.alter_stream(rig.connection, wanted.name, different)
         assert await topology.ensure_topology(rig.connection, NAMES, bus.settings) == []
         assert await rig.bucket(NAMES.conversations).update("s1.u1", b"2", kept, ttl_s=60) > kept

@@ -10,9 +10,12 @@ import msgspec
 
 from adapter.contract.messages import BindingEvent, Inbound, Receipt
 from adapter.contract.names import H_EXPECTED, H_MSG_ID, Names
-from adapter.errors import BusRefused, Conflict, Temporary
+from adapter.errors import STORE_FAILED, BusRefused, Conflict, Temporary
 from adapter.ports import BusMessage, Entry, PubAck, StoredMessage
 from tests.fakes.clock import FakeClock
+
+MAX_PAYLOAD, HEADER_BYTES = 1024 * 1024, 64 * 1024
+"""Of a server as it is by default."""
 
 
 class Kept(NamedTuple):
@@ -31,6 +34,8 @@ class FakeBus:
         self.writes: list[str] = []
         """What was stored, in order: labels of streams and buckets."""
         self.refuse: Callable[[BusMessage], BusRefused | None] = lambda message: None
+        self.most_of_subject: dict[str, int] = {}
+        """By stream: messages of a subject above which a new one is refused."""
         self.on_publish: Callable[[BusMessage], Awaitable[None]] | None = None
         """Awaited before a message is stored: to let something happen meanwhile, or to fail."""
         self.on_delete: Callable[[], Awaitable[None]] | None = None
@@ -65,9 +70,28 @@ class FakeBus:
             if message.ensure_owner is not None:
                 message.ensure_owner()
             acks.append(
-                self.refuse(message) or self._repeat(message) or self._conflict(message) or self.store(message)
+                self.refuse(message)
+                or self._too_large(message)
+                or self._repeat(message)
+                or self._conflict(message)
+                or self._full(message)
+                or self.store(message)
             )
         return acks
+
+    def _too_large(self, message: BusMessage) -> BusRefused | None:
+        """The publisher sends nothing above the server's max_payload, and a stream no headers above 64 KiB."""
+        headers = sum(len(f"{name}: {value}\r\n".encode()) for name, value in message.headers.items())
+        if len(message.payload) + headers > MAX_PAYLOAD:
+            return BusRefused(0, "exceeds the server's max_payload")
+        return BusRefused(10097, "header size exceeds maximum allowed of 64k") if headers > HEADER_BYTES else None
+
+    def _full(self, message: BusMessage) -> BusRefused | None:
+        stream = self.stream_of(message.subject)
+        found = sum(kept.stored.subject == message.subject for kept in self.kept if kept.stream == stream)
+        if found < self.most_of_subject.get(stream, found + 1):
+            return None
+        return BusRefused(STORE_FAILED, "maximum messages per subject exceeded")
 
     def _repeat(self, message: BusMessage) -> PubAck | None:
         """A cluster looks at the id first, then at what is expected; one server the other way round."""
@@ -289,6 +313,10 @@ class FakeBucket:
         for follower in self.followers:
             follower(entry)
         return self._revision
+
+    def expire(self, key: str) -> None:
+        """The time to live of a key, or of the marker of its deletion, is over."""
+        del self.entries[key]
 
     async def watch(
         self,

@@ -176,6 +176,22 @@ async def test_a_command_whose_receipt_can_be_stored_nowhere_is_not_acknowledged
     assert [receipt.outcome for receipt in bench.bus.receipts()] == ["accepted"]
 
 
+async def test_a_command_has_its_receipt_although_its_dead_letter_makes_the_code_raise() -> None:
+    """It was left without receipt, dead letter and acknowledgement, and blocked each erasure of anybody."""
+    bench, shard = await ready()
+
+    async def fail(message: BusMessage) -> None:
+        if message.stream == "dead":
+            raise ZeroDivisionError
+
+    bench.bus.on_publish = fail
+    delivery = bench.command(data=b'{"text":1}', id="c1")
+    shard.on_delivery(delivery)
+    await asyncio.sleep(30)
+    assert [(receipt.sequence, receipt.outcome) for receipt in bench.bus.receipts()] == [(1, "dead_lettered")]
+    assert delivery.acks == 1
+
+
 async def test_a_sandboxs_receipts_are_bounded_and_anothers_stay(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(receipts, "RECEIPTS_KEPT", 5)
     monkeypatch.setattr(receipts, "PURGE_EVERY", 1)
