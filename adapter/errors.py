@@ -18,6 +18,9 @@ class AdapterError(Exception):
     secrets and message text.
     """
 
+    http_status = 0
+    """That of the answer of iLink or its CDN; 0: there was none."""
+
     def __init__(self, reason: str, detail: str = "") -> None:
         super().__init__(f"{reason}: {detail}" if detail else reason)
         self.reason = reason

@@ -175,6 +175,10 @@ class Chat(Protocol):
     def is_connecting(self, bot: str) -> bool:
         """Whether a poll of the bot has not left yet, so that no answer to it can be missed."""
 
+    def has_answer(self, bot: str) -> bool:
+        """Whether a poll of the bot has its answer, and ends once that is read. It must not be cut: iLink may count
+        the answer as delivered."""
+
     async def send(
         self,
         account: Account,
@@ -190,7 +194,8 @@ class Chat(Protocol):
         `check` is called right before the request is written, because connecting takes time. If it raises, nothing is
         sent.
 
-        Raises SessionExpired, Throttled, Refused, Temporary (iLink did not accept it), Uncertain (it may have).
+        Raises SessionExpired, Throttled, Refused, Temporary (iLink did not accept it), Uncertain (it may have:
+        "timeout", "http_5xx", "network" for a connection that was lost, "unreadable").
         """
 
     async def typing_ticket(self, account: Account, user: str, context_token: str) -> str:

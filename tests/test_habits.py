@@ -26,7 +26,6 @@ PRIVATE = {
     "bus/test_objects.py": "_outstanding",
     "bus/test_agent.py": "_number _reader",
     "ilink/test_connection.py": "_idle",
-    "ilink/test_large_answers.py": "_large",
     "ownership/test_leases.py": "_sightings",
     "inbound/test_poller.py": "_is_waiting _task",
     "test_supervisor.py": "_is_cut",

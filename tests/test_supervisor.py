@@ -14,8 +14,9 @@ from adapter.contract.names import SHARDS, shard_of, to_subject_token
 from adapter.contract.records import Binding
 from adapter.inbound.poller import ANSWER_GRACE_S, BotPoller, State
 from adapter.outbound import shard as outbound
+from adapter.ports import Account, Polled
 from adapter.replica.health import observe
-from adapter.replica.supervisor import Supervisor
+from adapter.replica.supervisor import CUT_S, Supervisor
 from tests.fakes import Bench, FakeLeases, batch, ready, settle
 from tests.inbound.pollers import BOT, raw, texts
 
@@ -300,6 +301,28 @@ async def test_polls_are_cut_when_the_lease_runs_out_also_while_the_replica_leav
     await asyncio.sleep(ANSWER_GRACE_S * 2)
     assert bench.chat.polling == 0
     await leaving
+
+
+async def test_a_drain_that_is_over_waits_for_an_answer_that_is_still_to_be_read(following: Following) -> None:
+    """The answers of its host that came before it are read first. iLink may count it as delivered."""
+    bench, read = await ready(), asyncio.Event()
+
+    async def ask(account: Account, cursor: str, hold_ms: int) -> Polled:
+        bench.chat.reading.add(account.bot)
+        await read.wait()
+        bench.chat.reading.clear()
+        return batch(raw("large"), cursor="b")
+
+    bench.chat.poll = ask  # type: ignore[method-assign]
+    made = supervisor(bench, leases=Giving(), new_poller=bench.new_poller)
+    run = await following(made)
+    await asyncio.sleep(1)
+    run.cancel()
+    leaving = asyncio.create_task(made.drain(20.0))
+    await asyncio.sleep(20.0 + CUT_S * 1.5)
+    read.set()
+    await leaving
+    assert texts(bench) == ["large"]
 
 
 # shards that are given away ------------------------------------------------------------------------------

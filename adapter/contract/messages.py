@@ -301,6 +301,13 @@ class Receipt(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     ret: Annotated[int | None, Meta(description="From iLink's answer.")] = None
     errcode: Annotated[int | None, Meta(description="From iLink's answer.")] = None
     errmsg: Annotated[str, Meta(description="From iLink's answer.")] = ""
+    http_status: Annotated[
+        int,
+        Meta(
+            description="Of the last answer of iLink, its CDN or a gateway that refused the command or held it up."
+            " 0: there was none, or it is accepted."
+        ),
+    ] = 0
     window: Window = Window()
     attempts: Annotated[int, Meta(description="Requests to sendmessage for this command.")] = 0
     received_at_ms: Annotated[

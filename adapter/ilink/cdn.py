@@ -15,8 +15,8 @@ import httpx
 from adapter.errors import Refused, Temporary, Unreadable
 from adapter.ilink import protocol
 from adapter.ilink.cipher import BLOCK, KEY_BYTES, Decryption, Encryption, cipher_size
-from adapter.ilink.client import CountedCall, ILink
-from adapter.ilink.network import CONNECT_S, NEXT_S, PORTS, Resolver, check_link
+from adapter.ilink.client import CountedCall, ILink, answered
+from adapter.ilink.network import CONNECT_S, NEXT_S, PORTS, Proxy, Resolver, check_link, proxy_of
 from adapter.observability.metrics import Metrics
 from adapter.ports import Account, MediaKind, MediaRef, Pieces, Read, Uploaded
 
@@ -29,13 +29,11 @@ TRANSFERS = 8
 """Concurrent transfers of a replica, for all users. Each takes CPU time, and more would delay messages."""
 ATTEMPTS = 3
 PARAM = "x-encrypted-param"
-SOURCE = "source"
-"""Reason of an error that is the source's, not the CDN's."""
 HEADERS = {"User-Agent": protocol.AGENT, "Accept": "*/*"}
 
 
 class CdnClient:
-    """Implements ports.Cdn. Each transfer has a connection of its own, and none goes through a proxy."""
+    """Implements ports.Cdn. Each transfer has a connection of its own, through the proxy that iLink's calls take."""
 
     def __init__(
         self,
@@ -55,16 +53,13 @@ class CdnClient:
         self._max_bytes = max_bytes
         self._stall_s = stall_s
         self._resolver = resolver or Resolver(allowed_hosts)
-        # no client of httpx, which would keep cookies, follow redirects and unpack
-        self._transport = httpx.AsyncHTTPTransport(
-            verify=ssl.create_default_context(),
-            trust_env=False,
-            limits=httpx.Limits(max_connections=None, max_keepalive_connections=0),
-        )
+        self._tls = ssl.create_default_context()
+        self._transports: dict[Proxy | None, httpx.AsyncHTTPTransport] = {}
 
     async def close(self) -> None:
         """Closes all connections."""
-        await self._transport.aclose()
+        for transport in self._transports.values():
+            await transport.aclose()
 
     async def download(self, fetch: MediaRef) -> Pieces:
         if not fetch.url and not fetch.reference:
@@ -144,21 +139,22 @@ class CdnClient:
         return Refused("too_large", f"The media exceed {self._max_bytes} bytes.")
 
     async def _post(self, url: str, key: bytes, size: int, read: Read) -> str:
-        """Uploads and returns the reference. Retries without pauses, as the official client does."""
+        """Uploads and returns the reference. Without a usable answer it is tried again without pauses, as by the
+        official client. Any other failure is the caller's to try again, by a new URL."""
         failures = 0
         while True:
             try:
                 return await self._post_once(url, key, size, read)
             except Temporary as exc:
-                if exc.reason == SOURCE:
-                    raise
                 failures += 1
+                if exc.reason != "unreadable":
+                    raise
                 if failures == ATTEMPTS:
                     detail = f"The upload failed {ATTEMPTS} times, at last: {exc.detail}"
                     raise Refused("media", detail) from exc
 
     async def _post_once(self, url: str, key: bytes, size: int, read: Read) -> str:
-        headers = {
+        asked = {
             **HEADERS,
             "Content-Type": "application/octet-stream",
             # h11 checks the body against it, httpx then sends no chunks, and the CDN compares it with `filesize`
@@ -169,16 +165,17 @@ class CdnClient:
             async with (
                 asyncio.timeout(self._longest_s(size)),
                 contextlib.aclosing(body),
-                self._exchange("POST", url, headers, body) as response,
+                self._exchange("POST", url, asked, body) as response,
             ):
-                status, answered = response.status_code, response.headers
-            if 400 <= status < 500:
-                raise protocol.cdn_refusal(status, answered)
-            if status != 200:
-                raise Temporary("http_5xx" if status >= 500 else "unreadable", f"HTTP {status} from the CDN")
-            if not answered.get(PARAM):
-                raise Temporary("unreadable", f"The CDN answered success without {PARAM}.")
-            return answered[PARAM]
+                status, headers = response.status_code, response.headers
+            with answered(status):
+                if 400 <= status < 500:
+                    raise protocol.cdn_refusal(status, headers)
+                if status != 200:
+                    raise Temporary("http_5xx" if status >= 500 else "unreadable", f"HTTP {status} from the CDN")
+                if not headers.get(PARAM):
+                    raise Temporary("unreadable", f"The CDN answered success without {PARAM}.")
+            return headers[PARAM]
 
     def _longest_s(self, size: int) -> float:
         """Longest time for a transfer of `size` bytes."""
@@ -191,7 +188,9 @@ class CdnClient:
         """The answer of an address that was checked, its body unread. The request still names the host."""
         parts = urlsplit(url)
         host, port = parts.hostname or "", parts.port or PORTS[parts.scheme]
-        *others, last = await self._resolver.addresses(host, port)
+        proxy = proxy_of(f"{parts.scheme}://{parts.netloc}")
+        # a proxy resolves the name itself
+        *others, last = [host] if proxy else await self._resolver.addresses(host, port)
         for address in (*others, last):
             connect_s = CONNECT_S if address == last else NEXT_S
             timeout = {"connect": connect_s, "read": self._stall_s, "write": self._stall_s}
@@ -200,10 +199,10 @@ class CdnClient:
                 httpx.URL(url).copy_with(host=address),
                 headers={"Host": parts.netloc, **headers},
                 content=content,
-                extensions={"timeout": timeout, "sni_hostname": host},
+                extensions={"timeout": timeout, "sni_hostname": None if proxy else host},
             )
             try:
-                response = await self._transport.handle_async_request(request)
+                response = await self._transport(proxy).handle_async_request(request)
                 break
             except (httpx.ConnectError, httpx.ConnectTimeout):
                 if address == last:
@@ -212,6 +211,17 @@ class CdnClient:
             yield response
         finally:
             await response.aclose()
+
+    def _transport(self, proxy: Proxy | None) -> httpx.AsyncHTTPTransport:
+        """No client of httpx, which would keep cookies, follow redirects and unpack."""
+        if proxy not in self._transports:
+            tls = self._tls if proxy and proxy.scheme == "https" else None
+            through = httpx.Proxy(proxy.url, ssl_context=tls) if proxy else None
+            limits = httpx.Limits(max_connections=None, max_keepalive_connections=0)
+            self._transports[proxy] = httpx.AsyncHTTPTransport(
+                verify=self._tls, trust_env=False, limits=limits, proxy=through
+            )
+        return self._transports[proxy]
 
     @contextlib.contextmanager
     def _counted_transfer(self, direction: str) -> Iterator[list[int]]:
@@ -246,7 +256,7 @@ async def _decrypt_pieces(pieces: Pieces, key: bytes | None) -> Pieces:
 
 
 async def _encrypt_pieces(read: Read, key: bytes, size: int) -> Pieces:
-    """The body of an upload. Raises Temporary("source"), Refused("media") if the source differs from what was
+    """The body of an upload. Raises what the source raises, and Refused("media") if that differs from what was
     announced."""
     work, remaining = Encryption(key), size
     try:
@@ -257,8 +267,6 @@ async def _encrypt_pieces(read: Read, key: bytes, size: int) -> Pieces:
                     break
                 if cipher := work.update(piece):
                     yield cipher
-    except Temporary as exc:
-        raise Temporary(SOURCE, exc.detail or exc.reason) from exc
     except Unreadable as exc:
         raise Refused("media", f"The media cannot be read: {exc.detail}") from exc
     if remaining:

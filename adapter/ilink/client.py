@@ -14,9 +14,10 @@ The client never retries a call, never waits for the send window, and never logs
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
 import traceback
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Iterator, Sequence
 from functools import partial
 from typing import TypeVar
 from urllib.parse import urlsplit
@@ -29,6 +30,7 @@ from adapter.ilink.connection import ConnectionPool
 from adapter.ilink.network import LookUpHost, Resolver, ResumingContext
 from adapter.ilink.protocol import Declared, IlinkReply, IlinkRequest, Upload
 from adapter.ilink.wire import THROTTLED
+from adapter.kit.slots import FairSlots
 from adapter.observability.metrics import LONG_POLLS, Metrics
 from adapter.ports import HOLD_MS, Accepted, Account, Content, Polled, QrCode, Scan
 
@@ -44,12 +46,23 @@ ASK_S = 10.0
 SMALL = 65_536
 """Largest answer to a poll that is read at once; nearly all are smaller."""
 READ_BYTES_PER_S = 16 << 20
-"""Of larger ones, one after the other. Without it, a hundred bots of a hostile server took 1.5 GiB and delayed the
-messages of others by three seconds: reading 8 MiB takes 50 to 100 ms of the event loop."""
-GRACE_S = 5.0
-"""Time to read a large answer that arrived before its poll was cut, since iLink may count it as delivered."""
+"""Of larger ones of a host, one after the other. Without it, a hundred bots of a hostile server took 1.5 GiB and
+delayed the messages of others by three seconds: reading 8 MiB takes 50 to 100 ms of the event loop."""
+LARGE_HOSTS = 2
+"""Hosts whose large answers are read at the same time; more take turns. With one turn for all, the answers of a
+hostile server delayed those of iLink by half a minute."""
 _NOBODY = Account("", "", "")
 """For calls without a bot."""
+
+
+@contextlib.contextmanager
+def answered(status: int) -> Iterator[None]:
+    """Gives the errors of reading an answer its HTTP status."""
+    try:
+        yield
+    except AdapterError as exc:
+        exc.http_status = status
+        raise
 
 
 class CountedCall:
@@ -95,8 +108,10 @@ class ILink:
         self._send_timeout_s = send_timeout_s
         resolver = Resolver(allowed_hosts + network.proxies(), look_up=look_up)
         self._pool = ConnectionPool(tls=ResumingContext(), resolver=resolver)
-        self._large = asyncio.Lock()
-        """Held while a large answer is read."""
+        self._large = FairSlots(LARGE_HOSTS, share=1)
+        """Held for its host while a large answer is read."""
+        self._large_of: set[str] = set()
+        """Bots whose large answer is being read, or waits for that."""
         self._connecting: set[str] = set()
 
     def check_base_url(self, url: str) -> str:
@@ -111,6 +126,9 @@ class ILink:
     def is_connecting(self, bot: str) -> bool:
         return bot in self._connecting
 
+    def has_answer(self, bot: str) -> bool:
+        return bot in self._large_of
+
     async def poll(self, account: Account, cursor: str, hold_ms: int) -> Polled | None:
         request = protocol.updates_request(account.token, cursor, self._declared)
         started = time.monotonic()
@@ -120,7 +138,7 @@ class ILink:
             with CountedCall(self._metrics, "getupdates"):
                 # the answer is in no variable of this frame, since an error keeps it
                 return await self._read_updates(
-                    await self._exchange(account, request, timeout_s, on_connected), started, request.largest
+                    await self._exchange(account, request, timeout_s, on_connected), account, started
                 )
         except TimeoutError:
             return None
@@ -131,30 +149,18 @@ class ILink:
             raise
         finally:
             on_connected()
+            self._large_of.discard(account.bot)
 
-    async def _read_updates(self, reply: IlinkReply, started: float, limit: int) -> Polled:
-        """Reads a large answer even if its poll is cut, within GRACE_S."""
+    async def _read_updates(self, reply: IlinkReply, account: Account, started: float) -> Polled:
+        """Reads the large answers of a host one after the other, and leaves time for others in between."""
         polled_s = time.monotonic() - started
-        try:
+        with contextlib.suppress(protocol.Oversized):
             return protocol.read_updates(protocol.unpack(reply, SMALL), polled_s=polled_s)
-        except protocol.Oversized:
-            reading = asyncio.get_running_loop().create_task(self._read_large(reply, polled_s, limit))
-        try:
-            return await asyncio.shield(reading)
-        except asyncio.CancelledError:
-            await asyncio.wait([reading], timeout=GRACE_S)
-            if not reading.done():
-                raise
-            return reading.result()
-        finally:
-            reading.cancel()
-
-    async def _read_large(self, reply: IlinkReply, polled_s: float, limit: int) -> Polled:
-        """Reads answers one after the other, and leaves time for others in between."""
-        async with self._large:
+        self._large_of.add(account.bot)
+        async with self._large.slot(self.host_of(account.base_url)):
             size = len(reply.body)
             try:
-                reply = protocol.unpack(reply, limit)
+                reply = protocol.unpack(reply, protocol.ANSWER_BYTES)
                 size = len(reply.body)
                 return protocol.read_updates(reply, polled_s=polled_s)
             finally:
@@ -177,7 +183,8 @@ class ILink:
         try:
             with CountedCall(self._metrics, "sendmessage"):
                 reply = await self._exchange(account, request, self._send_timeout_s, check)
-                return protocol.read_sent(protocol.unpack(reply, request.largest))
+                with answered(reply.status):
+                    return protocol.read_sent(protocol.unpack(reply, request.largest))
         except TimeoutError as exc:
             raise Uncertain("timeout", f"no answer within {self._send_timeout_s:g} s") from exc
 
@@ -228,7 +235,9 @@ class ILink:
         """A call that may be repeated, so that a missing answer is Temporary, too. Raises what `read` raises."""
         try:
             with CountedCall(self._metrics, request.endpoint):
-                return read(protocol.unpack(await self._exchange(account, request, timeout_s), request.largest))
+                reply = await self._exchange(account, request, timeout_s)
+                with answered(reply.status):
+                    return read(protocol.unpack(reply, request.largest))
         except TimeoutError as exc:
             raise Temporary("timeout", f"no answer within {timeout_s:g} s") from exc
         except Uncertain as exc:
@@ -243,7 +252,8 @@ class ILink:
     ) -> Coroutine[None, None, IlinkReply]:
         """The answer, packed. `check` is called right before the request is written.
 
-        Raises TimeoutError, Temporary (not sent), Uncertain (sent), Refused("url").
+        Raises TimeoutError (silence), Temporary (not sent), Uncertain (sent; "network": the connection was lost,
+        "unreadable": no valid HTTP), Refused("url").
         """
         checked = network.check_url(account.base_url or self._default_base_url, self._allowed_hosts)
         return self._pool.exchange(checked, request, timeout_s, check)

@@ -24,8 +24,10 @@ from adapter.ilink.network import CONNECT_S, NEXT_S, PORTS, TLS_S, Proxy, Resolv
 from adapter.ilink.protocol import AGENT, IlinkReply, IlinkRequest, uin
 
 KEPT_S = 20.0
-"""Time for which an idle connection is kept. It is shorter than what servers allow, so that no request meets a
-closing connection."""
+"""Time for which an idle connection is kept. It is shorter than what most servers allow."""
+FRESH_S = 1.0
+"""A request that may not be repeated takes a connection that was idle for less than this, else a new one: it must not
+meet one that the server is just closing, since nothing tells whether it was read."""
 STALE_S = 1.0
 """A request over a kept connection that ends without an answer within this time met a connection that the server had
 closed before. Some servers close after each answer without announcing it."""
@@ -94,8 +96,8 @@ class Connection(asyncio.Protocol):
         """Sends the request and reads its answer, still compressed. Closes the connection if it is cancelled or
         fails.
 
-        Raises TimeoutError; Temporary: the connection was closed before; Uncertain("network"): no answer, a part of
-        one, or invalid HTTP; Uncertain("unreadable"): much more than `limit` bytes.
+        Raises TimeoutError; Temporary: the connection was closed before; Uncertain("network"): the connection was
+        lost before the end of an answer; Uncertain("unreadable"): invalid HTTP, or much more than `limit` bytes.
         """
         if self._transport is None or self._transport.is_closing():
             raise Temporary("network", "the connection is closed")
@@ -161,7 +163,7 @@ class Connection(asyncio.Protocol):
         except httptools.HttpParserError as exc:
             self._keeps = False
             if not self._is_complete:
-                self._fail(Uncertain("network", type(exc).__name__))
+                self._fail(Uncertain("unreadable", type(exc).__name__))
         if self._read > self._limit + HEAD_BYTES:
             self._fail(Uncertain("unreadable", f"the answer exceeds {self._limit} bytes"))
         elif self._is_complete:
@@ -240,10 +242,11 @@ class ConnectionPool:
         """The answer, which may be compressed. `check`: see ports.Chat.
 
         Repeats a repeatable request once over a new connection if the kept one was closed.
-        Raises TimeoutError, Temporary("network") (not sent), Uncertain (sent, or possibly sent).
+        Raises TimeoutError, Temporary("network") (not sent), and Uncertain (sent, or possibly sent), for the reasons
+        of `Connection.send_request`.
         """
         base = _parse_base_url(base_url)
-        connection = kept = self._take_idle(base_url)
+        connection = kept = self._take_idle(base_url, KEPT_S if request.repeatable else FRESH_S)
         while True:
             if connection is None:
                 connection = await self._open(base, timeout_s)
@@ -312,9 +315,10 @@ class ConnectionPool:
             raise Temporary("network", f"{type(exc).__name__}: no connection to {base.host}{through}") from exc
         return connection
 
-    def _take_idle(self, base_url: str) -> Connection | None:
-        idle = self._idle.get(base_url)
-        while idle:
+    def _take_idle(self, base_url: str, longest_s: float) -> Connection | None:
+        """The connection that was used last, unless it was idle for longer."""
+        idle, since = self._idle.get(base_url), asyncio.get_running_loop().time() - longest_s
+        while idle and idle[-1].idle_since >= since:
             connection = idle.pop()
             if connection.is_usable:
                 return connection
@@ -394,8 +398,10 @@ async def _open_tunnel(transport: asyncio.Transport, base: Base, proxy: Proxy) -
     transport.set_protocol(protocol)
     protocol.connection_made(transport)
     target = f"[{base.host}]:{base.port}" if ":" in base.host else f"{base.host}:{base.port}"
-    lines = f"CONNECT {target} HTTP/1.1\r\nHost: {target}\r\nUser-Agent: {AGENT}\r\n{proxy.authorization}\r\n"
-    transport.write(lines.encode())
+    lines = f"CONNECT {target} HTTP/1.1\r\nHost: {target}\r\nUser-Agent: {AGENT}\r\n"
+    if proxy.authorization:
+        lines += f"Proxy-Authorization: {proxy.authorization}\r\n"
+    transport.write(f"{lines}\r\n".encode())
     try:
         head = await reader.readuntil(b"\r\n\r\n")
     except (asyncio.IncompleteReadError, asyncio.LimitOverrunError):

@@ -213,7 +213,9 @@ class Proxy(NamedTuple):
     host: str
     port: int
     authorization: str
-    """The header line of its name and password, or ""."""
+    """The header of its name and password, or ""."""
+    url: str
+    """With them."""
 
     def __repr__(self) -> str:
         return f"Proxy({self.host!r})"
@@ -221,25 +223,34 @@ class Proxy(NamedTuple):
 
 def proxies() -> tuple[str, ...]:
     """The proxies in the environment, as `host:port`."""
-    found = map(_read_proxy, urllib.request.getproxies().values())
+    urls = urllib.request.getproxies()
+    found = [_read_proxy(urls[kind]) for kind in ("http", "https", "all") if kind in urls]
     return tuple(f"{proxy.host}:{proxy.port}" for proxy in found if proxy.host)
 
 
 def _read_proxy(url: str) -> Proxy:
-    parts = urlsplit(url if "://" in url else f"http://{url}")
-    line = ""
+    url = url if "://" in url else f"http://{url}"
+    parts, header = urlsplit(url), ""
     if parts.username is not None:
         secret = f"{unquote(parts.username)}:{unquote(parts.password or '')}"
-        line = f"Proxy-Authorization: Basic {base64.b64encode(secret.encode()).decode()}\r\n"
-    return Proxy(parts.scheme, parts.hostname or "", parts.port or PORTS.get(parts.scheme, 80), line)
+        header = f"Basic {base64.b64encode(secret.encode()).decode()}"
+    return Proxy(parts.scheme, parts.hostname or "", parts.port or PORTS.get(parts.scheme, 80), header, url)
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
 
 
 @functools.lru_cache(maxsize=256)  # few different URLs
 def proxy_of(base_url: str) -> Proxy | None:
-    """The proxy that the environment has for a checked base URL. Raises Temporary."""
-    parts = urlsplit(base_url)
-    url = urllib.request.getproxies().get(parts.scheme)
-    if not url or urllib.request.proxy_bypass(parts.hostname or ""):
+    """The proxy that the environment has for a checked base URL; a loopback address has none, as NO_PROXY often lacks
+    it, and no other machine can reach it. Raises Temporary."""
+    parts, urls = urlsplit(base_url), urllib.request.getproxies()
+    host, url = parts.hostname or "", urls.get(parts.scheme) or urls.get("all")
+    if not url or _is_loopback(host) or urllib.request.proxy_bypass(host):
         return None
     proxy = _read_proxy(url)
     if proxy.scheme not in PORTS or not proxy.host:

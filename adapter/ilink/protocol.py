@@ -349,11 +349,11 @@ def read_updates(reply: IlinkReply, *, polled_s: float) -> Polled:
 
 
 def read_sent(reply: IlinkReply) -> Accepted:
-    """Raises SessionExpired (-14), Throttled (-2 and its like), Refused for other codes, Temporary if nothing was
-    taken, and Uncertain if something may have been taken.
+    """Raises SessionExpired (-14), Throttled (-2 and its like), Refused for other codes and 413, Temporary if nothing
+    was taken, and Uncertain if something may have been taken: "http_5xx", or "unreadable" for a 2xx.
 
-    An error status without iLink's code is a gateway's: 4xx, and 5xx of one that did not reach iLink, mean that
-    nothing was taken; after any other 5xx iLink may have the request.
+    An error status is a gateway's, whatever stands beside it but -14 and -2: 4xx, and 5xx of one that did not reach
+    iLink (BUSY, UNREACHED), mean that nothing was taken; after any other 5xx iLink may have the request.
     """
     if not 200 <= reply.status < 300:
         if refusal := _find_refusal(reply):
@@ -504,9 +504,9 @@ def _decode_error_text(errmsg: bytes) -> str:
 
 
 def _find_refusal(reply: IlinkReply) -> wire.WireReply | None:
-    """iLink's own refusal beside an error status, which tells more than the status. None: a gateway answered.
+    """iLink's own -2 beside an error status. None: the status alone counts. Raises SessionExpired (-14).
 
-    Beside a status of BUSY only a stale token and a throttle count. Raises SessionExpired (-14).
+    Any other code there is a gateway's: 500 with `{"ret":-1}` would otherwise end every command that waits.
     """
     if 200 <= reply.status < 300 or reply.body[:1] != b"{":
         return None
@@ -516,8 +516,7 @@ def _find_refusal(reply: IlinkReply) -> wire.WireReply | None:
         return None
     if answer.code == wire.STALE_TOKEN:
         raise _session_expired(answer)
-    counts = answer.code in wire.THROTTLED if reply.status in BUSY else answer.code != 0
-    return answer if counts else None
+    return answer if answer.code == wire.THROTTLE else None
 
 
 def _check_status(reply: IlinkReply) -> None:

@@ -11,7 +11,8 @@ from typing import Annotated, Any, Final, Literal, TypeAlias
 import msgspec
 
 STALE_TOKEN: Final = -14
-THROTTLED: Final = (-2, -12, -13)
+THROTTLE: Final = -2
+THROTTLED: Final = (THROTTLE, -12, -13)
 """The code of the official client, and two that other projects report for the same refusal."""
 
 OPAQUE_CHARS: Final = 131_072

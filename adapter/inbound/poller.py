@@ -179,8 +179,8 @@ class BotPoller:
 
     @property
     def has_answer(self) -> bool:
-        """An answer of iLink is not stored yet."""
-        return self.state is State.STORING
+        """An answer of iLink is not stored yet, or not even read."""
+        return self.state is State.STORING or self._deps.chat.has_answer(self.bot)
 
     def stop(self, *, immediately: bool) -> None:
         """Asks the poller to end at the next boundary or pause; with `immediately` also cuts a poll that waits."""
@@ -514,11 +514,12 @@ class BotPoller:
         return polled
 
     def _end_poll(self, for_lease: bool) -> None:
-        """Ends the waiting poll, even one that began after `cancel_poll`, since the reason still holds."""
+        """Ends the waiting poll, even one that began after `cancel_poll`, since the reason still holds; not one that
+        has its answer."""
         if for_lease and self.checkpoint is not None:
             with contextlib.suppress(LeaseLost):
                 return self.checkpoint.check()  # it never belonged to another replica
-        if self._is_waiting and self._is_cut and self._task is not None:
+        if self._is_waiting and self._is_cut and self._task is not None and not self.has_answer:
             self._is_waiting = False
             self._task.cancel()
 

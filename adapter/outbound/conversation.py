@@ -672,6 +672,8 @@ class Conversation:
         except (StoreAway, LeaseLost):
             raise
         except AdapterError as exc:
+            if exc.reason == "http_5xx" and not self._failures:  # some last until iLink has a new session
+                self._shard.restart_session(bot.id)
             await self._after_failure(exc, bot, group, is_upload=True)
 
     def _report(self, answer: AdapterError, bot: ServingBot, progress: SendProgress | None) -> None:

@@ -213,6 +213,7 @@ def result_of(receipt: Receipt) -> CommandResult:
         receipt.errcode,
         receipt.errmsg,
         receipt.repeat_of,
+        receipt.http_status,
     )
 
 
@@ -232,6 +233,7 @@ def _receipt(
         ret=result.ret,
         errcode=result.errcode,
         errmsg=result.errmsg,
+        http_status=result.http_status,
         window=shown,
         reply_to=reply_to,
         repeat_of=result.repeat_of,

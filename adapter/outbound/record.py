@@ -74,6 +74,8 @@ class SendProgress(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True
     errcode: int | None = None
     errmsg: str = ""
     """iLink's last answer, or its first answer without a message id."""
+    http_status: int = 0
+    """Of the last answer to this part, if it was not accepted; 0: there was none."""
 
     @property
     def is_partially_sent(self) -> bool:

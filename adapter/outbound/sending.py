@@ -89,6 +89,7 @@ class CommandResult(msgspec.Struct, frozen=True):
     errcode: int | None = None
     errmsg: str = ""
     repeat_of: int = 0
+    http_status: int = 0
 
     @property
     def is_sent(self) -> bool:
@@ -284,6 +285,8 @@ def after_answer(
     """The record after iLink's answer to the request under way, or after its failure."""
     progress = record.head
     assert progress is not None
+    if isinstance(answer, AdapterError):
+        progress = msgspec.structs.replace(progress, http_status=answer.http_status)
     match answer:
         case Accepted():
             return _after_accepted(record, progress, answer, content, now_ms)
@@ -312,6 +315,7 @@ def _after_accepted(
         ret=told.ret,
         errcode=told.errcode,
         errmsg=told.errmsg,
+        http_status=0,
         part=progress.part + 1,
         unanswered_attempts=0,
         message_ids=[*progress.message_ids, ident] if ident else progress.message_ids,
@@ -335,7 +339,8 @@ def is_throttled_again(before: SendProgress) -> bool:
 def refusal(answer: Refused, attempts: int) -> CommandResult:
     """iLink's refusal as the result of a command."""
     reason = "throttled" if isinstance(answer, Throttled) else answer.reason
-    return CommandResult("refused", reason, answer.detail, (), attempts, answer.ret, answer.errcode, answer.errmsg)
+    raw = answer.ret, answer.errcode, answer.errmsg
+    return CommandResult("refused", reason, answer.detail, (), attempts, *raw, http_status=answer.http_status)
 
 
 # how commands end -------------------------------------------------------------------------------------
@@ -360,7 +365,8 @@ def final_result(result: CommandResult, record: ConversationRecord, command: Que
     if progress.part and progress.part >= command.part_count:
         return accepted_result(progress)
     attempts = max(result.attempts, progress.attempts)
-    result = msgspec.structs.replace(result, message_ids=tuple(progress.message_ids), attempts=attempts)
+    ids, status = tuple(progress.message_ids), result.http_status or progress.http_status
+    result = msgspec.structs.replace(result, message_ids=ids, attempts=attempts, http_status=status)
     if not progress.unanswered_attempts or result.outcome == "uncertain":
         return result
     detail = f"An earlier request got no answer, so the message may have been sent. Last answer: {result.detail}"

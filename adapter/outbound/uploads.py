@@ -43,21 +43,16 @@ class Uploads:
         read = partial(_reading, await self._open_source(part))
         measured = await self._measure_content(read)
         found = identify(measured.head, part.name)
-        try:
-            async with self._transfers.slot(sandbox):
-                return await self._cdn.upload(
-                    account,
-                    user=user,
-                    kind=_media_kind_of(part, found.mime),
-                    name=part.name or file_name(found.mime.partition("/")[0], found.suffix),
-                    size=measured.size,
-                    md5=measured.md5,
-                    read=read,
-                )
-        except Temporary as exc:
-            if isinstance(exc.__cause__, StoreAway):
-                raise exc.__cause__ from None
-            raise
+        async with self._transfers.slot(sandbox):
+            return await self._cdn.upload(
+                account,
+                user=user,
+                kind=_media_kind_of(part, found.mime),
+                name=part.name or file_name(found.mime.partition("/")[0], found.suffix),
+                size=measured.size,
+                md5=measured.md5,
+                read=read,
+            )
 
     async def _open_source(self, part: MediaPart) -> Read:
         """Raises Refused("media"), StoreAway."""

@@ -141,21 +141,26 @@ async def test_media_of_other_sandboxes_and_absent_ones_are_refused(tmp_path: Pa
         assert seen(made, bot) == ["first"]
 
 
-F24: list[tuple[str, dict[str, Any], int, str, int]] = [
-    ("rejected", {"kind": "rejected", "message": "illegal content"}, -1, "refused", 1),
-    ("error-for-ever", {"kind": "error"}, -1, "refused", 3),
-    ("down-twice", {"kind": "down"}, 2, "accepted", 2),
+F24: list[tuple[str, dict[str, Any], int, str, int, int]] = [
+    ("rejected", {"kind": "rejected", "message": "illegal content"}, -1, "refused", 1, 0),
+    ("error-three-times", {"kind": "error"}, 3, "accepted", 3, 1),
 ]
 
 
 @pytest.mark.parametrize(
-    ("params", "count", "outcome", "failures"), [row[1:] for row in F24], ids=[row[0] for row in F24]
+    ("params", "count", "outcome", "failures", "restarts"), [row[1:] for row in F24], ids=[row[0] for row in F24]
 )
-async def test_f24_uploads_are_tried_three_times_and_a_refusal_is_final(
-    tmp_path: Path, params: dict[str, Any], count: int, outcome: str, failures: int
+async def test_f24_uploads_wait_for_a_cdn_that_fails_and_a_refusal_is_final(
+    tmp_path: Path, params: dict[str, Any], count: int, outcome: str, failures: int, restarts: int
 ) -> None:
+    """Each try has an URL of its own. After an error iLink is told once more that the bot is there."""
+
+    def calls(endpoint: str) -> int:
+        return sum(call.count for call in made.sim.calls(bot.bot, endpoint))
+
     async with world(tmp_path) as made:
         nc, bot = await started(made)
+        announced = calls("msg/notifystart")
         rule = made.sim.set_fault(FaultRule(fault="F24", endpoint="cdn/upload", count=count, params=params))
         await send(made, nc, "c", inline("file", PDF, caption="look"))
         await send(made, nc, "next", {"kind": "text", "text": "after"})
@@ -163,10 +168,11 @@ async def test_f24_uploads_are_tried_three_times_and_a_refusal_is_final(
         receipt = await final_of(made, "c")
         assert receipt.outcome == outcome
         if outcome == "refused":
-            assert (receipt.reason, len(receipt.message_ids)) == ("media", 1)
-            assert bool(receipt.detail)
-            assert ("illegal content" in receipt.detail) == (params["kind"] == "rejected")
+            assert (receipt.reason, receipt.http_status, len(receipt.message_ids)) == ("media", 400, 1)
+            assert "illegal content" in receipt.detail
         assert rule.struck == failures
+        assert calls("getuploadurl") == failures + (outcome == "accepted")
+        assert calls("msg/notifystart") - announced == restarts
         assert seen(made, bot) == ["look", *([("file", "file.pdf", PDF)] if outcome == "accepted" else []), "after"]
 
 

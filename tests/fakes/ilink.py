@@ -101,11 +101,16 @@ class FakeChat:
         self.typing: list[Shown] = []
         self.typing_answers: deque[Exception | bool] = deque()
         """Answers to sendtyping, False: -2; without one it is done."""
+        self.reading: set[str] = set()
+        """Bots whose answer has come, and is not read yet."""
         self._clock = clock
         self._out: set[tuple[str, ...]] = set()
 
     def is_connecting(self, bot: str) -> bool:
         return False
+
+    def has_answer(self, bot: str) -> bool:
+        return bot in self.reading
 
     async def poll(self, account: Account, cursor: str, hold_ms: int) -> Polled | None:
         assert not self.polling, "two polls at once"

@@ -15,7 +15,7 @@ from structlog.testing import capture_logs
 from adapter.errors import Refused, Temporary
 from adapter.ilink.cdn import CdnClient
 from adapter.ilink.client import ILink
-from adapter.ilink.network import LookUpHost, Resolver, is_exempt, is_public, resolve_host
+from adapter.ilink.network import LookUpHost, Resolver, is_exempt, is_public, proxy_of, resolve_host
 from adapter.observability.metrics import Metrics
 from adapter.ports import Account, MediaRef, Pieces
 from tests.authority import Authority
@@ -472,6 +472,8 @@ async def test_a_proxy_of_the_environment_may_be_inside_and_resolves_for_itself(
     server = await asyncio.start_server(proxy, "127.0.0.1", 0)
     port = server.sockets[0].getsockname()[1]
     monkeypatch.setenv("HTTPS_PROXY", f"http://proxy.internal:{port}")
+    monkeypatch.setenv("NO_PROXY", "localhost,::1")
+    proxy_of.cache_clear()
     look_up, asked = leads_to(["127.0.0.1"])
     ilink = ILink(
         Metrics(),

@@ -9,7 +9,7 @@ from typing import Any
 import msgspec
 import pytest
 
-from adapter.errors import AdapterError, Temporary, Uncertain
+from adapter.errors import AdapterError, Temporary, Throttled, Uncertain
 from adapter.ilink.client import ILink
 from adapter.ilink.protocol import Declared, IlinkReply, IlinkRequest, Upload
 from adapter.observability.metrics import Metrics
@@ -136,13 +136,14 @@ async def test_a_send_alone_may_not_be_asked_twice(monkeypatch: pytest.MonkeyPat
 @pytest.mark.parametrize(
     ("answer", "expected"),
     [
-        (TimeoutError(), (Uncertain, "timeout")),
-        (Uncertain("network", "cut"), (Uncertain, "network")),
-        (Temporary("network", "refused"), (Temporary, "network")),
-        (IlinkReply(503, {"content-encoding": "br"}, b"?"), (Temporary, "http_5xx")),
-        (IlinkReply(403, {"content-encoding": "gzip"}, b"?"), (Temporary, "http_4xx")),
-        (IlinkReply(502, {"content-encoding": "gzip"}, b"?"), (Uncertain, "http_5xx")),
-        (IlinkReply(200, {"content-encoding": "gzip"}, b"?"), (Uncertain, "unreadable")),
+        (TimeoutError(), (Uncertain, "timeout", 0)),
+        (Uncertain("network", "cut"), (Uncertain, "network", 0)),
+        (Temporary("network", "refused"), (Temporary, "network", 0)),
+        (IlinkReply(503, {"content-encoding": "br"}, b"?"), (Temporary, "http_5xx", 503)),
+        (IlinkReply(403, {"content-encoding": "gzip"}, b"?"), (Temporary, "http_4xx", 403)),
+        (IlinkReply(502, {"content-encoding": "gzip"}, b"?"), (Uncertain, "http_5xx", 502)),
+        (IlinkReply(200, {"content-encoding": "gzip"}, b"?"), (Uncertain, "unreadable", 200)),
+        (reply({"ret": -2}, 429), (Throttled, "throttled", 429)),
     ],
     ids=[
         "no answer",
@@ -152,6 +153,7 @@ async def test_a_send_alone_may_not_be_asked_twice(monkeypatch: pytest.MonkeyPat
         "403 in broken gzip",
         "502 in broken gzip",
         "200 in broken gzip",
+        "-2 beside 429",
     ],
 )
 async def test_failures_of_a_send_say_whether_it_may_have_arrived(
@@ -160,4 +162,4 @@ async def test_failures_of_a_send_say_whether_it_may_have_arrived(
     answering = Answering(monkeypatch, answer)
     with pytest.raises(AdapterError) as caught:
         await CALLS["sendmessage"](answering.ilink)
-    assert (type(caught.value), caught.value.reason) == expected
+    assert (type(caught.value), caught.value.reason, caught.value.http_status) == expected

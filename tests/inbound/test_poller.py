@@ -507,38 +507,6 @@ def test_an_answer_that_came_while_the_loop_was_busy_is_read_before_the_poll_is_
         assert runner.run(poll()) == b"hi"
 
 
-@pytest.mark.parametrize("is_cancelled", [False, True], ids=["cut-again", "cancelled"])
-async def test_an_answer_that_is_being_read_when_its_poll_is_cut_is_stored(is_cancelled: bool) -> None:
-    """A large one takes seconds. Who cancels the poller itself ends it all the same."""
-    bench = await ready()
-    answers = iter([batch(raw(), cursor="b")])
-
-    async def poll(account: Account, cursor: str, hold_ms: int) -> Polled | None:
-        try:
-            await asyncio.Event().wait()
-        except asyncio.CancelledError:
-            if (answer := next(answers, None)) is None:
-                raise
-            await asyncio.sleep(3)
-            return answer
-        return None
-
-    bench.chat.poll = poll  # type: ignore[method-assign]
-    session, task = start_poller(bench)
-    await asyncio.sleep(5)
-    session.cancel_poll()
-    await asyncio.sleep(1)
-    session.cancel_poll()
-    if is_cancelled:
-        await asyncio.sleep(1)
-        task.cancel()
-    await asyncio.sleep(10)
-    assert (texts(bench), task.done()) == ([] if is_cancelled else ["hello"], is_cancelled)
-    session.stop(immediately=True)
-    await asyncio.wait([task])
-    assert (task.cancelled(), (await bench.checkpoint()).owner) == (is_cancelled, "")
-
-
 async def test_what_nobody_polls_grows_old_while_its_poller_begins_again_and_again(poller: Poller) -> None:
     bench = await ready(*[Refused("url", "may not be called")] * 100)
     session = poller(bench)

@@ -10,7 +10,7 @@ import msgspec
 import pytest
 
 from adapter.contract.names import H_MSG_ID, H_USER, UNROUTED, derive_traceparent
-from adapter.errors import BusRefused, Refused
+from adapter.errors import AdapterError, BusRefused, Refused, Temporary, Throttled, Uncertain
 from adapter.outbound.commands import copy_headers
 from adapter.outbound.receipts import DEAD_LETTERS
 from adapter.outbound.record import CommandRef
@@ -53,13 +53,36 @@ async def test_a_stream_that_was_made_anew_begins_again() -> None:
     assert bench.chat.texts == ["a", "b", "c", "d"]
 
 
+@pytest.mark.parametrize(
+    ("kind", "reason", "status", "ended"),
+    [
+        (Refused, "rejected", 413, ("refused", "rejected")),
+        (Throttled, "throttled", 429, ("parked", "throttled")),
+        (Temporary, "http_5xx", 503, ("refused", "expired")),
+        (Uncertain, "http_5xx", 502, ("uncertain", "")),
+    ],
+    ids=["refused", "held", "until it expired", "never answered"],
+)
+async def test_a_receipt_has_the_http_status_of_what_ended_or_held_its_command(
+    kind: type[AdapterError], reason: str, status: int, ended: tuple[str, str]
+) -> None:
+    answer = kind(reason)
+    answer.http_status = status
+    bench, shard = await ready()
+    bench.chat.sends.extend([answer] * 9)
+    shard.on_delivery(bench.command("hi", id="c1", expires_in_s=30 if kind is Temporary else 3600))
+    await asyncio.sleep(2000)
+    receipt = bench.bus.receipts()[0]
+    assert (receipt.outcome, receipt.reason, receipt.http_status) == (*ended, status)
+
+
 async def test_a_receipt_says_what_ilink_said_and_what_is_left() -> None:
     bench, shard = await ready()
     bench.chat.sends.append(Refused("rejected", "iLink answered -7", ret=-7, errcode=1, errmsg="nope"))
     shard.on_delivery(bench.command("hi", id="c1"))
     await asyncio.sleep(5)
     (receipt,) = bench.bus.receipts()
-    assert (receipt.ret, receipt.errcode, receipt.errmsg) == (-7, 1, "nope")
+    assert (receipt.ret, receipt.errcode, receipt.errmsg, receipt.http_status) == (-7, 1, "nope", 0)
     assert (receipt.bot, receipt.user, receipt.attempts) == (BOT, USER, 1)
     assert receipt.window.remaining == 10
 

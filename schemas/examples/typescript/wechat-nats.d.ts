@@ -1,5 +1,5 @@
 /* Messages of the bus, generated from the JSON Schemas here by `make generate`; do not edit.
-   Of: 1a7f86e565ea528f727308b9df9e911ed0ad3f82a04f0974dac0fbe604c2750f */
+   Of: a83e9cf4602b89ba734cd48edd89ca056ff81949e30a7d044da41e0ecec61226 */
 
 /**
  * Options of a binding.
@@ -908,6 +908,10 @@ export interface Receipt {
    * From iLink's answer.
    */
   errmsg?: string;
+  /**
+   * Of the last answer of iLink, its CDN or a gateway that refused the command or held it up. 0: there was none, or it is accepted.
+   */
+  http_status?: number;
   window?: Window;
   /**
    * Requests to sendmessage for this command.
