@@ -114,8 +114,13 @@ class Conversation:
         """Requests for the head in a row that iLink did not take."""
         self._rejections = 0
         """Times that iLink answered -14 for the head while the session was alive."""
-        self._unanswered_at = -math.inf
-        """Monotonic time at which the request under way was over without an answer."""
+        self._posted_at = self._unanswered_at = -math.inf
+        """Monotonic times at which the request under way was made first, and was over without an answer; or at which
+        the record was read that says so."""
+        self._has_looked = False
+        """The receipt of what is about to be repeated was asked for."""
+        self._uncertain = 0
+        """Commands in a row that ended `uncertain`."""
         self._content: Content | None = None
         """What the message in progress sends, if it was uploaded or merged here."""
         self._content_of = _NOTHING
@@ -190,9 +195,7 @@ class Conversation:
             record = msgspec.structs.replace(record, bot=serving.id)
         self.record = self._stored = record
         self._revision, self.is_loaded = revision, True
-        clock, head = self._shard.deps.clock, record.head
-        age_ms = max(0, clock.now_ms() - head.unanswered_ms) if head is not None and head.unanswered_ms else 0
-        self._unanswered_at = clock.monotonic() - age_ms / 1000  # sends that were accepted here since then count
+        self._posted_at = self._unanswered_at = self._shard.deps.clock.monotonic()
         self.on_binding()
         if newest is not None:
             self.on_inbound(newest)
@@ -331,8 +334,13 @@ class Conversation:
             if head.typing == "on":
                 shard.show_typing(self)
             await self._end([(head, CommandResult("accepted"))])
-        elif (due_s := self._next_due_s(self.bot, now_ms)) > 0:
+        elif (due_s := self._next_due_s(self.bot)) > 0:
             await self._wait(due_s, seen)
+        elif progress is not None and progress.unanswered_attempts and not self._has_looked:
+            self._has_looked = True  # another owner may have ended it since
+            for command in (group := sending.in_progress(queue, self.record)):
+                command.is_checked = False
+            await self._look_up(group)
         else:
             await self._send(self.bot, seen)
 
@@ -395,18 +403,21 @@ class Conversation:
 
     # waiting ----------------------------------------------------------------------------------------
 
-    def _next_due_s(self, bot: ServingBot, now_ms: int) -> float:
+    def _next_due_s(self, bot: ServingBot) -> float:
         """Seconds until the next request may be made."""
-        due_s = self._not_before - self._shard.deps.clock.monotonic()
-        progress = self.record.head
+        now = self._shard.deps.clock.monotonic()
+        due_s, progress = self._not_before - now, self.record.head
         if progress is not None and progress.unanswered_attempts:
-            repeat_ms = sending.repeat_due_ms(progress, is_accepting=self._is_accepting(bot))
-            due_s = max(due_s, min(repeat_ms - now_ms, sending.REPEAT_LATEST_MS) / 1000)
+            over_s, posted_s = now - self._unanswered_at, now - self._posted_at
+            is_answering = self._is_answering(bot, progress)
+            due_s = max(due_s, sending.repeat_due_s(over_s, posted_s, is_answering=is_answering))
         return due_s
 
-    def _is_accepting(self, bot: ServingBot) -> bool:
-        """Whether iLink has accepted a send of anybody since it left one of this user without an answer."""
-        return self._shard.deps.accepted.since(bot.account.base_url, self._unanswered_at)
+    def _is_answering(self, bot: ServingBot, progress: SendProgress) -> bool:
+        """Whether iLink has answered a request of anybody that began since it left one of this user without an
+        answer: after a lost connection any request, else a send."""
+        successes = self._shard.deps.successes
+        return successes.since(bot.account.base_url, self._unanswered_at, of_any=progress.was_reset)
 
     async def _wait(self, due_s: float, seen: int) -> None:
         """Waits until something is due or has changed."""
@@ -414,11 +425,16 @@ class Conversation:
         expiry_s = (self._expires_ms - deps.clock.now_ms()) / 1000
         due_s = max(SHORTEST_WAIT_S, min(due_s, expiry_s, LONGEST_WAIT_S))
         bot, progress = self.bot, self.record.head
-        if bot is None or progress is None or not progress.unanswered_attempts or self._is_accepting(bot):
+        if bot is None or progress is None or not progress.unanswered_attempts or self._is_answering(bot, progress):
             await self._changed.wait_until(lambda: self._version != seen, due_s)
             return
+        ask_s = sending.REPEAT_AFTER_S + self._unanswered_at - deps.clock.monotonic()
+        if ask_s <= 0:
+            ask_s = deps.successes.ask(bot.account, self)
         await self._changed.wait_until(
-            lambda: self._version != seen or self._is_accepting(bot), due_s, also=deps.accepted.changed
+            lambda: self._version != seen or self._is_answering(bot, progress),
+            min(due_s, ask_s),
+            also=deps.successes.changed,
         )
 
     async def _wait_blocked(self, head: QueuedCommand, reason: str, seen: int) -> None:
@@ -537,6 +553,8 @@ class Conversation:
         """Counts and stores the request, and makes it. None: it was not made, and is taken back."""
         shard, deps = self._shard, self._shard.deps
         self.is_sending = True
+        if not progress.unanswered_attempts:
+            self._posted_at = deps.clock.monotonic()
         self.record = window.record_attempt(self.record, progress, deps.clock.now_ms())
         self._not_before = deps.clock.monotonic() + deps.policy.gap_ms / 1000
         try:
@@ -549,6 +567,8 @@ class Conversation:
         if not is_wanted:
             self._take_back()
             return None
+        began = deps.clock.monotonic()
+        deps.successes.note_post(bot.account.base_url, self)
         try:
             accepted = await deps.chat.send(
                 bot.account,
@@ -563,7 +583,7 @@ class Conversation:
             raise
         except AdapterError as exc:
             return exc
-        deps.accepted.note(bot.account.base_url)
+        deps.successes.note(bot.account.base_url, began, is_send=True)
         return accepted
 
     def _take_back(self) -> None:
@@ -578,6 +598,7 @@ class Conversation:
         deps, before = self._shard.deps, self.record.head
         assert before is not None
         self.record = sending.after_answer(self.record, answer, content, deps.clock.now_ms())
+        self._uncertain = self._uncertain if isinstance(answer, Uncertain | Temporary) else 0
         if isinstance(answer, Accepted):
             self._failures = 0
             progress = self.record.head
@@ -588,7 +609,7 @@ class Conversation:
         if isinstance(answer, Throttled):
             self._report(answer, bot, before)
             refusal = sending.refusal(answer, before.attempts)
-            if sending.is_throttled_again(before):
+            if sending.is_throttled_again(before) or before.unanswered_attempts > 1:  # the first may be the last send
                 return self._end([(command, refusal) for command in group])
             self._refusal = refusal
             self._alone_up_to = max(self._alone_up_to, group[0].sequence)
@@ -621,7 +642,7 @@ class Conversation:
             await self._end([(command, refusal) for command in group])
         elif isinstance(answer, Uncertain) and not is_upload:
             deps.metrics.outbound_retries.labels(reason=answer.reason).inc()
-            self._unanswered_at = deps.clock.monotonic()
+            self._unanswered_at, self._has_looked = deps.clock.monotonic(), False
             await self._save()  # the pause before its repeat is long
         else:
             deps.metrics.outbound_retries.labels(reason=answer.reason).inc()
@@ -698,6 +719,7 @@ class Conversation:
         """Publishes final receipts, then acknowledges the commands. All receipts come first: a new owner that finds
         one of a merged message knows the result of the others."""
         ends = [(command, sending.final_result(result, self.record, command)) for command, result in ends]
+        is_unanswered = self.record.head is not None and self.record.head.unanswered_attempts > 0
         if len(ends) == 1:
             told = [await self._publish_final(*ends[0])]
         else:
@@ -709,6 +731,11 @@ class Conversation:
         if not ends:
             return
         command, result = ends[-1]
+        if is_unanswered and result.outcome == "uncertain":
+            self._uncertain += 1
+            first_s, longest_s = sending.AFTER_UNCERTAIN_S
+            pause_s = backoff(self._uncertain, first_s=first_s, longest_s=longest_s)
+            self._not_before = self._shard.deps.clock.monotonic() + pause_s
         if (not self.queue or self.reason) and not (command.typing == "on" and result.is_sent):
             self._shard.typing.hide(self.sandbox, self.user)
 
@@ -750,6 +777,7 @@ class Conversation:
         """Forgets what concerned the former head."""
         self._content, self._content_of, self._refusal = None, _NOTHING, None
         self._failures = self._rejections = 0
+        self._has_looked = False
 
     # the record -------------------------------------------------------------------------------------
 

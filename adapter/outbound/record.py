@@ -61,10 +61,8 @@ class SendProgress(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True
     attempts: int = 0
     unanswered_attempts: int = 0
     """Requests for this part that may have been sent and have no answer, including the one about to be sent."""
-    posted_ms: int = 0
-    """When the first of these was sent."""
-    unanswered_ms: int = 0
-    """When it was over without an answer; 0: its owner ended before that."""
+    was_reset: bool = False
+    """The last of these has lost its connection. Else iLink was silent, or a gateway has answered."""
     counted_in_window: str = ""
     throttled_in_window: str = ""
     message_ids: list[str] = []

@@ -8,7 +8,7 @@ as refused. Nothing here has a clock or does I/O.
     iLink's answer to a request     what follows
     ------------------------------  --------------------------------------------------------------------------
     accepted                        the next part, or the commands of the message end
-    none, or one of a gateway       one repeat with the same client_id (`repeat_due_ms`), then `uncertain`
+    none, or one of a gateway       one repeat with the same client_id (`repeat_due_s`), then `uncertain`
     not taken                       tried again after a pause, until the command expires
     -2, -13                         the window is throttled; throttled in a second window: refused
     -14                             the session is tested: alive: one more try, then refused; dead: the queue waits
@@ -44,10 +44,12 @@ from adapter.ports import Accepted, Account, Content, Delivery
 MAX_RESENDS = 1
 """Repeats of a request that got no answer. They have the same client_id, by which clients expect WeChat to show the
 message once (docs/reference/ilink-protocol.md, "sendmessage")."""
-REPEAT_AFTER_MS = 60_000
-"""Least time between a request without an answer and its repeat: an iLink that hangs gets no second request."""
-REPEAT_LATEST_MS = 300_000
-"""Time after which it is repeated although iLink has accepted nothing from anybody."""
+REPEAT_AFTER_S = 3.0
+"""Least time between the end of a request without an answer and its repeat."""
+REPEAT_LATEST_S = 300.0
+"""Time after a first request without an answer at which it is repeated although iLink has answered nobody since."""
+AFTER_UNCERTAIN_S = (60.0, 3600.0)
+"""Pause of a user after an `uncertain`, which doubles with each further one, and the longest one."""
 MERGED_AT_ONCE = 32
 """Most texts in one merged message."""
 EXPIRED = "It was not sent in time."
@@ -191,14 +193,11 @@ def while_blocked(command: QueuedCommand, reason: str, *, is_head: bool) -> Comm
     return CommandResult("refused" if command.when_closed == "refuse" else "parked", reason)
 
 
-def repeat_due_ms(progress: SendProgress, *, is_accepting: bool) -> int:
-    """When a request without an answer may be repeated. `is_accepting`: iLink has accepted a send of anybody since.
-
-    If the owner of the request ended before its time was over, nothing says that iLink is away.
-    """
-    if not progress.unanswered_ms:
-        return 0
-    return progress.posted_ms + (REPEAT_AFTER_MS if is_accepting else REPEAT_LATEST_MS)
+def repeat_due_s(over_s: float, posted_s: float, *, is_answering: bool) -> float:
+    """Seconds until a request without an answer may be repeated. `over_s`: since it was over, `posted_s`: since the
+    first one was made. `is_answering`: iLink has answered somebody with success since (`sessions.Successes`)."""
+    earliest = REPEAT_AFTER_S - over_s
+    return earliest if is_answering else max(earliest, REPEAT_LATEST_S - posted_s)
 
 
 def is_repeatable(progress: SendProgress, bot: str) -> bool:
@@ -291,7 +290,7 @@ def after_answer(
         case Accepted():
             return _after_accepted(record, progress, answer, content, now_ms)
         case Uncertain():
-            return window.record_unanswered(record, progress, now_ms)
+            return window.record_unanswered(record, progress, now_ms, was_reset=answer.reason == "network")
         case Throttled():
             record = window.record_throttled(record, progress, now_ms)
         case _:

@@ -10,6 +10,7 @@ import structlog
 from adapter.bindings.registry import Bindings, account_of
 from adapter.contract.records import Binding
 from adapter.errors import AdapterError, Refused, SessionExpired, Temporary, Uncertain
+from adapter.kit.tasks import TaskSet
 from adapter.kit.timing import ChangeSignal, Clock
 from adapter.ports import Account, Chat
 from adapter.security.seal import Sealer
@@ -18,6 +19,8 @@ log = structlog.get_logger()
 
 RESTART_EVERY_S = 60.0
 """Shortest time between two restarts of a bot's session."""
+ASK_EVERY_S = 10.0
+"""Time without a send of others after which iLink is asked whether it answers, and between two such questions."""
 POLLED_WITHIN_S = 90.0
 """A bot that is not polled for so long, for instance while a stream is full, counts as not alive for now."""
 
@@ -43,7 +46,9 @@ class BotSession:
 class BotSessions:
     """Whether sends may go through a bot."""
 
-    def __init__(self, bindings: Bindings, chat: Chat, sealer: Sealer, clock: Clock) -> None:
+    def __init__(
+        self, bindings: Bindings, chat: Chat, sealer: Sealer, clock: Clock, *, default_base_url: str
+    ) -> None:
         self.polled: dict[str, BotSession] = {}
         """By bot; pollers enter themselves."""
         self.changed = ChangeSignal()
@@ -53,13 +58,21 @@ class BotSessions:
         self._chat = chat
         self._sealer = sealer
         self._clock = clock
+        self._default_base_url = default_base_url
 
     def account(self, binding: Binding) -> Account:
         """The bot's account. The token is opened once, not for each request. Raises Refused("token_key")."""
         known = self._accounts.get(binding.bot)
         if known is None or known[0] is not binding:
-            known = self._accounts[binding.bot] = binding, account_of(binding, self._sealer)
+            known = self._accounts[binding.bot] = (
+                binding,
+                account_of(binding, self._sealer)._replace(base_url=self.base_url(binding)),
+            )
         return known[1]
+
+    def base_url(self, binding: Binding) -> str:
+        """Where the bot's requests go: a binding without one and another that names the default share a host."""
+        return binding.base_url or self._default_base_url
 
     def forget(self, bot: str, session: BotSession) -> None:
         """The poller has ended."""
@@ -119,20 +132,59 @@ class BotSessions:
             log.debug("restart.failed", bot=bot, reason=exc.reason)
 
 
-class AcceptedSends:
-    """When iLink last accepted a send, by base URL. Nothing else is shared between tenants: a send without an answer
-    is repeated once anybody's send to the same place was accepted."""
+class Successes:
+    """When requests began that iLink answered with success, by base URL. Nothing else is shared between tenants: a
+    send without an answer is repeated once iLink has answered somebody's request to the same place.
 
-    def __init__(self, clock: Clock) -> None:
+    Where nobody else sends, a `notifystart` now and then stands for the request of somebody.
+    """
+
+    def __init__(self, chat: Chat, clock: Clock) -> None:
         self.changed = ChangeSignal()
+        self._chat = chat
         self._clock = clock
-        self._last: dict[str, float] = {}
+        self._sent: dict[str, float] = {}
+        """When the last send began that was accepted, by base URL."""
+        self._answered: dict[str, float] = {}
+        """As `_sent`, of any request."""
+        self._posts: dict[str, tuple[object, float, float]] = {}
+        """Who made the last send, when, and when somebody else made one."""
+        self._asked: dict[str, float] = {}
+        """When iLink was asked last."""
+        self._tasks = TaskSet("notify")
 
-    def note(self, base_url: str) -> None:
-        """iLink answered `ret` 0."""
-        self._last[base_url] = self._clock.monotonic()
+    def note(self, base_url: str, began: float, *, is_send: bool = False) -> None:
+        """iLink answered with success. `began`: monotonic time at which the request began."""
+        self._answered[base_url] = max(began, self._answered.get(base_url, began))
+        if is_send:
+            self._sent[base_url] = max(began, self._sent.get(base_url, began))
         self.changed.notify_all()
 
-    def since(self, base_url: str, monotonic: float) -> bool:
-        """Whether a send was accepted there at that time or later."""
-        return self._last.get(base_url, -math.inf) >= monotonic
+    def note_post(self, base_url: str, who: object) -> None:
+        """Somebody makes a send."""
+        last, at, others = self._posts.get(base_url, (who, -math.inf, -math.inf))
+        self._posts[base_url] = who, self._clock.monotonic(), others if last == who else at
+
+    def since(self, base_url: str, monotonic: float, *, of_any: bool) -> bool:
+        """Whether a send that began at that time or later was accepted there; `of_any`: or another request answered
+        with success."""
+        return (self._answered if of_any else self._sent).get(base_url, -math.inf) >= monotonic
+
+    def ask(self, account: Account, who: object) -> float:
+        """Asks iLink, unless others send there or it was asked lately. Returns the seconds until it may be asked."""
+        now, base_url = self._clock.monotonic(), account.base_url
+        last, at, others = self._posts.get(base_url, (who, -math.inf, -math.inf))
+        wait_s = max(others if last == who else at, self._asked.get(base_url, -math.inf)) + ASK_EVERY_S - now
+        if wait_s > 0:
+            return wait_s
+        self._asked[base_url] = now
+        self._tasks.spawn(self._notify(account, now))
+        return ASK_EVERY_S
+
+    async def _notify(self, account: Account, began: float) -> None:
+        try:
+            await self._chat.notify(account, start=True)
+        except AdapterError as exc:
+            log.info("notify.failed", bot=account.bot, host=self._chat.host_of(account.base_url), reason=exc.reason)
+            return
+        self.note(account.base_url, began, is_send=True)

@@ -63,7 +63,7 @@ from adapter.outbound.inbox import Folds, InboxReader
 from adapter.outbound.receipts import Address, Receipts, is_final, result_of
 from adapter.outbound.record import CommandRef, ConversationRecord
 from adapter.outbound.sending import CommandResult, QueuedCommand, SendPolicy, ServingBot
-from adapter.outbound.sessions import AcceptedSends, BotSessions
+from adapter.outbound.sessions import BotSessions, Successes
 from adapter.outbound.store import ConversationStore
 from adapter.outbound.typing_indicator import TypingIndicators
 from adapter.outbound.uploads import Uploads
@@ -107,7 +107,7 @@ class OutboundDeps(msgspec.Struct, frozen=True):
     bindings: Bindings
     leases: Leases
     sessions: BotSessions
-    accepted: AcceptedSends
+    successes: Successes
     sealer: Sealer
     inboxes: InboxReader
     ticks: PerTickLimiter
@@ -415,7 +415,7 @@ class Shard:
         return min(bots, key=lambda each: (not each.is_usable, each.id != bot))
 
     def _serving_bot(self, binding: Binding, *, is_other: bool) -> ServingBot:
-        sessions, account = self.deps.sessions, Account(binding.bot, "", binding.base_url)
+        sessions, account = self.deps.sessions, Account(binding.bot, "", self.deps.sessions.base_url(binding))
         try:
             account = sessions.account(binding)
         except Refused:  # its token cannot be opened

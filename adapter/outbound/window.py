@@ -154,8 +154,7 @@ def record_attempt(record: ConversationRecord, progress: SendProgress, now_ms: i
         attempts=progress.attempts + 1,
         unanswered_attempts=progress.unanswered_attempts + 1,
         counted_in_window=window.id,
-        posted_ms=progress.posted_ms if progress.unanswered_attempts else now_ms,
-        unanswered_ms=progress.unanswered_ms if progress.unanswered_attempts else 0,
+        was_reset=progress.was_reset and bool(progress.unanswered_attempts),
     )
     window = msgspec.structs.replace(
         window, sends_used=window.sends_used + is_new, sent_at_ms=[*earlier, now_ms][-SENT_KEPT:]
@@ -190,12 +189,13 @@ def record_throttled(record: ConversationRecord, progress: SendProgress, now_ms:
     return msgspec.structs.replace(record, window=msgspec.structs.replace(record.window, throttled_at_ms=left_ms))
 
 
-def record_unanswered(record: ConversationRecord, progress: SendProgress, now_ms: int) -> ConversationRecord:
+def record_unanswered(
+    record: ConversationRecord, progress: SendProgress, now_ms: int, *, was_reset: bool = False
+) -> ConversationRecord:
     """Records that the last request had no answer: iLink may have counted it at any moment until its end."""
     window = msgspec.structs.replace(record.window, sent_at_ms=[*record.window.sent_at_ms[:-1], now_ms])
-    return msgspec.structs.replace(
-        record, window=window, head=msgspec.structs.replace(progress, unanswered_ms=now_ms)
-    )
+    head = msgspec.structs.replace(progress, was_reset=was_reset)
+    return msgspec.structs.replace(record, window=window, head=head)
 
 
 def accepted(window: SendWindow, now_ms: int) -> SendWindow:

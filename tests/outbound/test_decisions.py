@@ -19,8 +19,6 @@ from adapter.outbound.record import (
     SentText,
 )
 from adapter.outbound.sending import (
-    REPEAT_AFTER_MS,
-    REPEAT_LATEST_MS,
     CommandResult,
     QueuedCommand,
     SendPolicy,
@@ -70,7 +68,6 @@ def under_way(*numbers: int, **fields: Any) -> SendProgress:
         "bot": "b1",
         "attempts": 1,
         "unanswered_attempts": 1,
-        "posted_ms": NOW,
         "counted_in_window": "in:1",
     }
     return SendProgress(**made | fields)
@@ -172,17 +169,18 @@ def test_the_receipt_of_a_command_whose_queue_waits(
 
 
 @rows(
-    "progress, is_accepting, due_ms",
+    "over_s, posted_s, is_answering, due_s",
     {
-        "at once if its owner ended while it was out": (under_way(1), False, 0),
-        "after five minutes if iLink is silent": (under_way(1, unanswered_ms=NOW + 9), False, NOW + REPEAT_LATEST_MS),
-        "after a minute if iLink accepts others": (under_way(1, unanswered_ms=NOW + 9), True, NOW + REPEAT_AFTER_MS),
+        "three seconds after its end if iLink answers others": (1.0, 16.0, True, 2.0),
+        "at once if it answers them later": (40.0, 55.0, True, -37.0),
+        "five minutes after the first one if iLink answers nobody": (40.0, 55.0, False, 245.0),
+        "three seconds after its end also then": (1.0, 299.0, False, 2.0),
     },
 )
 def test_when_a_request_without_an_answer_is_repeated(
-    progress: SendProgress, is_accepting: bool, due_ms: int
+    over_s: float, posted_s: float, is_answering: bool, due_s: float
 ) -> None:
-    assert sending.repeat_due_ms(progress, is_accepting=is_accepting) == due_ms
+    assert sending.repeat_due_s(over_s, posted_s, is_answering=is_answering) == due_s
 
 
 @rows(
@@ -357,7 +355,8 @@ LATER = NOW + 500
                 ),
             )
         ),
-        "no answer is known from now on": (under_way(1), Uncertain("timeout"), under_way(1, unanswered_ms=LATER)),
+        "a silence is one": (under_way(1), Uncertain("timeout"), under_way(1)),
+        "a lost connection is known": (under_way(1), Uncertain("network"), under_way(1, was_reset=True)),
         "what was not taken is taken back": (
             (under_way(1, 2), Temporary("unavailable"), under_way(1, 2, unanswered_attempts=0))
         ),

@@ -230,6 +230,7 @@ async def test_those_of_a_message_that_may_be_on_the_phone_expire_together() -> 
     bench, shard = await ready(is_open=False, merge_chars=CHARS)
     await impatient(bench, shard, 900, 60)
     bench.chat.sends.append(TIMEOUT)
+    bench.chat.notify_fails = Temporary("network")
     await user_writes(bench)
     await asyncio.sleep(55)
     assert finals(bench) == []

@@ -7,7 +7,8 @@ import asyncio
 import pytest
 
 from adapter.errors import SessionExpired, Temporary
-from adapter.outbound.sessions import AcceptedSends, BotSession, BotSessions
+from adapter.outbound.sessions import BotSession, BotSessions, Successes
+from adapter.ports import Account
 from tests.capture import Capture
 from tests.fakes import Bench, ready
 
@@ -18,7 +19,9 @@ HERE, ELSEWHERE = "https://a.weixin.qq.com", "https://b.weixin.qq.com"
 
 def sessions_of(bench: Bench, *bots: str) -> BotSessions:
     """Those of a replica that polls these bots."""
-    sessions = BotSessions(bench.bindings, bench.chat, bench.sealer, bench.clock)
+    sessions = BotSessions(
+        bench.bindings, bench.chat, bench.sealer, bench.clock, default_base_url="https://ilinkai.weixin.qq.com"
+    )
     sessions.polled.update({bot: BotSession() for bot in bots})
     return sessions
 
@@ -58,16 +61,37 @@ async def test_a_restart_that_fails_is_no_alarm_and_is_tried_after_a_minute(
     assert said == [("restart.failed", "DEBUG")] * 2
 
 
-async def test_a_send_is_accepted_since_a_time_at_its_base_url_alone() -> None:
+async def test_a_request_is_answered_since_a_time_at_its_base_url_alone() -> None:
     bench = await ready()
-    accepted = AcceptedSends(bench.clock)
-    before = bench.clock.monotonic()
-    assert not accepted.since(HERE, before)
-    await asyncio.sleep(1)
-    accepted.note(HERE)
-    at = bench.clock.monotonic()
-    assert [accepted.since(HERE, when) for when in (before, at, at + 0.001)] == [True, True, False]
-    assert not accepted.since(ELSEWHERE, before)
+    successes = Successes(bench.chat, bench.clock)
+    assert not successes.since(HERE, 0.0, of_any=True)
+    successes.note(HERE, 7.0)
+    assert [successes.since(HERE, when, of_any=True) for when in (6.0, 7.0, 7.1)] == [True, True, False]
+    assert not successes.since(HERE, 6.0, of_any=False)
+    successes.note(HERE, 8.0, is_send=True)
+    successes.note(HERE, 5.0, is_send=True)  # the answer to an earlier one comes later
+    assert [successes.since(HERE, when, of_any=False) for when in (7.0, 8.0, 8.1)] == [True, True, False]
+    assert not successes.since(ELSEWHERE, 0.0, of_any=True)
+
+
+async def test_ilink_is_asked_at_each_base_url_unless_others_send_there() -> None:
+    bench = await ready()
+    successes = Successes(bench.chat, bench.clock)
+    here, elsewhere = Account(BOT, "t", HERE), Account(OTHER, "t", ELSEWHERE)
+    successes.note_post(HERE, "me")
+    assert [successes.ask(here, "me"), successes.ask(here, "me"), successes.ask(elsewhere, "me")] == [10.0] * 3
+    await asyncio.sleep(0.1)
+    assert bench.chat.notified == [True, True]
+    assert successes.since(HERE, bench.clock.monotonic() - 1, of_any=False)
+    await asyncio.sleep(12)
+    successes.note_post(HERE, "another")
+    successes.note_post(HERE, "me")
+    await asyncio.sleep(4)
+    assert successes.ask(here, "me") == pytest.approx(6.0)
+    await asyncio.sleep(6)
+    successes.ask(here, "me")
+    await asyncio.sleep(0.1)
+    assert bench.chat.notified == [True] * 3
 
 
 async def test_an_answer_to_a_poll_that_began_before_is_no_proof_that_the_session_lives() -> None:

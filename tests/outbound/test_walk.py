@@ -77,6 +77,7 @@ STORIES = {
     "-2, then another message": Story(
         [writes(), answers("a", THROTTLED), command("a"), command("b"), pause(30), writes()],
         {"a": "accepted", "b": "accepted"},
+        killed={"a": "uncertain"},
     ),
     "-2, then refused": Story(
         [writes(), answers("a", THROTTLED), command("a", when_closed="refuse"), command("b"), pause(30), writes()],
@@ -84,7 +85,9 @@ STORIES = {
         killed={"a": "accepted refused/window_closed uncertain"},
     ),
     "-2, then the probe": Story(
-        [writes(), answers("a", THROTTLED), command("a"), command("b")], {"a": "accepted", "b": "accepted"}
+        [writes(), answers("a", THROTTLED), command("a"), command("b")],
+        {"a": "accepted", "b": "accepted"},
+        killed={"a": "uncertain"},
     ),
     "-3": Story(
         [writes(), answers("a", REJECTED), command("a"), command("b")],

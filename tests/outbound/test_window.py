@@ -173,13 +173,11 @@ def test_a_request_counts_once_in_each_window() -> None:
     assert first.head is not None
     assert (first.head.attempts, first.head.unanswered_attempts, first.head.counted_in_window) == (1, 1, "in:1")
     assert (first.window.sends_used, first.window.sent_at_ms) == (1, [OPENED + 1])
-    assert (first.head.posted_ms, first.head.unanswered_ms) == (OPENED + 1, 0)
 
     silent = window.record_unanswered(first, first.head, OPENED + 1)
     assert silent.head is not None
     again = window.record_attempt(silent, silent.head, OPENED + 2)
     assert again.head is not None
-    assert (again.head.posted_ms, again.head.unanswered_ms) == (OPENED + 1, OPENED + 1)
     assert (again.head.attempts, again.head.unanswered_attempts) == (2, 2)
     assert (again.window.sends_used, again.window.sent_at_ms) == (1, [OPENED + 2])
 
@@ -188,11 +186,11 @@ def test_a_request_counts_once_in_each_window() -> None:
     )
     anew = window.record_attempt(opened, again.head, OPENED + 4)
     assert (anew.window.sends_used, anew.window.sent_at_ms) == (2, [OPENED + 4])
-    answered = progress(attempts=2, part=1, counted_in_window="in:1", posted_ms=1, unanswered_ms=2)
+    answered = progress(attempts=2, part=1, counted_in_window="in:1", was_reset=True)
     following = window.record_attempt(record(2, sent_at_ms=[OPENED]), answered, OPENED + 5)
     assert following.head is not None
     assert (following.window.sends_used, following.window.sent_at_ms) == (3, [OPENED, OPENED + 5])
-    assert (following.head.posted_ms, following.head.unanswered_ms) == (OPENED + 5, 0)
+    assert not following.head.was_reset
     full = record(sent_at_ms=list(range(SENT_KEPT)))
     assert window.record_attempt(full, progress(), 99).window.sent_at_ms == [*range(1, SENT_KEPT), 99]
 
@@ -235,6 +233,6 @@ def test_an_answer_bounds_when_its_request_may_have_been_counted() -> None:
     known = record(1, sent_at_ms=[OPENED, OPENED + 1], throttled_at_ms=OPENED)
     silent = window.record_unanswered(known, progress(unanswered_attempts=1), OPENED + 9)
     assert (silent.window.sent_at_ms, silent.window.throttled_at_ms) == ([OPENED, OPENED + 9], OPENED)
-    assert silent.head == progress(unanswered_attempts=1, unanswered_ms=OPENED + 9)
+    assert silent.head == progress(unanswered_attempts=1)
     taken = window.accepted(known.window, OPENED + 9)
     assert (taken.sent_at_ms, taken.throttled_at_ms) == ([OPENED, OPENED + 9], 0)
