@@ -115,8 +115,8 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     """Least pause between two sends to one user, in milliseconds. Shorter provokes iLink's throttling (-2)."""
 
     send_timeout_s: Annotated[float, Meta(gt=0)] = 15.0
-    """Seconds that a send waits for iLink's answer. It is repeated once, as soon as iLink answers somebody; then its command
-    ends as `uncertain`."""
+    """Seconds that a send waits for iLink's answer. It is repeated once, as soon as iLink answers somebody; then its
+    command ends as `uncertain`."""
 
     part_chars: Annotated[int, Meta(ge=100, le=16384)] = 1800
     """Longest text that is sent as one message, in characters. Longer ones are sent in parts, ten at most, and each

@@ -60,6 +60,13 @@ def channels(names: Names) -> list[Channel]:
         ("login_cancel", "login.cancel", "login_query", "login", "End a login."),
         ("window", f"window.{sandbox}", "window_query", "window", "What the sandbox may still send."),
         ("last_receipt", f"receipt.{sandbox}", "receipt_query", "receipt", "The last receipt of a command."),
+        (
+            "send",
+            f"send.{sandbox}",
+            "outbound",
+            "command_stored",
+            "Store a command of an untrusted sandbox.",
+        ),
         ("next", f"next.{sandbox}", "next_query", "next_page", "The messages that the sandbox has not handled yet."),
         ("replay", f"replay.{sandbox}", "replay_query", "replay_page", "The sandbox's inbound messages again."),
         ("window_any", "window", "window_query", "window", "What may still be sent; the body names the sandbox."),

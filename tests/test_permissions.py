@@ -8,7 +8,7 @@ import pytest
 
 from adapter.contract.names import Names
 from adapter.security.permissions import Allowed, Grants, Permissions, covers, overlaps
-from tests.bus.accounts import ROLES, exports, grants, imports, server_config
+from tests.bus.accounts import OF_ONE, ROLES, exports, grants, imports, server_config
 from tests.generate import ROOT
 
 NAMES = Names()
@@ -80,17 +80,18 @@ def test_every_request_of_the_adapter_to_jetstream_is_granted() -> None:
 
 
 def test_a_sandbox_is_granted_nothing_without_its_name() -> None:
-    for subject in (*grants(NAMES, "sandbox", "s1").publish, *grants(NAMES, "sandbox", "s1").subscribe):
-        assert "s1" in subject.replace("_INBOX_", "").split(".")
-    for subject in (*grants(NAMES, "sandbox").publish, *grants(NAMES, "sandbox").subscribe):
-        assert "{{tag(sandbox)}}" in subject
+    for role in OF_ONE:
+        for subject in (*grants(NAMES, role, "s1").publish, *grants(NAMES, role, "s1").subscribe):
+            assert "s1" in subject.replace("_INBOX_", "").split(".")
+        for subject in (*grants(NAMES, role).publish, *grants(NAMES, role).subscribe):
+            assert "{{tag(sandbox)}}" in subject
 
 
 def test_nothing_is_granted_in_another_account_that_is_not_imported() -> None:
-    for role in ("platform", "service", "sandbox"):
+    for role in ("platform", "service", *OF_ONE):
         shared = [share.subject for share in imports(NAMES, role, "s1")]
         may = grants(NAMES, role, "s1")
-        own = f"_INBOX_{'s1' if role == 'sandbox' else role}.>"
+        own = f"_INBOX_{'s1' if role in OF_ONE else role}.>"
         assert [s for s in (*may.publish, *may.subscribe) if s not in (*shared, own)] == []
 
 
@@ -100,7 +101,7 @@ def test_no_export_holds_another() -> None:
     assert [
         (a, b) for a in found for b in found if a != b and a.kind == b.kind and covers(a.subject, b.subject)
     ] == []
-    for role in ("platform", "service", "sandbox"):
+    for role in ("platform", "service", *OF_ONE):
         for share in imports(NAMES, role, "s1"):
             assert any(role in roles and covers(e.subject, share.subject) for e, roles in exports(NAMES).items())
 

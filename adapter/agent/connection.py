@@ -6,17 +6,20 @@ import asyncio
 import contextlib
 import ssl
 from collections import deque
+from collections.abc import Callable
 from typing import Any, Self
 
 import msgspec
-from nats.errors import ConnectionClosedError
+from nats.errors import ConnectionClosedError, ConnectionReconnectingError, NoRespondersError
 from nats.errors import Error as NatsError
 
 from adapter.agent.reader import BUSY, retry
 from adapter.contract.names import H_ERROR, H_ERROR_CODE, Names
 from adapter.errors import Refused, Temporary
+from adapter.jetstream.api_replies import decode_reply
 from adapter.jetstream.client import BusClient, permission_violation
 from adapter.jetstream.managed_connection import connect_options
+from adapter.jetstream.publisher import PublishReply
 from adapter.security.permissions import inbox as inbox_prefix
 from adapter.settings import Settings
 
@@ -44,11 +47,14 @@ class Connection:
         self.nc = BusClient()
         self._role = f"sandbox {sandbox}" if sandbox else "the role agents"
         self._errors: deque[Exception] = deque(maxlen=100)
+        self._untrusted: set[str] = set()
+        """Subjects of commands to which this user may not publish: the adapter stores them."""
+        self._has_error = asyncio.Event()
         self._forbidden = ""
 
     async def __aenter__(self) -> Self:
         """Raises Temporary("bus_down")."""
-        await connect(self.nc, self.settings, self._role, self._errors)
+        await connect(self.nc, self.settings, self._role, self._errors, self._has_error.set)
         return self
 
     async def __aexit__(self, *_: object) -> None:
@@ -76,6 +82,32 @@ class Connection:
 
         return await retry(ask, first_s=1.0, give_up_s=MEDIA_S)
 
+    async def publish_command(self, sandbox: str, payload: bytes, headers: dict[str, str]) -> PublishReply | None:
+        """One attempt to store a command: JetStream's answer; None: the adapter has stored it, since this user may
+        not publish to the stream. Raises Refused, Temporary, NatsError."""
+        if self.may_publish_commands(sandbox):
+            subject = self.names.out(sandbox)
+            asking = asyncio.ensure_future(self.nc.request(subject, payload, timeout=ANSWER_S, headers=headers))
+            try:
+                while not asking.done() and self.may_publish_commands(sandbox):
+                    failing = asyncio.ensure_future(self._has_error.wait())
+                    await asyncio.wait({asking, failing}, return_when=asyncio.FIRST_COMPLETED)
+                    failing.cancel()
+                    if self._has_error.is_set():
+                        self.raise_if_forbidden()
+                if asking.done():
+                    return decode_reply((await asking).data, PublishReply, "a publish")
+            except (TimeoutError, ConnectionReconnectingError, NoRespondersError) as exc:
+                raise Temporary("no_answer", "The bus did not confirm a command.") from exc
+            finally:
+                asking.cancel()
+        await self.request(f"send.{sandbox}", payload, headers)
+        return None
+
+    def may_publish_commands(self, sandbox: str) -> bool:
+        """Whether this user may publish to the stream, as far as is known."""
+        return self.names.out(sandbox).lower() not in self._untrusted
+
     async def ready(self) -> None:
         """Waits for the connection, since nats-py would keep what is sent meanwhile. Raises Refused("forbidden"),
         NatsError once the connection is closed for good."""
@@ -87,8 +119,12 @@ class Connection:
 
     def raise_if_forbidden(self) -> None:
         """Raises Refused("forbidden")."""
+        self._has_error.clear()
         while self._errors and not self._forbidden:
             if violation := permission_violation(self._errors.popleft()):
+                if violation[0] == "publish" and violation[1].startswith(f"{self.names.out_plain}.".lower()):
+                    self._untrusted.add(violation[1])
+                    continue
                 verb = "publish to" if violation[0] == "publish" else "hear"
                 self._forbidden = (
                     f"This NATS user may not {verb} {violation[1]}: use the credentials of {self._role}."
@@ -97,7 +133,13 @@ class Connection:
             raise Refused("forbidden", self._forbidden)
 
 
-async def connect(nc: BusClient, settings: Settings, name: str, errors: deque[Exception]) -> None:
+async def connect(
+    nc: BusClient,
+    settings: Settings,
+    name: str,
+    errors: deque[Exception],
+    on_new_error: Callable[[], None] = lambda: None,
+) -> None:
     """Connects, and reconnects after each break. Errors that the server reports are added to `errors`.
 
     Raises Temporary("bus_down").
@@ -105,6 +147,7 @@ async def connect(nc: BusClient, settings: Settings, name: str, errors: deque[Ex
 
     async def on_error(exc: Exception) -> None:
         errors.append(exc)
+        on_new_error()
 
     options = connect_options(settings, name, list(settings.nats_url))
     try:

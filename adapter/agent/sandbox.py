@@ -17,10 +17,9 @@ import msgspec
 import structlog
 from nats.aio.msg import Msg
 from nats.aio.subscription import Subscription
-from nats.errors import ConnectionReconnectingError, NoRespondersError
 from nats.errors import Error as NatsError
 
-from adapter.agent.connection import ANSWER_S, MEDIA_WAIT_S, Connection
+from adapter.agent.connection import MEDIA_WAIT_S, Connection
 from adapter.agent.media import File, MediaFile, get_media, put_media, read, save
 from adapter.agent.reader import Reader, retry
 from adapter.agent.texts import TEXTS
@@ -49,8 +48,7 @@ from adapter.contract.names import (
 )
 from adapter.environment import read_settings
 from adapter.errors import UNDECODABLE, BusRefused, Refused, Temporary, Unreadable
-from adapter.jetstream.api_replies import decode_reply, write_error_of
-from adapter.jetstream.publisher import PublishReply
+from adapter.jetstream.api_replies import write_error_of
 from adapter.kit.timing import raise_if_cancelled, wait_event
 from adapter.settings import Settings
 
@@ -323,15 +321,12 @@ class Sandbox:
         payload = msgspec.json.encode(command)
         if len(payload) > COMMAND_BYTES:
             raise Refused("too_large", f"The command has {len(payload)} bytes; {COMMAND_BYTES} fit.")
-        headers, subject = {H_SCHEMA: SCHEMA_VERSION}, self._names.out(self.name)
 
         async def store() -> None:
             await self._connection.ready()
-            try:
-                reply = await self._nc.request(subject, payload, timeout=ANSWER_S, headers=headers)
-            except (TimeoutError, ConnectionReconnectingError, NoRespondersError) as exc:
-                raise Temporary("no_answer", "The bus did not confirm a command.") from exc
-            ack = decode_reply(reply.data, PublishReply, "a publish")
+            ack = await self._connection.publish_command(self.name, payload, {H_SCHEMA: SCHEMA_VERSION})
+            if ack is None:
+                return
             failure = write_error_of(ack.error) if ack.error is not None else None
             if isinstance(failure, BusRefused) and failure.is_full:
                 raise Temporary("full", failure.detail, retry_after_s=FULL_S)
@@ -342,7 +337,11 @@ class Sandbox:
 
     async def publish(self, command: Outbound) -> None:
         """Sends a command at most once, without confirmation. Raises NatsError."""
-        await self._nc.publish(self._names.out(self.name), msgspec.json.encode(command))
+        payload = msgspec.json.encode(command)
+        if self._connection.may_publish_commands(self.name):
+            await self._nc.publish(self._names.out(self.name), payload)
+        else:
+            await self._nc.publish(self._names.svc(f"send.{self.name}"), payload, reply=self._nc.new_inbox())
 
     async def read_media(self, name: str, sequence: int) -> bytes:
         """The bytes of an object that the message with this sequence names; see `Message.read_media`."""

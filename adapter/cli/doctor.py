@@ -139,9 +139,11 @@ async def _check_topology(bus: BusConnection) -> list[Finding]:
         checks.append(Finding(d.name, "fail" if d.critical or d.lacks_copies else "warn", said))
     if not checks:
         checks = [Finding("streams", "ok", "all streams and buckets are as they should be")]
+    number = max((info["config"]["num_replicas"] for info in infos.values()), default=1)
+    if said := topology.stopped_by_a_header(bus.connection, number):
+        checks.append(Finding("server", "warn", f"{said}."))
     if lacking := lacking_copies(infos):
         return [*checks, *(Finding("copies", "warn", said) for said in sentences(lacking, len(infos)))]
-    number = max((info["config"]["num_replicas"] for info in infos.values()), default=1)
     return [*checks, Finding("copies", "ok", f"{number} of each stream, none is behind")] if number > 1 else checks
 
 

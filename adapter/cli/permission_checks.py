@@ -30,9 +30,25 @@ class Finding(msgspec.Struct, frozen=True):
 
 
 async def check_permissions(bus: BusConnection) -> list[Finding]:
-    """Compares what the server says of this user with what an adapter does; tries to get in without credentials."""
+    """Compares what the server says of this user with what an adapter does; tries to acknowledge, and to get in
+    without credentials."""
     user = await _fetch_user(bus)
-    return [_check_user(user, bus), *await _check_strangers(user, bus)]
+    found = [_check_user(user, bus)]
+    if user is None or user.permissions.missing(grants(bus.names, "operator")):
+        found.append(await _check_acknowledgements(bus))
+    return [*found, *await _check_strangers(user, bus)]
+
+
+async def _check_acknowledgements(bus: BusConnection) -> Finding:
+    """Acknowledges deliveries that nobody has made, in both layouts that servers have: without the right, nothing
+    is ever acknowledged, and all else looks well."""
+    streams_of_work = (bus.names.stream_out, bus.names.stream_ctl)
+    layouts = ("{}.doctor.1.1.1.1.0", "_.doctor.{}.doctor.1.1.1.1.0")
+    acks = tuple(f"$JS.ACK.{layout.format(stream)}" for stream in streams_of_work for layout in layouts)
+    _, refused = await _probe(bus, Grants(acks, ()))
+    if refused:
+        return Finding("acknowledgements", "fail", f"An adapter with this user may not {some_of(refused)}: {WHERE}.")
+    return Finding("acknowledgements", "ok", "deliveries can be acknowledged")
 
 
 async def _fetch_user(bus: BusConnection) -> User | None:

@@ -706,6 +706,13 @@ class ReceiptQuery(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True
     ] = None
 
 
+class CommandStored(msgspec.Struct, frozen=True, kw_only=True):
+    """Answer of wechat.svc.send.<sandbox>: the command is stored, as after the acknowledgement of a publish."""
+
+    command: Annotated[str, Meta(description="Its id, as `command` in its receipts: the body's, else a new one.")]
+    sequence: Annotated[int, Meta(ge=1, description="Its sequence in WECHAT_OUT, as in its receipts.")]
+
+
 class NextQuery(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """Request of wechat.svc.next.<sandbox>: the inbound messages that the sandbox has not handled yet.
 
@@ -773,7 +780,7 @@ MESSAGES: dict[str, type[msgspec.Struct]] = {
         *(BindingEvent, ErasedEvent, BindingsQuery, BindingsPage),
         *(LoginEvent, LoginStart, LoginQuery, LoginVerify, Login),
         *(Media, MediaQuery, MediaBytes, MediaPiece),
-        *(NextQuery, NextPage, WindowQuery, ReceiptQuery, ReplayQuery, ReplayPage),
+        *(CommandStored, NextQuery, NextPage, WindowQuery, ReceiptQuery, ReplayQuery, ReplayPage),
     )
 }
 """Messages of the bus, by the name of their file in `schemas/`."""

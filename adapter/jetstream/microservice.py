@@ -50,7 +50,7 @@ MAX_IN_FLIGHT_PER_SANDBOX = 32
 """Most requests of one sandbox that are processed at the same time; others are refused."""
 MAX_REPLAYS = 4
 """Most replays that are read at the same time, each for another sandbox. Others wait, outside of MAX_IN_FLIGHT."""
-COSTS = {"replay": 32, "media.get": 2, "media.put": 8, "next": 4}
+COSTS = {"replay": 32, "send": 2, "media.get": 2, "media.put": 8, "next": 4}
 """Cost of a request in the sandbox's share of a second, relative to others; roughly its time."""
 UPLOADS, MAX_UPLOADS_PER_SANDBOX = f"{SERVICE}-uploads", 8
 """The service whose requests have up to half a megabyte, and the most of one sandbox that are processed at once."""

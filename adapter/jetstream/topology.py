@@ -57,6 +57,9 @@ MORE_ROOM = (
 API_LEVEL = 4
 """API level of nats-server 2.14, with consumer reset. Older servers silently accept newer options, so it is
 checked."""
+STOPPED_BY_A_HEADER = (2, 14, 0), (2, 15, 1)
+"""First and last versions of nats-server on which one publish with `Nats-Expected-Last-Msg-Id` stops a stream with
+several copies for good (SECURITY.md)."""
 NS = 1_000_000_000
 HOUR_NS = 3600 * NS
 DUPLICATE_WINDOW_NS = 300 * NS
@@ -280,6 +283,16 @@ def differences(wanted: Wanted, found: dict[str, Any]) -> list[Difference]:
     return out
 
 
+def stopped_by_a_header(connection: ManagedConnection, copies: int) -> str:
+    """What to do if one header of a tenant may stop a stream with so many copies; "": it cannot."""
+    version = connection.client().connected_server_version
+    numbers, (first, last) = (version.major, version.minor, version.patch), STOPPED_BY_A_HEADER
+    if copies == 1 or not first <= numbers <= last:
+        return ""
+    said = f"one header of a publish stops a stream with copies on nats-server {'.'.join(map(str, numbers))}"
+    return f"{said}: let sandboxes that are not trusted have the role `untrusted` (SECURITY.md)"
+
+
 async def api_level(connection: ManagedConnection) -> int:
     """JetStream's API level. Raises Temporary, BusRefused (JetStream off or not permitted)."""
     info = await connection.api_request("INFO")
@@ -376,6 +389,8 @@ async def ensure_topology(connection: ManagedConnection, names: Names, settings:
         log.warning("stream.differs", stream=difference.name, field=difference.field, found=str(difference.found))
     with contextlib.suppress(Conflict):  # another replica was first
         await write_layout(connection, names, settings)
+    if detail := stopped_by_a_header(connection, settings.replicas):
+        log.warning("server.stoppable", detail=detail)
     return different
 
 

@@ -61,6 +61,7 @@ from adapter.services.health import BotHealth
 from adapter.services.media import MediaService
 from adapter.services.next import Next, Readers
 from adapter.services.queries import Queries, of_sandbox
+from adapter.services.send import SendService
 from adapter.settings import Settings
 
 MAX_CONCURRENT_TAKEOVERS = 512
@@ -327,6 +328,7 @@ class Replica:
             "next": following.answer,
             "receipt": of_sandbox(queries.receipt),
             "replay": of_sandbox(queries.replay),
+            "send": SendService(edges.bus, names, self.limits, metrics).store,
             "window": of_sandbox(queries.window),
         }
         serve = partial(

@@ -5,13 +5,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Literal, NamedTuple, TypeAlias
 
 import msgspec
 
 from adapter.contract.names import Names
 
-Role: TypeAlias = Literal["adapter", "operator", "platform", "service", "agents", "sandbox"]
+Role: TypeAlias = Literal["adapter", "operator", "platform", "service", "agents", "sandbox", "untrusted"]
 TAG = "{{tag(sandbox)}}"
 """The sandbox in the template of a signing key; a user's JWT has the tag `sandbox:<name>`."""
 USER_INFO = "$SYS.REQ.USER.INFO"
@@ -30,17 +31,19 @@ def inbox(role: Role, sandbox: str = "") -> str:
     return f"_INBOX_{sandbox or role}"
 
 
-def grants(names: Names, role: Literal["adapter", "operator", "sandbox"], sandbox: str = TAG) -> Grants:
-    """The permissions of a role. `sandbox` matters only for that role."""
+def grants(names: Names, role: Literal["adapter", "operator", "sandbox", "untrusted"], sandbox: str = TAG) -> Grants:
+    """The permissions of a role. `sandbox` matters only for the last two. Who is `untrusted` has commands stored by
+    the adapter, since one header of a publish may stop a stream (SECURITY.md)."""
     match role:
         case "adapter":
             return Grants(_adapter_publishes(names), _adapter_subscribes(names))
         case "operator":
             heard = (names.live("*"), names.event("*", ">"), names.out_plain, names.out("*"))
             return Grants(_operator_publishes(names), (*heard, _inbox_subjects("operator")))
-        case "sandbox":
+        case "sandbox" | "untrusted":
             verbs = ("media.get", "media.put", "next", "receipt", "replay", "window")
-            publish = (names.out(sandbox), *(names.svc(f"{verb}.{sandbox}") for verb in verbs))
+            stores = names.out(sandbox) if role == "sandbox" else names.svc(f"send.{sandbox}")
+            publish = (stores, *(names.svc(f"{verb}.{sandbox}") for verb in verbs))
             return Grants(publish, (names.live(sandbox), names.event(sandbox, ">"), f"{inbox(role, sandbox)}.>"))
 
 
@@ -85,12 +88,18 @@ def _adapter_publishes(names: Names) -> tuple[str, ...]:
         *_api_subjects(
             *(f"CONSUMER.{verb}.{s}.*" for s in _pulled_streams(names) for verb in ("CREATE", "RESET", "MSG.NEXT"))
         ),
-        *(f"$JS.ACK.{stream}.>" for stream in _pulled_streams(names)),
+        *_both_layouts("ACK", _pulled_streams(names)),
         *(_inbox_subjects("operator"), _inbox_subjects("platform"), "_R_.>"),
         # requests of `doctor` under this user
         *(USER_INFO, "$SRV.PING.>", names.svc("bindings.list"), _inbox_subjects("adapter")),
         *_api_subjects("STREAM.LIST"),
     )
+
+
+def _both_layouts(verb: Literal["ACK", "FC"], of: Iterable[str]) -> tuple[str, ...]:
+    """Subjects of acknowledgements and flow control, also with domain and account before the stream: the default of
+    nats-server 2.16, and in 2.14 and 2.15 its option `js_ack_fc_v2`."""
+    return tuple(f"$JS.{verb}.{before}{stream}.>" for stream in of for before in ("", "*.*."))
 
 
 def _pulled_streams(names: Names) -> tuple[str, str]:
@@ -116,7 +125,7 @@ def _operator_publishes(names: Names) -> tuple[str, ...]:
         *_api_subjects(f"DIRECT.GET.KV_{names.claims}"),  # `doctor` reads the layout key
         *_api_subjects(*(f"STREAM.MSG.DELETE.{stream}" for stream in (names.stream_dead, names.stream_out))),
         *_api_subjects(f"STREAM.PURGE.{media}"),
-        *(f"$JS.FC.{stream}.>" for stream in readable),
+        *_both_layouts("FC", readable),
         f"$O.{names.media}.>",
         USER_INFO,
     )

@@ -16,9 +16,12 @@ from adapter.contract.names import Names
 from adapter.security.permissions import TAG, Grants, Role, covers, inbox
 from adapter.security.permissions import grants as product_grants
 
-ROLES: tuple[Role, ...] = ("adapter", "operator", "platform", "service", "agents", "sandbox")
+ROLES: tuple[Role, ...] = ("adapter", "operator", "platform", "service", "agents", "sandbox", "untrusted")
+OF_ONE: tuple[Role, ...] = ("sandbox", "untrusted")
+"""Roles of a single sandbox."""
 
-SYSTEM, WECHAT, PLATFORM, SERVICE, AGENTS, SANDBOX = "SYS", "WECHAT", "PLATFORM", "SERVICE", "AGENTS", "SANDBOX"
+SYSTEM, WECHAT, PLATFORM, SERVICE, AGENTS = "SYS", "WECHAT", "PLATFORM", "SERVICE", "AGENTS"
+SANDBOX, UNTRUSTED = "SANDBOX", "UNTRUSTED"
 """Names of the accounts. A sandbox's own account has its name, which is in lower case."""
 
 ACCOUNT_OF: dict[Role, str] = {
@@ -28,6 +31,7 @@ ACCOUNT_OF: dict[Role, str] = {
     "service": SERVICE,
     "agents": AGENTS,
     "sandbox": SANDBOX,
+    "untrusted": UNTRUSTED,
 }
 SANDBOX_PAYLOAD = 528 * 1024
 """Largest message of a sandbox, headers included: a piece of media fits, the server's full megabyte does not."""
@@ -64,7 +68,7 @@ def grants(names: Names, role: Role, sandbox: str = TAG) -> Grants:
 def imports(names: Names, role: Role, sandbox: str = "*") -> list[Share]:
     """The imports of a role's account outside of WECHAT, for one sandbox, or for all in one account."""
     granted = grants(names, role, sandbox)
-    own = f"{inbox(role, sandbox if role == 'sandbox' else '')}.>"
+    own = f"{inbox(role, sandbox if role in OF_ONE else '')}.>"
     shares = [Share("service", subject) for subject in granted.publish]
     shares += [Share("stream", subject) for subject in granted.subscribe if subject != own]
     if role == "platform":  # answers to bind, unbind and erase go to the inbox in a header
@@ -94,7 +98,7 @@ HEAD = """\
 #   include {file}
 #
 # Passwords are variables of the server's environment. It does not start while one is missing. For another sandbox
-# than s1 and s2, repeat what names them{each}.
+# than s1 and s2, repeat what names them{each}. The sandbox u1 is not trusted: the adapter stores its commands.
 
 """
 
@@ -108,11 +112,13 @@ def variable(role: str, sandbox: str = "") -> str:
     return f"PASSWORD_{sandbox.replace('-', '_') or role}".upper()
 
 
-def server_config(names: Names, sandboxes: Sequence[str], *, own_accounts: bool = False) -> str:
+def server_config(
+    names: Names, sandboxes: Sequence[str], *, untrusted: Sequence[str] = ("u1",), own_accounts: bool = False
+) -> str:
     """A nats-server configuration with a user for each role and sandbox."""
     accounts_of = {role: [account] for role, account in ACCOUNT_OF.items()}
     if own_accounts:
-        accounts_of["sandbox"] = list(sandboxes)
+        accounts_of |= {"sandbox": list(sandboxes), "untrusted": list(untrusted)}
     inside: tuple[Role, ...] = ("adapter", "operator")
     outside: tuple[Role, ...] = ("platform", "service", "agents")
     accounts: dict[str, Any] = {
@@ -130,12 +136,14 @@ def server_config(names: Names, sandboxes: Sequence[str], *, own_accounts: bool 
     for role in outside:
         accounts[ACCOUNT_OF[role]] = {"users": [_user(role, grants(names, role))], "imports": _imports(names, role)}
     limits = {"limits": {"max_payload": SANDBOX_PAYLOAD}}
-    users = {sandbox: _user(sandbox, grants(names, "sandbox", sandbox), sandbox) for sandbox in sandboxes}
-    if own_accounts:
-        for sandbox, user in users.items():
-            accounts[sandbox] = limits | {"users": [user], "imports": _imports(names, "sandbox", sandbox)}
-    else:
-        accounts[SANDBOX] = limits | {"users": list(users.values()), "imports": _imports(names, "sandbox")}
+    of_one: list[tuple[Role, Sequence[str]]] = [("sandbox", sandboxes), ("untrusted", untrusted)]
+    for role, members in of_one:
+        users = {sandbox: _user(sandbox, grants(names, role, sandbox), sandbox) for sandbox in members}
+        if own_accounts:
+            for sandbox, user in users.items():
+                accounts[sandbox] = limits | {"users": [user], "imports": _imports(names, role, sandbox)}
+        else:
+            accounts[ACCOUNT_OF[role]] = limits | {"users": list(users.values()), "imports": _imports(names, role)}
     title = "Every sandbox in an account of its own." if own_accounts else "All sandboxes in one account."
     each = ": their accounts, and their names among the exports" if own_accounts else ""
     head = HEAD.format(title=title, each=each, file=FILES[own_accounts])
@@ -203,21 +211,25 @@ def nsc_scripts(names: Names) -> dict[Path, str]:
     for role in ROLES:
         if ACCOUNT_OF[role] != WECHAT:
             once += _nsc_imports(ACCOUNT_OF[role], imports(names, role))
-        if role != "sandbox":
+        if role in OF_ONE:
+            once.append(_nsc_template(names, role, ACCOUNT_OF[role]))
+        else:
             user = ["--account", ACCOUNT_OF[role], "--name", role]
             once.append(["add", "user", *user, *_nsc_permissions(grants(names, role))])
             once.append(["generate", "creds", *user, "--output-file", f"{role}.creds"])
-    once.append(_nsc_template(names, SANDBOX))
     once.append(["generate", "config", "--nats-resolver", "--sys-account", SYSTEM, "--config-file", "resolver.conf"])
-    each = [["add", "account", "--name", ARGUMENT, "--deny-pubsub", ">"]]
-    each += [*_nsc_imports(ARGUMENT, imports(names, "sandbox", ARGUMENT)), _nsc_template(names, ARGUMENT)]
-    return {
-        Path("nsc.sh"): _script("Operator, accounts and users of all roles but sandboxes, once.", once),
-        Path("nsc-sandbox.sh"): _script("A user for the sandbox $1, in the account of all.", _nsc_user(SANDBOX)),
-        Path("nsc-sandbox-each.sh"): _script(
-            "A user for the sandbox $1, in an account of its own.", [*each, *_nsc_user(ARGUMENT)]
-        ),
-    }
+    scripts = {Path("nsc.sh"): _script("Operator, accounts and users of all roles but sandboxes, once.", once)}
+    for role in OF_ONE:
+        each = [["add", "account", "--name", ARGUMENT, "--deny-pubsub", ">"]]
+        each += [*_nsc_imports(ARGUMENT, imports(names, role, ARGUMENT)), _nsc_template(names, role, ARGUMENT)]
+        what = "A user for the sandbox $1" + ("" if role == "sandbox" else ", which is not trusted")
+        scripts |= {
+            Path(f"nsc-{role}.sh"): _script(f"{what}, in the account of all.", _nsc_user(role, ACCOUNT_OF[role])),
+            Path(f"nsc-{role}-each.sh"): _script(
+                f"{what}, in an account of its own.", [*each, *_nsc_user(role, ARGUMENT)]
+            ),
+        }
+    return scripts
 
 
 def _script(title: str, commands: Sequence[Sequence[str]]) -> str:
@@ -247,16 +259,16 @@ def _nsc_permissions(may: Grants) -> list[str]:
     return ["--allow-pub", ",".join(may.publish), "--allow-sub", ",".join(may.subscribe)]
 
 
-def _nsc_template(names: Names, account: str) -> list[str]:
+def _nsc_template(names: Names, role: Role, account: str) -> list[str]:
     """A signing key that makes users of sandboxes only: the tag `sandbox` of the user fills the template."""
-    scope = ["--account", account, "--role", "sandbox", "--sk", "generate"]
-    may = _nsc_permissions(grants(names, "sandbox"))
+    scope = ["--account", account, "--role", role, "--sk", "generate"]
+    may = _nsc_permissions(grants(names, role))
     return ["edit", "signing-key", *scope, *may, f"--payload={SANDBOX_PAYLOAD}"]
 
 
-def _nsc_user(account: str) -> list[list[str]]:
+def _nsc_user(role: Role, account: str) -> list[list[str]]:
     user = ["--account", account, "--name", ARGUMENT]
     return [
-        ["add", "user", *user, "--private-key", "sandbox", "--tag", f"sandbox:{ARGUMENT}"],
+        ["add", "user", *user, "--private-key", role, "--tag", f"sandbox:{ARGUMENT}"],
         ["generate", "creds", *user, "--output-file", f"{ARGUMENT}.creds"],
     ]

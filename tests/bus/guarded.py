@@ -18,15 +18,20 @@ from adapter.environment import read_settings
 from adapter.jetstream.client import BusClient
 from adapter.jetstream.credentials import credential_options
 from adapter.security.permissions import inbox
-from tests.bus.accounts import ACCOUNT_OF, FILES, WECHAT
+from tests.bus.accounts import ACCOUNT_OF, FILES, OF_ONE, WECHAT
 from tests.bus.nsc import Nsc
 from tests.e2e.waiting import until
 from tests.generate import EXAMPLES, ROOT
 
 NAMES = Names()
 SANDBOXES = EXAMPLES
+UNTRUSTED = "u1"
+"""A sandbox that is not trusted."""
 TEMPLATES = ("passwords", "passwords-each", "jwt", "jwt-each")
 """`each`: every sandbox in an account of its own."""
+NEW_ACKS = "passwords new-acks"
+"""The first template, on a server whose acknowledgements and flow control have domain and account in their subjects:
+the default of nats-server 2.16."""
 WITNESS = "witness"
 """A user without limits beside the adapter, for tests to see what arrives there."""
 
@@ -67,6 +72,7 @@ class Guarded:
         self._sandboxes = sandboxes
         self._jetstream = jetstream
         self.jwt, self.each = template.startswith("jwt"), template.endswith("-each")
+        self._flags = "feature_flags { js_ack_fc_v2: true }\n" if template == NEW_ACKS else ""
         self.url = ""
         self.users: dict[str, User] = {}
         """By role or sandbox."""
@@ -102,8 +108,8 @@ class Guarded:
 
     def write(self) -> tuple[Path, dict[str, str]]:
         """The server's configuration and environment."""
-        who = [*((role, inbox(role)) for role in ACCOUNT_OF if role != "sandbox"), (WITNESS, "_INBOX_witness")]
-        who += [(sandbox, inbox("sandbox", sandbox)) for sandbox in self._sandboxes]
+        who = [*((role, inbox(role)) for role in ACCOUNT_OF if role not in OF_ONE), (WITNESS, "_INBOX_witness")]
+        who += [(sandbox, inbox("sandbox", sandbox)) for sandbox in (*self._sandboxes, UNTRUSTED)]
         environ = self._with_jwts() if self.jwt else self._with_passwords([name for name, _ in who])
         for name, prefix in who:
             self.users[name] = User({**self.users[name].environ, "NATS_INBOX_PREFIX": prefix})
@@ -111,7 +117,7 @@ class Guarded:
         config.write_text(
             f'listen: "127.0.0.1:-1"\nports_file_dir: "{self.folder}"\n'
             f'jetstream {{ store_dir: "{self.folder}/data"{self._jetstream} }}\n'
-            f"include {'jwt/resolver.conf' if self.jwt else 'accounts.conf'}\n"
+            f"include {'jwt/resolver.conf' if self.jwt else 'accounts.conf'}\n{self._flags}"
         )
         return config, environ
 
@@ -133,6 +139,7 @@ class Guarded:
         nsc.run_script("nsc.sh")
         for sandbox in self._sandboxes:
             nsc.run_script("nsc-sandbox-each.sh" if self.each else "nsc-sandbox.sh", sandbox)
+        nsc.run_script("nsc-untrusted-each.sh" if self.each else "nsc-untrusted.sh", UNTRUSTED)
         user = ("--account", WECHAT, "--name", WITNESS)
         nsc.run("add", "user", *user, "--allow-pub", ">", "--allow-sub", ">")
         nsc.run("generate", "creds", *user, "--output-file", f"{WITNESS}.creds")
@@ -155,7 +162,7 @@ async def guarded(
     sandboxes: Sequence[str] = SANDBOXES,
     jetstream: str = "",
 ) -> AsyncIterator[Guarded]:
-    """A server with one of TEMPLATES; `edit` changes the configuration with passwords, as an operator may.
+    """A server with one of TEMPLATES, or NEW_ACKS. `edit` changes the configuration with passwords, as operators may.
 
     `sandboxes`: others than the shipped examples, with JWTs only. `jetstream`: more of the server's options.
     """

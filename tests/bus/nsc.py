@@ -17,7 +17,7 @@ from typing import Any
 
 import nkeys
 
-from tests.bus.accounts import ARGUMENT, SYSTEM
+from tests.bus.accounts import ARGUMENT, OF_ONE, SYSTEM
 from tests.generate import ROOT
 
 OPERATOR, ACCOUNT, USER = nkeys.PREFIX_BYTE_OPERATOR, nkeys.PREFIX_BYTE_ACCOUNT, nkeys.PREFIX_BYTE_USER
@@ -136,7 +136,7 @@ class Nsc:
     def _add_user(self, given: dict[str, str]) -> None:
         account, name = given.pop("--account"), given.pop("--name")
         if role := given.pop("--private-key", ""):
-            assert role == "sandbox"
+            assert role in OF_ONE
             claims = {"type": "user", "issuer_account": self.public(account), "tags": [given.pop("--tag").lower()]}
         else:
             claims = {"type": "user"} | _permissions(given) | NO_LIMITS

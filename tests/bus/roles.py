@@ -15,9 +15,10 @@ from tests.generate import ROOT
 README = ROOT / "helm" / "nats" / "README.md"
 START, END = "<!-- roles -->\n", "<!-- /roles -->"
 
-COLUMNS = ("adapter", "operator", "platform", "service", "agents", "own", "other")
-"""own: a sandbox, on subjects with its own name in the place of `<sandbox>`; other: on subjects with another's."""
-HEADS = ("adapter", "operator", "platform", "service", "agents", "sandbox: its own", "sandbox: another's")
+COLUMNS = ("adapter", "operator", "platform", "service", "agents", "own", "untrusted", "other")
+"""own: a sandbox, untrusted: one that is not trusted, both on subjects with their name in the place of `<sandbox>`;
+other: a sandbox on subjects with another's."""
+HEADS = (*COLUMNS[:5], "sandbox: its own", "untrusted: its own", "sandbox: another's")
 
 STREAMS = (
     *("WECHAT_IN", "WECHAT_OUT", "WECHAT_CTL", "WECHAT_EVENT", "WECHAT_DEAD"),
@@ -72,15 +73,16 @@ SUBJECTS = [
         ("wechat.svc.bindings.list", "adapter operator platform agents"),
         ("wechat.svc.bindings.get", "operator platform"),
         *((f"wechat.svc.login.{verb}", "operator platform") for verb in ("start", "status", "verify", "cancel")),
-        ("wechat.svc.media.get.<sandbox>", "operator agents own"),
-        ("wechat.svc.media.put.<sandbox>", "operator service agents own"),
-        ("wechat.svc.next.<sandbox>", "operator agents own"),
+        ("wechat.svc.media.get.<sandbox>", "operator agents own untrusted"),
+        ("wechat.svc.media.put.<sandbox>", "operator service agents own untrusted"),
+        ("wechat.svc.next.<sandbox>", "operator agents own untrusted"),
         ("wechat.svc.receipt", "operator platform service"),
-        ("wechat.svc.receipt.<sandbox>", "operator agents own"),
+        ("wechat.svc.receipt.<sandbox>", "operator agents own untrusted"),
         ("wechat.svc.replay", "operator"),
-        ("wechat.svc.replay.<sandbox>", "operator agents own"),
+        ("wechat.svc.replay.<sandbox>", "operator agents own untrusted"),
+        ("wechat.svc.send.<sandbox>", "operator untrusted"),
         ("wechat.svc.window", "operator platform service"),
-        ("wechat.svc.window.<sandbox>", "operator agents own"),
+        ("wechat.svc.window.<sandbox>", "operator agents own untrusted"),
         *((f"$KV.{bucket}.k", "adapter") for bucket in BUCKETS),
         ("$O.wechat_media.C.x", "adapter operator"),
         ("$O.wechat_media.M.x", "adapter operator"),
@@ -103,16 +105,16 @@ SUBJECTS = [
         ("anything.else", ""),
     ),
     *_subscribe(
-        ("wechat.in.<sandbox>", "operator agents own"),
+        ("wechat.in.<sandbox>", "operator agents own untrusted"),
         ("wechat.in.*", "operator agents"),
         ("wechat.inbox.<sandbox>", ""),
         ("wechat.out", "operator"),
         ("wechat.out.<sandbox>", "operator"),
         ("wechat.ctl.*", ""),
-        ("wechat.event.<sandbox>.receipt.c.1", "operator platform service agents own"),
-        ("wechat.event.<sandbox>.receipt.c.*", "operator platform service agents own"),
-        ("wechat.event.<sandbox>.receipt.>", "operator platform service agents own"),
-        *((f"wechat.event.<sandbox>.{kind}", "operator platform agents own") for kind in EVENTS),
+        ("wechat.event.<sandbox>.receipt.c.1", "operator platform service agents own untrusted"),
+        ("wechat.event.<sandbox>.receipt.c.*", "operator platform service agents own untrusted"),
+        ("wechat.event.<sandbox>.receipt.>", "operator platform service agents own untrusted"),
+        *((f"wechat.event.<sandbox>.{kind}", "operator platform agents own untrusted") for kind in EVENTS),
         ("wechat.event.*.>", "operator platform agents"),
         ("wechat.event.*.receipt.>", "operator platform service agents"),
         ("wechat.dead.>", ""),
@@ -134,7 +136,7 @@ SUBJECTS = [
         ("_INBOX_platform.>", "platform"),
         ("_INBOX_service.>", "service"),
         ("_INBOX_agents.>", "agents"),
-        ("_INBOX_<sandbox>.>", "own"),
+        ("_INBOX_<sandbox>.>", "own untrusted"),
         ("_R_.>", ""),
         ("wechat.>", ""),
         ("*.>", ""),
@@ -196,8 +198,9 @@ API: list[tuple[str, dict[str, str]]] = [
     ("$JS.API.ACCOUNT.STREAM.CANCEL_MOVE.WECHAT.<stream>", {}),
     ("$JS.hub.API.STREAM.INFO.<stream>", {}),
     ("$JS.ACK.<stream>.<sandbox>.1.1.1.1.0", {"adapter": PULLED}),
-    ("$JS.ACK._.x.<stream>.<sandbox>.1.1.1.1.0.x", {}),
+    ("$JS.ACK._.x.<stream>.<sandbox>.1.1.1.1.0.x", {"adapter": PULLED}),
     ("$JS.FC.<stream>.<sandbox>.x", {"operator": READ}),
+    ("$JS.FC._.x.<stream>.<sandbox>.x", {"operator": READ}),
     ("$JS.SNAPSHOT.ACK.<stream>.x", {}),
     ("$JS.SNAPSHOT.RESTORE.<stream>.x", {}),
 ]

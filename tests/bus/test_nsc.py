@@ -11,7 +11,7 @@ import pytest
 from nats.errors import Error as NatsError
 
 from adapter.contract.names import Names
-from tests.bus.accounts import ROLES, grants
+from tests.bus.accounts import OF_ONE, ROLES, grants
 from tests.bus.guarded import NAMES, Guarded, User, guarded
 from tests.bus.nsc import ACCOUNT, LONGEST_LINE, NO_LIMITS, USER, Key, encode
 from tests.generate import ROOT
@@ -66,7 +66,7 @@ def test_the_longest_credentials_fit_into_the_line_that_a_server_reads() -> None
     assert max(lengths) < LONGEST_LINE - 1024
 
 
-@pytest.mark.parametrize("script", ["nsc-sandbox.sh", "nsc-sandbox-each.sh"])
+@pytest.mark.parametrize("script", [f"nsc-{role}{each}.sh" for role in OF_ONE for each in ("", "-each")])
 @pytest.mark.parametrize("name", ["S1", "*", "../s1", "", "s1\n"])
 def test_no_credentials_for_a_name_that_is_none(tmp_path: Path, script: str, name: str) -> None:
     """A tag `*` would open every sandbox."""
@@ -78,5 +78,6 @@ def test_no_credentials_for_a_name_that_is_none(tmp_path: Path, script: str, nam
     assert not (tmp_path / "called").exists()
     subprocess.run([*command, "s-1_a"], env=environ, check=True)
     *_, user, creds = (tmp_path / "called").read_text().splitlines()
-    assert user.endswith("--name s-1_a --private-key sandbox --tag sandbox:s-1_a")
+    role = script.removeprefix("nsc-").removesuffix(".sh").removesuffix("-each")
+    assert user.endswith(f"--name s-1_a --private-key {role} --tag sandbox:s-1_a")
     assert creds.endswith("--name s-1_a --output-file s-1_a.creds")

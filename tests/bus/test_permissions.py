@@ -24,20 +24,20 @@ from adapter.services.media import PIECE_MAX
 from adapter.settings import Settings
 from tests.asyncapi import channels
 from tests.bus import roles
-from tests.bus.accounts import ROLES, grants
-from tests.bus.guarded import NAMES, TEMPLATES, WITNESS, Guarded, Player, guarded
+from tests.bus.accounts import grants
+from tests.bus.guarded import NAMES, NEW_ACKS, TEMPLATES, WITNESS, Guarded, Player, guarded
 from tests.bus.roles import COLUMNS, ROWS, SANDBOX, Row
 from tests.bus.test_tls import linked
 from tests.e2e.waiting import until
 
-OWN, OTHER = "s1", "s2"
+OWN, OTHER, UNTRUSTED = "s1", "s2", "u1"
 REFUSED = re.compile(r'permissions violation for (publish|subscription) to "([^"]+)"')
 LAST = "the.last.try"
 UNSEEN = ("$JS.", "$SYS.", "_INBOX", "_R_.", "$SRV.")
 """What is handled by the server itself, or stays in the account of the role: nothing for the witness to see."""
 
 
-@pytest.fixture(params=TEMPLATES)
+@pytest.fixture(params=(*TEMPLATES, NEW_ACKS))
 async def server(tmp_path: Path, request: pytest.FixtureRequest) -> AsyncIterator[Guarded]:
     async with guarded(tmp_path, request.param) as made:
         yield made
@@ -54,11 +54,11 @@ async def with_streams(server: Guarded) -> Player:
 
 
 def concrete(row: Row, column: str) -> str:
-    return row.subject.replace(SANDBOX, OTHER if column == "other" else OWN)
+    return row.subject.replace(SANDBOX, {"other": OTHER, "untrusted": UNTRUSTED}.get(column, OWN))
 
 
 def player_of(column: str) -> str:
-    return OWN if column in ("own", "other") else column
+    return {"own": OWN, "other": OWN, "untrusted": UNTRUSTED}.get(column, column)
 
 
 def rows_of(column: str, does: str) -> list[Row]:
@@ -94,8 +94,8 @@ def test_every_subject_of_the_contract_has_a_row() -> None:
 @pytest.mark.parametrize("column", [column for column in COLUMNS if column != "other"])
 def test_every_grant_has_a_row_that_uses_it(column: str) -> None:
     """One that no row tries would be seen by nobody."""
-    role = ROLES[-1] if column == "own" else column
-    may = grants(NAMES, role, OWN)  # type: ignore[arg-type]
+    role = "sandbox" if column == "own" else column
+    may = grants(NAMES, role, player_of(column))  # type: ignore[arg-type]
     for does, patterns in (("publish", may.publish), ("subscribe", may.subscribe)):
         tried = [concrete(row, column) for row in rows_of(column, does) if row.may(column)]
         assert [pattern for pattern in patterns if not any(covers(pattern, subject) for subject in tried)] == []

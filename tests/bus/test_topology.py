@@ -9,6 +9,7 @@ from typing import Any
 import msgspec
 import nats
 import pytest
+from nats.aio.client import ServerVersion
 from structlog.testing import capture_logs
 
 from adapter.cli.embedded import EmbeddedNats
@@ -266,3 +267,22 @@ async def test_what_a_flooded_stream_does_not_take_in_is_written_again(tmp_path:
         assert metrics.value("nats_publish_total", stream="out", outcome="retried") > 0
         for task in running:
             task.cancel()
+
+
+class _Connected:
+    """A connection to a server of some version."""
+
+    def __init__(self, version: str) -> None:
+        self.connected_server_version = ServerVersion(version)
+
+    def client(self) -> Any:
+        return self
+
+
+@pytest.mark.parametrize(
+    ("version", "copies", "is_told"),
+    [("2.13.9", 3, False), ("2.14.0", 3, True), ("2.15.1", 3, True), ("2.15.1", 1, False), ("2.15.2", 3, False)],
+)
+def test_servers_that_one_header_stops_are_named(version: str, copies: int, is_told: bool) -> None:
+    connection: Any = _Connected(version)
+    assert (version in topology.stopped_by_a_header(connection, copies)) == is_told

@@ -144,8 +144,6 @@ def silence(scene: Scene, user: str | None = None, *, processed: bool | None = N
 async def outage(scene: Scene, kind: str) -> AsyncIterator[None]:
     """iLink is away in one of the ways of `OUTAGES`."""
     match kind:
-        case "silent sends":
-            silence(scene)
         case "stopped":
             scene.gate.freeze()
         case "refused":
@@ -172,7 +170,7 @@ async def last(seconds: float, since: float) -> None:
 @pytest.mark.long
 @pytest.mark.parametrize(
     ("kind", "seconds"),
-    [("502", 60), ("silent sends", 60), ("stopped", 100), ("resets", 30)],
+    [("502", 60), ("stopped", 100), ("resets", 30)],
     ids=str,
 )
 async def test_minutes_without_answers_make_nothing_uncertain(tmp_path: Path, kind: str, seconds: float) -> None:

@@ -20,12 +20,14 @@ import pytest
 from nats.aio.client import Client
 from nats.aio.msg import Msg
 
+from adapter.agent import Sandbox as Agent
 from adapter.contract.messages import BindingsPage, Inbound, Login, Media, ReplayPage, Unbind, Window
 from adapter.contract.names import H_ERROR, H_ERROR_CODE, H_LAST, H_MSG_ID, H_NAME, H_SHA256, H_UPLOAD
+from adapter.environment import read_settings
 from adapter.security.permissions import streams
 from adapter.simulator import Simulator, samples
 from tests import canary
-from tests.bus.guarded import NAMES, TEMPLATES, WITNESS, Guarded, Player, guarded
+from tests.bus.guarded import NAMES, NEW_ACKS, TEMPLATES, UNTRUSTED, WITNESS, Guarded, Player, guarded
 from tests.e2e.asker import Asker
 from tests.e2e.world import AdapterProcess, World, environ_of, eventually, fast, free_port, stream, until
 
@@ -93,7 +95,7 @@ THOROUGH = ("passwords", "jwt-each")
 """Where what a sandbox can reach is tried at length; `tests/bus/test_permissions.py` tries every subject on all."""
 
 
-@pytest.fixture(params=TEMPLATES)
+@pytest.fixture(params=(*TEMPLATES, NEW_ACKS))
 async def scene(tmp_path: Path, request: pytest.FixtureRequest) -> AsyncIterator[Scene]:
     async with guarded(tmp_path, request.param) as server, Simulator(fast()) as sim:
         environ = environ_of(server.url, sim) | server.users["adapter"].environ
@@ -170,6 +172,37 @@ async def test_every_role_can_do_its_work(scene: Scene) -> None:
     described = (await operator.nc.request("$SRV.INFO.wechat-nats", timeout=10)).data
     assert b"wechat.svc.replay.*" in described
     assert not re.search(rb"\bs[12]\b|im\.bot|im\.wechat", described)
+
+
+@pytest.mark.parametrize("scene", [*THOROUGH, NEW_ACKS], indirect=True)
+async def test_who_is_not_trusted_has_commands_stored_by_a_request(scene: Scene) -> None:
+    """By itself, or by the library, which finds out what it may; nothing of the headers but the trace is stored."""
+    world, user = scene.world, scene.server.users[UNTRUSTED]
+    answer = await world.bind(scene.platform.nc, UNTRUSTED, world.sim.add_bot())
+    assert answer.ok
+    world.say(UNTRUSTED, "hello")
+    sandbox = Sandbox(UNTRUSTED, await scene.server.connect(UNTRUSTED))
+    await sandbox.listen()
+    trace = f"00-{'a' * 32}-{'b' * 16}-01"
+    hostile = {"traceparent": trace, "Nats-Expected-Last-Msg-Id": "x", "Wechat-Sealed": "x", "Nats-Rollup": "all"}
+    stored = json.loads((await sandbox.ask("send", b'{"id":"c1","text":"one"}', **hostile)).data)
+    await until(lambda: ("c1", "accepted") in sandbox.outcomes(), "it is sent")
+    receipt = [msg for msg in sandbox.genuine() if ".receipt." in msg.subject][-1]
+    assert (stored["command"], stored["sequence"]) == ("c1", json.loads(receipt.data)["sequence"])
+    assert (receipt.headers or {})["traceparent"] == trace
+    unnamed = json.loads((await sandbox.ask("send", b'{"text":"two"}')).data)
+    await until(lambda: (unnamed["command"], "accepted") in sandbox.outcomes(), "it has an id")
+    for body, code in ((b"{", "400"), (b'{"text":1}', "400"), (bytes(300_000), "400")):
+        assert ((await sandbox.ask("send", body)).headers or {})[H_ERROR_CODE] == code
+    assert sandbox.refusals == []
+    environ = {"NATS_URL": scene.server.url, **user.environ}
+    async with Agent(UNTRUSTED, read_settings(environ)) as agent:
+        message = await anext(aiter(agent))
+        await message.reply("three")
+        await message.typing()
+        await message.reply("four")
+    await until(lambda: sum(outcome == "accepted" for _, outcome in sandbox.outcomes()) >= 5, "all are sent")
+    assert world.phone_texts(UNTRUSTED) == ["one", "two", "three", "four"]
 
 
 @pytest.mark.parametrize("scene", THOROUGH, indirect=True)

@@ -1,5 +1,5 @@
 /* Messages of the bus, generated from the JSON Schemas here by `make generate`; do not edit.
-   Of: a83e9cf4602b89ba734cd48edd89ca056ff81949e30a7d044da41e0ecec61226 */
+   Of: 82f1a0f5144a85463a3a4c331fa9790ddb74ca01ab1ad0ff9cc66d9570bf586c */
 
 /**
  * Options of a binding.
@@ -196,6 +196,19 @@ export interface BindingsQuery {
    * Say how each bot fares; all replicas are asked. Only of .list.
    */
   health?: boolean;
+}
+/**
+ * Answer of wechat.svc.send.<sandbox>: the command is stored, as after the acknowledgement of a publish.
+ */
+export interface CommandStored {
+  /**
+   * Its id, as `command` in its receipts: the body's, else a new one.
+   */
+  command: string;
+  /**
+   * Its sequence in WECHAT_OUT, as in its receipts.
+   */
+  sequence: number;
 }
 /**
  * Answer to bind, unbind and erase, sent to the header Reply-To when the outcome is stored.
