@@ -57,6 +57,7 @@ def read_settings(environ: Mapping[str, str], *, adapter: bool = False) -> Setti
                 values[field] = _parse_value(field, hints[field], raw)
         except ValueError as exc:
             faults.append(f"{variable_of(field)}: {exc}")
+    values.setdefault("language", "zh" if _locale(environ).startswith("zh") else "en")
     settings = Settings(**values)
     faults += _find_contradictions(settings, environ)
     if adapter and not settings.token_key and not any(fault.startswith(TOKEN_KEY) for fault in faults):
@@ -67,6 +68,11 @@ def read_settings(environ: Mapping[str, str], *, adapter: bool = False) -> Setti
     if faults:
         raise SettingsError("invalid_settings", "\n".join(faults))
     return settings
+
+
+def _locale(environ: Mapping[str, str]) -> str:
+    """The locale of messages, by the first variable that POSIX asks; "" for none."""
+    return next(filter(None, map(environ.get, ("LC_ALL", "LC_MESSAGES", "LANG"))), "")
 
 
 def _raw_value(field: str, environ: Mapping[str, str]) -> str:
@@ -130,11 +136,6 @@ def _find_contradictions(settings: Settings, environ: Mapping[str, str]) -> Iter
                 f"{variable_of(field)}: expected https://, or a host that {PREFIX}ALLOWED_HOSTS names,"
                 f" got http://{parts.netloc}"
             )
-    if 0 < settings.sends_per_window <= settings.reserve_sends:
-        yield (
-            f"{PREFIX}RESERVE_SENDS: expected fewer than {PREFIX}SENDS_PER_WINDOW ({settings.sends_per_window}),"
-            f" got {settings.reserve_sends}"
-        )
     given = {name.removesuffix("_FILE") for name, value in environ.items() if value.strip()}
     for one, other in (
         ("NATS_CERT", "NATS_KEY"),

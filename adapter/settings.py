@@ -101,9 +101,6 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     """Sends after an inbound message before commands are parked, 32 at most; 0: do not count. Clients measured
     that iLink refuses the eleventh (-2): do not raise it above 10."""
 
-    reserve_sends: AtLeast0 = 0
-    """Sends of each window kept back for answers: a command with `optional` is refused before it takes one."""
-
     window_hours: Annotated[float, Meta(gt=0, le=96)] = 23.0
     """Hours after an inbound message in which sends are tried. iLink closes at 24, the rest is safety: more is for
     `acceptance --late` alone."""
@@ -145,8 +142,9 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     out_max_per_sandbox: AtLeast1 = 10000
     """Unsent commands kept per sandbox; one more is refused to its publisher."""
 
-    language: Literal["zh", "en"] = "zh"
-    """Language of what the agent's side itself tells persons: that something failed, the help, the welcome."""
+    language: Literal["zh", "en"] = "en"
+    """Language of what the agent's side itself tells persons: that something failed, the help, the welcome. Unset:
+    Chinese if `LC_ALL`, `LC_MESSAGES` or `LANG` says so, else English."""
 
     # operators -----------------------------------------------------------------------------------------
 

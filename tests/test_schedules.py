@@ -82,7 +82,6 @@ def schedule(seed: int) -> Script:
     settings = {
         "merge_chars": chance.choice([0, 40, 3000]),
         "sends": chance.choice([3, 4, 10]),
-        "reserve": chance.choice([0, 0, 1]),
         "took_ms": chance.choice([0, 300, 3000]),
         "split": chance.choice([0, 0, 1]),
     }
@@ -110,7 +109,6 @@ def _arguments(kind: str, number: int, chance: random.Random) -> dict[str, Any]:
                 "to": chance.choice(["user", "bot", "nobody"]),
                 "parts": chance.choice([1, 1, 1, 1, 2, 3]),
                 "when_closed": chance.choice(["park", "park", "park", "refuse"]),
-                "optional": chance.random() < 0.15,
                 "expires_in_s": chance.choice([None, None, None, 5, 60, 700]),
             }
         case "typing":
@@ -240,7 +238,7 @@ class Replica:
     def open(self) -> None:
         """Owns all shards from now on, perhaps again."""
         settings = self._model.settings
-        rules = {name: settings[name] for name in ("sends", "reserve", "merge_chars")}
+        rules = {name: settings[name] for name in ("sends", "merge_chars")}
         self.shards: dict[int, Shard] = {}
         for bench in self.benches.values():
             bench.leases.has_lease = True

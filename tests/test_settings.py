@@ -141,11 +141,14 @@ def test_who_asks_for_tls_gets_no_open_websocket(tmp_path: Path) -> None:
     assert read_settings(asked | {"NATS_CA": ""}).nats_url == ("wss://a", "ws://b")
 
 
-def test_what_is_kept_back_leaves_something() -> None:
-    variable = "WECHAT_NATS_RESERVE_SENDS"
-    assert refusal({variable: "10"}).startswith(f"{variable}: expected fewer than WECHAT_NATS_SENDS_PER_WINDOW (10)")
-    assert read_settings({variable: "9"}).reserve_sends == 9
-    assert read_settings({variable: "9", "WECHAT_NATS_SENDS_PER_WINDOW": "0"}).reserve_sends == 9
+def test_the_language_is_that_of_the_terminal_unless_the_setting_says_another() -> None:
+    def language(**environ: str) -> str:
+        return read_settings(environ).language
+
+    assert [language(), language(LANG="C.UTF-8"), language(LANG="de_DE.UTF-8", LC_ALL="")] == ["en"] * 3
+    assert [language(LANG="zh_CN.UTF-8"), language(LANG="en_US", LC_ALL="zh_TW")] == ["zh"] * 2
+    assert [language(LANG="zh_CN", LC_ALL="en_US"), language(LANG="zh_CN", WECHAT_NATS_LANGUAGE="en")] == ["en"] * 2
+    assert language(LANG="en_US.UTF-8", WECHAT_NATS_LANGUAGE="zh") == "zh"
 
 
 def test_a_wrong_file_is_not_reported_as_missing_too(tmp_path: Path) -> None:

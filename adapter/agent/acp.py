@@ -23,7 +23,7 @@ from acp.client.connection import ClientSideConnection
 from adapter import __version__
 from adapter.agent.presets import HINT, Names
 from adapter.agent.program import GRACE_S, STDERR, Program, end, last_line
-from adapter.agent.runner import Turn, cut
+from adapter.agent.runner import Turn
 from adapter.errors import Temporary
 
 TITLE_CHARS = 1000
@@ -88,7 +88,7 @@ class AcpAgent(Program):
     async def _run(self, turn: Turn, text: str, given: dict[str, str]) -> str:
         try:
             async with asyncio.timeout(self._timeout_s):
-                return cut((await self._prompt(turn, text, given)).encode(errors="replace"), self._max_output)
+                return await self._prompt(turn, text, given)
         except TimeoutError:
             raise Temporary("timeout", f"The agent took more than {self._timeout_s:g} s.") from None
         except RequestError as exc:

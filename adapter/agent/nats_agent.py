@@ -114,7 +114,8 @@ class NatsAgent:
             if isinstance(exc.__cause__, JSONDecodeError):  # the server's message that nobody listens is no JSON
                 raise Temporary("unreachable", "Nobody took the prompt.") from exc
             raise Refused("agent_error", type(exc).__name__) from exc
-        return Answer(cut(text.encode(), self._max_output), tuple(items))
+        text, is_cut = cut(text, self._max_output)
+        return Answer(text, tuple(items), is_cut=is_cut)
 
 
 async def _attachments(message: Message, agent: Agent) -> list[Attachment]:

@@ -18,7 +18,7 @@ import msgspec
 import structlog
 
 from adapter.agent.program import STDERR, Program, last_line
-from adapter.agent.runner import Turn, cut
+from adapter.agent.runner import Turn
 from adapter.errors import UNDECODABLE, SettingsError, Temporary
 
 log = structlog.get_logger()
@@ -113,13 +113,13 @@ class PresetAgent(Program):
     ) -> None:
         """`command`: the agent's name, and further options for it. `folder`: for what survives a restart. Raises
         SettingsError."""
-        super().__init__(command, folder / "files", timeout_s=timeout_s, max_output=OUTPUT_BYTES, stderr=stderr)
+        super().__init__(command, folder / "files", timeout_s=timeout_s, max_output=max_output, stderr=stderr)
         self._program, *self._more = self._command
         if self._program not in PRESETS:
             raise SettingsError("invalid_settings", f"Known agents: {', '.join(PRESETS)}. Others: --exec, --acp.")
         self._preset = PRESETS[self._program]
         self._names = Names(folder / f"{self._program}.json")
-        self._most = max_output
+        self._read_bytes = OUTPUT_BYTES
 
     async def _run(self, turn: Turn, text: str, given: dict[str, str]) -> str:
         out = Path(given["WECHAT_OUT"])
@@ -134,7 +134,7 @@ class PresetAgent(Program):
             said = read_events(output)
             if code == 0 and not said.error:
                 self._names.keep(turn.session, said.session)
-                return cut(said.text.encode(), self._most)
+                return said.text
             detail = f"{self._program} ended with exit code {code}."
             failures.append(Temporary("exit_code", detail, said=said.error or last_line(errors)))
             if code < 0 or output.strip():  # the name of the session is not the reason

@@ -63,7 +63,7 @@ class Program:
         self._folder = folder.absolute()
         _remove(self._folder)
         self._timeout_s = timeout_s
-        self._max_output = max_output
+        self._max_output = self._read_bytes = max_output
         self._stderr = stderr
 
     async def __call__(self, turn: Turn) -> Answer:
@@ -75,18 +75,18 @@ class Program:
             written.mkdir()
             text = await _prompt(turn.message, received)
             given = _about(turn) | {"WECHAT_FILES": str(received), "WECHAT_OUT": str(written)}
-            answer = await self._run(turn, text, given)
-            return Answer(answer, *await _items(turn.message, written))
+            said, is_cut = cut(await self._run(turn, text, given), self._max_output)
+            return Answer(said, *await _items(turn.message, written), is_cut)
         finally:
             _remove(folder)
 
     async def _run(self, turn: Turn, text: str, given: dict[str, str]) -> str:
         """The answer's text: what the program prints. `given`: variables for it."""
         code, output, errors = await self._execute(self._command, text, given)
-        if len(output) <= self._max_output and code:
+        if len(output) <= self._read_bytes and code:
             detail = f"The program ended with exit code {code}."
             raise Temporary("exit_code", detail, said=last_line(errors) or last_line(output))
-        return cut(output, self._max_output)
+        return output.decode(errors="replace")
 
     async def _execute(self, command: list[str], text: str, given: dict[str, str]) -> tuple[int, bytes, bytes]:
         """Runs a program to its end: its exit code, its output, and the end of its standard error."""
@@ -137,7 +137,7 @@ class Program:
             asyncio.create_task(self._copy(process.stderr, errors)),
         }
         try:
-            while process.returncode is None and len(output) <= self._max_output:
+            while process.returncode is None and len(output) <= self._read_bytes:
                 await asyncio.sleep(POLL_S)
             await asyncio.wait(readings, timeout=REST_S)
         finally:
@@ -145,7 +145,7 @@ class Program:
                 reading.cancel()
 
     async def _read(self, stdout: asyncio.StreamReader, output: bytearray) -> None:
-        while len(output) <= self._max_output and (block := await stdout.read(65536)):
+        while len(output) <= self._read_bytes and (block := await stdout.read(65536)):
             output += block
 
     async def _copy(self, stderr: asyncio.StreamReader, errors: bytearray) -> None:

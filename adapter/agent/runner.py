@@ -27,6 +27,7 @@ from adapter.agent.texts import command_of
 from adapter.contract.messages import Outbound, OutItem, Receipt
 from adapter.contract.names import digest
 from adapter.errors import AdapterError, Temporary
+from adapter.outbound.texts import closing_fence
 
 log = structlog.get_logger()
 
@@ -37,9 +38,10 @@ WORKING_AFTER = 2
 
 GIVE_UP_S = 3600.0
 """Time after which a message is given up with an answer to the user, whose next messages wait for it."""
-CUT = "…"
 LONGEST = 16_000
 """Most characters of an answer. So many fit into the parts of a text, wherever it is cut (outbound/commands.py)."""
+CLOSING_CHARS = 16
+"""Room behind an answer that is cut: an ellipsis, line breaks and the end of a code fence."""
 UNFIT = ("too_long", "invalid", "media")
 """Why an answer is refused that could be sent if it were another one."""
 
@@ -51,6 +53,8 @@ class Answer(NamedTuple):
     items: tuple[OutItem, ...] = ()
     left_out: str = ""
     """Why a file is not among the items, as a sentence."""
+    is_cut: bool = False
+    """The text is only the beginning of what the agent says."""
 
 
 class TurnEnd(NamedTuple):
@@ -84,11 +88,10 @@ Agent = Callable[[Turn], Awaitable[Answer]]
 """Answers a message. Raises AdapterError, whose `reason` and `detail` go to the log."""
 
 
-def cut(output: bytes, most: int) -> str:
-    """The text of at most `most` bytes, with an ellipsis if it was cut."""
-    if len(output) > most:
-        return output[:most].decode(errors="ignore") + CUT
-    return output.decode(errors="replace")
+def cut(text: str, most: int) -> tuple[str, bool]:
+    """The first `most` bytes of the text, and whether there are more."""
+    data = text.encode(errors="replace")
+    return data[:most].decode(errors="ignore"), len(data) > most
 
 
 async def until_answered(turn: Turn, ask: Callable[[], Awaitable[Answer]]) -> Answer:
@@ -222,7 +225,7 @@ class Runner:
     async def _greet(self, message: Message) -> None:
         """Welcomes a person once. After a crash in between the same command is stored again, and sent once."""
         if self._welcome and not self._sessions.is_known(message.user):
-            await message.reply(self._welcome, optional=True, key="welcome")
+            await message.reply(self._welcome, key="welcome")
             try:
                 self._sessions.note(message.user)
             except OSError as exc:
@@ -265,8 +268,7 @@ class Runner:
         answer, end = Answer(), TurnEnd(message, time.monotonic() - began)
         try:
             answer = Answer() if task.cancelled() else task.result()
-            text = answer.text.strip()
-            answer = answer._replace(text=text if len(text) <= LONGEST else text[:LONGEST] + CUT)
+            answer = answer._replace(text=self._text_of(answer, message))
             end = end._replace(chars=len(answer.text), items=len(answer.items), detail=answer.left_out)
         except AdapterError as exc:
             said = exc.said if isinstance(exc, Temporary) else ""
@@ -280,6 +282,15 @@ class Runner:
         else:
             with contextlib.suppress(NatsError):  # typing ends by itself
                 await message.typing("off")
+
+    def _text_of(self, answer: Answer, message: Message) -> str:
+        """The text to send. One that is cut says so at its end."""
+        text = answer.text.strip()
+        if not answer.is_cut and len(text) <= LONGEST:
+            return text
+        text = text[: LONGEST - len(self._texts.cut) - CLOSING_CHARS].rstrip()
+        log.warning("agent.cut", message=message.id, chars=len(text))
+        return "\n\n".join((f"{text}…\n{closing_fence(text)}".rstrip(), self._texts.cut))
 
     async def _on_receipt(self, receipt: Receipt) -> None:
         """Apologizes for an answer that cannot be sent as it is."""
@@ -296,7 +307,7 @@ class Runner:
             await asyncio.sleep(TYPING_AFTER_S)
             for interval in itertools.count():
                 if interval == WORKING_AFTER and message.user not in self._questions:
-                    await message.reply(self._texts.working, optional=True, key="still")
+                    await message.reply(self._texts.working, key="still")
                 await message.typing()
                 await asyncio.sleep(TYPING_S)
 

@@ -165,14 +165,13 @@ class Message:
         items: Sequence[OutItem] = (),
         *,
         files: Sequence[File] = (),
-        optional: bool = False,
         key: str = "",
     ) -> str:
         """Stores a reply and returns the command's id, which derives from the message's id and the reply's number.
 
         A message that comes again after a crash has the same ids, so that each reply is sent once. Waits while the
-        bus is away. `files` follow text and items, as `Sandbox.item_of` makes them. `optional`: a progress report,
-        see `Outbound`. `key` replaces the number in the id, for a reply that differs after a crash.
+        bus is away. `files` follow text and items, as `Sandbox.item_of` makes them. `key` replaces the number in
+        the id, for a reply that differs after a crash.
         Raises Refused("too_large") above 256 KiB, Refused("forbidden"), and what `Sandbox.item_of` raises.
         """
         self._replies += not key
@@ -185,7 +184,6 @@ class Message:
             reply_to=self.id,
             text=None if items else text,
             items=parts,
-            optional=optional,
         )
         await self.sandbox.send(command)
         return command.id or ""

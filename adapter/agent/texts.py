@@ -1,4 +1,4 @@
-"""What persons are told by the bridge itself, in the language of WECHAT_NATS_LANGUAGE, and the commands they give."""
+"""What persons are told by the bridge itself, in the language of the settings, and the commands they give."""
 
 from __future__ import annotations
 
@@ -17,6 +17,8 @@ class Texts(NamedTuple):
     stopped: str
     idle: str
     """There is nothing to stop."""
+    cut: str
+    """At the end of an answer that is only sent in part."""
     working: str
     """The agent has been at work for a minute."""
     welcome: str
@@ -37,6 +39,7 @@ TEXTS = {
         new="已开始新对话。",
         stopped="已停止。",
         idle="当前没有正在处理的内容。",
+        cut="（回答过长，以上只是开头部分。）",
         working="仍在处理，请稍候。",
         welcome="你好！这里由 AI 助手回复。发送“帮助”查看可用指令。",
         help=(
@@ -57,6 +60,7 @@ TEXTS = {
         new="A new conversation begins.",
         stopped="Stopped.",
         idle="There is nothing to stop.",
+        cut="(The answer is too long: this is its beginning.)",
         working="Still working on it.",
         welcome="Hello! An AI agent answers here. Write /help for what you can do.",
         help=(

@@ -330,14 +330,15 @@ FIRST_SHOWN = f"Does the phone show “{FIRST}”?"
 STRIPES = "Does the phone show a picture with green stripes?"
 FILE = f"Does file.txt open, and say {END}?"
 BACK = "Does the video that came back play?"
-LITERAL, MARKDOWN = f"Are all underscores there (maybe wide): {MARKS}?", f"And now: {MARKS}?"
+COMPARED, WHOLE = "1 < 2, 3 > 2 **in bold**", "Is all of “1 ＜ 2, 3 ＞ 2 in bold” there, the end bold?"
+MARKDOWN = f"Are all underscores there (maybe wide): {MARKS}?"
 NEWLINE = "Is “second line” on a line of its own?"
 STEPS = {
     "login": Step("Login", "Login", _login),
     "first": Step("First reply", "sendmessage", partial(_shows, FIRST_SHOWN, text=FIRST)),
     "text-2100": Step("2,100 characters", KNOWN, partial(_long, 2100, "text ")),
     "text-4000": Step("4,000 characters, half Chinese", KNOWN, partial(_long, 4000, "一二三四五")),
-    "literal": Step("Underscores, literal", RULES, partial(_shows, LITERAL, text=MARKS, format="literal")),
+    "compared": Step("Less and more", RULES, partial(_shows, WHOLE, text=COMPARED)),
     "markdown": Step("Underscores as Markdown", RULES, partial(_shows, MARKDOWN, text=MARKS)),
     "newline": Step("A single line break", RULES, partial(_shows, NEWLINE, text="first line\nsecond line")),
     "typing": Step("Typing", "Typing", _typing),

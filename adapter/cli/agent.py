@@ -288,7 +288,7 @@ async def _acp_agent(choice: AgentChoice, command: str, folder: Path, stderr: in
     try:
         from adapter.agent.acp import AcpAgent  # noqa: PLC0415 -- needs an extra
     except ImportError:
-        raise Failed(USAGE, "Install wechat-nats[acp].") from None
+        raise Failed(USAGE, "This needs an extra: pip install '.[acp]' in the checkout.") from None
     most = choice.max_output
     answering = AcpAgent(command, folder, timeout_s=choice.timeout, max_output=most, stderr=stderr)
     try:
@@ -305,7 +305,7 @@ async def _nats_agent(
     try:
         from synadia_ai.agents import Agents  # noqa: PLC0415 -- an extra
     except ImportError:
-        raise Failed(USAGE, "Install wechat-nats[agents].") from None
+        raise Failed(USAGE, "This needs an extra: pip install '.[agents]' in the checkout.") from None
     from adapter.agent.nats_agent import NatsAgent  # noqa: PLC0415 -- needs the extra, too
 
     if not 1 <= len(parts := address.split("/")) <= 3 or not all(parts):

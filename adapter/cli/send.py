@@ -65,9 +65,6 @@ async def send(
     when_closed: Annotated[
         Literal["park", "refuse"], Parameter(help="While the user must write first: wait for it, or refuse.")
     ] = "park",
-    format: Annotated[  # noqa: A002 -- the name of the option
-        Literal["markdown", "literal"], Parameter(help="literal: the text shows as written; marks become full-width.")
-    ] = "markdown",
     expires_in: Annotated[
         float | None, Parameter(metavar="SECONDS", help="Seconds; unsent by then: refused.")
     ] = None,
@@ -94,7 +91,6 @@ async def send(
         user=user,
         bot=bot,
         when_closed=when_closed,
-        format=format,
         expires_in_s=expires_in,
     )
     try:

@@ -32,10 +32,6 @@ class Window(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
             " counted. Each part of a long text, each media item and each caption is a send."
         ),
     ] = None
-    reserved: Annotated[
-        int,
-        Meta(description="Sends of `remaining` that are reserved for answers: commands with `optional` get none."),
-    ] = 0
     closes_at_ms: Annotated[int | None, Meta(description="When the window closes; null: it is not open.")] = None
 
 
@@ -232,20 +228,6 @@ class Outbound(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     expires_in_s: (
         Annotated[float, Meta(gt=0, description="Seconds after storing; if unsent by then, it is refused.")] | None
     ) = None
-    format: Annotated[
-        Literal["markdown", "literal"],
-        Meta(
-            description="WeChat reads every text as Markdown. literal: what has a meaning becomes full-width, so that"
-            " the text shows as it is written."
-        ),
-    ] = "markdown"
-    optional: Annotated[
-        bool,
-        Meta(
-            description="A progress report: refused at once if it would use one of the sends that are reserved for"
-            " answers (`reserved`), or if none is left."
-        ),
-    ] = False
     typing: Annotated[
         Literal["on", "off"] | None, Meta(description="Instead of text and items: show or hide the typing indicator.")
     ] = None
@@ -289,9 +271,8 @@ class Receipt(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     reason: Annotated[
         str,
         Meta(
-            description="invalid, not_bound, ambiguous_bot, other_user, window_closed, quota, reserved, throttled,"
-            " needs_login, too_long, expired, rejected, unreadable, too_large, crashed, backlog, media; empty when"
-            " accepted."
+            description="invalid, not_bound, ambiguous_bot, other_user, window_closed, quota, throttled, needs_login,"
+            " too_long, expired, rejected, unreadable, too_large, crashed, backlog, media; empty when accepted."
         ),
     ] = ""
     detail: Annotated[str, Meta(description="One sentence for people.")] = ""

@@ -24,7 +24,7 @@ NAMESPACE = "wechat_adapter"
 prometheus_client.disable_created_metrics()  # type: ignore[no-untyped-call] # a third of all samples
 
 REFUSED = (
-    "invalid not_bound ambiguous_bot other_user window_closed quota reserved throttled needs_login too_long "
+    "invalid not_bound ambiguous_bot other_user window_closed quota throttled needs_login too_long "
     "expired rejected backlog media"
 )
 DEAD = "unreadable too_large crashed"

@@ -27,7 +27,6 @@ from adapter.errors import UNDECODABLE, Refused, Unreadable
 from adapter.kit.json_repair import without_halves
 from adapter.outbound import texts
 from adapter.outbound.record import CommandRef
-from adapter.outbound.texts import to_literal, to_literal_start
 from adapter.security.seal import Sealer, copy_context
 
 PEER = re.compile(r"[!-~]{0,128}")
@@ -91,8 +90,6 @@ class Command(msgspec.Struct, frozen=True):
     """A command that is unsent at this time is refused."""
     typing: Literal["", "on", "off"] = ""
     """Shows or hides the typing indicator. A command with this field has no parts."""
-    optional: bool = False
-    """The command may not use the reserved sends."""
 
     @property
     def kind(self) -> Literal["text", "media", "typing", "unreadable"]:
@@ -201,38 +198,34 @@ def read_command(body: Outbound, *, sandbox: str, stored_ms: int, limits: Limits
         when_closed="refuse" if body.typing else body.when_closed,  # it is never parked
         expires_ms=stored_ms + patience_ms,
         typing=body.typing or "",
-        optional=body.optional,
     )
 
 
 def _read_parts(body: Outbound, sandbox: str, limits: Limits) -> list[Part]:
     """Raises Refused("invalid"), Refused("too_long")."""
     parts: list[Part] = []
-    is_literal = body.format == "literal"
     for item in body.items or [OutText(text=body.text or "")]:
         if isinstance(item, OutText):
-            parts += _split_text(item.text, limits, is_literal=is_literal)
+            parts += _split_text(item.text, limits)
         else:
             if item.caption.strip():
-                parts += _split_text(item.caption, limits, is_literal=is_literal)
+                parts += _split_text(item.caption, limits)
             parts.append(_read_media_part(item, sandbox))
         if len(parts) > limits.parts and sum(isinstance(part, str) for part in parts) > limits.parts:
             raise _too_long(limits)
     return parts
 
 
-def _split_text(text: str, limits: Limits, *, is_literal: bool) -> list[str]:
+def _split_text(text: str, limits: Limits) -> list[str]:
     """Splits one text. Raises Refused("invalid"), Refused("too_long")."""
     if len(text) > limits.parts * limits.part_chars:
         raise _too_long(limits)
-    if is_literal:
-        text = to_literal(text)
     if not text.strip():
         raise Refused("invalid", "The text is empty.")
     parts = texts.split(text, limits.part_chars, limits.part_bytes)
     if len(parts) > limits.parts:
         parts = texts.split(text, limits.part_chars, limits.part_bytes, FILLED)
-    return [to_literal_start(part) for part in parts] if is_literal else parts
+    return [texts.widen(part) for part in parts]
 
 
 def _too_long(limits: Limits) -> Refused:

@@ -440,7 +440,7 @@ class Conversation:
     async def _wait_blocked(self, head: QueuedCommand, reason: str, seen: int) -> None:
         """Parks or refuses what was told nothing yet; then waits for a change."""
         deps, queue = self._shard.deps, self.queue
-        unparked = [head] if reason == "reserved" else [each for each in queue if not each.parked][:MAX_TOGETHER]
+        unparked = [each for each in queue if not each.parked][:MAX_TOGETHER]
         if any(not command.is_checked for command in unparked):
             await self._look_up(unparked)
             return

@@ -263,7 +263,6 @@ def is_final(receipt: Receipt) -> bool:
 _ADVICE = {
     "window_closed": "The user must write first; WeChat lets a bot send only for a day after that.",
     "quota": "The command needs more sends than are left after the user's last message; they must write again.",
-    "reserved": "The command is optional, and the sends that are left are reserved for answers.",
     "throttled": "iLink refuses more messages to this user until they write.",
     "needs_login": "The bot's token is dead; have the user scan a new QR code and bind the new bot.",
 }

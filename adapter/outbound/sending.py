@@ -37,7 +37,7 @@ from adapter.outbound.record import (
     SendProgress,
     SentText,
 )
-from adapter.outbound.texts import is_open
+from adapter.outbound.texts import closing_fence
 from adapter.outbound.window import WindowPolicy
 from adapter.ports import Accepted, Account, Content, Delivery
 
@@ -126,7 +126,6 @@ class QueuedCommand(msgspec.Struct, kw_only=True, eq=False):
     """Length of the text if the text is the only part, else 0."""
     expires_ms: int = 0
     when_closed: Literal["park", "refuse"] = "park"
-    optional: bool = False
     typing: Literal["", "on", "off"] = ""
     reply_to: str = ""
     """The inbound message that it answers; "" for none, and for what is too long to be one."""
@@ -177,19 +176,17 @@ def blocker(
         return "needs_login"
     if command.typing:
         return ""
-    progress, needed, optional = record.head, command.part_count, command.optional
+    progress, needed = record.head, command.part_count
     if progress is not None and progress.is_partially_sent and progress.has_command(command.ref.sequence):
         is_counted = progress.unanswered_attempts and progress.counted_in_window == record.window.id
-        needed, optional = 0 if is_counted else 1, False
-    return window.send_blocker(record, now_ms, policy.window, needed=needed, optional=optional)
+        needed = 0 if is_counted else 1
+    return window.send_blocker(record, now_ms, policy.window, needed=needed)
 
 
 def while_blocked(command: QueuedCommand, reason: str, *, is_head: bool) -> CommandResult:
     """What a command is told whose queue waits: that it is parked, or refused."""
     if command.typing and not is_head:
         return CommandResult("refused", "window_closed")
-    if command.optional and reason in ("reserved", "quota"):
-        return CommandResult("refused", "reserved")
     return CommandResult("refused" if command.when_closed == "refuse" else "parked", reason)
 
 
@@ -224,13 +221,13 @@ def next_message(
     first = queue[0]
     if record.head is not None and record.head.is_partially_sent:
         return in_progress(queue, record)
-    if not first.parked or first.sequence <= alone_up_to or not _is_mergeable(first):
+    if not first.parked or first.sequence <= alone_up_to or not first.chars:
         return [first]
     group, chars = [first], first.chars
     ids = {first.ref.id, *(ref.id for ref in record.recent)}
     for command in queue[1:MERGED_AT_ONCE]:
         chars += len(MERGE_SEPARATOR) + command.chars
-        if not command.parked or not _is_mergeable(command) or command.ref.id in ids or chars > policy.merge_chars:
+        if not command.parked or not command.chars or command.ref.id in ids or chars > policy.merge_chars:
             break
         ids.add(command.ref.id)
         group.append(command)
@@ -245,13 +242,9 @@ def mergeable_prefix(group: list[QueuedCommand], max_bytes: int) -> list[QueuedC
         size += len(text.encode()) + len(MERGE_SEPARATOR)
         if count and size > max_bytes:
             return group[:count]
-        if is_open(text):  # the next text would become part of its code
+        if closing_fence(text):  # the next text would become part of its code
             return group[: count + 1]
     return group
-
-
-def _is_mergeable(command: QueuedCommand) -> bool:
-    return bool(command.chars) and not command.optional
 
 
 def only_text(command: QueuedCommand) -> str:

@@ -205,7 +205,7 @@ class Shard:
         only = read.parts[0] if len(read.parts) == 1 else None
         command.bot, command.user, command.kind, command.typing = read.bot, read.user, read.kind, read.typing
         command.part_count, command.chars = len(read.parts), len(only) if isinstance(only, str) else 0
-        command.expires_ms, command.when_closed, command.optional = read.expires_ms, read.when_closed, read.optional
+        command.expires_ms, command.when_closed = read.expires_ms, read.when_closed
         if self._body_bytes + len(delivery.data) <= BODY_BYTES:
             command.parts, command.size = read.parts, len(delivery.data)
             self._body_bytes += command.size

@@ -1,15 +1,18 @@
-"""Texts as WeChat shows them: long ones are split into parts, literal ones show as they are written. Pure."""
+"""Texts as WeChat shows them: long ones are split into parts, `<` and `>` outside code become full-width. Pure."""
 
 from __future__ import annotations
 
 import re
 
-_FENCE = re.compile(r"(`{3,6}|~{3,6}(?!~))([^`\n]*)")
+_FENCE = re.compile(r"(?:(?:[-*+]|[0-9]{1,9}[.)])[ \t]+)*(`{3,6}|~{3,6}(?!~))([^`\n]*)")
 """A fence of more than six marks counts as text, since it would be repeated in every part."""
 _INFO_CHARS = 32
 """Most characters of a fence's info string that are repeated."""
 _CLOSING_ROOM = 8
 """Room for a line break and the closing marks of a fence at the end of a part."""
+
+_WIDE = str.maketrans("<>", "＜＞")
+_BACKTICKS = re.compile(r"(`+)")
 
 _SENTENCE = re.compile(r"(?<=[.!?…])\s+|(?<=[。！？；])")
 
@@ -18,7 +21,7 @@ def split(text: str, max_chars: int, max_bytes: int, filled: float = 1 / 3) -> l
     """Splits `text` into parts, at paragraphs, else lines, sentences or words. Each part costs a send.
 
     A code fence that is cut is closed at the end of the part and reopened in the next. `filled`: share of a part
-    that is filled, even if that cuts a word.
+    that is filled, even if that cuts a word. `max_bytes`: of a part whose `<` and `>` may all become full-width.
     """
     if _is_within_limits(text, max_chars, max_bytes):
         return [text]
@@ -45,20 +48,64 @@ def split(text: str, max_chars: int, max_bytes: int, filled: float = 1 / 3) -> l
     return parts
 
 
-def is_open(text: str) -> bool:
-    """Whether the text ends inside a code fence, so that appended text would become code."""
-    return bool(_open_fence(text, ""))
+def closing_fence(text: str) -> str:
+    """What ends the code fence inside which the text ends, so that appended text does not become code; "": none."""
+    fence = _open_fence(text, "")
+    return fence and _fence_marker(fence)
+
+
+def widen(text: str) -> str:
+    """The text with `<` and `>` full-width where they are not code: a bare `<` hides the rest of its line
+    (docs/reference/ilink-protocol.md, "Rules for outbound messages").
+
+    Code in a line ends in it: behind backticks that are not closed there, all is widened up to the paragraph's end.
+    """
+    if "<" not in text and ">" not in text:
+        return text
+    lines, fence, is_unsure = [], "", False
+    for line in text.split("\n"):
+        before, fence = fence, _open_fence(line, fence)
+        is_unsure = is_unsure and not before and bool(line.strip())
+        if before:
+            lines.append(line)
+        elif fence or is_unsure:
+            lines.append(line.translate(_WIDE))
+        else:
+            widened, is_unsure = _widen_line(line)
+            lines.append(widened)
+    return "\n".join(lines)
+
+
+def _widen_line(line: str) -> tuple[str, bool]:
+    """A line that is in no fence, and whether it leaves backticks open."""
+    pieces, at = _BACKTICKS.split(line), 0  # text, backticks, text, ...
+    is_row = line.lstrip().startswith("|")
+    while at + 1 < len(pieces):
+        pieces[at] = pieces[at].translate(_WIDE)
+        try:
+            end = pieces.index(pieces[at + 1], at + 2)
+        except ValueError:
+            break
+        if pieces[at].endswith("\\") or (is_row and any("|" in piece for piece in pieces[at + 2 : end])):
+            break  # the backtick is escaped, or the cell of a table ends
+        at = end + 1
+    return "".join(pieces[:at]) + "".join(pieces[at:]).translate(_WIDE), at + 1 < len(pieces)
 
 
 def _is_within_limits(text: str, max_chars: int, max_bytes: int) -> bool:
-    return len(text) <= max_chars and len(text.encode()) <= max_bytes
+    return len(text) <= max_chars and _widest(text) <= max_bytes
+
+
+def _widest(text: str) -> int:
+    """Bytes of the text if none of it is code: `＜` has two more than `<`."""
+    return len(text.encode()) + 2 * (text.count("<") + text.count(">"))
 
 
 def _cut_position(text: str, chars: int, size: int, filled: float) -> int:
     """The last good place to cut within the limits, at least one character in."""
     limit = min(chars, len(text))
-    while len(text[:limit].encode()) > size:
-        limit -= max(1, (len(text[:limit].encode()) - size) // 4)
+    while (excess := _widest(text[:limit]) - size) > 0:
+        limit -= max(1, excess // 4)
     head = text[:limit]
     least = int(limit * filled)  # rather cut a line than make many tiny parts
     for mark in ("\n\n", "\n"):
@@ -85,58 +132,3 @@ def _open_fence(piece: str, fence: str) -> str:
 
 def _fence_marker(fence: str) -> str:
     return fence[: len(fence) - len(fence.lstrip(fence[0]))]
-
-
-# literal texts ----------------------------------------------------------------------------------------
-#
-# WeChat reads every text as Markdown and knows no escapes, so full-width forms replace the characters that have a
-# meaning (docs/reference/ilink-protocol.md, "Rules for outbound messages"). A NUL is put before most of them first: a
-# function called for each of thousands would take too long.
-
-_WIDE = {mark: chr(ord(mark) + 0xFEE0) for mark in r"#>|=-+:.)<&\*_`~[]"}
-_ALWAYS = str.maketrans({mark: _WIDE[mark] for mark in "*_`~[]"})
-"""Emphasis, code, struck text, links, and WeChat's names of emoji."""
-_BEFORE_MARK = re.compile(
-    r"(?=<[A-Za-z/!?]|&#?[0-9A-Za-z]{1,32};"  # HTML and its entities
-    r"|\\(?:[!-/:-@\[-`{-~\n]|\Z))"  # escapes
-)
-_BLOCK = r"[#>|]|=(?==*+(?:\s|\Z))|[-+](?=-*+(?:[\s|:]|\Z))|:(?=-)"
-"""Titles, quotes, tables, lists and rules."""
-_BEFORE_BLOCK = re.compile(rf"^(?={_BLOCK})", re.MULTILINE)
-_BEHIND_NUMBER = re.compile(
-    rf"(?=[.)](?:\s|\Z))(?:{'|'.join(f'(?<=^[0-9]{{{digits}}})' for digits in range(1, 10))})", re.MULTILINE
-)
-"""A list is counted anew."""
-_INDENTED = re.compile(rf"^([ \t]++)([0-9]{{1,9}}(?=[.)](?:\s|\Z)))?({_BLOCK}|(?<=[0-9])[.)])?", re.MULTILINE)
-"""Four spaces are code."""
-
-
-def to_literal(text: str) -> str:
-    """The text with the characters replaced that WeChat would leave out, or show as something else."""
-    text = _widen_starts(text.replace("\r\n", "\n").replace("\r", "\n").replace("\0", ""))
-    text = _widen_marked(_BEFORE_MARK.sub("\0", text)).translate(_ALWAYS)
-    # a line break alone may be shown as a space; it stays behind two spaces
-    return text.replace("\n\n", "\0\0").replace("\n", "  \n").replace("\0", "\n")
-
-
-def to_literal_start(part: str) -> str:
-    """A part of such a text, which may begin within a line."""
-    first, line_break, rest = part.partition("\n")
-    return f"{_widen_starts(first)}{line_break}{rest}"
-
-
-def _widen_starts(text: str) -> str:
-    return _widen_marked(_BEHIND_NUMBER.sub("\0", _BEFORE_BLOCK.sub("\0", _INDENTED.sub(_widen_indented, text))))
-
-
-def _widen_marked(text: str) -> str:
-    for mark, wide in _WIDE.items():
-        text = text.replace(f"\0{mark}", wide)
-    return text
-
-
-def _widen_indented(start: re.Match[str]) -> str:
-    indent, number, mark = start.groups(default="")
-    if start[0] == indent and start.string[start.end() : start.end() + 1] in ("", "\n"):
-        return ""  # an empty line
-    return indent.replace("\t", "  ").replace(" ", "\N{NO-BREAK SPACE}") + number + _WIDE.get(mark, "")

@@ -14,7 +14,7 @@ import msgspec
 from adapter.contract.messages import Window
 from adapter.outbound.record import BOTS_KEPT, ConversationRecord, SendProgress, SendWindow
 
-Closed: TypeAlias = Literal["", "window_closed", "quota", "throttled", "reserved"]
+Closed: TypeAlias = Literal["", "window_closed", "quota", "throttled"]
 """Why nothing may be sent; "" if it may."""
 
 SENT_KEPT = 32
@@ -34,17 +34,9 @@ class WindowPolicy(msgspec.Struct, frozen=True):
     hours: float
     cooldown_s: float = COOLDOWN_S
     """Time after -2 until a probe may be sent."""
-    reserve: int = 0
-    """Sends of the budget that commands with `optional` may not use."""
-
-    def budget(self, *, optional: bool = False) -> int:
-        """Sends of a window that a command may use."""
-        return max(0, self.sends - self.reserve) if optional else self.sends
 
 
-def send_blocker(
-    record: ConversationRecord, now_ms: int, policy: WindowPolicy, *, needed: int = 1, optional: bool = False
-) -> Closed:
+def send_blocker(record: ConversationRecord, now_ms: int, policy: WindowPolicy, *, needed: int = 1) -> Closed:
     """Why `needed` sends do not fit now; "" if they do. A command that exceeds the whole budget fits a fresh
     window."""
     window = record.window
@@ -54,10 +46,7 @@ def send_blocker(
         return "throttled"
     if not policy.sends or not needed:
         return ""
-    budget = policy.budget(optional=optional)
-    if window.sends_used + max(1, min(needed, budget)) <= budget:
-        return ""
-    return "reserved" if optional else "quota"
+    return "" if window.sends_used + max(1, min(needed, policy.sends)) <= policy.sends else "quota"
 
 
 def visible_window(record: ConversationRecord, now_ms: int, policy: WindowPolicy) -> Window:
@@ -69,8 +58,7 @@ def visible_window(record: ConversationRecord, now_ms: int, policy: WindowPolicy
         return Window(remaining=0, closes_at_ms=closes_ms)
     if not policy.sends:
         return Window(closes_at_ms=closes_ms)
-    remaining = max(0, policy.sends - record.window.sends_used)
-    return Window(remaining=remaining, reserved=min(policy.reserve, remaining), closes_at_ms=closes_ms)
+    return Window(remaining=max(0, policy.sends - record.window.sends_used), closes_at_ms=closes_ms)
 
 
 def closes_at_ms(record: ConversationRecord, policy: WindowPolicy) -> int:

@@ -132,9 +132,7 @@ class Replica:
         # inbound
         self.transfers = FairSlots(TRANSFERS, share=TRANSFERS_PER_SANDBOX)
         self.policy = SendPolicy(
-            window=WindowPolicy(
-                sends=settings.sends_per_window, hours=settings.window_hours, reserve=settings.reserve_sends
-            ),
+            window=WindowPolicy(sends=settings.sends_per_window, hours=settings.window_hours),
             gap_ms=settings.send_gap_ms,
             merge_chars=min(settings.merge_chars, settings.part_chars),
             merge_bytes=settings.part_bytes,

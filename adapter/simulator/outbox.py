@@ -1,6 +1,7 @@
 """Messages from bots to users: the answer of `sendmessage`, and the message on the phone."""
 
 import itertools
+import re
 from collections import deque
 from typing import Any
 
@@ -21,6 +22,12 @@ PAYLOADS = {
     12: "tool_call_result_item",
 }
 TOOL_CALLS = (11, 12)
+CODE_OR_TAG = re.compile(
+    r"(?P<code>^(?:[ ]|[-*+][ ]|[0-9]+[.)][ ])*(?P<fence>```+|~~~+).*?(?:^[ ]*(?P=fence)[`~ ]*$|\Z)"
+    r"|(?<!`)(?P<marks>`+)(?!`)[^\n]*?(?<!`)(?P=marks)(?!`))|<[^\n]*",
+    re.MULTILINE | re.DOTALL,
+)
+"""The phone takes each `<` outside code for the start of a tag, to the end of the line (T #245)."""
 FIELDS = frozenset(
     {
         *("from_user_id", "to_user_id", "client_id", "message_type", "message_state"),
@@ -114,9 +121,10 @@ class Outbox:
             hear(user, shown)
 
     def _as_shown(self, bot: Bot, item: Json) -> Json:
-        """The item on the phone, which may cut its text (`cut_chars`, `cut_bytes`)."""
+        """The item on the phone, which may hide a part of its text, and cut it (`cut_chars`, `cut_bytes`)."""
         text, settings = text_of([item]), self._world.settings_of(bot)
-        shown = text[: settings.cut_chars or None].encode()[: settings.cut_bytes or None].decode(errors="ignore")
+        shown = CODE_OR_TAG.sub(lambda found: found["code"] or "", text) if "<" in text else text
+        shown = shown[: settings.cut_chars or None].encode()[: settings.cut_bytes or None].decode(errors="ignore")
         return item if shown == text else {**item, "text_item": {**item["text_item"], "text": shown}}
 
     def _note_careless(self, bot: Bot, message: Json) -> None:

@@ -1,4 +1,4 @@
-"""A sandbox sends commands with `"format": "literal"` whose texts cost a reader of Markdown the square of their
+"""A sandbox sends commands whose texts cost a reader of Markdown the square of their
 length: tabs, quotes in quotes, brackets, tables, and every other text of `tests/hostile.py`, long and short.
 
 No lease may be lost, and the victim must not wait.
@@ -27,7 +27,7 @@ LONGEST = 250_000
 def commands(rng: random.Random, sandbox: str) -> Iterator[bytes]:
     """As they are published, for ever."""
     texts = [make(size) for make in TEXTS.values() for size in SIZES]
-    bodies = [msgspec.json.encode({"text": text, "format": "literal"}) for text in texts if "\ud83d" not in text]
+    bodies = [msgspec.json.encode({"text": text}) for text in texts if "\ud83d" not in text]
     bodies = [body for body in bodies if len(body) <= LONGEST]
     rng.shuffle(bodies)
     subject = NAMES.out(sandbox)

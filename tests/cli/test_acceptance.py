@@ -16,7 +16,7 @@ import msgspec
 import pytest
 from rich.cells import cell_len
 
-from adapter.cli.acceptance import FIRST, INTRODUCTION, MARKS, STEPS
+from adapter.cli.acceptance import COMPARED, FIRST, INTRODUCTION, MARKS, STEPS
 from adapter.cli.acceptance_report import PAGE, Result, findings, part_limits, settings
 from adapter.cli.demo import demo_settings
 from adapter.cli.embedded import EmbeddedNats, adapter_running
@@ -126,8 +126,10 @@ class Person:
             return str(sum(bool(re.match(r"\d+ of 11", one.text)) for one in shown))
         if "scroll to its end" in question:
             return "ny"[last.text.endswith("⟂END")]
+        if "in bold" in question:
+            return "ny"[last.text == COMPARED.translate(str.maketrans("<>", "＜＞"))]
         if MARKS in question:
-            return "ny"[last.text.replace("＿", "_") == MARKS]
+            return "ny"[last.text == MARKS]
         if "is typing" in question:
             await until(lambda: self.sim.typing(self.user).on)  # a person needs longer than the request
             return "y"
@@ -219,7 +221,7 @@ async def test_it_goes_on_where_it_stopped(server: EmbeddedNats, tmp_path: Path)
         first = await walked(sim, bridge, tmp_path, ends_at="is typing")
         report = ReadReport(tmp_path)
         held = {"text-2100": "held back", "text-4000": "held back"}
-        assert report.statuses == dict.fromkeys(("login", "first", "literal", "markdown", "newline"), "done") | held
+        assert report.statuses == dict.fromkeys(("login", "first", "compared", "markdown", "newline"), "done") | held
         assert "WECHAT_NATS_PART_CHARS" not in report.settings
         assert "The report is in" in first.read
         await bridge.stop()

@@ -51,9 +51,11 @@ def said(text: str, *answers: str, asked: list[tuple[str, str]] | None = None) -
 async def test_each_question_is_asked_until_it_is_answered(agent: AcpAgent) -> None:
     """One after the other, although the agent asks them at once and of one tool call."""
     asked: list[tuple[str, str]] = []
-    answer = await agent(said("tools one two three four", "what?", "１", "允许一次", "reject", "3。", asked=asked))
+    answer = await agent(said("tools one two three four", "what?", "１", "allow once", "reject", "3。", asked=asked))
     assert answer.text == "Let me see.\n\nI may: one always, two once, three no, four no"
-    assert asked[0][0] == "可以执行吗？\n\n```\none\n```\n\n1. 总是允许\n\n2. 允许一次\n\n3. 拒绝\n\n请回复数字。"
+    assert asked[0][0] == (
+        "May I?\n\n```\none\n```\n\n1. Always allow\n\n2. Allow once\n\n3. Reject\n\nPlease answer with a number."
+    )
     assert [question.split()[2] for question, _ in asked] == ["one", "one", "two", "three", "four"]
     assert len({ident for _, ident in asked}) == len(asked)
 

@@ -221,7 +221,7 @@ async def test_an_agent_on_nats_that_does_not_end_is_cut() -> None:
     asked = turn()
     asked.message.sandbox.put_media = put_media  # type: ignore[method-assign, assignment]
     answer = await NatsAgent(agents, "tester", timeout_s=30, max_output=100)(asked)
-    assert (answer.text, len(answer.items)) == ("x" * 100 + "…", 10)
+    assert (answer.text, len(answer.items), answer.is_cut) == ("x" * 100, 10, True)
     assert (len(said), len(stored)) == (101, 10)
 
 

@@ -70,13 +70,18 @@ async def test_more_lines_at_once_than_a_window_has_sends(temporary: Path) -> No
     assert said(out, "phone") == [f"You said: {text}" for text in sentences]
 
 
-async def test_a_program_answers_instead(temporary: Path) -> None:
+@pytest.mark.parametrize(
+    ("environ", "answer"),
+    [({"LC_ALL": "C.UTF-8"}, "A new conversation begins."), ({"LC_ALL": "zh_CN.UTF-8"}, "已开始新对话。")],
+    ids=["en", "zh"],
+)
+async def test_a_program_answers_instead(temporary: Path, environ: dict[str, str], answer: str) -> None:
     """Also where it has nothing to say, and where what it was given is one of the words that steer it."""
     program = "sed -e /quiet/d -e s/hello/bye/"
-    async with started("demo", "--exec", program, env={"WECHAT_NATS_LANGUAGE": "en"}) as process:
+    async with started("demo", "--exec", program, env=environ) as process:
         out, err = await process.communicate(b"hello\nquiet\n/new\n")
         assert (process.returncode, err) == (0, b"")
-    assert said(out, "phone") == ["bye", "A new conversation begins."]
+    assert said(out, "phone") == ["bye", answer]
     assert os.listdir(temporary) == []
 
 

@@ -86,10 +86,10 @@ async def test_no_wait_ends_as_soon_as_it_is_stored(cli: Command, bus: BusConnec
 
 
 async def test_every_option_reaches_the_command(cli: Command, bus: BusConnection) -> None:
-    options = ("--user", "u", "--bot", "b", "--when-closed", "refuse", "--format", "literal", "--expires-in", "5")
+    options = ("--user", "u", "--bot", "b", "--when-closed", "refuse", "--expires-in", "5")
     await cli("send", "s1", "hi", "--no-wait", *options)
     stored = msgspec.json.decode((await bus.js.get_last_msg(bus.names.stream_out, ">")).data or b"", type=Outbound)
-    assert (stored.user, stored.bot, stored.when_closed, stored.format) == ("u", "b", "refuse", "literal")
+    assert (stored.user, stored.bot, stored.when_closed) == ("u", "b", "refuse")
     assert stored.expires_in_s == 5
 
 

@@ -265,7 +265,7 @@ class Soak:
             sandbox = self.rng.choice(names)
             bot = residents[sandbox]
             await self.say(bot)
-            await self.command(sandbox, plain=turn % 7 == 0, optional=turn % 11 == 0)
+            await self.command(sandbox, plain=turn % 7 == 0)
             match turn % 8:
                 case 1:
                     await self.say(bot, "image")

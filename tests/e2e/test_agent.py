@@ -42,7 +42,7 @@ while word == "wait" and not (folder / "go").exists():
 if word == "fail":
     sys.exit(3)
 if word == "flood":
-    print("x" * 1_000_000)
+    print("```" + "\\nx" * 1_000_000)
 if word == "environment":
     print(*sorted(name for name in os.environ if "NATS" in name), json.loads(os.environ["WECHAT_MESSAGE"])["user"])
 if word != "quiet":
@@ -160,7 +160,8 @@ async def test_answers_come_in_order_and_steer_by_two_words(tmp_path: Path) -> N
         answers = [
             "done: one",
             "That did not work. Please try again.",
-            "x" * 100 + "…",
+            "```\n" + "x\n" * 47 + "x…\n```",
+            TEXTS["en"].cut,
             f"{made.bots['s1'].user}\ndone: environment",
             "A new conversation begins.",
             "done: two",
@@ -184,8 +185,8 @@ async def test_answers_come_in_order_and_steer_by_two_words(tmp_path: Path) -> N
 
 
 async def test_a_person_is_welcomed_once_and_told_what_to_write(tmp_path: Path) -> None:
-    """In Chinese unless the setting says otherwise, and also where the agent is killed in between."""
-    async with agent_running(tmp_path, "--welcome=Hi!", WECHAT_NATS_LANGUAGE="") as (made, agent):
+    """In the language of the terminal, and also where the agent is killed in between."""
+    async with agent_running(tmp_path, "--welcome=Hi!", WECHAT_NATS_LANGUAGE="", LC_ALL="zh_CN") as (made, agent):
         made.say("s1", "wait for it")
         await shows(made, "Hi!")
         await agent.end(signal.SIGKILL)
@@ -207,12 +208,16 @@ async def test_a_person_is_welcomed_once_and_told_what_to_write(tmp_path: Path) 
         await nc.close()
 
 
-async def test_an_answer_that_is_too_long_for_ten_messages_is_cut(tmp_path: Path) -> None:
-    async with agent_running(tmp_path) as (made, _):
+@pytest.mark.parametrize(("most", "lines"), [(1000, 498), (40_000, 7966)], ids=["bytes", "characters"])
+async def test_the_person_is_told_that_an_answer_is_cut(tmp_path: Path, most: int, lines: int) -> None:
+    async with agent_running(tmp_path, "--max-output", str(most)) as (made, agent):
         made.say("s1", "flood")
-        await until(lambda: any("…" in text for text in made.phone_texts("s1")), "its end is shown")
-        assert "".join(made.phone_texts("s1")) == "x" * 16_000 + "…"
-        assert len(made.phone_texts("s1")) <= 10
+        await until(lambda: TEXTS["en"].cut in made.phone_texts("s1"), "its end is shown")
+        *shown, said = made.phone_texts("s1")
+        assert (said, shown[-1][-6:], "".join(shown).count("x")) == (TEXTS["en"].cut, "x…\n```", lines)
+        assert len(made.sim.phone(made.bots["s1"].user)) <= 10
+        (line,) = [line for line in agent.log.read_text().splitlines() if "agent.cut" in line]
+        assert "x\\nx" not in line
 
 
 async def test_stop_ends_the_run_under_way_and_what_waits_goes_on(tmp_path: Path) -> None:

@@ -223,7 +223,7 @@ async def test_a_text_that_takes_long_to_read_delays_nobody(tmp_path: Path) -> N
         nc = await both(made)
         made.say(BAD, "hello")
         for name, text in MEAN.items():
-            body = msgspec.json.encode({"text": text, "format": "literal", "id": name})
+            body = msgspec.json.encode({"text": text, "id": name})
             await nc.jetstream().publish(NAMES.out(BAD), body)
         await is_served(made, nc, "meanwhile")
         await wait_receipts(made, nc, set(MEAN), FINAL_OUTCOMES)

@@ -30,7 +30,7 @@ from tests.fakes import FakeDelivery
 from tests.outbound.shards import rows
 
 NOW = 1_000_000_000
-POLICY = SendPolicy(window=WindowPolicy(sends=10, hours=24.0, reserve=3), gap_ms=0, merge_chars=100, merge_bytes=400)
+POLICY = SendPolicy(window=WindowPolicy(sends=10, hours=24.0), gap_ms=0, merge_chars=100, merge_bytes=400)
 BOT = ServingBot("b1", is_usable=True)
 YES = Accepted("m1", 0, None, "")
 NO_ID = Accepted(None, 0, 7, "sure")
@@ -125,10 +125,6 @@ HALF: dict[str, Any] = {"part": 1, "unanswered_attempts": 0}
         "the progress of another command is none of it": (
             (command(2, part_count=3), record(under_way(1), used=8), BOT, "quota")
         ),
-        "the reserve is not for what is optional": (command(1, optional=True), record(used=7), BOT, "reserved"),
-        "it may go on with what it began": (
-            (command(1, optional=True, part_count=2), record(under_way(1, **HALF), used=8), BOT, "")
-        ),
         "a -2 blocks what was counted before as well": (
             (command(1), record(under_way(1), throttled_at_ms=NOW), BOT, "throttled")
         ),
@@ -150,15 +146,6 @@ def test_whether_the_head_may_be_sent(
         ),
         "typing waits for its bot": (command(1, typing="on"), "needs_login", True, ("parked", "needs_login")),
         "typing behind another is refused": (command(2, typing="on"), "quota", False, ("refused", "window_closed")),
-        "what is optional is refused where the reserve begins": (
-            (command(1, optional=True), "reserved", True, ("refused", "reserved"))
-        ),
-        "what is optional is refused behind what waits for room": (
-            (command(2, optional=True), "quota", False, ("refused", "reserved"))
-        ),
-        "what is optional waits for a message of the user": (
-            (command(1, optional=True), "window_closed", True, ("parked", "window_closed"))
-        ),
     },
 )
 def test_the_receipt_of_a_command_whose_queue_waits(
@@ -223,8 +210,6 @@ NAMESAKES = [*parked(1), command(2, ident="c1", parked=True)]
         "up to one that was not parked": ([*parked(1, 2), command(3), *parked(4)], record(), 0, [1, 2]),
         "up to one with several parts or media": ([*parked(1), *parked(2, chars=0), *parked(3)], record(), 0, [1]),
         "such a one goes alone": ([*parked(1, chars=0), *parked(2)], record(), 0, [1]),
-        "up to one that is optional": ([*parked(1), *parked(2, optional=True)], record(), 0, [1]),
-        "one that is optional goes alone": ([*parked(1, optional=True), *parked(2)], record(), 0, [1]),
         "as long as their lengths and separators fit": (parked(1, 2, 3, text="x" * 32), record(), 0, [1, 2, 3]),
         "one that does not fit waits": (parked(1, 2, 3, text="x" * 33), record(), 0, [1, 2]),
         "one longer than a message goes alone": (parked(1, 2, text="x" * 101), record(), 0, [1]),

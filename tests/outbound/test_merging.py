@@ -133,14 +133,14 @@ async def test_what_is_more_than_one_text_goes_alone_and_in_its_place() -> None:
         bench.command("e"),
         bench.command(items=file),
         bench.command("g"),
-        bench.command("h", format="literal"),
+        bench.command("h < i"),
     ):
         shard.on_delivery(delivery)
     await asyncio.sleep(5)
     await user_writes(bench)
     await asyncio.sleep(60)
-    assert bench.chat.texts == ["a\n\nb", "c", "d", "e", "", "g\n\nh"]
-    assert shown(bench) == ["a", "b", "c", "d", "e", "f", "g", "h"]
+    assert bench.chat.texts == ["a\n\nb", "c", "d", "e", "", "g\n\nh ＜ i"]
+    assert shown(bench) == ["a", "b", "c", "d", "e", "f", "g", "h ＜ i"]
     assert len(finals(bench)) == 7
 
 

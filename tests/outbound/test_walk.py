@@ -181,11 +181,6 @@ STORIES = {
         {"a": "refused/expired", "b": "accepted"},
         killed={"a": "accepted uncertain"},
     ),
-    "reserved": Story(
-        [writes(), command("a", optional=True), command("b", optional=True), command("c")],
-        {"a": "accepted", "b": "refused/reserved", "c": "accepted"},
-        settings={"sends": 2, "reserve": 1},
-    ),
     "two parts that fill the window": Story(
         [writes(), command("a", parts=2)], {"a": "accepted"}, settings={"sends": 2}
     ),

@@ -13,7 +13,7 @@ from adapter.outbound.window import CLOCK_ERROR_MS, SENT_KEPT, InboundReceived, 
 from tests.outbound.shards import rows
 
 HOUR_MS = 3_600_000
-POLICY = WindowPolicy(sends=3, hours=1.0, cooldown_s=60.0, reserve=1)
+POLICY = WindowPolicy(sends=3, hours=1.0, cooldown_s=60.0)
 OPENED = 10_000_000
 
 
@@ -42,8 +42,6 @@ def progress(**fields: Any) -> SendProgress:
         "what exceeds the whole budget fits a fresh window": (record(0), OPENED, {"needed": 9}, ""),
         "and no other": (record(1), OPENED, {"needed": 9}, "quota"),
         "what needs none always goes": (record(3), OPENED, {"needed": 0}, ""),
-        "what is optional leaves the reserve": (record(1), OPENED, {"optional": True}, ""),
-        "and does not touch it": (record(2), OPENED, {"optional": True}, "reserved"),
     },
 )
 def test_a_send_fits_or_is_blocked(
@@ -54,8 +52,6 @@ def test_a_send_fits_or_is_blocked(
 
 def test_a_budget_of_none_is_not_counted() -> None:
     assert window.send_blocker(record(100), OPENED, msgspec.structs.replace(POLICY, sends=0)) == ""
-    reserved = msgspec.structs.replace(POLICY, reserve=9)
-    assert window.send_blocker(record(), OPENED, reserved, optional=True) == "reserved"
 
 
 @rows(
@@ -66,8 +62,7 @@ def test_a_budget_of_none_is_not_counted() -> None:
         "without a budget nothing is counted": (record(9), OPENED, msgspec.structs.replace(POLICY, sends=0), None),
         "used up": (record(3), OPENED, POLICY, 0),
         "more than used up": (record(4), OPENED, POLICY, 0),
-        "what is left may be reserved": (record(2), OPENED, POLICY, 1),
-        "or more than that": (record(1), OPENED, POLICY, 2),
+        "what is left": (record(1), OPENED, POLICY, 2),
     },
 )
 def test_a_window_is_shown_as_it_stands(
@@ -76,7 +71,7 @@ def test_a_window_is_shown_as_it_stands(
     if left is None:
         left = Window(closes_at_ms=OPENED + HOUR_MS)
     elif isinstance(left, int):
-        left = Window(remaining=left, reserved=min(1, left), closes_at_ms=OPENED + HOUR_MS)
+        left = Window(remaining=left, closes_at_ms=OPENED + HOUR_MS)
     assert window.visible_window(known, now_ms, policy) == left
 
 

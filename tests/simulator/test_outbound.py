@@ -87,6 +87,18 @@ async def test_the_phone_may_cut_what_the_answer_accepts(make: MakeClient) -> No
     assert [len(send.text) for send in client.sim.sends(client.bot.bot)] == [2001, 2001, 2048]
 
 
+async def test_the_phone_takes_what_is_less_than_something_for_a_tag(talking: Client) -> None:
+    shown = {
+        "CPU<80% is **normal**\nnext > last": "CPU\nnext > last",
+        "`a < b` ``c ` <`` < d": "`a < b` ``c ` <`` ",
+        "1. ```\n   a < b\n   ```\n<b>c</b>\n~~~\nd < e": "1. ```\n   a < b\n   ```\n\n~~~\nd < e",
+        "a ＜ b &lt; c": "a ＜ b &lt; c",
+    }
+    for text in shown:
+        await talking.send(text)
+    assert talking.phone() == list(shown.values())
+
+
 async def test_s10_user_ids_are_case_sensitive(talking: Client) -> None:
     assert (await talking.send(to_user_id=talking.bot.user.lower()))["ret"] == -3
 

@@ -1,5 +1,5 @@
 /* Messages of the bus, generated from the JSON Schemas here by `make generate`; do not edit.
-   Of: 82f1a0f5144a85463a3a4c331fa9790ddb74ca01ab1ad0ff9cc66d9570bf586c */
+   Of: 2da3ca48236b108b178c68e376e773e5f7f390b7060ead9a1eddfe20fbd7326a */
 
 /**
  * Options of a binding.
@@ -137,10 +137,6 @@ export interface Window {
    */
   remaining?: number | null;
   /**
-   * Sends of `remaining` that are reserved for answers: commands with `optional` get none.
-   */
-  reserved?: number;
-  /**
    * When the window closes; null: it is not open.
    */
   closes_at_ms?: number | null;
@@ -196,19 +192,6 @@ export interface BindingsQuery {
    * Say how each bot fares; all replicas are asked. Only of .list.
    */
   health?: boolean;
-}
-/**
- * Answer of wechat.svc.send.<sandbox>: the command is stored, as after the acknowledgement of a publish.
- */
-export interface CommandStored {
-  /**
-   * Its id, as `command` in its receipts: the body's, else a new one.
-   */
-  command: string;
-  /**
-   * Its sequence in WECHAT_OUT, as in its receipts.
-   */
-  sequence: number;
 }
 /**
  * Answer to bind, unbind and erase, sent to the header Reply-To when the outcome is stored.
@@ -851,14 +834,6 @@ export interface Outbound {
   when_closed?: "park" | "refuse";
   expires_in_s?: number | null;
   /**
-   * WeChat reads every text as Markdown. literal: what has a meaning becomes full-width, so that the text shows as it is written.
-   */
-  format?: "literal" | "markdown";
-  /**
-   * A progress report: refused at once if it would use one of the sends that are reserved for answers (`reserved`), or if none is left.
-   */
-  optional?: boolean;
-  /**
    * Instead of text and items: show or hide the typing indicator.
    */
   typing?: ("off" | "on") | null;
@@ -896,7 +871,7 @@ export interface Receipt {
    */
   outcome: "accepted" | "accepted_unconfirmed" | "dead_lettered" | "parked" | "refused" | "uncertain";
   /**
-   * invalid, not_bound, ambiguous_bot, other_user, window_closed, quota, reserved, throttled, needs_login, too_long, expired, rejected, unreadable, too_large, crashed, backlog, media; empty when accepted.
+   * invalid, not_bound, ambiguous_bot, other_user, window_closed, quota, throttled, needs_login, too_long, expired, rejected, unreadable, too_large, crashed, backlog, media; empty when accepted.
    */
   reason?: string;
   /**
@@ -921,10 +896,6 @@ export interface Receipt {
    * From iLink's answer.
    */
   errmsg?: string;
-  /**
-   * Of the last answer of iLink, its CDN or a gateway that refused the command or held it up. 0: there was none, or it is accepted.
-   */
-  http_status?: number;
   window?: Window;
   /**
    * Requests to sendmessage for this command.
