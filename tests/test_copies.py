@@ -25,7 +25,7 @@ def peer(lag: int, active: int = 5_000_000, **more: Any) -> dict[str, Any]:
     ("found", "lacking"),
     [
         (info(9, CURRENT, peer(2)), []),  # what is on its way
-        (info(7, CURRENT, peer(3, 0)), []),  # an election: nobody was heard of yet
+        (info(7, CURRENT, peer(3, 0)), [Lacking("S", "n2", 3, 0.0)]),  # not heard of since the election
         (info(9000, CURRENT, peer(1000)), [Lacking("S", "n2", 1000, 0.005)]),  # it does not keep up
         (info(7, CURRENT, peer(0, 11 * 10**9)), [Lacking("S", "n2", 0, 11.0)]),  # silent
         (info(7, CURRENT, CURRENT | {"name": "n2", "offline": True}), [Lacking("S", "n2", 0, 0.9)]),

@@ -26,8 +26,8 @@ class Lacking(NamedTuple):
 def lacking_copies(infos: Mapping[str, dict[str, Any]]) -> list[Lacking]:
     """Copies that do not count. `infos`: by stream, the answer to STREAM.INFO.
 
-    In a stream that is written to, a healthy copy is behind by what is on its way, and after an election the leader
-    has heard of nobody for a second. Neither counts.
+    In a stream that is written to, a healthy copy is behind by what is on its way, which does not count. For a second
+    after an election the leader has heard of nobody, so that all copies seem to lack.
     """
     found = []
     for name, info in infos.items():
@@ -38,7 +38,8 @@ def lacking_copies(infos: Mapping[str, dict[str, Any]]) -> list[Lacking]:
             found.append(Lacking(name, ""))
         for peer in peers:
             lag, silent_s = int(peer.get("lag", 0)), peer.get("active", 0) / 1e9
-            if peer.get("offline") or (not peer["current"] and (silent_s >= SILENT_S or lag >= BEHIND)):
+            is_silent = silent_s >= SILENT_S or not silent_s  # 0: not heard of since the leader was elected
+            if peer.get("offline") or (not peer["current"] and (is_silent or lag >= BEHIND)):
                 found.append(Lacking(name, peer["name"], lag, silent_s))
     return found
 

@@ -430,7 +430,7 @@ class Conversation:
             return
         ask_s = sending.REPEAT_AFTER_S + self._unanswered_at - deps.clock.monotonic()
         if ask_s <= 0:
-            ask_s = deps.successes.ask(bot.account, self)
+            ask_s = deps.successes.ask(bot.account, (self.sandbox, self.user))
         await self._changed.wait_until(
             lambda: self._version != seen or self._is_answering(bot, progress),
             min(due_s, ask_s),
@@ -568,7 +568,7 @@ class Conversation:
             self._take_back()
             return None
         began = deps.clock.monotonic()
-        deps.successes.note_post(bot.account.base_url, self)
+        deps.successes.note_post(bot.account.base_url, (self.sandbox, self.user))
         try:
             accepted = await deps.chat.send(
                 bot.account,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 
 import structlog
 
@@ -147,7 +147,7 @@ class Successes:
         """When the last send began that was accepted, by base URL."""
         self._answered: dict[str, float] = {}
         """As `_sent`, of any request."""
-        self._posts: dict[str, tuple[object, float, float]] = {}
+        self._posts: dict[str, tuple[Hashable, float, float]] = {}
         """Who made the last send, when, and when somebody else made one."""
         self._asked: dict[str, float] = {}
         """When iLink was asked last."""
@@ -160,7 +160,7 @@ class Successes:
             self._sent[base_url] = max(began, self._sent.get(base_url, began))
         self.changed.notify_all()
 
-    def note_post(self, base_url: str, who: object) -> None:
+    def note_post(self, base_url: str, who: Hashable) -> None:
         """Somebody makes a send."""
         last, at, others = self._posts.get(base_url, (who, -math.inf, -math.inf))
         self._posts[base_url] = who, self._clock.monotonic(), others if last == who else at
@@ -170,7 +170,7 @@ class Successes:
         with success."""
         return (self._answered if of_any else self._sent).get(base_url, -math.inf) >= monotonic
 
-    def ask(self, account: Account, who: object) -> float:
+    def ask(self, account: Account, who: Hashable) -> float:
         """Asks iLink, unless others send there or it was asked lately. Returns the seconds until it may be asked."""
         now, base_url = self._clock.monotonic(), account.base_url
         last, at, others = self._posts.get(base_url, (who, -math.inf, -math.inf))

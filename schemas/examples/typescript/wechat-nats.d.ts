@@ -1,5 +1,5 @@
 /* Messages of the bus, generated from the JSON Schemas here by `make generate`; do not edit.
-   Of: 2da3ca48236b108b178c68e376e773e5f7f390b7060ead9a1eddfe20fbd7326a */
+   Of: 990a89c5d0278ad1b3f4fb83e6217ab6bdcad33b276225895097c14afe8976e9 */
 
 /**
  * Options of a binding.
@@ -192,6 +192,19 @@ export interface BindingsQuery {
    * Say how each bot fares; all replicas are asked. Only of .list.
    */
   health?: boolean;
+}
+/**
+ * Answer of wechat.svc.send.<sandbox>: the command is stored, as after the acknowledgement of a publish.
+ */
+export interface CommandStored {
+  /**
+   * Its id, as `command` in its receipts: the body's, else a new one.
+   */
+  command: string;
+  /**
+   * Its sequence in WECHAT_OUT, as in its receipts.
+   */
+  sequence: number;
 }
 /**
  * Answer to bind, unbind and erase, sent to the header Reply-To when the outcome is stored.
@@ -896,6 +909,10 @@ export interface Receipt {
    * From iLink's answer.
    */
   errmsg?: string;
+  /**
+   * Of the last answer of iLink, its CDN or a gateway that refused the command or held it up. 0: there was none, or it is accepted.
+   */
+  http_status?: number;
   window?: Window;
   /**
    * Requests to sendmessage for this command.
