@@ -1,4 +1,4 @@
-"""An agent's connection to NATS, and its requests to the adapter."""
+"""A client's connection to NATS, of an agent or of a command, and its requests to the adapter."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ import asyncio
 import contextlib
 import ssl
 from collections import deque
-from collections.abc import Callable
-from typing import Any, Self
+from collections.abc import Coroutine
+from typing import Any, Self, TypeVar
 
 import msgspec
 from nats.errors import ConnectionClosedError, ConnectionReconnectingError, NoRespondersError
@@ -26,12 +26,17 @@ from adapter.settings import Settings
 ANSWER_S = 5.0
 CONNECT_S = 6.0
 RECONNECT_S = 0.5
+REFUSAL_S = 0.1
+"""Seconds between two looks for the server's complaints while an answer is awaited."""
+COMPLAINTS_KEPT = 1000
+"""Complaints that are kept: a connection may last for weeks."""
 MEDIA_WAIT_S = 10.0
 """Longest wait of one request for media that are being fetched."""
 MEDIA_S = 60.0
 """Time after which a request for media, or with media, is not repeated any more."""
 ANY_PREFIX = "_INBOX"
 """Default inbox prefix of the settings. A sandbox with permissions may not use it."""
+T = TypeVar("T")
 
 
 class Connection:
@@ -39,22 +44,25 @@ class Connection:
     reconnects after each break."""
 
     def __init__(self, settings: Settings, sandbox: str = "") -> None:
+        role = f"sandbox {sandbox}" if sandbox else "the role agents"
         if settings.nats_inbox_prefix == ANY_PREFIX:
             prefix = inbox_prefix("sandbox" if sandbox else "agents", sandbox)
             settings = msgspec.structs.replace(settings, nats_inbox_prefix=prefix)
+        self._set_up(settings, BusClient(), role, f"the credentials of {role}")
+
+    def _set_up(self, settings: Settings, nc: BusClient, name: str, advice: str) -> None:
+        """`name`: what the server calls this client. `advice`: what may do that which the server has forbidden."""
         self.settings = settings
         self.names = Names(settings.prefix)
-        self.nc = BusClient()
-        self._role = f"sandbox {sandbox}" if sandbox else "the role agents"
-        self._errors: deque[Exception] = deque(maxlen=100)
-        self._untrusted: set[str] = set()
-        """Subjects of commands to which this user may not publish: the adapter stores them."""
-        self._has_error = asyncio.Event()
-        self._forbidden = ""
+        self.nc = nc
+        self._name = name
+        self._advice = advice
+        self.complaints: deque[Exception] = deque(maxlen=COMPLAINTS_KEPT)
+        """Errors that the server reported outside of answers."""
 
     async def __aenter__(self) -> Self:
         """Raises Temporary("bus_down")."""
-        await connect(self.nc, self.settings, self._role, self._errors, self._has_error.set)
+        await connect(self.nc, self.settings, self._name, self.complaints)
         return self
 
     async def __aexit__(self, *_: object) -> None:
@@ -70,43 +78,66 @@ class Connection:
         async def ask() -> tuple[bytes, dict[str, Any]]:
             try:
                 await self.ready()
-                msg = await self.nc.request(self.names.svc(verb), payload, timeout=timeout_s, headers=headers)
-            except (TimeoutError, NatsError) as exc:
-                self.raise_if_forbidden()
-                raise Temporary("no_answer", f"No adapter answers {verb}.") from exc
-            answered = msg.headers or {}
-            if H_ERROR not in answered:
-                return msg.data, answered
-            kind = Temporary if answered.get(H_ERROR_CODE) in BUSY else Refused
-            raise kind("refused", answered[H_ERROR])
+            except NatsError as exc:
+                raise Temporary("no_answer", "The connection is closed.") from exc
+            return await self.ask(verb, payload, headers, timeout_s)
 
         return await retry(ask, first_s=1.0, give_up_s=MEDIA_S)
 
     async def publish_command(self, sandbox: str, payload: bytes, headers: dict[str, str]) -> PublishReply | None:
         """One attempt to store a command: JetStream's answer; None: the adapter has stored it, since this user may
-        not publish to the stream. Raises Refused, Temporary, NatsError."""
-        if self.may_publish_commands(sandbox):
-            subject = self.names.out(sandbox)
-            asking = asyncio.ensure_future(self.nc.request(subject, payload, timeout=ANSWER_S, headers=headers))
+        not publish to the stream. Raises Refused, Temporary."""
+        subject = self.names.out(sandbox)
+        if self.may_publish(subject):
             try:
-                while not asking.done() and self.may_publish_commands(sandbox):
-                    failing = asyncio.ensure_future(self._has_error.wait())
-                    await asyncio.wait({asking, failing}, return_when=asyncio.FIRST_COMPLETED)
-                    failing.cancel()
-                    if self._has_error.is_set():
-                        self.raise_if_forbidden()
-                if asking.done():
-                    return decode_reply((await asking).data, PublishReply, "a publish")
+                asking = self.nc.request(subject, payload, timeout=ANSWER_S, headers=headers)
+                reply = await self.unless_forbidden(subject, asking)
+                return decode_reply(reply.data, PublishReply, "a publish")
             except (TimeoutError, ConnectionReconnectingError, NoRespondersError) as exc:
                 raise Temporary("no_answer", "The bus did not confirm a command.") from exc
-            finally:
-                asking.cancel()
+            except Refused:
+                pass  # the server has forbidden it
         await self.request(f"send.{sandbox}", payload, headers)
         return None
 
-    def may_publish_commands(self, sandbox: str) -> bool:
-        """Whether this user may publish to the stream, as far as is known."""
-        return self.names.out(sandbox).lower() not in self._untrusted
+    def may_publish(self, subject: str) -> bool:
+        """Whether this user may publish there, as far as the server has complained."""
+        return ("publish", subject.lower()) not in self.forbidden
+
+    async def ask(
+        self, verb: str, payload: bytes, headers: dict[str, str] | None = None, timeout_s: float = ANSWER_S
+    ) -> tuple[bytes, dict[str, Any]]:
+        """One request to the adapter: payload and headers of its answer. Raises Refused; Temporary if there is no
+        answer, or none yet."""
+        subject = self.names.svc(verb)
+        try:
+            asking = self.nc.request(subject, payload, timeout=timeout_s, headers=headers)
+            msg = await self.unless_forbidden(subject, asking)
+        except NoRespondersError:
+            said = "No adapter runs on this bus: start one with `wechat-nats run`."
+            raise Temporary("no_answer", said) from None
+        except (NatsError, TimeoutError):
+            self.raise_if_forbidden(subject)
+            said = f"No answer on {subject} within {timeout_s:g} s: run `wechat-nats doctor`."
+            raise Temporary("no_answer", said) from None
+        answered = msg.headers or {}
+        if code := answered.get(H_ERROR_CODE):
+            kind = Temporary if code in BUSY else Refused
+            raise kind("refused", f"{answered.get(H_ERROR) or 'The adapter refused'} (code {code}).")
+        return msg.data, answered
+
+    async def unless_forbidden(self, subject: str, asking: Coroutine[Any, Any, T]) -> T:
+        """Awaits `asking`, but not after the server has forbidden `subject`: a forbidden request gets no answer.
+
+        Raises Refused("forbidden"), and what `asking` raises.
+        """
+        task = asyncio.ensure_future(asking)
+        try:
+            while not (await asyncio.wait({task}, timeout=REFUSAL_S))[0]:
+                self.raise_if_forbidden(subject)
+            return await task
+        finally:
+            task.cancel()
 
     async def ready(self) -> None:
         """Waits for the connection, since nats-py would keep what is sent meanwhile. Raises Refused("forbidden"),
@@ -117,29 +148,24 @@ class Connection:
                 raise ConnectionClosedError
             await asyncio.sleep(RECONNECT_S)
 
-    def raise_if_forbidden(self) -> None:
-        """Raises Refused("forbidden")."""
-        self._has_error.clear()
-        while self._errors and not self._forbidden:
-            if violation := permission_violation(self._errors.popleft()):
-                if violation[0] == "publish" and violation[1].startswith(f"{self.names.out_plain}.".lower()):
-                    self._untrusted.add(violation[1])
-                    continue
-                verb = "publish to" if violation[0] == "publish" else "hear"
-                self._forbidden = (
-                    f"This NATS user may not {verb} {violation[1]}: use the credentials of {self._role}."
-                )
-        if self._forbidden:
-            raise Refused("forbidden", self._forbidden)
+    @property
+    def forbidden(self) -> list[tuple[str, str]]:
+        """What the server has forbidden, as `permission_violation` says it."""
+        return [found for exc in self.complaints if (found := permission_violation(exc))]
+
+    def raise_if_forbidden(self, *subjects: str) -> None:
+        """Raises Refused("forbidden") if the server has forbidden this user one of `subjects`, or a subject below
+        one; without `subjects`, if it has forbidden anything but to publish commands, which the adapter stores then."""
+        for does, subject in self.forbidden:
+            if not subjects and does == "publish" and subject.startswith(f"{self.names.out_plain}.".lower()):
+                continue
+            for wanted in subjects or (subject,):
+                if f"{subject}.".startswith(f"{wanted.lower()}."):
+                    verb = "publish to" if does == "publish" else "hear"
+                    raise Refused("forbidden", f"This user may not {verb} {wanted}: use {self._advice}.")
 
 
-async def connect(
-    nc: BusClient,
-    settings: Settings,
-    name: str,
-    errors: deque[Exception],
-    on_new_error: Callable[[], None] = lambda: None,
-) -> None:
+async def connect(nc: BusClient, settings: Settings, name: str, errors: deque[Exception]) -> None:
     """Connects, and reconnects after each break. Errors that the server reports are added to `errors`.
 
     Raises Temporary("bus_down").
@@ -147,7 +173,6 @@ async def connect(
 
     async def on_error(exc: Exception) -> None:
         errors.append(exc)
-        on_new_error()
 
     options = connect_options(settings, name, list(settings.nats_url))
     try:

@@ -111,13 +111,6 @@ async def until_answered(turn: Turn, ask: Callable[[], Awaitable[Answer]]) -> An
     return await retry(ask_once, first_s=1.0, longest_s=60.0, give_up_s=GIVE_UP_S)
 
 
-class ReadsBetween:
-    """An agent that reads of its sandboxes when no message is at work, too."""
-
-    sandboxes: dict[str, Sandbox]
-    """By name: those that are open."""
-
-
 class Sessions:
     """The name of each user's session: a UUID that stays the same until the user starts a new session."""
 
@@ -177,8 +170,6 @@ class Runner:
         self._sandbox = sandbox
         self._agent = agent
         sandbox.on_receipt = self._on_receipt
-        if isinstance(agent, ReadsBetween):
-            agent.sandboxes[sandbox.name] = sandbox
         self._sessions = sessions
         self._at_work: dict[str, asyncio.Future[Answer]] = {}
         """The current run, by user."""

@@ -335,9 +335,9 @@ class Sandbox:
 
     async def publish(self, command: Outbound) -> None:
         """Sends a command at most once, without confirmation. Raises NatsError."""
-        payload = msgspec.json.encode(command)
-        if self._connection.may_publish_commands(self.name):
-            await self._nc.publish(self._names.out(self.name), payload)
+        payload, subject = msgspec.json.encode(command), self._names.out(self.name)
+        if self._connection.may_publish(subject):
+            await self._nc.publish(subject, payload)
         else:
             await self._nc.publish(self._names.svc(f"send.{self.name}"), payload, reply=self._nc.new_inbox())
 

@@ -1,7 +1,7 @@
 """An agent behind HTTP: each message is a POST, signed like Standard Webhooks, and the response is the answer.
 
-A request is repeated with the same `webhook-id` after a failed connection, a timeout, 429 and 5xx. Its media items
-have URLs.
+A request is repeated with the same `webhook-id` after a failed connection, a timeout, 429 and 5xx. Media of the
+message are part of it, as far as they fit.
 """
 
 from __future__ import annotations
@@ -18,16 +18,20 @@ import httpx
 import msgspec
 from msgspec.structs import replace
 
-from adapter.agent.media_urls import MediaUrls
-from adapter.agent.runner import Answer, ReadsBetween, Turn, until_answered
+from adapter.agent.runner import Answer, Turn, until_answered
 from adapter.agent.sandbox import Sandbox
-from adapter.contract.messages import OutItem, OutText
+from adapter.content.media import identify
+from adapter.contract.messages import OutItem, OutText, TextItem
 from adapter.errors import UNDECODABLE, Refused, SettingsError, Temporary
 
 CHECK_S = 5.0
 SECRET_PREFIX = "whsec_"
 ITEMS_BYTES = 32 * 1024 * 1024
 """Largest JSON response: its items may have data as base64."""
+INLINE_BYTES = 10 * 1024 * 1024
+"""Most bytes of the media in a request, before base64."""
+WITH_MEDIA = 16
+"""Most requests with media at the same time, each of which takes memory; others wait."""
 JSON = "application/json"
 
 
@@ -58,17 +62,14 @@ def sign(key: bytes, message_id: str, timestamp: int, body: bytes) -> str:
     return "v1," + base64.b64encode(hmac.digest(key, signed, hashlib.sha256)).decode()
 
 
-class Webhook(ReadsBetween):
+class Webhook:
     """Asks a URL for each answer. A call raises Refused for a response that a repeat would not change, and Temporary
     after GIVE_UP_S of repeats."""
 
-    def __init__(
-        self, http: httpx.AsyncClient, url: str, key: bytes, media: MediaUrls, *, timeout_s: float, max_output: int
-    ) -> None:
+    def __init__(self, http: httpx.AsyncClient, url: str, key: bytes, *, timeout_s: float, max_output: int) -> None:
         """`max_output`: most bytes of the text of a response."""
-        self.sandboxes = media.sandboxes
-        self._media = media
         self._http = http
+        self._with_media = asyncio.Semaphore(WITH_MEDIA)
         self._url = url
         self._key = key
         self._timeout_s = timeout_s
@@ -85,21 +86,17 @@ class Webhook(ReadsBetween):
             raise Temporary("unreachable", f"No answer at {where}: {str(exc) or 'timeout'}.") from exc
 
     async def __call__(self, turn: Turn) -> Answer:
-        answer = await until_answered(turn, lambda: self._post(turn))
+        answer = await until_answered(turn, lambda: self._ask(turn))
         return Answer(answer.text, tuple([await _stored(turn.message.sandbox, item) for item in answer.items]))
 
-    def _event(self, turn: Turn) -> bytes:
-        inbound, sequence = turn.message.inbound, turn.message.sequence
-        data = msgspec.to_builtins(inbound)
-        for item, shown in zip(inbound.items, data.get("items", ()), strict=True):
-            for field, url in (("media", "url"), ("wav", "wav_url")):
-                if media := getattr(item, field, None):
-                    shown[url] = self._media.url_of(media, sequence)
-        event = {"type": "wechat.message", "session": turn.session, "sequence": sequence, "data": data}
-        return msgspec.json.encode(event)
+    async def _ask(self, turn: Turn) -> Answer:
+        if all(isinstance(item, TextItem) for item in turn.message.inbound.items):
+            return await self._post(turn, await _event(turn))
+        async with self._with_media:  # fetched for each try: kept for an hour, they would take memory
+            return await self._post(turn, await _event(turn))
 
-    async def _post(self, turn: Turn) -> Answer:
-        timestamp, message_id, body = int(time.time()), turn.message.id, self._event(turn)
+    async def _post(self, turn: Turn, body: bytes) -> Answer:
+        timestamp, message_id = int(time.time()), turn.message.id
         headers = {
             "content-type": JSON,
             "accept-encoding": "identity",
@@ -127,6 +124,19 @@ class Webhook(ReadsBetween):
         if len(answer.reply.encode(errors="replace")) > self._max_output:
             raise Refused("too_large", f"The reply has more than {self._max_output} bytes.")
         return Answer(answer.reply, tuple(answer.items))
+
+
+async def _event(turn: Turn) -> bytes:
+    """The message. An item whose media fit has their bytes (`data`), of a recording those of its WAV if there is one,
+    and their MIME type."""
+    data = msgspec.to_builtins(turn.message.inbound)
+    shown = iter([item for item in data.get("items", ()) if item["kind"] != "text"])
+    async for file in turn.message.media(INLINE_BYTES):
+        item = next(shown)
+        if file.data:
+            item |= {"data": base64.b64encode(file.data).decode(), "mime": identify(file.data).mime}
+    event = {"type": "wechat.message", "session": turn.session, "sequence": turn.message.sequence, "data": data}
+    return msgspec.json.encode(event)
 
 
 async def _stored(sandbox: Sandbox, item: OutItem) -> OutItem:

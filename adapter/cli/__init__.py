@@ -36,12 +36,11 @@ COMMANDS = {
     "bindings": ("bindings:bindings", "List which bots serve which sandboxes, and their states."),
     "agent": ("agent:agent", "Let an agent of your own answer a sandbox's people."),
     "send": ("send:send", "Send text or files to a sandbox's user; wait for the receipt."),
-    "tail": ("messages:tail", "Print messages as they come."),
     "erase": ("persons:erase", "Unbind a person, and erase everything of theirs."),
     "export": ("persons:export", "Print everything of one person as JSON lines."),
     "trace": ("messages:trace", "Tell the story of one message or command."),
     "media": ("send:media", "Pictures, files and voice in the object store: fetch, bring."),
-    "queue": ("stored:queue", "Commands that wait to be sent: list, delete."),
+    "queue": ("stored:queue", "Commands that wait to be sent: delete."),
     "dead": ("stored:dead", "Messages that could not be handled: list, show, retry, delete."),
     "doctor": ("doctor:doctor", "Check NATS, permissions, streams, adapters and bindings."),
     "simulator": ("run:simulator", "Serve a simulated iLink: bots, phones, faults."),
@@ -95,7 +94,7 @@ def _run(argv: list[str]) -> tuple[int, str]:
         return INTERRUPTED, ""
     except (SystemExit, BrokenPipeError) as exc:  # the former: the simulator's own parser, and rich without a reader
         if isinstance(exc, BrokenPipeError) or isinstance(exc.__context__, BrokenPipeError):
-            _discard_output()  # `wechat-nats tail | head -1`: the reader has what it wanted
+            _discard_output()  # `wechat-nats export … | head -1`: the reader has what it wanted
             return OK, ""
         return exc.code if isinstance(exc.code, int) else USAGE, ""
     return (result if isinstance(result, int) else OK), ""

@@ -26,7 +26,7 @@ from adapter.cli.exits import NO, OK, UNREACHABLE, USAGE, Failed
 from adapter.cli.login import GOOD, fill, log_in
 from adapter.cli.options import Sandbox, flag, new_id
 from adapter.cli.output import say, write_private
-from adapter.cli.send import WAIT_S, requests_over, wait_outcome
+from adapter.cli.send import PIECE_S, WAIT_S, wait_outcome
 from adapter.content.media import identify
 from adapter.contract import messages as contract
 from adapter.contract.messages import Inbound, Media, Outbound, OutFile, OutImage, OutVideo
@@ -177,7 +177,7 @@ class Walk:
         data = b""
         try:
             if media := media_of(message, kind):
-                asking = requests_over(self.bus)
+                asking = partial(self.bus.ask, timeout_s=PIECE_S)
                 data = await get_media(asking, self.sandbox, media.object, sequence=sequence, wait_s=WAIT_S)
         except (Failed, AdapterError) as exc:
             say(f"    {output.printable(exc)}")
@@ -258,7 +258,7 @@ async def _media(kind: str, asked: str, item: Item, data: bytes, question: str, 
     """Both ways. `data`: what the bot sends; empty: what has come."""
     _, came = await walk.receives(kind, f"Send the bot {asked}.")
     if data := data or came:
-        stored = await put_media(requests_over(walk.bus), walk.sandbox, data, "")
+        stored = await put_media(partial(walk.bus.ask, timeout_s=PIECE_S), walk.sandbox, data, "")
         await _shows(question, walk, items=[item(media=stored)])
 
 

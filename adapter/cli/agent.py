@@ -103,20 +103,6 @@ class AgentChoice:
             validator=validators.Number(gte=1, lte=MAX_OUTPUT), metavar="BYTES", help="Most bytes of an answer."
         ),
     ] = 32_768
-
-    files_addr: Annotated[
-        str,
-        Parameter(
-            metavar="HOST:PORT",
-            help="With --http: host:port at which the agent gets pictures and files; port 0: a free one.",
-        ),
-    ] = "127.0.0.1:0"
-    files_url: Annotated[
-        str,
-        Parameter(
-            show_default=False, metavar="URL", help="With --http: the URL of --files-addr for an agent elsewhere."
-        ),
-    ] = ""
     at_once: Annotated[
         int,
         Parameter(
@@ -271,15 +257,14 @@ async def _webhook(choice: AgentChoice, url: str) -> AsyncIterator[Webhook]:
     """Raises SettingsError, Failed."""
     import httpx  # noqa: PLC0415 -- other commands start faster without it
 
-    from adapter.agent.media_urls import MediaUrls  # noqa: PLC0415 -- so, too
-    from adapter.agent.webhook import Webhook, read_secret  # noqa: PLC0415
+    from adapter.agent.webhook import Webhook, read_secret  # noqa: PLC0415 -- so, too
 
     key = read_secret(_secret())
     if urlsplit(url).scheme not in ("http", "https") or not urlsplit(url).hostname:
         raise Failed(USAGE, "Expected a URL such as https://agent.example/wechat.")
-    urls = MediaUrls(key, choice.files_addr, choice.files_url)
-    async with httpx.AsyncClient(timeout=choice.timeout) as client, urls as media:
-        yield Webhook(client, url, key, media, timeout_s=choice.timeout, max_output=choice.max_output)
+    here = dict.fromkeys(("all://127.0.0.1", "all://localhost", "all://[::1]"))  # no proxy has what is there
+    async with httpx.AsyncClient(timeout=choice.timeout, mounts=here) as client:
+        yield Webhook(client, url, key, timeout_s=choice.timeout, max_output=choice.max_output)
 
 
 @contextlib.asynccontextmanager

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import csv
 import getpass
-import io
 import sys
 import time
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import msgspec
 from cyclopts import Parameter
@@ -20,8 +18,8 @@ from nats.errors import Error as NatsError
 from adapter.cli import output
 from adapter.cli.bus import BROKE, BusConnection, connected_bus, decode_answer
 from adapter.cli.exits import NO, OK, TIMEOUT, UNREACHABLE, USAGE, Failed
-from adapter.cli.options import AutoTyping, Json, RequestId, RowSandbox, Sandbox, Timeout, flag, new_id
-from adapter.cli.output import read_text, write_private
+from adapter.cli.options import AutoTyping, Json, RequestId, Sandbox, Timeout, flag, new_id
+from adapter.cli.output import read_text
 from adapter.contract.messages import (
     BOT_STATUSES,
     SCHEMA_VERSION,
@@ -34,7 +32,6 @@ from adapter.contract.messages import (
     ControlAnswer,
     Erase,
     Options,
-    SandboxId,
     Unbind,
 )
 from adapter.contract.names import H_MSG_ID, H_REPLY_TO, H_SCHEMA, is_sandbox
@@ -54,44 +51,13 @@ STYLES = {
 }
 BIND_S = 30.0
 """For the answer to a bind: iLink is asked, and another sandbox may have to release the bot."""
-UNDER_WAY = 256
-"""Binds of `--from` that may wait for answers at the same time."""
-
-
-class _Row(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
-    """A row of `bind --from`. `error`: why it failed before; it is not read."""
-
-    sandbox: SandboxId
-    bot: str
-    token: str
-    user: str | None = None
-    base_url: str | None = None
-    cursor: str | None = None
-    auto_typing: bool = False
-    id: str | None = None
-    error: str = ""
 
 
 async def bind(
-    sandbox: RowSandbox = None,
-    bot: Annotated[str | None, Parameter(help="iLink's bot id, …@im.bot.")] = None,
+    sandbox: Sandbox,
+    bot: Annotated[str, Parameter(help="iLink's bot id, …@im.bot.")],
     /,
     *,
-    rows: Annotated[
-        Path | None,
-        Parameter(
-            name="--from",
-            metavar="FILE",
-            allow_leading_hyphen=True,
-            help="CSV with a header, a bot in each row; - is stdin.",
-        ),
-    ] = None,
-    failed: Annotated[
-        Path | None,
-        Parameter(
-            name="--failed", metavar="FILE", help="With --from: write the rows that failed, and why, to this file."
-        ),
-    ] = None,
     token: Annotated[
         str | None,
         Parameter(metavar="-", allow_leading_hyphen=True, help="Only `-`: read the bot's token from standard input."),
@@ -104,7 +70,9 @@ async def bind(
         str | None, Parameter(metavar="URL", help="iLink API base of this bot; default: the service's.")
     ] = None,
     auto_typing: AutoTyping = False,
-    yes: Annotated[bool, flag("Move bots that serve another sandbox, without asking.", name=["--yes", "-y"])] = False,
+    yes: Annotated[
+        bool, flag("Move a bot that serves another sandbox, without asking.", name=["--yes", "-y"])
+    ] = False,
     no_check: Annotated[
         bool, flag("Take ids as they are and do not ask iLink whether it takes the token: while iLink is away.")
     ] = False,
@@ -115,31 +83,27 @@ async def bind(
     """Let a bot serve a sandbox.
 
     The bot's token comes from a file, from standard input, or is asked for without echo. It is never an argument,
-    since every user of a machine can read those. A cursor of iLink contains the token: it may stand in a row of
-    --from.
+    since every user of a machine can read those.
     The request is stored even while no adapter runs (exit code 4 then).
 
     iLink is asked first whether it accepts the token. A refused token is not bound, and earlier bindings stay.
-
-    With --from, rows have the columns sandbox, bot and token, and may have user, base_url, cursor,
-    auto_typing and id. They are stored in their order, and carried out at the same time where they have nothing to do
-    with each other.
     """
-    defaults: dict[str, Any] = {"base_url": base_url, "auto_typing": auto_typing}
-    if rows is not None:
-        if any(given is not None for given in (sandbox, bot, token, token_file, user, request_id)):
-            raise Failed(USAGE, "With --from, sandboxes, bots and all that is their own stand in the rows.")
-        return await _bind_rows(rows, defaults, failed, timeout, json, check=not no_check, may_move=yes)
-    if sandbox is None or bot is None:
-        raise Failed(USAGE, "Name a sandbox and a bot, or give --from.")
-    secret = _read_token(token, token_file)
-    row = _Row(sandbox=sandbox, bot=bot, token=secret, user=user, id=request_id, **defaults)
+    asked = Bind(
+        sandbox=sandbox,
+        bot=bot,
+        bot_token=_read_token(token, token_file),
+        id=request_id or new_id(),
+        base_url=base_url,
+        user=user,
+        options=Options(auto_typing=auto_typing),
+        check=not no_check,
+    )
     async with connected_bus() as bus:
         await bus.check_subscribed()
         serves = sandbox if yes else (await _serving(bus, bot)).get(bot, sandbox)
         if serves != sandbox and not output.confirm(f"{bot} serves {serves}: move it to {sandbox}?"):
             raise Failed(NO, f"{bot} serves {serves}: give --yes to move it.")
-        answer = await request_control(bus, _bind_of(row, check=not no_check), timeout)
+        answer = await request_control(bus, asked, timeout)
     if answer.ok and not (no_check or answer.checked or json):
         output.complain("iLink gave no answer: whether it takes the token is not known.")
     return _print_answer(answer, "bound", json)
@@ -185,88 +149,8 @@ def _print_answer(answer: ControlAnswer, done: str, json: bool) -> int:
     return OK if answer.ok else NO
 
 
-async def _bind_rows(
-    source: Path,
-    defaults: dict[str, Any],
-    failed_file: Path | None,
-    timeout_s: float,
-    json: bool,
-    *,
-    check: bool,
-    may_move: bool,
-) -> int:
-    """Binds each row. `defaults`: values of the columns that a row leaves out. However it ends, `failed_file` gets
-    the rows that were not done. Returns the exit code. Raises Failed if `source` cannot be read."""
-    text = sys.stdin.read() if str(source) == "-" else read_text(source)
-    reader = csv.DictReader(io.StringIO(text, newline=""), restkey="more", skipinitialspace=True)
-    rows: dict[int, dict[str, Any]] = {}
-    for cells in reader:
-        rows[reader.line_num] = cells
-    undone = Failed(NO, "Not tried, or not answered yet.")
-    failures = dict.fromkeys(rows, undone)
-    slots, began = asyncio.Semaphore(UNDER_WAY), time.monotonic()
-
-    async def bind_row(bus: BusConnection, number: int, serving: dict[str, str]) -> None:
-        try:
-            given = {name: cell for name, cell in rows[number].items() if cell}
-            row = msgspec.convert(defaults | given, _Row, strict=False)
-            serves = serving.get(row.bot, row.sandbox)
-            if serves != row.sandbox:
-                raise Failed(NO, f"{row.bot} serves {serves}: give --yes to move it.")
-            answer = await request_control(bus, _bind_of(row, check=check), timeout_s)
-            if json:
-                output.json_line(answer)
-            if not answer.ok:
-                raise Failed(NO, answer.error or UNREASONED)
-            del failures[number]
-        except msgspec.ValidationError as exc:
-            failures[number] = Failed(USAGE, f"{exc}.")
-        except Failed as exc:
-            failures[number] = exc
-        finally:
-            slots.release()
-
-    try:
-        async with connected_bus(lasting=True) as bus:
-            await bus.check_subscribed()
-            serving = {} if may_move else await _serving(bus)
-            async with asyncio.TaskGroup() as group:
-                for number in rows:
-                    await slots.acquire()
-                    group.create_task(bind_row(bus, number, serving))
-    finally:
-        if failed_file is not None:
-            left = io.StringIO(newline="")
-            columns = [name for name in reader.fieldnames or [] if name != "error"]
-            writer = csv.DictWriter(left, [*columns, "error"], extrasaction="ignore", lineterminator="\n")
-            writer.writeheader()
-            writer.writerows(rows[number] | {"error": str(why)} for number, why in failures.items())
-            write_private(failed_file, left.getvalue())
-    for number, why in failures.items():
-        output.complain(f"line {number} ({rows[number].get('sandbox', '?')}): {why}")
-    where = f"; what failed is in {failed_file}" if failures and failed_file else ""
-    summary = f"{len(rows) - len(failures)} bound, {len(failures)} failed, in {time.monotonic() - began:.1f} s"
-    print(f"{summary}{where}.", file=sys.stderr, flush=True)
-    codes = {why.code for why in failures.values()}
-    return OK if not codes else codes.pop() if len(codes) == 1 else NO
-
-
-def _bind_of(row: _Row, *, check: bool) -> Bind:
-    return Bind(
-        sandbox=row.sandbox,
-        bot=row.bot,
-        bot_token=row.token,
-        id=row.id or new_id(),
-        base_url=row.base_url,
-        user=row.user,
-        cursor=row.cursor,
-        options=Options(auto_typing=row.auto_typing),
-        check=check,
-    )
-
-
-async def _serving(bus: BusConnection, bot: str | None = None) -> dict[str, str]:
-    """The sandbox that a bot, or each bot, serves; nothing while no adapter runs. Raises Failed."""
+async def _serving(bus: BusConnection, bot: str) -> dict[str, str]:
+    """The sandbox that a bot serves; nothing while no adapter runs. Raises Failed."""
     try:
         return {info.bot: info.sandbox for info in await all_bindings(bus, bot=bot)}
     except Failed as exc:
@@ -367,9 +251,8 @@ async def request_control(bus: BusConnection, asked: Bind | Unbind | Erase, time
     inbox = bus.nc.new_inbox()
     headers = {H_MSG_ID: asked.id or "", H_REPLY_TO: inbox, H_SCHEMA: SCHEMA_VERSION}
     subject = {Bind: bus.names.bind, Unbind: bus.names.unbind, Erase: bus.names.erase}[type(asked)]
-    async with bus.storing:  # so that rows are stored in their order
-        answers = await bus.nc.subscribe(inbox)
-        ack = await bus.store(subject, msgspec.json.encode(asked), headers)
+    answers = await bus.nc.subscribe(inbox)
+    ack = await bus.store(subject, msgspec.json.encode(asked), headers)
     said = f"Stored; no adapter answered in {timeout_s:g} s, takes effect when one runs."
     try:
         if ack.duplicate:

@@ -5,39 +5,30 @@ Everything here ends in `Failed` with a sentence; nothing waits for ever.
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import os
-from collections import deque
 from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
 import msgspec
-from nats.aio.msg import Msg
 from nats.errors import ConnectionClosedError, NoRespondersError
 from nats.errors import Error as NatsError
 from nats.js import JetStreamContext, api
 from nats.js.errors import APIError, NoStreamResponseError
 
-from adapter.agent.connection import connect
+from adapter.agent.connection import ANSWER_S, Connection
 from adapter.cli.exits import NO, UNREACHABLE, Failed
-from adapter.contract.names import H_ERROR, H_ERROR_CODE, Names
 from adapter.environment import read_settings
-from adapter.errors import STORE_FAILED, UNDECODABLE, BusRefused, SettingsError, Temporary
+from adapter.errors import STORE_FAILED, UNDECODABLE, BusRefused, Refused, SettingsError, Temporary
 from adapter.jetstream.api_replies import NO_STREAM
-from adapter.jetstream.client import BusClient, permission_violation
+from adapter.jetstream.client import BusClient
 from adapter.jetstream.history import StreamHistory
 from adapter.jetstream.managed_connection import ManagedConnection
 from adapter.ports import StoredMessage
 from adapter.settings import CREDENTIALS, Settings
 
-ANSWER_S = 5.0
-PERMISSION_ERROR_S = 0.1
-"""Seconds between two looks for the server's complaints while an answer is awaited."""
 BROKE = "The connection to NATS broke: try again."
-COMPLAINTS_KEPT = 1000
-"""Complaints that are kept: a connection may last for weeks."""
 
 URL_FILE = "nats.url"
 """In the data folder of `run --embedded`: where its server listens, with the token that it asks for."""
@@ -55,26 +46,15 @@ S = TypeVar("S", bound=msgspec.Struct)
 T = TypeVar("T")
 
 
-class BusConnection:
-    """A connection and the names on it."""
+class BusConnection(Connection):
+    """A connection, and what commands do over it."""
 
     def __init__(self, nc: BusClient, settings: Settings) -> None:
-        self.nc = nc
+        self._set_up(settings, nc, "wechat-nats cli", "credentials that may, see helm/nats/")
         self.js: JetStreamContext = nc.jetstream(timeout=ANSWER_S)
-        self.settings = settings
-        self.names = Names(settings.prefix)
         self.connection = ManagedConnection(settings, "cli")
         """The same connection, for the adapter's code that reads streams and buckets."""
         self.history = StreamHistory(self.connection)
-        self.complaints: deque[Exception] = deque(maxlen=COMPLAINTS_KEPT)
-        """Errors that the server reported outside of answers."""
-        self.storing = asyncio.Lock()
-        """Held while a control command is stored."""
-
-    @property
-    def forbidden(self) -> list[tuple[str, str]]:
-        """What the server has forbidden, as `permission_violation` says it."""
-        return [found for exc in self.complaints if (found := permission_violation(exc))]
 
     async def check_subscribed(self, *subjects: str) -> None:
         """Returns once the subscriptions made so far are in force. Raises Failed if the server forbids one of
@@ -98,50 +78,27 @@ class BusConnection:
                     f"This user may not hear answers on {prefix}.>: set NATS_INBOX_PREFIX to what its role has"
                     " (_INBOX_adapter, _INBOX_operator, …).",
                 )
-            for wanted in subjects:
-                if f"{subject}.".startswith(f"{wanted.lower()}."):
-                    verb = "publish to" if does == "publish" else "hear"
-                    raise Failed(NO, f"This user may not {verb} {wanted}: use credentials that may, see helm/nats/.")
-
-    async def unless_forbidden(self, subject: str, asking: Coroutine[Any, Any, T]) -> T:
-        """Awaits `asking`, but not after the server has forbidden `subject`: a forbidden request gets no answer.
-
-        Raises Failed, and what `asking` raises.
-        """
-        task = asyncio.ensure_future(asking)
         try:
-            while not (await asyncio.wait({task}, timeout=PERMISSION_ERROR_S))[0]:
-                self.raise_if_forbidden(subject)
-            return await task
-        finally:
-            task.cancel()
+            if subjects:
+                super().raise_if_forbidden(*subjects)
+        except Refused as exc:
+            raise Failed(NO, exc.detail) from None
 
-    async def service_reply(
-        self, verb: str, payload: bytes, timeout_s: float, headers: dict[str, str] | None = None
-    ) -> Msg:
-        """An adapter's answer as it came. Raises Failed, also where the adapter refuses."""
-        subject = self.names.svc(verb)
+    async def ask(
+        self, verb: str, payload: bytes, headers: dict[str, str] | None = None, timeout_s: float = ANSWER_S
+    ) -> tuple[bytes, dict[str, Any]]:
+        """As that of agents, but raises Failed."""
         try:
-            asking = self.nc.request(subject, payload, timeout=timeout_s, headers=headers)
-            reply = await self.unless_forbidden(subject, asking)
-        except NoRespondersError:
-            said = "No adapter runs on this bus: start one with `wechat-nats run`."
-            raise Failed(UNREACHABLE, said) from None
-        except (NatsError, TimeoutError):
-            self.raise_if_forbidden(subject)
-            said = f"No answer on {subject} within {timeout_s:g} s: run `wechat-nats doctor`."
-            raise Failed(UNREACHABLE, said) from None
-        found = reply.headers or {}
-        if code := found.get(H_ERROR_CODE):
-            raise Failed(NO, f"{found.get(H_ERROR) or 'The adapter refused'} (code {code}).")
-        return reply
+            return await super().ask(verb, payload, headers, timeout_s)
+        except (Refused, Temporary) as exc:
+            raise Failed(NO if exc.reason == "refused" else UNREACHABLE, exc.detail) from None
 
     async def request_service(
         self, verb: str, request: msgspec.Struct, answer: type[S], timeout_s: float = ANSWER_S
     ) -> S:
         """A request to an adapter. Raises Failed."""
-        reply = await self.service_reply(verb, msgspec.json.encode(request), timeout_s)
-        return decode_answer(reply.data, answer)
+        data, _ = await self.ask(verb, msgspec.json.encode(request), timeout_s=timeout_s)
+        return decode_answer(data, answer)
 
     async def store(self, subject: str, payload: bytes, headers: dict[str, str]) -> api.PubAck:
         """Publishes into a stream. Raises Failed where nothing stored it."""
@@ -262,7 +219,7 @@ async def connected_bus(settings: Settings | None = None, *, lasting: bool = Fal
     settings = settings or settings_here()
     bus = BusConnection(BusClient(), settings)
     try:
-        await connect(bus.nc, settings, "wechat-nats cli", bus.complaints)
+        await bus.__aenter__()
     except Temporary as exc:
         raise Failed(UNREACHABLE, exc.detail) from None
     bus.complaints.clear()
@@ -273,5 +230,4 @@ async def connected_bus(settings: Settings | None = None, *, lasting: bool = Fal
     except ConnectionClosedError as exc:
         raise Failed(UNREACHABLE, BROKE) from exc
     finally:
-        with contextlib.suppress(NatsError, OSError, TimeoutError):
-            await bus.nc.close()
+        await bus.__aexit__()

@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import shutil
 import stat
 import sys
 import time
@@ -91,13 +90,6 @@ def tell(value: object, json: bool, text: str) -> None:
         json_line(value)
     else:
         say(printable(text))
-
-
-def say_wrapped(text: str) -> None:
-    """A line of ours with texts of others, over several ones of a terminal if it is long."""
-    line = printable(text)
-    is_terminal = can_style(sys.stdout)
-    say("\n".join(wrapped([line], shutil.get_terminal_size().columns)) if is_terminal else line)
 
 
 def say(text: str = "") -> None:

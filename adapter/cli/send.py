@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import re
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -13,7 +14,7 @@ from cyclopts import App, Parameter
 from nats.aio.subscription import Subscription
 from nats.errors import Error as NatsError
 
-from adapter.agent.media import Request, get_media, put_media
+from adapter.agent.media import get_media, put_media
 from adapter.cli import output
 from adapter.cli.bindings import TROUBLE, all_bindings
 from adapter.cli.bus import BusConnection, connected_bus
@@ -190,7 +191,7 @@ def describe(receipt: Receipt) -> str:
 
 @media.command
 async def get(
-    name: Annotated[str, Parameter(help="`media.object` of a message, as `tail` shows it: <sandbox>/…")],
+    name: Annotated[str, Parameter(help="`media.object` of a message: <sandbox>/…")],
     to: Annotated[str, Parameter(allow_leading_hyphen=True, help="File to write; -: standard output.")],
     /,
     *,
@@ -198,7 +199,7 @@ async def get(
         int,
         Parameter(
             metavar="NUMBER",
-            help="Sequence of the message, as `tail` shows it: waits for media that are not stored yet.",
+            help="Sequence of the message in its stream: waits for media that are not stored yet.",
         ),
     ] = 0,
     force: Annotated[bool, flag("Overwrite the file.")] = False,
@@ -210,7 +211,8 @@ async def get(
     if to != "-" and not force and Path(to).exists():  # noqa: ASYNC240 -- nothing else runs in a command
         raise Failed(USAGE, f"{to} is there: give --force to overwrite it.")
     async with connected_bus() as bus:
-        data = await get_media(requests_over(bus), sandbox, name, sequence=sequence, wait_s=WAIT_S if sequence else 0)
+        asking = partial(bus.ask, timeout_s=PIECE_S)
+        data = await get_media(asking, sandbox, name, sequence=sequence, wait_s=WAIT_S if sequence else 0)
     if to == "-":
         sys.stdout.buffer.write(data)
         return OK
@@ -239,12 +241,4 @@ def _read_media(file: Path) -> bytes:
 
 async def _upload(bus: BusConnection, sandbox: str, name: str, data: bytes) -> Media:
     """Raises Failed."""
-    return await put_media(requests_over(bus), sandbox, data, name)
-
-
-def requests_over(bus: BusConnection) -> Request:
-    async def request(verb: str, payload: bytes, headers: dict[str, str]) -> tuple[bytes, dict[str, str]]:
-        reply = await bus.service_reply(verb, payload, PIECE_S, headers)
-        return reply.data, reply.headers or {}
-
-    return request
+    return await put_media(partial(bus.ask, timeout_s=PIECE_S), sandbox, data, name)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import time
 from collections.abc import Awaitable, Callable
 from typing import Annotated, Any
 
@@ -13,64 +12,22 @@ from cyclopts import App, Parameter
 from adapter.cli import output
 from adapter.cli.bus import BusConnection, connected_bus
 from adapter.cli.exits import NO, OK, USAGE, Failed
-from adapter.cli.options import Json, MaybeSandbox, flag
-from adapter.contract.names import H_COMMAND, H_MSG_ID, Names
+from adapter.cli.options import Json
+from adapter.contract.names import H_MSG_ID, Names
 from adapter.errors import UNDECODABLE, Refused
-from adapter.outbound.commands import Limits, command_id, salvage_ids
 from adapter.outbound.store import open_record
 from adapter.ports import StoredMessage
 from adapter.security.seal import Sealer, dead_context
 from adapter.services.dead_letters import DeadLetter, dead_letter_of, retry_message
 
-queue = App(name="queue", help="Commands that wait to be sent: list, delete.")
+queue = App(name="queue", help="Commands that wait to be sent: delete.")
 dead = App(name="dead", help="Messages that could not be handled: list, show, try again, delete.")
 
 _SECRET_NAME = re.compile(r"token|secret|authorization|aes_?key", re.IGNORECASE)
 MASK = "***"
-QUEUE_COLUMNS = ("seq", "sandbox", "id", "age", "size", "body")
 DEAD_COLUMNS = ("seq", "time", "sandbox", "stream", "reason", "detail", "size")
 
-Seqs = Annotated[int, Parameter(help="Numbers, as `ls` shows them.")]
-
-
-class ListedCommand(msgspec.Struct, frozen=True, kw_only=True):
-    """A command as it is listed."""
-
-    seq: int
-    sandbox: str
-    id: str
-    stored_ms: int
-    age_s: int
-    size: int
-    body: str | None = None
-
-
-@queue.command(name="ls")
-async def list_queued(
-    *,
-    sandbox: MaybeSandbox = None,
-    bodies: Annotated[bool, flag("Show bodies, too: they hold message text.")] = False,
-    json: Json = False,
-) -> int:
-    """List commands that have no final receipt yet, oldest first."""
-    found: list[ListedCommand] = []
-    async with connected_bus() as bus:
-        names = bus.names
-
-        def to_command(stored: StoredMessage) -> ListedCommand | None:
-            command = listed_command_of(names, stored, bodies=bodies)
-            return command if sandbox in (None, command.sandbox) else None
-
-        for subject in (">",) if sandbox is None else (names.out_of_sandbox(sandbox), names.out_plain):
-            found += await bus.read_stored(names.stream_out, subject, keep=to_command)
-    found.sort(key=lambda command: command.seq)
-    columns = QUEUE_COLUMNS if bodies else QUEUE_COLUMNS[:-1]
-
-    def row(x: ListedCommand) -> tuple[object, ...]:
-        return (x.seq, x.sandbox, x.id, output.span(x.age_s * 1000), x.size, x.body)[: len(columns)]
-
-    output.listing(found, json, columns, row, empty="No commands wait.")
-    return OK
+Seqs = Annotated[int, Parameter(help="Numbers, as `dead ls` and `trace` show them.")]
 
 
 @queue.command(name="drop")
@@ -80,21 +37,6 @@ async def drop_queued(*seqs: Seqs) -> int:
     What an adapter has in hand already may still be sent, and gets its receipt then.
     """
     return await _for_each(seqs, lambda bus, seq: _drop(bus, bus.names.stream_out, seq, "waiting command"))
-
-
-def listed_command_of(names: Names, stored: StoredMessage, *, bodies: bool) -> ListedCommand:
-    body = salvage_ids(stored.data, Limits(park_ms=0, part_chars=0, part_bytes=0, command_bytes=len(stored.data)))
-    routed, msg_id = stored.headers.get(H_COMMAND, ""), stored.headers.get(H_MSG_ID, "")
-    plain = stored.subject == names.out_plain
-    return ListedCommand(
-        seq=stored.seq,
-        sandbox=(body.sandbox or "") if plain else stored.subject.rpartition(".")[2],
-        id=command_id(body.id, routed, msg_id, stored.seq),
-        stored_ms=stored.time_ms,
-        age_s=max(0, int(time.time() - stored.time_ms / 1000)),
-        size=len(stored.data),
-        body=stored.data.decode(errors="backslashreplace") if bodies else None,
-    )
 
 
 @dead.command(name="ls")
@@ -186,7 +128,7 @@ async def _drop(bus: BusConnection, stream: str, seq: int, what: str) -> bool:
 async def _for_each(seqs: tuple[int, ...], work: Callable[[BusConnection, int], Awaitable[bool]]) -> int:
     """Does `work` with each; the exit code is NO if it failed with one. Raises Failed."""
     if not seqs:
-        raise Failed(USAGE, "Which ones? Give numbers as `ls` shows them.")
+        raise Failed(USAGE, "Which ones? Give numbers.")
     async with connected_bus() as bus:
         return OK if all([await work(bus, seq) for seq in seqs]) else NO
 

@@ -106,6 +106,16 @@ def cli(capsys: pytest.CaptureFixture[str]) -> Command:
     return run
 
 
+async def stored(sandbox: str, count: int = 1) -> list[dict[str, Any]]:
+    """The messages in the inbox of a sandbox, once there are so many."""
+    async with connected_bus() as bus, asyncio.timeout(START_S):
+        while True:
+            place = bus.names.stream_in, bus.names.inbox(sandbox)
+            found = await bus.read_stored(*place, keep=lambda one: dict[str, Any](msgspec.json.decode(one.data)))
+            if len(found) >= count:
+                return found
+
+
 @pytest.fixture
 async def simulator() -> AsyncIterator[Simulator]:
     async with Simulator(SimulatorSettings(hold_ms=300, hint_ms=300)) as running:

@@ -19,7 +19,6 @@ import pytest
 from synadia_ai.agents import Attachment, ResponseChunk
 
 from adapter.agent import Message, Sandbox
-from adapter.agent.media_urls import MediaUrls
 from adapter.agent.nats_agent import NatsAgent
 from adapter.agent.program import Program
 from adapter.agent.runner import Answer, Turn
@@ -46,8 +45,6 @@ SECRET = f"whsec_{base64.b64encode(bytes(32)).decode()}"
         (["--http", "https://a.example"], "", "Set WECHAT_WEBHOOK_SECRET"),
         (["--http", "https://a.example"], "whsec_c2hvcnQ=", "The secret is whsec_"),
         (["--http", "a.example"], SECRET, "Expected a URL"),
-        (["--http", "https://a.example", "--files-addr", "here"], SECRET, "--files-addr: expected host:port"),
-        (["--http", "https://a.example", "--files-addr", ":80"], SECRET, "Give --files-url, the agent's way to :80."),
         (["--nats-agent", "a//c"], "", "Expected NAME, NAME/OWNER or NAME/OWNER/SESSION."),
     ],
 )
@@ -150,8 +147,7 @@ async def test_why_a_program_failed_is_its_last_line(tmp_path: Path) -> None:
 
 
 def asking(http: httpx.AsyncClient) -> Webhook:
-    key = bytes(32)
-    return Webhook(http, "http://agent.example", key, MediaUrls(key, "127.0.0.1:0"), timeout_s=30, max_output=100)
+    return Webhook(http, "http://agent.example", bytes(32), timeout_s=30, max_output=100)
 
 
 async def test_a_url_is_asked_again_whatever_it_says_of_later() -> None:

@@ -284,7 +284,6 @@ async def test_a_server_without_jetstream_fails(cli: Command, monkeypatch: pytes
         sent = await cli("send", "s1", "hi")
         assert (sent.code, "JetStream is not available" in sent.err) == (3, True)
         assert (await cli("dead", "ls")).code == 3
-        assert (await cli("tail", "--all", "--count", "1")).code == 3
 
 
 def adapter_environ(url: str) -> dict[str, str]:

@@ -13,12 +13,11 @@ from urllib.parse import urlsplit
 
 import pytest
 
-from adapter.cli.bus import BusConnection
 from adapter.cli.demo import demo_settings
 from adapter.cli.embedded import EmbeddedNats, adapter_running
 from adapter.simulator import Simulator
 from tests.cli.conftest import START_S
-from tests.cli.process import TOKEN_KEY, Running, children, printed, seen, started
+from tests.cli.process import TOKEN_KEY, children, printed, seen, started
 
 ENVIRON = {"WECHAT_NATS_HTTP_ADDR": "127.0.0.1:0", "WECHAT_NATS_TOKEN_KEY": TOKEN_KEY}
 COMMANDS: dict[str, tuple[tuple[str, ...], bytes]] = {
@@ -27,25 +26,15 @@ COMMANDS: dict[str, tuple[tuple[str, ...], bytes]] = {
     "demo": (("demo",), b"You are a WeChat user"),
     "start": (("start", "--exec", "cat"), b"Scan this code"),
     "login": (("login", "s1"), b"Scan this code"),
-    "tail": (("tail", "s1", "--json"), b""),
     "agent": (("agent", "s1", "--exec", "cat"), b"agent.started"),
     "simulator": (("simulator", "--bots", "1"), b"admin_url"),
 }
-"""Arguments, and what is printed once it is at work; nothing by itself."""
-
-
-async def tailed(process: Running, bus: BusConnection) -> None:
-    """Waits until what comes is printed."""
-    reading = asyncio.create_task(printed(process, b"hello"))
-    while not reading.done():
-        await bus.nc.publish(bus.names.live("s1"), b'{"text":"hello"}')
-        await asyncio.wait({reading}, timeout=0.1)
-    await reading
+"""Arguments, and what is printed once it is at work."""
 
 
 @pytest.mark.parametrize("name", COMMANDS)
 async def test_a_second_ctrl_c_ends_it_within_a_second(
-    name: str, server: EmbeddedNats, simulator: Simulator, bus: BusConnection, tmp_path: Path
+    name: str, server: EmbeddedNats, simulator: Simulator, tmp_path: Path
 ) -> None:
     """Also where no server answers, which is when somebody presses it twice."""
     arguments, words = COMMANDS[name]
@@ -56,7 +45,7 @@ async def test_a_second_ctrl_c_ends_it_within_a_second(
             settings = demo_settings(server.url, simulator.url)
             await stack.enter_async_context(adapter_running(settings, start_s=START_S, drain_s=START_S))
         process = await stack.enter_async_context(started(*arguments, env=environ, stderr=None))
-        await (printed(process, words) if words else tailed(process, bus))
+        await printed(process, words)
         for pid in (server.pid, *children(process.pid)):
             os.kill(pid, signal.SIGSTOP)
             stack.callback(resume, pid)

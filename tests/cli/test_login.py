@@ -12,6 +12,7 @@ from pathlib import Path
 import msgspec
 import pytest
 
+from adapter.cli.bus import connected_bus
 from adapter.cli.demo import demo_settings
 from adapter.cli.embedded import EmbeddedNats, adapter_running
 from adapter.logins.qr import DARK_ON_LIGHT, PLAIN, terminal_text
@@ -210,15 +211,19 @@ async def nobody_asks(sim: Simulator) -> None:
 
 
 @pytest.mark.parametrize("number", [2, 15], ids=["ctrl-C", "SIGTERM"])
-async def test_a_signal_cancels_the_login(sim: Simulator, cli: Command, number: int) -> None:
+async def test_a_signal_cancels_the_login(sim: Simulator, number: int) -> None:
     async with started("login", "s1") as process:
         await printed(process, b"Scan this code")
         process.send_signal(number)
         _, err = await process.communicate()
         assert (process.returncode, err) == (130, b"")
     await nobody_asks(sim)
-    result = await cli("tail", "s1", "--events", "--all", "--count", "2", "--json")
-    assert [row["status"] for row in result.rows] == ["wait", "cancelled"]
+    async with connected_bus() as bus:
+        told: list[str] = []
+        while len(told) < 2:
+            place = bus.names.stream_event, bus.names.event("s1", "login")
+            told = await bus.read_stored(*place, keep=lambda one: str(msgspec.json.decode(one.data)["status"]))
+    assert told == ["wait", "cancelled"]
 
 
 async def test_at_a_terminal_the_code_has_colours_of_its_own(sim: Simulator) -> None:

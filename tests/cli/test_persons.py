@@ -24,7 +24,7 @@ from adapter.ports import StoredMessage
 from adapter.security.seal import Sealer, dead_context
 from adapter.settings import Settings
 from adapter.simulator import BotRecord, Simulator, samples
-from tests.cli.conftest import Command
+from tests.cli.conftest import Command, stored
 from tests.cli.process import TOKEN_KEY, on_terminal, seen
 
 KINDS = {"conversation", "login", "message", "event", "receipt", "dead_letter", "media", "checkpoint"}
@@ -67,9 +67,9 @@ async def serve(
     token.write_text(bot.token)
     assert (await cli("bind", sandbox, bot.bot, "--token-file", str(token), "--user", bot.user)).code == 0
     simulator.say(bot.user, f"secret of {sandbox}")
-    assert (await cli("tail", sandbox, "--all", "--count", "1", "--timeout", "60")).code == 0
+    await stored(sandbox)
     simulator.say_media(bot.bot, "image", samples.png(20, 10))
-    assert (await cli("tail", sandbox, "--all", "--count", "2", "--timeout", "60")).code == 0
+    await stored(sandbox, 2)
     assert (await cli("send", sandbox, f"answer for {sandbox}")).code == 0
     assert (await cli("send", sandbox, "x", "--id", f"typed-{sandbox}", "--when-closed", "refuse")).code == 0
     await bus.js.publish(
@@ -128,8 +128,7 @@ async def test_nothing_of_an_erased_person_is_left_and_all_of_another(
     again = await cli("erase", "--user", gone.user, "--yes")
     assert (again.code, again.out) == (0, "Nothing is there of this person.\n")
     simulator.say(stays.user, "still here")
-    (last,) = (await cli("tail", "s2", "--all", "--count", "8", "--timeout", "60", "--json")).rows[7:]
-    assert last["text"] == "still here"
+    assert (await stored("s2", 8))[7]["text"] == "still here"
 
 
 async def test_a_person_who_comes_back_after_an_erasure_begins_anew(
@@ -146,8 +145,7 @@ async def test_a_person_who_comes_back_after_an_erasure_begins_anew(
     token.write_text(bot.token)
     assert (await cli("bind", "s1", bot.bot, "--token-file", str(token), "--user", bot.user)).code == 0
     simulator.say(bot.user, "back again")
-    (row,) = (await cli("tail", "s1", "--all", "--count", "1", "--timeout", "60", "--json")).rows
-    assert row["text"] == "back again"
+    assert [row["text"] for row in await stored("s1")] == ["back again"]
     assert (await cli("send", "s1", "welcome")).code == 0
     assert naming(await everything(bus, settings), "secret of s1", "answer for s1") == []
 

@@ -12,7 +12,7 @@ from adapter.cli.bus import BusConnection
 from adapter.cli.embedded import EmbeddedNats
 from adapter.contract.names import H_COMMAND, H_REASON, H_SANDBOX, H_TRACEPARENT, derive_traceparent
 from adapter.simulator import BotRecord, Simulator
-from tests.cli.conftest import START_S, Command
+from tests.cli.conftest import START_S, Command, stored
 
 AUTHORS = "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01"
 """A traceparent of an agent that has traces of its own."""
@@ -36,7 +36,7 @@ async def test_the_story_of_a_message_from_the_phone_to_the_answers(
 ) -> None:
     bot = await bound(cli, simulator, tmp_path)
     simulator.say(bot.user, "private words")
-    (message,) = (await cli("tail", "s1", "--all", "--count", "1", "--json")).rows
+    (message,) = await stored("s1")
     trace = derive_traceparent(message["id"])
     await answer(bus, "named", reply_to=message["id"])
     await answer(bus, "traced", {H_TRACEPARENT: trace})
