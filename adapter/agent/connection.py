@@ -155,7 +155,7 @@ class Connection:
 
     def raise_if_forbidden(self, *subjects: str) -> None:
         """Raises Refused("forbidden") if the server has forbidden this user one of `subjects`, or a subject below
-        one; without `subjects`, if it has forbidden anything but to publish commands, which the adapter stores then."""
+        one; without `subjects`, anything but publishing commands, which the adapter stores then."""
         for does, subject in self.forbidden:
             if not subjects and does == "publish" and subject.startswith(f"{self.names.out_plain}.".lower()):
                 continue
