@@ -223,6 +223,9 @@ class Chat(Protocol):
 class Logins(Protocol):
     """iLink's QR logins."""
 
+    async def notify(self, account: Account, *, start: bool) -> None:
+        """As that of Chat."""
+
     async def fetch_code(self, tokens: Sequence[str]) -> QrCode:
         """Fetches a new code. A user who scans keeps a bot whose token is in `tokens`. Raises Temporary."""
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import msgspec
 import pytest
+from msgspec.structs import replace
 
 from adapter.contract.names import SHARDS, shard_of, to_subject_token
 from adapter.contract.records import Binding
@@ -16,7 +17,7 @@ from adapter.inbound.poller import ANSWER_GRACE_S, BotPoller, State
 from adapter.outbound import shard as outbound
 from adapter.ports import Account, Polled
 from adapter.replica.health import observe
-from adapter.replica.supervisor import CUT_S, Supervisor
+from adapter.replica.supervisor import CUT_S, HANDED_AT_ONCE, Supervisor
 from tests.fakes import Bench, FakeLeases, batch, ready, settle
 from tests.inbound.pollers import BOT, raw, texts
 
@@ -193,6 +194,31 @@ async def test_a_bot_that_found_no_room_is_polled_once_there_is_some(following: 
         over[gone].set()
         await settle()
     assert set(made.pollers) == {third}
+
+
+async def test_a_change_of_a_binding_cuts_no_poll_of_a_shard_that_is_to_be_given(following: Following) -> None:
+    bench, cut = bound(HANDED_AT_ONCE + 40), list[str]()
+
+    class Waits(BotPoller):
+        async def run(self) -> None:
+            await asyncio.Event().wait()
+
+        def stop(self, *, immediately: bool) -> None:
+            cut.append(self.bot)
+
+    shard = Shard()
+    made = supervisor(bench, shard=shard, new_poller=lambda bot: Waits(bot, bench.poll_deps()))
+    await following(made)
+    shard.answered.clear()  # those whose turn it is wait for their requests
+    bench.leases.surplus = {shard_of(binding.sandbox) for binding in bench.bindings}
+    bench.leases.changed.notify_all()
+    await settle()
+    assert len(bench.leases.surplus) > HANDED_AT_ONCE
+    for binding in bench.bindings:
+        await bench.bindings.update(binding.bot, lambda now: replace(now, user=f"{now.user}@im.wechat"))
+    await settle()
+    assert cut == []
+    assert len(made.pollers) == HANDED_AT_ONCE + 40
 
 
 async def test_what_nobody_polls_is_counted(following: Following) -> None:

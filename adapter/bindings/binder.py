@@ -7,7 +7,6 @@ is emptied; the binding is deleted. Each step may be repeated, and goes on where
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Awaitable, Callable, Collection
 
 import structlog
@@ -17,17 +16,15 @@ from adapter.bindings.registry import Bindings
 from adapter.contract.messages import Bind, BindingChange, ControlAnswer, Erase, Unbind
 from adapter.contract.names import Names, check_sandbox
 from adapter.contract.records import Binding
-from adapter.errors import AdapterError, BusRefused, Refused, SessionExpired, Temporary, Uncertain
+from adapter.errors import BusRefused, Refused
 from adapter.kit.persist import Owner
 from adapter.kit.timing import Clock
 from adapter.observability.events import Events
-from adapter.ports import Account, Chat, History
+from adapter.ports import Chat, History
 from adapter.security.seal import Sealer, bind_context, cursor_context
 
 log = structlog.get_logger()
 
-CHECK_S = 5.0
-"""Time limit of a token's check: a `notifystart`, which consumes no messages, unlike a poll."""
 BOT_SUFFIX, USER_SUFFIX = "@im.bot", "@im.wechat"
 """The ends of all known ids of iLink."""
 
@@ -81,18 +78,13 @@ class Binder:
             base_url=(command.base_url or "").rstrip("/"),
             options=command.options,
             since_ms=self._clock.now_ms(),
-            request=command.id or "",
+            bound=number,
             start_cursor=self._sealed_start_cursor(command, before),
         )
         same_user = [
             each for each in self._bindings.of_sandbox(sandbox) if binding.user and each.user == binding.user
         ]
         replaced = [each for each in same_user if each.bot != command.bot]
-        is_begun = before is not None and command.id == before.request != "" and self._is_same_token(before, token)
-        """An earlier run wrote the binding and crashed. A refusal now would leave the command half done."""
-        is_closed = before is not None and before.closing == number
-        displaced = [*replaced, *([before] if before is not None else [])]
-        is_checked = not (is_begun or is_closed) and await self._check_token(command, token, displaced)
         moved = before if before is not None and before.sandbox != sandbox else None
         if moved is not None:
             await self._leave(moved.sandbox, [moved], command, number, reason="moved")
@@ -104,7 +96,7 @@ class Binder:
         is_new = before is None or not self._is_unchanged(before, binding)
         if is_new:
             await self._bindings.put(binding, self._owner.check)
-        if is_new or is_begun:
+        if is_new or (before is not None and before.bound == number):  # an earlier run may have told nobody
             await self._announce([binding], "bound", command)
         await self._replace(replaced, command)
         return ControlAnswer(
@@ -113,7 +105,6 @@ class Binder:
             bindings=[binding.info()],
             replaced=[other.bot for other in replaced],
             moved_from=moved.sandbox if moved is not None else "",
-            checked=is_checked,
         )
 
     def _open_token(self, command: Bind) -> str:
@@ -122,7 +113,7 @@ class Binder:
         token = self._sealer.open_given(bind_context(command.sandbox, command.bot), token)
         if not all("!" <= char <= "~" for char in command.bot + token + user):
             raise Refused("invalid", "Bot, token and user are printable ASCII without spaces.")
-        if command.check is False:
+        if not command.check:
             return token
         for kind, ident, suffix in (("bot", command.bot, BOT_SUFFIX), ("user", user, USER_SUFFIX)):
             if ident and not ident.endswith(suffix):
@@ -133,46 +124,11 @@ class Binder:
             raise Refused("invalid", "The token is another bot's: it begins with the id of its bot.")
         return token
 
-    async def _check_token(self, command: Bind, token: str, displaced: Collection[Binding]) -> bool:
-        """Asks iLink whether it accepts the token, if the bind says so or would replace a working one, or its base
-        URL. False: it was not asked, or does not answer."""
-        is_risky = any(
-            known.state == "active"
-            and not (
-                known.bot == command.bot
-                and known.base_url == (command.base_url or "").rstrip("/")
-                and self._is_same_token(known, token)
-            )
-            for known in displaced
-        )
-        if command.check is False or not (command.check or is_risky):
-            return False
-        try:
-            async with asyncio.timeout(CHECK_S):
-                await self._chat.notify(Account(command.bot, token, command.base_url or ""), start=True)
-        except SessionExpired as exc:
-            detail = "iLink refuses this token (-14). Existing bindings are unchanged."
-            raise Refused("stale_token", detail) from exc
-        except Refused:
-            return True  # an answer other than -14
-        except (Temporary, Uncertain, TimeoutError) as exc:
-            if isinstance(exc, Temporary) and exc.reason == "ret_other":
-                return True
-            if is_risky:
-                why = f" ({exc.detail})" if isinstance(exc, AdapterError) and exc.detail else ""
-                raise Refused(
-                    "unchecked",
-                    f"iLink does not answer about this token{why}, and the bind would replace a working token or base"
-                    " URL. Try again later, or bind without the check.",
-                ) from exc
-            return False
-        return True
-
     def _sealed_start_cursor(self, command: Bind, before: Binding | None) -> str | None:
         """The sealed cursor. An unchanged cursor keeps its sealed text, because a cursor is applied only once."""
         context, bound = cursor_context(command.bot), before.start_cursor if before is not None else None
         if not command.cursor:
-            return command.cursor
+            return None
         if bound is not None and self._sealer.is_same_secret(context, bound, command.cursor):
             return bound
         return self._sealer.seal(context, command.cursor)
@@ -182,7 +138,7 @@ class Binder:
         a change."""
         if before.state != "active" or not self._is_same_token(before, after.token):
             return False
-        unimportant = {"token": "", "since_ms": 0, "request": "", "event_pending": False}
+        unimportant = {"token": "", "since_ms": 0, "bound": 0, "event_pending": False}
         return structs.replace(before, **unimportant) == structs.replace(after, **unimportant)
 
     def _is_same_token(self, known: Binding, token: str) -> bool:
@@ -195,12 +151,8 @@ class Binder:
         sandbox = check_sandbox(command.sandbox)
         bound = [each for each in self._bindings.of_sandbox(sandbox) if command.bot in (None, "", each.bot)]
         self._ensure_known([sandbox])
-        served = {each.user for each in self._bindings.serving_sandbox(sandbox) if each not in bound} - {""}
-        replaced = [each for each in bound if each.user in served]
-        leaving = [each for each in bound if each.user not in served]
-        await self._replace(replaced, command)
-        await self._leave(sandbox, leaving, command, number)
-        await self._delete(leaving)
+        await self._leave(sandbox, bound, command, number)
+        await self._delete(bound)
         return ControlAnswer(ok=True, id=command.id or "", bindings=[each.info() for each in bound])
 
     async def erase(self, command: Erase, number: int) -> ControlAnswer:
@@ -240,8 +192,8 @@ class Binder:
 
     # the end of bindings ----------------------------------------------------------------------------
 
-    async def _replace(self, replaced: Collection[Binding], command: Bind | Unbind) -> None:
-        """Ends bots whose user another bot of the sandbox serves: nothing of the user's ends with them."""
+    async def _replace(self, replaced: Collection[Binding], command: Bind) -> None:
+        """Ends bots whose user the new one serves: nothing of the user's ends with them."""
         for binding in replaced:
             await self._announce([binding], "replaced", command)  # first: a crash in between repeats it
             await self._delete([binding])
@@ -317,7 +269,8 @@ class Binder:
         """Publishes events. A repeat after a crash is a duplicate, which the stream drops."""
         for binding in changed:
             event = binding.event(change, reason=reason, request=command.id or "")
-            await self._events.publish_binding_event(event, ensure_owner=self._owner.check)
+            cause = event.request or f"bound-{binding.bound}"
+            await self._events.publish_binding_event(event, cause=cause, ensure_owner=self._owner.check)
             log.info("binding.changed", change=change, sandbox=binding.sandbox, bot=binding.bot)
 
 

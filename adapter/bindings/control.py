@@ -2,7 +2,7 @@
 
 A command claims all its keys at once: its bot, its sandbox, the bot's present sandbox, a person who is named. It
 waits for earlier commands that have or want one of them. Commands without common keys are applied at the same time,
-so that one that waits (for iLink's answer about a token, an owner's confirmation, NATS) delays no other person.
+so that one that waits (for an owner's confirmation, for NATS) delays no other person.
 
 The outcome of a command is remembered for a day. A command that was applied is not applied again, whether it is
 delivered again or stored again with the same id: an old bind would undo a later unbind.
@@ -11,6 +11,7 @@ delivered again or stored again with the same id: an old bind would undo a later
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import hashlib
 from collections.abc import Awaitable, Callable
 from functools import partial
@@ -24,7 +25,7 @@ from adapter.bindings.binder import Binder
 from adapter.bindings.registry import Bindings
 from adapter.contract import messages as contract
 from adapter.contract.messages import Bind, BindingEvent, ControlAnswer, Erase, Unbind
-from adapter.contract.names import H_ERROR, H_ERROR_CODE, H_MSG_ID, H_REPLY_TO, H_SCHEMA, is_inbox
+from adapter.contract.names import H_ERROR, H_ERROR_CODE, H_MSG_ID, H_REPLY_TO, H_SCHEMA, in_words, is_inbox
 from adapter.contract.records import ControlOutcome
 from adapter.errors import (
     UNDECODABLE,
@@ -151,7 +152,7 @@ class Control:
 
     async def _process(self, number: int, command: ControlCommand | Unreadable) -> None:
         """Applies one command, and acknowledges it. One that keeps crashing becomes a dead letter."""
-        pending = self._tasks.spawn(self._answer_pending(number, command))
+        pending = self._tasks.spawn(self._answer_pending(number))
         try:
             await self._wait_complete()
             work = partial(self._apply, number, command)
@@ -226,7 +227,6 @@ class Control:
         await self._dead_letter(self._deliveries[number], exc)
 
     async def _dead_letter(self, delivery: Delivery, exc: Unreadable | Crashed) -> None:
-        request = delivery.headers.get(H_MSG_ID, "")[:128]
         is_secret = not delivery.subject.endswith(".unbind")  # it holds a token, or names a person to forget
         await self._events.publish_dead_letter(
             "CTL",
@@ -238,15 +238,15 @@ class Control:
             seq=delivery.seq,
             msg_id=f"dead:ctl:{delivery.seq}:{delivery.time_ms}",
         )
-        await self._answer(delivery, ControlAnswer(ok=False, id=request, error=exc.detail))
+        await self._answer(delivery, ControlAnswer(ok=False, id=_id_of(delivery), error=exc.detail))
 
-    async def _answer_pending(self, number: int, command: ControlCommand | Unreadable) -> None:
+    async def _answer_pending(self, number: int) -> None:
         """Tells the author of a command that it takes longer."""
         await self._clock.sleep(PENDING_S)
         log.warning("control.pending", sequence=number)
-        ident = "" if isinstance(command, Unreadable) else command.id or ""
+        delivery = self._deliveries[number]
         advice = "It is not done after a minute: a replica or NATS is away, or there is much to erase. It goes on."
-        await self._answer(self._deliveries[number], ControlAnswer(ok=False, id=ident, pending=True, error=advice))
+        await self._answer(delivery, ControlAnswer(ok=False, id=_id_of(delivery), pending=True, error=advice))
 
     async def _answer(self, delivery: Delivery, answer: ControlAnswer) -> None:
         """Answers to the subject in the header Reply-To. It must be an inbox, so that no client can make the adapter
@@ -270,8 +270,20 @@ def decode(delivery: Delivery) -> ControlCommand:
     try:
         command = msgspec.json.decode(delivery.data, type=_KINDS[delivery.subject.rpartition(".")[2]])
     except UNDECODABLE as exc:
-        raise Unreadable("unreadable", str(exc)[:200]) from exc
-    return structs.replace(command, id=command.id or delivery.headers.get(H_MSG_ID, "")[:128] or None)
+        raise Unreadable("unreadable", in_words(exc)) from exc
+    return structs.replace(command, id=_id_of(delivery) or None)
+
+
+class _Named(msgspec.Struct):
+    id: contract.CommandId | None = None
+
+
+def _id_of(delivery: Delivery) -> str:
+    """The id of a command, also of one that cannot be read."""
+    with contextlib.suppress(*UNDECODABLE):
+        if ident := msgspec.json.decode(delivery.data, type=_Named).id:
+            return ident
+    return delivery.headers.get(H_MSG_ID, "")[:128]
 
 
 async def find_outcome(bucket: Bucket, command: ControlCommand) -> ControlOutcome | None:

@@ -35,6 +35,11 @@ from adapter.contract.messages import (
     Unbind,
 )
 from adapter.contract.names import H_MSG_ID, H_REPLY_TO, H_SCHEMA, is_sandbox
+from adapter.errors import Refused
+from adapter.ilink.client import ILink
+from adapter.logins.flow import check_token
+from adapter.observability.metrics import Metrics
+from adapter.ports import Account
 
 COLUMNS = ("sandbox", "bot", "user", "state", "since", "reason")
 HEALTH_COLUMNS = ("sandbox", "bot", "user", "state", "since", "last poll", "user wrote", "window", "why")
@@ -50,7 +55,7 @@ STYLES = {
     "too_new": "red",
 }
 BIND_S = 30.0
-"""For the answer to a bind: iLink is asked, and another sandbox may have to release the bot."""
+"""For the answer to a bind: another sandbox may have to release the bot."""
 
 
 async def bind(
@@ -103,8 +108,9 @@ async def bind(
         serves = sandbox if yes else (await _serving(bus, bot)).get(bot, sandbox)
         if serves != sandbox and not output.confirm(f"{bot} serves {serves}: move it to {sandbox}?"):
             raise Failed(NO, f"{bot} serves {serves}: give --yes to move it.")
+        is_known = no_check or await _check_token(bus, asked)
         answer = await request_control(bus, asked, timeout)
-    if answer.ok and not (no_check or answer.checked or json):
+    if answer.ok and not (is_known or json):
         output.complain("iLink gave no answer: whether it takes the token is not known.")
     return _print_answer(answer, "bound", json)
 
@@ -147,6 +153,23 @@ def _print_answer(answer: ControlAnswer, done: str, json: bool) -> int:
         if answer.bindings:
             output.say(f"{done}.")
     return OK if answer.ok else NO
+
+
+async def _check_token(bus: BusConnection, asked: Bind) -> bool:
+    """Whether iLink has taken the token; False: it does not answer here. Raises Failed: it refuses it."""
+    settings = bus.settings
+    ilink = ILink(
+        Metrics(),
+        default_base_url=settings.ilink_base_url,
+        allowed_hosts=settings.allowed_hosts,
+        send_timeout_s=settings.send_timeout_s,
+    )
+    try:
+        return await check_token(ilink, Account(asked.bot, asked.bot_token, asked.base_url or ""))
+    except Refused as exc:
+        raise Failed(NO, exc.detail) from None
+    finally:
+        await ilink.close()
 
 
 async def _serving(bus: BusConnection, bot: str) -> dict[str, str]:

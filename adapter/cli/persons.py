@@ -65,6 +65,11 @@ def _print(answer: ControlAnswer, json: bool) -> int:
         output.table(("kind", "found", "left"), rows, empty="Nothing is there of this person.")
         for info in answer.bindings:
             output.say(output.printable(f"unbound  {info.sandbox}  {info.bot}"))
+        if answer.unlearned:
+            output.say(
+                f"{answer.unlearned} bots there have no known user, as nobody has written to them yet. If this person"
+                " has scanned one of them, unbind it; `wechat-nats bindings` shows them without a user."
+            )
     if answer.error and not json:
         output.complain(answer.error)
     return OK if answer.ok else NO

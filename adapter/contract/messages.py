@@ -323,19 +323,18 @@ class Bind(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     cursor: Annotated[
         str | None,
         Meta(
-            description="Cursor to poll from; default: the current one, or the start. A secret: iLink's cursors"
-            " contain the bot's token."
+            description="Cursor to poll from; an empty one is none. Default: the current one, or the start. A secret:"
+            " iLink's cursors contain the bot's token."
         ),
     ] = None
     options: Options = Options()
     check: Annotated[
-        bool | None,
+        bool,
         Meta(
-            description="Whether iLink is asked first if it takes the token; one that it refuses (-14) is not bound"
-            " (`stale_token`). Default: where the bind takes the place of a bot or token that works. false: never,"
-            " and ids are taken as they are."
+            description="Whether ids have to end as those of iLink do; false: they are taken as they are. iLink is"
+            " not asked about the token: the events `stale` and `needs_login` follow the first poll."
         ),
-    ] = None
+    ] = True
 
     def __repr__(self) -> str:
         # keeps the token out of logs and tracebacks
@@ -436,13 +435,19 @@ class ControlAnswer(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tru
     ] = []
     replaced: Annotated[list[str], Meta(description="Bots of the same user that this bind replaced.")] = []
     moved_from: Annotated[str, Meta(description="The sandbox that the bot has served until now, if another.")] = ""
-    checked: Annotated[bool, Meta(description="iLink has been asked, and has not refused the token.")] = False
     counts: Annotated[
         dict[str, int], Meta(description="erase: how many messages were found of each kind, and erased.")
     ] = {}
     left: Annotated[
         dict[str, int], Meta(description="erase: how many are there all the same; empty: nothing is left.")
     ] = {}
+    unlearned: Annotated[
+        int,
+        Meta(
+            description="erase: bots of the sandbox, or of all, whose users are not known yet. Nothing is found by"
+            " them: unbind the one whose user this is."
+        ),
+    ] = 0
     pending: Annotated[
         bool,
         Meta(
@@ -464,9 +469,10 @@ class BindingEvent(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True
     change: Annotated[
         BindingChange,
         Meta(
-            description="replaced: another bot of the same user took its place. refused: a bind was refused. stale:"
-            " iLink answered -14, and the token is retried for a short time. needs_login: the retries failed; scan a"
-            " new QR code. recovered: iLink accepts the token again, also after needs_login."
+            description="replaced: another bot of the same user took its place. refused: a bind was refused, or"
+            " (reason stranger) the user whom iLink names for the bot, as another bot of the sandbox serves them."
+            " stale: iLink answered -14, and the token is retried for a short time. needs_login: the retries failed;"
+            " scan a new QR code. recovered: iLink accepts the token again, also after needs_login."
         ),
     ]
     user: str = ""

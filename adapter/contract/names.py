@@ -20,6 +20,7 @@ UNROUTED = "_"
 
 SANDBOX_PATTERN = r"([a-z0-9-]|[a-z0-9_-]{2,64})"
 """Of the whole name."""
+SANDBOX_RULE = "A sandbox's name is 1 to 64 characters of a-z, 0-9, - and _, and is not _"
 _SANDBOX = re.compile(SANDBOX_PATTERN)
 
 # Header names
@@ -66,6 +67,15 @@ H_ERROR = "Nats-Service-Error"
 H_ERROR_CODE = "Nats-Service-Error-Code"
 
 
+def in_words(exc: Exception) -> str:
+    """What msgspec says of foreign bytes, without a regular expression."""
+    said, _, path = str(exc)[:200].partition(" matching regex ")
+    if not path:
+        return said
+    rule = f"{SANDBOX_RULE}: " if SANDBOX_PATTERN in path else ""
+    return f"{rule}another form is expected - at {path.rpartition(' - at ')[2]}"
+
+
 def is_sandbox(name: str) -> bool:
     """Whether it is a valid sandbox name, and so a token of subjects."""
     return _SANDBOX.fullmatch(name) is not None
@@ -74,7 +84,7 @@ def is_sandbox(name: str) -> bool:
 def check_sandbox(name: str) -> str:
     """`name` if it is a valid sandbox name. Raises Refused("invalid"); an invalid name is never changed."""
     if _SANDBOX.fullmatch(name) is None:  # called for each command
-        raise Refused("invalid", f"A sandbox id matches {SANDBOX_PATTERN}; lower case, no dots.")
+        raise Refused("invalid", f"{SANDBOX_RULE}.")
     return name
 
 

@@ -46,7 +46,8 @@ class Binding(PrivateRecord, frozen=True, kw_only=True, omit_defaults=True):
     state: BindingState = "active"
     reason: str = ""
     since_ms: int = 0
-    request: str = ""
+    bound: int = 0
+    """Sequence of the bind command that wrote it last."""
     start_cursor: str | None = None
     """Start cursor of the bind request, used once; sealed."""
     out_after: int = 0

@@ -170,9 +170,9 @@ class Checkpoint:
         self.check()
 
     def apply_start_cursor(self, binding: Binding, sealer: Sealer) -> None:
-        """Applies the cursor of a bind request, once."""
+        """Applies the cursor of a bind request, once. An empty one is none."""
         self.applied = binding.start_cursor
-        if binding.start_cursor is None:
+        if not binding.start_cursor:
             return
         try:
             start = sealer.open(cursor_context(self.bot), binding.start_cursor)

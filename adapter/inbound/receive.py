@@ -65,9 +65,8 @@ IDS_KNOWN_S = 30.0
 """Time for which the stream surely knows the id of what it has stored, even if it loses the acknowledgement."""
 OTHER_HEADERS = 1024
 """Bytes for the headers of a message beside the sealed one."""
-OTHER_USERS = 8
-"""Most users of a bot beside its own, for each owner: iLink binds a bot to one user, and each user costs a
-conversation."""
+STRANGER = "The bot serves another person."
+TAKEN = "Another bot of the sandbox serves this person already, and nobody is taken over: unbind one of the two bots."
 
 
 _NOBODY = ConversationRecord()
@@ -147,7 +146,6 @@ class _Read(msgspec.Struct):
     payload: bytes = b""
     """What is published; empty: nothing."""
     headers: dict[str, str] = {}
-    conversation: Conversation | None = None
     sequence: int = 0
     """In the inbox."""
 
@@ -158,8 +156,8 @@ class Receiver:
     def __init__(self, bot: str, deps: InboundDeps) -> None:
         self.bot = bot
         self._deps = deps
-        self._others: tuple[str, ...] = ()
-        """Users who are not the binding's."""
+        self._is_taken_told = False
+        """An event has said that another bot of the sandbox serves whom iLink names."""
         self._whole = 0, contract.Window()
         """A window of which nothing is used, and when it was opened."""
 
@@ -236,20 +234,25 @@ class Receiver:
         if (binding := bindings.get(self.bot)) is None:  # the bus may have one that is not known here yet
             await self._persist(lambda: bindings.refresh(self.bot), checkpoint)
             binding = bindings.get(self.bot)
-        held: list[Conversation] = []
         if binding is not None and binding.sandbox != checkpoint.sandbox:
             await self._persist(partial(checkpoint.move, binding.sandbox, deps.inboxes), checkpoint)
             await self._persist(checkpoint.save, checkpoint)
+        shard, conversation = None, None
+        if binding is None or bindings.serving(self.bot) is None:
+            _end_new(read, "not_bound", f"The bot {self.bot} was not bound when the message arrived.")
+        else:
+            binding = await self._end_strangers(read, binding, checkpoint)
+            if any(_is_theirs(one, binding.user) for one in read):
+                shard, conversation = await self._open(binding, checkpoint)
         try:
-            shard = await self._address(read, binding, held, checkpoint)
             if binding is not None:
-                self._build_all(read, binding, received_ms)
+                self._build_all(read, binding, received_ms, conversation)
             await self._publish(read, checkpoint, checkpoint)
             await self._end_others(read, binding, checkpoint)
             if binding is not None:
-                self._update_conversations(read, binding, shard, received_ms, checkpoint)
+                self._update_conversation(read, binding, shard, conversation, received_ms, checkpoint)
         finally:
-            for conversation in held:
+            if conversation is not None:
                 conversation.holds -= 1
         lines = [one.fingerprint for one in read if one.fingerprint]
         if lines:  # not before: a checkpoint must not know what the inbox lacks
@@ -258,86 +261,64 @@ class Receiver:
             took_s = max(0, deps.clock.now_ms() - received_ms) / 1000
             deps.metrics.inbound_publish_duration.observe(took_s)
 
-    async def _address(
-        self, read: Sequence[_Read], binding: Binding | None, held: list[Conversation], checkpoint: Checkpoint
-    ) -> Shard | None:
-        """Finds who gets each message, and opens their conversations, each of which is added to `held`. None: the
-        shard is another replica's, whose conversations find the message in the inbox. Raises LeaseLost."""
-        deps, shard = self._deps, None
-        if binding is None:
-            _end_new(read, "not_bound", f"The bot {self.bot} was not bound when the message arrived.")
-            return None
-        users: dict[str, list[_Read]] = {}
+    async def _end_strangers(self, read: Sequence[_Read], binding: Binding, checkpoint: Checkpoint) -> Binding:
+        """Ends what is not of the bot's user, whom a binding without one learns from the first message. Returns the
+        binding. Raises LeaseLost."""
         for one in read:
-            if one.message is not None and one.outcome in ("new", "repeat"):
-                users.setdefault(one.message.user, []).append(one)
-        if not users:
-            return None
-        shard = await deps.open_shard(binding.sandbox)
-        for user, messages in users.items():
-            if deps.bindings.serving(self.bot) is None and not deps.bindings.serving_user(binding.sandbox, user):
-                _end_new(messages, "not_bound", "No bot of the sandbox serves its author any more.")
-                continue
-            if not self._has_room_for(user, binding):
-                _end_new(messages, "stranger", "The bot has too many other users.")
-                continue
-            if not binding.user:
-                binding = await self._persist(partial(self._learn_user, binding, user), checkpoint)
-            if shard is None:
-                continue
-            if (conversation := shard.loaded(binding.sandbox, user)) is None:
-                try:
-                    opens = partial(shard.conversation, binding.sandbox, user, self.bot)
-                    conversation = await self._persist(opens, checkpoint)
-                except (Crashed, RecordTooNew):  # the messages go on without it
-                    continue
-            conversation.holds += 1
-            held.append(conversation)
-            for one in messages:
-                one.conversation = conversation
-        return shard
-
-    def _has_room_for(self, user: str, binding: Binding) -> bool:
-        """Whether a user is the bot's own, or among the first others."""
-        if user == binding.user or not binding.user or user in self._others:
-            return True
-        if len(self._others) == OTHER_USERS:
-            return False
-        self._others = (*self._others, user)
-        return True
+            if not binding.user and one.message is not None and one.outcome in ("new", "repeat"):
+                binding = await self._persist(partial(self._learn_user, binding, one.message.user), checkpoint)
+        _end_strangers(read, binding.user)
+        if not (binding.user or self._is_taken_told) and any(one.outcome == "stranger" for one in read):
+            log.warning("inbound.user_taken", bot=self.bot, sandbox=binding.sandbox, detail=TAKEN)
+            event, cause = binding.event("refused", reason="stranger", detail=TAKEN), f"stranger:{binding.since_ms}"
+            tell = partial(self._deps.events.publish_binding_event, event, cause=cause, ensure_owner=checkpoint.check)
+            await self._persist(tell, checkpoint)
+            self._is_taken_told = True
+        return binding
 
     async def _learn_user(self, binding: Binding, user: str) -> Binding:
-        """Adds the user to a binding without one, and has an older bot of the same user in the sandbox unbound, which
-        WeChat has disabled: one user has one bot. Raises Temporary."""
-        deps = self._deps
-        bound = deps.bindings.of_sandbox(binding.sandbox)
-        older = [other for other in bound if other.user == user and other.bot != binding.bot]
+        """Adds the user to a binding without one, unless another bot of the sandbox has them: whoever answers as
+        iLink for one bot names whom it likes. Raises Temporary."""
+        bindings = self._deps.bindings
 
         def with_user(now: Binding) -> Binding | None:
-            if now.user:
-                return None
-            known = older[0] if older else now
-            return msgspec.structs.replace(now, user=user, out_after=known.out_after)
+            taken = any(other.user == user for other in bindings.of_sandbox(now.sandbox))
+            return None if now.user or taken else msgspec.structs.replace(now, user=user)
 
-        await deps.bindings.update(binding.bot, with_user)
-        for other in older:
-            unbind = msgspec.json.encode(contract.Unbind(sandbox=binding.sandbox, bot=other.bot))
-            await deps.bus.publish(BusMessage("ctl", deps.names.unbind, unbind, {H_SCHEMA: contract.SCHEMA_VERSION}))
-        return deps.bindings.get(self.bot) or binding
+        await bindings.update(self.bot, with_user)
+        return bindings.get(self.bot) or binding
+
+    async def _open(self, binding: Binding, checkpoint: Checkpoint) -> tuple[Shard | None, Conversation | None]:
+        """Opens and holds the conversation of the bot's user. No shard: it is another replica's, whose conversation
+        finds the messages in the inbox. Raises LeaseLost."""
+        if (shard := await self._deps.open_shard(binding.sandbox)) is None:
+            return None, None
+        if (conversation := shard.loaded(binding.sandbox, binding.user)) is None:
+            try:
+                opens = partial(shard.conversation, binding.sandbox, binding.user)
+                conversation = await self._persist(opens, checkpoint)
+            except (Crashed, RecordTooNew):  # the messages go on without it
+                return shard, None
+        conversation.holds += 1
+        return shard, conversation
 
     # what is published ------------------------------------------------------------------------------
 
-    def _build_all(self, read: Sequence[_Read], binding: Binding, received_ms: int) -> None:
+    def _build_all(
+        self, read: Sequence[_Read], binding: Binding, received_ms: int, conversation: Conversation | None
+    ) -> None:
         limit = self._deps.max_payload()
         for one in read:
             if one.outcome == "new":
                 try:
-                    self._build(one, binding, received_ms, limit)
+                    self._build(one, binding, received_ms, limit, conversation)
                 except Exception:
                     log.exception("inbound.crashed", bot=self.bot, work="_build")
                     one.outcome, one.detail = "crashed", Crashed().detail
 
-    def _build(self, one: _Read, binding: Binding, received_ms: int, limit: int) -> None:
+    def _build(
+        self, one: _Read, binding: Binding, received_ms: int, limit: int, conversation: Conversation | None
+    ) -> None:
         """Makes the message for the inbox."""
         message, sandbox = one.message, binding.sandbox
         assert message is not None
@@ -347,8 +328,8 @@ class Receiver:
                 one.items = name_media(sandbox, message.user, one.id, one.items, one.fetches)
             else:
                 one.items, one.fetches = _without_media(one.items, one.fetches), ()
-        if quote is not None and message.reference is not None and one.conversation is not None:
-            sent = next((sent for sent in one.conversation.record.sent if sent.id in message.reference.ids), None)
+        if quote is not None and message.reference is not None and conversation is not None:
+            sent = next((sent for sent in conversation.record.sent if sent.id in message.reference.ids), None)
             if sent is not None:
                 quote = resolve_quote(quote, message.reference, sent=sent.text, kind=sent.kind)
         inbound = Inbound(
@@ -361,7 +342,7 @@ class Receiver:
             text=message.text,
             items=one.items,
             quote=quote,
-            window=self._opened_window(one, message, received_ms),
+            window=self._opened_window(one, message, received_ms, conversation),
         )
         payload = msgspec.json.encode(inbound)
         ident = f"{sandbox}.{one.id}"
@@ -379,9 +360,11 @@ class Receiver:
             payload = _stub_of(inbound)
         one.payload = payload
 
-    def _opened_window(self, one: _Read, message: InboundMessage, now_ms: int) -> contract.Window:
+    def _opened_window(
+        self, one: _Read, message: InboundMessage, now_ms: int, conversation: Conversation | None
+    ) -> contract.Window:
         """The window that the message opens; none that is known if the code raises."""
-        conversation, policy = one.conversation, self._deps.policy
+        policy = self._deps.policy
         record = conversation.record if conversation is not None else _NOBODY
         in_flight = 0 if conversation is None else int(conversation.is_sending)
         try:
@@ -518,37 +501,35 @@ class Receiver:
 
     # after the acks ---------------------------------------------------------------------------------
 
-    def _update_conversations(
-        self, read: Sequence[_Read], binding: Binding, shard: Shard | None, received_ms: int, checkpoint: Checkpoint
+    def _update_conversation(
+        self,
+        read: Sequence[_Read],
+        binding: Binding,
+        shard: Shard | None,
+        conversation: Conversation | None,
+        received_ms: int,
+        checkpoint: Checkpoint,
     ) -> None:
-        """Gives stored messages to their conversations: the last one of each user says all that those before say."""
-        deps = self._deps
-        newest: dict[str, tuple[_Read, str]] = {}
+        """Gives stored messages to the conversation: the last one says all that those before say."""
+        deps, newest, token = self._deps, None, ""
         for one in read:
-            message = one.message
-            if one.sequence and message is not None:
-                newest[message.user] = one, message.context_token or newest.get(message.user, (one, ""))[1]
+            if one.sequence and one.message is not None:
+                newest, token = one, one.message.context_token or token
                 if one.fetches:
-                    deps.media.fetch_soon(binding.sandbox, message.user, one.id, one.items, one.fetches)
-        is_given, last = shard is not None, 0
-        for one, token in newest.values():
-            last = max(last, one.sequence)
-            conversation = one.conversation
-            if shard is None or conversation is None or conversation.is_stopped:
-                is_given = False
-                continue
-            try:
-                conversation.on_inbound(_as_inbound(one, self.bot, one.sequence, received_ms, token))
-            except Exception:  # it costs the window, not the message
-                log.exception("inbound.crashed", bot=self.bot, work="on_inbound")
-            if binding.options.auto_typing:
-                shard.show_typing(conversation)
+                    deps.media.fetch_soon(binding.sandbox, one.message.user, one.id, one.items, one.fetches)
+        if newest is not None:
+            deps.inboxes.reached = max(deps.inboxes.reached, newest.sequence)
+            if shard is not None and conversation is not None and not conversation.is_stopped:
+                try:
+                    conversation.on_inbound(_as_inbound(newest, self.bot, newest.sequence, received_ms, token))
+                except Exception:  # it costs the window, not the message
+                    log.exception("inbound.crashed", bot=self.bot, work="on_inbound")
+                if binding.options.auto_typing:
+                    shard.show_typing(conversation)
+                checkpoint.inbox_seq = max(checkpoint.inbox_seq, newest.sequence)  # else the next owner reads it
         for one in read:
-            if one.outcome == "repeat" and one.conversation is not None and one.message is not None:
-                one.conversation.on_repeat(one.id, self.bot, one.message.context_token)
-        deps.inboxes.reached = max(deps.inboxes.reached, last)
-        if is_given and last > checkpoint.inbox_seq:  # otherwise the next owner reads it
-            checkpoint.inbox_seq = last
+            if one.outcome == "repeat" and conversation is not None and one.message is not None:
+                conversation.on_repeat(one.id, self.bot, one.message.context_token)
 
     # a bot that is lost -----------------------------------------------------------------------------
 
@@ -564,10 +545,10 @@ class Receiver:
         if binding is None or serving is None or serving.sandbox != checkpoint.sandbox:
             _end_new(read, "not_bound", "The bot serves another sandbox, or none, since the message arrived.")
         else:
-            for one in read:
-                if one.message is not None and serving.user not in ("", one.message.user):
-                    _end_new([one], "not_bound", "The bot serves another person.")
-            self._build_all([one for one in read if not one.payload], serving, received_ms)
+            users = (one.message.user for one in read if one.message is not None and one.outcome == "new")
+            # only the bot's owner learns a user: the binding may be that of a later person
+            _end_strangers(read, serving.user or next(users, ""))
+            self._build_all([one for one in read if not one.payload], serving, received_ms, None)
             await self._publish(read, checkpoint, anybody, maybe_published=True)
         await self._end_others(read, binding, anybody)
 
@@ -578,6 +559,18 @@ class Receiver:
 
     def _count(self, one: _Read, outcome: str) -> None:
         self._deps.metrics.inbound_messages.child(one.message.kind if one.message else "unsupported", outcome).inc()
+
+
+def _is_theirs(one: _Read, user: str) -> bool:
+    """Whether it is a user's message, new or repeated."""
+    return one.message is not None and one.outcome in ("new", "repeat") and one.message.user == user
+
+
+def _end_strangers(read: Sequence[_Read], user: str) -> None:
+    """`user`: whom the bot serves; "": nobody, as another bot serves whom iLink names."""
+    for one in read:
+        if one.message is not None and one.message.user != user:
+            _end_new([one], "stranger", STRANGER if user else TAKEN)
 
 
 def _end_new(read: Sequence[_Read], reason: str, detail: str) -> None:

@@ -25,11 +25,11 @@ from adapter.contract import messages as contract
 from adapter.contract.messages import Bind, Options
 from adapter.contract.names import H_MSG_ID, H_SCHEMA, Names
 from adapter.contract.records import Binding, ControlOutcome, LoginRecord
-from adapter.errors import BusRefused, Refused, Temporary
+from adapter.errors import BusRefused, Refused, SessionExpired, Temporary, Uncertain
 from adapter.kit.timing import Clock, backoff, shield_with_grace, wait_event
 from adapter.logins.records import ADVICE, UPGRADE, LoginRecords, next_step
 from adapter.observability.metrics import Metrics
-from adapter.ports import Bus, BusMessage, Logins, QrCode, Scan
+from adapter.ports import Account, Bus, BusMessage, Chat, Logins, QrCode, Scan
 from adapter.security.seal import Sealer, bind_context, login_context
 
 log = structlog.get_logger()
@@ -48,6 +48,8 @@ CODES = 2
 DEAD_CODES = 3
 """Expired or blocked codes after which a login ends, as in the official client."""
 LONGEST_ID, LONGEST_TOKEN = 128, 1024
+CHECK_S = 3.0
+"""Time limit of a token's check."""
 
 
 class _Code(NamedTuple):
@@ -306,7 +308,7 @@ class LoginFlow:
             base_url=base_url,
             user=user or None,
             options=self._options,
-            check=False,  # iLink has just given it
+            check=False,  # iLink has named them
         )
         headers = {H_MSG_ID: request, H_SCHEMA: contract.SCHEMA_VERSION}
         await self._bus.publish(BusMessage("ctl", self._names.bind, msgspec.json.encode(bind), headers))
@@ -318,6 +320,7 @@ class LoginFlow:
         sandbox = self._record.sandbox
         _check_credentials(scan)
         base_url = self._ilink.check_base_url(scan.base_url) if scan.base_url else None
+        await check_token(self._ilink, Account(scan.bot, scan.token, base_url or ""))
         others = {binding.user for binding in self._bindings.serving_sandbox(sandbox)} - {""}
         former_user = min(others, default="") if scan.user and scan.user not in others else ""
         binding_now = {"bot": scan.bot, "user": scan.user, "former_user": former_user, "url": "", "digits": ""}
@@ -356,6 +359,24 @@ _PENDING = {
     "detail": "The bind command is stored and will take effect; a binding event reports the outcome.",
 }
 _WARNING = f"{ADVICE['confirmed']} Another person is bound to this sandbox, too: {{}}."
+
+
+async def check_token(ilink: Chat | Logins, account: Account) -> bool:
+    """Asks iLink whether it takes a token, by a `notifystart`, which consumes no messages, unlike a poll. False: it
+    does not answer, or must not be asked from here. Raises Refused("stale_token")."""
+    try:
+        async with asyncio.timeout(CHECK_S):
+            await ilink.notify(account, start=True)
+    except SessionExpired as exc:
+        detail = f"{ilink.host_of(account.base_url)} refuses the bot's token (-14): nothing was bound. Log in anew."
+        raise Refused("stale_token", detail) from exc
+    except Refused as exc:
+        return exc.reason != "url"
+    except Temporary as exc:
+        return exc.reason == "ret_other"
+    except (Uncertain, TimeoutError):
+        return False
+    return True
 
 
 def _check_credentials(scan: Scan) -> None:

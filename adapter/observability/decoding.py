@@ -8,6 +8,7 @@ from typing import TypeVar
 import msgspec
 import structlog
 
+from adapter.contract.names import in_words
 from adapter.contract.records import PrivateRecord
 from adapter.errors import UNDECODABLE, RecordTooNew, Refused
 from adapter.observability.metrics import Metrics
@@ -61,4 +62,4 @@ def read_request(data: bytes, kind: type[Q], metrics: Metrics) -> Q:
 def invalid_request(exc: Exception, metrics: Metrics) -> Refused:
     """The error for a request that does not match its schema; counts it."""
     metrics.schema_violations.labels(kind="svc").inc()
-    return Refused("invalid", str(exc)[:200])
+    return Refused("invalid", in_words(exc))

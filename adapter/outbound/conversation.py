@@ -166,10 +166,10 @@ class Conversation:
         if not self.is_loaded:
             return
         former, self.bot = self.bot, self._shard.bot_of(self.sandbox, self.user, self.record.bot)
-        marks = self.bot is None, self.bot is not None and self.bot.serves_other
-        is_there = self.bot is not None or self._revision or self.record.bots  # else they have never written
-        if is_there and marks != (self.record.unserved, self.record.other):  # it gets a time to live, or loses it
-            self.record = msgspec.structs.replace(self.record, unserved=marks[0], other=marks[1])
+        unserved = self.bot is None
+        is_there = not unserved or self._revision or self.record.bots  # else they have never written
+        if is_there and unserved != self.record.unserved:  # it gets a time to live, or loses it
+            self.record = msgspec.structs.replace(self.record, unserved=unserved)
             self._must_store = True
         elif self.bot == former:
             return
@@ -184,14 +184,11 @@ class Conversation:
             self._must_store = True
             self._change()
 
-    def on_loaded(
-        self, record: ConversationRecord, revision: int, newest: InboundReceived | None, bot: str = ""
-    ) -> None:
-        """Takes its record. `newest`: a message of the inbox that the record does not know. `bot`: whom a new user
-        has written to."""
+    def on_loaded(self, record: ConversationRecord, revision: int, newest: InboundReceived | None) -> None:
+        """Takes its record. `newest`: a message of the inbox that the record does not know."""
         if self.is_loaded:
             return
-        if not record.bot and (serving := self._shard.bot_of(self.sandbox, self.user, bot)) is not None:
+        if not record.bot and (serving := self._shard.bot_of(self.sandbox, self.user, "")) is not None:
             record = msgspec.structs.replace(record, bot=serving.id)
         self.record = self._stored = record
         self._revision, self.is_loaded = revision, True

@@ -123,8 +123,6 @@ class ConversationRecord(msgspec.Struct, frozen=True, kw_only=True, omit_default
     """The last commands with an id of their author that ended, and not as refused. Another one with such an id is a
     repeat."""
     sent: list[SentText] = []
-    other: bool = False
-    """The user is not the one of the bot's binding; the record has a time to live."""
     unserved: bool = False
     """No bot of the sandbox serves the user; the record has a time to live."""
 

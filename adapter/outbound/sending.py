@@ -73,8 +73,6 @@ class ServingBot(msgspec.Struct, frozen=True):
     id: str
     is_usable: bool
     """False: iLink refuses the bot's token (-14). Nothing is sent until iLink takes it again or the bot changes."""
-    serves_other: bool = False
-    """The user is not the one of its binding."""
     account: Account = Account("", "", "")
     """Its token is "" if it cannot be opened."""
 

@@ -218,8 +218,8 @@ class Shard:
         except Refused as exc:
             self._tasks.spawn(self._place_after_look(command, sending.unreadable_result(exc)))
             return
-        if binding.user:  # where nobody serves the user whom the command names, their conversation ends it
-            self._conversation(command.sandbox, command.user or binding.user).enqueue(command)
+        if binding.user:
+            self._conversation(command.sandbox, binding.user).enqueue(command)
         elif not command.is_checked:
             self._tasks.spawn(self._place_after_look(command, None))
         else:
@@ -255,9 +255,10 @@ class Shard:
         bound = self.deps.bindings.serving_sandbox(command.sandbox)
         if command.bot:
             bound = [binding for binding in bound if binding.bot == command.bot]
-        elif command.user and len(bound) > 1:
+        if bound and command.user:
             of_user = [binding for binding in bound if binding.user == command.user]
-            bound = of_user or [binding for binding in bound if not binding.user]
+            if not (bound := of_user or [binding for binding in bound if not binding.user]):
+                raise Refused("not_bound", sending.UNSERVED)
         if not bound:
             raise Refused("not_bound", "No bot is bound to this sandbox (or not the one named): bind it first.")
         if len(bound) > 1 and {binding.user for binding in bound} != {bound[0].user or None}:
@@ -342,24 +343,24 @@ class Shard:
         conversation = self._conversations.get(sandbox, {}).get(user)
         return conversation if conversation is not None and conversation.is_loaded else None
 
-    async def conversation(self, sandbox: str, user: str, bot: str) -> Conversation:
+    async def conversation(self, sandbox: str, user: str) -> Conversation:
         """The conversation of a user whom a bot serves, with its record. Raises Temporary, RecordTooNew."""
         conversation = self._conversation(sandbox, user)
         if not conversation.is_loaded:
             conversation.holds += 1  # it is not dropped meanwhile
             try:
-                await self.load(conversation, bot)
+                await self.load(conversation)
             finally:
                 conversation.holds -= 1
         return conversation
 
-    async def load(self, conversation: Conversation, bot: str = "") -> None:
+    async def load(self, conversation: Conversation) -> None:
         """Gives a conversation its record and the newest message behind it; many are read in one request. Raises
         Temporary, RecordTooNew."""
         sandbox, user = conversation.sandbox, conversation.user
         record, revision = await self._record_of(sandbox, user)
         newest = await self.folds.newest_of(sandbox, user, record.inbox_seq)
-        conversation.on_loaded(record, revision, newest, bot)
+        conversation.on_loaded(record, revision, newest)
 
     async def _record_of(self, sandbox: str, user: str) -> tuple[ConversationRecord, int]:
         """The record and its revision. Raises Temporary, RecordTooNew."""
@@ -404,17 +405,10 @@ class Shard:
 
     def bot_of(self, sandbox: str, user: str, bot: str) -> ServingBot | None:
         """The bot that serves a user now. `bot`: the last one."""
-        bindings = self.deps.bindings
-        found, is_other = bindings.serving_user(sandbox, user), False
-        if not found:
-            binding = bindings.serving(bot)
-            if binding is None or binding.sandbox != sandbox:
-                return None
-            found, is_other = [binding], bool(binding.user)
-        bots = [self._serving_bot(each, is_other=is_other) for each in found]
-        return min(bots, key=lambda each: (not each.is_usable, each.id != bot))
+        bots = [self._serving_bot(each) for each in self.deps.bindings.serving_user(sandbox, user)]
+        return min(bots, key=lambda each: (not each.is_usable, each.id != bot), default=None)
 
-    def _serving_bot(self, binding: Binding, *, is_other: bool) -> ServingBot:
+    def _serving_bot(self, binding: Binding) -> ServingBot:
         sessions, account = self.deps.sessions, Account(binding.bot, "", self.deps.sessions.base_url(binding))
         try:
             account = sessions.account(binding)
@@ -423,7 +417,7 @@ class Shard:
         except Exception:  # a bug that no command caused: commands wait, and a timer checks again
             log.exception("account.crashed", bot=binding.bot)
         is_active = binding.state == "active" and not sessions.is_recovering(binding.bot)
-        return ServingBot(binding.bot, is_active and bool(account.token), is_other, account)
+        return ServingBot(binding.bot, is_active and bool(account.token), account)
 
     def restart_session(self, bot: str) -> None:
         self._tasks.spawn(self.deps.sessions.restart(bot))
@@ -454,7 +448,7 @@ class Shard:
         """Ends the commands of a bot whose binding is closing; `is_service_ended` tells when. Raises Temporary."""
         if binding.user:
             with contextlib.suppress(RecordTooNew):  # it stays as it is
-                await self.conversation(binding.sandbox, binding.user, binding.bot)
+                await self.conversation(binding.sandbox, binding.user)
         for conversation in self._unserved_of(binding):
             conversation.on_binding()
 

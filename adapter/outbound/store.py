@@ -14,8 +14,6 @@ from adapter.outbound.record import ConversationRecord, SealedConversation
 from adapter.ports import Bucket, Entry
 from adapter.security.seal import Sealer, conversation_context
 
-OTHER_USER_S = 30 * 24 * 3600
-"""Time to live of the record of a bot's other user after its last write."""
 _encode = msgspec.msgpack.Encoder().encode
 _decode = msgspec.msgpack.Decoder(ConversationRecord).decode
 _encode_sealed = msgspec.json.Encoder().encode
@@ -83,9 +81,7 @@ class ConversationStore:
 
     async def save(self, sandbox: str, user: str, record: ConversationRecord, revision: int) -> int:
         """Writes the record if its revision is `revision`. Returns the new one. Raises Conflict, Temporary."""
-        key, ttl_s = conversation_key(sandbox, user), OTHER_USER_S if record.other else 0
-        if record.unserved:
-            ttl_s = self._unserved_s
+        key, ttl_s = conversation_key(sandbox, user), self._unserved_s if record.unserved else 0
         return await self._bucket.update(key, seal_record(key, record, self._sealer), revision, ttl_s=ttl_s)
 
     def _record_in(self, entry: Entry | None) -> ConversationRecord:

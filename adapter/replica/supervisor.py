@@ -195,6 +195,8 @@ class Supervisor:
         binding = self.bindings.serving(bot)
         if binding is None:
             poller.stop(immediately=True)
+        elif shard_of(binding.sandbox) in self._leaving:
+            pass  # it polls until the shard's turn: `_give_away` ends it
         elif not self._is_wanted(bot):
             # handed over: at the boundary, so that the poll's answer is not lost; shard lost: at once
             poller.stop(immediately=not poller.is_handed_over)

@@ -199,8 +199,12 @@ class Erasure:
             newest[found.stream] = max(newest[found.stream], found.stored.seq)
             messages.append(found._replace(stored=found.stored._replace(data=b"", headers={})))
         total = sum(counts.values(), Counter[str]())
+        unlearned = sum(
+            not (binding.user or binding.closing) and command.sandbox in (None, binding.sandbox)
+            for binding in self._bindings
+        )
         if command.dry_run:
-            return ControlAnswer(ok=True, id=command.id or "", counts=dict(total))
+            return ControlAnswer(ok=True, id=command.id or "", counts=dict(total), unlearned=unlearned)
         # records that name the bots are deleted last, since an interrupted run would otherwise leave data unfound
         for found in reversed(messages):
             await self._delete(found)
@@ -215,7 +219,8 @@ class Erasure:
         )
         await self._report(command, counts, left)
         advice = "Some data were written during the erasure: erase again." if left else ""
-        return ControlAnswer(ok=not left, id=command.id or "", counts=dict(total), left=dict(left), error=advice)
+        told = ControlAnswer(ok=not left, id=command.id or "", unlearned=unlearned, error=advice)
+        return msgspec.structs.replace(told, counts=dict(total), left=dict(left))
 
     def _search(self, command: Erase) -> AsyncIterator[Found]:
         return PersonSearch(self._history, self._names, command.user, command.sandbox).find()

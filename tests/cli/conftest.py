@@ -64,7 +64,9 @@ async def server(
     folder = tmp_path_factory.mktemp("bus") / "nats"
     with in_memory(folder):
         async with EmbeddedNats(folder) as nats:
-            for name, value in {**SMALL, "NATS_URL": nats.url}.items():
+            nobody = "127.0.0.1:9"  # no test asks the real iLink about a token
+            ilink = {"WECHAT_NATS_ILINK_BASE_URL": f"http://{nobody}", "WECHAT_NATS_ALLOWED_HOSTS": nobody}
+            for name, value in {**SMALL, **ilink, "NATS_URL": nats.url}.items():
                 monkeypatch.setenv(name, value)
             yield nats
             nats.kill()

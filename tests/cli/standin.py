@@ -38,7 +38,7 @@ class StandIn:
     def __init__(self, bus: BusConnection) -> None:
         self._bus = bus
         self.bindings: list[BindingInfo] = []
-        self.control = ControlAnswer(ok=True, checked=True)
+        self.control = ControlAnswer(ok=True)
         self.receipts: Callable[[Outbound], Sequence[Receipt]] = lambda _: []
         self.asked: list[Bind | Unbind] = []
         self.sent: list[Outbound] = []

@@ -8,6 +8,7 @@ import re
 import time
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import msgspec
 import pytest
@@ -23,6 +24,7 @@ from adapter.contract.messages import (
     Window,
 )
 from adapter.contract.names import H_MSG_ID, H_REPLY_TO
+from adapter.simulator import Simulator
 from tests.cli.conftest import Command
 from tests.cli.process import on_terminal, seen, started
 from tests.cli.standin import answering
@@ -102,7 +104,10 @@ async def test_a_token_that_cannot_be_had_is_2(cli: Command, bus: BusConnection,
 async def test_the_token_may_come_from_standard_input(bus: BusConnection) -> None:
     async with answering(bus) as adapter, started("bind", "s1", "bot1@im.bot", "--token", "-") as process:
         _, err = await process.communicate(TOKEN.encode() + b"\n")
-        assert (process.returncode, err) == (0, b"")
+        assert (process.returncode, err) == (
+            0,
+            b"wechat-nats: iLink gave no answer: whether it takes the token is not known.\n",
+        )
     (asked,) = adapter.asked
     assert isinstance(asked, Bind)
     assert asked.bot_token == TOKEN
@@ -202,6 +207,23 @@ async def test_bindings_are_shown_with_what_runs_the_worst_first(cli: Command, b
             assert [row["bot"] for row in rows] == [f"b{number}@im.bot" for number in bots]
         assert (await cli("bindings", "--user", "nobody")).out == "Nothing matches.\n"
         assert (await cli("bindings", "--state", "wrong")).code == 2
+
+
+async def test_a_token_that_ilink_refuses_is_not_bound(
+    cli: Command, bus: BusConnection, simulator: Simulator, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WECHAT_NATS_ILINK_BASE_URL", simulator.url)
+    monkeypatch.setenv("WECHAT_NATS_ALLOWED_HOSTS", urlsplit(simulator.url).netloc)
+    known, file = simulator.add_bot(), tmp_path / "token"
+    arguments = ("bind", "s1", known.bot, "--token-file", str(file))
+    async with answering(bus) as adapter:
+        file.write_text(f"{known.bot}:wrong")
+        refused = await cli(*arguments)
+        assert (refused.code, adapter.asked) == (1, [])
+        assert f"{urlsplit(simulator.url).netloc} refuses the bot's token (-14): nothing was bound" in refused.err
+        file.write_text(known.token)
+        assert (await cli(*arguments)).err == ""
+    assert len(adapter.asked) == 1
 
 
 async def test_a_token_that_ilink_did_not_look_at_is_said_to_be_unchecked(

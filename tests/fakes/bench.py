@@ -228,7 +228,7 @@ class Bench:
         assert binding is not None
         shard = await self.open_shard(binding.sandbox)
         assert shard is not None
-        conversation = await shard.conversation(binding.sandbox, user, bot)
+        conversation = await shard.conversation(binding.sandbox, user)
         sequence = self.bus.next_sequence("IN") if sequence is None else sequence
         conversation.on_inbound(InboundReceived(ident, "AARz", bot, written_ms=0, sequence=sequence))
         if binding.options.auto_typing:

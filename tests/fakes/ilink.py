@@ -237,6 +237,7 @@ class FakeLogins:
         """Handles that are asked about now."""
         self.hold_s = 30.0
         self.fetch_s = 0.01
+        self.notify_fails: Exception | None = None
         self._clock = clock
         self._numbers = itertools.count(1)
         self._news = ChangeSignal()
@@ -245,6 +246,10 @@ class FakeLogins:
         """The next answers about a code; None: nobody answers, at once."""
         self.scans[handle] += [Scan(answer) if isinstance(answer, str) else answer for answer in answers]
         self._news.notify_all()
+
+    async def notify(self, account: Account, *, start: bool) -> None:
+        if self.notify_fails is not None:
+            raise self.notify_fails
 
     async def fetch_code(self, tokens: Sequence[str]) -> QrCode:
         self.tokens.append(list(tokens))

@@ -327,7 +327,7 @@ async def test_token_and_window_of_an_erased_person_do_not_come_back(user: str, 
     shard, binding = successor.shards[shard_of("s1")], successor.bindings.get(BOT)
     assert binding is not None
     if was_open:
-        await shard.conversation("s1", USER, BOT)
+        await shard.conversation("s1", USER)
         await asyncio.sleep(5)
         assert successor.record().token == "token-1"
     session.stop(immediately=True)

@@ -26,7 +26,6 @@ from adapter.contract.names import (
 )
 from adapter.errors import BusRefused, Refused, Temporary
 from adapter.ilink.translate import read_message
-from adapter.inbound.receive import OTHER_USERS
 from adapter.kit.timing import PerTickLimiter
 from adapter.outbound.inbox import unseal
 from adapter.outbound.record import ConversationRecord
@@ -287,26 +286,32 @@ async def test_a_bots_user_is_learned_from_their_first_message_and_not_from_an_e
     assert [binding.user for binding in bench.bindings] == [USER]
 
 
-async def test_a_new_bot_whose_user_becomes_known_goes_on_where_their_old_one_was() -> None:
-    bench = await ready(batch(raw()), user="", out_after=8)
-    await bench.bind(bot="b0@im.bot", out_after=2)
+async def test_messages_of_anybody_but_the_bots_user_are_dead_letters_and_open_nothing() -> None:
+    strange = [raw(f"t{number}", number, from_user_id=f"u{number}@im.wechat") for number in (2, 3)]
+    bench = await ready(batch(raw("mine"), *strange, raw("mine too", 4)), user="")
     await polls(bench)
-    binding = bench.bindings.get(BOT)
-    assert binding is not None
-    assert (binding.user, binding.out_after) == (USER, 2)
-    (unbind,) = bench.bus.found("CTL")
-    assert unbind.subject == bench.names.unbind
-    assert msgspec.json.decode(unbind.data) == {"sandbox": "s1", "bot": "b0@im.bot"}
+    assert texts(bench) == ["mine", "mine too"]
+    assert dead(bench) == [("stranger", one) for one in strange]
+    assert [letter.headers[H_USER] for letter in bench.bus.found("DEAD")] == ["u2@im.wechat", "u3@im.wechat"]
+    assert [binding.user for binding in bench.bindings] == [USER]
+    assert [one.user for one in bench.shards[shard_of("s1")]] == [USER]
 
 
-async def test_messages_of_more_than_eight_other_users_of_a_bot_become_dead_letters() -> None:
-    """Each user costs a conversation."""
-    users = [f"u{number}@im.wechat" for number in range(2, OTHER_USERS + 4)]
-    polled = [raw(user, number, from_user_id=user) for number, user in enumerate(users, 2)]
-    bench = await ready(batch(*polled, raw("own", 1)))
+async def test_whoever_answers_as_ilink_takes_no_bot_out_and_nobody_over() -> None:
+    """It names the person of another bot of the sandbox, whose commands go on by that one."""
+    bench = await ready(batch(raw("one"), raw("two", 2)), user="")
+    await bench.bind(bot="b0@im.bot")
+    before = dict(bench.bindings_bucket.entries)
     await polls(bench)
-    assert texts(bench) == [*users[:OTHER_USERS], "own"]
-    assert [reason for reason, _ in dead(bench)] == ["stranger"] * 2
+    assert (texts(bench), dead(bench)) == ([], [("stranger", raw("one")), ("stranger", raw("two", 2))])
+    assert bench.bindings_bucket.entries == before
+    assert bench.bus.found("CTL") == []
+    (event,) = bench.bus.events()
+    assert (event.bot, event.change, event.reason, "unbind one" in event.detail) == (BOT, "refused", "stranger", True)
+    bench.hears(bot="b0@im.bot")
+    bench.shards[shard_of("s1")].on_delivery(bench.command("answer", user=USER))
+    await asyncio.sleep(5)
+    assert [(sent.bot, sent.text) for sent in bench.chat.sent] == [("b0@im.bot", "answer")]
 
 
 async def test_what_was_written_in_a_group_is_a_dead_letter_and_in_no_inbox() -> None:
@@ -723,7 +728,22 @@ async def test_a_late_answer_for_nobody_or_for_somebody_else_becomes_dead_letter
 
     await frozen_with(bench, words(1, 2), meanwhile=changed)
     assert texts(bench) == []
-    assert dead(bench) == [("not_bound", raw("t1", 1)), ("not_bound", raw("t2", 2))]
+    reason = "stranger" if change == "another person" else "not_bound"
+    assert dead(bench) == [(reason, raw("t1", 1)), (reason, raw("t2", 2))]
+
+
+@pytest.mark.parametrize("known", [USER, ""])
+async def test_a_late_answer_is_stored_for_the_bots_user_alone_and_teaches_none(known: str) -> None:
+    bench = await ready(user=known)
+    strange = raw("t2", 2, from_user_id="u2@im.wechat")
+
+    async def changed() -> None:
+        await set_owner(bench, "other-1")
+        await bench.bind(user=known)  # of a binding without a user somebody else may be the next person
+
+    await frozen_with(bench, batch(raw("t1"), strange), meanwhile=changed)
+    assert (texts(bench), dead(bench)) == (["t1"], [("stranger", strange)])
+    assert [binding.user for binding in bench.bindings] == [known]
 
 
 async def test_a_late_answer_looks_at_the_binding_at_the_leader() -> None:

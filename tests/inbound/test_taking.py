@@ -246,6 +246,13 @@ async def test_a_start_cursor_counts_once_however_often_it_is_sealed() -> None:
     assert bench.chat.asked[3:] == ["another"]
 
 
+async def test_an_empty_start_cursor_is_none() -> None:
+    bench = await ready(start_cursor="")
+    with capture_logs() as logs:
+        await polls(bench)
+    assert (bench.chat.asked, [entry for entry in logs if entry["log_level"] == "error"]) == ([""], [])
+
+
 async def test_a_start_cursor_of_which_the_key_is_gone_leaves_the_bot_where_it_is() -> None:
     bench = await ready(batch(raw(), cursor="b"))
     await polls(bench)

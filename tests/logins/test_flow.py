@@ -25,7 +25,7 @@ from adapter.contract.messages import (
 )
 from adapter.contract.names import H_REPLY_TO
 from adapter.contract.records import LoginRecord
-from adapter.errors import BusRefused, Refused, Temporary
+from adapter.errors import AdapterError, BusRefused, Refused, SessionExpired, Temporary
 from adapter.logins.flow import DEAD_CODES, REFRESH_S
 from adapter.logins.records import UPGRADE, LoginRecords
 from adapter.logins.service import LOGIN_S, OPEN_PER_SANDBOX, LoginService
@@ -142,7 +142,7 @@ async def test_a_login_goes_from_the_code_to_the_bot(doors: Doors) -> None:
     assert (bind.sandbox, bind.bot, bind.user, bind.base_url) == ("s1", BOT, USER, "https://ilinkai.wechat.com")
     binding = doors.bench.bindings.get(BOT)
     assert binding is not None
-    assert (doors.sealer.open(BOT, binding.token), binding.request) == (TOKEN, f"login:{login.login}")
+    assert (doors.sealer.open(BOT, binding.token), bind.id) == (TOKEN, f"login:{login.login}")
     assert "first message" in doors.events()[-1].detail
     asked = len(doors.ilink.asked)
     await asyncio.sleep(100)
@@ -386,6 +386,20 @@ async def test_what_cannot_be_used_fails_the_login(scan: Scan, reason: str, door
     assert doors.binds() == []
     assert {asked.base_url for asked in doors.ilink.asked} == {""}
     assert doors.steps()[-1] == ("failed", 1, reason)
+
+
+@pytest.mark.parametrize("answer", [SessionExpired("stale_token", "-14"), Temporary("timeout"), Refused("typing")])
+async def test_a_token_that_ilink_refuses_at_once_fails_the_login_before_its_bind(
+    answer: AdapterError, doors: Doors
+) -> None:
+    """Of any other answer, and of none, the bind is stored."""
+    login = await doors.start()
+    doors.ilink.notify_fails = answer
+    doors.ilink.happens("q1", CONFIRMED)
+    await asyncio.sleep(5)
+    now, is_dead = await doors.status(login), isinstance(answer, SessionExpired)
+    assert (now.status, now.reason) == (("failed", "stale_token") if is_dead else ("confirmed", ""))
+    assert ("refuses the bot's token (-14)" in now.detail, doors.binds() == []) == (is_dead, is_dead)
 
 
 async def test_a_long_token_fits_into_its_bind_when_it_is_sealed() -> None:

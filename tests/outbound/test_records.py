@@ -10,7 +10,6 @@ from structlog.testing import capture_logs
 from adapter.contract.names import conversation_key
 from adapter.contract.records import UNBOUND_S
 from adapter.outbound.record import SentText
-from adapter.outbound.store import OTHER_USER_S
 from tests.fakes import Bench
 from tests.newer import made_newer
 from tests.outbound.shards import BOT, USER, outcomes, ready, user_writes
@@ -47,17 +46,6 @@ async def test_a_conversation_without_work_leaves_memory_while_its_window_is_ope
     assert outcomes(bench) == [("c1", "accepted", ""), ("c2", "accepted", "")]
 
 
-async def test_the_record_of_a_bots_other_user_goes_a_month_after_its_last_use() -> None:
-    """Whoever runs iLink may name as many as it likes."""
-    bench, _ = await ready()
-    other = "stranger@im.wechat"
-    await bench.wrote("in:9", user=other)
-    await bench.wrote("in:10")
-    await asyncio.sleep(5)
-    assert bench.conversation_bucket.ttls[conversation_key("s1", other)] == OTHER_USER_S
-    assert KEY not in bench.conversation_bucket.ttls
-
-
 @pytest.mark.parametrize("in_memory", [True, False])
 async def test_the_record_of_an_unbound_user_goes_in_time_unless_a_bot_serves_them_again(*, in_memory: bool) -> None:
     bench, shard = await ready()
@@ -65,7 +53,7 @@ async def test_the_record_of_an_unbound_user_goes_in_time_unless_a_bot_serves_th
     await asyncio.sleep(25 * 3600)  # the window has closed, and the next one opens unseen
     bench.hears(sends_used=3)
     if in_memory:
-        await shard.conversation("s1", USER, BOT)
+        await shard.conversation("s1", USER)
     else:
         await evict(bench)
     await bench.close()
@@ -144,7 +132,7 @@ async def test_a_binding_is_closed_once_nothing_of_its_user_is_in_flight() -> No
 async def test_a_record_that_was_erased_is_not_written_again_from_memory() -> None:
     bench, shard = await ready()
     key = conversation_key("s1", USER)
-    await shard.conversation("s1", USER, BOT)
+    await shard.conversation("s1", USER)
     await bench.close()
     bench.conversation_bucket.put(key, None)
     await bench.bindings.remove(BOT)
@@ -156,7 +144,7 @@ async def test_what_was_erased_does_not_come_back_with_the_persons_next_message(
     """Their last message was cut as it was told: the conversation stayed in memory."""
     bench, shard = await ready()
     bench.hears(sent=[SentText(id="1", kind="text", text="your secret")])
-    await shard.conversation("s1", USER, BOT)
+    await shard.conversation("s1", USER)
     await bench.wrote("in:2")
     await bench.close()
     bench.conversation_bucket.put(KEY, None)
@@ -167,26 +155,6 @@ async def test_what_was_erased_does_not_come_back_with_the_persons_next_message(
     await asyncio.sleep(5)
     assert bench.record().window.id == "in:3"
     assert bench.record().sent == []
-
-
-async def test_a_record_that_was_erased_does_not_come_back_though_a_bot_serves_the_person() -> None:
-    """They are nobody's own user, so the erasure closes no binding."""
-    bench, shard = await ready()
-    other = "u2@im.wechat"
-    key = conversation_key("s1", other)
-    await user_writes(bench, user=other)
-    shard.on_delivery(bench.command("your secret", user=other, id="c1"))
-    await asyncio.sleep(10)
-    for conversation in shard:
-        conversation.store()
-    await asyncio.sleep(2)
-    assert [sent.text for sent in bench.record(user=other).sent] == ["your secret"]
-    bench.conversation_bucket.put(key, None)
-    shard.on_delivery(bench.command("more", user=other, id="c2"))
-    await asyncio.sleep(10)
-    assert bench.chat.texts == ["your secret"]
-    assert outcomes(bench) == [("c1", "accepted", ""), ("c2", "parked", "window_closed")]
-    assert bench.conversation_bucket.entries[key].value is None
 
 
 @pytest.mark.parametrize("fields", [{}, {"window": "of another form"}], ids=["with more in it", "of another form"])

@@ -186,7 +186,7 @@ async def test_a_newer_token_of_a_message_to_another_bot_is_none_of_this_one() -
     """The former bot's poller gets the message once more, after the user has a new bot."""
     bench, shard = await ready()
     await bench.wrote("in:2")
-    conversation = await shard.conversation("s1", USER, BOT)
+    conversation = await shard.conversation("s1", USER)
     conversation.on_repeat("in:2", BOT, "newer")
     assert conversation.record.token == "newer"
     await bench.bind(bot="b2@im.bot")

@@ -425,6 +425,7 @@ ANSWERS: list[tuple[str, str, str, str]] = [
     ("to-the-one-before-in-the-name-of-the-one-of-now", f"in:{BOT}:m1", USER2, "other_user"),
     ("to-somebody-of-another-sandbox", "in:b9@im.bot:c-1:2", "", "other_user"),
     ("to-the-one-of-now-in-the-name-of-a-stranger", f"in:{B2}:m1", "u3@im.wechat", "not_bound"),
+    ("to-nobody-in-the-name-of-a-stranger", "", "u3@im.wechat", "not_bound"),
     ("to-a-bot-of-which-nothing-is-known", "in:b7@im.bot:m1", "", "other_user"),
     ("to-no-message-of-ours", "7497484083968569736", "", ""),
     ("to-something-else-with-colons", f"out:{BOT}:m1", "", ""),
@@ -516,20 +517,6 @@ async def test_draining_waits_no_longer_than_it_may() -> None:
     began = bench.clock.monotonic()
     await shard.drain(10.0)
     assert bench.clock.monotonic() - began <= 12.0
-
-
-async def test_when_a_bot_lives_again_what_is_for_any_of_its_users_goes() -> None:
-    bench, shard = await ready()
-    bench.hears(user="u2@im.wechat")
-    bench.stale.add(BOT)
-    for user in (USER, "u2@im.wechat"):
-        shard.on_delivery(bench.command(user, user=user))
-    await asyncio.sleep(60)
-    assert bench.chat.texts == []
-    bench.stale.clear()
-    shard.on_binding("s1", BOT, {USER})
-    await asyncio.sleep(5)
-    assert sorted(bench.chat.texts) == [USER, "u2@im.wechat"]
 
 
 async def test_a_receipt_that_waits_for_the_lease_outlives_that_the_user_becomes_known() -> None:

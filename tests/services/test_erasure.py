@@ -66,6 +66,16 @@ async def test_what_is_theirs_goes_overwritten_and_the_rest_stays() -> None:
     assert len(place.bench.bus.erased) == 6
 
 
+async def test_bots_whose_users_are_not_known_are_said() -> None:
+    """One of them may be the person's, who has not written yet."""
+    place = Place()
+    for number, user in enumerate(["", "", "u9@im.wechat"], 7):
+        await place.bench.bind(f"s{number}", bot=f"b{number}@im.bot", user=user)
+    said = [await place.erasure.run(Erase(user=USER, sandbox=sandbox, dry_run=dry)) for sandbox, dry in
+            [(None, True), (None, False), ("s8", False), ("s9", False)]]  # fmt: skip
+    assert [answer.unlearned for answer in said] == [2, 2, 1, 0]
+
+
 async def test_a_sealed_dead_letter_is_theirs_by_the_user_that_it_names() -> None:
     """Nothing else on the bus names its bot, and nobody can look for the user in its bytes."""
     place = Place()
