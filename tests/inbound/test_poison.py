@@ -15,7 +15,6 @@ from adapter.ilink.translate import read_message
 from adapter.kit.persist import ATTEMPTS
 from adapter.outbound import window
 from adapter.outbound.conversation import Conversation
-from adapter.outbound.shard import Shard
 from adapter.outbound.window import InboundReceived
 from adapter.ports import BusMessage, InboundMessage, PubAck
 from tests.capture import ALWAYS, WORDS, Bugs, Capture
@@ -176,36 +175,3 @@ async def test_a_conversation_that_raises_as_it_takes_a_message_costs_its_window
     successor.shard().on_delivery(successor.command("answer", id="c1", when_closed="refuse"))
     await asyncio.sleep(5)
     assert [one.outcome for one in successor.bus.receipts()] == ["accepted"]
-
-
-async def test_a_conversation_that_cannot_be_opened_costs_its_window(
-    poller: Poller, captured: Capture, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Of another user of the bot, whose own user goes on."""
-    opened = Shard.conversation
-
-    async def fails(self: Shard, sandbox: str, user: str, bot: str) -> Conversation:
-        if "u2" in user:
-            raise RuntimeError(f"a bug over {WORDS}")
-        return await opened(self, sandbox, user, bot)
-
-    monkeypatch.setattr(Shard, "conversation", fails)
-    theirs = raw(WORDS, 2, from_user_id="u2@im.wechat")
-    bench = await ready(batch(raw("one", 1), theirs, raw("three", 3), cursor="b"))
-    poller(bench)
-    await asyncio.sleep(60)
-    assert (texts(bench), letters(bench), bench.chat.asked) == (["one", WORDS, "three"], [], ["", "b"])
-    assert bench.record().token == "token-3"
-    assert len(captured.crashes()) == ATTEMPTS
-    assert WORDS.encode() not in captured.getvalue()
-
-
-async def test_a_record_that_only_a_newer_replica_knows_costs_the_window(poller: Poller) -> None:
-    """It is left alone; the message goes on."""
-    bench = await ready(batch(raw("one", 1), cursor="b"))
-    bench.hears(newer=True)
-    (before,) = bench.conversation_bucket.entries.values()
-    poller(bench)
-    await asyncio.sleep(60)
-    assert (texts(bench), letters(bench), bench.chat.asked) == (["one"], [], ["", "b"])
-    assert list(bench.conversation_bucket.entries.values()) == [before]

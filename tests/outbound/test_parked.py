@@ -50,7 +50,7 @@ async def test_what_is_parked_and_not_shown_for_a_moment_is_not_overtaken() -> N
 @pytest.mark.parametrize(
     ("body", "end"),
     [
-        (b'{"id":"c0","text":"t0","format":"gone"}', ("c0", "dead_lettered", "unreadable")),
+        (b'{"id":"c0","text":"t0","when_closed":"gone"}', ("c0", "dead_lettered", "unreadable")),
         (b'{"id":"c0","sandbox":"s2","text":"t0"}', ("c0", "refused", "invalid")),
     ],
     ids=["unreadable", "refused"],
