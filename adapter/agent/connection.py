@@ -123,7 +123,8 @@ class Connection:
         answered = msg.headers or {}
         if code := answered.get(H_ERROR_CODE):
             kind = Temporary if code in BUSY else Refused
-            raise kind("refused", f"{answered.get(H_ERROR) or 'The adapter refused'} (code {code}).")
+            said = answered.get(H_ERROR, "").rstrip(".") or "The adapter refused"
+            raise kind("refused", f"{said} (code {code}).")
         return msg.data, answered
 
     async def unless_forbidden(self, subject: str, asking: Coroutine[Any, Any, T]) -> T:

@@ -26,7 +26,7 @@ is taken from the context of the command `nats` that NATS_CONTEXT names;
 @selected is the one that `nats context select` has chosen."""
 
 COMMANDS = {
-    "demo": ("demo:demo", "Chat with an echo agent: simulated WeChat, real bus."),
+    "demo": ("start:demo", "Chat with an echo agent: simulated WeChat, real bus."),
     "start": ("start:start", "Talk to an agent of yours in WeChat: all in one terminal."),
     "run": ("run:run", "Run the adapter; with --embedded also a NATS server."),
     "login": ("login:login", "Show a QR code: whoever scans it talks to this sandbox."),

@@ -53,7 +53,7 @@ async def login(
     asked = LoginStart(sandbox=sandbox, options=Options(auto_typing=auto_typing), png=png is not None)
     async with connected_bus(lasting=True) as bus:
         await bus.check_subscribed()
-        check_login(await log_in(bus, asked, stdin.lines(), _View(png, url=url, json=json)))
+        check_login(await log_in(bus, asked, stdin.lines(), View(png, url=url, json=json)))
     return OK
 
 
@@ -63,11 +63,9 @@ def check_login(ended: Login) -> None:
         raise Failed(NO, output.printable(ended.detail or f"The login ended: {ended.status}."))
 
 
-async def log_in(
-    bus: BusConnection, asked: LoginStart, typed: AsyncIterator[str], view: _View | None = None
-) -> Login:
+async def log_in(bus: BusConnection, asked: LoginStart, typed: AsyncIterator[str], view: View | None = None) -> Login:
     """Shows the codes of a login, and returns how it ended. Raises Failed."""
-    view = view or _View()
+    view = view or View()
     try:
         return await _follow(bus, asked, view, typed)
     except BaseException:  # ctrl-C, too: nobody shall scan a code that nobody waits for
@@ -77,7 +75,7 @@ async def log_in(
         raise
 
 
-async def _follow(bus: BusConnection, asked: LoginStart, view: _View, typed: AsyncIterator[str]) -> Login:
+async def _follow(bus: BusConnection, asked: LoginStart, view: View, typed: AsyncIterator[str]) -> Login:
     """Starts a login, shows each of its steps and forwards digits, until the login is over; one that is lost with its
     replica is started anew. Raises Failed."""
     line: asyncio.Future[str | None] | None = None
@@ -128,7 +126,7 @@ def fill(text: str, indent: str = "") -> str:
     return textwrap.fill(text, columns, subsequent_indent=indent, break_on_hyphens=False)
 
 
-class _View:
+class View:
     """Shows a login in words; with `url` only its codes on standard output; with `json` every state as an object."""
 
     def __init__(self, png: Path | None = None, *, url: bool = False, json: bool = False) -> None:

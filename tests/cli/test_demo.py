@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import re
+import signal
 import termios
 from pathlib import Path
 
@@ -42,7 +43,8 @@ def said(out: bytes, label: str) -> list[str]:
 
 
 async def test_a_line_in_a_pipe_comes_back_to_the_phone(temporary: Path) -> None:
-    async with started("demo") as process:
+    """Also on a machine with a proxy, which knows nothing of what is here."""
+    async with started("demo", env={"http_proxy": "http://127.0.0.1:9"}) as process:
         out, err = await process.communicate(HELLO)
         assert (process.returncode, err) == (0, b"")
     assert [label for label, _ in entries(out)] == [
@@ -59,6 +61,22 @@ async def test_a_line_in_a_pipe_comes_back_to_the_phone(temporary: Path) -> None
     assert said(out, "phone") == ["You said: hello"]
     assert b"\x1b" not in out
     assert os.listdir(temporary) == []
+
+
+async def test_a_bus_that_stands_still_is_said(temporary: Path) -> None:
+    """And the answer comes once it goes on."""
+    async with started("demo") as process:
+        await printed(process, STARTED)
+        (server,) = children(process.pid)
+        assert process.stdin is not None
+        os.kill(server, signal.SIGSTOP)
+        process.stdin.write(HELLO)
+        out = await printed(process, b"Nothing has happened for 10 s. The last warning: ")
+        os.kill(server, signal.SIGCONT)
+        process.stdin.close()
+        out += await printed(process, b"phone             You said: hello")
+        assert await process.wait() == 0
+    assert b"\nproblem " in out
 
 
 async def test_more_lines_at_once_than_a_window_has_sends(temporary: Path) -> None:
@@ -95,7 +113,7 @@ async def test_files_of_a_program_are_shown(temporary: Path, tmp_path: Path) -> 
 
 
 async def test_an_agent_of_ones_own_is_attached_by_the_line_that_is_printed(temporary: Path, tmp_path: Path) -> None:
-    async with started("demo", "--no-echo") as process:
+    async with started("start", "--simulated") as process:
         out = await printed(process, b"PROGRAM'\n\n")
         (line,) = [line for line in out.decode().splitlines() if line.startswith("NATS_URL=")]
         variable, command, *arguments = line.replace("PROGRAM", "cat").split(" ")
@@ -121,7 +139,7 @@ async def test_a_file_will_do_as_input_and_verbose_puts_the_log_on_standard_erro
             out, err = await process.communicate()
             assert process.returncode == 0
     assert b'"body"' in err
-    assert b"logs to" not in out
+    assert b"Log: " not in out
     assert said(out, "phone")[0].startswith("You said:")
     assert "".join(out.decode().partition("phone ")[2].split()).endswith(
         "You said: 你好，".replace(" ", "") + "长" * 100
@@ -146,7 +164,7 @@ async def test_a_signal_ends_it_cleanly(temporary: Path, number: int) -> None:
 
 async def test_ctrl_c_while_it_starts_is_clean_too(temporary: Path) -> None:
     async with started("demo") as process:
-        await printed(process, b"The adapter logs to")
+        await printed(process, b"Log: ")
         process.send_signal(2)
         assert await process.wait() == 0
     assert os.listdir(temporary) == []

@@ -18,8 +18,9 @@ from typing import Any
 import pytest
 from rich.cells import cell_len
 
+from adapter.cli import demo
 from adapter.cli.bus import BusConnection
-from adapter.cli.demo import LABEL, Screen
+from adapter.cli.demo import LABEL, LogEnd, Screen
 from adapter.cli.output import (
     can_colour,
     can_style,
@@ -119,6 +120,23 @@ def test_entries_stay_within_80_columns(text: str) -> None:
     assert all(cell_len(line) <= 80 for line in written)
     assert written[0].startswith("phone".ljust(LABEL))
     assert "".join("".join(line[LABEL:] for line in written).split()) == "".join(text.split())
+
+
+async def test_a_silence_is_explained_by_the_last_warning_since_the_start(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(demo, "SILENT_S", 0.0)
+    line = '{{"severity_text":"{}","body":"{}","reason":"{}","detail":"{}"}}\n'
+    (tmp_path / "log").write_text(line.format("WARNING", "poll.failed", "network", "Of yesterday."))
+    log, said = LogEnd(tmp_path / "log"), list[str]()
+    with log.opened() as file:
+        for _ in range(2):
+            log.tell_later(said.append, "The agent is slow.")
+            await asyncio.sleep(0.01)
+            for level, event in (("ERROR", "bus.unreachable"), ("INFO", "adapter.started")):
+                file.write(line.format(level, event, "away", "It is gone.").encode())
+    begin = "Nothing has happened for 0 s."
+    assert said == [f"{begin} The agent is slow.", f"{begin} The last warning: bus.unreachable (away). It is gone."]
 
 
 def test_no_colours_and_no_prompt_without_a_terminal() -> None:
