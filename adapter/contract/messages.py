@@ -512,7 +512,7 @@ LoginReason = Annotated[
     Meta(
         description="need_verify_code: wrong_code; in an answer also checking, while digits are being checked."
         " expired: time, or codes (too many expired). failed: blocked (too many wrong digits), bus, url, crashed,"
-        " or why the bind was refused."
+        " stale_token, or why the bind was refused."
     ),
 ]
 

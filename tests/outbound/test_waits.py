@@ -65,20 +65,20 @@ async def test_what_waits_for_a_login_expires_and_delays_no_other_user(bench: Be
     assert len(finals(bench)) == 21
 
 
-async def test_a_command_for_another_user_is_not_overtaken_while_they_are_looked_up() -> None:
+async def test_a_command_is_not_overtaken_while_its_user_is_looked_up() -> None:
     bench, shard = await ready(is_open=False)
-    await user_writes(bench, user=OTHER)
+    await user_writes(bench)
     await asyncio.sleep(5)
-    await user_writes(bench, user=OTHER)
+    await user_writes(bench)
     second = Bench(world=bench)
     shard.stop()
     shard = second.shard()
     second.conversation_bucket.unreadable = 2
-    shard.on_delivery(second.command("first", user=OTHER))
+    shard.on_delivery(second.command("first"))
     await asyncio.sleep(0.05)
     second.conversation_bucket.unreadable = 0
-    await second.wrote("in:9", user=OTHER)
-    shard.on_delivery(second.command("second", user=OTHER))
+    await second.wrote("in:9")
+    shard.on_delivery(second.command("second"))
     await asyncio.sleep(60)
     assert second.chat.texts == ["first", "second"]
 

@@ -1,5 +1,5 @@
 /* Messages of the bus, generated from the JSON Schemas here by `make generate`; do not edit.
-   Of: 990a89c5d0278ad1b3f4fb83e6217ab6bdcad33b276225895097c14afe8976e9 */
+   Of: e2a4099cabe65f8aa10ddfb5466f0f2aaf121d40416fa2d38265a25fa2487a47 */
 
 /**
  * Options of a binding.
@@ -40,14 +40,14 @@ export interface Bind {
   base_url?: string | null;
   user?: string | null;
   /**
-   * Cursor to poll from; default: the current one, or the start. A secret: iLink's cursors contain the bot's token.
+   * Cursor to poll from; an empty one is none. Default: the current one, or the start. A secret: iLink's cursors contain the bot's token.
    */
   cursor?: string | null;
   options?: Options;
   /**
-   * Whether iLink is asked first if it takes the token; one that it refuses (-14) is not bound (`stale_token`). Default: where the bind takes the place of a bot or token that works. false: never, and ids are taken as they are.
+   * Whether ids have to end as those of iLink do; false: they are taken as they are. iLink is not asked about the token: the events `stale` and `needs_login` follow the first poll.
    */
-  check?: boolean | null;
+  check?: boolean;
 }
 /**
  * A binding changed. Subject: wechat.event.<sandbox>.binding.
@@ -56,7 +56,7 @@ export interface BindingEvent {
   sandbox: string;
   bot: string;
   /**
-   * replaced: another bot of the same user took its place. refused: a bind was refused. stale: iLink answered -14, and the token is retried for a short time. needs_login: the retries failed; scan a new QR code. recovered: iLink accepts the token again, also after needs_login.
+   * replaced: another bot of the same user took its place. refused: a bind was refused, or (reason stranger) the user whom iLink names for the bot, as another bot of the sandbox serves them. stale: iLink answered -14, and the token is retried for a short time. needs_login: the retries failed; scan a new QR code. recovered: iLink accepts the token again, also after needs_login.
    */
   change: "bound" | "needs_login" | "recovered" | "refused" | "replaced" | "stale" | "unbound";
   user?: string;
@@ -225,10 +225,6 @@ export interface ControlAnswer {
    */
   moved_from?: string;
   /**
-   * iLink has been asked, and has not refused the token.
-   */
-  checked?: boolean;
-  /**
    * erase: how many messages were found of each kind, and erased.
    */
   counts?: {
@@ -240,6 +236,10 @@ export interface ControlAnswer {
   left?: {
     [k: string]: number;
   };
+  /**
+   * erase: bots of the sandbox, or of all, whose users are not known yet. Nothing is found by them: unbind the one whose user this is.
+   */
+  unlearned?: number;
   /**
    * It is not done after a minute: a replica or NATS is away, or there is much to erase. The work goes on; another answer and the event follow.
    */
@@ -507,7 +507,7 @@ export interface Login {
    */
   former_user?: string;
   /**
-   * need_verify_code: wrong_code; in an answer also checking, while digits are being checked. expired: time, or codes (too many expired). failed: blocked (too many wrong digits), bus, url, crashed, or why the bind was refused.
+   * need_verify_code: wrong_code; in an answer also checking, while digits are being checked. expired: time, or codes (too many expired). failed: blocked (too many wrong digits), bus, url, crashed, stale_token, or why the bind was refused.
    */
   reason?: string;
   /**
@@ -545,7 +545,7 @@ export interface LoginEvent {
    */
   former_user?: string;
   /**
-   * need_verify_code: wrong_code; in an answer also checking, while digits are being checked. expired: time, or codes (too many expired). failed: blocked (too many wrong digits), bus, url, crashed, or why the bind was refused.
+   * need_verify_code: wrong_code; in an answer also checking, while digits are being checked. expired: time, or codes (too many expired). failed: blocked (too many wrong digits), bus, url, crashed, stale_token, or why the bind was refused.
    */
   reason?: string;
   /**
