@@ -96,6 +96,7 @@ async def _run_checks(bus: BusConnection, *, fix: bool, allow_loss: bool, quiet:
     checks.append(_check_adapters(there))
     if checks[-1].state != "fail":
         checks += await _attempt("bindings", _check_bindings(bus, there))
+        checks += await _attempt("acknowledgements", permission_checks.check_acknowledged(bus))
     wait = "in turn, for their users to write, or for a login"
     letters = _check_backlog(bus, "dead letters", names.stream_dead, "warn", "see `wechat-nats dead ls`")
     commands = _check_backlog(bus, "commands waiting", names.stream_out, "ok", wait)

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import re
+import time
+import uuid
 from typing import Literal, TypeAlias
 
 import msgspec
@@ -12,12 +15,16 @@ from nats.errors import Error as NatsError
 from adapter.cli.bus import BusConnection, connected_bus
 from adapter.cli.exits import NO, Failed
 from adapter.cli.output import some_of
+from adapter.contract.messages import Outbound
 from adapter.contract.names import Names
 from adapter.errors import UNDECODABLE
 from adapter.security.permissions import USER_INFO, Grants, User, grants, required, streams, user_of
 
 WHERE = "see helm/nats/"
 ASK_S = 2.0
+ACKNOWLEDGED_S = 5.0
+PROBE = "doctor"
+"""The sandbox whose command, to hide that it types, shows whether acknowledgements work."""
 CheckState: TypeAlias = Literal["ok", "warn", "fail"]
 
 
@@ -30,25 +37,9 @@ class Finding(msgspec.Struct, frozen=True):
 
 
 async def check_permissions(bus: BusConnection) -> list[Finding]:
-    """Compares what the server says of this user with what an adapter does; tries to acknowledge, and to get in
-    without credentials."""
+    """Compares what the server says of this user with what an adapter does; tries to get in without credentials."""
     user = await _fetch_user(bus)
-    found = [_check_user(user, bus)]
-    if user is None or user.permissions.missing(grants(bus.names, "operator")):
-        found.append(await _check_acknowledgements(bus))
-    return [*found, *await _check_strangers(user, bus)]
-
-
-async def _check_acknowledgements(bus: BusConnection) -> Finding:
-    """Acknowledges deliveries that nobody has made, in both layouts that servers have: without the right, nothing
-    is ever acknowledged, and all else looks well."""
-    streams_of_work = (bus.names.stream_out, bus.names.stream_ctl)
-    layouts = ("{}.doctor.1.1.1.1.0", "_.doctor.{}.doctor.1.1.1.1.0")
-    acks = tuple(f"$JS.ACK.{layout.format(stream)}" for stream in streams_of_work for layout in layouts)
-    _, refused = await _probe(bus, Grants(acks, ()))
-    if refused:
-        return Finding("acknowledgements", "fail", f"An adapter with this user may not {some_of(refused)}: {WHERE}.")
-    return Finding("acknowledgements", "ok", "deliveries can be acknowledged")
+    return [_check_user(user, bus), *await _check_strangers(user, bus)]
 
 
 async def _fetch_user(bus: BusConnection) -> User | None:
@@ -74,6 +65,23 @@ def _check_user(user: User | None, bus: BusConnection) -> Finding:
     if not may.missing(grants(bus.names, "operator")):
         return Finding("permissions", "ok", "an operator's; the adapter needs a user of its own")
     return Finding("permissions", "fail", f"An adapter with this user may not {some_of(lacks)}: {WHERE}.")
+
+
+async def check_acknowledged(bus: BusConnection) -> list[Finding]:
+    """Whether an adapter acknowledges commands: stores one that nobody sees, and waits until the stream has it no
+    more."""
+    names, body = bus.names, msgspec.json.encode(Outbound(id=f"doctor-{uuid.uuid4().hex}", typing="off"))
+    sequence = (await bus.store(names.out(PROBE), body, {})).seq
+    deadline = time.monotonic() + ACKNOWLEDGED_S
+    while await bus.get_stored(names.stream_out, sequence) is not None:
+        if time.monotonic() < deadline:
+            await asyncio.sleep(0.1)
+            continue
+        await bus.delete_stored(names.stream_out, sequence)
+        rights = f"$JS.ACK.{names.stream_out}.> and $JS.ACK.*.*.{names.stream_out}.>"
+        said = f"No adapter acknowledged a command within {ACKNOWLEDGED_S:g} s: may its user publish to {rights}?"
+        return [Finding("acknowledgements", "fail", f"{said} {WHERE}.")]
+    return [Finding("acknowledgements", "ok", "an adapter has acknowledged a command")]
 
 
 # Others -------------------------------------------------------------------------------------------------

@@ -9,6 +9,7 @@ import msgspec
 from nats.aio.msg import Msg
 
 from adapter.cli.bus import BusConnection
+from adapter.cli.permission_checks import PROBE
 from adapter.contract.messages import (
     Bind,
     BindingHealth,
@@ -21,7 +22,8 @@ from adapter.contract.messages import (
     Receipt,
     Unbind,
 )
-from adapter.contract.names import H_ERROR, H_ERROR_CODE, H_REPLY_TO
+from adapter.contract.names import H_ERROR, H_ERROR_CODE, H_REPLY_TO, shard_of
+from adapter.jetstream.topology import out_consumer
 
 PAGE = 2
 
@@ -69,7 +71,13 @@ class StandIn:
         await self._bus.nc.publish((msg.headers or {})[H_REPLY_TO], msgspec.json.encode(self.control))
 
     async def _on_out(self, msg: Msg) -> None:
-        command = msgspec.json.decode(msg.data, type=Outbound)
+        command, names = msgspec.json.decode(msg.data, type=Outbound), self._bus.names
+        if msg.subject == names.out(PROBE):
+            shard, pull = shard_of(PROBE), self._bus.js.pull_subscribe
+            consumer = await pull(names.out_shard(shard), out_consumer(shard), names.stream_out)
+            (stored,) = await consumer.fetch(1)
+            await stored.ack()
+            return
         self.sent.append(command)
         for receipt in self.receipts(command):
             subject = self._bus.names.receipt(msg.subject.rpartition(".")[2], receipt.command, receipt.sequence)

@@ -21,6 +21,8 @@ from nats.aio.client import Client
 from nats.aio.msg import Msg
 
 from adapter.agent import Sandbox as Agent
+from adapter.cli.bus import connected_bus
+from adapter.cli.permission_checks import Finding, check_acknowledged
 from adapter.contract.messages import BindingsPage, Inbound, Login, Media, ReplayPage, Unbind, Window
 from adapter.contract.names import H_ERROR, H_ERROR_CODE, H_LAST, H_MSG_ID, H_NAME, H_SHA256, H_UPLOAD
 from adapter.environment import read_settings
@@ -367,17 +369,34 @@ async def test_an_adapter_without_a_subscribe_permission_waits_until_it_has_it(t
             await adapter.kill()
 
 
-async def test_missing_publish_permissions_are_reported_at_the_start(tmp_path: Path) -> None:
-    def narrow(text: str) -> str:
-        return text.replace('            "$KV.wechat_conversations.>"\n', "", 1)
+async def test_missing_publish_permissions_are_reported_at_the_start_and_by_doctor(tmp_path: Path) -> None:
+    """Here that to acknowledge in the layout of this server: all else works, and no command ends."""
+    acks = '              "$JS.ACK.*.*.WECHAT_OUT.>"\n'
 
-    async with guarded(tmp_path, edit=narrow) as server, Simulator(fast()) as sim:
+    def narrow(text: str) -> str:
+        assert text.count(acks) == 1
+        return text.replace(acks, "# none\n")
+
+    async def acknowledged() -> Finding:
+        async with connected_bus(read_settings({"NATS_URL": server.url, **server.users["operator"].environ})) as bus:
+            (found,) = await check_acknowledged(bus)
+            return found
+
+    async with guarded(tmp_path, NEW_ACKS, edit=narrow) as server, Simulator(fast()) as sim:
         environ = environ_of(server.url, sim) | server.users["adapter"].environ
         adapter = AdapterProcess(environ, tmp_path / "adapter.log")
         await adapter.start()
         try:
             await until(lambda: bool(adapter.http_port()), "it starts")
             (line,) = adapter.lines("permissions.missing")
-            assert (line["severity_text"], line["lacks"]) == ("ERROR", "publish $KV.wechat_conversations.>")
+            assert (line["severity_text"], line["lacks"]) == ("ERROR", "publish $JS.ACK.*.*.WECHAT_OUT.>")
+            found = await acknowledged()
+            assert (found.state, "$JS.ACK.*.*.WECHAT_OUT.>" in found.say) == ("fail", True), found
+            server.amend(lambda text: text.replace("# none\n", acks))
+
+            async def is_well() -> bool:
+                return (await acknowledged()).state == "ok"
+
+            await eventually(is_well, "it acknowledges")
         finally:
             await adapter.kill()
