@@ -236,8 +236,9 @@ class _Scanned(View):
         self._simulator = simulator
 
     def show(self, now: Login) -> None:
-        self.login = now.login
-        if now.status == "wait":
+        code, self.login = (now.login, now.code), now.login
+        if now.status == "wait" and code != self._code:
+            self._code = code
             self._simulator.confirm(self._simulator.qrcodes()[-1].qrcode)
 
 

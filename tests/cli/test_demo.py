@@ -69,9 +69,11 @@ async def test_a_bus_that_stands_still_is_said(temporary: Path) -> None:
         await printed(process, STARTED)
         (server,) = children(process.pid)
         assert process.stdin is not None
+        process.stdin.write(b"first\n")
+        await printed(process, b"phone             You said: first\n")
         os.kill(server, signal.SIGSTOP)
         process.stdin.write(HELLO)
-        out = await printed(process, b"Nothing has happened for 10 s. The last warning: ")
+        out = await printed(process, b"Nothing has happened for 10 s. The last warning:")
         os.kill(server, signal.SIGCONT)
         process.stdin.close()
         out += await printed(process, b"phone             You said: hello")
