@@ -7,6 +7,7 @@ import logging
 import os
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
 from typing import Any, NamedTuple
+from urllib.parse import urlsplit
 
 import msgspec
 import pytest
@@ -125,6 +126,11 @@ async def simulator() -> AsyncIterator[Simulator]:
 
 
 @pytest.fixture
-async def adapter(server: EmbeddedNats, simulator: Simulator) -> AsyncIterator[asyncio.Task[None]]:
+async def adapter(
+    server: EmbeddedNats, simulator: Simulator, monkeypatch: pytest.MonkeyPatch
+) -> AsyncIterator[asyncio.Task[None]]:
+    """Commands ask the same iLink as it does."""
+    monkeypatch.setenv("WECHAT_NATS_ILINK_BASE_URL", simulator.url)
+    monkeypatch.setenv("WECHAT_NATS_ALLOWED_HOSTS", urlsplit(simulator.url).netloc)
     async with adapter_running(demo_settings(server.url, simulator.url), start_s=START_S, drain_s=START_S) as task:
         yield task
