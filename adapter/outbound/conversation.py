@@ -223,6 +223,11 @@ class Conversation:
     def is_running(self) -> bool:
         return self._task is not None
 
+    @property
+    def is_held_back(self) -> bool:
+        """A command ended `uncertain`, and none was answered since, which no record says."""
+        return self._uncertain > 0 and self.bot is not None
+
     def drain(self) -> asyncio.Task[None] | None:
         """Lets a request under way end, and nothing else. The shard takes no more commands."""
         if self._task is not None and not self._is_acting:

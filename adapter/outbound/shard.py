@@ -594,7 +594,8 @@ class Shard:
         return {each.record.bot for each in self if each.record.window.throttled_at_ms}
 
     def _is_idle(self, conversation: Conversation) -> bool:
-        return not (conversation.is_running or conversation.queue or conversation.holds or conversation.is_dirty)
+        is_at_rest = not (conversation.is_running or conversation.queue or conversation.holds)
+        return is_at_rest and not (conversation.is_dirty or conversation.is_held_back)
 
     def drop_idle(self, conversation: Conversation) -> None:
         """Drops a conversation that can be read again."""

@@ -156,6 +156,21 @@ async def test_after_an_uncertain_the_person_waits_longer_each_time_until_one_is
     assert [outcomes[each] for each in ("c1", "n0", "n1", "n2", "n3")] == ["uncertain"] * 3 + ["accepted"] * 2
 
 
+async def test_an_idle_person_is_held_back_all_the_same() -> None:
+    """What is idle is dropped from memory each half minute, and read again."""
+    bench, shard = await silent()
+    bench.chat.sends_to[USER].append(TIMEOUT)
+    await another_is_sent(bench, shard)
+    await asyncio.sleep(5)
+    assert [one.outcome for one in finals(bench) if one.command == "c1"] == ["uncertain"]
+    shard.evict_idle()
+    shard.on_delivery(bench.command("next", id="n0", user=USER))
+    await asyncio.sleep(30)
+    assert len(posted_at(bench)) == 2
+    await asyncio.sleep(40)
+    assert len(posted_at(bench)) == 3
+
+
 async def test_the_next_owner_repeats_what_was_out_as_the_former_one_died() -> None:
     bench, shard = await ready()
     hold = bench.chat.hold_sends[USER] = asyncio.Event()
