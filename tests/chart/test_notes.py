@@ -74,5 +74,5 @@ def test_the_notes_name_commands_that_there_are(tmp_path: Path) -> None:
 
     text = notes({}, tmp_path)
     named = set(re.findall(r"-- wechat-nats (\w+)", text))
-    assert named == {"doctor", "login", "tail", "send"}
+    assert named == {"doctor", "login", "bindings", "send"}
     assert all(name in build() for name in named)
