@@ -42,7 +42,7 @@ async def test_the_story_of_a_message_from_the_phone_to_the_answers(
     await answer(bus, "traced", {H_TRACEPARENT: trace})
     await answer(bus, "apart", {H_TRACEPARENT: AUTHORS})
     await answer(bus, "own", {H_TRACEPARENT: AUTHORS}, reply_to=message["id"])
-    await answer(bus, "broken", reply_to=message["id"], format="none of these")
+    await answer(bus, "broken", reply_to=message["id"], when_closed="none of these")
     await simulator.until(lambda: len(simulator.phone(bot.user)) == 4, START_S)
     story = await cli("trace", "s1", message["id"], "--json")
     while sum(row["step"] == "receipt" for row in story.rows) < 4:  # shown before its receipt is stored
