@@ -123,7 +123,6 @@ TRIED = {
 """Regular expressions by file of `adapter/`, which RULES try."""
 OPERATORS = {
     "agent/presets.py": 1,
-    "cli/options.py": 1,
     "cli/permission_checks.py": 1,
     "cli/run.py": 1,
     "cli/send.py": 1,

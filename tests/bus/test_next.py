@@ -159,7 +159,7 @@ async def test_what_cannot_be_confirmed_is_refused_and_changes_nothing(place: Pl
     assert (await place.handled(), (await place.readers.load("s1")).reader) == (0, reader)
     assert texts(await place.ask(reader=reader)) == ["one"]
     for sandbox in ("S1", "s1\n", "*", "", "s" * 65):
-        with pytest.raises(Refused, match="sandbox id"):
+        with pytest.raises(Refused, match="sandbox's name"):
             await place.ask(sandbox)
 
 

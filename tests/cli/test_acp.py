@@ -56,7 +56,7 @@ async def test_each_question_is_asked_until_it_is_answered(agent: AcpAgent) -> N
     assert asked[0][0] == (
         "May I?\n\n```\none\n```\n\n1. Always allow\n\n2. Allow once\n\n3. Reject\n\nPlease answer with a number."
     )
-    assert [question.split()[2] for question, _ in asked] == ["one", "one", "two", "three", "four"]
+    assert [question.split()[3] for question, _ in asked] == ["one", "one", "two", "three", "four"]
     assert len({ident for _, ident in asked}) == len(asked)
 
 

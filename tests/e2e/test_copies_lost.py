@@ -55,6 +55,20 @@ async def degraded(adapter: AdapterProcess, streams: int) -> None:
     await eventually(so, f"{streams} streams are degraded")
 
 
+async def caught_up(made: World) -> None:
+    """Every copy has all, also what was erased meanwhile."""
+    nc = await made.nc()
+
+    async def is_current() -> bool:
+        infos = [await nc.jetstream().stream_info(wanted.name) for wanted in wanted_streams(NAMES, Settings())]
+        return all(
+            peer.current and not peer.lag for info in infos for peer in (info.cluster and info.cluster.replicas or [])
+        )
+
+    await eventually(is_current, "all copies are current")
+    await nc.close()
+
+
 async def served(made: World, sandbox: str) -> None:
     nc = await made.nc()
     assert (await made.bind(nc, sandbox, made.sim.add_bot())).ok
@@ -80,6 +94,7 @@ async def test_a_lost_server_of_three_is_named_and_all_goes_on(tmp_path: Path) -
         await served(made, "s2")
         lost.start()
         await degraded(adapter, 0)
+        await caught_up(made)
         assert (adapter.said("copies.degraded"), adapter.said("copies.restored")) == (1, 1)
 
 
