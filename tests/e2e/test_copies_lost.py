@@ -62,7 +62,9 @@ async def caught_up(made: World) -> None:
     async def is_current() -> bool:
         infos = [await nc.jetstream().stream_info(wanted.name) for wanted in wanted_streams(NAMES, Settings())]
         return all(
-            peer.current and not peer.lag for info in infos for peer in (info.cluster and info.cluster.replicas or [])
+            peer.current and not peer.lag
+            for info in infos
+            for peer in ((info.cluster and info.cluster.replicas) or [])
         )
 
     await eventually(is_current, "all copies are current")
