@@ -61,11 +61,8 @@ async def caught_up(made: World) -> None:
 
     async def is_current() -> bool:
         infos = [await nc.jetstream().stream_info(wanted.name) for wanted in wanted_streams(NAMES, Settings())]
-        return all(
-            peer.current and not peer.lag
-            for info in infos
-            for peer in ((info.cluster and info.cluster.replicas) or [])
-        )
+        peers = [peer for info in infos if info.cluster for peer in info.cluster.replicas or []]
+        return all(peer.current and not peer.lag for peer in peers)
 
     await eventually(is_current, "all copies are current")
     await nc.close()
