@@ -337,7 +337,7 @@ class Conversation:
                 shard.show_typing(self)
             await self._end([(head, CommandResult("accepted"))])
         elif (due_s := self._next_due_s(self.bot)) > 0:
-            await self._wait(due_s, seen)
+            await self._wait(due_s, seen, self.bot)
         elif progress is not None and progress.unanswered_attempts and not self._has_looked:
             self._has_looked = True  # another owner may have ended it since
             for command in (group := sending.in_progress(queue, self.record)):
@@ -421,12 +421,13 @@ class Conversation:
         successes = self._shard.deps.successes
         return successes.since(bot.account.base_url, self._unanswered_at, of_any=progress.was_reset)
 
-    async def _wait(self, due_s: float, seen: int) -> None:
-        """Waits until something is due or has changed."""
+    async def _wait(self, due_s: float, seen: int, bot: ServingBot | None = None) -> None:
+        """Waits until something is due or has changed. `bot`: through which a request is to be made. For a repeat
+        iLink is asked meanwhile whether it answers."""
         deps = self._shard.deps
         expiry_s = (self._expires_ms - deps.clock.now_ms()) / 1000
         due_s = max(SHORTEST_WAIT_S, min(due_s, expiry_s, LONGEST_WAIT_S))
-        bot, progress = self.bot, self.record.head
+        progress = self.record.head
         if bot is None or progress is None or not progress.unanswered_attempts or self._is_answering(bot, progress):
             await self._changed.wait_until(lambda: self._version != seen, due_s)
             return

@@ -49,7 +49,7 @@ VARIED = {
     "WECHAT_NATS_PREFIX": "we-2", "WECHAT_NATS_REPLICAS": 3,
     "WECHAT_NATS_IN_MAX_AGE_H": 1.5, "WECHAT_NATS_IN_MAX_PER_SANDBOX": 11, "WECHAT_NATS_IN_MAX_BYTES": 2**40,
     "WECHAT_NATS_OUT_MAX_PER_SANDBOX": 12, "WECHAT_NATS_MEDIA_HOURS": 2.5,
-    "WECHAT_NATS_MEDIA_STORE_BYTES": -1,
+    "WECHAT_NATS_MEDIA_STORE_BYTES": -1, "WECHAT_NATS_PARK_HOURS": 100.5,
 }  # fmt: skip
 
 
@@ -80,7 +80,7 @@ def test_every_setting_that_shapes_a_stream_is_tried_above() -> None:
     shaping = {"WECHAT_NATS_PREFIX"}
     for field, kind in Settings.__annotations__.items():
         default = getattr(Settings(), field)
-        for other in (3, 7.5, "memory", "x" * 5):
+        for other in (3, 97.5, "memory", "x" * 5):
             if isinstance(other, type(default)) and "bool" not in str(kind):
                 changed = msgspec.structs.replace(Settings(), **{field: other})
                 if [each.config for each in topology.wanted_streams(Names(), changed)] != plain:
