@@ -248,9 +248,9 @@ class TalkSession:
         self._moved.set()
         self._call_off()
         if self._open:
-            self._call_off = self._log.tell_later(self._tell_problem, "The agent has not answered yet.")
+            self._call_off = self._log.tell_later(self._print_problem, "The agent has not answered yet.")
 
-    def _tell_problem(self, why: str) -> None:
+    def _print_problem(self, why: str) -> None:
         self._screen.show("problem", why)
 
     async def _on_inbound(self, msg: Msg) -> None:

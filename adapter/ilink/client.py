@@ -19,7 +19,7 @@ import time
 import traceback
 from collections.abc import Callable, Coroutine, Iterator, Sequence
 from functools import partial
-from typing import TypeVar
+from typing import TypeAlias, TypeVar
 from urllib.parse import urlsplit
 
 import structlog
@@ -37,6 +37,8 @@ from adapter.ports import HOLD_MS, Accepted, Account, Content, Polled, QrCode, S
 log = structlog.get_logger()
 
 T = TypeVar("T")
+OnSuccess: TypeAlias = Callable[[str, bool, float], None]
+"""Is told the base URL of a request, whether it is a send, and how many seconds ago it began."""
 
 POLL_MARGIN_S = 7.0
 """Added to the server's hold. A shorter margin cuts polls that are about to bring an answer."""
@@ -66,13 +68,14 @@ def answered(status: int) -> Iterator[None]:
 
 
 class CountedCall:
-    """Counts a call with its outcome, and its duration unless iLink holds it."""
+    """Counts a call with its outcome, and its duration unless iLink holds it. `on_success` gets its seconds."""
 
-    __slots__ = ("_endpoint", "_metrics", "_started")
+    __slots__ = ("_endpoint", "_metrics", "_on_success", "_started")
 
-    def __init__(self, metrics: Metrics, endpoint: str) -> None:
+    def __init__(self, metrics: Metrics, endpoint: str, on_success: Callable[[float], None] | None = None) -> None:
         self._metrics = metrics
         self._endpoint = endpoint
+        self._on_success = on_success
 
     def __enter__(self) -> None:
         self._started = time.monotonic()
@@ -80,10 +83,12 @@ class CountedCall:
     def __exit__(self, kind: object, exc: BaseException | None, trace: object) -> None:
         if exc is not None and (isinstance(exc, LeaseLost) or not isinstance(exc, (AdapterError, TimeoutError))):
             return  # no request was made, or it was cancelled
-        outcome = "ok" if exc is None else _outcome_label(exc)
+        outcome, took_s = "ok" if exc is None else _outcome_label(exc), time.monotonic() - self._started
         self._metrics.upstream_requests.child(self._endpoint, outcome).inc()
         if self._endpoint not in LONG_POLLS:
-            self._metrics.upstream_request_duration.child(self._endpoint).observe(time.monotonic() - self._started)
+            self._metrics.upstream_request_duration.child(self._endpoint).observe(took_s)
+        if exc is None and self._on_success is not None:
+            self._on_success(took_s)
 
 
 class ILink:
@@ -96,11 +101,14 @@ class ILink:
         default_base_url: str,
         allowed_hosts: tuple[str, ...],
         send_timeout_s: float,
+        on_success: OnSuccess = lambda *_: None,
         declared: Declared = protocol.NEWEST,
         poll_margin_s: float = POLL_MARGIN_S,
         look_up: LookUpHost = network.resolve_host,
     ) -> None:
+        """`on_success` is told of each request that iLink has answered with success."""
         self._metrics = metrics
+        self._on_success = on_success
         self._default_base_url = default_base_url
         self._allowed_hosts = allowed_hosts
         self._declared = declared
@@ -135,7 +143,7 @@ class ILink:
         timeout_s, on_connected = hold_ms / 1000 + self._poll_margin_s, partial(self._connecting.discard, account.bot)
         self._connecting.add(account.bot)
         try:
-            with CountedCall(self._metrics, "getupdates"):
+            with self._counted(account, "getupdates"):
                 # the answer is in no variable of this frame, since an error keeps it
                 return await self._read_updates(
                     await self._exchange(account, request, timeout_s, on_connected), account, started
@@ -181,7 +189,7 @@ class ILink:
             account.token, self._declared, item, user=user, client_id=client_id, context_token=context_token
         )
         try:
-            with CountedCall(self._metrics, "sendmessage"):
+            with self._counted(account, "sendmessage"):
                 reply = await self._exchange(account, request, self._send_timeout_s, check)
                 with answered(reply.status):
                     return protocol.read_sent(protocol.unpack(reply, request.largest))
@@ -234,7 +242,7 @@ class ILink:
     ) -> T:
         """A call that may be repeated, so that a missing answer is Temporary, too. Raises what `read` raises."""
         try:
-            with CountedCall(self._metrics, request.endpoint):
+            with self._counted(account, request.endpoint):
                 reply = await self._exchange(account, request, timeout_s)
                 with answered(reply.status):
                     return read(protocol.unpack(reply, request.largest))
@@ -246,6 +254,10 @@ class ILink:
     async def close(self) -> None:
         """Closes all connections."""
         await self._pool.close()
+
+    def _counted(self, account: Account, endpoint: str) -> CountedCall:
+        base_url, is_send = account.base_url or self._default_base_url, endpoint == "sendmessage"
+        return CountedCall(self._metrics, endpoint, partial(self._on_success, base_url, is_send))
 
     def _exchange(
         self, account: Account, request: IlinkRequest, timeout_s: float, check: Callable[[], None] | None = None

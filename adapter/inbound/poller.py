@@ -460,7 +460,6 @@ class BotPoller:
         if polled is None:
             await self._on_no_answer()
             return
-        deps.successes.note(deps.sessions.base_url(binding), began)
         self._timeouts = 0
         self.unanswered_since = self.session.polled_at = now = self._clock.monotonic()
         deps.sessions.changed.notify_all()

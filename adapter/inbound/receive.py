@@ -46,7 +46,7 @@ from adapter.outbound import window
 from adapter.outbound.conversation import Conversation
 from adapter.outbound.inbox import InboxReader, Sealed, seal
 from adapter.outbound.record import ConversationRecord, SendWindow
-from adapter.outbound.sessions import BotSessions, Successes
+from adapter.outbound.sessions import BotSessions
 from adapter.outbound.shard import Shard
 from adapter.outbound.window import InboundReceived
 from adapter.ownership.leases import Leases
@@ -86,7 +86,6 @@ class InboundDeps(msgspec.Struct, frozen=True):
     bindings: Bindings
     checkpoints: Checkpoints
     sessions: BotSessions
-    successes: Successes
     on_session_changed: Callable[[Binding], None]
     """Called when a bot may or may no longer send, as its token is refused or taken again."""
     open_shard: Callable[[str], Awaitable[Shard | None]]

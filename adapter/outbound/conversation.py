@@ -433,7 +433,7 @@ class Conversation:
             return
         ask_s = sending.REPEAT_AFTER_S + self._unanswered_at - deps.clock.monotonic()
         if ask_s <= 0:
-            ask_s = deps.successes.ask(bot.account, (self.sandbox, self.user))
+            ask_s = deps.successes.ask(deps.chat, bot.account, (self.sandbox, self.user))
         await self._changed.wait_until(
             lambda: self._version != seen or self._is_answering(bot, progress),
             min(due_s, ask_s),
@@ -570,10 +570,9 @@ class Conversation:
         if not is_wanted:
             self._take_back()
             return None
-        began = deps.clock.monotonic()
         deps.successes.note_post(bot.account.base_url, (self.sandbox, self.user))
         try:
-            accepted = await deps.chat.send(
+            return await deps.chat.send(
                 bot.account,
                 user=self.user,
                 client_id=client_id(progress.client_id_base, progress.part, progress.merged),
@@ -586,8 +585,6 @@ class Conversation:
             raise
         except AdapterError as exc:
             return exc
-        deps.successes.note(bot.account.base_url, began, is_send=True)
-        return accepted
 
     def _take_back(self) -> None:
         if (head := self.record.head) is not None:  # an erasure may have ended it
@@ -601,6 +598,7 @@ class Conversation:
         deps, before = self._shard.deps, self.record.head
         assert before is not None
         self.record = sending.after_answer(self.record, answer, content, deps.clock.now_ms())
+        self._has_looked = False
         self._uncertain = self._uncertain if isinstance(answer, Uncertain | Temporary) else 0
         if isinstance(answer, Accepted):
             self._failures = 0
@@ -645,7 +643,7 @@ class Conversation:
             await self._end([(command, refusal) for command in group])
         elif isinstance(answer, Uncertain) and not is_upload:
             deps.metrics.outbound_retries.labels(reason=answer.reason).inc()
-            self._unanswered_at, self._has_looked = deps.clock.monotonic(), False
+            self._unanswered_at = deps.clock.monotonic()
             await self._save()  # the pause before its repeat is long
         else:
             deps.metrics.outbound_retries.labels(reason=answer.reason).inc()

@@ -139,9 +139,8 @@ class Successes:
     Where nobody else sends, a `notifystart` now and then stands for the request of somebody.
     """
 
-    def __init__(self, chat: Chat, clock: Clock) -> None:
+    def __init__(self, clock: Clock) -> None:
         self.changed = ChangeSignal()
-        self._chat = chat
         self._clock = clock
         self._sent: dict[str, float] = {}
         """When the last send began that was accepted, by base URL."""
@@ -153,8 +152,9 @@ class Successes:
         """When iLink was asked last."""
         self._tasks = TaskSet("notify")
 
-    def note(self, base_url: str, began: float, *, is_send: bool = False) -> None:
-        """iLink answered with success. `began`: monotonic time at which the request began."""
+    def note(self, base_url: str, is_send: bool, took_s: float) -> None:
+        """iLink has answered a request with success that began `took_s` seconds ago."""
+        began = self._clock.monotonic() - took_s
         self._answered[base_url] = max(began, self._answered.get(base_url, began))
         if is_send:
             self._sent[base_url] = max(began, self._sent.get(base_url, began))
@@ -170,7 +170,7 @@ class Successes:
         with success."""
         return (self._answered if of_any else self._sent).get(base_url, -math.inf) >= monotonic
 
-    def ask(self, account: Account, who: Hashable) -> float:
+    def ask(self, chat: Chat, account: Account, who: Hashable) -> float:
         """Asks iLink, unless others send there or it was asked lately. Returns the seconds until it may be asked."""
         now, base_url = self._clock.monotonic(), account.base_url
         last, at, others = self._posts.get(base_url, (who, -math.inf, -math.inf))
@@ -178,13 +178,16 @@ class Successes:
         if wait_s > 0:
             return wait_s
         self._asked[base_url] = now
-        self._tasks.spawn(self._notify(account, now))
+        self._tasks.spawn(self._notify(chat, account, now))
         return ASK_EVERY_S
 
-    async def _notify(self, account: Account, began: float) -> None:
+    def close(self) -> None:
+        self._tasks.cancel_all()
+
+    async def _notify(self, chat: Chat, account: Account, began: float) -> None:
         try:
-            await self._chat.notify(account, start=True)
+            await chat.notify(account, start=True)
         except AdapterError as exc:
-            log.info("notify.failed", bot=account.bot, host=self._chat.host_of(account.base_url), reason=exc.reason)
+            log.info("notify.failed", bot=account.bot, host=chat.host_of(account.base_url), reason=exc.reason)
             return
-        self.note(account.base_url, began, is_send=True)
+        self.note(account.base_url, True, self._clock.monotonic() - began)

@@ -18,6 +18,7 @@ from adapter.jetstream.objects import ObjectStore
 from adapter.jetstream.publisher import Publisher
 from adapter.kit.timing import Clock, SystemClock
 from adapter.observability.metrics import Metrics
+from adapter.outbound.sessions import Successes
 from adapter.ownership.leases import Leases
 from adapter.settings import Settings
 
@@ -62,11 +63,13 @@ class Edges:
         )
         self.core = CoreNats(self.connection)
         self.objects = ObjectStore(self.media_connection, self.media_bus, names.media)
+        self.successes = Successes(self.clock)
         self.chat = ILink(
             self.metrics,
             default_base_url=settings.ilink_base_url,
             allowed_hosts=settings.allowed_hosts,
             send_timeout_s=settings.send_timeout_s,
+            on_success=self.successes.note,
             declared=Declared(settings.ilink_version, settings.ilink_agent or AGENT, settings.ilink_route_tag),
         )
         self.cdn = CdnClient(
@@ -101,6 +104,7 @@ class Edges:
 
     async def close(self) -> None:
         """Closes the connections to iLink."""
+        self.successes.close()
         await self.chat.close()
         await self.cdn.close()
 

@@ -44,7 +44,7 @@ from adapter.outbound.inbox import InboxReader
 from adapter.outbound.receipts import Receipts
 from adapter.outbound.router import Router
 from adapter.outbound.sending import SendPolicy
-from adapter.outbound.sessions import BotSessions, Successes
+from adapter.outbound.sessions import BotSessions
 from adapter.outbound.shard import OutboundDeps, Shard
 from adapter.outbound.store import ConversationStore
 from adapter.outbound.uploads import Uploads
@@ -149,7 +149,6 @@ class Replica:
             clock,
             metrics,
         )
-        self.successes = Successes(edges.chat, clock)
         self.sessions = BotSessions(bindings, edges.chat, sealer, clock, default_base_url=settings.ilink_base_url)
         self.inbound = InboundDeps(
             chat=edges.chat,
@@ -163,7 +162,6 @@ class Replica:
             bindings=bindings,
             checkpoints=self.checkpoints,
             sessions=self.sessions,
-            successes=self.successes,
             on_session_changed=supervisor.on_session_changed,
             open_shard=supervisor.open_shard,
             policy=self.policy.window,
@@ -205,7 +203,7 @@ class Replica:
             bindings=bindings,
             leases=leases,
             sessions=self.sessions,
-            successes=self.successes,
+            successes=edges.successes,
             inboxes=self.inboxes,
             ticks=self.ticks,
             clock=clock,

@@ -231,6 +231,18 @@ async def test_one_person_alone_waits_for_seconds(tmp_path: Path, kind: str) -> 
         await s.assert_nothing_was_lost()
 
 
+async def test_a_repeat_that_ilink_throttles_is_uncertain(tmp_path: Path) -> None:
+    """The request that had no answer may have used the last send."""
+    async with scene(tmp_path) as s:
+        await s.bind(["alone"])
+        for fault in ("F6", "F11"):
+            s.made.sim.set_fault(FaultRule(fault=fault, endpoint="sendmessage", count=1))
+        (ident,) = await s.send(["alone"], 0)
+        await s.ended([ident], SOON_S)
+        receipt = s.final[ident][1]
+        assert (receipt.outcome, receipt.attempts, receipt.ret) == ("uncertain", 2, -2)
+
+
 @pytest.mark.parametrize("kind", ["503", pytest.param("403", marks=pytest.mark.slow), "refused"])
 @pytest.mark.parametrize(
     ("seconds", "tries"), [(15, 8), pytest.param(600, 30, marks=pytest.mark.long)], ids=["seconds", "ten-minutes"]

@@ -22,7 +22,7 @@ from adapter.observability.metrics import Metrics
 from adapter.outbound.commands import Limits
 from adapter.outbound.record import ConversationRecord, SendWindow
 from adapter.outbound.sending import SendPolicy
-from adapter.outbound.sessions import BotSession
+from adapter.outbound.sessions import BotSession, Successes
 from adapter.outbound.shard import OutboundDeps, Shard
 from adapter.outbound.store import open_record, seal_record
 from adapter.outbound.window import InboundReceived, WindowPolicy
@@ -34,7 +34,7 @@ from adapter.security.seal import MARK, cursor_context
 from adapter.settings import Settings
 from tests.fakes.bus import FakeBucket, FakeBus, FakeCoreBus, FakeDelivery, Kept
 from tests.fakes.clock import FakeClock
-from tests.fakes.ilink import FakeChat
+from tests.fakes.ilink import ChatOfReplica, FakeChat
 from tests.fakes.media import FakeCdn, FakeObjects
 from tests.fakes.replicas import FakeLeases
 from tests.newer import made_newer
@@ -64,7 +64,9 @@ class FakeEdges(Edges):
         self.service_connection = self.upload_connection = connection
         bus: Any = bench.bus
         self.bus = self.media_bus = self.history = self.bulk_history = self.inboxes = bus
-        ports: Any = (bench.chat, bench.cdn, bench.objects, bench.core)
+        self.successes = Successes(bench.clock)
+        chat = ChatOfReplica(bench.chat, bench.clock, self.successes.note)
+        ports: Any = (chat, bench.cdn, bench.objects, bench.core)
         self.chat, self.cdn, self.objects, self.core = ports
         names = bench.names
         self.readers: Any = bench.readers_bucket

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import inspect
 import itertools
 from collections import defaultdict, deque
 from collections.abc import Awaitable, Callable, Sequence
@@ -13,6 +14,7 @@ import msgspec
 
 from adapter.errors import Refused, Uncertain
 from adapter.ilink import network
+from adapter.ilink.client import OnSuccess
 from adapter.kit.timing import ChangeSignal
 from adapter.ports import Accepted, Account, Content, Polled, QrCode, Scan, ScanStatus, Uploaded
 from tests.fakes.clock import EPOCH_MS, FakeClock
@@ -36,6 +38,9 @@ def raw_message(number: int, *items: dict[str, Any], **fields: Any) -> bytes:
 def batch(*messages: bytes, cursor: str | None = "b", hold_ms: int = 35_000) -> Polled:
     """An answer to a poll."""
     return Polled(list(messages), cursor, hold_ms)
+
+
+BASE_URL = "https://ilinkai.weixin.qq.com"
 
 
 class Sent(NamedTuple):
@@ -211,6 +216,27 @@ class FakeChat:
     @property
     def texts(self) -> list[str]:
         return [sent.text for sent in self.sent]
+
+
+class ChatOfReplica:
+    """The chat as one replica reaches it, which is told what was answered with success."""
+
+    def __init__(self, chat: FakeChat, clock: FakeClock, on_success: OnSuccess) -> None:
+        self._chat, self._clock, self._on_success = chat, clock, on_success
+
+    def __getattr__(self, name: str) -> Any:
+        call = getattr(self._chat, name)
+        if not inspect.iscoroutinefunction(call):
+            return call
+
+        async def told(account: Account, *args: Any, **kwargs: Any) -> Any:
+            began, base_url = self._clock.monotonic(), account.base_url or BASE_URL
+            answer = await call(account, *args, **kwargs)
+            if name != "poll" or answer is not None:
+                self._on_success(base_url, name == "send", self._clock.monotonic() - began)
+            return answer
+
+        return told
 
 
 class Asked(NamedTuple):

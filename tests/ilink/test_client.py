@@ -39,12 +39,14 @@ class Answering:
         self, monkeypatch: pytest.MonkeyPatch, answer: IlinkReply | Exception | Callable[[IlinkRequest], IlinkReply]
     ) -> None:
         self.metrics = Metrics()
+        self.successes: list[tuple[str, bool, float]] = []
         self.ilink = ILink(
             self.metrics,
             default_base_url=BASE,
             allowed_hosts=(),
             poll_margin_s=7.0,
             send_timeout_s=15.0,
+            on_success=lambda *told: self.successes.append(told),
             declared=DECLARED,
         )
         self.repeatable = False
@@ -86,6 +88,18 @@ async def test_each_call_that_fails_is_counted_by_how(
     with contextlib.suppress(AdapterError):
         await CALLS[endpoint](answering.ilink)
     assert answering.metrics.value("upstream_requests_total", endpoint=endpoint, outcome=outcome) == 1
+    assert answering.successes == []
+
+
+@pytest.mark.parametrize("endpoint", [*CALLS, *OTHERS])
+async def test_each_call_that_succeeds_is_told(monkeypatch: pytest.MonkeyPatch, endpoint: str) -> None:
+    """A send that had no answer is repeated then."""
+    body = {"typing_ticket": "t", "qrcode": "q", "qrcode_img_content": "https://q", "status": "wait"}
+    answering = Answering(monkeypatch, reply({"ret": 0, "upload_param": "p", **body}))
+    await (CALLS | OTHERS)[endpoint](answering.ilink)
+    ((base_url, is_send, took_s),) = answering.successes
+    assert (base_url, is_send) == (BASE, endpoint == "sendmessage")
+    assert 0 <= took_s < 60
 
 
 @pytest.mark.parametrize("endpoint", [*CALLS, *OTHERS])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from functools import partial
 
 import pytest
 
@@ -63,23 +64,25 @@ async def test_a_restart_that_fails_is_no_alarm_and_is_tried_after_a_minute(
 
 async def test_a_request_is_answered_since_a_time_at_its_base_url_alone() -> None:
     bench = await ready()
-    successes = Successes(bench.chat, bench.clock)
+    successes = Successes(bench.clock)
     assert not successes.since(HERE, 0.0, of_any=True)
-    successes.note(HERE, 7.0)
+    now = bench.clock.monotonic()
+    successes.note(HERE, False, now - 7.0)
     assert [successes.since(HERE, when, of_any=True) for when in (6.0, 7.0, 7.1)] == [True, True, False]
     assert not successes.since(HERE, 6.0, of_any=False)
-    successes.note(HERE, 8.0, is_send=True)
-    successes.note(HERE, 5.0, is_send=True)  # the answer to an earlier one comes later
+    successes.note(HERE, True, now - 8.0)
+    successes.note(HERE, True, now - 5.0)  # the answer to an earlier one comes later
     assert [successes.since(HERE, when, of_any=False) for when in (7.0, 8.0, 8.1)] == [True, True, False]
     assert not successes.since(ELSEWHERE, 0.0, of_any=True)
 
 
 async def test_ilink_is_asked_at_each_base_url_unless_others_send_there() -> None:
     bench = await ready()
-    successes = Successes(bench.chat, bench.clock)
+    successes = Successes(bench.clock)
     here, elsewhere = Account(BOT, "t", HERE), Account(OTHER, "t", ELSEWHERE)
     successes.note_post(HERE, "me")
-    assert [successes.ask(here, "me"), successes.ask(here, "me"), successes.ask(elsewhere, "me")] == [10.0] * 3
+    ask = partial(successes.ask, bench.chat)
+    assert [ask(here, "me"), ask(here, "me"), ask(elsewhere, "me")] == [10.0] * 3
     await asyncio.sleep(0.1)
     assert bench.chat.notified == [True, True]
     assert successes.since(HERE, bench.clock.monotonic() - 1, of_any=False)
@@ -87,9 +90,9 @@ async def test_ilink_is_asked_at_each_base_url_unless_others_send_there() -> Non
     successes.note_post(HERE, "another")
     successes.note_post(HERE, "me")
     await asyncio.sleep(4)
-    assert successes.ask(here, "me") == pytest.approx(6.0)
+    assert ask(here, "me") == pytest.approx(6.0)
     await asyncio.sleep(6)
-    successes.ask(here, "me")
+    ask(here, "me")
     await asyncio.sleep(0.1)
     assert bench.chat.notified == [True] * 3
 

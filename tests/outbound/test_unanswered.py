@@ -9,10 +9,13 @@ from collections import deque
 
 import pytest
 
+from adapter.contract.messages import Window
 from adapter.errors import AdapterError, Temporary, Uncertain
+from adapter.outbound.receipts import Address
+from adapter.outbound.sending import CommandResult
 from adapter.outbound.shard import Shard
 from tests.fakes import Bench
-from tests.fakes.ilink import Sent
+from tests.fakes.ilink import BASE_URL, Sent
 from tests.outbound.shards import FIRST, THROTTLED, TIMEOUT, USER, finals, ready, user_writes
 from tests.outbound.test_sequences import next_owner
 
@@ -80,7 +83,7 @@ async def test_a_poll_that_is_answered_counts_after_a_lost_connection_alone() ->
     for answer, repeated_s in ((RESET, 5), (TIMEOUT, 300)):
         bench, _ = await silent(answer)
         await asyncio.sleep(4)
-        bench.replica.successes.note(bench.replica.settings.ilink_base_url, bench.clock.monotonic())
+        bench.replica.edges.successes.note(BASE_URL, False, 0.0)
         await asyncio.sleep(400)
         assert posted_at(bench) == [0, repeated_s]
 
@@ -125,19 +128,22 @@ async def test_a_repeat_that_meets_a_throttle_is_uncertain() -> None:
     assert [(one.outcome, one.attempts) for one in finals(bench) if one.command == "c1"] == [("uncertain", 2)]
 
 
-async def test_the_receipt_is_asked_for_right_before_a_repeat() -> None:
-    """Another owner may have ended the command."""
+@pytest.mark.parametrize("is_taken", [True, False], ids=["at once", "after a pause"])
+async def test_the_receipt_is_asked_for_right_before_a_repeat(is_taken: bool) -> None:
+    """Another owner may have ended the command, and not have stored that in the record."""
     bench, shard = await silent()
-    successor = Bench(bench, incarnation="next-1")
-    next_shard = successor.shard()
-    bench.redeliver(next_shard)
-    await another_is_sent(successor, next_shard)
-    await asyncio.sleep(9)
-    assert [one.outcome for one in finals(bench)] == ["accepted", "accepted"]
-    posted = len(bench.chat.sent)
+    if not is_taken:
+        bench.chat.sends_to[USER].append(Temporary("http_5xx", "HTTP 503", retry_after_s=60))
+        await another_is_sent(bench, shard)
+        await asyncio.sleep(3)
+        assert posted_at(bench) == [0, 3]
+    (command,) = (each.queue[0] for each in shard if each.user == USER)
+    await bench.receipts.publish(command.ref, CommandResult("accepted"), Address("s1", user=USER), Window(), "")
+    posted = len(posted_at(bench))
     await another_is_sent(bench, shard)
     await asyncio.sleep(400)
-    assert [sent.user for sent in bench.chat.sent[posted:]] == [OTHER]
+    assert len(posted_at(bench)) == posted
+    assert not any(each.queue for each in shard)
 
 
 async def test_after_an_uncertain_the_person_waits_longer_each_time_until_one_is_answered() -> None:
@@ -146,7 +152,7 @@ async def test_after_an_uncertain_the_person_waits_longer_each_time_until_one_is
     for number in range(4):
         shard.on_delivery(bench.command(f"next {number}", id=f"n{number}", user=USER))
     for _ in range(900):
-        bench.replica.successes.note(bench.replica.settings.ilink_base_url, bench.clock.monotonic(), is_send=True)
+        bench.replica.edges.successes.note(BASE_URL, True, 0.0)
         await asyncio.sleep(1)
     at = posted_at(bench)
     assert [after - before for before, after in itertools.pairwise(at)] == [
@@ -169,6 +175,13 @@ async def test_an_idle_person_is_held_back_all_the_same() -> None:
     assert len(posted_at(bench)) == 2
     await asyncio.sleep(40)
     assert len(posted_at(bench)) == 3
+
+
+async def test_no_queue_that_waits_for_a_login_has_ilink_asked() -> None:
+    bench, _ = await silent()
+    await bench.bind(state="needs_login")
+    await asyncio.sleep(3600)
+    assert bench.chat.notified == []
 
 
 async def test_the_next_owner_repeats_what_was_out_as_the_former_one_died() -> None:
